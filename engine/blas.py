@@ -1,0 +1,215 @@
+"""A fast BLAS for MLX's CPU back-end on Linux.
+
+The Linux wheel of MLX links the reference BLAS (2 to 4 GFLOP/s on two cores); OpenBLAS is 30 to 40 times faster. The
+package `scipy-openblas32` carries OpenBLAS, but with its functions called `scipy_cblas_sgemm` and so on. `boot` writes
+a copy with the plain names into a cache and loads it for the whole process, before MLX is loaded, so that MLX's
+calls bind to it. On macOS (Accelerate, Metal) and with MLX CUDA there is nothing to do.
+
+Nothing here raises: without a fast BLAS the engine is slow, not wrong.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.util
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.elf import ElfError, strip_prefix
+
+log = logging.getLogger(__name__)
+
+_PREFIX = b"scipy_"
+#: Part of the cached copy's name: raise it when `strip_prefix` writes something else than before.
+_CACHE_VERSION = 1
+_TEMPORARY = "stoker-blas-"
+
+
+@dataclass(frozen=True)
+class BlasReport:
+    """What `boot` did: whether a fast BLAS was loaded, from which file, why or why not, and its thread count."""
+
+    active: bool
+    library: str
+    detail: str
+    threads: int | None = None
+
+
+_loaded: ctypes.CDLL | None = None
+_report: BlasReport | None = None
+
+
+def boot(threads: int | None = None, *, cache: Path | None = None) -> BlasReport:
+    """Make MLX's CPU back-end use OpenBLAS; call it before anything imports `mlx.core`.
+
+    `threads`: OpenBLAS's thread count, its own choice (all cores) if None. `cache`: where the renamed copy is kept,
+    `$STOKER_HOME/cache` or `~/.stoker/cache` if None. The variable `STOKER_BLAS` overrides: `off`, or the path of an
+    OpenBLAS with plain names. A second call changes the thread count only. Never raises.
+    """
+    global _loaded, _report
+    if _report is not None and _report.active:
+        if threads:
+            set_threads(threads)
+        return _report
+    try:
+        path, reason = _choose(cache)
+        if path is None:
+            _report = BlasReport(False, "", reason)
+            return _report
+        # RTLD_GLOBAL puts the library before libmlx's own dependencies in the dynamic linker's search.
+        library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+        library.cblas_sgemm, library.openblas_set_num_threads  # noqa: B018 - AttributeError if it is no OpenBLAS
+    except (OSError, AttributeError, ElfError) as error:
+        _report = BlasReport(False, "", f"no fast BLAS: {error}")
+        log.warning("MLX runs on its slow reference BLAS: %s", error)
+        return _report
+    if path.parent.name.startswith(_TEMPORARY):
+        shutil.rmtree(path.parent, ignore_errors=True)  # the mapping outlives the file
+    _loaded = library
+    _report = BlasReport(True, str(path), _config(library), threads or library.openblas_get_num_threads())
+    if threads:
+        set_threads(threads)
+    return _report
+
+
+def set_threads(count: int) -> None:
+    """Set OpenBLAS's thread count; does nothing where `boot` loaded none."""
+    global _report
+    if _loaded is None or _report is None:
+        return
+    _loaded.openblas_set_num_threads(ctypes.c_int(count))
+    _report = BlasReport(_report.active, _report.library, _report.detail, count)
+
+
+def verify() -> bool:
+    """Whether MLX's matrix products really go to the library that `boot` loaded; logs a warning if not.
+
+    Asks the dynamic linker which file the process-wide `cblas_sgemm` comes from: libmlx binds to that one, because it
+    was loaded later and without a symbolic-binding flag. False, without a warning, where `boot` loaded none.
+    """
+    if _loaded is None or _report is None:
+        return False
+    found = _file_of("cblas_sgemm")
+    right = found is not None and os.path.realpath(found) == os.path.realpath(_report.library)
+    if not right:
+        log.warning("MLX's matrix products go to %s, not to %s", found or "an unknown library", _report.library)
+    return right
+
+
+def _choose(cache: Path | None) -> tuple[Path | None, str]:
+    """The library to load and "", or None and why there is nothing to load."""
+    wanted = os.environ.get("STOKER_BLAS", "")
+    if wanted.lower() == "off":
+        return None, "STOKER_BLAS=off"
+    if not sys.platform.startswith("linux"):
+        return None, f"nothing to do on {sys.platform}"
+    if "mlx.core" in sys.modules:
+        log.warning("engine.blas.boot() came after `import mlx.core`: MLX keeps the BLAS that it has")
+        return None, "mlx.core is already imported"
+    if wanted:
+        return Path(wanted), ""
+    if _has_package("mlx_cuda_12", "mlx_cuda_13", "mlx_cuda"):
+        return None, "nothing to do with MLX CUDA"
+    source = _packaged_library()
+    if source is None:
+        log.warning("MLX runs on its slow reference BLAS: install scipy-openblas32, or name one in STOKER_BLAS")
+        return None, "scipy-openblas32 is not installed"
+    return _renamed_copy(source, cache or _default_cache()), ""
+
+
+def _default_cache() -> Path:
+    home = os.environ.get("STOKER_HOME")
+    return (Path(home) if home else Path(os.path.expanduser("~")) / ".stoker") / "cache"
+
+
+def _has_package(*names: str) -> bool:
+    from importlib.metadata import PackageNotFoundError, distribution
+
+    for name in names:
+        with suppress(PackageNotFoundError):
+            distribution(name)
+            return True
+    return False
+
+
+def _packaged_library() -> Path | None:
+    spec = importlib.util.find_spec("scipy_openblas32")
+    for folder in (spec and spec.submodule_search_locations) or []:
+        for path in sorted(Path(folder, "lib").glob("*openblas*.so")):
+            return path
+    return None
+
+
+def _renamed_copy(source: Path, cache: Path) -> Path:
+    """`source` with plain names, from `cache` or written there (a folder of this user's where that is not writable)."""
+    state = source.stat()
+    key = f"{_CACHE_VERSION}:{source}:{state.st_size}:{state.st_mtime_ns}"
+    name = f"openblas-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    if _trusted(cache / name):
+        return cache / name
+    image = strip_prefix(source.read_bytes(), _PREFIX)
+    try:
+        return _write_whole(cache, name, image)
+    except OSError as error:
+        log.info("cannot keep the renamed OpenBLAS in %s (%s); using a temporary folder", cache, error)
+        # A folder that nobody else can have prepared: a shared, guessable name would let others choose the library.
+        return _write_whole(Path(tempfile.mkdtemp(prefix=_TEMPORARY)), name, image)
+
+
+def _trusted(path: Path) -> bool:
+    """Whether `path` is a file of this user's (or root's) that nobody else may write."""
+    try:
+        state = path.stat()
+    except OSError:
+        return False
+    return state.st_uid in (0, os.getuid()) and not state.st_mode & 0o022
+
+
+def _write_whole(folder: Path, name: str, content: bytes) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=folder, prefix=name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.chmod(temporary, 0o755)
+        os.replace(temporary, folder / name)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+    return folder / name
+
+
+def _config(library: ctypes.CDLL) -> str:
+    library.openblas_get_config.restype = ctypes.c_char_p
+    text = library.openblas_get_config()
+    return text.decode(errors="replace").strip() if text else "OpenBLAS"
+
+
+class _DlInfo(ctypes.Structure):
+    _fields_ = [
+        ("file", ctypes.c_char_p),
+        ("base", ctypes.c_void_p),
+        ("symbol", ctypes.c_char_p),
+        ("address", ctypes.c_void_p),
+    ]
+
+
+def _file_of(symbol: str) -> str | None:
+    """The file that the process-wide `symbol` is defined in."""
+    process = ctypes.CDLL(None)
+    try:
+        address = ctypes.cast(getattr(process, symbol), ctypes.c_void_p)
+        info = _DlInfo()
+        if not process.dladdr(address, ctypes.byref(info)):
+            return None
+    except AttributeError:
+        return None
+    return info.file.decode(errors="replace") if info.file else None

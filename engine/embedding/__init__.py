@@ -1,0 +1,1 @@
+"""Embedding: the texts of all waiting jobs share batches."""

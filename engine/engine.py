@@ -1,0 +1,216 @@
+"""The warm engine: models that stay loaded, and the one thread that touches MLX.
+
+Call `engine.blas.boot()` before this module is imported: it imports MLX.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from engine import probe
+from engine.adapters.pool import AdapterPool
+from engine.adapters.store import AdapterStore
+from engine.embedding.lane import EmbedLane
+from engine.fair import FairShare
+from engine.generation.lane import GenerateLane
+from engine.lane import Lane
+from engine.loading import LoadedModel, load
+from engine.ticket import Entry, StepOutput, Ticket
+from engine.training.lane import TrainLane
+from stoker.contract import ModelCard, Request
+from stoker.errors import UnknownModel, WorkerUnavailable
+
+log = logging.getLogger(__name__)
+
+#: Shares of the engine's time while several lanes have work.
+WEIGHTS = {"generate": 4.0, "embed": 2.0, "train": 1.0}
+
+
+@dataclass(frozen=True)
+class _Work:
+    lane: Lane
+    ticket: Ticket
+    item: Any
+
+
+class Engine:
+    """Holds models warm and runs jobs on them.
+
+    `models` maps a name to its sources (`engine.sources`). `publish` gets the entries of a step, from the engine's
+    thread: it must hand them on and return. Random state is keyed by job, so jobs do not disturb each other.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, Sequence[str]],
+        *,
+        adapters: Path,
+        publish: Callable[[list[Entry]], None],
+        slots: int = 16,
+    ) -> None:
+        self._sources = dict(models)
+        self._store = AdapterStore(adapters)
+        self._publish = publish
+        self._slots = slots
+        self._inbox: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
+        self._lanes: dict[tuple[str, str], Lane] = {}
+        self._models: dict[str, LoadedModel] = {}
+        self._pools: dict[str, AdapterPool] = {}
+        self._ready = threading.Event()
+        self._stopping = False
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Load every model; returns when all are warm, raises `ModelError` if one cannot be."""
+        self._thread.start()
+        self._ready.wait()
+        if self._failure is not None:
+            raise self._failure
+
+    def stop(self, timeout: float = 10.0) -> None:
+        """End the loop after its current step; jobs that still run end with `WorkerUnavailable`."""
+        self._stopping = True
+        self._inbox.put(None)
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+
+    def submit(self, job_id: str, request: Request, data: bytes | None = None) -> Ticket:
+        """Queue a job. Raises at once if the request does not fit the model; `data` is a training job's dataset."""
+        lane = self._lanes.get((request.model, request.kind))
+        if lane is None:
+            warm = sorted(model for model, kind in self._lanes if kind == request.kind)
+            raise UnknownModel(f"model {request.model!r} given; this worker can {request.kind} with {warm}.")
+        ticket = Ticket(job_id, request.kind)
+        self._inbox.put(_Work(lane, ticket, lane.prepare(ticket, request, data)))
+        if self._stopping:
+            # After the put: a loop that ends at this very moment may not have seen it.
+            ticket.fail(_stopping())
+        return ticket
+
+    def wake(self) -> None:
+        """Make the loop look again: a ticket was cancelled."""
+        self._inbox.put(None)
+
+    @property
+    def cards(self) -> list[ModelCard]:
+        """What this engine serves."""
+        return [
+            ModelCard(
+                model=name,
+                architecture=model.architecture,
+                kinds=tuple(kind for lane_model, kind in self._lanes if lane_model == name),
+                context=model.context,
+                parameters=model.parameters,
+                dim=model.embedding.dim if model.embedding else 0,
+            )
+            for name, model in self._models.items()
+        ]
+
+    @property
+    def adapters(self) -> dict[str, tuple[str, ...]]:
+        """model → adapters in memory, as `name@version`."""
+        return {name: pool.loaded for name, pool in self._pools.items()}
+
+    @property
+    def device(self) -> str:
+        return probe.device()
+
+    @property
+    def memory_bytes(self) -> int:
+        return int(mx.get_active_memory())
+
+    def _main(self) -> None:
+        try:
+            self._load()
+        except BaseException as error:
+            self._failure = error
+            return
+        finally:
+            self._ready.set()
+        try:
+            while not self._stopping:
+                self.step()
+        except BaseException as error:
+            log.exception("the engine's loop ended")
+            self._failure = error
+        finally:
+            self._stopping = True
+            self._fail_everything()
+            # Without this the interpreter may abort at exit: MLX's streams belong to the thread that made them.
+            mx.clear_streams()
+
+    def _load(self) -> None:
+        for name, sources in self._sources.items():
+            model = load(name, sources)
+            self._models[name] = model
+            log.info(
+                "model %s is warm: %s, %.0f M parameters, %.1f s",
+                name,
+                model.architecture,
+                model.parameters / 1e6,
+                model.load_seconds,
+            )
+            for lane in self._lanes_of(model):
+                self._lanes[name, lane.kind] = lane
+        self._share = FairShare({key: WEIGHTS[lane.kind] for key, lane in self._lanes.items()})
+
+    def _lanes_of(self, model: LoadedModel) -> list[Lane]:
+        if model.kind == "embed":
+            return [EmbedLane(model)]
+        pool = self._pools[model.name] = AdapterPool(model, self._store)
+        return [GenerateLane(model, pool, self._slots), TrainLane(model, pool)]
+
+    def step(self) -> None:
+        """One turn of the loop: take new work, drop stopped work, run the lane whose turn it is, tell."""
+        self._admit()
+        for lane in self._lanes.values():
+            lane.drop_stopped()
+        turn = self._share.choose(key for key, lane in self._lanes.items() if lane.busy)
+        if turn is None:
+            return
+        with self._share.charge(turn):
+            output = self._run(self._lanes[turn])
+        if output.entries:
+            self._publish(output.entries)
+        for ticket, value in output.ended:
+            ticket.resolve(value)
+
+    def _admit(self) -> None:
+        """Take everything that waits; with nothing to run, sleep until something comes."""
+        idle = not any(lane.busy for lane in self._lanes.values())
+        if idle:
+            self._take(self._inbox.get())
+        while not self._inbox.empty():
+            self._take(self._inbox.get())
+
+    def _take(self, work: _Work | None) -> None:
+        if work is not None:
+            work.lane.admit(work.item)
+
+    def _run(self, lane: Lane) -> StepOutput:
+        try:
+            return lane.run()
+        except Exception as error:
+            # One lane's fault (out of memory, a defect) must not end the worker, nor the other lanes' jobs.
+            log.exception("a step of the %s lane failed", lane.kind)
+            lane.fail_all(error)
+            return StepOutput()
+
+    def _fail_everything(self) -> None:
+        while not self._inbox.empty():
+            self._take(self._inbox.get())
+        for lane in self._lanes.values():
+            lane.fail_all(_stopping())
+
+
+def _stopping() -> WorkerUnavailable:
+    return WorkerUnavailable("the worker is stopping. The job goes to another one.")

@@ -1,0 +1,1 @@
+"""Continuous batching: one running batch for all generation jobs of a model."""

@@ -1,0 +1,1 @@
+"""Architectures, one file each, and what they share."""

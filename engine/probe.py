@@ -1,0 +1,18 @@
+"""What MLX runs on here."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+
+def device() -> str:
+    """The GPU's name, or `cpu`."""
+    if mx.default_device() != mx.Device(mx.gpu):
+        return "cpu"
+    return str(mx.device_info().get("device_name", "gpu"))
+
+
+def describe_device() -> str:
+    """For people: version, device, and the memory that the device has."""
+    memory = mx.device_info().get("memory_size", 0) if device() != "cpu" else 0
+    return f"MLX {mx.__version__} on {device()}" + (f", {int(memory) / 2**30:.0f} GiB" if memory else "")

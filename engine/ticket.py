@@ -1,0 +1,73 @@
+"""One job inside the engine: who waits for it, and whether it shall stop."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from stoker.contract import StreamToken, TrainReport
+from stoker.errors import JobCancelled, StokerError
+
+
+class Ticket:
+    """Given to the caller on submission. `cancel` may be called from any thread, at any time, more than once."""
+
+    def __init__(self, job_id: str, kind: str) -> None:
+        self.job_id, self.kind = job_id, kind
+        #: Why the job shall stop; None: it shall not.
+        self.stop: StokerError | None = None
+        self.submitted = time.monotonic()
+        self.started: float | None = None
+        self._future: Future[Any] = Future()
+
+    def cancel(self, reason: StokerError | None = None) -> None:
+        """Ask the engine to stop this job at its next step and to end it with `reason`, by default `JobCancelled`."""
+        self.stop = reason or JobCancelled(f"job {self.job_id} was cancelled.")
+
+    @property
+    def stopping(self) -> bool:
+        return self.stop is not None
+
+    def result(self, timeout: float | None = None) -> Any:
+        """Wait for the end; raises what the engine failed the job with, or `JobCancelled`."""
+        return self._future.result(timeout)
+
+    @property
+    def done(self) -> bool:
+        return self._future.done()
+
+    def start(self) -> None:
+        """The engine has begun with this job."""
+        if self.started is None:
+            self.started = time.monotonic()
+
+    @property
+    def run_seconds(self) -> float:
+        return time.monotonic() - (self.started or self.submitted)
+
+    def resolve(self, value: Any) -> None:
+        if not self._future.done():
+            self._future.set_result(value)
+
+    def fail(self, error: BaseException) -> None:
+        if not self._future.done():
+            self._future.set_exception(error)
+
+    def fail_stopped(self) -> None:
+        if self.stop is not None:
+            self.fail(self.stop)
+
+
+#: What a job publishes while it runs, with its id.
+Entry = tuple[str, StreamToken | TrainReport]
+
+
+@dataclass
+class StepOutput:
+    """What one step of a lane made. The engine publishes `entries` first and then ends `ended`, so that whoever sees
+    a result finds the whole stream."""
+
+    entries: list[Entry] = field(default_factory=list)
+    ended: list[tuple[Ticket, Any]] = field(default_factory=list)

@@ -1,0 +1,1 @@
+"""LoRA training on the resident base, one step at a time."""

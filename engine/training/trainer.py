@@ -1,0 +1,80 @@
+"""The trainer: a generator of reports, one optimizer step each. The caller decides when the next step runs."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Generator, Sequence
+from typing import Any
+
+import mlx.core as mx
+from mlx import optimizers
+
+from engine.adapters.lora import LoraConfig, LoraWeights, Matrices, TrainableLora, initialise
+from engine.loading import LoadedModel
+from engine.training.data import Batch, TokenizedExample, batches
+from stoker.contract import TrainReport, TrainRequest
+from stoker.errors import JobFailed
+
+
+def train(
+    model: LoadedModel, examples: Sequence[TokenizedExample], request: TrainRequest
+) -> Generator[TrainReport, None, LoraWeights]:
+    """Train a LoRA adapter on `model`, whose own weights stay as they are; returns the adapter.
+
+    AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) with decoupled decay and bias correction, linear warm-up to a
+    constant rate, gradients clipped to a global norm. Raises `JobFailed` when the loss is no longer a number.
+    """
+    config = LoraConfig(request.rank, request.alpha, request.targets)
+    matrices = initialise(config, model.linear_shapes, request.seed).matrices
+    optimizer = optimizers.AdamW(request.learning_rate, weight_decay=request.weight_decay, bias_correction=True)
+    loss_and_gradient = mx.value_and_grad(lambda m, batch: loss_of(model.model, TrainableLora(m, config.scale), batch))
+
+    tokens = 0
+    for step, batch in zip(range(request.steps), batches(examples, request.batch_size, request.seed), strict=False):
+        began = time.perf_counter()
+        optimizer.learning_rate = learning_rate(request, step)
+        loss, gradients = loss_and_gradient(matrices, batch)
+        gradients, norm = optimizers.clip_grad_norm(gradients, request.clip)
+        updated: Matrices = optimizer.apply_gradients(gradients, matrices)
+        mx.eval(loss, norm, updated, optimizer.state)
+        _refuse_divergence(step, loss, norm)
+        matrices = updated
+        tokens += batch.tokens
+        yield TrainReport(
+            index=step,
+            step=step + 1,
+            steps=request.steps,
+            loss=loss.item(),
+            learning_rate=learning_rate(request, step),
+            gradient_norm=norm.item(),
+            tokens=tokens,
+            tokens_per_second=batch.tokens / (time.perf_counter() - began),
+        )
+    return LoraWeights(config, matrices)
+
+
+def learning_rate(request: TrainRequest, step: int) -> float:
+    """Linear warm-up over `warmup_steps`, then constant. `step` counts from 0."""
+    return request.learning_rate * min(1.0, (step + 1) / (request.warmup_steps + 1))
+
+
+def loss_of(model: Any, adapters: TrainableLora, batch: Batch) -> mx.array:
+    """Mean cross-entropy, in nats, over the batch's targets.
+
+    Only the hidden states that predict a target go through the output head: with prompts masked and a vocabulary of
+    50,000 or more this is most of the step's memory, and a good part of its time.
+    """
+    hidden = model(batch.inputs, adapters=adapters)
+    chosen = hidden.reshape(-1, hidden.shape[-1])[batch.places]
+    logits = model.logits(chosen)
+    correct = mx.take_along_axis(logits, batch.targets[:, None], axis=-1)[:, 0]
+    return mx.mean(mx.logsumexp(logits, axis=-1) - correct)
+
+
+def _refuse_divergence(step: int, loss: mx.array, norm: mx.array) -> None:
+    if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
+        raise JobFailed(
+            f"training diverged at step {step + 1}: loss {loss.item()}, gradient norm {norm.item()}. "
+            "Lower learning_rate, or add warmup_steps."
+        )

@@ -1,0 +1,1 @@
+"""Weight files: safetensors and GGUF, every field checked before it is used."""

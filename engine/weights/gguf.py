@@ -1,0 +1,196 @@
+"""Read GGUF (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), versions 2 and 3, little-endian.
+
+A parser of our own: the reader of the `gguf` package takes 3 to 12 s on a real vocabulary, and MLX's trusts the file
+and reads K-quants wrongly. Every count, length and offset is checked against the file before it is used, so nothing
+larger than the file is ever allocated. Values are dequantized by `gguf.quants`.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from numpy.typing import NDArray
+
+from stoker.errors import ModelError
+
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+#: Metadata arrays may hold arrays; nobody writes more than two levels.
+_MAX_DEPTH = 4
+_MAX_DIMS = 4
+_MAX_NAME = 65_535
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor: `shape` in row-major order (the file's own order reversed), its ggml type, and where it lies."""
+
+    shape: tuple[int, ...]
+    type: GGMLQuantizationType
+    offset: int
+    bytes: int
+
+
+class GGUF:
+    """An open GGUF file: `metadata`, `tensors`, and `dequantize`. Raises `ModelError` for a damaged file.
+
+    Metadata values are int, float, bool, str, a list of those, or a numpy array (of numbers).
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            with open(path, "rb") as file:
+                self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{path}: {error}") from error
+        reader = _Reader(self._data, path)
+        tensor_count, value_count = reader.preamble()
+        self.metadata: dict[str, Any] = {}
+        for _ in range(value_count):
+            key = reader.name()
+            if key in self.metadata:
+                reader.fail(f"the metadata key {key!r} occurs twice")
+            self.metadata[key] = reader.value(reader.scalar("I"))
+        self.tensors = reader.tensors(tensor_count, self.metadata.get("general.alignment", 32))
+
+    def dequantize(self, name: str) -> NDArray[np.float32]:
+        """The tensor `name` as float32, in row-major shape. Raises `ModelError` if it is absent or of no known type."""
+        from gguf.quants import dequantize
+
+        info = self.tensors.get(name)
+        if info is None:
+            raise ModelError(f"{self.path}: no tensor {name!r}")
+        raw = np.frombuffer(self._data, np.uint8, info.bytes, info.offset)
+        if info.type is GGMLQuantizationType.F32:
+            return raw.view("<f4").reshape(info.shape).astype(np.float32)
+        if info.type is GGMLQuantizationType.F16:
+            return raw.view("<f2").reshape(info.shape).astype(np.float32)
+        try:
+            rows = raw.reshape(math.prod(info.shape[:-1]), -1)
+            return np.ascontiguousarray(dequantize(rows, info.type), dtype=np.float32).reshape(info.shape)
+        except (NotImplementedError, ValueError) as error:
+            raise ModelError(f"{self.path}: tensor {name!r} of type {info.type.name}: {error}") from error
+
+
+class _Reader:
+    """A cursor over the file that fails, by name of file and cause, before it would pass the end."""
+
+    def __init__(self, data: mmap.mmap, path: Path):
+        self.data, self.path, self.position, self.size = data, path, 0, len(data)
+
+    def fail(self, cause: str) -> NoReturn:
+        raise ModelError(f"{self.path}: {cause} (before byte {self.position}); the file is damaged or cut off")
+
+    def take(self, count: int) -> int:
+        """Move past `count` bytes; the position where they start."""
+        start = self.position
+        if count > self.size - start:
+            self.fail(f"{count} bytes are announced, {self.size - start} are left")
+        self.position = start + count
+        return start
+
+    def scalar(self, code: str) -> Any:
+        layout = f"<{code}"
+        return struct.unpack_from(layout, self.data, self.take(struct.calcsize(layout)))[0]
+
+    def string(self) -> str:
+        length = self.scalar("Q")
+        start = self.take(length)
+        try:
+            return self.data[start : start + length].decode("utf-8")
+        except UnicodeDecodeError as error:
+            self.fail(f"a text is not valid UTF-8: {error.reason}")
+
+    def name(self) -> str:
+        text = self.string()
+        if not 0 < len(text) <= _MAX_NAME:
+            self.fail(f"a name of {len(text)} characters")
+        return text
+
+    def value(self, kind: int, depth: int = 0) -> Any:
+        if kind in _SCALARS:
+            return self.scalar(_SCALARS[kind])
+        if kind == _STRING:
+            return self.string()
+        if kind != _ARRAY:
+            self.fail(f"metadata type {kind} is unknown")
+        if depth >= _MAX_DEPTH:
+            self.fail(f"metadata arrays nest deeper than {_MAX_DEPTH}")
+        return self._array(depth)
+
+    def _array(self, depth: int) -> Any:
+        kind, count = self.scalar("I"), self.scalar("Q")
+        if kind in _SCALARS:
+            dtype = np.dtype(f"<{_SCALARS[kind]}")
+            return np.frombuffer(self.data, dtype, count, self.take(count * dtype.itemsize)).copy()
+        # A string takes 8 bytes at least, an array 12: more cannot follow, however large the announced count.
+        if count > (self.size - self.position) // 8:
+            self.fail(f"an array of {count} elements is announced")
+        if kind == _STRING:
+            return [self.string() for _ in range(count)]
+        return [self.value(kind, depth + 1) for _ in range(count)]
+
+    def preamble(self) -> tuple[int, int]:
+        """(number of tensors, number of metadata values), after the magic and the version are right."""
+        magic = self.data[:4]
+        if magic != b"GGUF":
+            raise ModelError(f"{self.path}: not a GGUF file (it starts with {magic!r})")
+        self.take(4)
+        version = self.scalar("I")
+        if version not in (2, 3):
+            raise ModelError(f"{self.path}: GGUF version {version} is not supported (2 and 3, little-endian, are)")
+        tensors, values = self.scalar("Q"), self.scalar("Q")
+        if tensors > self.size // 24 or values > self.size // 12:
+            self.fail(f"{tensors} tensors and {values} metadata values are announced")
+        return tensors, values
+
+    def tensors(self, count: int, alignment: object) -> dict[str, TensorInfo]:
+        if not isinstance(alignment, int) or not 0 < alignment <= 1 << 20 or alignment & (alignment - 1):
+            self.fail(f"general.alignment is {alignment!r}, not a power of two")
+        entries = [self._tensor_entry() for _ in range(count)]
+        base = -(-self.position // alignment) * alignment
+        found: dict[str, TensorInfo] = {}
+        for name, shape, kind, offset in entries:
+            if name in found:
+                self.fail(f"tensor {name!r} occurs twice")
+            if offset % alignment:
+                self.fail(f"tensor {name!r} starts at {offset}, which is not aligned to {alignment}")
+            found[name] = self._placed(name, shape, kind, base + offset)
+        self._check_overlap(found)
+        return found
+
+    def _tensor_entry(self) -> tuple[str, tuple[int, ...], int, int]:
+        name = self.name()
+        dims = self.scalar("I")
+        if not 0 < dims <= _MAX_DIMS:
+            self.fail(f"tensor {name!r} has {dims} dimensions")
+        shape = tuple(self.scalar("Q") for _ in range(dims))
+        return name, shape[::-1], self.scalar("I"), self.scalar("Q")
+
+    def _placed(self, name: str, shape: tuple[int, ...], kind: int, start: int) -> TensorInfo:
+        try:
+            ggml = GGMLQuantizationType(kind)
+        except ValueError:
+            self.fail(f"tensor {name!r} has the unknown type {kind}")
+        block, block_bytes = GGML_QUANT_SIZES[ggml]
+        if any(not 0 < side < 2**31 for side in shape) or shape[-1] % block:
+            self.fail(f"tensor {name!r} has shape {shape}, but {ggml.name} comes in blocks of {block}")
+        size = math.prod(shape) // block * block_bytes
+        if start + size > self.size:
+            self.fail(f"tensor {name!r} ends at byte {start + size}, the file at {self.size}")
+        return TensorInfo(shape, ggml, start, size)
+
+    def _check_overlap(self, tensors: dict[str, TensorInfo]) -> None:
+        end, previous = 0, ""
+        for name, info in sorted(tensors.items(), key=lambda item: item[1].offset):
+            if info.offset < end:
+                self.fail(f"tensors {previous!r} and {name!r} overlap")
+            end, previous = info.offset + info.bytes, name

@@ -1,0 +1,45 @@
+"""GGUF tensor names and row orders of the Llama family, translated to Hugging Face's."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+from numpy.typing import NDArray
+
+_OUTER = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_INNER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
+
+
+def llama_name(name: str) -> str | None:
+    """Hugging Face's name of the GGUF tensor `name`, or None if no Llama model has such a tensor."""
+    if name in _OUTER:
+        return _OUTER[name]
+    match = _BLOCK.fullmatch(name)
+    if match is None or match[2] not in _INNER:
+        return None
+    return f"model.layers.{match[1]}.{_INNER[match[2]]}.{match[3]}"
+
+
+def unpermute(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
+    """Undo llama.cpp's row order of q and k (architecture `llama`), for rotary embedding by halves.
+
+    `weight` (heads·d, …): within each head, llama.cpp interleaves row i of the first half with row i of the second.
+    """
+    rows = weight.reshape(heads, weight.shape[0] // heads // 2, 2, -1)
+    return rows.swapaxes(1, 2).reshape(weight.shape)

@@ -1,0 +1,82 @@
+"""One broker URL in the three forms that its readers want."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
+
+from stoker.errors import ConfigError
+
+SCHEMES = ("redis", "rediss", "redis+socket")
+DEFAULT_URL = "redis://127.0.0.1:6379/0"
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where the broker is.
+
+    `redis` is for redis-py, `celery` for kombu and Celery's result backend (they spell sockets and TLS otherwise),
+    `shown` for people: it holds no password.
+    """
+
+    redis: str
+    celery: str
+    shown: str
+
+    @classmethod
+    def parse(cls, url: str) -> Address:
+        """Read a `redis://`, `rediss://` or `redis+socket://` URL; anything else raises `ConfigError`."""
+        scheme, separator, _ = url.partition("://")
+        if not separator or scheme not in SCHEMES:
+            given = f"{scheme}://…" if separator else "something that is no URL"
+            raise ConfigError(
+                f"STOKER_URL: {given} given; allowed: {', '.join(s + '://' for s in SCHEMES)}, "
+                f"for example {DEFAULT_URL} or redis+socket:///tmp/redis.sock?virtual_host=0."
+            )
+        try:
+            return _socket(url) if scheme == "redis+socket" else _tcp(url)
+        except ValueError as error:
+            raise ConfigError(f"STOKER_URL: cannot be read ({error}); expected {scheme}://HOST:PORT/DB.") from None
+
+
+def _database(text: str) -> int:
+    if text and not text.isdigit():
+        raise ValueError(f"database {text!r} is not a number")
+    return int(text or 0)
+
+
+def _tcp(url: str) -> Address:
+    parts = urlsplit(url)
+    host, port = parts.hostname or "127.0.0.1", parts.port or 6379
+    database = _database(parts.path.strip("/"))
+    query = dict(parse_qsl(parts.query))
+    if parts.scheme == "rediss":
+        # Celery's result backend refuses to guess; verifying is the only default that TLS deserves.
+        query.setdefault("ssl_cert_reqs", "required")
+    netloc = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    tail = f"/{database}"
+    login = parts.netloc.rpartition("@")[0]
+    full = f"{parts.scheme}://{login + '@' if login else ''}{netloc}{tail}{'?' + urlencode(query) if query else ''}"
+    return Address(redis=full, celery=full, shown=f"{parts.scheme}://{_shown_login(login)}{netloc}{tail}")
+
+
+def _socket(url: str) -> Address:
+    parts = urlsplit(url)
+    query = dict(parse_qsl(parts.query))
+    database = _database(query.pop("virtual_host", query.pop("db", "")))
+    if not parts.path.strip("/"):
+        raise ValueError("no path to a socket")
+    login, path = parts.netloc.rpartition("@")[0], unquote(parts.path)
+    user = f"{login}@" if login else ""
+    return Address(
+        redis=f"unix://{user}{quote(path)}?db={database}",
+        celery=f"redis+socket://{user}{quote(path)}?virtual_host={database}",
+        shown=f"redis+socket://{_shown_login(login)}{path}?virtual_host={database}",
+    )
+
+
+def _shown_login(login: str) -> str:
+    if not login:
+        return ""
+    user, separator, _ = login.partition(":")
+    return f"{user}{':***' if separator else ''}@"

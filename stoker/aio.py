@@ -1,0 +1,228 @@
+"""The asyncio client: `Client`, with `await`. What each method means is said there."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from types import TracebackType
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+from stoker import client_core as core
+from stoker import keys
+from stoker.client_core import Dataset, JobStatus, Outcome
+from stoker.connection import TROUBLE, Patience, connect_async, translated
+from stoker.contract import (
+    EmbedReply,
+    GenerateResult,
+    ModelCard,
+    Presence,
+    Request,
+    StreamToken,
+    TrainReport,
+    TrainResult,
+)
+from stoker.settings import Settings, load_settings
+from stoker.tail import PAGE, Limit, Tail, channels, commands
+
+R = TypeVar("R")
+E = TypeVar("E", StreamToken, TrainReport)
+
+
+class AsyncClient:
+    """Enqueues jobs from one event loop; use it in `async with`, or `await close()`."""
+
+    def __init__(self, url: str | None = None, *, settings: Settings | None = None) -> None:
+        self.settings = settings or load_settings(url=url)
+        self.redis = connect_async(self.settings)
+        self._sender = core.Sender(self.settings)
+
+    async def embed(
+        self,
+        texts: Sequence[str],
+        *,
+        model: str | None = None,
+        normalize: bool | None = None,
+        truncate: bool = False,
+    ) -> AsyncEmbedJob:
+        fields = {"normalize": normalize, "truncate": truncate}
+        request = core.embed_request(await self._choose(model, "embed"), texts, fields)
+        return AsyncEmbedJob(self, await self._submit(request))
+
+    async def generate(
+        self, prompt: str, *, model: str | None = None, seed: int | None = None, **options: Any
+    ) -> AsyncGenerateJob:
+        request = core.generate_request(await self._choose(model, "generate"), prompt, seed, options)
+        return AsyncGenerateJob(self, await self._submit(request))
+
+    async def train(self, name: str, dataset: Dataset, *, model: str | None = None, **options: Any) -> AsyncTrainJob:
+        job_id = core.new_job_id()
+        request = core.train_request(await self._choose(model, "train"), name, job_id, options)
+        data = await asyncio.to_thread(core.read_dataset, dataset)
+        with translated(self.settings):
+            await self.redis.set(keys.blob(request.dataset), data, ex=keys.PENDING_TTL)
+        return AsyncTrainJob(self, await self._submit(request, job_id))
+
+    async def job(self, job_id: str) -> AsyncEmbedJob | AsyncGenerateJob | AsyncTrainJob:
+        with translated(self.settings):
+            kind = await self.redis.hget(keys.job(job_id), "kind")
+        if kind is None:
+            raise core.lost(job_id)
+        return _JOBS[kind.decode()](self, job_id)
+
+    async def workers(self) -> list[Presence]:
+        with translated(self.settings):
+            names = await self.redis.zrangebyscore(keys.WORKERS, time.time() - keys.PRESENCE_TTL, "+inf")
+            raw = await self.redis.mget([keys.worker(name.decode()) for name in names]) if names else []
+        return core.parse_presences(raw)
+
+    async def models(self) -> dict[str, ModelCard]:
+        with translated(self.settings):
+            return core.parse_cards(await self.redis.hgetall(keys.MODELS))
+
+    async def _choose(self, model: str | None, kind: str) -> str:
+        return core.choose_model(model, kind, await self.models(), await self.workers())
+
+    async def _submit(self, request: Request, job_id: str | None = None) -> str:
+        job_id = job_id or core.new_job_id()
+        with translated(self.settings):
+            pipeline = self.redis.pipeline()
+            pipeline.hset(keys.job(job_id), mapping=core.job_record(request))
+            pipeline.expire(keys.job(job_id), keys.PENDING_TTL)
+            await pipeline.execute()
+        # Celery's producer blocks: a thread keeps it off the event loop.
+        await asyncio.to_thread(self._sender.send, job_id, request)
+        return job_id
+
+    async def close(self) -> None:
+        self._sender.close()
+        await self.redis.aclose()
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+
+class AsyncJob(Generic[R]):
+    """A job that was sent. It goes on whether or not anybody waits for it."""
+
+    def __init__(self, client: AsyncClient, job_id: str) -> None:
+        self._client, self.id = client, job_id
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.id}>"
+
+    async def result(self, timeout: float | None = None) -> R:
+        found: list[Outcome] = []
+        async for _ in self._watch(None, timeout, found):
+            pass
+        return await self._read(found[0].unwrap(self.id))
+
+    async def status(self) -> JobStatus:
+        with translated(self._client.settings):
+            record, known = await commands(self._client.redis.pipeline(), self.id, None).execute()
+        outcome = Outcome.parse(record)
+        if outcome is None and not known:
+            raise core.lost(self.id)
+        return outcome.status if outcome else JobStatus.QUEUED
+
+    async def cancel(self) -> None:
+        with translated(self._client.settings):
+            pipeline = self._client.redis.pipeline()
+            pipeline.set(keys.cancel(self.id), "1", ex=keys.PENDING_TTL)
+            pipeline.publish(keys.CANCELS, self.id)
+            await pipeline.execute()
+
+    async def _read(self, value: Any) -> R:
+        raise NotImplementedError
+
+    async def _entries(self, entry: type[E], timeout: float | None, cancel_on_close: bool) -> AsyncGenerator[E]:
+        found: list[Outcome] = []
+        try:
+            async for item in self._watch(Tail(entry), timeout, found):
+                yield item
+        except (GeneratorExit, asyncio.CancelledError):
+            if cancel_on_close:
+                await self.cancel()
+            raise
+        found[0].unwrap(self.id)
+
+    async def _watch(self, tail: Tail[E] | None, timeout: float | None, found: list[Outcome]) -> AsyncGenerator[E]:
+        """Yield the entries, put the outcome into `found` (an async generator cannot return one)."""
+        limit, patience = Limit(self.id, timeout), Patience(self._client.settings)
+        while not found:
+            try:
+                async with self._client.redis.pubsub(ignore_subscribe_messages=True) as pubsub:
+                    await pubsub.subscribe(*channels(self.id, tail))
+                    async for item in self._follow(pubsub, tail, limit, patience, found):
+                        yield item
+            except TROUBLE as error:
+                await asyncio.sleep(limit.slice(patience.spend(error)))
+
+    async def _follow(
+        self, pubsub: Any, tail: Tail[E] | None, limit: Limit, patience: Patience, found: list[Outcome]
+    ) -> AsyncGenerator[E]:
+        while True:
+            record, known, *pages = await commands(self._client.redis.pipeline(), self.id, tail).execute()
+            patience.renew()
+            if tail is not None:
+                for item in tail.replay(pages[0]):
+                    yield item
+                if len(pages[0]) == PAGE:
+                    continue
+            outcome = Outcome.parse(record)
+            if outcome is not None and outcome.ended:
+                found.append(outcome)
+                return
+            if outcome is None and not known:
+                raise core.lost(self.id)
+            async for item in self._listen(pubsub, tail, limit):
+                yield item
+
+    async def _listen(self, pubsub: Any, tail: Tail[E] | None, limit: Limit) -> AsyncGenerator[E]:
+        while (message := await pubsub.get_message(timeout=limit.slice(1.0))) is not None:
+            limit.restart()
+            if tail is None or message["channel"] != keys.channel(self.id).encode():
+                return
+            entry, gap = tail.live(message["data"])
+            if entry is not None:
+                yield entry
+            if gap:
+                return
+
+
+class AsyncEmbedJob(AsyncJob[np.ndarray]):
+    async def _read(self, value: Any) -> np.ndarray:
+        reply = EmbedReply(**value)
+        with translated(self._client.settings):
+            return core.read_vectors(reply, await self._client.redis.get(keys.blob(reply.blob)))
+
+
+class AsyncGenerateJob(AsyncJob[GenerateResult]):
+    def stream(self, *, timeout: float | None = None, cancel_on_close: bool = True) -> AsyncIterator[StreamToken]:
+        """As `GenerateJob.stream`. To cancel at once on leaving early, wrap it in `contextlib.aclosing`."""
+        return self._entries(StreamToken, timeout, cancel_on_close)
+
+    async def _read(self, value: Any) -> GenerateResult:
+        return GenerateResult(**value)
+
+
+class AsyncTrainJob(AsyncJob[TrainResult]):
+    def progress(self, *, timeout: float | None = None, cancel_on_close: bool = False) -> AsyncIterator[TrainReport]:
+        return self._entries(TrainReport, timeout, cancel_on_close)
+
+    async def _read(self, value: Any) -> TrainResult:
+        return TrainResult(**value)
+
+
+_JOBS: dict[str, type[AsyncEmbedJob] | type[AsyncGenerateJob] | type[AsyncTrainJob]] = {
+    "embed": AsyncEmbedJob,
+    "generate": AsyncGenerateJob,
+    "train": AsyncTrainJob,
+}

@@ -1,0 +1,44 @@
+"""The command tree."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import stoker
+from stoker.cli import demo, jobs, machine
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="A job queue that keeps a language model hot: embed, generate and train on one warm base.",
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"stoker {stoker.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    pass
+
+
+for command in (jobs.embed, jobs.generate, jobs.train, jobs.cancel, machine.status):
+    app.command()(command)
+for command in (machine.up, machine.worker, machine.doctor, demo.demo):
+    app.command()(command)
+
+models = typer.Typer(no_args_is_help=True, help="Models that a worker can be told to serve.")
+models.command("list")(machine.list_models)
+app.add_typer(models, name="models")
+
+kernels = typer.Typer(no_args_is_help=True, help="Fused kernels of this machine.")
+kernels.command("check")(machine.check_kernels)
+app.add_typer(kernels, name="kernels")

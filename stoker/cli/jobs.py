@@ -1,0 +1,159 @@
+"""Commands that send jobs: embed, generate, train, cancel."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from stoker.cli.options import Json, Model, Url, connect, console, is_terminal, notes, print_json
+from stoker.client import TrainJob
+from stoker.contract import GenerateResult, TrainReport, TrainResult
+
+
+def embed(
+    texts: Annotated[list[str], typer.Argument(help="Texts; each becomes a vector.")],
+    model: Model = None,
+    truncate: Annotated[bool, typer.Option(help="Cut texts that are longer than the model takes.")] = False,
+    as_json: Json = False,
+    url: Url = None,
+) -> None:
+    """Turn texts into vectors."""
+    with connect(url) as client:
+        vectors = client.embed(texts, model=model, truncate=truncate).result()
+    if as_json:
+        print_json([[float(value) for value in vector] for vector in vectors])
+        return
+    for text, vector in zip(texts, vectors, strict=True):
+        shown = ", ".join(f"{value:+.4f}" for value in vector[:4])
+        print(f"[{shown}, … {len(vector)} in all]  {text}")
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="Text to be continued; '-' reads standard input.")],
+    model: Model = None,
+    adapter: Annotated[str | None, typer.Option(help="LoRA adapter to generate with.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens to make.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Sample among the k likeliest; 0: among all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Sample among the likeliest that add up to this.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="The same seed, the same text.")] = None,
+    as_json: Json = False,
+    url: Url = None,
+) -> None:
+    """Continue a prompt, token by token. Ctrl-C cancels the job."""
+    text = sys.stdin.read() if prompt == "-" else prompt
+    with connect(url) as client:
+        job = client.generate(
+            text,
+            model=model,
+            adapter=adapter,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+        )
+        if as_json:
+            print_json(job.result().model_dump(mode="json"))
+            return
+        for token in job.stream():
+            print(token.text, end="", flush=True)
+        print()
+        if is_terminal():
+            notes.print(f"[dim]{describe(job.result())}[/dim]")
+
+
+def describe(result: GenerateResult) -> str:
+    usage = result.usage
+    decode = usage.run_seconds - usage.first_token_seconds
+    speed = f"{(usage.completion_tokens - 1) / decode:.1f} tokens/s, " if decode > 0 else ""
+    return (
+        f"{usage.completion_tokens} tokens, {speed}first after {usage.first_token_seconds:.2f} s, "
+        f"{result.finish_reason}, on {usage.worker}"
+    )
+
+
+def train(
+    name: Annotated[str, typer.Argument(help="The adapter's name.")],
+    dataset: Annotated[Path, typer.Option(help='JSON lines: {"text"} or {"prompt", "completion"}.')],
+    model: Model = None,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 100,
+    rank: Annotated[int, typer.Option(help="Rank of the adapter.")] = 8,
+    alpha: Annotated[float, typer.Option(help="Scale: the update is multiplied by alpha / rank.")] = 16.0,
+    batch_size: Annotated[int, typer.Option(help="Examples a step.")] = 4,
+    learning_rate: Annotated[float, typer.Option(help="Peak rate.")] = 2e-4,
+    warmup_steps: Annotated[int, typer.Option(help="Steps of linear warm-up.")] = 0,
+    max_length: Annotated[int, typer.Option(help="Most tokens of an example.")] = 512,
+    seed: Annotated[int, typer.Option(help="The same seed, the same adapter.")] = 0,
+    as_json: Json = False,
+    url: Url = None,
+) -> None:
+    """Train a LoRA adapter on the warm base. Ctrl-C leaves the run going; `stoker cancel` ends it."""
+    with connect(url) as client:
+        job = client.train(
+            name,
+            dataset,
+            model=model,
+            steps=steps,
+            rank=rank,
+            alpha=alpha,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            warmup_steps=warmup_steps,
+            max_length=max_length,
+            seed=seed,
+        )
+        notes.print(f"[dim]job {job.id}[/dim]")
+        result = follow_json(job) if as_json else follow(job, steps)
+        if not as_json:
+            print(f"adapter {result.adapter}@{result.version}: loss {result.first_loss:.3f} → {result.last_loss:.3f}")
+
+
+def follow_json(job: TrainJob) -> TrainResult:
+    for report in job.progress():
+        print_json(report.model_dump(mode="json"))
+    result = job.result()
+    print_json(result.model_dump(mode="json"))
+    return result
+
+
+def follow(job: TrainJob, steps: int) -> TrainResult:
+    """Show a run: a bar on a terminal, a line every tenth of it elsewhere."""
+    if is_terminal():
+        _show_bar(job, steps)
+    else:
+        for report in job.progress():
+            if report.step % max(1, steps // 10) == 0 or report.is_last:
+                print(_line(report), flush=True)
+    return job.result()
+
+
+def _show_bar(job: TrainJob, steps: int) -> None:
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("waiting for the worker", total=steps)
+        for report in job.progress():
+            progress.update(
+                bar,
+                completed=report.step,
+                description=f"loss {report.loss:.3f}  {report.tokens_per_second:.0f} tokens/s",
+            )
+
+
+def _line(report: TrainReport) -> str:
+    return f"step {report.step:4}/{report.steps}  loss {report.loss:.3f}  {report.tokens_per_second:.0f} tokens/s"
+
+
+def cancel(
+    job_id: Annotated[str, typer.Argument(help="As printed when the job was sent, or shown in Flower.")],
+    url: Url = None,
+) -> None:
+    """Stop a job, whether it waits or runs."""
+    with connect(url) as client:
+        job = client.job(job_id)
+        job.cancel()
+        print(f"{job_id}: asked to stop; it was {job.status()}")

@@ -1,0 +1,191 @@
+"""Commands about this machine: up, worker, status, doctor, models, kernels."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from stoker.catalogue import CATALOGUE, parse_model
+from stoker.cli.options import Json, Url, connect, console, print_json
+from stoker.connection import connect as connect_redis
+from stoker.connection import translated
+from stoker.contract import Presence
+from stoker.errors import ConfigError, StokerError, UnknownModel
+from stoker.local.stack import Stack, worker_command
+from stoker.settings import Settings, load_settings
+
+Models = Annotated[
+    list[str] | None,
+    typer.Option("--model", help="Model to keep warm, a catalogue name or NAME=SOURCE; may be repeated."),
+]
+
+
+def up(
+    model: Models = None,
+    flower: Annotated[bool, typer.Option(help="Start Flower too, if it is installed.")] = True,
+    url: Url = None,
+) -> None:
+    """Start everything on this machine: a broker if none answers, a worker, and Flower. Ctrl-C ends all."""
+    settings = _settings(model, url)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
+    with Stack(settings, flower=flower) as stack:
+        with console.status("loading models"):
+            presence = stack.wait_until_warm()
+        print(f"broker  {stack.settings.address.shown}")
+        print(f"worker  {', '.join(card.model for card in presence.models)} warm on {presence.device}")
+        if stack.flower_url:
+            print(f"flower  {stack.flower_url}")
+        print(f"logs    {stack.settings.logs}")
+        print('\nTry `stoker generate "Once upon a time"` in another shell. Ctrl-C ends all.', flush=True)
+        try:
+            stack.watch(lambda text: print(text, flush=True))
+        except KeyboardInterrupt:
+            print("\nstopping", flush=True)
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def worker(
+    model: Models = None,
+    name: Annotated[str | None, typer.Option(help="Name of this worker; default: a new one.")] = None,
+    url: Url = None,
+) -> None:
+    """Run one worker in the foreground, for launchd, systemd or a terminal."""
+    settings = _settings(model, url)
+    command = worker_command(settings, f"{name or f'stoker-{uuid.uuid4().hex[:8]}'}@{platform.node()}")
+    _ping(settings)
+    os.environ["STOKER_MODELS"] = ",".join(settings.models)
+    os.environ["STOKER_URL"] = settings.address.celery
+    os.execv(command[0], command)
+
+
+def _settings(models: list[str] | None, url: str | None) -> Settings:
+    settings = load_settings(models=tuple(models) if models else None, url=url)
+    for entry in settings.models:
+        parse_model(entry)
+    return settings
+
+
+def _ping(settings: Settings) -> None:
+    client = connect_redis(settings)
+    with translated(settings):
+        client.ping()
+    client.close()
+
+
+def status(
+    as_json: Json = False,
+    wait: Annotated[float, typer.Option(help="Seconds to wait for a warm worker.")] = 0.0,
+    url: Url = None,
+) -> None:
+    """Show the workers that are alive, and which models they hold warm. Exit code 2 if there is none."""
+    end = time.monotonic() + wait
+    with connect(url) as client:
+        workers = client.workers()
+        while not workers and time.monotonic() < end:
+            time.sleep(0.1)
+            workers = client.workers()
+        shown = client.settings.address.shown
+    if as_json:
+        print_json([worker.model_dump(mode="json") for worker in workers])
+    elif workers:
+        console.print(_table(workers))
+    if not workers:
+        raise UnknownModel(f"no worker is alive at {shown}. Start one with `stoker up` or `stoker worker`.")
+
+
+def _table(workers: list[Presence]) -> Table:
+    table = Table("worker", "device", "warm models", "adapters", "lanes (held/limit)", "memory", "up", box=None)
+    for worker in workers:
+        lanes = "  ".join(f"{kind} {held}/{limit}" for kind, (held, limit) in worker.lanes.items())
+        adapters = ", ".join(name for names in worker.adapters.values() for name in names) or "none"
+        table.add_row(
+            worker.worker,
+            worker.device,
+            "\n".join(f"{card.model} ({', '.join(card.kinds)})" for card in worker.models),
+            adapters,
+            lanes,
+            f"{worker.memory_bytes / 2**20:.0f} MB",
+            f"{worker.time - worker.started:.0f} s",
+        )
+    return table
+
+
+def list_models(as_json: Json = False) -> None:
+    """List the catalogue: short names, and where each model is looked for."""
+    if as_json:
+        print_json({name: list(sources) for name, sources in CATALOGUE.items()})
+        return
+    for name, sources in CATALOGUE.items():
+        print(f"{name}\n  " + "\n  ".join(sources))
+
+
+def doctor(as_json: Json = False, url: Url = None) -> None:
+    """Check this machine: Python, broker, engine. Exit code 1 if something that a worker needs is missing."""
+    settings = load_settings(url=url)
+    checks = [_check_python(), _check_broker(settings), *_check_engine()]
+    if as_json:
+        print_json(checks)
+    else:
+        for check in checks:
+            print(f"{'ok  ' if check['ok'] else 'FAIL'}  {check['name']:10} {check['detail']}")
+    if not all(check["ok"] for check in checks):
+        raise typer.Exit(1)
+
+
+def _check(name: str, ok: bool, detail: str) -> dict[str, Any]:
+    return {"name": name, "ok": ok, "detail": detail}
+
+
+def _check_python() -> dict[str, Any]:
+    return _check("python", sys.version_info >= (3, 11), f"{platform.python_version()} on {platform.platform()}")
+
+
+def _check_broker(settings: Settings) -> dict[str, Any]:
+    try:
+        client = connect_redis(settings)
+        with translated(settings):
+            info = client.info()
+            policy = info.get("maxmemory_policy", "unknown")
+        client.close()
+    except StokerError as error:
+        return _check("broker", False, str(error))
+    version = info.get("valkey_version") or info.get("redis_version")
+    detail = f"{settings.address.shown}, version {version}, {policy}"
+    if policy != "noeviction":
+        return _check("broker", False, f"{detail}: a full broker would drop jobs; set maxmemory-policy noeviction.")
+    return _check("broker", True, detail)
+
+
+def _check_engine() -> list[dict[str, Any]]:
+    """Asked of a process of its own: this one must not import MLX."""
+    try:
+        command = [sys.executable, "-m", "workers.doctor"]
+        worker_command(load_settings(), "probe")
+    except ConfigError as error:
+        return [_check("engine", False, str(error))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        return [_check("engine", False, done.stderr.strip()[-300:])]
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    return [*json.loads(done.stdout), _check("compiler", True, compiler or "none: elementwise kernels are not fused")]
+
+
+def check_kernels() -> None:
+    """Run every fused kernel of this machine's back-end against its reference."""
+    worker_command(load_settings(), "probe")
+    sys.exit(subprocess.call([sys.executable, "-m", "kernels.check"]))

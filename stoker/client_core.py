@@ -1,0 +1,240 @@
+"""What `Client` and `AsyncClient` have in common: everything but the waiting."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import time
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from celery import Celery
+from kombu.exceptions import OperationalError
+
+from stoker import keys
+from stoker.celery_config import shared_config
+from stoker.contract import (
+    EmbedReply,
+    EmbedRequest,
+    GenerateRequest,
+    ModelCard,
+    Presence,
+    Request,
+    TrainRequest,
+    build,
+    encode,
+)
+from stoker.contract.dataset import MAX_DATASET_BYTES, Example, read_lines, read_mappings
+from stoker.errors import (
+    BrokerUnavailable,
+    DatasetError,
+    InvalidRequest,
+    JobCancelled,
+    JobLost,
+    UnknownModel,
+    from_wire,
+)
+from stoker.settings import Settings
+
+#: What `dataset` may be: a file of JSON lines, or the examples themselves.
+Dataset = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
+
+
+class JobStatus(StrEnum):
+    QUEUED = "queued"
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+_STATUS = {
+    "STARTED": JobStatus.RUNNING,
+    "SUCCESS": JobStatus.DONE,
+    "FAILURE": JobStatus.FAILED,
+    "REVOKED": JobStatus.CANCELLED,
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A job's result record, as Celery stored it."""
+
+    status: JobStatus
+    value: Any = None
+
+    @classmethod
+    def parse(cls, record: bytes | None) -> Outcome | None:
+        if record is None:
+            return None
+        fields = json.loads(record)
+        return cls(_STATUS.get(fields["status"], JobStatus.QUEUED), fields.get("result"))
+
+    @property
+    def ended(self) -> bool:
+        return self.status in (JobStatus.DONE, JobStatus.FAILED, JobStatus.CANCELLED)
+
+    def unwrap(self, job_id: str) -> Any:
+        """The value of a job that is done; raises what the worker raised, or `JobCancelled`."""
+        if self.status is JobStatus.CANCELLED:
+            raise JobCancelled(f"job {job_id} was cancelled.")
+        if self.status is JobStatus.FAILED:
+            message = self.value.get("exc_message", "")
+            raise from_wire(self.value.get("exc_type", "unknown"), _joined(message))
+        return self.value
+
+
+def _joined(message: Any) -> str:
+    return " ".join(map(str, message)) if isinstance(message, list | tuple) else str(message)
+
+
+class Sender:
+    """Puts requests into the broker through Celery, by task name."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._app = Celery("stoker-client", set_as_current=False)
+        # No result backend: the client reads results itself (`subscription.py`), so Celery need not subscribe.
+        self._app.conf.update(shared_config(settings), task_ignore_result=False)
+
+    def send(self, job_id: str, request: Request) -> None:
+        try:
+            self._app.send_task(
+                f"stoker.{request.kind}",
+                args=[encode(request)],
+                task_id=job_id,
+                queue=keys.queue(request.model, request.kind),
+                retry=True,
+                retry_policy={"max_retries": 3, "interval_start": 0.1, "interval_step": 0.5, "interval_max": 2.0},
+            )
+        except OperationalError as error:
+            raise broker_unavailable(self._settings, error) from None
+
+    def close(self) -> None:
+        self._app.close()
+
+
+def broker_unavailable(settings: Settings, error: BaseException) -> BrokerUnavailable:
+    return BrokerUnavailable(
+        f"no answer from the broker at {settings.address.shown} ({_reason(error)}). "
+        "Start one with `stoker up`, or set STOKER_URL to one that runs."
+    )
+
+
+def _reason(error: BaseException) -> str:
+    return str(error).strip().rstrip(".").splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def new_job_id() -> str:
+    return str(uuid.uuid4())
+
+
+def draw_seed() -> int:
+    return secrets.randbelow(2**63)
+
+
+def embed_request(model: str, texts: Sequence[str], fields: Mapping[str, Any]) -> EmbedRequest:
+    if isinstance(texts, str):
+        raise InvalidRequest("texts: one text given; expected a list of texts, such as ['a warm model'].")
+    return build(EmbedRequest, {"model": model, "texts": tuple(texts), **fields})
+
+
+def generate_request(model: str, prompt: str, seed: int | None, fields: Mapping[str, Any]) -> GenerateRequest:
+    seed = draw_seed() if seed is None else seed
+    return build(GenerateRequest, {"model": model, "prompt": prompt, "seed": seed, **fields})
+
+
+def train_request(model: str, name: str, job_id: str, fields: Mapping[str, Any]) -> TrainRequest:
+    return build(TrainRequest, {"model": model, "name": name, "dataset": f"dataset:{job_id}", **fields})
+
+
+def read_dataset(dataset: Dataset) -> bytes:
+    """The dataset as it is uploaded; a bad line raises `DatasetError` with its number."""
+    data = "\n".join(example.to_line() for example in _examples(dataset)).encode()
+    if len(data) > MAX_DATASET_BYTES:
+        raise DatasetError(f"dataset: {len(data)} bytes; at most {MAX_DATASET_BYTES} can be uploaded.")
+    return data
+
+
+def _examples(dataset: Dataset) -> list[Example]:
+    if not isinstance(dataset, str | os.PathLike):
+        return read_mappings(dataset, "dataset")
+    path = Path(dataset)
+    try:
+        size = path.stat().st_size
+        if size > MAX_DATASET_BYTES:
+            raise DatasetError(f"{path}: {size} bytes; at most {MAX_DATASET_BYTES} can be uploaded.")
+        with path.open("rb") as file:
+            return read_lines(file, path.name)
+    except OSError as error:
+        raise DatasetError(f"{path}: cannot be read ({error.strerror}).") from None
+
+
+def job_record(request: Request) -> dict[str, str]:
+    """The hash that stands for the job until a worker has ended it."""
+    return {
+        "kind": request.kind,
+        "model": request.model,
+        "queue": keys.queue(request.model, request.kind),
+        "submitted": repr(time.time()),
+    }
+
+
+def parse_cards(raw: Mapping[bytes, bytes]) -> dict[str, ModelCard]:
+    cards = (ModelCard.model_validate_json(value) for value in raw.values())
+    return {card.model: card for card in cards}
+
+
+def parse_presences(raw: Iterable[bytes | None]) -> list[Presence]:
+    return [Presence.model_validate_json(value) for value in raw if value is not None]
+
+
+def choose_model(model: str | None, kind: str, known: Mapping[str, ModelCard], workers: Sequence[Presence]) -> str:
+    """The model to send to: the one asked for, if some worker serves or lately served it, or the only one warm.
+
+    A model that was served lately but is not warm now is accepted: its worker may be restarting, and the job waits.
+    """
+    warm = {card.model for worker in workers for card in worker.models if kind in card.kinds}
+    if model is None:
+        if len(warm) == 1:
+            return warm.pop()
+        raise UnknownModel(
+            f"no model given, and {_listed(warm)} can {kind}. "
+            + ("Name one with model=…." if warm else "Start a worker with `stoker up`.")
+        )
+    if model not in known:
+        raise UnknownModel(f"model {model!r} given; {_listed(warm)} can {kind}. {_how_to_serve(model)}")
+    if kind not in known[model].kinds:
+        able = " and ".join(known[model].kinds)
+        raise UnknownModel(f"model {model!r} cannot {kind}: it can {able}; {_listed(warm)} can {kind}.")
+    return model
+
+
+def _listed(models: Iterable[str]) -> str:
+    names = sorted(models)
+    return f"of the models warm now {', '.join(names)}" if names else "no model that is warm now"
+
+
+def _how_to_serve(model: str) -> str:
+    return f"Start a worker that serves it: `stoker worker --model {model}`."
+
+
+def read_vectors(reply: EmbedReply, data: bytes | None) -> np.ndarray:
+    """float32 (rows, dim); a blob that expired raises `JobLost`."""
+    if data is None:
+        raise JobLost(f"the vectors of blob {reply.blob} are gone: results are kept {keys.RESULT_TTL // 3600} hours.")
+    return safetensors.numpy.load(data)["vectors"]
+
+
+def lost(job_id: str) -> JobLost:
+    return JobLost(
+        f"the broker knows nothing of job {job_id}: it ended over {keys.RESULT_TTL // 3600} hours ago, "
+        "or the broker lost its data. Send the job again."
+    )

@@ -1,0 +1,81 @@
+"""Connections to the broker, and the one border where redis-py's errors become ours."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import redis
+import redis.asyncio
+from redis.asyncio.retry import Retry as AsyncRetry
+from redis.backoff import NoBackoff
+from redis.exceptions import AuthenticationError, AuthorizationError, RedisError
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+from redis.retry import Retry
+
+from stoker.client_core import broker_unavailable
+from stoker.errors import BrokerUnavailable
+from stoker.settings import Settings
+
+#: The connection is gone or silent: another try may help.
+TROUBLE = (RedisConnectionError, RedisTimeoutError)
+
+#: Seconds. A broker that is stopped (not closed) keeps its sockets open: without a bound a read would hang for ever.
+_OPTIONS: dict[str, Any] = {"socket_connect_timeout": 5, "socket_timeout": 10, "socket_keepalive": True}
+
+
+def connect(settings: Settings) -> Any:
+    """A thread-safe redis-py client that tries once: `Patience` decides on more.
+
+    Typed `Any` because redis-py types every reply as a union over its decoding modes; ours are always bytes.
+    """
+    options = _without_tcp(settings, _OPTIONS)
+    return redis.Redis.from_url(settings.address.redis, retry=Retry(NoBackoff(), 0), **options)
+
+
+def connect_async(settings: Settings) -> Any:
+    """The asyncio twin of `connect`."""
+    options = _without_tcp(settings, _OPTIONS)
+    return redis.asyncio.Redis.from_url(settings.address.redis, retry=AsyncRetry(NoBackoff(), 0), **options)
+
+
+def _without_tcp(settings: Settings, options: dict[str, Any]) -> dict[str, Any]:
+    if not settings.address.redis.startswith("unix://"):
+        return options
+    return {name: value for name, value in options.items() if name == "socket_timeout"}
+
+
+@contextmanager
+def translated(settings: Settings) -> Iterator[None]:
+    """Whatever redis-py raises inside becomes `BrokerUnavailable`."""
+    try:
+        yield
+    except RedisError as error:
+        raise broker_unavailable(settings, error) from None
+
+
+class Patience:
+    """How long a waiting caller bears a broker that does not answer: `settings.patience` seconds an outage."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._since: float | None = None
+
+    def renew(self) -> None:
+        """The broker answered."""
+        self._since = None
+
+    def spend(self, error: RedisError) -> float:
+        """Seconds to wait before the next try; raises `BrokerUnavailable` when there is no point in one."""
+        now = time.monotonic()
+        self._since = self._since or now
+        hopeless = isinstance(error, AuthenticationError | AuthorizationError)
+        if hopeless or now - self._since >= self._settings.patience:
+            raise self.give_up(error) from None
+        return min(1.0, 0.1 + (now - self._since) / 4)
+
+    def give_up(self, error: RedisError) -> BrokerUnavailable:
+        return broker_unavailable(self._settings, error)

@@ -1,0 +1,64 @@
+"""From a message to what travels, and back, with one clear error for whatever is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from stoker.contract.base import Message
+from stoker.errors import InvalidRequest
+
+#: The version of this contract. A worker refuses any other, naming both.
+CONTRACT = 1
+
+M = TypeVar("M", bound=Message)
+
+
+def build(message: type[M], fields: Mapping[str, Any]) -> M:
+    """Make a message; a wrong field raises `InvalidRequest` that says what was given and what is allowed."""
+    try:
+        return message(**fields)
+    except ValidationError as error:
+        raise InvalidRequest(_explain(error, allowed=list(message.model_fields))) from None
+
+
+def encode(message: Message) -> dict[str, Any]:
+    """The JSON object that travels: the message's fields and the contract's version."""
+    return {"contract": CONTRACT, **message.model_dump(mode="json")}
+
+
+def decode(message: type[M], payload: Any) -> M:
+    """The inverse of `encode`; raises `InvalidRequest` for another version or a wrong field."""
+    if not isinstance(payload, Mapping):
+        raise InvalidRequest(f"{message.__name__}: a {type(payload).__name__} given; expected a JSON object.")
+    fields = dict(payload)
+    version = fields.pop("contract", None)
+    if version != CONTRACT:
+        raise InvalidRequest(
+            f"contract version {version!r} given; this side speaks version {CONTRACT}. "
+            "Run the same release of Stoker on clients and workers."
+        )
+    return build(message, fields)
+
+
+def _explain(error: ValidationError, allowed: list[str]) -> str:
+    problems = []
+    for problem in error.errors()[:3]:
+        where = ".".join(str(part) for part in problem["loc"]) or "request"
+        if problem["type"] == "extra_forbidden":
+            problems.append(f"{where}: no such field; allowed: {', '.join(allowed)}")
+        elif problem["type"] == "missing":
+            problems.append(f"{where}: missing")
+        elif problem["type"] == "value_error":
+            problems.append(f"{where}: {problem['msg'].removeprefix('Value error, ')}")
+        else:
+            rule = problem["msg"][0].lower() + problem["msg"][1:]
+            problems.append(f"{where}: {_brief(problem['input'])} given; {rule}")
+    return "; ".join(problems) + "."
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"

@@ -1,0 +1,1 @@
+"""Small texts that the demo uses."""

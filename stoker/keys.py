@@ -1,0 +1,86 @@
+"""Every Redis key and channel that Stoker uses, and how long each lives.
+
+All start with `stoker:`, Celery's own too (by `global_keyprefix`). Every key expires, but for those that match
+`DURABLE`: the queues themselves and what Celery keeps about messages that are not acknowledged yet. A queue must
+outlive any outage, so no expiry is right for it.
+"""
+
+from __future__ import annotations
+
+import re
+
+PREFIX = "stoker:"
+
+#: Seconds. A result and all that belongs to it can be fetched for this long after the job ended.
+RESULT_TTL = 24 * 3600
+#: Seconds. A job that waits longer than this for a worker is forgotten, with its uploaded input.
+PENDING_TTL = 7 * 24 * 3600
+#: Seconds. A model that nobody has served for this long is unknown again.
+MODEL_TTL = 30 * 24 * 3600
+#: Seconds. A worker writes its presence every `PRESENCE_EVERY`; after `PRESENCE_TTL` of silence it counts as gone.
+PRESENCE_EVERY = 2.0
+PRESENCE_TTL = 10
+
+#: Keys without expiry, by name.
+DURABLE = (
+    re.compile(r"stoker:stoker\.[a-z0-9._-]+(\x06\x16\d)?"),  # queues, one list a priority step
+    re.compile(r"stoker:_kombu\.binding\..+"),  # which queues an exchange feeds
+    re.compile(r"stoker:unacked(_index|_mutex)?"),  # messages that a worker holds
+)
+
+
+def is_durable(key: str) -> bool:
+    return any(pattern.fullmatch(key) for pattern in DURABLE)
+
+
+def job(job_id: str) -> str:
+    """Hash: what the client said of the job when it sent it (kind, model, queue, submitted)."""
+    return f"{PREFIX}job:{job_id}"
+
+
+def result(job_id: str) -> str:
+    """String, JSON: Celery's result record. The same name is the channel on which Celery announces it."""
+    return f"{PREFIX}celery-task-meta-{job_id}"
+
+
+def stream(job_id: str) -> str:
+    """Redis Stream: the job's tokens or reports; the entry of index i has the id `{i + 1}-0`."""
+    return f"{PREFIX}stream:{job_id}"
+
+
+def channel(job_id: str) -> str:
+    """Channel: the entries of `stream`, as they are made."""
+    return f"{PREFIX}events:{job_id}"
+
+
+def cancel(job_id: str) -> str:
+    """String: present when somebody has cancelled the job."""
+    return f"{PREFIX}cancel:{job_id}"
+
+
+def blob(name: str) -> str:
+    """String, bytes: a dataset on its way in, or vectors on their way out."""
+    return f"{PREFIX}blob:{name}"
+
+
+def worker(name: str) -> str:
+    """String, JSON: a worker's `Presence`."""
+    return f"{PREFIX}worker:{name}"
+
+
+#: Channel: ids of jobs that were cancelled just now.
+CANCELS = f"{PREFIX}cancels"
+#: Sorted set: worker name → time of its last presence, so that nobody has to scan for them.
+WORKERS = f"{PREFIX}workers"
+#: Hash: model → JSON of what it serves, for every model that some worker has served lately.
+MODELS = f"{PREFIX}models"
+
+
+def entry_id(index: int) -> str:
+    """The stream id of the entry `index`: Redis refuses an id twice, and so a token twice."""
+    return f"{index + 1}-0"
+
+
+def queue(model: str, kind: str) -> str:
+    """The Celery queue of one model and kind; kombu puts `PREFIX` before it."""
+    return f"stoker.{model}.{kind}"

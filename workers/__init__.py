@@ -1,0 +1,1 @@
+"""The worker process: Celery app, boot, lanes, leases, publishing, cancelling, presence."""

@@ -1,0 +1,118 @@
+"""Booting a worker: BLAS, models, queues, then the threads that speak for it. The order is the point of this file.
+
+The engine is a worker step that starts before the pool and stops after it: an exception here ends the process with
+exit code 1 (one in a signal handler would be swallowed), and running tasks can finish while the pool drains.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from celery import Celery, bootsteps
+from celery.signals import worker_shutting_down
+from celery.worker import components
+
+from stoker import keys
+from stoker.catalogue import parse_model
+from stoker.errors import StokerError
+from stoker.local.stack import ERROR_MARK
+from stoker.settings import Settings, load_settings
+from workers import drain, runtime
+from workers.cancelling import CancelWatch
+from workers.lanes import LaneStep, lanes
+from workers.lease import LeaseStep
+from workers.presence import Heart
+from workers.runtime import Runtime
+
+if TYPE_CHECKING:
+    from engine.engine import Engine
+
+log = logging.getLogger(__name__)
+
+
+class EngineStep(bootsteps.StartStopStep):  # type: ignore[misc]
+    """Owns the `Runtime` of this process."""
+
+    requires = ("celery.worker.components:Timer",)
+
+    def __init__(self, worker: Any, **kwargs: Any) -> None:
+        super().__init__(worker, **kwargs)
+        self._runtime: Runtime | None = None
+        self._heart: Heart | None = None
+
+    def start(self, worker: Any) -> None:
+        settings = load_settings()
+        try:
+            self._runtime = Runtime(settings, worker.hostname, lambda publish: _make_engine(settings, publish))
+            self._runtime.start()
+        except StokerError as error:
+            # One line that `stoker up` and people can read, and no traceback: the message says what to do.
+            print(f"{ERROR_MARK}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            raise SystemExit(error.exit_code) from None
+        runtime.install(self._runtime)
+        self._open_queues(worker.app, settings)
+        CancelWatch(self._runtime).start()
+        self._heart = Heart(self._runtime, lanes)
+        self._heart.start()
+
+    def _open_queues(self, app: Celery, settings: Settings) -> None:
+        """Consume what the models here can run. They are known only now, so no `-Q` says it."""
+        assert self._runtime is not None
+        queues: dict[str, list[str]] = {"generate": [], "embed": [], "train": []}
+        for card in self._runtime.engine.cards:
+            for kind in card.kinds:
+                queues[kind].append(keys.queue(card.model, kind))
+        limits = {"generate": settings.generate_slots, "embed": settings.embed_jobs, "train": settings.train_runs}
+        lanes.configure(limits, queues)
+        app.amqp.queues.select([name for names in queues.values() for name in names])
+
+    def stop(self, worker: Any) -> None:
+        if self._heart is not None:
+            self._heart.say_goodbye()
+        if self._runtime is not None:
+            self._runtime.stop()
+        runtime.install(None)
+
+    terminate = stop
+
+    def info(self, worker: Any) -> dict[str, Any]:
+        """What Flower and `celery inspect stats` show."""
+        if self._runtime is None:
+            return {}
+        engine = self._runtime.engine
+        return {"stoker": {"models": [card.model for card in engine.cards], "lanes": lanes.load()}}
+
+
+def _make_engine(settings: Settings, publish: Callable[..., None]) -> Engine:
+    # BLAS first: importing the engine imports MLX, and MLX binds to the BLAS that it finds.
+    from engine import blas
+
+    log.info("BLAS: %s", blas.boot())
+    from engine.engine import Engine
+
+    return Engine(
+        dict(parse_model(model) for model in settings.models),
+        adapters=settings.adapters,
+        publish=publish,
+        slots=settings.generate_slots,
+    )
+
+
+def install(app: Celery) -> None:
+    """Add Stoker's steps to a Celery app."""
+    LeaseStep.settings = load_settings()
+    components.Pool.requires = (*components.Pool.requires, EngineStep)
+    app.steps["worker"].add(EngineStep)
+    app.steps["consumer"].update((LaneStep, LeaseStep))
+    worker_shutting_down.connect(_drain, weak=False)
+
+
+def _drain(**_: Any) -> None:
+    try:
+        drain.begin(runtime.current())
+    except Exception:
+        # Celery swallows what a signal handler raises; without this line nobody would know.
+        log.exception("draining could not begin")

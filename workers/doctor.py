@@ -1,0 +1,37 @@
+"""What `stoker doctor` asks of the engine's process: `python -m workers.doctor` prints a JSON list of checks."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from engine import blas
+from stoker.catalogue import parse_model
+from stoker.errors import ModelError
+from stoker.settings import load_settings
+
+
+def checks() -> list[dict[str, Any]]:
+    report = blas.boot()
+    from engine.probe import describe_device
+
+    settings = load_settings()
+    found = [
+        {"name": "mlx", "ok": True, "detail": describe_device()},
+        {"name": "blas", "ok": True, "detail": str(report)},
+    ]
+    return found + [_model_check(text) for text in settings.models]
+
+
+def _model_check(text: str) -> dict[str, Any]:
+    from engine.sources import resolve
+
+    name, sources = parse_model(text)
+    try:
+        return {"name": "model", "ok": True, "detail": f"{name}: {resolve(sources)}"}
+    except ModelError as error:
+        return {"name": "model", "ok": False, "detail": str(error)}
+
+
+if __name__ == "__main__":
+    print(json.dumps(checks()))

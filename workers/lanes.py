@@ -1,0 +1,104 @@
+"""Lanes: a worker takes no more jobs of a kind than it can run, and leaves the rest to others.
+
+Celery's threads pool has one limit for all queues. Here each kind has its own: when it is full the worker stops
+consuming that kind's queues, and starts again when a job has ended.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+from celery import bootsteps
+from celery.worker.request import Request
+
+
+class Lanes:
+    """Counts the jobs held, by kind. `queues`: kind → the queues that bring it."""
+
+    def __init__(self) -> None:
+        self._limits: dict[str, int] = {}
+        self._queues: dict[str, list[str]] = {}
+        self._held: dict[str, int] = {}
+        self._lock = threading.Lock()
+        self.consumer: Any = None
+
+    def configure(self, limits: Mapping[str, int], queues: Mapping[str, list[str]]) -> None:
+        self._limits, self._queues = dict(limits), {kind: list(names) for kind, names in queues.items()}
+        self._held = dict.fromkeys(limits, 0)
+
+    def load(self) -> dict[str, tuple[int, int]]:
+        """kind → (held, limit)."""
+        return {kind: (held, self._limits[kind]) for kind, held in self._held.items()}
+
+    def enter(self, kind: str) -> None:
+        """A job was taken. Called in the consumer's thread."""
+        with self._lock:
+            self._held[kind] += 1
+            full = self._held[kind] == self._limits[kind]
+        if full:
+            for queue in self._queues[kind]:
+                self.consumer.cancel_task_queue(queue)
+
+    def leave(self, kind: str) -> None:
+        """A job has ended. Called in any thread."""
+        with self._lock:
+            self._held[kind] -= 1
+            reopened = self._held[kind] == self._limits[kind] - 1
+        if reopened:
+            self.consumer.call_soon(self._reopen, kind)
+
+    def _reopen(self, kind: str) -> None:
+        with self._lock:
+            full = self._held[kind] >= self._limits[kind]
+        # A task consumer is gone while the broker is away; on return Celery consumes the selected queues.
+        if full or self.consumer.task_consumer is None:
+            return
+        for queue in self._queues[kind]:
+            self.consumer.add_task_queue(queue)
+
+
+#: One process, one worker, one set of lanes: Celery makes requests and steps by class, so they meet here.
+lanes = Lanes()
+
+
+class LaneStep(bootsteps.StartStopStep):  # type: ignore[misc]
+    """Gives the lanes the consumer that they open and close."""
+
+    requires = ("celery.worker.consumer.tasks:Tasks",)
+
+    def start(self, consumer: Any) -> None:
+        lanes.consumer = consumer
+
+
+class LaneRequest(Request):  # type: ignore[misc]
+    """A request that holds a place in its kind's lane from the moment it is taken until it is acked or rejected.
+
+    `terminate` (Flower's button, `celery control revoke --terminate`) asks the engine to stop the job: the threads
+    pool itself cannot end one.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._kind = self.name.removeprefix("stoker.")
+        self._held = True
+        lanes.enter(self._kind)
+
+    def acknowledge(self) -> None:
+        super().acknowledge()
+        self._leave()
+
+    def reject(self, requeue: bool = False) -> None:
+        super().reject(requeue=requeue)
+        self._leave()
+
+    def terminate(self, pool: Any, signal: str | None = None) -> None:
+        from workers.runtime import current
+
+        current().cancel(self.id)
+
+    def _leave(self) -> None:
+        if self._held:
+            self._held = False
+            lanes.leave(self._kind)

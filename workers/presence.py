@@ -1,0 +1,72 @@
+"""Telling clients what this worker serves, every two seconds, for as long as it does."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+import time
+
+from redis.exceptions import RedisError
+
+from stoker import keys
+from stoker.contract import Presence
+from workers.lanes import Lanes
+from workers.runtime import Runtime
+
+log = logging.getLogger(__name__)
+
+
+class Heart:
+    """Writes the worker's `Presence` and the cards of its models."""
+
+    def __init__(self, runtime: Runtime, lanes: Lanes) -> None:
+        self._runtime, self._lanes = runtime, lanes
+        self._thread = threading.Thread(target=self._run, name="presence", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def say_goodbye(self) -> None:
+        """Take the presence away at once, so that nobody counts on a worker that has stopped."""
+        try:
+            self._runtime.redis.delete(keys.worker(self._runtime.name))
+            self._runtime.redis.zrem(keys.WORKERS, self._runtime.name)
+        except RedisError as error:
+            log.info("no goodbye: %s. The presence expires in %d s.", error, keys.PRESENCE_TTL)
+
+    def _run(self) -> None:
+        while not self._runtime.stopped.is_set():
+            try:
+                self._beat()
+            except RedisError as error:
+                log.debug("no heartbeat: %s", error)
+            self._runtime.stopped.wait(keys.PRESENCE_EVERY)
+
+    def _beat(self) -> None:
+        presence = self._presence()
+        pipeline = self._runtime.redis.pipeline()
+        pipeline.set(keys.worker(presence.worker), presence.model_dump_json(), ex=keys.PRESENCE_TTL)
+        pipeline.zadd(keys.WORKERS, {presence.worker: presence.time})
+        pipeline.zremrangebyscore(keys.WORKERS, 0, presence.time - keys.RESULT_TTL)
+        pipeline.expire(keys.WORKERS, keys.MODEL_TTL)
+        for card in presence.models:
+            pipeline.hset(keys.MODELS, card.model, card.model_dump_json())
+        pipeline.expire(keys.MODELS, keys.MODEL_TTL)
+        pipeline.execute()
+
+    def _presence(self) -> Presence:
+        engine = self._runtime.engine
+        return Presence(
+            worker=self._runtime.name,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            device=engine.device,
+            started=self._runtime.started,
+            time=time.time(),
+            models=tuple(engine.cards),
+            adapters=engine.adapters,
+            lanes=self._lanes.load(),
+            memory_bytes=engine.memory_bytes,
+        )
