@@ -49,7 +49,8 @@ _report: BlasReport | None = None
 def boot(threads: int | None = None, *, cache: Path | None = None) -> BlasReport:
     """Make MLX's CPU back-end use OpenBLAS; call it before anything imports `mlx.core`.
 
-    `threads`: OpenBLAS's thread count, its own choice (all cores) if None. `cache`: where the renamed copy is kept,
+    `threads`: OpenBLAS's thread count; if None, what `OPENBLAS_NUM_THREADS` says, else one less than there are cores:
+    its threads wait for each other by spinning, and a product is 20 times slower once one of them finds no core. `cache`: where the renamed copy is kept,
     `$STOKER_HOME/cache` or `~/.stoker/cache` if None. The variable `STOKER_BLAS` overrides: `off`, or the path of an
     OpenBLAS with plain names. A second call changes the thread count only. Never raises.
     """
@@ -73,9 +74,9 @@ def boot(threads: int | None = None, *, cache: Path | None = None) -> BlasReport
     if path.parent.name.startswith(_TEMPORARY):
         shutil.rmtree(path.parent, ignore_errors=True)  # the mapping outlives the file
     _loaded = library
-    _report = BlasReport(True, str(path), _config(library), threads or library.openblas_get_num_threads())
-    if threads:
-        set_threads(threads)
+    _report = BlasReport(True, str(path), _config(library), library.openblas_get_num_threads())
+    if threads or not os.environ.get("OPENBLAS_NUM_THREADS"):
+        set_threads(threads or max(1, len(os.sched_getaffinity(0)) - 1))
     return _report
 
 

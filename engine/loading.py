@@ -39,14 +39,14 @@ class LoadedModel:
     path: Path
     kind: Literal["generate", "embed"]
     architecture: str
-    model: Llama | Bert
-    tokenizer: Tokenizer
+    model: Llama | Bert = field(repr=False)
+    tokenizer: Tokenizer = field(repr=False)
     context: int
     parameters: int
     bytes: int
     load_seconds: float
     embedding: EmbeddingSpec | None = None
-    linear_shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    linear_shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict, repr=False)
 
     @property
     def decoder(self) -> Llama:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+
 import mlx.core as mx
 
 
@@ -15,4 +17,4 @@ def device() -> str:
 def describe_device() -> str:
     """For people: version, device, and the memory that the device has."""
     memory = mx.device_info().get("memory_size", 0) if device() != "cpu" else 0
-    return f"MLX {mx.__version__} on {device()}" + (f", {int(memory) / 2**30:.0f} GiB" if memory else "")
+    return f"MLX {version('mlx')} on {device()}" + (f", {int(memory) / 2**30:.0f} GiB" if memory else "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.metadata import version
 
 import mlx.core as mx
 
@@ -12,7 +13,7 @@ KERNELS: dict[str, object] = {}
 
 def main() -> int:
     """Print what was checked; returns the exit code."""
-    print(f"MLX {mx.__version__}, default device {mx.default_device()}")
+    print(f"MLX {version('mlx')}, default device {mx.default_device()}")
     if not KERNELS:
         print("0 kernels to check: this version of Stoker has no fused kernels; MLX's own operations are in use.")
     return 0

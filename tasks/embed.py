@@ -13,7 +13,7 @@ from workers.frame import JobTask, complete, run_job
 from workers.runtime import Runtime
 
 
-@shared_task(name="stoker.embed", base=JobTask, bind=True)  # type: ignore[untyped-decorator]
+@shared_task(name="stoker.embed", base=JobTask, bind=True)
 def embed(self: Task, payload: Any) -> dict[str, Any]:
     def finish(runtime: Runtime, request: EmbedRequest, work: Any) -> EmbedReply:
         blob = f"vectors:{self.request.id}"

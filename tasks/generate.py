@@ -11,7 +11,7 @@ from workers.frame import JobTask, complete, run_job
 from workers.runtime import Runtime
 
 
-@shared_task(name="stoker.generate", base=JobTask, bind=True)  # type: ignore[untyped-decorator]
+@shared_task(name="stoker.generate", base=JobTask, bind=True)
 def generate(self: Task, payload: Any) -> dict[str, Any]:
     def finish(runtime: Runtime, request: GenerateRequest, result: GenerateResult) -> GenerateResult:
         return result.model_copy(update={"usage": complete(result.usage, runtime, self.request.id)})

@@ -12,7 +12,7 @@ from workers.frame import JobTask, complete, run_job
 from workers.runtime import Runtime
 
 
-@shared_task(name="stoker.train", base=JobTask, bind=True)  # type: ignore[untyped-decorator]
+@shared_task(name="stoker.train", base=JobTask, bind=True)
 def train(self: Task, payload: Any) -> dict[str, Any]:
     def fetch(runtime: Runtime, request: TrainRequest) -> bytes | None:
         return runtime.redis.get(keys.blob(request.dataset))  # type: ignore[no-any-return]

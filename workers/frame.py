@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 M = TypeVar("M", bound=Message)
 
 
-class JobTask(Task):  # type: ignore[misc]
+class JobTask(Task):
     """The base of the tasks: one place in a lane, errors of our own tree without a traceback in the log."""
 
     Request = LaneRequest

@@ -63,7 +63,7 @@ class Lanes:
 lanes = Lanes()
 
 
-class LaneStep(bootsteps.StartStopStep):  # type: ignore[misc]
+class LaneStep(bootsteps.StartStopStep):
     """Gives the lanes the consumer that they open and close."""
 
     requires = ("celery.worker.consumer.tasks:Tasks",)
@@ -72,7 +72,7 @@ class LaneStep(bootsteps.StartStopStep):  # type: ignore[misc]
         lanes.consumer = consumer
 
 
-class LaneRequest(Request):  # type: ignore[misc]
+class LaneRequest(Request):
     """A request that holds a place in its kind's lane from the moment it is taken until it is acked or rejected.
 
     `terminate` (Flower's button, `celery control revoke --terminate`) asks the engine to stop the job: the threads

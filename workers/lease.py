@@ -23,7 +23,7 @@ from stoker.settings import Settings
 log = logging.getLogger(__name__)
 
 
-class LeaseStep(bootsteps.StartStopStep):  # type: ignore[misc]
+class LeaseStep(bootsteps.StartStopStep):
     """Starts with the first connection, and outlives every reconnection."""
 
     requires = ("celery.worker.consumer.tasks:Tasks",)

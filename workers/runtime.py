@@ -42,10 +42,10 @@ class Runtime:
         self.publisher.start()
 
     def stop(self) -> None:
+        """Called when the pool has drained. Side threads see `stopped` and end with the process."""
+        self.stopped.set()
         self.engine.stop()
         self.publisher.stop()
-        self.stopped.set()
-        self.redis.close()
 
     @contextmanager
     def running(self, ticket: Ticket) -> Iterator[None]:

@@ -24,7 +24,7 @@ class Channel(kombu_redis.Channel):
         if self._pool is None:
             if self.closed and self._last_pool is not None:
                 return self._last_pool
-            self._pool = self._last_pool = self._get_pool()
+            self._pool = self._last_pool = self._get_pool()  # type: ignore[no-untyped-call]
         return self._pool
 
 

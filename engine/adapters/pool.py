@@ -56,7 +56,7 @@ class AdapterPool:
         """What the forward pass of a batch needs, one index a row; None if all rows are the bare base."""
         if all(index == BASE for index in indices):
             return None
-        return StackedLora(self._stacks, mx.array(indices, dtype=mx.uint32))
+        return StackedLora(self._stacks, mx.array(list(indices), dtype=mx.uint32))
 
     def _index_of(self, name: str) -> int:
         version = self._store.latest(self._model.name, name)
@@ -99,6 +99,6 @@ def _padded(weights: LoraWeights | None, name: str, rank: int) -> tuple[mx.array
     if weights is None or name not in weights.matrices:
         return None
     pair, missing = weights.matrices[name], rank - weights.config.rank
-    a = mx.pad(pair["a"].astype(mx.float32), ((0, 0), (0, missing)))
-    b = mx.pad(pair["b"].astype(mx.float32) * weights.config.scale, ((0, missing), (0, 0)))
+    a = mx.pad(pair["a"].astype(mx.float32), [(0, 0), (0, missing)])
+    b = mx.pad(pair["b"].astype(mx.float32) * weights.config.scale, [(0, missing), (0, 0)])
     return a, b

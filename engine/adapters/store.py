@@ -99,7 +99,11 @@ def _write_files(folder: Path, model: str, weights: LoraWeights, notes: Mapping[
     }
     for name, fields in ((CONFIG_FILE, config), ("stoker.json", dict(notes))):
         text = json.dumps(fields, indent=2)
-        write_whole(folder / name, lambda path, text=text: path.write_text(text))
+        _write_text(folder / name, text)
+
+
+def _write_text(path: Path, text: str) -> None:
+    write_whole(path, lambda temporary: temporary.write_text(text))
 
 
 def _read_config(path: Path) -> LoraConfig:

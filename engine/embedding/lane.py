@@ -117,7 +117,7 @@ class EmbedLane:
             tokens[place, : lengths[place]] = text.tokens
         # Without padding no mask is needed, and attention without a mask is the faster one.
         mask = None if min(lengths) == longest else mx.array(np.arange(longest)[None] < np.array(lengths)[:, None])
-        hidden = self._model.model(mx.array(tokens), mask)
+        hidden = self._model.encoder(mx.array(tokens), mask)
         vectors = pool(hidden, mask, self._spec.pooling)
         normalize = mx.array([self._normalized(text.work.request) for text in batch])
         unit = vectors / mx.maximum(mx.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)

@@ -28,12 +28,13 @@ class GenerateLane:
 
     def __init__(self, model: LoadedModel, pool: AdapterPool, slots: int) -> None:
         self._model, self._pool, self._slots = model, pool, slots
+        self._decoder = model.decoder
         self._waiting: deque[Row] = deque()
         self._rows: list[Row] = []
         self._reset_cache()
 
     def _reset_cache(self) -> None:
-        self._cache = KVCache.for_model(self._model.model, slots=self._slots)
+        self._cache = KVCache.for_model(self._decoder, slots=self._slots)
         self._free = list(range(self._slots))
 
     @property
@@ -89,7 +90,7 @@ class GenerateLane:
         chunk = row.prompt[row.cached : row.cached + PREFILL_CHUNK]
         self._cache.ensure(row.cached + len(chunk))
         view = self._cache.prefill_view(row.slot, row.cached, len(chunk))
-        hidden = self._model.model(mx.array([chunk]), cache=view, adapters=self._pool.rows([row.adapter]))
+        hidden = self._decoder(mx.array([chunk]), cache=view, adapters=self._pool.rows([row.adapter]))
         row.cached += len(chunk)
         if row.prefilled:
             self._extend([row], hidden, output)
@@ -102,7 +103,7 @@ class GenerateLane:
         self._cache.ensure(max(row.cached for row in rows) + 1)
         view = self._cache.decode_view([row.slot for row in rows], [row.cached for row in rows])
         tokens = mx.array([row.tokens[-1:] for row in rows])
-        hidden = self._model.model(tokens, cache=view, adapters=self._pool.rows([row.adapter for row in rows]))
+        hidden = self._decoder(tokens, cache=view, adapters=self._pool.rows([row.adapter for row in rows]))
         for row in rows:
             row.cached += 1
         self._extend(rows, hidden, output)
@@ -110,7 +111,7 @@ class GenerateLane:
 
     def _extend(self, rows: list[Row], hidden: mx.array, output: StepOutput) -> None:
         """Sample the next token of each row from its last hidden state, (rows, tokens, width)."""
-        logits = self._model.model.logits(hidden[:, -1])
+        logits = self._decoder.logits(hidden[:, -1])
         for row, pick in zip(rows, sample(logits, [row.draw for row in rows]), strict=True):
             output.entries.append((row.ticket.job_id, row.accept(pick)))
             if row.finish_reason:

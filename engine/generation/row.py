@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from engine.generation.sampling import Draw, Pick
 from engine.text.detokenizer import StreamingDetokenizer
@@ -28,7 +29,7 @@ class Row:
     tokens: list[int] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     first_token_seconds: float = 0.0
-    finish_reason: str | None = None
+    finish_reason: Literal["stop", "length"] | None = None
 
     @property
     def prefilled(self) -> bool:
@@ -64,6 +65,8 @@ class Row:
         )
 
     def result(self) -> GenerateResult:
+        """The whole, once there is a `finish_reason`."""
+        assert self.finish_reason is not None
         return GenerateResult(
             model=self.request.model,
             adapter=self.request.adapter,

@@ -52,8 +52,8 @@ def sample(logits: mx.array, draws: Sequence[Draw]) -> list[Pick]:
     raw = mx.take_along_axis(logits, chosen[:, None], axis=-1)[:, 0]
     logprob = raw - mx.logsumexp(logits, axis=-1)
     mx.eval(chosen, raw, logprob, probability)
-    columns = zip(chosen.tolist(), raw.tolist(), logprob.tolist(), probability.tolist(), strict=True)
-    return [Pick(int(token), *map(float, numbers)) for token, *numbers in columns]
+    columns = zip(*map(np.array, (chosen, raw, logprob, probability)), strict=True)
+    return [Pick(int(token), float(x), float(log), float(p)) for token, x, log, p in columns]
 
 
 def _draw(logits: mx.array, draws: Sequence[Draw]) -> tuple[mx.array, mx.array]:
@@ -83,4 +83,4 @@ def _draw(logits: mx.array, draws: Sequence[Draw]) -> tuple[mx.array, mx.array]:
 
 
 def _column(values: Sequence[float]) -> mx.array:
-    return mx.array(values, dtype=mx.float32)[:, None]
+    return mx.array(list(values), dtype=mx.float32)[:, None]

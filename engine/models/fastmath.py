@@ -7,12 +7,16 @@ Where nothing fuses (`compiler.fuses_on_cpu`), and on GPUs, the plain operations
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import cast
 
 import mlx.core as mx
 
 from engine.models.compiler import fuses_on_cpu, on_cpu
+
+#: Shapeless: otherwise every shape would be traced anew, and kept, and looked through at each call.
+_compile = functools.partial(mx.compile, shapeless=True)
 
 _LOG2E = math.log2(math.e)
 
@@ -34,7 +38,7 @@ def fast(x: mx.array) -> bool:
     return x.dtype == mx.float32 and on_cpu() and fuses_on_cpu()
 
 
-@mx.compile
+@_compile
 def _exp_bits(x: mx.array) -> mx.array:
     """The float32 bits of e^x for x ≤ 0, as int32: exponent from the whole part, mantissa from the polynomial."""
     y = mx.maximum(x * _LOG2E, -126.0)
@@ -65,12 +69,12 @@ def exp_nonpositive(x: mx.array) -> mx.array:
     return cast("mx.array", _fast_exp(x)) if fast(x) else mx.exp(x)
 
 
-@mx.compile
+@_compile
 def _swiglu_of(gate: mx.array, up: mx.array, decay: mx.array) -> mx.array:
     return gate * up * mx.where(gate >= 0, 1.0, decay) / (1.0 + decay)
 
 
-@mx.compile
+@_compile
 def _swiglu_gradients(gate: mx.array, up: mx.array, decay: mx.array, cotangent: mx.array) -> tuple[mx.array, mx.array]:
     sigmoid = mx.where(gate >= 0, 1.0, decay) / (1.0 + decay)
     silu = gate * sigmoid
@@ -95,7 +99,7 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     return cast("mx.array", _fast_swiglu(gate, up)) if fast(gate) else gate * mx.sigmoid(gate) * up
 
 
-@mx.compile
+@_compile
 def _fast_gelu(x: mx.array) -> mx.array:
     a = mx.abs(x)
     a2 = a * a

@@ -86,7 +86,7 @@ def _add_bos(tokenizer: Tokenizer, meta: dict[str, Any], by_default: bool, token
     index = meta.get("tokenizer.ggml.bos_token_id")
     if not isinstance(index, int) or not 0 <= index < len(tokens):
         raise ModelError(f"{gguf.path}: tokenizer.ggml.bos_token_id {index!r} is no token of its vocabulary")
-    bos = ("$bos", index)  # a name of our own: the token's text may hold characters that a template cannot
+    bos = ("BOS", index)  # a name of our own: the token's text may hold characters that a template cannot
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="$bos $A", pair="$bos $A $bos $B:1", special_tokens=[bos]
+        single="BOS $A", pair="BOS $A BOS $B:1", special_tokens=[bos]
     )

@@ -57,7 +57,8 @@ def collate(examples: Sequence[TokenizedExample]) -> Batch:
     """Make one batch. Causal attention never looks right, so the padding needs no mask: no target sees it."""
     width = max(len(example.tokens) for example in examples) - 1
     inputs = np.zeros((len(examples), width), dtype=np.int32)
-    places, targets = [], []
+    places: list[int] = []
+    targets: list[int] = []
     for row, example in enumerate(examples):
         inputs[row, : len(example.tokens) - 1] = example.tokens[:-1]
         places.extend(range(row * width + example.start - 1, row * width + len(example.tokens) - 1))

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Generator, Sequence
-from typing import Any
 
 import mlx.core as mx
 from mlx import optimizers
 
-from engine.adapters.lora import LoraConfig, LoraWeights, Matrices, TrainableLora, initialise
+from engine.adapters.lora import LoraConfig, LoraWeights, TrainableLora, initialise
 from engine.loading import LoadedModel
+from engine.models.llama import Llama
 from engine.training.data import Batch, TokenizedExample, batches
 from stoker.contract import TrainReport, TrainRequest
 from stoker.errors import JobFailed
@@ -28,26 +28,28 @@ def train(
     config = LoraConfig(request.rank, request.alpha, request.targets)
     matrices = initialise(config, model.linear_shapes, request.seed).matrices
     optimizer = optimizers.AdamW(request.learning_rate, weight_decay=request.weight_decay, bias_correction=True)
-    loss_and_gradient = mx.value_and_grad(lambda m, batch: loss_of(model.model, TrainableLora(m, config.scale), batch))
+    loss_and_gradient = mx.value_and_grad(
+        lambda m, batch: loss_of(model.decoder, TrainableLora(m, config.scale), batch)
+    )
 
     tokens = 0
     for step, batch in zip(range(request.steps), batches(examples, request.batch_size, request.seed), strict=False):
         began = time.perf_counter()
         optimizer.learning_rate = learning_rate(request, step)
-        loss, gradients = loss_and_gradient(matrices, batch)
-        gradients, norm = optimizers.clip_grad_norm(gradients, request.clip)
-        updated: Matrices = optimizer.apply_gradients(gradients, matrices)
-        mx.eval(loss, norm, updated, optimizer.state)
+        mean_loss, gradients = loss_and_gradient(matrices, batch)
+        gradients, global_norm = optimizers.clip_grad_norm(gradients, request.clip)  # type: ignore[no-untyped-call]
+        matrices = optimizer.apply_gradients(gradients, matrices)
+        mx.eval(mean_loss, global_norm, matrices, optimizer.state)
+        loss, norm = float(mean_loss.item()), float(global_norm.item())
         _refuse_divergence(step, loss, norm)
-        matrices = updated
         tokens += batch.tokens
         yield TrainReport(
             index=step,
             step=step + 1,
             steps=request.steps,
-            loss=loss.item(),
+            loss=loss,
             learning_rate=learning_rate(request, step),
-            gradient_norm=norm.item(),
+            gradient_norm=norm,
             tokens=tokens,
             tokens_per_second=batch.tokens / (time.perf_counter() - began),
         )
@@ -59,7 +61,7 @@ def learning_rate(request: TrainRequest, step: int) -> float:
     return request.learning_rate * min(1.0, (step + 1) / (request.warmup_steps + 1))
 
 
-def loss_of(model: Any, adapters: TrainableLora, batch: Batch) -> mx.array:
+def loss_of(model: Llama, adapters: TrainableLora, batch: Batch) -> mx.array:
     """Mean cross-entropy, in nats, over the batch's targets.
 
     Only the hidden states that predict a target go through the output head: with prompts masked and a vocabulary of
@@ -72,9 +74,9 @@ def loss_of(model: Any, adapters: TrainableLora, batch: Batch) -> mx.array:
     return mx.mean(mx.logsumexp(logits, axis=-1) - correct)
 
 
-def _refuse_divergence(step: int, loss: mx.array, norm: mx.array) -> None:
-    if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
+def _refuse_divergence(step: int, loss: float, norm: float) -> None:
+    if not (math.isfinite(loss) and math.isfinite(norm)):
         raise JobFailed(
-            f"training diverged at step {step + 1}: loss {loss.item()}, gradient norm {norm.item()}. "
+            f"training diverged at step {step + 1}: loss {loss}, gradient norm {norm}. "
             "Lower learning_rate, or add warmup_steps."
         )

@@ -61,12 +61,15 @@ def read_folder(folder: Path) -> dict[str, mx.array]:
 
 
 def write(path: Path, arrays: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None) -> None:
-    """Write `arrays` to `path` (`.safetensors`), whole or not at all. Raises `OSError`."""
+    """Write `arrays` to `path` (`.safetensors`), whole or not at all; `metadata` gets `format: mlx`. Raises `OSError`.
+
+    MLX writes `null` for empty metadata, which other readers refuse, so it is never empty.
+    """
     mx.eval(*arrays.values())
 
     def save(temporary: Path) -> None:
         try:
-            mx.save_safetensors(str(temporary), dict(arrays), dict(metadata or {}))
+            mx.save_safetensors(str(temporary), dict(arrays), {"format": "mlx", **(metadata or {})})
         except RuntimeError as error:
             raise OSError(f"{path}: {error}") from error
 
@@ -75,7 +78,7 @@ def write(path: Path, arrays: Mapping[str, mx.array], metadata: Mapping[str, str
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The `__metadata__` of a file. Raises `ModelError` as `read` does."""
-    return cast("dict[str, str]", check_header(path).get("__metadata__", {}))
+    return cast("dict[str, str]", check_header(path).get("__metadata__") or {})
 
 
 def check_header(path: Path) -> dict[str, Any]:
@@ -99,7 +102,7 @@ def check_header(path: Path) -> dict[str, Any]:
         raise ModelError(f"{path}: its header is not valid JSON: {error}") from error
     if not isinstance(header, dict):
         raise ModelError(f"{path}: its header is a {type(header).__name__}, not an object")
-    _check_metadata(path, header.get("__metadata__", {}))
+    _check_metadata(path, header.get("__metadata__"))
     spans = [(*_span(path, name, entry), name) for name, entry in header.items() if name != "__metadata__"]
     _check_cover(path, sorted(spans), size - 8 - length)
     return header
@@ -113,6 +116,8 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_metadata(path: Path, metadata: object) -> None:
+    if metadata is None:  # what MLX writes for none at all
+        return
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ModelError(f"{path}: its __metadata__ is not an object of strings")
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+from typing import Any
 
 from stoker.cli.app import app
 from stoker.errors import StokerError
@@ -11,6 +13,9 @@ INTERRUPTED = 130
 
 
 def main() -> None:
+    # A command that is told to end cleans up as after Ctrl-C.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
     try:
         app(prog_name="stoker")
     except StokerError as error:
@@ -22,6 +27,10 @@ def main() -> None:
         # The reader of our output has gone (`stoker … | head`): that is its right.
         sys.stderr.close()
         sys.exit(0)
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
 
 
 __all__ = ["app", "main"]

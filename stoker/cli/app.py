@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -30,10 +31,19 @@ def _root(
     pass
 
 
-for command in (jobs.embed, jobs.generate, jobs.train, jobs.cancel, machine.status):
-    app.command()(command)
-for command in (machine.up, machine.worker, machine.doctor, demo.demo):
-    app.command()(command)
+_COMMANDS: tuple[Callable[..., None], ...] = (
+    jobs.embed,
+    jobs.generate,
+    jobs.train,
+    jobs.cancel,
+    machine.status,
+    machine.up,
+    machine.worker,
+    machine.doctor,
+    demo.demo,
+)
+for _command in _COMMANDS:
+    app.command()(_command)
 
 models = typer.Typer(no_args_is_help=True, help="Models that a worker can be told to serve.")
 models.command("list")(machine.list_models)

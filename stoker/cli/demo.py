@@ -8,10 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
-import typer
 
 from stoker.cli.jobs import follow
 from stoker.cli.options import Url, console
@@ -131,7 +129,9 @@ def _compare(client: Client) -> None:
 def _tell_end(client: Client, seconds: float) -> None:
     worker = client.workers()[0]
     _heading("What ran where")
-    print(f"  one process, {worker.worker} on {worker.device}: embedding, generation and training; {seconds:.0f} s in all")
+    print(
+        f"  one process, {worker.worker} on {worker.device}: embedding, generation and training; {seconds:.0f} s in all"
+    )
     print(f"  through the broker at {client.settings.address.shown}")
     _heading("How to go on")
     print("  stoker up                                      broker, worker and Flower until Ctrl-C")

@@ -6,15 +6,14 @@ import json
 import os
 import platform
 import shutil
-import signal
 import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from stoker.catalogue import CATALOGUE, parse_model
 from stoker.cli.options import Json, Url, connect, console, print_json
@@ -38,8 +37,6 @@ def up(
 ) -> None:
     """Start everything on this machine: a broker if none answers, a worker, and Flower. Ctrl-C ends all."""
     settings = _settings(model, url)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
     with Stack(settings, flower=flower) as stack:
         with console.status("loading models"):
             presence = stack.wait_until_warm()
@@ -53,10 +50,6 @@ def up(
             stack.watch(lambda text: print(text, flush=True))
         except KeyboardInterrupt:
             print("\nstopping", flush=True)
-
-
-def _interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
 
 
 def worker(
@@ -102,27 +95,24 @@ def status(
         shown = client.settings.address.shown
     if as_json:
         print_json([worker.model_dump(mode="json") for worker in workers])
-    elif workers:
-        console.print(_table(workers))
+    else:
+        for worker in workers:
+            print("\n".join(_describe(worker)))
     if not workers:
         raise UnknownModel(f"no worker is alive at {shown}. Start one with `stoker up` or `stoker worker`.")
 
 
-def _table(workers: list[Presence]) -> Table:
-    table = Table("worker", "device", "warm models", "adapters", "lanes (held/limit)", "memory", "up", box=None)
-    for worker in workers:
-        lanes = "  ".join(f"{kind} {held}/{limit}" for kind, (held, limit) in worker.lanes.items())
-        adapters = ", ".join(name for names in worker.adapters.values() for name in names) or "none"
-        table.add_row(
-            worker.worker,
-            worker.device,
-            "\n".join(f"{card.model} ({', '.join(card.kinds)})" for card in worker.models),
-            adapters,
-            lanes,
-            f"{worker.memory_bytes / 2**20:.0f} MB",
-            f"{worker.time - worker.started:.0f} s",
-        )
-    return table
+def _describe(worker: Presence) -> Iterator[str]:
+    yield (
+        f"{worker.worker}  on {worker.device}, process {worker.pid}, up {worker.time - worker.started:.0f} s, "
+        f"{worker.memory_bytes / 2**20:.0f} MB"
+    )
+    for card in worker.models:
+        yield f"  {card.model:24} warm: {', '.join(card.kinds)}; takes {card.context} tokens"
+    for model, names in worker.adapters.items():
+        yield f"  {model:24} adapters in memory: {', '.join(names) or 'none'}"
+    lanes = (f"{kind} {held} of {limit}" for kind, (held, limit) in worker.lanes.items())
+    yield f"  jobs held: {', '.join(lanes)}"
 
 
 def list_models(as_json: Json = False) -> None:

@@ -45,7 +45,7 @@ def decode(message: type[M], payload: Any) -> M:
 
 def _explain(error: ValidationError, allowed: list[str]) -> str:
     problems = []
-    for problem in error.errors()[:3]:
+    for problem in _root_causes(error)[:3]:
         where = ".".join(str(part) for part in problem["loc"]) or "request"
         if problem["type"] == "extra_forbidden":
             problems.append(f"{where}: no such field; allowed: {', '.join(allowed)}")
@@ -57,6 +57,13 @@ def _explain(error: ValidationError, allowed: list[str]) -> str:
             rule = problem["msg"][0].lower() + problem["msg"][1:]
             problems.append(f"{where}: {_brief(problem['input'])} given; {rule}")
     return "; ".join(problems) + "."
+
+
+def _root_causes(error: ValidationError) -> list[Any]:
+    """Without what only follows: a list that is "too short" because its items are wrong."""
+    problems = error.errors()
+    inner = {problem["loc"][:-1] for problem in problems if len(problem["loc"]) > 1}
+    return [problem for problem in problems if problem["loc"] not in inner]
 
 
 def _brief(value: Any) -> str:

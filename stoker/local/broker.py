@@ -25,8 +25,8 @@ START_LIMIT = 60.0
 class EmbeddedBroker:
     """Runs from `start` to `stop`; `url` says where. Its data stay for the next start."""
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
+    def __init__(self, settings: Settings, *, port: int = PREFERRED_PORT) -> None:
+        self._settings, self._preferred_port = settings, port
         self._folder = settings.home / "broker"
         self._process: Process | None = None
         self._lock: IO[str] | None = None
@@ -37,7 +37,7 @@ class EmbeddedBroker:
         binary = _binary()
         self._folder.mkdir(parents=True, exist_ok=True)
         self._lock = self._take_lock()
-        port = free_port(PREFERRED_PORT)
+        port = free_port(self._preferred_port)
         self.url = f"redis://127.0.0.1:{port}/0"
         self._process = Process(
             "broker",
@@ -111,7 +111,7 @@ class EmbeddedBroker:
 
 
 def free_port(preferred: int) -> int:
-    """`preferred` if nobody listens there, else one that the system picks."""
+    """`preferred` if nobody listens there, else one that the system picks. 0: let the system pick."""
     for port in (preferred, 0):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -13,7 +13,7 @@ from stoker.client import Client
 from stoker.connection import connect
 from stoker.contract import Presence
 from stoker.errors import BrokerUnavailable, ConfigError, StokerError, WorkerUnavailable, from_wire
-from stoker.local.broker import EmbeddedBroker, free_port
+from stoker.local.broker import PREFERRED_PORT, EmbeddedBroker, free_port
 from stoker.local.process import Process
 from stoker.settings import Settings, load_settings
 
@@ -42,7 +42,8 @@ class Stack:
         """Start what is missing; returns at once, `wait_until_warm` waits."""
         if self._own_broker or not answers(self.settings):
             self._refuse_unless_local()
-            self._broker = EmbeddedBroker(self.settings)
+            # A private broker stays off the usual port, where other clients would find it.
+            self._broker = EmbeddedBroker(self.settings, port=0 if self._own_broker else PREFERRED_PORT)
             self.settings = load_settings(**{**self.settings.model_dump(), "url": self._broker.start()})
         self.start_worker()
         if self._want_flower and importlib.util.find_spec("flower") is not None:

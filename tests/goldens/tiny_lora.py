@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 RANK, ALPHA = 4, 8.0
 STEPS, ROWS = 8, 3
-LEARNING_RATE, WARMUP_STEPS, WEIGHT_DECAY, CLIP = 5e-3, 3, 0.01, 1.0
+LEARNING_RATE, WARMUP_STEPS, WEIGHT_DECAY, CLIP = 5e-3, 3, 0.01, 1.5
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -41,7 +41,7 @@ def make(here: Path, made_with: dict[str, str]) -> str:
     save_file({name: value.contiguous() for name, value in model.state_dict().items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(model.config.to_diff_dict(), indent=1, sort_keys=True) + "\n")
 
-    batches = [random_rows(generator) for _ in range(STEPS)]
+    batches = [random_rows(generator), random_rows(generator)] * (STEPS // 2)
     probe = torch.tensor([batches[0][0]["tokens"]])
     with torch.inference_mode():
         arrays = {"logits_before": model(probe).logits[0].numpy().copy()}

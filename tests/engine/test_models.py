@@ -1,0 +1,215 @@
+"""Architectures: caches against the plain forward pass, gradients, and the oracles' numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from engine.loading import LoadedModel
+from engine.models import fastmath
+from engine.models.attention import attention
+from engine.models.bert import BertArgs, EmbeddingSpec
+from engine.models.cache import KVCache
+from engine.models.llama import Llama, LlamaArgs
+from stoker.errors import InvalidRequest, ModelError
+
+GOLDENS = Path(__file__).parents[1] / "goldens"
+Close = Callable[[mx.array, mx.array], float]
+
+
+@pytest.fixture(params=["fused", "plain"])
+def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways to compute: the polynomials, and the plain operations (a GPU's, or without g++)."""
+    if request.param == "plain":
+        monkeypatch.setattr(fastmath, "fuses_on_cpu", lambda: False)
+    elif not fastmath.fast(mx.zeros(1)):
+        pytest.skip("nothing fuses here")
+    return str(request.param)
+
+
+@pytest.mark.usefixtures("arithmetic")
+def test_exp_swiglu_and_gelu_are_right_to_a_millionth(close: Close) -> None:
+    x = np.concatenate([np.linspace(-30, 30, 40_001), [-1e4, 1e4, 0.0, -0.0]])
+    got = fastmath.gelu(mx.array(x.astype(np.float32)))
+    exact = np.array([0.5 * v * math.erfc(-v / math.sqrt(2)) for v in x])
+    assert np.abs(np.array(got) - exact).max() < 1e-6
+    got = fastmath.swiglu(mx.array(x.astype(np.float32)), mx.array(2.0 * np.ones_like(x, np.float32)))
+    np.testing.assert_allclose(np.array(got), 2 * x / (1 + np.exp(-np.clip(x, -700, 700))), rtol=2e-6, atol=1e-6)
+    below = -np.abs(x[:-4])
+    got = fastmath.exp_nonpositive(mx.array(below.astype(np.float32)))
+    np.testing.assert_allclose(np.array(got), np.exp(below), rtol=4e-6)
+    assert fastmath.exp_nonpositive(mx.array([-1e30])).item() < 1e-37
+
+
+@pytest.mark.parametrize(("length", "past"), [(1, 0), (7, 0), (5, 3), (300, 0), (300, 41), (1, 64)])
+def test_attention_is_that_of_mlx(close: Close, length: int, past: int) -> None:
+    queries = mx.random.normal((2, 6, length, 8), key=mx.random.key(1))
+    keys, values = (mx.random.normal((2, 2, past + length, 8), key=mx.random.key(seed)) for seed in (2, 3))
+    some = mx.random.uniform(shape=(2, 1, 1, past + length), key=mx.random.key(4)) < 0.7
+    some[..., 0] = True
+    for mask in (None, "causal", some):
+        wanted = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=0.3, mask=mask)
+        assert close(attention(queries, keys, values, scale=0.3, mask=mask), wanted) < 2e-6
+
+
+def test_a_query_that_sees_nothing_gives_no_nan() -> None:
+    x = mx.random.normal((1, 2, 3, 4))
+    assert mx.isfinite(attention(x, x, x, scale=1.0, mask=mx.zeros((1, 1, 1, 3), mx.bool_))).all()
+
+
+def test_gradients_agree_with_the_plain_operations(monkeypatch: pytest.MonkeyPatch, tiny_llama: Llama) -> None:
+    tokens = mx.array([[3, 1, 4, 1, 5, 9, 2, 6]])
+
+    class Scales:
+        """An adapter that scales every linear layer's output by a learned number."""
+
+        def __init__(self, scales: dict[str, mx.array]):
+            self.scales = scales
+
+        def apply(self, name: str, x: mx.array, y: mx.array) -> mx.array:
+            return y * self.scales[name]
+
+    def loss(scales: dict[str, mx.array]) -> mx.array:
+        logits = tiny_llama.logits(tiny_llama(tokens, adapters=Scales(scales)))
+        return (mx.logsumexp(logits, axis=-1) - logits[..., 7]).mean()
+
+    scales = {name: mx.array(1.0) for name in tiny_llama.linear_shapes}
+    fused_loss, fused = mx.value_and_grad(loss)(scales)
+    mx.eval(fused_loss, fused)
+    monkeypatch.setattr(fastmath, "fuses_on_cpu", lambda: False)
+    plain_loss, plain = mx.value_and_grad(loss)(scales)
+    assert abs(fused_loss.item() - plain_loss.item()) < 1e-5
+    for name in scales:
+        assert abs(fused[name].item() - plain[name].item()) < 1e-5, name
+    assert any(abs(gradient.item()) > 1e-3 for gradient in plain.values())
+
+
+@pytest.mark.usefixtures("arithmetic")
+@pytest.mark.parametrize("slots", [[0, 1, 2], [3, 0, 2]])
+def test_prefill_and_ragged_decoding_equal_the_whole_forward(close: Close, tiny_llama: Llama, slots: list[int]) -> None:
+    rng = np.random.default_rng(3)
+    lengths, extra = [250, 1, 90], 12
+    rows = [rng.integers(0, 61, length + extra).tolist() for length in lengths]
+    wanted = [tiny_llama.logits(tiny_llama(mx.array([row])))[0] for row in rows]
+    cache = KVCache.for_model(tiny_llama, slots=4)
+    for slot, row, length in zip(slots, rows, lengths, strict=True):
+        for start in range(0, length, 100):  # in chunks, the last one short
+            chunk = row[start : min(start + 100, length)]
+            hidden = tiny_llama(mx.array([chunk]), cache.prefill_view(slot, start, len(chunk)))
+            mx.eval(hidden, cache.arrays())
+        assert close(tiny_llama.logits(hidden)[0, -1], wanted[slots.index(slot)][length - 1]) < 1e-4
+    for step in range(extra):  # over 256, so that the capacity doubles on the way
+        positions = [length + step for length in lengths]
+        tokens = mx.array([[row[position]] for row, position in zip(rows, positions, strict=True)])
+        logits = tiny_llama.logits(tiny_llama(tokens, cache.decode_view(slots, positions)))
+        mx.eval(logits, cache.arrays())
+        for index, position in enumerate(positions):
+            assert close(logits[index, 0], wanted[index][position]) < 1e-4
+    assert cache.capacity == 512
+
+
+def test_decoding_leaves_other_slots_alone(tiny_llama: Llama) -> None:
+    cache = KVCache.for_model(tiny_llama, slots=3)
+    mx.eval(tiny_llama(mx.array([[1, 2, 3]]), cache.prefill_view(1, 0, 3)), cache.arrays())
+    before = [np.array(array[1]) for array in cache.arrays()]
+    mx.eval(tiny_llama(mx.array([[4], [5]]), cache.decode_view([0, 2], [0, 7])), cache.arrays())
+    assert all(np.array_equal(old, np.array(new[1])) for old, new in zip(before, cache.arrays(), strict=True))
+
+
+def test_decoding_writes_in_place(tiny_llama: Llama) -> None:
+    cache = KVCache.for_model(tiny_llama, slots=2)
+    cache.ensure(300_000)  # 20 MB an array: a copy of each would show at once
+
+    def step(position: int) -> None:
+        mx.eval(tiny_llama(mx.array([[4], [5]]), cache.decode_view([0, 1], [position, position])), cache.arrays())
+
+    step(0)
+    mx.reset_peak_memory()
+    resting = mx.get_active_memory()
+    step(1)
+    assert mx.get_peak_memory() - resting < cache.keys[0].nbytes // 2
+
+
+def test_capacity_is_announced_before_it_is_taken(tiny_llama: Llama) -> None:
+    cache = KVCache.for_model(tiny_llama, slots=2)
+    announced = cache.bytes_for(1000)
+    cache.ensure(1000)
+    assert (cache.nbytes, cache.capacity) == (announced, 1024)
+
+
+def test_slots_and_positions_must_fit(tiny_llama: Llama) -> None:
+    cache = KVCache.for_model(tiny_llama, slots=2)
+    for slots, positions in (([], []), ([2], [0]), ([-1], [0]), ([0, 0], [1, 2]), ([0], [1, 2])):
+        with pytest.raises(InvalidRequest):
+            cache.decode_view(slots, positions)
+
+
+CONFIG = {
+    "model_type": "llama", "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 48,
+    "vocab_size": 61, "rms_norm_eps": 1e-5, "hidden_act": "silu", "rope_scaling": None,
+}  # fmt: skip
+
+
+def test_llama_sizes_come_from_the_config() -> None:
+    args = LlamaArgs.from_config({**CONFIG, "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}})
+    assert (args.kv_heads, args.head_dim, args.rope_base, args.tied) == (4, 8, 5e5, False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"rope_scaling": {"type": "linear"}}, {"hidden_act": "gelu"}, {"attention_bias": True}, {"mlp_bias": True},
+     {"sliding_window": 4096}, {"hidden_size": None}, {"num_hidden_layers": -1}, {"vocab_size": "61"},
+     {"rms_norm_eps": 0}, {"quantization_config": {}}, {"num_key_value_heads": 3},
+     {"rope_parameters": {"rope_type": "llama3"}}],
+)  # fmt: skip
+def test_what_llama_does_not_support_is_refused_by_name(change: dict[str, object]) -> None:
+    with pytest.raises(ModelError) as caught:
+        LlamaArgs.from_config({**CONFIG, **change})
+    assert next(iter(change)) in str(caught.value) or "heads" in str(caught.value)
+
+
+def test_smollm2_agrees_with_transformers(smollm2: LoadedModel) -> None:
+    model, golden = smollm2.decoder, np.load(GOLDENS / "smollm2.npz")
+    for index, prompt in enumerate(json.loads((GOLDENS / "smollm2.json").read_text())["prompts"]):
+        logits = np.array(model.logits(model(mx.array([prompt["prompt_ids"]])))[0])
+        for row, position in enumerate(golden[f"positions_{index}"]):
+            wanted = golden[f"top_logits_{index}"][row]
+            np.testing.assert_allclose(logits[position, golden[f"top_ids_{index}"][row]], wanted, atol=2e-3)
+
+
+def test_minilm_agrees_with_sentence_transformers(minilm: LoadedModel) -> None:
+    texts, golden = json.loads((GOLDENS / "minilm.json").read_text())["texts"], np.load(GOLDENS / "minilm.npz")["alone"]
+    assert minilm.embedding == EmbeddingSpec(max_tokens=256, pooling="mean", normalize=True, dim=384)
+    rows = [text["token_ids"] for text in texts]
+    longest = max(map(len, rows))
+    tokens = mx.array([row + [0] * (longest - len(row)) for row in rows])
+    mask = mx.array([[True] * len(row) + [False] * (longest - len(row)) for row in rows])
+    hidden = minilm.encoder(tokens, mask)
+    vectors = np.array((hidden * mask[..., None]).sum(axis=1))
+    vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
+    assert np.abs(vectors - golden).max() < 5e-6
+    alone = np.array(minilm.encoder(mx.array([rows[3]])).mean(axis=1)[0])
+    assert np.abs(alone / np.linalg.norm(alone) - golden[3]).max() < 5e-6
+
+
+def test_pooling_follows_sentence_transformers_files(tmp_path: Path) -> None:
+    args = BertArgs(layers=1, dim=8, hidden=8, heads=2, vocab=9, positions=64, types=2, norm_eps=1e-12)
+    assert EmbeddingSpec.from_folder(tmp_path, args) == EmbeddingSpec(64, "mean", False, 8)
+    (tmp_path / "1_Pooling").mkdir()
+    pooling = tmp_path / "1_Pooling" / "config.json"
+    modules = [{"type": "x.Transformer"}, {"type": "x.Pooling", "path": "1_Pooling"}]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    pooling.write_text(json.dumps({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}))
+    assert EmbeddingSpec.from_folder(tmp_path, args).pooling == "cls"
+    pooling.write_text(json.dumps({"pooling_mode_max_tokens": True}))
+    with pytest.raises(ModelError, match="max_tokens"):
+        EmbeddingSpec.from_folder(tmp_path, args)
+    (tmp_path / "modules.json").write_text(json.dumps([{"type": "x.Dense"}]))
+    with pytest.raises(ModelError, match="Dense"):
+        EmbeddingSpec.from_folder(tmp_path, args)

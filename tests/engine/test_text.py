@@ -1,0 +1,177 @@
+"""Tokenizers and the streaming detokenizer, with the demo's real vocabularies."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tokenizers
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from tokenizers import decoders, models
+
+from engine.loading import LoadedModel
+from engine.text.detokenizer import _BYTE_OF, StreamingDetokenizer
+from engine.text.gguf_vocabulary import PRE_TOKENIZERS, build
+from engine.text.tokenizer import Tokenizer
+from engine.weights.gguf import GGUF
+from stoker.errors import InvalidRequest, ModelError
+
+GOLDENS = Path(__file__).parents[1] / "goldens"
+# Any Unicode text at all, with the scripts and joined emoji that byte-level vocabularies split up.
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=40) | st.text(
+    st.sampled_from("aé 漢👩‍🚀\n字1 \ufffd")
+)
+
+
+def _spelled(tokenizer: Tokenizer, text: str) -> bool:
+    """Whether the vocabulary has a token for each byte: SmolLM2's lacks some control characters and drops them."""
+    absent = {byte for symbol, byte in _BYTE_OF.items() if tokenizer.inner.token_to_id(symbol) is None}
+    return absent.isdisjoint(text.encode())
+
+
+def streamed(tokenizer: Tokenizer, ids: list[int], *, skip_special: bool = True) -> tuple[list[str], str]:
+    stream = StreamingDetokenizer(tokenizer, skip_special=skip_special)
+    return [stream.add(index) for index in ids], stream.finish()
+
+
+def test_ids_are_those_of_the_oracles(smollm2: LoadedModel, minilm: LoadedModel) -> None:
+    for prompt in json.loads((GOLDENS / "smollm2.json").read_text())["prompts"]:
+        assert smollm2.tokenizer.encode(prompt["prompt"]) == prompt["prompt_ids"]
+        assert smollm2.tokenizer.decode(prompt["token_ids"]) == prompt["text"]
+    texts = json.loads((GOLDENS / "minilm.json").read_text())["texts"]
+    assert [len(ids) for ids in minilm.tokenizer.encode_batch([text["text"] for text in texts])] == [
+        text["tokens_untruncated"] for text in texts
+    ]
+
+
+def test_special_tokens_are_known(smollm2: LoadedModel, minilm: LoadedModel) -> None:
+    assert smollm2.tokenizer.eos_ids == {0, 2}
+    assert smollm2.tokenizer.main_eos_id == 2
+    assert (smollm2.tokenizer.bos_id, smollm2.tokenizer.pad_id, smollm2.tokenizer.vocab_size) == (1, 2, 49152)
+    assert smollm2.tokenizer.chat_template is not None
+    assert smollm2.tokenizer.decode([1, 504, 2], skip_special=False).startswith("<|im_start|>")
+    assert minilm.tokenizer.encode("warm") == [101, 4010, 102]
+    assert minilm.tokenizer.encode("warm", special=False) == [4010]
+    assert minilm.tokenizer.pad_id == 0
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=TEXTS)
+def test_any_text_survives_the_round_trip(smollm2: LoadedModel, text: str) -> None:
+    assume(_spelled(smollm2.tokenizer, text))
+    assert smollm2.tokenizer.decode(smollm2.tokenizer.encode(text), skip_special=False) == text
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=TEXTS)
+def test_a_stream_of_a_text_is_that_text(smollm2: LoadedModel, text: str) -> None:
+    pieces, rest = streamed(smollm2.tokenizer, smollm2.tokenizer.encode(text), skip_special=False)
+    assert "".join(pieces) + rest == text or not _spelled(smollm2.tokenizer, text)
+
+
+@settings(max_examples=200, deadline=None)
+@given(ids=st.lists(st.integers(0, 49151) | st.integers(0, 300) | st.just(60_000), max_size=60), skip=st.booleans())
+def test_a_stream_of_any_tokens_is_what_decode_says(smollm2: LoadedModel, ids: list[int], skip: bool) -> None:
+    pieces, rest = streamed(smollm2.tokenizer, ids, skip_special=skip)
+    assert "".join(pieces) + rest == smollm2.tokenizer.decode(ids, skip_special=skip)
+
+
+def test_an_incomplete_character_is_held_back_then_flushed(smollm2: LoadedModel) -> None:
+    ids = smollm2.tokenizer.encode("🧵")
+    assert len(ids) > 1
+    pieces, rest = streamed(smollm2.tokenizer, ids)
+    assert pieces == [""] * (len(ids) - 1) + ["🧵"]
+    assert rest == ""
+    pieces, rest = streamed(smollm2.tokenizer, ids[:-1])
+    assert "".join(pieces) == ""
+    assert rest == "\ufffd"
+
+
+@pytest.fixture(scope="module")
+def byte_fallback() -> Tokenizer:
+    """A vocabulary of SentencePiece's kind: words with their space, and bytes for the rest."""
+    vocabulary = {"<unk>": 0, "▁the": 1, "▁cat": 2, "s": 3} | {f"<0x{byte:02X}>": 4 + byte for byte in range(256)}
+    inner = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True, unk_token="<unk>"))
+    inner.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return Tokenizer(inner)
+
+
+@settings(max_examples=100, deadline=None)
+@given(parts=st.lists(st.sampled_from([[1], [2], [3]]) | st.characters(exclude_categories=["Cs"]), max_size=30))
+def test_a_byte_fallback_vocabulary_streams_too(byte_fallback: Tokenizer, parts: list[list[int] | str]) -> None:
+    ids = [index for part in parts for index in (part if isinstance(part, list) else [4 + b for b in part.encode()])]
+    pieces, rest = streamed(byte_fallback, ids)
+    assert "".join(pieces) + rest == byte_fallback.decode(ids)
+
+
+def test_the_window_stays_small(byte_fallback: Tokenizer) -> None:
+    stream = StreamingDetokenizer(byte_fallback)
+    for index in [1, 2, 3] * 50 + [4 + 0x80] * 100:
+        stream.add(index)
+        assert len(stream._window) <= 40
+
+
+def test_text_that_is_no_unicode_is_refused_clearly(smollm2: LoadedModel) -> None:
+    for encode in (smollm2.tokenizer.encode, lambda text: smollm2.tokenizer.encode_batch([text])):
+        with pytest.raises(InvalidRequest, match=r"lone surrogate \(U\+D83D\) at character 2"):
+            encode("ab\ud83d")
+    with pytest.raises(InvalidRequest, match="not bytes"):
+        smollm2.tokenizer.encode(b"bytes")  # type: ignore[arg-type]
+
+
+def gguf_with(tmp_path: Path, **changes: object) -> GGUF:
+    gguf = GGUF.__new__(GGUF)
+    gguf.path, gguf.tensors = tmp_path / "some.gguf", {}
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*alphabet, "12", "123", "<s>", "<tool>"]
+    values = {"model": "gpt2", "tokens": tokens, "merges": ["1 2", "12 3"], "bos_token_id": len(tokens) - 2}
+    values |= {"token_type": [1] * (len(tokens) - 2) + [3, 4], **changes}
+    gguf.metadata = {f"tokenizer.ggml.{key}": value for key, value in values.items()}
+    return gguf
+
+
+@pytest.mark.parametrize(
+    ("pre", "pieces"),
+    [("qwen2", ["1", "2", "3"]), ("smollm", ["1", "2", "3"]), ("llama-bpe", ["<s>", "123"]), ("gpt2", ["123"])],
+)
+def test_pre_tokenizers_cut_numbers_their_own_way(tmp_path: Path, pre: str, pieces: list[str]) -> None:
+    tokenizer = Tokenizer.from_gguf(gguf_with(tmp_path, pre=pre))
+    assert [tokenizer.inner.id_to_token(index) for index in tokenizer.encode("123")] == pieces
+    assert tokenizer.decode(tokenizer.encode("a<tool>b<s>")) == "a<tool>b", "user-defined tokens are text"
+    assert tokenizer.decode(tokenizer.encode("naïve 漢字 👩‍🚀")) == "naïve 漢字 👩‍🚀"
+
+
+@pytest.mark.parametrize(
+    ("changes", "cause"),
+    [({"pre": "deepseek-llm"}, "'deepseek-llm' is not supported"), ({"model": "llama"}, "'llama' is not supported"),
+     ({"tokens": []}, "tokens is missing"), ({"tokens": ["a", "a"]}, "repeats a token"),
+     ({"merges": ["12"]}, "not a pair"), ({"merges": ["q zz"]}, "cannot be built"),
+     ({"add_bos_token": True, "bos_token_id": 10**6}, "bos_token_id 1000000")],
+)  # fmt: skip
+def test_a_vocabulary_that_cannot_be_used_is_refused_by_name(
+    tmp_path: Path, changes: dict[str, object], cause: str
+) -> None:
+    with pytest.raises(ModelError, match=r"some\.gguf") as caught:
+        build(gguf_with(tmp_path, **changes))
+    assert cause in str(caught.value)
+    assert "qwen2" in PRE_TOKENIZERS
+
+
+def test_a_folder_says_how_its_model_ends(tmp_path: Path, minilm: LoadedModel) -> None:
+    with pytest.raises(ModelError, match="save_pretrained"):
+        Tokenizer.from_folder(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes((minilm.path / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"bos_token": {"content": "[CLS]"}, "chat_template": [{"name": "default", "template": "T"}]})
+    )
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [102, 5]}))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert (tokenizer.eos_ids, tokenizer.main_eos_id, tokenizer.bos_id) == ({102, 5}, 102, 101)
+    assert tokenizer.chat_template == "T"
+    (tmp_path / "config.json").write_text("[")
+    with pytest.raises(ModelError, match=r"config\.json"):
+        Tokenizer.from_folder(tmp_path)
