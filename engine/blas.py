@@ -50,9 +50,10 @@ def boot(threads: int | None = None, *, cache: Path | None = None) -> BlasReport
     """Make MLX's CPU back-end use OpenBLAS; call it before anything imports `mlx.core`.
 
     `threads`: OpenBLAS's thread count; if None, what `OPENBLAS_NUM_THREADS` says, else one less than there are cores:
-    its threads wait for each other by spinning, and a product is 20 times slower once one of them finds no core. `cache`: where the renamed copy is kept,
-    `$STOKER_HOME/cache` or `~/.stoker/cache` if None. The variable `STOKER_BLAS` overrides: `off`, or the path of an
-    OpenBLAS with plain names. A second call changes the thread count only. Never raises.
+    its threads wait for each other by spinning, and a product is 20 times slower once one of them finds no core.
+    `cache`: where the renamed copy is kept, `$STOKER_HOME/cache` or `~/.stoker/cache` if None. The variable
+    `STOKER_BLAS` overrides: `off`, or the path of an OpenBLAS with plain names. A second call changes the thread count
+    only. Never raises.
     """
     global _loaded, _report
     if _report is not None and _report.active:

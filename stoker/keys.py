@@ -24,7 +24,7 @@ PRESENCE_TTL = 10
 #: Keys without expiry, by name.
 DURABLE = (
     re.compile(r"stoker:stoker\.[a-z0-9._-]+(\x06\x16\d)?"),  # queues, one list a priority step
-    re.compile(r"stoker:_kombu\.binding\..+"),  # which queues an exchange feeds
+    re.compile(r"stoker:_kombu\.binding(_deadlines|(_permanent)?\..+)"),  # which queues an exchange feeds
     re.compile(r"stoker:unacked(_index|_mutex)?"),  # messages that a worker holds
 )
 

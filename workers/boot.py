@@ -90,9 +90,12 @@ def _make_engine(settings: Settings, publish: Callable[..., None]) -> Engine:
     # BLAS first: importing the engine imports MLX, and MLX binds to the BLAS that it finds.
     from engine import blas
 
-    log.info("BLAS: %s", blas.boot())
+    report = blas.boot()
     from engine.engine import Engine
 
+    log.info("BLAS: %s", report)
+    if report.active and not blas.verify():
+        log.warning("MLX does not use the fast BLAS that was loaded: expect a thirtieth of its speed")
     return Engine(
         dict(parse_model(model) for model in settings.models),
         adapters=settings.adapters,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from heapq import heappop, heappush
 
 import mlx.core as mx
 
@@ -79,7 +80,7 @@ class GenerateLane:
                 # A damaged adapter file fails the job that asked for it, not its neighbours.
                 row.ticket.fail(error)
                 continue
-            row.slot = self._free.pop(0)
+            row.slot = heappop(self._free)
             row.ticket.start()
             self._rows.append(row)
 
@@ -98,6 +99,8 @@ class GenerateLane:
 
     def _decode(self, output: StepOutput) -> None:
         rows = [row for row in self._rows if row.prefilled and row.cached < len(row.prompt) + len(row.tokens)]
+        # Ascending slots without holes are read where they lie; any other order copies their keys and values.
+        rows.sort(key=lambda row: row.slot)
         if not rows:
             return
         self._cache.ensure(max(row.cached for row in rows) + 1)
@@ -123,7 +126,7 @@ class GenerateLane:
             self._waiting.remove(row)
         if row in self._rows:
             self._rows.remove(row)
-            self._free.append(row.slot)
+            heappush(self._free, row.slot)
             self._pool.release(row.adapter)
 
     def fail_all(self, error: BaseException) -> None:

@@ -10,8 +10,9 @@ from engine.models.fastmath import exp_nonpositive, fast
 #: where a key is seen.
 Mask = mx.array | str | None
 
-#: Queries that are multiplied with the keys at once: bounds the memory, and skips keys that lie after the block.
-_BLOCK = 256
+#: Queries that are multiplied with the keys at once: few, so that their scores stay in the processor's cache, and that
+#: keys after the block are skipped.
+_BLOCK = 64
 #: Added to the score of an unseen key. Finite, so that a query that sees nothing (padding) gives no NaN.
 _UNSEEN = -1e30
 

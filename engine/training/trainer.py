@@ -7,9 +7,10 @@ import time
 from collections.abc import Generator, Sequence
 
 import mlx.core as mx
+import numpy as np
 from mlx import optimizers
 
-from engine.adapters.lora import LoraConfig, LoraWeights, TrainableLora, initialise
+from engine.adapters.lora import LoraConfig, LoraWeights, Matrices, TrainableLora, initialise
 from engine.loading import LoadedModel
 from engine.models.llama import Llama
 from engine.training.data import Batch, TokenizedExample, batches
@@ -28,10 +29,11 @@ def train(
     config = LoraConfig(request.rank, request.alpha, request.targets)
     matrices = initialise(config, model.linear_shapes, request.seed).matrices
     optimizer = optimizers.AdamW(request.learning_rate, weight_decay=request.weight_decay, bias_correction=True)
-    loss_and_gradient = mx.value_and_grad(
-        lambda m, batch: loss_of(model.decoder, TrainableLora(m, config.scale), batch)
-    )
 
+    def loss_at(matrices: Matrices, batch: Batch) -> mx.array:
+        return loss_of(model.decoder, TrainableLora(matrices, config.scale), batch)
+
+    loss_and_gradient = mx.value_and_grad(loss_at)
     tokens = 0
     for step, batch in zip(range(request.steps), batches(examples, request.batch_size, request.seed), strict=False):
         began = time.perf_counter()
@@ -40,7 +42,7 @@ def train(
         gradients, global_norm = optimizers.clip_grad_norm(gradients, request.clip)  # type: ignore[no-untyped-call]
         matrices = optimizer.apply_gradients(gradients, matrices)
         mx.eval(mean_loss, global_norm, matrices, optimizer.state)
-        loss, norm = float(mean_loss.item()), float(global_norm.item())
+        loss, norm = _number(mean_loss), _number(global_norm)
         _refuse_divergence(step, loss, norm)
         tokens += batch.tokens
         yield TrainReport(
@@ -72,6 +74,10 @@ def loss_of(model: Llama, adapters: TrainableLora, batch: Batch) -> mx.array:
     logits = model.logits(chosen)
     correct = mx.take_along_axis(logits, batch.targets[:, None], axis=-1)[:, 0]
     return mx.mean(mx.logsumexp(logits, axis=-1) - correct)
+
+
+def _number(scalar: mx.array) -> float:
+    return float(np.array(scalar))
 
 
 def _refuse_divergence(step: int, loss: float, norm: float) -> None:

@@ -1,0 +1,117 @@
+"""What all tests share: waiting on conditions, a real broker, a real stack, and the rule that keys expire."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+from stoker import Client, keys
+from stoker.connection import connect
+from stoker.local.broker import EmbeddedBroker
+from stoker.local.stack import Stack
+from stoker.settings import Settings, load_settings
+
+EMBED_MODEL = "all-minilm-l6-v2"
+GENERATE_MODEL = "smollm2-135m-instruct"
+
+
+@pytest.fixture(autouse=True)
+def _own_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No test reads the settings, nor touches the files, of whoever runs it."""
+    for name in list(os.environ):
+        if name.startswith("STOKER_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("STOKER_HOME", str(tmp_path / "home"))
+
+
+def wait_until(condition: Callable[[], Any], what: str, seconds: float = 30.0) -> Any:
+    """Wait until `condition` is true and return what it returned; fail naming `what` otherwise."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.02)
+    raise AssertionError(f"waited {seconds:g} s in vain: {what}")
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that is dead but not yet reaped does not."""
+    try:
+        os.kill(pid, 0)
+        state = Path(f"/proc/{pid}/stat")
+        return not state.exists() or state.read_text().rpartition(") ")[2][0] != "Z"
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+
+
+def keys_without_expiry(client: redis.Redis) -> list[str]:
+    """Keys that would stay for ever, and any that is not Stoker's."""
+    found = []
+    for key in client.scan_iter(count=1000):
+        name = key.decode()
+        kept = client.ttl(key) == -1 and not keys.is_durable(name)
+        if kept or not name.startswith(keys.PREFIX):
+            found.append(name)
+    return found
+
+
+@pytest.fixture(scope="session")
+def broker_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("broker")
+
+
+@pytest.fixture(scope="session")
+def broker_settings(broker_home: Path) -> Iterator[Settings]:
+    """A real broker without a worker, for the whole run."""
+    broker = EmbeddedBroker(Settings(home=broker_home), port=0)
+    try:
+        yield Settings(home=broker_home, url=broker.start())
+    finally:
+        broker.stop()
+
+
+@pytest.fixture
+def broker(broker_settings: Settings) -> Iterator[Settings]:
+    """The same, empty."""
+    client = connect(broker_settings)
+    client.flushall()
+    yield broker_settings
+    left = keys_without_expiry(client)
+    client.close()
+    assert not left, f"keys without expiry: {left}"
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """Broker and worker with both real models, as `stoker up` runs them. For tests that leave it whole."""
+    home = tmp_path_factory.mktemp("stack")
+    with Stack(stack_settings(home), flower=False, own_broker=True) as running:
+        running.wait_until_warm()
+        yield running
+
+
+def stack_settings(home: Path, **overrides: Any) -> Settings:
+    return load_settings(home=home, grace=5.0, lease=3, models=(EMBED_MODEL, GENERATE_MODEL), **overrides)
+
+
+@pytest.fixture
+def client(stack: Stack) -> Iterator[Client]:
+    with Client(settings=stack.settings) as running:
+        yield running
+        left = keys_without_expiry(running.redis)
+    assert not left, f"keys without expiry: {left}"
+
+
+@pytest.fixture
+def own_stack(tmp_path: Path) -> Iterator[Stack]:
+    """A stack that a test may break."""
+    with Stack(stack_settings(tmp_path / "own"), flower=False, own_broker=True) as running:
+        running.wait_until_warm()
+        yield running

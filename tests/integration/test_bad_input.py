@@ -1,0 +1,91 @@
+"""Bad input: one clear error each, of the right class, and the worker goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from stoker import Client
+from stoker.errors import (
+    BrokerUnavailable,
+    DatasetError,
+    InvalidRequest,
+    JobLost,
+    TextTooLong,
+    UnknownAdapter,
+    UnknownModel,
+)
+from tests.conftest import EMBED_MODEL, GENERATE_MODEL
+
+pytestmark = pytest.mark.integration
+
+
+def test_a_text_that_is_too_long_is_refused_with_both_lengths(client: Client) -> None:
+    with pytest.raises(TextTooLong, match=r"402 tokens given; all-minilm-l6-v2 takes 256"):
+        client.embed(["word " * 400], model=EMBED_MODEL).result(30)
+    assert client.embed(["word " * 400], model=EMBED_MODEL, truncate=True).result(30).shape == (1, 384)
+
+
+def test_a_prompt_that_leaves_no_room_is_refused_with_both_lengths(client: Client) -> None:
+    with pytest.raises(TextTooLong, match="8192 together"):
+        client.generate("word " * 8000, model=GENERATE_MODEL, max_tokens=1000).result(60)
+
+
+@pytest.mark.parametrize("text", ["", "   ", "\n\t"])
+def test_an_empty_text_is_refused_before_it_is_sent(client: Client, text: str) -> None:
+    with pytest.raises(InvalidRequest, match="empty text"):
+        client.embed([text], model=EMBED_MODEL)
+    with pytest.raises(InvalidRequest, match="empty text"):
+        client.generate(text, model=GENERATE_MODEL)
+
+
+def test_text_that_is_no_unicode_is_refused(client: Client) -> None:
+    with pytest.raises(InvalidRequest):
+        client.embed(["half a pair \ud800"], model=EMBED_MODEL)
+
+
+def test_an_unknown_model_is_refused_with_those_that_are_warm(client: Client) -> None:
+    with pytest.raises(UnknownModel, match=f"'nope' given.*{GENERATE_MODEL}"):
+        client.generate("x", model="nope")
+
+
+def test_a_model_that_cannot_do_the_job_is_refused(client: Client) -> None:
+    with pytest.raises(UnknownModel, match="cannot embed: it can generate and train"):
+        client.embed(["x"], model=GENERATE_MODEL)
+
+
+def test_an_unknown_adapter_is_refused_with_those_there_are(client: Client) -> None:
+    with pytest.raises(UnknownAdapter, match="'nope' given"):
+        client.generate("x", model=GENERATE_MODEL, adapter="nope").result(30)
+
+
+def test_a_bad_line_of_a_dataset_is_named(client: Client, tmp_path: Path) -> None:
+    path = tmp_path / "style.jsonl"
+    path.write_text('{"text": "fine"}\n\n{"text": 3}\n')
+    with pytest.raises(DatasetError, match=r"style\.jsonl, line 3: completion is a int"):
+        client.train("x", path, model=GENERATE_MODEL)
+
+
+def test_an_example_that_is_too_long_is_named_by_the_worker(client: Client) -> None:
+    rows = [{"text": "short"}, {"text": "word " * 100}]
+    with pytest.raises(DatasetError, match="example 2: 10. tokens given; max_length is 16"):
+        client.train("x", rows, model=GENERATE_MODEL, max_length=16).result(30)
+
+
+def test_a_run_that_diverges_fails_and_says_what_to_do(client: Client) -> None:
+    rows = [{"text": "Coal feeds the fire."}]
+    run = client.train("x", rows, model=GENERATE_MODEL, steps=50, learning_rate=1.0, clip=1e6, alpha=4096.0, rank=1)
+    with pytest.raises(Exception, match="diverged at step .* Lower learning_rate"):
+        run.result(60)
+
+
+def test_a_job_that_nobody_knows_is_lost(client: Client) -> None:
+    with pytest.raises(JobLost, match="knows nothing of job"):
+        client.job("11111111-2222-3333-4444-555555555555")
+
+
+def test_no_broker_says_which_and_how_to_start_one() -> None:
+    client = Client("redis://127.0.0.1:1/0")
+    with pytest.raises(BrokerUnavailable, match=r"127\.0\.0\.1:1/0.*stoker up"):
+        client.embed(["x"], model=EMBED_MODEL)
