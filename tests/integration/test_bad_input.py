@@ -69,14 +69,14 @@ def test_a_bad_line_of_a_dataset_is_named(client: Client, tmp_path: Path) -> Non
 
 def test_an_example_that_is_too_long_is_named_by_the_worker(client: Client) -> None:
     rows = [{"text": "short"}, {"text": "word " * 100}]
-    with pytest.raises(DatasetError, match="example 2: 10. tokens given; max_length is 16"):
+    with pytest.raises(DatasetError, match=r"example 2: 10. tokens given; max_length is 16"):
         client.train("x", rows, model=GENERATE_MODEL, max_length=16).result(30)
 
 
 def test_a_run_that_diverges_fails_and_says_what_to_do(client: Client) -> None:
     rows = [{"text": "Coal feeds the fire."}]
     run = client.train("x", rows, model=GENERATE_MODEL, steps=50, learning_rate=1.0, clip=1e6, alpha=4096.0, rank=1)
-    with pytest.raises(Exception, match="diverged at step .* Lower learning_rate"):
+    with pytest.raises(Exception, match=r"diverged at step .* Lower learning_rate"):
         run.result(60)
 
 

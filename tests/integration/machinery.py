@@ -1,0 +1,123 @@
+"""Brokers and workers that a test may kill, freeze and bring back."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import ssl
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from stoker import Client
+from stoker.connection import connect
+from stoker.local.broker import EmbeddedBroker, free_port
+from stoker.local.stack import Stack
+from stoker.settings import Settings
+from tests.conftest import stack_settings
+
+CERTIFICATE = Path(__file__).parent.parent / "data" / "tls-test-only.crt"
+KEY = CERTIFICATE.with_suffix(".key")
+
+
+class FragileBroker:
+    """An embedded broker on a port of its own, which can die and come back."""
+
+    def __init__(self, home: Path) -> None:
+        self.settings = Settings(home=home)
+        self.port = free_port(0)
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self._broker: EmbeddedBroker | None = None
+        self.start()
+
+    def start(self) -> None:
+        self._broker = EmbeddedBroker(self.settings, port=self.port)
+        assert self._broker.start() == self.url, "the broker has to come back where it was"
+
+    @property
+    def pid(self) -> int:
+        client = connect(Settings(url=self.url))
+        pid = int(client.info()["process_id"])
+        client.close()
+        return pid
+
+    def kill(self) -> None:
+        """`kill -9`: nothing is flushed but what the append-only file has."""
+        pid = self.pid
+        os.kill(pid, signal.SIGCONT)
+        os.kill(pid, signal.SIGKILL)
+        self.close()
+
+    def drop_connections(self) -> None:
+        """Close every connection but the one that asks."""
+        client = connect(Settings(url=self.url))
+        for kind in ("normal", "pubsub"):
+            client.execute_command("CLIENT", "KILL", "TYPE", kind, "SKIPME", "yes")
+        client.close()
+
+    def close(self) -> None:
+        if self._broker is not None:
+            self._broker.stop()
+            self._broker = None
+
+
+@contextmanager
+def worker_on(broker: FragileBroker, home: Path) -> Iterator[Stack]:
+    """A worker of the broker, warm."""
+    with Stack(stack_settings(home, url=broker.url), flower=False) as stack:
+        stack.wait_until_warm()
+        yield stack
+
+
+def patient_client(url: str, patience: float) -> Client:
+    return Client(settings=Settings(url=url, patience=patience))
+
+
+def processes_with(text: str) -> list[int]:
+    """Processes whose command line holds `text`, this one left out."""
+    listed = subprocess.run(["ps", "-ww", "-eo", "pid=,args="], capture_output=True, text=True, check=True).stdout
+    lines = (line.strip().partition(" ") for line in listed.splitlines())
+    return [int(pid) for pid, _, args in lines if text in args and int(pid) != os.getpid()]
+
+
+class TlsProxy:
+    """Takes TLS connections on loopback and hands their bytes to a port that speaks none."""
+
+    def __init__(self, target: int) -> None:
+        self._target = target
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(CERTIFICATE, KEY)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        self._context = context
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                plain, _ = self._listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(plain,), daemon=True).start()
+
+    def _serve(self, plain: socket.socket) -> None:
+        with suppress(OSError):
+            tls = self._context.wrap_socket(plain, server_side=True)
+            backend = socket.create_connection(("127.0.0.1", self._target))
+            threading.Thread(target=_pump, args=(backend, tls), daemon=True).start()
+            _pump(tls, backend)
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+def _pump(source: socket.socket, sink: socket.socket) -> None:
+    with suppress(OSError):
+        while data := source.recv(65536):
+            sink.sendall(data)
+    for end in (source, sink):
+        with suppress(OSError):
+            end.shutdown(socket.SHUT_RDWR)

@@ -1,0 +1,156 @@
+"""A broker that dies, freezes, drops connections or forgets: one clear error, or the result once it is back."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from stoker import Client
+from stoker.errors import BrokerUnavailable, JobLost
+from stoker.local.broker import server_binary
+from stoker.local.process import Process
+from stoker.local.stack import Stack
+from tests.conftest import EMBED_MODEL, GENERATE_MODEL, keys_without_expiry, stack_settings, wait_until
+from tests.integration.machinery import CERTIFICATE, FragileBroker, TlsProxy, patient_client, worker_on
+
+pytestmark = pytest.mark.integration
+
+SMOLLM2 = json.loads((Path(__file__).parent.parent / "goldens" / "smollm2.json").read_text())
+GOLDEN = SMOLLM2["prompts"][0]
+
+
+@pytest.fixture
+def fragile(tmp_path: Path) -> Iterator[FragileBroker]:
+    broker = FragileBroker(tmp_path / "fragile")
+    yield broker
+    broker.close()
+
+
+def assert_golden(client: Client, stream: Iterator) -> None:  # type: ignore[type-arg]
+    tokens = list(stream)
+    assert [token.index for token in tokens] == list(range(len(GOLDEN["token_ids"])))
+    assert [token.token_id for token in tokens] == GOLDEN["token_ids"]
+
+
+def test_a_stream_goes_on_when_the_broker_was_killed_and_is_back(fragile: FragileBroker, tmp_path: Path) -> None:
+    with worker_on(fragile, tmp_path / "worker") as stack, patient_client(fragile.url, 60) as client:
+        pid = client.workers()[0].pid
+        job = client.generate(GOLDEN["prompt"], model=GENERATE_MODEL, max_tokens=64)
+        stream = job.stream(timeout=60)
+        heard = [next(stream) for _ in range(3)]
+        # `everysec` may lose the last second of writes: wait until the job itself is on disk.
+        client.redis.execute_command("WAITAOF", "1", "0", "5000")
+        fragile.kill()
+        time.sleep(1.0)
+        fragile.start()
+        tokens = [*heard, *stream]
+        assert [token.token_id for token in tokens] == GOLDEN["token_ids"]
+        assert job.result(60).text == GOLDEN["text"]
+        presence = wait_until(lambda: client.workers(), "the worker is back")
+        assert presence[0].pid == pid, "the worker must survive its broker"
+        wait_until(lambda: client.redis.hlen("stoker:unacked") == 0, "nothing is left unacknowledged")
+        assert not keys_without_expiry(client.redis)
+        assert stack.worker_name == presence[0].worker
+
+
+def test_dropped_connections_neither_end_the_worker_nor_run_a_job_twice(fragile: FragileBroker, tmp_path: Path) -> None:
+    """kombu 5.7.0 alone fails this: the late ack on a closed channel ends the worker (see workers/transport.py)."""
+    with worker_on(fragile, tmp_path / "worker") as stack, patient_client(fragile.url, 60) as client:
+        pid = client.workers()[0].pid
+        job = client.generate(GOLDEN["prompt"], model=GENERATE_MODEL, max_tokens=64)
+        stream = job.stream(timeout=60)
+        heard = [next(stream)]
+        for _ in range(2):
+            fragile.drop_connections()
+            heard.append(next(stream))
+        heard += stream
+        assert [token.token_id for token in heard] == GOLDEN["token_ids"]
+        wait_until(lambda: client.redis.hlen("stoker:unacked") == 0, "nothing is left unacknowledged")
+        vectors = client.embed(["still there"], model=EMBED_MODEL).result(30)
+        assert vectors.shape == (1, 384)
+        assert client.workers()[0].pid == pid
+        log = (stack.settings.logs / "worker.log").read_text()
+        assert log.count(f"[{job.id}] received") == 1
+
+
+@pytest.mark.parametrize("how", ["killed", "frozen"])
+def test_a_broker_that_stays_away_is_one_clear_error(fragile: FragileBroker, tmp_path: Path, how: str) -> None:
+    with worker_on(fragile, tmp_path / "worker"), patient_client(fragile.url, 1.0) as client:
+        job = client.generate(GOLDEN["prompt"], model=GENERATE_MODEL, max_tokens=2000)
+        stream = job.stream()
+        next(stream)
+        pid = fragile.pid
+        os.kill(pid, signal.SIGKILL if how == "killed" else signal.SIGSTOP)
+        try:
+            with pytest.raises(BrokerUnavailable, match="stoker up"):
+                list(stream)
+            with pytest.raises(BrokerUnavailable, match=f"127.0.0.1:{fragile.port}"):
+                job.result()
+        finally:
+            if how == "frozen":
+                os.kill(pid, signal.SIGCONT)
+
+
+def test_a_broker_that_comes_back_empty_has_lost_the_job_and_the_client_is_told(
+    fragile: FragileBroker, tmp_path: Path
+) -> None:
+    with patient_client(fragile.url, 60) as client, worker_on(fragile, tmp_path / "worker"):
+        run = client.train("x", [{"text": "a b c"}], model=GENERATE_MODEL, steps=100_000, max_length=16)
+        next(iter(run.progress(timeout=60)))
+        fragile.drop_connections()
+        client.redis.flushall()
+        with pytest.raises(JobLost, match="lost its data"):
+            run.result()
+
+
+def test_a_job_whose_worker_is_killed_goes_on_at_another_one_with_the_same_tokens(
+    fragile: FragileBroker, tmp_path: Path
+) -> None:
+    with patient_client(fragile.url, 60) as client, worker_on(fragile, tmp_path / "one"):
+        job = client.generate(GOLDEN["prompt"], model=GENERATE_MODEL, max_tokens=64)
+        stream = job.stream(timeout=60)
+        heard = [next(stream)]
+        first = client.workers()[0].pid
+        with worker_on(fragile, tmp_path / "two"):
+            os.kill(first, signal.SIGKILL)
+            heard += stream
+        assert [token.token_id for token in heard] == GOLDEN["token_ids"]
+
+
+def test_a_unix_socket_serves_clients_and_workers(tmp_path: Path) -> None:
+    # Not under tmp_path: a socket's path may have 104 bytes at most on macOS.
+    with tempfile.TemporaryDirectory(prefix="stk") as folder:
+        path = Path(folder) / "s"
+        options = ["--port", "0", "--unixsocket", str(path), "--dir", folder, "--save", ""]
+        server = Process("broker", [str(server_binary()), *options], log=tmp_path / "socket.log", env={}, grace=5)
+        try:
+            wait_until(path.exists, "the socket is there")
+            _round_trip(f"redis+socket://{path}?virtual_host=2", tmp_path)
+        finally:
+            server.stop()
+
+
+def test_tls_serves_clients_and_workers(fragile: FragileBroker, tmp_path: Path) -> None:
+    proxy = TlsProxy(fragile.port)
+    try:
+        _round_trip(f"rediss://127.0.0.1:{proxy.port}/0?ssl_ca_certs={CERTIFICATE}", tmp_path)
+        stranger = patient_client(f"rediss://127.0.0.1:{proxy.port}/0", 0.5)
+        with pytest.raises(BrokerUnavailable, match=r"(?i)certificate"):
+            stranger.workers()
+    finally:
+        proxy.close()
+
+
+def _round_trip(url: str, tmp_path: Path) -> None:
+    settings = stack_settings(tmp_path / "worker", url=url).model_copy(update={"models": (EMBED_MODEL,)})
+    with Stack(settings, flower=False) as stack:
+        stack.wait_until_warm()
+        with Client(url) as client:
+            assert client.embed(["through"]).result(30).shape == (1, 384)

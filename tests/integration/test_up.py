@@ -1,0 +1,154 @@
+"""`stoker up`: everything starts with one command, works from another shell, and is gone afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from stoker.settings import Settings
+from tests.conftest import EMBED_MODEL, GENERATE_MODEL, alive, wait_until
+from tests.integration.machinery import processes_with
+
+pytestmark = pytest.mark.integration
+
+STOKER = str(Path(sys.executable).parent / "stoker")
+
+
+class Up:
+    """A `stoker up` of its own home, started as a user would."""
+
+    def __init__(self, home: Path, *options: str, **env: str) -> None:
+        self.home, self.output = home, home.parent / "up.log"
+        home.mkdir()
+        self.env: Mapping[str, str] = {**os.environ, "STOKER_HOME": str(home), **env}
+        self.process = subprocess.Popen(
+            [STOKER, "up", *options],
+            env=self.env,
+            stdout=self.output.open("w"),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def wait_until_warm(self) -> None:
+        wait_until(lambda: "Ctrl-C ends all" in self.output.read_text() or self.process.poll() is not None, "warm", 60)
+        assert self.process.poll() is None, self.output.read_text()
+
+    def stoker(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([STOKER, *arguments], env=self.env, capture_output=True, text=True, timeout=60)
+
+    def processes(self) -> list[int]:
+        """Broker and worker, with their guards."""
+        status = json.loads(self.stoker("status", "--json").stdout)
+        worker = processes_with(status[0]["worker"])
+        broker = processes_with(str(self.home / "broker"))
+        host = self.url.removeprefix("redis://").removesuffix("/0")
+        return worker + broker + processes_with(f"valkey-server {host}")
+
+    @property
+    def url(self) -> str:
+        return str(json.loads((self.home / "broker.json").read_text())["url"])
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+            self.process.wait(60)
+
+
+@pytest.fixture
+def up(tmp_path: Path) -> Iterator[Up]:
+    running = Up(tmp_path / "home", "--no-flower", STOKER_GRACE="5")
+    try:
+        running.wait_until_warm()
+        yield running
+    finally:
+        running.stop()
+
+
+def test_commands_work_from_another_shell_and_ctrl_c_ends_all(up: Up) -> None:
+    status = up.stoker("status")
+    assert status.returncode == 0
+    assert EMBED_MODEL in status.stdout
+    assert GENERATE_MODEL in status.stdout
+    embedded = up.stoker("embed", "a warm model")
+    assert embedded.returncode == 0
+    assert "384 in all" in embedded.stdout
+    generated = up.stoker("generate", "Once upon a time", "--max-tokens", "32")
+    assert generated.returncode == 0
+    assert len(generated.stdout) > 40
+    pids, url = up.processes(), up.url
+    assert len(pids) >= 4, "broker and worker, each with its guard"
+    up.process.send_signal(signal.SIGINT)
+    assert up.process.wait(60) == 0
+    wait_until(lambda: not any(map(alive, pids)), "no process is left")
+    assert not (up.home / "broker.json").exists()
+    gone = up.stoker("status", "--url", url)
+    assert gone.returncode == 3
+    assert "Traceback" not in gone.stderr
+
+
+def test_nothing_is_left_when_it_is_killed(up: Up) -> None:
+    pids = up.processes()
+    assert len(pids) >= 4
+    up.process.kill()
+    up.process.wait(10)
+    wait_until(lambda: not any(map(alive, pids)), "no process is left", 30)
+
+
+def test_a_worker_that_dies_is_started_again(up: Up) -> None:
+    first = json.loads(up.stoker("status", "--json").stdout)[0]
+    os.kill(first["pid"], signal.SIGKILL)
+
+    def successor() -> bool:
+        workers = json.loads(up.stoker("status", "--json").stdout or "[]")
+        return any(worker["pid"] != first["pid"] for worker in workers)
+
+    wait_until(successor, "another worker is warm", 60)
+    assert up.stoker("embed", "still here").returncode == 0
+
+
+def test_a_damaged_model_file_is_one_line_and_its_own_exit_code(tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged.gguf"
+    damaged.write_bytes(b"GGUF" + bytes(40))
+    running = Up(tmp_path / "home", "--no-flower", "--model", f"damaged={damaged}")
+    assert running.process.wait(60) == 5
+    output = running.output.read_text()
+    assert "damaged.gguf" in output
+    assert "Traceback" not in output
+    assert not processes_with(str(tmp_path / "home"))
+
+
+def test_a_broker_that_the_user_named_and_that_is_away_is_not_replaced(tmp_path: Path) -> None:
+    running = Up(tmp_path / "home", STOKER_URL="redis://127.0.0.1:1/0")
+    assert running.process.wait(60) == 3
+    assert "which STOKER_URL names" in running.output.read_text()
+
+
+def test_flower_watches_the_worker(tmp_path: Path) -> None:
+    running = Up(tmp_path / "home", STOKER_GRACE="5", STOKER_MODELS=EMBED_MODEL)
+    try:
+        running.wait_until_warm()
+        line = next(line for line in running.output.read_text().splitlines() if line.startswith("flower"))
+        url = line.split()[1]
+
+        def answers() -> bool:
+            try:
+                with urllib.request.urlopen(f"{url}/healthcheck", timeout=2) as reply:
+                    return reply.status == 200
+            except OSError:
+                return False
+
+        wait_until(answers, "Flower answers", 30)
+    finally:
+        running.stop()
+
+
+def test_settings_find_the_broker_of_a_running_up(up: Up) -> None:
+    assert Settings(home=up.home).address.shown.startswith("redis://127.0.0.1:")
