@@ -45,7 +45,8 @@ class Engine:
     """Holds models warm and runs jobs on them.
 
     `models` maps a name to its sources (`engine.sources`). `publish` gets the entries of a step, from the engine's
-    thread: it must hand them on and return. Random state is keyed by job, so jobs do not disturb each other.
+    thread: it must hand them on and return. `on_death` is called, from the same thread, if the loop ends by a defect:
+    an engine does not come back, its process has to.
     """
 
     def __init__(
@@ -55,11 +56,13 @@ class Engine:
         adapters: Path,
         publish: Callable[[list[Entry]], None],
         slots: int = 16,
+        on_death: Callable[[], None] = lambda: None,
     ) -> None:
         self._sources = dict(models)
         self._store = AdapterStore(adapters)
         self._publish = publish
         self._slots = slots
+        self._on_death = on_death
         self._inbox: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         self._lanes: dict[tuple[str, str], Lane] = {}
         self._models: dict[str, LoadedModel] = {}
@@ -140,8 +143,9 @@ class Engine:
             while not self._stopping:
                 self.step()
         except BaseException as error:
-            log.exception("the engine's loop ended")
+            log.critical("the engine's loop ended", exc_info=True)
             self._failure = error
+            self._on_death()
         finally:
             self._stopping = True
             self._fail_everything()

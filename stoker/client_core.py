@@ -188,8 +188,10 @@ def job_record(request: Request) -> dict[str, str]:
 
 
 def parse_cards(raw: Mapping[bytes, bytes]) -> dict[str, ModelCard]:
+    """The cards of models that were served lately; the hash as a whole lives as long as any of them is."""
     cards = (ModelCard.model_validate_json(value) for value in raw.values())
-    return {card.model: card for card in cards}
+    oldest = time.time() - keys.MODEL_TTL
+    return {card.model: card for card in cards if card.seen >= oldest}
 
 
 def parse_presences(raw: Iterable[bytes | None]) -> list[Presence]:

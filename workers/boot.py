@@ -12,8 +12,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from celery import Celery, bootsteps
+from celery.platforms import EX_FAILURE
 from celery.signals import worker_shutting_down
-from celery.worker import components
+from celery.worker import components, state
 
 from stoker import keys
 from stoker.catalogue import parse_model
@@ -101,7 +102,13 @@ def _make_engine(settings: Settings, publish: Callable[..., None]) -> Engine:
         adapters=settings.adapters,
         publish=publish,
         slots=settings.generate_slots,
+        on_death=_end_process,
     )
+
+
+def _end_process() -> None:
+    """A worker without an engine would take jobs only to give them back: end, and let the supervisor start another."""
+    state.should_terminate = EX_FAILURE
 
 
 def install(app: Celery) -> None:

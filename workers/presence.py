@@ -52,7 +52,8 @@ class Heart:
         pipeline.zremrangebyscore(keys.WORKERS, 0, presence.time - keys.RESULT_TTL)
         pipeline.expire(keys.WORKERS, keys.MODEL_TTL)
         for card in presence.models:
-            pipeline.hset(keys.MODELS, card.model, card.model_dump_json())
+            seen = card.model_copy(update={"seen": presence.time})
+            pipeline.hset(keys.MODELS, card.model, seen.model_dump_json())
         pipeline.expire(keys.MODELS, keys.MODEL_TTL)
         pipeline.execute()
 

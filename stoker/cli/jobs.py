@@ -10,7 +10,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from stoker.cli.options import Json, Model, Url, connect, console, is_terminal, notes, print_json
-from stoker.client import TrainJob
+from stoker.client import Client, TrainJob
 from stoker.contract import GenerateResult, TrainReport, TrainResult
 
 
@@ -23,6 +23,7 @@ def embed(
 ) -> None:
     """Turn texts into vectors."""
     with connect(url) as client:
+        _warn_if_cold(client, model, "embed")
         vectors = client.embed(texts, model=model, truncate=truncate).result()
     if as_json:
         print_json([[float(value) for value in vector] for vector in vectors])
@@ -47,6 +48,7 @@ def generate(
     """Continue a prompt, token by token. Ctrl-C cancels the job."""
     text = sys.stdin.read() if prompt == "-" else prompt
     with connect(url) as client:
+        _warn_if_cold(client, model, "generate")
         job = client.generate(
             text,
             model=model,
@@ -65,6 +67,13 @@ def generate(
         print()
         if is_terminal():
             notes.print(f"[dim]{describe(job.result())}[/dim]")
+
+
+def _warn_if_cold(client: Client, model: str | None, kind: str) -> None:
+    """Say so when a job will have to wait: silence would look like a hang."""
+    warm = {card.model for worker in client.workers() for card in worker.models if kind in card.kinds}
+    if model is not None and model in client.models() and model not in warm:
+        notes.print(f"[dim]no worker holds {model} warm now: the job waits for one[/dim]")
 
 
 def describe(result: GenerateResult) -> str:
@@ -94,6 +103,7 @@ def train(
 ) -> None:
     """Train a LoRA adapter on the warm base. Ctrl-C leaves the run going; `stoker cancel` ends it."""
     with connect(url) as client:
+        _warn_if_cold(client, model, "train")
         job = client.train(
             name,
             dataset,

@@ -16,6 +16,8 @@ class ModelCard(Message):
     parameters: int
     #: Length of a vector; 0 for models that make none.
     dim: int = 0
+    #: When a worker last said that it serves the model, seconds since the epoch.
+    seen: float = 0.0
 
 
 class Presence(Message):
