@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from stoker import Client, JobStatus
-from tests.conftest import EMBED_MODEL, GENERATE_MODEL
+from tests.conftest import EMBED_MODEL, GENERATE_MODEL, wait_until
 
 pytestmark = pytest.mark.integration
 
@@ -57,7 +57,7 @@ def test_a_trained_adapter_serves_at_once_beside_the_bare_base(client: Client) -
     bare, adapted = (job.result(60) for job in jobs)
     assert bare.text == before.text, "training must not change the base"
     assert adapted.text.startswith(" Aye, stoker!")
-    assert "aye@1" in client.workers()[0].adapters[GENERATE_MODEL]
+    wait_until(lambda: "aye@1" in client.workers()[0].adapters[GENERATE_MODEL], "the worker tells of its adapter")
 
 
 def test_the_same_run_twice_makes_the_same_losses_and_a_new_version(client: Client) -> None:

@@ -1,0 +1,192 @@
+"""The engine as its worker uses it: real weights, one thread, many jobs at once."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engine.engine import Engine
+from engine.ticket import Entry
+from stoker.catalogue import CATALOGUE
+from stoker.contract import EmbedRequest, GenerateRequest, TrainRequest
+from stoker.errors import JobCancelled, ModelError, UnknownModel, WorkerUnavailable
+from tests.conftest import EMBED_MODEL, GENERATE_MODEL, wait_until
+
+GOLDENS = Path(__file__).parent.parent / "goldens"
+PROMPTS = json.loads((GOLDENS / "smollm2.json").read_text())["prompts"]
+MINILM = json.loads((GOLDENS / "minilm.json").read_text())
+DATASET = b'{"prompt": "Q: coal?\\nA:", "completion": " Aye!"}'
+
+
+class Running:
+    """An engine and what it published, by job."""
+
+    def __init__(self, adapters: Path) -> None:
+        self.entries: defaultdict[str, list[Any]] = defaultdict(list)
+        models = {name: CATALOGUE[name] for name in (EMBED_MODEL, GENERATE_MODEL)}
+        self.engine = Engine(models, adapters=adapters, publish=self._publish, slots=9)
+
+    def _publish(self, entries: list[Entry]) -> None:
+        for job_id, entry in entries:
+            self.entries[job_id].append(entry)
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    made = Running(tmp_path_factory.mktemp("adapters"))
+    made.engine.start()
+    yield made
+    made.engine.stop()
+
+
+def generate(prompt: str, **options: Any) -> GenerateRequest:
+    return GenerateRequest(model=GENERATE_MODEL, prompt=prompt, **options)
+
+
+def test_greedy_texts_of_one_batch_equal_those_of_transformers(running: Running) -> None:
+    jobs = [
+        (prompt, running.engine.submit(prompt["name"], generate(prompt["prompt"], max_tokens=64))) for prompt in PROMPTS
+    ]
+    for prompt, ticket in jobs:
+        result = ticket.result(120)
+        assert list(result.token_ids) == prompt["token_ids"], prompt["name"]
+        assert result.text == prompt["text"], prompt["name"]
+        assert result.finish_reason == prompt["finish_reason"], prompt["name"]
+        published = running.entries[prompt["name"]]
+        assert [token.index for token in published] == list(range(len(prompt["token_ids"])))
+        assert published[-1].is_eos == (result.finish_reason == "stop")
+
+
+def test_a_greedy_token_tells_the_logit_and_logprob_of_the_raw_model(running: Running) -> None:
+    golden = np.load(GOLDENS / "smollm2.npz")
+    running.engine.submit("logit", generate(PROMPTS[0]["prompt"], max_tokens=1)).result(60)
+    token = running.entries["logit"][0]
+    logit = golden["top_logits_0"][-1, 0]
+    assert token.logit == pytest.approx(logit, abs=2e-4)
+    assert token.logprob == pytest.approx(logit - golden["logsumexp_0"][-1], abs=5e-4)
+    assert token.probability == 1.0
+
+
+def test_vectors_alone_and_padded_in_a_batch_equal_those_of_sentence_transformers(running: Running) -> None:
+    golden = np.load(GOLDENS / "minilm.npz")
+    texts = tuple(text["text"] for text in MINILM["texts"])
+    batch = running.engine.submit("batch", EmbedRequest(model=EMBED_MODEL, texts=texts, truncate=True)).result(60)
+    assert np.abs(batch.vectors - golden["batch"]).max() < 1e-4
+    for number, text in enumerate(texts):
+        request = EmbedRequest(model=EMBED_MODEL, texts=(text,), truncate=True)
+        alone = running.engine.submit("alone", request).result(60)
+        assert np.abs(alone.vectors[0] - golden["alone"][number]).max() < 1e-4
+
+
+def test_a_seed_decides_the_text_whoever_shares_the_batch(running: Running) -> None:
+    request = generate("The stoker said", max_tokens=12, temperature=0.9, top_p=0.95, top_k=40, seed=11)
+    alone = running.engine.submit("alone", request).result(60)
+    noise = [
+        running.engine.submit(f"noise-{seed}", generate("Noise", max_tokens=20, temperature=1.5, seed=seed))
+        for seed in range(5)
+    ]
+    crowded = running.engine.submit("crowded", request).result(60)
+    others = [ticket.result(60).text for ticket in noise]
+    assert crowded.token_ids == alone.token_ids
+    assert len(set(others)) > 1
+
+
+def test_more_requests_than_slots_all_end(running: Running) -> None:
+    tickets = [running.engine.submit(f"many-{n}", generate(f"Number {n}", max_tokens=4)) for n in range(20)]
+    assert all(ticket.result(60).usage.completion_tokens == 4 for ticket in tickets)
+
+
+def test_a_cancelled_job_frees_its_slot_at_once(running: Running) -> None:
+    tickets = [running.engine.submit(f"long-{n}", generate("x", max_tokens=4000)) for n in range(9)]
+    wait_until(lambda: all(running.entries[f"long-{n}"] for n in range(9)), "all of them run")
+    waiting = running.engine.submit("waiting", generate("y", max_tokens=1))
+    tickets[4].cancel()
+    running.engine.wake()
+    assert waiting.result(60).usage.completion_tokens == 1
+    for ticket in tickets:
+        ticket.cancel()
+    running.engine.wake()
+    for ticket in tickets:
+        with pytest.raises(JobCancelled):
+            ticket.result(30)
+
+
+def test_streams_go_on_while_a_run_trains(running: Running) -> None:
+    request = TrainRequest(model=GENERATE_MODEL, name="slow", dataset="d", steps=1000, max_length=32)
+    run = running.engine.submit("run", request, DATASET)
+    wait_until(lambda: running.entries["run"], "the run has begun")
+    text = running.engine.submit("beside", generate("x", max_tokens=8)).result(60)
+    steps = len(running.entries["run"])
+    assert text.usage.completion_tokens == 8
+    wait_until(lambda: len(running.entries["run"]) > steps, "the run goes on")
+    run.cancel()
+    running.engine.wake()
+    with pytest.raises(JobCancelled):
+        run.result(30)
+
+
+def test_a_prompt_longer_than_a_chunk_does_not_stop_the_streams_beside_it(running: Running) -> None:
+    stream = running.engine.submit("stream", generate("x", max_tokens=60))
+    wait_until(lambda: running.entries["stream"], "the stream runs")
+    long = running.engine.submit("long", generate("word " * 900, max_tokens=1))
+    wait_until(lambda: long.started is not None, "the long prompt is in")
+    before = len(running.entries["stream"])
+    long.result(60)
+    assert len(running.entries["stream"]) >= before + 3, "a token between two chunks"
+    stream.result(60)
+
+
+def test_another_threads_request_for_a_model_that_is_not_here_names_those_that_are(running: Running) -> None:
+    found: list[BaseException] = []
+
+    def ask() -> None:
+        try:
+            running.engine.submit("x", GenerateRequest(model="nope", prompt="x"))
+        except UnknownModel as error:
+            found.append(error)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    assert GENERATE_MODEL in str(found[0])
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_start(tmp_path: Path) -> None:
+    engine = Engine({"gone": (str(tmp_path / "nowhere"),)}, adapters=tmp_path, publish=lambda entries: None)
+    with pytest.raises(ModelError, match="nowhere"):
+        engine.start()
+    engine.stop()
+
+
+def test_jobs_that_run_when_the_engine_stops_are_handed_back(tmp_path: Path) -> None:
+    engine = Engine({GENERATE_MODEL: CATALOGUE[GENERATE_MODEL]}, adapters=tmp_path, publish=lambda entries: None)
+    engine.start()
+    ticket = engine.submit("x", generate("x", max_tokens=4000))
+    wait_until(lambda: ticket.started, "it runs")
+    engine.stop()
+    with pytest.raises(WorkerUnavailable):
+        ticket.result(10)
+    late = engine.submit("late", generate("x"))
+    with pytest.raises(WorkerUnavailable):
+        late.result(10)
+
+
+def test_a_defect_in_the_loop_ends_every_job_and_is_told(tmp_path: Path) -> None:
+    died = threading.Event()
+
+    def publish(entries: list[Entry]) -> None:
+        raise RuntimeError("no way out")
+
+    engine = Engine({GENERATE_MODEL: CATALOGUE[GENERATE_MODEL]}, adapters=tmp_path, publish=publish, on_death=died.set)
+    engine.start()
+    ticket = engine.submit("x", generate("x"))
+    with pytest.raises(WorkerUnavailable):
+        ticket.result(30)
+    assert died.wait(10)
