@@ -86,13 +86,17 @@ class Engine:
         if self._thread.is_alive():
             self._thread.join(timeout)
 
-    def submit(self, job_id: str, request: Request, data: bytes | None = None) -> Ticket:
-        """Queue a job. Raises at once if the request does not fit the model; `data` is a training job's dataset."""
+    def submit(self, job_id: str, request: Request, data: Any = None, *, deadline: float | None = None) -> Ticket:
+        """Queue a job. Raises at once if the request does not fit the model.
+
+        `data` is a training job's dataset (bytes), or the tokens of a generation job that were published already (it
+        goes on behind them). `deadline`: seconds from now after which the job ends with `DeadlineExceeded`.
+        """
         lane = self._lanes.get((request.model, request.kind))
         if lane is None:
             warm = sorted(model for model, kind in self._lanes if kind == request.kind)
             raise UnknownModel(f"model {request.model!r} given; this worker can {request.kind} with {warm}.")
-        ticket = Ticket(job_id, request.kind)
+        ticket = Ticket(job_id, request.kind, deadline)
         self._inbox.put(_Work(lane, ticket, lane.prepare(ticket, request, data)))
         if self._stopping:
             # After the put: a loop that ends at this very moment may not have seen it.

@@ -17,7 +17,7 @@ class Lane(Protocol):
         """Whether there is work for `run`."""
         ...
 
-    def prepare(self, ticket: Ticket, request: Any, data: bytes | None) -> Any:
+    def prepare(self, ticket: Ticket, request: Any, data: Any) -> Any:
         """Check a request against the model and make it work for `admit`."""
         ...
 

@@ -8,14 +8,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from stoker.contract import StreamToken, TrainReport
-from stoker.errors import JobCancelled, StokerError
+from stoker.errors import DeadlineExceeded, JobCancelled, StokerError
 
 
 class Ticket:
     """Given to the caller on submission. `cancel` may be called from any thread, at any time, more than once."""
 
-    def __init__(self, job_id: str, kind: str) -> None:
+    def __init__(self, job_id: str, kind: str, deadline: float | None = None) -> None:
         self.job_id, self.kind = job_id, kind
+        self._deadline = None if deadline is None else time.monotonic() + deadline
         #: Why the job shall stop; None: it shall not.
         self.stop: StokerError | None = None
         self.submitted = time.monotonic()
@@ -28,6 +29,8 @@ class Ticket:
 
     @property
     def stopping(self) -> bool:
+        if self.stop is None and self._deadline is not None and time.monotonic() >= self._deadline:
+            self.stop = DeadlineExceeded(f"job {self.job_id} was stopped at its deadline.")
         return self.stop is not None
 
     def result(self, timeout: float | None = None) -> Any:

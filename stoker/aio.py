@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from stoker import client_core as core
-from stoker import keys
+from stoker import keys, ledger
 from stoker.client_core import Dataset, JobStatus, Outcome
 from stoker.connection import TROUBLE, Patience, connect_async, translated
 from stoker.contract import (
@@ -22,6 +22,7 @@ from stoker.contract import (
     Request,
     StreamToken,
     TrainReport,
+    TrainRequest,
     TrainResult,
 )
 from stoker.settings import Settings, load_settings
@@ -40,30 +41,30 @@ class AsyncClient:
         self._sender = core.Sender(self.settings)
 
     async def embed(
-        self,
-        texts: Sequence[str],
-        *,
-        model: str | None = None,
-        normalize: bool | None = None,
-        truncate: bool = False,
+        self, texts: Sequence[str], *, model: str | None = None, job_id: str | None = None, **options: Any
     ) -> AsyncEmbedJob:
-        fields = {"normalize": normalize, "truncate": truncate}
-        request = core.embed_request(await self._choose(model, "embed"), texts, fields)
-        return AsyncEmbedJob(self, await self._submit(request))
+        request = core.embed_request(await self._choose(model, "embed"), texts, options)
+        return AsyncEmbedJob(self, await self._submit(request, job_id))
 
     async def generate(
-        self, prompt: str, *, model: str | None = None, seed: int | None = None, **options: Any
+        self,
+        prompt: str,
+        *,
+        model: str | None = None,
+        seed: int | None = None,
+        job_id: str | None = None,
+        **options: Any,
     ) -> AsyncGenerateJob:
         request = core.generate_request(await self._choose(model, "generate"), prompt, seed, options)
-        return AsyncGenerateJob(self, await self._submit(request))
+        return AsyncGenerateJob(self, await self._submit(request, job_id))
 
-    async def train(self, name: str, dataset: Dataset, *, model: str | None = None, **options: Any) -> AsyncTrainJob:
-        job_id = core.new_job_id()
+    async def train(
+        self, name: str, dataset: Dataset, *, model: str | None = None, job_id: str | None = None, **options: Any
+    ) -> AsyncTrainJob:
+        job_id = core.checked_job_id(job_id)
         request = core.train_request(await self._choose(model, "train"), name, job_id, options)
         data = await asyncio.to_thread(core.read_dataset, dataset)
-        with translated(self.settings):
-            await self.redis.set(keys.blob(request.dataset), data, ex=keys.PENDING_TTL)
-        return AsyncTrainJob(self, await self._submit(request, job_id))
+        return AsyncTrainJob(self, await self._submit(request, job_id, data))
 
     async def job(self, job_id: str) -> AsyncEmbedJob | AsyncGenerateJob | AsyncTrainJob:
         with translated(self.settings):
@@ -85,15 +86,15 @@ class AsyncClient:
     async def _choose(self, model: str | None, kind: str) -> str:
         return core.choose_model(model, kind, await self.models(), await self.workers())
 
-    async def _submit(self, request: Request, job_id: str | None = None) -> str:
-        job_id = job_id or core.new_job_id()
+    async def _submit(self, request: Request, job_id: str | None, dataset: bytes | None = None) -> str:
+        job_id = core.checked_job_id(job_id)
         with translated(self.settings):
-            pipeline = self.redis.pipeline()
-            pipeline.hset(keys.job(job_id), mapping=core.job_record(request))
-            pipeline.expire(keys.job(job_id), keys.PENDING_TTL)
-            await pipeline.execute()
-        # Celery's producer blocks: a thread keeps it off the event loop.
-        await asyncio.to_thread(self._sender.send, job_id, request)
+            new = core.is_new(await ledger.submit(self.redis, job_id, core.job_record(request)), request)
+            if new and isinstance(request, TrainRequest) and dataset is not None:
+                await self.redis.set(keys.blob(request.dataset), dataset, ex=keys.PENDING_TTL)
+        if new:
+            # Celery's producer blocks: a thread keeps it off the event loop.
+            await asyncio.to_thread(self._sender.send, job_id, request)
         return job_id
 
     async def close(self) -> None:
@@ -126,18 +127,15 @@ class AsyncJob(Generic[R]):
 
     async def status(self) -> JobStatus:
         with translated(self._client.settings):
-            record, known = await commands(self._client.redis.pipeline(), self.id, None).execute()
-        outcome = Outcome.parse(record)
-        if outcome is None and not known:
-            raise core.lost(self.id)
-        return outcome.status if outcome else JobStatus.QUEUED
+            record, owner = await commands(self._client.redis.pipeline(), self.id, None).execute()
+        return core.status_of(record, owner, self.id)
 
     async def cancel(self) -> None:
         with translated(self._client.settings):
-            pipeline = self._client.redis.pipeline()
-            pipeline.set(keys.cancel(self.id), "1", ex=keys.PENDING_TTL)
-            pipeline.publish(keys.CANCELS, self.id)
-            await pipeline.execute()
+            queue = await self._client.redis.hget(keys.job(self.id), "queue")
+            if queue is None:
+                raise core.lost(self.id)
+            await ledger.cancel(self._client.redis, self.id, queue.decode())
 
     async def _read(self, value: Any) -> R:
         raise NotImplementedError
@@ -169,7 +167,7 @@ class AsyncJob(Generic[R]):
         self, pubsub: Any, tail: Tail[E] | None, limit: Limit, patience: Patience, found: list[Outcome]
     ) -> AsyncGenerator[E]:
         while True:
-            record, known, *pages = await commands(self._client.redis.pipeline(), self.id, tail).execute()
+            record, owner, *pages = await commands(self._client.redis.pipeline(), self.id, tail).execute()
             patience.renew()
             if tail is not None:
                 for item in tail.replay(pages[0]):
@@ -177,10 +175,10 @@ class AsyncJob(Generic[R]):
                 if len(pages[0]) == PAGE:
                     continue
             outcome = Outcome.parse(record)
-            if outcome is not None and outcome.ended:
+            if outcome is not None:
                 found.append(outcome)
                 return
-            if outcome is None and not known:
+            if owner[0] is None:
                 raise core.lost(self.id)
             async for item in self._listen(pubsub, tail, limit):
                 yield item

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Generator, Iterator, Sequence
 from types import TracebackType
@@ -10,7 +11,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from stoker import client_core as core
-from stoker import keys
+from stoker import keys, ledger
 from stoker.client_core import Dataset, JobStatus, Outcome
 from stoker.connection import TROUBLE, Patience, connect, translated
 from stoker.contract import (
@@ -21,8 +22,11 @@ from stoker.contract import (
     Request,
     StreamToken,
     TrainReport,
+    TrainRequest,
     TrainResult,
+    decode,
 )
+from stoker.errors import JobLost
 from stoker.settings import Settings, load_settings
 from stoker.tail import PAGE, Limit, Tail, channels, commands
 
@@ -44,36 +48,39 @@ class Client:
         self._sender = core.Sender(self.settings)
 
     def embed(
-        self,
-        texts: Sequence[str],
-        *,
-        model: str | None = None,
-        normalize: bool | None = None,
-        truncate: bool = False,
+        self, texts: Sequence[str], *, model: str | None = None, job_id: str | None = None, **options: Any
     ) -> EmbedJob:
-        """Turn texts into vectors: the result is float32 (len(texts), dim), in order."""
-        fields = {"normalize": normalize, "truncate": truncate}
-        request = core.embed_request(self._choose(model, "embed"), texts, fields)
-        return EmbedJob(self, self._submit(request))
+        """Turn texts into vectors: the result is float32 (len(texts), dim), in order.
+
+        Options: normalize (None: as the model's files say), truncate, priority, deadline. `job_id`: an id of your own;
+        sent twice it is one job, so a call that failed half-way can be repeated.
+        """
+        request = core.embed_request(self._choose(model, "embed"), texts, options)
+        return EmbedJob(self, self._submit(request, job_id))
 
     def generate(
-        self, prompt: str, *, model: str | None = None, seed: int | None = None, **options: Any
+        self,
+        prompt: str,
+        *,
+        model: str | None = None,
+        seed: int | None = None,
+        job_id: str | None = None,
+        **options: Any,
     ) -> GenerateJob:
-        """Continue `prompt`. Options: adapter, max_tokens, temperature (0 is greedy), top_k, top_p."""
+        """Continue `prompt`. Options: adapter, max_tokens, temperature, top_k, top_p, priority, deadline."""
         request = core.generate_request(self._choose(model, "generate"), prompt, seed, options)
-        return GenerateJob(self, self._submit(request))
+        return GenerateJob(self, self._submit(request, job_id))
 
-    def train(self, name: str, dataset: Dataset, *, model: str | None = None, **options: Any) -> TrainJob:
+    def train(
+        self, name: str, dataset: Dataset, *, model: str | None = None, job_id: str | None = None, **options: Any
+    ) -> TrainJob:
         """Train the LoRA adapter `name` on `dataset`: a path to JSON lines, or the examples.
 
         Options: the fields of `TrainRequest`, such as steps, rank, alpha, learning_rate, batch_size, max_length.
         """
-        job_id = core.new_job_id()
+        job_id = core.checked_job_id(job_id)
         request = core.train_request(self._choose(model, "train"), name, job_id, options)
-        data = core.read_dataset(dataset)
-        with translated(self.settings):
-            self.redis.set(keys.blob(request.dataset), data, ex=keys.PENDING_TTL)
-        return TrainJob(self, self._submit(request, job_id))
+        return TrainJob(self, self._submit(request, job_id, core.read_dataset(dataset)))
 
     def job(self, job_id: str) -> EmbedJob | GenerateJob | TrainJob:
         """A job that was sent before, by this process or another; raises `JobLost` if the broker does not know it."""
@@ -95,17 +102,41 @@ class Client:
         with translated(self.settings):
             return core.parse_cards(self.redis.hgetall(keys.MODELS))
 
+    def jobs(self) -> dict[str, dict[str, Any]]:
+        """Jobs that have not ended, oldest first: id → kind, model, age in seconds, and worker if one owns it."""
+        with translated(self.settings):
+            queues = [keys.queue(card.model, kind) for card in self.models().values() for kind in card.kinds]
+            return ledger.open_jobs(self.redis, queues)
+
+    def dead(self) -> dict[str, dict[str, Any]]:
+        """Jobs that were put aside because they killed one worker after another: id → kind, model, history."""
+        with translated(self.settings):
+            raw = self.redis.hgetall(keys.DEAD)
+        return {job_id.decode(): json.loads(letter) for job_id, letter in raw.items()}
+
+    def retry(self, job_id: str) -> EmbedJob | GenerateJob | TrainJob:
+        """Send a dead job again, under its own id. Raises `JobLost` if there is none of that id."""
+        letter = self.dead().get(job_id)
+        if letter is None:
+            raise JobLost(f"job {job_id}: no dead letter of that id. `stoker jobs dead` lists them.")
+        request = decode(core.REQUESTS[letter["kind"]], json.loads(letter["request"]))
+        with translated(self.settings):
+            ledger.forget(self.redis.pipeline(), job_id).execute()
+        self._submit(request, job_id)
+        return _JOBS[request.kind](self, job_id)
+
     def _choose(self, model: str | None, kind: str) -> str:
         return core.choose_model(model, kind, self.models(), self.workers())
 
-    def _submit(self, request: Request, job_id: str | None = None) -> str:
-        job_id = job_id or core.new_job_id()
+    def _submit(self, request: Request, job_id: str | None, dataset: bytes | None = None) -> str:
+        job_id = core.checked_job_id(job_id)
         with translated(self.settings):
-            pipeline = self.redis.pipeline()
-            pipeline.hset(keys.job(job_id), mapping=core.job_record(request))
-            pipeline.expire(keys.job(job_id), keys.PENDING_TTL)
-            pipeline.execute()
-        self._sender.send(job_id, request)
+            new = core.is_new(ledger.submit(self.redis, job_id, core.job_record(request)), request)
+            # After the record: a queue that is full takes no dataset either.
+            if new and isinstance(request, TrainRequest) and dataset is not None:
+                self.redis.set(keys.blob(request.dataset), dataset, ex=keys.PENDING_TTL)
+        if new:
+            self._sender.send(job_id, request)
         return job_id
 
     def close(self) -> None:
@@ -141,19 +172,16 @@ class Job(Generic[R]):
 
     def status(self) -> JobStatus:
         with translated(self._client.settings):
-            record, known = commands(self._client.redis.pipeline(), self.id, None).execute()
-        outcome = Outcome.parse(record)
-        if outcome is None and not known:
-            raise core.lost(self.id)
-        return outcome.status if outcome else JobStatus.QUEUED
+            record, owner = commands(self._client.redis.pipeline(), self.id, None).execute()
+        return core.status_of(record, owner, self.id)
 
     def cancel(self) -> None:
         """Stop the job wherever it is: waiting, running, or already done (then nothing happens)."""
         with translated(self._client.settings):
-            pipeline = self._client.redis.pipeline()
-            pipeline.set(keys.cancel(self.id), "1", ex=keys.PENDING_TTL)
-            pipeline.publish(keys.CANCELS, self.id)
-            pipeline.execute()
+            queue = self._client.redis.hget(keys.job(self.id), "queue")
+            if queue is None:
+                raise core.lost(self.id)
+            ledger.cancel(self._client.redis, self.id, queue.decode())
 
     def _read(self, value: Any) -> R:
         raise NotImplementedError
@@ -182,16 +210,16 @@ class Job(Generic[R]):
         self, pubsub: Any, tail: Tail[E] | None, limit: Limit, patience: Patience
     ) -> Generator[E, None, Outcome]:
         while True:
-            record, known, *pages = commands(self._client.redis.pipeline(), self.id, tail).execute()
+            record, owner, *pages = commands(self._client.redis.pipeline(), self.id, tail).execute()
             patience.renew()
             if tail is not None:
                 yield from tail.replay(pages[0])
                 if len(pages[0]) == PAGE:
                     continue
             outcome = Outcome.parse(record)
-            if outcome is not None and outcome.ended:
+            if outcome is not None:
                 return outcome
-            if outcome is None and not known:
+            if owner[0] is None:
                 raise core.lost(self.id)
             yield from self._listen(pubsub, tail, limit)
 

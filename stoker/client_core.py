@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import time
 import uuid
@@ -38,6 +39,7 @@ from stoker.errors import (
     InvalidRequest,
     JobCancelled,
     JobLost,
+    QueueFull,
     UnknownModel,
     from_wire,
 )
@@ -45,6 +47,11 @@ from stoker.settings import Settings
 
 #: What `dataset` may be: a file of JSON lines, or the examples themselves.
 Dataset = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
+
+
+REQUESTS: dict[str, type[EmbedRequest] | type[GenerateRequest] | type[TrainRequest]] = {
+    request.kind: request for request in (EmbedRequest, GenerateRequest, TrainRequest)
+}
 
 
 class JobStatus(StrEnum):
@@ -56,7 +63,6 @@ class JobStatus(StrEnum):
 
 
 _STATUS = {
-    "STARTED": JobStatus.RUNNING,
     "SUCCESS": JobStatus.DONE,
     "FAILURE": JobStatus.FAILED,
     "REVOKED": JobStatus.CANCELLED,
@@ -65,21 +71,16 @@ _STATUS = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """A job's result record, as Celery stored it."""
+    """A job's result record, as Celery stored it; none is read from one of a job that has not ended."""
 
     status: JobStatus
     value: Any = None
 
     @classmethod
     def parse(cls, record: bytes | None) -> Outcome | None:
-        if record is None:
-            return None
-        fields = json.loads(record)
-        return cls(_STATUS.get(fields["status"], JobStatus.QUEUED), fields.get("result"))
-
-    @property
-    def ended(self) -> bool:
-        return self.status in (JobStatus.DONE, JobStatus.FAILED, JobStatus.CANCELLED)
+        fields = json.loads(record) if record is not None else {"status": "PENDING"}
+        status = _STATUS.get(fields["status"])
+        return cls(status, fields.get("result")) if status else None
 
     def unwrap(self, job_id: str) -> Any:
         """The value of a job that is done; raises what the worker raised, or `JobCancelled`."""
@@ -111,6 +112,7 @@ class Sender:
                 args=[encode(request)],
                 task_id=job_id,
                 queue=keys.queue(request.model, request.kind),
+                priority=request.priority,
                 retry=True,
                 retry_policy={"max_retries": 3, "interval_start": 0.1, "interval_step": 0.5, "interval_max": 2.0},
             )
@@ -132,8 +134,13 @@ def _reason(error: BaseException) -> str:
     return str(error).strip().rstrip(".").splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def new_job_id() -> str:
-    return str(uuid.uuid4())
+def checked_job_id(job_id: str | None) -> str:
+    """The caller's id, or a new one. Raises `InvalidRequest` for one that could be taken for something else."""
+    if job_id is None:
+        return str(uuid.uuid4())
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", job_id):
+        raise InvalidRequest(f"job_id: {job_id!r} given; allowed: 1 to 128 letters, digits, dots, dashes, underscores.")
+    return job_id
 
 
 def draw_seed() -> int:
@@ -178,13 +185,36 @@ def _examples(dataset: Dataset) -> list[Example]:
 
 
 def job_record(request: Request) -> dict[str, str]:
-    """The hash that stands for the job until a worker has ended it."""
+    """What `ledger.submit` writes. `request` is there so that the job can be sent again if its message is lost."""
     return {
         "kind": request.kind,
         "model": request.model,
         "queue": keys.queue(request.model, request.kind),
-        "submitted": repr(time.time()),
+        "request": json.dumps(encode(request)),
     }
+
+
+def is_new(reply: Sequence[Any], request: Request) -> bool:
+    """Whether `ledger.submit` wrote a record: then the message has to be sent. Raises `QueueFull`."""
+    state, depth = reply[0].decode(), int(reply[1])
+    if state == "full":
+        # A few hundredths of a second a job is what a warm worker needs at the least.
+        wait = max(1, depth // 50)
+        raise QueueFull(
+            f"{keys.queue(request.model, request.kind)}: {depth} jobs wait there, and no more than that may. Nothing "
+            f"was sent; try again in about {wait} s, or start another worker."
+        )
+    return bool(state == "new")
+
+
+def status_of(record: bytes | None, owner: Sequence[bytes | None], job_id: str) -> JobStatus:
+    """`owner`: the job's `kind` and `token`. Raises `JobLost` for a job that is neither known nor ended."""
+    outcome = Outcome.parse(record)
+    if outcome is not None:
+        return outcome.status
+    if owner[0] is None:
+        raise lost(job_id)
+    return JobStatus.RUNNING if owner[1] else JobStatus.QUEUED
 
 
 def parse_cards(raw: Mapping[bytes, bytes]) -> dict[str, ModelCard]:

@@ -12,8 +12,11 @@ StokerError
 ├── JobError                    the job ended without a result
 │   ├── JobCancelled            somebody cancelled it
 │   ├── JobFailed               it failed for a reason outside this tree
+│   ├── JobDead                 it killed one worker after another
+│   ├── DeadlineExceeded        its deadline passed before it ended
 │   └── JobLost                 the broker knows nothing of it (expired, or its data is gone)
 ├── JobTimeout                  the caller's own time limit passed; the job goes on
+├── QueueFull                   too many jobs wait already; try again later
 └── WorkerUnavailable           the worker is stopping or cannot take the job
 
 A message says what was given, what is allowed and what to do. A worker's error reaches the client as the
@@ -84,6 +87,14 @@ class JobFailed(JobError):
     """The job failed for a reason outside this tree; the message names it."""
 
 
+class JobDead(JobError):
+    """The job killed one worker after another, and was put aside (`stoker jobs dead`)."""
+
+
+class DeadlineExceeded(JobError):
+    """The job's deadline, counted from its submission, passed before it ended."""
+
+
 class JobLost(JobError):
     """The broker knows nothing of the job: it expired, or the broker lost its data."""
 
@@ -92,6 +103,12 @@ class JobTimeout(StokerError, TimeoutError):
     """The caller's own time limit passed. The job goes on; ask again, or cancel it."""
 
     exit_code = 6
+
+
+class QueueFull(StokerError):
+    """Too many jobs wait in that queue already. Nothing was sent."""
+
+    exit_code = 7
 
 
 class WorkerUnavailable(StokerError):

@@ -34,8 +34,13 @@ def is_durable(key: str) -> bool:
 
 
 def job(job_id: str) -> str:
-    """Hash: what the client said of the job when it sent it (kind, model, queue, submitted)."""
+    """Hash: what was asked, when, and who owns the job now (`stoker.ledger`)."""
     return f"{PREFIX}job:{job_id}"
+
+
+def open_jobs(queue: str) -> str:
+    """Sorted set: ids of the queue's jobs that have not ended → when they were submitted."""
+    return f"{PREFIX}open:{queue}"
 
 
 def result(job_id: str) -> str:
@@ -70,6 +75,12 @@ def worker(name: str) -> str:
 
 #: Channel: ids of jobs that were cancelled just now.
 CANCELS = f"{PREFIX}cancels"
+#: Hash: job id → JSON of a job that killed too many workers, until somebody retries it.
+DEAD = f"{PREFIX}dead"
+#: Seconds that a dead letter is kept.
+DEAD_TTL = 30 * 24 * 3600
+#: String: which worker looks for orphans now.
+JANITOR = f"{PREFIX}janitor"
 #: Sorted set: worker name → time of its last presence, so that nobody has to scan for them.
 WORKERS = f"{PREFIX}workers"
 #: Hash: model → JSON of what it serves, for every model that some worker has served lately.

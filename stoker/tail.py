@@ -73,9 +73,9 @@ class Limit:
 
 
 def commands(pipeline: Any, job_id: str, tail: Tail[Any] | None) -> Any:
-    """Ask, in one transaction, for the result, whether the job is known, and the entries that are due."""
+    """Ask, in one transaction, for the result, the job's kind and owner, and the entries that are due."""
     pipeline.get(keys.result(job_id))
-    pipeline.exists(keys.job(job_id))
+    pipeline.hmget(keys.job(job_id), "kind", "token")
     if tail is not None:
         pipeline.xrange(keys.stream(job_id), min=tail.since, count=PAGE)
     return pipeline

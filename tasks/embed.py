@@ -9,18 +9,18 @@ from celery import Task, shared_task
 
 from stoker import keys
 from stoker.contract import EmbedReply, EmbedRequest, Usage
-from workers.frame import JobTask, complete, run_job
-from workers.runtime import Runtime
+from workers.frame import JobTask, Run, complete, run_job
 
 
 @shared_task(name="stoker.embed", base=JobTask, bind=True)
 def embed(self: Task, payload: Any) -> dict[str, Any]:
-    def finish(runtime: Runtime, request: EmbedRequest, work: Any) -> EmbedReply:
-        blob = f"vectors:{self.request.id}"
-        data = safetensors.numpy.save({"vectors": work.vectors})
-        runtime.persist(lambda: runtime.redis.set(keys.blob(blob), data, ex=keys.RESULT_TTL))
-        rows, dim = work.vectors.shape
-        usage = Usage(prompt_tokens=work.tokens, run_seconds=work.ticket.run_seconds)
-        return EmbedReply(blob=blob, rows=rows, dim=dim, usage=complete(usage, runtime, self.request.id))
+    return run_job(self, payload, EmbedRequest, _finish)
 
-    return run_job(self, payload, EmbedRequest, finish)
+
+def _finish(run: Run, request: EmbedRequest, work: Any) -> EmbedReply:
+    name = f"vectors:{run.job_id}"
+    data = safetensors.numpy.save({"vectors": work.vectors})
+    run.runtime.persist(lambda: run.runtime.redis.set(keys.blob(name), data, ex=keys.RESULT_TTL))
+    rows, dim = work.vectors.shape
+    usage = Usage(prompt_tokens=work.tokens, run_seconds=work.ticket.run_seconds)
+    return EmbedReply(blob=name, rows=rows, dim=dim, usage=complete(usage, run))

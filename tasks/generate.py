@@ -6,14 +6,23 @@ from typing import Any
 
 from celery import Task, shared_task
 
-from stoker.contract import GenerateRequest, GenerateResult
-from workers.frame import JobTask, complete, run_job
-from workers.runtime import Runtime
+from stoker import keys
+from stoker.contract import GenerateRequest, GenerateResult, StreamToken
+from workers.frame import JobTask, Run, complete, run_job
 
 
 @shared_task(name="stoker.generate", base=JobTask, bind=True)
 def generate(self: Task, payload: Any) -> dict[str, Any]:
-    def finish(runtime: Runtime, request: GenerateRequest, result: GenerateResult) -> GenerateResult:
-        return result.model_copy(update={"usage": complete(result.usage, runtime, self.request.id)})
+    return run_job(self, payload, GenerateRequest, _finish, _published)
 
-    return run_job(self, payload, GenerateRequest, finish)
+
+def _published(run: Run, request: GenerateRequest) -> list[StreamToken]:
+    """The tokens that an earlier owner published: the engine goes on behind them."""
+    if not run.claim.resumed:
+        return []
+    rows = run.runtime.redis.xrange(keys.stream(run.job_id))
+    return [StreamToken.model_validate_json(fields[b"entry"]) for _, fields in rows]
+
+
+def _finish(run: Run, request: GenerateRequest, result: GenerateResult) -> GenerateResult:
+    return result.model_copy(update={"usage": complete(result.usage, run)})

@@ -21,7 +21,6 @@ app.conf.update(
     # A job is acknowledged when it has ended: until then its message can go to another worker.
     task_acks_late=True,
     worker_prefetch_multiplier=1,
-    task_track_started=True,
     # A worker outlives its broker's absence, however long.
     broker_connection_max_retries=None,
     worker_cancel_long_running_tasks_on_connection_loss=False,

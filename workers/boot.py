@@ -23,6 +23,7 @@ from stoker.local.stack import ERROR_MARK
 from stoker.settings import Settings, load_settings
 from workers import drain, runtime
 from workers.cancelling import CancelWatch
+from workers.janitor import Janitor
 from workers.lanes import LaneStep, lanes
 from workers.lease import LeaseStep
 from workers.presence import Heart
@@ -56,7 +57,7 @@ class EngineStep(bootsteps.StartStopStep):
         runtime.install(self._runtime)
         self._open_queues(worker.app, settings)
         CancelWatch(self._runtime).start()
-        self._heart = Heart(self._runtime, lanes)
+        self._heart = Heart(self._runtime, lanes, Janitor(self._runtime, worker.app))
         self._heart.start()
 
     def _open_queues(self, app: Celery, settings: Settings) -> None:

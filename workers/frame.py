@@ -1,24 +1,24 @@
-"""The frame that every job runs in: decode, run, tell how it ended."""
+"""The frame that every job runs in: claim, decode, run, settle, tell how it ended."""
 
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from celery import Task
 from celery.exceptions import Ignore, Reject
 
-from stoker import keys
+from stoker import keys, ledger
 from stoker.contract import Usage, decode, encode
-from stoker.contract.base import Message
-from stoker.errors import JobCancelled, StokerError, WorkerUnavailable, to_wire
+from stoker.contract.requests import JobRequest
+from stoker.errors import DeadlineExceeded, JobCancelled, JobDead, StokerError, WorkerUnavailable, to_wire
+from stoker.ledger import Claim
 from workers.lanes import LaneRequest
-from workers.runtime import Runtime, current
+from workers.runtime import Fenced, current
 
 log = logging.getLogger(__name__)
-M = TypeVar("M", bound=Message)
+M = TypeVar("M", bound=JobRequest)
 
 
 class JobTask(Task):
@@ -28,73 +28,137 @@ class JobTask(Task):
     throws = (StokerError,)
 
 
+class Run:
+    """One delivery of one job: what the task knows of it while it runs."""
+
+    def __init__(self, task: Task) -> None:
+        self.runtime, self.job_id = current(), str(task.request.id)
+        self._task = task
+        self._token, self._tag = task.request.stoker_token, task.request.stoker_tag
+        self.claim = Claim("run", 0.0, False)
+
+    def take(self) -> None:
+        """Become the job's owner. Raises `Ignore` for a delivery that has nothing to do any more."""
+        reply = self._persist(ledger.claim, self._token, self._tag, self.runtime.name)
+        self.claim = Claim.parse(reply)
+        if self.claim.state in ("ended", "duplicate"):
+            log.info("job %s: dropped a delivery of a job that %s", self.job_id, _DROPPED[self.claim.state])
+            raise Ignore
+        if self.claim.state == "dead":
+            history = self.runtime.persist(lambda: ledger.bury(self.runtime.redis, self.job_id))
+            workers = ", ".join(death["worker"] for death in history)
+            raise JobDead(
+                f"job {self.job_id} was running when {len(history)} workers died ({workers}), and was put aside. "
+                f"`stoker jobs retry {self.job_id}` sends it again."
+            )
+
+    def execute(self, request: Any, data: Any) -> Any:
+        """Run the job on the engine; raises what it ended with."""
+        ticket = self.runtime.engine.submit(self.job_id, request, data, deadline=self._seconds_left(request))
+        with self.runtime.running(self._token, ticket):
+            # After the ticket can be found: a cancel that came before is seen here, one that comes later finds it.
+            self.runtime.persist(self.runtime.cancel_if_asked)
+            value = ticket.result()
+        self.runtime.publisher.flush()
+        return value
+
+    def _seconds_left(self, request: JobRequest) -> float | None:
+        if request.deadline is None:
+            return None
+        left = request.deadline - self.claim.age
+        if left <= 0:
+            raise DeadlineExceeded(
+                f"job {self.job_id}: it waited {self.claim.age:.1f} s, past its deadline of {request.deadline:g} s."
+            )
+        return left
+
+    def settle(self) -> None:
+        """From now on the job's record lives as long as its result. Raises `Fenced` if it is not ours to end."""
+        queue = self._task.request.delivery_info["routing_key"]
+        if not self._persist(ledger.settle, queue, self._token):
+            raise Fenced(f"job {self.job_id} runs elsewhere.")
+
+    def release(self) -> None:
+        self._persist(ledger.release, self._token)
+
+    def forget(self) -> None:
+        """Leave no trace: neither result nor ack."""
+        request = LaneRequest.by_token.get(self._token)
+        if request is not None:
+            request.fence()
+
+    def mark_revoked(self) -> None:
+        self._task.backend.mark_as_revoked(self.job_id, "cancelled", request=self._task.request)
+        # Flower shows STARTED for ever without this event.
+        self._task.send_event("task-revoked", terminated=True, signum=None, expired=False)
+
+    def _persist(self, transition: Callable[..., Any], *arguments: Any) -> Any:
+        return self.runtime.persist(lambda: transition(self.runtime.redis, self.job_id, *arguments))
+
+
+_DROPPED = {"ended": "has ended", "duplicate": "runs already"}
+
+
 def run_job(
     task: Task,
     payload: Any,
     message: type[M],
-    finish: Callable[[Runtime, M, Any], Message],
-    fetch: Callable[[Runtime, M], bytes | None] = lambda runtime, request: None,
+    finish: Callable[[Run, M, Any], Any],
+    fetch: Callable[[Run, M], Any] = lambda run, request: None,
 ) -> dict[str, Any]:
     """Run one job on the engine and return its encoded result.
 
     `fetch` gets data that the request only names; `finish` makes the result of what the engine returned. A cancelled
-    job ends as Celery's REVOKED; a stopping worker's job goes back to the queue; any other error reaches the client as
-    a class of `stoker.errors`.
+    job ends as Celery's REVOKED; a stopping worker's job goes back to the queue; a fenced one leaves no trace; any
+    other error reaches the client as a class of `stoker.errors`.
     """
-    runtime, job_id = current(), task.request.id
+    run = Run(task)
     try:
-        request = decode(message, payload)
-        value = _on_engine(runtime, job_id, request, runtime.persist(lambda: fetch(runtime, request)))
-        runtime.publisher.flush()
-        result = finish(runtime, request, value)
-        runtime.persist(lambda: _settle(runtime, job_id))
-        return _fields(result)
-    except JobCancelled:
-        _mark_revoked(task, job_id)
-        runtime.persist(lambda: _settle(runtime, job_id))
+        return _attempt(run, payload, message, finish, fetch)
+    except Fenced:
+        run.forget()
         raise Ignore from None
     except WorkerUnavailable as error:
-        log.info("job %s goes back to the queue: %s", job_id, error)
+        log.info("job %s goes back to the queue: %s", run.job_id, error)
+        run.release()
         raise Reject(str(error), requeue=True) from None
+    except JobCancelled:
+        run.mark_revoked()
+        raise Ignore from None
+
+
+def _attempt(
+    run: Run, payload: Any, message: type[M], finish: Callable[[Run, M, Any], Any], fetch: Callable[[Run, M], Any]
+) -> dict[str, Any]:
+    try:
+        run.take()
+        request = decode(message, payload)
+        data = run.runtime.persist(lambda: fetch(run, request))
+        result = finish(run, request, run.execute(request, data))
+        run.settle()
+        return _fields(result)
+    except (WorkerUnavailable, Ignore):
+        raise
     except StokerError:
-        runtime.persist(lambda: _settle(runtime, job_id))
+        run.settle()
         raise
     except Exception as error:
-        log.exception("job %s failed", job_id)
-        runtime.persist(lambda: _settle(runtime, job_id))
+        log.exception("job %s failed", run.job_id)
+        run.settle()
         raise to_wire(error) from error
 
 
-def _on_engine(runtime: Runtime, job_id: str, request: Any, data: bytes | None) -> Any:
-    ticket = runtime.engine.submit(job_id, request, data)
-    with runtime.running(ticket):
-        # After the ticket can be found: a cancel that came before is seen here, one that comes later finds it.
-        runtime.persist(lambda: runtime.cancel_if_asked([job_id]))
-        return ticket.result()
-
-
-def _settle(runtime: Runtime, job_id: str) -> None:
-    """What stands for the job lives as long as its result from now on."""
-    pipeline = runtime.redis.pipeline()
-    pipeline.expire(keys.job(job_id), keys.RESULT_TTL)
-    pipeline.delete(keys.cancel(job_id))
-    pipeline.execute()
-
-
-def _mark_revoked(task: Task, job_id: str) -> None:
-    task.backend.mark_as_revoked(job_id, "cancelled", request=task.request)
-    # Flower shows STARTED for ever without this event.
-    task.send_event("task-revoked", terminated=True, signum=None, expired=False)
-
-
-def _fields(result: Message) -> dict[str, Any]:
+def _fields(result: Any) -> dict[str, Any]:
     fields = encode(result)
     del fields["contract"]
     return fields
 
 
-def complete(usage: Usage, runtime: Runtime, job_id: str) -> Usage:
+def complete(usage: Usage, run: Run) -> Usage:
     """Add what only the worker knows: its name, and how long the job waited."""
-    submitted = runtime.redis.hget(keys.job(job_id), "submitted")
-    waited = max(0.0, time.time() - float(submitted) - usage.run_seconds) if submitted else 0.0
-    return usage.model_copy(update={"worker": runtime.name, "queued_seconds": waited})
+    return usage.model_copy(update={"worker": run.runtime.name, "queued_seconds": run.claim.age})
+
+
+def blob(run: Run, name: str) -> bytes | None:
+    """A blob's bytes, None if it has expired."""
+    return run.runtime.redis.get(keys.blob(name))  # type: ignore[no-any-return]

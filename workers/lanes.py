@@ -7,11 +7,13 @@ consuming that kind's queues, and starts again when a job has ended.
 from __future__ import annotations
 
 import threading
+import uuid
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from celery import bootsteps
 from celery.worker.request import Request
+from kombu.transport.virtual.base import QoS
 
 
 class Lanes:
@@ -79,11 +81,26 @@ class LaneRequest(Request):
     pool itself cannot end one.
     """
 
+    #: Deliveries that this process holds.
+    by_token: ClassVar[dict[str, LaneRequest]] = {}
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._kind = self.name.removeprefix("stoker.")
         self._held = True
+        #: Names this delivery, and no other of the same job: what the job's record calls its owner by.
+        self.token = uuid.uuid4().hex
+        self._request_dict |= {"stoker_token": self.token, "stoker_tag": self.message.delivery_tag}
+        self.by_token[self.token] = self
         lanes.enter(self._kind)
+
+    def fence(self) -> None:
+        """The message belongs to another worker now, under the same delivery tag: an ack from here would take it away
+        from there. From now on this request only forgets it."""
+        self._on_ack = self._on_reject = self._forget
+
+    def _forget(self, *_: Any) -> None:
+        QoS.ack(self.message.channel.qos, self.message.delivery_tag)  # type: ignore[no-untyped-call]
 
     def acknowledge(self) -> None:
         super().acknowledge()
@@ -101,4 +118,5 @@ class LaneRequest(Request):
     def _leave(self) -> None:
         if self._held:
             self._held = False
+            self.by_token.pop(self.token, None)
             lanes.leave(self._kind)

@@ -3,6 +3,9 @@
 kombu gives a message that was not acknowledged within `visibility_timeout` to somebody else. That is what brings back
 the jobs of a worker that died, and what would run a long job twice; so a thread renews the score of every message that
 this process holds, and the timeout can be seconds. The thread dies with the process, `kill -9` included.
+
+After an outage of the broker every lease looks expired, the living workers' too. So a worker takes other workers'
+messages only after it could renew its own for a whole lease without a gap: by then every living one has done the same.
 """
 
 from __future__ import annotations
@@ -19,8 +22,36 @@ from redis.exceptions import RedisError
 from stoker import keys
 from stoker.connection import connect
 from stoker.settings import Settings
+from workers import runtime, transport
 
 log = logging.getLogger(__name__)
+
+#: Renewals in the time of one lease: one may fail, and another be late.
+RENEWALS = 4
+
+
+class Health:
+    """Since when the broker has answered this process without a gap. Asked by kombu's sweep, in another thread."""
+
+    def __init__(self, lease: float) -> None:
+        self._lease = lease
+        self._since: float | None = None
+        self._last = 0.0
+
+    def answered(self) -> None:
+        now = time.monotonic()
+        if self._since is None or now - self._last > self._lease / 2:
+            self._since = now
+        self._last = now
+
+    def failed(self) -> None:
+        self._since = None
+
+    def may_take_over(self) -> bool:
+        # A process that was itself frozen sees an old `_last` here, before its own thread has noticed.
+        now = time.monotonic()
+        fresh = now - self._last <= self._lease / 2
+        return self._since is not None and fresh and now - self._since >= self._lease
 
 
 class LeaseStep(bootsteps.StartStopStep):
@@ -33,12 +64,14 @@ class LeaseStep(bootsteps.StartStopStep):
         super().__init__(consumer, **kwargs)
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
+        self._health = Health(self.settings.lease)
         self._qos: Any = None
 
     def start(self, consumer: Any) -> None:
         """Runs at every connection: each brings a channel of its own, with the tags that it delivered."""
         self._qos = consumer.task_consumer.channel.qos
         if self._thread is None:
+            transport.may_take_over = self._health.may_take_over
             self._thread = threading.Thread(target=self._run, name="lease", daemon=True)
             self._thread.start()
 
@@ -52,18 +85,25 @@ class LeaseStep(bootsteps.StartStopStep):
 
     def _run(self) -> None:
         redis = connect(self.settings)
-        while not self._stopped.wait(self.settings.lease / 4):
+        while True:
             try:
                 self._renew(redis)
+                self._health.answered()
+                runtime.current().fence_lost(redis)
             except RedisError as error:
+                self._health.failed()
                 log.debug("the lease could not be renewed: %s", error)
+            if self._stopped.wait(self.settings.lease / RENEWALS):
+                return
 
     def _renew(self, redis: Any) -> None:
         tags = self._held_tags()
+        pipeline = redis.pipeline()
+        pipeline.ping()
         if tags:
-            now = time.time()
             # xx: a message that was acknowledged meanwhile must not come back.
-            redis.zadd(f"{keys.PREFIX}unacked_index", dict.fromkeys(tags, now), xx=True)
+            pipeline.zadd(f"{keys.PREFIX}unacked_index", dict.fromkeys(tags, time.time()), xx=True)
+        pipeline.execute()
 
     def _held_tags(self) -> set[str]:
         running = {r.message.delivery_tag for r in list(state.requests.values()) if not r.acknowledged}

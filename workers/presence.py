@@ -8,10 +8,12 @@ import socket
 import threading
 import time
 
+from kombu.exceptions import OperationalError
 from redis.exceptions import RedisError
 
 from stoker import keys
 from stoker.contract import Presence
+from workers.janitor import Janitor
 from workers.lanes import Lanes
 from workers.runtime import Runtime
 
@@ -19,10 +21,10 @@ log = logging.getLogger(__name__)
 
 
 class Heart:
-    """Writes the worker's `Presence` and the cards of its models."""
+    """Writes the worker's `Presence` and the cards of its models, and lets the janitor do its round."""
 
-    def __init__(self, runtime: Runtime, lanes: Lanes) -> None:
-        self._runtime, self._lanes = runtime, lanes
+    def __init__(self, runtime: Runtime, lanes: Lanes, janitor: Janitor) -> None:
+        self._runtime, self._lanes, self._janitor = runtime, lanes, janitor
         self._thread = threading.Thread(target=self._run, name="presence", daemon=True)
 
     def start(self) -> None:
@@ -40,7 +42,8 @@ class Heart:
         while not self._runtime.stopped.is_set():
             try:
                 self._beat()
-            except RedisError as error:
+                self._janitor.round()
+            except (RedisError, OperationalError) as error:
                 log.debug("no heartbeat: %s", error)
             self._runtime.stopped.wait(keys.PRESENCE_EVERY)
 

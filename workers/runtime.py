@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from stoker import keys
 from stoker.connection import TROUBLE, connect
@@ -23,6 +23,10 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
+class Fenced(WorkerUnavailable):
+    """The job's message was given to another worker while this one was silent. Never leaves the process."""
+
+
 class Runtime:
     """Made by the boot step before the pool starts; tasks get it from `current()`."""
 
@@ -32,9 +36,10 @@ class Runtime:
         self.publisher = Publisher(connect(settings))
         self.engine = make_engine(self.publisher.publish)
         self.started = time.time()
+        self.stopped = threading.Event()
+        #: Owner's token → its ticket: two deliveries of one job may be here for a moment.
         self._running: dict[str, Ticket] = {}
         self._lock = threading.Lock()
-        self.stopped = threading.Event()
 
     def start(self) -> None:
         """Load the models. Raises `ModelError`, and then nothing has been started."""
@@ -48,28 +53,30 @@ class Runtime:
         self.publisher.stop()
 
     @contextmanager
-    def running(self, ticket: Ticket) -> Iterator[None]:
-        """Let `cancel` and `hand_back` find the ticket while the job runs."""
+    def running(self, token: str, ticket: Ticket) -> Iterator[None]:
+        """Let `cancel`, `hand_back` and `fence_lost` find the ticket while the job runs."""
         with self._lock:
-            self._running[ticket.job_id] = ticket
+            self._running[token] = ticket
         try:
             yield
         finally:
             with self._lock:
-                del self._running[ticket.job_id]
+                del self._running[token]
 
-    def cancel(self, job_id: str) -> bool:
-        """Stop a job of this worker at the engine's next step; False if it does not run here."""
-        ticket = self._running.get(job_id)
-        if ticket is None:
-            return False
-        ticket.cancel()
+    def _tickets(self) -> list[tuple[str, Ticket]]:
+        with self._lock:
+            return list(self._running.items())
+
+    def cancel(self, job_id: str) -> None:
+        """Stop a job at the engine's next step, if it runs here."""
+        for _, ticket in self._tickets():
+            if ticket.job_id == job_id:
+                ticket.cancel()
         self.engine.wake()
-        return True
 
-    def cancel_if_asked(self, job_ids: list[str] | None = None) -> None:
-        """Look for the durable mark of a cancel: the nudge over pub/sub may have come too early, or never."""
-        ids = list(self._running) if job_ids is None else job_ids
+    def cancel_if_asked(self) -> None:
+        """Look for the durable marks of cancels: the nudge over pub/sub may have come too early, or never."""
+        ids = [ticket.job_id for _, ticket in self._tickets()]
         if ids:
             marks = self.redis.mget([keys.cancel(job_id) for job_id in ids])
             for job_id, mark in zip(ids, marks, strict=True):
@@ -78,11 +85,22 @@ class Runtime:
 
     def hand_back(self, kinds: set[str]) -> None:
         """Stop running jobs of these kinds, so that their messages go back to the queue."""
-        with self._lock:
-            tickets = [ticket for ticket in self._running.values() if ticket.kind in kinds]
-        for ticket in tickets:
-            ticket.cancel(WorkerUnavailable("the worker is stopping. The job goes to another one."))
+        for _, ticket in self._tickets():
+            if ticket.kind in kinds:
+                ticket.cancel(WorkerUnavailable("the worker is stopping. The job goes to another one."))
         self.engine.wake()
+
+    def fence_lost(self, redis: Any) -> None:
+        """Stop every running job whose record names another owner."""
+        running = self._tickets()
+        pipeline = redis.pipeline()
+        for _, ticket in running:
+            pipeline.hget(keys.job(ticket.job_id), "token")
+        for (token, ticket), owner in zip(running, pipeline.execute(), strict=True):
+            if owner is not None and owner.decode() != token and not ticket.stopping:
+                log.warning("job %s was given to another worker while this one was silent", ticket.job_id)
+                ticket.cancel(Fenced(f"job {ticket.job_id} runs elsewhere."))
+                self.engine.wake()
 
     def persist(self, action: Callable[[], T]) -> T:
         """Do something with the broker, however long it is away. For what must not be lost."""

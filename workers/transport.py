@@ -7,13 +7,29 @@ channel then fails for want of a pool, which ends the worker. Here messages stay
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import kombu.transport
 import kombu.transport.redis as kombu_redis
 
 
+def _never() -> bool:
+    return False
+
+
+#: Whether this process may give other workers' expired messages back to the queue; `workers/lease.py` says when.
+may_take_over: Callable[[], bool] = _never
+
+
+class QoS(kombu_redis.QoS):
+    def restore_visible(self, start: int = 0, num: int = 10, interval: int = 10) -> None:
+        if may_take_over():
+            super().restore_visible(start, num, interval)  # type: ignore[no-untyped-call]
+
+
 class Channel(kombu_redis.Channel):
+    QoS = QoS
     #: Off while the worker runs; `restore_on_close` turns it on for shutdown, so that what was prefetched goes back
     #: to the queue at once.
     do_restore = False

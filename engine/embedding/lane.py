@@ -58,7 +58,7 @@ class EmbedLane:
     def busy(self) -> bool:
         return bool(self._waiting)
 
-    def prepare(self, ticket: Ticket, request: EmbedRequest, data: bytes | None) -> EmbedWork:
+    def prepare(self, ticket: Ticket, request: EmbedRequest, data: None) -> EmbedWork:
         texts = self._model.tokenizer.encode_batch(request.texts)
         longest = self._spec.max_tokens
         for number, tokens in enumerate(texts):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from heapq import heappop, heappush
 
 import mlx.core as mx
@@ -14,7 +15,7 @@ from engine.loading import LoadedModel
 from engine.models.cache import KVCache
 from engine.text.detokenizer import StreamingDetokenizer
 from engine.ticket import StepOutput, Ticket
-from stoker.contract import GenerateRequest
+from stoker.contract import GenerateRequest, StreamToken
 from stoker.errors import TextTooLong
 
 #: Tokens of a prompt that go through the model at once: long enough for full matmuls, short enough that the streams
@@ -42,7 +43,7 @@ class GenerateLane:
     def busy(self) -> bool:
         return bool(self._waiting or self._rows)
 
-    def prepare(self, ticket: Ticket, request: GenerateRequest, data: bytes | None) -> Row:
+    def prepare(self, ticket: Ticket, request: GenerateRequest, data: Sequence[StreamToken] | None) -> Row:
         tokenizer = self._model.tokenizer
         prompt = tokenizer.encode(request.prompt)
         room = self._model.context - request.max_tokens
@@ -53,7 +54,9 @@ class GenerateLane:
             )
         if request.adapter is not None:
             self._pool.check(request.adapter)
-        return Row(ticket, request, prompt, tokenizer.eos_ids, StreamingDetokenizer(tokenizer))
+        row = Row(ticket, request, prompt, tokenizer.eos_ids, StreamingDetokenizer(tokenizer))
+        row.resume(data or ())
+        return row
 
     def admit(self, work: Row) -> None:
         self._waiting.append(work)
@@ -66,14 +69,18 @@ class GenerateLane:
     def run(self) -> StepOutput:
         """Seat who waits, push one prompt on by a chunk, decode everybody who is ready by one token."""
         output = StepOutput()
-        self._seat()
+        self._seat(output)
         self._prefill(output)
         self._decode(output)
         return output
 
-    def _seat(self) -> None:
+    def _seat(self, output: StepOutput) -> None:
         while self._waiting and self._free:
             row = self._waiting.popleft()
+            if row.finish_reason:
+                # Its last token was published before; only the result is missing.
+                output.ended.append((row.ticket, row.result()))
+                continue
             try:
                 row.adapter = self._pool.acquire(row.request.adapter)
             except Exception as error:
@@ -88,7 +95,7 @@ class GenerateLane:
         row = next((row for row in self._rows if not row.prefilled), None)
         if row is None:
             return
-        chunk = row.prompt[row.cached : row.cached + PREFILL_CHUNK]
+        chunk = row.known[row.cached : row.cached + PREFILL_CHUNK]
         self._cache.ensure(row.cached + len(chunk))
         view = self._cache.prefill_view(row.slot, row.cached, len(chunk))
         hidden = self._decoder(mx.array([chunk]), cache=view, adapters=self._pool.rows([row.adapter]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -26,14 +27,31 @@ class Row:
     adapter: int = 0
     #: Tokens whose keys and values are in the cache.
     cached: int = 0
+    #: How many of `tokens` another process made.
+    resumed: int = 0
     tokens: list[int] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     first_token_seconds: float = 0.0
     finish_reason: Literal["stop", "length"] | None = None
 
+    def resume(self, published: Sequence[StreamToken]) -> None:
+        """Go on behind tokens that were published before, by another process."""
+        for token in published:
+            self.tokens.append(token.token_id)
+            self.texts.append(token.text)
+            self.finish_reason = token.finish_reason
+            if not token.is_eos:
+                self.detokenizer.add(token.token_id)
+        self.resumed = len(published)
+
+    @property
+    def known(self) -> list[int]:
+        """The tokens that have to be in the cache before the first one is sampled here."""
+        return self.prompt + self.tokens[: self.resumed]
+
     @property
     def prefilled(self) -> bool:
-        return self.cached >= len(self.prompt)
+        return self.cached >= len(self.prompt) + self.resumed
 
     @property
     def draw(self) -> Draw:
@@ -41,7 +59,7 @@ class Row:
 
     def accept(self, pick: Pick) -> StreamToken:
         """Take the next token and say what may be shown of it."""
-        if not self.tokens:
+        if len(self.tokens) == self.resumed:
             self.first_token_seconds = self.ticket.run_seconds
         self.tokens.append(pick.token_id)
         is_eos = pick.token_id in self.eos_ids

@@ -45,6 +45,12 @@ _COMMANDS: tuple[Callable[..., None], ...] = (
 for _command in _COMMANDS:
     app.command()(_command)
 
+queue = typer.Typer(no_args_is_help=True, help="Jobs that wait, run, or were put aside.")
+queue.command("list")(jobs.list_jobs)
+queue.command("dead")(jobs.list_dead)
+queue.command("retry")(jobs.retry)
+app.add_typer(queue, name="jobs")
+
 models = typer.Typer(no_args_is_help=True, help="Models that a worker can be told to serve.")
 models.command("list")(machine.list_models)
 app.add_typer(models, name="models")

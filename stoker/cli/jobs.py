@@ -158,6 +158,39 @@ def _line(report: TrainReport) -> str:
     return f"step {report.step:4}/{report.steps}  loss {report.loss:.3f}  {report.tokens_per_second:.0f} tokens/s"
 
 
+def list_jobs(as_json: Json = False, url: Url = None) -> None:
+    """List jobs that have not ended: waiting or running, and on which worker."""
+    with connect(url) as client:
+        found = client.jobs()
+    if as_json:
+        print_json(found)
+        return
+    for job_id, record in found.items():
+        state = f"running on {record['worker']}" if "worker" in record else "waiting"
+        print(f"{job_id}  {record['kind']:8} {record['model']:24} {state}, {record['age']:.0f} s old")
+
+
+def list_dead(as_json: Json = False, url: Url = None) -> None:
+    """List jobs that were put aside because they killed one worker after another."""
+    with connect(url) as client:
+        found = client.dead()
+    if as_json:
+        print_json(found)
+        return
+    for job_id, letter in found.items():
+        workers = ", ".join(death["worker"] for death in letter["history"])
+        print(f"{job_id}  {letter['kind']:8} {letter['model']:24} killed {workers}")
+
+
+def retry(
+    job_id: Annotated[str, typer.Argument(help="As `stoker jobs dead` lists it.")],
+    url: Url = None,
+) -> None:
+    """Send a dead job again, under its own id."""
+    with connect(url) as client:
+        print(f"{client.retry(job_id).id}: sent again")
+
+
 def cancel(
     job_id: Annotated[str, typer.Argument(help="As printed when the job was sent, or shown in Flower.")],
     url: Url = None,

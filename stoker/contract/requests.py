@@ -27,7 +27,16 @@ def _not_blank(text: str) -> str:
 Text = Annotated[str, StringConstraints(max_length=MAX_TEXT_CHARS), AfterValidator(_not_blank)]
 
 
-class EmbedRequest(Message):
+class JobRequest(Message):
+    """What every kind of job can be told."""
+
+    #: 0 is served first, 9 last; a job that waits moves up with time.
+    priority: int = Field(default=5, ge=0, le=9)
+    #: Seconds from the submission after which the job ends with `DeadlineExceeded`. None: no deadline.
+    deadline: float | None = Field(default=None, gt=0.0, le=30 * 24 * 3600.0)
+
+
+class EmbedRequest(JobRequest):
     """Texts to be turned into vectors."""
 
     kind: ClassVar[str] = "embed"
@@ -47,7 +56,7 @@ class EmbedRequest(Message):
         return self
 
 
-class GenerateRequest(Message):
+class GenerateRequest(JobRequest):
     """A prompt to be continued."""
 
     kind: ClassVar[str] = "generate"
@@ -67,7 +76,7 @@ class GenerateRequest(Message):
     seed: int = Field(default=0, ge=0, lt=2**63)
 
 
-class TrainRequest(Message):
+class TrainRequest(JobRequest):
     """A LoRA adapter to be trained on the warm base."""
 
     kind: ClassVar[str] = "train"

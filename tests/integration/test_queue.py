@@ -1,0 +1,145 @@
+"""Nothing lost, nothing twice: ids, deadlines, priorities, zombies, orphans, dead letters."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from stoker import Client, JobStatus, keys, ledger
+from stoker.client_core import generate_request, job_record
+from stoker.errors import DeadlineExceeded, InvalidRequest, JobCancelled, JobDead, JobLost
+from tests.conftest import GENERATE_MODEL, alive, wait_until
+from tests.integration.machinery import FragileBroker, patient_client, worker_on
+
+pytestmark = pytest.mark.integration
+
+SMOLLM2 = json.loads((Path(__file__).parent.parent / "goldens" / "smollm2.json").read_text())
+GOLDEN = SMOLLM2["prompts"][0]
+
+
+@pytest.fixture
+def fragile(tmp_path: Path) -> Iterator[FragileBroker]:
+    broker = FragileBroker(tmp_path / "fragile")
+    yield broker
+    broker.close()
+
+
+def test_the_same_id_twice_is_one_job(client: Client) -> None:
+    first = client.generate("One", model=GENERATE_MODEL, max_tokens=8, job_id="order-66")
+    second = client.generate("Another", model=GENERATE_MODEL, max_tokens=8, job_id="order-66")
+    assert first.result(30) == second.result(30)
+    third = client.generate("Yet another", model=GENERATE_MODEL, max_tokens=8, job_id="order-66")
+    assert third.result(30) == first.result(30)
+
+
+def test_an_id_that_could_be_a_key_of_something_else_is_refused(client: Client) -> None:
+    with pytest.raises(InvalidRequest, match="job_id"):
+        client.generate("x", model=GENERATE_MODEL, job_id="a:b")
+
+
+def test_a_deadline_ends_a_running_job(client: Client) -> None:
+    job = client.generate("x", model=GENERATE_MODEL, max_tokens=4000, deadline=0.5)
+    with pytest.raises(DeadlineExceeded):
+        job.result(30)
+    assert job.status() == JobStatus.FAILED
+
+
+def test_a_deadline_that_passes_in_the_queue_ends_the_job_before_it_runs(client: Client) -> None:
+    blocker = client.train("blocker", [{"text": "a b"}], model=GENERATE_MODEL, steps=100_000, max_length=16)
+    next(iter(blocker.progress(timeout=60)))
+    late = client.train("late", [{"text": "a b"}], model=GENERATE_MODEL, steps=1, max_length=16, deadline=0.2)
+    wait_until(lambda: client.jobs()[late.id]["age"] > 0.3, "the deadline has passed")
+    blocker.cancel()
+    with pytest.raises(DeadlineExceeded, match=r"past its deadline of 0\.2 s"):
+        late.result(30)
+
+
+def test_a_job_of_higher_priority_is_served_first(client: Client) -> None:
+    blocker = client.train("blocker", [{"text": "a b"}], model=GENERATE_MODEL, steps=100_000, max_length=16)
+    next(iter(blocker.progress(timeout=60)))
+    options = {"model": GENERATE_MODEL, "steps": 1, "max_length": 16}
+    low = client.train("low", [{"text": "a b"}], priority=9, **options)
+    high = client.train("high", [{"text": "a b"}], priority=0, **options)
+    blocker.cancel()
+    assert high.result(30).usage.queued_seconds < low.result(30).usage.queued_seconds
+
+
+def test_a_waiting_job_is_cancelled_though_no_worker_is_up(fragile: FragileBroker, tmp_path: Path) -> None:
+    with patient_client(fragile.url, 30) as client:
+        with worker_on(fragile, tmp_path / "worker"):
+            pass
+        job = client.generate("x", model=GENERATE_MODEL, max_tokens=8)
+        assert job.status() == JobStatus.QUEUED
+        job.cancel()
+        with pytest.raises(JobCancelled):
+            job.result(5)
+        with worker_on(fragile, tmp_path / "worker"):
+            after = client.generate("x", model=GENERATE_MODEL, max_tokens=2)
+            assert after.result(30).usage.completion_tokens == 2
+        assert job.status() == JobStatus.CANCELLED
+        assert client.redis.xlen(keys.stream(job.id)) == 0, "it never ran"
+
+
+def test_a_worker_that_was_frozen_past_its_lease_leaves_no_trace(fragile: FragileBroker, tmp_path: Path) -> None:
+    with patient_client(fragile.url, 30) as client, worker_on(fragile, tmp_path / "one"):
+        job = client.generate(GOLDEN["prompt"], model=GENERATE_MODEL, max_tokens=64)
+        stream = job.stream(timeout=60)
+        heard = [next(stream)]
+        frozen = client.workers()[0].pid
+        with worker_on(fragile, tmp_path / "two"):
+            os.kill(frozen, signal.SIGSTOP)
+            heard += stream
+            first = job.result(30)
+            os.kill(frozen, signal.SIGCONT)
+            wait_until(lambda: any(worker.pid == frozen for worker in client.workers()), "the frozen one is back")
+            wait_until(lambda: all(worker.lanes["generate"][0] == 0 for worker in client.workers()), "both have let go")
+            wait_until(lambda: client.redis.hlen("stoker:unacked") == 0, "nothing is left unacknowledged")
+            assert job.result(5) == first
+            assert alive(frozen)
+    assert [token.token_id for token in heard] == GOLDEN["token_ids"]
+
+
+def test_a_job_whose_message_was_lost_is_sent_again(fragile: FragileBroker, tmp_path: Path) -> None:
+    with patient_client(fragile.url, 30) as client, worker_on(fragile, tmp_path / "worker"):
+        request = generate_request(GENERATE_MODEL, "x", 0, {"max_tokens": 3})
+        # What a client leaves that dies between the record and the message.
+        ledger.submit(client.redis, "orphan", job_record(request))
+        assert client.job("orphan").result(60).usage.completion_tokens == 3
+
+
+def test_a_job_that_kills_its_workers_is_put_aside_and_can_be_retried(fragile: FragileBroker, tmp_path: Path) -> None:
+    with patient_client(fragile.url, 60) as client, worker_on(fragile, tmp_path / "worker") as stack:
+        job = client.generate(GOLDEN["prompt"], model=GENERATE_MODEL, max_tokens=2000)
+        for _ in range(ledger.MAX_DEATHS):
+            wait_until(lambda: job.status() == JobStatus.RUNNING, "it runs", 60)
+            pid = wait_until(
+                lambda: next((w.pid for w in client.workers() if w.worker == stack.worker_name), None), "who runs it"
+            )
+            os.kill(pid, signal.SIGKILL)
+            wait_until(lambda pid=pid: not alive(pid), "it is dead")
+            stack.start_worker()
+            stack.wait_until_warm()
+            wait_until(lambda: _owner(client, job.id) == stack.worker_name or _ended(job), "it went on", 60)
+        with pytest.raises(JobDead, match="stoker jobs retry"):
+            job.result(60)
+        assert len(client.dead()[job.id]["history"]) == ledger.MAX_DEATHS
+        again = client.retry(job.id)
+        assert not client.dead()
+        stream = again.stream(timeout=60)
+        assert [next(stream).token_id for _ in range(20)] == GOLDEN["token_ids"][:20]
+        stream.close()
+        with pytest.raises(JobLost, match="no dead letter"):
+            client.retry("nobody")
+
+
+def _owner(client: Client, job_id: str) -> str:
+    return (client.redis.hget(keys.job(job_id), "worker") or b"").decode()
+
+
+def _ended(job) -> bool:  # type: ignore[no-untyped-def]
+    return job.status() in (JobStatus.DONE, JobStatus.FAILED, JobStatus.CANCELLED)
