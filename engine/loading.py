@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,20 +10,30 @@ from typing import Any, Literal
 
 import mlx.core as mx
 
-from engine.models.bert import Bert, BertArgs, EmbeddingSpec
-from engine.models.compiler import on_cpu
+from engine.models.bert import Bert, BertArgs
+from engine.models.encoder import Encoder
 from engine.models.llama import Llama, LlamaArgs
+from engine.models.mistral import MistralArgs
+from engine.models.mpnet import MPNet, MPNetArgs
+from engine.models.qwen2 import Qwen2Args
+from engine.models.qwen3 import Qwen3Args
+from engine.models.sentence import EmbeddingSpec
+from engine.precision import Precision
 from engine.sources import resolve
 from engine.text.tokenizer import Tokenizer
-from engine.weights import safetensors
+from engine.weights.folder import folder_tensors, gguf_tensors, read_config
 from engine.weights.gguf import GGUF
-from engine.weights.gguf_names import llama_name, unpermute
-from engine.weights.tensors import Reader, Tensors
+from engine.weights.tensors import Tensors
 from stoker.errors import ModelError
 
-#: `model_type` of config.json, or `general.architecture` of GGUF.
-FOLDER_ARCHITECTURES = ("bert", "llama")
-GGUF_ARCHITECTURES = ("llama",)
+#: Decoders by `model_type` of config.json; all run `Llama`.
+DECODERS: dict[str, type[LlamaArgs]] = {
+    args.architecture: args for args in (LlamaArgs, MistralArgs, Qwen2Args, Qwen3Args)
+}
+#: Decoders by `general.architecture` of GGUF, in which a Mistral is a `llama`.
+GGUF_DECODERS: dict[str, type[LlamaArgs]] = {args.architecture: args for args in (LlamaArgs, Qwen2Args, Qwen3Args)}
+#: Encoders by `model_type` of config.json.
+ENCODERS = ("bert", "mpnet")
 
 
 @dataclass(frozen=True)
@@ -39,7 +48,7 @@ class LoadedModel:
     path: Path
     kind: Literal["generate", "embed"]
     architecture: str
-    model: Llama | Bert = field(repr=False)
+    model: Llama | Encoder = field(repr=False)
     tokenizer: Tokenizer = field(repr=False)
     context: int
     parameters: int
@@ -56,79 +65,64 @@ class LoadedModel:
         raise ModelError(f"{self.name} makes embeddings; it neither generates nor trains")
 
     @property
-    def encoder(self) -> Bert:
+    def encoder(self) -> Encoder:
         """The model of kind "embed". Raises `ModelError` for a decoder."""
-        if isinstance(self.model, Bert):
+        if isinstance(self.model, Encoder):
             return self.model
         raise ModelError(f"{self.name} generates; it makes no embeddings")
 
 
-def load(name: str, sources: Sequence[str]) -> LoadedModel:
+def load(
+    name: str, sources: Sequence[str], *, dtype: str | None = None, quantize: str | None = None, group_size: int = 64
+) -> LoadedModel:
     """The model called `name`, from the first of `sources` that is available, with every weight evaluated.
 
-    Raises `ModelError` when no source is available, or the model is damaged or of an architecture not supported.
+    `dtype`, `quantize` and `group_size` are those of `Precision`. Raises `ModelError` when no source is available, an
+    option is unknown, or the model is damaged or of an architecture not supported.
     """
     start = time.perf_counter()
+    precision = Precision.of(dtype, quantize, group_size)
     path = resolve(sources)
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelError(f"{path}: a model is a folder with config.json and safetensors, or a .gguf file")
-        return _load_gguf(name, path, start)
-    config = _read_config(path)
-    architecture = config.get("model_type")
-    if architecture == "bert":
-        return _load_bert(name, path, config, start)
-    if architecture == "llama":
-        return _load_llama(name, path, config, start)
-    raise ModelError(f"{path}: architecture {architecture!r} is not supported; {', '.join(FOLDER_ARCHITECTURES)} are")
+        loaded = _load_gguf(name, path, precision, start)
+    else:
+        config = read_config(path)
+        architecture = config.get("model_type")
+        if architecture in ENCODERS:
+            loaded = _load_encoder(name, path, config, precision, start)
+        elif isinstance(architecture, str) and architecture in DECODERS:
+            loaded = _load_decoder(name, path, config, precision, start)
+        else:
+            names = ", ".join(sorted((*ENCODERS, *DECODERS)))
+            raise ModelError(f"{path}: architecture {architecture!r} is not supported; {names} are")
+    # GPUs keep what was freed for reuse; what loading freed will not be asked for again.
+    mx.clear_cache()
+    return loaded
 
 
-def _dtype() -> mx.Dtype:
-    """float32 on the CPU back-end, whose 16-bit matrix products are 2 to 50 times slower; bfloat16 on GPUs."""
-    return mx.float32 if on_cpu() else mx.bfloat16
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise ModelError(f"{folder}: no config.json in it") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: {error}") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"{path}: not a JSON object")
-    return config
-
-
-def _folder_tensors(folder: Path, dtype: mx.Dtype) -> Tensors:
-    arrays = safetensors.read_folder(folder)
-    shapes = {name: array.shape for name, array in arrays.items()}
-    # `pop` lets go of the file's form of a tensor as soon as a layer has its own.
-    readers: dict[str, Reader] = {name: _popper(arrays, name) for name in shapes}
-    return Tensors(readers, shapes, str(folder), dtype)
-
-
-def _popper(arrays: dict[str, mx.array], name: str) -> Reader:
-    return lambda: arrays.pop(name)
-
-
-def _load_bert(name: str, folder: Path, config: dict[str, Any], start: float) -> LoadedModel:
-    args = BertArgs.from_config(config)
+def _load_encoder(name: str, folder: Path, config: dict[str, Any], precision: Precision, start: float) -> LoadedModel:
+    precision = precision.for_encoder(folder)
+    tensors, config = folder_tensors(folder, config, precision)
+    model: Encoder
+    args: BertArgs | MPNetArgs
+    if config["model_type"] == "bert":
+        args = BertArgs.from_config(config)
+        model = Bert(args, tensors)
+    else:
+        args = MPNetArgs.from_config(config)
+        model = MPNet(args, tensors)
+    tensors.finish(ignore=model.unused)
     spec = EmbeddingSpec.from_folder(folder, args)
-    # Embedding models are small, and their vectors are compared with vectors made elsewhere: always float32.
-    tensors = _folder_tensors(folder, mx.float32)
-    model = Bert(args, tensors)
-    # The position ids are a buffer; the pooler and the heads serve BERT's pre-training.
-    tensors.finish(ignore=lambda tensor: tensor.endswith("position_ids") or "pooler." in tensor or "cls." in tensor)
     tokenizer = Tokenizer.from_folder(folder)
     _check_vocabulary(folder, tokenizer, args.vocab)
-    _warm(lambda: model(mx.zeros((1, 8), mx.int32)))
+    _warm(lambda: model(mx.zeros((1, min(8, args.context)), mx.int32)))
     return LoadedModel(
         name=name,
         path=folder,
         kind="embed",
-        architecture="bert",
+        architecture=config["model_type"],
         model=model,
         tokenizer=tokenizer,
         context=spec.max_tokens,
@@ -137,58 +131,37 @@ def _load_bert(name: str, folder: Path, config: dict[str, Any], start: float) ->
     )
 
 
-def _load_llama(name: str, folder: Path, config: dict[str, Any], start: float) -> LoadedModel:
-    args = LlamaArgs.from_config(config)
-    tensors = _folder_tensors(folder, _dtype())
-    model = Llama(args, tensors)
-    # A tied head is sometimes written a second time; older checkpoints hold the rotary frequencies.
-    tensors.finish(ignore=lambda tensor: (args.tied and tensor == "lm_head.weight") or tensor.endswith("inv_freq"))
-    return _llama(name, folder, model, Tokenizer.from_folder(folder), tensors, start)
+def _load_decoder(name: str, folder: Path, config: dict[str, Any], precision: Precision, start: float) -> LoadedModel:
+    tensors, config = folder_tensors(folder, config, precision)
+    model = Llama(DECODERS[config["model_type"]].from_config(config), tensors)
+    return _decoder(name, folder, model, Tokenizer.from_folder(folder), tensors, start)
 
 
-def _load_gguf(name: str, path: Path, start: float) -> LoadedModel:
+def _load_gguf(name: str, path: Path, precision: Precision, start: float) -> LoadedModel:
     gguf = GGUF(path)
     architecture = gguf.metadata.get("general.architecture")
-    if architecture != "llama":
-        names = ", ".join(GGUF_ARCHITECTURES)
-        raise ModelError(f"{path}: architecture {architecture!r} is not supported in GGUF; {names} is")
+    if not isinstance(architecture, str) or architecture not in GGUF_DECODERS:
+        names = ", ".join(GGUF_DECODERS)
+        raise ModelError(f"{path}: architecture {architecture!r} is not supported in GGUF; {names} are")
     embedding = gguf.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise ModelError(f"{path}: the tensor 'token_embd.weight' is missing or no matrix")
-    args = LlamaArgs.from_gguf(gguf.metadata, vocab=embedding.shape[0], tied="output.weight" not in gguf.tensors)
-    tensors = _gguf_tensors(gguf, args)
-    model = Llama(args, tensors)
-    tensors.finish()
-    return _llama(name, path, model, Tokenizer.from_gguf(gguf), tensors, start)
+    tied = "output.weight" not in gguf.tensors
+    args = GGUF_DECODERS[architecture].from_gguf(gguf.metadata, vocab=embedding.shape[0], tied=tied)
+    heads = (args.heads, args.kv_heads) if args.gguf_permuted else None
+    tensors = gguf_tensors(gguf, heads, precision)
+    return _decoder(name, path, Llama(args, tensors), Tokenizer.from_gguf(gguf), tensors, start)
 
 
-def _gguf_tensors(gguf: GGUF, args: LlamaArgs) -> Tensors:
-    readers: dict[str, Reader] = {}
-    shapes = {}
-    for stored, info in gguf.tensors.items():
-        name = llama_name(stored) or stored
-        heads = {"q_proj": args.heads, "k_proj": args.kv_heads}.get(name.split(".")[-2] if "." in name else "", 0)
-        readers[name] = _gguf_reader(gguf, stored, heads)
-        shapes[name] = info.shape
-    return Tensors(readers, shapes, str(gguf.path), _dtype())
-
-
-def _gguf_reader(gguf: GGUF, stored: str, heads: int) -> Reader:
-    def read() -> mx.array:
-        values = gguf.dequantize(stored)
-        return mx.array(unpermute(values, heads) if heads else values)
-
-    return read
-
-
-def _llama(name: str, path: Path, model: Llama, tokenizer: Tokenizer, tensors: Tensors, start: float) -> LoadedModel:
+def _decoder(name: str, path: Path, model: Llama, tokenizer: Tokenizer, tensors: Tensors, start: float) -> LoadedModel:
+    tensors.finish(ignore=model.unused)
     _check_vocabulary(path, tokenizer, model.args.vocab)
     _warm(lambda: model.logits(model(mx.zeros((1, 8), mx.int32))))
     return LoadedModel(
         name=name,
         path=path,
         kind="generate",
-        architecture="llama",
+        architecture=model.args.architecture,
         model=model,
         tokenizer=tokenizer,
         context=model.args.context,
@@ -208,9 +181,9 @@ def _warm(forward: Callable[[], mx.array]) -> None:
 
 
 def _measures(tensors: Tensors, start: float) -> dict[str, Any]:
-    arrays = tensors.taken.values()
+    taken = tensors.taken.values()
     return {
-        "parameters": sum(array.size for array in arrays),
-        "bytes": sum(array.nbytes for array in arrays),
+        "parameters": sum(tensor.size for tensor in taken),
+        "bytes": sum(tensor.nbytes for tensor in taken),
         "load_seconds": time.perf_counter() - start,
     }

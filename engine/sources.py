@@ -4,7 +4,9 @@
     hf:org/name[@revision][:FILE]         a Hugging Face repository, or one GGUF file of it
     anything else                         a local folder, or a local .gguf file
 
-Resolving never imports the package and never imports MLX.
+Resolving never imports the package and never imports MLX. Downloads are huggingface_hub's: its cache (HF_HOME), its
+progress bars, its token (HF_TOKEN), its offline mode (HF_HUB_OFFLINE). A connection that breaks is resumed where it
+broke; of a download that was ended, the files that were whole are kept.
 """
 
 from __future__ import annotations
@@ -36,17 +38,18 @@ _HUB_IGNORED = ("*/*.safetensors",)
 _HUB = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<file>[\w./ -]+))?")
 
 
-def resolve(sources: Sequence[str]) -> Path:
+def resolve(sources: Sequence[str], *, download: bool = True) -> Path:
     """The local path of the first of `sources` that is available, downloading it if it is on the hub.
 
-    Raises `ModelError` that lists every source and why it failed.
+    Without `download` a hub source is available if it is in the cache. Raises `ModelError` that lists
+    every source and why it failed.
     """
     if not sources:
         raise ModelError("no source is given for the model: name a folder, package:... or hf:org/name")
     failures = []
     for source in sources:
         try:
-            return resolve_one(source)
+            return resolve_one(source, download=download)
         except ModelError as error:
             failures.append(f"{source}: {error}")
     if len(failures) == 1:
@@ -54,12 +57,12 @@ def resolve(sources: Sequence[str]) -> Path:
     raise ModelError("none of the model's sources is available:\n  " + "\n  ".join(failures))
 
 
-def resolve_one(source: str) -> Path:
+def resolve_one(source: str, *, download: bool = True) -> Path:
     """The local path of one source string. Raises `ModelError` with the cause."""
     if source.startswith("package:"):
         return _in_package(source.removeprefix("package:"))
     if source.startswith("hf:"):
-        return _on_hub(source)
+        return _on_hub(source, download)
     path = Path(source).expanduser()
     if not path.exists():
         raise ModelError("no such file or folder")
@@ -84,7 +87,7 @@ def _in_package(reference: str) -> Path:
     raise ModelError(f"the package {name} has no {inside!r}")
 
 
-def _on_hub(source: str) -> Path:
+def _on_hub(source: str, download: bool) -> Path:
     match = _HUB.fullmatch(source)
     if match is None:
         raise ModelError("write hf:org/name, hf:org/name@revision or hf:org/name:FILE.gguf")
@@ -96,11 +99,15 @@ def _on_hub(source: str) -> Path:
 
     try:
         if file:
-            return Path(huggingface_hub.hf_hub_download(repo, file, revision=revision))
+            return Path(huggingface_hub.hf_hub_download(repo, file, revision=revision, local_files_only=not download))
         folder = huggingface_hub.snapshot_download(
-            repo, revision=revision, allow_patterns=list(HUB_FILES), ignore_patterns=list(_HUB_IGNORED)
+            repo,
+            revision=revision,
+            allow_patterns=list(HUB_FILES),
+            ignore_patterns=list(_HUB_IGNORED),
+            local_files_only=not download,
         )
-        return Path(folder)
+        return _with_weights(Path(folder), repo)
     except errors.GatedRepoError as error:
         raise ModelError(f"{repo} is gated: accept its terms on the hub, then set HF_TOKEN") from error
     except errors.RepositoryNotFoundError as error:
@@ -110,7 +117,17 @@ def _on_hub(source: str) -> Path:
     except errors.EntryNotFoundError as error:
         # LocalEntryNotFoundError, the offline case, is a kind of EntryNotFoundError.
         if isinstance(error, errors.LocalEntryNotFoundError):
-            raise ModelError(f"{repo} is not in the local cache, and the hub cannot be reached") from error
+            reason = "the hub cannot be reached" if download else f"`stoker models pull {source}` downloads it"
+            raise ModelError(f"{repo} is not in the local cache, and {reason}") from error
         raise ModelError(f"{repo} has no file {file}") from error
     except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled, OSError, ValueError) as error:
         raise ModelError(f"{repo} cannot be downloaded: {type(error).__name__}: {error}") from error
+
+
+def _with_weights(folder: Path, repo: str) -> Path:
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"{repo} has no safetensors in its root. If it has GGUF files, name one: hf:{repo}:FILE.gguf; pickled "
+            "weights (.bin, .pt) are never read"
+        )
+    return folder

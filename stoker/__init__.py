@@ -1,12 +1,43 @@
-"""Stoker: a job queue that keeps a language model hot. Clients import this; it needs neither MLX nor worker code."""
+"""Stoker: a job queue that keeps a language model hot. Clients import this; it needs neither MLX nor worker code.
 
-from stoker.aio import AsyncClient, AsyncEmbedJob, AsyncGenerateJob, AsyncTrainJob
-from stoker.client import Client, EmbedJob, GenerateJob, Job, TrainJob
-from stoker.client_core import JobStatus
-from stoker.contract import GenerateResult, StreamToken, TrainReport, TrainResult
-from stoker.errors import StokerError
+Names are imported when they are first used: worker code and `stoker models`, which need a module or two of this
+package, do not wait for the client's broker libraries.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stoker.aio import AsyncClient, AsyncEmbedJob, AsyncGenerateJob, AsyncTrainJob
+    from stoker.client import Client, EmbedJob, GenerateJob, Job, TrainJob
+    from stoker.client_core import JobStatus
+    from stoker.contract import GenerateResult, StreamToken, TrainReport, TrainResult
+    from stoker.errors import StokerError
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "stoker.aio": ("AsyncClient", "AsyncEmbedJob", "AsyncGenerateJob", "AsyncTrainJob"),
+    "stoker.client": ("Client", "EmbedJob", "GenerateJob", "Job", "TrainJob"),
+    "stoker.client_core": ("JobStatus",),
+    "stoker.contract": ("GenerateResult", "StreamToken", "TrainReport", "TrainResult"),
+    "stoker.errors": ("StokerError",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_HOME_OF[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
 
 __all__ = [
     "AsyncClient",

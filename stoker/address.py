@@ -7,7 +7,12 @@ from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 from stoker.errors import ConfigError
 
-SCHEMES = ("redis", "rediss", "redis+socket")
+_FORMS = {
+    "redis": "redis://[USER:PASSWORD@]HOST[:PORT][/DB]",
+    "rediss": "rediss://[USER:PASSWORD@]HOST[:PORT][/DB][?ssl_ca_certs=FILE]",
+    "redis+socket": "redis+socket:///PATH[?virtual_host=DB]",
+}
+SCHEMES = tuple(_FORMS)
 DEFAULT_URL = "redis://127.0.0.1:6379/0"
 
 
@@ -35,13 +40,17 @@ class Address:
             )
         try:
             return _socket(url) if scheme == "redis+socket" else _tcp(url)
-        except ValueError as error:
-            raise ConfigError(f"STOKER_URL: cannot be read ({error}); expected {scheme}://HOST:PORT/DB.") from None
+        except ValueError:
+            # What urllib says may quote a piece of the password.
+            raise ConfigError(
+                f"STOKER_URL: cannot be read; expected {_FORMS[scheme]}. "
+                "In a password, write / as %2F, : as %3A and @ as %40."
+            ) from None
 
 
 def _database(text: str) -> int:
     if text and not text.isdigit():
-        raise ValueError(f"database {text!r} is not a number")
+        raise ValueError("the database is not a number")
     return int(text or 0)
 
 
@@ -64,7 +73,7 @@ def _socket(url: str) -> Address:
     parts = urlsplit(url)
     query = dict(parse_qsl(parts.query))
     database = _database(query.pop("virtual_host", query.pop("db", "")))
-    if not parts.path.strip("/"):
+    if parts.hostname or not parts.path.strip("/"):
         raise ValueError("no path to a socket")
     login, path = parts.netloc.rpartition("@")[0], unquote(parts.path)
     user = f"{login}@" if login else ""

@@ -150,6 +150,8 @@ def draw_seed() -> int:
 def embed_request(model: str, texts: Sequence[str], fields: Mapping[str, Any]) -> EmbedRequest:
     if isinstance(texts, str):
         raise InvalidRequest("texts: one text given; expected a list of texts, such as ['a warm model'].")
+    if not isinstance(texts, Iterable):
+        raise InvalidRequest(f"texts: a {type(texts).__name__} given; expected a list of texts.")
     return build(EmbedRequest, {"model": model, "texts": tuple(texts), **fields})
 
 
@@ -171,6 +173,8 @@ def read_dataset(dataset: Dataset) -> bytes:
 
 
 def _examples(dataset: Dataset) -> list[Example]:
+    if not isinstance(dataset, str | os.PathLike | Iterable):
+        raise DatasetError(f"dataset: a {type(dataset).__name__} given; expected a path, or a list of examples.")
     if not isinstance(dataset, str | os.PathLike):
         return read_mappings(dataset, "dataset")
     path = Path(dataset)

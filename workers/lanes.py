@@ -34,6 +34,15 @@ class Lanes:
         """kind → (held, limit)."""
         return {kind: (held, self._limits[kind]) for kind, held in self._held.items()}
 
+    def attach(self, consumer: Any) -> None:
+        """Take a (new) connection's consumer and open or close every lane of it, as full as it is by now."""
+        self.consumer = consumer
+        for kind, queues in self._queues.items():
+            with self._lock:
+                full = self._held[kind] >= self._limits[kind]
+            for queue in queues:
+                (consumer.cancel_task_queue if full else consumer.add_task_queue)(queue)
+
     def enter(self, kind: str) -> None:
         """A job was taken. Called in the consumer's thread."""
         with self._lock:
@@ -54,7 +63,7 @@ class Lanes:
     def _reopen(self, kind: str) -> None:
         with self._lock:
             full = self._held[kind] >= self._limits[kind]
-        # A task consumer is gone while the broker is away; on return Celery consumes the selected queues.
+        # A task consumer is gone while the broker is away; `attach` does this when it is back.
         if full or self.consumer.task_consumer is None:
             return
         for queue in self._queues[kind]:
@@ -71,7 +80,7 @@ class LaneStep(bootsteps.StartStopStep):
     requires = ("celery.worker.consumer.tasks:Tasks",)
 
     def start(self, consumer: Any) -> None:
-        lanes.consumer = consumer
+        lanes.attach(consumer)
 
 
 class LaneRequest(Request):

@@ -20,6 +20,17 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 #: PEFT's name for our layer `layers.0.self_attn.q_proj` is this before it.
 _PEFT_PREFIX = "base_model.model.model."
+#: PEFT's fields that make something else of the sum, and what they are in plain LoRA.
+_PLAIN: dict[str, Any] = {
+    "peft_type": "LORA",
+    "use_rslora": False,
+    "use_dora": False,
+    "fan_in_fan_out": False,
+    "bias": "none",
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "modules_to_save": None,
+}
 _PEFT_TENSOR = re.compile(re.escape(_PEFT_PREFIX) + r"(.+)\.lora_([AB])\.weight")
 
 
@@ -112,6 +123,9 @@ def _read_config(path: Path) -> LoraConfig:
         config = LoraConfig(int(fields["r"]), float(fields["lora_alpha"]), tuple(map(str, fields["target_modules"])))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{path}: no readable PEFT configuration ({type(error).__name__}: {error}).") from None
+    for name, plain in _PLAIN.items():
+        if fields.get(name) not in (None, plain):
+            raise ModelError(f"{path}: {name} {fields[name]!r}; only plain LoRA can be read, with {name} {plain!r}.")
     if not 1 <= config.rank <= 256:
         raise ModelError(f"{path}: rank {config.rank}; allowed: 1 to 256.")
     return config

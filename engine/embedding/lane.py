@@ -85,7 +85,12 @@ class EmbedLane:
     def run(self) -> StepOutput:
         """Embed one batch: the text that waits longest, and those nearest to it in length."""
         batch = self._next_batch()
-        vectors = self._forward(batch)
+        try:
+            vectors = self._forward(batch)
+        except BaseException:
+            # Back among those that wait, where `fail_all` finds them.
+            self._waiting.extendleft(batch)
+            raise
         output = StepOutput()
         for text, vector in zip(batch, vectors, strict=True):
             work = text.work

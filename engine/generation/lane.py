@@ -16,7 +16,7 @@ from engine.models.cache import KVCache
 from engine.text.detokenizer import StreamingDetokenizer
 from engine.ticket import StepOutput, Ticket
 from stoker.contract import GenerateRequest, StreamToken
-from stoker.errors import TextTooLong
+from stoker.errors import InvalidRequest, TextTooLong
 
 #: Tokens of a prompt that go through the model at once: long enough for full matmuls, short enough that the streams
 #: beside it wait for one chunk only.
@@ -46,6 +46,8 @@ class GenerateLane:
     def prepare(self, ticket: Ticket, request: GenerateRequest, data: Sequence[StreamToken] | None) -> Row:
         tokenizer = self._model.tokenizer
         prompt = tokenizer.encode(request.prompt)
+        if not prompt:
+            raise InvalidRequest(f"prompt: {request.prompt[:40]!r} given, which is no token of {request.model}.")
         room = self._model.context - request.max_tokens
         if len(prompt) > room:
             raise TextTooLong(

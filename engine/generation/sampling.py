@@ -10,6 +10,9 @@ import numpy as np
 
 from stoker.contract import GenerateRequest
 
+#: Below this a temperature would only overflow float32: it is as good as greedy.
+COLDEST = 1e-6
+
 
 @dataclass(frozen=True)
 class Draw:
@@ -62,13 +65,14 @@ def _draw(logits: mx.array, draws: Sequence[Draw]) -> tuple[mx.array, mx.array]:
     Order as in transformers: temperature, then top-k, then top-p on what top-k left, renormalised.
     """
     vocabulary = logits.shape[-1]
-    temperature = _column([1.0 if draw.greedy else draw.request.temperature for draw in draws])
+    temperature = _column([1.0 if draw.greedy else max(COLDEST, draw.request.temperature) for draw in draws])
     top_k = _column([1 if draw.greedy else draw.request.top_k or vocabulary for draw in draws])
     top_p = _column([draw.request.top_p for draw in draws])
     uniform = _column([draw.uniform for draw in draws])
 
     order = mx.argsort(-logits, axis=-1)
-    ranked = mx.take_along_axis(logits, order, axis=-1) / temperature
+    ranked = mx.take_along_axis(logits, order, axis=-1)
+    ranked = (ranked - ranked[:, :1]) / temperature
     ranked = mx.where(mx.arange(vocabulary)[None] < top_k, ranked, -mx.inf)
     probability = mx.softmax(ranked, axis=-1)
     before = mx.cumsum(probability, axis=-1) - probability

@@ -7,42 +7,66 @@ import mlx.core as mx
 from engine.models.fastmath import exp_nonpositive, fast
 
 #: None: every key. "causal": query i of T sees the keys up to L − T + i. A bool array (B or 1, 1, T or 1, L): True
-#: where a key is seen.
+#: where a key is seen. A float array (B or 1, 1 or H, T or 1, L): added to the scores (a position bias).
 Mask = mx.array | str | None
 
 #: Queries that are multiplied with the keys at once: few, so that their scores stay in the processor's cache, and that
 #: keys after the block are skipped.
 _BLOCK = 64
 #: Added to the score of an unseen key. Finite, so that a query that sees nothing (padding) gives no NaN.
-_UNSEEN = -1e30
+UNSEEN = -1e30
 
 
-def attention(queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, mask: Mask = None) -> mx.array:
+def attention(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    *,
+    scale: float,
+    mask: Mask = None,
+    window: int | None = None,
+) -> mx.array:
     """softmax(scale · Q Kᵀ) V for queries (B, H, T, D), keys and values (B, K, L, D), K dividing H; (B, H, T, D).
+
+    `window` narrows the mask "causal": a query sees itself and the window − 1 keys before. An array says it all itself.
 
     On a GPU this is `mx.fast.scaled_dot_product_attention`. The CPU back-end's form of that is built on exp and on
     reductions of rows that are not vectorised: matrix products with `fastmath` take about a fifth of its time.
     """
+    length, past = queries.shape[2], keys.shape[2] - queries.shape[2]
+    if window is not None and past + length <= window:
+        window = None
     if not fast(queries):
+        if mask == "causal" and window is not None:
+            mask = _seen(past, past + length, 0, window)[None, None]
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
     queries = queries * scale
     if not isinstance(mask, str):
-        return _attend(queries, keys, values, None if mask is None else _bias(mask))
-    length, past = queries.shape[2], keys.shape[2] - queries.shape[2]
-    if length == 1:
-        return _attend(queries, keys, values, None)
+        return _attend(queries, keys, values, None if mask is None else _addend(mask, keys.shape[1]))
     blocks = []
-    for start in range(0, length, _BLOCK):
-        end = min(start + _BLOCK, length)
-        seen = mx.arange(past + end)[None, :] <= mx.arange(past + start, past + end)[:, None]
-        block = queries[:, :, start:end]
-        blocks.append(_attend(block, keys[:, :, : past + end], values[:, :, : past + end], _bias(seen[None, None])))
+    for start in range(past, past + length, _BLOCK):
+        end = min(start + _BLOCK, past + length)
+        first = 0 if window is None else max(0, start + 1 - window)
+        addend = None if end - start == 1 else _addend(_seen(start, end, first, window)[None, None], keys.shape[1])
+        block = queries[:, :, start - past : end - past]
+        blocks.append(_attend(block, keys[:, :, first:end], values[:, :, first:end], addend))
     return blocks[0] if len(blocks) == 1 else mx.concatenate(blocks, axis=2)
 
 
-def _bias(mask: mx.array) -> mx.array:
-    """A mask (B, 1, T, L) as an addend to scores that are laid out (B, K, L, H/K, T)."""
-    return mx.where(mask, 0.0, _UNSEEN).transpose(0, 1, 3, 2)[:, :, :, None]
+def _seen(start: int, end: int, first: int, window: int | None) -> mx.array:
+    """Which of the keys first … end − 1 the queries start … end − 1 see: bool (queries, keys)."""
+    rows, columns = mx.arange(start, end)[:, None], mx.arange(first, end)[None, :]
+    seen = columns <= rows
+    return seen if window is None else seen & (columns > rows - window)
+
+
+def _addend(mask: mx.array, groups: int) -> mx.array:
+    """A mask (B, 1 or H, T, L) as an addend to scores that are laid out (B, K, L, H/K, T)."""
+    if mask.dtype == mx.bool_:
+        mask = mx.where(mask, 0.0, UNSEEN)
+    batch, heads, *sides = mask.shape
+    groups = min(groups, heads)
+    return mask.reshape(batch, groups, heads // groups, *sides).transpose(0, 1, 4, 2, 3)
 
 
 def _attend(queries: mx.array, keys: mx.array, values: mx.array, bias: mx.array | None) -> mx.array:

@@ -41,10 +41,22 @@ class LayerCache(Protocol):
 
 
 class KVCache:
-    """Keys and values (slots, kv_heads, capacity, head_dim) of every layer; capacity doubles when it must grow."""
+    """Keys and values (slots, kv_heads, capacity, head_dim) of every layer; capacity doubles when it must grow.
 
-    def __init__(self, layers: int, kv_heads: int, head_dim: int, slots: int, dtype: mx.Dtype = mx.float32):
-        self.slots = slots
+    With `window`, a token attends to itself and the window − 1 tokens before it (Mistral's sliding window); those that
+    fell out of it are kept, but not read.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        slots: int,
+        dtype: mx.Dtype = mx.float32,
+        window: int | None = None,
+    ):
+        self.slots, self.window = slots, window
         self.capacity = _FIRST_CAPACITY
         shape = (slots, kv_heads, self.capacity, head_dim)
         self.keys = [mx.zeros(shape, dtype) for _ in range(layers)]
@@ -55,7 +67,7 @@ class KVCache:
     def for_model(cls, model: Llama, slots: int) -> KVCache:
         """A cache of `slots` sequences for `model`, in the dtype of its weights."""
         args = model.args
-        return cls(args.layers, args.kv_heads, args.head_dim, slots, model.embed_tokens.weight.dtype)
+        return cls(args.layers, args.kv_heads, args.head_dim, slots, model.dtype, args.window)
 
     def arrays(self) -> list[mx.array]:
         """Every array of the cache, to be evaluated after a step together with its result."""
@@ -109,10 +121,15 @@ class KVCache:
 
 
 class PrefillView:
-    """One sequence's run of new tokens: causal attention over everything up to it. A `LayerCache`."""
+    """One sequence's run of new tokens: causal attention over everything up to it. A `LayerCache`.
+
+    Under a sliding window it hands out the keys that the first new token sees and those after; what each of the others
+    sees of them is for `attention` to say.
+    """
 
     def __init__(self, cache: KVCache, slot: int, start: int, length: int):
         self._cache, self._slot, self._end = cache, slot, start + length
+        self._first = 0 if cache.window is None else max(0, start + 1 - cache.window)
         self.offset = start
         self.mask: Mask = "causal"
 
@@ -121,7 +138,7 @@ class PrefillView:
         all_keys, all_values = self._cache.keys[layer], self._cache.values[layer]
         all_keys[row, :, columns] = keys
         all_values[row, :, columns] = values
-        return all_keys[row, :, : self._end], all_values[row, :, : self._end]
+        return all_keys[row, :, self._first : self._end], all_values[row, :, self._first : self._end]
 
 
 class DecodeView:
@@ -132,11 +149,17 @@ class DecodeView:
         self.offset: mx.array = mx.array(list(positions), mx.int32)
         self._slots = mx.array(list(slots), mx.int32)
         self._runs = _runs(slots)
-        longest = max(positions) + 1
-        self._columns = min(-(-longest // _COLUMNS) * _COLUMNS, cache.capacity)
+        window = cache.window or cache.capacity
+        first, end = max(0, min(positions) + 1 - window), max(positions) + 1
+        first, end = first // _COLUMNS * _COLUMNS, min(-(-end // _COLUMNS) * _COLUMNS, cache.capacity)
+        self._columns = slice(first, end)
         self.mask: Mask = None
-        if len(set(positions)) > 1 or longest < self._columns:
-            self.mask = (mx.arange(self._columns) <= self.offset[:, None])[:, None, None, :]
+        if any(position + 1 != end or position + 1 - window > first for position in positions):
+            columns, row = mx.arange(first, end)[None], self.offset[:, None]
+            seen = columns <= row
+            if cache.window is not None:
+                seen = seen & (columns > row - window)
+            self.mask = seen[:, None, None, :]
 
     def update(self, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         all_keys, all_values = self._cache.keys[layer], self._cache.values[layer]
@@ -145,7 +168,7 @@ class DecodeView:
         return self._read(all_keys), self._read(all_values)
 
     def _read(self, storage: mx.array) -> mx.array:
-        parts = [storage[run, :, : self._columns] for run in self._runs]
+        parts = [storage[run, :, self._columns] for run in self._runs]
         return parts[0] if len(parts) == 1 else mx.concatenate(parts)
 
 

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import mlx.core as mx
 
+from engine.weights.quantized import QuantizedTensor, dequantize
 from engine.weights.tensors import Tensors
 
 
@@ -31,17 +32,46 @@ class Linear:
     @classmethod
     def take(cls, tensors: Tensors, name: str, prefix: str, inputs: int, outputs: int, *, bias: bool = False) -> Linear:
         """The layer `name` from the tensors `{prefix}{name}.weight` (stored [out, in]) and `.bias`."""
-        weight = tensors.take(f"{prefix}{name}.weight", (outputs, inputs), transpose=True)
-        return cls(name, weight, tensors.take(f"{prefix}{name}.bias", (outputs,)) if bias else None)
+        weight = tensors.matrix(f"{prefix}{name}.weight", (outputs, inputs), transpose=True)
+        addend = tensors.take(f"{prefix}{name}.bias", (outputs,)) if bias else None
+        if isinstance(weight, QuantizedTensor):
+            return QuantizedLinear(name, weight, addend)
+        return cls(name, weight, addend)
 
     def __call__(self, x: mx.array, adapters: Adapters | None = None) -> mx.array:
-        y = x @ self.weight if self.bias is None else mx.addmm(self.bias, x, self.weight)
+        y = self._product(x)
         return y if adapters is None else adapters.apply(self.name, x, y)
+
+    def _product(self, x: mx.array) -> mx.array:
+        return x @ self.weight if self.bias is None else mx.addmm(self.bias, x, self.weight)
 
     @property
     def shape(self) -> tuple[int, int]:
         """(in, out)."""
         return self.weight.shape[0], self.weight.shape[1]
+
+    def dense(self) -> mx.array:
+        """W (in, out) as numbers; a quantized layer makes it anew at each call."""
+        return self.weight
+
+
+class QuantizedLinear(Linear):
+    """The same with W of few bits, stored (out, in): MLX's product reads the codes. Differentiable in x alone."""
+
+    def __init__(self, name: str, weight: QuantizedTensor, bias: mx.array | None = None):
+        self.name, self.quantized, self.bias = name, weight, bias
+
+    def _product(self, x: mx.array) -> mx.array:
+        y = _times_transposed(x, self.quantized)
+        return y if self.bias is None else y + self.bias
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        outputs, inputs = self.quantized.shape
+        return inputs, outputs
+
+    def dense(self) -> mx.array:
+        return dequantize(self.quantized).T
 
 
 class Embedding:
@@ -50,6 +80,12 @@ class Embedding:
     def __init__(self, weight: mx.array):
         self.weight = weight
 
+    @classmethod
+    def take(cls, tensors: Tensors, name: str, rows: int, dim: int) -> Embedding:
+        """The table of the tensor `{name}.weight`."""
+        weight = tensors.matrix(f"{name}.weight", (rows, dim))
+        return QuantizedEmbedding(weight) if isinstance(weight, QuantizedTensor) else cls(weight)
+
     def __call__(self, ids: mx.array) -> mx.array:
         return self.weight[ids]
 
@@ -57,12 +93,45 @@ class Embedding:
         """x (…, dim) times the table transposed: the head of a model with tied embeddings."""
         return x @ self.weight.T
 
+    @property
+    def dtype(self) -> mx.Dtype:
+        """That of its rows, in which the model computes."""
+        return self.weight.dtype
+
+
+class QuantizedEmbedding(Embedding):
+    """The same with a table of few bits: rows are dequantized as they are looked up."""
+
+    def __init__(self, weight: QuantizedTensor):
+        self.quantized = weight
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        table = self.quantized
+        weight, scales, biases = (array[ids] for array in table.arrays)
+        return mx.dequantize(weight, scales, biases, group_size=table.group_size, bits=table.bits)
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        return _times_transposed(x, self.quantized)
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        return self.quantized.scales.dtype
+
+
+def _times_transposed(x: mx.array, matrix: QuantizedTensor) -> mx.array:
+    """x (…, in) times the transpose of a matrix (out, in): (…, out)."""
+    return mx.quantized_matmul(x, *matrix.arrays, transpose=True, group_size=matrix.group_size, bits=matrix.bits)
+
 
 class RMSNorm:
     """x / sqrt(mean(x²) + eps) · w (Zhang and Sennrich, 2019)."""
 
     def __init__(self, weight: mx.array, eps: float):
         self.weight, self.eps = weight, eps
+
+    @classmethod
+    def take(cls, tensors: Tensors, name: str, dim: int, eps: float) -> RMSNorm:
+        return cls(tensors.take(f"{name}.weight", (dim,)), eps)
 
     def __call__(self, x: mx.array) -> mx.array:
         return mx.fast.rms_norm(x, self.weight, self.eps)

@@ -1,16 +1,18 @@
 """Llama (Touvron et al., 2023): pre-norm decoder with rotary positions, grouped queries and SwiGLU.
 
-Names, shapes and the order of the rotary halves are those of Hugging Face's `LlamaForCausalLM`.
+Names, shapes and the order of the rotary halves are those of Hugging Face's `LlamaForCausalLM`. Mistral, Qwen2 and
+Qwen3 are this decoder with a switch each, so they run it; their files say what their configurations may ask for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import mlx.core as mx
 
+from engine.models import rope
 from engine.models.attention import attention
 from engine.models.cache import LayerCache
 from engine.models.fastmath import swiglu
@@ -22,7 +24,12 @@ from stoker.errors import ModelError
 
 @dataclass(frozen=True)
 class LlamaArgs:
-    """The sizes of one Llama model."""
+    """The sizes of one model of the Llama family, and the switches in which its architectures differ."""
+
+    #: As config.json calls the architecture.
+    architecture: ClassVar[str] = "llama"
+    #: Whether GGUF files of this architecture hold the rows of q and k in llama.cpp's interleaved order.
+    gguf_permuted: ClassVar[bool] = True
 
     layers: int
     dim: int
@@ -35,6 +42,13 @@ class LlamaArgs:
     rope_base: float
     norm_eps: float
     tied: bool
+    rope_scaling: rope.Scaling = None
+    #: A token attends to itself and the window − 1 before it; None: to all before it (Mistral).
+    window: int | None = None
+    #: Biases on q, k and v (Qwen2).
+    qkv_bias: bool = False
+    #: An RMSNorm over each head of q and k (Qwen3).
+    qk_norm: bool = False
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads or self.head_dim % 2:
@@ -44,91 +58,116 @@ class LlamaArgs:
             )
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> LlamaArgs:
-        """From Hugging Face's config.json. Raises `ModelError` naming a field that is absent or not supported."""
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """Llama 2, 3, 3.1, 3.2 and SmolLM2 from Hugging Face's config.json.
+
+        Raises `ModelError` naming a field that is absent, wrong, or asks for what is not implemented.
+        """
         fields = Fields(config, "config.json")
-        rope = config.get("rope_parameters") or {}
-        if not isinstance(rope, Mapping) or rope.get("rope_type", "default") != "default":
-            raise ModelError(f"config.json: rope_parameters {str(rope)[:100]} is not supported: only rope_type default")
-        fields.only("rope_scaling", None)
-        fields.only("hidden_act", "silu")
         for name in ("attention_bias", "mlp_bias"):
             fields.only(name, False)
-        for name in ("sliding_window", "quantization_config"):
-            fields.only(name, None)
-        fields.only("partial_rotary_factor", 1.0)
-        dim, heads = fields.count("hidden_size"), fields.count("num_attention_heads")
-        return cls(
-            layers=fields.count("num_hidden_layers"),
-            dim=dim,
-            hidden=fields.count("intermediate_size"),
-            heads=heads,
-            kv_heads=fields.count("num_key_value_heads", heads),
-            head_dim=fields.count("head_dim", dim // heads),
-            vocab=fields.count("vocab_size"),
-            context=fields.count("max_position_embeddings", 2048),
-            rope_base=Fields({**config, **rope}, "config.json").number("rope_theta", 10_000.0),
-            norm_eps=fields.number("rms_norm_eps", 1e-6),
-            tied=bool(config.get("tie_word_embeddings", False)),
-        )
+        fields.only("sliding_window", None)
+        return cls(**decoder_sizes(config))
 
     @classmethod
-    def from_gguf(cls, metadata: Mapping[str, Any], *, vocab: int, tied: bool) -> LlamaArgs:
+    def from_gguf(cls, metadata: Mapping[str, Any], *, vocab: int, tied: bool) -> Self:
         """From GGUF metadata; `vocab` and `tied` follow from the tensors. Raises `ModelError` as `from_config` does."""
-        fields = Fields(metadata, "GGUF metadata")
-        for name in ("llama.rope.scaling.type", "llama.rope.scale_linear"):
-            if metadata.get(name, "none") not in ("none", 1.0):
-                raise ModelError(f"GGUF metadata: {name} = {metadata[name]!r} is not supported")
-        fields.only("llama.expert_count", 0)
-        dim, heads = fields.count("llama.embedding_length"), fields.count("llama.attention.head_count")
-        head_dim = fields.count("llama.attention.key_length", dim // heads)
-        fields.only("llama.attention.value_length", head_dim)
-        fields.only("llama.rope.dimension_count", head_dim)
-        return cls(
-            layers=fields.count("llama.block_count"),
-            dim=dim,
-            hidden=fields.count("llama.feed_forward_length"),
-            heads=heads,
-            kv_heads=fields.count("llama.attention.head_count_kv", heads),
-            head_dim=head_dim,
-            vocab=vocab,
-            context=fields.count("llama.context_length"),
-            rope_base=fields.number("llama.rope.freq_base", 10_000.0),
-            norm_eps=fields.number("llama.attention.layer_norm_rms_epsilon"),
-            tied=tied,
-        )
+        return cls(**gguf_sizes(metadata, cls.architecture), vocab=vocab, tied=tied)
+
+
+def decoder_sizes(config: Mapping[str, Any], *, head_dim: int | None = None) -> dict[str, Any]:
+    """The fields that config.json has for the whole family, once nothing in it is beyond the family.
+
+    `head_dim` is what an architecture takes where the file has none; else hidden_size / heads. Raises `ModelError`.
+    """
+    fields = Fields(config, "config.json")
+    fields.only("hidden_act", "silu")
+    fields.only("partial_rotary_factor", 1.0)
+    fields.only("rope_traditional", False)
+    for name in ("quantization_config", "dual_chunk_attention_config", "num_experts", "num_local_experts"):
+        fields.only(name, None)
+    dim, heads = fields.count("hidden_size"), fields.count("num_attention_heads")
+    context = fields.count("max_position_embeddings", 2048)
+    base, scaling = rope.from_config(config, context)
+    return {
+        "layers": fields.count("num_hidden_layers"),
+        "dim": dim,
+        "hidden": fields.count("intermediate_size"),
+        "heads": heads,
+        "kv_heads": fields.count("num_key_value_heads", heads),
+        "head_dim": fields.count("head_dim", head_dim or dim // heads),
+        "vocab": fields.count("vocab_size"),
+        "context": context,
+        "rope_base": base,
+        "rope_scaling": scaling,
+        "norm_eps": fields.number("rms_norm_eps", 1e-6),
+        "tied": bool(config.get("tie_word_embeddings", False)),
+    }
+
+
+def gguf_sizes(metadata: Mapping[str, Any], architecture: str) -> dict[str, Any]:
+    """The same fields from GGUF metadata, whose keys start with `architecture`; without `vocab` and `tied`."""
+    fields = Fields(metadata, "GGUF metadata")
+
+    def key(name: str) -> str:
+        return f"{architecture}.{name}"
+
+    fields.only(key("expert_count"), 0)
+    dim, heads = fields.count(key("embedding_length")), fields.count(key("attention.head_count"))
+    head_dim = fields.count(key("attention.key_length"), dim // heads)
+    fields.only(key("attention.value_length"), head_dim)
+    fields.only(key("rope.dimension_count"), head_dim)
+    base, scaling = rope.from_gguf(metadata, architecture)
+    window = metadata.get(key("attention.sliding_window"))
+    return {
+        "layers": fields.count(key("block_count")),
+        "dim": dim,
+        "hidden": fields.count(key("feed_forward_length")),
+        "heads": heads,
+        "kv_heads": fields.count(key("attention.head_count_kv"), heads),
+        "head_dim": head_dim,
+        "context": fields.count(key("context_length")),
+        "rope_base": base,
+        "rope_scaling": scaling,
+        "norm_eps": fields.number(key("attention.layer_norm_rms_epsilon")),
+        "window": fields.count(key("attention.sliding_window")) if window else None,
+    }
 
 
 class Attention:
-    def __init__(self, args: LlamaArgs, index: int, tensors: Tensors):
-        self.args, self.index = args, index
+    def __init__(self, args: LlamaArgs, index: int, tensors: Tensors, rotate: rope.Rope):
+        self.args, self.index, self.rotate = args, index, rotate
         name, width, kv_width = f"layers.{index}.self_attn", args.heads * args.head_dim, args.kv_heads * args.head_dim
-        self.q_proj = Linear.take(tensors, f"{name}.q_proj", "model.", args.dim, width)
-        self.k_proj = Linear.take(tensors, f"{name}.k_proj", "model.", args.dim, kv_width)
-        self.v_proj = Linear.take(tensors, f"{name}.v_proj", "model.", args.dim, kv_width)
-        self.o_proj = Linear.take(tensors, f"{name}.o_proj", "model.", width, args.dim)
+
+        def linear(part: str, inputs: int, outputs: int, bias: bool = False) -> Linear:
+            return Linear.take(tensors, f"{name}.{part}", "model.", inputs, outputs, bias=bias)
+
+        def norm(part: str) -> RMSNorm | None:
+            return RMSNorm.take(tensors, f"model.{name}.{part}", args.head_dim, args.norm_eps) if args.qk_norm else None
+
+        self.q_proj = linear("q_proj", args.dim, width, args.qkv_bias)
+        self.k_proj = linear("k_proj", args.dim, kv_width, args.qkv_bias)
+        self.v_proj = linear("v_proj", args.dim, kv_width, args.qkv_bias)
+        self.o_proj = linear("o_proj", width, args.dim)
+        self.q_norm, self.k_norm = norm("q_norm"), norm("k_norm")
 
     def __call__(self, x: mx.array, cache: LayerCache | None, adapters: Adapters | None) -> mx.array:
         args, (batch, length, _) = self.args, x.shape
-        queries = self._heads(self.q_proj(x, adapters), args.heads)
-        keys = self._heads(self.k_proj(x, adapters), args.kv_heads)
+        queries = self._heads(self.q_proj(x, adapters), args.heads, self.q_norm)
+        keys = self._heads(self.k_proj(x, adapters), args.kv_heads, self.k_norm)
         values = self._heads(self.v_proj(x, adapters), args.kv_heads)
         offset = 0 if cache is None else cache.offset
-        queries, keys = self._rotate(queries, offset), self._rotate(keys, offset)
+        queries, keys = self.rotate(queries, offset), self.rotate(keys, offset)
         if cache is not None:
             keys, values = cache.update(self.index, keys, values)
         mask = "causal" if cache is None else cache.mask
-        y = attention(queries, keys, values, scale=args.head_dim**-0.5, mask=mask)
+        y = attention(queries, keys, values, scale=args.head_dim**-0.5, mask=mask, window=args.window)
         return self.o_proj(y.swapaxes(1, 2).reshape(batch, length, -1), adapters)
 
-    def _heads(self, x: mx.array, heads: int) -> mx.array:
+    def _heads(self, x: mx.array, heads: int, norm: RMSNorm | None = None) -> mx.array:
         """(B, T, heads·d) to (B, heads, T, d)."""
-        return x.reshape(*x.shape[:2], heads, self.args.head_dim).swapaxes(1, 2)
-
-    def _rotate(self, x: mx.array, offset: int | mx.array) -> mx.array:
-        """Rotary positions (Su et al., 2021), the two halves of a head paired."""
-        args = self.args
-        return mx.fast.rope(x, args.head_dim, traditional=False, base=args.rope_base, scale=1.0, offset=offset)
+        x = x.reshape(*x.shape[:2], heads, self.args.head_dim)
+        return (x if norm is None else norm(x)).swapaxes(1, 2)
 
 
 class MLP:
@@ -143,12 +182,12 @@ class MLP:
 
 
 class Block:
-    def __init__(self, args: LlamaArgs, index: int, tensors: Tensors):
+    def __init__(self, args: LlamaArgs, index: int, tensors: Tensors, rotate: rope.Rope):
         name = f"model.layers.{index}"
-        self.self_attn, self.mlp = Attention(args, index, tensors), MLP(args, index, tensors)
-        self.input_layernorm = RMSNorm(tensors.take(f"{name}.input_layernorm.weight", (args.dim,)), args.norm_eps)
-        self.post_attention_layernorm = RMSNorm(
-            tensors.take(f"{name}.post_attention_layernorm.weight", (args.dim,)), args.norm_eps
+        self.self_attn, self.mlp = Attention(args, index, tensors, rotate), MLP(args, index, tensors)
+        self.input_layernorm = RMSNorm.take(tensors, f"{name}.input_layernorm", args.dim, args.norm_eps)
+        self.post_attention_layernorm = RMSNorm.take(
+            tensors, f"{name}.post_attention_layernorm", args.dim, args.norm_eps
         )
 
     def __call__(self, x: mx.array, cache: LayerCache | None, adapters: Adapters | None) -> mx.array:
@@ -166,10 +205,28 @@ class Llama:
 
     def __init__(self, args: LlamaArgs, tensors: Tensors):
         self.args = args
-        self.embed_tokens = Embedding(tensors.take("model.embed_tokens.weight", (args.vocab, args.dim)))
-        self.layers = [Block(args, index, tensors) for index in range(args.layers)]
-        self.norm = RMSNorm(tensors.take("model.norm.weight", (args.dim,)), args.norm_eps)
+        self.embed_tokens = Embedding.take(tensors, "model.embed_tokens", args.vocab, args.dim)
+        # Before the layers: while a tensor is laid out anew it takes twice its room, and the head is the largest.
         self.lm_head = None if args.tied else Linear.take(tensors, "lm_head", "", args.dim, args.vocab)
+        rotate = rope.Rope(args.head_dim, args.rope_base, args.rope_scaling, self._gguf_factors(args, tensors))
+        self.layers = [Block(args, index, tensors, rotate) for index in range(args.layers)]
+        self.norm = RMSNorm.take(tensors, "model.norm", args.dim, args.norm_eps)
+
+    @staticmethod
+    def _gguf_factors(args: LlamaArgs, tensors: Tensors) -> mx.array | None:
+        if "rope_freqs.weight" not in tensors:
+            return None
+        return tensors.take("rope_freqs.weight", (args.head_dim // 2,), dtype=mx.float32)
+
+    def unused(self, tensor: str) -> bool:
+        """Whether a checkpoint may hold `tensor` though nothing needs it."""
+        # A tied head is sometimes written a second time; older checkpoints hold the rotary frequencies.
+        return (self.args.tied and tensor == "lm_head.weight") or tensor.endswith("rotary_emb.inv_freq")
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """What hidden states, keys and values are computed in."""
+        return self.embed_tokens.dtype
 
     def __call__(self, tokens: mx.array, cache: LayerCache | None = None, adapters: Adapters | None = None) -> mx.array:
         """Hidden states (B, T, dim) after the final norm, of `tokens` int32 (B, T).

@@ -3,72 +3,97 @@
 from __future__ import annotations
 
 import codecs
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Protocol
 
-from tokenizers import pre_tokenizers
+from engine.text.pieces import Pieces
 
-from engine.text.tokenizer import Tokenizer
+if TYPE_CHECKING:
+    from engine.text.tokenizer import Tokenizer
 
 #: Tokens that the general way holds back at most while the last character is incomplete (a character has 4 bytes).
 _MAX_HELD = 16
 
 
-def _byte_of_character() -> dict[str, int]:
-    """GPT-2's table: a byte's own printable character, or one from U+0100 on (Radford et al., 2019, `encoder.py`)."""
-    alphabet = set(pre_tokenizers.ByteLevel.alphabet())
-    own = [byte for byte in range(256) if chr(byte) in alphabet and byte < 0x100]
-    others = [byte for byte in range(256) if byte not in set(own)]
-    return {chr(byte): byte for byte in own} | {chr(256 + rank): byte for rank, byte in enumerate(others)}
+class _Way(Protocol):
+    def add(self, token_id: int) -> str: ...
 
-
-_BYTE_OF = _byte_of_character()
+    def finish(self) -> str: ...
 
 
 class StreamingDetokenizer:
     """Turns tokens into text one by one: all that `add` and `finish` return, joined, is `tokenizer.decode` of all ids.
 
-    Each token costs the same, however many came before. With a byte-level vocabulary that holds for every sequence.
-    With others (byte fallback) a run of more than 16 byte tokens that are no UTF-8 is given out as it stands.
+    Each token costs the same, however many came before, and half a character is never given out. That holds for every
+    sequence of tokens with byte-level and SentencePiece vocabularies, and with those that write whole characters
+    (WordPiece). With others a run of more than 16 tokens that end in U+FFFD is given out as it stands.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True):
-        self._tokenizer, self._skip_special = tokenizer, skip_special
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._window: list[int] = []
-        self._given = 0  # tokens at the window's start whose text was given out
+        self._inner = tokenizer.inner
+        self._skipped = tokenizer.special_ids if skip_special else frozenset[int]()
+        self._way: _Way = _Window(tokenizer) if tokenizer.pieces is None else ByteStream(tokenizer.pieces)
 
     def add(self, token_id: int) -> str:
         """The text that is certain now: "" while a character is incomplete, or for a special token."""
-        if self._tokenizer.byte_level:
-            return self._utf8.decode(self._bytes(token_id))
-        self._window.append(token_id)
-        return self._advance(_MAX_HELD)
+        if token_id in self._skipped or self._inner.id_to_token(token_id) is None:
+            return ""
+        return self._way.add(token_id)
 
     def finish(self) -> str:
         """What is left: U+FFFD for a character that never was completed, else ""."""
-        if self._tokenizer.byte_level:
-            return self._utf8.decode(b"", final=True)
-        return self._advance(0)
+        return self._way.finish()
 
-    def _bytes(self, token_id: int) -> bytes:
-        tokenizer = self._tokenizer
-        if self._skip_special and token_id in tokenizer.special_ids:
-            return b""
-        token = tokenizer.inner.id_to_token(token_id) or ""
-        try:
-            return bytes([_BYTE_OF[character] for character in token])
-        except KeyError:  # an added token is written as it reads
-            return token.encode("utf-8")
+
+class ByteStream:
+    """Tokens that are bytes, joined and read as UTF-8; what is not becomes U+FFFD, as little of it as can be."""
+
+    def __init__(self, pieces: Pieces):
+        self._pieces, self._utf8 = pieces, codecs.getincrementaldecoder("utf-8")("replace")
+        self._strips = pieces.strips_space
+
+    def add(self, token_id: int) -> str:
+        return self._stripped(self._utf8.decode(self._pieces(token_id)))
+
+    def finish(self) -> str:
+        return self._stripped(self._utf8.decode(b"", final=True))
+
+    def text(self, ids: Iterable[int]) -> str:
+        """The whole text of `ids`."""
+        return self._stripped(self._utf8.decode(b"".join(map(self._pieces, ids)), final=True))
+
+    def _stripped(self, text: str) -> str:
+        if self._strips and text:
+            self._strips = False
+            return text.removeprefix(" ")
+        return text
+
+
+class _Window:
+    """Any other vocabulary: the tokens not given out yet are decoded together with those given out last."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._given = 0  # tokens at the window's start whose text was given out
+
+    def add(self, token_id: int) -> str:
+        self._ids.append(token_id)
+        return self._advance(_MAX_HELD)
+
+    def finish(self) -> str:
+        return self._advance(0)
 
     def _advance(self, limit: int) -> str:
         """Decode the window with and without its new tokens; the difference is their text, spaces included."""
-        before = self._decode(self._window[: self._given])
-        after = self._decode(self._window)
-        if after.endswith("\ufffd") and len(self._window) - self._given <= limit:
+        before = self._decode(self._ids[: self._given])
+        after = self._decode(self._ids)
+        if after.endswith("\ufffd") and len(self._ids) - self._given <= limit:
             return ""
         if len(after) > len(before):  # the new tokens become the context of the next ones
-            self._window = self._window[self._given :]
-            self._given = len(self._window)
+            self._ids = self._ids[self._given :]
+            self._given = len(self._ids)
         return after[len(before) :]
 
     def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special=self._skip_special)
+        return self._tokenizer.decode(ids, skip_special=False)

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders
 
+from engine.text.detokenizer import ByteStream
 from engine.text.gguf_vocabulary import build
+from engine.text.pieces import Pieces
 from engine.weights.gguf import GGUF
 from stoker.errors import InvalidRequest, ModelError
 
@@ -47,8 +48,8 @@ class Tokenizer:
         self.main_eos_id: int | None = next(iter(named + ends), None)
         self.special_ids: frozenset[int] = frozenset(special.values())
         self.bos_id, self.pad_id, self.chat_template = bos_id, pad_id, chat_template
-        #: Whether a token is a run of bytes, whatever its neighbours (byte-level BPE).
-        self.byte_level = isinstance(inner.decoder, decoders.ByteLevel)
+        #: The bytes of each token, None where they depend on its neighbours.
+        self.pieces = Pieces.of(inner)
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
@@ -77,7 +78,7 @@ class Tokenizer:
 
     @classmethod
     def from_gguf(cls, gguf: GGUF) -> Tokenizer:
-        """Rebuilt from a GGUF file's vocabulary and merges (byte-level BPE). Raises `ModelError` for other kinds."""
+        """Rebuilt from a GGUF file's vocabulary (byte-level BPE or SentencePiece). Raises `ModelError` for others."""
         inner = build(gguf)
         meta = gguf.metadata
         template = meta.get("tokenizer.chat_template")
@@ -111,6 +112,8 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """The text of `ids`; incomplete UTF-8 becomes U+FFFD, ids beyond the vocabulary become nothing."""
+        if self.pieces is not None:
+            return ByteStream(self.pieces).text(i for i in ids if not (skip_special and i in self.special_ids))
         text: str = self.inner.decode(list(ids), skip_special_tokens=skip_special)
         return text
 

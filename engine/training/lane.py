@@ -66,16 +66,25 @@ class TrainLane:
         try:
             report = next(steps)
         except StopIteration as end:
-            result = self._finish(work, end.value)
-            self._close()
-            return StepOutput(ended=[(work.ticket, result)])
+            return self._end(work, end.value)
         except Exception as error:
-            # The run's own failure (divergence, out of memory): the runs that wait are not to blame.
-            work.ticket.fail(error)
-            self._close()
-            return StepOutput()
+            return self._fail(work, error)
         work.reports.append(report)
         return StepOutput(entries=[(work.ticket.job_id, report)])
+
+    def _end(self, work: TrainWork, weights: LoraWeights) -> StepOutput:
+        try:
+            result = self._finish(work, weights)
+        except Exception as error:
+            return self._fail(work, error)
+        self._close()
+        return StepOutput(ended=[(work.ticket, result)])
+
+    def _fail(self, work: TrainWork, error: Exception) -> StepOutput:
+        """The run's own failure (divergence, a full disk): the runs that wait are not to blame."""
+        work.ticket.fail(error)
+        self._close()
+        return StepOutput()
 
     def _begin(self) -> tuple[TrainWork, Generator[TrainReport, None, LoraWeights]]:
         if self._current is None or self._steps is None:

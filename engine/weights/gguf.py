@@ -2,7 +2,7 @@
 
 A parser of our own: the reader of the `gguf` package takes 3 to 12 s on a real vocabulary, and MLX's trusts the file
 and reads K-quants wrongly. Every count, length and offset is checked against the file before it is used, so nothing
-larger than the file is ever allocated. Values are dequantized by `gguf.quants`.
+larger than the file is ever allocated. What the blocks hold is `engine.weights.gguf_blocks`' business.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import mmap
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,6 +19,8 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
+from engine.weights import gguf_blocks
+from engine.weights.gguf_blocks import Affine
 from stoker.errors import ModelError
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -39,7 +42,7 @@ class TensorInfo:
 
 
 class GGUF:
-    """An open GGUF file: `metadata`, `tensors`, and `dequantize`. Raises `ModelError` for a damaged file.
+    """An open GGUF file: `metadata`, `tensors`, `dequantize` and `repack`. Raises `ModelError` for a damaged file.
 
     Metadata values are int, float, bool, str, a list of those, or a numpy array (of numbers).
     """
@@ -63,21 +66,52 @@ class GGUF:
 
     def dequantize(self, name: str) -> NDArray[np.float32]:
         """The tensor `name` as float32, in row-major shape. Raises `ModelError` if it is absent or of no known type."""
-        from gguf.quants import dequantize
+        info = self._known(name)
+        return gguf_blocks.dequantize(self._raw(info), info.type).reshape(info.shape)
 
+    def pieces(self, name: str, elements: int = 1 << 22) -> Iterator[NDArray[np.float32]]:
+        """The same values, flat, about `elements` at a time. Raises `ModelError` as `dequantize` does."""
+        info = self._known(name)
+        block, block_bytes = GGML_QUANT_SIZES[info.type]
+        raw, step = self._raw(info), max(1, elements // block) * block_bytes
+        for start in range(0, len(raw), step):
+            yield gguf_blocks.dequantize(raw[start : start + step], info.type)
+
+    def repackable(self, name: str) -> bool:
+        """Whether `repack` can hold the tensor `name`: a matrix of Q4_0, Q4_1 or Q8_0."""
+        info = self.tensors.get(name)
+        return info is not None and info.type in gguf_blocks.REPACKED and len(info.shape) == 2
+
+    def repack(self, name: str) -> Affine:
+        """The matrix `name` in MLX's affine form, its weights unchanged.
+
+        Raises `ModelError` if it is absent, not `repackable`, or has scales that float16 cannot hold.
+        """
+        info = self._known(name)
+        if not self.repackable(name):
+            raise ModelError(
+                f"{self.path}: tensor {name!r} of type {info.type.name} and shape {info.shape} has no exact "
+                "affine form; matrices of Q4_0, Q4_1 and Q8_0 have. Dequantize it"
+            )
+        rows, columns = info.shape
+        affine = gguf_blocks.repack(self._raw(info), (rows, columns), info.type)
+        if not (np.isfinite(affine.scales).all() and np.isfinite(affine.biases).all()):
+            raise ModelError(f"{self.path}: tensor {name!r} has scales that are not finite; the file is damaged")
+        return affine
+
+    def _known(self, name: str) -> TensorInfo:
         info = self.tensors.get(name)
         if info is None:
             raise ModelError(f"{self.path}: no tensor {name!r}")
-        raw = np.frombuffer(self._data, np.uint8, info.bytes, info.offset)
-        if info.type is GGMLQuantizationType.F32:
-            return raw.view("<f4").reshape(info.shape).astype(np.float32)
-        if info.type is GGMLQuantizationType.F16:
-            return raw.view("<f2").reshape(info.shape).astype(np.float32)
-        try:
-            rows = raw.reshape(math.prod(info.shape[:-1]), -1)
-            return np.ascontiguousarray(dequantize(rows, info.type), dtype=np.float32).reshape(info.shape)
-        except (NotImplementedError, ValueError) as error:
-            raise ModelError(f"{self.path}: tensor {name!r} of type {info.type.name}: {error}") from error
+        if info.type not in gguf_blocks.TYPES:
+            names = ", ".join(kind.name for kind in gguf_blocks.TYPES)
+            raise ModelError(
+                f"{self.path}: tensor {name!r} has type {info.type.name}, which is not supported; {names} are"
+            )
+        return info
+
+    def _raw(self, info: TensorInfo) -> NDArray[np.uint8]:
+        return np.frombuffer(self._data, np.uint8, info.bytes, info.offset)
 
 
 class _Reader:

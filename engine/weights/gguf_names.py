@@ -1,11 +1,13 @@
-"""GGUF tensor names and row orders of the Llama family, translated to Hugging Face's."""
+"""GGUF tensor names and row orders of the Llama family (Qwen2 and Qwen3 too), translated to Hugging Face's."""
 
 from __future__ import annotations
 
 import re
+from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
+
+from stoker.errors import ModelError
 
 _OUTER = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -17,6 +19,8 @@ _INNER = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
     "attn_output": "self_attn.o_proj",
     "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
@@ -27,7 +31,7 @@ _BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 
 
 def llama_name(name: str) -> str | None:
-    """Hugging Face's name of the GGUF tensor `name`, or None if no Llama model has such a tensor."""
+    """Hugging Face's name of the GGUF tensor `name`, or None if it has none (`rope_freqs.weight`)."""
     if name in _OUTER:
         return _OUTER[name]
     match = _BLOCK.fullmatch(name)
@@ -36,10 +40,13 @@ def llama_name(name: str) -> str | None:
     return f"model.layers.{match[1]}.{_INNER[match[2]]}.{match[3]}"
 
 
-def unpermute(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
+def unpermute(weight: NDArray[Any], heads: int) -> NDArray[Any]:
     """Undo llama.cpp's row order of q and k (architecture `llama`), for rotary embedding by halves.
 
     `weight` (heads·d, …): within each head, llama.cpp interleaves row i of the first half with row i of the second.
+    Codes, scales and biases of a quantized matrix are so ordered as well. Raises `ModelError` if the rows do not fit.
     """
+    if weight.shape[0] % (2 * heads):
+        raise ModelError(f"{weight.shape[0]} rows are no even number for each of {heads} heads")
     rows = weight.reshape(heads, weight.shape[0] // heads // 2, 2, -1)
     return rows.swapaxes(1, 2).reshape(weight.shape)

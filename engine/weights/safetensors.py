@@ -1,32 +1,22 @@
 """Read and write safetensors (https://huggingface.co/docs/safetensors, "Format").
 
-MLX's own reader trusts the header, so the header is checked here first; what passes goes to `mx.load`.
+MLX's own reader trusts the header, so the header is checked first (`engine.weights.safetensors_header`); what passes
+goes to `mx.load`.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import mlx.core as mx
 
 from engine.weights.files import write_whole
+from engine.weights.safetensors_header import INDEX_NAME, check_header, files, placement
 from stoker.errors import ModelError
 
-#: The format's own limit on the header (bytes).
-MAX_HEADER = 100_000_000
-
-#: dtype -> bytes an element, of the dtypes that MLX can hold.
-ITEM_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4,
-    "U64": 8, "I64": 8,
-}  # fmt: skip
-
-INDEX_NAME = "model.safetensors.index.json"
+__all__ = ["INDEX_NAME", "check_header", "files", "read", "read_folder", "read_metadata", "write"]
 
 
 def read(path: Path) -> dict[str, mx.array]:
@@ -39,25 +29,22 @@ def read(path: Path) -> dict[str, mx.array]:
 
 
 def read_folder(folder: Path) -> dict[str, mx.array]:
-    """Every tensor of a model folder: its shards by the index, else `model.safetensors`, else its only such file.
+    """Every tensor of a model folder, lazily loaded, from the files that `files` names.
 
     Raises `ModelError` for a missing or damaged file, an index that does not match, or a folder with pickles alone.
     """
-    if (folder / INDEX_NAME).is_file():
-        return _read_sharded(folder)
-    files = sorted(folder.glob("*.safetensors"))
-    if (folder / "model.safetensors").is_file():
-        return read(folder / "model.safetensors")
-    if len(files) == 1:
-        return read(files[0])
-    if files:
-        raise ModelError(f"{folder}: {len(files)} safetensors files and no {INDEX_NAME}, so which to read is unclear")
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
-        raise ModelError(
-            f"{folder}: only pickled weights (.bin, .pt), which can run code when they are read and are refused. "
-            "Convert them once: transformers' AutoModel.from_pretrained(FOLDER).save_pretrained(FOLDER)"
-        )
-    raise ModelError(f"{folder}: no safetensors file in it")
+    weight_map = placement(folder)
+    tensors: dict[str, mx.array] = {}
+    for shard in files(folder):
+        content = read(shard)
+        repeated = tensors.keys() & content.keys()
+        if repeated:
+            raise ModelError(f"{shard}: tensor {min(repeated)!r} is in another shard too")
+        tensors |= content
+    missing = (weight_map or {}).keys() - tensors.keys()
+    if missing:
+        raise ModelError(f"{folder / INDEX_NAME}: tensor {min(missing)!r} ({len(missing)} in all) is in no shard")
+    return tensors
 
 
 def write(path: Path, arrays: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None) -> None:
@@ -79,100 +66,3 @@ def write(path: Path, arrays: Mapping[str, mx.array], metadata: Mapping[str, str
 def read_metadata(path: Path) -> dict[str, str]:
     """The `__metadata__` of a file. Raises `ModelError` as `read` does."""
     return cast("dict[str, str]", check_header(path).get("__metadata__") or {})
-
-
-def check_header(path: Path) -> dict[str, Any]:
-    """The parsed header of `path`, once every entry is known to be sound; else `ModelError`."""
-    try:
-        with open(path, "rb") as file:
-            size = file.seek(0, 2)
-            file.seek(0)
-            prefix = file.read(8)
-            if len(prefix) < 8:
-                raise ModelError(f"{path}: {size} bytes are too few for a safetensors file")
-            (length,) = struct.unpack("<Q", prefix)
-            if length > min(MAX_HEADER, size - 8):
-                raise ModelError(f"{path}: its header of {length} bytes exceeds the file ({size}) or {MAX_HEADER}")
-            text = file.read(length)
-    except OSError as error:
-        raise ModelError(f"{path}: {error.strerror or error}") from error
-    try:
-        header = json.loads(text, object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: its header is not valid JSON: {error}") from error
-    if not isinstance(header, dict):
-        raise ModelError(f"{path}: its header is a {type(header).__name__}, not an object")
-    _check_metadata(path, header.get("__metadata__"))
-    spans = [(*_span(path, name, entry), name) for name, entry in header.items() if name != "__metadata__"]
-    _check_cover(path, sorted(spans), size - 8 - length)
-    return header
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return found
-
-
-def _check_metadata(path: Path, metadata: object) -> None:
-    if metadata is None:  # what MLX writes for none at all
-        return
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ModelError(f"{path}: its __metadata__ is not an object of strings")
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
-
-
-def _span(path: Path, name: str, entry: object) -> tuple[int, int]:
-    """The [start, end) bytes of one tensor, after its dtype, shape and offsets agree."""
-    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-        raise ModelError(f"{path}: the entry of tensor {name!r} is incomplete")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise ModelError(f"{path}: tensor {name!r} has dtype {dtype!r}; supported: {', '.join(ITEM_BYTES)}")
-    if not isinstance(shape, list) or not all(map(_is_count, shape)) or any(side >= 2**31 for side in shape):
-        raise ModelError(f"{path}: tensor {name!r} has an invalid shape {str(shape)[:80]}")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
-        raise ModelError(f"{path}: tensor {name!r} has invalid data_offsets {str(offsets)[:80]}")
-    start, end = offsets
-    wanted = math.prod(shape) * ITEM_BYTES[dtype]
-    if end - start != wanted:
-        raise ModelError(f"{path}: tensor {name!r} spans {end - start} bytes, but {dtype} {shape} needs {wanted}")
-    return start, end
-
-
-def _check_cover(path: Path, spans: list[tuple[int, int, str]], size: int) -> None:
-    """The tensors lie one after another and fill the data exactly, as the format demands."""
-    position = 0
-    for start, end, name in spans:
-        if start != position:
-            raise ModelError(f"{path}: tensor {name!r} starts at byte {start}, not at {position} (overlap or hole)")
-        position = end
-    if position != size:
-        raise ModelError(f"{path}: its tensors take {position} bytes, but {size} follow the header (cut off?)")
-
-
-def _read_sharded(folder: Path) -> dict[str, mx.array]:
-    index = folder / INDEX_NAME
-    try:
-        placement = json.loads(index.read_bytes())["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ModelError(f"{index}: not a readable index of shards: {type(error).__name__}: {error}") from error
-    if not isinstance(placement, dict) or not all(isinstance(shard, str) for shard in placement.values()):
-        raise ModelError(f"{index}: its weight_map is not an object of strings")
-    tensors: dict[str, mx.array] = {}
-    for shard in sorted(set(placement.values())):
-        if Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise ModelError(f"{index}: {shard!r} is no safetensors file of that folder")
-        content = read(folder / shard)
-        repeated = tensors.keys() & content.keys()
-        if repeated:
-            raise ModelError(f"{folder / shard}: tensor {min(repeated)!r} is in another shard too")
-        tensors |= content
-    missing = placement.keys() - tensors.keys()
-    if missing:
-        raise ModelError(f"{index}: tensor {min(missing)!r} ({len(missing)} in all) is in no shard")
-    return tensors

@@ -3,43 +3,81 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import mlx.core as mx
 
+from engine.weights.quantized import QuantizedTensor, dequantize, fits, quantize
 from stoker.errors import ModelError
 
+#: A tensor in its file's form.
+Stored = mx.array | QuantizedTensor
 #: Reads one tensor: called once, when a layer takes it, so that only one is in memory in its file's form.
-Reader = Callable[[], mx.array]
+Reader = Callable[[], Stored]
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What becomes of matrices: those that the file has quantized stay so.
+
+    With `bits`, dense ones (and those of more bits) are quantized to it in groups of `group_size` too.
+    """
+
+    bits: int | None = None
+    group_size: int = 64
 
 
 class Tensors:
     """Hands every named tensor to one layer, in the dtype that the model computes in.
 
-    Raises `ModelError` for a tensor that is missing, of another shape, or left over (`finish`).
+    `shapes` are those of the dense tensors, whatever their form. Without `quantization` everything becomes dense.
+    Raises `ModelError` for a tensor that is missing, of another shape, of integers, or left over (`finish`).
     """
 
     def __init__(
-        self, readers: Mapping[str, Reader], shapes: Mapping[str, tuple[int, ...]], where: str, dtype: mx.Dtype
+        self,
+        readers: Mapping[str, Reader],
+        shapes: Mapping[str, tuple[int, ...]],
+        where: str,
+        dtype: mx.Dtype,
+        quantization: Quantization | None = None,
     ):
         self._readers, self._shapes, self._where, self._dtype = dict(readers), shapes, where, dtype
+        self._quantization = quantization
         #: What the layers took, by the file's names, evaluated.
-        self.taken: dict[str, mx.array] = {}
+        self.taken: dict[str, Stored] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._readers
 
-    def take(self, name: str, shape: tuple[int, ...], *, transpose: bool = False) -> mx.array:
-        """The tensor `name`, which must have `shape` in the file; transposed and contiguous if so asked."""
-        reader = self._readers.pop(name, None)
-        if reader is None:
-            raise ModelError(f"{self._where}: the tensor {name!r} of shape {shape} is missing")
-        if tuple(self._shapes[name]) != shape:
-            raise ModelError(f"{self._where}: tensor {name!r} has shape {tuple(self._shapes[name])}, not {shape}")
-        array = reader().astype(self._dtype)
-        array = mx.contiguous(array.T) if transpose else array
-        mx.eval(array)
-        self.taken[name] = array
-        return array
+    def take(
+        self, name: str, shape: tuple[int, ...], *, transpose: bool = False, dtype: mx.Dtype | None = None
+    ) -> mx.array:
+        """The tensor `name`, dense, which must have `shape` in the file; transposed and contiguous if so asked.
+
+        `dtype` is for the few tensors that must not be rounded to the model's.
+        """
+        return self._dense(name, _numbers(self._read(name, shape), dtype or self._dtype), transpose)
+
+    def matrix(self, name: str, shape: tuple[int, int], *, transpose: bool = False) -> Stored:
+        """The weight (out, in) of a linear layer or the table of an embedding, quantized if that is the policy.
+
+        `transpose` is for the dense form; the quantized one is (out, in) always.
+        """
+        policy = self._quantization
+        if policy is None:
+            return self.take(name, shape, transpose=transpose)
+        stored = self._read(name, shape)
+        if policy.bits is not None and fits(shape, policy.group_size) and _bits(stored) > policy.bits:
+            # From the file's own dtype: no larger copy is made, and the codes are those of `engine.quantizing`.
+            dense = stored if isinstance(stored, mx.array) else _numbers(stored, self._dtype)
+            stored = quantize(dense, policy.group_size, policy.bits)
+        if isinstance(stored, mx.array):
+            return self._dense(name, _numbers(stored, self._dtype), transpose)
+        stored = stored.astype(self._dtype)
+        mx.eval(*stored.arrays)
+        self.taken[name] = stored
+        return stored
 
     def finish(self, *, ignore: Callable[[str], bool] = lambda name: False) -> None:
         """Refuse tensors that no layer took: what they mean would be lost."""
@@ -47,3 +85,30 @@ class Tensors:
         if surplus:
             names = ", ".join(surplus[:3])
             raise ModelError(f"{self._where}: {len(surplus)} tensors that this architecture does not have: {names}")
+
+    def _read(self, name: str, shape: tuple[int, ...]) -> Stored:
+        reader = self._readers.pop(name, None)
+        if reader is None:
+            raise ModelError(f"{self._where}: the tensor {name!r} of shape {shape} is missing")
+        if tuple(self._shapes[name]) != shape:
+            raise ModelError(f"{self._where}: tensor {name!r} has shape {tuple(self._shapes[name])}, not {shape}")
+        stored = reader()
+        # Integers are codes of a quantization that is not known here; as numbers they would mean nothing.
+        if isinstance(stored, mx.array) and not mx.issubdtype(stored.dtype, mx.floating):
+            raise ModelError(f"{self._where}: tensor {name!r} is of {stored.dtype}, not of floating-point numbers")
+        return stored
+
+    def _dense(self, name: str, array: mx.array, transpose: bool) -> mx.array:
+        array = mx.contiguous(array.T) if transpose else array
+        mx.eval(array)
+        self.taken[name] = array
+        return array
+
+
+def _numbers(stored: Stored, dtype: mx.Dtype) -> mx.array:
+    """The tensor, dense. Its scales get `dtype` first: their products must not be rounded to the file's 16 bits."""
+    return dequantize(stored.astype(dtype)) if isinstance(stored, QuantizedTensor) else stored.astype(dtype)
+
+
+def _bits(stored: Stored) -> int:
+    return stored.bits if isinstance(stored, QuantizedTensor) else 8 * stored.itemsize

@@ -9,6 +9,7 @@ import typer
 
 import stoker
 from stoker.cli import demo, jobs, machine
+from stoker.cli import models as models_commands
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -52,7 +53,9 @@ queue.command("retry")(jobs.retry)
 app.add_typer(queue, name="jobs")
 
 models = typer.Typer(no_args_is_help=True, help="Models that a worker can be told to serve.")
-models.command("list")(machine.list_models)
+models.command("list")(models_commands.list_models)
+for _command in (models_commands.pull, models_commands.inspect, models_commands.quantize, models_commands.verify):
+    models.command()(_command)
 app.add_typer(models, name="models")
 
 kernels = typer.Typer(no_args_is_help=True, help="Fused kernels of this machine.")

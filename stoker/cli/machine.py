@@ -1,4 +1,4 @@
-"""Commands about this machine: up, worker, status, doctor, models, kernels."""
+"""Commands about this machine: up, worker, status, doctor, kernels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from stoker.catalogue import CATALOGUE, parse_model
+from stoker.catalogue import parse_model
 from stoker.cli.options import Json, Url, connect, console, print_json
 from stoker.connection import connect as connect_redis
 from stoker.connection import translated
@@ -113,15 +113,6 @@ def _describe(worker: Presence) -> Iterator[str]:
         yield f"  {model:24} adapters in memory: {', '.join(names) or 'none'}"
     lanes = (f"{kind} {held} of {limit}" for kind, (held, limit) in worker.lanes.items())
     yield f"  jobs held: {', '.join(lanes)}"
-
-
-def list_models(as_json: Json = False) -> None:
-    """List the catalogue: short names, and where each model is looked for."""
-    if as_json:
-        print_json({name: list(sources) for name, sources in CATALOGUE.items()})
-        return
-    for name, sources in CATALOGUE.items():
-        print(f"{name}\n  " + "\n  ".join(sources))
 
 
 def doctor(as_json: Json = False, url: Url = None) -> None:

@@ -55,6 +55,8 @@ def _parse(line: str | bytes, where: str) -> Example:
         row = json.loads(line)
     except UnicodeDecodeError:
         raise DatasetError(f"{where}: not UTF-8.") from None
+    except RecursionError:
+        raise DatasetError(f"{where}: nested too deeply; expected {_ALLOWED}.") from None
     except ValueError as error:
         raise DatasetError(f"{where}: not JSON ({error}); expected {_ALLOWED}.") from None
     return _example(row, where)
@@ -74,6 +76,10 @@ def _example(row: Any, where: str) -> Example:
     for name, value in (("prompt", prompt), ("completion", completion)):
         if not isinstance(value, str):
             raise DatasetError(f"{where}: {name} is a {type(value).__name__}; expected text.")
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise DatasetError(f"{where}: {name} holds half a surrogate pair, which is no text.") from None
     if not completion.strip():
         raise DatasetError(f"{where}: the text to learn is empty.")
     return Example(prompt=prompt, completion=completion)

@@ -102,7 +102,6 @@ def test_names_follow_hugging_face() -> None:
     assert llama_name("token_embd.weight") == "model.embed_tokens.weight"
     assert llama_name("blk.12.attn_output.weight") == "model.layers.12.self_attn.o_proj.weight"
     assert llama_name("blk.0.ffn_up.weight") == "model.layers.0.mlp.up_proj.weight"
-    assert llama_name("blk.0.attn_q_norm.weight") is None
     assert llama_name("rope_freqs.weight") is None
 
 

@@ -88,7 +88,8 @@ def test_missing_surplus_and_misshapen_tensors_are_named(
 
 @pytest.mark.parametrize(
     ("config", "cause"),
-    [("{}", "None is not supported; bert, llama are"), ('{"model_type": "mamba"}', "'mamba' is not supported"),
+    [("{}", "None is not supported; bert, llama, mistral, mpnet, qwen2, qwen3 are"),
+     ('{"model_type": "mamba"}', "'mamba' is not supported"),
      ("[", "config.json"), ("[]", "not a JSON object"), (None, "no config.json")],
 )  # fmt: skip
 def test_what_is_no_supported_model_is_refused(folder: Path, config: str | None, cause: str) -> None:
@@ -137,3 +138,62 @@ def test_everything_runs_without_a_compiler(folder: Path, tmp_path: Path) -> Non
             cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.stdout.strip() == "True", done.stderr
+
+
+MEASURE = """
+import resource, sys
+from engine import blas; blas.boot(1)
+import mlx.core as mx
+from engine.loading import load
+def peak():
+    if sys.platform == 'darwin':
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Not ru_maxrss here: it starts at what the parent process had.
+    return next(int(line.split()[1]) * 1024 for line in open('/proc/self/status') if line.startswith('VmHWM'))
+tiny = load('tiny', [sys.argv[1]])  # whatever is loaded once: libraries, kernels
+if sys.platform == 'linux':
+    open('/proc/self/clear_refs', 'w').write('5')  # the peak starts again at what is resident now
+before = peak()
+mx.reset_peak_memory()
+options = {'quantize': sys.argv[3]} if sys.argv[3] != '-' else {}
+loaded = load('large', [sys.argv[2]], **options)
+print(loaded.bytes, mx.get_peak_memory() - tiny.bytes, peak() - before)
+"""
+
+
+def large_folder(folder: Path, small: Path) -> Path:
+    """21 million weights in bfloat16: a vocabulary that is large for the rest, as in small models, and a head."""
+    args = LlamaArgs(
+        layers=6, dim=320, hidden=1024, heads=5, kv_heads=5, head_dim=64, vocab=20_000, context=512,
+        rope_base=1e4, norm_eps=1e-5, tied=False,
+    )  # fmt: skip
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config_of(args)))
+    (folder / "tokenizer.json").write_bytes((small / "tokenizer.json").read_bytes())
+    shapes = {"model.embed_tokens": (20_000, 320), "lm_head": (20_000, 320), "model.norm": (320,)}
+    for index in range(6):
+        layer = f"model.layers.{index}"
+        shapes |= {f"{layer}.self_attn.{part}_proj": (320, 320) for part in "qkvo"}
+        shapes |= {f"{layer}.mlp.{part}_proj": (1024, 320) for part in ("gate", "up")}
+        shapes |= {f"{layer}.mlp.down_proj": (320, 1024)}
+        shapes |= {f"{layer}.{part}_layernorm": (320,) for part in ("input", "post_attention")}
+    weights = {f"{name}.weight": mx.ones(shape, mx.bfloat16) * 0.01 for name, shape in shapes.items()}
+    safetensors.write(folder / "model.safetensors", weights)
+    return folder
+
+
+@pytest.mark.parametrize("quantize", ["-", "8bit"])
+def test_loading_takes_little_more_memory_than_the_weights(folder: Path, tmp_path: Path, quantize: str) -> None:
+    large = large_folder(tmp_path / "large", folder)
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(folder), str(large), quantize],
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    weights, peak, resident = map(int, done.stdout.split())
+    assert peak < 1.3 * weights, "by MLX's own count"
+    # The process also maps what it computes with; a second copy of the weights would show all the same.
+    assert resident < 1.3 * weights + 30e6, "by the system's"
+    if quantize == "-":
+        assert resident > weights / 4, "the measurement is blind"
+    print(f"{quantize}: {weights / 1e6:.0f} MB, peak {peak / weights:.2f} x, resident {resident / weights:.2f} x")

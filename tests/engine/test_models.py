@@ -14,9 +14,10 @@ import pytest
 from engine.loading import LoadedModel
 from engine.models import fastmath
 from engine.models.attention import attention
-from engine.models.bert import BertArgs, EmbeddingSpec
+from engine.models.bert import BertArgs
 from engine.models.cache import KVCache
 from engine.models.llama import Llama, LlamaArgs
+from engine.models.sentence import EmbeddingSpec
 from stoker.errors import InvalidRequest, ModelError
 
 GOLDENS = Path(__file__).parents[1] / "goldens"

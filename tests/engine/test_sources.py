@@ -30,13 +30,26 @@ class Hub(BaseHTTPRequestHandler):
         if parts[:1] == ["api"]:
             return self._api("/".join(parts[2:4]))
         name = "/".join(parts[4:])
+        self.server.tokens.add(self.headers.get("Authorization"))  # type: ignore[attr-defined]
         if parts[:2] == ["org", "gated"]:
             return self._send(403, b"", {"X-Error-Code": "GatedRepo", "X-Error-Message": "gated"})
         if name not in REPO:
             return self._send(404, b"", {"X-Error-Code": "EntryNotFound"})
         etag = hashlib.sha256(REPO[name]).hexdigest()
-        self.server.fetched.append(name)  # type: ignore[attr-defined]
-        return self._send(200, REPO[name], {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT})
+        headers = {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        if self.command == "GET":
+            self.server.fetched.append(name)  # type: ignore[attr-defined]
+        if self.command == "GET" and name in self.server.broken:  # type: ignore[attr-defined]
+            return self._send(403, b"", {})
+        if self.command == "GET" and name == self.server.interrupted:  # type: ignore[attr-defined]
+            self.server.interrupted = None  # type: ignore[attr-defined]
+            return self._send(200, REPO[name], headers, sent=len(REPO[name]) // 2)
+        if self.headers.get("Range"):
+            start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
+            self.server.resumed.append((name, start))  # type: ignore[attr-defined]
+            size = len(REPO[name])
+            return self._send(206, REPO[name][start:], {**headers, "Content-Range": f"bytes {start}-{size - 1}/{size}"})
+        return self._send(200, REPO[name], headers)
 
     do_HEAD = do_GET
 
@@ -45,19 +58,22 @@ class Hub(BaseHTTPRequestHandler):
             return self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
         if repo == "org/gated":
             return self._send(403, b"{}", {"X-Error-Code": "GatedRepo"})
+        if "/revision/nowhere" in self.path:
+            return self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
         siblings = [{"rfilename": name} for name in REPO]
         files = [{"type": "file", "path": name, "size": len(data), "oid": "0"} for name, data in REPO.items()]
         info = {"id": repo, "modelId": repo, "sha": COMMIT, "siblings": siblings}
         body = files if "/tree/" in self.path else info
         return self._send(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
 
-    def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+    def _send(self, status: int, body: bytes, headers: dict[str, str], sent: int | None = None) -> None:
         self.send_response(status)
         for key, value in {**headers, "Content-Length": str(len(body))}.items():
             self.send_header(key, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body)
+            self.wfile.write(body[:sent])
+        self.close_connection = sent is not None
 
     def log_message(self, *arguments: object) -> None:
         pass
@@ -66,7 +82,8 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub() -> Iterator[ThreadingHTTPServer]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.fetched = []  # type: ignore[attr-defined]
+    server.fetched, server.resumed, server.tokens = [], [], set()  # type: ignore[attr-defined]
+    server.broken, server.interrupted = set(), None  # type: ignore[attr-defined]
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield server
@@ -74,7 +91,11 @@ def hub() -> Iterator[ThreadingHTTPServer]:
     server.server_close()
 
 
-def resolve_elsewhere(source: str, endpoint: str, cache: Path) -> str:
+def address(hub: ThreadingHTTPServer) -> str:
+    return f"http://127.0.0.1:{hub.server_address[1]}"
+
+
+def resolve_elsewhere(source: str, endpoint: str, cache: Path, **more: str) -> str:
     """Resolve in a process of its own: huggingface_hub reads its environment once, at import."""
     script = (
         "import sys\nfrom engine.sources import resolve\nfrom stoker.errors import ModelError\n"
@@ -84,7 +105,7 @@ def resolve_elsewhere(source: str, endpoint: str, cache: Path) -> str:
     environment = {"HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*"}
     done = subprocess.run(
         [sys.executable, "-c", script, source],
-        env={**os.environ, **environment, "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
+        env={**os.environ, **environment, "HF_HUB_DISABLE_PROGRESS_BARS": "1", **more},
         cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True, timeout=60,
     )  # fmt: skip
     return done.stdout.strip()
@@ -109,7 +130,12 @@ def test_one_gguf_file_is_fetched_alone(hub: ThreadingHTTPServer, tmp_path: Path
 
 @pytest.mark.parametrize(
     ("source", "cause"),
-    [("hf:org/missing", "no repository org/missing"), ("hf:org/gated", "gated"), ("hf:org/model:no.gguf", "no file")],
+    [
+        ("hf:org/missing", "no repository org/missing"),
+        ("hf:org/gated", "accept its terms on the hub, then set HF_TOKEN"),
+        ("hf:org/model:no.gguf", "no file no.gguf"),
+        ("hf:org/model@nowhere", "no revision nowhere"),
+    ],
 )
 def test_what_the_hub_refuses_is_one_clear_error(
     hub: ThreadingHTTPServer, tmp_path: Path, source: str, cause: str
@@ -117,6 +143,45 @@ def test_what_the_hub_refuses_is_one_clear_error(
     answer = resolve_elsewhere(source, f"http://127.0.0.1:{hub.server_address[1]}", tmp_path)
     assert answer.startswith("ModelError")
     assert cause in answer
+
+
+def test_what_is_in_the_cache_needs_no_hub(hub: ThreadingHTTPServer, tmp_path: Path) -> None:
+    fetched = resolve_elsewhere("hf:org/model", address(hub), tmp_path)
+    count = len(hub.fetched)  # type: ignore[attr-defined]
+    assert resolve_elsewhere("hf:org/model", address(hub), tmp_path) == fetched
+    assert len(hub.fetched) == count, "nothing is fetched twice"  # type: ignore[attr-defined]
+    assert resolve_elsewhere("hf:org/model", "http://127.0.0.1:9", tmp_path, HF_HUB_OFFLINE="1") == fetched
+    absent = resolve_elsewhere("hf:org/other", address(hub), tmp_path, HF_HUB_OFFLINE="1")
+    assert absent.startswith("ModelError hf:org/other: org/other is not in the local cache")
+
+
+def test_the_token_comes_from_the_environment(hub: ThreadingHTTPServer, tmp_path: Path) -> None:
+    resolve_elsewhere("hf:org/model", address(hub), tmp_path, HF_TOKEN="hf_secret")
+    assert "Bearer hf_secret" in hub.tokens  # type: ignore[attr-defined]
+
+
+def test_a_download_that_breaks_off_goes_on_where_it_broke(
+    hub: ThreadingHTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunk = 10 << 20  # what huggingface_hub writes at once
+    monkeypatch.setitem(REPO, "model.safetensors", bytes(2 * chunk + 100))
+    hub.interrupted = "model.safetensors"  # type: ignore[attr-defined]
+    folder = Path(resolve_elsewhere("hf:org/model", address(hub), tmp_path))
+    assert (folder / "model.safetensors").read_bytes() == REPO["model.safetensors"]
+    assert hub.resumed == [("model.safetensors", chunk)]  # type: ignore[attr-defined]
+
+
+def test_a_download_that_failed_keeps_what_was_whole(hub: ThreadingHTTPServer, tmp_path: Path) -> None:
+    hub.broken = {"model.safetensors"}  # type: ignore[attr-defined]
+    answer = resolve_elsewhere("hf:org/model", address(hub), tmp_path)
+    assert answer.startswith("ModelError")
+    assert "cannot be downloaded" in answer
+    hub.broken = set()  # type: ignore[attr-defined]
+    hub.fetched.clear()  # type: ignore[attr-defined]
+    folder = Path(resolve_elsewhere("hf:org/model", address(hub), tmp_path))
+    assert (folder / "model.safetensors").is_file()
+    assert hub.fetched.count("model.safetensors") == 1  # type: ignore[attr-defined]
+    assert len(hub.fetched) < 3  # type: ignore[attr-defined]
 
 
 def test_a_hub_out_of_reach_is_one_clear_error(tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models
 
 from engine.loading import LoadedModel
-from engine.text.detokenizer import _BYTE_OF, StreamingDetokenizer
+from engine.text.detokenizer import StreamingDetokenizer
 from engine.text.gguf_vocabulary import PRE_TOKENIZERS, build
+from engine.text.pieces import BYTE_OF
 from engine.text.tokenizer import Tokenizer
 from engine.weights.gguf import GGUF
 from stoker.errors import InvalidRequest, ModelError
@@ -27,7 +28,7 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=40) | st.text
 
 def _spelled(tokenizer: Tokenizer, text: str) -> bool:
     """Whether the vocabulary has a token for each byte: SmolLM2's lacks some control characters and drops them."""
-    absent = {byte for symbol, byte in _BYTE_OF.items() if tokenizer.inner.token_to_id(symbol) is None}
+    absent = {byte for symbol, byte in BYTE_OF.items() if tokenizer.inner.token_to_id(symbol) is None}
     return absent.isdisjoint(text.encode())
 
 
@@ -108,11 +109,32 @@ def test_a_byte_fallback_vocabulary_streams_too(byte_fallback: Tokenizer, parts:
     assert "".join(pieces) + rest == byte_fallback.decode(ids)
 
 
-def test_the_window_stays_small(byte_fallback: Tokenizer) -> None:
-    stream = StreamingDetokenizer(byte_fallback)
-    for index in [1, 2, 3] * 50 + [4 + 0x80] * 100:
+@settings(max_examples=150, deadline=None)
+@given(ids=st.lists(st.integers(0, 30_521) | st.integers(0, 1100) | st.just(60_000), max_size=50), skip=st.booleans())
+def test_a_word_piece_vocabulary_streams_too(minilm: LoadedModel, ids: list[int], skip: bool) -> None:
+    pieces, rest = streamed(minilm.tokenizer, ids, skip_special=skip)
+    assert "".join(pieces) + rest == minilm.tokenizer.decode(ids, skip_special=skip)
+
+
+@settings(max_examples=50, deadline=None)
+@given(text=TEXTS)
+def test_a_text_streams_through_a_word_piece_vocabulary(minilm: LoadedModel, text: str) -> None:
+    ids = minilm.tokenizer.encode(text)
+    pieces, rest = streamed(minilm.tokenizer, ids)
+    assert "".join(pieces) + rest == minilm.tokenizer.decode(ids)
+
+
+def test_the_window_of_a_general_vocabulary_stays_small(minilm: LoadedModel) -> None:
+    stream = StreamingDetokenizer(minilm.tokenizer)
+    for index in [101, 4010, 60_000] * 200:
         stream.add(index)
-        assert len(stream._window) <= 40
+        assert len(stream._way._ids) <= 2
+
+
+def test_bytes_that_are_no_utf8_cost_only_themselves(byte_fallback: Tokenizer) -> None:
+    ids = [1, 4 + 0x80, 2, 4 + 0xE2, 4 + 0x96, 3, 4 + 0xC3, 4 + 0xA9]
+    assert byte_fallback.decode(ids) == "the\ufffd cat\ufffdsé"
+    assert byte_fallback.decode([1, 2, 3]) == byte_fallback.inner.decode([1, 2, 3]) == "the cats"
 
 
 def test_text_that_is_no_unicode_is_refused_clearly(smollm2: LoadedModel) -> None:
@@ -147,7 +169,7 @@ def test_pre_tokenizers_cut_numbers_their_own_way(tmp_path: Path, pre: str, piec
 
 @pytest.mark.parametrize(
     ("changes", "cause"),
-    [({"pre": "deepseek-llm"}, "'deepseek-llm' is not supported"), ({"model": "llama"}, "'llama' is not supported"),
+    [({"pre": "deepseek-llm"}, "'deepseek-llm' is not supported"), ({"model": "bert"}, "'bert' is not supported"),
      ({"tokens": []}, "tokens is missing"), ({"tokens": ["a", "a"]}, "repeats a token"),
      ({"merges": ["12"]}, "not a pair"), ({"merges": ["q zz"]}, "cannot be built"),
      ({"add_bos_token": True, "bos_token_id": 10**6}, "bos_token_id 1000000")],

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import architectures
 import gguf
 import numpy as np
 import tiny_lora
@@ -41,6 +42,7 @@ def main() -> None:
     make_minilm()
     make_smollm2()
     print(tiny_lora.make(HERE, versions("torch", "transformers", "numpy")))
+    print(architectures.make(HERE, versions("torch", "transformers", "tokenizers", "numpy")))
 
 
 def make_minilm() -> None:

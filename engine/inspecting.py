@@ -1,0 +1,214 @@
+"""What a model is, read from its headers alone: no weight is loaded and MLX is not imported."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from engine.models.fields import Fields
+from engine.weights import safetensors_header
+from engine.weights.gguf import GGUF
+from stoker.errors import ModelError
+
+#: `model_type` of config.json, or `general.architecture` of GGUF -> what the model is for.
+KINDS = {
+    "llama": "generate", "mistral": "generate", "qwen2": "generate", "qwen3": "generate",
+    "bert": "embed", "mpnet": "embed",
+}  # fmt: skip
+#: dtypes of safetensors that hold weights; the others are codes, positions or masks.
+_FLOATS = {"F32": 4, "F16": 2, "BF16": 2}
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """One model. `parameters` counts weights, whatever their form; `dtypes` says how many are held in which form.
+
+    `weight_bytes` and `cache_bytes_per_1000` (keys and values of 1,000 tokens of one sequence; None for an encoder)
+    give bytes by form: "stored" as in the files, "16 bit" and "32 bit" dense. `supported`: whether Stoker runs the
+    architecture.
+    """
+
+    path: Path
+    format: str
+    architecture: str
+    kind: str
+    supported: bool
+    parameters: int
+    tensors: int
+    dtypes: Mapping[str, int]
+    quantization: str | None
+    context: int
+    layers: int
+    dim: int
+    vocabulary: int
+    chat_template: bool
+    file_bytes: int
+    weight_bytes: Mapping[str, int]
+    cache_bytes_per_1000: Mapping[str, int] | None
+    notes: tuple[str, ...] = field(default=())
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {**asdict(self), "path": str(self.path), "notes": list(self.notes)}
+
+
+def inspect(path: Path) -> Inspection:
+    """The model at `path`, a folder or a .gguf file. Raises `ModelError` if it is damaged or no model."""
+    if path.is_dir():
+        return _folder(path)
+    if path.suffix == ".gguf":
+        return _gguf(path)
+    raise ModelError(f"{path}: a model is a folder with config.json and safetensors, or a .gguf file")
+
+
+def _folder(folder: Path) -> Inspection:
+    config = read_json(folder / "config.json")
+    files = safetensors_header.files(folder)
+    entries: dict[str, Any] = {}
+    for file in files:
+        entries |= {name: e for name, e in safetensors_header.check_header(file).items() if name != "__metadata__"}
+    fields = Fields(config, str(folder / "config.json"))
+    heads, dim = fields.count("num_attention_heads"), fields.count("hidden_size")
+    section = config.get("quantization") or {}
+    dtypes, stored = _stored(entries, section if isinstance(section, Mapping) else {})
+    return _inspection(
+        path=folder,
+        format="safetensors" if len(files) == 1 else f"safetensors, {len(files)} files",
+        architecture=config.get("model_type"),
+        tensors=len(entries),
+        dtypes=dtypes,
+        stored=stored,
+        quantization=_form(section) if section else None,
+        context=_folder_context(folder, fields),
+        layers=fields.count("num_hidden_layers"),
+        dim=dim,
+        vocabulary=fields.count("vocab_size"),
+        cached=(fields.count("num_key_value_heads", heads), fields.count("head_dim", max(1, dim // heads))),
+        window=config.get("sliding_window") if config.get("use_sliding_window", True) else None,
+        chat_template=_has_template(folder),
+        file_bytes=sum(file.stat().st_size for file in files),
+    )
+
+
+def _gguf(path: Path) -> Inspection:
+    gguf = GGUF(path)
+    meta = gguf.metadata
+    architecture = meta.get("general.architecture")
+    fields = Fields(meta, str(path))
+    heads = fields.count(f"{architecture}.attention.head_count")
+    dim = fields.count(f"{architecture}.embedding_length")
+    dtypes: Counter[str] = Counter()
+    for info in gguf.tensors.values():
+        dtypes[info.type.name] += math.prod(info.shape)
+    largest = max(dtypes, key=dtypes.__getitem__) if dtypes else "F32"
+    vocabulary = meta.get("tokenizer.ggml.tokens")
+    template = meta.get("tokenizer.chat_template")
+    return _inspection(
+        path=path,
+        format="gguf",
+        architecture=architecture,
+        tensors=len(gguf.tensors),
+        dtypes=dict(dtypes),
+        stored=sum(info.bytes for info in gguf.tensors.values()),
+        quantization=None if largest in _FLOATS else largest,
+        context=fields.count(f"{architecture}.context_length"),
+        layers=fields.count(f"{architecture}.block_count"),
+        dim=dim,
+        vocabulary=len(vocabulary) if isinstance(vocabulary, list) else 0,
+        cached=(
+            fields.count(f"{architecture}.attention.head_count_kv", heads),
+            fields.count(f"{architecture}.attention.key_length", max(1, dim // heads)),
+        ),
+        window=meta.get(f"{architecture}.attention.sliding_window"),
+        chat_template=isinstance(template, str),
+        file_bytes=path.stat().st_size,
+    )
+
+
+def _inspection(
+    *, architecture: object, dtypes: dict[str, int], stored: int, cached: tuple[int, int], window: object, **rest: Any
+) -> Inspection:
+    name = architecture if isinstance(architecture, str) else str(architecture)
+    kind = KINDS.get(name, "unknown")
+    parameters = sum(dtypes.values())
+    per_token = 2 * rest["layers"] * cached[0] * cached[1]
+    notes = []
+    if kind == "unknown":
+        notes.append(f"the architecture {name} is not supported; {', '.join(KINDS)} are")
+    if isinstance(window, int) and not isinstance(window, bool) and window < rest["context"]:
+        notes.append(f"a sliding window of {window} tokens")
+    return Inspection(
+        architecture=name,
+        kind=kind,
+        supported=kind != "unknown",
+        parameters=parameters,
+        dtypes=dtypes,
+        weight_bytes={"stored": stored, "16 bit": 2 * parameters, "32 bit": 4 * parameters},
+        cache_bytes_per_1000=None if kind == "embed" else {"16 bit": 2000 * per_token, "32 bit": 4000 * per_token},
+        notes=tuple(notes),
+        **rest,
+    )
+
+
+def _stored(entries: Mapping[str, Any], section: Mapping[str, Any]) -> tuple[dict[str, int], int]:
+    """(weights by form, bytes of all tensors). Of MLX's quantized layers the codes count, not the scales and biases."""
+    dtypes: Counter[str] = Counter()
+    size = 0
+    for name, entry in entries.items():
+        count = math.prod(entry["shape"])
+        size += entry["data_offsets"][1] - entry["data_offsets"][0]
+        layer, _, part = name.rpartition(".")
+        if f"{layer}.scales" in entries and part in ("scales", "biases"):
+            continue
+        if f"{layer}.scales" in entries and part == "weight" and entry["dtype"] == "U32":
+            bits = _bits(section, layer)
+            dtypes[f"{bits} bit"] += count * 32 // bits
+        elif entry["dtype"] in _FLOATS:
+            dtypes[entry["dtype"]] += count
+    return dict(dtypes), size
+
+
+def _bits(section: Mapping[str, Any], layer: str) -> int:
+    own = section.get(layer)
+    bits = own.get("bits") if isinstance(own, Mapping) else section.get("bits")
+    if not isinstance(bits, int) or not 0 < bits <= 8:
+        raise ModelError(f"config.json: quantization: bits {bits!r} of {layer!r} is not a number from 1 to 8")
+    return bits
+
+
+def _form(section: object) -> str:
+    if not isinstance(section, Mapping):
+        raise ModelError(f"config.json: quantization {str(section)[:100]!r} is not an object")
+    return f"{section.get('bits')} bit in groups of {section.get('group_size')} (MLX)"
+
+
+def _folder_context(folder: Path, fields: Fields) -> int:
+    """What the model takes, or what its sentence-transformers file limits that to."""
+    positions = fields.count("max_position_embeddings", 2048)
+    limit = read_json(folder / "sentence_bert_config.json", missing={}).get("max_seq_length")
+    return min(limit, positions) if isinstance(limit, int) and limit > 0 else positions
+
+
+def _has_template(folder: Path) -> bool:
+    beside = (folder / "chat_template.jinja").is_file()
+    return beside or bool(read_json(folder / "tokenizer_config.json", missing={}).get("chat_template"))
+
+
+def read_json(path: Path, missing: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The JSON object in `path`; `missing` if there is no such file. Raises `ModelError`."""
+    if missing is not None and not path.is_file():
+        return missing
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise ModelError(f"{path.parent}: no {path.name} in it") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path}: not a JSON object")
+    return content

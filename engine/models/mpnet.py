@@ -1,0 +1,99 @@
+"""MPNet (Song et al., 2020) as a sentence encoder: all-mpnet-base-v2.
+
+BERT's block with a relative position bias in T5's buckets (Raffel et al., 2020), one table for all layers; positions
+count from 2, and there are no token types. Names and shapes are those of Hugging Face's `MPNetModel`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.models.attention import UNSEEN
+from engine.models.encoder import Block, Encoder, EncoderArgs, Names, encoder_sizes
+from engine.models.fields import Fields
+from engine.models.layers import Embedding, LayerNorm
+from engine.weights.tensors import Tensors
+from stoker.errors import ModelError
+
+_NAMES = Names(
+    query="attention.attn.q",
+    key="attention.attn.k",
+    value="attention.attn.v",
+    output="attention.attn.o",
+    norm="attention.LayerNorm",
+)
+#: The id of <pad>. Its row of the table of positions is that of padding; the first token has the row after it.
+_PAD = 1
+#: The reference implementation computes with these whatever the configuration says.
+_BUCKETS, _MAX_DISTANCE = 32, 128
+
+
+@dataclass(frozen=True)
+class MPNetArgs(EncoderArgs):
+    """The sizes of one MPNet model."""
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> MPNetArgs:
+        """From Hugging Face's config.json. Raises `ModelError` naming a field that is absent or not supported."""
+        Fields(config, "config.json").only("relative_attention_num_buckets", _BUCKETS)
+        args = cls(**encoder_sizes(config))
+        if args.context < 1:
+            raise ModelError(f"config.json: max_position_embeddings is {args.positions}; two of them are for padding")
+        return args
+
+    @property
+    def context(self) -> int:
+        return self.positions - _PAD - 1
+
+
+class MPNet(Encoder):
+    """The encoder: tokens to hidden states. Checkpoints with and without the `mpnet.` prefix are read."""
+
+    def __init__(self, args: MPNetArgs, tensors: Tensors):
+        self.args = args
+        prefix = "mpnet." if "mpnet.embeddings.word_embeddings.weight" in tensors else ""
+        table = f"{prefix}embeddings"
+        self.words = Embedding.take(tensors, f"{table}.word_embeddings", args.vocab, args.dim)
+        self.positions = tensors.take(f"{table}.position_embeddings.weight", (args.positions, args.dim))
+        self.norm = LayerNorm.take(tensors, f"{table}.LayerNorm", args.dim, args.norm_eps)
+        bias = tensors.take(f"{prefix}encoder.relative_attention_bias.weight", (_BUCKETS, args.heads))
+        #: Row context − 1 + distance: the bias of each head for a key that lies `distance` after its query.
+        self.bias = bias[mx.array(_buckets(args.context))]
+        mx.eval(self.bias)
+        self.layers = [Block(args, index, _NAMES, tensors, prefix) for index in range(args.layers)]
+
+    def __call__(self, tokens: mx.array, mask: mx.array | None = None) -> mx.array:
+        real = (tokens != _PAD).astype(mx.int32)
+        x = self.norm(self.words(tokens) + self.positions[mx.cumsum(real, axis=1) * real + _PAD])
+        bias = self._position_bias(tokens.shape[1])
+        if mask is not None:
+            bias = bias + mx.where(mask[:, None, None, :], 0.0, UNSEEN).astype(bias.dtype)
+        for layer in self.layers:
+            x = layer(x, bias)
+        return x
+
+    def _position_bias(self, length: int) -> mx.array:
+        """(1, heads, T, T): what each query adds to the score of each key."""
+        places = mx.arange(length)
+        return self.bias[places[None, :] - places[:, None] + self.args.context - 1].transpose(2, 0, 1)[None]
+
+
+def _buckets(context: int) -> NDArray[np.int32]:
+    """The bucket of every distance key − query from 1 − context to context − 1.
+
+    Half of the buckets are for keys after the query. In each half the first 8 hold a distance each, the rest grow
+    logarithmically up to `_MAX_DISTANCE`, beyond which all share the last.
+    """
+    distances = np.arange(1 - context, context)
+    half, exact = _BUCKETS // 2, _BUCKETS // 4
+    size = np.abs(distances)
+    ratio = np.log(np.maximum(size, 1).astype(np.float32) / exact) / math.log(_MAX_DISTANCE / exact)
+    far = np.minimum(exact + (ratio * (half - exact)).astype(np.int32), half - 1)
+    return np.where(size < exact, size, far).astype(np.int32) + half * (distances > 0).astype(np.int32)

@@ -1,0 +1,65 @@
+"""Qwen2, Qwen2.5 and their Coder models (Qwen Team, 2024): the Llama decoder with biases on q, k and v."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from engine.models.fields import Fields
+from engine.models.llama import LlamaArgs, decoder_sizes, gguf_sizes
+from stoker.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Qwen2Args(LlamaArgs):
+    """The sizes of one Qwen2 model."""
+
+    architecture: ClassVar[str] = "qwen2"
+    gguf_permuted: ClassVar[bool] = False
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """From Hugging Face's config.json. Raises `ModelError` naming a field that asks for what is not implemented.
+
+        That is a sliding window in some layers only, and the dual chunk attention of the models for a million tokens.
+        """
+        Fields(config, "config.json").only("use_mrope", False)
+        return cls(**decoder_sizes(config), window=window(config), qkv_bias=True)
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, Any], *, vocab: int, tied: bool) -> Self:
+        return cls(**gguf_sizes(metadata, cls.architecture), vocab=vocab, tied=tied, qkv_bias=True)
+
+
+def window(config: Mapping[str, Any]) -> int | None:
+    """The sliding window of all layers, or None. Raises `ModelError` for one that only some layers have.
+
+    The files state `sliding_window` even where `use_sliding_window` is false and it means nothing. Layers from
+    `max_window_layers` on slide.
+    """
+    fields = Fields(config, "config.json")
+    layers = fields.count("num_hidden_layers")
+    if not config.get("use_sliding_window") or config.get("sliding_window") is None:
+        sliding = 0
+    else:
+        whole = config.get("max_window_layers", 28)
+        if not isinstance(whole, int):
+            raise ModelError(f"config.json: max_window_layers is {whole!r}, not an integer")
+        sliding = max(0, layers - whole)
+    types = config.get("layer_types")
+    if types is not None:
+        if not isinstance(types, list) or len(types) != layers:
+            raise ModelError(f"config.json: layer_types {str(types)[:100]} is not a list of {layers} types")
+        sliding = types.count("sliding_attention")
+        if sliding + types.count("full_attention") != layers:
+            raise ModelError(
+                f"config.json: layer_types {sorted(set(map(str, types)))} are not supported; full_attention and "
+                "sliding_attention are"
+            )
+    if sliding not in (0, layers):
+        raise ModelError(
+            f"config.json: use_sliding_window with {sliding} sliding layers of {layers} is not supported; "
+            "all layers or none may slide"
+        )
+    return fields.count("sliding_window") if sliding else None

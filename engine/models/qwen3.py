@@ -1,0 +1,29 @@
+"""Qwen3, dense (Qwen Team, 2025): the Llama decoder with an RMSNorm over each head of q and k."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from engine.models.fields import Fields
+from engine.models.llama import LlamaArgs, decoder_sizes, gguf_sizes
+from engine.models.qwen2 import window
+
+
+@dataclass(frozen=True)
+class Qwen3Args(LlamaArgs):
+    """The sizes of one dense Qwen3 model. The size of a head is its own: heads · head_dim need not be dim."""
+
+    architecture: ClassVar[str] = "qwen3"
+    gguf_permuted: ClassVar[bool] = False
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """From Hugging Face's config.json. Raises `ModelError` naming a field that asks for what is not implemented."""
+        Fields(config, "config.json").only("attention_bias", False)
+        return cls(**decoder_sizes(config, head_dim=128), window=window(config), qk_norm=True)
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, Any], *, vocab: int, tied: bool) -> Self:
+        return cls(**gguf_sizes(metadata, cls.architecture), vocab=vocab, tied=tied, qk_norm=True)

@@ -1,0 +1,145 @@
+"""Write a quantized copy of a model folder, in the layout that mlx-lm reads (`engine.weights.mlx_layout`)."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from engine.loading import DECODERS
+from engine.weights import safetensors
+from engine.weights.files import sync_folder, write_whole
+from engine.weights.folder import read_config
+from engine.weights.mlx_layout import Layout, split
+from engine.weights.quantized import check, fits, quantize
+from engine.weights.tensors import Stored
+from stoker.errors import ModelError
+
+#: What a model folder holds beside its weights: tokenizer, chat template, generation settings, licence.
+_COPIED = (".json", ".jinja", ".txt", ".model", ".md", "")
+#: Parts of the checkpoint that no model reads: a rotary buffer of old files.
+_DROPPED = "rotary_emb.inv_freq"
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What `quantize_folder` wrote. `bytes`: of the weights, before and after."""
+
+    path: Path
+    quantized: int
+    dense: int
+    bytes_before: int
+    bytes_after: int
+
+
+def quantize_folder(src: Path, dst: Path, bits: int = 4, group_size: int = 64) -> Quantized:
+    """Write to the new folder `dst` the model of `src` (config.json, safetensors) with matrices of `bits`.
+
+    Every matrix whose rows fall into groups of `group_size` is quantized from the dtype that it is stored in; norms,
+    biases and other matrices stay as they are. `dst` appears whole or not at all; one shard at a time is in memory.
+
+    Raises `ModelError` for a form that MLX does not have, a source that is damaged, of an architecture not supported
+    or quantized already, or a `dst` that exists; `OSError` if it cannot be written.
+    """
+    check(group_size, bits)
+    config = _source_config(src)
+    if dst.exists() or dst.is_symlink():
+        raise ModelError(f"{dst}: exists already; name a folder that does not")
+    dst.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the target, so that the last step is a rename within one file system.
+    draft = Path(tempfile.mkdtemp(prefix=f".{dst.name}-", dir=dst.parent))
+    try:
+        _copy_rest(src, draft)
+        counts = _write_weights(src, draft, config, Layout(group_size, bits))
+        config = {**_older_rope(config), **config, **Layout(group_size, bits).to_config()}
+        _write_json(draft / "config.json", config)
+        draft.chmod(0o755)
+        sync_folder(draft)
+        # Fails, and harms nothing, if another program has put files there meanwhile.
+        os.rename(draft, dst)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    sync_folder(dst.parent)
+    return Quantized(dst, *counts)
+
+
+def _source_config(src: Path) -> dict[str, Any]:
+    if not src.is_dir():
+        raise ModelError(f"{src}: not a folder with config.json and safetensors; only such a model can be quantized")
+    config = read_config(src)
+    architecture = config.get("model_type")
+    if not isinstance(architecture, str) or architecture not in DECODERS:
+        raise ModelError(f"{src}: architecture {architecture!r} cannot be quantized; {', '.join(DECODERS)} can")
+    if Layout.from_config(config) is not None:
+        raise ModelError(f"{src}: is quantized already; take the model's unquantized checkpoint")
+    DECODERS[architecture].from_config(config)
+    return config
+
+
+def _older_rope(config: dict[str, Any]) -> dict[str, Any]:
+    """What `rope_parameters` says, under the names of older files: mlx-lm looks for no others."""
+    scaling = dict(config.get("rope_parameters") or {})
+    base = scaling.pop("rope_theta", None)
+    older = {} if base is None else {"rope_theta": base}
+    return older if scaling.get("rope_type", "default") == "default" else {**older, "rope_scaling": scaling}
+
+
+def _write_weights(src: Path, dst: Path, config: dict[str, Any], layout: Layout) -> tuple[int, int, int, int]:
+    """(tensors quantized, tensors left dense, bytes before, bytes after)."""
+    shards = safetensors.files(src)
+    placement: dict[str, str] = {}
+    quantized = dense = before = after = 0
+    for number, shard in enumerate(shards, 1):
+        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        written: dict[str, mx.array] = {}
+        for tensor, array in _needed(safetensors.read(shard), bool(config.get("tie_word_embeddings", False))):
+            before += array.nbytes
+            stored = _form(tensor, array, layout)
+            quantized, dense = quantized + (stored is not array), dense + (stored is array)
+            parts = split(tensor, stored)
+            mx.eval(*parts.values())
+            written |= parts
+        after += sum(array.nbytes for array in written.values())
+        placement |= dict.fromkeys(written, name)
+        safetensors.write(dst / name, written)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": after}, "weight_map": dict(sorted(placement.items()))}
+        _write_json(dst / safetensors.INDEX_NAME, index)
+    return quantized, dense, before, after
+
+
+def _needed(arrays: dict[str, mx.array], tied: bool) -> Iterator[tuple[str, mx.array]]:
+    """The tensors of a shard, each let go of once it is taken."""
+    for name in sorted(arrays):
+        array = arrays.pop(name)
+        # Nothing reads the second copy of a tied head.
+        if not (name.endswith(_DROPPED) or (tied and name == "lm_head.weight")):
+            yield name, array
+
+
+def _form(name: str, array: mx.array, layout: Layout) -> Stored:
+    if not name.endswith(".weight") or not fits(array.shape, layout.group_size):
+        return array
+    if not mx.issubdtype(array.dtype, mx.floating):
+        raise ModelError(f"tensor {name!r} is of {array.dtype}, not of floating-point numbers")
+    return quantize(array, layout.group_size, layout.bits)
+
+
+def _copy_rest(src: Path, dst: Path) -> None:
+    for file in sorted(src.iterdir()):
+        skipped = file.name.startswith(".") or file.name in ("config.json", safetensors.INDEX_NAME)
+        if file.is_file() and file.suffix in _COPIED and not skipped:
+            shutil.copyfile(file, dst / file.name)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    write_whole(path, lambda temporary: temporary.write_text(text, "utf-8"))

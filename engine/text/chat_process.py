@@ -1,0 +1,156 @@
+"""The process that renders chat templates for `engine.text.chat`: a line of JSON in, a line of JSON out.
+
+It is started by its path, imports nothing of Stoker, and ends when its input does. Its limits are the system's: an
+alarm that ends it in the middle of whatever it does, and on Linux an address space.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import datetime
+from functools import lru_cache
+from typing import Any
+
+from jinja2 import Template, nodes
+from jinja2.exceptions import SecurityError, TemplateError, TemplateSyntaxError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
+
+class RefusedByTemplate(TemplateError):
+    """The template called `raise_exception`."""
+
+
+class TooMuch(Exception):
+    """A limit was passed."""
+
+
+class Generation(Extension):
+    """`{% generation %}` marks what a model said, for training masks; here its body is rendered and no more."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+class Names(Namespace):
+    """`namespace()`, without the names through which a template could reach Python's own machinery."""
+
+    def __init__(*args: Any, **values: Any) -> None:
+        self, *rest = args
+        Namespace.__init__(self, *rest, **values)
+        for name in dict(*rest, **values):
+            Names._check(name)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        Names._check(name)
+        super().__setitem__(name, value)
+
+    @staticmethod
+    def _check(name: object) -> None:
+        if isinstance(name, str) and name.startswith("_"):
+            raise SecurityError(f"a namespace takes no name that starts with an underscore, such as {name!r}")
+
+
+class Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja's, in which no product or power is larger than what may be printed."""
+
+    intercepted_binops = frozenset(["*", "**"])
+    largest = 1_000_000
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "**" and _bits(left) * abs(right) > 4096:
+            raise TooMuch("a power of more than 4096 bits")
+        for value, times in ((left, right), (right, left)):
+            if operator == "*" and isinstance(value, (str, list, tuple)) and len(value) * int(times) > self.largest:
+                raise TooMuch(f"a product of more than {self.largest} elements")
+        return super().call_binop(context, operator, left, right)
+
+
+def _bits(value: Any) -> int:
+    return value.bit_length() if isinstance(value, int) else 1
+
+
+def raise_exception(message: object) -> None:
+    raise RefusedByTemplate(str(message))
+
+
+def strftime_now(layout: str) -> str:
+    return datetime.now().strftime(layout)
+
+
+def to_json(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    """JSON as it is, where Jinja's own filter would write it for HTML."""
+    if isinstance(indent, int) and indent > 64:
+        raise TooMuch(f"an indent of {indent}")
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+@lru_cache(maxsize=16)
+def compiled(text: str) -> Template:
+    sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    sandbox.filters["tojson"] = to_json
+    functions: dict[str, Callable[..., Any]] = {
+        "raise_exception": raise_exception,
+        "strftime_now": strftime_now,
+        "namespace": Names,
+    }
+    sandbox.globals.update(functions)
+    return sandbox.from_string(text)
+
+
+def render(template: str, variables: dict[str, Any], most: int) -> str:
+    parts, size = [], 0
+    for part in compiled(template).generate(**variables):
+        size += len(part)
+        if size > most:
+            raise TooMuch(f"more than {most} characters of output")
+        parts.append(part)
+    return "".join(parts)
+
+
+def answer(request: dict[str, Any]) -> dict[str, str]:
+    """{"text"}, or {"refused"}: the template's own words, {"template"}: it is unusable, {"input"}: it fails on this."""
+    try:
+        return {"text": render(request["template"], request["variables"], request["most"])}
+    except RefusedByTemplate as error:
+        return {"refused": str(error)}
+    except TemplateSyntaxError as error:
+        return {"template": f"line {error.lineno}: {error}"}
+    except (TooMuch, SecurityError, RecursionError, MemoryError, OverflowError) as error:
+        return {"template": f"{type(error).__name__}: {error}"}
+    except Exception as error:  # whatever a template can provoke
+        return {"input": f"{type(error).__name__}: {error}"}
+
+
+def limit_memory(size: int) -> None:
+    with suppress(ImportError, OSError, ValueError):  # macOS does not know the limit
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (size, size))
+
+
+def main() -> None:
+    limit_memory(int(sys.argv[1]))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits for the answer
+    print("ready", flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        signal.setitimer(signal.ITIMER_REAL, request["seconds"])
+        reply = json.dumps(answer(request))
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        print(reply, flush=True)
+
+
+if __name__ == "__main__":
+    main()

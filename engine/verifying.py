@@ -1,0 +1,148 @@
+"""Whether a model is whole: headers, names and shapes against its configuration, its tokenizer, and every number.
+
+One piece of one tensor is in memory at a time, so a model can be verified that would not fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from engine.inspecting import Inspection, inspect
+from engine.loading import DECODERS, GGUF_DECODERS
+from engine.models.bert import Bert, BertArgs
+from engine.models.encoder import Encoder
+from engine.models.llama import Llama
+from engine.models.mpnet import MPNet, MPNetArgs
+from engine.models.sentence import EmbeddingSpec
+from engine.text.tokenizer import Tokenizer
+from engine.weights import safetensors
+from engine.weights.folder import read_config
+from engine.weights.gguf import GGUF
+from engine.weights.gguf_names import llama_name
+from engine.weights.mlx_layout import CONFIG_KEYS, Layout
+from engine.weights.tensors import Stored, Tensors
+from stoker.errors import ModelError
+
+#: dtype -> (its words, the bits of the exponent). All of them set: infinite, or no number.
+_EXPONENTS = {"F32": ("<u4", 0x7F80_0000), "F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80)}
+#: Bytes of a file that are looked at at once.
+_PIECE = 16 << 20
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was found sound: the model, how many tensors, and how many numbers were looked at."""
+
+    inspection: Inspection
+    tensors: int
+    numbers: int
+
+
+def verify(path: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> Verification:
+    """Check the model at `path` throughout; `progress` is told the tensors done and in all.
+
+    Raises `ModelError` that names the first defect.
+    """
+    inspection = inspect(path)
+    if not inspection.supported:
+        raise ModelError(f"{path}: {inspection.notes[0]}")
+    checked = _gguf(path, progress) if path.is_file() else _folder(path, progress)
+    return Verification(inspection, *checked)
+
+
+class _Outline(Tensors):
+    """Checks names and shapes; nothing that the layers get is ever computed."""
+
+    def _dense(self, name: str, array: mx.array, transpose: bool) -> mx.array:
+        return array.T if transpose else array
+
+
+def _folder(folder: Path, progress: Callable[[int, int], None]) -> tuple[int, int]:
+    config = read_config(folder)
+    layout = Layout.from_config(config)
+    arrays = safetensors.read_folder(folder)
+    stored: dict[str, Stored] = dict(arrays)
+    if layout is not None:
+        dense, quantized = layout.join(arrays)
+        stored = {**dense, **quantized}
+    readers = {name: partial(stored.__getitem__, name) for name in stored}
+    outline = _Outline(readers, {name: tuple(each.shape) for name, each in stored.items()}, str(folder), mx.float32)
+    rest = {key: value for key, value in config.items() if key not in CONFIG_KEYS}
+    model = _built(folder, rest, outline)
+    outline.finish(ignore=model.unused)
+    _check_vocabulary(folder, Tokenizer.from_folder(folder), model.args.vocab)
+    return _finite_safetensors(folder, progress)
+
+
+def _built(folder: Path, config: Mapping[str, Any], outline: Tensors) -> Llama | Encoder:
+    architecture = config["model_type"]
+    if architecture in DECODERS:
+        return Llama(DECODERS[architecture].from_config(config), outline)
+    args = BertArgs.from_config(config) if architecture == "bert" else MPNetArgs.from_config(config)
+    EmbeddingSpec.from_folder(folder, args)
+    return Bert(args, outline) if isinstance(args, BertArgs) else MPNet(args, outline)
+
+
+def _gguf(path: Path, progress: Callable[[int, int], None]) -> tuple[int, int]:
+    gguf = GGUF(path)
+    args_of = GGUF_DECODERS.get(gguf.metadata["general.architecture"])
+    embedding = gguf.tensors.get("token_embd.weight")
+    if args_of is None:
+        raise ModelError(f"{path}: this architecture is not read from GGUF; {', '.join(GGUF_DECODERS)} are")
+    if embedding is None:
+        raise ModelError(f"{path}: the tensor 'token_embd.weight' is missing")
+    args = args_of.from_gguf(gguf.metadata, vocab=embedding.shape[0], tied="output.weight" not in gguf.tensors)
+    shapes = {llama_name(name) or name: info.shape for name, info in gguf.tensors.items()}
+    outline = _Outline(
+        {name: partial(mx.zeros, shape) for name, shape in shapes.items()}, shapes, str(path), mx.float32
+    )
+    outline.finish(ignore=Llama(args, outline).unused)
+    _check_vocabulary(path, Tokenizer.from_gguf(gguf), args.vocab)
+    numbers = 0
+    for done, name in enumerate(gguf.tensors):
+        progress(done, len(gguf.tensors))
+        for values in gguf.pieces(name):
+            numbers += values.size
+            if not np.isfinite(values).all():
+                raise ModelError(f"{path}: tensor {name!r} holds values that are infinite or no numbers")
+    return len(gguf.tensors), numbers
+
+
+def _check_vocabulary(path: Path, tokenizer: Tokenizer, vocab: int) -> None:
+    if tokenizer.vocab_size > vocab:
+        raise ModelError(f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {vocab}")
+
+
+def _finite_safetensors(folder: Path, progress: Callable[[int, int], None]) -> tuple[int, int]:
+    entries = [
+        (file, name, entry)
+        for file in safetensors.files(folder)
+        for name, entry in safetensors.check_header(file).items()
+        if name != "__metadata__"
+    ]
+    numbers = 0
+    for done, (file, name, entry) in enumerate(entries):
+        progress(done, len(entries))
+        if entry["dtype"] in _EXPONENTS:
+            numbers += _check_finite(file, name, entry)
+    return len(entries), numbers
+
+
+def _check_finite(file: Path, name: str, entry: Mapping[str, Any]) -> int:
+    """How many numbers the tensor has, all of them finite."""
+    words, exponent = _EXPONENTS[entry["dtype"]]
+    start, end = entry["data_offsets"]
+    with open(file, "rb") as data:
+        data.seek(8 + int.from_bytes(data.read(8), "little") + start)
+        for position in range(start, end, _PIECE):
+            piece = np.frombuffer(data.read(min(_PIECE, end - position)), words)
+            if (piece & exponent == exponent).any():
+                raise ModelError(f"{file}: tensor {name!r} holds values that are infinite or no numbers")
+    return int(end - start) // np.dtype(words).itemsize

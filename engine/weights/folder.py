@@ -1,0 +1,100 @@
+"""A model's files as `Tensors`: a folder of safetensors, or one GGUF file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from numpy.typing import NDArray
+
+from engine.precision import Precision
+from engine.weights import safetensors
+from engine.weights.gguf import GGUF
+from engine.weights.gguf_names import llama_name, unpermute
+from engine.weights.mlx_layout import CONFIG_KEYS, Layout
+from engine.weights.quantized import QuantizedTensor, fits, quantize
+from engine.weights.tensors import Reader, Stored, Tensors
+from stoker.errors import ModelError
+
+#: Types of GGUF that are plain numbers.
+_PLAIN = ("F32", "F16", "BF16")
+#: What matrices of GGUF's other types become where they stay quantized: the smallest groups, so that rounding once
+#: more loses least.
+_AGAIN_GROUP, _AGAIN_BITS = 32, 8
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The folder's config.json. Raises `ModelError` if it is missing or no JSON object."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise ModelError(f"{folder}: no config.json in it") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: {error}") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{path}: not a JSON object")
+    return config
+
+
+def folder_tensors(folder: Path, config: dict[str, Any], precision: Precision) -> tuple[Tensors, dict[str, Any]]:
+    """The tensors of a folder, and its `config` without what is said there about quantization."""
+    layout = Layout.from_config(config)
+    arrays = safetensors.read_folder(folder)
+    dtype = precision.dtype_for(arrays.values())
+    stored: dict[str, Stored] = dict(arrays)
+    if layout is not None:
+        try:
+            dense, quantized = layout.join(arrays)
+        except ModelError as error:
+            raise ModelError(f"{folder}: {error}") from error
+        stored = {**dense, **quantized}
+    # From here on `stored` alone holds the arrays, so that `pop` frees them.
+    arrays.clear()
+    shapes: dict[str, tuple[int, ...]] = {name: tuple(tensor.shape) for name, tensor in stored.items()}
+    readers: dict[str, Reader] = {name: _popper(stored, name) for name in shapes}
+    rest = {key: value for key, value in config.items() if key not in CONFIG_KEYS}
+    return Tensors(readers, shapes, str(folder), dtype, precision.quantization), rest
+
+
+def _popper(stored: dict[str, Stored], name: str) -> Reader:
+    """Lets go of the file's form of a tensor as soon as a layer has its own."""
+    return lambda: stored.pop(name)
+
+
+def gguf_tensors(gguf: GGUF, heads: tuple[int, int] | None, precision: Precision) -> Tensors:
+    """The tensors of a GGUF file by Hugging Face's names.
+
+    `heads` (of queries, of keys) are given where the rows of q and k are in llama.cpp's order, to be put back.
+    """
+    readers: dict[str, Reader] = {}
+    shapes = {}
+    counts = dict(zip(("q_proj", "k_proj"), heads, strict=True)) if heads else {}
+    for stored, info in gguf.tensors.items():
+        name = llama_name(stored) or stored
+        count = next((count for part, count in counts.items() if f".{part}." in name), 0)
+        readers[name] = _gguf_reader(gguf, stored, count, precision)
+        shapes[name] = info.shape
+    # Scales are float16 in this format, whatever the model was trained in.
+    sixteen = mx.bfloat16 if any(info.type.name == "BF16" for info in gguf.tensors.values()) else mx.float16
+    dtype = precision.dtype_for([mx.zeros(1, sixteen)])
+    return Tensors(readers, shapes, str(gguf.path), dtype, precision.quantization)
+
+
+def _gguf_reader(gguf: GGUF, name: str, heads: int, precision: Precision) -> Reader:
+    def order(rows: NDArray[Any]) -> mx.array:
+        return mx.array(unpermute(rows, heads) if heads else rows)
+
+    def read() -> Stored:
+        policy, info = precision.quantization, gguf.tensors[name]
+        if policy is not None and gguf.repackable(name):
+            affine = gguf.repack(name)
+            weight, scales, biases = (order(part) for part in (affine.weight, affine.scales, affine.biases))
+            return QuantizedTensor(weight, scales, biases, affine.group_size, affine.bits)
+        dense = order(gguf.dequantize(name))
+        keeps = policy is not None and policy.bits is None and info.type.name not in _PLAIN
+        return quantize(dense, _AGAIN_GROUP, _AGAIN_BITS) if keeps and fits(info.shape, _AGAIN_GROUP) else dense
+
+    return read

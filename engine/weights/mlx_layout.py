@@ -1,0 +1,93 @@
+"""Quantized checkpoints in the layout that mlx-lm writes and reads (mlx-community's).
+
+config.json has `"quantization": {"group_size": 64, "bits": 4}`, with the dotted name of a layer as a further key where
+that layer differs; beside the codes `X.weight` lie `X.scales` and `X.biases`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+
+from engine.weights.quantized import QuantizedTensor, check
+from engine.weights.tensors import Stored
+from stoker.errors import ModelError
+
+#: Both name the section: mlx-lm writes it twice, the second for the hub's sake.
+CONFIG_KEYS = ("quantization", "quantization_config")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The section of config.json: (group size, bits) of all quantized layers, and of those that differ."""
+
+    group_size: int
+    bits: int
+    layers: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Layout | None:
+        """None for a dense checkpoint. Raises `ModelError` for a quantization that is not MLX's affine one."""
+        section, other = (config.get(key) for key in CONFIG_KEYS)
+        if section is None and other is None:
+            return None
+        if not isinstance(section, Mapping) or other not in (None, section):
+            raise ModelError(
+                f"config.json: quantization_config {str(other)[:100]} is not supported: only MLX's own is. "
+                "Take the model's unquantized checkpoint, and quantize it with `stoker models quantize`"
+            )
+        group_size, bits = _form(section, "quantization")
+        layers = {
+            name: _form(value, f"quantization: {name}") for name, value in section.items() if isinstance(value, Mapping)
+        }
+        return cls(group_size, bits, layers)
+
+    def to_config(self) -> dict[str, Any]:
+        """The sections for a config.json."""
+        section: dict[str, Any] = {"group_size": self.group_size, "bits": self.bits, "mode": "affine"}
+        for name, (group_size, bits) in self.layers.items():
+            section[name] = {"group_size": group_size, "bits": bits, "mode": "affine"}
+        return {key: dict(section) for key in CONFIG_KEYS}
+
+    def join(self, arrays: Mapping[str, mx.array]) -> tuple[dict[str, mx.array], dict[str, QuantizedTensor]]:
+        """`arrays` of a checkpoint as (the dense ones, the quantized ones by the name of their codes).
+
+        A layer is quantized if it has scales. Raises `ModelError` naming a layer whose arrays do not fit.
+        """
+        dense, quantized = dict(arrays), {}
+        for scales in [name for name in arrays if name.endswith(".scales")]:
+            layer = scales.removesuffix(".scales")
+            weight, biases = dense.pop(f"{layer}.weight", None), dense.pop(f"{layer}.biases", None)
+            if weight is None or biases is None:
+                raise ModelError(f"the quantized layer {layer!r} lacks its weight or its biases")
+            group_size, bits = self.layers.get(layer, (self.group_size, self.bits))
+            try:
+                quantized[f"{layer}.weight"] = QuantizedTensor(weight, dense.pop(scales), biases, group_size, bits)
+            except ModelError as error:
+                raise ModelError(f"the quantized layer {layer!r}: {error}") from error
+        return dense, quantized
+
+
+def _form(section: Mapping[str, Any], where: str) -> tuple[int, int]:
+    mode = section.get("mode", "affine")
+    if mode != "affine":
+        raise ModelError(f"config.json: {where}: mode {mode!r} is not supported; only 'affine' is")
+    group_size, bits = section.get("group_size"), section.get("bits")
+    if not isinstance(group_size, int) or not isinstance(bits, int):
+        raise ModelError(f"config.json: {where}: group_size {group_size!r} and bits {bits!r} must be integers")
+    try:
+        check(group_size, bits)
+    except ModelError as error:
+        raise ModelError(f"config.json: {where}: {error}") from error
+    return group_size, bits
+
+
+def split(name: str, stored: Stored) -> dict[str, mx.array]:
+    """A tensor under the names that it has in this layout."""
+    if isinstance(stored, mx.array):
+        return {name: stored}
+    layer = name.removesuffix(".weight")
+    return dict(zip((name, f"{layer}.scales", f"{layer}.biases"), stored.arrays, strict=True))

@@ -1,0 +1,135 @@
+"""Commands about models: list, pull, inspect, quantize, verify.
+
+All but `list` ask a process of the engine (`workers.models_tool`): this one imports neither MLX nor worker code.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
+
+import typer
+
+from stoker.catalogue import CATALOGUE, parse_model
+from stoker.errors import ConfigError, JobFailed, from_wire
+
+Source = Annotated[
+    str, typer.Argument(help="A name of the catalogue, a folder or .gguf file, package:NAME/PATH, or hf:org/name.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+
+
+def list_models(as_json: Json = False) -> None:
+    """List the catalogue: short names, and where each model is looked for."""
+    if as_json:
+        _print_json({name: list(sources) for name, sources in CATALOGUE.items()})
+        return
+    for name, sources in CATALOGUE.items():
+        print(f"{name}\n  " + "\n  ".join(sources))
+
+
+def pull(source: Source, as_json: Json = False) -> None:
+    """Download a model into the hub's cache, if it is not there, and print its path."""
+    found = _ask("pull", sources=_sources(source))
+    _print_json(found) if as_json else print(found["path"])
+
+
+def inspect(source: Source, as_json: Json = False) -> None:
+    """Show what a model is and the memory it needs, from its headers: nothing is loaded or downloaded."""
+    found = _ask("inspect", sources=_sources(source))
+    _print_json(found) if as_json else print("\n".join(_describe(found)))
+
+
+def verify(source: Source, as_json: Json = False) -> None:
+    """Check a model's files throughout: headers, names, shapes, tokenizer, and that every weight is a number."""
+    found = _ask("verify", sources=_sources(source))
+    if as_json:
+        _print_json(found)
+    else:
+        print(f"ok  {found['path']}: {found['tensors']} tensors, {found['numbers']:,} numbers")
+
+
+def quantize(
+    source: Source,
+    target: Annotated[str, typer.Argument(help="Folder to write; it must not exist.")],
+    bits: Annotated[int, typer.Option(help="Bits of a weight: 2, 3, 4, 5, 6 or 8.")] = 4,
+    group_size: Annotated[int, typer.Option(help="Weights that share a scale: 32, 64 or 128.")] = 64,
+    as_json: Json = False,
+) -> None:
+    """Write a quantized copy of a safetensors model, in the layout that mlx-lm reads too."""
+    found = _ask("quantize", sources=_sources(source), target=target, bits=bits, group_size=group_size)
+    if as_json:
+        _print_json(found)
+    else:
+        print(
+            f"{found['path']}: {found['quantized']} matrices of {bits} bits, {found['dense']} tensors as they were, "
+            f"{_size(found['bytes_before'])} → {_size(found['bytes_after'])}"
+        )
+
+
+def _sources(text: str) -> list[str]:
+    """Of a catalogue name its sources; anything else names its own place."""
+    if text in CATALOGUE or "=" in text.partition("/")[0]:
+        return list(parse_model(text)[1])
+    return [text]
+
+
+def _ask(command: str, **arguments: Any) -> dict[str, Any]:
+    """The tool's answer; an error of its keeps its class."""
+    if importlib.util.find_spec("workers") is None or importlib.util.find_spec("engine") is None:
+        raise ConfigError(
+            "this command runs from a checkout of Stoker or its image: the published package holds the client alone. "
+            "Clone the repository and run `make venv` there."
+        )
+    tool = [sys.executable, "-m", "workers.models_tool", command, json.dumps(arguments)]
+    done = subprocess.run(tool, stdout=subprocess.PIPE, text=True, check=False)
+    try:
+        answer: dict[str, Any] = json.loads(done.stdout)
+    except ValueError:
+        raise JobFailed(
+            f"`{' '.join(tool[1:4])}` ended with exit code {done.returncode}; its error is above."
+        ) from None
+    if "error" in answer:
+        raise from_wire(answer["error"]["name"], answer["error"]["message"])
+    return answer
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=False))
+
+
+def _describe(found: Mapping[str, Any]) -> Iterator[str]:
+    yield str(found["path"])
+    use = {"generate": "generates and trains", "embed": "makes embeddings"}.get(found["kind"], "not supported")
+    yield _row("architecture", f"{found['architecture']} ({use})")
+    yield _row("format", f"{found['format']}, {_size(found['file_bytes'])}")
+    yield _row("parameters", f"{found['parameters'] / 1e6:,.1f} M in {found['tensors']} tensors")
+    parts = sorted(found["dtypes"].items(), key=lambda item: -item[1])
+    yield _row("dtypes", ", ".join(f"{name} {count / 1e6:,.1f} M" for name, count in parts))
+    yield _row("quantization", found["quantization"] or "none")
+    yield _row("context", f"{found['context']:,} tokens")
+    yield _row("sizes", f"{found['layers']} layers, width {found['dim']}, vocabulary {found['vocabulary']:,}")
+    yield _row("chat template", "yes" if found["chat_template"] else "no")
+    yield _row("weights", _sizes(found["weight_bytes"]))
+    if found["cache_bytes_per_1000"] is not None:
+        yield _row("KV cache", f"per 1,000 tokens: {_sizes(found['cache_bytes_per_1000'])}")
+    for note in found["notes"]:
+        yield _row("note", note)
+
+
+def _row(name: str, text: str) -> str:
+    return f"  {name:14} {text}"
+
+
+def _sizes(forms: Mapping[str, int]) -> str:
+    return ", ".join(
+        f"{_size(count)} {'as stored' if form == 'stored' else f'in {form}'}" for form, count in forms.items()
+    )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"

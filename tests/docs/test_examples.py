@@ -1,0 +1,69 @@
+"""Every Python block of the documentation and every example runs, as a user would run it, against a real worker."""
+
+from __future__ import annotations
+
+import runpy
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+
+import pytest
+
+from stoker import Client
+from stoker.local.stack import Stack
+from tests.conftest import keys_without_expiry
+from tests.docs.pages import EXAMPLES, ROOT, Block, blocks
+
+pytestmark = pytest.mark.integration
+
+#: The README's session has a test of its own, which runs it and looks at what it prints.
+RUNNING = [block for block in blocks("python") if not block.skip and block.page.name != "README.md"]
+
+
+@pytest.fixture
+def beside_the_stack(stack: Stack, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """A folder with a small dataset, and the broker's address in the environment."""
+    lines = resources.files("stoker.data").joinpath("house_style.jsonl").read_text(encoding="utf-8").splitlines()
+    (tmp_path / "style.jsonl").write_text("\n".join(lines[:4]) + "\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("STOKER_URL", stack.settings.address.celery)
+    yield tmp_path
+    with Client(settings=stack.settings) as client:
+        left = keys_without_expiry(client.redis)
+    assert not left, f"keys without expiry: {left}"
+
+
+@pytest.mark.parametrize("block", RUNNING, ids=str)
+def test_a_block_of_the_documentation_runs(block: Block, beside_the_stack: Path) -> None:
+    script = beside_the_stack / "block.py"
+    # The same line numbers as in the page, so that a traceback points there.
+    script.write_text("\n" * block.line + block.text, encoding="utf-8")
+    runpy.run_path(str(script), run_name="__main__")
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
+def test_an_example_runs_and_says_something(
+    example: Path, beside_the_stack: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runpy.run_path(str(example), run_name="__main__")
+    assert capsys.readouterr().out
+
+
+def test_the_readme_prints_what_it_says(beside_the_stack: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The words and shapes; the losses only in their number, as the last digit depends on the machine."""
+    (session,) = [block for block in blocks("python") if block.page.name == "README.md"]
+    (shown,) = [block for block in blocks("") if block.page.name == "README.md"]
+    script = beside_the_stack / "session.py"
+    script.write_text(session.text, encoding="utf-8")
+    runpy.run_path(str(script), run_name="__main__")
+    said, wanted = capsys.readouterr().out.splitlines(), shown.text.splitlines()
+    assert len(said) == len(wanted)
+    for one, other in zip(said, wanted, strict=True):
+        assert len(one.split()) == len(other.split()) if one.startswith("loss") else one == other
+
+
+def test_the_session_of_the_readme_has_eight_lines() -> None:
+    (session,) = [block for block in blocks("python") if block.page.name == "README.md"]
+    statements = [line for line in session.text.splitlines() if line and not line.startswith(("from", " "))]
+    assert len(statements) <= 8
+    assert session.page == ROOT / "README.md"

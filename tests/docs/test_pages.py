@@ -1,0 +1,254 @@
+"""What the documentation says of commands, settings, keys, errors, tests and files is what there is."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+
+from stoker import errors, keys
+from stoker.catalogue import parse_model
+from stoker.cli import INTERRUPTED, app
+from stoker.contract import EmbedRequest, GenerateRequest, TrainRequest
+from stoker.contract.base import Message
+from stoker.contract.dataset import read_lines
+from stoker.settings import ENV_PREFIX, Settings
+from tests.docs.pages import EXAMPLES, PAGES, ROOT, Block, blocks, code, rows
+
+SHELL = blocks("sh", "console", "bash")
+TARGETS = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
+SETTINGS = {ENV_PREFIX + name.upper(): field for name, field in Settings.model_fields.items()}
+
+
+def command_lines() -> list[tuple[str, list[str]]]:
+    """(place, words) of every command in a shell block, and of every `stoker …` in running text."""
+    found = []
+    for block in SHELL:
+        for line in block.text.splitlines():
+            for part in re.split(r"\s(?:\||&&)\s", line):
+                found.append((str(block), shlex.split(part, comments=True)))
+    return [(place, words) for place, words in found if words]
+
+
+COMMANDS = [(place, words) for place, words in command_lines() if any(word.endswith("stoker") for word in words)]
+
+
+def find_command(words: list[str]) -> tuple[Any, list[str]]:
+    """The command that `words` (after `stoker`) name, and its own words."""
+    command, rest = typer.main.get_command(app), list(words)
+    while hasattr(command, "commands"):
+        name = rest.pop(0)
+        assert name in command.commands, f"stoker has no command {name!r}"
+        command = command.commands[name]
+    return command, rest
+
+
+def all_commands(command: Any = None, name: str = "stoker") -> dict[str, Any]:
+    command = command or typer.main.get_command(app)
+    if not hasattr(command, "commands"):
+        return {name: command}
+    children = (all_commands(child, f"{name} {word}") for word, child in command.commands.items())
+    return {name: command for found in children for name, command in found.items()}
+
+
+@pytest.mark.parametrize(("place", "words"), COMMANDS, ids=[" ".join(words) for _, words in COMMANDS])
+def test_a_command_that_is_shown_can_be_given(place: str, words: list[str]) -> None:
+    while "=" in words[0]:
+        name = words.pop(0).partition("=")[0]
+        assert name in SETTINGS, f"{place}: {name} is no setting"
+    command, rest = find_command(words[1:])
+    context = command.make_context(command.name, rest)  # parses, and runs nothing
+    for model in context.params.get("model") or [] if isinstance(context.params.get("model"), list) else []:
+        parse_model(model)
+
+
+def test_every_make_target_that_is_shown_exists() -> None:
+    shown = {words[1] for _, words in command_lines() if words[0] == "make"}
+    shown |= {target for text in TEXTS.values() for target in re.findall(r"`make ([a-z-]+)", text)}
+    assert {"demo", "test", "venv"} <= shown
+    assert shown <= TARGETS
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_every_link_leads_somewhere(page: str) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", TEXTS[page]):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        file = (ROOT / page).parent / path if path else ROOT / page
+        assert file.exists(), target
+        if anchor:
+            titles = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in {re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in titles}, target
+
+
+def test_every_page_is_listed() -> None:
+    for page in PAGES[1:]:
+        assert page.name == "index.md" or f"({page.name})" in TEXTS["docs/index.md"], page.name
+        assert page.name == "index.md" or f"(docs/{page.name})" in TEXTS["README.md"], page.name
+
+
+def test_a_block_that_is_not_run_says_why() -> None:
+    skipped = [block for block in blocks("python", "sh") if block.skip]
+    assert len(skipped) <= 2, "skipping is for the rare block that cannot run"
+    assert all(len(block.skip) > 10 for block in skipped)
+
+
+def test_every_block_has_a_language_or_is_output() -> None:
+    known = {"python", "sh", "json", ""}
+    assert {block.language for block in blocks(*known, "console", "bash", "text", "xml", "toml")} <= known
+    plain: list[Block] = blocks("")
+    assert [block.page.name for block in plain] == ["README.md"], "only the README shows bare output"
+
+
+def test_every_json_line_that_is_shown_is_an_example_of_a_dataset() -> None:
+    for block in blocks("json"):
+        assert read_lines(block.text.splitlines(), str(block))
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
+def test_an_example_is_short_and_says_what_it_shows(example: Path) -> None:
+    text = example.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 40
+    assert ast.get_docstring(ast.parse(text))
+    imported = set(re.findall(r"^(?:from|import) (\w+)", text, re.MULTILINE))
+    assert imported <= {"asyncio", "numpy", "stoker"}, "the public client, and nothing behind it"
+
+
+def test_the_table_of_settings_is_that_of_the_code() -> None:
+    table = {code(row[0])[0]: row for row in rows("docs/configuration.md", "variable")}
+    assert table.keys() == SETTINGS.keys()
+    for name, field in SETTINGS.items():
+        default = field.get_default(call_default_factory=True)
+        if name == "STOKER_HOME":
+            default = "~/.stoker"
+        elif isinstance(default, tuple):
+            default = ",".join(default)
+        wanted = "unset" if default is None else f"`{default}`"
+        assert table[name][1] == wanted, name
+        low = next((rule.ge for rule in field.metadata if hasattr(rule, "ge")), None)
+        high = next((rule.le for rule in field.metadata if hasattr(rule, "le")), None)
+        if low is not None:
+            assert table[name][2] == f"{low} to {high}", name
+
+
+def test_the_table_of_commands_is_that_of_the_code() -> None:
+    table = {}
+    for row in rows("docs/cli.md", "command"):
+        name = re.sub(r" [A-Z].*", "", code(row[0])[0])
+        table[name] = {option for cell in row[1:] for text in code(cell) for option in text.split(" / ")}
+    commands = all_commands()
+    assert table.keys() == commands.keys()
+    for name, command in commands.items():
+        options = {text for parameter in command.params for text in (*parameter.opts, *parameter.secondary_opts)}
+        assert table[name] == {text for text in options if text.startswith("--")} - {"--help"}, name
+
+
+def test_the_readme_lists_every_command() -> None:
+    assert {code(row[0])[0] for row in rows("README.md", "command")} == all_commands().keys()
+
+
+def test_the_table_of_exit_codes_is_that_of_the_code() -> None:
+    codes = {int(row[0]) for row in rows("docs/cli.md", "code")}
+    tree = [error for error in vars(errors).values() if isinstance(error, type) and hasattr(error, "exit_code")]
+    assert codes == {0, INTERRUPTED, *(error.exit_code for error in tree)}
+
+
+PLACES = ("<job>", "<worker>", "<model>", "<kind>", "<exchange>")
+LIVES = {
+    "24 hours": keys.RESULT_TTL,
+    "7 days": keys.PENDING_TTL,
+    "30 days": keys.MODEL_TTL,
+    "10 seconds": keys.PRESENCE_TTL,
+}
+SECONDS = {"hours": 3600, "days": 86400, "seconds": 1}
+
+
+def test_the_table_of_keys_is_that_of_the_code() -> None:
+    table = {code(row[0])[0]: row[2] for row in rows("docs/redis.md", "key")}
+    made = {make("<job>") for make in (keys.job, keys.result, keys.stream, keys.cancel)}
+    made |= {keys.blob("dataset:<job>"), keys.blob("vectors:<job>"), keys.worker("<worker>"), keys.WORKERS, keys.MODELS}
+    durable = {key for key, lives in table.items() if lives == "durable"}
+    assert table.keys() - durable == made
+    for key in table:
+        name = key
+        for place in PLACES:
+            name = name.replace(place, "x")
+        assert keys.is_durable(name) == (key in durable), key
+    assert keys.PREFIX + keys.queue("<model>", "<kind>") in durable
+    for key in made:
+        assert any(text in table[key] for text in LIVES), key
+    for channel in (keys.channel("<job>"), keys.CANCELS):
+        assert f"`{channel}`" in TEXTS["docs/redis.md"]
+
+
+def test_lifetimes_are_what_the_pages_say() -> None:
+    for text, seconds in LIVES.items():
+        number, unit = text.split()
+        assert int(number) * SECONDS[unit] == seconds
+
+
+def limits(field: Any) -> str:
+    names = ("ge", "gt", "le", "lt")
+    rules = {name: getattr(rule, name) for rule in field.metadata for name in names if hasattr(rule, name)}
+    low = f"above {rules['gt']:g}, to" if "gt" in rules else f"{rules['ge']:g} to"
+    if rules.get("lt") == 2**63:
+        return f"{low} 2^63 − 1"
+    return f"{low} {int(rules['le']):,}" if rules["le"] >= 10_000 else f"{low} {rules['le']:g}"
+
+
+@pytest.mark.parametrize(
+    ("page", "request_class"),
+    [("embed", EmbedRequest), ("generate", GenerateRequest), ("train", TrainRequest)],
+    ids=["embed", "generate", "train"],
+)
+def test_the_table_of_options_is_that_of_the_contract(page: str, request_class: type[Message]) -> None:
+    table = {code(row[0])[0]: row for row in rows(f"docs/{page}.md", "option")}
+    assert table.keys() == request_class.model_fields.keys()
+    for name, field in request_class.model_fields.items():
+        numeric = isinstance(field.default, int | float) and not isinstance(field.default, bool)
+        if not numeric:
+            continue
+        if name != "seed" or page == "train":
+            assert table[name][1] == f"{field.default:.10g}", name
+        assert table[name][2].startswith(limits(field)), (name, limits(field))
+
+
+def test_every_error_that_a_page_names_exists() -> None:
+    for page in ("embed", "generate", "train"):
+        for row in rows(f"docs/{page}.md", "error"):
+            for name in code(row[0]):
+                assert issubclass(getattr(errors, name), errors.StokerError), name
+
+
+def test_every_guarantee_names_a_test_that_exists() -> None:
+    for guarantee, mechanism, shown in rows("docs/guarantees.md", "guarantee"):
+        assert guarantee
+        assert mechanism
+        assert code(shown), guarantee
+        for name in code(shown):
+            file, separator, function = name.partition("::")
+            if separator:
+                assert f"def {function}(" in (ROOT / file).read_text(encoding="utf-8"), name
+
+
+def test_every_module_that_the_architecture_names_exists_and_none_is_missing() -> None:
+    named = {name for row in rows("docs/architecture.md", "module") for name in code(row[0])}
+    for name in named:
+        assert (ROOT / name).exists(), name
+    for folder in ("stoker", "tasks", "workers"):
+        for file in (ROOT / folder).rglob("*.py"):
+            path = file.relative_to(ROOT)
+            covered = {path.as_posix(), *(f"{parent.as_posix()}/" for parent in path.parents)}
+            assert path.name == "__init__.py" or covered & named, path
+
+
+def test_every_make_target_is_in_the_development_page() -> None:
+    shown = {code(row[0])[0].removeprefix("make ") for row in rows("docs/development.md", "target")}
+    assert shown == TARGETS - {"help", "clean", "distclean"}

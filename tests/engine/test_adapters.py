@@ -1,0 +1,278 @@
+"""Adapters: on disk whole or not at all, in memory by version, in one batch as each alone."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from engine.adapters import store as store_module
+from engine.adapters.lora import LoraConfig, LoraWeights, TrainableLora, initialise
+from engine.adapters.pool import BASE, AdapterPool
+from engine.adapters.store import CONFIG_FILE, WEIGHTS_FILE, AdapterStore
+from engine.loading import LoadedModel
+from engine.models.llama import Llama
+from engine.weights import safetensors
+from stoker.errors import ModelError, UnknownAdapter
+from tests.engine import tiny
+
+TOKENS = [[3, 1, 4, 1, 5, 9, 2, 6]]
+
+
+@pytest.fixture
+def model(tiny_llama: Llama) -> LoadedModel:
+    return tiny.loaded(tiny_llama)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> AdapterStore:
+    return AdapterStore(tmp_path / "adapters")
+
+
+@pytest.fixture
+def pool(model: LoadedModel, store: AdapterStore) -> AdapterPool:
+    return AdapterPool(model, store)
+
+
+def logits(model: LoadedModel, adapters: Any, rows: int = 1) -> np.ndarray:
+    found = model.decoder.logits(model.decoder(mx.array(TOKENS * rows), adapters=adapters))
+    return np.array(found)
+
+
+def alone(model: LoadedModel, weights: LoraWeights) -> np.ndarray:
+    return logits(model, TrainableLora(weights.matrices, weights.config.scale))[0]
+
+
+def folder_of(store: AdapterStore, name: str, version: int) -> Path:
+    return store._root / "tiny" / name / str(version)
+
+
+def test_an_adapter_is_read_as_it_was_written(model: LoadedModel, store: AdapterStore) -> None:
+    weights = tiny.adapter(model, rank=3, seed=1)
+    assert store.write("tiny", "style", weights, {"job": "j"}) == 1
+    found = store.read("tiny", "style", 1, model.linear_shapes)
+    assert found.config == LoraConfig(3, 6.0, tuple(sorted(tiny.LAYERS)))
+    assert found.matrices.keys() == weights.matrices.keys()
+    for name, pair in weights.matrices.items():
+        for side in "ab":
+            assert np.array_equal(np.array(found.matrices[name][side]), np.array(pair[side])), name
+
+
+def test_the_files_are_those_of_peft(model: LoadedModel, store: AdapterStore) -> None:
+    store.write("tiny", "style", tiny.adapter(model, rank=3, seed=1, targets=("q_proj",)), {"job": "j"})
+    folder = folder_of(store, "style", 1)
+    assert sorted(path.name for path in folder.iterdir()) == [CONFIG_FILE, WEIGHTS_FILE, "stoker.json"]
+    shapes = {name: array.shape for name, array in safetensors.read(folder / WEIGHTS_FILE).items()}
+    layer = "base_model.model.model.layers.1.self_attn.q_proj"
+    assert shapes[f"{layer}.lora_A.weight"] == (3, 32)
+    assert shapes[f"{layer}.lora_B.weight"] == (32, 3)
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 3, 6.0)
+    assert config["target_modules"] == ["q_proj"]
+    assert json.loads((folder / "stoker.json").read_text()) == {"job": "j"}
+
+
+def test_each_write_is_a_new_version(model: LoadedModel, store: AdapterStore) -> None:
+    versions = [store.write("tiny", "style", tiny.adapter(model, 2, seed), {}) for seed in range(3)]
+    assert versions == [1, 2, 3]
+    assert store.latest("tiny", "style") == 3
+    assert store.names("tiny") == ["style"]
+    assert store.names("other") == []
+
+
+def test_writers_at_the_same_time_never_share_a_version(model: LoadedModel, store: AdapterStore) -> None:
+    weights = tiny.adapter(model, 2, 0)
+    mx.eval(weights.matrices)
+    found: list[int] = []
+    # Files only: MLX's arrays belong to the thread that made them.
+    draft = store._root / "draft"
+    store._root.mkdir()
+
+    def write(number: int) -> None:
+        home = store._root / "tiny" / "style"
+        home.mkdir(parents=True, exist_ok=True)
+        mine = draft.with_name(f"draft-{number}")
+        mine.mkdir()
+        (mine / "file").write_text("x")
+        found.append(store._publish(mine, home))
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert sorted(found) == list(range(1, 9))
+
+
+@pytest.mark.parametrize("part", ["safetensors", "text", "rename"])
+def test_a_write_that_fails_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, model: LoadedModel, store: AdapterStore, part: str
+) -> None:
+    store.write("tiny", "style", tiny.adapter(model, 2, 0), {})
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    targets = {
+        "safetensors": (safetensors, "write"),
+        "text": (store_module, "_write_text"),
+        "rename": (store_module.os, "rename"),
+    }
+    monkeypatch.setattr(*targets[part], full)
+    with pytest.raises(OSError, match="No space"):
+        store.write("tiny", "style", tiny.adapter(model, 2, 1), {})
+    monkeypatch.undo()
+    assert [path.name for path in (store._root / "tiny" / "style").iterdir()] == ["1"]
+    assert store.latest("tiny", "style") == 1
+
+
+def test_an_unknown_adapter_is_refused_with_those_there_are(model: LoadedModel, store: AdapterStore) -> None:
+    with pytest.raises(UnknownAdapter, match="'style' given; tiny has: none"):
+        store.latest("tiny", "style")
+    store.write("tiny", "other", tiny.adapter(model, 2, 0), {})
+    with pytest.raises(UnknownAdapter, match=r"tiny has: other.*stoker train style"):
+        store.latest("tiny", "style")
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    fields = json.loads(path.read_text())
+    change(fields)
+    path.write_text(json.dumps(fields))
+
+
+def retensor(path: Path, change: Callable[[dict[str, mx.array]], None]) -> None:
+    tensors = dict(safetensors.read(path))
+    mx.eval(tensors)
+    change(tensors)
+    safetensors.write(path, tensors)
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def _first(tensors: dict[str, mx.array], side: str) -> str:
+    return next(name for name in sorted(tensors) if f"lora_{side}" in name)
+
+
+def _misshape(tensors: dict[str, mx.array]) -> None:
+    tensors[_first(tensors, "A")] = mx.zeros((3, 33))
+
+
+def _drop(tensors: dict[str, mx.array]) -> None:
+    del tensors[_first(tensors, "B")]
+
+
+def _add(tensors: dict[str, mx.array]) -> None:
+    tensors["base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight"] = mx.zeros((3, 32))
+
+
+DAMAGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
+    "cut off": (WEIGHTS_FILE, _cut, "cut off"),
+    "empty": (WEIGHTS_FILE, lambda path: path.write_bytes(b""), "too few"),
+    "missing weights": (WEIGHTS_FILE, lambda path: path.unlink(), "No such file"),
+    "another shape": (WEIGHTS_FILE, lambda path: retensor(path, _misshape), r"is \(3, 33\); this model and rank need"),
+    "a matrix too few": (WEIGHTS_FILE, lambda path: retensor(path, _drop), "lacks lora_B"),
+    "a layer too many": (WEIGHTS_FILE, lambda path: retensor(path, _add), "belongs to no layer"),
+    "no configuration": (CONFIG_FILE, lambda path: path.unlink(), "no readable PEFT configuration"),
+    "damaged configuration": (CONFIG_FILE, _cut, "no readable PEFT configuration"),
+    "no rank": (CONFIG_FILE, lambda path: rewrite(path, lambda f: f.pop("r")), "KeyError: 'r'"),
+    "a rank of 0": (CONFIG_FILE, lambda path: rewrite(path, lambda f: f.update(r=0)), "rank 0; allowed: 1 to 256"),
+    "another rank": (CONFIG_FILE, lambda path: rewrite(path, lambda f: f.update(r=4)), "this model and rank need .*4"),
+}
+
+
+@pytest.mark.parametrize(("file", "damage", "why"), DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_adapter_is_refused_by_file_and_defect(
+    model: LoadedModel, store: AdapterStore, file: str, damage: Callable[[Path], None], why: str
+) -> None:
+    store.write("tiny", "style", tiny.adapter(model, 3, 0), {})
+    damage(folder_of(store, "style", 1) / file)
+    with pytest.raises(ModelError, match=why) as error:
+        store.read("tiny", "style", 1, model.linear_shapes)
+    assert str(folder_of(store, "style", 1)) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"use_rslora": True}, {"use_dora": True}, {"alpha_pattern": {"q_proj": 99}}, {"fan_in_fan_out": True}]
+)
+def test_a_peft_adapter_of_another_kind_is_refused(
+    model: LoadedModel, store: AdapterStore, fields: dict[str, Any]
+) -> None:
+    """Read as plain LoRA it would run with a wrong scale, silently."""
+    store.write("tiny", "style", tiny.adapter(model, 3, 0), {})
+    rewrite(folder_of(store, "style", 1) / CONFIG_FILE, lambda found: found.update(fields))
+    with pytest.raises(ModelError, match=next(iter(fields))):
+        store.read("tiny", "style", 1, model.linear_shapes)
+
+
+def test_a_fresh_adapter_changes_nothing_and_the_same_seed_makes_the_same(model: LoadedModel) -> None:
+    config = LoraConfig(4, 8.0, ("q_proj", "down_proj"))
+    first, second, other = (initialise(config, model.linear_shapes, seed) for seed in (1, 1, 2))
+    assert {name.rpartition(".")[2] for name in first.matrices} == {"q_proj", "down_proj"}
+    name = next(iter(first.matrices))
+    assert np.array_equal(np.array(first.matrices[name]["a"]), np.array(second.matrices[name]["a"]))
+    assert not np.array_equal(np.array(first.matrices[name]["a"]), np.array(other.matrices[name]["a"]))
+    assert np.array_equal(alone(model, first), logits(model, None)[0])
+
+
+def test_adapters_of_any_rank_share_a_batch_and_equal_each_alone(model: LoadedModel, pool: AdapterPool) -> None:
+    adapters = {
+        "small": tiny.adapter(model, 2, 1),
+        "large": tiny.adapter(model, 7, 2),
+        "partial": tiny.adapter(model, 3, 3, targets=("v_proj",)),
+    }
+    for name, weights in adapters.items():
+        pool.save(name, weights, {})
+    order = ["large", None, "small", "partial", "large", None]
+    rows = [pool.acquire(name) for name in order]
+    found = logits(model, pool.rows(rows), len(order))
+    base = logits(model, None)[0]
+    for name, row in zip(order, found, strict=True):
+        wanted = base if name is None else alone(model, adapters[name])
+        assert np.abs(row - wanted).max() < 1e-4, name
+        assert name is None or np.abs(row - base).max() > 0.1, name
+
+
+def test_a_batch_of_the_bare_base_needs_no_adapters(pool: AdapterPool) -> None:
+    assert pool.acquire(None) == BASE
+    assert pool.rows([BASE, BASE]) is None
+
+
+def test_the_newest_version_serves_while_an_old_one_is_held(model: LoadedModel, pool: AdapterPool) -> None:
+    old, new = tiny.adapter(model, 2, 1), tiny.adapter(model, 4, 2)
+    pool.save("style", old, {})
+    held = pool.acquire("style")
+    pool.save("style", new, {})
+    fresh = pool.acquire("style")
+    assert held != fresh
+    assert set(pool.loaded) == {"style@1", "style@2"}
+    found = logits(model, pool.rows([held, fresh]), 2)
+    assert np.abs(found[0] - alone(model, old)).max() < 1e-4
+    assert np.abs(found[1] - alone(model, new)).max() < 1e-4
+
+
+def test_a_version_that_nobody_holds_makes_room_for_the_next(model: LoadedModel, pool: AdapterPool) -> None:
+    for seed in range(5):
+        pool.save("style", tiny.adapter(model, 2, seed), {})
+        pool.release(pool.acquire("style"))
+    assert pool.loaded == ("style@5",)
+    assert pool.acquire("style") == 1
+
+
+def test_an_adapter_that_another_process_wrote_is_found(
+    model: LoadedModel, pool: AdapterPool, store: AdapterStore
+) -> None:
+    with pytest.raises(UnknownAdapter):
+        pool.check("style")
+    weights = tiny.adapter(model, 2, 1)
+    store.write("tiny", "style", weights, {})
+    pool.check("style")
+    found = logits(model, pool.rows([pool.acquire("style")]))
+    assert np.abs(found[0] - alone(model, weights)).max() < 1e-4

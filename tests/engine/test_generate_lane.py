@@ -1,0 +1,305 @@
+"""Continuous batching: whoever shares the batch, a request's tokens are those that it would get alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from engine.adapters.pool import AdapterPool
+from engine.adapters.store import CONFIG_FILE, AdapterStore
+from engine.generation.lane import PREFILL_CHUNK, GenerateLane
+from engine.loading import LoadedModel
+from engine.models.llama import Llama
+from engine.ticket import Ticket
+from stoker.contract import GenerateRequest, GenerateResult, StreamToken
+from stoker.errors import InvalidRequest, JobCancelled, ModelError, TextTooLong, UnknownAdapter, WorkerUnavailable
+from tests.engine import tiny
+
+SLOTS = 3
+
+
+@pytest.fixture
+def model(tiny_llama: Llama) -> LoadedModel:
+    """Without an end token: how long an answer gets must not hang on random weights."""
+    return tiny.loaded(tiny_llama, eos_ids=[])
+
+
+@pytest.fixture
+def pool(model: LoadedModel, tmp_path: Path) -> AdapterPool:
+    """Two adapters of different rank."""
+    pool = AdapterPool(model, AdapterStore(tmp_path))
+    pool.save("one", tiny.adapter(model, 2, 1), {})
+    pool.save("two", tiny.adapter(model, 5, 2), {})
+    return pool
+
+
+@dataclass
+class Sent:
+    ticket: Ticket
+    tokens: list[StreamToken] = field(default_factory=list)
+
+    @property
+    def ids(self) -> list[int]:
+        return [token.token_id for token in self.tokens]
+
+    @property
+    def result(self) -> GenerateResult:
+        found = self.ticket.result(0)
+        assert isinstance(found, GenerateResult)
+        return found
+
+
+class Driver:
+    """Runs a lane as the engine does, and keeps what each job gets."""
+
+    def __init__(self, model: LoadedModel, pool: AdapterPool, slots: int = SLOTS) -> None:
+        self.lane = GenerateLane(model, pool, slots)
+        self._pool = pool
+        self.sent: dict[str, Sent] = {}
+
+    def send(self, request: GenerateRequest) -> Sent:
+        ticket = Ticket(f"job-{len(self.sent)}", "generate")
+        self.lane.admit(self.lane.prepare(ticket, request, None))
+        self.sent[ticket.job_id] = Sent(ticket)
+        return self.sent[ticket.job_id]
+
+    def step(self) -> None:
+        self.lane.drop_stopped()
+        if not self.lane.busy:
+            return
+        output = self.lane.run()
+        for job_id, entry in output.entries:
+            assert isinstance(entry, StreamToken)
+            self.sent[job_id].tokens.append(entry)
+        for ticket, value in output.ended:
+            ticket.resolve(value)
+
+    def run(self) -> None:
+        for _ in range(5000):
+            if not self.lane.busy:
+                return
+            self.step()
+        raise AssertionError("the lane does not come to an end")
+
+    def assert_empty(self) -> None:
+        """Every place was given back: in the cache, and in the adapters' use."""
+        assert not self.lane.busy
+        assert sorted(self.lane._free) == list(range(len(self.lane._free)))
+        assert not any(self._pool._uses.values())
+
+
+def request(prompt: list[int], **options: Any) -> GenerateRequest:
+    return GenerateRequest(**{"model": "tiny", "prompt": tiny.text(prompt), "max_tokens": 12, **options})
+
+
+def random_requests(seed: int, count: int) -> list[GenerateRequest]:
+    random = np.random.default_rng(seed)
+    found = []
+    for number in range(count):
+        length = int(random.choice([1, 5, 40, PREFILL_CHUNK, PREFILL_CHUNK + 30]))
+        options: dict[str, Any] = {"adapter": [None, "one", "two"][random.integers(3)]}
+        if random.random() < 0.5:
+            options |= {"temperature": 0.9, "top_k": int(random.choice([0, 8])), "top_p": 0.9, "seed": number}
+        prompt = random.integers(3, 61, length).tolist()
+        found.append(request(prompt, max_tokens=int(random.integers(1, 24)), **options))
+    return found
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_request_gets_the_same_tokens_alone_and_in_any_traffic(
+    tiny_llama: Llama, pool: AdapterPool, seed: int
+) -> None:
+    """Requests arrive and are cancelled at random moments; more of them than there are slots, and some end early."""
+    model = tiny.loaded(tiny_llama, eos_ids=range(2, 8))
+    requests = random_requests(seed, 9)
+    alone = []
+    for one in requests:
+        driver = Driver(model, pool, slots=1)
+        alone.append(driver.send(one))
+        driver.run()
+
+    random, driver, cancelled = np.random.default_rng(seed), Driver(model, pool), set()
+    waiting = list(enumerate(requests))
+    sent: dict[int, Sent] = {}
+    while waiting or driver.lane.busy:
+        while waiting and random.random() < 0.4:
+            number, one = waiting.pop(0)
+            sent[number] = driver.send(one)
+        if sent and random.random() < 0.05:
+            victim = int(random.choice(list(sent)))
+            if not sent[victim].ticket.done:
+                sent[victim].ticket.cancel()
+                cancelled.add(victim)
+        driver.step()
+    driver.assert_empty()
+    assert len(driver.lane._free) == SLOTS
+
+    for number, wanted in enumerate(alone):
+        found = sent[number]
+        if number in cancelled:
+            assert found.ids == wanted.ids[: len(found.ids)]
+            with pytest.raises(JobCancelled):
+                found.ticket.result(0)
+        else:
+            assert found.ids == wanted.ids, number
+            assert [token.index for token in found.tokens] == list(range(len(found.tokens)))
+            assert np.allclose([t.logprob for t in found.tokens], [t.logprob for t in wanted.tokens], atol=1e-4)
+            assert found.result.text == wanted.result.text
+    assert len(cancelled) < len(requests)
+
+
+def test_greedy_tokens_are_those_of_the_whole_forward_pass(model: LoadedModel, pool: AdapterPool) -> None:
+    driver = Driver(model, pool)
+    prompt = [3, 1, 4, 1, 5]
+    sent = driver.send(request(prompt, max_tokens=20))
+    driver.run()
+    tokens = list(prompt)
+    for token in sent.tokens:
+        logits = np.array(model.decoder.logits(model.decoder(mx.array([tokens])))[0, -1])
+        assert token.token_id == int(logits.argmax())
+        assert token.logit == pytest.approx(float(logits.max()), abs=1e-4)
+        tokens.append(token.token_id)
+
+
+def test_a_request_ends_at_its_length_and_says_so(model: LoadedModel, pool: AdapterPool) -> None:
+    driver = Driver(model, pool)
+    sent = driver.send(request([3, 1, 4], max_tokens=1))
+    driver.run()
+    (token,) = sent.tokens
+    assert (token.index, token.finish_reason, token.is_eos) == (0, "length", False)
+    assert sent.result.finish_reason == "length"
+    assert sent.result.text == tiny.text(sent.ids)
+    assert (sent.result.usage.prompt_tokens, sent.result.usage.completion_tokens) == (3, 1)
+
+
+def test_a_request_ends_at_an_end_token_which_has_no_text(tiny_llama: Llama, tmp_path: Path) -> None:
+    free = tiny.loaded(tiny_llama, eos_ids=[])
+    driver = Driver(free, AdapterPool(free, AdapterStore(tmp_path)))
+    unended = driver.send(request([3, 1, 4], max_tokens=8))
+    driver.run()
+    end = unended.ids[3]
+    first = unended.ids.index(end)
+    model = tiny.loaded(tiny_llama, eos_ids=[end])
+    driver = Driver(model, AdapterPool(model, AdapterStore(tmp_path)))
+    sent = driver.send(request([3, 1, 4], max_tokens=8))
+    driver.run()
+    assert sent.ids == unended.ids[: first + 1]
+    assert (sent.tokens[-1].is_eos, sent.tokens[-1].finish_reason, sent.tokens[-1].text) == (True, "stop", "")
+    assert sent.result.text == tiny.text(unended.ids[:first])
+    driver.assert_empty()
+
+
+def test_more_requests_than_slots_wait_in_order_of_arrival(model: LoadedModel, pool: AdapterPool) -> None:
+    driver = Driver(model, pool, slots=1)
+    sent = [driver.send(request([3, place], max_tokens=2)) for place in range(4)]
+    ended: list[int] = []
+    while driver.lane.busy:
+        driver.step()
+        ended += [place for place, one in enumerate(sent) if one.ticket.done and place not in ended]
+    assert ended == [0, 1, 2, 3]
+    driver.assert_empty()
+
+
+def test_a_long_prompt_does_not_hold_up_the_streams_beside_it(model: LoadedModel, pool: AdapterPool) -> None:
+    driver = Driver(model, pool)
+    short = driver.send(request([3, 1], max_tokens=20))
+    driver.step()
+    long = driver.send(request([3] * (3 * PREFILL_CHUNK + 1), max_tokens=2))
+    for _ in range(3):
+        before = len(short.tokens)
+        driver.step()
+        assert len(short.tokens) == before + 1
+        assert not long.tokens
+    driver.run()
+    assert len(long.tokens) == 2
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2])
+def test_a_stopped_request_ends_wherever_it_is_and_frees_its_place(
+    model: LoadedModel, pool: AdapterPool, steps: int
+) -> None:
+    driver = Driver(model, pool, slots=1)
+    running = driver.send(request([3] * (PREFILL_CHUNK + 1), max_tokens=500, adapter="one"))
+    waiting = driver.send(request([4], max_tokens=500))
+    for _ in range(steps):
+        driver.step()
+    running.ticket.cancel()
+    waiting.ticket.cancel(WorkerUnavailable("the worker is stopping"))
+    driver.step()
+    with pytest.raises(JobCancelled):
+        running.ticket.result(0)
+    with pytest.raises(WorkerUnavailable):
+        waiting.ticket.result(0)
+    driver.assert_empty()
+
+
+def test_a_prompt_must_leave_room_for_its_answer(model: LoadedModel, pool: AdapterPool) -> None:
+    driver = Driver(model, pool)
+    fits = driver.send(request([3] * 1000, max_tokens=24))
+    driver.run()
+    assert len(fits.tokens) == 24
+    with pytest.raises(TextTooLong, match="1001 tokens and max_tokens 24 given; tiny takes 1024 together"):
+        driver.send(request([3] * 1001, max_tokens=24))
+
+
+def test_an_unknown_adapter_is_refused_before_it_waits(model: LoadedModel, pool: AdapterPool) -> None:
+    driver = Driver(model, pool)
+    with pytest.raises(UnknownAdapter, match="tiny has: one, two"):
+        driver.send(request([3], adapter="three"))
+    driver.assert_empty()
+
+
+def test_a_damaged_adapter_fails_the_job_that_asked_for_it_alone(
+    model: LoadedModel, tmp_path: Path, pool: AdapterPool
+) -> None:
+    (tmp_path / "tiny/one/1" / CONFIG_FILE).write_text("{")
+    driver = Driver(model, AdapterPool(model, AdapterStore(tmp_path)))
+    damaged, other, base = (driver.send(request([3, 4], adapter=name)) for name in ("one", "two", None))
+    driver.run()
+    with pytest.raises(ModelError, match="no readable PEFT configuration"):
+        damaged.ticket.result(0)
+    assert len(other.result.token_ids) == len(base.result.token_ids) == 12
+    driver.assert_empty()
+
+
+def test_a_request_keeps_the_version_of_its_adapter(model: LoadedModel, pool: AdapterPool) -> None:
+    driver = Driver(model, pool)
+    before = driver.send(request([3, 1, 4], adapter="one"))
+    driver.run()
+    held = driver.send(request([3, 1, 4], adapter="one"))
+    driver.step()
+    pool.save("one", tiny.adapter(model, 7, 9), {})
+    fresh = driver.send(request([3, 1, 4], adapter="one"))
+    driver.run()
+    assert held.ids == before.ids
+    assert fresh.ids != before.ids
+    driver.assert_empty()
+
+
+def test_a_lane_that_fails_ends_every_job_and_starts_clean(model: LoadedModel, pool: AdapterPool) -> None:
+    driver = Driver(model, pool)
+    wanted = driver.send(request([3, 1, 4]))
+    driver.run()
+    failing = [driver.send(request([3, 1, 4], adapter="one")) for _ in range(5)]
+    driver.step()
+    driver.lane.fail_all(MemoryError("no more"))
+    for one in failing:
+        with pytest.raises(MemoryError):
+            one.ticket.result(0)
+    driver.assert_empty()
+    again = driver.send(request([3, 1, 4]))
+    driver.run()
+    assert again.ids == wanted.ids
+
+
+def test_a_prompt_that_has_no_tokens_is_refused(model: LoadedModel, pool: AdapterPool) -> None:
+    """A normalizer may drop every character of a text that is not blank."""
+    driver = Driver(model, pool)
+    model.tokenizer.encode = lambda text, special=True: []  # type: ignore[method-assign]
+    with pytest.raises(InvalidRequest, match="no token"):
+        driver.send(request([3]))

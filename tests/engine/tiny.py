@@ -1,0 +1,58 @@
+"""A tiny random Llama as the engine holds one, with a tokenizer whose text is its ids: "t3 t14 t15"."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import tokenizers
+from tokenizers import models, pre_tokenizers
+
+from engine.adapters.lora import LoraConfig, LoraWeights, target_shapes
+from engine.loading import LoadedModel
+from engine.models.llama import Llama
+from engine.text.tokenizer import Tokenizer
+
+EOS = 2
+LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def text(ids: Sequence[int]) -> str:
+    return " ".join(f"t{index}" for index in ids)
+
+
+def tokenizer(vocabulary: int, eos_ids: Sequence[int] = (EOS,)) -> Tokenizer:
+    words = models.WordLevel({f"t{index}": index for index in range(vocabulary)}, unk_token="t0")
+    inner = tokenizers.Tokenizer(words)
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return Tokenizer(inner, eos_ids=eos_ids, pad_id=0)
+
+
+def loaded(llama: Llama, eos_ids: Sequence[int] = (EOS,)) -> LoadedModel:
+    return LoadedModel(
+        name="tiny",
+        path=Path("tiny"),
+        kind="generate",
+        architecture="llama",
+        model=llama,
+        tokenizer=tokenizer(llama.args.vocab, eos_ids),
+        context=llama.args.context,
+        parameters=0,
+        bytes=0,
+        load_seconds=0.0,
+        linear_shapes=llama.linear_shapes,
+    )
+
+
+def adapter(model: LoadedModel, rank: int, seed: int, targets: tuple[str, ...] = LAYERS) -> LoraWeights:
+    """One that changes the model plainly."""
+    random = np.random.default_rng(seed)
+
+    def matrix(*shape: int) -> mx.array:
+        return mx.array(random.normal(0, shape[0] ** -0.5, shape).astype(np.float32))
+
+    layers = target_shapes(model.linear_shapes, targets)
+    matrices = {name: {"a": matrix(wide, rank), "b": matrix(rank, out)} for name, (wide, out) in layers.items()}
+    return LoraWeights(LoraConfig(rank, 2.0 * rank, targets), matrices)

@@ -1,0 +1,123 @@
+"""Broker URLs: one given, three forms made of it, and no password in what people see."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import pytest
+import redis
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stoker.address import DEFAULT_URL, Address
+from stoker.errors import ConfigError
+
+SECRET = "s3cret-w0rd"
+
+
+def test_the_default_url_is_read_as_it_is() -> None:
+    assert Address.parse(DEFAULT_URL) == Address(DEFAULT_URL, DEFAULT_URL, DEFAULT_URL)
+
+
+@pytest.mark.parametrize(
+    ("given", "celery"),
+    [
+        ("redis://host", "redis://host:6379/0"),
+        ("redis://host/3", "redis://host:6379/3"),
+        ("redis://host:7000", "redis://host:7000/0"),
+        ("redis://", "redis://127.0.0.1:6379/0"),
+        ("redis://[::1]:7000/2", "redis://[::1]:7000/2"),
+        ("redis://me:p%40ss@host/1", "redis://me:p%40ss@host:6379/1"),
+        ("rediss://host", "rediss://host:6379/0?ssl_cert_reqs=required"),
+        ("redis+socket:///run/redis.sock", "redis+socket:///run/redis.sock?virtual_host=0"),
+        ("redis+socket:///run/redis.sock?virtual_host=2", "redis+socket:///run/redis.sock?virtual_host=2"),
+        ("redis+socket:///run/redis.sock?db=2", "redis+socket:///run/redis.sock?virtual_host=2"),
+        ("redis+socket:///run/my%20redis.sock", "redis+socket:///run/my%20redis.sock?virtual_host=0"),
+    ],
+)
+def test_missing_parts_are_filled_in(given: str, celery: str) -> None:
+    assert Address.parse(given).celery == celery
+
+
+@pytest.mark.parametrize(
+    "url", ["redis://u:p@host:7000/3", "rediss://host:7000/3", "redis+socket:///run/redis.sock?virtual_host=3"]
+)
+def test_redis_py_reads_what_is_meant_for_it(url: str) -> None:
+    made = redis.Redis.from_url(Address.parse(url).redis).connection_pool
+    assert made.connection_kwargs["db"] == 3
+    if "socket" in url:
+        assert made.connection_kwargs["path"] == "/run/redis.sock"
+    else:
+        assert (made.connection_kwargs["host"], made.connection_kwargs["port"]) == ("host", 7000)
+
+
+def test_tls_verifies_unless_told_otherwise() -> None:
+    assert "ssl_cert_reqs=required" in Address.parse("rediss://host").redis
+    address = Address.parse("rediss://host?ssl_cert_reqs=none")
+    assert address.redis == address.celery == "rediss://host:6379/0?ssl_cert_reqs=none"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"redis://:{SECRET}@host/1",
+        f"redis://me:{SECRET}@host/1",
+        f"rediss://me:{SECRET}@host",
+        f"redis://host/0?password={SECRET}",
+        f"redis+socket://:{SECRET}@/run/redis.sock",
+        f"redis+socket:///run/redis.sock?password={SECRET}",
+    ],
+)
+def test_what_is_shown_holds_no_password(url: str) -> None:
+    assert SECRET not in Address.parse(url).shown
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"redis://me:{SECRET}@host:port/0",
+        f"redis://me:{SECRET}@host/db",
+        f"http://me:{SECRET}@host",
+        f"me:{SECRET}@host",
+        f"redis+socket://me:{SECRET}@",
+    ],
+)
+def test_an_error_about_a_url_holds_no_password(url: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        Address.parse(url)
+    assert SECRET not in str(error.value)
+
+
+@pytest.mark.parametrize("password", [f"{SECRET}/x", f"1234/{SECRET}"])
+def test_an_error_about_a_password_with_a_bare_slash_does_not_hold_it(password: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        Address.parse(f"redis://me:{password}@host:6379/0")
+    assert SECRET not in str(error.value)
+
+
+def test_a_socket_with_two_slashes_is_refused() -> None:
+    with pytest.raises(ConfigError, match="STOKER_URL"):
+        Address.parse("redis+socket://run/redis.sock")
+
+
+@pytest.mark.parametrize(
+    "url", ["", "host:6379", "http://host", "unix:///run/redis.sock", "amqp://host", "redis:/host"]
+)
+def test_another_scheme_is_refused_with_those_that_are_read(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"redis://, rediss://, redis\+socket://"):
+        Address.parse(url)
+
+
+@pytest.mark.parametrize(
+    "url", ["redis://host:port/0", "redis://host:99999/0", "redis://host/one", "redis+socket://", "redis://[::1/0"]
+)
+def test_a_url_that_cannot_be_read_is_refused(url: str) -> None:
+    with pytest.raises(ConfigError, match="STOKER_URL"):
+        Address.parse(url)
+
+
+@given(st.text(max_size=40))
+def test_any_text_is_read_or_refused_clearly(text: str) -> None:
+    for url in (text, f"redis://{text}", f"rediss://{text}", f"redis+socket://{text}"):
+        with suppress(ConfigError):
+            assert Address.parse(url).shown

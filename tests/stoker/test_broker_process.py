@@ -1,0 +1,90 @@
+"""The embedded broker: a real server on loopback whose data outlive it."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import redis
+
+from stoker.connection import connect
+from stoker.errors import BrokerUnavailable, ConfigError
+from stoker.local import broker as broker_module
+from stoker.local.broker import EmbeddedBroker, free_port
+from stoker.settings import Settings, load_settings
+from tests.conftest import wait_until
+
+
+@contextmanager
+def running(home: Path, port: int = 0) -> Iterator[tuple[EmbeddedBroker, redis.Redis]]:
+    broker = EmbeddedBroker(Settings(home=home), port=port)
+    try:
+        client = connect(Settings(home=home, url=broker.start()))
+        yield broker, client
+        client.close()
+    finally:
+        broker.stop()
+
+
+@contextmanager
+def taken_port() -> Iterator[int]:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        yield holder.getsockname()[1]
+
+
+def test_a_port_that_is_taken_is_not_used() -> None:
+    with taken_port() as port:
+        assert free_port(port) not in (0, port)
+    assert free_port(0) != 0
+
+
+def test_jobs_survive_a_restart_and_are_never_evicted(tmp_path: Path) -> None:
+    with running(tmp_path) as (_, client):
+        assert client.config_get("appendonly")["appendonly"] == "yes"
+        assert client.config_get("maxmemory-policy")["maxmemory-policy"] == "noeviction"
+        assert client.config_get("bind")["bind"] == "127.0.0.1"
+        client.rpush("queue", "job")
+    with running(tmp_path) as (_, client):
+        assert client.lrange("queue", 0, -1) == [b"job"]
+
+
+def test_a_broker_finds_a_free_port_and_other_shells_find_the_broker(tmp_path: Path) -> None:
+    with taken_port() as port, running(tmp_path, port) as (broker, _):
+        assert f":{port}/" not in broker.url
+        assert json.loads((tmp_path / "broker.json").read_text()) == {"url": broker.url, "pid": os.getpid()}
+        assert load_settings(home=tmp_path).address.redis == broker.url
+        assert broker.alive
+    assert not (tmp_path / "broker.json").exists()
+    assert not broker.alive
+    broker.stop()  # twice does no harm
+
+
+def test_a_second_broker_on_the_same_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 1000, 5))
+    with running(tmp_path) as (_, client):
+        monkeypatch.setattr(broker_module, "time", SimpleNamespace(monotonic=clock.__next__, sleep=lambda _: None))
+        second = EmbeddedBroker(Settings(home=tmp_path), port=0)
+        with pytest.raises(ConfigError, match=r"in use by another `stoker up`.*STOKER_HOME"):
+            second.start()
+        second.stop()
+        assert client.ping()
+        assert (tmp_path / "broker.json").exists(), "the first one's address must stay"
+
+
+def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
+    folder = tmp_path / "broker" / "appendonlydir"
+    folder.mkdir(parents=True)
+    (folder / "appendonly.aof.manifest").write_text("nonsense\n")
+    broker = EmbeddedBroker(Settings(home=tmp_path), port=0)
+    with pytest.raises(BrokerUnavailable, match="did not start: "):
+        broker.start()
+    broker.stop()
+    wait_until(lambda: not broker.alive, "nothing is left")

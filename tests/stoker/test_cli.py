@@ -1,0 +1,288 @@
+"""The command line: one clear line for an error, the documented exit codes, JSON for programs."""
+
+from __future__ import annotations
+
+import io
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from stoker import cli, errors
+from stoker.cli import app, jobs, machine
+from stoker.client_core import JobStatus
+from stoker.contract import GenerateResult, ModelCard, Presence, StreamToken, TrainReport, TrainResult, Usage
+from stoker.errors import StokerError, UnknownModel
+
+NOWHERE = "redis://127.0.0.1:1/0"
+RESULT = GenerateResult(
+    model="m", adapter=None, text="one two", token_ids=(1, 2), finish_reason="stop", usage=Usage(completion_tokens=2)
+)
+RUN = TrainResult(
+    model="m", adapter="style", version=3, steps=20, first_loss=2.0, last_loss=1.0, tokens=80, usage=Usage()
+)
+WORKER = Presence(
+    worker="w@here",
+    host="here",
+    pid=5,
+    device="cpu",
+    started=0.0,
+    time=9.0,
+    models=(ModelCard(model="m", architecture="llama", kinds=("generate", "train"), context=64, parameters=1),),
+    adapters={"m": ("style@3",)},
+    lanes={"generate": (1, 16)},
+    memory_bytes=2**20,
+)
+
+
+class FakeJob:
+    id = "3f2c"
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def result(self, timeout: float | None = None) -> Any:
+        return self._value
+
+    def status(self) -> JobStatus:
+        return JobStatus.RUNNING
+
+    def cancel(self) -> None:
+        print("cancelled!")
+
+    def stream(self) -> Iterator[StreamToken]:
+        for index, text in enumerate(("one ", "two")):
+            yield StreamToken(index=index, token_id=index, text=text, logit=0, logprob=0, probability=1)
+
+    def progress(self) -> Iterator[TrainReport]:
+        for step in range(20):
+            yield TrainReport(
+                index=step, step=step + 1, steps=20, loss=1, learning_rate=1, gradient_norm=1, tokens=1,
+                tokens_per_second=1,
+            )  # fmt: skip
+
+
+class FakeClient:
+    """Answers as a client with one worker; notes what it was asked."""
+
+    asked: dict[str, Any] = {}  # noqa: RUF012
+    alive = (WORKER,)
+
+    def __enter__(self) -> FakeClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def embed(self, texts: list[str], **options: Any) -> FakeJob:
+        self.asked.update(texts=texts, **options)
+        return FakeJob(np.array([[0.5, -1.0, 2.0, 0.0, 9.0]] * len(texts), dtype=np.float32))
+
+    def generate(self, prompt: str, **options: Any) -> FakeJob:
+        self.asked.update(prompt=prompt, **options)
+        return FakeJob(RESULT)
+
+    def train(self, name: str, dataset: Path, **options: Any) -> FakeJob:
+        self.asked.update(name=name, dataset=dataset, **options)
+        return FakeJob(RUN)
+
+    def job(self, job_id: str) -> FakeJob:
+        return FakeJob(None)
+
+    def workers(self) -> tuple[Presence, ...]:
+        return self.alive
+
+    @property
+    def settings(self) -> Any:
+        return machine.load_settings(url=NOWHERE)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.setattr(FakeClient, "asked", {})
+    for module in (jobs, machine):
+        monkeypatch.setattr(module, "connect", lambda url: FakeClient())
+    return FakeClient.asked
+
+
+def run(*words: str, stdin: str | None = None) -> str:
+    """What a command prints on standard output; it must end well."""
+    done = CliRunner().invoke(app, words, input=stdin, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def test_embed_shows_the_beginning_of_each_vector(asked: dict[str, Any]) -> None:
+    assert run("embed", "a", "b", "--truncate").splitlines() == [
+        "[+0.5000, -1.0000, +2.0000, +0.0000, … 5 in all]  a",
+        "[+0.5000, -1.0000, +2.0000, +0.0000, … 5 in all]  b",
+    ]
+    assert asked == {"texts": ["a", "b"], "model": None, "truncate": True}
+    assert json.loads(run("embed", "a", "--json")) == [[0.5, -1.0, 2.0, 0.0, 9.0]]
+
+
+def test_generate_prints_the_text_and_nothing_else(asked: dict[str, Any]) -> None:
+    assert run("generate", "Once", "--max-tokens", "5", "--seed", "7", "--temperature", "0.5") == "one two\n"
+    assert (asked["prompt"], asked["max_tokens"], asked["seed"], asked["temperature"]) == ("Once", 5, 7, 0.5)
+    assert GenerateResult.model_validate_json(run("generate", "Once", "--json")) == RESULT
+
+
+def test_a_prompt_can_come_from_standard_input(asked: dict[str, Any]) -> None:
+    run("generate", "-", stdin="from a pipe")
+    assert asked["prompt"] == "from a pipe"
+
+
+def test_a_run_prints_a_line_every_tenth_of_it_where_there_is_no_terminal(asked: dict[str, Any]) -> None:
+    lines = run("train", "style", "--dataset", "x.jsonl", "--steps", "20").splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("step")] == [f"{step}/20" for step in range(2, 21, 2)]
+    assert lines[-1] == "adapter style@3: loss 2.000 → 1.000"
+    assert (asked["name"], asked["dataset"], asked["steps"]) == ("style", Path("x.jsonl"), 20)
+
+
+def test_a_run_as_json_is_a_report_a_line_and_the_result_last(asked: dict[str, Any]) -> None:
+    lines = run("train", "style", "--dataset", "x.jsonl", "--json").splitlines()
+    assert [json.loads(line)["step"] for line in lines[:-1]] == list(range(1, 21))
+    assert TrainResult.model_validate_json(lines[-1]) == RUN
+
+
+@pytest.mark.usefixtures("asked")
+def test_cancel_says_in_which_state_the_job_was() -> None:
+    assert run("cancel", "3f2c") == "cancelled!\n3f2c: asked to stop; it was running\n"
+
+
+@pytest.mark.usefixtures("asked")
+def test_status_says_which_models_are_warm() -> None:
+    shown = run("status")
+    assert "w@here  on cpu, process 5, up 9 s, 1 MB" in shown
+    assert "warm: generate, train; takes 64 tokens" in shown
+    assert "adapters in memory: style@3" in shown
+    assert "jobs held: generate 1 of 16" in shown
+    (found,) = json.loads(run("status", "--json"))
+    assert Presence.model_validate_json(json.dumps(found)) == WORKER
+
+
+@pytest.mark.usefixtures("asked")
+def test_status_without_a_worker_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeClient, "alive", ())
+    for words in (["status"], ["status", "--json"]):
+        with pytest.raises(UnknownModel, match=r"no worker is alive at .*127\.0\.0\.1:1/0\. Start one"):
+            CliRunner().invoke(app, words, catch_exceptions=False)
+
+
+def test_the_version_is_printed() -> None:
+    assert run("--version") == "stoker 0.1.0\n"
+
+
+def test_every_command_explains_itself() -> None:
+    listed = run("--help")
+    for command in ("embed", "generate", "train", "cancel", "status", "up", "worker", "doctor", "demo", "models"):
+        assert command in listed
+        assert "Usage" in run(command, "--help")
+
+
+def ended(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> Any:
+    """The exit code of `main` when a command raises `error`."""
+
+    def raises(**_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "app", raises)
+    # `main` takes the signals of its process; they are given back here.
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return end.value.code
+
+
+CODES = {
+    errors.WorkerUnavailable: 1,
+    errors.ConfigError: 2,
+    errors.TextTooLong: 2,
+    errors.UnknownModel: 2,
+    errors.BrokerUnavailable: 3,
+    errors.JobCancelled: 4,
+    errors.JobFailed: 4,
+    errors.JobLost: 4,
+    errors.ModelError: 5,
+    errors.JobTimeout: 6,
+}
+
+
+@pytest.mark.parametrize(("error", "code"), CODES.items())
+def test_an_error_is_one_line_and_its_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: type[StokerError], code: int
+) -> None:
+    assert ended(monkeypatch, error("why, and what to do.")) == code
+    assert capsys.readouterr().err == "stoker: why, and what to do.\n"
+
+
+def test_an_interrupt_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ended(monkeypatch, KeyboardInterrupt()) == 130
+
+
+def test_a_reader_that_goes_away_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    assert ended(monkeypatch, BrokenPipeError()) == 0
+
+
+def command(*words: str) -> tuple[int, str]:
+    """Exit code and standard error of the real command."""
+    code = "from stoker.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert "Traceback" not in done.stderr
+    return done.returncode, done.stderr
+
+
+def test_no_broker_is_one_line_that_says_how_to_start_one() -> None:
+    code, said = command("generate", "x", "--url", NOWHERE)
+    assert code == 3
+    assert said.count("\n") == 1
+    assert "127.0.0.1:1/0" in said
+    assert "stoker up" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["status", "--url", "http://x"], "http://… given; allowed: redis://"),
+        (["up", "--model", "nope"], "model 'nope' given; the catalogue has all-minilm-l6-v2"),
+        (["up", "--model", "No Name=/x"], "model 'No Name' given; a name has"),
+        (["worker", "--model", "m="], "no source after '='"),
+        (["nope"], "No such command 'nope'"),
+        (["generate"], "Missing argument"),
+        (["generate", "x", "--max-tokens", "many"], "Invalid value for '--max-tokens'"),
+    ],
+)
+def test_wrong_usage_ends_with_2(words: list[str], said: str) -> None:
+    code, shown = command(*words)
+    assert code == 2
+    assert said in shown
+
+
+def test_a_misspelt_setting_is_named_whatever_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STOKER_MODLES", "x")
+    code, said = command("status")
+    assert (code, said.count("\n")) == (2, 1)
+    assert "did you mean STOKER_MODELS" in said
+
+
+def test_doctor_names_what_is_missing_and_fails() -> None:
+    code = "from stoker.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "doctor", "--json", "--url", NOWHERE], capture_output=True, text=True
+    )
+    checks = {check["name"]: check for check in json.loads(done.stdout)}
+    assert done.returncode == 1
+    assert not checks["broker"]["ok"]
+    assert checks["python"]["ok"]

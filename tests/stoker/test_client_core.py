@@ -1,0 +1,265 @@
+"""What both clients share: which model a job goes to, what a result record means, what is sent."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from stoker import AsyncClient, Client, EmbedJob, JobStatus, TrainJob, keys, ledger
+from stoker import client_core as core
+from stoker.client_core import Outcome
+from stoker.connection import connect
+from stoker.contract import EmbedReply, ModelCard, Presence, Usage
+from stoker.errors import (
+    DatasetError,
+    InvalidRequest,
+    JobCancelled,
+    JobFailed,
+    JobLost,
+    JobTimeout,
+    TextTooLong,
+    UnknownModel,
+)
+from stoker.settings import Settings
+
+
+def card(model: str, *kinds: str) -> ModelCard:
+    return ModelCard(model=model, architecture="x", kinds=kinds, context=8, parameters=1, seen=time.time())
+
+
+def worker(*cards: ModelCard) -> Presence:
+    return Presence(
+        worker="w", host="h", pid=1, device="cpu", started=0.0, time=0.0, models=cards, adapters={}, lanes={},
+        memory_bytes=0,
+    )  # fmt: skip
+
+
+MINI, SMOL, BIG = card("mini", "embed"), card("smol", "generate", "train"), card("big", "generate")
+
+
+def choose(model: str | None, kind: str, *cards: ModelCard, lately: tuple[ModelCard, ...] = ()) -> str:
+    known = {card.model: card for card in (*cards, *lately)}
+    return core.choose_model(model, kind, known, [worker(*cards)] if cards else [])
+
+
+def test_without_a_name_the_only_warm_model_of_the_kind_is_taken() -> None:
+    assert choose(None, "embed", MINI, SMOL) == "mini"
+    assert choose(None, "train", MINI, SMOL, BIG) == "smol"
+
+
+def test_without_a_name_a_choice_between_two_is_refused_with_both() -> None:
+    with pytest.raises(UnknownModel, match="no model given, and of the models warm now big, smol can generate"):
+        choose(None, "generate", SMOL, BIG)
+
+
+def test_without_a_name_and_without_a_worker_one_is_told_to_start_one() -> None:
+    with pytest.raises(UnknownModel, match=r"no model that is warm now can embed\. Start a worker with `stoker up`"):
+        choose(None, "embed", lately=(MINI,))
+
+
+def test_a_model_that_was_served_lately_is_accepted() -> None:
+    assert choose("mini", "embed", lately=(MINI,)) == "mini"
+
+
+def test_a_model_that_nobody_served_for_long_is_unknown_again() -> None:
+    old = MINI.model_copy(update={"seen": time.time() - keys.MODEL_TTL - 1})
+    raw = {card.model.encode(): card.model_dump_json().encode() for card in (old, SMOL)}
+    assert core.parse_cards(raw) == {"smol": SMOL}
+
+
+def test_an_unknown_model_is_refused_with_those_that_can() -> None:
+    with pytest.raises(UnknownModel, match=r"'nope' given; of the models warm now mini can embed.*--model nope"):
+        choose("nope", "embed", MINI, SMOL)
+
+
+def test_a_model_that_cannot_do_the_job_is_refused() -> None:
+    with pytest.raises(UnknownModel, match=r"'smol' cannot embed: it can generate and train; .* mini can embed"):
+        choose("smol", "embed", MINI, SMOL)
+
+
+@pytest.mark.parametrize(
+    ("celery", "status"),
+    [("SUCCESS", JobStatus.DONE), ("FAILURE", JobStatus.FAILED), ("REVOKED", JobStatus.CANCELLED)],
+)
+def test_celerys_final_states_become_ours(celery: str, status: JobStatus) -> None:
+    outcome = Outcome.parse(json.dumps({"status": celery, "result": None}).encode())
+    assert outcome is not None
+    assert outcome.status == status
+
+
+@pytest.mark.parametrize("celery", ["PENDING", "RETRY", "STARTED"])
+def test_a_record_of_a_job_that_has_not_ended_is_no_outcome(celery: str) -> None:
+    assert Outcome.parse(json.dumps({"status": celery, "result": None}).encode()) is None
+
+
+def test_a_job_without_a_record_has_no_outcome() -> None:
+    assert Outcome.parse(None) is None
+
+
+@pytest.mark.parametrize("message", ["too long", ["too long"], ["too", "long"]])
+def test_a_failed_job_raises_the_workers_error(message: object) -> None:
+    record = {"status": "FAILURE", "result": {"exc_type": "TextTooLong", "exc_message": message, "exc_module": "x"}}
+    outcome = Outcome.parse(json.dumps(record).encode())
+    assert outcome is not None
+    with pytest.raises(TextTooLong, match=r"^too long$"):
+        outcome.unwrap("j")
+
+
+def test_a_failure_of_an_unknown_class_is_a_failed_job() -> None:
+    with pytest.raises(JobFailed, match="WorkerLostError: gone"):
+        Outcome(JobStatus.FAILED, {"exc_type": "WorkerLostError", "exc_message": ["gone"]}).unwrap("j")
+
+
+def test_a_cancelled_job_raises_that_it_was() -> None:
+    with pytest.raises(JobCancelled, match="job j was cancelled"):
+        Outcome(JobStatus.CANCELLED).unwrap("j")
+    assert Outcome(JobStatus.DONE, 3).unwrap("j") == 3
+
+
+def test_one_text_in_place_of_a_list_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="one text given; expected a list"):
+        core.embed_request("m", "a text", {})
+
+
+@pytest.mark.parametrize("texts", [None, 3])
+def test_what_is_no_list_of_texts_is_refused(texts: Any) -> None:
+    with pytest.raises(InvalidRequest, match="texts"):
+        core.embed_request("m", texts, {})
+
+
+@pytest.mark.parametrize("dataset", [None, 3])
+def test_what_is_no_dataset_is_refused(dataset: Any) -> None:
+    with pytest.raises(DatasetError, match="dataset"):
+        core.read_dataset(dataset)
+
+
+def test_a_seed_is_drawn_once_by_the_client() -> None:
+    seeds = {core.generate_request("m", "p", None, {}).seed for _ in range(4)}
+    assert len(seeds) == 4
+    assert core.generate_request("m", "p", 0, {}).seed == 0
+
+
+def test_vectors_come_back_as_they_were_and_are_lost_when_expired() -> None:
+    reply = EmbedReply(blob="b", rows=2, dim=3, usage=Usage())
+    vectors = np.arange(6, dtype=np.float32).reshape(2, 3)
+    found = core.read_vectors(reply, safetensors.numpy.save({"vectors": vectors}))
+    assert found.dtype == np.float32
+    assert np.array_equal(found, vectors)
+    with pytest.raises(JobLost, match="kept 24 hours"):
+        core.read_vectors(reply, None)
+
+
+@pytest.fixture
+def server(broker: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A connection to the broker that clients find by their settings."""
+    monkeypatch.setenv("STOKER_URL", broker.address.redis)
+    connection = connect(broker)
+    yield connection
+    connection.close()
+
+
+@pytest.fixture
+def sent() -> list[tuple[str, Any]]:
+    """What would have gone into the queue."""
+    return []
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch, server: Any, sent: list[tuple[str, Any]]) -> Callable[[], Client]:
+    """Clients on a broker that serves two models, and a sender that only notes what it gets."""
+    monkeypatch.setattr(core.Sender, "send", lambda self, job_id, request: sent.append((job_id, request)))
+    for entry in (MINI, SMOL):
+        seen = entry.model_copy(update={"seen": time.time()})
+        server.hset(keys.MODELS, entry.model, seen.model_dump_json())
+    server.expire(keys.MODELS, keys.MODEL_TTL)
+    return Client
+
+
+def test_a_sent_job_is_known_to_every_client_by_its_id(fake: Callable[[], Client], sent: list[Any]) -> None:
+    with fake() as first, fake() as second:
+        job = first.embed(["a"], model="mini")
+        assert [(job_id, request.texts) for job_id, request in sent] == [(job.id, ("a",))]
+        found = second.job(job.id)
+        assert isinstance(found, EmbedJob)
+        assert found.status() == JobStatus.QUEUED
+
+
+def test_a_refused_request_leaves_nothing_behind(fake: Callable[[], Client], sent: list[Any], server: Any) -> None:
+    with fake() as sender:
+        with pytest.raises(InvalidRequest):
+            sender.generate("x", model="smol", max_tokens=0)
+        with pytest.raises(DatasetError):
+            sender.train("x", [{"text": ""}], model="smol")
+    assert not sent
+    assert server.keys() == [keys.MODELS.encode()]
+
+
+def test_a_dataset_is_uploaded_before_its_job_is_sent(fake: Callable[[], Client], sent: list[Any], server: Any) -> None:
+    with fake() as sender:
+        job = sender.train("style", [{"text": "learn"}], model="smol", steps=3)
+        assert isinstance(sender.job(job.id), TrainJob)
+    (_, request) = sent[0]
+    assert request.steps == 3
+    assert server.get(keys.blob(request.dataset)) == b'{"text": "learn"}'
+
+
+def test_a_cancel_is_marked_and_announced(fake: Callable[[], Client], server: Any) -> None:
+    with fake() as sender, server.pubsub(ignore_subscribe_messages=True) as heard:
+        heard.subscribe(keys.CANCELS)
+        heard.get_message(timeout=1)
+        job = sender.generate("x", model="smol")
+        ledger.claim(server, job.id, "token", "tag", "worker")
+        job.cancel()
+        assert server.exists(keys.cancel(job.id))
+        assert 0 < server.ttl(keys.cancel(job.id)) <= keys.PENDING_TTL
+        message = heard.get_message(timeout=5)
+        assert message is not None
+        assert message["data"].decode() == job.id
+
+
+def test_a_job_whose_record_is_gone_is_lost(fake: Callable[[], Client], server: Any) -> None:
+    with fake() as sender:
+        job = sender.generate("x", model="smol")
+        server.delete(keys.job(job.id))
+        for ask in (job.status, job.result, lambda: list(job.stream()), lambda: sender.job(job.id)):
+            with pytest.raises(JobLost, match=job.id):
+                ask()
+
+
+def test_a_limit_of_no_time_still_returns_what_is_there(fake: Callable[[], Client], server: Any) -> None:
+    with fake() as sender:
+        job = sender.generate("x", model="smol")
+        with pytest.raises(JobTimeout):
+            job.result(0)
+        record = {"status": "FAILURE", "result": {"exc_type": "TextTooLong", "exc_message": ["x"]}}
+        server.set(keys.result(job.id), json.dumps(record), ex=60)
+        with pytest.raises(TextTooLong):
+            job.result(0)
+
+
+def test_the_asyncio_client_sends_the_same(fake: Callable[[], Client], sent: list[Any], server: Any) -> None:
+    async def session() -> None:
+        async with AsyncClient() as sender:
+            await sender.embed(["a"], model="mini")
+            await sender.generate("x", model="smol", seed=4, max_tokens=5)
+            job = await sender.train("style", [{"text": "learn"}], model="smol")
+            assert await job.status() == JobStatus.QUEUED
+            server.delete(keys.job(job.id))
+            with pytest.raises(JobLost):
+                await job.result()
+            with pytest.raises(JobLost):
+                await sender.job(job.id)
+
+    asyncio.run(session())
+    with fake() as sender:
+        sender.embed(["a"], model="mini")
+        sender.generate("x", model="smol", seed=4, max_tokens=5)
+    requests = [request for _, request in sent]
+    assert requests[:2] == requests[3:]

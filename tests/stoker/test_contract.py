@@ -1,0 +1,232 @@
+"""The contract: frozen messages with a limit on every size, and one clear error for whatever is wrong."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from stoker.contract import (
+    CONTRACT,
+    LORA_TARGETS,
+    EmbedRequest,
+    GenerateRequest,
+    StreamToken,
+    TrainReport,
+    TrainRequest,
+    build,
+    decode,
+    encode,
+    requests,
+)
+from stoker.contract.base import Message
+from stoker.errors import InvalidRequest
+
+VALID: dict[type[Message], dict[str, Any]] = {
+    EmbedRequest: {"model": "m", "texts": ("a text",)},
+    GenerateRequest: {"model": "m", "prompt": "a prompt"},
+    TrainRequest: {"model": "m", "name": "n", "dataset": "dataset:1"},
+}
+
+NAMES = st.from_regex(r"[a-z0-9][a-z0-9._-]{0,63}", fullmatch=True)
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=50).filter(str.strip)
+SEEDS = st.integers(0, 2**63 - 1)
+REQUESTS = st.one_of(
+    st.builds(
+        EmbedRequest,
+        model=NAMES,
+        texts=st.lists(TEXTS, min_size=1, max_size=5).map(tuple),
+        normalize=st.none() | st.booleans(),
+        truncate=st.booleans(),
+    ),
+    st.builds(
+        GenerateRequest,
+        model=NAMES,
+        prompt=TEXTS,
+        adapter=st.none() | NAMES,
+        max_tokens=st.integers(1, 32_768),
+        temperature=st.floats(0, 10),
+        top_k=st.integers(0, 1_000_000),
+        top_p=st.floats(0, 1, exclude_min=True),
+        seed=SEEDS,
+    ),
+    st.builds(
+        TrainRequest,
+        model=NAMES,
+        name=NAMES,
+        dataset=st.text("abc:1", min_size=1, max_size=128),
+        steps=st.integers(1, 1_000_000),
+        rank=st.integers(1, 256),
+        alpha=st.floats(0, 4096, exclude_min=True),
+        targets=st.lists(st.sampled_from(LORA_TARGETS), min_size=1, max_size=7).map(tuple),
+        learning_rate=st.floats(0, 1, exclude_min=True),
+        seed=SEEDS,
+    ),
+)
+
+
+@given(REQUESTS)
+def test_what_travels_as_json_arrives_as_it_was(request: Message) -> None:
+    payload = json.loads(json.dumps(encode(request)))
+    assert payload["contract"] == CONTRACT
+    assert decode(type(request), payload) == request
+
+
+@given(
+    st.builds(
+        StreamToken,
+        index=st.integers(0),
+        token_id=st.integers(0),
+        text=st.text(st.characters(exclude_categories=["Cs"])),
+        logit=st.floats(allow_nan=False, allow_infinity=False),
+        logprob=st.floats(allow_nan=False, allow_infinity=False),
+        probability=st.floats(0, 1),
+        finish_reason=st.sampled_from([None, "stop", "length"]),
+    )
+)
+def test_a_token_arrives_as_it_was(token: StreamToken) -> None:
+    assert StreamToken.model_validate_json(token.model_dump_json()) == token
+    assert token.is_last == (token.finish_reason is not None)
+
+
+def test_the_last_report_of_a_run_says_so() -> None:
+    fields = {"loss": 1.0, "learning_rate": 0.1, "gradient_norm": 1.0, "tokens": 1, "tokens_per_second": 1.0}
+    assert not TrainReport(index=0, step=1, steps=2, **fields).is_last
+    assert TrainReport(index=1, step=2, steps=2, **fields).is_last
+
+
+@pytest.mark.parametrize("message", VALID)
+def test_an_unknown_field_is_refused_with_those_there_are(message: type[Message]) -> None:
+    with pytest.raises(InvalidRequest) as error:
+        build(message, {**VALID[message], "temprature": 1})
+    assert str(error.value) == f"temprature: no such field; allowed: {', '.join(message.model_fields)}."
+
+
+@pytest.mark.parametrize("message", VALID)
+def test_a_missing_field_is_named(message: type[Message]) -> None:
+    for name in VALID[message]:
+        with pytest.raises(InvalidRequest, match=f"^{name}: missing"):
+            build(message, {key: value for key, value in VALID[message].items() if key != name})
+
+
+@pytest.mark.parametrize("message", VALID)
+def test_a_message_cannot_be_changed(message: type[Message]) -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        build(message, VALID[message]).model = "other"  # type: ignore[attr-defined]
+
+
+LIMITS = [
+    (GenerateRequest, "max_tokens", 1, 32_768, 1),
+    (GenerateRequest, "temperature", 0.0, 10.0, 0.5),
+    (GenerateRequest, "top_k", 0, 1_000_000, 1),
+    (GenerateRequest, "seed", 0, 2**63 - 1, 1),
+    (TrainRequest, "steps", 1, 1_000_000, 1),
+    (TrainRequest, "rank", 1, 256, 1),
+    (TrainRequest, "batch_size", 1, 256, 1),
+    (TrainRequest, "max_length", 2, 32_768, 1),
+    (TrainRequest, "warmup_steps", 0, 1_000_000, 1),
+    (TrainRequest, "weight_decay", 0.0, 1.0, 0.5),
+    (TrainRequest, "seed", 0, 2**63 - 1, 1),
+]
+
+
+@pytest.mark.parametrize(("message", "name", "low", "high", "step"), LIMITS)
+def test_a_number_is_accepted_at_its_limits_and_refused_beyond(
+    message: type[Message], name: str, low: float, high: float, step: float
+) -> None:
+    for value in (low, high):
+        assert getattr(build(message, {**VALID[message], name: value}), name) == value
+    for value in (low - step, high + step):
+        with pytest.raises(InvalidRequest, match=rf"^{name}: {value} given; input should be"):
+            build(message, {**VALID[message], name: value})
+
+
+@pytest.mark.parametrize(
+    ("message", "name"),
+    [(GenerateRequest, "top_p"), (TrainRequest, "learning_rate"), (TrainRequest, "alpha"), (TrainRequest, "clip")],
+)
+def test_a_number_that_must_be_above_zero_is_refused_at_zero(message: type[Message], name: str) -> None:
+    with pytest.raises(InvalidRequest, match=rf"^{name}: 0 given; input should be greater than 0"):
+        build(message, {**VALID[message], name: 0})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "warm", None, [1]])
+def test_what_is_no_finite_number_is_refused(value: object) -> None:
+    with pytest.raises(InvalidRequest, match=r"^temperature: "):
+        build(GenerateRequest, {**VALID[GenerateRequest], "temperature": value})
+
+
+@pytest.mark.parametrize("name", ["", "Model", "a b", "../etc", "/x", "a/b", ".hidden", "-x", "é", "a" * 65, "a\n", 3])
+def test_a_name_is_never_a_path(name: object) -> None:
+    for field in ("model", "adapter"):
+        with pytest.raises(InvalidRequest, match=f"^{field}: "):
+            build(GenerateRequest, {**VALID[GenerateRequest], field: name})
+
+
+def test_the_texts_of_one_job_are_bounded_in_number_and_size() -> None:
+    def refused(texts: tuple[str, ...], why: str) -> None:
+        with pytest.raises(InvalidRequest, match=why):
+            build(EmbedRequest, {"model": "m", "texts": texts})
+
+    assert len(build(EmbedRequest, {"model": "m", "texts": ("x",) * requests.MAX_TEXTS}).texts) == 4096
+    refused((), "texts: .* at least 1 item")
+    refused(("x",) * (requests.MAX_TEXTS + 1), "texts: .* at most 4096 items")
+    refused(("x" * (requests.MAX_TEXT_CHARS + 1),), r"texts\.0: .* at most 1000000 characters")
+    refused(("x" * 900_000,) * 9, "8100000 characters in one job; at most 8000000. Send several jobs")
+
+
+@pytest.mark.parametrize("text", ["", " \t\n", "\u3000"])
+def test_a_text_of_nothing_is_refused_by_its_place(text: str) -> None:
+    with pytest.raises(InvalidRequest, match=r"^texts\.1: an empty text given"):
+        build(EmbedRequest, {"model": "m", "texts": ("fine", text)})
+
+
+def test_half_a_surrogate_pair_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match=r"^prompt: "):
+        build(GenerateRequest, {"model": "m", "prompt": "half \ud800"})
+
+
+def test_a_target_that_lora_cannot_change_is_refused_with_those_it_can() -> None:
+    with pytest.raises(InvalidRequest) as error:
+        build(TrainRequest, {**VALID[TrainRequest], "targets": ("q_proj", "lm_head")})
+    assert "targets.1: 'lm_head' given" in str(error.value)
+    assert all(target in str(error.value) for target in LORA_TARGETS)
+
+
+def test_a_long_value_is_shown_in_part_only() -> None:
+    with pytest.raises(InvalidRequest) as error:
+        build(GenerateRequest, {**VALID[GenerateRequest], "adapter": "X" * 10_000})
+    assert len(str(error.value)) < 300
+
+
+def test_another_version_of_the_contract_is_refused_with_both_named() -> None:
+    payload = encode(build(GenerateRequest, VALID[GenerateRequest]))
+    with pytest.raises(InvalidRequest, match=f"version 7 given; this side speaks version {CONTRACT}"):
+        decode(GenerateRequest, {**payload, "contract": 7})
+    del payload["contract"]
+    with pytest.raises(InvalidRequest, match="version None given"):
+        decode(GenerateRequest, payload)
+
+
+@pytest.mark.parametrize("payload", [None, 3, "text", ["contract", 1]])
+def test_what_is_no_object_is_refused(payload: object) -> None:
+    with pytest.raises(InvalidRequest, match=r"GenerateRequest: a .* given; expected a JSON object"):
+        decode(GenerateRequest, payload)
+
+
+SCALARS = st.none() | st.booleans() | st.floats() | st.text(max_size=5)
+JSON = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3), max_leaves=5)
+
+
+@given(st.sampled_from(list(VALID)), st.dictionaries(st.text(max_size=8), JSON, max_size=4), st.data())
+def test_no_payload_raises_anything_but_a_clear_refusal(
+    message: type[Message], extra: dict[str, Any], data: st.DataObject
+) -> None:
+    wrong = {name: data.draw(JSON) for name in data.draw(st.sets(st.sampled_from(list(message.model_fields))))}
+    with suppress(InvalidRequest):
+        assert isinstance(decode(message, {"contract": CONTRACT, **VALID[message], **extra, **wrong}), message)

@@ -1,0 +1,99 @@
+"""Settings: from the environment, whole or refused by name."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from stoker.address import DEFAULT_URL
+from stoker.errors import ConfigError
+from stoker.settings import Settings, load_settings
+
+
+def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("STOKER_URL", "redis://elsewhere:7000/1")
+    monkeypatch.setenv("STOKER_HOME", str(tmp_path))
+    monkeypatch.setenv("STOKER_MODELS", " one , two=/models/two,, ")
+    monkeypatch.setenv("STOKER_GENERATE_SLOTS", "4")
+    settings = load_settings()
+    assert settings.address.shown == "redis://elsewhere:7000/1"
+    assert settings.models == ("one", "two=/models/two")
+    assert settings.generate_slots == 4
+    assert (settings.adapters, settings.logs) == (tmp_path / "adapters", tmp_path / "logs")
+
+
+def test_an_override_wins_and_none_is_no_override(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STOKER_GRACE", "7")
+    assert load_settings(grace=2.5).grace == 2.5
+    assert load_settings(grace=None).grace == 7
+
+
+def test_an_unknown_name_is_refused_with_the_nearest_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STOKER_MODLES", "x")
+    with pytest.raises(ConfigError, match="STOKER_MODLES: no such setting; did you mean STOKER_MODELS"):
+        load_settings()
+
+
+def test_an_unknown_name_without_a_near_one_is_refused_with_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STOKER_ZZZZZZZ", "x")
+    with pytest.raises(ConfigError) as error:
+        load_settings()
+    assert all(f"STOKER_{name.upper()}" in str(error.value) for name in Settings.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("GENERATE_SLOTS", "0"),
+        ("GENERATE_SLOTS", "many"),
+        ("TRAIN_RUNS", "9"),
+        ("LEASE", "2"),
+        ("GRACE", "-1"),
+        ("PATIENCE", "nan"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(f"STOKER_{name}", value)
+    with pytest.raises(ConfigError, match=f"STOKER_{name}: '{value}' given; "):
+        load_settings()
+
+
+def test_settings_cannot_be_changed_afterwards() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        load_settings().grace = 1.0  # type: ignore[misc]
+
+
+def test_the_home_folder_is_absolute_whatever_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STOKER_HOME", "~/somewhere")
+    assert load_settings().home == Path.home() / "somewhere"
+    monkeypatch.setenv("STOKER_HOME", "here")
+    assert load_settings().home == Path.cwd() / "here"
+
+
+def test_without_a_url_the_running_broker_of_this_machine_is_used(tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path)
+    assert settings.address.redis == DEFAULT_URL
+    record = {"url": "redis://127.0.0.1:7001/0", "pid": os.getpid()}
+    settings.broker_file.write_text(json.dumps(record))
+    assert settings.address.redis == "redis://127.0.0.1:7001/0"
+    assert Settings(home=tmp_path, url="redis://other/0").address.shown == "redis://other:6379/0"
+
+
+def test_the_record_of_a_broker_that_has_ended_is_ignored(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    settings = Settings(home=tmp_path)
+    settings.broker_file.write_text(json.dumps({"url": "redis://127.0.0.1:7001/0", "pid": ended.pid}))
+    assert settings.address.redis == DEFAULT_URL
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"pid": "x", "url": "y"}', '{"pid": null}', "\x00"])
+def test_a_damaged_record_of_a_broker_is_ignored(tmp_path: Path, text: str) -> None:
+    settings = Settings(home=tmp_path)
+    settings.broker_file.write_text(text)
+    assert settings.address.redis == DEFAULT_URL

@@ -1,0 +1,155 @@
+"""Lanes: a worker holds no more jobs of a kind than it can run, and its places come back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from workers import lanes as lanes_module
+from workers.lanes import LaneRequest, Lanes, LaneStep
+
+LIMITS = {"generate": 3, "train": 1}
+QUEUES = {"generate": ["stoker.a.generate", "stoker.b.generate"], "train": ["stoker.a.train"]}
+
+
+class FakeConsumer:
+    """A Celery consumer: which queues it consumes, and calls that wait for its loop."""
+
+    def __init__(self) -> None:
+        self.open = {queue for queues in QUEUES.values() for queue in queues}
+        self.calls: list[Callable[[], None]] = []
+        self.task_consumer: Any = object()
+
+    def cancel_task_queue(self, queue: str) -> None:
+        self.open.discard(queue)
+
+    def add_task_queue(self, queue: str) -> None:
+        self.open.add(queue)
+
+    def call_soon(self, function: Callable[..., None], *args: Any) -> None:
+        self.calls.append(lambda: function(*args))
+
+    def turn(self) -> None:
+        """One turn of the loop."""
+        calls, self.calls = self.calls, []
+        for call in calls:
+            call()
+
+    def consumes(self, kind: str) -> bool:
+        found = {queue in self.open for queue in QUEUES[kind]}
+        assert len(found) == 1, "a kind's queues open and close together"
+        return found.pop()
+
+
+def make() -> tuple[Lanes, FakeConsumer]:
+    lanes, consumer = Lanes(), FakeConsumer()
+    lanes.configure(LIMITS, QUEUES)
+    lanes.consumer = consumer
+    return lanes, consumer
+
+
+def test_a_full_lane_closes_its_queues_and_leaves_the_others_open() -> None:
+    lanes, consumer = make()
+    lanes.enter("train")
+    assert not consumer.consumes("train")
+    assert consumer.consumes("generate")
+    assert lanes.load() == {"generate": (0, 3), "train": (1, 1)}
+
+
+def test_a_lane_opens_again_when_a_job_has_ended() -> None:
+    lanes, consumer = make()
+    for _ in range(3):
+        lanes.enter("generate")
+    assert not consumer.consumes("generate")
+    lanes.leave("generate")
+    assert not consumer.consumes("generate"), "only the consumer's own thread may touch its queues"
+    consumer.turn()
+    assert consumer.consumes("generate")
+
+
+def test_a_lane_that_filled_up_meanwhile_stays_closed() -> None:
+    lanes, consumer = make()
+    lanes.enter("train")
+    lanes.leave("train")
+    lanes.enter("train")
+    consumer.turn()
+    assert not consumer.consumes("train")
+
+
+def test_while_the_broker_is_away_nothing_is_opened() -> None:
+    lanes, consumer = make()
+    lanes.enter("train")
+    lanes.leave("train")
+    consumer.task_consumer = None
+    consumer.turn()
+    assert not consumer.consumes("train")
+
+
+@given(st.lists(st.tuples(st.sampled_from(list(LIMITS)), st.sampled_from(["enter", "leave", "turn"])), max_size=60))
+def test_after_any_traffic_a_lane_is_open_if_and_only_if_it_has_room(actions: list[tuple[str, str]]) -> None:
+    """A broker delivers only from queues that are consumed."""
+    lanes, consumer = make()
+    held = dict.fromkeys(LIMITS, 0)
+    for kind, action in actions:
+        if action == "enter" and consumer.consumes(kind):
+            lanes.enter(kind)
+            held[kind] += 1
+        elif action == "leave" and held[kind]:
+            lanes.leave(kind)
+            held[kind] -= 1
+        elif action == "turn":
+            consumer.turn()
+        assert all(held[kind] <= LIMITS[kind] for kind in LIMITS)
+    consumer.turn()
+    assert lanes.load() == {kind: (held[kind], LIMITS[kind]) for kind in LIMITS}
+    assert all(consumer.consumes(kind) == (held[kind] < LIMITS[kind]) for kind in LIMITS)
+
+
+def test_a_full_lane_stays_closed_over_a_reconnection(monkeypatch: pytest.MonkeyPatch) -> None:
+    lanes, _ = make()
+    monkeypatch.setattr(lanes_module, "lanes", lanes)
+    lanes.enter("train")
+    again = FakeConsumer()
+    step = LaneStep(again)
+    step.start(again)
+    again.turn()
+    assert not again.consumes("train")
+    assert again.consumes("generate")
+
+
+@pytest.fixture
+def traffic(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What a request of the lane does, with Celery's own request left out."""
+    seen: list[str] = []
+    base = LaneRequest.__mro__[1]
+
+    def begin(self: Any, *_: Any, **__: Any) -> None:
+        self._type, self._request_dict = "stoker.train", {}
+        self._message = SimpleNamespace(delivery_tag="tag")
+
+    monkeypatch.setattr(base, "__init__", begin)
+    monkeypatch.setattr(base, "name", property(lambda self: "stoker.train"), raising=False)
+    monkeypatch.setattr(base, "acknowledge", lambda self: seen.append("ack"))
+    monkeypatch.setattr(base, "reject", lambda self, requeue=False: seen.append(f"reject {requeue}"))
+    monkeypatch.setattr(lanes_module.lanes, "enter", lambda kind: seen.append(f"enter {kind}"))
+    monkeypatch.setattr(lanes_module.lanes, "leave", lambda kind: seen.append(f"leave {kind}"))
+    return seen
+
+
+def test_a_request_holds_its_place_from_being_taken_until_it_is_acked(traffic: list[str]) -> None:
+    request = LaneRequest()
+    request.acknowledge()
+    request.acknowledge()
+    assert traffic == ["enter train", "ack", "leave train", "ack"]
+
+
+def test_a_request_that_is_handed_back_gives_up_its_place_once(traffic: list[str]) -> None:
+    request = LaneRequest()
+    request.reject(requeue=True)
+    request.acknowledge()
+    assert traffic == ["enter train", "reject True", "leave train", "ack"]

@@ -1,0 +1,248 @@
+"""Publishing: every entry of every job once, in order, whatever the broker does meanwhile."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import fakeredis
+import pytest
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import ResponseError
+
+from stoker import keys
+from stoker.contract import StreamToken
+from tests.conftest import wait_until
+from workers import publishing
+from workers.publishing import RENEW_EVERY, Publisher
+
+
+def token(index: int, last: bool = False) -> StreamToken:
+    reason: Any = "length" if last else None
+    return StreamToken(
+        index=index, token_id=index, text=f"t{index}", logit=0.0, logprob=-1.0, probability=1.0, finish_reason=reason
+    )
+
+
+def entries(job_id: str, count: int, start: int = 0) -> list[Any]:
+    return [(job_id, token(index)) for index in range(start, start + count)]
+
+
+@pytest.fixture
+def broker() -> fakeredis.FakeRedis:
+    return fakeredis.FakeRedis()
+
+
+@pytest.fixture
+def make(broker: fakeredis.FakeRedis) -> Iterator[Callable[..., Publisher]]:
+    made: list[Publisher] = []
+
+    def start(redis: Any = None, begin: bool = True) -> Publisher:
+        publisher = Publisher(redis or broker)
+        made.append(publisher)
+        if begin:
+            publisher.start()
+        return publisher
+
+    yield start
+    for publisher in made:
+        publisher.stop()
+
+
+def indices(broker: fakeredis.FakeRedis, job_id: str) -> list[int]:
+    return [json.loads(fields[b"entry"])["index"] for _, fields in broker.xrange(keys.stream(job_id))]
+
+
+class Unsteady:
+    """A broker that fails: `fail` is asked before each pipeline is executed, and may raise."""
+
+    def __init__(self, broker: fakeredis.FakeRedis, fail: Callable[[Any], None]) -> None:
+        self._broker, self._fail = broker, fail
+
+    def pipeline(self, transaction: bool) -> Any:
+        pipeline = self._broker.pipeline(transaction=transaction)
+        execute = pipeline.execute
+
+        def unsteady(**options: Any) -> Any:
+            self._fail(lambda: execute(**options))
+            return execute(**options)
+
+        pipeline.execute = unsteady
+        return pipeline
+
+    def close(self) -> None:
+        pass
+
+
+def test_entries_of_many_jobs_are_kept_in_order_under_their_index(
+    broker: fakeredis.FakeRedis, make: Callable[..., Publisher]
+) -> None:
+    publisher = make()
+    for index in range(100):
+        publisher.publish([("a", token(index)), ("b", token(index))])
+    publisher.flush()
+    assert indices(broker, "a") == indices(broker, "b") == list(range(100))
+    ids = [entry_id.decode() for entry_id, _ in broker.xrange(keys.stream("a"))]
+    assert ids == [keys.entry_id(index) for index in range(100)]
+
+
+def test_entries_are_announced_as_they_are_kept(broker: fakeredis.FakeRedis, make: Callable[..., Publisher]) -> None:
+    with broker.pubsub(ignore_subscribe_messages=True) as heard:
+        heard.subscribe(keys.channel("a"))
+        heard.get_message(timeout=1)
+        publisher = make()
+        publisher.publish(entries("a", 3))
+        publisher.flush()
+        messages = [heard.get_message(timeout=5) for _ in range(3)]
+    kept = [fields[b"entry"] for _, fields in broker.xrange(keys.stream("a"))]
+    assert [message["data"] for message in messages if message] == kept
+
+
+def test_a_job_that_runs_again_adds_only_what_is_new(
+    broker: fakeredis.FakeRedis, make: Callable[..., Publisher]
+) -> None:
+    publisher = make()
+    publisher.publish(entries("a", 5))
+    publisher.publish(entries("a", 8))
+    publisher.flush()
+    assert indices(broker, "a") == list(range(8))
+
+
+def test_a_stream_expires_from_its_first_entry_on(broker: fakeredis.FakeRedis, make: Callable[..., Publisher]) -> None:
+    publisher = make()
+    publisher.publish(entries("a", 1))
+    publisher.flush()
+    assert 0 < broker.ttl(keys.stream("a")) <= keys.RESULT_TTL
+
+
+@pytest.mark.parametrize("renewing", [token(RENEW_EVERY), token(7, last=True)])
+def test_the_expiry_is_renewed_now_and_then_and_at_the_end(
+    broker: fakeredis.FakeRedis, make: Callable[..., Publisher], renewing: StreamToken
+) -> None:
+    publisher = make()
+    publisher.publish([("a", token(0)), ("a", token(1))])
+    publisher.flush()
+    broker.expire(keys.stream("a"), 100)
+    publisher.publish([("a", token(2))])
+    publisher.flush()
+    assert broker.ttl(keys.stream("a")) <= 100
+    publisher.publish([("a", renewing)])
+    publisher.flush()
+    assert broker.ttl(keys.stream("a")) > 100
+
+
+@pytest.mark.parametrize("sent", [False, True])
+def test_a_lost_connection_loses_and_doubles_nothing(
+    broker: fakeredis.FakeRedis, make: Callable[..., Publisher], sent: bool
+) -> None:
+    """Whether or not the broker had taken the entries before the connection went."""
+    failures = iter([True, True])
+
+    def fail(execute: Callable[[], Any]) -> None:
+        if next(failures, False):
+            if sent:
+                execute()
+            raise RedisConnectionError("gone")
+
+    publisher = make(Unsteady(broker, fail))
+    publisher.publish(entries("a", 3))
+    publisher.publish(entries("a", 3, start=3))
+    publisher.flush()
+    assert indices(broker, "a") == list(range(6))
+
+
+def test_a_broker_that_is_full_is_waited_for(broker: fakeredis.FakeRedis, make: Callable[..., Publisher]) -> None:
+    replies = iter([[ResponseError("OOM command not allowed when used memory > 'maxmemory'.")]])
+    real = broker.pipeline
+
+    class Full:
+        def pipeline(self, transaction: bool) -> Any:
+            pipeline = real(transaction=transaction)
+            refused = next(replies, None)
+            if refused is not None:
+                pipeline.execute = lambda raise_on_error: refused
+            return pipeline
+
+        def close(self) -> None:
+            pass
+
+    publisher = make(Full())
+    publisher.publish(entries("a", 2))
+    publisher.flush()
+    assert indices(broker, "a") == [0, 1]
+
+
+def test_flush_waits_for_all_that_was_published_before(
+    broker: fakeredis.FakeRedis, make: Callable[..., Publisher]
+) -> None:
+    release, reached = threading.Event(), threading.Event()
+
+    def hold(_: Callable[[], Any]) -> None:
+        reached.set()
+        assert release.wait(30)
+
+    publisher = make(Unsteady(broker, hold))
+    publisher.publish(entries("a", 2))
+    flushed = threading.Thread(target=publisher.flush)
+    flushed.start()
+    assert reached.wait(30)
+    assert flushed.is_alive()
+    release.set()
+    flushed.join(30)
+    assert not flushed.is_alive()
+    assert indices(broker, "a") == [0, 1]
+
+
+def test_a_full_backlog_makes_the_engine_wait_and_drops_nothing(
+    monkeypatch: pytest.MonkeyPatch, broker: fakeredis.FakeRedis, make: Callable[..., Publisher]
+) -> None:
+    monkeypatch.setattr(publishing, "BACKLOG", 2)
+    publisher = make(begin=False)
+    done: list[int] = []
+
+    def engine() -> None:
+        for index in range(5):
+            publisher.publish([("a", token(index))])
+            done.append(index)
+
+    thread = threading.Thread(target=engine)
+    thread.start()
+    wait_until(lambda: done == [0, 1], "two steps are queued")
+    assert thread.is_alive()
+    publisher.start()
+    thread.join(30)
+    publisher.flush()
+    assert indices(broker, "a") == list(range(5))
+
+
+def test_stop_sends_what_is_queued(broker: fakeredis.FakeRedis) -> None:
+    publisher = Publisher(broker)
+    publisher.publish(entries("a", 3))
+    publisher.start()
+    publisher.stop()
+    assert indices(broker, "a") == [0, 1, 2]
+
+
+def test_stop_does_not_wait_for_a_broker_that_is_away(broker: fakeredis.FakeRedis) -> None:
+    reached = threading.Event()
+
+    def away(_: Callable[[], Any]) -> None:
+        reached.set()
+        raise RedisConnectionError("gone")
+
+    publisher = Publisher(Unsteady(broker, away))
+    publisher.publish(entries("a", 3))
+    publisher.start()
+    assert reached.wait(30)
+    publisher.stop()
+    assert not publisher._thread.is_alive()
+
+
+def test_flush_fails_where_the_publisher_has_ended(broker: fakeredis.FakeRedis) -> None:
+    publisher = Publisher(broker)
+    publisher.start()
+    publisher.stop()
+    with pytest.raises(RuntimeError, match="the publisher has ended"):
+        publisher.flush()
