@@ -46,18 +46,18 @@ def test_a_trained_adapter_serves_at_once_beside_the_bare_base(client: Client) -
     options = {"steps": 8, "batch_size": 4, "learning_rate": 4e-3, "max_length": 32}
     question = "Q: fire?\nA:"
     before = client.generate(question, model=GENERATE_MODEL, max_tokens=6).result(60)
-    run = client.train("aye", rows, model=GENERATE_MODEL, **options)
+    run = client.train("aye-first", rows, model=GENERATE_MODEL, **options)
     reports = list(run.progress(timeout=60))
     result = run.result(60)
 
     assert [report.step for report in reports] == list(range(1, 9))
     assert reports[-1].loss < 0.5 * reports[0].loss
-    assert (result.adapter, result.version, result.steps) == ("aye", 1, 8)
-    jobs = [client.generate(question, model=GENERATE_MODEL, max_tokens=6, adapter=adapter) for adapter in (None, "aye")]
+    assert (result.adapter, result.version, result.steps) == ("aye-first", 1, 8)
+    jobs = [client.generate(question, model=GENERATE_MODEL, max_tokens=6, adapter=adapter) for adapter in (None, "aye-first")]
     bare, adapted = (job.result(60) for job in jobs)
     assert bare.text == before.text, "training must not change the base"
     assert adapted.text.startswith(" Aye, stoker!")
-    wait_until(lambda: "aye@1" in client.workers()[0].adapters[GENERATE_MODEL], "the worker tells of its adapter")
+    wait_until(lambda: "aye-first@1" in client.workers()[0].adapters[GENERATE_MODEL], "the worker tells of its adapter")
 
 
 def test_the_same_run_twice_makes_the_same_losses_and_a_new_version(client: Client) -> None:
