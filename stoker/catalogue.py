@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Iterable
 
 from stoker.contract.base import NAME_PATTERN
 from stoker.errors import ConfigError
+
+#: How sources start that are no paths.
+_SCHEMES = ("package:", "hf:")
 
 #: name → sources: `package:NAME/PATH` inside an installed package, `hf:org/name@revision`, or a local path.
 CATALOGUE: dict[str, tuple[str, ...]] = {
@@ -21,20 +26,82 @@ CATALOGUE: dict[str, tuple[str, ...]] = {
 
 
 def parse_model(text: str) -> tuple[str, tuple[str, ...]]:
-    """A worker's `--model`: a name of the catalogue, or `NAME=SOURCE`. Raises `ConfigError`."""
+    """A worker's `--model` as (name, sources): a name of the catalogue, a path or other source, or `NAME=SOURCE`.
+
+    A source alone gets its name from `derived_name`. Raises `ConfigError`.
+    """
     name, separator, source = text.partition("=")
-    if not re.match(NAME_PATTERN, name):
-        raise ConfigError(
-            f"model {name!r} given; a name has 1 to 64 of a-z, 0-9, dot, dash and underscore. "
-            "For a model of your own write NAME=SOURCE, such as my-model=/models/my-model."
-        )
-    if separator:
+    if separator and not is_source(name):
+        _check_name(name)
         if not source:
             raise ConfigError(f"model {text!r}: no source after '='; write {name}=PATH, hf:org/name or package:…")
         return name, (source,)
-    if name not in CATALOGUE:
+    if text in CATALOGUE:
+        return text, CATALOGUE[text]
+    if is_source(text):
+        return derived_name(text), (text if text.startswith(_SCHEMES) else _absolute(text),)
+    _check_name(text)
+    raise ConfigError(
+        f"model {text!r} given; the catalogue has {', '.join(sorted(CATALOGUE))}, and there is no file or folder of "
+        f"that name here. For a model of your own give its path, or {text}=SOURCE, such as {text}=/models/{text}."
+    )
+
+
+def parse_models(texts: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """All of a worker's `--model`. Raises `ConfigError` for a wrong one, or two different models of one name."""
+    found: dict[str, tuple[str, ...]] = {}
+    for text in texts:
+        name, sources = parse_model(text)
+        if found.setdefault(name, sources) != sources:
+            raise ConfigError(
+                f"model {text!r}: another model is called {name} already ({found[name][0]}). Name one of the two "
+                f"yourself: NAME={sources[0]}"
+            )
+    return found
+
+
+def model_name(text: str) -> str:
+    """What a worker calls the model that it was given as `text`; a name is its own.
+
+    For clients, so that `model="/models/My-Model"` reaches a worker that was started with the same. Nothing is read.
+    """
+    name, separator, _ = text.partition("=")
+    if separator and re.fullmatch(NAME_PATTERN, name):
+        return name
+    if re.fullmatch(NAME_PATTERN, text) and not text.endswith(".gguf"):
+        return text
+    return derived_name(text) if is_source(text) else text
+
+
+def is_source(text: str) -> bool:
+    """Whether `text` says where a model is: it has a slash, ends in `.gguf`, or is a file or folder here."""
+    return "/" in text or text.endswith(".gguf") or os.path.exists(text)
+
+
+def derived_name(source: str) -> str:
+    """The name of a model that was given by its source alone: the last part of it, in the characters of a name.
+
+    Lower case; `.gguf` and a hub revision fall away; every run of other characters becomes a dash:
+    `/models/My Model.Q4_K.gguf` is `my-model.q4_k`. Raises `ConfigError` if nothing is left.
+    """
+    last = source if source.startswith(_SCHEMES) else _absolute(source)
+    if source.startswith("hf:"):
+        repository, _, file = last.removeprefix("hf:").partition(":")
+        last = file or repository.partition("@")[0]
+    last = last.rstrip("/").rpartition("/")[2].lower().removesuffix(".gguf")
+    name = re.sub(r"[^a-z0-9._-]+", "-", last).lstrip("._-")[:64].rstrip("-")
+    if not name:
+        raise ConfigError(f"model {source!r}: no name can be made from it; write NAME={source}")
+    return name
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def _check_name(name: str) -> None:
+    if not re.fullmatch(NAME_PATTERN, name):
         raise ConfigError(
-            f"model {name!r} given; the catalogue has {', '.join(sorted(CATALOGUE))}. "
-            f"For a model of your own write {name}=SOURCE, such as {name}=/models/{name}."
+            f"model {name!r} given; a name has 1 to 64 of a-z, 0-9, dot, dash and underscore. "
+            "For a model of your own give its path, or NAME=SOURCE, such as my-model=/models/my-model."
         )
-    return name, CATALOGUE[name]

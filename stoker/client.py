@@ -52,8 +52,8 @@ class Client:
     ) -> EmbedJob:
         """Turn texts into vectors: the result is float32 (len(texts), dim), in order.
 
-        Options: normalize (None: as the model's files say), truncate, priority, deadline. `job_id`: an id of your own;
-        sent twice it is one job, so a call that failed half-way can be repeated.
+        Options: normalize (None: as the model's files say), truncate, prompt, priority, deadline. `job_id`: an id of
+        your own; sent twice it is one job, so a call that failed half-way can be repeated.
         """
         request = core.embed_request(self._choose(model, "embed"), texts, options)
         return EmbedJob(self, self._submit(request, job_id))

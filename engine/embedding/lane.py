@@ -16,6 +16,8 @@ from stoker.errors import TextTooLong
 
 #: Tokens of a batch, padding included: enough to fill the matmuls, little enough to let other lanes in between.
 BATCH_TOKENS = 4096
+#: What the models of the E5 family are trained with (Wang et al. 2022, arXiv:2212.03533).
+E5_PROMPTS = {"query": "query: ", "passage": "passage: "}
 #: Waiting texts that are looked at for neighbours in length.
 WINDOW = 1024
 
@@ -59,7 +61,8 @@ class EmbedLane:
         return bool(self._waiting)
 
     def prepare(self, ticket: Ticket, request: EmbedRequest, data: None) -> EmbedWork:
-        texts = self._model.tokenizer.encode_batch(request.texts)
+        prompt = self._prompt(request.prompt)
+        texts = self._model.tokenizer.encode_batch([prompt + text for text in request.texts])
         longest = self._spec.max_tokens
         for number, tokens in enumerate(texts):
             if len(tokens) > longest and not request.truncate:
@@ -70,6 +73,11 @@ class EmbedLane:
         # Cut before the closing special token, so that a cut text still ends as the model knows it.
         cut = [t if len(t) <= longest else [*t[: longest - 1], t[-1]] for t in texts]
         return EmbedWork(ticket, request, cut, np.empty((len(texts), self._spec.dim), dtype=np.float32))
+
+    def _prompt(self, asked: str | None) -> str:
+        known = {**E5_PROMPTS, **self._spec.prompts}
+        name = self._spec.default_prompt if asked is None else asked
+        return "" if name is None else known.get(name, name)
 
     def admit(self, work: EmbedWork) -> None:
         work.ticket.start()

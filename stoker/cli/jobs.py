@@ -18,13 +18,14 @@ def embed(
     texts: Annotated[list[str], typer.Argument(help="Texts; each becomes a vector.")],
     model: Model = None,
     truncate: Annotated[bool, typer.Option(help="Cut texts that are longer than the model takes.")] = False,
+    prompt: Annotated[str | None, typer.Option(help="Put before each text: query, passage, or any text.")] = None,
     as_json: Json = False,
     url: Url = None,
 ) -> None:
     """Turn texts into vectors."""
     with connect(url) as client:
         _warn_if_cold(client, model, "embed")
-        vectors = client.embed(texts, model=model, truncate=truncate).result()
+        vectors = client.embed(texts, model=model, truncate=truncate, prompt=prompt).result()
     if as_json:
         print_json([[float(value) for value in vector] for vector in vectors])
         return

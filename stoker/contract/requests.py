@@ -47,6 +47,9 @@ class EmbedRequest(JobRequest):
     normalize: bool | None = None
     #: Cut a text that is longer than the model takes; else it is an error.
     truncate: bool = False
+    #: Put before each text: a name that the model's files know, `query` or `passage` (as E5 wants them), or any text.
+    #: None: the default that the model's files name, if any.
+    prompt: Annotated[str, StringConstraints(max_length=1000)] | None = None
 
     @model_validator(mode="after")
     def _whole_size(self) -> EmbedRequest:

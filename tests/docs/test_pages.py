@@ -160,20 +160,23 @@ def test_the_table_of_exit_codes_is_that_of_the_code() -> None:
     assert codes == {0, INTERRUPTED, *(error.exit_code for error in tree)}
 
 
-PLACES = ("<job>", "<worker>", "<model>", "<kind>", "<exchange>")
+PLACES = ("<job>", "<worker>", "<model>", "<kind>", "<exchange>", "<queue>")
 LIVES = {
     "24 hours": keys.RESULT_TTL,
     "7 days": keys.PENDING_TTL,
     "30 days": keys.MODEL_TTL,
     "10 seconds": keys.PRESENCE_TTL,
 }
+#: Lives as long as a setting says.
+BY_SETTING = {"two leases": keys.JANITOR}
 SECONDS = {"hours": 3600, "days": 86400, "seconds": 1}
 
 
 def test_the_table_of_keys_is_that_of_the_code() -> None:
     table = {code(row[0])[0]: row[2] for row in rows("docs/redis.md", "key")}
     made = {make("<job>") for make in (keys.job, keys.result, keys.stream, keys.cancel)}
-    made |= {keys.blob("dataset:<job>"), keys.blob("vectors:<job>"), keys.worker("<worker>"), keys.WORKERS, keys.MODELS}
+    made |= {keys.blob("dataset:<job>"), keys.blob("vectors:<job>"), keys.worker("<worker>"), keys.open_jobs("<queue>")}
+    made |= {keys.WORKERS, keys.MODELS, keys.DEAD, keys.JANITOR}
     durable = {key for key, lives in table.items() if lives == "durable"}
     assert table.keys() - durable == made
     for key in table:
@@ -183,7 +186,7 @@ def test_the_table_of_keys_is_that_of_the_code() -> None:
         assert keys.is_durable(name) == (key in durable), key
     assert keys.PREFIX + keys.queue("<model>", "<kind>") in durable
     for key in made:
-        assert any(text in table[key] for text in LIVES), key
+        assert any(text in table[key] for text in LIVES) or BY_SETTING.get(table[key]) == key, key
     for channel in (keys.channel("<job>"), keys.CANCELS):
         assert f"`{channel}`" in TEXTS["docs/redis.md"]
 
@@ -210,7 +213,8 @@ def limits(field: Any) -> str:
 )
 def test_the_table_of_options_is_that_of_the_contract(page: str, request_class: type[Message]) -> None:
     table = {code(row[0])[0]: row for row in rows(f"docs/{page}.md", "option")}
-    assert table.keys() == request_class.model_fields.keys()
+    # `job_id` is the client's: it travels as the message's id.
+    assert table.keys() == request_class.model_fields.keys() | {"job_id"}
     for name, field in request_class.model_fields.items():
         numeric = isinstance(field.default, int | float) and not isinstance(field.default, bool)
         if not numeric:

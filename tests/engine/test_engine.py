@@ -85,6 +85,28 @@ def test_vectors_alone_and_padded_in_a_batch_equal_those_of_sentence_transformer
         assert np.abs(alone.vectors[0] - golden["alone"][number]).max() < 1e-4
 
 
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [("query", "query: how hot is it?"), ("Topic: ", "Topic: how hot is it?"), (None, "how hot is it?")],
+)
+def test_a_prompt_goes_before_each_text(running: Running, prompt: str | None, text: str) -> None:
+    asked = EmbedRequest(model=EMBED_MODEL, texts=("how hot is it?",), prompt=prompt)
+    whole = EmbedRequest(model=EMBED_MODEL, texts=(text,))
+    vectors = [running.engine.submit("x", request).result(60).vectors for request in (asked, whole)]
+    assert np.array_equal(*vectors)
+
+
+def test_a_stream_goes_on_behind_what_was_published(running: Running) -> None:
+    request = generate("The stoker said", max_tokens=24, temperature=0.8, seed=5)
+    whole = running.engine.submit("whole", request).result(60)
+    for split in (1, 10, 23, 24):
+        job = f"split-{split}"
+        result = running.engine.submit(job, request, running.entries["whole"][:split]).result(60)
+        assert result.token_ids == whole.token_ids
+        assert result.text == whole.text
+        assert [token.index for token in running.entries[job]] == list(range(split, 24))
+
+
 def test_a_seed_decides_the_text_whoever_shares_the_batch(running: Running) -> None:
     request = generate("The stoker said", max_tokens=12, temperature=0.9, top_p=0.95, top_k=40, seed=11)
     alone = running.engine.submit("alone", request).result(60)

@@ -76,6 +76,7 @@ PROMPTS = {
     "chat-short": chat("What is the boiling point of water?"),
     "chat-explain": chat("Why is the sky blue?"),
     "long": LONG + "\n\nIn short, a furnace",
+    "letter": "Dear Sir or Madam,\n\nI am writing to",
 }
 
 #: These are probed at three positions more than the last.

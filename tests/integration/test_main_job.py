@@ -53,7 +53,10 @@ def test_a_trained_adapter_serves_at_once_beside_the_bare_base(client: Client) -
     assert [report.step for report in reports] == list(range(1, 9))
     assert reports[-1].loss < 0.5 * reports[0].loss
     assert (result.adapter, result.version, result.steps) == ("aye-first", 1, 8)
-    jobs = [client.generate(question, model=GENERATE_MODEL, max_tokens=6, adapter=adapter) for adapter in (None, "aye-first")]
+    jobs = [
+        client.generate(question, model=GENERATE_MODEL, max_tokens=6, adapter=adapter)
+        for adapter in (None, "aye-first")
+    ]
     bare, adapted = (job.result(60) for job in jobs)
     assert bare.text == before.text, "training must not change the base"
     assert adapted.text.startswith(" Aye, stoker!")

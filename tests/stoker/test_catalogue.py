@@ -1,0 +1,84 @@
+"""What `--model` may be, and the name that follows from it on both sides."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stoker.catalogue import CATALOGUE, derived_name, model_name, parse_model, parse_models
+from stoker.contract.base import NAME_PATTERN
+from stoker.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "source"),
+    [
+        ("/models/Qwen2.5-Coder", "qwen2.5-coder", "/models/Qwen2.5-Coder"),
+        ("/models/My Model.Q4_K.gguf", "my-model.q4_k", "/models/My Model.Q4_K.gguf"),
+        ("/models/Größe (2)/", "gr-e-2", "/models/Größe (2)"),
+        ("/models/a=b", "a-b", "/models/a=b"),
+        ("/models/../models/_x", "x", "/models/_x"),
+        ("hf:org/My-Model@v1.0", "my-model", "hf:org/My-Model@v1.0"),
+        ("hf:org/My-GGUF:sub/Model.Q8_0.gguf", "model.q8_0", "hf:org/My-GGUF:sub/Model.Q8_0.gguf"),
+        ("package:some_package/Model.gguf", "model", "package:some_package/Model.gguf"),
+        ("mine=hf:org/name", "mine", "hf:org/name"),
+        ("mine=/a=b", "mine", "/a=b"),
+    ],
+)
+def test_a_source_becomes_a_model_of_its_name(text: str, name: str, source: str) -> None:
+    assert parse_model(text) == (name, (source,))
+    assert model_name(text) == name
+
+
+def test_a_relative_path_is_the_same_model_from_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "My-Model").mkdir()
+    (tmp_path / "plain").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for text in ("My-Model", "./My-Model", str(tmp_path / "My-Model")):
+        assert parse_model(text) == ("my-model", (str(tmp_path / "My-Model"),))
+        assert model_name(text) == "my-model"
+    assert parse_model("plain") == ("plain", (str(tmp_path / "plain"),))
+    monkeypatch.chdir(tmp_path / "My-Model")
+    assert parse_model("./.")[0] == "my-model"
+    assert parse_model("Weights.gguf") == ("weights", (str(tmp_path / "My-Model" / "Weights.gguf"),))
+
+
+def test_catalogue_names_stay_what_they_are() -> None:
+    for name, sources in CATALOGUE.items():
+        assert parse_model(name) == (name, sources)
+        assert model_name(name) == name
+    assert model_name("not-in-the-catalogue") == "not-in-the-catalogue"
+    assert model_name("Not A Name") == "Not A Name", "the request's own check names what is wrong"
+
+
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [("Unknown", "a name has 1 to 64"), ("unknown-model", "the catalogue has all-minilm-l6-v2"), ("mine=", "no source"),
+     ("Mine=hf:x/y", "a name has 1 to 64"), ("=x", "a name has 1 to 64"), ("", "a name has 1 to 64"),
+     ("/models/___", "no name can be made"), ("/", "no name can be made")],
+)  # fmt: skip
+def test_what_is_neither_is_refused(text: str, cause: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_model(text)
+    assert cause in str(caught.value)
+
+
+def test_two_models_of_one_name_are_refused() -> None:
+    same = parse_models(["/a/model", "/a/model", "all-minilm-l6-v2"])
+    assert same == {"model": ("/a/model",), "all-minilm-l6-v2": CATALOGUE["all-minilm-l6-v2"]}
+    with pytest.raises(ConfigError, match=r"another model is called model already \(/a/model\).*NAME=/b/model"):
+        parse_models(["/a/model", "/b/model"])
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=100))
+def test_a_derived_name_is_always_a_name(text: str) -> None:
+    try:
+        name = derived_name("/models/" + text)
+    except ConfigError:
+        return
+    assert re.match(NAME_PATTERN, name)
+    assert derived_name(f"/models/{name}") in (name, name.removesuffix(".gguf"))
