@@ -45,8 +45,9 @@ class Engine:
     """Holds models warm and runs jobs on them.
 
     `models` maps a name to its sources (`engine.sources`). `publish` gets the entries of a step, from the engine's
-    thread: it must hand them on and return. `on_death` is called, from the same thread, if the loop ends by a defect:
-    an engine does not come back, its process has to.
+    thread: it must hand them on and return. `precision`: dtype, quantize and group_size for `engine.loading.load`.
+    `on_death` is called, from the same thread, if the loop ends by a defect: an engine does not come back, its process
+    has to.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Engine:
         adapters: Path,
         publish: Callable[[list[Entry]], None],
         slots: int = 16,
+        precision: Mapping[str, Any] | None = None,
         on_death: Callable[[], None] = lambda: None,
     ) -> None:
         self._sources = dict(models)
@@ -63,6 +65,7 @@ class Engine:
         self._publish = publish
         self._slots = slots
         self._on_death = on_death
+        self._precision = dict(precision or {})
         self._inbox: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         self._lanes: dict[tuple[str, str], Lane] = {}
         self._models: dict[str, LoadedModel] = {}
@@ -158,7 +161,7 @@ class Engine:
 
     def _load(self) -> None:
         for name, sources in self._sources.items():
-            model = load(name, sources)
+            model = load(name, sources, **self._precision)
             self._models[name] = model
             log.info(
                 "model %s is warm: %s, %.0f M parameters, %.1f s",

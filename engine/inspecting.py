@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.models.fields import Fields
+from engine.sources import naming
 from engine.weights import safetensors_header
 from engine.weights.gguf import GGUF
 from stoker.errors import ModelError
@@ -59,10 +60,11 @@ class Inspection:
 
 def inspect(path: Path) -> Inspection:
     """The model at `path`, a folder or a .gguf file. Raises `ModelError` if it is damaged or no model."""
-    if path.is_dir():
-        return _folder(path)
-    if path.suffix == ".gguf":
-        return _gguf(path)
+    with naming(path):
+        if path.is_dir():
+            return _folder(path)
+        if path.suffix == ".gguf":
+            return _gguf(path)
     raise ModelError(f"{path}: a model is a folder with config.json and safetensors, or a .gguf file")
 
 

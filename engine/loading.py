@@ -19,7 +19,7 @@ from engine.models.qwen2 import Qwen2Args
 from engine.models.qwen3 import Qwen3Args
 from engine.models.sentence import EmbeddingSpec
 from engine.precision import Precision
-from engine.sources import resolve
+from engine.sources import naming, resolve
 from engine.text.tokenizer import Tokenizer
 from engine.weights.folder import folder_tensors, gguf_tensors, read_config
 from engine.weights.gguf import GGUF
@@ -83,27 +83,28 @@ def load(
     start = time.perf_counter()
     precision = Precision.of(dtype, quantize, group_size)
     path = resolve(sources)
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise ModelError(f"{path}: a model is a folder with config.json and safetensors, or a .gguf file")
-        loaded = _load_gguf(name, path, precision, start)
-    else:
-        config = read_config(path)
-        architecture = config.get("model_type")
-        if architecture in ENCODERS:
-            loaded = _load_encoder(name, path, config, precision, start)
-        elif isinstance(architecture, str) and architecture in DECODERS:
-            loaded = _load_decoder(name, path, config, precision, start)
+    with naming(path):
+        if path.is_file():
+            if path.suffix != ".gguf":
+                raise ModelError(f"{path}: a model is a folder with config.json and safetensors, or a .gguf file")
+            loaded = _load_gguf(name, path, precision, start)
         else:
-            names = ", ".join(sorted((*ENCODERS, *DECODERS)))
-            raise ModelError(f"{path}: architecture {architecture!r} is not supported; {names} are")
+            config = read_config(path)
+            architecture = config.get("model_type")
+            if architecture in ENCODERS:
+                loaded = _load_encoder(name, path, config, precision, start)
+            elif isinstance(architecture, str) and architecture in DECODERS:
+                loaded = _load_decoder(name, path, config, precision, start)
+            else:
+                names = ", ".join(sorted((*ENCODERS, *DECODERS)))
+                raise ModelError(f"{path}: architecture {architecture!r} is not supported; {names} are")
     # GPUs keep what was freed for reuse; what loading freed will not be asked for again.
     mx.clear_cache()
     return loaded
 
 
 def _load_encoder(name: str, folder: Path, config: dict[str, Any], precision: Precision, start: float) -> LoadedModel:
-    precision = precision.for_encoder(folder)
+    precision = precision.for_encoder()
     tensors, config = folder_tensors(folder, config, precision)
     model: Encoder
     args: BertArgs | MPNetArgs

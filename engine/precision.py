@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import mlx.core as mx
 
@@ -53,13 +52,9 @@ class Precision:
             quantization = Quantization(bits, group_size)
         return cls(None if dtype is None else DTYPES[dtype], quantization)
 
-    def for_encoder(self, where: Path) -> Precision:
-        """The same for an embedding model, which is never quantized. Raises `ModelError` if it was asked to be."""
-        if self.quantization is not None and self.quantization.bits is not None:
-            raise ModelError(
-                f"{where}: quantize = {self.quantization.bits}bit given, but embedding models are always dense. Leave "
-                "it out, or choose a smaller dtype"
-            )
+    def for_encoder(self) -> Precision:
+        """The same for an embedding model: dense whatever was asked, because a worker holds both kinds with one policy,
+        and these models are small."""
         return replace(self, dtype=self.dtype or mx.float32, quantization=None)
 
     def dtype_for(self, stored: Iterable[mx.array]) -> mx.Dtype:

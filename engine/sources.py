@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from stoker.errors import ModelError
@@ -55,6 +56,17 @@ def resolve(sources: Sequence[str], *, download: bool = True) -> Path:
     if len(failures) == 1:
         raise ModelError(failures[0])
     raise ModelError("none of the model's sources is available:\n  " + "\n  ".join(failures))
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """A `ModelError` from within names the model at `path`, if it does not already."""
+    try:
+        yield
+    except ModelError as error:
+        if str(path) in str(error):
+            raise
+        raise ModelError(f"{path}: {error}") from error
 
 
 def resolve_one(source: str, *, download: bool = True) -> Path:

@@ -21,6 +21,7 @@ from engine.models.encoder import Encoder
 from engine.models.llama import Llama
 from engine.models.mpnet import MPNet, MPNetArgs
 from engine.models.sentence import EmbeddingSpec
+from engine.sources import naming
 from engine.text.tokenizer import Tokenizer
 from engine.weights import safetensors
 from engine.weights.folder import read_config
@@ -53,7 +54,8 @@ def verify(path: Path, progress: Callable[[int, int], None] = lambda done, total
     inspection = inspect(path)
     if not inspection.supported:
         raise ModelError(f"{path}: {inspection.notes[0]}")
-    checked = _gguf(path, progress) if path.is_file() else _folder(path, progress)
+    with naming(path):
+        checked = _gguf(path, progress) if path.is_file() else _folder(path, progress)
     return Verification(inspection, *checked)
 
 

@@ -20,6 +20,7 @@ from celery import Celery
 from kombu.exceptions import OperationalError
 
 from stoker import keys
+from stoker.catalogue import model_name
 from stoker.celery_config import shared_config
 from stoker.contract import (
     EmbedReply,
@@ -235,7 +236,8 @@ def parse_presences(raw: Iterable[bytes | None]) -> list[Presence]:
 def choose_model(model: str | None, kind: str, known: Mapping[str, ModelCard], workers: Sequence[Presence]) -> str:
     """The model to send to: the one asked for, if some worker serves or lately served it, or the only one warm.
 
-    A model that was served lately but is not warm now is accepted: its worker may be restarting, and the job waits.
+    A path stands for the name that a worker started with it gives it. A model that was served lately but is not warm
+    now is accepted: its worker may be restarting, and the job waits.
     """
     warm = {card.model for worker in workers for card in worker.models if kind in card.kinds}
     if model is None:
@@ -245,6 +247,7 @@ def choose_model(model: str | None, kind: str, known: Mapping[str, ModelCard], w
             f"no model given, and {_listed(warm)} can {kind}. "
             + ("Name one with model=…." if warm else "Start a worker with `stoker up`.")
         )
+    model = model_name(model)
     if model not in known:
         raise UnknownModel(f"model {model!r} given; {_listed(warm)} can {kind}. {_how_to_serve(model)}")
     if kind not in known[model].kinds:

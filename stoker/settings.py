@@ -6,7 +6,7 @@ import difflib
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -40,6 +40,13 @@ class Settings(BaseSettings):
     grace: float = Field(default=30.0, ge=0, le=3600)
     #: Seconds for which a client bears a broker that does not answer before it gives up.
     patience: float = Field(default=30.0, ge=0, le=3600)
+    #: What weights are computed in. Unset: float32 on a CPU, the file's own 16 bits on a GPU.
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    #: Weights of generating models: `4bit`, `8bit`, `keep` (as the file has them), `none` (dense). Unset: `none` on a
+    #: CPU, whose quantized products are slow, `keep` on a GPU.
+    quantize: Literal["4bit", "8bit", "keep", "none"] | None = None
+    #: Weights that share a scale, when `quantize` is `4bit` or `8bit`.
+    group_size: Literal[32, 64, 128] = 64
     #: Fused kernels: `auto`, `off`, or names. Read by the engine.
     kernels: str = "auto"
     #: Linux only: `off`, or the path of an OpenBLAS that MLX shall use.
@@ -49,6 +56,11 @@ class Settings(BaseSettings):
     @classmethod
     def _split(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("group_size", mode="before")
+    @classmethod
+    def _number(cls, value: Any) -> Any:
+        return int(value) if isinstance(value, str) and value.isdigit() else value
 
     @field_validator("home")
     @classmethod

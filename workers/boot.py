@@ -17,7 +17,7 @@ from celery.signals import worker_shutting_down
 from celery.worker import components, state
 
 from stoker import keys
-from stoker.catalogue import parse_model
+from stoker.catalogue import parse_models
 from stoker.errors import StokerError
 from stoker.local.stack import ERROR_MARK
 from stoker.settings import Settings, load_settings
@@ -99,10 +99,11 @@ def _make_engine(settings: Settings, publish: Callable[..., None]) -> Engine:
     if report.active and not blas.verify():
         log.warning("MLX does not use the fast BLAS that was loaded: expect a thirtieth of its speed")
     return Engine(
-        dict(parse_model(model) for model in settings.models),
+        parse_models(settings.models),
         adapters=settings.adapters,
         publish=publish,
         slots=settings.generate_slots,
+        precision={"dtype": settings.dtype, "quantize": settings.quantize, "group_size": settings.group_size},
         on_death=_end_process,
     )
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from engine import blas
-from stoker.catalogue import parse_model
+from stoker.catalogue import parse_models
 from stoker.errors import ModelError
 from stoker.settings import load_settings
 
@@ -20,13 +21,12 @@ def checks() -> list[dict[str, Any]]:
         {"name": "mlx", "ok": True, "detail": describe_device()},
         {"name": "blas", "ok": True, "detail": str(report)},
     ]
-    return found + [_model_check(text) for text in settings.models]
+    return found + [_model_check(*model) for model in parse_models(settings.models).items()]
 
 
-def _model_check(text: str) -> dict[str, Any]:
+def _model_check(name: str, sources: Sequence[str]) -> dict[str, Any]:
     from engine.sources import resolve
 
-    name, sources = parse_model(text)
     try:
         return {"name": "model", "ok": True, "detail": f"{name}: {resolve(sources)}"}
     except ModelError as error:

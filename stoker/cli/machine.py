@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from stoker.catalogue import parse_model
+from stoker.catalogue import parse_models
 from stoker.cli.options import Json, Url, connect, console, print_json
 from stoker.connection import connect as connect_redis
 from stoker.connection import translated
@@ -68,8 +68,7 @@ def worker(
 
 def _settings(models: list[str] | None, url: str | None) -> Settings:
     settings = load_settings(models=tuple(models) if models else None, url=url)
-    for entry in settings.models:
-        parse_model(entry)
+    parse_models(settings.models)
     return settings
 
 

@@ -23,14 +23,13 @@ from engine.loading import load
 from engine.verifying import verify
 from stoker.errors import ModelError
 
-CHECKPOINTS = sorted(
-    path for path in (Path(__file__).parents[1] / "goldens" / "architectures").iterdir() if path.is_dir()
-)
+ARCHITECTURES = Path(__file__).parents[1] / "goldens" / "architectures"
+CHECKPOINTS = sorted(path.parent for path in ARCHITECTURES.glob("*/model.safetensors"))
 ABSURD: list[Any] = [
     None, -1, 0, 1, 3, 7, 2**31, 2**31 - 1, 2**70, 0.5, 1e308, "x", "", [], {}, [1] * 5, {"a": 1}, True, False,
 ]  # fmt: skip
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-LONG = settings(max_examples=3000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+LONG = settings(max_examples=20_000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 #: Bytes that a checkpoint of some 100 KB may take, whatever is announced in it.
 MOST_MEMORY = 64 << 20
 
@@ -44,7 +43,7 @@ def survives(path: Path) -> None:
             attempt(path)
         except ModelError as error:
             message = str(error)
-            assert path.name in message or ".json" in message or "GGUF" in message, message
+            assert str(path) in message
             assert len(message) < 2000
     assert mx.get_peak_memory() - before < MOST_MEMORY
 
@@ -146,17 +145,17 @@ def tiny_gguf(path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def gguf(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    return tiny_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf").read_bytes()
+def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
 
 
 NUMBERS = [0, 1, 2, 3, 31, 255, 256, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63, 2**64 - 1]
 
 
-def change_gguf(data: st.DataObject, folder: Path, sound: bytes) -> None:
+def change_gguf(data: st.DataObject, folder: Path, sound: Path) -> None:
     """Numbers of the header anywhere: counts, lengths, types, dimensions, offsets."""
-    content = bytearray(sound)
-    places = [4, 8, 16, *range(24, 420), *range(sound.find(b"token_embd") - 900, sound.find(b"ffn_norm") + 300)]
+    content = bytearray(sound.read_bytes())
+    places = [4, 8, 16, *range(24, 420), *range(content.find(b"token_embd") - 900, content.find(b"ffn_norm") + 300)]
     for _ in range(data.draw(st.integers(1, 3))):
         at, width = data.draw(st.sampled_from(places)), data.draw(st.sampled_from([1, 4, 8]))
         value = data.draw(st.sampled_from(NUMBERS)) % 256**width
@@ -188,7 +187,7 @@ def test_a_damaged_tokenizer_is_refused(tmp_path: Path, data: st.DataObject) -> 
 
 @QUICK
 @given(st.data())
-def test_a_damaged_gguf_model_is_refused(tmp_path: Path, gguf: bytes, data: st.DataObject) -> None:
+def test_a_damaged_gguf_model_is_refused(tmp_path: Path, gguf: Path, data: st.DataObject) -> None:
     change_gguf(data, tmp_path, gguf)
 
 
@@ -196,7 +195,7 @@ def test_a_damaged_gguf_model_is_refused(tmp_path: Path, gguf: bytes, data: st.D
 @pytest.mark.timeout(1800)
 @LONG
 @given(st.data())
-def test_damage_of_every_kind_for_long(tmp_path: Path, gguf: bytes, data: st.DataObject) -> None:
+def test_damage_of_every_kind_for_long(tmp_path: Path, gguf: Path, data: st.DataObject) -> None:
     kind = data.draw(st.sampled_from([change_config, change_weights, change_tokenizer, change_gguf]))
     if kind is change_gguf:
         change_gguf(data, tmp_path, gguf)
@@ -222,14 +221,14 @@ def test_pickles_are_refused_with_the_way_to_convert_them(tmp_path: Path, name: 
         load("pickled", [str(target / name)])
 
 
-def test_a_number_that_is_none_is_found(tmp_path: Path, gguf: bytes) -> None:
+def test_a_number_that_is_none_is_found(tmp_path: Path, gguf: Path) -> None:
     target = copied(CHECKPOINTS[0], tmp_path)
     content = bytearray((target / "model.safetensors").read_bytes())
     content[-4:] = struct.pack("<f", float("nan"))
     (target / "model.safetensors").write_bytes(content)
     with pytest.raises(ModelError, match=r"model\.safetensors: tensor '.*' holds values that are infinite"):
         verify(target)
-    damaged = bytearray(gguf)
+    damaged = bytearray(gguf.read_bytes())
     damaged[-4:] = struct.pack("<f", float("inf"))
     (tmp_path / "inf.gguf").write_bytes(damaged)
     with pytest.raises(ModelError, match=r"inf\.gguf: tensor '.*' holds values"):

@@ -249,8 +249,11 @@ def test_options_that_do_not_exist_are_refused() -> None:
         opened(source, quantize="3bit")
     with pytest.raises(ModelError, match="a group size of 48"):
         opened(source, quantize="4bit", group_size=48)
-    with pytest.raises(ModelError, match="embedding models are always dense"):
-        opened(CHECKPOINTS / "bert", quantize="8bit")
+
+
+def test_embedding_models_stay_dense_beside_quantized_ones() -> None:
+    dense, asked = (opened(CHECKPOINTS / "bert", quantize=quantize).encoder(TOKENS) for quantize in (None, "8bit"))
+    assert mx.array_equal(dense, asked)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

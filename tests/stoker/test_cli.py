@@ -124,7 +124,7 @@ def test_embed_shows_the_beginning_of_each_vector(asked: dict[str, Any]) -> None
         "[+0.5000, -1.0000, +2.0000, +0.0000, … 5 in all]  a",
         "[+0.5000, -1.0000, +2.0000, +0.0000, … 5 in all]  b",
     ]
-    assert asked == {"texts": ["a", "b"], "model": None, "truncate": True}
+    assert (asked["texts"], asked["model"], asked["truncate"]) == (["a", "b"], None, True)
     assert json.loads(run("embed", "a", "--json")) == [[0.5, -1.0, 2.0, 0.0, 9.0]]
 
 

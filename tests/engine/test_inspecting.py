@@ -1,0 +1,112 @@
+"""What a model is, from its headers: as loading finds it, without MLX and without a weight."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from engine.inspecting import KINDS, inspect
+from engine.loading import DECODERS, ENCODERS, LoadedModel, load
+from engine.models.cache import KVCache
+from engine.quantizing import quantize_folder
+from engine.verifying import verify
+from engine.weights import safetensors
+from stoker.errors import ModelError
+
+ARCHITECTURES = Path(__file__).parents[1] / "goldens" / "architectures"
+CHECKPOINTS = sorted(path.parent for path in ARCHITECTURES.glob("*/config.json"))
+
+
+def test_every_architecture_that_loads_is_known() -> None:
+    assert KINDS == {**dict.fromkeys(DECODERS, "generate"), **dict.fromkeys(ENCODERS, "embed")}
+
+
+@pytest.mark.parametrize("folder", CHECKPOINTS, ids=lambda path: path.name)
+def test_it_agrees_with_loading(folder: Path) -> None:
+    found, loaded = inspect(folder), load("tiny", [str(folder)])
+    assert (found.architecture, found.kind, found.context) == (loaded.architecture, loaded.kind, loaded.context)
+    assert found.supported
+    assert found.weight_bytes["32 bit"] == 4 * found.parameters
+    # What the file has beside the model: positions, poolers, a second copy of a tied head.
+    assert loaded.parameters <= found.parameters <= 1.3 * loaded.parameters
+    assert (found.cache_bytes_per_1000 is None) == (found.kind == "embed")
+    assert json.loads(json.dumps(found.to_json()))["path"] == str(folder)
+
+
+def test_real_models_are_described(smollm2: LoadedModel, minilm: LoadedModel) -> None:
+    found = inspect(smollm2.path)
+    assert (found.format, found.quantization, found.parameters) == ("gguf", "Q4_1", smollm2.parameters)
+    assert found.dtypes == {"Q4_1": 106_168_320, "Q8_0": 28_311_552, "F32": 35_136}
+    assert (found.context, found.layers, found.dim, found.vocabulary) == (8192, 30, 576, 49152)
+    assert found.chat_template
+    args = smollm2.decoder.args
+    cache = KVCache(args.layers, args.kv_heads, args.head_dim, smollm2.decoder.embed_tokens.dtype)
+    assert found.cache_bytes_per_1000 == {"16 bit": 500 * cache.token_bytes, "32 bit": 1000 * cache.token_bytes}
+    found = inspect(minilm.path)
+    assert (found.format, found.quantization, found.context) == ("safetensors", None, 256)
+    assert found.weight_bytes["32 bit"] == 90_852_864
+
+
+def test_a_quantized_folder_counts_its_weights_not_its_codes(tmp_path: Path) -> None:
+    source = ARCHITECTURES / "qwen2-untied"
+    folder = quantize_folder(source, tmp_path / "q4", bits=4, group_size=32).path
+    found = inspect(folder)
+    assert found.parameters == inspect(source).parameters
+    assert found.quantization == "4 bit in groups of 32 (MLX)"
+    assert set(found.dtypes) == {"4 bit", "F32"}
+    assert found.weight_bytes["stored"] < found.weight_bytes["16 bit"]
+    assert verify(folder).tensors == found.tensors
+
+
+def test_what_is_not_supported_is_still_described(tmp_path: Path) -> None:
+    folder = tmp_path / "other"
+    shutil.copytree(ARCHITECTURES / "mistral", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "gemma9"}))
+    found = inspect(folder)
+    assert (found.kind, found.supported) == ("unknown", False)
+    assert "gemma9 is not supported" in found.notes[0]
+    with pytest.raises(ModelError, match="gemma9 is not supported"):
+        verify(folder)
+
+
+def test_verify_names_what_does_not_fit(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(ARCHITECTURES / "qwen3", folder)
+    config = json.loads((folder / "config.json").read_text())
+    for change, cause in (
+        ({"num_hidden_layers": 3}, "'model.layers.2.*' of shape .* is missing"),
+        ({"intermediate_size": 8}, r"has shape .*, not \(8, "),
+        ({"vocab_size": 3}, "has shape"),
+    ):
+        (folder / "config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(ModelError, match=cause):
+            verify(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = safetensors.read_folder(folder)
+    safetensors.write(folder / "model.safetensors", {**weights, "extra": weights["model.norm.weight"]})
+    with pytest.raises(ModelError, match="1 tensors that this architecture does not have: extra"):
+        verify(folder)
+    (folder / "tokenizer.json").unlink()
+    safetensors.write(folder / "model.safetensors", weights)
+    with pytest.raises(ModelError, match=r"no tokenizer\.json"):
+        verify(folder)
+
+
+def test_neither_a_folder_nor_gguf_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"x")
+    with pytest.raises(ModelError, match=r"model\.onnx: a model is a folder"):
+        inspect(tmp_path / "model.onnx")
+
+
+def test_mlx_is_not_imported() -> None:
+    code = (
+        "import sys; from pathlib import Path; from engine.inspecting import inspect; inspect(Path(sys.argv[1])); "
+        "assert not {'mlx', 'mlx.core', 'celery', 'tokenizers'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code, str(CHECKPOINTS[0])], check=True)

