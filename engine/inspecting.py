@@ -86,7 +86,7 @@ def _folder(folder: Path) -> Inspection:
         dtypes=dtypes,
         stored=stored,
         quantization=_form(section) if section else None,
-        context=_folder_context(folder, fields),
+        context=_folder_context(folder, fields, config.get("model_type")),
         layers=fields.count("num_hidden_layers"),
         dim=dim,
         vocabulary=fields.count("vocab_size"),
@@ -189,9 +189,10 @@ def _form(section: object) -> str:
     return f"{section.get('bits')} bit in groups of {section.get('group_size')} (MLX)"
 
 
-def _folder_context(folder: Path, fields: Fields) -> int:
+def _folder_context(folder: Path, fields: Fields, architecture: object) -> int:
     """What the model takes, or what its sentence-transformers file limits that to."""
-    positions = fields.count("max_position_embeddings", 2048)
+    # MPNet's first two positions stand for no token.
+    positions = fields.count("max_position_embeddings", 2048) - (2 if architecture == "mpnet" else 0)
     limit = read_json(folder / "sentence_bert_config.json", missing={}).get("max_seq_length")
     return min(limit, positions) if isinstance(limit, int) and limit > 0 else positions
 

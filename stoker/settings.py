@@ -20,7 +20,7 @@ ENV_PREFIX = "STOKER_"
 class Settings(BaseSettings):
     """What a client, a worker and `stoker up` can be told. Field `x` is the environment variable `STOKER_X`."""
 
-    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid", env_ignore_empty=True)
 
     #: Broker URL. Unset: the broker that `stoker up` runs on this machine, else `redis://127.0.0.1:6379/0`.
     url: str | None = None
@@ -75,6 +75,14 @@ class Settings(BaseSettings):
     def chosen_url(self) -> str | None:
         """The broker that somebody chose: by `STOKER_URL`, or by a `stoker up` that runs. None: nobody did."""
         return self.url or _running_broker(self.home)
+
+    def environment(self) -> dict[str, str]:
+        """These settings as environment variables, for a child process."""
+        said = {name: value for name, value in self.model_dump().items() if value is not None}
+        return {
+            ENV_PREFIX + name.upper(): ",".join(value) if isinstance(value, tuple) else str(value)
+            for name, value in said.items()
+        }
 
     @property
     def adapters(self) -> Path:

@@ -15,6 +15,7 @@ from stoker.cli.jobs import follow
 from stoker.cli.options import Url, console
 from stoker.client import Client
 from stoker.contract import Presence
+from stoker.errors import UnknownModel
 from stoker.local.stack import Stack
 from stoker.settings import load_settings
 
@@ -44,7 +45,7 @@ def _connected(url: str | None) -> Iterator[tuple[Client, Presence]]:
     """A client and a warm worker: those at `url`, else a stack of the demo's own, with its own data."""
     if url is not None:
         with Client(url) as client:
-            yield client, client.workers()[0]
+            yield client, _first_worker(client)
         return
     with tempfile.TemporaryDirectory(prefix="stoker-demo-") as home:
         settings = load_settings(home=Path(home), models=(EMBED_MODEL, GENERATE_MODEL), grace=5.0)
@@ -53,6 +54,13 @@ def _connected(url: str | None) -> Iterator[tuple[Client, Presence]]:
                 worker = stack.wait_until_warm()
             with Client(settings=stack.settings) as client:
                 yield client, worker
+
+
+def _first_worker(client: Client) -> Presence:
+    workers = client.workers()
+    if not workers:
+        raise UnknownModel(f"no worker is alive at {client.settings.address.shown}. Start one with `stoker up`.")
+    return workers[0]
 
 
 def _heading(text: str) -> None:
@@ -127,7 +135,7 @@ def _compare(client: Client) -> None:
 
 
 def _tell_end(client: Client, seconds: float) -> None:
-    worker = client.workers()[0]
+    worker = _first_worker(client)
     _heading("What ran where")
     print(
         f"  one process, {worker.worker} on {worker.device}: embedding, generation and training; {seconds:.0f} s in all"

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from stoker.cli.options import Json, Model, Url, connect, console, is_terminal, notes, print_json
 from stoker.client import Client, TrainJob
 from stoker.contract import GenerateResult, TrainReport, TrainResult
+from stoker.errors import InvalidRequest
 
 
 def embed(
@@ -47,7 +48,7 @@ def generate(
     url: Url = None,
 ) -> None:
     """Continue a prompt, token by token. Ctrl-C cancels the job."""
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _read_input() if prompt == "-" else prompt
     with connect(url) as client:
         _warn_if_cold(client, model, "generate")
         job = client.generate(
@@ -68,6 +69,13 @@ def generate(
         print()
         if is_terminal():
             notes.print(f"[dim]{describe(job.result())}[/dim]")
+
+
+def _read_input() -> str:
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError:
+        raise InvalidRequest("prompt: standard input is not UTF-8.") from None
 
 
 def _warn_if_cold(client: Client, model: str | None, kind: str) -> None:

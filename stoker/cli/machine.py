@@ -61,8 +61,7 @@ def worker(
     settings = _settings(model, url)
     command = worker_command(settings, f"{name or f'stoker-{uuid.uuid4().hex[:8]}'}@{platform.node()}")
     _ping(settings)
-    os.environ["STOKER_MODELS"] = ",".join(settings.models)
-    os.environ["STOKER_URL"] = settings.address.celery
+    os.environ |= settings.environment() | {"STOKER_URL": settings.address.celery}
     os.execv(command[0], command)
 
 

@@ -30,7 +30,7 @@ Text = Annotated[str, StringConstraints(max_length=MAX_TEXT_CHARS), AfterValidat
 class JobRequest(Message):
     """What every kind of job can be told."""
 
-    #: 0 is served first, 9 last; a job that waits moves up with time.
+    #: 0 is served first, 9 last.
     priority: int = Field(default=5, ge=0, le=9)
     #: Seconds from the submission after which the job ends with `DeadlineExceeded`. None: no deadline.
     deadline: float | None = Field(default=None, gt=0.0, le=30 * 24 * 3600.0)

@@ -71,14 +71,8 @@ class Stack:
         self._worker = self._spawn("worker", worker_command(self.settings, self.worker_name), self.settings.grace + 5)
 
     def _spawn(self, name: str, command: list[str], grace: float) -> Process:
-        env = {
-            "STOKER_URL": self.settings.address.celery,
-            "STOKER_HOME": str(self.settings.home),
-            "STOKER_MODELS": ",".join(self.settings.models),
-            "STOKER_GRACE": str(self.settings.grace),
-            "STOKER_LEASE": str(self.settings.lease),
-            "PYTHONUNBUFFERED": "1",
-        }
+        # The children read what we were told, wherever we were told it.
+        env = {**self.settings.environment(), "STOKER_URL": self.settings.address.celery, "PYTHONUNBUFFERED": "1"}
         return Process(name, command, log=self.settings.logs / f"{name}.log", env=env, grace=grace)
 
     def wait_until_warm(self, tell: Callable[[str], None] = lambda text: None) -> Presence:

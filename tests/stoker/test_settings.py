@@ -97,3 +97,17 @@ def test_a_damaged_record_of_a_broker_is_ignored(tmp_path: Path, text: str) -> N
     settings = Settings(home=tmp_path)
     settings.broker_file.write_text(text)
     assert settings.address.redis == DEFAULT_URL
+
+
+def test_a_child_process_reads_the_same_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    told = load_settings(home=tmp_path, models=("a", "b"), generate_slots=3, quantize="8bit", grace=1.5)
+    for name, value in told.environment().items():
+        monkeypatch.setenv(name, value)
+    assert load_settings() == told
+
+
+def test_an_empty_variable_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STOKER_URL", "")
+    monkeypatch.setenv("STOKER_MODELS", "")
+    assert load_settings().url is None
+    assert load_settings().models
