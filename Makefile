@@ -15,7 +15,7 @@ LOCK := $(LOCK_VENV)/bin/uv pip compile --no-config --universal --python-version
 LOCK_HEADER := \# Made by `make lock`: do not edit. Universal (Linux, macOS arm64; Python 3.11 and later), with hashes.
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast test-integration test-slow check format bench lock goldens clean distclean
+.PHONY: help venv demo test test-fast test-integration test-slow chaos check format bench lock goldens clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,6 +51,9 @@ test-integration: $(STAMP) ## a real broker, a real worker, real weights
 
 test-slow: $(STAMP) ## the long ones and the chaos suite
 	$(BIN)/python -m pytest -m "slow or chaos" $(PYTEST_ARGS)
+
+chaos: $(STAMP) ## kill, freeze, drain and cut off real workers under load
+	$(BIN)/python -m pytest -m chaos -rA $(PYTEST_ARGS)
 
 check: $(STAMP) ## lint, format, types, import rules, licences
 	$(BIN)/ruff check .

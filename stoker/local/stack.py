@@ -70,6 +70,12 @@ class Stack:
         self.worker_name = f"stoker-{uuid.uuid4().hex[:8]}@local"
         self._worker = self._spawn("worker", worker_command(self.settings, self.worker_name), self.settings.grace + 5)
 
+    def replace_worker(self) -> None:
+        """Wait for a worker that is ending, and start another."""
+        if self._worker is not None:
+            self._worker.stop()
+        self.start_worker()
+
     def _spawn(self, name: str, command: list[str], grace: float) -> Process:
         # The children read what we were told, wherever we were told it.
         env = {**self.settings.environment(), "STOKER_URL": self.settings.address.celery, "PYTHONUNBUFFERED": "1"}

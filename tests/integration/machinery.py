@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -19,6 +20,8 @@ from stoker.local.stack import Stack
 from stoker.settings import Settings
 from tests.conftest import stack_settings
 
+#: Prompts, and what transformers makes of them greedily (tests/goldens).
+GOLDENS = json.loads((Path(__file__).parent.parent / "goldens" / "smollm2.json").read_text())["prompts"]
 CERTIFICATE = Path(__file__).parent.parent / "data" / "tls-test-only.crt"
 KEY = CERTIFICATE.with_suffix(".key")
 

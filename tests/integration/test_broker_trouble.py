@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import tempfile
@@ -18,19 +17,11 @@ from stoker.local.broker import server_binary
 from stoker.local.process import Process
 from stoker.local.stack import Stack
 from tests.conftest import EMBED_MODEL, GENERATE_MODEL, keys_without_expiry, stack_settings, wait_until
-from tests.integration.machinery import CERTIFICATE, FragileBroker, TlsProxy, patient_client, worker_on
+from tests.integration.machinery import CERTIFICATE, GOLDENS, FragileBroker, TlsProxy, patient_client, worker_on
 
 pytestmark = pytest.mark.integration
 
-SMOLLM2 = json.loads((Path(__file__).parent.parent / "goldens" / "smollm2.json").read_text())
-GOLDEN = SMOLLM2["prompts"][0]
-
-
-@pytest.fixture
-def fragile(tmp_path: Path) -> Iterator[FragileBroker]:
-    broker = FragileBroker(tmp_path / "fragile")
-    yield broker
-    broker.close()
+GOLDEN = GOLDENS[0]
 
 
 def assert_golden(client: Client, stream: Iterator) -> None:  # type: ignore[type-arg]

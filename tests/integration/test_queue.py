@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,19 +12,11 @@ from stoker import Client, JobStatus, keys, ledger
 from stoker.client_core import generate_request, job_record
 from stoker.errors import DeadlineExceeded, InvalidRequest, JobCancelled, JobDead, JobLost
 from tests.conftest import GENERATE_MODEL, alive, wait_until
-from tests.integration.machinery import FragileBroker, patient_client, worker_on
+from tests.integration.machinery import GOLDENS, FragileBroker, patient_client, worker_on
 
 pytestmark = pytest.mark.integration
 
-SMOLLM2 = json.loads((Path(__file__).parent.parent / "goldens" / "smollm2.json").read_text())
-GOLDEN = SMOLLM2["prompts"][0]
-
-
-@pytest.fixture
-def fragile(tmp_path: Path) -> Iterator[FragileBroker]:
-    broker = FragileBroker(tmp_path / "fragile")
-    yield broker
-    broker.close()
+GOLDEN = GOLDENS[0]
 
 
 def test_the_same_id_twice_is_one_job(client: Client) -> None:
