@@ -109,7 +109,11 @@ class LaneRequest(Request):
         self._on_ack = self._on_reject = self._forget
 
     def _forget(self, *_: Any) -> None:
-        QoS.ack(self.message.channel.qos, self.message.delivery_tag)  # type: ignore[no-untyped-call]
+        # A frozen worker may get its own message again, and then holds the tag twice: the newer delivery needs it.
+        tag = self.message.delivery_tag
+        if any(other is not self and other.message.delivery_tag == tag for other in list(self.by_token.values())):
+            return
+        QoS.ack(self.message.channel.qos, tag)  # type: ignore[no-untyped-call]
 
     def acknowledge(self) -> None:
         super().acknowledge()

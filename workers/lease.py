@@ -16,13 +16,13 @@ import time
 from typing import Any
 
 from celery import bootsteps
-from celery.worker import state
 from redis.exceptions import RedisError
 
 from stoker import keys
 from stoker.connection import connect
 from stoker.settings import Settings
 from workers import runtime, transport
+from workers.lanes import LaneRequest
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +106,7 @@ class LeaseStep(bootsteps.StartStopStep):
         pipeline.execute()
 
     def _held_tags(self) -> set[str]:
-        running = {r.message.delivery_tag for r in list(state.requests.values()) if not r.acknowledged}
+        # Not Celery's own table of requests: it has one place for a job, and a job may be here twice for a moment.
+        running = {request.message.delivery_tag for request in list(LaneRequest.by_token.values())}
         prefetched = {tag for tag in list(self._qos._delivered) if tag not in self._qos._dirty}
         return running | prefetched
