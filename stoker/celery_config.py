@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from stoker import keys
+from stoker import keys, ledger
 from stoker.settings import Settings
 
 
@@ -15,7 +15,7 @@ def shared_config(settings: Settings) -> dict[str, Any]:
         "broker_connection_retry_on_startup": True,
         "broker_transport_options": {
             "global_keyprefix": keys.PREFIX,
-            "priority_steps": list(range(10)),
+            "priority_steps": list(range(ledger.PRIORITIES)),
             "socket_keepalive": True,
         },
         "result_backend_transport_options": {"global_keyprefix": keys.PREFIX},

@@ -107,7 +107,7 @@ class GenerateLane:
         mx.eval(self._cache.arrays())
 
     def _decode(self, output: StepOutput) -> None:
-        rows = [row for row in self._rows if row.prefilled and row.cached < len(row.prompt) + len(row.tokens)]
+        rows = [row for row in self._rows if row.prefilled]
         # Ascending slots without holes are read where they lie; any other order copies their keys and values.
         rows.sort(key=lambda row: row.slot)
         if not rows:
