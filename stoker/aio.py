@@ -22,7 +22,6 @@ from stoker.contract import (
     Request,
     StreamToken,
     TrainReport,
-    TrainRequest,
     TrainResult,
 )
 from stoker.settings import Settings, load_settings
@@ -35,10 +34,16 @@ E = TypeVar("E", StreamToken, TrainReport)
 class AsyncClient:
     """Enqueues jobs from one event loop; use it in `async with`, or `await close()`."""
 
-    def __init__(self, url: str | None = None, *, settings: Settings | None = None) -> None:
-        self.settings = settings or load_settings(url=url)
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        key: str | None = None,
+        queue_wait: float | None = None,
+        settings: Settings | None = None,
+    ) -> None:
+        self.settings = settings or load_settings(url=url, client_key=key, queue_wait=queue_wait)
         self.redis = connect_async(self.settings)
-        self._sender = core.Sender(self.settings)
 
     async def embed(
         self, texts: Sequence[str], *, model: str | None = None, job_id: str | None = None, **options: Any
@@ -86,19 +91,16 @@ class AsyncClient:
     async def _choose(self, model: str | None, kind: str) -> str:
         return core.choose_model(model, kind, await self.models(), await self.workers())
 
-    async def _submit(self, request: Request, job_id: str | None, dataset: bytes | None = None) -> str:
-        job_id = core.checked_job_id(job_id)
-        with translated(self.settings):
-            new = core.is_new(await ledger.submit(self.redis, job_id, core.job_record(request)), request)
-            if new and isinstance(request, TrainRequest) and dataset is not None:
-                await self.redis.set(keys.blob(request.dataset), dataset, ex=keys.PENDING_TTL)
-        if new:
-            # Celery's producer blocks: a thread keeps it off the event loop.
-            await asyncio.to_thread(self._sender.send, job_id, request)
-        return job_id
+    async def _submit(self, request: Request, job_id: str | None, data: bytes = b"") -> str:
+        submission = core.Submission(self.settings, request, core.checked_job_id(job_id), data)
+        while True:
+            with translated(self.settings):
+                pause = submission.pause(await submission.send(self.redis))
+            if pause is None:
+                return submission.job_id
+            await asyncio.sleep(pause)
 
     async def close(self) -> None:
-        self._sender.close()
         await self.redis.aclose()
 
     async def __aenter__(self) -> AsyncClient:

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from stoker import keys, ledger
+from stoker import keys
 from stoker.settings import Settings
 
 
 def shared_config(settings: Settings) -> dict[str, Any]:
-    """JSON only, all keys under `stoker:`, ten priorities with 0 the highest."""
+    """JSON only, all keys under `stoker:`. One list a queue: the ledger puts jobs in order, priorities included."""
     return {
         "broker_url": settings.address.celery,
         "broker_connection_retry_on_startup": True,
         "broker_transport_options": {
             "global_keyprefix": keys.PREFIX,
-            "priority_steps": list(range(ledger.PRIORITIES)),
+            "priority_steps": [0],
             "socket_keepalive": True,
         },
         "result_backend_transport_options": {"global_keyprefix": keys.PREFIX},
         "task_serializer": "json",
         "result_serializer": "json",
         "accept_content": ["json"],
-        "task_default_priority": 5,
+        "task_default_priority": 0,
     }

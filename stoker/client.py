@@ -22,7 +22,6 @@ from stoker.contract import (
     Request,
     StreamToken,
     TrainReport,
-    TrainRequest,
     TrainResult,
     decode,
 )
@@ -40,12 +39,22 @@ class Client:
     `url` overrides `STOKER_URL`; without both it is the broker of a `stoker up` on this machine, else
     `redis://127.0.0.1:6379/0`. Every method raises `BrokerUnavailable` if the broker does not answer, and
     `InvalidRequest` before anything is sent if the request cannot be run.
+
+    `key` names who sends: clients of one queue get equal shares of it, and each has a limit of its own. `queue_wait`:
+    seconds to wait for a place in a queue that is full before `QueueFull` is raised. They override
+    `STOKER_CLIENT_KEY` and `STOKER_QUEUE_WAIT`.
     """
 
-    def __init__(self, url: str | None = None, *, settings: Settings | None = None) -> None:
-        self.settings = settings or load_settings(url=url)
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        key: str | None = None,
+        queue_wait: float | None = None,
+        settings: Settings | None = None,
+    ) -> None:
+        self.settings = settings or load_settings(url=url, client_key=key, queue_wait=queue_wait)
         self.redis = connect(self.settings)
-        self._sender = core.Sender(self.settings)
 
     def embed(
         self, texts: Sequence[str], *, model: str | None = None, job_id: str | None = None, **options: Any
@@ -120,27 +129,25 @@ class Client:
         if letter is None:
             raise JobLost(f"job {job_id}: no dead letter of that id. `stoker jobs dead` lists them.")
         request = decode(core.REQUESTS[letter["kind"]], json.loads(letter["request"]))
-        with translated(self.settings):
-            ledger.forget(self.redis.pipeline(), job_id).execute()
-        self._submit(request, job_id)
+        self._send(core.Submission(self.settings, request, job_id), revive=True)
         return _JOBS[request.kind](self, job_id)
 
     def _choose(self, model: str | None, kind: str) -> str:
         return core.choose_model(model, kind, self.models(), self.workers())
 
-    def _submit(self, request: Request, job_id: str | None, dataset: bytes | None = None) -> str:
-        job_id = core.checked_job_id(job_id)
-        with translated(self.settings):
-            new = core.is_new(ledger.submit(self.redis, job_id, core.job_record(request)), request)
-            # After the record: a queue that is full takes no dataset either.
-            if new and isinstance(request, TrainRequest) and dataset is not None:
-                self.redis.set(keys.blob(request.dataset), dataset, ex=keys.PENDING_TTL)
-        if new:
-            self._sender.send(job_id, request)
-        return job_id
+    def _submit(self, request: Request, job_id: str | None, data: bytes = b"") -> str:
+        submission = core.Submission(self.settings, request, core.checked_job_id(job_id), data)
+        return self._send(submission)
+
+    def _send(self, submission: core.Submission, *, revive: bool = False) -> str:
+        while True:
+            with translated(self.settings):
+                pause = submission.pause(submission.send(self.redis, revive=revive))
+            if pause is None:
+                return submission.job_id
+            time.sleep(pause)
 
     def close(self) -> None:
-        self._sender.close()
         self.redis.close()
 
     def __enter__(self) -> Client:

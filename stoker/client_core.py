@@ -16,12 +16,10 @@ from typing import Any
 
 import numpy as np
 import safetensors.numpy
-from celery import Celery
-from kombu.exceptions import OperationalError
+from redis.exceptions import AuthenticationError, AuthorizationError, OutOfMemoryError
 
-from stoker import keys
+from stoker import keys, ledger
 from stoker.catalogue import model_name
-from stoker.celery_config import shared_config
 from stoker.contract import (
     EmbedReply,
     EmbedRequest,
@@ -34,6 +32,7 @@ from stoker.contract import (
     encode,
 )
 from stoker.contract.dataset import MAX_DATASET_BYTES, Example, read_lines, read_mappings
+from stoker.envelope import envelope
 from stoker.errors import (
     BrokerUnavailable,
     DatasetError,
@@ -97,36 +96,25 @@ def _joined(message: Any) -> str:
     return " ".join(map(str, message)) if isinstance(message, list | tuple) else str(message)
 
 
-class Sender:
-    """Puts requests into the broker through Celery, by task name."""
-
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._app = Celery("stoker-client", set_as_current=False)
-        # No result backend: the client reads results itself (`subscription.py`), so Celery need not subscribe.
-        self._app.conf.update(shared_config(settings), task_ignore_result=False)
-
-    def send(self, job_id: str, request: Request) -> None:
-        try:
-            self._app.send_task(
-                f"stoker.{request.kind}",
-                args=[encode(request)],
-                task_id=job_id,
-                queue=keys.queue(request.model, request.kind),
-                priority=request.priority,
-                retry=True,
-                retry_policy={"max_retries": 3, "interval_start": 0.1, "interval_step": 0.5, "interval_max": 2.0},
-            )
-        except OperationalError as error:
-            raise broker_unavailable(self._settings, error) from None
-
-    def close(self) -> None:
-        self._app.close()
-
-
 def broker_unavailable(settings: Settings, error: BaseException) -> BrokerUnavailable:
+    """What redis-py raised, as the one error that a caller sees, with the remedy."""
+    where, reason = settings.address.shown, _reason(error)
+    if isinstance(error, AuthenticationError | AuthorizationError) or reason.startswith(("NOAUTH", "WRONGPASS")):
+        return BrokerUnavailable(
+            f"the broker at {where} refuses the login ({reason}). Put its user and password into STOKER_URL: "
+            "redis://USER:PASSWORD@HOST:PORT/DB."
+        )
+    if isinstance(error, OutOfMemoryError):
+        return BrokerUnavailable(
+            f"the broker at {where} has no memory left and took nothing. Wait until jobs have ended, or raise its "
+            "maxmemory."
+        )
+    if reason.startswith("MISCONF"):
+        return BrokerUnavailable(
+            f"the broker at {where} cannot write to its disk and took nothing ({reason}). Free some space there."
+        )
     return BrokerUnavailable(
-        f"no answer from the broker at {settings.address.shown} ({_reason(error)}). "
+        f"no answer from the broker at {where} ({reason}). "
         "Start one with `stoker up`, or set STOKER_URL to one that runs."
     )
 
@@ -189,27 +177,57 @@ def _examples(dataset: Dataset) -> list[Example]:
         raise DatasetError(f"{path}: cannot be read ({error.strerror}).") from None
 
 
-def job_record(request: Request) -> dict[str, str]:
-    """What `ledger.submit` writes. `request` is there so that the job can be sent again if its message is lost."""
-    return {
+class Submission:
+    """One job on its way into the ledger. Sent again it is the same job, so any failure of the way can be repeated."""
+
+    def __init__(self, settings: Settings, request: Request, job_id: str, data: bytes = b"") -> None:
+        self.job_id, self._data = job_id, data
+        self._record = job_record(request, job_id, settings.client_key)
+        self._until = time.monotonic() + settings.queue_wait
+
+    def send(self, redis: Any, *, revive: bool = False) -> Any:
+        """What `ledger.submit` returns: the asyncio client has to await it."""
+        return ledger.submit(redis, self.job_id, self._record, self._data, revive=revive)
+
+    def pause(self, reply: Sequence[Any]) -> float | None:
+        """None if the job is in; else seconds to wait before the next try. Raises `QueueFull` when time is up."""
+        state, depth, limit, wait = reply[0].decode(), int(reply[1]), int(reply[2]), float(reply[3])
+        if state not in ("full", "client_full"):
+            return None
+        left = self._until - time.monotonic()
+        if left > 0:
+            # A full queue moves on: looking more often than its pace says is cheap, sleeping too long is not.
+            return min(left, wait / 2, 5.0)
+        raise QueueFull(self._refusal(state, depth, limit, wait), depth=depth, limit=limit, wait=wait)
+
+    def _refusal(self, state: str, depth: int, limit: int, wait: float) -> str:
+        queue, client = self._record["queue"], self._record["client"]
+        who = (
+            f"{depth} jobs wait there and {limit} may"
+            if state == "full"
+            else f"client {client!r} has {depth} open jobs there and may have {limit}"
+        )
+        return (
+            f"{queue}: {who}. Nothing was sent; try again in about {wait:.0f} s, set STOKER_QUEUE_WAIT to wait for a "
+            "place, or start another worker."
+        )
+
+
+def job_record(request: Request, job_id: str, client: str = "default") -> dict[str, str]:
+    """What `ledger.submit` writes: all that is known of the job, with the message that brings it to a worker."""
+    queue = keys.queue(request.model, request.kind)
+    record = {
         "kind": request.kind,
         "model": request.model,
-        "queue": keys.queue(request.model, request.kind),
+        "queue": queue,
+        "client": client,
+        "priority": str(request.priority),
         "request": json.dumps(encode(request)),
+        "message": envelope(job_id, request.kind, request.model, queue),
     }
-
-
-def is_new(reply: Sequence[Any], request: Request) -> bool:
-    """Whether `ledger.submit` wrote a record: then the message has to be sent. Raises `QueueFull`."""
-    state, depth = reply[0].decode(), int(reply[1])
-    if state == "full":
-        # A few hundredths of a second a job is what a warm worker needs at the least.
-        wait = max(1, depth // 50)
-        raise QueueFull(
-            f"{keys.queue(request.model, request.kind)}: {depth} jobs wait there, and no more than that may. Nothing "
-            f"was sent; try again in about {wait} s, or start another worker."
-        )
-    return bool(state == "new")
+    if isinstance(request, TrainRequest):
+        record["blob"] = keys.blob(request.dataset)
+    return record
 
 
 def status_of(record: bytes | None, owner: Sequence[bytes | None], job_id: str) -> JobStatus:

@@ -10,8 +10,17 @@ from typing import Any
 import redis
 import redis.asyncio
 from redis.asyncio.retry import Retry as AsyncRetry
-from redis.backoff import NoBackoff
-from redis.exceptions import AuthenticationError, AuthorizationError, RedisError
+from redis.backoff import ExponentialBackoff
+from redis.exceptions import (
+    AuthenticationError,
+    AuthorizationError,
+    ClusterDownError,
+    MasterDownError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    TryAgainError,
+)
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
@@ -22,22 +31,29 @@ from stoker.settings import Settings
 
 #: The connection is gone or silent: another try may help.
 TROUBLE = (RedisConnectionError, RedisTimeoutError)
+#: What a broker answers that will take the same command again some time: its memory or its disk is full, or it is a
+#: replica in the middle of a fail-over.
+_PASSING = (OutOfMemoryError, ReadOnlyError, MasterDownError, ClusterDownError, TryAgainError)
+_PASSING_REPLIES = ("MISCONF", "NOREPLICAS", "MASTERDOWN", "LOADING", "BUSY", "NOAUTH", "WRONGPASS", "READONLY", "OOM")
 
+#: Two more tries within a third of a second, after a lost connection and not after silence.
+_RETRIES: Any = (ExponentialBackoff(cap=0.25, base=0.05), 2, (RedisConnectionError,))
 #: Seconds. A broker that is stopped (not closed) keeps its sockets open: without a bound a read would hang for ever.
 SOCKET_TIMEOUT = 5.0
 
 
 def connect(settings: Settings) -> Any:
-    """A thread-safe redis-py client that tries once: `Patience` decides on more.
+    """A thread-safe redis-py client. A connection that turns out to be closed is opened again, so that a broker's
+    restart between two calls goes unnoticed; every command of Stoker may be sent twice. `Patience` decides on more.
 
     Typed `Any` because redis-py types every reply as a union over its decoding modes; ours are always bytes.
     """
-    return redis.Redis.from_url(settings.address.redis, retry=Retry(NoBackoff(), 0), **_options(settings))
+    return redis.Redis.from_url(settings.address.redis, retry=Retry(*_RETRIES), **_options(settings))
 
 
 def connect_async(settings: Settings) -> Any:
     """The asyncio twin of `connect`."""
-    return redis.asyncio.Redis.from_url(settings.address.redis, retry=AsyncRetry(NoBackoff(), 0), **_options(settings))
+    return redis.asyncio.Redis.from_url(settings.address.redis, retry=AsyncRetry(*_RETRIES), **_options(settings))
 
 
 def _options(settings: Settings) -> dict[str, Any]:
@@ -55,6 +71,11 @@ def translated(settings: Settings) -> Iterator[None]:
         yield
     except RedisError as error:
         raise broker_unavailable(settings, error) from None
+
+
+def passes(error: RedisError) -> bool:
+    """Whether the trouble may go away by itself, or when somebody mends the broker: the same command will do then."""
+    return isinstance(error, TROUBLE + _PASSING) or str(error).startswith(_PASSING_REPLIES)
 
 
 class Patience:

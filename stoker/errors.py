@@ -106,9 +106,16 @@ class JobTimeout(StokerError, TimeoutError):
 
 
 class QueueFull(StokerError):
-    """Too many jobs wait in that queue already. Nothing was sent."""
+    """Too many jobs wait in that queue already, or too many of this client's are open. Nothing was sent.
+
+    `depth`: jobs there; `limit`: how many may be; `wait`: seconds after which a place should be free.
+    """
 
     exit_code = 7
+
+    def __init__(self, message: str, *, depth: int = 0, limit: int = 0, wait: float = 0.0) -> None:
+        super().__init__(message)
+        self.depth, self.limit, self.wait = depth, limit, wait
 
 
 class WorkerUnavailable(StokerError):

@@ -23,7 +23,8 @@ PRESENCE_TTL = 10
 
 #: Keys without expiry, by name.
 DURABLE = (
-    re.compile(r"stoker:stoker\.[a-z0-9._-]+(\x06\x16\d)?"),  # queues, one list a priority step
+    re.compile(r"stoker:stoker\.[a-z0-9._-]+"),  # the fronts of queues
+    re.compile(r"stoker:policy"),  # what somebody decided about limits
     re.compile(r"stoker:_kombu\.binding(_deadlines|(_permanent)?\..+)"),  # which queues an exchange feeds
     re.compile(r"stoker:unacked(_index|_mutex)?"),  # messages that a worker holds
 )
@@ -41,6 +42,36 @@ def job(job_id: str) -> str:
 def open_jobs(queue: str) -> str:
     """Sorted set: ids of the queue's jobs that have not ended → when they were submitted."""
     return f"{PREFIX}open:{queue}"
+
+
+def front(queue: str) -> str:
+    """List: the messages of the queue that Celery takes next, from its right end."""
+    return f"{PREFIX}{queue}"
+
+
+def room(queue: str, priority: int) -> str:
+    """Sorted set: ids of jobs of one priority that wait behind the front → their client's turn."""
+    return f"{PREFIX}room:{queue}:{priority}"
+
+
+def turns(queue: str) -> str:
+    """Hash: whose turn it is among clients and priorities, while anybody waits in a room."""
+    return f"{PREFIX}turns:{queue}"
+
+
+def handed(queue: str) -> str:
+    """Sorted set: ids of jobs that came to the front and have not ended → when."""
+    return f"{PREFIX}handed:{queue}"
+
+
+def pace(queue: str) -> str:
+    """Hash: how fast jobs of the queue have ended."""
+    return f"{PREFIX}pace:{queue}"
+
+
+def client(key: str, queue: str) -> str:
+    """Sorted set: ids of one client's jobs in one queue that have not ended → when they were submitted."""
+    return f"{PREFIX}client:{key}:{queue}"
 
 
 def result(job_id: str) -> str:
@@ -75,11 +106,13 @@ def worker(name: str) -> str:
 
 #: Channel: ids of jobs that were cancelled just now.
 CANCELS = f"{PREFIX}cancels"
+#: Hash: limits and ageing, where they differ from the defaults (`stoker policy`). Durable.
+POLICY = f"{PREFIX}policy"
 #: Hash: job id → JSON of a job that killed too many workers, until somebody retries it.
 DEAD = f"{PREFIX}dead"
 #: Seconds that a dead letter is kept.
 DEAD_TTL = 30 * 24 * 3600
-#: String: which worker looks for orphans now.
+#: String: which worker looks for lost messages now.
 JANITOR = f"{PREFIX}janitor"
 #: Sorted set: worker name → time of its last presence, so that nobody has to scan for them.
 WORKERS = f"{PREFIX}workers"

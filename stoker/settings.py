@@ -8,10 +8,11 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, StringConstraints, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from stoker.address import DEFAULT_URL, Address
+from stoker.contract.base import NAME_PATTERN
 from stoker.errors import ConfigError
 
 ENV_PREFIX = "STOKER_"
@@ -40,6 +41,10 @@ class Settings(BaseSettings):
     grace: float = Field(default=30.0, ge=0, le=3600)
     #: Seconds for which a client bears a broker that does not answer before it gives up.
     patience: float = Field(default=30.0, ge=0, le=3600)
+    #: Who sends: clients of one lane share it fairly, and each has a limit of its own (`stoker policy`).
+    client_key: Annotated[str, StringConstraints(pattern=NAME_PATTERN)] = "default"
+    #: Seconds that a client waits for a place in a queue that is full. 0: it is told at once.
+    queue_wait: float = Field(default=0.0, ge=0, le=24 * 3600)
     #: What weights are computed in. Unset: float32 on a CPU, the file's own 16 bits on a GPU.
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     #: Weights of generating models: `4bit`, `8bit`, `keep` (as the file has them), `none` (dense). Unset: `none` on a

@@ -13,8 +13,8 @@ from workers.frame import JobTask, Run, complete, run_job
 
 
 @shared_task(name="stoker.embed", base=JobTask, bind=True)
-def embed(self: Task, payload: Any) -> dict[str, Any]:
-    return run_job(self, payload, EmbedRequest, _finish)
+def embed(self: Task) -> dict[str, Any]:
+    return run_job(self, EmbedRequest, _finish)
 
 
 def _finish(run: Run, request: EmbedRequest, work: Any) -> EmbedReply:

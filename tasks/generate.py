@@ -12,8 +12,8 @@ from workers.frame import JobTask, Run, complete, run_job
 
 
 @shared_task(name="stoker.generate", base=JobTask, bind=True)
-def generate(self: Task, payload: Any) -> dict[str, Any]:
-    return run_job(self, payload, GenerateRequest, _finish, _published)
+def generate(self: Task) -> dict[str, Any]:
+    return run_job(self, GenerateRequest, _finish, _published)
 
 
 def _published(run: Run, request: GenerateRequest) -> list[StreamToken]:

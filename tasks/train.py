@@ -6,16 +6,14 @@ from typing import Any
 
 from celery import Task, shared_task
 
-from stoker import keys
 from stoker.contract import TrainRequest, TrainResult
 from workers.frame import JobTask, Run, blob, complete, run_job
 
 
 @shared_task(name="stoker.train", base=JobTask, bind=True)
-def train(self: Task, payload: Any) -> dict[str, Any]:
-    return run_job(self, payload, TrainRequest, _finish, lambda run, request: blob(run, request.dataset))
+def train(self: Task) -> dict[str, Any]:
+    return run_job(self, TrainRequest, _finish, lambda run, request: blob(run, request.dataset))
 
 
 def _finish(run: Run, request: TrainRequest, result: TrainResult) -> TrainResult:
-    run.runtime.persist(lambda: run.runtime.redis.delete(keys.blob(request.dataset)))
     return result.model_copy(update={"usage": complete(result.usage, run)})

@@ -57,7 +57,7 @@ class EngineStep(bootsteps.StartStopStep):
         runtime.install(self._runtime)
         self._open_queues(worker.app, settings)
         CancelWatch(self._runtime).start()
-        self._heart = Heart(self._runtime, lanes, Janitor(self._runtime, worker.app))
+        self._heart = Heart(self._runtime, lanes, Janitor(self._runtime))
         self._heart.start()
 
     def _open_queues(self, app: Celery, settings: Settings) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -26,6 +27,8 @@ class JobTask(Task):
 
     Request = LaneRequest
     throws = (StokerError,)
+    # The ledger stores it, in the same step in which the job ends.
+    ignore_result = True
 
 
 class Run:
@@ -34,6 +37,7 @@ class Run:
     def __init__(self, task: Task) -> None:
         self.runtime, self.job_id = current(), str(task.request.id)
         self._task = task
+        self._queue = task.request.delivery_info["routing_key"]
         self._token, self._tag = task.request.stoker_token, task.request.stoker_tag
         self.claim = Claim("run", 0.0, False)
 
@@ -41,7 +45,7 @@ class Run:
         """Become the job's owner. Raises `Ignore` for a delivery that has nothing to do any more."""
         reply = self._persist(ledger.claim, self._token, self._tag, self.runtime.name)
         self.claim = Claim.parse(reply)
-        if self.claim.state in ("ended", "duplicate"):
+        if self.claim.state in _DROPPED:
             log.info("job %s: dropped a delivery of a job that %s", self.job_id, _DROPPED[self.claim.state])
             raise Ignore
         if self.claim.state == "dead":
@@ -72,10 +76,9 @@ class Run:
             )
         return left
 
-    def settle(self) -> None:
-        """From now on the job's record lives as long as its result. Raises `Fenced` if it is not ours to end."""
-        queue = self._task.request.delivery_info["routing_key"]
-        if not self._persist(ledger.settle, queue, self._token):
+    def settle(self, outcome: dict[str, Any]) -> None:
+        """The job has ended so. Raises `Fenced` if it is not ours to end."""
+        if not self._persist(ledger.settle, self._token, outcome):
             raise Fenced(f"job {self.job_id} runs elsewhere.")
 
     def release(self) -> None:
@@ -87,21 +90,19 @@ class Run:
         if request is not None:
             request.fence()
 
-    def mark_revoked(self) -> None:
-        self._task.backend.mark_as_revoked(self.job_id, "cancelled", request=self._task.request)
+    def tell_revoked(self) -> None:
         # Flower shows STARTED for ever without this event.
         self._task.send_event("task-revoked", terminated=True, signum=None, expired=False)
 
     def _persist(self, transition: Callable[..., Any], *arguments: Any) -> Any:
-        return self.runtime.persist(lambda: transition(self.runtime.redis, self.job_id, *arguments))
+        return self.runtime.persist(lambda: transition(self.runtime.redis, self.job_id, self._queue, *arguments))
 
 
-_DROPPED = {"ended": "has ended", "duplicate": "runs already"}
+_DROPPED = {"ended": "has ended", "duplicate": "runs already", "unknown": "the broker knows no longer"}
 
 
 def run_job(
     task: Task,
-    payload: Any,
     message: type[M],
     finish: Callable[[Run, M, Any], Any],
     fetch: Callable[[Run, M], Any] = lambda run, request: None,
@@ -114,7 +115,7 @@ def run_job(
     """
     run = Run(task)
     try:
-        return _attempt(run, payload, message, finish, fetch)
+        return _attempt(run, message, finish, fetch)
     except Fenced:
         run.forget()
         raise Ignore from None
@@ -123,29 +124,33 @@ def run_job(
         run.release()
         raise Reject(str(error), requeue=True) from None
     except JobCancelled:
-        run.mark_revoked()
+        run.tell_revoked()
         raise Ignore from None
 
 
 def _attempt(
-    run: Run, payload: Any, message: type[M], finish: Callable[[Run, M, Any], Any], fetch: Callable[[Run, M], Any]
+    run: Run, message: type[M], finish: Callable[[Run, M, Any], Any], fetch: Callable[[Run, M], Any]
 ) -> dict[str, Any]:
     try:
         run.take()
-        request = decode(message, payload)
+        request = decode(message, json.loads(run.claim.request))
         data = run.runtime.persist(lambda: fetch(run, request))
-        result = finish(run, request, run.execute(request, data))
-        run.settle()
-        return _fields(result)
+        result = _fields(finish(run, request, run.execute(request, data)))
     except (WorkerUnavailable, Ignore):
         raise
-    except StokerError:
-        run.settle()
+    except JobCancelled:
+        run.settle(ledger.revoked(run.job_id))
+        raise
+    except StokerError as error:
+        run.settle(ledger.failure(run.job_id, error))
         raise
     except Exception as error:
         log.exception("job %s failed", run.job_id)
-        run.settle()
-        raise to_wire(error) from error
+        known = to_wire(error)
+        run.settle(ledger.failure(run.job_id, known))
+        raise known from error
+    run.settle(ledger.success(run.job_id, result))
+    return result
 
 
 def _fields(result: Any) -> dict[str, Any]:

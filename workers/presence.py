@@ -8,7 +8,6 @@ import socket
 import threading
 import time
 
-from kombu.exceptions import OperationalError
 from redis.exceptions import RedisError
 
 from stoker import keys
@@ -43,7 +42,7 @@ class Heart:
             try:
                 self._beat()
                 self._janitor.round()
-            except (RedisError, OperationalError) as error:
+            except RedisError as error:
                 log.debug("no heartbeat: %s", error)
             self._runtime.stopped.wait(keys.PRESENCE_EVERY)
 

@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from redis.exceptions import RedisError
+
 from stoker import keys
-from stoker.connection import TROUBLE, connect
+from stoker.connection import connect, passes
 from stoker.errors import WorkerUnavailable
 from stoker.settings import Settings
 from workers.publishing import Publisher
@@ -108,8 +110,8 @@ class Runtime:
         while True:
             try:
                 return action()
-            except TROUBLE as error:
-                if self.stopped.wait(pause):
+            except RedisError as error:
+                if not passes(error) or self.stopped.wait(pause):
                     raise
                 log.warning("the broker is away (%s); trying again", error)
                 pause = min(2.0, pause * 2)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import stoker
-from stoker.cli import demo, jobs, machine
+from stoker.cli import demo, jobs, machine, policy
 from stoker.cli import models as models_commands
 
 app = typer.Typer(
@@ -50,6 +50,7 @@ queue = typer.Typer(no_args_is_help=True, help="Jobs that wait, run, or were put
 queue.command("list")(jobs.list_jobs)
 queue.command("dead")(jobs.list_dead)
 queue.command("retry")(jobs.retry)
+queue.command("policy")(policy.show_or_set)
 app.add_typer(queue, name="jobs")
 
 models = typer.Typer(no_args_is_help=True, help="Models that a worker can be told to serve.")

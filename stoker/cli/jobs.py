@@ -176,7 +176,8 @@ def list_jobs(as_json: Json = False, url: Url = None) -> None:
         return
     for job_id, record in found.items():
         state = f"running on {record['worker']}" if "worker" in record else "waiting"
-        print(f"{job_id}  {record['kind']:8} {record['model']:24} {state}, {record['age']:.0f} s old")
+        who = f"{record['client']}, priority {record['priority']}"
+        print(f"{job_id}  {record['kind']:8} {record['model']:24} {who}, {state}, {record['age']:.0f} s old")
 
 
 def list_dead(as_json: Json = False, url: Url = None) -> None:

@@ -176,6 +176,8 @@ def test_the_table_of_keys_is_that_of_the_code() -> None:
     table = {code(row[0])[0]: row[2] for row in rows("docs/redis.md", "key")}
     made = {make("<job>") for make in (keys.job, keys.result, keys.stream, keys.cancel)}
     made |= {keys.blob("dataset:<job>"), keys.blob("vectors:<job>"), keys.worker("<worker>"), keys.open_jobs("<queue>")}
+    made |= {make("<queue>") for make in (keys.turns, keys.handed, keys.pace)}
+    made |= {keys.room("<queue>", "<priority>"), keys.client("<key>", "<queue>")}
     made |= {keys.WORKERS, keys.MODELS, keys.DEAD, keys.JANITOR}
     durable = {key for key, lives in table.items() if lives == "durable"}
     assert table.keys() - durable == made

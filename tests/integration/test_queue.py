@@ -95,11 +95,13 @@ def test_a_worker_that_was_frozen_past_its_lease_leaves_no_trace(fragile: Fragil
 
 
 def test_a_job_whose_message_was_lost_is_sent_again(fragile: FragileBroker, tmp_path: Path) -> None:
-    with patient_client(fragile.url, 30) as client, worker_on(fragile, tmp_path / "worker"):
+    with patient_client(fragile.url, 30) as client:
         request = generate_request(GENERATE_MODEL, "x", 0, {"max_tokens": 3})
-        # What a client leaves that dies between the record and the message.
-        ledger.submit(client.redis, "orphan", job_record(request))
-        assert client.job("orphan").result(60).usage.completion_tokens == 3
+        ledger.submit(client.redis, "orphan", job_record(request, "orphan"))
+        # What a worker leaves that dies between taking the message and writing it down.
+        client.redis.delete(keys.front(keys.queue(GENERATE_MODEL, "generate")))
+        with worker_on(fragile, tmp_path / "worker"):
+            assert client.job("orphan").result(60).usage.completion_tokens == 3
 
 
 def test_a_job_that_kills_its_workers_is_put_aside_and_can_be_retried(fragile: FragileBroker, tmp_path: Path) -> None:

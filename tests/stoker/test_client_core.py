@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from stoker import AsyncClient, Client, EmbedJob, JobStatus, TrainJob, keys, ledger
+from stoker import AsyncClient, Client, EmbedJob, JobStatus, TrainJob, keys, ledger, policy
 from stoker import client_core as core
 from stoker.client_core import Outcome
 from stoker.connection import connect
@@ -24,6 +25,7 @@ from stoker.errors import (
     JobFailed,
     JobLost,
     JobTimeout,
+    QueueFull,
     TextTooLong,
     UnknownModel,
 )
@@ -166,15 +168,8 @@ def server(broker: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 @pytest.fixture
-def sent() -> list[tuple[str, Any]]:
-    """What would have gone into the queue."""
-    return []
-
-
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch, server: Any, sent: list[tuple[str, Any]]) -> Callable[[], Client]:
-    """Clients on a broker that serves two models, and a sender that only notes what it gets."""
-    monkeypatch.setattr(core.Sender, "send", lambda self, job_id, request: sent.append((job_id, request)))
+def fake(server: Any) -> Callable[[], Client]:
+    """Clients on a broker where two models were served lately."""
     for entry in (MINI, SMOL):
         seen = entry.model_copy(update={"seen": time.time()})
         server.hset(keys.MODELS, entry.model, seen.model_dump_json())
@@ -182,32 +177,38 @@ def fake(monkeypatch: pytest.MonkeyPatch, server: Any, sent: list[tuple[str, Any
     return Client
 
 
-def test_a_sent_job_is_known_to_every_client_by_its_id(fake: Callable[[], Client], sent: list[Any]) -> None:
+def asked(server: Any, job_id: str) -> dict[str, Any]:
+    """The request, as a worker will get it."""
+    return dict(json.loads(server.hget(keys.job(job_id), "request")))
+
+
+def test_a_sent_job_is_known_to_every_client_by_its_id(fake: Callable[[], Client], server: Any) -> None:
     with fake() as first, fake() as second:
         job = first.embed(["a"], model="mini")
-        assert [(job_id, request.texts) for job_id, request in sent] == [(job.id, ("a",))]
+        assert asked(server, job.id)["texts"] == ["a"]
+        message = json.loads(server.lindex(keys.front(keys.queue("mini", "embed")), 0))
+        assert (message["headers"]["task"], message["headers"]["id"]) == ("stoker.embed", job.id)
         found = second.job(job.id)
         assert isinstance(found, EmbedJob)
         assert found.status() == JobStatus.QUEUED
 
 
-def test_a_refused_request_leaves_nothing_behind(fake: Callable[[], Client], sent: list[Any], server: Any) -> None:
+def test_a_refused_request_leaves_nothing_behind(fake: Callable[[], Client], server: Any) -> None:
     with fake() as sender:
         with pytest.raises(InvalidRequest):
             sender.generate("x", model="smol", max_tokens=0)
         with pytest.raises(DatasetError):
             sender.train("x", [{"text": ""}], model="smol")
-    assert not sent
     assert server.keys() == [keys.MODELS.encode()]
 
 
-def test_a_dataset_is_uploaded_before_its_job_is_sent(fake: Callable[[], Client], sent: list[Any], server: Any) -> None:
+def test_a_dataset_is_uploaded_with_its_job(fake: Callable[[], Client], server: Any) -> None:
     with fake() as sender:
         job = sender.train("style", [{"text": "learn"}], model="smol", steps=3)
         assert isinstance(sender.job(job.id), TrainJob)
-    (_, request) = sent[0]
-    assert request.steps == 3
-    assert server.get(keys.blob(request.dataset)) == b'{"text": "learn"}'
+    request = asked(server, job.id)
+    assert request["steps"] == 3
+    assert server.get(keys.blob(request["dataset"])) == b'{"text": "learn"}'
 
 
 def test_a_cancel_is_marked_and_announced(fake: Callable[[], Client], server: Any) -> None:
@@ -215,7 +216,8 @@ def test_a_cancel_is_marked_and_announced(fake: Callable[[], Client], server: An
         heard.subscribe(keys.CANCELS)
         heard.get_message(timeout=1)
         job = sender.generate("x", model="smol")
-        ledger.claim(server, job.id, "token", "tag", "worker")
+        server.set(keys.worker("worker"), "{}", ex=60)
+        ledger.claim(server, job.id, keys.queue("smol", "generate"), "token", "tag", "worker")
         job.cancel()
         assert server.exists(keys.cancel(job.id))
         assert 0 < server.ttl(keys.cancel(job.id)) <= keys.PENDING_TTL
@@ -244,11 +246,13 @@ def test_a_limit_of_no_time_still_returns_what_is_there(fake: Callable[[], Clien
             job.result(0)
 
 
-def test_the_asyncio_client_sends_the_same(fake: Callable[[], Client], sent: list[Any], server: Any) -> None:
+def test_the_asyncio_client_sends_the_same(fake: Callable[[], Client], server: Any) -> None:
+    sent: list[Any] = []
+
     async def session() -> None:
         async with AsyncClient() as sender:
-            await sender.embed(["a"], model="mini")
-            await sender.generate("x", model="smol", seed=4, max_tokens=5)
+            sent.append(await sender.embed(["a"], model="mini"))
+            sent.append(await sender.generate("x", model="smol", seed=4, max_tokens=5))
             job = await sender.train("style", [{"text": "learn"}], model="smol")
             assert await job.status() == JobStatus.QUEUED
             server.delete(keys.job(job.id))
@@ -259,7 +263,47 @@ def test_the_asyncio_client_sends_the_same(fake: Callable[[], Client], sent: lis
 
     asyncio.run(session())
     with fake() as sender:
+        sent.append(sender.embed(["a"], model="mini"))
+        sent.append(sender.generate("x", model="smol", seed=4, max_tokens=5))
+    requests = [asked(server, job.id) for job in sent]
+    assert requests[:2] == requests[2:]
+
+
+def test_a_full_queue_names_its_depth_and_a_wait(fake: Callable[[], Client], server: Any) -> None:
+    policy.decide(server, "queue_limit", 1)
+    with fake() as sender:
         sender.embed(["a"], model="mini")
-        sender.generate("x", model="smol", seed=4, max_tokens=5)
-    requests = [request for _, request in sent]
-    assert requests[:2] == requests[3:]
+        with pytest.raises(QueueFull, match=r"1 jobs wait there and 1 may.*again in about") as refused:
+            sender.embed(["b"], model="mini")
+        assert (refused.value.depth, refused.value.limit) == (1, 1)
+        assert refused.value.wait >= 1
+
+
+@pytest.mark.usefixtures("fake")
+def test_a_client_that_has_too_many_open_jobs_is_named(server: Any) -> None:
+    policy.decide(server, "client_limit:alice", 1)
+    with Client(key="alice") as alice, Client(key="bob") as bob:
+        alice.embed(["a"], model="mini")
+        with pytest.raises(QueueFull, match="client 'alice' has 1 open jobs there and may have 1"):
+            alice.embed(["b"], model="mini")
+        bob.embed(["b"], model="mini")
+
+
+def test_a_client_may_wait_for_a_place(fake: Callable[[], Client], server: Any) -> None:
+    policy.decide(server, "queue_limit", 1)
+    with fake() as sender, Client(queue_wait=30) as patient:
+        first = sender.embed(["a"], model="mini")
+        cancels = threading.Timer(0.3, first.cancel)
+        cancels.start()
+        assert patient.embed(["b"], model="mini").status() == JobStatus.QUEUED
+        cancels.join()
+
+
+def test_a_policy_that_makes_no_sense_is_refused(server: Any) -> None:
+    for name, value in (("queue_limits", 3), ("queue_limit", 0), ("client_limit:a/b", 3), ("ageing", 10**9)):
+        with pytest.raises(InvalidRequest, match="allowed"):
+            policy.decide(server, name, value)
+    policy.decide(server, "ageing", 60)
+    assert policy.read(server)["ageing"] == 60
+    policy.decide(server, "ageing", None)
+    assert policy.read(server)["ageing"] == ledger.AGEING

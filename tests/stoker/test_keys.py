@@ -26,7 +26,7 @@ def test_no_key_of_a_job_or_a_worker_is_durable(make: type) -> None:
     "key",
     [
         "stoker:stoker.smollm2-135m-instruct.generate",
-        "stoker:stoker.smollm2-135m-instruct.generate\x06\x163",
+        "stoker:policy",
         "stoker:_kombu.binding.celery.pidbox",
         "stoker:_kombu.binding.stoker.x.embed",
         "stoker:unacked",
@@ -45,7 +45,8 @@ def test_queues_and_what_is_not_acknowledged_are_durable(key: str) -> None:
         "other:stoker.x.generate",
         "stoker:stoker.",
         "stoker:unacked_other",
-        "stoker:stoker.x.generate\x06\x1612",
+        "stoker:stoker.x.generate\x06\x163",
+        "stoker:room:stoker.x.generate:3",
         "stoker:workers",
         "stoker:models",
         "stoker:stoker.x.generate\n",

@@ -1,0 +1,17 @@
+-- ARGV: the result's record, prefix of workers' presences. KEYS[20]: the channel of cancels
+if ended(result) then return 'ended' end
+local owner = redis.call('HMGET', job, 'token', 'worker', 'submitted')
+if not owner[3] then return 'unknown' end
+if owner[1] then
+  if redis.call('EXISTS', ARGV[7] .. owner[2]) == 1 then
+    redis.call('SET', mark, '1', 'EX', pending_ttl)
+    redis.call('PUBLISH', KEYS[20], id)
+    return 'asked'
+  end
+  -- Its owner is silent: whoever wrote this token finds another one, and leaves no trace.
+  redis.call('HSET', job, 'token', 'cancelled')
+end
+strike_out()
+finish(ARGV[6])
+refill()
+return 'cancelled'

@@ -1,0 +1,168 @@
+-- What every transition shares: the clock, the names, and the two places where a job may wait.
+--
+-- A job waits in a room, one sorted set a priority, by its client's turn. At the head of the queue stands the front,
+-- the list from which Celery takes messages: it holds no more than `window`, so that whoever comes later with a better
+-- claim is not behind thousands. Each transition that takes from the front fills it up again (`refill`).
+
+-- Redis' own clock: clients' and workers' clocks may differ.
+local time = redis.call('TIME')
+local now = tonumber(time[1]) + tonumber(time[2]) / 1e6
+
+local job, result, mark, front, open, handed, turns, pace, policy = unpack(KEYS, 1, 9)
+local rooms = {unpack(KEYS, 10, 19)}
+local id, job_prefix, pending_ttl, result_ttl, window = unpack(ARGV, 1, 5)
+window = tonumber(window)
+
+local function setting(name, default)
+  return tonumber(redis.call('HGET', policy, name)) or default
+end
+
+local function ended(key)
+  local record = redis.call('GET', key)
+  if not record then return false end
+  local status = cjson.decode(record)['status']
+  return status == 'SUCCESS' or status == 'FAILURE' or status == 'REVOKED'
+end
+
+-- Waiting lifts a job by one priority every so many seconds, up to the best one.
+local ageing = setting('ageing', 300)
+local function level(priority, submitted)
+  return math.max(0, priority - math.floor((now - submitted) / ageing))
+end
+
+local function place(of)
+  local fields = redis.call('HMGET', job_prefix .. of, 'priority', 'submitted', 'turn', 'token')
+  if not fields[2] then return nil end
+  local priority = tonumber(fields[1])
+  return {
+    id = of, priority = priority, level = level(priority, tonumber(fields[2])), turn = fields[3], owned = fields[4],
+  }
+end
+
+local function room(priority) return rooms[priority + 1] end
+
+-- Take a turn for the job's client among those who wait at the same priority (start-time fair queueing, Goyal et al.
+-- 1996, each job costing 1): a client that sends a thousand jobs stands a thousand times in the round, not in front.
+local function enter_room(priority, client)
+  local of = 'next:' .. priority .. ':' .. client
+  local state = redis.call('HMGET', turns, 'now:' .. priority, of)
+  local turn = math.max(tonumber(state[1]) or 0, tonumber(state[2]) or 0)
+  redis.call('HSET', turns, of, turn + 1)
+  redis.call('EXPIRE', turns, pending_ttl)
+  redis.call('HSET', job, 'turn', turn)
+  redis.call('ZADD', room(priority), turn, id)
+  redis.call('EXPIRE', room(priority), pending_ttl)
+end
+
+-- Who of those in the rooms is next: the best level first; priorities that ageing made equal take turns.
+local function best()
+  local found
+  for priority = 0, 9 do
+    local head = redis.call('ZRANGE', room(priority), 0, 0)[1]
+    while head do
+      local candidate = place(head)
+      if candidate then
+        candidate.served = tonumber(redis.call('HGET', turns, 'served:' .. priority)) or 0
+        if not found or candidate.level < found.level
+            or (candidate.level == found.level and candidate.served < found.served) then
+          found = candidate
+        end
+        break
+      end
+      -- Its record has expired.
+      redis.call('ZREM', room(priority), head)
+      head = redis.call('ZRANGE', room(priority), 0, 0)[1]
+    end
+  end
+  return found
+end
+
+local function in_front(position)
+  local message = redis.call('LINDEX', front, position)
+  if not message then return nil end
+  local of = cjson.decode(message)['headers']['id']
+  return message, place(of) or {id = of, level = 0}
+end
+
+-- The job's message under a delivery tag of its own: by its tag a delivery that came back is told from a second one.
+local function message_of(of)
+  local key = job_prefix .. of
+  local tag = of .. '#' .. redis.call('HINCRBY', key, 'sent', 1)
+  local message = redis.call('HGET', key, 'message')
+  message = string.gsub(message, '"delivery_tag": "[^"]*"', '"delivery_tag": "' .. tag .. '"')
+  redis.call('HSET', key, 'message', message)
+  return message
+end
+
+-- Behind all that are as good: Celery takes from the right.
+local function push(candidate)
+  local message = message_of(candidate.id)
+  local position, ahead = -1, nil
+  local _, last = in_front(0)
+  if last and last.level > candidate.level then
+    local other, standing = in_front(position)
+    while standing and standing.level <= candidate.level do
+      ahead, position = other, position - 1
+      other, standing = in_front(position)
+    end
+    if ahead then redis.call('LINSERT', front, 'BEFORE', ahead, message) else redis.call('RPUSH', front, message) end
+  else
+    redis.call('LPUSH', front, message)
+  end
+  redis.call('ZREM', room(candidate.priority), candidate.id)
+  local served = redis.call('HINCRBY', turns, 'served', 1)
+  redis.call('HSET', turns, 'now:' .. candidate.priority, candidate.turn, 'served:' .. candidate.priority, served)
+  redis.call('ZADD', handed, now, candidate.id)
+  redis.call('EXPIRE', handed, pending_ttl)
+end
+
+-- The last one of the front gives its place to one in a room that is better. Not one that came back from a silent
+-- owner: it is known by its delivery tag.
+local function make_way()
+  local candidate = best()
+  if not candidate then return end
+  local message, last = in_front(0)
+  if last.turn and not last.owned and candidate.level < last.level then
+    redis.call('LREM', front, 1, message)
+    redis.call('ZREM', handed, last.id)
+    redis.call('ZADD', room(last.priority), last.turn, last.id)
+    push(candidate)
+  end
+end
+
+local function refill()
+  while redis.call('LLEN', front) < window do
+    local candidate = best()
+    if not candidate then
+      redis.call('DEL', turns)
+      return
+    end
+    push(candidate)
+  end
+end
+
+local function waiting()
+  local count = redis.call('LLEN', front)
+  for priority = 0, 9 do count = count + redis.call('ZCARD', room(priority)) end
+  return count
+end
+
+-- The job has ended, or is to be: nobody waits for it any more, and its client has room for another.
+local function strike_out()
+  local fields = redis.call('HMGET', job, 'message', 'priority', 'mine', 'blob')
+  if fields[1] then redis.call('LREM', front, 1, fields[1]) end
+  if fields[2] then redis.call('ZREM', room(tonumber(fields[2])), id) end
+  if fields[3] then redis.call('ZREM', fields[3], id) end
+  if fields[4] then redis.call('DEL', fields[4]) end
+  redis.call('HDEL', job, 'request', 'message')
+  redis.call('ZREM', open, id)
+  redis.call('ZREM', handed, id)
+  redis.call('DEL', mark)
+  redis.call('EXPIRE', job, result_ttl)
+end
+
+local function finish(record)
+  -- After the deletions: a broker whose memory is full lets a script go on that has written already.
+  redis.call('SET', result, record, 'EX', result_ttl)
+  redis.call('PUBLISH', result, record)
+end

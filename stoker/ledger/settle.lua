@@ -1,0 +1,11 @@
+-- ARGV: token, the result's record
+if redis.call('HGET', job, 'token') ~= ARGV[6] then return 0 end
+strike_out()
+finish(ARGV[7])
+-- How fast jobs end here: what a full queue tells those whom it turns away.
+local state = redis.call('HMGET', pace, 'last', 'interval')
+local since = now - (tonumber(state[1]) or now)
+local interval = state[2] and 0.9 * tonumber(state[2]) + 0.1 * since or since
+redis.call('HSET', pace, 'last', string.format('%.6f', now), 'interval', string.format('%.6f', interval))
+redis.call('EXPIRE', pace, result_ttl)
+return 1

@@ -1,0 +1,56 @@
+"""What an operator decides for all clients of a broker: how much may wait, how fast waiting lifts a job.
+
+It lies in the broker and not in a setting, because the ledger's scripts apply it to every client alike.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from stoker import keys, ledger
+from stoker.contract.base import NAME_PATTERN
+from stoker.errors import InvalidRequest
+
+
+@dataclass(frozen=True)
+class Rule:
+    default: int
+    most: int
+    says: str
+
+
+RULES = {
+    "queue_limit": Rule(ledger.QUEUE_LIMIT, 1_000_000, "jobs that may wait in one queue"),
+    "client_limit": Rule(ledger.CLIENT_LIMIT, 1_000_000, "open jobs that one client may have in one queue"),
+    "ageing": Rule(ledger.AGEING, 30 * 24 * 3600, "seconds of waiting that lift a job by one priority"),
+}
+#: The limit of one client: this, and its key.
+OF_CLIENT = "client_limit:"
+
+
+def read(redis: Any) -> dict[str, int]:
+    """Every rule, and every client that has a limit of its own. For a blocking client."""
+    decided = {name.decode(): int(value) for name, value in redis.hgetall(keys.POLICY).items()}
+    return {name: rule.default for name, rule in RULES.items()} | decided
+
+
+def decide(redis: Any, name: str, value: int | None) -> None:
+    """Set one rule; None: back to the default. Raises `InvalidRequest`. For a blocking client."""
+    rule = _rule(name)
+    if value is None:
+        redis.hdel(keys.POLICY, name)
+        return
+    if not 1 <= value <= rule.most:
+        raise InvalidRequest(f"{name}: {value} given; allowed: 1 to {rule.most}.")
+    redis.hset(keys.POLICY, name, value)
+
+
+def _rule(name: str) -> Rule:
+    client = name.removeprefix(OF_CLIENT)
+    if client != name and re.match(NAME_PATTERN, client):
+        return RULES["client_limit"]
+    if name not in RULES:
+        raise InvalidRequest(f"policy: {name!r} given; allowed: {', '.join(RULES)}, {OF_CLIENT}KEY.")
+    return RULES[name]
