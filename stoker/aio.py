@@ -12,7 +12,7 @@ import numpy as np
 
 from stoker import client_core as core
 from stoker import keys, ledger
-from stoker.client_core import Dataset, JobStatus, Outcome
+from stoker.client_core import Dataset, JobStatus, Outcome, Prompt
 from stoker.connection import TROUBLE, Patience, connect_async, translated
 from stoker.contract import (
     EmbedReply,
@@ -53,7 +53,7 @@ class AsyncClient:
 
     async def generate(
         self,
-        prompt: str,
+        prompt: Prompt | None = None,
         *,
         model: str | None = None,
         seed: int | None = None,

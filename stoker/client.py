@@ -12,7 +12,7 @@ import numpy as np
 
 from stoker import client_core as core
 from stoker import keys, ledger
-from stoker.client_core import Dataset, JobStatus, Outcome
+from stoker.client_core import Dataset, JobStatus, Outcome, Prompt
 from stoker.connection import TROUBLE, Patience, connect, translated
 from stoker.contract import (
     EmbedReply,
@@ -69,14 +69,18 @@ class Client:
 
     def generate(
         self,
-        prompt: str,
+        prompt: Prompt | None = None,
         *,
         model: str | None = None,
         seed: int | None = None,
         job_id: str | None = None,
         **options: Any,
     ) -> GenerateJob:
-        """Continue `prompt`. Options: adapter, max_tokens, temperature, top_k, top_p, priority, deadline."""
+        """Continue `prompt`: a text, token ids, or the messages of a conversation.
+
+        Options: the fields of `GenerateRequest` (docs/generate.md), such as adapter, max_tokens, n, temperature, top_k,
+        top_p, min_p, repetition_penalty, logit_bias, stop, tools, json_schema, regex, priority, deadline.
+        """
         request = core.generate_request(self._choose(model, "generate"), prompt, seed, options)
         return GenerateJob(self, self._submit(request, job_id))
 

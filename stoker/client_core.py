@@ -47,6 +47,8 @@ from stoker.settings import Settings
 
 #: What `dataset` may be: a file of JSON lines, or the examples themselves.
 Dataset = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
+#: What `generate` continues: a text, token ids, or messages such as `{"role": "user", "content": "Hello"}`.
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
 
 REQUESTS: dict[str, type[EmbedRequest] | type[GenerateRequest] | type[TrainRequest]] = {
@@ -144,9 +146,21 @@ def embed_request(model: str, texts: Sequence[str], fields: Mapping[str, Any]) -
     return build(EmbedRequest, {"model": model, "texts": tuple(texts), **fields})
 
 
-def generate_request(model: str, prompt: str, seed: int | None, fields: Mapping[str, Any]) -> GenerateRequest:
+def generate_request(model: str, prompt: Prompt | None, seed: int | None, fields: Mapping[str, Any]) -> GenerateRequest:
+    """`prompt`: a text, token ids, or the messages of a conversation; None if `fields` have one of them by name."""
     seed = draw_seed() if seed is None else seed
-    return build(GenerateRequest, {"model": model, "prompt": prompt, "seed": seed, **fields})
+    return build(GenerateRequest, {"model": model, "seed": seed, **_prompt_fields(prompt), **fields})
+
+
+def _prompt_fields(prompt: Prompt | None) -> dict[str, Any]:
+    if prompt is None or isinstance(prompt, str):
+        return {} if prompt is None else {"prompt": prompt}
+    if not isinstance(prompt, Iterable):
+        raise InvalidRequest(
+            f"prompt: a {type(prompt).__name__} given; expected a text, a list of token ids, or a list of messages."
+        )
+    items = tuple(prompt)
+    return {"prompt_ids" if items and isinstance(items[0], int) else "messages": items}
 
 
 def train_request(model: str, name: str, job_id: str, fields: Mapping[str, Any]) -> TrainRequest:

@@ -9,14 +9,13 @@ from heapq import heappop, heappush
 import mlx.core as mx
 
 from engine.adapters.pool import AdapterPool
-from engine.generation.row import Row
+from engine.generation.prompt import check_ids, tokenize
+from engine.generation.row import Generation, Row
 from engine.generation.sampling import sample
 from engine.loading import LoadedModel
 from engine.models.cache import KVCache
-from engine.text.detokenizer import StreamingDetokenizer
 from engine.ticket import StepOutput, Ticket
 from stoker.contract import GenerateRequest, StreamToken
-from stoker.errors import InvalidRequest, TextTooLong
 
 #: Tokens of a prompt that go through the model at once: long enough for full matmuls, short enough that the streams
 #: beside it wait for one chunk only.
@@ -43,25 +42,22 @@ class GenerateLane:
     def busy(self) -> bool:
         return bool(self._waiting or self._rows)
 
-    def prepare(self, ticket: Ticket, request: GenerateRequest, data: Sequence[StreamToken] | None) -> Row:
-        tokenizer = self._model.tokenizer
-        prompt = tokenizer.encode(request.prompt)
-        if not prompt:
-            raise InvalidRequest(f"prompt: {request.prompt[:40]!r} given, which is no token of {request.model}.")
-        room = self._model.context - request.max_tokens
-        if len(prompt) > room:
-            raise TextTooLong(
-                f"prompt: {len(prompt)} tokens and max_tokens {request.max_tokens} given; {request.model} takes "
-                f"{self._model.context} together. Shorten the prompt or ask for fewer tokens."
-            )
+    def prepare(self, ticket: Ticket, request: GenerateRequest, data: Sequence[StreamToken] | None) -> Generation:
+        check_ids(self._model, request)
+        prompt = tokenize(self._model, request)
         if request.adapter is not None:
             self._pool.check(request.adapter)
-        row = Row(ticket, request, prompt, tokenizer.eos_ids, StreamingDetokenizer(tokenizer))
-        row.resume(data or ())
-        return row
+        generation = Generation(ticket, request, prompt, self._model.tokenizer, self._model.context)
+        generation.resume(data or ())
+        return generation
 
-    def admit(self, work: Row) -> None:
-        self._waiting.append(work)
+    def admit(self, work: Generation) -> None:
+        if work.ended:
+            # Its last token was published before; only the result is missing.
+            work.ticket.start()
+            work.ticket.resolve(work.result())
+            return
+        self._waiting.extend(row for row in work.rows if not row.finish_reason)
 
     def drop_stopped(self) -> None:
         for row in [row for row in (*self._waiting, *self._rows) if row.ticket.stopping]:
@@ -71,43 +67,44 @@ class GenerateLane:
     def run(self) -> StepOutput:
         """Seat who waits, push one prompt on by a chunk, decode everybody who is ready by one token."""
         output = StepOutput()
-        self._seat(output)
+        self._seat()
+        rows = [row for row in self._rows if len(row.uncached) == 1 and row.tokens]
         self._prefill(output)
-        self._decode(output)
+        self._decode(rows, output)
         return output
 
-    def _seat(self, output: StepOutput) -> None:
+    def _seat(self) -> None:
         while self._waiting and self._free:
             row = self._waiting.popleft()
-            if row.finish_reason:
-                # Its last token was published before; only the result is missing.
-                output.ended.append((row.ticket, row.result()))
-                continue
             try:
                 row.adapter = self._pool.acquire(row.request.adapter)
             except Exception as error:
                 # A damaged adapter file fails the job that asked for it, not its neighbours.
-                row.ticket.fail(error)
+                self._fail(row, error)
                 continue
             row.slot = heappop(self._free)
             row.ticket.start()
             self._rows.append(row)
 
+    def _fail(self, row: Row, error: Exception) -> None:
+        row.ticket.fail(error)
+        for other in row.generation.rows:
+            self._release(other)
+
     def _prefill(self, output: StepOutput) -> None:
-        row = next((row for row in self._rows if not row.prefilled), None)
+        row = next((row for row in self._rows if not row.tokens or len(row.uncached) > 1), None)
         if row is None:
             return
-        chunk = row.known[row.cached : row.cached + PREFILL_CHUNK]
+        chunk = row.uncached[:PREFILL_CHUNK]
         self._cache.ensure(row.cached + len(chunk))
         view = self._cache.prefill_view(row.slot, row.cached, len(chunk))
         hidden = self._decoder(mx.array([chunk]), cache=view, adapters=self._pool.rows([row.adapter]))
         row.cached += len(chunk)
-        if row.prefilled:
+        if not row.uncached:
             self._extend([row], hidden, output)
         mx.eval(self._cache.arrays())
 
-    def _decode(self, output: StepOutput) -> None:
-        rows = [row for row in self._rows if row.prefilled]
+    def _decode(self, rows: list[Row], output: StepOutput) -> None:
         # Ascending slots without holes are read where they lie; any other order copies their keys and values.
         rows.sort(key=lambda row: row.slot)
         if not rows:
@@ -124,11 +121,10 @@ class GenerateLane:
     def _extend(self, rows: list[Row], hidden: mx.array, output: StepOutput) -> None:
         """Sample the next token of each row from its last hidden state, (rows, tokens, width)."""
         logits = self._decoder.logits(hidden[:, -1])
-        for row, pick in zip(rows, sample(logits, [row.draw for row in rows]), strict=True):
-            output.entries.append((row.ticket.job_id, row.accept(pick)))
+        for row, pick in zip(rows, sample(logits, [row.draw() for row in rows]), strict=True):
+            row.generation.extend(row, pick, output)
             if row.finish_reason:
                 self._release(row)
-                output.ended.append((row.ticket, row.result()))
 
     def _release(self, row: Row) -> None:
         if row in self._waiting:

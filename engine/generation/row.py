@@ -1,100 +1,187 @@
-"""One running generation request: a row of the batch."""
+"""One generation job and its rows of the batch: a row for each completion."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
-from engine.generation.sampling import Draw, Pick
+from engine.generation.sampling import Draw, Pick, Uniforms, penalised
+from engine.generation.stopping import StopScanner
 from engine.text.detokenizer import StreamingDetokenizer
-from engine.ticket import Ticket
-from stoker.contract import GenerateRequest, GenerateResult, StreamToken, Usage
+from engine.text.tokenizer import Tokenizer
+from engine.ticket import StepOutput, Ticket
+from stoker.contract import Alternative, Completion, FinishReason, GenerateRequest, GenerateResult, StreamToken, Usage
 
 
-@dataclass(eq=False)
-class Row:
-    """State that cannot be derived: what was asked, what is in the cache, what was made."""
+class Generation:
+    """A job: its prompt, its rows, and the number of tokens that all of them have published."""
 
-    ticket: Ticket
-    request: GenerateRequest
-    prompt: list[int]
-    eos_ids: frozenset[int]
-    detokenizer: StreamingDetokenizer
-    #: Row of the KV cache; -1 while the request waits for one.
-    slot: int = -1
-    #: Row of the adapter stack; 0 is the bare base.
-    adapter: int = 0
-    #: Tokens whose keys and values are in the cache.
-    cached: int = 0
-    #: How many of `tokens` another process made.
-    resumed: int = 0
-    tokens: list[int] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
-    first_token_seconds: float = 0.0
-    finish_reason: Literal["stop", "length"] | None = None
+    def __init__(
+        self, ticket: Ticket, request: GenerateRequest, prompt: list[int], tokenizer: Tokenizer, context: int
+    ) -> None:
+        self.ticket, self.request, self.prompt, self.tokenizer = ticket, request, prompt, tokenizer
+        self.published = 0
+        self.first_token_seconds = 0.0
+        #: Prompt tokens that the first row found in the prefix cache.
+        self.cached_tokens = 0
+        self.room = context - len(prompt)
+        self.rows = [Row(self, number) for number in range(request.n)]
 
     def resume(self, published: Sequence[StreamToken]) -> None:
         """Go on behind tokens that were published before, by another process."""
         for token in published:
-            self.tokens.append(token.token_id)
-            self.texts.append(token.text)
-            self.finish_reason = token.finish_reason
-            if not token.is_eos:
-                self.detokenizer.add(token.token_id)
-        self.resumed = len(published)
+            if token.completion < len(self.rows):
+                self.rows[token.completion].replay(token)
+        self.published = len(published)
 
     @property
-    def known(self) -> list[int]:
-        """The tokens that have to be in the cache before the first one is sampled here."""
-        return self.prompt + self.tokens[: self.resumed]
+    def ended(self) -> bool:
+        return all(row.finish_reason for row in self.rows)
 
-    @property
-    def prefilled(self) -> bool:
-        return self.cached >= len(self.prompt) + self.resumed
-
-    @property
-    def draw(self) -> Draw:
-        return Draw(self.request, len(self.tokens))
-
-    def accept(self, pick: Pick) -> StreamToken:
-        """Take the next token and say what may be shown of it."""
-        if len(self.tokens) == self.resumed:
+    def extend(self, row: Row, pick: Pick, output: StepOutput) -> None:
+        """Publish a row's next token, and the result if it was the last of the last row."""
+        if not self.first_token_seconds:
             self.first_token_seconds = self.ticket.run_seconds
-        self.tokens.append(pick.token_id)
-        is_eos = pick.token_id in self.eos_ids
-        if is_eos:
-            self.finish_reason = "stop"
-        elif len(self.tokens) == self.request.max_tokens:
-            self.finish_reason = "length"
-        text = "" if is_eos else self.detokenizer.add(pick.token_id)
-        if self.finish_reason:
-            text += self.detokenizer.finish()
-        self.texts.append(text)
+        output.entries.append((self.ticket.job_id, row.accept(pick, self.published)))
+        self.published += 1
+        if self.ended:
+            output.ended.append((self.ticket, self.result()))
+
+    def result(self) -> GenerateResult:
+        """The whole, once every row has ended."""
+        first, *others = [row.completion() for row in self.rows]
+        return GenerateResult(
+            **first.model_dump(),
+            model=self.request.model,
+            adapter=self.request.adapter,
+            others=tuple(others),
+            usage=Usage(
+                prompt_tokens=len(self.prompt),
+                cached_tokens=self.cached_tokens,
+                completion_tokens=sum(len(row.tokens) for row in self.rows),
+                run_seconds=self.ticket.run_seconds,
+                first_token_seconds=self.first_token_seconds,
+            ),
+        )
+
+
+@dataclass(eq=False)
+class Row:
+    """One completion: state that cannot be derived from the request and the tokens."""
+
+    generation: Generation
+    number: int
+    #: Row of the adapter stack; 0 is the bare base.
+    adapter: int = 0
+    #: Place in the batch; -1 while it has none.
+    slot: int = -1
+    #: Tokens whose keys and values are in the cache.
+    cached: int = 0
+    tokens: list[int] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stopped_by: str | int | None = None
+    #: Token → how often the answer has it, the prompt's included (with 0); kept only where penalties count it.
+    tally: dict[int, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        request = self.request
+        self._uniforms = Uniforms(request.seed, self.number)
+        self._detokenizer = StreamingDetokenizer(self.generation.tokenizer)
+        self._scanner = StopScanner(request.stop)
+        self._eos = frozenset() if request.ignore_eos else self.generation.tokenizer.eos_ids
+        self._penalised = penalised(request)
+        if self._penalised:
+            self.tally = dict.fromkeys(self.generation.prompt, 0)
+
+    @property
+    def ticket(self) -> Ticket:
+        return self.generation.ticket
+
+    @property
+    def request(self) -> GenerateRequest:
+        return self.generation.request
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and answer."""
+        return len(self.generation.prompt) + len(self.tokens)
+
+    @property
+    def uncached(self) -> list[int]:
+        """Tokens that have to go through the model before the next one can be sampled."""
+        prompt = self.generation.prompt
+        if self.cached >= len(prompt):
+            return self.tokens[self.cached - len(prompt) :]
+        return prompt[self.cached :] + self.tokens
+
+    def draw(self, ahead: int = 0) -> Draw:
+        """How the next token is sampled, or the one `ahead` after it."""
+        uniform = self._uniforms(len(self.tokens) + ahead) if self.request.temperature else 0.0
+        return Draw(self.request, uniform, self.tally)
+
+    def replay(self, token: StreamToken) -> None:
+        """Take a token that was published before; its text is made again, so that what was held back is known."""
+        self._take(token.token_id)
+        self.finish_reason = self.finish_reason or token.finish_reason
+
+    def accept(self, pick: Pick, index: int) -> StreamToken:
+        """Take the next token and say what may be shown of it."""
+        text = self._take(pick.token_id)
         return StreamToken(
-            index=len(self.tokens) - 1,
+            index=index,
             token_id=pick.token_id,
             text=text,
             logit=pick.logit,
             logprob=pick.logprob,
             probability=pick.probability,
-            is_eos=is_eos,
+            is_eos=pick.token_id in self._eos,
             finish_reason=self.finish_reason,
+            completion=self.number,
+            alternatives=self._alternatives(pick),
         )
 
-    def result(self) -> GenerateResult:
-        """The whole, once there is a `finish_reason`."""
+    def _take(self, token: int) -> str:
+        self.tokens.append(token)
+        if self._penalised:
+            self.tally[token] = self.tally.get(token, 0) + 1
+        text = self._text(token)
+        if self.finish_reason and self.finish_reason != "stop_string":
+            shown, stop = self._scanner.add(self._detokenizer.finish())
+            text += shown + ("" if stop else self._scanner.finish())
+        self.texts.append(text)
+        return text
+
+    def _text(self, token: int) -> str:
+        """What may be shown with `token`; sets `finish_reason` if it is the last."""
+        if token in self._eos:
+            self.finish_reason = "stop"
+            return ""
+        if token in self.request.stop_token_ids:
+            self.finish_reason, self.stopped_by = "stop_token", token
+            return ""
+        text, stop = self._scanner.add(self._detokenizer.add(token))
+        if stop is not None:
+            self.finish_reason, self.stopped_by = "stop_string", stop
+        elif len(self.tokens) >= self.request.max_tokens:
+            self.finish_reason = "length"
+        elif len(self.tokens) >= self.generation.room:
+            self.finish_reason = "context"
+        return text
+
+    def _alternatives(self, pick: Pick) -> tuple[Alternative, ...]:
+        decode = self.generation.tokenizer.decode
+        return tuple(
+            Alternative(token_id=token, text=decode([token], skip_special=False), logprob=logprob)
+            for token, logprob in pick.alternatives
+        )
+
+    def completion(self) -> Completion:
+        """The whole answer, once there is a `finish_reason`."""
         assert self.finish_reason is not None
-        return GenerateResult(
-            model=self.request.model,
-            adapter=self.request.adapter,
+        return Completion(
             text="".join(self.texts),
             token_ids=tuple(self.tokens),
             finish_reason=self.finish_reason,
-            usage=Usage(
-                prompt_tokens=len(self.prompt),
-                completion_tokens=len(self.tokens),
-                run_seconds=self.ticket.run_seconds,
-                first_token_seconds=self.first_token_seconds,
-            ),
+            stopped_by=self.stopped_by,
         )

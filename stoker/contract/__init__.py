@@ -4,19 +4,24 @@ from stoker.contract.codec import CONTRACT, build, decode, encode
 from stoker.contract.presence import ModelCard, Presence
 from stoker.contract.requests import (
     LORA_TARGETS,
+    ChatMessage,
     EmbedRequest,
     GenerateRequest,
     Request,
     TrainRequest,
 )
-from stoker.contract.results import EmbedReply, GenerateResult, TrainResult, Usage
-from stoker.contract.stream import StreamToken, TrainReport
+from stoker.contract.results import Completion, EmbedReply, GenerateResult, TrainResult, Usage
+from stoker.contract.stream import Alternative, FinishReason, StreamToken, TrainReport
 
 __all__ = [
     "CONTRACT",
     "LORA_TARGETS",
+    "Alternative",
+    "ChatMessage",
+    "Completion",
     "EmbedReply",
     "EmbedRequest",
+    "FinishReason",
     "GenerateRequest",
     "GenerateResult",
     "ModelCard",

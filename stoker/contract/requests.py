@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+import json
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, Field, StringConstraints, field_validator, model_validator
 
 from stoker.contract.base import Message, Name
 
@@ -12,6 +13,10 @@ MAX_TEXTS = 4096
 MAX_TEXT_CHARS = 1_000_000
 #: All texts of one job together: a Celery message this large still passes in milliseconds.
 MAX_REQUEST_CHARS = 8_000_000
+
+#: Tokens of a prompt that is given as ids.
+MAX_PROMPT_IDS = 131_072
+LogitBias = Annotated[float, Field(ge=-100.0, le=100.0)]
 
 #: The linear layers that LoRA may change, by their last name, as PEFT calls them.
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -59,24 +64,106 @@ class EmbedRequest(JobRequest):
         return self
 
 
+class ChatMessage(Message):
+    """One message of a conversation, as the model's own chat template takes it."""
+
+    role: Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
+    #: None for a message that only calls tools.
+    content: Annotated[str, StringConstraints(max_length=MAX_TEXT_CHARS)] | None = None
+    name: Annotated[str, StringConstraints(max_length=128)] | None = None
+    tool_calls: Annotated[tuple[dict[str, Any], ...], Field(max_length=128)] | None = None
+    tool_call_id: Annotated[str, StringConstraints(max_length=128)] | None = None
+
+
+#: A token's id; which of them a model has, its worker says.
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+StopText = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+
+
 class GenerateRequest(JobRequest):
-    """A prompt to be continued."""
+    """A prompt to be continued: exactly one of `prompt`, `prompt_ids` and `messages`."""
 
     kind: ClassVar[str] = "generate"
 
     model: Name
-    prompt: Text
+    #: Continued as it is: no chat template is applied.
+    prompt: Text | None = None
+    #: The same as token ids, with nothing added.
+    prompt_ids: Annotated[tuple[TokenId, ...], Field(min_length=1, max_length=MAX_PROMPT_IDS)] | None = None
+    #: A conversation, for the model's chat template.
+    messages: Annotated[tuple[ChatMessage, ...], Field(min_length=1, max_length=4096)] | None = None
+    #: JSON descriptions of functions, for the chat template.
+    tools: Annotated[tuple[dict[str, Any], ...], Field(min_length=1, max_length=128)] | None = None
+    #: Further variables of the chat template, such as `enable_thinking`.
+    template: Annotated[dict[str, Any], Field(max_length=64)] | None = None
     #: LoRA adapter to generate with; None: the bare base.
     adapter: Name | None = None
     max_tokens: int = Field(default=128, ge=1, le=32_768)
+    #: Completions of the one prompt; each draws random numbers of its own.
+    n: int = Field(default=1, ge=1, le=16)
     #: 0 is greedy.
     temperature: float = Field(default=0.0, ge=0.0, le=10.0)
     #: Sample among the k likeliest tokens; 0: among all.
     top_k: int = Field(default=0, ge=0, le=1_000_000)
     #: Sample among the fewest tokens whose probabilities add up to this.
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    #: Sample among the tokens that are at least this much as likely as the likeliest.
+    min_p: float = Field(default=0.0, ge=0.0, le=1.0)
+    #: Divides positive and multiplies negative logits of tokens of the prompt and the answer, each once; 1: off.
+    repetition_penalty: float = Field(default=1.0, gt=0.0, le=10.0)
+    #: Taken from the logit of a token that the answer has.
+    presence_penalty: float = Field(default=0.0, ge=-100.0, le=100.0)
+    #: Taken from the logit of a token as often as the answer has it.
+    frequency_penalty: float = Field(default=0.0, ge=-100.0, le=100.0)
+    #: Token id → what is added to its logit.
+    logit_bias: Annotated[dict[TokenId, LogitBias], Field(max_length=1024)] | None = None
     #: The client draws one when none is given, so that a job that moves to another worker goes on with the same tokens.
     seed: int = Field(default=0, ge=0, lt=2**63)
+    #: Texts that end the answer; they are no part of it.
+    stop: Annotated[tuple[StopText, ...], Field(max_length=16)] = ()
+    #: Tokens that end the answer, beside those that the model ends with; they have no text.
+    stop_token_ids: Annotated[tuple[TokenId, ...], Field(max_length=64)] = ()
+    #: Go on behind the model's own end tokens.
+    ignore_eos: bool = False
+    #: Alternatives told with each token: the raw model's likeliest.
+    top_logprobs: int = Field(default=0, ge=0, le=20)
+    #: The answer is JSON that fits this schema ({}: any JSON).
+    json_schema: dict[str, Any] | None = None
+    #: The answer matches this regular expression from its start to its end.
+    regex: Annotated[str, StringConstraints(min_length=1, max_length=16_384)] | None = None
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _one_stop(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _whole(self) -> GenerateRequest:
+        given = [name for name in ("prompt", "prompt_ids", "messages") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"{' and '.join(given) or 'no prompt'} given; exactly one of prompt, prompt_ids, messages")
+        for name in ("tools", "template"):
+            if getattr(self, name) is not None and self.messages is None:
+                raise ValueError(f"{name} given without messages; it is for the chat template alone")
+        if self.json_schema is not None and self.regex is not None:
+            raise ValueError("json_schema and regex given; at most one of them")
+        if self.ignore_eos and (self.json_schema is not None or self.regex is not None):
+            raise ValueError("ignore_eos given with json_schema or regex, which end where the grammar says")
+        for name in ("messages", "tools", "template", "json_schema"):
+            _check_size(name, getattr(self, name))
+        return self
+
+
+def _check_size(name: str, value: Any) -> None:
+    """JSON of bounded size: the fields' own limits do not reach into free-form objects."""
+    if value is None:
+        return
+    try:
+        size = len(json.dumps(value, default=lambda message: message.model_dump(), allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{name}: not JSON ({error})") from None
+    if size > MAX_TEXT_CHARS:
+        raise ValueError(f"{name}: {size} characters of JSON; at most {MAX_TEXT_CHARS}")
 
 
 class TrainRequest(JobRequest):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from stoker.contract.base import Message
+from stoker.contract.stream import FinishReason
 
 
 class Usage(Message):
@@ -13,6 +12,8 @@ class Usage(Message):
     worker: str = ""
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    #: Of the prompt's tokens, those whose keys and values were there already (prefix cache).
+    cached_tokens: int = 0
     #: From submission until the engine began.
     queued_seconds: float = 0.0
     #: From the engine's start of this job until its end.
@@ -30,14 +31,29 @@ class EmbedReply(Message):
     usage: Usage
 
 
-class GenerateResult(Message):
-    model: str
-    adapter: str | None
+class Completion(Message):
+    """One answer. `token_ids` are all tokens that were made, those of a stop string included."""
+
     text: str
     token_ids: tuple[int, ...]
-    #: `stop`: an end-of-sequence token; `length`: `max_tokens` was reached.
-    finish_reason: Literal["stop", "length"]
+    finish_reason: FinishReason
+    #: The stop string or token id that ended it, if one did.
+    stopped_by: str | int | None = None
+
+
+class GenerateResult(Completion):
+    """The first completion, and those beside it."""
+
+    model: str
+    adapter: str | None
+    #: The second completion and further ones, when `n` is above 1.
+    others: tuple[Completion, ...] = ()
     usage: Usage
+
+    @property
+    def completions(self) -> tuple[Completion, ...]:
+        """All `n` of them, in order."""
+        return (self, *self.others)
 
 
 class TrainResult(Message):

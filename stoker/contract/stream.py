@@ -6,13 +6,27 @@ from typing import Literal
 
 from stoker.contract.base import Message
 
+#: Why an answer ended. `stop`: the model's own end token; `stop_token`, `stop_string`: one that the request names;
+#: `length`: `max_tokens` was reached; `context`: the model takes no more; `grammar`: the structure is complete.
+FinishReason = Literal["stop", "stop_token", "stop_string", "length", "context", "grammar"]
+
+
+class Alternative(Message):
+    """A token that might have come instead, with the raw model's log-probability."""
+
+    token_id: int
+    text: str
+    logprob: float
+
 
 class StreamToken(Message):
     """One generated token.
 
-    `text` is what became certain with this token: it may be empty while a character is incomplete, and the texts of
-    all tokens join to the whole text. `logit` and `logprob` are the raw model's; `probability` is that of the
-    distribution sampled from (after temperature, top-k and top-p), so 1.0 when greedy.
+    `text` is what became certain with this token: it may be empty while a character is incomplete or while a stop
+    string may have begun, and the texts of all tokens of a completion join to its whole text. `logit` and `logprob`
+    are the raw model's; `probability` is that of the distribution sampled from (after bias, penalties, grammar,
+    temperature, top-k, top-p and min-p), so 1.0 when greedy. `index` counts all tokens of the job; with several
+    completions `completion` says whose it is.
     """
 
     index: int
@@ -22,10 +36,15 @@ class StreamToken(Message):
     logprob: float
     probability: float
     is_eos: bool = False
-    finish_reason: Literal["stop", "length"] | None = None
+    finish_reason: FinishReason | None = None
+    #: Which of the `n` completions, from 0.
+    completion: int = 0
+    #: The raw model's likeliest tokens, best first, as many as `top_logprobs` asked for.
+    alternatives: tuple[Alternative, ...] = ()
 
     @property
     def is_last(self) -> bool:
+        """Whether it is the last one of its completion."""
         return self.finish_reason is not None
 
 

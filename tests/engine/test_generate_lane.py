@@ -238,13 +238,15 @@ def test_a_stopped_request_ends_wherever_it_is_and_frees_its_place(
     driver.assert_empty()
 
 
-def test_a_prompt_must_leave_room_for_its_answer(model: LoadedModel, pool: AdapterPool) -> None:
+def test_an_answer_ends_where_the_context_does(model: LoadedModel, pool: AdapterPool) -> None:
     driver = Driver(model, pool)
     fits = driver.send(request([3] * 1000, max_tokens=24))
+    cut = driver.send(request([3] * 1020, max_tokens=24))
     driver.run()
-    assert len(fits.tokens) == 24
-    with pytest.raises(TextTooLong, match="1001 tokens and max_tokens 24 given; tiny takes 1024 together"):
-        driver.send(request([3] * 1001, max_tokens=24))
+    assert (len(fits.tokens), fits.result.finish_reason) == (24, "length")
+    assert (len(cut.tokens), cut.result.finish_reason) == (4, "context")
+    with pytest.raises(TextTooLong, match="1024 tokens given; tiny takes 1024 together with the answer"):
+        driver.send(request([3] * 1024))
 
 
 def test_an_unknown_adapter_is_refused_before_it_waits(model: LoadedModel, pool: AdapterPool) -> None:
@@ -303,3 +305,82 @@ def test_a_prompt_that_has_no_tokens_is_refused(model: LoadedModel, pool: Adapte
     model.tokenizer.encode = lambda text, special=True: []  # type: ignore[method-assign]
     with pytest.raises(InvalidRequest, match="no token"):
         driver.send(request([3]))
+
+
+def test_token_ids_are_continued_as_they_are(model: LoadedModel, pool: AdapterPool) -> None:
+    driver = Driver(model, pool)
+    text = driver.send(request([3, 1, 4]))
+    ids = driver.send(GenerateRequest(model="tiny", prompt_ids=(3, 1, 4), max_tokens=12))
+    driver.run()
+    assert ids.ids == text.ids
+    for name, value in {"prompt_ids": (61,), "stop_token_ids": (99,), "logit_bias": {61: 1.0}}.items():
+        options = {"model": "tiny", **({} if name == "prompt_ids" else {"prompt": "t3"}), name: value}
+        with pytest.raises(InvalidRequest, match=f"{name}: token .* given; tiny has 0 to 60"):
+            driver.send(GenerateRequest(**options))
+
+
+def test_messages_are_written_by_the_models_template(model: LoadedModel, pool: AdapterPool) -> None:
+    driver = Driver(model, pool)
+    chat = [{"role": "user", "content": "t3 t1"}, {"role": "assistant", "content": "t4"}]
+    with pytest.raises(InvalidRequest, match="tiny has no chat template"):
+        driver.send(GenerateRequest(model="tiny", messages=chat))
+    model.tokenizer.chat_template = (
+        "{% for message in messages %}t9 {{ message.content }} {% endfor %}"
+        "{% for tool in tools or [] %}t7 {% endfor %}{% if warm %}t5{% endif %}"
+    )
+    plain = driver.send(GenerateRequest(model="tiny", messages=chat, max_tokens=4))
+    tools = driver.send(GenerateRequest(model="tiny", messages=chat, tools=[{}], template={"warm": True}, max_tokens=4))
+    wanted = [driver.send(request(ids, max_tokens=4)) for ids in ([9, 3, 1, 9, 4], [9, 3, 1, 9, 4, 7, 5])]
+    driver.run()
+    assert [plain.ids, tools.ids] == [one.ids for one in wanted]
+    assert plain.result.usage.prompt_tokens == 5
+
+
+def test_an_answer_ends_before_its_stop_string_across_tokens(model: LoadedModel, pool: AdapterPool) -> None:
+    driver = Driver(model, pool)
+    free = driver.send(request([3, 1, 4], max_tokens=12))
+    driver.run()
+    whole = free.result.text
+    stop = whole[
+        len(tiny.text(free.ids[:3])) - 1 : len(tiny.text(free.ids[:5])) - 1
+    ]  # from within one to within another
+    first = whole.index(stop)
+    sent = driver.send(request([3, 1, 4], max_tokens=12, stop=[stop, "never"]))
+    driver.run()
+    assert sent.result.text == whole[:first] == "".join(token.text for token in sent.tokens)
+    assert (sent.result.finish_reason, sent.result.stopped_by) == ("stop_string", stop)
+    assert sent.ids == free.ids[: len(sent.ids)]
+    driver.assert_empty()
+
+
+def test_a_stop_token_ends_and_an_end_token_may_be_ignored(tiny_llama: Llama, pool: AdapterPool) -> None:
+    free = Driver(tiny.loaded(tiny_llama, eos_ids=[]), pool)
+    unended = free.send(request([3, 1, 4], max_tokens=8))
+    free.run()
+    end = unended.ids[3]
+    first = unended.ids.index(end)
+    driver = Driver(tiny.loaded(tiny_llama, eos_ids=[end]), pool)
+    ignored = driver.send(request([3, 1, 4], max_tokens=8, ignore_eos=True))
+    stopped = driver.send(request([3, 1, 4], max_tokens=8, ignore_eos=True, stop_token_ids=[end]))
+    driver.run()
+    assert ignored.ids == unended.ids
+    assert stopped.ids == unended.ids[: first + 1]
+    assert (stopped.result.finish_reason, stopped.result.stopped_by) == ("stop_token", end)
+    assert not stopped.tokens[-1].is_eos
+
+
+def test_several_completions_of_one_prompt_are_what_each_would_be_alone(model: LoadedModel, pool: AdapterPool) -> None:
+    options: dict[str, Any] = {"temperature": 1.5, "seed": 3, "max_tokens": 9}
+    driver = Driver(model, pool)
+    three = driver.send(request([3, 1, 4], n=3, **options))
+    driver.run()
+    assert [token.index for token in three.tokens] == list(range(27))
+    texts = [completion.token_ids for completion in three.result.completions]
+    assert len(set(texts)) == 3
+    for number, ids in enumerate(texts):
+        assert [token.token_id for token in three.tokens if token.completion == number] == list(ids)
+    alone = driver.send(request([3, 1, 4], **options))
+    driver.run()
+    assert alone.result.token_ids == texts[0]
+    assert three.result.usage.completion_tokens == 27
+    driver.assert_empty()

@@ -2,61 +2,119 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from engine.generation.sampling import Draw, Pick, sample
+from engine.generation.sampling import Draw, Pick, columns, process, sample, uniforms, warp
 from stoker.contract import GenerateRequest
 
+GOLDENS = Path(__file__).parent.parent / "goldens"
+GOLDEN = json.loads((GOLDENS / "sampling.json").read_text())
+CASES: list[dict[str, Any]] = GOLDEN["cases"]
 VOCABULARY = 50
-CASES: list[dict[str, Any]] = [
-    {"temperature": 1.0},
-    {"temperature": 0.3},
-    {"temperature": 10.0},
-    {"temperature": 1.0, "top_k": 1},
-    {"temperature": 1.0, "top_k": 7},
-    {"temperature": 1.0, "top_k": 1_000_000},
-    {"temperature": 1.0, "top_p": 0.5},
-    {"temperature": 1.0, "top_p": 1e-9},
-    {"temperature": 1.7, "top_k": 20, "top_p": 0.8},
-    {"temperature": 0.5, "top_k": 3, "top_p": 0.9},
-]
 
 
-def draw(position: int = 0, **options: Any) -> Draw:
-    return Draw(GenerateRequest(model="m", prompt="p", **options), position)
+def draw(position: int = 0, *, tally: dict[int, int] | None = None, mask: Any = None, **options: Any) -> Draw:
+    request = GenerateRequest(model="m", prompt="p", **options)
+    return Draw(request, float(uniforms(request.seed, position, 1)[0]), tally or {}, mask)
 
 
 def logits(rows: int, seed: int = 0, vocabulary: int = VOCABULARY) -> np.ndarray:
     return np.random.default_rng(seed).normal(0, 3, (rows, vocabulary)).astype(np.float32)
 
 
-def reference(row: np.ndarray, request: GenerateRequest, uniform: float) -> tuple[int, float, float]:
-    """transformers' order (temperature, top-k, top-p), in float64; also how near `uniform` is to another token."""
-    scaled = row.astype(np.float64) / request.temperature
-    order = np.argsort(-scaled)
-    ranked = scaled[order][: request.top_k or None]
-    probability = np.exp(ranked - ranked.max())
-    probability /= probability.sum()
-    kept = probability[np.cumsum(probability) - probability < request.top_p]
-    kept /= kept.sum()
-    edges = np.cumsum(kept)
-    rank = min(int(np.searchsorted(edges, uniform, side="right")), len(kept) - 1)
-    return int(order[rank]), float(kept[rank]), float(np.abs(edges[:-1] - uniform).min(initial=1.0))
+@pytest.fixture(scope="module")
+def golden() -> dict[str, np.ndarray]:
+    return dict(np.load(GOLDENS / "sampling.npz"))
 
 
-@pytest.mark.parametrize("options", CASES)
-def test_a_row_is_drawn_as_transformers_would(options: dict[str, Any]) -> None:
-    rows = logits(64, seed=3)
-    draws = [draw(position, seed=11, **options) for position in range(64)]
-    for row, one, pick in zip(rows, draws, sample(mx.array(rows), draws), strict=True):
-        token, probability, margin = reference(row, one.request, one.uniform)
-        if margin > 1e-5:  # nearer than that, float32 may land on the neighbour
-            assert pick.token_id == token
-            assert pick.probability == pytest.approx(probability, rel=1e-3)
+def test_every_processor_and_their_order_are_those_of_transformers(golden: dict[str, np.ndarray]) -> None:
+    """All cases in one batch: each row by its own parameters."""
+    tally = dict.fromkeys(GOLDEN["prompt"], 0)
+    rows = golden["logits"].reshape(-1, golden["logits"].shape[-1])
+    draws = [draw(tally=tally, **case) for case in CASES for _ in range(golden["logits"].shape[1])]
+    made = columns(draws, rows.shape[-1])
+    found = np.array(warp(process(mx.array(rows), made), made))
+    wanted = golden["scores"].reshape(rows.shape)
+    # What is e^87 times less likely than the best is zero in float32.
+    wanted = np.where(wanted < wanted.max(axis=-1, keepdims=True) - 87, -np.inf, wanted)
+    assert np.array_equal(np.isinf(found), np.isinf(wanted))
+    kept = np.isfinite(wanted)
+    np.testing.assert_allclose(found[kept], wanted[kept], rtol=2e-6, atol=1e-6)
+
+
+def test_the_token_drawn_is_where_the_uniform_number_falls(golden: dict[str, np.ndarray]) -> None:
+    """Inverse CDF over transformers' scores, in the order of the vocabulary; float32 may miss by one at a border."""
+    tally = dict.fromkeys(GOLDEN["prompt"], 0)
+    for number, case in enumerate(CASES):
+        rows, scores = golden["logits"][number], golden["scores"][number].astype(np.float64)
+        draws = [draw(place, tally=tally, seed=11, **case) for place in range(len(rows))]
+        for one, row, pick in zip(draws, scores, sample(mx.array(rows), draws), strict=True):
+            probability = np.exp(row - row.max())
+            probability /= probability.sum()
+            edges = np.cumsum(probability)
+            if np.abs(edges - one.uniform).min() > 1e-5:
+                assert pick.token_id == int(np.searchsorted(edges, one.uniform, side="right")), case
+                assert pick.probability == pytest.approx(probability[pick.token_id], rel=1e-3)
+
+
+def test_presence_counts_a_token_once_and_frequency_as_often_as_it_came() -> None:
+    row = np.zeros((1, 8), dtype=np.float32)
+    tally = {1: 0, 2: 1, 3: 4}  # 1 is of the prompt alone
+    made = columns([draw(tally=tally, presence_penalty=0.5, frequency_penalty=0.25)], 8)
+    found = np.array(process(mx.array(row), made))[0]
+    assert found.tolist() == [0, 0, -0.75, -1.5, 0, 0, 0, 0]
+
+
+def test_a_token_that_the_host_has_not_seen_yet_is_counted_too() -> None:
+    rows = logits(3, vocabulary=16)
+    options = {"repetition_penalty": 1.4, "presence_penalty": 0.5, "frequency_penalty": 0.25}
+    known = [draw(tally={1: 0, 4: 2}, **options), draw(tally={7: 1}, **options), draw()]
+    later = [draw(tally={1: 0, 4: 3}, **options), draw(tally={7: 1, 9: 1}, **options), draw()]
+    last = mx.array([4, 9, 5])
+    found = process(mx.array(rows), columns(known, 16), last)
+    assert np.allclose(np.array(found), np.array(process(mx.array(rows), columns(later, 16))))
+
+
+def test_a_repeated_token_is_made_less_likely_whatever_the_sign_of_its_logit() -> None:
+    row = np.array([[2.0, -2.0, 1.0, -1.0]], dtype=np.float32)
+    made = columns([draw(tally={0: 3, 1: 3}, repetition_penalty=2.0)], 4)
+    assert np.array(process(mx.array(row), made))[0].tolist() == [1.0, -4.0, 1.0, -1.0]
+
+
+def test_a_mask_leaves_only_what_a_grammar_allows() -> None:
+    rows = logits(3)
+    allowed = [3, 31, 32, 49]
+    mask = np.zeros(2, dtype=np.int32)
+    for token in allowed:
+        mask[token // 32] |= np.uint32(1 << token % 32).astype(np.int32)
+    found = sample(mx.array(rows), [draw(mask=mask), draw(seed=1, temperature=5.0, mask=mask), draw()])
+    assert found[0].token_id == allowed[int(rows[0, allowed].argmax())]
+    assert found[1].token_id in allowed
+    assert found[2].token_id == int(rows[2].argmax())
+
+
+def test_alternatives_are_the_raw_models_best_in_order() -> None:
+    rows = logits(2)
+    first, second = sample(mx.array(rows), [draw(top_logprobs=5, temperature=3.0, seed=4), draw()])
+    order = np.argsort(-rows[0])[:5]
+    total = np.log(np.exp(rows[0].astype(np.float64)).sum())
+    assert [token for token, _ in first.alternatives] == order.tolist()
+    assert [logprob for _, logprob in first.alternatives] == pytest.approx(rows[0][order] - total, abs=1e-5)
+    assert second.alternatives == ()
+
+
+def test_columns_are_padded_with_rows_that_are_greedy() -> None:
+    rows = logits(4)
+    draws = [draw(seed=1, temperature=1.0, top_k=5, repetition_penalty=1.1, tally={4: 1}, logit_bias={3: 1.0})]
+    made = columns(draws, VOCABULARY, 4)
+    assert {array.shape[0] for array in made.values() if isinstance(array, mx.array)} == {4}
+    assert np.allclose(np.array(process(mx.array(rows), made))[1:], rows[1:])
 
 
 def test_greedy_takes_the_best_and_says_so() -> None:
@@ -89,15 +147,20 @@ def test_a_row_is_the_same_alone_and_in_any_batch() -> None:
 
 
 def test_a_number_depends_on_seed_and_position_alone() -> None:
-    first = draw(7, seed=3, temperature=1.0).uniform
-    assert first == draw(7, seed=3, top_k=4).uniform
-    others = {draw(position, seed=seed).uniform for seed in range(20) for position in range(20)}
-    assert len(others) == 400
+    block = uniforms(3, 0, 20)
+    assert block.tolist() == [float(uniforms(3, position, 1)[0]) for position in range(20)]
+    others = {value for seed in range(20) for completion in range(2) for value in uniforms(seed, 0, 20, completion)}
+    assert len(others) == 800
     assert all(0 <= value < 1 for value in others)
 
 
+def test_a_number_is_the_first_that_numpys_philox_draws_at_that_position() -> None:
+    bits = np.random.Philox(key=5, counter=9)
+    assert float(uniforms(5, 0, 10)[9]) == np.random.Generator(bits).random()
+
+
 def test_the_largest_seed_and_position_can_be_drawn() -> None:
-    assert 0 <= draw(32_767, seed=2**63 - 1).uniform < 1
+    assert 0 <= uniforms(2**63 - 1, 32_767, 1, 15)[0] < 1
 
 
 def chi_square(picks: list[Pick], wanted: np.ndarray) -> float:
@@ -112,6 +175,8 @@ def chi_square(picks: list[Pick], wanted: np.ndarray) -> float:
         ({}, [0.4, 0.3, 0.15, 0.1, 0.05]),
         ({"top_k": 2}, [4 / 7, 3 / 7, 0, 0, 0]),
         ({"top_p": 0.8}, [0.4 / 0.85, 0.3 / 0.85, 0.15 / 0.85, 0, 0]),
+        ({"min_p": 0.25}, [0.4 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0.1 / 0.95, 0]),
+        ({"logit_bias": {4: float(np.log(8))}}, [0.4 / 1.35, 0.3 / 1.35, 0.15 / 1.35, 0.1 / 1.35, 0.4 / 1.35]),
     ],
 )
 def test_tokens_come_as_often_as_their_probability_says(options: dict[str, Any], wanted: list[float]) -> None:

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from stoker.contract import (
     CONTRACT,
     LORA_TARGETS,
+    ChatMessage,
     EmbedRequest,
     GenerateRequest,
     StreamToken,
@@ -36,6 +37,7 @@ VALID: dict[type[Message], dict[str, Any]] = {
 NAMES = st.from_regex(r"[a-z0-9][a-z0-9._-]{0,63}", fullmatch=True)
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=50).filter(str.strip)
 SEEDS = st.integers(0, 2**63 - 1)
+MESSAGES = st.builds(ChatMessage, role=st.just("user"), content=TEXTS)
 REQUESTS = st.one_of(
     st.builds(
         EmbedRequest,
@@ -53,7 +55,23 @@ REQUESTS = st.one_of(
         temperature=st.floats(0, 10),
         top_k=st.integers(0, 1_000_000),
         top_p=st.floats(0, 1, exclude_min=True),
+        min_p=st.floats(0, 1),
+        repetition_penalty=st.floats(0.5, 10),
+        presence_penalty=st.floats(-100, 100),
+        frequency_penalty=st.floats(-100, 100),
+        logit_bias=st.none() | st.dictionaries(st.integers(0, 2**31 - 1), st.floats(-100, 100), max_size=4),
+        stop=st.lists(TEXTS, max_size=4).map(tuple),
+        stop_token_ids=st.lists(st.integers(0, 100), max_size=4).map(tuple),
+        n=st.integers(1, 16),
+        top_logprobs=st.integers(0, 20),
         seed=SEEDS,
+    ),
+    st.builds(
+        GenerateRequest,
+        model=NAMES,
+        messages=st.lists(MESSAGES, min_size=1, max_size=3).map(tuple),
+        tools=st.none() | st.just(({"type": "function", "function": {"name": "f"}},)),
+        json_schema=st.none() | st.just({"type": "object"}),
     ),
     st.builds(
         TrainRequest,
@@ -86,7 +104,7 @@ def test_what_travels_as_json_arrives_as_it_was(request: Message) -> None:
         logit=st.floats(allow_nan=False, allow_infinity=False),
         logprob=st.floats(allow_nan=False, allow_infinity=False),
         probability=st.floats(0, 1),
-        finish_reason=st.sampled_from([None, "stop", "length"]),
+        finish_reason=st.sampled_from([None, "stop", "length", "stop_string"]),
     )
 )
 def test_a_token_arrives_as_it_was(token: StreamToken) -> None:
@@ -110,8 +128,31 @@ def test_an_unknown_field_is_refused_with_those_there_are(message: type[Message]
 @pytest.mark.parametrize("message", VALID)
 def test_a_missing_field_is_named(message: type[Message]) -> None:
     for name in VALID[message]:
-        with pytest.raises(InvalidRequest, match=f"^{name}: missing"):
+        said = "^request: no prompt given" if name == "prompt" else f"^{name}: missing"
+        with pytest.raises(InvalidRequest, match=said):
             build(message, {key: value for key, value in VALID[message].items() if key != name})
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"prompt": "p", "prompt_ids": (1,)}, "prompt and prompt_ids given; exactly one"),
+        ({"prompt": "p", "tools": ({},)}, "tools given without messages"),
+        ({"prompt": "p", "json_schema": {}, "regex": "a"}, "json_schema and regex given"),
+        ({"prompt": "p", "regex": "a", "ignore_eos": True}, "ignore_eos given with"),
+        ({"prompt": "p", "json_schema": {"a": float("nan")}}, "json_schema: not JSON"),
+        ({"messages": ({"role": "user", "content": "x" * 999_999},) * 2}, "characters of JSON; at most 1000000"),
+        ({"messages": ({"role": "user", "text": "x"},)}, "messages.0.text: no such field"),
+        ({"prompt_ids": ()}, "prompt_ids: "),
+    ],
+)
+def test_a_generate_request_must_make_sense_as_a_whole(fields: dict[str, Any], why: str) -> None:
+    with pytest.raises(InvalidRequest, match=why):
+        build(GenerateRequest, {"model": "m", **fields})
+
+
+def test_one_stop_string_may_be_given_alone() -> None:
+    assert build(GenerateRequest, {"model": "m", "prompt": "p", "stop": "END"}).stop == ("END",)
 
 
 @pytest.mark.parametrize("message", VALID)

@@ -1,0 +1,60 @@
+"""What a request asks to be continued, as token ids."""
+
+from __future__ import annotations
+
+from engine.loading import LoadedModel
+from engine.text import chat
+from stoker.contract import GenerateRequest
+from stoker.errors import InvalidRequest, TextTooLong
+
+
+def tokenize(model: LoadedModel, request: GenerateRequest) -> list[int]:
+    """The prompt's ids, with room left for an answer. Raises `InvalidRequest` and `TextTooLong`."""
+    ids = _ids(model, request)
+    if not ids:
+        raise InvalidRequest(f"prompt: {str(request.prompt)[:40]!r} given, which is no token of {request.model}.")
+    if len(ids) >= model.context:
+        raise TextTooLong(
+            f"prompt: {len(ids)} tokens given; {request.model} takes {model.context} together with the answer. "
+            "Shorten it."
+        )
+    return ids
+
+
+def check_ids(model: LoadedModel, request: GenerateRequest) -> None:
+    """Raise `InvalidRequest` for a token id that the model does not have."""
+    if request.json_schema is not None or request.regex is not None:
+        raise InvalidRequest("json_schema and regex: this worker cannot keep to a grammar yet.")
+    vocabulary = model.decoder.args.vocab
+    for name in ("prompt_ids", "stop_token_ids", "logit_bias"):
+        beyond = [index for index in getattr(request, name) or () if index >= vocabulary]
+        if beyond:
+            raise InvalidRequest(f"{name}: token {beyond[0]} given; {request.model} has 0 to {vocabulary - 1}.")
+
+
+def _ids(model: LoadedModel, request: GenerateRequest) -> list[int]:
+    if request.prompt_ids is not None:
+        return list(request.prompt_ids)
+    if request.prompt is not None:
+        return model.tokenizer.encode(request.prompt)
+    # The template writes the special tokens itself, the one at the beginning too.
+    return model.tokenizer.encode(_render(model, request), special=False)
+
+
+def _render(model: LoadedModel, request: GenerateRequest) -> str:
+    tokenizer = model.tokenizer
+    if tokenizer.chat_template is None:
+        raise InvalidRequest(f"messages given, but {request.model} has no chat template: give a prompt.")
+    text = [None if index is None else tokenizer.inner.id_to_token(index) for index in _ends(model)]
+    return chat.render(
+        tokenizer.chat_template,
+        [message.model_dump(mode="json", exclude_none=True) for message in request.messages or ()],
+        tools=request.tools,
+        bos_token=text[0],
+        eos_token=text[1],
+        extra=request.template,
+    )
+
+
+def _ends(model: LoadedModel) -> tuple[int | None, int | None]:
+    return model.tokenizer.bos_id, model.tokenizer.main_eos_id
