@@ -44,10 +44,11 @@ class _Work:
 class Engine:
     """Holds models warm and runs jobs on them.
 
-    `models` maps a name to its sources (`engine.sources`). `publish` gets the entries of a step, from the engine's
-    thread: it must hand them on and return. `precision`: dtype, quantize and group_size for `engine.loading.load`.
-    `on_death` is called, from the same thread, if the loop ends by a defect: an engine does not come back, its process
-    has to.
+    `models` maps a name to its sources (`engine.sources`). `adapters` and `runs` are folders: for trained adapters, and
+    for the checkpoints and logs of training runs (by default beside the adapters). `publish` gets the entries of a
+    step, from the engine's thread: it must hand them on and return. `precision`: dtype, quantize and group_size for
+    `engine.loading.load`. `on_death` is called, from the same thread, if the loop ends by a defect: an engine does not
+    come back, its process has to.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Engine:
         models: Mapping[str, Sequence[str]],
         *,
         adapters: Path,
+        runs: Path | None = None,
         publish: Callable[[list[Entry]], None],
         slots: int = 16,
         precision: Mapping[str, Any] | None = None,
@@ -62,6 +64,7 @@ class Engine:
     ) -> None:
         self._sources = dict(models)
         self._store = AdapterStore(adapters)
+        self._runs = runs or adapters.parent / "runs"
         self._publish = publish
         self._slots = slots
         self._on_death = on_death
@@ -92,7 +95,7 @@ class Engine:
     def submit(self, job_id: str, request: Request, data: Any = None, *, deadline: float | None = None) -> Ticket:
         """Queue a job. Raises at once if the request does not fit the model.
 
-        `data` is a training job's dataset (bytes), or the tokens of a generation job that were published already (it
+        `data` is a training job's `TrainInput`, or the tokens of a generation job that were published already (it
         goes on behind them). `deadline`: seconds from now after which the job ends with `DeadlineExceeded`.
         """
         lane = self._lanes.get((request.model, request.kind))
@@ -178,7 +181,7 @@ class Engine:
         if model.kind == "embed":
             return [EmbedLane(model)]
         pool = self._pools[model.name] = AdapterPool(model, self._store)
-        return [GenerateLane(model, pool, self._slots), TrainLane(model, pool)]
+        return [GenerateLane(model, pool, self._slots), TrainLane(model, pool, self._runs)]
 
     def step(self) -> None:
         """One turn of the loop: take new work, drop stopped work, run the lane whose turn it is, tell."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from engine.models.sentence import EmbeddingSpec
 from engine.precision import Precision
 from engine.sources import naming, resolve
 from engine.text.tokenizer import Tokenizer
+from engine.weights.digest import weights_digest
 from engine.weights.folder import folder_tensors, gguf_tensors, read_config
 from engine.weights.gguf import GGUF
 from engine.weights.tensors import Tensors
@@ -56,6 +58,11 @@ class LoadedModel:
     load_seconds: float
     embedding: EmbeddingSpec | None = None
     linear_shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict, repr=False)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Names the contents of its files: what an adapter was trained on."""
+        return weights_digest(self.path)
 
     @property
     def decoder(self) -> Llama:

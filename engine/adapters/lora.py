@@ -1,12 +1,20 @@
-"""LoRA (Hu et al. 2021, arXiv:2106.09685): y = x W + (alpha / rank) · (x A) B, with W frozen."""
+"""LoRA and DoRA in the forward pass of training, and what an adapter is.
+
+LoRA (Hu et al. 2021, arXiv:2106.09685): y = x W + s · (x A) B, with W frozen, s = alpha / rank.
+rsLoRA (Kalajdzievski 2023, arXiv:2312.03732): the same with s = alpha / sqrt(rank).
+DoRA (Liu et al. 2024, arXiv:2402.09353): y = m / ‖W + s·AB‖ · (x W + s · (x A) B), the norm that of each output's
+weights, and no gradient through it (section 4.3).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
+
+from engine.models.layers import Linear
 
 #: Linear layer's dotted name → its matrices.
 Matrices = dict[str, dict[str, mx.array]]
@@ -18,22 +26,24 @@ class LoraConfig:
     alpha: float
     #: Last names of the layers that are changed, such as `q_proj`.
     targets: tuple[str, ...]
+    rslora: bool = False
+    dora: bool = False
 
     @property
     def scale(self) -> float:
-        return self.alpha / self.rank
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 
 @dataclass(frozen=True)
 class LoraWeights:
-    """One adapter. `matrices[name]` holds `a` (in, rank) and `b` (rank, out), float32."""
+    """One adapter. `matrices[name]` holds `a` (in, rank) and `b` (rank, out), and with DoRA `m` (out,), float32."""
 
     config: LoraConfig
     matrices: Matrices
 
     @property
     def bytes(self) -> int:
-        return sum(array.nbytes for pair in self.matrices.values() for array in pair.values())
+        return sum(array.nbytes for sides in self.matrices.values() for array in sides.values())
 
 
 def target_shapes(shapes: Mapping[str, tuple[int, int]], targets: tuple[str, ...]) -> dict[str, tuple[int, int]]:
@@ -41,27 +51,98 @@ def target_shapes(shapes: Mapping[str, tuple[int, int]], targets: tuple[str, ...
     return {name: shape for name, shape in shapes.items() if name.rpartition(".")[2] in targets}
 
 
-def initialise(config: LoraConfig, shapes: Mapping[str, tuple[int, int]], seed: int) -> LoraWeights:
-    """A fresh adapter that changes nothing yet: A uniform in ±1/√in as in PEFT, B zero. The same seed, the same A."""
+def initialise(config: LoraConfig, linears: Mapping[str, Linear], seed: int) -> LoraWeights:
+    """A fresh adapter that changes nothing yet: A uniform in ±1/√in as in PEFT, B zero, m the norms of the base.
+
+    The same seed, the same A.
+    """
     random = np.random.default_rng(seed)
     matrices: Matrices = {}
+    shapes = {name: linear.shape for name, linear in linears.items()}
     for name, (width_in, width_out) in sorted(target_shapes(shapes, config.targets).items()):
         bound = width_in**-0.5
         a = random.uniform(-bound, bound, (width_in, config.rank)).astype(np.float32)
         matrices[name] = {"a": mx.array(a), "b": mx.zeros((config.rank, width_out))}
+        if config.dora:
+            matrices[name]["m"] = mx.sqrt(square_norms(linears[name]))
     return LoraWeights(config, matrices)
 
 
-class TrainableLora:
-    """An adapter in the forward pass of training: one for all rows, differentiable in its matrices."""
+def square_norms(linear: Linear) -> mx.array:
+    """The sum of squares of each output's frozen weights, (out,), float32; evaluated, so that W is not kept dense."""
+    norms = mx.sum(mx.square(linear.dense().astype(mx.float32)), axis=0)
+    mx.eval(norms)
+    return norms
 
-    def __init__(self, matrices: Matrices, scale: float) -> None:
+
+def adapted_norms(
+    linear: Linear, squares: mx.array, sides: Mapping[str, mx.array], scale: float, dtype: mx.Dtype
+) -> mx.array:
+    """‖W + s·AB‖ of each output, (out,), from `squares` = `square_norms(linear)`. `dtype`: what the layer computes in.
+
+    The sum is never made: ‖w + s·Ab‖² = ‖w‖² + 2s·(wᵀA)·b + s²·bᵀ(AᵀA)b, which costs what `rank` more tokens would,
+    and asks of W only its product, whatever its form.
+    """
+    a, b = sides["a"], sides["b"]
+    rows = linear(a.T.astype(dtype))
+    if linear.bias is not None:
+        rows = rows - linear.bias
+    cross = mx.sum(rows.astype(b.dtype) * b, axis=0)
+    own = mx.sum(((a.T @ a) @ b) * b, axis=0)
+    # Rounding may take an output without weights below zero.
+    return mx.sqrt(mx.maximum(squares + 2.0 * scale * cross + scale**2 * own, 1e-30))
+
+
+class TrainableLora:
+    """An adapter in the forward pass of training: one for all rows, differentiable in its matrices.
+
+    `linears` is needed for DoRA alone: name → frozen layer. `squares`: name → its `square_norms`.
+    `dropout` p sets each input of A to 0 with probability p and divides the others by 1 − p; its draws depend on `key`
+    and on the layer alone.
+    """
+
+    def __init__(
+        self,
+        matrices: Matrices,
+        scale: float,
+        *,
+        linears: Mapping[str, Linear] | None = None,
+        squares: Mapping[str, mx.array] | None = None,
+        dropout: float = 0.0,
+        keys: Mapping[str, mx.array] | None = None,
+    ) -> None:
         self._matrices, self._scale = matrices, scale
+        self._linears, self._squares = linears or {}, squares or {}
+        self._dropout, self._keys = dropout, keys or {}
 
     def apply(self, name: str, x: mx.array, y: mx.array) -> mx.array:
         """`x`: (rows, tokens, in), the layer's input; `y`: (rows, tokens, out), what the frozen layer made of it."""
-        pair = self._matrices.get(name)
-        return y if pair is None else y + self._scale * ((x @ pair["a"]) @ pair["b"])
+        sides = self._matrices.get(name)
+        if sides is None:
+            return y
+        # The master weights are float32; they are multiplied in what the model computes in.
+        a, b = sides["a"].astype(x.dtype), sides["b"].astype(x.dtype)
+        update = (self._scale * (self._dropped(name, x) @ a)) @ b
+        if "m" not in sides:
+            return y + update
+        linear = self._linears[name]
+        norms = mx.stop_gradient(adapted_norms(linear, self._squares[name], sides, self._scale, x.dtype))
+        gain = (sides["m"] / norms).astype(y.dtype)
+        if linear.bias is None:
+            return gain * (y + update)
+        return gain * (y - linear.bias + update) + linear.bias
+
+    def _dropped(self, name: str, x: mx.array) -> mx.array:
+        if not self._dropout:
+            return x
+        kept = mx.random.bernoulli(1.0 - self._dropout, x.shape, key=self._keys[name])
+        return mx.where(kept, x * (1.0 / (1.0 - self._dropout)), mx.zeros_like(x))
+
+
+def dropout_keys(names: Iterable[str], key: mx.array) -> dict[str, mx.array]:
+    """A key for each layer, from one of the step's."""
+    ordered = sorted(names)
+    return dict(zip(ordered, mx.random.split(key, len(ordered)), strict=True))
 
 
 class StackedLora:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import mlx.core as mx
 
@@ -35,7 +35,7 @@ class AdapterPool:
 
     def check(self, name: str) -> None:
         """Raise `UnknownAdapter` unless the store has it. From any thread."""
-        self._store.latest(self._model.name, name)
+        self._store.resolve(self._model.name, name)
 
     def acquire(self, name: str | None) -> int:
         """The index of the newest version of `name` (None: the base), to be given back by `release`."""
@@ -46,9 +46,9 @@ class AdapterPool:
     def release(self, index: int) -> None:
         self._uses[index] -= 1
 
-    def save(self, name: str, weights: LoraWeights, notes: dict[str, object]) -> int:
-        """Write a trained adapter as a new version and make it the one that serves."""
-        version = self._store.write(self._model.name, name, weights, notes)
+    def save(self, name: str, weights: LoraWeights, notes: Mapping[str, object], version: int | None = None) -> int:
+        """Write a trained adapter as a version, by default the next one, and hold it."""
+        version = self._store.write(self._model.name, name, weights, notes, version)
         self._hold(name, version, weights)
         return version
 
@@ -59,7 +59,7 @@ class AdapterPool:
         return StackedLora(self._stacks, mx.array(list(indices), dtype=mx.uint32))
 
     def _index_of(self, name: str) -> int:
-        version = self._store.latest(self._model.name, name)
+        name, version = self._store.resolve(self._model.name, name)
         for place, entry in enumerate(self._held):
             if entry and entry[:2] == (name, version):
                 return place + 1

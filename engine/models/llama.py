@@ -245,6 +245,11 @@ class Llama:
         return y.astype(mx.float32)
 
     @property
+    def linears(self) -> dict[str, Linear]:
+        """Dotted name -> every linear layer that an adapter may change."""
+        return {linear.name: linear for layer in self.layers for linear in layer.linears}
+
+    @property
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """Dotted name -> (in, out) of every linear layer that an adapter may change."""
-        return {linear.name: linear.shape for layer in self.layers for linear in layer.linears}
+        """Dotted name -> (in, out) of each."""
+        return {name: linear.shape for name, linear in self.linears.items()}

@@ -1,21 +1,22 @@
-"""Training runs of one model: one at a time, one step a turn."""
+"""Training runs of one model: one at a time, one micro-step a turn."""
 
 from __future__ import annotations
 
-import time
+import logging
 from collections import deque
-from collections.abc import Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 
-from engine.adapters.lora import LoraWeights
 from engine.adapters.pool import AdapterPool
 from engine.loading import LoadedModel
 from engine.ticket import StepOutput, Ticket
 from engine.training.data import TokenizedExample, tokenize
-from engine.training.trainer import train
-from stoker.contract import TrainReport, TrainRequest, TrainResult, Usage
-from stoker.contract.dataset import read_lines
-from stoker.errors import DatasetError, InvalidRequest
+from engine.training.run import Run
+from stoker.contract import TrainRequest, TrainResult, Usage
+from stoker.contract.dataset import TrainInput, iterate_lines
+from stoker.errors import DatasetError, InvalidRequest, JobCancelled, WorkerUnavailable
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -23,31 +24,35 @@ class TrainWork:
     ticket: Ticket
     request: TrainRequest
     examples: list[TokenizedExample]
-    reports: list[TrainReport] = field(default_factory=list)
+    #: The adapter's version; None: the next one.
+    version: int | None
 
 
 class TrainLane:
+    """`runs`: where each run has its folder, named as its job."""
+
     kind = "train"
 
-    def __init__(self, model: LoadedModel, pool: AdapterPool) -> None:
-        self._model, self._pool = model, pool
+    def __init__(self, model: LoadedModel, pool: AdapterPool, runs: Path) -> None:
+        self._model, self._pool, self._runs = model, pool, runs
         self._waiting: deque[TrainWork] = deque()
         self._current: TrainWork | None = None
-        self._steps: Generator[TrainReport, None, LoraWeights] | None = None
+        self._run: Run | None = None
 
     @property
     def busy(self) -> bool:
         return bool(self._waiting or self._current)
 
-    def prepare(self, ticket: Ticket, request: TrainRequest, data: bytes | None) -> TrainWork:
+    def prepare(self, ticket: Ticket, request: TrainRequest, data: TrainInput | None) -> TrainWork:
         if data is None:
             raise DatasetError("dataset: gone from the broker before the run began. Send the job again.")
         if request.max_length > self._model.context:
             raise InvalidRequest(
                 f"max_length: {request.max_length} given; {request.model} takes {self._model.context}."
             )
-        examples = read_lines(data.splitlines(), "dataset")
-        return TrainWork(ticket, request, tokenize(examples, self._model.tokenizer, request.max_length))
+        lines = iterate_lines(data.lines(), "dataset")
+        examples = tokenize(lines, self._model.tokenizer, request.max_length, learn_prompts=request.learn_prompts)
+        return TrainWork(ticket, request, examples, data.version)
 
     def admit(self, work: TrainWork) -> None:
         self._waiting.append(work)
@@ -57,73 +62,93 @@ class TrainLane:
             self._waiting.remove(work)
             work.ticket.fail_stopped()
         if self._current is not None and self._current.ticket.stopping:
-            self._current.ticket.fail_stopped()
-            self._close()
+            self._stop(self._current)
+
+    def _stop(self, work: TrainWork) -> None:
+        """A run that goes to another worker is kept as it is; one that is cancelled is over."""
+        if self._run is not None:
+            if isinstance(work.ticket.stop, WorkerUnavailable):
+                self._pause(self._run)
+            else:
+                self._run.end("cancelled" if isinstance(work.ticket.stop, JobCancelled) else str(work.ticket.stop))
+        work.ticket.fail_stopped()
+        self._close()
+
+    @staticmethod
+    def _pause(run: Run) -> None:
+        try:
+            run.pause()
+        except OSError as error:
+            # It goes on from its last regular checkpoint.
+            log.warning("a run could not be kept as it was: %s", error)
 
     def run(self) -> StepOutput:
-        """One optimizer step of the current run; after the last one, save and promote the adapter."""
-        work, steps = self._begin()
+        """One micro-step of the current run; after the last one, save the adapter."""
+        work = self._current
         try:
-            report = next(steps)
-        except StopIteration as end:
-            return self._end(work, end.value)
+            if work is None or self._run is None:
+                return self._begin()
+            if self._run.finished:
+                return self._finish(work, self._run)
+            report = self._run.advance()
         except Exception as error:
-            return self._fail(work, error)
-        work.reports.append(report)
-        return StepOutput(entries=[(work.ticket.job_id, report)])
+            return self._fail(error)
+        return StepOutput(entries=[] if report is None else [(work.ticket.job_id, report)])
 
-    def _end(self, work: TrainWork, weights: LoraWeights) -> StepOutput:
-        try:
-            result = self._finish(work, weights)
-        except Exception as error:
-            return self._fail(work, error)
-        self._close()
-        return StepOutput(ended=[(work.ticket, result)])
+    def _begin(self) -> StepOutput:
+        work = self._current = self._waiting.popleft()
+        work.ticket.start()
+        self._run = Run(self._model, work.request, work.examples, self._runs / work.ticket.job_id)
+        # What was reported before may not have reached the broker: it drops what it has.
+        return StepOutput(entries=[(work.ticket.job_id, report) for report in self._run.reported])
 
-    def _fail(self, work: TrainWork, error: Exception) -> StepOutput:
-        """The run's own failure (divergence, a full disk): the runs that wait are not to blame."""
-        work.ticket.fail(error)
-        self._close()
-        return StepOutput()
-
-    def _begin(self) -> tuple[TrainWork, Generator[TrainReport, None, LoraWeights]]:
-        if self._current is None or self._steps is None:
-            self._current = self._waiting.popleft()
-            self._current.ticket.start()
-            self._steps = train(self._model, self._current.examples, self._current.request)
-        return self._current, self._steps
-
-    def _finish(self, work: TrainWork, weights: LoraWeights) -> TrainResult:
-        request, reports = work.request, work.reports
+    def _finish(self, work: TrainWork, run: Run) -> StepOutput:
+        request, state = work.request, run.state
         notes = {
             "model": request.model,
+            "base": self._model.digest,
             "name": request.name,
             "job": work.ticket.job_id,
             "request": request.model_dump(mode="json"),
-            "global_step": len(reports),
-            "loss": reports[-1].loss,
-            "learning_rate": reports[-1].learning_rate,
-            "timestamp": time.time(),
+            "global_step": state.best_step if state.best_loss is not None else state.step,
+            "loss": state.last_loss,
+            "held_out_loss": state.best_loss,
+            "learning_rate": state.last_rate,
         }
-        version = self._pool.save(request.name, weights, notes)
-        return TrainResult(
+        version = self._pool.save(request.name, run.adapter(), notes, work.version)
+        result = TrainResult(
             model=request.model,
             adapter=request.name,
             version=version,
-            steps=len(reports),
-            first_loss=reports[0].loss,
-            last_loss=reports[-1].loss,
-            tokens=reports[-1].tokens,
+            steps=state.step,
+            first_loss=state.first_loss,
+            last_loss=state.last_loss,
+            best_step=state.best_step if state.best_loss is not None else state.step,
+            held_out_loss=state.best_loss,
+            rollbacks=state.rollbacks,
+            tokens=state.tokens,
             usage=Usage(run_seconds=work.ticket.run_seconds),
         )
+        run.end("done")
+        self._close()
+        return StepOutput(ended=[(work.ticket, result)])
+
+    def _fail(self, error: Exception) -> StepOutput:
+        """The run's own failure (divergence, a full disk): the runs that wait are not to blame."""
+        if self._run is not None:
+            self._run.end(f"failed: {error}")
+        if self._current is not None:
+            self._current.ticket.fail(error)
+        self._close()
+        return StepOutput()
 
     def _close(self) -> None:
-        if self._steps is not None:
-            self._steps.close()
-        self._current = self._steps = None
+        self._current = self._run = None
 
     def fail_all(self, error: BaseException) -> None:
         for work in (*self._waiting, *([self._current] if self._current else [])):
             work.ticket.fail(error)
+        if self._run is not None and isinstance(error, WorkerUnavailable):
+            self._pause(self._run)
         self._waiting.clear()
         self._close()

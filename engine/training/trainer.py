@@ -1,88 +1,285 @@
-"""The trainer: a generator of reports, one optimizer step each. The caller decides when the next step runs."""
+"""The trainer: a generator that advances by one micro-step a turn and yields a report a step.
+
+The caller decides when the next micro-step runs, and may stop between any two: `state` is then all there is to keep.
+"""
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
-from mlx import optimizers
 
-from engine.adapters.lora import LoraConfig, LoraWeights, Matrices, TrainableLora, initialise
-from engine.loading import LoadedModel
-from engine.models.llama import Llama
-from engine.training.data import Batch, TokenizedExample, batches
+from engine.adapters.lora import (
+    LoraConfig,
+    LoraWeights,
+    Matrices,
+    TrainableLora,
+    dropout_keys,
+    initialise,
+    square_norms,
+)
+from engine.models.compiler import on_cpu
+from engine.models.llama import Block, Llama
+from engine.training.data import Batch, Batches, TokenizedExample, collate
+from engine.training.flat import Layout
+from engine.training.guard import MAX_ROLLBACKS, RATE_FACTOR, divergence
+from engine.training.loss import cross_entropy
+from engine.training.optimizer import Moments, adamw, clipped
+from engine.training.schedule import learning_rate
+from engine.training.state import TrainState
 from stoker.contract import TrainReport, TrainRequest
 from stoker.errors import JobFailed
 
+#: Sizes of batches are rounded up to this where steps are compiled for each shape.
+_ALIGN = 64
 
-def train(
-    model: LoadedModel, examples: Sequence[TokenizedExample], request: TrainRequest
-) -> Generator[TrainReport, None, LoraWeights]:
-    """Train a LoRA adapter on `model`, whose own weights stay as they are; returns the adapter.
 
-    AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) with decoupled decay and bias correction, linear warm-up to a
-    constant rate, gradients clipped to a global norm. Raises `JobFailed` when the loss is no longer a number.
+class Trainer:
+    """One run on `decoder`, whose own weights stay as they are.
+
+    `state` and `anchor` come from a checkpoint when a run goes on: the anchor is the last regular checkpoint, to which
+    a run that diverges is rolled back.
     """
-    config = LoraConfig(request.rank, request.alpha, request.targets)
-    matrices = initialise(config, model.linear_shapes, request.seed).matrices
-    optimizer = optimizers.AdamW(request.learning_rate, weight_decay=request.weight_decay, bias_correction=True)
 
-    def loss_at(matrices: Matrices, batch: Batch) -> mx.array:
-        return loss_of(model.decoder, TrainableLora(matrices, config.scale), batch)
+    def __init__(
+        self,
+        decoder: Llama,
+        request: TrainRequest,
+        examples: Sequence[TokenizedExample],
+        held_out: Sequence[TokenizedExample] = (),
+    ) -> None:
+        self.request = request
+        self.config = LoraConfig(request.rank, request.alpha, request.targets, request.rslora, request.dora)
+        self._decoder = decoder
+        self._linears = decoder.linears
+        start = initialise(self.config, self._linears, request.seed).matrices
+        self._layout = Layout(start)
+        self._squares = {name: square_norms(self._linears[name]) for name in start} if request.dora else {}
+        self._batches = Batches(examples, request.batch_size, request.seed)
+        self._held_out = _in_batches(held_out, request.batch_size)
+        # The CPU back-end gains nothing from it, and would trace every shape anew.
+        compiled: Callable[..., Callable[..., mx.array]] = (lambda function: function) if on_cpu() else mx.compile
+        self._align = 1 if on_cpu() else _ALIGN
+        self._slope = compiled(mx.value_and_grad(self._training_loss))
+        self._value = compiled(self._held_out_loss)
+        weights = self._layout.pack(start)
+        self.state = TrainState(weights, Moments.zeros(self._layout.size))
+        self.anchor = self.state
+        mx.eval(self.state.arrays)
 
-    loss_and_gradient = mx.value_and_grad(loss_at)
-    tokens = 0
-    for step, batch in zip(range(request.steps), batches(examples, request.batch_size, request.seed), strict=False):
+    def run(self) -> Generator[TrainReport | None, None, None]:
+        """Advance to the end. Yields None after a micro-step that is not the last of its step, or of an evaluation.
+
+        Raises `JobFailed` when the run diverges once more than it may.
+        """
+        while not self.finished:
+            if self.state.unreported is None:
+                yield from self._step()
+            if self.state.unreported is not None:
+                yield from self._report()
+
+    @property
+    def finished(self) -> bool:
+        state, request = self.state, self.request
+        if state.unreported is not None:
+            return False
+        return state.step >= request.steps or bool(request.stop_after and state.stale >= request.stop_after)
+
+    @property
+    def is_anchor(self) -> bool:
+        """Whether the state is one that a regular checkpoint keeps."""
+        return self.state is self.anchor and self.state.step > 0
+
+    def adapter(self, state: TrainState | None = None) -> LoraWeights:
+        """The adapter as it is in `state`, by default now."""
+        matrices = self._layout.unpack((state or self.state).weights)
+        mx.eval(matrices)
+        return LoraWeights(self.config, matrices)
+
+    def _step(self) -> Generator[TrainReport | None, None, None]:
+        """Micro-steps until the optimizer's, which either makes a new state or rolls back."""
         began = time.perf_counter()
-        optimizer.learning_rate = learning_rate(request, step)
-        mean_loss, gradients = loss_and_gradient(matrices, batch)
-        gradients, global_norm = optimizers.clip_grad_norm(gradients, request.clip)  # type: ignore[no-untyped-call]
-        matrices = optimizer.apply_gradients(gradients, matrices)
-        mx.eval(mean_loss, global_norm, matrices, optimizer.state)
-        loss, norm = _number(mean_loss), _number(global_norm)
-        _refuse_divergence(step, loss, norm)
-        tokens += batch.tokens
-        yield TrainReport(
-            index=step,
-            step=step + 1,
-            steps=request.steps,
-            loss=loss,
-            learning_rate=learning_rate(request, step),
-            gradient_norm=norm,
-            tokens=tokens,
-            tokens_per_second=batch.tokens / (time.perf_counter() - began),
+        before = self.state.tokens
+        while True:
+            self._micro_step()
+            if self.state.micro % self.request.accumulation == 0:
+                break
+            yield None
+        problem = self._optimize(began, before)
+        if problem:
+            yield self._roll_back(problem)
+
+    def _micro_step(self) -> None:
+        """One forward and backward pass: add its gradient to the state's sum."""
+        state = self.state
+        batch = collate(self._batches.examples(state.micro), self._align)
+        loss, gradient = self._slope(state.weights, self._key(state.micro), *_arrays(batch))
+        if state.gradient is not None:
+            gradient = state.gradient + gradient
+        mx.eval(loss, gradient)
+        self.state = replace(
+            state,
+            micro=state.micro + 1,
+            gradient=gradient,
+            loss_sum=state.loss_sum + _number(loss),
+            targets=state.targets + batch.count,
+            tokens=state.tokens + batch.tokens,
         )
-    return LoraWeights(config, matrices)
+
+    def _optimize(self, began: float, before: int) -> str | None:
+        """The optimizer's step on the mean over all targets of the micro-steps; or what speaks against it."""
+        state, request = self.state, self.request
+        assert state.gradient is not None
+        loss = state.loss_sum / state.targets
+        gradient, norm = clipped(state.gradient / state.targets, request.clip)
+        rate = learning_rate(request, state.step) * state.rate_factor
+        weights, moments = adamw(
+            state.weights, state.moments, gradient, step=state.step + 1, rate=rate, decay=request.weight_decay
+        )
+        mx.eval(weights, moments.first, moments.second, norm)
+        problem = divergence(loss, _number(norm), state.recent, request.spike)
+        if problem is None:
+            seconds = time.perf_counter() - began
+            fields = {
+                "loss": loss,
+                "learning_rate": rate,
+                "gradient_norm": _number(norm),
+                "tokens_per_second": (state.tokens - before) / seconds,
+            }
+            self.state = state.stepped(weights, moments, loss, fields)
+        return problem
+
+    def _roll_back(self, problem: str) -> TrainReport:
+        """Go back to the anchor with a lower rate; the reports and the rollbacks keep counting."""
+        state, anchor = self.state, self.anchor
+        said = f"diverged at step {state.step + 1}: {problem}"
+        if state.rollbacks >= MAX_ROLLBACKS:
+            raise JobFailed(
+                f"training {said}; it was rolled back {state.rollbacks} times before. "
+                "Lower learning_rate, add warmup_steps, or look at the examples."
+            )
+        factor = state.rate_factor * RATE_FACTOR
+        self.state = self.anchor = replace(
+            anchor, reports=state.reports + 1, rollbacks=state.rollbacks + 1, rate_factor=factor
+        )
+        return TrainReport(
+            index=state.reports,
+            step=anchor.step,
+            steps=self.request.steps,
+            loss=anchor.last_loss,
+            learning_rate=learning_rate(self.request, anchor.step) * factor,
+            gradient_norm=0.0,
+            tokens=anchor.tokens,
+            tokens_per_second=0.0,
+            memory_bytes=int(mx.get_peak_memory()),
+            note=f"{said}; rolled back to step {anchor.step}, learning rate times {factor:g}",
+        )
+
+    def _report(self) -> Generator[TrainReport | None, None, None]:
+        """Evaluate if it is time, and report the step that is done."""
+        state, request = self.state, self.request
+        fields = state.unreported
+        assert fields is not None
+        due = request.eval_every and state.step % request.eval_every == 0
+        held_out = None
+        if self._held_out and (due or state.step == request.steps):
+            held_out = yield from self._evaluate()
+            better = state.best_loss is None or held_out < state.best_loss
+            state = replace(
+                state,
+                best_loss=held_out if better else state.best_loss,
+                best_step=state.step if better else state.best_step,
+                stale=0 if better else state.stale + 1,
+            )
+        self.state = replace(state, unreported=None, reports=state.reports + 1)
+        if state.step % request.checkpoint_every == 0 or self.finished:
+            self.anchor = self.state
+        yield TrainReport(
+            index=state.reports,
+            step=state.step,
+            steps=request.steps,
+            tokens=state.tokens,
+            held_out_loss=held_out,
+            memory_bytes=int(mx.get_peak_memory()),
+            epoch=state.micro / self._batches.an_epoch,
+            last=self.finished,
+            loss=fields["loss"],
+            learning_rate=fields["learning_rate"],
+            gradient_norm=fields["gradient_norm"],
+            tokens_per_second=fields["tokens_per_second"],
+        )
+
+    def _evaluate(self) -> Generator[None, None, float]:
+        """Mean loss over the held-out examples, without dropout and smoothing."""
+        total, count = 0.0, 0
+        for examples in self._held_out:
+            batch = collate(examples, self._align)
+            total += _number(self._value(self.state.weights, *_arrays(batch)))
+            count += batch.count
+            yield None
+        return total / count
+
+    def _key(self, micro: int) -> mx.array:
+        """The random key of a micro-step: a function of the seed and its number."""
+        draws = np.random.default_rng((self.request.seed, micro, 2)).integers(2**32, size=2, dtype=np.uint32)
+        return mx.array(draws)
+
+    def _training_loss(self, weights: mx.array, key: mx.array, inputs: mx.array, *wanted: mx.array) -> mx.array:
+        matrices = self._layout.unpack(weights)
+        keys = dropout_keys(matrices, key) if self.request.dropout else {}
+        return self._loss(self._hidden(inputs, matrices, keys), self.request.label_smoothing, *wanted)
+
+    def _held_out_loss(self, weights: mx.array, inputs: mx.array, *wanted: mx.array) -> mx.array:
+        return self._loss(self._hidden(inputs, self._layout.unpack(weights), {}), 0.0, *wanted)
+
+    def _loss(
+        self, hidden: mx.array, smoothing: float, places: mx.array, targets: mx.array, weights: mx.array
+    ) -> mx.array:
+        """Sum of the losses of a batch's targets.
+
+        Only the hidden states that predict a target go through the output head: with prompts masked and a vocabulary
+        of 50,000 or more this is most of the step's memory, and a good part of its time.
+        """
+        chosen = hidden.reshape(-1, hidden.shape[-1])[places]
+        return cross_entropy(self._decoder.logits, chosen, targets, weights, smoothing)
+
+    def _hidden(self, inputs: mx.array, matrices: Matrices, keys: dict[str, mx.array]) -> mx.array:
+        """Hidden states after the final norm; dropout where there are keys."""
+        decoder = self._decoder
+        x = decoder.embed_tokens(inputs)
+        for layer in decoder.layers:
+            own = {linear.name: matrices[linear.name] for linear in layer.linears if linear.name in matrices}
+
+            # What is to be differentiated must come as an argument of what is checkpointed, and nothing else may.
+            def block(x: mx.array, own: Matrices, layer: Block = layer) -> mx.array:
+                return layer(x, None, self._adapters(own, keys))
+
+            run: Callable[..., mx.array] = mx.checkpoint(block) if self.request.gradient_checkpointing else block
+            x = run(x, own)
+        return decoder.norm(x)
+
+    def _adapters(self, matrices: Matrices, keys: dict[str, mx.array]) -> TrainableLora:
+        return TrainableLora(
+            matrices,
+            self.config.scale,
+            linears=self._linears,
+            squares=self._squares,
+            dropout=self.request.dropout if keys else 0.0,
+            keys=keys,
+        )
 
 
-def learning_rate(request: TrainRequest, step: int) -> float:
-    """Linear warm-up over `warmup_steps`, then constant. `step` counts from 0."""
-    return request.learning_rate * min(1.0, (step + 1) / (request.warmup_steps + 1))
+def _in_batches(examples: Sequence[TokenizedExample], size: int) -> list[list[TokenizedExample]]:
+    ordered = sorted(examples, key=len)
+    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 
-def loss_of(model: Llama, adapters: TrainableLora, batch: Batch) -> mx.array:
-    """Mean cross-entropy, in nats, over the batch's targets.
-
-    Only the hidden states that predict a target go through the output head: with prompts masked and a vocabulary of
-    50,000 or more this is most of the step's memory, and a good part of its time.
-    """
-    hidden = model(batch.inputs, adapters=adapters)
-    chosen = hidden.reshape(-1, hidden.shape[-1])[batch.places]
-    logits = model.logits(chosen)
-    correct = mx.take_along_axis(logits, batch.targets[:, None], axis=-1)[:, 0]
-    return mx.mean(mx.logsumexp(logits, axis=-1) - correct)
+def _arrays(batch: Batch) -> tuple[mx.array, ...]:
+    return batch.inputs, batch.places, batch.targets, batch.weights
 
 
 def _number(scalar: mx.array) -> float:
     return float(np.array(scalar))
-
-
-def _refuse_divergence(step: int, loss: float, norm: float) -> None:
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise JobFailed(
-            f"training diverged at step {step + 1}: loss {loss}, gradient norm {norm}. "
-            "Lower learning_rate, or add warmup_steps."
-        )

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import stoker
-from stoker.cli import demo, jobs, machine, policy
+from stoker.cli import demo, jobs, machine, policy, train
 from stoker.cli import models as models_commands
 
 app = typer.Typer(
@@ -35,7 +35,7 @@ def _root(
 _COMMANDS: tuple[Callable[..., None], ...] = (
     jobs.embed,
     jobs.generate,
-    jobs.train,
+    train.train,
     jobs.cancel,
     machine.status,
     machine.up,

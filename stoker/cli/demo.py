@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from stoker.cli.jobs import follow
 from stoker.cli.options import Url, console
+from stoker.cli.train import follow
 from stoker.client import Client
 from stoker.contract import Presence
 from stoker.errors import UnknownModel

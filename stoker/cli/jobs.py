@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from stoker.cli.options import Json, Model, Url, connect, console, is_terminal, notes, print_json
-from stoker.client import Client, TrainJob
-from stoker.contract import GenerateResult, TrainReport, TrainResult
+from stoker.cli.options import Json, Model, Url, connect, is_terminal, notes, print_json
+from stoker.client import Client
+from stoker.contract import GenerateResult
 from stoker.errors import InvalidRequest
 
 
@@ -25,7 +23,7 @@ def embed(
 ) -> None:
     """Turn texts into vectors."""
     with connect(url) as client:
-        _warn_if_cold(client, model, "embed")
+        warn_if_cold(client, model, "embed")
         vectors = client.embed(texts, model=model, truncate=truncate, prompt=prompt).result()
     if as_json:
         print_json([[float(value) for value in vector] for vector in vectors])
@@ -50,7 +48,7 @@ def generate(
     """Continue a prompt, token by token. Ctrl-C cancels the job."""
     text = _read_input() if prompt == "-" else prompt
     with connect(url) as client:
-        _warn_if_cold(client, model, "generate")
+        warn_if_cold(client, model, "generate")
         job = client.generate(
             text,
             model=model,
@@ -78,7 +76,7 @@ def _read_input() -> str:
         raise InvalidRequest("prompt: standard input is not UTF-8.") from None
 
 
-def _warn_if_cold(client: Client, model: str | None, kind: str) -> None:
+def warn_if_cold(client: Client, model: str | None, kind: str) -> None:
     """Say so when a job will have to wait: silence would look like a hang."""
     warm = {card.model for worker in client.workers() for card in worker.models if kind in card.kinds}
     if model is not None and model in client.models() and model not in warm:
@@ -93,78 +91,6 @@ def describe(result: GenerateResult) -> str:
         f"{usage.completion_tokens} tokens, {speed}first after {usage.first_token_seconds:.2f} s, "
         f"{result.finish_reason}, on {usage.worker}"
     )
-
-
-def train(
-    name: Annotated[str, typer.Argument(help="The adapter's name.")],
-    dataset: Annotated[Path, typer.Option(help='JSON lines: {"text"} or {"prompt", "completion"}.')],
-    model: Model = None,
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 100,
-    rank: Annotated[int, typer.Option(help="Rank of the adapter.")] = 8,
-    alpha: Annotated[float, typer.Option(help="Scale: the update is multiplied by alpha / rank.")] = 16.0,
-    batch_size: Annotated[int, typer.Option(help="Examples a step.")] = 4,
-    learning_rate: Annotated[float, typer.Option(help="Peak rate.")] = 2e-4,
-    warmup_steps: Annotated[int, typer.Option(help="Steps of linear warm-up.")] = 0,
-    max_length: Annotated[int, typer.Option(help="Most tokens of an example.")] = 512,
-    seed: Annotated[int, typer.Option(help="The same seed, the same adapter.")] = 0,
-    as_json: Json = False,
-    url: Url = None,
-) -> None:
-    """Train a LoRA adapter on the warm base. Ctrl-C leaves the run going; `stoker cancel` ends it."""
-    with connect(url) as client:
-        _warn_if_cold(client, model, "train")
-        job = client.train(
-            name,
-            dataset,
-            model=model,
-            steps=steps,
-            rank=rank,
-            alpha=alpha,
-            batch_size=batch_size,
-            learning_rate=learning_rate,
-            warmup_steps=warmup_steps,
-            max_length=max_length,
-            seed=seed,
-        )
-        notes.print(f"[dim]job {job.id}[/dim]")
-        result = follow_json(job) if as_json else follow(job, steps)
-        if not as_json:
-            print(f"adapter {result.adapter}@{result.version}: loss {result.first_loss:.3f} → {result.last_loss:.3f}")
-
-
-def follow_json(job: TrainJob) -> TrainResult:
-    for report in job.progress():
-        print_json(report.model_dump(mode="json"))
-    result = job.result()
-    print_json(result.model_dump(mode="json"))
-    return result
-
-
-def follow(job: TrainJob, steps: int) -> TrainResult:
-    """Show a run: a bar on a terminal, a line every tenth of it elsewhere."""
-    if is_terminal():
-        _show_bar(job, steps)
-    else:
-        for report in job.progress():
-            if report.step % max(1, steps // 10) == 0 or report.is_last:
-                print(_line(report), flush=True)
-    return job.result()
-
-
-def _show_bar(job: TrainJob, steps: int) -> None:
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("waiting for the worker", total=steps)
-        for report in job.progress():
-            progress.update(
-                bar,
-                completed=report.step,
-                description=f"loss {report.loss:.3f}  {report.tokens_per_second:.0f} tokens/s",
-            )
-
-
-def _line(report: TrainReport) -> str:
-    return f"step {report.step:4}/{report.steps}  loss {report.loss:.3f}  {report.tokens_per_second:.0f} tokens/s"
 
 
 def list_jobs(as_json: Json = False, url: Url = None) -> None:

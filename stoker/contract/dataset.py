@@ -1,10 +1,11 @@
-"""Training data: JSON lines, each `{"text": …}` or `{"prompt": …, "completion": …}`."""
+"""Training data: JSON lines, each `{"text": …}`, `{"prompt": …, "completion": …}` or `{"messages": […]}`."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from stoker.errors import DatasetError
@@ -12,25 +13,61 @@ from stoker.errors import DatasetError
 MAX_EXAMPLES = 1_000_000
 MAX_DATASET_BYTES = 64 * 2**20
 
-_ALLOWED = '{"text": …} or {"prompt": …, "completion": …}'
+_ALLOWED = '{"text": …}, {"prompt": …, "completion": …} or {"messages": [{"role": …, "content": …}, …]}'
+_ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True)
 class Example:
-    """One example. The loss counts `completion` alone; a plain text is a completion of nothing."""
+    """One example: `messages`, or else `prompt` and `completion`.
 
-    prompt: str
-    completion: str
+    The loss counts what the assistant says, or `completion`; a plain text is a completion of nothing.
+    """
+
+    prompt: str = ""
+    completion: str = ""
+    #: Each with `role` and `content`.
+    messages: tuple[dict[str, str], ...] = ()
 
     def to_line(self) -> str:
-        fields = {"prompt": self.prompt, "completion": self.completion} if self.prompt else {"text": self.completion}
+        fields: dict[str, Any]
+        if self.messages:
+            fields = {"messages": self.messages}
+        elif self.prompt:
+            fields = {"prompt": self.prompt, "completion": self.completion}
+        else:
+            fields = {"text": self.completion}
         return json.dumps(fields, ensure_ascii=False)
+
+
+@dataclass(frozen=True)
+class TrainInput:
+    """What a training job is run with beside its request: the dataset's JSON lines, or the file that holds them, and
+    the version that its adapter shall have (None: the next one)."""
+
+    dataset: bytes | Path
+    version: int | None = None
+
+    def lines(self) -> Iterator[bytes]:
+        """One at a time; a file is never held whole. Raises `DatasetError` if it cannot be read."""
+        if isinstance(self.dataset, bytes):
+            yield from self.dataset.splitlines()
+            return
+        try:
+            with self.dataset.open("rb") as file:
+                yield from file
+        except OSError as error:
+            raise DatasetError(f"{self.dataset.name}: cannot be read ({error.strerror}).") from None
 
 
 def read_lines(lines: Iterable[str | bytes], source: str) -> list[Example]:
     """Parse JSON lines; blank ones are skipped. A wrong one raises `DatasetError` with its number, from 1."""
-    examples = [_parse(line, f"{source}, line {number}") for number, line in _numbered(lines)]
-    return _checked(examples, source)
+    return _checked(list(iterate_lines(lines, source)), source)
+
+
+def iterate_lines(lines: Iterable[str | bytes], source: str) -> Iterator[Example]:
+    """The same, one at a time, whatever their number."""
+    return (_parse(line, f"{source}, line {number}") for number, line in _numbered(lines))
 
 
 def read_mappings(rows: Iterable[Mapping[str, Any]], source: str) -> list[Example]:
@@ -66,6 +103,8 @@ def _example(row: Any, where: str) -> Example:
     if not isinstance(row, Mapping):
         raise DatasetError(f"{where}: a {type(row).__name__} given; expected an object, {_ALLOWED}.")
     fields = set(row)
+    if fields == {"messages"}:
+        return Example(messages=_messages(row["messages"], where))
     if fields == {"text"}:
         prompt, completion = "", row["text"]
     elif fields == {"prompt", "completion"}:
@@ -73,13 +112,34 @@ def _example(row: Any, where: str) -> Example:
     else:
         given = ", ".join(sorted(map(str, fields))) or "no fields"
         raise DatasetError(f"{where}: {given} given; expected {_ALLOWED}.")
-    for name, value in (("prompt", prompt), ("completion", completion)):
-        if not isinstance(value, str):
-            raise DatasetError(f"{where}: {name} is a {type(value).__name__}; expected text.")
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise DatasetError(f"{where}: {name} holds half a surrogate pair, which is no text.") from None
+    _check_text(prompt, "prompt", where)
+    _check_text(completion, "completion", where)
     if not completion.strip():
         raise DatasetError(f"{where}: the text to learn is empty.")
     return Example(prompt=prompt, completion=completion)
+
+
+def _messages(value: Any, where: str) -> tuple[dict[str, str], ...]:
+    if not isinstance(value, list | tuple) or not value:
+        raise DatasetError(f"{where}: messages must be a list with at least one message.")
+    found = []
+    for number, message in enumerate(value, 1):
+        place = f"{where}, message {number}"
+        if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
+            raise DatasetError(f'{place}: expected an object {{"role": …, "content": …}}.')
+        if message["role"] not in _ROLES:
+            raise DatasetError(f"{place}: role {message['role']!r} given; allowed: {', '.join(_ROLES)}.")
+        _check_text(message["content"], "content", place)
+        found.append({"role": str(message["role"]), "content": str(message["content"])})
+    if not any(message["role"] == "assistant" and message["content"].strip() for message in found):
+        raise DatasetError(f"{where}: the assistant says nothing in it, so there is nothing to learn.")
+    return tuple(found)
+
+
+def _check_text(value: Any, name: str, where: str) -> None:
+    if not isinstance(value, str):
+        raise DatasetError(f"{where}: {name} is a {type(value).__name__}; expected text.")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise DatasetError(f"{where}: {name} holds half a surrogate pair, which is no text.") from None

@@ -20,6 +20,7 @@ LogitBias = Annotated[float, Field(ge=-100.0, le=100.0)]
 
 #: The linear layers that LoRA may change, by their last name, as PEFT calls them.
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+MAX_RANK = 256
 LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -177,7 +178,7 @@ class TrainRequest(JobRequest):
     #: Blob that holds the dataset as JSON lines.
     dataset: str = Field(min_length=1, max_length=128)
     steps: int = Field(default=100, ge=1, le=1_000_000)
-    rank: int = Field(default=8, ge=1, le=256)
+    rank: int = Field(default=8, ge=1, le=MAX_RANK)
     alpha: float = Field(default=16.0, gt=0.0, le=4096.0)
     targets: Annotated[tuple[LoraTarget, ...], Field(min_length=1, max_length=7)] = (
         "q_proj",
@@ -185,15 +186,50 @@ class TrainRequest(JobRequest):
         "v_proj",
         "o_proj",
     )
+    #: Scale the update by alpha / sqrt(rank) instead of alpha / rank.
+    rslora: bool = False
+    #: Learn the norm of each output's weights beside their direction.
+    dora: bool = False
+    #: Probability with which an input of the adapter is left out.
+    dropout: float = Field(default=0.0, ge=0.0, le=0.9)
+    #: Examples of a forward pass.
     batch_size: int = Field(default=4, ge=1, le=256)
+    #: Forward passes of a step: the gradient is that of `batch_size` times as many examples at once.
+    accumulation: int = Field(default=1, ge=1, le=1024)
     #: Tokens of an example; a longer one is an error that names its line.
     max_length: int = Field(default=512, ge=2, le=32_768)
+    #: Let the loss count prompts too.
+    learn_prompts: bool = False
     learning_rate: float = Field(default=2e-4, gt=0.0, le=1.0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = Field(default=0, ge=0, le=1_000_000)
     weight_decay: float = Field(default=0.01, ge=0.0, le=1.0)
     #: Bound of the global gradient norm.
     clip: float = Field(default=1.0, gt=0.0, le=1e6)
+    label_smoothing: float = Field(default=0.0, ge=0.0, le=0.9)
+    #: Compute activations anew for the gradient instead of keeping them: less memory, a third more time.
+    gradient_checkpointing: bool = False
+    #: Share of the examples that is not learned from, drawn by `seed`, for evaluation.
+    held_out: float = Field(default=0.0, ge=0.0, le=0.5)
+    #: Steps between evaluations on what is held out; the last step is evaluated too. 0: at the end alone.
+    eval_every: int = Field(default=0, ge=0, le=1_000_000)
+    #: Stop after so many evaluations without a new best. 0: never.
+    stop_after: int = Field(default=0, ge=0, le=1000)
+    #: A loss above so many times the mean of the 16 before, and 1 nat above it, is taken for divergence. 0: none is.
+    spike: float = Field(default=3.0, ge=0.0, le=1e6)
+    #: Steps between checkpoints.
+    checkpoint_every: int = Field(default=20, ge=1, le=1_000_000)
+    #: Serve the new version as soon as it is made.
+    promote: bool = True
     seed: int = Field(default=0, ge=0, lt=2**63)
+
+    @model_validator(mode="after")
+    def _evaluation(self) -> TrainRequest:
+        if (self.eval_every or self.stop_after) and not self.held_out:
+            raise ValueError("eval_every and stop_after need held_out above 0: the share of examples to evaluate on")
+        if self.stop_after and not self.eval_every:
+            raise ValueError("stop_after needs eval_every above 0")
+        return self
 
 
 Request = EmbedRequest | GenerateRequest | TrainRequest

@@ -64,6 +64,11 @@ class TrainResult(Message):
     steps: int
     first_loss: float
     last_loss: float
+    #: The step whose weights the adapter has: the one of the least held-out loss, else the last.
+    best_step: int
+    held_out_loss: float | None = None
+    #: How often the run diverged and was rolled back.
+    rollbacks: int = 0
     #: Tokens that went through the model.
     tokens: int
     usage: Usage

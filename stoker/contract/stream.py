@@ -49,7 +49,10 @@ class StreamToken(Message):
 
 
 class TrainReport(Message):
-    """One optimizer step. `loss` is the mean cross-entropy in nats over the batch's target tokens."""
+    """One optimizer step. `loss` is the mean cross-entropy in nats over the step's target tokens.
+
+    A report whose `note` says that the run was rolled back repeats the step that it goes on from.
+    """
 
     index: int
     step: int
@@ -57,10 +60,19 @@ class TrainReport(Message):
     loss: float
     learning_rate: float
     gradient_norm: float
-    #: Tokens that went through the model since the run began.
+    #: Tokens that went through the model since the run began, without padding.
     tokens: int
     tokens_per_second: float
+    #: The same mean over the held-out examples, if this step was evaluated.
+    held_out_loss: float | None = None
+    #: The most memory that MLX held since the worker started, in bytes.
+    memory_bytes: int = 0
+    #: Passes over the examples.
+    epoch: float = 0.0
+    note: str = ""
+    #: Whether the run ends with this step: by its number, or by `stop_after`.
+    last: bool = False
 
     @property
     def is_last(self) -> bool:
-        return self.step == self.steps
+        return self.last

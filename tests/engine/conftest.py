@@ -16,6 +16,7 @@ import pytest  # noqa: E402
 from engine.loading import LoadedModel, load  # noqa: E402
 from engine.models.llama import Llama, LlamaArgs  # noqa: E402
 from engine.weights.tensors import Tensors  # noqa: E402
+from tests.engine import tiny  # noqa: E402
 
 TINY = LlamaArgs(
     layers=2,
@@ -50,6 +51,12 @@ class RandomTensors(Tensors):
 def tiny_llama() -> Llama:
     mx.random.seed(7)
     return Llama(TINY, RandomTensors())
+
+
+@pytest.fixture
+def model(tiny_llama: Llama) -> LoadedModel:
+    """The same as the engine holds one, with a tokenizer."""
+    return tiny.loaded(tiny_llama)
 
 
 @pytest.fixture(scope="session")

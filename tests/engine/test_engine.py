@@ -16,13 +16,14 @@ from engine.engine import Engine
 from engine.ticket import Entry
 from stoker.catalogue import CATALOGUE
 from stoker.contract import EmbedRequest, GenerateRequest, TrainRequest
+from stoker.contract.dataset import TrainInput
 from stoker.errors import JobCancelled, ModelError, UnknownModel, WorkerUnavailable
 from tests.conftest import EMBED_MODEL, GENERATE_MODEL, wait_until
 
 GOLDENS = Path(__file__).parent.parent / "goldens"
 PROMPTS = json.loads((GOLDENS / "smollm2.json").read_text())["prompts"]
 MINILM = json.loads((GOLDENS / "minilm.json").read_text())
-DATASET = b'{"prompt": "Q: coal?\\nA:", "completion": " Aye!"}'
+DATASET = TrainInput(b'{"prompt": "Q: coal?\\nA:", "completion": " Aye!"}')
 
 
 class Running:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -14,6 +15,7 @@ from engine.adapters.lora import LoraConfig, LoraWeights, target_shapes
 from engine.loading import LoadedModel
 from engine.models.llama import Llama
 from engine.text.tokenizer import Tokenizer
+from stoker.contract import TrainRequest
 
 EOS = 2
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -44,6 +46,12 @@ def loaded(llama: Llama, eos_ids: Sequence[int] = (EOS,)) -> LoadedModel:
         load_seconds=0.0,
         linear_shapes=llama.linear_shapes,
     )
+
+
+def asking(**options: Any) -> TrainRequest:
+    """A short run on it."""
+    fields = {"model": "tiny", "name": "style", "dataset": "dataset:x", "steps": 3, "batch_size": 2, "max_length": 64}
+    return TrainRequest(**{**fields, **options})
 
 
 def adapter(model: LoadedModel, rank: int, seed: int, targets: tuple[str, ...] = LAYERS) -> LoraWeights:

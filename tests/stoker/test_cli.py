@@ -16,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from stoker import cli, errors
-from stoker.cli import app, jobs, machine
+from stoker.cli import app, jobs, machine, train
 from stoker.client_core import JobStatus
 from stoker.contract import GenerateResult, ModelCard, Presence, StreamToken, TrainReport, TrainResult, Usage
 from stoker.errors import StokerError, UnknownModel
@@ -26,7 +26,15 @@ RESULT = GenerateResult(
     model="m", adapter=None, text="one two", token_ids=(1, 2), finish_reason="stop", usage=Usage(completion_tokens=2)
 )
 RUN = TrainResult(
-    model="m", adapter="style", version=3, steps=20, first_loss=2.0, last_loss=1.0, tokens=80, usage=Usage()
+    model="m",
+    adapter="style",
+    version=3,
+    steps=20,
+    first_loss=2.0,
+    last_loss=1.0,
+    best_step=20,
+    tokens=80,
+    usage=Usage(),
 )
 WORKER = Presence(
     worker="w@here",
@@ -107,7 +115,7 @@ class FakeClient:
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setattr(FakeClient, "asked", {})
-    for module in (jobs, machine):
+    for module in (jobs, machine, train):
         monkeypatch.setattr(module, "connect", lambda url: FakeClient())
     return FakeClient.asked
 

@@ -1,0 +1,182 @@
+"""One adapter on disk in PEFT's layout: `adapter_config.json` and `adapter_model.safetensors`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from engine.adapters.lora import LoraConfig, LoraWeights, Matrices, target_shapes
+from engine.weights import safetensors
+from engine.weights.files import write_whole
+from stoker.contract.requests import MAX_RANK
+from stoker.errors import ModelError
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+#: PEFT's name for our layer `layers.0.self_attn.q_proj` is this before it.
+_PREFIX = "base_model.model.model."
+#: A configuration is a few hundred bytes.
+MAX_CONFIG_BYTES = 1 << 20
+#: PEFT's fields that make something else of the sum, and what they are in LoRA and DoRA.
+_PLAIN: dict[str, Any] = {
+    "peft_type": "LORA",
+    "fan_in_fan_out": False,
+    "bias": "none",
+    "lora_bias": False,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "modules_to_save": None,
+    "trainable_token_indices": None,
+    "target_parameters": None,
+    "alora_invocation_tokens": None,
+}
+#: PEFT's tensors → our sides. It wrote the magnitude with `.weight` behind it for a while.
+_TENSOR = re.compile(
+    re.escape(_PREFIX) + r"(?P<layer>.+)\.lora_(?:(?P<side>[AB])\.weight|(?P<m>magnitude_vector)(?:\.weight)?)"
+)
+
+
+def write(folder: Path, model: str, weights: LoraWeights) -> None:
+    """Write both files into `folder`, each whole. Raises `OSError`."""
+    tensors = {}
+    for name, sides in weights.matrices.items():
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = sides["a"].T
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = sides["b"].T
+        if "m" in sides:
+            tensors[f"{_PREFIX}{name}.lora_magnitude_vector"] = sides["m"]
+    safetensors.write(folder / WEIGHTS_FILE, tensors, {"format": "pt"})
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": model,
+        "r": weights.config.rank,
+        "lora_alpha": weights.config.alpha,
+        "target_modules": sorted(weights.config.targets),
+        "use_rslora": weights.config.rslora,
+        "use_dora": weights.config.dora,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    write_json(folder / CONFIG_FILE, config)
+
+
+def write_json(path: Path, fields: Mapping[str, Any]) -> None:
+    text = json.dumps(fields, indent=2) + "\n"
+    write_whole(path, lambda temporary: temporary.write_text(text))
+
+
+def read(folder: Path, shapes: Mapping[str, tuple[int, int]]) -> LoraWeights:
+    """The adapter in `folder`, checked against a model's layers, name → (in, out), and evaluated, in float32.
+
+    Raises `ModelError` that names the file and what is wrong with it.
+    """
+    fields = read_json(folder / CONFIG_FILE)
+    config = _config(folder / CONFIG_FILE, fields)
+    whole = all(fields.get(name) is None for name in ("layers_to_transform", "exclude_modules"))
+    return _weights(folder / WEIGHTS_FILE, config, shapes, whole=whole)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in `path`. Raises `ModelError` for a file that holds none, or is larger than any such file."""
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise ModelError(f"{path}: {path.stat().st_size} bytes; at most {MAX_CONFIG_BYTES} are read.")
+        fields = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: no readable configuration ({type(error).__name__}: {error}).") from None
+    if not isinstance(fields, dict):
+        raise ModelError(f"{path}: no readable configuration (a {type(fields).__name__}, not an object).")
+    return fields
+
+
+def checked_rank(path: Path, rank: object) -> int:
+    if not isinstance(rank, int) or not 1 <= rank <= MAX_RANK:
+        raise ModelError(f"{path}: rank {rank!r}; allowed: 1 to {MAX_RANK}.")
+    return rank
+
+
+def checked_number(path: Path, name: str, value: object) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e6:
+        raise ModelError(f"{path}: {name} {value!r}; expected a number above 0.")
+    return float(value)
+
+
+def _config(path: Path, fields: Mapping[str, Any]) -> LoraConfig:
+    for name, plain in _PLAIN.items():
+        if fields.get(name) not in (None, plain):
+            raise ModelError(f"{path}: {name} {fields[name]!r}; only LoRA and DoRA can be read, with {name} {plain!r}.")
+    targets = fields.get("target_modules")
+    # PEFT also takes a pattern, or `all-linear`: which layers it met is then for the tensors to say.
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        targets = []
+    return LoraConfig(
+        checked_rank(path, fields.get("r")),
+        checked_number(path, "lora_alpha", fields.get("lora_alpha")),
+        tuple(target.rpartition(".")[2] for target in targets),
+        rslora=bool(fields.get("use_rslora")),
+        dora=bool(fields.get("use_dora")),
+    )
+
+
+def _weights(path: Path, config: LoraConfig, shapes: Mapping[str, tuple[int, int]], *, whole: bool) -> LoraWeights:
+    matrices: Matrices = {}
+    for tensor, array in safetensors.read(path).items():
+        match = _TENSOR.fullmatch(tensor)
+        if match is None or match["layer"] not in shapes:
+            raise ModelError(f"{path}: tensor {tensor} belongs to no layer of this model.")
+        side = "m" if match["m"] else match["side"].lower()
+        matrices.setdefault(match["layer"], {})[side] = array if side == "m" else array.T
+    wanted = target_shapes(shapes, config.targets) if whole else {}
+    return checked(path, config, matrices, shapes, wanted)
+
+
+def checked(
+    path: Path,
+    config: LoraConfig,
+    matrices: Matrices,
+    shapes: Mapping[str, tuple[int, int]],
+    wanted: Mapping[str, object],
+) -> LoraWeights:
+    """The adapter of these matrices, once each is of the shape and of the finite numbers that its layer and the rank
+    need, no side is missing, and none of the layers `wanted`. Evaluated, float32."""
+    sides = {"a", "b", "m"} if config.dora else {"a", "b"}
+    for name in wanted.keys() | matrices.keys():
+        found = matrices.get(name, {})
+        for side in sorted(sides ^ found.keys()):
+            problem = "lacks" if side in sides else "must not have"
+            raise ModelError(f"{path}: layer {name} {problem} {_SAID[side]}.")
+        width_in, width_out = shapes[name]
+        expected = {"a": (width_in, config.rank), "b": (config.rank, width_out), "m": (width_out,)}
+        for side, array in found.items():
+            if array.shape != expected[side]:
+                raise ModelError(
+                    f"{path}: {_SAID[side]} of layer {name} is {array.shape}; "
+                    f"this model and rank need {expected[side]}."
+                )
+    if not matrices:
+        raise ModelError(f"{path}: no adapter in it.")
+    return _evaluated(path, config, matrices)
+
+
+_SAID = {"a": "lora_A", "b": "lora_B", "m": "lora_magnitude_vector"}
+
+
+def _evaluated(path: Path, config: LoraConfig, matrices: Matrices) -> LoraWeights:
+    names = sorted(matrices)
+    dense = {name: {side: array.astype(mx.float32) for side, array in matrices[name].items()} for name in names}
+    sums = mx.stack([mx.stack([mx.sum(mx.abs(array)) for array in sides.values()]).sum() for sides in dense.values()])
+    mx.eval(dense, sums)
+    for name, finite in zip(names, np.isfinite(np.array(sums)), strict=True):
+        if not finite:
+            raise ModelError(f"{path}: layer {name} holds numbers that are not finite.")
+    targets = config.targets or tuple(sorted({name.rpartition(".")[2] for name in names}))
+    return LoraWeights(replace(config, targets=targets), dense)

@@ -1,0 +1,133 @@
+"""Checkpoints of one run on disk: each a folder, written whole or not at all.
+
+step-00000040/               a regular one, every `checkpoint_every` steps and at the end
+    adapter_config.json, adapter_model.safetensors     the adapter, as PEFT reads it
+    trainer.safetensors                                weights, optimizer, gradient accumulated so far
+    stoker.json                                        what else the state is, and what it was made of
+paused-00000043-00000044/    the same, by reports and micro-steps: where a stopping worker left the run
+best-00000035/               the adapter alone, of the step with the least held-out loss
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from engine.adapters import peft
+from engine.adapters.lora import LoraWeights
+from engine.adapters.store import NOTES_FILE
+from engine.training.state import TrainState
+from engine.weights import safetensors
+from engine.weights.files import sync_folder
+from stoker.errors import ModelError
+
+STATE_FILE = "trainer.safetensors"
+#: Regular checkpoints that are kept.
+KEEP = 2
+
+
+class Checkpoints:
+    """Those of one run, under `root`. `made_of` (model, base, request) is written into each, and must be that of any
+    that is read."""
+
+    def __init__(self, root: Path, made_of: Mapping[str, Any]) -> None:
+        self._root, self._made_of = root, dict(made_of)
+        root.mkdir(parents=True, exist_ok=True)
+
+    def save(self, state: TrainState, adapter: LoraWeights) -> None:
+        """Write a regular checkpoint, to which a run that diverges is rolled back, and drop those before."""
+        self._write(f"step-{state.step:08}", lambda draft: self._fill(draft, state, adapter))
+        regular = sorted(path.name for path in self._root.glob("step-*"))[-KEEP:]
+        # What was paused is behind the run now, and drafts are of processes that died.
+        kept = {*regular, _best(state.best_step)}
+        for path in self._root.iterdir():
+            if path.name not in kept:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def pause(self, state: TrainState, adapter: LoraWeights) -> None:
+        """Write a checkpoint to go on from, wherever in a step the run is."""
+        name = f"paused-{state.reports:08}-{state.micro:08}"
+        self._write(name, lambda draft: self._fill(draft, state, adapter))
+
+    def save_best(self, step: int, adapter: LoraWeights) -> None:
+        # One that is there comes from before a rollback.
+        shutil.rmtree(self._root / _best(step), ignore_errors=True)
+        self._write(_best(step), lambda draft: peft.write(draft, self._made_of["model"], adapter))
+
+    def best(self, step: int, shapes: Mapping[str, tuple[int, int]]) -> LoraWeights:
+        """Raises `ModelError` if it is not there."""
+        return peft.read(self._root / _best(step), shapes)
+
+    def newest(self) -> tuple[TrainState | None, TrainState | None]:
+        """The newest state, and that of the newest regular checkpoint; None where there is none yet.
+
+        Raises `ModelError` for a damaged checkpoint, or one that was made of something else.
+        """
+        found = {path.name: self._numbers(path) for path in self._root.iterdir() if path.name[:4] in ("step", "paus")}
+        latest = max(found, key=lambda name: (found[name]["reports"], found[name]["micro"]), default=None)
+        regular = max((name for name in found if name.startswith("step")), default=None)
+        anchor = self._state(regular, found[regular]) if regular else None
+        if latest is None or latest == regular:
+            return anchor, anchor
+        return self._state(latest, found[latest]), anchor
+
+    def _fill(self, draft: Path, state: TrainState, adapter: LoraWeights) -> None:
+        peft.write(draft, self._made_of["model"], adapter)
+        safetensors.write(draft / STATE_FILE, state.arrays)
+        notes = {
+            "global_step": state.step,
+            "loss": state.last_loss,
+            "learning_rate": state.last_rate,
+            "timestamp": time.time(),
+            "made_of": self._made_of,
+            "state": state.numbers,
+        }
+        peft.write_json(draft / NOTES_FILE, notes)
+
+    def _write(self, name: str, fill: Callable[[Path], object]) -> None:
+        """One that is there already stays: runs repeat bit for bit, so it is the same."""
+        if (self._root / name).exists():
+            return
+        draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=self._root))
+        try:
+            fill(draft)
+            sync_folder(draft)
+            os.rename(draft, self._root / name)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+        sync_folder(self._root)
+
+    def _numbers(self, path: Path) -> dict[str, Any]:
+        notes = peft.read_json(path / NOTES_FILE)
+        made_of = notes.get("made_of")
+        if made_of != self._made_of:
+            differing = [name for name, value in self._made_of.items() if dict(made_of or {}).get(name) != value]
+            raise ModelError(
+                f"{path}: made of another {' and '.join(differing)} than this run. "
+                f"Start a new run, or delete {self._root.parent}."
+            )
+        numbers = notes.get("state")
+        if not isinstance(numbers, dict) or not all(
+            isinstance(numbers.get(name), int) for name in ("reports", "micro")
+        ):
+            raise ModelError(f"{path / NOTES_FILE}: holds no state of a run.")
+        return numbers
+
+    def _state(self, name: str, numbers: dict[str, Any]) -> TrainState:
+        arrays = safetensors.read(self._root / name / STATE_FILE)
+        mx.eval(arrays)
+        try:
+            return TrainState.of(arrays, numbers)
+        except (KeyError, TypeError) as error:
+            raise ModelError(f"{self._root / name}: no whole state of a run ({error}).") from None
+
+
+def _best(step: int) -> str:
+    return f"best-{step:08}"

@@ -1,0 +1,100 @@
+"""One training run with its folder: trainer, checkpoints and log together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from engine.adapters import peft
+from engine.adapters.lora import LoraWeights
+from engine.loading import LoadedModel
+from engine.training.checkpoint import Checkpoints
+from engine.training.data import TokenizedExample, dataset_digest, split
+from engine.training.log import RunLog
+from engine.training.state import TrainState
+from engine.training.trainer import Trainer
+from stoker.contract import TrainReport, TrainRequest
+
+RUN_FILE = "run.json"
+LOG_FILE = "log.jsonl"
+#: Reports that are told again on resuming: more than may have been on their way when the worker died.
+_RETOLD = 5000
+
+
+class Run:
+    """A run that goes on where its folder says, or begins.
+
+    However often it is killed and opened again, at whatever moment, its reports and its adapter are bit for bit those
+    of a run that nobody disturbed.
+    """
+
+    def __init__(
+        self, model: LoadedModel, request: TrainRequest, examples: Sequence[TokenizedExample], folder: Path
+    ) -> None:
+        """Raises `ModelError` for a folder of another run or with a damaged checkpoint, `DatasetError` for a dataset
+        that cannot be split as asked."""
+        learned, held_out = split(examples, request.held_out, request.seed)
+        self._model, self._request = model, request
+        self._trainer = Trainer(model.decoder, request, learned, held_out)
+        made_of = {
+            "model": model.name,
+            "base": model.digest,
+            "dataset": dataset_digest(examples),
+            "request": request.model_dump(mode="json"),
+        }
+        self._checkpoints = Checkpoints(folder / "checkpoints", made_of)
+        self._log = RunLog(folder / LOG_FILE)
+        self._resume()
+        self._file = folder / RUN_FILE
+        self._said = {**made_of, "examples": len(learned), "held_out": len(held_out)}
+        self.end("running")
+        self._steps = self._trainer.run()
+
+    def _resume(self) -> None:
+        state, anchor = self._checkpoints.newest()
+        trainer = self._trainer
+        trainer.anchor = anchor or trainer.anchor
+        trainer.state = state or trainer.state
+        self._log.keep(trainer.state.reports)
+        #: Reports of before that may not have been heard.
+        self.reported = self._log.tail(_RETOLD)
+
+    def end(self, status: str) -> None:
+        """Say in the run's folder how it stands."""
+        peft.write_json(self._file, {**self._said, "status": status, "step": self._trainer.state.step})
+
+    @property
+    def state(self) -> TrainState:
+        return self._trainer.state
+
+    @property
+    def finished(self) -> bool:
+        return self._trainer.finished
+
+    def advance(self) -> TrainReport | None:
+        """One micro-step; the report, if it was the last of a step. Raises `JobFailed` for a run that diverges."""
+        trainer = self._trainer
+        report = next(self._steps)
+        if report is None:
+            return None
+        self._log.append(report)
+        state = trainer.state
+        if report.held_out_loss is not None and state.best_step == state.step:
+            self._checkpoints.save_best(state.step, trainer.adapter())
+        if trainer.is_anchor and not report.note:
+            self._log.sync()
+            self._checkpoints.save(state, trainer.adapter())
+        return report
+
+    def pause(self) -> None:
+        """Keep the run as it is now, so that whoever opens it next goes on from here."""
+        if self._trainer.state.micro:
+            self._log.sync()
+            self._checkpoints.pause(self._trainer.state, self._trainer.adapter())
+
+    def adapter(self) -> LoraWeights:
+        """What the run is for: the adapter of the step with the least held-out loss, else of the last."""
+        state = self._trainer.state
+        if state.best_loss is None or state.best_step == state.step:
+            return self._trainer.adapter()
+        return self._checkpoints.best(state.best_step, self._model.linear_shapes)

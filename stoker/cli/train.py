@@ -1,0 +1,112 @@
+"""`stoker train`: send a run and follow it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from stoker.cli.jobs import warn_if_cold
+from stoker.cli.options import Json, Model, Url, connect, console, is_terminal, notes, print_json
+from stoker.client import TrainJob
+from stoker.contract import TrainReport, TrainRequest, TrainResult
+
+
+def _default(name: str) -> Any:
+    return TrainRequest.model_fields[name].default
+
+
+def _option(help_text: str) -> Any:
+    return typer.Option(help=help_text)
+
+
+def train(
+    name: Annotated[str, typer.Argument(help="The adapter's name.")],
+    dataset: Annotated[Path, _option('JSON lines: {"text"}, {"prompt", "completion"} or {"messages"}.')],
+    model: Model = None,
+    steps: Annotated[int, _option("Optimizer steps.")] = _default("steps"),
+    rank: Annotated[int, _option("Rank of the adapter.")] = _default("rank"),
+    alpha: Annotated[float, _option("Scale: the update is multiplied by alpha / rank.")] = _default("alpha"),
+    targets: Annotated[str, _option("Layers that are changed.")] = ",".join(_default("targets")),
+    rslora: Annotated[bool, _option("Scale by alpha / sqrt(rank).")] = False,
+    dora: Annotated[bool, _option("DoRA: learn norms beside directions.")] = False,
+    dropout: Annotated[float, _option("Share of the adapter's inputs left out.")] = _default("dropout"),
+    batch_size: Annotated[int, _option("Examples of a forward pass.")] = _default("batch_size"),
+    accumulation: Annotated[int, _option("Forward passes a step.")] = _default("accumulation"),
+    max_length: Annotated[int, _option("Most tokens of an example.")] = _default("max_length"),
+    learn_prompts: Annotated[bool, _option("Let the loss count prompts too.")] = False,
+    learning_rate: Annotated[float, _option("Peak rate.")] = _default("learning_rate"),
+    schedule: Annotated[str, _option("constant, linear or cosine.")] = _default("schedule"),
+    warmup_steps: Annotated[int, _option("Steps of linear warm-up.")] = _default("warmup_steps"),
+    weight_decay: Annotated[float, _option("Decoupled, as in AdamW.")] = _default("weight_decay"),
+    clip: Annotated[float, _option("Bound of the gradient's norm.")] = _default("clip"),
+    label_smoothing: Annotated[float, _option("Share of the target for all tokens.")] = _default("label_smoothing"),
+    gradient_checkpointing: Annotated[bool, _option("Less memory, a third more time.")] = False,
+    held_out: Annotated[float, _option("Share of the examples to evaluate on.")] = _default("held_out"),
+    eval_every: Annotated[int, _option("Steps between evaluations; 0: at the end alone.")] = _default("eval_every"),
+    stop_after: Annotated[int, _option("Evaluations without a new best; 0: never.")] = _default("stop_after"),
+    spike: Annotated[float, _option("A loss so many times the usual is divergence; 0: none is.")] = _default("spike"),
+    checkpoint_every: Annotated[int, _option("Steps between checkpoints.")] = _default("checkpoint_every"),
+    promote: Annotated[bool, _option("Serve the new version at once.")] = True,
+    seed: Annotated[int, _option("The same seed, the same adapter.")] = _default("seed"),
+    as_json: Json = False,
+    url: Url = None,
+) -> None:
+    """Train a LoRA adapter on the warm base. Ctrl-C leaves the run going; `stoker cancel` ends it."""
+    options = {field: value for field, value in locals().items() if field in TrainRequest.model_fields}
+    del options["name"], options["dataset"], options["model"]
+    options["targets"] = tuple(part.strip() for part in targets.split(","))
+    with connect(url) as client:
+        warn_if_cold(client, model, "train")
+        job = client.train(name, dataset, model=model, **options)
+        notes.print(f"[dim]job {job.id}[/dim]")
+        result = follow_json(job) if as_json else follow(job, steps)
+        if not as_json:
+            print(f"adapter {result.adapter}@{result.version}: {_outcome(result)}")
+
+
+def _outcome(result: TrainResult) -> str:
+    said = f"loss {result.first_loss:.3f} → {result.last_loss:.3f}"
+    if result.held_out_loss is not None:
+        said += f", on held-out examples {result.held_out_loss:.3f} at step {result.best_step}"
+    return said
+
+
+def follow_json(job: TrainJob) -> TrainResult:
+    for report in job.progress():
+        print_json(report.model_dump(mode="json"))
+    result = job.result()
+    print_json(result.model_dump(mode="json"))
+    return result
+
+
+def follow(job: TrainJob, steps: int) -> TrainResult:
+    """Show a run: a bar on a terminal, a line every tenth of it elsewhere."""
+    if is_terminal():
+        _show_bar(job, steps)
+    else:
+        for report in job.progress():
+            if report.step % max(1, steps // 10) == 0 or report.is_last or report.note:
+                print(_line(report), flush=True)
+    return job.result()
+
+
+def _show_bar(job: TrainJob, steps: int) -> None:
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("waiting for the worker", total=steps)
+        for report in job.progress():
+            progress.update(bar, completed=report.step, description=_numbers(report))
+            if report.note:
+                progress.console.print(report.note)
+
+
+def _line(report: TrainReport) -> str:
+    return report.note or f"step {report.step:4}/{report.steps}  {_numbers(report)}"
+
+
+def _numbers(report: TrainReport) -> str:
+    held_out = "" if report.held_out_loss is None else f"  held out {report.held_out_loss:.3f}"
+    return f"loss {report.loss:.3f}{held_out}  {report.tokens_per_second:.0f} tokens/s"

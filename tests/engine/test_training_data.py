@@ -1,0 +1,140 @@
+"""From examples to batches: what counts, in what order, and how it is laid out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engine.loading import LoadedModel
+from engine.training.data import Batches, TokenizedExample, collate, dataset_digest, split, tokenize
+from stoker.contract.dataset import Example
+from stoker.errors import DatasetError
+from tests.engine import tiny
+
+TEMPLATE = (
+    "{% for m in messages %}t{{ {'system': 10, 'user': 11, 'assistant': 12}[m['role']] }} {{ m['content'] }} t2 "
+    "{% endfor %}{% if add_generation_prompt %}t12 {% endif %}"
+)
+
+
+def example(*tokens: int, start: int = 1) -> TokenizedExample:
+    return TokenizedExample.of([(tokens[:start], False), (tokens[start:], True)])
+
+
+def test_only_the_completion_counts_and_ends_with_the_end_token(model: LoadedModel) -> None:
+    rows = [Example("t3 t4", "t5 t6 t7"), Example("", "t8 t9 t10 t11")]
+    prompted, plain = tokenize(rows, model.tokenizer, 64)
+    assert prompted.tokens.tolist() == [3, 4, 5, 6, 7, tiny.EOS]
+    assert prompted.learned.tolist() == [False, False, True, True, True, True]
+    assert plain.tokens.tolist() == [8, 9, 10, 11, tiny.EOS]
+    assert plain.learned.tolist() == [False, True, True, True, True]
+    batch = collate([prompted])
+    assert batch.inputs.tolist() == [[3, 4, 5, 6, 7]]
+    assert batch.places.tolist() == [1, 2, 3, 4]
+    assert batch.targets.tolist() == [5, 6, 7, tiny.EOS]
+    assert (batch.count, batch.tokens) == (4, 5)
+
+
+def test_prompts_are_learned_when_asked(model: LoadedModel) -> None:
+    (found,) = tokenize([Example("t3 t4", "t5")], model.tokenizer, 64, learn_prompts=True)
+    assert found.learned.tolist() == [False, True, True, True]
+
+
+def test_of_a_conversation_each_answer_counts_with_its_end(model: LoadedModel) -> None:
+    model.tokenizer.chat_template = TEMPLATE
+    turns = [("system", "t20"), ("user", "t21"), ("assistant", "t22 t23"), ("user", "t24"), ("assistant", "t25")]
+    messages = tuple({"role": role, "content": text} for role, text in turns)
+    (found,) = tokenize([Example(messages=messages)], model.tokenizer, 64)
+    assert found.tokens.tolist() == [10, 20, 2, 11, 21, 2, 12, 22, 23, 2, 11, 24, 2, 12, 25, 2]
+    assert found.tokens[found.learned].tolist() == [22, 23, 2, 25, 2]
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused_by_the_examples_number(model: LoadedModel) -> None:
+    model.tokenizer.chat_template = "t{{ messages | length }} " + TEMPLATE
+    messages = ({"role": "user", "content": "t3"}, {"role": "assistant", "content": "t4"})
+    with pytest.raises(DatasetError, match="example 2: the model's chat template writes earlier turns anew"):
+        tokenize([Example("", "t1"), Example(messages=messages)], model.tokenizer, 64)
+
+
+def test_messages_for_a_model_without_a_template_are_refused(model: LoadedModel) -> None:
+    messages = ({"role": "user", "content": "t3"}, {"role": "assistant", "content": "t4"})
+    with pytest.raises(DatasetError, match="example 1: messages given, but the model has no chat template"):
+        tokenize([Example(messages=messages)], model.tokenizer, 64)
+
+
+def test_an_example_that_is_too_long_is_named(model: LoadedModel) -> None:
+    rows = [Example("", "t1"), Example("t1 t2", "t3 t4")]
+    assert len(tokenize(rows, model.tokenizer, 5)) == 2
+    with pytest.raises(DatasetError, match="example 2: 5 tokens given; max_length is 4"):
+        tokenize(rows, model.tokenizer, 4)
+
+
+def test_sizes_are_rounded_up_and_what_pads_weighs_nothing() -> None:
+    batch = collate([example(3, 4, 5, start=2), example(6, 7, 8, 9)], align=4)
+    assert batch.inputs.tolist() == [[3, 4, 0, 0], [6, 7, 8, 0]]
+    assert batch.places.tolist() == [1, 4, 5, 6]
+    wide = collate([example(3, 4)], align=4)
+    assert wide.targets.tolist() == [4, 0, 0, 0]
+    assert wide.weights.tolist() == [1, 0, 0, 0]
+    assert wide.count == 1
+
+
+def test_an_epoch_shows_every_example_once_in_an_order_of_its_own() -> None:
+    rows = [example(3, place) for place in range(4, 16)]
+
+    def epochs(seed: int) -> Iterator[list[int]]:
+        batches = Batches(rows, 4, seed)
+        assert batches.an_epoch == 3
+        for number in range(0, 9, 3):
+            yield [int(row.tokens[1]) for place in range(3) for row in batches.examples(number + place)]
+
+    first = list(epochs(1))
+    assert first == list(epochs(1)) != list(epochs(2))
+    assert all(sorted(epoch) == list(range(4, 16)) for epoch in first)
+    assert first[0] != first[1] != first[2]
+
+
+def test_any_batch_can_be_had_without_those_before() -> None:
+    rows = [example(*range(3, 5 + place % 7)) for place in range(50)]
+    in_order = Batches(rows, 4, 7)
+    found = [in_order.examples(number) for number in range(30)]
+    for number in (29, 3, 17, 0):
+        assert Batches(rows, 4, 7).examples(number) == found[number]
+
+
+def test_batches_hold_examples_of_like_length() -> None:
+    random = np.random.default_rng(0)
+    rows = [example(*range(3, 5 + int(length))) for length in random.integers(1, 100, 128)]
+    batches = Batches(rows, 4, 0)
+    spread = [max(map(len, batch)) - min(map(len, batch)) for batch in map(batches.examples, range(batches.an_epoch))]
+    assert max(spread) < 20, "unsorted batches spread over 60 tokens and more"
+    firsts = [len(batches.examples(number)[0]) for number in range(batches.an_epoch)]
+    assert firsts != sorted(firsts), "the batches themselves come in random order"
+
+
+def test_a_batch_is_no_larger_than_the_dataset() -> None:
+    assert len(Batches([example(1, 2)], 8, 0).examples(0)) == 1
+
+
+def test_a_share_is_held_out_by_the_seed_and_nothing_is_lost() -> None:
+    rows = [example(3, place) for place in range(4, 24)]
+    learned, held_out = split(rows, 0.25, seed=1)
+    assert (len(learned), len(held_out)) == (15, 5)
+    assert set(map(id, learned + held_out)) == set(map(id, rows))
+    assert split(rows, 0.25, seed=1) == (learned, held_out) != split(rows, 0.25, seed=2)
+    assert split(rows, 0.0, seed=1) == (rows, [])
+
+
+@pytest.mark.parametrize("share", [0.01, 0.1])
+def test_a_share_that_leaves_nothing_to_evaluate_on_is_refused(share: float) -> None:
+    with pytest.raises(DatasetError, match=r"held_out: .* of 3 examples is 0; both sides need one"):
+        split([example(3, 4)] * 3, share, seed=0)
+
+
+def test_the_digest_tells_datasets_apart() -> None:
+    found: list[Any] = [[example(3, 4, 5)], [example(3, 4, 6)], [example(3, 4, 5, start=2)], [example(3, 4, 5)] * 2]
+    assert len({dataset_digest(rows) for rows in found}) == 4
+    assert dataset_digest([example(3, 4, 5)]) == dataset_digest(found[0])

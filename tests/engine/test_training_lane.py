@@ -1,0 +1,225 @@
+"""The training lane: one run at a time, and none disturbs another."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.adapters.pool import AdapterPool
+from engine.adapters.store import AdapterStore
+from engine.loading import LoadedModel
+from engine.ticket import Ticket
+from engine.training.lane import TrainLane
+from engine.training.trainer import Trainer
+from stoker.contract import TrainReport
+from stoker.contract.dataset import Example, TrainInput
+from stoker.errors import DatasetError, InvalidRequest, JobCancelled, JobFailed, WorkerUnavailable
+from tests.engine import tiny
+
+LINES = b"\n".join(Example("", tiny.text(ids)).to_line().encode() for ids in ([3, 4, 5, 6], [7, 8, 9], [9, 9, 9, 3]))
+
+
+@pytest.fixture
+def lane(model: LoadedModel, tmp_path: Path) -> TrainLane:
+    return new_lane(model, tmp_path)
+
+
+def new_lane(model: LoadedModel, home: Path) -> TrainLane:
+    return TrainLane(model, AdapterPool(model, AdapterStore(home / "adapters")), home / "runs")
+
+
+def admit(lane: TrainLane, job_id: str, version: int | None = None, **options: Any) -> Ticket:
+    ticket = Ticket(job_id, "train")
+    lane.admit(lane.prepare(ticket, tiny.asking(**options), TrainInput(LINES, version)))
+    return ticket
+
+
+def run_all(lane: TrainLane) -> list[tuple[str, int]]:
+    """Run until there is nothing to do; (job, step) of every report, in order."""
+    told = []
+    while lane.busy:
+        lane.drop_stopped()
+        output = lane.run() if lane.busy else None
+        for job_id, report in output.entries if output else []:
+            assert isinstance(report, TrainReport)
+            told.append((job_id, report.step))
+        for ticket, value in output.ended if output else []:
+            ticket.resolve(value)
+    return told
+
+
+def run_until(lane: TrainLane, step: int) -> None:
+    while not any(entry.step == step for _, entry in lane.run().entries):  # type: ignore[union-attr]
+        pass
+
+
+def test_runs_come_one_after_the_other_a_step_at_a_time(lane: TrainLane) -> None:
+    first, second = admit(lane, "a", steps=2), admit(lane, "b", steps=1, name="other")
+    assert run_all(lane) == [("a", 1), ("a", 2), ("b", 1)]
+    result = first.result(0)
+    assert (result.adapter, result.version, result.steps, result.best_step) == ("style", 1, 2, 2)
+    assert second.result(0).adapter == "other"
+
+
+def test_a_turn_is_a_micro_step(lane: TrainLane) -> None:
+    """So that others need not wait for a whole step, nor for a whole evaluation."""
+    admit(lane, "a", steps=1, batch_size=1, accumulation=3, held_out=0.34)
+    turns = [len(lane.run().entries) for _ in range(6)]
+    assert turns == [0, 0, 0, 0, 1, 0], "begin, two micro-steps, the third and one of the evaluation, report, end"
+    assert not lane.busy
+
+
+def test_a_trained_adapter_is_kept_with_what_it_was_made_of(lane: TrainLane, tmp_path: Path) -> None:
+    ticket = admit(lane, "a", steps=2, rank=3, version=7)
+    run_all(lane)
+    notes = json.loads((tmp_path / "adapters/tiny/style/7/stoker.json").read_text())
+    assert notes["job"] == "a"
+    assert notes["request"]["rank"] == 3
+    assert notes["loss"] == ticket.result(0).last_loss
+    assert ticket.result(0).version == 7
+    assert lane._pool.loaded == ("style@7",)
+
+
+def test_the_adapter_is_that_of_the_best_step(model: LoadedModel, lane: TrainLane, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"held_out": 0.34, "eval_every": 1, "learning_rate": 0.2, "spike": 0, "batch_size": 2}
+    ticket = admit(lane, "a", steps=12, checkpoint_every=5, **options)
+    run_all(lane)
+    result = ticket.result(0)
+    assert 0 < result.best_step < 12
+    reports = [json.loads(line) for line in (tmp_path / "runs/a/log.jsonl").read_text().splitlines()]
+    assert result.held_out_loss == min(report["held_out_loss"] for report in reports)
+    # A run that ends there has the same adapter.
+    shorter = admit(lane, "b", steps=result.best_step, **options)
+    run_all(lane)
+    assert shorter.result(0).held_out_loss == result.held_out_loss
+    files = [tmp_path / f"adapters/tiny/style/{n}/adapter_model.safetensors" for n in (1, 2)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_cancelled_run_ends_at_once_and_makes_no_adapter(lane: TrainLane, tmp_path: Path) -> None:
+    running, waiting, last = (admit(lane, name, steps=4) for name in "abc")
+    run_until(lane, 1)
+    running.cancel()
+    waiting.cancel()
+    assert run_all(lane) == [("c", step) for step in (1, 2, 3, 4)]
+    for ticket in (running, waiting):
+        with pytest.raises(JobCancelled):
+            ticket.result(0)
+    assert last.result(0).version == 1
+    assert [path.name for path in (tmp_path / "adapters/tiny/style").iterdir()] == ["1"]
+    assert json.loads((tmp_path / "runs/a/run.json").read_text())["status"] == "cancelled"
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_run_that_its_worker_hands_back_goes_on_in_another(model: LoadedModel, tmp_path: Path, steps: int) -> None:
+    options: dict[str, Any] = {"steps": 6, "batch_size": 1, "accumulation": 2, "checkpoint_every": 2}
+    first, second = new_lane(model, tmp_path), new_lane(model, tmp_path)
+    ticket = admit(first, "a", **options)
+    run_until(first, steps)
+    first.run()
+    ticket.cancel(WorkerUnavailable("the worker is stopping"))
+    first.drop_stopped()
+    with pytest.raises(WorkerUnavailable):
+        ticket.result(0)
+    ticket = admit(second, "a", **options)
+    told = run_all(second)
+    assert told == [("a", step) for step in range(1, 7)], "those of before are told again, in case nobody heard"
+    calm = admit(second, "b", **options)
+    run_all(second)
+    assert (ticket.result(0).first_loss, ticket.result(0).last_loss) == (
+        calm.result(0).first_loss,
+        calm.result(0).last_loss,
+    )
+    files = [tmp_path / f"adapters/tiny/style/{n}/adapter_model.safetensors" for n in (1, 2)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_worker_that_stops_keeps_its_run(model: LoadedModel, tmp_path: Path) -> None:
+    lane = new_lane(model, tmp_path)
+    admit(lane, "a", steps=9)
+    run_until(lane, 3)
+    lane.fail_all(WorkerUnavailable("the worker is stopping"))
+    assert [path.name for path in (tmp_path / "runs/a/checkpoints").iterdir()] == ["paused-00000003-00000003"]
+
+
+def test_a_run_that_ended_and_is_delivered_again_ends_the_same(model: LoadedModel, tmp_path: Path) -> None:
+    """Its worker died between the adapter's last byte and the acknowledgement."""
+    results = []
+    for _ in range(2):
+        lane = new_lane(model, tmp_path)
+        ticket = admit(lane, "a", steps=3, version=1)
+        assert run_all(lane) == [("a", 1), ("a", 2), ("a", 3)]
+        results.append(ticket.result(0).model_copy(update={"usage": None}))
+    assert results[0] == results[1]
+    assert [path.name for path in (tmp_path / "adapters/tiny/style").iterdir()] == ["1"]
+
+
+def nan_from_step_2(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = Trainer._loss
+
+    def loss(self: Trainer, *arguments: Any) -> Any:
+        return plain(self, *arguments) * (1.0 if self.state.step < 1 else float("nan"))
+
+    monkeypatch.setattr(Trainer, "_loss", loss)
+
+
+def test_a_run_that_diverges_fails_alone_and_keeps_its_history(
+    monkeypatch: pytest.MonkeyPatch, lane: TrainLane, tmp_path: Path
+) -> None:
+    with monkeypatch.context() as patch:
+        nan_from_step_2(patch)
+        failing, waiting = admit(lane, "a", steps=5), admit(lane, "b", steps=1)
+        while not failing.done:
+            lane.run()
+    run_all(lane)
+    with pytest.raises(JobFailed, match=r"diverged at step 2: loss nan.*Lower learning_rate"):
+        failing.result(0)
+    assert waiting.result(0).steps == 1
+    lines = [json.loads(line) for line in (tmp_path / "runs/a/log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 0, 1, 0, 1]
+    assert [bool(line["note"]) for line in lines] == [False, True, False, True, False]
+    assert "diverged at step 2" in json.loads((tmp_path / "runs/a/run.json").read_text())["status"]
+
+
+def test_an_adapter_that_cannot_be_written_fails_its_own_run_alone(
+    monkeypatch: pytest.MonkeyPatch, lane: TrainLane
+) -> None:
+    def full(*_: Any) -> int:
+        raise OSError(28, "No space left on device")
+
+    failing, waiting = admit(lane, "a", steps=1), admit(lane, "b", steps=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(lane._pool, "save", full)
+        while not failing.done:
+            lane.run()
+    with pytest.raises(OSError, match="No space"):
+        failing.result(0)
+    run_all(lane)
+    assert waiting.result(0).steps == 1
+
+
+def test_what_the_model_cannot_run_is_refused_before_it_waits(lane: TrainLane) -> None:
+    ticket = Ticket("a", "train")
+    with pytest.raises(DatasetError, match="gone from the broker"):
+        lane.prepare(ticket, tiny.asking(), None)
+    with pytest.raises(InvalidRequest, match="max_length: 2000 given; tiny takes 1024"):
+        lane.prepare(ticket, tiny.asking(max_length=2000), TrainInput(LINES))
+    with pytest.raises(DatasetError, match="dataset, line 2"):
+        lane.prepare(ticket, tiny.asking(), TrainInput(b'{"text": "t1"}\n{"txt": "t1"}'))
+    with pytest.raises(DatasetError, match="no example in it"):
+        lane.prepare(ticket, tiny.asking(), TrainInput(b"\n"))
+
+
+def test_a_lane_that_fails_ends_every_run(lane: TrainLane) -> None:
+    tickets = [admit(lane, name) for name in "ab"]
+    lane.run()
+    lane.fail_all(MemoryError("no more"))
+    for ticket in tickets:
+        with pytest.raises(MemoryError):
+            ticket.result(0)
+    assert not lane.busy
+    admit(lane, "c", steps=1)
+    assert run_all(lane) == [("c", 1)]
