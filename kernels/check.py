@@ -1,22 +1,182 @@
-"""`stoker kernels check`: every fused kernel of this machine's back-end against its reference."""
+"""`stoker kernels check`: every fused kernel of this machine's back-end against its reference, dtype by dtype.
+
+On a Mac the bodies run on Metal, on an NVIDIA machine on CUDA. Elsewhere the emulator runs the Metal text, with its
+checks for races, bounds and outputs left unwritten; it needs g++. The report is for an issue.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
+import platform
 import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 
-#: Kernels by name. Stoker ships none yet: the engine runs on MLX's own operations.
-KERNELS: dict[str, object] = {}
+from kernels.backend import Backend, of_machine, using
+from kernels.emulator import build, observe
+from kernels.emulator.run import KernelDefect
+from kernels.emulator.trace import Launch
+from kernels.kernel import Case, Kernel
+from kernels.measure import Measured, measure
+from kernels.registry import KERNELS
+
+#: Every case is run with inputs, and on the emulator with schedules, of so many seeds.
+SEEDS = (1, 2)
 
 
-def main() -> int:
-    """Print what was checked; returns the exit code."""
-    print(f"MLX {version('mlx')}, default device {mx.default_device()}")
-    if not KERNELS:
-        print("0 kernels to check: this version of Stoker has no fused kernels; MLX's own operations are in use.")
-    return 0
+@dataclass(frozen=True)
+class Checked:
+    """A kernel in one dtype. `error` is the worst of its shapes, None where it did not run to its end."""
+
+    kernel: str
+    dtype: str
+    shapes: int
+    error: float | None
+    tolerance: float
+    passed: bool
+    #: The shape of the worst error, or what went wrong.
+    detail: str
+
+
+def cases(kernel: Kernel, dtype: mx.Dtype, seed: int) -> list[Case]:
+    return list(kernel.cases(dtype, np.random.default_rng(seed)))
+
+
+def check(kernel: Kernel, dtype: mx.Dtype, backend: Backend, seeds: Sequence[int] = SEEDS) -> Checked:
+    """Run all shapes of `kernel` in `dtype` on `backend`; nothing is raised."""
+    worst, where, count = 0.0, "", 0
+    tolerance = kernel.tolerances[dtype]
+
+    def checked(error: float | None, detail: str) -> Checked:
+        return Checked(
+            kernel.name, _name(dtype), count, error, tolerance, error is not None and error <= tolerance, detail
+        )
+
+    for seed in seeds:
+        for case in cases(kernel, dtype, seed):
+            count += 1
+            try:
+                error = run_case(kernel, case, backend, seed)
+            except (KernelDefect, build.CompileError, ValueError, RuntimeError) as problem:
+                return checked(None, f"{case.label}: {str(problem)[:2000]}")
+            if error >= worst:
+                worst, where = error, case.label
+    return checked(worst, where)
+
+
+def run_case(kernel: Kernel, case: Case, backend: Backend, seed: int) -> float:
+    """The error of one case. Raises `ValueError` where the kernel would fall back, and what the emulator found."""
+    if reason := kernel.refuse(*case.arguments):
+        raise ValueError(f"the kernel does not take a shape that it says it takes: {reason}")
+    with using(backend), observe.observing(seed=seed, checked=not case.large):
+        results = kernel(*case.arguments)
+        mx.eval(results)
+    return kernel.error_of(case.arguments, results)
+
+
+def prepare(kernels: Iterable[Kernel], dtypes: Iterable[mx.Dtype] | None = None) -> None:
+    """Compile what the emulator will run, on all cores at once."""
+    checked: list[Launch] = []
+    unchecked: list[Launch] = []
+    for kernel in kernels:
+        for dtype in dtypes or kernel.dtypes:
+            for case in cases(kernel, dtype, 1):
+                with using("emulator"), observe.observing(dry=True) as launches:
+                    kernel(*case.arguments)
+                (unchecked if case.large else checked).extend(launches)
+    build.build_all(checked)
+    build.build_all(unchecked, checked=False)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the tables and write the report; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    chosen = [KERNELS[name] for name in options.kernel or KERNELS]
+    backend = of_machine()
+    if backend == "reference":
+        if not build.available():
+            print(
+                "No GPU that MLX knows, and no g++ for the emulator: install g++, or run this on a Mac.",
+                file=sys.stderr,
+            )
+            return 2
+        backend = "emulator"
+        print("No GPU that MLX knows: the Metal text runs on the emulator. It says nothing of speed.")
+        prepare(chosen)
+    print(f"MLX {version('mlx')}, {device()}, back-end {backend}\n")
+    rows = []
+    for kernel in chosen:
+        for dtype in kernel.dtypes:
+            rows.append(check(kernel, dtype, backend))
+            show(rows[-1])
+    timings = [] if backend == "emulator" or options.no_timings else _timings(chosen)
+    path = _write(options.report, backend, rows, timings)
+    failed = [row for row in rows if not row.passed]
+    print(f"\n{len(rows) - len(failed)} of {len(rows)} passed; the report is in {path}")
+    return 1 if failed else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("stoker kernels check", description="Fused kernels against their references.")
+    parser.add_argument("--report", type=Path, default=Path("stoker-kernels.json"), help="where the report is written")
+    parser.add_argument("--kernel", action="append", choices=list(KERNELS), help="this one alone; may be repeated")
+    parser.add_argument("--no-timings", action="store_true", help="numbers alone")
+    return parser
+
+
+def show(row: Checked) -> None:
+    """Print it."""
+    error = "-" if row.error is None else f"{row.error:.1e}"
+    verdict = "ok" if row.passed else "FAILED"
+    print(
+        f"{row.kernel:16} {row.dtype:9} {row.shapes:3} runs  error {error:>8} of {row.tolerance:.0e}  {verdict}",
+        flush=True,
+    )
+    if not row.passed:
+        print(f"    {row.detail}")
+
+
+def _timings(chosen: Sequence[Kernel]) -> list[Measured]:
+    """One shape of each kernel in 16 bits, against MLX's own way; `stoker kernels bench` has them all."""
+    print()
+    found = []
+    for kernel in chosen:
+        timing = next(iter(kernel.timings(mx.float16)))
+        found.append(measure(kernel, timing, "float16", times=20))
+        print(found[-1].line, flush=True)
+    return found
+
+
+def _write(path: Path, backend: Backend, rows: Sequence[Checked], timings: Sequence[Measured]) -> Path:
+    report = {
+        "backend": backend,
+        "device": device(),
+        "mlx": version("mlx"),
+        "machine": f"{platform.machine()} {platform.system()} {platform.release()}",
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "checked": [asdict(row) for row in rows],
+        "timings": [asdict(row) for row in timings],
+    }
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    return path
+
+
+def device() -> str:
+    """The name of the processor that MLX uses."""
+    if mx.default_device().type != mx.DeviceType.gpu:
+        return platform.processor() or platform.machine()
+    return str(mx.device_info().get("device_name", mx.default_device()))
+
+
+def _name(dtype: mx.Dtype) -> str:
+    return str(dtype).rpartition(".")[2]
 
 
 if __name__ == "__main__":

@@ -61,4 +61,5 @@ app.add_typer(models, name="models")
 
 kernels = typer.Typer(no_args_is_help=True, help="Fused kernels of this machine.")
 kernels.command("check")(machine.check_kernels)
+kernels.command("bench")(machine.bench_kernels)
 app.add_typer(kernels, name="kernels")

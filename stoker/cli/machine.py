@@ -11,6 +11,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -164,7 +165,24 @@ def _check_engine() -> list[dict[str, Any]]:
     return [*json.loads(done.stdout), _check("compiler", True, compiler or "none: elementwise kernels are not fused")]
 
 
-def check_kernels() -> None:
+def check_kernels(
+    report: Annotated[Path, typer.Option(help="Where the JSON report is written.")] = Path("stoker-kernels.json"),
+    kernel: Annotated[list[str] | None, typer.Option(help="This one alone; may be repeated.")] = None,
+    timings: Annotated[bool, typer.Option(help="Time them as well, where there is a GPU.")] = True,
+) -> None:
     """Run every fused kernel of this machine's back-end against its reference."""
+    chosen = [part for name in kernel or () for part in ("--kernel", name)]
+    _run_module("kernels.check", "--report", str(report), *chosen, *([] if timings else ["--no-timings"]))
+
+
+def bench_kernels(
+    out: Annotated[Path | None, typer.Option(help="Folder for the JSON rows.")] = None,
+) -> None:
+    """Time every fused kernel beside MLX's own way: bytes, bandwidth, and the ratio to a plain copy."""
+    _run_module("bench.kernels", *([] if out is None else ["--out", str(out)]))
+
+
+def _run_module(module: str, *arguments: str) -> None:
+    """In a process of its own: this one must not import MLX."""
     worker_command(load_settings(), "probe")
-    sys.exit(subprocess.call([sys.executable, "-m", "kernels.check"]))
+    sys.exit(subprocess.call([sys.executable, "-m", module, *arguments]))

@@ -1,0 +1,91 @@
+"""A residual's addition and the RMSNorm after it (Zhang and Sennrich, 2019), as between a decoder's parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import mlx.core as mx
+import numpy as np
+
+from kernels.body import Body
+from kernels.kernel import (
+    Arrays,
+    Case,
+    Kernel,
+    Timing,
+    float_bits,
+    normal,
+    refuse_dtype,
+    threads_for,
+    with_gradient_of,
+)  # fmt: skip
+
+_BODY = Body("add_rms_norm", ("x", "r", "w"), ("h", "y"), ("common.h",))
+#: Beyond this a thread's part of a row no longer fits its registers.
+_WIDEST = 16384
+
+
+def add_rms_norm(x: mx.array, residual: mx.array, weight: mx.array, eps: float) -> tuple[mx.array, mx.array]:
+    """(h, y): h = x + residual, y = h / sqrt(mean(h²) + eps) · weight.
+
+    `x`, `residual`: (…, D) of one dtype, which both results have; `weight`: (D,) of that dtype.
+    """
+    h, y = KERNEL(x, residual, weight, eps)
+    return h, y
+
+
+def _reference(x: mx.array, residual: mx.array, weight: mx.array, eps: float) -> Arrays:
+    h = x + residual
+    return [h, mx.fast.rms_norm(h, weight, eps)]
+
+
+def _refuse(x: mx.array, residual: mx.array, weight: mx.array, eps: float) -> str | None:
+    if x.shape != residual.shape:
+        return "shapes that are broadcast"
+    if not 0 < x.shape[-1] <= _WIDEST or not x.size:
+        return f"width {x.shape[-1]}"
+    return refuse_dtype(x, residual, weight) or (None if eps > 0 else "eps is not positive")
+
+
+def _launch(x: mx.array, residual: mx.array, weight: mx.array, eps: float) -> Arrays:
+    def forward(a: mx.array, b: mx.array, w: mx.array) -> Arrays:
+        width = a.shape[-1]
+        threads = threads_for(width)
+        return _BODY.launch(
+            (a, b, w),
+            template=[("T", a.dtype), ("D", width), ("ITEMS", -(-width // threads)), ("EPS", float_bits(eps))],
+            groups=(a.size // width, 1),
+            threads=threads,
+            outputs=[(a.shape, a.dtype), (a.shape, a.dtype)],
+        )
+
+    return with_gradient_of(lambda a, b, w: _reference(a, b, w, eps), forward)(x, residual, weight)
+
+
+def _cases(dtype: mx.Dtype, random: np.random.Generator) -> Iterable[Case]:
+    for shape in ((1, 1), (1, 33), (6, 896), (2, 3, 1000), (3, 4864)):
+        x, r = (normal(random, shape, dtype, 2.0) for _ in range(2))
+        yield Case(" × ".join(map(str, shape)), (x, r, normal(random, shape[-1:], dtype), 1e-6))
+
+
+def _timings(dtype: mx.Dtype) -> Iterable[Timing]:
+    random = np.random.default_rng(0)
+    for rows in (1, 32, 4096):
+        x, r = (normal(random, (rows, 896), dtype) for _ in range(2))
+        arguments = (x, r, mx.ones(896, dtype), 1e-6)
+        yield Timing(
+            f"{rows} × 896", arguments, 4 * x.nbytes, _reference, lambda given, made: (made[1], made[0], *given[2:])
+        )
+
+
+KERNEL = Kernel(
+    name="add_rms_norm",
+    reason="one launch for two, and the sum is not read again: 4 passes over the rows for 5",
+    bodies=(_BODY,),
+    launch=_launch,
+    reference=_reference,
+    refuse=_refuse,
+    cases=_cases,
+    timings=_timings,
+    differentiable=True,
+)

@@ -1,0 +1,152 @@
+"""LoRA (Hu et al., 2021) and DoRA (Liu et al., 2024) for one new token a row, each row with its own adapter or none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import mlx.core as mx
+import numpy as np
+
+from kernels.body import Body
+from kernels.kernel import DTYPES, Arrays, Case, Kernel, Timing, normal
+
+_BODY = Body("lora", ("x", "y", "a", "b", "index", "gain", "bias"), ("out",))
+HIGHEST_RANK = 64
+_THREADS = 256
+
+
+def lora(
+    x: mx.array,
+    y: mx.array,
+    a: mx.array,
+    b: mx.array,
+    index: mx.array,
+    *,
+    gain: mx.array | None = None,
+    bias: mx.array | None = None,
+) -> mx.array:
+    """y + (x A) B with each row's own A and B; with DoRA gain · (y − bias + (x A) B) + bias. Shape and dtype of `y`.
+
+    `x`: (rows, 1, IN), the layer's input; `y`: (rows, 1, OUT), what the layer made of it, its `bias` (OUT,) included.
+    `a`: (adapters, IN, rank); `b`: (adapters, rank, OUT), the scale folded in; `gain`: (adapters, OUT), DoRA's
+    magnitude over the norm. `index`: int32 or uint32 (rows,), 0 for rows without adapter: `a[0]` and `b[0]` must be
+    zero and `gain[0]` one, as the reference reads them and the kernel does not.
+    """
+    return KERNEL(x, y, a, b, index, gain, bias)[0]
+
+
+def _reference(
+    x: mx.array,
+    y: mx.array,
+    a: mx.array,
+    b: mx.array,
+    index: mx.array,
+    gain: mx.array | None = None,
+    bias: mx.array | None = None,
+) -> Arrays:
+    inner = mx.gather_mm(x, a.astype(x.dtype), rhs_indices=index)
+    update = mx.gather_mm(inner, b.astype(x.dtype), rhs_indices=index)
+    if gain is None:
+        return [y + update]
+    factor = gain[index][:, None].astype(y.dtype)
+    if bias is None:
+        return [factor * (y + update)]
+    return [factor * (y - bias + update) + bias]
+
+
+def _refuse(
+    x: mx.array,
+    y: mx.array,
+    a: mx.array,
+    b: mx.array,
+    index: mx.array,
+    gain: mx.array | None = None,
+    bias: mx.array | None = None,
+) -> str | None:
+    if x.ndim != 3 or x.shape[1] != 1:
+        return "more than one token a row"
+    if not 0 < a.shape[-1] <= HIGHEST_RANK:
+        return f"rank {a.shape[-1]}"
+    if index.dtype not in (mx.int32, mx.uint32):
+        return f"indices of dtype {index.dtype}"
+    arrays = [array for array in (x, y, a, b, gain, bias) if array is not None]
+    return next((f"dtype {array.dtype}" for array in arrays if array.dtype not in DTYPES), None)
+
+
+def _launch(
+    x: mx.array,
+    y: mx.array,
+    a: mx.array,
+    b: mx.array,
+    index: mx.array,
+    gain: mx.array | None = None,
+    bias: mx.array | None = None,
+) -> Arrays:
+    rows, inputs, outputs, rank = x.shape[0], x.shape[-1], y.shape[-1], a.shape[-1]
+    columns = 1 << (rank - 1).bit_length()
+    steps = -(-inputs // (_THREADS // columns))
+    nothing = mx.zeros(outputs, y.dtype)
+    return _BODY.launch(
+        (x, y, a, b, index, nothing if gain is None else gain, nothing if bias is None else bias),
+        template=[
+            *(("T", y.dtype), ("IN", inputs), ("OUT", outputs), ("RANK", rank), ("COLUMNS", columns)),
+            *(("STEPS", steps), ("SIMDGROUPS", _THREADS // 32), ("DORA", gain is not None)),
+        ],
+        groups=(rows, -(-outputs // _THREADS)),
+        threads=_THREADS,
+        outputs=[(y.shape, y.dtype)],
+    )
+
+
+def _matrices(
+    random: np.random.Generator, adapters: int, inputs: int, outputs: int, rank: int, dtype: mx.Dtype
+) -> tuple[mx.array, mx.array]:
+    a = normal(random, (adapters, inputs, rank), dtype, inputs**-0.5)
+    b = normal(random, (adapters, rank, outputs), dtype, rank**-0.5)
+    real = (mx.arange(adapters) > 0)[:, None, None]
+    return mx.where(real, a, 0), mx.where(real, b, 0)
+
+
+def _cases(dtype: mx.Dtype, random: np.random.Generator) -> Iterable[Case]:
+    shapes = ((1, 2, 8, 40, 1), (5, 4, 512, 640, 8), (3, 3, 100, 300, 3), (4, 3, 200, 33, 64), (3, 3, 96, 70, 24))
+    for rows, adapters, inputs, outputs, rank in shapes:
+        a, b = _matrices(random, adapters, inputs, outputs, rank, dtype)
+        x, y = normal(random, (rows, 1, inputs), dtype), normal(random, (rows, 1, outputs), dtype)
+        index = mx.array(np.arange(rows) % adapters if rows > 1 else [1], mx.uint32)
+        gain, bias = None, None
+        if rank in (8, 24):
+            gain = mx.where((mx.arange(adapters) > 0)[:, None], normal(random, (adapters, outputs), dtype), 1)
+            bias = normal(random, (outputs,), dtype)
+        label = f"{rows} rows, {adapters - 1} adapters, rank {rank}, {inputs} → {outputs}"
+        yield Case(label if gain is None else f"{label}, DoRA", (x, y, a, b, index, gain, bias))
+
+
+def _timings(dtype: mx.Dtype) -> Iterable[Timing]:
+    random = np.random.default_rng(0)
+    for rows, inputs, outputs in ((1, 896, 896), (32, 896, 896), (32, 896, 4864), (32, 4864, 896)):
+        a, b = _matrices(random, 9, inputs, outputs, 16, dtype)
+        x, y = normal(random, (rows, 1, inputs), dtype), normal(random, (rows, 1, outputs), dtype)
+        index = mx.array(1 + np.arange(rows) % 8, mx.uint32)
+        used = min(rows, 8) / 9
+        moved = int(x.nbytes + 2 * y.nbytes + used * (a.nbytes + b.nbytes))
+        yield Timing(
+            f"{rows} rows, 8 adapters, rank 16, {inputs} → {outputs}",
+            (x, y, a, b, index, None, None),
+            moved,
+            _reference,
+            lambda given, made: (given[0], made[0], *given[2:]),
+        )
+
+
+KERNEL = Kernel(
+    name="lora",
+    reason="one launch for three (two gather_mm and an addition); rows without adapter read no matrix",
+    bodies=(_BODY,),
+    launch=_launch,
+    reference=_reference,
+    refuse=_refuse,
+    cases=_cases,
+    timings=_timings,
+    # The reference rounds x A and (x A) B to 16 bits, the kernel only its result.
+    tolerances={mx.float32: 1e-5, mx.float16: 4e-3, mx.bfloat16: 3e-2},
+)

@@ -1,0 +1,88 @@
+"""Every kernel's Metal text against its reference: all its shapes, all dtypes, several inputs and schedules."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from kernels import check
+from kernels.backend import using
+from kernels.emulator.observe import observing
+from kernels.kernel import Kernel
+from kernels.registry import KERNELS
+
+EVERY = [pytest.param(k, dtype, id=f"{k.name}-{str(dtype)[9:]}") for k in KERNELS.values() for dtype in k.dtypes]
+
+
+@pytest.mark.parametrize(("kernel", "dtype"), EVERY)
+def test_a_kernel_gives_the_numbers_of_its_reference_under_any_schedule(kernel: Kernel, dtype: mx.Dtype) -> None:
+    row = check.check(kernel, dtype, "emulator", seeds=(1, 2, 3))
+    assert row.passed, row
+    assert row.shapes >= 9
+
+
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=list(KERNELS))
+def test_a_wrong_result_would_be_noticed(kernel: Kernel) -> None:
+    """Each kernel's measure of error is above its tolerance for results that are slightly off, or belong elsewhere."""
+    case = check.cases(kernel, mx.float32, 1)[2]
+    right = kernel.reference(*case.arguments)
+    assert kernel.error_of(case.arguments, right) <= kernel.tolerances[mx.float32]
+    for number in range(len(right)):
+        wrong = [array + (1 if index == number else 0) for index, array in enumerate(right)]
+        assert kernel.error_of(case.arguments, wrong) > kernel.tolerances[mx.float32]
+    assert kernel.error_of(case.arguments, [mx.full(a.shape, np.nan) for a in right]) == float("inf")
+
+
+@pytest.mark.parametrize("kernel", [k for k in KERNELS.values() if k.differentiable], ids=lambda k: k.name)
+def test_gradients_are_those_of_the_reference(kernel: Kernel) -> None:
+    *arguments, eps = check.cases(kernel, mx.float32, 1)[2].arguments[: len(kernel.bodies[0].inputs) + 1]
+    rest = check.cases(kernel, mx.float32, 1)[2].arguments[len(arguments) + 1 :]
+    places = [place for place, array in enumerate(arguments) if array.dtype == mx.float32]
+
+    def gradients(operation: object) -> list[mx.array]:
+        def loss(*given: mx.array) -> mx.array:
+            results = operation(*given, eps, *rest)  # type: ignore[operator]
+            return sum((mx.sum(mx.sin(array)) for array in results), mx.array(0.0))
+
+        return list(mx.grad(loss, places)(*arguments))
+
+    with using("emulator"):
+        got = gradients(kernel)
+    for one, other in zip(got, gradients(kernel.reference), strict=True):
+        assert np.allclose(np.array(one), np.array(other), rtol=2e-4, atol=2e-5)
+
+
+def test_rows_without_adapter_come_out_bit_for_bit() -> None:
+    kernel = KERNELS["lora"]
+    x, y, a, b, index, gain, bias = check.cases(kernel, mx.float16, 1)[1].arguments
+    with using("emulator"):
+        (out,) = kernel(x, y, a, b, mx.zeros_like(index), gain, bias)
+    assert mx.array_equal(out, y)
+
+
+def test_the_same_row_draws_the_same_token_alone_and_among_others() -> None:
+    kernel = KERNELS["sample"]
+    case = check.cases(kernel, mx.float32, 1)[2]
+    with using("emulator"):
+        together = kernel(*case.arguments)
+        for row in range(case.arguments[0].shape[0]):
+            alone = kernel(*[a[row : row + 1] if isinstance(a, mx.array) else a for a in case.arguments])
+            assert [float(x[0]) for x in alone] == [float(x[row]) for x in together]
+
+
+def test_draws_follow_the_distribution() -> None:
+    """Chi-square of 1,000 draws among what top-k left of a small vocabulary; 99.9% of fair ones lie below the bound."""
+    kernel, random, rows = KERNELS["sample"], np.random.default_rng(5), 1000
+    logits = mx.broadcast_to(mx.array(random.normal(0, 1.5, (1, 32)), mx.float32), (rows, 32))
+    column = {name: mx.full((rows, 1), value) for name, value in (("one", 1.0), ("zero", 0.0), ("warm", 1.3))}
+    uniform = mx.array(random.random((rows, 1)), mx.float32)
+    arguments = (column["warm"], mx.full((rows, 1), 8, mx.int32), column["one"], column["zero"], uniform)
+    with using("emulator"), observing(checked=False):
+        chosen = np.array(kernel(logits, *arguments, mx.full((rows, 1), False), None, None)[0])
+    scores = np.array(logits[0]) / 1.3
+    kept = np.argsort(scores)[-8:]
+    expected = np.exp(scores[kept]) / np.exp(scores[kept]).sum() * rows
+    counts = np.bincount(chosen, minlength=32)
+    assert counts.sum() == counts[kept].sum()
+    assert ((counts[kept] - expected) ** 2 / expected).sum() < 24.3
