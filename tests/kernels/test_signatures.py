@@ -18,6 +18,7 @@ GOLDENS = Path(__file__).parent / "signatures"
 
 @pytest.mark.parametrize("kernel", KERNELS.values(), ids=list(KERNELS))
 def test_mlx_wraps_a_body_as_it_did_when_it_was_written(kernel: Kernel) -> None:
+    missing = []
     for launch in launches(kernel):
         before, rest = launch.source.split("[[kernel]] void ", 1)
         signature, body = rest.split(") {\n", 1)
@@ -28,5 +29,6 @@ def test_mlx_wraps_a_body_as_it_did_when_it_was_written(kernel: Kernel) -> None:
         if not golden.exists():
             GOLDENS.mkdir(exist_ok=True)
             golden.write_text(text)
-            pytest.fail(f"{golden} was not there; it is now: read it, and commit it")
+            missing.append(golden.name)
         assert text == golden.read_text()
+    assert not missing, "they were not there; they are now: read them, and commit them"

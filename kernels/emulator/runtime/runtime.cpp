@@ -14,6 +14,9 @@
 #include <ucontext.h>
 #endif
 
+// The first and the last byte of this shared object: the linker makes them.
+extern "C" __attribute__((visibility("hidden"))) const char __ehdr_start[], _end[];
+
 namespace {
 constexpr size_t STACK_BYTES = 128 * 1024, ARENA_BYTES = 1 << 20;
 constexpr int SIMD = 32, MAX_THREADS = 1024, MAX_REPORTS = 16;
@@ -227,10 +230,7 @@ bool private_memory(const char* address) {  // the fiber's locals and attributes
          within(world.addresses, world.buffers * sizeof(void*));
 }
 
-bool constant_data(const char* address) {  // of the kernel's shared object, which lies near its code
-  ptrdiff_t distance = address - (const char*)world.entry;
-  return (distance < 0 ? -distance : distance) < (1 << 24);
-}
+bool constant_data(const char* address) { return address >= __ehdr_start && address < _end; }
 
 void race(const Access& before, const Access& now, const char* what, const Region& region, size_t index) {
   report("RACE", before.at, now.at, "%s on %s[%zu]: thread %d and thread %d%s with no barrier between", what,
