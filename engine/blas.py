@@ -18,7 +18,8 @@ import os
 import shutil
 import sys
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,6 +89,20 @@ def set_threads(count: int) -> None:
         return
     _loaded.openblas_set_num_threads(ctypes.c_int(count))
     _report = BlasReport(_report.active, _report.library, _report.detail, count)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One BLAS thread inside, for callers that keep the cores busy themselves."""
+    before = None if _report is None else _report.threads
+    if before is None or before == 1:
+        yield
+        return
+    set_threads(1)
+    try:
+        yield
+    finally:
+        set_threads(before)
 
 
 def verify() -> bool:

@@ -1,33 +1,34 @@
-"""Embedding jobs of one model: their texts share batches, sorted by length, whatever job they come from."""
+"""Embedding jobs of one model: their texts share batches, whatever job they come from."""
 
 from __future__ import annotations
 
-from collections import deque
+import time
 from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush
 
-import mlx.core as mx
 import numpy as np
 
-from engine.embedding.pooling import pool
+from engine.embedding.forward import Tokens, Vectors, forward_of
+from engine.embedding.pace import Pace
 from engine.loading import LoadedModel
 from engine.ticket import StepOutput, Ticket
 from stoker.contract import EmbedRequest
 from stoker.errors import TextTooLong
 
-#: Tokens of a batch, padding included: enough to fill the matmuls, little enough to let other lanes in between.
-BATCH_TOKENS = 4096
+#: Seconds that a step should last: a token of another job waits no longer.
+STEP_SECONDS = 0.1
+#: Tokens of a step at the most, however fast the machine is.
+MOST_TOKENS = 131_072
 #: What the models of the E5 family are trained with (Wang et al. 2022, arXiv:2212.03533).
 E5_PROMPTS = {"query": "query: ", "passage": "passage: "}
-#: Waiting texts that are looked at for neighbours in length.
-WINDOW = 1024
 
 
 @dataclass(eq=False)
 class EmbedWork:
     ticket: Ticket
     request: EmbedRequest
-    texts: list[list[int]]
-    vectors: np.ndarray
+    texts: list[Tokens]
+    vectors: Vectors
     left: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -38,23 +39,39 @@ class EmbedWork:
         return sum(map(len, self.texts))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class _Text:
-    work: EmbedWork
-    row: int
+    """One text that waits. They are served by `turn`."""
+
+    turn: int
+    number: int
+    work: EmbedWork = field(compare=False)
+    row: int = field(compare=False)
 
     @property
-    def tokens(self) -> list[int]:
+    def tokens(self) -> Tokens:
         return self.work.texts[self.row]
 
 
 class EmbedLane:
+    """Start-time fair queueing over jobs (Goyal et al. 1996), in tokens.
+
+    The turn of a text is the lane's present when its job came, and the tokens of its job before it. So the first texts
+    of a new job go into the next batch beside those that a large one has got to: a small job never waits behind a
+    large one, and no job starves.
+    """
+
     kind = "embed"
 
     def __init__(self, model: LoadedModel) -> None:
         assert model.embedding is not None, "an embedding lane needs an embedding model"
         self._model, self._spec = model, model.embedding
-        self._waiting: deque[_Text] = deque()
+        self._forward = forward_of(model)
+        self._pace = Pace(STEP_SECONDS, self._forward.least_tokens, MOST_TOKENS)
+        self._waiting: list[_Text] = []
+        self._works: set[EmbedWork] = set()
+        #: The turn of the last text that was served, and how many texts ever came.
+        self._present = self._count = 0
 
     @property
     def busy(self) -> bool:
@@ -72,7 +89,8 @@ class EmbedLane:
                 )
         # Cut before the closing special token, so that a cut text still ends as the model knows it.
         cut = [t if len(t) <= longest else [*t[: longest - 1], t[-1]] for t in texts]
-        return EmbedWork(ticket, request, cut, np.empty((len(texts), self._spec.dim), dtype=np.float32))
+        rows = [np.array(tokens, dtype=np.int32) for tokens in cut]
+        return EmbedWork(ticket, request, rows, np.empty((len(rows), self._spec.dim), dtype=np.float32))
 
     def _prompt(self, asked: str | None) -> str:
         known = {**E5_PROMPTS, **self._spec.prompts}
@@ -81,65 +99,66 @@ class EmbedLane:
 
     def admit(self, work: EmbedWork) -> None:
         work.ticket.start()
-        self._waiting.extend(_Text(work, row) for row in range(len(work.texts)))
+        self._works.add(work)
+        turn = self._present
+        for row, tokens in enumerate(work.texts):
+            heappush(self._waiting, _Text(turn, self._count, work, row))
+            turn += len(tokens)
+            self._count += 1
 
     def drop_stopped(self) -> None:
-        cancelled = {text.work for text in self._waiting if text.work.ticket.stopping}
-        if cancelled:
-            self._waiting = deque(text for text in self._waiting if text.work not in cancelled)
-            for work in cancelled:
+        stopped = {work for work in self._works if work.ticket.stopping}
+        if stopped:
+            self._works -= stopped
+            self._waiting = [text for text in self._waiting if text.work not in stopped]
+            heapify(self._waiting)
+            for work in stopped:
                 work.ticket.fail_stopped()
 
     def run(self) -> StepOutput:
-        """Embed one batch: the text that waits longest, and those nearest to it in length."""
+        """Embed the texts whose turn it is."""
         batch = self._next_batch()
-        try:
-            vectors = self._forward(batch)
-        except BaseException:
-            # Back among those that wait, where `fail_all` finds them.
-            self._waiting.extendleft(batch)
-            raise
+        began = time.perf_counter()
+        vectors = self._forward([text.tokens for text in batch])
+        self._pace.note(sum(len(text.tokens) for text in batch), time.perf_counter() - began)
+        return self._hand_out(batch, vectors)
+
+    def _next_batch(self) -> list[_Text]:
+        """As many tokens as the pace allows, one text at the least."""
+        batch: list[_Text] = []
+        room = self._pace.tokens
+        while self._waiting and (not batch or len(self._waiting[0].tokens) <= room):
+            text = heappop(self._waiting)
+            batch.append(text)
+            room -= len(text.tokens)
+        self._present = max(self._present, batch[-1].turn)
+        return batch
+
+    def _hand_out(self, batch: list[_Text], vectors: Vectors) -> StepOutput:
         output = StepOutput()
         for text, vector in zip(batch, vectors, strict=True):
             work = text.work
             work.vectors[text.row] = vector
             work.left -= 1
             if work.left == 0:
+                self._works.discard(work)
+                if self._normalized(work.request):
+                    work.vectors = unit(work.vectors)
                 output.ended.append((work.ticket, work))
         return output
-
-    def _next_batch(self) -> list[_Text]:
-        window = [self._waiting[place] for place in range(min(WINDOW, len(self._waiting)))]
-        ranked = sorted(window, key=lambda text: len(text.tokens))
-        first = last = ranked.index(window[0])
-        # Grow downwards first: shorter neighbours do not widen the padding of those that are in.
-        while first > 0 and (last - first + 2) * len(ranked[last].tokens) <= BATCH_TOKENS:
-            first -= 1
-        while last + 1 < len(ranked) and (last - first + 2) * len(ranked[last + 1].tokens) <= BATCH_TOKENS:
-            last += 1
-        batch = ranked[first : last + 1]
-        taken = set(batch)
-        self._waiting = deque(text for text in self._waiting if text not in taken)
-        return batch
-
-    def _forward(self, batch: list[_Text]) -> np.ndarray:
-        lengths = [len(text.tokens) for text in batch]
-        longest = max(lengths)
-        tokens = np.full((len(batch), longest), self._model.tokenizer.pad_id or 0, dtype=np.int32)
-        for place, text in enumerate(batch):
-            tokens[place, : lengths[place]] = text.tokens
-        # Without padding no mask is needed, and attention without a mask is the faster one.
-        mask = None if min(lengths) == longest else mx.array(np.arange(longest)[None] < np.array(lengths)[:, None])
-        hidden = self._model.encoder(mx.array(tokens), mask)
-        vectors = pool(hidden, mask, self._spec.pooling)
-        normalize = mx.array([self._normalized(text.work.request) for text in batch])
-        unit = vectors / mx.maximum(mx.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
-        return np.array(mx.where(normalize[:, None], unit, vectors))
 
     def _normalized(self, request: EmbedRequest) -> bool:
         return self._spec.normalize if request.normalize is None else request.normalize
 
     def fail_all(self, error: BaseException) -> None:
-        for work in {text.work for text in self._waiting}:
+        for work in self._works:
             work.ticket.fail(error)
+        self._works.clear()
         self._waiting.clear()
+
+
+def unit(vectors: Vectors) -> Vectors:
+    """Each row at length one; a row of zeros stays."""
+    lengths = np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.float32(1e-12))
+    scaled: Vectors = vectors / lengths
+    return scaled

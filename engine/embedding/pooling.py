@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import mlx.core as mx
+
+from engine.models.encoder import Group, join, split
+
+
+def pool_packed(hidden: mx.array, groups: Sequence[Group], pooling: str) -> mx.array:
+    """`pool` of each group of a packed batch (N, dim): (texts, dim), float32, in the batch's order."""
+    parts = zip(split(hidden, groups), groups, strict=True)
+    return join([pool(part, group.mask, pooling) for part, group in parts])
 
 
 def pool(hidden: mx.array, mask: mx.array | None, pooling: str) -> mx.array:
@@ -11,13 +21,12 @@ def pool(hidden: mx.array, mask: mx.array | None, pooling: str) -> mx.array:
     `mean` is the mean over the mask, `cls` the first token and `lasttoken` the last that is none of padding, as in
     sentence-transformers' Pooling module. Padding is on the right.
     """
-    hidden = hidden.astype(mx.float32)
     if pooling == "cls":
-        return hidden[:, 0]
+        return hidden[:, 0].astype(mx.float32)
     if pooling == "lasttoken":
-        if mask is None:
-            return hidden[:, -1]
-        return hidden[mx.arange(hidden.shape[0]), mx.sum(mask, axis=1) - 1]
+        last = hidden[:, -1] if mask is None else hidden[mx.arange(hidden.shape[0]), mx.sum(mask, axis=1) - 1]
+        return last.astype(mx.float32)
+    hidden = hidden.astype(mx.float32)
     if mask is None:
         return mx.mean(hidden, axis=1)
     weights = mask.astype(mx.float32)

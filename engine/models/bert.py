@@ -54,14 +54,3 @@ class Bert(Encoder):
         mx.eval(self.positions)
         self.norm = LayerNorm.take(tensors, f"{table}.LayerNorm", args.dim, args.norm_eps)
         self.layers = [Block(args, index, _NAMES, tensors, prefix) for index in range(args.layers)]
-
-    def embed(self, tokens: mx.array, positions: mx.array) -> mx.array:
-        """The first layer's input (…, dim) of `tokens` at `positions`, int32 of one shape (…)."""
-        return self.norm(self.words(tokens) + self.positions[positions])
-
-    def __call__(self, tokens: mx.array, mask: mx.array | None = None) -> mx.array:
-        x = self.embed(tokens, mx.arange(tokens.shape[1])[None])
-        seen = None if mask is None else mask.astype(mx.bool_)[:, None, None, :]
-        for layer in self.layers:
-            x = layer(x, seen)
-        return x

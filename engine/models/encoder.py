@@ -1,17 +1,23 @@
-"""What the sentence encoders share: the post-norm Transformer block (Vaswani et al., 2017) with exact GELU."""
+"""What the sentence encoders share: the post-norm Transformer block (Vaswani et al., 2017) with exact GELU.
+
+A batch is packed: the tokens of its texts lie one after the other, (N,), so that the linear layers, nine tenths of the
+work, see no padding. Only attention needs to know which tokens belong together: `Group` says it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
 
-from engine.models.attention import Mask, attention
+from engine.models.attention import UNSEEN, attention
 from engine.models.fastmath import gelu
 from engine.models.fields import Fields
-from engine.models.layers import LayerNorm, Linear
+from engine.models.layers import Embedding, LayerNorm, Linear
 from engine.weights.tensors import Tensors
 from stoker.errors import ModelError
 
@@ -66,25 +72,63 @@ class Names(NamedTuple):
     norm: str
 
 
+class Group(NamedTuple):
+    """`rows` texts of `length` tokens each, next to each other in a packed batch.
+
+    `mask`: bool (rows, length), True at real tokens; None where no text is padded.
+    """
+
+    rows: int
+    length: int
+    mask: mx.array | None = None
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.length
+
+
+def split(packed: mx.array, groups: Sequence[Group]) -> Iterator[mx.array]:
+    """Each group's part of a packed array (N, …), as (rows, length, …)."""
+    start = 0
+    for group in groups:
+        part = packed if len(groups) == 1 else packed[start : start + group.tokens]
+        yield part.reshape(group.rows, group.length, *packed.shape[1:])
+        start += group.tokens
+
+
+def join(parts: list[mx.array]) -> mx.array:
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts)
+
+
 class Attention:
+    """Self-attention of every token to those of its own text. One product makes queries, keys and values."""
+
     def __init__(self, args: EncoderArgs, layer: str, names: Names, tensors: Tensors, prefix: str):
         self.heads, self.head_dim = args.heads, args.dim // args.heads
 
         def linear(part: str) -> Linear:
             return Linear.take(tensors, f"{layer}.{part}", prefix, args.dim, args.dim, bias=True)
 
-        self.query, self.key, self.value = linear(names.query), linear(names.key), linear(names.value)
+        self.qkv = _beside(*(linear(part) for part in (names.query, names.key, names.value)))
         self.output = linear(names.output)
         self.norm = LayerNorm.take(tensors, f"{prefix}{layer}.{names.norm}", args.dim, args.norm_eps)
 
-    def __call__(self, x: mx.array, mask: Mask) -> mx.array:
-        queries, keys, values = (self._split(linear(x)) for linear in (self.query, self.key, self.value))
-        y = attention(queries, keys, values, scale=self.head_dim**-0.5, mask=mask)
-        return self.norm(x + self.output(y.swapaxes(1, 2).reshape(x.shape)))
+    def __call__(self, x: mx.array, groups: Sequence[Group], addends: Sequence[mx.array | None]) -> mx.array:
+        parts = []
+        for part, addend in zip(split(self.qkv(x), groups), addends, strict=True):
+            rows, length, _ = part.shape
+            queries, keys, values = part.reshape(rows, length, 3, self.heads, self.head_dim).transpose(2, 0, 3, 1, 4)
+            y = attention(queries, keys, values, scale=self.head_dim**-0.5, mask=addend)
+            parts.append(y.swapaxes(1, 2).reshape(rows * length, -1))
+        return self.norm(x + self.output(join(parts)))
 
-    def _split(self, x: mx.array) -> mx.array:
-        """(B, T, dim) to (B, heads, T, head_dim)."""
-        return x.reshape(*x.shape[:2], self.heads, self.head_dim).swapaxes(1, 2)
+
+def _beside(*layers: Linear) -> Linear:
+    """The layers as one, whose output is theirs side by side."""
+    weight = mx.concatenate([layer.weight for layer in layers], axis=1)
+    bias = mx.concatenate([layer.bias for layer in layers if layer.bias is not None])
+    mx.eval(weight, bias)
+    return Linear("+".join(layer.name for layer in layers), weight, bias)
 
 
 class MLP:
@@ -103,21 +147,53 @@ class Block:
         self.attention = Attention(args, layer, names, tensors, prefix)
         self.mlp = MLP(args, layer, tensors, prefix)
 
-    def __call__(self, x: mx.array, mask: Mask) -> mx.array:
-        return self.mlp(self.attention(x, mask))
+    def __call__(self, x: mx.array, groups: Sequence[Group], addends: Sequence[mx.array | None]) -> mx.array:
+        return self.mlp(self.attention(x, groups, addends))
 
 
 class Encoder:
     """A model of kind "embed": tokens to hidden states."""
 
     args: EncoderArgs
+    words: Embedding
+    #: Table of positions (positions, dim).
+    positions: mx.array
+    norm: LayerNorm
+    layers: list[Block]
+
+    def places(self, tokens: NDArray[np.int32]) -> NDArray[np.int32]:
+        """The row of the table of positions for each of `tokens` (rows, length)."""
+        return np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+
+    def position_bias(self, length: int) -> mx.array | None:
+        """(1, heads, T, T): what each query adds to the score of each key, for models that know such a thing."""
+        return None
+
+    def forward(self, tokens: mx.array, places: mx.array, groups: Sequence[Group]) -> mx.array:
+        """Hidden states (N, dim) of a packed batch: `tokens` and `places` int32 (N,), N the sum over `groups`.
+
+        Hidden states at padding are meaningless: pool with the group's mask.
+        """
+        x = self.norm(self.words(tokens) + self.positions[places])
+        addends = [self._addend(group, x.dtype) for group in groups]
+        for layer in self.layers:
+            x = layer(x, groups, addends)
+        return x
+
+    def _addend(self, group: Group, dtype: mx.Dtype) -> mx.array | None:
+        """What is added to the scores of a group. Never a bool mask: fused attention on CUDA knows none."""
+        bias = self.position_bias(group.length)
+        if group.mask is None:
+            return bias
+        unseen = max(UNSEEN, mx.finfo(dtype).min / 2)
+        hidden = mx.where(group.mask[:, None, None, :], 0.0, unseen).astype(dtype)
+        return hidden if bias is None else bias + hidden
 
     def __call__(self, tokens: mx.array, mask: mx.array | None = None) -> mx.array:
-        """Hidden states (B, T, dim) of `tokens` int32 (B, T); `mask` bool (B, T) is True at real tokens, None for all.
-
-        Hidden states at padding are meaningless: pool with the same mask.
-        """
-        raise NotImplementedError
+        """The same for one group: hidden states (B, T, dim) of `tokens` int32 (B, T), `mask` bool (B, T)."""
+        group = Group(tokens.shape[0], tokens.shape[1], mask)
+        places = mx.array(self.places(np.array(tokens, dtype=np.int32)).reshape(-1))
+        return self.forward(tokens.reshape(-1), places, [group]).reshape(*tokens.shape, -1)
 
     def unused(self, tensor: str) -> bool:
         """Whether a checkpoint may hold `tensor` though no sentence vector needs it."""

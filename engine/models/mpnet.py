@@ -15,7 +15,6 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.models.attention import UNSEEN
 from engine.models.encoder import Block, Encoder, EncoderArgs, Names, encoder_sizes
 from engine.models.fields import Fields
 from engine.models.layers import Embedding, LayerNorm
@@ -69,18 +68,12 @@ class MPNet(Encoder):
         mx.eval(self.bias)
         self.layers = [Block(args, index, _NAMES, tensors, prefix) for index in range(args.layers)]
 
-    def __call__(self, tokens: mx.array, mask: mx.array | None = None) -> mx.array:
-        real = (tokens != _PAD).astype(mx.int32)
-        x = self.norm(self.words(tokens) + self.positions[mx.cumsum(real, axis=1) * real + _PAD])
-        bias = self._position_bias(tokens.shape[1])
-        if mask is not None:
-            bias = bias + mx.where(mask[:, None, None, :], 0.0, UNSEEN).astype(bias.dtype)
-        for layer in self.layers:
-            x = layer(x, bias)
-        return x
+    def places(self, tokens: NDArray[np.int32]) -> NDArray[np.int32]:
+        real = (tokens != _PAD).astype(np.int32)
+        places: NDArray[np.int32] = np.cumsum(real, axis=1, dtype=np.int32) * real + _PAD
+        return places
 
-    def _position_bias(self, length: int) -> mx.array:
-        """(1, heads, T, T): what each query adds to the score of each key."""
+    def position_bias(self, length: int) -> mx.array:
         places = mx.arange(length)
         return self.bias[places[None, :] - places[:, None] + self.args.context - 1].transpose(2, 0, 1)[None]
 

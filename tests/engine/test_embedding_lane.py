@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from engine.embedding import lane as lane_module
-from engine.embedding.lane import BATCH_TOKENS, EmbedLane, EmbedWork
+from engine.embedding.forward import PackedForward, PaddedForward, Tokens, Vectors
+from engine.embedding.lane import EmbedLane, EmbedWork
+from engine.embedding.pace import Pace
 from engine.loading import LoadedModel
 from engine.ticket import Ticket
 from stoker.contract import EmbedRequest
@@ -22,18 +24,19 @@ VECTORS = np.load(GOLDENS / "minilm.npz")["alone"]
 
 
 class Driver:
-    """Runs a lane as the engine does; notes the shape of every batch."""
+    """Runs a lane as the engine does; notes the lengths in every batch. `tokens`: of a batch, whatever the machine."""
 
-    def __init__(self, model: LoadedModel) -> None:
+    def __init__(self, model: LoadedModel, tokens: int = 4096) -> None:
         self.lane = EmbedLane(model)
+        self.lane._pace = Pace(1e-9, tokens, tokens)
         self.batches: list[list[int]] = []
         forward = self.lane._forward
 
-        def noted(batch: list[Any]) -> np.ndarray:
-            self.batches.append([len(text.tokens) for text in batch])
-            return forward(batch)
+        def noted(texts: Sequence[Tokens]) -> Vectors:
+            self.batches.append([len(text) for text in texts])
+            return forward(texts)
 
-        self.lane._forward = noted  # type: ignore[method-assign]
+        self.lane._forward = noted  # type: ignore[assignment]
 
     def send(self, *texts: str, **options: Any) -> Ticket:
         ticket = Ticket("j", "embed")
@@ -73,43 +76,54 @@ def test_the_vectors_of_many_jobs_come_back_to_their_own_in_order(driver: Driver
     assert len(driver.batches) < len(tickets), "jobs share batches"
 
 
-def test_a_batch_is_bounded_and_of_texts_of_about_one_length(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lane_module, "BATCH_TOKENS", 256)
-    random = np.random.default_rng(2)
-    lengths = random.integers(1, 120, 60)
+def test_a_batch_is_bounded_and_every_text_is_in_one(minilm: LoadedModel) -> None:
+    driver = Driver(minilm, tokens=256)
+    lengths = np.random.default_rng(2).integers(1, 120, 60)
     tickets = [driver.send(*("word " * int(length) for length in share)) for share in np.array_split(lengths, 4)]
     driver.run()
     assert sorted(length - 2 for batch in driver.batches for length in batch) == sorted(lengths.tolist())
-    assert all(len(batch) * max(batch) <= 256 for batch in driver.batches)
-    padded = sum(len(batch) * max(batch) for batch in driver.batches)
-    assert padded < 1.3 * sum(map(sum, driver.batches)), "little of the work is padding"
+    assert all(sum(batch) <= 256 for batch in driver.batches)
     assert all(np.isfinite(vectors(ticket)).all() for ticket in tickets)
 
 
-def test_the_text_that_waits_longest_goes_first(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lane_module, "BATCH_TOKENS", 16)
-    first = driver.send("word " * 100)
-    for _ in range(20):
-        driver.send("word")
+def test_a_small_job_does_not_wait_behind_a_large_one(minilm: LoadedModel) -> None:
+    driver = Driver(minilm, tokens=64)
+    large = driver.send(*["word " * 14] * 200)
+    for _ in range(3):
+        driver.step()
+    small = [driver.send("word " * 14) for _ in range(2)]
     driver.step()
-    assert first.done
+    assert all(ticket.done for ticket in small)
+    assert not large.done
 
 
-def test_a_text_longer_than_a_batch_goes_alone(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lane_module, "BATCH_TOKENS", 8)
+def test_a_large_job_goes_on_beside_a_flood_of_small_ones(minilm: LoadedModel) -> None:
+    driver = Driver(minilm, tokens=64)
+    large = driver.send(*["word " * 14] * 20)
+    for _ in range(40):
+        for _ in range(3):
+            driver.send("word " * 14)
+        driver.step()
+    assert large.done
+
+
+def test_a_text_longer_than_a_batch_goes_alone(minilm: LoadedModel) -> None:
+    driver = Driver(minilm, tokens=8)
     tickets = [driver.send("word " * 50), driver.send("word " * 50)]
     driver.run()
     assert driver.batches == [[52], [52]]
     assert np.array_equal(vectors(tickets[0]), vectors(tickets[1]))
-    assert BATCH_TOKENS >= 256
 
 
-def test_texts_of_one_length_need_no_mask_and_give_the_same(driver: Driver) -> None:
-    same = driver.send("a warm model", "a cold start")
-    driver.run()
-    padded = driver.send("a warm model", "a much longer text about the boiler room of a ship")
-    driver.run()
-    assert np.abs(vectors(same)[0] - vectors(padded)[0]).max() < 1e-5
+@pytest.mark.parametrize("forward", [lambda m: PackedForward(m, 1), lambda m: PackedForward(m, 3), PaddedForward])
+def test_a_vector_is_the_same_alone_and_in_any_batch(minilm: LoadedModel, forward: Any) -> None:
+    run = forward(minilm)
+    random = np.random.default_rng(5)
+    texts = [random.integers(1000, 20_000, length).astype(np.int32) for length in (3, 200, 17, 17, 64, 5, 256, 130, 17)]
+    alone = np.concatenate([run([text]) for text in texts])
+    assert np.abs(run(texts) - alone).max() < 1e-5
+    assert np.abs(run(texts[::-1])[::-1] - alone).max() < 1e-5
+    assert np.abs(run(texts[2:4]) - alone[2:4]).max() < 1e-5
 
 
 def test_one_batch_holds_vectors_of_unit_length_and_others(driver: Driver) -> None:
@@ -131,7 +145,7 @@ def test_a_text_that_is_too_long_is_named_with_both_lengths(driver: Driver) -> N
 
 def test_a_cut_text_ends_as_the_model_knows_it(driver: Driver) -> None:
     ticket = driver.send("word " * 300)
-    (work,) = {text.work for text in driver.lane._waiting}
+    (work,) = driver.lane._works
     (tokens,) = work.texts
     whole = driver.lane._model.tokenizer.encode("word " * 300)
     assert len(tokens) == 256
@@ -141,8 +155,8 @@ def test_a_cut_text_ends_as_the_model_knows_it(driver: Driver) -> None:
     assert ticket.done
 
 
-def test_a_cancelled_job_leaves_and_the_others_stay(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lane_module, "BATCH_TOKENS", 16)
+def test_a_cancelled_job_leaves_and_the_others_stay(minilm: LoadedModel) -> None:
+    driver = Driver(minilm, tokens=16)
     stopped, other = driver.send(*TEXTS[:6]), driver.send(*TEXTS[6:9])
     driver.step()
     stopped.cancel()
@@ -162,7 +176,7 @@ def test_a_lane_that_fails_ends_every_job_that_waits(driver: Driver) -> None:
 
 
 def test_a_batch_that_fails_ends_the_jobs_that_were_in_it(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(batch: list[Any]) -> np.ndarray:
+    def fails(texts: Sequence[Tokens]) -> Vectors:
         raise MemoryError("no more")
 
     monkeypatch.setattr(driver.lane, "_forward", fails)

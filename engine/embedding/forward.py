@@ -1,0 +1,151 @@
+"""From the tokens of texts to their vectors, in the way that the device likes best."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Protocol
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from engine import blas
+from engine.embedding.packing import equal_runs, shapes, shares
+from engine.embedding.pooling import pool_packed
+from engine.loading import LoadedModel
+from engine.models.compiler import on_cpu
+from engine.models.encoder import Encoder, Group
+
+#: The ids of one text, int32 (tokens,).
+Tokens = NDArray[np.int32]
+Vectors = NDArray[np.float32]
+
+#: Tokens of one padded batch: enough to fill a GPU, few enough that its activations stay in the cache of a large one.
+SHAPE_TOKENS = 16_384
+
+
+class Forward(Protocol):
+    #: Tokens of a step below which the device would idle.
+    least_tokens: int
+
+    def __call__(self, texts: Sequence[Tokens]) -> Vectors:
+        """The vectors (texts, dim) of `texts`, in their order, as pooled: not normalized."""
+        ...
+
+
+def forward_of(model: LoadedModel) -> Forward:
+    return PackedForward(model) if on_cpu() else PaddedForward(model)
+
+
+class PackedForward:
+    """For CPUs: batches without padding, one for each core, computed side by side.
+
+    MLX runs one stream's operations one after the other, and most of them in one thread; only BLAS knows more. So the
+    texts are shared out to as many streams as there are cores, evaluated together, with one BLAS thread each.
+    """
+
+    def __init__(self, model: LoadedModel, streams: int | None = None) -> None:
+        assert model.embedding is not None
+        self._encoder, self._pooling = model.encoder, model.embedding.pooling
+        self._streams = streams or stream_count()
+        self.least_tokens = 128 * self._streams
+
+    def __call__(self, texts: Sequence[Tokens]) -> Vectors:
+        runs = shares([len(text) for text in texts], self._streams)
+        streams = _streams(len(runs))
+        # One share alone may have all of BLAS's threads.
+        with blas.one_thread() if len(runs) > 1 else nullcontext():
+            parts = []
+            for run, stream in zip(runs, streams, strict=True):
+                with mx.stream(stream):
+                    parts.append(self._packed([texts[place] for place in run]))
+            # One evaluation of all: MLX then feeds the streams in turn, and they run side by side.
+            mx.eval(parts)
+        vectors = np.empty((len(texts), parts[0].shape[1]), dtype=np.float32)
+        for run, part in zip(runs, parts, strict=True):
+            vectors[run] = part
+        return vectors
+
+    def _packed(self, texts: Sequence[Tokens]) -> mx.array:
+        groups = [Group(rows, length) for rows, length in equal_runs([len(text) for text in texts])]
+        places, start = [], 0
+        for group in groups:
+            rows = np.stack(texts[start : start + group.rows])
+            places.append(self._encoder.places(rows).reshape(-1))
+            start += group.rows
+        hidden = self._encoder.forward(mx.array(np.concatenate(texts)), mx.array(np.concatenate(places)), groups)
+        return pool_packed(hidden, groups, self._pooling)
+
+
+def stream_count() -> int:
+    """Cores to use: what `OPENBLAS_NUM_THREADS` says, else all. Unlike BLAS's threads, streams do not spin."""
+    said = os.environ.get("OPENBLAS_NUM_THREADS", "")
+    if said.isdigit() and int(said) > 0:
+        return int(said)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+
+
+_kept = threading.local()
+
+
+def _streams(count: int) -> list[mx.Stream]:
+    """`count` streams of this thread, made once: each holds a thread of its own."""
+    kept: list[mx.Stream] = _kept.__dict__.setdefault("streams", [mx.default_stream(mx.default_device())])
+    while len(kept) < count:
+        kept.append(mx.new_stream(mx.default_device()))
+    return kept[:count]
+
+
+class PaddedForward:
+    """For GPUs: padded batches of few shapes, each a compiled graph; all of them are under way before one is read."""
+
+    def __init__(self, model: LoadedModel, tokens: int = SHAPE_TOKENS) -> None:
+        assert model.embedding is not None
+        self._encoder, self._pooling, self._pad = model.encoder, model.embedding.pooling, model.tokenizer.pad_id or 0
+        self._compiled: dict[tuple[int, int, bool], Callable[..., mx.array]] = {}
+        self.least_tokens = self._tokens = tokens
+
+    def __call__(self, texts: Sequence[Tokens]) -> Vectors:
+        lengths = [len(text) for text in texts]
+        vectors, parts = None, []
+        for places, rows, width in shapes(lengths, self._tokens):
+            part = self._padded([texts[place] for place in places], rows, width)
+            mx.async_eval(part)  # type: ignore[no-untyped-call]
+            parts.append((places, part))
+        for places, part in parts:
+            if vectors is None:
+                vectors = np.empty((len(texts), part.shape[1]), dtype=np.float32)
+            vectors[places] = np.array(part)[: len(places)]
+        assert vectors is not None
+        return vectors
+
+    def _padded(self, texts: Sequence[Tokens], rows: int, width: int) -> mx.array:
+        tokens = np.full((rows, width), self._pad, dtype=np.int32)
+        lengths = np.full(rows, width)
+        for row, text in enumerate(texts):
+            tokens[row, : len(text)] = text
+            lengths[row] = len(text)
+        places = np.ascontiguousarray(self._encoder.places(tokens))
+        inputs = [mx.array(tokens.reshape(-1)), mx.array(places.reshape(-1))]
+        # Attention without a mask is the faster one. Rows beyond the texts see all of their padding: nobody reads them.
+        if lengths.min() < width:
+            inputs.append(mx.array(np.arange(width) < lengths[:, None]))
+        return self._graph(rows, width, len(inputs) == 3)(*inputs)
+
+    def _graph(self, rows: int, width: int, masked: bool) -> Callable[..., mx.array]:
+        graph = self._compiled.get((rows, width, masked))
+        if graph is None:
+            graph = mx.compile(_pooled(self._encoder, self._pooling, rows, width))
+            self._compiled[rows, width, masked] = graph
+        return graph
+
+
+def _pooled(encoder: Encoder, pooling: str, rows: int, width: int) -> Callable[..., mx.array]:
+    def run(tokens: mx.array, places: mx.array, mask: mx.array | None = None) -> mx.array:
+        groups = [Group(rows, width, mask)]
+        return pool_packed(encoder.forward(tokens, places, groups), groups, pooling)
+
+    return run

@@ -1,0 +1,71 @@
+"""How texts of many lengths become batches with next to no padding: pure arithmetic on their lengths.
+
+A CPU is fed packed batches: no padding at all, attention text by text of a length. A GPU would spend its time launching
+many small kernels that way; it is fed few shapes, padded by an eighth at the most, and no mask where none is padded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+
+class Shape(NamedTuple):
+    """A padded batch: the texts `places` go into the first rows of (rows, width)."""
+
+    places: list[int]
+    rows: int
+    width: int
+
+
+def shares(lengths: Sequence[int], count: int) -> list[list[int]]:
+    """The places of `lengths`, sorted by length, in at most `count` runs of about as many tokens each.
+
+    Sorted, so that texts of one length meet in one run and share its attention.
+    """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    total, before = sum(lengths), 0
+    runs: list[list[int]] = [[] for _ in range(count)]
+    for place in order:
+        # By where the middle of the text falls.
+        runs[min(count - 1, (2 * before + lengths[place]) * count // (2 * total))].append(place)
+        before += lengths[place]
+    return [run for run in runs if run]
+
+
+def equal_runs(lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """(texts, length) of each run of one length in sorted `lengths`."""
+    return [(len(list(run)), length) for length, run in groupby(lengths)]
+
+
+def shapes(lengths: Sequence[int], tokens: int) -> list[Shape]:
+    """Padded batches of at most `tokens` tokens (one text at the least) that hold every text once, longest first.
+
+    Rows and widths come from few values (`width_of`, powers of two and what fills a batch): every new shape costs a
+    compilation.
+    """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    found, start = [], 0
+    while start < len(order):
+        width = width_of(lengths[order[start]])
+        rows = _rows(len(order) - start, max(1, tokens // width))
+        found.append(Shape(order[start : start + rows], rows, width))
+        start += rows
+    return found
+
+
+def width_of(length: int) -> int:
+    """`length` rounded up to a multiple of an eighth of the power of two below it, at least of 8."""
+    if length <= 8:
+        return 8
+    step = max(8, (1 << ((length - 1).bit_length() - 1)) // 8)
+    return -(-length // step) * step
+
+
+def _rows(texts: int, most: int) -> int:
+    """Rows of the next batch: as many as fit, else a power of two that is filled to three quarters or more."""
+    if texts >= most:
+        return most
+    above = 1 << (texts - 1).bit_length()
+    return min(most, above) if 4 * texts >= 3 * min(most, above) else above // 2

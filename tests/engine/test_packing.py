@@ -1,0 +1,83 @@
+"""Packing: every text once, little padding, few shapes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.embedding.pace import Pace
+from engine.embedding.packing import equal_runs, shapes, shares, width_of
+
+LENGTHS = st.lists(st.integers(1, 600), min_size=1, max_size=80)
+
+
+@given(LENGTHS, st.integers(1, 9))
+def test_shares_hold_every_text_once_and_are_sorted(lengths: list[int], count: int) -> None:
+    runs = shares(lengths, count)
+    assert sorted(place for run in runs for place in run) == list(range(len(lengths)))
+    assert 1 <= len(runs) <= count
+    assert all(runs)
+    flat = [lengths[place] for run in runs for place in run]
+    assert flat == sorted(flat)
+
+
+def test_shares_are_of_about_one_size() -> None:
+    lengths = np.random.default_rng(1).integers(8, 257, 100).tolist()
+    sizes = [sum(lengths[place] for place in run) for run in shares(lengths, 4)]
+    assert max(sizes) - min(sizes) <= 2 * 256
+
+
+@given(LENGTHS)
+def test_runs_of_one_length_add_up(lengths: list[int]) -> None:
+    runs = equal_runs(sorted(lengths))
+    assert [length for rows, length in runs for _ in range(rows)] == sorted(lengths)
+
+
+@given(LENGTHS, st.integers(1, 8192))
+def test_shapes_hold_every_text_once_within_their_bounds(lengths: list[int], tokens: int) -> None:
+    found = shapes(lengths, tokens)
+    assert sorted(place for shape in found for place in shape.places) == list(range(len(lengths)))
+    for shape in found:
+        assert 1 <= len(shape.places) <= shape.rows
+        assert max(lengths[place] for place in shape.places) <= shape.width
+        assert shape.rows == 1 or shape.rows * shape.width <= tokens
+
+
+@given(st.integers(1, 100_000))
+def test_a_width_is_an_eighth_wider_than_its_text_at_the_most(length: int) -> None:
+    width = width_of(length)
+    assert length <= width <= max(length * 1.125, length + 7)
+    assert width % 8 == 0
+    assert width_of(width) == width
+
+
+def test_padding_is_a_small_part_of_a_realistic_mix() -> None:
+    lengths = np.random.default_rng(3).integers(8, 257, 1000).tolist()
+    found = shapes(lengths, 16_384)
+    assert sum(shape.rows * shape.width for shape in found) < 1.2 * sum(lengths)
+    assert len(found) < 20
+
+
+def test_few_shapes_serve_whatever_comes() -> None:
+    random = np.random.default_rng(4)
+    found = {
+        (shape.rows, shape.width)
+        for _ in range(300)
+        for shape in shapes(random.integers(1, 257, random.integers(1, 400)).tolist(), 16_384)
+    }
+    assert len(found) < 250
+
+
+def test_texts_of_one_length_fill_their_batches() -> None:
+    found = shapes([128] * 1000, 16_384)
+    assert [(shape.rows, len(shape.places)) for shape in found] == [(128, 128)] * 7 + [(128, 104)]
+
+
+@pytest.mark.parametrize(("tokens", "seconds", "wanted"), [(1000, 1.0, 100), (100, 10.0, 50), (10_000, 0.1, 2000)])
+def test_a_step_is_as_large_as_the_machine_is_fast(tokens: int, seconds: float, wanted: int) -> None:
+    pace = Pace(0.1, least=50, most=2000)
+    assert pace.tokens == 50
+    pace.note(tokens, seconds)
+    assert pace.tokens == wanted
