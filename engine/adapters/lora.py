@@ -143,21 +143,3 @@ def dropout_keys(names: Iterable[str], key: mx.array) -> dict[str, mx.array]:
     """A key for each layer, from one of the step's."""
     ordered = sorted(names)
     return dict(zip(ordered, mx.random.split(key, len(ordered)), strict=True))
-
-
-class StackedLora:
-    """Several adapters in one batch: row i of the batch uses the adapter `indices[i]` of each stack.
-
-    `stacks[name]` holds `a` (adapters, in, rank) and `b` (adapters, rank, out); index 0 is zero, so that rows without
-    an adapter go through the same product and come out unchanged. The scale is folded into `b`.
-    """
-
-    def __init__(self, stacks: Matrices, indices: mx.array) -> None:
-        self._stacks, self._indices = stacks, indices
-
-    def apply(self, name: str, x: mx.array, y: mx.array) -> mx.array:
-        stack = self._stacks.get(name)
-        if stack is None:
-            return y
-        inner = mx.gather_mm(x, stack["a"], rhs_indices=self._indices)
-        return y + mx.gather_mm(inner, stack["b"], rhs_indices=self._indices)

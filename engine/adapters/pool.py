@@ -2,44 +2,83 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
 
-from engine.adapters.lora import LoraWeights, Matrices, StackedLora
+from engine.adapters.lora import LoraWeights, Matrices, square_norms
+from engine.adapters.stacked import StackedLora, folded
 from engine.adapters.store import AdapterStore
 from engine.loading import LoadedModel
 
 #: The index of the bare base in every stack.
 BASE = 0
+#: Bytes that the stacks of one model may take while nobody needs more.
+BUDGET = 512 << 20
+_FIRST_RANK, _FIRST_CAPACITY = 8, 4
+#: What an adapter that lacks a side stands for.
+_NEUTRAL = {"a": 0.0, "b": 0.0, "gain": 1.0, "shift": 0.0}
+
+
+@dataclass
+class _Held:
+    name: str
+    version: int
+    #: When it was last asked for, in a count of its own.
+    used: int
 
 
 class AdapterPool:
     """Loads adapters on first use and hands out their index in the stacks.
 
-    A request holds the version it started with: a newer one gets an index of its own, and the old index is taken up
-    again only when nobody uses it any more. All but `check` and `loaded` run in the engine's thread.
+    A request holds the version it started with: a newer one gets an index of its own. Versions that nobody uses stay
+    until room is needed, and then the one goes that was used longest ago. `budget` bounds the stacks in bytes; only
+    adapters that are all in use at once may take more.
+
+    The stacks have room for more adapters, and for larger ranks, than they hold: loading one writes its row, and the
+    shapes that a compiled step has seen stay as they are. All but `check` and `loaded` run in the engine's thread.
     """
 
-    def __init__(self, model: LoadedModel, store: AdapterStore) -> None:
-        self._model, self._store = model, store
-        #: index − 1 → (name, version, weights); None is a hole.
-        self._held: list[tuple[str, int, LoraWeights] | None] = []
+    def __init__(self, model: LoadedModel, store: AdapterStore, budget: int = BUDGET) -> None:
+        self._model, self._store, self._budget = model, store, budget
+        self._linears = model.decoder.linears
+        #: By index in the stacks; None: free. The first is the base's, and never free.
+        self._held: list[_Held | None] = [None] * _FIRST_CAPACITY
         self._uses: Counter[int] = Counter()
+        self._clock = itertools.count()
+        self._rank = _FIRST_RANK
         self._stacks: Matrices = {}
+        self._squares: dict[str, mx.array] = {}
 
     @property
     def loaded(self) -> tuple[str, ...]:
-        return tuple(f"{entry[0]}@{entry[1]}" for entry in list(self._held) if entry)
+        return tuple(f"{held.name}@{held.version}" for held in list(self._held) if held)
 
-    def check(self, name: str) -> None:
+    @property
+    def bytes(self) -> int:
+        return sum(array.nbytes for stack in self._stacks.values() for array in stack.values())
+
+    def check(self, adapter: str) -> None:
         """Raise `UnknownAdapter` unless the store has it. From any thread."""
-        self._store.resolve(self._model.name, name)
+        self._store.resolve(self._model.name, adapter)
 
-    def acquire(self, name: str | None) -> int:
-        """The index of the newest version of `name` (None: the base), to be given back by `release`."""
-        index = BASE if name is None else self._index_of(name)
+    def acquire(self, adapter: str | None) -> int:
+        """The index of `name` (its newest version), `name@version` or None (the base), to be given back by `release`.
+
+        Raises `UnknownAdapter`, or `ModelError` for files that are damaged or of another model.
+        """
+        index = BASE
+        if adapter is not None:
+            name, version = self._store.resolve(self._model.name, adapter)
+            found = self._find(name, version)
+            if found is None:
+                weights = self._store.read(self._model.name, name, version, self._model.linear_shapes)
+                found = self._hold(name, version, weights)
+            index = found
+            self._touch(index)
         self._uses[index] += 1
         return index
 
@@ -49,8 +88,17 @@ class AdapterPool:
     def save(self, name: str, weights: LoraWeights, notes: Mapping[str, object], version: int | None = None) -> int:
         """Write a trained adapter as a version, by default the next one, and hold it."""
         version = self._store.write(self._model.name, name, weights, notes, version)
-        self._hold(name, version, weights)
+        if self._find(name, version) is None:
+            self._hold(name, version, weights)
         return version
+
+    def drop(self, name: str, version: int) -> bool:
+        """Free the memory of a version; False if it is in use, and stays."""
+        index = self._find(name, version)
+        if index is None or self._uses[index]:
+            return index is None
+        self._held[index] = None
+        return True
 
     def rows(self, indices: Sequence[int]) -> StackedLora | None:
         """What the forward pass of a batch needs, one index a row; None if all rows are the bare base."""
@@ -58,47 +106,81 @@ class AdapterPool:
             return None
         return StackedLora(self._stacks, mx.array(list(indices), dtype=mx.uint32))
 
-    def _index_of(self, name: str) -> int:
-        name, version = self._store.resolve(self._model.name, name)
-        for place, entry in enumerate(self._held):
-            if entry and entry[:2] == (name, version):
-                return place + 1
-        weights = self._store.read(self._model.name, name, version, self._model.linear_shapes)
-        return self._hold(name, version, weights)
+    def _find(self, name: str, version: int) -> int | None:
+        for index, held in enumerate(self._held):
+            if held and (held.name, held.version) == (name, version):
+                return index
+        return None
+
+    def _touch(self, index: int) -> None:
+        held = self._held[index]
+        assert held is not None
+        held.used = next(self._clock)
 
     def _hold(self, name: str, version: int, weights: LoraWeights) -> int:
-        for place, entry in enumerate(self._held):
-            if entry and entry[0] == name and not self._uses[place + 1]:
-                self._held[place] = None
-        entry = (name, version, weights)
-        if None in self._held:
-            place = self._held.index(None)
-            self._held[place] = entry
-        else:
-            place = len(self._held)
-            self._held.append(entry)
-        self._stacks = self._stack()
-        return place + 1
+        self._widen(weights)
+        index = self._room()
+        self._write(index, weights)
+        self._held[index] = _Held(name, version, next(self._clock))
+        return index
 
-    def _stack(self) -> Matrices:
-        """Stack all adapters a layer, ranks padded with zeros to the largest: zero columns add nothing."""
-        held = [entry[2] if entry else None for entry in self._held]
-        rank = max(weights.config.rank for weights in held if weights)
-        names = {name for weights in held if weights for name in weights.matrices}
-        stacks: Matrices = {}
-        for name in names:
-            width_in, width_out = self._model.linear_shapes[name]
-            empty = mx.zeros((width_in, rank)), mx.zeros((rank, width_out))
-            pairs = [empty, *(_padded(weights, name, rank) or empty for weights in held)]
-            stacks[name] = {"a": mx.stack([a for a, _ in pairs]), "b": mx.stack([b for _, b in pairs])}
-        mx.eval(stacks)
-        return stacks
+    def _widen(self, weights: LoraWeights) -> None:
+        """Give the stacks the layers, sides and rank that an adapter needs."""
+        while self._rank < weights.config.rank:
+            self._rank *= 2
+        for name, sides in weights.matrices.items():
+            wanted = {"a", "b"} | ({"gain"} if "m" in sides else set())
+            if "m" in sides and self._linears[name].bias is not None:
+                wanted.add("shift")
+            stack = self._stacks.setdefault(name, {})
+            for side in wanted - stack.keys():
+                stack[side] = mx.full(self._shape(name, side), _NEUTRAL[side], self._model.decoder.dtype)
+        self._fit()
 
+    def _room(self) -> int:
+        """A free index: one that is free, or a larger stack if the budget allows, or the place of the least recently
+        used."""
+        while True:
+            if None in self._held[1:]:
+                return self._held.index(None, 1)
+            idle = [index for index in range(1, len(self._held)) if not self._uses[index]]
+            if idle and 2 * self.bytes > self._budget:
+                return min(idle, key=lambda index: self._held[index].used)  # type: ignore[union-attr]
+            self._held += [None] * len(self._held)
+            self._fit()
 
-def _padded(weights: LoraWeights | None, name: str, rank: int) -> tuple[mx.array, mx.array] | None:
-    if weights is None or name not in weights.matrices:
-        return None
-    pair, missing = weights.matrices[name], rank - weights.config.rank
-    a = mx.pad(pair["a"].astype(mx.float32), [(0, 0), (0, missing)])
-    b = mx.pad(pair["b"].astype(mx.float32) * weights.config.scale, [(0, missing), (0, 0)])
-    return a, b
+    def _fit(self) -> None:
+        """Pad every stack to the rank and the number of adapters: zeros add nothing, gains of 1 change nothing."""
+        for name, stack in self._stacks.items():
+            for side, array in stack.items():
+                shape = self._shape(name, side)
+                if array.shape != shape:
+                    padding = [(0, wanted - there) for wanted, there in zip(shape, array.shape, strict=True)]
+                    stack[side] = mx.pad(array, padding, constant_values=mx.array(_NEUTRAL[side], array.dtype))
+        mx.eval(self._stacks)
+
+    def _shape(self, name: str, side: str) -> tuple[int, ...]:
+        width_in, width_out = self._model.linear_shapes[name]
+        shapes = {"a": (width_in, self._rank), "b": (self._rank, width_out)}
+        return (len(self._held), *shapes.get(side, (width_out,)))
+
+    def _write(self, index: int, weights: LoraWeights) -> None:
+        """Put an adapter into its row of every stack; layers that it does not change get the neutral row."""
+        dtype = self._model.decoder.dtype
+        for name, stack in self._stacks.items():
+            sides = self._sides(name, weights) if name in weights.matrices else {}
+            for side, array in stack.items():
+                row = mx.full(array.shape[1:], _NEUTRAL[side], array.dtype)
+                if side in sides:
+                    part = tuple(slice(0, length) for length in sides[side].shape)
+                    row[part] = sides[side].astype(dtype)
+                array[index] = row
+        mx.eval(self._stacks)
+
+    def _sides(self, name: str, weights: LoraWeights) -> dict[str, mx.array]:
+        linear = self._linears[name]
+        if not weights.config.dora:
+            return folded(weights, name, linear, None, self._model.decoder.dtype)
+        if name not in self._squares:
+            self._squares[name] = square_norms(linear)
+        return folded(weights, name, linear, self._squares[name], self._model.decoder.dtype)

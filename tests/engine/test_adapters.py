@@ -14,16 +14,17 @@ import pytest
 
 from engine.adapters import peft
 from engine.adapters import store as store_module
-from engine.adapters.lora import LoraConfig, LoraWeights, TrainableLora, initialise
+from engine.adapters.lora import LoraConfig, LoraWeights, initialise
 from engine.adapters.peft import CONFIG_FILE, WEIGHTS_FILE
 from engine.adapters.pool import BASE, AdapterPool
 from engine.adapters.store import AdapterStore
-from engine.loading import LoadedModel
+from engine.loading import LoadedModel, load
 from engine.models.llama import Llama
 from engine.weights import safetensors
 from stoker.errors import ModelError, UnknownAdapter
 from tests.engine import tiny
 
+GOLDENS = Path(__file__).parents[1] / "goldens"
 TOKENS = [[3, 1, 4, 1, 5, 9, 2, 6]]
 
 
@@ -48,7 +49,7 @@ def logits(model: LoadedModel, adapters: Any, rows: int = 1) -> np.ndarray:
 
 
 def alone(model: LoadedModel, weights: LoraWeights) -> np.ndarray:
-    return logits(model, TrainableLora(weights.matrices, weights.config.scale))[0]
+    return logits(model, tiny.trainable(model, weights))[0]
 
 
 def folder_of(store: AdapterStore, name: str, version: int) -> Path:
@@ -263,12 +264,89 @@ def test_the_newest_version_serves_while_an_old_one_is_held(model: LoadedModel, 
     assert np.abs(found[1] - alone(model, new)).max() < 1e-4
 
 
-def test_a_version_that_nobody_holds_makes_room_for_the_next(model: LoadedModel, pool: AdapterPool) -> None:
-    for seed in range(5):
-        pool.save("style", tiny.adapter(model, 2, seed), {})
-        pool.release(pool.acquire("style"))
-    assert pool.loaded == ("style@5",)
-    assert pool.acquire("style") == 1
+def test_the_least_recently_used_goes_when_the_budget_is_full(model: LoadedModel, store: AdapterStore) -> None:
+    pool = AdapterPool(model, store, budget=1)
+    for seed in range(3):
+        pool.save(f"a{seed}", tiny.adapter(model, 2, seed), {})
+    pool.release(pool.acquire("a0"))
+    held = pool.acquire("a2")
+    pool.save("new", tiny.adapter(model, 2, 7), {})
+    assert pool.loaded == ("a0@1", "new@1", "a2@1"), "a1 was used longest ago"
+    pool.release(held)
+    found = logits(model, pool.rows([pool.acquire("a1"), pool.acquire("a2")]), 2)
+    for row, seed in zip(found, (1, 2), strict=True):
+        assert np.abs(row - alone(model, tiny.adapter(model, 2, seed))).max() < 1e-4
+
+
+def test_adapters_that_are_all_in_use_are_held_whatever_the_budget(model: LoadedModel, store: AdapterStore) -> None:
+    pool = AdapterPool(model, store, budget=1)
+    for seed in range(9):
+        store.write("tiny", f"a{seed}", tiny.adapter(model, 2, seed), {})
+    rows = [pool.acquire(f"a{seed}") for seed in range(9)]
+    assert len(set(rows)) == 9
+    found = logits(model, pool.rows(rows), 9)
+    for row, seed in zip(found, range(9), strict=True):
+        assert np.abs(row - alone(model, tiny.adapter(model, 2, seed))).max() < 1e-4
+
+
+def test_loading_another_leaves_the_shapes_of_a_running_step(model: LoadedModel, store: AdapterStore) -> None:
+    """So that nothing is compiled anew, and what runs stays the same bit for bit."""
+    pool = AdapterPool(model, store)
+    pool.save("one", tiny.adapter(model, 2, 1), {})
+    row = pool.acquire("one")
+    before = pool.rows([row])
+    assert before is not None
+    shapes = {(name, side): array.shape for name, stack in before.stacks.items() for side, array in stack.items()}
+    text = logits(model, before)
+    pool.save("two", tiny.adapter(model, 7, 2), {})
+    after = pool.rows([row])
+    assert after is not None
+    assert shapes == {
+        name: {side: array.shape for side, array in stack.items()} for name, stack in after.stacks.items()
+    }
+    assert np.array_equal(logits(model, after), text)
+
+
+def test_a_version_is_dropped_from_memory_unless_it_is_in_use(model: LoadedModel, pool: AdapterPool) -> None:
+    pool.save("style", tiny.adapter(model, 2, 1), {})
+    row = pool.acquire("style@1")
+    assert not pool.drop("style", 1)
+    pool.release(row)
+    assert pool.drop("style", 1)
+    assert pool.drop("style", 1), "it is not there"
+    assert pool.loaded == ()
+    found = logits(model, pool.rows([pool.acquire("style")]))
+    assert np.abs(found[0] - alone(model, tiny.adapter(model, 2, 1))).max() < 1e-4
+
+
+def mixed(model: LoadedModel, pool: AdapterPool, bound: float) -> None:
+    """One batch of LoRA, DoRA, rsLoRA and none equals each alone."""
+    kinds = {
+        "lora": tiny.adapter(model, 3, 1),
+        "dora": tiny.adapter(model, 4, 2, dora=True),
+        "part": tiny.adapter(model, 2, 3, targets=("k_proj", "down_proj"), dora=True),
+        "rs": tiny.adapter(model, 4, 4, rslora=True),
+    }
+    for name, weights in kinds.items():
+        pool.save(name, weights, {})
+    order = ["dora", None, "lora", "part", "rs", None, "dora"]
+    found = logits(model, pool.rows([pool.acquire(name) for name in order]), len(order))
+    base = logits(model, None)[0]
+    for name, row in zip(order, found, strict=True):
+        wanted = base if name is None else alone(model, kinds[name])
+        assert np.abs(row - wanted).max() < bound, name
+        assert name is None or np.abs(row - base).max() > 0.1, name
+
+
+def test_lora_dora_and_none_share_a_batch(model: LoadedModel, pool: AdapterPool) -> None:
+    mixed(model, pool, 1e-4)
+
+
+@pytest.mark.parametrize("name", ["qwen2-untied", "llama-llama3"])
+@pytest.mark.parametrize("quantize", ["none", "4bit", "8bit"])
+def test_they_do_on_bases_of_few_bits_and_with_biases(store: AdapterStore, name: str, quantize: str) -> None:
+    base = load("tiny", [str(GOLDENS / "architectures" / name)], quantize=quantize, group_size=32)
+    mixed(base, AdapterPool(base, store), 2e-4)
 
 
 def test_an_adapter_that_another_process_wrote_is_found(

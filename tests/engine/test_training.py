@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from engine.adapters.lora import LoraConfig, LoraWeights, TrainableLora, square_norms
+from engine.adapters.lora import LoraConfig, LoraWeights
 from engine.loading import LoadedModel
 from engine.models.llama import Llama, LlamaArgs
 from engine.training import trainer as trainer_module
@@ -50,12 +50,6 @@ def golden_matrices(golden: Any, when: str) -> dict[str, dict[str, np.ndarray]]:
 
 def ours(name: str, model: LoadedModel) -> str:
     return name if name in model.linear_shapes else name.removeprefix("model.")
-
-
-def adapted(model: LoadedModel, weights: LoraWeights) -> TrainableLora:
-    linears = model.decoder.linears
-    squares = {name: square_norms(linears[name]) for name in weights.matrices}
-    return TrainableLora(weights.matrices, weights.config.scale, linears=linears, squares=squares)
 
 
 class Given:
@@ -98,7 +92,7 @@ def test_a_run_makes_torchs_losses_norms_and_matrices(
         for side in "ab":
             found = np.array(weights.matrices[ours(name, golden_model)][side])
             assert np.abs(found - pair[side]).max() < 1e-3, f"{name}.{side}"
-    after = golden_model.decoder.logits(golden_model.decoder(probe, adapters=adapted(golden_model, weights)))[0]
+    after = golden_model.decoder.logits(golden_model.decoder(probe, adapters=tiny.trainable(golden_model, weights)))[0]
     assert np.abs(np.array(after) - golden["logits_after"]).max() < 5e-3
 
 
@@ -137,7 +131,7 @@ def test_training_leaves_the_base_as_it_was(model: LoadedModel, dora: bool) -> N
     before = np.array(model.decoder(tokens))
     reports, weights = run(model, examples(model), steps=5, learning_rate=1e-2, dora=dora)
     assert np.array_equal(np.array(model.decoder(tokens)), before)
-    after = model.decoder(tokens, adapters=adapted(model, weights))
+    after = model.decoder(tokens, adapters=tiny.trainable(model, weights))
     assert np.abs(np.array(after) - before).max() > 1e-3
     assert [report.step for report in reports] == [1, 2, 3, 4, 5]
     assert [report.index for report in reports] == [0, 1, 2, 3, 4]
@@ -148,7 +142,7 @@ def test_training_leaves_the_base_as_it_was(model: LoadedModel, dora: bool) -> N
 def test_an_adapter_that_has_learned_nothing_changes_nothing(model: LoadedModel, dora: bool) -> None:
     tokens = mx.array([[3, 1, 4, 1, 5]])
     fresh = Trainer(model.decoder, tiny.asking(dora=dora), examples(model)).adapter()
-    found = model.decoder(tokens, adapters=adapted(model, fresh))
+    found = model.decoder(tokens, adapters=tiny.trainable(model, fresh))
     assert np.abs(np.array(found) - np.array(model.decoder(tokens))).max() < 1e-5
 
 

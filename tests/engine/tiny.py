@@ -11,7 +11,7 @@ import numpy as np
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from engine.adapters.lora import LoraConfig, LoraWeights, target_shapes
+from engine.adapters.lora import LoraConfig, LoraWeights, TrainableLora, square_norms, target_shapes
 from engine.loading import LoadedModel
 from engine.models.llama import Llama
 from engine.text.tokenizer import Tokenizer
@@ -54,7 +54,15 @@ def asking(**options: Any) -> TrainRequest:
     return TrainRequest(**{**fields, **options})
 
 
-def adapter(model: LoadedModel, rank: int, seed: int, targets: tuple[str, ...] = LAYERS) -> LoraWeights:
+def adapter(
+    model: LoadedModel,
+    rank: int,
+    seed: int,
+    targets: tuple[str, ...] = LAYERS,
+    *,
+    dora: bool = False,
+    rslora: bool = False,
+) -> LoraWeights:
     """One that changes the model plainly."""
     random = np.random.default_rng(seed)
 
@@ -63,4 +71,15 @@ def adapter(model: LoadedModel, rank: int, seed: int, targets: tuple[str, ...] =
 
     layers = target_shapes(model.linear_shapes, targets)
     matrices = {name: {"a": matrix(wide, rank), "b": matrix(rank, out)} for name, (wide, out) in layers.items()}
-    return LoraWeights(LoraConfig(rank, 2.0 * rank, targets), matrices)
+    if dora:
+        for name, sides in matrices.items():
+            norms = mx.sqrt(square_norms(model.decoder.linears[name]))
+            sides["m"] = norms * mx.array(random.uniform(0.5, 2.0, norms.shape).astype(np.float32))
+    return LoraWeights(LoraConfig(rank, 2.0 * rank**0.5 if rslora else 2.0 * rank, targets, rslora, dora), matrices)
+
+
+def trainable(model: LoadedModel, weights: LoraWeights) -> TrainableLora:
+    """The adapter in the forward pass of training, for all rows."""
+    linears = model.decoder.linears
+    squares = {name: square_norms(linears[name]) for name in weights.matrices}
+    return TrainableLora(weights.matrices, weights.config.scale, linears=linears, squares=squares)

@@ -1,0 +1,59 @@
+"""Several adapters in one batch: LoRA, DoRA and none, each row with its own."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from engine.adapters.lora import LoraWeights, Matrices, adapted_norms
+from engine.models.layers import Linear
+
+
+class StackedLora:
+    """Row i of the batch uses the adapter `indices[i]` (uint32) of each stack.
+
+    `stacks[name]` holds `a` (adapters, in, rank) and `b` (adapters, rank, out), the scale and DoRA's gain folded into
+    `b`; index 0 is zero, so that rows without an adapter go through the same product and come out unchanged. Where a
+    DoRA adapter is held there are `gain` (adapters, out), which multiplies what the frozen layer made, and, if the
+    layer has a bias, `shift` (adapters, out), which is added to it; 1 and 0 for all others.
+
+    All are plain arrays in dictionaries, so that a compiled step can take them as arguments.
+    """
+
+    def __init__(self, stacks: Matrices, indices: mx.array) -> None:
+        self.stacks, self.indices = stacks, indices
+
+    def apply(self, name: str, x: mx.array, y: mx.array) -> mx.array:
+        stack = self.stacks.get(name)
+        return y if stack is None else adapt_rows(stack, self.indices, x, y)
+
+
+def adapt_rows(stack: dict[str, mx.array], indices: mx.array, x: mx.array, y: mx.array) -> mx.array:
+    """The adapted output (rows, tokens, out) of a layer, from its input `x` (rows, tokens, in) and its own output `y`.
+
+    The one place where a batch meets its adapters: a fused kernel has to do just this.
+    """
+    inner = mx.gather_mm(x, stack["a"], rhs_indices=indices)
+    update = mx.gather_mm(inner, stack["b"], rhs_indices=indices)
+    if "gain" in stack:
+        y = y * stack["gain"][indices][:, None]
+    if "shift" in stack:
+        y = y + stack["shift"][indices][:, None]
+    return y + update
+
+
+def folded(
+    weights: LoraWeights, name: str, linear: Linear, squares: mx.array | None, dtype: mx.Dtype
+) -> dict[str, mx.array]:
+    """One adapter's sides for the layer `name` as a stack holds them, float32.
+
+    `squares`: the layer's `square_norms`, for DoRA. With y₀ = x W, DoRA is g·(y₀ + s·x A B) + bias, g = m/‖W + s·AB‖;
+    the frozen layer gives y = y₀ + bias, so it is g·y + (1 − g)·bias + x A (s·g·B).
+    """
+    sides, scale = weights.matrices[name], weights.config.scale
+    if "m" not in sides or squares is None:
+        return {"a": sides["a"], "b": sides["b"] * scale}
+    gain = sides["m"] / adapted_norms(linear, squares, sides, scale, dtype)
+    found = {"a": sides["a"], "b": sides["b"] * (scale * gain), "gain": gain}
+    if linear.bias is not None:
+        found["shift"] = (1.0 - gain) * linear.bias.astype(mx.float32)
+    return found
