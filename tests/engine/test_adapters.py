@@ -301,9 +301,9 @@ def test_loading_another_leaves_the_shapes_of_a_running_step(model: LoadedModel,
     pool.save("two", tiny.adapter(model, 7, 2), {})
     after = pool.rows([row])
     assert after is not None
-    assert shapes == {
-        name: {side: array.shape for side, array in stack.items()} for name, stack in after.stacks.items()
-    }
+    assert {
+        (name, side): array.shape for name, stack in after.stacks.items() for side, array in stack.items()
+    } == shapes
     assert np.array_equal(logits(model, after), text)
 
 
