@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +77,8 @@ class Engine:
         self._ready = threading.Event()
         self._stopping = False
         self._failure: BaseException | None = None
+        #: When the step that runs now began (monotonic seconds); None between steps. For a watchdog.
+        self.step_began: float | None = None
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -211,6 +214,7 @@ class Engine:
             work.lane.admit(work.item)
 
     def _run(self, lane: Lane) -> StepOutput:
+        self.step_began = time.monotonic()
         try:
             return lane.run()
         except Exception as error:
@@ -218,6 +222,8 @@ class Engine:
             log.exception("a step of the %s lane failed", lane.kind)
             lane.fail_all(error)
             return StepOutput()
+        finally:
+            self.step_began = None
 
     def _fail_everything(self) -> None:
         while not self._inbox.empty():

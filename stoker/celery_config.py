@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from stoker import keys
+from stoker.connection import SOCKET_TIMEOUT
 from stoker.settings import Settings
 
 
@@ -17,6 +18,9 @@ def shared_config(settings: Settings) -> dict[str, Any]:
             "global_keyprefix": keys.PREFIX,
             "priority_steps": [0],
             "socket_keepalive": True,
+            # Longer than any command that blocks on purpose (BRPOP: 1 s): a frozen broker must not freeze the worker.
+            "socket_timeout": SOCKET_TIMEOUT,
+            "socket_connect_timeout": SOCKET_TIMEOUT,
         },
         "result_backend_transport_options": {"global_keyprefix": keys.PREFIX},
         "task_serializer": "json",

@@ -9,18 +9,21 @@ import secrets
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import safetensors.numpy
+from pydantic import ValidationError
 from redis.exceptions import AuthenticationError, AuthorizationError, OutOfMemoryError
 
 from stoker import keys, ledger
 from stoker.catalogue import model_name
 from stoker.contract import (
+    CONTRACT,
     EmbedReply,
     EmbedRequest,
     GenerateRequest,
@@ -255,14 +258,29 @@ def status_of(record: bytes | None, owner: Sequence[bytes | None], job_id: str) 
 
 
 def parse_cards(raw: Mapping[bytes, bytes]) -> dict[str, ModelCard]:
-    """The cards of models that were served lately; the hash as a whole lives as long as any of them is."""
-    cards = (ModelCard.model_validate_json(value) for value in raw.values())
+    """The cards of models that were served lately; the hash as a whole lives as long as any of them is.
+
+    Of two generations of workers the one that this client understands counts.
+    """
     oldest = time.time() - keys.MODEL_TTL
-    return {card.model: card for card in cards if card.seen >= oldest}
+    cards = [card for card in _readable(ModelCard, raw.values()) if card.seen >= oldest]
+    return {card.model: card for card in sorted(cards, key=lambda card: card.contract == CONTRACT)}
 
 
 def parse_presences(raw: Iterable[bytes | None]) -> list[Presence]:
-    return [Presence.model_validate_json(value) for value in raw if value is not None]
+    return _readable(Presence, raw)
+
+
+N = TypeVar("N", ModelCard, Presence)
+
+
+def _readable(notice: type[N], raw: Iterable[bytes | None]) -> list[N]:
+    """Without those that have expired, and those of a release that says it in another way."""
+    found = []
+    for value in raw:
+        with suppress(ValidationError):
+            found += [notice.model_validate_json(value)] if value is not None else []
+    return found
 
 
 def choose_model(model: str | None, kind: str, known: Mapping[str, ModelCard], workers: Sequence[Presence]) -> str:
@@ -271,7 +289,8 @@ def choose_model(model: str | None, kind: str, known: Mapping[str, ModelCard], w
     A path stands for the name that a worker started with it gives it. A model that was served lately but is not warm
     now is accepted: its worker may be restarting, and the job waits.
     """
-    warm = {card.model for worker in workers for card in worker.models if kind in card.kinds}
+    cards = [card for worker in workers for card in worker.models if kind in card.kinds]
+    warm = {card.model for card in cards if card.contract == CONTRACT}
     if model is None:
         if len(warm) == 1:
             return warm.pop()
@@ -282,6 +301,11 @@ def choose_model(model: str | None, kind: str, known: Mapping[str, ModelCard], w
     model = model_name(model)
     if model not in known:
         raise UnknownModel(f"model {model!r} given; {_listed(warm)} can {kind}. {_how_to_serve(model)}")
+    if known[model].contract != CONTRACT:
+        raise UnknownModel(
+            f"model {model!r} is served by workers that speak version {known[model].contract} of the contract alone; "
+            f"this client speaks version {CONTRACT}. Run the same release of Stoker on both sides."
+        )
     if kind not in known[model].kinds:
         able = " and ".join(known[model].kinds)
         raise UnknownModel(f"model {model!r} cannot {kind}: it can {able}; {_listed(warm)} can {kind}.")

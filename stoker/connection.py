@@ -42,13 +42,15 @@ _RETRIES: Any = (ExponentialBackoff(cap=0.25, base=0.05), 2, (RedisConnectionErr
 SOCKET_TIMEOUT = 5.0
 
 
-def connect(settings: Settings) -> Any:
+def connect(settings: Settings, timeout: float | None = None) -> Any:
     """A thread-safe redis-py client. A connection that turns out to be closed is opened again, so that a broker's
     restart between two calls goes unnoticed; every command of Stoker may be sent twice. `Patience` decides on more.
+    `timeout`: seconds that one try may take, else as the settings say.
 
     Typed `Any` because redis-py types every reply as a union over its decoding modes; ours are always bytes.
     """
-    return redis.Redis.from_url(settings.address.redis, retry=Retry(*_RETRIES), **_options(settings))
+    options = _options(settings) if timeout is None else _options(settings) | {"socket_timeout": timeout}
+    return redis.Redis.from_url(settings.address.redis, retry=Retry(*_RETRIES), **options)
 
 
 def connect_async(settings: Settings) -> Any:

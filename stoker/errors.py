@@ -13,6 +13,7 @@ StokerError
 │   ├── JobCancelled            somebody cancelled it
 │   ├── JobFailed               it failed for a reason outside this tree
 │   ├── JobDead                 it killed one worker after another
+│   ├── OutOfMemory             the worker's memory did not suffice for it, again and again
 │   ├── DeadlineExceeded        its deadline passed before it ended
 │   └── JobLost                 the broker knows nothing of it (expired, or its data is gone)
 ├── JobTimeout                  the caller's own time limit passed; the job goes on
@@ -89,6 +90,10 @@ class JobFailed(JobError):
 
 class JobDead(JobError):
     """The job killed one worker after another, and was put aside (`stoker jobs dead`)."""
+
+
+class OutOfMemory(JobError):
+    """The worker's memory did not suffice for the job, at several attempts."""
 
 
 class DeadlineExceeded(JobError):

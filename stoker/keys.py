@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import re
 
+from stoker.contract.codec import CONTRACT
+
 PREFIX = "stoker:"
 
 #: Seconds. A result and all that belongs to it can be fetched for this long after the job ended.
@@ -126,5 +128,5 @@ def entry_id(index: int) -> str:
 
 
 def queue(model: str, kind: str) -> str:
-    """The Celery queue of one model and kind; kombu puts `PREFIX` before it."""
-    return f"stoker.{model}.{kind}"
+    """The Celery queue of one model and kind, and of one version of the contract; kombu puts `PREFIX` before it."""
+    return f"stoker.{model}.{kind}" + (f".v{CONTRACT}" if CONTRACT > 1 else "")

@@ -39,6 +39,8 @@ class Settings(BaseSettings):
     lease: int = Field(default=10, ge=3, le=3600)
     #: Seconds that a stopping worker gives to running jobs.
     grace: float = Field(default=30.0, ge=0, le=3600)
+    #: Seconds that one step of the engine may take; then it counts as hung, and the worker ends. 0: no limit.
+    step_limit: float = Field(default=300.0, ge=0, le=24 * 3600)
     #: Seconds for which a client bears a broker that does not answer before it gives up.
     patience: float = Field(default=30.0, ge=0, le=3600)
     #: Who sends: clients of one lane share it fairly, and each has a limit of its own (`stoker policy`).

@@ -24,6 +24,8 @@ app.conf.update(
     # A worker outlives its broker's absence, however long.
     broker_connection_max_retries=None,
     worker_cancel_long_running_tasks_on_connection_loss=False,
+    # Lanes say how much a worker holds; Celery's own reduction after a lost connection would close them.
+    worker_enable_prefetch_count_reduction=False,
     worker_send_task_events=True,
     worker_hijack_root_logger=False,
     worker_redirect_stdouts=False,

@@ -22,12 +22,14 @@ from stoker.errors import StokerError
 from stoker.local.stack import ERROR_MARK
 from stoker.settings import Settings, load_settings
 from workers import drain, runtime
+from workers.broker_check import check_broker
 from workers.cancelling import CancelWatch
 from workers.janitor import Janitor
 from workers.lanes import LaneStep, lanes
 from workers.lease import LeaseStep
 from workers.presence import Heart
 from workers.runtime import Runtime
+from workers.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from engine.engine import Engine
@@ -48,6 +50,7 @@ class EngineStep(bootsteps.StartStopStep):
     def start(self, worker: Any) -> None:
         settings = load_settings()
         try:
+            check_broker(settings)
             self._runtime = Runtime(settings, worker.hostname, lambda publish: _make_engine(settings, publish))
             self._runtime.start()
         except StokerError as error:
@@ -57,6 +60,7 @@ class EngineStep(bootsteps.StartStopStep):
         runtime.install(self._runtime)
         self._open_queues(worker.app, settings)
         CancelWatch(self._runtime).start()
+        Watchdog(self._runtime, settings.step_limit).start()
         self._heart = Heart(self._runtime, lanes, Janitor(self._runtime))
         self._heart.start()
 

@@ -13,9 +13,10 @@ from celery.exceptions import Ignore, Reject
 from stoker import keys, ledger
 from stoker.contract import Usage, decode, encode
 from stoker.contract.requests import JobRequest
-from stoker.errors import DeadlineExceeded, JobCancelled, JobDead, StokerError, WorkerUnavailable, to_wire
+from stoker.errors import DeadlineExceeded, JobCancelled, JobDead, OutOfMemory, StokerError, WorkerUnavailable, to_wire
 from stoker.ledger import Claim
-from workers.lanes import LaneRequest
+from workers import memory
+from workers.lanes import LaneRequest, lanes
 from workers.runtime import Fenced, current
 
 log = logging.getLogger(__name__)
@@ -84,6 +85,12 @@ class Run:
     def release(self) -> None:
         self._persist(ledger.release, self._token)
 
+    def crowded_out(self) -> bool:
+        """Count that the job ended for want of memory; whether it may try again, beside fewer others."""
+        lanes.shrink(self._task.name.removeprefix("stoker."))
+        count = self.runtime.persist(lambda: self.runtime.redis.hincrby(keys.job(self.job_id), "out_of_memory", 1))
+        return int(count) < memory.TRIES
+
     def forget(self) -> None:
         """Leave no trace: neither result nor ack."""
         request = LaneRequest.by_token.get(self._token)
@@ -126,6 +133,13 @@ def run_job(
     except JobCancelled:
         run.tell_revoked()
         raise Ignore from None
+    except (StokerError, Ignore):
+        raise
+    except Exception as error:
+        # A defect outside the job itself. Its message stays, and the next claim counts it as a death: never lost, and
+        # after some of them put aside.
+        log.exception("job %s could not be ended", run.job_id)
+        raise Reject(str(error), requeue=True) from None
 
 
 def _attempt(
@@ -145,8 +159,12 @@ def _attempt(
         run.settle(ledger.failure(run.job_id, error))
         raise
     except Exception as error:
-        log.exception("job %s failed", run.job_id)
         known = to_wire(error)
+        if memory.is_out_of_memory(error):
+            if run.crowded_out():
+                raise WorkerUnavailable(f"out of memory beside other jobs ({error}).") from error
+            known = OutOfMemory(f"job {run.job_id}: {memory.TRIES} times there was not memory enough for it ({error}).")
+        log.exception("job %s failed", run.job_id)
         run.settle(ledger.failure(run.job_id, known))
         raise known from error
     run.settle(ledger.success(run.job_id, result))

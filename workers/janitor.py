@@ -10,6 +10,8 @@ import json
 import logging
 
 from stoker import keys, ledger
+from stoker.contract import CONTRACT
+from workers.broker_check import warn_of
 from workers.runtime import Runtime
 
 log = logging.getLogger(__name__)
@@ -26,8 +28,9 @@ class Janitor:
         redis, every = self._runtime.redis, 2 * self._runtime.settings.lease
         if not redis.set(keys.JANITOR, self._runtime.name, nx=True, ex=every):
             return
+        warn_of(redis.info("memory"))
         for raw in redis.hgetall(keys.MODELS).values():
             card = json.loads(raw)
-            for kind in card["kinds"]:
+            for kind in card["kinds"] if card["contract"] == CONTRACT else ():
                 for job_id in ledger.recover(redis, keys.queue(card["model"], kind), older_than=every):
                     log.warning("job %s: its message was lost; it waits again", job_id.decode())

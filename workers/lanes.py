@@ -7,6 +7,7 @@ consuming that kind's queues, and starts again when a job has ended.
 from __future__ import annotations
 
 import threading
+import time
 import uuid
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -15,12 +16,19 @@ from celery import bootsteps
 from celery.worker.request import Request
 from kombu.transport.virtual.base import QoS
 
+#: Seconds after which a lane that was shrunk for want of memory tries to hold twice as many.
+GROW_AFTER = 60.0
+SHRINK_AFTER = 2.0
+
 
 class Lanes:
     """Counts the jobs held, by kind. `queues`: kind → the queues that bring it."""
 
     def __init__(self) -> None:
         self._limits: dict[str, int] = {}
+        #: What `shrink` made of the limits.
+        self._room: dict[str, int] = {}
+        self._shrunk = -GROW_AFTER
         self._queues: dict[str, list[str]] = {}
         self._held: dict[str, int] = {}
         self._lock = threading.Lock()
@@ -28,18 +36,19 @@ class Lanes:
 
     def configure(self, limits: Mapping[str, int], queues: Mapping[str, list[str]]) -> None:
         self._limits, self._queues = dict(limits), {kind: list(names) for kind, names in queues.items()}
+        self._room = dict(limits)
         self._held = dict.fromkeys(limits, 0)
 
     def load(self) -> dict[str, tuple[int, int]]:
         """kind → (held, limit)."""
-        return {kind: (held, self._limits[kind]) for kind, held in self._held.items()}
+        return {kind: (held, self._room[kind]) for kind, held in self._held.items()}
 
     def attach(self, consumer: Any) -> None:
         """Take a (new) connection's consumer and open or close every lane of it, as full as it is by now."""
         self.consumer = consumer
         for kind, queues in self._queues.items():
             with self._lock:
-                full = self._held[kind] >= self._limits[kind]
+                full = self._held[kind] >= self._room[kind]
             for queue in queues:
                 (consumer.cancel_task_queue if full else consumer.add_task_queue)(queue)
 
@@ -47,22 +56,54 @@ class Lanes:
         """A job was taken. Called in the consumer's thread."""
         with self._lock:
             self._held[kind] += 1
-            full = self._held[kind] == self._limits[kind]
+            full = self._held[kind] >= self._room[kind]
         if full:
-            for queue in self._queues[kind]:
-                self.consumer.cancel_task_queue(queue)
+            self._close(kind)
+
+    def _close(self, kind: str) -> None:
+        for queue in self._queues[kind]:
+            self.consumer.cancel_task_queue(queue)
 
     def leave(self, kind: str) -> None:
         """A job has ended. Called in any thread."""
         with self._lock:
             self._held[kind] -= 1
-            reopened = self._held[kind] == self._limits[kind] - 1
+            reopened = self._held[kind] == self._room[kind] - 1
         if reopened:
             self.consumer.call_soon(self._reopen, kind)
 
+    def shrink(self, kind: str) -> None:
+        """The jobs of this kind did not fit into memory together: hold half as many, until `grow`.
+
+        Each of the jobs that failed together says so; once counts.
+        """
+        with self._lock:
+            if time.monotonic() - self._shrunk < SHRINK_AFTER:
+                return
+            self._room[kind], self._shrunk = max(1, self._room[kind] // 2), time.monotonic()
+        self.consumer.call_soon(self._close_if_full, kind)
+
+    def grow(self) -> None:
+        """Called from time to time: what was shrunk gets twice its size back, a while after the last shrinking."""
+        if time.monotonic() - self._shrunk < GROW_AFTER:
+            return
+        for kind, limit in self._limits.items():
+            with self._lock:
+                grows = self._room[kind] < limit
+                if grows:
+                    self._room[kind], self._shrunk = min(limit, 2 * self._room[kind]), time.monotonic()
+            if grows:
+                self.consumer.call_soon(self._reopen, kind)
+
+    def _close_if_full(self, kind: str) -> None:
+        with self._lock:
+            full = self._held[kind] >= self._room[kind]
+        if full and self.consumer.task_consumer is not None:
+            self._close(kind)
+
     def _reopen(self, kind: str) -> None:
         with self._lock:
-            full = self._held[kind] >= self._limits[kind]
+            full = self._held[kind] >= self._room[kind]
         # A task consumer is gone while the broker is away; `attach` does this when it is back.
         if full or self.consumer.task_consumer is None:
             return

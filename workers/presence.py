@@ -41,6 +41,7 @@ class Heart:
         while not self._runtime.stopped.is_set():
             try:
                 self._beat()
+                self._lanes.grow()
                 self._janitor.round()
             except RedisError as error:
                 log.debug("no heartbeat: %s", error)
@@ -55,7 +56,7 @@ class Heart:
         pipeline.expire(keys.WORKERS, keys.MODEL_TTL)
         for card in presence.models:
             seen = card.model_copy(update={"seen": presence.time})
-            pipeline.hset(keys.MODELS, card.model, seen.model_dump_json())
+            pipeline.hset(keys.MODELS, f"{card.model}/{card.contract}", seen.model_dump_json())
         pipeline.expire(keys.MODELS, keys.MODEL_TTL)
         pipeline.execute()
 

@@ -69,6 +69,11 @@ class Runtime:
         with self._lock:
             return list(self._running.items())
 
+    @property
+    def jobs(self) -> list[str]:
+        """Ids of the jobs that run here."""
+        return [ticket.job_id for _, ticket in self._tickets()]
+
     def cancel(self, job_id: str) -> None:
         """Stop a job at the engine's next step, if it runs here."""
         for _, ticket in self._tickets():

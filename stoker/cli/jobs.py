@@ -114,7 +114,9 @@ def list_dead(as_json: Json = False, url: Url = None) -> None:
         print_json(found)
         return
     for job_id, letter in found.items():
-        workers = ", ".join(death["worker"] for death in letter["history"])
+        workers = ", ".join(
+            death["worker"] + (f" ({death['trouble']})" if "trouble" in death else "") for death in letter["history"]
+        )
         print(f"{job_id}  {letter['kind']:8} {letter['model']:24} killed {workers}")
 
 

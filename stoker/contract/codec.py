@@ -10,7 +10,8 @@ from pydantic import ValidationError
 from stoker.contract.base import Message
 from stoker.errors import InvalidRequest
 
-#: The version of this contract. A worker refuses any other, naming both.
+#: The version of this contract: any change of a message's fields is another one. Its jobs have queues of their own, so
+#: that two generations of workers and clients may run side by side; a worker refuses any other, naming both.
 CONTRACT = 1
 
 M = TypeVar("M", bound=Message)

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from pydantic import ConfigDict
+
 from stoker.contract.base import Message
+from stoker.contract.codec import CONTRACT
 
 
-class ModelCard(Message):
+class Notice(Message):
+    """What one side says to whoever listens. Another release may say more: then the rest is read."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class ModelCard(Notice):
     """A model that some worker serves."""
 
     model: str
@@ -16,11 +25,13 @@ class ModelCard(Message):
     parameters: int
     #: Length of a vector; 0 for models that make none.
     dim: int = 0
+    #: The version of the contract that the worker speaks: it takes jobs of no other.
+    contract: int = CONTRACT
     #: When a worker last said that it serves the model, seconds since the epoch.
     seen: float = 0.0
 
 
-class Presence(Message):
+class Presence(Notice):
     """One worker, as of `time` (seconds since the epoch)."""
 
     worker: str

@@ -17,6 +17,7 @@ Every function takes a blocking or an asyncio client and returns what `eval` doe
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -79,7 +80,7 @@ def _run(redis: Any, script: str, job_id: str, queue: str, *arguments: Any, extr
         *(keys.room(queue, priority) for priority in range(PRIORITIES)),
         *extra,
     ]
-    window = FRONT_TRAIN if queue.endswith(".train") else FRONT
+    window = FRONT_TRAIN if re.search(r"\.train(\.v\d+)?$", queue) else FRONT
     common = (job_id, keys.job(""), keys.PENDING_TTL, keys.RESULT_TTL, window)
     return redis.eval(script, len(names), *names, *common, *arguments)
 

@@ -21,8 +21,7 @@ end
 
 local depth, limit = waiting(), setting('queue_limit', tonumber(ARGV[6]))
 if depth >= limit then return {'full', depth, limit, wait_for(depth - limit + 1)} end
-redis.call('ZREMRANGEBYSCORE', mine, '-inf', now - pending_ttl)
-local held = redis.call('ZCARD', mine)
+local held = redis.call('ZCOUNT', mine, now - pending_ttl, '+inf')
 local most = setting('client_limit:' .. fields['client'], setting('client_limit', tonumber(ARGV[7])))
 if held >= most then return {'client_full', held, most, wait_for(math.max(1, depth / held))} end
 
@@ -30,7 +29,9 @@ if revive then
   redis.call('HDEL', dead, id)
   redis.call('DEL', job, result, mark)
 end
+-- The first write of a new job, and one that a broker without memory refuses: then nothing was written.
 redis.call('HSET', job, unpack(record))
+redis.call('ZREMRANGEBYSCORE', mine, '-inf', now - pending_ttl)
 redis.call('EXPIRE', job, pending_ttl)
 for _, key in ipairs({open, mine}) do
   redis.call('ZADD', key, now, id)

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from stoker import Client
+from stoker import Client, keys
 from stoker.errors import BrokerUnavailable, JobLost
 from stoker.local.broker import server_binary
 from stoker.local.process import Process
 from stoker.local.stack import Stack
-from tests.conftest import EMBED_MODEL, GENERATE_MODEL, keys_without_expiry, stack_settings, wait_until
+from tests.conftest import EMBED_MODEL, GENERATE_MODEL, alive, keys_without_expiry, stack_settings, wait_until
 from tests.integration.machinery import CERTIFICATE, GOLDENS, FragileBroker, TlsProxy, patient_client, worker_on
 
 pytestmark = pytest.mark.integration
@@ -73,7 +73,8 @@ def test_dropped_connections_neither_end_the_worker_nor_run_a_job_twice(fragile:
 
 @pytest.mark.parametrize("how", ["killed", "frozen"])
 def test_a_broker_that_stays_away_is_one_clear_error(fragile: FragileBroker, tmp_path: Path, how: str) -> None:
-    with worker_on(fragile, tmp_path / "worker"), patient_client(fragile.url, 1.0) as client:
+    with worker_on(fragile, tmp_path / "worker") as stack, patient_client(fragile.url, 1.0) as client:
+        worker = client.workers()[0].pid
         job = client.generate(GOLDEN["prompt"], model=GENERATE_MODEL, max_tokens=2000)
         stream = job.stream()
         next(stream)
@@ -84,9 +85,39 @@ def test_a_broker_that_stays_away_is_one_clear_error(fragile: FragileBroker, tmp
                 list(stream)
             with pytest.raises(BrokerUnavailable, match=f"127.0.0.1:{fragile.port}"):
                 job.result()
+            # A worker that is told to stop meanwhile does: the job's lease will bring it elsewhere.
+            os.kill(worker, signal.SIGTERM)
+            wait_until(lambda: not alive(worker), "the worker has ended by itself", 30)
+            assert "ending without it" in (stack.settings.logs / "worker.log").read_text()
         finally:
             if how == "frozen":
                 os.kill(pid, signal.SIGCONT)
+
+
+def test_a_broker_whose_memory_is_full_takes_nothing_new_and_loses_nothing(
+    fragile: FragileBroker, tmp_path: Path
+) -> None:
+    with worker_on(fragile, tmp_path / "worker"), patient_client(fragile.url, 60) as client:
+        pid = client.workers()[0].pid
+        job = client.generate(GOLDEN["prompt"], model=GENERATE_MODEL, max_tokens=64)
+        stream = job.stream(timeout=60)
+        heard = [next(stream) for _ in range(3)]
+        client.redis.config_set("maxmemory", 1)
+        with pytest.raises(BrokerUnavailable, match="no memory left"):
+            client.generate("x", model=GENERATE_MODEL)
+        length = client.redis.xlen(keys.stream(job.id))
+        wait_until(lambda: "used memory > 'maxmemory'" in log_of(tmp_path), "it is felt")
+        assert client.redis.xlen(keys.stream(job.id)) <= length + 1
+        client.redis.config_set("maxmemory", 0)
+        assert [token.token_id for token in [*heard, *stream]] == GOLDEN["token_ids"]
+        assert job.result(60).text == GOLDEN["text"]
+        assert client.embed(["still there"], model=EMBED_MODEL).result(60).shape == (1, 384)
+        assert client.workers()[0].pid == pid
+        wait_until(lambda: client.redis.hlen("stoker:unacked") == 0, "nothing is left unacknowledged")
+
+
+def log_of(tmp_path: Path) -> str:
+    return (tmp_path / "worker" / "logs" / "worker.log").read_text()
 
 
 def test_a_broker_that_comes_back_empty_has_lost_the_job_and_the_client_is_told(

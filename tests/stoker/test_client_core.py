@@ -56,6 +56,24 @@ def test_without_a_name_the_only_warm_model_of_the_kind_is_taken() -> None:
     assert choose(None, "train", MINI, SMOL, BIG) == "smol"
 
 
+def test_workers_of_another_generation_are_no_choice_and_a_refusal_names_both_versions() -> None:
+    new = MINI.model_copy(update={"contract": 7})
+    with pytest.raises(UnknownModel, match=r"speak version 7.*this client speaks version 1"):
+        choose("mini", "embed", new)
+    with pytest.raises(UnknownModel, match="no model that is warm now"):
+        choose(None, "embed", new)
+    raw = {b"mini/1": MINI.model_dump_json().encode(), b"mini/7": new.model_dump_json().encode()}
+    assert core.parse_cards(raw)["mini"].contract == 1
+    raw = dict(reversed(raw.items()))
+    assert core.parse_cards(raw)["mini"].contract == 1
+
+
+def test_what_a_newer_release_says_of_itself_is_read_as_far_as_it_is_understood() -> None:
+    more = json.loads(worker(MINI).model_dump_json()) | {"mood": "sunny"}
+    other = json.dumps({"names": ["x"]}).encode()
+    assert core.parse_presences([json.dumps(more).encode(), other, None]) == [worker(MINI)]
+
+
 def test_without_a_name_a_choice_between_two_is_refused_with_both() -> None:
     with pytest.raises(UnknownModel, match="no model given, and of the models warm now big, smol can generate"):
         choose(None, "generate", SMOL, BIG)

@@ -61,6 +61,13 @@ def test_a_queue_carries_one_model_and_one_kind() -> None:
     assert keys.is_durable(keys.PREFIX + keys.queue("my.model-1", "embed"))
 
 
+def test_each_version_of_the_contract_has_queues_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = keys.queue("m", "embed")
+    monkeypatch.setattr(keys, "CONTRACT", 2)
+    assert keys.queue("m", "embed") == f"{first}.v2"
+    assert keys.is_durable(keys.front(keys.queue("m", "embed")))
+
+
 def test_redis_itself_refuses_an_entry_twice_and_one_out_of_order() -> None:
     broker = fakeredis.FakeRedis()
     for index in (0, 1, 2):

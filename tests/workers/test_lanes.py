@@ -153,3 +153,34 @@ def test_a_request_that_is_handed_back_gives_up_its_place_once(traffic: list[str
     request.reject(requeue=True)
     request.acknowledge()
     assert traffic == ["enter train", "reject True", "leave train", "ack"]
+
+
+def test_a_lane_whose_jobs_did_not_fit_into_memory_holds_half_as_many_for_a_while(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lanes, consumer = make()
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(lanes_module.time, "monotonic", lambda: clock.now)
+    for _ in range(2):
+        lanes.enter("generate")
+    for _ in range(2):
+        lanes.shrink("generate")
+    consumer.turn()
+    assert lanes.load()["generate"] == (2, 1), "jobs that failed together shrink it once"
+    assert not consumer.consumes("generate")
+    for _ in range(2):
+        lanes.leave("generate")
+    consumer.turn()
+    assert consumer.consumes("generate")
+    lanes.enter("generate")
+    assert not consumer.consumes("generate")
+    lanes.grow()
+    assert lanes.load()["generate"] == (1, 1), "not yet"
+    clock.now += lanes_module.GROW_AFTER
+    lanes.grow()
+    consumer.turn()
+    assert lanes.load()["generate"] == (1, 2)
+    assert consumer.consumes("generate")
+    clock.now += lanes_module.GROW_AFTER
+    lanes.grow()
+    assert lanes.load() == {"generate": (1, 3), "train": (0, 1)}

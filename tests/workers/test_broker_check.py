@@ -1,0 +1,34 @@
+"""A worker does not start on a broker that would lose its jobs, and says what to do."""
+
+from __future__ import annotations
+
+import pytest
+
+from stoker.connection import connect
+from stoker.errors import BrokerUnavailable, ConfigError
+from stoker.settings import Settings
+from workers.broker_check import check_broker
+
+
+def test_a_broker_that_keeps_every_key_is_good(broker: Settings) -> None:
+    check_broker(broker)
+
+
+@pytest.mark.parametrize("policy", ["allkeys-lru", "volatile-ttl"])
+def test_a_broker_that_evicts_is_refused_with_the_remedy(broker: Settings, policy: str) -> None:
+    redis = connect(broker)
+    redis.config_set("maxmemory-policy", policy)
+    try:
+        with pytest.raises(ConfigError, match=rf"maxmemory-policy {policy}.*CONFIG SET maxmemory-policy noeviction"):
+            check_broker(broker)
+    finally:
+        redis.config_set("maxmemory-policy", "noeviction")
+        redis.close()
+
+
+def test_a_login_that_is_refused_is_told_from_a_broker_that_is_away(broker: Settings) -> None:
+    wrong = broker.model_copy(update={"url": broker.address.redis.replace("://", "://user:wrong@")})
+    with pytest.raises(BrokerUnavailable, match=r"refuses the login.*Put its user and password") as refused:
+        check_broker(wrong)
+    assert "wrong@" not in str(refused.value)
+    check_broker(broker.model_copy(update={"url": "redis://127.0.0.1:1/0"}))

@@ -1,0 +1,136 @@
+"""The frame of every job: how what the engine raised ends the job, or sends it back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from celery.exceptions import Ignore, Reject
+
+from stoker import keys, ledger
+from stoker.client_core import JobStatus, Outcome, generate_request, job_record
+from stoker.connection import connect
+from stoker.contract import GenerateRequest, Usage
+from stoker.errors import JobCancelled, JobFailed, OutOfMemory, UnknownAdapter, WorkerUnavailable
+from stoker.settings import Settings
+from workers import frame, memory, runtime
+from workers.frame import run_job
+
+QUEUE = keys.queue("m", "generate")
+OUT = RuntimeError("[malloc_or_wait] Unable to allocate 4096 bytes.")
+
+
+class Worker:
+    """A worker whose engine ends every job as it is told."""
+
+    def __init__(self, redis: Any) -> None:
+        self.redis, self.name, self.shrunk, self.deliveries = redis, "w@here", 0, 0
+        self.ends: Callable[[], Any] = lambda: None
+        self.publisher = SimpleNamespace(flush=lambda: None)
+        self.engine = SimpleNamespace(submit=lambda *_, **__: SimpleNamespace(result=lambda: self.ends()))
+        self.running = lambda token, ticket: nullcontext()
+        self.cancel_if_asked = lambda: None
+        ledger.submit(redis, "job", job_record(generate_request("m", "x", 0, {}), "job"))
+
+    def persist(self, action: Callable[[], Any]) -> Any:
+        return action()
+
+    def deliver(self, ends: Callable[[], Any]) -> Any:
+        self.ends, self.deliveries = ends, self.deliveries + 1
+        request = SimpleNamespace(
+            id="job",
+            delivery_info={"routing_key": QUEUE},
+            stoker_token=f"token-{self.deliveries}",
+            stoker_tag="tag",
+        )
+        task: Any = SimpleNamespace(name="stoker.generate", request=request, send_event=lambda *_, **__: None)
+        return run_job(task, GenerateRequest, lambda run, request, value: Usage(completion_tokens=value))
+
+    @property
+    def outcome(self) -> Outcome | None:
+        return Outcome.parse(self.redis.get(keys.result("job")))
+
+    def shrink(self, kind: str) -> None:
+        self.shrunk += 1
+
+
+@pytest.fixture
+def worker(broker: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Worker]:
+    redis = connect(broker)
+    made = Worker(redis)
+    monkeypatch.setattr(runtime, "_current", made)
+    monkeypatch.setattr(frame, "lanes", made)
+    yield made
+    redis.close()
+
+
+def raising(error: Exception) -> Callable[[], Any]:
+    def end() -> Any:
+        raise error
+
+    return end
+
+
+def test_a_result_is_stored_once(worker: Worker) -> None:
+    assert worker.deliver(lambda: 7)["completion_tokens"] == 7
+    assert worker.outcome is not None
+    assert worker.outcome.value["completion_tokens"] == 7
+    with pytest.raises(Ignore):
+        worker.deliver(lambda: 8)
+    assert worker.outcome.value["completion_tokens"] == 7
+
+
+@pytest.mark.parametrize(("error", "told"), [(UnknownAdapter("no"), UnknownAdapter), (KeyError("no"), JobFailed)])
+def test_an_error_ends_the_job_with_its_class(worker: Worker, error: Exception, told: type[Exception]) -> None:
+    with pytest.raises(told):
+        worker.deliver(raising(error))
+    assert worker.outcome is not None
+    with pytest.raises(told, match="no"):
+        worker.outcome.unwrap("job")
+
+
+def test_a_cancelled_job_is_revoked(worker: Worker) -> None:
+    with pytest.raises(Ignore):
+        worker.deliver(raising(JobCancelled("x")))
+    assert worker.outcome is not None
+    assert worker.outcome.status == JobStatus.CANCELLED
+
+
+def test_a_stopping_workers_job_goes_back_without_owner_and_without_a_death(worker: Worker) -> None:
+    for _ in range(2 * ledger.MAX_DEATHS):
+        with pytest.raises(Reject) as back:
+            worker.deliver(raising(WorkerUnavailable("stopping")))
+        assert back.value.requeue
+    assert worker.outcome is None
+    assert worker.redis.hget(keys.job("job"), "token") is None
+
+
+def test_out_of_memory_sends_a_job_back_to_a_smaller_lane_and_fails_it_in_the_end(worker: Worker) -> None:
+    for attempt in range(1, memory.TRIES):
+        with pytest.raises(Reject):
+            worker.deliver(raising(OUT))
+        assert (worker.outcome, worker.shrunk) == (None, attempt)
+    with pytest.raises(OutOfMemory, match="3 times"):
+        worker.deliver(raising(OUT))
+    assert worker.outcome is not None
+    assert worker.outcome.status == JobStatus.FAILED
+
+
+def test_a_job_that_fitted_in_the_end_is_done(worker: Worker) -> None:
+    with pytest.raises(Reject):
+        worker.deliver(raising(OUT))
+    assert worker.deliver(lambda: 1)["completion_tokens"] == 1
+
+
+def test_a_defect_of_the_frame_itself_loses_no_job_and_repeats_it_only_so_often(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger, "settle", lambda *_: raising(ValueError("a defect"))())
+    for _ in range(ledger.MAX_DEATHS):
+        with pytest.raises(Reject):
+            worker.deliver(lambda: 1)
+    assert len(json.loads(worker.redis.hget(keys.job("job"), "history") or "[]")) == ledger.MAX_DEATHS - 1

@@ -1,0 +1,84 @@
+"""The watchdog ends a worker whose engine hangs, and no other."""
+
+from __future__ import annotations
+
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from stoker import keys
+from stoker.connection import connect
+from stoker.settings import Settings
+from workers import watchdog
+from workers.watchdog import Watchdog
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: clock.now)
+    return clock
+
+
+def runtime(settings: Settings | None = None, jobs: tuple[str, ...] = ()) -> Any:
+    engine = SimpleNamespace(step_began=None)
+    return SimpleNamespace(engine=engine, settings=settings, jobs=list(jobs), stopped=threading.Event())
+
+
+def looks(dog: Watchdog, clock: SimpleNamespace, seconds: int) -> bool:
+    found = False
+    for _ in range(seconds):
+        clock.now += 1.0
+        found = found or dog.look()
+    return found
+
+
+def test_a_step_that_does_not_end_is_found(clock: SimpleNamespace) -> None:
+    worker = runtime()
+    dog = Watchdog(worker, 10)
+    worker.engine.step_began = clock.now
+    assert not looks(dog, clock, 10)
+    assert looks(dog, clock, 3)
+
+
+def test_many_steps_one_after_the_other_are_no_hang(clock: SimpleNamespace) -> None:
+    worker = runtime()
+    dog = Watchdog(worker, 10)
+    for _ in range(5):
+        worker.engine.step_began = clock.now
+        assert not looks(dog, clock, 8)
+    worker.engine.step_began = None
+    assert not looks(dog, clock, 60)
+
+
+def test_a_process_that_was_frozen_is_no_hang(clock: SimpleNamespace) -> None:
+    worker = runtime()
+    dog = Watchdog(worker, 10)
+    worker.engine.step_began = clock.now
+    looks(dog, clock, 5)
+    clock.now += 3600
+    assert not dog.look(), "nobody was there to see the step run"
+
+
+def test_a_hang_is_noted_in_the_record_of_each_job_and_ends_the_process(
+    broker: Settings, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(watchdog, "LOOK_EVERY", 0.02)
+    worker = runtime(broker, ("one", "two"))
+    worker.engine.step_began = 1.0
+    ended = threading.Event()
+    Watchdog(worker, 0.05, end=ended.set).start()
+    assert ended.wait(30)
+    redis = connect(broker)
+    for job_id in worker.jobs:
+        assert b"longer than 0.05 s" in redis.hget(keys.job(job_id), "trouble")
+    redis.close()
+    assert "watchdog.py" in capfd.readouterr().err, "the stack of every thread"
+
+
+def test_no_limit_is_no_watchdog() -> None:
+    before = threading.active_count()
+    Watchdog(runtime(), 0).start()
+    assert threading.active_count() == before

@@ -1,0 +1,82 @@
+"""A step of the engine that never ends (a driver that hangs, a deadlock) holds every job of the worker. Its lease is
+renewed all the same, because the process lives. So a thread watches, and ends the process: its supervisor starts
+another, and the leases bring the jobs elsewhere. The record of each says what happened, for `stoker jobs dead`.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+from redis.exceptions import RedisError
+
+from stoker import keys
+from stoker.connection import connect
+from workers.runtime import Runtime
+
+log = logging.getLogger(__name__)
+
+LOOK_EVERY = 1.0
+#: What a worker ends with whose engine hangs (EX_SOFTWARE).
+EXIT_CODE = 70
+
+
+def _end() -> None:
+    logging.shutdown()
+    # Not sys.exit: the thread that hangs would be waited for.
+    os._exit(EXIT_CODE)
+
+
+class Watchdog:
+    """`limit`: seconds that one step may take; 0 turns it off. `end` ends the process."""
+
+    def __init__(self, runtime: Runtime, limit: float, end: Callable[[], None] = _end) -> None:
+        self._runtime, self._limit, self._end = runtime, limit, end
+        self._step: float | None = None
+        self._seen = 0.0
+        self._looked = time.monotonic()
+
+    def start(self) -> None:
+        if self._limit:
+            threading.Thread(target=self._run, name="watchdog", daemon=True).start()
+
+    def _run(self) -> None:
+        while not self._runtime.stopped.wait(LOOK_EVERY):
+            if self.look():
+                self._report()
+                self._end()
+                return
+
+    def look(self) -> bool:
+        """Whether the step that runs now was seen running for longer than the limit.
+
+        Time counts only as far as this thread was there to see it: a process that was frozen, or a Mac that slept, is
+        not an engine that hangs.
+        """
+        now = time.monotonic()
+        passed = min(now - self._looked, 2 * LOOK_EVERY)
+        self._looked = now
+        step = self._runtime.engine.step_began
+        self._seen = self._seen + passed if step is not None and step == self._step else 0.0
+        self._step = step
+        return self._seen > self._limit
+
+    def _report(self) -> None:
+        jobs = self._runtime.jobs
+        what = f"a step of the engine took longer than {self._limit:g} s"
+        log.critical("%s: ending this worker. Its jobs go elsewhere: %s", what, ", ".join(jobs) or "none")
+        faulthandler.dump_traceback(sys.stderr, all_threads=True)
+        redis = connect(self._runtime.settings, timeout=LOOK_EVERY)
+        try:
+            pipeline = redis.pipeline()
+            for job_id in jobs:
+                pipeline.hset(keys.job(job_id), "trouble", what)
+                pipeline.expire(keys.job(job_id), keys.PENDING_TTL)
+            pipeline.execute()
+        except RedisError as error:
+            log.warning("the jobs could not be told: %s", error)
