@@ -53,8 +53,10 @@ test-integration: $(STAMP) ## a real broker, a real worker, real weights
 test-slow: $(STAMP) ## the long ones and the chaos suite
 	$(BIN)/python -m pytest -m "slow or chaos" $(PYTEST_ARGS)
 
-chaos: $(STAMP) ## kill, freeze, drain and cut off real workers under load
-	$(BIN)/python -m pytest -m chaos -rA $(PYTEST_ARGS)
+SECONDS ?= 1200
+SEED ?= 1
+chaos: $(STAMP) ## kill, freeze, drain and cut off real workers and their broker under load, for SECONDS=1200, SEED=1
+	CHAOS_SECONDS=$(SECONDS) CHAOS_SEED=$(SEED) $(BIN)/python -m pytest -m chaos -s -p no:cacheprovider tests/chaos $(PYTEST_ARGS)
 
 check: $(STAMP) ## lint, format, types, import rules, licences
 	$(BIN)/ruff check .
