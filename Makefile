@@ -16,7 +16,7 @@ LOCK := $(LOCK_VENV)/bin/uv pip compile --no-config --universal --python-version
 LOCK_HEADER := \# Made by `make lock`: do not edit. Universal (Linux, macOS arm64; Python 3.11 and later), with hashes.
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast test-integration test-slow chaos check format bench bench-kernels lock goldens peers clean distclean
+.PHONY: help venv demo test test-fast test-integration test-slow chaos check format bench bench-queue bench-kernels lock goldens peers clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -71,6 +71,9 @@ format: $(STAMP) ## put the code into the form that check asks for
 
 bench: $(STAMP) ## the benchmarks
 	$(BIN)/python -m bench
+
+bench-queue: $(STAMP) ## what the queue costs and bears, beside bare Celery
+	$(BIN)/python -m bench.queue
 
 bench-kernels: $(STAMP) ## every fused kernel beside MLX's own way, on a GPU
 	$(BIN)/python -m bench.kernels

@@ -1,7 +1,7 @@
 """A real worker whose engine does nothing: what is left is the queue. `celery -A bench.idle_worker worker …`.
 
-A generation request of `max_tokens=1` ends at once. A longer one makes `max_tokens` entries at `RATE` a second, each with
-the time at which it was handed to the publisher in its `logit`, so that a reader can tell how long it was on its way.
+A generation request of `max_tokens=1` ends at once. A longer one makes `max_tokens` entries at `RATE` a second, each
+with the time at which it was handed to the publisher in its `logit`: a reader can tell how long it was on its way.
 """
 
 from __future__ import annotations
