@@ -21,7 +21,7 @@ from engine.adapters.pool import AdapterPool
 from engine.adapters.store import AdapterStore
 from engine.embedding.lane import EmbedLane
 from engine.fair import FairShare
-from engine.generation.lane import GenerateLane
+from engine.generation.lane import GenerateLane, Limits
 from engine.lane import Lane
 from engine.loading import LoadedModel, load
 from engine.ticket import Entry, StepOutput, Ticket
@@ -47,9 +47,9 @@ class Engine:
 
     `models` maps a name to its sources (`engine.sources`). `adapters` and `runs` are folders: for trained adapters, and
     for the checkpoints and logs of training runs (by default beside the adapters). `publish` gets the entries of a
-    step, from the engine's thread: it must hand them on and return. `precision`: dtype, quantize and group_size for
-    `engine.loading.load`. `on_death` is called, from the same thread, if the loop ends by a defect: an engine does not
-    come back, its process has to.
+    step, from the engine's thread: it must hand them on and return. `limits`: of each model's generation. `precision`:
+    dtype, quantize and group_size for `engine.loading.load`. `on_death` is called, from the same thread, if the loop
+    ends by a defect: an engine does not come back, its process has to.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Engine:
         adapters: Path,
         runs: Path | None = None,
         publish: Callable[[list[Entry]], None],
-        slots: int = 16,
+        limits: Limits | None = None,
         precision: Mapping[str, Any] | None = None,
         on_death: Callable[[], None] = lambda: None,
     ) -> None:
@@ -67,7 +67,7 @@ class Engine:
         self._store = AdapterStore(adapters)
         self._runs = runs or adapters.parent / "runs"
         self._publish = publish
-        self._slots = slots
+        self._limits = limits or Limits()
         self._on_death = on_death
         self._precision = dict(precision or {})
         self._inbox: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
@@ -178,13 +178,15 @@ class Engine:
             )
             for lane in self._lanes_of(model):
                 self._lanes[name, lane.kind] = lane
-        self._share = FairShare({key: WEIGHTS[lane.kind] for key, lane in self._lanes.items()})
+        weights = {key: WEIGHTS[lane.kind] for key, lane in self._lanes.items()}
+        urgent = {key for key, lane in self._lanes.items() if lane.kind == "generate"}
+        self._share = FairShare(weights, urgent, self._limits.stall)
 
     def _lanes_of(self, model: LoadedModel) -> list[Lane]:
         if model.kind == "embed":
             return [EmbedLane(model)]
         pool = self._pools[model.name] = AdapterPool(model, self._store)
-        return [GenerateLane(model, pool, self._slots), TrainLane(model, pool, self._runs)]
+        return [GenerateLane(model, pool, self._limits), TrainLane(model, pool, self._runs)]
 
     def step(self) -> None:
         """One turn of the loop: take new work, drop stopped work, run the lane whose turn it is, tell."""
@@ -194,8 +196,12 @@ class Engine:
         turn = self._share.choose(key for key, lane in self._lanes.items() if lane.busy)
         if turn is None:
             return
+        lane = self._lanes[turn]
+        if isinstance(lane, GenerateLane):
+            # A token that is ready waits for nobody's turn: a pass is launched ahead only if none is waiting for one.
+            lane.ahead = not any(other.busy for other in self._lanes.values() if other is not lane)
         with self._share.charge(turn):
-            output = self._run(self._lanes[turn])
+            output = self._run(lane)
         if output.entries:
             self._publish(output.entries)
         for ticket, value in output.ended:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.metadata import version
 
 import mlx.core as mx
@@ -12,6 +13,14 @@ def device() -> str:
     if mx.default_device() != mx.Device(mx.gpu):
         return "cpu"
     return str(mx.device_info().get("device_name", "gpu"))
+
+
+def memory() -> int:
+    """Bytes that MLX may use: what the GPU should hold at most, or the machine's memory."""
+    if device() == "cpu":
+        return int(os.sysconf("SC_PAGE_SIZE")) * int(os.sysconf("SC_PHYS_PAGES"))
+    info = mx.device_info()
+    return int(info.get("max_recommended_working_set_size") or info.get("memory_size") or 8 << 30)
 
 
 def describe_device() -> str:

@@ -29,8 +29,13 @@ class Settings(BaseSettings):
     home: Path = Field(default_factory=lambda: Path.home() / ".stoker")
     #: Models that a worker keeps warm: names of the catalogue, or NAME=SOURCE. Comma-separated.
     models: Annotated[tuple[str, ...], NoDecode] = ("all-minilm-l6-v2", "smollm2-135m-instruct")
-    #: Generation requests that a worker decodes at once. Each slot holds a KV cache as long as its longest request.
+    #: Generation requests that a worker decodes at once.
     generate_slots: int = Field(default=16, ge=1, le=256)
+    #: Megabytes for keys and values of each generating model: running requests, prompts on their way, kept prefixes.
+    #: Unset: an eighth of the memory that MLX may use.
+    kv_cache: int | None = Field(default=None, ge=16, le=1_048_576)
+    #: Seconds for which other work may hold up running streams between two of their tokens.
+    stall: float = Field(default=0.25, ge=0.001, le=60)
     #: Embedding jobs that a worker takes at once; their texts share batches.
     embed_jobs: int = Field(default=16, ge=1, le=256)
     #: Training runs that a worker holds at once.

@@ -33,6 +33,7 @@ from workers.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from engine.engine import Engine
+    from engine.generation.lane import Limits
 
 log = logging.getLogger(__name__)
 
@@ -106,10 +107,18 @@ def _make_engine(settings: Settings, publish: Callable[..., None]) -> Engine:
         parse_models(settings.models),
         adapters=settings.adapters,
         publish=publish,
-        slots=settings.generate_slots,
+        limits=_limits(settings),
         precision={"dtype": settings.dtype, "quantize": settings.quantize, "group_size": settings.group_size},
         on_death=_end_process,
     )
+
+
+def _limits(settings: Settings) -> Limits:
+    from engine.generation.lane import Limits
+    from engine.probe import memory
+
+    kv_bytes = settings.kv_cache << 20 if settings.kv_cache else memory() // 8
+    return Limits(slots=settings.generate_slots, kv_bytes=kv_bytes, stall=settings.stall)
 
 
 def _end_process() -> None:

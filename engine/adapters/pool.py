@@ -82,6 +82,11 @@ class AdapterPool:
         self._uses[index] += 1
         return index
 
+    def identity(self, index: int) -> tuple[str, int] | None:
+        """The name and version behind an acquired index; None for the base."""
+        held = self._held[index]
+        return (held.name, held.version) if held else None
+
     def release(self, index: int) -> None:
         self._uses[index] -= 1
 

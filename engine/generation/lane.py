@@ -4,52 +4,103 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from heapq import heappop, heappush
-
-import mlx.core as mx
+from dataclasses import dataclass
 
 from engine.adapters.pool import AdapterPool
+from engine.generation.batch import Batch
+from engine.generation.prefill import Pace, Prefill, owner
+from engine.generation.prefixes import SHORTEST, PrefixCache
 from engine.generation.prompt import check_ids, tokenize
 from engine.generation.row import Generation, Row
-from engine.generation.sampling import sample
+from engine.generation.sampling import Pick
+from engine.generation.step import Step, bytes_per_token
+from engine.generation.structured import Vocabulary
 from engine.loading import LoadedModel
-from engine.models.cache import KVCache
+from engine.models.compiler import on_cpu
 from engine.ticket import StepOutput, Ticket
 from stoker.contract import GenerateRequest, StreamToken
+from stoker.errors import InvalidRequest
 
-#: Tokens of a prompt that go through the model at once: long enough for full matmuls, short enough that the streams
-#: beside it wait for one chunk only.
-PREFILL_CHUNK = 256
+#: Prompts that are prefilled in one pass where passes are compiled: on a GPU a short one costs as much as many.
+GROUP = 16
+#: Tokens, padding included, up to which prompts are grouped.
+GROUP_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a lane may use. `slots`: rows that decode at once. `kv_bytes`: keys and values of all rows, prompts on
+    their way and prefixes. `prefix_share`: of these, what kept prefixes may take. `stall`: seconds that a prompt may
+    hold up the streams beside it. `compiled`: None: where it pays, which is on GPUs."""
+
+    slots: int = 16
+    kv_bytes: int = 1 << 30
+    prefix_share: float = 0.25
+    stall: float = 0.25
+    compiled: bool | None = None
 
 
 class GenerateLane:
-    """All generation jobs of one model. `slots` rows decode at once; more wait in order of arrival."""
+    """All generation jobs of one model, in order of arrival."""
 
     kind = "generate"
 
-    def __init__(self, model: LoadedModel, pool: AdapterPool, slots: int) -> None:
-        self._model, self._pool, self._slots = model, pool, slots
+    def __init__(self, model: LoadedModel, pool: AdapterPool, limits: Limits | None = None) -> None:
+        self._model, self._pool, self.limits = model, pool, limits or Limits()
         self._decoder = model.decoder
+        compiled = not on_cpu() if self.limits.compiled is None else self.limits.compiled
+        self.step = Step(self._decoder, compiled=compiled)
+        self._pace = Pace()
+        self._vocabulary = Vocabulary(model.tokenizer)
         self._waiting: deque[Row] = deque()
-        self._rows: list[Row] = []
-        self._reset_cache()
+        #: Whether a pass may be launched before the last one is read: not while other lanes want their turn.
+        self.ahead = True
+        #: Rows that were put back because memory ran short.
+        self.preempted = 0
+        self._reset()
 
-    def _reset_cache(self) -> None:
-        self._cache = KVCache.for_model(self._decoder, slots=self._slots)
-        self._free = list(range(self._slots))
+    def _reset(self) -> None:
+        self.batch = Batch(self._decoder, self._pool, self.step)
+        self._prefill: Prefill | None = None
+        self.prefixes = PrefixCache(int(self.limits.kv_bytes * self.limits.prefix_share))
 
     @property
     def busy(self) -> bool:
-        return bool(self._waiting or self._rows)
+        return bool(self._waiting or self.batch.rows or self._prefilling)
+
+    @property
+    def _prefilling(self) -> list[Row]:
+        return self._prefill.rows if self._prefill else []
+
+    @property
+    def held(self) -> list[Row]:
+        """Every row that has a place here, or waits for one."""
+        return [*self._waiting, *self._prefilling, *self.batch.rows]
+
+    @property
+    def kv_bytes(self) -> int:
+        """What keys and values take now."""
+        return self.batch.nbytes + self.prefixes.nbytes + (self._prefill.kv.nbytes if self._prefill else 0)
 
     def prepare(self, ticket: Ticket, request: GenerateRequest, data: Sequence[StreamToken] | None) -> Generation:
         check_ids(self._model, request)
         prompt = tokenize(self._model, request)
+        most = self._most_tokens()
+        if len(prompt) >= most:
+            raise InvalidRequest(
+                f"prompt: {len(prompt)} tokens given; this worker's memory for keys and values holds {most} of "
+                f"{request.model}. Shorten it, or raise STOKER_KV_CACHE."
+            )
         if request.adapter is not None:
             self._pool.check(request.adapter)
-        generation = Generation(ticket, request, prompt, self._model.tokenizer, self._model.context)
+        context, grammar = min(self._model.context, most), self._vocabulary.grammar(request)
+        generation = Generation(ticket, request, prompt, self._model.tokenizer, context, grammar)
         generation.resume(data or ())
         return generation
+
+    def _most_tokens(self) -> int:
+        """Tokens of a row that is alone, prefilled and then copied into the batch, within the budget."""
+        return int(self.limits.kv_bytes // (3 * bytes_per_token(self._decoder)))
 
     def admit(self, work: Generation) -> None:
         if work.ended:
@@ -60,85 +111,160 @@ class GenerateLane:
         self._waiting.extend(row for row in work.rows if not row.finish_reason)
 
     def drop_stopped(self) -> None:
-        for row in [row for row in (*self._waiting, *self._rows) if row.ticket.stopping]:
+        for row in [row for row in self.held if row.ticket.stopping]:
             self._release(row)
             row.ticket.fail_stopped()
 
     def run(self) -> StepOutput:
-        """Seat who waits, push one prompt on by a chunk, decode everybody who is ready by one token."""
+        """Take who waits, push prompts on by a chunk, decode everybody who is ready by one token."""
         output = StepOutput()
-        self._seat()
-        rows = [row for row in self._rows if len(row.uncached) == 1 and row.tokens]
-        self._prefill(output)
-        self._decode(rows, output)
+        self._begin_prefill()
+        self._advance_prefill(output)
+        self._decode(output)
         return output
 
-    def _seat(self) -> None:
-        while self._waiting and self._free:
-            row = self._waiting.popleft()
+    # --- prompts ---
+
+    def _begin_prefill(self) -> None:
+        if self._prefill is None and (rows := self._next_group()):
+            self._prefill = Prefill(self._decoder, self._pool, self.step, rows, self.prefixes)
+
+    def _next_group(self) -> list[Row]:
+        """The rows to be prefilled next: the first that waits, and where it pays those behind it that fit."""
+        group: list[Row] = []
+        most = GROUP if self.step.compiled else 1
+        while self._waiting and len(group) < most and len(self.batch.rows) + len(group) < self.limits.slots:
+            row = self._waiting[0]
+            longest = max(one.length for one in (row, *group))
+            if group and (longest * (len(group) + 1) > GROUP_TOKENS or row.generation is group[-1].generation):
+                break  # completions of one prompt: the first leaves a prefix for the others
+            if not self._admissible([*group, row]):
+                break
+            self._waiting.popleft()
+            if self._acquire(row):
+                group.append(row)
+        return group
+
+    def _acquire(self, row: Row) -> bool:
+        """Pin the version of a row's adapter; a row that was preempted has it."""
+        if row.adapter < 0:
             try:
                 row.adapter = self._pool.acquire(row.request.adapter)
             except Exception as error:
                 # A damaged adapter file fails the job that asked for it, not its neighbours.
-                self._fail(row, error)
-                continue
-            row.slot = heappop(self._free)
-            row.ticket.start()
-            self._rows.append(row)
+                row.ticket.fail(error)
+                for other in row.generation.rows:
+                    self._release(other)
+                return False
+        row.ticket.start()
+        return True
 
-    def _fail(self, row: Row, error: Exception) -> None:
-        row.ticket.fail(error)
-        for other in row.generation.rows:
-            self._release(other)
-
-    def _prefill(self, output: StepOutput) -> None:
-        row = next((row for row in self._rows if not row.tokens or len(row.uncached) > 1), None)
-        if row is None:
+    def _advance_prefill(self, output: StepOutput) -> None:
+        if self._prefill is None:
             return
-        chunk = row.uncached[:PREFILL_CHUNK]
-        self._cache.ensure(row.cached + len(chunk))
-        view = self._cache.prefill_view(row.slot, row.cached, len(chunk))
-        hidden = self._decoder(mx.array([chunk]), cache=view, adapters=self._pool.rows([row.adapter]))
-        row.cached += len(chunk)
-        if not row.uncached:
-            self._extend([row], hidden, output)
-        mx.eval(self._cache.arrays())
-
-    def _decode(self, rows: list[Row], output: StepOutput) -> None:
-        # Ascending slots without holes are read where they lie; any other order copies their keys and values.
-        rows.sort(key=lambda row: row.slot)
-        if not rows:
-            return
-        self._cache.ensure(max(row.cached for row in rows) + 1)
-        view = self._cache.decode_view([row.slot for row in rows], [row.cached for row in rows])
-        tokens = mx.array([row.tokens[-1:] for row in rows])
-        hidden = self._decoder(tokens, cache=view, adapters=self._pool.rows([row.adapter for row in rows]))
-        for row in rows:
-            row.cached += 1
-        self._extend(rows, hidden, output)
-        mx.eval(self._cache.arrays())
-
-    def _extend(self, rows: list[Row], hidden: mx.array, output: StepOutput) -> None:
-        """Sample the next token of each row from its last hidden state, (rows, tokens, width)."""
-        logits = self._decoder.logits(hidden[:, -1])
-        for row, pick in zip(rows, sample(logits, [row.draw() for row in rows]), strict=True):
+        prefill, beside = self._prefill, bool(self.batch.rows)
+        # A chunk as long as a decode step at most doubles the time between two tokens.
+        patience = min(self.limits.stall, max(self.batch.seconds, 0.002)) if beside else 1.0
+        for row, pick in prefill.advance(self._pace.tokens(patience), self._pace):
+            self._keep_prefix(prefill, row)
             row.generation.extend(row, pick, output)
             if row.finish_reason:
                 self._release(row)
+            else:
+                self._make_room(len(self.batch.rows) + 1, row.cached + 1)
+                self.batch.join(row, prefill.kv, prefill.place(row))
+        if not prefill.rows:
+            self._prefill = None
+
+    def _keep_prefix(self, prefill: Prefill, row: Row) -> None:
+        tokens = (row.generation.prompt + row.tokens)[: row.cached]
+        name = owner(self._pool, row)
+        if len(tokens) >= SHORTEST and not self.prefixes.has(name, tokens):
+            self.prefixes.put(name, tokens, prefill.kv.row(prefill.place(row), row.cached))
+
+    # --- decoding ---
+
+    def _decode(self, output: StepOutput) -> None:
+        """Read the pass that was launched in the turn before, after launching the next: the device never waits."""
+        batch = self.batch
+        self._make_room(len(batch.rows), max((row.cached for row in batch.rows), default=0) + 1)
+        if not batch.pending and not batch.launch():
+            return
+        flight = batch.take()
+        if flight is None:
+            return
+        if self.ahead and not any(row.grammar for row in batch.rows):
+            self._make_room(len(batch.rows), max((row.cached for row in batch.rows), default=0) + 1)
+            batch.launch()
+        for row, pick in batch.read(flight):
+            self._extend(row, pick, output)
+
+    def _extend(self, row: Row, pick: Pick, output: StepOutput) -> None:
+        row.generation.extend(row, pick, output)
+        if row.finish_reason:
+            self._release(row)
+
+    # --- memory ---
+
+    def _admissible(self, rows: Sequence[Row]) -> bool:
+        """Whether the batch could take these rows in within the budget; kept prefixes make way."""
+        length = max(row.length for row in rows) + 1
+        needed = len(rows) * length * bytes_per_token(self._decoder) + self._growth(len(rows), length)
+        while self.kv_bytes + needed > self.limits.kv_bytes:
+            if not self.prefixes.evict():
+                self.batch.shrink()
+                needed = len(rows) * length * bytes_per_token(self._decoder) + self._growth(len(rows), length)
+                return self.kv_bytes + needed <= self.limits.kv_bytes or not self.batch.rows
+        return True
+
+    def _growth(self, more: int, length: int) -> int:
+        """Bytes that the batch would take on top of what it has, with `more` rows of `length` tokens."""
+        longest = max([length, *(row.cached + 1 for row in self.batch.rows)])
+        rows, capacity = self.batch.shape_for(len(self.batch.rows) + more, longest)
+        return max(0, rows * capacity * bytes_per_token(self._decoder) - self.batch.nbytes)
+
+    def _make_room(self, rows: int, length: int) -> None:
+        """Before the batch grows: prefixes make way, then the rows that came last are put back among those that wait.
+
+        They keep their tokens and are prefilled with them later, so that their streams go on where they were.
+        """
+        batch = self.batch
+        while self.kv_bytes + self._growth(rows - len(batch.rows), length) > self.limits.kv_bytes:
+            if self.prefixes.evict():
+                continue
+            if len(batch.rows) < 2:
+                return
+            self._preempt(max(batch.rows, key=lambda row: row.ticket.submitted))
+            rows = min(rows, len(batch.rows) + 1)
+            length = max((row.cached + 1 for row in batch.rows), default=1)
+            batch.shrink()
+
+    def _preempt(self, row: Row) -> None:
+        self.batch.leave(row)
+        row.cached = 0
+        self._waiting.appendleft(row)
+        self.preempted += 1
+
+    # --- the end ---
 
     def _release(self, row: Row) -> None:
+        """Free whatever a row holds, wherever it is."""
         if row in self._waiting:
             self._waiting.remove(row)
-        if row in self._rows:
-            self._rows.remove(row)
-            heappush(self._free, row.slot)
+        if row.slot >= 0:
+            self.batch.leave(row)
+        if self._prefill is not None and row in self._prefill.rows:
+            self._prefill.rows.remove(row)
+            if not self._prefill.rows:
+                self._prefill = None
+        if row.adapter >= 0:
             self._pool.release(row.adapter)
+            row.adapter = -1
 
     def fail_all(self, error: BaseException) -> None:
-        for row in (*self._waiting, *self._rows):
+        for row in self.held:
             row.ticket.fail(error)
-        for row in self._rows:
-            self._pool.release(row.adapter)
+            if row.adapter >= 0:
+                self._pool.release(row.adapter)
         self._waiting.clear()
-        self._rows.clear()
-        self._reset_cache()
+        self._reset()

@@ -23,8 +23,6 @@ def tokenize(model: LoadedModel, request: GenerateRequest) -> list[int]:
 
 def check_ids(model: LoadedModel, request: GenerateRequest) -> None:
     """Raise `InvalidRequest` for a token id that the model does not have."""
-    if request.json_schema is not None or request.regex is not None:
-        raise InvalidRequest("json_schema and regex: this worker cannot keep to a grammar yet.")
     vocabulary = model.decoder.args.vocab
     for name in ("prompt_ids", "stop_token_ids", "logit_bias"):
         beyond = [index for index in getattr(request, name) or () if index >= vocabulary]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from engine.generation.sampling import Draw, Pick, Uniforms, penalised
 from engine.generation.stopping import StopScanner
+from engine.generation.structured import Grammar
 from engine.text.detokenizer import StreamingDetokenizer
 from engine.text.tokenizer import Tokenizer
 from engine.ticket import StepOutput, Ticket
@@ -17,13 +18,21 @@ class Generation:
     """A job: its prompt, its rows, and the number of tokens that all of them have published."""
 
     def __init__(
-        self, ticket: Ticket, request: GenerateRequest, prompt: list[int], tokenizer: Tokenizer, context: int
+        self,
+        ticket: Ticket,
+        request: GenerateRequest,
+        prompt: list[int],
+        tokenizer: Tokenizer,
+        context: int,
+        grammar: Grammar | None = None,
     ) -> None:
         self.ticket, self.request, self.prompt, self.tokenizer = ticket, request, prompt, tokenizer
+        self.grammar = grammar
         self.published = 0
         self.first_token_seconds = 0.0
         #: Prompt tokens that the first row found in the prefix cache.
         self.cached_tokens = 0
+        #: Tokens that an answer may have at most.
         self.room = context - len(prompt)
         self.rows = [Row(self, number) for number in range(request.n)]
 
@@ -71,16 +80,20 @@ class Row:
 
     generation: Generation
     number: int
-    #: Row of the adapter stack; 0 is the bare base.
-    adapter: int = 0
+    #: Row of the adapter stack; 0 is the bare base, −1: not acquired yet.
+    adapter: int = -1
     #: Place in the batch; -1 while it has none.
     slot: int = -1
+    #: Counts how often it left the batch: what a pass chose for an earlier stay is void.
+    epoch: int = 0
     #: Tokens whose keys and values are in the cache.
     cached: int = 0
     tokens: list[int] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stopped_by: str | int | None = None
+    #: What the answer must keep to, as far as it has come.
+    grammar: Grammar | None = None
     #: Token → how often the answer has it, the prompt's included (with 0); kept only where penalties count it.
     tally: dict[int, int] = field(default_factory=dict)
 
@@ -93,6 +106,8 @@ class Row:
         self._penalised = penalised(request)
         if self._penalised:
             self.tally = dict.fromkeys(self.generation.prompt, 0)
+        if self.generation.grammar is not None:
+            self.grammar = self.generation.grammar.copy()
 
     @property
     def ticket(self) -> Ticket:
@@ -115,10 +130,15 @@ class Row:
             return self.tokens[self.cached - len(prompt) :]
         return prompt[self.cached :] + self.tokens
 
+    def ends_within(self, ahead: int) -> bool:
+        """Whether `ahead` more tokens are certainly its last."""
+        return len(self.tokens) + ahead >= min(self.request.max_tokens, self.generation.room)
+
     def draw(self, ahead: int = 0) -> Draw:
-        """How the next token is sampled, or the one `ahead` after it."""
+        """How the next token is sampled, when the host does not know the `ahead` (0 or 1) before it yet."""
         uniform = self._uniforms(len(self.tokens) + ahead) if self.request.temperature else 0.0
-        return Draw(self.request, uniform, self.tally)
+        mask = None if self.grammar is None else self.grammar.mask()
+        return Draw(self.request, uniform, self.tally, mask, fresh=ahead > 0)
 
     def replay(self, token: StreamToken) -> None:
         """Take a token that was published before; its text is made again, so that what was held back is known."""
@@ -143,6 +163,8 @@ class Row:
 
     def _take(self, token: int) -> str:
         self.tokens.append(token)
+        if self.grammar is not None:
+            self.grammar.accept(token)
         if self._penalised:
             self.tally[token] = self.tally.get(token, 0) + 1
         text = self._text(token)
@@ -163,6 +185,8 @@ class Row:
         text, stop = self._scanner.add(self._detokenizer.add(token))
         if stop is not None:
             self.finish_reason, self.stopped_by = "stop_string", stop
+        elif self.grammar is not None and self.grammar.complete:
+            self.finish_reason = "grammar"
         elif len(self.tokens) >= self.request.max_tokens:
             self.finish_reason = "length"
         elif len(self.tokens) >= self.generation.room:

@@ -65,6 +65,7 @@ class Draw:
     """How one row's next token is sampled. `uniform`: its number in [0, 1).
 
     `tally`: token → how often the answer has it, those of the prompt included (with 0): what the penalties count.
+    `fresh`: the row's newest token is not in the tally yet, because only the device knows it so far.
     `mask`: bits of the tokens that a grammar allows, int32 (vocabulary / 32, rounded up); None: all.
     """
 
@@ -72,6 +73,7 @@ class Draw:
     uniform: float
     tally: Mapping[int, int] = field(default_factory=dict)
     mask: np.ndarray | None = None
+    fresh: bool = False
 
     @property
     def greedy(self) -> bool:
@@ -175,7 +177,9 @@ def _penalty_columns(draws: Sequence[Draw], rows: int) -> Columns:
     tallies = [draw.tally if draw.penalised else {} for draw in draws]
     requests = [draw.request for draw in draws]
     width = _power(max(map(len, tallies)))
+    fresh = [draw.fresh and draw.penalised for draw in draws]
     return {
+        **({"fresh": _column(fresh, rows, 0.0)} if any(fresh) else {}),
         "seen_ids": _ragged([list(tally) for tally in tallies], rows, width, np.int32),
         "seen": _ragged([[1.0] * len(tally) for tally in tallies], rows, width, np.float32),
         "counts": _ragged([list(tally.values()) for tally in tallies], rows, width, np.float32),
@@ -229,8 +233,8 @@ def _ragged(values: Sequence[Sequence[float]], rows: int, width: int, dtype: Any
 def choose(logits: mx.array, columns: Columns, last: mx.array | None = None) -> tuple[mx.array, ...]:
     """(chosen int32, raw, logprob, probability float32), each (rows,); alternatives' ids and logprobs if asked for.
 
-    `logits`: (rows, vocabulary) float32. `last`: int32 (rows,), each row's newest token, where `columns` was made
-    before it was known: the penalties count it too.
+    `logits`: (rows, vocabulary) float32. `last`: int32 (rows,), each row's newest token; the penalties count it where
+    `columns` says that it is fresh.
     """
     total = _log_total(logits)
     scores = process(logits, columns, last)
@@ -262,9 +266,9 @@ def _penalise(logits: mx.array, columns: Columns, last: mx.array | None) -> mx.a
     """CTRL's repetition penalty (Keskar et al. 2019), by sign and once a token; then OpenAI's two."""
     ids, seen, counts = columns["seen_ids"], columns["seen"], columns["counts"]
     if last is not None:
-        one = mx.ones((last.shape[0], 1))
-        ids, seen = mx.concatenate([ids, last[:, None]], axis=1), mx.concatenate([seen, one], axis=1)
-        counts = mx.concatenate([counts, one], axis=1)
+        fresh = columns["fresh"]
+        ids, seen = mx.concatenate([ids, last[:, None]], axis=1), mx.concatenate([seen, fresh], axis=1)
+        counts = mx.concatenate([counts, fresh], axis=1)
     seen, counts = _spread(logits, ids, seen) > 0, _spread(logits, ids, counts)
     repetition = columns["repetition"]
     repeated = mx.where(logits < 0, logits * repetition, logits / repetition)

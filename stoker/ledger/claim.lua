@@ -14,7 +14,7 @@ if state[1] then
   table.insert(history, {worker = state[3], time = now, trouble = state[8] or nil})
   redis.call('HSET', job, 'history', cjson.encode(history))
   redis.call('HDEL', job, 'trouble')
-  if #history >= setting('deaths', too_many) then verdict = 'dead' end
+  if #history >= too_many then verdict = 'dead' end
 end
 redis.call('HSET', job, 'token', token, 'tag', tag, 'worker', worker, 'began', '1')
 redis.call('EXPIRE', job, pending_ttl)

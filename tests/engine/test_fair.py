@@ -90,3 +90,25 @@ def test_a_step_that_fails_is_charged_too(monkeypatch: pytest.MonkeyPatch) -> No
         clock.now += 1.0
         raise MemoryError
     assert share.choose("ab") == "b"
+
+
+def test_an_urgent_lane_waits_no_longer_than_the_stall_and_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, used = Clock(), Counter[str]()
+    monkeypatch.setattr(fair, "time", clock.module)
+    share = FairShare({"a": 1.0, "b": 1000.0, "c": 1000.0}, urgent={"a"}, stall=3.0)
+    waited = 0.0
+    for _ in range(200):
+        chosen = run(share, clock, LANES, 1.0, used)
+        waited = 0.0 if chosen == "a" else waited + 1.0
+        assert waited <= 3.0
+    assert used["b"] > 50 < used["c"]
+
+
+def test_an_urgent_lane_that_was_idle_was_not_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(fair, "time", clock.module)
+    share = FairShare({"a": 1.0, "b": 1000.0}, urgent={"a"}, stall=3.0)
+    for _ in range(10):
+        run(share, clock, "b", 1.0, Counter())
+    run(share, clock, "ab", 1.0, Counter())
+    assert run(share, clock, "ab", 1.0, Counter()) == "b"

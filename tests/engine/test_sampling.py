@@ -19,9 +19,11 @@ CASES: list[dict[str, Any]] = GOLDEN["cases"]
 VOCABULARY = 50
 
 
-def draw(position: int = 0, *, tally: dict[int, int] | None = None, mask: Any = None, **options: Any) -> Draw:
+def draw(
+    position: int = 0, *, tally: dict[int, int] | None = None, mask: Any = None, fresh: bool = False, **options: Any
+) -> Draw:
     request = GenerateRequest(model="m", prompt="p", **options)
-    return Draw(request, float(uniforms(request.seed, position, 1)[0]), tally or {}, mask)
+    return Draw(request, float(uniforms(request.seed, position, 1)[0]), tally or {}, mask, fresh)
 
 
 def logits(rows: int, seed: int = 0, vocabulary: int = VOCABULARY) -> np.ndarray:
@@ -74,7 +76,7 @@ def test_presence_counts_a_token_once_and_frequency_as_often_as_it_came() -> Non
 def test_a_token_that_the_host_has_not_seen_yet_is_counted_too() -> None:
     rows = logits(3, vocabulary=16)
     options = {"repetition_penalty": 1.4, "presence_penalty": 0.5, "frequency_penalty": 0.25}
-    known = [draw(tally={1: 0, 4: 2}, **options), draw(tally={7: 1}, **options), draw()]
+    known = [draw(tally={1: 0, 4: 2}, fresh=True, **options), draw(tally={7: 1}, fresh=True, **options), draw()]
     later = [draw(tally={1: 0, 4: 3}, **options), draw(tally={7: 1, 9: 1}, **options), draw()]
     last = mx.array([4, 9, 5])
     found = process(mx.array(rows), columns(known, 16), last)

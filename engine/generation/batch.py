@@ -1,0 +1,161 @@
+"""The rows that decode together: their keys and values side by side, one pass for all of them, one pass ahead."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from engine.adapters.pool import AdapterPool
+from engine.generation.row import Row
+from engine.generation.sampling import Draw, Pick, columns, picks
+from engine.generation.step import KeyValues, Step, bucket
+from engine.models.llama import Llama
+
+#: Columns come in sizes from this on.
+COLUMNS = 256
+#: Without compiling, any size is as good as another: a multiple of this is read.
+FINE_COLUMNS = 64
+
+
+@dataclass(frozen=True)
+class Flight:
+    """A pass that was launched: which rows took part, and what it will have chosen."""
+
+    rows: list[Row]
+    epochs: list[int]
+    draws: list[Draw]
+    chosen: tuple[mx.array, ...]
+
+
+class Batch:
+    """Rows in the order of their slots, without holes, so that the model reads keys and values where they lie."""
+
+    def __init__(self, model: Llama, pool: AdapterPool, step: Step) -> None:
+        self._model, self._pool, self._step = model, pool, step
+        self.rows: list[Row] = []
+        self.kv: KeyValues | None = None
+        self._flight: Flight | None = None
+        #: Seconds of a pass, as measured lately.
+        self.seconds = 0.0
+
+    @property
+    def nbytes(self) -> int:
+        return self.kv.nbytes if self.kv is not None else 0
+
+    @property
+    def pending(self) -> bool:
+        """Whether a pass was launched whose tokens nobody has read."""
+        return self._flight is not None
+
+    def shape_for(self, rows: int, length: int) -> tuple[int, int]:
+        """(rows, capacity) of storage that holds so many rows of at most so many tokens."""
+        return bucket(rows), bucket(length, COLUMNS)
+
+    def fit(self, rows: int, length: int) -> None:
+        """Have room for `rows` rows of `length` tokens."""
+        rows, capacity = self.shape_for(rows, length)
+        if self.kv is None:
+            self.kv = KeyValues(self._model, rows, capacity)
+        else:
+            self.kv.resize(max(rows, self.kv.rows), max(capacity, self.kv.capacity))
+
+    def shrink(self) -> None:
+        """Give back what the rows that are left do not need."""
+        if not self.rows:
+            self.kv = None
+        elif self.kv is not None:
+            self.kv.resize(*self.shape_for(len(self.rows), max(row.cached for row in self.rows) + 1))
+
+    def join(self, row: Row, source: KeyValues, source_row: int) -> None:
+        """Seat a row whose tokens but the newest are in `source`."""
+        self.fit(len(self.rows) + 1, row.cached + 1)
+        assert self.kv is not None
+        row.slot = len(self.rows)
+        self.rows.append(row)
+        self.kv.put(row.slot, source, source_row, row.cached)
+
+    def leave(self, row: Row) -> None:
+        """Free a row's slot; the last row moves into it."""
+        last = self.rows.pop()
+        if last is not row and self.kv is not None:
+            self.kv.put(row.slot, self.kv, last.slot, last.cached)
+            last.slot = row.slot
+            self.rows[last.slot] = last
+        row.slot = -1
+        row.epoch += 1
+        if not self.rows:
+            self._flight = None
+
+    def launch(self) -> bool:
+        """Start the next pass, whether or not the last one has been read; False if no row needs it."""
+        flight = self._flight
+        ahead = self._ahead(flight)
+        if not self.rows or all(row.ends_within(ahead[slot]) for slot, row in enumerate(self.rows)):
+            return False
+        self.fit(len(self.rows), max(row.cached for row in self.rows) + 1)
+        assert self.kv is not None
+        count = len(self.rows)
+        size = min(bucket(count), self.kv.rows) if self._step.compiled else count
+        draws = [row.draw(ahead[slot]) for slot, row in enumerate(self.rows)]
+        offset = np.zeros(size, dtype=np.int32)
+        offset[:count] = [row.cached for row in self.rows]
+        chosen = self._step(
+            self.kv,
+            self._tokens(flight, size)[:, None],
+            mx.array(offset),
+            columns=self._columns(int(offset.max()) + 1),
+            sampling=columns(draws, self._model.args.vocab, size),
+            adapters=self._pool.rows([row.adapter for row in self.rows] + [0] * (size - count)),
+        )
+        mx.async_eval(chosen)  # type: ignore[no-untyped-call]
+        for row in self.rows:
+            row.cached += 1
+        self._flight = Flight(list(self.rows), [row.epoch for row in self.rows], draws, chosen)
+        return True
+
+    def take(self) -> Flight | None:
+        """The pass that was launched last; now another one may be."""
+        return self._flight
+
+    def read(self, flight: Flight) -> list[tuple[Row, Pick]]:
+        """Wait for a pass; the tokens of its rows that are still here, at the place they had."""
+        began = time.perf_counter()
+        found = picks(flight.chosen, flight.draws)
+        self.seconds = time.perf_counter() - began
+        if flight is self._flight:
+            self._flight = None
+        rows = zip(flight.rows, flight.epochs, found, strict=True)
+        return [(row, pick) for row, epoch, pick in rows if row.slot >= 0 and row.epoch == epoch]
+
+    def _ahead(self, flight: Flight | None) -> list[int]:
+        """For each row, how many of its tokens the device knows and the host does not."""
+        if flight is None:
+            return [0] * len(self.rows)
+        flying = {id(row): epoch for row, epoch in zip(flight.rows, flight.epochs, strict=True)}
+        return [int(flying.get(id(row)) == row.epoch) for row in self.rows]
+
+    def _tokens(self, flight: Flight | None, size: int) -> mx.array:
+        """Each row's newest token, int32 (size,); from the device where the host does not know it yet."""
+        if flight is not None and flight.rows == self.rows and flight.chosen[0].shape[0] == size:
+            return flight.chosen[0]
+        place = {} if flight is None else {id(row): index for index, row in enumerate(flight.rows)}
+        known, source = np.zeros(size, dtype=np.int32), np.full(size, -1, dtype=np.int32)
+        for slot, ahead in enumerate(self._ahead(flight)):
+            row = self.rows[slot]
+            if ahead:
+                source[slot] = place[id(row)]
+            else:
+                known[slot] = row.tokens[-1]
+        if flight is None or source.max() < 0:
+            return mx.array(known)
+        taken = flight.chosen[0][mx.array(np.maximum(source, 0))]
+        return mx.where(mx.array(source >= 0), taken, mx.array(known))
+
+    def _columns(self, length: int) -> int:
+        assert self.kv is not None
+        if self._step.compiled:
+            return min(bucket(length, COLUMNS), self.kv.capacity)
+        return min(-(-length // FINE_COLUMNS) * FINE_COLUMNS, self.kv.capacity)

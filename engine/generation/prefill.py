@@ -1,0 +1,122 @@
+"""Prompts on their way into the batch: a few at a time, a chunk of each in one pass."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Hashable, Sequence
+
+import mlx.core as mx
+import numpy as np
+
+from engine.adapters.pool import AdapterPool
+from engine.generation.batch import COLUMNS
+from engine.generation.prefixes import PrefixCache
+from engine.generation.row import Row
+from engine.generation.sampling import Draw, Pick, columns, picks
+from engine.generation.step import KeyValues, Step, bucket
+from engine.models.llama import Llama
+
+#: Tokens of a chunk, all rows together: at least, and at most (activations take memory, too).
+LEAST, MOST = 64, 2048
+
+
+class Pace:
+    """How long a chunk may be: as long as the streams beside it may wait."""
+
+    def __init__(self) -> None:
+        self._speed = 0.0
+
+    def tokens(self, seconds: float) -> int:
+        """Tokens that take about `seconds`, by what was measured; a guess before anything was."""
+        return int(min(MOST, max(LEAST, (self._speed or 256 / max(seconds, 1e-3)) * seconds)))
+
+    def note(self, tokens: int, seconds: float) -> None:
+        if tokens >= LEAST:
+            speed = tokens / max(seconds, 1e-6)
+            self._speed = speed if not self._speed else 0.7 * self._speed + 0.3 * speed
+
+
+class Prefill:
+    """A group of rows that are prefilled together: one pass takes the next chunk of each."""
+
+    def __init__(self, model: Llama, pool: AdapterPool, step: Step, rows: Sequence[Row], prefixes: PrefixCache) -> None:
+        self._model, self._pool, self._step = model, pool, step
+        self.rows = list(rows)
+        self._places = {id(row): place for place, row in enumerate(self.rows)}
+        self.kv = self._start(prefixes)
+
+    def _start(self, prefixes: PrefixCache) -> KeyValues:
+        """Storage for the whole prompts, with what the prefix cache has of them."""
+        found = [prefixes.find(owner(self._pool, row), row.uncached) for row in self.rows]
+        longest = max(row.length for row in self.rows)
+        capacity = bucket(longest, COLUMNS) if self._step.compiled else longest
+        kv = KeyValues(self._model, bucket(len(self.rows)) if self._step.compiled else len(self.rows), capacity)
+        for place, (row, (source, length)) in enumerate(zip(self.rows, found, strict=True)):
+            if source is not None:
+                kv.put(place, source, 0, length)
+                row.cached = length
+                row.generation.cached_tokens = row.generation.cached_tokens or length
+        return kv
+
+    def place(self, row: Row) -> int:
+        """Its row in `kv`."""
+        return self._places[id(row)]
+
+    def advance(self, tokens: int, pace: Pace) -> list[tuple[Row, Pick]]:
+        """One pass over at most `tokens` tokens; rows that are through leave the group, with their first new token."""
+        began = time.perf_counter()
+        waiting = {id(row): row.uncached for row in self.rows}
+        share = max(1, min(max(map(len, waiting.values())), tokens // len(self.rows)))
+        chunks = {row: waiting[id(row)][:share] for row in self.rows}
+        done = [row for row, chunk in chunks.items() if len(chunk) == len(waiting[id(row)])]
+        draws = self._draws()
+        chosen = self._pass(chunks, share, draws if done else None)
+        for row, chunk in chunks.items():
+            row.cached += len(chunk)
+        found: list[tuple[Row, Pick]] = []
+        if done:
+            picked = picks(chosen, draws)
+            found = [(row, picked[self.place(row)]) for row in done]
+            self.rows = [row for row in self.rows if row not in done]
+        else:
+            mx.eval(self.kv.keys, self.kv.values)
+        pace.note(sum(map(len, chunks.values())), time.perf_counter() - began)
+        return found
+
+    def _draws(self) -> list[Draw]:
+        """One for each row of the storage; those of padding and of rows that are through choose for nobody."""
+        draws = [self.rows[0].draw()] * self.kv.rows
+        for row in self.rows:
+            draws[self.place(row)] = row.draw()
+        return draws
+
+    def _pass(self, chunks: dict[Row, list[int]], share: int, draws: list[Draw] | None) -> tuple[mx.array, ...]:
+        size = self.kv.rows
+        many = bucket(share, 16) if self._step.compiled else share
+        tokens = np.zeros((size, many), dtype=np.int32)
+        offset, last = np.zeros(size, dtype=np.int32), np.zeros(size, dtype=np.int32)
+        adapters = [0] * size
+        for row, chunk in chunks.items():
+            place = self.place(row)
+            tokens[place, : len(chunk)] = chunk
+            offset[place], last[place], adapters[place] = row.cached, len(chunk) - 1, row.adapter
+        end = int(offset.max()) + many
+        if end > self.kv.capacity:
+            # A chunk is padded to its bucket: the last one may write beyond the prompt.
+            self.kv.resize(size, bucket(end, COLUMNS))
+        exact = not self._step.compiled and size == 1
+        return self._step(
+            self.kv,
+            mx.array(tokens),
+            mx.array(offset),
+            columns=end if exact else min(bucket(end, COLUMNS), self.kv.capacity),
+            last=mx.array(last),
+            sampling=columns(draws, self._model.args.vocab) if draws else None,
+            adapters=self._pool.rows(adapters),
+            exact=exact,
+        )
+
+
+def owner(pool: AdapterPool, row: Row) -> Hashable:
+    """Whose keys and values a row's are: a version of an adapter, or the base."""
+    return pool.identity(row.adapter)

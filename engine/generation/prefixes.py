@@ -1,0 +1,88 @@
+"""Keys and values of prompts that were prefilled before: a shared beginning goes through the model once.
+
+The keys and values of a token depend on the tokens before it (and the adapter), so those of a prompt's beginning serve
+every prompt that begins the same.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine.generation.step import KeyValues
+
+#: A shorter beginning is prefilled faster than it is found and copied.
+SHORTEST = 32
+
+
+@dataclass(frozen=True)
+class Entry:
+    tokens: np.ndarray
+    kv: KeyValues
+
+
+class PrefixCache:
+    """Least recently used entries go first when `limit` bytes are passed. `owner` names the adapter's version."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self.nbytes = limit, 0
+        self._entries: OrderedDict[tuple[Hashable, bytes], Entry] = OrderedDict()
+        #: Lookups, and those that found something.
+        self.asked, self.found = 0, 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def find(self, owner: Hashable, tokens: Sequence[int]) -> tuple[KeyValues | None, int]:
+        """The entry that shares the longest beginning with `tokens`, and its length; all but the last token at most,
+        whose logits are needed."""
+        self.asked += 1
+        wanted = np.asarray(tokens[:-1], dtype=np.int32)
+        best, key = 0, None
+        for candidate, entry in self._entries.items():
+            if candidate[0] == owner and (shared := _shared(entry.tokens, wanted)) > best:
+                best, key = shared, candidate
+        if key is None or best < SHORTEST:
+            return None, 0
+        self.found += 1
+        self._entries.move_to_end(key)
+        return self._entries[key].kv, best
+
+    def has(self, owner: Hashable, tokens: Sequence[int]) -> bool:
+        return self._key(owner, tokens) in self._entries
+
+    def put(self, owner: Hashable, tokens: Sequence[int], kv: KeyValues) -> None:
+        """Keep `kv`, one row with the keys and values of `tokens` in its first columns."""
+        if kv.nbytes > self._limit or len(tokens) < SHORTEST:
+            return
+        key = self._key(owner, tokens)
+        self._drop(key)
+        while self.nbytes + kv.nbytes > self._limit:
+            self.evict()
+        self._entries[key] = Entry(np.asarray(tokens, dtype=np.int32), kv)
+        self.nbytes += kv.nbytes
+
+    def evict(self) -> bool:
+        """Drop the least recently used entry; whether there was one."""
+        if not self._entries:
+            return False
+        self._drop(next(iter(self._entries)))
+        return True
+
+    def _drop(self, key: tuple[Hashable, bytes]) -> None:
+        entry = self._entries.pop(key, None)
+        if entry is not None:
+            self.nbytes -= entry.kv.nbytes
+
+    @staticmethod
+    def _key(owner: Hashable, tokens: Sequence[int]) -> tuple[Hashable, bytes]:
+        return owner, np.asarray(tokens, dtype=np.int32).tobytes()
+
+
+def _shared(left: np.ndarray, right: np.ndarray) -> int:
+    length = min(len(left), len(right))
+    different = np.flatnonzero(left[:length] != right[:length])
+    return int(different[0]) if len(different) else length
