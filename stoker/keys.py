@@ -106,6 +106,8 @@ def worker(name: str) -> str:
     return f"{PREFIX}worker:{name}"
 
 
+#: Hash: the messages that workers hold, by delivery tag (kombu's).
+UNACKED = f"{PREFIX}unacked"
 #: Channel: ids of jobs that were cancelled just now.
 CANCELS = f"{PREFIX}cancels"
 #: Hash: limits and ageing, where they differ from the defaults (`stoker policy`). Durable.

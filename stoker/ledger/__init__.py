@@ -9,7 +9,7 @@ message was given to another worker (it was frozen for longer than its lease) fi
 and must leave no trace.
 
 A message can be lost between the front and a worker's memory. `recover` finds jobs that were handed out and that nobody
-owns, and lets them wait again; that is safe, because a second delivery of a running job is dropped.
+alive owns, and lets them wait again; that is safe, because a second delivery of a running job is dropped.
 
 Every function takes a blocking or an asyncio client and returns what `eval` does, unless it says otherwise.
 """
@@ -118,8 +118,8 @@ def cancel(redis: Any, job_id: str, queue: str) -> Any:
 
 
 def recover(redis: Any, queue: str, older_than: float) -> Any:
-    """Let jobs wait again that were handed out `older_than` seconds ago and have neither owner nor message."""
-    return _run(redis, RECOVER, "", queue, older_than)
+    """Let jobs wait again that were handed out `older_than` seconds ago and have neither living owner nor message."""
+    return _run(redis, RECOVER, "", queue, older_than, keys.worker(""), extra=(keys.UNACKED,))
 
 
 def bury(redis: Any, job_id: str) -> list[dict[str, Any]]:

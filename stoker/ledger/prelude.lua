@@ -32,7 +32,7 @@ end
 
 local function place(of)
   local fields = redis.call('HMGET', job_prefix .. of, 'priority', 'submitted', 'turn', 'token')
-  if not fields[2] then return nil end
+  if not fields[2] or redis.call('HEXISTS', job_prefix .. of, 'message') == 0 then return nil end
   local priority = tonumber(fields[1])
   return {
     id = of, priority = priority, level = level(priority, tonumber(fields[2])), turn = fields[3], owned = fields[4],
@@ -69,7 +69,7 @@ local function best()
         end
         break
       end
-      -- Its record has expired.
+      -- It has ended, or its record has expired.
       redis.call('ZREM', room(priority), head)
       head = redis.call('ZRANGE', room(priority), 0, 0)[1]
     end
@@ -159,6 +159,13 @@ local function strike_out()
   redis.call('ZREM', handed, id)
   redis.call('DEL', mark)
   redis.call('EXPIRE', job, result_ttl)
+end
+
+-- One more owner has died of it.
+local function note_death(of, worker, history, trouble)
+  table.insert(history, {worker = worker, time = now, trouble = trouble or nil})
+  redis.call('HSET', of, 'history', cjson.encode(history))
+  redis.call('HDEL', of, 'trouble')
 end
 
 local function finish(record)

@@ -1,22 +1,38 @@
--- ARGV: seconds since a job was handed out. Returns the jobs that were put back into their rooms.
+-- KEYS[20]: what Celery holds unacknowledged
+-- ARGV: seconds since a job was handed out, prefix of workers' presences. Returns the jobs that were put back.
 refill()
 local standing = {}
 for _, message in ipairs(redis.call('LRANGE', front, 0, -1)) do
   standing[cjson.decode(message)['headers']['id']] = true
 end
-local lost = {}
+
+-- A message is lost that is neither at the front nor held, and whose job nobody alive runs: whoever took it died before
+-- it wrote that down. Nobody need have run the job yet; or its owner died, and the message was lost on the way back.
+local function lost(of, token, tag, worker)
+  if standing[of] then return false end
+  if not token then return true end
+  return redis.call('HEXISTS', KEYS[20], tag) == 0 and redis.call('EXISTS', ARGV[7] .. worker) == 0
+end
+
+local found = {}
 for _, of in ipairs(redis.call('ZRANGEBYSCORE', handed, '-inf', now - tonumber(ARGV[6]), 'LIMIT', 0, 1000)) do
-  local fields = redis.call('HMGET', job_prefix .. of, 'token', 'message', 'priority', 'turn')
-  if not fields[2] then
+  local key = job_prefix .. of
+  local names = {'message', 'priority', 'turn', 'token', 'tag', 'worker', 'history', 'trouble'}
+  local fields = redis.call('HMGET', key, unpack(names))
+  if not fields[1] then
     redis.call('ZREM', handed, of)
     redis.call('ZREM', open, of)
-  elseif not fields[1] and not standing[of] then
+  elseif lost(of, fields[4], fields[5], fields[6]) then
+    if fields[4] then
+      note_death(key, fields[6], fields[7] and cjson.decode(fields[7]) or {}, fields[8])
+      redis.call('HDEL', key, 'token', 'tag', 'worker')
+    end
     redis.call('ZREM', handed, of)
-    redis.call('ZADD', room(tonumber(fields[3])), fields[4], of)
-    redis.call('EXPIRE', room(tonumber(fields[3])), pending_ttl)
-    table.insert(lost, of)
+    redis.call('ZADD', room(tonumber(fields[2])), fields[3], of)
+    redis.call('EXPIRE', room(tonumber(fields[2])), pending_ttl)
+    table.insert(found, of)
   end
 end
 redis.call('ZREMRANGEBYSCORE', open, '-inf', now - pending_ttl)
 refill()
-return lost
+return found

@@ -265,7 +265,40 @@ def test_a_job_without_owner_and_message_waits_again(redis: Any) -> None:
     assert ledger.recover(redis, QUEUE, 0) == [b"job"]
     assert json.loads(redis.lindex(keys.front(QUEUE), 0))["properties"]["delivery_tag"] == "job#2"
     assert take(redis) == "job"
+    redis.set(keys.worker("worker"), "{}", ex=60)
     assert ledger.recover(redis, QUEUE, 0) == [], "it has an owner"
+
+
+def test_a_message_that_is_lost_on_its_way_back_from_a_dead_owner_is_sent_again(redis: Any) -> None:
+    """Found by the chaos suite: the lease of a dead worker ran out, and the next one died as it took the message."""
+    submit(redis)
+    redis.delete(keys.front(QUEUE))
+    claim(redis, "one", "job#1")
+    redis.set(keys.worker("worker-one"), "{}", ex=60)
+    assert ledger.recover(redis, QUEUE, 0) == [], "its owner lives"
+    redis.delete(keys.worker("worker-one"))
+    redis.hset(keys.UNACKED, "job#1", "message")
+    assert ledger.recover(redis, QUEUE, 0) == [], "its lease will bring it back"
+    redis.delete(keys.UNACKED)
+    assert ledger.recover(redis, QUEUE, 0) == [b"job"]
+    assert settle(redis, "one") == 0, "should the owner come back, it is fenced"
+    assert take(redis) == "job"
+    assert [death["worker"] for death in json.loads(redis.hget(keys.job("job"), "history"))] == ["worker-one"]
+
+
+def test_a_job_that_has_ended_never_comes_to_the_front_again(redis: Any) -> None:
+    """A message that came back is not the one in the record, so ending the job leaves it where it stands."""
+    queue = keys.queue("toy", "train")
+    submit(redis, "ended", priority=9, queue=queue)
+    message = json.loads(redis.rpop(keys.front(queue)))
+    message["headers"]["redelivered"] = True
+    redis.rpush(keys.front(queue), json.dumps(message))
+    ledger.cancel(redis, "ended", queue)
+    submit(redis, "better", priority=0, queue=queue)
+    submit(redis, "last", priority=9, queue=queue)
+    assert json.loads(redis.rpop(keys.front(queue)))["headers"]["id"] == "ended"
+    assert Claim.parse(ledger.claim(redis, "ended", queue, "t", "ended#1", "w")).state == "ended"
+    assert take_all(redis, queue) == ["better", "last"]
 
 
 def test_a_front_that_a_dying_worker_left_empty_is_filled_up(redis: Any) -> None:
