@@ -17,7 +17,7 @@ LOCK := $(LOCK_VENV)/bin/uv pip compile --no-config --universal --python-version
 LOCK_HEADER := \# Made by `make lock`: do not edit. Universal (Linux, macOS arm64; Python 3.11 and later), with hashes.
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast test-integration test-slow chaos check format bench bench-kernels bench-generate soak lock goldens peers clean distclean
+.PHONY: help venv demo test test-fast test-integration test-slow chaos check format bench bench-queue bench-kernels bench-generate soak lock goldens peers clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,8 +54,10 @@ test-integration: $(STAMP) ## a real broker, a real worker, real weights
 test-slow: $(STAMP) ## the long ones and the chaos suite
 	$(BIN)/python -m pytest -m "slow or chaos" $(PYTEST_ARGS)
 
-chaos: $(STAMP) ## kill, freeze, drain and cut off real workers under load
-	$(BIN)/python -m pytest -m chaos -rA $(PYTEST_ARGS)
+SECONDS ?= 1200
+SEED ?= 1
+chaos: $(STAMP) ## kill, freeze, drain and cut off real workers and their broker under load, for SECONDS=1200, SEED=1
+	CHAOS_SECONDS=$(SECONDS) CHAOS_SEED=$(SEED) $(BIN)/python -m pytest -m chaos -s -p no:cacheprovider tests/chaos $(PYTEST_ARGS)
 
 check: $(STAMP) ## lint, format, types, import rules, licences
 	$(BIN)/ruff check .
@@ -70,6 +72,9 @@ format: $(STAMP) ## put the code into the form that check asks for
 
 bench: $(STAMP) ## the benchmarks
 	$(BIN)/python -m bench
+
+bench-queue: $(STAMP) ## what the queue costs and bears, beside bare Celery
+	$(BIN)/python -m bench.queue
 
 bench-kernels: $(STAMP) ## every fused kernel beside MLX's own way, on a GPU
 	$(BIN)/python -m bench.kernels

@@ -13,7 +13,9 @@ from stoker.errors import InvalidRequest
 
 
 def show_or_set(
-    name: Annotated[str | None, typer.Argument(help="queue_limit, client_limit, client_limit:KEY or ageing.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="As the list without arguments shows; client_limit:KEY too.")
+    ] = None,
     value: Annotated[str | None, typer.Argument(help="A number, or 'default'.")] = None,
     as_json: Json = False,
     url: Url = None,

@@ -1,0 +1,234 @@
+"""What the queue costs and bears: `make bench-queue`. A broker and workers of its own; the engine does nothing.
+
+Each part prints a line and adds rows to `bench/results/queue.json`; a part that fails says so and the others go on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+from bench.idle_worker import MODEL, token
+from bench.report import Row, row, write
+from stoker import AsyncClient, Client, keys
+from stoker.connection import connect
+from stoker.local.broker import EmbeddedBroker
+from stoker.local.process import Process
+from stoker.local.stack import worker_command
+from stoker.settings import load_settings
+from workers.publishing import Publisher
+
+ROUND_TRIPS = 300
+KILLS = 10
+BACKLOG, STARTS = 10_000, 200
+STREAMS, STEPS = 32, 400
+SUBSCRIBERS, FOLLOWED, TOKENS = 200, 25, 200
+
+
+class Bench:
+    def __init__(self, home: Path) -> None:
+        self._broker = EmbeddedBroker(load_settings(home=home), port=0)
+        self.settings = load_settings(home=home, url=self._broker.start())
+        self._number = 0
+
+    @contextmanager
+    def worker(self, **changes: object) -> Iterator[Process]:
+        """A worker whose engine does nothing, warm."""
+        self._number += 1
+        settings = self.settings.model_copy(update=changes)
+        name = f"idle-{self._number}@bench"
+        command = [part.replace("workers.app", "bench.idle_worker") for part in worker_command(settings, name)]
+        process = self._start(name, command, settings.environment())
+        with Client(settings=settings) as client:
+            while name not in {worker.worker for worker in client.workers()}:
+                if process.returncode is not None:
+                    raise RuntimeError(process.output()[-2000:])
+                time.sleep(0.02)
+        try:
+            yield process
+        finally:
+            process.stop()
+
+    @contextmanager
+    def bare(self) -> Iterator[None]:
+        command = [sys.executable, "-m", "celery", "-A", "bench.bare_celery", "worker", "--pool=threads"]
+        options = ["--concurrency=16", "--without-gossip", "--without-mingle", "--loglevel=WARNING"]
+        process = self._start("bare", [*command, *options], {"BARE_URL": self.settings.address.celery})
+        try:
+            yield
+        finally:
+            process.stop()
+
+    def _start(self, name: str, command: list[str], env: dict[str, str]) -> Process:
+        return Process(name, command, log=self.settings.logs / f"{name}.log", env=env, grace=3)
+
+    def close(self) -> None:
+        self._broker.stop()
+
+
+def timed(action: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    action()
+    return 1000 * (time.perf_counter() - began)
+
+
+def round_trip(bench: Bench) -> list[Row]:
+    """A job that does nothing, from the call to its result, beside bare Celery on the same broker, by turns."""
+    os.environ["BARE_URL"] = bench.settings.address.celery
+    from bench.bare_celery import nothing
+
+    with bench.worker(), bench.bare(), Client(settings=bench.settings) as client:
+        ours = lambda: client.generate("x", model=MODEL, max_tokens=1).result(30)  # noqa: E731
+        theirs = lambda: nothing.delay({"prompt": "x"}).get(timeout=30)  # noqa: E731
+        for _ in range(20):
+            ours(), theirs()
+        samples = [(timed(ours), timed(theirs)) for _ in range(ROUND_TRIPS)]
+    mine, bare = zip(*samples, strict=True)
+    print(f"round trip: {median(mine) / median(bare):.2f} x bare Celery (at most 1.3)")
+    return [row("round trip of a no-op: stoker", "ms", mine), row("round trip of a no-op: bare Celery", "ms", bare)]
+
+
+def recovery(bench: Bench) -> list[Row]:
+    """From `kill -9` of the worker that runs a stream to its next token from another one, at the default lease."""
+    samples = []
+    with Client(settings=bench.settings) as client:
+        workers = [bench.worker().__enter__()]
+        for _ in range(KILLS):
+            survivor = bench.worker()
+            owner = {worker.worker: worker.pid for worker in client.workers()}
+            job = client.generate("x", model=MODEL, max_tokens=100_000 // 4)
+            stream = job.stream(timeout=60)
+            next(stream)
+            survivor.__enter__()
+            os.kill(owner[client.jobs()[job.id]["worker"]], signal.SIGKILL)
+            began, last = time.monotonic(), time.monotonic()
+            for _ in stream:
+                gap, last = time.monotonic() - last, time.monotonic()
+                if gap > 2.0:
+                    samples.append(last - began)
+                    break
+            stream.close()
+            workers.append(survivor)
+    print(f"recovery after kill -9: p95 {np.percentile(samples, 95):.1f} s (at most 15)")
+    return [row("recovery after kill -9, lease 10 s", "s", samples)]
+
+
+def backlog(bench: Bench) -> list[Row]:
+    """Seconds between two starts in one slot, with few and with many jobs waiting behind."""
+    found: dict[int, list[float]] = {}
+    with bench.worker(generate_slots=1), Client(settings=bench.settings) as client:
+        for waiting in (STARTS, BACKLOG, STARTS, BACKLOG):
+            blocker = client.generate("x", model=MODEL, max_tokens=30_000)
+            next(blocker.stream(cancel_on_close=False))
+            for _ in range(waiting):
+                client._submit(_request(), None)
+            blocker.cancel()
+            key, left = keys.open_jobs(keys.queue(MODEL, "generate")), waiting - STARTS
+            while client.redis.zcard(key) >= waiting:
+                time.sleep(0.0005)
+            began = time.monotonic()
+            while client.redis.zcard(key) > left + 1:
+                time.sleep(0.0005)
+            found.setdefault(waiting, []).append(1000 * (time.monotonic() - began) / (STARTS - 2))
+            _empty(client)
+    few, many = found[STARTS], found[BACKLOG]
+    print(f"{BACKLOG} waiting jobs: a start takes {median(many) / median(few):.2f} x as long (at most 1.1)")
+    return [
+        row(f"time from one start to the next, {STARTS} waiting", "ms", few),
+        row(f"time from one start to the next, {BACKLOG} waiting", "ms", many),
+    ]
+
+
+def _request():  # type: ignore[no-untyped-def]
+    from stoker.contract import GenerateRequest
+
+    return GenerateRequest(model=MODEL, prompt="x", max_tokens=1)
+
+
+def _empty(client: Client) -> None:
+    """Forget what waits, and let what runs end."""
+    queue = keys.queue(MODEL, "generate")
+    client.redis.delete(keys.front(queue), *(keys.room(queue, priority) for priority in range(10)))
+    time.sleep(0.5)
+    client.redis.delete(keys.open_jobs(queue), keys.client("default", queue), keys.handed(queue))
+
+
+def publishing(bench: Bench) -> list[Row]:
+    """Microseconds a token, from the publisher's queue to the broker's answer, `STREAMS` tokens a step."""
+    publisher = Publisher(connect(bench.settings))
+    publisher.start()
+    samples = []
+    for turn in range(6):
+        jobs = [f"bench-{turn}-{stream}" for stream in range(STREAMS)]
+        began = time.perf_counter()
+        for step in range(STEPS):
+            publisher.publish([(job, token(step, step + 1 == STEPS)) for job in jobs])
+            publisher.flush()
+        samples.append(1e6 * (time.perf_counter() - began) / (STEPS * STREAMS))
+    publisher.stop()
+    print(f"publishing: {median(samples[1:]):.0f} us a token at {STREAMS} streams (at most 60)")
+    return [row(f"publishing a token, {STREAMS} streams", "us", samples[1:])]
+
+
+def subscribers(bench: Bench) -> list[Row]:
+    """Milliseconds from the engine's hand to a reader's, 200 readers of 25 streams of 20 tokens a second."""
+    delays: list[float] = []
+
+    async def read(client: AsyncClient, job_id: str) -> int:
+        count = 0
+        job = await client.job(job_id)
+        async for entry in job.stream(timeout=60, cancel_on_close=False):  # type: ignore[union-attr]
+            delays.append(1000 * (time.time() - entry.logit))
+            count += 1
+        return count
+
+    async def session() -> list[int]:
+        async with AsyncClient(settings=bench.settings) as client:
+            jobs = [await client.generate("x", model=MODEL, max_tokens=TOKENS) for _ in range(FOLLOWED)]
+            return await asyncio.gather(*(read(client, jobs[n % FOLLOWED].id) for n in range(SUBSCRIBERS)))
+
+    with bench.worker(generate_slots=FOLLOWED):
+        counts = asyncio.run(session())
+    # The first ones are replayed: they were made before the reader came.
+    live = delays[len(delays) // 10 :]
+    lost = SUBSCRIBERS * TOKENS - sum(counts)
+    p99 = float(np.percentile(live, 99))
+    print(f"{SUBSCRIBERS} subscribers: {lost} tokens lost, p99 {p99:.1f} ms (at most 50)")
+    return [
+        row(f"delivery to {SUBSCRIBERS} subscribers", "ms", live),
+        row("p99 of it", "ms", [p99]),
+    ]
+
+
+PARTS = (round_trip, publishing, subscribers, backlog, recovery)
+
+
+def main(names: list[str]) -> None:
+    rows: list[Row] = []
+    for part in PARTS:
+        if names and part.__name__ not in names:
+            continue
+        with tempfile.TemporaryDirectory() as home:
+            bench = Bench(Path(home))
+            try:
+                rows += part(bench)
+            except Exception as error:
+                print(f"{part.__name__} failed: {type(error).__name__}: {error}", flush=True)
+            finally:
+                bench.close()
+    if not names:
+        write("queue", rows)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,1 @@
+"""Random mischief over several real workers: nothing lost, nothing twice, nothing wrong. `make chaos`."""

@@ -1,0 +1,154 @@
+"""The work that goes on meanwhile: a few requests of every kind, whose right answers are known from a calm run."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+
+from stoker import Client
+from stoker.client import GenerateJob, Job, TrainJob
+from stoker.client_core import JobStatus
+from stoker.errors import BrokerUnavailable, JobCancelled, StokerError
+from tests.chaos.fleet import EMBED, GENERATE
+
+KINDS = ("generate", "embed", "train")
+#: Of every kind so many different requests.
+PLANS = 4
+#: Seconds that a job may take from the end of the storm on.
+SETTLE = 240.0
+
+
+def send(client: Client, kind: str, plan: int, job_id: str) -> Job[Any]:
+    """Request `plan` of a kind: always the same for the same numbers, but for the job's id."""
+    if kind == "embed":
+        texts = [f"{'ab ' * (1 + plan + number % 5)}" for number in range(10 + 20 * plan)]
+        return client.embed(texts, model=EMBED, job_id=job_id, priority=plan)
+    if kind == "generate":
+        options = {"temperature": 0.0 if plan == 0 else 0.8, "top_k": 10 * plan, "seed": plan}
+        return client.generate(
+            "ab " * (plan + 1), model=GENERATE, max_tokens=300 * (plan + 1), job_id=job_id, priority=plan, **options
+        )
+    rows = [{"text": "ab " * (1 + number % 7)} for number in range(9)]
+    return client.train(
+        job_id, rows, model=GENERATE, steps=40 * (plan + 1), rank=2 + plan, seed=plan, max_length=32, batch_size=2,
+        job_id=job_id, priority=plan,
+    )  # fmt: skip
+
+
+def follow(job: Job[Any], adapters: Path) -> tuple[Any, int]:
+    """What the job made, as it can be compared, and how many entries its stream had. Raises what the job ended with."""
+    if isinstance(job, GenerateJob):
+        tokens = list(job.stream(cancel_on_close=False))
+        indices, result = [token.index for token in tokens], job.result()
+        if indices != list(range(len(tokens))):
+            raise AssertionError(f"the stream's indices are {indices}")
+        if "".join(token.text for token in tokens) != result.text:
+            raise AssertionError("the stream's text is not the result's")
+        return [token.token_id for token in tokens], len(tokens)
+    if isinstance(job, TrainJob):
+        reports = list(job.progress())
+        if [report.step for report in reports] != list(range(1, len(reports) + 1)):
+            raise AssertionError(f"the reports' steps are {[report.step for report in reports]}")
+        result = job.result()
+        path = adapters / GENERATE / result.adapter / str(result.version) / "adapter_model.safetensors"
+        weights = safetensors.numpy.load_file(path)
+        return {name: value.tobytes() for name, value in weights.items()}, len(reports)
+    return job.result(), 0
+
+
+def equal(kind: str, made: Any, right: Any) -> bool:
+    """Tokens and weights to the last bit; vectors as far as another batch may change them."""
+    return bool(np.allclose(made, right, atol=1e-5)) if kind == "embed" else bool(made == right)
+
+
+@dataclass
+class Answers:
+    """(kind, plan) → what a run that nobody disturbed made of it."""
+
+    adapters: Path
+    right: dict[tuple[str, int], Any] = field(default_factory=dict)
+
+    def learn(self, client: Client) -> None:
+        wanted = [(kind, plan) for kind in KINDS for plan in range(PLANS)]
+        for kind, plan in wanted:
+            self.right[kind, plan], _ = follow(send(client, kind, plan, f"calm-{kind}-{plan}"), self.adapters)
+
+
+@dataclass
+class Load:
+    """Keeps `width` jobs open while the storm lasts, and writes down what is wrong with any of them."""
+
+    client: Client
+    answers: Answers
+    chance: random.Random
+    adapters: Path
+    width: int = 10
+    jobs: int = 0
+    entries: int = 0
+    cancelled: int = 0
+    wrong: list[str] = field(default_factory=list)
+    open: dict[str, threading.Thread] = field(default_factory=dict)
+
+    def feed(self) -> None:
+        """Send as many as are missing. Called by the storm between two acts."""
+        while len(self.open) < self.width:
+            self.jobs += 1
+            kind, plan = self.chance.choices(KINDS, (6, 3, 1))[0], self.chance.randrange(PLANS)
+            job_id = f"{kind}-{plan}-{self.jobs}"
+            cancel_after = self.chance.uniform(0, 3) if self.chance.random() < 0.1 else None
+            twice = self.chance.random() < 0.2
+            arguments = (kind, plan, job_id, cancel_after, twice)
+            self.open[job_id] = threading.Thread(target=self._one, args=arguments, daemon=True)
+            self.open[job_id].start()
+
+    def settle(self) -> None:
+        """Wait for all that was sent."""
+        end = time.monotonic() + SETTLE
+        for job_id, thread in list(self.open.items()):
+            thread.join(max(0.0, end - time.monotonic()))
+            if thread.is_alive():
+                record = self.client.redis.hgetall(f"stoker:job:{job_id}")
+                self.wrong.append(f"{job_id} has not ended: {record}")
+
+    def _one(self, kind: str, plan: int, job_id: str, cancel_after: float | None, twice: bool) -> None:
+        try:
+            job = self._send(kind, plan, job_id)
+            if twice:
+                job = self._send(kind, plan, job_id)
+            if cancel_after is not None:
+                threading.Timer(cancel_after, self._cancel, [job]).start()
+            made, entries = follow(job, self.adapters)
+            self.entries += entries
+            if not equal(kind, made, self.answers.right[kind, plan]):
+                self.wrong.append(f"{job_id} made something else than the undisturbed run")
+        except JobCancelled:
+            self.cancelled += 1
+            if cancel_after is None:
+                self.wrong.append(f"{job_id} was cancelled, though nobody asked for it")
+        except Exception as error:
+            self.wrong.append(f"{job_id}: {type(error).__name__}: {error}")
+        finally:
+            self.open.pop(job_id, None)
+
+    def _send(self, kind: str, plan: int, job_id: str) -> Job[Any]:
+        """As a caller would who knows that an id sent twice is one job."""
+        while True:
+            try:
+                return send(self.client, kind, plan, job_id)
+            except BrokerUnavailable:
+                time.sleep(0.2)
+
+    def _cancel(self, job: Job[Any]) -> None:
+        try:
+            if job.status() in (JobStatus.QUEUED, JobStatus.RUNNING):
+                job.cancel()
+        except StokerError:
+            # The broker is away: then this job is not cancelled, which is a right ending too.
+            return

@@ -1,0 +1,181 @@
+"""One round: a broker, a fleet and its load, mischief for a while, then the reckoning."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+from redis.exceptions import RedisError
+
+from stoker import Client, keys, ledger, policy
+from stoker.connection import connect
+from stoker.settings import Settings
+from tests.chaos.fleet import EMBED, GENERATE, Fleet, fleet_settings
+from tests.chaos.load import Answers, Load
+from tests.conftest import alive, keys_without_expiry, wait_until
+from tests.integration.machinery import FragileBroker
+
+#: Workers that are kept alive, and that there are at most.
+KEEP, MOST = 2, 4
+
+
+class Endings:
+    """Counts how often each job's end was announced: more than once is a job that ended twice."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._redis, self._over = connect(settings), threading.Event()
+        self.heard: Counter[str] = Counter()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._over.is_set():
+            try:
+                with self._redis.pubsub(ignore_subscribe_messages=True) as pubsub:
+                    pubsub.psubscribe(keys.result("*"))
+                    while not self._over.is_set():
+                        message = pubsub.get_message(timeout=0.2)
+                        if message is not None:
+                            self.heard[message["channel"].decode()] += 1
+            except RedisError:
+                time.sleep(0.1)
+
+    def stop(self) -> None:
+        self._over.set()
+        self._thread.join(10)
+        self._redis.close()
+
+
+class Storm:
+    """`run` storms for `seconds` and returns what went wrong; `counts` says what was done."""
+
+    def __init__(self, home: Path, models: tuple[str, ...], seed: int) -> None:
+        self.broker = FragileBroker(home / "broker")
+        settings = fleet_settings(home / "fleet", self.broker.url, models)
+        self._client = Client(settings=settings.model_copy(update={"patience": 300.0}))
+        # `always`: what was accepted survives `kill -9` of the broker too, whatever the disk is doing.
+        self._client.redis.config_set("appendfsync", "always")
+        # In a storm an innocent job may lose more than three owners.
+        policy.decide(self._client.redis, "deaths", 1000)
+        self._chance, self._settings = random.Random(seed), settings
+        self.fleet = Fleet(settings, KEEP)
+        self.counts: Counter[str] = Counter()
+        self.adapters = settings.adapters
+
+    def learn(self, answers: Answers) -> None:
+        """The right answers, from one worker that nobody disturbs."""
+        self.fleet.start()
+        self.await_warm()
+        answers.learn(self._client)
+
+    def await_warm(self) -> None:
+        wait_until(lambda: self._client.workers(), "a worker is warm", 120)
+
+    def run(self, seconds: float, answers: Answers) -> list[str]:
+        self.fleet.tend()
+        self.await_warm()
+        endings = Endings(self._settings)
+        load = Load(self._client, answers, self._chance, self.adapters)
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            load.feed()
+            self.fleet.tend()
+            name, act = self._choose()
+            if act():
+                self.counts[name] += 1
+            time.sleep(self._chance.uniform(0.2, 1.5))
+        self.fleet.calm_down()
+        load.settle()
+        self.counts += Counter(jobs=load.jobs, entries=load.entries, cancelled=load.cancelled)
+        wrong = load.wrong + self._reckon()
+        endings.stop()
+        return wrong + [f"{name} ended {count} times" for name, count in endings.heard.items() if count > 1]
+
+    def _choose(self) -> tuple[str, Callable[[], bool]]:
+        acts: dict[str, tuple[int, Callable[[], bool]]] = {
+            "kill": (4, self._kill),
+            "freeze": (3, self._freeze),
+            "drain": (3, self._drain),
+            "start": (2, self._start),
+            "cut": (4, self._cut),
+            "broker restart": (1, self._restart_broker),
+            "broker silence": (1, self._silence_broker),
+        }
+        name = self._chance.choices(list(acts), [weight for weight, _ in acts.values()])[0]
+        return name, acts[name][1]
+
+    def _kill(self) -> bool:
+        return bool(self.fleet.awake) and self._chance.choice(self.fleet.awake).signal(signal.SIGKILL)
+
+    def _freeze(self) -> bool:
+        if not self.fleet.awake:
+            return False
+        member = self._chance.choice(self.fleet.awake)
+        member.thaws_at = time.monotonic() + self._settings.lease + self._chance.uniform(1, 5)
+        return member.signal(signal.SIGSTOP)
+
+    def _drain(self) -> bool:
+        if not self.fleet.awake:
+            return False
+        member = self._chance.choice(self.fleet.awake)
+        member.draining = member.signal(signal.SIGTERM)
+        return member.draining
+
+    def _start(self) -> bool:
+        if len(self.fleet.members) >= MOST:
+            return False
+        self.fleet.start()
+        return True
+
+    def _cut(self) -> bool:
+        self.broker.drop_connections()
+        return True
+
+    def _restart_broker(self) -> bool:
+        self.broker.kill()
+        time.sleep(self._chance.uniform(0, 2))
+        self.broker.start()
+        self._client.redis.config_set("appendfsync", "always")
+        return True
+
+    def _silence_broker(self) -> bool:
+        pid = self.broker.pid
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(self._chance.uniform(1, 7))
+        os.kill(pid, signal.SIGCONT)
+        return True
+
+    def _reckon(self) -> list[str]:
+        """What is left though every job has ended."""
+        redis, wrong = self._client.redis, []
+        queues = [keys.queue(GENERATE, "generate"), keys.queue(GENERATE, "train"), keys.queue(EMBED, "embed")]
+
+        def left() -> dict[str, int]:
+            sizes = {f"{keys.PREFIX}unacked": redis.hlen(f"{keys.PREFIX}unacked")}
+            for queue in queues:
+                sizes[keys.front(queue)] = redis.llen(keys.front(queue))
+                waiting = [keys.room(queue, priority) for priority in range(ledger.PRIORITIES)]
+                for key in (keys.handed(queue), keys.open_jobs(queue), keys.client("default", queue), *waiting):
+                    sizes[key] = redis.zcard(key)
+            return {key: size for key, size in sizes.items() if size}
+
+        try:
+            wait_until(lambda: not left(), "nothing is left in the queues", 60)
+        except AssertionError:
+            wrong.append(f"left in the queues: {left()}")
+        if redis.exists(keys.DEAD):
+            wrong.append(f"dead letters: {redis.hkeys(keys.DEAD)}")
+        return wrong + [f"without expiry: {key}" for key in keys_without_expiry(redis)]
+
+    def close(self) -> list[str]:
+        self.fleet.stop()
+        self._client.close()
+        pid = self.broker.pid
+        self.broker.close()
+        return [f"still runs: {line}" for line in self.fleet.left()] + (["the broker still runs"] if alive(pid) else [])
