@@ -1,0 +1,111 @@
+"""One side of the training benchmark, as a process: a step for each line on standard input, a JSON line for each step.
+
+`python -m bench.train_side stoker|mlx-lm FOLDER BATCH LENGTH`; on a CPU both run on the BLAS that Stoker boots.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from engine import blas
+
+blas.boot()
+
+import mlx.core as mx  # noqa: E402
+import numpy as np  # noqa: E402
+
+RANK, ALPHA, RATE, DECAY = 8, 16.0, 1e-4, 0.01
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+#: What is printed by libraries must not be taken for an answer.
+_answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+
+
+def answer(**fields: Any) -> None:
+    print(json.dumps(fields), file=_answers, flush=True)
+
+
+def rows(batch: int, length: int, vocabulary: int) -> np.ndarray:
+    """int32 (batch, length + 1): every step sees the same, so that no side has the easier one."""
+    return np.random.default_rng(0).integers(3, vocabulary, (batch, length + 1), dtype=np.int32)
+
+
+def vocabulary(folder: Path) -> int:
+    return int(json.loads((folder / "config.json").read_text())["vocab_size"])
+
+
+def stoker(folder: Path, batch: int, length: int) -> None:
+    from engine.loading import load
+    from engine.training.data import TokenizedExample
+    from engine.training.trainer import Trainer
+    from stoker.contract import TrainRequest
+
+    model = load("bench", [str(folder)])
+    request = TrainRequest(
+        model="bench", name="bench", dataset="none", steps=1_000_000, rank=RANK, alpha=ALPHA, targets=TARGETS,
+        batch_size=batch, learning_rate=RATE, weight_decay=DECAY,
+    )  # fmt: skip
+    examples = [TokenizedExample(row, np.arange(length + 1) > 0) for row in rows(batch, length, vocabulary(folder))]
+    trainer = Trainer(model.decoder, request, examples)
+    reports = trainer.run()
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    answer(ready=True)
+    for _ in sys.stdin:
+        began = time.perf_counter()
+        report = next(reports)
+        seconds = time.perf_counter() - began
+        assert report is not None
+        answer(seconds=seconds, loss=report.loss, peak=int(mx.get_peak_memory()))
+
+
+def mlx_lm(folder: Path, batch: int, length: int) -> None:
+    """Its own trainer, batches as its own iterator lays them out: (batch, length + 1) tokens and (offset, length)."""
+    from mlx import optimizers
+    from mlx_lm.tuner.trainer import TrainingArgs, TrainingCallback, train
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+    from mlx_lm.utils import load_model
+
+    model, _ = load_model(folder)
+    model.freeze()
+    keys = {f"self_attn.{target}" for target in TARGETS}
+    linear_to_lora_layers(model, len(model.layers), {"rank": RANK, "scale": ALPHA / RANK, "dropout": 0.0, "keys": keys})
+    tokens = mx.array(rows(batch, length, vocabulary(folder)))
+    lengths = mx.array([[0, length]] * batch)
+
+    def batches(**_: Any) -> Iterator[tuple[mx.array, mx.array]]:
+        answer(ready=True)
+        for _line in sys.stdin:
+            yield tokens, lengths
+
+    class Tell(TrainingCallback):  # type: ignore[misc]
+        def on_train_loss_report(self, info: dict[str, Any]) -> None:
+            answer(
+                seconds=1.0 / info["iterations_per_second"],
+                loss=info["train_loss"],
+                peak=int(info["peak_memory"] * 1e9),
+            )
+
+    with tempfile.TemporaryDirectory() as out:
+        arguments = TrainingArgs(
+            batch_size=batch, iters=1_000_000, steps_per_report=1, steps_per_save=10_000_000, max_seq_length=length + 1,
+            adapter_file=f"{out}/adapters.safetensors",
+        )  # fmt: skip
+        optimizer = optimizers.AdamW(RATE, weight_decay=DECAY, bias_correction=True)
+        mx.eval(model.parameters())
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        train(model, optimizer, None, None, arguments, iterate_batches=batches, training_callback=Tell())
+
+
+if __name__ == "__main__":
+    side, where, batch_size, tokens_a_row = sys.argv[1:]
+    {"stoker": stoker, "mlx-lm": mlx_lm}[side](Path(where), int(batch_size), int(tokens_a_row))
+    mx.clear_streams()
