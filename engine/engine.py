@@ -17,7 +17,8 @@ from typing import Any
 import mlx.core as mx
 
 from engine import probe
-from engine.adapters.pool import AdapterPool
+from engine.adapters.lane import AdapterLane
+from engine.adapters.pool import BUDGET, AdapterPool
 from engine.adapters.store import AdapterStore
 from engine.embedding.lane import EmbedLane
 from engine.fair import FairShare
@@ -32,7 +33,7 @@ from stoker.errors import UnknownModel, WorkerUnavailable
 log = logging.getLogger(__name__)
 
 #: Shares of the engine's time while several lanes have work.
-WEIGHTS = {"generate": 4.0, "embed": 2.0, "train": 1.0}
+WEIGHTS = {"generate": 4.0, "embed": 2.0, "adapters": 4.0}
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,11 @@ class Engine:
     """Holds models warm and runs jobs on them.
 
     `models` maps a name to its sources (`engine.sources`). `adapters` and `runs` are folders: for trained adapters, and
-    for the checkpoints and logs of training runs (by default beside the adapters). `publish` gets the entries of a
-    step, from the engine's thread: it must hand them on and return. `limits`: of each model's generation. `precision`:
-    dtype, quantize and group_size for `engine.loading.load`. `on_death` is called, from the same thread, if the loop
-    ends by a defect: an engine does not come back, its process has to.
+    for the checkpoints and logs of training runs (by default beside the adapters). `adapter_bytes`: what the adapters
+    of one model may take in memory. `train_share`: of the time, while generation waits too. `publish` gets the entries
+    of a step, from the engine's thread: it must hand them on and return. `limits`: of each model's generation.
+    `precision`: dtype, quantize and group_size for `engine.loading.load`. `on_death` is called, from the same thread,
+    if the loop ends by a defect: an engine does not come back, its process has to.
     """
 
     def __init__(
@@ -58,14 +60,19 @@ class Engine:
         *,
         adapters: Path,
         runs: Path | None = None,
+        adapter_bytes: int = BUDGET,
+        train_share: float = 0.2,
         publish: Callable[[list[Entry]], None],
         limits: Limits | None = None,
         precision: Mapping[str, Any] | None = None,
         on_death: Callable[[], None] = lambda: None,
     ) -> None:
         self._sources = dict(models)
-        self._store = AdapterStore(adapters)
+        self.store = AdapterStore(adapters)
         self._runs = runs or adapters.parent / "runs"
+        self._adapter_bytes = adapter_bytes
+        # Beside generation alone, training gets just this share of the time.
+        self._weights = {**WEIGHTS, "train": WEIGHTS["generate"] * train_share / (1.0 - train_share)}
         self._publish = publish
         self._limits = limits or Limits()
         self._on_death = on_death
@@ -178,15 +185,16 @@ class Engine:
             )
             for lane in self._lanes_of(model):
                 self._lanes[name, lane.kind] = lane
-        weights = {key: WEIGHTS[lane.kind] for key, lane in self._lanes.items()}
+        weights = {key: self._weights[lane.kind] for key, lane in self._lanes.items()}
         urgent = {key for key, lane in self._lanes.items() if lane.kind == "generate"}
         self._share = FairShare(weights, urgent, self._limits.stall)
 
     def _lanes_of(self, model: LoadedModel) -> list[Lane]:
         if model.kind == "embed":
             return [EmbedLane(model)]
-        pool = self._pools[model.name] = AdapterPool(model, self._store)
-        return [GenerateLane(model, pool, self._limits), TrainLane(model, pool, self._runs)]
+        pool = self._pools[model.name] = AdapterPool(model, self.store, self._adapter_bytes)
+        generate = GenerateLane(model, pool, self._limits)
+        return [generate, TrainLane(model, pool, self._runs), AdapterLane(model, pool)]
 
     def step(self) -> None:
         """One turn of the loop: take new work, drop stopped work, run the lane whose turn it is, tell."""

@@ -23,7 +23,7 @@ from engine.weights.tensors import Stored
 from stoker.errors import ModelError
 
 #: What a model folder holds beside its weights: tokenizer, chat template, generation settings, licence.
-_COPIED = (".json", ".jinja", ".txt", ".model", ".md", "")
+COPIED = (".json", ".jinja", ".txt", ".model", ".md", "")
 #: Parts of the checkpoint that no model reads: a rotary buffer of old files.
 _DROPPED = "rotary_emb.inv_freq"
 
@@ -136,7 +136,7 @@ def _form(name: str, array: mx.array, layout: Layout) -> Stored:
 def _copy_rest(src: Path, dst: Path) -> None:
     for file in sorted(src.iterdir()):
         skipped = file.name.startswith(".") or file.name in ("config.json", safetensors.INDEX_NAME)
-        if file.is_file() and file.suffix in _COPIED and not skipped:
+        if file.is_file() and file.suffix in COPIED and not skipped:
             shutil.copyfile(file, dst / file.name)
 
 

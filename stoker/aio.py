@@ -12,9 +12,11 @@ import numpy as np
 
 from stoker import client_core as core
 from stoker import keys, ledger
+from stoker.adapters import AsyncAdapters
 from stoker.client_core import Dataset, JobStatus, Outcome, Prompt
 from stoker.connection import TROUBLE, Patience, connect_async, translated
 from stoker.contract import (
+    AdapterResult,
     EmbedReply,
     GenerateResult,
     ModelCard,
@@ -44,6 +46,7 @@ class AsyncClient:
     ) -> None:
         self.settings = settings or load_settings(url=url, client_key=key, queue_wait=queue_wait)
         self.redis = connect_async(self.settings)
+        self.adapters = AsyncAdapters(self)
 
     async def embed(
         self, texts: Sequence[str], *, model: str | None = None, job_id: str | None = None, **options: Any
@@ -67,11 +70,18 @@ class AsyncClient:
         self, name: str, dataset: Dataset, *, model: str | None = None, job_id: str | None = None, **options: Any
     ) -> AsyncTrainJob:
         job_id = core.checked_job_id(job_id)
-        request = core.train_request(await self._choose(model, "train"), name, job_id, options)
+        request = core.train_request(await self._choose(model, "train"), name, dataset, job_id, options)
         data = await asyncio.to_thread(core.read_dataset, dataset)
         return AsyncTrainJob(self, await self._submit(request, job_id, data))
 
-    async def job(self, job_id: str) -> AsyncEmbedJob | AsyncGenerateJob | AsyncTrainJob:
+    async def _load_adapter(
+        self, name: str, data: bytes, model: str, promote: bool, job_id: str | None
+    ) -> AsyncAdapterJob:
+        job_id = core.checked_job_id(job_id)
+        request = core.adapter_request(model, name, job_id, {"promote": promote})
+        return AsyncAdapterJob(self, await self._submit(request, job_id, data))
+
+    async def job(self, job_id: str) -> AsyncEmbedJob | AsyncGenerateJob | AsyncTrainJob | AsyncAdapterJob:
         with translated(self.settings):
             kind = await self.redis.hget(keys.job(job_id), "kind")
         if kind is None:
@@ -221,8 +231,14 @@ class AsyncTrainJob(AsyncJob[TrainResult]):
         return TrainResult(**value)
 
 
-_JOBS: dict[str, type[AsyncEmbedJob] | type[AsyncGenerateJob] | type[AsyncTrainJob]] = {
+class AsyncAdapterJob(AsyncJob[AdapterResult]):
+    async def _read(self, value: Any) -> AdapterResult:
+        return AdapterResult(**value)
+
+
+_JOBS: dict[str, type[AsyncEmbedJob] | type[AsyncGenerateJob] | type[AsyncTrainJob] | type[AsyncAdapterJob]] = {
     "embed": AsyncEmbedJob,
     "generate": AsyncGenerateJob,
     "train": AsyncTrainJob,
+    "adapters": AsyncAdapterJob,
 }

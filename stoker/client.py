@@ -12,9 +12,11 @@ import numpy as np
 
 from stoker import client_core as core
 from stoker import keys, ledger
+from stoker.adapters import Adapters
 from stoker.client_core import Dataset, JobStatus, Outcome, Prompt
 from stoker.connection import TROUBLE, Patience, connect, translated
 from stoker.contract import (
+    AdapterResult,
     EmbedReply,
     GenerateResult,
     ModelCard,
@@ -55,6 +57,8 @@ class Client:
     ) -> None:
         self.settings = settings or load_settings(url=url, client_key=key, queue_wait=queue_wait)
         self.redis = connect(self.settings)
+        #: The registry of adapters: `list`, `get`, `load`, `promote`, `rollback`, `deactivate`, `unload`.
+        self.adapters = Adapters(self)
 
     def embed(
         self, texts: Sequence[str], *, model: str | None = None, job_id: str | None = None, **options: Any
@@ -92,10 +96,15 @@ class Client:
         Options: the fields of `TrainRequest`, such as steps, rank, alpha, learning_rate, batch_size, max_length.
         """
         job_id = core.checked_job_id(job_id)
-        request = core.train_request(self._choose(model, "train"), name, job_id, options)
+        request = core.train_request(self._choose(model, "train"), name, dataset, job_id, options)
         return TrainJob(self, self._submit(request, job_id, core.read_dataset(dataset)))
 
-    def job(self, job_id: str) -> EmbedJob | GenerateJob | TrainJob:
+    def _load_adapter(self, name: str, data: bytes, model: str, promote: bool, job_id: str | None) -> AdapterJob:
+        job_id = core.checked_job_id(job_id)
+        request = core.adapter_request(model, name, job_id, {"promote": promote})
+        return AdapterJob(self, self._submit(request, job_id, data))
+
+    def job(self, job_id: str) -> EmbedJob | GenerateJob | TrainJob | AdapterJob:
         """A job that was sent before, by this process or another; raises `JobLost` if the broker does not know it."""
         with translated(self.settings):
             kind = self.redis.hget(keys.job(job_id), "kind")
@@ -127,7 +136,7 @@ class Client:
             raw = self.redis.hgetall(keys.DEAD)
         return {job_id.decode(): json.loads(letter) for job_id, letter in raw.items()}
 
-    def retry(self, job_id: str) -> EmbedJob | GenerateJob | TrainJob:
+    def retry(self, job_id: str) -> EmbedJob | GenerateJob | TrainJob | AdapterJob:
         """Send a dead job again, under its own id. Raises `JobLost` if there is none of that id."""
         letter = self.dead().get(job_id)
         if letter is None:
@@ -281,10 +290,18 @@ class TrainJob(Job[TrainResult]):
         return TrainResult(**value)
 
 
-_JOBS: dict[str, type[EmbedJob] | type[GenerateJob] | type[TrainJob]] = {
+class AdapterJob(Job[AdapterResult]):
+    """`result()` says which version the adapter has become."""
+
+    def _read(self, value: Any) -> AdapterResult:
+        return AdapterResult(**value)
+
+
+_JOBS: dict[str, type[EmbedJob] | type[GenerateJob] | type[TrainJob] | type[AdapterJob]] = {
     "embed": EmbedJob,
     "generate": GenerateJob,
     "train": TrainJob,
+    "adapters": AdapterJob,
 }
 
 

@@ -24,6 +24,7 @@ from stoker import keys, ledger
 from stoker.catalogue import model_name
 from stoker.contract import (
     CONTRACT,
+    AdapterRequest,
     EmbedReply,
     EmbedRequest,
     GenerateRequest,
@@ -34,7 +35,7 @@ from stoker.contract import (
     build,
     encode,
 )
-from stoker.contract.dataset import MAX_DATASET_BYTES, Example, read_lines, read_mappings
+from stoker.contract.dataset import MAX_DATASET_BYTES, ON_WORKER, Example, read_lines, read_mappings
 from stoker.envelope import envelope
 from stoker.errors import (
     BrokerUnavailable,
@@ -48,14 +49,14 @@ from stoker.errors import (
 )
 from stoker.settings import Settings
 
-#: What `dataset` may be: a file of JSON lines, or the examples themselves.
+#: What `dataset` may be: a file of JSON lines, `worker:NAME` for one under the worker's data root, or the examples.
 Dataset = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
 #: What `generate` continues: a text, token ids, or messages such as `{"role": "user", "content": "Hello"}`.
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
 
-REQUESTS: dict[str, type[EmbedRequest] | type[GenerateRequest] | type[TrainRequest]] = {
-    request.kind: request for request in (EmbedRequest, GenerateRequest, TrainRequest)
+REQUESTS: dict[str, type[Request]] = {
+    request.kind: request for request in (EmbedRequest, GenerateRequest, TrainRequest, AdapterRequest)
 }
 
 
@@ -166,12 +167,24 @@ def _prompt_fields(prompt: Prompt | None) -> dict[str, Any]:
     return {"prompt_ids" if items and isinstance(items[0], int) else "messages": items}
 
 
-def train_request(model: str, name: str, job_id: str, fields: Mapping[str, Any]) -> TrainRequest:
-    return build(TrainRequest, {"model": model, "name": name, "dataset": f"dataset:{job_id}", **fields})
+def train_request(model: str, name: str, dataset: Dataset, job_id: str, fields: Mapping[str, Any]) -> TrainRequest:
+    source = dataset if _on_worker(dataset) else f"dataset:{job_id}"
+    return build(TrainRequest, {"model": model, "name": name, "dataset": source, **fields})
+
+
+def adapter_request(model: str, name: str, job_id: str, fields: Mapping[str, Any]) -> AdapterRequest:
+    return build(AdapterRequest, {"model": model, "name": name, "upload": f"adapter:{job_id}", **fields})
+
+
+def _on_worker(dataset: Dataset) -> bool:
+    return isinstance(dataset, str) and dataset.startswith(ON_WORKER)
 
 
 def read_dataset(dataset: Dataset) -> bytes:
-    """The dataset as it is uploaded; a bad line raises `DatasetError` with its number."""
+    """The dataset as it is uploaded; empty for one that the worker has. A bad line raises `DatasetError` with its
+    number."""
+    if _on_worker(dataset):
+        return b""
     data = "\n".join(example.to_line() for example in _examples(dataset)).encode()
     if len(data) > MAX_DATASET_BYTES:
         raise DatasetError(f"dataset: {len(data)} bytes; at most {MAX_DATASET_BYTES} can be uploaded.")
@@ -242,8 +255,10 @@ def job_record(request: Request, job_id: str, client: str = "default") -> dict[s
         "request": json.dumps(encode(request)),
         "message": envelope(job_id, request.kind, request.model, queue),
     }
-    if isinstance(request, TrainRequest):
+    if isinstance(request, TrainRequest) and not request.dataset.startswith(ON_WORKER):
         record["blob"] = keys.blob(request.dataset)
+    if isinstance(request, AdapterRequest):
+        record["blob"] = keys.blob(request.upload)
     return record
 
 

@@ -26,6 +26,8 @@ PRESENCE_TTL = 10
 #: Keys without expiry, by name.
 DURABLE = (
     re.compile(r"stoker:stoker\.[a-z0-9._-]+"),  # the fronts of queues
+    re.compile(r"stoker:adapters?:[a-z0-9._-]+(:[a-z0-9._-]+)?"),  # which adapters there are, and which serve
+    re.compile(r"stoker:artifact(:[a-z0-9._-]+){3}"),  # the adapters themselves
     re.compile(r"stoker:policy"),  # what somebody decided about limits
     re.compile(r"stoker:_kombu\.binding(_deadlines|(_permanent)?\..+)"),  # which queues an exchange feeds
     re.compile(r"stoker:unacked(_index|_mutex)?"),  # messages that a worker holds
@@ -99,6 +101,21 @@ def cancel(job_id: str) -> str:
 def blob(name: str) -> str:
     """String, bytes: a dataset on its way in, or vectors on their way out."""
     return f"{PREFIX}blob:{name}"
+
+
+def adapters(model: str) -> str:
+    """Set: names of the model's adapters."""
+    return f"{PREFIX}adapters:{model}"
+
+
+def adapter(model: str, name: str) -> str:
+    """Hash: versions of an adapter, and which one serves (`stoker.registry`)."""
+    return f"{PREFIX}adapter:{model}:{name}"
+
+
+def artifact(model: str, name: str, version: int) -> str:
+    """String, bytes: the files of one version, unless STOKER_ARTIFACTS names another place for them."""
+    return f"{PREFIX}artifact:{model}:{name}:{version}"
 
 
 def worker(name: str) -> str:

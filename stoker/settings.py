@@ -52,6 +52,14 @@ class Settings(BaseSettings):
     client_key: Annotated[str, StringConstraints(pattern=NAME_PATTERN)] = "default"
     #: Seconds that a client waits for a place in a queue that is full. 0: it is told at once.
     queue_wait: float = Field(default=0.0, ge=0, le=24 * 3600)
+    #: Share of a worker's time that training gets while generation waits too; alone it gets all.
+    train_share: float = Field(default=0.2, ge=0.01, le=0.9)
+    #: Megabytes that the adapters of one model may take in memory; those in use may take more.
+    adapter_memory: int = Field(default=512, ge=1, le=65536)
+    #: Where workers keep adapters for each other: a URL that fsspec knows. Unset: the broker.
+    artifacts: str | None = None
+    #: Folder whose files training jobs may name as their dataset. Unset: none may.
+    data: Path | None = None
     #: What weights are computed in. Unset: float32 on a CPU, the file's own 16 bits on a GPU.
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     #: Weights of generating models: `4bit`, `8bit`, `keep` (as the file has them), `none` (dense). Unset: `none` on a
@@ -99,6 +107,10 @@ class Settings(BaseSettings):
     @property
     def adapters(self) -> Path:
         return self.home / "adapters"
+
+    @property
+    def runs(self) -> Path:
+        return self.home / "runs"
 
     @property
     def logs(self) -> Path:

@@ -8,12 +8,20 @@ from celery import Task, shared_task
 
 from stoker import keys
 from stoker.contract import GenerateRequest, GenerateResult, StreamToken
+from workers import adapters
 from workers.frame import JobTask, Run, complete, run_job
 
 
 @shared_task(name="stoker.generate", base=JobTask, bind=True)
 def generate(self: Task) -> dict[str, Any]:
-    return run_job(self, GenerateRequest, _finish, _published)
+    return run_job(self, GenerateRequest, _finish, _published, _pin)
+
+
+def _pin(run: Run, request: GenerateRequest) -> GenerateRequest:
+    """A job keeps the version of its adapter that it began with, whoever owns it."""
+    if request.adapter is None:
+        return request
+    return request.model_copy(update={"adapter": adapters.pinned(run, request.model, request.adapter)})
 
 
 def _published(run: Run, request: GenerateRequest) -> list[StreamToken]:

@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+#: Adapters that a worker takes in at once: each is a matter of milliseconds.
+ADAPTER_JOBS = 2
+
 
 class EngineStep(bootsteps.StartStopStep):
     """Owns the `Runtime` of this process."""
@@ -68,11 +71,16 @@ class EngineStep(bootsteps.StartStopStep):
     def _open_queues(self, app: Celery, settings: Settings) -> None:
         """Consume what the models here can run. They are known only now, so no `-Q` says it."""
         assert self._runtime is not None
-        queues: dict[str, list[str]] = {"generate": [], "embed": [], "train": []}
+        queues: dict[str, list[str]] = {"generate": [], "embed": [], "train": [], "adapters": []}
         for card in self._runtime.engine.cards:
             for kind in card.kinds:
                 queues[kind].append(keys.queue(card.model, kind))
-        limits = {"generate": settings.generate_slots, "embed": settings.embed_jobs, "train": settings.train_runs}
+        limits = {
+            "generate": settings.generate_slots,
+            "embed": settings.embed_jobs,
+            "train": settings.train_runs,
+            "adapters": ADAPTER_JOBS,
+        }
         lanes.configure(limits, queues)
         app.amqp.queues.select([name for names in queues.values() for name in names])
 
@@ -106,8 +114,11 @@ def _make_engine(settings: Settings, publish: Callable[..., None]) -> Engine:
     return Engine(
         parse_models(settings.models),
         adapters=settings.adapters,
+        runs=settings.runs,
         publish=publish,
         limits=_limits(settings),
+        train_share=settings.train_share,
+        adapter_bytes=settings.adapter_memory << 20,
         precision={"dtype": settings.dtype, "quantize": settings.quantize, "group_size": settings.group_size},
         on_death=_end_process,
     )

@@ -36,7 +36,7 @@ def begin(runtime: Runtime) -> None:
 
 
 def _end_of_grace(runtime: Runtime) -> None:
-    runtime.hand_back({"train", "generate", "embed"})
+    runtime.hand_back({"train", "generate", "embed", "adapters"})
     _end_if_broker_is_away(runtime.settings)
 
 

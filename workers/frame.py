@@ -113,16 +113,17 @@ def run_job(
     message: type[M],
     finish: Callable[[Run, M, Any], Any],
     fetch: Callable[[Run, M], Any] = lambda run, request: None,
+    amend: Callable[[Run, M], M] = lambda run, request: request,
 ) -> dict[str, Any]:
     """Run one job on the engine and return its encoded result.
 
-    `fetch` gets data that the request only names; `finish` makes the result of what the engine returned. A cancelled
-    job ends as Celery's REVOKED; a stopping worker's job goes back to the queue; a fenced one leaves no trace; any
-    other error reaches the client as a class of `stoker.errors`.
+    `amend` makes the request say what only the worker knows; `fetch` gets data that it only names; `finish` makes the
+    result of what the engine returned. A cancelled job ends as Celery's REVOKED; a stopping worker's job goes back to
+    the queue; a fenced one leaves no trace; any other error reaches the client as a class of `stoker.errors`.
     """
     run = Run(task)
     try:
-        return _attempt(run, message, finish, fetch)
+        return _attempt(run, message, finish, fetch, amend)
     except Fenced:
         run.forget()
         raise Ignore from None
@@ -143,11 +144,16 @@ def run_job(
 
 
 def _attempt(
-    run: Run, message: type[M], finish: Callable[[Run, M, Any], Any], fetch: Callable[[Run, M], Any]
+    run: Run,
+    message: type[M],
+    finish: Callable[[Run, M, Any], Any],
+    fetch: Callable[[Run, M], Any],
+    amend: Callable[[Run, M], M],
 ) -> dict[str, Any]:
     try:
         run.take()
-        request = decode(message, json.loads(run.claim.request))
+        asked = decode(message, json.loads(run.claim.request))
+        request = run.runtime.persist(lambda: amend(run, asked))
         data = run.runtime.persist(lambda: fetch(run, request))
         result = _fields(finish(run, request, run.execute(request, data)))
     except (WorkerUnavailable, Ignore):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.sources import resolve
+from stoker.contract import TrainRequest
 from stoker.errors import InvalidRequest, StokerError
 
 
@@ -46,11 +47,29 @@ def quantize(sources: Sequence[str], target: str, bits: int, group_size: int) ->
     return {**asdict(done), "path": str(done.path)}
 
 
+def export(sources: Sequence[str], adapter: str, target: str) -> dict[str, Any]:
+    from engine.adapters.merging import merge
+
+    try:
+        done = merge(sources, Path(adapter), Path(target).expanduser().absolute())
+    except OSError as error:
+        raise InvalidRequest(f"{target}: cannot be written: {error}") from error
+    return {**asdict(done), "path": str(done.path)}
+
+
+def plan(sources: Sequence[str], dataset: str, request: dict[str, Any]) -> dict[str, Any]:
+    from engine.training.planning import plan as look
+
+    return look(sources, Path(dataset), TrainRequest(**request))
+
+
 COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
     "pull": pull,
     "inspect": inspect,
     "verify": verify,
     "quantize": quantize,
+    "export": export,
+    "plan": plan,
 }
 
 

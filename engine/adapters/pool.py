@@ -175,10 +175,13 @@ class AdapterPool:
         for name, stack in self._stacks.items():
             sides = self._sides(name, weights) if name in weights.matrices else {}
             for side, array in stack.items():
-                row = mx.full(array.shape[1:], _NEUTRAL[side], array.dtype)
-                if side in sides:
-                    part = tuple(slice(0, length) for length in sides[side].shape)
-                    row[part] = sides[side].astype(dtype)
+                if side not in sides:
+                    array[index] = _NEUTRAL[side]
+                    continue
+                row = sides[side].astype(dtype)
+                if row.shape != array.shape[1:]:
+                    missing = [(0, wanted - there) for wanted, there in zip(array.shape[1:], row.shape, strict=True)]
+                    row = mx.pad(row, missing)
                 array[index] = row
         mx.eval(self._stacks)
 

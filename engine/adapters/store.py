@@ -32,6 +32,13 @@ class AdapterStore:
     def folder(self, model: str, name: str, version: int) -> Path:
         return self._root / model / name / str(version)
 
+    def newest(self, model: str, name: str) -> int:
+        """The highest version; 0 if there is none."""
+        return max(_versions(self._root / model / name), default=0)
+
+    def has(self, model: str, name: str, version: int) -> bool:
+        return version in _versions(self._root / model / name)
+
     def resolve(self, model: str, adapter: str) -> tuple[str, int]:
         """`name` (its newest version) or `name@version` as (name, version); raises `UnknownAdapter` with those there
         are."""

@@ -7,8 +7,11 @@ from typing import cast
 
 import mlx.core as mx
 
-#: Logits held at once, at most: 256 MB in float32, 440 rows of a vocabulary of 152,000.
-MAX_LOGITS = 1 << 26
+from engine.models.compiler import on_cpu
+
+#: Logits held at once, at most. A GPU wants hundreds of rows a product: 256 MB in float32, 440 rows of a vocabulary of
+#: 152,000. A CPU is as fast with few.
+MAX_LOGITS, MAX_LOGITS_CPU = 1 << 26, 1 << 23
 
 
 def cross_entropy(
@@ -52,7 +55,7 @@ def cross_entropy(
 
 def _rows_a_chunk(head: Callable[[mx.array], mx.array], hidden: mx.array) -> int:
     vocabulary = head(hidden[:1]).shape[-1]
-    most = max(1, MAX_LOGITS // vocabulary)
+    most = max(1, (MAX_LOGITS_CPU if on_cpu() else MAX_LOGITS) // vocabulary)
     # Chunks of the same size, rather than full ones and a small rest.
     count = -(-hidden.shape[0] // most)
     return -(-hidden.shape[0] // count)

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 import stoker
-from stoker.cli import demo, jobs, machine, policy, train
+from stoker.cli import adapters as adapters_commands
+from stoker.cli import demo, jobs, machine, policy, runs, train
 from stoker.cli import models as models_commands
 
 app = typer.Typer(
@@ -58,6 +59,26 @@ models.command("list")(models_commands.list_models)
 for _command in (models_commands.pull, models_commands.inspect, models_commands.quantize, models_commands.verify):
     models.command()(_command)
 app.add_typer(models, name="models")
+
+adapters = typer.Typer(no_args_is_help=True, help="Adapters: their versions, and which one serves.")
+adapters.command("list")(adapters_commands.list_adapters)
+for _command in (
+    adapters_commands.show,
+    adapters_commands.load,
+    adapters_commands.promote,
+    adapters_commands.rollback,
+    adapters_commands.deactivate,
+    adapters_commands.unload,
+    adapters_commands.export,
+):
+    adapters.command()(_command)
+app.add_typer(adapters, name="adapters")
+
+training = typer.Typer(no_args_is_help=True, help="Training runs whose folders are on this machine.")
+training.command("list")(runs.list_runs)
+training.command("show")(runs.show)
+training.command("plot")(runs.plot)
+app.add_typer(training, name="runs")
 
 kernels = typer.Typer(no_args_is_help=True, help="Fused kernels of this machine.")
 kernels.command("check")(machine.check_kernels)

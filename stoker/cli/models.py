@@ -34,19 +34,19 @@ def list_models(as_json: Json = False) -> None:
 
 def pull(source: Source, as_json: Json = False) -> None:
     """Download a model into the hub's cache, if it is not there, and print its path."""
-    found = _ask("pull", sources=parse_model(source)[1])
+    found = ask_engine("pull", sources=parse_model(source)[1])
     _print_json(found) if as_json else print(found["path"])
 
 
 def inspect(source: Source, as_json: Json = False) -> None:
     """Show what a model is and the memory it needs, from its headers: nothing is loaded or downloaded."""
-    found = _ask("inspect", sources=parse_model(source)[1])
+    found = ask_engine("inspect", sources=parse_model(source)[1])
     _print_json(found) if as_json else print("\n".join(_describe(found)))
 
 
 def verify(source: Source, as_json: Json = False) -> None:
     """Check a model's files throughout: headers, names, shapes, tokenizer, and that every weight is a number."""
-    found = _ask("verify", sources=parse_model(source)[1])
+    found = ask_engine("verify", sources=parse_model(source)[1])
     if as_json:
         _print_json(found)
     else:
@@ -61,7 +61,7 @@ def quantize(
     as_json: Json = False,
 ) -> None:
     """Write a quantized copy of a safetensors model, in the layout that mlx-lm reads too."""
-    found = _ask("quantize", sources=parse_model(source)[1], target=target, bits=bits, group_size=group_size)
+    found = ask_engine("quantize", sources=parse_model(source)[1], target=target, bits=bits, group_size=group_size)
     if as_json:
         _print_json(found)
     else:
@@ -71,7 +71,7 @@ def quantize(
         )
 
 
-def _ask(command: str, **arguments: Any) -> dict[str, Any]:
+def ask_engine(command: str, **arguments: Any) -> dict[str, Any]:
     """The tool's answer; an error of its keeps its class."""
     if importlib.util.find_spec("workers") is None or importlib.util.find_spec("engine") is None:
         raise ConfigError(

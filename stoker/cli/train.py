@@ -8,10 +8,14 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from stoker.catalogue import parse_model
 from stoker.cli.jobs import warn_if_cold
+from stoker.cli.models import ask_engine
 from stoker.cli.options import Json, Model, Url, connect, console, is_terminal, notes, print_json
 from stoker.client import TrainJob
-from stoker.contract import TrainReport, TrainRequest, TrainResult
+from stoker.client_core import read_dataset
+from stoker.contract import TrainReport, TrainRequest, TrainResult, build
+from stoker.errors import InvalidRequest
 
 
 def _default(name: str) -> Any:
@@ -51,6 +55,7 @@ def train(
     checkpoint_every: Annotated[int, _option("Steps between checkpoints.")] = _default("checkpoint_every"),
     promote: Annotated[bool, _option("Serve the new version at once.")] = True,
     seed: Annotated[int, _option("The same seed, the same adapter.")] = _default("seed"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what the run would be; run one step here.")] = False,
     as_json: Json = False,
     url: Url = None,
 ) -> None:
@@ -58,6 +63,9 @@ def train(
     options = {field: value for field, value in locals().items() if field in TrainRequest.model_fields}
     del options["name"], options["dataset"], options["model"]
     options["targets"] = tuple(part.strip() for part in targets.split(","))
+    if dry_run:
+        _show_plan(name, dataset, model, options, as_json)
+        return
     with connect(url) as client:
         warn_if_cold(client, model, "train")
         job = client.train(name, dataset, model=model, **options)
@@ -65,6 +73,28 @@ def train(
         result = follow_json(job) if as_json else follow(job, steps)
         if not as_json:
             print(f"adapter {result.adapter}@{result.version}: {_outcome(result)}")
+
+
+def _show_plan(name: str, dataset: Path, model: str | None, options: dict[str, Any], as_json: bool) -> None:
+    """Load the model here, run a step of the longest examples, and print what that says of the whole."""
+    if model is None:
+        raise InvalidRequest("model: none given; a dry run loads the model itself. Name one with --model.")
+    model, sources = parse_model(model)
+    request = build(TrainRequest, {"model": model, "name": name, "dataset": "dry-run", **options})
+    read_dataset(dataset)
+    plan = ask_engine("plan", sources=sources, dataset=str(dataset), request=request.model_dump(mode="json"))
+    if as_json:
+        print_json(plan)
+        return
+    print(
+        f"{plan['examples']} examples, {plan['held_out']} held out; {plan['shortest']} to {plan['longest']} tokens, "
+        f"median {plan['median']}\n"
+        f"an epoch: {plan['tokens_an_epoch']} tokens, {plan['learned_an_epoch']} of them learned, in "
+        f"{plan['steps_an_epoch']} steps; the run: {request.steps} steps, {plan['epochs']:.1f} epochs\n"
+        f"{plan['trained_parameters']:,} parameters are trained\n"
+        f"on {plan['device']}: at most {plan['seconds_a_step']:.2f} s a step, {plan['seconds'] / 60:.1f} min in all, "
+        f"{plan['memory_bytes'] / 2**30:.2f} GB"
+    )
 
 
 def _outcome(result: TrainResult) -> str:

@@ -4,18 +4,21 @@ from stoker.contract.codec import CONTRACT, build, decode, encode
 from stoker.contract.presence import ModelCard, Presence
 from stoker.contract.requests import (
     LORA_TARGETS,
+    AdapterRequest,
     ChatMessage,
     EmbedRequest,
     GenerateRequest,
     Request,
     TrainRequest,
 )
-from stoker.contract.results import Completion, EmbedReply, GenerateResult, TrainResult, Usage
+from stoker.contract.results import AdapterResult, Completion, EmbedReply, GenerateResult, TrainResult, Usage
 from stoker.contract.stream import Alternative, FinishReason, StreamToken, TrainReport
 
 __all__ = [
     "CONTRACT",
     "LORA_TARGETS",
+    "AdapterRequest",
+    "AdapterResult",
     "Alternative",
     "ChatMessage",
     "Completion",

@@ -10,6 +10,8 @@ from typing import Any
 
 from stoker.errors import DatasetError
 
+#: Before the name of a dataset that is a file under the worker's data root.
+ON_WORKER = "worker:"
 MAX_EXAMPLES = 1_000_000
 MAX_DATASET_BYTES = 64 * 2**20
 

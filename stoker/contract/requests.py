@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, StringConstraints, field_validator, model_validator
 
-from stoker.contract.base import Message, Name
+from stoker.contract.base import Adapter, Message, Name
 
 MAX_TEXTS = 4096
 MAX_TEXT_CHARS = 1_000_000
@@ -97,8 +97,8 @@ class GenerateRequest(JobRequest):
     tools: Annotated[tuple[dict[str, Any], ...], Field(min_length=1, max_length=128)] | None = None
     #: Further variables of the chat template, such as `enable_thinking`.
     template: Annotated[dict[str, Any], Field(max_length=64)] | None = None
-    #: LoRA adapter to generate with; None: the bare base.
-    adapter: Name | None = None
+    #: LoRA adapter to generate with, `name` or `name@version`; None: the bare base.
+    adapter: Adapter | None = None
     max_tokens: int = Field(default=128, ge=1, le=32_768)
     #: Completions of the one prompt; each draws random numbers of its own.
     n: int = Field(default=1, ge=1, le=16)
@@ -175,8 +175,8 @@ class TrainRequest(JobRequest):
     model: Name
     #: The adapter's name.
     name: Name
-    #: Blob that holds the dataset as JSON lines.
-    dataset: str = Field(min_length=1, max_length=128)
+    #: Blob that holds the dataset as JSON lines, or `worker:NAME`: a file under the worker's data root.
+    dataset: str = Field(min_length=1, max_length=512)
     steps: int = Field(default=100, ge=1, le=1_000_000)
     rank: int = Field(default=8, ge=1, le=MAX_RANK)
     alpha: float = Field(default=16.0, gt=0.0, le=4096.0)
@@ -232,4 +232,17 @@ class TrainRequest(JobRequest):
         return self
 
 
-Request = EmbedRequest | GenerateRequest | TrainRequest
+class AdapterRequest(JobRequest):
+    """An adapter that was made elsewhere, to be checked against the model and taken into the registry."""
+
+    kind: ClassVar[str] = "adapters"
+
+    model: Name
+    name: Name
+    #: Blob that holds its files.
+    upload: str = Field(min_length=1, max_length=256)
+    #: Serve it as soon as it is there.
+    promote: bool = True
+
+
+Request = EmbedRequest | GenerateRequest | TrainRequest | AdapterRequest

@@ -56,6 +56,16 @@ class GenerateResult(Completion):
         return (self, *self.others)
 
 
+class AdapterResult(Message):
+    model: str
+    adapter: str
+    version: int
+    rank: int
+    #: `lora` or `dora`.
+    method: str
+    usage: Usage
+
+
 class TrainResult(Message):
     model: str
     #: The adapter's name and version; `name@version` pins this one.

@@ -160,7 +160,7 @@ def test_the_table_of_exit_codes_is_that_of_the_code() -> None:
     assert codes == {0, INTERRUPTED, *(error.exit_code for error in tree)}
 
 
-PLACES = ("<job>", "<worker>", "<model>", "<kind>", "<exchange>", "<queue>")
+PLACES = ("<name>", "<version>", "<job>", "<worker>", "<model>", "<kind>", "<exchange>", "<queue>")
 LIVES = {
     "24 hours": keys.RESULT_TTL,
     "7 days": keys.PENDING_TTL,
@@ -175,7 +175,13 @@ SECONDS = {"hours": 3600, "days": 86400, "seconds": 1}
 def test_the_table_of_keys_is_that_of_the_code() -> None:
     table = {code(row[0])[0]: row[2] for row in rows("docs/redis.md", "key")}
     made = {make("<job>") for make in (keys.job, keys.result, keys.stream, keys.cancel)}
-    made |= {keys.blob("dataset:<job>"), keys.blob("vectors:<job>"), keys.worker("<worker>"), keys.open_jobs("<queue>")}
+    made |= {
+        keys.blob("dataset:<job>"),
+        keys.blob("vectors:<job>"),
+        keys.blob("adapter:<job>"),
+        keys.worker("<worker>"),
+        keys.open_jobs("<queue>"),
+    }
     made |= {make("<queue>") for make in (keys.turns, keys.handed, keys.pace)}
     made |= {keys.room("<queue>", "<priority>"), keys.client("<key>", "<queue>")}
     made |= {keys.WORKERS, keys.MODELS, keys.DEAD, keys.JANITOR}

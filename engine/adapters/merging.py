@@ -1,0 +1,83 @@
+"""A copy of a model with an adapter merged into its weights, for programs that know no adapters."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+from engine.adapters.lane import read_adapter
+from engine.adapters.lora import LoraWeights, square_norms
+from engine.adapters.stacked import folded
+from engine.loading import LoadedModel, load
+from engine.models.layers import Linear
+from engine.quantizing import COPIED
+from engine.sources import resolve
+from engine.weights import safetensors
+from engine.weights.files import sync_folder
+from engine.weights.folder import read_config
+from engine.weights.mlx_layout import Layout
+from stoker.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Merged:
+    path: Path
+    layers: int
+
+
+def merge(sources: Sequence[str], adapter: Path, target: Path) -> Merged:
+    """Write to the new folder `target` the model of `sources` (config.json, safetensors) with the adapter of the folder
+    `adapter` merged: W + s·AB, and with DoRA each output's weights times m/‖W + s·AB‖. The base is not touched.
+
+    Raises `ModelError` for a base that is no folder or is quantized, or an adapter that does not fit; `OSError`.
+    """
+    source = resolve(sources)
+    if not source.is_dir() or Layout.from_config(read_config(source)) is not None:
+        raise ModelError(f"{source}: merging needs a model folder with config.json and safetensors, not quantized")
+    if target.exists() or target.is_symlink():
+        raise ModelError(f"{target}: exists already; name a folder that does not")
+    model = load("base", [str(source)], dtype="float32", quantize="none")
+    weights = read_adapter(adapter, model)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        _write(source, draft, model, weights)
+        draft.chmod(0o755)
+        sync_folder(draft)
+        os.rename(draft, target)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    sync_folder(target.parent)
+    return Merged(target, len(weights.matrices))
+
+
+def _write(source: Path, draft: Path, model: LoadedModel, weights: LoraWeights) -> None:
+    """Every file of the base, its shards with the merged layers in place."""
+    layers = {f"model.{name}.weight": name for name in weights.matrices}
+    shards = safetensors.files(source)
+    for shard in shards:
+        arrays = safetensors.read(shard)
+        for tensor in arrays.keys() & layers.keys():
+            arrays[tensor] = _merged(model, weights, layers[tensor]).astype(arrays[tensor].dtype)
+        safetensors.write(draft / shard.name, arrays, {"format": "pt"})
+    for file in source.iterdir():
+        if file.is_file() and file.suffix in COPIED and not file.name.startswith(".") and file not in shards:
+            shutil.copyfile(file, draft / file.name)
+
+
+def _merged(model: LoadedModel, weights: LoraWeights, name: str) -> mx.array:
+    """W' (out, in) of one layer, float32."""
+    linear: Linear = model.decoder.linears[name]
+    sides = folded(weights, name, linear, square_norms(linear) if weights.config.dora else None, mx.float32)
+    weight = linear.dense().astype(mx.float32)
+    if "gain" in sides:
+        weight = weight * sides["gain"]
+    result = (weight + sides["a"] @ sides["b"]).T
+    mx.eval(result)
+    return result

@@ -1,0 +1,110 @@
+"""`stoker adapters`: the registry."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from stoker.adapters import facts
+from stoker.catalogue import parse_model
+from stoker.cli.models import ask_engine
+from stoker.cli.options import Json, Model, Url, connect, print_json
+from stoker.registry import AdapterEntry, wanted
+from stoker.settings import load_settings
+
+Version = Annotated[str, typer.Argument(help="NAME@VERSION.", metavar="ADAPTER")]
+Adapter = Annotated[str, typer.Argument(help="NAME.", metavar="ADAPTER")]
+
+
+def list_adapters(model: Model = None, as_json: Json = False, url: Url = None) -> None:
+    """List the adapters of a model, their versions, and which one serves."""
+    with connect(url) as client:
+        found = client.adapters.list(model)
+    if as_json:
+        print_json([_plain(entry) for entry in found])
+        return
+    for entry in found:
+        _show(entry)
+
+
+def show(adapter: Adapter, model: Model = None, as_json: Json = False, url: Url = None) -> None:
+    """Show one adapter: its versions, which one serves, and which ones did."""
+    with connect(url) as client:
+        entry = client.adapters.get(adapter, model)
+    print_json(_plain(entry)) if as_json else _show(entry)
+
+
+def load(
+    name: Annotated[str, typer.Argument(help="The name that it shall have.")],
+    folder: Annotated[Path, typer.Argument(help="PEFT's folder, mlx-lm's, or a checkpoint of a run.")],
+    model: Model = None,
+    promote: Annotated[bool, typer.Option(help="Serve it at once.")] = True,
+    as_json: Json = False,
+    url: Url = None,
+) -> None:
+    """Take an adapter that was made elsewhere into the registry."""
+    with connect(url) as client:
+        result = client.adapters.load(name, folder, model=model, promote=promote).result()
+    if as_json:
+        print_json(result.model_dump(mode="json"))
+    else:
+        print(f"adapter {result.adapter}@{result.version}: {result.method}, rank {result.rank}")
+
+
+def promote(adapter: Version, model: Model = None, url: Url = None) -> None:
+    """Let a version serve whoever asks for the name."""
+    with connect(url) as client:
+        _say(client.adapters.promote(adapter, model))
+
+
+def rollback(adapter: Adapter, model: Model = None, url: Url = None) -> None:
+    """Let the version serve that served before."""
+    with connect(url) as client:
+        _say(client.adapters.rollback(adapter, model))
+
+
+def deactivate(adapter: Adapter, model: Model = None, url: Url = None) -> None:
+    """Let no version serve the bare name."""
+    with connect(url) as client:
+        _say(client.adapters.deactivate(adapter, model))
+
+
+def unload(adapter: Version, model: Model = None, url: Url = None) -> None:
+    """Take a version that does not serve out of the registry."""
+    with connect(url) as client:
+        client.adapters.unload(adapter, model)
+    print(f"{adapter}: unloaded")
+
+
+def export(
+    adapter: Version,
+    base: Annotated[str, typer.Argument(help="The base: a folder with config.json and safetensors, or its name.")],
+    target: Annotated[Path, typer.Argument(help="Folder to be written; must not exist.")],
+    model: Annotated[str | None, typer.Option(help="The name under which workers serve the base.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a copy of the base with the adapter merged in, from this machine's disk."""
+    name, version = wanted(adapter, version=True)
+    store = load_settings().adapters / (model or base) / name / str(version)
+    found = ask_engine("export", sources=parse_model(base)[1], adapter=str(store), target=str(target))
+    print_json(found) if as_json else print(f"{found['path']}: {found['layers']} layers merged")
+
+
+def _plain(entry: AdapterEntry) -> dict[str, Any]:
+    return {**asdict(entry), "versions": {str(number): dict(known) for number, known in entry.versions.items()}}
+
+
+def _say(entry: AdapterEntry) -> None:
+    print(f"{entry.name}: " + (f"version {entry.serving} serves" if entry.serving else "no version serves"))
+
+
+def _show(entry: AdapterEntry) -> None:
+    print(f"{entry.name}  ({entry.model})")
+    for number, known in entry.versions.items():
+        mark = "serves" if number == entry.serving else ""
+        made = time.strftime("%Y-%m-%d %H:%M", time.localtime(known.get("time", 0)))
+        print(f"  {entry.name}@{number:<4} {made}  {facts(known):44} {mark}".rstrip())

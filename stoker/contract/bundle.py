@@ -1,0 +1,53 @@
+"""An adapter's files as one blob: a safetensors file with a tensor of bytes for each. No archive, so no paths in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from stoker.errors import InvalidRequest
+
+#: What an adapter's folder may hold: PEFT's files, mlx-lm's, and what Stoker knows of its own.
+FILES = ("adapter_config.json", "adapter_model.safetensors", "adapters.safetensors", "stoker.json")
+MAX_BYTES = 512 * 2**20
+
+
+def pack(files: Mapping[str, bytes]) -> bytes:
+    return safetensors.numpy.save({name: np.frombuffer(data, dtype=np.uint8) for name, data in files.items()})
+
+
+def unpack(data: bytes, source: str) -> dict[str, bytes]:
+    """The inverse. Raises `InvalidRequest` for anything else, and for a file that no adapter has."""
+    try:
+        found = safetensors.numpy.load(data)
+    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        raise InvalidRequest(f"{source}: no bundle of an adapter's files ({error}).") from None
+    strange = sorted(set(found) - set(FILES))
+    if strange:
+        raise InvalidRequest(f"{source}: {strange[0]!r} is no file of an adapter; allowed: {', '.join(FILES)}.")
+    return {name: array.tobytes() for name, array in found.items()}
+
+
+def read_folder(folder: Path) -> bytes:
+    """The files of an adapter's folder (PEFT's, mlx-lm's, or a checkpoint of Stoker), packed.
+
+    Raises `InvalidRequest` for a folder that holds none, or too much.
+    """
+    try:
+        found = {name: folder / name for name in FILES if (folder / name).is_file()}
+        weights = {"adapter_model.safetensors", "adapters.safetensors"} & found.keys()
+        if "adapter_config.json" not in found or not weights:
+            raise InvalidRequest(
+                f"{folder}: no adapter in it; expected adapter_config.json and adapter_model.safetensors (PEFT), or "
+                "adapter_config.json and adapters.safetensors (mlx-lm)."
+            )
+        size = sum(path.stat().st_size for path in found.values())
+        if size > MAX_BYTES:
+            raise InvalidRequest(f"{folder}: {size} bytes; at most {MAX_BYTES} can be loaded.")
+        return pack({name: path.read_bytes() for name, path in found.items()})
+    except OSError as error:
+        raise InvalidRequest(f"{folder}: cannot be read ({error.strerror}).") from None

@@ -1,0 +1,173 @@
+"""The registry of adapters in the broker: which versions there are, and which one serves. Every worker asks it.
+
+One hash an adapter: `next`, the last number given out; `serving`, the version that a bare name means ("" for none);
+`history`, those that served before, newest last; `version:<n>`, what is known of each, as JSON. A hash whose versions
+are all gone stays, so that a number is never used twice. One Lua script a transition: whole or not at all.
+
+The functions take a blocking or an asyncio client, and return what it returns.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from stoker import keys
+from stoker.contract.base import parse_adapter
+from stoker.errors import InvalidRequest, UnknownAdapter
+
+#: KEYS: the adapter's hash, the job's record. ARGV: the least number that is free on the caller's disk. A job gets the
+#: same number whenever it asks.
+ALLOCATE = """
+local given = redis.call('HGET', KEYS[2], 'version')
+if given then return given end
+local last = tonumber(redis.call('HGET', KEYS[1], 'next') or '0')
+local version = math.max(last + 1, tonumber(ARGV[1]))
+redis.call('HSET', KEYS[1], 'next', version)
+redis.call('HSET', KEYS[2], 'version', version)
+return tostring(version)
+"""
+
+_SERVE = """
+local function serve(key, version)
+  local serving = redis.call('HGET', key, 'serving') or ''
+  if serving == version then return end
+  if serving ~= '' then
+    local history = cjson.decode(redis.call('HGET', key, 'history') or '[]')
+    table.insert(history, serving)
+    redis.call('HSET', key, 'history', cjson.encode(history))
+  end
+  redis.call('HSET', key, 'serving', version)
+end
+"""
+
+#: KEYS: the adapter's hash, the model's set of names. ARGV: name, version, what is known of it, whether it shall serve.
+REGISTER = (
+    _SERVE
+    + """
+redis.call('SADD', KEYS[2], ARGV[1])
+redis.call('HSET', KEYS[1], 'version:' .. ARGV[2], ARGV[3])
+local last = tonumber(redis.call('HGET', KEYS[1], 'next') or '0')
+if last < tonumber(ARGV[2]) then redis.call('HSET', KEYS[1], 'next', ARGV[2]) end
+if ARGV[4] == '1' then serve(KEYS[1], ARGV[2]) end
+return 1
+"""
+)
+
+#: KEYS: the adapter's hash, the version's artifact. ARGV: `promote`, `rollback`, `deactivate` or `unload`; version.
+#: Returns the version that serves then, "" for none, or nil if it cannot be done.
+CHANGE = (
+    _SERVE
+    + """
+local key, verb, version = KEYS[1], ARGV[1], ARGV[2]
+local function known(version) return redis.call('HEXISTS', key, 'version:' .. version) == 1 end
+if verb == 'promote' then
+  if not known(version) then return false end
+  serve(key, version)
+elseif verb == 'deactivate' then
+  serve(key, '')
+elseif verb == 'rollback' then
+  local history = cjson.decode(redis.call('HGET', key, 'history') or '[]')
+  local found = false
+  while #history > 0 and not found do
+    local last = table.remove(history)
+    if known(last) and last ~= redis.call('HGET', key, 'serving') then found = last end
+  end
+  if not found then return false end
+  redis.call('HSET', key, 'serving', found, 'history', #history > 0 and cjson.encode(history) or '[]')
+elseif verb == 'unload' then
+  if not known(version) or redis.call('HGET', key, 'serving') == version then return false end
+  redis.call('HDEL', key, 'version:' .. version)
+  redis.call('DEL', KEYS[2])
+end
+return redis.call('HGET', key, 'serving') or ''
+"""
+)
+
+
+@dataclass(frozen=True)
+class AdapterEntry:
+    """What the registry knows of one adapter. `versions`: number → rank, method, loss, time and so on."""
+
+    model: str
+    name: str
+    serving: int | None
+    history: tuple[int, ...]
+    versions: Mapping[int, Mapping[str, Any]]
+
+    def version(self, wanted: int | None) -> int:
+        """The version that `name` (None) or `name@wanted` means. Raises `UnknownAdapter`."""
+        if wanted is not None and wanted in self.versions:
+            return wanted
+        if wanted is None and self.serving is not None:
+            return self.serving
+        listed = ", ".join(map(str, sorted(self.versions))) or "none"
+        if wanted is None:
+            raise UnknownAdapter(
+                f"adapter {self.name!r} given; none of its versions ({listed}) serves. "
+                f"Name one with {self.name}@VERSION, or `stoker adapters promote {self.name}@VERSION`."
+            )
+        raise UnknownAdapter(f"adapter '{self.name}@{wanted}' given; the versions of {self.name}: {listed}.")
+
+
+def parse(model: str, name: str, raw: Mapping[bytes, bytes]) -> AdapterEntry:
+    """From the adapter's hash."""
+    fields = {key.decode(): value.decode() for key, value in raw.items()}
+    versions = {
+        int(key.removeprefix("version:")): json.loads(value)
+        for key, value in fields.items()
+        if key.startswith("version:")
+    }
+    serving = fields.get("serving") or None
+    history = tuple(int(version) for version in json.loads(fields.get("history", "[]")))
+    return AdapterEntry(model, name, int(serving) if serving else None, history, dict(sorted(versions.items())))
+
+
+def names(raw: Iterable[bytes]) -> list[str]:
+    return sorted(name.decode() for name in raw)
+
+
+def allocate(redis: Any, model: str, name: str, job_id: str, floor: int) -> Any:
+    """The number of the version that this job makes, at least `floor`: the same however often it asks."""
+    return redis.eval(ALLOCATE, 2, keys.adapter(model, name), keys.job(job_id), floor)
+
+
+def register(redis: Any, model: str, name: str, version: int, known: Mapping[str, Any], *, promote: bool) -> Any:
+    """Say that a version is there, and let it serve. Saying it again changes nothing."""
+    arguments = (name, version, json.dumps(known), int(promote))
+    return redis.eval(REGISTER, 2, keys.adapter(model, name), keys.adapters(model), *arguments)
+
+
+def change(redis: Any, model: str, verb: str, name: str, version: int | None) -> Any:
+    """`promote`, `rollback`, `deactivate` or `unload`; see `CHANGE`."""
+    return redis.eval(
+        CHANGE, 2, keys.adapter(model, name), keys.artifact(model, name, version or 0), verb, version or ""
+    )
+
+
+def wanted(adapter: str, *, version: bool) -> tuple[str, int | None]:
+    """`name` or `name@version` as it was given to a command; `version`: whether it must name one."""
+    name, number = parse_adapter(adapter)
+    if version and number is None:
+        raise InvalidRequest(f"adapter: {adapter!r} given; name a version too, as {name}@1.")
+    return name, number
+
+
+def explain(entry: AdapterEntry, verb: str, version: int | None) -> InvalidRequest:
+    """Why `change` could not do it."""
+    if verb == "rollback":
+        return InvalidRequest(
+            f"adapter {entry.name!r}: no version served before {entry.serving}; nothing to go back to."
+        )
+    if verb == "unload" and version == entry.serving:
+        return InvalidRequest(
+            f"adapter '{entry.name}@{version}' serves now. Promote another version first, or let none serve: "
+            f"`stoker adapters deactivate {entry.name}`."
+        )
+    try:
+        entry.version(version)
+    except UnknownAdapter as error:
+        return error
+    return InvalidRequest(f"adapter {entry.name!r}: {verb} is not possible now. Try again.")

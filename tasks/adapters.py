@@ -1,0 +1,36 @@
+"""Loading an adapter that was made elsewhere: the engine checks it, this registers it."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+from celery import Task, shared_task
+
+from stoker import keys
+from stoker.contract import AdapterRequest, AdapterResult
+from stoker.errors import JobLost
+from workers import adapters
+from workers.frame import JobTask, Run, complete, run_job
+
+
+@shared_task(name="stoker.adapters", base=JobTask, bind=True)
+def load(self: Task) -> dict[str, Any]:
+    with ExitStack() as folders:
+
+        def fetch(run: Run, request: AdapterRequest) -> Any:
+            folder = folders.enter_context(adapters.unpacked(run, request.upload))
+            if folder is None:
+                raise JobLost("the adapter's files are gone from the broker. Send them again.")
+            return folder, adapters.allocate(run, request.model, request.name)
+
+        return run_job(self, AdapterRequest, _finish, fetch)
+
+
+def _finish(run: Run, request: AdapterRequest, result: AdapterResult) -> AdapterResult:
+    known = {"rank": result.rank, "method": result.method, "source": "loaded"}
+    run.runtime.persist(
+        lambda: adapters.publish(run, request.model, request.name, result.version, known, promote=request.promote)
+    )
+    run.runtime.persist(lambda: run.runtime.redis.delete(keys.blob(request.upload)))
+    return result.model_copy(update={"usage": complete(result.usage, run)})

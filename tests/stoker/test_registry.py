@@ -1,0 +1,121 @@
+"""The registry of adapters on a real broker: every change whole, every number given once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import redis
+
+from stoker import keys, registry
+from stoker.connection import connect
+from stoker.contract import bundle
+from stoker.errors import InvalidRequest, UnknownAdapter
+from stoker.registry import AdapterEntry
+from stoker.settings import Settings
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture
+def broker_client(broker: Settings) -> Iterator[redis.Redis]:
+    client = connect(broker)
+    yield client
+    client.close()
+
+
+def entry(client: Any) -> AdapterEntry:
+    return registry.parse("m", "style", client.hgetall(keys.adapter("m", "style")))
+
+
+def add(client: Any, version: int, *, promote: bool = True) -> None:
+    registry.register(client, "m", "style", version, {"rank": 8, "loss": 1.5}, promote=promote)
+
+
+def change(client: Any, verb: str, version: int | None = None) -> Any:
+    done = registry.change(client, "m", verb, "style", version)
+    return done if done is None else done.decode()
+
+
+def test_versions_serve_as_they_come_unless_told_otherwise(broker_client: Any) -> None:
+    add(broker_client, 1)
+    add(broker_client, 2)
+    add(broker_client, 3, promote=False)
+    found = entry(broker_client)
+    assert (found.serving, found.history, list(found.versions)) == (2, (1,), [1, 2, 3])
+    assert found.versions[3]["rank"] == 8
+    assert registry.names(broker_client.smembers(keys.adapters("m"))) == ["style"]
+    add(broker_client, 2)
+    assert entry(broker_client).history == (1,), "said again, nothing changes"
+
+
+def test_promote_and_rollback_go_forth_and_back(broker_client: Any) -> None:
+    for version in (1, 2, 3):
+        add(broker_client, version)
+    assert change(broker_client, "promote", 1) == "1"
+    assert change(broker_client, "rollback") == "3"
+    assert change(broker_client, "rollback") == "2"
+    assert change(broker_client, "rollback") == "1"
+    assert change(broker_client, "rollback") is None
+    assert change(broker_client, "promote", 7) is None
+    assert entry(broker_client).serving == 1
+
+
+def test_what_was_unloaded_is_skipped_and_never_comes_back(broker_client: Any) -> None:
+    for version in (1, 2, 3):
+        add(broker_client, version)
+        broker_client.set(keys.artifact("m", "style", version), b"files")
+    assert change(broker_client, "unload", 3) is None, "it serves"
+    assert change(broker_client, "unload", 2) == "3"
+    assert not broker_client.exists(keys.artifact("m", "style", 2))
+    assert change(broker_client, "rollback") == "1"
+    assert list(entry(broker_client).versions) == [1, 3]
+    assert number(broker_client, "job") == 4
+
+
+def test_a_deactivated_adapter_serves_by_version_alone(broker_client: Any) -> None:
+    add(broker_client, 1)
+    assert change(broker_client, "deactivate") == ""
+    found = entry(broker_client)
+    assert found.version(1) == 1
+    with pytest.raises(UnknownAdapter, match=r"none of its versions \(1\) serves"):
+        found.version(None)
+    with pytest.raises(UnknownAdapter, match="'style@2' given; the versions of style: 1"):
+        found.version(2)
+    assert change(broker_client, "rollback") == "1"
+
+
+def number(client: Any, job: str, floor: int = 1) -> int:
+    client.hset(keys.job(job), "kind", "train")
+    client.expire(keys.job(job), 60)
+    return int(registry.allocate(client, "m", "style", job, floor))
+
+
+def test_a_job_gets_one_number_however_often_it_asks(broker_client: Any) -> None:
+    assert [number(broker_client, job) for job in ("a", "b", "a", "b")] == [1, 2, 1, 2]
+    assert number(broker_client, "c", floor=9) == 9, "a disk has versions up to 8"
+
+
+@pytest.mark.parametrize(
+    ("verb", "version", "why"),
+    [
+        ("rollback", None, "nothing to go back to"),
+        ("unload", 1, "serves now"),
+        ("promote", 4, "the versions of style: 1"),
+    ],
+)
+def test_what_cannot_be_done_says_why(verb: str, version: int | None, why: str) -> None:
+    found = AdapterEntry("m", "style", 1, (), {1: {}})
+    assert why in str(registry.explain(found, verb, version))
+
+
+def test_a_bundle_is_read_as_it_was_packed_and_nothing_else_is() -> None:
+    files = {"adapter_config.json": b"{}", "adapters.safetensors": b"\x00\x01"}
+    assert bundle.unpack(bundle.pack(files), "x") == files
+    with pytest.raises(InvalidRequest, match=r"'\.\./evil' is no file of an adapter"):
+        bundle.unpack(bundle.pack({"../evil": b"x"}), "x")
+    for data in (b"", b"12345678", json.dumps(files, default=str).encode()):
+        with pytest.raises(InvalidRequest, match="x: no bundle"):
+            bundle.unpack(data, "x")

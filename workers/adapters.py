@@ -1,0 +1,98 @@
+"""Adapters between the registry in the broker, the artifact store, and this worker's disk and memory."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stoker import keys, registry
+from stoker.contract import bundle
+from stoker.contract.base import parse_adapter
+from stoker.errors import UnknownAdapter
+from workers.artifacts import Artifacts
+
+if TYPE_CHECKING:
+    from workers.frame import Run
+
+log = logging.getLogger(__name__)
+
+
+def pinned(run: Run, model: str, adapter: str) -> str:
+    """`adapter` with the version that this job uses from its first owner to its last, its files on this disk.
+
+    An adapter that the registry does not know may lie on this disk all the same; then the engine chooses.
+    """
+    name, version = parse_adapter(adapter)
+    redis = run.runtime.redis
+    given = redis.hget(keys.job(run.job_id), "version")
+    if given is None:
+        raw = redis.hgetall(keys.adapter(model, name))
+        if not raw:
+            return adapter
+        number = registry.parse(model, name, raw).version(version)
+        redis.hsetnx(keys.job(run.job_id), "version", number)
+        given = redis.hget(keys.job(run.job_id), "version")
+    number = int(given)
+    _fetch(run, model, name, number)
+    return f"{name}@{number}"
+
+
+def allocate(run: Run, model: str, name: str) -> int:
+    """The number of the version that this job makes: above all that the registry or this disk has, and the same
+    however often the job runs."""
+    floor = run.runtime.engine.store.newest(model, name) + 1
+    return int(registry.allocate(run.runtime.redis, model, name, run.job_id, floor))
+
+
+def publish(run: Run, model: str, name: str, version: int, known: Mapping[str, Any], *, promote: bool) -> None:
+    """Put a version that is on this disk where every worker finds it, then let it serve."""
+    folder = run.runtime.engine.store.folder(model, name, version)
+    _artifacts(run).put(model, name, version, bundle.read_folder(folder))
+    facts = {**known, "time": time.time(), "worker": run.runtime.name, "job": run.job_id}
+    registry.register(run.runtime.redis, model, name, version, facts, promote=promote)
+
+
+@contextmanager
+def unpacked(run: Run, upload: str) -> Iterator[Path | None]:
+    """A folder with the files of an upload; None if it has expired."""
+    data = run.runtime.redis.get(keys.blob(upload))
+    with tempfile.TemporaryDirectory(prefix="stoker-adapter-") as home:
+        folder = Path(home)
+        if data is not None:
+            _write(folder, data, upload)
+        yield None if data is None else folder
+
+
+def _fetch(run: Run, model: str, name: str, version: int) -> None:
+    store = run.runtime.engine.store
+    if store.has(model, name, version):
+        return
+    data = _artifacts(run).get(model, name, version)
+    if data is None:
+        raise UnknownAdapter(
+            f"adapter '{name}@{version}' given; it is registered, but no store that this worker reaches has its files."
+        )
+    store.install(model, name, lambda draft: _write(draft, data, f"{name}@{version}"), version)
+    log.info("adapter %s@%d of %s fetched", name, version, model)
+
+
+def _artifacts(run: Run) -> Artifacts:
+    return Artifacts(run.runtime.settings, run.runtime.redis)
+
+
+def _write(folder: Path, data: bytes, source: str) -> None:
+    for file, content in bundle.unpack(data, source).items():
+        (folder / file).write_bytes(content)
+
+
+def facts(notes: Path) -> dict[str, Any]:
+    """What a version's own notes say that belongs into the registry."""
+    said = json.loads(notes.read_text())
+    names = ("global_step", "loss", "held_out_loss", "learning_rate", "base")
+    return {name: said[name] for name in names if said.get(name) is not None}
