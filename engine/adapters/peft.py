@@ -36,6 +36,9 @@ _PLAIN: dict[str, Any] = {
     "trainable_token_indices": None,
     "target_parameters": None,
     "alora_invocation_tokens": None,
+    "layer_replication": None,
+    "use_qalora": False,
+    "use_bdlora": None,
 }
 #: PEFT's tensors → our sides. It wrote the magnitude with `.weight` behind it for a while.
 _TENSOR = re.compile(

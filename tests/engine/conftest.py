@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+from pathlib import Path
 
 from engine import blas
 
@@ -15,6 +17,7 @@ import pytest  # noqa: E402
 
 from engine.loading import LoadedModel, load  # noqa: E402
 from engine.models.llama import Llama, LlamaArgs  # noqa: E402
+from engine.weights import safetensors  # noqa: E402
 from engine.weights.tensors import Tensors  # noqa: E402
 from tests.engine import tiny  # noqa: E402
 
@@ -57,6 +60,17 @@ def tiny_llama() -> Llama:
 def model(tiny_llama: Llama) -> LoadedModel:
     """The same as the engine holds one, with a tokenizer."""
     return tiny.loaded(tiny_llama)
+
+
+@pytest.fixture
+def golden_model() -> LoadedModel:
+    """The Llama that torch and peft trained on (tests/goldens)."""
+    folder = Path(__file__).parents[1] / "goldens" / "tiny-llama"
+    arrays = safetensors.read(folder / "model.safetensors")
+    readers = {name: (lambda array=array: array) for name, array in arrays.items()}
+    shapes = {name: array.shape for name, array in arrays.items()}
+    args = LlamaArgs.from_config(json.loads((folder / "config.json").read_text()))
+    return tiny.loaded(Llama(args, Tensors(readers, shapes, "tiny-llama", mx.float32)))
 
 
 @pytest.fixture(scope="session")

@@ -13,12 +13,9 @@ import pytest
 
 from engine.adapters.lora import LoraConfig, LoraWeights
 from engine.loading import LoadedModel
-from engine.models.llama import Llama, LlamaArgs
 from engine.training import trainer as trainer_module
 from engine.training.data import TokenizedExample, tokenize
 from engine.training.trainer import Trainer
-from engine.weights import safetensors
-from engine.weights.tensors import Tensors
 from stoker.contract import TrainReport
 from stoker.contract.dataset import Example
 from stoker.errors import JobFailed
@@ -26,16 +23,6 @@ from tests.engine import tiny
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 RUN = json.loads((GOLDENS / "tiny_lora.json").read_text())
-
-
-@pytest.fixture
-def golden_model() -> LoadedModel:
-    folder = GOLDENS / "tiny-llama"
-    arrays = safetensors.read(folder / "model.safetensors")
-    readers = {name: (lambda array=array: array) for name, array in arrays.items()}
-    shapes = {name: array.shape for name, array in arrays.items()}
-    args = LlamaArgs.from_config(json.loads((folder / "config.json").read_text()))
-    return tiny.loaded(Llama(args, Tensors(readers, shapes, "tiny-llama", mx.float32)))
 
 
 def golden_matrices(golden: Any, when: str) -> dict[str, dict[str, np.ndarray]]:

@@ -48,7 +48,7 @@ def test_every_decoder_generates_and_trains(own: Stack, name: str) -> None:
             "tiny", [{"text": "ab ab"}], model=path, steps=2, max_length=32, targets=["q_proj", "down_proj"]
         )
         assert run.result(30).steps == 2
-        assert client.generate("ab", model=name, adapter="tiny", max_tokens=4).result(30).adapter == "tiny"
+        assert client.generate("ab", model=name, adapter="tiny", max_tokens=4).result(30).adapter == "tiny@1"
 
 
 @pytest.mark.parametrize("name", ENCODERS)
