@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from concurrent import futures
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,8 @@ class Ticket:
         self.stop: StokerError | None = None
         self.submitted = time.monotonic()
         self.started: float | None = None
+        #: How much of the job is done, 0 to 1; None for kinds that do not say.
+        self.progress: float | None = None
         self._future: Future[Any] = Future()
 
     def cancel(self, reason: StokerError | None = None) -> None:
@@ -36,6 +39,10 @@ class Ticket:
     def result(self, timeout: float | None = None) -> Any:
         """Wait for the end; raises what the engine failed the job with, or `JobCancelled`."""
         return self._future.result(timeout)
+
+    def wait(self, seconds: float) -> bool:
+        """Wait so long for the end at the most; whether it has come."""
+        return bool(futures.wait([self._future], seconds).done)
 
     @property
     def done(self) -> bool:

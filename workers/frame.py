@@ -20,6 +20,9 @@ from workers.lanes import LaneRequest, lanes
 from workers.runtime import Fenced, current
 
 log = logging.getLogger(__name__)
+
+#: Seconds between a running job's events of progress.
+PROGRESS_EVERY = 2.0
 M = TypeVar("M", bound=JobRequest)
 
 
@@ -41,6 +44,7 @@ class Run:
         self._queue = task.request.delivery_info["routing_key"]
         self._token, self._tag = task.request.stoker_token, task.request.stoker_tag
         self.claim = Claim("run", 0.0, False)
+        self._told: float | None = None
 
     def take(self) -> None:
         """Become the job's owner. Raises `Ignore` for a delivery that has nothing to do any more."""
@@ -63,9 +67,17 @@ class Run:
         with self.runtime.running(self._token, ticket):
             # After the ticket can be found: a cancel that came before is seen here, one that comes later finds it.
             self.runtime.persist(self.runtime.cancel_if_asked)
+            while not ticket.wait(PROGRESS_EVERY):
+                self._tell_progress(ticket.progress)
             value = ticket.result()
         self.runtime.publisher.flush()
         return value
+
+    def _tell_progress(self, progress: float | None) -> None:
+        """Flower shows it as the task's state."""
+        if progress is not None and progress != self._told:
+            self._told = progress
+            self._task.send_event("task-progress", progress=round(progress, 4))
 
     def _seconds_left(self, request: JobRequest) -> float | None:
         if request.deadline is None:

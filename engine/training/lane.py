@@ -93,6 +93,8 @@ class TrainLane:
             report = self._run.advance()
         except Exception as error:
             return self._fail(error)
+        if report is not None:
+            work.ticket.progress = report.step / report.steps
         return StepOutput(entries=[] if report is None else [(work.ticket.job_id, report)])
 
     def _begin(self) -> StepOutput:
