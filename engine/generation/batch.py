@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -38,8 +37,6 @@ class Batch:
         self.rows: list[Row] = []
         self.kv: KeyValues | None = None
         self._flight: Flight | None = None
-        #: Seconds of a pass, as measured lately.
-        self.seconds = 0.0
 
     @property
     def nbytes(self) -> int:
@@ -98,7 +95,7 @@ class Batch:
         self.fit(len(self.rows), max(row.cached for row in self.rows) + 1)
         assert self.kv is not None
         count = len(self.rows)
-        size = min(bucket(count), self.kv.rows) if self._step.compiled else count
+        size = min(bucket(count), self.kv.rows) if self._step.decode_buckets else count
         draws = [row.draw(ahead[slot]) for slot, row in enumerate(self.rows)]
         offset = np.zeros(size, dtype=np.int32)
         offset[:count] = [row.cached for row in self.rows]
@@ -122,9 +119,7 @@ class Batch:
 
     def read(self, flight: Flight) -> list[tuple[Row, Pick]]:
         """Wait for a pass; the tokens of its rows that are still here, at the place they had."""
-        began = time.perf_counter()
         found = picks(flight.chosen, flight.draws)
-        self.seconds = time.perf_counter() - began
         if flight is self._flight:
             self._flight = None
         rows = zip(flight.rows, flight.epochs, found, strict=True)
@@ -156,6 +151,6 @@ class Batch:
 
     def _columns(self, length: int) -> int:
         assert self.kv is not None
-        if self._step.compiled:
+        if self._step.decode_buckets:
             return min(bucket(length, COLUMNS), self.kv.capacity)
         return min(-(-length // FINE_COLUMNS) * FINE_COLUMNS, self.kv.capacity)

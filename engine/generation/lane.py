@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,11 +13,9 @@ from engine.generation.prefill import Pace, Prefill, owner
 from engine.generation.prefixes import SHORTEST, PrefixCache
 from engine.generation.prompt import check_ids, tokenize
 from engine.generation.row import Generation, Row
-from engine.generation.sampling import Pick
-from engine.generation.step import Step, bytes_per_token
+from engine.generation.step import Compiled, Step, bytes_per_token, usual
 from engine.generation.structured import Vocabulary
 from engine.loading import LoadedModel
-from engine.models.compiler import on_cpu
 from engine.ticket import StepOutput, Ticket
 from stoker.contract import GenerateRequest, StreamToken
 from stoker.errors import InvalidRequest
@@ -31,13 +30,13 @@ GROUP_TOKENS = 2048
 class Limits:
     """What a lane may use. `slots`: rows that decode at once. `kv_bytes`: keys and values of all rows, prompts on
     their way and prefixes. `prefix_share`: of these, what kept prefixes may take. `stall`: seconds that a prompt may
-    hold up the streams beside it. `compiled`: None: where it pays, which is on GPUs."""
+    hold up the streams beside it. `compiled`: None: what is usual on this machine."""
 
     slots: int = 16
     kv_bytes: int = 1 << 30
     prefix_share: float = 0.25
     stall: float = 0.25
-    compiled: bool | None = None
+    compiled: Compiled | None = None
 
 
 class GenerateLane:
@@ -48,9 +47,11 @@ class GenerateLane:
     def __init__(self, model: LoadedModel, pool: AdapterPool, limits: Limits | None = None) -> None:
         self._model, self._pool, self.limits = model, pool, limits or Limits()
         self._decoder = model.decoder
-        compiled = not on_cpu() if self.limits.compiled is None else self.limits.compiled
-        self.step = Step(self._decoder, compiled=compiled)
-        self._pace = Pace()
+        self.step = Step(self._decoder, self.limits.compiled or usual())
+        #: Of chunks beside running streams, and of those that hold up nobody.
+        self._beside, self._alone = Pace(), Pace(256)
+        #: Seconds of a turn that only decoded, as measured lately.
+        self._turn = 0.0
         self._vocabulary = Vocabulary(model.tokenizer)
         self._waiting: deque[Row] = deque()
         #: Whether a pass may be launched before the last one is read: not while other lanes want their turn.
@@ -117,10 +118,18 @@ class GenerateLane:
 
     def run(self) -> StepOutput:
         """Take who waits, push prompts on by a chunk, decode everybody who is ready by one token."""
-        output = StepOutput()
+        output, began = StepOutput(), time.perf_counter()
         self._begin_prefill()
+        calm = self._prefill is None
         self._advance_prefill(output)
+        if output.entries and self.ahead:
+            # A first token is there: it is told before anybody waits for the pass that is under way.
+            self._launch()
+            return output
         self._decode(output)
+        if calm:
+            seconds = time.perf_counter() - began
+            self._turn = 0.8 * self._turn + 0.2 * seconds if self._turn else seconds
         return output
 
     # --- prompts ---
@@ -132,7 +141,7 @@ class GenerateLane:
     def _next_group(self) -> list[Row]:
         """The rows to be prefilled next: the first that waits, and where it pays those behind it that fit."""
         group: list[Row] = []
-        most = GROUP if self.step.compiled else 1
+        most = GROUP if self.step.prompt_buckets else 1
         while self._waiting and len(group) < most and len(self.batch.rows) + len(group) < self.limits.slots:
             row = self._waiting[0]
             longest = max(one.length for one in (row, *group))
@@ -164,8 +173,8 @@ class GenerateLane:
             return
         prefill, beside = self._prefill, bool(self.batch.rows)
         # A chunk as long as a decode step at most doubles the time between two tokens.
-        patience = min(self.limits.stall, max(self.batch.seconds, 0.002)) if beside else 1.0
-        for row, pick in prefill.advance(self._pace.tokens(patience), self._pace):
+        patience = min(self.limits.stall, max(self._turn, 0.002)) if beside else 1.0
+        for row, pick in prefill.advance(self._beside if beside else self._alone, patience):
             self._keep_prefix(prefill, row)
             row.generation.extend(row, pick, output)
             if row.finish_reason:
@@ -187,22 +196,26 @@ class GenerateLane:
     def _decode(self, output: StepOutput) -> None:
         """Read the pass that was launched in the turn before, after launching the next: the device never waits."""
         batch = self.batch
-        self._make_room(len(batch.rows), max((row.cached for row in batch.rows), default=0) + 1)
-        if not batch.pending and not batch.launch():
+        if not batch.pending and not self._launch():
             return
         flight = batch.take()
         if flight is None:
             return
         if self.ahead and not any(row.grammar for row in batch.rows):
-            self._make_room(len(batch.rows), max((row.cached for row in batch.rows), default=0) + 1)
-            batch.launch()
+            # A grammar has to see a token before it can say which may follow.
+            self._launch(again=True)
         for row, pick in batch.read(flight):
-            self._extend(row, pick, output)
+            row.generation.extend(row, pick, output)
+            if row.finish_reason:
+                self._release(row)
 
-    def _extend(self, row: Row, pick: Pick, output: StepOutput) -> None:
-        row.generation.extend(row, pick, output)
-        if row.finish_reason:
-            self._release(row)
+    def _launch(self, *, again: bool = False) -> bool:
+        """Start a pass unless one is under way (`again`: behind it); False if no row needs one."""
+        batch = self.batch
+        if batch.pending and not again:
+            return True
+        self._make_room(len(batch.rows), max((row.cached for row in batch.rows), default=0) + 1)
+        return batch.launch()
 
     # --- memory ---
 

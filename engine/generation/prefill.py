@@ -21,19 +21,20 @@ LEAST, MOST = 64, 2048
 
 
 class Pace:
-    """How long a chunk may be: as long as the streams beside it may wait."""
+    """How long a chunk may be: the tokens that take about the seconds asked for, found by doubling and halving.
 
-    def __init__(self) -> None:
-        self._speed = 0.0
+    A speed would not do: on a GPU 64 tokens take as long as 512, because launching the kernels is what takes it.
+    """
 
-    def tokens(self, seconds: float) -> int:
-        """Tokens that take about `seconds`, by what was measured; a guess before anything was."""
-        return int(min(MOST, max(LEAST, (self._speed or 256 / max(seconds, 1e-3)) * seconds)))
+    def __init__(self, tokens: int = 128) -> None:
+        self.tokens = tokens
 
-    def note(self, tokens: int, seconds: float) -> None:
-        if tokens >= LEAST:
-            speed = tokens / max(seconds, 1e-6)
-            self._speed = speed if not self._speed else 0.7 * self._speed + 0.3 * speed
+    def note(self, tokens: int, seconds: float, wanted: float) -> None:
+        """A chunk of `tokens` took `seconds`; `wanted` were allowed."""
+        if seconds > wanted:
+            self.tokens = max(LEAST, self.tokens // 2)
+        elif seconds < 0.6 * wanted and tokens > 0.7 * self.tokens:
+            self.tokens = min(MOST, self.tokens * 2)
 
 
 class Prefill:
@@ -49,8 +50,8 @@ class Prefill:
         """Storage for the whole prompts, with what the prefix cache has of them."""
         found = [prefixes.find(owner(self._pool, row), row.uncached) for row in self.rows]
         longest = max(row.length for row in self.rows)
-        capacity = bucket(longest, COLUMNS) if self._step.compiled else longest
-        kv = KeyValues(self._model, bucket(len(self.rows)) if self._step.compiled else len(self.rows), capacity)
+        capacity = bucket(longest, COLUMNS) if self._step.prompt_buckets else longest
+        kv = KeyValues(self._model, bucket(len(self.rows)) if self._step.prompt_buckets else len(self.rows), capacity)
         for place, (row, (source, length)) in enumerate(zip(self.rows, found, strict=True)):
             if source is not None:
                 kv.put(place, source, 0, length)
@@ -62,11 +63,12 @@ class Prefill:
         """Its row in `kv`."""
         return self._places[id(row)]
 
-    def advance(self, tokens: int, pace: Pace) -> list[tuple[Row, Pick]]:
-        """One pass over at most `tokens` tokens; rows that are through leave the group, with their first new token."""
+    def advance(self, pace: Pace, patience: float) -> list[tuple[Row, Pick]]:
+        """One pass that shall take `patience` seconds at most; rows that are through leave the group, with their first
+        new token."""
         began = time.perf_counter()
         waiting = {id(row): row.uncached for row in self.rows}
-        share = max(1, min(max(map(len, waiting.values())), tokens // len(self.rows)))
+        share = max(1, min(max(map(len, waiting.values())), pace.tokens // len(self.rows)))
         chunks = {row: waiting[id(row)][:share] for row in self.rows}
         done = [row for row, chunk in chunks.items() if len(chunk) == len(waiting[id(row)])]
         draws = self._draws()
@@ -80,7 +82,7 @@ class Prefill:
             self.rows = [row for row in self.rows if row not in done]
         else:
             mx.eval(self.kv.keys, self.kv.values)
-        pace.note(sum(map(len, chunks.values())), time.perf_counter() - began)
+        pace.note(sum(map(len, chunks.values())), time.perf_counter() - began, patience)
         return found
 
     def _draws(self) -> list[Draw]:
@@ -92,7 +94,7 @@ class Prefill:
 
     def _pass(self, chunks: dict[Row, list[int]], share: int, draws: list[Draw] | None) -> tuple[mx.array, ...]:
         size = self.kv.rows
-        many = bucket(share, 16) if self._step.compiled else share
+        many = bucket(share, 16) if self._step.prompt_buckets else share
         tokens = np.zeros((size, many), dtype=np.int32)
         offset, last = np.zeros(size, dtype=np.int32), np.zeros(size, dtype=np.int32)
         adapters = [0] * size
@@ -104,7 +106,7 @@ class Prefill:
         if end > self.kv.capacity:
             # A chunk is padded to its bucket: the last one may write beyond the prompt.
             self.kv.resize(size, bucket(end, COLUMNS))
-        exact = not self._step.compiled and size == 1
+        exact = not self._step.prompt_buckets and size == 1
         return self._step(
             self.kv,
             mx.array(tokens),

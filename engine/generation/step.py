@@ -1,19 +1,19 @@
 """One pass of a batch through the model, from tokens to tokens, and the keys and values it leaves.
 
-`Step` is one function for decoding and prefilling: `tokens` are (rows, 1) or (rows, many). On GPUs it is compiled by
-`mx.compile`; a trace is made for every set of shapes, so rows, tokens and columns come in few sizes (`bucket`), and the
-traces are counted.
+`Step` is one function for decoding and prefilling: `tokens` are (rows, 1) or (rows, many). `mx.compile` traces it once
+for every set of shapes; so rows, tokens and columns come in few sizes (`bucket`), and the traces are counted.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 
 from engine.adapters.stacked import StackedLora
 from engine.generation.sampling import Columns, choose
 from engine.models.attention import Mask
+from engine.models.compiler import fuses_on_cpu, on_cpu
 from engine.models.llama import Llama
 
 
@@ -66,11 +66,11 @@ class KeyValues:
                 target[layer][row : row + 1, :, :length] = array[source_row : source_row + 1, :, :length]
 
     def row(self, row: int, length: int) -> KeyValues:
-        """A copy of a row's first `length` columns."""
+        """A copy of a row's first `length` columns, which is on its way."""
         made = object.__new__(KeyValues)
         made.keys = [mx.contiguous(array[row : row + 1, :, :length]) for array in self.keys]
         made.values = [mx.contiguous(array[row : row + 1, :, :length]) for array in self.values]
-        mx.eval(made.keys, made.values)
+        mx.async_eval(made.keys, made.values)  # type: ignore[no-untyped-call]
         return made
 
 
@@ -126,12 +126,28 @@ class View:
         return storage
 
 
-class Step:
-    """The pass itself. `traces`: how often it was traced, which is once for each set of shapes when it is compiled."""
+#: What is compiled. "all": the whole pass of prompts and of decoding, sampling included: for GPUs, where each kernel
+#: that is launched costs. "decode": the model's part of decoding: for CPUs, where g++ takes a second for a new kernel,
+#: and padding a prompt costs what it would save. "none".
+Compiled = Literal["all", "decode", "none"]
 
-    def __init__(self, model: Llama, *, compiled: bool) -> None:
-        self._model, self.compiled, self.traces = model, compiled, 0
-        self._function = mx.compile(self._pass) if compiled else self._pass
+
+def usual() -> Compiled:
+    """What pays on this machine."""
+    if not on_cpu():
+        return "all"
+    return "decode" if fuses_on_cpu() else "none"
+
+
+class Step:
+    """The pass itself. `traces`: how often it was traced: once for each set of shapes, where it is compiled."""
+
+    def __init__(self, model: Llama, compiled: Compiled) -> None:
+        self._model, self.traces = model, 0
+        #: Whether decoding and prompts come in buckets.
+        self.decode_buckets, self.prompt_buckets = compiled != "none", compiled == "all"
+        self._pass = mx.compile(self._whole) if compiled == "all" else self._whole
+        self._decode = mx.compile(self._forward) if compiled == "decode" else self._forward
 
     def __call__(
         self,
@@ -152,11 +168,11 @@ class Step:
         """
         tree = None if adapters is None else (adapters.stacks, adapters.indices)
         stored = kv.keys, kv.values
-        keys, values, chosen = self._function(stored, tokens, offset, last, sampling, tree, columns, exact)
+        keys, values, chosen = self._pass(stored, tokens, offset, last, sampling, tree, columns, exact)
         kv.keys, kv.values = keys, values
         return tuple(chosen)
 
-    def _pass(
+    def _whole(
         self,
         stored: tuple[list[mx.array], list[mx.array]],
         tokens: mx.array,
@@ -167,15 +183,31 @@ class Step:
         columns: int,
         exact: bool,
     ) -> tuple[list[mx.array], list[mx.array], list[mx.array]]:
+        forward = self._decode if tokens.shape[1] == 1 and not exact else self._forward
+        keys, values, logits = forward(stored, tokens, offset, last, tree, columns, exact, sampling is not None)
+        if logits is None or sampling is None:
+            return keys, values, []
+        newest = tokens[:, 0] if "fresh" in sampling else None
+        return keys, values, list(choose(logits, sampling, newest))
+
+    def _forward(
+        self,
+        stored: tuple[list[mx.array], list[mx.array]],
+        tokens: mx.array,
+        offset: mx.array,
+        last: mx.array | None,
+        tree: Any,
+        columns: int,
+        exact: bool,
+        wanted: bool,
+    ) -> tuple[list[mx.array], list[mx.array], mx.array | None]:
         self.traces += 1
         model = self._model
         rows, many = tokens.shape
         view = View(stored, offset, (rows, many), columns=columns, exact=exact, window=model.args.window)
         adapters = None if tree is None else StackedLora(*tree)
         hidden = model(tokens, cache=view, adapters=adapters)
-        if sampling is None:
-            return view.keys, view.values, []
+        if not wanted:
+            return view.keys, view.values, None
         final = hidden[:, -1] if last is None else hidden[mx.arange(rows), last]
-        newest = tokens[:, 0] if many == 1 and "fresh" in sampling else None
-        chosen = choose(model.logits(final), sampling, newest)
-        return view.keys, view.values, list(chosen)
+        return view.keys, view.values, model.logits(final)

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
-
-if TYPE_CHECKING:
-    from llguidance._lib import JsonCompileOptions
 
 from engine.text.tokenizer import Tokenizer
 from stoker.contract import GenerateRequest
 from stoker.errors import InvalidRequest, ModelError
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+    from llguidance._lib import JsonCompileOptions
 
 #: One layout only: where any white space may come, a small model writes nothing else until its tokens run out.
 _LAYOUT: JsonCompileOptions = {"whitespace_flexible": False}
@@ -29,13 +29,16 @@ class Vocabulary:
 
     def grammar(self, request: GenerateRequest) -> Grammar | None:
         """What `request` wants kept to; None: nothing. Raises `InvalidRequest` for a schema that cannot be."""
+        if request.json_schema is None and request.regex is None:
+            return None
+        # Here and not above: it is 8 MB of code that most requests never need.
+        from llguidance import LLMatcher
+
         if request.json_schema is not None:
             name = "json_schema"
             source = LLMatcher.grammar_from_json_schema(request.json_schema, overrides=_LAYOUT)
-        elif request.regex is not None:
-            name, source = "regex", LLMatcher.grammar_from_regex(request.regex)
         else:
-            return None
+            name, source = "regex", LLMatcher.grammar_from_regex(request.regex or "")
         if self._inner is None:
             self._inner = _tokens_of(self._tokenizer)
         matcher = LLMatcher(self._inner, source, log_level=0)
@@ -71,6 +74,8 @@ class Grammar:
 
 
 def _tokens_of(tokenizer: Tokenizer) -> LLTokenizer:
+    from llguidance import LLTokenizer, TokenizerWrapper
+
     end = tokenizer.main_eos_id
     if tokenizer.pieces is None or end is None:
         raise InvalidRequest(

@@ -62,7 +62,7 @@ class Driver:
     """Runs a lane as the engine does, and keeps what each job gets."""
 
     def __init__(self, model: LoadedModel, pool: AdapterPool, slots: int = SLOTS, **limits: Any) -> None:
-        self.lane = GenerateLane(model, pool, Limits(slots=slots, **limits))
+        self.lane = GenerateLane(model, pool, Limits(**{"slots": slots, "compiled": "none", **limits}))
         self._pool = pool
         self.sent: dict[str, Sent] = {}
 
@@ -154,7 +154,7 @@ def test_a_request_gets_the_same_tokens_alone_and_in_any_traffic(
 @pytest.mark.parametrize("seed", range(12))
 def test_the_same_holds_for_compiled_passes(traffic_model: LoadedModel, pool: AdapterPool, seed: int) -> None:
     """As on a GPU: everything padded to buckets, prompts in groups. The CPU back-end runs g++ for long."""
-    check_traffic(traffic_model, pool, seed, compiled=True, **MODES[seed % 3])
+    check_traffic(traffic_model, pool, seed, compiled=["all", "decode"][seed % 2], **MODES[seed % 3])
 
 
 def check_traffic(model: LoadedModel, pool: AdapterPool, seed: int, **limits: Any) -> None:
@@ -260,7 +260,7 @@ def test_a_long_prompt_does_not_hold_up_the_streams_beside_it(model: LoadedModel
     driver = Driver(model, pool, stall=1e-9)
     short = driver.send(request([3, 1], max_tokens=20))
     driver.step()
-    long = driver.send(request([3] * (3 * CHUNK + 1), max_tokens=2))
+    long = driver.send(request([3] * 900, max_tokens=2))
     for _ in range(3):
         before = len(short.tokens)
         driver.step()
