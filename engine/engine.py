@@ -194,6 +194,7 @@ class Engine:
             return [EmbedLane(model)]
         pool = self._pools[model.name] = AdapterPool(model, self.store, self._adapter_bytes)
         generate = GenerateLane(model, pool, self._limits)
+        generate.warm()
         return [generate, TrainLane(model, pool, self._runs), AdapterLane(model, pool)]
 
     def step(self) -> None:

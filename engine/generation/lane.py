@@ -65,6 +65,13 @@ class GenerateLane:
         self._prefill: Prefill | None = None
         self.prefixes = PrefixCache(int(self.limits.kv_bytes * self.limits.prefix_share))
 
+    def warm(self) -> None:
+        """Generate three tokens for nobody: kernels are compiled before the first request waits for them."""
+        request = GenerateRequest(model=self._model.name, prompt_ids=(0,), max_tokens=3, ignore_eos=True)
+        self.admit(self.prepare(Ticket("warm", self.kind), request, None))
+        while self.busy:
+            self.run()
+
     @property
     def busy(self) -> bool:
         return bool(self._waiting or self.batch.rows or self._prefilling)
