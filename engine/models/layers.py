@@ -5,6 +5,7 @@ No `mlx.nn.Module`: the base weights never change and are never differentiated, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import mlx.core as mx
@@ -73,6 +74,45 @@ class QuantizedLinear(Linear):
 
     def dense(self) -> mx.array:
         return dequantize(self.quantized).T
+
+
+class Joined:
+    """Linear layers of one input as one product, their weights side by side.
+
+    A decode step takes as long as its kernels take to be launched; this launches one where there were two or three.
+    """
+
+    def __init__(self, linears: Sequence[Linear]):
+        self._linears = tuple(linears)
+        self._weight = mx.concatenate([linear.weight for linear in linears], axis=1)
+        biases = [linear.bias for linear in linears if linear.bias is not None]
+        self._bias = mx.concatenate(biases) if biases else None
+        mx.eval(self._weight, *([] if self._bias is None else [self._bias]))
+        widths = [linear.shape[1] for linear in linears]
+        self._borders = [sum(widths[:count]) for count in range(len(widths) + 1)]
+
+    @classmethod
+    def of(cls, tensors: Tensors, prefix: str, *linears: Linear) -> Joined | None:
+        """None unless all are dense, with a bias all or none. The layers' own weights become views of the joint one."""
+        if any(type(linear) is not Linear for linear in linears) or len({x.bias is None for x in linears}) > 1:
+            return None
+        joined = cls(linears)
+        for linear, first, end in zip(linears, joined._borders, joined._borders[1:], strict=False):
+            linear.weight = joined._weight[:, first:end]
+            mx.eval(linear.weight)
+            tensors.taken[f"{prefix}{linear.name}.weight"] = linear.weight
+        return joined
+
+    def product(self, x: mx.array) -> mx.array:
+        """All outputs side by side, without adapters."""
+        return x @ self._weight if self._bias is None else mx.addmm(self._bias, x, self._weight)
+
+    def __call__(self, x: mx.array, adapters: Adapters | None = None) -> list[mx.array]:
+        """Each layer's output."""
+        parts: list[mx.array] = list(mx.split(self.product(x), self._borders[1:-1], axis=-1))
+        if adapters is None:
+            return parts
+        return [adapters.apply(linear.name, x, y) for linear, y in zip(self._linears, parts, strict=True)]
 
 
 class Embedding:

@@ -17,7 +17,7 @@ from engine.models.attention import attention
 from engine.models.cache import LayerCache
 from engine.models.fastmath import swiglu
 from engine.models.fields import Fields
-from engine.models.layers import Adapters, Embedding, Linear, RMSNorm
+from engine.models.layers import Adapters, Embedding, Joined, Linear, RMSNorm
 from engine.weights.tensors import Tensors
 from stoker.errors import ModelError
 
@@ -150,19 +150,33 @@ class Attention:
         self.v_proj = linear("v_proj", args.dim, kv_width, args.qkv_bias)
         self.o_proj = linear("o_proj", width, args.dim)
         self.q_norm, self.k_norm = norm("q_norm"), norm("k_norm")
+        self.qkv = Joined.of(tensors, "model.", self.q_proj, self.k_proj, self.v_proj)
 
     def __call__(self, x: mx.array, cache: LayerCache | None, adapters: Adapters | None) -> mx.array:
         args, (batch, length, _) = self.args, x.shape
-        queries = self._heads(self.q_proj(x, adapters), args.heads, self.q_norm)
-        keys = self._heads(self.k_proj(x, adapters), args.kv_heads, self.k_norm)
-        values = self._heads(self.v_proj(x, adapters), args.kv_heads)
-        offset = 0 if cache is None else cache.offset
-        queries, keys = self.rotate(queries, offset), self.rotate(keys, offset)
+        queries, keys, values = self._project(x, 0 if cache is None else cache.offset, adapters)
         if cache is not None:
             keys, values = cache.update(self.index, keys, values)
         mask = "causal" if cache is None else cache.mask
         y = attention(queries, keys, values, scale=args.head_dim**-0.5, mask=mask, window=args.window)
         return self.o_proj(y.swapaxes(1, 2).reshape(batch, length, -1), adapters)
+
+    def _project(
+        self, x: mx.array, offset: int | mx.array, adapters: Adapters | None
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """Queries (B, H, T, d), keys and values (B, K, T, d) of x (B, T, dim), turned to their positions."""
+        heads, kv_heads = self.args.heads, self.args.kv_heads
+        if self.qkv is not None and adapters is None and self.q_norm is None:
+            # One product, and one rotation of queries and keys together.
+            whole = self._heads(self.qkv.product(x), heads + 2 * kv_heads)
+            turned = self.rotate(whole[:, : heads + kv_heads], offset)
+            return turned[:, :heads], turned[:, heads:], whole[:, heads + kv_heads :]
+        if self.qkv is not None:
+            q, k, v = self.qkv(x, adapters)
+        else:
+            q, k, v = (linear(x, adapters) for linear in (self.q_proj, self.k_proj, self.v_proj))
+        queries, keys = self._heads(q, heads, self.q_norm), self._heads(k, kv_heads, self.k_norm)
+        return self.rotate(queries, offset), self.rotate(keys, offset), self._heads(v, kv_heads)
 
     def _heads(self, x: mx.array, heads: int, norm: RMSNorm | None = None) -> mx.array:
         """(B, T, heads·d) to (B, heads, T, d)."""
@@ -176,9 +190,14 @@ class MLP:
         self.gate_proj = Linear.take(tensors, f"{name}.gate_proj", "model.", args.dim, args.hidden)
         self.up_proj = Linear.take(tensors, f"{name}.up_proj", "model.", args.dim, args.hidden)
         self.down_proj = Linear.take(tensors, f"{name}.down_proj", "model.", args.hidden, args.dim)
+        self.gate_up = Joined.of(tensors, "model.", self.gate_proj, self.up_proj)
 
     def __call__(self, x: mx.array, adapters: Adapters | None) -> mx.array:
-        return self.down_proj(swiglu(self.gate_proj(x, adapters), self.up_proj(x, adapters)), adapters)
+        if self.gate_up is not None:
+            gate, up = self.gate_up(x, adapters)
+        else:
+            gate, up = self.gate_proj(x, adapters), self.up_proj(x, adapters)
+        return self.down_proj(swiglu(gate, up), adapters)
 
 
 class Block:
