@@ -136,7 +136,9 @@ class Peer:
 
     def __init__(self, folder: Path, python: str) -> None:
         self._process = subprocess.Popen(
-            [python, str(ROOT / "bench" / "peer_mlx_lm.py"), str(folder)],
+            # As a module: as a script it would have this folder on its path, whose queue.py hides Python's own.
+            [python, "-m", "bench.peer_mlx_lm", str(folder)],
+            cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -237,18 +239,21 @@ class Bench:
         return found
 
     def _against_peer(self, name: str, streams: int, tokens: int, least: float) -> None:
-        sides: dict[str, Callable[[], Times]] = {"ours": lambda: self._ours.run(self._prompts(streams), tokens)}
-        if self._peer is not None:
-            peer = self._peer
-            sides["peer"] = lambda: peer.run(self._prompts(streams), tokens)
-        found = self._turns(sides)
-        other = found.get("peer", found["ours"])
+        if self._peer is None:
+            raise RuntimeError("no peer: mlx-lm did not start")
+        peer = self._peer
+        found = self._turns(
+            {
+                "ours": lambda: self._ours.run(self._prompts(streams), tokens),
+                "peer": lambda: peer.run(self._prompts(streams), tokens),
+            }
+        )
         for what, measure in (("decode", steady), ("prompt and all", whole)):
             self._add(
                 f"{name}, {what}: engine, mlx-lm",
                 "tokens/s",
                 [measure(times) for times in found["ours"]],
-                [measure(times) for times in other],
+                [measure(times) for times in found["peer"]],
                 least if what == "decode" else None,
             )
 

@@ -1,6 +1,6 @@
 """mlx-lm as a child process: requests as lines of JSON in, times of tokens out. Run by `bench.generate`.
 
-`python bench/peer_mlx_lm.py FOLDER`, where mlx-lm is installed and the checkout is on the path.
+`python -m bench.peer_mlx_lm FOLDER`, where mlx-lm is installed and the checkout is on the path.
 """
 
 from __future__ import annotations
