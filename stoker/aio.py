@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Sequence
+from contextlib import aclosing
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
@@ -13,6 +14,8 @@ import numpy as np
 from stoker import client_core as core
 from stoker import keys, ledger
 from stoker.adapters import AsyncAdapters
+from stoker.bulk.chunks import ATTEMPTS, BATCH_TEXTS, Plan
+from stoker.bulk.many import embed_chunks_async
 from stoker.client_core import Dataset, JobStatus, Outcome, Prompt
 from stoker.connection import TROUBLE, Patience, connect_async, translated
 from stoker.contract import (
@@ -26,6 +29,7 @@ from stoker.contract import (
     TrainReport,
     TrainResult,
 )
+from stoker.contract.vectors import Encoded, plain
 from stoker.settings import Settings, load_settings
 from stoker.tail import PAGE, Limit, Tail, channels, commands
 
@@ -51,8 +55,26 @@ class AsyncClient:
     async def embed(
         self, texts: Sequence[str], *, model: str | None = None, job_id: str | None = None, **options: Any
     ) -> AsyncEmbedJob:
-        request = core.embed_request(await self._choose(model, "embed"), texts, options)
+        request = core.embed_request(await self.choose_model(model, "embed"), texts, options)
         return AsyncEmbedJob(self, await self._submit(request, job_id))
+
+    async def embed_many(
+        self,
+        texts: Iterable[str] | AsyncIterable[str],
+        *,
+        model: str | None = None,
+        batch: int = BATCH_TEXTS,
+        in_flight: int | None = None,
+        attempts: int = ATTEMPTS,
+        **options: Any,
+    ) -> AsyncGenerator[np.ndarray]:
+        """As `Client.embed_many`; `texts` may be asynchronous too."""
+        model = await self.choose_model(model, "embed")
+        chunks = embed_chunks_async(self, texts, model, Plan(batch, in_flight, attempts), options)
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                for vector in plain(chunk):
+                    yield vector
 
     async def generate(
         self,
@@ -63,14 +85,14 @@ class AsyncClient:
         job_id: str | None = None,
         **options: Any,
     ) -> AsyncGenerateJob:
-        request = core.generate_request(await self._choose(model, "generate"), prompt, seed, options)
+        request = core.generate_request(await self.choose_model(model, "generate"), prompt, seed, options)
         return AsyncGenerateJob(self, await self._submit(request, job_id))
 
     async def train(
         self, name: str, dataset: Dataset, *, model: str | None = None, job_id: str | None = None, **options: Any
     ) -> AsyncTrainJob:
         job_id = core.checked_job_id(job_id)
-        request = core.train_request(await self._choose(model, "train"), name, dataset, job_id, options)
+        request = core.train_request(await self.choose_model(model, "train"), name, dataset, job_id, options)
         data = await asyncio.to_thread(core.read_dataset, dataset)
         return AsyncTrainJob(self, await self._submit(request, job_id, data))
 
@@ -98,7 +120,7 @@ class AsyncClient:
         with translated(self.settings):
             return core.parse_cards(await self.redis.hgetall(keys.MODELS))
 
-    async def _choose(self, model: str | None, kind: str) -> str:
+    async def choose_model(self, model: str | None, kind: str) -> str:
         return core.choose_model(model, kind, await self.models(), await self.workers())
 
     async def _submit(self, request: Request, job_id: str | None, data: bytes = b"") -> str:
@@ -132,10 +154,13 @@ class AsyncJob(Generic[R]):
         return f"<{type(self).__name__} {self.id}>"
 
     async def result(self, timeout: float | None = None) -> R:
+        return await self._read(await self._outcome(timeout))
+
+    async def _outcome(self, timeout: float | None) -> Any:
         found: list[Outcome] = []
         async for _ in self._watch(None, timeout, found):
             pass
-        return await self._read(found[0].unwrap(self.id))
+        return found[0].unwrap(self.id)
 
     async def status(self) -> JobStatus:
         with translated(self._client.settings):
@@ -208,7 +233,17 @@ class AsyncJob(Generic[R]):
 
 
 class AsyncEmbedJob(AsyncJob[np.ndarray]):
+    async def encoded(self, timeout: float | None = None) -> Encoded:
+        return await self._fetch(await self._outcome(timeout))
+
+    async def discard(self) -> None:
+        with translated(self._client.settings):
+            await self._client.redis.unlink(keys.blob(keys.vectors(self.id)))
+
     async def _read(self, value: Any) -> np.ndarray:
+        return plain(await self._fetch(value))
+
+    async def _fetch(self, value: Any) -> Encoded:
         reply = EmbedReply(**value)
         with translated(self._client.settings):
             return core.read_vectors(reply, await self._client.redis.get(keys.blob(reply.blob)))

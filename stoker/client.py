@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
@@ -13,6 +13,8 @@ import numpy as np
 from stoker import client_core as core
 from stoker import keys, ledger
 from stoker.adapters import Adapters
+from stoker.bulk.chunks import ATTEMPTS, BATCH_TEXTS, Plan
+from stoker.bulk.many import embed_chunks
 from stoker.client_core import Dataset, JobStatus, Outcome, Prompt
 from stoker.connection import TROUBLE, Patience, connect, translated
 from stoker.contract import (
@@ -27,6 +29,7 @@ from stoker.contract import (
     TrainResult,
     decode,
 )
+from stoker.contract.vectors import Encoded, plain
 from stoker.errors import JobLost
 from stoker.settings import Settings, load_settings
 from stoker.tail import PAGE, Limit, Tail, channels, commands
@@ -65,11 +68,47 @@ class Client:
     ) -> EmbedJob:
         """Turn texts into vectors: the result is float32 (len(texts), dim), in order.
 
-        Options: normalize (None: as the model's files say), truncate, prompt, priority, deadline. `job_id`: an id of
-        your own; sent twice it is one job, so a call that failed half-way can be repeated.
+        Options: normalize (None: as the model's files say), truncation ("error", "end"), prompt, dimensions, dtype
+        ("float32", "float16", "int8": float32 again when it is here), priority, deadline. `job_id`: an id of your own;
+        sent twice it is one job, so a call that failed half-way can be repeated.
         """
-        request = core.embed_request(self._choose(model, "embed"), texts, options)
+        request = core.embed_request(self.choose_model(model, "embed"), texts, options)
         return EmbedJob(self, self._submit(request, job_id))
+
+    def embed_many(
+        self,
+        texts: Iterable[str],
+        *,
+        model: str | None = None,
+        batch: int = BATCH_TEXTS,
+        in_flight: int | None = None,
+        attempts: int = ATTEMPTS,
+        **options: Any,
+    ) -> Iterator[np.ndarray]:
+        """Turn any number of texts into vectors (dim,), in order, with neither side's whole in memory.
+
+        Jobs of `batch` texts; `in_flight` of them at once (None: four for each worker that holds the model, also those
+        that come later). A job that failed is sent again, `attempts` times in all. What is wrong with a text is raised
+        with its place among all. Leaving early cancels what is under way. Options: as those of `embed`.
+        """
+        for chunk in self.embed_chunks(
+            texts, model=model, batch=batch, in_flight=in_flight, attempts=attempts, **options
+        ):
+            yield from plain(chunk)
+
+    def embed_chunks(
+        self,
+        texts: Iterable[str],
+        *,
+        model: str | None = None,
+        batch: int = BATCH_TEXTS,
+        in_flight: int | None = None,
+        attempts: int = ATTEMPTS,
+        **options: Any,
+    ) -> Iterator[Encoded]:
+        """As `embed_many`, but as the jobs bring it: (texts of a job, dim), int8 as codes and scales."""
+        model = self.choose_model(model, "embed")
+        return embed_chunks(self, texts, model, Plan(batch, in_flight, attempts), options)
 
     def generate(
         self,
@@ -85,7 +124,7 @@ class Client:
         Options: the fields of `GenerateRequest` (docs/generate.md), such as adapter, max_tokens, n, temperature, top_k,
         top_p, min_p, repetition_penalty, logit_bias, stop, tools, json_schema, regex, priority, deadline.
         """
-        request = core.generate_request(self._choose(model, "generate"), prompt, seed, options)
+        request = core.generate_request(self.choose_model(model, "generate"), prompt, seed, options)
         return GenerateJob(self, self._submit(request, job_id))
 
     def train(
@@ -96,7 +135,7 @@ class Client:
         Options: the fields of `TrainRequest`, such as steps, rank, alpha, learning_rate, batch_size, max_length.
         """
         job_id = core.checked_job_id(job_id)
-        request = core.train_request(self._choose(model, "train"), name, dataset, job_id, options)
+        request = core.train_request(self.choose_model(model, "train"), name, dataset, job_id, options)
         return TrainJob(self, self._submit(request, job_id, core.read_dataset(dataset)))
 
     def _load_adapter(self, name: str, data: bytes, model: str, promote: bool, job_id: str | None) -> AdapterJob:
@@ -145,7 +184,8 @@ class Client:
         self._send(core.Submission(self.settings, request, job_id), revive=True)
         return _JOBS[request.kind](self, job_id)
 
-    def _choose(self, model: str | None, kind: str) -> str:
+    def choose_model(self, model: str | None, kind: str) -> str:
+        """The name to send to: that of `model`, or of the only model that is warm and can do `kind`."""
         return core.choose_model(model, kind, self.models(), self.workers())
 
     def _submit(self, request: Request, job_id: str | None, data: bytes = b"") -> str:
@@ -187,8 +227,10 @@ class Job(Generic[R]):
         Raises the worker's error as the same class, `JobCancelled`, `JobLost`, `BrokerUnavailable` if the broker stays
         away longer than `STOKER_PATIENCE` seconds, and `JobTimeout` after `timeout` seconds (the job goes on).
         """
-        outcome = _drain(self._watch(None, timeout))
-        return self._read(outcome.unwrap(self.id))
+        return self._read(self._outcome(timeout))
+
+    def _outcome(self, timeout: float | None) -> Any:
+        return _drain(self._watch(None, timeout)).unwrap(self.id)
 
     def status(self) -> JobStatus:
         with translated(self._client.settings):
@@ -257,9 +299,21 @@ class Job(Generic[R]):
 
 
 class EmbedJob(Job[np.ndarray]):
-    """`result()` is float32 (texts, dim)."""
+    """`result()` is (texts, dim), float32; float16 if `dtype` asked for it."""
+
+    def encoded(self, timeout: float | None = None) -> Encoded:
+        """As `result`, but what was asked for in int8 comes as it travelled: codes and scales."""
+        return self._fetch(self._outcome(timeout))
+
+    def discard(self) -> None:
+        """Take the vectors out of the broker now, instead of a day after the end."""
+        with translated(self._client.settings):
+            self._client.redis.unlink(keys.blob(keys.vectors(self.id)))
 
     def _read(self, value: Any) -> np.ndarray:
+        return plain(self._fetch(value))
+
+    def _fetch(self, value: Any) -> Encoded:
         reply = EmbedReply(**value)
         with translated(self._client.settings):
             return core.read_vectors(reply, self._client.redis.get(keys.blob(reply.blob)))

@@ -15,8 +15,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-import safetensors.numpy
 from pydantic import ValidationError
 from redis.exceptions import AuthenticationError, AuthorizationError, OutOfMemoryError
 
@@ -34,8 +32,10 @@ from stoker.contract import (
     TrainRequest,
     build,
     encode,
+    vectors,
 )
 from stoker.contract.dataset import MAX_DATASET_BYTES, ON_WORKER, Example, read_lines, read_mappings
+from stoker.contract.vectors import Encoded
 from stoker.envelope import envelope
 from stoker.errors import (
     BrokerUnavailable,
@@ -336,11 +336,11 @@ def _how_to_serve(model: str) -> str:
     return f"Start a worker that serves it: `stoker worker --model {model}`."
 
 
-def read_vectors(reply: EmbedReply, data: bytes | None) -> np.ndarray:
-    """float32 (rows, dim); a blob that expired raises `JobLost`."""
+def read_vectors(reply: EmbedReply, data: bytes | None) -> Encoded:
+    """(rows, dim) in the dtype that was asked for; a blob that expired raises `JobLost`."""
     if data is None:
         raise JobLost(f"the vectors of blob {reply.blob} are gone: results are kept {keys.RESULT_TTL // 3600} hours.")
-    return safetensors.numpy.load(data)["vectors"]
+    return vectors.load(data)
 
 
 def lost(job_id: str) -> JobLost:

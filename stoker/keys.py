@@ -118,6 +118,11 @@ def artifact(model: str, name: str, version: int) -> str:
     return f"{PREFIX}artifact:{model}:{name}:{version}"
 
 
+def vectors(job_id: str) -> str:
+    """The name of the blob with an embedding job's vectors."""
+    return f"vectors:{job_id}"
+
+
 def worker(name: str) -> str:
     """String, JSON: a worker's `Presence`."""
     return f"{PREFIX}worker:{name}"

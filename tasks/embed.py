@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import safetensors.numpy
 from celery import Task, shared_task
 
 from stoker import keys
-from stoker.contract import EmbedReply, EmbedRequest, Usage
+from stoker.contract import EmbedReply, EmbedRequest, Usage, vectors
 from workers.frame import JobTask, Run, complete, run_job
 
 
@@ -18,9 +17,9 @@ def embed(self: Task) -> dict[str, Any]:
 
 
 def _finish(run: Run, request: EmbedRequest, work: Any) -> EmbedReply:
-    name = f"vectors:{run.job_id}"
-    data = safetensors.numpy.save({"vectors": work.vectors})
+    name = keys.vectors(run.job_id)
+    data = vectors.save(work.vectors, request.dtype)
     run.runtime.persist(lambda: run.runtime.redis.set(keys.blob(name), data, ex=keys.RESULT_TTL))
     rows, dim = work.vectors.shape
     usage = Usage(prompt_tokens=work.tokens, run_seconds=work.ticket.run_seconds)
-    return EmbedReply(blob=name, rows=rows, dim=dim, usage=complete(usage, run))
+    return EmbedReply(blob=name, rows=rows, dim=dim, dtype=request.dtype, usage=complete(usage, run))

@@ -13,7 +13,7 @@ from engine.embedding.pace import Pace
 from engine.loading import LoadedModel
 from engine.ticket import StepOutput, Ticket
 from stoker.contract import EmbedRequest
-from stoker.errors import TextTooLong
+from stoker.errors import InvalidRequest, TextTooLong
 
 #: Seconds that a step should last: a token of another job waits no longer.
 STEP_SECONDS = 0.1
@@ -78,19 +78,32 @@ class EmbedLane:
         return bool(self._waiting)
 
     def prepare(self, ticket: Ticket, request: EmbedRequest, data: None) -> EmbedWork:
+        self._check_dimensions(request)
         prompt = self._prompt(request.prompt)
         texts = self._model.tokenizer.encode_batch([prompt + text for text in request.texts])
         longest = self._spec.max_tokens
         for number, tokens in enumerate(texts):
-            if len(tokens) > longest and not request.truncate:
+            if len(tokens) > longest and request.truncation == "error":
                 raise TextTooLong(
                     f"texts.{number}: {len(tokens)} tokens given; {request.model} takes {longest}. "
-                    "Shorten it, or pass truncate=True to cut it."
+                    'Shorten it, or pass truncation="end" to cut it.'
                 )
         # Cut before the closing special token, so that a cut text still ends as the model knows it.
         cut = [t if len(t) <= longest else [*t[: longest - 1], t[-1]] for t in texts]
         rows = [np.array(tokens, dtype=np.int32) for tokens in cut]
         return EmbedWork(ticket, request, rows, np.empty((len(rows), self._spec.dim), dtype=np.float32))
+
+    def _check_dimensions(self, request: EmbedRequest) -> None:
+        asked, allowed = request.dimensions, self._spec.dimensions
+        if asked is None or asked == self._spec.dim or asked in allowed:
+            return
+        if not allowed:
+            raise InvalidRequest(
+                f"dimensions: {asked} given; {request.model} makes {self._spec.dim}. It was not trained to be "
+                "cut, or its config.json does not say so (matryoshka_dimensions)."
+            )
+        shown = f"1 to {self._spec.dim}" if isinstance(allowed, range) else ", ".join(map(str, allowed))
+        raise InvalidRequest(f"dimensions: {asked} given; {request.model} makes {shown}.")
 
     def _prompt(self, asked: str | None) -> str:
         known = {**E5_PROMPTS, **self._spec.prompts}
@@ -142,13 +155,16 @@ class EmbedLane:
             work.left -= 1
             if work.left == 0:
                 self._works.discard(work)
-                if self._normalized(work.request):
-                    work.vectors = unit(work.vectors)
+                work.vectors = self._finished(work)
                 output.ended.append((work.ticket, work))
         return output
 
-    def _normalized(self, request: EmbedRequest) -> bool:
-        return self._spec.normalize if request.normalize is None else request.normalize
+    def _finished(self, work: EmbedWork) -> Vectors:
+        """Cut first, then scaled: a cut vector has to have the length of one too."""
+        asked = work.request
+        vectors = work.vectors if asked.dimensions is None else work.vectors[:, : asked.dimensions]
+        normalize = self._spec.normalize if asked.normalize is None else asked.normalize
+        return unit(vectors) if normalize else vectors
 
     def fail_all(self, error: BaseException) -> None:
         for work in self._works:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ class EmbeddingSpec:
     dim: int
     prompts: Mapping[str, str] = field(default_factory=dict)
     default_prompt: str | None = None
+    #: To how many numbers a vector may be cut (Kusupati et al. 2022, arXiv:2205.13147); empty: not at all.
+    dimensions: Sequence[int] = ()
 
     @classmethod
     def from_folder(cls, folder: Path, args: EncoderArgs) -> EmbeddingSpec:
@@ -53,7 +55,8 @@ class EmbeddingSpec:
                     f"{folder}: the module {kind or module!r} is not supported; Transformer, Pooling and Normalize are"
                 )
         prompts, default = _prompts(folder / "config_sentence_transformers.json")
-        return cls(max_tokens, pooling, normalize, args.dim, prompts, default)
+        cuts = _dimensions(folder / "config.json", args.dim)
+        return cls(max_tokens, pooling, normalize, args.dim, prompts, default, cuts)
 
 
 def _object(path: Path) -> dict[str, Any]:
@@ -95,6 +98,17 @@ def _pooling(path: Path) -> str:
     if config.get("include_prompt") is False:
         raise ModelError(f"{path}: include_prompt = false is not supported: a prompt is pooled with its text")
     return _POOLINGS[modes[0]]
+
+
+def _dimensions(path: Path, dim: int) -> Sequence[int]:
+    """What a Matryoshka model says in its config.json: `matryoshka_dimensions`, or `is_matryoshka` for any number."""
+    config = _object(path)
+    named = config.get("matryoshka_dimensions")
+    if named is None:
+        return range(1, dim + 1) if config.get("is_matryoshka") is True else ()
+    if not isinstance(named, list) or not all(type(size) is int and 0 < size <= dim for size in named):
+        raise ModelError(f"{path}: matryoshka_dimensions {named!r} is no list of numbers from 1 to {dim}")
+    return tuple(sorted(named))
 
 
 def _prompts(path: Path) -> tuple[dict[str, str], str | None]:

@@ -9,7 +9,7 @@ import typer
 
 import stoker
 from stoker.cli import adapters as adapters_commands
-from stoker.cli import demo, jobs, machine, policy, runs, train
+from stoker.cli import demo, embed, jobs, machine, policy, runs, train
 from stoker.cli import models as models_commands
 
 app = typer.Typer(
@@ -34,7 +34,7 @@ def _root(
 
 
 _COMMANDS: tuple[Callable[..., None], ...] = (
-    jobs.embed,
+    embed.embed,
     jobs.generate,
     train.train,
     jobs.cancel,

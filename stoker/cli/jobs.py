@@ -13,26 +13,6 @@ from stoker.contract import GenerateResult
 from stoker.errors import InvalidRequest
 
 
-def embed(
-    texts: Annotated[list[str], typer.Argument(help="Texts; each becomes a vector.")],
-    model: Model = None,
-    truncate: Annotated[bool, typer.Option(help="Cut texts that are longer than the model takes.")] = False,
-    prompt: Annotated[str | None, typer.Option(help="Put before each text: query, passage, or any text.")] = None,
-    as_json: Json = False,
-    url: Url = None,
-) -> None:
-    """Turn texts into vectors."""
-    with connect(url) as client:
-        warn_if_cold(client, model, "embed")
-        vectors = client.embed(texts, model=model, truncate=truncate, prompt=prompt).result()
-    if as_json:
-        print_json([[float(value) for value in vector] for vector in vectors])
-        return
-    for text, vector in zip(texts, vectors, strict=True):
-        shown = ", ".join(f"{value:+.4f}" for value in vector[:4])
-        print(f"[{shown}, … {len(vector)} in all]  {text}")
-
-
 def generate(
     prompt: Annotated[str, typer.Argument(help="Text to be continued; '-' reads standard input.")],
     model: Model = None,

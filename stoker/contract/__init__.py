@@ -13,6 +13,7 @@ from stoker.contract.requests import (
 )
 from stoker.contract.results import AdapterResult, Completion, EmbedReply, GenerateResult, TrainResult, Usage
 from stoker.contract.stream import Alternative, FinishReason, StreamToken, TrainReport
+from stoker.contract.vectors import Int8Vectors
 
 __all__ = [
     "CONTRACT",
@@ -27,6 +28,7 @@ __all__ = [
     "FinishReason",
     "GenerateRequest",
     "GenerateResult",
+    "Int8Vectors",
     "ModelCard",
     "Presence",
     "Request",

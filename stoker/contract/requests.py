@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, Field, StringConstraints, field_validator, model_validator
 
 from stoker.contract.base import Adapter, Message, Name
+from stoker.contract.vectors import VectorType
 
 MAX_TEXTS = 4096
 MAX_TEXT_CHARS = 1_000_000
@@ -51,11 +52,29 @@ class EmbedRequest(JobRequest):
     texts: Annotated[tuple[Text, ...], Field(min_length=1, max_length=MAX_TEXTS)]
     #: Unit length. None: as the model's own files say.
     normalize: bool | None = None
-    #: Cut a text that is longer than the model takes; else it is an error.
-    truncate: bool = False
+    #: What becomes of a text that is longer than the model takes: it is an error, or loses its end.
+    truncation: Literal["error", "end"] = "error"
     #: Put before each text: a name that the model's files know, `query` or `passage` (as E5 wants them), or any text.
     #: None: the default that the model's files name, if any.
     prompt: Annotated[str, StringConstraints(max_length=1000)] | None = None
+    #: Keep the first numbers of each vector: for models that were trained for it (Matryoshka). None: all.
+    dimensions: int | None = Field(default=None, ge=1, le=65_536)
+    #: What the vectors travel and are kept in. int8 has a scale for each vector.
+    dtype: VectorType = "float32"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _truncate(cls, fields: Any) -> Any:
+        """`truncate=True` is another way to say `truncation="end"`."""
+        if not isinstance(fields, dict) or "truncate" not in fields:
+            return fields
+        given = dict(fields)
+        asked = given.pop("truncate")
+        if not isinstance(asked, bool):
+            raise ValueError(f"truncate: {asked!r} given; true and false are allowed")
+        if "truncation" in given:
+            raise ValueError("truncate and truncation given; say one of them")
+        return given | {"truncation": "end" if asked else "error"}
 
     @model_validator(mode="after")
     def _whole_size(self) -> EmbedRequest:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from stoker.contract.base import Message
 from stoker.contract.stream import FinishReason
+from stoker.contract.vectors import VectorType
 
 
 class Usage(Message):
@@ -23,11 +24,12 @@ class Usage(Message):
 
 
 class EmbedReply(Message):
-    """The vectors are in the blob `blob`: safetensors bytes with one tensor `vectors`, float32 (rows, dim)."""
+    """The vectors are in the blob `blob`: see `stoker.contract.vectors`."""
 
     blob: str
     rows: int
     dim: int
+    dtype: VectorType = "float32"
     usage: Usage
 
 

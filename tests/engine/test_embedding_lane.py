@@ -40,7 +40,7 @@ class Driver:
 
     def send(self, *texts: str, **options: Any) -> Ticket:
         ticket = Ticket("j", "embed")
-        request = EmbedRequest(model="minilm", texts=texts, **{"truncate": True, **options})
+        request = EmbedRequest(model="minilm", texts=texts, **{"truncation": "end", **options})
         self.lane.admit(self.lane.prepare(ticket, request, None))
         return ticket
 
@@ -138,8 +138,8 @@ def test_one_batch_holds_vectors_of_unit_length_and_others(driver: Driver) -> No
 
 
 def test_a_text_that_is_too_long_is_named_with_both_lengths(driver: Driver) -> None:
-    with pytest.raises(TextTooLong, match=r"texts\.1: 302 tokens given; minilm takes 256.*truncate=True"):
-        driver.send("fine", "word " * 300, truncate=False)
+    with pytest.raises(TextTooLong, match=r"texts\.1: 302 tokens given; minilm takes 256.*truncation=\"end\""):
+        driver.send("fine", "word " * 300, truncation="error")
     assert not driver.lane.busy
 
 

@@ -16,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from stoker import cli, errors
-from stoker.cli import app, jobs, machine, train
+from stoker.cli import app, embed, jobs, machine, train
 from stoker.client_core import JobStatus
 from stoker.contract import GenerateResult, ModelCard, Presence, StreamToken, TrainReport, TrainResult, Usage
 from stoker.errors import StokerError, UnknownModel
@@ -115,7 +115,7 @@ class FakeClient:
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setattr(FakeClient, "asked", {})
-    for module in (jobs, machine, train):
+    for module in (embed, jobs, machine, train):
         monkeypatch.setattr(module, "connect", lambda url: FakeClient())
     return FakeClient.asked
 
@@ -132,7 +132,7 @@ def test_embed_shows_the_beginning_of_each_vector(asked: dict[str, Any]) -> None
         "[+0.5000, -1.0000, +2.0000, +0.0000, … 5 in all]  a",
         "[+0.5000, -1.0000, +2.0000, +0.0000, … 5 in all]  b",
     ]
-    assert (asked["texts"], asked["model"], asked["truncate"]) == (["a", "b"], None, True)
+    assert (asked["texts"], asked["model"], asked["truncation"]) == (["a", "b"], None, "end")
     assert json.loads(run("embed", "a", "--json")) == [[0.5, -1.0, 2.0, 0.0, 9.0]]
 
 

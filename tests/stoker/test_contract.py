@@ -44,7 +44,9 @@ REQUESTS = st.one_of(
         model=NAMES,
         texts=st.lists(TEXTS, min_size=1, max_size=5).map(tuple),
         normalize=st.none() | st.booleans(),
-        truncate=st.booleans(),
+        truncation=st.sampled_from(["error", "end"]),
+        dimensions=st.none() | st.integers(1, 1000),
+        dtype=st.sampled_from(["float32", "float16", "int8"]),
     ),
     st.builds(
         GenerateRequest,

@@ -1,0 +1,117 @@
+"""What the two clients' bulk calls share: cutting texts into jobs, how many are in flight, what is tried again."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from stoker.contract import Presence
+from stoker.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    JobCancelled,
+    JobDead,
+    JobError,
+    StokerError,
+)
+
+#: Texts of a job: enough to fill batches, few enough to share a thousand texts among workers.
+BATCH_TEXTS = 256
+#: Characters of a job: one of long texts is still a matter of seconds, and a message of a few hundred kilobytes.
+BATCH_CHARS = 500_000
+#: How often a job is sent before its failure is the caller's.
+ATTEMPTS = 3
+#: Jobs in flight for each worker: one that computes, one that is tokenized, one that waits, one that is fetched.
+JOBS_PER_WORKER = 4
+#: Seconds to wait for a place in a full queue before the next try, at the most.
+LONGEST_PAUSE = 5.0
+#: Seconds for which a count of workers holds.
+COUNT_EVERY = 2.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`batch`: texts of a job. `in_flight`: jobs at once, None: by the workers there are. `attempts`: sends of one."""
+
+    batch: int
+    in_flight: int | None
+    attempts: int
+
+    def __post_init__(self) -> None:
+        for name, value, most in (("batch", self.batch, 4096), ("attempts", self.attempts, 100)):
+            if not 1 <= value <= most:
+                raise InvalidRequest(f"{name}: {value} given; 1 to {most} are allowed.")
+        if self.in_flight is not None and not 1 <= self.in_flight <= 10_000:
+            raise InvalidRequest(f"in_flight: {self.in_flight} given; 1 to 10000 are allowed, or None.")
+
+
+@dataclass
+class Chunk:
+    """The texts of one job. `start`: the place of the first among all."""
+
+    start: int
+    texts: list[str]
+    tries: int = 0
+
+
+@dataclass
+class Cutter:
+    """Cuts a run of texts into chunks, one text at a time."""
+
+    batch: int
+    start: int = 0
+    _texts: list[str] = field(default_factory=list)
+    _chars: int = 0
+
+    def add(self, text: object) -> Iterator[Chunk]:
+        """Yields the chunk before `text` if that is full."""
+        if not isinstance(text, str):
+            place = self.start + len(self._texts)
+            raise InvalidRequest(f"texts.{place}: a {type(text).__name__} given; expected text.")
+        if self._texts and (len(self._texts) >= self.batch or self._chars + len(text) > BATCH_CHARS):
+            yield from self.rest()
+        self._texts.append(text)
+        self._chars += len(text)
+
+    def rest(self) -> Iterator[Chunk]:
+        """Yields what is left, if anything is."""
+        if self._texts:
+            chunk = Chunk(self.start, self._texts)
+            self.start += len(self._texts)
+            self._texts, self._chars = [], 0
+            yield chunk
+
+
+class Flight:
+    """How many jobs may be in flight now."""
+
+    def __init__(self, plan: Plan, model: str) -> None:
+        self._plan, self._model = plan, model
+        self._counted = -COUNT_EVERY
+        self.limit = plan.in_flight or JOBS_PER_WORKER
+
+    @property
+    def stale(self) -> bool:
+        """Whether somebody should count the workers again."""
+        return self._plan.in_flight is None and time.monotonic() - self._counted >= COUNT_EVERY
+
+    def count(self, workers: Sequence[Presence]) -> None:
+        able = sum(any(card.model == self._model for card in worker.models) for worker in workers)
+        self.limit = JOBS_PER_WORKER * max(1, able)
+        self._counted = time.monotonic()
+
+
+def try_again(error: StokerError, chunk: Chunk, plan: Plan) -> bool:
+    """Whether to send the chunk once more. Raises what no further try can help, with the text's place among all."""
+    if isinstance(error, InvalidRequest):
+        raise type(error)(placed(str(error), chunk.start)) from None
+    chunk.tries += 1
+    meant = isinstance(error, JobCancelled | DeadlineExceeded | JobDead)
+    return isinstance(error, JobError) and not meant and chunk.tries < plan.attempts
+
+
+def placed(message: str, start: int) -> str:
+    """`texts.N` of a job, as the place among all texts."""
+    return re.sub(r"\btexts\.(\d+)", lambda match: f"texts.{int(match[1]) + start}", message, count=1)

@@ -1,0 +1,82 @@
+"""The texts of a file: JSON lines, one field of each, or plain lines. Read line by line, never as a whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stoker.contract.requests import MAX_TEXT_CHARS
+from stoker.errors import DatasetError
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file of texts: `field` of each JSON line; in a `.txt`, each line itself. Blank lines count for nothing."""
+
+    path: Path
+    field: str
+
+    def texts(self) -> Iterator[str]:
+        """Raises `DatasetError` with the number of a line that is wrong, from 1."""
+        for number, line in self._lines():
+            yield self._text(line, f"{self.path.name}, line {number}")
+
+    def survey(self) -> tuple[int, str]:
+        """Check every line: how many texts there are, and a digest of the whole file."""
+        count, digest = 0, hashlib.sha256(self.field.encode())
+        for number, line in self._lines():
+            digest.update(line)
+            self._text(line, f"{self.path.name}, line {number}")
+            count += 1
+        if not count:
+            raise DatasetError(f"{self.path}: no text in it.")
+        return count, digest.hexdigest()
+
+    def _lines(self) -> Iterator[tuple[int, bytes]]:
+        try:
+            with self.path.open("rb") as file:
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        yield number, line
+        except OSError as error:
+            raise DatasetError(f"{self.path}: cannot be read ({error.strerror}).") from None
+
+    def _text(self, line: bytes, where: str) -> str:
+        text = self._decoded(line, where) if self.path.suffix == ".txt" else self._field_of(line, where)
+        if not text.strip():
+            raise DatasetError(f"{where}: the text is blank.")
+        if len(text) > MAX_TEXT_CHARS:
+            raise DatasetError(f"{where}: {len(text)} characters; at most {MAX_TEXT_CHARS}.")
+        return text
+
+    def _decoded(self, line: bytes, where: str) -> str:
+        try:
+            return line.decode().rstrip("\r\n")
+        except UnicodeDecodeError:
+            raise DatasetError(f"{where}: not UTF-8.") from None
+
+    def _field_of(self, line: bytes, where: str) -> str:
+        row = self._parsed(self._decoded(line, where), where)
+        if not isinstance(row, dict):
+            raise DatasetError(f"{where}: a {type(row).__name__} given; expected an object with {self.field!r} in it.")
+        text = row.get(self.field)
+        if not isinstance(text, str):
+            found = f"{self.field!r} is a {type(text).__name__}" if self.field in row else f"no field {self.field!r}"
+            raise DatasetError(f"{where}: {found}; it has {', '.join(map(repr, row)) or 'nothing'}. Name one: --field.")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise DatasetError(f"{where}: {self.field!r} holds half a surrogate pair, which is no text.") from None
+        return text
+
+    def _parsed(self, line: str, where: str) -> Any:
+        try:
+            return json.loads(line)
+        except RecursionError:
+            raise DatasetError(f"{where}: nested too deeply.") from None
+        except ValueError as error:
+            raise DatasetError(f"{where}: not JSON ({error}).") from None

@@ -1,0 +1,147 @@
+"""`stoker embed`: some texts from the command line, or a file of any length into a file of vectors."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from stoker.bulk.chunks import BATCH_TEXTS
+from stoker.bulk.output import Output, check_output, opened
+from stoker.bulk.source import Source
+from stoker.cli.jobs import warn_if_cold
+from stoker.cli.options import Json, Model, Url, connect, notes, print_json
+from stoker.client import Client
+from stoker.errors import InvalidRequest
+
+#: Seconds between two lines of progress where there is no terminal.
+TELL_EVERY = 10.0
+
+
+def embed(
+    texts: Annotated[list[str], typer.Argument(help="Texts; with --output, one file: .jsonl, or .txt a text a line.")],
+    model: Model = None,
+    truncate: Annotated[bool, typer.Option(help="Cut texts that are longer than the model takes.")] = False,
+    prompt: Annotated[str | None, typer.Option(help="Put before each text: query, passage, or any text.")] = None,
+    normalize: Annotated[
+        bool | None, typer.Option(help="Scale vectors to unit length; default: as the model's files say.")
+    ] = None,
+    dimensions: Annotated[int | None, typer.Option(help="Keep the first numbers of each vector.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or int8.")] = "float32",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File for the vectors: .npy, .safetensors or .parquet.")
+    ] = None,
+    field: Annotated[str, typer.Option(help="Field of each JSON line that holds the text.")] = "text",
+    batch: Annotated[int, typer.Option(help="Texts of a job.")] = BATCH_TEXTS,
+    in_flight: Annotated[int | None, typer.Option(help="Jobs at once; default: four for each worker.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace the output, and forget a run that was broken off.")] = False,
+    as_json: Json = False,
+    url: Url = None,
+) -> None:
+    """Turn texts into vectors. A file's run that was broken off goes on where it stopped when it is run again."""
+    options = {
+        "truncation": "end" if truncate else "error",
+        "prompt": prompt,
+        "normalize": normalize,
+        "dimensions": dimensions,
+        "dtype": dtype,
+    }
+    with connect(url) as client:
+        warn_if_cold(client, model, "embed")
+        if output is None:
+            _print_vectors(client, texts, model, options, as_json)
+            return
+        if len(texts) != 1:
+            raise InvalidRequest(f"{len(texts)} texts given; with --output just one argument is allowed, a file.")
+        check_output(output, dtype, overwrite)
+        plan = {"batch": batch, "in_flight": in_flight}
+        record = _embed_file(client, Source(Path(texts[0]), field), output, model, options, plan, overwrite)
+    if as_json:
+        print_json(record)
+    else:
+        print(f"{output}: {record['rows']} vectors of {record['dim']} numbers, {record['dtype']}")
+
+
+def _print_vectors(client: Client, texts: list[str], model: str | None, options: dict[str, Any], as_json: bool) -> None:
+    if len(texts) == 1 and texts[0].endswith((".jsonl", ".txt")) and Path(texts[0]).is_file():
+        raise InvalidRequest(f"{texts[0]} is a file: name a file for its vectors with --output.")
+    vectors = client.embed(texts, model=model, **options).result()
+    if as_json:
+        print_json([[float(value) for value in vector] for vector in vectors])
+        return
+    for text, vector in zip(texts, vectors, strict=True):
+        shown = ", ".join(f"{value:+.4f}" for value in vector[:4])
+        print(f"[{shown}, … {len(vector)} in all]  {text}")
+
+
+def _embed_file(
+    client: Client,
+    source: Source,
+    path: Path,
+    model: str | None,
+    options: dict[str, Any],
+    plan: dict[str, Any],
+    overwrite: bool,
+) -> dict[str, Any]:
+    rows, digest = source.survey()
+    model = client.choose_model(model, "embed")
+    job = {"rows": rows, "input": digest, "model": model, **options}
+    began = time.monotonic()
+    with opened(path, rows, job, overwrite) as output:
+        before = output.done
+        if before:
+            notes.print(f"[dim]going on behind {before} of {rows} texts[/dim]")
+        texts = islice(source.texts(), before, None)
+        with _progress(output, rows) as tell:
+            for vectors in client.embed_chunks(texts, model=model, **plan, **options):
+                output.write(vectors)
+                tell()
+        output.finish()
+    seconds = time.monotonic() - began
+    return {"output": str(path), "rows": rows, "resumed": before, "dim": output.dim, "dtype": options["dtype"]} | {
+        "seconds": round(seconds, 3)
+    }
+
+
+@contextmanager
+def _progress(output: Output, rows: int) -> Iterator[Any]:
+    """A bar on a terminal, a line now and then elsewhere; yields what to call when rows came."""
+    if sys.stderr.isatty():
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+        with Progress(*columns, console=notes) as progress:
+            bar = progress.add_task("waiting for a worker", total=rows, completed=output.done)
+            speed = _Speed(output)
+            yield lambda: progress.update(bar, completed=output.done, description=f"{speed():,.0f} texts/s")
+    else:
+        yield _Lines(output, rows)
+
+
+class _Speed:
+    """Texts a second since the beginning of this run."""
+
+    def __init__(self, output: Output) -> None:
+        self._output, self._before, self._began = output, output.done, time.monotonic()
+
+    def __call__(self) -> float:
+        return (self._output.done - self._before) / max(1e-9, time.monotonic() - self._began)
+
+
+class _Lines:
+    def __init__(self, output: Output, rows: int) -> None:
+        self._output, self._rows, self._speed = output, rows, _Speed(output)
+        self._told = time.monotonic()
+
+    def __call__(self) -> None:
+        if time.monotonic() - self._told < TELL_EVERY:
+            return
+        self._told = time.monotonic()
+        speed, done = self._speed(), self._output.done
+        left = (self._rows - done) / max(speed, 1e-9)
+        print(f"{done:,} of {self._rows:,} texts, {speed:,.0f} texts/s, {left:.0f} s left", file=sys.stderr, flush=True)

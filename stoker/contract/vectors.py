@@ -1,0 +1,59 @@
+"""Vectors on the wire: safetensors bytes, in float32, float16, or in int8 with a scale for each vector."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import safetensors.numpy
+from numpy.typing import NDArray
+
+VectorType = Literal["float32", "float16", "int8"]
+VECTOR_TYPES: tuple[VectorType, ...] = get_args(VectorType)
+
+
+@dataclass(frozen=True, eq=False)
+class Int8Vectors:
+    """`codes` int8 (rows, dim) and `scales` float32 (rows,): vector i is codes[i] · scales[i], off by scales[i] / 2 at
+    the most in each number."""
+
+    codes: NDArray[np.int8]
+    scales: NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def to_float32(self) -> NDArray[np.float32]:
+        vectors: NDArray[np.float32] = self.codes * self.scales[:, None]
+        return vectors
+
+
+#: What a job made, as it travelled: float32 or float16 (rows, dim), or `Int8Vectors`.
+Encoded = np.ndarray | Int8Vectors
+
+
+def quantize(vectors: NDArray[np.float32]) -> Int8Vectors:
+    """Symmetric: each vector's largest number becomes ±127. A vector of zeros stays one."""
+    scales = np.abs(vectors).max(axis=1) / np.float32(127)
+    codes = np.rint(vectors / np.where(scales > 0, scales, 1)[:, None])
+    return Int8Vectors(codes.astype(np.int8), scales.astype(np.float32))
+
+
+def save(vectors: NDArray[np.float32], dtype: VectorType) -> bytes:
+    """float32 (rows, dim) as the safetensors bytes of a job's blob: `vectors`, and `scales` if they are int8."""
+    if dtype == "int8":
+        small = quantize(vectors)
+        return safetensors.numpy.save({"vectors": small.codes, "scales": small.scales})
+    return safetensors.numpy.save({"vectors": np.ascontiguousarray(vectors, dtype=dtype)})
+
+
+def load(data: bytes) -> Encoded:
+    """The inverse of `save`."""
+    tensors = safetensors.numpy.load(data)
+    return Int8Vectors(tensors["vectors"], tensors["scales"]) if "scales" in tensors else tensors["vectors"]
+
+
+def plain(vectors: Encoded) -> np.ndarray:
+    """As an array: int8 becomes float32 again."""
+    return vectors.to_float32() if isinstance(vectors, Int8Vectors) else vectors

@@ -1,0 +1,216 @@
+"""Files in and out: every line checked, rows that survive being broken off, nothing half-written under the name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from stoker.bulk import output as output_module
+from stoker.bulk.output import check_output, opened, partial_path, state_path
+from stoker.bulk.source import Source
+from stoker.contract.vectors import Encoded, Int8Vectors, quantize
+from stoker.errors import ConfigError, DatasetError, InvalidRequest, ModelError
+
+ROWS, DIM = 23, 12
+VECTORS = np.random.default_rng(3).normal(size=(ROWS, DIM)).astype(np.float32)
+#: (suffix, dtype)
+KINDS = [(".npy", "float32"), (".npy", "float16"), (".safetensors", "float16"), (".safetensors", "int8")]
+
+
+def job(dtype: str, **more: Any) -> dict[str, Any]:
+    return {"rows": ROWS, "dtype": dtype, "input": "digest", **more}
+
+
+def encoded(dtype: str, start: int, end: int) -> Encoded:
+    part = VECTORS[start:end]
+    return quantize(part) if dtype == "int8" else part.astype(dtype)
+
+
+def read(path: Path, dtype: str) -> Encoded:
+    if path.suffix == ".npy":
+        return np.load(path)  # type: ignore[no-any-return]
+    tensors = safetensors.numpy.load_file(path)
+    return Int8Vectors(tensors["vectors"], tensors["scales"]) if dtype == "int8" else tensors["vectors"]
+
+
+def same(left: Encoded, right: Encoded) -> bool:
+    if isinstance(left, Int8Vectors) and isinstance(right, Int8Vectors):
+        return np.array_equal(left.codes, right.codes) and np.array_equal(left.scales, right.scales)
+    return np.array_equal(left, right) and left.dtype == right.dtype  # type: ignore[arg-type, union-attr]
+
+
+def break_off(path: Path, of: dict[str, Any], *parts: Encoded) -> int:
+    """Write some rows and be interrupted; how many were there before."""
+    try:
+        with opened(path, ROWS, of) as output:
+            before = output.done
+            for part in parts:
+                output.write(part)
+            raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        return before
+
+
+@pytest.mark.parametrize(("suffix", "dtype"), KINDS)
+def test_a_file_written_in_two_runs_is_whole(tmp_path: Path, suffix: str, dtype: str) -> None:
+    path = tmp_path / f"out{suffix}"
+    break_off(path, job(dtype), encoded(dtype, 0, 5), encoded(dtype, 5, 9))
+    assert not path.exists()
+    with opened(path, ROWS, job(dtype)) as output:
+        assert (output.done, output.dim) == (9, DIM)
+        output.write(encoded(dtype, 9, ROWS))
+        output.finish()
+    assert same(read(path, dtype), encoded(dtype, 0, ROWS))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(("suffix", "dtype"), KINDS)
+def test_what_was_not_made_safe_is_written_again(tmp_path: Path, suffix: str, dtype: str) -> None:
+    """As `kill -9` leaves it: rows in the file that nothing vouches for, the last one cut short."""
+    killed, path = tmp_path / "killed", tmp_path / f"out{suffix}"
+    with opened(path, ROWS, job(dtype)) as output:
+        output.write(encoded(dtype, 0, 6))
+        output.make_safe()
+        output.write(encoded(dtype, 6, 11))
+        output._file.flush()
+        shutil.copytree(tmp_path, killed)
+    path = killed / path.name
+    with partial_path(path).open("r+b") as file:
+        file.truncate(partial_path(path).stat().st_size - 3)
+    with opened(path, ROWS, job(dtype)) as output:
+        assert output.done == 6
+        output.write(encoded(dtype, 6, ROWS))
+        output.finish()
+    assert same(read(path, dtype), encoded(dtype, 0, ROWS))
+
+
+def test_rows_that_are_gone_are_not_believed(tmp_path: Path) -> None:
+    path = tmp_path / "out.npy"
+    break_off(path, job("float32"), VECTORS[:9])
+    for damage in (lambda: partial_path(path).write_bytes(b"x" * 100), lambda: state_path(path).write_text('{"job": ')):
+        damage()
+        assert break_off(path, job("float32"), VECTORS[:9]) == 0
+
+
+def test_another_input_does_not_go_on_behind_the_first(tmp_path: Path) -> None:
+    path = tmp_path / "out.npy"
+    break_off(path, job("float32"), VECTORS[:9])
+    other = job("float32", input="another")
+    with pytest.raises(InvalidRequest, match=r"with another input.*--overwrite"), opened(path, ROWS, other):
+        pass
+    with opened(path, ROWS, other, overwrite=True) as output:
+        assert output.done == 0
+        output.write(VECTORS)
+        output.finish()
+    assert np.array_equal(np.load(path), VECTORS)
+
+
+def test_two_runs_do_not_write_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "out.npy"
+    with opened(path, ROWS, job("float32")) as output:
+        with pytest.raises(InvalidRequest, match="another run is writing"), opened(path, ROWS, job("float32")):
+            pass
+        output.write(VECTORS)
+        output.finish()
+
+
+def test_vectors_of_another_length_end_the_run(tmp_path: Path) -> None:
+    with opened(tmp_path / "out.npy", ROWS, job("float32")) as output:
+        output.write(VECTORS[:2])
+        with pytest.raises(ModelError, match="5 numbers after some of 12"):
+            output.write(VECTORS[2:4, :5])
+
+
+def test_rows_are_made_safe_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output_module, "SAFE_EVERY", 0.0)
+    path = tmp_path / "out.npy"
+    with opened(path, ROWS, job("float32")) as output:
+        output.write(VECTORS[:4])
+        assert json.loads(state_path(path).read_text())["done"] == 4
+
+
+def test_an_output_that_cannot_be_is_refused_before_any_work(tmp_path: Path) -> None:
+    there = tmp_path / "there.npy"
+    there.write_bytes(b"")
+    for path, dtype, why in (
+        (tmp_path / "out.csv", "float32", r"'out\.csv' given.*\.npy, \.safetensors, \.parquet"),
+        (tmp_path / "out.npy", "int8", "no place for the scales"),
+        (tmp_path / "none" / "out.npy", "float32", "no folder"),
+        (there, "float32", "there already.*--overwrite"),
+    ):
+        with pytest.raises(InvalidRequest, match=why):
+            check_output(path, dtype, overwrite=False)
+    check_output(there, "float32", overwrite=True)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+def test_parquet_holds_the_vectors_as_lists(tmp_path: Path, dtype: str) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pip install 'stoker[parquet]'")
+    path = tmp_path / "out.parquet"
+    with opened(path, ROWS, job(dtype)) as output:
+        output.write(encoded(dtype, 0, 10))
+        output.write(encoded(dtype, 10, ROWS))
+        output.finish()
+    table = parquet.read_table(path)
+    rows = np.array(table["vectors"].to_pylist())
+    whole = encoded(dtype, 0, ROWS)
+    if isinstance(whole, Int8Vectors):
+        assert np.allclose(rows * np.array(table["scales"])[:, None], whole.to_float32())
+    else:
+        assert np.array_equal(rows.astype(dtype), whole)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_without_pyarrow_parquet_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    with pytest.raises(ConfigError, match=r"stoker\[parquet\]"):
+        check_output(tmp_path / "out.parquet", "float32", overwrite=False)
+
+
+def test_the_texts_of_a_file_are_those_of_its_lines(tmp_path: Path) -> None:
+    lines = tmp_path / "in.jsonl"
+    lines.write_text('{"id": 1, "body": "one"}\n\n{"body": "zwei ü", "id": 2}\r\n  \n{"body": "three"}', "utf-8")
+    source = Source(lines, "body")
+    assert list(source.texts()) == ["one", "zwei ü", "three"]
+    count, digest = source.survey()
+    assert count == 3
+    plain = tmp_path / "in.txt"
+    plain.write_text("one\n\n two \r\n", "utf-8")
+    assert list(Source(plain, "text").texts()) == ["one", " two "]
+    lines.write_text('{"id": 1, "body": "one"}\n{"body": "two"}\n{"body": "three"}\n')
+    assert source.survey()[1] != digest
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        (b'{"text": "a"', r"line 2: not JSON"),
+        (b"[1]", "line 2: a list given"),
+        (b'{"body": "a"}', r"line 2: no field 'text'; it has 'body'\. Name one: --field"),
+        (b'{"text": 3}', "line 2: 'text' is a int"),
+        (b'{"text": " "}', "line 2: the text is blank"),
+        (b'{"text": "\xff"}', "line 2: not UTF-8"),
+        (b'{"text": "\\ud800"}', "line 2: .* half a surrogate pair"),
+        (b"[" * 100_000, "line 2: nested too deeply|line 2: not JSON"),
+        (b'{"text": "' + b"a" * 1_000_001 + b'"}', "line 2: 1000001 characters; at most 1000000"),
+    ],
+)
+def test_a_line_that_is_wrong_is_named(tmp_path: Path, line: bytes, why: str) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(b'{"text": "fine"}\n' + line + b"\n")
+    with pytest.raises(DatasetError, match=why):
+        Source(path, "text").survey()
+
+
+def test_a_file_that_is_not_there_or_empty_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="cannot be read"):
+        Source(tmp_path / "none.jsonl", "text").survey()
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(DatasetError, match="no text in it"):
+        Source(tmp_path / "empty.jsonl", "text").survey()
