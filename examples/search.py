@@ -1,4 +1,4 @@
-"""Nearest-neighbour search: embed some sentences once, then find those that mean about the same as a query."""
+"""Nearest-neighbour search: embed some sentences once, then find the few that mean about the same as a query."""
 
 import numpy as np
 
@@ -16,6 +16,14 @@ with Client() as client:
     vectors = client.embed(SENTENCES).result()
     query = client.embed([QUERY]).result()[0]
 
-likeness = vectors @ query  # unit vectors: the dot product is the cosine
-for place in np.argsort(-likeness):
+
+def top(vectors: np.ndarray, query: np.ndarray, count: int) -> np.ndarray:
+    """The places of the `count` vectors most like the query, best first; for unit vectors the product is the cosine."""
+    likeness = vectors @ query
+    best = np.argpartition(-likeness, min(count, len(likeness)) - 1)[:count]
+    return best[np.argsort(-likeness[best])]
+
+
+likeness = vectors @ query
+for place in top(vectors, query, 3):
     print(f"{likeness[place]:.3f}  {SENTENCES[place]}")
