@@ -130,7 +130,7 @@ def against_peer(record: Record, folder: Path) -> None:
     import torch
     from sentence_transformers import SentenceTransformer
 
-    from engine.engine import Engine
+    from engine.embedding.lane import EmbedLane
 
     record.head |= {"torch": torch.__version__, "sentence-transformers": version("sentence-transformers")}
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -139,30 +139,31 @@ def against_peer(record: Record, folder: Path) -> None:
         return SentenceTransformer(str(folder), device=device, model_kwargs={"dtype": dtype})
 
     half, exact = peer(getattr(torch, DTYPE)), peer(torch.float32)
-    engine = Engine(
-        {MODEL: [str(folder)]}, adapters=folder, publish=lambda entries: None, precision={"dtype": DTYPE}
-    )
-    engine.start()
-    try:
-        for name in SETS:
-            record.attempt(name, partial(one_set, record, name, engine, half, exact))
-        record.attempt("one text at a time", partial(one_at_a_time, record, engine))
-        record.attempt("forward alone", partial(forward_alone, record, half, folder))
-    finally:
-        engine.stop()
+    lane = EmbedLane(half_model(folder))
+    for name in SETS:
+        record.attempt(name, partial(one_set, record, name, lane, half, exact))
+    record.attempt("one text at a time", partial(one_at_a_time, record, lane))
+    record.attempt("forward alone", partial(forward_alone, record, half, folder))
 
 
-def embed(engine: Any, texts: Sequence[str]) -> np.ndarray:
+def embed(lane: Any, texts: Sequence[str]) -> np.ndarray:
+    """As the engine's thread runs a job: checked, tokenized, in turns, scaled to unit length."""
+    from engine.ticket import Ticket
     from stoker.contract import EmbedRequest
 
-    return engine.submit("job", EmbedRequest(model=MODEL, texts=tuple(texts))).result().vectors  # type: ignore[no-any-return]
+    work = lane.prepare(Ticket("job", "embed"), EmbedRequest(model=MODEL, texts=tuple(texts)), None)
+    lane.admit(work)
+    while lane.busy:
+        lane.drop_stopped()
+        lane.run()
+    return work.vectors  # type: ignore[no-any-return]
 
 
-def one_set(record: Record, name: str, engine: Any, half: Any, exact: Any) -> None:
+def one_set(record: Record, name: str, lane: Any, half: Any, exact: Any) -> None:
     texts = texts_of(SETS[name], seed=2)
     wanted = exact.encode(texts, batch_size=64, convert_to_numpy=True)
     sizes = [size for size in BATCHES if size == BATCHES[0] or size // 2 <= len(texts)]
-    sides: dict[str, Callable[[], np.ndarray]] = {"Stoker's engine": partial(embed, engine, texts)}
+    sides: dict[str, Callable[[], np.ndarray]] = {"Stoker": partial(embed, lane, texts)}
     for size in sizes:
         sides[f"sentence-transformers, batch {size}"] = partial(half.encode, texts, batch_size=size)
     errors = {side: float(np.abs(np.asarray(run()) - wanted).max()) for side, run in sides.items()}
@@ -176,19 +177,19 @@ def one_set(record: Record, name: str, engine: Any, half: Any, exact: Any) -> No
     record.add(f"{name}: ratio to the best of sentence-transformers", "×", [rates[0] / max(rates[1:])])
 
 
-def one_at_a_time(record: Record, engine: Any) -> None:
+def one_at_a_time(record: Record, lane: Any) -> None:
     texts = texts_of(SETS["mixed"], seed=2)
 
     def singly(part: Sequence[str]) -> float:
-        return len(part) / timed(lambda: [embed(engine, [text]) for text in part])
+        return len(part) / timed(lambda: [embed(lane, [text]) for text in part])
 
     singly(texts[:20])
     rate = record.add(
-        "mixed: one at a time through the engine", "texts/s", [singly(texts[start::10]) for start in range(3)]
+        "mixed: one at a time through the lane", "texts/s", [singly(texts[start::10]) for start in range(3)]
     )
-    whole = [len(texts) / timed(partial(embed, engine, texts)) for _ in range(5)]
+    whole = [len(texts) / timed(partial(embed, lane, texts)) for _ in range(5)]
     batch = record.add("mixed: 1,000 at once", "texts/s", whole)
-    record.add("mixed: ratio of 1,000 at once to one at a time through the engine", "×", [batch / rate])
+    record.add("mixed: ratio of 1,000 at once to one at a time through the lane", "×", [batch / rate])
 
 
 def forward_alone(record: Record, peer: Any, folder: Path) -> None:
