@@ -83,7 +83,7 @@ class Adapters:
         return self.get(name, entry.model)
 
     def _model(self, model: str | None) -> str:
-        return self._client._choose(model, "adapters")
+        return self._client.choose_model(model, "adapters")
 
 
 class AsyncAdapters:
@@ -136,7 +136,7 @@ class AsyncAdapters:
         return await self.get(name, entry.model)
 
     async def _model(self, model: str | None) -> str:
-        return await self._client._choose(model, "adapters")
+        return await self._client.choose_model(model, "adapters")
 
 
 def found(model: str, name: str, raw: Mapping[bytes, bytes]) -> AdapterEntry:
