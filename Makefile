@@ -17,7 +17,7 @@ LOCK := $(LOCK_VENV)/bin/uv pip compile --no-config --universal --python-version
 LOCK_HEADER := \# Made by `make lock`: do not edit. Universal (Linux, macOS arm64; Python 3.11 and later), with hashes.
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast test-integration test-slow chaos check format bench bench-queue bench-kernels bench-generate soak lock goldens peers bench-train goldens-peft clean distclean
+.PHONY: help venv demo test test-fast test-integration test-slow chaos check format bench bench-queue bench-kernels bench-embed bench-generate soak lock goldens peers bench-train goldens-peft clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -75,6 +75,9 @@ bench: $(STAMP) ## the benchmarks
 
 bench-queue: $(STAMP) ## what the queue costs and bears, beside bare Celery
 	$(BIN)/python -m bench.queue
+
+bench-embed: $(STAMP) ## embeddings beside sentence-transformers, a plain loop and the engine alone
+	$(BIN)/python -m bench.embed
 
 bench-kernels: $(STAMP) ## every fused kernel beside MLX's own way, on a GPU
 	$(BIN)/python -m bench.kernels

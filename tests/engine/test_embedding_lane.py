@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ import numpy as np
 import pytest
 
 from engine.embedding.forward import PackedForward, PaddedForward, Tokens, Vectors
-from engine.embedding.lane import EmbedLane, EmbedWork
+from engine.embedding.lane import EmbedLane, EmbedWork, unit
 from engine.embedding.pace import Pace
-from engine.loading import LoadedModel
+from engine.loading import LoadedModel, load
+from engine.models import sentence
 from engine.ticket import Ticket
 from stoker.contract import EmbedRequest
-from stoker.errors import JobCancelled, TextTooLong
+from stoker.errors import InvalidRequest, JobCancelled, ModelError, TextTooLong
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 TEXTS = [row["text"] for row in json.loads((GOLDENS / "minilm.json").read_text())["texts"]]
@@ -185,3 +187,72 @@ def test_a_batch_that_fails_ends_the_jobs_that_were_in_it(driver: Driver, monkey
         driver.lane.run()
     driver.lane.fail_all(error.value)
     assert ticket.done, "else its caller waits for ever"
+
+
+def opened(folder: Path, **options: Any) -> LoadedModel:
+    return load("model", [str(folder)], **options)
+
+
+@pytest.mark.parametrize("forward", [lambda m: PackedForward(m, 2), PaddedForward], ids=["packed", "padded"])
+@pytest.mark.parametrize("name", ["bert", "mpnet"])
+def test_packed_and_padded_batches_agree_with_the_goldens(name: str, forward: Any) -> None:
+    golden = np.load(GOLDENS / "architectures.npz")
+    rows = [key for key in golden.files if key.startswith(f"{name}.tokens.")]
+    texts = [golden[key].astype(np.int32) for key in rows]
+    wanted = np.stack([golden[key.replace("tokens", "output")].mean(axis=0) for key in rows])
+    run = forward(opened(GOLDENS / "architectures" / name))
+    assert np.abs(run(texts + texts[::-1]) - np.concatenate([wanted, wanted[::-1]])).max() < 1e-4
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("float16", 0.01), ("bfloat16", 0.08)])
+@pytest.mark.parametrize("name", ["bert", "mpnet"])
+def test_sixteen_bits_are_near_to_thirty_two(name: str, dtype: str, bound: float) -> None:
+    random = np.random.default_rng(6)
+    texts = [random.integers(8, 60, length).astype(np.int32) for length in (5, 9, 30, 12)]
+    exact, rough = (PaddedForward(opened(GOLDENS / "architectures" / name, dtype=kind)) for kind in (None, dtype))
+    left, right = unit(exact(texts)), unit(rough(texts))
+    assert right.dtype == np.float32
+    assert np.isfinite(right).all(), "a mask that overflows 16 bits makes NaN"
+    assert np.abs(left - right).max() < bound
+
+
+def test_prompts_of_e5_go_before_the_text(minilm: LoadedModel) -> None:
+    driver = Driver(minilm)
+    named = [driver.send("how hot is it?", prompt=name) for name in ("query", "passage")]
+    written = [driver.send(f"{name}: how hot is it?") for name in ("query", "passage")]
+    driver.run()
+    for left, right in zip(named, written, strict=True):
+        assert np.abs(vectors(left) - vectors(right)).max() < 1e-6
+
+
+def test_a_vector_is_cut_only_where_the_model_was_trained_for_it(minilm: LoadedModel) -> None:
+    assert minilm.embedding is not None
+    with pytest.raises(InvalidRequest, match=r"dimensions: 64 given; minilm makes 384\. It was not trained"):
+        Driver(minilm).send("a warm model", dimensions=64)
+    trained = replace(minilm, embedding=replace(minilm.embedding, dimensions=(64, 128)))
+    driver = Driver(trained)
+    whole, cut, raw = (
+        driver.send("a warm model", **options)
+        for options in ({}, {"dimensions": 64}, {"dimensions": 64, "normalize": False})
+    )
+    driver.run()
+    assert vectors(cut).shape == (1, 64)
+    assert np.linalg.norm(vectors(cut)) == pytest.approx(1, abs=1e-6)
+    head = vectors(whole)[:, :64]
+    assert np.abs(vectors(cut) - head / np.linalg.norm(head)).max() < 1e-6
+    assert np.linalg.norm(vectors(raw)) != pytest.approx(1, abs=1e-2)
+    with pytest.raises(InvalidRequest, match="minilm makes 64, 128"):
+        driver.send("a warm model", dimensions=65)
+
+
+def test_what_may_be_cut_is_read_from_the_models_files(tmp_path: Path) -> None:
+    for said, wanted in (
+        ({}, ()),
+        ({"is_matryoshka": True}, range(1, 385)),
+        ({"matryoshka_dimensions": [128, 64]}, (64, 128)),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(said))
+        assert sentence._dimensions(tmp_path / "config.json", 384) == wanted
+    (tmp_path / "config.json").write_text(json.dumps({"matryoshka_dimensions": [0, 512]}))
+    with pytest.raises(ModelError, match="matryoshka_dimensions"):
+        sentence._dimensions(tmp_path / "config.json", 384)

@@ -1,0 +1,115 @@
+"""`stoker embed FILE` on real workers, killed in the middle: every row there, once, and right."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from stoker import AsyncClient, Client
+from stoker.bulk.output import partial_path, state_path
+from stoker.local.stack import Stack
+from tests.conftest import EMBED_MODEL, wait_until
+
+pytestmark = pytest.mark.integration
+
+#: As many as no other number here divides: a row that is lost or there twice moves all behind it.
+SENTENCES = [f"sentence {number}: " + "the stoker feeds the fire " * (number % 5 + 1) for number in range(97)]
+
+
+def write_texts(path: Path, count: int) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(count):
+            file.write(json.dumps({"id": number, "text": SENTENCES[number % 97]}) + "\n")
+
+
+def start(stack: Stack, folder: Path, *options: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", "from stoker.cli import main; main()", "embed", "in.jsonl", "--batch", "64"]
+    env = {**os.environ, "STOKER_URL": stack.settings.address.celery}
+    return subprocess.Popen([*command, "--model", EMBED_MODEL, *options], cwd=folder, env=env, text=True)
+
+
+def rows_safe(path: Path) -> int:
+    state = state_path(path)
+    return json.loads(state.read_text())["done"] if state.exists() else 0
+
+
+def kill_worker(stack: Stack) -> None:
+    with Client(settings=stack.settings) as client:
+        (pid,) = [worker.pid for worker in client.workers() if worker.worker == stack.worker_name]
+    os.kill(pid, signal.SIGKILL)
+    stack.replace_worker()
+
+
+def expected(stack: Stack) -> np.ndarray:
+    with Client(settings=stack.settings) as client:
+        return client.embed(SENTENCES, model=EMBED_MODEL).result(120)
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("count", [800, pytest.param(20_000, marks=pytest.mark.slow)])
+def test_every_row_is_there_once_whoever_is_killed(own_stack: Stack, tmp_path: Path, count: int) -> None:
+    write_texts(tmp_path / "in.jsonl", count)
+    output = tmp_path / "out.npy"
+    first = start(own_stack, tmp_path, "-o", output.name)
+    wait_until(lambda: rows_safe(output) > count // 10, "a tenth is there", 600)
+    first.kill()
+    first.wait()
+    assert partial_path(output).exists()
+    assert not output.exists()
+    second = start(own_stack, tmp_path, "-o", output.name)
+    before = rows_safe(output)
+    wait_until(lambda: rows_safe(output) > max(before, count // 3) or second.poll() is not None, "it goes on", 600)
+    assert second.poll() is None, "the worker dies in the middle"
+    kill_worker(own_stack)
+    assert second.wait(900) == 0
+    vectors = np.load(output)
+    wanted = expected(own_stack)[np.arange(count) % 97]
+    assert vectors.shape == wanted.shape
+    assert np.abs(vectors - wanted).max() < 1e-5
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["in.jsonl", "out.npy"]
+
+
+def test_a_file_becomes_codes_and_scales(stack: Stack, tmp_path: Path) -> None:
+    write_texts(tmp_path / "in.jsonl", 130)
+    done = start(stack, tmp_path, "-o", "out.safetensors", "--dtype", "int8")
+    assert done.wait(120) == 0
+    tensors = safetensors.numpy.load_file(tmp_path / "out.safetensors")
+    wanted = expected(stack)[np.arange(130) % 97]
+    error = np.abs(tensors["vectors"] * tensors["scales"][:, None] - wanted)
+    assert (error <= tensors["scales"][:, None] * 0.51).all()
+
+
+def test_many_texts_come_in_order_and_leave_nothing_behind(client: Client) -> None:
+    before = len(client.redis.keys("stoker:blob:vectors:*"))
+    vectors = np.stack(list(client.embed_many(iter(SENTENCES), model=EMBED_MODEL, batch=10, in_flight=3)))
+    whole = client.embed(SENTENCES, model=EMBED_MODEL).result(60)
+    assert np.abs(vectors - whole).max() < 1e-5
+
+    async def collect(settings: Any) -> np.ndarray:
+        async with AsyncClient(settings=settings) as sender:
+            many = sender.embed_many(SENTENCES, model=EMBED_MODEL, batch=40, dtype="float16")
+            return np.stack([vector async for vector in many])
+
+    found = asyncio.run(collect(client.settings))
+    assert found.dtype == np.float16
+    assert np.abs(found - whole).max() < 1e-3
+    assert len(client.redis.keys("stoker:blob:vectors:*")) == before + 1, "only that of the job sent by `embed` is kept"
+
+
+def test_leaving_early_cancels_what_is_under_way(client: Client) -> None:
+    endless = (SENTENCES[number % 97] for number in iter(int, 1))
+    many = client.embed_many(endless, model=EMBED_MODEL, batch=16, in_flight=2)
+    assert len(list(islice(many, 40))) == 40
+    many.close()  # type: ignore[attr-defined]
+    wait_until(lambda: not client.jobs(), "nothing runs on")
