@@ -9,7 +9,7 @@ import typer
 
 import stoker
 from stoker.cli import adapters as adapters_commands
-from stoker.cli import demo, embed, jobs, machine, policy, runs, train
+from stoker.cli import demo, embed, generate, jobs, machine, policy, runs, train
 from stoker.cli import models as models_commands
 
 app = typer.Typer(
@@ -35,7 +35,8 @@ def _root(
 
 _COMMANDS: tuple[Callable[..., None], ...] = (
     embed.embed,
-    jobs.generate,
+    generate.generate,
+    generate.chat,
     train.train,
     jobs.cancel,
     machine.status,

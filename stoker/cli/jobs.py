@@ -2,58 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
 
-from stoker.cli.options import Json, Model, Url, connect, is_terminal, notes, print_json
+from stoker.cli.options import Json, Url, connect, notes, print_json
 from stoker.client import Client
-from stoker.contract import GenerateResult
-from stoker.errors import InvalidRequest
-
-
-def generate(
-    prompt: Annotated[str, typer.Argument(help="Text to be continued; '-' reads standard input.")],
-    model: Model = None,
-    adapter: Annotated[str | None, typer.Option(help="LoRA adapter to generate with.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Most tokens to make.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Sample among the k likeliest; 0: among all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Sample among the likeliest that add up to this.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="The same seed, the same text.")] = None,
-    as_json: Json = False,
-    url: Url = None,
-) -> None:
-    """Continue a prompt, token by token. Ctrl-C cancels the job."""
-    text = _read_input() if prompt == "-" else prompt
-    with connect(url) as client:
-        warn_if_cold(client, model, "generate")
-        job = client.generate(
-            text,
-            model=model,
-            adapter=adapter,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-        )
-        if as_json:
-            print_json(job.result().model_dump(mode="json"))
-            return
-        for token in job.stream():
-            print(token.text, end="", flush=True)
-        print()
-        if is_terminal():
-            notes.print(f"[dim]{describe(job.result())}[/dim]")
-
-
-def _read_input() -> str:
-    try:
-        return sys.stdin.buffer.read().decode()
-    except UnicodeDecodeError:
-        raise InvalidRequest("prompt: standard input is not UTF-8.") from None
 
 
 def warn_if_cold(client: Client, model: str | None, kind: str) -> None:
@@ -61,16 +15,6 @@ def warn_if_cold(client: Client, model: str | None, kind: str) -> None:
     warm = {card.model for worker in client.workers() for card in worker.models if kind in card.kinds}
     if model is not None and model in client.models() and model not in warm:
         notes.print(f"[dim]no worker holds {model} warm now: the job waits for one[/dim]")
-
-
-def describe(result: GenerateResult) -> str:
-    usage = result.usage
-    decode = usage.run_seconds - usage.first_token_seconds
-    speed = f"{(usage.completion_tokens - 1) / decode:.1f} tokens/s, " if decode > 0 else ""
-    return (
-        f"{usage.completion_tokens} tokens, {speed}first after {usage.first_token_seconds:.2f} s, "
-        f"{result.finish_reason}, on {usage.worker}"
-    )
 
 
 def list_jobs(as_json: Json = False, url: Url = None) -> None:

@@ -16,10 +16,10 @@ import pytest
 from typer.testing import CliRunner
 
 from stoker import cli, errors
-from stoker.cli import app, embed, jobs, machine, train
+from stoker.cli import app, embed, generate, jobs, machine, train
 from stoker.client_core import JobStatus
 from stoker.contract import GenerateResult, ModelCard, Presence, StreamToken, TrainReport, TrainResult, Usage
-from stoker.errors import StokerError, UnknownModel
+from stoker.errors import InvalidRequest, StokerError, UnknownModel
 
 NOWHERE = "redis://127.0.0.1:1/0"
 RESULT = GenerateResult(
@@ -115,7 +115,7 @@ class FakeClient:
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setattr(FakeClient, "asked", {})
-    for module in (embed, jobs, machine, train):
+    for module in (embed, generate, jobs, machine, train):
         monkeypatch.setattr(module, "connect", lambda url: FakeClient())
     return FakeClient.asked
 
@@ -140,6 +140,29 @@ def test_generate_prints_the_text_and_nothing_else(asked: dict[str, Any]) -> Non
     assert run("generate", "Once", "--max-tokens", "5", "--seed", "7", "--temperature", "0.5") == "one two\n"
     assert (asked["prompt"], asked["max_tokens"], asked["seed"], asked["temperature"]) == ("Once", 5, 7, 0.5)
     assert GenerateResult.model_validate_json(run("generate", "Once", "--json")) == RESULT
+
+
+def test_generate_takes_messages_schemas_and_stops(asked: dict[str, Any], tmp_path: Path) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "object"}')
+    run("generate", "Hello", "--chat", "--json-schema", str(schema), "--stop", "a", "--stop", "b")
+    assert asked["prompt"] == [{"role": "user", "content": "Hello"}]
+    assert (asked["json_schema"], asked["stop"]) == ({"type": "object"}, ("a", "b"))
+    assert run("generate", "x", "--n", "2") == f"--- 1\n{RESULT.text}\n"
+    schema.write_text("{")
+    done = CliRunner().invoke(app, ["generate", "x", "--json-schema", str(schema)])
+    assert isinstance(done.exception, InvalidRequest)
+    assert "cannot be read as JSON" in str(done.exception)
+
+
+def test_a_chat_keeps_the_conversation_until_it_is_cleared(asked: dict[str, Any]) -> None:
+    shown = run("chat", "--system", "Be brief.", stdin="Hello\n\nAgain\n")
+    assert shown.count("one two\n") == 2
+    roles = [message["role"] for message in asked["prompt"]]
+    assert roles == ["system", "user", "assistant", "user"]
+    assert [asked["prompt"][2]["content"], asked["prompt"][3]["content"]] == ["one two", "Again"]
+    run("chat", stdin="Hello\n/clear\nNew\n/exit\nnever\n")
+    assert asked["prompt"] == [{"role": "user", "content": "New"}]
 
 
 def test_a_prompt_can_come_from_standard_input(asked: dict[str, Any]) -> None:
