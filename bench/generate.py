@@ -27,7 +27,7 @@ import numpy as np
 from engine import blas
 
 ROOT = Path(__file__).parent.parent
-NAME = "bench"
+NAME = "bench-model"
 #: For each stream the seconds, from the start, at which its tokens came.
 Times = list[list[float]]
 
@@ -197,12 +197,15 @@ def gaps(times: Sequence[float], begin: float, end: float) -> list[float]:
 
 
 class Bench:
-    def __init__(self, ours: Ours, peer: Peer | None, sizes: Sizes) -> None:
-        self._ours, self._peer, self._sizes = ours, peer, sizes
+    def __init__(self, ours: Ours, peer: Peer | None, sizes: Sizes, folder: Path, *, redis: bool) -> None:
+        self._ours, self._peer, self._sizes, self._folder = ours, peer, sizes, folder
+        self._parts = [self.single, self.many, self.adapters, self.sampled, self.first_token, self.long_prompt]
+        if redis:
+            self._parts.append(self.through_redis)
         self.rows: list[dict[str, Any]] = []
 
     def run(self) -> None:
-        for part in (self.single, self.many, self.adapters, self.sampled, self.first_token, self.long_prompt):
+        for part in self._parts:
             began = time.perf_counter()
             try:
                 part()
@@ -342,6 +345,32 @@ class Bench:
         name = name.replace("p99", "p50")
         self._add(name, "ms", [float(np.median(beside))], [float(np.median(without))], None, less=True)
 
+    def through_redis(self) -> None:
+        """Eight streams of a client through broker and worker, against the engine of this process alone."""
+        from stoker import Client
+        from stoker.local.stack import Stack
+        from stoker.settings import load_settings
+
+        streams, tokens = 8, 2 * self._sizes.tokens
+        settings = load_settings(home=self._folder.parent / "home", models=(f"{NAME}={self._folder}",), grace=5.0)
+        with Stack(settings, flower=False, own_broker=True) as stack:
+            stack.wait_until_warm()
+            with Client(settings=stack.settings) as client:
+
+                def queued() -> Times:
+                    began = time.perf_counter()
+                    jobs = [
+                        client.generate(prompt, model=NAME, max_tokens=tokens, ignore_eos=True)
+                        for prompt in self._prompts(streams)
+                    ]
+                    return [[time.perf_counter() - began for _ in job.stream()] for job in jobs]
+
+                found = self._turns({"queue": queued, "engine": lambda: self._ours.run(self._prompts(streams), tokens)})
+        rates = {name: [whole(times) for times in runs] for name, runs in found.items()}
+        self._add(
+            f"{streams} streams through Redis, the engine alone", "tokens/s", rates["queue"], rates["engine"], 0.97
+        )
+
     def _first(self) -> float:
         began = time.perf_counter()
         job, ticket = self._ours.submit(self._ours.prompt(2 * self._sizes.prompt), 1)
@@ -394,7 +423,7 @@ def main() -> None:
         except Exception as error:
             traceback.print_exc()
             about = f"no peer: {error}"
-        bench = Bench(ours, peer, sizes)
+        bench = Bench(ours, peer, sizes, folder, redis=not options.gpu)
         print(f"{ours.engine.device}, BLAS {report.detail}; mlx-lm: {about}\n", flush=True)
         print(f"{'':66} {'ours':>10} {'other':>10}")
         bench.run()

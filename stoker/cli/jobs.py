@@ -1,4 +1,4 @@
-"""Commands that send jobs: embed, generate, train, cancel."""
+"""Commands that watch jobs, send dead ones again, and cancel."""
 
 from __future__ import annotations
 
