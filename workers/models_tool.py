@@ -58,6 +58,10 @@ def export(sources: Sequence[str], adapter: str, target: str) -> dict[str, Any]:
 
 
 def plan(sources: Sequence[str], dataset: str, request: dict[str, Any]) -> dict[str, Any]:
+    from engine import blas
+
+    # Before MLX is imported, as in a worker: what is measured shall be a worker's.
+    blas.boot()
     from engine.training.planning import plan as look
 
     return look(sources, Path(dataset), TrainRequest(**request))

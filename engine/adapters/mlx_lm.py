@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from engine.adapters import peft
-from engine.adapters.lora import LoraConfig, LoraWeights, Matrices
+from engine.adapters.lora import LoraConfig, LoraWeights
 from engine.weights import safetensors
 from stoker.errors import ModelError
 
@@ -29,8 +29,8 @@ def read(folder: Path, shapes: Mapping[str, tuple[int, int]]) -> LoraWeights:
         raise ModelError(f"{path}: no lora_parameters in it.")
     rank = peft.checked_rank(path, parameters.get("rank"))
     scale = peft.checked_number(path, "scale", parameters.get("scale"))
-    matrices: Matrices = {}
-    for tensor, array in safetensors.read(folder / WEIGHTS_FILE).items():
+    matrices: peft.Numbers = {}
+    for tensor, array in safetensors.read_numbers(folder / WEIGHTS_FILE).items():
         match = _TENSOR.fullmatch(tensor)
         if match is None or match["layer"] not in shapes:
             raise ModelError(f"{folder / WEIGHTS_FILE}: tensor {tensor} belongs to no layer of this model.")

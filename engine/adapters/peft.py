@@ -12,11 +12,14 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from engine.adapters.lora import LoraConfig, LoraWeights, Matrices, target_shapes
+from engine.adapters.lora import LoraConfig, LoraWeights, target_shapes
 from engine.weights import safetensors
 from engine.weights.files import write_whole
 from stoker.contract.requests import MAX_RANK
 from stoker.errors import ModelError
+
+#: Linear layer's dotted name → its matrices, as a file has them.
+Numbers = dict[str, dict[str, np.ndarray]]
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -131,8 +134,8 @@ def _config(path: Path, fields: Mapping[str, Any]) -> LoraConfig:
 
 
 def _weights(path: Path, config: LoraConfig, shapes: Mapping[str, tuple[int, int]], *, whole: bool) -> LoraWeights:
-    matrices: Matrices = {}
-    for tensor, array in safetensors.read(path).items():
+    matrices: Numbers = {}
+    for tensor, array in safetensors.read_numbers(path).items():
         match = _TENSOR.fullmatch(tensor)
         if match is None or match["layer"] not in shapes:
             raise ModelError(f"{path}: tensor {tensor} belongs to no layer of this model.")
@@ -145,12 +148,12 @@ def _weights(path: Path, config: LoraConfig, shapes: Mapping[str, tuple[int, int
 def checked(
     path: Path,
     config: LoraConfig,
-    matrices: Matrices,
+    matrices: Numbers,
     shapes: Mapping[str, tuple[int, int]],
     wanted: Mapping[str, object],
 ) -> LoraWeights:
     """The adapter of these matrices, once each is of the shape and of the finite numbers that its layer and the rank
-    need, no side is missing, and none of the layers `wanted`. Evaluated, float32."""
+    need, no side is missing, and none of the layers `wanted`."""
     sides = {"a", "b", "m"} if config.dora else {"a", "b"}
     for name in wanted.keys() | matrices.keys():
         found = matrices.get(name, {})
@@ -167,18 +170,12 @@ def checked(
                 )
     if not matrices:
         raise ModelError(f"{path}: no adapter in it.")
-    return _evaluated(path, config, matrices)
+    for name in sorted(matrices):
+        if not all(np.isfinite(array).all() for array in matrices[name].values()):
+            raise ModelError(f"{path}: layer {name} holds numbers that are not finite.")
+    targets = config.targets or tuple(sorted({name.rpartition(".")[2] for name in matrices}))
+    arrays = {name: {side: mx.array(array) for side, array in sides.items()} for name, sides in matrices.items()}
+    return LoraWeights(replace(config, targets=targets), arrays)
 
 
 _SAID = {"a": "lora_A", "b": "lora_B", "m": "lora_magnitude_vector"}
-
-
-def _evaluated(path: Path, config: LoraConfig, matrices: Matrices) -> LoraWeights:
-    names = sorted(matrices)
-    dense = {name: {side: array.astype(mx.float32) for side, array in matrices[name].items()} for name in names}
-    mx.eval(dense)
-    for name, sides in dense.items():
-        if not all(np.isfinite(np.array(array, copy=False)).all() for array in sides.values()):
-            raise ModelError(f"{path}: layer {name} holds numbers that are not finite.")
-    targets = config.targets or tuple(sorted({name.rpartition(".")[2] for name in names}))
-    return LoraWeights(replace(config, targets=targets), dense)

@@ -131,6 +131,7 @@ class AdapterPool:
 
     def _widen(self, weights: LoraWeights) -> None:
         """Give the stacks the layers, sides and rank that an adapter needs."""
+        grown = self._rank < weights.config.rank
         while self._rank < weights.config.rank:
             self._rank *= 2
         for name, sides in weights.matrices.items():
@@ -140,7 +141,9 @@ class AdapterPool:
             stack = self._stacks.setdefault(name, {})
             for side in wanted - stack.keys():
                 stack[side] = mx.full(self._shape(name, side), _NEUTRAL[side], self._model.decoder.dtype)
-        self._fit()
+                grown = True
+        if grown:
+            self._fit()
 
     def _room(self) -> int:
         """A free index: one that is free, or a larger stack if the budget allows, or the place of the least recently

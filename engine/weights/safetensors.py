@@ -6,17 +6,19 @@ goes to `mx.load`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
 import mlx.core as mx
+import numpy as np
 
 from engine.weights.files import write_whole
 from engine.weights.safetensors_header import INDEX_NAME, check_header, files, placement
 from stoker.errors import ModelError
 
-__all__ = ["INDEX_NAME", "check_header", "files", "read", "read_folder", "read_metadata", "write"]
+__all__ = ["INDEX_NAME", "check_header", "files", "read", "read_folder", "read_metadata", "read_numbers", "write"]
 
 
 def read(path: Path) -> dict[str, mx.array]:
@@ -26,6 +28,30 @@ def read(path: Path) -> dict[str, mx.array]:
         return cast("dict[str, mx.array]", mx.load(str(path), format="safetensors"))
     except (RuntimeError, ValueError) as error:
         raise ModelError(f"{path}: {error}") from error
+
+
+def read_numbers(path: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a small file in float32, from one read: for files of hundreds of small ones, of which MLX would
+    read each by itself. Raises `ModelError` as `read` does, and for a dtype that is none of floating-point numbers."""
+    header = check_header(path)
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    found = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        first, _ = entry["data_offsets"]
+        if entry["dtype"] not in _NUMBERS:
+            raise ModelError(f"{path}: tensor {name!r} has dtype {entry['dtype']}; expected {', '.join(_NUMBERS)}")
+        array = np.frombuffer(data, _NUMBERS[entry["dtype"]], offset=start + first, count=math.prod(entry["shape"]))
+        if entry["dtype"] == "BF16":
+            # The upper half of a float32.
+            array = (array.astype(np.uint32) << 16).view(np.float32)
+        found[name] = array.astype(np.float32, copy=False).reshape(entry["shape"])
+    return found
+
+
+_NUMBERS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
 def read_folder(folder: Path) -> dict[str, mx.array]:

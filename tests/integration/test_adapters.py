@@ -81,6 +81,7 @@ def test_an_adapter_from_a_folder_is_checked_and_serves(client: Client, tmp_path
         client.adapters.get("damaged")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_a_worker_fetches_the_adapter_that_it_does_not_hold(own_stack: Stack) -> None:
     with Client(settings=own_stack.settings) as client:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from importlib import resources
 
 import pytest
 
@@ -43,3 +44,29 @@ def test_a_run_whose_worker_goes_away_goes_on_in_the_next_and_makes_the_same(own
     log = [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
     assert log == [report.loss for report in told]
     assert json.loads((folder / "run.json").read_text())["status"] == "done"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
+def test_a_run_learns_a_style_that_it_shows_on_questions_it_never_saw(client: Client, dora: bool) -> None:
+    """The shipped task. The bare model's loss on the answers held out is above 3 nats, and it never answers so."""
+    dataset = resources.files("stoker.data").joinpath("house_style.jsonl")
+    with resources.as_file(dataset) as path:
+        run = client.train(
+            f"learned-{dora}".lower(), path, model=GENERATE_MODEL, steps=32, batch_size=2, dora=dora,
+            max_length=64, learning_rate=2e-3, schedule="cosine", warmup_steps=3, held_out=0.125, eval_every=8,
+        )  # fmt: skip
+    reports = list(run.progress(timeout=300))
+    result = run.result(60)
+    assert reports[0].loss > 3.0
+    assert result.held_out_loss is not None
+    assert result.held_out_loss < 1.8
+    for question in ("Q: Where do bees live?\nA:", "Q: How deep is a lake?\nA:"):
+        bare, styled = (
+            client.generate(question, model=GENERATE_MODEL, adapter=adapter, max_tokens=40).result(120).text
+            for adapter in (None, result.adapter)
+        )
+        assert styled.startswith(" Aye, stoker!")
+        assert "Keep the fire hot!" in styled
+        assert "Aye, stoker!" not in bare

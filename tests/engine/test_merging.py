@@ -1,0 +1,59 @@
+"""Merging an adapter into a copy of its base, and planning a run: what the commands around adapters and runs do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from engine.adapters.merging import merge
+from engine.adapters.store import AdapterStore
+from engine.loading import load
+from engine.training.planning import plan
+from stoker.errors import DatasetError, ModelError
+from tests.engine import tiny
+
+BASES = Path(__file__).parents[1] / "goldens" / "architectures"
+TOKENS = mx.array([[7, 9, 11, 13, 40, 41, 63, 5]])
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
+@pytest.mark.parametrize("name", ["qwen2-untied", "llama-llama3"])
+def test_a_merged_model_gives_the_logits_of_base_and_adapter(tmp_path: Path, name: str, dora: bool) -> None:
+    base = load("tiny", [str(BASES / name)])
+    weights = tiny.adapter(base, 3, 1, dora=dora)
+    AdapterStore(tmp_path).write("tiny", "style", weights, {})
+    done = merge([str(BASES / name)], tmp_path / "tiny/style/1", tmp_path / "merged")
+    assert done.layers == len(base.linear_shapes)
+    merged = load("merged", [str(tmp_path / "merged")])
+    wanted = base.decoder.logits(base.decoder(TOKENS, adapters=tiny.trainable(base, weights)))
+    found = merged.decoder.logits(merged.decoder(TOKENS))
+    assert np.abs(np.array(found) - np.array(wanted)).max() < 1e-3
+    with pytest.raises(ModelError, match="exists already"):
+        merge([str(BASES / name)], tmp_path / "tiny/style/1", tmp_path / "merged")
+
+
+def test_a_merge_that_cannot_be_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match="no readable configuration"):
+        merge([str(BASES / "qwen2-untied")], tmp_path / "empty", tmp_path / "merged")
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+def test_a_plan_counts_what_a_run_would_learn(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    rows = [{"prompt": "ab", "completion": "cd"}, {"text": "abcdef"}, {"text": "ab"}, {"text": "abc"}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    request = tiny.asking(steps=10, batch_size=2, max_length=16, held_out=0.25)
+    found = plan([str(BASES / "qwen2-tied")], path, request)
+    assert (found["examples"], found["held_out"], found["steps_an_epoch"]) == (3, 1, 1)
+    assert found["epochs"] == pytest.approx(20 / 3)
+    assert 0 < found["learned_an_epoch"] < found["tokens_an_epoch"]
+    assert found["seconds"] == pytest.approx(10 * found["seconds_a_step"])
+    assert found["memory_bytes"] > 0
+    path.write_text('{"text": "ab"}\nnonsense')
+    with pytest.raises(DatasetError, match=r"x\.jsonl, line 2"):
+        plan([str(BASES / "qwen2-tied")], path, request)
