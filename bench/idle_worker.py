@@ -1,6 +1,6 @@
 """A real worker whose engine does nothing: what is left is the queue. `celery -A bench.idle_worker worker …`.
 
-A generation request of `max_tokens=1` ends at once. A longer one makes `max_tokens` entries at `RATE` a second, each
+A generation request of `max_tokens=1` ends at once. A longer one makes an entry every `top_k` steps (0: each one), each
 with the time at which it was handed to the publisher in its `logit`: a reader can tell how long it was on its way.
 """
 
@@ -54,12 +54,13 @@ class IdleEngine:
         return ticket
 
     def _run(self) -> None:
-        due = time.monotonic()
+        due, turn = time.monotonic(), 0
         while True:
-            due += 1 / RATE
+            due, turn = due + 1 / RATE, turn + 1
             time.sleep(max(0.0, due - time.monotonic()))
             with self._lock:
-                running = list(self._running.items())
+                held = list(self._running.items())
+            running = [(ticket, work) for ticket, work in held if turn % max(1, work[0].top_k) == 0]
             entries: list[Entry] = []
             for ticket, (request, index) in running:
                 last = index + 1 == request.max_tokens

@@ -31,7 +31,7 @@ from stoker.contract import (
 )
 from stoker.contract.vectors import Encoded, plain
 from stoker.settings import Settings, load_settings
-from stoker.tail import PAGE, Limit, Tail, channels, commands
+from stoker.tail import PAGE, QUIET, Limit, Tail, channels, commands
 
 R = TypeVar("R")
 E = TypeVar("E", StreamToken, TrainReport)
@@ -51,6 +51,7 @@ class AsyncClient:
         self.settings = settings or load_settings(url=url, client_key=key, queue_wait=queue_wait)
         self.redis = connect_async(self.settings)
         self.adapters = AsyncAdapters(self)
+        self._choices = core.Choices()
 
     async def embed(
         self, texts: Sequence[str], *, model: str | None = None, job_id: str | None = None, **options: Any
@@ -121,7 +122,10 @@ class AsyncClient:
             return core.parse_cards(await self.redis.hgetall(keys.MODELS))
 
     async def choose_model(self, model: str | None, kind: str) -> str:
-        return core.choose_model(model, kind, await self.models(), await self.workers())
+        chosen = self._choices.get(model, kind)
+        if chosen is None:
+            chosen = core.choose_model(model, kind, await self.models(), await self.workers())
+        return self._choices.keep(model, kind, chosen)
 
     async def _submit(self, request: Request, job_id: str | None, data: bytes = b"") -> str:
         submission = core.Submission(self.settings, request, core.checked_job_id(job_id), data)
@@ -217,13 +221,22 @@ class AsyncJob(Generic[R]):
                 return
             if owner[0] is None:
                 raise core.lost(self.id)
-            async for item in self._listen(pubsub, tail, limit):
+            async for item in self._listen(pubsub, tail, limit, found):
                 yield item
+            if found:
+                return
 
-    async def _listen(self, pubsub: Any, tail: Tail[E] | None, limit: Limit) -> AsyncGenerator[E]:
-        while (message := await pubsub.get_message(timeout=limit.slice(1.0))) is not None:
+    async def _listen(self, pubsub: Any, tail: Tail[E] | None, limit: Limit, found: list[Outcome]) -> AsyncGenerator[E]:
+        quiet = time.monotonic() + QUIET
+        while (left := quiet - time.monotonic()) > 0:
+            message = await pubsub.get_message(timeout=limit.slice(left))
+            if message is None:
+                continue
             limit.restart()
+            quiet = time.monotonic() + QUIET
             if tail is None or message["channel"] != keys.channel(self.id).encode():
+                outcome = Outcome.parse(message["data"]) if tail is None else None
+                found += [outcome] if outcome is not None else []
                 return
             entry, gap = tail.live(message["data"])
             if entry is not None:

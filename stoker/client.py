@@ -32,7 +32,7 @@ from stoker.contract import (
 from stoker.contract.vectors import Encoded, plain
 from stoker.errors import JobLost
 from stoker.settings import Settings, load_settings
-from stoker.tail import PAGE, Limit, Tail, channels, commands
+from stoker.tail import PAGE, QUIET, Limit, Tail, channels, commands
 
 R = TypeVar("R")
 E = TypeVar("E", StreamToken, TrainReport)
@@ -62,6 +62,7 @@ class Client:
         self.redis = connect(self.settings)
         #: The registry of adapters: `list`, `get`, `load`, `promote`, `rollback`, `deactivate`, `unload`.
         self.adapters = Adapters(self)
+        self._choices = core.Choices()
 
     def embed(
         self, texts: Sequence[str], *, model: str | None = None, job_id: str | None = None, **options: Any
@@ -186,7 +187,8 @@ class Client:
 
     def choose_model(self, model: str | None, kind: str) -> str:
         """The name to send to: that of `model`, or of the only model that is warm and can do `kind`."""
-        return core.choose_model(model, kind, self.models(), self.workers())
+        chosen = self._choices.get(model, kind)
+        return chosen or self._choices.keep(model, kind, core.choose_model(model, kind, self.models(), self.workers()))
 
     def _submit(self, request: Request, job_id: str | None, data: bytes = b"") -> str:
         submission = core.Submission(self.settings, request, core.checked_job_id(job_id), data)
@@ -283,19 +285,29 @@ class Job(Generic[R]):
                 return outcome
             if owner[0] is None:
                 raise core.lost(self.id)
-            yield from self._listen(pubsub, tail, limit)
+            outcome = yield from self._listen(pubsub, tail, limit)
+            if outcome is not None:
+                return outcome
 
-    def _listen(self, pubsub: Any, tail: Tail[E] | None, limit: Limit) -> Iterator[E]:
-        """Yield live entries until a gap, a result or a quiet second: then it is time to look again."""
-        while (message := pubsub.get_message(timeout=limit.slice(1.0))) is not None:
+    def _listen(self, pubsub: Any, tail: Tail[E] | None, limit: Limit) -> Generator[E, None, Outcome | None]:
+        """Yield live entries until a gap, the result or a quiet second: then it is time to look again."""
+        quiet = time.monotonic() + QUIET
+        while (left := quiet - time.monotonic()) > 0:
+            message = pubsub.get_message(timeout=limit.slice(left))
+            if message is None:
+                # Nothing yet, or the broker's word that it heard the subscription.
+                continue
             limit.restart()
+            quiet = time.monotonic() + QUIET
             if tail is None or message["channel"] != keys.channel(self.id).encode():
-                return
+                # With a stream to complete, the result alone is not all: look again.
+                return Outcome.parse(message["data"]) if tail is None else None
             entry, gap = tail.live(message["data"])
             if entry is not None:
                 yield entry
             if gap:
-                return
+                return None
+        return None
 
 
 class EmbedJob(Job[np.ndarray]):

@@ -327,6 +327,22 @@ def choose_model(model: str | None, kind: str, known: Mapping[str, ModelCard], w
     return model
 
 
+class Choices:
+    """What `choose_model` said lately, so that a client that sends many jobs asks no more often than workers speak."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str | None, str], tuple[str, float]] = {}
+
+    def get(self, model: str | None, kind: str) -> str | None:
+        chosen, until = self._kept.get((model, kind), ("", 0.0))
+        return chosen if time.monotonic() < until else None
+
+    def keep(self, model: str | None, kind: str, chosen: str) -> str:
+        if self.get(model, kind) is None:
+            self._kept[model, kind] = (chosen, time.monotonic() + keys.PRESENCE_EVERY)
+        return chosen
+
+
 def _listed(models: Iterable[str]) -> str:
     names = sorted(models)
     return f"of the models warm now {', '.join(names)}" if names else "no model that is warm now"

@@ -36,6 +36,8 @@ TROUBLE = (RedisConnectionError, RedisTimeoutError)
 _PASSING = (OutOfMemoryError, ReadOnlyError, MasterDownError, ClusterDownError, TryAgainError)
 _PASSING_REPLIES = ("MISCONF", "NOREPLICAS", "MASTERDOWN", "LOADING", "BUSY", "NOAUTH", "WRONGPASS", "READONLY", "OOM")
 
+#: Each stream that a client follows has a connection of its own, and redis-py would stop at a hundred.
+MAX_CONNECTIONS = 10_000
 #: Two more tries within a third of a second, after a lost connection and not after silence.
 _RETRIES: Any = (ExponentialBackoff(cap=0.25, base=0.05), 2, (RedisConnectionError,))
 #: Seconds. A broker that is stopped (not closed) keeps its sockets open: without a bound a read would hang for ever.
@@ -61,9 +63,10 @@ def connect_async(settings: Settings) -> Any:
 def _options(settings: Settings) -> dict[str, Any]:
     # One try takes no longer than the caller's patience with the whole outage.
     timeout = min(SOCKET_TIMEOUT, max(1.0, settings.patience))
+    common = {"socket_timeout": timeout, "max_connections": MAX_CONNECTIONS}
     if settings.address.redis.startswith("unix://"):
-        return {"socket_timeout": timeout}
-    return {"socket_timeout": timeout, "socket_connect_timeout": timeout, "socket_keepalive": True}
+        return common
+    return {**common, "socket_connect_timeout": timeout, "socket_keepalive": True}
 
 
 @contextmanager

@@ -16,6 +16,8 @@ from stoker.errors import JobTimeout
 
 #: Entries a replay fetches at once.
 PAGE = 512
+#: Seconds without a message after which a reader looks again: what pub/sub lost, it finds then.
+QUIET = 1.0
 
 E = TypeVar("E", StreamToken, TrainReport)
 

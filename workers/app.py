@@ -26,7 +26,8 @@ app.conf.update(
     worker_cancel_long_running_tasks_on_connection_loss=False,
     # Lanes say how much a worker holds; Celery's own reduction after a lost connection would close them.
     worker_enable_prefetch_count_reduction=False,
-    worker_send_task_events=True,
+    # Flower turns events on while it watches; nobody else hears them, and they would cost a third of a short job.
+    worker_send_task_events=False,
     worker_hijack_root_logger=False,
     worker_redirect_stdouts=False,
 )

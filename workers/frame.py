@@ -65,8 +65,9 @@ class Run:
         """Run the job on the engine; raises what it ended with."""
         ticket = self.runtime.engine.submit(self.job_id, request, data, deadline=self._seconds_left(request))
         with self.runtime.running(self._token, ticket):
-            # After the ticket can be found: a cancel that came before is seen here, one that comes later finds it.
-            self.runtime.persist(self.runtime.cancel_if_asked)
+            # A cancel that came before the claim came with it; one that comes now finds the ticket.
+            if self.claim.cancelled:
+                self.runtime.cancel(self.job_id)
             while not ticket.wait(PROGRESS_EVERY):
                 self._tell_progress(ticket.progress)
             value = ticket.result()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import RedisError
 
 from stoker import keys
 
@@ -20,8 +21,9 @@ log = logging.getLogger(__name__)
 BACKLOG = 4096
 #: The stream's expiry is renewed once in so many entries: one command less in almost every step.
 RENEW_EVERY = 64
-#: What Redis says to an entry id that is there already: a job that runs again writes the same tokens again.
-_DUPLICATE = "equal or smaller than the target stream top item"
+#: Entries that one script publishes: after an outage many wait, and a script holds up everybody else.
+BATCH = 512
+_PUBLISH = Path(__file__).with_name("publish.lua").read_text()
 
 
 class Publisher:
@@ -30,6 +32,9 @@ class Publisher:
     def __init__(self, redis: Any) -> None:
         self._redis = redis
         self._queue: queue.Queue[list[Entry] | threading.Event | None] = queue.Queue(BACKLOG)
+        #: Entries that are not in the broker yet: without any, nobody has to wait for the thread's turn.
+        self._unsent = 0
+        self._lock = threading.Lock()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="publisher", daemon=True)
 
@@ -45,10 +50,15 @@ class Publisher:
         self._redis.close()
 
     def publish(self, entries: list[Entry]) -> None:
+        with self._lock:
+            self._unsent += len(entries)
         self._queue.put(entries)
 
     def flush(self) -> None:
         """Wait until everything that was published before is in the broker."""
+        with self._lock:
+            if not self._unsent:
+                return
         sent = threading.Event()
         self._queue.put(sent)
         while not sent.wait(0.5):
@@ -58,8 +68,10 @@ class Publisher:
     def _run(self) -> None:
         while True:
             entries, waiters, last = self._collect()
-            if entries:
-                self._send_until_sent(entries)
+            for start in range(0, len(entries), BATCH):
+                self._send_until_sent(entries[start : start + BATCH])
+            with self._lock:
+                self._unsent -= len(entries)
             for waiter in waiters:
                 waiter.set()
             if last:
@@ -95,15 +107,10 @@ class Publisher:
                 pause = min(2.0, pause * 2)
 
     def _send(self, entries: list[Entry]) -> None:
-        pipeline = self._redis.pipeline(transaction=False)
+        names: list[str] = []
+        arguments: list[Any] = [keys.RESULT_TTL]
         for job_id, entry in entries:
-            payload = entry.model_dump_json()
-            pipeline.xadd(keys.stream(job_id), {"entry": payload}, id=keys.entry_id(entry.index))
-            pipeline.publish(keys.channel(job_id), payload)
-            if entry.is_last or entry.index % RENEW_EVERY == 0:
-                pipeline.expire(keys.stream(job_id), keys.RESULT_TTL)
-        for reply in pipeline.execute(raise_on_error=False):
-            if isinstance(reply, ResponseError) and _DUPLICATE in str(reply):
-                continue
-            if isinstance(reply, Exception):
-                raise reply
+            renews = entry.is_last or entry.index % RENEW_EVERY == 0
+            names += (keys.stream(job_id), keys.channel(job_id))
+            arguments += (keys.entry_id(entry.index), entry.model_dump_json(), int(renews))
+        self._redis.eval(_PUBLISH, len(names), *names, *arguments)

@@ -54,16 +54,18 @@ SUBMIT, CLAIM, RELEASE, SETTLE, CANCEL, RECOVER = map(
 @dataclass(frozen=True)
 class Claim:
     """`state`: `run`, `ended`, `duplicate`, `unknown` or `dead`. `age`: seconds since submission. `resumed`: somebody
-    began it. `request`: what was asked, JSON."""
+    began it. `request`: what was asked, JSON. `cancelled`: somebody asked for its end before."""
 
     state: str
     age: float
     resumed: bool
     request: str = ""
+    cancelled: bool = False
 
     @classmethod
     def parse(cls, reply: list[bytes]) -> Claim:
-        return cls(reply[0].decode(), float(reply[1]), reply[2] == b"1", reply[3].decode())
+        state, age, resumed, request, *cancelled = reply
+        return cls(state.decode(), float(age), resumed == b"1", request.decode(), cancelled == [b"1"])
 
 
 def _run(redis: Any, script: str, job_id: str, queue: str, *arguments: Any, extra: tuple[str, ...] = ()) -> Any:

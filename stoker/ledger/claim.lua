@@ -13,4 +13,7 @@ if state[1] then note_death(job, state[3], history, state[8]) end
 local verdict = #history >= setting('deaths', too_many) and 'dead' or 'run'
 redis.call('HSET', job, 'token', token, 'tag', tag, 'worker', worker, 'began', '1')
 redis.call('EXPIRE', job, pending_ttl)
-return {verdict, string.format('%.6f', now - tonumber(state[4])), state[6] and '1' or '0', state[7] or ''}
+return {
+  verdict, string.format('%.6f', now - tonumber(state[4])), state[6] and '1' or '0', state[7] or '',
+  tostring(redis.call('EXISTS', mark)),
+}

@@ -31,9 +31,8 @@ class Worker:
         self.redis, self.name, self.shrunk, self.deliveries = redis, "w@here", 0, 0
         self.ends: Callable[[], Any] = lambda: None
         self.publisher = SimpleNamespace(flush=lambda: None)
-        self.engine = SimpleNamespace(submit=lambda *_, **__: SimpleNamespace(result=lambda: self.ends()))
+        self.engine = SimpleNamespace(submit=lambda *_, **__: SimpleNamespace(result=lambda: self.ends(), wait=lambda seconds: True))
         self.running = lambda token, ticket: nullcontext()
-        self.cancel_if_asked = lambda: None
         ledger.submit(redis, "job", job_record(generate_request("m", "x", 0, {}), "job"))
 
     def persist(self, action: Callable[[], Any]) -> Any:

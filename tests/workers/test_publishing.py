@@ -7,13 +7,13 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import fakeredis
 import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import ResponseError
 
 from stoker import keys
+from stoker.connection import connect
 from stoker.contract import StreamToken
+from stoker.settings import Settings
 from tests.conftest import wait_until
 from workers import publishing
 from workers.publishing import RENEW_EVERY, Publisher
@@ -31,16 +31,18 @@ def entries(job_id: str, count: int, start: int = 0) -> list[Any]:
 
 
 @pytest.fixture
-def broker() -> fakeredis.FakeRedis:
-    return fakeredis.FakeRedis()
+def redis(broker: Settings) -> Iterator[Any]:
+    client = connect(broker)
+    yield client
+    client.close()
 
 
 @pytest.fixture
-def make(broker: fakeredis.FakeRedis) -> Iterator[Callable[..., Publisher]]:
+def make(redis: Any) -> Iterator[Callable[..., Publisher]]:
     made: list[Publisher] = []
 
-    def start(redis: Any = None, begin: bool = True) -> Publisher:
-        publisher = Publisher(redis or broker)
+    def start(client: Any = None, begin: bool = True) -> Publisher:
+        publisher = Publisher(client or redis)
         made.append(publisher)
         if begin:
             publisher.start()
@@ -51,92 +53,79 @@ def make(broker: fakeredis.FakeRedis) -> Iterator[Callable[..., Publisher]]:
         publisher.stop()
 
 
-def indices(broker: fakeredis.FakeRedis, job_id: str) -> list[int]:
-    return [json.loads(fields[b"entry"])["index"] for _, fields in broker.xrange(keys.stream(job_id))]
+def indices(redis: Any, job_id: str) -> list[int]:
+    return [json.loads(fields[b"entry"])["index"] for _, fields in redis.xrange(keys.stream(job_id))]
 
 
 class Unsteady:
-    """A broker that fails: `fail` is asked before each pipeline is executed, and may raise."""
+    """A broker that fails: `fail` is asked before each script is sent, and may raise."""
 
-    def __init__(self, broker: fakeredis.FakeRedis, fail: Callable[[Any], None]) -> None:
-        self._broker, self._fail = broker, fail
+    def __init__(self, redis: Any, fail: Callable[[Any], None]) -> None:
+        self._redis, self._fail = redis, fail
 
-    def pipeline(self, transaction: bool) -> Any:
-        pipeline = self._broker.pipeline(transaction=transaction)
-        execute = pipeline.execute
-
-        def unsteady(**options: Any) -> Any:
-            self._fail(lambda: execute(**options))
-            return execute(**options)
-
-        pipeline.execute = unsteady
-        return pipeline
+    def eval(self, *arguments: Any) -> Any:
+        self._fail(lambda: self._redis.eval(*arguments))
+        return self._redis.eval(*arguments)
 
     def close(self) -> None:
         pass
 
 
-def test_entries_of_many_jobs_are_kept_in_order_under_their_index(
-    broker: fakeredis.FakeRedis, make: Callable[..., Publisher]
-) -> None:
+def test_entries_of_many_jobs_are_kept_in_order_under_their_index(redis: Any, make: Callable[..., Publisher]) -> None:
     publisher = make()
     for index in range(100):
         publisher.publish([("a", token(index)), ("b", token(index))])
     publisher.flush()
-    assert indices(broker, "a") == indices(broker, "b") == list(range(100))
-    ids = [entry_id.decode() for entry_id, _ in broker.xrange(keys.stream("a"))]
+    assert indices(redis, "a") == indices(redis, "b") == list(range(100))
+    ids = [entry_id.decode() for entry_id, _ in redis.xrange(keys.stream("a"))]
     assert ids == [keys.entry_id(index) for index in range(100)]
 
 
-def test_entries_are_announced_as_they_are_kept(broker: fakeredis.FakeRedis, make: Callable[..., Publisher]) -> None:
-    with broker.pubsub(ignore_subscribe_messages=True) as heard:
+def test_entries_are_announced_as_they_are_kept(redis: Any, make: Callable[..., Publisher]) -> None:
+    with redis.pubsub(ignore_subscribe_messages=True) as heard:
         heard.subscribe(keys.channel("a"))
         heard.get_message(timeout=1)
         publisher = make()
         publisher.publish(entries("a", 3))
         publisher.flush()
         messages = [heard.get_message(timeout=5) for _ in range(3)]
-    kept = [fields[b"entry"] for _, fields in broker.xrange(keys.stream("a"))]
+    kept = [fields[b"entry"] for _, fields in redis.xrange(keys.stream("a"))]
     assert [message["data"] for message in messages if message] == kept
 
 
-def test_a_job_that_runs_again_adds_only_what_is_new(
-    broker: fakeredis.FakeRedis, make: Callable[..., Publisher]
-) -> None:
+def test_a_job_that_runs_again_adds_only_what_is_new(redis: Any, make: Callable[..., Publisher]) -> None:
     publisher = make()
     publisher.publish(entries("a", 5))
     publisher.publish(entries("a", 8))
     publisher.flush()
-    assert indices(broker, "a") == list(range(8))
+    assert indices(redis, "a") == list(range(8))
 
 
-def test_a_stream_expires_from_its_first_entry_on(broker: fakeredis.FakeRedis, make: Callable[..., Publisher]) -> None:
+def test_a_stream_expires_from_its_first_entry_on(redis: Any, make: Callable[..., Publisher]) -> None:
     publisher = make()
     publisher.publish(entries("a", 1))
     publisher.flush()
-    assert 0 < broker.ttl(keys.stream("a")) <= keys.RESULT_TTL
+    assert 0 < redis.ttl(keys.stream("a")) <= keys.RESULT_TTL
 
 
 @pytest.mark.parametrize("renewing", [token(RENEW_EVERY), token(7, last=True)])
 def test_the_expiry_is_renewed_now_and_then_and_at_the_end(
-    broker: fakeredis.FakeRedis, make: Callable[..., Publisher], renewing: StreamToken
+    redis: Any, make: Callable[..., Publisher], renewing: StreamToken
 ) -> None:
     publisher = make()
     publisher.publish([("a", token(0)), ("a", token(1))])
     publisher.flush()
-    broker.expire(keys.stream("a"), 100)
+    redis.expire(keys.stream("a"), 100)
     publisher.publish([("a", token(2))])
     publisher.flush()
-    assert broker.ttl(keys.stream("a")) <= 100
+    assert redis.ttl(keys.stream("a")) <= 100
     publisher.publish([("a", renewing)])
     publisher.flush()
-    assert broker.ttl(keys.stream("a")) > 100
+    assert redis.ttl(keys.stream("a")) > 100
 
 
 @pytest.mark.parametrize("sent", [False, True])
-def test_a_lost_connection_loses_and_doubles_nothing(
-    broker: fakeredis.FakeRedis, make: Callable[..., Publisher], sent: bool
-) -> None:
+def test_a_lost_connection_loses_and_doubles_nothing(redis: Any, make: Callable[..., Publisher], sent: bool) -> None:
     """Whether or not the broker had taken the entries before the connection went."""
     failures = iter([True, True])
 
@@ -146,44 +135,44 @@ def test_a_lost_connection_loses_and_doubles_nothing(
                 execute()
             raise RedisConnectionError("gone")
 
-    publisher = make(Unsteady(broker, fail))
+    publisher = make(Unsteady(redis, fail))
     publisher.publish(entries("a", 3))
     publisher.publish(entries("a", 3, start=3))
     publisher.flush()
-    assert indices(broker, "a") == list(range(6))
+    assert indices(redis, "a") == list(range(6))
 
 
-def test_a_broker_that_is_full_is_waited_for(broker: fakeredis.FakeRedis, make: Callable[..., Publisher]) -> None:
-    replies = iter([[ResponseError("OOM command not allowed when used memory > 'maxmemory'.")]])
-    real = broker.pipeline
-
-    class Full:
-        def pipeline(self, transaction: bool) -> Any:
-            pipeline = real(transaction=transaction)
-            refused = next(replies, None)
-            if refused is not None:
-                pipeline.execute = lambda raise_on_error: refused
-            return pipeline
-
-        def close(self) -> None:
-            pass
-
-    publisher = make(Full())
-    publisher.publish(entries("a", 2))
+def test_a_broker_that_is_full_is_waited_for(redis: Any, make: Callable[..., Publisher]) -> None:
+    publisher = make()
+    redis.config_set("maxmemory", 1)
+    try:
+        publisher.publish(entries("a", 2))
+        wait_until(lambda: redis.info("errorstats").get("errorstat_OOM"), "it was refused")
+        assert not redis.exists(keys.stream("a"))
+    finally:
+        redis.config_set("maxmemory", 0)
     publisher.flush()
-    assert indices(broker, "a") == [0, 1]
+    assert indices(redis, "a") == [0, 1]
 
 
-def test_flush_waits_for_all_that_was_published_before(
-    broker: fakeredis.FakeRedis, make: Callable[..., Publisher]
+def test_more_than_a_batch_goes_in_order(
+    monkeypatch: pytest.MonkeyPatch, redis: Any, make: Callable[..., Publisher]
 ) -> None:
+    monkeypatch.setattr(publishing, "BATCH", 3)
+    publisher = make()
+    publisher.publish(entries("a", 8))
+    publisher.flush()
+    assert indices(redis, "a") == list(range(8))
+
+
+def test_flush_waits_for_all_that_was_published_before(redis: Any, make: Callable[..., Publisher]) -> None:
     release, reached = threading.Event(), threading.Event()
 
     def hold(_: Callable[[], Any]) -> None:
         reached.set()
         assert release.wait(30)
 
-    publisher = make(Unsteady(broker, hold))
+    publisher = make(Unsteady(redis, hold))
     publisher.publish(entries("a", 2))
     flushed = threading.Thread(target=publisher.flush)
     flushed.start()
@@ -192,11 +181,11 @@ def test_flush_waits_for_all_that_was_published_before(
     release.set()
     flushed.join(30)
     assert not flushed.is_alive()
-    assert indices(broker, "a") == [0, 1]
+    assert indices(redis, "a") == [0, 1]
 
 
 def test_a_full_backlog_makes_the_engine_wait_and_drops_nothing(
-    monkeypatch: pytest.MonkeyPatch, broker: fakeredis.FakeRedis, make: Callable[..., Publisher]
+    monkeypatch: pytest.MonkeyPatch, redis: Any, make: Callable[..., Publisher]
 ) -> None:
     monkeypatch.setattr(publishing, "BACKLOG", 2)
     publisher = make(begin=False)
@@ -214,25 +203,25 @@ def test_a_full_backlog_makes_the_engine_wait_and_drops_nothing(
     publisher.start()
     thread.join(30)
     publisher.flush()
-    assert indices(broker, "a") == list(range(5))
+    assert indices(redis, "a") == list(range(5))
 
 
-def test_stop_sends_what_is_queued(broker: fakeredis.FakeRedis) -> None:
-    publisher = Publisher(broker)
+def test_stop_sends_what_is_queued(redis: Any) -> None:
+    publisher = Publisher(redis)
     publisher.publish(entries("a", 3))
     publisher.start()
     publisher.stop()
-    assert indices(broker, "a") == [0, 1, 2]
+    assert indices(redis, "a") == [0, 1, 2]
 
 
-def test_stop_does_not_wait_for_a_broker_that_is_away(broker: fakeredis.FakeRedis) -> None:
+def test_stop_does_not_wait_for_a_broker_that_is_away(redis: Any) -> None:
     reached = threading.Event()
 
     def away(_: Callable[[], Any]) -> None:
         reached.set()
         raise RedisConnectionError("gone")
 
-    publisher = Publisher(Unsteady(broker, away))
+    publisher = Publisher(Unsteady(redis, away))
     publisher.publish(entries("a", 3))
     publisher.start()
     assert reached.wait(30)
@@ -240,9 +229,11 @@ def test_stop_does_not_wait_for_a_broker_that_is_away(broker: fakeredis.FakeRedi
     assert not publisher._thread.is_alive()
 
 
-def test_flush_fails_where_the_publisher_has_ended(broker: fakeredis.FakeRedis) -> None:
-    publisher = Publisher(broker)
+def test_flush_fails_where_the_publisher_has_ended(redis: Any) -> None:
+    publisher = Publisher(redis)
     publisher.start()
     publisher.stop()
+    publisher.flush()
+    publisher.publish(entries("a", 1))
     with pytest.raises(RuntimeError, match="the publisher has ended"):
         publisher.flush()
