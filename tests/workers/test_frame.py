@@ -31,7 +31,8 @@ class Worker:
         self.redis, self.name, self.shrunk, self.deliveries = redis, "w@here", 0, 0
         self.ends: Callable[[], Any] = lambda: None
         self.publisher = SimpleNamespace(flush=lambda: None)
-        self.engine = SimpleNamespace(submit=lambda *_, **__: SimpleNamespace(result=lambda: self.ends(), wait=lambda seconds: True))
+        ticket = SimpleNamespace(result=lambda: self.ends(), wait=lambda seconds: True)
+        self.engine = SimpleNamespace(submit=lambda *_, **__: ticket)
         self.running = lambda token, ticket: nullcontext()
         ledger.submit(redis, "job", job_record(generate_request("m", "x", 0, {}), "job"))
 
