@@ -8,11 +8,13 @@ import mlx.core as mx
 import numpy as np
 
 from kernels.body import Body
-from kernels.kernel import DTYPES, Arrays, Case, Kernel, Timing, normal
+from kernels.kernel import DTYPES, Arrays, Case, Kernel, Timing, normal, on_device
 
-_BODY = Body("lora", ("x", "y", "a", "b", "index", "gain", "bias"), ("out",))
+_BODY = Body("lora", ("x", "y", "a", "b", "index", "gain", "bias"), ("out",), ("packed.h",))
 HIGHEST_RANK = 64
 _THREADS = 256
+#: Rows of A that a thread has under way at once.
+_DEPTH = 4
 
 
 def lora(
@@ -83,14 +85,22 @@ def _launch(
     bias: mx.array | None = None,
 ) -> Arrays:
     rows, inputs, outputs, rank = x.shape[0], x.shape[-1], y.shape[-1], a.shape[-1]
-    columns = 1 << (rank - 1).bit_length()
+    pack = 16 // int(a.dtype.size)
+    pack = pack if rank % pack == 0 else 1
+    columns = 1 << (rank // pack - 1).bit_length()
     steps = -(-inputs // (_THREADS // columns))
     nothing = mx.zeros(outputs, y.dtype)
     return _BODY.launch(
         (x, y, a, b, index, nothing if gain is None else gain, nothing if bias is None else bias),
         template=[
-            *(("T", y.dtype), ("IN", inputs), ("OUT", outputs), ("RANK", rank), ("COLUMNS", columns)),
-            *(("STEPS", steps), ("SIMDGROUPS", _THREADS // 32), ("DORA", gain is not None)),
+            *(("T", y.dtype), ("S", a.dtype), ("IN", inputs), ("OUT", outputs), ("RANK", rank), ("PACK", pack)),
+            *(
+                ("COLUMNS", columns),
+                ("STEPS", steps),
+                ("DEPTH", _DEPTH),
+                ("SIMDGROUPS", _THREADS // 32),
+                ("DORA", gain is not None),
+            ),
         ],
         groups=(rows, -(-outputs // _THREADS)),
         threads=_THREADS,
@@ -125,7 +135,7 @@ def _timings(dtype: mx.Dtype) -> Iterable[Timing]:
     random = np.random.default_rng(0)
     for rows, inputs, outputs in ((1, 896, 896), (32, 896, 896), (32, 896, 4864), (32, 4864, 896)):
         a, b = _matrices(random, 9, inputs, outputs, 16, dtype)
-        x, y = normal(random, (rows, 1, inputs), dtype), normal(random, (rows, 1, outputs), dtype)
+        x, y = on_device((rows, 1, inputs), dtype), on_device((rows, 1, outputs), dtype)
         index = mx.array(1 + np.arange(rows) % 8, mx.uint32)
         used = min(rows, 8) / 9
         moved = int(x.nbytes + 2 * y.nbytes + used * (a.nbytes + b.nbytes))

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from kernels.body import Body
-from kernels.kernel import Arrays, Case, Kernel, Timing, float_bits, normal, refuse_dtype, with_gradient_of
+from kernels.kernel import Arrays, Case, Kernel, Timing, float_bits, normal, on_device, refuse_dtype, with_gradient_of
 
 _BODY = Body("mean_pool", ("x", "r", "w", "b", "lengths"), ("y",), ("common.h",))
 _THREADS = 512
@@ -25,17 +25,25 @@ def mean_pool(
     eps: float,
     *,
     normalize: bool = True,
+    gradient: bool = True,
 ) -> mx.array:
     """The mean over each text's tokens of LayerNorm(x + residual), and with `normalize` that over its L2 norm; float32.
 
     `x`, `residual`: (texts, tokens, D) of one dtype; `weight`, `bias`: (D,) of that dtype; `lengths`: int32 (texts,),
-    from 1 to tokens: padding is on the right. The result is (texts, D).
+    from 1 to tokens: padding is on the right. The result is (texts, D). `gradient`: whether it may be differentiated.
     """
-    return KERNEL(x, residual, weight, bias, lengths, eps, normalize)[0]
+    return KERNEL(x, residual, weight, bias, lengths, eps, normalize, gradient)[0]
 
 
 def _reference(
-    x: mx.array, residual: mx.array, weight: mx.array, bias: mx.array, lengths: mx.array, eps: float, normalize: bool
+    x: mx.array,
+    residual: mx.array,
+    weight: mx.array,
+    bias: mx.array,
+    lengths: mx.array,
+    eps: float,
+    normalize: bool,
+    gradient: bool = True,
 ) -> Arrays:
     hidden = mx.fast.layer_norm(x + residual, weight, bias, eps).astype(mx.float32)
     real = (mx.arange(x.shape[1])[None] < lengths[:, None]).astype(mx.float32)
@@ -47,7 +55,14 @@ def _reference(
 
 
 def _refuse(
-    x: mx.array, residual: mx.array, weight: mx.array, bias: mx.array, lengths: mx.array, eps: float, normalize: bool
+    x: mx.array,
+    residual: mx.array,
+    weight: mx.array,
+    bias: mx.array,
+    lengths: mx.array,
+    eps: float,
+    normalize: bool,
+    gradient: bool = True,
 ) -> str | None:
     if x.ndim != 3 or x.shape != residual.shape:
         return "shapes"
@@ -59,7 +74,14 @@ def _refuse(
 
 
 def _launch(
-    x: mx.array, residual: mx.array, weight: mx.array, bias: mx.array, lengths: mx.array, eps: float, normalize: bool
+    x: mx.array,
+    residual: mx.array,
+    weight: mx.array,
+    bias: mx.array,
+    lengths: mx.array,
+    eps: float,
+    normalize: bool,
+    gradient: bool = True,
 ) -> Arrays:
     def forward(a: mx.array, r: mx.array, w: mx.array, b: mx.array, n: mx.array) -> Arrays:
         texts, tokens, width = a.shape
@@ -71,6 +93,9 @@ def _launch(
             threads=_THREADS,
             outputs=[((texts, width), mx.float32)],
         )
+
+    if not gradient:
+        return forward(x, residual, weight, bias, lengths)
 
     def formula(a: mx.array, r: mx.array, w: mx.array, b: mx.array, n: mx.array) -> Arrays:
         return _reference(a, r, w, b, n, eps, normalize)
@@ -93,11 +118,10 @@ def _cases(dtype: mx.Dtype, random: np.random.Generator) -> Iterable[Case]:
 
 
 def _timings(dtype: mx.Dtype) -> Iterable[Timing]:
-    random = np.random.default_rng(0)
     for texts, tokens in ((1, 32), (100, 32), (100, 128)):
-        x, r = (normal(random, (texts, tokens, 384), dtype) for _ in range(2))
+        x, r = (on_device((texts, tokens, 384), dtype) for _ in range(2))
         lengths = mx.full((texts,), tokens, mx.int32)
-        arguments = (x, r, mx.ones(384, dtype), mx.zeros(384, dtype), lengths, 1e-12, True)
+        arguments = (x, r, mx.ones(384, dtype), mx.zeros(384, dtype), lengths, 1e-12, True, False)
         yield Timing(f"{texts} × {tokens} × 384", arguments, 2 * x.nbytes + texts * 384 * 4, _reference)
 
 

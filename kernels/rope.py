@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from kernels.body import Body
-from kernels.kernel import Arrays, Case, Kernel, Timing, float_bits, normal, refuse_dtype
+from kernels.kernel import Arrays, Case, Kernel, Timing, float_bits, normal, on_device, refuse_dtype
 
 _BODY = Body("rope", ("q", "k", "offset", "period", "q_weight", "k_weight"), ("queries", "keys"))
 _THREADS = 256
@@ -113,9 +113,8 @@ def _cases(dtype: mx.Dtype, random: np.random.Generator) -> Iterable[Case]:
 
 
 def _timings(dtype: mx.Dtype) -> Iterable[Timing]:
-    random = np.random.default_rng(0)
     for rows, norm in ((1, False), (32, False), (32, True)):
-        q, k = normal(random, (rows, 14, 64), dtype), normal(random, (rows, 2, 64), dtype)
+        q, k = on_device((rows, 14, 64), dtype), on_device((rows, 2, 64), dtype)
         weights = (mx.ones(64, dtype), mx.ones(64, dtype)) if norm else (None, None)
         arguments = (q, k, mx.full((rows,), 500, mx.int32), _periods(64), *weights, 1e-6)
         label = f"{rows} rows, 14 + 2 heads of 64{', norms' if norm else ''}"

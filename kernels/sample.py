@@ -17,9 +17,9 @@ import mlx.core as mx
 import numpy as np
 
 from kernels.body import Body, Template
-from kernels.kernel import DTYPES, Arrays, Case, Kernel, Timing, normal
+from kernels.kernel import DTYPES, Arrays, Case, Kernel, Timing, normal, on_device
 
-_CHUNK, _BLOCK = 512, 4096
+_CHUNK, _BLOCK, _PICK_THREADS = 512, 4096, 512
 _MOST = 1 << 20
 _ROW = ("temperature", "top_k", "top_p", "min_p", "uniform", "greedy")
 _PENALTIES = ("seen_ids", "seen", "counts", "last", "repetition", "presence", "frequency")
@@ -222,7 +222,7 @@ def _launch(
         (logits, scores, stats, histogram, temperature, top_k, top_p, min_p, uniform, greedy),
         template=sizes,
         groups=(rows, 1),
-        threads=512,
+        threads=_PICK_THREADS,
         outputs=[((rows,), mx.int32), *[((rows,), mx.float32)] * 3],
         kernel="sample",
     )
@@ -352,7 +352,7 @@ def _timings(dtype: mx.Dtype) -> Iterable[Timing]:
         "temperature alone": {},
     }
     for rows in (32, 1):
-        logits = normal(random, (rows, 151_936), dtype, 3.0)
+        logits = on_device((rows, 151_936), dtype, 3.0)
         for label, parameters in ways.items():
             arguments = _arguments(random, logits, **parameters)
             yield Timing(f"{rows} × 151936, {label}", arguments, logits.nbytes, _reference)

@@ -3,6 +3,7 @@
 #define inline_function __device__ __forceinline__
 // Of array declarations alone. A helper takes a threadgroup array as a template parameter.
 #define threadgroup __shared__
+#define DEVICE_POINTER(T, POINTER) ((const T*)(POINTER))
 typedef unsigned int uint;
 typedef unsigned short ushort;
 typedef unsigned char uchar;

@@ -55,9 +55,13 @@ def whole(
 ) -> str:
     """The file that MLX 0.32.4 gives to NVRTC, for nvcc: to find on any machine what would not compile on a GPU.
 
-    Bodies that name `_shape`, `_strides` or `_ndim` of an input are not covered; Stoker's take sizes as templates.
+    Bodies that name an input's `_strides` or `_ndim` are not covered.
     """
-    parameters = [f"    const {_C_TYPES[dtype]}* {n}" for n, dtype in inputs]
+    parameters = []
+    for n, dtype in inputs:
+        parameters.append(f"    const {_C_TYPES[dtype]}* {n}")
+        if re.search(rf"\b{n}_shape\b", body):
+            parameters.append(f"    const __grid_constant__ Shape {n}_shape")
     parameters += [f"    {_C_TYPES[dtype]}* {n}" for n, dtype in outputs]
     declared = [
         f"  using {n} = {_C_TYPES[value]};" if isinstance(value, mx.Dtype) else _constant(n, value)
@@ -70,6 +74,7 @@ def whole(
             "#include <cuda_fp16.h>",
             header(shared),
             "namespace mlx::core::cu {",
+            "struct Shape { int32_t sizes[10]; __device__ int32_t operator[](int i) const { return sizes[i]; } };",
             f"__global__ void custom_kernel_{name}(",
             ",\n".join(parameters) + ") {",
             *declared,

@@ -76,6 +76,14 @@ typedef __bf16 bfloat;
 typedef emulator::Small<emulator::half_to_float, emulator::float_to_half> half;
 typedef emulator::Small<emulator::bfloat_to_float, emulator::float_to_bfloat> bfloat;
 #endif
+// Four words: what a load of 16 bytes brings.
+#ifdef EMULATOR_SYNTAX_ONLY
+typedef uint uint4 __attribute__((ext_vector_type(4)));
+#else
+struct alignas(16) uint4 {
+  uint x, y, z, w;
+};
+#endif
 typedef half float16_t;
 typedef bfloat bfloat16_t;
 
