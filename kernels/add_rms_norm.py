@@ -15,6 +15,7 @@ from kernels.kernel import (
     Timing,
     float_bits,
     normal,
+    on_device,
     refuse_dtype,
     threads_for,
     with_gradient_of,

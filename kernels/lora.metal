@@ -1,6 +1,6 @@
-// Multi-adapter LoRA for one new token a row: out = y + (x A) B of the row's own adapter, in one launch.
+// Multi-adapter LoRA for one new token a row: out = gain · y + shift + (x A) B of the row's own adapter, in one launch.
 // x [rows, IN]  y [rows, OUT]  a [adapters, IN, RANK]  b [adapters, RANK, OUT]  index [rows]: 0 is no adapter
-// gain [adapters, OUT], bias [OUT]: with DORA, out = gain · (y − bias + (x A) B) + bias
+// gain [adapters, OUT] where GAIN, shift [adapters, OUT] where SHIFT
 // A threadgroup makes x A, and from it one output a thread. A row of A is loaded PACK numbers at once, by COLUMNS threads:
 // RANK / PACK rounded up to a power of two.
 threadgroup float part[SIMDGROUPS * 32 * PACK];
@@ -56,10 +56,7 @@ if (o < uint(OUT)) {
   const size_t b_start = size_t(adapter) * RANK * OUT + o;
   float update = 0.0f;
   for (int k = 0; k < RANK; k++) update += inner[k] * float(b[b_start + size_t(k) * OUT]);
-  float result = base + update;
-  if (DORA) {
-    const float constant_part = float(bias[o]);
-    result = float(gain[size_t(adapter) * OUT + o]) * (base - constant_part + update) + constant_part;
-  }
-  out[size_t(row) * OUT + o] = T(result);
+  float result = GAIN ? base * float(gain[size_t(adapter) * OUT + o]) : base;
+  if (SHIFT) result += float(shift[size_t(adapter) * OUT + o]);
+  out[size_t(row) * OUT + o] = T(result + update);
 }

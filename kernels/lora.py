@@ -10,7 +10,7 @@ import numpy as np
 from kernels.body import Body
 from kernels.kernel import DTYPES, Arrays, Case, Kernel, Timing, normal, on_device
 
-_BODY = Body("lora", ("x", "y", "a", "b", "index", "gain", "bias"), ("out",), ("packed.h",))
+_BODY = Body("lora", ("x", "y", "a", "b", "index", "gain", "shift"), ("out",), ("packed.h",))
 HIGHEST_RANK = 64
 _THREADS = 256
 #: Rows of A that a thread has under way at once.
@@ -25,16 +25,16 @@ def lora(
     index: mx.array,
     *,
     gain: mx.array | None = None,
-    bias: mx.array | None = None,
+    shift: mx.array | None = None,
 ) -> mx.array:
-    """y + (x A) B with each row's own A and B; with DoRA gain · (y − bias + (x A) B) + bias. Shape and dtype of `y`.
+    """gain · y + shift + (x A) B with each row's own of all, in the shape and dtype of `y`.
 
-    `x`: (rows, 1, IN), the layer's input; `y`: (rows, 1, OUT), what the layer made of it, its `bias` (OUT,) included.
-    `a`: (adapters, IN, rank); `b`: (adapters, rank, OUT), the scale folded in; `gain`: (adapters, OUT), DoRA's
-    magnitude over the norm. `index`: int32 or uint32 (rows,), 0 for rows without adapter: `a[0]` and `b[0]` must be
-    zero and `gain[0]` one, as the reference reads them and the kernel does not.
+    `x`: (rows, 1, IN), the layer's input; `y`: (rows, 1, OUT), what the layer made of it. `a`: (adapters, IN, rank);
+    `b`: (adapters, rank, OUT), scale and DoRA's gain folded in; `gain`, `shift`: (adapters, OUT), 1 and 0 where absent.
+    `index`: int32 or uint32 (rows,), 0 for rows without adapter: row 0 of `a`, `b` and `shift` must be zero and that of
+    `gain` one, as the reference reads them and the kernel does not.
     """
-    return KERNEL(x, y, a, b, index, gain, bias)[0]
+    return KERNEL(x, y, a, b, index, gain, shift)[0]
 
 
 def _reference(
@@ -44,16 +44,15 @@ def _reference(
     b: mx.array,
     index: mx.array,
     gain: mx.array | None = None,
-    bias: mx.array | None = None,
+    shift: mx.array | None = None,
 ) -> Arrays:
     inner = mx.gather_mm(x, a.astype(x.dtype), rhs_indices=index)
     update = mx.gather_mm(inner, b.astype(x.dtype), rhs_indices=index)
-    if gain is None:
-        return [y + update]
-    factor = gain[index][:, None].astype(y.dtype)
-    if bias is None:
-        return [factor * (y + update)]
-    return [factor * (y - bias + update) + bias]
+    if gain is not None:
+        y = y * gain[index][:, None]
+    if shift is not None:
+        y = y + shift[index][:, None]
+    return [y + update]
 
 
 def _refuse(
@@ -63,7 +62,7 @@ def _refuse(
     b: mx.array,
     index: mx.array,
     gain: mx.array | None = None,
-    bias: mx.array | None = None,
+    shift: mx.array | None = None,
 ) -> str | None:
     if x.ndim != 3 or x.shape[1] != 1:
         return "more than one token a row"
@@ -71,7 +70,7 @@ def _refuse(
         return f"rank {a.shape[-1]}"
     if index.dtype not in (mx.int32, mx.uint32):
         return f"indices of dtype {index.dtype}"
-    arrays = [array for array in (x, y, a, b, gain, bias) if array is not None]
+    arrays = [array for array in (x, y, a, b, gain, shift) if array is not None]
     return next((f"dtype {array.dtype}" for array in arrays if array.dtype not in DTYPES), None)
 
 
@@ -82,25 +81,20 @@ def _launch(
     b: mx.array,
     index: mx.array,
     gain: mx.array | None = None,
-    bias: mx.array | None = None,
+    shift: mx.array | None = None,
 ) -> Arrays:
     rows, inputs, outputs, rank = x.shape[0], x.shape[-1], y.shape[-1], a.shape[-1]
     pack = 16 // int(a.dtype.size)
     pack = pack if rank % pack == 0 else 1
     columns = 1 << (rank // pack - 1).bit_length()
     steps = -(-inputs // (_THREADS // columns))
-    nothing = mx.zeros(outputs, y.dtype)
+    # What is absent is stood for by an array that is there: a new one would be a launch of its own.
     return _BODY.launch(
-        (x, y, a, b, index, nothing if gain is None else gain, nothing if bias is None else bias),
+        (x, y, a, b, index, y if gain is None else gain, y if shift is None else shift),
         template=[
             *(("T", y.dtype), ("S", a.dtype), ("IN", inputs), ("OUT", outputs), ("RANK", rank), ("PACK", pack)),
-            *(
-                ("COLUMNS", columns),
-                ("STEPS", steps),
-                ("DEPTH", _DEPTH),
-                ("SIMDGROUPS", _THREADS // 32),
-                ("DORA", gain is not None),
-            ),
+            *(("COLUMNS", columns), ("STEPS", steps), ("DEPTH", _DEPTH), ("SIMDGROUPS", _THREADS // 32)),
+            *(("GAIN", gain is not None), ("SHIFT", shift is not None)),
         ],
         groups=(rows, -(-outputs // _THREADS)),
         threads=_THREADS,
@@ -123,12 +117,12 @@ def _cases(dtype: mx.Dtype, random: np.random.Generator) -> Iterable[Case]:
         a, b = _matrices(random, adapters, inputs, outputs, rank, dtype)
         x, y = normal(random, (rows, 1, inputs), dtype), normal(random, (rows, 1, outputs), dtype)
         index = mx.array(np.arange(rows) % adapters if rows > 1 else [1], mx.uint32)
-        gain, bias = None, None
+        gain, shift = None, None
         if rank in (8, 24):
             gain = mx.where((mx.arange(adapters) > 0)[:, None], normal(random, (adapters, outputs), dtype), 1)
-            bias = normal(random, (outputs,), dtype)
+            shift = mx.where((mx.arange(adapters) > 0)[:, None], normal(random, (adapters, outputs), dtype), 0)
         label = f"{rows} rows, {adapters - 1} adapters, rank {rank}, {inputs} → {outputs}"
-        yield Case(label if gain is None else f"{label}, DoRA", (x, y, a, b, index, gain, bias))
+        yield Case(label if gain is None else f"{label}, DoRA", (x, y, a, b, index, gain, shift))
 
 
 def _timings(dtype: mx.Dtype) -> Iterable[Timing]:

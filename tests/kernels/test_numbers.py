@@ -55,9 +55,9 @@ def test_gradients_are_those_of_the_reference(kernel: Kernel) -> None:
 
 def test_rows_without_adapter_come_out_bit_for_bit() -> None:
     kernel = KERNELS["lora"]
-    x, y, a, b, index, gain, bias = check.cases(kernel, mx.float16, 1)[1].arguments
+    x, y, a, b, index, gain, shift = check.cases(kernel, mx.float16, 1)[1].arguments
     with using("emulator"):
-        (out,) = kernel(x, y, a, b, mx.zeros_like(index), gain, bias)
+        (out,) = kernel(x, y, a, b, mx.zeros_like(index), gain, shift)
     assert mx.array_equal(out, y)
 
 
