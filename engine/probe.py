@@ -7,6 +7,10 @@ from importlib.metadata import version
 
 import mlx.core as mx
 
+from kernels.backend import of_machine, parse
+from kernels.registry import KERNELS
+from stoker.errors import ConfigError
+
 
 def device() -> str:
     """The GPU's name, or `cpu`."""
@@ -27,3 +31,16 @@ def describe_device() -> str:
     """For people: version, device, and the memory that the device has."""
     memory = mx.device_info().get("memory_size", 0) if device() != "cpu" else 0
     return f"MLX {version('mlx')} on {device()}" + (f", {int(memory) / 2**30:.0f} GiB" if memory else "")
+
+
+def describe_kernels() -> str:
+    """For people: which fused kernels are in use. Raises `ConfigError` for a wrong STOKER_KERNELS."""
+    try:
+        active = [name for name, kernel in KERNELS.items() if kernel.active]
+        parse(os.environ.get("STOKER_KERNELS", "auto"))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    off = [name for name in KERNELS if name not in active]
+    if not active:
+        return f"none in use: {'MLX runs on a CPU' if of_machine() == 'reference' else 'STOKER_KERNELS says so'}"
+    return f"{', '.join(active)} in use on {of_machine()}" + (f"; off: {', '.join(off)}" if off else "")

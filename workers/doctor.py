@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from engine import blas
 from stoker.catalogue import parse_models
-from stoker.errors import ModelError
+from stoker.errors import ConfigError, ModelError
 from stoker.settings import load_settings
 
 
 def checks() -> list[dict[str, Any]]:
     report = blas.boot()
-    from engine.probe import describe_device
+    from engine.probe import describe_device, describe_kernels
 
     settings = load_settings()
     found = [
         {"name": "mlx", "ok": True, "detail": describe_device()},
         {"name": "blas", "ok": True, "detail": str(report)},
+        _kernels_check(describe_kernels),
     ]
     return found + [_model_check(*model) for model in parse_models(settings.models).items()]
+
+
+def _kernels_check(describe: Callable[[], str]) -> dict[str, Any]:
+    try:
+        return {"name": "kernels", "ok": True, "detail": describe()}
+    except ConfigError as error:
+        return {"name": "kernels", "ok": False, "detail": str(error)}
 
 
 def _model_check(name: str, sources: Sequence[str]) -> dict[str, Any]:

@@ -19,6 +19,9 @@ import mlx.core as mx
 import numpy as np
 
 from engine.models.fastmath import exp_nonpositive, fast
+from kernels.sample import KERNEL as SAMPLE
+from kernels.sample import Penalties
+from kernels.sample import sample as fused_sample
 from stoker.contract import GenerateRequest
 
 #: Below this a temperature would only overflow float32: it is as good as greedy.
@@ -236,6 +239,8 @@ def choose(logits: mx.array, columns: Columns, last: mx.array | None = None) -> 
     `logits`: (rows, vocabulary) float32. `last`: int32 (rows,), each row's newest token; the penalties count it where
     `columns` says that it is fresh.
     """
+    if "temperature" in columns and "bias_ids" not in columns and SAMPLE.active:
+        return _fused(logits, columns, last)
     total = _log_total(logits)
     scores = process(logits, columns, last)
     chosen = mx.argmax(scores, axis=-1)
@@ -247,6 +252,30 @@ def choose(logits: mx.array, columns: Columns, last: mx.array | None = None) -> 
     raw = mx.take_along_axis(logits, chosen[:, None], axis=-1)[:, 0]
     found = (chosen.astype(mx.int32), raw, raw - total, probability)
     return (*found, *_alternatives(logits, total, columns["alternatives"])) if "alternatives" in columns else found
+
+
+def _fused(logits: mx.array, columns: Columns, last: mx.array | None) -> tuple[mx.array, ...]:
+    """The same by a kernel that sorts nothing."""
+    rows, penalties = logits.shape[0], None
+    if "seen_ids" in columns:
+        newest = mx.full((rows,), -1, mx.int32) if last is None else last
+        names = ("seen_ids", "seen", "counts", "repetition", "presence", "frequency")
+        penalties = Penalties(last=newest, **{name: columns[name] for name in names})
+    ranked = "top_k" in columns
+    sampled = fused_sample(
+        logits,
+        temperature=columns["temperature"],
+        top_k=columns["top_k"] if ranked else mx.zeros((rows, 1), mx.int32),
+        top_p=columns["top_p"] if ranked else mx.ones((rows, 1)),
+        min_p=columns["min_p"],
+        uniform=columns["uniform"],
+        greedy=columns["greedy"],
+        penalties=penalties,
+        allowed=columns.get("mask"),
+    )
+    if "alternatives" not in columns:
+        return sampled
+    return *sampled, *_alternatives(logits, _log_total(logits), columns["alternatives"])
 
 
 def process(logits: mx.array, columns: Columns, last: mx.array | None = None) -> mx.array:

@@ -39,6 +39,10 @@ class LayerCache(Protocol):
         """Store the new tokens' keys and values (B, K, T, D); all that the rows attend to, (B, K, L, D) each."""
         ...
 
+    def stored(self, layer: int) -> tuple[mx.array, mx.array] | None:
+        """The whole storage of a layer, (slots, K, capacity, D) each, where row i lies in slot i; else None."""
+        ...
+
 
 class KVCache:
     """Keys and values (slots, kv_heads, capacity, head_dim) of every layer; capacity doubles when it must grow.
@@ -140,6 +144,9 @@ class PrefillView:
         all_values[row, :, columns] = values
         return all_keys[row, :, self._first : self._end], all_values[row, :, self._first : self._end]
 
+    def stored(self, layer: int) -> None:
+        return None
+
 
 class DecodeView:
     """One new token in each of several sequences, each at its own position. A `LayerCache`."""
@@ -166,6 +173,10 @@ class DecodeView:
         all_keys[self._slots, :, self.offset] = keys[:, :, 0]
         all_values[self._slots, :, self.offset] = values[:, :, 0]
         return self._read(all_keys), self._read(all_values)
+
+    def stored(self, layer: int) -> tuple[mx.array, mx.array] | None:
+        in_order = self._runs == [slice(0, self.offset.shape[0])]
+        return (self._cache.keys[layer], self._cache.values[layer]) if in_order else None
 
     def _read(self, storage: mx.array) -> mx.array:
         parts = [storage[run, :, self._columns] for run in self._runs]

@@ -120,7 +120,7 @@ class Attention:
             queries, keys, values = part.reshape(rows, length, 3, self.heads, self.head_dim).transpose(2, 0, 3, 1, 4)
             y = attention(queries, keys, values, scale=self.head_dim**-0.5, mask=addend)
             parts.append(y.swapaxes(1, 2).reshape(rows * length, -1))
-        return self.norm(x + self.output(join(parts)))
+        return self.norm.of_sum(x, self.output(join(parts)))
 
 
 def _beside(*layers: Linear) -> Linear:
@@ -138,7 +138,7 @@ class MLP:
         self.norm = LayerNorm.take(tensors, f"{prefix}{layer}.output.LayerNorm", args.dim, args.norm_eps)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.norm(x + self.outer(gelu(self.inner(x))))
+        return self.norm.of_sum(x, self.outer(gelu(self.inner(x))))
 
 
 class Block:

@@ -13,6 +13,9 @@ import mlx.core as mx
 from engine.models.fastmath import layer_norm
 from engine.weights.quantized import QuantizedTensor, dequantize
 from engine.weights.tensors import Tensors
+from kernels.add_layer_norm import KERNEL as ADD_LAYER_NORM
+from kernels.add_layer_norm import add_layer_norm
+from kernels.add_rms_norm import add_rms_norm
 
 
 class Adapters(Protocol):
@@ -177,6 +180,13 @@ class RMSNorm:
     def __call__(self, x: mx.array) -> mx.array:
         return mx.fast.rms_norm(x, self.weight, self.eps)
 
+    def of_sum(self, x: mx.array, update: mx.array, *, fused: bool) -> tuple[mx.array, mx.array]:
+        """x + update, and its norm. `fused`: by one kernel where there is one; it is not differentiated then."""
+        if fused:
+            return add_rms_norm(x, update, self.weight, self.eps, gradient=False)
+        total = x + update
+        return total, self(total)
+
 
 class LayerNorm:
     """(x − mean) / sqrt(variance + eps) · w + b (Ba et al., 2016)."""
@@ -190,3 +200,9 @@ class LayerNorm:
 
     def __call__(self, x: mx.array) -> mx.array:
         return layer_norm(x, self.weight, self.bias, self.eps)
+
+    def of_sum(self, x: mx.array, update: mx.array) -> mx.array:
+        """The norm of x + update: one kernel where there is one. Not differentiated."""
+        if ADD_LAYER_NORM.active:
+            return add_layer_norm(x, update, self.weight, self.bias, self.eps, gradient=False)
+        return self(x + update)

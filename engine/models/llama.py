@@ -19,6 +19,10 @@ from engine.models.fastmath import swiglu
 from engine.models.fields import Fields
 from engine.models.layers import Adapters, Embedding, Joined, Linear, RMSNorm
 from engine.weights.tensors import Tensors
+from kernels.attend import KERNEL as ATTEND
+from kernels.attend import attend
+from kernels.rope import KERNEL as ROPE
+from kernels.rope import rope as rope_kernel
 from stoker.errors import ModelError
 
 
@@ -154,11 +158,17 @@ class Attention:
 
     def __call__(self, x: mx.array, cache: LayerCache | None, adapters: Adapters | None) -> mx.array:
         args, (batch, length, _) = self.args, x.shape
-        queries, keys, values = self._project(x, 0 if cache is None else cache.offset, adapters)
+        offset = 0 if cache is None else cache.offset
+        queries, keys, values = self._project(x, offset, adapters)
+        scale, stored = args.head_dim**-0.5, None
         if cache is not None:
             keys, values = cache.update(self.index, keys, values)
-        mask = "causal" if cache is None else cache.mask
-        y = attention(queries, keys, values, scale=args.head_dim**-0.5, mask=mask, window=args.window)
+            stored = cache.stored(self.index) if length == 1 and ATTEND.active else None
+        if stored is not None and isinstance(offset, mx.array):
+            y = attend(queries, *stored, offset, scale=scale, window=args.window)
+        else:
+            mask = "causal" if cache is None else cache.mask
+            y = attention(queries, keys, values, scale=scale, mask=mask, window=args.window)
         return self.o_proj(y.swapaxes(1, 2).reshape(batch, length, -1), adapters)
 
     def _project(
@@ -175,8 +185,18 @@ class Attention:
             q, k, v = self.qkv(x, adapters)
         else:
             q, k, v = (linear(x, adapters) for linear in (self.q_proj, self.k_proj, self.v_proj))
-        queries, keys = self._heads(q, heads, self.q_norm), self._heads(k, kv_heads, self.k_norm)
-        return self.rotate(queries, offset), self.rotate(keys, offset), self._heads(v, kv_heads)
+        return *self._rotated(q, k, offset), self._heads(v, kv_heads)
+
+    def _rotated(self, queries: mx.array, keys: mx.array, offset: int | mx.array) -> tuple[mx.array, mx.array]:
+        """Both projections, (B, T, heads·d), as heads (B, heads, T, d), normed and turned to their positions."""
+        args, (batch, length, _) = self.args, queries.shape
+        if length == 1 and isinstance(offset, mx.array) and ROPE.active:
+            by_head = queries.reshape(batch, args.heads, -1), keys.reshape(batch, args.kv_heads, -1)
+            norms = None if self.q_norm is None or self.k_norm is None else (self.q_norm.weight, self.k_norm.weight)
+            return rope_kernel(*by_head, offset, self.rotate.periods, weights=norms, eps=args.norm_eps)
+        queries = self._heads(queries, args.heads, self.q_norm)
+        keys = self._heads(keys, args.kv_heads, self.k_norm)
+        return self.rotate(queries, offset), self.rotate(keys, offset)
 
     def _heads(self, x: mx.array, heads: int, norm: RMSNorm | None = None) -> mx.array:
         """(B, T, heads·d) to (B, heads, T, d)."""
@@ -210,8 +230,20 @@ class Block:
         )
 
     def __call__(self, x: mx.array, cache: LayerCache | None, adapters: Adapters | None) -> mx.array:
-        x = x + self.self_attn(self.input_layernorm(x), cache, adapters)
-        return x + self.mlp(self.post_attention_layernorm(x), adapters)
+        x, update = self.forward(x, None, cache, adapters)
+        return x + update
+
+    def forward(
+        self, x: mx.array, update: mx.array | None, cache: LayerCache | None, adapters: Adapters | None
+    ) -> tuple[mx.array, mx.array]:
+        """The block of x + update (None: of x), as such a pair: the next norm adds them, in one kernel on a GPU."""
+        fused = cache is not None  # else it may be differentiated
+        if update is None:
+            normed = self.input_layernorm(x)
+        else:
+            x, normed = self.input_layernorm.of_sum(x, update, fused=fused)
+        x, normed = self.post_attention_layernorm.of_sum(x, self.self_attn(normed, cache, adapters), fused=fused)
+        return x, self.mlp(normed, adapters)
 
     @property
     def linears(self) -> list[Linear]:
@@ -254,9 +286,10 @@ class Llama:
         needs no mask. With one, they are what its view says, and it keeps their keys and values.
         """
         x = self.embed_tokens(tokens)
+        update: mx.array | None = None
         for layer in self.layers:
-            x = layer(x, cache, adapters)
-        return self.norm(x)
+            x, update = layer.forward(x, update, cache, adapters)
+        return self.norm(x) if update is None else self.norm.of_sum(x, update, fused=cache is not None)[1]
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Logits (…, vocab), float32, of hidden states (…, dim)."""

@@ -102,8 +102,14 @@ class Rope:
             self._periods = mx.array(_periods(head_dim, base, scaling), mx.float32)
         if factors is not None and self._periods is not None:
             self._periods = self._periods * factors
-        if self._periods is not None:
-            mx.eval(self._periods)
+        plain = mx.array(_periods(head_dim, base, None), mx.float32)
+        self._all_periods = (plain if self._periods is None else self._periods) / self._scale
+        mx.eval([self._all_periods, *([] if self._periods is None else [self._periods])])
+
+    @property
+    def periods(self) -> mx.array:
+        """(d/2,) float32: the pair i turns by position / periods[i]. For the kernel of one new token a row."""
+        return self._all_periods
 
     def __call__(self, x: mx.array, offset: int | mx.array) -> mx.array:
         """x (B, heads, T, d) at positions offset, offset + 1 …; `offset` is one for all rows or int32 (B,)."""
