@@ -1,15 +1,17 @@
 """Every fused kernel beside MLX's own way, on the GPU at hand: medians, bytes, bandwidth, the ratio to a plain copy.
 
-`python -m bench.kernels --gpu --out DIR` needs MLX and numpy alone.
+And the engine's decode step with all of them, with none, and without one. `python -m bench.kernels --gpu --out DIR`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -17,8 +19,9 @@ from typing import Any
 
 import mlx.core as mx
 
+from bench import decode_step
 from kernels import check
-from kernels.backend import of_machine, using
+from kernels.backend import Backend, of_machine, using
 from kernels.kernel import Kernel, Timing
 from kernels.measure import copy_bandwidth, measure
 from kernels.registry import KERNELS
@@ -40,39 +43,67 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("No GPU that MLX knows: a fused kernel has nothing to be timed on here.", file=sys.stderr)
         return 1 if options.gpu else 0
     chosen = [KERNELS[name] for name in options.kernel or KERNELS]
-    with using(backend):
-        record: dict[str, Any] = {"device": check.device(), "backend": backend, "mlx": version("mlx")}
-        record["time"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        record["copy"] = copy_bandwidth()
-        print(f"{record['device']}, MLX {record['mlx']}, a plain copy moves {record['copy'] / 1e9:.0f} GB/s\n")
-        record["checked"] = numbers(chosen)
-        record["rows"] = timings(chosen, record["copy"])
-        record["fallbacks"] = {kernel.name: dict(kernel.fallbacks) for kernel in chosen if kernel.fallbacks}
+    record: dict[str, Any] = {"device": check.device(), "backend": backend, "mlx": version("mlx")}
+    record["time"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    record["copy"] = copy_bandwidth()
+    print(f"{record['device']}, MLX {record['mlx']}, a plain copy moves {record['copy'] / 1e9:.0f} GB/s\n")
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "kernels.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    phases: dict[str, Callable[[], Rows]] = {"checked": lambda: numbers(chosen)}
+    if not options.kernel:
+        phases["decode"] = decode_steps
+    phases["rows"] = lambda: timings(chosen, backend, record["copy"])
+    for phase, run in phases.items():
+        record[phase] = run()
+        path.write_text(json.dumps(record, indent=1) + "\n")  # whole so far, should the next one be cut off
     print(f"\nrows in {path}")
     return 0 if all(row.get("passed") for row in record["checked"]) else 1
 
 
 def numbers(chosen: Sequence[Kernel]) -> Rows:
-    """The check before the timings: a fast kernel that is wrong is worth nothing."""
-    found: Rows = []
-    for kernel in chosen:
-        for dtype in kernel.dtypes:
-            row = check.check(kernel, dtype, of_machine())
-            check.show(row)
-            found.append(asdict(row))
+    """The check before the timings: a fast kernel that is wrong is worth nothing.
+
+    A process for each kernel and dtype: compiling for a GPU takes a second a shape, and one process compiles one.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        running = []
+        for kernel in chosen:
+            for dtype in kernel.dtypes:
+                name = str(dtype).rpartition(".")[2]
+                report = Path(folder) / f"{kernel.name}-{name}.json"
+                command = [sys.executable, "-m", "kernels.check", "--kernel", kernel.name, "--dtype", name]
+                command += ["--no-timings", "--report", str(report)]
+                running.append((f"{kernel.name} {name}", report, subprocess.Popen(command, stdout=subprocess.DEVNULL)))
+        found: Rows = []
+        for what, report, process in running:
+            process.wait()
+            rows = json.loads(report.read_text())["checked"] if report.exists() else [{"failed": what}]
+            found += rows
+            for row in rows:
+                print(f"{what:24} {row.get('shapes', 0):3} runs, error {row.get('error')}, passed {row.get('passed')}")
     return found
 
 
-def timings(chosen: Sequence[Kernel], copy: float) -> Rows:
-    return [
-        _timed(kernel, timing, name, copy)
-        for kernel in chosen
-        for name, dtype in DTYPES.items()
-        for timing in kernel.timings(dtype)
-    ]
+def decode_steps() -> Rows:
+    """What the kernels are worth together in the engine's decode step."""
+    found: Rows = []
+    for rows, adapters in ((32, 0), (32, 8), (1, 0)):
+        try:
+            found += decode_step.measure(rows, adapters=adapters)
+        except Exception as error:
+            print(f"decode step, {rows} rows, {adapters} adapters: {error}", file=sys.stderr)
+            found.append({"failed": f"decode step, {rows} rows, {adapters} adapters", "error": str(error)[:2000]})
+    return found
+
+
+def timings(chosen: Sequence[Kernel], backend: Backend, copy: float) -> Rows:
+    """Every shape in the dtype of a model; the sampler in that of its logits before and after they are float32."""
+    found: Rows = []
+    with using(backend):
+        for kernel in chosen:
+            for name in ("bfloat16", "float32") if kernel.name == "sample" else ("bfloat16",):
+                found += [_timed(kernel, timing, name, copy) for timing in kernel.timings(DTYPES[name])]
+    return found
 
 
 def _timed(kernel: Kernel, timing: Timing, name: str, copy: float) -> dict[str, Any]:

@@ -114,6 +114,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = []
     for kernel in chosen:
         for dtype in kernel.dtypes:
+            if options.dtype and _name(dtype) not in options.dtype:
+                continue
             rows.append(check(kernel, dtype, backend))
             show(rows[-1])
     timings = [] if backend == "emulator" or options.no_timings else _timings(chosen)
@@ -127,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("stoker kernels check", description="Fused kernels against their references.")
     parser.add_argument("--report", type=Path, default=Path("stoker-kernels.json"), help="where the report is written")
     parser.add_argument("--kernel", action="append", choices=list(KERNELS), help="this one alone; may be repeated")
+    parser.add_argument("--dtype", action="append", help="float32, float16 or bfloat16 alone; may be repeated")
     parser.add_argument("--no-timings", action="store_true", help="numbers alone")
     return parser
 

@@ -236,11 +236,12 @@ def _ragged(values: Sequence[Sequence[float]], rows: int, width: int, dtype: Any
 def choose(logits: mx.array, columns: Columns, last: mx.array | None = None) -> tuple[mx.array, ...]:
     """(chosen int32, raw, logprob, probability float32), each (rows,); alternatives' ids and logprobs if asked for.
 
-    `logits`: (rows, vocabulary) float32. `last`: int32 (rows,), each row's newest token; the penalties count it where
-    `columns` says that it is fresh.
+    `logits`: (rows, vocabulary), in the model's dtype. `last`: int32 (rows,), each row's newest token; the penalties
+    count it where `columns` says that it is fresh.
     """
     if "temperature" in columns and "bias_ids" not in columns and SAMPLE.active:
         return _fused(logits, columns, last)
+    logits = logits.astype(mx.float32)
     total = _log_total(logits)
     scores = process(logits, columns, last)
     chosen = mx.argmax(scores, axis=-1)
@@ -258,7 +259,9 @@ def _fused(logits: mx.array, columns: Columns, last: mx.array | None) -> tuple[m
     """The same by a kernel that sorts nothing."""
     rows, penalties = logits.shape[0], None
     if "seen_ids" in columns:
-        newest = mx.full((rows,), -1, mx.int32) if last is None else last
+        newest = mx.full((rows,), -1, mx.int32)
+        if last is not None:
+            newest = mx.where(columns["fresh"][:, 0] > 0, last, newest)
         names = ("seen_ids", "seen", "counts", "repetition", "presence", "frequency")
         penalties = Penalties(last=newest, **{name: columns[name] for name in names})
     ranked = "top_k" in columns
@@ -275,6 +278,7 @@ def _fused(logits: mx.array, columns: Columns, last: mx.array | None) -> tuple[m
     )
     if "alternatives" not in columns:
         return sampled
+    logits = logits.astype(mx.float32)
     return *sampled, *_alternatives(logits, _log_total(logits), columns["alternatives"])
 
 

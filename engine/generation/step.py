@@ -114,6 +114,9 @@ class View:
         read = slice(0, self._rows), slice(None), slice(0, self._columns)
         return self.keys[layer][read], self.values[layer][read]
 
+    def stored(self, layer: int) -> tuple[mx.array, mx.array]:
+        return self.keys[layer], self.values[layer]
+
     def _write(self, storage: mx.array, new: mx.array) -> mx.array:
         if self._rows == storage.shape[0] == 1:
             return mx.slice_update(storage, new, self.offset, axes=(2,))
@@ -210,4 +213,4 @@ class Step:
         if not wanted:
             return view.keys, view.values, None
         final = hidden[:, -1] if last is None else hidden[mx.arange(rows), last]
-        return view.keys, view.values, model.logits(final)
+        return view.keys, view.values, model.head(final)

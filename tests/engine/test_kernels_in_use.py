@@ -1,0 +1,132 @@
+"""The engine with its kernels against the engine without: a decode step, a sampler, an encoder, on the emulator."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from engine.adapters.pool import AdapterPool
+from engine.adapters.store import AdapterStore
+from engine.generation.sampling import Draw, choose, columns
+from engine.generation.step import KeyValues, Step
+from engine.loading import load
+from engine.models.llama import Llama
+from kernels import backend
+from kernels.emulator import build
+from kernels.emulator.observe import observing
+from kernels.registry import KERNELS
+from stoker.contract import GenerateRequest
+from tests.engine import tiny
+
+GOLDENS = Path(__file__).parents[1] / "goldens"
+#: The newest tokens of three rows of different lengths.
+TOKENS, LENGTHS = [[5], [9], [11]], [4, 1, 7]
+
+pytestmark = pytest.mark.skipif(not build.available(), reason="the emulator needs g++")
+
+
+def _ran(launches: list[Any]) -> set[str]:
+    """The kernels that ran."""
+    return {name for name in KERNELS for launch in launches if launch.name.startswith(f"custom_kernel_{name}_")}
+
+
+def _decoded(llama: Llama, pool: AdapterPool | None = None) -> tuple[list[list[float]], KeyValues]:
+    """One decode step over a cache of fixed content: (chosen, raw, logprob, probability), and the cache after it."""
+    rows = len(TOKENS)
+    kv = KeyValues(llama, rows, 16)
+    random = np.random.default_rng(3)
+    for arrays in (kv.keys, kv.values):
+        for layer, array in enumerate(arrays):
+            arrays[layer] = mx.array(random.normal(0, 1, array.shape).astype(np.float32))
+    requests = [
+        GenerateRequest(model="m", prompt="x", temperature=0.8, top_k=20, top_p=0.9, seed=row) for row in range(3)
+    ]
+    draws = [Draw(request, uniform) for request, uniform in zip(requests, (0.1, 0.5, 0.9), strict=True)]
+    adapters = None if pool is None else pool.rows([1, 0, 2])
+    chosen = Step(llama, compiled=False)(
+        kv,
+        mx.array(TOKENS, mx.int32),
+        mx.array(LENGTHS, mx.int32),
+        columns=16,
+        sampling=columns(draws, llama.args.vocab),
+        adapters=adapters,
+    )
+    mx.eval(chosen, kv.keys, kv.values)
+    return [np.array(array).tolist() for array in chosen], kv
+
+
+@pytest.mark.parametrize("name", ["qwen2-tied", "qwen3", "mistral"])
+def test_a_decode_step_with_kernels_is_that_without(name: str) -> None:
+    llama = load(name, [str(GOLDENS / "architectures" / name)]).decoder
+    wanted, plain = _decoded(llama)
+    with backend.using("emulator"), observing() as launches:
+        got, kept = _decoded(llama)
+    assert _ran(launches) == {"rope", "attend", "add_rms_norm", "sample"}
+    assert got[0] == wanted[0]
+    np.testing.assert_allclose(got[1:], wanted[1:], rtol=2e-4, atol=2e-5)
+    for one, other in zip((*kept.keys, *kept.values), (*plain.keys, *plain.values), strict=True):
+        np.testing.assert_allclose(np.array(one), np.array(other), atol=2e-5)
+
+
+def test_adapters_of_all_kinds_decode_in_one_batch_through_the_kernel(tiny_llama: Llama, tmp_path: Path) -> None:
+    model = tiny.loaded(tiny_llama)
+    pool = AdapterPool(model, AdapterStore(tmp_path))
+    pool.save("plain", tiny.adapter(model, 3, 1), {})
+    pool.save("dora", tiny.adapter(model, 8, 2, dora=True), {})
+    wanted, _ = _decoded(tiny_llama, pool)
+    with backend.using("emulator"), observing() as launches:
+        got, _ = _decoded(tiny_llama, pool)
+    assert "lora" in _ran(launches)
+    assert got[0] == wanted[0]
+    np.testing.assert_allclose(got[1:], wanted[1:], rtol=2e-4, atol=2e-5)
+
+
+SAMPLERS: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"temperature": 1.0},
+    {"temperature": 0.7, "top_k": 5},
+    {"temperature": 1.3, "top_p": 0.8, "min_p": 0.02},
+    {"temperature": 0.9, "repetition_penalty": 1.4, "presence_penalty": 0.3, "frequency_penalty": 0.2},
+]
+
+
+def test_every_sampler_chooses_through_the_kernel_what_it_chooses_without() -> None:
+    random = np.random.default_rng(7)
+    logits = mx.array(random.normal(0, 2.5, (len(SAMPLERS) * 4, 300)).astype(np.float32))
+    requests = [GenerateRequest(model="m", prompt="x", **fields) for fields in SAMPLERS * 4]
+    tally = {3: 0, 17: 2, 40: 1}
+    mask = np.full(-(-300 // 32), 0x7FFF7FFF, dtype=np.int32)
+    draws = [
+        Draw(request, float(random.random()), tally, mask if row % 3 else None, fresh=row % 2 == 0)
+        for row, request in enumerate(requests)
+    ]
+    made = columns(draws, 300)
+    last = mx.array(random.integers(0, 300, len(draws)), mx.int32)
+    wanted = [np.array(array) for array in choose(logits, made, last)]
+    with backend.using("emulator"), observing() as launches:
+        got = [np.array(array) for array in choose(logits, made, last)]
+    assert len(launches) == 2
+    assert got[0].tolist() == wanted[0].tolist()
+    for one, other in zip(got[1:], wanted[1:], strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-5)
+
+
+def test_an_encoder_with_kernels_gives_the_vectors_without() -> None:
+    model = load("bert", [str(GOLDENS / "architectures" / "bert")]).encoder
+    tokens = mx.array([[2, 5, 9, 4], [3, 7, 0, 0]], mx.int32)
+    mask = mx.array([[True] * 4, [True, True, False, False]])
+    wanted = model(tokens, mask)
+    with backend.using("emulator"), observing() as launches:
+        got = model(tokens, mask)
+    assert "add_layer_norm" in _ran(launches)
+    np.testing.assert_allclose(np.array(got), np.array(wanted), atol=2e-5)
+
+
+def test_training_goes_through_no_kernel(tiny_llama: Llama) -> None:
+    with backend.using("emulator"), observing() as launches:
+        tiny_llama(mx.array([[1, 2, 3]]))
+    assert not launches
