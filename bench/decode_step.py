@@ -4,60 +4,45 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from bench.shapes import QWEN2_5_0_5B, random_llama
 from engine.adapters.stacked import StackedLora
 from engine.generation.sampling import Draw, columns
 from engine.generation.step import KeyValues, Step
 from engine.models.llama import Llama
-from engine.models.qwen2 import Qwen2Args
+from kernels.backend import parse
 from kernels.registry import NAMES
 from stoker.contract import GenerateRequest
 
 #: Steps that are launched one after the other before the last is waited for, as the engine runs a pass ahead.
-STEPS, TIMES, CAPACITY = 16, 6, 512
-#: Which kernels are in use: all, none, and all but one, which shows what that one is worth.
-SETTINGS = {"none": "off", "all": "auto"} | {
-    f"all but {name}": ",".join(other for other in NAMES if other != name)
-    for name in ("sample", "attend", "add_rms_norm", "rope")
-}
-ADAPTER_SETTINGS = {"none": "off", "all": "auto", "all but lora": ",".join(name for name in NAMES if name != "lora")}
+STEPS, TIMES, CAPACITY = 16, 9, 512
+#: Rows, adapters, and the value of STOKER_KERNELS: the base of each pair of rows and adapters comes first.
+SETTINGS = (
+    *((32, 0, "off"), (32, 0, "auto")),
+    *((32, 8, "off"), (32, 8, "auto")),
+    *((1, 0, "off"), (1, 0, "auto")),
+    # All but one: what that one is worth.
+    *(
+        (32, 0, ",".join(other for other in NAMES if other != name))
+        for name in ("sample", "attend", "add_rms_norm", "rope")
+    ),
+)
 
 
-def measure(
-    rows: int, *, adapters: int = 0, args: Qwen2Args = QWEN2_5_0_5B, llama: Llama | None = None
-) -> list[dict[str, Any]]:
-    """Milliseconds of a step of `rows` rows of 256 to 511 tokens, each with an adapter of rank 16 if there are any."""
-    llama = random_llama(args)
-    settings = ADAPTER_SETTINGS if adapters else SETTINGS if rows > 1 else dict(list(SETTINGS.items())[:2])
-    made = {name: _Loop(llama, rows, adapters, setting) for name, setting in settings.items()}
-    samples: dict[str, list[float]] = {name: [] for name in made}
-    for turn in range(TIMES + 1):
-        for name, loop in made.items():
-            took = loop.run()
-            if turn:  # the first time compiles
-                samples[name].append(took)
-    what = f"decode step, {rows} rows" + (f", {adapters} adapters" if adapters else "")
-    found = [{"name": what, "kernels": name, "ms": float(np.median(taken))} for name, taken in samples.items()]
-    base = found[0]["ms"]
-    for row in found:
-        row["speedup"] = base / row["ms"]
-        print(f"{row['name']:36} kernels: {row['kernels']:20} {row['ms']:8.3f} ms  {row['speedup']:.2f} ×", flush=True)
-    return found
+class Loop:
+    """Some decode steps in a row, each fed by the one before, under one value of STOKER_KERNELS; compiled when made.
 
-
-class _Loop:
-    """Some steps in a row, each fed by the one before, under one value of STOKER_KERNELS."""
+    Rows have 256 to 511 tokens, and where there are adapters, one of rank 16 on every linear layer.
+    """
 
     def __init__(self, llama: Llama, rows: int, adapters: int, setting: str) -> None:
-        self._setting, self._step = setting, Step(llama, compiled=True)
-        self._kv = KeyValues(llama, rows, CAPACITY)
+        self.rows, self.adapters, self.setting = rows, adapters, setting
+        self._step, self._kv = Step(llama, compiled=True), KeyValues(llama, rows, CAPACITY)
         random = np.random.default_rng(0)
         self._offset = mx.array(random.integers(CAPACITY // 2, CAPACITY, rows), mx.int32)
         self._tokens = mx.array(random.integers(0, llama.args.vocab, rows), mx.int32)
@@ -65,9 +50,17 @@ class _Loop:
         self._columns = columns([Draw(request, float(u)) for u in random.random(rows)], llama.args.vocab)
         self._adapters = _stacked(llama, rows, adapters) if adapters else None
         mx.eval(self._kv.keys, self._kv.values, self._offset, self._tokens)
+        self.run()
+
+    @property
+    def name(self) -> str:
+        missing = [name for name in NAMES if name not in parse(self.setting)]
+        used = {"off": "none", "auto": "all"}.get(self.setting, f"all but {', '.join(missing)}")
+        return f"{self.rows} rows, {self.adapters} adapters, kernels: {used}"
 
     def run(self) -> float:
-        with _kernels(self._setting):
+        """Milliseconds of a step."""
+        with _kernels(self.setting):
             start = time.perf_counter()
             tokens = self._tokens
             for _ in range(STEPS):
@@ -83,6 +76,20 @@ class _Loop:
                 mx.async_eval(chosen)  # type: ignore[no-untyped-call]
             mx.eval(tokens)
             return (time.perf_counter() - start) * 1e3 / STEPS
+
+
+def measure(loops: Sequence[Loop]) -> list[dict[str, Any]]:
+    """Medians of all loops, taken in turn, and how much faster than the first of the same rows and adapters each is."""
+    samples = [[loop.run() for loop in loops] for _ in range(TIMES)]
+    found: list[dict[str, Any]] = []
+    base: dict[tuple[int, int], float] = {}
+    for place, loop in enumerate(loops):
+        taken = [turn[place] for turn in samples]
+        ms = float(np.median(taken))
+        speedup = base.setdefault((loop.rows, loop.adapters), ms) / ms
+        found.append({"name": loop.name, "ms": ms, "speedup": speedup, "samples": taken})
+        print(f"decode step, {loop.name:52} {ms:8.3f} ms  {speedup:.2f} ×", flush=True)
+    return found
 
 
 def _stacked(llama: Llama, rows: int, adapters: int, rank: int = 16) -> StackedLora:

@@ -20,6 +20,7 @@ from typing import Any
 import mlx.core as mx
 
 from bench import decode_step
+from bench.shapes import random_llama
 from kernels import check
 from kernels.backend import Backend, of_machine, using
 from kernels.kernel import Kernel, Timing
@@ -49,10 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{record['device']}, MLX {record['mlx']}, a plain copy moves {record['copy'] / 1e9:.0f} GB/s\n")
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "kernels.json"
-    phases: dict[str, Callable[[], Rows]] = {"checked": lambda: numbers(chosen)}
-    if not options.kernel:
-        phases["decode"] = decode_steps
-    phases["rows"] = lambda: timings(chosen, backend, record["copy"])
+    checks = start_checks(chosen)
+    # Compiling for a GPU takes seconds: the decode steps do while the checks run in processes of their own.
+    loops = [] if options.kernel else prepare_steps()
+    phases: dict[str, Callable[[], Rows]] = {
+        "checked": lambda: collect(checks),
+        "decode": lambda: decode_step.measure(loops),
+        "rows": lambda: timings(chosen, backend, record["copy"]),
+    }
     for phase, run in phases.items():
         record[phase] = run()
         path.write_text(json.dumps(record, indent=1) + "\n")  # whole so far, should the next one be cut off
@@ -60,40 +65,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if all(row.get("passed") for row in record["checked"]) else 1
 
 
-def numbers(chosen: Sequence[Kernel]) -> Rows:
-    """The check before the timings: a fast kernel that is wrong is worth nothing.
-
-    A process for each kernel and dtype: compiling for a GPU takes a second a shape, and one process compiles one.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        running = []
-        for kernel in chosen:
-            for dtype in kernel.dtypes:
-                name = str(dtype).rpartition(".")[2]
-                report = Path(folder) / f"{kernel.name}-{name}.json"
-                command = [sys.executable, "-m", "kernels.check", "--kernel", kernel.name, "--dtype", name]
-                command += ["--no-timings", "--report", str(report)]
-                running.append((f"{kernel.name} {name}", report, subprocess.Popen(command, stdout=subprocess.DEVNULL)))
-        found: Rows = []
-        for what, report, process in running:
-            process.wait()
-            rows = json.loads(report.read_text())["checked"] if report.exists() else [{"failed": what}]
-            found += rows
-            for row in rows:
-                print(f"{what:24} {row.get('shapes', 0):3} runs, error {row.get('error')}, passed {row.get('passed')}")
-    return found
+def start_checks(chosen: Sequence[Kernel]) -> list[tuple[str, Path, subprocess.Popen[bytes]]]:
+    """The check of each kernel and dtype, before the timings: a fast kernel that is wrong is worth nothing."""
+    folder, running = Path(tempfile.mkdtemp()), []
+    for kernel in chosen:
+        for dtype in kernel.dtypes:
+            name = str(dtype).rpartition(".")[2]
+            report = folder / f"{kernel.name}-{name}.json"
+            command = [sys.executable, "-m", "kernels.check", "--kernel", kernel.name, "--dtype", name]
+            command += ["--no-timings", "--report", str(report)]
+            running.append((f"{kernel.name} {name}", report, subprocess.Popen(command, stdout=subprocess.DEVNULL)))
+    return running
 
 
-def decode_steps() -> Rows:
-    """What the kernels are worth together in the engine's decode step."""
+def collect(running: Sequence[tuple[str, Path, subprocess.Popen[bytes]]]) -> Rows:
+    """What they found, when they are done."""
     found: Rows = []
-    for rows, adapters in ((32, 0), (32, 8), (1, 0)):
-        try:
-            found += decode_step.measure(rows, adapters=adapters)
-        except Exception as error:
-            print(f"decode step, {rows} rows, {adapters} adapters: {error}", file=sys.stderr)
-            found.append({"failed": f"decode step, {rows} rows, {adapters} adapters", "error": str(error)[:2000]})
+    for what, report, process in running:
+        process.wait()
+        rows = json.loads(report.read_text())["checked"] if report.exists() else [{"failed": what}]
+        report.unlink(missing_ok=True)
+        found += rows
+        for row in rows:
+            print(f"{what:24} {row.get('shapes', 0):3} runs, error {row.get('error')}, passed {row.get('passed')}")
     return found
+
+
+def prepare_steps() -> list[decode_step.Loop]:
+    """The decode steps to be timed, compiled; what fails is left out, and says so."""
+    loops: list[decode_step.Loop] = []
+    llama = random_llama()
+    for rows, adapters, setting in decode_step.SETTINGS:
+        began = time.perf_counter()
+        try:
+            loops.append(decode_step.Loop(llama, rows, adapters, setting))
+        except Exception as error:
+            print(f"decode step, {rows} rows, {adapters} adapters, kernels {setting}: {error}", file=sys.stderr)
+            continue
+        print(f"{loops[-1].name}: ready in {time.perf_counter() - began:.1f} s", flush=True)
+    return loops
 
 
 def timings(chosen: Sequence[Kernel], backend: Backend, copy: float) -> Rows:

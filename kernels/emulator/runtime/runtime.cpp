@@ -265,6 +265,10 @@ void access(const char* address, size_t bytes, bool write, bool update, const vo
   Region* region = region_of(address);
   if (!region && constant_data(address)) return;
   if (!region || address + bytes > region->end) return out_of_bounds(address, bytes, write, at);
+  if (bytes <= 16 && (uintptr_t)address % bytes) {
+    report("MISALIGNED", at, nullptr, "access of %zu bytes at %s + %td bytes, which is no multiple of them", bytes,
+           region->name.c_str(), address - region->begin);
+  }
   if (region->kind == INPUT) {
     if (write) stop("WRITE_TO_INPUT", at, region->name);
     return;
