@@ -11,10 +11,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from bench.shapes import SHAPES
 from engine.adapters.stacked import StackedLora
 from engine.generation.sampling import Draw, columns
 from engine.generation.step import KeyValues, Step
 from engine.models.llama import Llama
+from engine.models.qwen2 import Qwen2Args
+from engine.weights.tensors import Tensors
 from kernels.backend import parse
 from kernels.registry import NAMES
 from stoker.contract import GenerateRequest
@@ -32,6 +35,28 @@ SETTINGS = (
         for name in ("sample", "attend", "add_rms_norm", "rope")
     ),
 )
+
+
+class RandomTensors(Tensors):
+    """Makes what a layer takes, where it is used: normal numbers, of a scale that keeps hidden states near 1."""
+
+    def __init__(self, dtype: mx.Dtype) -> None:
+        super().__init__({}, {}, "random", dtype)
+
+    def take(
+        self, name: str, shape: tuple[int, ...], *, transpose: bool = False, dtype: mx.Dtype | None = None
+    ) -> mx.array:
+        scale = 0.05 if len(shape) == 1 else shape[-1] ** -0.5
+        made = mx.random.normal(shape[::-1] if transpose else shape, scale=scale) + (1.0 if "norm" in name else 0.0)
+        made = made.astype(dtype or self._dtype)
+        mx.eval(made)
+        return made
+
+
+def random_llama(shape: str = "qwen2.5-0.5b", dtype: mx.Dtype = mx.bfloat16) -> Llama:
+    """A decoder of one of `SHAPES` with random weights."""
+    mx.random.seed(0)
+    return Llama(Qwen2Args.from_config(SHAPES[shape]), RandomTensors(dtype))
 
 
 class Loop:

@@ -20,7 +20,6 @@ from typing import Any
 import mlx.core as mx
 
 from bench import decode_step
-from bench.shapes import random_llama
 from kernels import check
 from kernels.backend import Backend, of_machine, using
 from kernels.kernel import Kernel, Timing
@@ -94,7 +93,7 @@ def collect(running: Sequence[tuple[str, Path, subprocess.Popen[bytes]]]) -> Row
 def prepare_steps() -> list[decode_step.Loop]:
     """The decode steps to be timed, compiled; what fails is left out, and says so."""
     loops: list[decode_step.Loop] = []
-    llama = random_llama()
+    llama = decode_step.random_llama()
     for rows, adapters, setting in decode_step.SETTINGS:
         began = time.perf_counter()
         try:
