@@ -67,7 +67,7 @@ class Loop:
 
     def __init__(self, llama: Llama, rows: int, adapters: int, setting: str) -> None:
         self.rows, self.adapters, self.setting = rows, adapters, setting
-        self._step, self._kv = Step(llama, compiled=True), KeyValues(llama, rows, CAPACITY)
+        self._step, self._kv = Step(llama, compiled="all"), KeyValues(llama, rows, CAPACITY)
         random = np.random.default_rng(0)
         self._offset = mx.array(random.integers(CAPACITY // 2, CAPACITY, rows), mx.int32)
         self._tokens = mx.array(random.integers(0, llama.args.vocab, rows), mx.int32)

@@ -47,7 +47,7 @@ def _decoded(llama: Llama, pool: AdapterPool | None = None) -> tuple[list[list[f
     ]
     draws = [Draw(request, uniform) for request, uniform in zip(requests, (0.1, 0.5, 0.9), strict=True)]
     adapters = None if pool is None else pool.rows([1, 0, 2])
-    chosen = Step(llama, compiled=False)(
+    chosen = Step(llama, "none")(
         kv,
         mx.array(TOKENS, mx.int32),
         mx.array(LENGTHS, mx.int32),
