@@ -65,7 +65,8 @@ def test_a_decode_step_with_kernels_is_that_without(name: str) -> None:
     wanted, plain = _decoded(llama)
     with backend.using("emulator"), observing() as launches:
         got, kept = _decoded(llama)
-    assert _ran(launches) == {"rope", "attend", "add_rms_norm", "sample"}
+    # Without norms over heads one rotation of queries and keys together is MLX's own, and the better one.
+    assert _ran(launches) == {"attend", "add_rms_norm", "sample"} | ({"rope"} if name == "qwen3" else set())
     assert got[0] == wanted[0]
     np.testing.assert_allclose(got[1:], wanted[1:], rtol=2e-4, atol=2e-5)
     for one, other in zip((*kept.keys, *kept.values), (*plain.keys, *plain.values), strict=True):

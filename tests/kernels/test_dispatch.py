@@ -35,7 +35,7 @@ def test_on_a_gpu_the_setting_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_setting_with_a_name_that_there_is_not_says_which_there_are() -> None:
-    with pytest.raises(ValueError, match=r"STOKER_KERNELS='lora,lore': there is no kernel lore; .*sample, lora"):
+    with pytest.raises(ValueError, match=r"STOKER_KERNELS='lora,lore': there is no kernel lore; .*sample, attend"):
         backend.parse("lora,lore")
 
 
