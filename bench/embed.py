@@ -12,7 +12,7 @@ from bench.report import RESULTS
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m bench.embed", description=__doc__)
     parser.add_argument("--gpu", action="store_true", help="16 bits on the GPU at hand, random weights, no broker")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the rows")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the rows of --gpu")
     options = parser.parse_args(arguments)
     if options.gpu:
         from bench import embed_gpu
@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         from bench import embed_cpu
 
-        embed_cpu.main(options.out)
+        embed_cpu.main()
 
 
 if __name__ == "__main__":

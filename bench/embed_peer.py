@@ -1,6 +1,6 @@
 """sentence-transformers as a child process: one JSON line in (`texts`, `batch`), one out (`seconds`, `file`).
 
-Runs in `.venv-peers`; `python bench/embed_peer.py FOLDER THREADS`.
+Runs in `.venv-peers`: `python -m bench.embed_peer FOLDER THREADS`.
 """
 
 import json
