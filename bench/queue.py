@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
 
@@ -29,7 +29,7 @@ from stoker.settings import load_settings
 from workers.publishing import Publisher
 
 ROUND_TRIPS = 300
-KILLS = 10
+KILLS = 8
 BACKLOG, STARTS = 10_000, 200
 STREAMS, STEPS = 32, 400
 #: Readers, the streams that they follow, tokens of each, and steps of the idle engine (20 a second) between two of
@@ -103,15 +103,14 @@ def round_trip(bench: Bench) -> list[Row]:
 def recovery(bench: Bench) -> list[Row]:
     """From `kill -9` of the worker that runs a stream to its next token from another one, at the default lease."""
     samples = []
-    with Client(settings=bench.settings) as client:
-        workers = [bench.worker().__enter__()]
+    with Client(settings=bench.settings) as client, ExitStack() as workers:
+        workers.enter_context(bench.worker())
         for _ in range(KILLS):
-            survivor = bench.worker()
             owner = {worker.worker: worker.pid for worker in client.workers()}
             job = client.generate("x", model=MODEL, max_tokens=100_000 // 4)
             stream = job.stream(timeout=60)
             next(stream)
-            survivor.__enter__()
+            workers.enter_context(bench.worker())
             os.kill(owner[client.jobs()[job.id]["worker"]], signal.SIGKILL)
             began, last = time.monotonic(), time.monotonic()
             for _ in stream:
@@ -120,7 +119,6 @@ def recovery(bench: Bench) -> list[Row]:
                     samples.append(last - began)
                     break
             stream.close()
-            workers.append(survivor)
     print(f"recovery after kill -9: p95 {np.percentile(samples, 95):.1f} s (at most 15)")
     return [row("recovery after kill -9, lease 10 s", "s", samples)]
 
