@@ -258,8 +258,13 @@ class AsyncEmbedJob(AsyncJob[np.ndarray]):
 
     async def _fetch(self, value: Any) -> Encoded:
         reply = EmbedReply(**value)
-        with translated(self._client.settings):
-            return core.read_vectors(reply, await self._client.redis.get(keys.blob(reply.blob)))
+        patience = Patience(self._client.settings)
+        while True:
+            try:
+                with translated(self._client.settings, but=TROUBLE):
+                    return core.read_vectors(reply, await self._client.redis.get(keys.blob(reply.blob)))
+            except TROUBLE as error:
+                await asyncio.sleep(patience.spend(error))
 
 
 class AsyncGenerateJob(AsyncJob[GenerateResult]):

@@ -327,8 +327,13 @@ class EmbedJob(Job[np.ndarray]):
 
     def _fetch(self, value: Any) -> Encoded:
         reply = EmbedReply(**value)
-        with translated(self._client.settings):
-            return core.read_vectors(reply, self._client.redis.get(keys.blob(reply.blob)))
+        patience = Patience(self._client.settings)
+        while True:
+            try:
+                with translated(self._client.settings, but=TROUBLE):
+                    return core.read_vectors(reply, self._client.redis.get(keys.blob(reply.blob)))
+            except TROUBLE as error:
+                time.sleep(patience.spend(error))
 
 
 class GenerateJob(Job[GenerateResult]):

@@ -70,10 +70,12 @@ def _options(settings: Settings) -> dict[str, Any]:
 
 
 @contextmanager
-def translated(settings: Settings) -> Iterator[None]:
-    """Whatever redis-py raises inside becomes `BrokerUnavailable`."""
+def translated(settings: Settings, but: tuple[type[RedisError], ...] = ()) -> Iterator[None]:
+    """Whatever redis-py raises inside becomes `BrokerUnavailable`, but for what the caller deals with."""
     try:
         yield
+    except but:
+        raise
     except RedisError as error:
         raise broker_unavailable(settings, error) from None
 

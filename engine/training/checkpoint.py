@@ -15,6 +15,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,15 @@ class Checkpoints:
         kept = {*regular, _best(state.best_step)}
         for path in self._root.iterdir():
             if path.name not in kept:
-                shutil.rmtree(path, ignore_errors=True)
+                self._drop(path)
+
+    def _drop(self, path: Path) -> None:
+        """Out of sight in one step: a process that dies while it deletes must not leave half a checkpoint."""
+        grave = Path(tempfile.mkdtemp(prefix=".draft-", dir=self._root))
+        # Another process may have been faster: one that was taken for dead, and works in the same folder.
+        with suppress(FileNotFoundError):
+            os.rename(path, grave / path.name)
+        shutil.rmtree(grave, ignore_errors=True)
 
     def pause(self, state: TrainState, adapter: LoraWeights) -> None:
         """Write a checkpoint to go on from, wherever in a step the run is."""
@@ -58,7 +67,7 @@ class Checkpoints:
 
     def save_best(self, step: int, adapter: LoraWeights) -> None:
         # One that is there comes from before a rollback.
-        shutil.rmtree(self._root / _best(step), ignore_errors=True)
+        self._drop(self._root / _best(step))
         self._write(_best(step), lambda draft: peft.write(draft, self._made_of["model"], adapter))
 
     def best(self, step: int, shapes: Mapping[str, tuple[int, int]]) -> LoraWeights:

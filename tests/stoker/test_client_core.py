@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 from stoker import AsyncClient, Client, EmbedJob, JobStatus, TrainJob, keys, ledger, policy
 from stoker import client_core as core
@@ -325,3 +326,23 @@ def test_a_policy_that_makes_no_sense_is_refused(server: Any) -> None:
     assert policy.read(server)["ageing"] == 60
     policy.decide(server, "ageing", None)
     assert policy.read(server)["ageing"] == ledger.AGEING
+
+
+def test_vectors_are_fetched_also_when_the_broker_is_away_at_that_very_moment(
+    fake: Callable[[], Client], server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found by the chaos suite: the outcome had come, and the broker went before the vectors did."""
+    vectors = np.arange(6, dtype=np.float32).reshape(2, 3)
+    server.set(keys.blob("vectors:x"), safetensors.numpy.save({"vectors": vectors}), ex=60)
+    with fake() as sender:
+        job = sender.embed(["a", "b"], model="mini")
+        get, away = sender.redis.get, iter([True, True])
+
+        def unsteady(key: str) -> Any:
+            if next(away, False):
+                raise RedisConnectionError("gone")
+            return get(key)
+
+        monkeypatch.setattr(sender.redis, "get", unsteady)
+        value = EmbedReply(blob="vectors:x", rows=2, dim=3, usage=Usage()).model_dump(mode="json")
+        assert np.array_equal(job._read(value), vectors)
