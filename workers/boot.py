@@ -107,8 +107,10 @@ def _make_engine(settings: Settings, publish: Callable[..., None]) -> Engine:
 
     report = blas.boot()
     from engine.engine import Engine
+    from engine.probe import describe_kernels
 
     log.info("BLAS: %s", report)
+    log.info("kernels: %s", describe_kernels())
     if report.active and not blas.verify():
         log.warning("MLX does not use the fast BLAS that was loaded: expect a thirtieth of its speed")
     return Engine(

@@ -15,11 +15,13 @@ from engine.generation.sampling import Draw, choose, columns
 from engine.generation.step import KeyValues, Step
 from engine.loading import load
 from engine.models.llama import Llama
+from engine.probe import describe_kernels
 from kernels import backend
 from kernels.emulator import build
 from kernels.emulator.observe import observing
 from kernels.registry import KERNELS
 from stoker.contract import GenerateRequest
+from stoker.errors import ConfigError
 from tests.engine import tiny
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
@@ -131,3 +133,14 @@ def test_training_goes_through_no_kernel(tiny_llama: Llama) -> None:
     with backend.using("emulator"), observing() as launches:
         tiny_llama(mx.array([[1, 2, 3]]))
     assert not launches
+
+
+def test_which_kernels_are_in_use_is_told_and_a_wrong_setting_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert describe_kernels() == "none in use: MLX runs on a CPU"
+    monkeypatch.setattr(backend, "of_machine", lambda: "metal")
+    monkeypatch.setattr("engine.probe.of_machine", lambda: "metal")
+    monkeypatch.setenv("STOKER_KERNELS", "lora,sample")
+    assert describe_kernels().startswith("sample, lora in use on metal; off: attend,")
+    monkeypatch.setenv("STOKER_KERNELS", "lora,samples")
+    with pytest.raises(ConfigError, match="there is no kernel samples"):
+        describe_kernels()
