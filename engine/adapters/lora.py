@@ -101,6 +101,8 @@ class TrainableLora:
     and on the layer alone.
     """
 
+    apart = True
+
     def __init__(
         self,
         matrices: Matrices,

@@ -21,6 +21,8 @@ class StackedLora:
     All are plain arrays in dictionaries, so that a compiled step can take them as arguments.
     """
 
+    apart = False
+
     def __init__(self, stacks: Matrices, indices: mx.array) -> None:
         self.stacks, self.indices = stacks, indices
 

@@ -21,6 +21,10 @@ from kernels.add_rms_norm import add_rms_norm
 class Adapters(Protocol):
     """What low-rank adapters add to the linear layers (LoRA: Hu et al., 2021)."""
 
+    #: Whether layers of one input are to be multiplied apart: for a gradient a joint output would be kept beside its
+    #: parts, which is a fifth of a training step's memory.
+    apart: bool
+
     def apply(self, name: str, x: mx.array, y: mx.array) -> mx.array:
         """The adapted output (…, out) of the linear layer `name`: `x` (…, in) is its input, `y` its own output."""
         ...
@@ -112,6 +116,8 @@ class Joined:
 
     def __call__(self, x: mx.array, adapters: Adapters | None = None) -> list[mx.array]:
         """Each layer's output."""
+        if adapters is not None and adapters.apart:
+            return [linear(x, adapters) for linear in self._linears]
         parts: list[mx.array] = list(mx.split(self.product(x), self._borders[1:-1], axis=-1))
         if adapters is None:
             return parts

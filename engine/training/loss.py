@@ -12,7 +12,7 @@ from engine.models.fastmath import exp_nonpositive, fast
 
 #: Logits held at once, at most. A GPU wants hundreds of rows a product: 256 MB in float32, 440 rows of a vocabulary of
 #: 152,000. A CPU is as fast with few.
-MAX_LOGITS, MAX_LOGITS_CPU = 1 << 26, 1 << 23
+MAX_LOGITS, MAX_LOGITS_CPU = 1 << 26, 1 << 22
 
 
 def cross_entropy(
