@@ -18,6 +18,8 @@ from engine.embedding.pooling import pool_packed
 from engine.loading import LoadedModel
 from engine.models.compiler import on_cpu
 from engine.models.encoder import Encoder, Group
+from kernels.mean_pool import KERNEL as MEAN_POOL
+from kernels.mean_pool import mean_pool
 
 #: The ids of one text, int32 (tokens,).
 Tokens = NDArray[np.int32]
@@ -138,14 +140,22 @@ class PaddedForward:
     def _graph(self, rows: int, width: int, masked: bool) -> Callable[..., mx.array]:
         graph = self._compiled.get((rows, width, masked))
         if graph is None:
-            graph = mx.compile(_pooled(self._encoder, self._pooling, rows, width))
+            graph = mx.compile(pooled(self._encoder, self._pooling, rows, width))
             self._compiled[rows, width, masked] = graph
         return graph
 
 
-def _pooled(encoder: Encoder, pooling: str, rows: int, width: int) -> Callable[..., mx.array]:
+def pooled(encoder: Encoder, pooling: str, rows: int, width: int) -> Callable[..., mx.array]:
+    """(tokens, places, mask or nothing) of a batch `rows` × `width` → vectors (rows, dim), float32."""
+
     def run(tokens: mx.array, places: mx.array, mask: mx.array | None = None) -> mx.array:
         groups = [Group(rows, width, mask)]
+        if pooling == "mean" and MEAN_POOL.active:
+            x, update, norm = encoder.to_last_norm(tokens, places, groups)
+            x, update = x.reshape(rows, width, -1), update.reshape(rows, width, -1)
+            lengths = mx.full((rows,), width, mx.int32) if mask is None else mx.sum(mask, axis=1).astype(mx.int32)
+            how = {"normalize": False, "gradient": False}
+            return mean_pool(x, update, norm.weight, norm.bias, lengths, norm.eps, **how)
         return pool_packed(encoder.forward(tokens, places, groups), groups, pooling)
 
     return run

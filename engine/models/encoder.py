@@ -138,7 +138,11 @@ class MLP:
         self.norm = LayerNorm.take(tensors, f"{prefix}{layer}.output.LayerNorm", args.dim, args.norm_eps)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.norm.of_sum(x, self.outer(gelu(self.inner(x))))
+        return self.norm.of_sum(x, self.update(x))
+
+    def update(self, x: mx.array) -> mx.array:
+        """What is added to x before the norm."""
+        return self.outer(gelu(self.inner(x)))
 
 
 class Block:
@@ -174,11 +178,20 @@ class Encoder:
 
         Hidden states at padding are meaningless: pool with the group's mask.
         """
+        x, update, norm = self.to_last_norm(tokens, places, groups)
+        return norm.of_sum(x, update)
+
+    def to_last_norm(
+        self, tokens: mx.array, places: mx.array, groups: Sequence[Group]
+    ) -> tuple[mx.array, mx.array, LayerNorm]:
+        """The same before its last step: the hidden states are the norm of the sum of both. A kernel pools it too."""
         x = self.norm(self.words(tokens) + self.positions[places])
         addends = [self._addend(group, x.dtype) for group in groups]
-        for layer in self.layers:
+        for layer in self.layers[:-1]:
             x = layer(x, groups, addends)
-        return x
+        last = self.layers[-1]
+        x = last.attention(x, groups, addends)
+        return x, last.mlp.update(x), last.mlp.norm
 
     def _addend(self, group: Group, dtype: mx.Dtype) -> mx.array | None:
         """What is added to the scores of a group. Never a bool mask: fused attention on CUDA knows none."""

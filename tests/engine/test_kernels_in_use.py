@@ -11,6 +11,7 @@ import pytest
 
 from engine.adapters.pool import AdapterPool
 from engine.adapters.store import AdapterStore
+from engine.embedding.forward import pooled
 from engine.generation.sampling import Draw, choose, columns
 from engine.generation.step import KeyValues, Step
 from engine.loading import load
@@ -126,6 +127,20 @@ def test_an_encoder_with_kernels_gives_the_vectors_without() -> None:
     with backend.using("emulator"), observing() as launches:
         got = model(tokens, mask)
     assert "add_layer_norm" in _ran(launches)
+    np.testing.assert_allclose(np.array(got), np.array(wanted), atol=2e-5)
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_pooling_through_the_kernel_gives_the_vectors_without(padded: bool) -> None:
+    encoder = load("bert", [str(GOLDENS / "architectures" / "bert")]).encoder
+    tokens = np.array([[2, 5, 9, 4], [3, 7, 0, 0]], np.int32)
+    places = mx.array(np.ascontiguousarray(encoder.places(tokens)).reshape(-1))
+    mask = [mx.array([[True] * 4, [True, True, False, False]])] if padded else []
+    run = pooled(encoder, "mean", 2, 4)
+    wanted = run(mx.array(tokens.reshape(-1)), places, *mask)
+    with backend.using("emulator"), observing() as launches:
+        got = run(mx.array(tokens.reshape(-1)), places, *mask)
+    assert {"mean_pool", "add_layer_norm"} <= _ran(launches)
     np.testing.assert_allclose(np.array(got), np.array(wanted), atol=2e-5)
 
 
