@@ -97,7 +97,8 @@ class View:
         self.keys, self.values = list(kv[0]), list(kv[1])
         self.offset, self._columns = offset, int(how["columns"])
         self._rows, self._tokens = shape
-        self.mask: Mask = None
+        # With one token, too: a sliding window hides what lies before it.
+        self.mask: Mask = "causal"
         if not how["exact"]:
             columns = mx.arange(self._columns)[None, None]
             positions = offset[:, None, None] + mx.arange(self._tokens)[None, :, None]
@@ -105,8 +106,6 @@ class View:
             if how["window"] is not None:
                 seen = seen & (columns > positions - how["window"])
             self.mask = seen[:, None]
-        elif self._tokens > 1:
-            self.mask = "causal"
 
     def update(self, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         self.keys[layer] = self._write(self.keys[layer], keys)

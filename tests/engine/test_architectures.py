@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from engine.embedding.pooling import pool
+from engine.generation.step import KeyValues, View
 from engine.loading import LoadedModel, load
 from engine.models import fastmath, rope
 from engine.models.cache import KVCache
-from engine.models.llama import LlamaArgs
+from engine.models.llama import Llama, LlamaArgs
 from engine.models.mistral import MistralArgs
 from engine.models.mpnet import MPNetArgs
 from engine.models.qwen2 import Qwen2Args
@@ -92,6 +93,42 @@ def test_prefill_in_chunks_and_ragged_decoding_agree(name: str, chunk: int) -> N
         mx.eval(got, cache.arrays())
         for place, (index, position) in enumerate(zip(going, positions, strict=True)):
             assert np.abs(np.array(got[place, 0]) - wanted[index][position]).max() < CLOSE
+
+
+def through(model: Llama, kv: KeyValues, tokens: list[list[int]], offset: list[int], **how: Any) -> np.ndarray:
+    """Logits (rows, tokens, vocabulary) of one pass over `kv`, which keeps what it writes."""
+    shape = len(tokens), len(tokens[0])
+    how = {"exact": False, "columns": kv.capacity, "window": model.args.window, **how}
+    view = View((kv.keys, kv.values), mx.array(offset), shape, **how)
+    got = model.logits(model(mx.array(tokens), view))
+    kv.keys, kv.values = view.keys, view.values
+    return np.array(got)
+
+
+@pytest.mark.usefixtures("arithmetic")
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("chunk", [1, 5, 64])
+def test_prompts_and_a_batch_go_through_the_generate_lanes_views(name: str, exact: bool, chunk: int) -> None:
+    """A prompt by exact chunks or by padded ones, joined to a batch, decoded over and beyond Mistral's window of 8."""
+    model = opened(name).decoder
+    rows, wanted = golden(name)
+    starts, batch = [20, 3, 9], KeyValues(model, 3, 96)
+    for place, (row, start, logits) in enumerate(zip(rows, starts, wanted, strict=True)):
+        kv = KeyValues(model, 1, 96)
+        for begin in range(0, start, chunk):
+            piece = row[begin : min(begin + chunk, start)]
+            end = begin + len(piece)
+            padded = piece if exact else piece + [1] * (chunk - len(piece))
+            how = {"exact": True, "columns": end} if exact else {}
+            got = through(model, kv, [padded], [begin], **how)[0, : len(piece)]
+            assert np.abs(got - logits[begin:end]).max() < CLOSE
+        batch.put(place, kv, 0, start)
+    for step in range(min(len(row) - start for row, start in zip(rows, starts, strict=True))):
+        positions = [start + step for start in starts]
+        got = through(model, batch, [[row[at]] for row, at in zip(rows, positions, strict=True)], positions, columns=64)
+        for place, at in enumerate(positions):
+            assert np.abs(got[place, 0] - wanted[place][at]).max() < CLOSE
 
 
 @pytest.mark.usefixtures("arithmetic")
