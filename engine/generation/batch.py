@@ -10,7 +10,8 @@ import numpy as np
 from engine.adapters.pool import AdapterPool
 from engine.generation.row import Row
 from engine.generation.sampling import Draw, Pick, columns, picks
-from engine.generation.step import KeyValues, Step, bucket
+from engine.generation.step import Step, bucket
+from engine.models.cache import KeyValues
 from engine.models.llama import Llama
 
 #: Columns come in sizes from this on.

@@ -13,9 +13,10 @@ from engine.generation.prefill import Pace, Prefill, owner
 from engine.generation.prefixes import SHORTEST, PrefixCache
 from engine.generation.prompt import check_ids, tokenize
 from engine.generation.row import Generation, Row
-from engine.generation.step import Compiled, Step, bytes_per_token, usual
+from engine.generation.step import Compiled, Step, usual
 from engine.generation.structured import Vocabulary
 from engine.loading import LoadedModel
+from engine.models.cache import bytes_per_token
 from engine.ticket import StepOutput, Ticket
 from stoker.contract import GenerateRequest, StreamToken
 from stoker.errors import InvalidRequest

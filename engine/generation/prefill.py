@@ -13,7 +13,8 @@ from engine.generation.batch import COLUMNS
 from engine.generation.prefixes import PrefixCache
 from engine.generation.row import Row
 from engine.generation.sampling import Draw, Pick, columns, picks
-from engine.generation.step import KeyValues, Step, bucket
+from engine.generation.step import Step, bucket
+from engine.models.cache import KeyValues
 from engine.models.llama import Llama
 
 #: Tokens of a chunk, all rows together: at least, and at most (activations take memory, too).

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engine.generation.step import KeyValues
+from engine.models.cache import KeyValues
 
 #: A shorter beginning is prefilled faster than it is found and copied.
 SHORTEST = 32

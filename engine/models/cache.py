@@ -1,25 +1,15 @@
-"""The keys and values of the tokens that the model has seen.
-
-`KVCache` owns the storage; a view says which rows and columns one forward pass writes and attends to. Writes are in
-place as long as nobody else holds the arrays: take them from `arrays()`, evaluate them after every step, keep none.
-"""
+"""The keys and values of the tokens that the model has seen, and what one forward pass writes and reads of them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import mlx.core as mx
 
 from engine.models.attention import Mask
-from stoker.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from engine.models.llama import Llama
-
-_FIRST_CAPACITY = 256
-#: Decoding attends over a multiple of this many columns, so that shapes change seldom.
-_COLUMNS = 64
 
 
 class LayerCache(Protocol):
@@ -44,151 +34,105 @@ class LayerCache(Protocol):
         ...
 
 
-class KVCache:
-    """Keys and values (slots, kv_heads, capacity, head_dim) of every layer; capacity doubles when it must grow.
+class KeyValues:
+    """Keys and values of every layer, each (rows, kv_heads, capacity, head_dim), in the model's dtype.
 
-    With `window`, a token attends to itself and the window − 1 tokens before it (Mistral's sliding window); those that
-    fell out of it are kept, but not read.
+    Whoever writes takes the arrays out of here and puts the new ones back before they are evaluated: MLX then writes
+    in place, because nobody else holds the old ones. Held by anybody, they would be copied whole at every step.
     """
 
-    def __init__(
-        self,
-        layers: int,
-        kv_heads: int,
-        head_dim: int,
-        slots: int,
-        dtype: mx.Dtype = mx.float32,
-        window: int | None = None,
-    ):
-        self.slots, self.window = slots, window
-        self.capacity = _FIRST_CAPACITY
-        shape = (slots, kv_heads, self.capacity, head_dim)
-        self.keys = [mx.zeros(shape, dtype) for _ in range(layers)]
-        self.values = [mx.zeros(shape, dtype) for _ in range(layers)]
-        mx.eval(self.arrays())
-
-    @classmethod
-    def for_model(cls, model: Llama, slots: int) -> KVCache:
-        """A cache of `slots` sequences for `model`, in the dtype of its weights."""
+    def __init__(self, model: Llama, rows: int, capacity: int) -> None:
         args = model.args
-        return cls(args.layers, args.kv_heads, args.head_dim, slots, model.dtype, args.window)
+        shape = (rows, args.kv_heads, capacity, args.head_dim)
+        self.keys = [mx.zeros(shape, model.dtype) for _ in range(args.layers)]
+        self.values = [mx.zeros(shape, model.dtype) for _ in range(args.layers)]
 
-    def arrays(self) -> list[mx.array]:
-        """Every array of the cache, to be evaluated after a step together with its result."""
-        return self.keys + self.values
+    @property
+    def rows(self) -> int:
+        return int(self.keys[0].shape[0])
+
+    @property
+    def capacity(self) -> int:
+        return int(self.keys[0].shape[2])
 
     @property
     def nbytes(self) -> int:
-        return sum(array.nbytes for array in self.arrays())
+        return sum(array.nbytes for array in (*self.keys, *self.values))
 
-    def bytes_for(self, length: int) -> int:
-        """What `nbytes` will be once `ensure(length)` has run: for admission by memory."""
-        return self.nbytes // self.capacity * self._capacity_for(length)
-
-    def ensure(self, length: int) -> None:
-        """Grow the storage so that every slot holds `length` tokens."""
-        capacity = self._capacity_for(length)
-        if capacity == self.capacity:
+    def resize(self, rows: int, capacity: int) -> None:
+        """More or fewer rows and columns; what fits stays. One layer at a time, so that old and new never both exist
+        in full."""
+        if (rows, capacity) == (self.rows, self.capacity):
             return
         for arrays in (self.keys, self.values):
-            for layer, array in enumerate(arrays):
-                arrays[layer] = mx.pad(array, [(0, 0), (0, 0), (0, capacity - self.capacity), (0, 0)])
-                mx.eval(arrays[layer])  # one layer at a time: the old storage and the new never exist in full together
-        self.capacity = capacity
+            for layer in range(len(arrays)):
+                arrays[layer] = _resized(arrays[layer], rows, capacity)
+                mx.eval(arrays[layer])
 
-    def prefill_view(self, slot: int, start: int, length: int) -> PrefillView:
-        """`length` tokens of one sequence in `slot`, from position `start` on; the cache has those before."""
-        self._check_slots([slot])
-        self.ensure(start + length)
-        return PrefillView(self, slot, start, length)
+    def put(self, row: int, source: KeyValues, source_row: int, length: int) -> None:
+        """Copy the first `length` columns of a row of `source` (which may be this) to `row`."""
+        for target, origin in ((self.keys, source.keys), (self.values, source.values)):
+            for layer, array in enumerate(origin):
+                target[layer][row : row + 1, :, :length] = array[source_row : source_row + 1, :, :length]
 
-    def decode_view(self, slots: Sequence[int], positions: Sequence[int]) -> DecodeView:
-        """One new token for each of `slots` (distinct), row i at position `positions[i]`.
-
-        Ascending slots without a hole are read where they lie; others are joined, which copies what they hold.
-        """
-        self._check_slots(slots)
-        if len(slots) != len(positions) or len(set(slots)) != len(slots):
-            raise InvalidRequest(f"{len(positions)} positions for slots {list(slots)}: one for each, each slot once")
-        self.ensure(max(positions) + 1)
-        return DecodeView(self, slots, positions)
-
-    def _capacity_for(self, length: int) -> int:
-        capacity = self.capacity
-        while capacity < length:
-            capacity *= 2
-        return capacity
-
-    def _check_slots(self, slots: Sequence[int]) -> None:
-        if not slots or min(slots) < 0 or max(slots) >= self.slots:
-            raise InvalidRequest(f"slots {list(slots)}: the cache has 0 to {self.slots - 1}")
+    def row(self, row: int, length: int) -> KeyValues:
+        """A copy of a row's first `length` columns, which is on its way."""
+        made = object.__new__(KeyValues)
+        made.keys = [mx.contiguous(array[row : row + 1, :, :length]) for array in self.keys]
+        made.values = [mx.contiguous(array[row : row + 1, :, :length]) for array in self.values]
+        mx.async_eval(made.keys, made.values)  # type: ignore[no-untyped-call]
+        return made
 
 
-class PrefillView:
-    """One sequence's run of new tokens: causal attention over everything up to it. A `LayerCache`.
+def bytes_per_token(model: Llama) -> int:
+    """What one token's keys and values take: two arrays of the grouped heads in every layer."""
+    args = model.args
+    return 2 * args.layers * args.kv_heads * args.head_dim * int(model.dtype.size)
 
-    Under a sliding window it hands out the keys that the first new token sees and those after; what each of the others
-    sees of them is for `attention` to say.
+
+def _resized(array: mx.array, rows: int, capacity: int) -> mx.array:
+    array = array[:rows, :, :capacity]
+    more = [(0, rows - array.shape[0]), (0, 0), (0, capacity - array.shape[2]), (0, 0)]
+    return mx.pad(array, more) if any(after for _, after in more) else mx.contiguous(array)
+
+
+class View:
+    """A `LayerCache` over keys and values for one pass: row i's new tokens lie at `offset[i]` and after it.
+
+    `columns`: how many of the columns are read, a bound for every row. `exact`: one row, of which every column read is
+    filled by this pass: then attention is causal and needs no mask.
     """
 
-    def __init__(self, cache: KVCache, slot: int, start: int, length: int):
-        self._cache, self._slot, self._end = cache, slot, start + length
-        self._first = 0 if cache.window is None else max(0, start + 1 - cache.window)
-        self.offset = start
+    def __init__(self, kv: tuple[list[mx.array], list[mx.array]], offset: mx.array, shape: tuple[int, int], **how: Any):
+        self.keys, self.values = list(kv[0]), list(kv[1])
+        self.offset, self._columns = offset, int(how["columns"])
+        self._rows, self._tokens = shape
+        # With one token, too: a sliding window hides what lies before it.
         self.mask: Mask = "causal"
+        if not how["exact"]:
+            columns = mx.arange(self._columns)[None, None]
+            positions = offset[:, None, None] + mx.arange(self._tokens)[None, :, None]
+            seen = columns <= positions
+            if how["window"] is not None:
+                seen = seen & (columns > positions - how["window"])
+            self.mask = seen[:, None]
 
     def update(self, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        row, columns = slice(self._slot, self._slot + 1), slice(self.offset, self._end)
-        all_keys, all_values = self._cache.keys[layer], self._cache.values[layer]
-        all_keys[row, :, columns] = keys
-        all_values[row, :, columns] = values
-        return all_keys[row, :, self._first : self._end], all_values[row, :, self._first : self._end]
+        self.keys[layer] = self._write(self.keys[layer], keys)
+        self.values[layer] = self._write(self.values[layer], values)
+        read = slice(0, self._rows), slice(None), slice(0, self._columns)
+        return self.keys[layer][read], self.values[layer][read]
 
-    def stored(self, layer: int) -> None:
-        return None
+    def stored(self, layer: int) -> tuple[mx.array, mx.array]:
+        return self.keys[layer], self.values[layer]
 
-
-class DecodeView:
-    """One new token in each of several sequences, each at its own position. A `LayerCache`."""
-
-    def __init__(self, cache: KVCache, slots: Sequence[int], positions: Sequence[int]):
-        self._cache = cache
-        self.offset: mx.array = mx.array(list(positions), mx.int32)
-        self._slots = mx.array(list(slots), mx.int32)
-        self._runs = _runs(slots)
-        window = cache.window or cache.capacity
-        first, end = max(0, min(positions) + 1 - window), max(positions) + 1
-        first, end = first // _COLUMNS * _COLUMNS, min(-(-end // _COLUMNS) * _COLUMNS, cache.capacity)
-        self._columns = slice(first, end)
-        self.mask: Mask = None
-        if any(position + 1 != end or position + 1 - window > first for position in positions):
-            columns, row = mx.arange(first, end)[None], self.offset[:, None]
-            seen = columns <= row
-            if cache.window is not None:
-                seen = seen & (columns > row - window)
-            self.mask = seen[:, None, None, :]
-
-    def update(self, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        all_keys, all_values = self._cache.keys[layer], self._cache.values[layer]
-        all_keys[self._slots, :, self.offset] = keys[:, :, 0]
-        all_values[self._slots, :, self.offset] = values[:, :, 0]
-        return self._read(all_keys), self._read(all_values)
-
-    def stored(self, layer: int) -> tuple[mx.array, mx.array] | None:
-        in_order = self._runs == [slice(0, self.offset.shape[0])]
-        return (self._cache.keys[layer], self._cache.values[layer]) if in_order else None
-
-    def _read(self, storage: mx.array) -> mx.array:
-        parts = [storage[run, :, self._columns] for run in self._runs]
-        return parts[0] if len(parts) == 1 else mx.concatenate(parts)
-
-
-def _runs(slots: Sequence[int]) -> list[slice]:
-    """`slots`, in order, as the fewest slices."""
-    runs: list[slice] = []
-    for slot in slots:
-        if runs and runs[-1].stop == slot:
-            runs[-1] = slice(runs[-1].start, slot + 1)
+    def _write(self, storage: mx.array, new: mx.array) -> mx.array:
+        if self._rows == storage.shape[0] == 1:
+            return mx.slice_update(storage, new, self.offset, axes=(2,))
+        rows = mx.arange(self._rows)
+        if self._tokens == 1:
+            storage[rows, :, self.offset] = new[:, :, 0]
         else:
-            runs.append(slice(slot, slot + 1))
-    return runs
+            positions = self.offset[:, None] + mx.arange(self._tokens)[None]
+            storage[rows[:, None], :, positions] = new.swapaxes(1, 2)
+        return storage

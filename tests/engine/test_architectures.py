@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 
 from engine.embedding.pooling import pool
-from engine.generation.step import KeyValues, View
 from engine.loading import LoadedModel, load
 from engine.models import fastmath, rope
-from engine.models.cache import KVCache
-from engine.models.llama import Llama, LlamaArgs
+from engine.models.cache import KeyValues
+from engine.models.llama import LlamaArgs
 from engine.models.mistral import MistralArgs
 from engine.models.mpnet import MPNetArgs
 from engine.models.qwen2 import Qwen2Args
 from engine.models.qwen3 import Qwen3Args
 from engine.weights import safetensors
 from stoker.errors import ModelError
+from tests.engine import cached
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 CHECKPOINTS = GOLDENS / "architectures"
@@ -71,45 +71,9 @@ def test_logits_agree_at_every_position(name: str) -> None:
 
 @pytest.mark.usefixtures("arithmetic")
 @pytest.mark.parametrize("name", DECODERS)
-@pytest.mark.parametrize("chunk", [1, 5, 64])
-def test_prefill_in_chunks_and_ragged_decoding_agree(name: str, chunk: int) -> None:
-    """Rows of 3, 9 and 20 tokens go in by chunks; then all decode together, over and beyond Mistral's window of 8."""
-    model = opened(name).decoder
-    rows, wanted = golden(name)
-    slots, starts = [2, 0, 3], [20, 3, 9]
-    cache = KVCache.for_model(model, slots=4)
-    for slot, row, start, logits in zip(slots, rows, starts, wanted, strict=True):
-        for begin in range(0, start, chunk):
-            piece = row[begin : min(begin + chunk, start)]
-            hidden = model(mx.array([piece]), cache.prefill_view(slot, begin, len(piece)))
-            mx.eval(hidden, cache.arrays())
-            got = np.array(model.logits(hidden)[0])
-            assert np.abs(got - logits[begin : begin + len(piece)]).max() < CLOSE
-    for step in range(20):
-        going = [index for index in range(3) if starts[index] + step < len(rows[index])]
-        positions = [starts[index] + step for index in going]
-        tokens = mx.array([[rows[index][position]] for index, position in zip(going, positions, strict=True)])
-        got = model.logits(model(tokens, cache.decode_view([slots[index] for index in going], positions)))
-        mx.eval(got, cache.arrays())
-        for place, (index, position) in enumerate(zip(going, positions, strict=True)):
-            assert np.abs(np.array(got[place, 0]) - wanted[index][position]).max() < CLOSE
-
-
-def through(model: Llama, kv: KeyValues, tokens: list[list[int]], offset: list[int], **how: Any) -> np.ndarray:
-    """Logits (rows, tokens, vocabulary) of one pass over `kv`, which keeps what it writes."""
-    shape = len(tokens), len(tokens[0])
-    how = {"exact": False, "columns": kv.capacity, "window": model.args.window, **how}
-    view = View((kv.keys, kv.values), mx.array(offset), shape, **how)
-    got = model.logits(model(mx.array(tokens), view))
-    kv.keys, kv.values = view.keys, view.values
-    return np.array(got)
-
-
-@pytest.mark.usefixtures("arithmetic")
-@pytest.mark.parametrize("name", DECODERS)
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("chunk", [1, 5, 64])
-def test_prompts_and_a_batch_go_through_the_generate_lanes_views(name: str, exact: bool, chunk: int) -> None:
+def test_prefill_in_chunks_and_ragged_decoding_agree(name: str, exact: bool, chunk: int) -> None:
     """A prompt by exact chunks or by padded ones, joined to a batch, decoded over and beyond Mistral's window of 8."""
     model = opened(name).decoder
     rows, wanted = golden(name)
@@ -121,12 +85,14 @@ def test_prompts_and_a_batch_go_through_the_generate_lanes_views(name: str, exac
             end = begin + len(piece)
             padded = piece if exact else piece + [1] * (chunk - len(piece))
             how = {"exact": True, "columns": end} if exact else {}
-            got = through(model, kv, [padded], [begin], **how)[0, : len(piece)]
+            got = cached.through(model, kv, [padded], [begin], **how)[0, : len(piece)]
             assert np.abs(got - logits[begin:end]).max() < CLOSE
         batch.put(place, kv, 0, start)
     for step in range(min(len(row) - start for row, start in zip(rows, starts, strict=True))):
         positions = [start + step for start in starts]
-        got = through(model, batch, [[row[at]] for row, at in zip(rows, positions, strict=True)], positions, columns=64)
+        got = cached.through(
+            model, batch, [[row[at]] for row, at in zip(rows, positions, strict=True)], positions, columns=64
+        )
         for place, at in enumerate(positions):
             assert np.abs(got[place, 0] - wanted[place][at]).max() < CLOSE
 
@@ -137,21 +103,17 @@ def test_a_window_holds_far_beyond_what_decoding_reads_at_once() -> None:
     model = opened("mistral").decoder
     tokens = np.random.default_rng(2).integers(4, 64, (3, 400)).tolist()
     wanted = np.array(model.logits(model(mx.array(tokens))))
-    cache = KVCache.for_model(model, slots=3)
-    starts = [390, 120, 64]
+    starts, batch = [390, 120, 64], KeyValues(model, 3, 400)
     for slot, start in enumerate(starts):
+        kv = KeyValues(model, 1, 400)
         for begin in range(0, start, 100):
             piece = tokens[slot][begin : min(begin + 100, start)]
-            hidden = model(mx.array([piece]), cache.prefill_view(slot, begin, len(piece)))
-            mx.eval(hidden, cache.arrays())
-        assert np.abs(np.array(model.logits(hidden)[0, -1]) - wanted[slot, start - 1]).max() < CLOSE
-    for rows in ([0], [1, 2], [0, 1, 2]):
-        positions = [starts[row] for row in rows]
-        batch = mx.array([[tokens[row][start]] for row, start in zip(rows, positions, strict=True)])
-        got = np.array(model.logits(model(batch, cache.decode_view(rows, positions)))[:, 0])
-        mx.eval(cache.arrays())
-        for place, (row, start) in enumerate(zip(rows, positions, strict=True)):
-            assert np.abs(got[place] - wanted[row, start]).max() < CLOSE
+            got = cached.through(model, kv, [piece], [begin], exact=True, columns=begin + len(piece))
+        assert np.abs(got[0, -1] - wanted[slot, start - 1]).max() < CLOSE
+        batch.put(slot, kv, 0, start)
+    got = cached.through(model, batch, [[row[start]] for row, start in zip(tokens, starts, strict=True)], starts)
+    for slot, start in enumerate(starts):
+        assert np.abs(got[slot, 0] - wanted[slot, start]).max() < CLOSE
 
 
 @pytest.mark.usefixtures("arithmetic")

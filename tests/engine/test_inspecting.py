@@ -12,7 +12,7 @@ import pytest
 
 from engine.inspecting import KINDS, inspect
 from engine.loading import DECODERS, ENCODERS, LoadedModel, load
-from engine.models.cache import KVCache
+from engine.models.cache import bytes_per_token
 from engine.quantizing import quantize_folder
 from engine.verifying import verify
 from engine.weights import safetensors
@@ -44,9 +44,7 @@ def test_real_models_are_described(smollm2: LoadedModel, minilm: LoadedModel) ->
     assert found.dtypes == {"Q4_1": 106_168_320, "Q8_0": 28_311_552, "F32": 35_136}
     assert (found.context, found.layers, found.dim, found.vocabulary) == (8192, 30, 576, 49152)
     assert found.chat_template
-    args = smollm2.decoder.args
-    cache = KVCache(args.layers, args.kv_heads, args.head_dim, slots=1)
-    token = sum(array.nbytes for array in cache.arrays()) // cache.capacity
+    token = bytes_per_token(smollm2.decoder)
     assert found.cache_bytes_per_1000 == {"16 bit": 500 * token, "32 bit": 1000 * token}
     found = inspect(minilm.path)
     assert (found.format, found.quantization, found.context) == ("safetensors", None, 256)

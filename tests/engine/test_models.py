@@ -11,14 +11,16 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from engine.generation.step import Step
 from engine.loading import LoadedModel
 from engine.models import fastmath
 from engine.models.attention import attention
 from engine.models.bert import BertArgs
-from engine.models.cache import KVCache
+from engine.models.cache import KeyValues, bytes_per_token
 from engine.models.llama import Llama, LlamaArgs
 from engine.models.sentence import EmbeddingSpec
-from stoker.errors import InvalidRequest, ModelError
+from stoker.errors import ModelError
+from tests.engine import cached
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 Close = Callable[[mx.array, mx.array], float]
@@ -93,64 +95,40 @@ def test_gradients_agree_with_the_plain_operations(monkeypatch: pytest.MonkeyPat
     assert any(abs(gradient.item()) > 1e-3 for gradient in plain.values())
 
 
-@pytest.mark.usefixtures("arithmetic")
-@pytest.mark.parametrize("slots", [[0, 1, 2], [3, 0, 2]])
-def test_prefill_and_ragged_decoding_equal_the_whole_forward(close: Close, tiny_llama: Llama, slots: list[int]) -> None:
-    rng = np.random.default_rng(3)
-    lengths, extra = [250, 1, 90], 12
-    rows = [rng.integers(0, 61, length + extra).tolist() for length in lengths]
-    wanted = [tiny_llama.logits(tiny_llama(mx.array([row])))[0] for row in rows]
-    cache = KVCache.for_model(tiny_llama, slots=4)
-    for slot, row, length in zip(slots, rows, lengths, strict=True):
-        for start in range(0, length, 100):  # in chunks, the last one short
-            chunk = row[start : min(start + 100, length)]
-            hidden = tiny_llama(mx.array([chunk]), cache.prefill_view(slot, start, len(chunk)))
-            mx.eval(hidden, cache.arrays())
-        assert close(tiny_llama.logits(hidden)[0, -1], wanted[slots.index(slot)][length - 1]) < 1e-4
-    for step in range(extra):  # over 256, so that the capacity doubles on the way
-        positions = [length + step for length in lengths]
-        tokens = mx.array([[row[position]] for row, position in zip(rows, positions, strict=True)])
-        logits = tiny_llama.logits(tiny_llama(tokens, cache.decode_view(slots, positions)))
-        mx.eval(logits, cache.arrays())
-        for index, position in enumerate(positions):
-            assert close(logits[index, 0], wanted[index][position]) < 1e-4
-    assert cache.capacity == 512
+def test_decoding_leaves_other_rows_alone(tiny_llama: Llama) -> None:
+    kv = KeyValues(tiny_llama, 3, 256)
+    cached.through(tiny_llama, kv, [[1, 2, 3]] * 3, [0, 0, 0])
+    before = [np.array(array[2]) for array in (*kv.keys, *kv.values)]
+    cached.through(tiny_llama, kv, [[4], [5]], [3, 7])
+    assert all(np.array_equal(old, np.array(new[2])) for old, new in zip(before, (*kv.keys, *kv.values), strict=True))
 
 
-def test_decoding_leaves_other_slots_alone(tiny_llama: Llama) -> None:
-    cache = KVCache.for_model(tiny_llama, slots=3)
-    mx.eval(tiny_llama(mx.array([[1, 2, 3]]), cache.prefill_view(1, 0, 3)), cache.arrays())
-    before = [np.array(array[1]) for array in cache.arrays()]
-    mx.eval(tiny_llama(mx.array([[4], [5]]), cache.decode_view([0, 2], [0, 7])), cache.arrays())
-    assert all(np.array_equal(old, np.array(new[1])) for old, new in zip(before, cache.arrays(), strict=True))
+@pytest.mark.parametrize("rows", [1, 2])
+def test_decoding_writes_in_place(tiny_llama: Llama, rows: int) -> None:
+    """20 MB an array: a copy of each would show at once."""
+    kv = KeyValues(tiny_llama, rows, 300_000)
+    step = Step(tiny_llama, "none")
 
+    def decode(position: int) -> None:
+        tokens, offset = mx.array([[4]] * rows), mx.array([position] * rows)
+        mx.eval(step(kv, tokens, offset, columns=64, sampling={}), kv.keys, kv.values)
 
-def test_decoding_writes_in_place(tiny_llama: Llama) -> None:
-    cache = KVCache.for_model(tiny_llama, slots=2)
-    cache.ensure(300_000)  # 20 MB an array: a copy of each would show at once
-
-    def step(position: int) -> None:
-        mx.eval(tiny_llama(mx.array([[4], [5]]), cache.decode_view([0, 1], [position, position])), cache.arrays())
-
-    step(0)
+    decode(0)
     mx.reset_peak_memory()
     resting = mx.get_active_memory()
-    step(1)
-    assert mx.get_peak_memory() - resting < cache.keys[0].nbytes // 2
+    decode(1)
+    assert mx.get_peak_memory() - resting < kv.keys[0].nbytes // 2
 
 
-def test_capacity_is_announced_before_it_is_taken(tiny_llama: Llama) -> None:
-    cache = KVCache.for_model(tiny_llama, slots=2)
-    announced = cache.bytes_for(1000)
-    cache.ensure(1000)
-    assert (cache.nbytes, cache.capacity) == (announced, 1024)
-
-
-def test_slots_and_positions_must_fit(tiny_llama: Llama) -> None:
-    cache = KVCache.for_model(tiny_llama, slots=2)
-    for slots, positions in (([], []), ([2], [0]), ([-1], [0]), ([0, 0], [1, 2]), ([0], [1, 2])):
-        with pytest.raises(InvalidRequest):
-            cache.decode_view(slots, positions)
+def test_keys_and_values_stay_when_rows_and_columns_change(tiny_llama: Llama) -> None:
+    kv = KeyValues(tiny_llama, 2, 256)
+    cached.through(tiny_llama, kv, [[1, 2, 3], [4, 5, 6]], [0, 0])
+    before = np.array(kv.keys[1][1, :, :3])
+    for rows, capacity in ((4, 512), (2, 512), (2, 256)):
+        kv.resize(rows, capacity)
+        assert (kv.rows, kv.capacity) == (rows, capacity)
+        assert np.array_equal(np.array(kv.keys[1][1, :, :3]), before)
+    assert kv.nbytes == 2 * 256 * bytes_per_token(tiny_llama)
 
 
 CONFIG = {

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 from engine.loading import LoadedModel, load
-from engine.models.cache import KVCache
+from engine.models.cache import KeyValues
 from engine.models.layers import Linear, QuantizedEmbedding, QuantizedLinear
 from engine.models.llama import Llama
 from engine.quantizing import quantize_folder
 from engine.weights import safetensors
 from engine.weights.quantized import QuantizedTensor, dequantize, quantize
 from stoker.errors import ModelError
+from tests.engine import cached
 
 CHECKPOINTS = Path(__file__).parents[1] / "goldens" / "architectures"
 TOKENS = mx.array([[7, 9, 11, 13, 40, 41, 63, 5]])
@@ -141,11 +142,11 @@ def test_a_written_folder_is_what_quantizing_on_load_gives(tmp_path: Path, name:
 
 def test_a_quantized_model_decodes_with_a_cache(folder: Path) -> None:
     model = opened(folder, quantize="keep").decoder
-    cache = KVCache.for_model(model, slots=1)
-    assert cache.keys[0].dtype == mx.float32
-    model(TOKENS[:, :-1], cache.prefill_view(0, 0, 7))
-    last = model.logits(model(TOKENS[:, -1:], cache.decode_view([0], [7])))
-    assert np.abs(np.array(last[0, 0]) - logits(model)[0, -1]).max() < 1e-4
+    kv, tokens = KeyValues(model, 1, 64), TOKENS.tolist()
+    assert kv.keys[0].dtype == mx.float32
+    cached.through(model, kv, [tokens[0][:-1]], [0])
+    last = cached.through(model, kv, [tokens[0][-1:]], [7])
+    assert np.abs(last[0, 0] - logits(model)[0, -1]).max() < 1e-4
 
 
 def test_the_shards_stay_and_the_rest_is_copied(folder: Path) -> None:
@@ -261,7 +262,7 @@ def test_the_dtype_is_the_one_asked_for(dtype: str) -> None:
     wanted = getattr(mx, dtype)
     model = opened(CHECKPOINTS / "qwen3", dtype=dtype).decoder
     assert model.dtype == model(TOKENS).dtype == wanted
-    assert KVCache.for_model(model, slots=1).keys[0].dtype == wanted
+    assert KeyValues(model, 1, 64).keys[0].dtype == wanted
     quantized = opened(CHECKPOINTS / "qwen3", dtype=dtype, quantize="4bit", group_size=32).decoder
     assert quantized.dtype == quantized(TOKENS).dtype == wanted
     hidden = opened(CHECKPOINTS / "mpnet", dtype=dtype).encoder(TOKENS)

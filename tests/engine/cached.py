@@ -1,0 +1,22 @@
+"""A pass of a model over keys and values, as the generate lane makes it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from engine.models.cache import KeyValues, View
+from engine.models.llama import Llama
+
+
+def through(model: Llama, kv: KeyValues, tokens: list[list[int]], offset: list[int], **how: Any) -> np.ndarray:
+    """Logits (rows, tokens, vocabulary) of one pass over `kv`, which keeps what it writes."""
+    shape = len(tokens), len(tokens[0])
+    how = {"exact": False, "columns": kv.capacity, "window": model.args.window, **how}
+    view = View((kv.keys, kv.values), mx.array(offset), shape, **how)
+    got = model.logits(model(mx.array(tokens), view))
+    kv.keys, kv.values = view.keys, view.values
+    del view
+    return np.array(got)
