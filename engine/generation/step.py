@@ -6,6 +6,9 @@ for every set of shapes; so rows, tokens and columns come in few sizes (`bucket`
 
 from __future__ import annotations
 
+import functools
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -37,15 +40,20 @@ def usual() -> Compiled:
     return "decode" if fuses_on_cpu() else "none"
 
 
+#: Traces that are kept: one of a model with 30 layers takes 4 MB. Those used longest ago go first.
+TRACES = 32
+
+
 class Step:
-    """The pass itself. `traces`: how often it was traced: once for each set of shapes, where it is compiled."""
+    """The pass itself. `traces`: how often it was traced: once for each set of shapes, where it is compiled, and again
+    for one that was given up."""
 
     def __init__(self, model: Llama, compiled: Compiled) -> None:
         self._model, self.traces = model, 0
         #: Whether decoding and prompts come in buckets.
         self.decode_buckets, self.prompt_buckets = compiled != "none", compiled == "all"
-        self._pass = mx.compile(self._whole) if compiled == "all" else self._whole
-        self._decode = mx.compile(self._forward) if compiled == "decode" else self._forward
+        self._compiled = compiled
+        self._kept: OrderedDict[Hashable, Callable[..., Any]] = OrderedDict()
 
     def __call__(
         self,
@@ -66,9 +74,33 @@ class Step:
         """
         tree = None if adapters is None else (adapters.stacks, adapters.indices)
         stored = kv.keys, kv.values
-        keys, values, chosen = self._pass(stored, tokens, offset, last, sampling, tree, columns, exact)
+        run = (
+            self._traced(self._whole, stored, tokens, sampling, tree, columns)
+            if self._compiled == "all"
+            else self._whole
+        )
+        keys, values, chosen = run(stored, tokens, offset, last, sampling, tree, columns, exact)
         kv.keys, kv.values = keys, values
         return tuple(chosen)
+
+    def _traced(
+        self,
+        function: Callable[..., Any],
+        stored: tuple[list[mx.array], list[mx.array]],
+        tokens: mx.array,
+        sampling: Columns | None,
+        tree: Any,
+        columns: int,
+    ) -> Callable[..., Any]:
+        """`function` as compiled for these shapes. One object a trace: dropping it is the only way to free one."""
+        key = tokens.shape, stored[0][0].shape, columns, _shapes_of(sampling), _shapes_of_stacks(tree)
+        if key not in self._kept:
+            # A partial: two compiled objects of one function would share their traces.
+            self._kept[key] = mx.compile(functools.partial(function))
+            if len(self._kept) > TRACES:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(key)
+        return self._kept[key]
 
     def _whole(
         self,
@@ -81,7 +113,9 @@ class Step:
         columns: int,
         exact: bool,
     ) -> tuple[list[mx.array], list[mx.array], list[mx.array]]:
-        forward = self._decode if tokens.shape[1] == 1 and not exact else self._forward
+        forward = self._forward
+        if self._compiled == "decode" and tokens.shape[1] == 1 and not exact:
+            forward = self._traced(self._forward, stored, tokens, None, tree, columns)
         keys, values, logits = forward(stored, tokens, offset, last, tree, columns, exact, sampling is not None)
         if logits is None or sampling is None:
             return keys, values, []
@@ -109,3 +143,17 @@ class Step:
             return view.keys, view.values, None
         final = hidden[:, -1] if last is None else hidden[mx.arange(rows), last]
         return view.keys, view.values, model.head(final)
+
+
+def _shapes_of(sampling: Columns | None) -> Hashable:
+    if sampling is None:
+        return None
+    return tuple((name, value.shape if isinstance(value, mx.array) else value) for name, value in sampling.items())
+
+
+def _shapes_of_stacks(tree: Any) -> Hashable:
+    """All stacks have room for the same adapters and rank: one of them and their number say it all."""
+    if tree is None:
+        return None
+    stacks = tree[0]
+    return next(iter(stacks.values()))["a"].shape[::2], sum(map(len, stacks.values()))

@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from engine.generation import step as step_module
 from engine.generation.step import Step
 from engine.loading import LoadedModel
 from engine.models import fastmath
@@ -118,6 +119,15 @@ def test_decoding_writes_in_place(tiny_llama: Llama, rows: int) -> None:
     resting = mx.get_active_memory()
     decode(1)
     assert mx.get_peak_memory() - resting < kv.keys[0].nbytes // 2
+
+
+def test_only_so_many_traces_are_kept(tiny_llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_module, "TRACES", 2)
+    kv, step = KeyValues(tiny_llama, 1, 256), Step(tiny_llama, "decode")
+    for columns in (64, 64, 128, 64, 192, 64, 128):  # the last one was given up for 192
+        mx.eval(step(kv, mx.array([[4]]), mx.array([5]), columns=columns, sampling={}))
+    assert step.traces == 4
+    assert len(step._kept) == 2
 
 
 def test_keys_and_values_stay_when_rows_and_columns_change(tiny_llama: Llama) -> None:
