@@ -14,7 +14,8 @@ import numpy as np
 from bench.shapes import SHAPES
 from engine.adapters.stacked import StackedLora
 from engine.generation.sampling import Draw, columns
-from engine.generation.step import KeyValues, Step
+from engine.generation.step import Step
+from engine.models.cache import KeyValues
 from engine.models.llama import Llama
 from engine.models.qwen2 import Qwen2Args
 from engine.weights.tensors import Tensors

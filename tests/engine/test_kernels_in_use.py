@@ -13,8 +13,9 @@ from engine.adapters.pool import AdapterPool
 from engine.adapters.store import AdapterStore
 from engine.embedding.forward import pooled
 from engine.generation.sampling import Draw, choose, columns
-from engine.generation.step import KeyValues, Step
+from engine.generation.step import Step
 from engine.loading import load
+from engine.models.cache import KeyValues
 from engine.models.llama import Llama
 from engine.probe import describe_kernels
 from kernels import backend
