@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 from celery import Task
 from celery.exceptions import Ignore, Reject
+from kombu.exceptions import OperationalError
+from redis.exceptions import RedisError
 
 from stoker import keys, ledger
 from stoker.contract import Usage, decode, encode
@@ -78,7 +80,7 @@ class Run:
         """Flower shows it as the task's state."""
         if progress is not None and progress != self._told:
             self._told = progress
-            self._task.send_event("task-progress", progress=round(progress, 4))
+            self._tell("task-progress", progress=round(progress, 4))
 
     def _seconds_left(self, request: JobRequest) -> float | None:
         if request.deadline is None:
@@ -110,9 +112,16 @@ class Run:
         if request is not None:
             request.fence()
 
+    def _tell(self, event: str, **fields: Any) -> None:
+        """Say something to whoever watches, Flower above all. No job waits for that, nor fails by it."""
+        try:
+            self._task.send_event(event, retry=False, **fields)
+        except (OperationalError, RedisError, OSError) as error:
+            log.debug("job %s: %s was not told: %s", self.job_id, event, error)
+
     def tell_revoked(self) -> None:
         # Flower shows STARTED for ever without this event.
-        self._task.send_event("task-revoked", terminated=True, signum=None, expired=False)
+        self._tell("task-revoked", terminated=True, signum=None, expired=False)
 
     def _persist(self, transition: Callable[..., Any], *arguments: Any) -> Any:
         return self.runtime.persist(lambda: transition(self.runtime.redis, self.job_id, self._queue, *arguments))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from celery.exceptions import Ignore, Reject
+from kombu.exceptions import OperationalError
 
 from stoker import keys, ledger
 from stoker.client_core import JobStatus, Outcome, generate_request, job_record
@@ -31,10 +32,14 @@ class Worker:
         self.redis, self.name, self.shrunk, self.deliveries = redis, "w@here", 0, 0
         self.ends: Callable[[], Any] = lambda: None
         self.publisher = SimpleNamespace(flush=lambda: None)
-        ticket = SimpleNamespace(result=lambda: self.ends(), wait=lambda seconds: True)
-        self.engine = SimpleNamespace(submit=lambda *_, **__: ticket)
+        self.ticket = SimpleNamespace(result=lambda: self.ends(), wait=lambda seconds: True)
+        self.engine = SimpleNamespace(submit=lambda *_, **__: self.ticket)
         self.running = lambda token, ticket: nullcontext()
         ledger.submit(redis, "job", job_record(generate_request("m", "x", 0, {}), "job"))
+
+    def tell(self, *_: Any, **__: Any) -> None:
+        """The broker is away whenever somebody is to be told of something."""
+        raise OperationalError("Connection refused")
 
     def persist(self, action: Callable[[], Any]) -> Any:
         return action()
@@ -47,7 +52,7 @@ class Worker:
             stoker_token=f"token-{self.deliveries}",
             stoker_tag="tag",
         )
-        task: Any = SimpleNamespace(name="stoker.generate", request=request, send_event=lambda *_, **__: None)
+        task: Any = SimpleNamespace(name="stoker.generate", request=request, send_event=self.tell)
         return run_job(task, GenerateRequest, lambda run, request, value: Usage(completion_tokens=value))
 
     @property
@@ -91,6 +96,13 @@ def test_an_error_ends_the_job_with_its_class(worker: Worker, error: Exception, 
     assert worker.outcome is not None
     with pytest.raises(told, match="no"):
         worker.outcome.unwrap("job")
+
+
+def test_progress_that_cannot_be_told_fails_no_job(worker: Worker) -> None:
+    """Found by the chaos suite: the broker was away when Flower was to be told."""
+    waits = iter([False, True])
+    worker.ticket.wait, worker.ticket.progress = (lambda seconds: next(waits)), 0.5
+    assert worker.deliver(lambda: 1)["completion_tokens"] == 1
 
 
 def test_a_cancelled_job_is_revoked(worker: Worker) -> None:
