@@ -170,7 +170,9 @@ def _environment() -> dict[str, str]:
 
     report = blas.boot()
     chosen = {"STOKER_BLAS": report.library} if report.active else {}
-    return {**os.environ, "PYTHONPATH": str(ROOT), **chosen}
+    # Where this process finds its packages by PYTHONPATH, the child has to as well.
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "PYTHONPATH": path, **chosen}
 
 
 # --- what times say ---
