@@ -88,6 +88,8 @@ def test_a_quantized_layer_is_the_dense_layer_of_its_matrix() -> None:
 class Lora:
     """One adapter over every layer, as in training."""
 
+    apart = True
+
     def __init__(self, pairs: dict[str, tuple[mx.array, mx.array]]):
         self.pairs = pairs
 
