@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -23,6 +23,8 @@ from kernels.sample import KERNEL as SAMPLE
 from kernels.sample import Penalties
 from kernels.sample import sample as fused_sample
 from stoker.contract import GenerateRequest
+
+V = TypeVar("V")
 
 #: Below this a temperature would only overflow float32: it is as good as greedy.
 COLDEST = 1e-6
@@ -149,7 +151,7 @@ def columns(draws: Sequence[Draw], vocabulary: int, rows: int | None = None) -> 
     if not all(draw.greedy for draw in draws):
         made |= _draw_columns(draws, vocabulary, rows)
     if any(draw.penalised for draw in draws):
-        made |= _penalty_columns(draws, rows)
+        made |= _penalty_columns(draws, vocabulary, rows)
     if any(draw.request.logit_bias for draw in draws):
         made |= _bias_columns(draws, vocabulary, rows)
     if any(draw.mask is not None for draw in draws):
@@ -176,8 +178,8 @@ def _draw_columns(draws: Sequence[Draw], vocabulary: int, rows: int) -> Columns:
     return made
 
 
-def _penalty_columns(draws: Sequence[Draw], rows: int) -> Columns:
-    tallies = [draw.tally if draw.penalised else {} for draw in draws]
+def _penalty_columns(draws: Sequence[Draw], vocabulary: int, rows: int) -> Columns:
+    tallies = [_within(draw.tally, vocabulary) if draw.penalised else {} for draw in draws]
     requests = [draw.request for draw in draws]
     width = _power(max(map(len, tallies)))
     fresh = [draw.fresh and draw.penalised for draw in draws]
@@ -192,8 +194,13 @@ def _penalty_columns(draws: Sequence[Draw], rows: int) -> Columns:
     }
 
 
+def _within(values: Mapping[int, V], vocabulary: int) -> dict[int, V]:
+    """Without tokens that have no logit: MLX's scatter trusts its indices, and writes beyond the array."""
+    return {token: value for token, value in values.items() if token < vocabulary}
+
+
 def _bias_columns(draws: Sequence[Draw], vocabulary: int, rows: int) -> Columns:
-    biases = [draw.request.logit_bias or {} for draw in draws]
+    biases = [_within(draw.request.logit_bias or {}, vocabulary) for draw in draws]
     width = _power(max(map(len, biases)))
     return {
         "bias_ids": _ragged([list(bias) for bias in biases], rows, width, np.int32),

@@ -119,6 +119,12 @@ def test_columns_are_padded_with_rows_that_are_greedy() -> None:
     assert np.allclose(np.array(process(mx.array(rows), made))[1:], rows[1:])
 
 
+def test_a_penalty_on_a_token_that_the_model_does_not_have_touches_nothing() -> None:
+    made = columns([draw(seed=1, repetition_penalty=1.1, tally={4: 1, VOCABULARY: 3, VOCABULARY + 10: 1})], VOCABULARY)
+    assert int(np.array(made["seen_ids"]).max()) == 4
+    assert float(np.array(made["counts"]).sum()) == 1.0
+
+
 def test_greedy_takes_the_best_and_says_so() -> None:
     rows = logits(8)
     for row, pick in zip(rows, sample(mx.array(rows), [draw()] * 8), strict=True):
