@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST_ARGS ?=
+# Processes that share the tests: most of them wait for a broker, a lease or one core.
+JOBS ?= 2
 MINUTES ?= 30
 
 LOCK_VENV := .venv-lock
@@ -43,7 +45,7 @@ demo: $(STAMP) ## embed, generate and train on real models, with a broker and a 
 	$(BIN)/stoker demo
 
 test: $(STAMP) ## the fast and the integration tests
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
 
 test-fast: $(STAMP) ## without a broker or a worker process
 	$(BIN)/python -m pytest -m "not integration and not slow and not chaos" $(PYTEST_ARGS)
@@ -51,7 +53,11 @@ test-fast: $(STAMP) ## without a broker or a worker process
 test-integration: $(STAMP) ## a real broker, a real worker, real weights
 	$(BIN)/python -m pytest -m "integration and not slow and not chaos" $(PYTEST_ARGS)
 
-test-slow: $(STAMP) ## the long ones and the chaos suite
+$(VENV)/.compilers: $(STAMP) requirements/compilers.txt
+	$(PIP) install --quiet --require-hashes -r requirements/compilers.txt
+	@touch $@
+
+test-slow: $(VENV)/.compilers ## the long ones and the chaos suite
 	$(BIN)/python -m pytest -m "slow or chaos" $(PYTEST_ARGS)
 
 SECONDS ?= 1200
@@ -92,10 +98,11 @@ lock: ## write requirements/*.txt anew from pyproject.toml and *.in
 	$(PYTHON) -m venv $(LOCK_VENV)
 	$(LOCK_VENV)/bin/python -m pip --disable-pip-version-check install --quiet -r requirements/lock.txt
 	$(LOCK) pyproject.toml --extra worker -o $(LOCK_VENV)/runtime.txt
-	$(LOCK) pyproject.toml --extra worker --extra dev -o $(LOCK_VENV)/dev.txt
+	$(LOCK) pyproject.toml --extra worker --extra plot --extra parquet --extra dev -o $(LOCK_VENV)/dev.txt
 	$(LOCK) requirements/models.in --no-deps --no-annotate -o $(LOCK_VENV)/models.txt
 	$(LOCK) requirements/build.in -o $(LOCK_VENV)/build.txt
-	@for name in runtime dev models build; do \
+	$(LOCK) requirements/compilers.in -o $(LOCK_VENV)/compilers.txt
+	@for name in runtime dev models build compilers; do \
 		{ echo '$(LOCK_HEADER)'; cat $(LOCK_VENV)/$$name.txt; } > requirements/$$name.txt; done
 
 goldens: ## ask transformers and sentence-transformers again (an environment of its own)

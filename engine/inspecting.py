@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engine.jsonfiles import read_object
 from engine.models.fields import Fields
 from engine.sources import naming
 from engine.weights import safetensors_header
@@ -69,7 +69,7 @@ def inspect(path: Path) -> Inspection:
 
 
 def _folder(folder: Path) -> Inspection:
-    config = read_json(folder / "config.json")
+    config = read_object(folder / "config.json")
     files = safetensors_header.files(folder)
     entries: dict[str, Any] = {}
     for file in files:
@@ -193,25 +193,10 @@ def _folder_context(folder: Path, fields: Fields, architecture: object) -> int:
     """What the model takes, or what its sentence-transformers file limits that to."""
     # MPNet's first two positions stand for no token.
     positions = fields.count("max_position_embeddings", 2048) - (2 if architecture == "mpnet" else 0)
-    limit = read_json(folder / "sentence_bert_config.json", missing={}).get("max_seq_length")
+    limit = read_object(folder / "sentence_bert_config.json", missing={}).get("max_seq_length")
     return min(limit, positions) if isinstance(limit, int) and limit > 0 else positions
 
 
 def _has_template(folder: Path) -> bool:
     beside = (folder / "chat_template.jinja").is_file()
-    return beside or bool(read_json(folder / "tokenizer_config.json", missing={}).get("chat_template"))
-
-
-def read_json(path: Path, missing: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The JSON object in `path`; `missing` if there is no such file. Raises `ModelError`."""
-    if missing is not None and not path.is_file():
-        return missing
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise ModelError(f"{path.parent}: no {path.name} in it") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: {error}") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path}: not a JSON object")
-    return content
+    return beside or bool(read_object(folder / "tokenizer_config.json", missing={}).get("chat_template"))

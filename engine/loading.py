@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import mlx.core as mx
 
+from engine.jsonfiles import read_object
 from engine.models.bert import Bert, BertArgs
 from engine.models.encoder import Encoder
 from engine.models.llama import Llama, LlamaArgs
@@ -23,7 +24,7 @@ from engine.precision import Precision
 from engine.sources import naming, resolve
 from engine.text.tokenizer import Tokenizer
 from engine.weights.digest import weights_digest
-from engine.weights.folder import folder_tensors, gguf_tensors, read_config
+from engine.weights.folder import folder_tensors, gguf_tensors
 from engine.weights.gguf import GGUF
 from engine.weights.tensors import Tensors
 from stoker.errors import ModelError
@@ -96,7 +97,7 @@ def load(
                 raise ModelError(f"{path}: a model is a folder with config.json and safetensors, or a .gguf file")
             loaded = _load_gguf(name, path, precision, start)
         else:
-            config = read_config(path)
+            config = read_object(path / "config.json")
             architecture = config.get("model_type")
             if architecture in ENCODERS:
                 loaded = _load_encoder(name, path, config, precision, start)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -13,10 +12,10 @@ from typing import Any
 
 import mlx.core as mx
 
+from engine.jsonfiles import read_object, write_json
 from engine.loading import DECODERS
 from engine.weights import safetensors
-from engine.weights.files import sync_folder, write_whole
-from engine.weights.folder import read_config
+from engine.weights.files import sync_folder
 from engine.weights.mlx_layout import Layout, split
 from engine.weights.quantized import check, fits, quantize
 from engine.weights.tensors import Stored
@@ -59,7 +58,7 @@ def quantize_folder(src: Path, dst: Path, bits: int = 4, group_size: int = 64) -
         _copy_rest(src, draft)
         counts = _write_weights(src, draft, config, Layout(group_size, bits))
         config = {**_older_rope(config), **config, **Layout(group_size, bits).to_config()}
-        _write_json(draft / "config.json", config)
+        write_json(draft / "config.json", config)
         draft.chmod(0o755)
         sync_folder(draft)
         # Fails, and harms nothing, if another program has put files there meanwhile.
@@ -74,7 +73,7 @@ def quantize_folder(src: Path, dst: Path, bits: int = 4, group_size: int = 64) -
 def _source_config(src: Path) -> dict[str, Any]:
     if not src.is_dir():
         raise ModelError(f"{src}: not a folder with config.json and safetensors; only such a model can be quantized")
-    config = read_config(src)
+    config = read_object(src / "config.json")
     architecture = config.get("model_type")
     if not isinstance(architecture, str) or architecture not in DECODERS:
         raise ModelError(f"{src}: architecture {architecture!r} cannot be quantized; {', '.join(DECODERS)} can")
@@ -112,7 +111,7 @@ def _write_weights(src: Path, dst: Path, config: dict[str, Any], layout: Layout)
         safetensors.write(dst / name, written)
     if len(shards) > 1:
         index = {"metadata": {"total_size": after}, "weight_map": dict(sorted(placement.items()))}
-        _write_json(dst / safetensors.INDEX_NAME, index)
+        write_json(dst / safetensors.INDEX_NAME, index)
     return quantized, dense, before, after
 
 
@@ -138,8 +137,3 @@ def _copy_rest(src: Path, dst: Path) -> None:
         skipped = file.name.startswith(".") or file.name in ("config.json", safetensors.INDEX_NAME)
         if file.is_file() and file.suffix in COPIED and not skipped:
             shutil.copyfile(file, dst / file.name)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    write_whole(path, lambda temporary: temporary.write_text(text, "utf-8"))

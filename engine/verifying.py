@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from engine.inspecting import Inspection, inspect
+from engine.jsonfiles import read_object
 from engine.loading import DECODERS, GGUF_DECODERS
 from engine.models.bert import Bert, BertArgs
 from engine.models.encoder import Encoder
@@ -24,7 +25,6 @@ from engine.models.sentence import EmbeddingSpec
 from engine.sources import naming
 from engine.text.tokenizer import Tokenizer
 from engine.weights import safetensors
-from engine.weights.folder import read_config
 from engine.weights.gguf import GGUF
 from engine.weights.gguf_names import llama_name
 from engine.weights.mlx_layout import CONFIG_KEYS, Layout
@@ -67,7 +67,7 @@ class _Outline(Tensors):
 
 
 def _folder(folder: Path, progress: Callable[[int, int], None]) -> tuple[int, int]:
-    config = read_config(folder)
+    config = read_object(folder / "config.json")
     layout = Layout.from_config(config)
     arrays = safetensors.read_folder(folder)
     stored: dict[str, Stored] = dict(arrays)

@@ -1,7 +1,7 @@
 // The end of a sentence encoder: add, LayerNorm, mean over the real tokens, L2 norm. One threadgroup a text, one simdgroup
 // a token at a time: its norm needs no barrier, and padding is never read.
-// x, r [texts, TOKENS, D]  w, b [D]  lengths [texts]  →  y [texts, D] float32
-// template T, D, TOKENS, ITEMS = ceil(D / 32), EPS: the bits of eps, NORMALIZE
+// x, r [texts, tokens, D]  w, b [D]  lengths [texts]  →  y [texts, D] float32
+// template T, D, ITEMS = ceil(D / 32), EPS: the bits of eps, NORMALIZE
 threadgroup float total[D];
 threadgroup float scratch[32];
 const uint text = threadgroup_position_in_grid.x;
@@ -10,11 +10,13 @@ const uint threads = threads_per_threadgroup.x;
 const uint lane = thread_index_in_simdgroup;
 const uint simdgroup = simdgroup_index_in_threadgroup;
 const uint simdgroups = threads / 32;
+// No template: every width of a batch would be a kernel of its own, compiled when it first comes.
+const uint tokens = uint(x_shape[1]);
 const uint length = uint(lengths[text]);
 float pooled[ITEMS];
 for (int k = 0; k < ITEMS; k++) pooled[k] = 0.0f;
 for (uint token = simdgroup; token < length; token += simdgroups) {
-  const size_t start = (size_t(text) * TOKENS + token) * D;
+  const size_t start = (size_t(text) * tokens + token) * D;
   float v[ITEMS];
   float sum = 0.0f;
   for (int k = 0; k < ITEMS; k++) {

@@ -84,8 +84,8 @@ def _launch(
     gradient: bool = True,
 ) -> Arrays:
     def forward(a: mx.array, r: mx.array, w: mx.array, b: mx.array, n: mx.array) -> Arrays:
-        texts, tokens, width = a.shape
-        sizes = [("D", width), ("TOKENS", tokens), ("ITEMS", -(-width // 32))]
+        texts, _, width = a.shape
+        sizes = [("D", width), ("ITEMS", -(-width // 32))]
         return _BODY.launch(
             (a, r, w, b, n),
             template=[("T", a.dtype), *sizes, ("EPS", float_bits(eps)), ("NORMALIZE", normalize)],

@@ -30,6 +30,13 @@ def _own_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("STOKER_HOME", str(tmp_path / "home"))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What goes to one process of several (`-n`): the tests that share a stack, the kernels' compiler, or a file."""
+    for item in items:
+        shared = "stack" if "stack" in getattr(item, "fixturenames", ()) else item.path.parent.name
+        item.add_marker(pytest.mark.xdist_group(shared if shared in ("stack", "kernels") else item.path.name))
+
+
 def wait_until(condition: Callable[[], Any], what: str, seconds: float = 30.0) -> Any:
     """Wait until `condition` is true and return what it returned; fail naming `what` otherwise."""
     end = time.monotonic() + seconds
@@ -98,7 +105,9 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 
 
 def stack_settings(home: Path, **overrides: Any) -> Settings:
-    return load_settings(home=home, grace=5.0, lease=3, models=(EMBED_MODEL, GENERATE_MODEL), **overrides)
+    return load_settings(
+        **{"home": home, "grace": 5.0, "lease": 3, "models": (EMBED_MODEL, GENERATE_MODEL), **overrides}
+    )
 
 
 @pytest.fixture
@@ -113,5 +122,14 @@ def client(stack: Stack) -> Iterator[Client]:
 def own_stack(tmp_path: Path) -> Iterator[Stack]:
     """A stack that a test may break."""
     with Stack(stack_settings(tmp_path / "own"), flower=False, own_broker=True) as running:
+        running.wait_until_warm()
+        yield running
+
+
+@pytest.fixture
+def own_embedding_stack(tmp_path: Path) -> Iterator[Stack]:
+    """The same without the model that generates, whose loading takes most of a start."""
+    settings = stack_settings(tmp_path / "own", models=(EMBED_MODEL,))
+    with Stack(settings, flower=False, own_broker=True) as running:
         running.wait_until_warm()
         yield running

@@ -11,6 +11,7 @@ from engine.adapters import mlx_lm, peft
 from engine.adapters.lora import LoraWeights
 from engine.adapters.pool import AdapterPool
 from engine.adapters.store import NOTES_FILE
+from engine.jsonfiles import read_object
 from engine.loading import LoadedModel
 from engine.ticket import StepOutput, Ticket
 from stoker.contract import AdapterRequest, AdapterResult, Usage
@@ -82,7 +83,7 @@ def read_adapter(folder: Path, model: LoadedModel) -> LoraWeights:
     """An adapter in PEFT's or mlx-lm's layout, or a checkpoint of ours. Raises `ModelError` for one that is damaged, of
     other shapes, or that says that it was made on another base."""
     if (folder / NOTES_FILE).is_file():
-        notes = peft.read_json(folder / NOTES_FILE)
+        notes = read_object(folder / NOTES_FILE)
         made_of = notes.get("made_of", notes)
         base = made_of.get("base") if isinstance(made_of, dict) else None
         if base not in (None, model.digest):

@@ -14,13 +14,13 @@ import mlx.core as mx
 from engine.adapters.lane import read_adapter
 from engine.adapters.lora import LoraWeights, square_norms
 from engine.adapters.stacked import folded
+from engine.jsonfiles import read_object
 from engine.loading import LoadedModel, load
 from engine.models.layers import Linear
 from engine.quantizing import COPIED
 from engine.sources import resolve
 from engine.weights import safetensors
 from engine.weights.files import sync_folder
-from engine.weights.folder import read_config
 from engine.weights.mlx_layout import Layout
 from stoker.errors import ModelError
 
@@ -38,7 +38,7 @@ def merge(sources: Sequence[str], adapter: Path, target: Path) -> Merged:
     Raises `ModelError` for a base that is no folder or is quantized, or an adapter that does not fit; `OSError`.
     """
     source = resolve(sources)
-    if not source.is_dir() or Layout.from_config(read_config(source)) is not None:
+    if not source.is_dir() or Layout.from_config(read_object(source / "config.json")) is not None:
         raise ModelError(f"{source}: merging needs a model folder with config.json and safetensors, not quantized")
     if target.exists() or target.is_symlink():
         raise ModelError(f"{target}: exists already; name a folder that does not")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from engine.adapters import peft
 from engine.adapters.lora import LoraConfig, LoraWeights
+from engine.jsonfiles import read_object
 from engine.weights import safetensors
 from stoker.errors import ModelError
 
@@ -20,7 +21,7 @@ def read(folder: Path, shapes: Mapping[str, tuple[int, int]]) -> LoraWeights:
     """The adapter in `folder`, checked as `peft.read` does. Its A and B lie as ours do; it keeps the scale itself, so
     alpha is scale · rank. Raises `ModelError` that names the file and what is wrong with it."""
     path = folder / peft.CONFIG_FILE
-    fields = peft.read_json(path)
+    fields = read_object(path)
     method = fields.get("fine_tune_type", "lora")
     if method not in ("lora", "dora"):
         raise ModelError(f"{path}: fine_tune_type {method!r}; only 'lora' and 'dora' can be read.")

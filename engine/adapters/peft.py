@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,8 +12,8 @@ import mlx.core as mx
 import numpy as np
 
 from engine.adapters.lora import LoraConfig, LoraWeights, target_shapes
+from engine.jsonfiles import read_object, write_json
 from engine.weights import safetensors
-from engine.weights.files import write_whole
 from stoker.contract.requests import MAX_RANK
 from stoker.errors import ModelError
 
@@ -25,8 +24,6 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 #: PEFT's name for our layer `layers.0.self_attn.q_proj` is this before it.
 _PREFIX = "base_model.model.model."
-#: A configuration is a few hundred bytes.
-MAX_CONFIG_BYTES = 1 << 20
 #: PEFT's fields that make something else of the sum, and what they are in LoRA and DoRA.
 _PLAIN: dict[str, Any] = {
     "peft_type": "LORA",
@@ -75,33 +72,15 @@ def write(folder: Path, model: str, weights: LoraWeights) -> None:
     write_json(folder / CONFIG_FILE, config)
 
 
-def write_json(path: Path, fields: Mapping[str, Any]) -> None:
-    text = json.dumps(fields, indent=2) + "\n"
-    write_whole(path, lambda temporary: temporary.write_text(text))
-
-
 def read(folder: Path, shapes: Mapping[str, tuple[int, int]]) -> LoraWeights:
     """The adapter in `folder`, checked against a model's layers, name → (in, out), and evaluated, in float32.
 
     Raises `ModelError` that names the file and what is wrong with it.
     """
-    fields = read_json(folder / CONFIG_FILE)
+    fields = read_object(folder / CONFIG_FILE)
     config = _config(folder / CONFIG_FILE, fields)
     whole = all(fields.get(name) is None for name in ("layers_to_transform", "exclude_modules"))
     return _weights(folder / WEIGHTS_FILE, config, shapes, whole=whole)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in `path`. Raises `ModelError` for a file that holds none, or is larger than any such file."""
-    try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise ModelError(f"{path}: {path.stat().st_size} bytes; at most {MAX_CONFIG_BYTES} are read.")
-        fields = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: no readable configuration ({type(error).__name__}: {error}).") from None
-    if not isinstance(fields, dict):
-        raise ModelError(f"{path}: no readable configuration (a {type(fields).__name__}, not an object).")
-    return fields
 
 
 def checked_rank(path: Path, rank: object) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 
 from engine.adapters import peft
 from engine.adapters.lora import LoraWeights
+from engine.jsonfiles import write_json
 from engine.weights.files import sync_folder
 from stoker.contract.base import parse_adapter
 from stoker.errors import UnknownAdapter
@@ -69,7 +70,7 @@ class AdapterStore:
 
         def fill(draft: Path) -> None:
             peft.write(draft, model, weights)
-            peft.write_json(draft / NOTES_FILE, notes)
+            write_json(draft / NOTES_FILE, notes)
 
         return self.install(model, name, fill, version)
 

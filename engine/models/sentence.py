@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engine.jsonfiles import read_json, read_object
 from engine.models.encoder import EncoderArgs
 from stoker.errors import ModelError
 
@@ -41,7 +41,7 @@ class EmbeddingSpec:
 
         Raises `ModelError` for a module or a pooling that is not supported.
         """
-        limit = _object(folder / "sentence_bert_config.json").get("max_seq_length")
+        limit = read_object(folder / "sentence_bert_config.json", missing={}).get("max_seq_length")
         max_tokens = min(limit, args.context) if isinstance(limit, int) and limit > 0 else args.context
         pooling, normalize = "mean", False
         for module in _modules(folder):
@@ -59,24 +59,8 @@ class EmbeddingSpec:
         return cls(max_tokens, pooling, normalize, args.dim, prompts, default, cuts)
 
 
-def _object(path: Path) -> dict[str, Any]:
-    content = _json(path)
-    if not isinstance(content, dict):
-        raise ModelError(f"{path}: not a JSON object")
-    return content
-
-
-def _json(path: Path) -> Any:
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: {error}") from error
-
-
 def _modules(folder: Path) -> list[dict[str, Any]]:
-    modules = _json(folder / "modules.json") or []
+    modules = read_json(folder / "modules.json", missing=[])
     if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
         raise ModelError(f"{folder / 'modules.json'}: not a list of modules")
     return modules
@@ -89,7 +73,7 @@ def _inside(folder: Path, name: object) -> Path:
 
 
 def _pooling(path: Path) -> str:
-    config = _object(path)
+    config = read_object(path, missing={})
     modes = [name.removeprefix("pooling_mode_") for name, on in config.items() if on is True and "_mode_" in name]
     if isinstance(config.get("pooling_mode"), str):
         modes = [config["pooling_mode"]]
@@ -102,7 +86,7 @@ def _pooling(path: Path) -> str:
 
 def _dimensions(path: Path, dim: int) -> Sequence[int]:
     """What a Matryoshka model says in its config.json: `matryoshka_dimensions`, or `is_matryoshka` for any number."""
-    config = _object(path)
+    config = read_object(path, missing={})
     named = config.get("matryoshka_dimensions")
     if named is None:
         return range(1, dim + 1) if config.get("is_matryoshka") is True else ()
@@ -112,7 +96,7 @@ def _dimensions(path: Path, dim: int) -> Sequence[int]:
 
 
 def _prompts(path: Path) -> tuple[dict[str, str], str | None]:
-    config = _object(path)
+    config = read_object(path, missing={})
     prompts, default = config.get("prompts") or {}, config.get("default_prompt_name")
     if not isinstance(prompts, dict) or not all(isinstance(prompt, str) for prompt in prompts.values()):
         raise ModelError(f"{path}: its prompts are not an object of strings")

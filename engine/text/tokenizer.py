@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
+from engine.jsonfiles import read_object
 from engine.text.detokenizer import ByteStream
 from engine.text.gguf_vocabulary import build
 from engine.text.pieces import Pieces
@@ -64,10 +64,10 @@ class Tokenizer:
             inner = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the package raises plain Exception
             raise ModelError(f"{path}: {error}") from error
-        config = _read_json(folder / "tokenizer_config.json")
+        config = read_object(folder / "tokenizer_config.json", missing={})
         eos = _ids_of(inner, config.get("eos_token"))
         for name in ("generation_config.json", "config.json"):
-            eos += _ids_of(inner, _read_json(folder / name).get("eos_token_id"))
+            eos += _ids_of(inner, read_object(folder / name, missing={}).get("eos_token_id"))
         return cls(
             inner,
             eos_ids=eos,
@@ -146,18 +146,6 @@ def _ids_of(inner: tokenizers.Tokenizer, value: object) -> list[int]:
 
 def _first(ids: Sequence[int]) -> int | None:
     return ids[0] if ids else None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: {error}") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path}: not a JSON object")
-    return content
 
 
 def _folder_template(folder: Path, config: Mapping[str, Any]) -> str | None:

@@ -24,6 +24,7 @@ import mlx.core as mx
 from engine.adapters import peft
 from engine.adapters.lora import LoraWeights
 from engine.adapters.store import NOTES_FILE
+from engine.jsonfiles import read_object, write_json
 from engine.training.state import TrainState
 from engine.weights import safetensors
 from engine.weights.files import sync_folder
@@ -98,7 +99,7 @@ class Checkpoints:
             "made_of": self._made_of,
             "state": state.numbers,
         }
-        peft.write_json(draft / NOTES_FILE, notes)
+        write_json(draft / NOTES_FILE, notes)
 
     def _write(self, name: str, fill: Callable[[Path], object]) -> None:
         """One that is there already stays: runs repeat bit for bit, so it is the same."""
@@ -114,7 +115,7 @@ class Checkpoints:
         sync_folder(self._root)
 
     def _numbers(self, path: Path) -> dict[str, Any]:
-        notes = peft.read_json(path / NOTES_FILE)
+        notes = read_object(path / NOTES_FILE)
         made_of = notes.get("made_of")
         if made_of != self._made_of:
             differing = [name for name, value in self._made_of.items() if dict(made_of or {}).get(name) != value]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.adapters import peft
 from engine.adapters.lora import LoraWeights
+from engine.jsonfiles import write_json
 from engine.loading import LoadedModel
 from engine.training.checkpoint import Checkpoints
 from engine.training.data import TokenizedExample, dataset_digest, split
@@ -61,7 +61,7 @@ class Run:
 
     def end(self, status: str) -> None:
         """Say in the run's folder how it stands."""
-        peft.write_json(self._file, {**self._said, "status": status, "step": self._trainer.state.step})
+        write_json(self._file, {**self._said, "status": status, "step": self._trainer.state.step})
 
     @property
     def state(self) -> TrainState:

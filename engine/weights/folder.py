@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +22,6 @@ _PLAIN = ("F32", "F16", "BF16")
 #: What matrices of GGUF's other types become where they stay quantized: the smallest groups, so that rounding once
 #: more loses least.
 _AGAIN_GROUP, _AGAIN_BITS = 32, 8
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The folder's config.json. Raises `ModelError` if it is missing or no JSON object."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise ModelError(f"{folder}: no config.json in it") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: {error}") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"{path}: not a JSON object")
-    return config
 
 
 def folder_tensors(folder: Path, config: dict[str, Any], precision: Precision) -> tuple[Tensors, dict[str, Any]]:

@@ -314,7 +314,7 @@ def test_a_damaged_adapter_fails_the_job_that_asked_for_it_alone(
     driver = Driver(model, AdapterPool(model, AdapterStore(tmp_path)))
     damaged, other, base = (driver.send(request([3, 4], adapter=name)) for name in ("one", "two", None))
     driver.run()
-    with pytest.raises(ModelError, match="no readable configuration"):
+    with pytest.raises(ModelError, match="not readable as JSON"):
         damaged.ticket.result(0)
     assert len(other.result.token_ids) == len(base.result.token_ids) == 12
     driver.assert_empty()

@@ -114,7 +114,7 @@ def _say(**fields: Any) -> Callable[[Path], object]:
         (_say(made_of={}), "made of another model and base and dataset and request than this run"),
         (_say(state={"reports": 1}), "holds no state of a run"),
         (_say(state={"reports": 2, "micro": 2, "step": 2}), "no whole state of a run"),
-        (lambda folder: (folder / "stoker.json").write_text("{"), "no readable configuration"),
+        (lambda folder: (folder / "stoker.json").write_text("{"), "not readable as JSON"),
         (lambda folder: (folder / "trainer.safetensors").write_bytes(b"12345678"), "trainer.safetensors"),
     ],
 )

@@ -71,7 +71,7 @@ def test_dropped_connections_neither_end_the_worker_nor_run_a_job_twice(fragile:
         assert log.count(f"[{job.id}] received") == 1
 
 
-@pytest.mark.parametrize("how", ["killed", "frozen"])
+@pytest.mark.parametrize("how", ["killed", pytest.param("frozen", marks=pytest.mark.slow)])
 def test_a_broker_that_stays_away_is_one_clear_error(fragile: FragileBroker, tmp_path: Path, how: str) -> None:
     with worker_on(fragile, tmp_path / "worker") as stack, patient_client(fragile.url, 1.0) as client:
         worker = client.workers()[0].pid

@@ -58,23 +58,23 @@ def expected(stack: Stack) -> np.ndarray:
 
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("count", [800, pytest.param(20_000, marks=pytest.mark.slow)])
-def test_every_row_is_there_once_whoever_is_killed(own_stack: Stack, tmp_path: Path, count: int) -> None:
+def test_every_row_is_there_once_whoever_is_killed(own_embedding_stack: Stack, tmp_path: Path, count: int) -> None:
     write_texts(tmp_path / "in.jsonl", count)
     output = tmp_path / "out.npy"
-    first = start(own_stack, tmp_path, "-o", output.name)
+    first = start(own_embedding_stack, tmp_path, "-o", output.name)
     wait_until(lambda: rows_safe(output) > count // 10, "a tenth is there", 600)
     first.kill()
     first.wait()
     assert partial_path(output).exists()
     assert not output.exists()
-    second = start(own_stack, tmp_path, "-o", output.name)
+    second = start(own_embedding_stack, tmp_path, "-o", output.name)
     before = rows_safe(output)
     wait_until(lambda: rows_safe(output) > max(before, count // 3) or second.poll() is not None, "it goes on", 600)
     assert second.poll() is None, "the worker dies in the middle"
-    kill_worker(own_stack)
+    kill_worker(own_embedding_stack)
     assert second.wait(900) == 0
     vectors = np.load(output)
-    wanted = expected(own_stack)[np.arange(count) % 97]
+    wanted = expected(own_embedding_stack)[np.arange(count) % 97]
     assert vectors.shape == wanted.shape
     assert np.abs(vectors - wanted).max() < 1e-5
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["in.jsonl", "out.npy"]

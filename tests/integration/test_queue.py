@@ -106,6 +106,7 @@ def test_a_job_whose_message_was_lost_is_sent_again(fragile: FragileBroker, tmp_
             assert client.job("orphan").result(60).usage.completion_tokens == 3
 
 
+@pytest.mark.slow
 def test_a_job_that_kills_its_workers_is_put_aside_and_can_be_retried(fragile: FragileBroker, tmp_path: Path) -> None:
     with patient_client(fragile.url, 60) as client, worker_on(fragile, tmp_path / "worker") as stack:
         job = client.generate(GOLDEN["prompt"], model=GENERATE_MODEL, max_tokens=2000)

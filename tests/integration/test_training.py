@@ -19,7 +19,10 @@ ROWS = [{"prompt": f"Q: {word}?\nA:", "completion": " Aye, stoker!"} for word in
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["stopped", "killed"])
+@pytest.mark.parametrize(
+    "how",
+    [pytest.param(signal.SIGINT, id="stopped", marks=pytest.mark.slow), pytest.param(signal.SIGKILL, id="killed")],
+)
 def test_a_run_whose_worker_goes_away_goes_on_in_the_next_and_makes_the_same(own_stack: Stack, how: int) -> None:
     options = {"steps": 8, "batch_size": 2, "max_length": 32, "checkpoint_every": 2, "learning_rate": 2e-3}
     with Client(settings=own_stack.settings) as client:

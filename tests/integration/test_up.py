@@ -63,8 +63,11 @@ class Up:
 
 
 @pytest.fixture
-def up(tmp_path: Path) -> Iterator[Up]:
-    running = Up(tmp_path / "home", "--no-flower", STOKER_GRACE="5")
+def up(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Up]:
+    """With the model that embeds, or those of the test's parameter: loading one that generates takes longest."""
+    running = Up(
+        tmp_path / "home", "--no-flower", STOKER_GRACE="5", STOKER_MODELS=getattr(request, "param", EMBED_MODEL)
+    )
     try:
         running.wait_until_warm()
         yield running
@@ -72,6 +75,7 @@ def up(tmp_path: Path) -> Iterator[Up]:
         running.stop()
 
 
+@pytest.mark.parametrize("up", [f"{EMBED_MODEL},{GENERATE_MODEL}"], indirect=True)
 def test_commands_work_from_another_shell_and_ctrl_c_ends_all(up: Up) -> None:
     status = up.stoker("status")
     assert status.returncode == 0
