@@ -302,7 +302,8 @@ def choose_model(model: str | None, kind: str, known: Mapping[str, ModelCard], w
     """The model to send to: the one asked for, if some worker serves or lately served it, or the only one warm.
 
     A path stands for the name that a worker started with it gives it. A model that was served lately but is not warm
-    now is accepted: its worker may be restarting, and the job waits.
+    now is accepted: its worker may be restarting, and the job waits. Not so if workers of another generation serve it
+    by now: the job might wait for ever.
     """
     cards = [card for worker in workers for card in worker.models if kind in card.kinds]
     warm = {card.model for card in cards if card.contract == CONTRACT}
@@ -316,9 +317,11 @@ def choose_model(model: str | None, kind: str, known: Mapping[str, ModelCard], w
     model = model_name(model)
     if model not in known:
         raise UnknownModel(f"model {model!r} given; {_listed(warm)} can {kind}. {_how_to_serve(model)}")
-    if known[model].contract != CONTRACT:
+    others = {card.contract for card in cards if card.model == model and model not in warm}
+    if others or known[model].contract != CONTRACT:
+        spoken = max(others, default=known[model].contract)
         raise UnknownModel(
-            f"model {model!r} is served by workers that speak version {known[model].contract} of the contract alone; "
+            f"model {model!r} is served by workers that speak version {spoken} of the contract alone; "
             f"this client speaks version {CONTRACT}. Run the same release of Stoker on both sides."
         )
     if kind not in known[model].kinds:

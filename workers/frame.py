@@ -17,7 +17,7 @@ from stoker.contract import Usage, decode, encode
 from stoker.contract.requests import JobRequest
 from stoker.errors import DeadlineExceeded, JobCancelled, JobDead, OutOfMemory, StokerError, WorkerUnavailable, to_wire
 from stoker.ledger import Claim
-from workers import memory
+from workers import disk, memory
 from workers.lanes import LaneRequest, lanes
 from workers.runtime import Fenced, current
 
@@ -106,6 +106,15 @@ class Run:
         count = self.runtime.persist(lambda: self.runtime.redis.hincrby(keys.job(self.job_id), "out_of_memory", 1))
         return int(count) < memory.TRIES
 
+    def set_aside(self, error: OSError) -> JobDead:
+        """Make a dead letter of a job that this machine has no room for: what to end it with."""
+        what = f"the disk of {self.runtime.name} is full ({error})"
+        self.runtime.persist(lambda: ledger.bury(self.runtime.redis, self.job_id, self.runtime.name, what))
+        return JobDead(
+            f"job {self.job_id} was put aside: {what}. What was whole on it stays. Make room, then "
+            f"`stoker jobs retry {self.job_id}` lets it go on."
+        )
+
     def forget(self) -> None:
         """Leave no trace: neither result nor ack."""
         request = LaneRequest.by_token.get(self._token)
@@ -192,6 +201,8 @@ def _attempt(
             if run.crowded_out():
                 raise WorkerUnavailable(f"out of memory beside other jobs ({error}).") from error
             known = OutOfMemory(f"job {run.job_id}: {memory.TRIES} times there was not memory enough for it ({error}).")
+        elif disk.is_full(error):
+            known = run.set_aside(error)
         log.exception("job %s failed", run.job_id)
         run.settle(ledger.failure(run.job_id, known))
         raise known from error

@@ -138,11 +138,19 @@ class TrainLane:
     def _fail(self, error: Exception) -> StepOutput:
         """The run's own failure (divergence, a full disk): the runs that wait are not to blame."""
         if self._run is not None:
-            self._run.end(f"failed: {error}")
+            self._note_failure(self._run, error)
         if self._current is not None:
             self._current.ticket.fail(error)
         self._close()
         return StepOutput()
+
+    @staticmethod
+    def _note_failure(run: Run, error: Exception) -> None:
+        try:
+            run.end(f"failed: {error}")
+        except OSError as full:
+            # As likely as not it is what the run failed of.
+            log.warning("that a run failed could not be noted in its folder: %s", full)
 
     def _close(self) -> None:
         self._current = self._run = None

@@ -81,10 +81,9 @@ def write(path: Path, arrays: Mapping[str, mx.array], metadata: Mapping[str, str
     mx.eval(*arrays.values())
 
     def save(temporary: Path) -> None:
-        try:
-            mx.save_safetensors(str(temporary), dict(arrays), {"format": "mlx", **(metadata or {})})
-        except RuntimeError as error:
-            raise OSError(f"{path}: {error}") from error
+        # Through Python's file: MLX's own forgets why a write failed, and a full disk is worth knowing.
+        with temporary.open("wb") as file:
+            mx.save_safetensors(file, dict(arrays), {"format": "mlx", **(metadata or {})})
 
     write_whole(path, save)
 

@@ -41,7 +41,7 @@ def list_dead(as_json: Json = False, url: Url = None) -> None:
         workers = ", ".join(
             death["worker"] + (f" ({death['trouble']})" if "trouble" in death else "") for death in letter["history"]
         )
-        print(f"{job_id}  {letter['kind']:8} {letter['model']:24} killed {workers}")
+        print(f"{job_id}  {letter['kind']:8} {letter['model']:24} put aside after {workers}")
 
 
 def retry(

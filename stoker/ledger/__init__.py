@@ -124,11 +124,14 @@ def recover(redis: Any, queue: str, older_than: float) -> Any:
     return _run(redis, RECOVER, "", queue, older_than, keys.worker(""), extra=(keys.UNACKED,))
 
 
-def bury(redis: Any, job_id: str) -> list[dict[str, Any]]:
-    """Put a job that killed too many owners aside, and return their history. For a blocking client."""
+def bury(redis: Any, job_id: str, worker: str = "", trouble: str = "") -> list[dict[str, Any]]:
+    """Put a job aside that killed too many owners, or that `worker` gives up for `trouble`, and return their history.
+    For a blocking client."""
     raw = redis.hgetall(keys.job(job_id))
     record = {name.decode(): value.decode() for name, value in raw.items()}
     history: list[dict[str, Any]] = json.loads(record.get("history", "[]"))
+    if worker:
+        history.append({"worker": worker, "time": time.time(), "trouble": trouble})
     letter = {name: record.get(name, "") for name in ("kind", "model", "request", "client")} | {"history": history}
     pipeline = redis.pipeline()
     # Its input stays for a retry: what the record does not name, `settle` does not delete.

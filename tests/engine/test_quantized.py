@@ -272,7 +272,7 @@ def test_the_dtype_is_the_one_asked_for(dtype: str) -> None:
 
 
 def test_a_failed_quantization_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mx, "save_safetensors", lambda *_: (_ for _ in ()).throw(RuntimeError("disk full")))
+    monkeypatch.setattr(mx, "save_safetensors", lambda *_: (_ for _ in ()).throw(OSError(28, "disk full")))
     with pytest.raises(OSError, match="disk full"):
         quantize_folder(CHECKPOINTS / "qwen3", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

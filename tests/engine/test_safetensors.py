@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import mlx.core as mx
 import numpy as np
@@ -44,9 +44,9 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     path = tmp_path / "a.safetensors"
     path.write_bytes(SOUND)
 
-    def fail(name: str, *_: object) -> None:
-        Path(name).write_bytes(b"half")
-        raise RuntimeError("disk full")
+    def fail(file: IO[bytes], *_: object) -> None:
+        file.write(b"half")
+        raise OSError(28, "disk full")
 
     monkeypatch.setattr(mx, "save_safetensors", fail)
     with pytest.raises(OSError, match="disk full"):

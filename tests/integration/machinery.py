@@ -88,16 +88,18 @@ def processes_with(text: str) -> list[int]:
     return [int(pid) for pid, _, args in lines if text in args and int(pid) != os.getpid()]
 
 
-class TlsProxy:
-    """Takes TLS connections on loopback and hands their bytes to a port that speaks none."""
+class Proxy:
+    """An address on loopback that hands connections on to the port `target`, which may change; with `tls`, it takes
+    them encrypted."""
 
-    def __init__(self, target: int) -> None:
-        self._target = target
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(CERTIFICATE, KEY)
+    def __init__(self, target: int, *, tls: bool = False) -> None:
+        self.target = target
+        self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER) if tls else None
+        if self._context is not None:
+            self._context.load_cert_chain(CERTIFICATE, KEY)
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
-        self._context = context
+        self.url = f"{'rediss' if tls else 'redis'}://127.0.0.1:{self.port}/0"
         threading.Thread(target=self._accept, daemon=True).start()
 
     def _accept(self) -> None:
@@ -109,11 +111,11 @@ class TlsProxy:
             threading.Thread(target=self._serve, args=(plain,), daemon=True).start()
 
     def _serve(self, plain: socket.socket) -> None:
-        with suppress(OSError):
-            tls = self._context.wrap_socket(plain, server_side=True)
-            backend = socket.create_connection(("127.0.0.1", self._target))
-            threading.Thread(target=_pump, args=(backend, tls), daemon=True).start()
-            _pump(tls, backend)
+        with suppress(OSError), plain:
+            front = plain if self._context is None else self._context.wrap_socket(plain, server_side=True)
+            backend = socket.create_connection(("127.0.0.1", self.target))
+            threading.Thread(target=_pump, args=(backend, front), daemon=True).start()
+            _pump(front, backend)
 
     def close(self) -> None:
         self._listener.close()

@@ -17,7 +17,7 @@ from stoker.local.broker import server_binary
 from stoker.local.process import Process
 from stoker.local.stack import Stack
 from tests.conftest import EMBED_MODEL, GENERATE_MODEL, alive, keys_without_expiry, stack_settings, wait_until
-from tests.integration.machinery import CERTIFICATE, GOLDENS, FragileBroker, TlsProxy, patient_client, worker_on
+from tests.integration.machinery import CERTIFICATE, GOLDENS, FragileBroker, Proxy, patient_client, worker_on
 
 pytestmark = pytest.mark.integration
 
@@ -160,10 +160,10 @@ def test_a_unix_socket_serves_clients_and_workers(tmp_path: Path) -> None:
 
 
 def test_tls_serves_clients_and_workers(fragile: FragileBroker, tmp_path: Path) -> None:
-    proxy = TlsProxy(fragile.port)
+    proxy = Proxy(fragile.port, tls=True)
     try:
-        _round_trip(f"rediss://127.0.0.1:{proxy.port}/0?ssl_ca_certs={CERTIFICATE}", tmp_path)
-        stranger = patient_client(f"rediss://127.0.0.1:{proxy.port}/0", 0.5)
+        _round_trip(f"{proxy.url}?ssl_ca_certs={CERTIFICATE}", tmp_path)
+        stranger = patient_client(proxy.url, 0.5)
         with pytest.raises(BrokerUnavailable, match=r"(?i)certificate"):
             stranger.workers()
     finally:

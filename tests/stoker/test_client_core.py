@@ -69,6 +69,13 @@ def test_workers_of_another_generation_are_no_choice_and_a_refusal_names_both_ve
     assert core.parse_cards(raw)["mini"].contract == 1
 
 
+def test_a_model_whose_workers_were_all_upgraded_is_refused_and_not_waited_for() -> None:
+    new = MINI.model_copy(update={"contract": 7})
+    with pytest.raises(UnknownModel, match=r"speak version 7.*this client speaks version 1"):
+        choose("mini", "embed", new, lately=(MINI,))
+    assert choose("mini", "embed", new, MINI) == "mini"
+
+
 def test_what_a_newer_release_says_of_itself_is_read_as_far_as_it_is_understood() -> None:
     more = json.loads(worker(MINI).model_dump_json()) | {"mood": "sunny"}
     other = json.dumps({"names": ["x"]}).encode()

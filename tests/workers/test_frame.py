@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -16,7 +17,7 @@ from stoker import keys, ledger
 from stoker.client_core import JobStatus, Outcome, generate_request, job_record
 from stoker.connection import connect
 from stoker.contract import GenerateRequest, Usage
-from stoker.errors import JobCancelled, JobFailed, OutOfMemory, UnknownAdapter, WorkerUnavailable
+from stoker.errors import JobCancelled, JobDead, JobFailed, OutOfMemory, UnknownAdapter, WorkerUnavailable
 from stoker.settings import Settings
 from workers import frame, memory, runtime
 from workers.frame import run_job
@@ -130,6 +131,16 @@ def test_out_of_memory_sends_a_job_back_to_a_smaller_lane_and_fails_it_in_the_en
         worker.deliver(raising(OUT))
     assert worker.outcome is not None
     assert worker.outcome.status == JobStatus.FAILED
+
+
+def test_a_job_that_finds_the_disk_full_is_a_dead_letter_that_says_so(worker: Worker) -> None:
+    with pytest.raises(JobDead, match=r"w@here is full .*No space.* `stoker jobs retry job`"):
+        worker.deliver(raising(OSError(errno.ENOSPC, "No space left on device")))
+    assert worker.outcome is not None
+    assert worker.outcome.status == JobStatus.FAILED
+    (death,) = json.loads(worker.redis.hget(keys.DEAD, "job"))["history"]
+    assert death["worker"] == "w@here"
+    assert "No space" in death["trouble"]
 
 
 def test_a_job_that_fitted_in_the_end_is_done(worker: Worker) -> None:
