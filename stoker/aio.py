@@ -129,6 +129,10 @@ class AsyncClient:
 
     async def _submit(self, request: Request, job_id: str | None, data: bytes = b"") -> str:
         submission = core.Submission(self.settings, request, core.checked_job_id(job_id), data)
+        with translated(self.settings):
+            if submission.in_parts and not await self.redis.exists(keys.job(submission.job_id)):
+                for part in submission.uploads(self.redis):
+                    await part
         while True:
             with translated(self.settings):
                 pause = submission.pause(await submission.send(self.redis))

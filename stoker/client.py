@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Generic, TypeVar
@@ -192,6 +193,9 @@ class Client:
 
     def _submit(self, request: Request, job_id: str | None, data: bytes = b"") -> str:
         submission = core.Submission(self.settings, request, core.checked_job_id(job_id), data)
+        with translated(self.settings):
+            if submission.in_parts and not self.redis.exists(keys.job(submission.job_id)):
+                deque(submission.uploads(self.redis), maxlen=0)
         return self._send(submission)
 
     def _send(self, submission: core.Submission, *, revive: bool = False) -> str:

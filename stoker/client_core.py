@@ -8,7 +8,7 @@ import re
 import secrets
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
@@ -34,7 +34,7 @@ from stoker.contract import (
     encode,
     vectors,
 )
-from stoker.contract.dataset import MAX_DATASET_BYTES, ON_WORKER, Example, read_lines, read_mappings
+from stoker.contract.dataset import ON_WORKER, iterate_lines, iterate_mappings, to_lines
 from stoker.contract.vectors import Encoded
 from stoker.envelope import envelope
 from stoker.errors import (
@@ -185,24 +185,14 @@ def read_dataset(dataset: Dataset) -> bytes:
     number."""
     if _on_worker(dataset):
         return b""
-    data = "\n".join(example.to_line() for example in _examples(dataset)).encode()
-    if len(data) > MAX_DATASET_BYTES:
-        raise DatasetError(f"dataset: {len(data)} bytes; at most {MAX_DATASET_BYTES} can be uploaded.")
-    return data
-
-
-def _examples(dataset: Dataset) -> list[Example]:
     if not isinstance(dataset, str | os.PathLike | Iterable):
         raise DatasetError(f"dataset: a {type(dataset).__name__} given; expected a path, or a list of examples.")
     if not isinstance(dataset, str | os.PathLike):
-        return read_mappings(dataset, "dataset")
+        return to_lines(iterate_mappings(dataset, "dataset"), "dataset")
     path = Path(dataset)
     try:
-        size = path.stat().st_size
-        if size > MAX_DATASET_BYTES:
-            raise DatasetError(f"{path}: {size} bytes; at most {MAX_DATASET_BYTES} can be uploaded.")
         with path.open("rb") as file:
-            return read_lines(file, path.name)
+            return to_lines(iterate_lines(file, path.name), path.name)
     except OSError as error:
         raise DatasetError(f"{path}: cannot be read ({error.strerror}).") from None
 
@@ -214,6 +204,21 @@ class Submission:
         self.job_id, self._data = job_id, data
         self._record = job_record(request, job_id, settings.client_key)
         self._until = time.monotonic() + settings.queue_wait
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether its input is too large for the one command that sends the job."""
+        return len(self._data) > keys.PART
+
+    def uploads(self, redis: Any) -> Iterator[Any]:
+        """Put the input on the broker before the job, part by part; the asyncio client has to await each. A part that
+        is sent again lands where it was."""
+        blob, self._data, data = self._record["blob"], b"", memoryview(self._data)
+        for start in range(0, len(data), keys.PART):
+            pipeline = redis.pipeline()
+            pipeline.setrange(blob, start, bytes(data[start : start + keys.PART]))
+            pipeline.expire(blob, keys.RESULT_TTL)
+            yield pipeline.execute()
 
     def send(self, redis: Any, *, revive: bool = False) -> Any:
         """What `ledger.submit` returns: the asyncio client has to await it."""

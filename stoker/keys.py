@@ -98,6 +98,10 @@ def cancel(job_id: str) -> str:
     return f"{PREFIX}cancel:{job_id}"
 
 
+#: Bytes of an input that are sent, and fetched, in one command: a broker serves nobody else meanwhile.
+PART = 8 * 2**20
+
+
 def blob(name: str) -> str:
     """String, bytes: a dataset on its way in, or vectors on their way out."""
     return f"{PREFIX}blob:{name}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from engine.weights.files import write_whole
 from stoker import keys
 from stoker.contract.dataset import ON_WORKER
 from stoker.errors import DatasetError
@@ -14,8 +15,7 @@ def fetch(run: Run, dataset: str) -> bytes | Path | None:
     """The JSON lines, or their file; None if an upload has expired. Raises `DatasetError` for a file that is not
     there or lies outside the root."""
     if not dataset.startswith(ON_WORKER):
-        uploaded: bytes | None = run.runtime.redis.get(keys.blob(dataset))
-        return uploaded
+        return _uploaded(run, keys.blob(dataset))
     name, root = dataset.removeprefix(ON_WORKER), run.runtime.settings.data
     if root is None:
         raise DatasetError(
@@ -28,7 +28,31 @@ def fetch(run: Run, dataset: str) -> bytes | Path | None:
     return path
 
 
+def _uploaded(run: Run, blob: str) -> bytes | Path | None:
+    """A large one as a file in the run's folder: neither the worker nor the broker ever handles it in one piece."""
+    redis = run.runtime.redis
+    size = redis.strlen(blob)
+    if size <= keys.PART:
+        small: bytes | None = redis.get(blob)
+        return small
+
+    def copy(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            for start in range(0, size, keys.PART):
+                file.write(redis.getrange(blob, start, start + keys.PART - 1))
+
+    path = _file(run)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, copy)
+    return path
+
+
+def _file(run: Run) -> Path:
+    return Path(run.runtime.settings.runs / run.job_id / "dataset.jsonl")
+
+
 def forget(run: Run, dataset: str) -> None:
     """Delete an upload that is no longer needed."""
     if not dataset.startswith(ON_WORKER):
         run.runtime.redis.delete(keys.blob(dataset))
+        _file(run).unlink(missing_ok=True)

@@ -13,7 +13,8 @@ from stoker.errors import DatasetError
 #: Before the name of a dataset that is a file under the worker's data root.
 ON_WORKER = "worker:"
 MAX_EXAMPLES = 1_000_000
-MAX_DATASET_BYTES = 64 * 2**20
+#: What a string of the broker may hold.
+MAX_DATASET_BYTES = 512 * 2**20
 
 _ALLOWED = '{"text": …}, {"prompt": …, "completion": …} or {"messages": [{"role": …, "content": …}, …]}'
 _ROLES = ("system", "user", "assistant")
@@ -62,31 +63,34 @@ class TrainInput:
             raise DatasetError(f"{self.dataset.name}: cannot be read ({error.strerror}).") from None
 
 
-def read_lines(lines: Iterable[str | bytes], source: str) -> list[Example]:
-    """Parse JSON lines; blank ones are skipped. A wrong one raises `DatasetError` with its number, from 1."""
-    return _checked(list(iterate_lines(lines, source)), source)
-
-
 def iterate_lines(lines: Iterable[str | bytes], source: str) -> Iterator[Example]:
-    """The same, one at a time, whatever their number."""
+    """Parse JSON lines, one at a time; blank ones are skipped. A wrong one raises `DatasetError` with its number, from
+    1."""
     return (_parse(line, f"{source}, line {number}") for number, line in _numbered(lines))
 
 
-def read_mappings(rows: Iterable[Mapping[str, Any]], source: str) -> list[Example]:
+def iterate_mappings(rows: Iterable[Mapping[str, Any]], source: str) -> Iterator[Example]:
     """The same for objects that are there already; a wrong one is named by its place, from 1."""
-    return _checked([_example(row, f"{source}, item {number}") for number, row in enumerate(rows, 1)], source)
+    return (_example(row, f"{source}, item {number}") for number, row in enumerate(rows, 1))
+
+
+def to_lines(examples: Iterable[Example], source: str) -> bytes:
+    """The JSON lines of a whole dataset, as they are uploaded. Raises `DatasetError` for none, or for too many."""
+    found, count = bytearray(), 0
+    for count, example in enumerate(examples, 1):
+        found += (b"\n" if found else b"") + example.to_line().encode()
+        if count > MAX_EXAMPLES or len(found) > MAX_DATASET_BYTES:
+            raise DatasetError(
+                f"{source}: more than {MAX_EXAMPLES} examples or {MAX_DATASET_BYTES} bytes, the most that can be "
+                f"uploaded. Put the file under a worker's STOKER_DATA and name it: {ON_WORKER}FILE."
+            )
+    if not count:
+        raise DatasetError(f"{source}: no example in it; expected one JSON object a line, {_ALLOWED}.")
+    return bytes(found)
 
 
 def _numbered(lines: Iterable[str | bytes]) -> Iterator[tuple[int, str | bytes]]:
     return ((number, line) for number, line in enumerate(lines, 1) if line.strip())
-
-
-def _checked(examples: list[Example], source: str) -> list[Example]:
-    if not examples:
-        raise DatasetError(f"{source}: no example in it; expected one JSON object a line, {_ALLOWED}.")
-    if len(examples) > MAX_EXAMPLES:
-        raise DatasetError(f"{source}: {len(examples)} examples; at most {MAX_EXAMPLES}.")
-    return examples
 
 
 def _parse(line: str | bytes, where: str) -> Example:

@@ -37,7 +37,8 @@ for _, key in ipairs({open, mine}) do
   redis.call('ZADD', key, now, id)
   redis.call('EXPIRE', key, pending_ttl)
 end
-if ARGV[9] ~= '' then redis.call('SET', fields['blob'], ARGV[9], 'EX', pending_ttl) end
+if ARGV[9] ~= '' then redis.call('SET', fields['blob'], ARGV[9], 'EX', pending_ttl)
+elseif fields['blob'] then redis.call('EXPIRE', fields['blob'], pending_ttl) end
 enter_room(tonumber(fields['priority']), fields['client'])
 refill()
 if redis.call('ZSCORE', room(tonumber(fields['priority'])), id) then make_way() end

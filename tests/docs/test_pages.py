@@ -16,7 +16,7 @@ from stoker.catalogue import parse_model
 from stoker.cli import INTERRUPTED, app
 from stoker.contract import EmbedRequest, GenerateRequest, TrainRequest
 from stoker.contract.base import Message
-from stoker.contract.dataset import read_lines
+from stoker.contract.dataset import iterate_lines
 from stoker.settings import ENV_PREFIX, Settings
 from tests.docs.pages import EXAMPLES, PAGES, ROOT, Block, blocks, code, rows
 
@@ -109,7 +109,7 @@ def test_every_block_has_a_language_or_is_output() -> None:
 
 def test_every_json_line_that_is_shown_is_an_example_of_a_dataset() -> None:
     for block in blocks("json"):
-        assert read_lines(block.text.splitlines(), str(block))
+        assert list(iterate_lines(block.text.splitlines(), str(block)))
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)

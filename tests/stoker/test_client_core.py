@@ -237,6 +237,35 @@ def test_a_dataset_is_uploaded_with_its_job(fake: Callable[[], Client], server: 
     assert server.get(keys.blob(request["dataset"])) == b'{"text": "learn"}'
 
 
+def test_a_large_dataset_goes_in_parts_before_its_job_and_once(
+    fake: Callable[[], Client], server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keys, "PART", 50)
+    rows = [{"text": f"line {number}"} for number in range(20)]
+    with fake() as sender:
+        sender.train("style", rows, model="smol", job_id="large")
+        blob = keys.blob(asked(server, "large")["dataset"])
+        assert [json.loads(line) for line in server.get(blob).splitlines()] == rows
+        assert server.ttl(blob) > keys.RESULT_TTL, "it stays as long as its job may wait"
+        sender.train("style", rows[:10], model="smol", job_id="large")
+        assert server.get(blob).count(b"line") == 20, "a known job's input is never written over"
+
+
+def test_a_large_dataset_goes_in_parts_from_asyncio_too(
+    fake: Callable[[], Client], server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake()
+    monkeypatch.setattr(keys, "PART", 50)
+    rows = [{"text": f"line {number}"} for number in range(20)]
+
+    async def send() -> None:
+        async with AsyncClient() as sender:
+            await sender.train("style", rows, model="smol", job_id="large")
+
+    asyncio.run(send())
+    assert server.get(keys.blob("dataset:large")).count(b"line") == 20
+
+
 def test_a_cancel_is_marked_and_announced(fake: Callable[[], Client], server: Any) -> None:
     with fake() as sender, server.pubsub(ignore_subscribe_messages=True) as heard:
         heard.subscribe(keys.CANCELS)

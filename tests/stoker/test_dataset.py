@@ -9,10 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stoker import client_core
 from stoker.client_core import read_dataset
 from stoker.contract import dataset
-from stoker.contract.dataset import Example, read_lines, read_mappings
+from stoker.contract.dataset import Example, iterate_lines, iterate_mappings, to_lines
 from stoker.errors import DatasetError
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30)
@@ -23,12 +22,12 @@ EXAMPLES = st.builds(Example, prompt=TEXTS | st.just(""), completion=TEXTS.filte
 def test_examples_that_were_written_are_read_back(examples: list[Example]) -> None:
     """Also through the bytes that a client uploads, which the worker splits into lines."""
     data = "\n".join(example.to_line() for example in examples).encode()
-    assert read_lines(data.splitlines(), "x") == examples
+    assert list(iterate_lines(data.splitlines(), "x")) == examples
 
 
 def test_both_forms_are_read_and_blank_lines_skipped() -> None:
     lines = [b'{"text": "plain"}\n', b"\n", b"  \r\n", '{"prompt": "Q", "completion": "Ä"}'.encode()]
-    assert read_lines(lines, "x") == [Example("", "plain"), Example("Q", "Ä")]
+    assert list(iterate_lines(lines, "x")) == [Example("", "plain"), Example("Q", "Ä")]
 
 
 @pytest.mark.parametrize(
@@ -52,13 +51,13 @@ def test_both_forms_are_read_and_blank_lines_skipped() -> None:
 )
 def test_a_wrong_line_is_named_by_its_number(line: bytes, why: str) -> None:
     with pytest.raises(DatasetError, match=r"^style\.jsonl, line 3: .*") as error:
-        read_lines([b'{"text": "fine"}', b"", line], "style.jsonl")
+        list(iterate_lines([b'{"text": "fine"}', b"", line], "style.jsonl"))
     assert why in str(error.value)
 
 
 def test_a_line_that_is_nested_too_deeply_is_named() -> None:
     with pytest.raises(DatasetError, match="line 1"):
-        read_lines([b"[" * 200_000], "x")
+        list(iterate_lines([b"[" * 200_000], "x"))
 
 
 def test_half_a_surrogate_pair_is_named_by_its_line(tmp_path: Path) -> None:
@@ -70,19 +69,19 @@ def test_half_a_surrogate_pair_is_named_by_its_line(tmp_path: Path) -> None:
 
 def test_a_wrong_object_is_named_by_its_place() -> None:
     with pytest.raises(DatasetError, match=r"^dataset, item 2: a str given"):
-        read_mappings([{"text": "fine"}, "wrong"], "dataset")  # type: ignore[list-item]
+        list(iterate_mappings([{"text": "fine"}, "wrong"], "dataset"))  # type: ignore[list-item]
 
 
 @pytest.mark.parametrize("lines", [[], [b"", b"\n"]])
 def test_a_dataset_of_nothing_is_refused(lines: list[bytes]) -> None:
     with pytest.raises(DatasetError, match="x: no example in it"):
-        read_lines(lines, "x")
+        to_lines(iterate_lines(lines, "x"), "x")
 
 
 def test_too_many_examples_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dataset, "MAX_EXAMPLES", 2)
-    with pytest.raises(DatasetError, match="3 examples; at most 2"):
-        read_mappings([{"text": "a"}] * 3, "x")
+    with pytest.raises(DatasetError, match=r"x: more than 2 examples .*STOKER_DATA"):
+        to_lines(iterate_mappings([{"text": "a"}] * 3, "x"), "x")
 
 
 def test_a_file_is_read_for_upload_as_the_objects_are(tmp_path: Path) -> None:
@@ -99,13 +98,13 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         read_dataset(tmp_path)
 
 
-def test_a_dataset_that_is_too_large_is_refused_before_it_is_read(
+def test_a_dataset_that_is_too_large_is_refused_as_soon_as_it_is(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(client_core, "MAX_DATASET_BYTES", 100)
+    monkeypatch.setattr(dataset, "MAX_DATASET_BYTES", 100)
     path = tmp_path / "x.jsonl"
-    path.write_text("not even JSON" * 10)
-    with pytest.raises(DatasetError, match="130 bytes; at most 100"):
+    path.write_text('{"text": "four times this is too much"}\n' * 4 + "never read")
+    with pytest.raises(DatasetError, match=r"x\.jsonl: .* or 100 bytes"):
         read_dataset(path)
-    with pytest.raises(DatasetError, match="at most 100"):
+    with pytest.raises(DatasetError, match="or 100 bytes"):
         read_dataset([{"text": "x" * 101}])
