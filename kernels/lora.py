@@ -1,4 +1,4 @@
-"""LoRA (Hu et al., 2021) and DoRA (Liu et al., 2024) for one new token a row, each row with its own adapter or none."""
+"""LoRA (Hu et al., 2021) and DoRA (Liu et al., 2024) of a batch in which each row has its own adapter or none."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ def lora(
 ) -> mx.array:
     """gain · y + shift + (x A) B with each row's own of all, in the shape and dtype of `y`.
 
-    `x`: (rows, 1, IN), the layer's input; `y`: (rows, 1, OUT), what the layer made of it. `a`: (adapters, IN, rank);
-    `b`: (adapters, rank, OUT), scale and DoRA's gain folded in; `gain`, `shift`: (adapters, OUT), 1 and 0 where absent.
+    `x`: (rows, T, IN), the layer's input; `y`: (rows, T, OUT), what the layer made of it; the body takes T = 1.
+    `a`: (adapters, IN, rank); `b`: (adapters, rank, OUT), scale and DoRA's gain folded in; `gain`, `shift`:
+    (adapters, OUT), 1 and 0 where absent.
     `index`: int32 or uint32 (rows,), 0 for rows without adapter: row 0 of `a`, `b` and `shift` must be zero and that of
     `gain` one, as the reference reads them and the kernel does not.
     """
@@ -46,8 +47,10 @@ def _reference(
     gain: mx.array | None = None,
     shift: mx.array | None = None,
 ) -> Arrays:
-    inner = mx.gather_mm(x, a.astype(x.dtype), rhs_indices=index)
-    update = mx.gather_mm(inner, b.astype(x.dtype), rhs_indices=index)
+    # The CPU back-end gathers matrices of float32 alone.
+    dtype = mx.float32 if mx.default_device().type == mx.DeviceType.cpu else x.dtype
+    inner = mx.gather_mm(x.astype(dtype), a.astype(dtype), rhs_indices=index)
+    update = mx.gather_mm(inner, b.astype(dtype), rhs_indices=index).astype(y.dtype)
     if gain is not None:
         y = y * gain[index][:, None]
     if shift is not None:

@@ -6,7 +6,6 @@ import mlx.core as mx
 
 from engine.adapters.lora import LoraWeights, Matrices, adapted_norms
 from engine.models.layers import Linear
-from kernels.lora import KERNEL as LORA
 from kernels.lora import lora
 
 
@@ -36,15 +35,7 @@ def adapt_rows(stack: dict[str, mx.array], indices: mx.array, x: mx.array, y: mx
 
     The one place where a batch meets its adapters. One new token a row goes through a fused kernel where there is one.
     """
-    if x.shape[1] == 1 and LORA.active:
-        return lora(x, y, stack["a"], stack["b"], indices, gain=stack.get("gain"), shift=stack.get("shift"))
-    inner = mx.gather_mm(x, stack["a"], rhs_indices=indices)
-    update = mx.gather_mm(inner, stack["b"], rhs_indices=indices)
-    if "gain" in stack:
-        y = y * stack["gain"][indices][:, None]
-    if "shift" in stack:
-        y = y + stack["shift"][indices][:, None]
-    return y + update
+    return lora(x, y, stack["a"], stack["b"], indices, gain=stack.get("gain"), shift=stack.get("shift"))
 
 
 def folded(

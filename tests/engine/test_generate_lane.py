@@ -14,7 +14,7 @@ from engine.adapters.peft import CONFIG_FILE
 from engine.adapters.pool import AdapterPool
 from engine.adapters.store import AdapterStore
 from engine.generation.lane import GenerateLane, Limits
-from engine.loading import LoadedModel
+from engine.loading import LoadedModel, load
 from engine.models.llama import Llama
 from engine.ticket import Ticket
 from stoker.contract import GenerateRequest, GenerateResult, StreamToken
@@ -130,6 +130,8 @@ def random_requests(seed: int, count: int) -> list[GenerateRequest]:
         found.append(request(prompt, max_tokens=int(random.integers(1, 16)), **random_options(random, number)))
     return found
 
+
+CHECKPOINTS = Path(__file__).parents[1] / "goldens" / "architectures"
 
 #: What a lane may be told: memory for all or for few, chunks of any length.
 MODES: list[dict[str, Any]] = [{}, {"kv_bytes": 700_000}, {"stall": 1e-9, "slots": 5}]
@@ -317,6 +319,20 @@ def test_a_damaged_adapter_fails_the_job_that_asked_for_it_alone(
     with pytest.raises(ModelError, match="not readable as JSON"):
         damaged.ticket.result(0)
     assert len(other.result.token_ids) == len(base.result.token_ids) == 12
+    driver.assert_empty()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_adapters_serve_on_a_base_of_16_bits(tmp_path: Path, dtype: str) -> None:
+    """Also on the CPU, where MLX gathers matrices of float32 alone."""
+    base = load("base", [str(CHECKPOINTS / "qwen2-untied")], dtype=dtype)
+    store = AdapterStore(tmp_path)
+    store.write("base", "one", tiny.adapter(base, 2, 0), {})
+    driver = Driver(base, AdapterPool(base, store))
+    adapted, bare = (driver.send(request([3, 4], adapter=name)) for name in ("one", None))
+    driver.run()
+    assert len(adapted.result.token_ids) == len(bare.result.token_ids) == 12
+    assert adapted.result.token_ids != bare.result.token_ids
     driver.assert_empty()
 
 
