@@ -3,43 +3,70 @@ names: any URL that fsspec knows, such as `s3://bucket/stoker` or a folder that 
 
 from __future__ import annotations
 
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from stoker import keys
-from stoker.errors import ConfigError
+from stoker.errors import ConfigError, JobFailed
 from stoker.settings import Settings
+
+
+class StoreTrouble(Exception):
+    """What is to be kept could not be: its job can go on once the store is back."""
 
 
 class Artifacts:
     def __init__(self, settings: Settings, redis: Any) -> None:
         self._url, self._redis = settings.artifacts, redis
 
+    def check(self) -> None:
+        """Raises `ConfigError` for a URL that this installation cannot use: better at the start than after a run."""
+        if self._url is not None:
+            self._root()
+
     def put(self, model: str, name: str, version: int, data: bytes) -> None:
-        """Keep a version; one that is there already is the same."""
+        """Keep a version; one that is there already is the same. Raises `StoreTrouble`."""
         if self._url is None:
             self._redis.set(keys.artifact(model, name, version), data, nx=True)
             return
-        fs, path = self._place(model, name, version)
-        if not fs.exists(path):
-            fs.makedirs(path.rpartition("/")[0], exist_ok=True)
-            # Under another name first: nobody reads half a file.
-            draft = f"{path}.draft"
-            with fs.open(draft, "wb") as file:
-                file.write(data)
-            fs.mv(draft, path)
+        with self._told_as(StoreTrouble):
+            fs, path = self._place(model, name, version)
+            if not fs.exists(path):
+                fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+                # Under another name first, and of this writer alone: nobody reads half a file.
+                draft = f"{path}.{secrets.token_hex(4)}"
+                with fs.open(draft, "wb") as file:
+                    file.write(data)
+                fs.mv(draft, path)
 
     def get(self, model: str, name: str, version: int) -> bytes | None:
+        """A version's bytes, None where it is not kept. Raises `JobFailed` for a store that does not answer."""
         if self._url is None:
             found: bytes | None = self._redis.get(keys.artifact(model, name, version))
             return found
-        fs, path = self._place(model, name, version)
-        return bytes(fs.cat_file(path)) if fs.exists(path) else None
+        with self._told_as(JobFailed):
+            fs, path = self._place(model, name, version)
+            return bytes(fs.cat_file(path)) if fs.exists(path) else None
+
+    @contextmanager
+    def _told_as(self, kind: type[Exception]) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # each of fsspec's packages has errors of its own
+            what = f"{type(error).__name__}: {error}"
+            raise kind(f"the artifact store {self._url} (STOKER_ARTIFACTS) cannot be used: {what}") from error
 
     def _place(self, model: str, name: str, version: int) -> tuple[Any, str]:
+        fs, root = self._root()
+        return fs, f"{root.rstrip('/')}/{model}/{name}/{version}.safetensors"
+
+    def _root(self) -> tuple[Any, str]:
         import fsspec
 
         try:
             fs, root = fsspec.core.url_to_fs(self._url)
-        except (ImportError, ValueError) as error:
+        except (ImportError, ValueError, OSError) as error:
             raise ConfigError(f"STOKER_ARTIFACTS: {self._url!r} cannot be used ({error}).") from None
-        return fs, f"{root.rstrip('/')}/{model}/{name}/{version}.safetensors"
+        return fs, str(root)

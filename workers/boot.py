@@ -22,6 +22,7 @@ from stoker.errors import StokerError
 from stoker.local.stack import ERROR_MARK
 from stoker.settings import Settings, load_settings
 from workers import drain, runtime
+from workers.artifacts import Artifacts
 from workers.broker_check import check_broker
 from workers.cancelling import CancelWatch
 from workers.janitor import Janitor
@@ -55,6 +56,7 @@ class EngineStep(bootsteps.StartStopStep):
         settings = load_settings()
         try:
             check_broker(settings)
+            Artifacts(settings, None).check()
             self._runtime = Runtime(settings, worker.hostname, lambda publish: _make_engine(settings, publish))
             self._runtime.start()
         except StokerError as error:

@@ -18,6 +18,7 @@ from stoker.contract.requests import JobRequest
 from stoker.errors import DeadlineExceeded, JobCancelled, JobDead, OutOfMemory, StokerError, WorkerUnavailable, to_wire
 from stoker.ledger import Claim
 from workers import disk, memory
+from workers.artifacts import StoreTrouble
 from workers.lanes import LaneRequest, lanes
 from workers.runtime import Fenced, current
 
@@ -106,12 +107,11 @@ class Run:
         count = self.runtime.persist(lambda: self.runtime.redis.hincrby(keys.job(self.job_id), "out_of_memory", 1))
         return int(count) < memory.TRIES
 
-    def set_aside(self, error: OSError) -> JobDead:
-        """Make a dead letter of a job that this machine has no room for: what to end it with."""
-        what = f"the disk of {self.runtime.name} is full ({error})"
+    def set_aside(self, what: str) -> JobDead:
+        """Make a dead letter of a job that can go on once somebody has mended `what`: what to end it with."""
         self.runtime.persist(lambda: ledger.bury(self.runtime.redis, self.job_id, self.runtime.name, what))
         return JobDead(
-            f"job {self.job_id} was put aside: {what}. What was whole on it stays. Make room, then "
+            f"job {self.job_id} was put aside: {what}. What was whole stays. Mend that, then "
             f"`stoker jobs retry {self.job_id}` lets it go on."
         )
 
@@ -202,7 +202,9 @@ def _attempt(
                 raise WorkerUnavailable(f"out of memory beside other jobs ({error}).") from error
             known = OutOfMemory(f"job {run.job_id}: {memory.TRIES} times there was not memory enough for it ({error}).")
         elif disk.is_full(error):
-            known = run.set_aside(error)
+            known = run.set_aside(f"the disk of {run.runtime.name} is full ({error})")
+        elif isinstance(error, StoreTrouble):
+            known = run.set_aside(str(error))
         log.exception("job %s failed", run.job_id)
         run.settle(ledger.failure(run.job_id, known))
         raise known from error

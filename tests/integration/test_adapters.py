@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from stoker import Client
+from stoker import Client, keys
 from stoker.errors import InvalidRequest, ModelError, UnknownAdapter
 from stoker.local.stack import Stack
-from tests.conftest import GENERATE_MODEL, wait_until
+from tests.conftest import GENERATE_MODEL, stack_settings, wait_until
 
 pytestmark = pytest.mark.integration
 
@@ -83,8 +83,12 @@ def test_an_adapter_from_a_folder_is_checked_and_serves(client: Client, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.timeout(240)
-def test_a_worker_fetches_the_adapter_that_it_does_not_hold(own_stack: Stack) -> None:
-    with Client(settings=own_stack.settings) as client:
+@pytest.mark.parametrize("store", ["", "shared"], ids=["from the broker", "from a folder by fsspec"])
+def test_a_worker_fetches_the_adapter_that_it_does_not_hold(tmp_path: Path, store: str) -> None:
+    artifacts = {"artifacts": f"file://{tmp_path / store}"} if store else {}
+    settings = stack_settings(tmp_path / "own", **artifacts)
+    with Stack(settings, flower=False, own_broker=True) as own_stack, Client(settings=own_stack.settings) as client:
+        own_stack.wait_until_warm()
         train(client, "fetched", "Aye, stoker!")
         wanted = say(client, "fetched")
         (worker,) = client.workers()
@@ -95,3 +99,7 @@ def test_a_worker_fetches_the_adapter_that_it_does_not_hold(own_stack: Stack) ->
         own_stack.wait_until_warm()
         assert say(client, "fetched") == wanted
         assert (own_stack.settings.adapters / GENERATE_MODEL / "fetched/1/adapter_model.safetensors").is_file()
+        kept = client.redis.exists(keys.artifact(GENERATE_MODEL, "fetched", 1))
+        assert bool(kept) is not bool(store)
+        if store:
+            assert (tmp_path / store / GENERATE_MODEL / "fetched/1.safetensors").is_file()

@@ -20,6 +20,7 @@ from stoker.contract import GenerateRequest, Usage
 from stoker.errors import JobCancelled, JobDead, JobFailed, OutOfMemory, UnknownAdapter, WorkerUnavailable
 from stoker.settings import Settings
 from workers import frame, memory, runtime
+from workers.artifacts import StoreTrouble
 from workers.frame import run_job
 
 QUEUE = keys.queue("m", "generate")
@@ -141,6 +142,12 @@ def test_a_job_that_finds_the_disk_full_is_a_dead_letter_that_says_so(worker: Wo
     (death,) = json.loads(worker.redis.hget(keys.DEAD, "job"))["history"]
     assert death["worker"] == "w@here"
     assert "No space" in death["trouble"]
+
+
+def test_a_job_whose_result_the_artifact_store_does_not_take_is_a_dead_letter(worker: Worker) -> None:
+    with pytest.raises(JobDead, match=r"s3://b cannot be used.* `stoker jobs retry job`"):
+        worker.deliver(raising(StoreTrouble("the artifact store s3://b cannot be used: no route")))
+    assert worker.redis.hexists(keys.DEAD, "job")
 
 
 def test_a_job_that_fitted_in_the_end_is_done(worker: Worker) -> None:
