@@ -59,15 +59,17 @@ class EmbedLane:
     The turn of a text is the lane's present when its job came, and the tokens of its job before it. So the first texts
     of a new job go into the next batch beside those that a large one has got to: a small job never waits behind a
     large one, and no job starves.
+
+    `stall`: seconds that a step may last, if less than `STEP_SECONDS`.
     """
 
     kind = "embed"
 
-    def __init__(self, model: LoadedModel) -> None:
+    def __init__(self, model: LoadedModel, stall: float = STEP_SECONDS) -> None:
         assert model.embedding is not None, "an embedding lane needs an embedding model"
         self._model, self._spec = model, model.embedding
         self._forward = forward_of(model)
-        self._pace = Pace(STEP_SECONDS, self._forward.least_tokens, MOST_TOKENS)
+        self._pace = Pace(min(stall, STEP_SECONDS), self._forward.least_tokens, MOST_TOKENS)
         self._waiting: list[_Text] = []
         self._works: set[EmbedWork] = set()
         #: The turn of the last text that was served, and how many texts ever came.
