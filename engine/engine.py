@@ -16,7 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from engine import probe
+from engine import heap, probe
 from engine.adapters.lane import AdapterLane
 from engine.adapters.pool import BUDGET, AdapterPool
 from engine.adapters.store import AdapterStore
@@ -90,6 +90,7 @@ class Engine:
 
     def start(self) -> None:
         """Load every model; returns when all are warm, raises `ModelError` if one cannot be."""
+        heap.give_back_large_blocks()
         self._thread.start()
         self._ready.wait()
         if self._failure is not None:
