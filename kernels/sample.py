@@ -36,7 +36,7 @@ _PICK = Body(
     ("common.h", "sample.h", "sample_pick.h"),
 )
 #: What a score less than this under the best one weighs is not drawn: e^−87 is the last normal float32.
-_FAINTEST = -87.0
+FAINTEST = -87.0
 
 
 class Penalties(NamedTuple):
@@ -89,7 +89,8 @@ def sample(
 # --- The formula in MLX's own operations: a sort.
 
 
-def _adjusted(logits: mx.array, penalties: Penalties | None, allowed: mx.array | None) -> mx.array:
+def adjusted(logits: mx.array, penalties: Penalties | None, allowed: mx.array | None) -> mx.array:
+    """`logits` float32 (rows, vocabulary) after the penalties and the grammar of `sample`."""
     rows, vocabulary = logits.shape
     if penalties is not None:
         ids = mx.concatenate([penalties.seen_ids, mx.maximum(penalties.last, 0)[:, None]], axis=1)
@@ -125,7 +126,7 @@ def _reference(
         array.reshape(rows, 1) for array in (temperature, top_k, top_p, min_p, uniform, greedy)
     )
     logits = logits.astype(mx.float32)
-    scores = _adjusted(logits, penalties, allowed) / temperature
+    scores = adjusted(logits, penalties, allowed) / temperature
     ranked = mx.sort(scores, axis=-1)[:, ::-1]
     best = ranked[:, :1]
     kth = mx.take_along_axis(ranked, mx.where(top_k == 0, vocabulary, mx.minimum(top_k, vocabulary)) - 1, axis=-1)
@@ -133,7 +134,7 @@ def _reference(
     cumulative = mx.cumsum(weights, axis=-1)
     inside = mx.sum(cumulative - weights < top_p * cumulative[:, -1:], axis=-1, keepdims=True)
     nucleus = mx.take_along_axis(ranked, mx.maximum(inside, 1) - 1, axis=-1)
-    lowest = mx.maximum(kth, mx.maximum(best + _FAINTEST, best + mx.log(min_p)))
+    lowest = mx.maximum(kth, mx.maximum(best + FAINTEST, best + mx.log(min_p)))
     lowest = mx.where(top_p < 1.0, mx.maximum(lowest, nucleus), lowest)
     kept = mx.where(scores >= lowest, mx.exp(scores - best), 0.0)
     cumulative = mx.cumsum(kept, axis=-1)
@@ -295,7 +296,7 @@ def _error(arguments: tuple[Any, ...], results: Arrays) -> float:
     kept distribution, computed in float64, or what its numbers differ by. A token that is not kept: infinity."""
     logits, temperature, top_k, top_p, min_p, uniform, greedy, penalties, allowed = arguments
     raw = np.array(logits.astype(mx.float32), np.float64)
-    scores = np.array(_adjusted(logits.astype(mx.float32), penalties, allowed) / temperature.reshape(-1, 1), np.float64)
+    scores = np.array(adjusted(logits.astype(mx.float32), penalties, allowed) / temperature.reshape(-1, 1), np.float64)
     token, logit, logprob, probability = (np.array(array, np.float64) for array in results)
     if not all(np.isfinite(array).all() for array in (token, logit, logprob, probability)):
         return float("inf")
@@ -327,7 +328,7 @@ def _stretch(
     if greedy:
         return (0.0, 1.0) if picked == int(np.argmax(score)) else (np.inf, np.inf)
     ranked = np.sort(score)[::-1]
-    lowest = max(ranked[0] + _FAINTEST, ranked[0] + np.log(min_p) if min_p else -np.inf)
+    lowest = max(ranked[0] + FAINTEST, ranked[0] + np.log(min_p) if min_p else -np.inf)
     if 0 < top_k < len(ranked):
         lowest = max(lowest, ranked[top_k - 1])
     weights = np.where(

@@ -19,8 +19,8 @@ import mlx.core as mx
 import numpy as np
 
 from engine.models.fastmath import exp_nonpositive, fast
+from kernels.sample import FAINTEST, Penalties, adjusted
 from kernels.sample import KERNEL as SAMPLE
-from kernels.sample import Penalties
 from kernels.sample import sample as fused_sample
 from stoker.contract import GenerateRequest
 
@@ -30,8 +30,6 @@ V = TypeVar("V")
 COLDEST = 1e-6
 #: The largest float32 below 1: a uniform number that is rounded up to 1 would lie beyond every token.
 _BELOW_ONE = 1.0 - 2.0**-24
-#: e^−87 is the last normal float32: what is less likely than that beside the best token is never drawn.
-_FAINTEST = -87.0
 #: Alternatives that are found when any row asks for some: the contract's most.
 ALTERNATIVES = 20
 #: Philox numbers that are drawn at once.
@@ -264,14 +262,7 @@ def choose(logits: mx.array, columns: Columns, last: mx.array | None = None) -> 
 
 def _fused(logits: mx.array, columns: Columns, last: mx.array | None) -> tuple[mx.array, ...]:
     """The same by a kernel that sorts nothing."""
-    rows, penalties = logits.shape[0], None
-    if "seen_ids" in columns:
-        newest = mx.full((rows,), -1, mx.int32)
-        if last is not None:
-            newest = mx.where(columns["fresh"][:, 0] > 0, last, newest)
-        names = ("seen_ids", "seen", "counts", "repetition", "presence", "frequency")
-        penalties = Penalties(last=newest, **{name: columns[name] for name in names})
-    ranked = "top_k" in columns
+    rows, ranked = logits.shape[0], "top_k" in columns
     sampled = fused_sample(
         logits,
         temperature=columns["temperature"],
@@ -280,7 +271,7 @@ def _fused(logits: mx.array, columns: Columns, last: mx.array | None) -> tuple[m
         min_p=columns["min_p"],
         uniform=columns["uniform"],
         greedy=columns["greedy"],
-        penalties=penalties,
+        penalties=_penalties(columns, last, rows),
         allowed=columns.get("mask"),
     )
     if "alternatives" not in columns:
@@ -289,46 +280,30 @@ def _fused(logits: mx.array, columns: Columns, last: mx.array | None) -> tuple[m
     return *sampled, *_alternatives(logits, _log_total(logits), columns["alternatives"])
 
 
+def _penalties(columns: Columns, last: mx.array | None, rows: int) -> Penalties | None:
+    """What the columns say of the tokens so far, the newest among them where it is fresh."""
+    if "seen_ids" not in columns:
+        return None
+    newest = mx.full((rows,), -1, mx.int32)
+    if last is not None:
+        newest = mx.where(columns["fresh"][:, 0] > 0, last, newest)
+    names = ("seen_ids", "seen", "counts", "repetition", "presence", "frequency")
+    return Penalties(last=newest, **{name: columns[name] for name in names})
+
+
 def process(logits: mx.array, columns: Columns, last: mx.array | None = None) -> mx.array:
     """The logits after bias, penalties and grammar: what temperature and truncation then work on."""
     if "bias_ids" in columns:
-        logits = logits + _spread(logits, columns["bias_ids"], columns["bias"])
-    if "seen_ids" in columns:
-        logits = _penalise(logits, columns, last)
-    if "mask" in columns:
-        words = mx.repeat(columns["mask"], 32, axis=-1)[:, : logits.shape[-1]]
-        bits = mx.right_shift(words, mx.arange(logits.shape[-1], dtype=mx.int32)[None] % 32) & 1
-        logits = mx.where(bits == 1, logits, -mx.inf)
-    return logits
-
-
-def _penalise(logits: mx.array, columns: Columns, last: mx.array | None) -> mx.array:
-    """CTRL's repetition penalty (Keskar et al. 2019), by sign and once a token; then OpenAI's two."""
-    ids, seen, counts = columns["seen_ids"], columns["seen"], columns["counts"]
-    if last is not None:
-        fresh = columns["fresh"]
-        ids, seen = mx.concatenate([ids, last[:, None]], axis=1), mx.concatenate([seen, fresh], axis=1)
-        counts = mx.concatenate([counts, fresh], axis=1)
-    seen, counts = _spread(logits, ids, seen) > 0, _spread(logits, ids, counts)
-    repetition = columns["repetition"]
-    repeated = mx.where(logits < 0, logits * repetition, logits / repetition)
-    logits = mx.where(seen, repeated, logits)
-    penalty: mx.array = columns["presence"] * (counts > 0) + columns["frequency"] * counts
-    return logits - penalty
-
-
-def _spread(logits: mx.array, ids: mx.array, values: mx.array) -> mx.array:
-    """(rows, vocabulary) with the sum of `values` (rows, any) at `ids`, zero elsewhere."""
-    rows = mx.arange(logits.shape[0])[:, None]
-    spread: mx.array = mx.zeros(logits.shape).at[rows, ids].add(values)
-    return spread
+        rows = mx.arange(logits.shape[0])[:, None]
+        logits = logits.at[rows, columns["bias_ids"]].add(columns["bias"])
+    return adjusted(logits, _penalties(columns, last, logits.shape[0]), columns.get("mask"))
 
 
 def warp(scores: mx.array, columns: Columns) -> mx.array:
     """Scores over temperature, −inf where top-k, top-p or min-p cut; tokens of equal score are cut or kept together."""
     scaled = scores / columns["temperature"]
     best = mx.max(scaled, axis=-1, keepdims=True)
-    floor = mx.maximum(best + _FAINTEST, best + mx.log(columns["min_p"]))
+    floor = mx.maximum(best + FAINTEST, best + mx.log(columns["min_p"]))
     if "top_k" in columns:
         floor = mx.maximum(floor, _ranked_floor(scaled, best, columns))
     return mx.where(scaled >= floor, scaled, -mx.inf)
