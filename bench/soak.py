@@ -55,7 +55,7 @@ class Soak:
         self._resident: list[float] = []
         self._active: list[float] = []
         limits = Limits(slots=SLOTS, kv_bytes=128 << 20, stall=0.25)
-        self._engine = Engine({MODEL: CATALOGUE[MODEL]}, adapters=home, publish=self._count, limits=limits)
+        self._engine = Engine({MODEL: CATALOGUE[MODEL]}, adapters=home / "adapters", publish=self._count, limits=limits)
         self._engine.start()
         self._train(home)
 

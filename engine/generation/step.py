@@ -40,8 +40,9 @@ def usual() -> Compiled:
     return "decode" if fuses_on_cpu() else "none"
 
 
-#: Traces that are kept: one of a model with 30 layers takes 4 MB. Those used longest ago go first.
-TRACES = 32
+#: Traces that are kept: one of a model with 30 layers takes 4 MB. Those used longest ago go first. Where prompts and
+#: sampling are compiled too there are more shapes, and a process has more memory.
+TRACES: dict[Compiled, int] = {"all": 32, "decode": 12, "none": 0}
 
 
 class Step:
@@ -97,7 +98,7 @@ class Step:
         if key not in self._kept:
             # A partial: two compiled objects of one function would share their traces.
             self._kept[key] = mx.compile(functools.partial(function))
-            if len(self._kept) > TRACES:
+            if len(self._kept) > TRACES[self._compiled]:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(key)
         return self._kept[key]

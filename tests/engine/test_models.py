@@ -122,7 +122,7 @@ def test_decoding_writes_in_place(tiny_llama: Llama, rows: int) -> None:
 
 
 def test_only_so_many_traces_are_kept(tiny_llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_module, "TRACES", 2)
+    monkeypatch.setattr(step_module, "TRACES", dict.fromkeys(("all", "decode"), 2))
     kv, step = KeyValues(tiny_llama, 1, 256), Step(tiny_llama, "decode")
     for columns in (64, 64, 128, 64, 192, 64, 128):  # the last one was given up for 192
         mx.eval(step(kv, mx.array([[4]]), mx.array([5]), columns=columns, sampling={}))
