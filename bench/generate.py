@@ -199,11 +199,14 @@ def gaps(times: Sequence[float], begin: float, end: float) -> list[float]:
 
 
 class Bench:
-    def __init__(self, ours: Ours, peer: Peer | None, sizes: Sizes, folder: Path, *, redis: bool) -> None:
+    def __init__(
+        self, ours: Ours, peer: Peer | None, sizes: Sizes, folder: Path, *, redis: bool, only: Sequence[str] = ()
+    ) -> None:
         self._ours, self._peer, self._sizes, self._folder = ours, peer, sizes, folder
         self._parts = [self.single, self.many, self.adapters, self.sampled, self.first_token, self.long_prompt]
         if redis:
             self._parts.append(self.through_redis)
+        self._parts = [part for part in self._parts if not only or part.__name__ in only]
         self.rows: list[dict[str, Any]] = []
 
     def run(self) -> None:
@@ -402,6 +405,7 @@ def main() -> None:
     parser.add_argument("--gpu", action="store_true", help="Qwen2.5-0.5B's shape in bfloat16, mlx-lm from this Python")
     parser.add_argument("--tiny", action="store_true", help="a small model: to try the benchmark itself")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder for generate.json")
+    parser.add_argument("parts", nargs="*", help="those measures alone (single, many, …), and no file")
     options = parser.parse_args()
     report = blas.boot()
     import mlx.core as mx
@@ -425,7 +429,7 @@ def main() -> None:
         except Exception as error:
             traceback.print_exc()
             about = f"no peer: {error}"
-        bench = Bench(ours, peer, sizes, folder, redis=not options.gpu)
+        bench = Bench(ours, peer, sizes, folder, redis=not options.gpu, only=options.parts)
         print(f"{ours.engine.device}, BLAS {report.detail}; mlx-lm: {about}\n", flush=True)
         print(f"{'':66} {'ours':>10} {'other':>10}")
         bench.run()
@@ -433,6 +437,8 @@ def main() -> None:
             peer.close()
         device = ours.engine.device
         ours.engine.stop()
+    if options.parts:
+        return
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"generate{'-gpu' if options.gpu else '-tiny' if options.tiny else ''}.json"
     record = {
