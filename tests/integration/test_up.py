@@ -35,6 +35,8 @@ class Up:
             stdout=self.output.open("w"),
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            # A shell's background job ignores Ctrl-C, and its children would too.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
 
     def wait_until_warm(self) -> None:
