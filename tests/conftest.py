@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,14 @@ def broker(broker_settings: Settings) -> Iterator[Settings]:
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """Broker and worker with both real models, as `stoker up` runs them. For tests that leave it whole."""
     home = tmp_path_factory.mktemp("stack")
-    with Stack(stack_settings(home), flower=False, own_broker=True) as running:
+    with warm_stack(stack_settings(home)) as running:
+        yield running
+
+
+@contextmanager
+def warm_stack(settings: Settings) -> Iterator[Stack]:
+    """A broker of its own and a worker that serves its models."""
+    with Stack(settings, flower=False, own_broker=True) as running:
         running.wait_until_warm()
         yield running
 
@@ -121,15 +129,12 @@ def client(stack: Stack) -> Iterator[Client]:
 @pytest.fixture
 def own_stack(tmp_path: Path) -> Iterator[Stack]:
     """A stack that a test may break."""
-    with Stack(stack_settings(tmp_path / "own"), flower=False, own_broker=True) as running:
-        running.wait_until_warm()
+    with warm_stack(stack_settings(tmp_path / "own")) as running:
         yield running
 
 
 @pytest.fixture
 def own_embedding_stack(tmp_path: Path) -> Iterator[Stack]:
     """The same without the model that generates, whose loading takes most of a start."""
-    settings = stack_settings(tmp_path / "own", models=(EMBED_MODEL,))
-    with Stack(settings, flower=False, own_broker=True) as running:
-        running.wait_until_warm()
+    with warm_stack(stack_settings(tmp_path / "own", models=(EMBED_MODEL,))) as running:
         yield running
