@@ -41,8 +41,9 @@ def usual() -> Compiled:
 
 
 #: Traces that are kept: one of a model with 30 layers takes 4 MB. Those used longest ago go first. Where prompts and
-#: sampling are compiled too there are more shapes, and a process has more memory.
-TRACES: dict[Compiled, int] = {"all": 32, "decode": 12, "none": 0}
+#: sampling are compiled too there are more shapes (40 with adapters and four ways to sample), each takes longer to
+#: make, and a process has more memory.
+TRACES: dict[Compiled, int] = {"all": 64, "decode": 12, "none": 0}
 
 
 class Step:

@@ -70,34 +70,43 @@ def exp_nonpositive(x: mx.array) -> mx.array:
 
 
 @_compile
-def _swiglu_of(gate: mx.array, up: mx.array, decay: mx.array) -> mx.array:
+def _fast_swiglu(gate: mx.array, up: mx.array, decay: mx.array) -> mx.array:
     # silu(x) = relu(x) − |x|·σ(−|x|): a choice by `mx.where` would not be vectorised.
     return (mx.maximum(gate, 0.0) - mx.abs(gate) * decay / (1.0 + decay)) * up
 
 
 @_compile
-def _swiglu_gradients(gate: mx.array, up: mx.array, decay: mx.array, cotangent: mx.array) -> tuple[mx.array, mx.array]:
-    sigmoid = mx.where(gate >= 0, 1.0, decay) / (1.0 + decay)
+def _fast_sigmoid(x: mx.array, decay: mx.array) -> mx.array:
+    return mx.where(x >= 0, 1.0, decay) / (1.0 + decay)
+
+
+@_compile
+def _swiglu_gradients(
+    gate: mx.array, up: mx.array, sigmoid: mx.array, cotangent: mx.array
+) -> tuple[mx.array, mx.array]:
     silu = gate * sigmoid
     return cotangent * up * (sigmoid + silu * (1.0 - sigmoid)), cotangent * silu
 
 
 @mx.custom_function
-def _fast_swiglu(gate: mx.array, up: mx.array) -> mx.array:
-    return _swiglu_of(gate, up, _exp_nonpositive(-mx.abs(gate)))
+def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    if fast(gate):
+        return _fast_swiglu(gate, up, _exp_nonpositive(-mx.abs(gate)))
+    return gate * mx.sigmoid(gate) * up
 
 
-@_fast_swiglu.vjp
-def _fast_swiglu_vjp(
-    primals: tuple[mx.array, mx.array], cotangent: mx.array, output: mx.array
-) -> tuple[mx.array, mx.array]:
-    gate, up = primals
-    return _swiglu_gradients(gate, up, _exp_nonpositive(-mx.abs(gate)), cotangent)
+@_swiglu.vjp
+def _swiglu_vjp(primals: tuple[mx.array, mx.array], cotangent: mx.array, output: mx.array) -> tuple[mx.array, mx.array]:
+    """From gate and up alone: the sigmoid and the SiLU of every layer would else be kept for the backward pass, half of
+    what an MLP keeps. By `depends`, a compiled step does not take the forward pass's for the same."""
+    gate, up = mx.depends(list(primals), [cotangent])
+    sigmoid = _fast_sigmoid(gate, _exp_nonpositive(-mx.abs(gate))) if fast(gate) else mx.sigmoid(gate)
+    return _swiglu_gradients(gate, up, sigmoid, cotangent)
 
 
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     """silu(gate) · up, silu(x) = x / (1 + e^−x) (Shazeer, "GLU Variants Improve Transformer", 2020)."""
-    return cast("mx.array", _fast_swiglu(gate, up)) if fast(gate) else gate * mx.sigmoid(gate) * up
+    return cast("mx.array", _swiglu(gate, up))
 
 
 @_compile
