@@ -209,7 +209,8 @@ class Bench:
         self._parts = [part for part in self._parts if not only or part.__name__ in only]
         self.rows: list[dict[str, Any]] = []
 
-    def run(self) -> None:
+    def run(self, keep: Callable[[list[dict[str, Any]]], None]) -> None:
+        """`keep` gets the rows so far after each part: what runs out of time loses nothing before it."""
         for part in self._parts:
             began = time.perf_counter()
             try:
@@ -218,7 +219,9 @@ class Bench:
                 traceback.print_exc()
                 self.rows.append({"name": part.__name__, "error": f"{type(error).__name__}: {error}"})
             print(f"# {part.__name__}: {time.perf_counter() - began:.1f} s", flush=True)
+            keep(self.rows)
         self.rows.append({"name": "traces of the step", "unit": "traces", "ours": self._ours.traces})
+        keep(self.rows)
 
     def _add(
         self, name: str, unit: str, ours: list[float], other: list[float], least: float | None, *, less: bool = False
@@ -413,6 +416,21 @@ def main() -> None:
     from bench.checkpoint import QWEN, SMALL, write_random, write_smollm2
 
     sizes = TINY if options.tiny else GPU if options.gpu else CPU
+    path = options.out / f"generate{'-gpu' if options.gpu else '-tiny' if options.tiny else ''}.json"
+
+    def keep(rows: list[dict[str, Any]]) -> None:
+        if options.parts:
+            return
+        record = {
+            "device": ours.engine.device,
+            "mlx": version("mlx"),
+            "sizes": asdict(sizes),
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "rows": rows,
+        }
+        options.out.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record, indent=1) + "\n")
+
     python = sys.executable if options.gpu else str(ROOT / ".venv-peers" / "bin" / "python")
     with tempfile.TemporaryDirectory() as home:
         folder = Path(home) / NAME
@@ -432,24 +450,12 @@ def main() -> None:
         bench = Bench(ours, peer, sizes, folder, redis=not options.gpu, only=options.parts)
         print(f"{ours.engine.device}, BLAS {report.detail}; mlx-lm: {about}\n", flush=True)
         print(f"{'':66} {'ours':>10} {'other':>10}")
-        bench.run()
+        bench.run(keep)
         if peer is not None:
             peer.close()
-        device = ours.engine.device
         ours.engine.stop()
-    if options.parts:
-        return
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"generate{'-gpu' if options.gpu else '-tiny' if options.tiny else ''}.json"
-    record = {
-        "device": device,
-        "mlx": version("mlx"),
-        "sizes": asdict(sizes),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "rows": bench.rows,
-    }
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"rows in {path}")
+    if not options.parts:
+        print(f"rows in {path}")
 
 
 if __name__ == "__main__":

@@ -269,7 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m bench.train", description=__doc__)
     parser.add_argument("--gpu", action="store_true", help="the plan for a GPU; the peer runs in this very environment")
     parser.add_argument("--plan", choices=list(PLANS), help="another plan")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for train.json")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for train.json, or train-gpu.json")
     options = parser.parse_args(arguments)
     plan = PLANS[options.plan or ("gpu" if options.gpu else "cpu")]
     peer = PEERS if PEERS.exists() and not options.gpu else Path(sys.executable)
@@ -285,7 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         record["rows"] += guarded("loading", lambda: loading(plan, folder))
         record["rows"] += guarded("serving", lambda: serving(plan, folder))
     options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / "train.json"
+    path = options.out / f"train{'-gpu' if options.gpu else ''}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(f"rows in {path}")
     return 1 if any("error" in row for row in record["rows"]) else 0
