@@ -75,17 +75,18 @@ def _fast_swiglu(gate: mx.array, up: mx.array, decay: mx.array) -> mx.array:
     return (mx.maximum(gate, 0.0) - mx.abs(gate) * decay / (1.0 + decay)) * up
 
 
-@_compile
-def _fast_sigmoid(x: mx.array, decay: mx.array) -> mx.array:
-    return mx.where(x >= 0, 1.0, decay) / (1.0 + decay)
-
-
-@_compile
 def _swiglu_gradients(
     gate: mx.array, up: mx.array, sigmoid: mx.array, cotangent: mx.array
 ) -> tuple[mx.array, mx.array]:
     silu = gate * sigmoid
     return cotangent * up * (sigmoid + silu * (1.0 - sigmoid)), cotangent * silu
+
+
+@_compile
+def _fast_swiglu_gradients(
+    gate: mx.array, up: mx.array, decay: mx.array, cotangent: mx.array
+) -> tuple[mx.array, mx.array]:
+    return _swiglu_gradients(gate, up, mx.where(gate >= 0, 1.0, decay) / (1.0 + decay), cotangent)
 
 
 @mx.custom_function
@@ -100,8 +101,9 @@ def _swiglu_vjp(primals: tuple[mx.array, mx.array], cotangent: mx.array, output:
     """From gate and up alone: the sigmoid and the SiLU of every layer would else be kept for the backward pass, half of
     what an MLP keeps. By `depends`, a compiled step does not take the forward pass's for the same."""
     gate, up = mx.depends(list(primals), [cotangent])
-    sigmoid = _fast_sigmoid(gate, _exp_nonpositive(-mx.abs(gate))) if fast(gate) else mx.sigmoid(gate)
-    return _swiglu_gradients(gate, up, sigmoid, cotangent)
+    if fast(gate):
+        return _fast_swiglu_gradients(gate, up, _exp_nonpositive(-mx.abs(gate)), cotangent)
+    return _swiglu_gradients(gate, up, mx.sigmoid(gate), cotangent)
 
 
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
