@@ -20,6 +20,8 @@ from stoker.settings import Settings
 PREFERRED_PORT = 6379
 #: Seconds. Reading back a large append-only file takes a while.
 START_LIMIT = 60.0
+#: What the server says of a port that somebody else listens on.
+PORT_TAKEN = "Address already in use"
 
 
 class EmbeddedBroker:
@@ -34,21 +36,42 @@ class EmbeddedBroker:
 
     def start(self) -> str:
         """Start the server and return its URL, which other shells find in STOKER_HOME/broker.json."""
-        binary = server_binary()
         self._folder.mkdir(parents=True, exist_ok=True)
         self._lock = self._take_lock()
         port = free_port(self._preferred_port)
-        self.url = f"redis://127.0.0.1:{port}/0"
+        while not self._serves(port):
+            # Free a moment ago: another process, perhaps another `stoker up`, was faster.
+            port = free_port(0)
+        self.url = _url(port)
+        self._settings.broker_file.write_text(json.dumps({"url": self.url, "pid": os.getpid()}))
+        return self.url
+
+    def _serves(self, port: int) -> bool:
+        """Start the server on `port` and wait until it answers; False if somebody else has the port."""
         self._process = Process(
             "broker",
-            [str(binary), *self._options(port)],
+            [str(server_binary()), *self._options(port)],
             log=self._settings.logs / "broker.log",
             env={},
             grace=10,
         )
-        self._await_answer()
-        self._settings.broker_file.write_text(json.dumps({"url": self.url, "pid": os.getpid()}))
-        return self.url
+        end = time.monotonic() + START_LIMIT
+        with redis.Redis.from_url(_url(port)) as client:
+            while not self._answers(client):
+                if self._process.returncode is not None or time.monotonic() > end:
+                    output = self._process.output().strip()
+                    if PORT_TAKEN in output:
+                        return False
+                    raise BrokerUnavailable(f"the embedded broker did not start: {output[-400:]}")
+                time.sleep(0.05)
+        return True
+
+    def _answers(self, client: redis.Redis) -> bool:
+        """Whether our own server answers: another's, on a port that it took before ours, has another folder."""
+        try:
+            return client.config_get("dir").get("dir") == str(self._folder.resolve())
+        except RedisError:
+            return False
 
     def _options(self, port: int) -> list[str]:
         options = {
@@ -81,21 +104,6 @@ class EmbeddedBroker:
                     ) from None
                 time.sleep(0.1)
 
-    def _await_answer(self) -> None:
-        assert self._process is not None
-        client = redis.Redis.from_url(self.url)
-        end = time.monotonic() + START_LIMIT
-        while True:
-            try:
-                client.ping()
-                client.close()
-                return
-            except RedisError:
-                if self._process.returncode is not None or time.monotonic() > end:
-                    output = self._process.output().strip()
-                    raise BrokerUnavailable(f"the embedded broker did not start: {output[-400:]}") from None
-                time.sleep(0.05)
-
     def stop(self) -> None:
         if self._process is not None:
             self._settings.broker_file.unlink(missing_ok=True)
@@ -108,6 +116,10 @@ class EmbeddedBroker:
     @property
     def alive(self) -> bool:
         return self._process is not None and self._process.returncode is None
+
+
+def _url(port: int) -> str:
+    return f"redis://127.0.0.1:{port}/0"
 
 
 def free_port(preferred: int) -> int:

@@ -67,6 +67,19 @@ def test_a_broker_finds_a_free_port_and_other_shells_find_the_broker(tmp_path: P
     broker.stop()  # twice does no harm
 
 
+def test_a_port_that_another_broker_took_meanwhile_is_left_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running(tmp_path / "first") as (first, client):
+        taken = client.connection_pool.connection_kwargs["port"]
+        ports = iter([taken, taken])
+        monkeypatch.setattr(broker_module, "free_port", lambda preferred: next(ports, None) or free_port(0))
+        with running(tmp_path / "second", taken) as (second, _):
+            assert second.url != first.url
+            assert second.alive
+        assert client.ping()
+
+
 def test_a_second_broker_on_the_same_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(0, 1000, 5))
     with running(tmp_path) as (_, client):
