@@ -13,7 +13,7 @@ from engine.weights import safetensors
 from engine.weights.gguf import GGUF
 from engine.weights.gguf_names import llama_name, unpermute
 from engine.weights.mlx_layout import CONFIG_KEYS, Layout
-from engine.weights.quantized import QuantizedTensor, fits, quantize
+from engine.weights.quantized import QuantizedTensor, dequantize, fits, quantize
 from engine.weights.tensors import Reader, Stored, Tensors
 from stoker.errors import ModelError
 
@@ -74,10 +74,12 @@ def _gguf_reader(gguf: GGUF, name: str, heads: int, precision: Precision) -> Rea
 
     def read() -> Stored:
         policy, info = precision.quantization, gguf.tensors[name]
-        if policy is not None and gguf.repackable(name):
+        if gguf.repackable(name):
             affine = gguf.repack(name)
             weight, scales, biases = (order(part) for part in (affine.weight, affine.scales, affine.biases))
-            return QuantizedTensor(weight, scales, biases, affine.group_size, affine.bits)
+            packed = QuantizedTensor(weight, scales, biases, affine.group_size, affine.bits)
+            # Dense too: the same numbers to the bit as `gguf.dequantize` in less than half its time.
+            return packed if policy is not None else dequantize(packed.astype(mx.float32))
         dense = order(gguf.dequantize(name))
         keeps = policy is not None and policy.bits is None and info.type.name not in _PLAIN
         return quantize(dense, _AGAIN_GROUP, _AGAIN_BITS) if keeps and fits(info.shape, _AGAIN_GROUP) else dense

@@ -25,6 +25,7 @@ from stoker.errors import ModelError
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_LAYOUTS = {code: struct.Struct(f"<{code}") for code in _SCALARS.values()}
 #: Metadata arrays may hold arrays; nobody writes more than two levels.
 _MAX_DEPTH = 4
 _MAX_DIMS = 4
@@ -132,11 +133,12 @@ class _Reader:
         return start
 
     def scalar(self, code: str) -> Any:
-        layout = f"<{code}"
-        return struct.unpack_from(layout, self.data, self.take(struct.calcsize(layout)))[0]
+        layout = _LAYOUTS[code]
+        return layout.unpack_from(self.data, self.take(layout.size))[0]
 
     def string(self) -> str:
-        length = self.scalar("Q")
+        # A vocabulary has some 100,000: no call more than it takes.
+        (length,) = _LAYOUTS["Q"].unpack_from(self.data, self.take(8))
         start = self.take(length)
         try:
             return self.data[start : start + length].decode("utf-8")
