@@ -159,7 +159,7 @@ def test_streams_go_on_while_a_run_trains(running: Running) -> None:
 def test_a_prompt_longer_than_a_chunk_does_not_stop_the_streams_beside_it(running: Running) -> None:
     stream = running.engine.submit("stream", generate("x", max_tokens=60))
     wait_until(lambda: running.entries["stream"], "the stream runs")
-    long = running.engine.submit("long", generate("word " * 900, max_tokens=1))
+    long = running.engine.submit("long", generate("word " * 500, max_tokens=1))
     wait_until(lambda: long.started is not None, "the long prompt is in")
     before = len(running.entries["stream"])
     long.result(60)

@@ -24,7 +24,7 @@ ROWS = [{"prompt": f"Q: {word}?\nA:", "completion": " Aye, stoker!"} for word in
     [pytest.param(signal.SIGINT, id="stopped", marks=pytest.mark.slow), pytest.param(signal.SIGKILL, id="killed")],
 )
 def test_a_run_whose_worker_goes_away_goes_on_in_the_next_and_makes_the_same(own_stack: Stack, how: int) -> None:
-    options = {"steps": 8, "batch_size": 2, "max_length": 32, "checkpoint_every": 2, "learning_rate": 2e-3}
+    options = {"steps": 6, "batch_size": 1, "max_length": 32, "checkpoint_every": 2, "learning_rate": 2e-3}
     with Client(settings=own_stack.settings) as client:
         run = client.train("resumed", ROWS, model=GENERATE_MODEL, job_id="resumed", **options)
         reports = run.progress(timeout=120)
@@ -35,8 +35,8 @@ def test_a_run_whose_worker_goes_away_goes_on_in_the_next_and_makes_the_same(own
         own_stack.wait_until_warm()
         told += reports
         result = run.result(60)
-        assert [report.index for report in told] == list(range(8))
-        assert (result.steps, result.version) == (8, 1)
+        assert [report.index for report in told] == list(range(6))
+        assert (result.steps, result.version) == (6, 1)
         calm = client.train("calm", ROWS, model=GENERATE_MODEL, **options)
         assert [report.loss for report in calm.progress(timeout=120)] == [report.loss for report in told]
         text = client.generate("Q: fire?\nA:", model=GENERATE_MODEL, adapter="resumed", max_tokens=6).result(60).text
