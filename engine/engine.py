@@ -90,7 +90,7 @@ class Engine:
 
     def start(self) -> None:
         """Load every model; returns when all are warm, raises `ModelError` if one cannot be."""
-        heap.give_back_large_blocks()
+        heap.arrange()
         self._thread.start()
         self._ready.wait()
         if self._failure is not None:

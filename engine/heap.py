@@ -8,12 +8,15 @@ import sys
 #: Blocks of this many bytes and more are mapped by themselves. The arrays of an embedding step (up to 3 MB) are not: to
 #: map and clear each of them anew cost mixed texts a fifth to a third of their speed.
 MAPPED = 4 << 20
+#: What may lie free at the end of the heap. glibc's 128 KiB have it give back the last array that is freed, and fault
+#: its pages in again for the next one: 12 ms of the 15 that e^x of 3 MB took.
+KEPT = 64 << 20
 #: glibc's malloc.h.
-_M_MMAP_THRESHOLD = -3
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
-def give_back_large_blocks() -> bool:
-    """Have blocks of `MAPPED` bytes go back to the system when they are freed; whether that could be arranged.
+def arrange() -> bool:
+    """Have blocks of `MAPPED` bytes go back to the system when they are freed, smaller ones stay; whether that worked.
 
     glibc raises its own threshold to the largest block it ever saw freed, up to 32 MiB: then the arrays of a step lie
     among small blocks, and what is free between them stays resident (in a soak 15 to 120 MiB, coming and going). A
@@ -22,4 +25,4 @@ def give_back_large_blocks() -> bool:
     if sys.platform != "linux":
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and mallopt(_M_MMAP_THRESHOLD, MAPPED) == 1
+    return mallopt is not None and mallopt(_M_MMAP_THRESHOLD, MAPPED) == 1 and mallopt(_M_TRIM_THRESHOLD, KEPT) == 1

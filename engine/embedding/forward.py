@@ -34,6 +34,8 @@ LEAST_TOKENS = 4_096
 class Forward(Protocol):
     #: Tokens of a step below which the device would idle.
     least_tokens: int
+    #: Parts of a step that are computed side by side.
+    streams: int
 
     def __call__(self, texts: Sequence[Tokens]) -> Vectors:
         """The vectors (texts, dim) of `texts`, in their order, as pooled: not normalized."""
@@ -54,11 +56,12 @@ class PackedForward:
     def __init__(self, model: LoadedModel, streams: int | None = None) -> None:
         assert model.embedding is not None
         self._encoder, self._pooling = model.encoder, model.embedding.pooling
-        self._streams = streams or stream_count()
-        self.least_tokens = 128 * self._streams
+        self.streams = streams or stream_count()
+        # Products are as fast as they get from here on, and two texts of the longest that most models take fit in.
+        self.least_tokens = 256 * self.streams
 
     def __call__(self, texts: Sequence[Tokens]) -> Vectors:
-        runs = shares([len(text) for text in texts], self._streams)
+        runs = shares([len(text) for text in texts], self.streams)
         streams = _streams(len(runs))
         # One share alone may have all of BLAS's threads.
         with blas.one_thread() if len(runs) > 1 else nullcontext():
@@ -110,7 +113,7 @@ class PaddedForward:
         assert model.embedding is not None
         self._encoder, self._pooling, self._pad = model.encoder, model.embedding.pooling, model.tokenizer.pad_id or 0
         self._compiled: dict[tuple[int, int, bool], Callable[..., mx.array]] = {}
-        self.least_tokens, self._tokens = min(LEAST_TOKENS, tokens), tokens
+        self.least_tokens, self.streams, self._tokens = min(LEAST_TOKENS, tokens), 1, tokens
 
     def __call__(self, texts: Sequence[Tokens]) -> Vectors:
         lengths = [len(text) for text in texts]

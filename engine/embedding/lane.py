@@ -10,6 +10,7 @@ import numpy as np
 
 from engine.embedding.forward import Tokens, Vectors, forward_of
 from engine.embedding.pace import Pace
+from engine.embedding.packing import evenly
 from engine.loading import LoadedModel
 from engine.ticket import StepOutput, Ticket
 from stoker.contract import EmbedRequest
@@ -116,9 +117,10 @@ class EmbedLane:
         work.ticket.start()
         self._works.add(work)
         turn = self._present
-        for row, tokens in enumerate(work.texts):
+        # Nobody sees in which order a job's texts are embedded: those of a length meet in a step.
+        for row in sorted(range(len(work.texts)), key=lambda row: -len(work.texts[row])):
             heappush(self._waiting, _Text(turn, self._count, work, row))
-            turn += len(tokens)
+            turn += len(work.texts[row])
             self._count += 1
 
     def drop_stopped(self) -> None:
@@ -139,13 +141,16 @@ class EmbedLane:
         return self._hand_out(batch, vectors)
 
     def _next_batch(self) -> list[_Text]:
-        """As many tokens as the pace allows, one text at the least."""
+        """As many tokens as the pace allows, or a text for each stream; a few less where that keeps them busier."""
         batch: list[_Text] = []
-        room = self._pace.tokens
-        while self._waiting and (not batch or len(self._waiting[0].tokens) <= room):
+        streams = self._forward.streams
+        room = max(self._pace.tokens, streams * len(self._waiting[0].tokens))
+        while self._waiting and len(self._waiting[0].tokens) <= room:
             text = heappop(self._waiting)
             batch.append(text)
             room -= len(text.tokens)
+        for _ in range(len(batch) - evenly([len(text.tokens) for text in batch], streams)):
+            heappush(self._waiting, batch.pop())
         self._present = max(self._present, batch[-1].turn)
         return batch
 

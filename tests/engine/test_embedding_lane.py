@@ -25,20 +25,26 @@ TEXTS = [row["text"] for row in json.loads((GOLDENS / "minilm.json").read_text()
 VECTORS = np.load(GOLDENS / "minilm.npz")["alone"]
 
 
-class Driver:
-    """Runs a lane as the engine does; notes the lengths in every batch. `tokens`: of a batch, whatever the machine."""
+class Noted(PackedForward):
+    """Notes the lengths of the texts in every batch."""
 
-    def __init__(self, model: LoadedModel, tokens: int = 4096) -> None:
+    def __init__(self, model: LoadedModel, streams: int) -> None:
+        super().__init__(model, streams)
+        self.batches: list[list[int]] = []
+
+    def __call__(self, texts: Sequence[Tokens]) -> Vectors:
+        self.batches.append([len(text) for text in texts])
+        return super().__call__(texts)
+
+
+class Driver:
+    """Runs a lane as the engine does. `tokens` of a batch and `streams` are as given, whatever the machine."""
+
+    def __init__(self, model: LoadedModel, tokens: int = 4096, streams: int = 1) -> None:
         self.lane = EmbedLane(model)
         self.lane._pace = Pace(1e-9, tokens, tokens)
-        self.batches: list[list[int]] = []
-        forward = self.lane._forward
-
-        def noted(texts: Sequence[Tokens]) -> Vectors:
-            self.batches.append([len(text) for text in texts])
-            return forward(texts)
-
-        self.lane._forward = noted  # type: ignore[assignment]
+        self.lane._forward = forward = Noted(model, streams)
+        self.batches = forward.batches
 
     def send(self, *texts: str, **options: Any) -> Ticket:
         ticket = Ticket("j", "embed")
@@ -117,6 +123,30 @@ def test_a_text_longer_than_a_batch_goes_alone(minilm: LoadedModel) -> None:
     assert np.array_equal(vectors(tickets[0]), vectors(tickets[1]))
 
 
+def test_texts_longer_than_a_batch_go_one_to_a_stream(minilm: LoadedModel) -> None:
+    driver = Driver(minilm, tokens=8, streams=2)
+    driver.send(*["word " * 50] * 3, "word " * 20)
+    driver.run()
+    assert driver.batches == [[52, 52], [52, 22]]
+
+
+def test_a_job_is_embedded_by_length_and_comes_back_in_its_own_order(minilm: LoadedModel) -> None:
+    driver = Driver(minilm, tokens=40)
+    ticket = driver.send(*("word " * length for length in (3, 18, 8, 18, 3, 8, 8, 3, 8)))
+    driver.run()
+    assert driver.batches == [[20, 20], [10, 10, 10, 10], [5, 5, 5]]
+    found = vectors(ticket)
+    assert np.abs(found[0] - found[4]).max() < 1e-5
+    assert np.abs(found[0] - found[2]).max() > 1e-3
+
+
+def test_a_text_that_would_leave_a_stream_idle_waits_for_the_next_batch(minilm: LoadedModel) -> None:
+    driver = Driver(minilm, tokens=64, streams=2)
+    driver.send(*["word " * 18] * 5)
+    driver.run()
+    assert driver.batches == [[20, 20], [20, 20], [20]]
+
+
 @pytest.mark.parametrize("forward", [lambda m: PackedForward(m, 1), lambda m: PackedForward(m, 3), PaddedForward])
 def test_a_vector_is_the_same_alone_and_in_any_batch(minilm: LoadedModel, forward: Any) -> None:
     run = forward(minilm)
@@ -178,10 +208,10 @@ def test_a_lane_that_fails_ends_every_job_that_waits(driver: Driver) -> None:
 
 
 def test_a_batch_that_fails_ends_the_jobs_that_were_in_it(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(texts: Sequence[Tokens]) -> Vectors:
+    def fails(self: Noted, texts: Sequence[Tokens]) -> Vectors:
         raise MemoryError("no more")
 
-    monkeypatch.setattr(driver.lane, "_forward", fails)
+    monkeypatch.setattr(Noted, "__call__", fails)
     ticket = driver.send("one", "two")
     with pytest.raises(MemoryError) as error:
         driver.lane.run()

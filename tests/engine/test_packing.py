@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.embedding.pace import Pace
-from engine.embedding.packing import equal_runs, shapes, shares, width_of
+from engine.embedding.packing import equal_runs, evenly, shapes, shares, width_of
 
 LENGTHS = st.lists(st.integers(1, 600), min_size=1, max_size=80)
 
@@ -27,6 +27,18 @@ def test_shares_are_of_about_one_size() -> None:
     lengths = np.random.default_rng(1).integers(8, 257, 100).tolist()
     sizes = [sum(lengths[place] for place in run) for run in shares(lengths, 4)]
     assert max(sizes) - min(sizes) <= 2 * 256
+
+
+@given(LENGTHS, st.integers(1, 9))
+def test_a_step_loses_fewer_texts_than_there_are_streams(lengths: list[int], count: int) -> None:
+    assert max(1, len(lengths) - count + 1) <= evenly(lengths, count) <= len(lengths)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "kept"), [([9], 1), ([9] * 2, 2), ([9] * 3, 2), ([30, 9, 9, 9], 4), ([9] * 40, 40)]
+)
+def test_two_streams_get_as_much_each(lengths: list[int], kept: int) -> None:
+    assert evenly(lengths, 2) == kept
 
 
 @given(LENGTHS)
