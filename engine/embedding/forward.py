@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine import blas
-from engine.embedding.packing import equal_runs, shapes, shares
+from engine.embedding.packing import near_runs, shapes, shares
 from engine.embedding.pooling import pool_packed
 from engine.loading import LoadedModel
 from engine.models.compiler import on_cpu
@@ -47,7 +47,7 @@ def forward_of(model: LoadedModel) -> Forward:
 
 
 class PackedForward:
-    """For CPUs: batches without padding, one for each core, computed side by side.
+    """For CPUs: batches with next to no padding, one for each core, computed side by side.
 
     MLX runs one stream's operations one after the other, and most of them in one thread; only BLAS knows more. So the
     texts are shared out to as many streams as there are cores, evaluated together, with one BLAS thread each.
@@ -55,7 +55,7 @@ class PackedForward:
 
     def __init__(self, model: LoadedModel, streams: int | None = None) -> None:
         assert model.embedding is not None
-        self._encoder, self._pooling = model.encoder, model.embedding.pooling
+        self._encoder, self._pooling, self._pad = model.encoder, model.embedding.pooling, model.tokenizer.pad_id or 0
         self.streams = streams or stream_count()
         # Products are as fast as they get from here on, and two texts of the longest that most models take fit in.
         self.least_tokens = 256 * self.streams
@@ -77,14 +77,27 @@ class PackedForward:
         return vectors
 
     def _packed(self, texts: Sequence[Tokens]) -> mx.array:
-        groups = [Group(rows, length) for rows, length in equal_runs([len(text) for text in texts])]
-        places, start = [], 0
-        for group in groups:
-            rows = np.stack(texts[start : start + group.rows])
-            places.append(self._encoder.places(rows).reshape(-1))
-            start += group.rows
-        hidden = self._encoder.forward(mx.array(np.concatenate(texts)), mx.array(np.concatenate(places)), groups)
+        """`texts` are sorted by length."""
+        groups, tokens, places, start = [], [], [], 0
+        for rows, width in near_runs([len(text) for text in texts]):
+            block, lengths = padded(texts[start : start + rows], rows, width, self._pad)
+            start += rows
+            mask = None if lengths.min() == width else mx.array(np.arange(width) < lengths[:, None])
+            groups.append(Group(rows, width, mask))
+            tokens.append(block.reshape(-1))
+            places.append(self._encoder.places(block).reshape(-1))
+        hidden = self._encoder.forward(mx.array(np.concatenate(tokens)), mx.array(np.concatenate(places)), groups)
         return pool_packed(hidden, groups, self._pooling)
+
+
+def padded(texts: Sequence[Tokens], rows: int, width: int, pad: int) -> tuple[Tokens, NDArray[np.int64]]:
+    """The texts as rows of one block int32 (rows, width), and their lengths; rows beyond them count as whole."""
+    block = np.full((rows, width), pad, dtype=np.int32)
+    lengths = np.full(rows, width)
+    for row, text in enumerate(texts):
+        block[row, : len(text)] = text
+        lengths[row] = len(text)
+    return block, lengths
 
 
 def stream_count() -> int:
@@ -130,11 +143,7 @@ class PaddedForward:
         return vectors
 
     def _padded(self, texts: Sequence[Tokens], rows: int, width: int) -> mx.array:
-        tokens = np.full((rows, width), self._pad, dtype=np.int32)
-        lengths = np.full(rows, width)
-        for row, text in enumerate(texts):
-            tokens[row, : len(text)] = text
-            lengths[row] = len(text)
+        tokens, lengths = padded(texts, rows, width, self._pad)
         places = np.ascontiguousarray(self._encoder.places(tokens))
         inputs = [mx.array(tokens.reshape(-1)), mx.array(places.reshape(-1))]
         # Attention without a mask is the faster one. Rows beyond the texts see all of their padding: nobody reads them.

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.embedding.pace import Pace
-from engine.embedding.packing import equal_runs, evenly, shapes, shares, width_of
+from engine.embedding.packing import evenly, near_runs, shapes, shares, width_of
 
 LENGTHS = st.lists(st.integers(1, 600), min_size=1, max_size=80)
 
@@ -42,9 +42,15 @@ def test_two_streams_get_as_much_each(lengths: list[int], kept: int) -> None:
 
 
 @given(LENGTHS)
-def test_runs_of_one_length_add_up(lengths: list[int]) -> None:
-    runs = equal_runs(sorted(lengths))
-    assert [length for rows, length in runs for _ in range(rows)] == sorted(lengths)
+def test_runs_hold_every_text_once_and_pad_it_by_an_eighth_at_the_most(lengths: list[int]) -> None:
+    widths = [width for rows, width in near_runs(sorted(lengths)) for _ in range(rows)]
+    assert len(widths) == len(lengths)
+    for length, width in zip(sorted(lengths), widths, strict=True):
+        assert length <= width <= length + width / 8
+
+
+def test_texts_of_one_length_are_one_run_without_padding() -> None:
+    assert near_runs([7, 7, 16, 17, 18, 30]) == [(2, 7), (3, 18), (1, 30)]
 
 
 @given(LENGTHS, st.integers(1, 8192))
