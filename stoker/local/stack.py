@@ -101,6 +101,9 @@ class Stack:
             time.sleep(POLL)
             if self._broker is not None and not self._broker.alive:
                 raise BrokerUnavailable(f"the embedded broker ended; see {self.settings.logs / 'broker.log'}.")
+            if self._flower is not None and self._flower.returncode is not None:
+                code, log, self._flower = self._flower.returncode, self._flower.log, None
+                tell(f"Flower ended (exit code {code}), see {log}; jobs go on without it")
             if self._worker.returncode is not None:
                 tell(f"the worker ended (exit code {self._worker.returncode}); starting another")
                 time.sleep(RESTART_PAUSE)

@@ -137,7 +137,7 @@ def test_a_broker_that_the_user_named_and_that_is_away_is_not_replaced(tmp_path:
     assert "which STOKER_URL names" in running.output.read_text()
 
 
-def test_flower_watches_the_worker(tmp_path: Path) -> None:
+def test_flower_watches_the_worker_which_goes_on_without_it(tmp_path: Path) -> None:
     running = Up(tmp_path / "home", STOKER_GRACE="5", STOKER_MODELS=EMBED_MODEL)
     try:
         running.wait_until_warm()
@@ -152,6 +152,10 @@ def test_flower_watches_the_worker(tmp_path: Path) -> None:
                 return False
 
         wait_until(answers, "Flower answers", 30)
+        for pid in processes_with(f"--port={url.rpartition(':')[2]}"):
+            os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: "jobs go on without it" in running.output.read_text(), "its end is told")
+        assert running.stoker("embed", "still here").returncode == 0
     finally:
         running.stop()
 
