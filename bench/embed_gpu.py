@@ -5,7 +5,6 @@ Needs neither broker nor network: random weights of MiniLM's shape, which both s
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.report import Record
 from bench.texts import mixed_lengths, texts_of, write_checkpoint
 
 MODEL = "minilm-shape"
@@ -31,14 +31,12 @@ SETS: dict[str, list[int]] = {
 BATCHES = (32, 128, 256, 1024)
 
 
-class Record:
-    """Rows as they come, written after each, so that what fails or runs out of time loses nothing before it."""
+class Table(Record):
+    """Rows as they come."""
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder / "embed-gpu.json"
-        folder.mkdir(parents=True, exist_ok=True)
+        super().__init__("embed-gpu", folder)
         self.rows: list[dict[str, Any]] = []
-        self.head: dict[str, Any] = {"mlx": version("mlx"), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
         self.began = time.perf_counter()
 
     def add(self, name: str, unit: str, samples: list[float], **more: Any) -> float:
@@ -47,7 +45,7 @@ class Record:
             {"name": name, "unit": unit, "p20": p20, "p50": p50, "p80": p80, "samples": len(samples), **more}
         )
         print(f"{time.perf_counter() - self.began:6.1f} s  {name:66} {p50:12.3f} {unit}", flush=True)
-        self.write()
+        self.keep(rows=self.rows)
         return p50
 
     def attempt(self, name: str, action: Callable[[], None]) -> None:
@@ -58,10 +56,7 @@ class Record:
             print(
                 f"{time.perf_counter() - self.began:6.1f} s  {name}: {type(error).__name__}: {error}"[:400], flush=True
             )
-            self.write()
-
-    def write(self) -> None:
-        self.path.write_text(json.dumps({**self.head, "rows": self.rows}, indent=1) + "\n")
+            self.keep(rows=self.rows)
 
 
 def timed(action: Callable[[], Any]) -> float:
@@ -71,7 +66,7 @@ def timed(action: Callable[[], Any]) -> float:
 
 
 def main(out: Path) -> None:
-    record = Record(out)
+    record = Table(out)
     with tempfile.TemporaryDirectory() as home:
         folder = write_checkpoint(Path(home) / "model")
         record.attempt("attention", lambda: attention_forms(record))
@@ -80,11 +75,11 @@ def main(out: Path) -> None:
     print(f"rows in {record.path}")
 
 
-def attention_forms(record: Record, rows: int = 128) -> None:
+def attention_forms(record: Table, rows: int = 128) -> None:
     """What a mask costs: one attention of 128 texts of 128 tokens, float16, with none and in three forms."""
     import mlx.core as mx
 
-    record.head["device"] = str(mx.device_info(mx.default_device()).get("device_name", mx.default_device()))
+    record.fields["device"] = str(mx.device_info(mx.default_device()).get("device_name", mx.default_device()))
     heads, length, dim = 12, 128, 32
     mx.random.seed(1)
     q, k, v = (mx.random.normal((rows, length, heads, dim)).astype(mx.float16).swapaxes(1, 2) for _ in range(3))
@@ -125,14 +120,14 @@ def attention_forms(record: Record, rows: int = 128) -> None:
         record.attempt(f"attention, {name}", partial(measure, name, form))
 
 
-def against_peer(record: Record, folder: Path) -> None:
+def against_peer(record: Table, folder: Path) -> None:
     """Texts in, vectors out, by both; then each one's parts."""
     import torch
     from sentence_transformers import SentenceTransformer
 
     from engine.embedding.lane import EmbedLane
 
-    record.head |= {"torch": torch.__version__, "sentence-transformers": version("sentence-transformers")}
+    record.fields |= {"torch": torch.__version__, "sentence-transformers": version("sentence-transformers")}
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def peer(dtype: Any) -> Any:
@@ -172,7 +167,7 @@ def settle(run: Callable[[], Any], most: int = 15) -> int:
     return most
 
 
-def one_set(record: Record, name: str, lane: Any, half: Any, exact: Any) -> None:
+def one_set(record: Table, name: str, lane: Any, half: Any, exact: Any) -> None:
     texts = texts_of(SETS[name], seed=2)
     wanted = exact.encode(texts, batch_size=64, convert_to_numpy=True)
     sizes = [size for size in BATCHES if size == BATCHES[0] or size // 2 <= len(texts)]
@@ -194,7 +189,7 @@ def one_set(record: Record, name: str, lane: Any, half: Any, exact: Any) -> None
     record.add(f"{name}: ratio to the best of sentence-transformers", "×", [rates[0] / max(rates[1:])])
 
 
-def one_at_a_time(record: Record, lane: Any) -> None:
+def one_at_a_time(record: Table, lane: Any) -> None:
     texts = texts_of(SETS["mixed"], seed=2)
 
     def singly(part: Sequence[str]) -> float:
@@ -209,7 +204,7 @@ def one_at_a_time(record: Record, lane: Any) -> None:
     record.add("mixed: ratio of 1,000 at once to one at a time through the lane", "×", [batch / rate])
 
 
-def forward_alone(record: Record, peer: Any, folder: Path) -> None:
+def forward_alone(record: Table, peer: Any, folder: Path) -> None:
     """Tokens in, vectors out, in this thread: what the models cost without tokenizing and queueing."""
     import mlx.core as mx
     import torch
@@ -274,7 +269,7 @@ def tokens_of(model: Any, name: str) -> list[np.ndarray]:
     return [np.array(ids, dtype=np.int32) for ids in model.tokenizer.encode_batch(texts)]
 
 
-def shape_tokens(record: Record, folder: Path) -> None:
+def shape_tokens(record: Table, folder: Path) -> None:
     """How large a padded batch should be, and what compiling brings."""
     import mlx.core as mx
 

@@ -18,12 +18,12 @@ import traceback
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bench.report import Record
 from engine import blas
 
 ROOT = Path(__file__).parent.parent
@@ -416,20 +416,12 @@ def main() -> None:
     from bench.checkpoint import QWEN, SMALL, write_random, write_smollm2
 
     sizes = TINY if options.tiny else GPU if options.gpu else CPU
-    path = options.out / f"generate{'-gpu' if options.gpu else '-tiny' if options.tiny else ''}.json"
+    name = f"generate{'-gpu' if options.gpu else '-tiny' if options.tiny else ''}"
+    record = Record(name, options.out, sizes=asdict(sizes))
 
     def keep(rows: list[dict[str, Any]]) -> None:
-        if options.parts:
-            return
-        record = {
-            "device": ours.engine.device,
-            "mlx": version("mlx"),
-            "sizes": asdict(sizes),
-            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "rows": rows,
-        }
-        options.out.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=1) + "\n")
+        if not options.parts:
+            record.keep(device=ours.engine.device, rows=rows)
 
     python = sys.executable if options.gpu else str(ROOT / ".venv-peers" / "bin" / "python")
     with tempfile.TemporaryDirectory() as home:
@@ -455,7 +447,7 @@ def main() -> None:
             peer.close()
         ours.engine.stop()
     if not options.parts:
-        print(f"rows in {path}")
+        print(f"rows in {record.path}")
 
 
 if __name__ == "__main__":

@@ -13,20 +13,19 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from bench import decode_step
+from bench.report import RESULTS, Record
 from kernels import check
 from kernels.backend import Backend, of_machine, using
 from kernels.kernel import Kernel, Timing
 from kernels.measure import copy_bandwidth, measure
 from kernels.registry import KERNELS
 
-RESULTS = Path(__file__).parent / "results"
 DTYPES = {"bfloat16": mx.bfloat16, "float32": mx.float32}
 
 Rows = list[dict[str, Any]]
@@ -43,25 +42,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("No GPU that MLX knows: a fused kernel has nothing to be timed on here.", file=sys.stderr)
         return 1 if options.gpu else 0
     chosen = [KERNELS[name] for name in options.kernel or KERNELS]
-    record: dict[str, Any] = {"device": check.device(), "backend": backend, "mlx": version("mlx")}
-    record["time"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    record["copy"] = copy_bandwidth()
-    print(f"{record['device']}, MLX {record['mlx']}, a plain copy moves {record['copy'] / 1e9:.0f} GB/s\n")
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / "kernels.json"
+    copy = copy_bandwidth()
+    record = Record("kernels", options.out, device=check.device(), backend=backend, copy=copy)
+    print(f"{record.fields['device']}, MLX {record.fields['mlx']}, a plain copy moves {copy / 1e9:.0f} GB/s\n")
     checks = start_checks(chosen)
     # Compiling for a GPU takes seconds: the decode steps do while the checks run in processes of their own.
     loops = [] if options.kernel else prepare_steps()
     phases: dict[str, Callable[[], Rows]] = {
         "checked": lambda: collect(checks),
         "decode": lambda: decode_step.measure(loops),
-        "rows": lambda: timings(chosen, backend, record["copy"]),
+        "rows": lambda: timings(chosen, backend, copy),
     }
     for phase, run in phases.items():
-        record[phase] = run()
-        path.write_text(json.dumps(record, indent=1) + "\n")  # whole so far, should the next one be cut off
-    print(f"\nrows in {path}")
-    return 0 if all(row.get("passed") for row in record["checked"]) else 1
+        record.keep(**{phase: run()})
+    print(f"\nrows in {record.path}")
+    return 0 if all(row.get("passed") for row in record.fields["checked"]) else 1
 
 
 def start_checks(chosen: Sequence[Kernel]) -> list[tuple[str, Path, subprocess.Popen[bytes]]]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -40,28 +41,43 @@ def repeat(action: Callable[[], float], times: int) -> list[float]:
     return [action() for _ in range(times)]
 
 
+class Record:
+    """The file `NAME.json` of a benchmark, in `folder`: what it was measured on, `head`, and what was measured.
+
+    `keep` writes it whole: called after each part, a run that is cut off loses nothing before it.
+    """
+
+    def __init__(self, name: str, folder: Path = RESULTS, **head: Any) -> None:
+        self.path = folder / f"{name}.json"
+        self.fields: dict[str, Any] = {
+            "machine": f"{platform.processor() or platform.machine()} {platform.system()}",
+            "cores": os.cpu_count() or 1,
+            "mlx": version("mlx"),
+            "commit": _commit(),
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            **head,
+        }
+
+    def keep(self, **fields: Any) -> None:
+        self.fields |= fields
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(self.fields, indent=1) + "\n")
+
+
 def write(name: str, rows: Sequence[Row]) -> Path:
     """Print the rows and keep them with what they were measured on."""
     for entry in rows:
         print(f"{entry.name:44} {entry.p50:10.2f} {entry.unit:12} (p20 {entry.p20:.2f}, p80 {entry.p80:.2f})")
-    record = {
-        "machine": f"{platform.processor() or platform.machine()} {platform.system()}",
-        "cores": _cores(),
-        "mlx": version("mlx"),
-        "commit": _commit(),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "rows": [asdict(entry) for entry in rows],
-    }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    return path
-
-
-def _cores() -> int:
-    return os.cpu_count() or 1
+    record = Record(name)
+    record.keep(rows=[asdict(entry) for entry in rows])
+    return record.path
 
 
 def _commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    """Of this checkout; a copy of its files alone has none."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    except FileNotFoundError:
+        return "unknown"
     return done.stdout.strip() or "unknown"

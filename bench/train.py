@@ -18,7 +18,6 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ blas.boot()
 import mlx.core as mx  # noqa: E402
 
 from bench import shapes  # noqa: E402
-from bench.report import RESULTS  # noqa: E402
+from bench.report import RESULTS, Record  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = ROOT / ".venv-peers" / "bin" / "python"
@@ -273,22 +272,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     plan = PLANS[options.plan or ("gpu" if options.gpu else "cpu")]
     peer = PEERS if PEERS.exists() and not options.gpu else Path(sys.executable)
-    record: dict[str, Any] = {"device": str(mx.default_device()), "mlx": version("mlx"), "rows": []}
+    device = str(mx.default_device())
     if mx.default_device() == mx.Device(mx.gpu):
-        record["device"] = mx.device_info().get("device_name", record["device"])
-    print(f"{record['device']}, MLX {record['mlx']}\n")
+        device = mx.device_info().get("device_name", device)
+    record = Record(f"train{'-gpu' if options.gpu else ''}", options.out, device=device, rows=[])
+    print(f"{device}, MLX {record.fields['mlx']}\n")
     with tempfile.TemporaryDirectory() as home:
         folder = Path(home)
         shapes.write(folder, plan.shape, plan.dtype)
         mx.clear_cache()
-        record["rows"] += guarded("training", lambda: steps(plan, folder, peer))
-        record["rows"] += guarded("loading", lambda: loading(plan, folder))
-        record["rows"] += guarded("serving", lambda: serving(plan, folder))
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"train{'-gpu' if options.gpu else ''}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"rows in {path}")
-    return 1 if any("error" in row for row in record["rows"]) else 0
+        parts: dict[str, Callable[[], Rows]] = {
+            "training": lambda: steps(plan, folder, peer),
+            "loading": lambda: loading(plan, folder),
+            "serving": lambda: serving(plan, folder),
+        }
+        for name, part in parts.items():
+            record.keep(rows=record.fields["rows"] + guarded(name, part))
+    print(f"rows in {record.path}")
+    return 1 if any("error" in row for row in record.fields["rows"]) else 0
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ class FragileBroker:
 def worker_on(broker: FragileBroker, home: Path) -> Iterator[Stack]:
     """A worker of the broker, warm."""
     # Little grace: a worker whose broker is gone for good has nobody to hand its jobs back to, and is killed after it.
-    settings = stack_settings(home, url=broker.url).model_copy(update={"grace": 1.0})
+    settings = stack_settings(home, url=broker.url, grace=1.0)
     with Stack(settings, flower=False) as stack:
         stack.wait_until_warm()
         yield stack
