@@ -43,6 +43,8 @@ def evenly(lengths: Sequence[int], count: int) -> int:
         sizes = [sum(lengths[place] for place in run) for run in shares(lengths[:texts], count)]
         return 1.0 - sum(sizes) / (count * max(sizes))
 
+    if count == 1:
+        return len(lengths)
     fewest = max(1, len(lengths) - count + 1)
     # A hundredth more of a core is not worth a text less.
     return min(range(len(lengths), fewest - 1, -1), key=lambda texts: round(idle(texts), 2))
