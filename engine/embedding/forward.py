@@ -57,7 +57,7 @@ class PackedForward:
         assert model.embedding is not None
         self._encoder, self._pooling, self._pad = model.encoder, model.embedding.pooling, model.tokenizer.pad_id or 0
         self.streams = streams or stream_count()
-        # Products are as fast as they get from here on, and two texts of the longest that most models take fit in.
+        # Products are as fast as they get from here on.
         self.least_tokens = 256 * self.streams
 
     def __call__(self, texts: Sequence[Tokens]) -> Vectors:

@@ -70,7 +70,9 @@ class EmbedLane:
         assert model.embedding is not None, "an embedding lane needs an embedding model"
         self._model, self._spec = model, model.embedding
         self._forward = forward_of(model)
-        self._pace = Pace(min(stall, STEP_SECONDS), self._forward.least_tokens, MOST_TOKENS)
+        seconds = min(stall, STEP_SECONDS)
+        # Who asks for less time between two tokens gets shorter steps, though the device idles.
+        self._pace = Pace(seconds, int(self._forward.least_tokens * seconds / STEP_SECONDS), MOST_TOKENS)
         self._waiting: list[_Text] = []
         self._works: set[EmbedWork] = set()
         #: The turn of the last text that was served, and how many texts ever came.

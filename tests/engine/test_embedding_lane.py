@@ -140,6 +140,11 @@ def test_a_job_is_embedded_by_length_and_comes_back_in_its_own_order(minilm: Loa
     assert np.abs(found[0] - found[2]).max() > 1e-3
 
 
+def test_a_shorter_stall_makes_shorter_steps(minilm: LoadedModel) -> None:
+    usual, short = EmbedLane(minilm), EmbedLane(minilm, stall=0.025)
+    assert short._pace.tokens == usual._pace.tokens // 4
+
+
 def test_a_text_that_would_leave_a_stream_idle_waits_for_the_next_batch(minilm: LoadedModel) -> None:
     driver = Driver(minilm, tokens=64, streams=2)
     driver.send(*["word " * 18] * 5)
