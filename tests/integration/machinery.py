@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from random import SystemRandom
 
 from stoker import Client
 from stoker.connection import connect
@@ -26,12 +27,20 @@ CERTIFICATE = Path(__file__).parent.parent / "data" / "tls-test-only.crt"
 KEY = CERTIFICATE.with_suffix(".key")
 
 
+def own_port() -> int:
+    """A free port from below those that systems hand out: while a broker is away, no connection can be given it."""
+    while True:
+        port = SystemRandom().randrange(15_000, 32_000)
+        if free_port(port) == port:
+            return port
+
+
 class FragileBroker:
     """An embedded broker on a port of its own, which can die and come back."""
 
     def __init__(self, home: Path) -> None:
         self.settings = Settings(home=home)
-        self.port = free_port(0)
+        self.port = own_port()
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self._broker: EmbeddedBroker | None = None
         self.start()
