@@ -53,16 +53,19 @@ def generate(prompt: str, **options: Any) -> GenerateRequest:
 
 
 def test_greedy_texts_of_one_batch_equal_those_of_transformers(running: Running) -> None:
+    most = 40
     jobs = [
-        (prompt, running.engine.submit(prompt["name"], generate(prompt["prompt"], max_tokens=64))) for prompt in PROMPTS
+        (prompt, running.engine.submit(prompt["name"], generate(prompt["prompt"], max_tokens=most)))
+        for prompt in PROMPTS
     ]
     for prompt, ticket in jobs:
-        result = ticket.result(120)
-        assert list(result.token_ids) == prompt["token_ids"], prompt["name"]
-        assert result.text == prompt["text"], prompt["name"]
-        assert result.finish_reason == prompt["finish_reason"], prompt["name"]
+        result, wanted = ticket.result(120), prompt["token_ids"][:most]
+        assert list(result.token_ids) == wanted, prompt["name"]
+        assert len(result.text) >= len(wanted), prompt["name"]
+        assert prompt["text"].startswith(result.text), prompt["name"]
+        assert result.finish_reason == ("length" if len(wanted) == most else prompt["finish_reason"]), prompt["name"]
         published = running.entries[prompt["name"]]
-        assert [token.index for token in published] == list(range(len(prompt["token_ids"])))
+        assert [token.index for token in published] == list(range(len(wanted)))
         assert published[-1].is_eos == (result.finish_reason == "stop")
 
 
