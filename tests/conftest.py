@@ -32,7 +32,12 @@ def _own_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What goes to one process of several (`-n`): the tests that share a stack, the kernels' compiler, or a file."""
+    """What goes to one process of several (`-n`): the tests that share a stack, the kernels' compiler, or a file.
+
+    The engine's go first. On a new machine each fused loop is compiled once, a second apiece, and every process that
+    meets it before that compiles it too: the storm and the stack, with a worker each or more, find them on disk.
+    """
+    items.sort(key=lambda item: item.path.parent.name != "engine")
     for item in items:
         shared = "stack" if "stack" in getattr(item, "fixturenames", ()) else item.path.parent.name
         item.add_marker(pytest.mark.xdist_group(shared if shared in ("stack", "kernels") else item.path.name))
