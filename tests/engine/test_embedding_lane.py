@@ -156,7 +156,10 @@ def test_a_text_that_would_leave_a_stream_idle_waits_for_the_next_batch(minilm: 
 def test_a_vector_is_the_same_alone_and_in_any_batch(minilm: LoadedModel, forward: Any) -> None:
     run = forward(minilm)
     random = np.random.default_rng(5)
-    texts = [random.integers(1000, 20_000, length).astype(np.int32) for length in (3, 200, 17, 17, 64, 5, 256, 130, 17)]
+    lengths = (3, 200, 17, 17, 64, 5, 256, 130, 17)
+    if forward is PaddedForward:
+        lengths = (3, 40, 17, 17, 5, 40, 17)  # on a CPU each shape of it is a graph to be traced
+    texts = [random.integers(1000, 20_000, length).astype(np.int32) for length in lengths]
     alone = np.concatenate([run([text]) for text in texts])
     assert np.abs(run(texts) - alone).max() < 1e-5
     assert np.abs(run(texts[::-1])[::-1] - alone).max() < 1e-5
