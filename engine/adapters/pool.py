@@ -174,28 +174,19 @@ class AdapterPool:
 
     def _write(self, index: int, weights: LoraWeights) -> None:
         """Put an adapter into its row of every stack; layers that it does not change get the neutral row."""
-        rows = {
-            name: self._padded(self._sides(name, weights), stack)
-            for name, stack in self._stacks.items()
-            if name in weights.matrices
-        }
-        # Before they are written: as one graph with the hundreds of updates they take two to three times as long.
-        mx.eval(rows)
+        dtype = self._model.decoder.dtype
         for name, stack in self._stacks.items():
-            found = rows.get(name, {})
+            sides = self._sides(name, weights) if name in weights.matrices else {}
             for side, array in stack.items():
-                array[index] = found.get(side, _NEUTRAL[side])
+                if side not in sides:
+                    array[index] = _NEUTRAL[side]
+                    continue
+                row = sides[side].astype(dtype)
+                if row.shape != array.shape[1:]:
+                    missing = [(0, wanted - there) for wanted, there in zip(array.shape[1:], row.shape, strict=True)]
+                    row = mx.pad(row, missing)
+                array[index] = row
         mx.eval(self._stacks)
-
-    def _padded(self, sides: dict[str, mx.array], stack: Mapping[str, mx.array]) -> dict[str, mx.array]:
-        """One adapter's sides in the stacks' dtype and rank."""
-        rows = {}
-        for side, row in sides.items():
-            wanted = stack[side].shape[1:]
-            if row.shape != wanted:
-                row = mx.pad(row, [(0, there - here) for there, here in zip(wanted, row.shape, strict=True)])
-            rows[side] = row.astype(self._model.decoder.dtype)
-        return rows
 
     def _sides(self, name: str, weights: LoraWeights) -> dict[str, mx.array]:
         linear = self._linears[name]
