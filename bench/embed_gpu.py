@@ -79,7 +79,9 @@ def attention_forms(record: Table, rows: int = 128) -> None:
     """What a mask costs: one attention of 128 texts of 128 tokens, float16, with none and in three forms."""
     import mlx.core as mx
 
-    record.fields["device"] = str(mx.device_info(mx.default_device()).get("device_name", mx.default_device()))
+    from engine import probe
+
+    record.fields["device"] = probe.device()
     heads, length, dim = 12, 128, 32
     mx.random.seed(1)
     q, k, v = (mx.random.normal((rows, length, heads, dim)).astype(mx.float16).swapaxes(1, 2) for _ in range(3))

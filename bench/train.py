@@ -29,6 +29,7 @@ import mlx.core as mx  # noqa: E402
 
 from bench import shapes  # noqa: E402
 from bench.report import RESULTS, Record  # noqa: E402
+from engine import probe  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = ROOT / ".venv-peers" / "bin" / "python"
@@ -272,9 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     plan = PLANS[options.plan or ("gpu" if options.gpu else "cpu")]
     peer = PEERS if PEERS.exists() and not options.gpu else Path(sys.executable)
-    device = str(mx.default_device())
-    if mx.default_device() == mx.Device(mx.gpu):
-        device = mx.device_info().get("device_name", device)
+    device = probe.device()
     record = Record(f"train{'-gpu' if options.gpu else ''}", options.out, device=device, rows=[])
     print(f"{device}, MLX {record.fields['mlx']}\n")
     with tempfile.TemporaryDirectory() as home:

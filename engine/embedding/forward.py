@@ -80,9 +80,8 @@ class PackedForward:
         """`texts` are sorted by length."""
         groups, tokens, places, start = [], [], [], 0
         for rows, width in near_runs([len(text) for text in texts]):
-            block, lengths = padded(texts[start : start + rows], rows, width, self._pad)
+            block, mask = padded(texts[start : start + rows], rows, width, self._pad)
             start += rows
-            mask = None if lengths.min() == width else mx.array(np.arange(width) < lengths[:, None])
             groups.append(Group(rows, width, mask))
             tokens.append(block.reshape(-1))
             places.append(self._encoder.places(block).reshape(-1))
@@ -90,14 +89,18 @@ class PackedForward:
         return pool_packed(hidden, groups, self._pooling)
 
 
-def padded(texts: Sequence[Tokens], rows: int, width: int, pad: int) -> tuple[Tokens, NDArray[np.int64]]:
-    """The texts as rows of one block int32 (rows, width), and their lengths; rows beyond them count as whole."""
+def padded(texts: Sequence[Tokens], rows: int, width: int, pad: int) -> tuple[Tokens, mx.array | None]:
+    """The texts as rows of one block int32 (rows, width), and their mask bool (rows, width).
+
+    None where no text is padded: attention without a mask is the faster one. Rows beyond the texts see all of their
+    padding: nobody reads them.
+    """
     block = np.full((rows, width), pad, dtype=np.int32)
     lengths = np.full(rows, width)
     for row, text in enumerate(texts):
         block[row, : len(text)] = text
         lengths[row] = len(text)
-    return block, lengths
+    return block, None if lengths.min() == width else mx.array(np.arange(width) < lengths[:, None])
 
 
 def stream_count() -> int:
@@ -143,13 +146,12 @@ class PaddedForward:
         return vectors
 
     def _padded(self, texts: Sequence[Tokens], rows: int, width: int) -> mx.array:
-        tokens, lengths = padded(texts, rows, width, self._pad)
+        tokens, mask = padded(texts, rows, width, self._pad)
         places = np.ascontiguousarray(self._encoder.places(tokens))
         inputs = [mx.array(tokens.reshape(-1)), mx.array(places.reshape(-1))]
-        # Attention without a mask is the faster one. Rows beyond the texts see all of their padding: nobody reads them.
-        if lengths.min() < width:
-            inputs.append(mx.array(np.arange(width) < lengths[:, None]))
-        return self._graph(rows, width, len(inputs) == 3)(*inputs)
+        if mask is not None:
+            inputs.append(mask)
+        return self._graph(rows, width, mask is not None)(*inputs)
 
     def _graph(self, rows: int, width: int, masked: bool) -> Callable[..., mx.array]:
         graph = self._compiled.get((rows, width, masked))

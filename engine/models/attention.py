@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import mlx.core as mx
 
 from engine.models.fastmath import exp_nonpositive, fast
@@ -44,27 +46,33 @@ def attention(
             mask = _seen(past, past + length, 0, window)[None, None]
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
     queries = queries * scale
-    if not isinstance(mask, str):
-        return _attend_to_all(queries, keys, values, mask)
-    blocks = []
+    blocks = list(
+        _attend_to_seen(queries, keys, values, window)
+        if isinstance(mask, str)
+        else _attend_to_all(queries, keys, values, mask)
+    )
+    return blocks[0] if len(blocks) == 1 else mx.concatenate(blocks, axis=2)
+
+
+def _attend_to_seen(queries: mx.array, keys: mx.array, values: mx.array, window: int | None) -> Iterator[mx.array]:
+    """Blocks of queries, each with the keys that it sees up to itself."""
+    length, past = queries.shape[2], keys.shape[2] - queries.shape[2]
     for start in range(past, past + length, _BLOCK):
         end = min(start + _BLOCK, past + length)
         first = 0 if window is None else max(0, start + 1 - window)
         addend = None if end - start == 1 else _addend(_seen(start, end, first, window)[None, None], keys.shape[1])
         block = queries[:, :, start - past : end - past]
-        blocks.append(_attend(block, keys[:, :, first:end], values[:, :, first:end], addend))
-    return blocks[0] if len(blocks) == 1 else mx.concatenate(blocks, axis=2)
+        yield _attend(block, keys[:, :, first:end], values[:, :, first:end], addend)
 
 
-def _attend_to_all(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | None) -> mx.array:
+def _attend_to_all(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | None) -> Iterator[mx.array]:
+    """Blocks of queries, each with all keys."""
     batch, heads, length, _ = queries.shape
+    addend = None if mask is None else _addend(mask, keys.shape[1])
     step = max(_BLOCK, _SCORES // (batch * heads * keys.shape[2]))
-    blocks = []
     for start in range(0, length, step):
-        part = mask if mask is None or mask.shape[2] == 1 else mask[:, :, start : start + step]
-        addend = None if part is None else _addend(part, keys.shape[1])
-        blocks.append(_attend(queries[:, :, start : start + step], keys, values, addend))
-    return blocks[0] if len(blocks) == 1 else mx.concatenate(blocks, axis=2)
+        part = addend if addend is None or addend.shape[-1] == 1 else addend[..., start : start + step]
+        yield _attend(queries[:, :, start : start + step], keys, values, part)
 
 
 def _seen(start: int, end: int, first: int, window: int | None) -> mx.array:

@@ -25,6 +25,7 @@ from stoker.errors import ModelError
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+#: Made once: a vocabulary has some 100,000 lengths.
 _LAYOUTS = {code: struct.Struct(f"<{code}") for code in _SCALARS.values()}
 #: Metadata arrays may hold arrays; nobody writes more than two levels.
 _MAX_DEPTH = 4
@@ -137,8 +138,7 @@ class _Reader:
         return layout.unpack_from(self.data, self.take(layout.size))[0]
 
     def string(self) -> str:
-        # A vocabulary has some 100,000: no call more than it takes.
-        (length,) = _LAYOUTS["Q"].unpack_from(self.data, self.take(8))
+        length = self.scalar("Q")
         start = self.take(length)
         try:
             return self.data[start : start + length].decode("utf-8")

@@ -57,7 +57,8 @@ def test_attention_is_that_of_mlx(close: Close, length: int, past: int) -> None:
     keys, values = (mx.random.normal((2, 2, past + length, 8), key=mx.random.key(seed)) for seed in (2, 3))
     some = mx.random.uniform(shape=(2, 1, 1, past + length), key=mx.random.key(4)) < 0.7
     some[..., 0] = True
-    for mask in (None, "causal", some):
+    bias = mx.random.normal((1, 6, length, past + length), key=mx.random.key(5))
+    for mask in (None, "causal", some, bias):
         wanted = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=0.3, mask=mask)
         assert close(attention(queries, keys, values, scale=0.3, mask=mask), wanted) < 2e-6
 
