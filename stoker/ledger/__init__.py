@@ -11,7 +11,7 @@ and must leave no trace.
 A message can be lost between the front and a worker's memory. `recover` finds jobs that were handed out and that nobody
 alive owns, and lets them wait again; that is safe, because a second delivery of a running job is dropped.
 
-Every function takes a blocking or an asyncio client and returns what `eval` does, unless it says otherwise.
+Every function takes a blocking or an asyncio client and returns what its script does, unless it says otherwise.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from importlib import resources
 from typing import Any
 
 from stoker import keys
+from stoker.ledger.script import Script
 
 #: Owners that a job may kill before it is put aside.
 MAX_DEATHS = 3
@@ -41,9 +42,9 @@ FRONT_TRAIN = 1
 PRIORITIES = 10
 
 
-def _script(name: str) -> str:
+def _script(name: str) -> Script:
     folder = resources.files(__name__)
-    return folder.joinpath("prelude.lua").read_text() + folder.joinpath(f"{name}.lua").read_text()
+    return Script(folder.joinpath("prelude.lua").read_text() + folder.joinpath(f"{name}.lua").read_text())
 
 
 SUBMIT, CLAIM, RELEASE, SETTLE, CANCEL, RECOVER = map(
@@ -68,7 +69,7 @@ class Claim:
         return cls(state.decode(), float(age), resumed == b"1", request.decode(), cancelled == [b"1"])
 
 
-def _run(redis: Any, script: str, job_id: str, queue: str, *arguments: Any, extra: tuple[str, ...] = ()) -> Any:
+def _run(redis: Any, script: Script, job_id: str, queue: str, *arguments: Any, extra: tuple[str, ...] = ()) -> Any:
     names = [
         keys.job(job_id),
         keys.result(job_id),
@@ -84,7 +85,7 @@ def _run(redis: Any, script: str, job_id: str, queue: str, *arguments: Any, extr
     ]
     window = FRONT_TRAIN if re.search(r"\.train(\.v\d+)?$", queue) else FRONT
     common = (job_id, keys.job(""), keys.PENDING_TTL, keys.RESULT_TTL, window)
-    return redis.eval(script, len(names), *names, *common, *arguments)
+    return script(redis, names, [*common, *arguments])
 
 
 def submit(redis: Any, job_id: str, record: dict[str, str], data: bytes = b"", *, revive: bool = False) -> Any:

@@ -1,0 +1,36 @@
+"""A script of the broker, sent by its hash: its text goes over once, and again to a broker that has forgotten it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from hashlib import sha1
+from inspect import isawaitable
+from typing import Any
+
+from redis.exceptions import NoScriptError
+
+
+class Script:
+    """Call it with a blocking client for the reply, with an asyncio client for an awaitable of it."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self._hash = sha1(text.encode(), usedforsecurity=False).hexdigest()
+
+    def __call__(self, redis: Any, names: list[str], arguments: list[Any]) -> Any:
+        def in_full() -> Any:
+            # EVAL runs the text and keeps it: one round trip less than SCRIPT LOAD, and no further permission.
+            return redis.eval(self.text, len(names), *names, *arguments)
+
+        try:
+            reply = redis.evalsha(self._hash, len(names), *names, *arguments)
+        except NoScriptError:
+            return in_full()
+        return _later(reply, in_full) if isawaitable(reply) else reply
+
+
+async def _later(reply: Awaitable[Any], in_full: Callable[[], Awaitable[Any]]) -> Any:
+    try:
+        return await reply
+    except NoScriptError:
+        return await in_full()
