@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import secrets
 import time
 import uuid
@@ -35,6 +34,7 @@ from stoker.contract import (
     vectors,
 )
 from stoker.contract.dataset import ON_WORKER, iterate_lines, iterate_mappings, to_lines
+from stoker.contract.names import Rule, checked
 from stoker.contract.vectors import Encoded
 from stoker.envelope import envelope
 from stoker.errors import (
@@ -133,9 +133,7 @@ def checked_job_id(job_id: str | None) -> str:
     """The caller's id, or a new one. Raises `InvalidRequest` for one that could be taken for something else."""
     if job_id is None:
         return str(uuid.uuid4())
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", job_id):
-        raise InvalidRequest(f"job_id: {job_id!r} given; allowed: 1 to 128 letters, digits, dots, dashes, underscores.")
-    return job_id
+    return checked(Rule.JOB_ID, "job_id", job_id)
 
 
 def draw_seed() -> int:

@@ -5,12 +5,11 @@ It lies in the broker and not in a setting, because the ledger's scripts apply i
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
 from stoker import keys, ledger
-from stoker.contract.base import NAME_PATTERN
+from stoker.contract import names
 from stoker.errors import InvalidRequest
 
 
@@ -50,7 +49,7 @@ def decide(redis: Any, name: str, value: int | None) -> None:
 
 def _rule(name: str) -> Rule:
     client = name.removeprefix(OF_CLIENT)
-    if client != name and re.match(NAME_PATTERN, client):
+    if client != name and names.follows(names.Rule.NAME, client):
         return RULES["client_limit"]
     if name not in RULES:
         raise InvalidRequest(f"policy: {name!r} given; allowed: {', '.join(RULES)}, {OF_CLIENT}KEY.")

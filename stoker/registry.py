@@ -16,6 +16,7 @@ from typing import Any
 
 from stoker import keys
 from stoker.contract.base import parse_adapter
+from stoker.contract.names import Rule, follows
 from stoker.errors import InvalidRequest, UnknownAdapter
 
 #: KEYS: the adapter's hash, the job's record. ARGV: the least number that is free on the caller's disk. A job gets the
@@ -113,20 +114,37 @@ class AdapterEntry:
 
 
 def parse(model: str, name: str, raw: Mapping[bytes, bytes]) -> AdapterEntry:
-    """From the adapter's hash."""
-    fields = {key.decode(): value.decode() for key, value in raw.items()}
-    versions = {
-        int(key.removeprefix("version:")): json.loads(value)
-        for key, value in fields.items()
-        if key.startswith("version:")
+    """From the adapter's hash. What no release of Stoker wrote there is left out: the other versions serve on."""
+    fields = {key.decode(errors="replace"): value.decode(errors="replace") for key, value in raw.items()}
+    numbered = {
+        key.removeprefix("version:"): _read(value) for key, value in fields.items() if key.startswith("version:")
     }
-    serving = fields.get("serving") or None
-    history = tuple(int(version) for version in json.loads(fields.get("history", "[]")))
-    return AdapterEntry(model, name, int(serving) if serving else None, history, dict(sorted(versions.items())))
+    versions = {
+        int(number): known
+        for number, known in numbered.items()
+        if follows(Rule.VERSION, number) and isinstance(known, dict)
+    }
+    serving, history = fields.get("serving"), _list(fields.get("history", "[]"))
+    served = tuple(int(number) for number in history if follows(Rule.VERSION, str(number)))
+    serves = int(serving) if serving and follows(Rule.VERSION, serving) else None
+    return AdapterEntry(model, name, serves, served, dict(sorted(versions.items())))
+
+
+def _list(value: str) -> list[Any]:
+    found = _read(value)
+    return found if isinstance(found, list) else []
+
+
+def _read(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return None
 
 
 def names(raw: Iterable[bytes]) -> list[str]:
-    return sorted(name.decode() for name in raw)
+    """Those that may be names: one that nobody could ask for is left out."""
+    return sorted(name for name in (entry.decode(errors="replace") for entry in raw) if follows(Rule.NAME, name))
 
 
 def allocate(redis: Any, model: str, name: str, job_id: str, floor: int) -> Any:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from stoker import keys, registry
 from stoker.contract import bundle
 from stoker.contract.base import parse_adapter
+from stoker.contract.names import Rule, checked
 from stoker.errors import UnknownAdapter
 from workers.artifacts import Artifacts
 
@@ -38,7 +39,7 @@ def pinned(run: Run, model: str, adapter: str) -> str:
         number = registry.parse(model, name, raw).version(version)
         redis.hsetnx(keys.job(run.job_id), "version", number)
         given = redis.hget(keys.job(run.job_id), "version")
-    number = int(given)
+    number = int(checked(Rule.VERSION, "version of the job's record", given.decode()))
     _fetch(run, model, name, number)
     return f"{name}@{number}"
 
@@ -47,7 +48,8 @@ def allocate(run: Run, model: str, name: str) -> int:
     """The number of the version that this job makes: above all that the registry or this disk has, and the same
     however often the job runs."""
     floor = run.runtime.engine.store.newest(model, name) + 1
-    return int(registry.allocate(run.runtime.redis, model, name, run.job_id, floor))
+    given = registry.allocate(run.runtime.redis, model, name, run.job_id, floor)
+    return int(checked(Rule.VERSION, "version of the job's record", given.decode()))
 
 
 def publish(run: Run, model: str, name: str, version: int, known: Mapping[str, Any], *, promote: bool) -> None:

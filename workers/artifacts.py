@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from stoker import keys
+from stoker.contract.names import Rule, checked
 from stoker.errors import ConfigError, JobFailed
 from stoker.settings import Settings
 
@@ -60,7 +61,8 @@ class Artifacts:
 
     def _place(self, model: str, name: str, version: int) -> tuple[Any, str]:
         fs, root = self._root()
-        return fs, f"{root.rstrip('/')}/{model}/{name}/{version}.safetensors"
+        folder = f"{checked(Rule.NAME, 'model', model)}/{checked(Rule.NAME, 'adapter', name)}"
+        return fs, f"{root.rstrip('/')}/{folder}/{checked(Rule.VERSION, 'version', str(version))}.safetensors"
 
     def _root(self) -> tuple[Any, str]:
         import fsspec

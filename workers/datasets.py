@@ -7,6 +7,7 @@ from pathlib import Path
 from engine.weights.files import write_whole
 from stoker import keys
 from stoker.contract.dataset import ON_WORKER
+from stoker.contract.names import Rule, checked
 from stoker.errors import DatasetError
 from workers.frame import Run
 
@@ -48,7 +49,8 @@ def _uploaded(run: Run, blob: str) -> bytes | Path | None:
 
 
 def _file(run: Run) -> Path:
-    return Path(run.runtime.settings.runs / run.job_id / "dataset.jsonl")
+    name = checked(Rule.JOB_ID, "job id", run.job_id)
+    return Path(run.runtime.settings.runs / name / "dataset.jsonl")
 
 
 def forget(run: Run, dataset: str) -> None:

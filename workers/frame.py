@@ -14,6 +14,7 @@ from redis.exceptions import RedisError
 
 from stoker import keys, ledger
 from stoker.contract import Usage, decode, encode
+from stoker.contract.names import Rule, checked
 from stoker.contract.requests import JobRequest
 from stoker.errors import DeadlineExceeded, JobCancelled, JobDead, OutOfMemory, StokerError, WorkerUnavailable, to_wire
 from stoker.ledger import Claim
@@ -53,6 +54,8 @@ class Run:
         """Become the job's owner. Raises `Ignore` for a delivery that has nothing to do any more."""
         reply = self._persist(ledger.claim, self._token, self._tag, self.runtime.name)
         self.claim = Claim.parse(reply)
+        # It will be a folder's name.
+        checked(Rule.JOB_ID, "job id", self.job_id)
         if self.claim.state in _DROPPED:
             log.info("job %s: dropped a delivery of a job that %s", self.job_id, _DROPPED[self.claim.state])
             raise Ignore

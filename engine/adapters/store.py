@@ -14,6 +14,7 @@ from engine.adapters.lora import LoraWeights
 from engine.jsonfiles import write_json
 from engine.weights.files import sync_folder
 from stoker.contract.base import parse_adapter
+from stoker.contract.names import Rule, checked, follows
 from stoker.errors import UnknownAdapter
 
 #: What Stoker knows of an adapter, beside PEFT's two files.
@@ -27,24 +28,28 @@ class AdapterStore:
         self._root = root
 
     def names(self, model: str) -> list[str]:
-        folder = self._root / model
+        folder = self._root / checked(Rule.NAME, "model", model)
         return sorted(path.name for path in folder.iterdir() if _versions(path)) if folder.is_dir() else []
 
     def folder(self, model: str, name: str, version: int) -> Path:
-        return self._root / model / name / str(version)
+        return self._home(model, name) / checked(Rule.VERSION, "version", str(version))
+
+    def _home(self, model: str, name: str) -> Path:
+        """Where the versions of an adapter are. Names may come from a registry that anybody wrote."""
+        return self._root / checked(Rule.NAME, "model", model) / checked(Rule.NAME, "adapter", name)
 
     def newest(self, model: str, name: str) -> int:
         """The highest version; 0 if there is none."""
-        return max(_versions(self._root / model / name), default=0)
+        return max(_versions(self._home(model, name)), default=0)
 
     def has(self, model: str, name: str, version: int) -> bool:
-        return version in _versions(self._root / model / name)
+        return version in _versions(self._home(model, name))
 
     def resolve(self, model: str, adapter: str) -> tuple[str, int]:
         """`name` (its newest version) or `name@version` as (name, version); raises `UnknownAdapter` with those there
         are."""
         name, version = parse_adapter(adapter)
-        found = _versions(self._root / model / name)
+        found = _versions(self._home(model, name))
         if not found:
             names = ", ".join(self.names(model)) or "none"
             raise UnknownAdapter(
@@ -76,7 +81,7 @@ class AdapterStore:
 
     def install(self, model: str, name: str, fill: Callable[[Path], object], version: int | None = None) -> int:
         """The same for whatever files `fill` puts into the folder that it is given."""
-        home = self._root / model / name
+        home = self._home(model, name)
         home.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=home))
         try:
@@ -103,4 +108,4 @@ class AdapterStore:
 
 
 def _versions(folder: Path) -> list[int]:
-    return [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+    return [int(path.name) for path in folder.iterdir() if follows(Rule.VERSION, path.name)] if folder.is_dir() else []

@@ -14,6 +14,7 @@ from engine.training.data import TokenizedExample, tokenize
 from engine.training.run import Run
 from stoker.contract import TrainRequest, TrainResult, Usage
 from stoker.contract.dataset import TrainInput, iterate_lines
+from stoker.contract.names import Rule, checked
 from stoker.errors import DatasetError, InvalidRequest, JobCancelled, WorkerUnavailable
 
 log = logging.getLogger(__name__)
@@ -100,7 +101,8 @@ class TrainLane:
     def _begin(self) -> StepOutput:
         work = self._current = self._waiting.popleft()
         work.ticket.start()
-        self._run = Run(self._model, work.request, work.examples, self._runs / work.ticket.job_id)
+        name = checked(Rule.JOB_ID, "job id", work.ticket.job_id)
+        self._run = Run(self._model, work.request, work.examples, self._runs / name)
         # What was reported before may not have reached the broker: it drops what it has.
         return StepOutput(entries=[(work.ticket.job_id, report) for report in self._run.reported])
 

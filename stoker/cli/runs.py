@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from stoker.cli.options import Json, print_json
+from stoker.contract.names import Rule, follows
 from stoker.errors import ConfigError, InvalidRequest
 from stoker.settings import load_settings
 
@@ -84,7 +84,7 @@ def plot(
 
 def _folder(run: str) -> Path:
     folder = load_settings().runs / run
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", run) or not (folder / "run.json").is_file():
+    if not follows(Rule.JOB_ID, run) or not (folder / "run.json").is_file():
         known = ", ".join(found["run"] for found in _runs()) or "none"
         raise InvalidRequest(f"run {run!r} given; on this machine there are: {known}.")
     return folder

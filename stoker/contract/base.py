@@ -6,6 +6,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, StringConstraints
 
+from stoker.contract.names import Rule, checked
+
 
 class Message(BaseModel):
     """Frozen; a field that it does not know is refused."""
@@ -14,14 +16,15 @@ class Message(BaseModel):
 
 
 #: Models, adapters, runs: never a path.
-NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
+NAME_PATTERN = rf"^{Rule.NAME.pattern}$"
 Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
 
 #: An adapter in a request: its name, for the version that serves now, or `name@version`.
-Adapter = Annotated[str, StringConstraints(pattern=rf"{NAME_PATTERN[:-1]}(@[1-9][0-9]{{0,8}})?$")]
+Adapter = Annotated[str, StringConstraints(pattern=rf"^{Rule.NAME.pattern}(@{Rule.VERSION.pattern})?$")]
 
 
 def parse_adapter(adapter: str) -> tuple[str, int | None]:
-    """`name` or `name@version` as (name, version or None)."""
-    name, _, version = adapter.partition("@")
-    return name, int(version) if version else None
+    """`name` or `name@version` as (name, version or None). Raises `InvalidRequest`."""
+    name, separator, version = adapter.partition("@")
+    checked(Rule.NAME, "adapter", name)
+    return name, int(checked(Rule.VERSION, f"version of adapter {name}", version)) if separator else None
