@@ -91,6 +91,7 @@ class Engine:
     def start(self) -> None:
         """Load every model; returns when all are warm, raises `ModelError` if one cannot be."""
         heap.arrange()
+        self.store.sweep()
         self._thread.start()
         self._ready.wait()
         if self._failure is not None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +13,7 @@ import mlx.core as mx
 from engine.jsonfiles import read_object, write_json
 from engine.loading import DECODERS
 from engine.weights import safetensors
-from engine.weights.files import sync_folder
+from engine.weights.files import draft_folder, publish
 from engine.weights.mlx_layout import Layout, split
 from engine.weights.quantized import check, fits, quantize
 from engine.weights.tensors import Stored
@@ -51,22 +49,13 @@ def quantize_folder(src: Path, dst: Path, bits: int = 4, group_size: int = 64) -
     config = _source_config(src)
     if dst.exists() or dst.is_symlink():
         raise ModelError(f"{dst}: exists already; name a folder that does not")
-    dst.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target, so that the last step is a rename within one file system.
-    draft = Path(tempfile.mkdtemp(prefix=f".{dst.name}-", dir=dst.parent))
-    try:
+    with draft_folder(dst.parent) as draft:
         _copy_rest(src, draft)
         counts = _write_weights(src, draft, config, Layout(group_size, bits))
         config = {**_older_rope(config), **config, **Layout(group_size, bits).to_config()}
         write_json(draft / "config.json", config)
-        draft.chmod(0o755)
-        sync_folder(draft)
-        # Fails, and harms nothing, if another program has put files there meanwhile.
-        os.rename(draft, dst)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
-    sync_folder(dst.parent)
+        if not publish(draft, dst):
+            raise ModelError(f"{dst}: another program has put files there meanwhile; name a folder that does not exist")
     return Quantized(dst, *counts)
 
 

@@ -18,7 +18,9 @@ such as safetensors, is found at the next call that is seen; the states between 
 from __future__ import annotations
 
 import builtins
+import errno
 import io
+import itertools
 import os
 import shutil
 import threading
@@ -178,6 +180,60 @@ def _left(node: _Node, how: str) -> bytes:
 def recorded(folder: Path) -> Iterator[Disk]:
     """Watch what this process does to the files under `folder`."""
     disk = Disk(folder)
+    with _patched(disk):
+        yield disk
+    disk.end()
+
+
+class Refusal:
+    """Made by `refusing`."""
+
+    def __init__(self, at: int, error: int) -> None:
+        self._left, self._error = at, error
+
+    @property
+    def happened(self) -> bool:
+        return self._left <= 0
+
+    def call(self, name: str, action: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        frees = name.split()[0] in ("unlink", "remove", "rmdir")
+        if self._error == errno.EROFS or not frees:
+            self._left -= 1
+            if self.happened:
+                raise OSError(self._error, os.strerror(self._error))
+        return action(*args, **options)
+
+    def sync(self, action: Callable[..., Any], descriptor: Any) -> Any:
+        return self.call("fsync", action, descriptor)
+
+
+@contextmanager
+def refusing(at: int, error: int) -> Iterator[Refusal]:
+    """A disk that from the call `at` (1: the first) on refuses with `error` what would change it. A full one lets go of
+    what it has; one that may only be read (EROFS) does not."""
+    refusal = Refusal(at, error)
+    with _patched(refusal):
+        yield refusal
+
+
+def each_refusal(error: int, action: Callable[[], object]) -> Iterator[Exception | None]:
+    """Do `action` on a disk that refuses the first call, then on one that refuses the second and so on, until it comes
+    to its end: what each time it raised."""
+    for at in itertools.count(1):
+        raised = None
+        with refusing(at, error) as refusal:
+            try:
+                action()
+            except Exception as refused:
+                raised = refused
+        if not refusal.happened:
+            assert raised is None, raised
+            return
+        yield raised
+
+
+@contextmanager
+def _patched(disk: Disk | Refusal) -> Iterator[None]:
     with ExitStack() as patches:
         for name in ("replace", "rename", "unlink", "remove", "rmdir", "mkdir", "link", "symlink"):
             patches.enter_context(mock.patch.object(os, name, _watched(disk, name, getattr(os, name))))
@@ -189,11 +245,10 @@ def recorded(folder: Path) -> Iterator[Disk]:
         opened = _opened(disk)
         patches.enter_context(mock.patch.object(io, "open", opened))
         patches.enter_context(mock.patch.object(builtins, "open", opened))
-        yield disk
-    disk.end()
+        yield
 
 
-def _watched(disk: Disk, name: str, action: Callable[..., Any]) -> Callable[..., Any]:
+def _watched(disk: Disk | Refusal, name: str, action: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **options: Any) -> Any:
         if name == "open" and not args[1] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC):
             return action(*args, **options)
@@ -206,7 +261,7 @@ def _named(args: tuple[Any, ...]) -> str:
     return " → ".join(Path(os.fsdecode(arg)).name for arg in args if isinstance(arg, str | bytes | os.PathLike))
 
 
-def _synced(disk: Disk, action: Callable[..., Any]) -> Callable[..., Any]:
+def _synced(disk: Disk | Refusal, action: Callable[..., Any]) -> Callable[..., Any]:
     return lambda descriptor: disk.sync(action, descriptor)
 
 
@@ -215,7 +270,7 @@ def _read(path: Path, real: Callable[..., Any] = io.open) -> bytes:
         return bytes(file.read())
 
 
-def _opened(disk: Disk) -> Callable[..., Any]:
+def _opened(disk: Disk | Refusal) -> Callable[..., Any]:
     """`open` whose writing files tell the disk of each call of theirs."""
     real = io.open
 

@@ -3,15 +3,21 @@ names: any URL that fsspec knows, such as `s3://bucket/stoker` or a folder that 
 
 from __future__ import annotations
 
+import logging
+import posixpath
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+from engine.weights.files import flush, make_folders, write_whole
 from stoker import keys
 from stoker.contract.names import Rule, checked
 from stoker.errors import ConfigError, JobFailed
 from stoker.settings import Settings
+
+log = logging.getLogger(__name__)
 
 
 class StoreTrouble(Exception):
@@ -34,13 +40,10 @@ class Artifacts:
             return
         with self._told_as(StoreTrouble):
             fs, path = self._place(model, name, version)
-            if not fs.exists(path):
-                fs.makedirs(path.rpartition("/")[0], exist_ok=True)
-                # Under another name first, and of this writer alone: nobody reads half a file.
-                draft = f"{path}.{secrets.token_hex(4)}"
-                with fs.open(draft, "wb") as file:
-                    file.write(data)
-                fs.mv(draft, path)
+            if _is_local(fs):
+                _put_local(Path(path), data)
+            else:
+                _put_remote(fs, path, data)
 
     def get(self, model: str, name: str, version: int) -> bytes | None:
         """A version's bytes, None where it is not kept. Raises `JobFailed` for a store that does not answer."""
@@ -72,3 +75,46 @@ class Artifacts:
         except (ImportError, ValueError, OSError) as error:
             raise ConfigError(f"STOKER_ARTIFACTS: {self._url!r} cannot be used ({error}).") from None
         return fs, str(root)
+
+
+def _is_local(fs: Any) -> bool:
+    from fsspec.implementations.local import LocalFileSystem
+
+    return isinstance(fs, LocalFileSystem)
+
+
+def _put_local(path: Path, data: bytes) -> None:
+    """A folder that workers share: on disk before the registry says that the version is there."""
+    make_folders(path.parent)
+    if path.exists():
+        # Who renamed it may have died before it was on disk.
+        flush(path.parent)
+    else:
+        write_whole(path, lambda draft: draft.write_bytes(data))
+
+
+def _put_remote(fs: Any, path: str, data: bytes) -> None:
+    """Under another name first, and of this writer alone: nobody reads half a file."""
+    if not fs.exists(path):
+        fs.makedirs(posixpath.dirname(path), exist_ok=True)
+        draft = f"{path}.{secrets.token_hex(4)}"
+        try:
+            with fs.open(draft, "wb") as file:
+                file.write(data)
+            fs.mv(draft, path)
+        except Exception:
+            # Another writer of the same version may have been faster, and swept this draft.
+            if not fs.exists(path):
+                _sweep(fs, path)
+                raise
+    _sweep(fs, path)
+
+
+def _sweep(fs: Any, path: str) -> None:
+    """Delete drafts of a version, also of writers that died. Best effort: what is kept does not depend on it."""
+    try:
+        for left in fs.ls(posixpath.dirname(path), detail=False):
+            if posixpath.basename(left).startswith(f"{posixpath.basename(path)}."):
+                fs.rm_file(left)
+    except Exception as error:  # as above
+        log.info("drafts of %s could not be deleted: %s", path, error)

@@ -204,8 +204,8 @@ def _attempt(
             if run.crowded_out():
                 raise WorkerUnavailable(f"out of memory beside other jobs ({error}).") from error
             known = OutOfMemory(f"job {run.job_id}: {memory.TRIES} times there was not memory enough for it ({error}).")
-        elif disk.is_full(error):
-            known = run.set_aside(f"the disk of {run.runtime.name} is full ({error})")
+        elif trouble := disk.trouble(error):
+            known = run.set_aside(f"the disk of {run.runtime.name} {trouble} ({error})")
         elif isinstance(error, StoreTrouble):
             known = run.set_aside(str(error))
         log.exception("job %s failed", run.job_id)

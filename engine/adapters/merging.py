@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +18,7 @@ from engine.models.layers import Linear
 from engine.quantizing import COPIED
 from engine.sources import resolve
 from engine.weights import safetensors
-from engine.weights.files import sync_folder
+from engine.weights.files import draft_folder, publish
 from engine.weights.mlx_layout import Layout
 from stoker.errors import ModelError
 
@@ -44,16 +42,10 @@ def merge(sources: Sequence[str], adapter: Path, target: Path) -> Merged:
         raise ModelError(f"{target}: exists already; name a folder that does not")
     model = load("base", [str(source)], dtype="float32", quantize="none")
     weights = read_adapter(adapter, model)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
+    with draft_folder(target.parent) as draft:
         _write(source, draft, model, weights)
-        draft.chmod(0o755)
-        sync_folder(draft)
-        os.rename(draft, target)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    sync_folder(target.parent)
+        if not publish(draft, target):
+            raise ModelError(f"{target}: another program has put files there meanwhile; name another folder")
     return Merged(target, len(weights.matrices))
 
 

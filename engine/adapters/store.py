@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +9,7 @@ from typing import Any
 from engine.adapters import peft
 from engine.adapters.lora import LoraWeights
 from engine.jsonfiles import write_json
-from engine.weights.files import sync_folder
+from engine.weights.files import draft_folder, publish, sweep
 from stoker.contract.base import parse_adapter
 from stoker.contract.names import Rule, checked, follows
 from stoker.errors import UnknownAdapter
@@ -82,29 +79,18 @@ class AdapterStore:
     def install(self, model: str, name: str, fill: Callable[[Path], object], version: int | None = None) -> int:
         """The same for whatever files `fill` puts into the folder that it is given."""
         home = self._home(model, name)
-        home.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=home))
-        try:
+        with draft_folder(home) as draft:
             fill(draft)
-            sync_folder(draft)
-            return self._publish(draft, home, version)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
+            while True:
+                number = version or max(_versions(home), default=0) + 1
+                if publish(draft, home / str(number)) or version is not None:
+                    return number
 
-    def _publish(self, draft: Path, home: Path, version: int | None) -> int:
-        while True:
-            number = version or max(_versions(home), default=0) + 1
-            try:
-                # A folder cannot be renamed onto one that holds files: two writers never share a number.
-                os.rename(draft, home / str(number))
-            except OSError:
-                if not (home / str(number)).exists():
-                    raise
-                if version is not None:
-                    return version
-                continue
-            sync_folder(home)
-            return number
+    def sweep(self) -> None:
+        """Delete what writers that died left behind."""
+        for home in self._root.glob("*/*"):
+            if home.is_dir():
+                sweep(home)
 
 
 def _versions(folder: Path) -> list[int]:

@@ -10,12 +10,8 @@ best-00000035/               the adapter alone, of the step with the least held-
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +23,12 @@ from engine.adapters.store import NOTES_FILE
 from engine.jsonfiles import read_object, write_json
 from engine.training.state import TrainState
 from engine.weights import safetensors
-from engine.weights.files import sync_folder
+from engine.weights.files import draft_folder, flush, make_folders, publish, remove_folder
 from stoker.errors import ModelError
 
 STATE_FILE = "trainer.safetensors"
+#: How the names of checkpoints begin.
+_NAMES = ("step-", "paused-", "best-")
 #: Regular checkpoints that are kept.
 KEEP = 2
 
@@ -41,25 +39,17 @@ class Checkpoints:
 
     def __init__(self, root: Path, made_of: Mapping[str, Any]) -> None:
         self._root, self._made_of = root, dict(made_of)
-        root.mkdir(parents=True, exist_ok=True)
+        make_folders(root)
 
     def save(self, state: TrainState, adapter: LoraWeights) -> None:
         """Write a regular checkpoint, to which a run that diverges is rolled back, and drop those before."""
         self._write(f"step-{state.step:08}", lambda draft: self._fill(draft, state, adapter))
         regular = sorted(path.name for path in self._root.glob("step-*"))[-KEEP:]
-        # What was paused is behind the run now, and drafts are of processes that died.
+        # What was paused is behind the run now.
         kept = {*regular, _best(state.best_step)}
-        for path in self._root.iterdir():
-            if path.name not in kept:
-                self._drop(path)
-
-    def _drop(self, path: Path) -> None:
-        """Out of sight in one step: a process that dies while it deletes must not leave half a checkpoint."""
-        grave = Path(tempfile.mkdtemp(prefix=".draft-", dir=self._root))
-        # Another process may have been faster: one that was taken for dead, and works in the same folder.
-        with suppress(FileNotFoundError):
-            os.rename(path, grave / path.name)
-        shutil.rmtree(grave, ignore_errors=True)
+        for path in list(self._root.iterdir()):
+            if path.name.startswith(_NAMES) and path.name not in kept:
+                remove_folder(path)
 
     def pause(self, state: TrainState, adapter: LoraWeights) -> None:
         """Write a checkpoint to go on from, wherever in a step the run is."""
@@ -68,7 +58,7 @@ class Checkpoints:
 
     def save_best(self, step: int, adapter: LoraWeights) -> None:
         # One that is there comes from before a rollback.
-        self._drop(self._root / _best(step))
+        remove_folder(self._root / _best(step))
         self._write(_best(step), lambda draft: peft.write(draft, self._made_of["model"], adapter))
 
     def best(self, step: int, shapes: Mapping[str, tuple[int, int]]) -> LoraWeights:
@@ -104,15 +94,12 @@ class Checkpoints:
     def _write(self, name: str, fill: Callable[[Path], object]) -> None:
         """One that is there already stays: runs repeat bit for bit, so it is the same."""
         if (self._root / name).exists():
+            # Who renamed it may have died before it was on disk.
+            flush(self._root)
             return
-        draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=self._root))
-        try:
+        with draft_folder(self._root) as draft:
             fill(draft)
-            sync_folder(draft)
-            os.rename(draft, self._root / name)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
-        sync_folder(self._root)
+            publish(draft, self._root / name)
 
     def _numbers(self, path: Path) -> dict[str, Any]:
         notes = read_object(path / NOTES_FILE)

@@ -71,7 +71,8 @@ class TrainLane:
             if isinstance(work.ticket.stop, WorkerUnavailable):
                 self._pause(self._run)
             else:
-                self._run.end("cancelled" if isinstance(work.ticket.stop, JobCancelled) else str(work.ticket.stop))
+                cancelled = isinstance(work.ticket.stop, JobCancelled)
+                self._note(self._run, "cancelled" if cancelled else str(work.ticket.stop))
         work.ticket.fail_stopped()
         self._close()
 
@@ -140,19 +141,19 @@ class TrainLane:
     def _fail(self, error: Exception) -> StepOutput:
         """The run's own failure (divergence, a full disk): the runs that wait are not to blame."""
         if self._run is not None:
-            self._note_failure(self._run, error)
+            self._note(self._run, f"failed: {error}")
         if self._current is not None:
             self._current.ticket.fail(error)
         self._close()
         return StepOutput()
 
     @staticmethod
-    def _note_failure(run: Run, error: Exception) -> None:
+    def _note(run: Run, status: str) -> None:
         try:
-            run.end(f"failed: {error}")
-        except OSError as full:
-            # As likely as not it is what the run failed of.
-            log.warning("that a run failed could not be noted in its folder: %s", full)
+            run.end(status)
+        except OSError as error:
+            # A full disk, which may be what the run failed of. How it ended is told by its result too.
+            log.warning("how a run ended (%s) could not be noted in its folder: %s", status, error)
 
     def _close(self) -> None:
         self._current = self._run = None

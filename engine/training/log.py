@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-from engine.weights.files import write_whole
+from engine.weights.files import flush, write_whole
 from stoker.contract import TrainReport
 
 
@@ -36,5 +35,4 @@ class RunLog:
 
     def sync(self) -> None:
         """Flush to disk, so that a checkpoint never knows of more reports than the log."""
-        with open(self._path, "ab") as file:
-            os.fsync(file.fileno())
+        flush(self._path)

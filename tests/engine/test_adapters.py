@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import threading
 from collections.abc import Callable
@@ -13,15 +14,15 @@ import numpy as np
 import pytest
 
 from engine.adapters import peft
-from engine.adapters import store as store_module
 from engine.adapters.lora import LoraConfig, LoraWeights, initialise
 from engine.adapters.peft import CONFIG_FILE, WEIGHTS_FILE
 from engine.adapters.pool import BASE, AdapterPool
 from engine.adapters.store import AdapterStore
 from engine.loading import LoadedModel, load
 from engine.models.llama import Llama
-from engine.weights import safetensors
+from engine.weights import files, safetensors
 from stoker.errors import ModelError, UnknownAdapter
+from tests import powercut
 from tests.engine import tiny
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
@@ -92,21 +93,12 @@ def test_each_write_is_a_new_version(model: LoadedModel, store: AdapterStore) ->
     assert store.names("other") == []
 
 
-def test_writers_at_the_same_time_never_share_a_version(model: LoadedModel, store: AdapterStore) -> None:
-    weights = tiny.adapter(model, 2, 0)
-    mx.eval(weights.matrices)
+def test_writers_at_the_same_time_never_share_a_version(store: AdapterStore) -> None:
     found: list[int] = []
-    # Files only: MLX's arrays belong to the thread that made them.
-    draft = store._root / "draft"
-    store._root.mkdir()
 
+    # Files only: MLX's arrays belong to the thread that made them.
     def write(number: int) -> None:
-        home = store._root / "tiny" / "style"
-        home.mkdir(parents=True, exist_ok=True)
-        mine = draft.with_name(f"draft-{number}")
-        mine.mkdir()
-        (mine / "file").write_text("x")
-        found.append(store._publish(mine, home, None))
+        found.append(store.install("tiny", "style", lambda draft: (draft / "file").write_text(str(number))))
 
     threads = [threading.Thread(target=write, args=(number,)) for number in range(8)]
     for thread in threads:
@@ -128,7 +120,7 @@ def test_a_write_that_fails_leaves_nothing(
     targets = {
         "safetensors": (safetensors, "write"),
         "text": (peft, "write_json"),
-        "rename": (store_module.os, "rename"),
+        "rename": (files.os, "rename"),
     }
     monkeypatch.setattr(*targets[part], full)
     with pytest.raises(OSError, match="No space"):
@@ -136,6 +128,64 @@ def test_a_write_that_fails_leaves_nothing(
     monkeypatch.undo()
     assert [path.name for path in (store._root / "tiny" / "style").iterdir()] == ["1"]
     assert store.resolve("tiny", "style") == ("style", 1)
+
+
+def test_a_version_is_there_whole_or_not_whenever_the_power_fails(model: LoadedModel, tmp_path: Path) -> None:
+    """Written by training, and installed from the artifact store."""
+    weights = tiny.adapter(model, 2, 1, targets=("q_proj",))
+    mx.eval(weights.matrices)
+    disk_folder = tmp_path / "disk"
+    disk_folder.mkdir()
+
+    def copy(draft: Path) -> None:
+        for path in folder_of(store, "style", 1).iterdir():
+            (draft / path.name).write_bytes(path.read_bytes())
+
+    with powercut.recorded(disk_folder) as disk:
+        store = AdapterStore(disk_folder / "adapters")
+        for version in (1, 2):
+            store.write("tiny", "style", weights, {"job": "j"}, version)
+            disk.mark(str(version))
+        store.install("tiny", "other", copy, 1)
+        disk.mark("3")
+    for cut in disk.cuts():
+        with cut.restored(tmp_path / "after") as after:
+            found = AdapterStore(after / "adapters")
+            there = [(name, n) for name, n in (("style", 1), ("style", 2), ("other", 1)) if found.has("tiny", name, n)]
+            assert len(there) >= (int(cut.marks[-1]) if cut.marks else 0), cut
+            for name, n in there:
+                read = found.read("tiny", name, n, model.linear_shapes).matrices
+                for layer, sides in weights.matrices.items():
+                    assert all(mx.array_equal(read[layer][side], sides[side]) for side in "ab"), cut
+
+
+def test_drafts_of_writers_that_died_are_swept_when_a_worker_starts(store: AdapterStore) -> None:
+    home = store._root / "tiny" / "style"
+    (home / f"{files.DRAFT}x").mkdir(parents=True)
+    (home / f"{files.DRAFT}x" / "half").write_text("half")
+    store.install("tiny", "other", lambda draft: (draft / "file").write_text("x"))
+    assert list(home.iterdir())
+    store.sweep()
+    assert not list(home.iterdir())
+    assert store.names("tiny") == ["other"]
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EROFS])
+def test_a_disk_that_takes_nothing_more_leaves_the_versions_there_are(
+    model: LoadedModel, store: AdapterStore, error: int
+) -> None:
+    weights = tiny.adapter(model, 2, 1, targets=("q_proj",))
+    mx.eval(weights.matrices)
+    store.write("tiny", "style", weights, {})
+    calls = 0
+    for raised in powercut.each_refusal(error, lambda: store.write("tiny", "style", weights, {}, 2)):
+        calls += 1
+        assert raised is None or (isinstance(raised, OSError) and raised.errno == error), raised
+        for version in range(1, store.newest("tiny", "style") + 1):
+            store.read("tiny", "style", version, model.linear_shapes)
+    store.sweep()
+    assert calls > 8
+    assert sorted(path.name for path in folder_of(store, "style", 1).parent.iterdir()) == ["1", "2"]
 
 
 def test_an_unknown_adapter_is_refused_with_those_there_are(model: LoadedModel, store: AdapterStore) -> None:

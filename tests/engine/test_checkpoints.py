@@ -2,12 +2,41 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
+from engine.loading import LoadedModel
 from engine.training.checkpoint import Checkpoints
+from engine.training.optimizer import Moments
+from engine.training.state import TrainState
+from engine.weights import files
+from tests import powercut
+from tests.engine import tiny
+from tests.powercut import Cut
+
+MADE_OF = {"model": "tiny"}
+
+
+def state(step: int, **fields: float) -> TrainState:
+    array = mx.array([float(step)])
+    options: dict[str, object] = {"step": step, "micro": step, "reports": step, **fields}
+    return TrainState(weights=array, moments=Moments(array + 1, array + 2), **options)  # type: ignore[arg-type]
+
+
+def newest(cut: Cut, tmp_path: Path) -> int:
+    """The step of the newest checkpoint that the next process finds, whole; 0: none."""
+    with cut.restored(tmp_path / "after") as after:
+        found, anchor = Checkpoints(after / "run/checkpoints", MADE_OF).newest()
+        if found is None:
+            return 0
+        assert found.weights.item() == found.step
+        assert found.moments.second.item() == found.step + 2
+        assert anchor is not None or found.gradient is not None
+        return found.step
 
 
 def test_a_process_that_dies_while_it_deletes_leaves_no_half_checkpoint(
@@ -25,6 +54,101 @@ def test_a_process_that_dies_while_it_deletes_leaves_no_half_checkpoint(
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", die)
         with pytest.raises(KeyboardInterrupt):
-            checkpoints._drop(old)
+            files.remove_folder(old)
     assert checkpoints.newest() == (None, None)
-    checkpoints._drop(old)
+    files.remove_folder(old)
+    assert list(tmp_path.iterdir()) == [], "nor does a grave stay"
+
+
+def test_power_that_fails_at_any_moment_leaves_the_last_checkpoint_or_the_new_one(
+    model: LoadedModel, tmp_path: Path
+) -> None:
+    """Regular, best and paused ones, with those that are dropped meanwhile."""
+    weights = tiny.adapter(model, 2, 1, targets=("q_proj",))
+    mx.eval(weights.matrices)
+    disk_folder = tmp_path / "disk"
+    disk_folder.mkdir()
+    with powercut.recorded(disk_folder) as disk:
+        checkpoints = Checkpoints(disk_folder / "run/checkpoints", MADE_OF)
+        for step in (1, 2, 3):
+            checkpoints.save_best(step, weights)
+            checkpoints.save(state(step, best_step=step), weights)
+            disk.mark(str(step))
+        checkpoints.pause(
+            TrainState(**{**vars(state(4, best_step=3)), "gradient": mx.array([1.0])}),
+            weights,
+        )
+        disk.mark("4")
+    for cut in disk.cuts():
+        promised = int(cut.marks[-1]) if cut.marks else 0
+        assert newest(cut, tmp_path) in (promised, min(promised + 1, 4)), cut
+
+
+def test_the_best_adapter_is_whole_or_not_there_when_the_power_fails(model: LoadedModel, tmp_path: Path) -> None:
+    old, new = (tiny.adapter(model, 2, seed, targets=("q_proj",)) for seed in (1, 2))
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    Checkpoints(folder / "c", MADE_OF).save_best(5, old)
+    with powercut.recorded(folder) as disk:
+        Checkpoints(folder / "c", MADE_OF).save_best(5, new)
+    kept = {}
+    for cut in disk.cuts():
+        with cut.restored(tmp_path / "after") as after:
+            path = after / "c/best-00000005"
+            if path.is_dir():
+                found = Checkpoints(after / "c", MADE_OF).best(5, model.linear_shapes)
+                name = "layers.0.self_attn.q_proj"
+                which = [bool(mx.array_equal(found.matrices[name]["a"], w.matrices[name]["a"])) for w in (old, new)]
+                assert any(which), cut
+                kept[cut.before, cut.how] = which[1]
+    assert all(kept["", how] for how in powercut.HOW), "in the end the new one is there"
+
+
+def test_what_is_deleted_is_out_of_sight_on_disk_before_its_files_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk may keep the deletion of a file and lose the rename before it, if nothing was flushed between."""
+    (tmp_path / "step-00000001").mkdir()
+    flushed: list[str] = []
+    plain, delete = files.flush, shutil.rmtree
+
+    def flush(path: Path) -> None:
+        flushed.append("root" if path == tmp_path else "grave")
+        plain(path)
+
+    def rmtree(path: Path, **options: bool) -> None:
+        assert flushed == ["grave", "root"]
+        delete(path, **options)
+
+    monkeypatch.setattr(files, "flush", flush)
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    files.remove_folder(tmp_path / "step-00000001")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EFBIG, errno.EROFS])
+def test_a_disk_that_takes_nothing_more_leaves_the_last_checkpoint_and_says_why(
+    model: LoadedModel, tmp_path: Path, error: int
+) -> None:
+    """Whichever call it refuses first. The quick form of the test that trains on a full disk."""
+    weights = tiny.adapter(model, 2, 1, targets=("q_proj",))
+    mx.eval(weights.matrices)
+    Checkpoints(tmp_path, MADE_OF).save(state(1), weights)
+    calls = 0
+    for raised in powercut.each_refusal(error, lambda: Checkpoints(tmp_path, MADE_OF).save(state(2), weights)):
+        calls += 1
+        assert raised is None or (isinstance(raised, OSError) and raised.errno == error), raised
+        found, _ = Checkpoints(tmp_path, MADE_OF).newest()
+        assert found is not None
+        assert found.weights.item() == found.step
+        if found.step == 2:
+            files.remove_folder(tmp_path / "step-00000002")
+    assert calls > 10
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000002"], "nor any draft"
+
+
+def test_files_of_others_in_the_folder_of_checkpoints_stay(model: LoadedModel, tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, MADE_OF)
+    (tmp_path / "README").write_text("mine")
+    checkpoints.save(state(1), tiny.adapter(model, 2, 1, targets=("q_proj",)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README", "step-00000001"]

@@ -14,6 +14,7 @@ from engine.adapters.store import AdapterStore
 from engine.loading import load
 from engine.training.planning import plan
 from stoker.errors import DatasetError, ModelError
+from tests import powercut
 from tests.engine import tiny
 
 BASES = Path(__file__).parents[1] / "goldens" / "architectures"
@@ -41,6 +42,20 @@ def test_a_merge_that_cannot_be_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"no adapter_config\.json in it"):
         merge([str(BASES / "qwen2-untied")], tmp_path / "empty", tmp_path / "merged")
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+def test_a_merged_model_is_there_whole_or_not_whenever_the_power_fails(tmp_path: Path) -> None:
+    """With the files that are copied beside its weights."""
+    base = load("tiny", [str(BASES / "qwen2-untied")])
+    AdapterStore(tmp_path).write("tiny", "style", tiny.adapter(base, 2, 1, targets=("q_proj",)), {})
+    (tmp_path / "disk").mkdir()
+    with powercut.recorded(tmp_path / "disk") as disk:
+        merge([str(BASES / "qwen2-untied")], tmp_path / "tiny/style/1", tmp_path / "disk/merged")
+    wanted = {f"merged/{path.name}": path.read_bytes() for path in (tmp_path / "disk/merged").iterdir()}
+    assert "merged/tokenizer.json" in wanted
+    for cut in disk.cuts():
+        found = {name: content for name, content in cut.tree.items() if name.startswith("merged/")}
+        assert found in ((wanted,) if cut.finished else ({}, wanted)), cut
 
 
 def test_a_plan_counts_what_a_run_would_learn(tmp_path: Path) -> None:

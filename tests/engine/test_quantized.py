@@ -18,6 +18,7 @@ from engine.quantizing import quantize_folder
 from engine.weights import safetensors
 from engine.weights.quantized import QuantizedTensor, dequantize, quantize
 from stoker.errors import ModelError
+from tests import powercut
 from tests.engine import cached
 
 CHECKPOINTS = Path(__file__).parents[1] / "goldens" / "architectures"
@@ -269,6 +270,18 @@ def test_the_dtype_is_the_one_asked_for(dtype: str) -> None:
     assert quantized.dtype == quantized(TOKENS).dtype == wanted
     hidden = opened(CHECKPOINTS / "mpnet", dtype=dtype).encoder(TOKENS)
     assert hidden.dtype == wanted
+
+
+def test_a_quantized_model_is_there_whole_or_not_whenever_the_power_fails(tmp_path: Path) -> None:
+    """With the files that are copied beside its weights."""
+    (tmp_path / "disk").mkdir()
+    with powercut.recorded(tmp_path / "disk") as disk:
+        quantize_folder(CHECKPOINTS / "qwen2-untied", tmp_path / "disk/q4", bits=4, group_size=32)
+    wanted = {f"q4/{path.name}": path.read_bytes() for path in (tmp_path / "disk/q4").iterdir()}
+    assert "q4/tokenizer.json" in wanted
+    for cut in disk.cuts():
+        found = {name: content for name, content in cut.tree.items() if name.startswith("q4/")}
+        assert found in ((wanted,) if cut.finished else ({}, wanted)), cut
 
 
 def test_a_failed_quantization_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

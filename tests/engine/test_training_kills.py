@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from stoker.errors import ModelError
+from tests import powercut
 from tests.engine.training_child import open_run
 
 OPTIONS: dict[str, Any] = {
@@ -86,6 +88,27 @@ def test_a_run_that_is_killed_three_times_repeats_bit_for_bit(tmp_path: Path) ->
 @pytest.mark.parametrize("seed", [2, 3])
 def test_a_run_that_is_killed_at_twenty_random_moments_repeats_bit_for_bit(tmp_path: Path, seed: int) -> None:
     check(tmp_path, kills=20, seed=seed)
+
+
+def test_power_that_fails_at_any_moment_of_a_run_leaves_its_checkpoint_and_every_report_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The disk that records knows what would be safe, so the real one need not wait.
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+    options = {**OPTIONS, "steps": 2, "accumulation": 1, "checkpoint_every": 1, "eval_every": 1, "dora": False}
+    (tmp_path / "disk").mkdir()
+    with powercut.recorded(tmp_path / "disk") as disk:
+        running = open_run(tmp_path / "disk", options)
+        while not running.finished:
+            if report := running.advance():
+                disk.mark(str(report.step))
+        running.end("done")
+    for cut in disk.cuts():
+        with cut.restored(tmp_path / "after") as after:
+            again = open_run(after, options)
+            assert len(again.reported) == again.state.reports, cut
+            assert again.state.step >= len(cut.marks), cut
+        assert not cut.finished or json.loads(cut.tree["run/run.json"] or b"")["status"] == "done"
 
 
 def test_checkpoints_say_what_they_are_and_the_last_and_the_best_are_kept(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from engine.training.trainer import Trainer
 from stoker.contract import TrainReport
 from stoker.contract.dataset import Example, TrainInput
 from stoker.errors import DatasetError, InvalidRequest, JobCancelled, JobFailed, WorkerUnavailable
+from tests import powercut
 from tests.engine import tiny
 
 LINES = b"\n".join(Example("", tiny.text(ids)).to_line().encode() for ids in ([3, 4, 5, 6], [7, 8, 9], [9, 9, 9, 3]))
@@ -111,6 +113,21 @@ def test_a_cancelled_run_ends_at_once_and_makes_no_adapter(lane: TrainLane, tmp_
     assert last.result(0).version == 1
     assert [path.name for path in (tmp_path / "adapters/tiny/style").iterdir()] == ["1"]
     assert json.loads((tmp_path / "runs/a/run.json").read_text())["status"] == "cancelled"
+
+
+def test_a_run_that_is_cancelled_on_a_full_disk_ends_and_hurts_no_other(
+    lane: TrainLane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running, waiting = admit(lane, "a", steps=4), admit(lane, "b", steps=1)
+    run_until(lane, 1)
+    running.cancel()
+    with powercut.refusing(1, errno.ENOSPC) as refusal:
+        lane.drop_stopped()
+    assert refusal.happened
+    assert run_all(lane) == [("b", 1)]
+    with pytest.raises(JobCancelled):
+        running.result(0)
+    assert waiting.result(0).version == 1
 
 
 @pytest.mark.parametrize("steps", [1, 3])

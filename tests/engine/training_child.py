@@ -33,14 +33,14 @@ def say(word: str) -> None:
 
 
 def chatty() -> None:
-    """Say a word before each file of a checkpoint is put in place."""
-    plain = files.os.replace
+    """Say a word before each file and folder of a checkpoint is flushed."""
+    plain = files.os.fsync
 
-    def replace(*arguments: object) -> None:
+    def fsync(handle: int) -> None:
         say("file")
-        plain(*arguments)  # type: ignore[arg-type]
+        plain(handle)
 
-    files.os.replace = replace  # type: ignore[assignment]
+    files.os.fsync = fsync  # type: ignore[assignment]
 
 
 def open_run(home: Path, options: dict[str, Any]) -> Run:

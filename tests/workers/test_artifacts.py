@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 
+from engine.weights import files
 from stoker import keys
 from stoker.connection import connect
 from stoker.errors import ConfigError, JobFailed
 from stoker.settings import Settings
+from tests import powercut
 from workers.artifacts import Artifacts, StoreTrouble
 
 
@@ -31,6 +36,80 @@ def test_what_is_kept_is_found_by_whoever_names_the_same_store(tmp_path: Path, s
             "1.safetensors",
             "2.safetensors",
         ]
+
+
+def test_a_shared_folder_has_a_version_whole_or_not_whenever_the_power_fails(tmp_path: Path) -> None:
+    """What was kept is registered next, and the run that made it ends."""
+    (tmp_path / "disk").mkdir()
+    with powercut.recorded(tmp_path / "disk") as disk:
+        for version, data in ((1, b"first" * 9), (2, b"second" * 9)):
+            at(f"file://{tmp_path}/disk/store").put("m", "style", version, data)
+            disk.mark(str(version))
+    for cut in disk.cuts():
+        with cut.restored(tmp_path / "after") as after:
+            found = [at(f"file://{after}/store").get("m", "style", version) for version in (1, 2)]
+            assert found in ([None, None], [b"first" * 9, None], [b"first" * 9, b"second" * 9]), cut
+            assert 2 - found.count(None) >= len(cut.marks), cut
+
+
+def test_a_version_that_a_dead_writer_put_there_is_on_disk_when_the_next_finds_it(tmp_path: Path) -> None:
+    def die(_: Path) -> None:
+        raise KeyboardInterrupt
+
+    (tmp_path / "disk/m/style").mkdir(parents=True)
+    with powercut.recorded(tmp_path / "disk") as disk:
+        with pytest.MonkeyPatch.context() as patch:
+            plain = files.flush
+            patch.setattr(files, "flush", lambda path: die(path) if path.is_dir() else plain(path))
+            with pytest.raises(KeyboardInterrupt):
+                at(f"file://{tmp_path}/disk").put("m", "style", 1, b"first")
+        at(f"file://{tmp_path}/disk").put("m", "style", 1, b"first")
+    assert all(cut.tree["m/style/1.safetensors"] == b"first" for cut in disk.cuts() if cut.finished)
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EROFS])
+def test_a_shared_folder_that_takes_nothing_more_is_named_and_takes_it_later(tmp_path: Path, error: int) -> None:
+    store = at(f"file://{tmp_path}/store")
+    raised = list(powercut.each_refusal(error, lambda: store.put("m", "style", 1, b"first")))
+    assert len(raised) > 4
+    for trouble in filter(None, raised):
+        assert isinstance(trouble, StoreTrouble)
+        assert os.strerror(error) in str(trouble)
+    assert at(f"file://{tmp_path}/store").get("m", "style", 1) == b"first"
+    assert [path.name for path in (tmp_path / "store/m/style").iterdir()] == ["1.safetensors"]
+
+
+def test_drafts_of_writers_that_died_are_deleted_from_a_store_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fs, root = fsspec.core.url_to_fs(f"memory://{tmp_path}")
+    for name in ("1.safetensors.dead", "11.safetensors.other"):
+        fs.pipe_file(f"{root}/m/style/{name}", b"half")
+    with monkeypatch.context() as patch:
+        patch.setattr(type(fs), "mv", lambda *_: (_ for _ in ()).throw(OSError("no route")))
+        with pytest.raises(StoreTrouble, match="no route"):
+            at(f"memory://{tmp_path}").put("m", "style", 1, b"first")
+    assert at(f"memory://{tmp_path}").get("m", "style", 1) is None
+    at(f"memory://{tmp_path}").put("m", "style", 1, b"first")
+    left = sorted(path.rpartition("/")[2] for path in fs.ls(f"{root}/m/style", detail=False))
+    assert left == ["1.safetensors", "11.safetensors.other"]
+
+
+def test_a_writer_whose_draft_was_swept_by_a_faster_one_has_done_its_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fs, root = fsspec.core.url_to_fs(f"memory://{tmp_path}")
+    plain = type(fs).mv
+
+    def late(self: Any, draft: str, path: str) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(type(fs), "mv", plain)
+            at(f"memory://{tmp_path}").put("m", "style", 1, b"first")
+        plain(self, draft, path)
+
+    monkeypatch.setattr(type(fs), "mv", late)
+    at(f"memory://{tmp_path}").put("m", "style", 1, b"first")
+    assert [path.rpartition("/")[2] for path in fs.ls(f"{root}/m/style", detail=False)] == ["1.safetensors"]
 
 
 def test_without_a_store_the_broker_keeps_it(broker: Settings) -> None:

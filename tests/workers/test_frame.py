@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -134,14 +135,28 @@ def test_out_of_memory_sends_a_job_back_to_a_smaller_lane_and_fails_it_in_the_en
     assert worker.outcome.status == JobStatus.FAILED
 
 
-def test_a_job_that_finds_the_disk_full_is_a_dead_letter_that_says_so(worker: Worker) -> None:
-    with pytest.raises(JobDead, match=r"w@here is full .*No space.* `stoker jobs retry job`"):
-        worker.deliver(raising(OSError(errno.ENOSPC, "No space left on device")))
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(errno.ENOSPC, "is full"), (errno.EDQUOT, "is full"), (errno.EFBIG, "is full"), (errno.EROFS, "cannot be used"),
+     (errno.EIO, "cannot be used"), (errno.EACCES, "cannot be used"), (errno.EPERM, "cannot be used")],
+)  # fmt: skip
+def test_a_job_that_finds_the_disk_full_or_unusable_is_a_dead_letter_that_says_so(
+    worker: Worker, number: int, said: str
+) -> None:
+    why = os.strerror(number)
+    with pytest.raises(JobDead, match=rf"w@here {said} .*{why}.* `stoker jobs retry job`"):
+        worker.deliver(raising(OSError(number, why)))
     assert worker.outcome is not None
     assert worker.outcome.status == JobStatus.FAILED
     (death,) = json.loads(worker.redis.hget(keys.DEAD, "job"))["history"]
     assert death["worker"] == "w@here"
-    assert "No space" in death["trouble"]
+    assert why in death["trouble"]
+
+
+def test_an_error_of_the_system_that_is_not_of_the_disk_is_no_dead_letter(worker: Worker) -> None:
+    with pytest.raises(JobFailed):
+        worker.deliver(raising(OSError(errno.EMFILE, "Too many open files")))
+    assert not worker.redis.hexists(keys.DEAD, "job")
 
 
 def test_a_job_whose_result_the_artifact_store_does_not_take_is_a_dead_letter(worker: Worker) -> None:

@@ -1,0 +1,180 @@
+"""Files and folders: whole or not at all, on disk once it is said so, and without what dead writers left."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from engine.jsonfiles import write_json
+from engine.weights import files
+from engine.weights.files import DRAFT, draft_folder, publish, sweep, write_whole
+from tests import powercut
+
+#: A process that begins a draft and waits: of a file, of a folder.
+WRITER = """
+import sys
+from pathlib import Path
+from engine.weights.files import draft_folder, write_whole
+
+def wait(draft):
+    (draft / "half" if draft.is_dir() else draft).write_text("half")
+    print("begun", flush=True)
+    sys.stdin.read()
+
+home = Path(sys.argv[1])
+if sys.argv[2] == "file":
+    write_whole(home / "notes.json", wait)
+else:
+    with draft_folder(home) as draft:
+        wait(draft)
+"""
+
+
+def fill(folder: Path) -> None:
+    """As the copies of a model's files are made: without a flush of their own."""
+    (folder / "weights").write_bytes(b"new" * 9)
+    (folder / "sub").mkdir()
+    (folder / "sub/notes").write_text("new")
+
+
+def write_folder(target: Path) -> bool:
+    with draft_folder(target.parent) as draft:
+        fill(draft)
+        return publish(draft, target)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_is_the_old_or_the_new_whenever_the_power_fails(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    path = tmp_path / "disk/notes.json"
+    write_json(path, {"old": 1})
+    old = path.read_bytes()
+    with powercut.recorded(tmp_path / "disk") as disk:
+        write_json(path, {"new": [1, 2, 3]})
+    new = path.read_bytes()
+    for cut in disk.cuts():
+        assert cut.tree["notes.json"] in ((new,) if cut.finished else (old, new)), cut
+
+
+def test_a_folder_is_there_whole_or_not_whenever_the_power_fails_and_so_are_those_above_it(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    with powercut.recorded(tmp_path / "disk") as disk:
+        assert write_folder(tmp_path / "disk/a/b/1")
+    for cut in disk.cuts():
+        found = {name: content for name, content in cut.tree.items() if name.startswith("a/b/1/")}
+        assert cut.finished <= bool(found), cut
+        if found:
+            assert found == {"a/b/1/weights": b"new" * 9, "a/b/1/sub": None, "a/b/1/sub/notes": b"new"}, cut
+
+
+def test_a_folder_that_another_writer_made_is_on_disk_when_it_is_found_there(tmp_path: Path) -> None:
+    """Its writer may have been killed between the rename and the flush, and the power goes later."""
+    (tmp_path / "disk").mkdir()
+    plain = files.flush
+
+    def die(path: Path) -> None:
+        if path == tmp_path / "disk" and (path / "1").exists():
+            raise KeyboardInterrupt
+        plain(path)
+
+    with powercut.recorded(tmp_path / "disk") as disk:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(files, "flush", die)
+            with pytest.raises(KeyboardInterrupt):
+                write_folder(tmp_path / "disk/1")
+        assert not write_folder(tmp_path / "disk/1"), "it stays as it is"
+    assert all("1/sub/notes" in cut.tree for cut in disk.cuts() if cut.finished)
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_the_draft_of_a_writer_stays_while_it_lives_and_goes_once_it_was_killed(tmp_path: Path, kind: str) -> None:
+    command = [sys.executable, "-c", WRITER, str(tmp_path), kind]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
+        sweep(tmp_path)
+        (draft,) = names(tmp_path)
+        assert draft.startswith(DRAFT)
+        write_json(tmp_path / "other.json", {})
+        assert draft in names(tmp_path), "nor does another writer take it away"
+        process.kill()
+    write_json(tmp_path / "other.json", {})
+    assert names(tmp_path) == ["other.json"]
+
+
+def test_what_others_call_a_draft_is_not_swept(tmp_path: Path) -> None:
+    for name in (".draft-mine", ".notes-old.json", "draft"):
+        (tmp_path / name).write_text("mine")
+    write_json(tmp_path / "notes.json", {})
+    assert names(tmp_path) == [".draft-mine", ".notes-old.json", "draft", "notes.json"]
+
+
+def test_a_draft_that_was_swept_before_its_lock_is_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, made = files._lock, 0
+
+    def swept(handle: int) -> bool:
+        nonlocal made
+        made += 1
+        if made == 1:
+            (draft,) = tmp_path.iterdir()
+            draft.rmdir()
+        return plain(handle)
+
+    monkeypatch.setattr(files, "_lock", swept)
+    assert write_folder(tmp_path / "1")
+    assert made == 2
+    assert names(tmp_path) == ["1"]
+
+
+def test_a_file_system_without_locks_is_written_to_and_never_swept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    (tmp_path / f"{DRAFT}perhaps-alive").mkdir()
+    monkeypatch.setattr(fcntl, "flock", unknown)
+    assert write_folder(tmp_path / "1")
+    assert names(tmp_path) == [f"{DRAFT}perhaps-alive", "1"]
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EROFS])
+@pytest.mark.parametrize("write", [lambda path: write_json(path, {"new": 1}), write_folder], ids=["file", "folder"])
+def test_a_disk_that_refuses_any_call_is_said_and_leaves_no_draft(
+    tmp_path: Path, error: int, write: Callable[[Path], object]
+) -> None:
+    path = tmp_path / "1"
+    for raised in powercut.each_refusal(error, lambda: write(path)):
+        assert raised is None or (isinstance(raised, OSError) and raised.errno == error), raised
+        if error == errno.ENOSPC:
+            assert names(tmp_path) in ([], ["1"])
+    assert names(tmp_path) == ["1"]
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+    write_json(tmp_path / "notes.json", {"old": 1})
+
+    def fail(draft: Path) -> None:
+        draft.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        write_whole(tmp_path / "notes.json", fail)
+    assert names(tmp_path) == ["notes.json"]
+    assert "old" in (tmp_path / "notes.json").read_text()
+
+
+def test_what_is_written_may_be_read_by_other_users_as_before(tmp_path: Path) -> None:
+    write_json(tmp_path / "notes.json", {})
+    write_folder(tmp_path / "1")
+    assert (tmp_path / "notes.json").stat().st_mode & 0o777 == 0o644
+    assert (tmp_path / "1").stat().st_mode & 0o777 == 0o755
