@@ -46,17 +46,20 @@ class AdapterLane:
 
     def drop_stopped(self) -> None:
         for work in [work for work in self._waiting if work.ticket.stopping]:
-            self._waiting.remove(work)
             work.ticket.fail_stopped()
+            self._waiting.remove(work)
 
     def run(self) -> StepOutput:
-        work = self._waiting.popleft()
+        # It waits until its end is known: what breaks the engine off meanwhile ends it with those that wait.
+        work = self._waiting[0]
         work.ticket.start()
+        output = StepOutput()
         try:
-            return StepOutput(ended=[(work.ticket, self._take(work))])
+            output.ended.append((work.ticket, self._take(work)))
         except Exception as error:
             work.ticket.fail(error)
-            return StepOutput()
+        self._waiting.popleft()
+        return output
 
     def _take(self, work: AdapterWork) -> AdapterResult:
         request = work.request

@@ -38,7 +38,7 @@ class Forward(Protocol):
     streams: int
 
     def __call__(self, texts: Sequence[Tokens]) -> Vectors:
-        """The vectors (texts, dim) of `texts`, in their order, as pooled: not normalized."""
+        """The vectors (texts, dim) of `texts`, in their order, as pooled: not normalized. Each has a token at least."""
         ...
 
 
@@ -82,25 +82,33 @@ class PackedForward:
         for rows, width in near_runs([len(text) for text in texts]):
             block, mask = padded(texts[start : start + rows], rows, width, self._pad)
             start += rows
-            groups.append(Group(rows, width, mask))
+            groups.append(Group(rows, width, None if mask is None else mx.array(mask)))
             tokens.append(block.reshape(-1))
-            places.append(self._encoder.places(block).reshape(-1))
+            places.append(seen_places(self._encoder, block, mask))
         hidden = self._encoder.forward(mx.array(np.concatenate(tokens)), mx.array(np.concatenate(places)), groups)
         return pool_packed(hidden, groups, self._pooling)
 
 
-def padded(texts: Sequence[Tokens], rows: int, width: int, pad: int) -> tuple[Tokens, mx.array | None]:
+def padded(texts: Sequence[Tokens], rows: int, width: int, pad: int) -> tuple[Tokens, NDArray[np.bool_] | None]:
     """The texts as rows of one block int32 (rows, width), and their mask bool (rows, width).
 
     None where no text is padded: attention without a mask is the faster one. Rows beyond the texts see all of their
-    padding: nobody reads them.
+    padding: nobody reads them. A text is padded with its own first token: what attention weighs with 0 has to be a
+    number, and a damaged row of the weights makes none. So it spoils the texts that use it alone.
     """
     block = np.full((rows, width), pad, dtype=np.int32)
     lengths = np.full(rows, width)
     for row, text in enumerate(texts):
         block[row, : len(text)] = text
+        block[row, len(text) :] = text[0]
         lengths[row] = len(text)
-    return block, None if lengths.min() == width else mx.array(np.arange(width) < lengths[:, None])
+    return block, None if lengths.min() == width else np.arange(width) < lengths[:, None]
+
+
+def seen_places(encoder: Encoder, block: Tokens, mask: NDArray[np.bool_] | None) -> Tokens:
+    """The places of a padded block, int32 (tokens,); what pads a text has the place of its first token too."""
+    places = encoder.places(block)
+    return (places if mask is None else np.where(mask, places, places[:, :1])).reshape(-1)
 
 
 def stream_count() -> int:
@@ -128,7 +136,7 @@ class PaddedForward:
     def __init__(self, model: LoadedModel, tokens: int = SHAPE_TOKENS) -> None:
         assert model.embedding is not None
         self._encoder, self._pooling, self._pad = model.encoder, model.embedding.pooling, model.tokenizer.pad_id or 0
-        self._compiled: dict[tuple[int, int, bool], Callable[..., mx.array]] = {}
+        self._compiled: dict[tuple[int, int], Callable[..., mx.array]] = {}
         self.least_tokens, self.streams, self._tokens = min(LEAST_TOKENS, tokens), 1, tokens
 
     def __call__(self, texts: Sequence[Tokens]) -> Vectors:
@@ -147,17 +155,17 @@ class PaddedForward:
 
     def _padded(self, texts: Sequence[Tokens], rows: int, width: int) -> mx.array:
         tokens, mask = padded(texts, rows, width, self._pad)
-        places = np.ascontiguousarray(self._encoder.places(tokens))
-        inputs = [mx.array(tokens.reshape(-1)), mx.array(places.reshape(-1))]
+        inputs = [mx.array(tokens.reshape(-1)), mx.array(seen_places(self._encoder, tokens, mask))]
         if mask is not None:
-            inputs.append(mask)
-        return self._graph(rows, width, mask is not None)(*inputs)
+            inputs.append(mx.array(mask))
+        return self._graph(rows, width)(*inputs)
 
-    def _graph(self, rows: int, width: int, masked: bool) -> Callable[..., mx.array]:
-        graph = self._compiled.get((rows, width, masked))
+    def _graph(self, rows: int, width: int) -> Callable[..., mx.array]:
+        """MLX traces it once with a mask and once without."""
+        graph = self._compiled.get((rows, width))
         if graph is None:
             graph = mx.compile(pooled(self._encoder, self._pooling, rows, width))
-            self._compiled[rows, width, masked] = graph
+            self._compiled[rows, width] = graph
         return graph
 
 

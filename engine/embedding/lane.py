@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass, field
-from heapq import heapify, heappop, heappush
 
 import numpy as np
 
 from engine.embedding.forward import Tokens, Vectors, forward_of
 from engine.embedding.pace import Pace
-from engine.embedding.packing import evenly
+from engine.embedding.tokenizing import named, tokenized
+from engine.embedding.turns import Turns
 from engine.loading import LoadedModel
 from engine.ticket import StepOutput, Ticket
 from stoker.contract import EmbedRequest
-from stoker.errors import InvalidRequest, TextTooLong
+from stoker.errors import InvalidRequest, ModelError
+
+log = logging.getLogger(__name__)
 
 #: Seconds that a step should last: a token of another job waits no longer.
 STEP_SECONDS = 0.1
@@ -29,37 +32,23 @@ class EmbedWork:
     ticket: Ticket
     request: EmbedRequest
     texts: list[Tokens]
+    #: A row a text, zeros until it is embedded. They stay where a text has no token: the mean of nothing, as
+    #: sentence-transformers has it.
     vectors: Vectors
+    #: Texts that are still to be embedded.
     left: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.left = len(self.texts)
+        self.left = sum(len(text) > 0 for text in self.texts)
 
     @property
     def tokens(self) -> int:
         return sum(map(len, self.texts))
 
 
-@dataclass(frozen=True, order=True)
-class _Text:
-    """One text that waits. They are served by `turn`."""
-
-    turn: int
-    number: int
-    work: EmbedWork = field(compare=False)
-    row: int = field(compare=False)
-
-    @property
-    def tokens(self) -> Tokens:
-        return self.work.texts[self.row]
-
-
 class EmbedLane:
-    """Start-time fair queueing over jobs (Goyal et al. 1996), in tokens.
-
-    The turn of a text is the lane's present when its job came, and the tokens of its job before it. So the first texts
-    of a new job go into the next batch beside those that a large one has got to: a small job never waits behind a
-    large one, and no job starves.
+    """Jobs wait in `Turns`. What fails for one job ends that job alone, and its error names the text; `fail_all` is for
+    a device that computes nothing any more.
 
     `stall`: seconds that a step may last, if less than `STEP_SECONDS`.
     """
@@ -73,30 +62,18 @@ class EmbedLane:
         seconds = min(stall, STEP_SECONDS)
         # Who asks for less time between two tokens gets shorter steps, though the device idles.
         self._pace = Pace(seconds, int(self._forward.least_tokens * seconds / STEP_SECONDS), MOST_TOKENS)
-        self._waiting: list[_Text] = []
-        self._works: set[EmbedWork] = set()
-        #: The turn of the last text that was served, and how many texts ever came.
-        self._present = self._count = 0
+        self._turns: Turns[EmbedWork] = Turns()
+        #: Every job from `admit` to its end, in the order in which they came.
+        self._works: dict[EmbedWork, None] = {}
 
     @property
     def busy(self) -> bool:
-        return bool(self._waiting)
+        return bool(self._works)
 
     def prepare(self, ticket: Ticket, request: EmbedRequest, data: None) -> EmbedWork:
         self._check_dimensions(request)
-        prompt = self._prompt(request.prompt)
-        texts = self._model.tokenizer.encode_batch([prompt + text for text in request.texts])
-        longest = self._spec.max_tokens
-        for number, tokens in enumerate(texts):
-            if len(tokens) > longest and request.truncation == "error":
-                raise TextTooLong(
-                    f"texts.{number}: {len(tokens)} tokens given; {request.model} takes {longest}. "
-                    'Shorten it, or pass truncation="end" to cut it.'
-                )
-        # Cut before the closing special token, so that a cut text still ends as the model knows it.
-        cut = [t if len(t) <= longest else [*t[: longest - 1], t[-1]] for t in texts]
-        rows = [np.array(tokens, dtype=np.int32) for tokens in cut]
-        return EmbedWork(ticket, request, rows, np.empty((len(rows), self._spec.dim), dtype=np.float32))
+        rows = tokenized(self._model.tokenizer, request, self._prompt(request.prompt), self._spec.max_tokens)
+        return EmbedWork(ticket, request, rows, np.zeros((len(rows), self._spec.dim), dtype=np.float32))
 
     def _check_dimensions(self, request: EmbedRequest) -> None:
         asked, allowed = request.dimensions, self._spec.dimensions
@@ -116,57 +93,91 @@ class EmbedLane:
         return "" if name is None else known.get(name, name)
 
     def admit(self, work: EmbedWork) -> None:
+        self._works[work] = None
+        self._turns.add(work, [len(text) for text in work.texts])
         work.ticket.start()
-        self._works.add(work)
-        turn = self._present
-        # Nobody sees in which order a job's texts are embedded: those of a length meet in a step.
-        for row in sorted(range(len(work.texts)), key=lambda row: -len(work.texts[row])):
-            heappush(self._waiting, _Text(turn, self._count, work, row))
-            turn += len(work.texts[row])
-            self._count += 1
 
     def drop_stopped(self) -> None:
-        stopped = {work for work in self._works if work.ticket.stopping}
-        if stopped:
-            self._works -= stopped
-            self._waiting = [text for text in self._waiting if text.work not in stopped]
-            heapify(self._waiting)
-            for work in stopped:
-                work.ticket.fail_stopped()
+        for work in [work for work in self._works if work.ticket.stopping]:
+            work.ticket.fail_stopped()
+            self._forget(work)
 
     def run(self) -> StepOutput:
-        """Embed the texts whose turn it is."""
-        batch = self._next_batch()
-        began = time.perf_counter()
-        vectors = self._forward([text.tokens for text in batch])
-        self._pace.note(sum(len(text.tokens) for text in batch), time.perf_counter() - began)
-        return self._hand_out(batch, vectors)
-
-    def _next_batch(self) -> list[_Text]:
-        """As many tokens as the pace allows, or a text for each stream; a few less where that keeps them busier."""
-        batch: list[_Text] = []
-        streams = self._forward.streams
-        room = max(self._pace.tokens, streams * len(self._waiting[0].tokens))
-        while self._waiting and len(self._waiting[0].tokens) <= room:
-            text = heappop(self._waiting)
-            batch.append(text)
-            room -= len(text.tokens)
-        for _ in range(len(batch) - evenly([len(text.tokens) for text in batch], streams)):
-            heappush(self._waiting, batch.pop())
-        self._present = max(self._present, batch[-1].turn)
-        return batch
-
-    def _hand_out(self, batch: list[_Text], vectors: Vectors) -> StepOutput:
+        """Embed the texts whose turn it is, and end the jobs that have no other."""
+        if self._turns:
+            batch = self._turns.take(self._pace.tokens, self._forward.streams)
+            began = time.perf_counter()
+            self._embed(batch, probed=False)
+            self._pace.note(sum(len(work.texts[row]) for work, row in batch), time.perf_counter() - began)
         output = StepOutput()
-        for text, vector in zip(batch, vectors, strict=True):
-            work = text.work
-            work.vectors[text.row] = vector
-            work.left -= 1
-            if work.left == 0:
-                self._works.discard(work)
-                work.vectors = self._finished(work)
-                output.ended.append((work.ticket, work))
+        for work in self._works:
+            if not work.left:
+                self._end(work, output)
+        # All at once, when nothing can fail any more: what `fail_all` does not find must be in `output`.
+        self._works = {work: None for work in self._works if work.left}
         return output
+
+    def _embed(self, batch: list[tuple[EmbedWork, int]], *, probed: bool) -> None:
+        """Keep the vectors of `batch`. One that fails is halved until the texts that it fails of are found.
+
+        Raises what it failed of if the device fails with the least of batches too.
+        """
+        batch = [(work, row) for work, row in batch if work in self._works]
+        if not batch:
+            return
+        try:
+            vectors = self._forward([work.texts[row] for work, row in batch])
+        except Exception as caught:
+            error = caught
+        else:
+            for (work, row), vector in zip(batch, vectors, strict=True):
+                self._keep(work, row, vector)
+            return
+        if not probed:
+            self._probe(error)
+        if len(batch) == 1:
+            self._fail(*batch[0], error)
+            return
+        middle = len(batch) // 2
+        self._embed(batch[:middle], probed=True)
+        self._embed(batch[middle:], probed=True)
+
+    def _probe(self, error: Exception) -> None:
+        """Raise `error` unless the device embeds a text of one token."""
+        try:
+            self._forward([np.zeros(1, dtype=np.int32)])
+        except Exception:
+            raise error from None
+
+    def _keep(self, work: EmbedWork, row: int, vector: Vectors) -> None:
+        if work not in self._works:
+            return
+        if not np.isfinite(vector).all():
+            said = "its vector is not finite. The model's weights are damaged, or too large for its dtype"
+            self._fail(work, row, ModelError(f"{said}: see `stoker models verify`, or load it in float32."))
+            return
+        work.vectors[row] = vector
+        work.left -= 1
+
+    def _end(self, work: EmbedWork, output: StepOutput) -> None:
+        try:
+            work.vectors = self._finished(work)
+        except Exception as error:
+            log.exception("the vectors of job %s could not be finished", work.ticket.job_id)
+            work.ticket.fail(error)
+        else:
+            output.ended.append((work.ticket, work))
+
+    def _fail(self, work: EmbedWork, row: int, error: Exception) -> None:
+        """End a job by what failed for its text `row`."""
+        log.error("text %d of job %s failed", row, work.ticket.job_id, exc_info=error)
+        work.ticket.fail(named(row, error))
+        self._forget(work)
+
+    def _forget(self, work: EmbedWork) -> None:
+        """Let go of a job, after its end: until then `fail_all` has to find it."""
+        del self._works[work]
+        self._turns.remove(work)
 
     def _finished(self, work: EmbedWork) -> Vectors:
         """Cut first, then scaled: a cut vector has to have the length of one too."""
@@ -176,14 +187,14 @@ class EmbedLane:
         return unit(vectors) if normalize else vectors
 
     def fail_all(self, error: BaseException) -> None:
-        for work in self._works:
+        for work in list(self._works):
             work.ticket.fail(error)
-        self._works.clear()
-        self._waiting.clear()
+            self._forget(work)
 
 
 def unit(vectors: Vectors) -> Vectors:
     """Each row at length one; a row of zeros stays."""
-    lengths = np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.float32(1e-12))
-    scaled: Vectors = vectors / lengths
+    # In float64: the squares of large numbers are beyond float32, and such a row would become zeros.
+    lengths = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
+    scaled: Vectors = (vectors / np.maximum(lengths, 1e-12)).astype(np.float32)
     return scaled

@@ -110,6 +110,11 @@ class Tokenizer:
         encoded = self.inner.encode_batch_fast([_checked(text) for text in texts], add_special_tokens=special)
         return [encoding.ids for encoding in encoded]
 
+    def closing(self, text: str) -> int:
+        """How many of the ids of `text` are those that the model wants behind a text, such as [SEP]."""
+        added: list[int] = self.inner.encode(_checked(text)).special_tokens_mask
+        return next((count for count, special in enumerate(reversed(added)) if not special), len(added))
+
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """The text of `ids`; incomplete UTF-8 becomes U+FFFD, ids beyond the vocabulary become nothing."""
         if self.pieces is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,29 +61,26 @@ class TrainLane:
 
     def drop_stopped(self) -> None:
         for work in [work for work in self._waiting if work.ticket.stopping]:
-            self._waiting.remove(work)
             work.ticket.fail_stopped()
+            self._waiting.remove(work)
         if self._current is not None and self._current.ticket.stopping:
             self._stop(self._current)
 
     def _stop(self, work: TrainWork) -> None:
         """A run that goes to another worker is kept as it is; one that is cancelled is over."""
         if self._run is not None:
-            if isinstance(work.ticket.stop, WorkerUnavailable):
-                self._pause(self._run)
+            run, reason = self._run, work.ticket.stop
+            if isinstance(reason, WorkerUnavailable):
+                self._pause(run)
             else:
-                cancelled = isinstance(work.ticket.stop, JobCancelled)
-                self._note(self._run, "cancelled" if cancelled else str(work.ticket.stop))
+                status = "cancelled" if isinstance(reason, JobCancelled) else str(reason)
+                _try(lambda: run.end(status), "that a run was stopped could not be noted in its folder")
         work.ticket.fail_stopped()
         self._close()
 
     @staticmethod
     def _pause(run: Run) -> None:
-        try:
-            run.pause()
-        except OSError as error:
-            # It goes on from its last regular checkpoint.
-            log.warning("a run could not be kept as it was: %s", error)
+        _try(run.pause, "a run could not be kept as it was: it goes on from its last regular checkpoint")
 
     def run(self) -> StepOutput:
         """One micro-step of the current run; after the last one, save the adapter."""
@@ -134,34 +132,38 @@ class TrainLane:
             tokens=state.tokens,
             usage=Usage(run_seconds=work.ticket.run_seconds),
         )
-        run.end("done")
+        # The adapter is there: the run is done, whether its folder says so or not.
+        _try(lambda: run.end("done"), "that a run is done could not be noted in its folder")
+        output = StepOutput(ended=[(work.ticket, result)])
+        # Last, when nothing can fail any more: a job that is in neither would be lost.
         self._close()
-        return StepOutput(ended=[(work.ticket, result)])
+        return output
 
     def _fail(self, error: Exception) -> StepOutput:
         """The run's own failure (divergence, a full disk): the runs that wait are not to blame."""
-        if self._run is not None:
-            self._note(self._run, f"failed: {error}")
+        run = self._run
+        if run is not None:
+            _try(lambda: run.end(f"failed: {error}"), "that a run failed could not be noted in its folder")
         if self._current is not None:
             self._current.ticket.fail(error)
         self._close()
         return StepOutput()
 
-    @staticmethod
-    def _note(run: Run, status: str) -> None:
-        try:
-            run.end(status)
-        except OSError as error:
-            # A full disk, which may be what the run failed of. How it ended is told by its result too.
-            log.warning("how a run ended (%s) could not be noted in its folder: %s", status, error)
-
     def _close(self) -> None:
         self._current = self._run = None
 
     def fail_all(self, error: BaseException) -> None:
-        for work in (*self._waiting, *([self._current] if self._current else [])):
-            work.ticket.fail(error)
         if self._run is not None and isinstance(error, WorkerUnavailable):
             self._pause(self._run)
+        for work in (*self._waiting, *([self._current] if self._current else [])):
+            work.ticket.fail(error)
         self._waiting.clear()
         self._close()
+
+
+def _try(note: Callable[[], None], said: str) -> None:
+    """What is only noted of a run must not keep its job from ending; a full disk refuses every note."""
+    try:
+        note()
+    except Exception as error:
+        log.warning("%s: %s", said, error)
