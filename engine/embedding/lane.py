@@ -184,7 +184,13 @@ class EmbedLane:
         asked = work.request
         vectors = work.vectors if asked.dimensions is None else work.vectors[:, : asked.dimensions]
         normalize = self._spec.normalize if asked.normalize is None else asked.normalize
-        return unit(vectors) if normalize else vectors
+        made = unit(vectors) if normalize else vectors
+        if asked.dtype == "float16" and (beyond := np.abs(made).max(axis=1) > np.finfo(np.float16).max).any():
+            raise InvalidRequest(
+                f"texts.{beyond.argmax()}: float16 given, and its vector has a number beyond 65504. "
+                'Ask for dtype="float32" or normalize=True.'
+            )
+        return made
 
     def fail_all(self, error: BaseException) -> None:
         for work in list(self._works):

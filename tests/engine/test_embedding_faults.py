@@ -40,11 +40,12 @@ def model() -> LoadedModel:
 
 
 class Faulty(PackedForward):
-    """Fails of a batch with the token `RAISES`, of all once it is `dead`; in the calls `hiccups`, of more than one text."""
+    """Fails of the token `RAISES`, of all once it is `dead`, and in the calls `hiccups` of more than one text."""
 
     dead = False
     calls = 0
     hiccups: tuple[int, ...] = ()
+    scale = 1.0
 
     def __call__(self, texts: Sequence[Tokens]) -> Vectors:
         self.calls += 1
@@ -53,7 +54,7 @@ class Faulty(PackedForward):
             raise RuntimeError("the device is gone")
         if any(RAISES in text for text in texts):
             raise ValueError("no such thing")
-        vectors = super().__call__(texts)
+        vectors = super().__call__(texts) * np.float32(self.scale)
         for text, vector in zip(texts, vectors, strict=True):
             vector[3] = np.nan if NAN in text else np.inf if INF in text else vector[3]
         return vectors
@@ -216,6 +217,17 @@ def test_vectors_that_cannot_be_finished_end_their_own_job(
     with pytest.raises(MemoryError):
         failing.result(0)
     check_vectors(model, other, [5])
+
+
+def test_a_vector_that_float16_cannot_hold_ends_its_own_job(traffic: Traffic, model: LoadedModel) -> None:
+    """It would travel as infinity."""
+    traffic.forward.scale = 1e6
+    failing = traffic.send([], [3, 4], dtype="float16")
+    others = [traffic.send([3, 4], dtype="float16", normalize=True), traffic.send([3, 4])]
+    traffic.run()
+    with pytest.raises(InvalidRequest, match=r"texts\.1: float16 given, .*65504.*float32"):
+        failing.result(0)
+    assert all(np.isfinite(other.result(0).vectors).all() for other in others)
 
 
 def broken_tokenizer() -> Tokenizer:
