@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.elf import ElfError, strip_prefix
+from engine.weights.files import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -173,11 +174,11 @@ def _renamed_copy(source: Path, cache: Path) -> Path:
         return cache / name
     image = strip_prefix(source.read_bytes(), _PREFIX)
     try:
-        return _write_whole(cache, name, image)
+        return _written(cache / name, image)
     except OSError as error:
         log.info("cannot keep the renamed OpenBLAS in %s (%s); using a temporary folder", cache, error)
         # A folder that nobody else can have prepared: a shared, guessable name would let others choose the library.
-        return _write_whole(Path(tempfile.mkdtemp(prefix=_TEMPORARY)), name, image)
+        return _written(Path(tempfile.mkdtemp(prefix=_TEMPORARY)) / name, image)
 
 
 def _trusted(path: Path) -> bool:
@@ -189,19 +190,10 @@ def _trusted(path: Path) -> bool:
     return state.st_uid in (0, os.getuid()) and not state.st_mode & 0o022
 
 
-def _write_whole(folder: Path, name: str, content: bytes) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o755)
-        os.replace(temporary, folder / name)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(temporary)
-        raise
-    return folder / name
+def _written(path: Path, image: bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, lambda draft: draft.write_bytes(image))
+    return path
 
 
 def _config(library: ctypes.CDLL) -> str:

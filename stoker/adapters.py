@@ -50,7 +50,7 @@ class Adapters:
     ) -> AdapterJob:
         """Take an adapter that was made elsewhere into the registry: PEFT's folder, mlx-lm's, or a checkpoint of a
         run. A worker checks it against the model; the job's result says which version it has become."""
-        data = bundle.read_folder(Path(folder))
+        data = bundle.read_folder(Path(folder), named=True)
         return self._client._load_adapter(name, data, self._model(model), promote, job_id)
 
     def promote(self, adapter: str, model: str | None = None) -> AdapterEntry:
@@ -108,7 +108,7 @@ class AsyncAdapters:
     async def load(
         self, name: str, folder: Folder, *, model: str | None = None, promote: bool = True, job_id: str | None = None
     ) -> AsyncAdapterJob:
-        data = bundle.read_folder(Path(folder))
+        data = bundle.read_folder(Path(folder), named=True)
         return await self._client._load_adapter(name, data, await self._model(model), promote, job_id)
 
     async def promote(self, adapter: str, model: str | None = None) -> AdapterEntry:

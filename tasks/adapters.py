@@ -9,6 +9,7 @@ from celery import Task, shared_task
 
 from stoker import keys
 from stoker.contract import AdapterRequest, AdapterResult
+from stoker.contract.bundle import AdapterInput
 from stoker.errors import JobLost
 from workers import adapters
 from workers.frame import JobTask, Run, complete, run_job
@@ -19,10 +20,10 @@ def load(self: Task) -> dict[str, Any]:
     with ExitStack() as folders:
 
         def fetch(run: Run, request: AdapterRequest) -> Any:
-            folder = folders.enter_context(adapters.unpacked(run, request.upload))
-            if folder is None:
+            found = folders.enter_context(adapters.unpacked(run, request.upload))
+            if found is None:
                 raise JobLost("the adapter's files are gone from the broker. Send them again.")
-            return folder, adapters.allocate(run, request.model, request.name)
+            return AdapterInput(*found, adapters.allocate(run, request.model, request.name))
 
         return run_job(self, AdapterRequest, _finish, fetch)
 

@@ -61,14 +61,17 @@ def publish(run: Run, model: str, name: str, version: int, known: Mapping[str, A
 
 
 @contextmanager
-def unpacked(run: Run, upload: str) -> Iterator[Path | None]:
-    """A folder with the files of an upload; None if it has expired."""
+def unpacked(run: Run, upload: str) -> Iterator[tuple[Path, str] | None]:
+    """A folder with the files of an upload, and where its client had them; None if it has expired."""
     data = run.runtime.redis.get(keys.blob(upload))
     with tempfile.TemporaryDirectory(prefix="stoker-adapter-") as home:
         folder = Path(home)
-        if data is not None:
-            _write(folder, data, upload)
-        yield None if data is None else folder
+        if data is None:
+            yield None
+            return
+        source = bundle.source(data, upload)
+        _write(folder, data, source)
+        yield folder, source
 
 
 def _fetch(run: Run, model: str, name: str, version: int) -> None:

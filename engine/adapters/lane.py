@@ -15,6 +15,7 @@ from engine.jsonfiles import read_object
 from engine.loading import LoadedModel
 from engine.ticket import StepOutput, Ticket
 from stoker.contract import AdapterRequest, AdapterResult, Usage
+from stoker.contract.bundle import AdapterInput
 from stoker.errors import ModelError
 
 
@@ -22,9 +23,7 @@ from stoker.errors import ModelError
 class AdapterWork:
     ticket: Ticket
     request: AdapterRequest
-    folder: Path
-    #: The adapter's version; None: the next one.
-    version: int | None
+    files: AdapterInput
 
 
 class AdapterLane:
@@ -38,8 +37,8 @@ class AdapterLane:
     def busy(self) -> bool:
         return bool(self._waiting)
 
-    def prepare(self, ticket: Ticket, request: AdapterRequest, data: tuple[Path, int | None]) -> AdapterWork:
-        return AdapterWork(ticket, request, *data)
+    def prepare(self, ticket: Ticket, request: AdapterRequest, data: AdapterInput) -> AdapterWork:
+        return AdapterWork(ticket, request, data)
 
     def admit(self, work: AdapterWork) -> None:
         self._waiting.append(work)
@@ -62,11 +61,15 @@ class AdapterLane:
         return output
 
     def _take(self, work: AdapterWork) -> AdapterResult:
-        request = work.request
-        weights = read_adapter(work.folder, self._model)
+        request, files = work.request, work.files
+        try:
+            weights = read_adapter(files.folder, self._model)
+        except ModelError as error:
+            # The folder is this worker's, and gone when the client reads this.
+            raise ModelError(str(error).replace(str(files.folder), files.source)) from error
         notes: dict[str, Any] = {"model": request.model, "base": self._model.digest, "name": request.name}
         notes["job"] = work.ticket.job_id
-        version = self._pool.save(request.name, weights, notes, work.version)
+        version = self._pool.save(request.name, weights, notes, files.version)
         return AdapterResult(
             model=request.model,
             adapter=request.name,
@@ -91,7 +94,7 @@ def read_adapter(folder: Path, model: LoadedModel) -> LoraWeights:
         base = made_of.get("base") if isinstance(made_of, dict) else None
         if base not in (None, model.digest):
             raise ModelError(
-                f"{folder.name}: an adapter of another base (digest {base}); {model.name} here is {model.digest}. "
+                f"{folder}: an adapter of another base (digest {base}); {model.name} here is {model.digest}. "
                 "Load it for the model that it was trained on."
             )
     if (folder / mlx_lm.WEIGHTS_FILE).is_file():

@@ -122,8 +122,11 @@ def flush(path: Path) -> None:
 
 
 def _folder_in(home: Path) -> tuple[int, str]:
-    name = tempfile.mkdtemp(prefix=DRAFT, dir=home)
-    return os.open(name, os.O_RDONLY), name
+    while True:
+        name = tempfile.mkdtemp(prefix=DRAFT, dir=home)
+        # As in `_mine`, a moment earlier.
+        with suppress(FileNotFoundError):
+            return os.open(name, os.O_RDONLY), name
 
 
 @contextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +16,36 @@ from stoker.errors import InvalidRequest
 #: What an adapter's folder may hold: PEFT's files, mlx-lm's, and what Stoker knows of its own.
 FILES = ("adapter_config.json", "adapter_model.safetensors", "adapters.safetensors", "stoker.json")
 MAX_BYTES = 512 * 2**20
+#: What a bundle's metadata calls the folder that it was made from, and the characters that are kept of it.
+_SOURCE, _LONGEST = "source", 1024
 
 
-def pack(files: Mapping[str, bytes]) -> bytes:
-    return safetensors.numpy.save({name: np.frombuffer(data, dtype=np.uint8) for name, data in files.items()})
+@dataclass(frozen=True)
+class AdapterInput:
+    """What a loading job has besides its request: the files in a folder of the worker's, the folder that the client
+    sent them from, and the version that they become (None: the next one)."""
+
+    folder: Path
+    source: str
+    version: int | None
+
+
+def pack(files: Mapping[str, bytes], source: str | None = None) -> bytes:
+    """`source`: where they come from, for messages."""
+    arrays = {name: np.frombuffer(data, dtype=np.uint8) for name, data in files.items()}
+    # A path may hold bytes that are no text.
+    said = None if source is None else source.encode("utf-8", "replace").decode()[:_LONGEST]
+    return safetensors.numpy.save(arrays, None if said is None else {_SOURCE: said})
+
+
+def source(data: bytes, otherwise: str) -> str:
+    """Where the files of a bundle come from, if that is said in it."""
+    length = int.from_bytes(data[:8], "little")
+    try:
+        said = json.loads(data[8 : 8 + length])["__metadata__"][_SOURCE]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return otherwise
+    return said if isinstance(said, str) and said.isprintable() else otherwise
 
 
 def unpack(data: bytes, source: str) -> dict[str, bytes]:
@@ -32,8 +60,9 @@ def unpack(data: bytes, source: str) -> dict[str, bytes]:
     return {name: array.tobytes() for name, array in found.items()}
 
 
-def read_folder(folder: Path) -> bytes:
-    """The files of an adapter's folder (PEFT's, mlx-lm's, or a checkpoint of Stoker), packed.
+def read_folder(folder: Path, *, named: bool = False) -> bytes:
+    """The files of an adapter's folder (PEFT's, mlx-lm's, or a checkpoint of Stoker), packed; `named`: with its path,
+    so that whoever refuses them can name it.
 
     Raises `InvalidRequest` for a folder that holds none, or too much.
     """
@@ -48,6 +77,6 @@ def read_folder(folder: Path) -> bytes:
         size = sum(path.stat().st_size for path in found.values())
         if size > MAX_BYTES:
             raise InvalidRequest(f"{folder}: {size} bytes; at most {MAX_BYTES} can be loaded.")
-        return pack({name: path.read_bytes() for name, path in found.items()})
+        return pack({name: path.read_bytes() for name, path in found.items()}, str(folder) if named else None)
     except OSError as error:
         raise InvalidRequest(f"{folder}: cannot be read ({error.strerror}).") from None

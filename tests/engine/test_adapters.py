@@ -14,13 +14,17 @@ import numpy as np
 import pytest
 
 from engine.adapters import peft
+from engine.adapters.lane import AdapterLane
 from engine.adapters.lora import LoraConfig, LoraWeights, initialise
 from engine.adapters.peft import CONFIG_FILE, WEIGHTS_FILE
 from engine.adapters.pool import BASE, AdapterPool
-from engine.adapters.store import AdapterStore
+from engine.adapters.store import NOTES_FILE, AdapterStore
 from engine.loading import LoadedModel, load
 from engine.models.llama import Llama
+from engine.ticket import Ticket
 from engine.weights import files, safetensors
+from stoker.contract import AdapterRequest
+from stoker.contract.bundle import AdapterInput
 from stoker.errors import ModelError, UnknownAdapter
 from tests import powercut
 from tests.engine import tiny
@@ -367,6 +371,47 @@ def test_a_version_is_dropped_from_memory_unless_it_is_in_use(model: LoadedModel
     assert pool.loaded == ()
     found = logits(model, pool.rows([pool.acquire("style")]))
     assert np.abs(found[0] - alone(model, tiny.adapter(model, 2, 1))).max() < 1e-4
+
+
+def taken(model: LoadedModel, pool: AdapterPool, folder: Path) -> Ticket:
+    """The ticket of a job that loads `folder`, which its client calls /home/me/mine."""
+    lane, ticket = AdapterLane(model, pool), Ticket("j", "adapters")
+    request = AdapterRequest(model="tiny", name="mine", upload="blob")
+    lane.admit(lane.prepare(ticket, request, AdapterInput(folder, "/home/me/mine", 3)))
+    for ended, value in lane.run().ended:
+        ended.resolve(value)
+    return ticket
+
+
+def test_an_adapter_that_was_made_elsewhere_becomes_the_version_it_is_given(
+    model: LoadedModel, pool: AdapterPool, tmp_path: Path
+) -> None:
+    weights = tiny.adapter(model, 3, 1)
+    peft.write(tmp_path, "tiny", weights)
+    assert taken(model, pool, tmp_path).result(0).version == 3
+    found = logits(model, pool.rows([pool.acquire("mine@3")]))
+    assert np.abs(found[0] - alone(model, weights)).max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "why"),
+    [
+        (CONFIG_FILE, lambda path: path.unlink(), "^/home/me/mine: no adapter_config.json in it"),
+        (WEIGHTS_FILE, _cut, "^/home/me/mine/adapter_model.safetensors: .*cut off"),
+        (WEIGHTS_FILE, lambda path: path.unlink(), "^/home/me/mine/adapter_model.safetensors: No such file"),
+        (NOTES_FILE, lambda path: path.write_text('{"base": "x"}'), "^/home/me/mine: an adapter of another base"),
+        (NOTES_FILE, lambda path: path.write_text('{"made_of": {"base": "x"}}'), "of another base .digest x"),
+        (NOTES_FILE, lambda path: path.write_text("{"), "^/home/me/mine/stoker.json: not readable as JSON"),
+    ],
+)
+def test_what_cannot_be_loaded_is_named_as_its_client_calls_it(
+    model: LoadedModel, pool: AdapterPool, tmp_path: Path, file: str, damage: Callable[[Path], None], why: str
+) -> None:
+    peft.write(tmp_path, "tiny", tiny.adapter(model, 3, 1))
+    damage(tmp_path / file)
+    with pytest.raises(ModelError, match=why):
+        taken(model, pool, tmp_path).result(0)
+    assert pool.loaded == ()
 
 
 def mixed(model: LoadedModel, pool: AdapterPool, bound: float) -> None:

@@ -6,8 +6,10 @@ import errno
 import fcntl
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -118,18 +120,22 @@ def test_what_others_call_a_draft_is_not_swept(tmp_path: Path) -> None:
     assert names(tmp_path) == [".draft-mine", ".notes-old.json", "draft", "notes.json"]
 
 
-def test_a_draft_that_was_swept_before_its_lock_is_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, made = files._lock, 0
+@pytest.mark.parametrize(("module", "call"), [(files, "_lock"), (tempfile, "mkdtemp")])
+def test_a_draft_that_was_swept_before_its_lock_is_begun_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any, call: str
+) -> None:
+    plain, made = getattr(module, call), 0
 
-    def swept(handle: int) -> bool:
+    def swept(*arguments: Any, **options: Any) -> Any:
         nonlocal made
         made += 1
+        result = plain(*arguments, **options)
         if made == 1:
             (draft,) = tmp_path.iterdir()
             draft.rmdir()
-        return plain(handle)
+        return result
 
-    monkeypatch.setattr(files, "_lock", swept)
+    monkeypatch.setattr(module, call, swept)
     assert write_folder(tmp_path / "1")
     assert made == 2
     assert names(tmp_path) == ["1"]

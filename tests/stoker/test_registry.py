@@ -119,3 +119,17 @@ def test_a_bundle_is_read_as_it_was_packed_and_nothing_else_is() -> None:
     for data in (b"", b"12345678", json.dumps(files, default=str).encode()):
         with pytest.raises(InvalidRequest, match="x: no bundle"):
             bundle.unpack(data, "x")
+
+
+@pytest.mark.parametrize(
+    ("said", "found"),
+    [("/home/me/my adapter", "/home/me/my adapter"), ("a" * 2000, "a" * 1024), ("two\nlines", "x"), (None, "x"),
+     ("not text: \udcff", "not text: ?")],
+)  # fmt: skip
+def test_a_bundle_says_where_it_comes_from_if_that_can_be_written_in_a_line(said: str | None, found: str) -> None:
+    assert bundle.source(bundle.pack({"adapter_config.json": b"{}"}, said), "x") == found
+
+
+@pytest.mark.parametrize("data", [b"", b"12345678", (2**40).to_bytes(8, "little") + b"{", b"\x02" + b"\0" * 7 + b"[]"])
+def test_a_damaged_bundle_says_nothing_of_where_it_comes_from(data: bytes) -> None:
+    assert bundle.source(data, "x") == "x"
