@@ -1,13 +1,15 @@
 """Every Redis key and channel that Stoker uses, and how long each lives.
 
-All start with `stoker:`, Celery's own too (by `global_keyprefix`). Every key expires, but for those that match
-`DURABLE`: the queues themselves and what Celery keeps about messages that are not acknowledged yet. A queue must
-outlive any outage, so no expiry is right for it.
+All start with `stoker:`, Celery's own too (by `global_keyprefix`). `KINDS` lists every kind of key with the longest time
+that one of it may have left to live. Those without a lifetime are durable: the queues themselves and what Celery keeps
+about messages that are not acknowledged yet (a queue must outlive any outage, so no expiry is right for it), the
+registry of adapters, and the policy.
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 from stoker.contract.codec import CONTRACT
 
@@ -19,23 +21,66 @@ RESULT_TTL = 24 * 3600
 PENDING_TTL = 7 * 24 * 3600
 #: Seconds. A model that nobody has served for this long is unknown again.
 MODEL_TTL = 30 * 24 * 3600
+#: Seconds that a dead letter is kept, and the input that its retry needs.
+DEAD_TTL = 30 * 24 * 3600
 #: Seconds. A worker writes its presence every `PRESENCE_EVERY`; after `PRESENCE_TTL` of silence it counts as gone.
 PRESENCE_EVERY = 2.0
 PRESENCE_TTL = 10
 
-#: Keys without expiry, by name.
-DURABLE = (
-    re.compile(r"stoker:stoker\.[a-z0-9._-]+"),  # the fronts of queues
-    re.compile(r"stoker:adapters?:[a-z0-9._-]+(:[a-z0-9._-]+)?"),  # which adapters there are, and which serve
-    re.compile(r"stoker:artifact(:[a-z0-9._-]+){3}"),  # the adapters themselves
-    re.compile(r"stoker:policy"),  # what somebody decided about limits
-    re.compile(r"stoker:_kombu\.binding(_deadlines|(_permanent)?\..+)"),  # which queues an exchange feeds
-    re.compile(r"stoker:unacked(_index|_mutex)?"),  # messages that a worker holds
+
+@dataclass(frozen=True)
+class Kind:
+    """Keys of one kind: what their names are, after `PREFIX`, and the longest time, in seconds, that one may have left
+    to live. None: durable."""
+
+    name: str
+    pattern: str
+    lifetime: int | None
+
+
+_QUEUE = r"stoker\.[a-z0-9._-]+"
+_JOB = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+_NAME = r"[a-z0-9._-]+"
+
+KINDS = (
+    Kind("job", rf"job:{_JOB}", PENDING_TTL),
+    Kind("open", rf"open:{_QUEUE}", PENDING_TTL),
+    Kind("room", rf"room:{_QUEUE}:[0-9]", PENDING_TTL),
+    Kind("turns", rf"turns:{_QUEUE}", PENDING_TTL),
+    Kind("handed", rf"handed:{_QUEUE}", PENDING_TTL),
+    Kind("client", rf"client:{_NAME}:{_QUEUE}", PENDING_TTL),
+    Kind("cancel", rf"cancel:{_JOB}", PENDING_TTL),
+    Kind("pace", rf"pace:{_QUEUE}", RESULT_TTL),
+    Kind("result", rf"celery-task-meta-{_JOB}", RESULT_TTL),
+    Kind("stream", rf"stream:{_JOB}", RESULT_TTL),
+    Kind("vectors", rf"blob:vectors:{_JOB}", RESULT_TTL),
+    # The input of a job that waits; of a dead letter, for as long as it may be sent again.
+    Kind("input", rf"blob:(dataset|adapter):{_JOB}", DEAD_TTL),
+    Kind("dead", r"dead", DEAD_TTL),
+    Kind("worker", r"worker:.+", PRESENCE_TTL),
+    Kind("workers", r"workers", MODEL_TTL),
+    Kind("models", r"models", MODEL_TTL),
+    # Two leases; a lease is an hour at the longest.
+    Kind("janitor", r"janitor", 2 * 3600),
+    Kind("front", _QUEUE, None),
+    Kind("adapters", rf"adapters?:{_NAME}(:{_NAME})?", None),
+    Kind("artifact", rf"artifact(:{_NAME}){{3}}", None),
+    Kind("policy", r"policy", None),
+    # Which queues an exchange feeds, and messages that a worker holds: kombu's.
+    Kind("binding", r"_kombu\.binding(_deadlines|(_permanent)?\..+)", None),
+    Kind("unacked", r"unacked(_index|_mutex)?", None),
 )
+_COMPILED = tuple((re.compile(PREFIX + kind.pattern), kind) for kind in KINDS)
+
+
+def kind_of(key: str) -> Kind | None:
+    """The kind of a key; None for one that is not declared here."""
+    return next((kind for pattern, kind in _COMPILED if pattern.fullmatch(key)), None)
 
 
 def is_durable(key: str) -> bool:
-    return any(pattern.fullmatch(key) for pattern in DURABLE)
+    kind = kind_of(key)
+    return kind is not None and kind.lifetime is None
 
 
 def job(job_id: str) -> str:
@@ -140,8 +185,6 @@ CANCELS = f"{PREFIX}cancels"
 POLICY = f"{PREFIX}policy"
 #: Hash: job id → JSON of a job that killed too many workers, until somebody retries it.
 DEAD = f"{PREFIX}dead"
-#: Seconds that a dead letter is kept.
-DEAD_TTL = 30 * 24 * 3600
 #: String: which worker looks for lost messages now.
 JANITOR = f"{PREFIX}janitor"
 #: Sorted set: worker name → time of its last presence, so that nobody has to scan for them.

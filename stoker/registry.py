@@ -19,8 +19,8 @@ from stoker.contract.base import parse_adapter
 from stoker.contract.names import Rule, follows
 from stoker.errors import InvalidRequest, UnknownAdapter
 
-#: KEYS: the adapter's hash, the job's record. ARGV: the least number that is free on the caller's disk. A job gets the
-#: same number whenever it asks.
+#: KEYS: the adapter's hash, the job's record. ARGV: the least number that is free on the caller's disk; seconds that a
+#: record lives which this makes anew, because the job's own has expired. A job gets the same number whenever it asks.
 ALLOCATE = """
 local given = redis.call('HGET', KEYS[2], 'version')
 if given then return given end
@@ -28,6 +28,7 @@ local last = tonumber(redis.call('HGET', KEYS[1], 'next') or '0')
 local version = math.max(last + 1, tonumber(ARGV[1]))
 redis.call('HSET', KEYS[1], 'next', version)
 redis.call('HSET', KEYS[2], 'version', version)
+if redis.call('TTL', KEYS[2]) < 0 then redis.call('EXPIRE', KEYS[2], ARGV[2]) end
 return tostring(version)
 """
 
@@ -149,7 +150,7 @@ def names(raw: Iterable[bytes]) -> list[str]:
 
 def allocate(redis: Any, model: str, name: str, job_id: str, floor: int) -> Any:
     """The number of the version that this job makes, at least `floor`: the same however often it asks."""
-    return redis.eval(ALLOCATE, 2, keys.adapter(model, name), keys.job(job_id), floor)
+    return redis.eval(ALLOCATE, 2, keys.adapter(model, name), keys.job(job_id), floor, keys.PENDING_TTL)
 
 
 def register(redis: Any, model: str, name: str, version: int, known: Mapping[str, Any], *, promote: bool) -> Any:

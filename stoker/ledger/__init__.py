@@ -42,14 +42,14 @@ FRONT_TRAIN = 1
 PRIORITIES = 10
 
 
-def _script(name: str) -> Script:
-    folder = resources.files(__name__)
-    return Script(folder.joinpath("prelude.lua").read_text() + folder.joinpath(f"{name}.lua").read_text())
+def _text(name: str) -> str:
+    return resources.files(__name__).joinpath(f"{name}.lua").read_text()
 
 
-SUBMIT, CLAIM, RELEASE, SETTLE, CANCEL, RECOVER = map(
-    _script, ("submit", "claim", "release", "settle", "cancel", "recover")
+SUBMIT, CLAIM, RELEASE, SETTLE, CANCEL, RECOVER = (
+    Script(_text("prelude") + _text(name)) for name in ("submit", "claim", "release", "settle", "cancel", "recover")
 )
+BURY = Script(_text("bury"))
 
 
 @dataclass(frozen=True)
@@ -128,18 +128,8 @@ def recover(redis: Any, queue: str, older_than: float) -> Any:
 def bury(redis: Any, job_id: str, worker: str = "", trouble: str = "") -> list[dict[str, Any]]:
     """Put a job aside that killed too many owners, or that `worker` gives up for `trouble`, and return their history.
     For a blocking client."""
-    raw = redis.hgetall(keys.job(job_id))
-    record = {name.decode(): value.decode() for name, value in raw.items()}
-    history: list[dict[str, Any]] = json.loads(record.get("history", "[]"))
-    if worker:
-        history.append({"worker": worker, "time": time.time(), "trouble": trouble})
-    letter = {name: record.get(name, "") for name in ("kind", "model", "request", "client")} | {"history": history}
-    pipeline = redis.pipeline()
-    # Its input stays for a retry: what the record does not name, `settle` does not delete.
-    pipeline.hdel(keys.job(job_id), "blob")
-    pipeline.hset(keys.DEAD, job_id, json.dumps(letter))
-    pipeline.expire(keys.DEAD, keys.DEAD_TTL)
-    pipeline.execute()
+    reply = BURY(redis, [keys.job(job_id), keys.DEAD], [job_id, worker, trouble, keys.DEAD_TTL])
+    history: list[dict[str, Any]] = json.loads(reply)
     return history
 
 

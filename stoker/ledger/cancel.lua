@@ -1,5 +1,5 @@
 -- ARGV: the result's record, prefix of workers' presences. KEYS[20]: the channel of cancels
-if ended(result) then return 'ended' end
+if ended() then return 'ended' end
 local owner = redis.call('HMGET', job, 'token', 'worker', 'submitted')
 if not owner[3] then return 'unknown' end
 if owner[1] then

@@ -1,7 +1,7 @@
 -- ARGV: token, delivery tag, worker, deaths that are too many
 local token, tag, worker, too_many = ARGV[6], ARGV[7], ARGV[8], tonumber(ARGV[9])
 refill()
-if ended(result) then
+if ended() then
   strike_out()
   return {'ended', '0', '0', ''}
 end

@@ -17,9 +17,13 @@ local function setting(name, default)
   return tonumber(redis.call('HGET', policy, name)) or default
 end
 
-local function ended(key)
-  local record = redis.call('GET', key)
-  if not record then return false end
+-- Whether its result is there, or was: a record may outlive it, and has no message then.
+local function ended()
+  local record = redis.call('GET', result)
+  if not record then
+    local known = redis.call('HMGET', job, 'submitted', 'message')
+    return known[1] and not known[2]
+  end
   local status = cjson.decode(record)['status']
   return status == 'SUCCESS' or status == 'FAILURE' or status == 'REVOKED'
 end
@@ -41,6 +45,12 @@ end
 
 local function room(priority) return rooms[priority + 1] end
 
+-- Every addition sets the key's expiry: the key may be new.
+local function add(key, score, member)
+  redis.call('ZADD', key, score, member)
+  redis.call('EXPIRE', key, pending_ttl)
+end
+
 -- Take a turn for the job's client among those who wait at the same priority (start-time fair queueing, Goyal et al.
 -- 1996, each job costing 1): a client that sends a thousand jobs stands a thousand times in the round, not in front.
 local function enter_room(priority, client)
@@ -50,8 +60,7 @@ local function enter_room(priority, client)
   redis.call('HSET', turns, of, turn + 1)
   redis.call('EXPIRE', turns, pending_ttl)
   redis.call('HSET', job, 'turn', turn)
-  redis.call('ZADD', room(priority), turn, id)
-  redis.call('EXPIRE', room(priority), pending_ttl)
+  add(room(priority), turn, id)
 end
 
 -- Who of those in the rooms is next: the best level first; priorities that ageing made equal take turns.
@@ -112,8 +121,8 @@ local function push(candidate)
   redis.call('ZREM', room(candidate.priority), candidate.id)
   local served = redis.call('HINCRBY', turns, 'served', 1)
   redis.call('HSET', turns, 'now:' .. candidate.priority, candidate.turn, 'served:' .. candidate.priority, served)
-  redis.call('ZADD', handed, now, candidate.id)
-  redis.call('EXPIRE', handed, pending_ttl)
+  redis.call('EXPIRE', turns, pending_ttl)
+  add(handed, now, candidate.id)
 end
 
 -- The last one of the front gives its place to one in a room that is better. Not one that came back from a silent
@@ -125,7 +134,7 @@ local function make_way()
   if last.turn and not last.owned and candidate.level < last.level then
     redis.call('LREM', front, 1, message)
     redis.call('ZREM', handed, last.id)
-    redis.call('ZADD', room(last.priority), last.turn, last.id)
+    add(room(last.priority), last.turn, last.id)
     push(candidate)
   end
 end

@@ -28,8 +28,7 @@ for _, of in ipairs(redis.call('ZRANGEBYSCORE', handed, '-inf', now - tonumber(A
       redis.call('HDEL', key, 'token', 'tag', 'worker')
     end
     redis.call('ZREM', handed, of)
-    redis.call('ZADD', room(tonumber(fields[2])), fields[3], of)
-    redis.call('EXPIRE', room(tonumber(fields[2])), pending_ttl)
+    add(room(tonumber(fields[2])), fields[3], of)
     table.insert(found, of)
   end
 end

@@ -2,6 +2,6 @@
 if redis.call('HGET', job, 'token') ~= ARGV[6] then return 0 end
 redis.call('HDEL', job, 'token', 'tag', 'worker')
 -- Its message is on its way back to the front; if it is lost there, `recover` will see.
-redis.call('ZADD', handed, now, id)
+add(handed, now, id)
 if ARGV[7] == '' then return 1 end
 return redis.call('HINCRBY', job, ARGV[7], 1)

@@ -34,8 +34,7 @@ redis.call('HSET', job, unpack(record))
 redis.call('ZREMRANGEBYSCORE', mine, '-inf', now - pending_ttl)
 redis.call('EXPIRE', job, pending_ttl)
 for _, key in ipairs({open, mine}) do
-  redis.call('ZADD', key, now, id)
-  redis.call('EXPIRE', key, pending_ttl)
+  add(key, now, id)
 end
 if ARGV[9] ~= '' then redis.call('SET', fields['blob'], ARGV[9], 'EX', pending_ttl)
 elseif fields['blob'] then redis.call('EXPIRE', fields['blob'], pending_ttl) end

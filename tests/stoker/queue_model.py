@@ -1,0 +1,338 @@
+"""The ledger once more, in plain Python: what every transition is to answer, and what is to lie in the broker after it.
+
+It follows the words of `docs/guarantees.md` and the comments of `prelude.lua`, not their form: no script, no keys that are
+passed about. `tests/stoker/test_queue_model.py` compares the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from stoker import keys
+
+PRIORITIES = range(10)
+
+
+@dataclass
+class Record:
+    """What the broker keeps of one job; `open` until it has ended."""
+
+    client: str
+    priority: int
+    submitted: float
+    has_input: bool
+    turn: int = 0
+    sent: int = 0
+    token: str | None = None
+    tag: str | None = None
+    worker: str | None = None
+    began: bool = False
+    deaths: int = 0
+    settled: str | None = None
+    open: bool = True
+    keeps_input: bool = False
+
+
+@dataclass(frozen=True)
+class Message:
+    """A message at the front or with a worker. One that came back differs from the text in its job's record."""
+
+    job: str
+    tag: str
+    came_back: bool = False
+
+
+@dataclass
+class Policy:
+    queue_limit: int = 20_000
+    client_limit: int = 20_000
+    deaths: int = 3
+    ageing: int = 300
+
+
+@dataclass
+class Queue:
+    """One queue of a broker. `front`: Celery takes from its right end, the last place."""
+
+    name: str
+    window: int
+    now: float
+    present: Callable[[str], bool]
+    policy: Policy = field(default_factory=Policy)
+    front: list[Message] = field(default_factory=list)
+    held: dict[str, Message] = field(default_factory=dict)
+    records: dict[str, Record] = field(default_factory=dict)
+    results: dict[str, str] = field(default_factory=dict)
+    rooms: dict[int, dict[str, int]] = field(default_factory=lambda: {priority: {} for priority in PRIORITIES})
+    handed: dict[str, float] = field(default_factory=dict)
+    open: dict[str, float] = field(default_factory=dict)
+    mine: dict[str, dict[str, float]] = field(default_factory=dict)
+    dead: dict[str, int] = field(default_factory=dict)
+    marks: set[str] = field(default_factory=set)
+    turns: dict[str, int] = field(default_factory=dict)
+    #: key → when it expires. A key is there while its container holds something.
+    until: dict[str, float] = field(default_factory=dict)
+    ends: list[str] = field(default_factory=list)
+
+    def keep(self, key: str, seconds: float) -> None:
+        self.until[key] = self.now + seconds
+
+    # Waiting
+
+    def waiting(self, job: str) -> Record | None:
+        """The record of a job that may be put into the front."""
+        record = self.records.get(job)
+        return record if record is not None and record.open else None
+
+    def level(self, job: str) -> int:
+        """The priority that waiting has brought it to; what is no job any more stands as it is."""
+        record = self.waiting(job)
+        return 0 if record is None else max(0, record.priority - int((self.now - record.submitted) // self.policy.ageing))
+
+    def enter_room(self, job: str) -> None:
+        record = self.records[job]
+        mine = f"next:{record.priority}:{record.client}"
+        record.turn = max(self.turns.get(f"now:{record.priority}", 0), self.turns.get(mine, 0))
+        self.turns[mine] = record.turn + 1
+        self.keep(keys.turns(self.name), keys.PENDING_TTL)
+        self.to_room(job)
+
+    def to_room(self, job: str) -> None:
+        record = self.records[job]
+        self.rooms[record.priority][job] = record.turn
+        self.keep(keys.room(self.name, record.priority), keys.PENDING_TTL)
+
+    def best(self) -> str | None:
+        """Of the first of every room the one of the best level; of equals, whose priority was served longest ago."""
+        heads = []
+        for priority, room in self.rooms.items():
+            while room:
+                head = min(room, key=lambda job: (room[job], job.encode()))
+                if self.waiting(head):
+                    heads.append((self.level(head), self.turns.get(f"served:{priority}", 0), priority, head))
+                    break
+                del room[head]
+        return min(heads)[-1] if heads else None
+
+    def push(self, job: str) -> None:
+        """To the front, behind all that are as good."""
+        record = self.records[job]
+        record.sent += 1
+        message = Message(job, f"{job}#{record.sent}")
+        level = self.level(job)
+        if self.front and self.level(self.front[0].job) > level:
+            place = len(self.front)
+            while self.level(self.front[place - 1].job) <= level:
+                place -= 1
+            self.front.insert(place, message)
+        else:
+            self.front.insert(0, message)
+        del self.rooms[record.priority][job]
+        served = self.turns["served"] = self.turns.get("served", 0) + 1
+        self.turns |= {f"now:{record.priority}": record.turn, f"served:{record.priority}": served}
+        self.keep(keys.turns(self.name), keys.PENDING_TTL)
+        self.hand_out(job)
+
+    def hand_out(self, job: str) -> None:
+        self.handed[job] = self.now
+        self.keep(keys.handed(self.name), keys.PENDING_TTL)
+
+    def refill(self) -> None:
+        while len(self.front) < self.window:
+            job = self.best()
+            if job is None:
+                self.turns.clear()
+                return
+            self.push(job)
+
+    def make_way(self) -> None:
+        job, last = self.best(), self.front[0].job
+        record = self.waiting(last)
+        if job is None or record is None or record.token or self.level(job) >= self.level(last):
+            return
+        self.front.pop(0)
+        self.handed.pop(last, None)
+        self.to_room(last)
+        self.push(job)
+
+    # Transitions
+
+    def submit(self, job: str, client: str, priority: int, *, has_input: bool = False, revive: bool = False) -> str:
+        if revive and job not in self.dead:
+            return "unknown"
+        if not revive and job in self.records:
+            return "known"
+        if len(self.front) + sum(map(len, self.rooms.values())) >= self.policy.queue_limit:
+            return "full"
+        mine = self.mine.setdefault(client, {})
+        young = {other: since for other, since in mine.items() if since >= self.now - keys.PENDING_TTL}
+        if len(young) >= self.policy.client_limit:
+            return "client_full"
+        if revive:
+            del self.dead[job]
+            self.results.pop(job, None)
+            self.marks.discard(job)
+        self.records[job] = Record(client, priority, self.now, has_input)
+        self.mine[client] = {other: since for other, since in mine.items() if since > self.now - keys.PENDING_TTL}
+        self.open[job] = self.mine[client][job] = self.now
+        for key in (keys.job(job), keys.open_jobs(self.name), keys.client(client, self.name)):
+            self.keep(key, keys.PENDING_TTL)
+        if has_input:
+            self.keep(keys.blob(f"dataset:{job}"), keys.PENDING_TTL)
+        self.enter_room(job)
+        self.refill()
+        if job in self.rooms[priority]:
+            self.make_way()
+        return "new"
+
+    def claim(self, job: str, token: str, tag: str, worker: str) -> str:
+        self.refill()
+        record = self.records.get(job)
+        if self.has_ended(job):
+            self.strike_out(job)
+            return "ended"
+        if record is None:
+            return "unknown"
+        if record.token and record.tag != tag:
+            return "duplicate"
+        record.deaths += bool(record.token)
+        record.token, record.tag, record.worker, record.began = token, tag, worker, True
+        self.keep(keys.job(job), keys.PENDING_TTL)
+        return "dead" if record.deaths >= self.policy.deaths else "run"
+
+    def release(self, job: str, token: str) -> int:
+        record = self.records.get(job)
+        if record is None or record.token != token:
+            return 0
+        record.token = record.tag = record.worker = None
+        self.hand_out(job)
+        return 1
+
+    def settle(self, job: str, token: str) -> int:
+        record = self.records.get(job)
+        if record is not None and record.settled == token:
+            return 1
+        if record is None or record.token != token or record.settled:
+            return 0
+        self.strike_out(job)
+        record.settled = token
+        self.finish(job, "SUCCESS")
+        self.keep(keys.pace(self.name), keys.RESULT_TTL)
+        return 1
+
+    def cancel(self, job: str) -> str:
+        if self.has_ended(job):
+            return "ended"
+        record = self.records.get(job)
+        if record is None:
+            return "unknown"
+        if record.token and record.worker and self.present(record.worker):
+            self.marks.add(job)
+            self.keep(keys.cancel(job), keys.PENDING_TTL)
+            return "asked"
+        if record.token:
+            record.token = "cancelled"
+        self.strike_out(job)
+        self.finish(job, "REVOKED")
+        self.refill()
+        return "cancelled"
+
+    def recover(self, older_than: float) -> list[str]:
+        self.refill()
+        standing = {message.job for message in self.front}
+        found = []
+        for job in sorted(self.handed, key=lambda job: (self.handed[job], job.encode())):
+            record = self.waiting(job)
+            if self.handed[job] > self.now - older_than:
+                continue
+            if record is None:
+                del self.handed[job]
+                self.open.pop(job, None)
+            elif job not in standing and self.is_lost(record):
+                record.deaths += bool(record.token)
+                record.token = record.tag = record.worker = None
+                del self.handed[job]
+                self.to_room(job)
+                found.append(job)
+        self.open = {job: since for job, since in self.open.items() if since > self.now - keys.PENDING_TTL}
+        self.refill()
+        return found
+
+    def is_lost(self, record: Record) -> bool:
+        if record.token is None or record.worker is None:
+            return True
+        return record.tag not in self.held and not self.present(record.worker)
+
+    def bury(self, job: str) -> int:
+        record = self.records[job]
+        self.dead[job] = record.deaths
+        self.keep(keys.DEAD, keys.DEAD_TTL)
+        record.keeps_input = True
+        if keys.blob(f"dataset:{job}") in self.until:
+            self.keep(keys.blob(f"dataset:{job}"), keys.DEAD_TTL)
+        return record.deaths
+
+    # Ends
+
+    def has_ended(self, job: str) -> bool:
+        record = self.records.get(job)
+        return job in self.results or (record is not None and not record.open)
+
+    def strike_out(self, job: str) -> None:
+        record = self.records.get(job)
+        if record is not None:
+            standing = Message(job, f"{job}#{record.sent}")
+            if record.open and standing in self.front:
+                self.front.remove(standing)
+            self.rooms[record.priority].pop(job, None)
+            self.mine.get(record.client, {}).pop(job, None)
+            if record.has_input and not record.keeps_input:
+                self.until.pop(keys.blob(f"dataset:{job}"), None)
+            record.open = False
+            self.keep(keys.job(job), keys.RESULT_TTL)
+        self.open.pop(job, None)
+        self.handed.pop(job, None)
+        self.marks.discard(job)
+
+    def finish(self, job: str, status: str) -> None:
+        self.results[job] = status
+        self.ends.append(job)
+        self.keep(keys.result(job), keys.RESULT_TTL)
+
+    # Time
+
+    def advance(self, seconds: float) -> None:
+        """Time passes, and what has had its time is gone."""
+        self.now += seconds
+        gone = {key for key, until in self.until.items() if until <= self.now}
+        for key in gone:
+            del self.until[key]
+        self.records = {job: record for job, record in self.records.items() if keys.job(job) not in gone}
+        self.results = {job: status for job, status in self.results.items() if keys.result(job) not in gone}
+        self.marks = {job for job in self.marks if keys.cancel(job) not in gone}
+        containers = [
+            (keys.handed(self.name), self.handed),
+            (keys.open_jobs(self.name), self.open),
+            (keys.turns(self.name), self.turns),
+            (keys.DEAD, self.dead),
+            *((keys.room(self.name, priority), room) for priority, room in self.rooms.items()),
+            *((keys.client(client, self.name), mine) for client, mine in self.mine.items()),
+        ]
+        for key, container in containers:
+            if key in gone:
+                container.clear()
+
+    def lifetimes(self) -> dict[str, float | None]:
+        """What is to lie in the broker: key → seconds that are left to it, None for what is durable."""
+        there: set[str] = {keys.job(job) for job in self.records} | {keys.result(job) for job in self.results}
+        there |= {keys.cancel(job) for job in self.marks}
+        there |= {key for key in self.until if key.startswith(keys.blob("")) or key == keys.pace(self.name)}
+        there |= {keys.room(self.name, priority) for priority, room in self.rooms.items() if room}
+        there |= {keys.client(client, self.name) for client, mine in self.mine.items() if mine}
+        sets = {keys.handed: self.handed, keys.open_jobs: self.open, keys.turns: self.turns}
+        there |= {name(self.name) for name, container in sets.items() if container}
+        there |= {keys.DEAD} if self.dead else set()
+        durable: dict[str, float | None] = {keys.front(self.name): None} if self.front else {}
+        durable |= {keys.UNACKED: None} if self.held else {}
+        return {key: self.until[key] - self.now for key in there} | durable
