@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import redis
+from hypothesis import Phase, settings
 
 from stoker import Client, keys
 from stoker.connection import connect
@@ -20,6 +21,12 @@ from stoker.settings import Settings, load_settings
 
 EMBED_MODEL = "all-minilm-l6-v2"
 GENERATE_MODEL = "smollm2-135m-instruct"
+
+# The same examples in every run: what fails here fails there. The slow suite looks at new ones.
+settings.register_profile("same", derandomize=True)
+# For `make mutants`: that a test fails is enough, and the smallest example is not looked for.
+settings.register_profile("first-failure", derandomize=True, phases=[Phase.explicit, Phase.generate])
+settings.load_profile("same")
 
 
 @pytest.fixture(autouse=True)

@@ -340,3 +340,134 @@ def test_the_age_counts_from_the_submission_by_the_brokers_clock(redis: Any) -> 
     submit(redis)
     redis.hset(keys.job("job"), "submitted", "1.0")
     assert claim(redis, "one").age > 1e9
+
+
+def lifetimes(redis: Any) -> dict[str, int]:
+    """Every key that the broker holds → seconds that are left to it, -1 for ever."""
+    return {key.decode(): redis.ttl(key) for key in redis.keys()}
+
+
+def test_a_room_that_takes_a_job_back_from_the_front_expires(redis: Any) -> None:
+    """The room is new then: all of its priority stood at the front."""
+    for number in range(ledger.FRONT):
+        submit(redis, f"low-{number}", priority=9)
+    assert not redis.exists(keys.room(QUEUE, 9))
+    submit(redis, "high", priority=0)
+    assert redis.zrange(keys.room(QUEUE, 9), 0, -1) == [b"low-7"]
+    assert 0 < redis.ttl(keys.room(QUEUE, 9)) <= keys.PENDING_TTL
+
+
+def test_every_set_and_hash_that_a_transition_makes_anew_expires(redis: Any) -> None:
+    """Also one whose key was gone when the transition added to it."""
+    for number in range(3 * ledger.FRONT):
+        submit(redis, f"job-{number:02}")
+    redis.delete(keys.turns(QUEUE), keys.handed(QUEUE))
+    assert take(redis) == "job-00"
+    assert redis.ttl(keys.turns(QUEUE)) > 0
+    assert redis.ttl(keys.handed(QUEUE)) > 0
+    redis.delete(keys.handed(QUEUE))
+    assert ledger.release(redis, "job-00", QUEUE, "token-job-00") == 1
+    redis.delete(keys.front(QUEUE), keys.turns(QUEUE), *(keys.room(QUEUE, priority) for priority in range(10)))
+    ledger.recover(redis, QUEUE, 0)
+    assert {key for key, ttl in lifetimes(redis).items() if ttl == -1} == {keys.front(QUEUE)}
+
+
+def test_waiting_a_moment_lifts_no_job(redis: Any) -> None:
+    redis.hset(keys.POLICY, "ageing", 1000)
+    for number in range(ledger.FRONT):
+        submit(redis, f"front-{number}", priority=0)
+    submit(redis, "old", priority=5)
+    grow_old(redis, "old", 999)
+    submit(redis, "fresh", priority=4)
+    assert take_all(redis)[ledger.FRONT :] == ["fresh", "old"]
+
+
+def test_jobs_of_the_best_priority_that_wait_in_their_room_count_for_the_limit(redis: Any) -> None:
+    redis.hset(keys.POLICY, "queue_limit", ledger.FRONT + 2)
+    states = [submit(redis, f"job-{number}", priority=0) for number in range(ledger.FRONT + 3)]
+    assert states == ["new"] * (ledger.FRONT + 2) + ["full"]
+
+
+def test_a_message_that_came_back_from_a_silent_owner_keeps_its_place_at_the_front(redis: Any) -> None:
+    """Under a new delivery tag it would be taken for a second delivery, and dropped while its owner counts as alive."""
+    queue = keys.queue("toy", "train")
+    submit(redis, "back", priority=9, queue=queue)
+    message = redis.lindex(keys.front(queue), 0)
+    assert take(redis, queue) == "back"
+    redis.rpush(keys.front(queue), message)
+    submit(redis, "better", priority=0, queue=queue)
+    assert redis.lrange(keys.front(queue), 0, -1) == [message]
+
+
+def test_the_input_goes_when_the_job_ends_and_stays_for_a_dead_letter(redis: Any) -> None:
+    for name in ("done", "cancelled", "dead"):
+        fields = record(name) | {"blob": keys.blob(f"dataset:{name}")}
+        ledger.submit(redis, name, fields, b"rows")
+        assert 0 < redis.ttl(fields["blob"]) <= keys.PENDING_TTL
+    ledger.claim(redis, "done", QUEUE, "token", "tag", "worker")
+    assert ledger.settle(redis, "done", QUEUE, "token", ledger.success("done", {})) == 1
+    assert ledger.cancel(redis, "cancelled", QUEUE) == b"cancelled"
+    ledger.claim(redis, "dead", QUEUE, "token", "tag", "worker")
+    assert [death["trouble"] for death in ledger.bury(redis, "dead", "worker", "full")] == ["full"]
+    assert ledger.settle(redis, "dead", QUEUE, "token", ledger.success("dead", {})) == 1
+    assert [name for name in ("done", "cancelled", "dead") if redis.exists(keys.blob(f"dataset:{name}"))] == ["dead"]
+    assert redis.ttl(keys.blob("dataset:dead")) > keys.PENDING_TTL, "as long as the letter"
+    assert 0 < redis.ttl(keys.DEAD) <= keys.DEAD_TTL
+
+
+def test_an_end_that_is_sent_again_because_its_answer_was_lost_says_that_it_was_ours(redis: Any) -> None:
+    submit(redis)
+    claim(redis, "one")
+    assert [settle(redis, "one"), settle(redis, "one")] == [1, 1]
+    assert settle(redis, "two") == 0
+
+
+def test_a_recovered_job_is_no_longer_handed_out_until_it_comes_to_the_front(redis: Any) -> None:
+    for number in range(2 * ledger.FRONT):
+        submit(redis, f"job-{number:02}")
+    lost = json.loads(redis.rpop(keys.front(QUEUE)))["headers"]["id"]
+    assert ledger.recover(redis, QUEUE, 0) == [lost.encode()]
+    standing = [json.loads(message)["headers"]["id"] for message in redis.lrange(keys.front(QUEUE), 0, -1)]
+    assert sorted(job.decode() for job in redis.zrange(keys.handed(QUEUE), 0, -1)) == sorted(standing)
+
+
+def test_open_jobs_older_than_any_record_are_swept(redis: Any) -> None:
+    submit(redis)
+    seconds, _ = redis.time()
+    redis.zadd(keys.open_jobs(QUEUE), {"forgotten": seconds - keys.PENDING_TTL - 1, "young": seconds - 1})
+    ledger.recover(redis, QUEUE, 0)
+    assert sorted(redis.zrange(keys.open_jobs(QUEUE), 0, -1)) == [b"job", b"young"]
+
+
+def test_a_released_job_whose_message_is_lost_on_its_way_back_is_sent_again(redis: Any) -> None:
+    submit(redis)
+    assert take(redis) == "job"
+    redis.zrem(keys.handed(QUEUE), "job")
+    assert ledger.release(redis, "job", QUEUE, "token-job") == 1
+    assert ledger.recover(redis, QUEUE, 0) == [b"job"]
+    assert take(redis) == "job"
+
+
+@pytest.mark.parametrize("end", ["settle", "cancel"])
+def test_a_record_that_outlives_its_result_is_that_of_a_job_that_has_ended(redis: Any, end: str) -> None:
+    """A late delivery renews the record, and not the result."""
+    submit(redis)
+    if end == "settle":
+        claim(redis, "one")
+        settle(redis, "one")
+    else:
+        ledger.cancel(redis, "job", QUEUE)
+    redis.delete(keys.result("job"))
+    assert claim(redis, "late").state == "ended"
+    assert ledger.cancel(redis, "job", QUEUE) == b"ended"
+    assert not redis.exists(keys.result("job")), "it ends once"
+
+
+def test_a_dead_letter_has_the_brokers_time_and_says_who_gave_it_up(redis: Any) -> None:
+    submit(redis)
+    (entry,) = ledger.bury(redis, "job", "worker", "the disk is full")
+    assert abs(entry["time"] - redis.time()[0]) < 60
+    letter = json.loads(redis.hget(keys.DEAD, "job"))
+    assert (letter["kind"], letter["request"], letter["history"]) == ("generate", '{"prompt": "x"}', [entry])
+    submit(redis, "alive")
+    assert ledger.bury(redis, "alive") == []

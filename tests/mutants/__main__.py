@@ -1,0 +1,113 @@
+"""Plant each mistake of the list in a copy of the checkout, run the tests that own it, and say which were noticed.
+
+`python -m tests.mutants [TEXT…]`: those alone whose name or file holds one of the texts. Ends with 1 if one survived.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+from tempfile import TemporaryDirectory
+
+from tests.mutants.entries import CHECKOUT, Mutant, mutants
+
+#: Seconds that the tests of one mistake may take: one that makes them hang is noticed too.
+LIMIT = 180
+JOBS = int(os.environ.get("JOBS", "2"))
+#: That a test fails is enough (tests/conftest.py).
+PROFILE = "first-failure"
+#: pytest's exit codes.
+PASSED, FAILED = 0, 1
+
+
+class Copy:
+    """A copy of the checkout in which one mistake at a time is planted."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        listed = subprocess.run(
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+            cwd=CHECKOUT, capture_output=True, check=True,
+        ).stdout.decode()  # fmt: skip
+        for name in filter(None, listed.split("\0")):
+            if (CHECKOUT / name).is_file():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(CHECKOUT / name, folder / name)
+
+    def test(self, nodes: Iterable[str]) -> int:
+        """pytest's exit code; a run that takes too long has failed."""
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"--hypothesis-profile={PROFILE}", *nodes]
+        # A changed file of the same size and second would be taken from its bytecode.
+        env = os.environ | {"PYTHONPATH": str(self.folder), "PYTHONDONTWRITEBYTECODE": "1"}
+        try:
+            done = subprocess.run(command, cwd=self.folder, env=env, capture_output=True, check=False, timeout=LIMIT)
+        except subprocess.TimeoutExpired:
+            return FAILED
+        self.output = done.stdout.decode(errors="replace")
+        return done.returncode
+
+    def verdict(self, mutant: Mutant) -> str:
+        """`noticed`, `SURVIVED`, or what is wrong with the entry."""
+        path = self.folder / mutant.file
+        whole = path.read_bytes()
+        mutant.plant(self.folder)
+        try:
+            code = self.test(mutant.tests)
+        finally:
+            path.write_bytes(whole)
+        return {PASSED: "SURVIVED", FAILED: "noticed"}.get(code, f"ERROR: pytest ended with {code}: {self.output[-300:]}")
+
+
+def judge(chosen: list[Mutant], folder: Path) -> dict[Mutant, str]:
+    """Each with its verdict. The tests have to pass without a mistake, or their failure would say nothing."""
+    copies: SimpleQueue[Copy] = SimpleQueue()
+    first = Copy(folder / "0")
+    if first.test(dict.fromkeys(node for mutant in chosen for node in mutant.tests)) != PASSED:
+        raise SystemExit(f"the tests fail without any mistake:\n{first.output[-3000:]}")
+    copies.put(first)
+    for number in range(1, JOBS):
+        copies.put(Copy(folder / str(number)))
+
+    def one(mutant: Mutant) -> str:
+        copy, began = copies.get(), time.monotonic()
+        try:
+            verdict = copy.verdict(mutant)
+        finally:
+            copies.put(copy)
+        print(f"{verdict:9} {time.monotonic() - began:5.1f} s  {mutant.file}: {mutant.name}", flush=True)
+        return verdict
+
+    with ThreadPoolExecutor(JOBS) as pool:
+        return dict(zip(chosen, pool.map(one, chosen), strict=True))
+
+
+def main(texts: list[str]) -> int:
+    chosen = [one for one in mutants() if not texts or any(text in f"{one.file} {one.name}" for text in texts)]
+    faults = {one: fault for one in chosen if (fault := one.fault(CHECKOUT))}
+    for one, fault in faults.items():
+        print(f"ERROR     {one.file}: {one.name}: {fault}")
+    if faults:
+        return 1
+    run = [one for one in chosen if not one.equivalent]
+    with TemporaryDirectory(prefix="mutants-") as folder:
+        verdicts = judge(run, Path(folder)) if run else {}
+    for one in chosen:
+        if one.equivalent:
+            print(f"equivalent  {one.file}: {one.name}: {one.equivalent}")
+    noticed = sum(verdict == "noticed" for verdict in verdicts.values())
+    print(f"{noticed} of {len(run)} noticed, {len(chosen) - len(run)} equivalent")
+    for one, verdict in verdicts.items():
+        if verdict != "noticed":
+            print(f"{verdict}  {one.file}: {one.name}")
+    return int(noticed < len(run))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,54 @@
+"""The list of mistakes is one that can be planted: code that moves takes its entry with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.mutants.__main__ import Copy
+from tests.mutants.entries import CHECKOUT, Mutant, mutants
+
+
+def test_every_mistake_can_be_planted_and_names_tests_that_exist() -> None:
+    faults = {f"{mutant.file}: {mutant.name}": mutant.fault(CHECKOUT) for mutant in mutants()}
+    assert not {name: fault for name, fault in faults.items() if fault}
+
+
+def test_each_mistake_has_a_name_of_its_own() -> None:
+    names = [(mutant.file, mutant.name) for mutant in mutants()]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"old": "return 1\n"}, "occurs 2 times"),
+        ({"old": "return 3"}, "occurs 0 times"),
+        ({"file": "nowhere.py"}, "does not exist"),
+        ({"new": "return 2"}, "is `old`"),
+        ({"tests": ()}, "no test is named"),
+        ({"tests": ("test_it.py::test_nothing",)}, "no such test"),
+        ({"tests": ("nowhere.py::test_it",)}, "no such test"),
+    ],
+)
+def test_an_entry_that_cannot_be_planted_says_why(changes: dict[str, object], fault: str, tmp_path: Path) -> None:
+    (tmp_path / "it.py").write_text("return 1\nreturn 1\nreturn 2\n")
+    (tmp_path / "test_it.py").write_text("def test_it(): pass\n")
+    fields = {"name": "x", "file": "it.py", "old": "return 2", "new": "return 4", "tests": ("test_it.py::test_it",)}
+    assert Mutant(**fields).fault(tmp_path) == ""  # type: ignore[arg-type]
+    assert fault in Mutant(**fields | changes).fault(tmp_path)  # type: ignore[arg-type]
+
+
+def test_a_mistake_is_planted_in_a_copy_and_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = Copy.__new__(Copy)
+    copy.folder = tmp_path
+    (tmp_path / "it.py").write_text("two = 2\n")
+    (tmp_path / "test_it.py").write_text("from it import two\n\n\ndef test_it():\n    assert two > 1\n")
+    mistake = Mutant("x", "it.py", "= 2", "= 1", ("test_it.py",))
+    harmless = Mutant("y", "it.py", "= 2", "= 3", ("test_it.py",))
+    broken = Mutant("z", "it.py", "= 2", "= = 2", ("test_it.py",))
+    verdicts = [copy.verdict(mutant) for mutant in (mistake, harmless, broken)]
+    assert verdicts[:2] == ["noticed", "SURVIVED"]
+    assert verdicts[2].startswith("ERROR")
+    assert (tmp_path / "it.py").read_text() == "two = 2\n"

@@ -1,0 +1,75 @@
+"""A broker whose clock a test sets: quick (a socket of its own, nothing on disk), and a real one all the same."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import redis
+from redis.exceptions import RedisError
+
+from stoker import keys, ledger
+from stoker.ledger.script import Script
+from stoker.local.broker import server_binary
+from tests.conftest import wait_until
+
+CLOCK = "clock"
+ASKS_THE_TIME = "redis.call('TIME')"
+SCRIPTS = ("SUBMIT", "CLAIM", "RELEASE", "SETTLE", "CANCEL", "RECOVER", "BURY")
+#: Takes from every key that expires what has passed, so that the broker's own clock counts for nothing.
+AGE = """
+for _, key in ipairs(redis.call('KEYS', '*')) do
+  local left = redis.call('PTTL', key)
+  if left >= 0 and string.sub(key, 1, #ARGV[2]) ~= ARGV[2] then redis.call('PEXPIRE', key, left - tonumber(ARGV[1])) end
+end
+"""
+
+
+@contextmanager
+def quick_broker(folder: Path) -> Iterator[Any]:
+    """A server that keeps nothing, and a client of it."""
+    socket = folder / "broker.sock"
+    options = {"port": 0, "unixsocket": socket, "save": "", "appendonly": "no", "dir": folder}
+    command = [str(server_binary()), *(part for name, value in options.items() for part in (f"--{name}", str(value)))]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    client: Any = redis.Redis(unix_socket_path=str(socket))
+    try:
+        wait_until(lambda: _answers(client), "the broker answers")
+        yield client
+    finally:
+        client.close()
+        server.terminate()
+        server.wait(30)
+
+
+def _answers(client: Any) -> bool:
+    try:
+        return bool(client.ping())
+    except RedisError:
+        return False
+
+
+@contextmanager
+def set_clock() -> Iterator[None]:
+    """The ledger's scripts read `CLOCK` instead of the broker's time; nothing else of them changes."""
+    with ExitStack() as stack:
+        for name in SCRIPTS:
+            text = getattr(ledger, name).text
+            assert text.count(ASKS_THE_TIME) == 1, f"{name} asks for the time once"
+            script = Script(text.replace(ASKS_THE_TIME, f"redis.call('LRANGE', '{CLOCK}', 0, 1)"))
+            stack.enter_context(patch.object(ledger, name, script))
+        yield
+
+
+def tell_time(client: Any, now: float, passed: float = 0.0) -> None:
+    """It is `now`, and `passed` seconds later than before; the presences of workers are renewed meanwhile."""
+    pipeline = client.pipeline()
+    pipeline.delete(CLOCK)
+    pipeline.rpush(CLOCK, int(now), int(now % 1 * 1e6))
+    if passed:
+        pipeline.eval(AGE, 0, int(passed * 1000), keys.worker(""))
+    pipeline.execute()

@@ -1,0 +1,353 @@
+"""The ledger against a model of it, in whatever order its transitions come: submit, claim, release, settle, cancel,
+recover, retry; messages lost and doubled, workers that die or freeze, and time that passes."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
+
+from stoker import keys, ledger, policy
+from stoker.envelope import envelope
+from stoker.ledger import Claim
+from tests.stoker.clocked import CLOCK, quick_broker, set_clock, tell_time
+from tests.stoker.queue_model import Message, Queue
+
+START = 1_800_000_000.0
+WORKERS = ("w0", "w1", "w2")
+#: Real seconds of a test that count in the broker's expiries and not in the model's.
+SLACK = 60.0
+PICK = st.integers(0, 30)
+
+
+class LedgerMachine(RuleBasedStateMachine):
+    """Each rule does one thing to both, and compares what they answer and what stands at the front."""
+
+    redis: Any
+    ends: Any
+
+    @initialize(kind=st.sampled_from(["train", "generate"]))
+    def begin(self, kind: str) -> None:
+        self.redis.flushdb()
+        self.alive = set(WORKERS)
+        for worker in WORKERS:
+            self.redis.set(keys.worker(worker), "{}", ex=keys.PRESENCE_TTL * 1000)
+        tell_time(self.redis, START)
+        window = ledger.FRONT_TRAIN if kind == "train" else ledger.FRONT
+        self.model = Queue(keys.queue("toy", kind), window, START, self.alive.__contains__)
+        #: Tokens that were given out: (job, token).
+        self.claims: list[tuple[str, str]] = []
+        self.holders: dict[str, str] = {}
+        self.count = 0
+
+    # What clients do
+
+    @rule(client=st.sampled_from("abc"), priority=st.sampled_from([5, 0, 9, 4]), number=st.integers(1, 5))
+    def submit(self, client: str, priority: int, number: int) -> None:
+        for _ in range(number):
+            self.count += 1
+            self.send(f"job-{self.count}", client, priority, has_input=self.count % 3 == 0)
+
+    @precondition(lambda self: self.count)
+    @rule(pick=PICK, priority=st.sampled_from([5, 0]))
+    def submit_again(self, pick: int, priority: int) -> None:
+        self.send(self.some_job(pick), "a", priority)
+
+    @precondition(lambda self: self.model.dead)
+    @rule(pick=PICK)
+    def retry(self, pick: int) -> None:
+        dead = sorted(self.model.dead)
+        self.send(dead[pick % len(dead)], "b", 5, has_input=True, revive=True)
+
+    def send(self, job: str, client: str, priority: int, *, has_input: bool = False, revive: bool = False) -> None:
+        queue = self.model.name
+        record = {
+            "kind": "train",
+            "model": "toy",
+            "queue": queue,
+            "client": client,
+            "priority": str(priority),
+            "request": "{}",
+            "message": envelope(job, "train", "toy", queue),
+        }
+        record |= {"blob": keys.blob(f"dataset:{job}")} if has_input else {}
+        data = b"input" if has_input and not revive else b""
+        expected = self.model.submit(job, client, priority, has_input=has_input, revive=revive)
+        assert ledger.submit(self.redis, job, record, data, revive=revive)[0].decode() == expected
+        self.compare_fronts()
+
+    @precondition(lambda self: self.count)
+    @rule(pick=PICK)
+    def cancel(self, pick: int) -> None:
+        job = self.some_job(pick)
+        expected = self.model.cancel(job)
+        assert ledger.cancel(self.redis, job, self.model.name).decode() == expected
+        self.compare_fronts()
+
+    def some_job(self, pick: int) -> str:
+        return f"job-{1 + pick % self.count}"
+
+    # What workers do
+
+    @precondition(lambda self: self.model.front and self.alive)
+    @rule(pick=PICK)
+    def take(self, pick: int) -> None:
+        """Celery takes a message and writes it down as held."""
+        worker = sorted(self.alive)[pick % len(self.alive)]
+        self.hold(worker)
+
+    @precondition(lambda self: self.model.front and self.alive)
+    @rule(pick=PICK)
+    def take_and_claim(self, pick: int) -> None:
+        worker = sorted(self.alive)[pick % len(self.alive)]
+        self.claim(self.hold(worker), worker)
+
+    @precondition(lambda self: self.model.held)
+    @rule(pick=PICK)
+    def claim_what_is_held(self, pick: int) -> None:
+        """Also one that another delivery owns, one that has ended, and the same once more."""
+        tag = sorted(self.model.held)[pick % len(self.model.held)]
+        self.claim(self.model.held[tag], self.holders[tag])
+
+    def hold(self, worker: str) -> Message:
+        raw = self.redis.rpop(keys.front(self.model.name))
+        message = self.model.front.pop()
+        assert _read(raw) == message
+        self.redis.hset(keys.UNACKED, message.tag, raw)
+        self.model.held[message.tag], self.holders[message.tag] = message, worker
+        return message
+
+    def claim(self, message: Message, worker: str) -> None:
+        token = f"token-{len(self.claims)}"
+        job = message.job
+        known = self.model.records.get(job)
+        before = (known.began, known.submitted) if known else (False, 0.0)
+        expected = self.model.claim(job, token, message.tag, worker)
+        reply = Claim.parse(ledger.claim(self.redis, job, self.model.name, token, message.tag, worker))
+        assert reply.state == expected
+        if expected in ("run", "dead"):
+            assert (reply.resumed, self.model.now - reply.age) == (before[0], before[1])
+            assert reply.cancelled == (job in self.model.marks)
+            self.claims.append((job, token))
+        if expected == "dead":
+            assert len(ledger.bury(self.redis, job)) == self.model.bury(job)
+            self.settle(job, token)
+        self.compare_fronts()
+
+    @precondition(lambda self: self.claims)
+    @rule(pick=PICK)
+    def settle_what_was_claimed(self, pick: int) -> None:
+        """By its owner, by one that was fenced, or once more because the answer was lost."""
+        job, token = self.claims[-1 - pick % len(self.claims)]
+        if self.settle(job, token):
+            self.acknowledge(job)
+
+    def settle(self, job: str, token: str) -> int:
+        expected = self.model.settle(job, token)
+        outcome = ledger.success(job, token)
+        assert ledger.settle(self.redis, job, self.model.name, token, outcome) == expected
+        self.compare_fronts()
+        return expected
+
+    def acknowledge(self, job: str) -> None:
+        for tag in [tag for tag, message in self.model.held.items() if message.job == job]:
+            self.redis.hdel(keys.UNACKED, tag)
+            del self.model.held[tag]
+
+    @precondition(lambda self: self.claims)
+    @rule(pick=PICK, fate=st.sampled_from(["back", "lost"]))
+    def release(self, pick: int, fate: str) -> None:
+        job, token = self.claims[-1 - pick % len(self.claims)]
+        record = self.model.records.get(job)
+        tag = record.tag if record is not None else None
+        expected = self.model.release(job, token)
+        assert ledger.release(self.redis, job, self.model.name, token) == expected
+        if expected and tag in self.model.held:
+            self.bring_back(tag) if fate == "back" else self.lose_held(tag)
+
+    # What goes wrong
+
+    @precondition(lambda self: self.model.held)
+    @rule(pick=PICK, fate=st.sampled_from(["back", "back", "lost"]))
+    def lease_runs_out(self, pick: int, fate: str) -> None:
+        """Of a worker that died, or of one that was only frozen and will go on."""
+        tag = sorted(self.model.held)[pick % len(self.model.held)]
+        self.bring_back(tag) if fate == "back" else self.lose_held(tag)
+
+    def bring_back(self, tag: str) -> None:
+        """As kombu does: to the right end, marked."""
+        message = self.model.held.pop(tag)
+        raw = json.loads(self.redis.hget(keys.UNACKED, tag))
+        raw["headers"]["redelivered"] = True
+        self.redis.hdel(keys.UNACKED, tag)
+        self.redis.rpush(keys.front(self.model.name), json.dumps(raw))
+        self.model.front.append(Message(message.job, tag, came_back=True))
+
+    def lose_held(self, tag: str) -> None:
+        self.redis.hdel(keys.UNACKED, tag)
+        del self.model.held[tag]
+
+    @precondition(lambda self: self.model.front)
+    @rule()
+    def a_message_is_lost(self) -> None:
+        self.redis.rpop(keys.front(self.model.name))
+        self.model.front.pop()
+
+    @precondition(lambda self: self.alive)
+    @rule(pick=PICK)
+    def a_worker_dies(self, pick: int) -> None:
+        worker = sorted(self.alive)[pick % len(self.alive)]
+        self.redis.delete(keys.worker(worker))
+        self.alive.discard(worker)
+
+    @rule(worker=st.sampled_from(WORKERS))
+    def a_worker_starts(self, worker: str) -> None:
+        self.redis.set(keys.worker(worker), "{}", ex=keys.PRESENCE_TTL * 1000)
+        self.alive.add(worker)
+
+    # What passes by itself
+
+    @rule(older_than=st.sampled_from([0, 20, 300]))
+    def recover(self, older_than: float) -> None:
+        expected = self.model.recover(older_than)
+        found = ledger.recover(self.redis, self.model.name, older_than)
+        assert [job.decode() for job in found] == expected
+        self.compare_fronts()
+
+    @rule(seconds=st.sampled_from([0.5, 20.0, 150.0, 299.5, 300.0, 1200.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.model.advance(seconds)
+        tell_time(self.redis, self.model.now, seconds)
+
+    @rule(days=st.sampled_from([1.01, 2.01, 7.01, 31.0]))
+    def days_pass(self, days: float) -> None:
+        self.time_passes(float(int(days * 86400)))
+        self.compare_all()
+
+    @rule(
+        name_and_value=st.sampled_from(
+            [("queue_limit", 12), ("client_limit", 4), ("deaths", 1), ("deaths", 2), ("ageing", 100), ("ageing", None)]
+            + [("queue_limit", None), ("client_limit", None), ("deaths", None)]
+        )
+    )
+    def decide(self, name_and_value: tuple[str, int | None]) -> None:
+        name, value = name_and_value
+        policy.decide(self.redis, name, value)
+        setattr(self.model.policy, name, policy.RULES[name].default if value is None else value)
+
+    # What has to hold
+
+    def compare_fronts(self) -> None:
+        standing = self.redis.lrange(keys.front(self.model.name), 0, -1)
+        assert list(map(_read, standing)) == self.model.front
+
+    def compare_all(self) -> None:
+        """Every key of the broker, with the time it has left, is that of the model."""
+        self.compare_fronts()
+        model = self.model
+        pipeline = self.redis.pipeline()
+        found = sorted(key.decode() for key in self.redis.keys())
+        found = [key for key in found if key not in (CLOCK, keys.POLICY) and not key.startswith(keys.worker(""))]
+        for key in found:
+            pipeline.pttl(key)
+        lifetimes = dict(zip(found, pipeline.execute(), strict=True))
+        expected = model.lifetimes()
+        assert found == sorted(expected)
+        for key, seconds in expected.items():
+            left = lifetimes[key]
+            assert left == -1 if seconds is None else abs(left / 1000 - seconds) < SLACK, (key, left, seconds)
+        assert _scores(self.redis, keys.handed(model.name)) == model.handed
+        assert _scores(self.redis, keys.open_jobs(model.name)) == model.open
+        for client, mine in model.mine.items():
+            assert _scores(self.redis, keys.client(client, model.name)) == mine
+        for priority, room in model.rooms.items():
+            assert _scores(self.redis, keys.room(model.name, priority)) == room
+
+    def teardown(self) -> None:
+        if not hasattr(self, "model"):
+            return
+        self.compare_all()
+        self.drain()
+        self.compare_all()
+        model = self.model
+        assert not (model.handed or model.open or model.turns or model.marks), "nothing is left"
+        assert not any(model.rooms.values())
+        # A forgotten job takes no place of its client's; the next submission sweeps it, or the key's expiry.
+        oldest = model.now - keys.PENDING_TTL
+        assert not [job for mine in model.mine.values() for job, since in mine.items() if since > oldest]
+        assert Counter(self.heard()) == Counter(model.ends), "each end is told once"
+        for job, status in model.results.items():
+            assert json.loads(self.redis.get(keys.result(job)))["status"] == status
+        assert not any(record.open for record in model.records.values())
+
+    def drain(self) -> None:
+        """All workers die, and those that come after them end what is left."""
+        for worker in sorted(self.alive):
+            self.redis.delete(keys.worker(worker))
+        self.alive.clear()
+        for tag in sorted(self.model.held):
+            self.bring_back(tag)
+        policy.decide(self.redis, "deaths", 1000)
+        self.model.policy.deaths = 1000
+        for _ in range(3 * self.count + 3):
+            if not self.model.front:
+                self.recover(0)
+            if not self.model.front:
+                break
+            job = self.hold("last").job
+            self.claim(self.model.held.popitem()[1], "last")
+            owned = [token for of, token in self.claims if of == job]
+            if owned:
+                self.settle(job, owned[-1])
+            self.redis.delete(keys.UNACKED)
+        assert not self.model.front, "what is left is ended"
+
+    def heard(self) -> list[str]:
+        """The jobs whose end was announced."""
+        self.redis.publish(keys.result("stop"), "")
+        found = []
+        while (message := self.ends.get_message(timeout=10))["channel"] != keys.result("stop").encode():
+            found.append(message["channel"].decode().removeprefix(keys.result("")))
+        return found
+
+
+def _read(raw: bytes) -> Message:
+    message = json.loads(raw)
+    came_back = bool(message["headers"].get("redelivered"))
+    return Message(message["headers"]["id"], message["properties"]["delivery_tag"], came_back)
+
+
+def _scores(redis: Any, key: str) -> dict[str, float]:
+    return {member.decode(): score for member, score in redis.zrange(key, 0, -1, withscores=True)}
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[type[LedgerMachine]]:
+    with quick_broker(tmp_path_factory.mktemp("quick")) as client, set_clock():
+        with client.pubsub(ignore_subscribe_messages=True) as heard:
+            heard.psubscribe(keys.result("*"))
+            heard.get_message(timeout=10)
+            yield type("LedgerMachine", (LedgerMachine,), {"redis": client, "ends": heard})
+
+
+CHECKS = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
+FEW = settings(max_examples=500, stateful_step_count=30, deadline=None, suppress_health_check=CHECKS)
+
+
+@pytest.mark.timeout(300)
+def test_the_ledger_does_what_its_model_does(machine: type[LedgerMachine]) -> None:
+    run_state_machine_as_test(machine, settings=FEW)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_the_ledger_does_what_its_model_does_in_many_more_orders(machine: type[LedgerMachine]) -> None:
+    many = settings(FEW, max_examples=20_000, derandomize=False, print_blob=True)
+    run_state_machine_as_test(machine, settings=many)
