@@ -19,7 +19,7 @@ LOCK := $(LOCK_VENV)/bin/uv pip compile --no-config --universal --python-version
 LOCK_HEADER := \# Made by `make lock`: do not edit. Universal (Linux, macOS arm64; Python 3.11 and later), with hashes.
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast test-integration test-slow chaos check format bench bench-queue bench-kernels bench-embed bench-generate soak lock goldens peers bench-train goldens-peft clean distclean
+.PHONY: help venv demo test test-fast test-integration test-slow mutants chaos check format bench bench-queue bench-kernels bench-embed bench-generate soak lock goldens peers bench-train goldens-peft clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,8 +57,13 @@ $(VENV)/.compilers: $(STAMP) requirements/compilers.txt
 	$(PIP) install --quiet --require-hashes -r requirements/compilers.txt
 	@touch $@
 
-test-slow: $(VENV)/.compilers ## the long ones and the chaos suite
+test-slow: $(VENV)/.compilers ## the long ones, the chaos suite and the planted mistakes
 	$(BIN)/python -m pytest -m "slow or chaos" $(PYTEST_ARGS)
+	$(MAKE) mutants
+
+MUTANTS ?=
+mutants: $(STAMP) ## plant each mistake of tests/mutants, and see whether the tests that own the place notice; MUTANTS=TEXT: some
+	JOBS=$(JOBS) $(BIN)/python -m tests.mutants $(MUTANTS)
 
 SECONDS ?= 1200
 SEED ?= 1

@@ -1,8 +1,8 @@
 """Every Redis key and channel that Stoker uses, and how long each lives.
 
-All start with `stoker:`, Celery's own too (by `global_keyprefix`). `KINDS` lists every kind of key with the longest time
-that one of it may have left to live. Those without a lifetime are durable: the queues themselves and what Celery keeps
-about messages that are not acknowledged yet (a queue must outlive any outage, so no expiry is right for it), the
+All start with `stoker:`, Celery's own too (by `global_keyprefix`). `KINDS` lists every kind of key with the longest
+time that one of it may have left to live. Those without a lifetime are durable: the queues themselves and what Celery
+keeps about messages that are not acknowledged yet (a queue must outlive any outage, so no expiry is right for it), the
 registry of adapters, and the policy.
 """
 

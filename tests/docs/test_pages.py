@@ -160,7 +160,7 @@ def test_the_table_of_exit_codes_is_that_of_the_code() -> None:
     assert codes == {0, INTERRUPTED, *(error.exit_code for error in tree)}
 
 
-PLACES = ("<name>", "<version>", "<job>", "<worker>", "<model>", "<kind>", "<exchange>", "<queue>")
+PLACES = ("<name>", "<version>", "<job>", "<worker>", "<model>", "<kind>", "<exchange>", "<key>")
 LIVES = {
     "24 hours": keys.RESULT_TTL,
     "7 days": keys.PENDING_TTL,
@@ -187,16 +187,24 @@ def test_the_table_of_keys_is_that_of_the_code() -> None:
     made |= {keys.WORKERS, keys.MODELS, keys.DEAD, keys.JANITOR}
     durable = {key for key, lives in table.items() if lives == "durable"}
     assert table.keys() - durable == made
-    for key in table:
-        name = key
-        for place in PLACES:
-            name = name.replace(place, "x")
-        assert keys.is_durable(name) == (key in durable), key
+    for key, lives in table.items():
+        kind = keys.kind_of(_example(key))
+        assert kind is not None, key
+        if key not in BY_SETTING.values():
+            assert kind.lifetime == max((LIVES[text] for text in LIVES if text in lives), default=None), key
+    assert len({keys.kind_of(_example(key)) for key in table} | {keys.kind_of(keys.UNACKED)}) == len(keys.KINDS)
     assert keys.PREFIX + keys.queue("<model>", "<kind>") in durable
     for key in made:
         assert any(text in table[key] for text in LIVES) or BY_SETTING.get(table[key]) == key, key
     for channel in (keys.channel("<job>"), keys.CANCELS):
         assert f"`{channel}`" in TEXTS["docs/redis.md"]
+
+
+def _example(key: str) -> str:
+    key = key.replace("<queue>", keys.queue("x", "embed")).replace("<priority>", "0")
+    for place in PLACES:
+        key = key.replace(place, "x")
+    return key
 
 
 def test_lifetimes_are_what_the_pages_say() -> None:

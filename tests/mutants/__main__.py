@@ -31,7 +31,7 @@ class Copy:
     """A copy of the checkout in which one mistake at a time is planted."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self.output = folder, ""
         listed = subprocess.run(
             ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
             cwd=CHECKOUT, capture_output=True, check=True,
@@ -43,7 +43,17 @@ class Copy:
 
     def test(self, nodes: Iterable[str]) -> int:
         """pytest's exit code; a run that takes too long has failed."""
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"--hypothesis-profile={PROFILE}", *nodes]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-x",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            f"--hypothesis-profile={PROFILE}",
+            *nodes,
+        ]
         # A changed file of the same size and second would be taken from its bytecode.
         env = os.environ | {"PYTHONPATH": str(self.folder), "PYTHONDONTWRITEBYTECODE": "1"}
         try:
@@ -62,7 +72,12 @@ class Copy:
             code = self.test(mutant.tests)
         finally:
             path.write_bytes(whole)
-        return {PASSED: "SURVIVED", FAILED: "noticed"}.get(code, f"ERROR: pytest ended with {code}: {self.output[-300:]}")
+        return reading(code, self.output)
+
+
+def reading(code: int, output: str) -> str:
+    """What pytest's exit code says. One that could not even collect the tests has shown nothing."""
+    return {PASSED: "SURVIVED", FAILED: "noticed"}.get(code, f"ERROR: pytest ended with {code}: {output[-300:]}")
 
 
 def judge(chosen: list[Mutant], folder: Path) -> dict[Mutant, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 CHECKOUT = Path(__file__).parents[2]
@@ -44,10 +45,12 @@ class Mutant:
 def _exists(checkout: Path, node: str) -> bool:
     file, _, name = node.partition("::")
     path = checkout / file
-    if not path.is_file():
-        return False
-    names = {item.name for item in ast.walk(ast.parse(path.read_text())) if isinstance(item, ast.FunctionDef)}
-    return not name or name.partition("[")[0].rpartition("::")[2] in names
+    return path.is_file() and (not name or name.partition("[")[0].rpartition("::")[2] in _functions(path))
+
+
+@cache
+def _functions(path: Path) -> set[str]:
+    return {item.name for item in ast.walk(ast.parse(path.read_text())) if isinstance(item, ast.FunctionDef)}
 
 
 def mutants() -> list[Mutant]:

@@ -1,7 +1,7 @@
 """The ledger once more, in plain Python: what every transition is to answer, and what is to lie in the broker after it.
 
-It follows the words of `docs/guarantees.md` and the comments of `prelude.lua`, not their form: no script, no keys that are
-passed about. `tests/stoker/test_queue_model.py` compares the two.
+It follows the words of `docs/guarantees.md` and the comments of `prelude.lua`, not their form: no script, no keys
+that are passed about. `tests/stoker/test_queue_model.py` compares the two.
 """
 
 from __future__ import annotations
@@ -73,7 +73,10 @@ class Queue:
     turns: dict[str, int] = field(default_factory=dict)
     #: key → when it expires. A key is there while its container holds something.
     until: dict[str, float] = field(default_factory=dict)
+    #: A job that was taken in ends once, unless it waited for so long that it was forgotten.
+    taken_in: list[str] = field(default_factory=list)
     ends: list[str] = field(default_factory=list)
+    forgotten: list[str] = field(default_factory=list)
 
     def keep(self, key: str, seconds: float) -> None:
         self.until[key] = self.now + seconds
@@ -88,7 +91,9 @@ class Queue:
     def level(self, job: str) -> int:
         """The priority that waiting has brought it to; what is no job any more stands as it is."""
         record = self.waiting(job)
-        return 0 if record is None else max(0, record.priority - int((self.now - record.submitted) // self.policy.ageing))
+        return (
+            0 if record is None else max(0, record.priority - int((self.now - record.submitted) // self.policy.ageing))
+        )
 
     def enter_room(self, job: str) -> None:
         record = self.records[job]
@@ -174,11 +179,12 @@ class Queue:
             self.results.pop(job, None)
             self.marks.discard(job)
         self.records[job] = Record(client, priority, self.now, has_input)
+        self.taken_in.append(job)
         self.mine[client] = {other: since for other, since in mine.items() if since > self.now - keys.PENDING_TTL}
         self.open[job] = self.mine[client][job] = self.now
         for key in (keys.job(job), keys.open_jobs(self.name), keys.client(client, self.name)):
             self.keep(key, keys.PENDING_TTL)
-        if has_input:
+        if has_input and (not revive or keys.blob(f"dataset:{job}") in self.until):
             self.keep(keys.blob(f"dataset:{job}"), keys.PENDING_TTL)
         self.enter_room(job)
         self.refill()
@@ -308,6 +314,7 @@ class Queue:
         gone = {key for key, until in self.until.items() if until <= self.now}
         for key in gone:
             del self.until[key]
+        self.forgotten += [job for job, record in self.records.items() if record.open and keys.job(job) in gone]
         self.records = {job: record for job, record in self.records.items() if keys.job(job) not in gone}
         self.results = {job: status for job, status in self.results.items() if keys.result(job) not in gone}
         self.marks = {job for job in self.marks if keys.cancel(job) not in gone}

@@ -344,7 +344,7 @@ def test_the_age_counts_from_the_submission_by_the_brokers_clock(redis: Any) -> 
 
 def lifetimes(redis: Any) -> dict[str, int]:
     """Every key that the broker holds → seconds that are left to it, -1 for ever."""
-    return {key.decode(): redis.ttl(key) for key in redis.keys()}
+    return {key.decode(): redis.ttl(key) for key in redis.scan_iter()}
 
 
 def test_a_room_that_takes_a_job_back_from_the_front_expires(redis: Any) -> None:
