@@ -30,6 +30,7 @@ from stoker.contract import (
     TrainResult,
 )
 from stoker.contract.vectors import Encoded, plain
+from stoker.loading import own_patience
 from stoker.settings import Settings, load_settings
 from stoker.tail import PAGE, QUIET, Limit, Tail, channels, commands
 
@@ -212,7 +213,8 @@ class AsyncJob(Generic[R]):
         self, pubsub: Any, tail: Tail[E] | None, limit: Limit, patience: Patience, found: list[Outcome]
     ) -> AsyncGenerator[E]:
         while True:
-            record, owner, *pages = await commands(self._client.redis.pipeline(), self.id, tail).execute()
+            with own_patience():
+                record, owner, *pages = await commands(self._client.redis.pipeline(), self.id, tail).execute()
             patience.renew()
             if tail is not None:
                 for item in tail.replay(pages[0]):
@@ -265,7 +267,7 @@ class AsyncEmbedJob(AsyncJob[np.ndarray]):
         patience = Patience(self._client.settings)
         while True:
             try:
-                with translated(self._client.settings, but=TROUBLE):
+                with translated(self._client.settings, but=TROUBLE), own_patience():
                     return core.read_vectors(reply, await self._client.redis.get(keys.blob(reply.blob)))
             except TROUBLE as error:
                 await asyncio.sleep(patience.spend(error))

@@ -32,6 +32,7 @@ from stoker.contract import (
 )
 from stoker.contract.vectors import Encoded, plain
 from stoker.errors import JobLost
+from stoker.loading import own_patience
 from stoker.settings import Settings, load_settings
 from stoker.tail import PAGE, QUIET, Limit, Tail, channels, commands
 
@@ -60,7 +61,7 @@ class Client:
         settings: Settings | None = None,
     ) -> None:
         self.settings = settings or load_settings(url=url, client_key=key, queue_wait=queue_wait)
-        self.redis = connect(self.settings)
+        self.redis = connect(self.settings, patient=True)
         #: The registry of adapters: `list`, `get`, `load`, `promote`, `rollback`, `deactivate`, `unload`.
         self.adapters = Adapters(self)
         self._choices = core.Choices()
@@ -278,7 +279,8 @@ class Job(Generic[R]):
         self, pubsub: Any, tail: Tail[E] | None, limit: Limit, patience: Patience
     ) -> Generator[E, None, Outcome]:
         while True:
-            record, owner, *pages = commands(self._client.redis.pipeline(), self.id, tail).execute()
+            with own_patience():
+                record, owner, *pages = commands(self._client.redis.pipeline(), self.id, tail).execute()
             patience.renew()
             if tail is not None:
                 yield from tail.replay(pages[0])
@@ -334,7 +336,7 @@ class EmbedJob(Job[np.ndarray]):
         patience = Patience(self._client.settings)
         while True:
             try:
-                with translated(self._client.settings, but=TROUBLE):
+                with translated(self._client.settings, but=TROUBLE), own_patience():
                     return core.read_vectors(reply, self._client.redis.get(keys.blob(reply.blob)))
             except TROUBLE as error:
                 time.sleep(patience.spend(error))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
-from redis.exceptions import AuthenticationError, AuthorizationError, OutOfMemoryError
+from redis.exceptions import AuthenticationError, AuthorizationError, BusyLoadingError, OutOfMemoryError
 
 from stoker import keys, ledger
 from stoker.catalogue import model_name
@@ -47,6 +47,7 @@ from stoker.errors import (
     UnknownModel,
     from_wire,
 )
+from stoker.loading import StillLoading, still_loading
 from stoker.settings import Settings
 
 #: What `dataset` may be: a file of JSON lines, `worker:NAME` for one under the worker's data root, or the examples.
@@ -110,6 +111,8 @@ def broker_unavailable(settings: Settings, error: BaseException) -> BrokerUnavai
             f"the broker at {where} refuses the login ({reason}). Put its user and password into STOKER_URL: "
             "redis://USER:PASSWORD@HOST:PORT/DB."
         )
+    if isinstance(error, BusyLoadingError):
+        return still_loading(where, error.progress if isinstance(error, StillLoading) else None)
     if isinstance(error, OutOfMemoryError):
         return BrokerUnavailable(
             f"the broker at {where} has no memory left and took nothing. Wait until jobs have ended, or raise its "

@@ -9,7 +9,6 @@ from typing import Any
 
 import redis
 import redis.asyncio
-from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import ExponentialBackoff
 from redis.exceptions import (
     AuthenticationError,
@@ -27,6 +26,7 @@ from redis.retry import Retry
 
 from stoker.client_core import broker_unavailable
 from stoker.errors import BrokerUnavailable
+from stoker.loading import AsyncPatientRetry, PatientRetry
 from stoker.settings import Settings
 
 #: The connection is gone or silent: another try may help.
@@ -44,20 +44,36 @@ _RETRIES: Any = (ExponentialBackoff(cap=0.25, base=0.05), 2, (RedisConnectionErr
 SOCKET_TIMEOUT = 5.0
 
 
-def connect(settings: Settings, timeout: float | None = None) -> Any:
+def connect(settings: Settings, timeout: float | None = None, *, patient: bool = False) -> Any:
     """A thread-safe redis-py client. A connection that turns out to be closed is opened again, so that a broker's
     restart between two calls goes unnoticed; every command of Stoker may be sent twice. `Patience` decides on more.
-    `timeout`: seconds that one try may take, else as the settings say.
+    `timeout`: seconds that one try may take, else as the settings say. `patient`: whether a command waits for a broker
+    that loads its data, as long as the settings' patience lasts.
 
     Typed `Any` because redis-py types every reply as a union over its decoding modes; ours are always bytes.
     """
     options = _options(settings) if timeout is None else _options(settings) | {"socket_timeout": timeout}
-    return redis.Redis.from_url(settings.address.redis, retry=Retry(*_RETRIES), **options)
+    url = settings.address.redis
+    if not patient:
+        return redis.Redis.from_url(url, retry=Retry(*_RETRIES), **options)
+
+    def ask() -> Any:
+        with redis.Redis.from_url(url, **options) as asking:
+            return asking.info("persistence")
+
+    return redis.Redis.from_url(url, retry=PatientRetry(*_RETRIES, patience=settings.patience, ask=ask), **options)
 
 
 def connect_async(settings: Settings) -> Any:
-    """The asyncio twin of `connect`."""
-    return redis.asyncio.Redis.from_url(settings.address.redis, retry=AsyncRetry(*_RETRIES), **_options(settings))
+    """The asyncio twin of `connect`, patient."""
+    url, options = settings.address.redis, _options(settings)
+
+    async def ask() -> Any:
+        async with redis.asyncio.Redis.from_url(url, **options) as asking:
+            return await asking.info("persistence")
+
+    retry = AsyncPatientRetry(*_RETRIES, patience=settings.patience, ask=ask)
+    return redis.asyncio.Redis.from_url(url, retry=retry, **options)
 
 
 def _options(settings: Settings) -> dict[str, Any]:

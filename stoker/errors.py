@@ -9,6 +9,7 @@ StokerError
 │   └── UnknownAdapter          the model has no adapter of that name
 ├── ModelError                  a model's files are missing, damaged or not supported
 ├── BrokerUnavailable           the broker does not answer
+│   └── BrokerLoading           it is reading its data back, and took longer than the patience
 ├── JobError                    the job ended without a result
 │   ├── JobCancelled            somebody cancelled it
 │   ├── JobFailed               it failed for a reason outside this tree
@@ -72,6 +73,10 @@ class BrokerUnavailable(StokerError):
     """The broker does not answer."""
 
     exit_code = 3
+
+
+class BrokerLoading(BrokerUnavailable):
+    """The broker is reading its data back from the disk, and was not done within `STOKER_PATIENCE` seconds."""
 
 
 class JobError(StokerError):

@@ -11,18 +11,19 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from stoker.catalogue import parse_models
-from stoker.cli.options import Json, Url, connect, console, print_json
+from stoker.cli.options import Json, Url, connect, print_json, progress_shown
 from stoker.connection import connect as connect_redis
 from stoker.connection import translated
 from stoker.contract import Presence
 from stoker.errors import ConfigError, StokerError, UnknownModel
-from stoker.local.stack import Stack, worker_command
+from stoker.local.stack import Stack, wait_for_broker, worker_command
 from stoker.settings import Settings, load_settings
 
 Models = Annotated[
@@ -38,8 +39,9 @@ def up(
 ) -> None:
     """Start everything on this machine: a broker if none answers, a worker, and Flower. Ctrl-C ends all."""
     settings = _settings(model, url)
-    with Stack(settings, flower=flower) as stack:
-        with console.status("loading models"):
+    with ExitStack() as leaving:
+        with progress_shown("starting the broker") as tell:
+            stack = leaving.enter_context(Stack(settings, flower=flower, tell=tell))
             presence = stack.wait_until_warm()
         print(f"broker  {stack.settings.address.shown}")
         print(f"worker  {', '.join(card.model for card in presence.models)} warm on {presence.device}")
@@ -61,7 +63,8 @@ def worker(
     """Run one worker in the foreground, for launchd, systemd or a terminal."""
     settings = _settings(model, url)
     command = worker_command(settings, f"{name or f'stoker-{uuid.uuid4().hex[:8]}'}@{platform.node()}")
-    _ping(settings)
+    with progress_shown("looking for the broker") as tell:
+        wait_for_broker(settings, tell)
     os.environ |= settings.environment() | {"STOKER_URL": settings.address.celery}
     os.execv(command[0], command)
 
@@ -70,13 +73,6 @@ def _settings(models: list[str] | None, url: str | None) -> Settings:
     settings = load_settings(models=tuple(models) if models else None, url=url)
     parse_models(settings.models)
     return settings
-
-
-def _ping(settings: Settings) -> None:
-    client = connect_redis(settings)
-    with translated(settings):
-        client.ping()
-    client.close()
 
 
 def status(
@@ -137,8 +133,10 @@ def _check_python() -> dict[str, Any]:
 
 def _check_broker(settings: Settings) -> dict[str, Any]:
     try:
-        client = connect_redis(settings)
+        client = connect_redis(settings, patient=True)
         with translated(settings):
+            # INFO is answered by a broker that loads its data too; this waits for it.
+            client.ping()
             info = client.info()
             policy = info.get("maxmemory_policy", "unknown")
         client.close()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -15,6 +18,8 @@ Url = Annotated[str | None, typer.Option(help="Broker; default: STOKER_URL, else
 Model = Annotated[str | None, typer.Option(help="Model; default: the one that is warm.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
+#: Seconds between two lines about what is waited for.
+TELL_EVERY = 5.0
 #: People's output; what a program would read goes to standard output by `print`.
 console = Console(highlight=False, soft_wrap=True)
 notes = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -26,6 +31,24 @@ def connect(url: str | None) -> Client:
 
 def print_json(value: Any) -> None:
     print(json.dumps(value, ensure_ascii=False))
+
+
+@contextmanager
+def progress_shown(first: str) -> Iterator[Callable[[str], None]]:
+    """A line on a terminal that says what is waited for. Elsewhere, as in a service's log, a line every few seconds."""
+    if console.is_terminal:
+        with console.status(first) as status:
+            yield status.update
+        return
+    said = -TELL_EVERY
+
+    def tell(text: str) -> None:
+        nonlocal said
+        if time.monotonic() - said >= TELL_EVERY:
+            said = time.monotonic()
+            notes.print(text)
+
+    yield tell
 
 
 def is_terminal() -> bool:

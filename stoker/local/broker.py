@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
@@ -14,12 +15,16 @@ import redis
 from redis.exceptions import RedisError
 
 from stoker.errors import BrokerUnavailable, ConfigError
+from stoker.files import write_whole
+from stoker.loading import wait_until_loaded
 from stoker.local.process import Process
 from stoker.settings import Settings
 
 PREFERRED_PORT = 6379
-#: Seconds. Reading back a large append-only file takes a while.
+#: Seconds until the server answers at all.
 START_LIMIT = 60.0
+#: Seconds that a server which reads its data may be silent.
+SILENCE = 10.0
 #: What the server says of a port that somebody else listens on.
 PORT_TAKEN = "Address already in use"
 
@@ -34,8 +39,9 @@ class EmbeddedBroker:
         self._lock: IO[str] | None = None
         self.url = ""
 
-    def start(self) -> str:
-        """Start the server and return its URL, which other shells find in STOKER_HOME/broker.json."""
+    def start(self, tell: Callable[[str], None] = lambda text: None) -> str:
+        """Start the server, wait until it has its data, and return its URL, which other shells find in
+        STOKER_HOME/broker.json. `tell` gets to know how far the server is."""
         self._folder.mkdir(parents=True, exist_ok=True)
         self._lock = self._take_lock()
         port = free_port(self._preferred_port)
@@ -43,7 +49,9 @@ class EmbeddedBroker:
             # Free a moment ago: another process, perhaps another `stoker up`, was faster.
             port = free_port(0)
         self.url = _url(port)
-        self._settings.broker_file.write_text(json.dumps({"url": self.url, "pid": os.getpid()}))
+        self._wait_until_loaded(tell)
+        record = json.dumps({"url": self.url, "pid": os.getpid()})
+        write_whole(self._settings.broker_file, record.encode())
         return self.url
 
     def _serves(self, port: int) -> bool:
@@ -65,6 +73,11 @@ class EmbeddedBroker:
                     raise BrokerUnavailable(f"the embedded broker did not start: {output[-400:]}")
                 time.sleep(0.05)
         return True
+
+    def _wait_until_loaded(self, tell: Callable[[str], None]) -> None:
+        """What was in the queues when it ended is read back first, which takes a second for each few hundred MB."""
+        with redis.Redis.from_url(self.url, socket_timeout=SILENCE) as client:
+            wait_until_loaded(lambda: client.info("persistence"), self.url, tell, lambda: self.alive)
 
     def _answers(self, client: redis.Redis) -> bool:
         """Whether our own server answers: another's, on a port that it took before ours, has another folder."""

@@ -9,10 +9,13 @@ import uuid
 from collections.abc import Callable
 from types import TracebackType
 
+from redis.exceptions import BusyLoadingError
+
 from stoker.client import Client
-from stoker.connection import connect
+from stoker.connection import connect, translated
 from stoker.contract import Presence
 from stoker.errors import BrokerUnavailable, ConfigError, StokerError, WorkerUnavailable, from_wire
+from stoker.loading import wait_until_loaded
 from stoker.local.broker import PREFERRED_PORT, EmbeddedBroker, free_port
 from stoker.local.process import Process
 from stoker.settings import Settings, load_settings
@@ -29,8 +32,15 @@ ERROR_MARK = "stoker-error: "
 class Stack:
     """Use in `with`: on leaving, nothing that it started is left."""
 
-    def __init__(self, settings: Settings, *, flower: bool = True, own_broker: bool = False) -> None:
-        self.settings = settings
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        flower: bool = True,
+        own_broker: bool = False,
+        tell: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.settings, self._tell = settings, tell
         self._want_flower, self._own_broker = flower, own_broker
         self._broker: EmbeddedBroker | None = None
         self._worker: Process | None = None
@@ -43,7 +53,9 @@ class Stack:
         if self._needs_broker():
             # A private broker stays off the usual port, where other clients would find it.
             self._broker = EmbeddedBroker(self.settings, port=0 if self._own_broker else PREFERRED_PORT)
-            self.settings = load_settings(**{**self.settings.model_dump(), "url": self._broker.start()})
+            self.settings = load_settings(**{**self.settings.model_dump(), "url": self._broker.start(self._tell)})
+        else:
+            wait_for_broker(self.settings, self._tell)
         self.start_worker()
         if self._want_flower and importlib.util.find_spec("flower") is not None:
             port = free_port(FLOWER_PORT)
@@ -81,7 +93,7 @@ class Stack:
         env = {**self.settings.environment(), "STOKER_URL": self.settings.address.celery, "PYTHONUNBUFFERED": "1"}
         return Process(name, command, log=self.settings.logs / f"{name}.log", env=env, grace=grace)
 
-    def wait_until_warm(self, tell: Callable[[str], None] = lambda text: None) -> Presence:
+    def wait_until_warm(self) -> Presence:
         """Wait until the worker serves its models; raises what ended it if it does not get there."""
         assert self._worker is not None
         with Client(settings=self.settings) as client:
@@ -91,7 +103,7 @@ class Stack:
                         return presence
                 if self._worker.returncode is not None:
                     raise _error_of(self._worker)
-                tell("loading models")
+                self._tell("loading models")
                 time.sleep(POLL)
 
     def watch(self, tell: Callable[[str], None]) -> None:
@@ -140,11 +152,25 @@ def answers(settings: Settings) -> bool:
     client = connect(settings)
     try:
         client.ping()
+    except BusyLoadingError:
+        return True
     except Exception as error:
         return "auth" in type(error).__name__.lower()
     finally:
         client.close()
     return True
+
+
+def wait_for_broker(settings: Settings, tell: Callable[[str], None]) -> None:
+    """Wait until a broker that was chosen has read its data. Raises `BrokerUnavailable` if it does not answer."""
+    client = connect(settings)
+    try:
+        with translated(settings, but=(BusyLoadingError,)):
+            client.ping()
+    except BusyLoadingError:
+        wait_until_loaded(lambda: client.info("persistence"), settings.address.shown, tell)
+    finally:
+        client.close()
 
 
 def celery_command(command: str) -> list[str]:

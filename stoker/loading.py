@@ -1,0 +1,180 @@
+"""A broker that reads its data back from the disk: it answers `LOADING` to all that needs the data, and tells how far
+it is. A client waits for it; how long, `STOKER_PATIENCE` says."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from redis.asyncio.retry import Retry as AsyncRetry
+from redis.exceptions import BusyLoadingError, RedisError
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+from redis.retry import Retry
+
+from stoker.errors import BrokerLoading, BrokerUnavailable
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+#: Seconds between two looks.
+LOOK_EVERY = 0.1
+#: Seconds without progress after which nobody waits for a broker that loads.
+STALLED = 60.0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How much of its data a broker has read, in percent and bytes, and how many seconds it thinks it will take yet."""
+
+    percent: float
+    seconds: int
+    read: int
+
+    @classmethod
+    def parse(cls, info: Mapping[str, Any]) -> Progress | None:
+        """From `INFO persistence`; None for a broker that is done."""
+        if not int(info.get("loading", 0)):
+            return None
+        percent, seconds = float(info.get("loading_loaded_perc", 0)), int(info.get("loading_eta_seconds", 0))
+        # It says so when it cannot tell the size.
+        known = 0 <= percent <= 100 and seconds >= 0
+        return cls(percent if known else 0.0, seconds if known else 0, int(info.get("loading_loaded_bytes", 0)))
+
+    def __str__(self) -> str:
+        return f"{self.percent:.0f} %, about {max(1, self.seconds)} s left"
+
+
+class StillLoading(BusyLoadingError):
+    """The broker loads, and has been waited for; `progress` says how far it is, if it told."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        super().__init__("the broker is loading its data")
+        self.progress = progress
+
+
+def still_loading(where: str, progress: Progress | None) -> BrokerLoading:
+    """What a caller is told."""
+    said = f", {progress}" if progress else ""
+    return BrokerLoading(
+        f"the broker at {where} is loading its data{said}. Try again then, or set STOKER_PATIENCE to wait longer."
+    )
+
+
+def wait_until_loaded(
+    ask: Callable[[], Mapping[str, Any]],
+    where: str,
+    tell: Callable[[str], None],
+    alive: Callable[[], bool] = lambda: True,
+) -> None:
+    """Wait for as long as the broker gets on, and tell how far it is. `ask`: its `INFO persistence`.
+
+    Raises `BrokerLoading` if it stands still for a minute, and `BrokerUnavailable` if it is not `alive` any more.
+    """
+    read, moved = -1, time.monotonic()
+    while True:
+        try:
+            progress = Progress.parse(ask())
+        except (RedisConnectionError, RedisTimeoutError) as error:
+            # One that is busy with a large value answers late.
+            if not alive() or time.monotonic() - moved > STALLED:
+                raise BrokerUnavailable(f"the broker at {where} ended while it loaded its data ({error}).") from None
+            time.sleep(LOOK_EVERY)
+            continue
+        except RedisError:
+            # A user that may not ask.
+            raise still_loading(where, None) from None
+        if progress is None:
+            return
+        if progress.read != read:
+            read, moved = progress.read, time.monotonic()
+        elif time.monotonic() - moved > STALLED:
+            raise still_loading(where, progress)
+        tell(f"the broker is loading its data, {progress}")
+        time.sleep(LOOK_EVERY)
+
+
+_own_patience: ContextVar[bool] = ContextVar("own_patience", default=False)
+
+
+@contextmanager
+def own_patience() -> Iterator[None]:
+    """Inside, a broker that loads is an error at once: the caller has a time limit of its own, and asks again."""
+    token = _own_patience.set(True)
+    try:
+        yield
+    finally:
+        _own_patience.reset(token)
+
+
+class _Wait:
+    """One command's wait for a broker that loads."""
+
+    def __init__(self, patience: float) -> None:
+        self._end = time.monotonic() + (0.0 if _own_patience.get() else patience)
+        self._told = False
+
+    def pause(self, progress: Progress | None) -> float:
+        """Seconds until the next try; raises `StillLoading` when the patience is at its end."""
+        left = self._end - time.monotonic()
+        if left <= 0:
+            raise StillLoading(progress) from None
+        if not self._told and progress is not None:
+            self._told = True
+            log.warning("the broker is loading its data, %s; waiting for it", progress)
+        return min(left, max(LOOK_EVERY, min(1.0, (progress.seconds if progress else 0) / 4)))
+
+
+class PatientRetry(Retry):
+    """Commands that meet a broker which loads are sent again until it is done, for `patience` seconds.
+
+    `ask`: its `INFO persistence`, through a connection of its own: the command's is closed by its failure.
+    """
+
+    def __init__(self, *options: Any, patience: float, ask: Callable[[], Mapping[str, Any]]) -> None:
+        super().__init__(*options)
+        self._patience, self._ask = patience, ask
+
+    def call_with_retry(self, do: Callable[[], T], *arguments: Any, **options: Any) -> T:
+        wait: _Wait | None = None
+        while True:
+            try:
+                return super().call_with_retry(do, *arguments, **options)
+            except BusyLoadingError:
+                wait = wait or _Wait(self._patience)
+                time.sleep(wait.pause(self._progress()))
+
+    def _progress(self) -> Progress | None:
+        try:
+            return Progress.parse(self._ask())
+        except RedisError:
+            return None
+
+
+class AsyncPatientRetry(AsyncRetry):
+    """The same for asyncio."""
+
+    def __init__(self, *options: Any, patience: float, ask: Callable[[], Awaitable[Mapping[str, Any]]]) -> None:
+        super().__init__(*options)
+        self._patience, self._ask = patience, ask
+
+    async def call_with_retry(self, do: Callable[[], Awaitable[T]], *arguments: Any, **options: Any) -> T:
+        wait: _Wait | None = None
+        while True:
+            try:
+                return await super().call_with_retry(do, *arguments, **options)
+            except BusyLoadingError:
+                wait = wait or _Wait(self._patience)
+                await asyncio.sleep(wait.pause(await self._progress()))
+
+    async def _progress(self) -> Progress | None:
+        try:
+            return Progress.parse(await self._ask())
+        except RedisError:
+            return None

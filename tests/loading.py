@@ -1,0 +1,61 @@
+"""Brokers that read their data back so slowly that a test can look at them meanwhile."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import redis
+
+from stoker.local.broker import EmbeddedBroker
+from tests.conftest import wait_until
+
+KEYS = 4000
+
+
+class SlowBroker(EmbeddedBroker):
+    """An embedded broker that takes `delay` microseconds for each key that it loads."""
+
+    delay = 0
+
+    def _options(self, port: int) -> list[str]:
+        # Clients are answered after each KB that was read, instead of each 2 MB.
+        slow = ["--key-load-delay", str(self.delay), "--loading-process-events-interval-bytes", "1024"]
+        return [*super()._options(port), "--enable-debug-command", "yes", *slow]
+
+
+def fill(url: str) -> None:
+    """Put some keys there, which expire."""
+    with redis.Redis.from_url(url) as client:
+        pipeline = client.pipeline(transaction=False)
+        for number in range(KEYS):
+            pipeline.set(f"stoker:blob:vectors:{number}", f"{number:064}", ex=3600)
+        pipeline.execute()
+        # As a snapshot: of an append-only file a broker reads a thousand commands before it answers anybody.
+        client.bgrewriteaof()
+        wait_until(lambda: rewritten(client.info("persistence")), "the append-only file is rewritten")
+
+
+def rewritten(info: dict[str, Any]) -> bool:
+    return not info["aof_rewrite_in_progress"] and not info["aof_rewrite_scheduled"]
+
+
+@contextmanager
+def loading(url: str, seconds: float) -> Iterator[None]:
+    """The broker drops its data and reads it back, for so long; inside, it has begun to."""
+
+    def reload() -> None:
+        with redis.Redis.from_url(url) as client:
+            client.config_set("key-load-delay", int(seconds * 1e6 / KEYS))
+            client.execute_command("DEBUG", "RELOAD")
+
+    thread = threading.Thread(target=reload)
+    with redis.Redis.from_url(url) as client:
+        thread.start()
+        wait_until(lambda: client.info("persistence")["loading"], "the broker loads")
+    try:
+        yield
+    finally:
+        thread.join()

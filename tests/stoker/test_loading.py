@@ -1,0 +1,218 @@
+"""A broker that reads its data back is waited for, within the patience, and what is waited for is said."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from typer.testing import CliRunner
+
+from stoker import AsyncClient, Client, keys, loading
+from stoker.cli import app
+from stoker.connection import connect
+from stoker.errors import BrokerLoading, BrokerUnavailable, JobTimeout
+from stoker.loading import Progress, wait_until_loaded
+from stoker.local.stack import wait_for_broker
+from stoker.settings import Settings
+from tests import loading as slow
+from tests.loading import SlowBroker
+
+#: Long enough to look at a broker that loads, on a busy machine too.
+SECONDS = 0.7
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    broker = SlowBroker(Settings(home=tmp_path_factory.mktemp("slow")), port=0)
+    found = broker.start()
+    slow.fill(found)
+    yield found
+    broker.stop()
+
+
+def job(url: str, job_id: str = "job") -> None:
+    """A job that waits for a worker."""
+    with redis.Redis.from_url(url) as client:
+        client.hset(keys.job(job_id), mapping={"kind": "generate", "queue": "stoker.m.generate"})
+        client.expire(keys.job(job_id), 60)
+
+
+def test_a_start_waits_until_the_data_are_there_and_tells_how_far_it_is(tmp_path: Path) -> None:
+    broker = SlowBroker(Settings(home=tmp_path), port=0)
+    slow.fill(broker.start())
+    broker.stop()
+    broker.delay, told = 200, list[str]()
+    with redis.Redis.from_url(broker.start(told.append)) as client:
+        assert client.dbsize() == slow.KEYS
+        assert client.get("stoker:blob:vectors:7") == f"{7:064}".encode()
+    broker.stop()
+    assert told
+    assert all(re.fullmatch(r"the broker is loading its data, \d+ %, about \d+ s left", text) for text in told)
+
+
+CALLS: dict[str, Callable[[Client], Any]] = {
+    "workers": lambda client: client.workers(),
+    "models": lambda client: client.models(),
+    "jobs": lambda client: client.jobs(),
+    "dead": lambda client: client.dead(),
+    "status": lambda client: client.job("job").status(),
+}
+
+
+def test_every_call_of_a_client_waits(
+    url: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job(url)
+    with Client(settings=Settings(url=url)) as client, slow.loading(url, SECONDS):
+        calls = [threading.Thread(target=call, args=(client,), name=name) for name, call in CALLS.items()]
+        failed: list[str] = []
+        monkeypatch.setattr(threading, "excepthook", lambda args: failed.append(f"{args.thread}: {args.exc_value}"))
+        with caplog.at_level(logging.WARNING):
+            for call in calls:
+                call.start()
+            for call in calls:
+                call.join()
+    assert failed == []
+    assert re.search(r"the broker is loading its data, \d+ %, about \d+ s left; waiting for it", caplog.text)
+
+
+def test_an_asyncio_client_waits_without_holding_up_its_loop(url: str) -> None:
+    async def calls() -> int:
+        turns, ended = 0, asyncio.Event()
+
+        async def turn() -> None:
+            nonlocal turns
+            while not ended.is_set():
+                turns += 1
+                await asyncio.sleep(0.01)
+
+        async with AsyncClient(settings=Settings(url=url)) as client:
+            other = asyncio.create_task(turn())
+            await asyncio.gather(client.workers(), client.models(), (await client.job("job")).status())
+            ended.set()
+            await other
+        return turns
+
+    job(url)
+    with slow.loading(url, SECONDS):
+        assert asyncio.run(calls()) > 3
+
+
+def test_who_has_no_patience_is_told_how_far_the_broker_is(url: str) -> None:
+    settings = Settings(url=url, patience=0)
+    with slow.loading(url, SECONDS), Client(settings=settings) as client:
+        with pytest.raises(BrokerLoading, match=r"is loading its data, \d+ %, about \d+ s left\. .* STOKER_PATIENCE"):
+            client.workers()
+
+        async def ask() -> None:
+            async with AsyncClient(settings=settings) as other:
+                await other.workers()
+
+        with pytest.raises(BrokerLoading, match=r"is loading its data, \d+ %"):
+            asyncio.run(ask())
+
+
+def test_commands_wait_or_end_with_the_brokers_exit_code(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with slow.loading(url, SECONDS):
+        done = CliRunner().invoke(app, ["jobs", "list", "--json", "--url", url])
+    assert (done.exit_code, json.loads(done.stdout)) == (0, {})
+    monkeypatch.setenv("STOKER_PATIENCE", "0")
+    with slow.loading(url, 3 * SECONDS):
+        for command in ("status", "generate x"):
+            done = CliRunner().invoke(app, [*command.split(), "--url", url])
+            assert isinstance(done.exception, BrokerLoading), command
+        checks = json.loads(CliRunner().invoke(app, ["doctor", "--json", "--url", url]).stdout)
+    assert BrokerLoading.exit_code == BrokerUnavailable.exit_code == 3
+    assert [check["ok"] for check in checks if check["name"] == "broker"] == [False]
+    assert re.search(r"loading its data, \d+ %", str(checks))
+
+
+def test_a_time_limit_of_the_caller_is_shorter_than_a_long_load(url: str) -> None:
+    job(url)
+    with slow.loading(url, SECONDS), Client(settings=Settings(url=url)) as client, pytest.raises(JobTimeout):
+        client_job(client).result(timeout=0.3)
+
+
+def client_job(client: Client) -> Any:
+    from stoker.client import GenerateJob
+
+    return GenerateJob(client, "job")
+
+
+def test_a_reader_that_waits_outlasts_the_load(url: str) -> None:
+    job(url)
+    record = json.dumps({"status": "REVOKED", "result": {}})
+    with Client(settings=Settings(url=url)) as client:
+        outcomes: list[Any] = []
+        reader = threading.Thread(target=lambda: outcomes.append(attempt(client)))
+        with slow.loading(url, SECONDS):
+            reader.start()
+        client.redis.set(keys.result("job"), record, ex=60)
+        client.redis.publish(keys.result("job"), record)
+        reader.join(20)
+        client.redis.delete(keys.result("job"))
+    assert [type(outcome).__name__ for outcome in outcomes] == ["JobCancelled"]
+
+
+def attempt(client: Client) -> Any:
+    try:
+        return client_job(client).result(timeout=20)
+    except Exception as error:
+        return error
+
+
+def test_a_worker_of_a_broker_that_loads_waits_before_it_starts(url: str) -> None:
+    told: list[str] = []
+    with slow.loading(url, SECONDS):
+        wait_for_broker(Settings(url=url, patience=0), told.append)
+        connect(Settings(url=url)).ping()
+    assert told
+    with pytest.raises(BrokerUnavailable, match="no answer"):
+        wait_for_broker(Settings(url="redis://127.0.0.1:1/0", patience=0), told.append)
+
+
+def info(percent: float, read: int) -> dict[str, Any]:
+    return {"loading": 1, "loading_loaded_perc": percent, "loading_eta_seconds": 3, "loading_loaded_bytes": read}
+
+
+def test_a_load_that_gets_on_is_waited_for_and_one_that_stands_still_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = iter(range(0, 100_000, 20))
+    monkeypatch.setattr(loading.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(loading.time, "sleep", lambda seconds: None)
+    told: list[str] = []
+    answers = iter([*(info(number, number) for number in range(100)), {"loading": 0}])
+    wait_until_loaded(lambda: next(answers), "here", told.append)
+    assert len(told) == 100
+    assert told[42] == "the broker is loading its data, 42 %, about 3 s left"
+    with pytest.raises(BrokerLoading, match="42 %"):
+        wait_until_loaded(lambda: info(42, 42), "here", told.append)
+
+
+def test_a_broker_that_ends_or_may_not_be_asked_while_it_loads_is_an_error() -> None:
+    def gone() -> Any:
+        raise redis.ConnectionError("closed")
+
+    def forbidden() -> Any:
+        raise redis.exceptions.NoPermissionError("NOPERM info")
+
+    with pytest.raises(BrokerUnavailable, match="ended while it loaded"):
+        wait_until_loaded(gone, "here", lambda text: None, lambda: False)
+    with pytest.raises(BrokerLoading):
+        wait_until_loaded(forbidden, "here", lambda text: None)
+
+
+def test_progress_that_the_broker_does_not_know_is_no_nonsense() -> None:
+    assert Progress.parse({"loading": 0}) is None
+    assert str(Progress.parse({"loading": 1})) == "0 %, about 1 s left"
+    strange = {"loading": 1, "loading_loaded_perc": -3.0, "loading_eta_seconds": -1}
+    assert str(Progress.parse(strange)) == "0 %, about 1 s left"
