@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Sequence
 from contextlib import aclosing
+from functools import partial
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
@@ -129,14 +130,19 @@ class AsyncClient:
         return self._choices.keep(model, kind, chosen)
 
     async def _submit(self, request: Request, job_id: str | None, data: bytes = b"") -> str:
-        submission = core.Submission(self.settings, request, core.checked_job_id(job_id), data)
+        # A digest of half a gigabyte would hold up the loop.
+        make = partial(core.Submission, self.settings, request, core.checked_job_id(job_id), data)
+        submission = await asyncio.to_thread(make) if data else make()
         with translated(self.settings):
             if submission.in_parts and not await self.redis.exists(keys.job(submission.job_id)):
                 for part in submission.uploads(self.redis):
                     await part
         while True:
             with translated(self.settings):
-                pause = submission.pause(await submission.send(self.redis))
+                reply = await submission.send(self.redis)
+                for awaitable in submission.tidy(self.redis, reply):
+                    await awaitable
+                pause = submission.pause(reply)
             if pause is None:
                 return submission.job_id
             await asyncio.sleep(pause)

@@ -202,7 +202,9 @@ class Client:
     def _send(self, submission: core.Submission, *, revive: bool = False) -> str:
         while True:
             with translated(self.settings):
-                pause = submission.pause(submission.send(self.redis, revive=revive))
+                reply = submission.send(self.redis, revive=revive)
+                submission.tidy(self.redis, reply)
+                pause = submission.pause(reply)
             if pause is None:
                 return submission.job_id
             time.sleep(pause)

@@ -35,6 +35,7 @@ from stoker.contract import (
 )
 from stoker.contract.dataset import ON_WORKER, iterate_lines, iterate_mappings, to_lines
 from stoker.contract.names import Rule, checked
+from stoker.contract.uploads import Upload
 from stoker.contract.vectors import Encoded
 from stoker.envelope import envelope
 from stoker.errors import (
@@ -169,12 +170,22 @@ def _prompt_fields(prompt: Prompt | None) -> dict[str, Any]:
 
 
 def train_request(model: str, name: str, dataset: Dataset, job_id: str, fields: Mapping[str, Any]) -> TrainRequest:
-    source = dataset if _on_worker(dataset) else f"dataset:{job_id}"
+    source = dataset if _on_worker(dataset) else str(Upload.of("dataset", job_id, b""))
     return build(TrainRequest, {"model": model, "name": name, "dataset": source, **fields})
 
 
 def adapter_request(model: str, name: str, job_id: str, fields: Mapping[str, Any]) -> AdapterRequest:
-    return build(AdapterRequest, {"model": model, "name": name, "upload": f"adapter:{job_id}", **fields})
+    upload = str(Upload.of("adapter", job_id, b""))
+    return build(AdapterRequest, {"model": model, "name": name, "upload": upload, **fields})
+
+
+def _naming(request: Request, job_id: str, data: bytes) -> Request:
+    """`request` with the name that its input is sent under, once that is known."""
+    if isinstance(request, TrainRequest) and data:
+        return request.model_copy(update={"dataset": str(Upload.of("dataset", job_id, data))})
+    if isinstance(request, AdapterRequest) and data:
+        return request.model_copy(update={"upload": str(Upload.of("adapter", job_id, data))})
+    return request
 
 
 def _on_worker(dataset: Dataset) -> bool:
@@ -203,7 +214,8 @@ class Submission:
 
     def __init__(self, settings: Settings, request: Request, job_id: str, data: bytes = b"") -> None:
         self.job_id, self._data = job_id, data
-        self._record = job_record(request, job_id, settings.client_key)
+        self._record = job_record(_naming(request, job_id, data), job_id, settings.client_key)
+        self._uploaded = False
         self._until = time.monotonic() + settings.queue_wait
 
     @property
@@ -213,13 +225,22 @@ class Submission:
 
     def uploads(self, redis: Any) -> Iterator[Any]:
         """Put the input on the broker before the job, part by part; the asyncio client has to await each. A part that
-        is sent again lands where it was."""
-        blob, self._data, data = self._record["blob"], b"", memoryview(self._data)
+        is sent again lands where it was. Until a job's record names it, what is there expires within minutes."""
+        blob, self._data, data, self._uploaded = self._record["blob"], b"", memoryview(self._data), True
         for start in range(0, len(data), keys.PART):
             pipeline = redis.pipeline()
             pipeline.setrange(blob, start, bytes(data[start : start + keys.PART]))
-            pipeline.expire(blob, keys.RESULT_TTL)
+            pipeline.expire(blob, keys.UPLOAD_TTL)
             yield pipeline.execute()
+
+    def tidy(self, redis: Any, reply: Sequence[Any]) -> list[Any]:
+        """After an answer of `send`: what was uploaded in parts stays while a place in the queue is waited for, and
+        goes if a job of that id was there already. The asyncio client has to await what is returned."""
+        if not self._uploaded or reply[0] == b"new":
+            return []
+        if reply[0] == b"known":
+            return [redis.unlink(self._record["blob"])]
+        return [redis.expire(self._record["blob"], keys.UPLOAD_TTL)]
 
     def send(self, redis: Any, *, revive: bool = False) -> Any:
         """What `ledger.submit` returns: the asyncio client has to await it."""

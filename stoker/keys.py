@@ -19,6 +19,8 @@ PREFIX = "stoker:"
 RESULT_TTL = 24 * 3600
 #: Seconds. A job that waits longer than this for a worker is forgotten, with its uploaded input.
 PENDING_TTL = 7 * 24 * 3600
+#: Seconds. An input that is sent in parts lives so long behind the last of them, until its job's record names it.
+UPLOAD_TTL = 10 * 60
 #: Seconds. A model that nobody has served for this long is unknown again.
 MODEL_TTL = 30 * 24 * 3600
 #: Seconds that a dead letter is kept, and the input that its retry needs.
@@ -55,7 +57,7 @@ KINDS = (
     Kind("stream", rf"stream:{_JOB}", RESULT_TTL),
     Kind("vectors", rf"blob:vectors:{_JOB}", RESULT_TTL),
     # The input of a job that waits; of a dead letter, for as long as it may be sent again.
-    Kind("input", rf"blob:(dataset|adapter):{_JOB}", DEAD_TTL),
+    Kind("input", rf"blob:(dataset|adapter):{_JOB}(:[0-9a-f]+){{0,3}}", DEAD_TTL),
     Kind("dead", r"dead", DEAD_TTL),
     Kind("worker", r"worker:.+", PRESENCE_TTL),
     Kind("workers", r"workers", MODEL_TTL),

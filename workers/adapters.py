@@ -15,7 +15,9 @@ from stoker import keys, registry
 from stoker.contract import bundle
 from stoker.contract.base import parse_adapter
 from stoker.contract.names import Rule, checked
+from stoker.contract.uploads import Upload
 from stoker.errors import UnknownAdapter
+from workers import uploads
 from workers.artifacts import Artifacts
 
 if TYPE_CHECKING:
@@ -63,7 +65,7 @@ def publish(run: Run, model: str, name: str, version: int, known: Mapping[str, A
 @contextmanager
 def unpacked(run: Run, upload: str) -> Iterator[tuple[Path, str] | None]:
     """A folder with the files of an upload, and where its client had them; None if it has expired."""
-    data = run.runtime.redis.get(keys.blob(upload))
+    data = uploads.read(run.runtime.redis, Upload.parse(upload, "adapter", run.job_id))
     with tempfile.TemporaryDirectory(prefix="stoker-adapter-") as home:
         folder = Path(home)
         if data is None:

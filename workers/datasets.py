@@ -8,7 +8,9 @@ from engine.weights.files import write_whole
 from stoker import keys
 from stoker.contract.dataset import ON_WORKER
 from stoker.contract.names import Rule, checked
+from stoker.contract.uploads import Upload
 from stoker.errors import DatasetError
+from workers import uploads
 from workers.frame import Run
 
 
@@ -16,7 +18,7 @@ def fetch(run: Run, dataset: str) -> bytes | Path | None:
     """The JSON lines, or their file; None if an upload has expired. Raises `DatasetError` for a file that is not
     there or lies outside the root."""
     if not dataset.startswith(ON_WORKER):
-        return _uploaded(run, keys.blob(dataset))
+        return _uploaded(run, dataset)
     name, root = dataset.removeprefix(ON_WORKER), run.runtime.settings.data
     if root is None:
         raise DatasetError(
@@ -29,18 +31,18 @@ def fetch(run: Run, dataset: str) -> bytes | Path | None:
     return path
 
 
-def _uploaded(run: Run, blob: str) -> bytes | Path | None:
+def _uploaded(run: Run, dataset: str) -> bytes | Path | None:
     """A large one as a file in the run's folder: neither the worker nor the broker ever handles it in one piece."""
-    redis = run.runtime.redis
-    size = redis.strlen(blob)
-    if size <= keys.PART:
-        small: bytes | None = redis.get(blob)
-        return small
+    upload = Upload.parse(dataset, "dataset", run.job_id)
+    if upload.size <= keys.PART:
+        return uploads.read(run.runtime.redis, upload)
+    if not run.runtime.redis.exists(keys.blob(dataset)):
+        return None
 
     def copy(temporary: Path) -> None:
         with temporary.open("wb") as file:
-            for start in range(0, size, keys.PART):
-                file.write(redis.getrange(blob, start, start + keys.PART - 1))
+            for part in uploads.parts(run.runtime.redis, upload):
+                file.write(part)
 
     path = _file(run)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -156,12 +156,22 @@ local function waiting()
   return count
 end
 
+-- Whether a record's `blob` is an input of this very job: another key that a record names is not the job's to delete.
+local function own_input(blob)
+  for _, kind in ipairs({'dataset', 'adapter'}) do
+    local own = string.sub(job_prefix, 1, -5) .. 'blob:' .. kind .. ':' .. id
+    if blob and (blob == own or string.sub(blob, 1, #own + 1) == own .. ':') then return true end
+  end
+  return false
+end
+
 -- The job has ended, or is to be: nobody waits for it any more, and its client has room for another.
 local function strike_out()
   local fields = redis.call('HMGET', job, 'message', 'priority', 'mine', 'blob')
   if fields[1] then redis.call('LREM', front, 1, fields[1]) end
   if fields[2] then redis.call('ZREM', room(tonumber(fields[2])), id) end
   if fields[3] then redis.call('ZREM', fields[3], id) end
+  if not own_input(fields[4]) then fields[4] = nil end
   if fields[4] then redis.call('DEL', fields[4]) end
   redis.call('HDEL', job, 'request', 'message')
   redis.call('ZREM', open, id)

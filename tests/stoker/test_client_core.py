@@ -263,7 +263,7 @@ def test_a_large_dataset_goes_in_parts_from_asyncio_too(
             await sender.train("style", rows, model="smol", job_id="large")
 
     asyncio.run(send())
-    assert server.get(keys.blob("dataset:large")).count(b"line") == 20
+    assert server.get(keys.blob(asked(server, "large")["dataset"])).count(b"line") == 20
 
 
 def test_a_cancel_is_marked_and_announced(fake: Callable[[], Client], server: Any) -> None:

@@ -11,9 +11,10 @@ import pytest
 
 from stoker import keys
 from stoker.connection import connect
-from stoker.errors import DatasetError
+from stoker.contract.uploads import Kind, Upload
+from stoker.errors import DatasetError, InvalidRequest, JobLost
 from stoker.settings import Settings
-from workers import datasets
+from workers import adapters, datasets
 
 LINES = b'{"text": "a"}\n{"text": "b"}\n{"text": "c"}'
 
@@ -27,22 +28,64 @@ def run(broker: Settings, tmp_path: Path) -> Iterator[Any]:
     redis.close()
 
 
+def sent(run: Any) -> str:
+    name = str(Upload.of("dataset", run.job_id, LINES))
+    run.runtime.redis.set(keys.blob(name), LINES, ex=60)
+    return name
+
+
 def test_a_small_upload_is_read_at_once_and_forgotten_in_the_end(run: Any) -> None:
-    run.runtime.redis.set(keys.blob("dataset:job"), LINES, ex=60)
-    assert datasets.fetch(run, "dataset:job") == LINES
-    datasets.forget(run, "dataset:job")
-    assert datasets.fetch(run, "dataset:job") in (None, b"")
+    name = sent(run)
+    assert datasets.fetch(run, name) == LINES
+    datasets.forget(run, name)
+    assert datasets.fetch(run, name) is None
 
 
 def test_a_large_upload_becomes_a_file_part_by_part(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keys, "PART", 10)
-    run.runtime.redis.set(keys.blob("dataset:job"), LINES, ex=60)
-    path = datasets.fetch(run, "dataset:job")
+    name = sent(run)
+    path = datasets.fetch(run, name)
     assert isinstance(path, Path)
     assert path.read_bytes() == LINES
     assert [file.name for file in path.parent.iterdir()] == ["dataset.jsonl"]
-    datasets.forget(run, "dataset:job")
+    datasets.forget(run, name)
     assert not path.exists()
+    assert datasets.fetch(run, name) is None
+
+
+@pytest.mark.parametrize("part", [10, 1000])
+@pytest.mark.parametrize("found", [b"", LINES[:-1], LINES + b"x", LINES[:20] + bytes(len(LINES) - 20), LINES[::-1]])
+def test_an_upload_that_is_not_what_was_sent_ends_its_job_and_leaves_no_file(
+    run: Any, monkeypatch: pytest.MonkeyPatch, part: int, found: bytes
+) -> None:
+    monkeypatch.setattr(keys, "PART", part)
+    name = sent(run)
+    run.runtime.redis.set(keys.blob(name), found, ex=60)
+    with pytest.raises(JobLost, match=r"not whole|not what was sent"):
+        datasets.fetch(run, name)
+    assert [path for path in run.runtime.settings.runs.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize("kind", ["dataset", "adapter"])
+def test_an_upload_of_another_job_or_any_other_key_is_refused(run: Any, kind: Kind) -> None:
+    own = str(Upload.of(kind, "job", LINES))
+    others = [str(Upload.of(kind, "other", LINES)), str(Upload.of(kind, "job:x", LINES)), f"{kind}:job", "vectors:job"]
+    for name in (*others, own + "0", own.upper(), own + "\n", "../../x", "", f"{kind}:job:::"):
+        run.runtime.redis.set(keys.blob(name), LINES, ex=60)
+        with pytest.raises(InvalidRequest, match="given; allowed: an upload of this very job"):
+            datasets.fetch(run, name) if kind == "dataset" else adapters.unpacked(run, name).__enter__()
+    run.runtime.redis.flushall()
+    for hostile in ("../../x", "/abs", "job\n"):
+        run.job_id = hostile
+        with pytest.raises(InvalidRequest, match="job id"):
+            datasets.fetch(run, str(Upload.of("dataset", hostile, LINES)))
+
+
+def test_an_adapter_that_is_not_whole_is_no_adapter(run: Any) -> None:
+    name = str(Upload.of("adapter", "job", LINES))
+    run.runtime.redis.set(keys.blob(name), LINES[:-1], ex=60)
+    with pytest.raises(JobLost, match="its adapter is not whole"):
+        adapters.unpacked(run, name).__enter__()
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "nowhere", "link"])

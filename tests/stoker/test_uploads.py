@@ -1,0 +1,171 @@
+"""An input that is sent in parts: whole or not named, and what dies on its way is soon gone."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from stoker import AsyncClient, Client, keys, ledger
+from stoker import client_core as core
+from stoker.connection import connect
+from stoker.contract.uploads import Upload
+from stoker.errors import QueueFull
+from stoker.settings import Settings
+from tests.stoker.test_client_core import SMOL
+from workers import uploads
+
+OLD = [{"text": f"old line {number}"} for number in range(40)]
+NEW = [{"text": f"new line {number}"} for number in range(9)]
+QUEUE = keys.queue(SMOL.model, "train")
+
+
+@pytest.fixture
+def server(broker: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The broker, where a model was served lately, and where a part has 50 bytes."""
+    monkeypatch.setattr(keys, "PART", 50)
+    redis = connect(broker)
+    redis.hset(keys.MODELS, SMOL.model, SMOL.model_copy(update={"seen": time.time()}).model_dump_json())
+    redis.expire(keys.MODELS, keys.MODEL_TTL)
+    yield redis
+    redis.close()
+
+
+@pytest.fixture
+def client(server: Any, broker: Settings) -> Iterator[Client]:
+    with Client(settings=broker) as running:
+        yield running
+
+
+def submission(broker: Settings, rows: Any, job_id: str = "mine") -> core.Submission:
+    request = core.train_request(SMOL.model, "style", rows, job_id, {})
+    return core.Submission(broker, request, job_id, core.read_dataset(rows))
+
+
+def blobs(server: Any) -> list[str]:
+    return sorted(key.decode() for key in server.keys("stoker:blob:*"))
+
+
+def trained_on(server: Any, job_id: str) -> Any:
+    """What a worker reads for the job."""
+    name = json.loads(server.hget(keys.job(job_id), "request"))["dataset"]
+    data = uploads.read(server, Upload.parse(name, "dataset", job_id))
+    return [json.loads(line) for line in data.splitlines()] if data else data
+
+
+def test_what_an_upload_that_died_has_left_is_no_part_of_the_next_one_of_its_id(
+    server: Any, client: Client, broker: Settings
+) -> None:
+    parts = len(list(submission(broker, OLD, "whole").uploads(server)))
+    server.delete(*blobs(server))
+    for died_after in range(parts + 1):
+        sending = submission(broker, OLD).uploads(server)
+        for _ in range(died_after):
+            next(sending)
+        client.train("style", NEW, model=SMOL.model, job_id="mine")
+        assert trained_on(server, "mine") == NEW, f"after {died_after} parts"
+        server.delete(keys.job("mine"))
+
+
+def test_the_same_from_asyncio(server: Any, broker: Settings) -> None:
+    async def send() -> None:
+        async with AsyncClient(settings=broker) as sender:
+            await sender.train("style", NEW, model=SMOL.model, job_id="mine")
+            await sender.train("style", OLD, model=SMOL.model, job_id="mine")
+
+    next(submission(broker, OLD).uploads(server))
+    asyncio.run(send())
+    assert trained_on(server, "mine") == NEW
+
+
+def test_an_upload_expires_within_minutes_until_its_job_names_it(server: Any, broker: Settings) -> None:
+    sent = submission(broker, OLD)
+    for _ in sent.uploads(server):
+        (blob,) = blobs(server)
+        assert 0 < server.ttl(blob) <= keys.UPLOAD_TTL <= 15 * 60
+        # As after a minute of sending: the next part makes it live on.
+        server.expire(blob, 30)
+    server.expire(blob, keys.UPLOAD_TTL)
+    assert sent.send(server)[0] == b"new"
+    assert server.ttl(blob) > keys.RESULT_TTL, "it stays as long as its job may wait"
+
+
+def test_each_part_makes_what_is_there_live_on(server: Any, broker: Settings) -> None:
+    sending = submission(broker, OLD).uploads(server)
+    for _ in range(3):
+        next(sending)
+        (blob,) = blobs(server)
+        assert server.ttl(blob) > keys.UPLOAD_TTL - 30
+        server.expire(blob, 5)
+
+
+def test_an_id_that_is_known_takes_no_second_input_and_leaves_none(
+    server: Any, client: Client, broker: Settings
+) -> None:
+    client.train("style", OLD, model=SMOL.model, job_id="mine")
+    (first,) = blobs(server)
+    # Both looked for the job before either had sent it.
+    late = submission(broker, NEW)
+    for _ in late.uploads(server):
+        pass
+    reply = late.send(server)
+    assert reply[0] == b"known"
+    late.tidy(server, reply)
+    assert blobs(server) == [first]
+    assert trained_on(server, "mine") == OLD
+
+
+def test_an_input_stays_while_a_place_in_the_queue_is_waited_for(server: Any, client: Client, broker: Settings) -> None:
+    client.train("style", NEW[:1], model=SMOL.model, job_id="first")
+    server.hset(keys.POLICY, "queue_limit", 1)
+    waiting = submission(broker, OLD)
+    for _ in waiting.uploads(server):
+        pass
+    blob = next(name for name in blobs(server) if ":mine:" in name)
+    server.expire(blob, 5)
+    reply = waiting.send(server)
+    assert reply[0] == b"full"
+    waiting.tidy(server, reply)
+    assert server.ttl(blob) > keys.UPLOAD_TTL - 30
+    with pytest.raises(QueueFull):
+        client.train("style", OLD, model=SMOL.model, job_id="third")
+    assert all(0 < server.ttl(name) <= keys.UPLOAD_TTL for name in blobs(server) if ":third:" in name)
+
+
+@pytest.mark.parametrize("ends", ["settle", "cancel"])
+def test_the_input_goes_with_its_job(server: Any, client: Client, ends: str) -> None:
+    client.train("style", OLD, model=SMOL.model, job_id="mine")
+    assert len(blobs(server)) == 1
+    if ends == "settle":
+        ledger.claim(server, "mine", QUEUE, "token", "tag", "worker")
+        assert ledger.settle(server, "mine", QUEUE, "token", ledger.success("mine", {})) == 1
+    else:
+        assert ledger.cancel(server, "mine", QUEUE) == b"cancelled"
+    assert blobs(server) == []
+
+
+def test_a_record_that_names_another_key_as_its_input_deletes_nothing(server: Any, client: Client) -> None:
+    client.train("style", OLD, model=SMOL.model, job_id="mine-2")
+    (other,) = blobs(server)
+    server.set(keys.artifact("m", "a", 1), b"adapter")
+    for number, named in enumerate((other, keys.artifact("m", "a", 1), keys.job("mine-2"), keys.MODELS)):
+        job_id = "mine" if named == other else f"evil{number}"
+        client.train("style", NEW[:1], model=SMOL.model, job_id=job_id)
+        server.hset(keys.job(job_id), "blob", named)
+        assert ledger.cancel(server, job_id, QUEUE) == b"cancelled"
+        assert server.exists(named) == 1, named
+
+
+def test_a_retry_of_a_dead_letter_finds_its_input_whole(server: Any, client: Client) -> None:
+    client.train("style", OLD, model=SMOL.model, job_id="mine")
+    ledger.claim(server, "mine", QUEUE, "token", "tag", "worker")
+    ledger.bury(server, "mine", "worker", "full")
+    assert ledger.settle(server, "mine", QUEUE, "token", ledger.failure("mine", ValueError("x"))) == 1
+    client.retry("mine")
+    assert trained_on(server, "mine") == OLD
+    assert ledger.cancel(server, "mine", QUEUE) == b"cancelled"
+    assert blobs(server) == []
