@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from stoker import client_core as core
-from stoker import keys, ledger
+from stoker import keys, ledger, letters
 from stoker.adapters import Adapters
 from stoker.bulk.chunks import ATTEMPTS, BATCH_TEXTS, Plan
 from stoker.bulk.many import embed_chunks
@@ -31,7 +31,7 @@ from stoker.contract import (
     decode,
 )
 from stoker.contract.vectors import Encoded, plain
-from stoker.errors import JobLost
+from stoker.errors import InvalidRequest, JobLost
 from stoker.loading import own_patience
 from stoker.settings import Settings, load_settings
 from stoker.tail import PAGE, QUIET, Limit, Tail, channels, commands
@@ -173,16 +173,18 @@ class Client:
             return ledger.open_jobs(self.redis, queues)
 
     def dead(self) -> dict[str, dict[str, Any]]:
-        """Jobs that were put aside because they killed one worker after another: id → kind, model, history."""
+        """Jobs that were put aside because they killed one worker after another, and messages that no worker can read:
+        id → kind, model, history."""
         with translated(self.settings):
-            raw = self.redis.hgetall(keys.DEAD)
-        return {job_id.decode(): json.loads(letter) for job_id, letter in raw.items()}
+            return letters.parse(self.redis.hgetall(keys.DEAD))
 
     def retry(self, job_id: str) -> EmbedJob | GenerateJob | TrainJob | AdapterJob:
         """Send a dead job again, under its own id. Raises `JobLost` if there is none of that id."""
         letter = self.dead().get(job_id)
         if letter is None:
             raise JobLost(f"job {job_id}: no dead letter of that id. `stoker jobs dead` lists them.")
+        if letter["kind"] not in core.REQUESTS:
+            raise InvalidRequest(f"{job_id}: a message that cannot be read and no job; nothing can be sent again.")
         request = decode(core.REQUESTS[letter["kind"]], json.loads(letter["request"]))
         self._send(core.Submission(self.settings, request, job_id), revive=True)
         return _JOBS[request.kind](self, job_id)

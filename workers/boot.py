@@ -21,15 +21,17 @@ from stoker.catalogue import parse_models
 from stoker.errors import StokerError
 from stoker.local.stack import ERROR_MARK
 from stoker.settings import Settings, load_settings
-from workers import drain, runtime
+from workers import drain, runtime, transport
 from workers.artifacts import Artifacts
+from workers.background import Background
 from workers.broker_check import check_broker
 from workers.cancelling import CancelWatch
 from workers.janitor import Janitor
-from workers.lanes import LaneStep, lanes
+from workers.lanes import LaneRequest, LaneStep, lanes
 from workers.lease import LeaseStep
 from workers.presence import Heart
 from workers.runtime import Runtime
+from workers.unreadable import DeadMessages
 from workers.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -64,11 +66,18 @@ class EngineStep(bootsteps.StartStopStep):
             print(f"{ERROR_MARK}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
             raise SystemExit(error.exit_code) from None
         runtime.install(self._runtime)
+        self._guard_delivery(self._runtime)
         self._open_queues(worker.app, settings)
         CancelWatch(self._runtime).start()
         Watchdog(self._runtime, settings.step_limit).start()
         self._heart = Heart(self._runtime, lanes, Janitor(self._runtime))
         self._heart.start()
+
+    def _guard_delivery(self, running: Runtime) -> None:
+        """Before the first message comes: what cannot be read has a place to go to."""
+        messages = DeadMessages(running.redis, running.name)
+        transport.put_aside, transport.drop = messages.add, LaneRequest.drop
+        Background("dead messages", messages.write, stopped=running.stopped).start()
 
     def _open_queues(self, app: Celery, settings: Settings) -> None:
         """Consume what the models here can run. They are known only now, so no `-Q` says it."""

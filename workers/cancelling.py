@@ -2,42 +2,35 @@
 
 from __future__ import annotations
 
-import logging
-import threading
-
-from redis.exceptions import RedisError
+from typing import Any
 
 from stoker import keys
+from workers.background import Background
 from workers.runtime import Runtime
 
-log = logging.getLogger(__name__)
-
-#: Seconds between looks at the durable marks of running jobs.
+#: Seconds between looks at the durable marks of running jobs, and before the next try at a broker that is away.
 SWEEP_EVERY = 1.0
 
 
 class CancelWatch:
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
-        self._thread = threading.Thread(target=self._run, name="cancels", daemon=True)
+        self._thread = Background("cancels", self._listen, stopped=runtime.stopped, every=SWEEP_EVERY)
 
     def start(self) -> None:
         self._thread.start()
 
-    def _run(self) -> None:
-        while not self._runtime.stopped.is_set():
-            try:
-                self._listen()
-            except RedisError as error:
-                log.warning("cancels wait for the broker: %s", error)
-                self._runtime.stopped.wait(1.0)
-
     def _listen(self) -> None:
+        """Until the worker stops, or the connection is lost."""
         with self._runtime.redis.pubsub(ignore_subscribe_messages=True) as pubsub:
             pubsub.subscribe(keys.CANCELS)
             while not self._runtime.stopped.is_set():
-                message = pubsub.get_message(timeout=SWEEP_EVERY)
-                if message is None:
-                    self._runtime.cancel_if_asked()
-                else:
-                    self._runtime.cancel(message["data"].decode())
+                self.hear(pubsub.get_message(timeout=SWEEP_EVERY))
+
+    def hear(self, message: Any) -> None:
+        """A nudge names a job; none within a second is a time to look at the marks."""
+        if message is None:
+            self._runtime.cancel_if_asked()
+        else:
+            # What is no text is the id of no job.
+            self._runtime.cancel(message["data"].decode(errors="replace"))

@@ -6,14 +6,15 @@ Training goes back at once: it may last for hours, and nobody watches it token b
 from __future__ import annotations
 
 import logging
-import os
 import threading
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from redis.exceptions import RedisError
 
 from stoker.connection import connect
-from stoker.settings import Settings
+from workers.background import Background, end_process
 from workers.runtime import Runtime
 from workers.transport import restore_on_close
 
@@ -29,33 +30,47 @@ def begin(runtime: Runtime) -> None:
     """Called when the worker was told to stop (SIGTERM, SIGINT)."""
     restore_on_close()
     runtime.hand_back({"train"})
-    timer = threading.Timer(runtime.settings.grace, _end_of_grace, [runtime])
-    timer.daemon = True
-    timer.start()
+    Drain(runtime).start()
     log.info("draining: running jobs have %.0f s", runtime.settings.grace)
 
 
-def _end_of_grace(runtime: Runtime) -> None:
-    runtime.hand_back({"train", "generate", "embed", "adapters"})
-    _end_if_broker_is_away(runtime.settings)
+class Drain:
+    """What happens when the grace is over. `end` ends the process."""
 
+    def __init__(self, runtime: Runtime, redis: Any = None, end: Callable[[], object] | None = None) -> None:
+        self._runtime, self._end = runtime, end or partial(end_process, EX_TEMPFAIL)
+        self._redis = redis or connect(runtime.settings, timeout=LOOK_EVERY)
+        self._over, self._missed = False, 0
+        # It never stops: it ends with the process, or ends it.
+        self._stopped = threading.Event()
 
-def _end_if_broker_is_away(settings: Settings) -> None:
-    """A worker without a broker has nobody to hand its jobs to, and Celery would wait for one: end the process.
+    def start(self) -> None:
+        Background("drain", self._round, stopped=self._stopped, every=LOOK_EVERY).start()
 
-    Nothing is lost: no message was acknowledged, so the leases of its jobs run out and another worker takes them.
-    """
-    redis, missed = connect(settings, timeout=LOOK_EVERY), 0
-    while missed < MISSES:
-        missed = 0 if _answers(redis) else missed + 1
-        threading.Event().wait(LOOK_EVERY)
-    log.critical("the broker is away and the grace is over: ending without it. Leases will bring the jobs elsewhere.")
-    logging.shutdown()
-    os._exit(EX_TEMPFAIL)
+    def _round(self) -> None:
+        if not self._over:
+            self._stopped.wait(self._runtime.settings.grace)
+            self.end_of_grace()
+        self.look()
 
+    def end_of_grace(self) -> None:
+        self._over = True
+        self._runtime.hand_back({"train", "generate", "embed", "adapters"})
 
-def _answers(redis: Any) -> bool:
-    try:
-        return bool(redis.ping())
-    except RedisError:
-        return False
+    def look(self) -> None:
+        """A worker without a broker has nobody to hand its jobs to, and Celery would wait for one: end the process.
+
+        Nothing is lost: no message was acknowledged, so the leases of its jobs run out and another worker takes them.
+        """
+        self._missed = 0 if self._answers() else self._missed + 1
+        if self._missed < MISSES:
+            return
+        log.critical("the broker is away and the grace is over: ending without it. Leases bring the jobs elsewhere.")
+        self._stopped.set()
+        self._end()
+
+    def _answers(self) -> bool:
+        try:
+            return bool(self._redis.ping())
+        except RedisError:
+            return False

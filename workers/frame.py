@@ -10,16 +10,29 @@ from typing import Any, TypeVar
 from celery import Task
 from celery.exceptions import Ignore, Reject
 from kombu.exceptions import OperationalError
-from redis.exceptions import RedisError
+from redis.exceptions import NoPermissionError, RedisError, ResponseError
 
 from stoker import keys, ledger
-from stoker.contract import Usage, decode, encode
+from stoker.client_core import Outcome
+from stoker.connection import passes
+from stoker.contract import Usage, encode
+from stoker.contract.codec import read
 from stoker.contract.names import Rule, checked
 from stoker.contract.requests import JobRequest
-from stoker.errors import DeadlineExceeded, JobCancelled, JobDead, OutOfMemory, StokerError, WorkerUnavailable, to_wire
+from stoker.errors import (
+    DeadlineExceeded,
+    JobCancelled,
+    JobDead,
+    JobFailed,
+    OutOfMemory,
+    StokerError,
+    WorkerUnavailable,
+    to_wire,
+)
 from stoker.ledger import Claim
 from workers import disk, memory
 from workers.artifacts import StoreTrouble
+from workers.blame import blame
 from workers.lanes import LaneRequest, lanes
 from workers.runtime import Fenced, current
 
@@ -28,6 +41,10 @@ log = logging.getLogger(__name__)
 #: Seconds between a running job's events of progress.
 PROGRESS_EVERY = 2.0
 M = TypeVar("M", bound=JobRequest)
+
+
+class Spoiled(Exception):
+    """The ledger cannot do its work on this job, and never will: something else than it expects lies in the broker."""
 
 
 class JobTask(Task):
@@ -69,6 +86,7 @@ class Run:
 
     def execute(self, request: Any, data: Any) -> Any:
         """Run the job on the engine; raises what it ended with."""
+        self.runtime.publisher.forget(self.job_id)
         ticket = self.runtime.engine.submit(self.job_id, request, data, deadline=self._seconds_left(request))
         with self.runtime.running(self._token, ticket):
             # A cancel that came before the claim came with it; one that comes now finds the ticket.
@@ -77,7 +95,7 @@ class Run:
             while not ticket.wait(PROGRESS_EVERY):
                 self._tell_progress(ticket.progress)
             value = ticket.result()
-        self.runtime.publisher.flush()
+        self.runtime.publisher.flush(self.job_id)
         return value
 
     def _tell_progress(self, progress: float | None) -> None:
@@ -100,6 +118,24 @@ class Run:
         """The job has ended so. Raises `Fenced` if it is not ours to end."""
         if not self._persist(ledger.settle, self._token, outcome):
             raise Fenced(f"job {self.job_id} runs elsewhere.")
+
+    def give_up(self, trouble: Spoiled) -> None:
+        """End a job that the ledger cannot end: who waits for it gets the error, and its message goes."""
+        record = json.dumps(ledger.failure(self.job_id, JobFailed(f"job {self.job_id}: {trouble}.")))
+        log.error("job %s cannot be ended as others are: %s", self.job_id, trouble)
+        if not self._has_ended():
+            self.runtime.persist(lambda: self.runtime.redis.set(keys.result(self.job_id), record, ex=keys.RESULT_TTL))
+            self.runtime.persist(lambda: self.runtime.redis.publish(keys.result(self.job_id), record))
+
+    def _has_ended(self) -> bool:
+        try:
+            return (
+                Outcome.parse(self.runtime.persist(lambda: self.runtime.redis.get(keys.result(self.job_id))))
+                is not None
+            )
+        except (ResponseError, ValueError, KeyError, TypeError, AttributeError):
+            # What lies there is no result.
+            return False
 
     def release(self) -> None:
         self._persist(ledger.release, self._token)
@@ -136,7 +172,17 @@ class Run:
         self._tell("task-revoked", terminated=True, signum=None, expired=False)
 
     def _persist(self, transition: Callable[..., Any], *arguments: Any) -> Any:
-        return self.runtime.persist(lambda: transition(self.runtime.redis, self.job_id, self._queue, *arguments))
+        """One transition of the ledger, however long the broker is away. Raises `Spoiled`."""
+        try:
+            return self.runtime.persist(lambda: transition(self.runtime.redis, self.job_id, self._queue, *arguments))
+        except ResponseError as error:
+            # What the broker forbids this worker is not the job's fault.
+            if passes(error) or isinstance(error, NoPermissionError):
+                raise
+            raise Spoiled(self.blame(error)) from error
+
+    def blame(self, error: RedisError) -> str:
+        return blame(self.runtime.redis, self.job_id, self._queue, error)
 
 
 _DROPPED = {"ended": "has ended", "duplicate": "runs already", "unknown": "the broker knows no longer"}
@@ -168,6 +214,9 @@ def run_job(
     except JobCancelled:
         run.tell_revoked()
         raise Ignore from None
+    except Spoiled as trouble:
+        run.give_up(trouble)
+        raise Ignore from None
     except (StokerError, Ignore):
         raise
     except Exception as error:
@@ -186,11 +235,11 @@ def _attempt(
 ) -> dict[str, Any]:
     try:
         run.take()
-        asked = decode(message, json.loads(run.claim.request))
+        asked = read(message, run.claim.request)
         request = run.runtime.persist(lambda: amend(run, asked))
         data = run.runtime.persist(lambda: fetch(run, request))
         result = _fields(finish(run, request, run.execute(request, data)))
-    except (WorkerUnavailable, Ignore):
+    except (WorkerUnavailable, Ignore, Spoiled):
         raise
     except JobCancelled:
         run.settle(ledger.revoked(run.job_id))
@@ -199,20 +248,29 @@ def _attempt(
         run.settle(ledger.failure(run.job_id, error))
         raise
     except Exception as error:
-        known = to_wire(error)
-        if memory.is_out_of_memory(error):
-            if run.crowded_out():
-                raise WorkerUnavailable(f"out of memory beside other jobs ({error}).") from error
-            known = OutOfMemory(f"job {run.job_id}: {memory.TRIES} times there was not memory enough for it ({error}).")
-        elif trouble := disk.trouble(error):
-            known = run.set_aside(f"the disk of {run.runtime.name} {trouble} ({error})")
-        elif isinstance(error, StoreTrouble):
-            known = run.set_aside(str(error))
+        if isinstance(error, RedisError) and passes(error):
+            raise
+        known = _known(run, error)
         log.exception("job %s failed", run.job_id)
         run.settle(ledger.failure(run.job_id, known))
         raise known from error
     run.settle(ledger.success(run.job_id, result))
     return result
+
+
+def _known(run: Run, error: Exception) -> StokerError:
+    """What to tell the client of an error that is none of ours. Raises `WorkerUnavailable` if the job may try again."""
+    if memory.is_out_of_memory(error):
+        if run.crowded_out():
+            raise WorkerUnavailable(f"out of memory beside other jobs ({error}).") from error
+        return OutOfMemory(f"job {run.job_id}: {memory.TRIES} times there was not memory enough for it ({error}).")
+    if trouble := disk.trouble(error):
+        return run.set_aside(f"the disk of {run.runtime.name} {trouble} ({error})")
+    if isinstance(error, StoreTrouble):
+        return run.set_aside(str(error))
+    if isinstance(error, RedisError):
+        return JobFailed(f"job {run.job_id}: {run.blame(error)}.")
+    return to_wire(error)
 
 
 def _fields(result: Any) -> dict[str, Any]:

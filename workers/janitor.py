@@ -6,15 +6,21 @@ message with it. The records know (`stoker.ledger.recover`).
 
 from __future__ import annotations
 
-import json
 import logging
 
+from pydantic import ValidationError
+from redis.exceptions import ResponseError
+
 from stoker import keys, ledger
-from stoker.contract import CONTRACT
+from stoker.connection import passes
+from stoker.contract import CONTRACT, ModelCard
 from workers.broker_check import warn_of
 from workers.runtime import Runtime
 
 log = logging.getLogger(__name__)
+
+#: Keys that say who does something now. Both expire: a value that does not is nobody's, and would stop it for ever.
+TURNS = (keys.JANITOR, f"{keys.PREFIX}unacked_mutex")
 
 
 class Janitor:
@@ -26,11 +32,40 @@ class Janitor:
     def round(self) -> None:
         """Look at every queue of every known model, if nobody else has just done it."""
         redis, every = self._runtime.redis, 2 * self._runtime.settings.lease
+        self._free_turns()
         if not redis.set(keys.JANITOR, self._runtime.name, nx=True, ex=every):
             return
         warn_of(redis.info("memory"))
-        for raw in redis.hgetall(keys.MODELS).values():
-            card = json.loads(raw)
-            for kind in card["kinds"] if card["contract"] == CONTRACT else ():
-                for job_id in ledger.recover(redis, keys.queue(card["model"], kind), older_than=every):
-                    log.warning("job %s: its message was lost; it waits again", job_id.decode())
+        for queue in self._queues():
+            self._recover(queue, every)
+
+    def _free_turns(self) -> None:
+        for key in TURNS:
+            if self._runtime.redis.ttl(key) == -1:
+                log.error("the key %s holds a value without expiry, which no worker wrote: it is deleted", key)
+                self._runtime.redis.delete(key)
+
+    def _queues(self) -> list[str]:
+        found = []
+        for name, raw in self._runtime.redis.hgetall(keys.MODELS).items():
+            try:
+                card = ModelCard.model_validate_json(raw)
+            except ValidationError:
+                # Another release may say it in another way, and looks after its own queues.
+                log.warning("the field %r of %s is no card of a model: it is left out", name, keys.MODELS)
+                continue
+            if card.contract == CONTRACT:
+                found += [keys.queue(card.model, kind) for kind in card.kinds]
+        return found
+
+    def _recover(self, queue: str, older_than: float) -> None:
+        """A queue that cannot be looked at must not keep the others from it."""
+        try:
+            lost = ledger.recover(self._runtime.redis, queue, older_than=older_than)
+        except ResponseError as error:
+            if passes(error):
+                raise
+            log.error("lost messages of %s cannot be looked for: %s", queue, error)
+            return
+        for job_id in lost:
+            log.warning("job %s: its message was lost; it waits again", job_id.decode(errors="replace"))

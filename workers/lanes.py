@@ -169,6 +169,15 @@ class LaneRequest(Request):
 
         current().cancel(self.id)
 
+    @classmethod
+    def drop(cls, tag: str) -> bool:
+        """Give up the delivery with this tag, the newest if there are two, which failed before its job began: its
+        message is done with, and its place is free. Whether there is one."""
+        held = [request for request in list(cls.by_token.values()) if request.message.delivery_tag == tag]
+        if held:
+            held[-1].reject()
+        return bool(held)
+
     def _leave(self) -> None:
         if self._held:
             self._held = False

@@ -10,21 +10,18 @@ messages only after it could renew its own for a whole lease without a gap: by t
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from typing import Any
 
 from celery import bootsteps
-from redis.exceptions import RedisError
 
 from stoker import keys
 from stoker.connection import connect
 from stoker.settings import Settings
 from workers import runtime, transport
+from workers.background import Background
 from workers.lanes import LaneRequest
-
-log = logging.getLogger(__name__)
 
 #: Renewals in the time of one lease: one may fail, and another be late.
 RENEWALS = 4
@@ -63,7 +60,8 @@ class LeaseStep(bootsteps.StartStopStep):
     def __init__(self, consumer: Any, **kwargs: Any) -> None:
         super().__init__(consumer, **kwargs)
         self._stopped = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._thread: Background | None = None
+        self._redis: Any = None
         self._health = Health(self.settings.lease)
         self._qos: Any = None
 
@@ -72,7 +70,16 @@ class LeaseStep(bootsteps.StartStopStep):
         self._qos = consumer.task_consumer.channel.qos
         if self._thread is None:
             transport.may_take_over = self._health.may_take_over
-            self._thread = threading.Thread(target=self._run, name="lease", daemon=True)
+            self._redis = connect(self.settings)
+            # Two rounds: a record that cannot be read must not cost any message its lease.
+            self._thread = Background(
+                "lease",
+                self._renew,
+                self._fence,
+                stopped=self._stopped,
+                every=self.settings.lease / RENEWALS,
+                failed=self._health.failed,
+            )
             self._thread.start()
 
     def stop(self, consumer: Any) -> None:
@@ -83,27 +90,18 @@ class LeaseStep(bootsteps.StartStopStep):
     def shutdown(self, consumer: Any) -> None:
         self._stopped.set()
 
-    def _run(self) -> None:
-        redis = connect(self.settings)
-        while True:
-            try:
-                self._renew(redis)
-                self._health.answered()
-                runtime.current().fence_lost(redis)
-            except RedisError as error:
-                self._health.failed()
-                log.debug("the lease could not be renewed: %s", error)
-            if self._stopped.wait(self.settings.lease / RENEWALS):
-                return
-
-    def _renew(self, redis: Any) -> None:
+    def _renew(self) -> None:
         tags = self._held_tags()
-        pipeline = redis.pipeline()
+        pipeline = self._redis.pipeline()
         pipeline.ping()
         if tags:
             # xx: a message that was acknowledged meanwhile must not come back.
             pipeline.zadd(f"{keys.PREFIX}unacked_index", dict.fromkeys(tags, time.time()), xx=True)
         pipeline.execute()
+        self._health.answered()
+
+    def _fence(self) -> None:
+        runtime.current().fence_lost(self._redis)
 
     def _held_tags(self) -> set[str]:
         # Not Celery's own table of requests: it has one place for a job, and a job may be here twice for a moment.

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import threading
 import time
 
 from redis.exceptions import RedisError
 
 from stoker import keys
 from stoker.contract import Presence
+from workers.background import Background
 from workers.janitor import Janitor
 from workers.lanes import Lanes
 from workers.runtime import Runtime
@@ -23,8 +23,9 @@ class Heart:
     """Writes the worker's `Presence` and the cards of its models, and lets the janitor do its round."""
 
     def __init__(self, runtime: Runtime, lanes: Lanes, janitor: Janitor) -> None:
-        self._runtime, self._lanes, self._janitor = runtime, lanes, janitor
-        self._thread = threading.Thread(target=self._run, name="presence", daemon=True)
+        self._runtime, self._lanes = runtime, lanes
+        rounds = (self._beat, lanes.grow, janitor.round)
+        self._thread = Background("presence", *rounds, stopped=runtime.stopped, every=keys.PRESENCE_EVERY)
 
     def start(self) -> None:
         self._thread.start()
@@ -36,16 +37,6 @@ class Heart:
             self._runtime.redis.zrem(keys.WORKERS, self._runtime.name)
         except RedisError as error:
             log.info("no goodbye: %s. The presence expires in %d s.", error, keys.PRESENCE_TTL)
-
-    def _run(self) -> None:
-        while not self._runtime.stopped.is_set():
-            try:
-                self._beat()
-                self._lanes.grow()
-                self._janitor.round()
-            except RedisError as error:
-                log.debug("no heartbeat: %s", error)
-            self._runtime.stopped.wait(keys.PRESENCE_EVERY)
 
     def _beat(self) -> None:
         presence = self._presence()

@@ -5,12 +5,16 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from redis.exceptions import RedisError
 
 from stoker import keys
+from stoker.errors import JobFailed
+from workers.background import Background
+from workers.retrying import Retry
 
 if TYPE_CHECKING:
     from engine.ticket import Entry
@@ -27,16 +31,19 @@ _PUBLISH = Path(__file__).with_name("publish.lua").read_text()
 
 
 class Publisher:
-    """`publish` is called from the engine's thread and only queues. Order is kept; nothing is dropped."""
+    """`publish` is called from the engine's thread and only queues. Order is kept; nothing is dropped, except what the
+    broker will never take: `refused` hears of its job once, and `flush` of that job raises why."""
 
-    def __init__(self, redis: Any) -> None:
-        self._redis = redis
+    def __init__(self, redis: Any, refused: Callable[[str, JobFailed], object] = lambda job_id, error: None) -> None:
+        self._redis, self._refused = redis, refused
         self._queue: queue.Queue[list[Entry] | threading.Event | None] = queue.Queue(BACKLOG)
         #: Entries that are not in the broker yet: without any, nobody has to wait for the thread's turn.
         self._unsent = 0
+        #: Jobs whose entries were refused → why. `forget` ends it.
+        self._failed: dict[str, JobFailed] = {}
         self._lock = threading.Lock()
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="publisher", daemon=True)
+        self._stopping, self._ended = threading.Event(), threading.Event()
+        self._thread = Background("publisher", self._round, stopped=self._ended)
 
     def start(self) -> None:
         self._thread.start()
@@ -45,8 +52,7 @@ class Publisher:
         """Send what is queued, unless the broker is away, and end."""
         self._stopping.set()
         self._queue.put(None)
-        if self._thread.is_alive():
-            self._thread.join(5)
+        self._thread.join(5)
         self._redis.close()
 
     def publish(self, entries: list[Entry]) -> None:
@@ -54,28 +60,36 @@ class Publisher:
             self._unsent += len(entries)
         self._queue.put(entries)
 
-    def flush(self) -> None:
-        """Wait until everything that was published before is in the broker."""
+    def flush(self, job_id: str) -> None:
+        """Wait until everything that was published before is in the broker. Raises `JobFailed` if it did not take what
+        this job published."""
         with self._lock:
-            if not self._unsent:
-                return
-        sent = threading.Event()
-        self._queue.put(sent)
-        while not sent.wait(0.5):
-            if not self._thread.is_alive():
-                raise RuntimeError("the publisher has ended")
+            waits = self._unsent > 0
+        if waits:
+            sent = threading.Event()
+            self._queue.put(sent)
+            while not sent.wait(0.5):
+                if not self._thread.alive:
+                    raise RuntimeError("the publisher has ended")
+        if job_id in self._failed:
+            raise self._failed[job_id]
 
-    def _run(self) -> None:
-        while True:
-            entries, waiters, last = self._collect()
+    def forget(self, job_id: str) -> None:
+        """The job is no longer here."""
+        self._failed.pop(job_id, None)
+
+    def _round(self) -> None:
+        entries, waiters, last = self._collect()
+        try:
             for start in range(0, len(entries), BATCH):
                 self._send_until_sent(entries[start : start + BATCH])
+        finally:
             with self._lock:
                 self._unsent -= len(entries)
             for waiter in waiters:
                 waiter.set()
             if last:
-                return
+                self._ended.set()
 
     def _collect(self) -> tuple[list[Entry], list[threading.Event], bool]:
         """Everything that is queued, as one batch."""
@@ -96,15 +110,20 @@ class Publisher:
 
     def _send_until_sent(self, entries: list[Entry]) -> None:
         """Sending again is safe: Redis refuses an entry id that it has, and readers drop an index that they had."""
-        pause = 0.05
-        while True:
+        retry = Retry()
+        entries = [entry for entry in entries if entry[0] not in self._failed]
+        while entries:
             try:
                 return self._send(entries)
             except RedisError as error:
+                pause = retry.pause(error)
+                if pause is None:
+                    return self._refuse(entries, error)
                 log.warning("publishing waits for the broker: %s", error)
                 if self._stopping.wait(pause):
                     return
-                pause = min(2.0, pause * 2)
+            except Exception as error:
+                return self._refuse(entries, error)
 
     def _send(self, entries: list[Entry]) -> None:
         names: list[str] = []
@@ -113,4 +132,24 @@ class Publisher:
             renews = entry.is_last or entry.index % RENEW_EVERY == 0
             names += (keys.stream(job_id), keys.channel(job_id))
             arguments += (keys.entry_id(entry.index), entry.model_dump_json(), int(renews))
-        self._redis.eval(_PUBLISH, len(names), *names, *arguments)
+        answer = self._redis.eval(_PUBLISH, len(names), *names, *arguments) or []
+        wrong = {stream.decode(): reason.decode() for stream, reason in zip(answer[::2], answer[1::2], strict=True)}
+        for job_id in {job_id for job_id, _ in entries if keys.stream(job_id) in wrong}:
+            self._fail(job_id, wrong[keys.stream(job_id)])
+
+    def _refuse(self, entries: list[Entry], error: Exception) -> None:
+        """The broker will not take these together: send each job's alone, so that only those fail that are to blame."""
+        jobs = list(dict.fromkeys(job_id for job_id, _ in entries))
+        if len(jobs) == 1:
+            return self._fail(jobs[0], str(error))
+        for job_id in jobs:
+            self._send_until_sent([entry for entry in entries if entry[0] == job_id])
+
+    def _fail(self, job_id: str, reason: str) -> None:
+        error = JobFailed(
+            f"job {job_id}: the broker does not take what it publishes, at the key {keys.stream(job_id)} ({reason}). "
+            "Delete that key if it is not a stream, and send the job again."
+        )
+        log.error("%s", error)
+        self._failed[job_id] = error
+        self._refused(job_id, error)

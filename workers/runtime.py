@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from redis.exceptions import RedisError
 
 from stoker import keys
-from stoker.connection import connect, passes
-from stoker.errors import WorkerUnavailable
+from stoker.connection import connect
+from stoker.errors import StokerError, WorkerUnavailable
 from stoker.settings import Settings
 from workers.publishing import Publisher
+from workers.retrying import Retry
 
 if TYPE_CHECKING:
     from engine.engine import Engine
@@ -35,7 +36,7 @@ class Runtime:
     def __init__(self, settings: Settings, name: str, make_engine: Callable[[Callable[..., None]], Engine]) -> None:
         self.settings, self.name = settings, name
         self.redis = connect(settings)
-        self.publisher = Publisher(connect(settings))
+        self.publisher = Publisher(connect(settings), self.fail)
         self.engine = make_engine(self.publisher.publish)
         self.started = time.time()
         self.stopped = threading.Event()
@@ -76,9 +77,16 @@ class Runtime:
 
     def cancel(self, job_id: str) -> None:
         """Stop a job at the engine's next step, if it runs here."""
+        self._stop(job_id, None)
+
+    def fail(self, job_id: str, error: StokerError) -> None:
+        """The same, and it ends with `error`."""
+        self._stop(job_id, error)
+
+    def _stop(self, job_id: str, reason: StokerError | None) -> None:
         for _, ticket in self._tickets():
             if ticket.job_id == job_id:
-                ticket.cancel()
+                ticket.cancel(reason)
         self.engine.wake()
 
     def cancel_if_asked(self) -> None:
@@ -98,28 +106,28 @@ class Runtime:
         self.engine.wake()
 
     def fence_lost(self, redis: Any) -> None:
-        """Stop every running job whose record names another owner."""
+        """Stop every running job whose record names another owner. A record that cannot be read names none."""
         running = self._tickets()
         pipeline = redis.pipeline()
         for _, ticket in running:
             pipeline.hget(keys.job(ticket.job_id), "token")
-        for (token, ticket), owner in zip(running, pipeline.execute(), strict=True):
-            if owner is not None and owner.decode() != token and not ticket.stopping:
+        for (token, ticket), owner in zip(running, pipeline.execute(raise_on_error=False), strict=True):
+            if isinstance(owner, bytes) and owner != token.encode() and not ticket.stopping:
                 log.warning("job %s was given to another worker while this one was silent", ticket.job_id)
                 ticket.cancel(Fenced(f"job {ticket.job_id} runs elsewhere."))
                 self.engine.wake()
 
     def persist(self, action: Callable[[], T]) -> T:
         """Do something with the broker, however long it is away. For what must not be lost."""
-        pause = 0.1
+        retry = Retry()
         while True:
             try:
                 return action()
             except RedisError as error:
-                if not passes(error) or self.stopped.wait(pause):
+                pause = retry.pause(error)
+                if pause is None or self.stopped.wait(pause):
                     raise
                 log.warning("the broker is away (%s); trying again", error)
-                pause = min(2.0, pause * 2)
 
 
 _current: Runtime | None = None

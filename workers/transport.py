@@ -1,31 +1,104 @@
-"""kombu's Redis transport, made to survive a connection that drops while tasks run.
+"""kombu's Redis transport, made to survive a connection that drops while tasks run, and messages that it cannot read.
 
 kombu 5.7.0 puts a running task's message back on the queue when its connection closes, and a late ack on the closed
 channel then fails for want of a pool, which ends the worker. Here messages stay where they are (the lease keeps them,
 `workers/lease.py`), and a late ack goes through the last pool that the channel had.
+
+A message that is not in the one form that Stoker's have ends a worker too, in kombu or in Celery, and comes back with
+its lease to end the next. Here each is looked at when it comes out of its queue (`stoker.envelope.read`), and one that
+cannot be read goes no further (`workers/unreadable.py`). What fails behind that is caught where kombu hands it over.
 """
 
 from __future__ import annotations
 
+import functools
+import json
+import logging
 from collections.abc import Callable
+from queue import Empty
 from typing import Any
 
 import kombu.transport
 import kombu.transport.redis as kombu_redis
+from kombu.exceptions import OperationalError
+from redis.exceptions import RedisError
+
+from stoker.envelope import QUEUE, UnreadableMessage, read
+from workers.unreadable import Unreadable
+
+log = logging.getLogger(__name__)
+
+#: The broker's trouble, which Celery waits out; every other error of a delivery is its message's.
+TROUBLE = (RedisError, OperationalError, OSError)
 
 
 def _never() -> bool:
     return False
 
 
+def _say(message: Unreadable) -> None:
+    log.error("a message of %s cannot be read: %s", message.queue, message.trouble)
+
+
+def _holds_none(tag: str) -> bool:
+    return False
+
+
 #: Whether this process may give other workers' expired messages back to the queue; `workers/lease.py` says when.
 may_take_over: Callable[[], bool] = _never
+#: What becomes of a message that cannot be read; `workers/boot.py` says.
+put_aside: Callable[[Unreadable], None] = _say
+#: Ends the delivery with this tag, if a request holds it; `workers/lanes.py` knows.
+drop: Callable[[str], bool] = _holds_none
+
+
+class Client(kombu_redis.PrefixedStrictRedis):
+    """Answers a BRPOP as if nothing had come when what came cannot be read."""
+
+    def parse_response(self, connection: Any, command_name: Any, **options: Any) -> Any:
+        reply = super().parse_response(connection, command_name, **options)  # type: ignore[no-untyped-call]
+        if command_name != "BRPOP" or not reply:
+            return reply
+        queue, raw = reply[0].decode(), reply[1]
+        try:
+            return reply[0], json.dumps(read(raw, queue)).encode()
+        except UnreadableMessage as error:
+            put_aside(Unreadable(raw, queue, str(error)))
+            return None
 
 
 class QoS(kombu_redis.QoS):
     def restore_visible(self, start: int = 0, num: int = 10, interval: int = 10) -> None:
         if may_take_over():
             super().restore_visible(start, num, interval)  # type: ignore[no-untyped-call]
+
+    def restore_by_tag(self, tag: Any, client: Any = None, leftmost: bool = False) -> None:
+        """A dead worker's message goes back to its queue, unless what is written under its tag is none."""
+        with self.channel.conn_or_acquire(client) as connected:
+            raw = connected.hget(self.unacked_key, tag)
+            trouble = raw and _why_not_held(raw)
+            if trouble:
+                put_aside(Unreadable(raw, "unacked", trouble))
+                self._remove_from_indices(tag).execute()  # type: ignore[no-untyped-call]
+            else:
+                super().restore_by_tag(tag, connected, leftmost)  # type: ignore[no-untyped-call]
+
+
+def _why_not_held(raw: bytes) -> str | None:
+    """What is wrong with an entry of kombu's table of messages that workers hold. Of the message only as much is asked
+    as kombu needs to put it back: workers of another release hold theirs in the same table."""
+    try:
+        message, _, queue = json.loads(raw.decode())
+    except (ValueError, TypeError, RecursionError) as error:
+        return f"what is held is no message with its queue ({type(error).__name__}: {error})"
+    if not isinstance(queue, str) or not QUEUE.fullmatch(queue):
+        return f"what is held names {str(queue)[:80]!r}, which is no queue of jobs"
+    parts = message if isinstance(message, dict) else {}
+    properties = parts.get("properties")
+    delivery = properties.get("delivery_info") if isinstance(properties, dict) else None
+    if not isinstance(parts.get("headers"), dict) or not isinstance(delivery, dict):
+        return "what is held has no headers or no delivery_info"
+    return None
 
 
 class Channel(kombu_redis.Channel):
@@ -42,6 +115,38 @@ class Channel(kombu_redis.Channel):
                 return self._last_pool
             self._pool = self._last_pool = self._get_pool()  # type: ignore[no-untyped-call]
         return self._pool
+
+    def _get_client(self) -> Any:
+        return functools.partial(Client, global_keyprefix=self.global_keyprefix)
+
+    def basic_consume(self, queue: str, no_ack: bool, *args: Any, **kwargs: Any) -> Any:
+        consumed = super().basic_consume(queue, no_ack, *args, **kwargs)  # type: ignore[no-untyped-call]
+        callbacks = self.connection._callbacks
+        callbacks[queue] = functools.partial(self._hand_over, callbacks[queue], queue, no_ack)
+        return consumed
+
+    def _hand_over(self, deliver: Callable[[Any], Any], queue: str, no_ack: bool, raw: Any) -> Any:
+        try:
+            return deliver(raw)
+        except TROUBLE:
+            raise
+        except Exception as error:
+            log.exception("a message of %s could not be delivered", queue)
+            if not no_ack:
+                self._refuse(raw, queue, f"it could not be delivered ({type(error).__name__}: {error})")
+
+    def _refuse(self, raw: Any, queue: str, trouble: str) -> None:
+        put_aside(Unreadable(json.dumps(raw).encode(), queue, trouble))
+        tag = raw["properties"]["delivery_tag"]
+        if not drop(tag):
+            self.qos.ack(tag)
+
+    def _receive_one(self, c: Any) -> Any:
+        try:
+            return super()._receive_one(c)  # type: ignore[no-untyped-call]
+        except RecursionError as error:
+            log.warning("a control message that cannot be read is left out: %s", error)
+            raise Empty from None
 
 
 class Transport(kombu_redis.Transport):

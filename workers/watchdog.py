@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import faulthandler
 import logging
-import os
 import sys
 import threading
 import time
@@ -17,40 +16,41 @@ from redis.exceptions import RedisError
 
 from stoker import keys
 from stoker.connection import connect
+from workers.background import Background, end_process
 from workers.runtime import Runtime
 
 log = logging.getLogger(__name__)
 
 LOOK_EVERY = 1.0
-#: What a worker ends with whose engine hangs (EX_SOFTWARE).
-EXIT_CODE = 70
-
-
-def _end() -> None:
-    logging.shutdown()
-    # Not sys.exit: the thread that hangs would be waited for.
-    os._exit(EXIT_CODE)
 
 
 class Watchdog:
     """`limit`: seconds that one step may take; 0 turns it off. `end` ends the process."""
 
-    def __init__(self, runtime: Runtime, limit: float, end: Callable[[], None] = _end) -> None:
+    def __init__(self, runtime: Runtime, limit: float, end: Callable[[], object] = end_process) -> None:
         self._runtime, self._limit, self._end = runtime, limit, end
+        self._over = threading.Event()
         self._step: float | None = None
         self._seen = 0.0
         self._looked = time.monotonic()
 
     def start(self) -> None:
         if self._limit:
-            threading.Thread(target=self._run, name="watchdog", daemon=True).start()
+            Background("watchdog", self._round, stopped=self._over, every=LOOK_EVERY, end=self._end).start()
 
-    def _run(self) -> None:
-        while not self._runtime.stopped.wait(LOOK_EVERY):
-            if self.look():
-                self._report()
-                self._end()
-                return
+    def _round(self) -> None:
+        if self._runtime.stopped.is_set():
+            self._over.set()
+        elif self.look():
+            self._over.set()
+            self._finish()
+
+    def _finish(self) -> None:
+        try:
+            self._report()
+        finally:
+            # Whatever the report met: a worker whose engine hangs has to end.
+            self._end()
 
     def look(self) -> bool:
         """Whether the step that runs now was seen running for longer than the limit.

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from stoker import letters
 from stoker.cli.options import Json, Url, connect, notes, print_json
 from stoker.client import Client
 
@@ -31,7 +32,7 @@ def list_jobs(as_json: Json = False, url: Url = None) -> None:
 
 
 def list_dead(as_json: Json = False, url: Url = None) -> None:
-    """List jobs that were put aside because they killed one worker after another."""
+    """List jobs that were put aside because they killed one worker after another, and messages that cannot be read."""
     with connect(url) as client:
         found = client.dead()
     if as_json:
@@ -41,7 +42,10 @@ def list_dead(as_json: Json = False, url: Url = None) -> None:
         workers = ", ".join(
             death["worker"] + (f" ({death['trouble']})" if "trouble" in death else "") for death in letter["history"]
         )
-        print(f"{job_id}  {letter['kind']:8} {letter['model']:24} put aside after {workers}")
+        how = "cannot be read, says" if letter["kind"] == letters.MESSAGE else "put aside after"
+        print(f"{job_id}  {letter['kind']:8} {letter['model']:24} {how} {workers or 'its letter'}")
+        if "message" in letter:
+            print(f"    {letter['bytes']} bytes, base64: {letter['message']}")
 
 
 def retry(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -38,10 +39,19 @@ def decode(message: type[M], payload: Any) -> M:
     version = fields.pop("contract", None)
     if version != CONTRACT:
         raise InvalidRequest(
-            f"contract version {version!r} given; this side speaks version {CONTRACT}. "
+            f"contract version {_brief(version)} given; this side speaks version {CONTRACT}. "
             "Run the same release of Stoker on clients and workers."
         )
     return build(message, fields)
+
+
+def read(message: type[M], text: str) -> M:
+    """`decode` from JSON; raises `InvalidRequest` for what is none, too."""
+    try:
+        payload = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"{message.__name__}: {_brief(text)} given; expected JSON ({error}).") from None
+    return decode(message, payload)
 
 
 def _explain(error: ValidationError, allowed: list[str]) -> str:

@@ -34,7 +34,7 @@ class Worker:
     def __init__(self, redis: Any) -> None:
         self.redis, self.name, self.shrunk, self.deliveries = redis, "w@here", 0, 0
         self.ends: Callable[[], Any] = lambda: None
-        self.publisher = SimpleNamespace(flush=lambda: None)
+        self.publisher = SimpleNamespace(flush=lambda job_id: None, forget=lambda job_id: None)
         self.ticket = SimpleNamespace(result=lambda: self.ends(), wait=lambda seconds: True)
         self.engine = SimpleNamespace(submit=lambda *_, **__: self.ticket)
         self.running = lambda token, ticket: nullcontext()

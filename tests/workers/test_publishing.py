@@ -75,7 +75,7 @@ def test_entries_of_many_jobs_are_kept_in_order_under_their_index(redis: Any, ma
     publisher = make()
     for index in range(100):
         publisher.publish([("a", token(index)), ("b", token(index))])
-    publisher.flush()
+    publisher.flush("a")
     assert indices(redis, "a") == indices(redis, "b") == list(range(100))
     ids = [entry_id.decode() for entry_id, _ in redis.xrange(keys.stream("a"))]
     assert ids == [keys.entry_id(index) for index in range(100)]
@@ -87,7 +87,7 @@ def test_entries_are_announced_as_they_are_kept(redis: Any, make: Callable[..., 
         heard.get_message(timeout=1)
         publisher = make()
         publisher.publish(entries("a", 3))
-        publisher.flush()
+        publisher.flush("a")
         messages = [heard.get_message(timeout=5) for _ in range(3)]
     kept = [fields[b"entry"] for _, fields in redis.xrange(keys.stream("a"))]
     assert [message["data"] for message in messages if message] == kept
@@ -97,14 +97,14 @@ def test_a_job_that_runs_again_adds_only_what_is_new(redis: Any, make: Callable[
     publisher = make()
     publisher.publish(entries("a", 5))
     publisher.publish(entries("a", 8))
-    publisher.flush()
+    publisher.flush("a")
     assert indices(redis, "a") == list(range(8))
 
 
 def test_a_stream_expires_from_its_first_entry_on(redis: Any, make: Callable[..., Publisher]) -> None:
     publisher = make()
     publisher.publish(entries("a", 1))
-    publisher.flush()
+    publisher.flush("a")
     assert 0 < redis.ttl(keys.stream("a")) <= keys.RESULT_TTL
 
 
@@ -114,13 +114,13 @@ def test_the_expiry_is_renewed_now_and_then_and_at_the_end(
 ) -> None:
     publisher = make()
     publisher.publish([("a", token(0)), ("a", token(1))])
-    publisher.flush()
+    publisher.flush("a")
     redis.expire(keys.stream("a"), 100)
     publisher.publish([("a", token(2))])
-    publisher.flush()
+    publisher.flush("a")
     assert redis.ttl(keys.stream("a")) <= 100
     publisher.publish([("a", renewing)])
-    publisher.flush()
+    publisher.flush("a")
     assert redis.ttl(keys.stream("a")) > 100
 
 
@@ -138,7 +138,7 @@ def test_a_lost_connection_loses_and_doubles_nothing(redis: Any, make: Callable[
     publisher = make(Unsteady(redis, fail))
     publisher.publish(entries("a", 3))
     publisher.publish(entries("a", 3, start=3))
-    publisher.flush()
+    publisher.flush("a")
     assert indices(redis, "a") == list(range(6))
 
 
@@ -151,7 +151,7 @@ def test_a_broker_that_is_full_is_waited_for(redis: Any, make: Callable[..., Pub
         assert not redis.exists(keys.stream("a"))
     finally:
         redis.config_set("maxmemory", 0)
-    publisher.flush()
+    publisher.flush("a")
     assert indices(redis, "a") == [0, 1]
 
 
@@ -161,7 +161,7 @@ def test_more_than_a_batch_goes_in_order(
     monkeypatch.setattr(publishing, "BATCH", 3)
     publisher = make()
     publisher.publish(entries("a", 8))
-    publisher.flush()
+    publisher.flush("a")
     assert indices(redis, "a") == list(range(8))
 
 
@@ -174,7 +174,7 @@ def test_flush_waits_for_all_that_was_published_before(redis: Any, make: Callabl
 
     publisher = make(Unsteady(redis, hold))
     publisher.publish(entries("a", 2))
-    flushed = threading.Thread(target=publisher.flush)
+    flushed = threading.Thread(target=publisher.flush, args=("a",))
     flushed.start()
     assert reached.wait(30)
     assert flushed.is_alive()
@@ -202,7 +202,7 @@ def test_a_full_backlog_makes_the_engine_wait_and_drops_nothing(
     assert thread.is_alive()
     publisher.start()
     thread.join(30)
-    publisher.flush()
+    publisher.flush("a")
     assert indices(redis, "a") == list(range(5))
 
 
@@ -226,14 +226,14 @@ def test_stop_does_not_wait_for_a_broker_that_is_away(redis: Any) -> None:
     publisher.start()
     assert reached.wait(30)
     publisher.stop()
-    assert not publisher._thread.is_alive()
+    assert not publisher._thread.alive
 
 
 def test_flush_fails_where_the_publisher_has_ended(redis: Any) -> None:
     publisher = Publisher(redis)
     publisher.start()
     publisher.stop()
-    publisher.flush()
+    publisher.flush("a")
     publisher.publish(entries("a", 1))
     with pytest.raises(RuntimeError, match="the publisher has ended"):
-        publisher.flush()
+        publisher.flush("a")

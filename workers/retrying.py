@@ -1,0 +1,38 @@
+"""How long a worker sends again what the broker did not take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from redis.exceptions import RedisError
+
+from stoker.connection import TROUBLE, passes
+
+#: Seconds for which a broker is asked again that answers and refuses: a replica in a fail-over, a full memory or disk.
+REFUSAL_LIMIT = 300.0
+FIRST_PAUSE, LONGEST_PAUSE = 0.05, 2.0
+
+
+class Retry:
+    """One thing that must reach the broker. A broker that is away is waited for until the worker stops, because
+    nothing can be told to anybody meanwhile; one that refuses, for `limit` seconds; any other error is no reason to
+    ask again."""
+
+    def __init__(self, limit: float = REFUSAL_LIMIT, clock: Callable[[], float] = time.monotonic) -> None:
+        self._limit, self._clock = limit, clock
+        self._refused: float | None = None
+        self._pause = FIRST_PAUSE
+
+    def pause(self, error: RedisError) -> float | None:
+        """Seconds to wait before the next try; None if there is no point in one."""
+        if not passes(error):
+            return None
+        if isinstance(error, TROUBLE):
+            self._refused = None
+        else:
+            self._refused = self._clock() if self._refused is None else self._refused
+            if self._clock() - self._refused >= self._limit:
+                return None
+        pause, self._pause = self._pause, min(LONGEST_PAUSE, 2 * self._pause)
+        return pause

@@ -1,0 +1,87 @@
+"""Messages that cannot be read: a dead letter each, with their bytes, and nothing more comes of them.
+
+kombu's thread only hands them over. It must not wait for the broker, and a broker that takes nothing must not stop it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import queue
+import re
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from stoker import keys, letters
+
+log = logging.getLogger(__name__)
+
+#: Letters of messages that the broker keeps. What comes beyond them is in the log alone: a client that has gone wrong
+#: may send millions.
+MOST = 1000
+#: Messages that may wait for a broker that takes nothing.
+WAITING = 1000
+_TAG = re.compile(rb'"delivery_tag": *"[^"]*"|"redelivered": *true,? *')
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """`trouble`: why it could not be read. `queue`: where it came from."""
+
+    raw: bytes
+    queue: str
+    trouble: str
+
+    @property
+    def id(self) -> str:
+        """The same however often the same message is sent: its delivery tag is another each time."""
+        return f"message-{hashlib.sha256(_TAG.sub(b'', self.raw)).hexdigest()[:16]}"
+
+    def letter(self, worker: str) -> str:
+        """As the ledger writes those of jobs, and the bytes."""
+        history = [{"worker": worker, "time": time.time(), "trouble": self.trouble}]
+        fields = {"kind": letters.MESSAGE, "model": self.queue, "request": "", "client": "", "history": history}
+        return json.dumps(fields | letters.shown(self.raw))
+
+
+class DeadMessages:
+    """`add` is called in kombu's thread, `write` by a thread of its own."""
+
+    def __init__(self, redis: Any, worker: str) -> None:
+        self._redis, self._worker = redis, worker
+        self._queue: queue.Queue[Unreadable] = queue.Queue(WAITING)
+        self._unwritten: Unreadable | None = None
+
+    def add(self, message: Unreadable) -> None:
+        log.error(
+            "a message of the queue %s cannot be read and is put aside as %s (`stoker jobs dead`): %s",
+            message.queue, message.id, message.trouble,
+        )  # fmt: skip
+        try:
+            self._queue.put_nowait(message)
+        except queue.Full:
+            log.critical("no room for the dead letter %s: the broker takes none. It began with %r",
+                message.id, message.raw[:letters.KEPT])  # fmt: skip
+
+    def write(self, wait: float = 1.0) -> None:
+        """Write what was added; wait a moment for the first. What the broker does not take waits for the next call."""
+        try:
+            while True:
+                if self._unwritten is None:
+                    self._unwritten = self._queue.get(timeout=wait)
+                self._store(self._unwritten)
+                self._unwritten, wait = None, 0.0
+        except queue.Empty:
+            return
+
+    def _store(self, message: Unreadable) -> None:
+        if self._redis.hlen(keys.DEAD) >= MOST and not self._redis.hexists(keys.DEAD, message.id):
+            log.error("%d dead letters are there already: %s is not kept. It began with %r",
+                MOST, message.id, message.raw[:letters.KEPT])  # fmt: skip
+            return
+        pipeline = self._redis.pipeline()
+        pipeline.hset(keys.DEAD, message.id, message.letter(self._worker))
+        pipeline.expire(keys.DEAD, keys.DEAD_TTL)
+        pipeline.execute()
