@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from celery import bootsteps
@@ -30,13 +31,13 @@ RENEWALS = 4
 class Health:
     """Since when the broker has answered this process without a gap. Asked by kombu's sweep, in another thread."""
 
-    def __init__(self, lease: float) -> None:
-        self._lease = lease
+    def __init__(self, lease: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._lease, self._clock = lease, clock
         self._since: float | None = None
         self._last = 0.0
 
     def answered(self) -> None:
-        now = time.monotonic()
+        now = self._clock()
         if self._since is None or now - self._last > self._lease / 2:
             self._since = now
         self._last = now
@@ -46,7 +47,7 @@ class Health:
 
     def may_take_over(self) -> bool:
         # A process that was itself frozen sees an old `_last` here, before its own thread has noticed.
-        now = time.monotonic()
+        now = self._clock()
         fresh = now - self._last <= self._lease / 2
         return self._since is not None and fresh and now - self._since >= self._lease
 
@@ -60,27 +61,27 @@ class LeaseStep(bootsteps.StartStopStep):
     def __init__(self, consumer: Any, **kwargs: Any) -> None:
         super().__init__(consumer, **kwargs)
         self._stopped = threading.Event()
-        self._thread: Background | None = None
-        self._redis: Any = None
-        self._health = Health(self.settings.lease)
+        self.thread: Background | None = None
+        self.redis: Any = None
+        self.health = Health(self.settings.lease)
         self._qos: Any = None
 
     def start(self, consumer: Any) -> None:
         """Runs at every connection: each brings a channel of its own, with the tags that it delivered."""
         self._qos = consumer.task_consumer.channel.qos
-        if self._thread is None:
-            transport.may_take_over = self._health.may_take_over
-            self._redis = connect(self.settings)
+        if self.thread is None:
+            transport.may_take_over = self.health.may_take_over
+            self.redis = connect(self.settings)
             # Two rounds: a record that cannot be read must not cost any message its lease.
-            self._thread = Background(
+            self.thread = Background(
                 "lease",
-                self._renew,
+                self.renew,
                 self._fence,
                 stopped=self._stopped,
                 every=self.settings.lease / RENEWALS,
-                failed=self._health.failed,
+                failed=self.health.failed,
             )
-            self._thread.start()
+            self.thread.start()
 
     def stop(self, consumer: Any) -> None:
         """Not here: this is called on every lost connection, and while the pool drains jobs still run."""
@@ -90,18 +91,19 @@ class LeaseStep(bootsteps.StartStopStep):
     def shutdown(self, consumer: Any) -> None:
         self._stopped.set()
 
-    def _renew(self) -> None:
+    def renew(self) -> None:
+        """Say of every message that this process holds that it is held still."""
         tags = self._held_tags()
-        pipeline = self._redis.pipeline()
+        pipeline = self.redis.pipeline()
         pipeline.ping()
         if tags:
             # xx: a message that was acknowledged meanwhile must not come back.
             pipeline.zadd(f"{keys.PREFIX}unacked_index", dict.fromkeys(tags, time.time()), xx=True)
         pipeline.execute()
-        self._health.answered()
+        self.health.answered()
 
     def _fence(self) -> None:
-        runtime.current().fence_lost(self._redis)
+        runtime.current().fence_lost(self.redis)
 
     def _held_tags(self) -> set[str]:
         # Not Celery's own table of requests: it has one place for a job, and a job may be here twice for a moment.

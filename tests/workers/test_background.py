@@ -1,0 +1,106 @@
+"""A worker's own threads: what they meet ends a round of theirs, and what ends them ends the worker."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import ResponseError
+
+from tests.conftest import wait_until
+from workers.background import EXIT_CODE, SAY_EVERY, Background
+
+WRONG_TYPE = ResponseError("WRONGTYPE Operation against a key holding the wrong kind of value")
+
+
+@pytest.fixture
+def stopped() -> Iterator[threading.Event]:
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+def failing(error: BaseException) -> Callable[[], None]:
+    def work() -> None:
+        raise error
+
+    return work
+
+
+ERRORS = [RedisConnectionError("gone"), WRONG_TYPE, UnicodeDecodeError("utf-8", b"\xff", 0, 1, "x"), KeyError("x")]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_a_round_that_fails_costs_neither_the_next_one_nor_its_neighbours(
+    stopped: threading.Event, error: Exception
+) -> None:
+    done: list[int] = []
+    failures: list[int] = []
+    thread = Background(
+        "x", failing(error), lambda: done.append(1), stopped=stopped, every=0.0, failed=lambda: failures.append(1)
+    )
+    thread.start()
+    wait_until(lambda: len(done) >= 3 and len(failures) >= 3, "three rounds")
+    assert thread.alive
+
+
+def test_it_stops_when_it_is_told_to(stopped: threading.Event) -> None:
+    ended: list[int] = []
+    thread = Background("x", lambda: None, stopped=stopped, every=3600, end=lambda: ended.append(1))
+    thread.start()
+    stopped.set()
+    thread.join(30)
+    assert not thread.alive
+    assert not ended
+
+
+def test_what_ends_the_thread_is_logged_with_its_name_and_ends_the_worker(
+    stopped: threading.Event, caplog: pytest.LogCaptureFixture
+) -> None:
+    ended = threading.Event()
+    Background("presence", failing(SystemExit(1)), stopped=stopped, end=ended.set).start()
+    assert ended.wait(30)
+    (line,) = [record.getMessage() for record in caplog.records if record.levelno == logging.CRITICAL]
+    assert "'presence' has ended" in line
+    assert f"exit code {EXIT_CODE}" in line
+
+
+def test_the_worker_ends_with_the_code_that_the_log_names() -> None:
+    code = (
+        "import threading, time; from workers.background import Background\n"
+        "def work(): raise SystemExit(3)\n"
+        "Background('x', work, stopped=threading.Event()).start(); time.sleep(60)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == EXIT_CODE
+
+
+def test_the_same_trouble_is_logged_once_and_then_now_and_then(
+    stopped: threading.Event, caplog: pytest.LogCaptureFixture
+) -> None:
+    thread = Background("x", failing(WRONG_TYPE), stopped=stopped)
+    for _ in range(SAY_EVERY):
+        thread.turn()
+    assert len(caplog.records) == 1
+    thread.turn()
+    assert len(caplog.records) == 2
+
+
+def test_a_trouble_that_comes_again_after_a_good_round_is_logged_again(
+    stopped: threading.Event, caplog: pytest.LogCaptureFixture
+) -> None:
+    outcomes: Iterator[Exception | None] = iter([WRONG_TYPE, None, WRONG_TYPE])
+
+    def work() -> None:
+        error = next(outcomes)
+        if error is not None:
+            raise error
+
+    thread = Background("x", work, stopped=stopped)
+    for _ in range(3):
+        thread.turn()
+    assert len(caplog.records) == 2

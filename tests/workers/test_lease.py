@@ -1,0 +1,193 @@
+"""The lease: which messages are renewed, and when a worker may take over others'."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from redis.exceptions import ConnectionError as RedisConnectionError
+
+from stoker import keys
+from stoker.connection import connect
+from stoker.settings import Settings
+from workers import lease as lease_module
+from workers import runtime, transport
+from workers.lanes import LaneRequest
+from workers.lease import Health, LeaseStep
+
+LEASE = 8.0
+INDEX = f"{keys.PREFIX}unacked_index"
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def answer_for(health: Health, clock: Clock, seconds: float) -> None:
+    """The broker answers, as often as the thread asks it."""
+    end = clock.now + seconds
+    health.answered()
+    while clock.now < end:
+        clock.now += LEASE / lease_module.RENEWALS
+        health.answered()
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def health(clock: Clock) -> Health:
+    return Health(LEASE, clock)
+
+
+def test_a_worker_takes_over_after_a_whole_lease_of_answers_and_not_before(health: Health, clock: Clock) -> None:
+    assert not health.may_take_over()
+    answer_for(health, clock, LEASE - LEASE / lease_module.RENEWALS)
+    assert not health.may_take_over()
+    answer_for(health, clock, LEASE / lease_module.RENEWALS)
+    assert health.may_take_over()
+
+
+def test_after_an_outage_a_worker_waits_for_a_whole_lease_again(health: Health, clock: Clock) -> None:
+    """By then each living worker has renewed its own: until then every lease looks expired."""
+    answer_for(health, clock, 2 * LEASE)
+    health.failed()
+    assert not health.may_take_over()
+    answer_for(health, clock, LEASE / 2)
+    assert not health.may_take_over()
+    answer_for(health, clock, LEASE / 2)
+    assert health.may_take_over()
+
+
+@pytest.mark.parametrize("gap", [LEASE / 2 + 0.1, LEASE, 10 * LEASE])
+def test_a_worker_that_was_frozen_takes_over_nothing(health: Health, clock: Clock, gap: float) -> None:
+    """Kombu's sweep may ask before the thread has noticed, and after it asked the broker again."""
+    answer_for(health, clock, 2 * LEASE)
+    clock.now += gap
+    assert not health.may_take_over()
+    health.answered()
+    assert not health.may_take_over(), "the gap was seen only afterwards"
+
+
+@pytest.fixture
+def redis(broker: Settings) -> Iterator[Any]:
+    client = connect(broker)
+    yield client
+    client.close()
+
+
+class Consumer:
+    """Celery's, with one channel that has delivered some messages, of which some are acknowledged."""
+
+    def __init__(self, delivered: set[str], done: set[str]) -> None:
+        self._qos = SimpleNamespace(_delivered=dict.fromkeys(delivered), _dirty=done)
+        self.channel = SimpleNamespace(qos=self._qos)
+        self.task_consumer = self
+
+    def held_tags(self) -> set[str]:
+        return set(self._qos._delivered) - self._qos._dirty
+
+
+@pytest.fixture
+def make(broker: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., LeaseStep]]:
+    monkeypatch.setattr(LeaseStep, "settings", broker.model_copy(update={"lease": 3600}), raising=False)
+    monkeypatch.setattr(transport, "may_take_over", transport.may_take_over)
+    monkeypatch.setattr(LaneRequest, "by_token", {})
+    made: list[LeaseStep] = []
+
+    def start(prefetched: set[str], done: set[str], running: set[str]) -> LeaseStep:
+        consumer = Consumer(prefetched, done)
+        for tag in running:
+            LaneRequest.by_token[f"token-{tag}"] = SimpleNamespace(message=SimpleNamespace(delivery_tag=tag))  # type: ignore[assignment]
+        step = LeaseStep(SimpleNamespace(steps=[]))
+        step.start(consumer)
+        made.append(step)
+        return step
+
+    yield start
+    for step in made:
+        step.shutdown(None)
+
+
+def test_what_runs_and_what_was_prefetched_is_renewed_and_nothing_else(
+    redis: Any, make: Callable[..., LeaseStep]
+) -> None:
+    redis.zadd(INDEX, dict.fromkeys(["prefetched", "running", "acked", "another's"], 1.0))
+    began = time.time()
+    make({"prefetched", "acked"}, {"acked"}, {"running"}).renew()
+    renewed = {tag.decode() for tag, score in redis.zrange(INDEX, 0, -1, withscores=True) if score >= began}
+    assert renewed == {"prefetched", "running"}
+
+
+def test_a_message_that_was_acknowledged_meanwhile_does_not_come_back(
+    redis: Any, make: Callable[..., LeaseStep]
+) -> None:
+    make({"gone"}, set(), set()).renew()
+    assert not redis.exists(INDEX)
+
+
+class Runtime:
+    def __init__(self, errors: Iterator[Exception | None]) -> None:
+        self._errors, self.looks = errors, 0
+
+    def fence_lost(self, redis: Any) -> None:
+        self.looks += 1
+        error = next(self._errors, None)
+        if error is not None:
+            raise error
+
+
+def test_a_record_that_cannot_be_read_costs_no_message_its_lease(
+    redis: Any, make: Callable[..., LeaseStep], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = Runtime(iter([UnicodeDecodeError("utf-8", b"\xff", 0, 1, "x")] * 100))
+    monkeypatch.setattr(runtime, "_current", running)
+    redis.zadd(INDEX, {"running": 1.0})
+    step = make(set(), set(), {"running"})
+    assert step.thread is not None
+    step.thread.turn()
+    redis.zadd(INDEX, {"running": 1.0})
+    step.thread.turn()
+    assert redis.zscore(INDEX, "running") > 1.0
+    assert running.looks >= 2
+
+
+def test_a_broker_that_is_away_ends_the_health_and_not_the_thread(
+    make: Callable[..., LeaseStep], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime, "_current", Runtime(iter([])))
+    step = make(set(), set(), set())
+    assert step.thread is not None
+    seen: list[str] = []
+    monkeypatch.setattr(step, "health", SimpleNamespace(answered=lambda: seen.append("answered")))
+    monkeypatch.setattr(step, "redis", SimpleNamespace(pipeline=raising(RedisConnectionError("gone"))))
+    step.thread.turn()
+    assert seen == []
+    assert step.thread.alive
+
+
+def raising(error: Exception) -> Callable[..., Any]:
+    def call(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return call
+
+
+def test_draining_does_not_end_the_lease(make: Callable[..., LeaseStep]) -> None:
+    """`stop` comes with every lost connection, and while the pool drains jobs still run."""
+    step = make(set(), set(), set())
+    step.stop(None)
+    assert step.thread is not None
+    assert step.thread.alive
+    step.shutdown(None)
+    step.thread.join(30)
+    assert not step.thread.alive
