@@ -176,8 +176,7 @@ class Run:
         try:
             return self.runtime.persist(lambda: transition(self.runtime.redis, self.job_id, self._queue, *arguments))
         except ResponseError as error:
-            # What the broker forbids this worker is not the job's fault.
-            if passes(error) or isinstance(error, NoPermissionError):
+            if _brokers_fault(error):
                 raise
             raise Spoiled(self.blame(error)) from error
 
@@ -248,7 +247,7 @@ def _attempt(
         run.settle(ledger.failure(run.job_id, error))
         raise
     except Exception as error:
-        if isinstance(error, RedisError) and passes(error):
+        if _brokers_fault(error):
             raise
         known = _known(run, error)
         log.exception("job %s failed", run.job_id)
@@ -256,6 +255,11 @@ def _attempt(
         raise known from error
     run.settle(ledger.success(run.job_id, result))
     return result
+
+
+def _brokers_fault(error: Exception) -> bool:
+    """Whether another worker, or this one later, may do what the broker did not: it is away, or forbids it."""
+    return isinstance(error, RedisError) and (passes(error) or isinstance(error, NoPermissionError))
 
 
 def _known(run: Run, error: Exception) -> StokerError:

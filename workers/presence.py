@@ -25,10 +25,10 @@ class Heart:
     def __init__(self, runtime: Runtime, lanes: Lanes, janitor: Janitor) -> None:
         self._runtime, self._lanes = runtime, lanes
         rounds = (self._beat, lanes.grow, janitor.round)
-        self._thread = Background("presence", *rounds, stopped=runtime.stopped, every=keys.PRESENCE_EVERY)
+        self.thread = Background("presence", *rounds, stopped=runtime.stopped, every=keys.PRESENCE_EVERY)
 
     def start(self) -> None:
-        self._thread.start()
+        self.thread.start()
 
     def say_goodbye(self) -> None:
         """Take the presence away at once, so that nobody counts on a worker that has stopped."""

@@ -13,16 +13,28 @@ from typing import Any
 import pytest
 from celery.exceptions import Ignore, Reject
 from kombu.exceptions import OperationalError
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import NoPermissionError, ReadOnlyError
 
 from stoker import keys, ledger
 from stoker.client_core import JobStatus, Outcome, generate_request, job_record
 from stoker.connection import connect
 from stoker.contract import GenerateRequest, Usage
-from stoker.errors import JobCancelled, JobDead, JobFailed, OutOfMemory, UnknownAdapter, WorkerUnavailable
+from stoker.errors import (
+    InvalidRequest,
+    JobCancelled,
+    JobDead,
+    JobFailed,
+    OutOfMemory,
+    UnknownAdapter,
+    WorkerUnavailable,
+)
 from stoker.settings import Settings
 from workers import frame, memory, runtime
 from workers.artifacts import StoreTrouble
 from workers.frame import run_job
+from workers.lanes import LaneRequest
+from workers.runtime import Fenced
 
 QUEUE = keys.queue("m", "generate")
 OUT = RuntimeError("[malloc_or_wait] Unable to allocate 4096 bytes.")
@@ -37,6 +49,7 @@ class Worker:
         self.publisher = SimpleNamespace(flush=lambda job_id: None, forget=lambda job_id: None)
         self.ticket = SimpleNamespace(result=lambda: self.ends(), wait=lambda seconds: True)
         self.engine = SimpleNamespace(submit=lambda *_, **__: self.ticket)
+        self.cancels: list[str] = []
         self.running = lambda token, ticket: nullcontext()
         ledger.submit(redis, "job", job_record(generate_request("m", "x", 0, {}), "job"))
 
@@ -46,6 +59,9 @@ class Worker:
 
     def persist(self, action: Callable[[], Any]) -> Any:
         return action()
+
+    def cancel(self, job_id: str) -> None:
+        self.cancels.append(job_id)
 
     def deliver(self, ends: Callable[[], Any]) -> Any:
         self.ends, self.deliveries = ends, self.deliveries + 1
@@ -176,6 +192,152 @@ def test_a_defect_of_the_frame_itself_loses_no_job_and_repeats_it_only_so_often(
 ) -> None:
     monkeypatch.setattr(ledger, "settle", lambda *_: raising(ValueError("a defect"))())
     for _ in range(ledger.MAX_DEATHS):
-        with pytest.raises(Reject):
+        with pytest.raises(Reject) as back:
             worker.deliver(lambda: 1)
+        assert back.value.requeue, "without it the message is gone, and the job with it"
+        assert worker.outcome is None
     assert len(json.loads(worker.redis.hget(keys.job("job"), "history") or "[]")) == ledger.MAX_DEATHS - 1
+
+
+def test_a_result_is_stored_when_the_whole_stream_is_in_the_broker(worker: Worker) -> None:
+    """Whoever sees the result finds every token."""
+    seen: list[tuple[str, Outcome | None]] = []
+    worker.publisher.flush = lambda job_id: seen.append((job_id, worker.outcome))
+    worker.deliver(lambda: 1)
+    assert seen == [("job", None)]
+    assert worker.outcome is not None
+
+
+def test_a_cancel_that_came_before_the_claim_stops_the_job_as_it_begins(worker: Worker) -> None:
+    """Its nudge found no ticket here."""
+    worker.redis.set(keys.cancel("job"), "1", ex=60)
+    worker.deliver(lambda: 1)
+    assert worker.cancels == ["job"]
+
+
+def test_a_job_that_nobody_cancelled_is_not_stopped(worker: Worker) -> None:
+    worker.deliver(lambda: 1)
+    assert worker.cancels == []
+
+
+def test_a_fenced_delivery_leaves_neither_result_nor_ack(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    fenced: list[str] = []
+    request: Any = SimpleNamespace(fence=lambda: fenced.append("token-1"))
+    monkeypatch.setattr(LaneRequest, "by_token", {"token-1": request})
+    with pytest.raises(Ignore):
+        worker.deliver(raising(Fenced("job runs elsewhere")))
+    assert fenced == ["token-1"]
+    assert worker.outcome is None
+
+
+def test_a_delivery_that_finds_itself_replaced_at_its_end_is_fenced(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fenced: list[str] = []
+    request: Any = SimpleNamespace(fence=lambda: fenced.append("token-1"))
+    monkeypatch.setattr(LaneRequest, "by_token", {"token-1": request})
+
+    def ends() -> int:
+        worker.redis.hset(keys.job("job"), "token", "another's")
+        return 1
+
+    with pytest.raises(Ignore):
+        worker.deliver(ends)
+    assert fenced == ["token-1"]
+    assert worker.outcome is None
+
+
+def test_a_stream_that_the_broker_did_not_take_fails_its_job(worker: Worker) -> None:
+    worker.publisher.flush = lambda job_id: raising(JobFailed("job job: the key stoker:stream:job is wrong"))()
+    with pytest.raises(JobFailed):
+        worker.deliver(lambda: 1)
+    assert worker.outcome is not None
+    with pytest.raises(JobFailed, match="stoker:stream:job"):
+        worker.outcome.unwrap("job")
+
+
+def spoil(redis: Any, key: str) -> None:
+    redis.delete(key)
+    redis.set(key, "garbage", ex=60)
+
+
+#: The ledger's own: what each is in `stoker.keys`.
+SPOILABLE = {
+    "the record": keys.job("job"),
+    "the jobs that are open": keys.open_jobs(QUEUE),
+    "the jobs that were handed out": keys.handed(QUEUE),
+    "the front": keys.front(QUEUE),
+}
+
+
+@pytest.mark.parametrize("what", SPOILABLE)
+@pytest.mark.parametrize("when", ["before the claim", "before the end"])
+def test_a_key_of_the_wrong_type_fails_its_job_once_with_an_error_that_names_the_key(
+    worker: Worker, what: str, when: str
+) -> None:
+    key = SPOILABLE[what]
+
+    def ends() -> int:
+        spoil(worker.redis, key)
+        return 1
+
+    if when == "before the claim":
+        spoil(worker.redis, key)
+    try:
+        worker.deliver(ends)
+    except Ignore:
+        assert worker.outcome is not None
+        with pytest.raises(JobFailed, match=f"the key {key} is a string, not a "):
+            worker.outcome.unwrap("job")
+    else:
+        assert worker.outcome is not None, "the ledger could do without it"
+        assert worker.outcome.status == JobStatus.DONE
+
+
+@pytest.mark.parametrize("garbage", ["garbage", "{}", "[1]", "\ud800", "[" * 50_000])
+def test_a_request_that_cannot_be_read_fails_its_job(worker: Worker, garbage: str) -> None:
+    worker.redis.hset(keys.job("job"), "request", garbage.encode(errors="surrogatepass"))
+    with pytest.raises((InvalidRequest, JobFailed)):
+        worker.deliver(lambda: 1)
+    assert worker.outcome is not None
+    assert worker.outcome.status == JobStatus.FAILED
+
+
+@pytest.mark.parametrize("history", ["garbage", "{", "\x00"])
+def test_a_record_that_the_ledger_cannot_read_fails_its_job(worker: Worker, history: str) -> None:
+    worker.redis.hset(keys.job("job"), "history", history)
+    with pytest.raises(Ignore):
+        worker.deliver(lambda: 1)
+    assert worker.outcome is not None
+    assert worker.outcome.status == JobStatus.FAILED
+
+
+def test_what_is_no_result_does_not_count_as_one(worker: Worker) -> None:
+    worker.redis.set(keys.result("job"), "garbage", ex=60)
+    with pytest.raises(Ignore):
+        worker.deliver(lambda: 1)
+    assert worker.outcome is not None
+    assert worker.outcome.status == JobStatus.FAILED
+
+
+def test_a_job_that_has_ended_is_not_failed_by_a_key_that_was_spoiled_later(worker: Worker) -> None:
+    worker.deliver(lambda: 7)
+    spoil(worker.redis, keys.job("job"))
+    with pytest.raises(Ignore):
+        worker.deliver(lambda: 8)
+    assert worker.outcome is not None
+    assert worker.outcome.value["completion_tokens"] == 7
+
+
+@pytest.mark.parametrize(
+    "error", [ReadOnlyError("READONLY"), RedisConnectionError("gone"), NoPermissionError("NOPERM")]
+)
+def test_what_the_broker_refuses_for_a_while_fails_no_job(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """`persist` has asked for as long as there was a point in it."""
+    monkeypatch.setattr(ledger, "claim", lambda *_: raising(error)())
+    with pytest.raises(Reject) as back:
+        worker.deliver(lambda: 1)
+    assert back.value.requeue
+    assert worker.outcome is None

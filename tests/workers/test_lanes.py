@@ -126,6 +126,7 @@ def test_a_full_lane_stays_closed_over_a_reconnection(monkeypatch: pytest.Monkey
 def traffic(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What a request of the lane does, with Celery's own request left out."""
     seen: list[str] = []
+    monkeypatch.setattr(LaneRequest, "by_token", {})
     base = LaneRequest.__mro__[1]
 
     def begin(self: Any, *_: Any, **__: Any) -> None:
@@ -153,6 +154,51 @@ def test_a_request_that_is_handed_back_gives_up_its_place_once(traffic: list[str
     request.reject(requeue=True)
     request.acknowledge()
     assert traffic == ["enter train", "reject True", "leave train", "ack"]
+
+
+@pytest.mark.parametrize("end", ["acknowledge", "reject"])
+def test_a_request_that_has_ended_is_forgotten(traffic: list[str], end: str) -> None:
+    """Else it would stay in memory, and the lease of its message would be renewed for ever."""
+    request = LaneRequest()
+    assert LaneRequest.by_token[request.token] is request
+    getattr(request, end)()
+    assert request.token not in LaneRequest.by_token
+
+
+@pytest.fixture
+def acked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Tags that are forgotten in this process alone."""
+    found: list[str] = []
+    monkeypatch.setattr(lanes_module.QoS, "ack", lambda qos, tag: found.append(tag))
+    return found
+
+
+def deliver() -> Any:
+    request = LaneRequest()
+    request.message.channel = SimpleNamespace(qos=None)
+    request._on_ack = request._on_reject = lambda *_: pytest.fail("the other owner's message was acknowledged")
+    return request
+
+
+@pytest.mark.usefixtures("traffic")
+def test_a_fenced_request_forgets_its_message_and_acknowledges_nothing(acked: list[str]) -> None:
+    request = deliver()
+    request.fence()
+    request._on_ack()
+    request._on_reject()
+    assert acked == ["tag", "tag"]
+
+
+@pytest.mark.usefixtures("traffic")
+def test_a_fenced_request_leaves_the_tag_to_a_newer_delivery_that_holds_it(acked: list[str]) -> None:
+    """A worker that was frozen gets its own message again."""
+    older, newer = deliver(), deliver()
+    older.fence()
+    older._on_ack()
+    assert acked == []
+    newer.acknowledge()
+    older._on_ack()
+    assert acked == ["tag"]
 
 
 def test_a_lane_whose_jobs_did_not_fit_into_memory_holds_half_as_many_for_a_while(

@@ -9,14 +9,17 @@ from typing import Any
 
 import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import ReadOnlyError, ResponseError
 
 from stoker import keys
 from stoker.connection import connect
 from stoker.contract import StreamToken
+from stoker.errors import JobFailed
 from stoker.settings import Settings
 from tests.conftest import wait_until
 from workers import publishing
 from workers.publishing import RENEW_EVERY, Publisher
+from workers.retrying import Retry
 
 
 def token(index: int, last: bool = False) -> StreamToken:
@@ -237,3 +240,100 @@ def test_flush_fails_where_the_publisher_has_ended(redis: Any) -> None:
     publisher.publish(entries("a", 1))
     with pytest.raises(RuntimeError, match="the publisher has ended"):
         publisher.flush("a")
+
+
+@pytest.fixture
+def refused() -> list[tuple[str, str]]:
+    """Jobs that the publisher gave up, and why."""
+    return []
+
+
+@pytest.fixture
+def telling(redis: Any, refused: list[tuple[str, str]]) -> Iterator[Callable[[Any], Publisher]]:
+    made: list[Publisher] = []
+
+    def start(client: Any) -> Publisher:
+        publisher = Publisher(client, lambda job_id, error: refused.append((job_id, str(error))))
+        made.append(publisher)
+        publisher.start()
+        return publisher
+
+    yield start
+    for publisher in made:
+        publisher.stop()
+
+
+def test_a_stream_of_the_wrong_type_fails_its_own_job_and_no_other(
+    redis: Any, telling: Callable[[Any], Publisher], refused: list[tuple[str, str]]
+) -> None:
+    """It was retried for ever, and every job of the worker hung."""
+    redis.set(keys.stream("bad"), "x", ex=60)
+    publisher = telling(redis)
+    for index in range(5):
+        publisher.publish([("a", token(index)), ("bad", token(index)), ("b", token(index))])
+    publisher.flush("a")
+    publisher.flush("b")
+    assert indices(redis, "a") == indices(redis, "b") == list(range(5))
+    with pytest.raises(JobFailed, match=f"{keys.stream('bad')}.*WRONGTYPE"):
+        publisher.flush("bad")
+    assert [job_id for job_id, _ in refused] == ["bad"], "told once"
+
+
+def test_a_job_of_the_same_id_may_run_again(redis: Any, telling: Callable[[Any], Publisher]) -> None:
+    redis.set(keys.stream("a"), "x", ex=60)
+    publisher = telling(redis)
+    publisher.publish(entries("a", 1))
+    with pytest.raises(JobFailed):
+        publisher.flush("a")
+    redis.delete(keys.stream("a"))
+    publisher.forget("a")
+    publisher.publish(entries("a", 1))
+    publisher.flush("a")
+    assert indices(redis, "a") == [0]
+
+
+@pytest.mark.parametrize("error", [ResponseError("ERR unknown"), ValueError("a text that is no unicode")])
+def test_what_cannot_be_sent_together_is_sent_job_by_job(
+    redis: Any, telling: Callable[[Any], Publisher], error: Exception
+) -> None:
+    class Choosy(Unsteady):
+        def eval(self, *arguments: Any) -> Any:
+            if keys.stream("bad") in arguments:
+                raise error
+            return super().eval(*arguments)
+
+    publisher = telling(Choosy(redis, lambda execute: None))
+    publisher.publish([("a", token(0)), ("bad", token(0)), ("b", token(0))])
+    publisher.flush("a")
+    assert indices(redis, "a") == indices(redis, "b") == [0]
+    with pytest.raises(JobFailed):
+        publisher.flush("bad")
+
+
+def test_a_broker_that_refuses_for_too_long_fails_the_jobs_and_not_the_thread(
+    monkeypatch: pytest.MonkeyPatch, redis: Any, telling: Callable[[Any], Publisher]
+) -> None:
+    monkeypatch.setattr(publishing, "Retry", lambda: Retry(limit=0.0))
+    answers = iter([True])
+
+    def refuse(_: Callable[[], Any]) -> None:
+        if next(answers, False):
+            raise ReadOnlyError("READONLY You can't write against a read only replica.")
+
+    publisher = telling(Unsteady(redis, refuse))
+    publisher.publish(entries("a", 1))
+    with pytest.raises(JobFailed, match="READONLY"):
+        publisher.flush("a")
+    publisher.publish(entries("b", 1))
+    publisher.flush("b")
+    assert indices(redis, "b") == [0]
+
+
+def test_a_stream_that_was_deleted_meanwhile_expires_all_the_same(redis: Any, make: Callable[..., Publisher]) -> None:
+    publisher = make()
+    publisher.publish(entries("a", 3))
+    publisher.flush("a")
+    redis.delete(keys.stream("a"))
+    publisher.publish(entries("a", 2, start=3))
+    publisher.flush("a")
+    assert 0 < redis.ttl(keys.stream("a")) <= keys.RESULT_TTL

@@ -1,0 +1,94 @@
+"""Hearing of cancels: a nudge is fast, the durable mark is sure, and no message ends the listening."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from engine.ticket import Ticket
+from stoker import keys
+from stoker.connection import connect
+from stoker.errors import JobCancelled
+from stoker.settings import Settings
+from tests.conftest import wait_until
+from workers import cancelling
+from workers.cancelling import CancelWatch
+from workers.runtime import Runtime
+
+
+class Engine:
+    def wake(self) -> None: ...
+
+
+@pytest.fixture
+def runtime(broker: Settings) -> Iterator[Runtime]:
+    """A worker's, with the part left out that runs models."""
+    made = Runtime(broker, "w@here", lambda publish: Engine())  # type: ignore[arg-type, return-value]
+    yield made
+    made.stopped.set()
+    made.redis.close()
+
+
+@pytest.fixture
+def redis(broker: Settings) -> Iterator[Any]:
+    client = connect(broker)
+    yield client
+    client.close()
+
+
+def test_a_nudge_stops_the_job_that_it_names_and_no_other(runtime: Runtime) -> None:
+    watch, one, other = CancelWatch(runtime), Ticket("one", "generate"), Ticket("other", "generate")
+    with runtime.running("1", one), runtime.running("2", other):
+        watch.hear({"data": b"one"})
+    assert isinstance(one.stop, JobCancelled)
+    assert other.stop is None
+
+
+@pytest.mark.parametrize("data", [b"\xff", b"", b"no such job", b"\x00" * 10_000])
+def test_a_nudge_that_names_no_job_stops_none(runtime: Runtime, data: bytes) -> None:
+    ticket = Ticket("one", "generate")
+    with runtime.running("1", ticket):
+        CancelWatch(runtime).hear({"data": data})
+    assert ticket.stop is None
+
+
+def test_the_mark_of_a_cancel_is_found_without_a_nudge(runtime: Runtime, redis: Any) -> None:
+    one, other = Ticket("one", "generate"), Ticket("other", "generate")
+    redis.set(keys.cancel("one"), "1", ex=60)
+    with runtime.running("1", one), runtime.running("2", other):
+        CancelWatch(runtime).hear(None)
+    assert isinstance(one.stop, JobCancelled)
+    assert other.stop is None
+
+
+def test_without_running_jobs_the_broker_is_not_asked(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "redis", SimpleNamespace(close=lambda: None))
+    CancelWatch(runtime).hear(None)
+
+
+def test_a_job_of_the_same_id_in_two_deliveries_stops_in_both(runtime: Runtime) -> None:
+    first, second = Ticket("one", "generate"), Ticket("one", "generate")
+    with runtime.running("1", first), runtime.running("2", second):
+        CancelWatch(runtime).hear({"data": b"one"})
+    assert first.stop is not None
+    assert second.stop is not None
+
+
+def test_listening_goes_on_after_bytes_that_are_no_text(
+    runtime: Runtime, redis: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cancelling, "SWEEP_EVERY", 0.05)
+    before = threading.active_count()
+    CancelWatch(runtime).start()
+    wait_until(lambda: redis.pubsub_numsub(keys.CANCELS)[0][1] == 1, "the worker listens")
+    ticket = Ticket("one", "generate")
+    with runtime.running("1", ticket):
+        redis.publish(keys.CANCELS, b"\xff\xfe")
+        redis.publish(keys.CANCELS, "one")
+        wait_until(lambda: ticket.stop is not None, "the cancel was heard")
+    runtime.stopped.set()
+    wait_until(lambda: threading.active_count() == before, "the thread ends with the worker")

@@ -1,0 +1,95 @@
+"""Stopping: what is handed back, when, and what a worker does whose broker is away."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from redis.exceptions import ConnectionError as RedisConnectionError
+
+from tests.conftest import wait_until
+from workers import drain as drain_module
+from workers.drain import MISSES, Drain
+from workers.transport import Channel
+
+
+class Worker:
+    """What is told to it, and a broker that answers as often as `answers` says."""
+
+    def __init__(self, grace: float = 0.0, answers: Sequence[bool] = ()) -> None:
+        self.settings = SimpleNamespace(grace=grace)
+        self.handed_back: list[set[str]] = []
+        self.ended = 0
+        self._answers = iter(answers)
+
+    def hand_back(self, kinds: set[str]) -> None:
+        self.handed_back.append(kinds)
+
+    def ping(self) -> bool:
+        if not next(self._answers):
+            raise RedisConnectionError("gone")
+        return True
+
+    def end(self) -> None:
+        self.ended += 1
+
+    def drain(self) -> Drain:
+        running: Any = self
+        return Drain(running, redis=self, end=self.end)
+
+
+@pytest.fixture(autouse=True)
+def _restores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Channel, "do_restore", False)
+
+
+def test_training_goes_back_at_once_and_the_rest_has_the_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = Worker(grace=3600)
+    started: list[Any] = []
+    monkeypatch.setattr(drain_module, "Drain", lambda runtime: SimpleNamespace(start=lambda: started.append(runtime)))
+    running: Any = worker
+    drain_module.begin(running)
+    assert worker.handed_back == [{"train"}]
+    assert started == [worker]
+    assert Channel.do_restore, "what was prefetched goes back as its channel closes"
+
+
+def test_at_the_end_of_the_grace_jobs_of_every_kind_go_back() -> None:
+    worker = Worker()
+    worker.drain().end_of_grace()
+    assert worker.handed_back == [{"train", "generate", "embed", "adapters"}]
+
+
+def looks(worker: Worker, count: int) -> None:
+    drain = worker.drain()
+    for _ in range(count):
+        drain.look()
+
+
+def test_a_broker_that_misses_two_looks_in_a_row_ends_the_worker() -> None:
+    assert MISSES == 2
+    worker = Worker(answers=[True, False, False])
+    looks(worker, 2)
+    assert not worker.ended
+    worker = Worker(answers=[True, False, False])
+    looks(worker, 3)
+    assert worker.ended == 1
+
+
+def test_misses_do_not_add_up_when_the_broker_answers_between_them() -> None:
+    worker = Worker(answers=[False, True] * 10)
+    looks(worker, 20)
+    assert not worker.ended
+
+
+def test_the_thread_hands_back_after_the_grace_and_looks_until_the_broker_is_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(drain_module, "LOOK_EVERY", 0.0)
+    worker = Worker(grace=0.01, answers=[True, False, True, False, False])
+    worker.drain().start()
+    wait_until(lambda: worker.ended, "the worker ends")
+    assert worker.ended == 1
+    assert worker.handed_back == [{"train", "generate", "embed", "adapters"}], "once, not at every look"

@@ -1,0 +1,137 @@
+"""The janitor: one worker at a time looks for lost messages, and one thing that cannot be read hides nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from redis.exceptions import ResponseError
+
+from stoker import keys, ledger
+from stoker.connection import connect
+from stoker.contract import CONTRACT, ModelCard
+from stoker.settings import Settings
+from workers import janitor as janitor_module
+from workers.janitor import TURNS, Janitor
+
+
+class Ledger:
+    """Of the ledger only what a round asks: `lost` says what it finds in a queue, or raises."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.lost: Callable[[str], list[bytes]] = lambda queue: []
+
+    def recover(self, redis: Any, queue: str, older_than: float) -> list[bytes]:
+        self.asked.append(queue)
+        return self.lost(queue)
+
+
+@pytest.fixture
+def redis(broker: Settings) -> Iterator[Any]:
+    client = connect(broker)
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> Ledger:
+    made = Ledger()
+    monkeypatch.setattr(janitor_module.ledger, "recover", made.recover)
+    return made
+
+
+def worker(redis: Any, name: str = "w@here", lease: int = 3) -> Janitor:
+    runtime: Any = SimpleNamespace(redis=redis, name=name, settings=SimpleNamespace(lease=lease))
+    return Janitor(runtime)
+
+
+def card(model: str, *kinds: str, contract: int = CONTRACT) -> str:
+    return ModelCard(
+        model=model, architecture="a", kinds=kinds, context=1, parameters=1, contract=contract
+    ).model_dump_json()
+
+
+def say(redis: Any, cards: dict[str, str | bytes]) -> None:
+    redis.hset(keys.MODELS, mapping=cards)
+    redis.expire(keys.MODELS, keys.MODEL_TTL)
+
+
+def test_one_worker_does_the_round_and_the_others_do_not(redis: Any, looks: Ledger) -> None:
+    say(redis, {"m": card("m", "generate", "train")})
+    for name in ("one", "two", "one"):
+        worker(redis, name).round()
+    assert looks.asked == [keys.queue("m", "generate"), keys.queue("m", "train")]
+    assert redis.get(keys.JANITOR) == b"one"
+    assert 0 < redis.ttl(keys.JANITOR) <= 6
+
+
+def test_the_next_round_comes_when_the_turn_has_expired(redis: Any, looks: Ledger) -> None:
+    say(redis, {"m": card("m", "embed")})
+    worker(redis, "one").round()
+    redis.delete(keys.JANITOR)
+    worker(redis, "two").round()
+    assert looks.asked == [keys.queue("m", "embed")] * 2
+
+
+def test_only_jobs_older_than_two_leases_are_looked_for(redis: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ages: list[float] = []
+    monkeypatch.setattr(
+        janitor_module.ledger, "recover", lambda redis, queue, older_than: ages.append(older_than) or []
+    )
+    say(redis, {"m": card("m", "embed")})
+    worker(redis, lease=7).round()
+    assert ages == [14]
+
+
+def test_queues_of_another_generation_are_left_to_its_own_workers(redis: Any, looks: Ledger) -> None:
+    say(redis, {"m": card("m", "embed", contract=CONTRACT + 1)})
+    worker(redis).round()
+    assert looks.asked == []
+
+
+@pytest.mark.parametrize("garbage", [b"garbage", b"{}", b"[]", b"\xff", b"[" * 20_000, b'{"model": 1}'])
+def test_a_card_that_cannot_be_read_hides_no_other(redis: Any, looks: Ledger, garbage: bytes) -> None:
+    say(redis, {"evil": garbage, "m": card("m", "embed")})
+    worker(redis).round()
+    assert looks.asked == [keys.queue("m", "embed")]
+
+
+def test_a_queue_that_cannot_be_looked_at_keeps_no_other_from_it(
+    redis: Any, looks: Ledger, caplog: pytest.LogCaptureFixture
+) -> None:
+    def lost(queue: str) -> list[bytes]:
+        if "train" in queue:
+            raise ResponseError("WRONGTYPE Operation")
+        return [b"job", b"\xff"]
+
+    looks.lost = lost
+    say(redis, {"m": card("m", "train", "embed")})
+    worker(redis).round()
+    assert looks.asked == [keys.queue("m", "train"), keys.queue("m", "embed")]
+    assert f"lost messages of {keys.queue('m', 'train')} cannot be looked for" in caplog.text
+    assert "job job: its message was lost" in caplog.text
+
+
+@pytest.mark.parametrize("key", TURNS)
+def test_a_turn_that_never_expires_is_nobodys(redis: Any, looks: Ledger, key: str) -> None:
+    redis.hset(key, "a", "b")
+    say(redis, {"m": card("m", "embed")})
+    worker(redis).round()
+    assert looks.asked == [keys.queue("m", "embed")]
+    assert redis.ttl(key) != -1
+
+
+def test_a_lost_message_waits_again(redis: Any) -> None:
+    """With the ledger itself."""
+    from stoker.client_core import generate_request, job_record
+
+    queue = keys.queue("m", "generate")
+    ledger.submit(redis, "job", job_record(generate_request("m", "x", 0, {}), "job"))
+    redis.delete(keys.front(queue))
+    say(redis, {"m": card("m", "generate")})
+    redis.zadd(keys.handed(queue), {"job": 1.0})
+    worker(redis).round()
+    assert redis.llen(keys.front(queue)) == 1

@@ -1,0 +1,93 @@
+"""A worker's presence: written whatever else fails, and taken away at the end."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from redis.exceptions import ResponseError
+
+from stoker import keys
+from stoker.client_core import parse_cards, parse_presences
+from stoker.connection import connect
+from stoker.contract import ModelCard
+from stoker.settings import Settings
+from workers.presence import Heart
+
+CARD = ModelCard(model="m", architecture="a", kinds=("embed",), context=1, parameters=1)
+
+
+@pytest.fixture
+def redis(broker: Settings) -> Iterator[Any]:
+    client = connect(broker)
+    yield client
+    client.close()
+
+
+class Others:
+    """The lanes and the janitor; the janitor may fail."""
+
+    def __init__(self) -> None:
+        self.grown = self.rounds = 0
+        self.error: Exception | None = None
+
+    def load(self) -> dict[str, tuple[int, int]]:
+        return {"embed": (0, 1)}
+
+    def grow(self) -> None:
+        self.grown += 1
+
+    def round(self) -> None:
+        self.rounds += 1
+        if self.error is not None:
+            raise self.error
+
+
+@pytest.fixture
+def others() -> Others:
+    return Others()
+
+
+def heart(redis: Any, others: Others) -> Heart:
+    engine = SimpleNamespace(device="cpu", cards=[CARD], adapters={}, memory_bytes=1)
+    runtime: Any = SimpleNamespace(redis=redis, name="w@here", engine=engine, started=1.0, stopped=threading.Event())
+    lanes: Any = others
+    janitor: Any = others
+    return Heart(runtime, lanes, janitor)
+
+
+def test_a_beat_says_what_is_warm_and_expires(redis: Any, others: Others) -> None:
+    heart(redis, others).thread.turn()
+    (presence,) = parse_presences([redis.get(keys.worker("w@here"))])
+    assert presence.models == (CARD,)
+    assert 0 < redis.ttl(keys.worker("w@here")) <= keys.PRESENCE_TTL
+    assert list(parse_cards(redis.hgetall(keys.MODELS))) == ["m"]
+    assert redis.zscore(keys.WORKERS, "w@here")
+
+
+@pytest.mark.parametrize("error", [ResponseError("WRONGTYPE"), ValueError("no JSON")])
+def test_a_janitor_that_fails_costs_no_beat(redis: Any, others: Others, error: Exception) -> None:
+    beats, others.error = heart(redis, others), error
+    for _ in range(3):
+        redis.delete(keys.worker("w@here"))
+        beats.thread.turn()
+        assert redis.exists(keys.worker("w@here"))
+    assert (others.grown, others.rounds) == (3, 3)
+
+
+def test_a_beat_that_fails_costs_neither_lanes_nor_janitor(redis: Any, others: Others) -> None:
+    redis.set(keys.WORKERS, "not a sorted set", ex=60)
+    heart(redis, others).thread.turn()
+    assert (others.grown, others.rounds) == (1, 1)
+    assert redis.exists(keys.worker("w@here")), "what could be written was written"
+
+
+def test_a_worker_that_stops_takes_its_presence_away(redis: Any, others: Others) -> None:
+    beats = heart(redis, others)
+    beats.thread.turn()
+    beats.say_goodbye()
+    assert not redis.exists(keys.worker("w@here"))
+    assert redis.zscore(keys.WORKERS, "w@here") is None

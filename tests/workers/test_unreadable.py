@@ -1,0 +1,282 @@
+"""A message that cannot be read: one dead letter with its bytes, and kombu hands none of it to Celery."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from types import SimpleNamespace
+from typing import Any
+
+import kombu
+import pytest
+from kombu.pidbox import Mailbox
+from redis.exceptions import ConnectionError as RedisConnectionError
+
+from stoker import keys, letters
+from stoker.celery_config import shared_config
+from stoker.client import Client
+from stoker.connection import connect
+from stoker.envelope import envelope
+from stoker.errors import InvalidRequest
+from stoker.settings import Settings
+from workers import transport, unreadable
+from workers.lanes import LaneRequest
+from workers.unreadable import DeadMessages, Unreadable
+
+QUEUE = keys.queue("m", "generate")
+GARBAGE = [b"garbage", b"[]", b"{}", b"\xff", b"[" * 50_000, b"x" * 100_000]
+
+
+def right(job_id: str = "job") -> bytes:
+    made = json.loads(envelope(job_id, "generate", "m", QUEUE))
+    made["properties"]["delivery_tag"] = f"{job_id}#1"
+    return json.dumps(made).encode()
+
+
+@pytest.fixture
+def redis(broker: Settings) -> Iterator[Any]:
+    client = connect(broker)
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def aside(monkeypatch: pytest.MonkeyPatch) -> list[Unreadable]:
+    found: list[Unreadable] = []
+    monkeypatch.setattr(transport, "put_aside", found.append)
+    return found
+
+
+@pytest.fixture
+def connection(broker: Settings) -> Iterator[kombu.Connection]:
+    """The worker's transport, as Celery configures it."""
+    transport.install()
+    config = shared_config(broker)
+    options = config["broker_transport_options"] | {"polling_interval": 0.05}
+    with kombu.Connection(config["broker_url"], transport_options=options) as made:
+        yield made
+
+
+class Inbox:
+    """Consumes one queue; `deliver` may raise."""
+
+    def __init__(self, connection: kombu.Connection, queue: str = QUEUE) -> None:
+        self.connection = connection
+        self.got: list[str] = []
+        self.deliver: Callable[[Any], None] = lambda message: self.got.append(message.headers["id"])
+        self.consumer = kombu.Consumer(
+            connection.default_channel, [kombu.Queue(queue)], on_message=lambda message: self.deliver(message)
+        )
+        self.consumer.consume()
+
+
+def drain(connection: kombu.Connection) -> None:
+    """Take what is there."""
+    with suppress(TimeoutError):
+        while True:
+            connection.drain_events(timeout=0.2)
+
+
+@pytest.mark.parametrize("raw", GARBAGE, ids=lambda raw: repr(raw[:8]))
+def test_what_cannot_be_read_is_put_aside_once_and_what_comes_behind_is_delivered(
+    redis: Any, connection: kombu.Connection, aside: list[Unreadable], raw: bytes
+) -> None:
+    inbox = Inbox(connection)
+    redis.lpush(keys.front(QUEUE), raw)
+    redis.lpush(keys.front(QUEUE), right())
+    drain(connection)
+    assert inbox.got == ["job"]
+    assert [(message.raw, message.queue) for message in aside] == [(raw, QUEUE)]
+    assert redis.hkeys(keys.UNACKED) == [b"job#1"], "nobody holds the other"
+
+
+def test_a_delivery_that_fails_is_put_aside_and_acknowledged(
+    redis: Any, connection: kombu.Connection, aside: list[Unreadable]
+) -> None:
+    """Whatever kombu or Celery raises over it."""
+    inbox = Inbox(connection)
+
+    def fail(message: Any) -> None:
+        raise KeyError("a defect")
+
+    inbox.deliver = fail
+    redis.lpush(keys.front(QUEUE), right())
+    drain(connection)
+    assert ["a defect" in message.trouble for message in aside] == [True]
+    assert not redis.exists(keys.UNACKED)
+
+
+def test_a_delivery_that_fails_gives_its_place_in_the_lane_back(
+    redis: Any, connection: kombu.Connection, aside: list[Unreadable], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dropped: list[str] = []
+    monkeypatch.setattr(transport, "drop", lambda tag: dropped.append(tag) or True)
+    inbox = Inbox(connection)
+
+    def fail(message: Any) -> None:
+        raise TypeError("a defect")
+
+    inbox.deliver = fail
+    redis.lpush(keys.front(QUEUE), right())
+    drain(connection)
+    assert dropped == ["job#1"]
+
+
+def test_the_brokers_own_trouble_is_no_messages_fault(
+    redis: Any, connection: kombu.Connection, aside: list[Unreadable]
+) -> None:
+    inbox = Inbox(connection)
+
+    def fail(message: Any) -> None:
+        raise RedisConnectionError("gone")
+
+    inbox.deliver = fail
+    redis.lpush(keys.front(QUEUE), right())
+    with pytest.raises(RedisConnectionError):
+        connection.drain_events(timeout=1)
+    assert aside == []
+    assert redis.hkeys(keys.UNACKED) == [b"job#1"], "its lease brings it elsewhere"
+
+
+@pytest.mark.parametrize("raw", ["[]", "{}", "1", "[" * 50_000, '{"properties": 1}', "garbage"])
+def test_a_control_message_that_cannot_be_read_is_left_out(
+    redis: Any, connection: kombu.Connection, aside: list[Unreadable], raw: str
+) -> None:
+    box = Mailbox("box", type="fanout")
+    heard: list[Any] = []
+    node = box.Node("here", channel=connection.default_channel)
+    node.listen(callback=lambda body, message: heard.append(body))
+    drain(connection)
+    assert redis.publish(f"{keys.PREFIX}/0.box.pidbox", raw) == 1, "the node listens there"
+    drain(connection)
+    assert aside == [], "nobody waits for it: it is no dead letter"
+    box(connection).abcast("method")
+    connection.drain_events(timeout=5)
+    assert [body["method"] for body in heard] == ["method"]
+
+
+HELD = {
+    "no JSON": b"garbage",
+    "no text": b"\xff",
+    "no triple": b"[1]",
+    "a tree": b"[" * 50_000,
+    "no message": json.dumps(["x", "", QUEUE]).encode(),
+    "no headers": json.dumps([{"properties": {"delivery_info": {}}}, "", QUEUE]).encode(),
+    "no properties": json.dumps([{"headers": {}}, "", QUEUE]).encode(),
+    "no queue": json.dumps([{"headers": {}, "properties": {"delivery_info": {}}}, "", "policy"]).encode(),
+    "a list for a queue": json.dumps([{"headers": {}, "properties": {"delivery_info": {}}}, "", ["a"]]).encode(),
+}
+
+
+@pytest.mark.parametrize("what", HELD)
+def test_an_entry_of_a_dead_worker_that_is_no_message_does_not_hold_up_the_others(
+    redis: Any,
+    connection: kombu.Connection,
+    aside: list[Unreadable],
+    monkeypatch: pytest.MonkeyPatch,
+    what: str,
+) -> None:
+    monkeypatch.setattr(transport, "may_take_over", lambda: True)
+    redis.hset(keys.UNACKED, mapping={"bad": HELD[what], "job#1": json.dumps([json.loads(right()), "", QUEUE])})
+    redis.zadd(f"{keys.PREFIX}unacked_index", {"bad": 1.0, "job#1": 2.0})
+    connection.default_channel.qos.restore_visible(interval=1)
+    assert [message.raw for message in aside] == [HELD[what]]
+    assert redis.llen(keys.front(QUEUE)) == 1
+    assert not redis.exists(keys.UNACKED, f"{keys.PREFIX}unacked_index")
+
+
+def test_the_message_of_a_worker_of_another_release_goes_back_as_it_was(
+    redis: Any, connection: kombu.Connection, aside: list[Unreadable], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transport, "may_take_over", lambda: True)
+    queue, made = f"{QUEUE}.v9", json.loads(right())
+    made["body"] = "in another form"
+    redis.hset(keys.UNACKED, "job#1", json.dumps([made, "", queue]))
+    redis.zadd(f"{keys.PREFIX}unacked_index", {"job#1": 1.0})
+    connection.default_channel.qos.restore_visible(interval=1)
+    assert json.loads(redis.lindex(keys.front(queue), 0))["body"] == "in another form"
+    assert aside == []
+
+
+def test_a_letter_has_the_reason_and_the_bytes_and_expires(redis: Any, broker: Settings) -> None:
+    dead, raw = DeadMessages(redis, "w@here"), b"\xff" * (2 * letters.KEPT)
+    dead.add(Unreadable(raw, QUEUE, "it is no JSON"))
+    dead.write(wait=0.0)
+    with Client(settings=broker) as client:
+        ((name, letter),) = client.dead().items()
+        with pytest.raises(InvalidRequest, match="cannot be read"):
+            client.retry(name)
+    assert base64.b64decode(letter["message"]) == raw[: letters.KEPT]
+    assert letter["bytes"] == len(raw)
+    assert letter["history"][0]["trouble"] == "it is no JSON"
+    assert 0 < redis.ttl(keys.DEAD) <= keys.DEAD_TTL
+
+
+def test_the_same_message_again_is_the_same_letter(redis: Any) -> None:
+    dead = DeadMessages(redis, "w@here")
+    for number in (1, 2):
+        raw = right().replace(b"job#1", f"job#{number}".encode())
+        dead.add(Unreadable(raw, QUEUE, "x"))
+    dead.add(Unreadable(right("other"), QUEUE, "x"))
+    dead.write(wait=0.0)
+    assert redis.hlen(keys.DEAD) == 2
+
+
+def test_a_flood_of_messages_does_not_fill_the_broker(redis: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unreadable, "MOST", 3)
+    dead = DeadMessages(redis, "w@here")
+    for number in range(10):
+        dead.add(Unreadable(b"%d" % number, QUEUE, "x"))
+    dead.write(wait=0.0)
+    assert redis.hlen(keys.DEAD) == 3
+
+
+def test_what_the_broker_does_not_take_is_written_later_and_never_waited_for(
+    redis: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unreadable, "WAITING", 2)
+
+    def away(*_: Any) -> None:
+        raise RedisConnectionError("gone")
+
+    dead = DeadMessages(SimpleNamespace(hlen=away), "w@here")
+    for number in range(2):
+        dead.add(Unreadable(b"%d" % number, QUEUE, "x"))
+    with pytest.raises(RedisConnectionError):
+        dead.write(wait=0.0)
+    for number in range(2, 5):
+        dead.add(Unreadable(b"%d" % number, QUEUE, "x"))
+    monkeypatch.setattr(dead, "_redis", redis)
+    dead.write(wait=0.0)
+    assert redis.hlen(keys.DEAD) == 3, "one was on its way and two could wait"
+
+
+SPOILED = [b"garbage", b"{}", b"[]", b"\xff", b"1", b'{"kind": 1, "model": "m", "history": []}', b"[" * 50_000]
+
+
+@pytest.mark.parametrize("spoiled", SPOILED, ids=lambda raw: repr(raw[:12]))
+def test_a_letter_that_is_spoiled_hides_no_other(redis: Any, broker: Settings, spoiled: bytes) -> None:
+    redis.hset(keys.DEAD, mapping={b"x": spoiled})
+    dead = DeadMessages(redis, "w@here")
+    dead.add(Unreadable(b"garbage", QUEUE, "x"))
+    dead.write(wait=0.0)
+    with Client(settings=broker) as client:
+        found = client.dead()
+    assert len(found) == 2
+    assert found["x"]["message"] == base64.b64encode(spoiled[: letters.KEPT]).decode()
+
+
+def test_dropping_a_delivery_rejects_the_newest_of_its_tag(monkeypatch: pytest.MonkeyPatch) -> None:
+    rejected: list[str] = []
+
+    def request(name: str, tag: str) -> Any:
+        message = SimpleNamespace(delivery_tag=tag)
+        return SimpleNamespace(message=message, reject=lambda: rejected.append(name))
+
+    held = {"1": request("older", "job#1"), "2": request("newer", "job#1"), "3": request("other", "x#1")}
+    monkeypatch.setattr(LaneRequest, "by_token", held)
+    assert LaneRequest.drop("job#1")
+    assert rejected == ["newer"]
+    assert not LaneRequest.drop("unknown#1")
