@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import base64
+import json
 from pathlib import Path
 
 import pytest
 
-from stoker import Client
+from stoker import Client, keys
+from stoker.envelope import envelope
 from stoker.errors import (
     BrokerUnavailable,
     DatasetError,
     InvalidRequest,
+    JobFailed,
     JobLost,
     TextTooLong,
     UnknownAdapter,
     UnknownModel,
 )
-from tests.conftest import EMBED_MODEL, GENERATE_MODEL
+from tests.conftest import EMBED_MODEL, GENERATE_MODEL, wait_until
 
 pytestmark = pytest.mark.integration
 
@@ -89,3 +93,36 @@ def test_no_broker_says_which_and_how_to_start_one() -> None:
     client = Client("redis://127.0.0.1:1/0")
     with pytest.raises(BrokerUnavailable, match=r"127\.0\.0\.1:1/0.*stoker up"):
         client.embed(["x"], model=EMBED_MODEL)
+
+
+def test_messages_that_cannot_be_read_are_dead_letters_and_the_worker_goes_on(client: Client) -> None:
+    (worker,) = client.workers()
+    queue = keys.queue(GENERATE_MODEL, "generate")
+    late = json.loads(envelope("late", "generate", GENERATE_MODEL, queue))
+    late["properties"]["delivery_tag"] = "late#1"
+    late["headers"]["eta"] = "2099-01-01T00:00:00+00:00"
+    bodyless = json.loads(envelope("bodyless", "generate", GENERATE_MODEL, queue))
+    bodyless["body"] = base64.b64encode(b"[]").decode()
+    bad = [b"garbage", b"[]", b"\xff", b"[" * 50_000, json.dumps(late).encode(), json.dumps(bodyless).encode()]
+    try:
+        client.redis.rpush(keys.front(queue), *bad)
+        client.redis.publish(f"{keys.PREFIX}/0.celery.pidbox", "[]")
+        client.redis.publish(keys.CANCELS, b"\xff")
+        assert len(client.generate("x", model=GENERATE_MODEL, max_tokens=2).result(30).token_ids) == 2
+        found = wait_until(lambda: letters if len(letters := client.dead()) == len(bad) else None, "all are put aside")
+    finally:
+        client.redis.delete(keys.DEAD)
+    assert {base64.b64decode(letter["message"]) for letter in found.values()} == {raw[:4096] for raw in bad}
+    after = wait_until(lambda: [now for now in client.workers() if now.time > worker.time], "its presence is renewed")
+    assert [now.pid for now in after] == [worker.pid]
+    assert after[0].lanes["generate"][0] == 0, "none of them took a place"
+
+
+def test_a_stream_of_the_wrong_type_fails_its_job_and_no_neighbour(client: Client) -> None:
+    job = client.generate("x", model=GENERATE_MODEL, max_tokens=4000)
+    next(job.stream(cancel_on_close=False))
+    client.redis.delete(keys.stream(job.id))
+    client.redis.set(keys.stream(job.id), "x", ex=60)
+    with pytest.raises(JobFailed, match=keys.stream(job.id)):
+        job.result(30)
+    assert len(client.generate("x", model=GENERATE_MODEL, max_tokens=2).result(30).token_ids) == 2

@@ -69,6 +69,17 @@ def test_dropped_connections_neither_end_the_worker_nor_run_a_job_twice(fragile:
         assert client.workers()[0].pid == pid
         log = (stack.settings.logs / "worker.log").read_text()
         assert log.count(f"[{job.id}] received") == 1
+        be_a_replica_for_a_while(client, stack)
+        assert client.embed(["still there"], model=EMBED_MODEL).result(30).shape == (1, 384)
+        assert client.workers()[0].pid == pid
+
+
+def be_a_replica_for_a_while(client: Client, stack: Stack) -> None:
+    """As a broker is in a fail-over: it answers, and takes nothing. Until the worker has met that."""
+    log = stack.settings.logs / "worker.log"
+    client.redis.execute_command("REPLICAOF", "127.0.0.1", "1")
+    wait_until(lambda: "'presence' waits for the broker" in log.read_text(), "the worker was refused")
+    client.redis.execute_command("REPLICAOF", "NO", "ONE")
 
 
 @pytest.mark.parametrize("how", ["killed", pytest.param("frozen", marks=pytest.mark.slow)])
