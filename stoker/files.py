@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
-from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -12,19 +10,14 @@ from typing import IO, Any
 def write_whole(path: Path, data: bytes) -> None:
     """Let `path` hold `data`: a reader, or the next start after a power cut, finds the old content or the new.
 
-    The content is on the disk before it gets its name, and the name when this returns. Raises `OSError`.
+    The content is on the disk before it gets its name, and the name when this returns. One writer at a time: what a
+    killed one left is written over. Raises `OSError`.
     """
-    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            flush(file)
-        os.chmod(draft, 0o644)
-        os.replace(draft, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(draft)
-        raise
+    draft = path.with_name(f"{path.name}.new")
+    with draft.open("wb") as file:
+        file.write(data)
+        flush(file)
+    draft.replace(path)
     flush_folder(path.parent)
 
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from stoker.contract.vectors import Encoded, Int8Vectors
 from stoker.errors import ConfigError, InvalidRequest, ModelError
+from stoker.files import flush, flush_folder, write_whole
 
 #: Seconds between two moments at which the rows so far are made safe.
 SAFE_EVERY = 2.0
@@ -146,13 +147,10 @@ class Output:
         self._safe_at = time.monotonic()
         if self._layout is None:
             return
-        _sync(self._file)
+        flush(self._file)
         record = json.dumps({"job": self._job, "dim": self.dim, "done": self.done})
-        temporary = state_path(self._path).with_suffix(".new")
-        with temporary.open("w") as file:
-            file.write(record)
-            _sync(file)
-        temporary.replace(state_path(self._path))
+        # That flushes the folder too, and so the name of the partial file.
+        write_whole(state_path(self._path), record.encode())
 
     def finish(self) -> None:
         """Every row is there: give the file its name."""
@@ -164,9 +162,12 @@ class Output:
             assert self._layout is not None
             _write_parquet(partial, whole, self._layout, self._rows)
             whole.replace(self._path)
+            # Before the rows are gone, their copy has its name for good.
+            flush_folder(self._path.parent)
             partial.unlink()
         else:
             partial.replace(self._path)
+        flush_folder(self._path.parent)
         state_path(self._path).unlink()
 
 
@@ -203,8 +204,10 @@ def opened(path: Path, rows: int, job: Mapping[str, Any], overwrite: bool = Fals
         if state and state["job"] == job:
             output.resume(state)
         else:
-            file.truncate(0)
+            # The record first, and for good: it would vouch for rows that are not those it was written for.
             state_path(path).unlink(missing_ok=True)
+            flush_folder(path.parent)
+            file.truncate(0)
         try:
             yield output
         except BaseException:
@@ -229,11 +232,6 @@ def _state_of(path: Path, file: IO[bytes]) -> dict[str, Any]:
         return state if os.fstat(file.fileno()).st_size >= end else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-
-
-def _sync(file: IO[Any]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _pyarrow() -> Any:
@@ -265,4 +263,4 @@ def _write_parquet(source: Path, target: Path, layout: Layout, rows: int) -> Non
         with pyarrow.parquet.ParquetWriter(file, table(0, 0).schema) as writer:
             for start in range(0, rows, 65_536):
                 writer.write_table(table(start, min(rows, start + 65_536)))
-        _sync(file)
+        flush(file)

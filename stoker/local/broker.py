@@ -50,9 +50,12 @@ class EmbeddedBroker:
             port = free_port(0)
         self.url = _url(port)
         self._wait_until_loaded(tell)
+        self._announce()
+        return self.url
+
+    def _announce(self) -> None:
         record = json.dumps({"url": self.url, "pid": os.getpid()})
         write_whole(self._settings.broker_file, record.encode())
-        return self.url
 
     def _serves(self, port: int) -> bool:
         """Start the server on `port` and wait until it answers; False if somebody else has the port."""

@@ -1,0 +1,151 @@
+"""Files that a power cut, or `kill -9`, between any two calls leaves whole: rows of vectors, and small files."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from stoker.bulk import output as output_module
+from stoker.bulk.output import opened, partial_path
+from stoker.files import write_whole
+from stoker.local.broker import EmbeddedBroker
+from stoker.settings import Settings, load_settings
+from tests import powercut
+from tests.powercut import Cut, Disk
+from tests.stoker.test_bulk_files import DIM, break_off, encoded, job
+
+ROWS, STEP = 23, 9
+SUFFIXES = [".npy", ".safetensors"] + ([".parquet"] if importlib.util.find_spec("pyarrow") else [])
+
+
+@pytest.fixture(autouse=True)
+def _safe_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output_module, "SAFE_EVERY", 0.0)
+
+
+def run(path: Path, of: Mapping[str, Any], disk: Disk | None = None, overwrite: bool = False) -> int:
+    """Go on with an output to its end; how many rows were there."""
+    with opened(path, ROWS, of, overwrite) as output:
+        before = output.done
+        for start in range(before, ROWS, STEP):
+            output.write(encoded(of["dtype"], start, min(start + STEP, ROWS)))
+            if disk is not None:
+                disk.mark(f"{output.done} rows")
+        output.finish()
+    if disk is not None:
+        disk.mark("finished")
+    return before
+
+
+def rows_promised(cut: Cut) -> int:
+    return max((int(mark.split()[0]) for mark in cut.marks if mark != "finished"), default=0)
+
+
+def whole(folder: Path, suffix: str, of: Mapping[str, Any]) -> bytes:
+    folder.mkdir()
+    run(folder / f"out{suffix}", of)
+    return (folder / f"out{suffix}").read_bytes()
+
+
+def restored(disk: Disk, folder: Path) -> Iterator[tuple[Cut, Path]]:
+    """Each state once. What goes on from there goes on to its end, and so need not wait for the real disk."""
+    cuts = {(tuple(sorted(cut.tree.items())), cut.marks): cut for cut in disk.cuts()}
+    assert len(cuts) > 20
+    with mock.patch.object(os, "fsync"), mock.patch.object(output_module, "SAFE_EVERY", 3600.0):
+        for cut in cuts.values():
+            with cut.restored(folder) as after:
+                yield cut, after
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_rows_that_were_promised_outlast_every_cut_and_the_file_is_whole_or_not_there(
+    tmp_path: Path, suffix: str, dtype: str
+) -> None:
+    if (suffix, dtype) == (".npy", "int8"):
+        pytest.skip("npy has no place for scales")
+    of, work = job(dtype), tmp_path / "work"
+    expected = whole(tmp_path / "expected", suffix, of)
+    work.mkdir()
+    with powercut.recorded(work) as disk:
+        run(work / f"out{suffix}", of, disk)
+    for cut, after in restored(disk, tmp_path / "after"):
+        path = after / f"out{suffix}"
+        if "finished" in cut.marks:
+            assert path.exists(), cut
+        if path.exists():
+            assert path.read_bytes() == expected, cut
+            continue
+        assert run(path, of) >= rows_promised(cut), cut
+        assert path.read_bytes() == expected, cut
+
+
+def test_an_output_that_is_begun_anew_never_vouches_for_rows_of_another_run(tmp_path: Path) -> None:
+    """Either run may be gone on with after any cut, and has its own rows in the end."""
+    old, new, work = job("float32", input="old"), job("float16", input="new"), tmp_path / "work"
+    expected = {name: whole(tmp_path / name, ".npy", of) for name, of in (("old", old), ("new", new))}
+    work.mkdir()
+    break_off(work / "out.npy", old, encoded("float32", 0, 9), encoded("float32", 9, 20))
+    with powercut.recorded(work) as disk:
+        run(work / "out.npy", new, disk, overwrite=True)
+    for name, of in (("old", old), ("new", new)):
+        for cut, after in restored(disk, tmp_path / "after"):
+            path = after / "out.npy"
+            if path.exists():
+                assert path.read_bytes() == expected["new"], cut
+                continue
+            run(path, of, overwrite=True)
+            assert path.read_bytes() == expected[name], cut
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_nothing_of_a_longer_run_is_left_in_a_file_that_was_begun_anew(tmp_path: Path, suffix: str) -> None:
+    new, path = job("float16", input="new"), tmp_path / f"out{suffix}"
+    expected = whole(tmp_path / "expected", suffix, new)
+    partial_path(path).write_bytes(b"x" * (ROWS * DIM * 4 + 10_000))
+    run(path, new)
+    assert path.read_bytes() == expected
+    break_off(path.with_name(f"two{suffix}"), job("float32"), encoded("float32", 0, ROWS))
+    run(path.with_name(f"two{suffix}"), new, overwrite=True)
+    assert path.with_name(f"two{suffix}").read_bytes() == expected
+
+
+def test_a_small_file_is_the_old_or_the_new_at_every_cut(tmp_path: Path) -> None:
+    folder, path = tmp_path / "home", tmp_path / "home" / "file"
+    folder.mkdir()
+    (folder / "file.new").write_bytes(b"left by one that was killed")
+    for old in (None, b"old"):
+        if old is not None:
+            path.write_bytes(old)
+        with powercut.recorded(folder) as disk:
+            write_whole(path, b"new content")
+        assert {cut.tree.get("file") for cut in disk.cuts()} == {old, b"new content"}
+        assert {cut.tree["file"] for cut in disk.cuts() if cut.finished} == {b"new content"}
+        path.unlink()
+
+
+def test_the_brokers_address_is_the_old_or_the_new_at_every_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    settings = Settings(home=home)
+    broker, record = EmbeddedBroker(settings), dict[str, str]()
+    broker.url = "redis://127.0.0.1:1000/0"
+    broker._announce()
+    broker.url = "redis://127.0.0.1:2000/0"
+    with powercut.recorded(home) as disk:
+        broker._announce()
+    for cut in disk.cuts():
+        with cut.restored(tmp_path / "after") as after:
+            record = json.loads((after / "broker.json").read_text())
+            found = load_settings(home=after).chosen_url
+            assert found == record["url"], cut
+            assert found in ({broker.url} if cut.finished else {broker.url, "redis://127.0.0.1:1000/0"}), cut
