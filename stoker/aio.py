@@ -142,6 +142,8 @@ class AsyncClient:
                 reply = await submission.send(self.redis)
                 for awaitable in submission.tidy(self.redis, reply):
                     await awaitable
+                if reply[0] == b"known":
+                    submission.check_known(await self.redis.hget(keys.job(submission.job_id), "kind"))
                 pause = submission.pause(reply)
             if pause is None:
                 return submission.job_id

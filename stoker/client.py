@@ -206,6 +206,8 @@ class Client:
             with translated(self.settings):
                 reply = submission.send(self.redis, revive=revive)
                 submission.tidy(self.redis, reply)
+                if reply[0] == b"known":
+                    submission.check_known(self.redis.hget(keys.job(submission.job_id), "kind"))
                 pause = submission.pause(reply)
             if pause is None:
                 return submission.job_id

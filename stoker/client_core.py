@@ -233,6 +233,14 @@ class Submission:
             pipeline.expire(blob, keys.UPLOAD_TTL)
             yield pipeline.execute()
 
+    def check_known(self, kind: bytes | None) -> None:
+        """There was a job of this id before, of this `kind`. Raises `InvalidRequest` if it cannot be the one meant."""
+        if kind is not None and kind.decode() != self._record["kind"]:
+            raise InvalidRequest(
+                f"job_id: {self.job_id!r} given for a job of kind {self._record['kind']}; it is that of a job of kind "
+                f"{kind.decode()}. Take another id."
+            )
+
     def tidy(self, redis: Any, reply: Sequence[Any]) -> list[Any]:
         """After an answer of `send`: what was uploaded in parts stays while a place in the queue is waited for, and
         goes if a job of that id was there already. The asyncio client has to await what is returned."""

@@ -74,9 +74,20 @@ def read_folder(folder: Path, *, named: bool = False) -> bytes:
                 f"{folder}: no adapter in it; expected adapter_config.json and adapter_model.safetensors (PEFT), or "
                 "adapter_config.json and adapters.safetensors (mlx-lm)."
             )
+        for path in found.values():
+            _check_link(folder, path)
         size = sum(path.stat().st_size for path in found.values())
         if size > MAX_BYTES:
             raise InvalidRequest(f"{folder}: {size} bytes; at most {MAX_BYTES} can be loaded.")
         return pack({name: path.read_bytes() for name, path in found.items()}, str(folder) if named else None)
     except OSError as error:
         raise InvalidRequest(f"{folder}: cannot be read ({error.strerror}).") from None
+
+
+def _check_link(folder: Path, path: Path) -> None:
+    """A link may lead to another file of the folder, or where the hub's cache keeps the files of a snapshot: what is
+    read is sent away. Raises `InvalidRequest` for one that leads anywhere else."""
+    target, home = path.resolve(), folder.resolve()
+    allowed = [home] + ([home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [])
+    if not any(target.is_relative_to(place) for place in allowed):
+        raise InvalidRequest(f"{path}: a link to {target}, which is no file of this folder. Copy the file here.")

@@ -218,6 +218,19 @@ def test_an_adapter_that_cannot_be_written_fails_its_own_run_alone(
     assert waiting.result(0).steps == 1
 
 
+@pytest.mark.parametrize("job_id", ["../../x", "..", "", "/tmp/x", "a/b"])
+def test_a_run_whose_id_could_be_a_path_fails_alone_and_writes_nothing(
+    lane: TrainLane, tmp_path: Path, job_id: str
+) -> None:
+    hostile, waiting = admit(lane, job_id, steps=1), admit(lane, "b", steps=1)
+    run_all(lane)
+    with pytest.raises(InvalidRequest, match="job id"):
+        hostile.result(0)
+    assert waiting.result(0).steps == 1
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["b"]
+    assert {path.name for path in tmp_path.iterdir()} == {"adapters", "runs"}
+
+
 def test_what_the_model_cannot_run_is_refused_before_it_waits(lane: TrainLane) -> None:
     ticket = Ticket("a", "train")
     with pytest.raises(DatasetError, match="gone from the broker"):

@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ import pytest
 from stoker import AsyncClient, Client, keys, ledger
 from stoker import client_core as core
 from stoker.connection import connect
+from stoker.contract import bundle
 from stoker.contract.uploads import Upload
-from stoker.errors import QueueFull
+from stoker.errors import InvalidRequest, QueueFull
 from stoker.settings import Settings
 from tests.stoker.test_client_core import SMOL
 from workers import uploads
@@ -169,3 +171,44 @@ def test_a_retry_of_a_dead_letter_finds_its_input_whole(server: Any, client: Cli
     assert trained_on(server, "mine") == OLD
     assert ledger.cancel(server, "mine", QUEUE) == b"cancelled"
     assert blobs(server) == []
+
+
+def test_an_id_of_another_kind_of_job_is_refused_and_leaves_no_input(
+    server: Any, client: Client, broker: Settings
+) -> None:
+    client.generate("x", model=SMOL.model, job_id="mine")
+
+    async def send() -> None:
+        async with AsyncClient(settings=broker) as sender:
+            await sender.train("style", OLD, model=SMOL.model, job_id="mine")
+
+    with pytest.raises(InvalidRequest, match="given for a job of kind train; it is that of a job of kind generate"):
+        client.train("style", OLD, model=SMOL.model, job_id="mine")
+    with pytest.raises(InvalidRequest, match="kind generate"):
+        asyncio.run(send())
+    client.generate("x", model=SMOL.model, job_id="mine")
+    assert blobs(server) == []
+
+
+def test_a_link_out_of_an_adapters_folder_sends_nothing(tmp_path: Path) -> None:
+    outside, folder = tmp_path / "secret", tmp_path / "adapter"
+    folder.mkdir()
+    outside.write_text("{}")
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapter_model.safetensors").write_bytes(b"weights")
+    whole = bundle.read_folder(folder)
+    for target in (outside, tmp_path / "adapter" / ".." / "secret"):
+        (folder / "stoker.json").symlink_to(target)
+        with pytest.raises(InvalidRequest, match=r"a link to .*secret, which is no file of this folder"):
+            bundle.read_folder(folder)
+        (folder / "stoker.json").unlink()
+    # The folder itself may be reached by a link, and the hub's cache has nothing but links.
+    (tmp_path / "link").symlink_to(folder)
+    assert bundle.read_folder(tmp_path / "link") == whole
+    snapshot, kept = tmp_path / "hub" / "snapshots" / "abc", tmp_path / "hub" / "blobs"
+    snapshot.mkdir(parents=True)
+    kept.mkdir()
+    for number, path in enumerate(sorted(folder.iterdir())):
+        (kept / str(number)).write_bytes(path.read_bytes())
+        (snapshot / path.name).symlink_to(Path("..") / ".." / "blobs" / str(number))
+    assert bundle.read_folder(snapshot) == whole

@@ -66,6 +66,14 @@ def test_an_upload_that_is_not_what_was_sent_ends_its_job_and_leaves_no_file(
     assert [path for path in run.runtime.settings.runs.rglob("*") if path.is_file()] == []
 
 
+def test_a_byte_behind_the_last_part_is_seen(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = sent(run)
+    monkeypatch.setattr(keys, "PART", len(LINES))
+    run.runtime.redis.append(keys.blob(name), b"x")
+    with pytest.raises(JobLost, match="not whole"):
+        datasets.fetch(run, name)
+
+
 @pytest.mark.parametrize("kind", ["dataset", "adapter"])
 def test_an_upload_of_another_job_or_any_other_key_is_refused(run: Any, kind: Kind) -> None:
     own = str(Upload.of(kind, "job", LINES))

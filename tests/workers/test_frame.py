@@ -63,10 +63,10 @@ class Worker:
     def cancel(self, job_id: str) -> None:
         self.cancels.append(job_id)
 
-    def deliver(self, ends: Callable[[], Any]) -> Any:
+    def deliver(self, ends: Callable[[], Any], job_id: str = "job") -> Any:
         self.ends, self.deliveries = ends, self.deliveries + 1
         request = SimpleNamespace(
-            id="job",
+            id=job_id,
             delivery_info={"routing_key": QUEUE},
             stoker_token=f"token-{self.deliveries}",
             stoker_tag="tag",
@@ -115,6 +115,18 @@ def test_an_error_ends_the_job_with_its_class(worker: Worker, error: Exception, 
     assert worker.outcome is not None
     with pytest.raises(told, match="no"):
         worker.outcome.unwrap("job")
+
+
+@pytest.mark.parametrize("job_id", ["../../x", "/abs", "a/b", ".", "a\nb", "a" * 129])
+def test_a_job_whose_id_could_be_a_path_ends_alone_before_it_runs(worker: Worker, job_id: str) -> None:
+    ledger.submit(worker.redis, job_id, job_record(generate_request("m", "x", 0, {}), job_id))
+    with pytest.raises(InvalidRequest, match=r"job id: .* given; allowed: 1 to 128 letters"):
+        worker.deliver(raising(AssertionError("it ran")), job_id)
+    outcome = Outcome.parse(worker.redis.get(keys.result(job_id)))
+    assert outcome is not None
+    assert outcome.status is JobStatus.FAILED
+    assert worker.deliver(lambda: 7)["completion_tokens"] == 7
+    worker.redis.flushall()
 
 
 def test_progress_that_cannot_be_told_fails_no_job(worker: Worker) -> None:
