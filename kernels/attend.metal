@@ -63,7 +63,7 @@ const float share = metal::exp(top - head_top);
 sum = metal::simd_sum(piece == 0 ? sum * share : 0.0f);
 for (int d = 0; d < PACK; d++) {
   sum_v[d] *= share;
-  for (uint step = LANES; step < 32; step <<= 1) sum_v[d] += metal::simd_shuffle_xor(sum_v[d], ushort(step));
+  for (uint step = 16; step > LANES / 2; step >>= 1) sum_v[d] += metal::simd_shuffle_xor(sum_v[d], ushort(step));
   if (lane < uint(LANES)) part[simdgroup][piece * PACK + d] = sum_v[d];
 }
 if (lane == 0) {

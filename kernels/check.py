@@ -11,7 +11,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -71,6 +71,23 @@ def check(kernel: Kernel, dtype: mx.Dtype, backend: Backend, seeds: Sequence[int
     return checked(worst, where)
 
 
+def check_hard(kernel: Kernel, dtype: mx.Dtype, backend: Backend) -> Iterator[Checked]:
+    """The hard inputs of `kernel`, if it has any, one result each; nothing is raised.
+
+    The case's name is printed before it runs: should a device not come back from one, it is known which.
+    """
+    tolerance = kernel.tolerances[dtype]
+    for case in kernel.hard(dtype, np.random.default_rng(SEEDS[0])) if kernel.hard else ():
+        print(f"{kernel.name:16} {_name(dtype):9} {case.label:46} ", end="", flush=True)
+        try:
+            error, detail = run_case(kernel, case, backend, SEEDS[0]), case.label
+        except (KernelDefect, build.CompileError, ValueError, RuntimeError) as problem:
+            error, detail = None, f"{case.label}: {str(problem)[:2000]}"
+        rows = case.arguments[0].shape[0]
+        passed = error is not None and error <= tolerance
+        yield Checked(kernel.name, _name(dtype), rows, error, tolerance, passed, detail)
+
+
 def run_case(kernel: Kernel, case: Case, backend: Backend, seed: int) -> float:
     """The error of one case. Raises `ValueError` where the kernel would fall back, and what the emulator found."""
     if reason := kernel.refuse(*case.arguments):
@@ -118,6 +135,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 continue
             rows.append(check(kernel, dtype, backend))
             show(rows[-1])
+            for hard in check_hard(kernel, dtype, backend) if options.hard else ():
+                rows.append(hard)
+                print(f"{hard.shapes:3} rows  {_verdict(hard)}", flush=True)
     timings = [] if backend == "emulator" or options.no_timings else _timings(chosen)
     path = _write(options.report, backend, rows, timings)
     failed = [row for row in rows if not row.passed]
@@ -130,20 +150,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--report", type=Path, default=Path("stoker-kernels.json"), help="where the report is written")
     parser.add_argument("--kernel", action="append", choices=list(KERNELS), help="this one alone; may be repeated")
     parser.add_argument("--dtype", action="append", help="float32, float16 or bfloat16 alone; may be repeated")
+    parser.add_argument("--hard", action="store_true", help="inputs at which mistakes would be expected, one by one")
     parser.add_argument("--no-timings", action="store_true", help="numbers alone")
     return parser
 
 
 def show(row: Checked) -> None:
     """Print it."""
+    print(f"{row.kernel:16} {row.dtype:9} {row.shapes:3} runs  {_verdict(row)}", flush=True)
+
+
+def _verdict(row: Checked) -> str:
     error = "-" if row.error is None else f"{row.error:.1e}"
-    verdict = "ok" if row.passed else "FAILED"
-    print(
-        f"{row.kernel:16} {row.dtype:9} {row.shapes:3} runs  error {error:>8} of {row.tolerance:.0e}  {verdict}",
-        flush=True,
-    )
-    if not row.passed:
-        print(f"    {row.detail}")
+    verdict = "ok" if row.passed else f"FAILED\n    {row.detail}"
+    return f"error {error:>8} of {row.tolerance:.0e}  {verdict}"
 
 
 def _timings(chosen: Sequence[Kernel]) -> list[Measured]:

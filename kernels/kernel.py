@@ -68,6 +68,8 @@ class Kernel:
     tolerances: dict[mx.Dtype, float] = field(default_factory=lambda: TOLERANCES)
     #: Whether training goes through it: then its gradient is checked against the reference's.
     differentiable: bool = False
+    #: Inputs at which a mistake would be expected, many rows a case: for slow tests and `stoker kernels check --hard`.
+    hard: Callable[[mx.Dtype, np.random.Generator], Iterable[Case]] | None = None
     #: How often it fell back to the reference on a GPU, by reason.
     fallbacks: Counter[str] = field(default_factory=Counter)
 

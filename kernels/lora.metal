@@ -40,7 +40,7 @@ for (int batch = 0; batch < STEPS; batch += DEPTH) {
   }
 }
 for (int p = 0; p < PACK; p++) {
-  for (uint step = uint(COLUMNS); step < 32; step <<= 1) sums[p] += metal::simd_shuffle_xor(sums[p], ushort(step));
+  for (uint step = 16; step > uint(COLUMNS) / 2; step >>= 1) sums[p] += metal::simd_shuffle_xor(sums[p], ushort(step));
   if (lane < uint(COLUMNS)) part[thread_index * PACK + p] = sums[p];
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);

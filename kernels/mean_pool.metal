@@ -12,7 +12,7 @@ const uint simdgroup = simdgroup_index_in_threadgroup;
 const uint simdgroups = threads / 32;
 // No template: every width of a batch would be a kernel of its own, compiled when it first comes.
 const uint tokens = uint(x_shape[1]);
-const uint length = uint(lengths[text]);
+const uint length = metal::min(uint(lengths[text]), tokens);
 float pooled[ITEMS];
 for (int k = 0; k < ITEMS; k++) pooled[k] = 0.0f;
 for (uint token = simdgroup; token < length; token += simdgroups) {

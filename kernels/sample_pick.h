@@ -19,9 +19,11 @@ inline_function void sums_to(uint count, float mass, C count_to, M mass_to, CP c
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
   if (simdgroup < 8) {
-    for (uint s = 0; s < simdgroup; s++) {
-      count += count_part[s];
-      mass += mass_part[s];
+    for (uint s = 0; s < 8; s++) {
+      if (s < simdgroup) {
+        count += count_part[s];
+        mass += mass_part[s];
+      }
     }
     count_to[thread_index] = count;
     mass_to[thread_index] = mass;
@@ -29,24 +31,29 @@ inline_function void sums_to(uint count, float mass, C count_to, M mass_to, CP c
   threadgroup_barrier(mem_flags::mem_threadgroup);
 }
 
-// The first bin at which the sum reaches `wanted`; 256 if none does.
-template <typename C>
-inline_function uint first_count(C count_to, uint wanted) {
-  uint low = 0, high = 256;
-  while (low < high) {
-    const uint middle = (low + high) / 2;
-    if (count_to[middle] < wanted) low = middle + 1;
-    else high = middle;
-  }
+// The first of 256 sums that reaches `wanted`, the last if none does: eight halvings, whatever the numbers are.
+template <typename S, typename W>
+inline_function uint first_reaching(S sums, W wanted) {
+  uint low = 0;
+  for (uint step = 128; step > 0; step >>= 1) low += sums[low + step - 1] >= wanted ? 0 : step;
   return low;
 }
-template <typename M>
-inline_function uint first_mass(M mass_to, float wanted) {
-  uint low = 0, high = 256;
-  while (low < high) {
-    const uint middle = (low + high) / 2;
-    if (mass_to[middle] < wanted) low = middle + 1;
-    else high = middle;
-  }
-  return low;
+// The same among parts that hold a score, if any does. Masses are rounded, so that their sums may reach `wanted` at an
+// empty part, too early or never; counts are exact: of the parts up to that one the last that holds a score is taken,
+// else the first that does.
+template <typename C, typename M>
+inline_function uint part_reaching(C count_to, M mass_to, float wanted) {
+  return first_reaching(count_to, metal::max(count_to[first_reaching(mass_to, wanted)], 1u));
+}
+
+// A number for each score that is smaller for a larger one: the bits of floats in order.
+inline_function uint place_of(float score) {
+  const uint bits = as_type<uint>(score);
+  return bits >> 31 ? bits : 0x7fffffffu - bits;
+}
+// How many bits the numbers up to `most` take.
+inline_function uint bits_of(uint most) {
+  uint bits = 0;
+  for (uint n = 0; n < 32; n++) bits = most >> n ? n + 1 : bits;
+  return bits;
 }

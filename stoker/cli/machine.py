@@ -167,10 +167,12 @@ def check_kernels(
     report: Annotated[Path, typer.Option(help="Where the JSON report is written.")] = Path("stoker-kernels.json"),
     kernel: Annotated[list[str] | None, typer.Option(help="This one alone; may be repeated.")] = None,
     timings: Annotated[bool, typer.Option(help="Time them as well, where there is a GPU.")] = True,
+    hard: Annotated[bool, typer.Option("--hard", help="Also inputs at which mistakes would be expected.")] = False,
 ) -> None:
     """Run every fused kernel of this machine's back-end against its reference."""
     chosen = [part for name in kernel or () for part in ("--kernel", name)]
-    _run_module("kernels.check", "--report", str(report), *chosen, *([] if timings else ["--no-timings"]))
+    flags = [*([] if timings else ["--no-timings"]), *(["--hard"] if hard else [])]
+    _run_module("kernels.check", "--report", str(report), *chosen, *flags)
 
 
 def bench_kernels(
