@@ -67,6 +67,8 @@ def cases(dtype: mx.Dtype, random: np.random.Generator) -> Iterable[Case]:
     yield case("top-k 1", logits(2, 513), top_k=1)
     yield case("two tokens", logits(2, 2))
     yield penalised("penalties", top_k=20)
+    alone = mx.where(mx.arange(3000) == 2999, 40.0, normal(random, (1, 3000), mx.float32)).astype(dtype)
+    yield case("top-k 20 beyond the bins", alone, top_k=20)
     yield case("top-k 50, top-p 0.95", logits(2, 151_936), top_k=50, top_p=0.95, large=True)
     yield case("temperature alone", logits(1, 151_936), large=True)
 
