@@ -84,7 +84,7 @@ def read(folder: Path, shapes: Mapping[str, tuple[int, int]]) -> LoraWeights:
 
 
 def checked_rank(path: Path, rank: object) -> int:
-    if not isinstance(rank, int) or not 1 <= rank <= MAX_RANK:
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= MAX_RANK:
         raise ModelError(f"{path}: rank {rank!r}; allowed: 1 to {MAX_RANK}.")
     return rank
 

@@ -15,7 +15,7 @@ import pytest
 
 from engine.adapters import peft
 from engine.adapters.lane import AdapterLane
-from engine.adapters.lora import LoraConfig, LoraWeights, initialise
+from engine.adapters.lora import LoraConfig, LoraWeights, dropout_keys, initialise
 from engine.adapters.peft import CONFIG_FILE, WEIGHTS_FILE
 from engine.adapters.pool import BASE, AdapterPool
 from engine.adapters.store import NOTES_FILE, AdapterStore
@@ -244,6 +244,16 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "damaged configuration": (CONFIG_FILE, _cut, "not readable as JSON"),
     "no rank": (CONFIG_FILE, lambda path: rewrite(path, lambda f: f.pop("r")), "rank None; allowed: 1 to 256"),
     "a rank of 0": (CONFIG_FILE, lambda path: rewrite(path, lambda f: f.update(r=0)), "rank 0; allowed: 1 to 256"),
+    "a rank that is no number": (
+        CONFIG_FILE,
+        lambda path: rewrite(path, lambda f: f.update(r=True)),
+        "rank True; allo",
+    ),
+    "an alpha that is no number": (
+        CONFIG_FILE,
+        lambda path: rewrite(path, lambda f: f.update(lora_alpha=True)),
+        "lora_alpha True; expected a numb",
+    ),
     "another rank": (CONFIG_FILE, lambda path: rewrite(path, lambda f: f.update(r=4)), "this model and rank need .*4"),
 }
 
@@ -272,14 +282,42 @@ def test_a_peft_adapter_of_another_kind_is_refused(
         store.read("tiny", "style", 1, model.linear_shapes)
 
 
+@pytest.mark.parametrize(
+    "fields", [{"layers_to_transform": [0]}, {"exclude_modules": ["layers.1.self_attn.q_proj"]}, {}], ids=str
+)
+def test_an_adapter_of_some_of_the_layers_says_so_or_is_refused(
+    model: LoadedModel, tmp_path: Path, fields: dict[str, Any]
+) -> None:
+    whole = tiny.adapter(model, 3, 0, targets=("q_proj",))
+    (first, _) = sorted(whole.matrices)
+    peft.write(tmp_path, "tiny", LoraWeights(whole.config, {first: whole.matrices[first]}))
+    rewrite(tmp_path / CONFIG_FILE, lambda found: found.update(fields))
+    if fields:
+        assert list(peft.read(tmp_path, model.linear_shapes).matrices) == [first]
+        return
+    with pytest.raises(ModelError, match=r"layers\.1\.self_attn\.q_proj lacks lora_A"):
+        peft.read(tmp_path, model.linear_shapes)
+
+
 def test_a_fresh_adapter_changes_nothing_and_the_same_seed_makes_the_same(model: LoadedModel) -> None:
     config = LoraConfig(4, 8.0, ("q_proj", "down_proj"))
     first, second, other = (initialise(config, model.decoder.linears, seed) for seed in (1, 1, 2))
     assert {name.rpartition(".")[2] for name in first.matrices} == {"q_proj", "down_proj"}
+    for name, sides in first.matrices.items():
+        bound = model.linear_shapes[name][0] ** -0.5
+        assert 0.9 * bound < mx.abs(sides["a"]).max().item() <= bound, "as PEFT draws it"
     name = next(iter(first.matrices))
     assert np.array_equal(np.array(first.matrices[name]["a"]), np.array(second.matrices[name]["a"]))
     assert not np.array_equal(np.array(first.matrices[name]["a"]), np.array(other.matrices[name]["a"]))
     assert np.array_equal(alone(model, first), logits(model, None)[0])
+
+
+def test_each_layer_drops_other_inputs_and_the_same_whichever_is_named_first() -> None:
+    names = sorted(tiny.LAYERS)
+    keys = dropout_keys(names, mx.random.key(1))
+    assert len({tuple(key.tolist()) for key in keys.values()}) == len(names)
+    again = dropout_keys(reversed(names), mx.random.key(1))
+    assert all(mx.array_equal(keys[name], again[name]) for name in names)
 
 
 def test_adapters_of_any_rank_share_a_batch_and_equal_each_alone(model: LoadedModel, pool: AdapterPool) -> None:
@@ -330,6 +368,32 @@ def test_the_least_recently_used_goes_when_the_budget_is_full(model: LoadedModel
     found = logits(model, pool.rows([pool.acquire("a1"), pool.acquire("a2")]), 2)
     for row, seed in zip(found, (1, 2), strict=True):
         assert np.abs(row - alone(model, tiny.adapter(model, 2, seed))).max() < 1e-4
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
+def test_an_adapter_that_takes_anothers_place_keeps_nothing_of_it(
+    model: LoadedModel, store: AdapterStore, dora: bool
+) -> None:
+    """The first changes layers, ranks and gains that the second does not have."""
+    pool, narrow = AdapterPool(model, store, budget=1), tiny.adapter(model, 2, 2, targets=("v_proj",))
+    pool.save("wide", tiny.adapter(model, 7, 1, dora=dora), {})
+    pool.save("other", tiny.adapter(model, 2, 3), {})
+    pool.save("third", tiny.adapter(model, 2, 4), {})
+    pool.save("narrow", narrow, {})
+    assert pool.loaded == ("narrow@1", "other@1", "third@1")
+    found = logits(model, pool.rows([pool.acquire("narrow")]))
+    assert np.abs(found[0] - alone(model, narrow)).max() < 1e-4
+
+
+def test_one_that_is_given_back_by_one_request_is_held_for_the_others(model: LoadedModel, store: AdapterStore) -> None:
+    pool = AdapterPool(model, store, budget=1)
+    for seed in range(3):
+        pool.save(f"a{seed}", tiny.adapter(model, 2, seed), {})
+    rows = [pool.acquire("a0"), pool.acquire("a0")]
+    pool.release(rows[0])
+    pool.acquire("a1")
+    pool.save("new", tiny.adapter(model, 2, 7), {})
+    assert pool.loaded == ("a0@1", "a1@1", "new@1"), "a0 is in use still"
 
 
 def test_adapters_that_are_all_in_use_are_held_whatever_the_budget(model: LoadedModel, store: AdapterStore) -> None:

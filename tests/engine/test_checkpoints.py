@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import shutil
 from pathlib import Path
 
@@ -102,6 +103,73 @@ def test_the_best_adapter_is_whole_or_not_there_when_the_power_fails(model: Load
                 assert any(which), cut
                 kept[cut.before, cut.how] = which[1]
     assert all(kept["", how] for how in powercut.HOW), "in the end the new one is there"
+
+
+def test_a_checkpoint_that_a_dead_process_wrote_is_on_disk_when_the_next_finds_it(
+    model: LoadedModel, tmp_path: Path
+) -> None:
+    """It may have been killed between the rename and the flush; the run goes on, and the power fails later."""
+    weights = tiny.adapter(model, 2, 1, targets=("q_proj",))
+    plain, root = files.flush, tmp_path / "disk"
+    root.mkdir()
+
+    def die(path: Path) -> None:
+        if path == root and (root / "step-00000001").exists():
+            raise KeyboardInterrupt
+        plain(path)
+
+    with powercut.recorded(root) as disk:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(files, "flush", die)
+            with pytest.raises(KeyboardInterrupt):
+                Checkpoints(root, MADE_OF).save(state(1), weights)
+        Checkpoints(root, MADE_OF).save(state(1), weights)
+    assert all("step-00000001/stoker.json" in cut.tree for cut in disk.cuts() if cut.finished)
+
+
+def test_a_state_is_read_as_it_was_written_in_every_field() -> None:
+    values: dict[str, object] = {
+        **dict.fromkeys(("step", "micro", "targets", "tokens", "reports", "rollbacks", "best_step", "stale"), 0),
+        **dict.fromkeys(("loss_sum", "first_loss", "last_loss", "last_rate", "rate_factor", "best_loss"), 0.1),
+    }
+    values = {name: value + number for number, (name, value) in enumerate(values.items(), 1)}  # type: ignore[operator]
+    arrays = [mx.array([float(number)]) for number in range(4)]
+    written = TrainState(
+        arrays[0],
+        Moments(arrays[1], arrays[2]),
+        gradient=arrays[3],
+        recent=(1.5, 0.1),
+        unreported={"loss": 0.1},
+        **values,  # type: ignore[arg-type]
+    )
+    plain = TrainState(arrays[0], written.moments)
+    assert all(getattr(written, name) != getattr(plain, name) for name in plain.numbers), "each is another than usual"
+    found = TrainState.of(written.arrays, json.loads(json.dumps(written.numbers)))
+    assert found == written
+
+
+def test_of_regular_checkpoints_the_last_two_stay_and_the_best(model: LoadedModel, tmp_path: Path) -> None:
+    weights = tiny.adapter(model, 2, 1, targets=("q_proj",))
+    checkpoints = Checkpoints(tmp_path, MADE_OF)
+    for step in range(1, 6):
+        if step < 3:
+            checkpoints.save_best(step, weights)
+        checkpoints.save(state(step, best_step=min(step, 2)), weights)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best-00000002", "step-00000004", "step-00000005"]
+
+
+def test_the_newest_is_that_of_most_reports_not_of_the_last_name(model: LoadedModel, tmp_path: Path) -> None:
+    """After a rollback the run is at an earlier step than the pause before."""
+    weights = tiny.adapter(model, 2, 1, targets=("q_proj",))
+    checkpoints = Checkpoints(tmp_path, MADE_OF)
+    checkpoints.save(state(4), weights)
+    checkpoints.pause(state(3, reports=9), weights)
+    checkpoints.pause(state(3, reports=9, micro=12), weights)
+    checkpoints._write("step-00000005", lambda draft: checkpoints._fill(draft, state(5), weights))
+    found, anchor = Checkpoints(tmp_path, MADE_OF).newest()
+    assert found is not None
+    assert anchor is not None
+    assert (found.reports, found.micro, anchor.step) == (9, 12, 5)
 
 
 def test_what_is_deleted_is_out_of_sight_on_disk_before_its_files_go(
