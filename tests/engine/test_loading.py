@@ -16,6 +16,7 @@ from tokenizers import models
 from engine.loading import LoadedModel, load
 from engine.models.llama import Llama, LlamaArgs
 from engine.weights import safetensors
+from engine.weights.digest import weights_digest
 from stoker.errors import ModelError
 
 
@@ -117,6 +118,20 @@ def test_bert_loads_with_its_prefix_too(minilm: LoadedModel, tmp_path: Path) -> 
 def test_real_models_say_what_they_are(minilm: LoadedModel, smollm2: LoadedModel) -> None:
     assert (minilm.kind, minilm.context, len(minilm.linear_shapes)) == ("embed", 256, 0)
     assert (smollm2.kind, smollm2.context, smollm2.parameters) == ("generate", 8192, 134_515_008)
+
+
+@pytest.mark.parametrize("place", [0, (1 << 20) - 1, 2 << 20, (3 << 20) - 1])
+def test_a_digest_tells_models_apart_by_both_ends_and_the_size(tmp_path: Path, place: int) -> None:
+    content = bytearray(3 << 20)
+    (tmp_path / "a.gguf").write_bytes(content)
+    same = weights_digest(tmp_path / "a.gguf")
+    (tmp_path / "b.gguf").write_bytes(content)
+    assert weights_digest(tmp_path / "b.gguf") == same
+    content[place] = 1
+    (tmp_path / "b.gguf").write_bytes(content)
+    assert weights_digest(tmp_path / "b.gguf") != same
+    (tmp_path / "b.gguf").write_bytes(bytes(len(content) + 1))
+    assert weights_digest(tmp_path / "b.gguf") != same
 
 
 def test_everything_runs_without_a_compiler(folder: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import mlx.core as mx
@@ -13,6 +14,7 @@ from engine.adapters.merging import merge
 from engine.adapters.store import AdapterStore
 from engine.loading import load
 from engine.training.planning import plan
+from engine.weights import safetensors
 from stoker.errors import DatasetError, ModelError
 from tests import powercut
 from tests.engine import tiny
@@ -35,6 +37,17 @@ def test_a_merged_model_gives_the_logits_of_base_and_adapter(tmp_path: Path, nam
     assert np.abs(np.array(found) - np.array(wanted)).max() < 1e-3
     with pytest.raises(ModelError, match="exists already"):
         merge([str(BASES / name)], tmp_path / "tiny/style/1", tmp_path / "merged")
+
+
+def test_a_merged_model_is_of_the_dtype_of_its_base(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(BASES / "qwen2-untied", base)
+    for path in safetensors.files(base):
+        arrays = {name: array.astype(mx.bfloat16) for name, array in safetensors.read(path).items()}
+        safetensors.write(path, arrays)
+    AdapterStore(tmp_path).write("tiny", "style", tiny.adapter(load("tiny", [str(base)]), 2, 1), {})
+    merge([str(base)], tmp_path / "tiny/style/1", tmp_path / "merged")
+    assert {array.dtype for array in safetensors.read_folder(tmp_path / "merged").values()} == {mx.bfloat16}
 
 
 def test_a_merge_that_cannot_be_leaves_nothing(tmp_path: Path) -> None:

@@ -58,6 +58,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
 DEFECTS = {
     "empty": (b"", "too few"),
     "header beyond the file": (struct.pack("<Q", 10**6) + b"{}", "exceeds"),
+    "header a byte beyond the file": (struct.pack("<Q", 3) + b"{}", "exceeds"),
+    "header and its length beyond the file": (struct.pack("<Q", 10) + b"{}", "exceeds"),
     "enormous header": (struct.pack("<Q", 2**63) + b"{}", "exceeds"),
     "not JSON": (with_header(b"{{", b""), "not valid JSON"),
     "deep JSON": (with_header(b"[" * 100_000, b""), "not valid JSON"),

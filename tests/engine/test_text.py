@@ -131,6 +131,20 @@ def test_the_window_of_a_general_vocabulary_stays_small(minilm: LoadedModel) -> 
         assert len(stream._way._ids) <= 2
 
 
+def test_a_general_vocabulary_holds_back_sixteen_tokens_of_one_character() -> None:
+    class Slow:
+        """A vocabulary of which seventeen tokens make a character."""
+
+        inner, pieces, special_ids = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0})), None, frozenset[int]()
+
+        def decode(self, ids: list[int], *, skip_special: bool) -> str:
+            return "\ufffd" if 0 < len(ids) < 17 else "é" * (len(ids) // 17)
+
+    stream = StreamingDetokenizer(Slow())  # type: ignore[arg-type]
+    assert [stream.add(0) for _ in range(17)] == [""] * 16 + ["é"]
+    assert stream.finish() == ""
+
+
 def test_bytes_that_are_no_utf8_cost_only_themselves(byte_fallback: Tokenizer) -> None:
     ids = [1, 4 + 0x80, 2, 4 + 0xE2, 4 + 0x96, 3, 4 + 0xC3, 4 + 0xA9]
     assert byte_fallback.decode(ids) == "the\ufffd cat\ufffdsé"
