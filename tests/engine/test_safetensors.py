@@ -40,6 +40,19 @@ def test_what_was_written_is_read_again(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"], "no temporary file is left"
 
 
+def test_the_numbers_of_a_small_file_are_those_that_mlx_reads(tmp_path: Path) -> None:
+    values = mx.array([[1.0, -2.5, 3e-5], [0.1, 6e4, 0.0]])
+    arrays = {str(dtype): values.astype(dtype) for dtype in (mx.float32, mx.float16, mx.bfloat16)}
+    safetensors.write(tmp_path / "a.safetensors", arrays, {"note": "x"})
+    found = safetensors.read_numbers(tmp_path / "a.safetensors")
+    assert found.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert np.array_equal(found[name], np.array(array.astype(mx.float32))), name
+    safetensors.write(tmp_path / "a.safetensors", {"x": mx.array([1])})
+    with pytest.raises(ModelError, match="'x' has dtype I32; expected F32, F16, BF16"):
+        safetensors.read_numbers(tmp_path / "a.safetensors")
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.safetensors"
     path.write_bytes(SOUND)
@@ -74,6 +87,8 @@ DEFECTS = {
     "bytes": (with_header({"a": entry(shape=[3])}, bytes(8)), "needs 12"),
     "offsets": (with_header({"a": entry(offsets=[8, 0])}, bytes(8)), "spans -8"),
     "overlap": (with_header({"a": entry(), "b": entry(offsets=[4, 12])}, bytes(12)), "overlap or hole"),
+    "hole": (with_header({"a": entry(), "b": entry(offsets=[12, 20])}, bytes(20)), "overlap or hole"),
+    "hole before all": (with_header({"a": entry(offsets=[4, 12])}, bytes(12)), "overlap or hole"),
     "cut off": (with_header({"a": entry()}, bytes(4)), "cut off"),
     "metadata": (with_header({"__metadata__": {"a": 1}}, b""), "__metadata__"),
 }
