@@ -60,7 +60,7 @@ def test_attention_is_that_of_mlx(close: Close, length: int, past: int) -> None:
     bias = mx.random.normal((1, 6, length, past + length), key=mx.random.key(5))
     for mask in (None, "causal", some, bias):
         wanted = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=0.3, mask=mask)
-        assert close(attention(queries, keys, values, scale=0.3, mask=mask), wanted) < 2e-6
+        assert close(attention(queries, keys, values, scale=0.3, mask=mask), wanted) < 5e-6
 
 
 def test_a_query_that_sees_nothing_gives_no_nan() -> None:
