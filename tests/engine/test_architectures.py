@@ -255,5 +255,32 @@ def test_the_factors_of_a_gguf_stretch_like_llama3() -> None:
     assert mx.abs(wanted - got).max().item() < 1e-5
 
 
+@pytest.mark.parametrize("scaling", [None, rope.Linear(4.0), rope.Llama3(8.0, 1.0, 4.0, 64)], ids=str)
+def test_each_pair_turns_by_its_position_over_its_period(scaling: rope.Scaling) -> None:
+    """What the kernel of one new token a row is told is what everything else computes."""
+    turn = rope.Rope(8, 100.0, scaling)
+    x = mx.random.normal((1, 1, 6, 8), key=mx.random.key(1))
+    angles = mx.arange(40, 46)[:, None] / turn.periods
+    first, second = x[..., :4], x[..., 4:]
+    cos, sin = mx.cos(angles), mx.sin(angles)
+    wanted = mx.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)
+    assert mx.abs(turn(x, 40) - wanted).max().item() < 1e-4
+
+
+def test_what_the_older_field_says_of_rope_wins_and_what_it_leaves_out_stays() -> None:
+    newer = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}
+    assert rope.from_config({"rope_parameters": newer}, 64) == (5e5, rope.Linear(2.0))
+    both = {"rope_parameters": newer, "rope_scaling": {"type": "linear", "factor": 4.0}}
+    assert rope.from_config(both, 64) == (5e5, rope.Linear(4.0))
+
+
+def test_gguf_says_how_positions_are_stretched_in_either_way() -> None:
+    plain = {"llama.rope.freq_base": 5e5}
+    assert rope.from_gguf(plain, "llama") == (5e5, None)
+    assert rope.from_gguf({**plain, "llama.rope.scale_linear": 2.0}, "llama") == (5e5, rope.Linear(2.0))
+    newer = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
+    assert rope.from_gguf({**plain, **newer}, "llama") == (5e5, rope.Linear(4.0))
+
+
 def test_mpnet_needs_no_more_positions_than_it_has() -> None:
     assert MPNetArgs.from_config(config_of("mpnet")).context == 160

@@ -133,6 +133,25 @@ def test_beginning_and_end_are_added_where_the_file_asks() -> None:
                       token_type=SPM["prefix"]["types"], bos_token_id=1)  # fmt: skip
     assert Tokenizer.from_gguf(default).encode("the") == [1, *bare], "SentencePiece models begin with BOS by default"
     assert byte_level(pre="llama-bpe", bos_token_id=0, add_bos_token=True).encode("") == [0]
+    assert byte_level(pre="llama-bpe", bos_token_id=0, add_bos_token=False).encode("") == []
+
+
+@pytest.mark.parametrize("name", ["eos", "eot", "eom"])
+def test_each_token_that_the_file_names_as_an_end_is_one(name: str) -> None:
+    found = spm("prefix", **{"eos_token_id": None, f"{name}_token_id": 7})
+    assert 7 in found.eos_ids
+
+
+def test_a_token_of_the_user_is_one_token_and_is_text() -> None:
+    """A control token is no text; one that the model's maker added is."""
+    types = [1] * (len(BYTE_LEVEL["tokens"]) - 2) + [3, 4]
+    tokens = [*BYTE_LEVEL["tokens"][:-2], "<control>", "<added>"]
+    merges = [merge for merge in BYTE_LEVEL["merges"] if merge.replace(" ", "") in tokens]
+    tokenizer = byte_level(tokens=tokens, token_type=types, merges=merges)
+    ids = tokenizer.encode("<control><added>")
+    assert ids == [len(tokens) - 2, len(tokens) - 1]
+    assert tokenizer.special_ids == {ids[0]}
+    assert tokenizer.decode(ids) == "<added>"
 
 
 @pytest.mark.parametrize(
@@ -144,6 +163,7 @@ def test_beginning_and_end_are_added_where_the_file_asks() -> None:
         ({"token_type": np.ones(5)}, "another number of token types"),
         ({"tokens": ["a"] * 600}, "repeats a token"),
         ({"tokens": ["a", "b" * 5000], "token_type": [1, 1]}, "a token of 5000 characters"),
+        ({"tokens": ["a", "b" * 1025], "token_type": [1, 1]}, "a token of 1025 characters; 1024 are allowed"),
         ({"tokens": ["a", "<0x41>"], "token_type": [1, 6], "scores": np.zeros(2)}, "lacks 255 of the 256 byte tokens"),
         ({"tokens": ["a", "b"], "token_type": [1, 1], "scores": np.zeros(2), "unknown_token_id": None}, "neither byte"),
         ({"add_bos_token": "yes"}, "'yes', not true or false"),

@@ -134,11 +134,14 @@ def test_only_so_many_traces_are_kept(tiny_llama: Llama, monkeypatch: pytest.Mon
 def test_keys_and_values_stay_when_rows_and_columns_change(tiny_llama: Llama) -> None:
     kv = KeyValues(tiny_llama, 2, 256)
     cached.through(tiny_llama, kv, [[1, 2, 3], [4, 5, 6]], [0, 0])
-    before = np.array(kv.keys[1][1, :, :3])
+    first, before = (np.array(kv.keys[1][row, :, :3]) for row in (0, 1))
     for rows, capacity in ((4, 512), (2, 512), (2, 256)):
         kv.resize(rows, capacity)
         assert (kv.rows, kv.capacity) == (rows, capacity)
         assert np.array_equal(np.array(kv.keys[1][1, :, :3]), before)
+    kv.resize(1, 256)
+    kv.resize(2, 256)
+    assert np.array_equal(np.array(kv.keys[1][0, :, :3]), first), "of fewer rows the first stay"
     assert kv.nbytes == 2 * 256 * bytes_per_token(tiny_llama)
 
 
@@ -151,6 +154,10 @@ CONFIG = {
 def test_llama_sizes_come_from_the_config() -> None:
     args = LlamaArgs.from_config({**CONFIG, "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}})
     assert (args.kv_heads, args.head_dim, args.rope_base, args.tied) == (4, 8, 5e5, False)
+    assert LlamaArgs.from_config({**CONFIG, "head_dim": 16}).head_dim == 16
+    assert (args.norm_eps, args.context) == (1e-5, 2048)
+    unsaid = {name: value for name, value in CONFIG.items() if name != "rms_norm_eps"}
+    assert LlamaArgs.from_config(unsaid).norm_eps == 1e-6, "as transformers takes it"
 
 
 @pytest.mark.parametrize(

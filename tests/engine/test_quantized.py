@@ -165,6 +165,26 @@ def test_the_shards_stay_and_the_rest_is_copied(folder: Path) -> None:
     assert [path.name for path in folder.parent.iterdir()] == ["q4"], "no draft is left"
 
 
+def test_what_no_model_reads_and_what_is_hidden_is_left_behind(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(CHECKPOINTS / "qwen2-tied", source)
+    weights = safetensors.read_folder(source)
+    mx.eval(weights)
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = mx.ones((4,))
+    safetensors.write(source / "model.safetensors", weights)
+    for name in (".hidden.json", "weights.bin"):
+        (source / name).write_text("x")
+    (source / "LICENSE").write_text("kept")
+    found = quantize_folder(source, tmp_path / "q4", group_size=32)
+    stored = safetensors.read_folder(found.path)
+    assert not [name for name in stored if "lm_head" in name or "inv_freq" in name]
+    assert found.bytes_before == sum(array.nbytes for name, array in weights.items() if name in stored)
+    names = {path.name for path in found.path.iterdir()}
+    assert names == {path.name for path in source.iterdir()} - {".hidden.json", "weights.bin"}
+    assert opened(found.path).decoder.args.tied
+
+
 def test_layers_may_differ_from_the_rest(folder: Path) -> None:
     """mlx-lm's mixed recipes: some layers in more bits, some dense."""
     weights = safetensors.read_folder(CHECKPOINTS / "qwen2-untied")

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 
 from engine.sources import resolve
@@ -189,14 +190,43 @@ def test_a_hub_out_of_reach_is_one_clear_error(tmp_path: Path) -> None:
     assert answer.startswith("ModelError hf:org/model: org/model")
 
 
+@pytest.mark.parametrize("download", [True, False])
+def test_the_hub_is_asked_for_what_the_source_says_and_only_if_it_may_be(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, download: bool
+) -> None:
+    asked: list[dict[str, object]] = []
+
+    def answer(repo: str, file: str | None = None, **options: object) -> str:
+        asked.append({"repo": repo, "file": file, **options})
+        return str(tmp_path)
+
+    (tmp_path / "model.safetensors").touch()
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", answer)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", answer)
+    resolve(["hf:org/model@v2:sub/q4.gguf"], download=download)
+    resolve(["hf:org/model@v2"], download=download)
+    for call, file in zip(asked, ("sub/q4.gguf", None), strict=True):
+        wanted = {"repo": "org/model", "file": file, "revision": "v2", "local_files_only": not download}
+        assert wanted.items() <= call.items()
+
+
+@pytest.mark.parametrize("file", ["../x.gguf", "a/../../x.gguf", "/etc/passwd"])
+def test_a_file_beyond_the_repository_is_refused_before_the_hub_is_asked(file: str) -> None:
+    with pytest.raises(ModelError, match="leads out of the repository"):
+        resolve([f"hf:org/model:{file}"])
+
+
 def test_a_package_resolves_without_being_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "some_weights" / "model").mkdir(parents=True)
     (tmp_path / "some_weights" / "__init__.py").write_text("raise SystemExit('imported')")
     monkeypatch.syspath_prepend(str(tmp_path))
     assert resolve(["package:some_weights/model"]) == tmp_path / "some_weights" / "model"
-    for inside in ("../other", "/etc/passwd", "model/../../x", "missing"):
-        with pytest.raises(ModelError):
+    (tmp_path / "other").mkdir()
+    for inside in ("../other", "/etc/passwd", "model/../../other", "model/../model"):
+        with pytest.raises(ModelError, match="leads out of the package"):
             resolve([f"package:some_weights/{inside}"])
+    with pytest.raises(ModelError, match="has no 'missing'"):
+        resolve(["package:some_weights/missing"])
 
 
 def test_the_first_available_source_wins_and_failures_are_all_listed(tmp_path: Path) -> None:

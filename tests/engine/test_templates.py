@@ -61,6 +61,16 @@ def test_variables_reach_the_template() -> None:
     assert text == "False<b>|t|4|"
 
 
+def test_what_has_no_value_is_left_out_as_in_transformers() -> None:
+    template = "{{ 'tool_calls' in messages[0] }}{{ messages[0].keys() | list }}{{ bos_token is defined }}"
+    assert render(template, [{"role": "user", "tool_calls": None}]) == "False['role']False"
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_template_is_told_whether_the_answer_begins(asked: bool) -> None:
+    assert render("{{ add_generation_prompt }}", HELLO, add_generation_prompt=asked) == str(asked)
+
+
 LOOP = "{% for a in range(99999) %}"
 FOREVER = LOOP * 3 + "{% endfor %}" * 3
 SHARED = "{% set n = namespace(s='xxxxxxxx') %}"

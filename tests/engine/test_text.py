@@ -197,6 +197,36 @@ def test_a_vocabulary_that_cannot_be_used_is_refused_by_name(
     assert "qwen2" in PRE_TOKENIZERS
 
 
+def test_the_padding_and_truncation_of_a_training_run_are_forgotten() -> None:
+    inner = tokenizers.Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    inner.enable_truncation(2)
+    inner.enable_padding(length=4)
+    tokenizer = Tokenizer(inner)
+    assert tokenizer.encode("b") == [1]
+    assert tokenizer.encode_batch(["b", "b b b"]) == [[1], [1, 1, 1]]
+
+
+def test_a_text_ends_at_every_end_token_and_an_example_at_the_one_that_is_named() -> None:
+    names = ["<|im_end|>", "</s>", "<mine>"]
+    inner = tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    inner.add_special_tokens(names)
+    ends = {name: inner.token_to_id(name) for name in names}
+    tokenizer = Tokenizer(inner, eos_ids=[ends["<mine>"]])
+    assert tokenizer.eos_ids == set(ends.values())
+    assert tokenizer.main_eos_id == ends["<mine>"]
+    assert Tokenizer(inner).main_eos_id == ends["<|im_end|>"]
+
+
+def test_of_several_templates_the_default_is_taken(tmp_path: Path, minilm: LoadedModel) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((minilm.path / "tokenizer.json").read_bytes())
+    templates = [{"name": "tool_use", "template": "X"}, {"name": "default", "template": "T"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": templates}))
+    assert Tokenizer.from_folder(tmp_path).chat_template == "T"
+    (tmp_path / "chat_template.jinja").write_text("J")
+    assert Tokenizer.from_folder(tmp_path).chat_template == "J"
+
+
 def test_a_folder_says_how_its_model_ends(tmp_path: Path, minilm: LoadedModel) -> None:
     with pytest.raises(ModelError, match="save_pretrained"):
         Tokenizer.from_folder(tmp_path)
