@@ -1,26 +1,56 @@
 """A real worker whose engine does nothing: what is left is the queue. `celery -A bench.idle_worker worker …`.
 
-A generation request of `max_tokens=1` ends at once. A longer one makes an entry every `top_k` steps (0: each one), each
-with the time at which it was handed to the publisher in its `logit`: a reader can tell how long it was on its way.
+It serves what a worker with a decoder and an encoder serves, all kinds; with BENCH_KINDS=generate only that. A
+generation request of `max_tokens=1` ends at once, an embedding job with the next of BENCH_RATE steps a second. A longer
+generation makes an entry every `top_k` steps (0: each one), each with the time at which it was handed to the publisher
+in its `logit`: a reader can tell how long it was on its way.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+
 from engine.ticket import Entry, Ticket
-from stoker.contract import GenerateRequest, GenerateResult, ModelCard, StreamToken, Usage
+from stoker.contract import EmbedRequest, GenerateRequest, GenerateResult, ModelCard, StreamToken, Usage
 from workers import boot
 from workers.app import app
 
-MODEL = "idle"
+MODEL, ENCODER = "idle", "idle-encoder"
+KINDS = {MODEL: ("generate", "train", "adapters"), ENCODER: ("embed",)}
+ONE_KIND = {MODEL: ("generate",)}
+DIM = 8
 #: Steps a second.
-RATE = 20.0
+RATE = float(os.environ.get("BENCH_RATE", "20"))
 
 __all__ = ["app"]
+
+
+@dataclass
+class Work:
+    """A job that runs: how many entries it makes, one every `every` steps, and the index of the next."""
+
+    request: GenerateRequest | EmbedRequest
+    steps: int
+    every: int = 1
+    index: int = 0
+
+    @classmethod
+    def of(cls, request: GenerateRequest | EmbedRequest, index: int) -> Work:
+        if isinstance(request, EmbedRequest):
+            return cls(request, steps=1)
+        return cls(request, request.max_tokens, max(1, request.top_k), index)
+
+    @property
+    def last(self) -> bool:
+        return self.index + 1 == self.steps
 
 
 class IdleEngine:
@@ -30,10 +60,14 @@ class IdleEngine:
 
     def __init__(self, publish: Callable[[list[Entry]], None]) -> None:
         self._publish = publish
-        self._running: dict[Ticket, tuple[GenerateRequest, int]] = {}
+        self._running: dict[Ticket, Work] = {}
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, daemon=True)
-        self.cards = [ModelCard(model=MODEL, architecture="none", kinds=("generate",), context=10**6, parameters=0)]
+        served = ONE_KIND if os.environ.get("BENCH_KINDS") == "generate" else KINDS
+        self.cards = [
+            ModelCard(model=model, architecture="none", kinds=kinds, context=10**6, parameters=0, dim=DIM)
+            for model, kinds in served.items()
+        ]
 
     def start(self) -> None:
         self._thread.start()
@@ -43,14 +77,14 @@ class IdleEngine:
     def wake(self) -> None: ...
 
     def submit(
-        self, job_id: str, request: GenerateRequest, data: Any = None, *, deadline: float | None = None
+        self, job_id: str, request: GenerateRequest | EmbedRequest, data: Any = None, *, deadline: float | None = None
     ) -> Ticket:
         ticket = Ticket(job_id, request.kind, deadline)
-        if request.max_tokens == 1:
-            ticket.resolve(_result(request))
+        if isinstance(request, GenerateRequest) and request.max_tokens == 1:
+            ticket.resolve(_result(ticket, request))
         else:
             with self._lock:
-                self._running[ticket] = (request, len(data or ()))
+                self._running[ticket] = Work.of(request, len(data or ()))
         return ticket
 
     def _run(self) -> None:
@@ -59,25 +93,28 @@ class IdleEngine:
             due, turn = due + 1 / RATE, turn + 1
             time.sleep(max(0.0, due - time.monotonic()))
             with self._lock:
-                held = list(self._running.items())
-            running = [(ticket, work) for ticket, work in held if turn % max(1, work[0].top_k) == 0]
-            entries: list[Entry] = []
-            for ticket, (request, index) in running:
-                last = index + 1 == request.max_tokens
-                if not ticket.stopping:
-                    entries.append((ticket.job_id, token(index, last)))
-                with self._lock:
-                    if last or ticket.stopping:
-                        del self._running[ticket]
-                    else:
-                        self._running[ticket] = (request, index + 1)
+                running = [(ticket, work) for ticket, work in self._running.items() if turn % work.every == 0]
+            going = [(ticket, work) for ticket, work in running if not ticket.stopping]
+            entries: list[Entry] = [
+                (ticket.job_id, token(work.index, work.last))
+                for ticket, work in going
+                if isinstance(work.request, GenerateRequest)
+            ]
             if entries:
                 self._publish(entries)
-            for ticket, (request, index) in running:
-                if ticket.stopping:
-                    ticket.fail_stopped()
-                elif index + 1 == request.max_tokens:
-                    ticket.resolve(_result(request))
+            self._end([(ticket, work) for ticket, work in running if ticket.stopping or work.last])
+            for _, work in going:
+                work.index += 1
+
+    def _end(self, ended: list[tuple[Ticket, Work]]) -> None:
+        with self._lock:
+            for ticket, _ in ended:
+                del self._running[ticket]
+        for ticket, work in ended:
+            if ticket.stopping:
+                ticket.fail_stopped()
+            else:
+                ticket.resolve(_result(ticket, work.request))
 
 
 def token(index: int, last: bool) -> StreamToken:
@@ -93,7 +130,9 @@ def token(index: int, last: bool) -> StreamToken:
     )
 
 
-def _result(request: GenerateRequest) -> GenerateResult:
+def _result(ticket: Ticket, request: GenerateRequest | EmbedRequest) -> Any:
+    if isinstance(request, EmbedRequest):
+        return SimpleNamespace(vectors=np.zeros((len(request.texts), DIM), np.float32), tokens=0, ticket=ticket)
     return GenerateResult(
         model=request.model, adapter=None, text="", token_ids=(), finish_reason="length", usage=Usage()
     )

@@ -18,9 +18,10 @@ from statistics import median
 
 import numpy as np
 
-from bench.idle_worker import MODEL, token
+from bench.idle_worker import ENCODER, MODEL, token
 from bench.report import Row, row, write
 from stoker import AsyncClient, Client, keys
+from stoker.client import EmbedJob, GenerateJob
 from stoker.connection import connect
 from stoker.local.broker import EmbeddedBroker
 from stoker.local.process import Process
@@ -30,6 +31,9 @@ from workers.publishing import Publisher
 
 ROUND_TRIPS = 300
 KILLS = 8
+#: Jobs of two tokens that are sent at once, how often, and the steps a second of the idle engine that makes them: slots
+#: fill and come free, as with a real model that is small.
+SMALL, SMALL_TIMES, SMALL_RATE = 200, 1, 40.0
 BACKLOG, STARTS = 10_000, 200
 STREAMS, STEPS = 32, 400
 #: Readers, the streams that they follow, tokens of each, and steps of the idle engine (20 a second) between two of
@@ -44,13 +48,15 @@ class Bench:
         self._number = 0
 
     @contextmanager
-    def worker(self, **changes: object) -> Iterator[Process]:
-        """A worker whose engine does nothing, warm."""
+    def worker(self, *, one_kind: bool = False, rate: float = 20.0, **changes: object) -> Iterator[Process]:
+        """A worker whose engine does nothing, warm; with the default slots and all kinds unless `changes` or
+        `one_kind` say otherwise."""
         self._number += 1
         settings = self.settings.model_copy(update=changes)
         name = f"idle-{self._number}@bench"
         command = [part.replace("workers.app", "bench.idle_worker") for part in worker_command(settings, name)]
-        process = self._start(name, command, settings.environment())
+        env = {"BENCH_RATE": f"{rate:g}", "BENCH_KINDS": "generate" if one_kind else ""}
+        process = self._start(name, command, settings.environment() | env)
         with Client(settings=settings) as client:
             while name not in {worker.worker for worker in client.workers()}:
                 if process.returncode is not None:
@@ -98,6 +104,41 @@ def round_trip(bench: Bench) -> list[Row]:
     mine, bare = zip(*samples, strict=True)
     print(f"round trip: {median(mine) / median(bare):.2f} x bare Celery (at most 1.3)")
     return [row("round trip of a no-op: stoker", "ms", mine), row("round trip of a no-op: bare Celery", "ms", bare)]
+
+
+def small_jobs(bench: Bench) -> list[Row]:
+    """Jobs a second from their submission to the last result, many at once, through one worker."""
+    found: dict[str, list[float]] = {}
+    with Client(settings=bench.settings) as client:
+        for _ in range(SMALL_TIMES):
+            with bench.worker(rate=SMALL_RATE):
+                found.setdefault("all kinds, default slots", []).append(_rate(client, SMALL, _generate))
+                found.setdefault("64 embeddings of a text, beside a decoder", []).append(_rate(client, 64, _embed))
+            with bench.worker(one_kind=True, rate=SMALL_RATE):
+                found.setdefault("one kind, default slots", []).append(_rate(client, SMALL, _generate))
+            with bench.worker(generate_slots=1, rate=SMALL_RATE):
+                found.setdefault("all kinds, one slot", []).append(_rate(client, SMALL, _generate))
+    rates = ", ".join(f"{name} {median(samples):.0f}" for name, samples in found.items())
+    print(f"small jobs a second through one worker: {rates} (at least 250)")
+    return [row(f"small jobs: {name}", "jobs/s", samples) for name, samples in found.items()]
+
+
+def _rate(client: Client, count: int, send: Callable[[Client], GenerateJob | EmbedJob]) -> float:
+    for job in [send(client) for _ in range(20)]:
+        job.result(60)
+    began = time.perf_counter()
+    jobs = [send(client) for _ in range(count)]
+    for job in jobs:
+        job.result(60)
+    return count / (time.perf_counter() - began)
+
+
+def _generate(client: Client) -> GenerateJob:
+    return client.generate("x", model=MODEL, max_tokens=2)
+
+
+def _embed(client: Client) -> EmbedJob:
+    return client.embed(["x"], model=ENCODER)
 
 
 def recovery(bench: Bench) -> list[Row]:
@@ -214,7 +255,7 @@ def subscribers(bench: Bench) -> list[Row]:
     ]
 
 
-PARTS = (round_trip, publishing, subscribers, backlog, recovery)
+PARTS = (round_trip, small_jobs, publishing, subscribers, backlog, recovery)
 
 
 def main(names: list[str]) -> None:

@@ -13,7 +13,11 @@ from workers import boot, transport
 transport.install()
 settings = load_settings()
 
-app = Celery("stoker", include=["tasks.adapters", "tasks.embed", "tasks.generate", "tasks.train"])
+app = Celery(
+    "stoker",
+    amqp="workers.consumer:LaneAMQP",
+    include=["tasks.adapters", "tasks.embed", "tasks.generate", "tasks.train"],
+)
 app.conf.update(shared_config(settings))
 app.conf.update(
     result_backend=settings.address.celery,

@@ -1,7 +1,7 @@
 """Lanes: a worker takes no more jobs of a kind than it can run, and leaves the rest to others.
 
-Celery's threads pool has one limit for all queues. Here each kind has its own: when it is full the worker stops
-consuming that kind's queues, and starts again when a job has ended.
+Celery's threads pool has one limit for all queues. Here each kind has its own: while it is full the worker asks the
+broker for no job of that kind (`workers/consumer.py`), and asks again as soon as one has ended.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 from celery import bootsteps
@@ -19,6 +20,9 @@ from kombu.transport.virtual.base import QoS
 #: Seconds after which a lane that was shrunk for want of memory tries to hold twice as many.
 GROW_AFTER = 60.0
 SHRINK_AFTER = 2.0
+
+
+def _nothing() -> None: ...
 
 
 class Lanes:
@@ -32,7 +36,8 @@ class Lanes:
         self._queues: dict[str, list[str]] = {}
         self._held: dict[str, int] = {}
         self._lock = threading.Lock()
-        self.consumer: Any = None
+        #: Makes the consumer's loop look again, from any thread.
+        self.wake: Callable[[], object] = _nothing
 
     def configure(self, limits: Mapping[str, int], queues: Mapping[str, list[str]]) -> None:
         self._limits, self._queues = dict(limits), {kind: list(names) for kind, names in queues.items()}
@@ -43,26 +48,18 @@ class Lanes:
         """kind → (held, limit)."""
         return {kind: (held, self._room[kind]) for kind, held in self._held.items()}
 
-    def attach(self, consumer: Any) -> None:
-        """Take a (new) connection's consumer and open or close every lane of it, as full as it is by now."""
-        self.consumer = consumer
-        for kind, queues in self._queues.items():
-            with self._lock:
-                full = self._held[kind] >= self._room[kind]
-            for queue in queues:
-                (consumer.cancel_task_queue if full else consumer.add_task_queue)(queue)
+    def kind_of(self, queue: str) -> str | None:
+        return next((kind for kind, queues in self._queues.items() if queue in queues), None)
+
+    def has_room(self, kind: str) -> bool:
+        """Whether one more may be taken. Asked by the consumer's loop, each time before it asks the broker for one."""
+        with self._lock:
+            return self._held[kind] < self._room[kind]
 
     def enter(self, kind: str) -> None:
         """A job was taken. Called in the consumer's thread."""
         with self._lock:
             self._held[kind] += 1
-            full = self._held[kind] >= self._room[kind]
-        if full:
-            self._close(kind)
-
-    def _close(self, kind: str) -> None:
-        for queue in self._queues[kind]:
-            self.consumer.cancel_task_queue(queue)
 
     def leave(self, kind: str) -> None:
         """A job has ended. Called in any thread."""
@@ -70,7 +67,7 @@ class Lanes:
             self._held[kind] -= 1
             reopened = self._held[kind] == self._room[kind] - 1
         if reopened:
-            self.consumer.call_soon(self._reopen, kind)
+            self.wake()
 
     def shrink(self, kind: str) -> None:
         """The jobs of this kind did not fit into memory together: hold half as many, until `grow`.
@@ -81,7 +78,6 @@ class Lanes:
             if time.monotonic() - self._shrunk < SHRINK_AFTER:
                 return
             self._room[kind], self._shrunk = max(1, self._room[kind] // 2), time.monotonic()
-        self.consumer.call_soon(self._close_if_full, kind)
 
     def grow(self) -> None:
         """Called from time to time: what was shrunk gets twice its size back, a while after the last shrinking."""
@@ -93,22 +89,7 @@ class Lanes:
                 if grows:
                     self._room[kind], self._shrunk = min(limit, 2 * self._room[kind]), time.monotonic()
             if grows:
-                self.consumer.call_soon(self._reopen, kind)
-
-    def _close_if_full(self, kind: str) -> None:
-        with self._lock:
-            full = self._held[kind] >= self._room[kind]
-        if full and self.consumer.task_consumer is not None:
-            self._close(kind)
-
-    def _reopen(self, kind: str) -> None:
-        with self._lock:
-            full = self._held[kind] >= self._room[kind]
-        # A task consumer is gone while the broker is away; `attach` does this when it is back.
-        if full or self.consumer.task_consumer is None:
-            return
-        for queue in self._queues[kind]:
-            self.consumer.add_task_queue(queue)
+                self.wake()
 
 
 #: One process, one worker, one set of lanes: Celery makes requests and steps by class, so they meet here.
@@ -116,12 +97,12 @@ lanes = Lanes()
 
 
 class LaneStep(bootsteps.StartStopStep):
-    """Gives the lanes the consumer that they open and close."""
+    """Lets the lanes wake the consumer's loop when they have room again."""
 
     requires = ("celery.worker.consumer.tasks:Tasks",)
 
     def start(self, consumer: Any) -> None:
-        lanes.attach(consumer)
+        lanes.wake = partial(consumer.call_soon, _nothing)
 
 
 class LaneRequest(Request):

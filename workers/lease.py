@@ -64,11 +64,11 @@ class LeaseStep(bootsteps.StartStopStep):
         self.thread: Background | None = None
         self.redis: Any = None
         self.health = Health(self.settings.lease)
-        self._qos: Any = None
+        self._consumer: Any = None
 
     def start(self, consumer: Any) -> None:
         """Runs at every connection: each brings a channel of its own, with the tags that it delivered."""
-        self._qos = consumer.task_consumer.channel.qos
+        self._consumer = consumer.task_consumer
         if self.thread is None:
             transport.may_take_over = self.health.may_take_over
             self.redis = connect(self.settings)
@@ -108,5 +108,5 @@ class LeaseStep(bootsteps.StartStopStep):
     def _held_tags(self) -> set[str]:
         # Not Celery's own table of requests: it has one place for a job, and a job may be here twice for a moment.
         running = {request.message.delivery_tag for request in list(LaneRequest.by_token.values())}
-        prefetched = {tag for tag in list(self._qos._delivered) if tag not in self._qos._dirty}
+        prefetched: set[str] = self._consumer.held_tags()
         return running | prefetched

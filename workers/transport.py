@@ -67,7 +67,18 @@ class Client(kombu_redis.PrefixedStrictRedis):
             return None
 
 
+def _always() -> bool:
+    return True
+
+
 class QoS(kombu_redis.QoS):
+    #: Whether the lane that this channel serves takes one more job; a channel that serves no lane always does.
+    has_room: Callable[[], bool] = staticmethod(_always)
+
+    def can_consume(self) -> bool:
+        # What a BRPOP under way brings has left its queue already: kombu would leave it unread until there is room.
+        return bool(self.channel._in_poll or self.has_room()) and super().can_consume()  # type: ignore[no-untyped-call]
+
     def restore_visible(self, start: int = 0, num: int = 10, interval: int = 10) -> None:
         if may_take_over():
             super().restore_visible(start, num, interval)  # type: ignore[no-untyped-call]

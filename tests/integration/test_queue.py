@@ -61,6 +61,24 @@ def test_a_job_of_higher_priority_is_served_first(client: Client) -> None:
     assert high.result(30).usage.queued_seconds < low.result(30).usage.queued_seconds
 
 
+def test_a_full_lane_asks_for_nothing_and_each_other_lane_waits_by_itself(client: Client) -> None:
+    """No lane waits for the end of another one's wait: `tests/workers/test_consumer.py` shows it in steps."""
+
+    def waits() -> int:
+        return sum("b" in each["flags"] and each["cmd"] == "brpop" for each in client.redis.client_list())
+
+    wait_until(lambda: waits() == 4, "each lane asks for jobs")
+    options = {"model": GENERATE_MODEL, "max_length": 16}
+    blocker = client.train("blocker", [{"text": "a b"}], steps=100_000, **options)
+    next(iter(blocker.progress(timeout=60)))
+    following = client.train("following", [{"text": "a b"}], steps=1, **options)
+    wait_until(lambda: waits() == 3, "the lane that trains asks for no more")
+    assert following.status() == JobStatus.QUEUED
+    blocker.cancel()
+    following.result(30)
+    wait_until(lambda: waits() == 4, "each lane asks for jobs again")
+
+
 def test_a_waiting_job_is_cancelled_though_no_worker_is_up(fragile: FragileBroker, tmp_path: Path) -> None:
     with patient_client(fragile.url, 30) as client:
         with worker_on(fragile, tmp_path / "worker"):

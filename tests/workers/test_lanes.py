@@ -18,108 +18,72 @@ QUEUES = {"generate": ["stoker.a.generate", "stoker.b.generate"], "train": ["sto
 
 
 class FakeConsumer:
-    """A Celery consumer: which queues it consumes, and calls that wait for its loop."""
+    """A Celery consumer's loop: how often it was made to look again."""
 
     def __init__(self) -> None:
-        self.open = {queue for queues in QUEUES.values() for queue in queues}
-        self.calls: list[Callable[[], None]] = []
-        self.task_consumer: Any = object()
+        self.looks = 0
 
-    def cancel_task_queue(self, queue: str) -> None:
-        self.open.discard(queue)
-
-    def add_task_queue(self, queue: str) -> None:
-        self.open.add(queue)
-
-    def call_soon(self, function: Callable[..., None], *args: Any) -> None:
-        self.calls.append(lambda: function(*args))
-
-    def turn(self) -> None:
-        """One turn of the loop."""
-        calls, self.calls = self.calls, []
-        for call in calls:
-            call()
-
-    def consumes(self, kind: str) -> bool:
-        found = {queue in self.open for queue in QUEUES[kind]}
-        assert len(found) == 1, "a kind's queues open and close together"
-        return found.pop()
+    def call_soon(self, function: Callable[..., None]) -> None:
+        function()
+        self.looks += 1
 
 
 def make() -> tuple[Lanes, FakeConsumer]:
     lanes, consumer = Lanes(), FakeConsumer()
     lanes.configure(LIMITS, QUEUES)
-    lanes.consumer = consumer
+    lanes.wake = lambda: consumer.call_soon(lambda: None)
     return lanes, consumer
 
 
-def test_a_full_lane_closes_its_queues_and_leaves_the_others_open() -> None:
-    lanes, consumer = make()
+def test_a_full_lane_has_no_room_and_the_others_have() -> None:
+    lanes, _ = make()
     lanes.enter("train")
-    assert not consumer.consumes("train")
-    assert consumer.consumes("generate")
+    assert not lanes.has_room("train")
+    assert lanes.has_room("generate")
     assert lanes.load() == {"generate": (0, 3), "train": (1, 1)}
 
 
-def test_a_lane_opens_again_when_a_job_has_ended() -> None:
+def test_the_loop_is_woken_when_a_full_lane_has_room_again_and_not_for_every_job() -> None:
     lanes, consumer = make()
     for _ in range(3):
         lanes.enter("generate")
-    assert not consumer.consumes("generate")
-    lanes.leave("generate")
-    assert not consumer.consumes("generate"), "only the consumer's own thread may touch its queues"
-    consumer.turn()
-    assert consumer.consumes("generate")
+    assert consumer.looks == 0
+    for _ in range(3):
+        lanes.leave("generate")
+        assert lanes.has_room("generate")
+    assert consumer.looks == 1
 
 
-def test_a_lane_that_filled_up_meanwhile_stays_closed() -> None:
-    lanes, consumer = make()
-    lanes.enter("train")
-    lanes.leave("train")
-    lanes.enter("train")
-    consumer.turn()
-    assert not consumer.consumes("train")
-
-
-def test_while_the_broker_is_away_nothing_is_opened() -> None:
-    lanes, consumer = make()
-    lanes.enter("train")
-    lanes.leave("train")
-    consumer.task_consumer = None
-    consumer.turn()
-    assert not consumer.consumes("train")
-
-
-@given(st.lists(st.tuples(st.sampled_from(list(LIMITS)), st.sampled_from(["enter", "leave", "turn"])), max_size=60))
+@given(st.lists(st.tuples(st.sampled_from(list(LIMITS)), st.sampled_from(["enter", "leave"])), max_size=60))
 def test_after_any_traffic_a_lane_is_open_if_and_only_if_it_has_room(actions: list[tuple[str, str]]) -> None:
-    """A broker delivers only from queues that are consumed."""
+    """A broker is asked for no job of a lane that is full, and the loop knows of each one that is full no more."""
     lanes, consumer = make()
-    held = dict.fromkeys(LIMITS, 0)
+    held, woken = dict.fromkeys(LIMITS, 0), 0
     for kind, action in actions:
-        if action == "enter" and consumer.consumes(kind):
+        if action == "enter" and lanes.has_room(kind):
             lanes.enter(kind)
             held[kind] += 1
         elif action == "leave" and held[kind]:
+            woken += held[kind] == LIMITS[kind]
             lanes.leave(kind)
             held[kind] -= 1
-        elif action == "turn":
-            consumer.turn()
-        assert all(held[kind] <= LIMITS[kind] for kind in LIMITS)
-    consumer.turn()
+        assert all(lanes.has_room(each) == (held[each] < LIMITS[each]) for each in LIMITS)
     assert lanes.load() == {kind: (held[kind], LIMITS[kind]) for kind in LIMITS}
-    assert all(consumer.consumes(kind) == (held[kind] < LIMITS[kind]) for kind in LIMITS)
+    assert consumer.looks == woken
 
 
-def test_a_full_lane_stays_closed_over_a_reconnection(monkeypatch: pytest.MonkeyPatch) -> None:
-    lanes, _ = make()
+def test_after_a_reconnection_a_full_lane_is_still_full_and_wakes_the_new_loop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lanes, old = make()
     monkeypatch.setattr(lanes_module, "lanes", lanes)
     lanes.enter("train")
     again = FakeConsumer()
-    step = LaneStep(again)
-    step.start(again)
-    again.turn()
-    assert not again.consumes("train")
-    assert again.consumes("generate")
+    LaneStep(again).start(again)
+    assert not lanes.has_room("train")
+    lanes.leave("train")
+    assert (old.looks, again.looks) == (0, 1)
+    assert lanes.has_room("train")
 
 
 @pytest.fixture
@@ -211,22 +175,22 @@ def test_a_lane_whose_jobs_did_not_fit_into_memory_holds_half_as_many_for_a_whil
         lanes.enter("generate")
     for _ in range(2):
         lanes.shrink("generate")
-    consumer.turn()
     assert lanes.load()["generate"] == (2, 1), "jobs that failed together shrink it once"
-    assert not consumer.consumes("generate")
-    for _ in range(2):
-        lanes.leave("generate")
-    consumer.turn()
-    assert consumer.consumes("generate")
+    assert not lanes.has_room("generate")
+    lanes.leave("generate")
+    assert not lanes.has_room("generate")
+    lanes.leave("generate")
+    assert lanes.has_room("generate")
     lanes.enter("generate")
-    assert not consumer.consumes("generate")
+    assert not lanes.has_room("generate")
+    looks = consumer.looks
     lanes.grow()
     assert lanes.load()["generate"] == (1, 1), "not yet"
     clock.now += lanes_module.GROW_AFTER
     lanes.grow()
-    consumer.turn()
     assert lanes.load()["generate"] == (1, 2)
-    assert consumer.consumes("generate")
+    assert lanes.has_room("generate")
+    assert consumer.looks == looks + 1
     clock.now += lanes_module.GROW_AFTER
     lanes.grow()
     assert lanes.load() == {"generate": (1, 3), "train": (0, 1)}

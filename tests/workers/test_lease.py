@@ -86,15 +86,14 @@ def redis(broker: Settings) -> Iterator[Any]:
 
 
 class Consumer:
-    """Celery's, with one channel that has delivered some messages, of which some are acknowledged."""
+    """Celery's, whose channels have delivered some messages, of which some are acknowledged."""
 
     def __init__(self, delivered: set[str], done: set[str]) -> None:
-        self._qos = SimpleNamespace(_delivered=dict.fromkeys(delivered), _dirty=done)
-        self.channel = SimpleNamespace(qos=self._qos)
+        self._held = delivered - done
         self.task_consumer = self
 
     def held_tags(self) -> set[str]:
-        return set(self._qos._delivered) - self._qos._dirty
+        return self._held
 
 
 @pytest.fixture

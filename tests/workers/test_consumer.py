@@ -1,0 +1,215 @@
+"""A channel for each lane, on a real broker: nobody's next job waits for another lane's BRPOP.
+
+Each BRPOP may wait for an hour here: a lane that needed one to run out would never get its job.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from kombu import Connection
+from kombu.asynchronous import Hub
+from kombu.entity import Queue
+
+from stoker import keys
+from stoker.celery_config import shared_config
+from stoker.connection import connect
+from stoker.envelope import envelope
+from stoker.settings import Settings
+from workers import consumer as consumer_module
+from workers import transport
+from workers.consumer import LaneConsumer
+from workers.lanes import Lanes
+
+LIMITS = {"generate": 2, "train": 1}
+QUEUES = {"generate": ["stoker.a.generate", "stoker.b.generate"], "train": ["stoker.a.train"]}
+TRAIN = QUEUES["train"][0]
+HOUR = 3600
+
+
+class Worker:
+    """What a worker has of Celery and kombu: a connection, its loop, and the lanes' consumer. Jobs end when told."""
+
+    def __init__(self, settings: Settings, lanes: Lanes) -> None:
+        self.redis, self.lanes = connect(settings), lanes
+        options = shared_config(settings)["broker_transport_options"]
+        self.connection = Connection(settings.address.celery, transport_options=options)
+        self.connection.transport.brpop_timeout = HOUR
+        queues = [Queue(name, routing_key=name) for names in QUEUES.values() for name in names]
+        self.consumer = LaneConsumer(self.connection, queues, accept=["json"], on_message=self._take)
+        self.hub = Hub()
+        self.lanes.wake = lambda: self.hub.call_soon(lambda: None)
+        self.connection.register_with_event_loop(self.hub)
+        self.consumer.consume()
+        self.taken: list[Any] = []
+
+    def _take(self, message: Any) -> None:
+        self.lanes.enter(self.lanes.kind_of(message.delivery_info["routing_key"]))
+        self.taken.append(message)
+
+    def send(self, queue: str, job: str = "job") -> None:
+        _, model, kind = queue.split(".")
+        message = envelope(f"{model}-{kind}-{job}", kind, model, queue)
+        tagged = message.replace('"delivery_tag": ""', f'"delivery_tag": "{model}-{kind}-{job}#1"')
+        self.redis.lpush(keys.front(queue), tagged)
+
+    def end(self, message: Any) -> None:
+        message.ack()
+        self.lanes.leave(self.lanes.kind_of(message.delivery_info["routing_key"]))
+
+    def turn_until(self, condition: Any) -> None:
+        end = time.monotonic() + 30
+        while not condition():
+            assert time.monotonic() < end, "waited in vain"
+            self.hub.run_once()
+
+    def blocked(self) -> int:
+        """BRPOPs that wait in the broker now."""
+        return sum("b" in client["flags"] for client in self.redis.client_list())
+
+    def disconnect(self) -> None:
+        # What closes reads the answer of a BRPOP that is under way: there will be none for an hour.
+        for channel in self.connection.transport.channels:
+            channel._in_poll = None
+        self.connection.close()
+
+
+@pytest.fixture
+def lanes(monkeypatch: pytest.MonkeyPatch) -> Lanes:
+    made = Lanes()
+    made.configure(LIMITS, QUEUES)
+    monkeypatch.setattr(consumer_module, "lanes", made)
+    return made
+
+
+@pytest.fixture
+def worker(broker: Settings, lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> Iterator[Worker]:
+    transport.install()
+    running = Worker(broker, lanes)
+    yield running
+    running.disconnect()
+    running.redis.close()
+
+
+def taken(worker: Worker) -> Counter[str]:
+    return Counter(message.delivery_info["routing_key"] for message in worker.taken)
+
+
+def test_a_lane_that_has_room_again_gets_its_next_job_while_the_others_wait(worker: Worker) -> None:
+    for number in range(5):
+        worker.send(TRAIN, f"{number}")
+    for number in range(5):
+        worker.turn_until(lambda wanted=number + 1: len(worker.taken) == wanted)
+        assert worker.redis.llen(keys.front(TRAIN)) == 4 - number, "a full lane takes no more"
+        worker.end(worker.taken[-1])
+    worker.turn_until(lambda: worker.blocked() == 2)
+    worker.send("stoker.b.generate")
+    worker.turn_until(lambda: taken(worker)["stoker.b.generate"] == 1)
+
+
+def test_a_full_lane_asks_for_nothing_and_the_others_go_on(worker: Worker) -> None:
+    for number in range(3):
+        worker.send(TRAIN, f"{number}")
+    worker.turn_until(lambda: len(worker.taken) == 1)
+    for number in range(2):
+        worker.send("stoker.a.generate", f"{number}")
+        worker.turn_until(lambda wanted=number + 1: taken(worker)["stoker.a.generate"] == wanted)
+    worker.send("stoker.b.generate")
+    assert taken(worker) == {TRAIN: 1, "stoker.a.generate": 2}, "both queues of a kind share its lane"
+    assert worker.redis.llen(keys.front("stoker.b.generate")) == 1
+    assert worker.redis.llen(keys.front(TRAIN)) == 2
+    assert worker.blocked() == 0
+
+
+def test_many_jobs_through_full_lanes_leave_no_key(worker: Worker) -> None:
+    before: set[bytes] = set()
+    for number in range(30):
+        worker.send(TRAIN, f"{number}")
+        worker.turn_until(lambda wanted=number + 1: len(worker.taken) == wanted)
+        worker.end(worker.taken[-1])
+        before = before or set(worker.redis.keys())
+        assert set(worker.redis.keys()) == before
+
+
+def test_a_lane_whose_connection_was_dropped_while_it_was_full_gets_its_next_job(worker: Worker) -> None:
+    worker.send(TRAIN, "first")
+    worker.turn_until(lambda: worker.taken)
+    worker.send(TRAIN, "second")
+    channel = worker.consumer._channels["train"]
+    channel.client.connection.disconnect()
+    worker.end(worker.taken[0])
+    worker.turn_until(lambda: len(worker.taken) == 2)
+
+
+def test_a_lane_that_shrinks_while_it_asks_takes_what_comes_and_then_no_more(worker: Worker, lanes: Lanes) -> None:
+    worker.send("stoker.a.generate", "first")
+    worker.turn_until(lambda: worker.taken and worker.blocked() == 2)
+    lanes.shrink("generate")
+    assert not lanes.has_room("generate")
+    worker.send("stoker.a.generate", "second")
+    worker.turn_until(lambda: len(worker.taken) == 2)
+    worker.send("stoker.a.generate", "third")
+    worker.end(worker.taken[0])
+    worker.send(TRAIN)
+    worker.turn_until(lambda: taken(worker)[TRAIN] == 1)
+    assert worker.redis.llen(keys.front("stoker.a.generate")) == 1
+    worker.end(worker.taken[1])
+    worker.turn_until(lambda: taken(worker)["stoker.a.generate"] == 3)
+
+
+def test_a_new_connection_asks_for_no_job_of_a_lane_that_is_still_full(
+    worker: Worker, broker: Settings, lanes: Lanes
+) -> None:
+    worker.send(TRAIN, "first")
+    worker.send(TRAIN, "second")
+    worker.turn_until(lambda: worker.taken)
+    worker.disconnect()
+    again = Worker(broker, lanes)
+    again.send("stoker.a.generate")
+    again.turn_until(lambda: again.taken)
+    assert taken(again) == {"stoker.a.generate": 1}
+    worker.end(worker.taken[0])
+    again.turn_until(lambda: taken(again)[TRAIN] == 1)
+    again.disconnect()
+    again.redis.close()
+
+
+def test_what_all_lanes_hold_is_renewed_and_goes_back_when_the_worker_stops(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for queue in (TRAIN, "stoker.a.generate", "stoker.b.generate"):
+        worker.send(queue)
+    worker.turn_until(lambda: len(worker.taken) == 3)
+    worker.end(worker.taken[0])
+    held = {message.delivery_tag for message in worker.taken[1:]}
+    assert worker.consumer.held_tags() == held
+    monkeypatch.setattr(transport.Channel, "do_restore", True)
+    worker.disconnect()
+    queues = [TRAIN, "stoker.a.generate", "stoker.b.generate"]
+    assert sum(worker.redis.llen(keys.front(queue)) for queue in queues) == 2
+    assert not worker.redis.exists(keys.UNACKED)
+
+
+def test_a_queue_is_given_up_and_taken_up_by_name(worker: Worker) -> None:
+    """`celery control cancel_consumer`, and Flower's button."""
+    worker.consumer.cancel_by_queue(TRAIN)
+    assert not worker.consumer.consuming_from(TRAIN)
+    worker.send(TRAIN)
+    worker.send("stoker.a.generate")
+    worker.turn_until(lambda: worker.taken)
+    assert worker.redis.llen(keys.front(TRAIN)) == 1
+    worker.consumer.add_queue(Queue(TRAIN, routing_key=TRAIN))
+    worker.consumer.consume()
+    worker.turn_until(lambda: taken(worker)[TRAIN] == 1)
+
+
+def test_a_queue_that_belongs_to_no_lane_has_the_connections_own_channel(worker: Worker) -> None:
+    worker.consumer.add_queue(Queue("stoker.other", routing_key="stoker.other"))
+    worker.consumer.consume()
+    assert worker.consumer._channel_of("stoker.other") is worker.connection.default_channel
+    worker.consumer.cancel()
+    assert not worker.consumer.consuming_from("stoker.other")

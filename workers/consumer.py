@@ -1,0 +1,72 @@
+"""Celery's consumer of jobs, with a channel for each lane.
+
+kombu asks for the next message of all queues of a channel with one BRPOP, which waits in the broker for up to a second
+and cannot be changed meanwhile. Were all lanes on one channel, a lane that was full would be left out of the BRPOP in
+which the others wait, and when it has room again its next job would lie there for the rest of that second. With a
+channel each, a lane's BRPOP is its own: a full lane sends none, and one that has room again sends it at once. It fills
+when its BRPOP has just been answered, so none is under way that could bring a job too many.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from celery.app.amqp import AMQP
+from kombu.entity import Queue
+from kombu.messaging import Consumer
+
+from workers.lanes import lanes
+
+
+class LaneConsumer(Consumer):
+    """Made anew for each connection, which closes its channels with itself."""
+
+    def revive(self, channel: Any) -> None:
+        #: Kind → the channel of its lane; a queue that belongs to no lane has the connection's own.
+        self._channels: dict[str | None, Any] = {}
+        super().revive(channel)  # type: ignore[no-untyped-call]
+        self._channels[None] = self.channel
+
+    def _channel_of(self, queue: str) -> Any:
+        kind = lanes.kind_of(queue)
+        if kind is not None and kind not in self._channels:
+            channel = self.connection.channel()
+            channel.qos.has_room = partial(lanes.has_room, kind)
+            self._channels[kind] = channel
+        return self._channels[kind]
+
+    def _basic_consume(
+        self, queue: Queue, consumer_tag: str | None = None, no_ack: bool | None = None, nowait: bool = True
+    ) -> Any:
+        there = queue(self._channel_of(queue.name))
+        return super()._basic_consume(there, consumer_tag, no_ack, nowait)  # type: ignore[no-untyped-call]
+
+    def cancel(self) -> None:
+        for tag in self._active_tags.values():
+            self._cancel(tag)
+        super().cancel()  # type: ignore[no-untyped-call]
+
+    close = cancel
+
+    def cancel_by_queue(self, queue: Queue | str) -> None:
+        tag = self._active_tags.get(queue.name if isinstance(queue, Queue) else queue)
+        if tag is not None:
+            self._cancel(tag)
+        super().cancel_by_queue(queue)  # type: ignore[no-untyped-call]
+
+    def _cancel(self, tag: str) -> None:
+        # A channel takes no notice of tags that are not its own.
+        for channel in self._channels.values():
+            channel.basic_cancel(tag)
+
+    def held_tags(self) -> set[str]:
+        """Delivery tags that this connection brought and that are neither acknowledged nor handed back."""
+        books = [channel.qos for channel in list(self._channels.values())]
+        return {tag for book in books for tag in list(book._delivered) if tag not in book._dirty}
+
+
+class LaneAMQP(AMQP):
+    """How Celery is told of the consumer: `Celery(amqp=...)`."""
+
+    Consumer = LaneConsumer
