@@ -33,7 +33,7 @@ ROUND_TRIPS = 300
 KILLS = 8
 #: Jobs of two tokens that are sent at once, how often, and the steps a second of the idle engine that makes them: slots
 #: fill and come free, as with a real model that is small.
-SMALL, SMALL_TIMES, SMALL_RATE = 200, 1, 40.0
+SMALL, SMALL_TIMES, SMALL_RATE = 200, 3, 60.0
 BACKLOG, STARTS = 10_000, 200
 STREAMS, STEPS = 32, 400
 #: Readers, the streams that they follow, tokens of each, and steps of the idle engine (20 a second) between two of

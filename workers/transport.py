@@ -117,7 +117,10 @@ class Channel(kombu_redis.Channel):
     #: Off while the worker runs; `restore_on_close` turns it on for shutdown, so that what was prefetched goes back
     #: to the queue at once.
     do_restore = False
+    #: For each thread that may acknowledge at the same moment: kombu has 10, and would refuse the eleventh its ack.
+    max_connections = 1024
     _last_pool: Any = None
+    _acking: Any = None
 
     @property
     def pool(self) -> Any:
@@ -126,6 +129,15 @@ class Channel(kombu_redis.Channel):
                 return self._last_pool
             self._pool = self._last_pool = self._get_pool()  # type: ignore[no-untyped-call]
         return self._pool
+
+    def _create_client(self, asynchronous: bool = False) -> Any:
+        """One client serves the acks of all threads: kombu makes one for each, which takes longer than the ack."""
+        if asynchronous:
+            return super()._create_client(asynchronous)  # type: ignore[no-untyped-call]
+        client = self._acking
+        if client is None or client.connection_pool is not self.pool:
+            client = self._acking = super()._create_client()  # type: ignore[no-untyped-call]
+        return client
 
     def _get_client(self) -> Any:
         return functools.partial(Client, global_keyprefix=self.global_keyprefix)
