@@ -106,13 +106,15 @@ def test_a_small_job_does_not_wait_behind_a_large_one(minilm: LoadedModel) -> No
 
 
 def test_a_large_job_goes_on_beside_a_flood_of_small_ones(minilm: LoadedModel) -> None:
+    """As many come as fill every batch; a quarter of each is the large job's all the same."""
     driver = Driver(minilm, tokens=64)
     large = driver.send(*["word " * 14] * 20)
-    for _ in range(40):
-        for _ in range(3):
+    for _ in range(22):
+        for _ in range(4):
             driver.send("word " * 14)
         driver.step()
     assert large.done
+    assert all(len(batch) == 4 for batch in driver.batches)
 
 
 def test_a_text_longer_than_a_batch_goes_alone(minilm: LoadedModel) -> None:
@@ -143,6 +145,14 @@ def test_a_job_is_embedded_by_length_and_comes_back_in_its_own_order(minilm: Loa
 def test_a_shorter_stall_makes_shorter_steps(minilm: LoadedModel) -> None:
     usual, short = EmbedLane(minilm), EmbedLane(minilm, stall=0.025)
     assert short._pace.tokens == usual._pace.tokens // 4
+
+
+def test_a_step_tells_the_pace_what_it_took(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    noted: list[int] = []
+    monkeypatch.setattr(driver.lane._pace, "note", lambda tokens, seconds: noted.append(tokens) or seconds / 1)
+    driver.send("word " * 14, "word " * 8)
+    driver.run()
+    assert noted == [26]
 
 
 def test_a_text_that_would_leave_a_stream_idle_waits_for_the_next_batch(minilm: LoadedModel) -> None:
@@ -181,6 +191,16 @@ def test_a_text_that_is_too_long_is_named_with_both_lengths(driver: Driver) -> N
     with pytest.raises(TextTooLong, match=r"texts\.1: 302 tokens given; minilm takes 256.*truncation=\"end\""):
         driver.send("fine", "word " * 300, truncation="error")
     assert not driver.lane.busy
+
+
+def test_a_text_that_just_fits_is_taken_as_it_is(driver: Driver) -> None:
+    ticket = driver.send("word " * 253 + "last", truncation="error")
+    whole = driver.lane._model.tokenizer.encode("word " * 253 + "last")
+    (work,) = driver.lane._works
+    assert len(whole) == 256
+    assert work.texts[0].tolist() == whole
+    driver.run()
+    assert ticket.done
 
 
 def test_a_cut_text_ends_as_the_model_knows_it(driver: Driver) -> None:

@@ -105,10 +105,21 @@ def test_an_urgent_lane_waits_no_longer_than_the_stall_and_one_step(monkeypatch:
 
 
 def test_an_urgent_lane_that_was_idle_was_not_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its clock is ahead, so that its turn is far: all that could have it run before is what others used meanwhile."""
     clock = Clock()
     monkeypatch.setattr(fair, "time", clock.module)
     share = FairShare({"a": 1.0, "b": 1000.0}, urgent={"a"}, stall=3.0)
+    assert run(share, clock, "ab", 1.0, Counter()) == "a"
     for _ in range(10):
         run(share, clock, "b", 1.0, Counter())
-    run(share, clock, "ab", 1.0, Counter())
-    assert run(share, clock, "ab", 1.0, Counter()) == "b"
+    assert [run(share, clock, "ab", 1.0, Counter()) for _ in range(4)] == ["b", "b", "a", "b"], (
+        "the last step counts: it may have come in it"
+    )
+
+
+def test_a_lane_that_has_run_has_not_been_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another urgent one may: its wait goes on."""
+    clock = Clock()
+    monkeypatch.setattr(fair, "time", clock.module)
+    share = FairShare({"a": 1.0, "b": 1000.0, "c": 1.0}, urgent={"a", "c"}, stall=3.0)
+    assert "".join(run(share, clock, "abc", 1.0, Counter()) for _ in range(11)) == "abcbabcbabc"

@@ -99,3 +99,14 @@ def test_a_step_is_as_large_as_the_machine_is_fast(tokens: int, seconds: float, 
     assert pace.tokens == 50
     pace.note(tokens, seconds)
     assert pace.tokens == wanted
+
+
+def test_one_slow_step_does_not_halve_the_next() -> None:
+    """It may have compiled a shape. A machine that stays slow is followed within a few steps."""
+    pace = Pace(1.0, least=1, most=10_000)
+    pace.note(1000, 1.0)
+    pace.note(1000, 10.0)
+    assert pace.tokens == 775
+    for _ in range(12):
+        pace.note(1000, 10.0)
+    assert 100 <= pace.tokens < 130

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -15,6 +16,8 @@ from engine.adapters.lora import LoraConfig, LoraWeights
 from engine.loading import LoadedModel
 from engine.training import trainer as trainer_module
 from engine.training.data import TokenizedExample, tokenize
+from engine.training.optimizer import Moments
+from engine.training.state import TrainState
 from engine.training.trainer import Trainer
 from stoker.contract import TrainReport
 from stoker.contract.dataset import Example
@@ -168,6 +171,62 @@ def test_dropout_leaves_out_inputs_of_the_adapter_alone(model: LoadedModel) -> N
     first, later = zip(*([reports[0].loss, reports[2].loss] for reports in runs), strict=True)
     assert first[0] == first[1]
     assert later[0] != later[1]
+
+
+@pytest.mark.parametrize(("dropout", "differ"), [(0.5, True), (0.0, False)])
+def test_what_is_dropped_depends_on_the_seed_and_on_the_step(
+    monkeypatch: pytest.MonkeyPatch, model: LoadedModel, dropout: float, differ: bool
+) -> None:
+    """With the same start and the same batches for every seed, nothing else of a run does."""
+    found = examples(model)
+    start = tiny.adapter(model, 8, 0)
+    monkeypatch.setattr(trainer_module, "initialise", lambda *_: start)
+    monkeypatch.setattr(trainer_module, "Batches", lambda *_: Given([found] * 4))
+    frozen: dict[str, Any] = {"steps": 2, "dropout": dropout, "learning_rate": 1e-9, "weight_decay": 0.0}
+    losses = [
+        [report.loss for report in run(model, found, seed=seed, targets=tiny.LAYERS, **frozen)[0]] for seed in (1, 2)
+    ]
+    assert (abs(losses[0][0] - losses[1][0]) > 1e-3) == differ, "seeds"
+    assert (abs(losses[0][0] - losses[0][1]) > 1e-3) == differ, "steps"
+
+
+def test_what_is_held_out_is_evaluated_as_it_will_be_used(model: LoadedModel) -> None:
+    """Every example, also of a last batch that is not full; without dropout, without smoothing; by target."""
+    rows = [example(range(3, 3 + length), 1) for length in (3, 6, 12)]
+    asked = tiny.asking(steps=1, batch_size=2, eval_every=1, held_out=0.5, dropout=0.5, label_smoothing=0.3)
+    trainer = Trainer(model.decoder, asked, examples(model), rows)
+    reports, _ = finish(trainer)
+    total = 0.0
+    for row in rows:
+        # `learning_rate` 0 is not allowed; this one moves no weight that float32 could tell.
+        still = tiny.asking(steps=1, batch_size=1, learning_rate=1e-12, weight_decay=0.0)
+        alone = Trainer(model.decoder, still, [row])
+        alone.state = trainer_module.replace(alone.state, weights=trainer.state.weights)
+        total += finish(alone)[0][0].loss * (len(row) - 1)
+    assert reports[0].held_out_loss == pytest.approx(total / (2 + 5 + 11), abs=1e-5)
+
+
+def test_reports_count_steps_epochs_tokens_and_time(monkeypatch: pytest.MonkeyPatch, model: LoadedModel) -> None:
+    ticks = iter(range(0, 1000, 2))
+    monkeypatch.setattr(trainer_module, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    found = [example(range(3, 9), 2)] * 6
+    trainer = Trainer(model.decoder, tiny.asking(steps=3, batch_size=2, accumulation=2), found)
+    reports, _ = finish(trainer)
+    assert [report.epoch for report in reports] == pytest.approx([2 / 3, 4 / 3, 2])
+    assert [report.tokens for report in reports] == [20, 40, 60]
+    assert [report.tokens_per_second for report in reports] == [10, 10, 10], (
+        "of the step's own tokens, in its two seconds"
+    )
+    state = trainer.state
+    assert (state.first_loss, state.last_loss) == (reports[0].loss, reports[-1].loss)
+
+
+def test_the_guard_compares_with_the_last_steps_alone() -> None:
+    state = TrainState(mx.zeros((1,)), Moments.zeros(1))
+    for loss in range(20):
+        state = state.stepped(state.weights, state.moments, float(loss), {"learning_rate": 1.0})
+    assert state.recent == tuple(map(float, range(4, 20)))
+    assert (state.step, state.first_loss, state.last_loss) == (20, 0.0, 19.0)
 
 
 def test_what_is_held_out_is_evaluated_and_the_best_is_known(model: LoadedModel) -> None:

@@ -122,3 +122,12 @@ def test_what_the_oldest_job_was_owed_is_not_the_next_ones() -> None:
     assert turns._owed > 0
     turns.remove("large")
     assert turns._owed == 0
+
+
+def test_a_text_that_is_put_back_keeps_its_turn() -> None:
+    """Of three texts two streams take two: the third is the job's next, and costs it no turn."""
+    turns: Turns[str] = Turns()
+    turns.add("job", [20, 21, 22, 23])
+    assert turns.take(66, 2) == [("job", 3), ("job", 2)]
+    assert (turns._lines["job"].turn, turns._lines["job"].length) == (45, 21)
+    assert turns.take(66, 2) == [("job", 1), ("job", 0)]
