@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from engine.embedding.forward import Tokens, Vectors, forward_of
 from engine.embedding.pace import Pace
@@ -130,8 +131,9 @@ class EmbedLane:
         except Exception as caught:
             error = caught
         else:
-            for (work, row), vector in zip(batch, vectors, strict=True):
-                self._keep(work, row, vector)
+            finite: NDArray[np.bool_] = np.all(np.isfinite(vectors), axis=1)
+            for (work, row), vector, whole in zip(batch, vectors, finite, strict=True):
+                self._keep(work, row, vector if whole else None)
             return
         if not probed:
             self._probe(error)
@@ -149,10 +151,11 @@ class EmbedLane:
         except Exception:
             raise error from None
 
-    def _keep(self, work: EmbedWork, row: int, vector: Vectors) -> None:
+    def _keep(self, work: EmbedWork, row: int, vector: Vectors | None) -> None:
+        """`vector`: None if a number of it is not finite."""
         if work not in self._works:
             return
-        if not np.isfinite(vector).all():
+        if vector is None:
             said = "its vector is not finite. The model's weights are damaged, or too large for its dtype"
             self._fail(work, row, ModelError(f"{said}: see `stoker models verify`, or load it in float32."))
             return
@@ -193,9 +196,9 @@ class EmbedLane:
         return made
 
     def fail_all(self, error: BaseException) -> None:
-        for work in list(self._works):
+        for work in self._works:
             work.ticket.fail(error)
-            self._forget(work)
+        self._works, self._turns = {}, Turns()
 
 
 def unit(vectors: Vectors) -> Vectors:

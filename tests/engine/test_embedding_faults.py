@@ -96,6 +96,8 @@ class Traffic:
     def check(self, whole: bool = True) -> None:
         held = [work.ticket for work in self.lane._works]
         check_held(self.tickets, held, whole=whole)
+        if whole:
+            assert self.lane._turns._lines.keys() <= self.lane._works.keys(), "texts of a job that has ended still wait"
 
 
 @pytest.fixture

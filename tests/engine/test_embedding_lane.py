@@ -283,6 +283,19 @@ def test_prompts_of_e5_go_before_the_text(minilm: LoadedModel) -> None:
         assert np.abs(vectors(left) - vectors(right)).max() < 1e-6
 
 
+def test_the_prompt_that_the_models_files_name_goes_before_the_text_unless_another_is_asked_for(
+    minilm: LoadedModel,
+) -> None:
+    assert minilm.embedding is not None
+    spec = replace(minilm.embedding, prompts={"search": "find: "}, default_prompt="search")
+    driver = Driver(replace(minilm, embedding=spec))
+    for options in ({}, {"prompt": "search"}, {"prompt": "see: "}):
+        driver.send("heat", **options)
+    found = [work.texts[0].tolist() for work in driver.lane._works]
+    encode = minilm.tokenizer.encode
+    assert found == [encode("find: heat"), encode("find: heat"), encode("see: heat")]
+
+
 def test_a_vector_is_cut_only_where_the_model_was_trained_for_it(minilm: LoadedModel) -> None:
     assert minilm.embedding is not None
     with pytest.raises(InvalidRequest, match=r"dimensions: 64 given; minilm makes 384\. It was not trained"):
