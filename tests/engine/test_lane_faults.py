@@ -21,6 +21,7 @@ from engine.training import lane as train_module
 from engine.training.lane import TrainLane
 from engine.training.run import Run
 from stoker.contract import AdapterRequest
+from stoker.contract.bundle import AdapterInput
 from stoker.contract.dataset import Example, TrainInput
 from stoker.errors import DeadlineExceeded, JobCancelled, ModelError, StokerError, WorkerUnavailable
 from tests.engine import tiny
@@ -108,7 +109,7 @@ class Taking(Traffic):
 
     def work(self, ticket: Ticket) -> Any:
         request = AdapterRequest(model="tiny", name=ticket.job_id, upload="x")
-        return self.lane.prepare(ticket, request, (self.folder, 1))
+        return self.lane.prepare(ticket, request, AdapterInput(self.folder, "there", 1))
 
 
 @pytest.fixture(params=[Training, Taking], ids=["train", "adapters"])
