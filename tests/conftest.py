@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import redis
 from hypothesis import Phase, settings
 
-from stoker import Client, keys
+from stoker import Client
 from stoker.connection import connect
 from stoker.local.broker import EmbeddedBroker
 from stoker.local.stack import Stack
 from stoker.settings import Settings, load_settings
+from tests.leaks import Held, assert_nothing, open_work, overlong_keys, processes_of
 
 EMBED_MODEL = "all-minilm-l6-v2"
 GENERATE_MODEL = "smollm2-135m-instruct"
@@ -61,6 +61,13 @@ def wait_until(condition: Callable[[], Any], what: str, seconds: float = 30.0) -
     raise AssertionError(f"waited {seconds:g} s in vain: {what}")
 
 
+def assert_idle(redis: Any) -> None:
+    """The broker has no job that waits or runs, holds no message, and every key is to go in its time."""
+    assert_nothing(lambda: open_work(redis), "jobs and messages that are left")
+    left = overlong_keys(redis)
+    assert not left, f"keys that live too long: {left}"
+
+
 def alive(pid: int) -> bool:
     """Whether a process runs; one that is dead but not yet reaped does not."""
     try:
@@ -69,17 +76,6 @@ def alive(pid: int) -> bool:
         return not state.exists() or state.read_text().rpartition(") ")[2][0] != "Z"
     except (ProcessLookupError, FileNotFoundError):
         return False
-
-
-def keys_without_expiry(client: redis.Redis) -> list[str]:
-    """Keys that would stay for ever, and any that is not Stoker's."""
-    found = []
-    for key in client.scan_iter(count=1000):
-        name = key.decode()
-        kept = client.ttl(key) == -1 and not keys.is_durable(name)
-        if kept or not name.startswith(keys.PREFIX):
-            found.append(name)
-    return found
 
 
 @pytest.fixture(scope="session")
@@ -99,13 +95,16 @@ def broker_settings(broker_home: Path) -> Iterator[Settings]:
 
 @pytest.fixture
 def broker(broker_settings: Settings) -> Iterator[Settings]:
-    """The same, empty."""
+    """The same, empty. A test that uses it leaves no key that lives too long, no thread, file handle or process."""
     client = connect(broker_settings)
     client.flushall()
-    yield broker_settings
-    left = keys_without_expiry(client)
     client.close()
-    assert not left, f"keys without expiry: {left}"
+    before = Held.now()
+    yield broker_settings
+    assert_nothing(before.left, "left by the test")
+    left = overlong_keys(client)
+    client.close()
+    assert not left, f"keys that live too long: {left}"
 
 
 @pytest.fixture(scope="session")
@@ -114,14 +113,22 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     home = tmp_path_factory.mktemp("stack")
     with warm_stack(stack_settings(home)) as running:
         yield running
+        with Client(settings=running.settings) as client:
+            assert_nothing(lambda: _busy_lanes(client), "places in lanes that nobody gave back")
+
+
+def _busy_lanes(client: Client) -> list[str]:
+    lanes = [(worker.worker, kind, held) for worker in client.workers() for kind, (held, _) in worker.lanes.items()]
+    return [f"{worker}: {kind} has {held}" for worker, kind, held in lanes if held]
 
 
 @contextmanager
 def warm_stack(settings: Settings) -> Iterator[Stack]:
-    """A broker of its own and a worker that serves its models."""
+    """A broker of its own and a worker that serves its models. No process of them outlives it."""
     with Stack(settings, flower=False, own_broker=True) as running:
         running.wait_until_warm()
         yield running
+    assert_nothing(lambda: processes_of(settings.home), "processes that outlive their stack")
 
 
 def stack_settings(home: Path, **overrides: Any) -> Settings:
@@ -132,10 +139,12 @@ def stack_settings(home: Path, **overrides: Any) -> Settings:
 
 @pytest.fixture
 def client(stack: Stack) -> Iterator[Client]:
+    """Of the shared stack, which has no job and holds no message when the test is over."""
+    before = Held.now()
     with Client(settings=stack.settings) as running:
         yield running
-        left = keys_without_expiry(running.redis)
-    assert not left, f"keys without expiry: {left}"
+        assert_idle(running.redis)
+    assert_nothing(before.left, "left by the test")
 
 
 @pytest.fixture

@@ -18,8 +18,9 @@ from stoker.connection import connect
 from stoker.settings import Settings
 from tests.chaos.fleet import EMBED, GENERATE, Fleet, fleet_settings
 from tests.chaos.load import Answers, Load
-from tests.conftest import alive, keys_without_expiry, wait_until
+from tests.conftest import alive, wait_until
 from tests.integration.machinery import FragileBroker
+from tests.leaks import overlong_keys
 
 #: Workers that are kept alive, and that there are at most.
 KEEP, MOST = 2, 4
@@ -171,7 +172,7 @@ class Storm:
             wrong.append(f"left in the queues: {left()}")
         if redis.exists(keys.DEAD):
             wrong.append(f"dead letters: {redis.hkeys(keys.DEAD)}")
-        return wrong + [f"without expiry: {key}" for key in keys_without_expiry(redis)]
+        return wrong + overlong_keys(redis)
 
     def close(self) -> list[str]:
         self.fleet.stop()

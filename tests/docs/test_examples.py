@@ -11,7 +11,7 @@ import pytest
 
 from stoker import Client
 from stoker.local.stack import Stack
-from tests.conftest import keys_without_expiry
+from tests.conftest import assert_idle
 from tests.docs.pages import EXAMPLES, ROOT, Block, blocks
 
 pytestmark = pytest.mark.integration
@@ -29,8 +29,7 @@ def beside_the_stack(stack: Stack, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setenv("STOKER_URL", stack.settings.address.celery)
     yield tmp_path
     with Client(settings=stack.settings) as client:
-        left = keys_without_expiry(client.redis)
-    assert not left, f"keys without expiry: {left}"
+        assert_idle(client.redis)
 
 
 @pytest.mark.parametrize("block", RUNNING, ids=str)

@@ -16,8 +16,9 @@ from stoker.errors import BrokerUnavailable, JobLost
 from stoker.local.broker import server_binary
 from stoker.local.process import Process
 from stoker.local.stack import Stack
-from tests.conftest import EMBED_MODEL, GENERATE_MODEL, alive, keys_without_expiry, stack_settings, wait_until
+from tests.conftest import EMBED_MODEL, GENERATE_MODEL, alive, stack_settings, wait_until
 from tests.integration.machinery import CERTIFICATE, GOLDENS, FragileBroker, Proxy, patient_client, worker_on
+from tests.leaks import overlong_keys
 
 pytestmark = pytest.mark.integration
 
@@ -47,7 +48,7 @@ def test_a_stream_goes_on_when_the_broker_was_killed_and_is_back(fragile: Fragil
         presence = wait_until(lambda: client.workers(), "the worker is back")
         assert presence[0].pid == pid, "the worker must survive its broker"
         wait_until(lambda: client.redis.hlen("stoker:unacked") == 0, "nothing is left unacknowledged")
-        assert not keys_without_expiry(client.redis)
+        assert not overlong_keys(client.redis)
         assert stack.worker_name == presence[0].worker
 
 

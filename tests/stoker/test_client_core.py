@@ -271,7 +271,7 @@ def test_a_cancel_is_marked_and_announced(fake: Callable[[], Client], server: An
         heard.subscribe(keys.CANCELS)
         heard.get_message(timeout=1)
         job = sender.generate("x", model="smol")
-        server.set(keys.worker("worker"), "{}", ex=60)
+        server.set(keys.worker("worker"), "{}", ex=keys.PRESENCE_TTL)
         ledger.claim(server, job.id, keys.queue("smol", "generate"), "token", "tag", "worker")
         job.cancel()
         assert server.exists(keys.cancel(job.id))

@@ -168,7 +168,8 @@ def test_a_job_that_waits_in_a_room_is_cancelled_there(redis: Any) -> None:
 def test_the_message_is_what_celery_itself_would_send(redis: Any, broker: Settings) -> None:
     with Celery(set_as_current=False) as app:
         app.conf.update(shared_config(broker))
-        app.send_task("stoker.generate", task_id="job", queue=QUEUE)
+        with app.connection_for_write() as connection:
+            app.send_task("stoker.generate", task_id="job", queue=QUEUE, connection=connection)
     theirs = json.loads(redis.rpop(keys.front(QUEUE)))
     redis.delete(keys.front(QUEUE), *redis.keys("stoker:_kombu*"))
     submit(redis)
@@ -245,7 +246,7 @@ def test_cancelling_a_waiting_job_ends_it_without_a_worker(redis: Any) -> None:
 def test_cancelling_a_running_job_asks_its_owner(redis: Any) -> None:
     submit(redis)
     claim(redis, "one")
-    redis.set(keys.worker("worker-one"), "{}", ex=60)
+    redis.set(keys.worker("worker-one"), "{}", ex=keys.PRESENCE_TTL)
     assert ledger.cancel(redis, "job", QUEUE) == b"asked"
     assert redis.exists(keys.cancel("job")) == 1
     settle(redis, "one")
@@ -265,7 +266,7 @@ def test_a_job_without_owner_and_message_waits_again(redis: Any) -> None:
     assert ledger.recover(redis, QUEUE, 0) == [b"job"]
     assert json.loads(redis.lindex(keys.front(QUEUE), 0))["properties"]["delivery_tag"] == "job#2"
     assert take(redis) == "job"
-    redis.set(keys.worker("worker"), "{}", ex=60)
+    redis.set(keys.worker("worker"), "{}", ex=keys.PRESENCE_TTL)
     assert ledger.recover(redis, QUEUE, 0) == [], "it has an owner"
 
 
@@ -274,7 +275,7 @@ def test_a_message_that_is_lost_on_its_way_back_from_a_dead_owner_is_sent_again(
     submit(redis)
     redis.delete(keys.front(QUEUE))
     claim(redis, "one", "job#1")
-    redis.set(keys.worker("worker-one"), "{}", ex=60)
+    redis.set(keys.worker("worker-one"), "{}", ex=keys.PRESENCE_TTL)
     assert ledger.recover(redis, QUEUE, 0) == [], "its owner lives"
     redis.delete(keys.worker("worker-one"))
     redis.hset(keys.UNACKED, "job#1", "message")
