@@ -89,10 +89,10 @@ def test_rows_that_were_promised_outlast_every_cut_and_the_file_is_whole_or_not_
 
 def test_an_output_that_is_begun_anew_never_vouches_for_rows_of_another_run(tmp_path: Path) -> None:
     """Either run may be gone on with after any cut, and has its own rows in the end."""
-    old, new, work = job("float32", input="old"), job("float16", input="new"), tmp_path / "work"
+    old, new, work = job("float16", input="old"), job("float32", input="new"), tmp_path / "work"
     expected = {name: whole(tmp_path / name, ".npy", of) for name, of in (("old", old), ("new", new))}
     work.mkdir()
-    break_off(work / "out.npy", old, encoded("float32", 0, 9), encoded("float32", 9, 20))
+    break_off(work / "out.npy", old, encoded("float16", 0, 9))
     with powercut.recorded(work) as disk:
         run(work / "out.npy", new, disk, overwrite=True)
     for name, of in (("old", old), ("new", new)):

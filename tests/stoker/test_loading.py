@@ -137,8 +137,10 @@ def test_commands_wait_or_end_with_the_brokers_exit_code(url: str, monkeypatch: 
 
 def test_a_time_limit_of_the_caller_is_shorter_than_a_long_load(url: str) -> None:
     job(url)
-    with slow.loading(url, SECONDS), Client(settings=Settings(url=url)) as client, pytest.raises(JobTimeout):
-        client_job(client).result(timeout=0.3)
+    with slow.loading(url, 4 * SECONDS), Client(settings=Settings(url=url)) as client:
+        with pytest.raises(JobTimeout):
+            client_job(client).result(timeout=0.2)
+        assert client.redis.info("persistence")["loading"] == 1
 
 
 def client_job(client: Client) -> Any:
@@ -190,10 +192,11 @@ def test_a_load_that_gets_on_is_waited_for_and_one_that_stands_still_is_an_error
     monkeypatch.setattr(loading.time, "monotonic", lambda: float(next(clock)))
     monkeypatch.setattr(loading.time, "sleep", lambda seconds: None)
     told: list[str] = []
-    answers = iter([*(info(number, number) for number in range(100)), {"loading": 0}])
+    # Twenty seconds a look, and something new at every third.
+    answers = iter([*(info(number // 3, number // 3) for number in range(150)), {"loading": 0}])
     wait_until_loaded(lambda: next(answers), "here", told.append)
-    assert len(told) == 100
-    assert told[42] == "the broker is loading its data, 42 %, about 3 s left"
+    assert len(told) == 150
+    assert told[3 * 42] == "the broker is loading its data, 42 %, about 3 s left"
     with pytest.raises(BrokerLoading, match="42 %"):
         wait_until_loaded(lambda: info(42, 42), "here", told.append)
 

@@ -111,13 +111,14 @@ def test_an_id_that_is_known_takes_no_second_input_and_leaves_none(
     client.train("style", OLD, model=SMOL.model, job_id="mine")
     (first,) = blobs(server)
     # Both looked for the job before either had sent it.
-    late = submission(broker, NEW)
-    for _ in late.uploads(server):
-        pass
-    reply = late.send(server)
-    assert reply[0] == b"known"
-    late.tidy(server, reply)
-    assert blobs(server) == [first]
+    for rows in (NEW, OLD):
+        late = submission(broker, rows)
+        for _ in late.uploads(server):
+            pass
+        reply = late.send(server)
+        assert reply[0] == b"known"
+        late.tidy(server, reply)
+        assert blobs(server) == [first]
     assert trained_on(server, "mine") == OLD
 
 
