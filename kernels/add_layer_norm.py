@@ -77,6 +77,10 @@ def _cases(dtype: mx.Dtype, random: np.random.Generator) -> Iterable[Case]:
         x, r = (normal(random, shape, dtype, 2.0) for _ in range(2))
         w, b = (normal(random, shape[-1:], dtype) for _ in range(2))
         yield Case(" × ".join(map(str, shape)), (x, r, w, b, 1e-5))
+    # Rows so flat that eps counts.
+    x = normal(random, (4, 96), dtype, 1e-3)
+    w, b = (normal(random, (96,), dtype) for _ in range(2))
+    yield Case("4 × 96, flat", (x, mx.zeros_like(x), w, b, 1e-5))
 
 
 def _timings(dtype: mx.Dtype) -> Iterable[Timing]:

@@ -71,6 +71,9 @@ def _cases(dtype: mx.Dtype, random: np.random.Generator) -> Iterable[Case]:
     for shape in ((1, 1), (1, 33), (6, 896), (2, 3, 1000), (3, 4864)):
         x, r = (normal(random, shape, dtype, 2.0) for _ in range(2))
         yield Case(" × ".join(map(str, shape)), (x, r, normal(random, shape[-1:], dtype), 1e-6))
+    # Rows so small that eps counts.
+    x, r = (normal(random, (4, 96), dtype, 1e-3) for _ in range(2))
+    yield Case("4 × 96, small", (x, r, normal(random, (96,), dtype), 1e-6))
 
 
 def _timings(dtype: mx.Dtype) -> Iterable[Timing]:

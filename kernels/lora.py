@@ -115,7 +115,14 @@ def _matrices(
 
 
 def _cases(dtype: mx.Dtype, random: np.random.Generator) -> Iterable[Case]:
-    shapes = ((1, 2, 8, 40, 1), (5, 4, 512, 640, 8), (3, 3, 100, 300, 3), (4, 3, 200, 33, 64), (3, 3, 96, 70, 24))
+    shapes = (
+        (1, 2, 8, 40, 1),
+        (5, 4, 512, 640, 8),
+        (3, 3, 100, 300, 3),
+        (4, 3, 200, 33, 64),
+        (3, 3, 96, 70, 24),
+        (2, 3, 70, 60, 50),
+    )
     for rows, adapters, inputs, outputs, rank in shapes:
         a, b = _matrices(random, adapters, inputs, outputs, rank, dtype)
         x, y = normal(random, (rows, 1, inputs), dtype), normal(random, (rows, 1, outputs), dtype)

@@ -115,6 +115,12 @@ def _cases(dtype: mx.Dtype, random: np.random.Generator) -> Iterable[Case]:
         lengths = mx.array(random.integers(1, tokens + 1, texts).astype(np.int32))
         label = f"{texts} × {tokens} × {width}{', L2' if normalize else ''}"
         yield Case(label, (x, r, w, b, lengths, 1e-12, normalize))
+    # Rows so flat that eps counts; vectors of next to nothing, whose norm is below its floor as a mean, not as a sum.
+    x = normal(random, (2, 40, 64), dtype, 1e-3)
+    lengths, w, b = mx.array([40, 7], mx.int32), normal(random, (64,), dtype), normal(random, (64,), dtype)
+    yield Case("2 × 40 × 64, flat", (x, mx.zeros_like(x), w, b, lengths, 1e-5, False))
+    nothing = normal(random, (64,), dtype, 1e-14)
+    yield Case("2 × 40 × 64, next to nothing, L2", (x, x, mx.zeros_like(w), nothing, lengths, 1e-5, True))
 
 
 def _timings(dtype: mx.Dtype) -> Iterable[Timing]:

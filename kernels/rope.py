@@ -110,6 +110,10 @@ def _cases(dtype: mx.Dtype, random: np.random.Generator) -> Iterable[Case]:
         weights = (normal(random, (dim,), dtype), normal(random, (dim,), dtype)) if norm else (None, None)
         label = f"{rows} rows, {heads} + {kv_heads} heads of {dim}{', norms' if norm else ''}"
         yield Case(label, (q, k, offset, _periods(dim), *weights, 1e-6))
+    # Heads so small that eps counts.
+    q, k = normal(random, (2, 2, 64), dtype, 1e-3), normal(random, (2, 1, 64), dtype, 1e-3)
+    weights = (normal(random, (64,), dtype), normal(random, (64,), dtype))
+    yield Case("2 rows, small, norms", (q, k, mx.array([0, 700], mx.int32), _periods(64), *weights, 1e-6))
 
 
 def _timings(dtype: mx.Dtype) -> Iterable[Timing]:

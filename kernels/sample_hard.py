@@ -18,7 +18,7 @@ from kernels.sample_rule import Floats, Setting
 UNIFORMS = (0.0, 0.25, 0.5, 0.999999, 1.0 - 2.0**-24)
 #: The smallest, one beside whole words, chunks and blocks, and what models have.
 VOCABULARIES = (2, 3, 31, 33, 511, 513, 1300, 4097, 9000)
-LARGE = (151_936, 262_144, 262_208)
+LARGE = (151_936, 262_144, 262_208, 300_001)
 
 NOTHING, INFINITE = float("nan"), float("inf")
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from kernels.backend import using
-from kernels.check import run_case
+from kernels.check import check_hard, run_case
 from kernels.emulator.observe import observing
 from kernels.kernel import DTYPES, Case
 from kernels.sample import KERNEL
@@ -139,3 +141,22 @@ def test_the_rule_lets_no_more_pass_than_it_says() -> None:
     assert max(errors(arguments, [token, *rest])) < 1e-5
     assert max(errors(arguments, [token + 1, *rest])) > 1e-3
     assert max(errors(arguments, [*[token, *rest][:3], rest[2] * 1.0001])) > 2e-5
+
+
+def test_a_hard_case_is_named_before_it_runs_and_judged_by_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    """On a device that does not come back from a case the last line says which it was."""
+    arguments = call(np.zeros(1300, np.float32), [Setting(), Setting(top_k=3)], mx.float32)
+    refused = (arguments[0], arguments[1].astype(mx.float16), *arguments[2:])
+
+    def two(_: mx.Dtype, __: np.random.Generator) -> list[Case]:
+        return [Case("all equal", arguments), Case("not taken", refused)]
+
+    kernel = replace(KERNEL, hard=two)
+    results = check_hard(kernel, mx.float32, "emulator")
+    first = next(results)
+    assert (first.passed, first.shapes, first.detail) == (True, 2, "all equal")
+    assert capsys.readouterr().out.split(maxsplit=2)[2].strip() == "all equal"
+    (second,) = results
+    assert not second.passed
+    assert "not taken: the kernel does not take a shape that it says it takes" in second.detail
+    assert list(check_hard(replace(KERNEL, hard=None), mx.float32, "emulator")) == []
