@@ -18,6 +18,7 @@ from engine.models.llama import Llama, LlamaArgs
 from engine.weights import safetensors
 from engine.weights.digest import weights_digest
 from stoker.errors import ModelError
+from tests.engine import tiny
 
 
 def config_of(args: LlamaArgs) -> dict[str, object]:
@@ -85,6 +86,14 @@ def test_missing_surplus_and_misshapen_tensors_are_named(
     with pytest.raises(ModelError) as caught:
         load("tiny", [str(folder)])
     assert cause in str(caught.value)
+
+
+def test_a_tokenizer_may_have_as_many_tokens_as_the_model_and_no_more(folder: Path) -> None:
+    tiny.tokenizer(61).inner.save(str(folder / "tokenizer.json"))
+    assert load("tiny", [str(folder)]).tokenizer.vocab_size == 61
+    tiny.tokenizer(62).inner.save(str(folder / "tokenizer.json"))
+    with pytest.raises(ModelError, match="the tokenizer has 62 tokens, the model only 61"):
+        load("tiny", [str(folder)])
 
 
 @pytest.mark.parametrize(

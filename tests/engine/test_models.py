@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -22,6 +23,7 @@ from engine.models.llama import Llama, LlamaArgs
 from engine.models.sentence import EmbeddingSpec
 from stoker.errors import ModelError
 from tests.engine import cached
+from tests.engine.conftest import TINY, RandomTensors
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 Close = Callable[[mx.array, mx.array], float]
@@ -158,6 +160,18 @@ def test_llama_sizes_come_from_the_config() -> None:
     assert (args.norm_eps, args.context) == (1e-5, 2048)
     unsaid = {name: value for name, value in CONFIG.items() if name != "rms_norm_eps"}
     assert LlamaArgs.from_config(unsaid).norm_eps == 1e-6, "as transformers takes it"
+
+
+def test_every_norm_has_the_epsilon_of_the_config() -> None:
+    mx.random.seed(7)
+    model = Llama(replace(TINY, norm_eps=0.25, qk_norm=True), RandomTensors())
+    layer = model.layers[1]
+    norms = [layer.input_layernorm, layer.post_attention_layernorm, layer.self_attn.q_norm, layer.self_attn.k_norm]
+    assert [norm and norm.eps for norm in (*norms, model.norm)] == [0.25] * 5
+    x = mx.array([[3.0, 4.0] * 16])
+    root = np.sqrt((9 + 16) / 2 + 0.25)
+    wanted = np.array(x) / root * np.array(layer.input_layernorm.weight)
+    np.testing.assert_allclose(np.array(layer.input_layernorm(x)), wanted, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

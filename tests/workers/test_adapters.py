@@ -1,0 +1,155 @@
+"""Adapters between registry, artifact store and this worker's disk: kept before they are known, one version a job."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from engine.adapters.store import AdapterStore
+from engine.weights.files import DRAFT
+from stoker import keys, registry
+from stoker.connection import connect
+from stoker.contract import bundle
+from stoker.contract.uploads import Upload
+from stoker.errors import InvalidRequest, UnknownAdapter
+from stoker.settings import Settings
+from workers import adapters
+from workers.artifacts import Artifacts, StoreTrouble
+
+FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights", "stoker.json": b"{}"}
+
+
+class Home:
+    """A worker's side of one broker: its disk, and its jobs."""
+
+    def __init__(self, settings: Settings, redis: Any, root: Path) -> None:
+        self.redis, self.settings, self.store = redis, settings, AdapterStore(root / "adapters")
+
+    def run(self, job_id: str) -> Any:
+        self.redis.hset(keys.job(job_id), "id", job_id)
+        self.redis.expire(keys.job(job_id), 60)
+        engine = SimpleNamespace(store=self.store)
+        runtime = SimpleNamespace(redis=self.redis, settings=self.settings, engine=engine, name="w@here")
+        return SimpleNamespace(job_id=job_id, runtime=runtime)
+
+    def write(self, version: int | None = None) -> int:
+        def fill(draft: Path) -> None:
+            for name, content in FILES.items():
+                (draft / name).write_bytes(content)
+
+        return self.store.install("m", "style", fill, version)
+
+    def publish(self, version: int, *, promote: bool = True) -> None:
+        adapters.publish(self.run("trains"), "m", "style", version, {}, promote=promote)
+
+    @property
+    def entry(self) -> registry.AdapterEntry:
+        return registry.parse("m", "style", self.redis.hgetall(keys.adapter("m", "style")))
+
+
+@pytest.fixture
+def home(broker: Settings, tmp_path: Path) -> Iterator[Home]:
+    redis = connect(broker)
+    yield Home(broker, redis, tmp_path / "here")
+    redis.delete(keys.adapter("m", "style"), keys.adapters("m"), *(keys.artifact("m", "style", n) for n in (1, 2, 3)))
+    redis.close()
+
+
+def elsewhere(home: Home, tmp_path: Path) -> Home:
+    return Home(home.settings, home.redis, tmp_path / "elsewhere")
+
+
+def test_a_version_is_kept_for_all_workers_before_it_is_known(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise StoreTrouble("no room")
+
+    home.write()
+    with monkeypatch.context() as patch:
+        patch.setattr(Artifacts, "put", full)
+        with pytest.raises(StoreTrouble):
+            home.publish(1)
+    assert home.entry.versions == {}
+    home.publish(1)
+    assert home.entry.serving == 1
+    facts = home.entry.versions[1]
+    assert (facts["worker"], facts["job"]) == ("w@here", "trains")
+
+
+def test_a_job_keeps_the_version_that_its_first_owner_chose(home: Home, tmp_path: Path) -> None:
+    for version in (1, 2):
+        home.write()
+        home.publish(version, promote=version == 1)
+    assert adapters.pinned(home.run("a"), "m", "style") == "style@1"
+    registry.change(home.redis, "m", "promote", "style", 2)
+    assert adapters.pinned(elsewhere(home, tmp_path).run("a"), "m", "style") == "style@1"
+    assert adapters.pinned(home.run("b"), "m", "style") == "style@2"
+    assert adapters.pinned(home.run("c"), "m", "style@1") == "style@1"
+
+
+def test_of_two_owners_that_choose_at_once_the_second_takes_what_the_first_wrote(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for version in (1, 2):
+        home.write()
+        home.publish(version)
+    plain = registry.parse
+
+    def slow(*arguments: Any) -> registry.AdapterEntry:
+        home.redis.hset(keys.job("a"), "version", 1)
+        return plain(*arguments)
+
+    monkeypatch.setattr(registry, "parse", slow)
+    assert adapters.pinned(home.run("a"), "m", "style") == "style@1"
+
+
+def test_a_worker_fetches_what_it_does_not_hold_and_nothing_twice(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home.write()
+    home.publish(1)
+    other = elsewhere(home, tmp_path)
+    adapters.pinned(other.run("a"), "m", "style")
+    folder = other.store.folder("m", "style", 1)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == FILES
+    monkeypatch.setattr(Artifacts, "get", lambda *_: pytest.fail("it is there"))
+    adapters.pinned(other.run("b"), "m", "style")
+
+
+def test_a_version_whose_files_are_gone_or_damaged_is_named_and_leaves_nothing(home: Home, tmp_path: Path) -> None:
+    home.write()
+    home.publish(1)
+    other = elsewhere(home, tmp_path)
+    home.redis.set(keys.artifact("m", "style", 1), b"12345678")
+    with pytest.raises(InvalidRequest, match="style@1: no bundle"):
+        adapters.pinned(other.run("a"), "m", "style")
+    home.redis.delete(keys.artifact("m", "style", 1))
+    with pytest.raises(UnknownAdapter, match="'style@1' given; it is registered, but no store"):
+        adapters.pinned(other.run("a"), "m", "style")
+    assert not other.store.has("m", "style", 1)
+    assert not list((tmp_path / "elsewhere").rglob(f"{DRAFT}*"))
+
+
+def test_a_new_version_is_above_all_on_this_disk_and_the_same_for_its_job(home: Home, tmp_path: Path) -> None:
+    home.write(5)
+    assert adapters.allocate(home.run("a"), "m", "style") == 6
+    assert adapters.allocate(elsewhere(home, tmp_path).run("b"), "m", "style") == 7
+    assert adapters.allocate(home.run("a"), "m", "style") == 6
+
+
+def test_what_is_loaded_lies_in_a_folder_for_as_long_as_its_job_takes(home: Home) -> None:
+    run = home.run("a")
+    data = bundle.pack(FILES, "/home/me/mine")
+    upload = str(Upload.of("adapter", "a", data))
+    with adapters.unpacked(run, upload) as found:
+        assert found is None, "it has expired"
+    home.redis.set(keys.blob(upload), data, ex=60)
+    with adapters.unpacked(run, upload) as found:
+        assert found is not None
+        folder, source = found
+        assert source == "/home/me/mine"
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == FILES
+    assert not folder.exists()
