@@ -407,6 +407,23 @@ def test_adapters_that_are_all_in_use_are_held_whatever_the_budget(model: Loaded
         assert np.abs(row - alone(model, tiny.adapter(model, 2, seed))).max() < 1e-4
 
 
+def test_stacks_are_doubled_only_within_the_budget_and_ranks_by_doubling(model: LoadedModel, tmp_path: Path) -> None:
+    """So that the budget holds after the growth, and that adapters of many ranks compile few shapes."""
+    one = AdapterPool(model, AdapterStore(tmp_path / "a"))
+    for number in range(3):
+        one.save(f"a{number}", tiny.adapter(model, 2, number), {})
+    for budget, held in ((2 * one.bytes - 1, 3), (2 * one.bytes, 4)):
+        pool = AdapterPool(model, AdapterStore(tmp_path / str(budget)), budget=budget)
+        for number in range(4):
+            pool.save(f"a{number}", tiny.adapter(model, 2, number), {})
+        assert len(pool.loaded) == held
+        assert pool.bytes <= budget
+    one.save("large", tiny.adapter(model, 9, 9), {})
+    rows = one.rows([one.acquire("large")])
+    assert rows is not None
+    assert rows.stacks["layers.0.self_attn.q_proj"]["a"].shape[-1] == 16
+
+
 def test_loading_another_leaves_the_shapes_of_a_running_step(model: LoadedModel, store: AdapterStore) -> None:
     """So that nothing is compiled anew, and what runs stays the same bit for bit."""
     pool = AdapterPool(model, store)

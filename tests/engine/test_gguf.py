@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from contextlib import suppress
 from pathlib import Path
 
@@ -96,6 +97,44 @@ def test_a_mutated_header_is_read_or_refused(sound: Path, tmp_path: Path, data: 
         gguf = GGUF(path)
         for name in gguf.tensors:
             gguf.dequantize(name)
+
+
+@pytest.mark.parametrize("name", ["plain", *(kind.name for kind in TYPES)])
+def test_a_tensor_in_pieces_is_the_whole(sound: Path, name: str) -> None:
+    gguf = GGUF(sound)
+    pieces = list(gguf.pieces(name, 96))
+    assert max(map(len, pieces)) == 96
+    assert np.array_equal(np.concatenate(pieces), gguf.dequantize(name).reshape(-1))
+
+
+def made(offsets: list[int], size: int, alignment: int = 1) -> bytes:
+    """A file of tensors of two float32 at `offsets`, with `size` bytes of data."""
+
+    def text(value: str) -> bytes:
+        return struct.pack("<Q", len(value)) + value.encode()
+
+    header = b"GGUF" + struct.pack("<IQQ", 3, len(offsets), 1)
+    header += text("general.alignment") + struct.pack("<II", 4, alignment)
+    for number, offset in enumerate(offsets):
+        header += text(f"t{number}") + struct.pack("<IQIQ", 1, 2, GGMLQuantizationType.F32, offset)
+    return header + bytes(-len(header) % alignment) + bytes(size)
+
+
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [(made([0, 8], 16), ""), (made([8, 0], 16), ""), (made([0, 7], 16), "'t0' and 't1' overlap"),
+     (made([8, 1], 16), "'t1' and 't0' overlap"), (made([0, 8], 15), "'t1' ends at byte"),
+     (made([0, 64], 72, 64), ""), (made([0, 8], 16, 48), "48, not a power of two"),
+     (made([0, 8], 16, 1 << 21), "not a power of two"), (made([0, 8], 72, 64), "not aligned to 64")],
+)  # fmt: skip
+def test_tensors_lie_within_the_file_one_beside_the_other(tmp_path: Path, content: bytes, cause: str) -> None:
+    path = tmp_path / "made.gguf"
+    path.write_bytes(content)
+    if not cause:
+        assert GGUF(path).dequantize("t1").tolist() == [0.0, 0.0]
+        return
+    with pytest.raises(ModelError, match=cause):
+        GGUF(path)
 
 
 def test_names_follow_hugging_face() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from engine.training.log import RunLog
 from stoker.errors import ModelError
 from tests import powercut
 from tests.engine.training_child import open_run
@@ -109,6 +110,14 @@ def test_power_that_fails_at_any_moment_of_a_run_leaves_its_checkpoint_and_every
             assert len(again.reported) == again.state.reports, cut
             assert again.state.step >= len(cut.marks), cut
         assert not cut.finished or json.loads(cut.tree["run/run.json"] or b"")["status"] == "done"
+
+
+def test_a_report_that_was_cut_short_or_lies_behind_the_checkpoint_is_dropped(tmp_path: Path) -> None:
+    log = RunLog(tmp_path / "log.jsonl")
+    for kept, left in ((9, b"one\ntwo\n"), (1, b"one\n"), (0, b"")):
+        (tmp_path / "log.jsonl").write_bytes(b"one\ntwo\nthr")
+        log.keep(kept)
+        assert (tmp_path / "log.jsonl").read_bytes() == left
 
 
 def test_checkpoints_say_what_they_are_and_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
