@@ -69,6 +69,10 @@ def cases(dtype: mx.Dtype, random: np.random.Generator) -> Iterable[Case]:
     yield penalised("penalties", top_k=20)
     alone = mx.where(mx.arange(3000) == 2999, 40.0, normal(random, (1, 3000), mx.float32)).astype(dtype)
     yield case("top-k 20 beyond the bins", alone, top_k=20)
+    index = np.arange(5000)
+    zeros = np.where(index < 200, 2 + index / 1000, np.where(index % 2, 0.0, -0.0))  # all of them are kept, or none
+    above = mx.array(zeros[None], mx.float32).astype(dtype)
+    yield case("top-k 2000, top-p 0.3 of zeros below others", above, top_k=2000, top_p=0.3)
     yield case("top-k 50, top-p 0.95", logits(2, 151_936), top_k=50, top_p=0.95, large=True)
     yield case("temperature alone", logits(1, 151_936), large=True)
 
