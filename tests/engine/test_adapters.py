@@ -391,9 +391,10 @@ def test_one_that_is_given_back_by_one_request_is_held_for_the_others(model: Loa
         pool.save(f"a{seed}", tiny.adapter(model, 2, seed), {})
     rows = [pool.acquire("a0"), pool.acquire("a0")]
     pool.release(rows[0])
-    pool.acquire("a1")
+    for name in ("a1", "a2"):
+        pool.release(pool.acquire(name))
     pool.save("new", tiny.adapter(model, 2, 7), {})
-    assert pool.loaded == ("a0@1", "a1@1", "new@1"), "a0 is in use still"
+    assert pool.loaded == ("a0@1", "new@1", "a2@1"), "a0 was asked for longest ago, and is in use still"
 
 
 def test_adapters_that_are_all_in_use_are_held_whatever_the_budget(model: LoadedModel, store: AdapterStore) -> None:
