@@ -27,7 +27,7 @@ from stoker.contract import EmbedRequest
 from stoker.local.stack import Stack
 from stoker.settings import load_settings
 
-MODEL = "all-minilm-l6-v2"
+MODEL, DECODER = "all-minilm-l6-v2", "smollm2-135m-instruct"
 ROOT = Path(__file__).parent.parent
 PEERS = ROOT / ".venv-peers" / "bin" / "python"
 SETS = {"16 tokens": [16] * 192, "128 tokens": [128] * 24, "mixed": mixed_lengths(64)}
@@ -194,7 +194,8 @@ def through_redis(embed: Callable[..., np.ndarray], rows: list[Row], ratios: lis
     jobs = [texts_of(mixed_lengths(100, seed), seed) for seed in range(3)]
     single = texts_of([16] * 64, seed=5)
     with tempfile.TemporaryDirectory() as home:
-        settings = load_settings(home=Path(home), grace=5.0, models=(MODEL,), embed_jobs=64)
+        # The worker that people run: beside a decoder, with the default slots.
+        settings = load_settings(home=Path(home), grace=5.0, models=(MODEL, DECODER))
         with Stack(settings, flower=False, own_broker=True) as stack:
             stack.wait_until_warm()
             with Client(settings=stack.settings) as client:
