@@ -79,7 +79,7 @@ class LeaseStep(bootsteps.StartStopStep):
                 self._fence,
                 stopped=self._stopped,
                 every=self.settings.lease / RENEWALS,
-                failed=self.health.failed,
+                failed=lambda: self.health.failed(),
             )
             self.thread.start()
 

@@ -8,7 +8,7 @@ end
 local state = redis.call('HMGET', job, 'token', 'tag', 'worker', 'submitted', 'history', 'began', 'request', 'trouble')
 if not state[4] then return {'unknown', '0', '0', ''} end
 if state[1] and state[2] ~= tag then return {'duplicate', '0', '0', ''} end
-local history = state[5] and cjson.decode(state[5]) or {}
+local history = decoded(state[5])
 if state[1] then note_death(job, state[3], history, state[8]) end
 local verdict = #history >= setting('deaths', too_many) and 'dead' or 'run'
 redis.call('HSET', job, 'token', token, 'tag', tag, 'worker', worker, 'began', '1')

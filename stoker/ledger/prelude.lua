@@ -34,13 +34,26 @@ local function level(priority, submitted)
   return math.max(0, priority - math.floor((now - submitted) / ageing))
 end
 
+-- Where a job waits; nil for one that has ended, and for one whose record no client wrote: it must not stop the others.
 local function place(of)
-  local fields = redis.call('HMGET', job_prefix .. of, 'priority', 'submitted', 'turn', 'token')
-  if not fields[2] or redis.call('HEXISTS', job_prefix .. of, 'message') == 0 then return nil end
-  local priority = tonumber(fields[1])
-  return {
-    id = of, priority = priority, level = level(priority, tonumber(fields[2])), turn = fields[3], owned = fields[4],
-  }
+  local fields = redis.pcall('HMGET', job_prefix .. of, 'priority', 'submitted', 'turn', 'token', 'message')
+  local priority, submitted = tonumber(fields[1]), tonumber(fields[2])
+  if not (submitted and priority and rooms[priority + 1] and tonumber(fields[3]) and fields[5]) then return nil end
+  if not string.find(fields[5], '"delivery_tag": "', 1, true) then return nil end
+  return {id = of, priority = priority, level = level(priority, submitted), turn = fields[3], owned = fields[4]}
+end
+
+-- An object or list in JSON; an empty one for what is none.
+local function decoded(text)
+  local readable, value = pcall(cjson.decode, text)
+  return readable and type(value) == 'table' and value or {}
+end
+
+-- The job that a message names; nil for one that cannot be read: a worker will put it aside.
+local function named(message)
+  local headers = decoded(message)['headers']
+  local of = type(headers) == 'table' and headers['id']
+  return type(of) == 'string' and of or nil
 end
 
 local function room(priority) return rooms[priority + 1] end
@@ -89,8 +102,8 @@ end
 local function in_front(position)
   local message = redis.call('LINDEX', front, position)
   if not message then return nil end
-  local of = cjson.decode(message)['headers']['id']
-  return message, place(of) or {id = of, level = 0}
+  local of = named(message)
+  return message, of and place(of) or {id = of, level = 0}
 end
 
 -- The job's message under a delivery tag of its own: by its tag a delivery that came back is told from a second one.
@@ -98,7 +111,9 @@ local function message_of(of)
   local key = job_prefix .. of
   local tag = of .. '#' .. redis.call('HINCRBY', key, 'sent', 1)
   local message = redis.call('HGET', key, 'message')
-  message = string.gsub(message, '"delivery_tag": "[^"]*"', '"delivery_tag": "' .. tag .. '"')
+  -- In what stands for the old tag, % has a meaning.
+  local field = '"delivery_tag": "' .. string.gsub(tag, '%%', '%%%%') .. '"'
+  message = string.gsub(message, '"delivery_tag": "[^"]*"', field)
   redis.call('HSET', key, 'message', message)
   return message
 end

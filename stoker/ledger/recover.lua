@@ -3,7 +3,8 @@
 refill()
 local standing = {}
 for _, message in ipairs(redis.call('LRANGE', front, 0, -1)) do
-  standing[cjson.decode(message)['headers']['id']] = true
+  local of = named(message)
+  if of then standing[of] = true end
 end
 
 -- A message is lost that is neither at the front nor held, and whose job nobody alive runs: whoever took it died before
@@ -18,13 +19,13 @@ local found = {}
 for _, of in ipairs(redis.call('ZRANGEBYSCORE', handed, '-inf', now - tonumber(ARGV[6]), 'LIMIT', 0, 1000)) do
   local key = job_prefix .. of
   local names = {'message', 'priority', 'turn', 'token', 'tag', 'worker', 'history', 'trouble'}
-  local fields = redis.call('HMGET', key, unpack(names))
-  if not fields[1] then
+  local fields = redis.pcall('HMGET', key, unpack(names))
+  if not place(of) then
     redis.call('ZREM', handed, of)
     redis.call('ZREM', open, of)
   elseif lost(of, fields[4], fields[5], fields[6]) then
     if fields[4] then
-      note_death(key, fields[6], fields[7] and cjson.decode(fields[7]) or {}, fields[8])
+      note_death(key, fields[6], decoded(fields[7]), fields[8])
       redis.call('HDEL', key, 'token', 'tag', 'worker')
     end
     redis.call('ZREM', handed, of)

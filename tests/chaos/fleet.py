@@ -49,7 +49,7 @@ class Member:
         command = worker_command(settings, self.name)
         self._process = Process(self.name, command, log=self.log, env=settings.environment(), grace=settings.grace + 5)
         self.thaws_at: float | None = None
-        self.draining = False
+        self.draining = self.told_to_end = False
 
     @property
     def pid(self) -> int | None:
@@ -86,6 +86,8 @@ class Fleet:
         self._settings, self._keep, self._number = settings, keep, 0
         self.members: list[Member] = []
         self.names: list[str] = []
+        #: A worker outlives all that happens to it except a signal.
+        self.ended_by_themselves: list[str] = []
 
     def start(self) -> Member:
         self._number += 1
@@ -97,6 +99,8 @@ class Fleet:
     def tend(self) -> None:
         for member in [member for member in self.members if member.gone]:
             self.members.remove(member)
+            if not member.told_to_end:
+                self.ended_by_themselves.append(f"{member.name} ended by itself: {member.log}")
         for member in self.members:
             if member.thaws_at is not None and time.monotonic() >= member.thaws_at:
                 member.signal(signal.SIGCONT)

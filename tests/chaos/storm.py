@@ -18,12 +18,14 @@ from stoker.connection import connect
 from stoker.settings import Settings
 from tests.chaos.fleet import EMBED, GENERATE, Fleet, fleet_settings
 from tests.chaos.load import Answers, Load
+from tests.chaos.poison import Poison
 from tests.conftest import alive, wait_until
 from tests.integration.machinery import FragileBroker
 from tests.leaks import overlong_keys
 
 #: Workers that are kept alive, and that there are at most.
 KEEP, MOST = 2, 4
+QUEUES = (keys.queue(GENERATE, "generate"), keys.queue(GENERATE, "train"), keys.queue(EMBED, "embed"))
 
 
 class Endings:
@@ -66,6 +68,7 @@ class Storm:
         policy.decide(self._client.redis, "deaths", 1000)
         self._chance, self._settings = random.Random(seed), settings
         self.fleet = Fleet(settings, KEEP)
+        self._poison = Poison(self._client, QUEUES, self._chance)
         self.counts: Counter[str] = Counter()
         self.adapters = settings.adapters
 
@@ -107,12 +110,23 @@ class Storm:
             "cut": (4, self._cut),
             "broker restart": (1, self._restart_broker),
             "broker silence": (1, self._silence_broker),
+            "poison": (4, self._poisoned),
         }
         name = self._chance.choices(list(acts), [weight for weight, _ in acts.values()])[0]
         return name, acts[name][1]
 
+    def _poisoned(self) -> bool:
+        try:
+            return self._poison.strike()
+        except RedisError:
+            return False
+
     def _kill(self) -> bool:
-        return bool(self.fleet.awake) and self._chance.choice(self.fleet.awake).signal(signal.SIGKILL)
+        if not self.fleet.awake:
+            return False
+        member = self._chance.choice(self.fleet.awake)
+        member.told_to_end = True
+        return member.signal(signal.SIGKILL)
 
     def _freeze(self) -> bool:
         if not self.fleet.awake:
@@ -125,6 +139,7 @@ class Storm:
         if not self.fleet.awake:
             return False
         member = self._chance.choice(self.fleet.awake)
+        member.told_to_end = True
         member.draining = member.signal(signal.SIGTERM)
         return member.draining
 
@@ -155,11 +170,10 @@ class Storm:
     def _reckon(self) -> list[str]:
         """What is left though every job has ended."""
         redis, wrong = self._client.redis, []
-        queues = [keys.queue(GENERATE, "generate"), keys.queue(GENERATE, "train"), keys.queue(EMBED, "embed")]
 
         def left() -> dict[str, int]:
             sizes = {f"{keys.PREFIX}unacked": redis.hlen(f"{keys.PREFIX}unacked")}
-            for queue in queues:
+            for queue in QUEUES:
                 sizes[keys.front(queue)] = redis.llen(keys.front(queue))
                 waiting = [keys.room(queue, priority) for priority in range(ledger.PRIORITIES)]
                 for key in (keys.handed(queue), keys.open_jobs(queue), keys.client("default", queue), *waiting):
@@ -170,8 +184,7 @@ class Storm:
             wait_until(lambda: not left(), "nothing is left in the queues", 60)
         except AssertionError:
             wrong.append(f"left in the queues: {left()}")
-        if redis.exists(keys.DEAD):
-            wrong.append(f"dead letters: {redis.hkeys(keys.DEAD)}")
+        wrong += self._poison.reckon() + self.fleet.ended_by_themselves
         return wrong + overlong_keys(redis)
 
     def close(self) -> list[str]:

@@ -15,7 +15,7 @@ from tests.chaos.storm import Storm
 
 pytestmark = pytest.mark.integration
 
-ACTS = ("kill", "freeze", "drain", "start", "cut", "broker restart", "broker silence")
+ACTS = ("kill", "freeze", "drain", "start", "cut", "broker restart", "broker silence", "poison")
 #: Seconds of mischief between two reckonings of the long form.
 ROUND = 60.0
 

@@ -472,3 +472,70 @@ def test_a_dead_letter_has_the_brokers_time_and_says_who_gave_it_up(redis: Any) 
     assert (letter["kind"], letter["request"], letter["history"]) == ("generate", '{"prompt": "x"}', [entry])
     submit(redis, "alive")
     assert ledger.bury(redis, "alive") == []
+
+
+NO_MESSAGE = [b"garbage", b"[]", b"{}", b"\xff", b"[" * 5000, b'{"headers": 1}', b'{"headers": {"id": ["a"]}}']
+
+
+@pytest.mark.parametrize("bad", NO_MESSAGE, ids=lambda raw: repr(raw[:24]))
+def test_a_message_at_the_front_that_cannot_be_read_stops_no_job(redis: Any, bad: bytes) -> None:
+    """Until a worker takes it and puts it aside, every transition goes past it."""
+    names = [f"job-{number}" for number in range(ledger.FRONT + 2)]
+    for name in names[:5]:
+        assert submit(redis, name) == "new"
+    redis.lpush(keys.front(QUEUE), bad)
+    redis.rpush(keys.front(QUEUE), bad)
+    for name in names[5:]:
+        assert submit(redis, name) == "new"
+    assert submit(redis, "urgent", priority=0) == "new"
+    assert ledger.recover(redis, QUEUE, older_than=0) == []
+    taken = []
+    while message := redis.rpop(keys.front(QUEUE)):
+        if message != bad:
+            job_id = json.loads(message)["headers"]["id"]
+            assert Claim.parse(ledger.claim(redis, job_id, QUEUE, f"token-{job_id}", "tag", "worker")).state == "run"
+            taken.append(job_id)
+    assert sorted(taken) == sorted([*names, "urgent"])
+
+
+SPOILED = {
+    "of another type": lambda redis, key: (redis.delete(key), redis.set(key, "x", ex=60)),
+    "without a message": lambda redis, key: redis.hset(key, "message", "garbage"),
+    "with a priority that is none": lambda redis, key: redis.hset(key, "priority", "abc"),
+    "with a priority that is not there": lambda redis, key: redis.hset(key, "priority", "77"),
+    "with a time that is none": lambda redis, key: redis.hset(key, "submitted", "then"),
+    "with a turn that is none": lambda redis, key: redis.hset(key, "turn", "x"),
+    "with a history that is none": lambda redis, key: redis.hset(key, mapping={"history": "garbage", "token": "gone"}),
+}
+
+
+@pytest.mark.parametrize("how", SPOILED)
+@pytest.mark.parametrize("where", ["in a room", "at the front"])
+def test_a_record_that_is_spoiled_stops_no_other_job(redis: Any, how: str, where: str) -> None:
+    before = ledger.FRONT if where == "in a room" else 0
+    for number in range(before):
+        submit(redis, f"before-{number}")
+    submit(redis, "bad")
+    SPOILED[how](redis, keys.job("bad"))
+    for number in range(3):
+        assert submit(redis, f"after-{number}") == "new"
+    ledger.recover(redis, QUEUE, older_than=0)
+    taken = []
+    while message := redis.rpop(keys.front(QUEUE)):
+        job_id = json.loads(message)["headers"]["id"]
+        taken.append(job_id)
+        if job_id != "bad":
+            assert Claim.parse(ledger.claim(redis, job_id, QUEUE, f"token-{job_id}", "tag", "worker")).state == "run"
+    assert {f"after-{number}" for number in range(3)} <= set(taken)
+    assert len(taken) == len(set(taken)), "nobody is sent twice"
+
+
+def test_an_id_with_a_percent_sign_is_put_into_its_message_as_it_is(redis: Any) -> None:
+    """`submit` is called by clients that check it; a room is filled by anyone."""
+    redis.hset(keys.job("a%b"), mapping=record("a%b") | {"submitted": "1", "turn": "0"})
+    redis.expire(keys.job("a%b"), 60)
+    redis.zadd(keys.room(QUEUE, 5), {"a%b": 0})
+    redis.expire(keys.room(QUEUE, 5), 60)
+    submit(redis)
+    tags = {json.loads(message)["properties"]["delivery_tag"] for message in redis.lrange(keys.front(QUEUE), 0, -1)}
+    assert tags == {"a%b#1", "job#1"}

@@ -315,13 +315,9 @@ def test_a_request_that_cannot_be_read_fails_its_job(worker: Worker, garbage: st
     assert worker.outcome.status == JobStatus.FAILED
 
 
-@pytest.mark.parametrize("history", ["garbage", "{", "\x00"])
-def test_a_record_that_the_ledger_cannot_read_fails_its_job(worker: Worker, history: str) -> None:
-    worker.redis.hset(keys.job("job"), "history", history)
-    with pytest.raises(Ignore):
-        worker.deliver(lambda: 1)
-    assert worker.outcome is not None
-    assert worker.outcome.status == JobStatus.FAILED
+def test_a_history_that_cannot_be_read_is_none(worker: Worker) -> None:
+    worker.redis.hset(keys.job("job"), "history", "garbage")
+    assert worker.deliver(lambda: 1)["completion_tokens"] == 1
 
 
 def test_what_is_no_result_does_not_count_as_one(worker: Worker) -> None:

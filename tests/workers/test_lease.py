@@ -167,10 +167,12 @@ def test_a_broker_that_is_away_ends_the_health_and_not_the_thread(
     step = make(set(), set(), set())
     assert step.thread is not None
     seen: list[str] = []
-    monkeypatch.setattr(step, "health", SimpleNamespace(answered=lambda: seen.append("answered")))
+    monkeypatch.setattr(
+        step, "health", SimpleNamespace(answered=lambda: seen.append("answered"), failed=lambda: seen.append("failed"))
+    )
     monkeypatch.setattr(step, "redis", SimpleNamespace(pipeline=raising(RedisConnectionError("gone"))))
     step.thread.turn()
-    assert seen == []
+    assert seen == ["failed"], "the other round needs no broker"
     assert step.thread.alive
 
 
