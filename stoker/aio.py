@@ -107,16 +107,16 @@ class AsyncClient:
         return AsyncAdapterJob(self, await self._submit(request, job_id, data))
 
     async def job(self, job_id: str) -> AsyncEmbedJob | AsyncGenerateJob | AsyncTrainJob | AsyncAdapterJob:
-        with translated(self.settings):
+        with translated(self.settings, at=keys.job(job_id)):
             kind = await self.redis.hget(keys.job(job_id), "kind")
         if kind is None:
             raise core.lost(job_id)
-        return _JOBS[kind.decode()](self, job_id)
+        return _JOBS[core.known_kind(job_id, kind)](self, job_id)
 
     async def workers(self) -> list[Presence]:
         with translated(self.settings):
             names = await self.redis.zrangebyscore(keys.WORKERS, time.time() - keys.PRESENCE_TTL, "+inf")
-            raw = await self.redis.mget([keys.worker(name.decode()) for name in names]) if names else []
+            raw = await self.redis.mget([keys.worker(name.decode(errors="replace")) for name in names]) if names else []
         return core.parse_presences(raw)
 
     async def models(self) -> dict[str, ModelCard]:
@@ -249,7 +249,7 @@ class AsyncJob(Generic[R]):
             limit.restart()
             quiet = time.monotonic() + QUIET
             if tail is None or message["channel"] != keys.channel(self.id).encode():
-                outcome = Outcome.parse(message["data"]) if tail is None else None
+                outcome = core.announced(message["data"]) if tail is None else None
                 found += [outcome] if outcome is not None else []
                 return
             entry, gap = tail.live(message["data"])
@@ -271,7 +271,7 @@ class AsyncEmbedJob(AsyncJob[np.ndarray]):
         return plain(await self._fetch(value))
 
     async def _fetch(self, value: Any) -> Encoded:
-        reply = EmbedReply(**value)
+        reply = core.result_as(EmbedReply, value)
         patience = Patience(self._client.settings)
         while True:
             try:
@@ -287,7 +287,7 @@ class AsyncGenerateJob(AsyncJob[GenerateResult]):
         return self._entries(StreamToken, timeout, cancel_on_close)
 
     async def _read(self, value: Any) -> GenerateResult:
-        return GenerateResult(**value)
+        return core.result_as(GenerateResult, value)
 
 
 class AsyncTrainJob(AsyncJob[TrainResult]):
@@ -295,12 +295,12 @@ class AsyncTrainJob(AsyncJob[TrainResult]):
         return self._entries(TrainReport, timeout, cancel_on_close)
 
     async def _read(self, value: Any) -> TrainResult:
-        return TrainResult(**value)
+        return core.result_as(TrainResult, value)
 
 
 class AsyncAdapterJob(AsyncJob[AdapterResult]):
     async def _read(self, value: Any) -> AdapterResult:
-        return AdapterResult(**value)
+        return core.result_as(AdapterResult, value)
 
 
 _JOBS: dict[str, type[AsyncEmbedJob] | type[AsyncGenerateJob] | type[AsyncTrainJob] | type[AsyncAdapterJob]] = {

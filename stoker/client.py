@@ -148,17 +148,17 @@ class Client:
 
     def job(self, job_id: str) -> EmbedJob | GenerateJob | TrainJob | AdapterJob:
         """A job that was sent before, by this process or another; raises `JobLost` if the broker does not know it."""
-        with translated(self.settings):
+        with translated(self.settings, at=keys.job(job_id)):
             kind = self.redis.hget(keys.job(job_id), "kind")
         if kind is None:
             raise core.lost(job_id)
-        return _JOBS[kind.decode()](self, job_id)
+        return _JOBS[core.known_kind(job_id, kind)](self, job_id)
 
     def workers(self) -> list[Presence]:
         """The workers that are alive now, each with its warm models."""
         with translated(self.settings):
             names = self.redis.zrangebyscore(keys.WORKERS, time.time() - keys.PRESENCE_TTL, "+inf")
-            raw = self.redis.mget([keys.worker(name.decode()) for name in names]) if names else []
+            raw = self.redis.mget([keys.worker(name.decode(errors="replace")) for name in names]) if names else []
         return core.parse_presences(raw)
 
     def models(self) -> dict[str, ModelCard]:
@@ -313,7 +313,7 @@ class Job(Generic[R]):
             quiet = time.monotonic() + QUIET
             if tail is None or message["channel"] != keys.channel(self.id).encode():
                 # With a stream to complete, the result alone is not all: look again.
-                return Outcome.parse(message["data"]) if tail is None else None
+                return core.announced(message["data"]) if tail is None else None
             entry, gap = tail.live(message["data"])
             if entry is not None:
                 yield entry
@@ -338,7 +338,7 @@ class EmbedJob(Job[np.ndarray]):
         return plain(self._fetch(value))
 
     def _fetch(self, value: Any) -> Encoded:
-        reply = EmbedReply(**value)
+        reply = core.result_as(EmbedReply, value)
         patience = Patience(self._client.settings)
         while True:
             try:
@@ -359,7 +359,7 @@ class GenerateJob(Job[GenerateResult]):
         return self._entries(StreamToken, timeout, cancel_on_close)
 
     def _read(self, value: Any) -> GenerateResult:
-        return GenerateResult(**value)
+        return core.result_as(GenerateResult, value)
 
 
 class TrainJob(Job[TrainResult]):
@@ -370,14 +370,14 @@ class TrainJob(Job[TrainResult]):
         return self._entries(TrainReport, timeout, cancel_on_close)
 
     def _read(self, value: Any) -> TrainResult:
-        return TrainResult(**value)
+        return core.result_as(TrainResult, value)
 
 
 class AdapterJob(Job[AdapterResult]):
     """`result()` says which version the adapter has become."""
 
     def _read(self, value: Any) -> AdapterResult:
-        return AdapterResult(**value)
+        return core.result_as(AdapterResult, value)
 
 
 _JOBS: dict[str, type[EmbedJob] | type[GenerateJob] | type[TrainJob] | type[AdapterJob]] = {

@@ -33,6 +33,7 @@ from stoker.contract import (
     encode,
     vectors,
 )
+from stoker.contract.base import Message
 from stoker.contract.dataset import ON_WORKER, iterate_lines, iterate_mappings, to_lines
 from stoker.contract.names import Rule, checked
 from stoker.contract.uploads import Upload
@@ -86,9 +87,17 @@ class Outcome:
 
     @classmethod
     def parse(cls, record: bytes | None) -> Outcome | None:
-        fields = json.loads(record) if record is not None else {"status": "PENDING"}
-        status = _STATUS.get(fields["status"])
-        return cls(status, fields.get("result")) if status else None
+        """None: it has not ended. Raises `JobLost` for a record that no worker wrote."""
+        if record is None:
+            return None
+        try:
+            fields = json.loads(record)
+            status, value = str(fields["status"]), fields.get("result")
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            raise spoiled("result", record) from None
+        if status in ("FAILURE", "REVOKED") and not isinstance(value, dict):
+            raise spoiled("result", record)
+        return cls(_STATUS[status], value) if status in _STATUS else None
 
     def unwrap(self, job_id: str) -> Any:
         """The value of a job that is done; raises what the worker raised, or `JobCancelled`."""
@@ -104,8 +113,42 @@ def _joined(message: Any) -> str:
     return " ".join(map(str, message)) if isinstance(message, list | tuple) else str(message)
 
 
-def broker_unavailable(settings: Settings, error: BaseException) -> BrokerUnavailable:
-    """What redis-py raised, as the one error that a caller sees, with the remedy."""
+def announced(record: bytes) -> Outcome | None:
+    """What the channel of results said; None if a look at the record itself has to tell."""
+    try:
+        return Outcome.parse(record)
+    except JobLost:
+        return None
+
+
+M = TypeVar("M", bound=Message)
+
+
+def result_as(kind: type[M], value: Any) -> M:
+    """What a job made, from its record. Raises `JobLost` for something else."""
+    try:
+        return kind.model_validate(value)
+    except ValidationError:
+        raise spoiled("result", json.dumps(value).encode()) from None
+
+
+def known_kind(job_id: str, kind: bytes) -> str:
+    name = kind.decode(errors="replace")
+    if name not in REQUESTS:
+        raise spoiled(f"record (kind {name[:40]!r}) of job {job_id}", kind)
+    return name
+
+
+def spoiled(what: str, raw: bytes) -> JobLost:
+    """Of something in the broker that neither a client nor a worker wrote."""
+    shown = repr(raw if len(raw) <= 60 else raw[:60] + b"...")
+    return JobLost(
+        f"the job's {what} cannot be read: the broker holds {shown}, which Stoker did not write. Send it again."
+    )
+
+
+def broker_unavailable(settings: Settings, error: BaseException, at: str = "") -> BrokerUnavailable:
+    """What redis-py raised, as the one error that a caller sees, with the remedy. `at`: the key that was asked for."""
     where, reason = settings.address.shown, _reason(error)
     if isinstance(error, AuthenticationError | AuthorizationError) or reason.startswith(("NOAUTH", "WRONGPASS")):
         return BrokerUnavailable(
@@ -118,6 +161,11 @@ def broker_unavailable(settings: Settings, error: BaseException) -> BrokerUnavai
         return BrokerUnavailable(
             f"the broker at {where} has no memory left and took nothing. Wait until jobs have ended, or raise its "
             "maxmemory."
+        )
+    if "WRONGTYPE" in reason:
+        return BrokerUnavailable(
+            f"the broker at {where} refused it ({reason}): {at or 'one of its keys (stoker:...)'} holds something that "
+            "Stoker did not write. Workers move aside what spoils a key that jobs share; delete one of a single job."
         )
     if reason.startswith("MISCONF"):
         return BrokerUnavailable(

@@ -88,14 +88,14 @@ def _options(settings: Settings) -> dict[str, Any]:
 
 
 @contextmanager
-def translated(settings: Settings, but: tuple[type[RedisError], ...] = ()) -> Iterator[None]:
-    """Whatever redis-py raises inside becomes `BrokerUnavailable`, but for what the caller deals with."""
+def translated(settings: Settings, but: tuple[type[RedisError], ...] = (), at: str = "") -> Iterator[None]:
+    """Whatever redis-py raises inside becomes `BrokerUnavailable`, but for what the caller deals with. `at`: the key."""
     try:
         yield
     except but:
         raise
     except RedisError as error:
-        raise broker_unavailable(settings, error) from None
+        raise broker_unavailable(settings, error, at) from None
 
 
 def passes(error: RedisError) -> bool:

@@ -59,6 +59,7 @@ KINDS = (
     # The input of a job that waits; of a dead letter, for as long as it may be sent again.
     Kind("input", rf"blob:(dataset|adapter):{_JOB}(:[0-9a-f]+){{0,3}}", DEAD_TTL),
     Kind("dead", r"dead", DEAD_TTL),
+    Kind("spoiled", r"spoiled:.+", DEAD_TTL),
     Kind("worker", r"worker:.+", PRESENCE_TTL),
     Kind("workers", r"workers", MODEL_TTL),
     Kind("models", r"models", MODEL_TTL),
@@ -187,6 +188,13 @@ CANCELS = f"{PREFIX}cancels"
 POLICY = f"{PREFIX}policy"
 #: Hash: job id → JSON of a job that killed too many workers, until somebody retries it.
 DEAD = f"{PREFIX}dead"
+
+
+def spoiled(key: str) -> str:
+    """Any type: what somebody wrote into `key`, which holds another type."""
+    return f"{PREFIX}spoiled:{key.removeprefix(PREFIX)}"
+
+
 #: String: which worker looks for lost messages now.
 JANITOR = f"{PREFIX}janitor"
 #: Sorted set: worker name → time of its last presence, so that nobody has to scan for them.

@@ -10,9 +10,11 @@ import time
 from collections.abc import Iterable
 from typing import Any, Generic, TypeVar
 
+from pydantic import ValidationError
+
 from stoker import keys
 from stoker.contract import StreamToken, TrainReport
-from stoker.errors import JobTimeout
+from stoker.errors import JobLost, JobTimeout
 
 #: Entries a replay fetches at once.
 PAGE = 512
@@ -37,7 +39,14 @@ class Tail(Generic[E]):
         return keys.entry_id(self.next)
 
     def replay(self, rows: Rows) -> list[E]:
-        entries = [self._entry.model_validate_json(fields[b"entry"]) for _, fields in rows]
+        """Raises `JobLost` for an entry that no worker wrote: what comes behind it cannot be told from what is missing."""
+        try:
+            entries = [self._entry.model_validate_json(fields[b"entry"]) for _, fields in rows]
+        except (ValidationError, KeyError):
+            raise JobLost(
+                "the job's stream holds an entry that Stoker did not write, and cannot be followed any further. "
+                "`result()` has the whole, once the job is done."
+            ) from None
         due = [entry for entry in entries if entry.index >= self.next]
         if due:
             self.next = due[-1].index + 1
@@ -45,7 +54,11 @@ class Tail(Generic[E]):
 
     def live(self, payload: bytes) -> tuple[E | None, bool]:
         """The entry of a message if it is the one due, and whether some before it were missed."""
-        entry = self._entry.model_validate_json(payload)
+        try:
+            entry = self._entry.model_validate_json(payload)
+        except ValidationError:
+            # Not a worker's: look at the stream itself.
+            return None, True
         if entry.index != self.next:
             return None, entry.index > self.next
         self.next += 1

@@ -6,7 +6,8 @@ from typing import Any
 
 from redis.exceptions import RedisError
 
-from stoker import keys, ledger
+from stoker import keys
+from workers.mending import SHARED, keys_of
 
 
 def blame(redis: Any, job_id: str, queue: str, error: BaseException) -> str:
@@ -19,19 +20,8 @@ def blame(redis: Any, job_id: str, queue: str, error: BaseException) -> str:
 
 
 def _wrong_types(redis: Any, job_id: str, queue: str) -> list[str]:
-    right = {
-        keys.job(job_id): "hash",
-        keys.result(job_id): "string",
-        keys.stream(job_id): "stream",
-        keys.front(queue): "list",
-        keys.open_jobs(queue): "zset",
-        keys.handed(queue): "zset",
-        keys.turns(queue): "hash",
-        keys.pace(queue): "hash",
-        keys.POLICY: "hash",
-        keys.UNACKED: "hash",
-        keys.DEAD: "hash",
-    } | {keys.room(queue, priority): "zset" for priority in range(ledger.PRIORITIES)}
+    own = {keys.job(job_id): "hash", keys.result(job_id): "string", keys.stream(job_id): "stream"}
+    right = own | SHARED | keys_of(queue)
     pipeline = redis.pipeline(transaction=False)
     for key in right:
         pipeline.type(key)

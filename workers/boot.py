@@ -42,6 +42,8 @@ log = logging.getLogger(__name__)
 
 #: Adapters that a worker takes in at once: each is a matter of milliseconds.
 ADAPTER_JOBS = 2
+#: Seconds between looks at the types of keys that jobs share.
+MEND_EVERY = 1.0
 
 
 class EngineStep(bootsteps.StartStopStep):
@@ -68,6 +70,8 @@ class EngineStep(bootsteps.StartStopStep):
         runtime.install(self._runtime)
         self._guard_delivery(self._runtime)
         self._open_queues(worker.app, settings)
+        running = self._runtime
+        Background("mending", running.mender.round, stopped=running.stopped, every=MEND_EVERY).start()
         CancelWatch(self._runtime).start()
         Watchdog(self._runtime, settings.step_limit).start()
         self._heart = Heart(self._runtime, lanes, Janitor(self._runtime))

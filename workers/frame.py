@@ -24,6 +24,7 @@ from stoker.errors import (
     JobCancelled,
     JobDead,
     JobFailed,
+    JobLost,
     OutOfMemory,
     StokerError,
     WorkerUnavailable,
@@ -133,7 +134,7 @@ class Run:
                 Outcome.parse(self.runtime.persist(lambda: self.runtime.redis.get(keys.result(self.job_id))))
                 is not None
             )
-        except (ResponseError, ValueError, KeyError, TypeError, AttributeError):
+        except (ResponseError, JobLost):
             # What lies there is no result.
             return False
 
@@ -173,8 +174,17 @@ class Run:
 
     def _persist(self, transition: Callable[..., Any], *arguments: Any) -> Any:
         """One transition of the ledger, however long the broker is away. Raises `Spoiled`."""
-        try:
+
+        def once() -> Any:
             return self.runtime.persist(lambda: transition(self.runtime.redis, self.job_id, self._queue, *arguments))
+
+        try:
+            try:
+                return once()
+            except ResponseError:
+                if not self.runtime.mender.round():
+                    raise
+                return once()
         except ResponseError as error:
             if _brokers_fault(error):
                 raise

@@ -15,6 +15,7 @@ from stoker import keys
 from stoker.connection import connect
 from stoker.errors import StokerError, WorkerUnavailable
 from stoker.settings import Settings
+from workers.mending import Mender
 from workers.publishing import Publisher
 from workers.retrying import Retry
 
@@ -36,6 +37,7 @@ class Runtime:
     def __init__(self, settings: Settings, name: str, make_engine: Callable[[Callable[..., None]], Engine]) -> None:
         self.settings, self.name = settings, name
         self.redis = connect(settings)
+        self.mender = Mender(self.redis, lambda: self.queues)
         self.publisher = Publisher(connect(settings), self.fail)
         self.engine = make_engine(self.publisher.publish)
         self.started = time.time()
@@ -69,6 +71,11 @@ class Runtime:
     def _tickets(self) -> list[tuple[str, Ticket]]:
         with self._lock:
             return list(self._running.items())
+
+    @property
+    def queues(self) -> list[str]:
+        """What the models here can run."""
+        return [keys.queue(card.model, kind) for card in self.engine.cards for kind in card.kinds]
 
     @property
     def jobs(self) -> list[str]:

@@ -184,7 +184,7 @@ def test_the_table_of_keys_is_that_of_the_code() -> None:
     }
     made |= {make("<queue>") for make in (keys.turns, keys.handed, keys.pace)}
     made |= {keys.room("<queue>", "<priority>"), keys.client("<key>", "<queue>")}
-    made |= {keys.WORKERS, keys.MODELS, keys.DEAD, keys.JANITOR}
+    made |= {keys.WORKERS, keys.MODELS, keys.DEAD, keys.JANITOR, keys.spoiled("<key>")}
     durable = {key for key, lives in table.items() if lives == "durable"}
     assert table.keys() - durable == made
     for key, lives in table.items():

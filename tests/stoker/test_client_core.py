@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import ResponseError
 
 from stoker import AsyncClient, Client, EmbedJob, JobStatus, TrainJob, keys, ledger, policy
 from stoker import client_core as core
 from stoker.client_core import Outcome
 from stoker.connection import connect
-from stoker.contract import EmbedReply, ModelCard, Presence, Usage
+from stoker.contract import EmbedReply, GenerateResult, ModelCard, Presence, Usage
 from stoker.errors import (
     DatasetError,
     InvalidRequest,
@@ -382,3 +383,30 @@ def test_vectors_are_fetched_also_when_the_broker_is_away_at_that_very_moment(
         monkeypatch.setattr(sender.redis, "get", unsteady)
         value = EmbedReply(blob="vectors:x", rows=2, dim=3, usage=Usage()).model_dump(mode="json")
         assert np.array_equal(job._read(value), vectors)
+
+
+SPOILED = [b"garbage", b"{}", b"[]", b"1", b"\xff", b"null", b"[" * 50_000, b'{"status": "FAILURE", "result": 1}']
+
+
+@pytest.mark.parametrize("raw", SPOILED, ids=lambda raw: repr(raw[:20]))
+def test_a_result_that_no_worker_wrote_is_one_clear_error(raw: bytes) -> None:
+    with pytest.raises(JobLost, match=r"result cannot be read: the broker holds b.*Stoker did not write"):
+        Outcome.parse(raw)
+    assert core.announced(raw) is None, "a channel may carry anything: the record tells"
+
+
+@pytest.mark.parametrize("value", [{"a": 1}, [], 1, None, "x"])
+def test_a_result_of_another_shape_is_one_clear_error(value: object) -> None:
+    with pytest.raises(JobLost, match="result cannot be read"):
+        core.result_as(GenerateResult, value)
+
+
+def test_a_kind_that_is_unknown_is_one_clear_error() -> None:
+    with pytest.raises(JobLost, match="kind 'evil'"):
+        core.known_kind("job", b"evil")
+
+
+def test_a_key_of_the_wrong_type_is_named_and_is_no_broker_that_does_not_answer() -> None:
+    error = core.broker_unavailable(Settings(), ResponseError("WRONGTYPE Operation"), "stoker:job:x")
+    assert "stoker:job:x holds something that Stoker did not write" in str(error)
+    assert "no answer" not in str(error)

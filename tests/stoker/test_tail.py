@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from stoker import keys
 from stoker.contract import StreamToken
-from stoker.errors import JobTimeout
+from stoker.errors import JobLost, JobTimeout
 from stoker.tail import PAGE, Limit, Tail, channels
 
 
@@ -95,3 +95,12 @@ def test_a_limit_that_passed_names_the_job_and_the_seconds() -> None:
 def test_who_waits_for_the_result_alone_hears_no_entries() -> None:
     assert channels("j", None) == [keys.result("j")]
     assert channels("j", Tail(StreamToken)) == [keys.result("j"), keys.channel("j")]
+
+
+@pytest.mark.parametrize("raw", [b"{}", b"garbage", b"\xff", b"[]"])
+def test_what_no_worker_wrote_is_told_from_an_entry(raw: bytes) -> None:
+    tail = Tail(StreamToken)
+    assert tail.live(raw) == (None, True), "a channel may carry anything: the stream tells"
+    for fields in ({b"entry": raw}, {b"other": raw}):
+        with pytest.raises(JobLost, match="an entry that Stoker did not write"):
+            tail.replay([(b"1-0", fields)])

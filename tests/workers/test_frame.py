@@ -30,10 +30,11 @@ from stoker.errors import (
     WorkerUnavailable,
 )
 from stoker.settings import Settings
-from workers import frame, memory, runtime
+from workers import frame, memory, mending, runtime
 from workers.artifacts import StoreTrouble
 from workers.frame import run_job
 from workers.lanes import LaneRequest
+from workers.mending import Mender
 from workers.runtime import Fenced
 
 QUEUE = keys.queue("m", "generate")
@@ -50,6 +51,7 @@ class Worker:
         self.ticket = SimpleNamespace(result=lambda: self.ends(), wait=lambda seconds: True)
         self.engine = SimpleNamespace(submit=lambda *_, **__: self.ticket)
         self.cancels: list[str] = []
+        self.mender = Mender(redis, lambda: [QUEUE])
         self.running = lambda token, ticket: nullcontext()
         ledger.submit(redis, "job", job_record(generate_request("m", "x", 0, {}), "job"))
 
@@ -273,37 +275,43 @@ def spoil(redis: Any, key: str) -> None:
     redis.set(key, "garbage", ex=60)
 
 
-#: The ledger's own: what each is in `stoker.keys`.
-SPOILABLE = {
-    "the record": keys.job("job"),
-    "the jobs that are open": keys.open_jobs(QUEUE),
-    "the jobs that were handed out": keys.handed(QUEUE),
-    "the front": keys.front(QUEUE),
-}
+WHENS = ["before the claim", "before the end"]
 
 
-@pytest.mark.parametrize("what", SPOILABLE)
-@pytest.mark.parametrize("when", ["before the claim", "before the end"])
-def test_a_key_of_the_wrong_type_fails_its_job_once_with_an_error_that_names_the_key(
-    worker: Worker, what: str, when: str
-) -> None:
-    key = SPOILABLE[what]
+def spoil_at(worker: Worker, key: str, when: str) -> Callable[[], int]:
+    """Spoil it now, or as the job ends: what ends the job."""
+    if when == "before the claim":
+        spoil(worker.redis, key)
+        return lambda: 1
 
     def ends() -> int:
         spoil(worker.redis, key)
         return 1
 
-    if when == "before the claim":
-        spoil(worker.redis, key)
-    try:
-        worker.deliver(ends)
-    except Ignore:
-        assert worker.outcome is not None
-        with pytest.raises(JobFailed, match=f"the key {key} is a string, not a "):
-            worker.outcome.unwrap("job")
-    else:
-        assert worker.outcome is not None, "the ledger could do without it"
-        assert worker.outcome.status == JobStatus.DONE
+    return ends
+
+
+@pytest.mark.parametrize("when", WHENS)
+def test_a_record_of_the_wrong_type_fails_its_job_once_with_an_error_that_names_the_key(
+    worker: Worker, when: str
+) -> None:
+    key = keys.job("job")
+    with pytest.raises(Ignore):
+        worker.deliver(spoil_at(worker, key, when))
+    assert worker.outcome is not None
+    with pytest.raises(JobFailed, match=f"the key {key} is a string, not a hash"):
+        worker.outcome.unwrap("job")
+
+
+SHARED = (*mending.keys_of(QUEUE), keys.POLICY)
+
+
+@pytest.mark.parametrize("when", WHENS)
+@pytest.mark.parametrize("key", SHARED)
+def test_a_key_of_the_wrong_type_that_jobs_share_fails_none_of_them(worker: Worker, key: str, when: str) -> None:
+    assert worker.deliver(spoil_at(worker, key, when))["completion_tokens"] == 1
+    assert worker.outcome is not None
+    assert worker.outcome.status == JobStatus.DONE
 
 
 @pytest.mark.parametrize("garbage", ["garbage", "{}", "[1]", "\ud800", "[" * 50_000])

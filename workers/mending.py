@@ -1,0 +1,67 @@
+"""Keys that hold another type than they should: somebody else wrote there, and every script that needs one is refused.
+
+What was in such a key is lost already. What stands there now is moved aside, so that work goes on: the registries are
+written again at the next beat, orders begin anew, and jobs whose message is gone are sent again (`workers/janitor.py`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from stoker import keys, ledger
+
+log = logging.getLogger(__name__)
+
+#: Keys that all queues share.
+SHARED = {keys.MODELS: "hash", keys.WORKERS: "zset", keys.POLICY: "hash", keys.DEAD: "hash", keys.UNACKED: "hash",
+          f"{keys.PREFIX}unacked_index": "zset"}  # fmt: skip
+
+#: KEYS: one that may be wrong, and where to move it. ARGV: its right type, seconds to keep it. Another worker may have
+#: been here in between, and the key may be right again.
+_MOVE = """
+local found = redis.call('TYPE', KEYS[1]).ok
+if found == ARGV[1] or found == 'none' then return 0 end
+redis.call('RENAME', KEYS[1], KEYS[2])
+redis.call('EXPIRE', KEYS[2], ARGV[2])
+return 1
+"""
+
+
+def keys_of(queue: str) -> dict[str, str]:
+    """The keys that the jobs of one queue share → the type of each."""
+    return {
+        keys.front(queue): "list",
+        keys.open_jobs(queue): "zset",
+        keys.handed(queue): "zset",
+        keys.turns(queue): "hash",
+        keys.pace(queue): "hash",
+    } | {keys.room(queue, priority): "zset" for priority in range(ledger.PRIORITIES)}
+
+
+class Mender:
+    """`queues` are those that this worker serves, each time it is asked."""
+
+    def __init__(self, redis: Any, queues: Callable[[], list[str]]) -> None:
+        self._redis, self._queues = redis, queues
+
+    def round(self) -> bool:
+        """Move aside what is wrong; whether anything was."""
+        right = dict(SHARED)
+        for queue in self._queues():
+            right |= keys_of(queue)
+        pipeline = self._redis.pipeline(transaction=False)
+        for key in right:
+            pipeline.type(key)
+        found = dict(zip(right, pipeline.execute(), strict=True))
+        wrong = [key for key, kind in right.items() if found[key].decode() not in (kind, "none")]
+        moved = [self._move(key, found[key].decode(), right[key]) for key in wrong]
+        return any(moved)
+
+    def _move(self, key: str, found: str, kind: str) -> bool:
+        aside = keys.spoiled(key)
+        moved = bool(self._redis.eval(_MOVE, 2, key, aside, kind, keys.DEAD_TTL))
+        if moved:
+            log.error("the key %s was a %s, not a %s: what somebody wrote there is now %s", key, found, kind, aside)
+        return moved
