@@ -95,8 +95,6 @@ class Outcome:
             status, value = str(fields["status"]), fields.get("result")
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise spoiled("result", record) from None
-        if status in ("FAILURE", "REVOKED") and not isinstance(value, dict):
-            raise spoiled("result", record)
         return cls(_STATUS[status], value) if status in _STATUS else None
 
     def unwrap(self, job_id: str) -> Any:
@@ -104,8 +102,8 @@ class Outcome:
         if self.status is JobStatus.CANCELLED:
             raise JobCancelled(f"job {job_id} was cancelled.")
         if self.status is JobStatus.FAILED:
-            message = self.value.get("exc_message", "")
-            raise from_wire(self.value.get("exc_type", "unknown"), _joined(message))
+            told = self.value if isinstance(self.value, dict) else {}
+            raise from_wire(str(told.get("exc_type", "unknown")), _joined(told.get("exc_message", "")))
         return self.value
 
 

@@ -89,7 +89,8 @@ def _options(settings: Settings) -> dict[str, Any]:
 
 @contextmanager
 def translated(settings: Settings, but: tuple[type[RedisError], ...] = (), at: str = "") -> Iterator[None]:
-    """Whatever redis-py raises inside becomes `BrokerUnavailable`, but for what the caller deals with. `at`: the key."""
+    """Whatever redis-py raises inside becomes `BrokerUnavailable`, but for what the caller deals with. `at`: what key
+    it is about."""
     try:
         yield
     except but:

@@ -39,7 +39,7 @@ class Tail(Generic[E]):
         return keys.entry_id(self.next)
 
     def replay(self, rows: Rows) -> list[E]:
-        """Raises `JobLost` for an entry that no worker wrote: what comes behind it cannot be told from what is missing."""
+        """Raises `JobLost` for an entry that no worker wrote: what is behind it cannot be told from what is missing."""
         try:
             entries = [self._entry.model_validate_json(fields[b"entry"]) for _, fields in rows]
         except (ValidationError, KeyError):
