@@ -42,7 +42,12 @@ def test_a_round_that_fails_costs_neither_the_next_one_nor_its_neighbours(
     done: list[int] = []
     failures: list[int] = []
     thread = Background(
-        "x", failing(error), lambda: done.append(1), stopped=stopped, every=0.0, failed=lambda: failures.append(1)
+        "x",
+        failing(error),
+        lambda: done.append(1),
+        stopped=stopped,
+        failed=lambda: failures.append(1),
+        end=lambda: None,
     )
     thread.start()
     wait_until(lambda: len(done) >= 3 and len(failures) >= 3, "three rounds")

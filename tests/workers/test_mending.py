@@ -74,3 +74,10 @@ def test_a_key_that_is_right_again_in_between_is_not_moved(redis: Any, monkeypat
 def test_every_key_that_is_mended_is_declared(redis: Any) -> None:
     assert all(keys.kind_of(key) for key in RIGHT)
     assert all(keys.kind_of(keys.spoiled(key)) for key in RIGHT)
+
+
+def test_all_that_is_wrong_is_moved_at_once(redis: Any) -> None:
+    for key in (keys.WORKERS, keys.MODELS, keys.front(QUEUE)):
+        redis.set(key, "x")
+    assert Mender(redis, lambda: [QUEUE]).round()
+    assert not redis.exists(keys.WORKERS, keys.MODELS, keys.front(QUEUE))
