@@ -115,6 +115,9 @@ def make(broker: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
     yield start
     for step in made:
         step.shutdown(None)
+        assert step.thread is not None
+        step.thread.join(30)
+        step.redis.close()
 
 
 def test_what_runs_and_what_was_prefetched_is_renewed_and_nothing_else(
@@ -170,7 +173,8 @@ def test_a_broker_that_is_away_ends_the_health_and_not_the_thread(
     monkeypatch.setattr(
         step, "health", SimpleNamespace(answered=lambda: seen.append("answered"), failed=lambda: seen.append("failed"))
     )
-    monkeypatch.setattr(step, "redis", SimpleNamespace(pipeline=raising(RedisConnectionError("gone"))))
+    gone = SimpleNamespace(pipeline=raising(RedisConnectionError("gone")), close=step.redis.close)
+    monkeypatch.setattr(step, "redis", gone)
     step.thread.turn()
     assert seen == ["failed"], "the other round needs no broker"
     assert step.thread.alive

@@ -57,6 +57,9 @@ def connection(broker: Settings) -> Iterator[kombu.Connection]:
     options = config["broker_transport_options"] | {"polling_interval": 0.05}
     with kombu.Connection(config["broker_url"], transport_options=options) as made:
         yield made
+        poller = made.transport.cycle.poller
+    # kombu leaves it to the interpreter.
+    poller.close()
 
 
 class Inbox:
