@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from engine.weights.files import write_whole
 from stoker.errors import ModelError
+from stoker.files import write_whole
 
 #: A configuration is a few hundred bytes; a tokenizer's, which lists its special tokens, up to 2 MB.
 MAX_BYTES = 16 << 20

@@ -13,11 +13,11 @@ import mlx.core as mx
 from engine.jsonfiles import read_object, write_json
 from engine.loading import DECODERS
 from engine.weights import safetensors
-from engine.weights.files import draft_folder, publish
 from engine.weights.mlx_layout import Layout, split
 from engine.weights.quantized import check, fits, quantize
 from engine.weights.tensors import Stored
 from stoker.errors import ModelError
+from stoker.files import draft_folder, publish
 
 #: What a model folder holds beside its weights: tokenizer, chat template, generation settings, licence.
 COPIED = (".json", ".jinja", ".txt", ".model", ".md", "")

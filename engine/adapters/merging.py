@@ -18,9 +18,9 @@ from engine.models.layers import Linear
 from engine.quantizing import COPIED
 from engine.sources import resolve
 from engine.weights import safetensors
-from engine.weights.files import draft_folder, publish
 from engine.weights.mlx_layout import Layout
 from stoker.errors import ModelError
+from stoker.files import draft_folder, publish
 
 
 @dataclass(frozen=True)

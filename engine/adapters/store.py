@@ -9,10 +9,10 @@ from typing import Any
 from engine.adapters import peft
 from engine.adapters.lora import LoraWeights
 from engine.jsonfiles import write_json
-from engine.weights.files import draft_folder, publish, sweep
 from stoker.contract.base import parse_adapter
 from stoker.contract.names import Rule, checked, follows
 from stoker.errors import UnknownAdapter
+from stoker.files import draft_folder, publish, sweep
 
 #: What Stoker knows of an adapter, beside PEFT's two files.
 NOTES_FILE = "stoker.json"

@@ -23,8 +23,8 @@ from engine.adapters.store import NOTES_FILE
 from engine.jsonfiles import read_object, write_json
 from engine.training.state import TrainState
 from engine.weights import safetensors
-from engine.weights.files import draft_folder, flush, make_folders, publish, remove_folder
 from stoker.errors import ModelError
+from stoker.files import draft_folder, flush, make_folders, publish, remove_folder
 
 STATE_FILE = "trainer.safetensors"
 #: How the names of checkpoints begin.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from engine.weights.files import flush, write_whole
 from stoker.contract import TrainReport
+from stoker.files import flush, write_whole
 
 
 class RunLog:

@@ -14,9 +14,9 @@ from typing import cast
 import mlx.core as mx
 import numpy as np
 
-from engine.weights.files import write_whole
 from engine.weights.safetensors_header import INDEX_NAME, check_header, files, placement
 from stoker.errors import ModelError
+from stoker.files import write_whole
 
 __all__ = ["INDEX_NAME", "check_header", "files", "read", "read_folder", "read_metadata", "read_numbers", "write"]
 

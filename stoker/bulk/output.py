@@ -21,7 +21,7 @@ import numpy as np
 
 from stoker.contract.vectors import Encoded, Int8Vectors
 from stoker.errors import ConfigError, InvalidRequest, ModelError
-from stoker.files import flush, flush_folder, write_whole
+from stoker.files import flush, write_whole
 
 #: Seconds between two moments at which the rows so far are made safe.
 SAFE_EVERY = 2.0
@@ -147,10 +147,11 @@ class Output:
         self._safe_at = time.monotonic()
         if self._layout is None:
             return
-        flush(self._file)
+        self._file.flush()
+        flush(partial_path(self._path))
         record = json.dumps({"job": self._job, "dim": self.dim, "done": self.done})
         # That flushes the folder too, and so the name of the partial file.
-        write_whole(state_path(self._path), record.encode())
+        write_whole(state_path(self._path), lambda draft: draft.write_text(record))
 
     def finish(self) -> None:
         """Every row is there: give the file its name."""
@@ -163,11 +164,11 @@ class Output:
             _write_parquet(partial, whole, self._layout, self._rows)
             whole.replace(self._path)
             # Before the rows are gone, their copy has its name for good.
-            flush_folder(self._path.parent)
+            flush(self._path.parent)
             partial.unlink()
         else:
             partial.replace(self._path)
-        flush_folder(self._path.parent)
+        flush(self._path.parent)
         state_path(self._path).unlink()
 
 
@@ -206,7 +207,7 @@ def opened(path: Path, rows: int, job: Mapping[str, Any], overwrite: bool = Fals
         else:
             # The record first, and for good: it would vouch for rows that are not those it was written for.
             state_path(path).unlink(missing_ok=True)
-            flush_folder(path.parent)
+            flush(path.parent)
             file.truncate(0)
         try:
             yield output
@@ -259,8 +260,7 @@ def _write_parquet(source: Path, target: Path, layout: Layout, rows: int) -> Non
             columns[name] = flat if name == "scales" else pyarrow.FixedSizeListArray.from_arrays(flat, width)
         return pyarrow.table(columns)
 
-    with target.open("wb") as file:
-        with pyarrow.parquet.ParquetWriter(file, table(0, 0).schema) as writer:
-            for start in range(0, rows, 65_536):
-                writer.write_table(table(start, min(rows, start + 65_536)))
-        flush(file)
+    with target.open("wb") as file, pyarrow.parquet.ParquetWriter(file, table(0, 0).schema) as writer:
+        for start in range(0, rows, 65_536):
+            writer.write_table(table(start, min(rows, start + 65_536)))
+    flush(target)

@@ -55,7 +55,7 @@ class EmbeddedBroker:
 
     def _announce(self) -> None:
         record = json.dumps({"url": self.url, "pid": os.getpid()})
-        write_whole(self._settings.broker_file, record.encode())
+        write_whole(self._settings.broker_file, lambda draft: draft.write_text(record))
 
     def _serves(self, port: int) -> bool:
         """Start the server on `port` and wait until it answers; False if somebody else has the port."""

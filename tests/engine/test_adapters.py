@@ -22,7 +22,8 @@ from engine.adapters.store import NOTES_FILE, AdapterStore
 from engine.loading import LoadedModel, load
 from engine.models.llama import Llama
 from engine.ticket import Ticket
-from engine.weights import files, safetensors
+from engine.weights import safetensors
+from stoker import files
 from stoker.contract import AdapterRequest
 from stoker.contract.bundle import AdapterInput
 from stoker.errors import ModelError, UnknownAdapter

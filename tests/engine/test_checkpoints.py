@@ -14,7 +14,7 @@ from engine.loading import LoadedModel
 from engine.training.checkpoint import Checkpoints
 from engine.training.optimizer import Moments
 from engine.training.state import TrainState
-from engine.weights import files
+from stoker import files
 from tests import powercut
 from tests.engine import tiny
 from tests.powercut import Cut

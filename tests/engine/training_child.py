@@ -20,7 +20,8 @@ import mlx.core as mx  # noqa: E402
 from engine.models.llama import Llama  # noqa: E402
 from engine.training.data import tokenize  # noqa: E402
 from engine.training.run import Run  # noqa: E402
-from engine.weights import files, safetensors  # noqa: E402
+from engine.weights import safetensors  # noqa: E402
+from stoker import files  # noqa: E402
 from stoker.contract.dataset import Example  # noqa: E402
 from tests.engine import tiny  # noqa: E402
 from tests.engine.conftest import TINY, RandomTensors  # noqa: E402

@@ -14,7 +14,6 @@ import pytest
 
 from stoker.bulk import output as output_module
 from stoker.bulk.output import opened, partial_path
-from stoker.files import write_whole
 from stoker.local.broker import EmbeddedBroker
 from stoker.settings import Settings, load_settings
 from tests import powercut
@@ -115,20 +114,6 @@ def test_nothing_of_a_longer_run_is_left_in_a_file_that_was_begun_anew(tmp_path:
     break_off(path.with_name(f"two{suffix}"), job("float32"), encoded("float32", 0, ROWS))
     run(path.with_name(f"two{suffix}"), new, overwrite=True)
     assert path.with_name(f"two{suffix}").read_bytes() == expected
-
-
-def test_a_small_file_is_the_old_or_the_new_at_every_cut(tmp_path: Path) -> None:
-    folder, path = tmp_path / "home", tmp_path / "home" / "file"
-    folder.mkdir()
-    (folder / "file.new").write_bytes(b"left by one that was killed")
-    for old in (None, b"old"):
-        if old is not None:
-            path.write_bytes(old)
-        with powercut.recorded(folder) as disk:
-            write_whole(path, b"new content")
-        assert {cut.tree.get("file") for cut in disk.cuts()} == {old, b"new content"}
-        assert {cut.tree["file"] for cut in disk.cuts() if cut.finished} == {b"new content"}
-        path.unlink()
 
 
 def test_the_brokers_address_is_the_old_or_the_new_at_every_cut(

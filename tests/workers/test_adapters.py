@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from engine.adapters.store import AdapterStore
-from engine.weights.files import DRAFT
 from stoker import keys, registry
 from stoker.connection import connect
 from stoker.contract import bundle
 from stoker.contract.uploads import Upload
 from stoker.errors import InvalidRequest, UnknownAdapter
+from stoker.files import DRAFT
 from stoker.settings import Settings
 from workers import adapters
 from workers.artifacts import Artifacts, StoreTrouble

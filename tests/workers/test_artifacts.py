@@ -10,8 +10,7 @@ from typing import Any
 import fsspec
 import pytest
 
-from engine.weights import files
-from stoker import keys
+from stoker import files, keys
 from stoker.connection import connect
 from stoker.errors import ConfigError, JobFailed
 from stoker.settings import Settings

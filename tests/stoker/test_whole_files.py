@@ -14,15 +14,15 @@ from typing import Any
 import pytest
 
 from engine.jsonfiles import write_json
-from engine.weights import files
-from engine.weights.files import DRAFT, draft_folder, publish, sweep, write_whole
+from stoker import files
+from stoker.files import DRAFT, draft_folder, publish, sweep, write_whole
 from tests import powercut
 
 #: A process that begins a draft and waits: of a file, of a folder.
 WRITER = """
 import sys
 from pathlib import Path
-from engine.weights.files import draft_folder, write_whole
+from stoker.files import draft_folder, write_whole
 
 def wait(draft):
     (draft / "half" if draft.is_dir() else draft).write_text("half")
