@@ -24,6 +24,7 @@ from stoker.errors import (
     DatasetError,
     InvalidRequest,
     JobCancelled,
+    JobDead,
     JobFailed,
     JobLost,
     JobTimeout,
@@ -418,3 +419,65 @@ def test_a_key_of_the_wrong_type_is_named_and_is_no_broker_that_does_not_answer(
     error = core.broker_unavailable(Settings(), ResponseError("WRONGTYPE Operation"), "stoker:job:x")
     assert "stoker:job:x holds something that Stoker did not write" in str(error)
     assert "no answer" not in str(error)
+
+
+def test_a_model_is_known_until_its_time_is_over() -> None:
+    lately = MINI.model_copy(update={"seen": time.time() - keys.MODEL_TTL + 60})
+    assert core.parse_cards({b"mini": lately.model_dump_json().encode()}) == {"mini": lately}
+
+
+@pytest.mark.parametrize(("wait", "pause"), [(4.0, 2.0), (1.0, 0.5), (60.0, 5.0)])
+def test_a_client_that_waits_for_a_place_looks_again_after_half_the_wait(wait: float, pause: float) -> None:
+    request = core.embed_request("m", ["a"], {})
+    submission = core.Submission(Settings(queue_wait=60.0), request, "job")
+    assert submission.pause([b"full", 1, 1, str(wait).encode()]) == pause
+    assert submission.pause([b"client_full", 1, 1, str(wait).encode()]) == pause
+    assert submission.pause([b"new", 0, 1, b"0"]) is None
+
+
+def test_a_choice_is_kept_for_as_long_as_a_worker_is_silent_between_two_presences(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("stoker.client_core.time.monotonic", lambda: now)
+    choices = core.Choices()
+    assert choices.keep(None, "embed", "mini") == "mini"
+    now += keys.PRESENCE_EVERY / 2
+    assert choices.get(None, "embed") == "mini"
+    assert choices.keep(None, "embed", "mini") == "mini", "asking again does not keep it for longer"
+    now += keys.PRESENCE_EVERY / 2
+    assert choices.get(None, "embed") is None
+
+
+def kill_owners(server: Any, job_id: str, kind: str) -> None:
+    """What workers do that die of a job, and the one that puts it aside after them."""
+    queue = keys.queue("smol", kind)
+    for number in range(ledger.MAX_DEATHS + 1):
+        state = ledger.Claim.parse(ledger.claim(server, job_id, queue, f"t{number}", "tag", f"w{number}")).state
+    assert state == "dead"
+    ledger.bury(server, job_id)
+    assert ledger.settle(server, job_id, queue, f"t{number}", ledger.failure(job_id, JobDead("put aside"))) == 1
+
+
+def test_a_dead_letter_is_sent_again_once_with_its_input_and_without_its_deaths(
+    fake: Callable[[], Client], server: Any
+) -> None:
+    """The quick form of `test_a_job_that_kills_its_workers_is_put_aside_and_can_be_retried`."""
+    with fake() as sender:
+        job = sender.train("style", [{"text": "learn"}], model="smol")
+        before, blob = asked(server, job.id), server.hget(keys.job(job.id), "blob")
+        kill_owners(server, job.id, "train")
+        with pytest.raises(JobDead, match="put aside"):
+            job.result(0)
+        letter = sender.dead()[job.id]
+        assert [death["worker"] for death in letter["history"]] == [f"w{n}" for n in range(ledger.MAX_DEATHS)]
+        assert server.get(blob) == b'{"text": "learn"}'
+        again = sender.retry(job.id)
+        assert (again.id, again.status(), sender.dead()) == (job.id, JobStatus.QUEUED, {})
+        assert asked(server, job.id) == before
+        assert (server.hget(keys.job(job.id), "blob"), server.get(blob)) == (blob, b'{"text": "learn"}')
+        claimed = ledger.Claim.parse(ledger.claim(server, job.id, keys.queue("smol", "train"), "new", "tag", "w"))
+        assert (claimed.state, claimed.resumed) == ("run", False)
+        for nobody in (job.id, "nobody"):
+            with pytest.raises(JobLost, match="no dead letter"):
+                sender.retry(nobody)

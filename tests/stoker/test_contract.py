@@ -6,6 +6,7 @@ import json
 from contextlib import suppress
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,12 +21,14 @@ from stoker.contract import (
     StreamToken,
     TrainReport,
     TrainRequest,
+    Usage,
     build,
     decode,
     encode,
     requests,
 )
 from stoker.contract.base import Message
+from stoker.contract.vectors import quantize
 from stoker.errors import InvalidRequest
 
 VALID: dict[type[Message], dict[str, Any]] = {
@@ -273,3 +276,49 @@ def test_no_payload_raises_anything_but_a_clear_refusal(
     wrong = {name: data.draw(JSON) for name in data.draw(st.sets(st.sampled_from(list(message.model_fields))))}
     with suppress(InvalidRequest):
         assert isinstance(decode(message, {"contract": CONTRACT, **VALID[message], **extra, **wrong}), message)
+
+
+def test_numbers_of_a_message_are_finite() -> None:
+    with pytest.raises(ValidationError, match="finite"):
+        Usage(run_seconds=float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "good", "bad"),
+    [
+        ("priority", 9, 10),
+        ("priority", 0, -1),
+        ("seed", 2**63 - 1, 2**63),
+    ],
+)
+def test_a_bound_of_a_number_is_its_last_good_value(fields: str, good: int, bad: int) -> None:
+    assert getattr(build(GenerateRequest, {"model": "m", "prompt": "x", fields: good}), fields) == good
+    with pytest.raises(InvalidRequest, match=fields):
+        build(GenerateRequest, {"model": "m", "prompt": "x", fields: bad})
+
+
+def test_the_bounds_of_sizes_are_their_last_good_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(requests, "MAX_REQUEST_CHARS", 10)
+    assert build(EmbedRequest, {"model": "m", "texts": ("12345", "67890")}).texts == ("12345", "67890")
+    with pytest.raises(InvalidRequest, match="11 characters in one job; at most 10"):
+        build(EmbedRequest, {"model": "m", "texts": ("12345", "678901")})
+    monkeypatch.setattr(requests, "MAX_TEXT_CHARS", len('{"a": 1}'))
+    assert build(GenerateRequest, {"model": "m", "prompt": "x", "json_schema": {"a": 1}}).json_schema == {"a": 1}
+    with pytest.raises(InvalidRequest, match="json_schema: 9 characters of JSON; at most 8"):
+        build(GenerateRequest, {"model": "m", "prompt": "x", "json_schema": {"a": 12}})
+
+
+def test_stopping_early_needs_evaluations() -> None:
+    fields = {"model": "m", "name": "x", "dataset": "d", "held_out": 0.5, "stop_after": 1}
+    with pytest.raises(InvalidRequest, match="stop_after needs eval_every"):
+        build(TrainRequest, fields)
+    assert build(TrainRequest, fields | {"eval_every": 1}).stop_after == 1
+
+
+def test_the_largest_number_of_a_vector_becomes_127_and_others_the_nearest_code() -> None:
+    vectors = np.array([[2.54, -2.54, 0.0301, -0.0299], [0.0, 0.0, 0.0, 0.0]], dtype=np.float32)
+    small = quantize(vectors)
+    assert small.codes.tolist() == [[127, -127, 2, -1], [0, 0, 0, 0]]
+    assert np.abs(small.to_float32() - vectors).max() <= small.scales.max() / 2 + 1e-6
+    with np.errstate(all="raise"):
+        assert quantize(np.zeros((1, 3), dtype=np.float32)).codes.tolist() == [[0, 0, 0]]

@@ -108,3 +108,13 @@ def test_a_dataset_that_is_too_large_is_refused_as_soon_as_it_is(
         read_dataset(path)
     with pytest.raises(DatasetError, match="or 100 bytes"):
         read_dataset([{"text": "x" * 101}])
+
+
+@pytest.mark.parametrize("said", ["", "  "])
+def test_a_conversation_in_which_only_the_user_speaks_is_refused(said: str) -> None:
+    rows = [{"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": said}]}]
+    with pytest.raises(DatasetError, match="the assistant says nothing"):
+        list(iterate_mappings(rows, "x"))
+    only_user = [{"messages": [{"role": "user", "content": "Hello"}]}]
+    with pytest.raises(DatasetError, match="the assistant says nothing"):
+        list(iterate_mappings(only_user, "x"))

@@ -540,3 +540,26 @@ def test_an_id_with_a_percent_sign_is_put_into_its_message_as_it_is(redis: Any) 
     # No key of Stoker's has such a name: it is nobody's to let it expire.
     redis.delete(keys.job("a%b"))
     assert tags == {"a%b#1", "job#1"}
+
+
+@pytest.mark.parametrize("queue", ["stoker.toy.train", "stoker.toy.train.v2"])
+def test_training_of_every_contract_has_one_message_at_the_front(redis: Any, queue: str) -> None:
+    for number in range(3):
+        submit(redis, f"job-{number}", queue=queue)
+    assert redis.llen(keys.front(queue)) == ledger.FRONT_TRAIN
+
+
+def test_open_jobs_come_oldest_first_over_all_queues_with_their_age_and_without_those_that_expired(redis: Any) -> None:
+    other = keys.queue("toy", "embed")
+    submit(redis, "middle")
+    submit(redis, "old", queue=other)
+    submit(redis, "young", queue=other)
+    submit(redis, "gone")
+    redis.delete(keys.job("gone"))
+    seconds, _ = redis.time()
+    for name, queue, age in (("old", other, 1000), ("middle", QUEUE, 500), ("young", other, -100)):
+        redis.zadd(keys.open_jobs(queue), {name: seconds - age})
+    listed = ledger.open_jobs(redis, [QUEUE, other])
+    assert list(listed) == ["old", "middle", "young"]
+    assert listed["old"]["age"] >= 1000
+    assert listed["young"]["age"] == 0.0, "no job is younger than now"

@@ -133,3 +133,26 @@ def test_a_bundle_says_where_it_comes_from_if_that_can_be_written_in_a_line(said
 @pytest.mark.parametrize("data", [b"", b"12345678", (2**40).to_bytes(8, "little") + b"{", b"\x02" + b"\0" * 7 + b"[]"])
 def test_a_damaged_bundle_says_nothing_of_where_it_comes_from(data: bytes) -> None:
     assert bundle.source(data, "x") == "x"
+
+
+def test_a_record_that_a_number_is_written_into_after_it_expired_expires_again(broker_client: Any) -> None:
+    assert int(registry.allocate(broker_client, "m", "style", "gone", 1)) == 1
+    assert 0 < broker_client.ttl(keys.job("gone")) <= keys.PENDING_TTL
+    broker_client.expire(keys.job("gone"), 60)
+    registry.allocate(broker_client, "m", "style", "gone", 1)
+    assert broker_client.ttl(keys.job("gone")) <= 60, "one that has an expiry keeps it"
+
+
+def test_rollback_goes_past_the_version_that_serves_again(broker_client: Any) -> None:
+    for version in (1, 2):
+        add(broker_client, version)
+    for version in (1, 2, 1):
+        change(broker_client, "promote", version)
+    change(broker_client, "unload", 2)
+    assert entry(broker_client).history == (1, 2, 1, 2)
+    assert change(broker_client, "rollback") is None, "before 1 served 2, which is gone, and 1 itself"
+
+
+def test_a_name_without_a_version_means_the_one_that_serves_and_not_the_newest() -> None:
+    found = AdapterEntry("m", "style", 1, (), {1: {}, 2: {}})
+    assert (found.version(None), found.version(2)) == (1, 2)
