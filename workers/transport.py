@@ -130,6 +130,12 @@ class Channel(kombu_redis.Channel):
             self._pool = self._last_pool = self._get_pool()  # type: ignore[no-untyped-call]
         return self._pool
 
+    def close(self) -> None:
+        super().close()  # type: ignore[no-untyped-call]
+        # What went back to its queue meanwhile took a connection. A thread that acknowledges just now keeps its own.
+        if self._last_pool is not None:
+            self._last_pool.disconnect(inuse_connections=False)
+
     def _create_client(self, asynchronous: bool = False) -> Any:
         """One client serves the acks of all threads: kombu makes one for each, which takes longer than the ack."""
         if asynchronous:

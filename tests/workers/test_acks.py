@@ -57,3 +57,4 @@ def test_an_ack_that_comes_after_its_channel_was_closed_arrives(channel: Any, br
     assert acknowledge(channel, broker)
     channel.close()
     assert acknowledge(channel, broker)
+    channel.close()

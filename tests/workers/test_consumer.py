@@ -72,10 +72,13 @@ class Worker:
         return sum("b" in client["flags"] for client in self.redis.client_list())
 
     def disconnect(self) -> None:
+        if not self.connection.connected:
+            return
         # What closes reads the answer of a BRPOP that is under way: there will be none for an hour.
         for channel in self.connection.transport.channels:
             channel._in_poll = None
         self.connection.close()
+        self.hub.close()
 
 
 @pytest.fixture
@@ -176,6 +179,7 @@ def test_a_new_connection_asks_for_no_job_of_a_lane_that_is_still_full(
     again.turn_until(lambda: taken(again)[TRAIN] == 1)
     again.disconnect()
     again.redis.close()
+    worker.consumer._channels["train"].close()
 
 
 def test_what_all_lanes_hold_is_renewed_and_goes_back_when_the_worker_stops(
