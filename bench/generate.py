@@ -69,7 +69,7 @@ class Ours:
 
     def __init__(self, folder: Path, home: Path, sizes: Sizes) -> None:
         from engine.engine import Engine
-        from engine.generation.lane import Limits
+        from engine.generation.limits import Limits
 
         self._came: defaultdict[str, list[float]] = defaultdict(list)
         self._random, self._count = np.random.default_rng(1), 0

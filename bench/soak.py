@@ -46,7 +46,7 @@ def main() -> None:
 class Soak:
     def __init__(self, home: Path) -> None:
         from engine.engine import Engine
-        from engine.generation.lane import Limits
+        from engine.generation.limits import Limits
 
         self._chance = random.Random(0)
         self._ends: Counter[str] = Counter()

@@ -22,10 +22,11 @@ from engine.adapters.pool import BUDGET, AdapterPool
 from engine.adapters.store import AdapterStore
 from engine.embedding.lane import EmbedLane
 from engine.fair import FairShare
-from engine.generation.lane import GenerateLane, Limits
+from engine.generation.lane import GenerateLane
+from engine.generation.limits import Limits
 from engine.lane import Lane
 from engine.loading import LoadedModel, load
-from engine.ticket import Entry, StepOutput, Ticket
+from engine.ticket import Entry, StepOutput, Ticket, contained
 from engine.training.lane import TrainLane
 from stoker.contract import ModelCard, Request
 from stoker.errors import UnknownModel, WorkerUnavailable
@@ -49,7 +50,8 @@ class Engine:
     `models` maps a name to its sources (`engine.sources`). `adapters` and `runs` are folders: for trained adapters, and
     for the checkpoints and logs of training runs (by default beside the adapters). `adapter_bytes`: what the adapters
     of one model may take in memory. `train_share`: of the time, while generation waits too. `publish` gets the entries
-    of a step, from the engine's thread: it must hand them on and return. `limits`: of each model's generation.
+    of a step, from the engine's thread: it must hand them on and return, or raise and have taken none; then it gets
+    those of each job alone, and the jobs whose it raises for end with that. `limits`: of each model's generation.
     `precision`: dtype, quantize and group_size for `engine.loading.load`. `on_death` is called, from the same thread,
     if the loop ends by a defect: an engine does not come back, its process has to.
     """
@@ -115,7 +117,13 @@ class Engine:
             warm = sorted(model for model, kind in self._lanes if kind == request.kind)
             raise UnknownModel(f"model {request.model!r} given; this worker can {request.kind} with {warm}.")
         ticket = Ticket(job_id, request.kind, deadline)
-        self._inbox.put(_Work(lane, ticket, lane.prepare(ticket, request, data)))
+        try:
+            prepared = lane.prepare(ticket, request, data)
+        except Exception:
+            raise
+        except BaseException as error:
+            raise contained(error) from error
+        self._inbox.put(_Work(lane, ticket, prepared))
         if self._stopping:
             # After the put: a loop that ends at this very moment may not have seen it.
             ticket.fail(_stopping())
@@ -213,10 +221,27 @@ class Engine:
             lane.ahead = not any(other.busy for other in self._lanes.values() if other is not lane)
         with self._share.charge(turn):
             output = self._run(lane)
+        self._hand_on(output)
+
+    def _hand_on(self, output: StepOutput) -> None:
         if output.entries:
-            self._publish(output.entries)
+            try:
+                self._publish([(ticket.job_id, entry) for ticket, entry in output.entries])
+            except Exception:
+                log.exception("a step's entries were not taken; each job's are tried alone")
+                self._publish_each(output)
         for ticket, value in output.ended:
             ticket.resolve(value)
+
+    def _publish_each(self, output: StepOutput) -> None:
+        by_job: dict[Ticket, list[Entry]] = {}
+        for ticket, entry in output.entries:
+            by_job.setdefault(ticket, []).append((ticket.job_id, entry))
+        for ticket, entries in by_job.items():
+            try:
+                self._publish(entries)
+            except Exception as error:
+                ticket.abort(error)
 
     def _admit(self) -> None:
         """Take everything that waits; with nothing to run, sleep until something comes."""
@@ -227,15 +252,20 @@ class Engine:
             self._take(self._inbox.get())
 
     def _take(self, work: _Work | None) -> None:
-        if work is not None:
+        if work is None:
+            return
+        try:
             work.lane.admit(work.item)
+        except Exception as error:
+            work.ticket.fail(error)
 
     def _run(self, lane: Lane) -> StepOutput:
         self.step_began = time.monotonic()
         try:
             return lane.run()
         except Exception as error:
-            # One lane's fault (out of memory, a defect) must not end the worker, nor the other lanes' jobs.
+            # The whole step failed (out of memory, a defect): that ends neither the worker nor the other lanes' jobs.
+            # A job that fails by itself was ended by its lane.
             log.exception("a step of the %s lane failed", lane.kind)
             lane.fail_all(error)
             return StepOutput()

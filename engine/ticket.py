@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from stoker.contract import StreamToken, TrainReport
-from stoker.errors import DeadlineExceeded, JobCancelled, StokerError
+from stoker.errors import DeadlineExceeded, JobCancelled, StokerError, to_wire
 
 
 class Ticket:
@@ -48,6 +48,11 @@ class Ticket:
     def done(self) -> bool:
         return self._future.done()
 
+    @property
+    def error(self) -> BaseException | None:
+        """What it has ended with; None: it has not ended, or with a result."""
+        return self._future.exception() if self._future.done() else None
+
     def start(self) -> None:
         """The engine has begun with this job."""
         if self.started is None:
@@ -65,6 +70,11 @@ class Ticket:
         if not self._future.done():
             self._future.set_exception(error)
 
+    def abort(self, error: BaseException) -> None:
+        """End with `error` now; the lane frees what the job holds before its next step."""
+        self.stop = to_wire(error)
+        self.fail(error)
+
     def fail_stopped(self) -> None:
         if self.stop is not None:
             self.fail(self.stop)
@@ -76,8 +86,18 @@ Entry = tuple[str, StreamToken | TrainReport]
 
 @dataclass
 class StepOutput:
-    """What one step of a lane made. The engine publishes `entries` first and then ends `ended`, so that whoever sees
-    a result finds the whole stream."""
+    """What one step of a lane made, by the jobs' tickets. The engine publishes `entries` first and then ends `ended`:
+    who sees a result finds the whole stream."""
 
-    entries: list[Entry] = field(default_factory=list)
+    entries: list[tuple[Ticket, StreamToken | TrainReport]] = field(default_factory=list)
     ended: list[tuple[Ticket, Any]] = field(default_factory=list)
+
+
+def contained(error: BaseException) -> Exception:
+    """`error` as one that a job may end with. A panic of a library in Rust is no `Exception`, and is one job's all the
+    same; what ends the process is raised."""
+    if isinstance(error, Exception):
+        return error
+    if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
+        raise error
+    return to_wire(error)

@@ -36,7 +36,7 @@ from workers.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from engine.engine import Engine
-    from engine.generation.lane import Limits
+    from engine.generation.limits import Limits
 
 log = logging.getLogger(__name__)
 
@@ -142,7 +142,7 @@ def _make_engine(settings: Settings, publish: Callable[..., None]) -> Engine:
 
 
 def _limits(settings: Settings) -> Limits:
-    from engine.generation.lane import Limits
+    from engine.generation.limits import Limits
     from engine.probe import memory
 
     kv_bytes = settings.kv_cache << 20 if settings.kv_cache else memory() // 8

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
 from engine.adapters.pool import AdapterPool
-from engine.generation.row import Row
-from engine.generation.sampling import Draw, Pick, columns, picks
+from engine.generation.row import Row, RowState
+from engine.generation.sampling import Columns, Draw, Pick, columns, picks
 from engine.generation.step import Step, bucket
 from engine.models.cache import KeyValues
 from engine.models.llama import Llama
@@ -71,7 +72,7 @@ class Batch:
         """Seat a row whose tokens but the newest are in `source`."""
         self.fit(len(self.rows) + 1, row.cached + 1)
         assert self.kv is not None
-        row.slot = len(self.rows)
+        row.slot, row.state = len(self.rows), RowState.DECODING
         self.rows.append(row)
         self.kv.put(row.slot, source, source_row, row.cached)
 
@@ -88,7 +89,10 @@ class Batch:
             self._flight = None
 
     def launch(self) -> bool:
-        """Start the next pass, whether or not the last one has been read; False if no row needs it."""
+        """Start the next pass, whether or not the last one has been read; False if no row needs it.
+
+        Raises `RowFault` for a row that cannot be sampled, before anything has begun.
+        """
         flight = self._flight
         ahead = self._ahead(flight)
         if not self.rows or all(row.ends_within(ahead[slot]) for slot, row in enumerate(self.rows)):
@@ -97,7 +101,7 @@ class Batch:
         assert self.kv is not None
         count = len(self.rows)
         size = min(bucket(count), self.kv.rows) if self._step.decode_buckets else count
-        draws = [row.draw(ahead[slot]) for slot, row in enumerate(self.rows)]
+        draws, sampling = gather(self.rows, ahead, self._model.args.vocab, size)
         offset = np.zeros(size, dtype=np.int32)
         offset[:count] = [row.cached for row in self.rows]
         chosen = self._step(
@@ -105,7 +109,7 @@ class Batch:
             self._tokens(flight, size)[:, None],
             mx.array(offset),
             columns=self._columns(int(offset.max()) + 1),
-            sampling=columns(draws, self._model.args.vocab, size),
+            sampling=sampling,
             adapters=self._pool.rows([row.adapter for row in self.rows] + [0] * (size - count)),
         )
         mx.async_eval(chosen)  # type: ignore[no-untyped-call]
@@ -155,3 +159,20 @@ class Batch:
         if self._step.decode_buckets:
             return min(bucket(length, COLUMNS), self.kv.capacity)
         return min(-(-length // FINE_COLUMNS) * FINE_COLUMNS, self.kv.capacity)
+
+
+def gather(rows: Sequence[Row], ahead: Sequence[int], vocabulary: int, size: int) -> tuple[list[Draw], Columns]:
+    """How the next token of each row is sampled, and the same as columns padded to `size`. Raises `RowFault`."""
+    made: dict[Row, Draw] = {}
+    for row, steps in zip(rows, ahead, strict=True):
+        if row not in made:
+            with row.guarded():
+                made[row] = row.draw(steps)
+    draws = [made[row] for row in rows]
+    try:
+        return draws, columns(draws, vocabulary, size)
+    except Exception:
+        for row, draw in made.items():
+            with row.guarded():
+                columns([draw], vocabulary)
+        raise

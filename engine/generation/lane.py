@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from engine.adapters.pool import AdapterPool
 from engine.generation.batch import Batch
-from engine.generation.prefill import Pace, Prefill, owner
-from engine.generation.prefixes import SHORTEST, PrefixCache
+from engine.generation.kv_budget import KvBudget
+from engine.generation.limits import Limits
+from engine.generation.prefill import Pace, Prefill
+from engine.generation.prefixes import PrefixCache
 from engine.generation.prompt import check_ids, tokenize
-from engine.generation.row import Generation, Row
-from engine.generation.step import Compiled, Step, usual
+from engine.generation.roster import Roster
+from engine.generation.row import Generation, Row, RowFault, RowState
+from engine.generation.sampling import Pick
+from engine.generation.step import Step, usual
 from engine.generation.structured import Vocabulary
 from engine.loading import LoadedModel
-from engine.models.cache import bytes_per_token
 from engine.ticket import StepOutput, Ticket
 from stoker.contract import GenerateRequest, StreamToken
 from stoker.errors import InvalidRequest
+
+log = logging.getLogger(__name__)
 
 #: Prompts that are prefilled in one pass where passes are compiled: on a GPU a short one costs as much as many.
 GROUP = 16
@@ -27,21 +31,13 @@ GROUP = 16
 GROUP_TOKENS = 2048
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What a lane may use. `slots`: rows that decode at once. `kv_bytes`: keys and values of all rows, prompts on
-    their way and prefixes. `prefix_share`: of these, what kept prefixes may take. `stall`: seconds that a prompt may
-    hold up the streams beside it. `compiled`: None: what is usual on this machine."""
-
-    slots: int = 16
-    kv_bytes: int = 1 << 30
-    prefix_share: float = 0.25
-    stall: float = 0.25
-    compiled: Compiled | None = None
-
-
 class GenerateLane:
-    """All generation jobs of one model, in order of arrival."""
+    """All generation jobs of one model, in order of arrival.
+
+    Its roster owns each row from `admit` until `_release`, wherever the row is meanwhile: a cancel, a deadline and
+    `fail_all` always find it. What fails for one row is a `RowFault`, and ends its own job; any other exception of
+    `run` is the whole step's.
+    """
 
     kind = "generate"
 
@@ -54,7 +50,6 @@ class GenerateLane:
         #: Seconds of a turn that only decoded, as measured lately.
         self._turn = 0.0
         self._vocabulary = Vocabulary(model.tokenizer)
-        self._waiting: deque[Row] = deque()
         #: Whether a pass may be launched before the last one is read: not while other lanes want their turn.
         self.ahead = True
         #: Rows that were put back because memory ran short.
@@ -65,17 +60,24 @@ class GenerateLane:
         self.batch = Batch(self._decoder, self._pool, self.step)
         self._prefill: Prefill | None = None
         self.prefixes = PrefixCache(int(self.limits.kv_bytes * self.limits.prefix_share))
+        self.budget = KvBudget(self._decoder, self.limits.kv_bytes, self.batch, self.prefixes)
+        self._roster = Roster()
 
     def warm(self) -> None:
         """Generate three tokens for nobody: kernels are compiled before the first request waits for them."""
         request = GenerateRequest(model=self._model.name, prompt_ids=(0,), max_tokens=3, ignore_eos=True)
-        self.admit(self.prepare(Ticket("warm", self.kind), request, None))
+        ticket = Ticket("warm", self.kind)
+        self.admit(self.prepare(ticket, request, None))
         while self.busy:
-            self.run()
+            for warm, value in self.run().ended:
+                warm.resolve(value)
+        if (error := ticket.error) is not None:
+            # Its jobs will say the same; other models of this worker serve.
+            log.error("model %s cannot generate: %s", self._model.name, error)
 
     @property
     def busy(self) -> bool:
-        return bool(self._waiting or self.batch.rows or self._prefilling)
+        return bool(self._roster)
 
     @property
     def _prefilling(self) -> list[Row]:
@@ -83,18 +85,18 @@ class GenerateLane:
 
     @property
     def held(self) -> list[Row]:
-        """Every row that has a place here, or waits for one."""
-        return [*self._waiting, *self._prefilling, *self.batch.rows]
+        """Every row that was admitted and has not ended."""
+        return self._roster.rows
 
     @property
     def kv_bytes(self) -> int:
         """What keys and values take now."""
-        return self.batch.nbytes + self.prefixes.nbytes + (self._prefill.kv.nbytes if self._prefill else 0)
+        return self.budget.used
 
     def prepare(self, ticket: Ticket, request: GenerateRequest, data: Sequence[StreamToken] | None) -> Generation:
         check_ids(self._model, request)
         prompt = tokenize(self._model, request)
-        most = self._most_tokens()
+        most = self.budget.most_tokens
         if len(prompt) >= most:
             raise InvalidRequest(
                 f"prompt: {len(prompt)} tokens given; this worker's memory for keys and values holds {most} of "
@@ -107,22 +109,19 @@ class GenerateLane:
         generation.resume(data or ())
         return generation
 
-    def _most_tokens(self) -> int:
-        """Tokens of a row that is alone, prefilled and then copied into the batch, within the budget."""
-        return int(self.limits.kv_bytes // (3 * bytes_per_token(self._decoder)))
-
     def admit(self, work: Generation) -> None:
         if work.ended:
             # Its last token was published before; only the result is missing.
             work.ticket.start()
             work.ticket.resolve(work.result())
             return
-        self._waiting.extend(row for row in work.rows if not row.finish_reason)
+        self._roster.admit(work.open_rows)
 
     def drop_stopped(self) -> None:
-        for row in [row for row in self.held if row.ticket.stopping]:
-            self._release(row)
-            row.ticket.fail_stopped()
+        for row in self.held:
+            if row.ticket.stopping:
+                self._release(row)
+                row.ticket.fail_stopped()
 
     def run(self) -> StepOutput:
         """Take who waits, push prompts on by a chunk, decode everybody who is ready by one token."""
@@ -143,21 +142,31 @@ class GenerateLane:
     # --- prompts ---
 
     def _begin_prefill(self) -> None:
-        if self._prefill is None and (rows := self._next_group()):
+        if self._prefill is not None or not (rows := self._next_group()):
+            return
+        try:
             self._prefill = Prefill(self._decoder, self._pool, self.step, rows, self.prefixes)
+            self.budget.prefilling = self._prefill.kv.nbytes
+        except RowFault as fault:
+            self._fail(fault)
+            self._roster.put_back(rows)
+
+    def _end_prefill(self) -> None:
+        self._prefill, self.budget.prefilling = None, 0
 
     def _next_group(self) -> list[Row]:
         """The rows to be prefilled next: the first that waits, and where it pays those behind it that fit."""
         group: list[Row] = []
         most = GROUP if self.step.prompt_buckets else 1
-        while self._waiting and len(group) < most and len(self.batch.rows) + len(group) < self.limits.slots:
-            row = self._waiting[0]
+        waiting = self._roster.waiting
+        while waiting and len(group) < most and len(self.batch.rows) + len(group) < self.limits.slots:
+            row = waiting[0]
             longest = max(one.length for one in (row, *group))
             if group and (longest * (len(group) + 1) > GROUP_TOKENS or row.generation is group[-1].generation):
                 break  # completions of one prompt: the first leaves a prefix for the others
-            if not self._admissible([*group, row]):
+            if not self.budget.admits([*group, row]):
                 break
-            self._waiting.popleft()
+            waiting.popleft()
             if self._acquire(row):
                 group.append(row)
         return group
@@ -166,12 +175,10 @@ class GenerateLane:
         """Pin the version of a row's adapter; a row that was preempted has it."""
         if row.adapter < 0:
             try:
-                row.adapter = self._pool.acquire(row.request.adapter)
-            except Exception as error:
-                # A damaged adapter file fails the job that asked for it, not its neighbours.
-                row.ticket.fail(error)
-                for other in row.generation.rows:
-                    self._release(other)
+                with row.guarded():
+                    row.adapter = self._pool.acquire(row.request.adapter)
+            except RowFault as fault:
+                self._fail(fault)
                 return False
         row.ticket.start()
         return True
@@ -182,22 +189,37 @@ class GenerateLane:
         prefill, beside = self._prefill, bool(self.batch.rows)
         # A chunk as long as a decode step at most doubles the time between two tokens.
         patience = min(self.limits.stall, max(self._turn, 0.002)) if beside else 1.0
-        for row, pick in prefill.advance(self._beside if beside else self._alone, patience):
-            self._keep_prefix(prefill, row)
-            row.generation.extend(row, pick, output)
-            if row.finish_reason:
-                self._release(row)
-            else:
+        for row, pick in self._advanced(prefill, self._beside if beside else self._alone, patience):
+            if self._extend(row, pick, output, prefill):
                 self._make_room(len(self.batch.rows) + 1, row.cached + 1)
                 self.batch.join(row, prefill.kv, prefill.place(row))
         if not prefill.rows:
-            self._prefill = None
+            self._end_prefill()
 
-    def _keep_prefix(self, prefill: Prefill, row: Row) -> None:
-        tokens = (row.generation.prompt + row.tokens)[: row.cached]
-        name = owner(self._pool, row)
-        if len(tokens) >= SHORTEST and not self.prefixes.has(name, tokens):
-            self.prefixes.put(name, tokens, prefill.kv.row(prefill.place(row), row.cached))
+    def _advanced(self, prefill: Prefill, pace: Pace, patience: float) -> list[tuple[Row, Pick]]:
+        try:
+            found = prefill.advance(pace, patience)
+        except RowFault as fault:
+            self._fail(fault)
+            return []
+        self.budget.prefilling = prefill.kv.nbytes
+        return found
+
+    def _extend(self, row: Row, pick: Pick, output: StepOutput, prefill: Prefill | None = None) -> bool:
+        """Give a row its next token; whether it wants more. `prefill`: where its prompt has just been."""
+        if row.state is RowState.ENDED:
+            return False  # its job failed meanwhile, in another of its rows
+        try:
+            with row.guarded():
+                if prefill is not None:
+                    prefill.keep_prefix(row, self.prefixes)
+                row.generation.extend(row, pick, output)
+        except RowFault as fault:
+            self._fail(fault)
+            return False
+        if row.finish_reason:
+            self._release(row)
+        return not row.finish_reason
 
     # --- decoding ---
 
@@ -213,48 +235,26 @@ class GenerateLane:
             # A grammar has to see a token before it can say which may follow.
             self._launch(again=True)
         for row, pick in batch.read(flight):
-            row.generation.extend(row, pick, output)
-            if row.finish_reason:
-                self._release(row)
+            self._extend(row, pick, output)
 
     def _launch(self, *, again: bool = False) -> bool:
         """Start a pass unless one is under way (`again`: behind it); False if no row needs one."""
         batch = self.batch
         if batch.pending and not again:
             return True
-        self._make_room(len(batch.rows), max((row.cached for row in batch.rows), default=0) + 1)
-        return batch.launch()
-
-    # --- memory ---
-
-    def _admissible(self, rows: Sequence[Row]) -> bool:
-        """Whether the batch could take these rows in within the budget; kept prefixes make way."""
-        length = max(row.length for row in rows) + 1
-        needed = len(rows) * length * bytes_per_token(self._decoder) + self._growth(len(rows), length)
-        while self.kv_bytes + needed > self.limits.kv_bytes:
-            if not self.prefixes.evict():
-                self.batch.shrink()
-                needed = len(rows) * length * bytes_per_token(self._decoder) + self._growth(len(rows), length)
-                return self.kv_bytes + needed <= self.limits.kv_bytes or not self.batch.rows
-        return True
-
-    def _growth(self, more: int, length: int) -> int:
-        """Bytes that the batch would take on top of what it has, with `more` rows of `length` tokens."""
-        longest = max([length, *(row.cached + 1 for row in self.batch.rows)])
-        rows, capacity = self.batch.shape_for(len(self.batch.rows) + more, longest)
-        return max(0, rows * capacity * bytes_per_token(self._decoder) - self.batch.nbytes)
+        while True:
+            self._make_room(len(batch.rows), max((row.cached for row in batch.rows), default=0) + 1)
+            try:
+                return batch.launch()
+            except RowFault as fault:
+                self._fail(fault)
 
     def _make_room(self, rows: int, length: int) -> None:
-        """Before the batch grows: prefixes make way, then the rows that came last are put back among those that wait.
-
-        They keep their tokens and are prefilled with them later, so that their streams go on where they were.
+        """Before the batch grows to `rows` of `length` tokens: the rows that came last are put back among those that
+        wait. They keep their tokens and are prefilled with them later, so that their streams go on where they were.
         """
         batch = self.batch
-        while self.kv_bytes + self._growth(rows - len(batch.rows), length) > self.limits.kv_bytes:
-            if self.prefixes.evict():
-                continue
-            if len(batch.rows) < 2:
-                return
+        while self.budget.must_shrink(rows, length):
             self._preempt(max(batch.rows, key=lambda row: row.ticket.submitted))
             rows = min(rows, len(batch.rows) + 1)
             length = max((row.cached + 1 for row in batch.rows), default=1)
@@ -262,30 +262,40 @@ class GenerateLane:
 
     def _preempt(self, row: Row) -> None:
         self.batch.leave(row)
-        row.cached = 0
-        self._waiting.appendleft(row)
+        self._roster.put_back([row])
         self.preempted += 1
 
     # --- the end ---
 
+    def _fail(self, fault: RowFault) -> None:
+        """End the job of a row that failed by itself; the others go on."""
+        generation = fault.row.generation
+        generation.ticket.fail(fault.cause)
+        for row in generation.rows:
+            self._release(row)
+
     def _release(self, row: Row) -> None:
-        """Free whatever a row holds, wherever it is."""
-        if row in self._waiting:
-            self._waiting.remove(row)
+        """The end of a row: free what it holds, wherever it is."""
         if row.slot >= 0:
             self.batch.leave(row)
-        if self._prefill is not None and row in self._prefill.rows:
-            self._prefill.rows.remove(row)
-            if not self._prefill.rows:
-                self._prefill = None
+        if row in self._prefilling:
+            self._drop_from_prefill(row)
         if row.adapter >= 0:
             self._pool.release(row.adapter)
             row.adapter = -1
+        self._roster.end(row)
+
+    def _drop_from_prefill(self, row: Row) -> None:
+        assert self._prefill is not None
+        self._prefill.rows.remove(row)
+        if not self._prefill.rows:
+            self._end_prefill()
 
     def fail_all(self, error: BaseException) -> None:
         for row in self.held:
             row.ticket.fail(error)
+            self._roster.end(row)
             if row.adapter >= 0:
                 self._pool.release(row.adapter)
-        self._waiting.clear()
+                row.adapter = -1
         self._reset()

@@ -9,10 +9,10 @@ import mlx.core as mx
 import numpy as np
 
 from engine.adapters.pool import AdapterPool
-from engine.generation.batch import COLUMNS
-from engine.generation.prefixes import PrefixCache
-from engine.generation.row import Row
-from engine.generation.sampling import Draw, Pick, columns, picks
+from engine.generation.batch import COLUMNS, gather
+from engine.generation.prefixes import SHORTEST, PrefixCache
+from engine.generation.row import Row, RowState
+from engine.generation.sampling import Columns, Draw, Pick, picks
 from engine.generation.step import Step, bucket
 from engine.models.cache import KeyValues
 from engine.models.llama import Llama
@@ -40,30 +40,48 @@ class Pace:
 
 
 class Prefill:
-    """A group of rows that are prefilled together: one pass takes the next chunk of each."""
+    """A group of rows that are prefilled together: one pass takes the next chunk of each.
+
+    Making it and `advance` raise `RowFault` for a row that fails by itself: then no pass has begun.
+    """
 
     def __init__(self, model: Llama, pool: AdapterPool, step: Step, rows: Sequence[Row], prefixes: PrefixCache) -> None:
         self._model, self._pool, self._step = model, pool, step
         self.rows = list(rows)
         self._places = {id(row): place for place, row in enumerate(self.rows)}
         self.kv = self._start(prefixes)
+        for row in self.rows:
+            row.state = RowState.PREFILLING
 
     def _start(self, prefixes: PrefixCache) -> KeyValues:
         """Storage for the whole prompts, with what the prefix cache has of them."""
-        found = [prefixes.find(owner(self._pool, row), row.uncached) for row in self.rows]
+        found = [self._find(row, prefixes) for row in self.rows]
         longest = max(row.length for row in self.rows)
         capacity = bucket(longest, COLUMNS) if self._step.prompt_buckets else longest
         kv = KeyValues(self._model, bucket(len(self.rows)) if self._step.prompt_buckets else len(self.rows), capacity)
         for place, (row, (source, length)) in enumerate(zip(self.rows, found, strict=True)):
             if source is not None:
-                kv.put(place, source, 0, length)
+                with row.guarded():
+                    kv.put(place, source, 0, length)
                 row.cached = length
                 row.generation.cached_tokens = row.generation.cached_tokens or length
         return kv
 
+    def _find(self, row: Row, prefixes: PrefixCache) -> tuple[KeyValues | None, int]:
+        row.cached = 0
+        with row.guarded():
+            return prefixes.find(owner(self._pool, row), row.uncached)
+
     def place(self, row: Row) -> int:
         """Its row in `kv`."""
         return self._places[id(row)]
+
+    def keep_prefix(self, row: Row, prefixes: PrefixCache) -> None:
+        """Let the prefix cache have what is filled of a row."""
+        tokens = (row.generation.prompt + row.tokens)[: row.cached]
+        name = owner(self._pool, row)
+        if len(tokens) >= SHORTEST and not prefixes.has(name, tokens):
+            prefixes.put(name, tokens, self.kv.row(self.place(row), row.cached))
 
     def advance(self, pace: Pace, patience: float) -> list[tuple[Row, Pick]]:
         """One pass that shall take `patience` seconds at most; rows that are through leave the group, with their first
@@ -73,8 +91,8 @@ class Prefill:
         share = max(1, min(max(map(len, waiting.values())), pace.tokens // len(self.rows)))
         chunks = {row: waiting[id(row)][:share] for row in self.rows}
         done = [row for row, chunk in chunks.items() if len(chunk) == len(waiting[id(row)])]
-        draws = self._draws()
-        chosen = self._pass(chunks, share, draws if done else None)
+        draws, sampling = self._sampling() if done else ([], None)
+        chosen = self._pass(chunks, share, sampling)
         for row, chunk in chunks.items():
             row.cached += len(chunk)
         found: list[tuple[Row, Pick]] = []
@@ -87,14 +105,14 @@ class Prefill:
         pace.note(sum(map(len, chunks.values())), time.perf_counter() - began, patience)
         return found
 
-    def _draws(self) -> list[Draw]:
-        """One for each row of the storage; those of padding and of rows that are through choose for nobody."""
-        draws = [self.rows[0].draw()] * self.kv.rows
+    def _sampling(self) -> tuple[list[Draw], Columns]:
+        """For each row of the storage; those of padding and of rows that are through choose for nobody."""
+        rows = [self.rows[0]] * self.kv.rows
         for row in self.rows:
-            draws[self.place(row)] = row.draw()
-        return draws
+            rows[self.place(row)] = row
+        return gather(rows, [0] * len(rows), self._model.args.vocab, len(rows))
 
-    def _pass(self, chunks: dict[Row, list[int]], share: int, draws: list[Draw] | None) -> tuple[mx.array, ...]:
+    def _pass(self, chunks: dict[Row, list[int]], share: int, sampling: Columns | None) -> tuple[mx.array, ...]:
         size = self.kv.rows
         many = bucket(share, 16) if self._step.prompt_buckets else share
         tokens = np.zeros((size, many), dtype=np.int32)
@@ -115,7 +133,7 @@ class Prefill:
             mx.array(offset),
             columns=end if exact else min(bucket(end, COLUMNS), self.kv.capacity),
             last=mx.array(last),
-            sampling=columns(draws, self._model.args.vocab) if draws else None,
+            sampling=sampling,
             adapters=self._pool.rows(adapters),
             exact=exact,
         )

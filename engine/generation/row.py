@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from enum import Enum, auto
 
 from engine.generation.sampling import Draw, Pick, Uniforms, penalised
 from engine.generation.stopping import StopScanner
 from engine.generation.structured import Grammar
 from engine.text.detokenizer import StreamingDetokenizer
 from engine.text.tokenizer import Tokenizer
-from engine.ticket import StepOutput, Ticket
+from engine.ticket import StepOutput, Ticket, contained
 from stoker.contract import Alternative, Completion, FinishReason, GenerateRequest, GenerateResult, StreamToken, Usage
+from stoker.errors import ModelError
+
+
+class RowState(Enum):
+    """Where a row is: in one place of its lane, from `admit` until it has ended."""
+
+    NEW = auto()
+    WAITING = auto()
+    PREFILLING = auto()
+    DECODING = auto()
+    ENDED = auto()
+
+
+class RowFault(Exception):
+    """What one row asked for failed: `cause` ends its job alone. The pass that it was to be in has not begun."""
+
+    def __init__(self, row: Row, cause: Exception) -> None:
+        super().__init__(str(cause))
+        self.row, self.cause = row, cause
 
 
 class Generation:
@@ -44,14 +66,19 @@ class Generation:
         self.published = len(published)
 
     @property
+    def open_rows(self) -> list[Row]:
+        """Those that have not ended."""
+        return [row for row in self.rows if not row.finish_reason]
+
+    @property
     def ended(self) -> bool:
-        return all(row.finish_reason for row in self.rows)
+        return not self.open_rows
 
     def extend(self, row: Row, pick: Pick, output: StepOutput) -> None:
         """Publish a row's next token, and the result if it was the last of the last row."""
         if not self.first_token_seconds:
             self.first_token_seconds = self.ticket.run_seconds
-        output.entries.append((self.ticket.job_id, row.accept(pick, self.published)))
+        output.entries.append((self.ticket, row.accept(pick, self.published)))
         self.published += 1
         if self.ended:
             output.ended.append((self.ticket, self.result()))
@@ -80,6 +107,7 @@ class Row:
 
     generation: Generation
     number: int
+    state: RowState = RowState.NEW
     #: Row of the adapter stack; 0 is the bare base, −1: not acquired yet.
     adapter: int = -1
     #: Place in the batch; -1 while it has none.
@@ -108,6 +136,14 @@ class Row:
             self.tally = dict.fromkeys(self.generation.prompt, 0)
         if self.generation.grammar is not None:
             self.grammar = self.generation.grammar.copy()
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """What fails within is this row's own, and leaves as a `RowFault`."""
+        try:
+            yield
+        except BaseException as error:
+            raise RowFault(self, contained(error)) from error
 
     @property
     def ticket(self) -> Ticket:
@@ -147,6 +183,13 @@ class Row:
 
     def accept(self, pick: Pick, index: int) -> StreamToken:
         """Take the next token and say what may be shown of it."""
+        if not all(map(math.isfinite, (pick.logit, pick.logprob, pick.probability))):
+            adapter = f" with adapter {self.request.adapter}" if self.request.adapter else ""
+            raise ModelError(
+                f"{self.request.model}{adapter} gives numbers that are not finite: at position {self.length} logit "
+                f"{pick.logit}, logprob {pick.logprob}, probability {pick.probability}. Its weights are damaged, or "
+                "too large for their type: `stoker models verify` looks at them."
+            )
         text = self._take(pick.token_id)
         return StreamToken(
             index=index,
@@ -198,6 +241,7 @@ class Row:
         return tuple(
             Alternative(token_id=token, text=decode([token], skip_special=False), logprob=logprob)
             for token, logprob in pick.alternatives
+            if logprob > -math.inf  # a token that the model rules out is no alternative
         )
 
     def completion(self) -> Completion:

@@ -26,8 +26,6 @@ from stoker.contract import GenerateRequest
 
 V = TypeVar("V")
 
-#: Below this a temperature would only overflow float32: it is as good as greedy.
-COLDEST = 1e-6
 #: The largest float32 below 1: a uniform number that is rounded up to 1 would lie beyond every token.
 _BELOW_ONE = 1.0 - 2.0**-24
 #: Alternatives that are found when any row asks for some: the contract's most.
@@ -163,7 +161,7 @@ def _draw_columns(draws: Sequence[Draw], vocabulary: int, rows: int) -> Columns:
     requests = [draw.request for draw in draws]
     made: Columns = {
         "greedy": _column([draw.greedy for draw in draws], rows, True, np.bool_),
-        "temperature": _column([max(COLDEST, r.temperature) if r.temperature else 1.0 for r in requests], rows, 1.0),
+        "temperature": _column([r.temperature or 1.0 for r in requests], rows, 1.0),
         "min_p": _column([r.min_p for r in requests], rows, 0.0),
         "uniform": _column([min(draw.uniform, _BELOW_ONE) for draw in draws], rows, 0.0),
     }
@@ -242,10 +240,17 @@ def choose(logits: mx.array, columns: Columns, last: mx.array | None = None) -> 
     """(chosen int32, raw, logprob, probability float32), each (rows,); alternatives' ids and logprobs if asked for.
 
     `logits`: (rows, vocabulary), in the model's dtype. `last`: int32 (rows,), each row's newest token; the penalties
-    count it where `columns` says that it is fresh.
+    count it where `columns` says that it is fresh. A row whose logits are not finite has a `raw` that is NaN.
     """
-    if "temperature" in columns and "bias_ids" not in columns and SAMPLE.active:
-        return _fused(logits, columns, last)
+    fused = "temperature" in columns and "bias_ids" not in columns and SAMPLE.active
+    chosen, raw, *rest = _fused(logits, columns, last) if fused else _plain(logits, columns, last)
+    # Of numbers that are not finite no choice can be made, and a comparison hides them: the row is marked.
+    sound = mx.all(logits < mx.inf, axis=-1)
+    return mx.where(sound, chosen, 0), mx.where(sound, raw, mx.nan), *rest
+
+
+def _plain(logits: mx.array, columns: Columns, last: mx.array | None) -> tuple[mx.array, ...]:
+    """`choose` in MLX's own operations."""
     logits = logits.astype(mx.float32)
     total = _log_total(logits)
     scores = process(logits, columns, last)
@@ -261,7 +266,7 @@ def choose(logits: mx.array, columns: Columns, last: mx.array | None = None) -> 
 
 
 def _fused(logits: mx.array, columns: Columns, last: mx.array | None) -> tuple[mx.array, ...]:
-    """The same by a kernel that sorts nothing."""
+    """`choose` by a kernel that sorts nothing."""
     rows, ranked = logits.shape[0], "top_k" in columns
     sampled = fused_sample(
         logits,

@@ -95,7 +95,7 @@ class TrainLane:
             return self._fail(error)
         if report is not None:
             work.ticket.progress = report.step / report.steps
-        return StepOutput(entries=[] if report is None else [(work.ticket.job_id, report)])
+        return StepOutput(entries=[] if report is None else [(work.ticket, report)])
 
     def _begin(self) -> StepOutput:
         work = self._current = self._waiting.popleft()
@@ -103,7 +103,7 @@ class TrainLane:
         name = checked(Rule.JOB_ID, "job id", work.ticket.job_id)
         self._run = Run(self._model, work.request, work.examples, self._runs / name)
         # What was reported before may not have reached the broker: it drops what it has.
-        return StepOutput(entries=[(work.ticket.job_id, report) for report in self._run.reported])
+        return StepOutput(entries=[(work.ticket, report) for report in self._run.reported])
 
     def _finish(self, work: TrainWork, run: Run) -> StepOutput:
         request, state = work.request, run.state

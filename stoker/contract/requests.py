@@ -17,7 +17,20 @@ MAX_REQUEST_CHARS = 8_000_000
 
 #: Tokens of a prompt that is given as ids.
 MAX_PROMPT_IDS = 131_072
-LogitBias = Annotated[float, Field(ge=-100.0, le=100.0)]
+#: Sampling parameters are 0 or at least this in size: logits that are divided by less leave the range of float32.
+LEAST = 1e-6
+
+
+def _zero_or_plain(value: float) -> float:
+    if 0.0 < abs(value) < LEAST:
+        raise ValueError(f"{value!r} given; 0 (off) or at least {LEAST:g} in size is allowed")
+    return value
+
+
+Temperature = Annotated[float, Field(ge=0.0, le=10.0), AfterValidator(_zero_or_plain)]
+MinP = Annotated[float, Field(ge=0.0, le=1.0), AfterValidator(_zero_or_plain)]
+#: What is added to a logit, or taken from it.
+Shift = Annotated[float, Field(ge=-100.0, le=100.0), AfterValidator(_zero_or_plain)]
 
 #: The linear layers that LoRA may change, by their last name, as PEFT calls them.
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -122,21 +135,21 @@ class GenerateRequest(JobRequest):
     #: Completions of the one prompt; each draws random numbers of its own.
     n: int = Field(default=1, ge=1, le=16)
     #: 0 is greedy.
-    temperature: float = Field(default=0.0, ge=0.0, le=10.0)
+    temperature: Temperature = 0.0
     #: Sample among the k likeliest tokens; 0: among all.
     top_k: int = Field(default=0, ge=0, le=1_000_000)
     #: Sample among the fewest tokens whose probabilities add up to this.
-    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    top_p: float = Field(default=1.0, ge=1e-9, le=1.0)
     #: Sample among the tokens that are at least this much as likely as the likeliest.
-    min_p: float = Field(default=0.0, ge=0.0, le=1.0)
+    min_p: MinP = 0.0
     #: Divides positive and multiplies negative logits of tokens of the prompt and the answer, each once; 1: off.
-    repetition_penalty: float = Field(default=1.0, gt=0.0, le=10.0)
+    repetition_penalty: float = Field(default=1.0, ge=0.01, le=10.0)
     #: Taken from the logit of a token that the answer has.
-    presence_penalty: float = Field(default=0.0, ge=-100.0, le=100.0)
+    presence_penalty: Shift = 0.0
     #: Taken from the logit of a token as often as the answer has it.
-    frequency_penalty: float = Field(default=0.0, ge=-100.0, le=100.0)
+    frequency_penalty: Shift = 0.0
     #: Token id → what is added to its logit.
-    logit_bias: Annotated[dict[TokenId, LogitBias], Field(max_length=1024)] | None = None
+    logit_bias: Annotated[dict[TokenId, Shift], Field(max_length=1024)] | None = None
     #: The client draws one when none is given, so that a job that moves to another worker goes on with the same tokens.
     seed: int = Field(default=0, ge=0, lt=2**63)
     #: Texts that end the answer; they are no part of it.

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from engine.engine import Engine
-from engine.generation.lane import Limits
+from engine.generation.limits import Limits
 from engine.ticket import Entry
 from stoker.catalogue import CATALOGUE
 from stoker.contract import EmbedRequest, GenerateRequest, TrainRequest

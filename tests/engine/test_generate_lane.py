@@ -13,7 +13,8 @@ import pytest
 from engine.adapters.peft import CONFIG_FILE
 from engine.adapters.pool import AdapterPool
 from engine.adapters.store import AdapterStore
-from engine.generation.lane import GenerateLane, Limits
+from engine.generation.lane import GenerateLane
+from engine.generation.limits import Limits
 from engine.loading import LoadedModel, load
 from engine.models.llama import Llama
 from engine.ticket import Ticket
@@ -77,9 +78,9 @@ class Driver:
         if not self.lane.busy:
             return
         output = self.lane.run()
-        for job_id, entry in output.entries:
+        for ticket, entry in output.entries:
             assert isinstance(entry, StreamToken)
-            self.sent[job_id].tokens.append(entry)
+            self.sent[ticket.job_id].tokens.append(entry)
         for ticket, value in output.ended:
             ticket.resolve(value)
 

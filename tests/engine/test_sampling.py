@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -203,9 +205,57 @@ def test_tokens_that_cannot_be_are_never_drawn() -> None:
     assert {pick.token_id for pick in picks} == {2, 5}
 
 
-@pytest.mark.parametrize("temperature", [1e-38, 1e-44, 1e-300])
-def test_a_temperature_near_zero_is_greedy(temperature: float) -> None:
+def test_the_lowest_temperature_is_greedy() -> None:
     rows = logits(2)
-    picks = sample(mx.array(rows), [draw(temperature=temperature), draw(temperature=1.0, top_k=1)])
+    picks = sample(mx.array(rows), [draw(temperature=1e-6), draw(temperature=1.0, top_k=1)])
     assert [pick.token_id for pick in picks] == rows.argmax(axis=-1).tolist()
     assert [pick.probability for pick in picks] == [1.0, 1.0]
+
+
+BOUNDS: dict[str, list[float]] = {
+    "temperature": [1e-6, 10.0],
+    "top_p": [1e-9, 1.0],
+    "min_p": [0.0, 1e-6, 1.0],
+    "repetition_penalty": [0.01, 10.0],
+    "presence_penalty": [-100.0, 100.0],
+    "frequency_penalty": [-100.0, 1e-6, 100.0],
+}
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
+@pytest.mark.parametrize("scale", [1e-4, 3.0, 1e4])
+def test_probabilities_are_finite_at_all_bounds(dtype: mx.Dtype, scale: float) -> None:
+    """Every combination, with a tally as long as an answer may be, on logits from small to absurd."""
+    options = [dict(zip(BOUNDS, values, strict=True)) for values in itertools.product(*BOUNDS.values())]
+    tally = {1: 0, 2: 1, 3: 32_768, 4: 32_768}
+    draws = [draw(place, tally=tally, top_k=place % 3, **one) for place, one in enumerate(options)]
+    rows = mx.array(np.clip(logits(len(draws)) * scale / 3, -6e4, 6e4)).astype(dtype)
+    for one, pick in zip(options, sample(rows, draws), strict=True):
+        assert math.isfinite(pick.logit), one
+        assert math.isfinite(pick.logprob), one
+        assert 0.0 < pick.probability <= 1.0 + 1e-6, one
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_a_logit_that_is_not_finite_marks_its_own_row_alone(bad: float, dtype: mx.Dtype) -> None:
+    """Also where it is not the one that is chosen, and every comparison with it is false."""
+    rows = logits(4)
+    rows[1, 7] = rows[2, :] = bad
+    for options in ({}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 5}, {"temperature": 1.0, "top_p": 0.5}):
+        picks = sample(mx.array(rows).astype(dtype), [draw(seed=3, **options)] * 4)
+        assert [math.isfinite(pick.logit) for pick in picks] == [True, False, False, True]
+        assert all(0 <= pick.token_id < VOCABULARY for pick in picks)
+        alone = sample(mx.array(rows[[0, 3]]).astype(dtype), [draw(seed=3, **options)] * 2)
+        assert [picks[0].token_id, picks[3].token_id] == [pick.token_id for pick in alone]
+
+
+def test_logits_beyond_the_tokenizer_are_never_allowed_under_a_grammar() -> None:
+    """A head may be padded to a round number: a mask is as long as the tokenizer, and says nothing of the rest."""
+    rows = logits(2, vocabulary=128)
+    rows[:, 100:] = 50.0
+    mask = np.array([0b1110], dtype=np.int32)  # 32 tokens, of which three are allowed
+    picks = sample(mx.array(rows), [draw(mask=mask), draw(seed=2, temperature=5.0, mask=mask)])
+    assert {pick.token_id for pick in picks} <= {1, 2, 3}
+    made = np.array(columns([draw(mask=mask), draw()], 128)["mask"]).view(np.uint32)
+    assert made.tolist() == [[0b1110, 0, 0, 0], [2**32 - 1] * 4]

@@ -45,9 +45,9 @@ def run_all(lane: TrainLane) -> list[tuple[str, int]]:
     while lane.busy:
         lane.drop_stopped()
         output = lane.run() if lane.busy else None
-        for job_id, report in output.entries if output else []:
+        for ticket, report in output.entries if output else []:
             assert isinstance(report, TrainReport)
-            told.append((job_id, report.step))
+            told.append((ticket.job_id, report.step))
         for ticket, value in output.ended if output else []:
             ticket.resolve(value)
     return told

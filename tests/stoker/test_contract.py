@@ -40,6 +40,13 @@ VALID: dict[type[Message], dict[str, Any]] = {
 NAMES = st.from_regex(r"[a-z0-9][a-z0-9._-]{0,63}", fullmatch=True)
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=50).filter(str.strip)
 SEEDS = st.integers(0, 2**63 - 1)
+
+
+def plain(low: float, high: float) -> st.SearchStrategy[float]:
+    """Numbers that are 0, or not tiny."""
+    return st.floats(low, high).filter(lambda value: value == 0 or abs(value) >= 1e-6)
+
+
 MESSAGES = st.builds(ChatMessage, role=st.just("user"), content=TEXTS)
 REQUESTS = st.one_of(
     st.builds(
@@ -57,14 +64,14 @@ REQUESTS = st.one_of(
         prompt=TEXTS,
         adapter=st.none() | NAMES,
         max_tokens=st.integers(1, 32_768),
-        temperature=st.floats(0, 10),
+        temperature=plain(0, 10),
         top_k=st.integers(0, 1_000_000),
-        top_p=st.floats(0, 1, exclude_min=True),
-        min_p=st.floats(0, 1),
-        repetition_penalty=st.floats(0.5, 10),
-        presence_penalty=st.floats(-100, 100),
-        frequency_penalty=st.floats(-100, 100),
-        logit_bias=st.none() | st.dictionaries(st.integers(0, 2**31 - 1), st.floats(-100, 100), max_size=4),
+        top_p=st.floats(1e-9, 1),
+        min_p=plain(0, 1),
+        repetition_penalty=st.floats(0.01, 10),
+        presence_penalty=plain(-100, 100),
+        frequency_penalty=plain(-100, 100),
+        logit_bias=st.none() | st.dictionaries(st.integers(0, 2**31 - 1), plain(-100, 100), max_size=4),
         stop=st.lists(TEXTS, max_size=4).map(tuple),
         stop_token_ids=st.lists(st.integers(0, 100), max_size=4).map(tuple),
         n=st.integers(1, 16),
@@ -169,6 +176,11 @@ def test_a_message_cannot_be_changed(message: type[Message]) -> None:
 LIMITS = [
     (GenerateRequest, "max_tokens", 1, 32_768, 1),
     (GenerateRequest, "temperature", 0.0, 10.0, 0.5),
+    (GenerateRequest, "top_p", 1e-9, 1.0, 0.5),
+    (GenerateRequest, "min_p", 0.0, 1.0, 0.5),
+    (GenerateRequest, "repetition_penalty", 0.01, 10.0, 0.5),
+    (GenerateRequest, "presence_penalty", -100.0, 100.0, 0.5),
+    (GenerateRequest, "frequency_penalty", -100.0, 100.0, 0.5),
     (GenerateRequest, "top_k", 0, 1_000_000, 1),
     (GenerateRequest, "seed", 0, 2**63 - 1, 1),
     (TrainRequest, "steps", 1, 1_000_000, 1),
@@ -194,11 +206,26 @@ def test_a_number_is_accepted_at_its_limits_and_refused_beyond(
 
 @pytest.mark.parametrize(
     ("message", "name"),
-    [(GenerateRequest, "top_p"), (TrainRequest, "learning_rate"), (TrainRequest, "alpha"), (TrainRequest, "clip")],
+    [(TrainRequest, "learning_rate"), (TrainRequest, "alpha"), (TrainRequest, "clip")],
 )
 def test_a_number_that_must_be_above_zero_is_refused_at_zero(message: type[Message], name: str) -> None:
     with pytest.raises(InvalidRequest, match=rf"^{name}: 0 given; input should be greater than 0"):
         build(message, {**VALID[message], name: 0})
+
+
+@pytest.mark.parametrize("name", ["temperature", "min_p", "presence_penalty", "frequency_penalty"])
+@pytest.mark.parametrize("value", [5e-324, 1e-40, 9.9e-7])
+def test_a_number_that_float32_cannot_be_divided_by_is_refused(name: str, value: float) -> None:
+    with pytest.raises(InvalidRequest, match=rf"^{name}: {value!r} given; 0 \(off\) or at least 1e-06"):
+        build(GenerateRequest, {**VALID[GenerateRequest], name: value})
+    for allowed in (0.0, 1e-6):
+        assert getattr(build(GenerateRequest, {**VALID[GenerateRequest], name: allowed}), name) == allowed
+
+
+def test_a_bias_and_a_repetition_penalty_are_refused_when_they_are_tiny() -> None:
+    for name, value in {"repetition_penalty": 1e-40, "top_p": 1e-40, "logit_bias": {3: -1e-40}}.items():
+        with pytest.raises(InvalidRequest, match=rf"^{name}.*: -?1e-40 given; "):
+            build(GenerateRequest, {**VALID[GenerateRequest], name: value})
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), "warm", None, [1]])

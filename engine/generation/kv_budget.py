@@ -1,0 +1,58 @@
+"""What keys and values may take, and who makes way when they would take more."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from engine.generation.batch import Batch
+from engine.generation.prefixes import PrefixCache
+from engine.generation.row import Row
+from engine.models.cache import bytes_per_token
+from engine.models.llama import Llama
+
+
+class KvBudget:
+    """`limit` bytes for the batch, prompts on their way, and kept prefixes, which make way first."""
+
+    def __init__(self, model: Llama, limit: int, batch: Batch, prefixes: PrefixCache) -> None:
+        self._token, self._limit = bytes_per_token(model), limit
+        self._batch, self._prefixes = batch, prefixes
+        #: What prompts on their way take.
+        self.prefilling = 0
+
+    @property
+    def used(self) -> int:
+        return self._batch.nbytes + self._prefixes.nbytes + self.prefilling
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of a row that is alone, prefilled and then copied into the batch."""
+        return int(self._limit // (3 * self._token))
+
+    def admits(self, rows: Sequence[Row]) -> bool:
+        """Whether the batch could take these rows in; kept prefixes make way."""
+        length = max(row.length for row in rows) + 1
+        while self.used + self._needed(len(rows), length) > self._limit:
+            if not self._prefixes.evict():
+                self._batch.shrink()
+                fits = self.used + self._needed(len(rows), length) <= self._limit
+                return fits or not self._batch.rows
+        return True
+
+    def must_shrink(self, rows: int, length: int) -> bool:
+        """Whether a row has to leave before the batch can hold `rows` of `length` tokens; kept prefixes make way."""
+        while self.used + self._growth(rows - len(self._batch.rows), length) > self._limit:
+            if not self._prefixes.evict():
+                # A row that is alone may take more: nobody could make way for it.
+                return len(self._batch.rows) >= 2
+        return False
+
+    def _needed(self, rows: int, length: int) -> int:
+        return rows * length * self._token + self._growth(rows, length)
+
+    def _growth(self, more: int, length: int) -> int:
+        """Bytes that the batch would take on top of what it has, with `more` rows of `length` tokens."""
+        batch = self._batch
+        longest = max([length, *(row.cached + 1 for row in batch.rows)])
+        rows, capacity = batch.shape_for(len(batch.rows) + more, longest)
+        return max(0, rows * capacity * self._token - batch.nbytes)

@@ -1,0 +1,20 @@
+"""What a lane may use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.generation.step import Compiled
+
+
+@dataclass(frozen=True)
+class Limits:
+    """`slots`: rows that decode at once. `kv_bytes`: keys and values of all rows, prompts on their way and prefixes.
+    `prefix_share`: of these, what kept prefixes may take. `stall`: seconds that a prompt may hold up the streams
+    beside it. `compiled`: None: what is usual on this machine."""
+
+    slots: int = 16
+    kv_bytes: int = 1 << 30
+    prefix_share: float = 0.25
+    stall: float = 0.25
+    compiled: Compiled | None = None
