@@ -1,13 +1,27 @@
-"""Answers that keep to a JSON schema or a regular expression: llguidance says which tokens may come next."""
+"""Answers that keep to a JSON schema or a regular expression: llguidance says which tokens may come next.
+
+A grammar comes with a request, and may be made to take time and memory without end. What is limited:
+
+- compiling: in a process of its own first (`grammar_process.py`), which the system ends after `SECONDS` of computing or
+  beyond its memory. What it got through, the caller's thread compiles again; the engine's thread never compiles;
+- each step of a compiled grammar, and what it keeps: by llguidance's own limits (`LIMITS`);
+- its first steps are tried before the request is admitted: most grammars that pass a limit do so there.
+
+A grammar that passes a limit later ends its own request.
+"""
 
 from __future__ import annotations
 
 import json
+import random
+import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from engine.text.limited import LimitedProcess, LimitPassed
 from engine.text.tokenizer import Tokenizer
 from stoker.contract import GenerateRequest
 from stoker.errors import InvalidRequest, ModelError
@@ -18,6 +32,23 @@ if TYPE_CHECKING:
 
 #: One layout only: where any white space may come, a small model writes nothing else until its tokens run out.
 _LAYOUT: JsonCompileOptions = {"whitespace_flexible": False}
+#: A fifth of llguidance's defaults, and an eighth of the states (2 KB each): as measured, no step then takes 0.1 s.
+#: Its expressions are bounded by the initial fuel.
+LIMITS: dict[str, int] = {
+    "initial_lexer_fuel": 200_000,
+    "step_lexer_fuel": 100_000,
+    "step_max_items": 25_000,
+    "max_lexer_states": 32_000,
+    "max_grammar_size": 100_000,
+    "verbose_errors": False,
+}
+#: Of computing, for a grammar to compile. A schema of 500 fields takes a hundredth of it.
+SECONDS = 2.0
+#: Answers that are begun at random, and their tokens.
+WALKS, TRIED = 4, 8
+#: Characters of llguidance's words that are passed on: they repeat the expression.
+_WORDS = 20_000
+_process = LimitedProcess(Path(__file__).with_name("grammar_process.py"), "compiles grammars")
 
 
 class Vocabulary:
@@ -26,51 +57,115 @@ class Vocabulary:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._inner: LLTokenizer | None = None
+        self._lock = threading.Lock()
 
     def grammar(self, request: GenerateRequest) -> Grammar | None:
-        """What `request` wants kept to; None: nothing. Raises `InvalidRequest` for a schema that cannot be."""
+        """What `request` wants kept to; None: nothing. Raises `InvalidRequest` for a grammar that cannot be, or takes
+        too much."""
         if request.json_schema is None and request.regex is None:
             return None
-        # Here and not above: it is 8 MB of code that most requests never need.
-        from llguidance import LLMatcher
+        name, given = (
+            ("json_schema", json.dumps(request.json_schema)) if request.regex is None else ("regex", request.regex)
+        )
+        try:
+            found = Grammar(name, self._compiled(request))
+            for seed in range(WALKS):
+                found.copy().try_out(random.Random(seed), TRIED)
+        except (_Refused, InvalidRequest) as error:
+            short = given if len(given) <= 100 else f"{given[:97]}…"
+            words = str(error).removeprefix(f"{name}: ")[:_WORDS]
+            raise InvalidRequest(f"{name}: {short} given; {words}") from None
+        return found
 
-        if request.json_schema is not None:
-            name = "json_schema"
-            source = LLMatcher.grammar_from_json_schema(request.json_schema, overrides=_LAYOUT)
-        else:
-            name, source = "regex", LLMatcher.grammar_from_regex(request.regex or "")
-        if self._inner is None:
-            self._inner = _tokens_of(self._tokenizer)
-        matcher = LLMatcher(self._inner, source, log_level=0)
+    def _compiled(self, request: GenerateRequest) -> LLMatcher:
+        # Here and not above: it is 8 MB of code that most requests never need.
+        from llguidance import LLMatcher, LLParserLimits
+
+        source = _source(request)
+        try:
+            words = _process.ask({"grammar": source, "limits": LIMITS}, SECONDS)["refused"]
+        except LimitPassed:
+            raise _Refused(
+                f"it takes more than {SECONDS:g} s of computing, or too much memory, to compile. Make it simpler: "
+                "fewer repetitions and optional fields, no large multipleOf."
+            ) from None
+        if words:
+            raise _Refused(words)
+        limits = LLParserLimits(**LIMITS)  # type: ignore[arg-type]  # its last two are flags
+        matcher = LLMatcher(self._tokens(), source, log_level=0, limits=limits)
         if matcher.is_error():
-            given = request.regex or json.dumps(request.json_schema)
-            raise InvalidRequest(f"{name}: {given[:100]} given; {matcher.get_error().splitlines()[0][:300]}.")
-        return Grammar(matcher)
+            raise _Refused(matcher.get_error())
+        return matcher
+
+    def _tokens(self) -> LLTokenizer:
+        with self._lock:
+            if self._inner is None:
+                self._inner = _tokens_of(self._tokenizer)
+            return self._inner
+
+
+class _Refused(Exception):
+    """Why a grammar is not taken."""
 
 
 class Grammar:
-    """How far one answer has come."""
+    """How far one answer has come. What it raises is its own request's error."""
 
-    def __init__(self, matcher: LLMatcher) -> None:
-        self._matcher = matcher
+    def __init__(self, name: str, matcher: LLMatcher) -> None:
+        self._name, self._matcher = name, matcher
 
     def copy(self) -> Grammar:
         """Another answer's, from where this one is."""
-        return Grammar(self._matcher.deep_copy())
+        return Grammar(self._name, self._matcher.deep_copy())
 
     def mask(self) -> np.ndarray:
-        """Bits of the tokens that may come next, int32."""
-        return np.frombuffer(self._matcher.compute_bitmask(), dtype=np.int32)
+        """Bits of the tokens that may come next, int32; one at least."""
+        found = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.int32)
+        self._check()
+        if not found.any():
+            raise InvalidRequest(f"{self._name}: no token of the model can go on with this grammar.")
+        return found
 
     def accept(self, token: int) -> None:
         """Go on behind `token`, one of those that `mask` allowed."""
         if not self._matcher.consume_token(token):
-            raise ModelError(f"token {token} broke the grammar: {self._matcher.get_error()[:300]}")
+            self._check()
+            raise ModelError(f"{self._name}: token {token} breaks the grammar.")
 
     @property
     def complete(self) -> bool:
         """Whether nothing may follow but the end."""
+        self._check()
         return bool(self._matcher.is_stopped())
+
+    def try_out(self, chance: random.Random, steps: int) -> None:
+        """Go on at random, `steps` tokens at the most."""
+        for _ in range(steps):
+            if self.complete:
+                return
+            bits = np.unpackbits(self.mask().view(np.uint8), bitorder="little")
+            self.accept(int(chance.choice(np.flatnonzero(bits))))
+
+    def _check(self) -> None:
+        """A matcher that passed a limit says that it has stopped, and allows the end alone."""
+        if not self._matcher.is_error():
+            return
+        words = self._matcher.get_error().removesuffix("\n<non-verbose/>")
+        if words == "NoExtensionBias":
+            raise InvalidRequest(f"{self._name}: no text fits this grammar.")
+        raise InvalidRequest(f"{self._name}: the grammar takes too much: {words}")
+
+
+def _source(request: GenerateRequest) -> str:
+    """llguidance's form of what is asked."""
+    from llguidance import LLMatcher
+
+    if request.regex is not None:
+        return LLMatcher.grammar_from_regex(request.regex)
+    try:
+        return LLMatcher.grammar_from_json_schema(json.dumps(request.json_schema), overrides=_LAYOUT)
+    except ValueError as error:
+        raise _Refused(str(error)) from None
 
 
 def _tokens_of(tokenizer: Tokenizer) -> LLTokenizer:

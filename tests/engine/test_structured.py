@@ -11,6 +11,7 @@ import pytest
 
 from engine.adapters.pool import AdapterPool
 from engine.adapters.store import AdapterStore
+from engine.generation import structured
 from engine.loading import LoadedModel
 from stoker.contract import GenerateRequest
 from stoker.errors import InvalidRequest
@@ -71,13 +72,84 @@ def test_the_grammar_goes_on_where_a_stream_was_broken_off(driver: Driver) -> No
         assert [token.index for token in again.tokens] == list(range(split, len(whole.tokens)))
 
 
-@pytest.mark.parametrize(
-    ("options", "why"),
-    [
-        ({"json_schema": {"type": "furnace"}}, "json_schema: .*furnace"),
-        ({"regex": "[a-"}, r"regex: \[a- given; "),
-    ],
-)
-def test_a_grammar_that_cannot_be_is_refused_before_it_waits(driver: Driver, options: Any, why: str) -> None:
+def chain(link: Any, length: int) -> dict[str, Any]:
+    """A schema whose definitions refer to one another, each by `link`."""
+    links = {f"d{place}": link({"$ref": f"#/$defs/d{place + 1}"}) for place in range(length)}
+    return {"$defs": {**links, f"d{length}": {"type": "string"}}, "$ref": "#/$defs/d0"}
+
+
+def nested(depth: int) -> dict[str, Any]:
+    return {"type": "array", "items": nested(depth - 1)} if depth else {}
+
+
+NODE = {"type": "object", "properties": {"next": {"$ref": "#/$defs/n"}}, "additionalProperties": False}
+LEGAL: dict[str, dict[str, Any]] = {
+    "recursion that may end": {"json_schema": {"$defs": {"n": NODE}, "$ref": "#/$defs/n"}},
+    "400 optional fields": {
+        "json_schema": {"type": "object", "properties": {f"k{n}": {"type": "string"} for n in range(400)}}
+    },
+    "3000 values": {"json_schema": {"enum": [f"value {number}" for number in range(3000)]}},
+    "long counts": {"regex": "a{10000}"},
+    "states without end": {"regex": "(a|b)*a(a|b){300}"},
+    "a very long string": {"json_schema": {"type": "string", "maxLength": 2**32 - 1}},
+    "a very long array": {"json_schema": {"type": "array", "minItems": 10**7}},
+}
+#: What would take seconds, gigabytes, or the process, or cannot be.
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown type": ({"json_schema": {"type": "furnace"}}, "json_schema: .*furnace"),
+    "open bracket": ({"regex": "[a-"}, r"regex: \[a- given; "),
+    "huge count": ({"regex": "a{4294967295}"}, "given; the grammar takes too much: .*too many expressions"),
+    "counts of counts": ({"regex": "((((a{100}){100}){100}){100})"}, "too many expressions"),
+    "ambiguous counts": ({"regex": "(a?){500}a{500}"}, "too many expressions"),
+    "count beyond order": ({"regex": "a{5,2}"}, "the start must be <= the end"),
+    "look-ahead": ({"regex": "a(?=b)"}, r"(?s)look-ahead.*is not supported.*a\(\?=b\)"),
+    "back-reference": ({"regex": r"(a)\1"}, "backreferences are not supported"),
+    "deep parentheses": ({"regex": "(" * 8000 + "a" + ")" * 8000}, "regex: "),
+    "nothing matches": ({"regex": r"a[^\x00-\U0010FFFF]"}, "no text fits"),
+    "huge count in a pattern": ({"json_schema": {"type": "string", "pattern": "^a{4294967295}$"}}, "too many expr"),
+    "large multiple": ({"json_schema": {"type": "integer", "multipleOf": 123_456_789}}, "more than 2 s of computing"),
+    "10,000 fields": (
+        {"json_schema": {"type": "object", "properties": {f"k{n}": {} for n in range(10_000)}}}, "to compile"
+    ),
+    "40,000 values": ({"json_schema": {"enum": [f"value {n}" for n in range(40_000)]}}, "too big"),
+    "a chain of 10,000": ({"json_schema": chain(lambda to: {"allOf": [to]}, 10_000)}, "to compile"),
+    "deep nesting": ({"json_schema": nested(300)}, "recursion limit"),
+    "only itself": ({"json_schema": {"$ref": "#"}}, "no text fits"),
+    "itself for ever": (
+        {"json_schema": {"$defs": {"n": {**NODE, "required": ["next"]}}, "$ref": "#/$defs/n"}}, "Too many items"
+    ),
+    "itself and more": ({"json_schema": {"allOf": [{"$ref": "#"}, {"type": "object"}]}}, "circular references"),
+    "elsewhere": ({"json_schema": {"$ref": "http://x/y"}}, "http://x/y"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_grammar_that_cannot_be_or_takes_too_much_is_refused_before_it_waits(driver: Driver, name: str) -> None:
+    options, why = REFUSED[name]
     with pytest.raises(InvalidRequest, match=why):
         driver.send(ask(**options))
+    driver.assert_empty()
+
+
+def test_legal_grammars_are_taken_however_long_their_answers_may_get(driver: Driver) -> None:
+    sent = {name: driver.send(ask(**options, temperature=2.0, max_tokens=8)) for name, options in LEGAL.items()}
+    driver.run()
+    for name, one in sent.items():
+        assert one.result.finish_reason in ("length", "stop", "grammar"), name
+    driver.assert_empty()
+
+
+def test_a_grammar_that_passes_a_limit_in_the_middle_ends_its_own_request(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one whose trials all went well."""
+    monkeypatch.setattr(structured, "TRIED", 0)
+    free = driver.send(ask(max_tokens=12))
+    driver.run()
+    beside = driver.send(ask(max_tokens=12))
+    bad = driver.send(ask(regex="a{4294967295}", n=2))
+    driver.run()
+    with pytest.raises(InvalidRequest, match=r"regex: the grammar takes too much: .*too many expressions"):
+        bad.ticket.result(0)
+    assert beside.ids == free.ids
+    driver.assert_empty()

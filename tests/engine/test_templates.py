@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from engine.loading import LoadedModel
-from engine.text import chat
+from engine.text import chat, limited
 from engine.text.chat import Limits, render
 from stoker.errors import InvalidRequest, ModelError
 
@@ -165,3 +165,21 @@ def test_a_process_that_was_killed_is_replaced() -> None:
     os.kill(process.pid, 9)
     process.wait()
     assert render("{{ messages[0].content }}", HELLO) == "Hello"
+
+
+@pytest.mark.parametrize("moment", ["_write", "_read_line"])
+def test_the_answer_of_an_interrupted_call_is_not_the_next_calls(monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    """Ctrl-C, or an exception that another thread raises here, while the process is at work."""
+    render("", HELLO)
+    whole = getattr(limited, moment)
+
+    def interrupted(*arguments: Any) -> Any:
+        if moment == "_write":
+            whole(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(limited, moment, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        render("the first call's", HELLO)
+    monkeypatch.undo()
+    assert render("the second call's", HELLO) == "the second call's"

@@ -1,0 +1,93 @@
+"""The running batch by itself: rows that leave and come again while a pass is under way; the pace of prompts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from engine.adapters.pool import AdapterPool
+from engine.adapters.store import AdapterStore
+from engine.generation.batch import Batch
+from engine.generation.prefill import LEAST, MOST, Pace
+from engine.generation.row import Generation, Row
+from engine.generation.step import Step
+from engine.loading import LoadedModel
+from engine.models.cache import KeyValues
+from engine.ticket import Ticket
+from stoker.contract import GenerateRequest
+
+
+@pytest.fixture
+def batch(model: LoadedModel, tmp_path: Path) -> Batch:
+    return Batch(model.decoder, AdapterPool(model, AdapterStore(tmp_path)), Step(model.decoder, "none"))
+
+
+def row_of(model: LoadedModel, token: int) -> Row:
+    request = GenerateRequest(model="tiny", prompt_ids=(token,), ignore_eos=True)
+    row = Generation(Ticket("job", "generate"), request, [token], model.tokenizer, 64).rows[0]
+    row.tokens.append(token + 1)
+    row.adapter, row.cached = 0, 1
+    return row
+
+
+def seat(batch: Batch, model: LoadedModel, row: Row) -> None:
+    source = KeyValues(model.decoder, 1, 8)
+    source.keys = [mx.ones_like(array) for array in source.keys]
+    batch.join(row, source, 0)
+
+
+def test_a_pass_gives_nothing_to_a_row_that_left_and_came_again(batch: Batch, model: LoadedModel) -> None:
+    """It was put back and prefilled anew: what the pass of its earlier stay chose is void."""
+    stays, leaves = row_of(model, 3), row_of(model, 7)
+    for row in (stays, leaves):
+        seat(batch, model, row)
+    assert batch.launch()
+    flight = batch.take()
+    assert flight is not None
+    batch.leave(leaves)
+    leaves.cached = 1
+    seat(batch, model, leaves)
+    assert [row for row, _ in batch.read(flight)] == [stays]
+    stays.tokens.append(9)
+    assert batch.launch()
+    again = batch.take()
+    assert again is not None
+    assert [row for row, _ in batch.read(again)] == [stays, leaves]
+
+
+def test_a_row_that_came_again_is_not_taken_for_one_whose_token_is_on_its_way(batch: Batch, model: LoadedModel) -> None:
+    row = row_of(model, 3)
+    seat(batch, model, row_of(model, 7))
+    seat(batch, model, row)
+    assert batch.launch()
+    assert batch._ahead(batch.take()) == [1, 1]
+    batch.leave(row)
+    seat(batch, model, row)
+    assert batch._ahead(batch.take()) == [1, 0]
+
+
+def test_the_pace_grows_on_whole_chunks_that_were_fast_alone() -> None:
+    pace = Pace(128)
+    pace.note(128, 0.1, 1.0)
+    assert pace.tokens == 256
+    for short in (1, 40, 179):  # the end of a prompt says nothing of how long a whole chunk takes
+        pace.note(short, 0.001, 1.0)
+        assert pace.tokens == 256
+    pace.note(180, 0.1, 1.0)
+    assert pace.tokens == 512
+
+
+def test_the_pace_holds_where_a_chunk_takes_most_of_its_time_and_halves_beyond() -> None:
+    pace = Pace(256)
+    pace.note(256, 0.61, 1.0)
+    assert pace.tokens == 256
+    pace.note(10, 1.01, 1.0)
+    assert pace.tokens == 128
+    for _ in range(20):
+        pace.note(pace.tokens, 2.0, 1.0)
+    assert pace.tokens == LEAST
+    for _ in range(20):
+        pace.note(pace.tokens, 0.0, 1.0)
+    assert pace.tokens == MOST

@@ -1,0 +1,53 @@
+"""The prefix cache: what it finds is shared to the last token, and never the whole of what is asked."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from engine.generation.prefixes import SHORTEST, PrefixCache
+from engine.models.cache import KeyValues
+from engine.models.llama import Llama
+
+LENGTH = 60
+
+
+@pytest.fixture
+def cache(tiny_llama: Llama) -> PrefixCache:
+    made = PrefixCache(1 << 20)
+    made.put("base", list(range(LENGTH)), KeyValues(tiny_llama, 1, LENGTH))
+    return made
+
+
+@pytest.mark.parametrize("shared", range(SHORTEST - 1, LENGTH + 1))
+@pytest.mark.parametrize("more", [1, 2, 30])
+def test_a_hit_is_as_long_as_what_is_shared(cache: PrefixCache, shared: int, more: int) -> None:
+    asked = [*range(shared), *[1000 + place for place in range(more)]]
+    assert cache.find("base", asked)[1] == (shared if shared >= SHORTEST else 0)
+
+
+@pytest.mark.parametrize("length", range(SHORTEST - 1, LENGTH + 1))
+def test_the_last_token_is_never_part_of_a_hit(cache: PrefixCache, length: int) -> None:
+    """Its logits are needed: it has to go through the model."""
+    found = cache.find("base", list(range(length)))[1]
+    assert found == (length - 1 if length > SHORTEST else 0)
+
+
+def test_the_longest_of_several_is_found_and_only_its_owners(cache: PrefixCache, tiny_llama: Llama) -> None:
+    longer = [*range(40), *range(500, 520)]
+    kept = KeyValues(tiny_llama, 1, len(longer))
+    cache.put("base", longer, kept)
+    found, length = cache.find("base", [*longer, 7])
+    assert found is kept
+    assert length == len(longer)
+    assert cache.find("other", [*longer, 7]) == (None, 0)
+
+
+def test_bytes_are_counted_in_and_out(cache: PrefixCache, tiny_llama: Llama) -> None:
+    random = np.random.default_rng(0)
+    for _ in range(400):
+        cache.put("base", random.integers(0, 9, LENGTH).tolist(), KeyValues(tiny_llama, 1, LENGTH))
+        assert cache.nbytes == sum(entry.kv.nbytes for entry in cache._entries.values()) <= 1 << 20
+    while cache.evict():
+        pass
+    assert cache.nbytes == 0
