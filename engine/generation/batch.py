@@ -88,6 +88,11 @@ class Batch:
         if not self.rows:
             self._flight = None
 
+    def clean(self) -> None:
+        """Leave nothing of rows that are gone, whose numbers were not finite: another row may get their columns."""
+        if self.kv is not None:
+            self.kv.clear_beyond([row.cached for row in self.rows] + [0] * (self.kv.rows - len(self.rows)))
+
     def launch(self) -> bool:
         """Start the next pass, whether or not the last one has been read; False if no row needs it.
 
@@ -127,8 +132,11 @@ class Batch:
         found = picks(flight.chosen, flight.draws)
         if flight is self._flight:
             self._flight = None
-        rows = zip(flight.rows, flight.epochs, found, strict=True)
-        return [(row, pick) for row, epoch, pick in rows if row.slot >= 0 and row.epoch == epoch]
+        rows = list(zip(flight.rows, flight.epochs, found, strict=True))
+        here = [(row, pick) for row, epoch, pick in rows if row.slot >= 0 and row.epoch == epoch]
+        if len(here) < len(rows) and not all(pick.finite for pick in found):
+            self.clean()
+        return here
 
     def _ahead(self, flight: Flight | None) -> list[int]:
         """For each row, how many of its tokens the device knows and the host does not."""

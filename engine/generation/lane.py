@@ -211,7 +211,7 @@ class GenerateLane:
             return False  # its job failed meanwhile, in another of its rows
         try:
             with row.guarded():
-                if prefill is not None:
+                if prefill is not None and pick.finite:
                     prefill.keep_prefix(row, self.prefixes)
                 row.generation.extend(row, pick, output)
         except RowFault as fault:
@@ -273,6 +273,7 @@ class GenerateLane:
         generation.ticket.fail(fault.cause)
         for row in generation.rows:
             self._release(row)
+        self.batch.clean()
 
     def _release(self, row: Row) -> None:
         """The end of a row: free what it holds, wherever it is."""

@@ -183,7 +183,7 @@ class Row:
 
     def accept(self, pick: Pick, index: int) -> StreamToken:
         """Take the next token and say what may be shown of it."""
-        if not all(map(math.isfinite, (pick.logit, pick.logprob, pick.probability))):
+        if not pick.finite:
             adapter = f" with adapter {self.request.adapter}" if self.request.adapter else ""
             raise ModelError(
                 f"{self.request.model}{adapter} gives numbers that are not finite: at position {self.length} logit "

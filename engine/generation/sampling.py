@@ -106,6 +106,11 @@ class Pick:
     #: The raw model's likeliest tokens with their logprobs, best first, as many as the request asks for.
     alternatives: tuple[tuple[int, float], ...] = ()
 
+    @property
+    def finite(self) -> bool:
+        """Whether the model gave numbers of which a choice could be made."""
+        return all(map(math.isfinite, (self.logit, self.logprob, self.probability)))
+
 
 def sample(logits: mx.array, draws: Sequence[Draw]) -> list[Pick]:
     """Choose one token a row. `logits`: (rows, vocabulary) float32."""

@@ -75,6 +75,13 @@ class KeyValues:
             for layer, array in enumerate(origin):
                 target[layer][row : row + 1, :, :length] = array[source_row : source_row + 1, :, :length]
 
+    def clear_beyond(self, lengths: list[int]) -> None:
+        """Zeros in each row's columns from its length on. What lies there is masked, and 0 times NaN is NaN."""
+        keep = mx.arange(self.capacity)[None, None, :, None] < mx.array(lengths)[:, None, None, None]
+        for arrays in (self.keys, self.values):
+            for layer, array in enumerate(arrays):
+                arrays[layer] = mx.where(keep, array, mx.zeros((), array.dtype))
+
     def row(self, row: int, length: int) -> KeyValues:
         """A copy of a row's first `length` columns, which is on its way."""
         made = object.__new__(KeyValues)

@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from engine.adapters.lora import LoraWeights
 from engine.adapters.peft import CONFIG_FILE
 from engine.adapters.pool import AdapterPool
 from engine.adapters.store import AdapterStore
@@ -22,6 +23,7 @@ from stoker.contract import GenerateRequest, GenerateResult, StreamToken
 from stoker.errors import InvalidRequest, JobCancelled, ModelError, TextTooLong, UnknownAdapter, WorkerUnavailable
 from tests.engine import tiny
 from tests.engine.conftest import TINY, RandomTensors
+from tests.engine.oracle import Oracle
 
 SLOTS = 3
 #: Tokens of a prompt that a stream waits for at most, as the tests set it.
@@ -38,9 +40,13 @@ def model(tiny_llama: Llama) -> LoadedModel:
 def pool(model: LoadedModel, tmp_path: Path) -> AdapterPool:
     """Two adapters of different rank."""
     pool = AdapterPool(model, AdapterStore(tmp_path))
-    pool.save("one", tiny.adapter(model, 2, 1), {})
-    pool.save("two", tiny.adapter(model, 5, 2), {})
+    for name, weights in adapters(model).items():
+        pool.save(name, weights, {})
     return pool
+
+
+def adapters(model: LoadedModel) -> dict[str, LoraWeights]:
+    return {"one": tiny.adapter(model, 2, 1), "two": tiny.adapter(model, 5, 2)}
 
 
 @dataclass
@@ -148,7 +154,8 @@ def traffic_model() -> LoadedModel:
 def test_a_request_gets_the_same_tokens_alone_and_in_any_traffic(
     traffic_model: LoadedModel, pool: AdapterPool, seed: int
 ) -> None:
-    """Requests arrive and are cancelled at random moments; more of them than there are slots, and some end early."""
+    """Requests arrive and are cancelled at random moments; more of them than there are slots, and some end early. Each
+    gets what it gets alone, and what an oracle that shares no code of the lane says."""
     check_traffic(traffic_model, pool, seed, **MODES[seed % 3])
 
 
@@ -184,8 +191,12 @@ def check_traffic(model: LoadedModel, pool: AdapterPool, seed: int, **limits: An
         driver.step()
     driver.assert_empty()
 
+    oracle = Oracle(model, adapters(model))
     for number, wanted in enumerate(alone):
         found = sent[number]
+        for completion in range(requests[number].n):
+            tokens = [token for token in found.tokens if token.completion == completion]
+            oracle.check(requests[number], completion, tokens)
         if number in cancelled:
             assert_same(found, wanted, partial=True)
             with pytest.raises(JobCancelled):
@@ -195,6 +206,8 @@ def check_traffic(model: LoadedModel, pool: AdapterPool, seed: int, **limits: An
             assert [token.index for token in found.tokens] == list(range(len(found.tokens)))
             ours, theirs = found.result.model_dump(), wanted.result.model_dump()
             assert {**ours, "usage": None} == {**theirs, "usage": None}
+            for answer in found.result.completions:
+                oracle.check_result(requests[number], answer)
     assert len(cancelled) < len(requests)
 
 
@@ -498,6 +511,34 @@ def test_rows_that_memory_has_no_room_for_are_put_back_and_lose_no_token(model: 
     assert [one.ids for one in found] == [one.ids for one in wanted]
     assert [[token.index for token in one.tokens] for one in found] == [list(range(270))] * 4
     tight.assert_empty()
+
+
+def test_the_rows_that_came_last_are_the_ones_put_back(model: LoadedModel, pool: AdapterPool) -> None:
+    """Those that came first have waited longest, and are nearest to their end."""
+    tight = Driver(model, pool, slots=4, kv_bytes=330_000)
+    sent = [tight.send(request([3 + n, 4], max_tokens=270)) for n in range(4)]
+    lane, batched = tight.lane, set[int]()
+    while lane.busy:
+        before = lane.preempted
+        tight.step()
+        here = {sent.index(tight.sent[row.ticket.job_id]) for row in lane.batch.rows}
+        if lane.preempted > before:
+            gone = {place for place in batched - here if not sent[place].ticket.done}
+            assert min(gone) > max(here), "one that came later stayed"
+        batched = here
+    assert lane.preempted > 0
+    assert [len(one.tokens) for one in sent] == [270] * 4
+
+
+def test_tokens_of_the_prompt_count_for_no_presence_nor_frequency(model: LoadedModel, pool: AdapterPool) -> None:
+    """Also where the pass ahead counts a token that the host has not seen."""
+    prompt = list(range(3, 61)) * 2
+    driver = Driver(model, pool)
+    free = driver.send(request(prompt, max_tokens=1))
+    penalised = driver.send(request(prompt, max_tokens=6, presence_penalty=50.0))
+    driver.run()
+    assert penalised.ids[0] == free.ids[0], "nothing that could be said had been said"
+    assert len(set(penalised.ids)) == 6
 
 
 def test_a_prompt_that_memory_can_never_hold_is_refused(model: LoadedModel, pool: AdapterPool) -> None:

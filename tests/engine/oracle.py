@@ -1,0 +1,104 @@
+"""What a request has to get, found the plain way: one sequence through the model without a cache, sampling in numpy.
+
+It shares with the engine the model's layers and a tokenizer, and neither batch, cache, prefixes, adapter stacks nor
+sampling. It follows the tokens that were given, and says of each whether it is the one that had to come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from engine.adapters.lora import LoraWeights
+from engine.loading import LoadedModel
+from stoker.contract import Completion, GenerateRequest, StreamToken
+from tests.engine import tiny
+
+#: How far float32 in another order may move a logit, and a border between two tokens.
+LOGIT, BORDER = 1e-4, 2e-4
+
+
+@dataclass
+class Oracle:
+    model: LoadedModel
+    adapters: Mapping[str, LoraWeights]
+
+    def check(self, request: GenerateRequest, completion: int, given: Sequence[StreamToken]) -> None:
+        """Every token of a completion, as far as it came."""
+        prompt = self.model.tokenizer.encode(request.prompt or "")
+        ids = [token.token_id for token in given]
+        logits = self._logits(request, [*prompt, *ids])
+        for position, token in enumerate(given):
+            raw = logits[len(prompt) - 1 + position]
+            assert abs(token.logit - raw[token.token_id]) < LOGIT
+            assert (
+                abs(token.logprob - (raw[token.token_id] - np.log(np.exp(raw - raw.max()).sum()) - raw.max())) < LOGIT
+            )
+            scores = adjusted(raw, request, prompt, ids[:position])
+            uniform = np.random.Generator(
+                np.random.Philox(key=request.seed, counter=position | completion << 64)
+            ).random()
+            assert chosen_rightly(scores, request, token, uniform), (position, token)
+            last = self._end(request, ids[: position + 1])
+            assert token.finish_reason == last, (position, token, last)
+
+    def check_result(self, request: GenerateRequest, found: Completion) -> None:
+        text = tiny.text([token for token in found.token_ids if token not in self.model.tokenizer.eos_ids])
+        places = [(text.index(stop), -len(stop)) for stop in request.stop if stop in text]
+        assert found.text == (text[: min(places)[0]] if places else text)
+        assert found.finish_reason == self._end(request, found.token_ids)
+
+    def _logits(self, request: GenerateRequest, ids: Sequence[int]) -> np.ndarray:
+        decoder = self.model.decoder
+        adapter = tiny.trainable(self.model, self.adapters[request.adapter]) if request.adapter else None
+        return np.array(decoder.logits(decoder(mx.array([list(ids)]), adapters=adapter))[0]).astype(np.float64)
+
+    def _end(self, request: GenerateRequest, ids: Sequence[int]) -> str | None:
+        if ids[-1] in self.model.tokenizer.eos_ids:
+            return "stop"
+        if any(stop in tiny.text(ids) for stop in request.stop):
+            return "stop_string"
+        return "length" if len(ids) == request.max_tokens else None
+
+
+def adjusted(raw: np.ndarray, request: GenerateRequest, prompt: list[int], answer: list[int]) -> np.ndarray:
+    """Bias, then repetition over prompt and answer, then presence and frequency over the answer alone."""
+    scores = raw.copy()
+    for token, bias in (request.logit_bias or {}).items():
+        scores[token] += bias
+    for token in {*prompt, *answer}:
+        penalty = request.repetition_penalty
+        scores[token] = scores[token] * penalty if scores[token] < 0 else scores[token] / penalty
+    for token in set(answer):
+        scores[token] -= request.presence_penalty + request.frequency_penalty * answer.count(token)
+    return scores
+
+
+def chosen_rightly(scores: np.ndarray, request: GenerateRequest, token: StreamToken, uniform: float) -> bool:
+    if request.temperature == 0:
+        return bool(scores[token.token_id] >= scores.max() - LOGIT) and token.probability == 1.0
+    # Where top-p or min-p cuts, and how many top-k keeps of equals, hangs on the last bits too.
+    for shift in (0.0, BORDER, -BORDER):
+        shares = kept(scores / request.temperature, request, shift)
+        above = float(shares[: token.token_id + 1].sum())
+        below = above - shares[token.token_id]
+        if shares[token.token_id] > 0 and below - BORDER <= uniform <= above + BORDER:
+            return bool(abs(shares[token.token_id] - token.probability) < 1e-3)
+    return False
+
+
+def kept(scaled: np.ndarray, request: GenerateRequest, shift: float) -> np.ndarray:
+    """The distribution that is drawn from."""
+    shares = np.exp(scaled - scaled.max())
+    order = np.argsort(-scaled, kind="stable")
+    if request.top_k:
+        shares[order[request.top_k :]] = 0.0
+    shares /= shares.sum()
+    if request.top_p < 1.0:
+        before = np.cumsum(shares[order]) - shares[order]
+        shares[order[before >= request.top_p + shift]] = 0.0
+    shares[shares < (request.min_p * (1 + shift)) * shares.max()] = 0.0
+    return shares / shares.sum()
