@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,18 @@ import safetensors.numpy
 from stoker import Client
 from stoker.client import GenerateJob, Job, TrainJob
 from stoker.client_core import JobStatus
-from stoker.errors import BrokerUnavailable, JobCancelled, StokerError
+from stoker.errors import BrokerUnavailable, DeadlineExceeded, InvalidRequest, JobCancelled, StokerError
 from tests.chaos.fleet import EMBED, GENERATE
 
 KINDS = ("generate", "embed", "train")
+#: Requests for generation that fail by themselves, among the others: what each ends with, whoever runs it.
+BAD: dict[str, tuple[dict[str, Any], type[StokerError], str]] = {
+    "grammar": ({"regex": "a(?=b)"}, InvalidRequest, "look-ahead"),
+    "recursion": ({"json_schema": {"allOf": [{"$ref": "#"}, {}]}}, InvalidRequest, "circular"),
+    "compiling": ({"json_schema": {"type": "integer", "multipleOf": 123_456_789}}, InvalidRequest, "to compile"),
+    "token": ({"logit_bias": {2**30: 1.0}}, InvalidRequest, "logit_bias: token"),
+    "deadline": ({"max_tokens": 4000, "deadline": 0.3}, DeadlineExceeded, "deadline"),
+}
 #: Of every kind so many different requests.
 PLANS = 4
 #: Seconds that a job may take from the end of the storm on.
@@ -40,6 +49,11 @@ def send(client: Client, kind: str, plan: int, job_id: str) -> Job[Any]:
         job_id, rows, model=GENERATE, steps=40 * (plan + 1), rank=2 + plan, seed=plan, max_length=32, batch_size=2,
         job_id=job_id, priority=plan,
     )  # fmt: skip
+
+
+def send_bad(client: Client, name: str, job_id: str) -> Job[Any]:
+    options = {"temperature": 0.8, "n": 2, **BAD[name][0]}
+    return client.generate("ab ab", model=GENERATE, job_id=job_id, **options)
 
 
 def follow(job: Job[Any], adapters: Path) -> tuple[Any, int]:
@@ -93,6 +107,7 @@ class Load:
     jobs: int = 0
     entries: int = 0
     cancelled: int = 0
+    refused: int = 0
     wrong: list[str] = field(default_factory=list)
     open: dict[str, threading.Thread] = field(default_factory=dict)
 
@@ -100,13 +115,20 @@ class Load:
         """Send as many as are missing. Called by the storm between two acts."""
         while len(self.open) < self.width:
             self.jobs += 1
+            if self.chance.random() < 0.15:
+                name = self.chance.choice(list(BAD))
+                job_id = f"bad-{name}-{self.jobs}"
+                self._open(job_id, self._bad, name, job_id)
+                continue
             kind, plan = self.chance.choices(KINDS, (6, 3, 1))[0], self.chance.randrange(PLANS)
             job_id = f"{kind}-{plan}-{self.jobs}"
             cancel_after = self.chance.uniform(0, 3) if self.chance.random() < 0.1 else None
             twice = self.chance.random() < 0.2
-            arguments = (kind, plan, job_id, cancel_after, twice)
-            self.open[job_id] = threading.Thread(target=self._one, args=arguments, daemon=True)
-            self.open[job_id].start()
+            self._open(job_id, self._one, kind, plan, job_id, cancel_after, twice)
+
+    def _open(self, job_id: str, target: Callable[..., None], *arguments: Any) -> None:
+        self.open[job_id] = threading.Thread(target=target, args=arguments, daemon=True)
+        self.open[job_id].start()
 
     def settle(self) -> None:
         """Wait for all that was sent."""
@@ -117,11 +139,27 @@ class Load:
                 record = self.client.redis.hgetall(f"stoker:job:{job_id}")
                 self.wrong.append(f"{job_id} has not ended: {record}")
 
+    def _bad(self, name: str, job_id: str) -> None:
+        """One that has to end with its own error, and with no other."""
+        _, error, words = BAD[name]
+        try:
+            job = self._sent(lambda: send_bad(self.client, name, job_id))
+            job.result()
+            self.wrong.append(f"{job_id} ended well")
+        except error as caught:
+            self.refused += 1
+            if words not in str(caught):
+                self.wrong.append(f"{job_id} ended with another's words: {caught}")
+        except Exception as caught:
+            self.wrong.append(f"{job_id}: {type(caught).__name__}: {caught}")
+        finally:
+            self.open.pop(job_id, None)
+
     def _one(self, kind: str, plan: int, job_id: str, cancel_after: float | None, twice: bool) -> None:
         try:
-            job = self._send(kind, plan, job_id)
+            job = self._sent(lambda: send(self.client, kind, plan, job_id))
             if twice:
-                job = self._send(kind, plan, job_id)
+                job = self._sent(lambda: send(self.client, kind, plan, job_id))
             if cancel_after is not None:
                 threading.Timer(cancel_after, self._cancel, [job]).start()
             made, entries = follow(job, self.adapters)
@@ -137,11 +175,12 @@ class Load:
         finally:
             self.open.pop(job_id, None)
 
-    def _send(self, kind: str, plan: int, job_id: str) -> Job[Any]:
+    @staticmethod
+    def _sent(send_it: Callable[[], Job[Any]]) -> Job[Any]:
         """As a caller would who knows that an id sent twice is one job."""
         while True:
             try:
-                return send(self.client, kind, plan, job_id)
+                return send_it()
             except BrokerUnavailable:
                 time.sleep(0.2)
 

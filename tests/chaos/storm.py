@@ -67,6 +67,8 @@ class Storm:
         # In a storm an innocent job may lose more than three owners.
         policy.decide(self._client.redis, "deaths", 1000)
         self._chance, self._settings = random.Random(seed), settings
+        # Its own: how fast jobs end does not change which mischief comes.
+        self._load_chance = random.Random(f"load {seed}")
         self.fleet = Fleet(settings, KEEP)
         self._poison = Poison(self._client, QUEUES, self._chance)
         self.counts: Counter[str] = Counter()
@@ -85,7 +87,7 @@ class Storm:
         self.fleet.tend()
         self.await_warm()
         endings = Endings(self._settings)
-        load = Load(self._client, answers, self._chance, self.adapters)
+        load = Load(self._client, answers, self._load_chance, self.adapters)
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             load.feed()
@@ -96,7 +98,7 @@ class Storm:
             time.sleep(self._chance.uniform(0.2, 1.5))
         self.fleet.calm_down()
         load.settle()
-        self.counts += Counter(jobs=load.jobs, entries=load.entries, cancelled=load.cancelled)
+        self.counts += Counter(jobs=load.jobs, entries=load.entries, cancelled=load.cancelled, refused=load.refused)
         wrong = load.wrong + self._reckon()
         endings.stop()
         return wrong + [f"{name} ended {count} times" for name, count in endings.heard.items() if count > 1]

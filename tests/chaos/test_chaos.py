@@ -45,7 +45,7 @@ def storm_for(seconds: float, seed: int, folder: Path, round_seconds: float = RO
 
 
 def _said(counts: Counter[str]) -> str:
-    return ", ".join(f"{name} {counts[name]}" for name in ("jobs", "entries", "cancelled", *ACTS))
+    return ", ".join(f"{name} {counts[name]}" for name in ("jobs", "entries", "cancelled", "refused", *ACTS))
 
 
 @pytest.mark.timeout(300)

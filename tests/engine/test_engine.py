@@ -18,7 +18,7 @@ from engine.ticket import Entry
 from stoker.catalogue import CATALOGUE
 from stoker.contract import EmbedRequest, GenerateRequest, TrainRequest
 from stoker.contract.dataset import TrainInput
-from stoker.errors import JobCancelled, ModelError, UnknownModel, WorkerUnavailable
+from stoker.errors import JobCancelled, JobFailed, ModelError, UnknownModel, WorkerUnavailable
 from tests.conftest import EMBED_MODEL, GENERATE_MODEL, wait_until
 
 GOLDENS = Path(__file__).parent.parent / "goldens"
@@ -207,13 +207,70 @@ def test_jobs_that_run_when_the_engine_stops_are_handed_back(tmp_path: Path) -> 
 
 def test_a_defect_in_the_loop_ends_every_job_and_is_told(tmp_path: Path) -> None:
     died = threading.Event()
+    engine = Engine(
+        {GENERATE_MODEL: CATALOGUE[GENERATE_MODEL]},
+        adapters=tmp_path,
+        publish=lambda entries: None,
+        on_death=died.set,
+    )
+    engine.start()
 
-    def publish(entries: list[Entry]) -> None:
+    def broken() -> None:
         raise RuntimeError("no way out")
 
-    engine = Engine({GENERATE_MODEL: CATALOGUE[GENERATE_MODEL]}, adapters=tmp_path, publish=publish, on_death=died.set)
-    engine.start()
+    for lane in engine._lanes.values():
+        lane.drop_stopped = broken  # type: ignore[method-assign]
     ticket = engine.submit("x", generate("x"))
     with pytest.raises(WorkerUnavailable):
         ticket.result(30)
     assert died.wait(10)
+
+
+def test_entries_that_cannot_be_published_end_their_own_job(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    def publish(entries: list[Entry]) -> None:
+        if any(job_id == "unpublishable" for job_id, _ in entries):
+            raise RuntimeError("this one not")
+        running._publish(entries)
+
+    monkeypatch.setattr(running.engine, "_publish", publish)
+    before = running.engine.submit("published", generate("x", max_tokens=30))
+    bad = running.engine.submit("unpublishable", generate("x", max_tokens=4000, n=2))
+    last = running.engine.submit("unpublishable", generate("x", max_tokens=1))
+    for ticket in (bad, last):
+        with pytest.raises(RuntimeError, match="this one not"):
+            ticket.result(60)
+    assert before.result(60).usage.completion_tokens == 30
+    assert [token.index for token in running.entries["published"]] == list(range(30))
+    lane = running.engine._lanes[GENERATE_MODEL, "generate"]
+    wait_until(lambda: not lane.busy, "its rows are free again")
+
+
+def test_work_that_cannot_be_admitted_ends_its_own_job(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    lane = running.engine._lanes[GENERATE_MODEL, "generate"]
+    whole = lane.admit
+
+    def admit(work: Any) -> None:
+        if work.ticket.job_id == "inadmissible":
+            raise RuntimeError("not in here")
+        whole(work)
+
+    monkeypatch.setattr(lane, "admit", admit)
+    bad = running.engine.submit("inadmissible", generate("x"))
+    good = running.engine.submit("admissible", generate("x", max_tokens=3))
+    with pytest.raises(RuntimeError, match="not in here"):
+        bad.result(30)
+    assert good.result(60).usage.completion_tokens == 3
+
+
+def test_a_librarys_panic_while_a_job_is_prepared_is_that_jobs_error(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Panic(BaseException):
+        pass
+
+    def prepare(*_: Any) -> None:
+        raise Panic("at index out of bounds")
+
+    monkeypatch.setattr(running.engine._lanes[GENERATE_MODEL, "generate"], "prepare", prepare)
+    with pytest.raises(JobFailed, match="Panic: at index out of bounds"):
+        running.engine.submit("panics", generate("x"))
