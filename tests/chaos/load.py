@@ -28,6 +28,8 @@ BAD: dict[str, tuple[dict[str, Any], type[StokerError], str]] = {
     "token": ({"logit_bias": {2**30: 1.0}}, InvalidRequest, "logit_bias: token"),
     "deadline": ({"max_tokens": 4000, "deadline": 0.3}, DeadlineExceeded, "deadline"),
 }
+#: One job in so many is one of these, in turn.
+BAD_EVERY = 5
 #: Of every kind so many different requests.
 PLANS = 4
 #: Seconds that a job may take from the end of the storm on.
@@ -115,8 +117,8 @@ class Load:
         """Send as many as are missing. Called by the storm between two acts."""
         while len(self.open) < self.width:
             self.jobs += 1
-            if self.chance.random() < 0.15:
-                name = self.chance.choice(list(BAD))
+            if self.jobs % BAD_EVERY == 1:
+                name = list(BAD)[self.jobs // BAD_EVERY % len(BAD)]
                 job_id = f"bad-{name}-{self.jobs}"
                 self._open(job_id, self._bad, name, job_id)
                 continue

@@ -146,18 +146,6 @@ def test_threads_share_one_process() -> None:
     assert texts == {number: str(number) for number in range(4)}
 
 
-def test_the_answer_to_a_call_that_was_interrupted_is_not_the_next_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: object) -> bytes:
-        raise KeyboardInterrupt
-
-    render("", HELLO)
-    with monkeypatch.context() as patch:
-        patch.setattr(chat, "_read_line", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            render("first", HELLO)
-    assert render("second", HELLO) == "second"
-
-
 def test_a_process_that_was_killed_is_replaced() -> None:
     render("", HELLO)
     process = chat._renderer._process
