@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from engine.adapters.pool import AdapterPool
 from engine.generation.batch import Batch
 from engine.generation.kv_budget import KvBudget
-from engine.generation.limits import Limits
+from engine.generation.limits import GROUP, GROUP_TOKENS, Limits
 from engine.generation.prefill import Pace, Prefill
 from engine.generation.prefixes import PrefixCache
 from engine.generation.prompt import check_ids, tokenize
@@ -24,11 +24,6 @@ from stoker.contract import GenerateRequest, StreamToken
 from stoker.errors import InvalidRequest
 
 log = logging.getLogger(__name__)
-
-#: Prompts that are prefilled in one pass where passes are compiled: on a GPU a short one costs as much as many.
-GROUP = 16
-#: Tokens, padding included, up to which prompts are grouped.
-GROUP_TOKENS = 2048
 
 
 class GenerateLane:
@@ -69,8 +64,7 @@ class GenerateLane:
         ticket = Ticket("warm", self.kind)
         self.admit(self.prepare(ticket, request, None))
         while self.busy:
-            for warm, value in self.run().ended:
-                warm.resolve(value)
+            self.run()
         if (error := ticket.error) is not None:
             # Its jobs will say the same; other models of this worker serve.
             log.error("model %s cannot generate: %s", self._model.name, error)
