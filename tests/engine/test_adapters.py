@@ -457,10 +457,10 @@ def test_a_version_is_dropped_from_memory_unless_it_is_in_use(model: LoadedModel
 
 
 def taken(model: LoadedModel, pool: AdapterPool, folder: Path) -> Ticket:
-    """The ticket of a job that loads `folder`, which its client calls /home/me/mine."""
+    """The ticket of a job that loads `folder`, which its client calls /clients/mine."""
     lane, ticket = AdapterLane(model, pool), Ticket("j", "adapters")
     request = AdapterRequest(model="tiny", name="mine", upload="blob")
-    lane.admit(lane.prepare(ticket, request, AdapterInput(folder, "/home/me/mine", 3)))
+    lane.admit(lane.prepare(ticket, request, AdapterInput(folder, "/clients/mine", 3)))
     for ended, value in lane.run().ended:
         ended.resolve(value)
     return ticket
@@ -479,12 +479,12 @@ def test_an_adapter_that_was_made_elsewhere_becomes_the_version_it_is_given(
 @pytest.mark.parametrize(
     ("file", "damage", "why"),
     [
-        (CONFIG_FILE, lambda path: path.unlink(), "^/home/me/mine: no adapter_config.json in it"),
-        (WEIGHTS_FILE, _cut, "^/home/me/mine/adapter_model.safetensors: .*cut off"),
-        (WEIGHTS_FILE, lambda path: path.unlink(), "^/home/me/mine/adapter_model.safetensors: No such file"),
-        (NOTES_FILE, lambda path: path.write_text('{"base": "x"}'), "^/home/me/mine: an adapter of another base"),
+        (CONFIG_FILE, lambda path: path.unlink(), "^/clients/mine: no adapter_config.json in it"),
+        (WEIGHTS_FILE, _cut, "^/clients/mine/adapter_model.safetensors: .*cut off"),
+        (WEIGHTS_FILE, lambda path: path.unlink(), "^/clients/mine/adapter_model.safetensors: No such file"),
+        (NOTES_FILE, lambda path: path.write_text('{"base": "x"}'), "^/clients/mine: an adapter of another base"),
         (NOTES_FILE, lambda path: path.write_text('{"made_of": {"base": "x"}}'), "of another base .digest x"),
-        (NOTES_FILE, lambda path: path.write_text("{"), "^/home/me/mine/stoker.json: not readable as JSON"),
+        (NOTES_FILE, lambda path: path.write_text("{"), "^/clients/mine/stoker.json: not readable as JSON"),
     ],
 )
 def test_what_cannot_be_loaded_is_named_as_its_client_calls_it(

@@ -142,7 +142,7 @@ def test_a_new_version_is_above_all_on_this_disk_and_the_same_for_its_job(home: 
 
 def test_what_is_loaded_lies_in_a_folder_for_as_long_as_its_job_takes(home: Home) -> None:
     run = home.run("a")
-    data = bundle.pack(FILES, "/home/me/mine")
+    data = bundle.pack(FILES, "/clients/mine")
     upload = str(Upload.of("adapter", "a", data))
     with adapters.unpacked(run, upload) as found:
         assert found is None, "it has expired"
@@ -150,6 +150,6 @@ def test_what_is_loaded_lies_in_a_folder_for_as_long_as_its_job_takes(home: Home
     with adapters.unpacked(run, upload) as found:
         assert found is not None
         folder, source = found
-        assert source == "/home/me/mine"
+        assert source == "/clients/mine"
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == FILES
     assert not folder.exists()
