@@ -13,9 +13,11 @@ import kombu
 import pytest
 from kombu.pidbox import Mailbox
 from redis.exceptions import ConnectionError as RedisConnectionError
+from typer.testing import CliRunner
 
 from stoker import keys, letters
 from stoker.celery_config import shared_config
+from stoker.cli import app
 from stoker.client import Client
 from stoker.connection import connect
 from stoker.envelope import envelope
@@ -269,6 +271,19 @@ def test_a_letter_that_is_spoiled_hides_no_other(redis: Any, broker: Settings, s
         found = client.dead()
     assert len(found) == 2
     assert found["x"]["message"] == base64.b64encode(spoiled[: letters.KEPT]).decode()
+
+
+def test_the_command_line_shows_a_message_that_cannot_be_read(redis: Any, broker: Settings) -> None:
+    dead = DeadMessages(redis, "w@here")
+    dead.add(Unreadable(b"garbage", QUEUE, "it is no JSON"))
+    dead.write(wait=0.0)
+    redis.hset(keys.DEAD, b"\xff", b"spoiled")
+    done = CliRunner().invoke(app, ["jobs", "dead", "--url", broker.url], catch_exceptions=False)
+    assert done.exit_code == 0
+    assert f"message  {QUEUE}" in done.output
+    assert "cannot be read, says w@here (it is no JSON)" in done.output
+    for raw in (b"garbage", b"spoiled"):
+        assert f"{len(raw)} bytes, base64: {base64.b64encode(raw).decode()}" in done.output
 
 
 def test_dropping_a_delivery_rejects_the_newest_of_its_tag(monkeypatch: pytest.MonkeyPatch) -> None:
