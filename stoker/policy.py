@@ -31,8 +31,9 @@ OF_CLIENT = "client_limit:"
 
 
 def read(redis: Any) -> dict[str, int]:
-    """Every rule, and every client that has a limit of its own. For a blocking client."""
-    decided = {name.decode(): int(value) for name, value in redis.hgetall(keys.POLICY).items()}
+    """Every rule, and every client that has a limit of its own; not what `decide` never wrote. For a blocking client."""
+    raw = {name.decode(errors="replace"): value for name, value in redis.hgetall(keys.POLICY).items()}
+    decided = {name: int(value) for name, value in raw.items() if value.isdigit() and 1 <= int(value[:19])}
     return {name: rule.default for name, rule in RULES.items()} | decided
 
 

@@ -71,11 +71,11 @@ class EngineStep(bootsteps.StartStopStep):
         self._guard_delivery(self._runtime)
         self._open_queues(worker.app, settings)
         running = self._runtime
-        Background("mending", running.mender.round, stopped=running.stopped, every=MEND_EVERY).start()
         CancelWatch(self._runtime).start()
         Watchdog(self._runtime, settings.step_limit).start()
-        self._heart = Heart(self._runtime, lanes, Janitor(self._runtime))
-        self._heart.start()
+        heart = self._heart = Heart(running, lanes, Janitor(running))
+        heart.start()
+        Background("mending", lambda: _mend(running, heart), stopped=running.stopped, every=MEND_EVERY).start()
 
     def _guard_delivery(self, running: Runtime) -> None:
         """Before the first message comes: what cannot be read has a place to go to."""
@@ -139,6 +139,12 @@ def _make_engine(settings: Settings, publish: Callable[..., None]) -> Engine:
         precision={"dtype": settings.dtype, "quantize": settings.quantize, "group_size": settings.group_size},
         on_death=_end_process,
     )
+
+
+def _mend(running: Runtime, heart: Heart) -> None:
+    """A registry that was moved aside is empty: say at once that this worker is there."""
+    if running.mender.round():
+        heart.beat()
 
 
 def _limits(settings: Settings) -> Limits:

@@ -24,7 +24,7 @@ class Heart:
 
     def __init__(self, runtime: Runtime, lanes: Lanes, janitor: Janitor) -> None:
         self._runtime, self._lanes = runtime, lanes
-        rounds = (self._beat, lanes.grow, janitor.round)
+        rounds = (self.beat, lanes.grow, janitor.round)
         self.thread = Background("presence", *rounds, stopped=runtime.stopped, every=keys.PRESENCE_EVERY)
 
     def start(self) -> None:
@@ -38,7 +38,8 @@ class Heart:
         except RedisError as error:
             log.info("no goodbye: %s. The presence expires in %d s.", error, keys.PRESENCE_TTL)
 
-    def _beat(self) -> None:
+    def beat(self) -> None:
+        """Say what is warm here. Called by other threads too."""
         presence = self._presence()
         pipeline = self._runtime.redis.pipeline()
         pipeline.set(keys.worker(presence.worker), presence.model_dump_json(), ex=keys.PRESENCE_TTL)

@@ -13,8 +13,10 @@ local rooms = {unpack(KEYS, 10, 19)}
 local id, job_prefix, pending_ttl, result_ttl, window = unpack(ARGV, 1, 5)
 window = tonumber(window)
 
+-- What is no number of at least 1 was not decided by `stoker jobs policy`.
 local function setting(name, default)
-  return tonumber(redis.call('HGET', policy, name)) or default
+  local decided = tonumber(redis.call('HGET', policy, name))
+  return decided and decided >= 1 and decided or default
 end
 
 -- Whether its result is there, or was: a record may outlive it, and has no message then.

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from celery import Celery
 
-from stoker import keys, ledger
+from stoker import keys, ledger, policy
 from stoker.celery_config import shared_config
 from stoker.client_core import JobStatus, Outcome
 from stoker.connection import connect
@@ -563,3 +563,11 @@ def test_open_jobs_come_oldest_first_over_all_queues_with_their_age_and_without_
     assert list(listed) == ["old", "middle", "young"]
     assert listed["old"]["age"] >= 1000
     assert listed["young"]["age"] == 0.0, "no job is younger than now"
+
+
+@pytest.mark.parametrize("value", ["-1", "0", "nan", "abc", "", "1e-9", b"\xff"])
+def test_a_policy_that_nobody_decided_is_none(redis: Any, value: str | bytes) -> None:
+    redis.hset(keys.POLICY, mapping=dict.fromkeys(policy.RULES, value))
+    assert policy.read(redis) == {name: rule.default for name, rule in policy.RULES.items()}
+    assert submit(redis) == "new"
+    assert claim(redis, "one").state == "run"
