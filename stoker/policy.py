@@ -5,6 +5,7 @@ It lies in the broker and not in a setting, because the ledger's scripts apply i
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,9 +32,9 @@ OF_CLIENT = "client_limit:"
 
 
 def read(redis: Any) -> dict[str, int]:
-    """Every rule, and every client that has a limit of its own; not what `decide` never wrote. For a blocking client."""
+    """Every rule, and every client with a limit of its own; not what `decide` never wrote. For a blocking client."""
     raw = {name.decode(errors="replace"): value for name, value in redis.hgetall(keys.POLICY).items()}
-    decided = {name: int(value) for name, value in raw.items() if value.isdigit() and 1 <= int(value[:19])}
+    decided = {name: int(value) for name, value in raw.items() if re.fullmatch(rb"[1-9][0-9]{0,9}", value)}
     return {name: rule.default for name, rule in RULES.items()} | decided
 
 
