@@ -317,6 +317,7 @@ def test_what_has_lost_its_record_is_no_open_job(redis: Any) -> None:
     redis.delete(keys.job("job"), keys.front(QUEUE))
     assert ledger.recover(redis, QUEUE, 0) == []
     assert redis.zcard(keys.open_jobs(QUEUE)) == 0
+    assert redis.zcard(keys.handed(QUEUE)) == 0, "the janitor does not look at it again"
 
 
 def test_the_result_is_stored_in_the_step_that_ends_the_job(redis: Any) -> None:
