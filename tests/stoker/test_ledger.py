@@ -572,3 +572,12 @@ def test_a_policy_that_nobody_decided_is_none(redis: Any, value: str | bytes) ->
     assert policy.read(redis) == {name: rule.default for name, rule in policy.RULES.items()}
     assert submit(redis) == "new"
     assert claim(redis, "one").state == "run"
+
+
+def test_jobs_of_a_client_that_were_forgotten_take_no_place_and_are_swept(redis: Any) -> None:
+    redis.hset(keys.POLICY, "client_limit", 2)
+    mine = keys.client("default", QUEUE)
+    seconds, _ = redis.time()
+    redis.zadd(mine, {f"old-{number}": seconds - keys.PENDING_TTL - 1 for number in range(5)})
+    assert [submit(redis, name) for name in "abc"] == ["new", "new", "client_full"]
+    assert sorted(redis.zrange(mine, 0, -1)) == [b"a", b"b"]
