@@ -23,7 +23,7 @@ KINDS = ("generate", "embed", "train")
 #: Requests for generation that fail by themselves, among the others: what each ends with, whoever runs it.
 BAD: dict[str, tuple[dict[str, Any], type[StokerError], str]] = {
     "grammar": ({"regex": "a(?=b)"}, InvalidRequest, "look-ahead"),
-    "recursion": ({"json_schema": {"allOf": [{"$ref": "#"}, {}]}}, InvalidRequest, "circular"),
+    "recursion": ({"json_schema": {"allOf": [{"$ref": "#"}, {"type": "object"}]}}, InvalidRequest, "circular"),
     "compiling": ({"json_schema": {"type": "integer", "multipleOf": 123_456_789}}, InvalidRequest, "to compile"),
     "token": ({"logit_bias": {2**30: 1.0}}, InvalidRequest, "logit_bias: token"),
     "deadline": ({"max_tokens": 4000, "deadline": 0.3}, DeadlineExceeded, "deadline"),
