@@ -66,12 +66,18 @@ local function add(key, score, member)
   redis.call('EXPIRE', key, pending_ttl)
 end
 
+-- A count of turns; 0 for what is none, not a number, or beyond what can be counted up by one.
+local function turn_of(text)
+  local turn = tonumber(text)
+  return turn and turn >= 0 and turn < 2 ^ 53 and turn or 0
+end
+
 -- Take a turn for the job's client among those who wait at the same priority (start-time fair queueing, Goyal et al.
 -- 1996, each job costing 1): a client that sends a thousand jobs stands a thousand times in the round, not in front.
 local function enter_room(priority, client)
   local of = 'next:' .. priority .. ':' .. client
   local state = redis.call('HMGET', turns, 'now:' .. priority, of)
-  local turn = math.max(tonumber(state[1]) or 0, tonumber(state[2]) or 0)
+  local turn = math.max(turn_of(state[1]), turn_of(state[2]))
   redis.call('HSET', turns, of, turn + 1)
   redis.call('EXPIRE', turns, pending_ttl)
   redis.call('HSET', job, 'turn', turn)

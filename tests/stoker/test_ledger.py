@@ -581,3 +581,11 @@ def test_jobs_of_a_client_that_were_forgotten_take_no_place_and_are_swept(redis:
     redis.zadd(mine, {f"old-{number}": seconds - keys.PENDING_TTL - 1 for number in range(5)})
     assert [submit(redis, name) for name in "abc"] == ["new", "new", "client_full"]
     assert sorted(redis.zrange(mine, 0, -1)) == [b"a", b"b"]
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "1e308", "-5", "x"])
+def test_turns_that_cannot_be_counted_begin_anew(redis: Any, value: str) -> None:
+    redis.hset(keys.turns(QUEUE), mapping={"now:5": value, "next:5:default": value})
+    for number in range(ledger.FRONT + 2):
+        assert submit(redis, f"job-{number}") == "new"
+    assert len(take_all(redis)) == ledger.FRONT + 2
