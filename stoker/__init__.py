@@ -10,8 +10,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from stoker.aio import AsyncClient, AsyncEmbedJob, AsyncGenerateJob, AsyncTrainJob
-    from stoker.client import Client, EmbedJob, GenerateJob, Job, TrainJob
+    from stoker.client import AdapterJob, Client, EmbedJob, GenerateJob, Job, TrainJob
+    from stoker.client._async.client import AsyncClient
+    from stoker.client._async.jobs import AsyncAdapterJob, AsyncEmbedJob, AsyncGenerateJob, AsyncJob, AsyncTrainJob
     from stoker.client_core import JobStatus
     from stoker.contract import GenerateResult, StreamToken, TrainReport, TrainResult
     from stoker.errors import StokerError
@@ -19,8 +20,15 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "stoker.aio": ("AsyncClient", "AsyncEmbedJob", "AsyncGenerateJob", "AsyncTrainJob"),
-    "stoker.client": ("Client", "EmbedJob", "GenerateJob", "Job", "TrainJob"),
+    "stoker.client._async.client": ("AsyncClient",),
+    "stoker.client._async.jobs": (
+        "AsyncAdapterJob",
+        "AsyncEmbedJob",
+        "AsyncGenerateJob",
+        "AsyncJob",
+        "AsyncTrainJob",
+    ),
+    "stoker.client": ("AdapterJob", "Client", "EmbedJob", "GenerateJob", "Job", "TrainJob"),
     "stoker.client_core": ("JobStatus",),
     "stoker.contract": ("GenerateResult", "StreamToken", "TrainReport", "TrainResult"),
     "stoker.errors": ("StokerError",),
@@ -40,9 +48,12 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "AdapterJob",
+    "AsyncAdapterJob",
     "AsyncClient",
     "AsyncEmbedJob",
     "AsyncGenerateJob",
+    "AsyncJob",
     "AsyncTrainJob",
     "Client",
     "EmbedJob",

@@ -28,6 +28,11 @@ class Address:
     celery: str
     shown: str
 
+    @property
+    def without_password(self) -> str:
+        """A URL for `parse`, as `shown` without its stars."""
+        return self.shown.replace(":***@", "@", 1)
+
     @classmethod
     def parse(cls, url: str) -> Address:
         """Read a `redis://`, `rediss://` or `redis+socket://` URL; anything else raises `ConfigError`."""

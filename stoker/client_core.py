@@ -1,4 +1,4 @@
-"""What `Client` and `AsyncClient` have in common: everything but the waiting."""
+"""What `Client` and `AsyncClient` have in common: everything except the waiting."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
-from redis.exceptions import AuthenticationError, AuthorizationError, BusyLoadingError, OutOfMemoryError
 
 from stoker import keys, ledger
 from stoker.catalogue import model_name
@@ -40,7 +39,6 @@ from stoker.contract.uploads import Upload
 from stoker.contract.vectors import Encoded
 from stoker.envelope import envelope
 from stoker.errors import (
-    BrokerUnavailable,
     DatasetError,
     InvalidRequest,
     JobCancelled,
@@ -49,8 +47,7 @@ from stoker.errors import (
     UnknownModel,
     from_wire,
 )
-from stoker.loading import StillLoading, still_loading
-from stoker.settings import Settings
+from stoker.settings import Settings, load_settings
 
 #: What `dataset` may be: a file of JSON lines, `worker:NAME` for one under the worker's data root, or the examples.
 Dataset = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
@@ -145,40 +142,6 @@ def spoiled(what: str, raw: bytes) -> JobLost:
     )
 
 
-def broker_unavailable(settings: Settings, error: BaseException, at: str = "") -> BrokerUnavailable:
-    """What redis-py raised, as the one error that a caller sees, with the remedy. `at`: the key that was asked for."""
-    where, reason = settings.address.shown, _reason(error)
-    if isinstance(error, AuthenticationError | AuthorizationError) or reason.startswith(("NOAUTH", "WRONGPASS")):
-        return BrokerUnavailable(
-            f"the broker at {where} refuses the login ({reason}). Put its user and password into STOKER_URL: "
-            "redis://USER:PASSWORD@HOST:PORT/DB."
-        )
-    if isinstance(error, BusyLoadingError):
-        return still_loading(where, error.progress if isinstance(error, StillLoading) else None)
-    if isinstance(error, OutOfMemoryError):
-        return BrokerUnavailable(
-            f"the broker at {where} has no memory left and took nothing. Wait until jobs have ended, or raise its "
-            "maxmemory."
-        )
-    if "WRONGTYPE" in reason:
-        return BrokerUnavailable(
-            f"the broker at {where} refused it ({reason}): {at or 'one of its keys (stoker:...)'} holds something that "
-            "Stoker did not write. Workers move aside what spoils a key that jobs share; delete one of a single job."
-        )
-    if reason.startswith("MISCONF"):
-        return BrokerUnavailable(
-            f"the broker at {where} cannot write to its disk and took nothing ({reason}). Free some space there."
-        )
-    return BrokerUnavailable(
-        f"no answer from the broker at {where} ({reason}). "
-        "Start one with `stoker up`, or set STOKER_URL to one that runs."
-    )
-
-
-def _reason(error: BaseException) -> str:
-    return str(error).strip().rstrip(".").splitlines()[0] if str(error).strip() else type(error).__name__
-
-
 def checked_job_id(job_id: str | None) -> str:
     """The caller's id, or a new one. Raises `InvalidRequest` for one that could be taken for something else."""
     if job_id is None:
@@ -258,9 +221,12 @@ def read_dataset(dataset: Dataset) -> bytes:
 class Submission:
     """One job on its way into the ledger. Sent again it is the same job, so any failure of the way can be repeated."""
 
-    def __init__(self, settings: Settings, request: Request, job_id: str, data: bytes = b"") -> None:
+    def __init__(
+        self, settings: Settings, request: Request, job_id: str, data: bytes = b"", client: str | None = None
+    ) -> None:
+        """`client`: the key of the client that the job belongs to, if it is not the one of `settings`."""
         self.job_id, self._data = job_id, data
-        self._record = job_record(_naming(request, job_id, data), job_id, settings.client_key)
+        self._record = job_record(_naming(request, job_id, data), job_id, client or settings.client_key)
         self._uploaded = False
         self._until = time.monotonic() + settings.queue_wait
 
@@ -270,14 +236,14 @@ class Submission:
         return len(self._data) > keys.PART
 
     def uploads(self, redis: Any) -> Iterator[Any]:
-        """Put the input on the broker before the job, part by part; the asyncio client has to await each. A part that
-        is sent again lands where it was. Until a job's record names it, what is there expires within minutes."""
+        """A pipeline for each part of the input, to be executed in order before the job is sent. A part that is sent
+        again lands where it was. Until a job's record names it, what is there expires within minutes."""
         blob, self._data, data, self._uploaded = self._record["blob"], b"", memoryview(self._data), True
         for start in range(0, len(data), keys.PART):
             pipeline = redis.pipeline()
             pipeline.setrange(blob, start, bytes(data[start : start + keys.PART]))
             pipeline.expire(blob, keys.UPLOAD_TTL)
-            yield pipeline.execute()
+            yield pipeline
 
     def check_known(self, kind: bytes | None) -> None:
         """There was a job of this id before, of this `kind`. Raises `InvalidRequest` if it cannot be the one meant."""
@@ -287,17 +253,17 @@ class Submission:
                 f"{kind.decode()}. Take another id."
             )
 
-    def tidy(self, redis: Any, reply: Sequence[Any]) -> list[Any]:
-        """After an answer of `send`: what was uploaded in parts stays while a place in the queue is waited for, and
-        goes if a job of that id was there already. The asyncio client has to await what is returned."""
-        if not self._uploaded or reply[0] == b"new":
-            return []
-        if reply[0] == b"known":
-            return [redis.unlink(self._record["blob"])]
-        return [redis.expire(self._record["blob"], keys.UPLOAD_TTL)]
+    def tidy(self, pipeline: Any, reply: Sequence[Any]) -> Any:
+        """Put into `pipeline` what an answer of `send` asks for: an input that was uploaded in parts stays while the
+        client waits for room in the queue, and goes if a job of that id was there already."""
+        if self._uploaded and reply[0] == b"known":
+            pipeline.unlink(self._record["blob"])
+        elif self._uploaded and reply[0] != b"new":
+            pipeline.expire(self._record["blob"], keys.UPLOAD_TTL)
+        return pipeline
 
     def send(self, redis: Any, *, revive: bool = False) -> Any:
-        """What `ledger.submit` returns: the asyncio client has to await it."""
+        """What `ledger.submit` returns; with an asyncio client it has to be awaited."""
         return ledger.submit(redis, self.job_id, self._record, self._data, revive=revive)
 
     def pause(self, reply: Sequence[Any]) -> float | None:
@@ -441,6 +407,12 @@ def read_vectors(reply: EmbedReply, data: bytes | None) -> Encoded:
     if data is None:
         raise JobLost(f"the vectors of blob {reply.blob} are gone: results are kept {keys.RESULT_TTL // 3600} hours.")
     return vectors.load(data)
+
+
+def settings_at(address: str) -> Settings:
+    """The settings of this process; with the broker at `address` where they choose none."""
+    settings = load_settings()
+    return settings if settings.chosen_url is not None else load_settings(url=address)
 
 
 def lost(job_id: str) -> JobLost:

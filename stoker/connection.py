@@ -2,46 +2,33 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import redis
-import redis.asyncio
-from redis.backoff import ExponentialBackoff
-from redis.exceptions import (
-    AuthenticationError,
-    AuthorizationError,
-    ClusterDownError,
-    MasterDownError,
-    OutOfMemoryError,
-    ReadOnlyError,
-    RedisError,
-    TryAgainError,
-)
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import TimeoutError as RedisTimeoutError
-from redis.retry import Retry
-
-from stoker.client_core import broker_unavailable
-from stoker.errors import BrokerUnavailable
-from stoker.loading import AsyncPatientRetry, PatientRetry
 from stoker.settings import Settings
 
-#: The connection is gone or silent: another try may help.
-TROUBLE = (RedisConnectionError, RedisTimeoutError)
-#: What a broker answers that will take the same command again some time: its memory or its disk is full, or it is a
-#: replica in the middle of a fail-over.
-_PASSING = (OutOfMemoryError, ReadOnlyError, MasterDownError, ClusterDownError, TryAgainError)
-_PASSING_REPLIES = ("MISCONF", "NOREPLICAS", "MASTERDOWN", "LOADING", "BUSY", "NOAUTH", "WRONGPASS", "READONLY", "OOM")
+if TYPE_CHECKING:
+    from redis.exceptions import RedisError
+
+    from stoker.trouble import TROUBLE as TROUBLE
+    from stoker.trouble import passes as passes
 
 #: Each stream that a client follows has a connection of its own, and redis-py would stop at a hundred.
 MAX_CONNECTIONS = 10_000
-#: Two more tries within a third of a second, after a lost connection and not after silence.
-_RETRIES: Any = (ExponentialBackoff(cap=0.25, base=0.05), 2, (RedisConnectionError,))
 #: Seconds. A broker that is stopped (not closed) keeps its sockets open: without a bound a read would hang for ever.
 SOCKET_TIMEOUT = 5.0
+
+
+def __getattr__(name: str) -> Any:
+    """`TROUBLE` and `passes`, when they are first used: a program that imports the client may open no connection for
+    a long time, or never, and redis-py takes longer to load than all of the client."""
+    if name not in ("TROUBLE", "passes"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module("stoker.trouble"), name)
+    return value
 
 
 def connect(settings: Settings, timeout: float | None = None, *, patient: bool = False) -> Any:
@@ -52,28 +39,45 @@ def connect(settings: Settings, timeout: float | None = None, *, patient: bool =
 
     Typed `Any` because redis-py types every reply as a union over its decoding modes; ours are always bytes.
     """
+    import redis
+    from redis.retry import Retry
+
+    from stoker.loading import PatientRetry
+
     options = _options(settings) if timeout is None else _options(settings) | {"socket_timeout": timeout}
     url = settings.address.redis
     if not patient:
-        return redis.Redis.from_url(url, retry=Retry(*_RETRIES), **options)
+        return redis.Redis.from_url(url, retry=Retry(*_retries()), **options)
 
     def ask() -> Any:
         with redis.Redis.from_url(url, **options) as asking:
             return asking.info("persistence")
 
-    return redis.Redis.from_url(url, retry=PatientRetry(*_RETRIES, patience=settings.patience, ask=ask), **options)
+    return redis.Redis.from_url(url, retry=PatientRetry(*_retries(), patience=settings.patience, ask=ask), **options)
 
 
 def connect_async(settings: Settings) -> Any:
     """The asyncio twin of `connect`, patient."""
+    import redis.asyncio
+
+    from stoker.loading import AsyncPatientRetry
+
     url, options = settings.address.redis, _options(settings)
 
     async def ask() -> Any:
         async with redis.asyncio.Redis.from_url(url, **options) as asking:
             return await asking.info("persistence")
 
-    retry = AsyncPatientRetry(*_RETRIES, patience=settings.patience, ask=ask)
+    retry = AsyncPatientRetry(*_retries(), patience=settings.patience, ask=ask)
     return redis.asyncio.Redis.from_url(url, retry=retry, **options)
+
+
+def _retries() -> Any:
+    """Two more tries within a third of a second, after a lost connection and not after silence."""
+    from redis.backoff import ExponentialBackoff
+    from redis.exceptions import ConnectionError
+
+    return ExponentialBackoff(cap=0.25, base=0.05), 2, (ConnectionError,)
 
 
 def _options(settings: Settings) -> dict[str, Any]:
@@ -89,19 +93,20 @@ def _options(settings: Settings) -> dict[str, Any]:
 
 @contextmanager
 def translated(settings: Settings, but: tuple[type[RedisError], ...] = (), at: str = "") -> Iterator[None]:
-    """Whatever redis-py raises inside becomes `BrokerUnavailable`, but for what the caller deals with. `at`: what key
-    it is about."""
+    """What redis-py raises inside becomes `BrokerUnavailable`, except what the caller deals with: `but`. `at`: the key
+    that is asked for."""
     try:
         yield
     except but:
         raise
-    except RedisError as error:
+    except Exception as error:
+        from redis.exceptions import RedisError
+
+        from stoker.trouble import broker_unavailable
+
+        if not isinstance(error, RedisError):
+            raise
         raise broker_unavailable(settings, error, at) from None
-
-
-def passes(error: RedisError) -> bool:
-    """Whether the trouble may go away by itself, or when somebody mends the broker: the same command will do then."""
-    return isinstance(error, TROUBLE + _PASSING) or str(error).startswith(_PASSING_REPLIES)
 
 
 class Patience:
@@ -115,14 +120,12 @@ class Patience:
         """The broker answered."""
         self._since = None
 
-    def spend(self, error: RedisError) -> float:
+    def spend(self, error: Exception) -> float:
         """Seconds to wait before the next try; raises `BrokerUnavailable` when there is no point in one."""
+        from stoker.trouble import broker_unavailable, hopeless
+
         now = time.monotonic()
         self._since = self._since or now
-        hopeless = isinstance(error, AuthenticationError | AuthorizationError)
-        if hopeless or now - self._since >= self._settings.patience:
-            raise self.give_up(error) from None
+        if hopeless(error) or now - self._since >= self._settings.patience:
+            raise broker_unavailable(self._settings, error) from None
         return min(1.0, 0.1 + (now - self._since) / 4)
-
-    def give_up(self, error: RedisError) -> BrokerUnavailable:
-        return broker_unavailable(self._settings, error)

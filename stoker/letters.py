@@ -8,6 +8,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from stoker.contract.names import Rule, follows
+
 #: The kind of a letter that is no job's.
 MESSAGE = "message"
 #: Bytes of a message that its letter has, base64.
@@ -31,6 +33,12 @@ def _letter(value: bytes) -> dict[str, Any]:
 def spoiled(value: bytes) -> dict[str, Any]:
     """Of a letter that cannot be read."""
     return {"kind": MESSAGE, "model": "", "request": "", "client": "", "history": [], **shown(value)}
+
+
+def sender(letter: Mapping[str, Any]) -> str | None:
+    """The key of the client that sent the job; None where the letter has none that could be one."""
+    key = letter.get("client")
+    return key if isinstance(key, str) and follows(Rule.NAME, key) else None
 
 
 def shown(raw: bytes) -> dict[str, Any]:

@@ -6,9 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -18,6 +16,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
 
+from stoker.asking import caller_waits
 from stoker.errors import BrokerLoading, BrokerUnavailable
 
 log = logging.getLogger(__name__)
@@ -100,24 +99,11 @@ def wait_until_loaded(
         time.sleep(LOOK_EVERY)
 
 
-_own_patience: ContextVar[bool] = ContextVar("own_patience", default=False)
-
-
-@contextmanager
-def own_patience() -> Iterator[None]:
-    """Inside, a broker that loads is an error at once: the caller has a time limit of its own, and asks again."""
-    token = _own_patience.set(True)
-    try:
-        yield
-    finally:
-        _own_patience.reset(token)
-
-
 class _Wait:
     """One command's wait for a broker that loads."""
 
     def __init__(self, patience: float) -> None:
-        self._end = time.monotonic() + (0.0 if _own_patience.get() else patience)
+        self._end = time.monotonic() + (0.0 if caller_waits() else patience)
         self._told = False
 
     def pause(self, progress: Progress | None) -> float:

@@ -1,11 +1,12 @@
-"""What the two clients' bulk calls share: cutting texts into jobs, how many are in flight, what is tried again."""
+"""What a bulk call decides without the broker: cutting texts into jobs, how many are in flight, what is tried again."""
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from stoker.contract import Presence
 from stoker.errors import (
@@ -25,7 +26,7 @@ BATCH_CHARS = 500_000
 ATTEMPTS = 3
 #: Jobs in flight for each worker: one that computes, one that is tokenized, one that waits, one that is fetched.
 JOBS_PER_WORKER = 4
-#: Seconds to wait for a place in a full queue before the next try, at the most.
+#: The longest pause, in seconds, before the next try at a full queue.
 LONGEST_PAUSE = 5.0
 #: Seconds for which a count of workers holds.
 COUNT_EVERY = 2.0
@@ -47,9 +48,18 @@ class Plan:
             raise InvalidRequest(f"in_flight: {self.in_flight} given; 1 to 10000 are allowed, or None.")
 
 
+def checked_texts(texts: Any) -> Any:
+    """Raises `InvalidRequest` for what is no iterable of texts."""
+    if isinstance(texts, str):
+        raise InvalidRequest("texts: one text given; expected many, such as a list or the lines of a file.")
+    if not isinstance(texts, Iterable | AsyncIterable):
+        raise InvalidRequest(f"texts: a {type(texts).__name__} given; expected an iterable of texts.")
+    return texts
+
+
 @dataclass
 class Chunk:
-    """The texts of one job. `start`: the place of the first among all."""
+    """The texts of one job. `start`: the index of the first among all."""
 
     start: int
     texts: list[str]
@@ -68,8 +78,8 @@ class Cutter:
     def add(self, text: object) -> Iterator[Chunk]:
         """Yields the chunk before `text` if that is full."""
         if not isinstance(text, str):
-            place = self.start + len(self._texts)
-            raise InvalidRequest(f"texts.{place}: a {type(text).__name__} given; expected text.")
+            index = self.start + len(self._texts)
+            raise InvalidRequest(f"texts.{index}: a {type(text).__name__} given; expected text.")
         if self._texts and (len(self._texts) >= self.batch or self._chars + len(text) > BATCH_CHARS):
             yield from self.rest()
         self._texts.append(text)
@@ -94,7 +104,7 @@ class Flight:
 
     @property
     def stale(self) -> bool:
-        """Whether somebody should count the workers again."""
+        """Whether it is time to count the workers again."""
         return self._plan.in_flight is None and time.monotonic() - self._counted >= COUNT_EVERY
 
     def count(self, workers: Sequence[Presence]) -> None:
@@ -104,7 +114,7 @@ class Flight:
 
 
 def try_again(error: StokerError, chunk: Chunk, plan: Plan) -> bool:
-    """Whether to send the chunk once more. Raises what no further try can help, with the text's place among all."""
+    """Whether to send the chunk once more. Raises what no further try can help, with the text's index among all."""
     if isinstance(error, InvalidRequest):
         raise type(error)(placed(str(error), chunk.start)) from None
     chunk.tries += 1
@@ -113,5 +123,5 @@ def try_again(error: StokerError, chunk: Chunk, plan: Plan) -> bool:
 
 
 def placed(message: str, start: int) -> str:
-    """`texts.N` of a job, as the place among all texts."""
+    """`texts.N` of a job, as the index among all texts."""
     return re.sub(r"\btexts\.(\d+)", lambda match: f"texts.{int(match[1]) + start}", message, count=1)

@@ -7,10 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import safetensors
-import safetensors.numpy
-
 from stoker.errors import InvalidRequest
 
 #: What an adapter's folder may hold: PEFT's files, mlx-lm's, and what Stoker knows of its own.
@@ -32,6 +28,9 @@ class AdapterInput:
 
 def pack(files: Mapping[str, bytes], source: str | None = None) -> bytes:
     """`source`: where they come from, for messages."""
+    import numpy as np
+    import safetensors.numpy
+
     arrays = {name: np.frombuffer(data, dtype=np.uint8) for name, data in files.items()}
     # A path may hold bytes that are no text.
     said = None if source is None else source.encode("utf-8", "replace").decode()[:_LONGEST]
@@ -50,6 +49,8 @@ def source(data: bytes, otherwise: str) -> str:
 
 def unpack(data: bytes, source: str) -> dict[str, bytes]:
     """The inverse. Raises `InvalidRequest` for anything else, and for a file that no adapter has."""
+    import safetensors.numpy
+
     try:
         found = safetensors.numpy.load(data)
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
@@ -62,7 +63,7 @@ def unpack(data: bytes, source: str) -> dict[str, bytes]:
 
 def read_folder(folder: Path, *, named: bool = False) -> bytes:
     """The files of an adapter's folder (PEFT's, mlx-lm's, or a checkpoint of Stoker), packed; `named`: with its path,
-    so that whoever refuses them can name it.
+    so that a worker that refuses them can name it.
 
     Raises `InvalidRequest` for a folder that holds none, or too much.
     """

@@ -1,13 +1,16 @@
-"""Vectors on the wire: safetensors bytes, in float32, float16, or in int8 with a scale for each vector."""
+"""Vectors on the wire: safetensors bytes, in float32, float16, or in int8 with a scale for each vector.
+
+NumPy is loaded when the first vectors come: a client that only generates does without it.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
-import numpy as np
-import safetensors.numpy
-from numpy.typing import NDArray
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 VectorType = Literal["float32", "float16", "int8"]
 VECTOR_TYPES: tuple[VectorType, ...] = get_args(VectorType)
@@ -15,8 +18,8 @@ VECTOR_TYPES: tuple[VectorType, ...] = get_args(VectorType)
 
 @dataclass(frozen=True, eq=False)
 class Int8Vectors:
-    """`codes` int8 (rows, dim) and `scales` float32 (rows,): vector i is codes[i] · scales[i], off by scales[i] / 2 at
-    the most in each number."""
+    """`codes` int8 (rows, dim) and `scales` float32 (rows,): vector i is codes[i] · scales[i], off by at most
+    scales[i] / 2 in each number."""
 
     codes: NDArray[np.int8]
     scales: NDArray[np.float32]
@@ -30,11 +33,13 @@ class Int8Vectors:
 
 
 #: What a job made, as it travelled: float32 or float16 (rows, dim), or `Int8Vectors`.
-Encoded = np.ndarray | Int8Vectors
+Encoded: TypeAlias = "np.ndarray | Int8Vectors"
 
 
 def quantize(vectors: NDArray[np.float32]) -> Int8Vectors:
     """Symmetric: each vector's largest number becomes ±127. A vector of zeros stays one."""
+    import numpy as np
+
     scales = np.abs(vectors).max(axis=1) / np.float32(127)
     codes = np.rint(vectors / np.where(scales > 0, scales, 1)[:, None])
     return Int8Vectors(codes.astype(np.int8), scales.astype(np.float32))
@@ -42,6 +47,9 @@ def quantize(vectors: NDArray[np.float32]) -> Int8Vectors:
 
 def save(vectors: NDArray[np.float32], dtype: VectorType) -> bytes:
     """float32 (rows, dim) as the safetensors bytes of a job's blob: `vectors`, and `scales` if they are int8."""
+    import numpy as np
+    import safetensors.numpy
+
     if dtype == "int8":
         small = quantize(vectors)
         return safetensors.numpy.save({"vectors": small.codes, "scales": small.scales})
@@ -50,6 +58,8 @@ def save(vectors: NDArray[np.float32], dtype: VectorType) -> bytes:
 
 def load(data: bytes) -> Encoded:
     """The inverse of `save`."""
+    import safetensors.numpy
+
     tensors = safetensors.numpy.load(data)
     return Int8Vectors(tensors["vectors"], tensors["scales"]) if "scales" in tensors else tensors["vectors"]
 

@@ -25,6 +25,7 @@ from importlib import resources
 from typing import Any
 
 from stoker import keys
+from stoker.ledger.listing import Listing
 from stoker.ledger.script import Script
 
 #: Owners that a job may kill before it is put aside.
@@ -164,25 +165,7 @@ def _record(job_id: str, status: str, result: Any) -> dict[str, Any]:
 
 
 def open_jobs(redis: Any, queues: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Jobs of `queues` that have not ended, oldest first: id → kind, model, client, priority, age, and worker if one
-    owns it. For a blocking client."""
-    now = _server_time(redis)
-    found = [entry for queue in queues for entry in redis.zrange(keys.open_jobs(queue), 0, -1, withscores=True)]
-    found.sort(key=lambda entry: entry[1])
-    names = ("kind", "model", "client", "priority", "worker")
-    pipeline = redis.pipeline()
-    for job_id, _ in found:
-        pipeline.hmget(keys.job(job_id.decode()), *names)
-    listed = {}
-    for (job_id, submitted), values in zip(found, pipeline.execute(), strict=True):
-        record: dict[str, Any] = {
-            name: value.decode() for name, value in zip(names, values, strict=True) if value is not None
-        }
-        if record:
-            listed[job_id.decode()] = record | {"priority": int(record["priority"]), "age": max(0.0, now - submitted)}
-    return listed
-
-
-def _server_time(redis: Any) -> float:
-    seconds, micros = redis.time()
-    return float(seconds) + float(micros) / 1e6
+    """Jobs of `queues` that have not ended, oldest first; see `Listing.jobs`. For a blocking client."""
+    listing = Listing(queues)
+    ids = listing.ask_ids(redis.pipeline()).execute()
+    return listing.jobs(listing.ask_records(redis.pipeline(), ids).execute())

@@ -7,8 +7,6 @@ from hashlib import sha1
 from inspect import isawaitable
 from typing import Any
 
-from redis.exceptions import NoScriptError
-
 
 class Script:
     """Call it with a blocking client for the reply, with an asyncio client for an awaitable of it."""
@@ -22,6 +20,9 @@ class Script:
             # EVAL runs the text and keeps it: one round trip less than SCRIPT LOAD, and no further permission.
             return redis.eval(self.text, len(names), *names, *arguments)
 
+        # Here, and not above: a client is imported by programs that open no connection for a long time.
+        from redis.exceptions import NoScriptError
+
         try:
             reply = redis.evalsha(self._hash, len(names), *names, *arguments)
         except NoScriptError:
@@ -30,6 +31,8 @@ class Script:
 
 
 async def _later(reply: Awaitable[Any], in_full: Callable[[], Awaitable[Any]]) -> Any:
+    from redis.exceptions import NoScriptError
+
     try:
         return await reply
     except NoScriptError:

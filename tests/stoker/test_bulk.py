@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from stoker.bulk.chunks import BATCH_CHARS, Flight, Plan
-from stoker.bulk.many import embed_chunks, embed_chunks_async
+from stoker.client._async.bulk import embed_chunks as embed_chunks_async
+from stoker.client._sync.bulk import embed_chunks
 from stoker.contract import ModelCard, Presence
 from stoker.contract.vectors import Encoded, load, plain, quantize, save
 from stoker.errors import (

@@ -62,12 +62,12 @@ def trained_on(server: Any, job_id: str) -> Any:
 def test_what_an_upload_that_died_has_left_is_no_part_of_the_next_one_of_its_id(
     server: Any, client: Client, broker: Settings
 ) -> None:
-    parts = len(list(submission(broker, OLD, "whole").uploads(server)))
+    parts = len([part.execute() for part in submission(broker, OLD, "whole").uploads(server)])
     server.delete(*blobs(server))
     for died_after in range(parts + 1):
         sending = submission(broker, OLD).uploads(server)
         for _ in range(died_after):
-            next(sending)
+            next(sending).execute()
         client.train("style", NEW, model=SMOL.model, job_id="mine")
         assert trained_on(server, "mine") == NEW, f"after {died_after} parts"
         server.delete(keys.job("mine"))
@@ -79,14 +79,15 @@ def test_the_same_from_asyncio(server: Any, broker: Settings) -> None:
             await sender.train("style", NEW, model=SMOL.model, job_id="mine")
             await sender.train("style", OLD, model=SMOL.model, job_id="mine")
 
-    next(submission(broker, OLD).uploads(server))
+    next(submission(broker, OLD).uploads(server)).execute()
     asyncio.run(send())
     assert trained_on(server, "mine") == NEW
 
 
 def test_an_upload_expires_within_minutes_until_its_job_names_it(server: Any, broker: Settings) -> None:
     sent = submission(broker, OLD)
-    for _ in sent.uploads(server):
+    for part in sent.uploads(server):
+        part.execute()
         (blob,) = blobs(server)
         assert 0 < server.ttl(blob) <= keys.UPLOAD_TTL <= 15 * 60
         # As after a minute of sending: the next part makes it live on.
@@ -99,7 +100,7 @@ def test_an_upload_expires_within_minutes_until_its_job_names_it(server: Any, br
 def test_each_part_makes_what_is_there_live_on(server: Any, broker: Settings) -> None:
     sending = submission(broker, OLD).uploads(server)
     for _ in range(3):
-        next(sending)
+        next(sending).execute()
         (blob,) = blobs(server)
         assert server.ttl(blob) > keys.UPLOAD_TTL - 30
         server.expire(blob, 5)
@@ -113,11 +114,11 @@ def test_an_id_that_is_known_takes_no_second_input_and_leaves_none(
     # Both looked for the job before either had sent it.
     for rows in (NEW, OLD):
         late = submission(broker, rows)
-        for _ in late.uploads(server):
-            pass
+        for part in late.uploads(server):
+            part.execute()
         reply = late.send(server)
         assert reply[0] == b"known"
-        late.tidy(server, reply)
+        late.tidy(server.pipeline(), reply).execute()
         assert blobs(server) == [first]
     assert trained_on(server, "mine") == OLD
 
@@ -126,13 +127,13 @@ def test_an_input_stays_while_a_place_in_the_queue_is_waited_for(server: Any, cl
     client.train("style", NEW[:1], model=SMOL.model, job_id="first")
     server.hset(keys.POLICY, "queue_limit", 1)
     waiting = submission(broker, OLD)
-    for _ in waiting.uploads(server):
-        pass
+    for part in waiting.uploads(server):
+        part.execute()
     blob = next(name for name in blobs(server) if ":mine:" in name)
     server.expire(blob, 5)
     reply = waiting.send(server)
     assert reply[0] == b"full"
-    waiting.tidy(server, reply)
+    waiting.tidy(server.pipeline(), reply).execute()
     assert server.ttl(blob) > keys.UPLOAD_TTL - 30
     with pytest.raises(QueueFull):
         client.train("style", OLD, model=SMOL.model, job_id="third")

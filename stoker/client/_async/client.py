@@ -1,0 +1,291 @@
+"""The client: it enqueues jobs, and asks what there is."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from typing_extensions import Unpack
+
+from stoker import client_core as core
+from stoker import keys, letters
+from stoker.bulk.chunks import ATTEMPTS, BATCH_TEXTS, Plan
+from stoker.client._async.adapters import AsyncAdapters
+from stoker.client._async.bulk import embed_chunks
+from stoker.client._async.jobs import (
+    KINDS,
+    AnyAsyncJob,
+    AsyncAdapterJob,
+    AsyncEmbedJob,
+    AsyncGenerateJob,
+    AsyncTrainJob,
+)
+from stoker.client.asynchronously import Connections, Texts, in_thread, sleep
+from stoker.client.options import EmbedOptions, GenerateOptions, TrainOptions, checked_options
+from stoker.client_core import Dataset, Prompt
+from stoker.connection import translated
+from stoker.contract import ModelCard, Presence, Request, decode
+from stoker.contract.vectors import Encoded, plain
+from stoker.errors import InvalidRequest, JobLost
+from stoker.ledger.listing import Listing
+from stoker.settings import Settings, load_settings
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_BULK = ("model", "batch", "in_flight", "attempts")
+
+
+class AsyncClient:
+    """Enqueues jobs. Close it, or use it in `async with`. Any number of event loops and threads may share it.
+
+    `url` overrides `STOKER_URL`; without both it is the broker of a `stoker up` on this machine, else
+    `redis://127.0.0.1:6379/0`. Every method raises `BrokerUnavailable` if the broker does not answer, and
+    `InvalidRequest` before anything is sent if the request cannot be run.
+
+    `key` names the sender: clients of one queue get equal shares of it, and each has a limit of its own. `queue_wait`:
+    seconds to wait for room in a queue that is full before `QueueFull` is raised. They override
+    `STOKER_CLIENT_KEY` and `STOKER_QUEUE_WAIT`.
+
+    A client and its jobs can be pickled. The broker's address travels, without the password. Where they are unpickled,
+    they use the settings of that process: its own broker if it has one (`STOKER_URL`), else this address.
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        key: str | None = None,
+        queue_wait: float | None = None,
+        settings: Settings | None = None,
+    ) -> None:
+        self.settings = settings or load_settings(url=url, client_key=key, queue_wait=queue_wait)
+        #: The registry of adapters: `list`, `get`, `load`, `promote`, `rollback`, `deactivate`, `unload`.
+        self.adapters = AsyncAdapters(self)
+        self._connections = Connections(self.settings)
+        self._choices = core.Choices()
+
+    @property
+    def redis(self) -> Any:
+        """The connection pool, as redis-py's client."""
+        return self._connections.current()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.settings.address.shown}>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _client_at, (self.settings.address.without_password,)
+
+    async def embed(
+        self,
+        texts: Sequence[str],
+        *,
+        model: str | None = None,
+        job_id: str | None = None,
+        **options: Unpack[EmbedOptions],
+    ) -> AsyncEmbedJob:
+        """Turn texts into vectors: the result is float32 (len(texts), dim), in order.
+
+        Options and their defaults: normalize=None (as the model's files say), truncation="error" (or "end"; also
+        truncate=True), prompt=None, dimensions=None (all), dtype="float32" (or "float16", "int8": float32 again when
+        it is here), priority=5 (0 is first), deadline=None. `job_id`: an id of your own; sent twice it is one job, so
+        a call that failed half-way can be repeated.
+        """
+        fields = checked_options(options, EmbedOptions, ("model", "job_id"))
+        request = core.embed_request(await self.choose_model(model, "embed"), texts, fields)
+        return AsyncEmbedJob(self, await self._submit(request, job_id))
+
+    def embed_many(
+        self,
+        texts: Texts,
+        *,
+        model: str | None = None,
+        batch: int = BATCH_TEXTS,
+        in_flight: int | None = None,
+        attempts: int = ATTEMPTS,
+        **options: Unpack[EmbedOptions],
+    ) -> AsyncGenerator[np.ndarray]:
+        """Turn any number of texts into vectors (dim,), in order, with neither side's whole in memory.
+
+        Jobs of `batch` texts; `in_flight` of them at once (None: four for each worker that holds the model, also those
+        that come later). A job that failed is sent again, `attempts` times in all. What is wrong with a text is raised
+        with its index among all. Leaving early cancels what is under way. With asyncio `texts` may be asynchronous
+        too. Options and their defaults: those of `embed`.
+        """
+        checked_options(options, EmbedOptions, _BULK)
+        return self._rows(self._chunks(texts, model, Plan(batch, in_flight, attempts), options))
+
+    def embed_chunks(
+        self,
+        texts: Texts,
+        *,
+        model: str | None = None,
+        batch: int = BATCH_TEXTS,
+        in_flight: int | None = None,
+        attempts: int = ATTEMPTS,
+        **options: Unpack[EmbedOptions],
+    ) -> AsyncGenerator[Encoded]:
+        """As `embed_many`, except that vectors come as the jobs bring them: (texts of a job, dim), int8 as codes and
+        scales."""
+        checked_options(options, EmbedOptions, _BULK)
+        return self._chunks(texts, model, Plan(batch, in_flight, attempts), options)
+
+    async def generate(
+        self,
+        prompt: Prompt | None = None,
+        *,
+        model: str | None = None,
+        seed: int | None = None,
+        job_id: str | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> AsyncGenerateJob:
+        """Continue `prompt`: a text, token ids, or the messages of a conversation.
+
+        Options and their defaults: max_tokens=128, n=1, temperature=0.0 (greedy), top_k=0, top_p=1.0, min_p=0.0,
+        repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0, logit_bias=None, stop=(),
+        stop_token_ids=(), ignore_eos=False, top_logprobs=0, json_schema=None, regex=None, adapter=None, tools=None,
+        template=None, priority=5 (0 is first), deadline=None; prompt_ids=None and messages=None, which say by name
+        what `prompt` is. `seed`: None draws one. What each of them means: docs/generate.md.
+        """
+        fields = checked_options(options, GenerateOptions, ("prompt", "model", "seed", "job_id"))
+        request = core.generate_request(await self.choose_model(model, "generate"), prompt, seed, fields)
+        return AsyncGenerateJob(self, await self._submit(request, job_id))
+
+    async def train(
+        self,
+        name: str,
+        dataset: Dataset,
+        *,
+        model: str | None = None,
+        job_id: str | None = None,
+        **options: Unpack[TrainOptions],
+    ) -> AsyncTrainJob:
+        """Train the LoRA adapter `name` on `dataset`: a path to JSON lines, `worker:NAME`, or the examples.
+
+        Options and their defaults: steps=100, rank=8, alpha=16.0, targets=("q_proj", "k_proj", "v_proj", "o_proj"),
+        rslora=False, dora=False, dropout=0.0, batch_size=4, accumulation=1, max_length=512, learn_prompts=False,
+        learning_rate=0.0002, schedule="constant", warmup_steps=0, weight_decay=0.01, clip=1.0, label_smoothing=0.0,
+        gradient_checkpointing=False, held_out=0.0, eval_every=0, stop_after=0, spike=3.0, checkpoint_every=20,
+        promote=True, seed=0, priority=5 (0 is first), deadline=None. What each of them means: docs/train.md.
+        """
+        fields = checked_options(options, TrainOptions, ("model", "job_id"))
+        job_id = core.checked_job_id(job_id)
+        request = core.train_request(await self.choose_model(model, "train"), name, dataset, job_id, fields)
+        return AsyncTrainJob(self, await self._submit(request, job_id, await in_thread(core.read_dataset, dataset)))
+
+    async def job(self, job_id: str) -> AnyAsyncJob:
+        """A job that was sent before, by this process or another; raises `JobLost` if the broker does not know it."""
+        with translated(self.settings, at=keys.job(job_id)):
+            kind = await self.redis.hget(keys.job(job_id), "kind")
+        if kind is None:
+            raise core.lost(job_id)
+        return KINDS[core.known_kind(job_id, kind)](self, job_id)
+
+    async def workers(self) -> list[Presence]:
+        """The workers that are alive now, each with its warm models."""
+        with translated(self.settings):
+            names = await self.redis.zrangebyscore(keys.WORKERS, time.time() - keys.PRESENCE_TTL, "+inf")
+            raw = await self.redis.mget([keys.worker(name.decode(errors="replace")) for name in names]) if names else []
+        return core.parse_presences(raw)
+
+    async def models(self) -> dict[str, ModelCard]:
+        """Every model that some worker serves or lately served."""
+        with translated(self.settings):
+            return core.parse_cards(await self.redis.hgetall(keys.MODELS))
+
+    async def jobs(self) -> dict[str, dict[str, Any]]:
+        """Jobs that have not ended, oldest first: id → kind, model, age in seconds, and worker if one owns it."""
+        models = await self.models()
+        listing = Listing(keys.queue(card.model, kind) for card in models.values() for kind in card.kinds)
+        with translated(self.settings):
+            ids = await listing.ask_ids(self.redis.pipeline()).execute()
+            return listing.jobs(await listing.ask_records(self.redis.pipeline(), ids).execute())
+
+    async def dead(self) -> dict[str, dict[str, Any]]:
+        """Dead letters: jobs whose workers ended one after another, and messages that no worker can read.
+        id → kind, model, history."""
+        with translated(self.settings):
+            return letters.parse(await self.redis.hgetall(keys.DEAD))
+
+    async def retry(self, job_id: str) -> AnyAsyncJob:
+        """Send a dead job again, under its own id and for the client that sent it. Raises `JobLost` if there is none of
+        that id."""
+        letter = (await self.dead()).get(job_id)
+        if letter is None:
+            raise JobLost(f"job {job_id}: no dead letter of that id. `stoker jobs dead` lists them.")
+        if letter["kind"] not in core.REQUESTS:
+            raise InvalidRequest(f"{job_id}: a message that cannot be read and no job; nothing can be sent again.")
+        request = decode(core.REQUESTS[letter["kind"]], json.loads(letter["request"]))
+        await self._send(core.Submission(self.settings, request, job_id, client=letters.sender(letter)), revive=True)
+        return KINDS[request.kind](self, job_id)
+
+    async def choose_model(self, model: str | None, kind: str) -> str:
+        """The name to send to: that of `model`, or of the only model that is warm and can do `kind`."""
+        chosen = self._choices.get(model, kind)
+        if chosen is None:
+            chosen = core.choose_model(model, kind, await self.models(), await self.workers())
+        return self._choices.keep(model, kind, chosen)
+
+    async def close(self) -> None:
+        """Close the connections. The client may be used again: it opens others."""
+        await self._connections.aclose()
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _chunks(
+        self, texts: Texts, model: str | None, plan: Plan, options: EmbedOptions
+    ) -> AsyncGenerator[Encoded]:
+        model = await self.choose_model(model, "embed")
+        async with aclosing(embed_chunks(self, texts, model, plan, options)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    async def _rows(self, chunks: AsyncGenerator[Encoded]) -> AsyncGenerator[np.ndarray]:
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                for vector in plain(chunk):
+                    yield vector
+
+    async def _load_adapter(
+        self, name: str, data: bytes, model: str, fields: dict[str, Any], job_id: str | None
+    ) -> AsyncAdapterJob:
+        job_id = core.checked_job_id(job_id)
+        request = core.adapter_request(model, name, job_id, fields)
+        return AsyncAdapterJob(self, await self._submit(request, job_id, data))
+
+    async def _submit(self, request: Request, job_id: str | None, data: bytes = b"") -> str:
+        # In a thread: the digest of half a gigabyte would hold up an event loop.
+        make = partial(core.Submission, self.settings, request, core.checked_job_id(job_id), data)
+        submission = await in_thread(make) if data else make()
+        with translated(self.settings):
+            if submission.in_parts and not await self.redis.exists(keys.job(submission.job_id)):
+                for part in submission.uploads(self.redis):
+                    await part.execute()
+        return await self._send(submission)
+
+    async def _send(self, submission: core.Submission, *, revive: bool = False) -> str:
+        while True:
+            with translated(self.settings):
+                reply = await submission.send(self.redis, revive=revive)
+                await submission.tidy(self.redis.pipeline(), reply).execute()
+                if reply[0] == b"known":
+                    submission.check_known(await self.redis.hget(keys.job(submission.job_id), "kind"))
+                pause = submission.pause(reply)
+            if pause is None:
+                return submission.job_id
+            await sleep(pause)
+
+
+def _client_at(address: str) -> AsyncClient:
+    return AsyncClient(settings=core.settings_at(address))

@@ -1,0 +1,97 @@
+# Generated from stoker/client/_async/adapters.py by `make format`: edit that file.
+"""The registry of adapters as clients see it: `client.adapters`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from typing_extensions import Unpack
+
+from stoker import keys, registry
+from stoker.adapters import Folder, found
+from stoker.client._sync.jobs import AdapterJob
+from stoker.client.blocking import in_thread
+from stoker.client.options import AdapterOptions, checked_options
+from stoker.connection import translated
+from stoker.contract import bundle
+from stoker.registry import AdapterEntry
+
+if TYPE_CHECKING:
+    from stoker.client._sync.client import Client
+
+
+class Adapters:
+    """Lists, loads, promotes and takes back. `model` may be left out where just one model generates.
+
+    A version is named `name@version`. What is changed here holds at once for every worker; jobs that have begun keep
+    the version that they began with.
+    """
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    def list(self, model: str | None = None) -> list[AdapterEntry]:
+        """Every adapter of the model, by name."""
+        model = self._model(model)
+        with translated(self._client.settings):
+            known = registry.names(self._client.redis.smembers(keys.adapters(model)))
+            raw = [self._client.redis.hgetall(keys.adapter(model, name)) for name in known]
+        return [registry.parse(model, name, fields) for name, fields in zip(known, raw, strict=True)]
+
+    def get(self, name: str, model: str | None = None) -> AdapterEntry:
+        """One adapter; raises `UnknownAdapter`."""
+        model, (name, _) = self._model(model), registry.wanted(name, version=False)
+        with translated(self._client.settings):
+            raw = self._client.redis.hgetall(keys.adapter(model, name))
+        return found(model, name, raw)
+
+    def load(
+        self,
+        name: str,
+        folder: Folder,
+        *,
+        model: str | None = None,
+        job_id: str | None = None,
+        **options: Unpack[AdapterOptions],
+    ) -> AdapterJob:
+        """Take an adapter that was made elsewhere into the registry: PEFT's folder, mlx-lm's, or a checkpoint of a
+        run. A worker checks it against the model; the job's result says which version it has become.
+
+        Options and their defaults: promote=True (serve it as soon as it is there), priority=5, deadline=None.
+        """
+        fields = checked_options(options, AdapterOptions, ("model", "job_id"))
+        data = in_thread(bundle.read_folder, Path(folder), named=True)
+        return self._client._load_adapter(name, data, self._model(model), fields, job_id)
+
+    def promote(self, adapter: str, model: str | None = None) -> AdapterEntry:
+        """Let `name@version` serve every request for `name`."""
+        return self._change("promote", adapter, model, version=True)
+
+    def activate(self, adapter: str, model: str | None = None) -> AdapterEntry:
+        """The same as `promote`."""
+        return self.promote(adapter, model)
+
+    def rollback(self, name: str, model: str | None = None) -> AdapterEntry:
+        """Let the version serve that served before."""
+        return self._change("rollback", name, model, version=False)
+
+    def deactivate(self, name: str, model: str | None = None) -> AdapterEntry:
+        """Let no version serve; `name@version` can still be asked for."""
+        return self._change("deactivate", name, model, version=False)
+
+    def unload(self, adapter: str, model: str | None = None) -> AdapterEntry:
+        """Take `name@version`, which must not serve now, out of the registry and the broker."""
+        return self._change("unload", adapter, model, version=True)
+
+    def _change(self, verb: str, adapter: str, model: str | None, *, version: bool) -> AdapterEntry:
+        name, number = registry.wanted(adapter, version=version)
+        entry = self.get(name, model)
+        with translated(self._client.settings):
+            done = registry.change(self._client.redis, entry.model, verb, name, number)
+        if done is None:
+            raise registry.explain(self.get(name, entry.model), verb, number)
+        return self.get(name, entry.model)
+
+    def _model(self, model: str | None) -> str:
+        return self._client.choose_model(model, "adapters")

@@ -1,0 +1,82 @@
+"""What the asyncio client does in another way than the blocking one; `blocking.py` has the same names."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
+from typing import Any, TypeVar
+
+from stoker.connection import connect_async
+from stoker.settings import Settings
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+#: Texts of a bulk call.
+Texts = Iterable[str] | AsyncIterable[str]
+#: What a generator meets when its caller leaves it early.
+LEFT = (GeneratorExit, asyncio.CancelledError)
+#: Seconds that a caller who is cancelled waits for what has to be done yet.
+LEAVE_WITHIN = 5.0
+
+sleep = asyncio.sleep
+in_thread = asyncio.to_thread
+
+
+class Connections:
+    """The broker, for each event loop that uses the client: a socket serves only the loop that opened it."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._of_loop: dict[asyncio.AbstractEventLoop, Any] = {}
+
+    def current(self) -> Any:
+        """The redis-py client of the loop that runs."""
+        loop = asyncio.get_running_loop()
+        if loop not in self._of_loop:
+            self._forget_closed()
+            self._of_loop[loop] = connect_async(self._settings)
+        return self._of_loop[loop]
+
+    async def aclose(self) -> None:
+        """Close the connections of the loop that runs, and let go of those whose loop has ended."""
+        self._forget_closed()
+        redis = self._of_loop.pop(asyncio.get_running_loop(), None)
+        if redis is not None:
+            await redis.aclose()
+
+    def _forget_closed(self) -> None:
+        for loop in [loop for loop in self._of_loop if loop.is_closed()]:
+            del self._of_loop[loop]
+
+
+async def finished(call: Callable[[], Awaitable[T]]) -> T:
+    """Run `call` to its end, also where the caller is cancelled meanwhile, or was before: as in FastAPI, which ends a
+    response by a scope in which every further `await` is cancelled too. It gets `LEAVE_WITHIN` seconds."""
+    task = asyncio.ensure_future(call())
+    give_up = asyncio.get_running_loop().call_later(LEAVE_WITHIN, task.cancel)
+    cancelled: asyncio.CancelledError | None = None
+    try:
+        while not task.done():
+            try:
+                await asyncio.wait([task])
+            except asyncio.CancelledError as error:
+                cancelled = error
+    finally:
+        give_up.cancel()
+    if cancelled is None:
+        return task.result()
+    if task.cancelled() or task.exception() is not None:
+        log.warning("while a cancelled caller left a job: %s", "no answer" if task.cancelled() else task.exception())
+    raise cancelled
+
+
+async def each(texts: Texts) -> AsyncIterator[str]:
+    """The texts of either kind of iterable."""
+    if isinstance(texts, AsyncIterable):
+        async for text in texts:
+            yield text
+    else:
+        for text in texts:
+            yield text

@@ -1,0 +1,48 @@
+"""What the blocking client does in another way than the asyncio one; `asynchronously.py` has the same names."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, ParamSpec, TypeVar
+
+from stoker.connection import connect
+from stoker.settings import Settings
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+#: Texts of a bulk call.
+Texts = Iterable[str]
+#: What a generator meets when its caller leaves it early.
+LEFT = (GeneratorExit, KeyboardInterrupt)
+
+sleep = time.sleep
+
+
+class Connections:
+    """The broker, for every thread."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._redis = connect(settings, patient=True)
+
+    def current(self) -> Any:
+        """The redis-py client."""
+        return self._redis
+
+    def close(self) -> None:
+        self._redis.close()
+
+
+def in_thread(call: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+    """A blocking caller waits in its own thread."""
+    return call(*arguments, **named)
+
+
+def finished(call: Callable[[], T]) -> T:
+    """Run `call`: nothing cancels a blocking caller."""
+    return call()
+
+
+def each(texts: Texts) -> Iterator[str]:
+    yield from texts

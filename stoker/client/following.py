@@ -1,0 +1,192 @@
+"""One reader of one job: what to ask the broker next, and what its answers mean. Each entry comes once, in order.
+
+Entries come twice: replayed from the Redis Stream, and live from the channel. `Follower` does no input or output, so
+that the blocking client and the asyncio client only carry its questions and answers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Generic, TypeVar
+
+from pydantic import ValidationError
+
+from stoker import keys
+from stoker.client_core import Outcome, announced, lost
+from stoker.connection import Patience
+from stoker.contract import StreamToken, TrainReport
+from stoker.errors import JobLost, JobTimeout
+from stoker.settings import Settings
+
+#: Entries that one replay fetches.
+PAGE = 512
+#: Seconds without a message after which a reader looks again, and finds what pub/sub lost.
+QUIET = 1.0
+
+E = TypeVar("E", StreamToken, TrainReport)
+
+Rows = Sequence[tuple[bytes, Mapping[bytes, bytes]]]
+Clock = Callable[[], float]
+
+
+class TimeLimit:
+    """The caller's own time limit: seconds without an entry or a result. None: no limit."""
+
+    def __init__(self, job_id: str, seconds: float | None, clock: Clock = time.monotonic) -> None:
+        self._job_id, self._seconds, self._clock = job_id, seconds, clock
+        self.restart()
+
+    def restart(self) -> None:
+        self._end = None if self._seconds is None else self._clock() + self._seconds
+
+    def slice(self, longest: float) -> float:
+        """Seconds to wait at a time; raises `JobTimeout` when none are left."""
+        if self._end is None:
+            return longest
+        left = self._end - self._clock()
+        if left <= 0:
+            raise JobTimeout(
+                f"job {self._job_id}: nothing came within {self._seconds:g} s. It goes on: ask again, or cancel it."
+            )
+        return min(left, longest)
+
+
+class Follower(Generic[E]):
+    """Follows a job to its `outcome`. `entry`: what its stream holds; None for a reader that wants the outcome alone.
+
+    Its client subscribes to `channels` and says so with `subscribed`. Then, until there is an outcome: where
+    `must_look`, it runs the commands of `ask` and hands the replies to `looked`; else it waits for a message for `wait`
+    seconds, and hands what came (None: nothing) to `heard`. Both return the entries that are due. After a lost
+    connection the client pauses for `pause` seconds and subscribes again.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        job_id: str,
+        entry: type[E] | None = None,
+        timeout: float | None = None,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self.job_id = job_id
+        #: How the job ended; None until that is known.
+        self.outcome: Outcome | None = None
+        #: Index of the entry that is due.
+        self.next = 0
+        self._entry: type[E] | None = entry
+        self._clock = clock
+        self._limit, self._patience = TimeLimit(job_id, timeout, clock), Patience(settings)
+        self._something_came = False
+        self.subscribed()
+
+    @property
+    def channels(self) -> list[str]:
+        """Where the result is announced and, for a reader of entries, where these come live."""
+        return [keys.result(self.job_id)] + ([keys.channel(self.job_id)] if self._entry is not None else [])
+
+    @property
+    def since(self) -> str:
+        """The stream id from which a replay has to begin."""
+        return keys.entry_id(self.next)
+
+    @property
+    def must_look(self) -> bool:
+        """Whether to ask the broker for the result and the entries that are due, instead of waiting for a message."""
+        return self._look or self._clock() >= self._quiet_until
+
+    def subscribed(self) -> None:
+        """The channels are heard from now on; what was published before has to be looked up."""
+        self._look, self._quiet_until = True, 0.0
+
+    def ask(self, pipeline: Any) -> Any:
+        """Put into `pipeline`: the result, the job's kind and owner, and the entries that are due."""
+        ask_state(pipeline, self.job_id)
+        if self._entry is not None:
+            pipeline.xrange(keys.stream(self.job_id), min=self.since, count=PAGE)
+        return pipeline
+
+    def looked(self, replies: Sequence[Any]) -> list[E]:
+        """The entries that `ask` has brought. Raises `JobLost` if the broker knows nothing of the job."""
+        self._patience.renew()
+        record, (kind, _), *pages = replies
+        rows = pages[0] if pages else []
+        entries = self.replay(rows)
+        self._something_came |= bool(entries)
+        if len(rows) == PAGE:
+            return entries
+        self.outcome = Outcome.parse(record)
+        if self.outcome is None and kind is None:
+            if not entries:
+                raise lost(self.job_id)
+            return entries
+        self._look, self._quiet_until = False, self._clock() + QUIET
+        return entries
+
+    def wait(self) -> float:
+        """Seconds to wait for a message; raises `JobTimeout` at the end of the caller's time limit."""
+        if self._something_came:
+            # From here, and not from the moment when it came: the caller may have taken long over it.
+            self._limit.restart()
+            self._something_came = False
+        return self._limit.slice(max(0.0, self._quiet_until - self._clock()))
+
+    def heard(self, message: Mapping[str, Any] | None) -> list[E]:
+        """The entry of a message, if it is the one due."""
+        if message is None:
+            return []
+        self._something_came, self._quiet_until = True, self._clock() + QUIET
+        if self._entry is not None and message["channel"] == keys.channel(self.job_id).encode():
+            entry, self._look = self.live(message["data"])
+            return [] if entry is None else [entry]
+        # A reader of entries looks again: the result alone does not say that it has them all.
+        self.outcome = None if self._entry is not None else announced(message["data"])
+        self._look = self.outcome is None
+        return []
+
+    def pause(self, error: Exception) -> float:
+        """Seconds to wait before the next try; raises `BrokerUnavailable` when the patience is at its end."""
+        return self._limit.slice(self._patience.spend(error))
+
+    def value(self) -> Any:
+        """What the job made; raises what it ended with. For a reader that has followed it to its outcome."""
+        if self.outcome is None:
+            raise lost(self.job_id)
+        return self.outcome.unwrap(self.job_id)
+
+    def replay(self, rows: Rows) -> list[E]:
+        """The entries of a page of the stream, from the one that is due. Raises `JobLost` for an entry that no worker
+        wrote: what is behind it cannot be told from what is missing."""
+        try:
+            entries = self._parsed(fields[b"entry"] for _, fields in rows)
+        except (ValidationError, KeyError):
+            raise JobLost(
+                "the job's stream holds an entry that Stoker did not write, and cannot be followed any further. "
+                "`result()` has the whole, once the job is done."
+            ) from None
+        due = [entry for entry in entries if entry.index >= self.next]
+        if due:
+            self.next = due[-1].index + 1
+        return due
+
+    def live(self, payload: bytes) -> tuple[E | None, bool]:
+        """The entry of a message if it is the one due, and whether entries before it were missed."""
+        try:
+            (entry,) = self._parsed([payload])
+        except ValidationError:
+            # Not a worker's: the stream itself has to tell.
+            return None, True
+        if entry.index != self.next:
+            return None, entry.index > self.next
+        self.next += 1
+        return entry, False
+
+    def _parsed(self, payloads: Iterable[bytes]) -> list[E]:
+        return [self._entry.model_validate_json(payload) for payload in payloads] if self._entry is not None else []
+
+
+def ask_state(pipeline: Any, job_id: str) -> Any:
+    """Put into `pipeline`: the result, and the job's kind and owner."""
+    pipeline.get(keys.result(job_id))
+    pipeline.hmget(keys.job(job_id), "kind", "token")
+    return pipeline

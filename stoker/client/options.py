@@ -1,0 +1,115 @@
+"""The options of each call, as type checkers see them: what the pydantic requests take, under the same names.
+
+`tests/stoker/test_typed_calls.py` holds both equal. A field that a call names itself (`model`, `texts`, `seed` …) is
+no option.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, TypeAlias
+
+from typing_extensions import TypedDict
+
+from stoker.contract.requests import ChatMessage, LoraTarget
+from stoker.contract.vectors import VectorType
+from stoker.errors import InvalidRequest
+
+
+class JobOptions(TypedDict, total=False):
+    """What every kind of job can be told."""
+
+    priority: int
+    deadline: float | None
+
+
+class EmbedOptions(JobOptions, total=False):
+    """Options of `embed`, `embed_many` and `embed_chunks`."""
+
+    normalize: bool | None
+    truncation: Literal["error", "end"]
+    #: True is another way to say `truncation="end"`.
+    truncate: bool
+    prompt: str | None
+    dimensions: int | None
+    dtype: VectorType
+
+
+class GenerateOptions(JobOptions, total=False):
+    """Options of `generate`."""
+
+    prompt_ids: Sequence[int] | None
+    messages: Sequence[ChatMessage | Mapping[str, Any]] | None
+    tools: Sequence[Mapping[str, Any]] | None
+    template: Mapping[str, Any] | None
+    adapter: str | None
+    max_tokens: int
+    n: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float] | None
+    stop: Sequence[str] | str
+    stop_token_ids: Sequence[int]
+    ignore_eos: bool
+    top_logprobs: int
+    json_schema: Mapping[str, Any] | None
+    regex: str | None
+
+
+class TrainOptions(JobOptions, total=False):
+    """Options of `train`."""
+
+    steps: int
+    rank: int
+    alpha: float
+    targets: Sequence[LoraTarget]
+    rslora: bool
+    dora: bool
+    dropout: float
+    batch_size: int
+    accumulation: int
+    max_length: int
+    learn_prompts: bool
+    learning_rate: float
+    schedule: Literal["constant", "linear", "cosine"]
+    warmup_steps: int
+    weight_decay: float
+    clip: float
+    label_smoothing: float
+    gradient_checkpointing: bool
+    held_out: float
+    eval_every: int
+    stop_after: int
+    spike: float
+    checkpoint_every: int
+    promote: bool
+    seed: int
+
+
+class AdapterOptions(JobOptions, total=False):
+    """Options of `adapters.load`."""
+
+    promote: bool
+
+
+Options: TypeAlias = EmbedOptions | GenerateOptions | TrainOptions | AdapterOptions
+
+
+def checked_options(given: Mapping[str, Any], options: type[Options], named: Iterable[str]) -> dict[str, Any]:
+    """`given`, as the fields of a request. `named`: the call's own parameters.
+
+    Raises `InvalidRequest` for an option that the call does not have.
+    """
+    for name in given:
+        if name not in options.__annotations__:
+            known = sorted({*options.__annotations__, *named})
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            raise InvalidRequest(f"{name}: no such option; {hint}Allowed: {', '.join(known)}.")
+    return dict(given)

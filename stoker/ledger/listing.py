@@ -1,0 +1,47 @@
+"""The jobs that have not ended, asked for in two rounds of commands that a blocking or an asyncio client carries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from stoker import keys
+
+_FIELDS = ("kind", "model", "client", "priority", "worker")
+
+
+class Listing:
+    """Jobs of `queues`: the replies to `ask_ids` go to `ask_records`, and the replies to those to `jobs`."""
+
+    def __init__(self, queues: Iterable[str]) -> None:
+        self._queues = tuple(queues)
+        self._now = 0.0
+        self._submitted: list[tuple[str, float]] = []
+
+    def ask_ids(self, pipeline: Any) -> Any:
+        pipeline.time()
+        for queue in self._queues:
+            pipeline.zrange(keys.open_jobs(queue), 0, -1, withscores=True)
+        return pipeline
+
+    def ask_records(self, pipeline: Any, replies: Sequence[Any]) -> Any:
+        (seconds, micros), *queues = replies
+        self._now = float(seconds) + float(micros) / 1e6
+        entries = [(job_id.decode(), float(submitted)) for queue in queues for job_id, submitted in queue]
+        self._submitted = sorted(entries, key=lambda entry: entry[1])
+        for job_id, _ in self._submitted:
+            pipeline.hmget(keys.job(job_id), *_FIELDS)
+        return pipeline
+
+    def jobs(self, replies: Sequence[Any]) -> dict[str, dict[str, Any]]:
+        """Oldest first: id → kind, model, client, priority, age, and worker if one owns it. A job that ended between
+        the two rounds is left out."""
+        listed = {}
+        for (job_id, submitted), values in zip(self._submitted, replies, strict=True):
+            record: dict[str, Any] = {
+                name: value.decode() for name, value in zip(_FIELDS, values, strict=True) if value is not None
+            }
+            if record:
+                age = max(0.0, self._now - submitted)
+                listed[job_id] = record | {"priority": int(record["priority"]), "age": age}
+        return listed

@@ -1,0 +1,72 @@
+"""What redis-py raises, sorted: what may pass, what is hopeless, and what a caller is told. Loads redis-py."""
+
+from __future__ import annotations
+
+from redis.exceptions import (
+    AuthenticationError,
+    AuthorizationError,
+    BusyLoadingError,
+    ClusterDownError,
+    MasterDownError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    TryAgainError,
+)
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from stoker.errors import BrokerUnavailable
+from stoker.loading import StillLoading, still_loading
+from stoker.settings import Settings
+
+#: The connection is gone or silent: another try may help.
+TROUBLE = (RedisConnectionError, RedisTimeoutError)
+#: What a broker answers that will take the same command again some time: its memory or its disk is full, or it is a
+#: replica in the middle of a fail-over.
+_PASSING = (OutOfMemoryError, ReadOnlyError, MasterDownError, ClusterDownError, TryAgainError)
+_PASSING_REPLIES = ("MISCONF", "NOREPLICAS", "MASTERDOWN", "LOADING", "BUSY", "NOAUTH", "WRONGPASS", "READONLY", "OOM")
+
+
+def passes(error: RedisError) -> bool:
+    """Whether the trouble may go away, by itself or by an operator's hand: the same command will do then."""
+    return isinstance(error, TROUBLE + _PASSING) or str(error).startswith(_PASSING_REPLIES)
+
+
+def hopeless(error: Exception) -> bool:
+    """Whether no further try can help: the broker refuses the login."""
+    return isinstance(error, AuthenticationError | AuthorizationError)
+
+
+def broker_unavailable(settings: Settings, error: BaseException, at: str = "") -> BrokerUnavailable:
+    """What redis-py raised, as the one error that a caller sees, with the remedy. `at`: the key that was asked for."""
+    where, reason = settings.address.shown, _reason(error)
+    if isinstance(error, AuthenticationError | AuthorizationError) or reason.startswith(("NOAUTH", "WRONGPASS")):
+        return BrokerUnavailable(
+            f"the broker at {where} refuses the login ({reason}). Put its user and password into STOKER_URL: "
+            "redis://USER:PASSWORD@HOST:PORT/DB."
+        )
+    if isinstance(error, BusyLoadingError):
+        return still_loading(where, error.progress if isinstance(error, StillLoading) else None)
+    if isinstance(error, OutOfMemoryError):
+        return BrokerUnavailable(
+            f"the broker at {where} has no memory left and took nothing. Wait until jobs have ended, or raise its "
+            "maxmemory."
+        )
+    if "WRONGTYPE" in reason:
+        return BrokerUnavailable(
+            f"the broker at {where} refused it ({reason}): {at or 'one of its keys (stoker:...)'} holds something that "
+            "Stoker did not write. Workers move aside what spoils a key that jobs share; delete one of a single job."
+        )
+    if reason.startswith("MISCONF"):
+        return BrokerUnavailable(
+            f"the broker at {where} cannot write to its disk and took nothing ({reason}). Free some space there."
+        )
+    return BrokerUnavailable(
+        f"no answer from the broker at {where} ({reason}). "
+        "Start one with `stoker up`, or set STOKER_URL to one that runs."
+    )
+
+
+def _reason(error: BaseException) -> str:
+    return str(error).strip().rstrip(".").splitlines()[0] if str(error).strip() else type(error).__name__
