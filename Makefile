@@ -70,14 +70,16 @@ SEED ?= 1
 chaos: $(STAMP) ## kill, freeze, drain and cut off real workers and their broker under load, for SECONDS=1200, SEED=1
 	CHAOS_SECONDS=$(SECONDS) CHAOS_SEED=$(SEED) $(BIN)/python -m pytest -m chaos -s -p no:cacheprovider tests/chaos $(PYTEST_ARGS)
 
-check: $(STAMP) ## lint, format, types, import rules, licences
+check: $(STAMP) ## lint, format, the generated client, types, import rules, licences
+	$(BIN)/python -m tests.unasync --check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q tests/test_licences.py
 
-format: $(STAMP) ## put the code into the form that check asks for
+format: $(STAMP) ## put the code into the form that check asks for, and write the blocking client anew
+	$(BIN)/python -m tests.unasync
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

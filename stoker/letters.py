@@ -35,6 +35,11 @@ def spoiled(value: bytes) -> dict[str, Any]:
     return {"kind": MESSAGE, "model": "", "request": "", "client": "", "history": [], **shown(value)}
 
 
+def request(letter: Mapping[str, Any]) -> str:
+    """What was asked, as JSON; for `codec.read`, which says what is wrong with it."""
+    return str(letter.get("request", ""))
+
+
 def sender(letter: Mapping[str, Any]) -> str | None:
     """The key of the client that sent the job; None where the letter has none that could be one."""
     key = letter.get("client")

@@ -84,6 +84,7 @@ def test_the_wheel_holds_stoker_alone(tmp_path: Path) -> None:
         names = archive.namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"stoker"}
     assert "stoker/errors.py" in names
+    assert "stoker/py.typed" in names, "type checkers read the annotations of a package that has it"
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 

@@ -33,6 +33,7 @@ from stoker.errors import (
     UnknownModel,
 )
 from stoker.settings import Settings
+from stoker.trouble import broker_unavailable
 
 
 def card(model: str, *kinds: str) -> ModelCard:
@@ -416,7 +417,7 @@ def test_a_kind_that_is_unknown_is_one_clear_error() -> None:
 
 
 def test_a_key_of_the_wrong_type_is_named_and_is_no_broker_that_does_not_answer() -> None:
-    error = core.broker_unavailable(Settings(), ResponseError("WRONGTYPE Operation"), "stoker:job:x")
+    error = broker_unavailable(Settings(), ResponseError("WRONGTYPE Operation"), "stoker:job:x")
     assert "stoker:job:x holds something that Stoker did not write" in str(error)
     assert "no answer" not in str(error)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -29,7 +28,8 @@ from stoker.client.asynchronously import Connections, Texts, in_thread, sleep
 from stoker.client.options import EmbedOptions, GenerateOptions, TrainOptions, checked_options
 from stoker.client_core import Dataset, Prompt
 from stoker.connection import translated
-from stoker.contract import ModelCard, Presence, Request, decode
+from stoker.contract import ModelCard, Presence, Request
+from stoker.contract.codec import read
 from stoker.contract.vectors import Encoded, plain
 from stoker.errors import InvalidRequest, JobLost
 from stoker.ledger.listing import Listing
@@ -220,7 +220,7 @@ class AsyncClient:
             raise JobLost(f"job {job_id}: no dead letter of that id. `stoker jobs dead` lists them.")
         if letter["kind"] not in core.REQUESTS:
             raise InvalidRequest(f"{job_id}: a message that cannot be read and no job; nothing can be sent again.")
-        request = decode(core.REQUESTS[letter["kind"]], json.loads(letter["request"]))
+        request = read(core.REQUESTS[letter["kind"]], letters.request(letter))
         await self._send(core.Submission(self.settings, request, job_id, client=letters.sender(letter)), revive=True)
         return KINDS[request.kind](self, job_id)
 

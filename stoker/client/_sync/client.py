@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
@@ -30,7 +29,8 @@ from stoker.client.blocking import Connections, Texts, in_thread, sleep
 from stoker.client.options import EmbedOptions, GenerateOptions, TrainOptions, checked_options
 from stoker.client_core import Dataset, Prompt
 from stoker.connection import translated
-from stoker.contract import ModelCard, Presence, Request, decode
+from stoker.contract import ModelCard, Presence, Request
+from stoker.contract.codec import read
 from stoker.contract.vectors import Encoded, plain
 from stoker.errors import InvalidRequest, JobLost
 from stoker.ledger.listing import Listing
@@ -221,7 +221,7 @@ class Client:
             raise JobLost(f"job {job_id}: no dead letter of that id. `stoker jobs dead` lists them.")
         if letter["kind"] not in core.REQUESTS:
             raise InvalidRequest(f"{job_id}: a message that cannot be read and no job; nothing can be sent again.")
-        request = decode(core.REQUESTS[letter["kind"]], json.loads(letter["request"]))
+        request = read(core.REQUESTS[letter["kind"]], letters.request(letter))
         self._send(core.Submission(self.settings, request, job_id, client=letters.sender(letter)), revive=True)
         return KINDS[request.kind](self, job_id)
 

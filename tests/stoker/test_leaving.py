@@ -1,0 +1,163 @@
+"""A caller that leaves a stream early cancels the job, also where it is itself being cancelled."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+from typing import Any
+
+import anyio
+import pytest
+from redis.exceptions import ConnectionError as RedisConnectionError
+
+from stoker import AsyncClient, AsyncGenerateJob, Client, JobStatus, keys
+from stoker.client import asynchronously
+from stoker.client.asynchronously import finished
+from stoker.contract import StreamToken
+from tests.stoker.test_client_core import fake, server
+
+__all__ = ["fake", "server"]
+
+TOKEN = StreamToken(index=0, token_id=1, text="x", logit=0.0, logprob=-1.0, probability=1.0)
+
+Follow = Callable[[AsyncGenerateJob, asyncio.Event], Awaitable[None]]
+
+
+async def waiting(job: AsyncGenerateJob, here: asyncio.Event, **options: Any) -> None:
+    """Cancelled where the stream waits for the next token."""
+    async for _ in job.stream(**options):
+        here.set()
+
+
+async def at_work(job: AsyncGenerateJob, here: asyncio.Event) -> None:
+    """Cancelled where the caller does something else with a token."""
+    async with aclosing(job.stream()) as stream:
+        async for _ in stream:
+            here.set()
+            await asyncio.Event().wait()
+
+
+async def by_anyio(call: Awaitable[None], here: asyncio.Event) -> None:
+    """As Starlette and FastAPI end a response: every further `await` inside the scope is cancelled too."""
+    async with anyio.create_task_group() as group:
+
+        async def leave() -> None:
+            await here.wait()
+            group.cancel_scope.cancel()
+
+        group.start_soon(leave)
+        await call
+
+
+async def by_move_on_after(call: Awaitable[None], here: asyncio.Event) -> None:
+    with anyio.move_on_after(60) as scope:
+        soon = asyncio.create_task(after(here, lambda: setattr(scope, "deadline", anyio.current_time())))
+        await call
+    await soon
+
+
+async def by_timeout(call: Awaitable[None], here: asyncio.Event) -> None:
+    limit = asyncio.timeout(60)
+    soon = asyncio.create_task(after(here, lambda: limit.reschedule(asyncio.get_running_loop().time())))
+    try:
+        async with limit:
+            await call
+    except TimeoutError:
+        await soon
+    assert limit.expired()
+
+
+async def after(here: asyncio.Event, do: Callable[[], None]) -> None:
+    await here.wait()
+    do()
+
+
+async def by_cancel(call: Awaitable[None], here: asyncio.Event) -> None:
+    task = asyncio.ensure_future(call)
+    await here.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+WAYS = (by_anyio, by_move_on_after, by_timeout, by_cancel)
+
+
+async def left(server: Any, way: Any, follow: Any) -> tuple[JobStatus, int]:
+    """The job's state after its stream was left, and the connections that the stream still holds."""
+    async with AsyncClient() as client:
+        job = await client.generate("x", model="smol")
+        server.xadd(keys.stream(job.id), {"entry": TOKEN.model_dump_json()}, id=keys.entry_id(0))
+        server.expire(keys.stream(job.id), 60)
+        here = asyncio.Event()
+        await way(follow(job, here), here)
+        assert here.is_set()
+        return await job.status(), len(client.redis.connection_pool._in_use_connections)
+
+
+@pytest.mark.usefixtures("fake")
+@pytest.mark.parametrize("follow", [waiting, at_work])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_cancelled_reader_cancels_its_job_and_keeps_no_connection(server: Any, way: Any, follow: Follow) -> None:
+    assert asyncio.run(left(server, way, follow)) == (JobStatus.CANCELLED, 0)
+
+
+@pytest.mark.usefixtures("fake")
+@pytest.mark.parametrize("way", WAYS)
+def test_a_reader_that_said_so_leaves_its_job_alone(server: Any, way: Any) -> None:
+    def follow(job: AsyncGenerateJob, here: asyncio.Event) -> Awaitable[None]:
+        return waiting(job, here, cancel_on_close=False)
+
+    assert asyncio.run(left(server, way, follow)) == (JobStatus.QUEUED, 0)
+
+
+def test_a_blocking_reader_that_leaves_cancels_its_job(fake: Callable[[], Client], server: Any) -> None:
+    with fake() as client:
+        job = client.generate("x", model="smol")
+        server.xadd(keys.stream(job.id), {"entry": TOKEN.model_dump_json()}, id=keys.entry_id(0))
+        server.expire(keys.stream(job.id), 60)
+        stream = job.stream()
+        assert next(stream) == TOKEN
+        stream.close()
+        assert job.status() == JobStatus.CANCELLED
+        assert len(client.redis.connection_pool._in_use_connections) == 0
+
+
+def test_what_is_left_to_be_done_has_a_time_limit_and_the_log_says_that_it_was_not_done(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(asynchronously, "LEAVE_WITHIN", 0.05)
+
+    async def leave(call: Callable[[], Awaitable[None]]) -> None:
+        with anyio.CancelScope() as scope:
+            scope.cancel()
+            await finished(call)
+
+    async def hangs() -> None:
+        await asyncio.Event().wait()
+
+    async def fails() -> None:
+        await asyncio.sleep(0)
+        raise RedisConnectionError("gone")
+
+    with caplog.at_level(logging.WARNING):
+        asyncio.run(leave(hangs))
+        asyncio.run(leave(fails))
+    assert [record.getMessage() for record in caplog.records] == [
+        "while a cancelled caller left a job: no answer",
+        "while a cancelled caller left a job: gone",
+    ]
+
+
+def test_a_caller_that_is_not_cancelled_hears_the_error_itself() -> None:
+    async def fails() -> None:
+        raise RedisConnectionError("gone")
+
+    async def answers() -> int:
+        return 3
+
+    with pytest.raises(RedisConnectionError, match="gone"):
+        asyncio.run(finished(fails))  # type: ignore[arg-type]
+    assert asyncio.run(finished(answers)) == 3  # type: ignore[arg-type]
