@@ -47,6 +47,9 @@ from stoker.errors import (
     UnknownModel,
     from_wire,
 )
+from stoker.ledger.call import Call
+from stoker.ledger.record import NewJob, Summary
+from stoker.ledger.replies import Submitted
 from stoker.settings import Settings, load_settings
 
 #: What `dataset` may be: a file of JSON lines, `worker:NAME` for one under the worker's data root, or the examples.
@@ -127,11 +130,13 @@ def result_as(kind: type[M], value: Any) -> M:
         raise spoiled("result", json.dumps(value).encode()) from None
 
 
-def known_kind(job_id: str, kind: bytes) -> str:
-    name = kind.decode(errors="replace")
-    if name not in REQUESTS:
-        raise spoiled(f"record (kind {name[:40]!r}) of job {job_id}", kind)
-    return name
+def known_kind(job_id: str, kind: str | None) -> str:
+    """The kind that a job's record says. Raises `JobLost` if there is no record, and for one that no client wrote."""
+    if kind is None:
+        raise lost(job_id)
+    if kind not in REQUESTS:
+        raise spoiled(f"record (kind {kind[:40]!r}) of job {job_id}", kind.encode())
+    return kind
 
 
 def spoiled(what: str, raw: bytes) -> JobLost:
@@ -238,85 +243,85 @@ class Submission:
     def uploads(self, redis: Any) -> Iterator[Any]:
         """A pipeline for each part of the input, to be executed in order before the job is sent. A part that is sent
         again lands where it was. Until a job's record names it, what is there expires within minutes."""
-        blob, self._data, data, self._uploaded = self._record["blob"], b"", memoryview(self._data), True
+        blob, self._data, data, self._uploaded = self._record.blob, b"", memoryview(self._data), True
         for start in range(0, len(data), keys.PART):
             pipeline = redis.pipeline()
             pipeline.setrange(blob, start, bytes(data[start : start + keys.PART]))
             pipeline.expire(blob, keys.UPLOAD_TTL)
             yield pipeline
 
-    def check_known(self, kind: bytes | None) -> None:
+    def check_known(self, kind: str | None) -> None:
         """There was a job of this id before, of this `kind`. Raises `InvalidRequest` if it cannot be the one meant."""
-        if kind is not None and kind.decode() != self._record["kind"]:
+        if kind not in (None, self._record.kind):
             raise InvalidRequest(
-                f"job_id: {self.job_id!r} given for a job of kind {self._record['kind']}; it is that of a job of kind "
-                f"{kind.decode()}. Take another id."
+                f"job_id: {self.job_id!r} given for a job of kind {self._record.kind}; it is that of a job of kind "
+                f"{kind}. Take another id."
             )
 
-    def tidy(self, pipeline: Any, reply: Sequence[Any]) -> Any:
-        """Put into `pipeline` what an answer of `send` asks for: an input that was uploaded in parts stays while the
-        client waits for room in the queue, and goes if a job of that id was there already."""
-        if self._uploaded and reply[0] == b"known":
-            pipeline.unlink(self._record["blob"])
-        elif self._uploaded and reply[0] != b"new":
-            pipeline.expire(self._record["blob"], keys.UPLOAD_TTL)
+    def tidy(self, pipeline: Any, reply: Submitted) -> Any:
+        """Put into `pipeline` what a reply to `transition` asks for: an input that was uploaded in parts stays while
+        the client waits for room in the queue, and goes if a job of that id was there already."""
+        if self._uploaded and reply.state == "known":
+            pipeline.unlink(self._record.blob)
+        elif self._uploaded and reply.state != "new":
+            pipeline.expire(self._record.blob, keys.UPLOAD_TTL)
         return pipeline
 
-    def send(self, redis: Any, *, revive: bool = False) -> Any:
-        """What `ledger.submit` returns; with an asyncio client it has to be awaited."""
-        return ledger.submit(redis, self.job_id, self._record, self._data, revive=revive)
+    def transition(self, *, revive: bool = False) -> Call[Submitted]:
+        return ledger.submission(self.job_id, self._record, self._data, revive=revive)
 
-    def pause(self, reply: Sequence[Any]) -> float | None:
+    def pause(self, reply: Submitted) -> float | None:
         """None if the job is in; else seconds to wait before the next try. Raises `QueueFull` when time is up."""
-        state, depth, limit, wait = reply[0].decode(), int(reply[1]), int(reply[2]), float(reply[3])
-        if state not in ("full", "client_full"):
+        if not reply.is_full:
             return None
         left = self._until - time.monotonic()
         if left > 0:
             # A full queue moves on: looking more often than its pace says is cheap, sleeping too long is not.
-            return min(left, wait / 2, 5.0)
-        raise QueueFull(self._refusal(state, depth, limit, wait), depth=depth, limit=limit, wait=wait)
+            return min(left, reply.wait / 2, 5.0)
+        raise QueueFull(self._refusal(reply), depth=reply.depth, limit=reply.limit, wait=reply.wait)
 
-    def _refusal(self, state: str, depth: int, limit: int, wait: float) -> str:
-        queue, client = self._record["queue"], self._record["client"]
+    def _refusal(self, reply: Submitted) -> str:
         who = (
-            f"{depth} jobs wait there and {limit} may"
-            if state == "full"
-            else f"client {client!r} has {depth} open jobs there and may have {limit}"
+            f"{reply.depth} jobs wait there and {reply.limit} may"
+            if reply.state == "full"
+            else f"client {self._record.client!r} has {reply.depth} open jobs there and may have {reply.limit}"
         )
         return (
-            f"{queue}: {who}. Nothing was sent; try again in about {wait:.0f} s, set STOKER_QUEUE_WAIT to wait for a "
-            "place, or start another worker."
+            f"{self._record.queue}: {who}. Nothing was sent; try again in about {reply.wait:.0f} s, set "
+            "STOKER_QUEUE_WAIT to wait for a place, or start another worker."
         )
 
 
-def job_record(request: Request, job_id: str, client: str = "default") -> dict[str, str]:
+def job_record(request: Request, job_id: str, client: str = "default") -> NewJob:
     """What `ledger.submit` writes: all that is known of the job, with the message that brings it to a worker."""
     queue = keys.queue(request.model, request.kind)
-    record = {
-        "kind": request.kind,
-        "model": request.model,
-        "queue": queue,
-        "client": client,
-        "priority": str(request.priority),
-        "request": json.dumps(encode(request)),
-        "message": envelope(job_id, request.kind, request.model, queue),
-    }
+    return NewJob(
+        kind=request.kind,
+        model=request.model,
+        queue=queue,
+        client=client,
+        priority=str(request.priority),
+        request=json.dumps(encode(request)),
+        message=envelope(job_id, request.kind, request.model, queue),
+        blob=_input(request),
+    )
+
+
+def _input(request: Request) -> str:
+    """The key of what the request only names; "" for a request that is whole."""
     if isinstance(request, TrainRequest) and not request.dataset.startswith(ON_WORKER):
-        record["blob"] = keys.blob(request.dataset)
-    if isinstance(request, AdapterRequest):
-        record["blob"] = keys.blob(request.upload)
-    return record
+        return keys.blob(request.dataset)
+    return keys.blob(request.upload) if isinstance(request, AdapterRequest) else ""
 
 
-def status_of(record: bytes | None, owner: Sequence[bytes | None], job_id: str) -> JobStatus:
-    """`owner`: the job's `kind` and `token`. Raises `JobLost` for a job that is neither known nor ended."""
-    outcome = Outcome.parse(record)
+def status_of(result: bytes | None, known: Summary, job_id: str) -> JobStatus:
+    """Raises `JobLost` for a job that is neither known nor ended."""
+    outcome = Outcome.parse(result)
     if outcome is not None:
         return outcome.status
-    if owner[0] is None:
+    if known.kind is None:
         raise lost(job_id)
-    return JobStatus.RUNNING if owner[1] else JobStatus.QUEUED
+    return JobStatus.RUNNING if known.owned else JobStatus.QUEUED
 
 
 def parse_cards(raw: Mapping[bytes, bytes]) -> dict[str, ModelCard]:

@@ -19,19 +19,6 @@ from stoker.contract.base import parse_adapter
 from stoker.contract.names import Rule, follows
 from stoker.errors import InvalidRequest, UnknownAdapter
 
-#: KEYS: the adapter's hash, the job's record. ARGV: the least number that is free on the caller's disk; seconds that a
-#: record lives which this makes anew, because the job's own has expired. A job gets the same number whenever it asks.
-ALLOCATE = """
-local given = redis.call('HGET', KEYS[2], 'version')
-if given then return given end
-local last = tonumber(redis.call('HGET', KEYS[1], 'next') or '0')
-local version = math.max(last + 1, tonumber(ARGV[1]))
-redis.call('HSET', KEYS[1], 'next', version)
-redis.call('HSET', KEYS[2], 'version', version)
-if redis.call('TTL', KEYS[2]) < 0 then redis.call('EXPIRE', KEYS[2], ARGV[2]) end
-return tostring(version)
-"""
-
 _SERVE = """
 local function serve(key, version)
   local serving = redis.call('HGET', key, 'serving') or ''
@@ -146,11 +133,6 @@ def _read(value: str) -> Any:
 def names(raw: Iterable[bytes]) -> list[str]:
     """Those that may be names: one that nobody could ask for is left out."""
     return sorted(name for name in (entry.decode(errors="replace") for entry in raw) if follows(Rule.NAME, name))
-
-
-def allocate(redis: Any, model: str, name: str, job_id: str, floor: int) -> Any:
-    """The number of the version that this job makes, at least `floor`: the same however often it asks."""
-    return redis.eval(ALLOCATE, 2, keys.adapter(model, name), keys.job(job_id), floor, keys.PENDING_TTL)
 
 
 def register(redis: Any, model: str, name: str, version: int, known: Mapping[str, Any], *, promote: bool) -> Any:

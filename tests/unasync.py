@@ -26,6 +26,7 @@ WORDS = {
     "aclose": "close",
     "aclosing": "closing",
     "anext": "next",
+    "on_async": "on",
     "asynchronously": "blocking",
     "AsyncGenerator": "Generator",
     "AsyncIterator": "Iterator",

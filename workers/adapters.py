@@ -11,12 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stoker import keys, registry
+from stoker import keys, ledger, registry
 from stoker.contract import bundle
 from stoker.contract.base import parse_adapter
 from stoker.contract.names import Rule, checked
 from stoker.contract.uploads import Upload
 from stoker.errors import UnknownAdapter
+from stoker.ledger import record
 from workers import uploads
 from workers.artifacts import Artifacts
 
@@ -33,15 +34,13 @@ def pinned(run: Run, model: str, adapter: str) -> str:
     """
     name, version = parse_adapter(adapter)
     redis = run.runtime.redis
-    given = redis.hget(keys.job(run.job_id), "version")
+    given = record.version(run.job_id).on(redis)
     if given is None:
         raw = redis.hgetall(keys.adapter(model, name))
         if not raw:
             return adapter
-        number = registry.parse(model, name, raw).version(version)
-        redis.hsetnx(keys.job(run.job_id), "version", number)
-        given = redis.hget(keys.job(run.job_id), "version")
-    number = int(checked(Rule.VERSION, "version of the job's record", given.decode()))
+        given = ledger.pin(redis, run.job_id, registry.parse(model, name, raw).version(version))
+    number = int(checked(Rule.VERSION, "version of the job's record", given))
     _fetch(run, model, name, number)
     return f"{name}@{number}"
 
@@ -50,8 +49,8 @@ def allocate(run: Run, model: str, name: str) -> int:
     """The number of the version that this job makes: above all that the registry or this disk has, and the same
     however often the job runs."""
     floor = run.runtime.engine.store.newest(model, name) + 1
-    given = registry.allocate(run.runtime.redis, model, name, run.job_id, floor)
-    return int(checked(Rule.VERSION, "version of the job's record", given.decode()))
+    given = ledger.allocate(run.runtime.redis, model, name, run.job_id, floor)
+    return int(checked(Rule.VERSION, "version of the job's record", given))
 
 
 def publish(run: Run, model: str, name: str, version: int, known: Mapping[str, Any], *, promote: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from celery import Task
 from celery.exceptions import Ignore, Reject
@@ -30,7 +30,7 @@ from stoker.errors import (
     WorkerUnavailable,
     to_wire,
 )
-from stoker.ledger import Claim
+from stoker.ledger.replies import Claim, Crash
 from workers import disk, memory
 from workers.artifacts import StoreTrouble
 from workers.blame import blame
@@ -42,6 +42,8 @@ log = logging.getLogger(__name__)
 #: Seconds between a running job's events of progress.
 PROGRESS_EVERY = 2.0
 M = TypeVar("M", bound=JobRequest)
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Spoiled(Exception):
@@ -70,16 +72,15 @@ class Run:
 
     def take(self) -> None:
         """Become the job's owner. Raises `Ignore` for a delivery that has nothing to do any more."""
-        reply = self._persist(ledger.claim, self._token, self._tag, self.runtime.name)
-        self.claim = Claim.parse(reply)
+        self.claim = self._persist(ledger.claim, self._token, self._tag, self.runtime.name)
         # It will be a folder's name.
         checked(Rule.JOB_ID, "job id", self.job_id)
         if self.claim.state in _DROPPED:
             log.info("job %s: dropped a delivery of a job that %s", self.job_id, _DROPPED[self.claim.state])
             raise Ignore
         if self.claim.state == "dead":
-            history = self.runtime.persist(lambda: ledger.bury(self.runtime.redis, self.job_id))
-            workers = ", ".join(death["worker"] for death in history)
+            history = self._dead_letter()
+            workers = ", ".join(crash.worker for crash in history)
             raise JobDead(
                 f"job {self.job_id} was running when {len(history)} workers died ({workers}), and was put aside. "
                 f"`stoker jobs retry {self.job_id}` sends it again."
@@ -118,7 +119,17 @@ class Run:
     def settle(self, outcome: dict[str, Any]) -> None:
         """The job has ended so. Raises `Fenced` if it is not ours to end."""
         if not self._persist(ledger.settle, self._token, outcome):
-            raise Fenced(f"job {self.job_id} runs elsewhere.")
+            raise self._fenced()
+
+    def _fenced(self) -> Fenced:
+        return Fenced(f"job {self.job_id} runs elsewhere.")
+
+    def _dead_letter(self, worker: str = "", trouble: str = "") -> tuple[Crash, ...]:
+        """What the letter says of the job's owners. Raises `Fenced` if the job is not ours to give up."""
+        reply = self._persist(ledger.dead_letter, self._token, worker, trouble)
+        if reply.fenced:
+            raise self._fenced()
+        return reply.history
 
     def give_up(self, trouble: Spoiled) -> None:
         """End a job that the ledger cannot end: who waits for it gets the error, and its message goes."""
@@ -144,12 +155,14 @@ class Run:
     def crowded_out(self) -> bool:
         """Count that the job ended for want of memory; whether it may try again, beside fewer others."""
         lanes.shrink(self._task.name.removeprefix("stoker."))
-        count = self.runtime.persist(lambda: self.runtime.redis.hincrby(keys.job(self.job_id), "out_of_memory", 1))
-        return int(count) < memory.TRIES
+        count = self._persist(ledger.count_out_of_memory, self._token)
+        if count == 0:
+            raise self._fenced()
+        return count < memory.TRIES
 
     def set_aside(self, what: str) -> JobDead:
         """Make a dead letter of a job that can go on once somebody has mended `what`: what to end it with."""
-        self.runtime.persist(lambda: ledger.bury(self.runtime.redis, self.job_id, self.runtime.name, what))
+        self._dead_letter(self.runtime.name, what)
         return JobDead(
             f"job {self.job_id} was put aside: {what}. What was whole stays. Mend that, then "
             f"`stoker jobs retry {self.job_id}` lets it go on."
@@ -172,11 +185,16 @@ class Run:
         # Flower shows STARTED for ever without this event.
         self._tell("task-revoked", terminated=True, signum=None, expired=False)
 
-    def _persist(self, transition: Callable[..., Any], *arguments: Any) -> Any:
+    def _persist(
+        self, transition: Callable[Concatenate[Any, str, str, P], T], *arguments: P.args, **named: P.kwargs
+    ) -> T:
         """One transition of the ledger, however long the broker is away. Raises `Spoiled`."""
 
-        def once() -> Any:
-            return self.runtime.persist(lambda: transition(self.runtime.redis, self.job_id, self._queue, *arguments))
+        def action() -> T:
+            return transition(self.runtime.redis, self.job_id, self._queue, *arguments, **named)
+
+        def once() -> T:
+            return self.runtime.persist(action)
 
         try:
             try:

@@ -68,4 +68,4 @@ class Janitor:
             log.error("lost messages of %s cannot be looked for: %s", queue, error)
             return
         for job_id in lost:
-            log.warning("job %s: its message was lost; it waits again", job_id.decode(errors="replace"))
+            log.warning("job %s: its message was lost; it waits again", job_id)

@@ -14,6 +14,7 @@ from redis.exceptions import RedisError
 from stoker import keys
 from stoker.connection import connect
 from stoker.errors import StokerError, WorkerUnavailable
+from stoker.ledger import record
 from stoker.settings import Settings
 from workers.mending import Mender
 from workers.publishing import Publisher
@@ -114,12 +115,13 @@ class Runtime:
 
     def fence_lost(self, redis: Any) -> None:
         """Stop every running job whose record names another owner. A record that cannot be read names none."""
-        running = self._tickets()
-        pipeline = redis.pipeline()
-        for _, ticket in running:
-            pipeline.hget(keys.job(ticket.job_id), "token")
-        for (token, ticket), owner in zip(running, pipeline.execute(raise_on_error=False), strict=True):
-            if isinstance(owner, bytes) and owner != token.encode() and not ticket.stopping:
+        running, pipeline = self._tickets(), redis.pipeline()
+        asked = [record.owner(ticket.job_id) for _, ticket in running]
+        for call in asked:
+            call.send(pipeline)
+        replies = pipeline.execute(raise_on_error=False)
+        for (token, ticket), call, reply in zip(running, asked, replies, strict=True):
+            if call.parse(reply) not in (None, token) and not ticket.stopping:
                 log.warning("job %s was given to another worker while this one was silent", ticket.job_id)
                 ticket.cancel(Fenced(f"job {ticket.job_id} runs elsewhere."))
                 self.engine.wake()

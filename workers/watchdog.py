@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from redis.exceptions import RedisError
 
-from stoker import keys
+from stoker import ledger
 from stoker.connection import connect
 from workers.background import Background, end_process
 from workers.runtime import Runtime
@@ -22,6 +22,8 @@ from workers.runtime import Runtime
 log = logging.getLogger(__name__)
 
 LOOK_EVERY = 1.0
+#: Seconds that the broker has to take what is said of the jobs.
+REPORT_WITHIN = 1.0
 
 
 class Watchdog:
@@ -71,12 +73,15 @@ class Watchdog:
         what = f"a step of the engine took longer than {self._limit:g} s"
         log.critical("%s: ending this worker. Its jobs go elsewhere: %s", what, ", ".join(jobs) or "none")
         faulthandler.dump_traceback(sys.stderr, all_threads=True)
-        redis = connect(self._runtime.settings, timeout=LOOK_EVERY)
         try:
-            pipeline = redis.pipeline()
-            for job_id in jobs:
-                pipeline.hset(keys.job(job_id), "trouble", what)
-                pipeline.expire(keys.job(job_id), keys.PENDING_TTL)
-            pipeline.execute()
+            with connect(self._runtime.settings, timeout=REPORT_WITHIN) as redis:
+                pipeline = redis.pipeline(transaction=False)
+                for job_id in jobs:
+                    ledger.note_trouble(pipeline, job_id, what)
+                replies = pipeline.execute(raise_on_error=False)
         except RedisError as error:
-            log.warning("the jobs could not be told: %s", error)
+            log.warning("the records of the jobs do not say it: %s", error)
+            return
+        for job_id, reply in zip(jobs, replies, strict=True):
+            if isinstance(reply, Exception):
+                log.warning("the record of job %s does not say it: %s", job_id, reply)

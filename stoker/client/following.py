@@ -17,6 +17,7 @@ from stoker.client_core import Outcome, announced, lost
 from stoker.connection import Patience
 from stoker.contract import StreamToken, TrainReport
 from stoker.errors import JobLost, JobTimeout
+from stoker.ledger.record import summary
 from stoker.settings import Settings
 
 #: Entries that one replay fetches.
@@ -109,7 +110,8 @@ class Follower(Generic[E]):
     def looked(self, replies: Sequence[Any]) -> list[E]:
         """The entries that `ask` has brought. Raises `JobLost` if the broker knows nothing of the job."""
         self._patience.renew()
-        record, (kind, _), *pages = replies
+        record, reply, *pages = replies
+        kind = summary(self.job_id).parse(reply).kind
         rows = pages[0] if pages else []
         entries = self.replay(rows)
         self._something_came |= bool(entries)
@@ -186,7 +188,7 @@ class Follower(Generic[E]):
 
 
 def ask_state(pipeline: Any, job_id: str) -> Any:
-    """Put into `pipeline`: the result, and the job's kind and owner."""
+    """Put into `pipeline`: the result, and the job's `summary`."""
     pipeline.get(keys.result(job_id))
-    pipeline.hmget(keys.job(job_id), "kind", "token")
+    summary(job_id).send(pipeline)
     return pipeline

@@ -11,7 +11,8 @@ and must leave no trace.
 A message can be lost between the front and a worker's memory. `recover` finds jobs that were handed out and that nobody
 alive owns, and lets them wait again; that is safe, because a second delivery of a running job is dropped.
 
-Every function takes a blocking or an asyncio client and returns what its script does, unless it says otherwise.
+`submission` and `cancellation` are calls that a blocking or an asyncio client sends; every other function takes a
+blocking client.
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from importlib import resources
-from typing import Any
+from typing import Any, TypeVar
 
 from stoker import keys
+from stoker.ledger.call import Call
 from stoker.ledger.listing import Listing
+from stoker.ledger.record import Field
+from stoker.ledger.replies import Claim, DeadLettered, Submitted, recovered
 from stoker.ledger.script import Script
 
 #: Owners that a job may kill before it is put aside.
@@ -42,35 +45,27 @@ FRONT_TRAIN = 1
 
 PRIORITIES = 10
 
+R = TypeVar("R")
+
 
 def _text(name: str) -> str:
     return resources.files(__name__).joinpath(f"{name}.lua").read_text()
 
 
-SUBMIT, CLAIM, RELEASE, SETTLE, CANCEL, RECOVER = (
-    Script(_text("prelude") + _text(name)) for name in ("submit", "claim", "release", "settle", "cancel", "recover")
-)
-BURY = Script(_text("bury"))
+def _transition(name: str) -> Script:
+    return Script(_text("prelude") + _text(name))
 
 
-@dataclass(frozen=True)
-class Claim:
-    """`state`: `run`, `ended`, `duplicate`, `unknown` or `dead`. `age`: seconds since submission. `resumed`: somebody
-    began it. `request`: what was asked, JSON. `cancelled`: somebody asked for its end before."""
-
-    state: str
-    age: float
-    resumed: bool
-    request: str = ""
-    cancelled: bool = False
-
-    @classmethod
-    def parse(cls, reply: list[bytes]) -> Claim:
-        state, age, resumed, request, *cancelled = reply
-        return cls(state.decode(), float(age), resumed == b"1", request.decode(), cancelled == [b"1"])
+SUBMIT, CLAIM, RELEASE, SETTLE = map(_transition, ("submit", "claim", "release", "settle"))
+CANCEL, RECOVER, DEAD_LETTER, OUT_OF_MEMORY = map(_transition, ("cancel", "recover", "dead_letter", "out_of_memory"))
+#: These know nothing of queues.
+ALLOCATE, PIN = Script(_text("allocate")), Script(_text("pin"))
+TROUBLE = _text("trouble")
 
 
-def _run(redis: Any, script: Script, job_id: str, queue: str, *arguments: Any, extra: tuple[str, ...] = ()) -> Any:
+def _call(
+    script: Script, parse: Callable[[Any], R], job_id: str, queue: str, *arguments: Any, extra: tuple[str, ...] = ()
+) -> Call[R]:
     names = [
         keys.job(job_id),
         keys.result(job_id),
@@ -85,53 +80,85 @@ def _run(redis: Any, script: Script, job_id: str, queue: str, *arguments: Any, e
         *extra,
     ]
     window = FRONT_TRAIN if re.search(r"\.train(\.v\d+)?$", queue) else FRONT
-    common = (job_id, keys.job(""), keys.PENDING_TTL, keys.RESULT_TTL, window)
-    return script(redis, names, [*common, *arguments])
+    common = [job_id, keys.job(""), keys.PENDING_TTL, keys.RESULT_TTL, window]
+    return Call(lambda redis: script(redis, names, [*common, *arguments]), parse)
 
 
-def submit(redis: Any, job_id: str, record: dict[str, str], data: bytes = b"", *, revive: bool = False) -> Any:
-    """Accept a job: [`new` | `known` | `full` | `client_full`, jobs there, limit, seconds to wait].
-
-    `data`: the input that the record's `blob` names. `revive`: the job is a dead letter; `unknown` if it is none.
-    """
-    queue = record["queue"]
+def submission(job_id: str, record: Mapping[str, str], data: bytes = b"", *, revive: bool = False) -> Call[Submitted]:
+    """Accept a job. `record`: as `NewJob`. `data`: the input that its `blob` names. `revive`: the job is a dead letter;
+    `unknown` if it is none."""
+    queue, client = record[Field.QUEUE], record[Field.CLIENT]
     fields = [part for item in record.items() for part in item]
-    extra = (keys.DEAD, keys.client(record["client"], queue))
-    return _run(redis, SUBMIT, job_id, queue, QUEUE_LIMIT, CLIENT_LIMIT, int(revive), data, *fields, extra=extra)
+    arguments = (QUEUE_LIMIT, CLIENT_LIMIT, int(revive), data, *fields)
+    return _call(SUBMIT, Submitted.parse, job_id, queue, *arguments, extra=(keys.DEAD, keys.client(client, queue)))
 
 
-def claim(redis: Any, job_id: str, queue: str, token: str, tag: str, worker: str) -> Any:
-    """Ask to own a job, under `token`, for the message with delivery tag `tag`. `Claim.parse` reads the reply."""
-    return _run(redis, CLAIM, job_id, queue, token, tag, worker, MAX_DEATHS)
+def submit(redis: Any, job_id: str, record: Mapping[str, str], data: bytes = b"", *, revive: bool = False) -> Submitted:
+    return submission(job_id, record, data, revive=revive).on(redis)
 
 
-def release(redis: Any, job_id: str, queue: str, token: str, reason: str = "") -> Any:
-    """Give a job back, alive: that its owner goes away is not held against the job. `reason`: a field of its record
-    that counts how often it was given back for that reason; the count is returned, 0 for an owner that was fenced."""
-    return _run(redis, RELEASE, job_id, queue, token, reason)
+def claim(redis: Any, job_id: str, queue: str, token: str, tag: str, worker: str) -> Claim:
+    """Ask to own a job, under `token`, for the message with delivery tag `tag`."""
+    return _call(CLAIM, Claim.parse, job_id, queue, token, tag, worker, MAX_DEATHS).on(redis)
 
 
-def settle(redis: Any, job_id: str, queue: str, token: str, outcome: dict[str, Any]) -> Any:
-    """End the job with `outcome` (`success`, `failure` or `revoked`): 1, or 0 for an owner that was fenced."""
-    return _run(redis, SETTLE, job_id, queue, token, json.dumps(outcome))
+def release(redis: Any, job_id: str, queue: str, token: str) -> bool:
+    """Give a job back, alive: that its owner goes away is not held against the job. False for an owner that was
+    fenced."""
+    return _call(RELEASE, bool, job_id, queue, token).on(redis)
 
 
-def cancel(redis: Any, job_id: str, queue: str) -> Any:
+def count_out_of_memory(redis: Any, job_id: str, queue: str, token: str) -> int:
+    """Count that the job ended for want of memory: how often by now, 0 for an owner that was fenced."""
+    return _call(OUT_OF_MEMORY, int, job_id, queue, token).on(redis)
+
+
+def settle(redis: Any, job_id: str, queue: str, token: str, outcome: dict[str, Any]) -> bool:
+    """End the job with `outcome` (`success`, `failure` or `revoked`). False for an owner that was fenced."""
+    return _call(SETTLE, bool, job_id, queue, token, json.dumps(outcome)).on(redis)
+
+
+def cancellation(job_id: str, queue: str) -> Call[str]:
     """Cancel a job: `cancelled` (nobody ran it, and it has ended), `asked` (its owner stops it), `ended`, `unknown`."""
-    return _run(redis, CANCEL, job_id, queue, json.dumps(revoked(job_id)), keys.worker(""), extra=(keys.CANCELS,))
+    arguments = (json.dumps(revoked(job_id)), keys.worker(""))
+    return _call(CANCEL, bytes.decode, job_id, queue, *arguments, extra=(keys.CANCELS,))
 
 
-def recover(redis: Any, queue: str, older_than: float) -> Any:
+def cancel(redis: Any, job_id: str, queue: str) -> str:
+    return cancellation(job_id, queue).on(redis)
+
+
+def recover(redis: Any, queue: str, older_than: float) -> tuple[str, ...]:
     """Let jobs wait again that were handed out `older_than` seconds ago and have neither living owner nor message."""
-    return _run(redis, RECOVER, "", queue, older_than, keys.worker(""), extra=(keys.UNACKED,))
+    arguments = (older_than, keys.worker(""))
+    return _call(RECOVER, recovered, "", queue, *arguments, extra=(keys.UNACKED,)).on(redis)
 
 
-def bury(redis: Any, job_id: str, worker: str = "", trouble: str = "") -> list[dict[str, Any]]:
-    """Put a job aside that killed too many owners, or that `worker` gives up for `trouble`, and return their history.
-    For a blocking client."""
-    reply = BURY(redis, [keys.job(job_id), keys.DEAD], [job_id, worker, trouble, keys.DEAD_TTL])
-    history: list[dict[str, Any]] = json.loads(reply)
-    return history
+def dead_letter(redis: Any, job_id: str, queue: str, token: str, worker: str = "", trouble: str = "") -> DeadLettered:
+    """Make a dead letter of a job that killed too many owners, or that `worker` gives up for `trouble`. Its owner ends
+    it then."""
+    arguments = (token, worker, trouble, keys.DEAD_TTL)
+    return _call(DEAD_LETTER, DeadLettered.parse, job_id, queue, *arguments, extra=(keys.DEAD,)).on(redis)
+
+
+def pin(redis: Any, job_id: str, version: int) -> str:
+    """Let a job use this version of its adapter from its first owner to its last: the one that it uses."""
+    return _version(PIN(redis, [keys.job(job_id)], [version, keys.PENDING_TTL]))
+
+
+def allocate(redis: Any, model: str, name: str, job_id: str, floor: int) -> str:
+    """The number of the version that this job makes, at least `floor`: the same however often it asks."""
+    names = [keys.job(job_id), keys.adapter(model, name)]
+    return _version(ALLOCATE(redis, names, [floor, keys.PENDING_TTL]))
+
+
+def _version(reply: bytes) -> str:
+    return reply.decode(errors="replace")
+
+
+def note_trouble(pipeline: Any, job_id: str, trouble: str) -> None:
+    """Say in the job's record why its owner is about to end. By its text: in a pipeline nobody can send it again."""
+    pipeline.eval(TROUBLE, 1, keys.job(job_id), trouble)
 
 
 def success(job_id: str, result: Any) -> dict[str, Any]:

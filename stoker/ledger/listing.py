@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from stoker import keys
-
-_FIELDS = ("kind", "model", "client", "priority", "worker")
+from stoker.ledger.call import Call
+from stoker.ledger.record import Listed, listed
 
 
 class Listing:
@@ -17,6 +17,7 @@ class Listing:
         self._queues = tuple(queues)
         self._now = 0.0
         self._submitted: list[tuple[str, float]] = []
+        self._calls: list[Call[Listed | None]] = []
 
     def ask_ids(self, pipeline: Any) -> Any:
         pipeline.time()
@@ -29,19 +30,17 @@ class Listing:
         self._now = float(seconds) + float(micros) / 1e6
         entries = [(job_id.decode(), float(submitted)) for queue in queues for job_id, submitted in queue]
         self._submitted = sorted(entries, key=lambda entry: entry[1])
-        for job_id, _ in self._submitted:
-            pipeline.hmget(keys.job(job_id), *_FIELDS)
+        self._calls = [listed(job_id) for job_id, _ in self._submitted]
+        for call in self._calls:
+            call.send(pipeline)
         return pipeline
 
     def jobs(self, replies: Sequence[Any]) -> dict[str, dict[str, Any]]:
         """Oldest first: id → kind, model, client, priority, age, and worker if one owns it. A job that ended between
         the two rounds is left out."""
-        listed = {}
-        for (job_id, submitted), values in zip(self._submitted, replies, strict=True):
-            record: dict[str, Any] = {
-                name: value.decode() for name, value in zip(_FIELDS, values, strict=True) if value is not None
-            }
-            if record:
-                age = max(0.0, self._now - submitted)
-                listed[job_id] = record | {"priority": int(record["priority"]), "age": age}
-        return listed
+        jobs = {}
+        for (job_id, submitted), call, reply in zip(self._submitted, self._calls, replies, strict=True):
+            record = call.parse(reply)
+            if record is not None:
+                jobs[job_id] = record.shown() | {"age": max(0.0, self._now - submitted)}
+        return jobs

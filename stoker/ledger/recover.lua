@@ -18,8 +18,7 @@ end
 local found = {}
 for _, of in ipairs(redis.call('ZRANGEBYSCORE', handed, '-inf', now - tonumber(ARGV[6]), 'LIMIT', 0, 1000)) do
   local key = job_prefix .. of
-  local names = {'message', 'priority', 'turn', 'token', 'tag', 'worker', 'history', 'trouble'}
-  local fields = redis.pcall('HMGET', key, unpack(names))
+  local fields = redis.pcall('HMGET', key, 'message', 'priority', 'turn', 'token', 'tag', 'worker', 'history', 'trouble')
   if not place(of) then
     redis.call('ZREM', handed, of)
     redis.call('ZREM', open, of)

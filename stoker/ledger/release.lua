@@ -1,7 +1,6 @@
--- ARGV: token, the field that counts the reason ('' for none). Returns how often it was given back for that reason.
+-- ARGV: token. Returns 1, or 0 for an owner that was fenced.
 if redis.call('HGET', job, 'token') ~= ARGV[6] then return 0 end
-redis.call('HDEL', job, 'token', 'tag', 'worker')
+redis.call('HDEL', job, 'token', 'tag', 'worker', 'counted')
 -- Its message is on its way back to the front; if it is lost there, `recover` will see.
 add(handed, now, id)
-if ARGV[7] == '' then return 1 end
-return redis.call('HINCRBY', job, ARGV[7], 1)
+return 1

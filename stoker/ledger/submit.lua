@@ -1,7 +1,7 @@
 -- KEYS[20], [21]: the dead letters, the client's open jobs in this queue
 -- ARGV: default limits of queue and client, revive?, bytes of the input or '', then the record's fields and values
 local dead, mine, revive = KEYS[20], KEYS[21], ARGV[8] == '1'
-local fields, record = {}, {'submitted', string.format('%.6f', now), 'mine', mine}
+local fields, record = {}, {}
 for i = 10, #ARGV, 2 do
   fields[ARGV[i]] = ARGV[i + 1]
   table.insert(record, ARGV[i])
@@ -30,7 +30,7 @@ if revive then
   redis.call('DEL', job, result, mark)
 end
 -- The first write of a new job, and one that a broker without memory refuses: then nothing was written.
-redis.call('HSET', job, unpack(record))
+redis.call('HSET', job, 'submitted', string.format('%.6f', now), 'mine', mine, unpack(record))
 redis.call('ZREMRANGEBYSCORE', mine, '-inf', now - pending_ttl)
 redis.call('EXPIRE', job, pending_ttl)
 for _, key in ipairs({open, mine}) do

@@ -13,6 +13,7 @@ import pytest
 from stoker import Client, JobStatus, keys, ledger
 from stoker.client_core import generate_request, job_record
 from stoker.errors import DeadlineExceeded, InvalidRequest, JobCancelled, JobDead, JobLost
+from stoker.ledger.record import Field
 from tests.conftest import GENERATE_MODEL, alive, wait_until
 from tests.integration.machinery import GOLDENS, FragileBroker, patient_client, worker_on
 
@@ -151,7 +152,7 @@ def test_a_job_that_kills_its_workers_is_put_aside_and_can_be_retried(fragile: F
 
 
 def _owner(client: Client, job_id: str) -> str:
-    return (client.redis.hget(keys.job(job_id), "worker") or b"").decode()
+    return (client.redis.hget(keys.job(job_id), Field.WORKER) or b"").decode()
 
 
 def _ended(job) -> bool:  # type: ignore[no-untyped-def]

@@ -16,6 +16,7 @@ import pytest
 from stoker import keys
 from stoker.connection import connect
 from stoker.errors import JobDead, UnknownModel
+from stoker.ledger.record import Field
 from stoker.local.process import Process
 from stoker.local.stack import Stack
 from stoker.settings import Settings
@@ -122,7 +123,7 @@ def test_an_engine_that_hangs_ends_its_process_and_the_job_runs_in_the_next(
         wait_until(lambda: worker.returncode is not None, "the watchdog ends the process", 60)
         assert worker.returncode == 70
         assert "a step of the engine took longer than 2 s" in worker.output()
-        assert b"longer than 2 s" in client.redis.hget(keys.job(job.id), "trouble")
+        assert b"longer than 2 s" in client.redis.hget(keys.job(job.id), Field.TROUBLE)
         flag.unlink()
         stack.start_worker()
         assert job.result(60).shape == (1, 384)

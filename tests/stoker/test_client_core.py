@@ -32,6 +32,8 @@ from stoker.errors import (
     TextTooLong,
     UnknownModel,
 )
+from stoker.ledger.record import Field
+from stoker.ledger.replies import Submitted
 from stoker.settings import Settings
 from stoker.trouble import broker_unavailable
 
@@ -208,7 +210,7 @@ def fake(server: Any) -> Callable[[], Client]:
 
 def asked(server: Any, job_id: str) -> dict[str, Any]:
     """The request, as a worker will get it."""
-    return dict(json.loads(server.hget(keys.job(job_id), "request")))
+    return dict(json.loads(server.hget(keys.job(job_id), Field.REQUEST)))
 
 
 def test_a_sent_job_is_known_to_every_client_by_its_id(fake: Callable[[], Client], server: Any) -> None:
@@ -413,7 +415,7 @@ def test_a_result_of_another_shape_is_one_clear_error(value: object) -> None:
 
 def test_a_kind_that_is_unknown_is_one_clear_error() -> None:
     with pytest.raises(JobLost, match="kind 'evil'"):
-        core.known_kind("job", b"evil")
+        core.known_kind("job", "evil")
 
 
 def test_a_key_of_the_wrong_type_is_named_and_is_no_broker_that_does_not_answer() -> None:
@@ -431,9 +433,9 @@ def test_a_model_is_known_until_its_time_is_over() -> None:
 def test_a_client_that_waits_for_a_place_looks_again_after_half_the_wait(wait: float, pause: float) -> None:
     request = core.embed_request("m", ["a"], {})
     submission = core.Submission(Settings(queue_wait=60.0), request, "job")
-    assert submission.pause([b"full", 1, 1, str(wait).encode()]) == pause
-    assert submission.pause([b"client_full", 1, 1, str(wait).encode()]) == pause
-    assert submission.pause([b"new", 0, 1, b"0"]) is None
+    assert submission.pause(Submitted("full", 1, 1, wait)) == pause
+    assert submission.pause(Submitted("client_full", 1, 1, wait)) == pause
+    assert submission.pause(Submitted("new", 0, 1)) is None
 
 
 def test_a_choice_is_kept_for_as_long_as_a_worker_is_silent_between_two_presences(
@@ -454,9 +456,9 @@ def kill_owners(server: Any, job_id: str, kind: str) -> None:
     """What workers do that die of a job, and the one that puts it aside after them."""
     queue = keys.queue("smol", kind)
     for number in range(ledger.MAX_DEATHS + 1):
-        state = ledger.Claim.parse(ledger.claim(server, job_id, queue, f"t{number}", "tag", f"w{number}")).state
+        state = ledger.claim(server, job_id, queue, f"t{number}", "tag", f"w{number}").state
     assert state == "dead"
-    ledger.bury(server, job_id)
+    ledger.dead_letter(server, job_id, queue, f"t{number}")
     assert ledger.settle(server, job_id, queue, f"t{number}", ledger.failure(job_id, JobDead("put aside"))) == 1
 
 
@@ -466,7 +468,7 @@ def test_a_dead_letter_is_sent_again_once_with_its_input_and_without_its_deaths(
     """The quick form of `test_a_job_that_kills_its_workers_is_put_aside_and_can_be_retried`."""
     with fake() as sender:
         job = sender.train("style", [{"text": "learn"}], model="smol")
-        before, blob = asked(server, job.id), server.hget(keys.job(job.id), "blob")
+        before, blob = asked(server, job.id), server.hget(keys.job(job.id), Field.BLOB)
         kill_owners(server, job.id, "train")
         with pytest.raises(JobDead, match="put aside"):
             job.result(0)
@@ -476,8 +478,8 @@ def test_a_dead_letter_is_sent_again_once_with_its_input_and_without_its_deaths(
         again = sender.retry(job.id)
         assert (again.id, again.status(), sender.dead()) == (job.id, JobStatus.QUEUED, {})
         assert asked(server, job.id) == before
-        assert (server.hget(keys.job(job.id), "blob"), server.get(blob)) == (blob, b'{"text": "learn"}')
-        claimed = ledger.Claim.parse(ledger.claim(server, job.id, keys.queue("smol", "train"), "new", "tag", "w"))
+        assert (server.hget(keys.job(job.id), Field.BLOB), server.get(blob)) == (blob, b'{"text": "learn"}')
+        claimed = ledger.claim(server, job.id, keys.queue("smol", "train"), "new", "tag", "w")
         assert (claimed.state, claimed.resumed) == ("run", False)
         for nobody in (job.id, "nobody"):
             with pytest.raises(JobLost, match="no dead letter"):

@@ -124,7 +124,9 @@ def test_a_reader_of_the_result_alone_hears_no_entries() -> None:
     assert follower().channels == [keys.result("j"), keys.channel("j")]
 
 
-OWNED = (b"generate", b"token")
+#: Kind, queue and owner, as the broker answers `summary`.
+OWNED = (b"generate", b"stoker.m.generate", b"token")
+GONE = (None, None, None)
 DONE = json.dumps({"status": "SUCCESS", "result": {"text": "x"}}).encode()
 
 
@@ -148,9 +150,9 @@ def test_a_look_comes_first_and_a_whole_page_is_followed_by_another() -> None:
 
 def test_a_whole_page_hides_the_outcome_until_the_rest_is_there() -> None:
     reader = follower()
-    reader.looked([DONE, (None, None), rows(*range(PAGE))])
+    reader.looked([DONE, GONE, rows(*range(PAGE))])
     assert reader.outcome is None
-    assert reader.looked([DONE, (None, None), []]) == []
+    assert reader.looked([DONE, GONE, []]) == []
     assert reader.outcome is not None
 
 
@@ -198,9 +200,9 @@ def test_what_was_published_before_a_new_subscription_is_looked_up() -> None:
 
 def test_a_job_that_is_gone_is_lost_after_its_last_entries() -> None:
     reader = follower()
-    assert reader.looked([None, (None, None), rows(0, 1)]) == [token(0), token(1)]
+    assert reader.looked([None, GONE, rows(0, 1)]) == [token(0), token(1)]
     with pytest.raises(JobLost):
-        reader.looked([None, (None, None), []])
+        reader.looked([None, GONE, []])
 
 
 def test_the_callers_time_limit_counts_from_the_last_entry_and_not_while_the_caller_is_busy_with_it() -> None:

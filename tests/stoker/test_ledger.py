@@ -14,7 +14,9 @@ from stoker.celery_config import shared_config
 from stoker.client_core import JobStatus, Outcome
 from stoker.connection import connect
 from stoker.envelope import envelope
-from stoker.ledger import MAX_DEATHS, Claim
+from stoker.ledger import MAX_DEATHS
+from stoker.ledger.record import Field
+from stoker.ledger.replies import Claim, Crash, DeadLettered
 from stoker.settings import Settings
 
 QUEUE = keys.queue("toy", "generate")
@@ -40,15 +42,15 @@ def redis(broker: Settings) -> Iterator[Any]:
 
 
 def submit(redis: Any, job_id: str = "job", **fields: Any) -> str:
-    return ledger.submit(redis, job_id, record(job_id, **fields))[0].decode()
+    return ledger.submit(redis, job_id, record(job_id, **fields)).state
 
 
 def claim(redis: Any, token: str, tag: str = "tag") -> Claim:
-    return Claim.parse(ledger.claim(redis, "job", QUEUE, token, tag, f"worker-{token}"))
+    return ledger.claim(redis, "job", QUEUE, token, tag, f"worker-{token}")
 
 
-def settle(redis: Any, token: str) -> int:
-    return int(ledger.settle(redis, "job", QUEUE, token, ledger.success("job", {})))
+def settle(redis: Any, token: str) -> bool:
+    return ledger.settle(redis, "job", QUEUE, token, ledger.success("job", {}))
 
 
 def take(redis: Any, queue: str = QUEUE) -> str | None:
@@ -58,7 +60,7 @@ def take(redis: Any, queue: str = QUEUE) -> str | None:
         return None
     job_id = json.loads(message)["headers"]["id"]
     tag = json.loads(message)["properties"]["delivery_tag"]
-    assert Claim.parse(ledger.claim(redis, job_id, queue, f"token-{job_id}", tag, "worker")).state == "run"
+    assert ledger.claim(redis, job_id, queue, f"token-{job_id}", tag, "worker").state == "run"
     return job_id
 
 
@@ -68,7 +70,7 @@ def take_all(redis: Any, queue: str = QUEUE) -> list[str]:
 
 def grow_old(redis: Any, job_id: str, seconds: float) -> None:
     key = keys.job(job_id)
-    redis.hset(key, "submitted", float(redis.hget(key, "submitted")) - seconds)
+    redis.hset(key, Field.SUBMITTED, float(redis.hget(key, Field.SUBMITTED)) - seconds)
 
 
 def test_a_job_is_submitted_once(redis: Any) -> None:
@@ -81,9 +83,9 @@ def test_a_job_is_submitted_once(redis: Any) -> None:
 def test_a_full_queue_takes_nothing(redis: Any) -> None:
     redis.hset(keys.POLICY, "queue_limit", 2)
     assert [submit(redis, name) for name in "ab"] == ["new", "new"]
-    state, depth, limit, wait = ledger.submit(redis, "c", record("c"))
-    assert (state, depth, limit) == (b"full", 2, 2)
-    assert float(wait) >= 1
+    reply = ledger.submit(redis, "c", record("c"))
+    assert (reply.state, reply.depth, reply.limit, reply.is_full) == ("full", 2, 2, True)
+    assert reply.wait >= 1
     assert not redis.exists(keys.job("c"))
     take(redis)
     assert submit(redis, "c") == "new", "who runs does not wait"
@@ -161,7 +163,7 @@ def test_a_job_that_waits_in_a_room_is_cancelled_there(redis: Any) -> None:
     for number in range(ledger.FRONT + 2):
         submit(redis, f"job-{number}")
     for number in (0, ledger.FRONT + 1):
-        assert ledger.cancel(redis, f"job-{number}", QUEUE) == b"cancelled"
+        assert ledger.cancel(redis, f"job-{number}", QUEUE) == "cancelled"
     assert take_all(redis) == [f"job-{number}" for number in range(1, ledger.FRONT + 1)]
 
 
@@ -187,7 +189,7 @@ def test_a_second_delivery_of_a_running_job_is_dropped(redis: Any) -> None:
     submit(redis)
     assert claim(redis, "one", "tag-1").state == "run"
     assert claim(redis, "two", "tag-2").state == "duplicate"
-    assert redis.hget(keys.job("job"), "token") == b"one"
+    assert redis.hget(keys.job("job"), Field.TOKEN) == b"one"
 
 
 def test_the_same_delivery_again_means_that_its_owner_went_silent(redis: Any) -> None:
@@ -203,13 +205,13 @@ def test_a_job_that_outlives_its_owners_too_often_is_dead(redis: Any) -> None:
     submit(redis)
     states = [claim(redis, str(number)).state for number in range(MAX_DEATHS + 1)]
     assert states == ["run"] * MAX_DEATHS + ["dead"]
-    history = ledger.bury(redis, "job")
-    assert [death["worker"] for death in history] == [f"worker-{number}" for number in range(MAX_DEATHS)]
+    history = ledger.dead_letter(redis, "job", QUEUE, str(MAX_DEATHS)).history
+    assert [crash.worker for crash in history] == [f"worker-{number}" for number in range(MAX_DEATHS)]
     assert redis.hexists(keys.DEAD, "job")
     assert settle(redis, str(MAX_DEATHS)) == 1, "whoever buries it may end it"
     assert submit(redis) == "known"
-    assert ledger.submit(redis, "job", record(), revive=True)[0] == b"new"
-    assert ledger.submit(redis, "job", record(), revive=True)[0] == b"unknown", "a letter is sent again once"
+    assert ledger.submit(redis, "job", record(), revive=True).state == "new"
+    assert ledger.submit(redis, "job", record(), revive=True).state == "unknown", "a letter is sent again once"
 
 
 def test_an_owner_that_gives_the_job_back_is_not_held_against_it(redis: Any) -> None:
@@ -232,14 +234,14 @@ def test_cancelling_a_waiting_job_ends_it_without_a_worker(redis: Any) -> None:
     listener = redis.pubsub(ignore_subscribe_messages=True)
     listener.subscribe(keys.result("job"))
     listener.get_message(timeout=1)
-    assert ledger.cancel(redis, "job", QUEUE) == b"cancelled"
+    assert ledger.cancel(redis, "job", QUEUE) == "cancelled"
     outcome = Outcome.parse(redis.get(keys.result("job")))
     assert outcome is not None
     assert outcome.status == JobStatus.CANCELLED
     assert listener.get_message(timeout=5) is not None, "who waits is told"
     listener.close()
     assert claim(redis, "late").state == "ended"
-    assert ledger.cancel(redis, "job", QUEUE) == b"ended"
+    assert ledger.cancel(redis, "job", QUEUE) == "ended"
     assert not ledger.open_jobs(redis, [QUEUE])
 
 
@@ -247,27 +249,27 @@ def test_cancelling_a_running_job_asks_its_owner(redis: Any) -> None:
     submit(redis)
     claim(redis, "one")
     redis.set(keys.worker("worker-one"), "{}", ex=keys.PRESENCE_TTL)
-    assert ledger.cancel(redis, "job", QUEUE) == b"asked"
+    assert ledger.cancel(redis, "job", QUEUE) == "asked"
     assert redis.exists(keys.cancel("job")) == 1
     settle(redis, "one")
     assert redis.exists(keys.cancel("job")) == 0
 
 
 def test_cancelling_what_nobody_knows_leaves_no_trace(redis: Any) -> None:
-    assert ledger.cancel(redis, "job", QUEUE) == b"unknown"
+    assert ledger.cancel(redis, "job", QUEUE) == "unknown"
     assert redis.dbsize() == 0
 
 
 def test_a_job_without_owner_and_message_waits_again(redis: Any) -> None:
     submit(redis)
-    assert ledger.recover(redis, QUEUE, 0) == [], "its message is at the front"
+    assert ledger.recover(redis, QUEUE, 0) == (), "its message is at the front"
     redis.delete(keys.front(QUEUE))
-    assert ledger.recover(redis, QUEUE, 60) == [], "a worker may have just taken it"
-    assert ledger.recover(redis, QUEUE, 0) == [b"job"]
+    assert ledger.recover(redis, QUEUE, 60) == (), "a worker may have just taken it"
+    assert ledger.recover(redis, QUEUE, 0) == ("job",)
     assert json.loads(redis.lindex(keys.front(QUEUE), 0))["properties"]["delivery_tag"] == "job#2"
     assert take(redis) == "job"
     redis.set(keys.worker("worker"), "{}", ex=keys.PRESENCE_TTL)
-    assert ledger.recover(redis, QUEUE, 0) == [], "it has an owner"
+    assert ledger.recover(redis, QUEUE, 0) == (), "it has an owner"
 
 
 def test_a_message_that_is_lost_on_its_way_back_from_a_dead_owner_is_sent_again(redis: Any) -> None:
@@ -276,15 +278,15 @@ def test_a_message_that_is_lost_on_its_way_back_from_a_dead_owner_is_sent_again(
     redis.delete(keys.front(QUEUE))
     claim(redis, "one", "job#1")
     redis.set(keys.worker("worker-one"), "{}", ex=keys.PRESENCE_TTL)
-    assert ledger.recover(redis, QUEUE, 0) == [], "its owner lives"
+    assert ledger.recover(redis, QUEUE, 0) == (), "its owner lives"
     redis.delete(keys.worker("worker-one"))
     redis.hset(keys.UNACKED, "job#1", "message")
-    assert ledger.recover(redis, QUEUE, 0) == [], "its lease will bring it back"
+    assert ledger.recover(redis, QUEUE, 0) == (), "its lease will bring it back"
     redis.delete(keys.UNACKED)
-    assert ledger.recover(redis, QUEUE, 0) == [b"job"]
+    assert ledger.recover(redis, QUEUE, 0) == ("job",)
     assert settle(redis, "one") == 0, "should the owner come back, it is fenced"
     assert take(redis) == "job"
-    assert [death["worker"] for death in json.loads(redis.hget(keys.job("job"), "history"))] == ["worker-one"]
+    assert [death["worker"] for death in json.loads(redis.hget(keys.job("job"), Field.HISTORY))] == ["worker-one"]
 
 
 def test_a_job_that_has_ended_never_comes_to_the_front_again(redis: Any) -> None:
@@ -298,7 +300,7 @@ def test_a_job_that_has_ended_never_comes_to_the_front_again(redis: Any) -> None
     submit(redis, "better", priority=0, queue=queue)
     submit(redis, "last", priority=9, queue=queue)
     assert json.loads(redis.rpop(keys.front(queue)))["headers"]["id"] == "ended"
-    assert Claim.parse(ledger.claim(redis, "ended", queue, "t", "ended#1", "w")).state == "ended"
+    assert ledger.claim(redis, "ended", queue, "t", "ended#1", "w").state == "ended"
     assert take_all(redis, queue) == ["better", "last"]
 
 
@@ -315,7 +317,7 @@ def test_a_front_that_a_dying_worker_left_empty_is_filled_up(redis: Any) -> None
 def test_what_has_lost_its_record_is_no_open_job(redis: Any) -> None:
     submit(redis)
     redis.delete(keys.job("job"), keys.front(QUEUE))
-    assert ledger.recover(redis, QUEUE, 0) == []
+    assert ledger.recover(redis, QUEUE, 0) == ()
     assert redis.zcard(keys.open_jobs(QUEUE)) == 0
     assert redis.zcard(keys.handed(QUEUE)) == 0, "the janitor does not look at it again"
 
@@ -327,20 +329,20 @@ def test_the_result_is_stored_in_the_step_that_ends_the_job(redis: Any) -> None:
     outcome = Outcome.parse(redis.get(keys.result("job")))
     assert outcome is not None
     assert outcome.status == JobStatus.DONE
-    assert not redis.hexists(keys.job("job"), "request")
+    assert not redis.hexists(keys.job("job"), Field.REQUEST)
     assert settle(redis, "two") == 0
 
 
 def test_a_job_whose_owner_is_silent_is_cancelled_at_once(redis: Any) -> None:
     submit(redis)
     claim(redis, "one")
-    assert ledger.cancel(redis, "job", QUEUE) == b"cancelled"
+    assert ledger.cancel(redis, "job", QUEUE) == "cancelled"
     assert settle(redis, "one") == 0, "should its owner come back, it is fenced"
 
 
 def test_the_age_counts_from_the_submission_by_the_brokers_clock(redis: Any) -> None:
     submit(redis)
-    redis.hset(keys.job("job"), "submitted", "1.0")
+    redis.hset(keys.job("job"), Field.SUBMITTED, "1.0")
     assert claim(redis, "one").age > 1e9
 
 
@@ -408,9 +410,10 @@ def test_the_input_goes_when_the_job_ends_and_stays_for_a_dead_letter(redis: Any
         assert 0 < redis.ttl(fields["blob"]) <= keys.PENDING_TTL
     ledger.claim(redis, "done", QUEUE, "token", "tag", "worker")
     assert ledger.settle(redis, "done", QUEUE, "token", ledger.success("done", {})) == 1
-    assert ledger.cancel(redis, "cancelled", QUEUE) == b"cancelled"
+    assert ledger.cancel(redis, "cancelled", QUEUE) == "cancelled"
     ledger.claim(redis, "dead", QUEUE, "token", "tag", "worker")
-    assert [death["trouble"] for death in ledger.bury(redis, "dead", "worker", "full")] == ["full"]
+    letter = ledger.dead_letter(redis, "dead", QUEUE, "token", "worker", "full")
+    assert [crash.trouble for crash in letter.history] == ["full"]
     assert ledger.settle(redis, "dead", QUEUE, "token", ledger.success("dead", {})) == 1
     assert [name for name in ("done", "cancelled", "dead") if redis.exists(keys.blob(f"dataset:{name}"))] == ["dead"]
     assert redis.ttl(keys.blob("dataset:dead")) > keys.PENDING_TTL, "as long as the letter"
@@ -428,7 +431,7 @@ def test_a_recovered_job_is_no_longer_handed_out_until_it_comes_to_the_front(red
     for number in range(2 * ledger.FRONT):
         submit(redis, f"job-{number:02}")
     lost = json.loads(redis.rpop(keys.front(QUEUE)))["headers"]["id"]
-    assert ledger.recover(redis, QUEUE, 0) == [lost.encode()]
+    assert ledger.recover(redis, QUEUE, 0) == (lost,)
     standing = [json.loads(message)["headers"]["id"] for message in redis.lrange(keys.front(QUEUE), 0, -1)]
     assert sorted(job.decode() for job in redis.zrange(keys.handed(QUEUE), 0, -1)) == sorted(standing)
 
@@ -446,7 +449,7 @@ def test_a_released_job_whose_message_is_lost_on_its_way_back_is_sent_again(redi
     assert take(redis) == "job"
     redis.zrem(keys.handed(QUEUE), "job")
     assert ledger.release(redis, "job", QUEUE, "token-job") == 1
-    assert ledger.recover(redis, QUEUE, 0) == [b"job"]
+    assert ledger.recover(redis, QUEUE, 0) == ("job",)
     assert take(redis) == "job"
 
 
@@ -461,18 +464,60 @@ def test_a_record_that_outlives_its_result_is_that_of_a_job_that_has_ended(redis
         ledger.cancel(redis, "job", QUEUE)
     redis.delete(keys.result("job"))
     assert claim(redis, "late").state == "ended"
-    assert ledger.cancel(redis, "job", QUEUE) == b"ended"
+    assert ledger.cancel(redis, "job", QUEUE) == "ended"
     assert not redis.exists(keys.result("job")), "it ends once"
 
 
 def test_a_dead_letter_has_the_brokers_time_and_says_who_gave_it_up(redis: Any) -> None:
     submit(redis)
-    (entry,) = ledger.bury(redis, "job", "worker", "the disk is full")
-    assert abs(entry["time"] - redis.time()[0]) < 60
+    claim(redis, "one")
+    (entry,) = ledger.dead_letter(redis, "job", QUEUE, "one", "worker", "the disk is full").history
+    assert abs(entry.time - redis.time()[0]) < 60
     letter = json.loads(redis.hget(keys.DEAD, "job"))
-    assert (letter["kind"], letter["request"], letter["history"]) == ("generate", '{"prompt": "x"}', [entry])
+    assert (letter["kind"], letter["request"]) == ("generate", '{"prompt": "x"}')
+    assert [Crash(**crash) for crash in letter["history"]] == [entry]
     submit(redis, "alive")
-    assert ledger.bury(redis, "alive") == []
+    ledger.claim(redis, "alive", QUEUE, "two", "tag", "worker")
+    assert ledger.dead_letter(redis, "alive", QUEUE, "two") == DeadLettered(False)
+
+
+def test_a_dead_letter_that_is_sent_again_because_its_answer_was_lost_stands_as_it_is(redis: Any) -> None:
+    submit(redis)
+    claim(redis, "one")
+    once = ledger.dead_letter(redis, "job", QUEUE, "one", "worker", "the disk is full")
+    letter = redis.hget(keys.DEAD, "job")
+    assert settle(redis, "one"), "which takes the request out of the record"
+    assert ledger.dead_letter(redis, "job", QUEUE, "one", "worker", "the disk is full") == once
+    assert redis.hget(keys.DEAD, "job") == letter
+
+
+def test_an_owner_that_was_fenced_makes_no_dead_letter(redis: Any) -> None:
+    submit(redis)
+    claim(redis, "one")
+    claim(redis, "two")
+    assert ledger.dead_letter(redis, "job", QUEUE, "one", "worker", "the disk is full").fenced
+    assert ledger.dead_letter(redis, "unknown", QUEUE, "one").fenced
+    assert not redis.exists(keys.DEAD)
+
+
+def test_an_end_for_want_of_memory_counts_once_an_owner(redis: Any) -> None:
+    submit(redis)
+    for owner in (1, 2, 3):
+        claim(redis, str(owner))
+        assert [ledger.count_out_of_memory(redis, "job", QUEUE, str(owner)) for _ in range(2)] == [owner, owner]
+        assert ledger.count_out_of_memory(redis, "job", QUEUE, "stranger") == 0
+        assert ledger.release(redis, "job", QUEUE, str(owner))
+
+
+def test_a_trouble_makes_no_record_anew(redis: Any) -> None:
+    submit(redis)
+    for job_id in ("job", "gone"):
+        ledger.note_trouble(redis, job_id, "a driver that hangs")
+    assert not redis.exists(keys.job("gone"))
+    claim(redis, "one")
+    claim(redis, "two")
+    (crash,) = ledger.dead_letter(redis, "job", QUEUE, "two").history
+    assert (crash.worker, crash.trouble) == ("worker-one", "a driver that hangs")
 
 
 NO_MESSAGE = [b"garbage", b"[]", b"{}", b"\xff", b"[" * 5000, b'{"headers": 1}', b'{"headers": {"id": ["a"]}}']
@@ -489,23 +534,23 @@ def test_a_message_at_the_front_that_cannot_be_read_stops_no_job(redis: Any, bad
     for name in names[5:]:
         assert submit(redis, name) == "new"
     assert submit(redis, "urgent", priority=0) == "new"
-    assert ledger.recover(redis, QUEUE, older_than=0) == []
+    assert ledger.recover(redis, QUEUE, older_than=0) == ()
     taken = []
     while message := redis.rpop(keys.front(QUEUE)):
         if message != bad:
             job_id = json.loads(message)["headers"]["id"]
-            assert Claim.parse(ledger.claim(redis, job_id, QUEUE, f"token-{job_id}", "tag", "worker")).state == "run"
+            assert ledger.claim(redis, job_id, QUEUE, f"token-{job_id}", "tag", "worker").state == "run"
             taken.append(job_id)
     assert sorted(taken) == sorted([*names, "urgent"])
 
 
 SPOILED = {
     "of another type": lambda redis, key: (redis.delete(key), redis.set(key, "x", ex=60)),
-    "without a message": lambda redis, key: redis.hset(key, "message", "garbage"),
-    "with a priority that is none": lambda redis, key: redis.hset(key, "priority", "abc"),
-    "with a priority that is not there": lambda redis, key: redis.hset(key, "priority", "77"),
-    "with a time that is none": lambda redis, key: redis.hset(key, "submitted", "then"),
-    "with a turn that is none": lambda redis, key: redis.hset(key, "turn", "x"),
+    "without a message": lambda redis, key: redis.hset(key, Field.MESSAGE, "garbage"),
+    "with a priority that is none": lambda redis, key: redis.hset(key, Field.PRIORITY, "abc"),
+    "with a priority that is not there": lambda redis, key: redis.hset(key, Field.PRIORITY, "77"),
+    "with a time that is none": lambda redis, key: redis.hset(key, Field.SUBMITTED, "then"),
+    "with a turn that is none": lambda redis, key: redis.hset(key, Field.TURN, "x"),
     "with a history that is none": lambda redis, key: redis.hset(key, mapping={"history": "garbage", "token": "gone"}),
 }
 
@@ -526,7 +571,7 @@ def test_a_record_that_is_spoiled_stops_no_other_job(redis: Any, how: str, where
         job_id = json.loads(message)["headers"]["id"]
         taken.append(job_id)
         if job_id != "bad":
-            assert Claim.parse(ledger.claim(redis, job_id, QUEUE, f"token-{job_id}", "tag", "worker")).state == "run"
+            assert ledger.claim(redis, job_id, QUEUE, f"token-{job_id}", "tag", "worker").state == "run"
     assert {f"after-{number}" for number in range(3)} <= set(taken)
     assert len(taken) == len(set(taken)), "nobody is sent twice"
 

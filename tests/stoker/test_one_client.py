@@ -23,6 +23,7 @@ from stoker.client._sync import adapters as sync_adapters
 from stoker.client._sync import jobs as sync_jobs
 from stoker.contract import Completion, Usage
 from stoker.errors import BrokerUnavailable, InvalidRequest
+from stoker.ledger.record import Field
 from stoker.settings import Settings
 from tests import unasync
 from tests.stoker.test_client_core import SMOL, fake, kill_owners, server
@@ -99,7 +100,7 @@ def test_a_retry_belongs_to_the_client_that_sent_the_job(fake: Callable[[], Clie
         job = alice.generate("x", model="smol")
         kill_owners(server, job.id, "generate")
         operator.retry(job.id)
-    assert server.hget(keys.job(job.id), "client") == b"alice"
+    assert server.hget(keys.job(job.id), Field.CLIENT) == b"alice"
     assert server.zcard(keys.client("alice", keys.queue(SMOL.model, "generate"))) == 1
     assert not server.exists(keys.client("operator", keys.queue(SMOL.model, "generate")))
 
@@ -114,7 +115,7 @@ def test_a_letter_without_a_client_is_retried_by_the_one_that_asks(
         letter = json.loads(server.hget(keys.DEAD, job.id)) | {"client": stranger}
         server.hset(keys.DEAD, job.id, json.dumps(letter))
         operator.retry(job.id)
-    assert server.hget(keys.job(job.id), "client") == b"operator"
+    assert server.hget(keys.job(job.id), Field.CLIENT) == b"operator"
 
 
 @pytest.mark.parametrize("asked", ["", "{", "[]", '{"contract": 1}'])

@@ -15,7 +15,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from stoker import keys, ledger, policy
 from stoker.envelope import envelope
-from stoker.ledger import Claim
 from tests.stoker.clocked import CLOCK, quick_broker, set_clock, tell_time
 from tests.stoker.queue_model import Message, Queue
 
@@ -81,7 +80,7 @@ class LedgerMachine(RuleBasedStateMachine):
         record |= {"blob": keys.blob(f"dataset:{job}")} if has_input else {}
         data = b"input" if has_input and not revive else b""
         expected = self.model.submit(job, client, priority, has_input=has_input, revive=revive)
-        assert ledger.submit(self.redis, job, record, data, revive=revive)[0].decode() == expected
+        assert ledger.submit(self.redis, job, record, data, revive=revive).state == expected
         self.compare_fronts()
 
     @precondition(lambda self: self.count)
@@ -89,7 +88,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def cancel(self, pick: int) -> None:
         job = self.some_job(pick)
         expected = self.model.cancel(job)
-        assert ledger.cancel(self.redis, job, self.model.name).decode() == expected
+        assert ledger.cancel(self.redis, job, self.model.name) == expected
         self.compare_fronts()
 
     def some_job(self, pick: int) -> str:
@@ -131,14 +130,14 @@ class LedgerMachine(RuleBasedStateMachine):
         known = self.model.records.get(job)
         before = (known.began, known.submitted) if known else (False, 0.0)
         expected = self.model.claim(job, token, message.tag, worker)
-        reply = Claim.parse(ledger.claim(self.redis, job, self.model.name, token, message.tag, worker))
+        reply = ledger.claim(self.redis, job, self.model.name, token, message.tag, worker)
         assert reply.state == expected
         if expected in ("run", "dead"):
             assert (reply.resumed, self.model.now - reply.age) == (before[0], before[1])
             assert reply.cancelled == (job in self.model.marks)
             self.claims.append((job, token))
         if expected == "dead":
-            assert len(ledger.bury(self.redis, job)) == self.model.bury(job)
+            assert len(ledger.dead_letter(self.redis, job, self.model.name, token).history) == self.model.bury(job)
             self.settle(job, token)
         self.compare_fronts()
 
@@ -219,7 +218,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def recover(self, older_than: float) -> None:
         expected = self.model.recover(older_than)
         found = ledger.recover(self.redis, self.model.name, older_than)
-        assert [job.decode() for job in found] == expected
+        assert list(found) == expected
         self.compare_fronts()
 
     @rule(seconds=st.sampled_from([0.5, 20.0, 150.0, 299.5, 300.0, 1200.0]))

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import redis
 
-from stoker import keys, registry
+from stoker import keys, ledger, registry
 from stoker.connection import connect
 from stoker.contract import bundle
 from stoker.errors import InvalidRequest, UnknownAdapter
+from stoker.ledger.record import Field
 from stoker.registry import AdapterEntry
 from stoker.settings import Settings
 
@@ -88,9 +89,9 @@ def test_a_deactivated_adapter_serves_by_version_alone(broker_client: Any) -> No
 
 
 def number(client: Any, job: str, floor: int = 1) -> int:
-    client.hset(keys.job(job), "kind", "train")
+    client.hset(keys.job(job), Field.KIND, "train")
     client.expire(keys.job(job), 60)
-    return int(registry.allocate(client, "m", "style", job, floor))
+    return int(ledger.allocate(client, "m", "style", job, floor))
 
 
 def test_a_job_gets_one_number_however_often_it_asks(broker_client: Any) -> None:
@@ -136,10 +137,10 @@ def test_a_damaged_bundle_says_nothing_of_where_it_comes_from(data: bytes) -> No
 
 
 def test_a_record_that_a_number_is_written_into_after_it_expired_expires_again(broker_client: Any) -> None:
-    assert int(registry.allocate(broker_client, "m", "style", "gone", 1)) == 1
+    assert int(ledger.allocate(broker_client, "m", "style", "gone", 1)) == 1
     assert 0 < broker_client.ttl(keys.job("gone")) <= keys.PENDING_TTL
     broker_client.expire(keys.job("gone"), 60)
-    registry.allocate(broker_client, "m", "style", "gone", 1)
+    ledger.allocate(broker_client, "m", "style", "gone", 1)
     assert broker_client.ttl(keys.job("gone")) <= 60, "one that has an expiry keeps it"
 
 

@@ -17,6 +17,7 @@ from stoker.connection import connect
 from stoker.contract import bundle
 from stoker.contract.uploads import Upload
 from stoker.errors import InvalidRequest, QueueFull
+from stoker.ledger.record import Field
 from stoker.settings import Settings
 from tests.stoker.test_client_core import SMOL
 from workers import uploads
@@ -54,7 +55,7 @@ def blobs(server: Any) -> list[str]:
 
 def trained_on(server: Any, job_id: str) -> Any:
     """What a worker reads for the job."""
-    name = json.loads(server.hget(keys.job(job_id), "request"))["dataset"]
+    name = json.loads(server.hget(keys.job(job_id), Field.REQUEST))["dataset"]
     data = uploads.read(server, Upload.parse(name, "dataset", job_id))
     return [json.loads(line) for line in data.splitlines()] if data else data
 
@@ -93,7 +94,7 @@ def test_an_upload_expires_within_minutes_until_its_job_names_it(server: Any, br
         # As after a minute of sending: the next part makes it live on.
         server.expire(blob, 30)
     server.expire(blob, keys.UPLOAD_TTL)
-    assert sent.send(server)[0] == b"new"
+    assert sent.transition().on(server).state == "new"
     assert server.ttl(blob) > keys.RESULT_TTL, "it stays as long as its job may wait"
 
 
@@ -116,8 +117,8 @@ def test_an_id_that_is_known_takes_no_second_input_and_leaves_none(
         late = submission(broker, rows)
         for part in late.uploads(server):
             part.execute()
-        reply = late.send(server)
-        assert reply[0] == b"known"
+        reply = late.transition().on(server)
+        assert reply.state == "known"
         late.tidy(server.pipeline(), reply).execute()
         assert blobs(server) == [first]
     assert trained_on(server, "mine") == OLD
@@ -131,8 +132,8 @@ def test_an_input_stays_while_a_place_in_the_queue_is_waited_for(server: Any, cl
         part.execute()
     blob = next(name for name in blobs(server) if ":mine:" in name)
     server.expire(blob, 5)
-    reply = waiting.send(server)
-    assert reply[0] == b"full"
+    reply = waiting.transition().on(server)
+    assert reply.state == "full"
     waiting.tidy(server.pipeline(), reply).execute()
     assert server.ttl(blob) > keys.UPLOAD_TTL - 30
     with pytest.raises(QueueFull):
@@ -148,7 +149,7 @@ def test_the_input_goes_with_its_job(server: Any, client: Client, ends: str) -> 
         ledger.claim(server, "mine", QUEUE, "token", "tag", "worker")
         assert ledger.settle(server, "mine", QUEUE, "token", ledger.success("mine", {})) == 1
     else:
-        assert ledger.cancel(server, "mine", QUEUE) == b"cancelled"
+        assert ledger.cancel(server, "mine", QUEUE) == "cancelled"
     assert blobs(server) == []
 
 
@@ -159,19 +160,19 @@ def test_a_record_that_names_another_key_as_its_input_deletes_nothing(server: An
     for number, named in enumerate((other, keys.artifact("m", "a", 1), keys.job("mine-2"), keys.MODELS)):
         job_id = "mine" if named == other else f"evil{number}"
         client.train("style", NEW[:1], model=SMOL.model, job_id=job_id)
-        server.hset(keys.job(job_id), "blob", named)
-        assert ledger.cancel(server, job_id, QUEUE) == b"cancelled"
+        server.hset(keys.job(job_id), Field.BLOB, named)
+        assert ledger.cancel(server, job_id, QUEUE) == "cancelled"
         assert server.exists(named) == 1, named
 
 
 def test_a_retry_of_a_dead_letter_finds_its_input_whole(server: Any, client: Client) -> None:
     client.train("style", OLD, model=SMOL.model, job_id="mine")
     ledger.claim(server, "mine", QUEUE, "token", "tag", "worker")
-    ledger.bury(server, "mine", "worker", "full")
+    ledger.dead_letter(server, "mine", QUEUE, "token", "worker", "full")
     assert ledger.settle(server, "mine", QUEUE, "token", ledger.failure("mine", ValueError("x"))) == 1
     client.retry("mine")
     assert trained_on(server, "mine") == OLD
-    assert ledger.cancel(server, "mine", QUEUE) == b"cancelled"
+    assert ledger.cancel(server, "mine", QUEUE) == "cancelled"
     assert blobs(server) == []
 
 

@@ -16,6 +16,7 @@ from stoker.contract import bundle
 from stoker.contract.uploads import Upload
 from stoker.errors import InvalidRequest, UnknownAdapter
 from stoker.files import DRAFT
+from stoker.ledger.record import Field
 from stoker.settings import Settings
 from workers import adapters
 from workers.artifacts import Artifacts, StoreTrouble
@@ -30,7 +31,7 @@ class Home:
         self.redis, self.settings, self.store = redis, settings, AdapterStore(root / "adapters")
 
     def run(self, job_id: str) -> Any:
-        self.redis.hset(keys.job(job_id), "id", job_id)
+        self.redis.hset(keys.job(job_id), Field.KIND, "generate")
         self.redis.expire(keys.job(job_id), 60)
         engine = SimpleNamespace(store=self.store)
         runtime = SimpleNamespace(redis=self.redis, settings=self.settings, engine=engine, name="w@here")
@@ -99,7 +100,7 @@ def test_of_two_owners_that_choose_at_once_the_second_takes_what_the_first_wrote
     plain = registry.parse
 
     def slow(*arguments: Any) -> registry.AdapterEntry:
-        home.redis.hset(keys.job("a"), "version", 1)
+        home.redis.hset(keys.job("a"), Field.VERSION, 1)
         return plain(*arguments)
 
     monkeypatch.setattr(registry, "parse", slow)

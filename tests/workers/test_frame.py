@@ -29,6 +29,7 @@ from stoker.errors import (
     UnknownAdapter,
     WorkerUnavailable,
 )
+from stoker.ledger.record import Field
 from stoker.settings import Settings
 from workers import frame, memory, mending, runtime
 from workers.artifacts import StoreTrouble
@@ -151,7 +152,7 @@ def test_a_stopping_workers_job_goes_back_without_owner_and_without_a_death(work
             worker.deliver(raising(WorkerUnavailable("stopping")))
         assert back.value.requeue
     assert worker.outcome is None
-    assert worker.redis.hget(keys.job("job"), "token") is None
+    assert worker.redis.hget(keys.job("job"), Field.TOKEN) is None
 
 
 def test_out_of_memory_sends_a_job_back_to_a_smaller_lane_and_fails_it_in_the_end(worker: Worker) -> None:
@@ -210,7 +211,7 @@ def test_a_defect_of_the_frame_itself_loses_no_job_and_repeats_it_only_so_often(
             worker.deliver(lambda: 1)
         assert back.value.requeue, "without it the message is gone, and the job with it"
         assert worker.outcome is None
-    assert len(json.loads(worker.redis.hget(keys.job("job"), "history") or "[]")) == ledger.MAX_DEATHS - 1
+    assert len(json.loads(worker.redis.hget(keys.job("job"), Field.HISTORY) or "[]")) == ledger.MAX_DEATHS - 1
 
 
 def test_a_result_is_stored_when_the_whole_stream_is_in_the_broker(worker: Worker) -> None:
@@ -252,7 +253,7 @@ def test_a_delivery_that_finds_itself_replaced_at_its_end_is_fenced(
     monkeypatch.setattr(LaneRequest, "by_token", {"token-1": request})
 
     def ends() -> int:
-        worker.redis.hset(keys.job("job"), "token", "another's")
+        worker.redis.hset(keys.job("job"), Field.TOKEN, "another's")
         return 1
 
     with pytest.raises(Ignore):
@@ -316,7 +317,7 @@ def test_a_key_of_the_wrong_type_that_jobs_share_fails_none_of_them(worker: Work
 
 @pytest.mark.parametrize("garbage", ["garbage", "{}", "[1]", "\ud800", "[" * 50_000])
 def test_a_request_that_cannot_be_read_fails_its_job(worker: Worker, garbage: str) -> None:
-    worker.redis.hset(keys.job("job"), "request", garbage.encode(errors="surrogatepass"))
+    worker.redis.hset(keys.job("job"), Field.REQUEST, garbage.encode(errors="surrogatepass"))
     with pytest.raises((InvalidRequest, JobFailed)):
         worker.deliver(lambda: 1)
     assert worker.outcome is not None
@@ -324,7 +325,7 @@ def test_a_request_that_cannot_be_read_fails_its_job(worker: Worker, garbage: st
 
 
 def test_a_history_that_cannot_be_read_is_none(worker: Worker) -> None:
-    worker.redis.hset(keys.job("job"), "history", "garbage")
+    worker.redis.hset(keys.job("job"), Field.HISTORY, "garbage")
     assert worker.deliver(lambda: 1)["completion_tokens"] == 1
 
 

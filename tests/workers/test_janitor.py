@@ -12,6 +12,7 @@ from redis.exceptions import ResponseError
 from stoker import keys, ledger
 from stoker.connection import connect
 from stoker.contract import CONTRACT, ModelCard
+from stoker.ledger.replies import recovered
 from stoker.settings import Settings
 from workers import janitor as janitor_module
 from workers.janitor import TURNS, Janitor
@@ -102,10 +103,10 @@ def test_a_card_that_cannot_be_read_hides_no_other(redis: Any, looks: Ledger, ga
 def test_a_queue_that_cannot_be_looked_at_keeps_no_other_from_it(
     redis: Any, looks: Ledger, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def lost(queue: str) -> list[bytes]:
+    def lost(queue: str) -> tuple[str, ...]:
         if "train" in queue:
             raise ResponseError("WRONGTYPE Operation")
-        return [b"job", b"\xff"]
+        return recovered([b"job", b"\xff"])
 
     looks.lost = lost
     say(redis, {"m": card("m", "train", "embed")})

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
-from stoker import keys
+from stoker import keys, ledger
+from stoker.client_core import generate_request, job_record
 from stoker.connection import connect
+from stoker.ledger.record import Field
 from stoker.settings import Settings
 from workers import watchdog
 from workers.watchdog import Watchdog
@@ -66,14 +68,16 @@ def test_a_hang_is_noted_in_the_record_of_each_job_and_ends_the_process(
     broker: Settings, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(watchdog, "LOOK_EVERY", 0.02)
-    worker = runtime(broker, ("one", "two"))
+    worker, redis = runtime(broker, ("one", "spoiled", "two")), connect(broker)
+    for job_id in ("one", "two"):
+        ledger.submit(redis, job_id, job_record(generate_request("m", "x", 0, {}), job_id))
+    redis.set(keys.job("spoiled"), "garbage", ex=60)
     worker.engine.step_began = 1.0
     ended = threading.Event()
     Watchdog(worker, 0.05, end=ended.set).start()
     assert ended.wait(30)
-    redis = connect(broker)
-    for job_id in worker.jobs:
-        assert b"longer than 0.05 s" in redis.hget(keys.job(job_id), "trouble")
+    for job_id in ("one", "two"):
+        assert b"longer than 0.05 s" in redis.hget(keys.job(job_id), Field.TROUBLE)
     redis.close()
     assert "watchdog.py" in capfd.readouterr().err, "the stack of every thread"
 

@@ -33,6 +33,7 @@ from stoker.contract.codec import read
 from stoker.contract.vectors import Encoded, plain
 from stoker.errors import InvalidRequest, JobLost
 from stoker.ledger.listing import Listing
+from stoker.ledger.record import summary
 from stoker.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -181,10 +182,8 @@ class AsyncClient:
     async def job(self, job_id: str) -> AnyAsyncJob:
         """A job that was sent before, by this process or another; raises `JobLost` if the broker does not know it."""
         with translated(self.settings, at=keys.job(job_id)):
-            kind = await self.redis.hget(keys.job(job_id), "kind")
-        if kind is None:
-            raise core.lost(job_id)
-        return KINDS[core.known_kind(job_id, kind)](self, job_id)
+            known = await summary(job_id).on_async(self.redis)
+        return KINDS[core.known_kind(job_id, known.kind)](self, job_id)
 
     async def workers(self) -> list[Presence]:
         """The workers that are alive now, each with its warm models."""
@@ -269,7 +268,7 @@ class AsyncClient:
         make = partial(core.Submission, self.settings, request, core.checked_job_id(job_id), data)
         submission = await in_thread(make) if data else make()
         with translated(self.settings):
-            if submission.in_parts and not await self.redis.exists(keys.job(submission.job_id)):
+            if submission.in_parts and (await summary(submission.job_id).on_async(self.redis)).kind is None:
                 for part in submission.uploads(self.redis):
                     await part.execute()
         return await self._send(submission)
@@ -277,10 +276,10 @@ class AsyncClient:
     async def _send(self, submission: core.Submission, *, revive: bool = False) -> str:
         while True:
             with translated(self.settings):
-                reply = await submission.send(self.redis, revive=revive)
+                reply = await submission.transition(revive=revive).on_async(self.redis)
                 await submission.tidy(self.redis.pipeline(), reply).execute()
-                if reply[0] == b"known":
-                    submission.check_known(await self.redis.hget(keys.job(submission.job_id), "kind"))
+                if reply.state == "known":
+                    submission.check_known((await summary(submission.job_id).on_async(self.redis)).kind)
                 pause = submission.pause(reply)
             if pause is None:
                 return submission.job_id

@@ -15,6 +15,7 @@ from stoker.client_core import JobStatus
 from stoker.connection import Patience, translated
 from stoker.contract import AdapterResult, EmbedReply, GenerateResult, StreamToken, TrainReport, TrainResult
 from stoker.contract.vectors import Encoded, plain
+from stoker.ledger.record import summary
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,16 +52,16 @@ class AsyncJob(Generic[R]):
     async def status(self) -> JobStatus:
         """Where the job is now. Raises `JobLost` if the broker does not know it."""
         with translated(self._client.settings):
-            record, owner = await ask_state(self._client.redis.pipeline(), self.id).execute()
-        return core.status_of(record, owner, self.id)
+            result, known = await ask_state(self._client.redis.pipeline(), self.id).execute()
+        return core.status_of(result, summary(self.id).parse(known), self.id)
 
     async def cancel(self) -> None:
         """Stop the job wherever it is: waiting, running, or already done (then nothing happens)."""
         with translated(self._client.settings):
-            queue = await self._client.redis.hget(keys.job(self.id), "queue")
-            if queue is None:
+            known = await summary(self.id).on_async(self._client.redis)
+            if known.queue is None:
                 raise core.lost(self.id)
-            await ledger.cancel(self._client.redis, self.id, queue.decode())
+            await ledger.cancellation(self.id, known.queue).on_async(self._client.redis)
 
     async def _read(self, value: Any) -> R:
         raise NotImplementedError

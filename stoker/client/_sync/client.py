@@ -34,6 +34,7 @@ from stoker.contract.codec import read
 from stoker.contract.vectors import Encoded, plain
 from stoker.errors import InvalidRequest, JobLost
 from stoker.ledger.listing import Listing
+from stoker.ledger.record import summary
 from stoker.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -182,10 +183,8 @@ class Client:
     def job(self, job_id: str) -> AnyJob:
         """A job that was sent before, by this process or another; raises `JobLost` if the broker does not know it."""
         with translated(self.settings, at=keys.job(job_id)):
-            kind = self.redis.hget(keys.job(job_id), "kind")
-        if kind is None:
-            raise core.lost(job_id)
-        return KINDS[core.known_kind(job_id, kind)](self, job_id)
+            known = summary(job_id).on(self.redis)
+        return KINDS[core.known_kind(job_id, known.kind)](self, job_id)
 
     def workers(self) -> list[Presence]:
         """The workers that are alive now, each with its warm models."""
@@ -268,7 +267,7 @@ class Client:
         make = partial(core.Submission, self.settings, request, core.checked_job_id(job_id), data)
         submission = in_thread(make) if data else make()
         with translated(self.settings):
-            if submission.in_parts and not self.redis.exists(keys.job(submission.job_id)):
+            if submission.in_parts and (summary(submission.job_id).on(self.redis)).kind is None:
                 for part in submission.uploads(self.redis):
                     part.execute()
         return self._send(submission)
@@ -276,10 +275,10 @@ class Client:
     def _send(self, submission: core.Submission, *, revive: bool = False) -> str:
         while True:
             with translated(self.settings):
-                reply = submission.send(self.redis, revive=revive)
+                reply = submission.transition(revive=revive).on(self.redis)
                 submission.tidy(self.redis.pipeline(), reply).execute()
-                if reply[0] == b"known":
-                    submission.check_known(self.redis.hget(keys.job(submission.job_id), "kind"))
+                if reply.state == "known":
+                    submission.check_known((summary(submission.job_id).on(self.redis)).kind)
                 pause = submission.pause(reply)
             if pause is None:
                 return submission.job_id

@@ -1,0 +1,21 @@
+-- KEYS[20]: the dead letters. ARGV: token, the worker that gives the job up ('' if it killed its owners), for what,
+-- seconds that a letter is kept. Returns the job's history, or false for an owner that was fenced.
+local dead, token, worker, trouble, dead_ttl = KEYS[20], unpack(ARGV, 6, 9)
+local fields = redis.call('HMGET', job, 'kind', 'model', 'request', 'client', 'history', 'blob', 'token', 'lettered')
+-- cjson writes an empty list as {}.
+local function written(history) return #history > 0 and cjson.encode(history) or '[]' end
+if fields[7] ~= token then return false end
+-- Sent again, because the answer was lost: the letter stands as it is.
+if fields[8] == token then return written(decoded(redis.call('HGET', dead, id) or '')['history'] or {}) end
+local history = decoded(fields[5])
+if worker ~= '' then table.insert(history, {worker = worker, time = now, trouble = trouble}) end
+local letter = cjson.encode({
+  kind = fields[1] or '', model = fields[2] or '', request = fields[3] or '', client = fields[4] or '',
+})
+redis.call('HSET', dead, id, '{"history":' .. written(history) .. ',' .. string.sub(letter, 2))
+redis.call('EXPIRE', dead, dead_ttl)
+redis.call('HSET', job, 'lettered', token)
+-- Its input stays for a retry, for as long as the letter: what the record does not name, no transition deletes.
+redis.call('HDEL', job, 'blob')
+if fields[6] then redis.call('EXPIRE', fields[6], dead_ttl) end
+return written(history)

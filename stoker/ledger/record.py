@@ -1,0 +1,143 @@
+"""The record of a job, `stoker:job:<job>`: every field that it has, and every read of it outside the scripts.
+
+No other module names a field, and the scripts name no other than these (`tests/stoker/test_record.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from enum import StrEnum
+from typing import Any
+
+from stoker import keys
+from stoker.ledger.call import Call
+
+
+class Field(StrEnum):
+    """The fields of the record. First what the client says when it submits the job."""
+
+    KIND = "kind"
+    MODEL = "model"
+    QUEUE = "queue"
+    CLIENT = "client"
+    PRIORITY = "priority"
+    #: What was asked, JSON. It goes when the job ends, as the message does.
+    REQUEST = "request"
+    MESSAGE = "message"
+    #: The key of the job's input.
+    BLOB = "blob"
+
+    #: Written by the scripts: when it was submitted, the key of its client's open jobs, its turn in the backlog, and
+    #: how many messages were made of it.
+    SUBMITTED = "submitted"
+    MINE = "mine"
+    TURN = "turn"
+    SENT = "sent"
+    #: Who owns it: the owner's token, the tag of its delivery, and the worker. `BEGAN`: it had an owner before.
+    TOKEN = "token"
+    TAG = "tag"
+    WORKER = "worker"
+    BEGAN = "began"
+    #: The token of the owner that ended it, and of the one that made a dead letter of it.
+    SETTLED = "settled"
+    LETTERED = "lettered"
+    #: The owners that went silent, JSON; and what the next of them has to say of itself.
+    HISTORY = "history"
+    TROUBLE = "trouble"
+    #: How often it ended for want of memory, and the token of the owner that was counted last.
+    OUT_OF_MEMORY = "out_of_memory"
+    COUNTED = "counted"
+    #: The version of the adapter that it uses or makes.
+    VERSION = "version"
+
+
+@dataclass(frozen=True)
+class NewJob(Mapping[str, str]):
+    """What a client knows of a job when it submits it. As a mapping: the fields of the record."""
+
+    kind: str
+    model: str
+    queue: str
+    client: str
+    priority: str
+    request: str
+    message: str
+    blob: str = ""
+
+    def __getitem__(self, name: str) -> str:
+        if name not in _NEW or not (value := str(getattr(self, name))):
+            raise KeyError(name)
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in _NEW if getattr(self, name))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+_NEW = tuple(Field(field.name).value for field in fields(NewJob))
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What there is to know of a job that may have ended. `kind` is None for one that the broker does not know."""
+
+    kind: str | None
+    queue: str | None
+    owned: bool
+
+
+@dataclass(frozen=True)
+class Listed:
+    """What a list of open jobs shows of one; `worker`: its owner."""
+
+    kind: str
+    model: str
+    client: str
+    priority: int
+    worker: str | None
+
+    def shown(self) -> dict[str, Any]:
+        """As `stoker jobs` prints it; without a worker where none owns the job."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def summary(job_id: str) -> Call[Summary]:
+    return _read(job_id, _summary, Field.KIND, Field.QUEUE, Field.TOKEN)
+
+
+def _summary(values: list[bytes | None]) -> Summary:
+    kind, queue, token = values
+    return Summary(_text(kind), _text(queue), token is not None)
+
+
+def listed(job_id: str) -> Call[Listed | None]:
+    """None for a record that has expired, and for one that no client wrote."""
+    return _read(job_id, _listed, Field.KIND, Field.MODEL, Field.CLIENT, Field.PRIORITY, Field.WORKER)
+
+
+def _listed(values: list[bytes | None]) -> Listed | None:
+    kind, model, client, priority, worker = map(_text, values)
+    if kind is None or model is None or client is None or priority is None or not priority.isdecimal():
+        return None
+    return Listed(kind, model, client, int(priority), worker)
+
+
+def owner(job_id: str) -> Call[str | None]:
+    """The token of the job's owner. A pipeline's reply may be an error, for a key of another type: nobody owns that."""
+    return _read(job_id, lambda reply: _text(reply[0]) if isinstance(reply, list) else None, Field.TOKEN)
+
+
+def version(job_id: str) -> Call[str | None]:
+    """The version of its adapter, as it stands there."""
+    return _read(job_id, lambda values: _text(values[0]), Field.VERSION)
+
+
+def _read(job_id: str, parse: Any, *names: Field) -> Call[Any]:
+    return Call(lambda redis: redis.hmget(keys.job(job_id), *names), parse)
+
+
+def _text(value: bytes | None) -> str | None:
+    return None if value is None else value.decode(errors="replace")

@@ -1,0 +1,75 @@
+"""What the scripts answer, each read at one place."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """`state`: `new`, `known`, `full`, `client_full`, or `unknown` for no dead letter. Of a queue that is full: the
+    `depth` there is and its `limit`, of all clients or of this one, and the seconds to `wait` before another try."""
+
+    state: str
+    depth: int = 0
+    limit: int = 0
+    wait: float = 0.0
+
+    @classmethod
+    def parse(cls, reply: list[bytes]) -> Submitted:
+        state, depth, limit, wait = reply
+        return cls(state.decode(), int(depth), int(limit), float(wait))
+
+    @property
+    def is_full(self) -> bool:
+        return self.state in ("full", "client_full")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """`state`: `run`, `ended`, `duplicate`, `unknown` or `dead`. `age`: seconds since submission. `resumed`: it had an
+    owner before. `request`: what was asked, JSON. `cancelled`: a client asked for its end before."""
+
+    state: str
+    age: float
+    resumed: bool
+    request: str = ""
+    cancelled: bool = False
+
+    @classmethod
+    def parse(cls, reply: list[bytes]) -> Claim:
+        state, age, resumed, request, *cancelled = reply
+        return cls(state.decode(), float(age), resumed == b"1", request.decode(), cancelled == [b"1"])
+
+
+@dataclass(frozen=True)
+class Crash:
+    """An owner that went silent, or gave the job up for `trouble`. `time`: the broker's."""
+
+    worker: str
+    time: float
+    trouble: str | None = None
+
+
+@dataclass(frozen=True)
+class DeadLettered:
+    """`history`: what the letter says of the job's owners. Of an owner that was `fenced`, nothing was written."""
+
+    fenced: bool
+    history: tuple[Crash, ...] = ()
+
+    @classmethod
+    def parse(cls, reply: bytes | None) -> DeadLettered:
+        return cls(True) if reply is None else cls(False, crashes(reply))
+
+
+def crashes(text: bytes | str) -> tuple[Crash, ...]:
+    """A history, as a record or a letter has it. What no script wrote there is left out."""
+    entries = [entry for entry in json.loads(text) if isinstance(entry, dict) and isinstance(entry.get("worker"), str)]
+    return tuple(Crash(entry["worker"], entry.get("time", 0.0), entry.get("trouble")) for entry in entries)
+
+
+def recovered(reply: list[bytes]) -> tuple[str, ...]:
+    """The jobs that wait again."""
+    return tuple(job_id.decode(errors="replace") for job_id in reply)
