@@ -9,14 +9,11 @@ from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 
-import numpy as np
-
 from stoker.cli.options import Url, console
 from stoker.cli.train import follow
 from stoker.client import Client
 from stoker.contract import Presence
 from stoker.errors import UnknownModel
-from stoker.local.stack import Stack
 from stoker.settings import load_settings
 
 EMBED_MODEL = "all-minilm-l6-v2"
@@ -47,10 +44,12 @@ def _connected(url: str | None) -> Iterator[tuple[Client, Presence]]:
         with Client(url) as client:
             yield client, _first_worker(client)
         return
+    from stoker.local.stack import Stack
+
     with tempfile.TemporaryDirectory(prefix="stoker-demo-") as home:
         settings = load_settings(home=Path(home), models=(EMBED_MODEL, GENERATE_MODEL), grace=5.0)
         with Stack(settings, flower=False, own_broker=True) as stack:
-            with console.status("starting a broker and a worker, loading two models"):
+            with console().status("starting a broker and a worker, loading two models"):
                 worker = stack.wait_until_warm()
             with Client(settings=stack.settings) as client:
                 yield client, worker
@@ -64,7 +63,7 @@ def _first_worker(client: Client) -> Presence:
 
 
 def _heading(text: str) -> None:
-    console.print(f"\n[bold]{text}[/bold]")
+    console().print(f"\n[bold]{text}[/bold]")
 
 
 def _tell_worker(worker: Presence) -> None:
@@ -75,6 +74,8 @@ def _tell_worker(worker: Presence) -> None:
 
 
 def _search(client: Client) -> None:
+    import numpy as np
+
     sentences = resources.files("stoker.data").joinpath("sentences.txt").read_text().splitlines()
     _heading(f"1. Embed {len(sentences)} sentences and search them")
     began = time.perf_counter()
@@ -84,8 +85,8 @@ def _search(client: Client) -> None:
     print(f"  {vectors.shape[0]} × {vectors.shape[1]} {vectors.dtype} in {seconds:.2f} s. Nearest to “{QUERY}”:")
     # The vectors have unit length, so the dot product is the cosine.
     likeness = vectors @ query
-    for place in np.argsort(-likeness)[:3]:
-        print(f"  {likeness[place]:.3f}  {sentences[place]}")
+    for index in np.argsort(-likeness)[:3]:
+        print(f"  {likeness[index]:.3f}  {sentences[index]}")
 
 
 def _stream(client: Client) -> None:

@@ -8,18 +8,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from stoker.bulk.chunks import BATCH_TEXTS
-from stoker.bulk.output import Output, check_output, opened
 from stoker.bulk.source import Source
 from stoker.cli.jobs import warn_if_cold
 from stoker.cli.options import Json, Model, Url, connect, notes, print_json
 from stoker.client import Client
 from stoker.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from stoker.bulk.output import Output
 
 #: Seconds between two lines of progress where there is no terminal.
 TELL_EVERY = 10.0
@@ -53,6 +54,8 @@ def embed(
         "dimensions": dimensions,
         "dtype": dtype,
     }
+    from stoker.bulk.output import check_output
+
     with connect(url) as client:
         warn_if_cold(client, model, "embed")
         if output is None:
@@ -90,6 +93,8 @@ def _embed_file(
     plan: dict[str, Any],
     overwrite: bool,
 ) -> dict[str, Any]:
+    from stoker.bulk.output import opened
+
     rows, digest = source.survey()
     model = client.choose_model(model, "embed")
     job = {"rows": rows, "input": digest, "model": model, **options}
@@ -97,7 +102,7 @@ def _embed_file(
     with opened(path, rows, job, overwrite) as output:
         before = output.done
         if before:
-            notes.print(f"[dim]going on behind {before} of {rows} texts[/dim]")
+            notes().print(f"[dim]going on behind {before} of {rows} texts[/dim]")
         texts = islice(source.texts(), before, None)
         with _progress(output, rows) as tell:
             for vectors in client.embed_chunks(texts, model=model, **plan, **options):
@@ -114,8 +119,10 @@ def _embed_file(
 def _progress(output: Output, rows: int) -> Iterator[Any]:
     """A bar on a terminal, a line now and then elsewhere; yields what to call when rows came."""
     if sys.stderr.isatty():
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-        with Progress(*columns, console=notes) as progress:
+        with Progress(*columns, console=notes()) as progress:
             bar = progress.add_task("waiting for a worker", total=rows, completed=output.done)
             speed = _Speed(output)
             yield lambda: progress.update(bar, completed=output.done, description=f"{speed():,.0f} texts/s")

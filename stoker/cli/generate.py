@@ -69,7 +69,7 @@ def generate(
             print(token.text, end="", flush=True)
         print()
         if is_terminal():
-            notes.print(f"[dim]{describe(job.result())}[/dim]")
+            notes().print(f"[dim]{describe(job.result())}[/dim]")
 
 
 def _print_whole(result: GenerateResult, as_json: bool) -> None:
@@ -129,7 +129,7 @@ def chat(
                 messages.append({"role": "assistant", "content": _answer(client, messages, model, options)})
             except TextTooLong:
                 messages.pop()
-                notes.print("[dim]the talk has become too long for the model: /clear forgets it[/dim]")
+                notes().print("[dim]the talk has become too long for the model: /clear forgets it[/dim]")
 
 
 def _lines() -> Iterator[str]:
@@ -155,6 +155,6 @@ def _answer(client: Client, messages: list[dict[str, str]], model: str | None, o
             said += token.text
             print(token.text, end="", flush=True)
     except KeyboardInterrupt:
-        notes.print(" [dim](stopped)[/dim]", end="")
+        notes().print(" [dim](stopped)[/dim]", end="")
     print()
     return said

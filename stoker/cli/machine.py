@@ -23,7 +23,6 @@ from stoker.connection import connect as connect_redis
 from stoker.connection import translated
 from stoker.contract import Presence
 from stoker.errors import ConfigError, StokerError, UnknownModel
-from stoker.local.stack import Stack, wait_for_broker, worker_command
 from stoker.settings import Settings, load_settings
 
 Models = Annotated[
@@ -38,6 +37,8 @@ def up(
     url: Url = None,
 ) -> None:
     """Start everything on this machine: a broker if none answers, a worker, and Flower. Ctrl-C ends all."""
+    from stoker.local.stack import Stack
+
     settings = _settings(model, url)
     with ExitStack() as leaving:
         with progress_shown("starting the broker") as tell:
@@ -61,6 +62,8 @@ def worker(
     url: Url = None,
 ) -> None:
     """Run one worker in the foreground, for launchd, systemd or a terminal."""
+    from stoker.local.stack import wait_for_broker, worker_command
+
     settings = _settings(model, url)
     command = worker_command(settings, f"{name or f'stoker-{uuid.uuid4().hex[:8]}'}@{platform.node()}")
     with progress_shown("looking for the broker") as tell:
@@ -151,6 +154,8 @@ def _check_broker(settings: Settings) -> dict[str, Any]:
 
 def _check_engine() -> list[dict[str, Any]]:
     """Asked of a process of its own: this one must not import MLX."""
+    from stoker.local.stack import worker_command
+
     try:
         command = [sys.executable, "-m", "workers.doctor"]
         worker_command(load_settings(), "probe")
@@ -184,5 +189,7 @@ def bench_kernels(
 
 def _run_module(module: str, *arguments: str) -> None:
     """In a process of its own: this one must not import MLX."""
+    from stoker.local.stack import worker_command
+
     worker_command(load_settings(), "probe")
     sys.exit(subprocess.call([sys.executable, "-m", module, *arguments]))

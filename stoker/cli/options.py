@@ -7,12 +7,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from stoker.client import Client
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Url = Annotated[str | None, typer.Option(help="Broker; default: STOKER_URL, else the one of `stoker up`.")]
 Model = Annotated[str | None, typer.Option(help="Model; default: the one that is warm.")]
@@ -20,9 +23,22 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 #: Seconds between two lines about what is waited for.
 TELL_EVERY = 5.0
-#: People's output; what a program would read goes to standard output by `print`.
-console = Console(highlight=False, soft_wrap=True)
-notes = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+@cache
+def console() -> Console:
+    """People's output; what a program would read goes to standard output by `print`."""
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=True)
+
+
+@cache
+def notes() -> Console:
+    """What is said to people on standard error."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def connect(url: str | None) -> Client:
@@ -36,8 +52,8 @@ def print_json(value: Any) -> None:
 @contextmanager
 def progress_shown(first: str) -> Iterator[Callable[[str], None]]:
     """A line on a terminal that says what is waited for. Elsewhere, as in a service's log, a line every few seconds."""
-    if console.is_terminal:
-        with console.status(first) as status:
+    if console().is_terminal:
+        with console().status(first) as status:
             yield status.update
         return
     said = -TELL_EVERY
@@ -46,7 +62,7 @@ def progress_shown(first: str) -> Iterator[Callable[[str], None]]:
         nonlocal said
         if time.monotonic() - said >= TELL_EVERY:
             said = time.monotonic()
-            notes.print(text)
+            notes().print(text)
 
     yield tell
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from stoker.catalogue import parse_model
 from stoker.cli.jobs import warn_if_cold
@@ -69,7 +68,7 @@ def train(
     with connect(url) as client:
         warn_if_cold(client, model, "train")
         job = client.train(name, dataset, model=model, **options)
-        notes.print(f"[dim]job {job.id}[/dim]")
+        notes().print(f"[dim]job {job.id}[/dim]")
         result = follow_json(job) if as_json else follow(job, steps)
         if not as_json:
             print(f"adapter {result.adapter}@{result.version}: {_outcome(result)}")
@@ -124,8 +123,10 @@ def follow(job: TrainJob, steps: int) -> TrainResult:
 
 
 def _show_bar(job: TrainJob, steps: int) -> None:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console()) as progress:
         bar = progress.add_task("waiting for the worker", total=steps)
         for report in job.progress():
             progress.update(bar, completed=report.step, description=_numbers(report))
