@@ -11,7 +11,9 @@ from typing import Any
 
 from engine.jsonfiles import read_object
 from engine.models.fields import Fields
+from engine.models.sentence_files import SentenceFiles, model_folder
 from engine.sources import naming
+from engine.text.templates import folder_templates, gguf_templates
 from engine.weights import safetensors_header
 from engine.weights.gguf import GGUF
 from stoker.errors import ModelError
@@ -68,7 +70,8 @@ def inspect(path: Path) -> Inspection:
     raise ModelError(f"{path}: a model is a folder with config.json and safetensors, or a .gguf file")
 
 
-def _folder(folder: Path) -> Inspection:
+def _folder(path: Path) -> Inspection:
+    folder = model_folder(path)
     config = read_object(folder / "config.json")
     files = safetensors_header.files(folder)
     entries: dict[str, Any] = {}
@@ -79,20 +82,20 @@ def _folder(folder: Path) -> Inspection:
     section = config.get("quantization") or {}
     dtypes, stored = _stored(entries, section if isinstance(section, Mapping) else {})
     return _inspection(
-        path=folder,
+        path=path,
         format="safetensors" if len(files) == 1 else f"safetensors, {len(files)} files",
         architecture=config.get("model_type"),
         tensors=len(entries),
         dtypes=dtypes,
         stored=stored,
         quantization=_form(section) if section else None,
-        context=_folder_context(folder, fields, config.get("model_type")),
+        context=_folder_context(path, fields, config.get("model_type")),
         layers=fields.count("num_hidden_layers"),
         dim=dim,
         vocabulary=fields.count("vocab_size"),
         cached=(fields.count("num_key_value_heads", heads), fields.count("head_dim", max(1, dim // heads))),
         window=config.get("sliding_window") if config.get("use_sliding_window", True) else None,
-        chat_template=_has_template(folder),
+        chat_template=bool(folder_templates(folder, read_object(folder / "tokenizer_config.json", missing={}))),
         file_bytes=sum(file.stat().st_size for file in files),
     )
 
@@ -109,7 +112,6 @@ def _gguf(path: Path) -> Inspection:
         dtypes[info.type.name] += math.prod(info.shape)
     largest = max(dtypes, key=dtypes.__getitem__) if dtypes else "F32"
     vocabulary = meta.get("tokenizer.ggml.tokens")
-    template = meta.get("tokenizer.chat_template")
     return _inspection(
         path=path,
         format="gguf",
@@ -127,7 +129,7 @@ def _gguf(path: Path) -> Inspection:
             fields.count(f"{architecture}.attention.key_length", max(1, dim // heads)),
         ),
         window=meta.get(f"{architecture}.attention.sliding_window"),
-        chat_template=isinstance(template, str),
+        chat_template=bool(gguf_templates(meta)),
         file_bytes=path.stat().st_size,
     )
 
@@ -189,14 +191,8 @@ def _form(section: object) -> str:
     return f"{section.get('bits')} bit in groups of {section.get('group_size')} (MLX)"
 
 
-def _folder_context(folder: Path, fields: Fields, architecture: object) -> int:
-    """What the model takes, or what its sentence-transformers file limits that to."""
+def _folder_context(path: Path, fields: Fields, architecture: object) -> int:
+    """What the model takes, or what its sentence-transformers files limit that to."""
     # MPNet's first two positions stand for no token.
     positions = fields.count("max_position_embeddings", 2048) - (2 if architecture == "mpnet" else 0)
-    limit = read_object(folder / "sentence_bert_config.json", missing={}).get("max_seq_length")
-    return min(limit, positions) if isinstance(limit, int) and limit > 0 else positions
-
-
-def _has_template(folder: Path) -> bool:
-    beside = (folder / "chat_template.jinja").is_file()
-    return beside or bool(read_object(folder / "tokenizer_config.json", missing={}).get("chat_template"))
+    return SentenceFiles.of(path).max_tokens(positions) if KINDS.get(str(architecture)) == "embed" else positions

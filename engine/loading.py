@@ -20,6 +20,7 @@ from engine.models.mpnet import MPNet, MPNetArgs
 from engine.models.qwen2 import Qwen2Args
 from engine.models.qwen3 import Qwen3Args
 from engine.models.sentence import EmbeddingSpec
+from engine.models.sentence_files import model_folder
 from engine.precision import Precision
 from engine.sources import naming, resolve
 from engine.text.tokenizer import Tokenizer
@@ -63,7 +64,7 @@ class LoadedModel:
     @functools.cached_property
     def digest(self) -> str:
         """Names the contents of its files: what an adapter was trained on."""
-        return weights_digest(self.path)
+        return weights_digest(model_folder(self.path))
 
     @property
     def decoder(self) -> Llama:
@@ -97,7 +98,7 @@ def load(
                 raise ModelError(f"{path}: a model is a folder with config.json and safetensors, or a .gguf file")
             loaded = _load_gguf(name, path, precision, start)
         else:
-            config = read_object(path / "config.json")
+            config = read_object(model_folder(path) / "config.json")
             architecture = config.get("model_type")
             if architecture in ENCODERS:
                 loaded = _load_encoder(name, path, config, precision, start)
@@ -113,7 +114,8 @@ def load(
 
 def _load_encoder(name: str, folder: Path, config: dict[str, Any], precision: Precision, start: float) -> LoadedModel:
     precision = precision.for_encoder()
-    tensors, config = folder_tensors(folder, config, precision)
+    inner = model_folder(folder)
+    tensors, config = folder_tensors(inner, config, precision)
     model: Encoder
     args: BertArgs | MPNetArgs
     if config["model_type"] == "bert":
@@ -124,7 +126,7 @@ def _load_encoder(name: str, folder: Path, config: dict[str, Any], precision: Pr
         model = MPNet(args, tensors)
     tensors.finish(ignore=model.unused)
     spec = EmbeddingSpec.from_folder(folder, args)
-    tokenizer = Tokenizer.from_folder(folder)
+    tokenizer = Tokenizer.from_folder(inner, lowercase=spec.lowercase)
     _check_vocabulary(folder, tokenizer, args.vocab)
     _warm(lambda: model(mx.zeros((1, min(8, args.context)), mx.int32)))
     return LoadedModel(
@@ -141,9 +143,10 @@ def _load_encoder(name: str, folder: Path, config: dict[str, Any], precision: Pr
 
 
 def _load_decoder(name: str, folder: Path, config: dict[str, Any], precision: Precision, start: float) -> LoadedModel:
-    tensors, config = folder_tensors(folder, config, precision)
+    inner = model_folder(folder)
+    tensors, config = folder_tensors(inner, config, precision)
     model = Llama(DECODERS[config["model_type"]].from_config(config), tensors)
-    return _decoder(name, folder, model, Tokenizer.from_folder(folder), tensors, start)
+    return _decoder(name, folder, model, Tokenizer.from_folder(inner), tensors, start)
 
 
 def _load_gguf(name: str, path: Path, precision: Precision, start: float) -> LoadedModel:
@@ -165,6 +168,11 @@ def _load_gguf(name: str, path: Path, precision: Precision, start: float) -> Loa
 def _decoder(name: str, path: Path, model: Llama, tokenizer: Tokenizer, tensors: Tensors, start: float) -> LoadedModel:
     tensors.finish(ignore=model.unused)
     _check_vocabulary(path, tokenizer, model.args.vocab)
+    if tokenizer.manners.cleans_spaces:
+        raise ModelError(
+            f"{path}: clean_up_tokenization_spaces = true is not supported for a model that generates: its text would "
+            "change behind what was streamed. Set it to false in tokenizer_config.json"
+        )
     _warm(lambda: model.logits(model(mx.zeros((1, 8), mx.int32))))
     return LoadedModel(
         name=name,

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
+from engine.models.sentence_files import model_folder
 from stoker.errors import ModelError
 
 #: The files of a repository that the engine reads; everything else stays where it is.
@@ -25,16 +26,21 @@ HUB_FILES = (
     "generation_config.json",
     "tokenizer*.json",
     "special_tokens_map.json",
+    "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
     "*.safetensors",
     "*.safetensors.index.json",
     "modules.json",
-    "sentence_bert_config.json",
+    "sentence_*_config.json",
     "config_sentence_transformers.json",
     "*_Pooling/config.json",
+    "*_Transformer/*.json",
 )
-#: Copies of the weights that some repositories carry in sub-folders (`onnx/`, `original/`).
-_HUB_IGNORED = ("*/*.safetensors",)
+#: Copies of the weights that some repositories carry in sub-folders (`onnx/`, `original/`); a module of
+#: sentence-transformers has a folder with its number in front.
+_HUB_IGNORED = ("[!0-9]*/*.safetensors",)
 
 _HUB = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<file>[\w./ -]+))?")
 
@@ -137,7 +143,7 @@ def _on_hub(source: str, download: bool) -> Path:
 
 
 def _with_weights(folder: Path, repo: str) -> Path:
-    if not any(folder.glob("*.safetensors")):
+    if not any(model_folder(folder).glob("*.safetensors")):
         raise ModelError(
             f"{repo} has no safetensors in its root. If it has GGUF files, name one: hf:{repo}:FILE.gguf; pickled "
             "weights (.bin, .pt) are never read"

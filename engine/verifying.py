@@ -22,6 +22,7 @@ from engine.models.encoder import Encoder
 from engine.models.llama import Llama
 from engine.models.mpnet import MPNet, MPNetArgs
 from engine.models.sentence import EmbeddingSpec
+from engine.models.sentence_files import model_folder
 from engine.sources import naming
 from engine.text.tokenizer import Tokenizer
 from engine.weights import safetensors
@@ -66,7 +67,8 @@ class _Outline(Tensors):
         return array.T if transpose else array
 
 
-def _folder(folder: Path, progress: Callable[[int, int], None]) -> tuple[int, int]:
+def _folder(path: Path, progress: Callable[[int, int], None]) -> tuple[int, int]:
+    folder = model_folder(path)
     config = read_object(folder / "config.json")
     layout = Layout.from_config(config)
     arrays = safetensors.read_folder(folder)
@@ -77,7 +79,7 @@ def _folder(folder: Path, progress: Callable[[int, int], None]) -> tuple[int, in
     readers = {name: partial(stored.__getitem__, name) for name in stored}
     outline = _Outline(readers, {name: tuple(each.shape) for name, each in stored.items()}, str(folder), mx.float32)
     rest = {key: value for key, value in config.items() if key not in CONFIG_KEYS}
-    model = _built(folder, rest, outline)
+    model = _built(path, rest, outline)
     outline.finish(ignore=model.unused)
     _check_vocabulary(folder, Tokenizer.from_folder(folder), model.args.vocab)
     return _finite_safetensors(folder, progress)

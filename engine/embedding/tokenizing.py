@@ -28,9 +28,7 @@ def tokenized(tokenizer: Tokenizer, request: EmbedRequest, prompt: str, longest:
                 'Shorten it, or pass truncation="end" to cut it.'
             )
         else:
-            # Cut before the closing special tokens, so that a cut text still ends as the model knows it.
-            closing = min(tokenizer.closing(texts[row]), longest)
-            kept = tokens[: longest - closing] + tokens[len(tokens) - closing :]
+            kept = tokenizer.encode_cut(texts[row], longest)
         found.append(np.array(kept, dtype=np.int32))
     return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from engine.loading import LoadedModel
 from engine.text import chat
+from engine.text.templates import choose
 from stoker.contract import GenerateRequest
 from stoker.errors import InvalidRequest, TextTooLong
 
@@ -41,18 +42,10 @@ def _ids(model: LoadedModel, request: GenerateRequest) -> list[int]:
 
 def _render(model: LoadedModel, request: GenerateRequest) -> str:
     tokenizer = model.tokenizer
-    if tokenizer.chat_template is None:
-        raise InvalidRequest(f"messages given, but {request.model} has no chat template: give a prompt.")
-    text = [None if index is None else tokenizer.inner.id_to_token(index) for index in _ends(model)]
     return chat.render(
-        tokenizer.chat_template,
+        choose(tokenizer.templates, request.tools is not None, request.model),
         [message.model_dump(mode="json", exclude_none=True) for message in request.messages or ()],
         tools=request.tools,
-        bos_token=text[0],
-        eos_token=text[1],
+        names=tokenizer.manners.names,
         extra=request.template,
     )
-
-
-def _ends(model: LoadedModel) -> tuple[int | None, int | None]:
-    return model.tokenizer.bos_id, model.tokenizer.main_eos_id

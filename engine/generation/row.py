@@ -128,9 +128,12 @@ class Row:
     def __post_init__(self) -> None:
         request = self.request
         self._uniforms = Uniforms(request.seed, self.number)
-        self._detokenizer = StreamingDetokenizer(self.generation.tokenizer)
+        tokenizer = self.generation.tokenizer
+        self._detokenizer = StreamingDetokenizer(tokenizer, after=self.generation.prompt)
         self._scanner = StopScanner(request.stop)
-        self._eos = frozenset() if request.ignore_eos else self.generation.tokenizer.eos_ids
+        #: Special tokens that a stop string speaks of: they have no text, and end the answer all the same.
+        self._named = tokenizer.special_within(request.stop) if request.stop else {}
+        self._eos = frozenset() if request.ignore_eos else tokenizer.eos_ids
         self._penalised = penalised(request)
         if self._penalised:
             self.tally = dict.fromkeys(self.generation.prompt, 0)
@@ -225,7 +228,7 @@ class Row:
         if token in self.request.stop_token_ids:
             self.finish_reason, self.stopped_by = "stop_token", token
             return ""
-        text, stop = self._scanner.add(self._detokenizer.add(token))
+        text, stop = self._scanner.add(self._detokenizer.add(token), self._named.get(token, ""))
         if stop is not None:
             self.finish_reason, self.stopped_by = "stop_string", stop
         elif self.grammar is not None and self.grammar.complete:
@@ -237,9 +240,9 @@ class Row:
         return text
 
     def _alternatives(self, pick: Pick) -> tuple[Alternative, ...]:
-        decode = self.generation.tokenizer.decode
+        spelled = self.generation.tokenizer.spelled
         return tuple(
-            Alternative(token_id=token, text=decode([token], skip_special=False), logprob=logprob)
+            Alternative(token_id=token, text=spelled(token), logprob=logprob)
             for token, logprob in pick.alternatives
             if logprob > -math.inf  # a token that the model rules out is no alternative
         )

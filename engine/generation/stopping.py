@@ -6,30 +6,45 @@ from collections.abc import Sequence
 
 
 class StopScanner:
-    """Lets text through as soon as it cannot be the beginning of a stop string any more."""
+    """Lets text through as soon as it cannot be the beginning of a stop string any more.
+
+    A stop string may hold names of special tokens. Such a name is looked at and never shown.
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
         self._held = ""
+        #: For each character of `_held` whether it is shown; empty while all are.
+        self._shown: list[bool] = []
 
-    def add(self, text: str) -> tuple[str, str | None]:
-        """What may be shown now, and the stop string that was completed: the first by place, of those the longest."""
+    def add(self, text: str, hidden: str = "") -> tuple[str, str | None]:
+        """What may be shown now of `text`, and the stop string that was completed: the first by place, of those the
+        longest. `hidden` is the name of a special token that follows `text`."""
         if not self._stops:
             return text, None
-        whole = self._held + text
-        found = [(place, -len(stop), stop) for stop in self._stops if (place := whole.find(stop)) >= 0]
+        if hidden or self._shown:
+            known = self._shown or [True] * len(self._held)
+            self._shown = known + [True] * len(text) + [False] * len(hidden)
+        self._held += text + hidden
+        found = [(place, -len(stop), stop) for stop in self._stops if (place := self._held.find(stop)) >= 0]
         if found:
             place, _, stop = min(found)
-            self._held = ""
-            return whole[:place], stop
-        held = self._beginning(whole)
-        self._held = whole[len(whole) - held :]
-        return whole[: len(whole) - held], None
+            before = self._take(place)
+            self._held, self._shown = "", []
+            return before, stop
+        return self._take(len(self._held) - self._beginning(self._held)), None
 
     def finish(self) -> str:
         """What was held back, at the end of the answer."""
-        held, self._held = self._held, ""
-        return held
+        return self._take(len(self._held))
+
+    def _take(self, length: int) -> str:
+        """The first `length` characters of what is held, without what is not shown."""
+        taken, shown = self._held[:length], self._shown[:length]
+        self._held, self._shown = self._held[length:], self._shown[length:]
+        if all(self._shown):
+            self._shown = []
+        return taken if not shown else "".join(letter for letter, seen in zip(taken, shown, strict=True) if seen)
 
     def _beginning(self, text: str) -> int:
         """Length of the longest end of `text` with which a stop string begins."""

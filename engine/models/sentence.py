@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from engine.jsonfiles import read_json, read_object
+from engine.jsonfiles import read_object
 from engine.models.encoder import EncoderArgs
+from engine.models.sentence_files import SentenceFiles, inside, kind_of
 from stoker.errors import ModelError
 
 #: What sentence-transformers calls a way of pooling, in its older files and in those since version 5.
@@ -34,6 +34,8 @@ class EmbeddingSpec:
     default_prompt: str | None = None
     #: To how many numbers a vector may be cut (Kusupati et al. 2022, arXiv:2205.13147); empty: not at all.
     dimensions: Sequence[int] = ()
+    #: Whether every text is written in small letters first, whatever its tokenizer does.
+    lowercase: bool = False
 
     @classmethod
     def from_folder(cls, folder: Path, args: EncoderArgs) -> EmbeddingSpec:
@@ -41,35 +43,24 @@ class EmbeddingSpec:
 
         Raises `ModelError` for a module or a pooling that is not supported.
         """
-        limit = read_object(folder / "sentence_bert_config.json", missing={}).get("max_seq_length")
-        max_tokens = min(limit, args.context) if isinstance(limit, int) and limit > 0 else args.context
-        pooling, normalize = "mean", False
-        for module in _modules(folder):
-            kind = str(module.get("type", "")).rsplit(".", 1)[-1]
+        files = SentenceFiles.of(folder)
+        pooling, normalize = None if files.modules else "mean", False
+        for module in files.modules:
+            kind = kind_of(module)
             if kind == "Pooling":
-                pooling = _pooling(_inside(folder, module.get("path", "1_Pooling")) / "config.json")
+                pooling = _pooling(inside(folder, module.get("path", "1_Pooling")) / "config.json")
             elif kind == "Normalize":
                 normalize = True
             elif kind != "Transformer":
                 raise ModelError(
                     f"{folder}: the module {kind or module!r} is not supported; Transformer, Pooling and Normalize are"
                 )
-        prompts, default = _prompts(folder / "config_sentence_transformers.json")
-        cuts = _dimensions(folder / "config.json", args.dim)
-        return cls(max_tokens, pooling, normalize, args.dim, prompts, default, cuts)
-
-
-def _modules(folder: Path) -> list[dict[str, Any]]:
-    modules = read_json(folder / "modules.json", missing=[])
-    if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
-        raise ModelError(f"{folder / 'modules.json'}: not a list of modules")
-    return modules
-
-
-def _inside(folder: Path, name: object) -> Path:
-    if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ModelError(f"{folder / 'modules.json'}: the path {name!r} leads out of the folder")
-    return folder / name
+        if pooling is None:
+            raise ModelError(f"{folder / 'modules.json'}: no Pooling among its modules; a text needs one vector")
+        prompts, default = files.prompts()
+        cuts = _dimensions(files.transformer / "config.json", args.dim)
+        longest = files.max_tokens(args.context)
+        return cls(longest, pooling, normalize, args.dim, prompts, default, cuts, files.lowercase)
 
 
 def _pooling(path: Path) -> str:
@@ -93,13 +84,3 @@ def _dimensions(path: Path, dim: int) -> Sequence[int]:
     if not isinstance(named, list) or not all(type(size) is int and 0 < size <= dim for size in named):
         raise ModelError(f"{path}: matryoshka_dimensions {named!r} is no list of numbers from 1 to {dim}")
     return tuple(sorted(named))
-
-
-def _prompts(path: Path) -> tuple[dict[str, str], str | None]:
-    config = read_object(path, missing={})
-    prompts, default = config.get("prompts") or {}, config.get("default_prompt_name")
-    if not isinstance(prompts, dict) or not all(isinstance(prompt, str) for prompt in prompts.values()):
-        raise ModelError(f"{path}: its prompts are not an object of strings")
-    if default is not None and default not in prompts:
-        raise ModelError(f"{path}: default_prompt_name {default!r} is none of its prompts ({', '.join(prompts)})")
-    return prompts, default

@@ -38,12 +38,13 @@ def render(
     *,
     tools: Sequence[Mapping[str, Any]] | None = None,
     add_generation_prompt: bool = True,
-    bos_token: str | None = None,
-    eos_token: str | None = None,
+    names: Mapping[str, str] | None = None,
     extra: Mapping[str, Any] | None = None,
     limits: Limits | None = None,
 ) -> str:
     """The text of `messages`, as transformers' `apply_chat_template` gives it.
+
+    `names` are the model's special tokens by the names that templates use, such as `sep_token`.
 
     Messages, tools and `extra` (further variables, such as `enable_thinking`) are JSON values. Raises `InvalidRequest`
     for a conversation that the template refuses or fails on, `ModelError` for a template that is broken, forbidden
@@ -52,9 +53,8 @@ def render(
     limits = limits or Limits()
     if len(template) > limits.template:
         raise ModelError(f"the chat template has {len(template)} characters; {limits.template} are allowed")
-    tokens = {"bos_token": bos_token, "eos_token": eos_token}
     variables = {
-        **{name: token for name, token in tokens.items() if token is not None},
+        **(names or {}),
         **(extra or {}),
         # A key without a value is left out, as transformers does: templates would write "None".
         "messages": [{key: value for key, value in message.items() if value is not None} for message in messages],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from engine.text.pieces import Pieces
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 #: Tokens that the general way holds back at most while the last character is incomplete (a character has 4 bytes).
 _MAX_HELD = 16
+#: Tokens before a continuation that the general way looks at: enough for a word and its beginning.
+_CONTEXT = 8
 
 
 class _Way(Protocol):
@@ -24,15 +26,21 @@ class _Way(Protocol):
 class StreamingDetokenizer:
     """Turns tokens into text one by one: all that `add` and `finish` return, joined, is `tokenizer.decode` of all ids.
 
+    Behind the tokens `after` it is what their text goes on with: a first space that belongs to it is kept.
+
     Each token costs the same, however many came before, and half a character is never given out. That holds for every
     sequence of tokens with byte-level and SentencePiece vocabularies, and with those that write whole characters
     (WordPiece). With others a run of more than 16 tokens that end in U+FFFD is given out as it stands.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True):
+    def __init__(self, tokenizer: Tokenizer, *, after: Sequence[int] = (), skip_special: bool = True):
         self._inner = tokenizer.inner
         self._skipped = tokenizer.special_ids if skip_special else frozenset[int]()
-        self._way: _Way = _Window(tokenizer) if tokenizer.pieces is None else ByteStream(tokenizer.pieces)
+        # A vocabulary without a decoder does not say how tokens are joined: the space between two is nobody's.
+        joined = after if self._inner.decoder is not None else ()
+        before = [index for index in joined if index not in self._skipped][-_CONTEXT:]
+        pieces = tokenizer.pieces
+        self._way: _Way = _Window(tokenizer, before) if pieces is None else ByteStream(pieces, begun=bool(before))
 
     def add(self, token_id: int) -> str:
         """The text that is certain now: "" while a character is incomplete, or for a special token."""
@@ -48,9 +56,9 @@ class StreamingDetokenizer:
 class ByteStream:
     """Tokens that are bytes, joined and read as UTF-8; what is not becomes U+FFFD, as little of it as can be."""
 
-    def __init__(self, pieces: Pieces):
+    def __init__(self, pieces: Pieces, *, begun: bool = False):
         self._pieces, self._utf8 = pieces, codecs.getincrementaldecoder("utf-8")("replace")
-        self._strips = pieces.strips_space
+        self._strips = pieces.strips_space and not begun
 
     def add(self, token_id: int) -> str:
         return self._stripped(self._utf8.decode(self._pieces(token_id)))
@@ -72,10 +80,10 @@ class ByteStream:
 class _Window:
     """Any other vocabulary: the tokens not given out yet are decoded together with those given out last."""
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, before: list[int]):
         self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._given = 0  # tokens at the window's start whose text was given out
+        self._ids = before
+        self._given = len(before)  # tokens at the window's start whose text was given out
 
     def add(self, token_id: int) -> str:
         self._ids.append(token_id)

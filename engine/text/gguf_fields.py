@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from engine.text.ends import gguf_special
 from engine.weights.gguf import GGUF
 from stoker.errors import ModelError
 
@@ -18,7 +19,8 @@ _LONGEST = 1024
 
 
 class Vocabulary:
-    """`tokens` by their ids, `index` the other way round, `types` one a token.
+    """`tokens` by their ids, `index` the other way round, `types` one a token: the file's, except for names that are
+    special in every file.
 
     Raises `ModelError`, which names the file, for a damaged one.
     """
@@ -36,7 +38,11 @@ class Vocabulary:
             raise ModelError(
                 f"{self.where}: its vocabulary has a token of {len(longest)} characters; {_LONGEST} are allowed"
             )
-        self.types: Sequence[Any] = types.tolist() if isinstance(types, np.ndarray) else types
+        special = gguf_special(self.index)
+        self.types: Sequence[Any] = [
+            CONTROL if token in special else kind
+            for token, kind in zip(self.tokens, types.tolist() if isinstance(types, np.ndarray) else types, strict=True)
+        ]
 
     def get(self, key: str, default: Any = None) -> Any:
         """The raw value of `tokenizer.ggml.KEY`."""

@@ -32,8 +32,16 @@ class Pieces:
 
     def __init__(self, inner: Tokenizer, spell: Callable[[str], bytes], *, strips_space: bool):
         self._inner, self._spell, self.strips_space = inner, spell, strips_space
+        #: Tokens that were added are written as they read: their letters stand for no bytes, "▁" for no space.
+        self._added = {
+            index: token.content.encode("utf-8")
+            for index, token in inner.get_added_tokens_decoder().items()
+            if token.special or spell is _byte_level
+        }
 
     def __call__(self, token_id: int) -> bytes:
+        if token_id in self._added:
+            return self._added[token_id]
         token = self._inner.id_to_token(token_id)
         return b"" if token is None else self._spell(token)
 

@@ -2,29 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import tokenizers
+from tokenizers import normalizers
 
 from engine.jsonfiles import read_object
 from engine.text.detokenizer import ByteStream
+from engine.text.ends import ends, gguf_ends
 from engine.text.gguf_vocabulary import build
 from engine.text.pieces import Pieces
+from engine.text.pipeline import Pipeline
+from engine.text.special_tokens import SpecialTokens
+from engine.text.templates import folder_templates, gguf_templates
 from engine.weights.gguf import GGUF
 from stoker.errors import InvalidRequest, ModelError
 
-#: Special tokens that end a turn or a text in the model families in use. A checkpoint often names only one of its own.
-END_TOKENS = (
-    "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|end|>", "<end_of_turn>", "</s>",
-)  # fmt: skip
+#: A template's name for a special token -> how GGUF calls it.
+_GGUF_NAMES = {
+    "bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "sep_token": "seperator", "pad_token": "padding",
+    "cls_token": "cls", "mask_token": "mask",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Manners:
+    """What a model's files say about its texts, its vocabulary apart.
+
+    `names`: its special tokens by the names that chat templates use, such as `sep_token`. `templates`: its chat
+    templates, by name. `cuts_left`: whether a text
+    that is too long loses its beginning. `cleans_spaces`: whether spaces before punctuation are taken out of its text.
+    """
+
+    names: Mapping[str, str] = field(default_factory=dict)
+    templates: Mapping[str, str] = field(default_factory=dict)
+    cuts_left: bool = False
+    cleans_spaces: bool = False
 
 
 class Tokenizer:
-    """A `tokenizers.Tokenizer` with what a model says about its special tokens.
+    """A `tokenizers.Tokenizer` with what a model says about its special tokens and its texts.
 
-    `eos_ids` ends generation; `bos_id`, `pad_id` and `chat_template` are None where the model has none.
+    `eos_ids` ends generation, and so do the tokens called `end_names` (those that end in every family, if not given);
+    `bos_id` and `pad_id` are None where the model has none.
     """
 
     def __init__(
@@ -34,61 +57,76 @@ class Tokenizer:
         eos_ids: Sequence[int] = (),
         bos_id: int | None = None,
         pad_id: int | None = None,
-        chat_template: str | None = None,
+        end_names: Sequence[str] | None = None,
+        manners: Manners | None = None,
     ):
-        # A tokenizer.json may carry the truncation and padding of somebody's training run.
+        # A tokenizer.json may carry the truncation and padding of a training run.
         inner.no_truncation()
         inner.no_padding()
         self.inner = inner
-        special = {token.content: index for index, token in inner.get_added_tokens_decoder().items() if token.special}
+        self.manners = manners or Manners()
+        self.templates: dict[str, str] = dict(self.manners.templates)
+        added = {token.content: index for index, token in inner.get_added_tokens_decoder().items()}
+        flagged = [index for index, token in inner.get_added_tokens_decoder().items() if token.special]
         named = list(eos_ids)
-        ends = [special[name] for name in END_TOKENS if name in special]
-        self.eos_ids: frozenset[int] = frozenset(named + ends)
+        family = _present(added, ends(added) if end_names is None else end_names)
+        self.eos_ids: frozenset[int] = frozenset(named + family)
         #: The one to end a training example with: the first that the model names.
-        self.main_eos_id: int | None = next(iter(named + ends), None)
-        self.special_ids: frozenset[int] = frozenset(special.values())
-        self.bos_id, self.pad_id, self.chat_template = bos_id, pad_id, chat_template
+        self.main_eos_id: int | None = next(iter(named + family), None)
+        #: Tokens that have no text: by their flags, by the model's names for them, or as ends of every family.
+        self.special_ids: frozenset[int] = frozenset(flagged + family + _present(added, self.manners.names.values()))
+        self.bos_id, self.pad_id = bos_id, pad_id
         #: The bytes of each token, None where they depend on its neighbours.
         self.pieces = Pieces.of(inner)
 
     @classmethod
-    def from_folder(cls, folder: Path) -> Tokenizer:
-        """From `tokenizer.json`, with `tokenizer_config.json`, `generation_config.json` and `config.json` beside it."""
+    def from_folder(cls, folder: Path, *, lowercase: bool = False) -> Tokenizer:
+        """From `tokenizer.json` and the files beside it, as transformers reads them.
+
+        `lowercase` makes small letters of every text first, as sentence-transformers' files may ask.
+        """
         path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise ModelError(
-                f"{folder}: no tokenizer.json. Write one with transformers: "
-                "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
-            )
-        try:
-            inner = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the package raises plain Exception
-            raise ModelError(f"{path}: {error}") from error
+        inner = _read(path)
         config = read_object(folder / "tokenizer_config.json", missing={})
-        eos = _ids_of(inner, config.get("eos_token"))
-        for name in ("generation_config.json", "config.json"):
-            eos += _ids_of(inner, read_object(folder / name, missing={}).get("eos_token_id"))
+        model = read_object(folder / "config.json", missing={})
+        generation = read_object(folder / "generation_config.json", missing={})
+        truncation = inner.truncation or {}
+        pipeline = Pipeline(folder / "tokenizer_config.json", config, model)
+        pipeline.build(inner)
+        tokens = SpecialTokens.from_folder(folder, config).with_defaults(inner, pipeline.default_names)
+        tokens.add_to(inner, _count(model.get("vocab_size")))
+        names = {name: token.content for name, token in tokens.named.items()}
+        pipeline.surround(inner, names)
+        if lowercase:
+            _lowercase(inner)
+        eos = [names.get("eos_token"), generation.get("eos_token_id"), model.get("eos_token_id")]
         return cls(
             inner,
-            eos_ids=eos,
-            bos_id=_first(_ids_of(inner, config.get("bos_token"))),
-            pad_id=_first(_ids_of(inner, config.get("pad_token"))),
-            chat_template=_folder_template(folder, config),
+            eos_ids=_ids_of(inner, eos),
+            bos_id=_first(_ids_of(inner, names.get("bos_token"))),
+            pad_id=_first(_ids_of(inner, names.get("pad_token"))),
+            manners=Manners(
+                names,
+                folder_templates(folder, config),
+                _left(folder / "tokenizer_config.json", config.get("truncation_side", truncation.get("direction"))),
+                _cleans(inner, config),
+            ),
         )
 
     @classmethod
     def from_gguf(cls, gguf: GGUF) -> Tokenizer:
         """Rebuilt from a GGUF file's vocabulary (byte-level BPE or SentencePiece). Raises `ModelError` for others."""
         inner = build(gguf)
-        meta = gguf.metadata
-        template = meta.get("tokenizer.chat_template")
-        named = [meta.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+        named = {name: _ids_of(inner, _gguf_id(gguf, key)) for name, key in _GGUF_NAMES.items()}
+        eos = [_gguf_id(gguf, name) for name in ("eos", "eot", "eom")]
+        names = {name: inner.id_to_token(ids[0]) or "" for name, ids in named.items() if ids}
         return cls(
             inner,
-            eos_ids=_ids_of(inner, named),
-            bos_id=_first(_ids_of(inner, meta.get("tokenizer.ggml.bos_token_id"))),
-            pad_id=_first(_ids_of(inner, meta.get("tokenizer.ggml.padding_token_id"))),
-            chat_template=template if isinstance(template, str) else None,
+            eos_ids=_ids_of(inner, eos),
+            bos_id=_first(named["bos_token"]),
+            pad_id=_first(named["pad_token"]),
+            end_names=gguf_ends(inner.get_vocab()),
+            manners=Manners(names, gguf_templates(gguf.metadata)),
         )
 
     @property
@@ -110,17 +148,54 @@ class Tokenizer:
         encoded = self.inner.encode_batch_fast([_checked(text) for text in texts], add_special_tokens=special)
         return [encoding.ids for encoding in encoded]
 
-    def closing(self, text: str) -> int:
-        """How many of the ids of `text` are those that the model wants behind a text, such as [SEP]."""
-        added: list[int] = self.inner.encode(_checked(text)).special_tokens_mask
-        return next((count for count, special in enumerate(reversed(added)) if not special), len(added))
+    def encode_cut(self, text: str, longest: int) -> list[int]:
+        """`encode`, of as much of the text as leaves `longest` tokens; what the model wants around it stays whole."""
+        encoding = self.inner.encode(_checked(text), add_special_tokens=False)
+        room = max(0, longest - self.inner.num_special_tokens_to_add(is_pair=False))
+        encoding.truncate(room, direction="left" if self.manners.cuts_left else "right")
+        ids: list[int] = self.inner.post_process(encoding, add_special_tokens=True).ids
+        return ids[:longest]
+
+    def encode_spans(self, text: str, *, special: bool) -> tuple[list[int], list[int]]:
+        """The ids of `text`, and for each the place in `text` at which what it stands for ends; 0 for what the model
+        wants before a text, its length for what it wants behind."""
+        encoding = self.inner.encode(_checked(text), add_special_tokens=special)
+        stops: list[int] = []
+        for (_, stop), around in zip(encoding.offsets, encoding.special_tokens_mask, strict=True):
+            last = stops[-1] if stops else 0
+            stops.append((len(text) if last else 0) if around else max(stop, last))
+        return encoding.ids, stops
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """The text of `ids`; incomplete UTF-8 becomes U+FFFD, ids beyond the vocabulary become nothing."""
+        kept = [index for index in ids if not (skip_special and index in self.special_ids)]
         if self.pieces is not None:
-            return ByteStream(self.pieces).text(i for i in ids if not (skip_special and i in self.special_ids))
-        text: str = self.inner.decode(list(ids), skip_special_tokens=skip_special)
+            return ByteStream(self.pieces).text(kept)
+        text: str = self.inner.decode(kept, skip_special_tokens=False)
         return text
+
+    def spelled(self, token_id: int) -> str:
+        """A token as it reads by itself: its first space is kept, incomplete UTF-8 becomes U+FFFD."""
+        if self.pieces is None:
+            return self.decode([token_id], skip_special=False)
+        return self.pieces(token_id).decode("utf-8", "replace")
+
+    def special_within(self, texts: Iterable[str]) -> dict[int, str]:
+        """The special tokens whose names stand in one of `texts`, by id."""
+        names = {index: self.inner.id_to_token(index) for index in self.special_ids}
+        return {index: name for index, name in names.items() if name and any(name in text for text in texts)}
+
+
+def _read(path: Path) -> tokenizers.Tokenizer:
+    if not path.is_file():
+        raise ModelError(
+            f"{path.parent}: no tokenizer.json. Write one with transformers: "
+            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        )
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the package raises plain Exception
+        raise ModelError(f"{path}: {error}") from error
 
 
 def _checked(text: str) -> str:
@@ -136,10 +211,12 @@ def _checked(text: str) -> str:
     return text
 
 
+def _present(added: Mapping[str, int], names: Iterable[str]) -> list[int]:
+    return [added[name] for name in names if name in added]
+
+
 def _ids_of(inner: tokenizers.Tokenizer, value: object) -> list[int]:
-    """Token ids given as an id, a token's text, an added-token object, or a list of those; unknown ones left out."""
-    if isinstance(value, Mapping):
-        value = value.get("content")
+    """Token ids given as an id, a token's text, or a list of those; unknown ones left out."""
     if isinstance(value, list):
         return [index for item in value for index in _ids_of(inner, item)]
     if isinstance(value, str):
@@ -153,15 +230,34 @@ def _first(ids: Sequence[int]) -> int | None:
     return ids[0] if ids else None
 
 
-def _folder_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        try:
-            return file.read_text("utf-8")
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{file}: {error}") from error
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several named templates
-        named = {item.get("name"): item.get("template") for item in template if isinstance(item, Mapping)}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
+def _gguf_id(gguf: GGUF, name: str) -> object:
+    return gguf.metadata.get(f"tokenizer.ggml.{name}_token_id")
+
+
+def _count(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _left(path: Path, side: object) -> bool:
+    if isinstance(side, str) and side.lower() in ("left", "right"):
+        return side.lower() == "left"
+    if side is None:
+        return False
+    raise ModelError(f'{path}: truncation_side is {side!r}; "left" and "right" are allowed')
+
+
+def _cleans(inner: tokenizers.Tokenizer, config: Mapping[str, Any]) -> bool:
+    """transformers cleans no text of a BPE vocabulary, unless it is asked to though that spoils it."""
+    forced = config.get("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output") is True
+    bpe = isinstance(inner.model, tokenizers.models.BPE)
+    return config.get("clean_up_tokenization_spaces") is True and (forced or not bpe)
+
+
+def _lowercase(inner: tokenizers.Tokenizer) -> None:
+    """Before all that the tokenizer does itself, if that does not do so anyway, as sentence-transformers has it."""
+    present: Any = inner.normalizer
+    steps: list[Any] = [] if present is None else [present]
+    if isinstance(present, normalizers.Sequence):
+        steps = [*cast(Iterable[Any], present)]
+    if not any(isinstance(step, normalizers.Lowercase) for step in steps):
+        inner.normalizer = normalizers.Sequence([normalizers.Lowercase(), *steps])

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from engine.text import chat
 from engine.text.tokenizer import Tokenizer
+from engine.training.conversation import Writer
 from stoker.contract.dataset import Example
 from stoker.errors import DatasetError, InvalidRequest, ModelError
 
@@ -37,6 +37,10 @@ class TokenizedExample:
         learned[:1] = [False]
         return cls(np.array(tokens, dtype=np.int32), np.array(learned, dtype=bool))
 
+    def all_learned(self) -> TokenizedExample:
+        """The same with every token to be learned."""
+        return TokenizedExample.of([(self.tokens.tolist(), True)])
+
     def __len__(self) -> int:
         return len(self.tokens)
 
@@ -60,74 +64,56 @@ def tokenize(
 ) -> list[TokenizedExample]:
     """The loss counts completions, or everything with `learn_prompts`; of a conversation, what the assistant says.
 
-    Prompt and completion are encoded apart, as they will meet in use, and the completion ends with EOS, so that the
-    model learns to stop. An example that is too long or that the template refuses raises `DatasetError` with its
-    number.
+    An example is encoded as one text, and the completion ends with EOS, so that the model learns to stop. An example
+    that is too long or that the template refuses raises `DatasetError` with its number.
     """
     found = []
     for number, example in enumerate(examples, 1):
         try:
-            pieces = _chat(example, tokenizer) if example.messages else _plain(example, tokenizer)
+            tokenized = _chat(example, tokenizer) if example.messages else [_plain(example, tokenizer)]
         except (InvalidRequest, ModelError) as error:
             raise DatasetError(f"dataset, example {number}: {error}") from None
-        tokenized = TokenizedExample.of((tokens, learn or learn_prompts) for tokens, learn in pieces)
-        if len(tokenized) > max_length:
-            raise DatasetError(
-                f"dataset, example {number}: {len(tokenized)} tokens given; max_length is {max_length}. "
-                "Shorten it or raise max_length."
-            )
-        if not tokenized.learned.any():
-            raise DatasetError(f"dataset, example {number}: no token in it that could be learned.")
-        found.append(tokenized)
+        for one in tokenized:
+            found.append(one.all_learned() if learn_prompts else one)
+            _check(found[-1], number, max_length)
     if not found:
         raise DatasetError("dataset: no example in it.")
     return found
 
 
-def _plain(example: Example, tokenizer: Tokenizer) -> list[tuple[list[int], bool]]:
-    end = [] if tokenizer.main_eos_id is None else [tokenizer.main_eos_id]
-    if not example.prompt:
-        return [(tokenizer.encode(example.completion) + end, True)]
-    return [
-        (tokenizer.encode(example.prompt), False),
-        (tokenizer.encode(example.completion, special=False) + end, True),
-    ]
+def _check(tokenized: TokenizedExample, number: int, max_length: int) -> None:
+    if len(tokenized) > max_length:
+        raise DatasetError(
+            f"dataset, example {number}: {len(tokenized)} tokens given; max_length is {max_length}. "
+            "Shorten it or raise max_length."
+        )
+    if not tokenized.learned.any():
+        raise DatasetError(f"dataset, example {number}: no token in it that could be learned.")
 
 
-def _chat(example: Example, tokenizer: Tokenizer) -> list[tuple[list[int], bool]]:
+def _plain(example: Example, tokenizer: Tokenizer) -> TokenizedExample:
+    """A token that holds the end of the prompt and the beginning of the completion is learned: in use the model has to
+    write it."""
+    tokens, stops = tokenizer.encode_spans(example.prompt + example.completion, special=True)
+    learned = [stop > len(example.prompt) or not example.prompt for stop in stops]
+    end = tokenizer.main_eos_id
+    closing = [] if end is None or tokens[-1:] == [end] else [end]
+    return TokenizedExample.of([*_runs(tokens, learned), (closing, True)])
+
+
+def _chat(example: Example, tokenizer: Tokenizer) -> list[TokenizedExample]:
     """The conversation as the template writes it; each of the assistant's turns is learned, its end included."""
-    pieces = []
-    done = ""
-    for place, message in enumerate(example.messages):
-        if message["role"] != "assistant":
-            continue
-        asked = _render(tokenizer, example.messages[:place], generate=True)
-        answered = _render(tokenizer, example.messages[: place + 1], generate=False)
-        if not (asked.startswith(done) and answered.startswith(asked)):
-            raise InvalidRequest(
-                "the model's chat template writes earlier turns anew when later ones come, so what the assistant said "
-                'cannot be told apart. Give it as {"prompt", "completion"}.'
-            )
-        pieces += [(asked[len(done) :], False), (answered[len(asked) :], True)]
-        done = answered
-    # The template writes every special token itself.
-    return [(tokenizer.encode(text, special=False), learn) for text, learn in pieces if text]
+    found = []
+    for written in Writer(tokenizer).write(example.messages):
+        # The template writes every special token itself.
+        tokens, stops = tokenizer.encode_spans(written.text, special=False)
+        learned = [any(start < stop <= end for start, end in written.learned) for stop in stops]
+        found.append(TokenizedExample.of(_runs(tokens, learned)))
+    return found
 
 
-def _render(tokenizer: Tokenizer, messages: Sequence[dict[str, str]], *, generate: bool) -> str:
-    if tokenizer.chat_template is None:
-        raise InvalidRequest('messages given, but the model has no chat template. Give {"prompt", "completion"}.')
-    return chat.render(
-        tokenizer.chat_template,
-        messages,
-        add_generation_prompt=generate,
-        bos_token=_text(tokenizer, tokenizer.bos_id),
-        eos_token=_text(tokenizer, tokenizer.main_eos_id),
-    )
-
-
-def _text(tokenizer: Tokenizer, token: int | None) -> str | None:
-    return None if token is None else tokenizer.inner.id_to_token(token)
+def _runs(tokens: Sequence[int], learned: Sequence[bool]) -> list[tuple[Sequence[int], bool]]:
+    return [([token], learn) for token, learn in zip(tokens, learned, strict=True)]
 
 
 def split(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stoker.contract.lines import decoded, numbered
 from stoker.contract.requests import MAX_TEXT_CHARS
 from stoker.errors import DatasetError
 
@@ -29,7 +30,7 @@ class Source:
         """Check every line: how many texts there are, and a digest of the whole file."""
         count, digest = 0, hashlib.sha256(self.field.encode())
         for number, line in self._lines():
-            digest.update(line)
+            digest.update(line + b"\n")
             self._text(line, f"{self.path.name}, line {number}")
             count += 1
         if not count:
@@ -39,28 +40,20 @@ class Source:
     def _lines(self) -> Iterator[tuple[int, bytes]]:
         try:
             with self.path.open("rb") as file:
-                for number, line in enumerate(file, 1):
-                    if line.strip():
-                        yield number, line
+                yield from numbered(file, self.path.name)
         except OSError as error:
             raise DatasetError(f"{self.path}: cannot be read ({error.strerror}).") from None
 
     def _text(self, line: bytes, where: str) -> str:
-        text = self._decoded(line, where) if self.path.suffix == ".txt" else self._field_of(line, where)
+        text = decoded(line, where) if self.path.suffix == ".txt" else self._field_of(line, where)
         if not text.strip():
             raise DatasetError(f"{where}: the text is blank.")
         if len(text) > MAX_TEXT_CHARS:
             raise DatasetError(f"{where}: {len(text)} characters; at most {MAX_TEXT_CHARS}.")
         return text
 
-    def _decoded(self, line: bytes, where: str) -> str:
-        try:
-            return line.decode().rstrip("\r\n")
-        except UnicodeDecodeError:
-            raise DatasetError(f"{where}: not UTF-8.") from None
-
     def _field_of(self, line: bytes, where: str) -> str:
-        row = self._parsed(self._decoded(line, where), where)
+        row = self._parsed(decoded(line, where), where)
         if not isinstance(row, dict):
             raise DatasetError(f"{where}: a {type(row).__name__} given; expected an object with {self.field!r} in it.")
         text = row.get(self.field)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stoker.contract.lines import decoded, numbered
 from stoker.errors import DatasetError
 
 #: Before the name of a dataset that is a file under the worker's data root.
@@ -52,9 +53,9 @@ class TrainInput:
     version: int | None = None
 
     def lines(self) -> Iterator[bytes]:
-        """One at a time; a file is never held whole. Raises `DatasetError` if it cannot be read."""
+        """For `iterate_lines`; a file is read line by line. Raises `DatasetError` if it cannot be read."""
         if isinstance(self.dataset, bytes):
-            yield from self.dataset.splitlines()
+            yield self.dataset
             return
         try:
             with self.dataset.open("rb") as file:
@@ -63,10 +64,10 @@ class TrainInput:
             raise DatasetError(f"{self.dataset.name}: cannot be read ({error.strerror}).") from None
 
 
-def iterate_lines(lines: Iterable[str | bytes], source: str) -> Iterator[Example]:
+def iterate_lines(lines: Iterable[bytes], source: str) -> Iterator[Example]:
     """Parse JSON lines, one at a time; blank ones are skipped. A wrong one raises `DatasetError` with its number, from
     1."""
-    return (_parse(line, f"{source}, line {number}") for number, line in _numbered(lines))
+    return (_parse(line, f"{source}, line {number}") for number, line in numbered(lines, source))
 
 
 def iterate_mappings(rows: Iterable[Mapping[str, Any]], source: str) -> Iterator[Example]:
@@ -89,15 +90,10 @@ def to_lines(examples: Iterable[Example], source: str) -> bytes:
     return bytes(found)
 
 
-def _numbered(lines: Iterable[str | bytes]) -> Iterator[tuple[int, str | bytes]]:
-    return ((number, line) for number, line in enumerate(lines, 1) if line.strip())
-
-
-def _parse(line: str | bytes, where: str) -> Example:
+def _parse(line: bytes, where: str) -> Example:
+    text = decoded(line, where)
     try:
-        row = json.loads(line)
-    except UnicodeDecodeError:
-        raise DatasetError(f"{where}: not UTF-8.") from None
+        row = json.loads(text)
     except RecursionError:
         raise DatasetError(f"{where}: nested too deeply; expected {_ALLOWED}.") from None
     except ValueError as error:

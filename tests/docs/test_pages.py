@@ -109,7 +109,7 @@ def test_every_block_has_a_language_or_is_output() -> None:
 
 def test_every_json_line_that_is_shown_is_an_example_of_a_dataset() -> None:
     for block in blocks("json"):
-        assert list(iterate_lines(block.text.splitlines(), str(block)))
+        assert list(iterate_lines([block.text.encode()], str(block)))
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)

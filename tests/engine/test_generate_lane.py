@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from engine.generation.lane import GenerateLane
 from engine.generation.limits import Limits
 from engine.loading import LoadedModel, load
 from engine.models.llama import Llama
+from engine.text.tokenizer import Tokenizer
 from engine.ticket import Ticket
 from stoker.contract import GenerateRequest, GenerateResult, StreamToken
 from stoker.errors import InvalidRequest, JobCancelled, ModelError, TextTooLong, UnknownAdapter, WorkerUnavailable
@@ -405,7 +406,7 @@ def test_messages_are_written_by_the_models_template(model: LoadedModel, pool: A
     chat = [{"role": "user", "content": "t3 t1"}, {"role": "assistant", "content": "t4"}]
     with pytest.raises(InvalidRequest, match="tiny has no chat template"):
         driver.send(GenerateRequest(model="tiny", messages=chat))
-    model.tokenizer.chat_template = (
+    model.tokenizer.templates["default"] = (
         "{% for message in messages %}t9 {{ message.content }} {% endfor %}"
         "{% for tool in tools or [] %}t7 {% endfor %}{% if warm %}t5{% endif %}"
     )
@@ -415,6 +416,26 @@ def test_messages_are_written_by_the_models_template(model: LoadedModel, pool: A
     driver.run()
     assert [plain.ids, tools.ids] == [one.ids for one in wanted]
     assert plain.result.usage.prompt_tokens == 5
+
+
+def test_a_stop_string_may_be_or_hold_a_special_token(model: LoadedModel, pool: AdapterPool) -> None:
+    inner = model.tokenizer.inner
+    inner.add_special_tokens(["t9"])
+    special = replace(model, tokenizer=Tokenizer(inner, eos_ids=(tiny.EOS,)))
+    assert special.tokenizer.special_ids == {9}
+    driver = Driver(special, pool)
+    always = {"logit_bias": {9: 100.0}, "max_tokens": 3}
+    alone = driver.send(request([3, 1, 4], stop=["t9"], **always))
+    twice = driver.send(request([3, 1, 4], stop=["t9t9"], **always))
+    never = driver.send(request([3, 1, 4], stop=["t9!"], **always))
+    driver.run()
+    found = [
+        (one.ids, one.result.text, one.result.finish_reason, one.result.stopped_by) for one in (alone, twice, never)
+    ]
+    assert found == [
+        ([9], "", "stop_string", "t9"), ([9, 9], "", "stop_string", "t9t9"), ([9, 9, 9], "", "length", None)
+    ]  # fmt: skip
+    driver.assert_empty()
 
 
 def test_an_answer_ends_before_its_stop_string_across_tokens(model: LoadedModel, pool: AdapterPool) -> None:

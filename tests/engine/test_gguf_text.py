@@ -142,6 +142,53 @@ def test_each_token_that_the_file_names_as_an_end_is_one(name: str) -> None:
     assert 7 in found.eos_ids
 
 
+@pytest.mark.parametrize("kind", [1, 3, 4])
+@pytest.mark.parametrize(
+    "name", ["<|im_end|>", "<|eot_id|>", "<end_of_turn>", "[EOS]", "<|call|>", "<|fim_pad|>", "<|file_sep|>"]
+)
+def test_a_name_that_ends_in_every_family_ends_whatever_its_type(name: str, kind: int) -> None:
+    tokens = [*BYTE_LEVEL["tokens"][:-1], name]
+    merges = [merge for merge in BYTE_LEVEL["merges"] if merge.replace(" ", "") in tokens]
+    found = byte_level(tokens=tokens, token_type=[1] * (len(tokens) - 1) + [kind], merges=merges)
+    end = len(tokens) - 1
+    assert end in found.eos_ids
+    assert found.encode(f"a{name}")[-1] == end
+    assert found.decode([end]) == ""
+
+
+def test_a_name_that_ends_elsewhere_ends_nothing_in_a_vocabulary_that_parts_turns_with_it() -> None:
+    names = ["<|return|>", "<|call|>", "<|end|>"]
+    for absent, ending in ((0, True), (None, False)):
+        added = [name for place, name in enumerate(names) if place != absent]
+        tokens = [*BYTE_LEVEL["tokens"], *added]
+        found = byte_level(tokens=tokens, token_type=[1] * len(BYTE_LEVEL["tokens"]) + [3] * len(added))
+        assert (found.inner.token_to_id("<|end|>") in found.eos_ids) is ending
+
+
+def test_the_marks_of_filled_in_code_are_special_and_end_nothing() -> None:
+    tokens = [*BYTE_LEVEL["tokens"], "<|fim_prefix|>", "<fim_prefix>"]
+    found = byte_level(tokens=tokens, token_type=[1] * len(tokens))
+    first = len(tokens) - 2
+    assert found.encode("<|fim_prefix|>") == [first]
+    assert first in found.special_ids - found.eos_ids
+    assert first + 1 not in found.special_ids
+
+
+def test_a_file_names_its_templates_and_special_tokens() -> None:
+    gguf = gguf_of(
+        model="llama", tokens=SPM["prefix"]["tokens"], scores=np.array(SPM["prefix"]["scores"]),
+        token_type=SPM["prefix"]["types"], bos_token_id=1, eos_token_id=2, unknown_token_id=0, seperator_token_id=5,
+    )  # fmt: skip
+    gguf.metadata |= {"tokenizer.chat_template": "D", "tokenizer.chat_template.tool_use": "T"}
+    found = Tokenizer.from_gguf(gguf)
+    assert found.templates == {"default": "D", "tool_use": "T"}
+    assert dict(found.manners.names) == {
+        "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "sep_token": SPM["prefix"]["tokens"][5],
+    }  # fmt: skip
+    del gguf.metadata["tokenizer.chat_template"]
+    assert Tokenizer.from_gguf(gguf).templates == {"tool_use": "T"}
+
+
 def test_a_token_of_the_user_is_one_token_and_is_text() -> None:
     """A control token is no text; one that the model's maker added is."""
     types = [1] * (len(BYTE_LEVEL["tokens"]) - 2) + [3, 4]
@@ -150,7 +197,8 @@ def test_a_token_of_the_user_is_one_token_and_is_text() -> None:
     tokenizer = byte_level(tokens=tokens, token_type=types, merges=merges)
     ids = tokenizer.encode("<control><added>")
     assert ids == [len(tokens) - 2, len(tokens) - 1]
-    assert tokenizer.special_ids == {ids[0]}
+    assert ids[0] in tokenizer.special_ids
+    assert ids[1] not in tokenizer.special_ids
     assert tokenizer.decode(ids) == "<added>"
 
 

@@ -55,5 +55,24 @@ def test_the_first_place_wins_and_there_the_longest() -> None:
     assert shown(["abcdef"], ["cd", "bc", "bcde"]) == ("a", "bcde")
 
 
+def test_a_name_that_is_not_shown_completes_a_stop_string() -> None:
+    scanner = StopScanner(["<end>", "\n<user> Q"])
+    assert scanner.add("hot", "<end>") == ("hot", "<end>")
+    scanner = StopScanner(["\n<user> Q"])
+    assert scanner.add("hot\n", "<user>") == ("hot", None)
+    assert scanner.add(" Q: ") == ("", "\n<user> Q")
+
+
+def test_a_name_that_is_not_shown_stays_hidden_where_no_stop_string_comes_of_it() -> None:
+    scanner = StopScanner(["<user> Q", "b<user>c"])
+    assert scanner.add("ab", "<user>") == ("a", None)
+    assert scanner.add(" no") == ("b no", None)
+    assert scanner.add("b", "<user>") == ("", None)
+    assert scanner.finish() == "b"
+    assert scanner.add("x", "<user>") == ("x", None)
+    assert scanner.add("", "<user>") == ("", None)
+    assert scanner.add("y") == ("y", None)
+
+
 def test_without_stop_strings_nothing_is_held() -> None:
     assert StopScanner([]).add("text") == ("text", None)

@@ -19,6 +19,7 @@ from stoker.errors import InvalidRequest, ModelError
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "text"
 CHATS = json.loads((GOLDENS / "chats.json").read_text())["cases"]
+ENDS = {"bos_token": "<s>", "eos_token": "</s>"}
 HELLO = [{"role": "user", "content": "Hello"}]
 
 
@@ -39,15 +40,14 @@ def test_templates_render_as_in_transformers(golden_inputs: Any, golden: dict[st
     template = golden_inputs.TEMPLATES[golden["template"]]
     if "error" in golden:
         with pytest.raises(InvalidRequest) as caught:
-            render(template, messages, bos_token="<s>", eos_token="</s>", **arguments)
+            render(template, messages, names=ENDS, **arguments)
         assert golden["error"] in str(caught.value)
     else:
-        assert render(template, messages, bos_token="<s>", eos_token="</s>", **arguments) == golden["text"]
+        assert render(template, messages, names=ENDS, **arguments) == golden["text"]
 
 
 def test_the_template_of_a_real_model(smollm2: LoadedModel) -> None:
-    assert smollm2.tokenizer.chat_template is not None
-    assert render(smollm2.tokenizer.chat_template, HELLO) == (
+    assert render(smollm2.tokenizer.templates["default"], HELLO) == (
         "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
         "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
     )
@@ -57,7 +57,7 @@ def test_variables_reach_the_template() -> None:
     template = (
         "{{ enable_thinking }}{{ bos_token }}|{{ tools[0].name }}|{{ strftime_now('%Y') | length }}|{{ eos_token }}"
     )
-    text = render(template, HELLO, tools=[{"name": "t"}], bos_token="<b>", extra={"enable_thinking": False})
+    text = render(template, HELLO, tools=[{"name": "t"}], names={"bos_token": "<b>"}, extra={"enable_thinking": False})
     assert text == "False<b>|t|4|"
 
 

@@ -15,6 +15,7 @@ from engine.loading import LoadedModel
 from engine.text.detokenizer import StreamingDetokenizer
 from engine.text.gguf_vocabulary import PRE_TOKENIZERS, build
 from engine.text.pieces import BYTE_OF
+from engine.text.templates import choose
 from engine.text.tokenizer import Tokenizer
 from engine.weights.gguf import GGUF
 from stoker.errors import InvalidRequest, ModelError
@@ -48,10 +49,11 @@ def test_ids_are_those_of_the_oracles(smollm2: LoadedModel, minilm: LoadedModel)
 
 
 def test_special_tokens_are_known(smollm2: LoadedModel, minilm: LoadedModel) -> None:
-    assert smollm2.tokenizer.eos_ids == {0, 2}
+    # llama.cpp ends at the name of another repository's file too.
+    assert smollm2.tokenizer.eos_ids == {0, 2, smollm2.tokenizer.inner.token_to_id("<reponame>")}
     assert smollm2.tokenizer.main_eos_id == 2
     assert (smollm2.tokenizer.bos_id, smollm2.tokenizer.pad_id, smollm2.tokenizer.vocab_size) == (1, 2, 49152)
-    assert smollm2.tokenizer.chat_template is not None
+    assert list(smollm2.tokenizer.templates) == ["default"]
     assert smollm2.tokenizer.decode([1, 504, 2], skip_special=False).startswith("<|im_start|>")
     assert minilm.tokenizer.encode("warm") == [101, 4010, 102]
     assert minilm.tokenizer.encode("warm", special=False) == [4010]
@@ -218,13 +220,16 @@ def test_a_text_ends_at_every_end_token_and_an_example_at_the_one_that_is_named(
     assert Tokenizer(inner).main_eos_id == ends["<|im_end|>"]
 
 
-def test_of_several_templates_the_default_is_taken(tmp_path: Path, minilm: LoadedModel) -> None:
+def test_of_several_templates_the_default_is_taken_and_with_tools_the_one_for_them(
+    tmp_path: Path, minilm: LoadedModel
+) -> None:
     (tmp_path / "tokenizer.json").write_bytes((minilm.path / "tokenizer.json").read_bytes())
     templates = [{"name": "tool_use", "template": "X"}, {"name": "default", "template": "T"}]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": templates}))
-    assert Tokenizer.from_folder(tmp_path).chat_template == "T"
+    found = Tokenizer.from_folder(tmp_path).templates
+    assert [choose(found, tools, "m") for tools in (False, True)] == ["T", "X"]
     (tmp_path / "chat_template.jinja").write_text("J")
-    assert Tokenizer.from_folder(tmp_path).chat_template == "J"
+    assert Tokenizer.from_folder(tmp_path).templates == {"default": "J"}
 
 
 def test_a_folder_says_how_its_model_ends(tmp_path: Path, minilm: LoadedModel) -> None:
@@ -237,7 +242,7 @@ def test_a_folder_says_how_its_model_ends(tmp_path: Path, minilm: LoadedModel) -
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [102, 5]}))
     tokenizer = Tokenizer.from_folder(tmp_path)
     assert (tokenizer.eos_ids, tokenizer.main_eos_id, tokenizer.bos_id) == ({102, 5}, 102, 101)
-    assert tokenizer.chat_template == "T"
+    assert tokenizer.templates == {"default": "T"}
     (tmp_path / "config.json").write_text("[")
     with pytest.raises(ModelError, match=r"config\.json"):
         Tokenizer.from_folder(tmp_path)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from engine.loading import LoadedModel
+from engine.text.tokenizer import Tokenizer
 from engine.training.data import Batches, TokenizedExample, collate, dataset_digest, split, tokenize
 from stoker.contract.dataset import Example
 from stoker.errors import DatasetError
@@ -18,6 +22,24 @@ TEMPLATE = (
     "{% for m in messages %}t{{ {'system': 10, 'user': 11, 'assistant': 12}[m['role']] }} {{ m['content'] }} t2 "
     "{% endfor %}{% if add_generation_prompt %}t12 {% endif %}"
 )
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content }} {{ eos_token }}{% endif %}{% endfor %}"
+)
+#: The part of Qwen3's own template that concerns what was thought.
+QWEN3 = (
+    "{%- set ns = namespace(last=-1) %}"
+    "{%- for m in messages %}{%- if m.role == 'user' %}{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}"
+    "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' }}"
+    "{%- if loop.index0 > ns.last and loop.last and m.role == 'assistant' %}"
+    "{{- '<think>\n\n</think>\n\n' }}{%- endif %}{{- m.content + '<|im_end|>\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
+)
+FOLDERS = json.loads((Path(__file__).parents[1] / "goldens" / "text" / "folders.json").read_text())
 
 
 def example(*tokens: int, start: int = 1) -> TokenizedExample:
@@ -25,7 +47,7 @@ def example(*tokens: int, start: int = 1) -> TokenizedExample:
 
 
 def test_only_the_completion_counts_and_ends_with_the_end_token(model: LoadedModel) -> None:
-    rows = [Example("t3 t4", "t5 t6 t7"), Example("", "t8 t9 t10 t11")]
+    rows = [Example("t3 t4", " t5 t6 t7"), Example("", "t8 t9 t10 t11")]
     prompted, plain = tokenize(rows, model.tokenizer, 64)
     assert prompted.tokens.tolist() == [3, 4, 5, 6, 7, tiny.EOS]
     assert prompted.learned.tolist() == [False, False, True, True, True, True]
@@ -39,12 +61,12 @@ def test_only_the_completion_counts_and_ends_with_the_end_token(model: LoadedMod
 
 
 def test_prompts_are_learned_when_asked(model: LoadedModel) -> None:
-    (found,) = tokenize([Example("t3 t4", "t5")], model.tokenizer, 64, learn_prompts=True)
+    (found,) = tokenize([Example("t3 t4", " t5")], model.tokenizer, 64, learn_prompts=True)
     assert found.learned.tolist() == [False, True, True, True]
 
 
 def test_of_a_conversation_each_answer_counts_with_its_end(model: LoadedModel) -> None:
-    model.tokenizer.chat_template = TEMPLATE
+    model.tokenizer.templates["default"] = TEMPLATE
     turns = [("system", "t20"), ("user", "t21"), ("assistant", "t22 t23"), ("user", "t24"), ("assistant", "t25")]
     messages = tuple({"role": role, "content": text} for role, text in turns)
     (found,) = tokenize([Example(messages=messages)], model.tokenizer, 64)
@@ -52,10 +74,114 @@ def test_of_a_conversation_each_answer_counts_with_its_end(model: LoadedModel) -
     assert found.tokens[found.learned].tolist() == [22, 23, 2, 25, 2]
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused_by_the_examples_number(model: LoadedModel) -> None:
-    model.tokenizer.chat_template = "t{{ messages | length }} " + TEMPLATE
+def conversation(*turns: tuple[str, str]) -> Example:
+    return Example(messages=tuple({"role": role, "content": text} for role, text in turns))
+
+
+def learned(tokenizer: Tokenizer, found: TokenizedExample) -> str:
+    return tokenizer.decode(found.tokens[found.learned].tolist(), skip_special=False)
+
+
+@pytest.fixture
+def chatml(tmp_path: Path) -> Tokenizer:
+    """A byte-level vocabulary with ChatML's tokens."""
+    config = {"extra_special_tokens": ["<|im_start|>"], "eos_token": "<|im_end|>"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(FOLDERS["bases"]["bytes"]))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    return Tokenizer.from_folder(tmp_path)
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Tokenizer:
+    """A SentencePiece vocabulary with a space before every text."""
+    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(FOLDERS["bases"]["sentences"]))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    return Tokenizer.from_folder(tmp_path)
+
+
+def test_a_prompt_and_its_completion_are_encoded_as_one_text(llama: Tokenizer) -> None:
+    (found,) = tokenize([Example("the worker:", " the model")], llama, 64)
+    whole = llama.encode("the worker: the model")
+    assert found.tokens.tolist() == [*whole, llama.main_eos_id]
+    assert llama.inner.id_to_token(whole[-2]) != "▁", "the space is no token of its own"
+    assert learned(llama, found) == "the model</s>"
+    prompt = llama.encode("the worker:")
+    assert found.learned.tolist() == [False] * len(prompt) + [True] * (len(found) - len(prompt))
+
+
+def test_a_token_across_the_end_of_a_prompt_is_learned(llama: Tokenizer) -> None:
+    """In use the model has to write it; without it what is learned would begin in the middle of a word."""
+    (found,) = tokenize([Example("the mod", "el")], llama, 64)
+    assert learned(llama, found) == "model</s>"
+    (found,) = tokenize([Example("the ", "model")], llama, 64)
+    assert learned(llama, found) == "model</s>"
+
+
+def test_an_end_that_the_tokenizer_adds_stands_there_once(llama: Tokenizer) -> None:
+    end = llama.main_eos_id
+    llama.inner.post_processor = TemplateProcessing("<s> $A </s>", None, [("<s>", 1), ("</s>", end)])
+    (found,) = tokenize([Example("the", " model")], llama, 64)
+    assert found.tokens.tolist() == llama.encode("the model")
+    assert found.learned.tolist() == [False, False, True, True]
+
+
+def test_turns_are_encoded_as_one_text(llama: Tokenizer) -> None:
+    llama.templates["default"] = LLAMA
+    talk = conversation(("user", "the"), ("assistant", "the model"), ("user", "of"), ("assistant", "the worker"))
+    (found,) = tokenize([talk], llama, 200)
+    text = "<s>[INST] the [/INST] the model </s>[INST] of [/INST] the worker </s>"
+    assert found.tokens.tolist() == llama.encode(text, special=False)
+    assert learned(llama, found).replace(" ", "") == "themodel</s>theworker</s>"
+
+
+def test_a_conversation_that_the_assistant_opens_is_learned_from_its_first_word(chatml: Tokenizer) -> None:
+    chatml.templates["default"] = CHATML
+    talk = conversation(("assistant", "hi"), ("user", "q"), ("assistant", "a"))
+    (found,) = tokenize([talk], chatml, 200)
+    assert chatml.decode(found.tokens.tolist(), skip_special=False) == (
+        "<|im_start|>assistant\nhi<|im_end|>\n<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
+    )
+    assert learned(chatml, found) == "hi<|im_end|>\na<|im_end|>\n"
+    # A word that stands in the template too is found all the same.
+    (found,) = tokenize([conversation(("assistant", "assistant"))], chatml, 200)
+    assert learned(chatml, found) == "assistant<|im_end|>\n"
+
+
+def test_a_template_that_takes_no_conversation_of_an_assistants_opening_says_so(chatml: Tokenizer) -> None:
+    chatml.templates["default"] = (
+        "{% if messages[0].role != 'user' %}{{ raise_exception('the user opens') }}{% endif %}" + CHATML
+    )
+    with pytest.raises(DatasetError, match=r"example 1: the model's chat template refuses .*: the user opens"):
+        tokenize([conversation(("assistant", "hi"), ("user", "q"), ("assistant", "a"))], chatml, 200)
+
+
+def test_turns_that_a_template_writes_anew_are_each_learned_as_they_are_said(chatml: Tokenizer) -> None:
+    """Qwen3's template takes what was thought out of every answer that a question follows."""
+    chatml.templates["default"] = QWEN3
+    talk = conversation(("user", "q"), ("assistant", "a1"), ("user", "q2"), ("assistant", "a2"))
+    first, second = tokenize([talk], chatml, 200)
+    assert [learned(chatml, one) for one in (first, second)] == [
+        f"<think>\n\n</think>\n\n{answer}<|im_end|>\n" for answer in ("a1", "a2")
+    ]
+    assert chatml.decode(second.tokens.tolist(), skip_special=False) == (
+        "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na1<|im_end|>\n<|im_start|>user\nq2<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\n\n</think>\n\na2<|im_end|>\n"
+    )
+
+
+def test_what_a_template_asks_otherwise_than_it_writes_is_learned_from_its_first_word(chatml: Tokenizer) -> None:
+    chatml.templates["default"] = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}")
+    (found,) = tokenize([conversation(("user", "q"), ("assistant", "a"))], chatml, 200)
+    assert learned(chatml, found) == "a<|im_end|>\n"
+
+
+def test_a_turn_that_cannot_be_told_apart_is_refused_by_the_examples_number(model: LoadedModel) -> None:
+    model.tokenizer.templates["default"] = "{% for m in messages %}{{ m.content }} {{ m.content }}{% endfor %}t1"
     messages = ({"role": "user", "content": "t3"}, {"role": "assistant", "content": "t4"})
-    with pytest.raises(DatasetError, match="example 2: the model's chat template writes earlier turns anew"):
+    with pytest.raises(
+        DatasetError, match="example 2: the model's chat template writes message 2, the assistant's, so"
+    ):
         tokenize([Example("", "t1"), Example(messages=messages)], model.tokenizer, 64)
 
 
@@ -66,7 +192,7 @@ def test_messages_for_a_model_without_a_template_are_refused(model: LoadedModel)
 
 
 def test_an_example_that_is_too_long_is_named(model: LoadedModel) -> None:
-    rows = [Example("", "t1"), Example("t1 t2", "t3 t4")]
+    rows = [Example("", "t1"), Example("t1 t2", " t3 t4")]
     assert len(tokenize(rows, model.tokenizer, 5)) == 2
     with pytest.raises(DatasetError, match="example 2: 5 tokens given; max_length is 4"):
         tokenize(rows, model.tokenizer, 4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from pathlib import Path
 
@@ -9,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stoker.bulk.source import Source
 from stoker.client_core import read_dataset
 from stoker.contract import dataset
-from stoker.contract.dataset import Example, iterate_lines, iterate_mappings, to_lines
+from stoker.contract.dataset import Example, TrainInput, iterate_lines, iterate_mappings, to_lines
 from stoker.errors import DatasetError
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30)
@@ -28,6 +30,42 @@ def test_examples_that_were_written_are_read_back(examples: list[Example]) -> No
 def test_both_forms_are_read_and_blank_lines_skipped() -> None:
     lines = [b'{"text": "plain"}\n', b"\n", b"  \r\n", '{"prompt": "Q", "completion": "Ä"}'.encode()]
     assert list(iterate_lines(lines, "x")) == [Example("", "plain"), Example("Q", "Ä")]
+
+
+ENDS = [b"\n", b"\r\n", b"\r", b"\n\n", b"\r\n\r\n"]
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("start", [b"", codecs.BOM_UTF8])
+@pytest.mark.parametrize("form", ["file", "upload", "embed", "plain"])
+def test_a_file_is_read_alike_whatever_ends_its_lines(tmp_path: Path, start: bytes, end: bytes, form: str) -> None:
+    texts = ["one", "zwei \u2028 \x85 \x0b halves", "drei"]
+    lines = [text if form == "plain" else json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    content = start + end.join(line.encode() for line in lines) + end
+    file = tmp_path / ("a.txt" if form == "plain" else "a.jsonl")
+    file.write_bytes(content)
+    if form in ("embed", "plain"):
+        assert list(Source(file, "text").texts()) == texts
+        return
+    assert read_dataset(file) == b"\n".join(Example("", text).to_line().encode() for text in texts)
+    found = iterate_lines(TrainInput(file if form == "file" else content).lines(), "x")
+    assert list(found) == [Example("", text) for text in texts]
+
+
+@pytest.mark.parametrize("end", ENDS[:3])
+def test_a_wrong_line_has_the_same_number_whatever_ends_it(tmp_path: Path, end: bytes) -> None:
+    (tmp_path / "a.jsonl").write_bytes(end.join([b'{"text": "a"}', b"", b'{"text": "\xff"}', b"{}"]))
+    for read in (lambda file: list(Source(file, "text").texts()), read_dataset):
+        with pytest.raises(DatasetError, match=r"^a\.jsonl, line 3: not UTF-8"):
+            read(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf_16_is_named(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes('\ufeff{"text": "a"}\n'.encode(encoding))
+    for read in (lambda file: list(Source(file, "text").texts()), read_dataset):
+        with pytest.raises(DatasetError, match=r"^a\.jsonl: UTF-16, not UTF-8\. Save it as UTF-8\."):
+            read(tmp_path / "a.jsonl")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,137 @@
+"""What transformers' tokenizer classes make of a `tokenizer.json`.
+
+Some classes take no more than the vocabulary from it and build the rest themselves, by the switches of
+`tokenizer_config.json` and defaults of their own. The others, and every class for a vocabulary of another kind than
+its own, take the file as it is. How a byte-level vocabulary cuts words is always the file's: a model was trained with
+it, whatever class is named.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from engine.text.pieces import SPACE
+from stoker.errors import ModelError
+
+#: Classes that transformers builds as BERT's; ELECTRA's and the others that follow are BERT's by another name.
+_BERT = (
+    "BertTokenizer", "DistilBertTokenizer", "MPNetTokenizer", "ElectraTokenizer", "MobileBertTokenizer",
+    "SqueezeBertTokenizer", "LayoutLMTokenizer", "LxmertTokenizer",
+)  # fmt: skip
+_BYTE_LEVEL = ("GPT2Tokenizer", "Qwen2Tokenizer", "RobertaTokenizer", "BartTokenizer")
+#: The class that takes the file as it is.
+_GENERIC = "TokenizersBackend"
+#: The class that transformers takes for a model where its files name none.
+_OF_MODEL = {
+    "bert": "BertTokenizer",
+    "mpnet": "MPNetTokenizer",
+    "qwen2": "Qwen2Tokenizer",
+    "qwen3": "Qwen2Tokenizer",
+    "mistral": _GENERIC,
+}
+_BERT_NAMES = {
+    "unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]", "cls_token": "[CLS]", "mask_token": "[MASK]",
+}  # fmt: skip
+_GPT2_NAMES = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+_ROBERTA_NAMES = {
+    "bos_token": "<s>", "eos_token": "</s>", "sep_token": "</s>", "cls_token": "<s>", "unk_token": "<unk>",
+    "pad_token": "<pad>", "mask_token": "<mask>",
+}  # fmt: skip
+#: The names that a class has for its special tokens where no file gives them.
+_DEFAULT_NAMES = {
+    **dict.fromkeys(_BERT, _BERT_NAMES),
+    "MPNetTokenizer": {**_ROBERTA_NAMES, "unk_token": "[UNK]"},
+    "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+    "GPT2Tokenizer": _GPT2_NAMES,
+    "Qwen2Tokenizer": dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>"),
+    **dict.fromkeys(("RobertaTokenizer", "BartTokenizer", "XLMRobertaTokenizer"), _ROBERTA_NAMES),
+}
+
+
+class Pipeline:
+    """The class that transformers would take, and what it does. `config` is tokenizer_config.json's, `model`
+    config.json's."""
+
+    def __init__(self, path: Path, config: Mapping[str, Any], model: Mapping[str, Any]) -> None:
+        self._path, self._config = path, config
+        named = config.get("tokenizer_class") or model.get("tokenizer_class")
+        kind = str(model.get("model_type"))
+        usual = _OF_MODEL.get(kind)
+        name = named.removesuffix("Fast") if isinstance(named, str) else (usual or _GENERIC)
+        # transformers knows that Qwen2's folders name wrong classes, and builds Mistral's as their files say.
+        self.name = usual if usual is not None and kind in ("qwen2", "mistral") else name
+
+    @property
+    def default_names(self) -> Mapping[str, str]:
+        """The class's own special tokens."""
+        return _DEFAULT_NAMES.get(self.name, {})
+
+    def build(self, inner: Tokenizer) -> None:
+        """Change `inner` as the class would. Raises `ModelError` for a switch that is neither true nor false."""
+        inner.encode_special_tokens = self._switch("split_special_tokens", False)
+        bytes_within = any(isinstance(step, pre_tokenizers.ByteLevel) for step in _steps(inner.pre_tokenizer))
+        if self.name in _BERT and isinstance(inner.model, models.WordPiece):
+            self._as_bert(inner)
+        elif self.name == "LlamaTokenizer" and isinstance(inner.model, models.BPE) and not bytes_within:
+            self._as_llama(inner)
+        elif self.name in _BYTE_LEVEL:
+            for step in _steps(inner.pre_tokenizer):
+                if isinstance(step, pre_tokenizers.ByteLevel):
+                    step.add_prefix_space = self._switch("add_prefix_space", False)
+        elif self.name == "XLMRobertaTokenizer" and isinstance(inner.model, models.Unigram):
+            for step in _steps(inner.pre_tokenizer):
+                if isinstance(step, pre_tokenizers.Metaspace):
+                    step.prepend_scheme = "always" if self._switch("add_prefix_space", True) else "never"
+
+    def surround(self, inner: Tokenizer, names: Mapping[str, str]) -> None:
+        """Put the class's tokens around every text: `names` are its special tokens'. Most leave that to the file."""
+        if self.name not in _BERT or not isinstance(inner.model, models.WordPiece):
+            return
+        before, behind = (names.get(name, "") for name in ("cls_token", "sep_token"))
+        first, last = inner.token_to_id(before), inner.token_to_id(behind)
+        if first is None or last is None:
+            return
+        if self.name == "MPNetTokenizer":
+            inner.post_processor = processors.RobertaProcessing((behind, last), (before, first), True, False)
+        else:
+            inner.post_processor = processors.BertProcessing((behind, last), (before, first))
+
+    def _as_bert(self, inner: Tokenizer) -> None:
+        inner.normalizer = normalizers.BertNormalizer(
+            clean_text=True,
+            handle_chinese_chars=self._switch("tokenize_chinese_chars", True),
+            strip_accents=self._switch("strip_accents", None),
+            lowercase=self._switch("do_lower_case", True),
+        )
+        inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        inner.decoder = decoders.WordPiece(prefix="##")
+
+    def _as_llama(self, inner: Tokenizer) -> None:
+        """A space before a text, but not before what follows a special token, as SentencePiece does it; with `legacy`
+        before both."""
+        prefix = self._switch("add_prefix_space", True)
+        scheme = "never" if not prefix else "always" if self._switch("legacy", False) else "first"
+        inner.normalizer = None
+        inner.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme=scheme, split=False)
+        steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+        inner.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
+
+    def _switch(self, name: str, default: bool | None) -> Any:
+        value = self._config.get(name)
+        if value is not None and not isinstance(value, bool):
+            raise ModelError(f"{self._path}: {name} is {value!r}, not true or false")
+        return default if value is None else value
+
+
+def _steps(pre_tokenizer: Any) -> Iterator[Any]:
+    """The parts of a pre-tokenizer, each the one that is in use."""
+    if isinstance(pre_tokenizer, pre_tokenizers.Sequence):
+        for place in range(len(json.loads(pre_tokenizer.__getstate__())["pretokenizers"])):
+            yield from _steps(pre_tokenizer[place])
+    elif pre_tokenizer is not None:
+        yield pre_tokenizer

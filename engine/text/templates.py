@@ -1,0 +1,69 @@
+"""The chat templates that come with a model, by name: of a folder as transformers 5 finds them, of a GGUF file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from engine.jsonfiles import read_object
+from stoker.errors import InvalidRequest, ModelError
+
+DEFAULT = "default"
+#: The one that is taken where tools are given, if there is one.
+TOOL_USE = "tool_use"
+_GGUF = "tokenizer.chat_template"
+
+
+def choose(templates: Mapping[str, str], tools: bool, model: str) -> str:
+    """The template for a conversation with or without tools. Raises `InvalidRequest` if there is none."""
+    if tools and TOOL_USE in templates:
+        return templates[TOOL_USE]
+    if DEFAULT in templates:
+        return templates[DEFAULT]
+    if not templates:
+        raise InvalidRequest(f"messages given, but {model} has no chat template: give a prompt.")
+    allowed = f"; with tools it has {TOOL_USE!r}" if TOOL_USE in templates else ""
+    raise InvalidRequest(
+        f"messages given, but {model} has no default chat template, only {', '.join(sorted(templates))}{allowed}: "
+        "give a prompt."
+    )
+
+
+def folder_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Of files of their own; else of `config`, which is tokenizer_config.json's; else of chat_template.json."""
+    files = {DEFAULT: folder / "chat_template.jinja"} if (folder / "chat_template.jinja").is_file() else {}
+    files |= {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    if files:
+        return {name: _text(path) for name, path in files.items()}
+    if config.get("chat_template") is not None:
+        return _named(config["chat_template"], folder / "tokenizer_config.json")
+    older = folder / "chat_template.json"
+    return _named(read_object(older, missing={}).get("chat_template"), older)
+
+
+def gguf_templates(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """`tokenizer.chat_template`, and `tokenizer.chat_template.NAME` for others."""
+    named = {key.removeprefix(f"{_GGUF}."): value for key, value in metadata.items() if key.startswith(f"{_GGUF}.")}
+    every = {**named, DEFAULT: metadata.get(_GGUF, named.get(DEFAULT))}
+    return {name: template for name, template in every.items() if isinstance(template, str)}
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: {error}") from error
+
+
+def _named(value: object, path: Path) -> dict[str, str]:
+    """One template, or several as a list of objects or an object."""
+    if isinstance(value, str):
+        return {DEFAULT: value}
+    if isinstance(value, list) and all(isinstance(item, Mapping) for item in value):
+        value = {item.get("name"): item.get("template") for item in value}
+    if isinstance(value, Mapping) and all(isinstance(part, str) for pair in value.items() for part in pair):
+        return dict(value)
+    if value is None:
+        return {}
+    raise ModelError(f"{path}: chat_template is neither a text nor a list of objects with name and template")

@@ -1,0 +1,135 @@
+"""The files of sentence-transformers: what they say of a text's length, letters and prompts, and where the model is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.inspecting import inspect
+from engine.loading import load
+from engine.models.bert import BertArgs
+from engine.models.sentence import EmbeddingSpec
+from engine.models.sentence_files import SentenceFiles, model_folder
+from engine.text.tokenizer import Tokenizer
+from engine.verifying import verify
+from stoker.errors import ModelError
+
+ARGS = BertArgs(layers=1, dim=8, hidden=8, heads=2, vocab=9, positions=64, types=2, norm_eps=1e-12)
+BERT = Path(__file__).parents[1] / "goldens" / "architectures" / "bert"
+MODULES = [{"type": "x.Transformer", "path": ""}, {"type": "x.Pooling", "path": "1_Pooling"}]
+WORDS = json.loads((Path(__file__).parents[1] / "goldens" / "text" / "folders.json").read_text())["bases"]["words"]
+
+
+def sentence_folder(tmp_path: Path, files: dict[str, Any]) -> Path:
+    every = {"modules.json": MODULES, "1_Pooling/config.json": {"pooling_mode": "mean"}, **files}
+    for name, content in every.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(content))
+    return tmp_path
+
+
+def settings(**values: Any) -> dict[str, Any]:
+    return {"sentence_bert_config.json": values}
+
+
+@pytest.mark.parametrize(
+    ("files", "most"),
+    [
+        ({}, 64),
+        ({"tokenizer_config.json": {"model_max_length": 8}}, 8),
+        ({"tokenizer_config.json": {"max_len": 8}}, 8),
+        ({"tokenizer_config.json": {"model_max_length": 10**30}}, 64),
+        ({**settings(max_seq_length=None), "tokenizer_config.json": {"model_max_length": 8}}, 8),
+        ({**settings(max_seq_length=16), "tokenizer_config.json": {"model_max_length": 8}}, 16),
+        ({**settings(max_seq_length=1000)}, 64),
+        ({"sentence_roberta_config.json": {"max_seq_length": 7}}, 7),
+    ],
+)
+def test_a_text_may_be_as_long_as_in_sentence_transformers(tmp_path: Path, files: dict[str, Any], most: int) -> None:
+    assert EmbeddingSpec.from_folder(sentence_folder(tmp_path, files), ARGS).max_tokens == most
+
+
+def test_a_plain_folder_is_bounded_by_its_tokenizer_alone(tmp_path: Path) -> None:
+    """sentence-transformers looks at none of its own files where no modules.json is."""
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 8}))
+    (tmp_path / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 4, "do_lower_case": True}))
+    (tmp_path / "config_sentence_transformers.json").write_text(json.dumps({"prompts": {"a": "b"}}))
+    assert EmbeddingSpec.from_folder(tmp_path, ARGS) == EmbeddingSpec(8, "mean", False, 8)
+
+
+@pytest.mark.parametrize(
+    ("files", "cause"),
+    [
+        (settings(max_seq_length="long"), "'long' is no number of tokens"),
+        ({"tokenizer_config.json": {"model_max_length": 0}}, "0 is no number of tokens"),
+        (settings(do_lower_case="yes"), "do_lower_case is 'yes', not true or false"),
+        (settings(transformer_task="fill-mask"), "transformer_task = fill-mask is not supported"),
+        (settings(tokenizer_args={"padding_side": "left"}), "tokenizer_args = .* is not supported"),
+        (settings(config_kwargs={"num_hidden_layers": 1}), "config_kwargs = .* is not supported"),
+        (settings(tokenizer_name_or_path="other"), "tokenizer_name_or_path = other is not supported"),
+        ({"modules.json": [{"type": "x.Transformer", "path": "../up"}]}, "leads out of the folder"),
+        ({"modules.json": [{"type": "x.Transformer", "path": ""}]}, "no Pooling among its modules"),
+        ({"config_sentence_transformers.json": {"prompts": {"a": 1}}}, "not an object of strings"),
+        ({"config_sentence_transformers.json": {"default_prompt_name": "a"}}, "'a' is none of its prompts"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(tmp_path: Path, files: dict[str, Any], cause: str) -> None:
+    with pytest.raises(ModelError, match=cause):
+        EmbeddingSpec.from_folder(sentence_folder(tmp_path, files), ARGS)
+
+
+def test_settings_that_change_nothing_are_taken(tmp_path: Path) -> None:
+    files = settings(do_lower_case=False, transformer_task="feature-extraction", config_args={}, model_args={"a": 1})
+    assert EmbeddingSpec.from_folder(sentence_folder(tmp_path, files), ARGS).max_tokens == 64
+
+
+def test_a_prompt_without_text_is_an_empty_one(tmp_path: Path) -> None:
+    files = {"config_sentence_transformers.json": {"prompts": {"a": None}, "default_prompt_name": "query"}}
+    spec = EmbeddingSpec.from_folder(sentence_folder(tmp_path, files), ARGS)
+    assert (spec.prompts, spec.default_prompt) == ({"a": "", "query": ""}, "query")
+
+
+@pytest.mark.parametrize(
+    ("asked", "own", "texts"),
+    [(True, False, ("the CAFÉ", "the café")), (False, False, ("the Café", "the Café")), (True, True, ("Café", "cafe"))],
+)
+def test_a_text_is_written_small_where_either_file_asks(
+    tmp_path: Path, asked: bool, own: bool, texts: tuple[str, str]
+) -> None:
+    """`do_lower_case` of sentence_bert_config.json leaves accents; the tokenizer's own takes them away too."""
+    files = {
+        "tokenizer.json": WORDS,
+        "tokenizer_config.json": {"tokenizer_class": "BertTokenizer", "do_lower_case": own},
+        **settings(do_lower_case=asked),
+    }
+    path = sentence_folder(tmp_path, files)
+    assert SentenceFiles.of(path).lowercase is asked
+    tokenizer = Tokenizer.from_folder(path, lowercase=asked)
+    given, read = texts
+    assert tokenizer.inner.normalizer.normalize_str(given) == read
+    assert tokenizer.encode("[MASK]", special=False) == [4], "a special token keeps its letters"
+
+
+def subfolder(tmp_path: Path) -> Path:
+    inner = {"0_Transformer/sentence_bert_config.json": {"max_seq_length": 9}}
+    modules = [{**MODULES[0], "path": "0_Transformer"}, MODULES[1]]
+    path = sentence_folder(tmp_path, {"modules.json": modules, **inner})
+    for file in BERT.iterdir():
+        shutil.copy(file, path / "0_Transformer" / file.name)
+    return path
+
+
+def test_a_model_may_lie_in_the_folder_of_its_module(tmp_path: Path) -> None:
+    path = subfolder(tmp_path)
+    model, plain = load("m", [str(path)]), load("p", [str(BERT)])
+    assert (model.path, model_folder(path), model.context) == (path, path / "0_Transformer", 9)
+    assert model.digest == plain.digest
+    assert (inspect(path).context, inspect(path).parameters) == (9, inspect(BERT).parameters)
+    assert verify(path).tensors == verify(BERT).tensors
+    (path / "0_Transformer" / "config.json").unlink()
+    with pytest.raises(ModelError, match=r"0_Transformer: no config\.json in it"):
+        load("m", [str(path)])

@@ -1,0 +1,183 @@
+"""What stands beside a tokenizer.json: read as transformers reads it (tests/goldens/text/folders.py), or refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+from tokenizers import models
+
+from engine.text import chat
+from engine.text.detokenizer import StreamingDetokenizer
+from engine.text.templates import choose
+from engine.text.tokenizer import Manners, Tokenizer
+from stoker.errors import InvalidRequest, ModelError
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "goldens" / "text" / "folders.json").read_text())
+#: (folder, place of the text) -> how Stoker's text differs from transformers', on purpose.
+BETTER = {
+    # tokenizers takes the letters of an added token for bytes.
+    ("listed", 5): ("<\ufffd>", "<é>"),
+    ("added and listed", 5): ("<\ufffd>", "<é>"),
+    # The end of a turn is no text, whatever its flag says.
+    ("added and listed", 3): ("the<|im_end|>", "the"),
+}
+
+
+def folder(tmp_path: Path, base: str, files: dict[str, Any]) -> Path:
+    every = {"config.json": {"model_type": "llama"}, "tokenizer.json": GOLDEN["bases"][base], **files}
+    for name, content in every.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    return tmp_path
+
+
+@pytest.mark.parametrize("golden", GOLDEN["folders"], ids=lambda golden: golden["name"])
+def test_every_file_is_read_as_transformers_reads_it(tmp_path: Path, golden: dict[str, Any]) -> None:
+    tokenizer = Tokenizer.from_folder(folder(tmp_path, golden["base"], golden["files"]))
+    assert tokenizer.manners.names == golden["names"]
+    for place, (text, ids, decoded) in enumerate(zip(GOLDEN["texts"], golden["ids"], golden["decoded"], strict=True)):
+        assert tokenizer.encode(text) == ids
+        assert tokenizer.decode(ids) == decoded.replace(*BETTER.get((golden["name"], place), ("", "")))
+
+
+@pytest.mark.parametrize("golden", GOLDEN["chats"], ids=lambda golden: golden["name"])
+def test_the_template_is_that_of_transformers_with_tools_and_without(tmp_path: Path, golden: dict[str, Any]) -> None:
+    tokenizer = Tokenizer.from_folder(folder(tmp_path, "named", golden["files"]))
+    messages = [{"role": "user", "content": "the model"}]
+    for tools, text in zip((None, [{"type": "function"}]), golden["rendered"], strict=True):
+        if text is None:
+            with pytest.raises(InvalidRequest, match="m has no default chat template, only tool_use; with tools"):
+                choose(tokenizer.templates, tools is not None, "m")
+            continue
+        template = choose(tokenizer.templates, tools is not None, "m")
+        names = tokenizer.manners.names
+        assert chat.render(template, messages, tools=tools, add_generation_prompt=False, names=names) == text
+
+
+def test_the_templates_file_of_processors_counts_where_there_is_no_other(tmp_path: Path) -> None:
+    path = folder(tmp_path, "named", {"chat_template.json": {"chat_template": "P"}})
+    assert Tokenizer.from_folder(path).templates == {"default": "P"}
+    folder(tmp_path, "named", {"tokenizer_config.json": {"chat_template": "C"}})
+    assert Tokenizer.from_folder(path).templates == {"default": "C"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "cause"),
+    [
+        ("tokenizer_config.json", {"added_tokens_decoder": ["<a>"]}, "added_tokens_decoder is not an object"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"one": "<a>"}}, "added_tokens_decoder is not an object"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"330": {}}}, r"added_tokens_decoder\[330\] is '\{\}'"),
+        ("tokenizer_config.json", {"eos_token": 5}, "eos_token is '5', not a token's text or object"),
+        ("tokenizer_config.json", {"eos_token": ""}, "eos_token is '', not a token's text"),
+        ("tokenizer_config.json", {"extra_special_tokens": "<a>"}, "extra_special_tokens is a str, not a list"),
+        ("tokenizer_config.json", {"additional_special_tokens": [7]}, r"extra_special_tokens\[0\] is '7'"),
+        ("tokenizer_config.json", {"truncation_side": "middle"}, 'truncation_side is \'middle\'; "left" and "right"'),
+        ("tokenizer_config.json", {"split_special_tokens": "yes"}, "split_special_tokens is 'yes', not true or false"),
+        ("tokenizer_config.json", {"chat_template": [{"name": "a"}]}, "chat_template is neither a text nor a list"),
+        ("special_tokens_map.json", {"eos_token": [1]}, "eos_token is"),
+        ("added_tokens.json", {"<a>": "x"}, "not an object of tokens and their ids"),
+        ("chat_template.json", {"chat_template": 3}, "chat_template is neither a text nor a list"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_understood_is_refused_by_name(tmp_path: Path, name: str, content: Any, cause: str) -> None:
+    with pytest.raises(ModelError, match=cause) as caught:
+        Tokenizer.from_folder(folder(tmp_path, "bytes", {name: content}))
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_a_switch_of_a_class_that_is_no_switch_is_refused(tmp_path: Path) -> None:
+    files = {"tokenizer_config.json": {"tokenizer_class": "BertTokenizer", "do_lower_case": "no"}}
+    with pytest.raises(ModelError, match="do_lower_case is 'no', not true or false"):
+        Tokenizer.from_folder(folder(tmp_path, "words", files))
+
+
+def test_a_padding_token_for_which_the_model_has_no_row_is_left_out(tmp_path: Path) -> None:
+    size = len(GOLDEN["bases"]["bytes"]["model"]["vocab"])
+    config = {"pad_token": "<nothing>", "sep_token": "<extra>"}
+    for rows, pad in ((size, None), (size + 2, size + 1)):
+        files = {"tokenizer_config.json": config, "config.json": {"model_type": "llama", "vocab_size": rows}}
+        tokenizer = Tokenizer.from_folder(folder(tmp_path, "bytes", files))
+        assert (tokenizer.pad_id, tokenizer.encode("<extra>")) == (pad, [size])
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_the_end_of_a_turn_ends_and_is_no_text_whatever_its_flag(tmp_path: Path, special: bool) -> None:
+    listed = {"330": {"content": "<|im_end|>", "special": special}, "331": {"content": "<b>", "special": False}}
+    tokenizer = Tokenizer.from_folder(
+        folder(tmp_path, "bytes", {"tokenizer_config.json": {"added_tokens_decoder": listed}})
+    )
+    assert 330 in tokenizer.eos_ids
+    assert tokenizer.decode(tokenizer.encode("the<|im_end|><b>")) == "the<b>"
+
+
+def test_a_special_tokens_name_outside_ascii_reads_as_it_is_written(tmp_path: Path) -> None:
+    names = ["<é>", "<｜end▁of▁sentence｜>", "<|конец|>"]
+    for base in ("bytes", "sentences"):
+        files = {"tokenizer_config.json": {"extra_special_tokens": names}}
+        tokenizer = Tokenizer.from_folder(folder(tmp_path, base, files))
+        for name in names:
+            ids = tokenizer.encode(name, special=False)[-1:]
+            assert tokenizer.decode(ids, skip_special=False) == name
+            assert tokenizer.spelled(ids[0]) == name
+            assert tokenizer.special_within([f"\n{name}user"]) == {ids[0]: name}
+
+
+def test_a_text_is_cut_as_transformers_cuts_it(tmp_path: Path) -> None:
+    for side in ("right", "left"):
+        config = {"tokenizer_class": "BertTokenizer", "truncation_side": side}
+        tokenizer = Tokenizer.from_folder(folder(tmp_path, "words", {"tokenizer_config.json": config}))
+        whole = tokenizer.encode("the model of the model")
+        cut = whole[:4] if side == "right" else [whole[0], *whole[-4:-1]]
+        assert tokenizer.encode_cut("the model of the model", 5) == [*cut, whole[-1]]
+    # Without such a word, as the file's own truncation says.
+    base = {**GOLDEN["bases"]["words"], "truncation": {"direction": "Left", "max_length": 9, "strategy": "LongestFirst",
+                                                       "stride": 0}}  # fmt: skip
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "tokenizer.json").write_text(json.dumps(base))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    whole = tokenizer.encode("the model of the model")
+    assert tokenizer.encode_cut("the model of the model", 5) == [whole[0], *whole[-4:]]
+
+
+@pytest.mark.parametrize("base", ["sentences", "words", "bytes"])
+def test_a_continuation_keeps_its_first_space(tmp_path: Path, base: str) -> None:
+    """What is written behind a prompt is what both together read, less the prompt."""
+    config = {"tokenizer_class": "LlamaTokenizer"} if base == "sentences" else {}
+    tokenizer = Tokenizer.from_folder(folder(tmp_path, base, {"tokenizer_config.json": config}))
+    prompt = tokenizer.encode("the model", special=False)
+    answer = tokenizer.encode("the model of the warm", special=False)[len(prompt) :]
+    stream = StreamingDetokenizer(tokenizer, after=prompt)
+    text = "".join(map(stream.add, answer)) + stream.finish()
+    assert text == " of the warm"
+    # Behind nothing but special tokens a text begins.
+    specials = sorted(tokenizer.special_ids)
+    stream = StreamingDetokenizer(tokenizer, after=specials)
+    whole = tokenizer.encode("the model", special=False)
+    assert "".join(map(stream.add, whole)) + stream.finish() == "the model"
+
+
+def test_a_token_by_itself_keeps_its_space(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_folder(folder(tmp_path, "sentences", {}))
+    assert tokenizer.spelled(tokenizer.inner.token_to_id("▁the")) == " the"
+    words = Tokenizer.from_folder(folder(tmp_path, "words", {}))
+    assert words.spelled(words.inner.token_to_id("the")) == "the"
+
+
+def test_spaces_are_cleaned_where_transformers_would(tmp_path: Path) -> None:
+    clean = {"clean_up_tokenization_spaces": True}
+    forced = {**clean, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output": True}
+    for base, config, cleans in (("words", clean, True), ("bytes", clean, False), ("bytes", forced, True),
+                                 ("words", {}, False)):  # fmt: skip
+        found = Tokenizer.from_folder(folder(tmp_path, base, {"tokenizer_config.json": config}))
+        assert found.manners.cleans_spaces is cleans
+
+
+def test_a_token_that_the_model_names_is_no_text() -> None:
+    inner = tokenizers.Tokenizer(models.WordLevel({"a": 0, "<s>": 1}, unk_token="a"))
+    inner.add_tokens(["<s>"])
+    assert Tokenizer(inner, manners=Manners({"bos_token": "<s>"})).decode([1, 0]) == "a"
+    assert "<s>" in Tokenizer(inner).decode([1, 0])
