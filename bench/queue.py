@@ -199,9 +199,9 @@ def _request():  # type: ignore[no-untyped-def]
 def _empty(client: Client) -> None:
     """Forget what waits, and let what runs end."""
     queue = keys.queue(MODEL, "generate")
-    client.redis.delete(keys.front(queue), *(keys.room(queue, priority) for priority in range(10)))
+    client.redis.delete(keys.ready(queue), *(keys.backlog(queue, priority) for priority in range(10)))
     time.sleep(0.5)
-    client.redis.delete(keys.open_jobs(queue), keys.client("default", queue), keys.handed(queue))
+    client.redis.delete(keys.open_jobs(queue), keys.client("default", queue), keys.dispatched(queue))
 
 
 def publishing(bench: Bench) -> list[Row]:

@@ -94,7 +94,7 @@ class JobFailed(JobError):
 
 
 class JobDead(JobError):
-    """The job killed one worker after another, and was put aside (`stoker jobs dead`)."""
+    """The job crashed one worker after another, and is a dead letter now (`stoker jobs dead`)."""
 
 
 class OutOfMemory(JobError):

@@ -47,9 +47,9 @@ _NAME = r"[a-z0-9._-]+"
 KINDS = (
     Kind("job", rf"job:{_JOB}", PENDING_TTL),
     Kind("open", rf"open:{_QUEUE}", PENDING_TTL),
-    Kind("room", rf"room:{_QUEUE}:[0-9]", PENDING_TTL),
+    Kind("backlog", rf"backlog:{_QUEUE}:[0-9]", PENDING_TTL),
     Kind("turns", rf"turns:{_QUEUE}", PENDING_TTL),
-    Kind("handed", rf"handed:{_QUEUE}", PENDING_TTL),
+    Kind("dispatched", rf"dispatched:{_QUEUE}", PENDING_TTL),
     Kind("client", rf"client:{_NAME}:{_QUEUE}", PENDING_TTL),
     Kind("cancel", rf"cancel:{_JOB}", PENDING_TTL),
     Kind("pace", rf"pace:{_QUEUE}", RESULT_TTL),
@@ -65,7 +65,7 @@ KINDS = (
     Kind("models", r"models", MODEL_TTL),
     # Two leases; a lease is an hour at the longest.
     Kind("janitor", r"janitor", 2 * 3600),
-    Kind("front", _QUEUE, None),
+    Kind("ready", _QUEUE, None),
     Kind("adapters", rf"adapters?:{_NAME}(:{_NAME})?", None),
     Kind("artifact", rf"artifact(:{_NAME}){{3}}", None),
     Kind("policy", r"policy", None),
@@ -96,24 +96,24 @@ def open_jobs(queue: str) -> str:
     return f"{PREFIX}open:{queue}"
 
 
-def front(queue: str) -> str:
+def ready(queue: str) -> str:
     """List: the messages of the queue that Celery takes next, from its right end."""
     return f"{PREFIX}{queue}"
 
 
-def room(queue: str, priority: int) -> str:
-    """Sorted set: ids of jobs of one priority that wait behind the front → their client's turn."""
-    return f"{PREFIX}room:{queue}:{priority}"
+def backlog(queue: str, priority: int) -> str:
+    """Sorted set: ids of jobs of one priority that wait behind the ready list → their client's turn."""
+    return f"{PREFIX}backlog:{queue}:{priority}"
 
 
 def turns(queue: str) -> str:
-    """Hash: whose turn it is among clients and priorities, while anybody waits in a room."""
+    """Hash: whose turn it is among clients and priorities, while any job waits in the backlog."""
     return f"{PREFIX}turns:{queue}"
 
 
-def handed(queue: str) -> str:
-    """Sorted set: ids of jobs that came to the front and have not ended → when."""
-    return f"{PREFIX}handed:{queue}"
+def dispatched(queue: str) -> str:
+    """Sorted set: ids of jobs that came to the ready list and have not ended → when."""
+    return f"{PREFIX}dispatched:{queue}"
 
 
 def pace(queue: str) -> str:
@@ -186,7 +186,7 @@ UNACKED = f"{PREFIX}unacked"
 CANCELS = f"{PREFIX}cancels"
 #: Hash: limits and ageing, where they differ from the defaults (`stoker policy`). Durable.
 POLICY = f"{PREFIX}policy"
-#: Hash: job id → JSON of a job that killed too many workers, until somebody retries it.
+#: Hash: job id → JSON of a job that crashed too many workers, until it is retried.
 DEAD = f"{PREFIX}dead"
 
 

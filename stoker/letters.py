@@ -1,4 +1,4 @@
-"""Dead letters, as the broker keeps them (`stoker.keys.DEAD`): jobs that were put aside, and messages that no worker
+"""Dead letters, as the broker keeps them (`stoker.keys.DEAD`): jobs that wait for a person, and messages that no worker
 can read. Read without trust: one that is spoiled must not hide the others."""
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def parse(raw: Mapping[bytes, bytes]) -> dict[str, dict[str, Any]]:
 def _letter(value: bytes) -> dict[str, Any]:
     try:
         letter = json.loads(value)
-        texts = [letter["kind"], letter["model"], *(death["worker"] for death in letter["history"])]
+        texts = [letter["kind"], letter["model"], *(crash["worker"] for crash in letter["history"])]
     except (ValueError, TypeError, KeyError, RecursionError):
         return spoiled(value)
     return letter if all(isinstance(text, str) for text in texts) else spoiled(value)

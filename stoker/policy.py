@@ -24,7 +24,7 @@ class Rule:
 RULES = {
     "queue_limit": Rule(ledger.QUEUE_LIMIT, 1_000_000, "jobs that may wait in one queue"),
     "client_limit": Rule(ledger.CLIENT_LIMIT, 1_000_000, "open jobs that one client may have in one queue"),
-    "deaths": Rule(ledger.MAX_DEATHS, 1000, "workers that a job may kill before it is put aside"),
+    "crashes": Rule(ledger.MAX_CRASHES, 1000, "workers that a job may crash before it is dead-lettered"),
     "ageing": Rule(ledger.AGEING, 30 * 24 * 3600, "seconds of waiting that lift a job by one priority"),
 }
 #: The limit of one client: this, and its key.

@@ -36,7 +36,7 @@ def overlong_keys(client: Any) -> list[str]:
 
 
 #: Of jobs that have not ended, and of messages that are held: a kind of each place where one may be.
-OF_OPEN_JOBS = ("open", "room", "turns", "handed", "client", "cancel", "front", "unacked")
+OF_OPEN_JOBS = ("open", "backlog", "turns", "dispatched", "client", "cancel", "ready", "unacked")
 
 
 def open_work(client: Any) -> list[str]:

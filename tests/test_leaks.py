@@ -29,8 +29,14 @@ def test_each_kind_of_key_has_its_own_longest_life(kind: keys.Kind) -> None:
             keys.blob("vectors:x"),
             keys.worker("x"),
         ),
-        *(make(QUEUE) for make in (keys.open_jobs, keys.turns, keys.handed, keys.pace, keys.front)),
-        *(keys.room(QUEUE, 0), keys.client("x", QUEUE), keys.blob("dataset:x"), keys.blob("adapter:x"), keys.WORKERS),
+        *(make(QUEUE) for make in (keys.open_jobs, keys.turns, keys.dispatched, keys.pace, keys.ready)),
+        *(
+            keys.backlog(QUEUE, 0),
+            keys.client("x", QUEUE),
+            keys.blob("dataset:x"),
+            keys.blob("adapter:x"),
+        ),
+        *(keys.WORKERS, keys.spoiled(keys.DEAD)),
         *(keys.adapters("m"), keys.adapter("m", "x"), keys.artifact("m", "x", 1), keys.MODELS, keys.DEAD, keys.JANITOR),
         *(keys.POLICY, keys.UNACKED, f"{keys.UNACKED}_index", "stoker:_kombu.binding.celery"),
     )
@@ -51,7 +57,7 @@ def test_each_kind_of_key_has_its_own_longest_life(kind: keys.Kind) -> None:
 
 def test_a_key_that_no_kind_declares_is_found_however_soon_it_expires() -> None:
     broker = fakeredis.FakeRedis()
-    for name in ("other", "stoker:jobs:x", "stoker:job:", f"stoker:room:{QUEUE}:10", "stoker:blob:other:x"):
+    for name in ("other", "stoker:jobs:x", "stoker:job:", f"stoker:backlog:{QUEUE}:10", "stoker:blob:other:x"):
         broker.set(name, "x", ex=1)
     assert len(overlong_keys(broker)) == 5
 
@@ -61,7 +67,7 @@ def test_what_says_that_a_job_waits_or_runs_is_found() -> None:
     for name in (keys.result("x"), keys.job("x"), keys.pace(QUEUE), f"{keys.UNACKED}_mutex"):
         broker.set(name, "x")
     assert open_work(broker) == []
-    left = {keys.front(QUEUE), keys.room(QUEUE, 3), keys.handed(QUEUE), keys.UNACKED, keys.client("a", QUEUE)}
+    left = {keys.ready(QUEUE), keys.backlog(QUEUE, 3), keys.dispatched(QUEUE), keys.UNACKED, keys.client("a", QUEUE)}
     for name in left:
         broker.set(name, "x")
     assert set(open_work(broker)) == left

@@ -1,4 +1,4 @@
-"""The frame that every job runs in: claim, decode, run, settle, tell how it ended."""
+"""The frame that every job runs in: claim, decode, run, complete, report how it ended."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Run:
             history = self._dead_letter()
             workers = ", ".join(crash.worker for crash in history)
             raise JobDead(
-                f"job {self.job_id} was running when {len(history)} workers died ({workers}), and was put aside. "
+                f"job {self.job_id} was running when {len(history)} workers crashed ({workers}). It is a dead letter: "
                 f"`stoker jobs retry {self.job_id}` sends it again."
             )
 
@@ -116,9 +116,9 @@ class Run:
             )
         return left
 
-    def settle(self, outcome: dict[str, Any]) -> None:
+    def complete(self, outcome: dict[str, Any]) -> None:
         """The job has ended so. Raises `Fenced` if it is not ours to end."""
-        if not self._persist(ledger.settle, self._token, outcome):
+        if not self._persist(ledger.complete, self._token, outcome):
             raise self._fenced()
 
     def _fenced(self) -> Fenced:
@@ -152,7 +152,7 @@ class Run:
     def release(self) -> None:
         self._persist(ledger.release, self._token)
 
-    def crowded_out(self) -> bool:
+    def ran_out_of_memory(self) -> bool:
         """Count that the job ended for want of memory; whether it may try again, beside fewer others."""
         lanes.shrink(self._task.name.removeprefix("stoker."))
         count = self._persist(ledger.count_out_of_memory, self._token)
@@ -160,11 +160,11 @@ class Run:
             raise self._fenced()
         return count < memory.TRIES
 
-    def set_aside(self, what: str) -> JobDead:
+    def dead_letter(self, what: str) -> JobDead:
         """Make a dead letter of a job that can go on once somebody has mended `what`: what to end it with."""
         self._dead_letter(self.runtime.name, what)
         return JobDead(
-            f"job {self.job_id} was put aside: {what}. What was whole stays. Mend that, then "
+            f"job {self.job_id} is a dead letter: {what}. What was whole stays. Mend that, then "
             f"`stoker jobs retry {self.job_id}` lets it go on."
         )
 
@@ -247,8 +247,8 @@ def run_job(
     except (StokerError, Ignore):
         raise
     except Exception as error:
-        # A defect outside the job itself. Its message stays, and the next claim counts it as a death: never lost, and
-        # after some of them put aside.
+        # A defect outside the job itself. Its message stays, and the next claim counts it as a crash: never lost, and
+        # after some of them a dead letter.
         log.exception("job %s could not be ended", run.job_id)
         raise Reject(str(error), requeue=True) from None
 
@@ -269,19 +269,19 @@ def _attempt(
     except (WorkerUnavailable, Ignore, Spoiled):
         raise
     except JobCancelled:
-        run.settle(ledger.revoked(run.job_id))
+        run.complete(ledger.revoked(run.job_id))
         raise
     except StokerError as error:
-        run.settle(ledger.failure(run.job_id, error))
+        run.complete(ledger.failure(run.job_id, error))
         raise
     except Exception as error:
         if _brokers_fault(error):
             raise
         known = _known(run, error)
         log.exception("job %s failed", run.job_id)
-        run.settle(ledger.failure(run.job_id, known))
+        run.complete(ledger.failure(run.job_id, known))
         raise known from error
-    run.settle(ledger.success(run.job_id, result))
+    run.complete(ledger.success(run.job_id, result))
     return result
 
 
@@ -293,13 +293,13 @@ def _brokers_fault(error: Exception) -> bool:
 def _known(run: Run, error: Exception) -> StokerError:
     """What to tell the client of an error that is none of ours. Raises `WorkerUnavailable` if the job may try again."""
     if memory.is_out_of_memory(error):
-        if run.crowded_out():
+        if run.ran_out_of_memory():
             raise WorkerUnavailable(f"out of memory beside other jobs ({error}).") from error
         return OutOfMemory(f"job {run.job_id}: {memory.TRIES} times there was not memory enough for it ({error}).")
     if trouble := disk.trouble(error):
-        return run.set_aside(f"the disk of {run.runtime.name} {trouble} ({error})")
+        return run.dead_letter(f"the disk of {run.runtime.name} {trouble} ({error})")
     if isinstance(error, StoreTrouble):
-        return run.set_aside(str(error))
+        return run.dead_letter(str(error))
     if isinstance(error, RedisError):
         return JobFailed(f"job {run.job_id}: {run.blame(error)}.")
     return to_wire(error)

@@ -32,12 +32,12 @@ return 1
 def keys_of(queue: str) -> dict[str, str]:
     """The keys that the jobs of one queue share → the type of each."""
     return {
-        keys.front(queue): "list",
+        keys.ready(queue): "list",
         keys.open_jobs(queue): "zset",
-        keys.handed(queue): "zset",
+        keys.dispatched(queue): "zset",
         keys.turns(queue): "hash",
         keys.pace(queue): "hash",
-    } | {keys.room(queue, priority): "zset" for priority in range(ledger.PRIORITIES)}
+    } | {keys.backlog(queue, priority): "zset" for priority in range(ledger.PRIORITIES)}
 
 
 class Mender:

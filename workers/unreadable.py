@@ -56,7 +56,7 @@ class DeadMessages:
 
     def add(self, message: Unreadable) -> None:
         log.error(
-            "a message of the queue %s cannot be read and is put aside as %s (`stoker jobs dead`): %s",
+            "a message of the queue %s cannot be read and is the dead letter %s (`stoker jobs dead`): %s",
             message.queue, message.id, message.trouble,
         )  # fmt: skip
         try:

@@ -48,7 +48,7 @@ _COMMANDS: tuple[Callable[..., None], ...] = (
 for _command in _COMMANDS:
     app.command()(_command)
 
-queue = typer.Typer(no_args_is_help=True, help="Jobs that wait, run, or were put aside.")
+queue = typer.Typer(no_args_is_help=True, help="Jobs that wait or run, and dead letters.")
 queue.command("list")(jobs.list_jobs)
 queue.command("dead")(jobs.list_dead)
 queue.command("retry")(jobs.retry)

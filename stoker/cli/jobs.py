@@ -32,7 +32,7 @@ def list_jobs(as_json: Json = False, url: Url = None) -> None:
 
 
 def list_dead(as_json: Json = False, url: Url = None) -> None:
-    """List jobs that were put aside because they killed one worker after another, and messages that cannot be read."""
+    """List dead letters: jobs that crashed one worker after another, and messages that cannot be read."""
     with connect(url) as client:
         found = client.dead()
     if as_json:
@@ -40,9 +40,9 @@ def list_dead(as_json: Json = False, url: Url = None) -> None:
         return
     for job_id, letter in found.items():
         workers = ", ".join(
-            death["worker"] + (f" ({death['trouble']})" if "trouble" in death else "") for death in letter["history"]
+            crash["worker"] + (f" ({crash['trouble']})" if "trouble" in crash else "") for crash in letter["history"]
         )
-        how = "cannot be read, says" if letter["kind"] == letters.MESSAGE else "put aside after"
+        how = "cannot be read, says" if letter["kind"] == letters.MESSAGE else "dead-lettered after"
         print(f"{job_id}  {letter['kind']:8} {letter['model']:24} {how} {workers or 'its letter'}")
         if "message" in letter:
             print(f"    {letter['bytes']} bytes, base64: {letter['message']}")

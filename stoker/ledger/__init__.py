@@ -1,15 +1,17 @@
 """The ledger: what the broker knows of each job, beyond its message. One Lua script a transition, so that each happens
 whole or not at all, whoever dies in the middle.
 
-A job's life: `submit` writes its record and lets it wait in a room, from which the best come to the front, the list
-that Celery takes messages from (`prelude.lua`). A worker that gets the message calls `claim`: it becomes the owner
-under a token of its own, unless the job has ended, another delivery of it runs, or it has killed too many owners. When
-the worker is done it calls `settle`, which stores the result; when it gives the job back, `release`. An owner whose
-message was given to another worker (it was frozen for longer than its lease) finds its token replaced: it is fenced,
-and must leave no trace.
+A job's life: `submit` writes its record and lets it wait in the backlog. The best of those who wait come to the ready
+list, from which Celery takes messages (`prelude.lua`). A worker that gets the message calls `claim`: it becomes the
+owner under a token of its own, unless the job has ended, another delivery of it runs, or it has crashed too many
+owners. When the worker is done it calls `complete`, which stores the result; when it gives the job back, `release`;
+when the job has to wait for a person, `dead_letter`. An owner whose message was given to another worker (it was frozen
+for longer than its lease) finds its token replaced: it is fenced, and must leave no trace.
 
-A message can be lost between the front and a worker's memory. `recover` finds jobs that were handed out and that nobody
-alive owns, and lets them wait again; that is safe, because a second delivery of a running job is dropped.
+A message can be lost between the ready list and a worker's memory. `recover` finds jobs that were dispatched and that
+no living worker owns, and lets them wait again; that is safe, because a second delivery of a running job is dropped.
+
+What the record holds, and how it is read, says `record.py`; what the scripts answer, `replies.py`.
 
 `submission` and `cancellation` are calls that a blocking or an asyncio client sends; every other function takes a
 blocking client.
@@ -31,17 +33,17 @@ from stoker.ledger.record import Field
 from stoker.ledger.replies import Claim, DeadLettered, Submitted, recovered
 from stoker.ledger.script import Script
 
-#: Owners that a job may kill before it is put aside.
-MAX_DEATHS = 3
+#: Owners that a job may crash before it is dead-lettered.
+MAX_CRASHES = 3
 #: Jobs that may wait in one queue, and those of one client in it that have not ended, unless the policy says otherwise.
 QUEUE_LIMIT = 20_000
 CLIENT_LIMIT = 20_000
 #: Seconds of waiting that lift a job by one priority (prelude.lua has the default too).
 AGEING = 300
-#: Messages at the front of a queue: enough to keep workers busy between two claims, few enough that a better job that
-#: comes later does not wait long. Training runs last, so one is enough.
-FRONT = 8
-FRONT_TRAIN = 1
+#: Messages in the ready list of a queue: enough to keep workers busy between two claims, few enough that a better job
+#: that comes later does not wait long. Training runs last, so one is enough.
+READY = 8
+READY_TRAIN = 1
 
 PRIORITIES = 10
 
@@ -56,7 +58,7 @@ def _transition(name: str) -> Script:
     return Script(_text("prelude") + _text(name))
 
 
-SUBMIT, CLAIM, RELEASE, SETTLE = map(_transition, ("submit", "claim", "release", "settle"))
+SUBMIT, CLAIM, RELEASE, COMPLETE = map(_transition, ("submit", "claim", "release", "complete"))
 CANCEL, RECOVER, DEAD_LETTER, OUT_OF_MEMORY = map(_transition, ("cancel", "recover", "dead_letter", "out_of_memory"))
 #: These know nothing of queues.
 ALLOCATE, PIN = Script(_text("allocate")), Script(_text("pin"))
@@ -70,16 +72,16 @@ def _call(
         keys.job(job_id),
         keys.result(job_id),
         keys.cancel(job_id),
-        keys.front(queue),
+        keys.ready(queue),
         keys.open_jobs(queue),
-        keys.handed(queue),
+        keys.dispatched(queue),
         keys.turns(queue),
         keys.pace(queue),
         keys.POLICY,
-        *(keys.room(queue, priority) for priority in range(PRIORITIES)),
+        *(keys.backlog(queue, priority) for priority in range(PRIORITIES)),
         *extra,
     ]
-    window = FRONT_TRAIN if re.search(r"\.train(\.v\d+)?$", queue) else FRONT
+    window = READY_TRAIN if re.search(r"\.train(\.v\d+)?$", queue) else READY
     common = [job_id, keys.job(""), keys.PENDING_TTL, keys.RESULT_TTL, window]
     return Call(lambda redis: script(redis, names, [*common, *arguments]), parse)
 
@@ -99,7 +101,7 @@ def submit(redis: Any, job_id: str, record: Mapping[str, str], data: bytes = b""
 
 def claim(redis: Any, job_id: str, queue: str, token: str, tag: str, worker: str) -> Claim:
     """Ask to own a job, under `token`, for the message with delivery tag `tag`."""
-    return _call(CLAIM, Claim.parse, job_id, queue, token, tag, worker, MAX_DEATHS).on(redis)
+    return _call(CLAIM, Claim.parse, job_id, queue, token, tag, worker, MAX_CRASHES).on(redis)
 
 
 def release(redis: Any, job_id: str, queue: str, token: str) -> bool:
@@ -113,9 +115,9 @@ def count_out_of_memory(redis: Any, job_id: str, queue: str, token: str) -> int:
     return _call(OUT_OF_MEMORY, int, job_id, queue, token).on(redis)
 
 
-def settle(redis: Any, job_id: str, queue: str, token: str, outcome: dict[str, Any]) -> bool:
+def complete(redis: Any, job_id: str, queue: str, token: str, outcome: dict[str, Any]) -> bool:
     """End the job with `outcome` (`success`, `failure` or `revoked`). False for an owner that was fenced."""
-    return _call(SETTLE, bool, job_id, queue, token, json.dumps(outcome)).on(redis)
+    return _call(COMPLETE, bool, job_id, queue, token, json.dumps(outcome)).on(redis)
 
 
 def cancellation(job_id: str, queue: str) -> Call[str]:
@@ -129,13 +131,13 @@ def cancel(redis: Any, job_id: str, queue: str) -> str:
 
 
 def recover(redis: Any, queue: str, older_than: float) -> tuple[str, ...]:
-    """Let jobs wait again that were handed out `older_than` seconds ago and have neither living owner nor message."""
+    """Let jobs wait again that were dispatched `older_than` seconds ago and have neither living owner nor message."""
     arguments = (older_than, keys.worker(""))
     return _call(RECOVER, recovered, "", queue, *arguments, extra=(keys.UNACKED,)).on(redis)
 
 
 def dead_letter(redis: Any, job_id: str, queue: str, token: str, worker: str = "", trouble: str = "") -> DeadLettered:
-    """Make a dead letter of a job that killed too many owners, or that `worker` gives up for `trouble`. Its owner ends
+    """Make a dead letter of a job that crashed too many owners, or that `worker` gives up for `trouble`. Its owner ends
     it then."""
     arguments = (token, worker, trouble, keys.DEAD_TTL)
     return _call(DEAD_LETTER, DeadLettered.parse, job_id, queue, *arguments, extra=(keys.DEAD,)).on(redis)

@@ -1,4 +1,4 @@
--- ARGV: token, delivery tag, worker, deaths that are too many
+-- ARGV: token, delivery tag, worker, crashes that are too many
 local token, tag, worker, too_many = ARGV[6], ARGV[7], ARGV[8], tonumber(ARGV[9])
 refill()
 if ended() then
@@ -9,8 +9,8 @@ local state = redis.call('HMGET', job, 'token', 'tag', 'worker', 'submitted', 'h
 if not state[4] then return {'unknown', '0', '0', ''} end
 if state[1] and state[2] ~= tag then return {'duplicate', '0', '0', ''} end
 local history = decoded(state[5])
-if state[1] then note_death(job, state[3], history, state[8]) end
-local verdict = #history >= setting('deaths', too_many) and 'dead' or 'run'
+if state[1] then note_crash(job, state[3], history, state[8]) end
+local verdict = #history >= setting('crashes', too_many) and 'dead' or 'run'
 redis.call('HSET', job, 'token', token, 'tag', tag, 'worker', worker, 'began', '1')
 redis.call('EXPIRE', job, pending_ttl)
 return {

@@ -1,4 +1,4 @@
--- KEYS[20]: the dead letters. ARGV: token, the worker that gives the job up ('' if it killed its owners), for what,
+-- KEYS[20]: the dead letters. ARGV: token, the worker that gives the job up ('' if it crashed its owners), for what,
 -- seconds that a letter is kept. Returns the job's history, or false for an owner that was fenced.
 local dead, token, worker, trouble, dead_ttl = KEYS[20], unpack(ARGV, 6, 9)
 local fields = redis.call('HMGET', job, 'kind', 'model', 'request', 'client', 'history', 'blob', 'token', 'lettered')

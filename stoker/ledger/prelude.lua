@@ -1,15 +1,15 @@
 -- What every transition shares: the clock, the names, and the two places where a job may wait.
 --
--- A job waits in a room, one sorted set a priority, by its client's turn. At the head of the queue stands the front,
--- the list from which Celery takes messages: it holds no more than `window`, so that whoever comes later with a better
--- claim is not behind thousands. Each transition that takes from the front fills it up again (`refill`).
+-- A job waits in the backlog, one sorted set a priority, by its client's turn. Before it stands the ready list,
+-- from which Celery takes messages: it holds no more than `window`, so that whoever comes later with a better
+-- claim is not behind thousands. Each transition that takes from the ready list fills it up again (`refill`).
 
 -- Redis' own clock: clients' and workers' clocks may differ.
 local time = redis.call('TIME')
 local now = tonumber(time[1]) + tonumber(time[2]) / 1e6
 
-local job, result, mark, front, open, handed, turns, pace, policy = unpack(KEYS, 1, 9)
-local rooms = {unpack(KEYS, 10, 19)}
+local job, result, mark, ready, open, dispatched, turns, pace, policy = unpack(KEYS, 1, 9)
+local backlogs = {unpack(KEYS, 10, 19)}
 local id, job_prefix, pending_ttl, result_ttl, window = unpack(ARGV, 1, 5)
 window = tonumber(window)
 
@@ -40,7 +40,7 @@ end
 local function place(of)
   local fields = redis.pcall('HMGET', job_prefix .. of, 'priority', 'submitted', 'turn', 'token', 'message')
   local priority, submitted = tonumber(fields[1]), tonumber(fields[2])
-  if not (submitted and priority and rooms[priority + 1] and tonumber(fields[3]) and fields[5]) then return nil end
+  if not (submitted and priority and backlogs[priority + 1] and tonumber(fields[3]) and fields[5]) then return nil end
   if not string.find(fields[5], '"delivery_tag": "', 1, true) then return nil end
   return {id = of, priority = priority, level = level(priority, submitted), turn = fields[3], owned = fields[4]}
 end
@@ -58,7 +58,7 @@ local function named(message)
   return type(of) == 'string' and of or nil
 end
 
-local function room(priority) return rooms[priority + 1] end
+local function backlog(priority) return backlogs[priority + 1] end
 
 -- Every addition sets the key's expiry: the key may be new.
 local function add(key, score, member)
@@ -73,22 +73,22 @@ local function turn_of(text)
 end
 
 -- Take a turn for the job's client among those who wait at the same priority (start-time fair queueing, Goyal et al.
--- 1996, each job costing 1): a client that sends a thousand jobs stands a thousand times in the round, not in front.
-local function enter_room(priority, client)
+-- 1996, each job costing 1): a client that sends a thousand jobs stands a thousand times in the round, not before the others.
+local function enter_backlog(priority, client)
   local of = 'next:' .. priority .. ':' .. client
   local state = redis.call('HMGET', turns, 'now:' .. priority, of)
   local turn = math.max(turn_of(state[1]), turn_of(state[2]))
   redis.call('HSET', turns, of, turn + 1)
   redis.call('EXPIRE', turns, pending_ttl)
   redis.call('HSET', job, 'turn', turn)
-  add(room(priority), turn, id)
+  add(backlog(priority), turn, id)
 end
 
--- Who of those in the rooms is next: the best level first; priorities that ageing made equal take turns.
+-- Which of the backlog is next: the best level first; priorities that ageing made equal take turns.
 local function best()
   local found
   for priority = 0, 9 do
-    local head = redis.call('ZRANGE', room(priority), 0, 0)[1]
+    local head = redis.call('ZRANGE', backlog(priority), 0, 0)[1]
     while head do
       local candidate = place(head)
       if candidate then
@@ -100,15 +100,15 @@ local function best()
         break
       end
       -- It has ended, or its record has expired.
-      redis.call('ZREM', room(priority), head)
-      head = redis.call('ZRANGE', room(priority), 0, 0)[1]
+      redis.call('ZREM', backlog(priority), head)
+      head = redis.call('ZRANGE', backlog(priority), 0, 0)[1]
     end
   end
   return found
 end
 
-local function in_front(position)
-  local message = redis.call('LINDEX', front, position)
+local function ready_at(position)
+  local message = redis.call('LINDEX', ready, position)
   if not message then return nil end
   local of = named(message)
   return message, of and place(of) or {id = of, level = 0}
@@ -130,40 +130,40 @@ end
 local function push(candidate)
   local message = message_of(candidate.id)
   local position, ahead = -1, nil
-  local _, last = in_front(0)
+  local _, last = ready_at(0)
   if last and last.level > candidate.level then
-    local other, standing = in_front(position)
+    local other, standing = ready_at(position)
     while standing and standing.level <= candidate.level do
       ahead, position = other, position - 1
-      other, standing = in_front(position)
+      other, standing = ready_at(position)
     end
-    if ahead then redis.call('LINSERT', front, 'BEFORE', ahead, message) else redis.call('RPUSH', front, message) end
+    if ahead then redis.call('LINSERT', ready, 'BEFORE', ahead, message) else redis.call('RPUSH', ready, message) end
   else
-    redis.call('LPUSH', front, message)
+    redis.call('LPUSH', ready, message)
   end
-  redis.call('ZREM', room(candidate.priority), candidate.id)
+  redis.call('ZREM', backlog(candidate.priority), candidate.id)
   local served = redis.call('HINCRBY', turns, 'served', 1)
   redis.call('HSET', turns, 'now:' .. candidate.priority, candidate.turn, 'served:' .. candidate.priority, served)
   redis.call('EXPIRE', turns, pending_ttl)
-  add(handed, now, candidate.id)
+  add(dispatched, now, candidate.id)
 end
 
--- The last one of the front gives its place to one in a room that is better. Not one that came back from a silent
+-- The last one of the ready list gives its place to one of the backlog that is better. Not one that came back from a silent
 -- owner: it is known by its delivery tag.
 local function make_way()
   local candidate = best()
   if not candidate then return end
-  local message, last = in_front(0)
+  local message, last = ready_at(0)
   if last.turn and not last.owned and candidate.level < last.level then
-    redis.call('LREM', front, 1, message)
-    redis.call('ZREM', handed, last.id)
-    add(room(last.priority), last.turn, last.id)
+    redis.call('LREM', ready, 1, message)
+    redis.call('ZREM', dispatched, last.id)
+    add(backlog(last.priority), last.turn, last.id)
     push(candidate)
   end
 end
 
 local function refill()
-  while redis.call('LLEN', front) < window do
+  while redis.call('LLEN', ready) < window do
     local candidate = best()
     if not candidate then
       redis.call('DEL', turns)
@@ -174,8 +174,8 @@ local function refill()
 end
 
 local function waiting()
-  local count = redis.call('LLEN', front)
-  for priority = 0, 9 do count = count + redis.call('ZCARD', room(priority)) end
+  local count = redis.call('LLEN', ready)
+  for priority = 0, 9 do count = count + redis.call('ZCARD', backlog(priority)) end
   return count
 end
 
@@ -188,23 +188,23 @@ local function own_input(blob)
   return false
 end
 
--- The job has ended, or is to be: nobody waits for it any more, and its client has room for another.
+-- The job has ended, or is to be: nobody waits for it any more, and its client may have another.
 local function strike_out()
   local fields = redis.call('HMGET', job, 'message', 'priority', 'mine', 'blob')
-  if fields[1] then redis.call('LREM', front, 1, fields[1]) end
-  if fields[2] then redis.call('ZREM', room(tonumber(fields[2])), id) end
+  if fields[1] then redis.call('LREM', ready, 1, fields[1]) end
+  if fields[2] then redis.call('ZREM', backlog(tonumber(fields[2])), id) end
   if fields[3] then redis.call('ZREM', fields[3], id) end
   if not own_input(fields[4]) then fields[4] = nil end
   if fields[4] then redis.call('DEL', fields[4]) end
   redis.call('HDEL', job, 'request', 'message')
   redis.call('ZREM', open, id)
-  redis.call('ZREM', handed, id)
+  redis.call('ZREM', dispatched, id)
   redis.call('DEL', mark)
   redis.call('EXPIRE', job, result_ttl)
 end
 
--- One more owner has died of it.
-local function note_death(of, worker, history, trouble)
+-- One more owner has crashed with it.
+local function note_crash(of, worker, history, trouble)
   table.insert(history, {worker = worker, time = now, trouble = trouble or nil})
   redis.call('HSET', of, 'history', cjson.encode(history))
   redis.call('HDEL', of, 'trouble')

@@ -40,7 +40,7 @@ class Field(StrEnum):
     WORKER = "worker"
     BEGAN = "began"
     #: The token of the owner that ended it, and of the one that made a dead letter of it.
-    SETTLED = "settled"
+    COMPLETED = "completed"
     LETTERED = "lettered"
     #: The owners that went silent, JSON; and what the next of them has to say of itself.
     HISTORY = "history"

@@ -1,13 +1,13 @@
 -- KEYS[20]: what Celery holds unacknowledged
--- ARGV: seconds since a job was handed out, prefix of workers' presences. Returns the jobs that were put back.
+-- ARGV: seconds since a job was dispatched, prefix of workers' presences. Returns the jobs that were put back.
 refill()
 local standing = {}
-for _, message in ipairs(redis.call('LRANGE', front, 0, -1)) do
+for _, message in ipairs(redis.call('LRANGE', ready, 0, -1)) do
   local of = named(message)
   if of then standing[of] = true end
 end
 
--- A message is lost that is neither at the front nor held, and whose job nobody alive runs: whoever took it died before
+-- A message is lost that is neither in the ready list nor held, and whose job nobody alive runs: whoever took it died before
 -- it wrote that down. Nobody need have run the job yet; or its owner died, and the message was lost on the way back.
 local function lost(of, token, tag, worker)
   if standing[of] then return false end
@@ -16,19 +16,19 @@ local function lost(of, token, tag, worker)
 end
 
 local found = {}
-for _, of in ipairs(redis.call('ZRANGEBYSCORE', handed, '-inf', now - tonumber(ARGV[6]), 'LIMIT', 0, 1000)) do
+for _, of in ipairs(redis.call('ZRANGEBYSCORE', dispatched, '-inf', now - tonumber(ARGV[6]), 'LIMIT', 0, 1000)) do
   local key = job_prefix .. of
   local fields = redis.pcall('HMGET', key, 'message', 'priority', 'turn', 'token', 'tag', 'worker', 'history', 'trouble')
   if not place(of) then
-    redis.call('ZREM', handed, of)
+    redis.call('ZREM', dispatched, of)
     redis.call('ZREM', open, of)
   elseif lost(of, fields[4], fields[5], fields[6]) then
     if fields[4] then
-      note_death(key, fields[6], decoded(fields[7]), fields[8])
+      note_crash(key, fields[6], decoded(fields[7]), fields[8])
       redis.call('HDEL', key, 'token', 'tag', 'worker')
     end
-    redis.call('ZREM', handed, of)
-    add(room(tonumber(fields[2])), fields[3], of)
+    redis.call('ZREM', dispatched, of)
+    add(backlog(tonumber(fields[2])), fields[3], of)
     table.insert(found, of)
   end
 end

@@ -38,7 +38,7 @@ for _, key in ipairs({open, mine}) do
 end
 if ARGV[9] ~= '' then redis.call('SET', fields['blob'], ARGV[9], 'EX', pending_ttl)
 elseif fields['blob'] then redis.call('EXPIRE', fields['blob'], pending_ttl) end
-enter_room(tonumber(fields['priority']), fields['client'])
+enter_backlog(tonumber(fields['priority']), fields['client'])
 refill()
-if redis.call('ZSCORE', room(tonumber(fields['priority'])), id) then make_way() end
+if redis.call('ZSCORE', backlog(tonumber(fields['priority'])), id) then make_way() end
 return {'new', depth, limit, '0'}

@@ -60,7 +60,7 @@ class Poison:
         raw = self._chance.choice(MESSAGES)(self._number)
         self._sent.add(raw[: letters.KEPT])
         push = self._chance.choice((self._client.redis.lpush, self._client.redis.rpush))
-        push(keys.front(self._chance.choice(self._queues)), raw)
+        push(keys.ready(self._chance.choice(self._queues)), raw)
 
     def _value(self) -> None:
         redis = self._client.redis

@@ -65,7 +65,7 @@ class Storm:
         # `always`: what was accepted survives `kill -9` of the broker too, whatever the disk is doing.
         self._client.redis.config_set("appendfsync", "always")
         # In a storm an innocent job may lose more than three owners.
-        policy.decide(self._client.redis, "deaths", 1000)
+        policy.decide(self._client.redis, "crashes", 1000)
         self._chance, self._settings = random.Random(seed), settings
         # Its own: how fast jobs end does not change which mischief comes.
         self._load_chance = random.Random(f"load {seed}")
@@ -176,9 +176,9 @@ class Storm:
         def left() -> dict[str, int]:
             sizes = {f"{keys.PREFIX}unacked": redis.hlen(f"{keys.PREFIX}unacked")}
             for queue in QUEUES:
-                sizes[keys.front(queue)] = redis.llen(keys.front(queue))
-                waiting = [keys.room(queue, priority) for priority in range(ledger.PRIORITIES)]
-                for key in (keys.handed(queue), keys.open_jobs(queue), keys.client("default", queue), *waiting):
+                sizes[keys.ready(queue)] = redis.llen(keys.ready(queue))
+                waiting = [keys.backlog(queue, priority) for priority in range(ledger.PRIORITIES)]
+                for key in (keys.dispatched(queue), keys.open_jobs(queue), keys.client("default", queue), *waiting):
                     sizes[key] = redis.zcard(key)
             return {key: size for key, size in sizes.items() if size}
 

@@ -109,7 +109,7 @@ def test_messages_that_cannot_be_read_are_dead_letters_and_the_worker_goes_on(cl
         client.redis.publish(f"{keys.PREFIX}/0.celery.pidbox", "[]")
         client.redis.publish(keys.CANCELS, b"\xff")
         assert len(client.generate("x", model=GENERATE_MODEL, max_tokens=2).result(30).token_ids) == 2
-        found = wait_until(lambda: letters if len(letters := client.dead()) == len(bad) else None, "all are put aside")
+        found = wait_until(lambda: letters if len(letters := client.dead()) == len(bad) else None, "all are letters")
     finally:
         client.redis.delete(keys.DEAD)
     assert {base64.b64decode(letter["message"]) for letter in found.values()} == {raw[:4096] for raw in bad}

@@ -120,16 +120,18 @@ def test_a_job_whose_message_was_lost_is_sent_again(fragile: FragileBroker, tmp_
         request = generate_request(GENERATE_MODEL, "x", 0, {"max_tokens": 3})
         ledger.submit(client.redis, "orphan", job_record(request, "orphan"))
         # What a worker leaves that dies between taking the message and writing it down.
-        client.redis.delete(keys.front(keys.queue(GENERATE_MODEL, "generate")))
+        client.redis.delete(keys.ready(keys.queue(GENERATE_MODEL, "generate")))
         with worker_on(fragile, tmp_path / "worker"):
             assert client.job("orphan").result(60).usage.completion_tokens == 3
 
 
 @pytest.mark.slow
-def test_a_job_that_kills_its_workers_is_put_aside_and_can_be_retried(fragile: FragileBroker, tmp_path: Path) -> None:
+def test_a_job_that_crashes_its_workers_is_a_dead_letter_and_can_be_retried(
+    fragile: FragileBroker, tmp_path: Path
+) -> None:
     with patient_client(fragile.url, 60) as client, worker_on(fragile, tmp_path / "worker") as stack:
         job = client.generate(GOLDEN["prompt"], model=GENERATE_MODEL, max_tokens=2000)
-        for _ in range(ledger.MAX_DEATHS):
+        for _ in range(ledger.MAX_CRASHES):
             wait_until(lambda: job.status() == JobStatus.RUNNING, "it runs", 60)
             pid = wait_until(
                 lambda: next((w.pid for w in client.workers() if w.worker == stack.worker_name), None), "who runs it"
@@ -141,7 +143,7 @@ def test_a_job_that_kills_its_workers_is_put_aside_and_can_be_retried(fragile: F
             wait_until(lambda: _owner(client, job.id) == stack.worker_name or _ended(job), "it went on", 60)
         with pytest.raises(JobDead, match="stoker jobs retry"):
             job.result(60)
-        assert len(client.dead()[job.id]["history"]) == ledger.MAX_DEATHS
+        assert len(client.dead()[job.id]["history"]) == ledger.MAX_CRASHES
         again = client.retry(job.id)
         assert not client.dead()
         stream = again.stream(timeout=60)

@@ -28,15 +28,15 @@ class Record:
     tag: str | None = None
     worker: str | None = None
     began: bool = False
-    deaths: int = 0
-    settled: str | None = None
+    crashes: int = 0
+    completed: str | None = None
     open: bool = True
     keeps_input: bool = False
 
 
 @dataclass(frozen=True)
 class Message:
-    """A message at the front or with a worker. One that came back differs from the text in its job's record."""
+    """A message in the ready list or with a worker. One that came back differs from the text in its job's record."""
 
     job: str
     tag: str
@@ -47,25 +47,25 @@ class Message:
 class Policy:
     queue_limit: int = 20_000
     client_limit: int = 20_000
-    deaths: int = 3
+    crashes: int = 3
     ageing: int = 300
 
 
 @dataclass
 class Queue:
-    """One queue of a broker. `front`: Celery takes from its right end, the last place."""
+    """One queue of a broker. `ready`: Celery takes from its right end, the last place."""
 
     name: str
     window: int
     now: float
     present: Callable[[str], bool]
     policy: Policy = field(default_factory=Policy)
-    front: list[Message] = field(default_factory=list)
+    ready: list[Message] = field(default_factory=list)
     held: dict[str, Message] = field(default_factory=dict)
     records: dict[str, Record] = field(default_factory=dict)
     results: dict[str, str] = field(default_factory=dict)
-    rooms: dict[int, dict[str, int]] = field(default_factory=lambda: {priority: {} for priority in PRIORITIES})
-    handed: dict[str, float] = field(default_factory=dict)
+    backlogs: dict[int, dict[str, int]] = field(default_factory=lambda: {priority: {} for priority in PRIORITIES})
+    dispatched: dict[str, float] = field(default_factory=dict)
     open: dict[str, float] = field(default_factory=dict)
     mine: dict[str, dict[str, float]] = field(default_factory=dict)
     dead: dict[str, int] = field(default_factory=dict)
@@ -84,7 +84,7 @@ class Queue:
     # Waiting
 
     def waiting(self, job: str) -> Record | None:
-        """The record of a job that may be put into the front."""
+        """The record of a job that may be put into the ready list."""
         record = self.records.get(job)
         return record if record is not None and record.open else None
 
@@ -95,56 +95,56 @@ class Queue:
             0 if record is None else max(0, record.priority - int((self.now - record.submitted) // self.policy.ageing))
         )
 
-    def enter_room(self, job: str) -> None:
+    def enter_backlog(self, job: str) -> None:
         record = self.records[job]
         mine = f"next:{record.priority}:{record.client}"
         record.turn = max(self.turns.get(f"now:{record.priority}", 0), self.turns.get(mine, 0))
         self.turns[mine] = record.turn + 1
         self.keep(keys.turns(self.name), keys.PENDING_TTL)
-        self.to_room(job)
+        self.to_backlog(job)
 
-    def to_room(self, job: str) -> None:
+    def to_backlog(self, job: str) -> None:
         record = self.records[job]
-        self.rooms[record.priority][job] = record.turn
-        self.keep(keys.room(self.name, record.priority), keys.PENDING_TTL)
+        self.backlogs[record.priority][job] = record.turn
+        self.keep(keys.backlog(self.name, record.priority), keys.PENDING_TTL)
 
     def best(self) -> str | None:
-        """Of the first of every room the one of the best level; of equals, whose priority was served longest ago."""
+        """Of the first of every backlog the one of the best level; of equals, whose priority was served longest ago."""
         heads = []
-        for priority, room in self.rooms.items():
-            while room:
-                head = min(room, key=lambda job: (room[job], job.encode()))
+        for priority, backlog in self.backlogs.items():
+            while backlog:
+                head = min(backlog, key=lambda job: (backlog[job], job.encode()))
                 if self.waiting(head):
                     heads.append((self.level(head), self.turns.get(f"served:{priority}", 0), priority, head))
                     break
-                del room[head]
+                del backlog[head]
         return min(heads)[-1] if heads else None
 
     def push(self, job: str) -> None:
-        """To the front, behind all that are as good."""
+        """To the ready list, behind all that are as good."""
         record = self.records[job]
         record.sent += 1
         message = Message(job, f"{job}#{record.sent}")
         level = self.level(job)
-        if self.front and self.level(self.front[0].job) > level:
-            place = len(self.front)
-            while self.level(self.front[place - 1].job) <= level:
+        if self.ready and self.level(self.ready[0].job) > level:
+            place = len(self.ready)
+            while self.level(self.ready[place - 1].job) <= level:
                 place -= 1
-            self.front.insert(place, message)
+            self.ready.insert(place, message)
         else:
-            self.front.insert(0, message)
-        del self.rooms[record.priority][job]
+            self.ready.insert(0, message)
+        del self.backlogs[record.priority][job]
         served = self.turns["served"] = self.turns.get("served", 0) + 1
         self.turns |= {f"now:{record.priority}": record.turn, f"served:{record.priority}": served}
         self.keep(keys.turns(self.name), keys.PENDING_TTL)
-        self.hand_out(job)
+        self.dispatch(job)
 
-    def hand_out(self, job: str) -> None:
-        self.handed[job] = self.now
-        self.keep(keys.handed(self.name), keys.PENDING_TTL)
+    def dispatch(self, job: str) -> None:
+        self.dispatched[job] = self.now
+        self.keep(keys.dispatched(self.name), keys.PENDING_TTL)
 
     def refill(self) -> None:
-        while len(self.front) < self.window:
+        while len(self.ready) < self.window:
             job = self.best()
             if job is None:
                 self.turns.clear()
@@ -152,13 +152,13 @@ class Queue:
             self.push(job)
 
     def make_way(self) -> None:
-        job, last = self.best(), self.front[0].job
+        job, last = self.best(), self.ready[0].job
         record = self.waiting(last)
         if job is None or record is None or record.token or self.level(job) >= self.level(last):
             return
-        self.front.pop(0)
-        self.handed.pop(last, None)
-        self.to_room(last)
+        self.ready.pop(0)
+        self.dispatched.pop(last, None)
+        self.to_backlog(last)
         self.push(job)
 
     # Transitions
@@ -168,7 +168,7 @@ class Queue:
             return "unknown"
         if not revive and job in self.records:
             return "known"
-        if len(self.front) + sum(map(len, self.rooms.values())) >= self.policy.queue_limit:
+        if len(self.ready) + sum(map(len, self.backlogs.values())) >= self.policy.queue_limit:
             return "full"
         mine = self.mine.setdefault(client, {})
         young = {other: since for other, since in mine.items() if since >= self.now - keys.PENDING_TTL}
@@ -186,9 +186,9 @@ class Queue:
             self.keep(key, keys.PENDING_TTL)
         if has_input and (not revive or keys.blob(f"dataset:{job}") in self.until):
             self.keep(keys.blob(f"dataset:{job}"), keys.PENDING_TTL)
-        self.enter_room(job)
+        self.enter_backlog(job)
         self.refill()
-        if job in self.rooms[priority]:
+        if job in self.backlogs[priority]:
             self.make_way()
         return "new"
 
@@ -202,27 +202,27 @@ class Queue:
             return "unknown"
         if record.token and record.tag != tag:
             return "duplicate"
-        record.deaths += bool(record.token)
+        record.crashes += bool(record.token)
         record.token, record.tag, record.worker, record.began = token, tag, worker, True
         self.keep(keys.job(job), keys.PENDING_TTL)
-        return "dead" if record.deaths >= self.policy.deaths else "run"
+        return "dead" if record.crashes >= self.policy.crashes else "run"
 
     def release(self, job: str, token: str) -> int:
         record = self.records.get(job)
         if record is None or record.token != token:
             return 0
         record.token = record.tag = record.worker = None
-        self.hand_out(job)
+        self.dispatch(job)
         return 1
 
-    def settle(self, job: str, token: str) -> int:
+    def complete(self, job: str, token: str) -> int:
         record = self.records.get(job)
-        if record is not None and record.settled == token:
+        if record is not None and record.completed == token:
             return 1
-        if record is None or record.token != token or record.settled:
+        if record is None or record.token != token or record.completed:
             return 0
         self.strike_out(job)
-        record.settled = token
+        record.completed = token
         self.finish(job, "SUCCESS")
         self.keep(keys.pace(self.name), keys.RESULT_TTL)
         return 1
@@ -246,20 +246,20 @@ class Queue:
 
     def recover(self, older_than: float) -> list[str]:
         self.refill()
-        standing = {message.job for message in self.front}
+        standing = {message.job for message in self.ready}
         found = []
-        for job in sorted(self.handed, key=lambda job: (self.handed[job], job.encode())):
+        for job in sorted(self.dispatched, key=lambda job: (self.dispatched[job], job.encode())):
             record = self.waiting(job)
-            if self.handed[job] > self.now - older_than:
+            if self.dispatched[job] > self.now - older_than:
                 continue
             if record is None:
-                del self.handed[job]
+                del self.dispatched[job]
                 self.open.pop(job, None)
             elif job not in standing and self.is_lost(record):
-                record.deaths += bool(record.token)
+                record.crashes += bool(record.token)
                 record.token = record.tag = record.worker = None
-                del self.handed[job]
-                self.to_room(job)
+                del self.dispatched[job]
+                self.to_backlog(job)
                 found.append(job)
         self.open = {job: since for job, since in self.open.items() if since > self.now - keys.PENDING_TTL}
         self.refill()
@@ -270,14 +270,14 @@ class Queue:
             return True
         return record.tag not in self.held and not self.present(record.worker)
 
-    def bury(self, job: str) -> int:
+    def dead_letter(self, job: str) -> int:
         record = self.records[job]
-        self.dead[job] = record.deaths
+        self.dead[job] = record.crashes
         self.keep(keys.DEAD, keys.DEAD_TTL)
         record.keeps_input = True
         if keys.blob(f"dataset:{job}") in self.until:
             self.keep(keys.blob(f"dataset:{job}"), keys.DEAD_TTL)
-        return record.deaths
+        return record.crashes
 
     # Ends
 
@@ -289,16 +289,16 @@ class Queue:
         record = self.records.get(job)
         if record is not None:
             standing = Message(job, f"{job}#{record.sent}")
-            if record.open and standing in self.front:
-                self.front.remove(standing)
-            self.rooms[record.priority].pop(job, None)
+            if record.open and standing in self.ready:
+                self.ready.remove(standing)
+            self.backlogs[record.priority].pop(job, None)
             self.mine.get(record.client, {}).pop(job, None)
             if record.has_input and not record.keeps_input:
                 self.until.pop(keys.blob(f"dataset:{job}"), None)
             record.open = False
             self.keep(keys.job(job), keys.RESULT_TTL)
         self.open.pop(job, None)
-        self.handed.pop(job, None)
+        self.dispatched.pop(job, None)
         self.marks.discard(job)
 
     def finish(self, job: str, status: str) -> None:
@@ -319,11 +319,11 @@ class Queue:
         self.results = {job: status for job, status in self.results.items() if keys.result(job) not in gone}
         self.marks = {job for job in self.marks if keys.cancel(job) not in gone}
         containers = [
-            (keys.handed(self.name), self.handed),
+            (keys.dispatched(self.name), self.dispatched),
             (keys.open_jobs(self.name), self.open),
             (keys.turns(self.name), self.turns),
             (keys.DEAD, self.dead),
-            *((keys.room(self.name, priority), room) for priority, room in self.rooms.items()),
+            *((keys.backlog(self.name, priority), backlog) for priority, backlog in self.backlogs.items()),
             *((keys.client(client, self.name), mine) for client, mine in self.mine.items()),
         ]
         for key, container in containers:
@@ -335,11 +335,11 @@ class Queue:
         there: set[str] = {keys.job(job) for job in self.records} | {keys.result(job) for job in self.results}
         there |= {keys.cancel(job) for job in self.marks}
         there |= {key for key in self.until if key.startswith(keys.blob("")) or key == keys.pace(self.name)}
-        there |= {keys.room(self.name, priority) for priority, room in self.rooms.items() if room}
+        there |= {keys.backlog(self.name, priority) for priority, backlog in self.backlogs.items() if backlog}
         there |= {keys.client(client, self.name) for client, mine in self.mine.items() if mine}
-        sets = {keys.handed: self.handed, keys.open_jobs: self.open, keys.turns: self.turns}
+        sets = {keys.dispatched: self.dispatched, keys.open_jobs: self.open, keys.turns: self.turns}
         there |= {name(self.name) for name, container in sets.items() if container}
         there |= {keys.DEAD} if self.dead else set()
-        durable: dict[str, float | None] = {keys.front(self.name): None} if self.front else {}
+        durable: dict[str, float | None] = {keys.ready(self.name): None} if self.ready else {}
         durable |= {keys.UNACKED: None} if self.held else {}
         return {key: self.until[key] - self.now for key in there} | durable

@@ -217,7 +217,7 @@ def test_a_sent_job_is_known_to_every_client_by_its_id(fake: Callable[[], Client
     with fake() as first, fake() as second:
         job = first.embed(["a"], model="mini")
         assert asked(server, job.id)["texts"] == ["a"]
-        message = json.loads(server.lindex(keys.front(keys.queue("mini", "embed")), 0))
+        message = json.loads(server.lindex(keys.ready(keys.queue("mini", "embed")), 0))
         assert (message["headers"]["task"], message["headers"]["id"]) == ("stoker.embed", job.id)
         found = second.job(job.id)
         assert isinstance(found, EmbedJob)
@@ -455,25 +455,25 @@ def test_a_choice_is_kept_for_as_long_as_a_worker_is_silent_between_two_presence
 def kill_owners(server: Any, job_id: str, kind: str) -> None:
     """What workers do that die of a job, and the one that puts it aside after them."""
     queue = keys.queue("smol", kind)
-    for number in range(ledger.MAX_DEATHS + 1):
+    for number in range(ledger.MAX_CRASHES + 1):
         state = ledger.claim(server, job_id, queue, f"t{number}", "tag", f"w{number}").state
     assert state == "dead"
     ledger.dead_letter(server, job_id, queue, f"t{number}")
-    assert ledger.settle(server, job_id, queue, f"t{number}", ledger.failure(job_id, JobDead("put aside"))) == 1
+    assert ledger.complete(server, job_id, queue, f"t{number}", ledger.failure(job_id, JobDead("dead-lettered"))) == 1
 
 
-def test_a_dead_letter_is_sent_again_once_with_its_input_and_without_its_deaths(
+def test_a_dead_letter_is_sent_again_once_with_its_input_and_without_its_crashes(
     fake: Callable[[], Client], server: Any
 ) -> None:
-    """The quick form of `test_a_job_that_kills_its_workers_is_put_aside_and_can_be_retried`."""
+    """The quick form of `test_a_job_that_crashes_its_workers_is_a_dead_letter_and_can_be_retried`."""
     with fake() as sender:
         job = sender.train("style", [{"text": "learn"}], model="smol")
         before, blob = asked(server, job.id), server.hget(keys.job(job.id), Field.BLOB)
         kill_owners(server, job.id, "train")
-        with pytest.raises(JobDead, match="put aside"):
+        with pytest.raises(JobDead, match="dead-lettered"):
             job.result(0)
         letter = sender.dead()[job.id]
-        assert [death["worker"] for death in letter["history"]] == [f"w{n}" for n in range(ledger.MAX_DEATHS)]
+        assert [crash["worker"] for crash in letter["history"]] == [f"w{n}" for n in range(ledger.MAX_CRASHES)]
         assert server.get(blob) == b'{"text": "learn"}'
         again = sender.retry(job.id)
         assert (again.id, again.status(), sender.dead()) == (job.id, JobStatus.QUEUED, {})

@@ -46,7 +46,7 @@ def test_queues_and_what_is_not_acknowledged_are_durable(key: str) -> None:
         "stoker:stoker.",
         "stoker:unacked_other",
         "stoker:stoker.x.generate\x06\x163",
-        "stoker:room:stoker.x.generate:3",
+        "stoker:backlog:stoker.x.generate:3",
         "stoker:workers",
         "stoker:models",
         "stoker:stoker.x.generate\n",
@@ -65,7 +65,7 @@ def test_each_version_of_the_contract_has_queues_of_its_own(monkeypatch: pytest.
     first = keys.queue("m", "embed")
     monkeypatch.setattr(keys, "CONTRACT", 2)
     assert keys.queue("m", "embed") == f"{first}.v2"
-    assert keys.is_durable(keys.front(keys.queue("m", "embed")))
+    assert keys.is_durable(keys.ready(keys.queue("m", "embed")))
 
 
 def test_redis_itself_refuses_an_entry_twice_and_one_out_of_order() -> None:

@@ -14,7 +14,7 @@ from stoker.celery_config import shared_config
 from stoker.client_core import JobStatus, Outcome
 from stoker.connection import connect
 from stoker.envelope import envelope
-from stoker.ledger import MAX_DEATHS
+from stoker.ledger import MAX_CRASHES
 from stoker.ledger.record import Field
 from stoker.ledger.replies import Claim, Crash, DeadLettered
 from stoker.settings import Settings
@@ -49,13 +49,13 @@ def claim(redis: Any, token: str, tag: str = "tag") -> Claim:
     return ledger.claim(redis, "job", QUEUE, token, tag, f"worker-{token}")
 
 
-def settle(redis: Any, token: str) -> bool:
-    return ledger.settle(redis, "job", QUEUE, token, ledger.success("job", {}))
+def complete(redis: Any, token: str) -> bool:
+    return ledger.complete(redis, "job", QUEUE, token, ledger.success("job", {}))
 
 
 def take(redis: Any, queue: str = QUEUE) -> str | None:
     """What a worker does: pop the next message, and claim its job."""
-    message = redis.rpop(keys.front(queue))
+    message = redis.rpop(keys.ready(queue))
     if message is None:
         return None
     job_id = json.loads(message)["headers"]["id"]
@@ -77,7 +77,7 @@ def test_a_job_is_submitted_once(redis: Any) -> None:
     assert submit(redis) == "new"
     assert submit(redis) == "known"
     assert list(ledger.open_jobs(redis, [QUEUE])) == ["job"]
-    assert redis.llen(keys.front(QUEUE)) == 1
+    assert redis.llen(keys.ready(QUEUE)) == 1
 
 
 def test_a_full_queue_takes_nothing(redis: Any) -> None:
@@ -99,29 +99,29 @@ def test_a_client_has_a_limit_of_its_own(redis: Any) -> None:
     assert submit(redis, "g9", client="greedy") == "new", "one that has ended does not count"
 
 
-def test_the_front_is_short_and_is_filled_up_when_a_job_is_claimed(redis: Any) -> None:
-    names = [f"job-{number:02}" for number in range(3 * ledger.FRONT)]
+def test_the_ready_list_is_short_and_is_filled_up_when_a_job_is_claimed(redis: Any) -> None:
+    names = [f"job-{number:02}" for number in range(3 * ledger.READY)]
     for name in names:
         submit(redis, name)
-    assert redis.llen(keys.front(QUEUE)) == ledger.FRONT
+    assert redis.llen(keys.ready(QUEUE)) == ledger.READY
     assert take_all(redis) == names, "one client's jobs of one priority keep their order"
 
 
-def test_a_better_priority_is_taken_first_also_past_a_full_front(redis: Any) -> None:
-    for number in range(2 * ledger.FRONT):
+def test_a_better_priority_is_taken_first_also_past_a_full_ready_list(redis: Any) -> None:
+    for number in range(2 * ledger.READY):
         submit(redis, f"low-{number}", priority=9)
     for name, priority in (("five", 5), ("zero", 0), ("zero-2", 0)):
         submit(redis, name, priority=priority)
     taken = take_all(redis)
     assert taken[:3] == ["zero", "zero-2", "five"]
-    assert taken[3:] == [f"low-{number}" for number in range(2 * ledger.FRONT)]
+    assert taken[3:] == [f"low-{number}" for number in range(2 * ledger.READY)]
 
 
-def test_training_has_one_message_at_the_front_and_a_better_one_takes_its_place(redis: Any) -> None:
+def test_training_has_one_message_in_the_ready_list_and_a_better_one_takes_its_place(redis: Any) -> None:
     queue = keys.queue("toy", "train")
     submit(redis, "low", priority=9, queue=queue)
     submit(redis, "high", priority=1, queue=queue)
-    assert redis.llen(keys.front(queue)) == 1
+    assert redis.llen(keys.ready(queue)) == 1
     assert take_all(redis, queue) == ["high", "low"]
 
 
@@ -131,40 +131,40 @@ def test_clients_share_a_queue_turn_by_turn(redis: Any) -> None:
     for number in range(5):
         submit(redis, f"chat-{number}", client="chat")
     taken = take_all(redis)
-    behind_the_front = taken[ledger.FRONT :]
-    assert [name for name in behind_the_front[:10] if name.startswith("chat")] == [f"chat-{n}" for n in range(5)]
+    behind_the_ready_list = taken[ledger.READY :]
+    assert [name for name in behind_the_ready_list[:10] if name.startswith("chat")] == [f"chat-{n}" for n in range(5)]
     assert len(taken) == 45
 
 
 def test_waiting_lifts_a_job_by_one_priority_at_a_time(redis: Any) -> None:
     redis.hset(keys.POLICY, "ageing", 10)
-    for number in range(ledger.FRONT):
-        submit(redis, f"front-{number}", priority=0)
+    for number in range(ledger.READY):
+        submit(redis, f"ahead-{number}", priority=0)
     submit(redis, "old", priority=9)
     submit(redis, "young", priority=7)
     grow_old(redis, "old", 35)
     submit(redis, "fresh", priority=5)
-    assert take_all(redis)[ledger.FRONT :] == ["fresh", "old", "young"]
+    assert take_all(redis)[ledger.READY :] == ["fresh", "old", "young"]
 
 
 def test_what_has_aged_to_the_best_priority_takes_turns_with_what_was_sent_with_it(redis: Any) -> None:
     redis.hset(keys.POLICY, "ageing", 1)
-    for number in range(ledger.FRONT):
-        submit(redis, f"front-{number}", priority=0)
+    for number in range(ledger.READY):
+        submit(redis, f"ahead-{number}", priority=0)
     for number in range(4):
         submit(redis, f"aged-{number}", priority=9)
         grow_old(redis, f"aged-{number}", 1000)
         submit(redis, f"fresh-{number}", priority=0)
-    rest = take_all(redis)[ledger.FRONT :]
+    rest = take_all(redis)[ledger.READY :]
     assert sorted(rest[:4]) == ["aged-0", "aged-1", "fresh-0", "fresh-1"]
 
 
-def test_a_job_that_waits_in_a_room_is_cancelled_there(redis: Any) -> None:
-    for number in range(ledger.FRONT + 2):
+def test_a_job_that_waits_in_the_backlog_is_cancelled_there(redis: Any) -> None:
+    for number in range(ledger.READY + 2):
         submit(redis, f"job-{number}")
-    for number in (0, ledger.FRONT + 1):
+    for number in (0, ledger.READY + 1):
         assert ledger.cancel(redis, f"job-{number}", QUEUE) == "cancelled"
-    assert take_all(redis) == [f"job-{number}" for number in range(1, ledger.FRONT + 1)]
+    assert take_all(redis) == [f"job-{number}" for number in range(1, ledger.READY + 1)]
 
 
 def test_the_message_is_what_celery_itself_would_send(redis: Any, broker: Settings) -> None:
@@ -172,10 +172,10 @@ def test_the_message_is_what_celery_itself_would_send(redis: Any, broker: Settin
         app.conf.update(shared_config(broker))
         with app.connection_for_write() as connection:
             app.send_task("stoker.generate", task_id="job", queue=QUEUE, connection=connection)
-    theirs = json.loads(redis.rpop(keys.front(QUEUE)))
-    redis.delete(keys.front(QUEUE), *redis.keys("stoker:_kombu*"))
+    theirs = json.loads(redis.rpop(keys.ready(QUEUE)))
+    redis.delete(keys.ready(QUEUE), *redis.keys("stoker:_kombu*"))
     submit(redis)
-    ours = json.loads(redis.lindex(keys.front(QUEUE), 0))
+    ours = json.loads(redis.lindex(keys.ready(QUEUE), 0))
     assert ours["properties"].pop("delivery_tag") == "job#1"
     for message, own in ((theirs, ("reply_to", "delivery_tag")), (ours, ("reply_to",))):
         for name in own:
@@ -197,18 +197,18 @@ def test_the_same_delivery_again_means_that_its_owner_went_silent(redis: Any) ->
     assert not claim(redis, "one").resumed
     again = claim(redis, "two")
     assert (again.state, again.resumed) == ("run", True)
-    assert settle(redis, "one") == 0, "the first owner is fenced"
-    assert settle(redis, "two") == 1
+    assert complete(redis, "one") == 0, "the first owner is fenced"
+    assert complete(redis, "two") == 1
 
 
 def test_a_job_that_outlives_its_owners_too_often_is_dead(redis: Any) -> None:
     submit(redis)
-    states = [claim(redis, str(number)).state for number in range(MAX_DEATHS + 1)]
-    assert states == ["run"] * MAX_DEATHS + ["dead"]
-    history = ledger.dead_letter(redis, "job", QUEUE, str(MAX_DEATHS)).history
-    assert [crash.worker for crash in history] == [f"worker-{number}" for number in range(MAX_DEATHS)]
+    states = [claim(redis, str(number)).state for number in range(MAX_CRASHES + 1)]
+    assert states == ["run"] * MAX_CRASHES + ["dead"]
+    history = ledger.dead_letter(redis, "job", QUEUE, str(MAX_CRASHES)).history
+    assert [crash.worker for crash in history] == [f"worker-{number}" for number in range(MAX_CRASHES)]
     assert redis.hexists(keys.DEAD, "job")
-    assert settle(redis, str(MAX_DEATHS)) == 1, "whoever buries it may end it"
+    assert complete(redis, str(MAX_CRASHES)) == 1, "its owner may end it"
     assert submit(redis) == "known"
     assert ledger.submit(redis, "job", record(), revive=True).state == "new"
     assert ledger.submit(redis, "job", record(), revive=True).state == "unknown", "a letter is sent again once"
@@ -216,7 +216,7 @@ def test_a_job_that_outlives_its_owners_too_often_is_dead(redis: Any) -> None:
 
 def test_an_owner_that_gives_the_job_back_is_not_held_against_it(redis: Any) -> None:
     submit(redis)
-    for number in range(2 * MAX_DEATHS):
+    for number in range(2 * MAX_CRASHES):
         assert claim(redis, str(number)).state == "run"
         assert ledger.release(redis, "job", QUEUE, str(number)) == 1
     assert ledger.release(redis, "job", QUEUE, "stranger") == 0
@@ -251,7 +251,7 @@ def test_cancelling_a_running_job_asks_its_owner(redis: Any) -> None:
     redis.set(keys.worker("worker-one"), "{}", ex=keys.PRESENCE_TTL)
     assert ledger.cancel(redis, "job", QUEUE) == "asked"
     assert redis.exists(keys.cancel("job")) == 1
-    settle(redis, "one")
+    complete(redis, "one")
     assert redis.exists(keys.cancel("job")) == 0
 
 
@@ -262,11 +262,11 @@ def test_cancelling_what_nobody_knows_leaves_no_trace(redis: Any) -> None:
 
 def test_a_job_without_owner_and_message_waits_again(redis: Any) -> None:
     submit(redis)
-    assert ledger.recover(redis, QUEUE, 0) == (), "its message is at the front"
-    redis.delete(keys.front(QUEUE))
+    assert ledger.recover(redis, QUEUE, 0) == (), "its message is in the ready list"
+    redis.delete(keys.ready(QUEUE))
     assert ledger.recover(redis, QUEUE, 60) == (), "a worker may have just taken it"
     assert ledger.recover(redis, QUEUE, 0) == ("job",)
-    assert json.loads(redis.lindex(keys.front(QUEUE), 0))["properties"]["delivery_tag"] == "job#2"
+    assert json.loads(redis.lindex(keys.ready(QUEUE), 0))["properties"]["delivery_tag"] == "job#2"
     assert take(redis) == "job"
     redis.set(keys.worker("worker"), "{}", ex=keys.PRESENCE_TTL)
     assert ledger.recover(redis, QUEUE, 0) == (), "it has an owner"
@@ -275,7 +275,7 @@ def test_a_job_without_owner_and_message_waits_again(redis: Any) -> None:
 def test_a_message_that_is_lost_on_its_way_back_from_a_dead_owner_is_sent_again(redis: Any) -> None:
     """Found by the chaos suite: the lease of a dead worker ran out, and the next one died as it took the message."""
     submit(redis)
-    redis.delete(keys.front(QUEUE))
+    redis.delete(keys.ready(QUEUE))
     claim(redis, "one", "job#1")
     redis.set(keys.worker("worker-one"), "{}", ex=keys.PRESENCE_TTL)
     assert ledger.recover(redis, QUEUE, 0) == (), "its owner lives"
@@ -284,60 +284,60 @@ def test_a_message_that_is_lost_on_its_way_back_from_a_dead_owner_is_sent_again(
     assert ledger.recover(redis, QUEUE, 0) == (), "its lease will bring it back"
     redis.delete(keys.UNACKED)
     assert ledger.recover(redis, QUEUE, 0) == ("job",)
-    assert settle(redis, "one") == 0, "should the owner come back, it is fenced"
+    assert complete(redis, "one") == 0, "should the owner come back, it is fenced"
     assert take(redis) == "job"
-    assert [death["worker"] for death in json.loads(redis.hget(keys.job("job"), Field.HISTORY))] == ["worker-one"]
+    assert [crash["worker"] for crash in json.loads(redis.hget(keys.job("job"), Field.HISTORY))] == ["worker-one"]
 
 
-def test_a_job_that_has_ended_never_comes_to_the_front_again(redis: Any) -> None:
+def test_a_job_that_has_ended_never_comes_to_the_ready_list_again(redis: Any) -> None:
     """A message that came back is not the one in the record, so ending the job leaves it where it stands."""
     queue = keys.queue("toy", "train")
     submit(redis, "ended", priority=9, queue=queue)
-    message = json.loads(redis.rpop(keys.front(queue)))
+    message = json.loads(redis.rpop(keys.ready(queue)))
     message["headers"]["redelivered"] = True
-    redis.rpush(keys.front(queue), json.dumps(message))
+    redis.rpush(keys.ready(queue), json.dumps(message))
     ledger.cancel(redis, "ended", queue)
     submit(redis, "better", priority=0, queue=queue)
     submit(redis, "last", priority=9, queue=queue)
-    assert json.loads(redis.rpop(keys.front(queue)))["headers"]["id"] == "ended"
+    assert json.loads(redis.rpop(keys.ready(queue)))["headers"]["id"] == "ended"
     assert ledger.claim(redis, "ended", queue, "t", "ended#1", "w").state == "ended"
     assert take_all(redis, queue) == ["better", "last"]
 
 
-def test_a_front_that_a_dying_worker_left_empty_is_filled_up(redis: Any) -> None:
-    for number in range(2 * ledger.FRONT):
+def test_a_ready_list_that_a_dying_worker_left_empty_is_filled_up(redis: Any) -> None:
+    for number in range(2 * ledger.READY):
         submit(redis, f"job-{number:02}")
-    redis.delete(keys.front(QUEUE))
+    redis.delete(keys.ready(QUEUE))
     ledger.recover(redis, QUEUE, 60)
-    assert redis.llen(keys.front(QUEUE)) == ledger.FRONT
+    assert redis.llen(keys.ready(QUEUE)) == ledger.READY
     ledger.recover(redis, QUEUE, 0)
-    assert sorted(take_all(redis)) == [f"job-{number:02}" for number in range(2 * ledger.FRONT)]
+    assert sorted(take_all(redis)) == [f"job-{number:02}" for number in range(2 * ledger.READY)]
 
 
 def test_what_has_lost_its_record_is_no_open_job(redis: Any) -> None:
     submit(redis)
-    redis.delete(keys.job("job"), keys.front(QUEUE))
+    redis.delete(keys.job("job"), keys.ready(QUEUE))
     assert ledger.recover(redis, QUEUE, 0) == ()
     assert redis.zcard(keys.open_jobs(QUEUE)) == 0
-    assert redis.zcard(keys.handed(QUEUE)) == 0, "the janitor does not look at it again"
+    assert redis.zcard(keys.dispatched(QUEUE)) == 0, "the janitor does not look at it again"
 
 
 def test_the_result_is_stored_in_the_step_that_ends_the_job(redis: Any) -> None:
     submit(redis)
     assert claim(redis, "one").request == '{"prompt": "x"}'
-    assert settle(redis, "one") == 1
+    assert complete(redis, "one") == 1
     outcome = Outcome.parse(redis.get(keys.result("job")))
     assert outcome is not None
     assert outcome.status == JobStatus.DONE
     assert not redis.hexists(keys.job("job"), Field.REQUEST)
-    assert settle(redis, "two") == 0
+    assert complete(redis, "two") == 0
 
 
 def test_a_job_whose_owner_is_silent_is_cancelled_at_once(redis: Any) -> None:
     submit(redis)
     claim(redis, "one")
     assert ledger.cancel(redis, "job", QUEUE) == "cancelled"
-    assert settle(redis, "one") == 0, "should its owner come back, it is fenced"
+    assert complete(redis, "one") == 0, "should its owner come back, it is fenced"
 
 
 def test_the_age_counts_from_the_submission_by_the_brokers_clock(redis: Any) -> None:
@@ -351,56 +351,56 @@ def lifetimes(redis: Any) -> dict[str, int]:
     return {key.decode(): redis.ttl(key) for key in redis.scan_iter()}
 
 
-def test_a_room_that_takes_a_job_back_from_the_front_expires(redis: Any) -> None:
-    """The room is new then: all of its priority stood at the front."""
-    for number in range(ledger.FRONT):
+def test_the_backlog_that_takes_a_job_back_from_the_ready_list_expires(redis: Any) -> None:
+    """The backlog is new then: all of its priority stood in the ready list."""
+    for number in range(ledger.READY):
         submit(redis, f"low-{number}", priority=9)
-    assert not redis.exists(keys.room(QUEUE, 9))
+    assert not redis.exists(keys.backlog(QUEUE, 9))
     submit(redis, "high", priority=0)
-    assert redis.zrange(keys.room(QUEUE, 9), 0, -1) == [b"low-7"]
-    assert 0 < redis.ttl(keys.room(QUEUE, 9)) <= keys.PENDING_TTL
+    assert redis.zrange(keys.backlog(QUEUE, 9), 0, -1) == [b"low-7"]
+    assert 0 < redis.ttl(keys.backlog(QUEUE, 9)) <= keys.PENDING_TTL
 
 
 def test_every_set_and_hash_that_a_transition_makes_anew_expires(redis: Any) -> None:
     """Also one whose key was gone when the transition added to it."""
-    for number in range(3 * ledger.FRONT):
+    for number in range(3 * ledger.READY):
         submit(redis, f"job-{number:02}")
-    redis.delete(keys.turns(QUEUE), keys.handed(QUEUE))
+    redis.delete(keys.turns(QUEUE), keys.dispatched(QUEUE))
     assert take(redis) == "job-00"
     assert redis.ttl(keys.turns(QUEUE)) > 0
-    assert redis.ttl(keys.handed(QUEUE)) > 0
-    redis.delete(keys.handed(QUEUE))
+    assert redis.ttl(keys.dispatched(QUEUE)) > 0
+    redis.delete(keys.dispatched(QUEUE))
     assert ledger.release(redis, "job-00", QUEUE, "token-job-00") == 1
-    redis.delete(keys.front(QUEUE), keys.turns(QUEUE), *(keys.room(QUEUE, priority) for priority in range(10)))
+    redis.delete(keys.ready(QUEUE), keys.turns(QUEUE), *(keys.backlog(QUEUE, priority) for priority in range(10)))
     ledger.recover(redis, QUEUE, 0)
-    assert {key for key, ttl in lifetimes(redis).items() if ttl == -1} == {keys.front(QUEUE)}
+    assert {key for key, ttl in lifetimes(redis).items() if ttl == -1} == {keys.ready(QUEUE)}
 
 
 def test_waiting_a_moment_lifts_no_job(redis: Any) -> None:
     redis.hset(keys.POLICY, "ageing", 1000)
-    for number in range(ledger.FRONT):
-        submit(redis, f"front-{number}", priority=0)
+    for number in range(ledger.READY):
+        submit(redis, f"ahead-{number}", priority=0)
     submit(redis, "old", priority=5)
     grow_old(redis, "old", 999)
     submit(redis, "fresh", priority=4)
-    assert take_all(redis)[ledger.FRONT :] == ["fresh", "old"]
+    assert take_all(redis)[ledger.READY :] == ["fresh", "old"]
 
 
-def test_jobs_of_the_best_priority_that_wait_in_their_room_count_for_the_limit(redis: Any) -> None:
-    redis.hset(keys.POLICY, "queue_limit", ledger.FRONT + 2)
-    states = [submit(redis, f"job-{number}", priority=0) for number in range(ledger.FRONT + 3)]
-    assert states == ["new"] * (ledger.FRONT + 2) + ["full"]
+def test_jobs_of_the_best_priority_that_wait_in_the_backlog_count_for_the_limit(redis: Any) -> None:
+    redis.hset(keys.POLICY, "queue_limit", ledger.READY + 2)
+    states = [submit(redis, f"job-{number}", priority=0) for number in range(ledger.READY + 3)]
+    assert states == ["new"] * (ledger.READY + 2) + ["full"]
 
 
-def test_a_message_that_came_back_from_a_silent_owner_keeps_its_place_at_the_front(redis: Any) -> None:
+def test_a_message_that_came_back_from_a_silent_owner_keeps_its_place_in_the_ready_list(redis: Any) -> None:
     """Under a new delivery tag it would be taken for a second delivery, and dropped while its owner counts as alive."""
     queue = keys.queue("toy", "train")
     submit(redis, "back", priority=9, queue=queue)
-    message = redis.lindex(keys.front(queue), 0)
+    message = redis.lindex(keys.ready(queue), 0)
     assert take(redis, queue) == "back"
-    redis.rpush(keys.front(queue), message)
+    redis.rpush(keys.ready(queue), message)
     submit(redis, "better", priority=0, queue=queue)
-    assert redis.lrange(keys.front(queue), 0, -1) == [message]
+    assert redis.lrange(keys.ready(queue), 0, -1) == [message]
 
 
 def test_the_input_goes_when_the_job_ends_and_stays_for_a_dead_letter(redis: Any) -> None:
@@ -409,12 +409,12 @@ def test_the_input_goes_when_the_job_ends_and_stays_for_a_dead_letter(redis: Any
         ledger.submit(redis, name, fields, b"rows")
         assert 0 < redis.ttl(fields["blob"]) <= keys.PENDING_TTL
     ledger.claim(redis, "done", QUEUE, "token", "tag", "worker")
-    assert ledger.settle(redis, "done", QUEUE, "token", ledger.success("done", {})) == 1
+    assert ledger.complete(redis, "done", QUEUE, "token", ledger.success("done", {})) == 1
     assert ledger.cancel(redis, "cancelled", QUEUE) == "cancelled"
     ledger.claim(redis, "dead", QUEUE, "token", "tag", "worker")
     letter = ledger.dead_letter(redis, "dead", QUEUE, "token", "worker", "full")
     assert [crash.trouble for crash in letter.history] == ["full"]
-    assert ledger.settle(redis, "dead", QUEUE, "token", ledger.success("dead", {})) == 1
+    assert ledger.complete(redis, "dead", QUEUE, "token", ledger.success("dead", {})) == 1
     assert [name for name in ("done", "cancelled", "dead") if redis.exists(keys.blob(f"dataset:{name}"))] == ["dead"]
     assert redis.ttl(keys.blob("dataset:dead")) > keys.PENDING_TTL, "as long as the letter"
     assert 0 < redis.ttl(keys.DEAD) <= keys.DEAD_TTL
@@ -423,17 +423,17 @@ def test_the_input_goes_when_the_job_ends_and_stays_for_a_dead_letter(redis: Any
 def test_an_end_that_is_sent_again_because_its_answer_was_lost_says_that_it_was_ours(redis: Any) -> None:
     submit(redis)
     claim(redis, "one")
-    assert [settle(redis, "one"), settle(redis, "one")] == [1, 1]
-    assert settle(redis, "two") == 0
+    assert [complete(redis, "one"), complete(redis, "one")] == [1, 1]
+    assert complete(redis, "two") == 0
 
 
-def test_a_recovered_job_is_no_longer_handed_out_until_it_comes_to_the_front(redis: Any) -> None:
-    for number in range(2 * ledger.FRONT):
+def test_a_recovered_job_is_no_longer_dispatched_until_it_comes_to_the_ready_list(redis: Any) -> None:
+    for number in range(2 * ledger.READY):
         submit(redis, f"job-{number:02}")
-    lost = json.loads(redis.rpop(keys.front(QUEUE)))["headers"]["id"]
+    lost = json.loads(redis.rpop(keys.ready(QUEUE)))["headers"]["id"]
     assert ledger.recover(redis, QUEUE, 0) == (lost,)
-    standing = [json.loads(message)["headers"]["id"] for message in redis.lrange(keys.front(QUEUE), 0, -1)]
-    assert sorted(job.decode() for job in redis.zrange(keys.handed(QUEUE), 0, -1)) == sorted(standing)
+    standing = [json.loads(message)["headers"]["id"] for message in redis.lrange(keys.ready(QUEUE), 0, -1)]
+    assert sorted(job.decode() for job in redis.zrange(keys.dispatched(QUEUE), 0, -1)) == sorted(standing)
 
 
 def test_open_jobs_older_than_any_record_are_swept(redis: Any) -> None:
@@ -447,19 +447,19 @@ def test_open_jobs_older_than_any_record_are_swept(redis: Any) -> None:
 def test_a_released_job_whose_message_is_lost_on_its_way_back_is_sent_again(redis: Any) -> None:
     submit(redis)
     assert take(redis) == "job"
-    redis.zrem(keys.handed(QUEUE), "job")
+    redis.zrem(keys.dispatched(QUEUE), "job")
     assert ledger.release(redis, "job", QUEUE, "token-job") == 1
     assert ledger.recover(redis, QUEUE, 0) == ("job",)
     assert take(redis) == "job"
 
 
-@pytest.mark.parametrize("end", ["settle", "cancel"])
+@pytest.mark.parametrize("end", ["complete", "cancel"])
 def test_a_record_that_outlives_its_result_is_that_of_a_job_that_has_ended(redis: Any, end: str) -> None:
     """A late delivery renews the record, and not the result."""
     submit(redis)
-    if end == "settle":
+    if end == "complete":
         claim(redis, "one")
-        settle(redis, "one")
+        complete(redis, "one")
     else:
         ledger.cancel(redis, "job", QUEUE)
     redis.delete(keys.result("job"))
@@ -486,7 +486,7 @@ def test_a_dead_letter_that_is_sent_again_because_its_answer_was_lost_stands_as_
     claim(redis, "one")
     once = ledger.dead_letter(redis, "job", QUEUE, "one", "worker", "the disk is full")
     letter = redis.hget(keys.DEAD, "job")
-    assert settle(redis, "one"), "which takes the request out of the record"
+    assert complete(redis, "one"), "which takes the request out of the record"
     assert ledger.dead_letter(redis, "job", QUEUE, "one", "worker", "the disk is full") == once
     assert redis.hget(keys.DEAD, "job") == letter
 
@@ -524,19 +524,19 @@ NO_MESSAGE = [b"garbage", b"[]", b"{}", b"\xff", b"[" * 5000, b'{"headers": 1}',
 
 
 @pytest.mark.parametrize("bad", NO_MESSAGE, ids=lambda raw: repr(raw[:24]))
-def test_a_message_at_the_front_that_cannot_be_read_stops_no_job(redis: Any, bad: bytes) -> None:
+def test_a_message_in_the_ready_list_that_cannot_be_read_stops_no_job(redis: Any, bad: bytes) -> None:
     """Until a worker takes it and puts it aside, every transition goes past it."""
-    names = [f"job-{number}" for number in range(ledger.FRONT + 2)]
+    names = [f"job-{number}" for number in range(ledger.READY + 2)]
     for name in names[:5]:
         assert submit(redis, name) == "new"
-    redis.lpush(keys.front(QUEUE), bad)
-    redis.rpush(keys.front(QUEUE), bad)
+    redis.lpush(keys.ready(QUEUE), bad)
+    redis.rpush(keys.ready(QUEUE), bad)
     for name in names[5:]:
         assert submit(redis, name) == "new"
     assert submit(redis, "urgent", priority=0) == "new"
     assert ledger.recover(redis, QUEUE, older_than=0) == ()
     taken = []
-    while message := redis.rpop(keys.front(QUEUE)):
+    while message := redis.rpop(keys.ready(QUEUE)):
         if message != bad:
             job_id = json.loads(message)["headers"]["id"]
             assert ledger.claim(redis, job_id, QUEUE, f"token-{job_id}", "tag", "worker").state == "run"
@@ -556,9 +556,9 @@ SPOILED = {
 
 
 @pytest.mark.parametrize("how", SPOILED)
-@pytest.mark.parametrize("where", ["in a room", "at the front"])
+@pytest.mark.parametrize("where", ["in the backlog", "in the ready list"])
 def test_a_record_that_is_spoiled_stops_no_other_job(redis: Any, how: str, where: str) -> None:
-    before = ledger.FRONT if where == "in a room" else 0
+    before = ledger.READY if where == "in the backlog" else 0
     for number in range(before):
         submit(redis, f"before-{number}")
     submit(redis, "bad")
@@ -567,7 +567,7 @@ def test_a_record_that_is_spoiled_stops_no_other_job(redis: Any, how: str, where
         assert submit(redis, f"after-{number}") == "new"
     ledger.recover(redis, QUEUE, older_than=0)
     taken = []
-    while message := redis.rpop(keys.front(QUEUE)):
+    while message := redis.rpop(keys.ready(QUEUE)):
         job_id = json.loads(message)["headers"]["id"]
         taken.append(job_id)
         if job_id != "bad":
@@ -577,22 +577,22 @@ def test_a_record_that_is_spoiled_stops_no_other_job(redis: Any, how: str, where
 
 
 def test_an_id_with_a_percent_sign_is_put_into_its_message_as_it_is(redis: Any) -> None:
-    """`submit` is called by clients that check it; a room is filled by anyone."""
+    """`submit` is called by clients that check it; the backlog is filled by anyone."""
     redis.hset(keys.job("a%b"), mapping=record("a%b") | {"submitted": "1", "turn": "0"})
-    redis.zadd(keys.room(QUEUE, 5), {"a%b": 0})
-    redis.expire(keys.room(QUEUE, 5), 60)
+    redis.zadd(keys.backlog(QUEUE, 5), {"a%b": 0})
+    redis.expire(keys.backlog(QUEUE, 5), 60)
     submit(redis)
-    tags = {json.loads(message)["properties"]["delivery_tag"] for message in redis.lrange(keys.front(QUEUE), 0, -1)}
+    tags = {json.loads(message)["properties"]["delivery_tag"] for message in redis.lrange(keys.ready(QUEUE), 0, -1)}
     # No key of Stoker's has such a name: it is nobody's to let it expire.
     redis.delete(keys.job("a%b"))
     assert tags == {"a%b#1", "job#1"}
 
 
 @pytest.mark.parametrize("queue", ["stoker.toy.train", "stoker.toy.train.v2"])
-def test_training_of_every_contract_has_one_message_at_the_front(redis: Any, queue: str) -> None:
+def test_training_of_every_contract_has_one_message_in_the_ready_list(redis: Any, queue: str) -> None:
     for number in range(3):
         submit(redis, f"job-{number}", queue=queue)
-    assert redis.llen(keys.front(queue)) == ledger.FRONT_TRAIN
+    assert redis.llen(keys.ready(queue)) == ledger.READY_TRAIN
 
 
 def test_open_jobs_come_oldest_first_over_all_queues_with_their_age_and_without_those_that_expired(redis: Any) -> None:
@@ -631,6 +631,6 @@ def test_jobs_of_a_client_that_were_forgotten_take_no_place_and_are_swept(redis:
 @pytest.mark.parametrize("value", ["nan", "inf", "1e308", "-5", "x"])
 def test_turns_that_cannot_be_counted_begin_anew(redis: Any, value: str) -> None:
     redis.hset(keys.turns(QUEUE), mapping={"now:5": value, "next:5:default": value})
-    for number in range(ledger.FRONT + 2):
+    for number in range(ledger.READY + 2):
         assert submit(redis, f"job-{number}") == "new"
-    assert len(take_all(redis)) == ledger.FRONT + 2
+    assert len(take_all(redis)) == ledger.READY + 2

@@ -1,4 +1,4 @@
-"""The ledger against a model of it, in whatever order its transitions come: submit, claim, release, settle, cancel,
+"""The ledger against a model of it, in whatever order its transitions come: submit, claim, release, complete, cancel,
 recover, retry; messages lost and doubled, workers that die or freeze, and time that passes."""
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ START = 1_800_000_000.0
 WORKERS = ("w0", "w1", "w2")
 #: Real seconds of a test that count in the broker's expiries and not in the model's.
 SLACK = 60.0
-DECISIONS = {"queue_limit": (12,), "client_limit": (4,), "deaths": (1, 2), "ageing": (100,)}
+DECISIONS = {"queue_limit": (12,), "client_limit": (4,), "crashes": (1, 2), "ageing": (100,)}
 PICK = st.integers(0, 30)
 
 
 class LedgerMachine(RuleBasedStateMachine):
-    """Each rule does one thing to both, and compares what they answer and what stands at the front."""
+    """Each rule does one thing to both, and compares what they answer and what stands in the ready list."""
 
     redis: Any
     ends: Any
@@ -40,7 +40,7 @@ class LedgerMachine(RuleBasedStateMachine):
         for worker in WORKERS:
             self.redis.set(keys.worker(worker), "{}", ex=keys.PRESENCE_TTL * 1000)
         tell_time(self.redis, START)
-        window = ledger.FRONT_TRAIN if kind == "train" else ledger.FRONT
+        window = ledger.READY_TRAIN if kind == "train" else ledger.READY
         self.model = Queue(keys.queue("toy", kind), window, START, self.alive.__contains__)
         #: Tokens that were given out: (job, token).
         self.claims: list[tuple[str, str]] = []
@@ -81,7 +81,7 @@ class LedgerMachine(RuleBasedStateMachine):
         data = b"input" if has_input and not revive else b""
         expected = self.model.submit(job, client, priority, has_input=has_input, revive=revive)
         assert ledger.submit(self.redis, job, record, data, revive=revive).state == expected
-        self.compare_fronts()
+        self.compare_ready_lists()
 
     @precondition(lambda self: self.count)
     @rule(pick=PICK)
@@ -89,21 +89,21 @@ class LedgerMachine(RuleBasedStateMachine):
         job = self.some_job(pick)
         expected = self.model.cancel(job)
         assert ledger.cancel(self.redis, job, self.model.name) == expected
-        self.compare_fronts()
+        self.compare_ready_lists()
 
     def some_job(self, pick: int) -> str:
         return f"job-{1 + pick % self.count}"
 
     # What workers do
 
-    @precondition(lambda self: self.model.front and self.alive)
+    @precondition(lambda self: self.model.ready and self.alive)
     @rule(pick=PICK)
     def take(self, pick: int) -> None:
         """Celery takes a message and writes it down as held."""
         worker = sorted(self.alive)[pick % len(self.alive)]
         self.hold(worker)
 
-    @precondition(lambda self: self.model.front and self.alive)
+    @precondition(lambda self: self.model.ready and self.alive)
     @rule(pick=PICK)
     def take_and_claim(self, pick: int) -> None:
         worker = sorted(self.alive)[pick % len(self.alive)]
@@ -117,8 +117,8 @@ class LedgerMachine(RuleBasedStateMachine):
         self.claim(self.model.held[tag], self.holders[tag])
 
     def hold(self, worker: str) -> Message:
-        raw = self.redis.rpop(keys.front(self.model.name))
-        message = self.model.front.pop()
+        raw = self.redis.rpop(keys.ready(self.model.name))
+        message = self.model.ready.pop()
         assert _read(raw) == message
         self.redis.hset(keys.UNACKED, message.tag, raw)
         self.model.held[message.tag], self.holders[message.tag] = message, worker
@@ -137,23 +137,24 @@ class LedgerMachine(RuleBasedStateMachine):
             assert reply.cancelled == (job in self.model.marks)
             self.claims.append((job, token))
         if expected == "dead":
-            assert len(ledger.dead_letter(self.redis, job, self.model.name, token).history) == self.model.bury(job)
-            self.settle(job, token)
-        self.compare_fronts()
+            letter = ledger.dead_letter(self.redis, job, self.model.name, token)
+            assert len(letter.history) == self.model.dead_letter(job)
+            self.complete(job, token)
+        self.compare_ready_lists()
 
     @precondition(lambda self: self.claims)
     @rule(pick=PICK)
-    def settle_what_was_claimed(self, pick: int) -> None:
+    def complete_what_was_claimed(self, pick: int) -> None:
         """By its owner, by one that was fenced, or once more because the answer was lost."""
         job, token = self.claims[-1 - pick % len(self.claims)]
-        if self.settle(job, token):
+        if self.complete(job, token):
             self.acknowledge(job)
 
-    def settle(self, job: str, token: str) -> int:
-        expected = self.model.settle(job, token)
+    def complete(self, job: str, token: str) -> int:
+        expected = self.model.complete(job, token)
         outcome = ledger.success(job, token)
-        assert ledger.settle(self.redis, job, self.model.name, token, outcome) == expected
-        self.compare_fronts()
+        assert ledger.complete(self.redis, job, self.model.name, token, outcome) == expected
+        self.compare_ready_lists()
         return expected
 
     def acknowledge(self, job: str) -> None:
@@ -187,18 +188,18 @@ class LedgerMachine(RuleBasedStateMachine):
         raw = json.loads(self.redis.hget(keys.UNACKED, tag))
         raw["headers"]["redelivered"] = True
         self.redis.hdel(keys.UNACKED, tag)
-        self.redis.rpush(keys.front(self.model.name), json.dumps(raw))
-        self.model.front.append(Message(message.job, tag, came_back=True))
+        self.redis.rpush(keys.ready(self.model.name), json.dumps(raw))
+        self.model.ready.append(Message(message.job, tag, came_back=True))
 
     def lose_held(self, tag: str) -> None:
         self.redis.hdel(keys.UNACKED, tag)
         del self.model.held[tag]
 
-    @precondition(lambda self: self.model.front)
+    @precondition(lambda self: self.model.ready)
     @rule()
     def a_message_is_lost(self) -> None:
-        self.redis.rpop(keys.front(self.model.name))
-        self.model.front.pop()
+        self.redis.rpop(keys.ready(self.model.name))
+        self.model.ready.pop()
 
     @precondition(lambda self: self.alive)
     @rule(pick=PICK)
@@ -219,7 +220,7 @@ class LedgerMachine(RuleBasedStateMachine):
         expected = self.model.recover(older_than)
         found = ledger.recover(self.redis, self.model.name, older_than)
         assert list(found) == expected
-        self.compare_fronts()
+        self.compare_ready_lists()
 
     @rule(seconds=st.sampled_from([0.5, 20.0, 150.0, 299.5, 300.0, 1200.0]))
     def time_passes(self, seconds: float) -> None:
@@ -244,13 +245,13 @@ class LedgerMachine(RuleBasedStateMachine):
 
     # What has to hold
 
-    def compare_fronts(self) -> None:
-        standing = self.redis.lrange(keys.front(self.model.name), 0, -1)
-        assert list(map(_read, standing)) == self.model.front
+    def compare_ready_lists(self) -> None:
+        standing = self.redis.lrange(keys.ready(self.model.name), 0, -1)
+        assert list(map(_read, standing)) == self.model.ready
 
     def compare_all(self) -> None:
         """Every key of the broker, with the time it has left, is that of the model."""
-        self.compare_fronts()
+        self.compare_ready_lists()
         model = self.model
         pipeline = self.redis.pipeline()
         found = sorted(key.decode() for key in self.redis.scan_iter(count=1000))
@@ -263,12 +264,12 @@ class LedgerMachine(RuleBasedStateMachine):
         for key, seconds in expected.items():
             left = lifetimes[key]
             assert left == -1 if seconds is None else abs(left / 1000 - seconds) < SLACK, (key, left, seconds)
-        assert _scores(self.redis, keys.handed(model.name)) == model.handed
+        assert _scores(self.redis, keys.dispatched(model.name)) == model.dispatched
         assert _scores(self.redis, keys.open_jobs(model.name)) == model.open
         for client, mine in model.mine.items():
             assert _scores(self.redis, keys.client(client, model.name)) == mine
-        for priority, room in model.rooms.items():
-            assert _scores(self.redis, keys.room(model.name, priority)) == room
+        for priority, backlog in model.backlogs.items():
+            assert _scores(self.redis, keys.backlog(model.name, priority)) == backlog
 
     def teardown(self) -> None:
         if not hasattr(self, "model"):
@@ -277,7 +278,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.drain()
         self.compare_all()
         model = self.model
-        left = (model.handed, model.open, model.turns, model.marks, *model.rooms.values())
+        left = (model.dispatched, model.open, model.turns, model.marks, *model.backlogs.values())
         assert not any(left), "nobody waits, and nothing says that somebody does"
         # A forgotten job takes no place of its client's; the next submission sweeps it, or the key's expiry.
         oldest = model.now - keys.PENDING_TTL
@@ -294,20 +295,20 @@ class LedgerMachine(RuleBasedStateMachine):
         self.alive.clear()
         for tag in sorted(self.model.held):
             self.bring_back(tag)
-        policy.decide(self.redis, "deaths", 1000)
-        self.model.policy.deaths = 1000
+        policy.decide(self.redis, "crashes", 1000)
+        self.model.policy.crashes = 1000
         for _ in range(3 * self.count + 3):
-            if not self.model.front:
+            if not self.model.ready:
                 self.recover(0)
-            if not self.model.front:
+            if not self.model.ready:
                 break
             job = self.hold("last").job
             self.claim(self.model.held.popitem()[1], "last")
             owned = [token for of, token in self.claims if of == job]
             if owned:
-                self.settle(job, owned[-1])
+                self.complete(job, owned[-1])
             self.redis.delete(keys.UNACKED)
-        assert not self.model.front, "what is left is ended"
+        assert not self.model.ready, "what is left is ended"
 
     def heard(self) -> list[str]:
         """The jobs whose end was announced."""

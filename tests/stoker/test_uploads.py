@@ -141,13 +141,13 @@ def test_an_input_stays_while_a_place_in_the_queue_is_waited_for(server: Any, cl
     assert all(0 < server.ttl(name) <= keys.UPLOAD_TTL for name in blobs(server) if ":third:" in name)
 
 
-@pytest.mark.parametrize("ends", ["settle", "cancel"])
+@pytest.mark.parametrize("ends", ["complete", "cancel"])
 def test_the_input_goes_with_its_job(server: Any, client: Client, ends: str) -> None:
     client.train("style", OLD, model=SMOL.model, job_id="mine")
     assert len(blobs(server)) == 1
-    if ends == "settle":
+    if ends == "complete":
         ledger.claim(server, "mine", QUEUE, "token", "tag", "worker")
-        assert ledger.settle(server, "mine", QUEUE, "token", ledger.success("mine", {})) == 1
+        assert ledger.complete(server, "mine", QUEUE, "token", ledger.success("mine", {})) == 1
     else:
         assert ledger.cancel(server, "mine", QUEUE) == "cancelled"
     assert blobs(server) == []
@@ -169,7 +169,7 @@ def test_a_retry_of_a_dead_letter_finds_its_input_whole(server: Any, client: Cli
     client.train("style", OLD, model=SMOL.model, job_id="mine")
     ledger.claim(server, "mine", QUEUE, "token", "tag", "worker")
     ledger.dead_letter(server, "mine", QUEUE, "token", "worker", "full")
-    assert ledger.settle(server, "mine", QUEUE, "token", ledger.failure("mine", ValueError("x"))) == 1
+    assert ledger.complete(server, "mine", QUEUE, "token", ledger.failure("mine", ValueError("x"))) == 1
     client.retry("mine")
     assert trained_on(server, "mine") == OLD
     assert ledger.cancel(server, "mine", QUEUE) == "cancelled"

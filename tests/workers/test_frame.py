@@ -146,8 +146,8 @@ def test_a_cancelled_job_is_revoked(worker: Worker) -> None:
     assert worker.outcome.status == JobStatus.CANCELLED
 
 
-def test_a_stopping_workers_job_goes_back_without_owner_and_without_a_death(worker: Worker) -> None:
-    for _ in range(2 * ledger.MAX_DEATHS):
+def test_a_stopping_workers_job_goes_back_without_owner_and_without_a_crash(worker: Worker) -> None:
+    for _ in range(2 * ledger.MAX_CRASHES):
         with pytest.raises(Reject) as back:
             worker.deliver(raising(WorkerUnavailable("stopping")))
         assert back.value.requeue
@@ -179,9 +179,9 @@ def test_a_job_that_finds_the_disk_full_or_unusable_is_a_dead_letter_that_says_s
         worker.deliver(raising(OSError(number, why)))
     assert worker.outcome is not None
     assert worker.outcome.status == JobStatus.FAILED
-    (death,) = json.loads(worker.redis.hget(keys.DEAD, "job"))["history"]
-    assert death["worker"] == "w@here"
-    assert why in death["trouble"]
+    (crash,) = json.loads(worker.redis.hget(keys.DEAD, "job"))["history"]
+    assert crash["worker"] == "w@here"
+    assert why in crash["trouble"]
 
 
 def test_an_error_of_the_system_that_is_not_of_the_disk_is_no_dead_letter(worker: Worker) -> None:
@@ -205,13 +205,13 @@ def test_a_job_that_fitted_in_the_end_is_done(worker: Worker) -> None:
 def test_a_defect_of_the_frame_itself_loses_no_job_and_repeats_it_only_so_often(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ledger, "settle", lambda *_: raising(ValueError("a defect"))())
-    for _ in range(ledger.MAX_DEATHS):
+    monkeypatch.setattr(ledger, "complete", lambda *_: raising(ValueError("a defect"))())
+    for _ in range(ledger.MAX_CRASHES):
         with pytest.raises(Reject) as back:
             worker.deliver(lambda: 1)
         assert back.value.requeue, "without it the message is gone, and the job with it"
         assert worker.outcome is None
-    assert len(json.loads(worker.redis.hget(keys.job("job"), Field.HISTORY) or "[]")) == ledger.MAX_DEATHS - 1
+    assert len(json.loads(worker.redis.hget(keys.job("job"), Field.HISTORY) or "[]")) == ledger.MAX_CRASHES - 1
 
 
 def test_a_result_is_stored_when_the_whole_stream_is_in_the_broker(worker: Worker) -> None:

@@ -131,8 +131,8 @@ def test_a_lost_message_waits_again(redis: Any) -> None:
 
     queue = keys.queue("m", "generate")
     ledger.submit(redis, "job", job_record(generate_request("m", "x", 0, {}), "job"))
-    redis.delete(keys.front(queue))
+    redis.delete(keys.ready(queue))
     say(redis, {"m": card("m", "generate")})
-    redis.zadd(keys.handed(queue), {"job": 1.0})
+    redis.zadd(keys.dispatched(queue), {"job": 1.0})
     worker(redis).round()
-    assert redis.llen(keys.front(queue)) == 1
+    assert redis.llen(keys.ready(queue)) == 1

@@ -47,7 +47,7 @@ def test_what_spoils_a_key_that_jobs_share_is_moved_aside_and_kept_for_a_while(r
 def test_right_keys_and_keys_of_others_stay_as_they_are(redis: Any) -> None:
     for key, kind in RIGHT.items():
         fill(redis, key, kind)
-    other = keys.front(keys.queue("other", "embed"))
+    other = keys.ready(keys.queue("other", "embed"))
     fill(redis, other, "string")
     before = set(redis.keys())
     assert not Mender(redis, lambda: [QUEUE]).round()
@@ -77,7 +77,7 @@ def test_every_key_that_is_mended_is_declared(redis: Any) -> None:
 
 
 def test_all_that_is_wrong_is_moved_at_once(redis: Any) -> None:
-    for key in (keys.WORKERS, keys.MODELS, keys.front(QUEUE)):
+    for key in (keys.WORKERS, keys.MODELS, keys.ready(QUEUE)):
         redis.set(key, "x")
     assert Mender(redis, lambda: [QUEUE]).round()
-    assert not redis.exists(keys.WORKERS, keys.MODELS, keys.front(QUEUE))
+    assert not redis.exists(keys.WORKERS, keys.MODELS, keys.ready(QUEUE))

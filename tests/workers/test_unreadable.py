@@ -85,19 +85,19 @@ def drain(connection: kombu.Connection) -> None:
 
 
 @pytest.mark.parametrize("raw", GARBAGE, ids=lambda raw: repr(raw[:8]))
-def test_what_cannot_be_read_is_put_aside_once_and_what_comes_behind_is_delivered(
+def test_what_cannot_be_read_is_dead_lettered_once_and_what_comes_behind_is_delivered(
     redis: Any, connection: kombu.Connection, aside: list[Unreadable], raw: bytes
 ) -> None:
     inbox = Inbox(connection)
-    redis.lpush(keys.front(QUEUE), raw)
-    redis.lpush(keys.front(QUEUE), right())
+    redis.lpush(keys.ready(QUEUE), raw)
+    redis.lpush(keys.ready(QUEUE), right())
     drain(connection)
     assert inbox.got == ["job"]
     assert [(message.raw, message.queue) for message in aside] == [(raw, QUEUE)]
     assert redis.hkeys(keys.UNACKED) == [b"job#1"], "nobody holds the other"
 
 
-def test_a_delivery_that_fails_is_put_aside_and_acknowledged(
+def test_a_delivery_that_fails_is_dead_lettered_and_acknowledged(
     redis: Any, connection: kombu.Connection, aside: list[Unreadable]
 ) -> None:
     """Whatever kombu or Celery raises over it."""
@@ -107,7 +107,7 @@ def test_a_delivery_that_fails_is_put_aside_and_acknowledged(
         raise KeyError("a defect")
 
     inbox.deliver = fail
-    redis.lpush(keys.front(QUEUE), right())
+    redis.lpush(keys.ready(QUEUE), right())
     drain(connection)
     assert ["a defect" in message.trouble for message in aside] == [True]
     assert not redis.exists(keys.UNACKED)
@@ -124,7 +124,7 @@ def test_a_delivery_that_fails_gives_its_place_in_the_lane_back(
         raise TypeError("a defect")
 
     inbox.deliver = fail
-    redis.lpush(keys.front(QUEUE), right())
+    redis.lpush(keys.ready(QUEUE), right())
     drain(connection)
     assert dropped == ["job#1"]
 
@@ -138,7 +138,7 @@ def test_the_brokers_own_trouble_is_no_messages_fault(
         raise RedisConnectionError("gone")
 
     inbox.deliver = fail
-    redis.lpush(keys.front(QUEUE), right())
+    redis.lpush(keys.ready(QUEUE), right())
     with pytest.raises(RedisConnectionError):
         connection.drain_events(timeout=1)
     assert aside == []
@@ -188,7 +188,7 @@ def test_an_entry_of_a_dead_worker_that_is_no_message_does_not_hold_up_the_other
     redis.zadd(f"{keys.PREFIX}unacked_index", {"bad": 1.0, "job#1": 2.0})
     connection.default_channel.qos.restore_visible(interval=1)
     assert [message.raw for message in aside] == [HELD[what]]
-    assert redis.llen(keys.front(QUEUE)) == 1
+    assert redis.llen(keys.ready(QUEUE)) == 1
     assert not redis.exists(keys.UNACKED, f"{keys.PREFIX}unacked_index")
 
 
@@ -201,7 +201,7 @@ def test_the_message_of_a_worker_of_another_release_goes_back_as_it_was(
     redis.hset(keys.UNACKED, "job#1", json.dumps([made, "", queue]))
     redis.zadd(f"{keys.PREFIX}unacked_index", {"job#1": 1.0})
     connection.default_channel.qos.restore_visible(interval=1)
-    assert json.loads(redis.lindex(keys.front(queue), 0))["body"] == "in another form"
+    assert json.loads(redis.lindex(keys.ready(queue), 0))["body"] == "in another form"
     assert aside == []
 
 

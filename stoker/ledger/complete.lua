@@ -1,10 +1,10 @@
 -- ARGV: token, the result's record
-local owner = redis.call('HMGET', job, 'token', 'settled')
+local owner = redis.call('HMGET', job, 'token', 'completed')
 -- Sent again, because the answer was lost: it has ended, once.
 if owner[2] == ARGV[6] then return 1 end
 if owner[1] ~= ARGV[6] or owner[2] then return 0 end
 strike_out()
-redis.call('HSET', job, 'settled', ARGV[6])
+redis.call('HSET', job, 'completed', ARGV[6])
 finish(ARGV[7])
 -- How fast jobs end here: what a full queue tells those whom it turns away.
 local state = redis.call('HMGET', pace, 'last', 'interval')
