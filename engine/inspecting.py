@@ -74,9 +74,7 @@ def _folder(path: Path) -> Inspection:
     folder = model_folder(path)
     config = read_object(folder / "config.json")
     files = safetensors_header.files(folder)
-    entries: dict[str, Any] = {}
-    for file in files:
-        entries |= {name: e for name, e in safetensors_header.check_header(file).items() if name != "__metadata__"}
+    entries = {name: entry for name, (_, entry) in safetensors_header.entries(folder).items()}
     fields = Fields(config, str(folder / "config.json"))
     heads, dim = fields.count("num_attention_heads"), fields.count("hidden_size")
     section = config.get("quantization") or {}
@@ -114,7 +112,7 @@ def _gguf(path: Path) -> Inspection:
     vocabulary = meta.get("tokenizer.ggml.tokens")
     return _inspection(
         path=path,
-        format="gguf",
+        format="gguf" if len(gguf.files) == 1 else f"gguf, {len(gguf.files)} files",
         architecture=architecture,
         tensors=len(gguf.tensors),
         dtypes=dict(dtypes),
@@ -130,7 +128,7 @@ def _gguf(path: Path) -> Inspection:
         ),
         window=meta.get(f"{architecture}.attention.sliding_window"),
         chat_template=bool(gguf_templates(meta)),
-        file_bytes=path.stat().st_size,
+        file_bytes=sum(file.stat().st_size for file in gguf.files),
     )
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from stoker.errors import ModelError
 from stoker.files import write_whole
@@ -24,16 +26,29 @@ def read_object(path: Path, missing: dict[str, Any] | None = None) -> dict[str, 
 
 def read_json(path: Path, missing: Any = None) -> Any:
     """The same for any JSON."""
-    if missing is not None and not path.is_file():
+    if missing is not None and not os.path.lexists(path):
         return missing
     try:
-        if (size := path.stat().st_size) > MAX_BYTES:
-            raise ModelError(f"{path}: {size} bytes; at most {MAX_BYTES} are read")
-        return json.loads(path.read_bytes())
+        with open_file(path) as file:
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise ModelError(f"{path}: {path.stat().st_size} bytes; at most {MAX_BYTES} are read")
+        return json.loads(content)
     except FileNotFoundError as error:
         raise ModelError(f"{path.parent}: no {path.name} in it") from error
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path}: not readable as JSON ({type(error).__name__}: {error})") from error
+
+
+def open_file(path: Path) -> BinaryIO:
+    """`path`, open for reading. Raises `OSError`, and `ModelError` for what is no file: a pipe or a device would never
+    end, or never begin."""
+    # Without O_NONBLOCK, opening a pipe waits for its writer.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    raise ModelError(f"{path}: neither a file nor a link to one, and only those are read")
 
 
 def write_json(path: Path, fields: Mapping[str, Any]) -> None:

@@ -24,6 +24,7 @@ from engine.models.sentence_files import model_folder
 from engine.precision import Precision
 from engine.sources import naming, resolve
 from engine.text.tokenizer import Tokenizer
+from engine.vocabulary import check_ids, check_segments
 from engine.weights.digest import weights_digest
 from engine.weights.folder import folder_tensors, gguf_tensors
 from engine.weights.gguf import GGUF
@@ -127,7 +128,8 @@ def _load_encoder(name: str, folder: Path, config: dict[str, Any], precision: Pr
     tensors.finish(ignore=model.unused)
     spec = EmbeddingSpec.from_folder(folder, args)
     tokenizer = Tokenizer.from_folder(inner, lowercase=spec.lowercase)
-    _check_vocabulary(folder, tokenizer, args.vocab)
+    check_ids(folder, tokenizer, args.vocab)
+    check_segments(folder, tokenizer)
     _warm(lambda: model(mx.zeros((1, min(8, args.context)), mx.int32)))
     return LoadedModel(
         name=name,
@@ -167,7 +169,7 @@ def _load_gguf(name: str, path: Path, precision: Precision, start: float) -> Loa
 
 def _decoder(name: str, path: Path, model: Llama, tokenizer: Tokenizer, tensors: Tensors, start: float) -> LoadedModel:
     tensors.finish(ignore=model.unused)
-    _check_vocabulary(path, tokenizer, model.args.vocab)
+    check_ids(path, tokenizer, model.args.vocab)
     if tokenizer.manners.cleans_spaces:
         raise ModelError(
             f"{path}: clean_up_tokenization_spaces = true is not supported for a model that generates: its text would "
@@ -185,11 +187,6 @@ def _decoder(name: str, path: Path, model: Llama, tokenizer: Tokenizer, tensors:
         linear_shapes=model.linear_shapes,
         **_measures(tensors, start),
     )
-
-
-def _check_vocabulary(path: Path, tokenizer: Tokenizer, vocab: int) -> None:
-    if tokenizer.vocab_size > vocab:
-        raise ModelError(f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {vocab}")
 
 
 def _warm(forward: Callable[[], mx.array]) -> None:

@@ -14,6 +14,7 @@ from engine.jsonfiles import read_object, write_json
 from engine.loading import DECODERS
 from engine.weights import safetensors
 from engine.weights.mlx_layout import Layout, split
+from engine.weights.names import canonical
 from engine.weights.quantized import check, fits, quantize
 from engine.weights.tensors import Stored
 from stoker.errors import ModelError
@@ -53,10 +54,12 @@ def quantize_folder(src: Path, dst: Path, bits: int = 4, group_size: int = 64) -
         _copy_rest(src, draft)
         counts = _write_weights(src, draft, config, Layout(group_size, bits))
         config = {**_older_rope(config), **config, **Layout(group_size, bits).to_config()}
+        # mlx-lm drops the head of a model that says it has none of its own.
+        config["tie_word_embeddings"] = counts.tied
         write_json(draft / "config.json", config)
         if not publish(draft, dst):
             raise ModelError(f"{dst}: another program has put files there meanwhile; name a folder that does not exist")
-    return Quantized(dst, *counts)
+    return Quantized(dst, counts.quantized, counts.dense, counts.before, counts.after)
 
 
 def _source_config(src: Path) -> dict[str, Any]:
@@ -80,37 +83,64 @@ def _older_rope(config: dict[str, Any]) -> dict[str, Any]:
     return older if scaling.get("rope_type", "default") == "default" else {**older, "rope_scaling": scaling}
 
 
-def _write_weights(src: Path, dst: Path, config: dict[str, Any], layout: Layout) -> tuple[int, int, int, int]:
-    """(tensors quantized, tensors left dense, bytes before, bytes after)."""
+@dataclass
+class _Counts:
+    """Tensors quantized and left dense, bytes before and after, and whether the head is the embedding."""
+
+    tied: bool
+    quantized: int = 0
+    dense: int = 0
+    before: int = 0
+    after: int = 0
+
+
+def _write_weights(src: Path, dst: Path, config: dict[str, Any], layout: Layout) -> _Counts:
+    names = canonical(safetensors.entries(src), config["model_type"])
+    names, tied = _ends(src, names, bool(config.get("tie_word_embeddings")))
     shards = safetensors.files(src)
     placement: dict[str, str] = {}
-    quantized = dense = before = after = 0
+    counts = _Counts(tied)
     for number, shard in enumerate(shards, 1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         written: dict[str, mx.array] = {}
-        for tensor, array in _needed(safetensors.read(shard), bool(config.get("tie_word_embeddings", False))):
-            before += array.nbytes
+        for tensor, array in _needed(safetensors.read(shard), names):
+            counts.before += array.nbytes
             stored = _form(tensor, array, layout)
-            quantized, dense = quantized + (stored is not array), dense + (stored is array)
+            counts.quantized += stored is not array
+            counts.dense += stored is array
             parts = split(tensor, stored)
             mx.eval(*parts.values())
             written |= parts
-        after += sum(array.nbytes for array in written.values())
+        counts.after += sum(array.nbytes for array in written.values())
         placement |= dict.fromkeys(written, name)
         safetensors.write(dst / name, written)
     if len(shards) > 1:
-        index = {"metadata": {"total_size": after}, "weight_map": dict(sorted(placement.items()))}
+        index = {"metadata": {"total_size": counts.after}, "weight_map": dict(sorted(placement.items()))}
         write_json(dst / safetensors.INDEX_NAME, index)
-    return quantized, dense, before, after
+    return counts
 
 
-def _needed(arrays: dict[str, mx.array], tied: bool) -> Iterator[tuple[str, mx.array]]:
-    """The tensors of a shard, each let go of once it is taken."""
+def _ends(src: Path, names: dict[str, str], tied: bool) -> tuple[dict[str, str], bool]:
+    """The tensors that are written, file's name -> its name there, and whether the head is the embedding: as
+    `engine.models.llama` takes them. Nothing reads the second copy of a tied head."""
+    of = {name: file for file, name in names.items()}
+    head, table = of.get("lm_head.weight"), of.get("model.embed_tokens.weight")
+    if not tied or head is None:
+        return names, tied
+    if table is None:
+        return {**names, head: "model.embed_tokens.weight"}, True
+    arrays = safetensors.read_folder(src)
+    if arrays[head].dtype != arrays[table].dtype or not mx.array_equal(arrays[head], arrays[table]):
+        return names, False
+    return {file: name for file, name in names.items() if file != head}, True
+
+
+def _needed(arrays: dict[str, mx.array], names: dict[str, str]) -> Iterator[tuple[str, mx.array]]:
+    """The tensors of a shard by the names that they get, each let go of once it is taken."""
     for name in sorted(arrays):
         array = arrays.pop(name)
-        # Nothing reads the second copy of a tied head.
-        if not (name.endswith(_DROPPED) or (tied and name == "lm_head.weight")):
-            yield name, array
+        if name in names and not name.endswith(_DROPPED):
+            yield names[name], array
 
 
 def _form(name: str, array: mx.array, layout: Layout) -> Stored:

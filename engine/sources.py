@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from engine.models.sentence_files import model_folder
+from engine.weights.gguf_parts import named_parts
 from stoker.errors import ModelError
 
 #: The files of a repository that the engine reads; everything else stays where it is.
@@ -117,7 +118,12 @@ def _on_hub(source: str, download: bool) -> Path:
 
     try:
         if file:
-            return Path(huggingface_hub.hf_hub_download(repo, file, revision=revision, local_files_only=not download))
+            wanted = [str(PurePosixPath(file).with_name(name)) for name in named_parts(PurePosixPath(file).name)]
+            found = [
+                Path(huggingface_hub.hf_hub_download(repo, name, revision=revision, local_files_only=not download))
+                for name in wanted
+            ]
+            return found[0]
         folder = huggingface_hub.snapshot_download(
             repo,
             revision=revision,

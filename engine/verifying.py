@@ -25,10 +25,12 @@ from engine.models.sentence import EmbeddingSpec
 from engine.models.sentence_files import model_folder
 from engine.sources import naming
 from engine.text.tokenizer import Tokenizer
+from engine.vocabulary import check_ids, check_segments
 from engine.weights import safetensors
 from engine.weights.gguf import GGUF
 from engine.weights.gguf_names import llama_name
 from engine.weights.mlx_layout import CONFIG_KEYS, Layout
+from engine.weights.names import canonical
 from engine.weights.tensors import Stored, Tensors
 from stoker.errors import ModelError
 
@@ -76,12 +78,16 @@ def _folder(path: Path, progress: Callable[[int, int], None]) -> tuple[int, int]
     if layout is not None:
         dense, quantized = layout.join(arrays)
         stored = {**dense, **quantized}
+    stored = {name: stored[file] for file, name in canonical(stored, config.get("model_type")).items()}
     readers = {name: partial(stored.__getitem__, name) for name in stored}
     outline = _Outline(readers, {name: tuple(each.shape) for name, each in stored.items()}, str(folder), mx.float32)
     rest = {key: value for key, value in config.items() if key not in CONFIG_KEYS}
     model = _built(path, rest, outline)
     outline.finish(ignore=model.unused)
-    _check_vocabulary(folder, Tokenizer.from_folder(folder), model.args.vocab)
+    tokenizer = Tokenizer.from_folder(folder)
+    check_ids(folder, tokenizer, model.args.vocab)
+    if isinstance(model, Encoder):
+        check_segments(folder, tokenizer)
     return _finite_safetensors(folder, progress)
 
 
@@ -108,7 +114,7 @@ def _gguf(path: Path, progress: Callable[[int, int], None]) -> tuple[int, int]:
         {name: partial(mx.zeros, shape) for name, shape in shapes.items()}, shapes, str(path), mx.float32
     )
     outline.finish(ignore=Llama(args, outline).unused)
-    _check_vocabulary(path, Tokenizer.from_gguf(gguf), args.vocab)
+    check_ids(path, Tokenizer.from_gguf(gguf), args.vocab)
     numbers = 0
     for done, name in enumerate(gguf.tensors):
         progress(done, len(gguf.tensors))
@@ -119,20 +125,10 @@ def _gguf(path: Path, progress: Callable[[int, int], None]) -> tuple[int, int]:
     return len(gguf.tensors), numbers
 
 
-def _check_vocabulary(path: Path, tokenizer: Tokenizer, vocab: int) -> None:
-    if tokenizer.vocab_size > vocab:
-        raise ModelError(f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {vocab}")
-
-
 def _finite_safetensors(folder: Path, progress: Callable[[int, int], None]) -> tuple[int, int]:
-    entries = [
-        (file, name, entry)
-        for file in safetensors.files(folder)
-        for name, entry in safetensors.check_header(file).items()
-        if name != "__metadata__"
-    ]
+    entries = safetensors.entries(folder)
     numbers = 0
-    for done, (file, name, entry) in enumerate(entries):
+    for done, (name, (file, entry)) in enumerate(entries.items()):
         progress(done, len(entries))
         if entry["dtype"] in _EXPONENTS:
             numbers += _check_finite(file, name, entry)

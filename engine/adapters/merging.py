@@ -19,6 +19,7 @@ from engine.quantizing import COPIED
 from engine.sources import resolve
 from engine.weights import safetensors
 from engine.weights.mlx_layout import Layout
+from engine.weights.names import canonical
 from stoker.errors import ModelError
 from stoker.files import draft_folder, publish
 
@@ -52,14 +53,18 @@ def merge(sources: Sequence[str], adapter: Path, target: Path) -> Merged:
 def _write(source: Path, draft: Path, model: LoadedModel, weights: LoraWeights) -> None:
     """Every file of the base, its shards with the merged layers in place."""
     layers = {f"model.{name}.weight": name for name in weights.matrices}
+    names = canonical(safetensors.entries(source), model.architecture)
     shards = safetensors.files(source)
+    # An index that is left over from another save would mislead who reads the copy.
+    left_over = [] if len(shards) > 1 or shards[0].name != "model.safetensors" else [safetensors.INDEX_NAME]
     for shard in shards:
         arrays = safetensors.read(shard)
-        for tensor in arrays.keys() & layers.keys():
-            arrays[tensor] = _merged(model, weights, layers[tensor]).astype(arrays[tensor].dtype)
+        for tensor in [name for name in arrays if names[name] in layers]:
+            arrays[tensor] = _merged(model, weights, layers[names[tensor]]).astype(arrays[tensor].dtype)
         safetensors.write(draft / shard.name, arrays, {"format": "pt"})
     for file in source.iterdir():
-        if file.is_file() and file.suffix in COPIED and not file.name.startswith(".") and file not in shards:
+        copied = file.suffix in COPIED and not file.name.startswith(".") and file.name not in left_over
+        if file.is_file() and copied and file not in shards:
             shutil.copyfile(file, draft / file.name)
 
 

@@ -34,18 +34,16 @@ class BertArgs(EncoderArgs):
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> BertArgs:
         """From Hugging Face's config.json. Raises `ModelError` naming a field that is absent or not supported."""
-        fields = Fields(config, "config.json")
-        fields.only("position_embedding_type", "absolute")
-        return cls(**encoder_sizes(config), types=fields.count("type_vocab_size", 2))
+        types = Fields(config, "config.json").count("type_vocab_size", 2)
+        return cls(**encoder_sizes(config, "bert"), types=types)
 
 
 class Bert(Encoder):
-    """The encoder: tokens to hidden states. Checkpoints with and without the `bert.` prefix are read."""
+    """The encoder: tokens to hidden states."""
 
     def __init__(self, args: BertArgs, tensors: Tensors):
         self.args = args
-        prefix = "bert." if "bert.embeddings.word_embeddings.weight" in tensors else ""
-        table = f"{prefix}embeddings"
+        table = "embeddings"
         self.words = Embedding.take(tensors, f"{table}.word_embeddings", args.vocab, args.dim)
         positions = tensors.take(f"{table}.position_embeddings.weight", (args.positions, args.dim))
         types = tensors.take(f"{table}.token_type_embeddings.weight", (args.types, args.dim))
@@ -53,4 +51,4 @@ class Bert(Encoder):
         self.positions = positions + types[0]
         mx.eval(self.positions)
         self.norm = LayerNorm.take(tensors, f"{table}.LayerNorm", args.dim, args.norm_eps)
-        self.layers = [Block(args, index, _NAMES, tensors, prefix) for index in range(args.layers)]
+        self.layers = [Block(args, index, _NAMES, tensors) for index in range(args.layers)]

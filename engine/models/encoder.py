@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.models.allowed import TABLES
 from engine.models.attention import UNSEEN, attention
 from engine.models.fastmath import gelu
 from engine.models.fields import Fields
@@ -44,20 +45,17 @@ class EncoderArgs:
         return self.positions
 
 
-def encoder_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
+def encoder_sizes(config: Mapping[str, Any], architecture: str) -> dict[str, Any]:
     """The fields of `EncoderArgs` from Hugging Face's config.json. Raises `ModelError` naming the field."""
+    TABLES[architecture].check(config, "config.json")
     fields = Fields(config, "config.json")
-    fields.only("hidden_act", "gelu")
-    fields.only("quantization_config", None)
-    for name in ("is_decoder", "add_cross_attention"):
-        fields.only(name, False)
     return {
         "layers": fields.count("num_hidden_layers"),
         "dim": fields.count("hidden_size"),
         "hidden": fields.count("intermediate_size"),
         "heads": fields.count("num_attention_heads"),
         "vocab": fields.count("vocab_size"),
-        "positions": fields.count("max_position_embeddings"),
+        "positions": fields.count("max_position_embeddings", 512),
         "norm_eps": fields.number("layer_norm_eps", 1e-12),
     }
 
@@ -103,15 +101,15 @@ def join(parts: list[mx.array]) -> mx.array:
 class Attention:
     """Self-attention of every token to those of its own text. One product makes queries, keys and values."""
 
-    def __init__(self, args: EncoderArgs, layer: str, names: Names, tensors: Tensors, prefix: str):
+    def __init__(self, args: EncoderArgs, layer: str, names: Names, tensors: Tensors):
         self.heads, self.head_dim = args.heads, args.dim // args.heads
 
         def linear(part: str) -> Linear:
-            return Linear.take(tensors, f"{layer}.{part}", prefix, args.dim, args.dim, bias=True)
+            return Linear.take(tensors, f"{layer}.{part}", "", args.dim, args.dim, bias=True)
 
         self.qkv = _beside(*(linear(part) for part in (names.query, names.key, names.value)))
         self.output = linear(names.output)
-        self.norm = LayerNorm.take(tensors, f"{prefix}{layer}.{names.norm}", args.dim, args.norm_eps)
+        self.norm = LayerNorm.take(tensors, f"{layer}.{names.norm}", args.dim, args.norm_eps)
 
     def __call__(self, x: mx.array, groups: Sequence[Group], addends: Sequence[mx.array | None]) -> mx.array:
         parts = []
@@ -132,10 +130,10 @@ def _beside(*layers: Linear) -> Linear:
 
 
 class MLP:
-    def __init__(self, args: EncoderArgs, layer: str, tensors: Tensors, prefix: str):
-        self.inner = Linear.take(tensors, f"{layer}.intermediate.dense", prefix, args.dim, args.hidden, bias=True)
-        self.outer = Linear.take(tensors, f"{layer}.output.dense", prefix, args.hidden, args.dim, bias=True)
-        self.norm = LayerNorm.take(tensors, f"{prefix}{layer}.output.LayerNorm", args.dim, args.norm_eps)
+    def __init__(self, args: EncoderArgs, layer: str, tensors: Tensors):
+        self.inner = Linear.take(tensors, f"{layer}.intermediate.dense", "", args.dim, args.hidden, bias=True)
+        self.outer = Linear.take(tensors, f"{layer}.output.dense", "", args.hidden, args.dim, bias=True)
+        self.norm = LayerNorm.take(tensors, f"{layer}.output.LayerNorm", args.dim, args.norm_eps)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.norm.of_sum(x, self.update(x))
@@ -146,10 +144,10 @@ class MLP:
 
 
 class Block:
-    def __init__(self, args: EncoderArgs, index: int, names: Names, tensors: Tensors, prefix: str):
+    def __init__(self, args: EncoderArgs, index: int, names: Names, tensors: Tensors):
         layer = f"encoder.layer.{index}"
-        self.attention = Attention(args, layer, names, tensors, prefix)
-        self.mlp = MLP(args, layer, tensors, prefix)
+        self.attention = Attention(args, layer, names, tensors)
+        self.mlp = MLP(args, layer, tensors)
 
     def __call__(self, x: mx.array, groups: Sequence[Group], addends: Sequence[mx.array | None]) -> mx.array:
         return self.mlp(self.attention(x, groups, addends))
@@ -211,4 +209,4 @@ class Encoder:
     def unused(self, tensor: str) -> bool:
         """Whether a checkpoint may hold `tensor` though no sentence vector needs it."""
         # The position ids are a buffer; the pooler and the heads serve pre-training.
-        return tensor.endswith("position_ids") or any(part in tensor for part in ("pooler.", "cls.", "lm_head."))
+        return tensor == "embeddings.position_ids" or tensor.startswith(("pooler.", "cls.", "lm_head."))

@@ -34,6 +34,15 @@ class Fields:
             raise ModelError(f"{self._where}: {name} is {value!r}, not a positive number")
         return float(value)
 
+    def flag(self, name: str, default: bool = False) -> bool:
+        """True or false."""
+        value = self._values.get(name)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise ModelError(f"{self._where}: {name} is {value!r}, not true or false")
+        return value
+
     def only(self, name: str, allowed: object) -> None:
         """Refuse any value but `allowed`; absent and null count as allowed."""
         value = self._values.get(name)

@@ -16,8 +16,8 @@ from engine.models import rope
 from engine.models.attention import attention
 from engine.models.cache import LayerCache
 from engine.models.fastmath import swiglu
-from engine.models.fields import Fields
 from engine.models.layers import Adapters, Embedding, Joined, Linear, RMSNorm
+from engine.models.sizes import decoder_sizes, gguf_sizes, layers_of
 from engine.weights.tensors import Tensors
 from kernels.attend import KERNEL as ATTEND
 from kernels.attend import attend
@@ -67,11 +67,9 @@ class LlamaArgs:
 
         Raises `ModelError` naming a field that is absent, wrong, or asks for what is not implemented.
         """
-        fields = Fields(config, "config.json")
-        for name in ("attention_bias", "mlp_bias"):
-            fields.only(name, False)
-        fields.only("sliding_window", None)
-        return cls(**decoder_sizes(config))
+        sizes = decoder_sizes(config, cls.architecture)
+        layers_of(config, "full_attention", sizes["layers"])
+        return cls(**sizes)
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any], *, vocab: int, tied: bool) -> Self:
@@ -79,68 +77,13 @@ class LlamaArgs:
         return cls(**gguf_sizes(metadata, cls.architecture), vocab=vocab, tied=tied)
 
 
-def decoder_sizes(config: Mapping[str, Any], *, head_dim: int | None = None) -> dict[str, Any]:
-    """The fields that config.json has for the whole family, once nothing in it is beyond the family.
-
-    `head_dim` is what an architecture takes where the file has none; else hidden_size / heads. Raises `ModelError`.
-    """
-    fields = Fields(config, "config.json")
-    fields.only("hidden_act", "silu")
-    fields.only("partial_rotary_factor", 1.0)
-    fields.only("rope_traditional", False)
-    for name in ("quantization_config", "dual_chunk_attention_config", "num_experts", "num_local_experts"):
-        fields.only(name, None)
-    dim, heads = fields.count("hidden_size"), fields.count("num_attention_heads")
-    context = fields.count("max_position_embeddings", 2048)
-    base, scaling = rope.from_config(config, context)
-    return {
-        "layers": fields.count("num_hidden_layers"),
-        "dim": dim,
-        "hidden": fields.count("intermediate_size"),
-        "heads": heads,
-        "kv_heads": fields.count("num_key_value_heads", heads),
-        "head_dim": fields.count("head_dim", head_dim or dim // heads),
-        "vocab": fields.count("vocab_size"),
-        "context": context,
-        "rope_base": base,
-        "rope_scaling": scaling,
-        "norm_eps": fields.number("rms_norm_eps", 1e-6),
-        "tied": bool(config.get("tie_word_embeddings", False)),
-    }
-
-
-def gguf_sizes(metadata: Mapping[str, Any], architecture: str) -> dict[str, Any]:
-    """The same fields from GGUF metadata, whose keys start with `architecture`; without `vocab` and `tied`."""
-    fields = Fields(metadata, "GGUF metadata")
-
-    def key(name: str) -> str:
-        return f"{architecture}.{name}"
-
-    fields.only(key("expert_count"), 0)
-    dim, heads = fields.count(key("embedding_length")), fields.count(key("attention.head_count"))
-    head_dim = fields.count(key("attention.key_length"), dim // heads)
-    fields.only(key("attention.value_length"), head_dim)
-    fields.only(key("rope.dimension_count"), head_dim)
-    base, scaling = rope.from_gguf(metadata, architecture)
-    window = metadata.get(key("attention.sliding_window"))
-    return {
-        "layers": fields.count(key("block_count")),
-        "dim": dim,
-        "hidden": fields.count(key("feed_forward_length")),
-        "heads": heads,
-        "kv_heads": fields.count(key("attention.head_count_kv"), heads),
-        "head_dim": head_dim,
-        "context": fields.count(key("context_length")),
-        "rope_base": base,
-        "rope_scaling": scaling,
-        "norm_eps": fields.number(key("attention.layer_norm_rms_epsilon")),
-        "window": fields.count(key("attention.sliding_window")) if window else None,
-    }
-
-
 class Attention:
-    def __init__(self, args: LlamaArgs, index: int, tensors: Tensors, rotate: rope.Rope):
-        self.args, self.index, self.rotate = args, index, rotate
+    #: Set by `turn_by`.
+    rotate: rope.Rope
+    scale: float
+
+    def __init__(self, args: LlamaArgs, index: int, tensors: Tensors):
+        self.args, self.index = args, index
         name, width, kv_width = f"layers.{index}.self_attn", args.heads * args.head_dim, args.kv_heads * args.head_dim
 
         def linear(part: str, inputs: int, outputs: int, bias: bool = False) -> Linear:
@@ -156,11 +99,16 @@ class Attention:
         self.q_norm, self.k_norm = norm("q_norm"), norm("k_norm")
         self.qkv = Joined.of(tensors, "model.", self.q_proj, self.k_proj, self.v_proj)
 
+    def turn_by(self, rotate: rope.Rope) -> None:
+        self.rotate = rotate
+        # Queries and keys are both multiplied by the gain: their product by its square.
+        self.scale = self.args.head_dim**-0.5 * rotate.gain**2
+
     def __call__(self, x: mx.array, cache: LayerCache | None, adapters: Adapters | None) -> mx.array:
         args, (batch, length, _) = self.args, x.shape
         offset = 0 if cache is None else cache.offset
         queries, keys, values = self._project(x, offset, adapters)
-        scale, stored = args.head_dim**-0.5, None
+        scale, stored = self.scale, None
         if cache is not None:
             keys, values = cache.update(self.index, keys, values)
             stored = cache.stored(self.index) if length == 1 and ATTEND.active else None
@@ -221,9 +169,9 @@ class MLP:
 
 
 class Block:
-    def __init__(self, args: LlamaArgs, index: int, tensors: Tensors, rotate: rope.Rope):
+    def __init__(self, args: LlamaArgs, index: int, tensors: Tensors):
         name = f"model.layers.{index}"
-        self.self_attn, self.mlp = Attention(args, index, tensors, rotate), MLP(args, index, tensors)
+        self.self_attn, self.mlp = Attention(args, index, tensors), MLP(args, index, tensors)
         self.input_layernorm = RMSNorm.take(tensors, f"{name}.input_layernorm", args.dim, args.norm_eps)
         self.post_attention_layernorm = RMSNorm.take(
             tensors, f"{name}.post_attention_layernorm", args.dim, args.norm_eps
@@ -251,16 +199,33 @@ class Block:
         return [attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
 
 
+def _ends(args: LlamaArgs, tensors: Tensors) -> tuple[str, bool]:
+    """(the tensor of the embedding, whether there is a head of its own), by transformers' rule: a tied head that is in
+    the file all the same is one of its own if it differs, and is the embedding if that is not in the file."""
+    table, head = "model.embed_tokens", "lm_head"
+    if not args.tied:
+        return table, True
+    if f"{head}.weight" not in tensors:
+        return table, False
+    if f"{table}.weight" not in tensors:
+        return head, False
+    return table, not tensors.drop_copy(f"{head}.weight", f"{table}.weight")
+
+
 class Llama:
     """The model: tokens to hidden states to logits. Its weights never change; adapters come with each call."""
 
     def __init__(self, args: LlamaArgs, tensors: Tensors):
         self.args = args
-        self.embed_tokens = Embedding.take(tensors, "model.embed_tokens", args.vocab, args.dim)
+        table, head = _ends(args, tensors)
+        self.embed_tokens = Embedding.take(tensors, table, args.vocab, args.dim)
         # Before the layers: while a tensor is laid out anew it takes twice its room, and the head is the largest.
-        self.lm_head = None if args.tied else Linear.take(tensors, "lm_head", "", args.dim, args.vocab)
+        self.lm_head = Linear.take(tensors, "lm_head", "", args.dim, args.vocab) if head else None
+        self.layers = [Block(args, index, tensors) for index in range(args.layers)]
+        # After the layers, whose tensors have shown that a head is no larger than the file.
         rotate = rope.Rope(args.head_dim, args.rope_base, args.rope_scaling, self._gguf_factors(args, tensors))
-        self.layers = [Block(args, index, tensors, rotate) for index in range(args.layers)]
+        for layer in self.layers:
+            layer.self_attn.turn_by(rotate)
         self.norm = RMSNorm.take(tensors, "model.norm", args.dim, args.norm_eps)
 
     @staticmethod
@@ -271,8 +236,8 @@ class Llama:
 
     def unused(self, tensor: str) -> bool:
         """Whether a checkpoint may hold `tensor` though nothing needs it."""
-        # A tied head is sometimes written a second time; older checkpoints hold the rotary frequencies.
-        return (self.args.tied and tensor == "lm_head.weight") or tensor.endswith("rotary_emb.inv_freq")
+        # Older checkpoints hold the rotary frequencies.
+        return tensor.endswith("rotary_emb.inv_freq")
 
     @property
     def dtype(self) -> mx.Dtype:

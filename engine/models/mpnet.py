@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.models.encoder import Block, Encoder, EncoderArgs, Names, encoder_sizes
-from engine.models.fields import Fields
 from engine.models.layers import Embedding, LayerNorm
 from engine.weights.tensors import Tensors
 from stoker.errors import ModelError
@@ -41,8 +40,7 @@ class MPNetArgs(EncoderArgs):
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> MPNetArgs:
         """From Hugging Face's config.json. Raises `ModelError` naming a field that is absent or not supported."""
-        Fields(config, "config.json").only("relative_attention_num_buckets", _BUCKETS)
-        args = cls(**encoder_sizes(config))
+        args = cls(**encoder_sizes(config, "mpnet"))
         if args.context < 1:
             raise ModelError(f"config.json: max_position_embeddings is {args.positions}; two of them are for padding")
         return args
@@ -53,20 +51,19 @@ class MPNetArgs(EncoderArgs):
 
 
 class MPNet(Encoder):
-    """The encoder: tokens to hidden states. Checkpoints with and without the `mpnet.` prefix are read."""
+    """The encoder: tokens to hidden states."""
 
     def __init__(self, args: MPNetArgs, tensors: Tensors):
         self.args = args
-        prefix = "mpnet." if "mpnet.embeddings.word_embeddings.weight" in tensors else ""
-        table = f"{prefix}embeddings"
+        table = "embeddings"
         self.words = Embedding.take(tensors, f"{table}.word_embeddings", args.vocab, args.dim)
         self.positions = tensors.take(f"{table}.position_embeddings.weight", (args.positions, args.dim))
         self.norm = LayerNorm.take(tensors, f"{table}.LayerNorm", args.dim, args.norm_eps)
-        bias = tensors.take(f"{prefix}encoder.relative_attention_bias.weight", (_BUCKETS, args.heads))
+        bias = tensors.take("encoder.relative_attention_bias.weight", (_BUCKETS, args.heads))
         #: Row context − 1 + distance: the bias of each head for a key that lies `distance` after its query.
         self.bias = bias[mx.array(_buckets(args.context))]
         mx.eval(self.bias)
-        self.layers = [Block(args, index, _NAMES, tensors, prefix) for index in range(args.layers)]
+        self.layers = [Block(args, index, _NAMES, tensors) for index in range(args.layers)]
 
     def places(self, tokens: NDArray[np.int32]) -> NDArray[np.int32]:
         real = (tokens != _PAD).astype(np.int32)

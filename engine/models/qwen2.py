@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from engine.models.fields import Fields
-from engine.models.llama import LlamaArgs, decoder_sizes, gguf_sizes
+from engine.models.llama import LlamaArgs
+from engine.models.sizes import decoder_sizes, gguf_sizes
 from stoker.errors import ModelError
 
 
@@ -24,8 +25,7 @@ class Qwen2Args(LlamaArgs):
 
         That is a sliding window in some layers only, and the dual chunk attention of the models for a million tokens.
         """
-        Fields(config, "config.json").only("use_mrope", False)
-        return cls(**decoder_sizes(config), window=window(config), qkv_bias=True)
+        return cls(**decoder_sizes(config, cls.architecture), window=window(config), qkv_bias=True)
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any], *, vocab: int, tied: bool) -> Self:
@@ -40,13 +40,14 @@ def window(config: Mapping[str, Any]) -> int | None:
     """
     fields = Fields(config, "config.json")
     layers = fields.count("num_hidden_layers")
-    if not config.get("use_sliding_window") or config.get("sliding_window") is None:
-        sliding = 0
+    stated = config.get("sliding_window", 4096)
+    if not fields.flag("use_sliding_window") or stated is None:
+        stated, sliding = None, 0
     else:
         whole = config.get("max_window_layers", 28)
         if not isinstance(whole, int):
             raise ModelError(f"config.json: max_window_layers is {whole!r}, not an integer")
-        sliding = max(0, layers - whole)
+        sliding = min(layers, max(0, layers - whole))
     types = config.get("layer_types")
     if types is not None:
         if not isinstance(types, list) or len(types) != layers:
@@ -62,4 +63,4 @@ def window(config: Mapping[str, Any]) -> int | None:
             f"config.json: use_sliding_window with {sliding} sliding layers of {layers} is not supported; "
             "all layers or none may slide"
         )
-    return fields.count("sliding_window") if sliding else None
+    return Fields({"sliding_window": stated}, "config.json").count("sliding_window") if sliding else None

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from engine.models.fields import Fields
-from engine.models.llama import LlamaArgs, decoder_sizes, gguf_sizes
+from engine.models.llama import LlamaArgs
 from engine.models.qwen2 import window
+from engine.models.sizes import decoder_sizes, gguf_sizes
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,7 @@ class Qwen3Args(LlamaArgs):
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
         """From Hugging Face's config.json. Raises `ModelError` naming a field that asks for what is not implemented."""
-        Fields(config, "config.json").only("attention_bias", False)
-        return cls(**decoder_sizes(config, head_dim=128), window=window(config), qk_norm=True)
+        return cls(**decoder_sizes(config, cls.architecture, head_dim=128), window=window(config), qk_norm=True)
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any], *, vocab: int, tied: bool) -> Self:

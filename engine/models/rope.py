@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from engine.models.allowed import Table
 from engine.models.fields import Fields
 from stoker.errors import ModelError
 
@@ -34,42 +35,109 @@ class Llama3:
     original: int
 
 
-Scaling = Linear | Llama3 | None
+@dataclass(frozen=True)
+class Yarn:
+    """YaRN (Peng et al., 2023, arXiv:2309.00071): as Llama3's, the blend linear in the pair's index between `low` and
+    `high`, and queries and keys multiplied by `gain`."""
+
+    factor: float
+    low: float
+    high: float
+    gain: float
 
 
-def from_config(config: Mapping[str, Any], context: int) -> tuple[float, Scaling]:
+Scaling = Linear | Llama3 | Yarn | None
+
+#: What each type of rope may say, beyond its type and base.
+_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+_YARN = (
+    "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
+    "mscale_all_dim", "truncate",
+)  # fmt: skip
+_TYPES: Mapping[str, tuple[str, ...]] = {
+    "default": (), "linear": ("factor",), "dynamic": ("factor",), "llama3": _LLAMA3, "yarn": _YARN,
+}  # fmt: skip
+
+
+def from_config(config: Mapping[str, Any], context: int, head_dim: int) -> tuple[float, Scaling]:
     """(base, scaling) by Hugging Face's config.json, in the form before transformers 5 or in that since.
 
-    `rope_scaling` beside `rope_parameters` wins, as in transformers. Raises `ModelError` for a type not supported.
+    `rope_scaling` beside `rope_parameters` takes its place, as in transformers: of the other nothing is left.
+    Raises `ModelError` for what is not supported.
     """
-    bases: dict[str, Any] = dict(config)
-    scaling: Scaling = None
-    for name in ("rope_parameters", "rope_scaling"):
-        value = config.get(name)
-        if not value:
-            continue
-        if not isinstance(value, Mapping):
-            raise ModelError(f"config.json: {name} {str(value)[:100]} is not an object")
-        bases |= value
-        scaling = _scaling(name, value, context)
-    return Fields(bases, "config.json").number("rope_theta", 10_000.0), scaling
+    name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    value = config.get(name) or {}
+    if not isinstance(value, Mapping):
+        raise ModelError(f"config.json: {name} {str(value)[:100]} is not an object")
+    where = f"config.json: {name}"
+    if any(isinstance(each, Mapping) for each in value.values()):
+        raise ModelError(f"{where}: by layer type ({', '.join(value)}) is not supported; only one for all layers is")
+    if "rope_theta" in value and value["rope_theta"] is not None:
+        base = Fields(value, where).number("rope_theta")
+    else:
+        base = Fields(config, "config.json").number("rope_theta", 10_000.0)
+    # Phi's place for it; transformers looks there first.
+    if config.get("original_max_position_embeddings") is not None and "original_max_position_embeddings" in _TYPES.get(
+        _type(value, where), ()
+    ):
+        value = {**value, "original_max_position_embeddings": config["original_max_position_embeddings"]}
+    return base, _scaling(where, value, context, base, head_dim)
 
 
-def _scaling(name: str, value: Mapping[str, Any], context: int) -> Scaling:
-    fields = Fields(value, f"config.json: {name}")
-    fields.only("partial_rotary_factor", 1.0)
+def _type(value: Mapping[str, Any], where: str) -> str:
     kind = value.get("rope_type", value.get("type", "default"))
-    if kind == "default":
+    if not isinstance(kind, str) or kind not in _TYPES:
+        raise ModelError(f"{where} of type {kind!r} is not supported; {', '.join(_TYPES)} are")
+    return kind
+
+
+def _scaling(where: str, value: Mapping[str, Any], context: int, base: float, head_dim: int) -> Scaling:
+    kind = _type(value, where)
+    Table(("rope_type", "rope_theta", *_TYPES[kind]), {"type": (kind,), "partial_rotary_factor": (1.0,)}).check(
+        value, where
+    )
+    fields = Fields(value, where)
+    # Dynamic NTK stretches what lies beyond the context, and no request goes there.
+    if kind == "dynamic":
+        fields.number("factor")
+    if kind in ("default", "dynamic"):
         return None
     if kind == "linear":
         return Linear(fields.number("factor"))
-    if kind != "llama3":
-        raise ModelError(f"config.json: {name} of type {kind!r} is not supported; default, linear and llama3 are")
+    original = fields.count("original_max_position_embeddings", context)
+    if kind == "yarn":
+        return _yarn(fields, value, original, context, base, head_dim)
     low, high = fields.number("low_freq_factor"), fields.number("high_freq_factor")
     if low >= high:
-        raise ModelError(f"config.json: {name}: low_freq_factor {low} must be below high_freq_factor {high}")
-    original = fields.count("original_max_position_embeddings", context)
+        raise ModelError(f"{where}: low_freq_factor {low} must be below high_freq_factor {high}")
     return Llama3(fields.number("factor"), low, high, original)
+
+
+def _yarn(fields: Fields, value: Mapping[str, Any], original: int, context: int, base: float, head_dim: int) -> Yarn:
+    factor = fields.number("factor", context / original)
+    if base <= 1.0:
+        raise ModelError(f"config.json: rope_theta {base} is too small for rope of type 'yarn'; it must be above 1")
+
+    def turns_at(turns: float) -> float:
+        """The pair, counted in halves, that turns so often within the original context."""
+        return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    low, high = turns_at(fields.number("beta_fast", 32.0)), turns_at(fields.number("beta_slow", 1.0))
+    if fields.flag("truncate", default=True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    return Yarn(factor, low, high if high != low else high + 0.001, _gain(fields, value, factor))
+
+
+def _gain(fields: Fields, value: Mapping[str, Any], factor: float) -> float:
+    def grown(scale: float) -> float:
+        return 1.0 if factor <= 1.0 else 0.1 * scale * math.log(factor) + 1.0
+
+    if value.get("attention_factor") is not None:
+        return fields.number("attention_factor")
+    if value.get("mscale") and value.get("mscale_all_dim"):
+        return grown(fields.number("mscale")) / grown(fields.number("mscale_all_dim"))
+    return grown(1.0)
 
 
 def from_gguf(metadata: Mapping[str, Any], architecture: str) -> tuple[float, Scaling]:
@@ -98,7 +166,9 @@ class Rope:
         self._periods: mx.array | None = None
         if isinstance(scaling, Linear):
             self._scale = 1.0 / scaling.factor
-        if isinstance(scaling, Llama3) or factors is not None:
+        #: What multiplies queries and keys.
+        self.gain = scaling.gain if isinstance(scaling, Yarn) else 1.0
+        if isinstance(scaling, Llama3 | Yarn) or factors is not None:
             self._periods = mx.array(_periods(head_dim, base, scaling), mx.float32)
         if factors is not None and self._periods is not None:
             self._periods = self._periods * factors
@@ -121,6 +191,11 @@ class Rope:
 
 def _periods(head_dim: int, base: float, scaling: Scaling) -> np.ndarray:
     periods = base ** (np.arange(0, head_dim, 2) / head_dim)
+    if isinstance(scaling, Yarn):
+        index = np.arange(head_dim // 2)
+        divided = np.clip((index - scaling.low) / (scaling.high - scaling.low), 0.0, 1.0)
+        stretched: np.ndarray = 1.0 / (divided / (scaling.factor * periods) + (1.0 - divided) / periods)
+        return stretched
     if not isinstance(scaling, Llama3):
         return periods
     turns = scaling.original / (2 * math.pi * periods)

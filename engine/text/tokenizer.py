@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -129,10 +130,11 @@ class Tokenizer:
             manners=Manners(names, gguf_templates(gguf.metadata)),
         )
 
-    @property
+    @functools.cached_property
     def vocab_size(self) -> int:
-        """The number of ids, added tokens included; a model's logits may be padded beyond it."""
-        return self.inner.get_vocab_size(with_added_tokens=True)
+        """One more than the largest id, added tokens included: ids may be left out. A model's logits may be padded
+        beyond it."""
+        return max(self.inner.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """The ids of `text`; `special` adds what the model wants around a text (BOS, [CLS] and [SEP]).

@@ -13,6 +13,7 @@ from engine.weights import safetensors
 from engine.weights.gguf import GGUF
 from engine.weights.gguf_names import llama_name, unpermute
 from engine.weights.mlx_layout import CONFIG_KEYS, Layout
+from engine.weights.names import canonical
 from engine.weights.quantized import QuantizedTensor, dequantize, fits, quantize
 from engine.weights.tensors import Reader, Stored, Tensors
 from stoker.errors import ModelError
@@ -36,6 +37,7 @@ def folder_tensors(folder: Path, config: dict[str, Any], precision: Precision) -
         except ModelError as error:
             raise ModelError(f"{folder}: {error}") from error
         stored = {**dense, **quantized}
+    stored = {name: stored[file] for file, name in canonical(stored, config.get("model_type")).items()}
     # From here on `stored` alone holds the arrays, so that `pop` frees them.
     arrays.clear()
     shapes: dict[str, tuple[int, ...]] = {name: tuple(tensor.shape) for name, tensor in stored.items()}
@@ -59,6 +61,8 @@ def gguf_tensors(gguf: GGUF, heads: tuple[int, int] | None, precision: Precision
     counts = dict(zip(("q_proj", "k_proj"), heads, strict=True)) if heads else {}
     for stored, info in gguf.tensors.items():
         name = llama_name(stored) or stored
+        if name in readers:
+            raise ModelError(f"{gguf.path}: tensor {stored!r} is in the file under two names")
         count = next((count for part, count in counts.items() if f".{part}." in name), 0)
         readers[name] = _gguf_reader(gguf, stored, count, precision)
         shapes[name] = info.shape

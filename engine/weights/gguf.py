@@ -11,7 +11,7 @@ import math
 import mmap
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,8 +19,10 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
+from engine.jsonfiles import open_file
 from engine.weights import gguf_blocks
 from engine.weights.gguf_blocks import Affine
+from engine.weights.gguf_parts import other_parts
 from stoker.errors import ModelError
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -35,36 +37,50 @@ _MAX_NAME = 65_535
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor: `shape` in row-major order (the file's own order reversed), its ggml type, and where it lies."""
+    """One tensor: `shape` in row-major order (the file's own order reversed), its ggml type, and where it lies.
+
+    `part`: in which of the model's files, from 0.
+    """
 
     shape: tuple[int, ...]
     type: GGMLQuantizationType
     offset: int
     bytes: int
+    part: int = 0
 
 
 class GGUF:
     """An open GGUF file: `metadata`, `tensors`, `dequantize` and `repack`. Raises `ModelError` for a damaged file.
 
-    Metadata values are int, float, bool, str, a list of those, or a numpy array (of numbers).
+    Metadata values are int, float, bool, str, a list of those, or a numpy array (of numbers). Of a model that was split
+    into several files, `path` is the first; its metadata are the model's, and all of `files` are read.
     """
 
     def __init__(self, path: Path):
         self.path = path
-        try:
-            with open(path, "rb") as file:
-                self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{path}: {error}") from error
-        reader = _Reader(self._data, path)
-        tensor_count, value_count = reader.preamble()
-        self.metadata: dict[str, Any] = {}
-        for _ in range(value_count):
-            key = reader.name()
-            if key in self.metadata:
-                reader.fail(f"the metadata key {key!r} occurs twice")
-            self.metadata[key] = reader.value(reader.scalar("I"))
-        self.tensors = reader.tensors(tensor_count, self.metadata.get("general.alignment", 32))
+        first = _Part(path)
+        self.metadata, self.tensors = first.metadata, first.tensors
+        self._parts = [first, *(_Part(other) for other in other_parts(path, first.metadata))]
+        self.files = [part.path for part in self._parts]
+        for number, part in enumerate(self._parts[1:], 1):
+            self._add(number, part)
+        announced = self.metadata.get("split.tensors.count", len(self.tensors))
+        if len(self._parts) > 1 and announced != len(self.tensors):
+            raise ModelError(
+                f"{path}: {announced} tensors are announced, its {len(self._parts)} parts hold {len(self.tensors)}"
+            )
+
+    def _add(self, number: int, part: _Part) -> None:
+        said = tuple(part.metadata.get(key) for key in ("split.no", "split.count"))
+        if said != (number, len(self._parts)):
+            raise ModelError(
+                f"{part.path}: it says that it is part {said[0]} (from 0) of {said[1]}, not {number} of "
+                f"{len(self._parts)} as its name says"
+            )
+        for name, info in part.tensors.items():
+            if name in self.tensors:
+                raise ModelError(f"{part.path}: tensor {name!r} is in {self.files[self.tensors[name].part].name} too")
+            self.tensors[name] = replace(info, part=number)
 
     def dequantize(self, name: str) -> NDArray[np.float32]:
         """The tensor `name` as float32, in row-major shape. Raises `ModelError` if it is absent or of no known type."""
@@ -113,7 +129,28 @@ class GGUF:
         return info
 
     def _raw(self, info: TensorInfo) -> NDArray[np.uint8]:
-        return np.frombuffer(self._data, np.uint8, info.bytes, info.offset)
+        return np.frombuffer(self._parts[info.part].data, np.uint8, info.bytes, info.offset)
+
+
+class _Part:
+    """One file: its metadata, and where its tensors lie in `data`."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            with open_file(path) as file:
+                self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{path}: {error}") from error
+        reader = _Reader(self.data, path)
+        tensor_count, value_count = reader.preamble()
+        self.metadata: dict[str, Any] = {}
+        for _ in range(value_count):
+            key = reader.name()
+            if key in self.metadata:
+                reader.fail(f"the metadata key {key!r} occurs twice")
+            self.metadata[key] = reader.value(reader.scalar("I"))
+        self.tensors = reader.tensors(tensor_count, self.metadata.get("general.alignment", 32))
 
 
 class _Reader:

@@ -14,11 +14,21 @@ from typing import cast
 import mlx.core as mx
 import numpy as np
 
-from engine.weights.safetensors_header import INDEX_NAME, check_header, files, placement
+from engine.weights.safetensors_header import INDEX_NAME, check_header, entries, files
 from stoker.errors import ModelError
 from stoker.files import write_whole
 
-__all__ = ["INDEX_NAME", "check_header", "files", "read", "read_folder", "read_metadata", "read_numbers", "write"]
+__all__ = [
+    "INDEX_NAME",
+    "check_header",
+    "entries",
+    "files",
+    "read",
+    "read_folder",
+    "read_metadata",
+    "read_numbers",
+    "write",
+]
 
 
 def read(path: Path) -> dict[str, mx.array]:
@@ -59,17 +69,9 @@ def read_folder(folder: Path) -> dict[str, mx.array]:
 
     Raises `ModelError` for a missing or damaged file, an index that does not match, or a folder with pickles alone.
     """
-    weight_map = placement(folder)
     tensors: dict[str, mx.array] = {}
-    for shard in files(folder):
-        content = read(shard)
-        repeated = tensors.keys() & content.keys()
-        if repeated:
-            raise ModelError(f"{shard}: tensor {min(repeated)!r} is in another shard too")
-        tensors |= content
-    missing = (weight_map or {}).keys() - tensors.keys()
-    if missing:
-        raise ModelError(f"{folder / INDEX_NAME}: tensor {min(missing)!r} ({len(missing)} in all) is in no shard")
+    for shard in sorted({file for file, _ in entries(folder).values()}):
+        tensors |= read(shard)
     return tensors
 
 

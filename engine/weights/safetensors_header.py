@@ -8,6 +8,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+from engine.jsonfiles import open_file, read_object
 from stoker.errors import ModelError
 
 #: The format's own limit on the header (bytes).
@@ -23,16 +24,25 @@ INDEX_NAME = "model.safetensors.index.json"
 
 
 def files(folder: Path) -> list[Path]:
-    """The weight files of a model folder: its shards by the index, else `model.safetensors`, else its only such file.
+    """The weight files of a model folder: `model.safetensors`, else its shards by the index, else its only such file.
 
-    Raises `ModelError` if it is unclear which they are, or there are none.
+    An index next to a whole file is left over from an earlier save, and files that it does not name are another
+    model's; transformers reads neither. Raises `ModelError` if it is unclear which they are, or one is missing.
     """
+    whole = folder / "model.safetensors"
+    if whole.exists():
+        return [whole]
     weight_map = placement(folder)
     if weight_map is not None:
-        return [folder / shard for shard in sorted(set(weight_map.values()))]
+        shards = [folder / shard for shard in sorted(set(weight_map.values()))]
+        missing = [shard.name for shard in shards if not shard.exists()]
+        if missing:
+            raise ModelError(
+                f"{folder / INDEX_NAME}: {missing[0]}, which it names: No such file in the folder ({len(missing)} of "
+                f"{len(shards)} are missing). Download or copy the model again"
+            )
+        return shards
     found = sorted(folder.glob("*.safetensors"))
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
     if len(found) == 1:
         return found
     if found:
@@ -45,16 +55,39 @@ def files(folder: Path) -> list[Path]:
     raise ModelError(f"{folder}: no safetensors file in it")
 
 
+def entries(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """Every tensor of a model folder -> (its file, its entry in that file's header).
+
+    Raises `ModelError` for a missing or damaged file, a tensor that two files hold, or one that the index names and no
+    file holds.
+    """
+    found: dict[str, tuple[Path, dict[str, Any]]] = {}
+    shards = files(folder)
+    for file in shards:
+        for name, entry in check_header(file).items():
+            if name == "__metadata__":
+                continue
+            if name in found:
+                raise ModelError(f"{file}: tensor {name!r} is in another shard too, {found[name][0].name}")
+            found[name] = file, entry
+    weight_map = {} if shards == [folder / "model.safetensors"] else placement(folder) or {}
+    missing = weight_map.keys() - found.keys()
+    if missing:
+        raise ModelError(f"{folder / INDEX_NAME}: tensor {min(missing)!r} ({len(missing)} in all) is in no shard")
+    return found
+
+
 def placement(folder: Path) -> dict[str, str] | None:
     """Tensor -> shard by the folder's index, or None if it has none. Raises `ModelError` for a damaged one."""
     index = folder / INDEX_NAME
-    if not index.is_file():
+    if not index.exists():
         return None
-    try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ModelError(f"{index}: not a readable index of shards: {type(error).__name__}: {error}") from error
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+    weight_map = read_object(index).get("weight_map")
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(shard, str) for shard in weight_map.values())
+    ):
         raise ModelError(f"{index}: its weight_map is not an object of strings")
     for shard in weight_map.values():
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
@@ -65,7 +98,7 @@ def placement(folder: Path) -> dict[str, str] | None:
 def check_header(path: Path) -> dict[str, Any]:
     """The parsed header of `path`, once every entry is known to be sound; else `ModelError`."""
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             size = file.seek(0, 2)
             file.seek(0)
             prefix = file.read(8)

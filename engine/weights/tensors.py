@@ -79,6 +79,17 @@ class Tensors:
         self.taken[name] = stored
         return stored
 
+    def drop_copy(self, name: str, original: str) -> bool:
+        """Whether the tensor `name` has the numbers of `original`, bit for bit; then it is let go of."""
+        copy, first = self._readers[name](), self._readers[original]()
+        same = _identical(copy, first)
+        self._readers[original] = lambda: first
+        if same:
+            del self._readers[name]
+        else:
+            self._readers[name] = lambda: copy
+        return same
+
     def finish(self, *, ignore: Callable[[str], bool] = lambda name: False) -> None:
         """Refuse tensors that no layer took: what they mean would be lost."""
         surplus = sorted(name for name in self._readers if not ignore(name))
@@ -108,6 +119,16 @@ class Tensors:
 def _numbers(stored: Stored, dtype: mx.Dtype) -> mx.array:
     """The tensor, dense. Its scales get `dtype` first: their products must not be rounded to the file's 16 bits."""
     return dequantize(stored.astype(dtype)) if isinstance(stored, QuantizedTensor) else stored.astype(dtype)
+
+
+def _identical(first: Stored, second: Stored) -> bool:
+    if isinstance(first, QuantizedTensor) or isinstance(second, QuantizedTensor):
+        if not (isinstance(first, QuantizedTensor) and isinstance(second, QuantizedTensor)):
+            return False
+        forms = {(each.bits, each.group_size) for each in (first, second)}
+        return len(forms) == 1 and all(map(_identical, first.arrays, second.arrays))
+    same = first.dtype == second.dtype and first.shape == second.shape and mx.array_equal(first, second)
+    return bool(same)
 
 
 def _bits(stored: Stored) -> int:

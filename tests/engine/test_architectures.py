@@ -191,13 +191,13 @@ def test_a_stated_window_that_is_switched_off_means_nothing() -> None:
      ("qwen2-tied", {"use_sliding_window": True, "sliding_window": 8, "layer_types": None, "max_window_layers": "1"},
       "max_window_layers"),
      ("qwen2-tied", {"dual_chunk_attention_config": {"chunk_size": 1}}, "dual_chunk_attention_config"),
-     ("qwen2-tied", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "'yarn'"),
+     ("qwen2-tied", {"rope_scaling": {"type": "longrope", "factor": 4.0}}, "'longrope'"),
      ("qwen2-tied", {"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
      ("qwen3", {"attention_bias": True}, "attention_bias"),
      ("qwen3", {"num_experts": 128}, "num_experts"),
      ("qwen3", {"head_dim": 15}, "even"),
      ("mistral", {"sliding_window": 0}, "sliding_window"),
-     ("llama-llama3", {"rope_parameters": {"rope_type": "dynamic"}}, "'dynamic'"),
+     ("llama-llama3", {"rope_parameters": {"rope_type": "dynamic"}}, "factor"),
      ("llama-llama3", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
      ("llama-llama3", {"rope_parameters": [1]}, "rope_parameters"),
      ("llama-llama3", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary"),
@@ -255,7 +255,9 @@ def test_the_factors_of_a_gguf_stretch_like_llama3() -> None:
     assert mx.abs(wanted - got).max().item() < 1e-5
 
 
-@pytest.mark.parametrize("scaling", [None, rope.Linear(4.0), rope.Llama3(8.0, 1.0, 4.0, 64)], ids=str)
+@pytest.mark.parametrize(
+    "scaling", [None, rope.Linear(4.0), rope.Llama3(8.0, 1.0, 4.0, 64), rope.Yarn(4.0, 0.0, 2.5, 1.2)], ids=str
+)
 def test_each_pair_turns_by_its_position_over_its_period(scaling: rope.Scaling) -> None:
     """What the kernel of one new token a row is told is what everything else computes."""
     turn = rope.Rope(8, 100.0, scaling)
@@ -267,11 +269,11 @@ def test_each_pair_turns_by_its_position_over_its_period(scaling: rope.Scaling) 
     assert mx.abs(turn(x, 40) - wanted).max().item() < 1e-4
 
 
-def test_what_the_older_field_says_of_rope_wins_and_what_it_leaves_out_stays() -> None:
+def test_what_the_older_field_says_of_rope_takes_the_newer_ones_place() -> None:
     newer = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}
-    assert rope.from_config({"rope_parameters": newer}, 64) == (5e5, rope.Linear(2.0))
+    assert rope.from_config({"rope_parameters": newer}, 64, 8) == (5e5, rope.Linear(2.0))
     both = {"rope_parameters": newer, "rope_scaling": {"type": "linear", "factor": 4.0}}
-    assert rope.from_config(both, 64) == (5e5, rope.Linear(4.0))
+    assert rope.from_config(both, 64, 8) == (1e4, rope.Linear(4.0))
 
 
 def test_gguf_says_how_positions_are_stretched_in_either_way() -> None:

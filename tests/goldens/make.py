@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import architectures
+import configs
 import gguf
 import numpy as np
 import tiny_lora
@@ -43,6 +44,7 @@ def main() -> None:
     make_smollm2()
     print(tiny_lora.make(HERE, versions("torch", "transformers", "numpy")))
     print(architectures.make(HERE, versions("torch", "transformers", "tokenizers", "numpy")))
+    print(configs.make(HERE, versions("torch", "transformers", "numpy")))
 
 
 def make_minilm() -> None:

@@ -1,0 +1,174 @@
+"""Which fields of a config.json are read, which change nothing, and which of their values are refused.
+
+The reference is transformers: a field stands under what it does there, in the version that made `tests/goldens`. A
+field that is in no table is refused, because nothing here knows what it asks for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from stoker.errors import ModelError
+
+
+class Anything:
+    """The values of a field that changes nothing, whatever it says."""
+
+
+ANYTHING = Anything()
+#: Field -> the values with which it changes nothing. None always is one: transformers takes it for absent.
+Inert = Mapping[str, Anything | tuple[object, ...]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """The fields of one kind of file. `used`: read by the code that asks, which checks their values."""
+
+    used: Collection[str]
+    inert: Inert = field(default_factory=dict)
+
+    def check(self, values: Mapping[str, Any], where: str) -> None:
+        """Raise `ModelError` naming a field that asks for what is not implemented."""
+        for name, value in values.items():
+            if name in self.used or value is None:
+                continue
+            allowed = self.inert.get(name)
+            if allowed is None:
+                raise ModelError(
+                    f"{where}: the field {name} = {_short(value)} is not supported: nothing here knows what it asks "
+                    "for. If all is the same without it, remove it"
+                )
+            if not isinstance(allowed, Anything) and not _among(value, allowed):
+                only = f"; only {' or '.join(map(repr, allowed))} is" if allowed else ""
+                raise ModelError(f"{where}: {name} = {_short(value)} is not supported{only}")
+
+
+def _among(value: object, allowed: tuple[object, ...]) -> bool:
+    """JSON's true is no 1."""
+    return any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in allowed)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else text[:100] + "…"
+
+
+def _names(text: str) -> Inert:
+    return dict.fromkeys(text.split(), ANYTHING)
+
+
+#: Who made the file and how; tokens, which the tokenizer's code checks; what only training or generation reads.
+_COMMON: Inert = {
+    **_names(
+        """
+        architectures model_type transformers_version _name_or_path name_or_path _commit_hash torch_dtype dtype
+        _attn_implementation _attn_implementation_autoset attn_implementation _flash_attn_2_enabled
+        transformers.js_config unsloth_fixed unsloth_version use_cache initializer_range attention_dropout
+        hidden_dropout_prob attention_probs_dropout_prob classifier_dropout gradient_checkpointing output_attentions
+        output_hidden_states output_past return_dict torchscript use_bfloat16 finetuning_task problem_type id2label
+        label2id num_labels prefix task_specific_params tokenizer_class tf_legacy_loss cross_attention_hidden_size
+        bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id cls_token_id mask_token_id
+        decoder_start_token_id assistant_confidence_threshold assistant_lookbehind bad_words_ids begin_suppress_tokens
+        diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size encoder_repetition_penalty
+        epsilon_cutoff eta_cutoff exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id
+        length_penalty max_length min_length no_repeat_ngram_size num_assistant_tokens num_assistant_tokens_schedule
+        num_beam_groups num_beams num_return_sequences output_scores remove_invalid_values repetition_penalty
+        return_dict_in_generate suppress_tokens target_lookbehind temperature top_k top_p typical_p
+        """
+    ),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "tie_encoder_decoder": (False,),
+    "pruned_heads": ({},),
+    "per_layer_config": ({},),
+    "auto_map": ({},),
+}
+
+_DECODER_FIELDS = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "vocab_size", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "rope_theta", "rope_scaling",
+    "rope_parameters", "original_max_position_embeddings",
+)  # fmt: skip
+_DECODER: Inert = {
+    **_COMMON,
+    **_names("pretraining_tp is_llama_config max_sequence_length chunk_size_feed_forward"),
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "partial_rotary_factor": (1.0,),
+    "rope_traditional": (False,),
+    "rope_interleaved": (False,),
+    "is_causal": (True,),
+    "is_decoder": (False, True),
+    "use_bidirectional_attention": (False,),
+}
+_WINDOW_FIELDS = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
+_QWEN: Inert = {**_DECODER, "use_mrope": (False,)}
+
+_ENCODER_FIELDS = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
+    "max_position_embeddings", "layer_norm_eps",
+)  # fmt: skip
+_ENCODER: Inert = {
+    **_COMMON,
+    **_names("tie_word_embeddings matryoshka_dimensions is_matryoshka"),
+    # Exact GELU under each of its names.
+    "hidden_act": ("gelu", "gelu_python"),
+    "is_decoder": (False,),
+    # Another size makes transformers refuse texts whose length is no multiple of it.
+    "chunk_size_feed_forward": (0,),
+}
+
+#: `model_type` -> its table.
+TABLES: Mapping[str, Table] = {
+    "llama": Table((*_DECODER_FIELDS, "layer_types"), _DECODER),
+    "mistral": Table((*_DECODER_FIELDS, "sliding_window", "layer_types"), _DECODER),
+    "qwen2": Table((*_DECODER_FIELDS, *_WINDOW_FIELDS), _QWEN),
+    "qwen3": Table((*_DECODER_FIELDS, *_WINDOW_FIELDS), _QWEN),
+    "bert": Table(
+        (*_ENCODER_FIELDS, "type_vocab_size"),
+        {
+            **_ENCODER,
+            **_names(
+                "directionality pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head "
+                "pooler_type"
+            ),
+            "position_embedding_type": ("absolute",),
+        },
+    ),
+    "mpnet": Table(_ENCODER_FIELDS, {**_ENCODER, "relative_attention_num_buckets": (32,)}),
+}
+#: Heads of keys and values where the file does not say, which is not where it says null: then as many as of queries.
+KEY_VALUE_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
+#: Positions where the file does not say.
+CONTEXT = {"llama": 2048, "mistral": 131_072, "qwen2": 32_768, "qwen3": 32_768}
+#: Mistral's window where the file does not say; null is none.
+MISTRAL_WINDOW = 4096
+
+#: Keys of GGUF metadata, without the architecture before them.
+_GGUF_FIELDS = (
+    "block_count", "embedding_length", "feed_forward_length", "attention.head_count", "attention.head_count_kv",
+    "attention.key_length", "attention.value_length", "attention.layer_norm_rms_epsilon", "attention.sliding_window",
+    "context_length", "rope.dimension_count", "rope.freq_base", "rope.scale_linear", "rope.scaling.type",
+    "rope.scaling.factor",
+)  # fmt: skip
+_GGUF: Inert = {
+    **_names("vocab_size rope.scaling.finetuned rope.scaling.original_context_length attention.layer_norm_epsilon"),
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "attention.causal": (True,),
+    "pooling_type": (0,),
+    "use_parallel_residual": (False,),
+    "tensor_data_layout": ("Meta AI original pth",),
+    "rope.scaling.attn_factor": (1.0,),
+}
+
+
+def gguf(architecture: str) -> Table:
+    """The table of a GGUF file's keys that start with its architecture."""
+    return Table(
+        [f"{architecture}.{name}" for name in _GGUF_FIELDS],
+        {f"{architecture}.{name}": values for name, values in _GGUF.items()},
+    )
