@@ -105,7 +105,7 @@ def test_messages_that_cannot_be_read_are_dead_letters_and_the_worker_goes_on(cl
     bodyless["body"] = base64.b64encode(b"[]").decode()
     bad = [b"garbage", b"[]", b"\xff", b"[" * 50_000, json.dumps(late).encode(), json.dumps(bodyless).encode()]
     try:
-        client.redis.rpush(keys.front(queue), *bad)
+        client.redis.rpush(keys.ready(queue), *bad)
         client.redis.publish(f"{keys.PREFIX}/0.celery.pidbox", "[]")
         client.redis.publish(keys.CANCELS, b"\xff")
         assert len(client.generate("x", model=GENERATE_MODEL, max_tokens=2).result(30).token_ids) == 2

@@ -55,7 +55,7 @@ class Worker:
         _, model, kind = queue.split(".")
         message = envelope(f"{model}-{kind}-{job}", kind, model, queue)
         tagged = message.replace('"delivery_tag": ""', f'"delivery_tag": "{model}-{kind}-{job}#1"')
-        self.redis.lpush(keys.front(queue), tagged)
+        self.redis.lpush(keys.ready(queue), tagged)
 
     def end(self, message: Any) -> None:
         message.ack()
@@ -107,7 +107,7 @@ def test_a_lane_that_has_room_again_gets_its_next_job_while_the_others_wait(work
         worker.send(TRAIN, f"{number}")
     for number in range(5):
         worker.turn_until(lambda wanted=number + 1: len(worker.taken) == wanted)
-        assert worker.redis.llen(keys.front(TRAIN)) == 4 - number, "a full lane takes no more"
+        assert worker.redis.llen(keys.ready(TRAIN)) == 4 - number, "a full lane takes no more"
         worker.end(worker.taken[-1])
     worker.turn_until(lambda: worker.blocked() == 2)
     worker.send("stoker.b.generate")
@@ -123,8 +123,8 @@ def test_a_full_lane_asks_for_nothing_and_the_others_go_on(worker: Worker) -> No
         worker.turn_until(lambda wanted=number + 1: taken(worker)["stoker.a.generate"] == wanted)
     worker.send("stoker.b.generate")
     assert taken(worker) == {TRAIN: 1, "stoker.a.generate": 2}, "both queues of a kind share its lane"
-    assert worker.redis.llen(keys.front("stoker.b.generate")) == 1
-    assert worker.redis.llen(keys.front(TRAIN)) == 2
+    assert worker.redis.llen(keys.ready("stoker.b.generate")) == 1
+    assert worker.redis.llen(keys.ready(TRAIN)) == 2
     assert worker.blocked() == 0
 
 
@@ -159,7 +159,7 @@ def test_a_lane_that_shrinks_while_it_asks_takes_what_comes_and_then_no_more(wor
     worker.end(worker.taken[0])
     worker.send(TRAIN)
     worker.turn_until(lambda: taken(worker)[TRAIN] == 1)
-    assert worker.redis.llen(keys.front("stoker.a.generate")) == 1
+    assert worker.redis.llen(keys.ready("stoker.a.generate")) == 1
     worker.end(worker.taken[1])
     worker.turn_until(lambda: taken(worker)["stoker.a.generate"] == 3)
 
@@ -194,7 +194,7 @@ def test_what_all_lanes_hold_is_renewed_and_goes_back_when_the_worker_stops(
     monkeypatch.setattr(transport.Channel, "do_restore", True)
     worker.disconnect()
     queues = [TRAIN, "stoker.a.generate", "stoker.b.generate"]
-    assert sum(worker.redis.llen(keys.front(queue)) for queue in queues) == 2
+    assert sum(worker.redis.llen(keys.ready(queue)) for queue in queues) == 2
     assert not worker.redis.exists(keys.UNACKED)
 
 
@@ -205,7 +205,7 @@ def test_a_queue_is_given_up_and_taken_up_by_name(worker: Worker) -> None:
     worker.send(TRAIN)
     worker.send("stoker.a.generate")
     worker.turn_until(lambda: worker.taken)
-    assert worker.redis.llen(keys.front(TRAIN)) == 1
+    assert worker.redis.llen(keys.ready(TRAIN)) == 1
     worker.consumer.add_queue(Queue(TRAIN, routing_key=TRAIN))
     worker.consumer.consume()
     worker.turn_until(lambda: taken(worker)[TRAIN] == 1)
