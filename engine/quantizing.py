@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,13 @@ from engine.weights import safetensors
 from engine.weights.mlx_layout import Layout, split
 from engine.weights.names import canonical
 from engine.weights.quantized import check, fits, quantize
+from engine.text.templates import FOLDER as TEMPLATES
 from engine.weights.tensors import Stored
 from stoker.errors import ModelError
 from stoker.files import draft_folder, publish
 
 #: What a model folder holds beside its weights: tokenizer, chat template, generation settings, licence.
-COPIED = (".json", ".jinja", ".txt", ".model", ".md", "")
+_COPIED = (".json", ".jinja", ".txt", ".model", ".md", "")
 #: Parts of the checkpoint that no model reads: a rotary buffer of old files.
 _DROPPED = "rotary_emb.inv_freq"
 
@@ -51,7 +52,7 @@ def quantize_folder(src: Path, dst: Path, bits: int = 4, group_size: int = 64) -
     if dst.exists() or dst.is_symlink():
         raise ModelError(f"{dst}: exists already; name a folder that does not")
     with draft_folder(dst.parent) as draft:
-        _copy_rest(src, draft)
+        copy_rest(src, draft, ("config.json", safetensors.INDEX_NAME))
         counts = _write_weights(src, draft, config, Layout(group_size, bits))
         config = {**_older_rope(config), **config, **Layout(group_size, bits).to_config()}
         # mlx-lm drops the head of a model that says it has none of its own.
@@ -151,8 +152,11 @@ def _form(name: str, array: mx.array, layout: Layout) -> Stored:
     return quantize(array, layout.group_size, layout.bits)
 
 
-def _copy_rest(src: Path, dst: Path) -> None:
-    for file in sorted(src.iterdir()):
-        skipped = file.name.startswith(".") or file.name in ("config.json", safetensors.INDEX_NAME)
-        if file.is_file() and file.suffix in COPIED and not skipped:
-            shutil.copyfile(file, dst / file.name)
+def copy_rest(src: Path, dst: Path, but: Collection[str]) -> None:
+    """Copy what stands beside the weights in `src`, the chat templates in their own folder too, except for the names
+    `but`."""
+    for file in sorted([*src.iterdir(), *(src / TEMPLATES).glob("*.jinja")]):
+        if file.is_file() and file.suffix in _COPIED and not file.name.startswith(".") and file.name not in but:
+            target = dst / file.relative_to(src)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, target)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from engine.adapters.stacked import folded
 from engine.jsonfiles import read_object
 from engine.loading import LoadedModel, load
 from engine.models.layers import Linear
-from engine.quantizing import COPIED
+from engine.quantizing import copy_rest
 from engine.sources import resolve
 from engine.weights import safetensors
 from engine.weights.mlx_layout import Layout
@@ -62,10 +61,7 @@ def _write(source: Path, draft: Path, model: LoadedModel, weights: LoraWeights) 
         for tensor in [name for name in arrays if names[name] in layers]:
             arrays[tensor] = _merged(model, weights, layers[names[tensor]]).astype(arrays[tensor].dtype)
         safetensors.write(draft / shard.name, arrays, {"format": "pt"})
-    for file in source.iterdir():
-        copied = file.suffix in COPIED and not file.name.startswith(".") and file.name not in left_over
-        if file.is_file() and copied and file not in shards:
-            shutil.copyfile(file, draft / file.name)
+    copy_rest(source, draft, [*(shard.name for shard in shards), *left_over])
 
 
 def _merged(model: LoadedModel, weights: LoraWeights, name: str) -> mx.array:

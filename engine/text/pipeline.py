@@ -9,11 +9,11 @@ it, whatever class is named.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from engine.text.pieces import SPACE
 from stoker.errors import ModelError
@@ -52,6 +52,18 @@ _DEFAULT_NAMES = {
     **dict.fromkeys(("RobertaTokenizer", "BartTokenizer", "XLMRobertaTokenizer"), _ROBERTA_NAMES),
 }
 
+#: Classes that build the rest themselves, and of which kind the vocabulary is that they take.
+_BUILDERS = {
+    **dict.fromkeys(_BERT, models.WordPiece),
+    **dict.fromkeys((*_BYTE_LEVEL, "LlamaTokenizer"), models.BPE),
+    "XLMRobertaTokenizer": models.Unigram,
+}
+#: Classes that put tokens of their own before and behind a text, by the names of those.
+_SURROUND = {
+    **dict.fromkeys((*_BERT, "RobertaTokenizer", "BartTokenizer"), ("cls_token", "sep_token")),
+    "XLMRobertaTokenizer": ("bos_token", "eos_token"),
+}
+
 
 class Pipeline:
     """The class that transformers would take, and what it does. `config` is tokenizer_config.json's, `model`
@@ -71,34 +83,43 @@ class Pipeline:
         """The class's own special tokens."""
         return _DEFAULT_NAMES.get(self.name, {})
 
-    def build(self, inner: Tokenizer) -> None:
-        """Change `inner` as the class would. Raises `ModelError` for a switch that is neither true nor false."""
+    def built(self, inner: Tokenizer, listed: Sequence[AddedToken] | None) -> Tokenizer:
+        """`inner`, changed as the class would. Such a class has no added tokens but those that are `listed`, where
+        there is a list. Raises `ModelError` for a switch that is neither true nor false."""
+        builds = _BUILDERS.get(self.name)
+        if builds is not None and isinstance(inner.model, builds) and not self._misnamed(inner):
+            inner = _with_added(inner, listed)
+            self._build(inner)
         inner.encode_special_tokens = self._switch("split_special_tokens", False)
-        bytes_within = any(isinstance(step, pre_tokenizers.ByteLevel) for step in _steps(inner.pre_tokenizer))
-        if self.name in _BERT and isinstance(inner.model, models.WordPiece):
+        return inner
+
+    def _misnamed(self, inner: Tokenizer) -> bool:
+        """Llama 3's vocabulary is no Llama's, whatever its folder says."""
+        return self.name == "LlamaTokenizer" and any(
+            isinstance(step, pre_tokenizers.ByteLevel) for step in _steps(inner.pre_tokenizer)
+        )
+
+    def _build(self, inner: Tokenizer) -> None:
+        if self.name in _BERT:
             self._as_bert(inner)
-        elif self.name == "LlamaTokenizer" and isinstance(inner.model, models.BPE) and not bytes_within:
+        elif self.name == "LlamaTokenizer":
             self._as_llama(inner)
-        elif self.name in _BYTE_LEVEL:
-            for step in _steps(inner.pre_tokenizer):
-                if isinstance(step, pre_tokenizers.ByteLevel):
-                    step.add_prefix_space = self._switch("add_prefix_space", False)
-        elif self.name == "XLMRobertaTokenizer" and isinstance(inner.model, models.Unigram):
-            for step in _steps(inner.pre_tokenizer):
-                if isinstance(step, pre_tokenizers.Metaspace):
-                    step.prepend_scheme = "always" if self._switch("add_prefix_space", True) else "never"
+        for step in _steps(inner.pre_tokenizer):
+            if isinstance(step, pre_tokenizers.ByteLevel):
+                step.add_prefix_space = self._switch("add_prefix_space", False)
+            elif isinstance(step, pre_tokenizers.Metaspace) and self.name == "XLMRobertaTokenizer":
+                step.prepend_scheme = "always" if self._switch("add_prefix_space", True) else "never"
 
     def surround(self, inner: Tokenizer, names: Mapping[str, str]) -> None:
         """Put the class's tokens around every text: `names` are its special tokens'. Most leave that to the file."""
-        if self.name not in _BERT or not isinstance(inner.model, models.WordPiece):
+        builds = _BUILDERS.get(self.name)
+        if self.name not in _SURROUND or builds is None or not isinstance(inner.model, builds):
             return
-        before, behind = (names.get(name, "") for name in ("cls_token", "sep_token"))
+        if isinstance(inner.model, models.WordPiece) and names.get("unk_token"):
+            inner.model.unk_token = names["unk_token"]
+        before, behind = (names.get(name, "") for name in _SURROUND[self.name])
         first, last = inner.token_to_id(before), inner.token_to_id(behind)
-        if first is None or last is None:
-            return
-        if self.name == "MPNetTokenizer":
-            inner.post_processor = processors.RobertaProcessing((behind, last), (before, first), True, False)
-        else:
+        if first is not None and last is not None:
             inner.post_processor = processors.BertProcessing((behind, last), (before, first))
 
     def _as_bert(self, inner: Tokenizer) -> None:
@@ -126,6 +147,15 @@ class Pipeline:
         if value is not None and not isinstance(value, bool):
             raise ModelError(f"{self._path}: {name} is {value!r}, not true or false")
         return default if value is None else value
+
+
+def _with_added(inner: Tokenizer, listed: Sequence[AddedToken] | None) -> Tokenizer:
+    """`inner`, without the added tokens that are not `listed`."""
+    known = {token.content for token in inner.get_added_tokens_decoder().values()}
+    if listed is None or known <= {token.content for token in listed}:
+        return inner
+    content = json.loads(inner.to_str())
+    return Tokenizer.from_str(json.dumps({**content, "added_tokens": []}))
 
 
 def _steps(pre_tokenizer: Any) -> Iterator[Any]:

@@ -12,6 +12,8 @@ from stoker.errors import InvalidRequest, ModelError
 DEFAULT = "default"
 #: The one that is taken where tools are given, if there is one.
 TOOL_USE = "tool_use"
+#: Where a folder has templates of other names.
+FOLDER = "additional_chat_templates"
 _GGUF = "tokenizer.chat_template"
 
 
@@ -33,7 +35,7 @@ def choose(templates: Mapping[str, str], tools: bool, model: str) -> str:
 def folder_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """Of files of their own; else of `config`, which is tokenizer_config.json's; else of chat_template.json."""
     files = {DEFAULT: folder / "chat_template.jinja"} if (folder / "chat_template.jinja").is_file() else {}
-    files |= {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    files |= {path.stem: path for path in sorted((folder / FOLDER).glob("*.jinja"))}
     if files:
         return {name: _text(path) for name, path in files.items()}
     if config.get("chat_template") is not None:

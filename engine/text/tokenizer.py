@@ -17,7 +17,7 @@ from engine.text.ends import ends, gguf_ends
 from engine.text.gguf_vocabulary import build
 from engine.text.pieces import Pieces
 from engine.text.pipeline import Pipeline
-from engine.text.special_tokens import SpecialTokens
+from engine.text.special_tokens import LISTED, SpecialTokens
 from engine.text.templates import folder_templates, gguf_templates
 from engine.weights.gguf import GGUF
 from stoker.errors import InvalidRequest, ModelError
@@ -86,17 +86,16 @@ class Tokenizer:
 
         `lowercase` makes small letters of every text first, as sentence-transformers' files may ask.
         """
-        path = folder / "tokenizer.json"
-        inner = _read(path)
         config = read_object(folder / "tokenizer_config.json", missing={})
         model = read_object(folder / "config.json", missing={})
         generation = read_object(folder / "generation_config.json", missing={})
-        truncation = inner.truncation or {}
         pipeline = Pipeline(folder / "tokenizer_config.json", config, model)
-        pipeline.build(inner)
-        tokens = SpecialTokens.from_folder(folder, config).with_defaults(inner, pipeline.default_names)
+        tokens = SpecialTokens.from_folder(folder, config)
+        inner = pipeline.built(_read(folder / "tokenizer.json"), tokens.listed if LISTED in config else None)
+        truncation = inner.truncation or {}
+        tokens = tokens.with_defaults(inner, pipeline.default_names)
         tokens.add_to(inner, _count(model.get("vocab_size")))
-        names = {name: token.content for name, token in tokens.named.items()}
+        names = tokens.texts
         pipeline.surround(inner, names)
         if lowercase:
             _lowercase(inner)

@@ -168,6 +168,8 @@ def test_the_shards_stay_and_the_rest_is_copied(folder: Path) -> None:
 def test_what_no_model_reads_and_what_is_hidden_is_left_behind(tmp_path: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(CHECKPOINTS / "qwen2-tied", source)
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tool_use.jinja").write_text("T")
     weights = safetensors.read_folder(source)
     mx.eval(weights)
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
@@ -182,6 +184,7 @@ def test_what_no_model_reads_and_what_is_hidden_is_left_behind(tmp_path: Path) -
     assert found.bytes_before == sum(array.nbytes for name, array in weights.items() if name in stored)
     names = {path.name for path in found.path.iterdir()}
     assert names == {path.name for path in source.iterdir()} - {".hidden.json", "weights.bin"}
+    assert (found.path / "additional_chat_templates" / "tool_use.jinja").read_text() == "T"
     assert opened(found.path).decoder.args.tied
 
 

@@ -42,6 +42,7 @@ def test_every_file_is_read_as_transformers_reads_it(tmp_path: Path, golden: dic
     for place, (text, ids, decoded) in enumerate(zip(GOLDEN["texts"], golden["ids"], golden["decoded"], strict=True)):
         assert tokenizer.encode(text) == ids
         assert tokenizer.decode(ids) == decoded.replace(*BETTER.get((golden["name"], place), ("", "")))
+        assert tokenizer.encode_cut(text, 5) == golden["cut"][place]
 
 
 @pytest.mark.parametrize("golden", GOLDEN["chats"], ids=lambda golden: golden["name"])

@@ -124,6 +124,11 @@ FOLDERS: dict[str, tuple[str, dict[str, Any] | None, dict[str, Any]]] = {
         {**_FAST, "additional_special_tokens": ["<extra>", {"__type": "AddedToken", **token("<é>")}]},
         {},
     ),
+    "extra names beside additional": (
+        "bytes",
+        {**_FAST, "extra_special_tokens": {"image_token": "<extra>"}, "additional_special_tokens": ["<b>"]},
+        {},
+    ),
     "other names": ("bytes", {**_FAST, "image_token": "<extra>"}, {}),
     "outside ASCII": ("bytes", {**_FAST, "eos_token": "<｜end▁of▁sentence｜>"}, {}),
     "map": ("named", _FAST, {"special_tokens_map.json": {"bos_token": "<s>", "eos_token": token("</s>")}}),
@@ -161,6 +166,21 @@ FOLDERS: dict[str, tuple[str, dict[str, Any] | None, dict[str, Any]]] = {
     "bert, cased without accents": ("words", {**_BERT, "do_lower_case": False, "strip_accents": True}, {}),
     "bert, Chinese": ("words", {**_BERT, "tokenize_chinese_chars": False}, {}),
     "bert, other names": ("words", {**_BERT, "cls_token": "<s>", "sep_token": "</s>"}, {}),
+    "bert, other unknown": ("words", {**_BERT, "unk_token": "[MASK]"}, {}),
+    "bert, no mask": ("words", {**_BERT, "mask_token": None}, {}),
+    "bert, not all listed": ("words", {**_BERT, "added_tokens_decoder": {"0": token("[PAD]")}, "mask_token": None}, {}),
+    "bert, left": ("words", {**_BERT, "truncation_side": "left"}, {}),
+    "roberta": (
+        "named",
+        {"tokenizer_class": "RobertaTokenizer", "add_prefix_space": True, "pad_token": "<unk>", "mask_token": "</s>"},
+        {},
+    ),
+    "named twice with other flags": (
+        "bytes",
+        {**_FAST, "eos_token": {"__type": "AddedToken", **token("<extra>", lstrip=True)}, "mask_token": "<extra>"},
+        {},
+    ),
+    "llama, left": ("sentences", {**_LLAMA, "truncation_side": "left"}, {}),
     "bert, generic": ("words", {**_FAST, "do_lower_case": False}, {"config.json": {"model_type": "bert"}}),
     "distilbert": ("words", {"tokenizer_class": "DistilBertTokenizerFast", "do_lower_case": False}, {}),
     "mpnet": ("words", {"tokenizer_class": "MPNetTokenizer", "do_lower_case": False}, {}),
@@ -213,7 +233,8 @@ def asked(name: str, base: str, content: dict[str, Any], files: dict[str, Any]) 
         tokenizer = written(Path(folder), content, files)
         ids = [tokenizer.encode(text) for text in TEXTS]
         texts = [tokenizer.decode(row, skip_special_tokens=True) for row in ids]
-        return {"name": name, "base": base, "files": files, "ids": ids, "decoded": texts,
+        cut = [tokenizer(text, truncation=True, max_length=5)["input_ids"] for text in TEXTS]
+        return {"name": name, "base": base, "files": files, "ids": ids, "decoded": texts, "cut": cut,
                 "names": tokenizer.special_tokens_map}  # fmt: skip
 
 
