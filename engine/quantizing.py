@@ -12,11 +12,11 @@ import mlx.core as mx
 
 from engine.jsonfiles import read_object, write_json
 from engine.loading import DECODERS
+from engine.text.templates import FOLDER as TEMPLATES
 from engine.weights import safetensors
 from engine.weights.mlx_layout import Layout, split
 from engine.weights.names import canonical
 from engine.weights.quantized import check, fits, quantize
-from engine.text.templates import FOLDER as TEMPLATES
 from engine.weights.tensors import Stored
 from stoker.errors import ModelError
 from stoker.files import draft_folder, publish
