@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,8 +18,8 @@ from engine.models.cache import KeyValues
 from engine.models.llama import Llama
 from engine.models.qwen2 import Qwen2Args
 from engine.weights.tensors import Tensors
-from kernels.backend import parse
-from kernels.registry import NAMES
+from kernels import registry
+from kernels.registry import NAMES, parse
 from stoker.contract import GenerateRequest
 
 #: Steps that are launched one after the other before the last is waited for, as the engine runs a pass ahead.
@@ -132,12 +131,8 @@ def _stacked(llama: Llama, rows: int, adapters: int, rank: int = 16) -> StackedL
 
 @contextmanager
 def _kernels(setting: str) -> Iterator[None]:
-    before = os.environ.get("STOKER_KERNELS")
-    os.environ["STOKER_KERNELS"] = setting
+    registry.use(setting)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["STOKER_KERNELS"]
-        else:
-            os.environ["STOKER_KERNELS"] = before
+        registry.use("auto")

@@ -98,12 +98,12 @@ class Peer:
 
 
 def against_peer(embed: Callable[..., np.ndarray], rows: list[Row], ratios: list[tuple[str, float, str]]) -> None:
-    from engine.embedding.forward import stream_count
+    from engine.embedding.forward import core_count
 
     if not PEERS.exists():
         print("no .venv-peers: the rows of sentence-transformers are left out (`make peers` makes it)")
         return
-    peer = Peer(stream_count())
+    peer = Peer(core_count())
     for name, lengths in SETS.items():
         texts = texts_of(lengths, seed=3)
         file = str(Path(tempfile.mkdtemp()) / "peer.npy")

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -16,7 +17,7 @@ def main() -> None:
     # The same BLAS as on Stoker's side; before MLX, which binds to what it finds.
     from engine import blas
 
-    report = blas.boot()
+    report = blas.boot(library=os.environ.get("STOKER_BLAS", ""))
     import mlx.core as mx
     from mlx_lm.generate import BatchGenerator, generate_step
     from mlx_lm.utils import load_model

@@ -48,14 +48,13 @@ _loaded: ctypes.CDLL | None = None
 _report: BlasReport | None = None
 
 
-def boot(threads: int | None = None, *, cache: Path | None = None) -> BlasReport:
+def boot(threads: int | None = None, *, cache: Path | None = None, library: str = "") -> BlasReport:
     """Make MLX's CPU back-end use OpenBLAS; call it before anything imports `mlx.core`.
 
-    `threads`: OpenBLAS's thread count; if None, what `OPENBLAS_NUM_THREADS` says, else one less than there are cores:
-    its threads wait for each other by spinning, and a product is 20 times slower once one of them finds no core.
-    `cache`: where the renamed copy is kept, `$STOKER_HOME/cache` or `~/.stoker/cache` if None. The variable
-    `STOKER_BLAS` overrides: `off`, or the path of an OpenBLAS with plain names. A second call changes the thread count
-    only. Never raises.
+    `threads`: OpenBLAS's thread count; if None, one fewer than there are cores: its threads wait for each other by
+    spinning, and a product is 20 times slower once one of them finds no core. `cache`: where the renamed copy is kept,
+    `~/.stoker/cache` if None. `library`, a value of STOKER_BLAS: `off`, the path of an OpenBLAS with plain names, or
+    nothing. A second call changes the thread count only. Never raises.
     """
     global _loaded, _report
     if _report is not None and _report.active:
@@ -63,23 +62,22 @@ def boot(threads: int | None = None, *, cache: Path | None = None) -> BlasReport
             set_threads(threads)
         return _report
     try:
-        path, reason = _choose(cache)
+        path, reason = _choose(cache, library)
         if path is None:
             _report = BlasReport(False, "", reason)
             return _report
         # RTLD_GLOBAL puts the library before libmlx's own dependencies in the dynamic linker's search.
-        library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
-        library.cblas_sgemm, library.openblas_set_num_threads  # noqa: B018 - AttributeError if it is no OpenBLAS
+        loaded = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+        loaded.cblas_sgemm, loaded.openblas_set_num_threads  # noqa: B018 - AttributeError if it is no OpenBLAS
     except (OSError, AttributeError, ElfError) as error:
         _report = BlasReport(False, "", f"no fast BLAS: {error}")
         log.warning("MLX runs on its slow reference BLAS: %s", error)
         return _report
     if path.parent.name.startswith(_TEMPORARY):
         shutil.rmtree(path.parent, ignore_errors=True)  # the mapping outlives the file
-    _loaded = library
-    _report = BlasReport(True, str(path), _config(library), library.openblas_get_num_threads())
-    if threads or not os.environ.get("OPENBLAS_NUM_THREADS"):
-        set_threads(threads or max(1, len(os.sched_getaffinity(0)) - 1))
+    _loaded = loaded
+    _report = BlasReport(True, str(path), _config(loaded))
+    set_threads(threads or max(1, len(os.sched_getaffinity(0)) - 1))
     return _report
 
 
@@ -121,9 +119,8 @@ def verify() -> bool:
     return right
 
 
-def _choose(cache: Path | None) -> tuple[Path | None, str]:
+def _choose(cache: Path | None, wanted: str) -> tuple[Path | None, str]:
     """The library to load and "", or None and why there is nothing to load."""
-    wanted = os.environ.get("STOKER_BLAS", "")
     if wanted.lower() == "off":
         return None, "STOKER_BLAS=off"
     if not sys.platform.startswith("linux"):
@@ -139,12 +136,7 @@ def _choose(cache: Path | None) -> tuple[Path | None, str]:
     if source is None:
         log.warning("MLX runs on its slow reference BLAS: install scipy-openblas32, or name one in STOKER_BLAS")
         return None, "scipy-openblas32 is not installed"
-    return _renamed_copy(source, cache or _default_cache()), ""
-
-
-def _default_cache() -> Path:
-    home = os.environ.get("STOKER_HOME")
-    return (Path(home) if home else Path(os.path.expanduser("~")) / ".stoker") / "cache"
+    return _renamed_copy(source, cache or Path.home() / ".stoker" / "cache"), ""
 
 
 def _has_package(*names: str) -> bool:

@@ -201,7 +201,7 @@ class Engine:
 
     def _lanes_of(self, model: LoadedModel) -> list[Lane]:
         if model.kind == "embed":
-            return [EmbedLane(model, self._limits.stall)]
+            return [EmbedLane(model, self._limits.stall, self._limits.cores)]
         pool = self._pools[model.name] = AdapterPool(model, self.store, self._adapter_bytes)
         generate = GenerateLane(model, pool, self._limits)
         generate.warm()

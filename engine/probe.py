@@ -7,7 +7,8 @@ from importlib.metadata import version
 
 import mlx.core as mx
 
-from kernels.backend import of_machine, parse
+from kernels import registry
+from kernels.backend import of_machine
 from kernels.registry import KERNELS
 from stoker.errors import ConfigError
 
@@ -33,13 +34,17 @@ def describe_device() -> str:
     return f"MLX {version('mlx')} on {device()}" + (f", {int(memory) / 2**30:.0f} GiB" if memory else "")
 
 
-def describe_kernels() -> str:
-    """For people: which fused kernels are in use. Raises `ConfigError` for a wrong STOKER_KERNELS."""
+def choose_kernels(setting: str) -> None:
+    """From now on this process uses the fused kernels of `setting`, a value of STOKER_KERNELS. Raises `ConfigError`."""
     try:
-        active = [name for name, kernel in KERNELS.items() if kernel.active]
-        parse(os.environ.get("STOKER_KERNELS", "auto"))
+        registry.use(setting)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def describe_kernels() -> str:
+    """For people: which fused kernels are in use."""
+    active = [name for name, kernel in KERNELS.items() if kernel.active]
     off = [name for name in KERNELS if name not in active]
     if not active:
         return f"none in use: {'MLX runs on a CPU' if of_machine() == 'reference' else 'STOKER_KERNELS says so'}"

@@ -7,12 +7,11 @@
 | `reference` | otherwise, or switched off | the formula in MLX's own operations |
 | `emulator` | only when asked for by `using` | the Metal text on the CPU: for tests and checks, very slow |
 
-`STOKER_KERNELS` is `auto` (all of them, the default), `off`, or names with commas between.
+Which kernels are in use is handed in when a process starts (`kernels.registry.use`); all of them are where nothing is.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -23,11 +22,13 @@ import mlx.core as mx
 Backend = Literal["metal", "cuda", "reference", "emulator"]
 
 _forced: Backend | None = None
+#: Names of the kernels in use; None: all of them.
+_in_use: frozenset[str] | None = None
 
 
 @contextmanager
 def using(backend: Backend) -> Iterator[None]:
-    """Within it every kernel runs on `backend`, whatever `STOKER_KERNELS` says. Raises `ValueError` for no back-end."""
+    """Within it every kernel runs on `backend`, those not in use too. Raises `ValueError` for no back-end."""
     global _forced
     if backend not in get_args(Backend):
         raise ValueError(f"back-end {backend!r}: it is one of {', '.join(get_args(Backend))}")
@@ -42,8 +43,13 @@ def backend_for(name: str) -> Backend:
     """On what the kernel `name` runs now."""
     if _forced is not None:
         return _forced
-    machine = of_machine()
-    return machine if machine != "reference" and chosen(name, os.environ.get("STOKER_KERNELS", "auto")) else "reference"
+    return of_machine() if _in_use is None or name in _in_use else "reference"
+
+
+def use_only(names: frozenset[str] | None) -> None:
+    """From now on these kernels are in use in this process and no others; None: all of them."""
+    global _in_use
+    _in_use = names
 
 
 def of_machine() -> Backend:
@@ -58,27 +64,3 @@ def _gpu() -> Backend:
     if mx.metal.is_available():
         return "metal"
     return "cuda" if mx.cuda.is_available() else "reference"
-
-
-@cache
-def chosen(name: str, setting: str) -> bool:
-    """Whether `setting`, a value of STOKER_KERNELS, has the kernel `name` in use. Raises as `parse` does."""
-    return name in parse(setting)
-
-
-def parse(setting: str) -> frozenset[str]:
-    """The kernels that a value of STOKER_KERNELS names. Raises `ValueError` for a name that there is not."""
-    from kernels.registry import NAMES  # which imports every kernel, and each of them this module
-
-    value = setting.strip().lower()
-    if value in ("", "auto"):
-        return frozenset(NAMES)
-    if value == "off":
-        return frozenset()
-    names = frozenset(part.strip() for part in value.split(",") if part.strip())
-    if unknown := sorted(names - set(NAMES)):
-        raise ValueError(
-            f"STOKER_KERNELS={setting!r}: there is no kernel {', '.join(unknown)}; it is auto, off, or some of "
-            f"{', '.join(NAMES)} with commas between"
-        )
-    return names

@@ -20,17 +20,23 @@ _HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Body:
-    """The text `kernels/{name}.metal`, with the names of its buffers in order."""
+    """The text `kernels/{kernel}/{name}.metal`, with the names of its buffers in order."""
 
     name: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    #: Headers that it needs, as names of files beside it.
+    #: Headers that it needs, as paths in `kernels/`.
     headers: tuple[str, ...] = ()
+    #: The kernel that it belongs to, where that has several bodies; else one of its own name.
+    of: str = ""
+
+    @property
+    def kernel(self) -> str:
+        return self.of or self.name
 
     @cached_property
     def source(self) -> str:
-        return (_HERE / f"{self.name}.metal").read_text()
+        return (_HERE / self.kernel / f"{self.name}.metal").read_text()
 
     @cached_property
     def header(self) -> str:
@@ -44,12 +50,8 @@ class Body:
         groups: tuple[int, int],
         threads: int,
         outputs: Sequence[tuple[tuple[int, ...], mx.Dtype]],
-        kernel: str | None = None,
     ) -> list[mx.array]:
-        """Run it on `groups` (x, y) threadgroups of `threads` threads, a multiple of 32. Lazy, but on the emulator.
-
-        `kernel` is the name under which STOKER_KERNELS knows it, if not the body's.
-        """
+        """Run it on `groups` (x, y) threadgroups of `threads` threads, a multiple of 32. The emulator is not lazy."""
         call = {
             "template": list(template),
             "grid": (groups[0] * threads, groups[1], 1),
@@ -57,7 +59,7 @@ class Body:
             "output_shapes": [shape for shape, _ in outputs],
             "output_dtypes": [dtype for _, dtype in outputs],
         }
-        backend = backend_for(kernel or self.name)
+        backend = backend_for(self.kernel)
         if backend == "emulator":
             from kernels.emulator import observe
 

@@ -115,6 +115,8 @@ def prepare(kernels: Iterable[Kernel], dtypes: Iterable[mx.Dtype] | None = None)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the tables and write the report; returns the exit code."""
     options = _parser().parse_args(arguments)
+    if options.cache:
+        build.keep_in(options.cache)
     chosen = [KERNELS[name] for name in options.kernel or KERNELS]
     backend = of_machine()
     if backend == "reference":
@@ -151,6 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--kernel", action="append", choices=list(KERNELS), help="this one alone; may be repeated")
     parser.add_argument("--dtype", action="append", help="float32, float16 or bfloat16 alone; may be repeated")
     parser.add_argument("--hard", action="store_true", help="inputs at which mistakes would be expected, one by one")
+    parser.add_argument("--cache", type=Path, help="where the emulator keeps what it compiles")
     parser.add_argument("--no-timings", action="store_true", help="numbers alone")
     return parser
 

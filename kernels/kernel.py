@@ -39,8 +39,6 @@ class Timing:
     arguments: tuple[Any, ...]
     #: The fewest bytes that any way of computing it must read and write.
     bytes: int
-    #: MLX's own way, called with the same arguments.
-    builtin: Operation
     #: What feeds a result back as arguments, for kernels that are measured in a chain of calls.
     chain: Callable[[tuple[Any, ...], Arrays], tuple[Any, ...]] | None = None
 

@@ -1,4 +1,4 @@
-"""How long a kernel takes beside MLX's own way, both in turn in one process."""
+"""How long a kernel takes beside MLX's own way, its reference, both in turn in one process."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ class Measured:
 
 
 def measure(kernel: Kernel, timing: Timing, dtype: str, *, times: int = 50, copy: float | None = None) -> Measured:
-    """Time `kernel` against `timing.builtin`. `copy`: bytes a second of a plain copy, for the floor."""
+    """Time `kernel` against its reference. `copy`: bytes a second of a plain copy, for the floor."""
     mx.eval([argument for argument in timing.arguments if isinstance(argument, mx.array)])
-    alone = _interleaved(_single(kernel, timing), _single(timing.builtin, timing), times)
-    chained = _interleaved(_chain(kernel, timing), _chain(timing.builtin, timing), max(5, times // 2))
+    alone = _interleaved(_single(kernel, timing), _single(kernel.reference, timing), times)
+    chained = _interleaved(_chain(kernel, timing), _chain(kernel.reference, timing), max(5, times // 2))
     per_call = [value / CHAIN for value in chained]
     return Measured(
         kernel=kernel.name,
@@ -106,15 +106,15 @@ def _after(arguments: tuple[Any, ...], made: Arrays) -> tuple[Any, ...]:
 
 def _split(arguments: tuple[Any, ...]) -> tuple[list[mx.array], Callable[[list[mx.array]], tuple[Any, ...]]]:
     """The arrays among the arguments, and the way back: a compiled function takes arrays alone."""
-    places = [i for i, argument in enumerate(arguments) if isinstance(argument, mx.array)]
+    positions = [i for i, argument in enumerate(arguments) if isinstance(argument, mx.array)]
 
     def rebuild(arrays: list[mx.array]) -> tuple[Any, ...]:
         filled = list(arguments)
-        for place, array in zip(places, arrays, strict=True):
-            filled[place] = array
+        for position, array in zip(positions, arrays, strict=True):
+            filled[position] = array
         return tuple(filled)
 
-    return [arguments[place] for place in places], rebuild
+    return [arguments[position] for position in positions], rebuild
 
 
 def _interleaved(one: Callable[[], Arrays], other: Callable[[], Arrays], times: int) -> list[float]:

@@ -109,6 +109,19 @@ def test_the_engine_knows_only_the_contract_the_errors_and_the_files_of_stoker()
     assert not {(file, name) for file, name in imported if not name.startswith(allowed)}
 
 
+def test_the_engine_the_kernels_and_the_tasks_read_no_environment() -> None:
+    """Settings are handed in when a process starts: `workers/` and `stoker/settings.py` read them."""
+    read = {
+        f"{file.relative_to(ROOT)}:{node.lineno}"
+        for package in ("engine", "kernels", "tasks")
+        for file in (ROOT / package).rglob("*.py")
+        for node in ast.walk(ast.parse(text_of(file)))
+        if (isinstance(node, ast.Attribute) and node.attr in ("environ", "environb", "getenv", "getenvb"))
+        or (isinstance(node, ast.alias) and node.name in ("environ", "environb", "getenv", "getenvb"))
+    }
+    assert not read
+
+
 def test_no_file_names_a_registry() -> None:
     found = [
         f"{file.relative_to(ROOT)}: {host}"

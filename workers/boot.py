@@ -29,6 +29,7 @@ from workers.cancelling import CancelWatch
 from workers.janitor import Janitor
 from workers.lanes import LaneRequest, LaneStep, lanes
 from workers.lease import LeaseStep
+from workers.machine import asked_cores, boot_blas
 from workers.presence import Heart
 from workers.runtime import Runtime
 from workers.unreadable import DeadMessages
@@ -120,10 +121,11 @@ def _make_engine(settings: Settings, publish: Callable[..., None]) -> Engine:
     # BLAS first: importing the engine imports MLX, and MLX binds to the BLAS that it finds.
     from engine import blas
 
-    report = blas.boot()
+    report = boot_blas(settings)
     from engine.engine import Engine
-    from engine.probe import describe_kernels
+    from engine.probe import choose_kernels, describe_kernels
 
+    choose_kernels(settings.kernels)
     log.info("BLAS: %s", report)
     log.info("kernels: %s", describe_kernels())
     if report.active and not blas.verify():
@@ -152,7 +154,7 @@ def _limits(settings: Settings) -> Limits:
     from engine.probe import memory
 
     kv_bytes = settings.kv_cache << 20 if settings.kv_cache else memory() // 8
-    return Limits(slots=settings.generate_slots, kv_bytes=kv_bytes, stall=settings.stall)
+    return Limits(slots=settings.generate_slots, kv_bytes=kv_bytes, stall=settings.stall, cores=asked_cores())
 
 
 def _end_process() -> None:

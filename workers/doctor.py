@@ -3,31 +3,34 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from engine import blas
 from stoker.catalogue import parse_models
 from stoker.errors import ConfigError, ModelError
 from stoker.settings import load_settings
+from workers.machine import boot_blas
 
 
 def checks() -> list[dict[str, Any]]:
-    report = blas.boot()
-    from engine.probe import describe_device, describe_kernels
-
     settings = load_settings()
+    report = boot_blas(settings)
+    from engine.probe import describe_device
+
     found = [
         {"name": "mlx", "ok": True, "detail": describe_device()},
         {"name": "blas", "ok": True, "detail": str(report)},
-        _kernels_check(describe_kernels),
+        _kernels_check(settings.kernels),
     ]
     return found + [_model_check(*model) for model in parse_models(settings.models).items()]
 
 
-def _kernels_check(describe: Callable[[], str]) -> dict[str, Any]:
+def _kernels_check(setting: str) -> dict[str, Any]:
+    from engine.probe import choose_kernels, describe_kernels
+
     try:
-        return {"name": "kernels", "ok": True, "detail": describe()}
+        choose_kernels(setting)
+        return {"name": "kernels", "ok": True, "detail": describe_kernels()}
     except ConfigError as error:
         return {"name": "kernels", "ok": False, "detail": str(error)}
 

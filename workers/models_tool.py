@@ -15,6 +15,8 @@ from typing import Any
 from engine.sources import resolve
 from stoker.contract import TrainRequest
 from stoker.errors import InvalidRequest, StokerError
+from stoker.settings import load_settings
+from workers.machine import boot_blas
 
 
 def pull(sources: Sequence[str]) -> dict[str, Any]:
@@ -58,10 +60,8 @@ def export(sources: Sequence[str], adapter: str, target: str) -> dict[str, Any]:
 
 
 def plan(sources: Sequence[str], dataset: str, request: dict[str, Any]) -> dict[str, Any]:
-    from engine import blas
-
     # Before MLX is imported, as in a worker: what is measured shall be a worker's.
-    blas.boot()
+    boot_blas(load_settings())
     from engine.training.planning import plan as look
 
     return look(sources, Path(dataset), TrainRequest(**request))

@@ -42,8 +42,8 @@ class Forward(Protocol):
         ...
 
 
-def forward_of(model: LoadedModel) -> Forward:
-    return PackedForward(model) if on_cpu() else PaddedForward(model)
+def forward_of(model: LoadedModel, cores: int | None = None) -> Forward:
+    return PackedForward(model, cores) if on_cpu() else PaddedForward(model)
 
 
 class PackedForward:
@@ -56,7 +56,7 @@ class PackedForward:
     def __init__(self, model: LoadedModel, streams: int | None = None) -> None:
         assert model.embedding is not None
         self._encoder, self._pooling, self._pad = model.encoder, model.embedding.pooling, model.tokenizer.pad_id or 0
-        self.streams = streams or stream_count()
+        self.streams = streams or core_count()
         # Products are as fast as they get from here on.
         self.least_tokens = 256 * self.streams
 
@@ -111,11 +111,8 @@ def seen_places(encoder: Encoder, block: Tokens, mask: NDArray[np.bool_] | None)
     return (places if mask is None else np.where(mask, places, places[:, :1])).reshape(-1)
 
 
-def stream_count() -> int:
-    """Cores to use: what `OPENBLAS_NUM_THREADS` says, else all. Unlike BLAS's threads, streams do not spin."""
-    said = os.environ.get("OPENBLAS_NUM_THREADS", "")
-    if said.isdigit() and int(said) > 0:
-        return int(said)
+def core_count() -> int:
+    """All cores, unlike BLAS, which leaves one: streams do not spin."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 
 

@@ -51,15 +51,15 @@ class EmbedLane:
     """Jobs wait in `Turns`. What fails for one job ends that job alone, and its error names the text; `fail_all` is for
     a device that computes nothing any more.
 
-    `stall`: seconds that a step may last, if less than `STEP_SECONDS`.
+    `stall`: seconds that a step may last, if less than `STEP_SECONDS`. `cores`: how many a CPU gives; None: all.
     """
 
     kind = "embed"
 
-    def __init__(self, model: LoadedModel, stall: float = STEP_SECONDS) -> None:
+    def __init__(self, model: LoadedModel, stall: float = STEP_SECONDS, cores: int | None = None) -> None:
         assert model.embedding is not None, "an embedding lane needs an embedding model"
         self._model, self._spec = model, model.embedding
-        self._forward = forward_of(model)
+        self._forward = forward_of(model, cores)
         seconds = min(stall, STEP_SECONDS)
         # Who asks for less time between two tokens gets shorter steps, though the device idles.
         self._pace = Pace(seconds, int(self._forward.least_tokens * seconds / STEP_SECONDS), MOST_TOKENS)

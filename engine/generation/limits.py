@@ -16,10 +16,11 @@ GROUP_TOKENS = 2048
 class Limits:
     """`slots`: rows that decode at once. `kv_bytes`: keys and values of all rows, prompts on their way and prefixes.
     `prefix_share`: of these, what kept prefixes may take. `stall`: seconds that a prompt may hold up the streams
-    beside it. `compiled`: None: what is usual on this machine."""
+    beside it. `compiled`: None: what is usual on this machine. `cores`: a CPU's, for embedding; None: all."""
 
     slots: int = 16
     kv_bytes: int = 1 << 30
     prefix_share: float = 0.25
     stall: float = 0.25
     compiled: Compiled | None = None
+    cores: int | None = None

@@ -19,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from engine.models.fastmath import exp_nonpositive, fast
-from kernels.sample import FAINTEST, Penalties, adjusted
+from kernels.sample import FAINTEST, Penalties, SampleInput, adjusted
 from kernels.sample import KERNEL as SAMPLE
 from kernels.sample import sample as fused_sample
 from stoker.contract import GenerateRequest
@@ -274,15 +274,17 @@ def _fused(logits: mx.array, columns: Columns, last: mx.array | None) -> tuple[m
     """`choose` by a kernel that sorts nothing."""
     rows, ranked = logits.shape[0], "top_k" in columns
     sampled = fused_sample(
-        logits,
-        temperature=columns["temperature"],
-        top_k=columns["top_k"] if ranked else mx.zeros((rows, 1), mx.int32),
-        top_p=columns["top_p"] if ranked else mx.ones((rows, 1)),
-        min_p=columns["min_p"],
-        uniform=columns["uniform"],
-        greedy=columns["greedy"],
-        penalties=_penalties(columns, last, rows),
-        allowed=columns.get("mask"),
+        SampleInput(
+            logits,
+            temperature=columns["temperature"],
+            top_k=columns["top_k"] if ranked else mx.zeros((rows, 1), mx.int32),
+            top_p=columns["top_p"] if ranked else mx.ones((rows, 1)),
+            min_p=columns["min_p"],
+            uniform=columns["uniform"],
+            greedy=columns["greedy"],
+            penalties=_penalties(columns, last, rows),
+            allowed=columns.get("mask"),
+        )
     )
     if "alternatives" not in columns:
         return sampled

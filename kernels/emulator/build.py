@@ -18,6 +18,8 @@ from pathlib import Path
 from kernels.emulator.trace import Launch
 
 RUNTIME = Path(__file__).parent / "runtime"
+#: Where compiled kernels are kept; None: in the user's cache.
+_folder: Path | None = None
 #: Strict: a conversion that Metal makes silently and CUDA refuses, or a double, is an error.
 _FLAGS = ("-std=c++17", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing")
 _KERNEL_FLAGS = (
@@ -44,6 +46,13 @@ class Built:
     #: The lines before MLX's signature and those of the body, as reports quote them.
     header: tuple[str, ...]
     body: tuple[str, ...]
+
+
+def keep_in(folder: Path) -> None:
+    """From now on compiled kernels are kept there."""
+    global _folder
+    _folder = folder
+    _runtime.cache_clear()
 
 
 def available() -> bool:
@@ -135,7 +144,7 @@ def _digest(*texts: str) -> str:
 
 def _kept(name: str, make: Callable[[Path, Path], None]) -> Path:
     """The cached file `name`, made by `make(output, folder to work in)` if it is absent; safe between processes."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stoker" / "kernels"
+    root = _folder or Path.home() / ".cache" / "stoker" / "kernels"
     path = root / name
     if path.exists():
         return path

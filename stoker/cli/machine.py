@@ -176,7 +176,9 @@ def check_kernels(
 ) -> None:
     """Run every fused kernel of this machine's back-end against its reference."""
     chosen = [part for name in kernel or () for part in ("--kernel", name)]
-    flags = [*([] if timings else ["--no-timings"]), *(["--hard"] if hard else [])]
+    caches = os.environ.get("XDG_CACHE_HOME")
+    cache = ["--cache", str(Path(caches, "stoker", "kernels"))] if caches else []
+    flags = [*([] if timings else ["--no-timings"]), *(["--hard"] if hard else []), *cache]
     _run_module("kernels.check", "--report", str(report), *chosen, *flags)
 
 

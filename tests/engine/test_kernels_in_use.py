@@ -17,7 +17,7 @@ from engine.generation.step import Step
 from engine.loading import load
 from engine.models.cache import KeyValues
 from engine.models.llama import Llama
-from engine.probe import describe_kernels
+from engine.probe import choose_kernels, describe_kernels
 from kernels import backend
 from kernels.emulator import build
 from kernels.emulator.observe import observing
@@ -155,8 +155,12 @@ def test_which_kernels_are_in_use_is_told_and_a_wrong_setting_is_an_error(monkey
     assert describe_kernels() == "none in use: MLX runs on a CPU"
     monkeypatch.setattr(backend, "of_machine", lambda: "metal")
     monkeypatch.setattr("engine.probe.of_machine", lambda: "metal")
-    monkeypatch.setenv("STOKER_KERNELS", "lora,sample")
-    assert describe_kernels().startswith("sample, lora in use on metal; off: attend,")
-    monkeypatch.setenv("STOKER_KERNELS", "lora,samples")
-    with pytest.raises(ConfigError, match="there is no kernel samples"):
-        describe_kernels()
+    try:
+        choose_kernels("lora,sample")
+        assert describe_kernels().startswith("sample, lora in use on metal; off: attend,")
+        with pytest.raises(ConfigError, match="there is no kernel samples"):
+            choose_kernels("lora,samples")
+        choose_kernels("off")
+        assert describe_kernels() == "none in use: STOKER_KERNELS says so"
+    finally:
+        choose_kernels("auto")

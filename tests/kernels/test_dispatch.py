@@ -6,12 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
 
-from kernels import backend
+from kernels import backend, registry
 from kernels.add_rms_norm import KERNEL, add_rms_norm
 from kernels.emulator.observe import observing
 from kernels.registry import KERNELS, NAMES
@@ -19,24 +20,37 @@ from kernels.registry import KERNELS, NAMES
 ROOT = Path(__file__).parents[2]
 
 
-def test_on_a_cpu_the_reference_runs_whatever_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True)
+def _all_in_use() -> Iterator[None]:
+    yield
+    registry.use("auto")
+
+
+def test_on_a_cpu_the_reference_runs_whatever_the_setting() -> None:
     for setting in ("auto", "sample", "off"):
-        monkeypatch.setenv("STOKER_KERNELS", setting)
+        registry.use(setting)
         assert {kernel.backend for kernel in KERNELS.values()} == {"reference"}
 
 
 def test_on_a_gpu_the_setting_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "of_machine", lambda: "metal")
     for setting, active in (("auto", set(NAMES)), ("off", set()), ("lora, Sample", {"lora", "sample"})):
-        monkeypatch.setenv("STOKER_KERNELS", setting)
+        registry.use(setting)
         assert {name for name, kernel in KERNELS.items() if kernel.active} == active
-    monkeypatch.delenv("STOKER_KERNELS")
-    assert all(kernel.active for kernel in KERNELS.values())
+
+
+def test_where_nothing_was_chosen_all_are_in_use() -> None:
+    code = (
+        "from kernels import backend; from kernels.registry import KERNELS; backend.of_machine = lambda: 'metal'\n"
+        "assert all(kernel.active for kernel in KERNELS.values())"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_a_setting_with_a_name_that_there_is_not_says_which_there_are() -> None:
     with pytest.raises(ValueError, match=r"STOKER_KERNELS='lora,lore': there is no kernel lore; .*sample, attend"):
-        backend.parse("lora,lore")
+        registry.use("lora,lore")
+    assert all(name in registry.parse("") for name in NAMES), "what was refused changed nothing"
 
 
 def test_what_a_kernel_cannot_take_falls_back_and_is_counted() -> None:

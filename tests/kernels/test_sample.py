@@ -1,4 +1,4 @@
-"""`sample` at what is hard for it, on the emulator: every draw within the rule of `kernels/sample_rule.py`."""
+"""`sample` at what is hard for it, on the emulator: every draw within the rule of `kernels/sample/rule.py`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from kernels.check import check_hard, run_case
 from kernels.emulator.observe import observing
 from kernels.kernel import DTYPES, Case
 from kernels.sample import KERNEL
-from kernels.sample_hard import LARGE, VOCABULARIES, call, of_vocabulary, patterns, random_rows
-from kernels.sample_rule import Setting, cuts, errors
+from kernels.sample.hard import LARGE, VOCABULARIES, call, of_vocabulary, patterns, random_rows
+from kernels.sample.rule import Setting, cuts, errors
 
 IDS = [str(dtype).rpartition(".")[2] for dtype in DTYPES]
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import graphlib
 import re
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
+import grimp
 import pytest
 
 PROMISE = (
@@ -28,6 +30,14 @@ def test_importing_the_workers_app_loads_no_mlx(tmp_path: Path) -> None:
     """Flower and `celery inspect` import it on machines that hold no model."""
     code = "import workers.app, sys; assert 'mlx' not in sys.modules and 'engine' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_no_module_of_kernels_tasks_and_workers_imports_itself_through_others() -> None:
+    """`TYPE_CHECKING` counts. import-linter sees circles of siblings, none between a package and a module within it."""
+    graph = grimp.build_graph("kernels", "tasks", "workers", exclude_type_checking_imports=False, cache_dir=None)
+    imports = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
+    assert sum(map(len, imports.values())) > 100
+    graphlib.TopologicalSorter(imports).prepare()
 
 
 #: What takes long to load, or what a client does not need at all.

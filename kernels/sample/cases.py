@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from kernels.kernel import Case, Timing, normal, on_device
-from kernels.sample_reference import Penalties, reference
+from kernels.sample.arguments import Penalties, SampleInput
 
 
 def arguments_of(
@@ -23,13 +23,20 @@ def arguments_of(
     greedy: bool = False,
     penalties: Penalties | None = None,
     allowed: mx.array | None = None,
-) -> tuple[Any, ...]:
+) -> SampleInput:
     """The same parameters for every row, with a uniform number each."""
     rows = logits.shape[0]
-    floats = [mx.full((rows, 1), value) for value in (temperature, top_p, min_p)]
-    uniform = mx.array(random.random((rows, 1)).astype(np.float32))
-    parameters = (floats[0], mx.full((rows, 1), top_k, mx.int32), *floats[1:], uniform, mx.full((rows, 1), greedy))
-    return (logits, *parameters, penalties, allowed)
+    return SampleInput(
+        logits,
+        temperature=mx.full((rows, 1), temperature),
+        top_k=mx.full((rows, 1), top_k, mx.int32),
+        top_p=mx.full((rows, 1), top_p),
+        min_p=mx.full((rows, 1), min_p),
+        uniform=mx.array(random.random((rows, 1)).astype(np.float32)),
+        greedy=mx.full((rows, 1), greedy),
+        penalties=penalties,
+        allowed=allowed,
+    )
 
 
 def some_penalties(random: np.random.Generator, rows: int, vocabulary: int) -> Penalties:
@@ -88,4 +95,4 @@ def timings(dtype: mx.Dtype) -> Iterable[Timing]:
         logits = on_device((rows, 151_936), dtype, 3.0)
         for label, parameters in ways.items():
             arguments = arguments_of(random, logits, **parameters)
-            yield Timing(f"{rows} × 151936, {label}", arguments, logits.nbytes, reference)
+            yield Timing(f"{rows} × 151936, {label}", arguments, logits.nbytes)

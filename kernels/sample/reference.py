@@ -1,40 +1,20 @@
-"""`sample` in MLX's own operations: a sort. What numbers that are none come to is in `kernels/sample.py`."""
+"""`sample` in MLX's own operations: a sort. What numbers that are none come to is in `kernels/sample/op.py`."""
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import mlx.core as mx
 
 from kernels.kernel import Arrays
+from kernels.sample.arguments import Penalties, SampleInput
 
 #: What a score less than this under the best one weighs is not drawn: e^−87 is the last normal float32.
 FAINTEST = -87.0
-
-
 #: A score at or below minus this is none.
 SCORE_LIMIT = 4e37
 #: What is finite of a raw logit, and of a temperature.
 FINITE = 3e38
 #: The smallest normal float32: a GPU may take what is smaller for 0.
 SMALLEST = 1.17549435e-38
-
-
-class Penalties(NamedTuple):
-    """Tokens so far. A row's entries (rows, any) may be padded with `seen` 0; entries of one token are added up.
-
-    A token counts as seen (for `repetition`: Keskar et al., 2019) if any entry of it has `seen` above 0, and its
-    `counts` are for `presence` and `frequency` (OpenAI's). `last`, int32 (rows,), is one more entry that counts 1;
-    below 0: none. The three strengths are float32 (rows,), 1, 0 and 0 where a row has none.
-    """
-
-    seen_ids: mx.array
-    seen: mx.array
-    counts: mx.array
-    last: mx.array
-    repetition: mx.array
-    presence: mx.array
-    frequency: mx.array
 
 
 def adjusted(logits: mx.array, penalties: Penalties | None, allowed: mx.array | None) -> mx.array:
@@ -72,24 +52,12 @@ def scored(
     return mx.where(mx.isnan(scores), -SCORE_LIMIT, mx.clip(scores, -SCORE_LIMIT, SCORE_LIMIT)), warm
 
 
-def reference(
-    logits: mx.array,
-    temperature: mx.array,
-    top_k: mx.array,
-    top_p: mx.array,
-    min_p: mx.array,
-    uniform: mx.array,
-    greedy: mx.array,
-    penalties: Penalties | None,
-    allowed: mx.array | None,
-) -> Arrays:
-    """The arguments and results of `KERNEL`."""
-    rows, vocabulary = logits.shape
-    temperature, top_k, top_p, min_p, uniform, greedy = (
-        array.reshape(rows, 1) for array in (temperature, top_k, top_p, min_p, uniform, greedy)
-    )
-    logits = logits.astype(mx.float32)
-    scores, warm = scored(logits, temperature, penalties, allowed)
+def reference(given: SampleInput) -> Arrays:
+    """The results of `KERNEL`."""
+    rows, vocabulary = given.logits.shape
+    temperature, top_k, top_p, min_p, uniform, greedy = (array.reshape(rows, 1) for array in given[1:7])
+    logits = given.logits.astype(mx.float32)
+    scores, warm = scored(logits, temperature, given.penalties, given.allowed)
     greedy = greedy | ~warm
     best = mx.max(scores, axis=-1, keepdims=True)
     lowest = mx.where(greedy, best, _lowest(scores, best, top_k, top_p, min_p))

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import mlx.core as mx
-import numpy as np
 
+from kernels.attend.cases import cases, timings
 from kernels.backend import Backend
 from kernels.body import Body
-from kernels.kernel import Arrays, Case, Kernel, Timing, float_bits, normal, on_device, refuse_dtype
+from kernels.kernel import Arrays, Kernel, float_bits, refuse_dtype
 
 _BODY = Body("attend", ("q", "keys", "values", "offset"), ("y",), ("packed.h",))
 #: Threads of a threadgroup at most. Apple's GPUs take fewer than 1,024 of a kernel that needs many registers.
@@ -24,7 +22,7 @@ def attend(
     """softmax(scale · q Kᵀ) V, (rows, heads, 1, dim), of queries (rows, heads, 1, dim).
 
     `keys`, `values`: (slots, kv_heads, capacity, dim), whole as they are stored: row i is in slot i, and reads the
-    columns up to `offset[i]`, int32 (rows,); with `window` the last so many of them.
+    positions up to `offset[i]`, int32 (rows,); with `window` the last so many of them.
     """
     return KERNEL(q, keys, values, offset, scale, window)[0]
 
@@ -32,10 +30,10 @@ def attend(
 def _reference(
     q: mx.array, keys: mx.array, values: mx.array, offset: mx.array, scale: float, window: int | None
 ) -> Arrays:
-    rows, columns = q.shape[0], mx.arange(keys.shape[2])[None]
-    seen = columns <= offset[:, None]
+    rows, positions = q.shape[0], mx.arange(keys.shape[2])[None]
+    seen = positions <= offset[:, None]
     if window is not None:
-        seen = seen & (columns > offset[:, None] - window)
+        seen = seen & (positions > offset[:, None] - window)
     attention = mx.fast.scaled_dot_product_attention
     return [attention(q, keys[:rows], values[:rows], scale=scale, mask=seen[:, None, None])]
 
@@ -85,29 +83,6 @@ def _launch(
     )
 
 
-def _cases(dtype: mx.Dtype, random: np.random.Generator) -> Iterable[Case]:
-    shapes = ((2, 14, 2, 64, 150, None), (3, 4, 4, 32, 40, None), (1, 8, 1, 128, 300, 50), (2, 2, 1, 16, 1, None))
-    for rows, heads, kv_heads, dim, capacity, window in shapes:
-        q = normal(random, (rows, heads, 1, dim), dtype)
-        keys, values = (normal(random, (rows + 1, kv_heads, capacity, dim), dtype) for _ in range(2))
-        offset = mx.array(random.integers(0, capacity, rows), mx.int32)
-        label = f"{rows} rows of {capacity}, {heads} heads over {kv_heads} of {dim}"
-        label = f"{label}, window {window}" if window else label
-        yield Case(label, (q, keys, values, offset, dim**-0.5, window))
-
-
-def _timings(dtype: mx.Dtype) -> Iterable[Timing]:
-    random = np.random.default_rng(0)
-    for rows, capacity in ((1, 512), (32, 512), (32, 2048)):
-        q = on_device((rows, 14, 1, 64), dtype)
-        keys, values = (on_device((rows, 2, capacity, 64), dtype) for _ in range(2))
-        offset = mx.array(random.integers(capacity // 2, capacity, rows), mx.int32)
-        read = int(np.array(offset + 1).sum()) * 2 * 64 * int(dtype.size) * 2
-        arguments = (q, keys, values, offset, 0.125, None)
-        label = f"{rows} rows of {capacity // 2} to {capacity}, 14 heads over 2"
-        yield Timing(label, arguments, read + 2 * q.nbytes, _reference, lambda given, made: (made[0], *given[1:]))
-
-
 KERNEL = Kernel(
     name="attend",
     reason="rows of different lengths make MLX's own take a mask, and with one it is not fused: a launch for about six",
@@ -115,6 +90,6 @@ KERNEL = Kernel(
     launch=_launch,
     reference=_reference,
     refuse=_refuse,
-    cases=_cases,
-    timings=_timings,
+    cases=cases,
+    timings=timings,
 )

@@ -2,24 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import mlx.core as mx
-import numpy as np
 
+from kernels.add_layer_norm.cases import cases, timings
 from kernels.body import Body
-from kernels.kernel import (
-    Arrays,
-    Case,
-    Kernel,
-    Timing,
-    float_bits,
-    normal,
-    on_device,
-    refuse_dtype,
-    threads_for,
-    with_gradient_of,
-)  # fmt: skip
+from kernels.kernel import Arrays, Kernel, float_bits, refuse_dtype, threads_for, with_gradient_of
 
 _BODY = Body("add_layer_norm", ("x", "r", "w", "b"), ("y",), ("common.h",))
 #: Beyond this a thread's part of a row no longer fits its registers.
@@ -72,24 +59,6 @@ def _launch(
     return with_gradient_of(lambda a, r, w, b: _reference(a, r, w, b, eps), forward)(x, residual, weight, bias)
 
 
-def _cases(dtype: mx.Dtype, random: np.random.Generator) -> Iterable[Case]:
-    for shape in ((1, 2), (1, 33), (6, 384), (2, 3, 1000), (3, 3072)):
-        x, r = (normal(random, shape, dtype, 2.0) for _ in range(2))
-        w, b = (normal(random, shape[-1:], dtype) for _ in range(2))
-        yield Case(" × ".join(map(str, shape)), (x, r, w, b, 1e-5))
-    # Rows so flat that eps counts.
-    x = normal(random, (4, 96), dtype, 1e-3)
-    w, b = (normal(random, (96,), dtype) for _ in range(2))
-    yield Case("4 × 96, flat", (x, mx.zeros_like(x), w, b, 1e-5))
-
-
-def _timings(dtype: mx.Dtype) -> Iterable[Timing]:
-    for rows in (32, 3200, 12800):
-        x, r = (on_device((rows, 384), dtype) for _ in range(2))
-        arguments = (x, r, mx.ones(384, dtype), mx.zeros(384, dtype), 1e-12, False)
-        yield Timing(f"{rows} × 384", arguments, 3 * x.nbytes, _reference, lambda given, made: (made[0], *given[1:]))
-
-
 KERNEL = Kernel(
     name="add_layer_norm",
     reason="one launch for two, and the sum is neither written nor read again: 3 passes over the rows for 5",
@@ -97,7 +66,7 @@ KERNEL = Kernel(
     launch=_launch,
     reference=_reference,
     refuse=_refuse,
-    cases=_cases,
-    timings=_timings,
+    cases=cases,
+    timings=timings,
     differentiable=True,
 )

@@ -10,7 +10,7 @@ the second finds the bin in which top-k and top-p cut, and sorts that bin alone:
 Which part of the scores is looked at next is decided by counts, which are exact; masses are rounded, and only choose
 among parts that hold a score. So every loop has a bound that no number can break.
 
-What is exact: top-k, ties, and that a token is kept by the rule above. What is rounded: `kernels/sample_rule.py` says
+What is exact: top-k, ties, and that a token is kept by the rule above. What is rounded: `kernels/sample/rule.py` says
 how far, and computes it in float64.
 
 Numbers that are none: a NaN among the logits, and a score at or below −4e37, is no score: its token is never drawn. A
@@ -28,12 +28,11 @@ import mlx.core as mx
 
 from kernels.body import Body, Template
 from kernels.kernel import DTYPES, Arrays, Kernel
-from kernels.sample_cases import cases, timings
-from kernels.sample_hard import hard
-from kernels.sample_reference import FAINTEST, Penalties, adjusted, reference
-from kernels.sample_rule import error
-
-__all__ = ["FAINTEST", "KERNEL", "Penalties", "Sampled", "adjusted", "sample"]
+from kernels.sample.arguments import SampleInput
+from kernels.sample.cases import cases, timings
+from kernels.sample.hard import hard
+from kernels.sample.reference import reference
+from kernels.sample.rule import error
 
 _CHUNK, _BLOCK, _PICK_THREADS = 512, 4096, 512
 _MOST = 1 << 20
@@ -43,13 +42,15 @@ _SCAN = Body(
     "sample_scan",
     ("logits", "temperature", "top_k", "top_p", "greedy", *_PENALTIES, "allowed"),
     ("stats", "histogram", "scores"),
-    ("sample.h",),
+    ("sample/sample.h",),
+    of="sample",
 )
 _PICK = Body(
     "sample_pick",
     ("logits", "scores", "stats", "histogram", *_ROW),
     ("chosen", "raw", "logprob", "probability"),
-    ("common.h", "sample.h", "sample_pick.h"),
+    ("common.h", "sample/sample.h", "sample/sample_pick.h"),
+    of="sample",
 )
 
 
@@ -62,45 +63,20 @@ class Sampled(NamedTuple):
     probability: mx.array
 
 
-def sample(
-    logits: mx.array,
-    *,
-    temperature: mx.array,
-    top_k: mx.array,
-    top_p: mx.array,
-    min_p: mx.array,
-    uniform: mx.array,
-    greedy: mx.array,
-    penalties: Penalties | None = None,
-    allowed: mx.array | None = None,
-) -> Sampled:
-    """One token a row of `logits` (rows, vocabulary).
-
-    float32, (rows,) or (rows, 1): `temperature` above 0, `top_p` (1: off), `min_p` (0: off), `uniform` in [0, 1).
-    `top_k`: int32, 0 or the vocabulary: off. `greedy`: bool; such a row takes the first of its best tokens.
-    `allowed`: int32 or uint32 (rows, vocabulary / 32), a bit for each token that a grammar allows.
-    """
-    return Sampled(*KERNEL(logits, temperature, top_k, top_p, min_p, uniform, greedy, penalties, allowed))
+def sample(given: SampleInput) -> Sampled:
+    """One token a row."""
+    return Sampled(*KERNEL(*given))
 
 
-def _refuse(
-    logits: mx.array,
-    temperature: mx.array,
-    top_k: mx.array,
-    top_p: mx.array,
-    min_p: mx.array,
-    uniform: mx.array,
-    greedy: mx.array,
-    penalties: Penalties | None,
-    allowed: mx.array | None,
-) -> str | None:
+def _refuse(given: SampleInput) -> str | None:
+    logits, penalties, allowed = given.logits, given.penalties, given.allowed
     if logits.dtype not in DTYPES:
         return f"logits of dtype {logits.dtype}"
     if logits.ndim != 2 or not 1 < logits.shape[1] <= _MOST:
         return f"logits of shape {logits.shape}"
-    if any(array.dtype != mx.float32 for array in (temperature, top_p, min_p, uniform)):
+    if any(array.dtype != mx.float32 for array in (given.temperature, given.top_p, given.min_p, given.uniform)):
         return "parameters that are not float32"
-    if top_k.dtype != mx.int32 or greedy.dtype != mx.bool_:
+    if given.top_k.dtype != mx.int32 or given.greedy.dtype != mx.bool_:
         return "top_k that is not int32, or greedy that is not bool"
     if penalties is not None and penalties.last.dtype != mx.int32:
         return "a last token that is not int32"
@@ -109,29 +85,34 @@ def _refuse(
     return None
 
 
-def _launch(
-    logits: mx.array,
-    temperature: mx.array,
-    top_k: mx.array,
-    top_p: mx.array,
-    min_p: mx.array,
-    uniform: mx.array,
-    greedy: mx.array,
-    penalties: Penalties | None,
-    allowed: mx.array | None,
-) -> Arrays:
+def _launch(given: SampleInput) -> Arrays:
+    logits, temperature, top_k, top_p, min_p, uniform, greedy, penalties, allowed = given
     rows, vocabulary = logits.shape
-    chunks, blocks = -(-vocabulary // _CHUNK), -(-vocabulary // _BLOCK)
     adjusted = penalties is not None or allowed is not None
     sizes: Template = [
         ("T", logits.dtype),
         ("V", vocabulary),
-        ("CHUNKS", chunks),
-        ("BLOCKS", blocks),
+        ("CHUNKS", -(-vocabulary // _CHUNK)),
+        ("BLOCKS", -(-vocabulary // _BLOCK)),
         ("ADJUSTED", adjusted),
     ]
+    stats, histogram, scores = _scan(given, sizes, adjusted)
+    return _PICK.launch(
+        (logits, scores, stats, histogram, temperature, top_k, top_p, min_p, uniform, greedy),
+        template=sizes,
+        groups=(rows, 1),
+        threads=_PICK_THREADS,
+        outputs=[((rows,), mx.int32), *[((rows,), mx.float32)] * 3],
+    )
+
+
+def _scan(given: SampleInput, sizes: Template, adjusted: bool) -> Arrays:
+    """The first launch: sums of each chunk, a histogram of each block, and what scores are adjusted."""
+    logits, temperature, top_k, top_p, _, _, greedy, penalties, allowed = given
+    rows, vocabulary = logits.shape
+    chunks, blocks = -(-vocabulary // _CHUNK), -(-vocabulary // _BLOCK)
     ids = top_k if penalties is None else penalties.seen_ids
-    stats, histogram, scores = _SCAN.launch(
+    return _SCAN.launch(
         (
             *(logits, temperature, top_k, top_p, greedy),
             *((top_k, temperature, temperature, top_k, *[temperature] * 3) if penalties is None else penalties),
@@ -149,15 +130,6 @@ def _launch(
             ((rows, blocks, 2, 256), mx.uint32),
             ((rows, vocabulary) if adjusted else (1,), mx.float32),
         ],
-        kernel="sample",
-    )
-    return _PICK.launch(
-        (logits, scores, stats, histogram, temperature, top_k, top_p, min_p, uniform, greedy),
-        template=sizes,
-        groups=(rows, 1),
-        threads=_PICK_THREADS,
-        outputs=[((rows,), mx.int32), *[((rows,), mx.float32)] * 3],
-        kernel="sample",
     )
 
 
@@ -165,9 +137,9 @@ KERNEL = Kernel(
     name="sample",
     reason="a sort of the vocabulary moves it some ten times and then takes eight more launches; this reads it once",
     bodies=(_SCAN, _PICK),
-    launch=_launch,
-    reference=reference,
-    refuse=_refuse,
+    launch=lambda *fields: _launch(SampleInput(*fields)),
+    reference=lambda *fields: reference(SampleInput(*fields)),
+    refuse=lambda *fields: _refuse(SampleInput(*fields)),
     cases=cases,
     timings=timings,
     error=error,

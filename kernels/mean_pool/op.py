@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import mlx.core as mx
-import numpy as np
 
 from kernels.body import Body
-from kernels.kernel import Arrays, Case, Kernel, Timing, float_bits, normal, on_device, refuse_dtype, with_gradient_of
+from kernels.kernel import Arrays, Kernel, float_bits, refuse_dtype, with_gradient_of
+from kernels.mean_pool.cases import cases, timings
 
 _BODY = Body("mean_pool", ("x", "r", "w", "b", "lengths"), ("y",), ("common.h",))
 _THREADS = 512
@@ -103,34 +101,6 @@ def _launch(
     return with_gradient_of(formula, forward)(x, residual, weight, bias, lengths)
 
 
-def _cases(dtype: mx.Dtype, random: np.random.Generator) -> Iterable[Case]:
-    for texts, tokens, width, normalize in (
-        (1, 1, 33, True),
-        (3, 7, 384, True),
-        (2, 19, 768, False),
-        (2, 40, 100, True),
-    ):
-        x, r = (normal(random, (texts, tokens, width), dtype, 2.0) for _ in range(2))
-        w, b = (normal(random, (width,), dtype) for _ in range(2))
-        lengths = mx.array(random.integers(1, tokens + 1, texts).astype(np.int32))
-        label = f"{texts} × {tokens} × {width}{', L2' if normalize else ''}"
-        yield Case(label, (x, r, w, b, lengths, 1e-12, normalize))
-    # Rows so flat that eps counts; vectors of next to nothing, whose norm is below its floor as a mean, not as a sum.
-    x = normal(random, (2, 40, 64), dtype, 1e-3)
-    lengths, w, b = mx.array([40, 7], mx.int32), normal(random, (64,), dtype), normal(random, (64,), dtype)
-    yield Case("2 × 40 × 64, flat", (x, mx.zeros_like(x), w, b, lengths, 1e-5, False))
-    nothing = normal(random, (64,), dtype, 1e-14)
-    yield Case("2 × 40 × 64, next to nothing, L2", (x, x, mx.zeros_like(w), nothing, lengths, 1e-5, True))
-
-
-def _timings(dtype: mx.Dtype) -> Iterable[Timing]:
-    for texts, tokens in ((1, 32), (100, 32), (100, 128)):
-        x, r = (on_device((texts, tokens, 384), dtype) for _ in range(2))
-        lengths = mx.full((texts,), tokens, mx.int32)
-        arguments = (x, r, mx.ones(384, dtype), mx.zeros(384, dtype), lengths, 1e-12, True, False)
-        yield Timing(f"{texts} × {tokens} × 384", arguments, 2 * x.nbytes + texts * 384 * 4, _reference)
-
-
 KERNEL = Kernel(
     name="mean_pool",
     reason="one launch for about eight; hidden states are read once, without padding, never written: 2 passes for 6",
@@ -138,8 +108,8 @@ KERNEL = Kernel(
     launch=_launch,
     reference=_reference,
     refuse=_refuse,
-    cases=_cases,
-    timings=_timings,
+    cases=cases,
+    timings=timings,
     # A sum over many tokens of what was rounded: the reference's own matmul is no closer.
     tolerances={mx.float32: 2e-5, mx.float16: 2e-3, mx.bfloat16: 1.6e-2},
     differentiable=True,

@@ -10,9 +10,10 @@ import mlx.core as mx
 import numpy as np
 
 from kernels.kernel import Case
-from kernels.sample_cases import some_penalties
-from kernels.sample_reference import Penalties, scored
-from kernels.sample_rule import Floats, Setting
+from kernels.sample.arguments import Penalties, SampleInput
+from kernels.sample.cases import some_penalties
+from kernels.sample.reference import scored
+from kernels.sample.rule import Floats, Setting
 
 #: Numbers of a draw: the first token, the middle, the last but for rounding, the largest float32 below 1.
 UNIFORMS = (0.0, 0.25, 0.5, 0.999999, 1.0 - 2.0**-24)
@@ -91,13 +92,15 @@ def call(
     dtype: mx.Dtype,
     penalties: Penalties | None = None,
     allowed: mx.array | None = None,
-) -> tuple[Any, ...]:
+) -> SampleInput:
     """The kernel's arguments: `logits` (vocabulary,) of every row, or (rows, vocabulary)."""
     array = mx.array(np.asarray(logits, np.float32)).astype(dtype)
     array = mx.broadcast_to(array, (len(rows), array.shape[-1]))
     kinds = (np.float32, np.int32, np.float32, np.float32, np.float32, np.bool_)
-    columns = [mx.array(np.array(c, k)[:, None]) for c, k in zip(zip(*rows, strict=True), kinds, strict=True)]
-    return (mx.contiguous(array), *columns, penalties, allowed)
+    temperature, top_k, top_p, min_p, uniform, greedy = (
+        mx.array(np.array(values, kind)[:, None]) for values, kind in zip(zip(*rows, strict=True), kinds, strict=True)
+    )
+    return SampleInput(mx.contiguous(array), temperature, top_k, top_p, min_p, uniform, greedy, penalties, allowed)
 
 
 def hard(dtype: mx.Dtype, random: np.random.Generator) -> Iterable[Case]:
@@ -140,23 +143,22 @@ def _adjusted(dtype: mx.Dtype, random: np.random.Generator, vocabulary: int, ste
         ("penalties and grammar", penalties, allowed),
     ):
         arguments = call(logits, rows, dtype, given, mask)
-        yield Case(f"{vocabulary}, {label}", arguments if given is None else _at_penalised(arguments), large)
+        yield Case(f"{vocabulary}, {label}", arguments if given is None else _at_penalised(arguments, given), large)
 
 
-def _at_penalised(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """With the rows' numbers in the middle of a penalised token's stretch, as no filter were there."""
-    logits, temperature, top_k, top_p, min_p, _, greedy, penalties, allowed = arguments
+def _at_penalised(given: SampleInput, penalties: Penalties) -> SampleInput:
+    """With the rows' numbers in the middle of a penalised token's stretch, as if no filter were there."""
     with mx.stream(mx.cpu):
-        scores, _ = scored(logits.astype(mx.float32), temperature, penalties, allowed)
+        scores, _ = scored(given.logits.astype(mx.float32), given.temperature, penalties, given.allowed)
     score, ids = np.array(scores, np.float64), np.array(penalties.seen_ids)
     weights = np.exp(score - score.max(axis=1, keepdims=True))
     to = np.cumsum(weights, axis=1) / weights.sum(axis=1, keepdims=True)
     token = np.take_along_axis(ids, np.take_along_axis(score, ids, axis=1).argmax(axis=1)[:, None], axis=1)
     middle = np.take_along_axis(to - weights / weights.sum(axis=1, keepdims=True) / 2, token, axis=1)
-    return (logits, temperature, top_k, top_p, min_p, mx.array(middle.astype(np.float32)), greedy, penalties, allowed)
+    return given._replace(uniform=mx.array(middle.astype(np.float32)))
 
 
-def random_rows(random: np.random.Generator, rows: int, vocabulary: int, dtype: mx.Dtype) -> tuple[Any, ...]:
+def random_rows(random: np.random.Generator, rows: int, vocabulary: int, dtype: mx.Dtype) -> SampleInput:
     """Arguments of `rows` draws, each row of its own pattern, scale and setting."""
     logits: list[Floats] = []
     chosen: list[Setting] = []

@@ -2,24 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import mlx.core as mx
-import numpy as np
 
+from kernels.add_rms_norm.cases import cases, timings
 from kernels.body import Body
-from kernels.kernel import (
-    Arrays,
-    Case,
-    Kernel,
-    Timing,
-    float_bits,
-    normal,
-    on_device,
-    refuse_dtype,
-    threads_for,
-    with_gradient_of,
-)  # fmt: skip
+from kernels.kernel import Arrays, Kernel, float_bits, refuse_dtype, threads_for, with_gradient_of
 
 _BODY = Body("add_rms_norm", ("x", "r", "w"), ("h", "y"), ("common.h",))
 #: Beyond this a thread's part of a row no longer fits its registers.
@@ -67,24 +54,6 @@ def _launch(x: mx.array, residual: mx.array, weight: mx.array, eps: float, gradi
     return with_gradient_of(lambda a, b, w: _reference(a, b, w, eps), forward)(x, residual, weight)
 
 
-def _cases(dtype: mx.Dtype, random: np.random.Generator) -> Iterable[Case]:
-    for shape in ((1, 1), (1, 33), (6, 896), (2, 3, 1000), (3, 4864)):
-        x, r = (normal(random, shape, dtype, 2.0) for _ in range(2))
-        yield Case(" × ".join(map(str, shape)), (x, r, normal(random, shape[-1:], dtype), 1e-6))
-    # Rows so small that eps counts.
-    x, r = (normal(random, (4, 96), dtype, 1e-3) for _ in range(2))
-    yield Case("4 × 96, small", (x, r, normal(random, (96,), dtype), 1e-6))
-
-
-def _timings(dtype: mx.Dtype) -> Iterable[Timing]:
-    for rows in (1, 32, 4096):
-        x, r = (on_device((rows, 896), dtype) for _ in range(2))
-        arguments = (x, r, mx.ones(896, dtype), 1e-6, False)
-        yield Timing(
-            f"{rows} × 896", arguments, 4 * x.nbytes, _reference, lambda given, made: (made[1], made[0], *given[2:])
-        )
-
-
 KERNEL = Kernel(
     name="add_rms_norm",
     reason="one launch for two, and the sum is not read again: 4 passes over the rows for 5",
@@ -92,7 +61,7 @@ KERNEL = Kernel(
     launch=_launch,
     reference=_reference,
     refuse=_refuse,
-    cases=_cases,
-    timings=_timings,
+    cases=cases,
+    timings=timings,
     differentiable=True,
 )

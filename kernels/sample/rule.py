@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kernels.kernel import Arrays
-from kernels.sample_reference import FAINTEST, SCORE_LIMIT, finite, scored
+from kernels.sample.arguments import SampleInput
+from kernels.sample.reference import FAINTEST, SCORE_LIMIT, finite, scored
 
 Floats = NDArray[np.floating[Any]]
 
@@ -52,15 +53,15 @@ def error(arguments: tuple[Any, ...], results: Arrays) -> float:
 
 def errors(arguments: tuple[Any, ...], results: Arrays) -> list[float]:
     """The same of each row."""
-    logits, temperature, top_k, top_p, min_p, uniform, greedy, penalties, allowed = arguments
-    rows = logits.shape[0]
+    given = SampleInput(*arguments)
+    rows = given.logits.shape[0]
     with mx.stream(mx.cpu):
-        logits = logits.astype(mx.float32)
-        scores, warm = scored(logits, temperature.reshape(rows, 1), penalties, allowed)
+        logits = given.logits.astype(mx.float32)
+        scores, warm = scored(logits, given.temperature.reshape(rows, 1), given.penalties, given.allowed)
         raw, clean, score = np.array(logits), np.array(finite(logits), np.float64), np.array(scores)
-    columns = [np.array(array).reshape(-1).tolist() for array in (temperature, top_k, top_p, min_p, uniform)]
-    cold = (np.array(greedy) | ~np.array(warm)).reshape(-1).tolist()
-    settings = [Setting(*row) for row in zip(*columns, cold, strict=True)]
+    parameters = [np.array(array).reshape(-1).tolist() for array in given[1:6]]
+    cold = (np.array(given.greedy) | ~np.array(warm)).reshape(-1).tolist()
+    settings = [Setting(*row) for row in zip(*parameters, cold, strict=True)]
     made = zip(*(np.array(array).tolist() for array in results), strict=True)
     return [
         max(
