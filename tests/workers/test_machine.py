@@ -1,0 +1,55 @@
+"""What a worker's process takes from its surroundings is handed to the engine and the kernels, which read nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine import blas
+from kernels import backend, registry
+from stoker.errors import ConfigError
+from stoker.settings import load_settings
+from workers import boot, doctor
+from workers.machine import asked_cores, boot_blas
+
+
+@pytest.fixture(autouse=True)
+def _on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(backend, "of_machine", lambda: "metal")
+    yield
+    registry.use("auto")
+
+
+def _active() -> set[str]:
+    return {name for name, kernel in registry.KERNELS.items() if kernel.active}
+
+
+@pytest.mark.parametrize(("said", "cores"), [("3", 3), ("", None), ("0", None), ("-1", None), ("all", None)])
+def test_cores_are_those_that_openblas_is_told(said: str, cores: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", said)
+    assert asked_cores() == cores
+    assert boot._limits(load_settings()).cores == cores
+
+
+def test_the_blas_of_the_settings_is_booted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(blas, "boot", lambda threads, **rest: asked.append((threads, rest)))
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "2")
+    boot_blas(load_settings(blas="off", home=tmp_path))
+    assert asked == [(2, {"cache": tmp_path / "cache", "library": "off"})]
+
+
+def test_a_worker_uses_the_kernels_of_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STOKER_KERNELS", "lora,sample")
+    boot._make_engine(load_settings(), lambda entries: None)
+    assert _active() == {"lora", "sample"}
+    with pytest.raises(ConfigError, match="there is no kernel lore"):
+        boot._make_engine(load_settings(kernels="lore"), lambda entries: None)
+
+
+def test_the_doctor_tells_of_the_kernels_of_the_settings() -> None:
+    assert doctor._kernels_check("lore")["ok"] is False
+    found = doctor._kernels_check("attend")
+    assert (found["ok"], _active()) == (True, {"attend"})
