@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from stoker.client import AdapterJob, Client, EmbedJob, GenerateJob, Job, TrainJob
     from stoker.client._async.client import AsyncClient
     from stoker.client._async.jobs import AsyncAdapterJob, AsyncEmbedJob, AsyncGenerateJob, AsyncJob, AsyncTrainJob
-    from stoker.client_core import JobStatus
+    from stoker.client.outcome import JobStatus
     from stoker.contract import GenerateResult, StreamToken, TrainReport, TrainResult
     from stoker.errors import StokerError
 
@@ -29,7 +29,7 @@ _HOMES = {
         "AsyncTrainJob",
     ),
     "stoker.client": ("AdapterJob", "Client", "EmbedJob", "GenerateJob", "Job", "TrainJob"),
-    "stoker.client_core": ("JobStatus",),
+    "stoker.client.outcome": ("JobStatus",),
     "stoker.contract": ("GenerateResult", "StreamToken", "TrainReport", "TrainResult"),
     "stoker.errors": ("StokerError",),
 }

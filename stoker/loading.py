@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from redis.asyncio.retry import Retry as AsyncRetry
+from redis.backoff import AbstractBackoff
 from redis.exceptions import BusyLoadingError, RedisError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
@@ -22,9 +23,16 @@ from stoker.errors import BrokerLoading, BrokerUnavailable
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
+#: What `INFO` answers.
+Info = Mapping[str, Any]
+#: Parameters of redis-py's `Retry`.
+Supported = tuple[type[RedisError], ...]
+Fail = Callable[[Exception], Any] | Callable[[Exception, int], Any]
+Retryable = Callable[[Exception], bool]
+
 #: Seconds between two looks.
 LOOK_EVERY = 0.1
-#: Seconds without progress after which nobody waits for a broker that loads.
+#: Seconds without progress after which a broker that loads is given up.
 STALLED = 60.0
 
 
@@ -51,7 +59,7 @@ class Progress:
 
 
 class StillLoading(BusyLoadingError):
-    """The broker loads, and has been waited for; `progress` says how far it is, if it told."""
+    """The broker loads, and has been waited for; `progress` says how far it is, if the broker said so."""
 
     def __init__(self, progress: Progress | None) -> None:
         super().__init__("the broker is loading its data")
@@ -59,7 +67,7 @@ class StillLoading(BusyLoadingError):
 
 
 def still_loading(where: str, progress: Progress | None) -> BrokerLoading:
-    """What a caller is told."""
+    """The error that a caller gets."""
     said = f", {progress}" if progress else ""
     return BrokerLoading(
         f"the broker at {where} is loading its data{said}. Try again then, or set STOKER_PATIENCE to wait longer."
@@ -72,7 +80,7 @@ def wait_until_loaded(
     tell: Callable[[str], None],
     alive: Callable[[], bool] = lambda: True,
 ) -> None:
-    """Wait for as long as the broker gets on, and tell how far it is. `ask`: its `INFO persistence`.
+    """Wait for as long as the broker makes progress, and `tell` how far it is. `ask`: its `INFO persistence`.
 
     Raises `BrokerLoading` if it stands still for a minute, and `BrokerUnavailable` if it is not `alive` any more.
     """
@@ -123,15 +131,19 @@ class PatientRetry(Retry):
     `ask`: its `INFO persistence`, through a connection of its own: the command's is closed by its failure.
     """
 
-    def __init__(self, *options: Any, patience: float, ask: Callable[[], Mapping[str, Any]]) -> None:
-        super().__init__(*options)
+    def __init__(
+        self, backoff: AbstractBackoff, retries: int, supported: Supported, *, patience: float, ask: Callable[[], Info]
+    ) -> None:
+        super().__init__(backoff, retries, supported)
         self._patience, self._ask = patience, ask
 
-    def call_with_retry(self, do: Callable[[], T], *arguments: Any, **options: Any) -> T:
+    def call_with_retry(
+        self, do: Callable[[], T], fail: Fail, is_retryable: Retryable | None = None, with_failure_count: bool = False
+    ) -> T:
         wait: _Wait | None = None
         while True:
             try:
-                return super().call_with_retry(do, *arguments, **options)
+                return super().call_with_retry(do, fail, is_retryable, with_failure_count)
             except BusyLoadingError:
                 wait = wait or _Wait(self._patience)
                 time.sleep(wait.pause(self._progress()))
@@ -146,15 +158,29 @@ class PatientRetry(Retry):
 class AsyncPatientRetry(AsyncRetry):
     """The same for asyncio."""
 
-    def __init__(self, *options: Any, patience: float, ask: Callable[[], Awaitable[Mapping[str, Any]]]) -> None:
-        super().__init__(*options)
+    def __init__(
+        self,
+        backoff: AbstractBackoff,
+        retries: int,
+        supported: Supported,
+        *,
+        patience: float,
+        ask: Callable[[], Awaitable[Info]],
+    ) -> None:
+        super().__init__(backoff, retries, supported)
         self._patience, self._ask = patience, ask
 
-    async def call_with_retry(self, do: Callable[[], Awaitable[T]], *arguments: Any, **options: Any) -> T:
+    async def call_with_retry(
+        self,
+        do: Callable[[], Awaitable[T]],
+        fail: Fail,
+        is_retryable: Retryable | None = None,
+        with_failure_count: bool = False,
+    ) -> T:
         wait: _Wait | None = None
         while True:
             try:
-                return await super().call_with_retry(do, *arguments, **options)
+                return await super().call_with_retry(do, fail, is_retryable, with_failure_count)
             except BusyLoadingError:
                 wait = wait or _Wait(self._patience)
                 await asyncio.sleep(wait.pause(await self._progress()))

@@ -17,6 +17,7 @@ from stoker.bulk.source import Source
 from stoker.cli.jobs import warn_if_cold
 from stoker.cli.options import Json, Model, Url, connect, notes, print_json
 from stoker.client import Client
+from stoker.client.options import EmbedOptions
 from stoker.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -47,12 +48,13 @@ def embed(
     url: Url = None,
 ) -> None:
     """Turn texts into vectors. A file's run that was broken off goes on where it stopped when it is run again."""
-    options = {
+    # A wrong `dtype` is the request's to refuse.
+    options: EmbedOptions = {
         "truncation": "end" if truncate else "error",
         "prompt": prompt,
         "normalize": normalize,
         "dimensions": dimensions,
-        "dtype": dtype,
+        "dtype": dtype,  # type: ignore[typeddict-item]
     }
     from stoker.bulk.output import check_output
 
@@ -64,15 +66,15 @@ def embed(
         if len(texts) != 1:
             raise InvalidRequest(f"{len(texts)} texts given; with --output just one argument is allowed, a file.")
         check_output(output, dtype, overwrite)
-        plan = {"batch": batch, "in_flight": in_flight}
-        record = _embed_file(client, Source(Path(texts[0]), field), output, model, options, plan, overwrite)
+        source = Source(Path(texts[0]), field)
+        record = _embed_file(client, source, output, model, options, batch, in_flight, overwrite)
     if as_json:
         print_json(record)
     else:
         print(f"{output}: {record['rows']} vectors of {record['dim']} numbers, {record['dtype']}")
 
 
-def _print_vectors(client: Client, texts: list[str], model: str | None, options: dict[str, Any], as_json: bool) -> None:
+def _print_vectors(client: Client, texts: list[str], model: str | None, options: EmbedOptions, as_json: bool) -> None:
     if len(texts) == 1 and texts[0].endswith((".jsonl", ".txt")) and Path(texts[0]).is_file():
         raise InvalidRequest(f"{texts[0]} is a file: name a file for its vectors with --output.")
     vectors = client.embed(texts, model=model, **options).result()
@@ -89,8 +91,9 @@ def _embed_file(
     source: Source,
     path: Path,
     model: str | None,
-    options: dict[str, Any],
-    plan: dict[str, Any],
+    options: EmbedOptions,
+    batch: int,
+    in_flight: int | None,
     overwrite: bool,
 ) -> dict[str, Any]:
     from stoker.bulk.output import opened
@@ -105,7 +108,7 @@ def _embed_file(
             notes().print(f"[dim]going on behind {before} of {rows} texts[/dim]")
         texts = islice(source.texts(), before, None)
         with _progress(output, rows) as tell:
-            for vectors in client.embed_chunks(texts, model=model, **plan, **options):
+            for vectors in client.embed_chunks(texts, model=model, batch=batch, in_flight=in_flight, **options):
                 output.write(vectors)
                 tell()
         output.finish()

@@ -13,6 +13,7 @@ import typer
 from stoker.cli.jobs import warn_if_cold
 from stoker.cli.options import Json, Model, Url, connect, is_terminal, notes, print_json
 from stoker.client import Client
+from stoker.client.options import GenerateOptions
 from stoker.contract import GenerateResult
 from stoker.errors import InvalidRequest, TextTooLong
 
@@ -117,7 +118,12 @@ def chat(
     """Talk with a model. Ctrl-C stops an answer, /clear forgets the talk, /exit or Ctrl-D ends it."""
     start = [] if system is None else [{"role": "system", "content": system}]
     messages = list(start)
-    options = {"adapter": adapter, "max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    options: GenerateOptions = {
+        "adapter": adapter,
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+    }
     with connect(url) as client:
         warn_if_cold(client, model, "generate")
         for said in _lines():
@@ -126,7 +132,7 @@ def chat(
                 continue
             messages.append({"role": "user", "content": said})
             try:
-                messages.append({"role": "assistant", "content": _answer(client, messages, model, options)})
+                messages.append({"role": "assistant", "content": _answer(client, messages, model, seed, options)})
             except TextTooLong:
                 messages.pop()
                 notes().print("[dim]the talk has become too long for the model: /clear forgets it[/dim]")
@@ -146,10 +152,12 @@ def _lines() -> Iterator[str]:
             yield said
 
 
-def _answer(client: Client, messages: list[dict[str, str]], model: str | None, options: dict[str, Any]) -> str:
+def _answer(
+    client: Client, messages: list[dict[str, str]], model: str | None, seed: int | None, options: GenerateOptions
+) -> str:
     """Show an answer as it is made. Ctrl-C ends it (and cancels the job); what was said until then counts."""
     said = ""
-    stream = client.generate(list(messages), model=model, **options).stream()
+    stream = client.generate(list(messages), model=model, seed=seed, **options).stream()
     try:
         for token in stream:
             said += token.text

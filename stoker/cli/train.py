@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -12,7 +12,8 @@ from stoker.cli.jobs import warn_if_cold
 from stoker.cli.models import ask_engine
 from stoker.cli.options import Json, Model, Url, connect, console, is_terminal, notes, print_json
 from stoker.client import TrainJob
-from stoker.client_core import read_dataset
+from stoker.client.options import TrainOptions
+from stoker.client.requests import read_dataset
 from stoker.contract import TrainReport, TrainRequest, TrainResult, build
 from stoker.errors import InvalidRequest
 
@@ -59,9 +60,10 @@ def train(
     url: Url = None,
 ) -> None:
     """Train a LoRA adapter on the warm base. Ctrl-C leaves the run going; `stoker cancel` ends it."""
-    options = {field: value for field, value in locals().items() if field in TrainRequest.model_fields}
-    del options["name"], options["dataset"], options["model"]
-    options["targets"] = tuple(part.strip() for part in targets.split(","))
+    given = locals()
+    options = cast(TrainOptions, {name: given[name] for name in TrainOptions.__annotations__ if name in given})
+    # A wrong target is the request's to refuse.
+    options["targets"] = cast(Any, tuple(part.strip() for part in targets.split(",")))
     if dry_run:
         _show_plan(name, dataset, model, options, as_json)
         return
@@ -74,7 +76,7 @@ def train(
             print(f"adapter {result.adapter}@{result.version}: {_outcome(result)}")
 
 
-def _show_plan(name: str, dataset: Path, model: str | None, options: dict[str, Any], as_json: bool) -> None:
+def _show_plan(name: str, dataset: Path, model: str | None, options: TrainOptions, as_json: bool) -> None:
     """Load the model here, run a step of the longest examples, and print what that says of the whole."""
     if model is None:
         raise InvalidRequest("model: none given; a dry run loads the model itself. Name one with --model.")

@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 from pydantic import ValidationError
 
 from stoker import keys
-from stoker.client_core import Outcome, announced, lost
+from stoker.client.outcome import Outcome, announced, lost
 from stoker.connection import Patience
 from stoker.contract import StreamToken, TrainReport
 from stoker.errors import JobLost, JobTimeout

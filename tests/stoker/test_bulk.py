@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
+import anyio
 import numpy as np
 import pytest
 
@@ -206,6 +207,32 @@ def test_a_text_that_is_wrong_is_named_by_its_place_among_all(run: Callable[...,
 def test_a_full_queue_is_waited_for(run: Callable[..., list[Any]]) -> None:
     client = FakeClient(refusals=[QueueFull("full", depth=1, limit=1, wait=0.01)] * 2)
     assert len(np.concatenate(run(client, TEXTS, Plan(50, 2, 1)))) == 100
+
+
+def test_a_bulk_call_that_is_cancelled_cancels_all_its_jobs() -> None:
+    client = FakeClient()
+
+    class Slow(AwaitedJob):
+        async def encoded(self) -> Encoded:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        async def cancel(self) -> None:
+            await asyncio.sleep(0)
+            await super().cancel()
+
+    class SlowClient(AwaitedClient):
+        async def embed(self, texts: list[str], **options: Any) -> AwaitedJob:
+            return Slow(client.embed(texts, **options))
+
+    async def leave() -> None:
+        with anyio.move_on_after(60) as scope:
+            asyncio.get_running_loop().call_soon(scope.cancel)
+            async with aclosing(embed_chunks_async(SlowClient(client), TEXTS, "mini", Plan(10, 3, 1), {})) as chunks:  # type: ignore[arg-type]
+                await anext(chunks)
+
+    asyncio.run(leave())
+    assert client.cancelled == len(client.sent) == 3
 
 
 def test_an_async_iterable_of_texts_will_do() -> None:

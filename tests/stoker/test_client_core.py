@@ -442,7 +442,7 @@ def test_a_choice_is_kept_for_as_long_as_a_worker_is_silent_between_two_presence
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = 100.0
-    monkeypatch.setattr("stoker.client_core.time.monotonic", lambda: now)
+    monkeypatch.setattr("stoker.client.model_choice.time.monotonic", lambda: now)
     choices = core.Choices()
     assert choices.keep(None, "embed", "mini") == "mini"
     now += keys.PRESENCE_EVERY / 2

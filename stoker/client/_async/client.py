@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import Unpack
 
-from stoker import client_core as core
 from stoker import keys, letters
 from stoker.bulk.chunks import ATTEMPTS, BATCH_TEXTS, Plan
+from stoker.client import model_choice, requests
 from stoker.client._async.adapters import AsyncAdapters
 from stoker.client._async.bulk import embed_chunks
 from stoker.client._async.jobs import (
@@ -26,7 +26,8 @@ from stoker.client._async.jobs import (
 )
 from stoker.client.asynchronously import Connections, Texts, in_thread, sleep
 from stoker.client.options import EmbedOptions, GenerateOptions, TrainOptions, checked_options
-from stoker.client_core import Dataset, Prompt
+from stoker.client.requests import Dataset, Prompt
+from stoker.client.submission import Submission
 from stoker.connection import translated
 from stoker.contract import ModelCard, Presence, Request
 from stoker.contract.codec import read
@@ -69,7 +70,7 @@ class AsyncClient:
         #: The registry of adapters: `list`, `get`, `load`, `promote`, `rollback`, `deactivate`, `unload`.
         self.adapters = AsyncAdapters(self)
         self._connections = Connections(self.settings)
-        self._choices = core.Choices()
+        self._choices = model_choice.Choices()
 
     @property
     def redis(self) -> Any:
@@ -98,7 +99,7 @@ class AsyncClient:
         a call that failed half-way can be repeated.
         """
         fields = checked_options(options, EmbedOptions, ("model", "job_id"))
-        request = core.embed_request(await self.choose_model(model, "embed"), texts, fields)
+        request = requests.embed_request(await self.choose_model(model, "embed"), texts, fields)
         return AsyncEmbedJob(self, await self._submit(request, job_id))
 
     def embed_many(
@@ -154,7 +155,7 @@ class AsyncClient:
         what `prompt` is. `seed`: None draws one. What each of them means: docs/generate.md.
         """
         fields = checked_options(options, GenerateOptions, ("prompt", "model", "seed", "job_id"))
-        request = core.generate_request(await self.choose_model(model, "generate"), prompt, seed, fields)
+        request = requests.generate_request(await self.choose_model(model, "generate"), prompt, seed, fields)
         return AsyncGenerateJob(self, await self._submit(request, job_id))
 
     async def train(
@@ -175,27 +176,27 @@ class AsyncClient:
         promote=True, seed=0, priority=5 (0 is first), deadline=None. What each of them means: docs/train.md.
         """
         fields = checked_options(options, TrainOptions, ("model", "job_id"))
-        job_id = core.checked_job_id(job_id)
-        request = core.train_request(await self.choose_model(model, "train"), name, dataset, job_id, fields)
-        return AsyncTrainJob(self, await self._submit(request, job_id, await in_thread(core.read_dataset, dataset)))
+        job_id = requests.checked_job_id(job_id)
+        request = requests.train_request(await self.choose_model(model, "train"), name, dataset, job_id, fields)
+        return AsyncTrainJob(self, await self._submit(request, job_id, await in_thread(requests.read_dataset, dataset)))
 
     async def job(self, job_id: str) -> AnyAsyncJob:
         """A job that was sent before, by this process or another; raises `JobLost` if the broker does not know it."""
         with translated(self.settings, at=keys.job(job_id)):
             known = await summary(job_id).on_async(self.redis)
-        return KINDS[core.known_kind(job_id, known.kind)](self, job_id)
+        return KINDS[requests.known_kind(job_id, known.kind)](self, job_id)
 
     async def workers(self) -> list[Presence]:
         """The workers that are alive now, each with its warm models."""
         with translated(self.settings):
             names = await self.redis.zrangebyscore(keys.WORKERS, time.time() - keys.PRESENCE_TTL, "+inf")
             raw = await self.redis.mget([keys.worker(name.decode(errors="replace")) for name in names]) if names else []
-        return core.parse_presences(raw)
+        return model_choice.parse_presences(raw)
 
     async def models(self) -> dict[str, ModelCard]:
         """Every model that some worker serves or lately served."""
         with translated(self.settings):
-            return core.parse_cards(await self.redis.hgetall(keys.MODELS))
+            return model_choice.parse_cards(await self.redis.hgetall(keys.MODELS))
 
     async def jobs(self) -> dict[str, dict[str, Any]]:
         """Jobs that have not ended, oldest first: id → kind, model, age in seconds, and worker if one owns it."""
@@ -217,17 +218,17 @@ class AsyncClient:
         letter = (await self.dead()).get(job_id)
         if letter is None:
             raise JobLost(f"job {job_id}: no dead letter of that id. `stoker jobs dead` lists them.")
-        if letter["kind"] not in core.REQUESTS:
+        if letter["kind"] not in requests.REQUESTS:
             raise InvalidRequest(f"{job_id}: a message that cannot be read and no job; nothing can be sent again.")
-        request = read(core.REQUESTS[letter["kind"]], letters.request(letter))
-        await self._send(core.Submission(self.settings, request, job_id, client=letters.sender(letter)), revive=True)
+        request = read(requests.REQUESTS[letter["kind"]], letters.request(letter))
+        await self._send(Submission(self.settings, request, job_id, client=letters.sender(letter)), revive=True)
         return KINDS[request.kind](self, job_id)
 
     async def choose_model(self, model: str | None, kind: str) -> str:
         """The name to send to: that of `model`, or of the only model that is warm and can do `kind`."""
         chosen = self._choices.get(model, kind)
         if chosen is None:
-            chosen = core.choose_model(model, kind, await self.models(), await self.workers())
+            chosen = model_choice.choose_model(model, kind, await self.models(), await self.workers())
         return self._choices.keep(model, kind, chosen)
 
     async def close(self) -> None:
@@ -259,13 +260,13 @@ class AsyncClient:
     async def _load_adapter(
         self, name: str, data: bytes, model: str, fields: dict[str, Any], job_id: str | None
     ) -> AsyncAdapterJob:
-        job_id = core.checked_job_id(job_id)
-        request = core.adapter_request(model, name, job_id, fields)
+        job_id = requests.checked_job_id(job_id)
+        request = requests.adapter_request(model, name, job_id, fields)
         return AsyncAdapterJob(self, await self._submit(request, job_id, data))
 
     async def _submit(self, request: Request, job_id: str | None, data: bytes = b"") -> str:
         # In a thread: the digest of half a gigabyte would hold up an event loop.
-        make = partial(core.Submission, self.settings, request, core.checked_job_id(job_id), data)
+        make = partial(Submission, self.settings, request, requests.checked_job_id(job_id), data)
         submission = await in_thread(make) if data else make()
         with translated(self.settings):
             if submission.in_parts and (await summary(submission.job_id).on_async(self.redis)).kind is None:
@@ -273,7 +274,7 @@ class AsyncClient:
                     await part.execute()
         return await self._send(submission)
 
-    async def _send(self, submission: core.Submission, *, revive: bool = False) -> str:
+    async def _send(self, submission: Submission, *, revive: bool = False) -> str:
         while True:
             with translated(self.settings):
                 reply = await submission.transition(revive=revive).on_async(self.redis)
@@ -287,4 +288,5 @@ class AsyncClient:
 
 
 def _client_at(address: str) -> AsyncClient:
-    return AsyncClient(settings=core.settings_at(address))
+    settings = load_settings()
+    return AsyncClient(settings=settings if settings.chosen_url is not None else load_settings(url=address))

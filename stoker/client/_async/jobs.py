@@ -6,12 +6,11 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from stoker import client_core as core
 from stoker import connection, keys, ledger
 from stoker.asking import own_patience
 from stoker.client.asynchronously import LEFT, finished, sleep
 from stoker.client.following import Follower, ask_state
-from stoker.client_core import JobStatus
+from stoker.client.outcome import JobStatus, lost, read_vectors, result_as, status_of
 from stoker.connection import Patience, translated
 from stoker.contract import AdapterResult, EmbedReply, GenerateResult, StreamToken, TrainReport, TrainResult
 from stoker.contract.vectors import Encoded, plain
@@ -53,14 +52,14 @@ class AsyncJob(Generic[R]):
         """Where the job is now. Raises `JobLost` if the broker does not know it."""
         with translated(self._client.settings):
             result, known = await ask_state(self._client.redis.pipeline(), self.id).execute()
-        return core.status_of(result, summary(self.id).parse(known), self.id)
+        return status_of(result, summary(self.id).parse(known), self.id)
 
     async def cancel(self) -> None:
         """Stop the job wherever it is: waiting, running, or already done (then nothing happens)."""
         with translated(self._client.settings):
             known = await summary(self.id).on_async(self._client.redis)
             if known.queue is None:
-                raise core.lost(self.id)
+                raise lost(self.id)
             await ledger.cancellation(self.id, known.queue).on_async(self._client.redis)
 
     async def _read(self, value: Any) -> R:
@@ -124,12 +123,12 @@ class AsyncEmbedJob(AsyncJob["np.ndarray"]):
         return plain(await self._fetch(value))
 
     async def _fetch(self, value: Any) -> Encoded:
-        reply = core.result_as(EmbedReply, value)
+        reply = result_as(EmbedReply, value)
         patience = Patience(self._client.settings)
         while True:
             try:
                 with translated(self._client.settings, but=connection.TROUBLE), own_patience():
-                    return core.read_vectors(reply, await self._client.redis.get(keys.blob(reply.blob)))
+                    return read_vectors(reply, await self._client.redis.get(keys.blob(reply.blob)))
             except connection.TROUBLE as error:
                 await sleep(patience.spend(error))
 
@@ -147,7 +146,7 @@ class AsyncGenerateJob(AsyncJob[GenerateResult]):
         return self._entries(StreamToken, timeout, cancel_on_close)
 
     async def _read(self, value: Any) -> GenerateResult:
-        return core.result_as(GenerateResult, value)
+        return result_as(GenerateResult, value)
 
 
 class AsyncTrainJob(AsyncJob[TrainResult]):
@@ -158,14 +157,14 @@ class AsyncTrainJob(AsyncJob[TrainResult]):
         return self._entries(TrainReport, timeout, cancel_on_close)
 
     async def _read(self, value: Any) -> TrainResult:
-        return core.result_as(TrainResult, value)
+        return result_as(TrainResult, value)
 
 
 class AsyncAdapterJob(AsyncJob[AdapterResult]):
     """`result()` says which version the adapter has become."""
 
     async def _read(self, value: Any) -> AdapterResult:
-        return core.result_as(AdapterResult, value)
+        return result_as(AdapterResult, value)
 
 
 #: Any of them, as a job is found by its id.

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import Unpack
 
-from stoker import client_core as core
 from stoker import keys, letters
 from stoker.bulk.chunks import ATTEMPTS, BATCH_TEXTS, Plan
+from stoker.client import model_choice, requests
 from stoker.client._sync.adapters import Adapters
 from stoker.client._sync.bulk import embed_chunks
 from stoker.client._sync.jobs import (
@@ -27,7 +27,8 @@ from stoker.client._sync.jobs import (
 )
 from stoker.client.blocking import Connections, Texts, in_thread, sleep
 from stoker.client.options import EmbedOptions, GenerateOptions, TrainOptions, checked_options
-from stoker.client_core import Dataset, Prompt
+from stoker.client.requests import Dataset, Prompt
+from stoker.client.submission import Submission
 from stoker.connection import translated
 from stoker.contract import ModelCard, Presence, Request
 from stoker.contract.codec import read
@@ -70,7 +71,7 @@ class Client:
         #: The registry of adapters: `list`, `get`, `load`, `promote`, `rollback`, `deactivate`, `unload`.
         self.adapters = Adapters(self)
         self._connections = Connections(self.settings)
-        self._choices = core.Choices()
+        self._choices = model_choice.Choices()
 
     @property
     def redis(self) -> Any:
@@ -99,7 +100,7 @@ class Client:
         a call that failed half-way can be repeated.
         """
         fields = checked_options(options, EmbedOptions, ("model", "job_id"))
-        request = core.embed_request(self.choose_model(model, "embed"), texts, fields)
+        request = requests.embed_request(self.choose_model(model, "embed"), texts, fields)
         return EmbedJob(self, self._submit(request, job_id))
 
     def embed_many(
@@ -155,7 +156,7 @@ class Client:
         what `prompt` is. `seed`: None draws one. What each of them means: docs/generate.md.
         """
         fields = checked_options(options, GenerateOptions, ("prompt", "model", "seed", "job_id"))
-        request = core.generate_request(self.choose_model(model, "generate"), prompt, seed, fields)
+        request = requests.generate_request(self.choose_model(model, "generate"), prompt, seed, fields)
         return GenerateJob(self, self._submit(request, job_id))
 
     def train(
@@ -176,27 +177,27 @@ class Client:
         promote=True, seed=0, priority=5 (0 is first), deadline=None. What each of them means: docs/train.md.
         """
         fields = checked_options(options, TrainOptions, ("model", "job_id"))
-        job_id = core.checked_job_id(job_id)
-        request = core.train_request(self.choose_model(model, "train"), name, dataset, job_id, fields)
-        return TrainJob(self, self._submit(request, job_id, in_thread(core.read_dataset, dataset)))
+        job_id = requests.checked_job_id(job_id)
+        request = requests.train_request(self.choose_model(model, "train"), name, dataset, job_id, fields)
+        return TrainJob(self, self._submit(request, job_id, in_thread(requests.read_dataset, dataset)))
 
     def job(self, job_id: str) -> AnyJob:
         """A job that was sent before, by this process or another; raises `JobLost` if the broker does not know it."""
         with translated(self.settings, at=keys.job(job_id)):
             known = summary(job_id).on(self.redis)
-        return KINDS[core.known_kind(job_id, known.kind)](self, job_id)
+        return KINDS[requests.known_kind(job_id, known.kind)](self, job_id)
 
     def workers(self) -> list[Presence]:
         """The workers that are alive now, each with its warm models."""
         with translated(self.settings):
             names = self.redis.zrangebyscore(keys.WORKERS, time.time() - keys.PRESENCE_TTL, "+inf")
             raw = self.redis.mget([keys.worker(name.decode(errors="replace")) for name in names]) if names else []
-        return core.parse_presences(raw)
+        return model_choice.parse_presences(raw)
 
     def models(self) -> dict[str, ModelCard]:
         """Every model that some worker serves or lately served."""
         with translated(self.settings):
-            return core.parse_cards(self.redis.hgetall(keys.MODELS))
+            return model_choice.parse_cards(self.redis.hgetall(keys.MODELS))
 
     def jobs(self) -> dict[str, dict[str, Any]]:
         """Jobs that have not ended, oldest first: id → kind, model, age in seconds, and worker if one owns it."""
@@ -218,17 +219,17 @@ class Client:
         letter = (self.dead()).get(job_id)
         if letter is None:
             raise JobLost(f"job {job_id}: no dead letter of that id. `stoker jobs dead` lists them.")
-        if letter["kind"] not in core.REQUESTS:
+        if letter["kind"] not in requests.REQUESTS:
             raise InvalidRequest(f"{job_id}: a message that cannot be read and no job; nothing can be sent again.")
-        request = read(core.REQUESTS[letter["kind"]], letters.request(letter))
-        self._send(core.Submission(self.settings, request, job_id, client=letters.sender(letter)), revive=True)
+        request = read(requests.REQUESTS[letter["kind"]], letters.request(letter))
+        self._send(Submission(self.settings, request, job_id, client=letters.sender(letter)), revive=True)
         return KINDS[request.kind](self, job_id)
 
     def choose_model(self, model: str | None, kind: str) -> str:
         """The name to send to: that of `model`, or of the only model that is warm and can do `kind`."""
         chosen = self._choices.get(model, kind)
         if chosen is None:
-            chosen = core.choose_model(model, kind, self.models(), self.workers())
+            chosen = model_choice.choose_model(model, kind, self.models(), self.workers())
         return self._choices.keep(model, kind, chosen)
 
     def close(self) -> None:
@@ -258,13 +259,13 @@ class Client:
     def _load_adapter(
         self, name: str, data: bytes, model: str, fields: dict[str, Any], job_id: str | None
     ) -> AdapterJob:
-        job_id = core.checked_job_id(job_id)
-        request = core.adapter_request(model, name, job_id, fields)
+        job_id = requests.checked_job_id(job_id)
+        request = requests.adapter_request(model, name, job_id, fields)
         return AdapterJob(self, self._submit(request, job_id, data))
 
     def _submit(self, request: Request, job_id: str | None, data: bytes = b"") -> str:
         # In a thread: the digest of half a gigabyte would hold up an event loop.
-        make = partial(core.Submission, self.settings, request, core.checked_job_id(job_id), data)
+        make = partial(Submission, self.settings, request, requests.checked_job_id(job_id), data)
         submission = in_thread(make) if data else make()
         with translated(self.settings):
             if submission.in_parts and (summary(submission.job_id).on(self.redis)).kind is None:
@@ -272,7 +273,7 @@ class Client:
                     part.execute()
         return self._send(submission)
 
-    def _send(self, submission: core.Submission, *, revive: bool = False) -> str:
+    def _send(self, submission: Submission, *, revive: bool = False) -> str:
         while True:
             with translated(self.settings):
                 reply = submission.transition(revive=revive).on(self.redis)
@@ -286,4 +287,5 @@ class Client:
 
 
 def _client_at(address: str) -> Client:
-    return Client(settings=core.settings_at(address))
+    settings = load_settings()
+    return Client(settings=settings if settings.chosen_url is not None else load_settings(url=address))

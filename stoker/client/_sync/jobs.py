@@ -7,12 +7,11 @@ from collections.abc import Generator
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from stoker import client_core as core
 from stoker import connection, keys, ledger
 from stoker.asking import own_patience
 from stoker.client.blocking import LEFT, finished, sleep
 from stoker.client.following import Follower, ask_state
-from stoker.client_core import JobStatus
+from stoker.client.outcome import JobStatus, lost, read_vectors, result_as, status_of
 from stoker.connection import Patience, translated
 from stoker.contract import AdapterResult, EmbedReply, GenerateResult, StreamToken, TrainReport, TrainResult
 from stoker.contract.vectors import Encoded, plain
@@ -54,14 +53,14 @@ class Job(Generic[R]):
         """Where the job is now. Raises `JobLost` if the broker does not know it."""
         with translated(self._client.settings):
             result, known = ask_state(self._client.redis.pipeline(), self.id).execute()
-        return core.status_of(result, summary(self.id).parse(known), self.id)
+        return status_of(result, summary(self.id).parse(known), self.id)
 
     def cancel(self) -> None:
         """Stop the job wherever it is: waiting, running, or already done (then nothing happens)."""
         with translated(self._client.settings):
             known = summary(self.id).on(self._client.redis)
             if known.queue is None:
-                raise core.lost(self.id)
+                raise lost(self.id)
             ledger.cancellation(self.id, known.queue).on(self._client.redis)
 
     def _read(self, value: Any) -> R:
@@ -125,12 +124,12 @@ class EmbedJob(Job["np.ndarray"]):
         return plain(self._fetch(value))
 
     def _fetch(self, value: Any) -> Encoded:
-        reply = core.result_as(EmbedReply, value)
+        reply = result_as(EmbedReply, value)
         patience = Patience(self._client.settings)
         while True:
             try:
                 with translated(self._client.settings, but=connection.TROUBLE), own_patience():
-                    return core.read_vectors(reply, self._client.redis.get(keys.blob(reply.blob)))
+                    return read_vectors(reply, self._client.redis.get(keys.blob(reply.blob)))
             except connection.TROUBLE as error:
                 sleep(patience.spend(error))
 
@@ -148,7 +147,7 @@ class GenerateJob(Job[GenerateResult]):
         return self._entries(StreamToken, timeout, cancel_on_close)
 
     def _read(self, value: Any) -> GenerateResult:
-        return core.result_as(GenerateResult, value)
+        return result_as(GenerateResult, value)
 
 
 class TrainJob(Job[TrainResult]):
@@ -159,14 +158,14 @@ class TrainJob(Job[TrainResult]):
         return self._entries(TrainReport, timeout, cancel_on_close)
 
     def _read(self, value: Any) -> TrainResult:
-        return core.result_as(TrainResult, value)
+        return result_as(TrainResult, value)
 
 
 class AdapterJob(Job[AdapterResult]):
     """`result()` says which version the adapter has become."""
 
     def _read(self, value: Any) -> AdapterResult:
-        return core.result_as(AdapterResult, value)
+        return result_as(AdapterResult, value)
 
 
 #: Any of them, as a job is found by its id.

@@ -1,0 +1,97 @@
+"""The model that a job goes to: the one that was named, or the only one that is warm."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from stoker import keys
+from stoker.catalogue import model_name
+from stoker.contract import CONTRACT, ModelCard, Presence
+from stoker.errors import UnknownModel
+
+N = TypeVar("N", ModelCard, Presence)
+
+
+def parse_cards(raw: Mapping[bytes, bytes]) -> dict[str, ModelCard]:
+    """The cards of models that were served lately; the hash as a whole lives as long as any of them is.
+
+    Of two generations of workers the one that this client understands counts.
+    """
+    oldest = time.time() - keys.MODEL_TTL
+    cards = [card for card in _readable(ModelCard, raw.values()) if card.seen >= oldest]
+    return {card.model: card for card in sorted(cards, key=lambda card: card.contract == CONTRACT)}
+
+
+def parse_presences(raw: Iterable[bytes | None]) -> list[Presence]:
+    return _readable(Presence, raw)
+
+
+def _readable(notice: type[N], raw: Iterable[bytes | None]) -> list[N]:
+    """Without those that have expired, and those of a release that says it in another way."""
+    found = []
+    for value in raw:
+        with suppress(ValidationError):
+            found += [notice.model_validate_json(value)] if value is not None else []
+    return found
+
+
+def choose_model(model: str | None, kind: str, known: Mapping[str, ModelCard], workers: Sequence[Presence]) -> str:
+    """The model to send to: the one asked for, if some worker serves or lately served it, or the only one warm.
+
+    A path stands for the name that a worker started with it gives it. A model that was served lately but is not warm
+    now is accepted: its worker may be restarting, and the job waits. Not so if workers of another generation serve it
+    by now: the job might wait for ever.
+    """
+    cards = [card for worker in workers for card in worker.models if kind in card.kinds]
+    warm = {card.model for card in cards if card.contract == CONTRACT}
+    if model is None:
+        if len(warm) == 1:
+            return warm.pop()
+        raise UnknownModel(
+            f"no model given, and {_listed(warm)} can {kind}. "
+            + ("Name one with model=…." if warm else "Start a worker with `stoker up`.")
+        )
+    model = model_name(model)
+    if model not in known:
+        raise UnknownModel(f"model {model!r} given; {_listed(warm)} can {kind}. {_how_to_serve(model)}")
+    others = {card.contract for card in cards if card.model == model and model not in warm}
+    if others or known[model].contract != CONTRACT:
+        spoken = max(others, default=known[model].contract)
+        raise UnknownModel(
+            f"model {model!r} is served by workers that speak version {spoken} of the contract alone; "
+            f"this client speaks version {CONTRACT}. Run the same release of Stoker on both sides."
+        )
+    if kind not in known[model].kinds:
+        able = " and ".join(known[model].kinds)
+        raise UnknownModel(f"model {model!r} cannot {kind}: it can {able}; {_listed(warm)} can {kind}.")
+    return model
+
+
+class Choices:
+    """What `choose_model` said lately, so that a client that sends many jobs asks no more often than workers speak."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str | None, str], tuple[str, float]] = {}
+
+    def get(self, model: str | None, kind: str) -> str | None:
+        chosen, until = self._kept.get((model, kind), ("", 0.0))
+        return chosen if time.monotonic() < until else None
+
+    def keep(self, model: str | None, kind: str, chosen: str) -> str:
+        if self.get(model, kind) is None:
+            self._kept[model, kind] = (chosen, time.monotonic() + keys.PRESENCE_EVERY)
+        return chosen
+
+
+def _listed(models: Iterable[str]) -> str:
+    names = sorted(models)
+    return f"of the models warm now {', '.join(names)}" if names else "no model that is warm now"
+
+
+def _how_to_serve(model: str) -> str:
+    return f"Start a worker that serves it: `stoker worker --model {model}`."

@@ -1,0 +1,115 @@
+"""What a job's records in the broker say: where it is, how it ended, what it made. Read without trust."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from stoker import keys
+from stoker.contract import EmbedReply, vectors
+from stoker.contract.base import Message
+from stoker.contract.vectors import Encoded
+from stoker.errors import JobCancelled, JobLost, from_wire
+from stoker.ledger.record import Summary
+
+M = TypeVar("M", bound=Message)
+
+
+class JobStatus(StrEnum):
+    QUEUED = "queued"
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+_STATUS = {
+    "SUCCESS": JobStatus.DONE,
+    "FAILURE": JobStatus.FAILED,
+    "REVOKED": JobStatus.CANCELLED,
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A job's result record, as Celery stored it; none is read from one of a job that has not ended."""
+
+    status: JobStatus
+    value: Any = None
+
+    @classmethod
+    def parse(cls, record: bytes | None) -> Outcome | None:
+        """None: it has not ended. Raises `JobLost` for a record that no worker wrote."""
+        if record is None:
+            return None
+        try:
+            fields = json.loads(record)
+            status, value = str(fields["status"]), fields.get("result")
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            raise spoiled("result", record) from None
+        return cls(_STATUS[status], value) if status in _STATUS else None
+
+    def unwrap(self, job_id: str) -> Any:
+        """The value of a job that is done; raises what the worker raised, or `JobCancelled`."""
+        if self.status is JobStatus.CANCELLED:
+            raise JobCancelled(f"job {job_id} was cancelled.")
+        if self.status is JobStatus.FAILED:
+            told = self.value if isinstance(self.value, dict) else {}
+            raise from_wire(str(told.get("exc_type", "unknown")), _joined(told.get("exc_message", "")))
+        return self.value
+
+
+def _joined(message: Any) -> str:
+    return " ".join(map(str, message)) if isinstance(message, list | tuple) else str(message)
+
+
+def announced(record: bytes) -> Outcome | None:
+    """What the channel of results said; None if a look at the record itself has to tell."""
+    try:
+        return Outcome.parse(record)
+    except JobLost:
+        return None
+
+
+def result_as(kind: type[M], value: Any) -> M:
+    """What a job made, from its record. Raises `JobLost` for something else."""
+    try:
+        return kind.model_validate(value)
+    except ValidationError:
+        raise spoiled("result", json.dumps(value).encode()) from None
+
+
+def status_of(result: bytes | None, known: Summary, job_id: str) -> JobStatus:
+    """Raises `JobLost` for a job that is neither known nor ended."""
+    outcome = Outcome.parse(result)
+    if outcome is not None:
+        return outcome.status
+    if known.kind is None:
+        raise lost(job_id)
+    return JobStatus.RUNNING if known.owned else JobStatus.QUEUED
+
+
+def read_vectors(reply: EmbedReply, data: bytes | None) -> Encoded:
+    """(rows, dim) in the dtype that was asked for; a blob that expired raises `JobLost`."""
+    if data is None:
+        raise JobLost(f"the vectors of blob {reply.blob} are gone: results are kept {keys.RESULT_TTL // 3600} hours.")
+    return vectors.load(data)
+
+
+def lost(job_id: str) -> JobLost:
+    return JobLost(
+        f"the broker knows nothing of job {job_id}: it ended over {keys.RESULT_TTL // 3600} hours ago, "
+        "or the broker lost its data. Send the job again."
+    )
+
+
+def spoiled(what: str, raw: bytes) -> JobLost:
+    """Of something in the broker that neither a client nor a worker wrote."""
+    shown = repr(raw if len(raw) <= 60 else raw[:60] + b"...")
+    return JobLost(
+        f"the job's {what} cannot be read: the broker holds {shown}, which Stoker did not write. Send it again."
+    )

@@ -1,0 +1,103 @@
+"""Requests as a caller gives them: prompts, texts and datasets in all their forms, checked before anything is sent."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from stoker.client.outcome import lost, spoiled
+from stoker.contract import AdapterRequest, EmbedRequest, GenerateRequest, Request, TrainRequest, build
+from stoker.contract.dataset import ON_WORKER, iterate_lines, iterate_mappings, to_lines
+from stoker.contract.names import Rule, checked
+from stoker.contract.uploads import Upload
+from stoker.errors import DatasetError, InvalidRequest
+
+#: What `dataset` may be: a file of JSON lines, `worker:NAME` for one under the worker's data root, or the examples.
+Dataset = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
+
+#: What `generate` continues: a text, token ids, or messages such as `{"role": "user", "content": "Hello"}`.
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+
+REQUESTS: dict[str, type[Request]] = {
+    request.kind: request for request in (EmbedRequest, GenerateRequest, TrainRequest, AdapterRequest)
+}
+
+
+def known_kind(job_id: str, kind: str | None) -> str:
+    """The kind that a job's record says. Raises `JobLost` if there is no record, and for one that no client wrote."""
+    if kind is None:
+        raise lost(job_id)
+    if kind not in REQUESTS:
+        raise spoiled(f"record (kind {kind[:40]!r}) of job {job_id}", kind.encode())
+    return kind
+
+
+def checked_job_id(job_id: str | None) -> str:
+    """The caller's id, or a new one. Raises `InvalidRequest` for one that could be taken for something else."""
+    if job_id is None:
+        return str(uuid.uuid4())
+    return checked(Rule.JOB_ID, "job_id", job_id)
+
+
+def draw_seed() -> int:
+    return secrets.randbelow(2**63)
+
+
+def embed_request(model: str, texts: Sequence[str], fields: Mapping[str, Any]) -> EmbedRequest:
+    if isinstance(texts, str):
+        raise InvalidRequest("texts: one text given; expected a list of texts, such as ['a warm model'].")
+    if not isinstance(texts, Iterable):
+        raise InvalidRequest(f"texts: a {type(texts).__name__} given; expected a list of texts.")
+    return build(EmbedRequest, {"model": model, "texts": tuple(texts), **fields})
+
+
+def generate_request(model: str, prompt: Prompt | None, seed: int | None, fields: Mapping[str, Any]) -> GenerateRequest:
+    """`prompt`: a text, token ids, or the messages of a conversation; None if `fields` have one of them by name."""
+    seed = draw_seed() if seed is None else seed
+    return build(GenerateRequest, {"model": model, "seed": seed, **_prompt_fields(prompt), **fields})
+
+
+def _prompt_fields(prompt: Prompt | None) -> dict[str, Any]:
+    if prompt is None or isinstance(prompt, str):
+        return {} if prompt is None else {"prompt": prompt}
+    if not isinstance(prompt, Iterable):
+        raise InvalidRequest(
+            f"prompt: a {type(prompt).__name__} given; expected a text, a list of token ids, or a list of messages."
+        )
+    items = tuple(prompt)
+    return {"prompt_ids" if items and isinstance(items[0], int) else "messages": items}
+
+
+def train_request(model: str, name: str, dataset: Dataset, job_id: str, fields: Mapping[str, Any]) -> TrainRequest:
+    source = dataset if _on_worker(dataset) else str(Upload.of("dataset", job_id, b""))
+    return build(TrainRequest, {"model": model, "name": name, "dataset": source, **fields})
+
+
+def adapter_request(model: str, name: str, job_id: str, fields: Mapping[str, Any]) -> AdapterRequest:
+    upload = str(Upload.of("adapter", job_id, b""))
+    return build(AdapterRequest, {"model": model, "name": name, "upload": upload, **fields})
+
+
+def _on_worker(dataset: Dataset) -> bool:
+    return isinstance(dataset, str) and dataset.startswith(ON_WORKER)
+
+
+def read_dataset(dataset: Dataset) -> bytes:
+    """The dataset as it is uploaded; empty for one that the worker has. A bad line raises `DatasetError` with its
+    number."""
+    if _on_worker(dataset):
+        return b""
+    if not isinstance(dataset, str | os.PathLike | Iterable):
+        raise DatasetError(f"dataset: a {type(dataset).__name__} given; expected a path, or a list of examples.")
+    if not isinstance(dataset, str | os.PathLike):
+        return to_lines(iterate_mappings(dataset, "dataset"), "dataset")
+    path = Path(dataset)
+    try:
+        with path.open("rb") as file:
+            return to_lines(iterate_lines(file, path.name), path.name)
+    except OSError as error:
+        raise DatasetError(f"{path}: cannot be read ({error.strerror}).") from None

@@ -1,0 +1,119 @@
+"""One job on its way into the ledger."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from stoker import keys, ledger
+from stoker.contract import AdapterRequest, Request, TrainRequest, encode
+from stoker.contract.dataset import ON_WORKER
+from stoker.contract.uploads import Upload
+from stoker.envelope import envelope
+from stoker.errors import InvalidRequest, QueueFull
+from stoker.ledger.call import Call
+from stoker.ledger.record import NewJob
+from stoker.ledger.replies import Submitted
+from stoker.settings import Settings
+
+
+class Submission:
+    """One job on its way into the ledger. Sent again it is the same job, so any failure of the way can be repeated."""
+
+    def __init__(
+        self, settings: Settings, request: Request, job_id: str, data: bytes = b"", client: str | None = None
+    ) -> None:
+        """`client`: the key of the client that the job belongs to, if it is not the one of `settings`."""
+        self.job_id, self._data = job_id, data
+        self._record = job_record(_naming(request, job_id, data), job_id, client or settings.client_key)
+        self._uploaded = False
+        self._until = time.monotonic() + settings.queue_wait
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether its input is too large for the one command that sends the job."""
+        return len(self._data) > keys.PART
+
+    def uploads(self, redis: Any) -> Iterator[Any]:
+        """A pipeline for each part of the input, to be executed in order before the job is sent. A part that is sent
+        again lands where it was. Until a job's record names it, what is there expires within minutes."""
+        blob, self._data, data, self._uploaded = self._record.blob, b"", memoryview(self._data), True
+        for start in range(0, len(data), keys.PART):
+            pipeline = redis.pipeline()
+            pipeline.setrange(blob, start, bytes(data[start : start + keys.PART]))
+            pipeline.expire(blob, keys.UPLOAD_TTL)
+            yield pipeline
+
+    def check_known(self, kind: str | None) -> None:
+        """There was a job of this id before, of this `kind`. Raises `InvalidRequest` if it cannot be the one meant."""
+        if kind not in (None, self._record.kind):
+            raise InvalidRequest(
+                f"job_id: {self.job_id!r} given for a job of kind {self._record.kind}; it is that of a job of kind "
+                f"{kind}. Take another id."
+            )
+
+    def tidy(self, pipeline: Any, reply: Submitted) -> Any:
+        """Put into `pipeline` what a reply to `transition` asks for: an input that was uploaded in parts stays while
+        the client waits for room in the queue, and goes if a job of that id was there already."""
+        if self._uploaded and reply.state == "known":
+            pipeline.unlink(self._record.blob)
+        elif self._uploaded and reply.state != "new":
+            pipeline.expire(self._record.blob, keys.UPLOAD_TTL)
+        return pipeline
+
+    def transition(self, *, revive: bool = False) -> Call[Submitted]:
+        return ledger.submission(self.job_id, self._record, self._data, revive=revive)
+
+    def pause(self, reply: Submitted) -> float | None:
+        """None if the job is in; else seconds to wait before the next try. Raises `QueueFull` when time is up."""
+        if not reply.is_full:
+            return None
+        left = self._until - time.monotonic()
+        if left > 0:
+            # A full queue moves on: looking more often than its pace says is cheap, sleeping too long is not.
+            return min(left, reply.wait / 2, 5.0)
+        raise QueueFull(self._refusal(reply), depth=reply.depth, limit=reply.limit, wait=reply.wait)
+
+    def _refusal(self, reply: Submitted) -> str:
+        who = (
+            f"{reply.depth} jobs wait there and {reply.limit} may"
+            if reply.state == "full"
+            else f"client {self._record.client!r} has {reply.depth} open jobs there and may have {reply.limit}"
+        )
+        return (
+            f"{self._record.queue}: {who}. Nothing was sent; try again in about {reply.wait:.0f} s, set "
+            "STOKER_QUEUE_WAIT to wait for a place, or start another worker."
+        )
+
+
+def _naming(request: Request, job_id: str, data: bytes) -> Request:
+    """`request` with the name that its input is sent under, once that is known."""
+    if isinstance(request, TrainRequest) and data:
+        return request.model_copy(update={"dataset": str(Upload.of("dataset", job_id, data))})
+    if isinstance(request, AdapterRequest) and data:
+        return request.model_copy(update={"upload": str(Upload.of("adapter", job_id, data))})
+    return request
+
+
+def job_record(request: Request, job_id: str, client: str = "default") -> NewJob:
+    """What `ledger.submit` writes: all that is known of the job, with the message that brings it to a worker."""
+    queue = keys.queue(request.model, request.kind)
+    return NewJob(
+        kind=request.kind,
+        model=request.model,
+        queue=queue,
+        client=client,
+        priority=str(request.priority),
+        request=json.dumps(encode(request)),
+        message=envelope(job_id, request.kind, request.model, queue),
+        blob=_input(request),
+    )
+
+
+def _input(request: Request) -> str:
+    """The key of what the request only names; "" for a request that is whole."""
+    if isinstance(request, TrainRequest) and not request.dataset.startswith(ON_WORKER):
+        return keys.blob(request.dataset)
+    return keys.blob(request.upload) if isinstance(request, AdapterRequest) else ""
