@@ -83,7 +83,7 @@ def _retries() -> Any:
 def _options(settings: Settings) -> dict[str, Any]:
     # One try takes no longer than the caller's patience with the whole outage.
     timeout = min(SOCKET_TIMEOUT, max(1.0, settings.patience))
-    # redis-py would read its own version from disk for each connection, and tell it to the broker: 6 ms of a stream's
+    # redis-py would read its own version from disk for each connection, and send it to the broker: 6 ms of a stream's
     # start (200 streams of one client: 2 s).
     common = {"socket_timeout": timeout, "max_connections": MAX_CONNECTIONS, "driver_info": None}
     if settings.address.redis.startswith("unix://"):

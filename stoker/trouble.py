@@ -1,4 +1,4 @@
-"""What redis-py raises, sorted: what may pass, what is hopeless, and what a caller is told. Loads redis-py."""
+"""What redis-py raises, sorted: what may pass, what is hopeless, and the error that a caller gets. Loads redis-py."""
 
 from __future__ import annotations
 

@@ -44,14 +44,14 @@ class Column:
 
 @dataclass(frozen=True)
 class Layout:
-    """A file's header and its columns, every one with a place for each row."""
+    """A file's header and its columns, each of which has room for every row."""
 
     header: bytes
     columns: tuple[Column, ...]
 
 
 def npy_layout(rows: int, dim: int, dtype: str) -> Layout:
-    """NumPy's format, version 1.0: one array, so no int8, which has scales beside it."""
+    """NumPy's format, version 1.0: one array, so no int8, which needs a second one for its scales."""
     described = repr({"descr": np.dtype(dtype).newbyteorder("<").str, "fortran_order": False, "shape": (rows, dim)})
     # Magic, version and length take 10 bytes; the data begins at a multiple of 64.
     text = described.ljust(-(-(len(described) + 11) // 64) * 64 - 11) + "\n"

@@ -56,7 +56,7 @@ def load(
 
 
 def promote(adapter: Version, model: Model = None, url: Url = None) -> None:
-    """Let a version serve whoever asks for the name."""
+    """Let a version serve every request for the name."""
     with connect(url) as client:
         _say(client.adapters.promote(adapter, model))
 

@@ -158,7 +158,7 @@ class Follower(Generic[E]):
 
     def replay(self, rows: Rows) -> list[E]:
         """The entries of a page of the stream, from the one that is due. Raises `JobLost` for an entry that no worker
-        wrote: what is behind it cannot be told from what is missing."""
+        wrote: a gap behind it could not be seen."""
         try:
             entries = self._parsed(fields[b"entry"] for _, fields in rows)
         except (ValidationError, KeyError):
@@ -176,7 +176,7 @@ class Follower(Generic[E]):
         try:
             (entry,) = self._parsed([payload])
         except ValidationError:
-            # Not a worker's: the stream itself has to tell.
+            # Not a worker's: look at the stream itself.
             return None, True
         if entry.index != self.next:
             return None, entry.index > self.next

@@ -28,11 +28,12 @@ def parse_cards(raw: Mapping[bytes, bytes]) -> dict[str, ModelCard]:
 
 
 def parse_presences(raw: Iterable[bytes | None]) -> list[Presence]:
+    """The workers that reported lately."""
     return _readable(Presence, raw)
 
 
 def _readable(notice: type[N], raw: Iterable[bytes | None]) -> list[N]:
-    """Without those that have expired, and those of a release that says it in another way."""
+    """Without those that have expired, and those of a release whose form is another."""
     found = []
     for value in raw:
         with suppress(ValidationError):
@@ -73,7 +74,7 @@ def choose_model(model: str | None, kind: str, known: Mapping[str, ModelCard], w
 
 
 class Choices:
-    """What `choose_model` said lately, so that a client that sends many jobs asks no more often than workers speak."""
+    """What `choose_model` said lately, so that a client that sends many jobs asks no more often than workers report."""
 
     def __init__(self) -> None:
         self._kept: dict[tuple[str | None, str], tuple[str, float]] = {}

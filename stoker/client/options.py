@@ -18,7 +18,7 @@ from stoker.errors import InvalidRequest
 
 
 class JobOptions(TypedDict, total=False):
-    """What every kind of job can be told."""
+    """Options of every kind of job."""
 
     priority: int
     deadline: float | None

@@ -36,7 +36,7 @@ _STATUS = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """A job's result record, as Celery stored it; none is read from one of a job that has not ended."""
+    """A job's result record, as Celery stored it; a record of a job that has not ended gives none."""
 
     status: JobStatus
     value: Any = None
@@ -68,7 +68,7 @@ def _joined(message: Any) -> str:
 
 
 def announced(record: bytes) -> Outcome | None:
-    """What the channel of results said; None if a look at the record itself has to tell."""
+    """What the channel of results said; None where only the record itself can say."""
     try:
         return Outcome.parse(record)
     except JobLost:
@@ -108,7 +108,7 @@ def lost(job_id: str) -> JobLost:
 
 
 def spoiled(what: str, raw: bytes) -> JobLost:
-    """Of something in the broker that neither a client nor a worker wrote."""
+    """The error for something in the broker that neither a client nor a worker wrote."""
     shown = repr(raw if len(raw) <= 60 else raw[:60] + b"...")
     return JobLost(
         f"the job's {what} cannot be read: the broker holds {shown}, which Stoker did not write. Send it again."

@@ -20,7 +20,7 @@ from stoker.settings import Settings
 
 
 class Submission:
-    """One job on its way into the ledger. Sent again it is the same job, so any failure of the way can be repeated."""
+    """One job on its way into the ledger. Sent again it is the same job, so a call that failed can be repeated."""
 
     def __init__(
         self, settings: Settings, request: Request, job_id: str, data: bytes = b"", client: str | None = None
@@ -84,7 +84,7 @@ class Submission:
         )
         return (
             f"{self._record.queue}: {who}. Nothing was sent; try again in about {reply.wait:.0f} s, set "
-            "STOKER_QUEUE_WAIT to wait for a place, or start another worker."
+            "STOKER_QUEUE_WAIT to wait for room, or start another worker."
         )
 
 

@@ -153,7 +153,7 @@ class AsyncTrainJob(AsyncJob[TrainResult]):
     """`progress()` yields a report a step; `result()` names the adapter."""
 
     def progress(self, *, timeout: float | None = None, cancel_on_close: bool = False) -> AsyncGenerator[TrainReport]:
-        """Every report once, in order. Leaving the loop early leaves the run alone, unless told otherwise."""
+        """Every report once, in order. Leaving the loop early leaves the run alone, unless `cancel_on_close`."""
         return self._entries(TrainReport, timeout, cancel_on_close)
 
     async def _read(self, value: Any) -> TrainResult:

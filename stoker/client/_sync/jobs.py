@@ -154,7 +154,7 @@ class TrainJob(Job[TrainResult]):
     """`progress()` yields a report a step; `result()` names the adapter."""
 
     def progress(self, *, timeout: float | None = None, cancel_on_close: bool = False) -> Generator[TrainReport]:
-        """Every report once, in order. Leaving the loop early leaves the run alone, unless told otherwise."""
+        """Every report once, in order. Leaving the loop early leaves the run alone, unless `cancel_on_close`."""
         return self._entries(TrainReport, timeout, cancel_on_close)
 
     def _read(self, value: Any) -> TrainResult:
