@@ -24,7 +24,7 @@ Matrices = dict[str, dict[str, mx.array]]
 class LoraConfig:
     rank: int
     alpha: float
-    #: Last names of the layers that are changed, such as `q_proj`.
+    #: Last names of the layers that are changed, such as `q_proj`, or longer ends of their names.
     targets: tuple[str, ...]
     rslora: bool = False
     dora: bool = False
@@ -47,8 +47,9 @@ class LoraWeights:
 
 
 def target_shapes(shapes: Mapping[str, tuple[int, int]], targets: tuple[str, ...]) -> dict[str, tuple[int, int]]:
-    """The layers of a model, name → (in, out), whose last name is among `targets`."""
-    return {name: shape for name, shape in shapes.items() if name.rpartition(".")[2] in targets}
+    """The layers of a model, name → (in, out), that are one of `targets` or end with one, as in PEFT."""
+    endings = tuple(f".{target}" for target in targets)
+    return {name: shape for name, shape in shapes.items() if name in targets or name.endswith(endings)}
 
 
 def initialise(config: LoraConfig, linears: Mapping[str, Linear], seed: int) -> LoraWeights:

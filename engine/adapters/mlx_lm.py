@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from engine.adapters import peft
 from engine.adapters.lora import LoraConfig, LoraWeights
 from engine.jsonfiles import read_object
+from engine.models.allowed import ANYTHING, Table
 from engine.weights import safetensors
 from stoker.errors import ModelError
 
 WEIGHTS_FILE = "adapters.safetensors"
 #: mlx-lm's name for our layer `layers.0.self_attn.q_proj` is `model.` before it.
 _TENSOR = re.compile(r"model\.(?P<layer>.+)\.(?:lora_(?P<side>[ab])|(?P<m>m))")
+#: The fields of adapter_config.json; all but these are of its training.
+_TABLE = Table(
+    ("fine_tune_type", "lora_parameters", "num_layers"),
+    dict.fromkeys(
+        (
+            "model", "train", "test", "data", "seed", "optimizer", "optimizer_config", "batch_size", "iters",
+            "val_batches", "test_batches", "learning_rate", "lr_schedule", "steps_per_report", "steps_per_eval",
+            "save_every", "adapter_path", "resume_adapter_file", "max_seq_length", "config", "grad_checkpoint",
+            "grad_accumulation_steps", "mask_prompt", "report_to", "project_name", "wandb", "clear_cache_threshold",
+            "hf_dataset", "prompt_feature", "completion_feature",
+        ),
+        ANYTHING,
+    ),
+)  # fmt: skip
+_PARAMETERS = Table(("rank", "scale", "keys"), {"dropout": ANYTHING})
 
 
 def read(folder: Path, shapes: Mapping[str, tuple[int, int]]) -> LoraWeights:
@@ -22,12 +38,15 @@ def read(folder: Path, shapes: Mapping[str, tuple[int, int]]) -> LoraWeights:
     alpha is scale · rank. Raises `ModelError` that names the file and what is wrong with it."""
     path = folder / peft.CONFIG_FILE
     fields = read_object(path)
+    _TABLE.check(fields, str(path))
     method = fields.get("fine_tune_type", "lora")
     if method not in ("lora", "dora"):
         raise ModelError(f"{path}: fine_tune_type {method!r}; only 'lora' and 'dora' can be read.")
     parameters = fields.get("lora_parameters")
     if not isinstance(parameters, dict):
         raise ModelError(f"{path}: no lora_parameters in it.")
+    _PARAMETERS.check(parameters, f"{path}: lora_parameters")
+    changed = _changed(path, fields.get("num_layers"), parameters.get("keys"), shapes)
     rank = peft.checked_rank(path, parameters.get("rank"))
     scale = peft.checked_number(path, "scale", parameters.get("scale"))
     matrices: peft.Numbers = {}
@@ -35,7 +54,28 @@ def read(folder: Path, shapes: Mapping[str, tuple[int, int]]) -> LoraWeights:
         match = _TENSOR.fullmatch(tensor)
         if match is None or match["layer"] not in shapes:
             raise ModelError(f"{folder / WEIGHTS_FILE}: tensor {tensor} belongs to no layer of this model.")
+        if match["layer"] not in changed:
+            raise ModelError(
+                f"{folder / WEIGHTS_FILE}: tensor {tensor} belongs to a layer that {path.name} leaves out."
+            )
         matrices.setdefault(match["layer"], {})["m" if match["m"] else match["side"]] = array
-    # It may train the last layers alone, so which there should be is not known.
     config = LoraConfig(rank, scale * rank, (), dora=method == "dora")
-    return peft.checked(folder / WEIGHTS_FILE, config, matrices, shapes, {})
+    return peft.checked(folder / WEIGHTS_FILE, config, matrices, shapes, ())
+
+
+def _changed(path: Path, count: object, keys: object, layers: Collection[str]) -> set[str]:
+    """The layers that mlx-lm changes: the last `count` ones, or all for none, and in them those of `keys`."""
+    if count is not None and type(count) is not int:
+        raise ModelError(f"{path}: num_layers {count!r}; expected a number.")
+    if keys is not None and not (isinstance(keys, list) and all(isinstance(key, str) for key in keys)):
+        raise ModelError(f"{path}: keys {str(keys)[:100]}; expected a list of names.")
+    first = 0
+    if isinstance(count, int) and count > 0:
+        first = max(int(name.split(".")[1]) for name in layers) + 1 - count
+    found = set()
+    for name in layers:
+        _, number, inner = name.split(".", 2)
+        by_name = keys is None or inner in keys
+        if (by_name and int(number) >= first) or (keys and f"model.{name}" in keys):
+            found.add(name)
+    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,10 @@ import mlx.core as mx
 import numpy as np
 
 from engine.adapters.lora import LoraConfig, LoraWeights, target_shapes
+from engine.adapters.targets import target_layers
 from engine.jsonfiles import read_object, write_json
+from engine.models.allowed import ANYTHING, Table
+from engine.models.fields import Fields
 from engine.weights import safetensors
 from stoker.contract.requests import MAX_RANK
 from stoker.errors import ModelError
@@ -24,22 +27,44 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 #: PEFT's name for our layer `layers.0.self_attn.q_proj` is this before it.
 _PREFIX = "base_model.model.model."
-#: PEFT's fields that make something else of the sum, and what they are in LoRA and DoRA.
-_PLAIN: dict[str, Any] = {
-    "peft_type": "LORA",
-    "fan_in_fan_out": False,
-    "bias": "none",
-    "lora_bias": False,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "modules_to_save": None,
-    "trainable_token_indices": None,
-    "target_parameters": None,
-    "alora_invocation_tokens": None,
-    "layer_replication": None,
-    "use_qalora": False,
-    "use_bdlora": None,
-}
+#: What PEFT's fields say: some are read, some change nothing once an adapter is trained, and of those that make
+#: something else of the sum, the values with which it is LoRA or DoRA.
+_TABLE = Table(
+    (
+        "r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "use_rslora",
+        "use_dora", "init_lora_weights",
+    ),
+    {
+        **dict.fromkeys(
+            (
+                "task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping",
+                "lora_dropout", "qalora_group_size", "megatron_core", "ensure_weight_tying", "loftq_config",
+                "eva_config", "corda_config", "lora_ga_config",
+            ),
+            ANYTHING,
+        ),
+        "peft_type": ("LORA",),
+        "fan_in_fan_out": (False,),
+        "bias": ("none",),
+        "lora_bias": (False,),
+        "rank_pattern": ({},),
+        "alpha_pattern": ({},),
+        "modules_to_save": ([],),
+        "trainable_token_indices": ([], {}),
+        "target_parameters": ([],),
+        "use_qalora": (False,),
+        "merge_weights": (False,),
+        **dict.fromkeys(
+            (
+                "alora_invocation_tokens", "layer_replication", "use_bdlora", "velora_config", "kasa_config",
+                "arrow_config", "monteclora_config", "megatron_config", "enable_lora",
+            ),
+            (),
+        ),
+    },
+)  # fmt: skip
+#: Ways to begin that leave the base as it is.
+_BEGINNINGS = ("gaussian", "eva", "orthogonal")
 #: PEFT's tensors → our sides. It wrote the magnitude with `.weight` behind it for a while.
 _TENSOR = re.compile(
     re.escape(_PREFIX) + r"(?P<layer>.+)\.lora_(?:(?P<side>[AB])\.weight|(?P<m>magnitude_vector)(?:\.weight)?)"
@@ -77,10 +102,11 @@ def read(folder: Path, shapes: Mapping[str, tuple[int, int]]) -> LoraWeights:
 
     Raises `ModelError` that names the file and what is wrong with it.
     """
-    fields = read_object(folder / CONFIG_FILE)
-    config = _config(folder / CONFIG_FILE, fields)
-    whole = all(fields.get(name) is None for name in ("layers_to_transform", "exclude_modules"))
-    return _weights(folder / WEIGHTS_FILE, config, shapes, whole=whole)
+    path = folder / CONFIG_FILE
+    fields = read_object(path)
+    config = _config(path, fields)
+    wanted = target_layers(str(path), fields, shapes)
+    return _weights(folder / WEIGHTS_FILE, config, shapes, wanted)
 
 
 def checked_rank(path: Path, rank: object) -> int:
@@ -96,31 +122,46 @@ def checked_number(path: Path, name: str, value: object) -> float:
 
 
 def _config(path: Path, fields: Mapping[str, Any]) -> LoraConfig:
-    for name, plain in _PLAIN.items():
-        if fields.get(name) not in (None, plain):
-            raise ModelError(f"{path}: {name} {fields[name]!r}; only LoRA and DoRA can be read, with {name} {plain!r}.")
-    targets = fields.get("target_modules")
-    # PEFT also takes a pattern, or `all-linear`: which layers it met is then for the tensors to say.
-    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
-        targets = []
+    if "peft_type" not in fields:
+        raise ModelError(f"{path}: no peft_type in it; 'LORA' can be read.")
+    _TABLE.check(fields, str(path))
+    _check_beginning(path, fields.get("init_lora_weights", True))
+    said = Fields(fields, str(path))
     return LoraConfig(
         checked_rank(path, fields.get("r")),
         checked_number(path, "lora_alpha", fields.get("lora_alpha")),
-        tuple(target.rpartition(".")[2] for target in targets),
-        rslora=bool(fields.get("use_rslora")),
-        dora=bool(fields.get("use_dora")),
+        (),
+        rslora=said.flag("use_rslora"),
+        dora=said.flag("use_dora"),
     )
 
 
-def _weights(path: Path, config: LoraConfig, shapes: Mapping[str, tuple[int, int]], *, whole: bool) -> LoraWeights:
+def _check_beginning(path: Path, value: object) -> None:
+    """Refuse adapters that are the difference to another base: PEFT changes its weights when it loads one."""
+    known = value.lower() if isinstance(value, str) else value
+    if known is None or isinstance(known, bool) or known in _BEGINNINGS:
+        return
+    raise ModelError(
+        f"{path}: init_lora_weights {value!r} is not supported: with it PEFT changes the base's own weights too. Save "
+        "the adapter as plain LoRA, with PEFT: save_pretrained(FOLDER, path_initial_model_for_weight_conversion=FOLDER "
+        "of the adapter as it began)"
+    )
+
+
+def _weights(
+    path: Path, config: LoraConfig, shapes: Mapping[str, tuple[int, int]], wanted: Collection[str]
+) -> LoraWeights:
     matrices: Numbers = {}
     for tensor, array in safetensors.read_numbers(path).items():
         match = _TENSOR.fullmatch(tensor)
         if match is None or match["layer"] not in shapes:
             raise ModelError(f"{path}: tensor {tensor} belongs to no layer of this model.")
+        if match["layer"] not in wanted:
+            raise ModelError(f"{path}: tensor {tensor} belongs to a layer that {CONFIG_FILE} leaves out.")
         side = "m" if match["m"] else match["side"].lower()
-        matrices.setdefault(match["layer"], {})[side] = array if side == "m" else array.T
-    wanted = target_shapes(shapes, config.targets) if whole else {}
+        if side in matrices.setdefault(match["layer"], {}):
+            raise ModelError(f"{path}: tensor {tensor} is there under two names.")
+        matrices[match["layer"]][side] = array if side == "m" else array.T
     return checked(path, config, matrices, shapes, wanted)
 
 
@@ -129,12 +170,12 @@ def checked(
     config: LoraConfig,
     matrices: Numbers,
     shapes: Mapping[str, tuple[int, int]],
-    wanted: Mapping[str, object],
+    wanted: Collection[str],
 ) -> LoraWeights:
     """The adapter of these matrices, once each is of the shape and of the finite numbers that its layer and the rank
     need, no side is missing, and none of the layers `wanted`."""
     sides = {"a", "b", "m"} if config.dora else {"a", "b"}
-    for name in wanted.keys() | matrices.keys():
+    for name in sorted({*wanted, *matrices}):
         found = matrices.get(name, {})
         for side in sorted(sides ^ found.keys()):
             problem = "lacks" if side in sides else "must not have"
@@ -152,9 +193,14 @@ def checked(
     for name in sorted(matrices):
         if not all(np.isfinite(array).all() for array in matrices[name].values()):
             raise ModelError(f"{path}: layer {name} holds numbers that are not finite.")
-    targets = config.targets or tuple(sorted({name.rpartition(".")[2] for name in matrices}))
     arrays = {name: {side: mx.array(array) for side, array in sides.items()} for name, sides in matrices.items()}
-    return LoraWeights(replace(config, targets=targets), arrays)
+    return LoraWeights(replace(config, targets=_targets(matrices, shapes)), arrays)
+
+
+def _targets(matrices: Numbers, shapes: Mapping[str, tuple[int, int]]) -> tuple[str, ...]:
+    """The last names of the layers; their whole names if there are others of the same last names."""
+    last = tuple(sorted({name.rpartition(".")[2] for name in matrices}))
+    return last if target_shapes(shapes, last).keys() == matrices.keys() else tuple(sorted(matrices))
 
 
 _SAID = {"a": "lora_A", "b": "lora_B", "m": "lora_magnitude_vector"}

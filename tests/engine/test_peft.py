@@ -132,6 +132,15 @@ def write_mlx_lm(folder: Path, weights: LoraWeights) -> None:
         ({"lora_parameters": {"rank": 0, "scale": 2.0}}, "rank 0"),
         ({"lora_parameters": {"rank": 3, "scale": float("nan")}}, "scale nan"),
         ({"lora_parameters": {"rank": 4, "scale": 2.0}}, "this model and rank need"),
+        ({"lora_parameters": {"rank": 3, "scale": 2.0, "alpha": 16}}, "alpha"),
+        (
+            {"lora_parameters": {"rank": 3, "scale": 2.0, "keys": ["self_attn.q_proj"]}},
+            "that adapter_config.json leaves",
+        ),
+        ({"lora_parameters": {"rank": 3, "scale": 2.0, "keys": "q_proj"}}, "keys q_proj; expected a list"),
+        ({"num_layers": 1}, r"layers\.0\..* that adapter_config.json leaves out"),
+        ({"num_layers": "all"}, "num_layers 'all'"),
+        ({"lora_layers": 2}, "lora_layers"),
     ],
 )
 def test_a_wrong_folder_of_mlx_lm_is_refused(
