@@ -186,6 +186,8 @@ def install() -> None:
     """Make kombu use this transport for every `redis://`, `rediss://` and `redis+socket://` URL."""
     for scheme in ("redis", "rediss"):
         kombu.transport.TRANSPORT_ALIASES[scheme] = f"{__name__}:Transport"
+        # A connection that was made before keeps its own; kombu would give its class to all that come after, too.
+        kombu.transport._transport_cache.pop(scheme, None)
 
 
 def restore_on_close() -> None:

@@ -51,6 +51,13 @@ def aside(monkeypatch: pytest.MonkeyPatch) -> list[Unreadable]:
     return found
 
 
+def test_a_connection_that_was_made_before_decides_for_none_that_comes_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(kombu.transport.TRANSPORT_ALIASES, "redis", "kombu.transport.redis:Transport")
+    monkeypatch.setitem(kombu.transport._transport_cache, "redis", kombu.transport.resolve_transport("redis"))
+    transport.install()
+    assert kombu.transport.get_transport_cls("redis") is transport.Transport
+
+
 @pytest.fixture
 def connection(broker: Settings) -> Iterator[kombu.Connection]:
     """The worker's transport, as Celery configures it."""
