@@ -20,6 +20,7 @@ import numpy as np
 
 from bench.idle_worker import ENCODER, MODEL, token
 from bench.report import Row, row, write
+from bench.transitions import measured
 from stoker import AsyncClient, Client, keys
 from stoker.client import EmbedJob, GenerateJob
 from stoker.connection import connect
@@ -255,7 +256,13 @@ def subscribers(bench: Bench) -> list[Row]:
     ]
 
 
-PARTS = (round_trip, small_jobs, publishing, subscribers, backlog, recovery)
+def transitions(bench: Bench) -> list[Row]:
+    """What each script costs, without a worker."""
+    with Client(settings=bench.settings) as client:
+        return measured(client.redis)
+
+
+PARTS = (transitions, round_trip, small_jobs, publishing, subscribers, backlog, recovery)
 
 
 def main(names: list[str]) -> None:
