@@ -24,8 +24,8 @@ def batch(model: LoadedModel, tmp_path: Path) -> Batch:
     return Batch(model.decoder, AdapterPool(model, AdapterStore(tmp_path)), Step(model.decoder, "none"))
 
 
-def row_of(model: LoadedModel, token: int) -> Row:
-    request = GenerateRequest(model="tiny", prompt_ids=(token,), ignore_eos=True)
+def row_of(model: LoadedModel, token: int, max_tokens: int = 20) -> Row:
+    request = GenerateRequest(model="tiny", prompt_ids=(token,), ignore_eos=True, max_tokens=max_tokens)
     row = Generation(Ticket("job", "generate"), request, [token], model.tokenizer, 64).rows[0]
     row.tokens.append(token + 1)
     row.adapter, row.cached = 0, 1
@@ -66,6 +66,13 @@ def test_a_row_that_came_again_is_not_taken_for_one_whose_token_is_on_its_way(ba
     batch.leave(row)
     seat(batch, model, row)
     assert batch._ahead(batch.take()) == [1, 0]
+
+
+def test_no_pass_is_launched_for_rows_that_end_with_the_one_under_way(batch: Batch, model: LoadedModel) -> None:
+    row = row_of(model, 3, max_tokens=2)
+    seat(batch, model, row)
+    assert batch.launch()
+    assert not batch.launch(), "the token that is on its way is its last"
 
 
 def test_the_pace_grows_on_whole_chunks_that_were_fast_alone() -> None:

@@ -268,6 +268,7 @@ def test_more_requests_than_slots_wait_in_order_of_arrival(model: LoadedModel, p
     ended: list[int] = []
     while driver.lane.busy:
         driver.step()
+        assert len(driver.lane.batch.rows) <= 1
         ended += [place for place, one in enumerate(sent) if one.ticket.done and place not in ended]
     assert ended == [0, 1, 2, 3]
     driver.assert_empty()
@@ -455,6 +456,17 @@ def test_an_answer_ends_before_its_stop_string_across_tokens(model: LoadedModel,
     driver.assert_empty()
 
 
+def test_what_a_stop_string_held_back_is_given_out_at_the_end(model: LoadedModel, pool: AdapterPool) -> None:
+    driver = Driver(model, pool)
+    free = driver.send(request([3, 1, 4]))
+    driver.run()
+    whole = free.result.text
+    sent = driver.send(request([3, 1, 4], stop=[f"{whole[-6:]} and no further"]))
+    driver.run()
+    assert sent.result.text == whole == "".join(token.text for token in sent.tokens)
+    assert sent.result.finish_reason == "length"
+
+
 def test_a_stop_token_ends_and_an_end_token_may_be_ignored(tiny_llama: Llama, pool: AdapterPool) -> None:
     free = Driver(tiny.loaded(tiny_llama, eos_ids=[]), pool)
     unended = free.send(request([3, 1, 4], max_tokens=8))
@@ -549,6 +561,37 @@ def test_the_rows_that_came_last_are_the_ones_put_back(model: LoadedModel, pool:
         batched = here
     assert lane.preempted > 0
     assert [len(one.tokens) for one in sent] == [270] * 4
+
+
+def test_a_row_that_was_put_back_goes_before_those_that_came_later(model: LoadedModel, pool: AdapterPool) -> None:
+    tight = Driver(model, pool, slots=4, kv_bytes=330_000)
+    sent = [tight.send(request([3 + n, 4], max_tokens=270)) for n in range(6)]
+    order = [one.ticket for one in sent]
+    while not tight.lane.preempted:
+        tight.step()
+    assert len(tight.lane._roster.waiting) >= 3
+    while tight.lane.busy:
+        waiting = [order.index(row.ticket) for row in tight.lane._roster.waiting]
+        assert waiting == sorted(waiting)
+        tight.step()
+    tight.assert_empty()
+
+
+def test_prompts_of_a_group_are_read_where_each_ends(model: LoadedModel, pool: AdapterPool) -> None:
+    """As on a GPU, where prompts of any length go through the model together; nothing is compiled here."""
+    asked = [request(list(range(3, 3 + length)), max_tokens=4) for length in (5, 40, 2, 17)]
+    alone = Driver(model, pool, slots=4)
+    wanted = []
+    for one in asked:
+        wanted.append(alone.send(one))
+        alone.run()
+    together = Driver(model, pool, slots=4)
+    together.lane.step.prompt_buckets = True
+    found = [together.send(one) for one in asked]
+    together.step()
+    assert len(together.lane.batch.rows) == 4, "one pass"
+    together.run()
+    assert [one.ids for one in found] == [one.ids for one in wanted]
 
 
 def test_tokens_of_the_prompt_count_for_no_presence_nor_frequency(model: LoadedModel, pool: AdapterPool) -> None:

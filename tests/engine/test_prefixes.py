@@ -51,3 +51,14 @@ def test_bytes_are_counted_in_and_out(cache: PrefixCache, tiny_llama: Llama) -> 
     while cache.evict():
         pass
     assert cache.nbytes == 0
+
+
+def test_what_was_found_lately_stays_longest(tiny_llama: Llama) -> None:
+    kept = [KeyValues(tiny_llama, 1, LENGTH) for _ in range(3)]
+    prompts = [[place] * LENGTH for place in range(3)]
+    cache = PrefixCache(2 * kept[0].nbytes)
+    for prompt, kv in zip(prompts[:2], kept, strict=False):
+        cache.put("base", prompt, kv)
+    assert cache.find("base", [*prompts[0], 7])[1] == LENGTH
+    cache.put("base", prompts[2], kept[2])
+    assert [cache.has("base", prompt) for prompt in prompts] == [True, False, True]

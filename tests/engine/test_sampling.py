@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from engine.generation.sampling import Draw, Pick, columns, process, sample, uniforms, warp
+from engine.generation.sampling import Draw, Pick, Uniforms, columns, process, sample, uniforms, warp
 from stoker.contract import GenerateRequest
 
 GOLDENS = Path(__file__).parent.parent / "goldens"
@@ -127,6 +127,18 @@ def test_a_penalty_on_a_token_that_the_model_does_not_have_touches_nothing() -> 
     assert float(np.array(made["counts"]).sum()) == 1.0
 
 
+def test_a_bias_on_a_token_that_the_model_does_not_have_touches_nothing() -> None:
+    made = columns([draw(logit_bias={4: 2.0, VOCABULARY: 3.0, VOCABULARY + 10: 1.0})], VOCABULARY)
+    assert int(np.array(made["bias_ids"]).max()) == 4
+    assert float(np.array(made["bias"]).sum()) == 2.0
+
+
+def test_a_row_draws_its_numbers_beyond_the_first_block() -> None:
+    numbers = Uniforms(3, 1)
+    assert [numbers(position) for position in range(200)] == uniforms(3, 0, 200, 1).tolist()
+    assert numbers(5) == uniforms(3, 5, 1, 1)[0]
+
+
 def test_greedy_takes_the_best_and_says_so() -> None:
     rows = logits(8)
     for row, pick in zip(rows, sample(mx.array(rows), [draw()] * 8), strict=True):
@@ -139,6 +151,16 @@ def test_logit_and_logprob_are_the_raw_models_whatever_the_temperature() -> None
     draws = [draw(temperature=5.0, top_k=3, seed=seed) for seed in range(8)]
     for row, pick in zip(rows, sample(mx.array(rows), draws), strict=True):
         assert pick.logit == row[pick.token_id]
+        wanted = row[pick.token_id] - np.log(np.exp(row.astype(np.float64)).sum())
+        assert pick.logprob == pytest.approx(wanted, abs=1e-5)
+
+
+def test_a_logprob_is_the_raw_models_whatever_changes_the_logits() -> None:
+    rows = logits(3)
+    mask = np.array([0b11110, 0], dtype=np.int32)
+    asked = {"logit_bias": {7: 30.0}, "repetition_penalty": 1.8, "presence_penalty": 2.0}
+    draws = [draw(**asked, tally={7: 1, 8: 2}), draw(temperature=2.0, seed=3, **asked), draw(mask=mask)]
+    for row, pick in zip(rows, sample(mx.array(rows), draws), strict=True):
         wanted = row[pick.token_id] - np.log(np.exp(row.astype(np.float64)).sum())
         assert pick.logprob == pytest.approx(wanted, abs=1e-5)
 

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from queue import SimpleQueue
 from tempfile import TemporaryDirectory
@@ -83,24 +86,40 @@ def reading(code: int, output: str) -> str:
 def judge(chosen: list[Mutant], folder: Path) -> dict[Mutant, str]:
     """Each with its verdict. The tests have to pass without a mistake, or their failure would say nothing."""
     copies: SimpleQueue[Copy] = SimpleQueue()
-    first = Copy(folder / "0")
-    if first.test(dict.fromkeys(node for mutant in chosen for node in mutant.tests)) != PASSED:
-        raise SystemExit(f"the tests fail without any mistake:\n{first.output[-3000:]}")
-    copies.put(first)
-    for number in range(1, JOBS):
+    for number in range(JOBS):
         copies.put(Copy(folder / str(number)))
 
     def one(mutant: Mutant) -> str:
-        copy, began = copies.get(), time.monotonic()
-        try:
+        with taken(copies) as copy:
+            began = time.monotonic()
             verdict = copy.verdict(mutant)
-        finally:
-            copies.put(copy)
         print(f"{verdict:9} {time.monotonic() - began:5.1f} s  {mutant.file}: {mutant.name}", flush=True)
         return verdict
 
+    def failing(nodes: list[str]) -> str:
+        with taken(copies) as copy:
+            return "" if copy.test(nodes) == PASSED else f"{' '.join(nodes)}\n{copy.output[-2000:]}"
+
     with ThreadPoolExecutor(JOBS) as pool:
+        if failed := list(filter(None, pool.map(failing, by_file(chosen)))):
+            raise SystemExit("the tests fail without any mistake:\n" + "\n".join(failed))
         return dict(zip(chosen, pool.map(one, chosen), strict=True))
+
+
+@contextmanager
+def taken(copies: SimpleQueue[Copy]) -> Iterator[Copy]:
+    """One that no other thread uses meanwhile."""
+    copy = copies.get()
+    try:
+        yield copy
+    finally:
+        copies.put(copy)
+
+
+def by_file(chosen: Iterable[Mutant]) -> list[list[str]]:
+    """The tests that own `chosen`, each once. One run per file, so that the limit of time is that of a file."""
+    nodes = sorted({node for mutant in chosen for node in mutant.tests})
+    return [list(found) for _, found in groupby(nodes, key=lambda node: node.partition("::")[0])]
 
 
 def main(texts: list[str]) -> int:
@@ -125,4 +144,6 @@ def main(texts: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    # A run that is told to end deletes its copies.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,100 @@
+"""The memory of keys and values by itself: what counts, and who makes way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from engine.adapters.pool import AdapterPool
+from engine.adapters.store import AdapterStore
+from engine.generation.batch import COLUMNS, Batch
+from engine.generation.kv_budget import KvBudget
+from engine.generation.prefixes import PrefixCache
+from engine.generation.row import Generation, Row
+from engine.generation.step import Step
+from engine.loading import LoadedModel
+from engine.models.cache import KeyValues, bytes_per_token
+from engine.ticket import Ticket
+from stoker.contract import GenerateRequest
+
+PREFIX = 60
+
+
+class Machine:
+    """A batch, kept prefixes, and memory for `tokens` of a row."""
+
+    def __init__(self, model: LoadedModel, folder: Path, tokens: int, prefixes: int = 0) -> None:
+        self.model, self.token = model, bytes_per_token(model.decoder)
+        pool = AdapterPool(model, AdapterStore(folder))
+        self.batch = Batch(model.decoder, pool, Step(model.decoder, "none"))
+        self.prefixes = PrefixCache(1 << 30)
+        for place in range(prefixes):
+            self.prefixes.put("base", [place] * PREFIX, KeyValues(model.decoder, 1, PREFIX))
+        self.budget = KvBudget(model.decoder, tokens * self.token, self.batch, self.prefixes)
+
+    def row(self, length: int) -> Row:
+        request = GenerateRequest(model="tiny", prompt_ids=(3,) * length)
+        return Generation(Ticket("job", "generate"), request, [3] * length, self.model.tokenizer, 1024).rows[0]
+
+    def seat(self, length: int) -> Row:
+        row = self.row(length)
+        row.cached = length
+        self.batch.join(row, KeyValues(self.model.decoder, 1, length), 0)
+        return row
+
+
+def test_batch_prefixes_and_prompts_on_their_way_count_together(model: LoadedModel, tmp_path: Path) -> None:
+    machine = Machine(model, tmp_path, 10_000, prefixes=2)
+    machine.seat(10)
+    machine.budget.prefilling = 1000 * machine.token
+    assert machine.budget.used == (COLUMNS + 2 * PREFIX + 1000) * machine.token
+
+
+def test_a_row_that_is_alone_need_not_leave(model: LoadedModel, tmp_path: Path) -> None:
+    machine = Machine(model, tmp_path, 400)
+    machine.seat(COLUMNS - 1)
+    assert not machine.budget.must_shrink(1, COLUMNS + 1), "nobody could make way for it"
+    machine = Machine(model, tmp_path, 2 * COLUMNS)
+    for _ in range(2):
+        machine.seat(COLUMNS - 1)
+    assert not machine.budget.must_shrink(2, COLUMNS)
+    assert machine.budget.must_shrink(2, COLUMNS + 1)
+
+
+@pytest.mark.parametrize("prefixes", [1, 3])
+def test_kept_prefixes_make_way_before_a_row_leaves(model: LoadedModel, tmp_path: Path, prefixes: int) -> None:
+    machine = Machine(model, tmp_path, 2 * COLUMNS, prefixes=prefixes)
+    for _ in range(2):
+        machine.seat(10)
+    assert not machine.budget.must_shrink(2, 11)
+    assert len(machine.prefixes) == 0
+
+
+def test_no_more_prefixes_make_way_than_have_to(model: LoadedModel, tmp_path: Path) -> None:
+    machine = Machine(model, tmp_path, COLUMNS + 2 * PREFIX, prefixes=3)
+    machine.seat(10)
+    assert not machine.budget.must_shrink(1, 11)
+    assert len(machine.prefixes) == 2
+
+
+def test_a_row_that_the_batch_has_room_for_costs_nothing(model: LoadedModel, tmp_path: Path) -> None:
+    machine = Machine(model, tmp_path, 3 * COLUMNS)
+    for _ in range(3):
+        machine.seat(10)
+    machine.batch.leave(machine.batch.rows[0])
+    assert not machine.budget.must_shrink(3, 20)
+
+
+@pytest.mark.parametrize("length", [COLUMNS - 1, COLUMNS])
+def test_a_prompt_is_admitted_with_a_place_for_its_next_token(model: LoadedModel, tmp_path: Path, length: int) -> None:
+    """Its prefill takes a column for each of its tokens and the next; the batch then a second place of whole size."""
+    machine = Machine(model, tmp_path, 3 * COLUMNS)
+    machine.seat(10)
+    assert machine.budget.admits([machine.row(length)]) == (length < COLUMNS)
+
+
+def test_a_prompt_that_nobody_could_make_way_for_is_admitted(model: LoadedModel, tmp_path: Path) -> None:
+    machine = Machine(model, tmp_path, COLUMNS, prefixes=1)
+    assert machine.budget.admits([machine.row(COLUMNS - 1)])
+    assert len(machine.prefixes) == 0

@@ -1,0 +1,50 @@
+"""The list of a lane's rows by itself: who waits, and in which order."""
+
+from __future__ import annotations
+
+import pytest
+
+from engine.generation.roster import Roster
+from engine.generation.row import Generation, Row, RowState
+from engine.loading import LoadedModel
+from engine.ticket import Ticket
+from stoker.contract import GenerateRequest
+
+
+@pytest.fixture
+def rows(model: LoadedModel) -> list[Row]:
+    request = GenerateRequest(model="tiny", prompt_ids=(3,), n=5)
+    return Generation(Ticket("job", "generate"), request, [3], model.tokenizer, 64).rows
+
+
+def admitted(rows: list[Row], had_their_turn: int) -> Roster:
+    roster = Roster()
+    roster.admit(rows)
+    for row in rows[:had_their_turn]:
+        roster.waiting.remove(row)
+        row.state, row.cached = RowState.DECODING, 7
+    return roster
+
+
+def test_rows_that_are_put_back_go_first_in_their_order(rows: list[Row]) -> None:
+    roster = admitted(rows, 3)
+    roster.put_back(rows[:3])
+    assert list(roster.waiting) == rows
+    assert all(row.state is RowState.WAITING for row in rows)
+    assert not any(row.cached for row in rows), "their keys and values are gone"
+
+
+def test_a_row_that_has_ended_is_not_put_back(rows: list[Row]) -> None:
+    roster = admitted(rows, 3)
+    roster.end(rows[1])
+    roster.put_back(rows[:3])
+    assert list(roster.waiting) == [rows[0], *rows[2:]]
+    assert rows[1].state is RowState.ENDED
+
+
+def test_a_row_that_ends_while_it_waits_waits_no_more(rows: list[Row]) -> None:
+    roster = admitted(rows, 0)
+    for row in rows:
+        roster.end(row)
+        assert row not in roster.waiting
+    assert not roster
