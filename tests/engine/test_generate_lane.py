@@ -396,6 +396,9 @@ def test_token_ids_are_continued_as_they_are(model: LoadedModel, pool: AdapterPo
     ids = driver.send(GenerateRequest(model="tiny", prompt_ids=(3, 1, 4), max_tokens=12))
     driver.run()
     assert ids.ids == text.ids
+    last = driver.send(request([3], max_tokens=1, stop_token_ids=[60], logit_bias={60: 50.0}))
+    driver.run()
+    assert (last.ids, last.result.stopped_by) == ([60], 60), "the last token is one, too"
     for name, value in {"prompt_ids": (61,), "stop_token_ids": (99,), "logit_bias": {61: 1.0}}.items():
         options = {"model": "tiny", **({} if name == "prompt_ids" else {"prompt": "t3"}), name: value}
         with pytest.raises(InvalidRequest, match=f"{name}: token .* given; tiny has 0 to 60"):

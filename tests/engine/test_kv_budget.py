@@ -52,7 +52,7 @@ def test_batch_prefixes_and_prompts_on_their_way_count_together(model: LoadedMod
 
 
 def test_a_row_that_is_alone_need_not_leave(model: LoadedModel, tmp_path: Path) -> None:
-    machine = Machine(model, tmp_path, 400)
+    machine = Machine(model, tmp_path, COLUMNS)
     machine.seat(COLUMNS - 1)
     assert not machine.budget.must_shrink(1, COLUMNS + 1), "nobody could make way for it"
     machine = Machine(model, tmp_path, 2 * COLUMNS)
@@ -60,6 +60,11 @@ def test_a_row_that_is_alone_need_not_leave(model: LoadedModel, tmp_path: Path) 
         machine.seat(COLUMNS - 1)
     assert not machine.budget.must_shrink(2, COLUMNS)
     assert machine.budget.must_shrink(2, COLUMNS + 1)
+
+
+def test_a_prompt_counts_three_times_at_its_end(model: LoadedModel, tmp_path: Path) -> None:
+    """Where it was prefilled, in the batch, and once more while the batch grows."""
+    assert Machine(model, tmp_path, 300).budget.most_tokens == 100
 
 
 @pytest.mark.parametrize("prefixes", [1, 3])
