@@ -36,8 +36,7 @@ HUB_FILES = (
     "modules.json",
     "sentence_*_config.json",
     "config_sentence_transformers.json",
-    "*_Pooling/config.json",
-    "*_Transformer/*.json",
+    "[0-9]*_*/*.json",
 )
 #: Copies of the weights that some repositories carry in sub-folders (`onnx/`, `original/`); a module of
 #: sentence-transformers has a folder with its number in front.

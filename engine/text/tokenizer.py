@@ -89,14 +89,14 @@ class Tokenizer:
         config = read_object(folder / "tokenizer_config.json", missing={})
         model = read_object(folder / "config.json", missing={})
         generation = read_object(folder / "generation_config.json", missing={})
-        pipeline = Pipeline(folder / "tokenizer_config.json", config, model)
-        tokens = SpecialTokens.from_folder(folder, config)
-        inner = pipeline.built(_read(folder / "tokenizer.json"), tokens.listed if LISTED in config else None)
-        truncation = inner.truncation or {}
-        tokens = tokens.with_defaults(inner, pipeline.default_names)
-        tokens.add_to(inner, _count(model.get("vocab_size")))
-        names = tokens.texts
-        pipeline.surround(inner, names)
+        inner = _read(folder / "tokenizer.json")
+        side = config.get("truncation_side", (inner.truncation or {}).get("direction"))
+        try:
+            inner, names = _as_transformers(folder, inner, config, model)
+        except ModelError:
+            raise
+        except Exception as error:  # the package raises plain Exception
+            raise ModelError(f"{folder}: its tokenizer cannot be built: {error}") from error
         if lowercase:
             _lowercase(inner)
         eos = [names.get("eos_token"), generation.get("eos_token_id"), model.get("eos_token_id")]
@@ -108,7 +108,7 @@ class Tokenizer:
             manners=Manners(
                 names,
                 folder_templates(folder, config),
-                _left(folder / "tokenizer_config.json", config.get("truncation_side", truncation.get("direction"))),
+                _left(folder / "tokenizer_config.json", side),
                 _cleans(inner, config),
             ),
         )
@@ -197,6 +197,20 @@ def _read(path: Path) -> tokenizers.Tokenizer:
         return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the package raises plain Exception
         raise ModelError(f"{path}: {error}") from error
+
+
+def _as_transformers(
+    folder: Path, inner: tokenizers.Tokenizer, config: Mapping[str, Any], model: Mapping[str, Any]
+) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
+    """What transformers makes of `inner`, and its special tokens by name. `config` is tokenizer_config.json's, `model`
+    config.json's."""
+    pipeline = Pipeline(folder / "tokenizer_config.json", config, model)
+    tokens = SpecialTokens.from_folder(folder, config)
+    inner = pipeline.built(inner, tokens.listed if LISTED in config else None)
+    tokens = tokens.with_defaults(inner, pipeline.default_names)
+    tokens.add_to(inner, _count(model.get("vocab_size")))
+    pipeline.surround(inner, tokens.texts)
+    return inner, tokens.texts
 
 
 def _checked(text: str) -> str:

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 
+from engine import sources
 from engine.inspecting import inspect
 from engine.loading import load
 from engine.models.bert import BertArgs
@@ -112,6 +114,17 @@ def test_a_text_is_written_small_where_either_file_asks(
     given, read = texts
     assert tokenizer.inner.normalizer.normalize_str(given) == read
     assert tokenizer.encode("[MASK]", special=False) == [4], "a special token keeps its letters"
+
+
+def test_the_hub_gives_the_folders_of_modules_and_no_copies_of_the_weights() -> None:
+    wanted = ["0_Transformer/config.json", "0_Transformer/model.safetensors", "0_BERT/tokenizer.json",
+              "model.safetensors", "1_Pooling/config.json", "additional_chat_templates/tool_use.jinja",
+              "added_tokens.json", "sentence_roberta_config.json"]  # fmt: skip
+    others = ["onnx/model.safetensors", "original/consolidated.safetensors", "onnx/config.json", "pytorch_model.bin"]
+    found = filter_repo_objects(
+        wanted + others, allow_patterns=list(sources.HUB_FILES), ignore_patterns=list(sources._HUB_IGNORED)
+    )
+    assert list(found) == wanted
 
 
 def subfolder(tmp_path: Path) -> Path:
