@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.jsonfiles import read_object
+from engine.models import allowed
 from engine.models.fields import Fields
 from engine.models.sentence_files import SentenceFiles, model_folder
 from engine.sources import naming
@@ -91,11 +92,26 @@ def _folder(path: Path) -> Inspection:
         layers=fields.count("num_hidden_layers"),
         dim=dim,
         vocabulary=fields.count("vocab_size"),
-        cached=(fields.count("num_key_value_heads", heads), fields.count("head_dim", max(1, dim // heads))),
-        window=config.get("sliding_window") if config.get("use_sliding_window", True) else None,
+        cached=_cached(config, fields, heads, dim),
+        window=_window(config),
         chat_template=bool(folder_templates(folder, read_object(folder / "tokenizer_config.json", missing={}))),
         file_bytes=sum(file.stat().st_size for file in files),
     )
+
+
+def _cached(config: Mapping[str, Any], fields: Fields, heads: int, dim: int) -> tuple[int, int]:
+    """(heads of keys and values, size of a head)."""
+    architecture = str(config.get("model_type"))
+    own = "num_key_value_heads" not in config and allowed.KEY_VALUE_HEADS.get(architecture)
+    size = 128 if architecture == "qwen3" else max(1, dim // heads)
+    return fields.count("num_key_value_heads", own or heads), fields.count("head_dim", size)
+
+
+def _window(config: Mapping[str, Any]) -> object:
+    """The sliding window that a file states, or the one that its architecture has without it."""
+    if config.get("model_type") == "mistral":
+        return config.get("sliding_window", allowed.MISTRAL_WINDOW)
+    return config.get("sliding_window", allowed.MISTRAL_WINDOW) if config.get("use_sliding_window") else None
 
 
 def _gguf(path: Path) -> Inspection:
@@ -192,5 +208,7 @@ def _form(section: object) -> str:
 def _folder_context(path: Path, fields: Fields, architecture: object) -> int:
     """What the model takes, or what its sentence-transformers files limit that to."""
     # MPNet's first two positions stand for no token.
-    positions = fields.count("max_position_embeddings", 2048) - (2 if architecture == "mpnet" else 0)
+    positions = fields.count("max_position_embeddings", allowed.CONTEXT.get(str(architecture), 2048)) - (
+        2 if architecture == "mpnet" else 0
+    )
     return SentenceFiles.of(path).max_tokens(positions) if KINDS.get(str(architecture)) == "embed" else positions

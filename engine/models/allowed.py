@@ -143,7 +143,7 @@ TABLES: Mapping[str, Table] = {
 #: Heads of keys and values where the file does not say, which is not where it says null: then as many as of queries.
 KEY_VALUE_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
 #: Positions where the file does not say.
-CONTEXT = {"llama": 2048, "mistral": 131_072, "qwen2": 32_768, "qwen3": 32_768}
+CONTEXT = {"llama": 2048, "mistral": 131_072, "qwen2": 32_768, "qwen3": 32_768, "bert": 512, "mpnet": 512}
 #: Mistral's window where the file does not say; null is none.
 MISTRAL_WINDOW = 4096
 

@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.models.allowed import TABLES
+from engine.models.allowed import CONTEXT, TABLES
 from engine.models.attention import UNSEEN, attention
 from engine.models.fastmath import gelu
 from engine.models.fields import Fields
@@ -55,7 +55,7 @@ def encoder_sizes(config: Mapping[str, Any], architecture: str) -> dict[str, Any
         "hidden": fields.count("intermediate_size"),
         "heads": fields.count("num_attention_heads"),
         "vocab": fields.count("vocab_size"),
-        "positions": fields.count("max_position_embeddings", 512),
+        "positions": fields.count("max_position_embeddings", CONTEXT[architecture]),
         "norm_eps": fields.number("layer_norm_eps", 1e-12),
     }
 

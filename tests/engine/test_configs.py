@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from engine.inspecting import inspect
 from engine.loading import load
 from engine.models.llama import LlamaArgs
 from engine.models.mistral import MistralArgs
@@ -118,6 +119,17 @@ def test_an_absent_field_is_transformers_default() -> None:
     assert args(Qwen3Args, "qwen3", "head_dim").head_dim == 128
     assert args(MistralArgs, "mistral", "head_dim").head_dim == 8
     assert args(LlamaArgs, "llama-llama3", "rope_parameters").rope_base == 10_000.0
+
+
+def test_inspecting_takes_the_same_defaults(tmp_path: Path) -> None:
+    folder = copied("mistral", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    absent = ("sliding_window", "max_position_embeddings", "num_key_value_heads")
+    (folder / "config.json").write_text(json.dumps({key: each for key, each in config.items() if key not in absent}))
+    found = inspect(folder)
+    assert found.notes == ("a sliding window of 4096 tokens",)
+    assert found.context == 131_072
+    assert found.cache_bytes_per_1000 == {"16 bit": 2000 * 2 * 2 * 8 * 8, "32 bit": 4000 * 2 * 2 * 8 * 8}
 
 
 @pytest.mark.parametrize(

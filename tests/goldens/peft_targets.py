@@ -26,6 +26,7 @@ CASES: list[dict[str, Any]] = [
     {"target_modules": "All-Linear"},
     {"target_modules": r".*\.(0|11)\.self_attn\.[qk]_proj"},
     {"target_modules": r"layers\.0\.self_attn\.q_proj"},
+    {"target_modules": r".*\.q"},
     {"target_modules": r"model\.layers\.\d\.mlp\.\w+_proj", "exclude_modules": ["up_proj", "3.mlp.gate_proj"]},
     {"target_modules": "all-linear", "exclude_modules": r".*\.mlp\..*"},
     {"target_modules": ["q_proj"], "layers_to_transform": 1},
