@@ -157,3 +157,11 @@ def test_rollback_goes_past_the_version_that_serves_again(broker_client: Any) ->
 def test_a_name_without_a_version_means_the_one_that_serves_and_not_the_newest() -> None:
     found = AdapterEntry("m", "style", 1, (), {1: {}, 2: {}})
     assert (found.version(None), found.version(2)) == (1, 2)
+
+
+def test_a_record_that_a_version_is_pinned_in_after_it_expired_expires_again(broker_client: Any) -> None:
+    assert [ledger.pin(broker_client, "late", version) for version in (3, 4)] == ["3", "3"], "the first one stays"
+    assert 0 < broker_client.ttl(keys.job("late")) <= keys.PENDING_TTL
+    broker_client.expire(keys.job("late"), 60)
+    assert ledger.pin(broker_client, "late", 3) == "3"
+    assert broker_client.ttl(keys.job("late")) <= 60, "one that has an expiry keeps it"
