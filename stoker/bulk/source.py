@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stoker.contract.lines import decoded, numbered
+from stoker.contract.lines import decoded, numbered, pieces
 from stoker.contract.requests import MAX_TEXT_CHARS
 from stoker.errors import DatasetError
 
@@ -40,7 +40,7 @@ class Source:
     def _lines(self) -> Iterator[tuple[int, bytes]]:
         try:
             with self.path.open("rb") as file:
-                yield from numbered(file, self.path.name)
+                yield from numbered(pieces(file), self.path.name)
         except OSError as error:
             raise DatasetError(f"{self.path}: cannot be read ({error.strerror}).") from None
 

@@ -12,6 +12,7 @@ from typing import Any
 from stoker.client.outcome import lost, spoiled
 from stoker.contract import AdapterRequest, EmbedRequest, GenerateRequest, Request, TrainRequest, build
 from stoker.contract.dataset import ON_WORKER, iterate_lines, iterate_mappings, to_lines
+from stoker.contract.lines import pieces
 from stoker.contract.names import Rule, checked
 from stoker.contract.uploads import Upload
 from stoker.errors import DatasetError, InvalidRequest
@@ -98,6 +99,6 @@ def read_dataset(dataset: Dataset) -> bytes:
     path = Path(dataset)
     try:
         with path.open("rb") as file:
-            return to_lines(iterate_lines(file, path.name), path.name)
+            return to_lines(iterate_lines(pieces(file), path.name), path.name)
     except OSError as error:
         raise DatasetError(f"{path}: cannot be read ({error.strerror}).") from None

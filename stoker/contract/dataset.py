@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stoker.contract.lines import decoded, numbered
+from stoker.contract.lines import decoded, numbered, pieces
 from stoker.errors import DatasetError
 
 #: Before the name of a dataset that is a file under the worker's data root.
 ON_WORKER = "worker:"
 MAX_EXAMPLES = 1_000_000
+#: Letters of one example, all its texts together: more than `max_length` may be tokens, and what a tokenizer
+#: makes of longer ones takes gigabytes and minutes.
+MAX_EXAMPLE_CHARS = 1_000_000
 #: What a string of the broker may hold.
 MAX_DATASET_BYTES = 512 * 2**20
 
@@ -53,13 +56,13 @@ class TrainInput:
     version: int | None = None
 
     def lines(self) -> Iterator[bytes]:
-        """For `iterate_lines`; a file is read line by line. Raises `DatasetError` if it cannot be read."""
+        """For `iterate_lines`; a file is read piece by piece. Raises `DatasetError` if it cannot be read."""
         if isinstance(self.dataset, bytes):
             yield self.dataset
             return
         try:
             with self.dataset.open("rb") as file:
-                yield from file
+                yield from pieces(file)
         except OSError as error:
             raise DatasetError(f"{self.dataset.name}: cannot be read ({error.strerror}).") from None
 
@@ -102,6 +105,16 @@ def _parse(line: bytes, where: str) -> Example:
 
 
 def _example(row: Any, where: str) -> Example:
+    example = _typed(row, where)
+    texts = [message["content"] for message in example.messages] or [example.prompt, example.completion]
+    if (length := sum(map(len, texts))) > MAX_EXAMPLE_CHARS:
+        raise DatasetError(
+            f"{where}: {length} characters; at most {MAX_EXAMPLE_CHARS} of one example. Cut it into several."
+        )
+    return example
+
+
+def _typed(row: Any, where: str) -> Example:
     if not isinstance(row, Mapping):
         raise DatasetError(f"{where}: a {type(row).__name__} given; expected an object, {_ALLOWED}.")
     fields = set(row)

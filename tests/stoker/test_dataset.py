@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import codecs
+import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 
 from stoker.bulk.source import Source
 from stoker.client_core import read_dataset
-from stoker.contract import dataset
+from stoker.contract import dataset, lines
 from stoker.contract.dataset import Example, TrainInput, iterate_lines, iterate_mappings, to_lines
 from stoker.errors import DatasetError
 
@@ -96,6 +98,43 @@ def test_a_wrong_line_is_named_by_its_number(line: bytes, why: str) -> None:
 def test_a_line_that_is_nested_too_deeply_is_named() -> None:
     with pytest.raises(DatasetError, match="line 1"):
         list(iterate_lines([b"[" * 200_000], "x"))
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
+def test_a_large_file_is_read_in_pieces_of_whole_lines(monkeypatch: pytest.MonkeyPatch, end: bytes) -> None:
+    content = [b'{"text": "%d"}' % number for number in range(100)]
+    for chunk in (1, 2, 7, 64, 4096):
+        monkeypatch.setattr(lines, "_CHUNK", chunk)
+        found = list(iterate_lines(lines.pieces(io.BytesIO(end.join(content) + end)), "x"))
+        assert [example.completion for example in found] == [str(number) for number in range(100)]
+
+
+def test_of_a_line_without_end_no_more_is_read_than_shows_that() -> None:
+    class Endless(io.RawIOBase):
+        given = 0
+
+        def read(self, size: int = -1) -> bytes:
+            self.given += size
+            return b"x" * size
+
+    file = Endless()
+    with pytest.raises(DatasetError, match=r"^x, line 1: more than 8388608 bytes"):
+        list(iterate_lines(lines.pieces(file), "x"))  # type: ignore[arg-type]
+    assert file.given < 2 * lines.MAX_LINE_BYTES
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": "x" * 1_000_001},
+        {"prompt": "x" * 500_000, "completion": "x" * 500_001},
+        {"messages": [{"role": "user", "content": "x" * 1_000_000}, {"role": "assistant", "content": "y"}]},
+    ],
+)
+def test_an_example_that_is_too_long_is_refused_before_it_is_tokenized(row: dict[str, Any]) -> None:
+    with pytest.raises(DatasetError, match=r"^x, item 2: 1000001 characters; at most 1000000"):
+        list(iterate_mappings([{"text": "fine"}, row], "x"))
+    assert list(iterate_mappings([{"text": "x" * 1_000_000}], "x"))
 
 
 def test_half_a_surrogate_pair_is_named_by_its_line(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from functools import partial
@@ -189,7 +188,8 @@ class AsyncClient:
     async def workers(self) -> list[Presence]:
         """The workers that are alive now, each with its warm models."""
         with translated(self.settings):
-            names = await self.redis.zrangebyscore(keys.WORKERS, time.time() - keys.PRESENCE_TTL, "+inf")
+            # All names of the last day: those that are gone have no presence any more, by the broker's clock.
+            names = await self.redis.zrange(keys.WORKERS, 0, -1)
             raw = await self.redis.mget([keys.worker(name.decode(errors="replace")) for name in names]) if names else []
         return model_choice.parse_presences(raw)
 

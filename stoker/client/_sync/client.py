@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from functools import partial
@@ -190,7 +189,8 @@ class Client:
     def workers(self) -> list[Presence]:
         """The workers that are alive now, each with its warm models."""
         with translated(self.settings):
-            names = self.redis.zrangebyscore(keys.WORKERS, time.time() - keys.PRESENCE_TTL, "+inf")
+            # All names of the last day: those that are gone have no presence any more, by the broker's clock.
+            names = self.redis.zrange(keys.WORKERS, 0, -1)
             raw = self.redis.mget([keys.worker(name.decode(errors="replace")) for name in names]) if names else []
         return model_choice.parse_presences(raw)
 
