@@ -29,7 +29,7 @@ SETTINGS = (
     *((32, 0, "off"), (32, 0, "auto")),
     *((32, 8, "off"), (32, 8, "auto")),
     *((1, 0, "off"), (1, 0, "auto")),
-    # All but one: what that one is worth.
+    # All except one: what that one is worth.
     *(
         (32, 0, ",".join(other for other in NAMES if other != name))
         for name in ("sample", "attend", "add_rms_norm", "rope")
@@ -80,7 +80,7 @@ class Loop:
     @property
     def name(self) -> str:
         missing = [name for name in NAMES if name not in parse(self.setting)]
-        used = {"off": "none", "auto": "all"}.get(self.setting, f"all but {', '.join(missing)}")
+        used = {"off": "none", "auto": "all"}.get(self.setting, f"all except {', '.join(missing)}")
         return f"{self.rows} rows, {self.adapters} adapters, kernels: {used}"
 
     def run(self) -> float:

@@ -1,4 +1,4 @@
-"""Embeddings beside their peers: `make bench-embed`; on a GPU `python -m bench.embed --gpu --out DIR`."""
+"""Embeddings compared with their peers: `make bench-embed`; on a GPU `python -m bench.embed --gpu --out DIR`."""
 
 from __future__ import annotations
 

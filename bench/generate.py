@@ -1,4 +1,4 @@
-"""Generation: Stoker's engine beside mlx-lm in one run, on the same weights.
+"""Generation: Stoker's engine and mlx-lm in one run, on the same weights.
 
 `python -m bench.generate` on a CPU: SmolLM2-135M in float32, mlx-lm from `.venv-peers` with the same OpenBLAS.
 `python -m bench.generate --gpu --out DIR`: random bfloat16 weights of Qwen2.5-0.5B's shape, mlx-lm from this Python.
@@ -312,7 +312,7 @@ class Bench:
             self._add(f"{streams} streams with {what}, greedy", "tokens/s", rates[name], rates["greedy"], None)
 
     def first_token(self) -> None:
-        """A new request's first token, alone and while all slots but one are busy."""
+        """A new request's first token, alone and while all slots except one are busy."""
         rounds = 2 * self._sizes.rounds
         for _ in range(2):
             self._first()
@@ -321,16 +321,16 @@ class Bench:
         try:
             for _ in range(2):
                 self._first()
-            beside = [self._first() for _ in range(rounds)]
+            busy = [self._first() for _ in range(rounds)]
         finally:
             self._stop(running)
         name = f"first token of a new request while {self._sizes.streams - 1} run, alone"
-        self._add(name, "ms", beside, alone, 0.5, less=True)
+        self._add(name, "ms", busy, alone, 0.5, less=True)
 
     def long_prompt(self) -> None:
         """Milliseconds between a stream's tokens while a long prompt is prefilled, and without."""
         running = self._keep_running(max(1, self._sizes.streams // 4))
-        beside: list[float] = []
+        busy: list[float] = []
         without: list[float] = []
         try:
             for place in range(self._sizes.rounds + 1):
@@ -343,15 +343,15 @@ class Bench:
                 if place:  # the first round warms up
                     for stream, _ in running:
                         without += gaps(self._ours.came(stream), calm, began)
-                        beside += gaps(self._ours.came(stream), began - max(without) / 1000, ended)
+                        busy += gaps(self._ours.came(stream), began - max(without) / 1000, ended)
         finally:
             self._stop(running)
-        if not beside or not without:
+        if not busy or not without:
             raise RuntimeError("too few tokens came")
         name = f"p99 between tokens while {self._sizes.long_prompt} tokens are prefilled, without"
-        self._add(name, "ms", [float(np.percentile(beside, 99))], [float(np.percentile(without, 99))], 0.5, less=True)
+        self._add(name, "ms", [float(np.percentile(busy, 99))], [float(np.percentile(without, 99))], 0.5, less=True)
         name = name.replace("p99", "p50")
-        self._add(name, "ms", [float(np.median(beside))], [float(np.median(without))], None, less=True)
+        self._add(name, "ms", [float(np.median(busy))], [float(np.median(without))], None, less=True)
 
     def through_redis(self) -> None:
         """Eight streams of a client through broker and worker, against the engine of this process alone."""

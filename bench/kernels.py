@@ -1,4 +1,4 @@
-"""Every fused kernel beside MLX's own way, on the GPU at hand: medians, bytes, bandwidth, the ratio to a plain copy.
+"""Every fused kernel against MLX's own way, on the GPU at hand: medians, bytes, bandwidth, the ratio to a plain copy.
 
 And the engine's decode step with all of them, with none, and without one. `python -m bench.kernels --gpu --out DIR`.
 """

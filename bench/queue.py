@@ -92,7 +92,7 @@ def timed(action: Callable[[], object]) -> float:
 
 
 def round_trip(bench: Bench) -> list[Row]:
-    """A job that does nothing, from the call to its result, beside bare Celery on the same broker, by turns."""
+    """A job that does nothing, from the call to its result, compared with bare Celery on the same broker, by turns."""
     os.environ["BARE_URL"] = bench.settings.address.celery
     from bench.bare_celery import nothing
 
@@ -114,7 +114,7 @@ def small_jobs(bench: Bench) -> list[Row]:
         for _ in range(SMALL_TIMES):
             with bench.worker(rate=SMALL_RATE):
                 found.setdefault("all kinds, default slots", []).append(_rate(client, SMALL, _generate))
-                found.setdefault("64 embeddings of a text, beside a decoder", []).append(_rate(client, 64, _embed))
+                found.setdefault("64 embeddings of a text, with a decoder loaded", []).append(_rate(client, 64, _embed))
             with bench.worker(one_kind=True, rate=SMALL_RATE):
                 found.setdefault("one kind, default slots", []).append(_rate(client, SMALL, _generate))
             with bench.worker(generate_slots=1, rate=SMALL_RATE):

@@ -1,4 +1,4 @@
-"""LoRA training beside mlx-lm's trainer, step by step in one run; adapters from disk to first use; decode beside a run.
+"""LoRA training and mlx-lm's trainer, step by step in one run; adapters from disk to first use; decode during a run.
 
 `python -m bench.train` on a CPU (with the peers' environment of `make peers`), `python -m bench.train --gpu --out DIR`
 on a GPU. Weights are random, the same for both sides; every step sees the same tokens.
@@ -45,17 +45,17 @@ class Plan:
     length: int
     warm: int
     steps: int
-    #: Streams that decode beside a run, and the tokens of each.
+    #: Streams that decode during a run, and the tokens of each.
     streams: int
     tokens: int
     #: Rows and tokens of that run's micro-steps.
-    beside: tuple[int, int]
+    micro_step: tuple[int, int]
 
 
 PLANS = {
-    "gpu": Plan("qwen2.5-0.5b", mx.bfloat16, 8, 512, warm=4, steps=24, streams=8, tokens=400, beside=(8, 512)),
-    "cpu": Plan("smollm2-135m", mx.float32, 4, 128, warm=2, steps=5, streams=2, tokens=80, beside=(1, 32)),
-    "tiny": Plan("tiny", mx.float32, 2, 32, warm=1, steps=2, streams=2, tokens=20, beside=(1, 16)),
+    "gpu": Plan("qwen2.5-0.5b", mx.bfloat16, 8, 512, warm=4, steps=24, streams=8, tokens=400, micro_step=(8, 512)),
+    "cpu": Plan("smollm2-135m", mx.float32, 4, 128, warm=2, steps=5, streams=2, tokens=80, micro_step=(1, 32)),
+    "tiny": Plan("tiny", mx.float32, 2, 32, warm=1, steps=2, streams=2, tokens=20, micro_step=(1, 16)),
 }
 
 
@@ -187,7 +187,7 @@ def loading(plan: Plan, folder: Path) -> Rows:
 
 
 def serving(plan: Plan, folder: Path) -> Rows:
-    """Gaps between the tokens of a stream, with and without a run beside it."""
+    """Gaps between the tokens of a stream, with and without a training run at the same time."""
     from engine.engine import Engine
     from stoker.contract import GenerateRequest, StreamToken, TrainRequest
     from stoker.contract.dataset import Example, TrainInput
@@ -214,7 +214,7 @@ def serving(plan: Plan, folder: Path) -> Rows:
             found += [later - earlier for earlier, later in itertools.pairwise(moments)]
         return sorted(found)
 
-    rows, length = plan.beside
+    rows, length = plan.micro_step
     text = " ".join(f"t{index}" for index in range(3, 3 + length))
     data = TrainInput("\n".join([Example("", text).to_line()] * rows).encode())
     with tempfile.TemporaryDirectory() as home:
@@ -231,12 +231,12 @@ def serving(plan: Plan, folder: Path) -> Rows:
                 data,
             )
             gaps("settle")
-            beside = gaps("beside")
+            during = gaps("during")
             run.cancel()
         finally:
             engine.stop(60)
     found_rows: Rows = []
-    for name, found in (("alone", alone), ("beside a run", beside)):
+    for name, found in (("alone", alone), ("during a run", during)):
         found_rows.append(
             {
                 "name": f"gap between tokens, {plan.streams} streams, {name}",
@@ -246,7 +246,7 @@ def serving(plan: Plan, folder: Path) -> Rows:
             }
         )
     ours, both = (row["p95_milliseconds"] for row in found_rows)
-    found_rows.append({"name": "p95, beside / alone", "ratio": both / ours})
+    found_rows.append({"name": "p95, during a run / alone", "ratio": both / ours})
     return found_rows
 
 

@@ -48,7 +48,7 @@ class Engine:
     """Holds models warm and runs jobs on them.
 
     `models` maps a name to its sources (`engine.sources`). `adapters` and `runs` are folders: for trained adapters, and
-    for the checkpoints and logs of training runs (by default beside the adapters). `adapter_bytes`: what the adapters
+    for the checkpoints and logs of training runs (default: `runs` in the same parent). `adapter_bytes`: what adapters
     of one model may take in memory. `train_share`: of the time, while generation waits too. `publish` gets the entries
     of a step, from the engine's thread: it must hand them on and return, or raise and have taken none; then it gets
     those of each job alone, and the jobs whose it raises for end with that. `limits`: of each model's generation.
@@ -73,7 +73,7 @@ class Engine:
         self.store = AdapterStore(adapters)
         self._runs = runs or adapters.parent / "runs"
         self._adapter_bytes = adapter_bytes
-        # Beside generation alone, training gets just this share of the time.
+        # While only generation and training wait, training gets just this share of the time.
         self._weights = {**WEIGHTS, "train": WEIGHTS["generate"] * train_share / (1.0 - train_share)}
         self._publish = publish
         self._limits = limits or Limits()

@@ -30,7 +30,7 @@ _FLOATS = {"F32": 4, "F16": 2, "BF16": 2}
 
 @dataclass(frozen=True)
 class Inspection:
-    """One model. `parameters` counts weights, whatever their form; `dtypes` says how many are held in which form.
+    """One model. `parameters` counts weights of every form; `dtypes` says how many are held in which form.
 
     `weight_bytes` and `cache_bytes_per_1000` (keys and values of 1,000 tokens of one sequence; None for an encoder)
     give bytes by form: "stored" as in the files, "16 bit" and "32 bit" dense. `supported`: whether Stoker runs the

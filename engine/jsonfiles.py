@@ -1,4 +1,4 @@
-"""The JSON files that lie beside weights: read within a limit, written whole."""
+"""The JSON files of a folder with weights: read within a limit, written whole."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class Precision:
         return cls(None if dtype is None else DTYPES[dtype], quantization)
 
     def for_encoder(self) -> Precision:
-        """The same for an embedding model: dense whatever was asked, because a worker holds both kinds with one policy,
+        """The same for an embedding model: always dense, because a worker holds both kinds with one policy,
         and these models are small."""
         return replace(self, dtype=self.dtype or mx.float32, quantization=None)
 

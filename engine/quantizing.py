@@ -21,7 +21,7 @@ from engine.weights.tensors import Stored
 from stoker.errors import ModelError
 from stoker.files import draft_folder, publish
 
-#: What a model folder holds beside its weights: tokenizer, chat template, generation settings, licence.
+#: What a model folder holds in addition to its weights: tokenizer, chat template, generation settings, licence.
 _COPIED = (".json", ".jinja", ".txt", ".model", ".md", "")
 #: Parts of the checkpoint that no model reads: a rotary buffer of old files.
 _DROPPED = "rotary_emb.inv_freq"
@@ -152,11 +152,11 @@ def _form(name: str, array: mx.array, layout: Layout) -> Stored:
     return quantize(array, layout.group_size, layout.bits)
 
 
-def copy_rest(src: Path, dst: Path, but: Collection[str]) -> None:
-    """Copy what stands beside the weights in `src`, the chat templates in their own folder too, except for the names
-    `but`."""
+def copy_rest(src: Path, dst: Path, skipped: Collection[str]) -> None:
+    """Copy the files of `src` that are not weights, the chat templates in their own folder too, except for the names
+    `skipped`."""
     for file in sorted([*src.iterdir(), *(src / TEMPLATES).glob("*.jinja")]):
-        if file.is_file() and file.suffix in _COPIED and not file.name.startswith(".") and file.name not in but:
+        if file.is_file() and file.suffix in _COPIED and not file.name.startswith(".") and file.name not in skipped:
             target = dst / file.relative_to(src)
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, target)

@@ -41,7 +41,7 @@ class Ticket:
         return self._future.result(timeout)
 
     def wait(self, seconds: float) -> bool:
-        """Wait so long for the end at the most; whether it has come."""
+        """Wait up to `seconds`; return whether the job ended."""
         return bool(futures.wait([self._future], seconds).done)
 
     @property

@@ -1,4 +1,4 @@
-"""How long a kernel takes beside MLX's own way, its reference, both in turn in one process."""
+"""How long a kernel takes compared with MLX's own way, its reference, both in turn in one process."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ settings.load_profile("same")
 
 @pytest.fixture(autouse=True)
 def _own_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No test reads the settings, nor touches the files, of whoever runs it."""
+    """No test reads the settings, nor touches the files, of the person who runs it."""
     for name in list(os.environ):
         if name.startswith("STOKER_"):
             monkeypatch.delenv(name)

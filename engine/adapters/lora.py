@@ -82,7 +82,7 @@ def adapted_norms(
     """‖W + s·AB‖ of each output, (out,), from `squares` = `square_norms(linear)`. `dtype`: what the layer computes in.
 
     The sum is never made: ‖w + s·Ab‖² = ‖w‖² + 2s·(wᵀA)·b + s²·bᵀ(AᵀA)b, which costs what `rank` more tokens would,
-    and asks of W only its product, whatever its form.
+    and asks of W only its product, so W may have any form.
     """
     a, b = sides["a"], sides["b"]
     rows = linear(a.T.astype(dtype))

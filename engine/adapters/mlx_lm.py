@@ -16,7 +16,7 @@ from stoker.errors import ModelError
 WEIGHTS_FILE = "adapters.safetensors"
 #: mlx-lm's name for our layer `layers.0.self_attn.q_proj` is `model.` before it.
 _TENSOR = re.compile(r"model\.(?P<layer>.+)\.(?:lora_(?P<side>[ab])|(?P<m>m))")
-#: The fields of adapter_config.json; all but these are of its training.
+#: The fields of adapter_config.json; all except these are of its training.
 _TABLE = Table(
     ("fine_tune_type", "lora_parameters", "num_layers"),
     dict.fromkeys(

@@ -39,7 +39,7 @@ class AdapterPool:
     adapters that are all in use at once may take more.
 
     The stacks have room for more adapters, and for larger ranks, than they hold: loading one writes its row, and the
-    shapes that a compiled step has seen stay as they are. All but `check` and `loaded` run in the engine's thread.
+    shapes that a compiled step has seen stay as they are. All except `check` and `loaded` run in the engine's thread.
     """
 
     def __init__(self, model: LoadedModel, store: AdapterStore, budget: int = BUDGET) -> None:

@@ -14,7 +14,7 @@ from stoker.contract.names import Rule, checked, follows
 from stoker.errors import UnknownAdapter
 from stoker.files import draft_folder, publish, sweep
 
-#: What Stoker knows of an adapter, beside PEFT's two files.
+#: What Stoker knows of an adapter and PEFT's two files do not say.
 NOTES_FILE = "stoker.json"
 
 
@@ -67,7 +67,7 @@ class AdapterStore:
     ) -> int:
         """Write a version, by default the next one, and return its number. Until the last rename nobody can see it.
 
-        A `version` that is there already stays as it is: whoever numbers versions gives each number to one run.
+        A `version` that is there already stays as it is: a caller that numbers versions gives each number to one run.
         """
 
         def fill(draft: Path) -> None:
@@ -77,7 +77,7 @@ class AdapterStore:
         return self.install(model, name, fill, version)
 
     def install(self, model: str, name: str, fill: Callable[[Path], object], version: int | None = None) -> int:
-        """The same for whatever files `fill` puts into the folder that it is given."""
+        """The same for the files that `fill` puts into the folder that it is given."""
         home = self._home(model, name)
         with draft_folder(home) as draft:
             fill(draft)

@@ -1,4 +1,4 @@
-"""Embedding jobs of one model: their texts share batches, whatever job they come from."""
+"""Embedding jobs of one model: texts of different jobs share batches."""
 
 from __future__ import annotations
 

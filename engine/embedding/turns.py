@@ -48,7 +48,7 @@ class _Line(Generic[J]):
 
 @dataclass(frozen=True)
 class _Taken(Generic[J]):
-    """A text of a batch. `early`: its job was owed it, whatever its turn."""
+    """A text of a batch. `early`: the text was owed to its job, so it came before its turn."""
 
     line: _Line[J]
     row: int

@@ -69,7 +69,7 @@ class Batch:
             self.kv.resize(*self.shape_for(len(self.rows), max(row.cached for row in self.rows) + 1))
 
     def join(self, row: Row, source: KeyValues, source_row: int) -> None:
-        """Seat a row whose tokens but the newest are in `source`."""
+        """Seat a row. `source` holds all its tokens except the newest."""
         self.fit(len(self.rows) + 1, row.cached + 1)
         assert self.kv is not None
         row.slot, row.state = len(self.rows), RowState.DECODING

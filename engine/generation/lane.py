@@ -40,8 +40,8 @@ class GenerateLane:
         self._model, self._pool, self.limits = model, pool, limits or Limits()
         self._decoder = model.decoder
         self.step = Step(self._decoder, self.limits.compiled or usual())
-        #: Of chunks beside running streams, and of those that hold up nobody.
-        self._beside, self._alone = Pace(), Pace(256)
+        #: One paces chunks while streams run, the other paces chunks that hold up no stream.
+        self._busy_pace, self._idle_pace = Pace(), Pace(256)
         #: Seconds of a turn that only decoded, as measured lately.
         self._turn = 0.0
         self._vocabulary = Vocabulary(model.tokenizer)
@@ -180,10 +180,10 @@ class GenerateLane:
     def _advance_prefill(self, output: StepOutput) -> None:
         if self._prefill is None:
             return
-        prefill, beside = self._prefill, bool(self.batch.rows)
+        prefill, busy = self._prefill, bool(self.batch.rows)
         # A chunk as long as a decode step at most doubles the time between two tokens.
-        patience = min(self.limits.stall, max(self._turn, 0.002)) if beside else 1.0
-        for row, pick in self._advanced(prefill, self._beside if beside else self._alone, patience):
+        patience = min(self.limits.stall, max(self._turn, 0.002)) if busy else 1.0
+        for row, pick in self._advanced(prefill, self._busy_pace if busy else self._idle_pace, patience):
             if self._extend(row, pick, output, prefill):
                 self._make_room(len(self.batch.rows) + 1, row.cached + 1)
                 self.batch.join(row, prefill.kv, prefill.place(row))

@@ -17,7 +17,7 @@ from engine.generation.step import Step, bucket
 from engine.models.cache import KeyValues
 from engine.models.llama import Llama
 
-#: Tokens of a chunk, all rows together. At least: each takes a pass over the weights; with 16 on a CPU, streams beside
+#: Tokens of a chunk, all rows together. At least: each takes a pass over the weights; with 16 on a CPU, streams during
 #: a long prompt would wait a fifth less, and new requests half as long again. At most: activations take memory, too.
 LEAST, MOST = 32, 2048
 

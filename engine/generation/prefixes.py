@@ -37,8 +37,8 @@ class PrefixCache:
         return len(self._entries)
 
     def find(self, owner: Hashable, tokens: Sequence[int]) -> tuple[KeyValues | None, int]:
-        """The entry that shares the longest beginning with `tokens`, and its length; all but the last token at most,
-        whose logits are needed."""
+        """The entry that shares the longest beginning with `tokens`, and its length: at most one less than
+        `tokens` has, because the logits of the last token are needed."""
         self.asked += 1
         wanted = np.asarray(tokens[:-1], dtype=np.int32)
         best, key = 0, None

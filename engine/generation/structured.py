@@ -134,7 +134,7 @@ class Grammar:
 
     @property
     def complete(self) -> bool:
-        """Whether nothing may follow but the end."""
+        """Whether nothing except the end may follow."""
         self._check()
         return bool(self._matcher.is_stopped())
 

@@ -14,7 +14,7 @@ from stoker.errors import ModelError
 
 
 class Anything:
-    """The values of a field that changes nothing, whatever it says."""
+    """The values of a field that changes nothing: every value is allowed."""
 
 
 ANYTHING = Anything()

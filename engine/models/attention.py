@@ -92,7 +92,7 @@ def _addend(mask: mx.array, groups: int) -> mx.array:
 
 
 def _attend(queries: mx.array, keys: mx.array, values: mx.array, bias: mx.array | None) -> mx.array:
-    """Attention of scaled queries. The scores are K Qᵀ: reductions over the last axis but one are vectorised."""
+    """Attention of scaled queries. The scores are K Qᵀ: reductions over the second-to-last axis are vectorised."""
     batch, heads, length, dim = queries.shape
     groups = keys.shape[1]
     grouped = queries.reshape(batch, groups, -1, dim)

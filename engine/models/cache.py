@@ -37,8 +37,8 @@ class LayerCache(Protocol):
 class KeyValues:
     """Keys and values of every layer, each (rows, kv_heads, capacity, head_dim), in the model's dtype.
 
-    Whoever writes takes the arrays out of here and puts the new ones back before they are evaluated: MLX then writes
-    in place, because nobody else holds the old ones. Held by anybody, they would be copied whole at every step.
+    The writer takes the arrays out of here and puts the new ones back before they are evaluated: MLX then writes
+    in place, because nothing else holds the old ones. If anything held them, MLX would copy them whole at every step.
     """
 
     def __init__(self, model: Llama, rows: int, capacity: int) -> None:

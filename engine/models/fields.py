@@ -44,7 +44,7 @@ class Fields:
         return value
 
     def only(self, name: str, allowed: object) -> None:
-        """Refuse any value but `allowed`; absent and null count as allowed."""
+        """Refuse any value except `allowed`; absent and null count as allowed."""
         value = self._values.get(name)
         if value is not None and value != allowed:
             raise ModelError(f"{self._where}: {name} = {value!r} is not supported; only {allowed!r} is")

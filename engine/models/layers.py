@@ -21,7 +21,7 @@ from kernels.add_rms_norm import add_rms_norm
 class Adapters(Protocol):
     """What low-rank adapters add to the linear layers (LoRA: Hu et al., 2021)."""
 
-    #: Whether layers of one input are to be multiplied apart: for a gradient a joint output would be kept beside its
+    #: Whether layers of one input are to be multiplied apart: for a gradient a joint output would be kept with its
     #: parts, which is a fifth of a training step's memory.
     apart: bool
 

@@ -29,7 +29,7 @@ _NAMES = Names(
 )
 #: The id of <pad>. Its row of the table of positions is that of padding; the first token has the row after it.
 _PAD = 1
-#: The reference implementation computes with these whatever the configuration says.
+#: The reference implementation computes with these and ignores the configuration.
 _BUCKETS, _MAX_DISTANCE = 32, 128
 
 

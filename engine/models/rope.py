@@ -62,7 +62,7 @@ _TYPES: Mapping[str, tuple[str, ...]] = {
 def from_config(config: Mapping[str, Any], context: int, head_dim: int) -> tuple[float, Scaling]:
     """(base, scaling) by Hugging Face's config.json, in the form before transformers 5 or in that since.
 
-    `rope_scaling` beside `rope_parameters` takes its place, as in transformers: of the other nothing is left.
+    Where both are given, `rope_scaling` replaces `rope_parameters` completely, as in transformers.
     Raises `ModelError` for what is not supported.
     """
     name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"

@@ -34,7 +34,7 @@ class EmbeddingSpec:
     default_prompt: str | None = None
     #: To how many numbers a vector may be cut (Kusupati et al. 2022, arXiv:2205.13147); empty: not at all.
     dimensions: Sequence[int] = ()
-    #: Whether every text is written in small letters first, whatever its tokenizer does.
+    #: Whether every text is written in small letters before its tokenizer sees it.
     lowercase: bool = False
 
     @classmethod

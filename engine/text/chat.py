@@ -4,7 +4,7 @@ A template comes with the model and is a program, so it is not trusted. It is re
 as transformers does it, in a process of its own (`engine/text/chat_process.py`) that is started by the first call and
 kept. What is limited:
 
-- time: an alarm of the system ends the process, in whatever it does; the next call starts another one;
+- time: an alarm of the system ends the process in the middle of its work; the next call starts another one;
 - output, counted while it is made, and the size of the template;
 - what a template can reach: no attribute with an underscore, no change of what it is given, ranges of 100,000;
 - memory: 1 GB of address space on Linux. macOS has no such limit; there the time limit bounds it.

@@ -1,7 +1,7 @@
 """The process that renders chat templates for `engine.text.chat`: a line of JSON in, a line of JSON out.
 
 It is started by its path, imports nothing of Stoker, and ends when its input does. Its limits are the system's: an
-alarm that ends it in the middle of whatever it does, and on Linux an address space.
+alarm that ends it in the middle of its work, and on Linux an address space.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def answer(request: dict[str, Any]) -> dict[str, str]:
         return {"template": f"line {error.lineno}: {error}"}
     except (TooMuch, SecurityError, RecursionError, MemoryError, OverflowError) as error:
         return {"template": f"{type(error).__name__}: {error}"}
-    except Exception as error:  # whatever a template can provoke
+    except Exception as error:  # a template can provoke errors of every class
         return {"input": f"{type(error).__name__}: {error}"}
 
 

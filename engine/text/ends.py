@@ -16,7 +16,7 @@ _FILL_IN = (
     ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
     ("<|file_sep|>",),
 )
-#: What llama.cpp takes for special whatever the file says, of each group one, and where no generation ends.
+#: What llama.cpp takes for special without asking the file, of each group one, and where no generation ends.
 _MARKS = (
     ("<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<PRE>", "<|code_prefix|>", "<|prefix|>"),
     ("<|fim_suffix|>", "<fim-suffix>", "<fim_suffix>", "<SUF>", "<|code_suffix|>", "<|suffix|>"),
@@ -43,7 +43,7 @@ def gguf_ends(tokens: Collection[str]) -> list[str]:
 
 
 def gguf_special(tokens: Collection[str]) -> set[str]:
-    """The tokens of a GGUF file that are special whatever types it gives them."""
+    """The tokens of a GGUF file that are special by name: the types that the file gives them do not count."""
     return {*gguf_ends(tokens), *_firsts(_MARKS, tokens)}
 
 

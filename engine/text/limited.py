@@ -1,7 +1,7 @@
 """A process that does what may take without end: a line of JSON in, a line of JSON out.
 
 It is started by the first call and kept. What it may take (time, memory) are the system's limits, and it sets them
-itself: it is ended in the middle of whatever it does, and the next call starts another one. Calls from several threads
+itself: it is ended in the middle of its work, and the next call starts another one. Calls from several threads
 wait for one another.
 """
 

@@ -3,7 +3,7 @@
 Some classes take no more than the vocabulary from it and build the rest themselves, by the switches of
 `tokenizer_config.json` and defaults of their own. The others, and every class for a vocabulary of another kind than
 its own, take the file as it is. How a byte-level vocabulary cuts words is always the file's: a model was trained with
-it, whatever class is named.
+it, so the named class changes nothing there.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Pipeline:
         return _DEFAULT_NAMES.get(self.name, {})
 
     def built(self, inner: Tokenizer, listed: Sequence[AddedToken] | None) -> Tokenizer:
-        """`inner`, changed as the class would. Such a class has no added tokens but those that are `listed`, where
+        """`inner`, changed as the class would. Such a class has no added tokens except those that are `listed`, where
         there is a list. Raises `ModelError` for a switch that is neither true nor false."""
         builds = _BUILDERS.get(self.name)
         if builds is not None and isinstance(inner.model, builds) and not self._misnamed(inner):
@@ -94,7 +94,7 @@ class Pipeline:
         return inner
 
     def _misnamed(self, inner: Tokenizer) -> bool:
-        """Llama 3's vocabulary is no Llama's, whatever its folder says."""
+        """Llama 3's vocabulary is no Llama's, although its folder may say so."""
         return self.name == "LlamaTokenizer" and any(
             isinstance(step, pre_tokenizers.ByteLevel) for step in _steps(inner.pre_tokenizer)
         )

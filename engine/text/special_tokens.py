@@ -19,7 +19,7 @@ from stoker.errors import ModelError
 
 #: What every template knows, and in the order in which transformers adds them.
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-#: The list of `tokenizer_config.json` beside which no older file counts.
+#: The list of `tokenizer_config.json`. Where it exists, no older file counts.
 LISTED = "added_tokens_decoder"
 _EXTRA, _OLD_EXTRA = "extra_special_tokens", "additional_special_tokens"
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")

@@ -82,7 +82,7 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: Path, *, lowercase: bool = False) -> Tokenizer:
-        """From `tokenizer.json` and the files beside it, as transformers reads them.
+        """From `tokenizer.json` and the other files of its folder, as transformers reads them.
 
         `lowercase` makes small letters of every text first, as sentence-transformers' files may ask.
         """

@@ -24,7 +24,7 @@ def cross_entropy(
     `weights`: (rows,), 0 for rows that only pad. With `smoothing` s this is the cross-entropy against the mixture of
     the target and the uniform distribution (Szegedy et al. 2015, arXiv:1512.00567), torch's `label_smoothing`.
 
-    The head is frozen, so the gradient of a row's loss needs nothing but its own logits: (softmax − wanted) · Wᵀ.
+    The head is frozen, so the gradient of a row's loss needs only its own logits: (softmax − wanted) · Wᵀ.
     It is made in the forward pass, chunk by chunk, while the chunk's logits are there; so they are computed once, and
     never all held (the way of Liger Kernel's fused linear cross-entropy, Hsu et al. 2024, arXiv:2410.10989).
     """

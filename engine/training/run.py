@@ -24,7 +24,7 @@ _RETOLD = 5000
 class Run:
     """A run that goes on where its folder says, or begins.
 
-    However often it is killed and opened again, at whatever moment, its reports and its adapter are bit for bit those
+    However often it is killed and opened again, at any moment, its reports and its adapter are bit for bit those
     of a run that nobody disturbed.
     """
 
@@ -87,7 +87,7 @@ class Run:
         return report
 
     def pause(self) -> None:
-        """Keep the run as it is now, so that whoever opens it next goes on from here."""
+        """Keep the run as it is now, so that the process that opens it next goes on from here."""
         if self._trainer.state.micro:
             self._log.sync()
             self._checkpoints.pause(self._trainer.state, self._trainer.adapter())

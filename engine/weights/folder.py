@@ -66,7 +66,7 @@ def gguf_tensors(gguf: GGUF, heads: tuple[int, int] | None, precision: Precision
         count = next((count for part, count in counts.items() if f".{part}." in name), 0)
         readers[name] = _gguf_reader(gguf, stored, count, precision)
         shapes[name] = info.shape
-    # Scales are float16 in this format, whatever the model was trained in.
+    # Scales are float16 in this format, also for a model that was trained in another type.
     sixteen = mx.bfloat16 if any(info.type.name == "BF16" for info in gguf.tensors.values()) else mx.float16
     dtype = precision.dtype_for([mx.zeros(1, sixteen)])
     return Tensors(readers, shapes, str(gguf.path), dtype, precision.quantization)

@@ -113,7 +113,7 @@ def _times(scales: NDArray[np.float16], factor: int) -> NDArray[np.float16]:
 
 
 def _nibbles(packed: NDArray[np.uint8]) -> NDArray[np.uint32]:
-    """ggml keeps element i beside element i + 16, MLX beside its neighbour: (blocks, 16) bytes to (blocks, 4) words."""
+    """ggml pairs element i with element i + 16, MLX with its neighbour: (blocks, 16) bytes to (blocks, 4) words."""
     out = np.empty_like(packed, order="C")
     even, odd = packed[:, 0::2], packed[:, 1::2]
     out[:, :8] = (even & 0x0F) | (odd << 4)

@@ -1,7 +1,7 @@
 """Quantized checkpoints in the layout that mlx-lm writes and reads (mlx-community's).
 
 config.json has `"quantization": {"group_size": 64, "bits": 4}`, with the dotted name of a layer as a further key where
-that layer differs; beside the codes `X.weight` lie `X.scales` and `X.biases`.
+that layer differs; the codes `X.weight` have `X.scales` and `X.biases` with them.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ class Quantization:
 class Tensors:
     """Hands every named tensor to one layer, in the dtype that the model computes in.
 
-    `shapes` are those of the dense tensors, whatever their form. Without `quantization` everything becomes dense.
+    `shapes` are those of the dense tensors, also for quantized ones. Without `quantization` everything becomes dense.
     Raises `ModelError` for a tensor that is missing, of another shape, of integers, or left over (`finish`).
     """
 

@@ -108,7 +108,7 @@ def address_space_errors(launch: Launch, clang: Iterable[str]) -> list[str]:
 def _translate(launch: Launch) -> tuple[str, tuple[str, ...], str, str]:
     """The C++ text, the buffers' names, and MLX's text before and after its signature.
 
-    MLX's text stays as it is but for the declarations of threadgroup arrays; `#line` makes positions count from the
+    MLX's text stays as it is except for the declarations of threadgroup arrays; `#line` makes positions count from the
     body's own first line.
     """
     header, rest = launch.source.split(f"[[kernel]] void {launch.name}(\n", 1)

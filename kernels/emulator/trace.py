@@ -1,6 +1,6 @@
 """What MLX would launch on a Mac: the full Metal text, its inputs and its grid, without a Mac.
 
-MLX writes that text while it exports a graph, whatever its back-end is. It is the text that a Mac compiles, signature
+MLX writes that text while it exports a graph, with every back-end. It is the text that a Mac compiles, signature
 and template instantiation included, so nothing of MLX's wrapping is imitated here.
 """
 

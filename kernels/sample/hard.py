@@ -15,9 +15,9 @@ from kernels.sample.cases import some_penalties
 from kernels.sample.reference import scored
 from kernels.sample.rule import Floats, Setting
 
-#: Numbers of a draw: the first token, the middle, the last but for rounding, the largest float32 below 1.
+#: Numbers of a draw: the first token, the middle, the last except for rounding, the largest float32 below 1.
 UNIFORMS = (0.0, 0.25, 0.5, 0.999999, 1.0 - 2.0**-24)
-#: The smallest, one beside whole words, chunks and blocks, and what models have.
+#: The smallest, one more or less than whole words, chunks and blocks, and what models have.
 VOCABULARIES = (2, 3, 31, 33, 511, 513, 1300, 4097, 9000)
 LARGE = (151_936, 262_144, 262_208, 300_001)
 
@@ -69,9 +69,9 @@ def patterns(random: np.random.Generator, vocabulary: int) -> Iterator[tuple[str
     yield "most -inf", np.where(where < 0.9, -INFINITE, normal)
     yield "some +inf", np.where(where < 0.01, INFINITE, normal)
     yield "NaN and both infinities", np.choose(random.integers(0, 4, vocabulary), [NOTHING, INFINITE, -INFINITE, 1.0])
-    yield "nothing but NaN", np.full(vocabulary, NOTHING)
-    yield "nothing but -inf", np.full(vocabulary, -INFINITE)
-    yield "nothing but +inf", np.full(vocabulary, INFINITE)
+    yield "only NaN", np.full(vocabulary, NOTHING)
+    yield "only -inf", np.full(vocabulary, -INFINITE)
+    yield "only +inf", np.full(vocabulary, INFINITE)
 
 
 def edges(scores: Floats) -> Iterator[Setting]:

@@ -20,7 +20,7 @@ from stoker.errors import BrokerUnavailable, DeadlineExceeded, InvalidRequest, J
 from tests.chaos.fleet import EMBED, GENERATE
 
 KINDS = ("generate", "embed", "train")
-#: Requests for generation that fail by themselves, among the others: what each ends with, whoever runs it.
+#: Requests for generation that fail by themselves, among the others: what each ends with on every worker.
 BAD: dict[str, tuple[dict[str, Any], type[StokerError], str]] = {
     "grammar": ({"regex": "a(?=b)"}, InvalidRequest, "look-ahead"),
     "recursion": ({"json_schema": {"allOf": [{"$ref": "#"}, {"type": "object"}]}}, InvalidRequest, "circular"),
@@ -37,7 +37,7 @@ SETTLE = 240.0
 
 
 def send(client: Client, kind: str, plan: int, job_id: str) -> Job[Any]:
-    """Request `plan` of a kind: always the same for the same numbers, but for the job's id."""
+    """Request `plan` of a kind: always the same for the same numbers, except for the job's id."""
     if kind == "embed":
         texts = [f"{'ab ' * (1 + plan + number % 5)}" for number in range(10 + 20 * plan)]
         return client.embed(texts, model=EMBED, job_id=job_id, priority=plan)

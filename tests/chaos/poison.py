@@ -1,4 +1,4 @@
-"""What somebody else might write into the broker while the storm lasts: messages, values and keys that are none of
+"""What another program might write into the broker while the storm lasts: messages, values and keys that are none of
 Stoker's. Each hurts itself alone."""
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ MESSAGES: tuple[Callable[[int], bytes], ...] = (
 
 
 class Poison:
-    """`strike` writes one such thing; `reckon` says what it hurt beside itself, once all is over."""
+    """`strike` writes one such thing; `reckon` says what else it hurt, once all is over."""
 
     def __init__(self, client: Client, queues: Sequence[str], chance: random.Random) -> None:
         self._client, self._queues, self._chance = client, list(queues), chance

@@ -62,7 +62,7 @@ class Storm:
         self.broker = FragileBroker(home / "broker")
         settings = fleet_settings(home / "fleet", self.broker.url, models)
         self._client = Client(settings=settings.model_copy(update={"patience": 300.0}))
-        # `always`: what was accepted survives `kill -9` of the broker too, whatever the disk is doing.
+        # `always`: what was accepted survives `kill -9` of the broker too, also while the disk is slow.
         self._client.redis.config_set("appendfsync", "always")
         # In a storm an innocent job may lose more than three owners.
         policy.decide(self._client.redis, "crashes", 1000)

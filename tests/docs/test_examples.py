@@ -21,7 +21,7 @@ RUNNING = [block for block in blocks("python") if not block.skip and block.page.
 
 
 @pytest.fixture
-def beside_the_stack(stack: Stack, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+def with_the_stack(stack: Stack, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """A folder with a small dataset, and the broker's address in the environment."""
     lines = resources.files("stoker.data").joinpath("house_style.jsonl").read_text(encoding="utf-8").splitlines()
     (tmp_path / "style.jsonl").write_text("\n".join(lines[:4]) + "\n", encoding="utf-8")
@@ -33,8 +33,8 @@ def beside_the_stack(stack: Stack, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 
 @pytest.mark.parametrize("block", RUNNING, ids=str)
-def test_a_block_of_the_documentation_runs(block: Block, beside_the_stack: Path) -> None:
-    script = beside_the_stack / "block.py"
+def test_a_block_of_the_documentation_runs(block: Block, with_the_stack: Path) -> None:
+    script = with_the_stack / "block.py"
     # The same line numbers as in the page, so that a traceback points there.
     script.write_text("\n" * block.line + block.text, encoding="utf-8")
     runpy.run_path(str(script), run_name="__main__")
@@ -42,17 +42,17 @@ def test_a_block_of_the_documentation_runs(block: Block, beside_the_stack: Path)
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
 def test_an_example_runs_and_says_something(
-    example: Path, beside_the_stack: Path, capsys: pytest.CaptureFixture[str]
+    example: Path, with_the_stack: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runpy.run_path(str(example), run_name="__main__")
     assert capsys.readouterr().out
 
 
-def test_the_readme_prints_what_it_says(beside_the_stack: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_readme_prints_what_it_says(with_the_stack: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The words and shapes; the losses only in their number, as the last digit depends on the machine."""
     (session,) = [block for block in blocks("python") if block.page.name == "README.md"]
     (shown,) = [block for block in blocks("") if block.page.name == "README.md"]
-    script = beside_the_stack / "session.py"
+    script = with_the_stack / "session.py"
     script.write_text(session.text, encoding="utf-8")
     runpy.run_path(str(script), run_name="__main__")
     said, wanted = capsys.readouterr().out.splitlines(), shown.text.splitlines()

@@ -37,7 +37,7 @@ TINY = LlamaArgs(
 
 
 class RandomTensors(Tensors):
-    """Makes up whatever tensor a layer asks for."""
+    """Makes up every tensor that a layer asks for."""
 
     def __init__(self) -> None:
         super().__init__({}, {}, "random", mx.float32)

@@ -24,8 +24,8 @@ def double(array: mx.array) -> np.ndarray:
 
 
 class Model:
-    """`held`: the matrices whose norms DoRA divides by, whatever the matrices are: to the gradient they are constants
-    (section 4.3 of its paper)."""
+    """`held`: the matrices whose norms DoRA divides by, also after the model's own have changed: to the gradient the
+    norms are constants (section 4.3 of its paper)."""
 
     def __init__(self, trainer: Trainer, held: Doubles, key: mx.array) -> None:
         self._decoder, self._request, self._scale = trainer._decoder, trainer.request, trainer.config.scale

@@ -398,7 +398,7 @@ def test_one_that_is_given_back_by_one_request_is_held_for_the_others(model: Loa
     assert pool.loaded == ("a0@1", "new@1", "a2@1"), "a0 was asked for longest ago, and is in use still"
 
 
-def test_adapters_that_are_all_in_use_are_held_whatever_the_budget(model: LoadedModel, store: AdapterStore) -> None:
+def test_adapters_that_are_all_in_use_are_held_over_the_budget(model: LoadedModel, store: AdapterStore) -> None:
     pool = AdapterPool(model, store, budget=1)
     for seed in range(9):
         store.write("tiny", f"a{seed}", tiny.adapter(model, 2, seed), {})

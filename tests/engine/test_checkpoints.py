@@ -1,4 +1,4 @@
-"""Checkpoints: half of one is never taken for one, whoever dies while it is made or deleted."""
+"""Checkpoints: half of one is never taken for one, even if a process dies while it makes or deletes one."""
 
 from __future__ import annotations
 

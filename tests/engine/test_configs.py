@@ -168,7 +168,7 @@ def test_a_field_that_asks_for_something_else_is_refused_by_name(
         load("it", [str(folder)])
 
 
-def test_what_real_checkpoints_say_besides_changes_nothing(tmp_path: Path) -> None:
+def test_further_fields_of_real_checkpoints_change_nothing(tmp_path: Path) -> None:
     said = {
         "_name_or_path": "HuggingFaceTB/x", "is_llama_config": True, "rope_interleaved": False, "pretraining_tp": 1,
         "transformers.js_config": {"dtype": "fp16"}, "torch_dtype": "bfloat16", "temperature": 0.5, "top_k": 7,

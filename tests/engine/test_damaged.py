@@ -30,7 +30,7 @@ ABSURD: list[Any] = [
 ]  # fmt: skip
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 LONG = settings(max_examples=20_000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-#: Bytes that a checkpoint of some 100 KB may take, whatever is announced in it.
+#: Bytes that a checkpoint of some 100 KB may take, even if it announces more.
 MOST_MEMORY = 64 << 20
 
 

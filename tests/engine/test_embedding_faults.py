@@ -1,4 +1,4 @@
-"""One bad text hurts its own job alone: whatever fails, in whatever traffic."""
+"""One bad text hurts its own job alone, whichever call fails and whichever jobs run."""
 
 from __future__ import annotations
 
@@ -273,7 +273,7 @@ def test_a_cut_text_keeps_all_that_closes_it(model: LoadedModel, template: str, 
 @pytest.mark.parametrize("forward", [lambda m: PackedForward(m, 1), PaddedForward], ids=["packed", "padded"])
 @pytest.mark.parametrize("name", ["bert", "mpnet"])
 def test_a_damaged_row_of_the_weights_spoils_the_texts_that_use_it_alone(name: str, forward: Any) -> None:
-    """Also where they are padded beside others: with the row of the pad token, or up to a place that is damaged."""
+    """Also where others' length pads them: with the row of the pad token, or up to a position that is damaged."""
     damaged = load("tiny", [str(GOLDENS / name)])
     texts = [np.full(length, 9, np.int32) for length in (10, 11, 12)]
     wanted = forward(damaged)(texts)
@@ -341,7 +341,7 @@ def test_in_any_traffic_each_job_gets_its_own_end(model: LoadedModel, seed: int)
             check_vectors(model, ticket, *texts)
 
 
-def test_no_job_is_lost_whatever_call_fails(model: LoadedModel) -> None:
+def test_no_job_is_lost_when_any_call_fails(model: LoadedModel) -> None:
     """A fault in each call that the lane makes, one after the other: what is open stays held once, until all ends."""
     bad = 0
     while True:

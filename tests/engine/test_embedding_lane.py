@@ -38,7 +38,7 @@ class Noted(PackedForward):
 
 
 class Driver:
-    """Runs a lane as the engine does. `tokens` of a batch and `streams` are as given, whatever the machine."""
+    """Runs a lane as the engine does. `tokens` of a batch and `streams` are as given on every machine."""
 
     def __init__(self, model: LoadedModel, tokens: int = 4096, streams: int = 1) -> None:
         self.lane = EmbedLane(model)
@@ -105,7 +105,7 @@ def test_a_small_job_does_not_wait_behind_a_large_one(minilm: LoadedModel) -> No
     assert not large.done
 
 
-def test_a_large_job_goes_on_beside_a_flood_of_small_ones(minilm: LoadedModel) -> None:
+def test_a_large_job_goes_on_during_a_flood_of_small_ones(minilm: LoadedModel) -> None:
     """As many come as fill every batch; a quarter of each is the large job's all the same."""
     driver = Driver(minilm, tokens=64)
     large = driver.send(*["word " * 14] * 20)

@@ -112,7 +112,7 @@ def test_a_stream_goes_on_behind_what_was_published(running: Running) -> None:
         assert [token.index for token in running.entries[job]] == list(range(split, 24))
 
 
-def test_a_seed_decides_the_text_whoever_shares_the_batch(running: Running) -> None:
+def test_a_seed_decides_the_text_in_every_batch(running: Running) -> None:
     request = generate("The stoker said", max_tokens=12, temperature=0.9, top_p=0.95, top_k=40, seed=11)
     alone = running.engine.submit("alone", request).result(60)
     noise = [
@@ -149,7 +149,7 @@ def test_streams_go_on_while_a_run_trains(running: Running) -> None:
     request = TrainRequest(model=GENERATE_MODEL, name="slow", dataset="d", steps=1000, max_length=32)
     run = running.engine.submit("run", request, DATASET)
     wait_until(lambda: running.entries["run"], "the run has begun")
-    text = running.engine.submit("beside", generate("x", max_tokens=8)).result(60)
+    text = running.engine.submit("text", generate("x", max_tokens=8)).result(60)
     steps = len(running.entries["run"])
     assert text.usage.completion_tokens == 8
     wait_until(lambda: len(running.entries["run"]) > steps, "the run goes on")
@@ -159,7 +159,7 @@ def test_streams_go_on_while_a_run_trains(running: Running) -> None:
         run.result(30)
 
 
-def test_a_prompt_longer_than_a_chunk_does_not_stop_the_streams_beside_it(running: Running) -> None:
+def test_a_prompt_longer_than_a_chunk_does_not_stop_running_streams(running: Running) -> None:
     stream = running.engine.submit("stream", generate("x", max_tokens=60))
     wait_until(lambda: running.entries["stream"], "the stream runs")
     long = running.engine.submit("long", generate("word " * 500, max_tokens=1))

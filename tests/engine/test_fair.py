@@ -36,7 +36,7 @@ def run(share: FairShare[str], clock: Clock, busy: str, cost: float, used: Count
 
 
 @given(WEIGHTS, COSTS)
-def test_time_is_shared_by_weight_whatever_a_step_costs(weights: dict[str, float], costs: list[float]) -> None:
+def test_time_is_shared_by_weight_at_every_cost_of_a_step(weights: dict[str, float], costs: list[float]) -> None:
     """Goyal's bound: two busy lanes differ by at most one longest step of each."""
     clock, used = Clock(), Counter[str]()
     with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""Continuous batching: whoever shares the batch, a request's tokens are those that it would get alone."""
+"""Continuous batching: in every batch, a request's tokens are those that it would get alone."""
 
 from __future__ import annotations
 
@@ -274,7 +274,7 @@ def test_more_requests_than_slots_wait_in_order_of_arrival(model: LoadedModel, p
     driver.assert_empty()
 
 
-def test_a_long_prompt_does_not_hold_up_the_streams_beside_it(model: LoadedModel, pool: AdapterPool) -> None:
+def test_a_long_prompt_does_not_hold_up_running_streams(model: LoadedModel, pool: AdapterPool) -> None:
     driver = Driver(model, pool, stall=1e-9)
     short = driver.send(request([3, 1], max_tokens=20))
     driver.step()

@@ -127,7 +127,7 @@ def made(offsets: list[int], size: int, alignment: int = 1) -> bytes:
      (made([0, 64], 72, 64), ""), (made([0, 8], 16, 48), "48, not a power of two"),
      (made([0, 8], 16, 1 << 21), "not a power of two"), (made([0, 8], 72, 64), "not aligned to 64")],
 )  # fmt: skip
-def test_tensors_lie_within_the_file_one_beside_the_other(tmp_path: Path, content: bytes, cause: str) -> None:
+def test_tensors_lie_within_the_file_and_do_not_overlap(tmp_path: Path, content: bytes, cause: str) -> None:
     path = tmp_path / "made.gguf"
     path.write_bytes(content)
     if not cause:

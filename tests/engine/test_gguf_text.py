@@ -146,7 +146,7 @@ def test_each_token_that_the_file_names_as_an_end_is_one(name: str) -> None:
 @pytest.mark.parametrize(
     "name", ["<|im_end|>", "<|eot_id|>", "<end_of_turn>", "[EOS]", "<|call|>", "<|fim_pad|>", "<|file_sep|>"]
 )
-def test_a_name_that_ends_in_every_family_ends_whatever_its_type(name: str, kind: int) -> None:
+def test_a_name_that_ends_in_every_family_ends_with_every_type(name: str, kind: int) -> None:
     tokens = [*BYTE_LEVEL["tokens"][:-1], name]
     merges = [merge for merge in BYTE_LEVEL["merges"] if merge.replace(" ", "") in tokens]
     found = byte_level(tokens=tokens, token_type=[1] * (len(tokens) - 1) + [kind], merges=merges)

@@ -32,7 +32,7 @@ def test_it_agrees_with_loading(folder: Path) -> None:
     assert (found.architecture, found.kind, found.context) == (loaded.architecture, loaded.kind, loaded.context)
     assert found.supported
     assert found.weight_bytes["32 bit"] == 4 * found.parameters
-    # What the file has beside the model: positions, poolers, a second copy of a tied head.
+    # What the file has in addition to the model: positions, poolers, a second copy of a tied head.
     assert loaded.parameters <= found.parameters <= 1.3 * loaded.parameters
     assert (found.cache_bytes_per_1000 is None) == (found.kind == "embed")
     assert json.loads(json.dumps(found.to_json()))["path"] == str(folder)

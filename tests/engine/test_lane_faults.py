@@ -1,4 +1,4 @@
-"""Lanes that run one job at a time: a job that fails ends alone, and none is lost whatever call fails."""
+"""Lanes that run one job at a time: a job that fails ends alone, and none is lost when any call fails."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def make(request: pytest.FixtureRequest, model: LoadedModel, tmp_path: Path) -> 
     return lambda name: request.param(model, tmp_path / name)
 
 
-def test_no_job_is_lost_whatever_call_fails(make: Callable[[str], Traffic]) -> None:
+def test_no_job_is_lost_when_any_call_fails(make: Callable[[str], Traffic]) -> None:
     """A fault in each call that the lane makes, one after the other: what is open stays held once, until all ends."""
     bad = ended = 0
     while True:

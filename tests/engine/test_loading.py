@@ -174,7 +174,7 @@ def peak():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # Not ru_maxrss here: it starts at what the parent process had.
     return next(int(line.split()[1]) * 1024 for line in open('/proc/self/status') if line.startswith('VmHWM'))
-tiny = load('tiny', [sys.argv[1]])  # whatever is loaded once: libraries, kernels
+tiny = load('tiny', [sys.argv[1]])  # loads what is loaded once: libraries, kernels
 if sys.platform == 'linux':
     open('/proc/self/clear_refs', 'w').write('5')  # the peak starts again at what is resident now
 before = peak()

@@ -58,7 +58,7 @@ def test_a_merge_that_cannot_be_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_a_merged_model_is_there_whole_or_not_whenever_the_power_fails(tmp_path: Path) -> None:
-    """With the files that are copied beside its weights."""
+    """With the files that are copied along with its weights."""
     base = load("tiny", [str(BASES / "qwen2-untied")])
     AdapterStore(tmp_path).write("tiny", "style", tiny.adapter(base, 2, 1, targets=("q_proj",)), {})
     (tmp_path / "disk").mkdir()

@@ -78,7 +78,7 @@ def test_padding_is_a_small_part_of_a_realistic_mix() -> None:
     assert len(found) < 20
 
 
-def test_few_shapes_serve_whatever_comes() -> None:
+def test_few_shapes_serve_all_traffic() -> None:
     random = np.random.default_rng(4)
     found = {
         (shape.rows, shape.width)

@@ -278,7 +278,7 @@ def test_options_that_do_not_exist_are_refused() -> None:
         opened(source, quantize="4bit", group_size=48)
 
 
-def test_embedding_models_stay_dense_beside_quantized_ones() -> None:
+def test_embedding_models_stay_dense_when_decoders_are_quantized() -> None:
     dense, asked = (opened(CHECKPOINTS / "bert", quantize=quantize).encoder(TOKENS) for quantize in (None, "8bit"))
     assert mx.array_equal(dense, asked)
 
@@ -296,7 +296,7 @@ def test_the_dtype_is_the_one_asked_for(dtype: str) -> None:
 
 
 def test_a_quantized_model_is_there_whole_or_not_whenever_the_power_fails(tmp_path: Path) -> None:
-    """With the files that are copied beside its weights."""
+    """With the files that are copied along with its weights."""
     (tmp_path / "disk").mkdir()
     with powercut.recorded(tmp_path / "disk") as disk:
         quantize_folder(CHECKPOINTS / "qwen2-untied", tmp_path / "disk/q4", bits=4, group_size=32)

@@ -211,7 +211,7 @@ def assert_owned(lane: GenerateLane) -> None:
 def test_a_row_that_fails_ends_its_own_job_and_leaves_nothing(
     model: LoadedModel, pool: AdapterPool, monkeypatch: pytest.MonkeyPatch, name: str, seed: int
 ) -> None:
-    """Joins, cancels, deadlines, preemption and several completions go on beside it."""
+    """Joins, cancels, deadlines, preemption and several completions go on meanwhile."""
     driver = Driver(model, pool, **MODES[seed])
     FAULTS[name](Failing(monkeypatch, after=seed), driver.lane)
     random = np.random.default_rng(seed)
@@ -275,13 +275,13 @@ def test_numbers_that_are_not_finite_are_the_rows_own_error_and_stay_in_no_cache
     wanted = driver.send(request([3, 1, 4], max_tokens=30))
     driver.run()
     for _ in range(3):
-        beside = driver.send(request([3, 1, 4], max_tokens=30))
+        neighbour = driver.send(request([3, 1, 4], max_tokens=30))
         driver.step()
         spoilt = driver.send(request(list(range(8, 50)), max_tokens=30, adapter="nan"))
         driver.run()
         with pytest.raises(ModelError, match="tiny with adapter nan gives numbers that are not finite"):
             spoilt.ticket.result(0)
-        assert beside.ids == wanted.ids
+        assert neighbour.ids == wanted.ids
         assert not spoilt.tokens
     again = driver.send(request([3, 1, 4], max_tokens=30))
     driver.run()
@@ -372,13 +372,13 @@ def test_sampling_values_that_no_contract_let_through_end_their_own_job(model: L
     driver = Driver(model, pool)
     free = driver.send(request([9, 10], max_tokens=20))
     driver.run()
-    beside = driver.send(request([9, 10], max_tokens=20))
+    neighbour = driver.send(request([9, 10], max_tokens=20))
     culprits = []
     for field, value in {"repetition_penalty": 1e-40, "temperature": 1e-300, "top_k": 2**40, "min_p": "x"}.items():
         asked = request([11, 12], max_tokens=20, temperature=1.0)
         culprits.append(driver.send(asked.model_copy(update={field: value, "deadline": 3.0})))
     driver.run()
-    assert beside.ids == free.ids
+    assert neighbour.ids == free.ids
     assert all(one.ticket.done for one in culprits)
     assert [one.ticket.error is not None for one in culprits] == [True, True, False, True]
     driver.assert_empty()

@@ -1,4 +1,4 @@
-"""Sampling: every row by its own parameters, the same whatever stands beside it."""
+"""Sampling: every row by its own parameters, the same in every batch."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_a_token_that_the_host_has_not_seen_yet_is_counted_too() -> None:
     assert np.allclose(np.array(found), np.array(process(mx.array(rows), columns(later, 16))))
 
 
-def test_a_repeated_token_is_made_less_likely_whatever_the_sign_of_its_logit() -> None:
+def test_a_repeated_token_is_made_less_likely_with_either_sign_of_its_logit() -> None:
     row = np.array([[2.0, -2.0, 1.0, -1.0]], dtype=np.float32)
     made = columns([draw(tally={0: 3, 1: 3}, repetition_penalty=2.0)], 4)
     assert np.array(process(mx.array(row), made))[0].tolist() == [1.0, -4.0, 1.0, -1.0]
@@ -146,7 +146,7 @@ def test_greedy_takes_the_best_and_says_so() -> None:
         assert pick.probability == 1.0
 
 
-def test_logit_and_logprob_are_the_raw_models_whatever_the_temperature() -> None:
+def test_logit_and_logprob_are_the_raw_models_at_every_temperature() -> None:
     rows = logits(8)
     draws = [draw(temperature=5.0, top_k=3, seed=seed) for seed in range(8)]
     for row, pick in zip(rows, sample(mx.array(rows), draws), strict=True):
@@ -155,7 +155,7 @@ def test_logit_and_logprob_are_the_raw_models_whatever_the_temperature() -> None
         assert pick.logprob == pytest.approx(wanted, abs=1e-5)
 
 
-def test_a_logprob_is_the_raw_models_whatever_changes_the_logits() -> None:
+def test_a_logprob_is_the_raw_models_where_logits_are_changed() -> None:
     rows = logits(3)
     mask = np.array([0b11110, 0], dtype=np.int32)
     asked = {"logit_bias": {7: 30.0}, "repetition_penalty": 1.8, "presence_penalty": 2.0}

@@ -1,4 +1,4 @@
-"""Structured output: whatever a model would rather say, the answer parses and fits."""
+"""Structured output: the answer parses and fits, even if the model prefers other tokens."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def ask(**options: Any) -> GenerateRequest:
     return GenerateRequest(**fields)
 
 
-def test_answers_fit_schema_and_expression_beside_free_ones(driver: Driver) -> None:
+def test_answers_fit_schema_and_expression_among_free_ones(driver: Driver) -> None:
     hot: dict[str, Any] = {"temperature": 3.0}
     shaped = [driver.send(ask(json_schema=SCHEMA, seed=seed, n=2, **hot)) for seed in range(1)]
     coded = driver.send(ask(regex=CODE, seed=4, **hot))
@@ -146,10 +146,10 @@ def test_a_grammar_that_passes_a_limit_in_the_middle_ends_its_own_request(
     monkeypatch.setattr(structured, "TRIED", 0)
     free = driver.send(ask(max_tokens=12))
     driver.run()
-    beside = driver.send(ask(max_tokens=12))
+    neighbour = driver.send(ask(max_tokens=12))
     bad = driver.send(ask(regex="a{4294967295}", n=2))
     driver.run()
     with pytest.raises(InvalidRequest, match=r"regex: the grammar takes too much: .*too many expressions"):
         bad.ticket.result(0)
-    assert beside.ids == free.ids
+    assert neighbour.ids == free.ids
     driver.assert_empty()

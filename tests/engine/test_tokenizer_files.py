@@ -1,4 +1,4 @@
-"""What stands beside a tokenizer.json: read as transformers reads it (tests/goldens/text/folders.py), or refused."""
+"""The files around a tokenizer.json: read as transformers reads them (tests/goldens/text/folders.py), or refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BETTER = {
     # tokenizers takes the letters of an added token for bytes.
     ("listed", 5): ("<\ufffd>", "<é>"),
     ("added and listed", 5): ("<\ufffd>", "<é>"),
-    # The end of a turn is no text, whatever its flag says.
+    # The end of a turn is no text; its flag does not count.
     ("added and listed", 3): ("the<|im_end|>", "the"),
 }
 
@@ -107,7 +107,7 @@ def test_a_padding_token_for_which_the_model_has_no_row_is_left_out(tmp_path: Pa
 
 
 @pytest.mark.parametrize("special", [True, False])
-def test_the_end_of_a_turn_ends_and_is_no_text_whatever_its_flag(tmp_path: Path, special: bool) -> None:
+def test_the_end_of_a_turn_ends_and_is_no_text_with_either_flag(tmp_path: Path, special: bool) -> None:
     listed = {"330": {"content": "<|im_end|>", "special": special}, "331": {"content": "<b>", "special": False}}
     tokenizer = Tokenizer.from_folder(
         folder(tmp_path, "bytes", {"tokenizer_config.json": {"added_tokens_decoder": listed}})
@@ -155,7 +155,7 @@ def test_a_continuation_keeps_its_first_space(tmp_path: Path, base: str) -> None
     stream = StreamingDetokenizer(tokenizer, after=prompt)
     text = "".join(map(stream.add, answer)) + stream.finish()
     assert text == " of the warm"
-    # Behind nothing but special tokens a text begins.
+    # A text begins also where only special tokens come before it.
     specials = sorted(tokenizer.special_ids)
     stream = StreamingDetokenizer(tokenizer, after=specials)
     whole = tokenizer.encode("the model", special=False)

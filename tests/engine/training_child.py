@@ -1,6 +1,6 @@
 """A training run in a process of its own, for tests that kill it: `python -m tests.engine.training_child HOME OPTIONS`.
 
-Prints a line before and after every micro-step, and within the writing of checkpoints, so that whoever kills it knows
+Prints a line before and after every micro-step, and within the writing of checkpoints: a test that kills it knows
 that it lives. The last line is `done`.
 """
 

@@ -41,11 +41,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "dynamic": ("qwen2-untied", {**OLDER, "rope_scaling": {"type": "dynamic", "factor": 4.0}}),
     "llama3-original-outside": ("llama-llama3", {"original_max_position_embeddings": 64}),
-    "older-beside-newer": (
+    "older-and-newer": (
         "qwen2-untied",
         {"rope_parameters": NEWER, "rope_scaling": {"type": "linear", "factor": 3.0}},
     ),
-    "older-beside-newer-base": (
+    "older-and-newer-base": (
         "qwen2-untied",
         {"rope_theta": 777.0, "rope_parameters": NEWER, "rope_scaling": {"type": "linear", "factor": 3.0}},
     ),

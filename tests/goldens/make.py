@@ -212,7 +212,7 @@ def check_tokenizer(tokenizer: Tokenizer, file: Path) -> None:
 
 @torch.inference_mode()
 def greedy(model: LlamaForCausalLM, prompt_ids: list[int]) -> dict[str, Any]:
-    """`generate` with nothing but the argmax, checked against one forward pass over the whole text."""
+    """`generate` with the argmax alone, checked against one forward pass over the whole text."""
     out = model.generate(
         torch.tensor([prompt_ids]),
         attention_mask=torch.ones(1, len(prompt_ids), dtype=torch.long),

@@ -1,4 +1,4 @@
-"""Ask transformers what its logits processors make of random logits: writes sampling.npz beside this file.
+"""Ask transformers what its logits processors make of random logits: writes sampling.npz into this folder.
 
 Run in the environment of requirements/peers.txt: `.venv-peers/bin/python tests/goldens/sampling.py`.
 """

@@ -57,14 +57,14 @@ class FragileBroker:
         return pid
 
     def kill(self) -> None:
-        """`kill -9`: nothing is flushed but what the append-only file has."""
+        """`kill -9`: nothing is kept except what the append-only file has."""
         pid = self.pid
         os.kill(pid, signal.SIGCONT)
         os.kill(pid, signal.SIGKILL)
         self.close()
 
     def drop_connections(self) -> None:
-        """Close every connection but the one that asks."""
+        """Close every connection except the one that asks."""
         client = connect(Settings(url=self.url))
         for kind in ("normal", "pubsub"):
             client.execute_command("CLIENT", "KILL", "TYPE", kind, "SKIPME", "yes")

@@ -67,7 +67,7 @@ def test_an_adapter_from_a_folder_is_checked_and_serves(client: Client, tmp_path
     other = tmp_path / "other"
     shutil.copytree(folder, other)
     notes = json.loads((other / "stoker.json").read_text())
-    (other / "stoker.json").write_text(json.dumps({**notes, "base": "somebody-elses"}))
+    (other / "stoker.json").write_text(json.dumps({**notes, "base": "another-base"}))
     with pytest.raises(ModelError, match=f"^{other}: an adapter of another base"):
         client.adapters.load("foreign", other).result(60)
     (other / "stoker.json").unlink()

@@ -58,7 +58,7 @@ def expected(stack: Stack) -> np.ndarray:
 
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("count", [800, pytest.param(20_000, marks=pytest.mark.slow)])
-def test_every_row_is_there_once_whoever_is_killed(own_embedding_stack: Stack, tmp_path: Path, count: int) -> None:
+def test_every_row_is_there_once_after_every_kill(own_embedding_stack: Stack, tmp_path: Path, count: int) -> None:
     write_texts(tmp_path / "in.jsonl", count)
     output = tmp_path / "out.npy"
     first = start(own_embedding_stack, tmp_path, "-o", output.name)

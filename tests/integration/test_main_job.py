@@ -41,7 +41,7 @@ def test_greedy_text_equals_that_of_transformers(client: Client) -> None:
     assert job.status() == JobStatus.DONE
 
 
-def test_a_trained_adapter_serves_at_once_beside_the_bare_base(client: Client) -> None:
+def test_a_trained_adapter_serves_at_once_along_with_the_bare_base(client: Client) -> None:
     rows = [{"prompt": f"Q: {word}?\nA:", "completion": " Aye, stoker!"} for word in ("coal", "steam", "iron", "water")]
     options = {"steps": 8, "batch_size": 4, "learning_rate": 4e-3, "max_length": 32}
     question = "Q: fire?\nA:"

@@ -1,4 +1,4 @@
-"""Token streams: every token once, in order, for whoever asks, whenever they ask."""
+"""Token streams: every token once, in order, for every reader at every time."""
 
 from __future__ import annotations
 

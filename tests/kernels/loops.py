@@ -16,7 +16,7 @@ _NUMBER = re.compile(r"\b(?:0x[0-9a-f]+|\d+)u?\b")
 
 
 def unbounded(text: str) -> list[str]:
-    """The loops that may not end: anything but `for (T i = A; i < B; i++)` and the like, whose `i` the body leaves
+    """The loops that may not end: anything except `for (T i = A; i < B; i++)` and the like, whose `i` the body leaves
     alone, and whose B is made of templates, constants, threads and shapes, or is at most such a number by `min`."""
     text = re.sub(r"//[^\n]*", "", text)
     found = _DEFINED.findall(text)
@@ -51,7 +51,7 @@ def _ends(name: str, condition: str, step: str, constants: dict[str, str]) -> bo
 
 
 def fixed(expression: str, constants: dict[str, str]) -> bool:
-    """Whether nothing but the launch decides what it is."""
+    """Whether the launch alone decides what it is."""
     names = _NAME.findall(_NUMBER.sub("", _SHAPE.sub("", _CAST.sub("", expression))))
     return not set("|?") & set(expression) and all(
         _FIXED.fullmatch(name) or (name in constants and fixed(constants[name], _without(constants, name)))

@@ -1,4 +1,4 @@
-"""Every barrier is needed, and the emulator sees each one's absence, in whatever numbers come out."""
+"""Every barrier is needed, and the emulator sees each one's absence: the numbers that come out may be any."""
 
 from __future__ import annotations
 

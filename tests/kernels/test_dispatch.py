@@ -26,7 +26,7 @@ def _all_in_use() -> Iterator[None]:
     registry.use("auto")
 
 
-def test_on_a_cpu_the_reference_runs_whatever_the_setting() -> None:
+def test_on_a_cpu_the_reference_runs_under_every_setting() -> None:
     for setting in ("auto", "sample", "off"):
         registry.use(setting)
         assert {kernel.backend for kernel in KERNELS.values()} == {"reference"}

@@ -11,7 +11,7 @@ import kernels
 from tests.kernels.loops import unbounded
 
 HERE = Path(kernels.__file__).parent
-#: All but what stands in for Metal on CUDA, where loops are of constants.
+#: All except what stands in for Metal on CUDA, where loops are of constants.
 TEXTS = sorted(
     path for ending in ("*.metal", "*.h") for path in HERE.rglob(ending) if path.parent.name not in ("cuda", "runtime")
 )

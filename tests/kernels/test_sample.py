@@ -119,7 +119,7 @@ def test_a_chunk_whose_tokens_are_all_too_faint_is_not_drawn_from() -> None:
 
 
 def test_top_k_is_exact_however_faint_the_kth_is() -> None:
-    """The first token that is kept, under the best by forty: beyond all bins but the last, which has no lower edge."""
+    """The first token that is kept, under the best by forty: only the last bin, which has no lower edge, reaches it."""
     logits = np.append(np.linspace(-1, 0, 2999), 40.0)
     token, *_ = _run(call(logits, [Setting(top_k=k, uniform=0.0) for k in (1, 2, 3, 1500)], mx.float32))
     assert token.tolist() == [2999, 2998, 2997, 1500]
@@ -134,7 +134,7 @@ def test_the_reference_keeps_to_the_rule_too() -> None:
 
 
 def test_the_rule_lets_no_more_pass_than_it_says() -> None:
-    """Of 1,000 equal steps a cut one token beside is refused, as are a token, a number and a probability beside."""
+    """Of 1,000 equal steps a cut one token away is refused, as are a wrong token, number and probability."""
     scores = np.linspace(0, -1, 1000).astype(np.float32)
     assert cuts(scores, Setting(top_k=10)) == (scores[9], scores[9])
     tightest, loosest = cuts(scores, Setting(top_p=0.5))

@@ -73,7 +73,7 @@ class Queue:
     turns: dict[str, int] = field(default_factory=dict)
     #: key → when it expires. A key is there while its container holds something.
     until: dict[str, float] = field(default_factory=dict)
-    #: A job that was taken in ends once, unless it waited for so long that it was forgotten.
+    #: A job that was taken in ends once, unless it waited until it was forgotten.
     taken_in: list[str] = field(default_factory=list)
     ends: list[str] = field(default_factory=list)
     forgotten: list[str] = field(default_factory=list)

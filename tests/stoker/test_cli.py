@@ -301,7 +301,7 @@ def test_wrong_usage_ends_with_2(words: list[str], said: str) -> None:
     assert said in shown
 
 
-def test_a_misspelt_setting_is_named_whatever_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_misspelt_setting_is_named_by_every_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STOKER_MODLES", "x")
     code, said = command("status")
     assert (code, said.count("\n")) == (2, 1)

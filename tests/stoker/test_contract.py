@@ -1,4 +1,4 @@
-"""The contract: frozen messages with a limit on every size, and one clear error for whatever is wrong."""
+"""The contract: frozen messages with a limit on every size, and one clear error for each wrong input."""
 
 from __future__ import annotations
 
@@ -297,7 +297,7 @@ JSON = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3), max_leav
 
 
 @given(st.sampled_from(list(VALID)), st.dictionaries(st.text(max_size=8), JSON, max_size=4), st.data())
-def test_no_payload_raises_anything_but_a_clear_refusal(
+def test_no_payload_raises_more_than_a_clear_refusal(
     message: type[Message], extra: dict[str, Any], data: st.DataObject
 ) -> None:
     wrong = {name: data.draw(JSON) for name in data.draw(st.sets(st.sampled_from(list(message.model_fields))))}

@@ -40,7 +40,7 @@ ENDS = [b"\n", b"\r\n", b"\r", b"\n\n", b"\r\n\r\n"]
 @pytest.mark.parametrize("end", ENDS)
 @pytest.mark.parametrize("start", [b"", codecs.BOM_UTF8])
 @pytest.mark.parametrize("form", ["file", "upload", "embed", "plain"])
-def test_a_file_is_read_alike_whatever_ends_its_lines(tmp_path: Path, start: bytes, end: bytes, form: str) -> None:
+def test_a_file_is_read_alike_with_every_line_ending(tmp_path: Path, start: bytes, end: bytes, form: str) -> None:
     texts = ["one", "zwei \u2028 \x85 \x0b halves", "drei"]
     lines = [text if form == "plain" else json.dumps({"text": text}, ensure_ascii=False) for text in texts]
     content = start + end.join(line.encode() for line in lines) + end
@@ -55,7 +55,7 @@ def test_a_file_is_read_alike_whatever_ends_its_lines(tmp_path: Path, start: byt
 
 
 @pytest.mark.parametrize("end", ENDS[:3])
-def test_a_wrong_line_has_the_same_number_whatever_ends_it(tmp_path: Path, end: bytes) -> None:
+def test_a_wrong_line_has_the_same_number_with_every_line_ending(tmp_path: Path, end: bytes) -> None:
     (tmp_path / "a.jsonl").write_bytes(end.join([b'{"text": "a"}', b"", b'{"text": "\xff"}', b"{}"]))
     for read in (lambda file: list(Source(file, "text").texts()), read_dataset):
         with pytest.raises(DatasetError, match=r"^a\.jsonl, line 3: not UTF-8"):

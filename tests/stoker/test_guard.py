@@ -1,4 +1,4 @@
-"""A guarded command never outlives whoever asked for it, and its log never fills the disk. Real processes."""
+"""A guarded command never outlives the process that asked for it, and its log never fills the disk. Real processes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,9 @@ def pid_in(path: Path) -> int:
 
 @pytest.mark.parametrize("manner", ["obedient", "stubborn"])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_guarded_command_ends_with_whoever_asked_for_it(tmp_path: Path, number: signal.Signals, manner: str) -> None:
+def test_a_guarded_command_ends_with_the_process_that_asked_for_it(
+    tmp_path: Path, number: signal.Signals, manner: str
+) -> None:
     asker = subprocess.Popen([sys.executable, "-c", ASKER, str(tmp_path), manner])
     try:
         sleeper = pid_in(tmp_path / "pid")

@@ -1,4 +1,4 @@
-"""The ledger against a model of it, in whatever order its transitions come: submit, claim, release, complete, cancel,
+"""The ledger against a model of it, in every order of its transitions: submit, claim, release, complete, cancel,
 recover, retry; messages lost and doubled, workers that die or freeze, and time that passes."""
 
 from __future__ import annotations
@@ -279,7 +279,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.compare_all()
         model = self.model
         left = (model.dispatched, model.open, model.turns, model.marks, *model.backlogs.values())
-        assert not any(left), "nobody waits, and nothing says that somebody does"
+        assert not any(left), "no job waits, and nothing says that one does"
         # A forgotten job takes no place of its client's; the next submission sweeps it, or the key's expiry.
         oldest = model.now - keys.PENDING_TTL
         assert not [job for mine in model.mine.values() for job, since in mine.items() if since > oldest]

@@ -68,7 +68,7 @@ def test_settings_cannot_be_changed_afterwards() -> None:
         load_settings().grace = 1.0  # type: ignore[misc]
 
 
-def test_the_home_folder_is_absolute_whatever_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_home_folder_is_absolute_in_every_form_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STOKER_HOME", "~/somewhere")
     assert load_settings().home == Path.home() / "somewhere"
     monkeypatch.setenv("STOKER_HOME", "here")

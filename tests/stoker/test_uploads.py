@@ -205,7 +205,7 @@ def test_a_link_out_of_an_adapters_folder_sends_nothing(tmp_path: Path) -> None:
         with pytest.raises(InvalidRequest, match=r"a link to .*secret, which is no file of this folder"):
             bundle.read_folder(folder)
         (folder / "stoker.json").unlink()
-    # The folder itself may be reached by a link, and the hub's cache has nothing but links.
+    # The folder itself may be reached by a link, and the hub's cache has only links.
     (tmp_path / "link").symlink_to(folder)
     assert bundle.read_folder(tmp_path / "link") == whole
     snapshot, kept = tmp_path / "hub" / "snapshots" / "abc", tmp_path / "hub" / "blobs"

@@ -23,7 +23,7 @@ def at(url: str) -> Artifacts:
 
 
 @pytest.mark.parametrize("scheme", ["file", "memory"])
-def test_what_is_kept_is_found_by_whoever_names_the_same_store(tmp_path: Path, scheme: str) -> None:
+def test_what_is_kept_is_found_by_every_worker_of_the_same_store(tmp_path: Path, scheme: str) -> None:
     url = f"{scheme}://{tmp_path}/store"
     assert at(url).get("m", "style", 1) is None
     at(url).put("m", "style", 1, b"first")

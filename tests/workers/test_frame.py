@@ -57,7 +57,7 @@ class Worker:
         ledger.submit(redis, "job", job_record(generate_request("m", "x", 0, {}), "job"))
 
     def tell(self, *_: Any, **__: Any) -> None:
-        """The broker is away whenever somebody is to be told of something."""
+        """The broker is away at every report."""
         raise OperationalError("Connection refused")
 
     def persist(self, action: Callable[[], Any]) -> Any:
@@ -215,7 +215,7 @@ def test_a_defect_of_the_frame_itself_loses_no_job_and_repeats_it_only_so_often(
 
 
 def test_a_result_is_stored_when_the_whole_stream_is_in_the_broker(worker: Worker) -> None:
-    """Whoever sees the result finds every token."""
+    """A reader that sees the result finds every token."""
     seen: list[tuple[str, Outcome | None]] = []
     worker.publisher.flush = lambda job_id: seen.append((job_id, worker.outcome))
     worker.deliver(lambda: 1)

@@ -1,4 +1,4 @@
-"""A worker's presence: written whatever else fails, and taken away at the end."""
+"""A worker's presence: written even if everything else fails, and taken away at the end."""
 
 from __future__ import annotations
 

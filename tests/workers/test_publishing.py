@@ -1,4 +1,4 @@
-"""Publishing: every entry of every job once, in order, whatever the broker does meanwhile."""
+"""Publishing: every entry of every job once, in order, even if the broker fails meanwhile."""
 
 from __future__ import annotations
 

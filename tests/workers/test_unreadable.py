@@ -107,7 +107,7 @@ def test_what_cannot_be_read_is_dead_lettered_once_and_what_comes_behind_is_deli
 def test_a_delivery_that_fails_is_dead_lettered_and_acknowledged(
     redis: Any, connection: kombu.Connection, aside: list[Unreadable]
 ) -> None:
-    """Whatever kombu or Celery raises over it."""
+    """With every error that kombu or Celery raises over it."""
     inbox = Inbox(connection)
 
     def fail(message: Any) -> None:

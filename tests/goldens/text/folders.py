@@ -1,4 +1,4 @@
-"""Makes folders.json: what transformers makes of a tokenizer.json and the files beside it, one deviation a folder.
+"""Makes folders.json: what transformers makes of a tokenizer.json and the files around it, one deviation a folder.
 
 Run it in the environment of `make goldens`, with sentencepiece added; torch is not needed.
 """
@@ -124,7 +124,7 @@ FOLDERS: dict[str, tuple[str, dict[str, Any] | None, dict[str, Any]]] = {
         {**_FAST, "additional_special_tokens": ["<extra>", {"__type": "AddedToken", **token("<é>")}]},
         {},
     ),
-    "extra names beside additional": (
+    "extra names and additional": (
         "bytes",
         {**_FAST, "extra_special_tokens": {"image_token": "<extra>"}, "additional_special_tokens": ["<b>"]},
         {},
@@ -137,7 +137,7 @@ FOLDERS: dict[str, tuple[str, dict[str, Any] | None, dict[str, Any]]] = {
         {**_FAST, "eos_token": "<unk>"},
         {"special_tokens_map.json": {"eos_token": "</s>", "extra_special_tokens": ["<extra>"]}},
     ),
-    "map beside a list": (
+    "map and a list": (
         "named",
         {**_FAST, "added_tokens_decoder": {}, "eos_token": "<unk>"},
         {"special_tokens_map.json": {"eos_token": "</s>"}, "added_tokens.json": {"<extra>": 330}},
@@ -198,7 +198,7 @@ TEMPLATES: dict[str, dict[str, Any]] = {
     "only tools": {"tokenizer_config.json": {"chat_template": [{"name": "tool_use", "template": TEMPLATE}]}},
     "file": {"chat_template.jinja": TEMPLATE, "tokenizer_config.json": {"chat_template": "no"}},
     "folder": {"chat_template.jinja": "D", "additional_chat_templates/tool_use.jinja": TEMPLATE},
-    "folder beside config": {
+    "folder and config": {
         "additional_chat_templates/tool_use.jinja": TEMPLATE,
         "tokenizer_config.json": {"chat_template": "no"},
     },
