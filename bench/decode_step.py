@@ -12,7 +12,7 @@ import numpy as np
 
 from bench.shapes import SHAPES
 from engine.adapters.stacked import StackedLora
-from engine.generation.sampling import Draw, columns
+from engine.generation.sampling import Draw, sampling_batch
 from engine.generation.step import Step
 from engine.models.cache import KeyValues
 from engine.models.llama import Llama
@@ -72,7 +72,7 @@ class Loop:
         self._offset = mx.array(random.integers(CAPACITY // 2, CAPACITY, rows), mx.int32)
         self._tokens = mx.array(random.integers(0, llama.args.vocab, rows), mx.int32)
         request = GenerateRequest(model="m", prompt="x", temperature=0.8, top_k=50, top_p=0.95)
-        self._columns = columns([Draw(request, float(u)) for u in random.random(rows)], llama.args.vocab)
+        self._sampling = sampling_batch([Draw(request, float(u)) for u in random.random(rows)], llama.args.vocab)
         self._adapters = _stacked(llama, rows, adapters) if adapters else None
         mx.eval(self._kv.keys, self._kv.values, self._offset, self._tokens)
         self.run()
@@ -93,8 +93,8 @@ class Loop:
                     self._kv,
                     tokens[:, None],
                     self._offset,
-                    columns=CAPACITY,
-                    sampling=self._columns,
+                    kv_length=CAPACITY,
+                    sampling=self._sampling,
                     adapters=self._adapters,
                 )
                 tokens = chosen[0]

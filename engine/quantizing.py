@@ -14,7 +14,7 @@ from engine.jsonfiles import read_object, write_json
 from engine.loading import DECODERS
 from engine.text.templates import FOLDER as TEMPLATES
 from engine.weights import safetensors
-from engine.weights.mlx_layout import Layout, split
+from engine.weights.mlx_layout import QuantizedLayout, split
 from engine.weights.names import canonical
 from engine.weights.quantized import check, fits, quantize
 from engine.weights.tensors import Stored
@@ -53,8 +53,8 @@ def quantize_folder(src: Path, dst: Path, bits: int = 4, group_size: int = 64) -
         raise ModelError(f"{dst}: exists already; name a folder that does not")
     with draft_folder(dst.parent) as draft:
         copy_rest(src, draft, ("config.json", safetensors.INDEX_NAME))
-        counts = _write_weights(src, draft, config, Layout(group_size, bits))
-        config = {**_older_rope(config), **config, **Layout(group_size, bits).to_config()}
+        counts = _write_weights(src, draft, config, QuantizedLayout(group_size, bits))
+        config = {**_older_rope(config), **config, **QuantizedLayout(group_size, bits).to_config()}
         # mlx-lm drops the head of a model that says it has none of its own.
         config["tie_word_embeddings"] = counts.tied
         write_json(draft / "config.json", config)
@@ -70,7 +70,7 @@ def _source_config(src: Path) -> dict[str, Any]:
     architecture = config.get("model_type")
     if not isinstance(architecture, str) or architecture not in DECODERS:
         raise ModelError(f"{src}: architecture {architecture!r} cannot be quantized; {', '.join(DECODERS)} can")
-    if Layout.from_config(config) is not None:
+    if QuantizedLayout.from_config(config) is not None:
         raise ModelError(f"{src}: is quantized already; take the model's unquantized checkpoint")
     DECODERS[architecture].from_config(config)
     return config
@@ -95,7 +95,7 @@ class _Counts:
     after: int = 0
 
 
-def _write_weights(src: Path, dst: Path, config: dict[str, Any], layout: Layout) -> _Counts:
+def _write_weights(src: Path, dst: Path, config: dict[str, Any], layout: QuantizedLayout) -> _Counts:
     names = canonical(safetensors.entries(src), config["model_type"])
     names, tied = _ends(src, names, bool(config.get("tie_word_embeddings")))
     shards = safetensors.files(src)
@@ -144,7 +144,7 @@ def _needed(arrays: dict[str, mx.array], names: dict[str, str]) -> Iterator[tupl
             yield names[name], array
 
 
-def _form(name: str, array: mx.array, layout: Layout) -> Stored:
+def _form(name: str, array: mx.array, layout: QuantizedLayout) -> Stored:
     if not name.endswith(".weight") or not fits(array.shape, layout.group_size):
         return array
     if not mx.issubdtype(array.dtype, mx.floating):

@@ -29,7 +29,7 @@ from engine.vocabulary import check_ids, check_segments
 from engine.weights import safetensors
 from engine.weights.gguf import GGUF
 from engine.weights.gguf_names import llama_name
-from engine.weights.mlx_layout import CONFIG_KEYS, Layout
+from engine.weights.mlx_layout import CONFIG_KEYS, QuantizedLayout
 from engine.weights.names import canonical
 from engine.weights.tensors import Stored, Tensors
 from stoker.errors import ModelError
@@ -72,7 +72,7 @@ class _Outline(Tensors):
 def _folder(path: Path, progress: Callable[[int, int], None]) -> tuple[int, int]:
     folder = model_folder(path)
     config = read_object(folder / "config.json")
-    layout = Layout.from_config(config)
+    layout = QuantizedLayout.from_config(config)
     arrays = safetensors.read_folder(folder)
     stored: dict[str, Stored] = dict(arrays)
     if layout is not None:

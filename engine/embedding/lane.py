@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.embedding.forward import Tokens, Vectors, forward_of
-from engine.embedding.pace import Pace
+from engine.embedding.pacer import EmbedPacer
 from engine.embedding.tokenizing import named, tokenized
 from engine.embedding.turns import Turns
 from engine.loading import LoadedModel
@@ -62,7 +62,7 @@ class EmbedLane:
         self._forward = forward_of(model, cores)
         seconds = min(stall, STEP_SECONDS)
         # Who asks for less time between two tokens gets shorter steps, though the device idles.
-        self._pace = Pace(seconds, int(self._forward.least_tokens * seconds / STEP_SECONDS), MOST_TOKENS)
+        self._pacer = EmbedPacer(seconds, int(self._forward.least_tokens * seconds / STEP_SECONDS), MOST_TOKENS)
         self._turns: Turns[EmbedWork] = Turns()
         #: Every job from `admit` to its end, in the order in which they came.
         self._works: dict[EmbedWork, None] = {}
@@ -106,10 +106,10 @@ class EmbedLane:
     def run(self) -> StepOutput:
         """Embed the texts whose turn it is, and end the jobs that have no other."""
         if self._turns:
-            batch = self._turns.take(self._pace.tokens, self._forward.streams)
+            batch = self._turns.take(self._pacer.tokens, self._forward.streams)
             began = time.perf_counter()
             self._embed(batch, probed=False)
-            self._pace.note(sum(len(work.texts[row]) for work, row in batch), time.perf_counter() - began)
+            self._pacer.note(sum(len(work.texts[row]) for work, row in batch), time.perf_counter() - began)
         output = StepOutput()
         for work in self._works:
             if not work.left:

@@ -10,19 +10,19 @@ import numpy as np
 
 from engine.adapters.pool import AdapterPool
 from engine.generation.row import Row, RowState
-from engine.generation.sampling import Columns, Draw, Pick, columns, picks
+from engine.generation.sampling import Draw, Pick, SamplingBatch, picks, sampling_batch
 from engine.generation.step import Step, bucket
 from engine.models.cache import KeyValues
 from engine.models.llama import Llama
 
-#: Columns come in sizes from this on.
-COLUMNS = 256
+#: The KV length, how much of the storage a pass reads, comes in sizes from this on.
+SMALLEST_KV_LENGTH = 256
 #: Without compiling, any size is as good as another: a multiple of this is read.
-FINE_COLUMNS = 64
+KV_LENGTH_STEP = 64
 
 
 @dataclass(frozen=True)
-class Flight:
+class PendingStep:
     """A pass that was launched: which rows took part, and what it will have chosen."""
 
     rows: list[Row]
@@ -38,20 +38,20 @@ class Batch:
         self._model, self._pool, self._step = model, pool, step
         self.rows: list[Row] = []
         self.kv: KeyValues | None = None
-        self._flight: Flight | None = None
+        self._in_flight: PendingStep | None = None
 
     @property
     def nbytes(self) -> int:
         return self.kv.nbytes if self.kv is not None else 0
 
     @property
-    def pending(self) -> bool:
-        """Whether a pass was launched whose tokens nobody has read."""
-        return self._flight is not None
+    def in_flight(self) -> PendingStep | None:
+        """The pass that was launched last, until `read` has read it."""
+        return self._in_flight
 
     def shape_for(self, rows: int, length: int) -> tuple[int, int]:
         """(rows, capacity) of storage that holds so many rows of at most so many tokens."""
-        return bucket(rows), bucket(length, COLUMNS)
+        return bucket(rows), bucket(length, SMALLEST_KV_LENGTH)
 
     def fit(self, rows: int, length: int) -> None:
         """Have room for `rows` rows of `length` tokens."""
@@ -86,10 +86,10 @@ class Batch:
         row.slot = -1
         row.epoch += 1
         if not self.rows:
-            self._flight = None
+            self._in_flight = None
 
     def clean(self) -> None:
-        """Leave nothing of rows that are gone, whose numbers were not finite: another row may get their columns."""
+        """Leave nothing of rows that are gone, whose numbers were not finite: another row may get their slots."""
         if self.kv is not None:
             self.kv.clear_beyond([row.cached for row in self.rows] + [0] * (self.kv.rows - len(self.rows)))
 
@@ -98,8 +98,8 @@ class Batch:
 
         Raises `RowFault` for a row that cannot be sampled, before anything has begun.
         """
-        flight = self._flight
-        ahead = self._ahead(flight)
+        pending = self._in_flight
+        ahead = self._ahead(pending)
         if not self.rows or all(row.ends_within(ahead[slot]) for slot, row in enumerate(self.rows)):
             return False
         self.fit(len(self.rows), max(row.cached for row in self.rows) + 1)
@@ -111,66 +111,62 @@ class Batch:
         offset[:count] = [row.cached for row in self.rows]
         chosen = self._step(
             self.kv,
-            self._tokens(flight, size)[:, None],
+            self._tokens(pending, size)[:, None],
             mx.array(offset),
-            columns=self._columns(int(offset.max()) + 1),
+            kv_length=self._kv_length(int(offset.max()) + 1),
             sampling=sampling,
             adapters=self._pool.rows([row.adapter for row in self.rows] + [0] * (size - count)),
         )
         mx.async_eval(chosen)  # type: ignore[no-untyped-call]
         for row in self.rows:
             row.cached += 1
-        self._flight = Flight(list(self.rows), [row.epoch for row in self.rows], draws, chosen)
+        self._in_flight = PendingStep(list(self.rows), [row.epoch for row in self.rows], draws, chosen)
         return True
 
-    def take(self) -> Flight | None:
-        """The pass that was launched last; now another one may be."""
-        return self._flight
-
-    def read(self, flight: Flight) -> list[tuple[Row, Pick]]:
-        """Wait for a pass; the tokens of its rows that are still here, at the place they had."""
-        found = picks(flight.chosen, flight.draws)
-        if flight is self._flight:
-            self._flight = None
-        rows = list(zip(flight.rows, flight.epochs, found, strict=True))
+    def read(self, pending: PendingStep) -> list[tuple[Row, Pick]]:
+        """Wait for a pass; the tokens of its rows that are still here, each with what it chose."""
+        found = picks(pending.chosen, pending.draws)
+        if pending is self._in_flight:
+            self._in_flight = None
+        rows = list(zip(pending.rows, pending.epochs, found, strict=True))
         here = [(row, pick) for row, epoch, pick in rows if row.slot >= 0 and row.epoch == epoch]
         if len(here) < len(rows) and not all(pick.finite for pick in found):
             self.clean()
         return here
 
-    def _ahead(self, flight: Flight | None) -> list[int]:
+    def _ahead(self, pending: PendingStep | None) -> list[int]:
         """For each row, how many of its tokens the device knows and the host does not."""
-        if flight is None:
+        if pending is None:
             return [0] * len(self.rows)
-        flying = {id(row): epoch for row, epoch in zip(flight.rows, flight.epochs, strict=True)}
-        return [int(flying.get(id(row)) == row.epoch) for row in self.rows]
+        unread = {id(row): epoch for row, epoch in zip(pending.rows, pending.epochs, strict=True)}
+        return [int(unread.get(id(row)) == row.epoch) for row in self.rows]
 
-    def _tokens(self, flight: Flight | None, size: int) -> mx.array:
+    def _tokens(self, pending: PendingStep | None, size: int) -> mx.array:
         """Each row's newest token, int32 (size,); from the device where the host does not know it yet."""
-        if flight is not None and flight.rows == self.rows and flight.chosen[0].shape[0] == size:
-            return flight.chosen[0]
-        place = {} if flight is None else {id(row): index for index, row in enumerate(flight.rows)}
+        if pending is not None and pending.rows == self.rows and pending.chosen[0].shape[0] == size:
+            return pending.chosen[0]
+        index_of = {} if pending is None else {id(row): index for index, row in enumerate(pending.rows)}
         known, source = np.zeros(size, dtype=np.int32), np.full(size, -1, dtype=np.int32)
-        for slot, ahead in enumerate(self._ahead(flight)):
+        for slot, ahead in enumerate(self._ahead(pending)):
             row = self.rows[slot]
             if ahead:
-                source[slot] = place[id(row)]
+                source[slot] = index_of[id(row)]
             else:
                 known[slot] = row.tokens[-1]
-        if flight is None or source.max() < 0:
+        if pending is None or source.max() < 0:
             return mx.array(known)
-        taken = flight.chosen[0][mx.array(np.maximum(source, 0))]
+        taken = pending.chosen[0][mx.array(np.maximum(source, 0))]
         return mx.where(mx.array(source >= 0), taken, mx.array(known))
 
-    def _columns(self, length: int) -> int:
+    def _kv_length(self, length: int) -> int:
         assert self.kv is not None
         if self._step.decode_buckets:
-            return min(bucket(length, COLUMNS), self.kv.capacity)
-        return min(-(-length // FINE_COLUMNS) * FINE_COLUMNS, self.kv.capacity)
+            return min(bucket(length, SMALLEST_KV_LENGTH), self.kv.capacity)
+        return min(-(-length // KV_LENGTH_STEP) * KV_LENGTH_STEP, self.kv.capacity)
 
 
-def gather(rows: Sequence[Row], ahead: Sequence[int], vocabulary: int, size: int) -> tuple[list[Draw], Columns]:
-    """How the next token of each row is sampled, and the same as columns padded to `size`. Raises `RowFault`."""
+def gather(rows: Sequence[Row], ahead: Sequence[int], vocabulary: int, size: int) -> tuple[list[Draw], SamplingBatch]:
+    """How the next token of each row is sampled, and the same for the device, padded to `size`. Raises `RowFault`."""
     made: dict[Row, Draw] = {}
     for row, steps in zip(rows, ahead, strict=True):
         if row not in made:
@@ -178,9 +174,9 @@ def gather(rows: Sequence[Row], ahead: Sequence[int], vocabulary: int, size: int
                 made[row] = row.draw(steps)
     draws = [made[row] for row in rows]
     try:
-        return draws, columns(draws, vocabulary, size)
+        return draws, sampling_batch(draws, vocabulary, size)
     except Exception:
         for row, draw in made.items():
             with row.guarded():
-                columns([draw], vocabulary)
+                sampling_batch([draw], vocabulary)
         raise

@@ -10,7 +10,7 @@ from engine.adapters.pool import AdapterPool
 from engine.generation.batch import Batch
 from engine.generation.kv_budget import KvBudget
 from engine.generation.limits import GROUP, GROUP_TOKENS, Limits
-from engine.generation.prefill import Pace, Prefill
+from engine.generation.prefill import Prefill, PrefillPacer
 from engine.generation.prefixes import PrefixCache
 from engine.generation.prompt import check_ids, tokenize
 from engine.generation.roster import Roster
@@ -41,7 +41,7 @@ class GenerateLane:
         self._decoder = model.decoder
         self.step = Step(self._decoder, self.limits.compiled or usual())
         #: One paces chunks while streams run, the other paces chunks that hold up no stream.
-        self._busy_pace, self._idle_pace = Pace(), Pace(256)
+        self._busy_pacer, self._idle_pacer = PrefillPacer(), PrefillPacer(256)
         #: Seconds of a turn that only decoded, as measured lately.
         self._turn = 0.0
         self._vocabulary = Vocabulary(model.tokenizer)
@@ -183,16 +183,16 @@ class GenerateLane:
         prefill, busy = self._prefill, bool(self.batch.rows)
         # A chunk as long as a decode step at most doubles the time between two tokens.
         patience = min(self.limits.stall, max(self._turn, 0.002)) if busy else 1.0
-        for row, pick in self._advanced(prefill, self._busy_pace if busy else self._idle_pace, patience):
+        for row, pick in self._advanced(prefill, self._busy_pacer if busy else self._idle_pacer, patience):
             if self._extend(row, pick, output, prefill):
                 self._make_room(len(self.batch.rows) + 1, row.cached + 1)
-                self.batch.join(row, prefill.kv, prefill.place(row))
+                self.batch.join(row, prefill.kv, prefill.kv_row(row))
         if not prefill.rows:
             self._end_prefill()
 
-    def _advanced(self, prefill: Prefill, pace: Pace, patience: float) -> list[tuple[Row, Pick]]:
+    def _advanced(self, prefill: Prefill, pacer: PrefillPacer, patience: float) -> list[tuple[Row, Pick]]:
         try:
-            found = prefill.advance(pace, patience)
+            found = prefill.advance(pacer, patience)
         except RowFault as fault:
             self._fail(fault)
             return []
@@ -220,21 +220,21 @@ class GenerateLane:
     def _decode(self, output: StepOutput) -> None:
         """Read the pass that was launched in the turn before, after launching the next: the device never waits."""
         batch = self.batch
-        if not batch.pending and not self._launch():
+        if batch.in_flight is None and not self._launch():
             return
-        flight = batch.take()
-        if flight is None:
+        pending = batch.in_flight
+        if pending is None:
             return
         if self.ahead and not any(row.grammar for row in batch.rows):
             # A grammar has to see a token before it can say which may follow.
             self._launch(again=True)
-        for row, pick in batch.read(flight):
+        for row, pick in batch.read(pending):
             self._extend(row, pick, output)
 
     def _launch(self, *, again: bool = False) -> bool:
         """Start a pass unless one is under way (`again`: behind it); False if no row needs one."""
         batch = self.batch
-        if batch.pending and not again:
+        if batch.in_flight is not None and not again:
             return True
         while True:
             self._make_room(len(batch.rows), max((row.cached for row in batch.rows), default=0) + 1)

@@ -9,10 +9,10 @@ import mlx.core as mx
 import numpy as np
 
 from engine.adapters.pool import AdapterPool
-from engine.generation.batch import COLUMNS, gather
+from engine.generation.batch import SMALLEST_KV_LENGTH, gather
 from engine.generation.prefixes import SHORTEST, PrefixCache
 from engine.generation.row import Row, RowState
-from engine.generation.sampling import Columns, Draw, Pick, picks
+from engine.generation.sampling import Draw, Pick, SamplingBatch, picks
 from engine.generation.step import Step, bucket
 from engine.models.cache import KeyValues
 from engine.models.llama import Llama
@@ -22,7 +22,7 @@ from engine.models.llama import Llama
 LEAST, MOST = 32, 2048
 
 
-class Pace:
+class PrefillPacer:
     """How long a chunk may be: the tokens that take about the seconds asked for, found by doubling and halving.
 
     A speed would not do: on a GPU 64 tokens take as long as 512, because launching the kernels is what takes it.
@@ -48,7 +48,7 @@ class Prefill:
     def __init__(self, model: Llama, pool: AdapterPool, step: Step, rows: Sequence[Row], prefixes: PrefixCache) -> None:
         self._model, self._pool, self._step = model, pool, step
         self.rows = list(rows)
-        self._places = {id(row): place for place, row in enumerate(self.rows)}
+        self._kv_rows = {id(row): index for index, row in enumerate(self.rows)}
         self.kv = self._start(prefixes)
         for row in self.rows:
             row.state = RowState.PREFILLING
@@ -57,12 +57,12 @@ class Prefill:
         """Storage for the whole prompts, with what the prefix cache has of them."""
         found = [self._find(row, prefixes) for row in self.rows]
         longest = max(row.length for row in self.rows)
-        capacity = bucket(longest, COLUMNS) if self._step.prompt_buckets else longest
+        capacity = bucket(longest, SMALLEST_KV_LENGTH) if self._step.prompt_buckets else longest
         kv = KeyValues(self._model, bucket(len(self.rows)) if self._step.prompt_buckets else len(self.rows), capacity)
-        for place, (row, (source, length)) in enumerate(zip(self.rows, found, strict=True)):
+        for index, (row, (source, length)) in enumerate(zip(self.rows, found, strict=True)):
             if source is not None:
                 with row.guarded():
-                    kv.put(place, source, 0, length)
+                    kv.put(index, source, 0, length)
                 row.cached = length
                 row.generation.cached_tokens = row.generation.cached_tokens or length
         return kv
@@ -72,23 +72,23 @@ class Prefill:
         with row.guarded():
             return prefixes.find(owner(self._pool, row), row.uncached)
 
-    def place(self, row: Row) -> int:
+    def kv_row(self, row: Row) -> int:
         """Its row in `kv`."""
-        return self._places[id(row)]
+        return self._kv_rows[id(row)]
 
     def keep_prefix(self, row: Row, prefixes: PrefixCache) -> None:
         """Let the prefix cache have what is filled of a row."""
         tokens = (row.generation.prompt + row.tokens)[: row.cached]
         name = owner(self._pool, row)
         if len(tokens) >= SHORTEST and not prefixes.has(name, tokens):
-            prefixes.put(name, tokens, self.kv.row(self.place(row), row.cached))
+            prefixes.put(name, tokens, self.kv.row(self.kv_row(row), row.cached))
 
-    def advance(self, pace: Pace, patience: float) -> list[tuple[Row, Pick]]:
+    def advance(self, pacer: PrefillPacer, patience: float) -> list[tuple[Row, Pick]]:
         """One pass that shall take `patience` seconds at most; rows that are through leave the group, with their first
         new token."""
         began = time.perf_counter()
         waiting = {id(row): row.uncached for row in self.rows}
-        share = max(1, min(max(map(len, waiting.values())), pace.tokens // len(self.rows)))
+        share = max(1, min(max(map(len, waiting.values())), pacer.tokens // len(self.rows)))
         chunks = {row: waiting[id(row)][:share] for row in self.rows}
         done = [row for row, chunk in chunks.items() if len(chunk) == len(waiting[id(row)])]
         draws, sampling = self._sampling() if done else ([], None)
@@ -98,40 +98,40 @@ class Prefill:
         found: list[tuple[Row, Pick]] = []
         if done:
             picked = picks(chosen, draws)
-            found = [(row, picked[self.place(row)]) for row in done]
+            found = [(row, picked[self.kv_row(row)]) for row in done]
             self.rows = [row for row in self.rows if row not in done]
         else:
             mx.eval(self.kv.keys, self.kv.values)
-        pace.note(sum(map(len, chunks.values())), time.perf_counter() - began, patience)
+        pacer.note(sum(map(len, chunks.values())), time.perf_counter() - began, patience)
         return found
 
-    def _sampling(self) -> tuple[list[Draw], Columns]:
+    def _sampling(self) -> tuple[list[Draw], SamplingBatch]:
         """For each row of the storage; those of padding and of rows that are through choose for nobody."""
         rows = [self.rows[0]] * self.kv.rows
         for row in self.rows:
-            rows[self.place(row)] = row
+            rows[self.kv_row(row)] = row
         return gather(rows, [0] * len(rows), self._model.args.vocab, len(rows))
 
-    def _pass(self, chunks: dict[Row, list[int]], share: int, sampling: Columns | None) -> tuple[mx.array, ...]:
+    def _pass(self, chunks: dict[Row, list[int]], share: int, sampling: SamplingBatch | None) -> tuple[mx.array, ...]:
         size = self.kv.rows
         many = bucket(share, 16) if self._step.prompt_buckets else share
         tokens = np.zeros((size, many), dtype=np.int32)
         offset, last = np.zeros(size, dtype=np.int32), np.zeros(size, dtype=np.int32)
         adapters = [0] * size
         for row, chunk in chunks.items():
-            place = self.place(row)
-            tokens[place, : len(chunk)] = chunk
-            offset[place], last[place], adapters[place] = row.cached, len(chunk) - 1, row.adapter
+            index = self.kv_row(row)
+            tokens[index, : len(chunk)] = chunk
+            offset[index], last[index], adapters[index] = row.cached, len(chunk) - 1, row.adapter
         end = int(offset.max()) + many
         if end > self.kv.capacity:
             # A chunk is padded to its bucket: the last one may write beyond the prompt.
-            self.kv.resize(size, bucket(end, COLUMNS))
+            self.kv.resize(size, bucket(end, SMALLEST_KV_LENGTH))
         exact = not self._step.prompt_buckets and size == 1
         return self._step(
             self.kv,
             mx.array(tokens),
             mx.array(offset),
-            columns=end if exact else min(bucket(end, COLUMNS), self.kv.capacity),
+            kv_length=end if exact else min(bucket(end, SMALLEST_KV_LENGTH), self.kv.capacity),
             last=mx.array(last),
             sampling=sampling,
             adapters=self._pool.rows(adapters),

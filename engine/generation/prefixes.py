@@ -55,7 +55,7 @@ class PrefixCache:
         return self._key(owner, tokens) in self._entries
 
     def put(self, owner: Hashable, tokens: Sequence[int], kv: KeyValues) -> None:
-        """Keep `kv`, one row with the keys and values of `tokens` in its first columns."""
+        """Keep `kv`, one row with the keys and values of `tokens` at its first positions."""
         if kv.nbytes > self._limit or len(tokens) < SHORTEST:
             return
         key = self._key(owner, tokens)

@@ -1,8 +1,8 @@
 """From logits to tokens, for a batch in which every row has its own parameters.
 
-Two halves: `columns` (host) turns what the rows ask for into arrays, one row each; `choose` (device, pure) turns logits
-and columns into (chosen, raw, logprob, probability). `choose` is traced into the compiled decode step, and is where a
-fused kernel takes over.
+Two halves: `sampling_batch` (host) turns what the rows ask for into arrays, one row each; `choose` (device, pure) turns
+logits and these arrays into (chosen, raw, logprob, probability). `choose` is traced into the compiled decode step, and
+is where a fused kernel takes over.
 
 Order, as in transformers (`GenerationMixin._get_logits_processor`): bias, repetition penalty, presence and frequency
 penalty (which transformers lacks; OpenAI's definition), grammar, temperature, top-k, top-p, min-p.
@@ -34,7 +34,7 @@ ALTERNATIVES = 20
 _BLOCK = 64
 
 #: Parameters of a batch: arrays with a row for each sequence, and the few numbers that choose how it is computed.
-Columns = dict[str, Any]
+SamplingBatch = dict[str, Any]
 
 
 def uniforms(seed: int, position: int, count: int, completion: int = 0) -> np.ndarray:
@@ -114,7 +114,7 @@ class Pick:
 
 def sample(logits: mx.array, draws: Sequence[Draw]) -> list[Pick]:
     """Choose one token a row. `logits`: (rows, vocabulary) float32."""
-    return picks(choose(logits, columns(draws, logits.shape[-1])), draws)
+    return picks(choose(logits, sampling_batch(draws, logits.shape[-1])), draws)
 
 
 def picks(chosen: tuple[mx.array, ...], draws: Sequence[Draw]) -> list[Pick]:
@@ -139,22 +139,22 @@ def picks(chosen: tuple[mx.array, ...], draws: Sequence[Draw]) -> list[Pick]:
     ]
 
 
-# --- host: parameters to columns ---
+# --- host: parameters to arrays ---
 
 
-def columns(draws: Sequence[Draw], vocabulary: int, rows: int | None = None) -> Columns:
-    """The columns of a batch, padded to `rows` with greedy rows. What no row asks for is left out, and costs nothing.
+def sampling_batch(draws: Sequence[Draw], vocabulary: int, rows: int | None = None) -> SamplingBatch:
+    """The rows' parameters, padded to `rows` with greedy rows. What no row asks for is left out, and costs nothing.
 
     Shapes vary by powers of two only, so that few of them are ever compiled.
     """
     rows = rows or len(draws)
-    made: Columns = {}
+    made: SamplingBatch = {}
     if not all(draw.greedy for draw in draws):
-        made |= _draw_columns(draws, vocabulary, rows)
+        made |= _draw_parameters(draws, vocabulary, rows)
     if any(draw.penalised for draw in draws):
-        made |= _penalty_columns(draws, vocabulary, rows)
+        made |= _penalty_parameters(draws, vocabulary, rows)
     if any(draw.request.logit_bias for draw in draws):
-        made |= _bias_columns(draws, vocabulary, rows)
+        made |= _bias_parameters(draws, vocabulary, rows)
     if any(draw.mask is not None for draw in draws):
         made["mask"] = _mask(draws, vocabulary, rows)
     if any(draw.request.top_logprobs for draw in draws):
@@ -162,9 +162,9 @@ def columns(draws: Sequence[Draw], vocabulary: int, rows: int | None = None) -> 
     return made
 
 
-def _draw_columns(draws: Sequence[Draw], vocabulary: int, rows: int) -> Columns:
+def _draw_parameters(draws: Sequence[Draw], vocabulary: int, rows: int) -> SamplingBatch:
     requests = [draw.request for draw in draws]
-    made: Columns = {
+    made: SamplingBatch = {
         "greedy": _column([draw.greedy for draw in draws], rows, True, np.bool_),
         "temperature": _column([r.temperature or 1.0 for r in requests], rows, 1.0),
         "min_p": _column([r.min_p for r in requests], rows, 0.0),
@@ -179,7 +179,7 @@ def _draw_columns(draws: Sequence[Draw], vocabulary: int, rows: int) -> Columns:
     return made
 
 
-def _penalty_columns(draws: Sequence[Draw], vocabulary: int, rows: int) -> Columns:
+def _penalty_parameters(draws: Sequence[Draw], vocabulary: int, rows: int) -> SamplingBatch:
     tallies = [_within(draw.tally, vocabulary) if draw.penalised else {} for draw in draws]
     requests = [draw.request for draw in draws]
     width = _power(max(map(len, tallies)))
@@ -200,7 +200,7 @@ def _within(values: Mapping[int, V], vocabulary: int) -> dict[int, V]:
     return {token: value for token, value in values.items() if token < vocabulary}
 
 
-def _bias_columns(draws: Sequence[Draw], vocabulary: int, rows: int) -> Columns:
+def _bias_parameters(draws: Sequence[Draw], vocabulary: int, rows: int) -> SamplingBatch:
     biases = [_within(draw.request.logit_bias or {}, vocabulary) for draw in draws]
     width = _power(max(map(len, biases)))
     return {
@@ -238,111 +238,111 @@ def _ragged(values: Sequence[Sequence[float]], rows: int, width: int, dtype: Any
     return mx.array(made)
 
 
-# --- device: logits and columns to tokens ---
+# --- device: logits and parameters to tokens ---
 
 
-def choose(logits: mx.array, columns: Columns, last: mx.array | None = None) -> tuple[mx.array, ...]:
+def choose(logits: mx.array, sampling: SamplingBatch, last: mx.array | None = None) -> tuple[mx.array, ...]:
     """(chosen int32, raw, logprob, probability float32), each (rows,); alternatives' ids and logprobs if asked for.
 
     `logits`: (rows, vocabulary), in the model's dtype. `last`: int32 (rows,), each row's newest token; the penalties
-    count it where `columns` says that it is fresh. A row whose logits are not finite has a `raw` that is NaN.
+    count it where `sampling` says that it is fresh. A row whose logits are not finite has a `raw` that is NaN.
     """
-    fused = "temperature" in columns and "bias_ids" not in columns and SAMPLE.active
-    chosen, raw, *rest = _fused(logits, columns, last) if fused else _plain(logits, columns, last)
+    fused = "temperature" in sampling and "bias_ids" not in sampling and SAMPLE.active
+    chosen, raw, *rest = _fused(logits, sampling, last) if fused else _plain(logits, sampling, last)
     # Of numbers that are not finite no choice can be made, and a comparison hides them: the row is marked.
     sound = mx.all(logits < mx.inf, axis=-1)
     return mx.where(sound, chosen, 0), mx.where(sound, raw, mx.nan), *rest
 
 
-def _plain(logits: mx.array, columns: Columns, last: mx.array | None) -> tuple[mx.array, ...]:
+def _plain(logits: mx.array, sampling: SamplingBatch, last: mx.array | None) -> tuple[mx.array, ...]:
     """`choose` in MLX's own operations."""
     logits = logits.astype(mx.float32)
     total = _log_total(logits)
-    scores = process(logits, columns, last)
+    scores = process(logits, sampling, last)
     chosen = mx.argmax(scores, axis=-1)
     probability = mx.ones(chosen.shape)
-    if "temperature" in columns:
-        drawn, likely = _draw(scores, columns)
-        greedy = columns["greedy"][:, 0]
+    if "temperature" in sampling:
+        drawn, likely = _draw(scores, sampling)
+        greedy = sampling["greedy"][:, 0]
         chosen, probability = mx.where(greedy, chosen, drawn), mx.where(greedy, probability, likely)
     raw = mx.take_along_axis(logits, chosen[:, None], axis=-1)[:, 0]
     found = (chosen.astype(mx.int32), raw, raw - total, probability)
-    return (*found, *_alternatives(logits, total, columns["alternatives"])) if "alternatives" in columns else found
+    return (*found, *_alternatives(logits, total, sampling["alternatives"])) if "alternatives" in sampling else found
 
 
-def _fused(logits: mx.array, columns: Columns, last: mx.array | None) -> tuple[mx.array, ...]:
+def _fused(logits: mx.array, sampling: SamplingBatch, last: mx.array | None) -> tuple[mx.array, ...]:
     """`choose` by a kernel that sorts nothing."""
-    rows, ranked = logits.shape[0], "top_k" in columns
+    rows, ranked = logits.shape[0], "top_k" in sampling
     sampled = fused_sample(
         SampleInput(
             logits,
-            temperature=columns["temperature"],
-            top_k=columns["top_k"] if ranked else mx.zeros((rows, 1), mx.int32),
-            top_p=columns["top_p"] if ranked else mx.ones((rows, 1)),
-            min_p=columns["min_p"],
-            uniform=columns["uniform"],
-            greedy=columns["greedy"],
-            penalties=_penalties(columns, last, rows),
-            allowed=columns.get("mask"),
+            temperature=sampling["temperature"],
+            top_k=sampling["top_k"] if ranked else mx.zeros((rows, 1), mx.int32),
+            top_p=sampling["top_p"] if ranked else mx.ones((rows, 1)),
+            min_p=sampling["min_p"],
+            uniform=sampling["uniform"],
+            greedy=sampling["greedy"],
+            penalties=_penalties(sampling, last, rows),
+            allowed=sampling.get("mask"),
         )
     )
-    if "alternatives" not in columns:
+    if "alternatives" not in sampling:
         return sampled
     logits = logits.astype(mx.float32)
-    return *sampled, *_alternatives(logits, _log_total(logits), columns["alternatives"])
+    return *sampled, *_alternatives(logits, _log_total(logits), sampling["alternatives"])
 
 
-def _penalties(columns: Columns, last: mx.array | None, rows: int) -> Penalties | None:
-    """What the columns say of the tokens so far, the newest among them where it is fresh."""
-    if "seen_ids" not in columns:
+def _penalties(sampling: SamplingBatch, last: mx.array | None, rows: int) -> Penalties | None:
+    """What `sampling` says of the tokens so far, the newest among them where it is fresh."""
+    if "seen_ids" not in sampling:
         return None
     newest = mx.full((rows,), -1, mx.int32)
     if last is not None:
-        newest = mx.where(columns["fresh"][:, 0] > 0, last, newest)
+        newest = mx.where(sampling["fresh"][:, 0] > 0, last, newest)
     names = ("seen_ids", "seen", "counts", "repetition", "presence", "frequency")
-    return Penalties(last=newest, **{name: columns[name] for name in names})
+    return Penalties(last=newest, **{name: sampling[name] for name in names})
 
 
-def process(logits: mx.array, columns: Columns, last: mx.array | None = None) -> mx.array:
+def process(logits: mx.array, sampling: SamplingBatch, last: mx.array | None = None) -> mx.array:
     """The logits after bias, penalties and grammar: what temperature and truncation then work on."""
-    if "bias_ids" in columns:
+    if "bias_ids" in sampling:
         rows = mx.arange(logits.shape[0])[:, None]
-        logits = logits.at[rows, columns["bias_ids"]].add(columns["bias"])
-    return adjusted(logits, _penalties(columns, last, logits.shape[0]), columns.get("mask"))
+        logits = logits.at[rows, sampling["bias_ids"]].add(sampling["bias"])
+    return adjusted(logits, _penalties(sampling, last, logits.shape[0]), sampling.get("mask"))
 
 
-def warp(scores: mx.array, columns: Columns) -> mx.array:
+def warp(scores: mx.array, sampling: SamplingBatch) -> mx.array:
     """Scores over temperature, −inf where top-k, top-p or min-p cut; tokens of equal score are cut or kept together."""
-    scaled = scores / columns["temperature"]
+    scaled = scores / sampling["temperature"]
     best = mx.max(scaled, axis=-1, keepdims=True)
-    floor = mx.maximum(best + FAINTEST, best + mx.log(columns["min_p"]))
-    if "top_k" in columns:
-        floor = mx.maximum(floor, _ranked_floor(scaled, best, columns))
+    floor = mx.maximum(best + FAINTEST, best + mx.log(sampling["min_p"]))
+    if "top_k" in sampling:
+        floor = mx.maximum(floor, _ranked_floor(scaled, best, sampling))
     return mx.where(scaled >= floor, scaled, -mx.inf)
 
 
-def _draw(scores: mx.array, columns: Columns) -> tuple[mx.array, mx.array]:
+def _draw(scores: mx.array, sampling: SamplingBatch) -> tuple[mx.array, mx.array]:
     """Inverse-CDF sampling over the kept tokens in the order of the vocabulary: (token, probability), each (rows,).
 
     In that order nothing has to be sorted unless a row asks for top-k or top-p, and then only to find the smallest
     score that is kept.
     """
-    kept = warp(scores, columns)
+    kept = warp(scores, sampling)
     weights = mx.where(kept > -mx.inf, exp_nonpositive(kept - mx.max(kept, axis=-1, keepdims=True)), 0.0)
     cumulative = mx.cumsum(weights, axis=-1)
     total = cumulative[:, -1:]
-    reached = (cumulative > columns["uniform"] * total) & (weights > 0)
+    reached = (cumulative > sampling["uniform"] * total) & (weights > 0)
     # Rounding may leave u·total beyond the last kept token: then it is the best one.
     position = mx.where(mx.any(reached, axis=-1), mx.argmax(reached, axis=-1), mx.argmax(kept, axis=-1))
     return position, (mx.take_along_axis(weights, position[:, None], axis=-1) / total)[:, 0]
 
 
-def _ranked_floor(scaled: mx.array, best: mx.array, columns: Columns) -> mx.array:
+def _ranked_floor(scaled: mx.array, best: mx.array, sampling: SamplingBatch) -> mx.array:
     """The smallest score that top-k and then top-p (on what top-k left, renormalised) keep: (rows, 1)."""
-    vocabulary, width = scaled.shape[-1], columns["width"]
+    vocabulary, width = scaled.shape[-1], sampling["width"]
     largest = scaled if width == vocabulary else mx.topk(scaled, width, axis=-1)
     ranked = mx.sort(largest, axis=-1)[:, ::-1]
-    top_k, top_p = columns["top_k"], columns["top_p"]
+    top_k, top_p = sampling["top_k"], sampling["top_p"]
     kth = mx.take_along_axis(ranked, mx.minimum(top_k, width) - 1, axis=-1)
     kth = mx.where(top_k >= vocabulary, -mx.inf, kth)
     weights = mx.where(ranked >= kth, exp_nonpositive(mx.minimum(ranked - best, 0.0)), 0.0)

@@ -1,7 +1,7 @@
 """One pass of a batch through the model, from tokens to tokens, and the keys and values it leaves.
 
 `Step` is one function for decoding and prefilling: `tokens` are (rows, 1) or (rows, many). `mx.compile` traces it once
-for every set of shapes; so rows, tokens and columns come in few sizes (`bucket`), and the traces are counted.
+for every set of shapes; so rows, tokens and KV lengths come in few sizes (`bucket`), and the traces are counted.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Literal
 import mlx.core as mx
 
 from engine.adapters.stacked import StackedLora
-from engine.generation.sampling import Columns, choose
+from engine.generation.sampling import SamplingBatch, choose
 from engine.models.cache import KeyValues, View
 from engine.models.compiler import fuses_on_cpu, on_cpu
 from engine.models.llama import Llama
@@ -63,9 +63,9 @@ class Step:
         tokens: mx.array,
         offset: mx.array,
         *,
-        columns: int,
+        kv_length: int,
         last: mx.array | None = None,
-        sampling: Columns | None = None,
+        sampling: SamplingBatch | None = None,
         adapters: StackedLora | None = None,
         exact: bool = False,
     ) -> tuple[mx.array, ...]:
@@ -77,11 +77,11 @@ class Step:
         tree = None if adapters is None else (adapters.stacks, adapters.indices)
         stored = kv.keys, kv.values
         run = (
-            self._traced(self._whole, stored, tokens, sampling, tree, columns)
+            self._traced(self._whole, stored, tokens, sampling, tree, kv_length)
             if self._compiled == "all"
             else self._whole
         )
-        keys, values, chosen = run(stored, tokens, offset, last, sampling, tree, columns, exact)
+        keys, values, chosen = run(stored, tokens, offset, last, sampling, tree, kv_length, exact)
         kv.keys, kv.values = keys, values
         return tuple(chosen)
 
@@ -90,12 +90,12 @@ class Step:
         function: Callable[..., Any],
         stored: tuple[list[mx.array], list[mx.array]],
         tokens: mx.array,
-        sampling: Columns | None,
+        sampling: SamplingBatch | None,
         tree: Any,
-        columns: int,
+        kv_length: int,
     ) -> Callable[..., Any]:
         """`function` as compiled for these shapes. One object a trace: dropping it is the only way to free one."""
-        key = tokens.shape, stored[0][0].shape, columns, _shapes_of(sampling), _shapes_of_stacks(tree)
+        key = tokens.shape, stored[0][0].shape, kv_length, _shapes_of(sampling), _shapes_of_stacks(tree)
         if key not in self._kept:
             # A partial: two compiled objects of one function would share their traces.
             self._kept[key] = mx.compile(functools.partial(function))
@@ -110,15 +110,15 @@ class Step:
         tokens: mx.array,
         offset: mx.array,
         last: mx.array | None,
-        sampling: Columns | None,
+        sampling: SamplingBatch | None,
         tree: Any,
-        columns: int,
+        kv_length: int,
         exact: bool,
     ) -> tuple[list[mx.array], list[mx.array], list[mx.array]]:
         forward = self._forward
         if self._compiled == "decode" and tokens.shape[1] == 1 and not exact:
-            forward = self._traced(self._forward, stored, tokens, None, tree, columns)
-        keys, values, logits = forward(stored, tokens, offset, last, tree, columns, exact, sampling is not None)
+            forward = self._traced(self._forward, stored, tokens, None, tree, kv_length)
+        keys, values, logits = forward(stored, tokens, offset, last, tree, kv_length, exact, sampling is not None)
         if logits is None or sampling is None:
             return keys, values, []
         newest = tokens[:, 0] if "fresh" in sampling else None
@@ -131,14 +131,14 @@ class Step:
         offset: mx.array,
         last: mx.array | None,
         tree: Any,
-        columns: int,
+        kv_length: int,
         exact: bool,
         wanted: bool,
     ) -> tuple[list[mx.array], list[mx.array], mx.array | None]:
         self.traces += 1
         model = self._model
         rows, many = tokens.shape
-        view = View(stored, offset, (rows, many), columns=columns, exact=exact, window=model.args.window)
+        view = View(stored, offset, (rows, many), kv_length=kv_length, exact=exact, window=model.args.window)
         adapters = None if tree is None else StackedLora(*tree)
         hidden = model(tokens, cache=view, adapters=adapters)
         if not wanted:
@@ -147,7 +147,7 @@ class Step:
         return view.keys, view.values, model.head(final)
 
 
-def _shapes_of(sampling: Columns | None) -> Hashable:
+def _shapes_of(sampling: SamplingBatch | None) -> Hashable:
     if sampling is None:
         return None
     return tuple((name, value.shape if isinstance(value, mx.array) else value) for name, value in sampling.items())

@@ -60,7 +60,7 @@ class KeyValues:
         return sum(array.nbytes for array in (*self.keys, *self.values))
 
     def resize(self, rows: int, capacity: int) -> None:
-        """More or fewer rows and columns; what fits stays. One layer at a time, so that old and new never both exist
+        """More or fewer rows and positions; what fits stays. One layer at a time, so that old and new never both exist
         in full."""
         if (rows, capacity) == (self.rows, self.capacity):
             return
@@ -70,20 +70,20 @@ class KeyValues:
                 mx.eval(arrays[layer])
 
     def put(self, row: int, source: KeyValues, source_row: int, length: int) -> None:
-        """Copy the first `length` columns of a row of `source` (which may be this) to `row`."""
+        """Copy the first `length` positions of a row of `source` (which may be this) to `row`."""
         for target, origin in ((self.keys, source.keys), (self.values, source.values)):
             for layer, array in enumerate(origin):
                 target[layer][row : row + 1, :, :length] = array[source_row : source_row + 1, :, :length]
 
     def clear_beyond(self, lengths: list[int]) -> None:
-        """Zeros in each row's columns from its length on. What lies there is masked, and 0 times NaN is NaN."""
+        """Zeros in each row's positions from its length on. What lies there is masked, and 0 times NaN is NaN."""
         keep = mx.arange(self.capacity)[None, None, :, None] < mx.array(lengths)[:, None, None, None]
         for arrays in (self.keys, self.values):
             for layer, array in enumerate(arrays):
                 arrays[layer] = mx.where(keep, array, mx.zeros((), array.dtype))
 
     def row(self, row: int, length: int) -> KeyValues:
-        """A copy of a row's first `length` columns, which is on its way."""
+        """A copy of a row's first `length` positions, which is on its way."""
         made = object.__new__(KeyValues)
         made.keys = [mx.contiguous(array[row : row + 1, :, :length]) for array in self.keys]
         made.values = [mx.contiguous(array[row : row + 1, :, :length]) for array in self.values]
@@ -106,28 +106,28 @@ def _resized(array: mx.array, rows: int, capacity: int) -> mx.array:
 class View:
     """A `LayerCache` over keys and values for one pass: row i's new tokens lie at `offset[i]` and after it.
 
-    `columns`: how many of the columns are read, a bound for every row. `exact`: one row, of which every column read is
-    filled by this pass: then attention is causal and needs no mask.
+    `kv_length`: how many positions are read, a bound for every row. `exact`: one row, of which this pass fills every
+    position that is read: then attention is causal and needs no mask.
     """
 
     def __init__(self, kv: tuple[list[mx.array], list[mx.array]], offset: mx.array, shape: tuple[int, int], **how: Any):
         self.keys, self.values = list(kv[0]), list(kv[1])
-        self.offset, self._columns = offset, int(how["columns"])
+        self.offset, self._kv_length = offset, int(how["kv_length"])
         self._rows, self._tokens = shape
         # With one token, too: a sliding window hides what lies before it.
         self.mask: Mask = "causal"
         if not how["exact"]:
-            columns = mx.arange(self._columns)[None, None]
+            keys = mx.arange(self._kv_length)[None, None]
             positions = offset[:, None, None] + mx.arange(self._tokens)[None, :, None]
-            seen = columns <= positions
+            seen = keys <= positions
             if how["window"] is not None:
-                seen = seen & (columns > positions - how["window"])
+                seen = seen & (keys > positions - how["window"])
             self.mask = seen[:, None]
 
     def update(self, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         self.keys[layer] = self._write(self.keys[layer], keys)
         self.values[layer] = self._write(self.values[layer], values)
-        read = slice(0, self._rows), slice(None), slice(0, self._columns)
+        read = slice(0, self._rows), slice(None), slice(0, self._kv_length)
         return self.keys[layer][read], self.values[layer][read]
 
     def stored(self, layer: int) -> tuple[mx.array, mx.array]:

@@ -83,7 +83,7 @@ class QuantizedLinear(Linear):
         return dequantize(self.quantized).T
 
 
-class Joined:
+class FusedLinear:
     """Linear layers of one input as one product, their weights side by side.
 
     A decode step takes as long as its kernels take to be launched; this launches one where there were two or three.
@@ -99,16 +99,16 @@ class Joined:
         self._borders = [sum(widths[:count]) for count in range(len(widths) + 1)]
 
     @classmethod
-    def of(cls, tensors: Tensors, prefix: str, *linears: Linear) -> Joined | None:
+    def of(cls, tensors: Tensors, prefix: str, *linears: Linear) -> FusedLinear | None:
         """None unless all are dense, with a bias all or none. The layers' own weights become views of the joint one."""
         if any(type(linear) is not Linear for linear in linears) or len({x.bias is None for x in linears}) > 1:
             return None
-        joined = cls(linears)
-        for linear, first, end in zip(linears, joined._borders, joined._borders[1:], strict=False):
-            linear.weight = joined._weight[:, first:end]
+        fused = cls(linears)
+        for linear, first, end in zip(linears, fused._borders, fused._borders[1:], strict=False):
+            linear.weight = fused._weight[:, first:end]
             mx.eval(linear.weight)
             tensors.taken[f"{prefix}{linear.name}.weight"] = linear.weight
-        return joined
+        return fused
 
     def product(self, x: mx.array) -> mx.array:
         """All outputs side by side, without adapters."""

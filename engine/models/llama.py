@@ -16,7 +16,7 @@ from engine.models import rope
 from engine.models.attention import attention
 from engine.models.cache import LayerCache
 from engine.models.fastmath import swiglu
-from engine.models.layers import Adapters, Embedding, Joined, Linear, RMSNorm
+from engine.models.layers import Adapters, Embedding, FusedLinear, Linear, RMSNorm
 from engine.models.sizes import decoder_sizes, gguf_sizes, layers_of
 from engine.weights.tensors import Tensors
 from kernels.attend import KERNEL as ATTEND
@@ -97,7 +97,7 @@ class Attention:
         self.v_proj = linear("v_proj", args.dim, kv_width, args.qkv_bias)
         self.o_proj = linear("o_proj", width, args.dim)
         self.q_norm, self.k_norm = norm("q_norm"), norm("k_norm")
-        self.qkv = Joined.of(tensors, "model.", self.q_proj, self.k_proj, self.v_proj)
+        self.qkv = FusedLinear.of(tensors, "model.", self.q_proj, self.k_proj, self.v_proj)
 
     def turn_by(self, rotate: rope.Rope) -> None:
         self.rotate = rotate
@@ -158,7 +158,7 @@ class MLP:
         self.gate_proj = Linear.take(tensors, f"{name}.gate_proj", "model.", args.dim, args.hidden)
         self.up_proj = Linear.take(tensors, f"{name}.up_proj", "model.", args.dim, args.hidden)
         self.down_proj = Linear.take(tensors, f"{name}.down_proj", "model.", args.hidden, args.dim)
-        self.gate_up = Joined.of(tensors, "model.", self.gate_proj, self.up_proj)
+        self.gate_up = FusedLinear.of(tensors, "model.", self.gate_proj, self.up_proj)
 
     def __call__(self, x: mx.array, adapters: Adapters | None) -> mx.array:
         if self.gate_up is not None:

@@ -24,7 +24,7 @@ from stoker.errors import InvalidRequest, ModelError
 
 
 @dataclass(frozen=True)
-class Limits:
+class ChatLimits:
     """`seconds` to render, `output` characters, `template` characters."""
 
     seconds: float = 1.5
@@ -40,7 +40,7 @@ def render(
     add_generation_prompt: bool = True,
     names: Mapping[str, str] | None = None,
     extra: Mapping[str, Any] | None = None,
-    limits: Limits | None = None,
+    limits: ChatLimits | None = None,
 ) -> str:
     """The text of `messages`, as transformers' `apply_chat_template` gives it.
 
@@ -50,7 +50,7 @@ def render(
     for a conversation that the template refuses or fails on, `ModelError` for a template that is broken, forbidden
     things or beyond its limits.
     """
-    limits = limits or Limits()
+    limits = limits or ChatLimits()
     if len(template) > limits.template:
         raise ModelError(f"the chat template has {len(template)} characters; {limits.template} are allowed")
     variables = {

@@ -10,7 +10,7 @@ import numpy as np
 from engine.adapters.lora import Matrices
 
 
-class Layout:
+class FlatLayout:
     """Where each matrix lies in the vector: by layer, then by side."""
 
     def __init__(self, matrices: Matrices) -> None:

@@ -12,7 +12,7 @@ from engine.adapters.pool import AdapterPool
 from engine.loading import LoadedModel
 from engine.ticket import StepOutput, Ticket
 from engine.training.data import TokenizedExample, tokenize
-from engine.training.run import Run
+from engine.training.run import TrainingRun
 from stoker.contract import TrainRequest, TrainResult, Usage
 from stoker.contract.dataset import TrainInput, iterate_lines
 from stoker.contract.names import Rule, checked
@@ -39,7 +39,7 @@ class TrainLane:
         self._model, self._pool, self._runs = model, pool, runs
         self._waiting: deque[TrainWork] = deque()
         self._current: TrainWork | None = None
-        self._run: Run | None = None
+        self._run: TrainingRun | None = None
 
     @property
     def busy(self) -> bool:
@@ -79,7 +79,7 @@ class TrainLane:
         self._close()
 
     @staticmethod
-    def _pause(run: Run) -> None:
+    def _pause(run: TrainingRun) -> None:
         _try(run.pause, "a run could not be kept as it was: it goes on from its last regular checkpoint")
 
     def run(self) -> StepOutput:
@@ -101,11 +101,11 @@ class TrainLane:
         work = self._current = self._waiting.popleft()
         work.ticket.start()
         name = checked(Rule.JOB_ID, "job id", work.ticket.job_id)
-        self._run = Run(self._model, work.request, work.examples, self._runs / name)
+        self._run = TrainingRun(self._model, work.request, work.examples, self._runs / name)
         # What was reported before may not have reached the broker: it drops what it has.
         return StepOutput(entries=[(work.ticket, report) for report in self._run.reported])
 
-    def _finish(self, work: TrainWork, run: Run) -> StepOutput:
+    def _finish(self, work: TrainWork, run: TrainingRun) -> StepOutput:
         request, state = work.request, run.state
         notes = {
             "model": request.model,

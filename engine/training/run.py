@@ -21,7 +21,7 @@ LOG_FILE = "log.jsonl"
 _RETOLD = 5000
 
 
-class Run:
+class TrainingRun:
     """A run that goes on where its folder says, or begins.
 
     However often it is killed and opened again, at any moment, its reports and its adapter are bit for bit those

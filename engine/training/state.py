@@ -18,7 +18,7 @@ class TrainState:
     Randomness needs no state: dropout and the order of batches are functions of the seed and of `micro`.
     """
 
-    #: float32 (size,), as `Layout` lays them out.
+    #: float32 (size,), as `FlatLayout` lays them out.
     weights: mx.array
     moments: Moments
     #: Optimizer steps done, and micro-steps: the place in the data.

@@ -24,7 +24,7 @@ from engine.adapters.lora import (
 from engine.models.compiler import on_cpu
 from engine.models.llama import Block, Llama
 from engine.training.data import Batch, Batches, TokenizedExample, collate
-from engine.training.flat import Layout
+from engine.training.flat import FlatLayout
 from engine.training.guard import MAX_ROLLBACKS, RATE_FACTOR, divergence
 from engine.training.loss import cross_entropy
 from engine.training.optimizer import Moments, adamw, clipped
@@ -56,7 +56,7 @@ class Trainer:
         self._decoder = decoder
         self._linears = decoder.linears
         start = initialise(self.config, self._linears, request.seed).matrices
-        self._layout = Layout(start)
+        self._layout = FlatLayout(start)
         self._squares = {name: square_norms(self._linears[name]) for name in start} if request.dora else {}
         self._batches = Batches(examples, request.batch_size, request.seed)
         self._held_out = _in_batches(held_out, request.batch_size)

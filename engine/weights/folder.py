@@ -12,7 +12,7 @@ from engine.precision import Precision
 from engine.weights import safetensors
 from engine.weights.gguf import GGUF
 from engine.weights.gguf_names import llama_name, unpermute
-from engine.weights.mlx_layout import CONFIG_KEYS, Layout
+from engine.weights.mlx_layout import CONFIG_KEYS, QuantizedLayout
 from engine.weights.names import canonical
 from engine.weights.quantized import QuantizedTensor, dequantize, fits, quantize
 from engine.weights.tensors import Reader, Stored, Tensors
@@ -27,7 +27,7 @@ _AGAIN_GROUP, _AGAIN_BITS = 32, 8
 
 def folder_tensors(folder: Path, config: dict[str, Any], precision: Precision) -> tuple[Tensors, dict[str, Any]]:
     """The tensors of a folder, and its `config` without what is said there about quantization."""
-    layout = Layout.from_config(config)
+    layout = QuantizedLayout.from_config(config)
     arrays = safetensors.read_folder(folder)
     dtype = precision.dtype_for(arrays.values())
     stored: dict[str, Stored] = dict(arrays)

@@ -21,7 +21,7 @@ CONFIG_KEYS = ("quantization", "quantization_config")
 
 
 @dataclass(frozen=True)
-class Layout:
+class QuantizedLayout:
     """The section of config.json: (group size, bits) of all quantized layers, and of those that differ."""
 
     group_size: int
@@ -29,7 +29,7 @@ class Layout:
     layers: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Layout | None:
+    def from_config(cls, config: Mapping[str, Any]) -> QuantizedLayout | None:
         """None for a dense checkpoint. Raises `ModelError` for a quantization that is not MLX's affine one."""
         section, other = (config.get(key) for key in CONFIG_KEYS)
         if section is None and other is None:

@@ -14,7 +14,7 @@ from engine.models.llama import Llama
 def through(model: Llama, kv: KeyValues, tokens: list[list[int]], offset: list[int], **how: Any) -> np.ndarray:
     """Logits (rows, tokens, vocabulary) of one pass over `kv`, which keeps what it writes."""
     shape = len(tokens), len(tokens[0])
-    how = {"exact": False, "columns": kv.capacity, "window": model.args.window, **how}
+    how = {"exact": False, "kv_length": kv.capacity, "window": model.args.window, **how}
     view = View((kv.keys, kv.values), mx.array(offset), shape, **how)
     got = model.logits(model(mx.array(tokens), view))
     kv.keys, kv.values = view.keys, view.values

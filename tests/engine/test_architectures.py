@@ -84,14 +84,14 @@ def test_prefill_in_chunks_and_ragged_decoding_agree(name: str, exact: bool, chu
             piece = row[begin : min(begin + chunk, start)]
             end = begin + len(piece)
             padded = piece if exact else piece + [1] * (chunk - len(piece))
-            how = {"exact": True, "columns": end} if exact else {}
+            how = {"exact": True, "kv_length": end} if exact else {}
             got = cached.through(model, kv, [padded], [begin], **how)[0, : len(piece)]
             assert np.abs(got - logits[begin:end]).max() < CLOSE
         batch.put(place, kv, 0, start)
     for step in range(min(len(row) - start for row, start in zip(rows, starts, strict=True))):
         positions = [start + step for start in starts]
         got = cached.through(
-            model, batch, [[row[at]] for row, at in zip(rows, positions, strict=True)], positions, columns=64
+            model, batch, [[row[at]] for row, at in zip(rows, positions, strict=True)], positions, kv_length=64
         )
         for place, at in enumerate(positions):
             assert np.abs(got[place, 0] - wanted[place][at]).max() < CLOSE
@@ -99,7 +99,7 @@ def test_prefill_in_chunks_and_ragged_decoding_agree(name: str, exact: bool, chu
 
 @pytest.mark.usefixtures("arithmetic")
 def test_a_window_holds_far_beyond_what_decoding_reads_at_once() -> None:
-    """The views leave out columns before the window: over several hundred positions, against the plain forward."""
+    """The views leave out positions before the window: over several hundred positions, against the plain forward."""
     model = opened("mistral").decoder
     tokens = np.random.default_rng(2).integers(4, 64, (3, 400)).tolist()
     wanted = np.array(model.logits(model(mx.array(tokens))))
@@ -108,7 +108,7 @@ def test_a_window_holds_far_beyond_what_decoding_reads_at_once() -> None:
         kv = KeyValues(model, 1, 400)
         for begin in range(0, start, 100):
             piece = tokens[slot][begin : min(begin + 100, start)]
-            got = cached.through(model, kv, [piece], [begin], exact=True, columns=begin + len(piece))
+            got = cached.through(model, kv, [piece], [begin], exact=True, kv_length=begin + len(piece))
         assert np.abs(got[0, -1] - wanted[slot, start - 1]).max() < CLOSE
         batch.put(slot, kv, 0, start)
     got = cached.through(model, batch, [[row[start]] for row, start in zip(tokens, starts, strict=True)], starts)

@@ -10,7 +10,7 @@ import pytest
 from engine.adapters.pool import AdapterPool
 from engine.adapters.store import AdapterStore
 from engine.generation.batch import Batch
-from engine.generation.prefill import LEAST, MOST, Pace
+from engine.generation.prefill import LEAST, MOST, PrefillPacer
 from engine.generation.row import Generation, Row
 from engine.generation.step import Step
 from engine.loading import LoadedModel
@@ -44,15 +44,15 @@ def test_a_pass_gives_nothing_to_a_row_that_left_and_came_again(batch: Batch, mo
     for row in (stays, leaves):
         seat(batch, model, row)
     assert batch.launch()
-    flight = batch.take()
-    assert flight is not None
+    pending = batch.in_flight
+    assert pending is not None
     batch.leave(leaves)
     leaves.cached = 1
     seat(batch, model, leaves)
-    assert [row for row, _ in batch.read(flight)] == [stays]
+    assert [row for row, _ in batch.read(pending)] == [stays]
     stays.tokens.append(9)
     assert batch.launch()
-    again = batch.take()
+    again = batch.in_flight
     assert again is not None
     assert [row for row, _ in batch.read(again)] == [stays, leaves]
 
@@ -62,10 +62,10 @@ def test_a_row_that_came_again_is_not_taken_for_one_whose_token_is_on_its_way(ba
     seat(batch, model, row_of(model, 7))
     seat(batch, model, row)
     assert batch.launch()
-    assert batch._ahead(batch.take()) == [1, 1]
+    assert batch._ahead(batch.in_flight) == [1, 1]
     batch.leave(row)
     seat(batch, model, row)
-    assert batch._ahead(batch.take()) == [1, 0]
+    assert batch._ahead(batch.in_flight) == [1, 0]
 
 
 def test_no_pass_is_launched_for_rows_that_end_with_the_one_under_way(batch: Batch, model: LoadedModel) -> None:
@@ -76,25 +76,25 @@ def test_no_pass_is_launched_for_rows_that_end_with_the_one_under_way(batch: Bat
 
 
 def test_the_pace_grows_on_whole_chunks_that_were_fast_alone() -> None:
-    pace = Pace(128)
-    pace.note(128, 0.1, 1.0)
-    assert pace.tokens == 256
+    pacer = PrefillPacer(128)
+    pacer.note(128, 0.1, 1.0)
+    assert pacer.tokens == 256
     for short in (1, 40, 179):  # the end of a prompt says nothing of how long a whole chunk takes
-        pace.note(short, 0.001, 1.0)
-        assert pace.tokens == 256
-    pace.note(180, 0.1, 1.0)
-    assert pace.tokens == 512
+        pacer.note(short, 0.001, 1.0)
+        assert pacer.tokens == 256
+    pacer.note(180, 0.1, 1.0)
+    assert pacer.tokens == 512
 
 
 def test_the_pace_holds_where_a_chunk_takes_most_of_its_time_and_halves_beyond() -> None:
-    pace = Pace(256)
-    pace.note(256, 0.61, 1.0)
-    assert pace.tokens == 256
-    pace.note(10, 1.01, 1.0)
-    assert pace.tokens == 128
+    pacer = PrefillPacer(256)
+    pacer.note(256, 0.61, 1.0)
+    assert pacer.tokens == 256
+    pacer.note(10, 1.01, 1.0)
+    assert pacer.tokens == 128
     for _ in range(20):
-        pace.note(pace.tokens, 2.0, 1.0)
-    assert pace.tokens == LEAST
+        pacer.note(pacer.tokens, 2.0, 1.0)
+    assert pacer.tokens == LEAST
     for _ in range(20):
-        pace.note(pace.tokens, 0.0, 1.0)
-    assert pace.tokens == MOST
+        pacer.note(pacer.tokens, 0.0, 1.0)
+    assert pacer.tokens == MOST

@@ -15,7 +15,7 @@ from tokenizers import models, normalizers, pre_tokenizers, processors
 from engine.embedding import lane as lane_module
 from engine.embedding.forward import PackedForward, PaddedForward, Tokens, Vectors
 from engine.embedding.lane import EmbedLane, unit
-from engine.embedding.pace import Pace
+from engine.embedding.pacer import EmbedPacer
 from engine.loading import LoadedModel, load
 from engine.text.tokenizer import Tokenizer
 from engine.ticket import Ticket
@@ -65,7 +65,7 @@ class Traffic:
 
     def __init__(self, model: LoadedModel, tokens: int = 64, streams: int = 1) -> None:
         self.lane = EmbedLane(model)
-        self.lane._pace = Pace(1e-9, tokens, tokens)
+        self.lane._pacer = EmbedPacer(1e-9, tokens, tokens)
         self.lane._forward = self.forward = Faulty(model, streams)
         self.tickets: list[Ticket] = []
 

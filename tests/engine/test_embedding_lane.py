@@ -13,7 +13,7 @@ import pytest
 
 from engine.embedding.forward import PackedForward, PaddedForward, Tokens, Vectors
 from engine.embedding.lane import EmbedLane, EmbedWork, unit
-from engine.embedding.pace import Pace
+from engine.embedding.pacer import EmbedPacer
 from engine.loading import LoadedModel, load
 from engine.models import sentence
 from engine.ticket import Ticket
@@ -42,7 +42,7 @@ class Driver:
 
     def __init__(self, model: LoadedModel, tokens: int = 4096, streams: int = 1) -> None:
         self.lane = EmbedLane(model)
-        self.lane._pace = Pace(1e-9, tokens, tokens)
+        self.lane._pacer = EmbedPacer(1e-9, tokens, tokens)
         self.lane._forward = forward = Noted(model, streams)
         self.batches = forward.batches
 
@@ -144,12 +144,12 @@ def test_a_job_is_embedded_by_length_and_comes_back_in_its_own_order(minilm: Loa
 
 def test_a_shorter_stall_makes_shorter_steps(minilm: LoadedModel) -> None:
     usual, short = EmbedLane(minilm), EmbedLane(minilm, stall=0.025)
-    assert short._pace.tokens == usual._pace.tokens // 4
+    assert short._pacer.tokens == usual._pacer.tokens // 4
 
 
 def test_a_step_tells_the_pace_what_it_took(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     noted: list[int] = []
-    monkeypatch.setattr(driver.lane._pace, "note", lambda tokens, seconds: noted.append(tokens) or seconds / 1)
+    monkeypatch.setattr(driver.lane._pacer, "note", lambda tokens, seconds: noted.append(tokens) or seconds / 1)
     driver.send("word " * 14, "word " * 8)
     driver.run()
     assert noted == [26]

@@ -12,7 +12,7 @@ import pytest
 from engine.adapters.pool import AdapterPool
 from engine.adapters.store import AdapterStore
 from engine.embedding.forward import pooled
-from engine.generation.sampling import Draw, choose, columns
+from engine.generation.sampling import Draw, choose, sampling_batch
 from engine.generation.step import Step
 from engine.loading import load
 from engine.models.cache import KeyValues
@@ -55,8 +55,8 @@ def _decoded(llama: Llama, pool: AdapterPool | None = None) -> tuple[list[list[f
         kv,
         mx.array(TOKENS, mx.int32),
         mx.array(LENGTHS, mx.int32),
-        columns=16,
-        sampling=columns(draws, llama.args.vocab),
+        kv_length=16,
+        sampling=sampling_batch(draws, llama.args.vocab),
         adapters=adapters,
     )
     mx.eval(chosen, kv.keys, kv.values)
@@ -109,7 +109,7 @@ def test_every_sampler_chooses_through_the_kernel_what_it_chooses_without() -> N
         Draw(request, float(random.random()), tally, mask if row % 3 else None, fresh=row % 2 == 0)
         for row, request in enumerate(requests)
     ]
-    made = columns(draws, 300)
+    made = sampling_batch(draws, 300)
     last = mx.array(random.integers(0, 300, len(draws)), mx.int32)
     wanted = [np.array(array) for array in choose(logits, made, last)]
     with backend.using("emulator"), observing() as launches:

@@ -8,7 +8,7 @@ import pytest
 
 from engine.adapters.pool import AdapterPool
 from engine.adapters.store import AdapterStore
-from engine.generation.batch import COLUMNS, Batch
+from engine.generation.batch import SMALLEST_KV_LENGTH, Batch
 from engine.generation.kv_budget import KvBudget
 from engine.generation.prefixes import PrefixCache
 from engine.generation.row import Generation, Row
@@ -48,18 +48,18 @@ def test_batch_prefixes_and_prompts_on_their_way_count_together(model: LoadedMod
     machine = Machine(model, tmp_path, 10_000, prefixes=2)
     machine.seat(10)
     machine.budget.prefilling = 1000 * machine.token
-    assert machine.budget.used == (COLUMNS + 2 * PREFIX + 1000) * machine.token
+    assert machine.budget.used == (SMALLEST_KV_LENGTH + 2 * PREFIX + 1000) * machine.token
 
 
 def test_a_row_that_is_alone_need_not_leave(model: LoadedModel, tmp_path: Path) -> None:
-    machine = Machine(model, tmp_path, COLUMNS)
-    machine.seat(COLUMNS - 1)
-    assert not machine.budget.must_shrink(1, COLUMNS + 1), "nobody could make way for it"
-    machine = Machine(model, tmp_path, 2 * COLUMNS)
+    machine = Machine(model, tmp_path, SMALLEST_KV_LENGTH)
+    machine.seat(SMALLEST_KV_LENGTH - 1)
+    assert not machine.budget.must_shrink(1, SMALLEST_KV_LENGTH + 1), "nobody could make way for it"
+    machine = Machine(model, tmp_path, 2 * SMALLEST_KV_LENGTH)
     for _ in range(2):
-        machine.seat(COLUMNS - 1)
-    assert not machine.budget.must_shrink(2, COLUMNS)
-    assert machine.budget.must_shrink(2, COLUMNS + 1)
+        machine.seat(SMALLEST_KV_LENGTH - 1)
+    assert not machine.budget.must_shrink(2, SMALLEST_KV_LENGTH)
+    assert machine.budget.must_shrink(2, SMALLEST_KV_LENGTH + 1)
 
 
 def test_a_prompt_counts_three_times_at_its_end(model: LoadedModel, tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_a_prompt_counts_three_times_at_its_end(model: LoadedModel, tmp_path: Pa
 
 @pytest.mark.parametrize("prefixes", [1, 3])
 def test_kept_prefixes_make_way_before_a_row_leaves(model: LoadedModel, tmp_path: Path, prefixes: int) -> None:
-    machine = Machine(model, tmp_path, 2 * COLUMNS, prefixes=prefixes)
+    machine = Machine(model, tmp_path, 2 * SMALLEST_KV_LENGTH, prefixes=prefixes)
     for _ in range(2):
         machine.seat(10)
     assert not machine.budget.must_shrink(2, 11)
@@ -77,29 +77,29 @@ def test_kept_prefixes_make_way_before_a_row_leaves(model: LoadedModel, tmp_path
 
 
 def test_no_more_prefixes_make_way_than_have_to(model: LoadedModel, tmp_path: Path) -> None:
-    machine = Machine(model, tmp_path, COLUMNS + 2 * PREFIX, prefixes=3)
+    machine = Machine(model, tmp_path, SMALLEST_KV_LENGTH + 2 * PREFIX, prefixes=3)
     machine.seat(10)
     assert not machine.budget.must_shrink(1, 11)
     assert len(machine.prefixes) == 2
 
 
 def test_a_row_that_the_batch_has_room_for_costs_nothing(model: LoadedModel, tmp_path: Path) -> None:
-    machine = Machine(model, tmp_path, 3 * COLUMNS)
+    machine = Machine(model, tmp_path, 3 * SMALLEST_KV_LENGTH)
     for _ in range(3):
         machine.seat(10)
     machine.batch.leave(machine.batch.rows[0])
     assert not machine.budget.must_shrink(3, 20)
 
 
-@pytest.mark.parametrize("length", [COLUMNS - 1, COLUMNS])
+@pytest.mark.parametrize("length", [SMALLEST_KV_LENGTH - 1, SMALLEST_KV_LENGTH])
 def test_a_prompt_is_admitted_with_a_place_for_its_next_token(model: LoadedModel, tmp_path: Path, length: int) -> None:
     """Its prefill takes a column for each of its tokens and the next; the batch then a second place of whole size."""
-    machine = Machine(model, tmp_path, 3 * COLUMNS)
+    machine = Machine(model, tmp_path, 3 * SMALLEST_KV_LENGTH)
     machine.seat(10)
-    assert machine.budget.admits([machine.row(length)]) == (length < COLUMNS)
+    assert machine.budget.admits([machine.row(length)]) == (length < SMALLEST_KV_LENGTH)
 
 
 def test_a_prompt_that_nobody_could_make_way_for_is_admitted(model: LoadedModel, tmp_path: Path) -> None:
-    machine = Machine(model, tmp_path, COLUMNS, prefixes=1)
-    assert machine.budget.admits([machine.row(COLUMNS - 1)])
+    machine = Machine(model, tmp_path, SMALLEST_KV_LENGTH, prefixes=1)
+    assert machine.budget.admits([machine.row(SMALLEST_KV_LENGTH - 1)])
     assert len(machine.prefixes) == 0

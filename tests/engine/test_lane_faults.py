@@ -19,7 +19,7 @@ from engine.loading import LoadedModel
 from engine.ticket import Ticket
 from engine.training import lane as train_module
 from engine.training.lane import TrainLane
-from engine.training.run import Run
+from engine.training.run import TrainingRun
 from stoker.contract import AdapterRequest
 from stoker.contract.bundle import AdapterInput
 from stoker.contract.dataset import Example, TrainInput
@@ -179,7 +179,7 @@ def test_a_run_whose_folder_takes_nothing_any_more_is_stopped_all_the_same(
 
     with monkeypatch.context() as patch:
         for name in ("end", "pause"):
-            patch.setattr(Run, name, full)
+            patch.setattr(TrainingRun, name, full)
         stopped.cancel(reason)
         traffic.lane.drop_stopped()
     traffic.check()
@@ -192,14 +192,14 @@ def test_a_run_whose_folder_takes_nothing_any_more_is_stopped_all_the_same(
 def test_an_adapter_that_is_there_is_a_result_though_its_run_cannot_be_noted(
     model: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = Run.end
+    plain = TrainingRun.end
 
-    def full(self: Run, status: str) -> None:
+    def full(self: TrainingRun, status: str) -> None:
         if status == "done":
             raise OSError(28, "No space left on device")
         plain(self, status)
 
-    monkeypatch.setattr(Run, "end", full)
+    monkeypatch.setattr(TrainingRun, "end", full)
     traffic = Training(model, tmp_path)
     ticket = traffic.send()
     traffic.run()

@@ -115,7 +115,7 @@ def test_decoding_writes_in_place(tiny_llama: Llama, rows: int) -> None:
 
     def decode(position: int) -> None:
         tokens, offset = mx.array([[4]] * rows), mx.array([position] * rows)
-        mx.eval(step(kv, tokens, offset, columns=64, sampling={}), kv.keys, kv.values)
+        mx.eval(step(kv, tokens, offset, kv_length=64, sampling={}), kv.keys, kv.values)
 
     decode(0)
     mx.reset_peak_memory()
@@ -127,8 +127,8 @@ def test_decoding_writes_in_place(tiny_llama: Llama, rows: int) -> None:
 def test_only_so_many_traces_are_kept(tiny_llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_module, "TRACES", dict.fromkeys(("all", "decode"), 2))
     kv, step = KeyValues(tiny_llama, 1, 256), Step(tiny_llama, "decode")
-    for columns in (64, 64, 128, 64, 192, 64, 128):  # the last one was given up for 192
-        mx.eval(step(kv, mx.array([[4]]), mx.array([5]), columns=columns, sampling={}))
+    for kv_length in (64, 64, 128, 64, 192, 64, 128):  # the last one was given up for 192
+        mx.eval(step(kv, mx.array([[4]]), mx.array([5]), kv_length=kv_length, sampling={}))
     assert step.traces == 4
     assert len(step._kept) == 2
 

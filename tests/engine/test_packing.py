@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.embedding.pace import Pace
+from engine.embedding.pacer import EmbedPacer
 from engine.embedding.packing import evenly, near_runs, shapes, shares, width_of
 
 LENGTHS = st.lists(st.integers(1, 600), min_size=1, max_size=80)
@@ -95,18 +95,18 @@ def test_texts_of_one_length_fill_their_batches() -> None:
 
 @pytest.mark.parametrize(("tokens", "seconds", "wanted"), [(1000, 1.0, 100), (100, 10.0, 50), (10_000, 0.1, 2000)])
 def test_a_step_is_as_large_as_the_machine_is_fast(tokens: int, seconds: float, wanted: int) -> None:
-    pace = Pace(0.1, least=50, most=2000)
-    assert pace.tokens == 50
-    pace.note(tokens, seconds)
-    assert pace.tokens == wanted
+    pacer = EmbedPacer(0.1, least=50, most=2000)
+    assert pacer.tokens == 50
+    pacer.note(tokens, seconds)
+    assert pacer.tokens == wanted
 
 
 def test_one_slow_step_does_not_halve_the_next() -> None:
     """It may have compiled a shape. A machine that stays slow is followed within a few steps."""
-    pace = Pace(1.0, least=1, most=10_000)
-    pace.note(1000, 1.0)
-    pace.note(1000, 10.0)
-    assert pace.tokens == 775
+    pacer = EmbedPacer(1.0, least=1, most=10_000)
+    pacer.note(1000, 1.0)
+    pacer.note(1000, 10.0)
+    assert pacer.tokens == 775
     for _ in range(12):
-        pace.note(1000, 10.0)
-    assert 100 <= pace.tokens < 130
+        pacer.note(1000, 10.0)
+    assert 100 <= pacer.tokens < 130

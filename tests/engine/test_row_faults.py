@@ -121,15 +121,15 @@ class Failing:
 
         self._patch.setattr(Row, "__post_init__", post_init)
 
-    def columns(self) -> None:
-        whole = batch_module.columns
+    def sampling_batch(self) -> None:
+        whole = batch_module.sampling_batch
 
-        def columns(draws: Any, *rest: Any) -> Any:
+        def sampling_batch(draws: Any, *rest: Any) -> Any:
             if any(draw.request.prompt.startswith(tiny.text(MARK)) for draw in draws):
-                raise Planted("columns")
+                raise Planted("sampling_batch")
             return whole(draws, *rest)
 
-        self._patch.setattr(batch_module, "columns", columns)
+        self._patch.setattr(batch_module, "sampling_batch", sampling_batch)
 
     def prefixes(self, lane: GenerateLane, name: str) -> None:
         whole = getattr(lane.prefixes, name)
@@ -168,7 +168,7 @@ FAULTS: dict[str, Callable[[Failing, GenerateLane], None]] = {
     "prefix kept": lambda failing, lane: failing.prefixes(lane, "put"),
     "draw": lambda failing, lane: failing.row("draw"),
     "random number": lambda failing, lane: failing.part("_uniforms", "__call__"),
-    "columns": lambda failing, lane: failing.columns(),
+    "sampling_batch": lambda failing, lane: failing.sampling_batch(),
     "grammar's mask": lambda failing, lane: failing.part("grammar", "mask"),
     "grammar's token": lambda failing, lane: failing.part("grammar", "accept"),
     "grammar's end": lambda failing, lane: failing.part("grammar", "complete"),
@@ -300,12 +300,12 @@ def test_what_a_row_leaves_in_the_batch_spoils_no_other(model: LoadedModel, pool
     stays = driver.send(request([3], max_tokens=12))
     leaves = driver.send(request([5, 6, 7, 8, 9, 10], max_tokens=12))
     batch = driver.lane.batch
-    while not (batch.pending and len(batch.rows) == 2):
+    while not (batch.in_flight and len(batch.rows) == 2):
         driver.step()
     row = next(row for row in batch.rows if row.ticket is leaves.ticket)
     pool.release(row.adapter)
     row.adapter = pool.acquire("nan")
-    batch._flight = None
+    batch._in_flight = None
     for one in batch.rows:
         one.cached = one.length - 1
     assert batch.launch()

@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from engine.generation.sampling import Draw, Pick, Uniforms, columns, process, sample, uniforms, warp
+from engine.generation.sampling import Draw, Pick, Uniforms, process, sample, sampling_batch, uniforms, warp
 from stoker.contract import GenerateRequest
 
 GOLDENS = Path(__file__).parent.parent / "goldens"
@@ -42,7 +42,7 @@ def test_every_processor_and_their_order_are_those_of_transformers(golden: dict[
     tally = dict.fromkeys(GOLDEN["prompt"], 0)
     rows = golden["logits"].reshape(-1, golden["logits"].shape[-1])
     draws = [draw(tally=tally, **case) for case in CASES for _ in range(golden["logits"].shape[1])]
-    made = columns(draws, rows.shape[-1])
+    made = sampling_batch(draws, rows.shape[-1])
     found = np.array(warp(process(mx.array(rows), made), made))
     wanted = golden["scores"].reshape(rows.shape)
     # What is e^87 times less likely than the best is zero in float32.
@@ -70,7 +70,7 @@ def test_the_token_drawn_is_where_the_uniform_number_falls(golden: dict[str, np.
 def test_presence_counts_a_token_once_and_frequency_as_often_as_it_came() -> None:
     row = np.zeros((1, 8), dtype=np.float32)
     tally = {1: 0, 2: 1, 3: 4}  # 1 is of the prompt alone
-    made = columns([draw(tally=tally, presence_penalty=0.5, frequency_penalty=0.25)], 8)
+    made = sampling_batch([draw(tally=tally, presence_penalty=0.5, frequency_penalty=0.25)], 8)
     found = np.array(process(mx.array(row), made))[0]
     assert found.tolist() == [0, 0, -0.75, -1.5, 0, 0, 0, 0]
 
@@ -81,13 +81,13 @@ def test_a_token_that_the_host_has_not_seen_yet_is_counted_too() -> None:
     known = [draw(tally={1: 0, 4: 2}, fresh=True, **options), draw(tally={7: 1}, fresh=True, **options), draw()]
     later = [draw(tally={1: 0, 4: 3}, **options), draw(tally={7: 1, 9: 1}, **options), draw()]
     last = mx.array([4, 9, 5])
-    found = process(mx.array(rows), columns(known, 16), last)
-    assert np.allclose(np.array(found), np.array(process(mx.array(rows), columns(later, 16))))
+    found = process(mx.array(rows), sampling_batch(known, 16), last)
+    assert np.allclose(np.array(found), np.array(process(mx.array(rows), sampling_batch(later, 16))))
 
 
 def test_a_repeated_token_is_made_less_likely_with_either_sign_of_its_logit() -> None:
     row = np.array([[2.0, -2.0, 1.0, -1.0]], dtype=np.float32)
-    made = columns([draw(tally={0: 3, 1: 3}, repetition_penalty=2.0)], 4)
+    made = sampling_batch([draw(tally={0: 3, 1: 3}, repetition_penalty=2.0)], 4)
     assert np.array(process(mx.array(row), made))[0].tolist() == [1.0, -4.0, 1.0, -1.0]
 
 
@@ -116,19 +116,21 @@ def test_alternatives_are_the_raw_models_best_in_order() -> None:
 def test_columns_are_padded_with_rows_that_are_greedy() -> None:
     rows = logits(4)
     draws = [draw(seed=1, temperature=1.0, top_k=5, repetition_penalty=1.1, tally={4: 1}, logit_bias={3: 1.0})]
-    made = columns(draws, VOCABULARY, 4)
+    made = sampling_batch(draws, VOCABULARY, 4)
     assert {array.shape[0] for array in made.values() if isinstance(array, mx.array)} == {4}
     assert np.allclose(np.array(process(mx.array(rows), made))[1:], rows[1:])
 
 
 def test_a_penalty_on_a_token_that_the_model_does_not_have_touches_nothing() -> None:
-    made = columns([draw(seed=1, repetition_penalty=1.1, tally={4: 1, VOCABULARY: 3, VOCABULARY + 10: 1})], VOCABULARY)
+    made = sampling_batch(
+        [draw(seed=1, repetition_penalty=1.1, tally={4: 1, VOCABULARY: 3, VOCABULARY + 10: 1})], VOCABULARY
+    )
     assert int(np.array(made["seen_ids"]).max()) == 4
     assert float(np.array(made["counts"]).sum()) == 1.0
 
 
 def test_a_bias_on_a_token_that_the_model_does_not_have_touches_nothing() -> None:
-    made = columns([draw(logit_bias={4: 2.0, VOCABULARY: 3.0, VOCABULARY + 10: 1.0})], VOCABULARY)
+    made = sampling_batch([draw(logit_bias={4: 2.0, VOCABULARY: 3.0, VOCABULARY + 10: 1.0})], VOCABULARY)
     assert int(np.array(made["bias_ids"]).max()) == 4
     assert float(np.array(made["bias"]).sum()) == 2.0
 
@@ -279,5 +281,5 @@ def test_logits_beyond_the_tokenizer_are_never_allowed_under_a_grammar() -> None
     mask = np.array([0b1110], dtype=np.int32)  # 32 tokens, of which three are allowed
     picks = sample(mx.array(rows), [draw(mask=mask), draw(seed=2, temperature=5.0, mask=mask)])
     assert {pick.token_id for pick in picks} <= {1, 2, 3}
-    made = np.array(columns([draw(mask=mask), draw()], 128)["mask"]).view(np.uint32)
+    made = np.array(sampling_batch([draw(mask=mask), draw()], 128)["mask"]).view(np.uint32)
     assert made.tolist() == [[0b1110, 0, 0, 0], [2**32 - 1] * 4]

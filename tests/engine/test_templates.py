@@ -14,7 +14,7 @@ import pytest
 
 from engine.loading import LoadedModel
 from engine.text import chat, limited
-from engine.text.chat import Limits, render
+from engine.text.chat import ChatLimits, render
 from stoker.errors import InvalidRequest, ModelError
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "text"
@@ -104,7 +104,7 @@ def test_a_hostile_template_ends_in_one_error_within_seconds(name: str) -> None:
     template, cause = HOSTILE[name]
     began = time.monotonic()
     with pytest.raises((ModelError, InvalidRequest)) as caught:
-        render(template, HELLO, limits=Limits(seconds=1.0))
+        render(template, HELLO, limits=ChatLimits(seconds=1.0))
     assert cause in str(caught.value)
     assert len(str(caught.value)) < 700
     assert time.monotonic() - began < 10

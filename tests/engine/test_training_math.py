@@ -17,7 +17,7 @@ from engine.training.loss import cross_entropy
 from engine.training.optimizer import Moments, adamw, clipped
 from engine.training.schedule import learning_rate
 from engine.training.trainer import Trainer
-from tests.engine import double, tiny
+from tests.engine import reference_float64, tiny
 from tests.engine.conftest import TINY, RandomTensors
 
 
@@ -77,8 +77,8 @@ ROWS = [
 @pytest.mark.parametrize("options", PATHS.values(), ids=PATHS)
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "biases"])
 def test_gradients_are_central_differences_in_float64(options: dict[str, Any], bias: bool) -> None:
-    """Of every trained matrix of every layer, along a random direction; the differences are those of `double.Model`,
-    the same loss written anew in numpy, in which every operation is one of doubles (MLX's exp is not)."""
+    """Of every trained matrix of every layer, along a random direction; the differences are those of
+    `reference_float64.Model`, the same loss written anew in numpy, every operation in float64 (MLX's exp is not)."""
     mx.random.seed(3)
     decoder = Llama(replace(TINY, qkv_bias=bias), RandomTensors())
     trainer = Trainer(decoder, tiny.asking(targets=tiny.LAYERS, rank=3, **options), ROWS)
@@ -88,8 +88,11 @@ def test_gradients_are_central_differences_in_float64(options: dict[str, Any], b
     value, slope = mx.value_and_grad(trainer._training_loss)(
         weights, key, batch.inputs, batch.places, batch.targets, batch.weights
     )
-    matrices, slopes = double.arrays(trainer._layout.unpack(weights)), double.arrays(trainer._layout.unpack(slope))
-    model = double.Model(trainer, matrices, key)
+    matrices, slopes = (
+        reference_float64.arrays(trainer._layout.unpack(weights)),
+        reference_float64.arrays(trainer._layout.unpack(slope)),
+    )
+    model = reference_float64.Model(trainer, matrices, key)
     assert float(np.array(value)) == pytest.approx(model.loss(matrices, ROWS), rel=1e-5)
     random, step = np.random.default_rng(5), 1e-5
     for name, sides in matrices.items():

@@ -19,7 +19,7 @@ import mlx.core as mx  # noqa: E402
 
 from engine.models.llama import Llama  # noqa: E402
 from engine.training.data import tokenize  # noqa: E402
-from engine.training.run import Run  # noqa: E402
+from engine.training.run import TrainingRun  # noqa: E402
 from engine.weights import safetensors  # noqa: E402
 from stoker import files  # noqa: E402
 from stoker.contract.dataset import Example  # noqa: E402
@@ -44,10 +44,10 @@ def chatty() -> None:
     files.os.fsync = fsync  # type: ignore[assignment]
 
 
-def open_run(home: Path, options: dict[str, Any]) -> Run:
+def open_run(home: Path, options: dict[str, Any]) -> TrainingRun:
     mx.random.seed(7)
     model = tiny.loaded(Llama(TINY, RandomTensors()))
-    return Run(model, tiny.asking(**options), tokenize(EXAMPLES, model.tokenizer, 64), home / "run")
+    return TrainingRun(model, tiny.asking(**options), tokenize(EXAMPLES, model.tokenizer, 64), home / "run")
 
 
 def main(home: Path, options: str) -> None:

@@ -12,14 +12,14 @@ from engine.adapters.lora import Matrices, dropout_keys
 from engine.training.data import TokenizedExample, collate
 from engine.training.trainer import Trainer
 
-Doubles = dict[str, dict[str, np.ndarray]]
+Float64Matrices = dict[str, dict[str, np.ndarray]]
 
 
-def arrays(matrices: Matrices) -> Doubles:
-    return {name: {side: double(array) for side, array in sides.items()} for name, sides in matrices.items()}
+def arrays(matrices: Matrices) -> Float64Matrices:
+    return {name: {side: float64(array) for side, array in sides.items()} for name, sides in matrices.items()}
 
 
-def double(array: mx.array) -> np.ndarray:
+def float64(array: mx.array) -> np.ndarray:
     return np.array(array).astype(np.float64)
 
 
@@ -27,26 +27,28 @@ class Model:
     """`held`: the matrices whose norms DoRA divides by, also after the model's own have changed: to the gradient the
     norms are constants (section 4.3 of its paper)."""
 
-    def __init__(self, trainer: Trainer, held: Doubles, key: mx.array) -> None:
+    def __init__(self, trainer: Trainer, held: Float64Matrices, key: mx.array) -> None:
         self._decoder, self._request, self._scale = trainer._decoder, trainer.request, trainer.config.scale
         self._keys = dropout_keys(held, key)
         self._norms = {
-            name: np.linalg.norm(double(trainer._linears[name].dense()) + self._scale * sides["a"] @ sides["b"], axis=0)
+            name: np.linalg.norm(
+                float64(trainer._linears[name].dense()) + self._scale * sides["a"] @ sides["b"], axis=0
+            )
             for name, sides in held.items()
         }
 
-    def loss(self, matrices: Doubles, rows: Sequence[TokenizedExample]) -> float:
+    def loss(self, matrices: Float64Matrices, rows: Sequence[TokenizedExample]) -> float:
         """The sum of the targets' losses."""
         batch = collate(rows)
         self._matrices = matrices
-        x = double(self._decoder.embed_tokens.weight)[np.array(batch.inputs)]
+        x = float64(self._decoder.embed_tokens.weight)[np.array(batch.inputs)]
         for layer in self._decoder.layers:
             x = x + self._attention(layer.self_attn, _norm(layer.input_layernorm, x))
             y = _norm(layer.post_attention_layernorm, x)
             gate, up = self._linear(layer.mlp.gate_proj, y), self._linear(layer.mlp.up_proj, y)
             x = x + self._linear(layer.mlp.down_proj, gate / (1 + np.exp(-gate)) * up)
         hidden = _norm(self._decoder.norm, x)
-        logits = hidden.reshape(-1, hidden.shape[-1])[np.array(batch.places)] @ double(self._decoder.lm_head.weight)
+        logits = hidden.reshape(-1, hidden.shape[-1])[np.array(batch.places)] @ float64(self._decoder.lm_head.weight)
         logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         smoothing = self._request.label_smoothing
         chosen = np.take_along_axis(logs, np.array(batch.targets)[:, None], -1)[:, 0]
@@ -58,9 +60,9 @@ class Model:
         if self._request.dropout:
             kept = np.array(mx.random.bernoulli(1 - self._request.dropout, x.shape, key=self._keys[name]))
             dropped = np.where(kept, x / (1 - self._request.dropout), 0.0)
-        y = x @ double(linear.dense()) + self._scale * (dropped @ sides["a"]) @ sides["b"]
+        y = x @ float64(linear.dense()) + self._scale * (dropped @ sides["a"]) @ sides["b"]
         y = y * (sides["m"] / self._norms[name]) if "m" in sides else y
-        return y if linear.bias is None else y + double(linear.bias)
+        return y if linear.bias is None else y + float64(linear.bias)
 
     def _attention(self, layer: Any, x: np.ndarray) -> np.ndarray:
         args, (rows, length, _) = layer.args, x.shape
@@ -79,7 +81,7 @@ class Model:
 
 
 def _norm(layer: Any, x: np.ndarray) -> np.ndarray:
-    return x / np.sqrt((x * x).mean(-1, keepdims=True) + layer.eps) * double(layer.weight)
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + layer.eps) * float64(layer.weight)
 
 
 def _turn(x: np.ndarray, base: float) -> np.ndarray:

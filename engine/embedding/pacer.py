@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-class Pace:
+class EmbedPacer:
     """Tokens for the next step: what this machine has lately done in `seconds`, between `least` and `most`."""
 
     def __init__(self, seconds: float, least: int, most: int) -> None:
