@@ -62,7 +62,7 @@ test-slow: $(VENV)/.compilers ## the long ones, the chaos suite and the planted 
 	$(MAKE) mutants
 
 MUTANTS ?=
-mutants: $(STAMP) ## plant each mistake of tests/mutants, and see whether the tests that own the place notice; MUTANTS=TEXT: some
+mutants: $(STAMP) ## plant each mistake of tests/mutants, and see whether the tests that own the code notice; MUTANTS=TEXT: some
 	JOBS=$(JOBS) $(BIN)/python -m tests.mutants $(MUTANTS)
 
 SECONDS ?= 1200
@@ -86,13 +86,13 @@ format: $(STAMP) ## put the code into the form that check asks for, and write th
 bench: $(STAMP) ## the benchmarks
 	$(BIN)/python -m bench
 
-bench-queue: $(STAMP) ## what the queue costs and bears, beside bare Celery
+bench-queue: $(STAMP) ## what the queue costs and bears, compared with bare Celery
 	$(BIN)/python -m bench.queue
 
-bench-embed: $(STAMP) ## embeddings beside sentence-transformers, a plain loop and the engine alone
+bench-embed: $(STAMP) ## embeddings against sentence-transformers, a plain loop and the engine alone
 	$(BIN)/python -m bench.embed
 
-bench-kernels: $(STAMP) ## every fused kernel beside MLX's own way, on a GPU
+bench-kernels: $(STAMP) ## every fused kernel against MLX's own way, on a GPU
 	$(BIN)/python -m bench.kernels
 
 bench-generate: $(STAMP) ## generation against mlx-lm, of the peers' environment, in one run
@@ -130,7 +130,7 @@ $(PEERS_VENV)/.installed: requirements/peers.txt requirements/goldens.txt requir
 goldens-peft: $(PEERS_VENV)/.installed ## ask torch with peft again
 	$(PEERS_VENV)/bin/python tests/goldens/peft_runs.py
 
-bench-train: $(STAMP) $(PEERS_VENV)/.installed ## training beside mlx-lm's trainer; adapters from disk; decode beside a run
+bench-train: $(STAMP) $(PEERS_VENV)/.installed ## training against mlx-lm's trainer; adapters from disk; decode during a run
 	$(BIN)/python -m bench.train
 
 clean: ## remove caches and build outputs; the environment stays

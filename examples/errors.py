@@ -1,4 +1,4 @@
-"""What goes wrong, and how it is told: one class each, the same for what the client and what the worker finds."""
+"""What goes wrong, and how it is reported: one class each, the same for what the client and what the worker finds."""
 
 from stoker import Client, StokerError
 from stoker.errors import TextTooLong

@@ -18,12 +18,12 @@ with Client() as client:
 
 
 def top(vectors: np.ndarray, query: np.ndarray, count: int) -> np.ndarray:
-    """The places of the `count` vectors most like the query, best first; for unit vectors the product is the cosine."""
+    """The indices of the `count` vectors most like the query, best first; of unit vectors the product is the cosine."""
     likeness = vectors @ query
     best = np.argpartition(-likeness, min(count, len(likeness)) - 1)[:count]
     return best[np.argsort(-likeness[best])]
 
 
 likeness = vectors @ query
-for place in top(vectors, query, 3):
-    print(f"{likeness[place]:.3f}  {SENTENCES[place]}")
+for index in top(vectors, query, 3):
+    print(f"{likeness[index]:.3f}  {SENTENCES[index]}")

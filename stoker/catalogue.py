@@ -1,4 +1,4 @@
-"""Short names of models, each with the places where it can be found, best first."""
+"""Short names of models, each with the sources where it can be found, best first."""
 
 from __future__ import annotations
 

@@ -92,12 +92,12 @@ def _options(settings: Settings) -> dict[str, Any]:
 
 
 @contextmanager
-def translated(settings: Settings, but: tuple[type[RedisError], ...] = (), at: str = "") -> Iterator[None]:
-    """What redis-py raises inside becomes `BrokerUnavailable`, except what the caller deals with: `but`. `at`: the key
-    that is asked for."""
+def translated(settings: Settings, passing: tuple[type[RedisError], ...] = (), at: str = "") -> Iterator[None]:
+    """What redis-py raises inside becomes `BrokerUnavailable`. `passing`: errors that the caller handles, and gets
+    unchanged. `at`: the key that is asked for."""
     try:
         yield
-    except but:
+    except passing:
         raise
     except Exception as error:
         from redis.exceptions import RedisError

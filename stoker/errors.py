@@ -11,7 +11,7 @@ StokerError
 ├── BrokerUnavailable           the broker does not answer
 │   └── BrokerLoading           it is reading its data back, and took longer than the patience
 ├── JobError                    the job ended without a result
-│   ├── JobCancelled            somebody cancelled it
+│   ├── JobCancelled            it was cancelled
 │   ├── JobFailed               it failed for a reason outside this tree
 │   ├── JobDead                 it killed one worker after another
 │   ├── OutOfMemory             the worker's memory did not suffice for it, again and again
@@ -86,7 +86,7 @@ class JobError(StokerError):
 
 
 class JobCancelled(JobError):
-    """Somebody cancelled the job."""
+    """The job was cancelled."""
 
 
 class JobFailed(JobError):
@@ -118,7 +118,7 @@ class JobTimeout(StokerError, TimeoutError):
 class QueueFull(StokerError):
     """Too many jobs wait in that queue already, or too many of this client's are open. Nothing was sent.
 
-    `depth`: jobs there; `limit`: how many may be; `wait`: seconds after which a place should be free.
+    `depth`: jobs there; `limit`: how many may be; `wait`: seconds after which the queue should accept a job.
     """
 
     exit_code = 7

@@ -21,7 +21,7 @@ DRAFT = ".stoker-draft-"
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` fill a draft next to `path`, then put it in `path`'s place. Raises `OSError`.
+    """Have `write` fill a draft next to `path`, then rename it to `path`. Raises `OSError`.
 
     In a draft folder there is nothing to protect: `publish` flushes it as one.
     """

@@ -19,7 +19,7 @@ PREFIX = "stoker:"
 RESULT_TTL = 24 * 3600
 #: Seconds. A job that waits longer than this for a worker is forgotten, with its uploaded input.
 PENDING_TTL = 7 * 24 * 3600
-#: Seconds. An input that is sent in parts lives so long behind the last of them, until its job's record names it.
+#: Seconds that an input which is sent in parts is kept after its last part, until its job's record names it.
 UPLOAD_TTL = 10 * 60
 #: Seconds. A model that nobody has served for this long is unknown again.
 MODEL_TTL = 30 * 24 * 3600
@@ -142,7 +142,7 @@ def channel(job_id: str) -> str:
 
 
 def cancel(job_id: str) -> str:
-    """String: present when somebody has cancelled the job."""
+    """String: present when the job has been cancelled."""
     return f"{PREFIX}cancel:{job_id}"
 
 
@@ -166,7 +166,7 @@ def adapter(model: str, name: str) -> str:
 
 
 def artifact(model: str, name: str, version: int) -> str:
-    """String, bytes: the files of one version, unless STOKER_ARTIFACTS names another place for them."""
+    """String, bytes: the files of one version, unless STOKER_ARTIFACTS names another store for them."""
     return f"{PREFIX}artifact:{model}:{name}:{version}"
 
 
@@ -191,7 +191,7 @@ DEAD = f"{PREFIX}dead"
 
 
 def spoiled(key: str) -> str:
-    """Any type: what somebody wrote into `key`, which holds another type."""
+    """Any type: what another program wrote into `key`, and is of another type than `key` holds."""
     return f"{PREFIX}spoiled:{key.removeprefix(PREFIX)}"
 
 

@@ -1,5 +1,5 @@
-"""A broker that reads its data back from the disk: it answers `LOADING` to all that needs the data, and tells how far
-it is. A client waits for it; how long, `STOKER_PATIENCE` says."""
+"""A broker that reads its data back from the disk: it answers `LOADING` to all that needs the data, and reports how
+far it is. A client waits for it; how long, `STOKER_PATIENCE` says."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Progress:
         if not int(info.get("loading", 0)):
             return None
         percent, seconds = float(info.get("loading_loaded_perc", 0)), int(info.get("loading_eta_seconds", 0))
-        # It says so when it cannot tell the size.
+        # A broker that does not know the size answers other values.
         known = 0 <= percent <= 100 and seconds >= 0
         return cls(percent if known else 0.0, seconds if known else 0, int(info.get("loading_loaded_bytes", 0)))
 
@@ -77,10 +77,10 @@ def still_loading(where: str, progress: Progress | None) -> BrokerLoading:
 def wait_until_loaded(
     ask: Callable[[], Mapping[str, Any]],
     where: str,
-    tell: Callable[[str], None],
+    report: Callable[[str], None],
     alive: Callable[[], bool] = lambda: True,
 ) -> None:
-    """Wait for as long as the broker makes progress, and `tell` how far it is. `ask`: its `INFO persistence`.
+    """Wait for as long as the broker makes progress, and `report` how far it is. `ask`: its `INFO persistence`.
 
     Raises `BrokerLoading` if it stands still for a minute, and `BrokerUnavailable` if it is not `alive` any more.
     """
@@ -103,7 +103,7 @@ def wait_until_loaded(
             read, moved = progress.read, time.monotonic()
         elif time.monotonic() - moved > STALLED:
             raise still_loading(where, progress)
-        tell(f"the broker is loading its data, {progress}")
+        report(f"the broker is loading its data, {progress}")
         time.sleep(LOOK_EVERY)
 
 
@@ -112,15 +112,15 @@ class _Wait:
 
     def __init__(self, patience: float) -> None:
         self._end = time.monotonic() + (0.0 if caller_waits() else patience)
-        self._told = False
+        self._reported = False
 
     def pause(self, progress: Progress | None) -> float:
         """Seconds until the next try; raises `StillLoading` when the patience is at its end."""
         left = self._end - time.monotonic()
         if left <= 0:
             raise StillLoading(progress) from None
-        if not self._told and progress is not None:
-            self._told = True
+        if not self._reported and progress is not None:
+            self._reported = True
             log.warning("the broker is loading its data, %s; waiting for it", progress)
         return min(left, max(LOOK_EVERY, min(1.0, (progress.seconds if progress else 0) / 4)))
 

@@ -19,7 +19,7 @@ ENV_PREFIX = "STOKER_"
 
 
 class Settings(BaseSettings):
-    """What a client, a worker and `stoker up` can be told. Field `x` is the environment variable `STOKER_X`."""
+    """The settings of a client, a worker and `stoker up`. Field `x` is the environment variable `STOKER_X`."""
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid", env_ignore_empty=True)
 
@@ -50,7 +50,7 @@ class Settings(BaseSettings):
     patience: float = Field(default=30.0, ge=0, le=3600)
     #: Who sends: clients of one lane share it fairly, and each has a limit of its own (`stoker policy`).
     client_key: Annotated[str, StringConstraints(pattern=NAME_PATTERN)] = "default"
-    #: Seconds that a client waits for a place in a queue that is full. 0: it is told at once.
+    #: Seconds that a client waits until a full queue accepts its job. 0: it gets `QueueFull` at once.
     queue_wait: float = Field(default=0.0, ge=0, le=24 * 3600)
     #: Share of a worker's time that training gets while generation waits too; alone it gets all.
     train_share: float = Field(default=0.2, ge=0.01, le=0.9)
@@ -93,7 +93,7 @@ class Settings(BaseSettings):
 
     @property
     def chosen_url(self) -> str | None:
-        """The broker that somebody chose: by `STOKER_URL`, or by a `stoker up` that runs. None: nobody did."""
+        """The broker that was chosen: by `STOKER_URL`, or by a `stoker up` that runs. None: no broker was."""
         return self.url or _running_broker(self.home)
 
     def environment(self) -> dict[str, str]:

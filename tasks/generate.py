@@ -18,7 +18,7 @@ def generate(self: Task) -> dict[str, Any]:
 
 
 def _pin(run: Run, request: GenerateRequest) -> GenerateRequest:
-    """A job keeps the version of its adapter that it began with, whoever owns it."""
+    """A job keeps the version of its adapter that it began with, also under another owner."""
     if request.adapter is None:
         return request
     return request.model_copy(update={"adapter": adapters.pinned(run, request.model, request.adapter)})

@@ -39,7 +39,7 @@ app.conf.update(
 )
 app.conf.broker_transport_options |= {
     # The lease: how long the message of a silent worker stays put (workers/lease.py renews it), and how often
-    # somebody looks for one that ran out. kombu's own 3600 s and 100 s would leave a dead worker's jobs for an hour.
+    # a worker looks for one that ran out. kombu's own 3600 s and 100 s would leave a dead worker's jobs for an hour.
     "visibility_timeout": settings.lease,
     "unacked_restore_interval": 1,
     "unacked_restore_throttle": 1,

@@ -38,8 +38,8 @@ class Artifacts:
         if self._url is None:
             self._redis.set(keys.artifact(model, name, version), data, nx=True)
             return
-        with self._told_as(StoreTrouble):
-            fs, path = self._place(model, name, version)
+        with self._reported_as(StoreTrouble):
+            fs, path = self._location(model, name, version)
             if _is_local(fs):
                 _put_local(Path(path), data)
             else:
@@ -50,19 +50,19 @@ class Artifacts:
         if self._url is None:
             found: bytes | None = self._redis.get(keys.artifact(model, name, version))
             return found
-        with self._told_as(JobFailed):
-            fs, path = self._place(model, name, version)
+        with self._reported_as(JobFailed):
+            fs, path = self._location(model, name, version)
             return bytes(fs.cat_file(path)) if fs.exists(path) else None
 
     @contextmanager
-    def _told_as(self, kind: type[Exception]) -> Iterator[None]:
+    def _reported_as(self, kind: type[Exception]) -> Iterator[None]:
         try:
             yield
         except Exception as error:  # each of fsspec's packages has errors of its own
             what = f"{type(error).__name__}: {error}"
             raise kind(f"the artifact store {self._url} (STOKER_ARTIFACTS) cannot be used: {what}") from error
 
-    def _place(self, model: str, name: str, version: int) -> tuple[Any, str]:
+    def _location(self, model: str, name: str, version: int) -> tuple[Any, str]:
         fs, root = self._root()
         folder = f"{checked(Rule.NAME, 'model', model)}/{checked(Rule.NAME, 'adapter', name)}"
         return fs, f"{root.rstrip('/')}/{folder}/{checked(Rule.VERSION, 'version', str(version))}.safetensors"

@@ -1,8 +1,8 @@
-"""The threads of a worker beside Celery's and the engine's: they outlive what they meet, or the worker ends with them.
+"""The threads of a worker in addition to Celery's and the engine's: each outlives every error, or ends the worker.
 
 A worker whose thread is gone looks alive and is not: its jobs hang, or its leases run out. So a round of a thread may
-fail, by the broker's absence or by a value that somebody else wrote, and the next one comes all the same; what ends the
-thread itself ends the process, and a supervisor starts another.
+fail, by the broker's absence or by a value that another program wrote, and the next one comes all the same; what ends
+the thread itself ends the process, and a supervisor starts another.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def end_process(code: int = EXIT_CODE) -> None:
 
 
 class Background:
-    """A thread that does its `rounds` in order, again and again, `every` so many seconds until `stopped` is set.
+    """A thread that does its `rounds` in order, again and again, `every` seconds apart, until `stopped` is set.
 
     Each of the rounds fails alone: `failed` hears of it, and so does the log. `end` ends the process.
     """

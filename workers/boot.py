@@ -79,9 +79,9 @@ class EngineStep(bootsteps.StartStopStep):
         Background("mending", lambda: _mend(running, heart), stopped=running.stopped, every=MEND_EVERY).start()
 
     def _guard_delivery(self, running: Runtime) -> None:
-        """Before the first message comes: what cannot be read has a place to go to."""
+        """Before the first message comes: a message that cannot be read becomes a dead letter."""
         messages = DeadMessages(running.redis, running.name)
-        transport.put_aside, transport.drop = messages.add, LaneRequest.drop
+        transport.dead_letter, transport.drop = messages.add, LaneRequest.drop
         Background("dead messages", messages.write, stopped=running.stopped).start()
 
     def _open_queues(self, app: Celery, settings: Settings) -> None:

@@ -67,6 +67,6 @@ class LaneConsumer(Consumer):
 
 
 class LaneAMQP(AMQP):
-    """How Celery is told of the consumer: `Celery(amqp=...)`."""
+    """How Celery gets the consumer: `Celery(amqp=...)`."""
 
     Consumer = LaneConsumer

@@ -27,7 +27,7 @@ LOOK_EVERY, MISSES = 1.0, 2
 
 
 def begin(runtime: Runtime) -> None:
-    """Called when the worker was told to stop (SIGTERM, SIGINT)."""
+    """Called when the worker was asked to stop (SIGTERM, SIGINT)."""
     restore_on_close()
     runtime.hand_back({"train"})
     Drain(runtime).start()

@@ -51,7 +51,7 @@ class Spoiled(Exception):
 
 
 class JobTask(Task):
-    """The base of the tasks: one place in a lane, errors of our own tree without a traceback in the log."""
+    """The base of the tasks: one slot in a lane, errors of our own tree without a traceback in the log."""
 
     Request = LaneRequest
     throws = (StokerError,)
@@ -68,7 +68,7 @@ class Run:
         self._queue = task.request.delivery_info["routing_key"]
         self._token, self._tag = task.request.stoker_token, task.request.stoker_tag
         self.claim = Claim("run", 0.0, False)
-        self._told: float | None = None
+        self._reported: float | None = None
 
     def take(self) -> None:
         """Become the job's owner. Raises `Ignore` for a delivery that has nothing to do any more."""
@@ -95,16 +95,16 @@ class Run:
             if self.claim.cancelled:
                 self.runtime.cancel(self.job_id)
             while not ticket.wait(PROGRESS_EVERY):
-                self._tell_progress(ticket.progress)
+                self._report_progress(ticket.progress)
             value = ticket.result()
         self.runtime.publisher.flush(self.job_id)
         return value
 
-    def _tell_progress(self, progress: float | None) -> None:
+    def _report_progress(self, progress: float | None) -> None:
         """Flower shows it as the task's state."""
-        if progress is not None and progress != self._told:
-            self._told = progress
-            self._tell("task-progress", progress=round(progress, 4))
+        if progress is not None and progress != self._reported:
+            self._reported = progress
+            self._send("task-progress", progress=round(progress, 4))
 
     def _seconds_left(self, request: JobRequest) -> float | None:
         if request.deadline is None:
@@ -153,7 +153,7 @@ class Run:
         self._persist(ledger.release, self._token)
 
     def ran_out_of_memory(self) -> bool:
-        """Count that the job ended for want of memory; whether it may try again, beside fewer others."""
+        """Count that the job ended for want of memory; return whether it may try again, in a smaller lane."""
         lanes.shrink(self._task.name.removeprefix("stoker."))
         count = self._persist(ledger.count_out_of_memory, self._token)
         if count == 0:
@@ -161,7 +161,7 @@ class Run:
         return count < memory.TRIES
 
     def dead_letter(self, what: str) -> JobDead:
-        """Make a dead letter of a job that can go on once somebody has mended `what`: what to end it with."""
+        """Make a dead letter of a job that can go on once `what` is mended; return the error to end it with."""
         self._dead_letter(self.runtime.name, what)
         return JobDead(
             f"job {self.job_id} is a dead letter: {what}. What was whole stays. Mend that, then "
@@ -174,16 +174,16 @@ class Run:
         if request is not None:
             request.fence()
 
-    def _tell(self, event: str, **fields: Any) -> None:
-        """Say something to whoever watches, Flower above all. No job waits for that, nor fails by it."""
+    def _send(self, event: str, **fields: Any) -> None:
+        """Send an event to the monitors, above all Flower. No job waits for it, and none fails if it cannot be sent."""
         try:
             self._task.send_event(event, retry=False, **fields)
         except (OperationalError, RedisError, OSError) as error:
-            log.debug("job %s: %s was not told: %s", self.job_id, event, error)
+            log.debug("job %s: %s was not sent: %s", self.job_id, event, error)
 
-    def tell_revoked(self) -> None:
+    def report_revoked(self) -> None:
         # Flower shows STARTED for ever without this event.
-        self._tell("task-revoked", terminated=True, signum=None, expired=False)
+        self._send("task-revoked", terminated=True, signum=None, expired=False)
 
     def _persist(
         self, transition: Callable[Concatenate[Any, str, str, P], T], *arguments: P.args, **named: P.kwargs
@@ -239,7 +239,7 @@ def run_job(
         run.release()
         raise Reject(str(error), requeue=True) from None
     except JobCancelled:
-        run.tell_revoked()
+        run.report_revoked()
         raise Ignore from None
     except Spoiled as trouble:
         run.give_up(trouble)
@@ -291,10 +291,10 @@ def _brokers_fault(error: Exception) -> bool:
 
 
 def _known(run: Run, error: Exception) -> StokerError:
-    """What to tell the client of an error that is none of ours. Raises `WorkerUnavailable` if the job may try again."""
+    """What the client gets for an error that is none of ours. Raises `WorkerUnavailable` if the job may try again."""
     if memory.is_out_of_memory(error):
         if run.ran_out_of_memory():
-            raise WorkerUnavailable(f"out of memory beside other jobs ({error}).") from error
+            raise WorkerUnavailable(f"out of memory together with other jobs ({error}).") from error
         return OutOfMemory(f"job {run.job_id}: {memory.TRIES} times there was not memory enough for it ({error}).")
     if trouble := disk.trouble(error):
         return run.dead_letter(f"the disk of {run.runtime.name} {trouble} ({error})")

@@ -106,7 +106,7 @@ class LaneStep(bootsteps.StartStopStep):
 
 
 class LaneRequest(Request):
-    """A request that holds a place in its kind's lane from the moment it is taken until it is acked or rejected.
+    """A request that holds a slot in its kind's lane from the moment it is taken until it is acked or rejected.
 
     `terminate` (Flower's button, `celery control revoke --terminate`) asks the engine to stop the job: the threads
     pool itself cannot end one.
@@ -153,7 +153,7 @@ class LaneRequest(Request):
     @classmethod
     def drop(cls, tag: str) -> bool:
         """Give up the delivery with this tag, the newest if there are two, which failed before its job began: its
-        message is done with, and its place is free. Whether there is one."""
+        message is done with, and its slot is free. Return whether there is one."""
         held = [request for request in list(cls.by_token.values()) if request.message.delivery_tag == tag]
         if held:
             held[-1].reject()

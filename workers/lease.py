@@ -1,6 +1,6 @@
 """The lease: this process keeps its messages for as long as it lives, and no longer.
 
-kombu gives a message that was not acknowledged within `visibility_timeout` to somebody else. That is what brings back
+kombu gives a message that was not acknowledged within `visibility_timeout` to another worker. That is what brings back
 the jobs of a worker that died, and what would run a long job twice; so a thread renews the score of every message that
 this process holds, and the timeout can be seconds. The thread dies with the process, `kill -9` included.
 
@@ -106,7 +106,7 @@ class LeaseStep(bootsteps.StartStopStep):
         runtime.current().fence_lost(self.redis)
 
     def _held_tags(self) -> set[str]:
-        # Not Celery's own table of requests: it has one place for a job, and a job may be here twice for a moment.
+        # Not Celery's own table of requests: it has one entry for a job, and a job may be here twice for a moment.
         running = {request.message.delivery_tag for request in list(LaneRequest.by_token.values())}
         prefetched: set[str] = self._consumer.held_tags()
         return running | prefetched

@@ -1,8 +1,8 @@
 """Out of memory: what it looks like, and how often a job may try again.
 
-A step that fails for want of memory fails every job of its lane, and nobody can tell which of them was the one too
-many. So each goes back to its queue, and the lane holds half as many for a while (`Lanes.shrink`): the small ones get
-through, and one that is too large by itself fails in the end.
+A step that fails for want of memory fails every job of its lane, and the worker cannot know which of them was the one
+too many. So each goes back to its queue, and the lane holds half as many for a while (`Lanes.shrink`): the small ones
+get through, and one that is too large by itself fails in the end.
 """
 
 from __future__ import annotations

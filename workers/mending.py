@@ -1,4 +1,4 @@
-"""Keys that hold another type than they should: somebody else wrote there, and every script that needs one is refused.
+"""Keys that hold a wrong type: another program wrote there, and the broker refuses every script that needs one.
 
 What was in such a key is lost already. What stands there now is moved aside, so that work goes on: the registries are
 written again at the next beat, orders begin anew, and jobs whose message is gone are sent again (`workers/janitor.py`).
@@ -63,5 +63,5 @@ class Mender:
         aside = keys.spoiled(key)
         moved = bool(self._redis.eval(_MOVE, 2, key, aside, kind, keys.DEAD_TTL))
         if moved:
-            log.error("the key %s was a %s, not a %s: what somebody wrote there is now %s", key, found, kind, aside)
+            log.error("the key %s was a %s, not a %s: what was written there is now %s", key, found, kind, aside)
         return moved

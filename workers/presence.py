@@ -1,4 +1,4 @@
-"""Telling clients what this worker serves, every two seconds, for as long as it does."""
+"""Reports to clients what this worker serves, every two seconds, for as long as it does."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ for i = 1, #KEYS / 2 do
       -- An id that is there already: a job that runs again writes the same entries again.
       if failed and not string.find(failed, 'equal or smaller', 1, true) then return redis.error_reply(failed) end
       redis.call('PUBLISH', channel, payload)
-      -- A stream of one entry is new, though the job may not be: somebody has deleted it.
+      -- A stream of one entry is new, though the job may not be: the earlier stream was deleted.
       if ARGV[3 * i + 1] == '1' or redis.call('XLEN', stream) == 1 then redis.call('EXPIRE', stream, ARGV[1]) end
     end
   end

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 #: Steps that may wait for a broker that is slow or away; then the engine waits too, so that memory stays bounded.
 BACKLOG = 4096
-#: The stream's expiry is renewed once in so many entries: one command less in almost every step.
+#: The stream's expiry is renewed once in this many entries: one command less in almost every step.
 RENEW_EVERY = 64
 #: Entries that one script publishes: after an outage many wait, and a script holds up everybody else.
 BATCH = 512

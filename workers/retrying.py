@@ -16,7 +16,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.05, 2.0
 
 class Retry:
     """One thing that must reach the broker. A broker that is away is waited for until the worker stops, because
-    nothing can be told to anybody meanwhile; one that refuses, for `limit` seconds; any other error is no reason to
+    nothing can be reported to anybody meanwhile; one that refuses, for `limit` seconds; any other error is no reason to
     ask again."""
 
     def __init__(self, limit: float = REFUSAL_LIMIT, clock: Callable[[], float] = time.monotonic) -> None:

@@ -47,7 +47,7 @@ def _holds_none(tag: str) -> bool:
 #: Whether this process may give other workers' expired messages back to the queue; `workers/lease.py` says when.
 may_take_over: Callable[[], bool] = _never
 #: What becomes of a message that cannot be read; `workers/boot.py` says.
-put_aside: Callable[[Unreadable], None] = _say
+dead_letter: Callable[[Unreadable], None] = _say
 #: Ends the delivery with this tag, if a request holds it; `workers/lanes.py` knows.
 drop: Callable[[str], bool] = _holds_none
 
@@ -63,7 +63,7 @@ class Client(kombu_redis.PrefixedStrictRedis):
         try:
             return reply[0], json.dumps(read(raw, queue)).encode()
         except UnreadableMessage as error:
-            put_aside(Unreadable(raw, queue, str(error)))
+            dead_letter(Unreadable(raw, queue, str(error)))
             return None
 
 
@@ -89,7 +89,7 @@ class QoS(kombu_redis.QoS):
             raw = connected.hget(self.unacked_key, tag)
             trouble = raw and _why_not_held(raw)
             if trouble:
-                put_aside(Unreadable(raw, "unacked", trouble))
+                dead_letter(Unreadable(raw, "unacked", trouble))
                 self._remove_from_indices(tag).execute()  # type: ignore[no-untyped-call]
             else:
                 super().restore_by_tag(tag, connected, leftmost)  # type: ignore[no-untyped-call]
@@ -165,7 +165,7 @@ class Channel(kombu_redis.Channel):
                 self._refuse(raw, queue, f"it could not be delivered ({type(error).__name__}: {error})")
 
     def _refuse(self, raw: Any, queue: str, trouble: str) -> None:
-        put_aside(Unreadable(json.dumps(raw).encode(), queue, trouble))
+        dead_letter(Unreadable(json.dumps(raw).encode(), queue, trouble))
         tag = raw["properties"]["delivery_tag"]
         if not drop(tag):
             self.qos.ack(tag)

@@ -51,7 +51,7 @@ class Watchdog:
         try:
             self._report()
         finally:
-            # Whatever the report met: a worker whose engine hangs has to end.
+            # Also if the report fails: a worker whose engine hangs has to end.
             self._end()
 
     def look(self) -> bool:

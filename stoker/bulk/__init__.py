@@ -1,1 +1,1 @@
-"""Embedding without end: many jobs in flight, in order, and files that a broken-off run goes on with."""
+"""Bulk embedding with resumable output: many jobs in flight, vectors in order, files that a later run continues."""

@@ -94,8 +94,8 @@ class Cutter:
             yield chunk
 
 
-class Flight:
-    """How many jobs may be in flight now."""
+class InFlightLimit:
+    """How many jobs may be in flight now: `limit`."""
 
     def __init__(self, plan: Plan, model: str) -> None:
         self._plan, self._model = plan, model
@@ -116,12 +116,12 @@ class Flight:
 def try_again(error: StokerError, chunk: Chunk, plan: Plan) -> bool:
     """Whether to send the chunk once more. Raises what no further try can help, with the text's index among all."""
     if isinstance(error, InvalidRequest):
-        raise type(error)(placed(str(error), chunk.start)) from None
+        raise type(error)(renumbered(str(error), chunk.start)) from None
     chunk.tries += 1
     meant = isinstance(error, JobCancelled | DeadlineExceeded | JobDead)
     return isinstance(error, JobError) and not meant and chunk.tries < plan.attempts
 
 
-def placed(message: str, start: int) -> str:
+def renumbered(message: str, start: int) -> str:
     """`texts.N` of a job, as the index among all texts."""
     return re.sub(r"\btexts\.(\d+)", lambda match: f"texts.{int(match[1]) + start}", message, count=1)

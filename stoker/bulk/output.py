@@ -91,7 +91,7 @@ def check_output(path: Path, dtype: str, overwrite: bool) -> None:
     if path.suffix not in LAYOUTS:
         raise InvalidRequest(f"--output: {path.name!r} given; it has to end in {', '.join(LAYOUTS)}.")
     if path.suffix == ".npy" and dtype == "int8":
-        raise InvalidRequest("--output: .npy has no place for the scales of int8. Use .safetensors or .parquet.")
+        raise InvalidRequest("--output: .npy cannot hold the scales of int8. Use .safetensors or .parquet.")
     if path.suffix == ".parquet":
         _pyarrow()
     if not path.parent.is_dir():
@@ -225,7 +225,7 @@ def state_path(path: Path) -> Path:
 
 
 def _state_of(path: Path, file: IO[bytes]) -> dict[str, Any]:
-    """What a broken-off run left, if it fits the rows that are there."""
+    """What an interrupted run left, if it fits the rows that are there."""
     try:
         state = json.loads(state_path(path).read_text())
         layout = LAYOUTS[path.suffix](state["job"]["rows"], state["dim"], state["job"]["dtype"])

@@ -36,7 +36,7 @@ def main() -> None:
     if sys.argv[1:] == ["--version"]:
         print(f"stoker {stoker.__version__}")
         return
-    # A command that is told to end cleans up as after Ctrl-C.
+    # A command that is asked to end cleans up as after Ctrl-C.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     try:

@@ -55,7 +55,7 @@ queue.command("retry")(jobs.retry)
 queue.command("policy")(policy.show_or_set)
 app.add_typer(queue, name="jobs")
 
-models = typer.Typer(no_args_is_help=True, help="Models that a worker can be told to serve.")
+models = typer.Typer(no_args_is_help=True, help="Models that a worker can serve.")
 models.command("list")(models_commands.list_models)
 for _command in (models_commands.pull, models_commands.inspect, models_commands.quantize, models_commands.verify):
     models.command()(_command)

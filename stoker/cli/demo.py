@@ -29,12 +29,12 @@ def demo(url: Url = None) -> None:
     """Embed, stream, train and generate with the new adapter. Starts its own broker and worker, and stops them."""
     began = time.monotonic()
     with _connected(url) as (client, worker):
-        _tell_worker(worker)
+        _report_worker(worker)
         _search(client)
         _stream(client)
         _train(client)
         _compare(client)
-        _tell_end(client, time.monotonic() - began)
+        _report_end(client, time.monotonic() - began)
 
 
 @contextmanager
@@ -66,7 +66,7 @@ def _heading(text: str) -> None:
     console().print(f"\n[bold]{text}[/bold]")
 
 
-def _tell_worker(worker: Presence) -> None:
+def _report_worker(worker: Presence) -> None:
     _heading("A warm worker")
     for card in worker.models:
         print(f"  {card.model}: {card.architecture}, {card.parameters / 1e6:.0f} M parameters, {'/'.join(card.kinds)}")
@@ -135,7 +135,7 @@ def _compare(client: Client) -> None:
         print(f"  {name:>11}: {text}")
 
 
-def _tell_end(client: Client, seconds: float) -> None:
+def _report_end(client: Client, seconds: float) -> None:
     worker = _first_worker(client)
     _heading("What ran where")
     print(

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from stoker.bulk.output import Output
 
 #: Seconds between two lines of progress where there is no terminal.
-TELL_EVERY = 10.0
+REPORT_EVERY = 10.0
 
 
 def embed(
@@ -107,10 +107,10 @@ def _embed_file(
         if before:
             notes().print(f"[dim]going on behind {before} of {rows} texts[/dim]")
         texts = islice(source.texts(), before, None)
-        with _progress(output, rows) as tell:
+        with _progress(output, rows) as report:
             for vectors in client.embed_chunks(texts, model=model, batch=batch, in_flight=in_flight, **options):
                 output.write(vectors)
-                tell()
+                report()
         output.finish()
     seconds = time.monotonic() - began
     return {"output": str(path), "rows": rows, "resumed": before, "dim": output.dim, "dtype": options["dtype"]} | {
@@ -146,12 +146,12 @@ class _Speed:
 class _Lines:
     def __init__(self, output: Output, rows: int) -> None:
         self._output, self._rows, self._speed = output, rows, _Speed(output)
-        self._told = time.monotonic()
+        self._reported = time.monotonic()
 
     def __call__(self) -> None:
-        if time.monotonic() - self._told < TELL_EVERY:
+        if time.monotonic() - self._reported < REPORT_EVERY:
             return
-        self._told = time.monotonic()
+        self._reported = time.monotonic()
         speed, done = self._speed(), self._output.done
         left = (self._rows - done) / max(speed, 1e-9)
         print(f"{done:,} of {self._rows:,} texts, {speed:,.0f} texts/s, {left:.0f} s left", file=sys.stderr, flush=True)

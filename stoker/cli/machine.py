@@ -41,8 +41,8 @@ def up(
 
     settings = _settings(model, url)
     with ExitStack() as leaving:
-        with progress_shown("starting the broker") as tell:
-            stack = leaving.enter_context(Stack(settings, flower=flower, tell=tell))
+        with progress_shown("starting the broker") as report:
+            stack = leaving.enter_context(Stack(settings, flower=flower, report=report))
             presence = stack.wait_until_warm()
         print(f"broker  {stack.settings.address.shown}")
         print(f"worker  {', '.join(card.model for card in presence.models)} warm on {presence.device}")
@@ -66,8 +66,8 @@ def worker(
 
     settings = _settings(model, url)
     command = worker_command(settings, f"{name or f'stoker-{uuid.uuid4().hex[:8]}'}@{platform.node()}")
-    with progress_shown("looking for the broker") as tell:
-        wait_for_broker(settings, tell)
+    with progress_shown("looking for the broker") as report:
+        wait_for_broker(settings, report)
     os.environ |= settings.environment() | {"STOKER_URL": settings.address.celery}
     os.execv(command[0], command)
 
@@ -185,7 +185,7 @@ def check_kernels(
 def bench_kernels(
     out: Annotated[Path | None, typer.Option(help="Folder for the JSON rows.")] = None,
 ) -> None:
-    """Time every fused kernel beside MLX's own way: bytes, bandwidth, and the ratio to a plain copy."""
+    """Time every fused kernel against MLX's own way: bytes, bandwidth, and the ratio to a plain copy."""
     _run_module("bench.kernels", *([] if out is None else ["--out", str(out)]))
 
 

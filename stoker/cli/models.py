@@ -1,6 +1,6 @@
 """Commands about models: list, pull, inspect, quantize, verify.
 
-All but `list` ask a process of the engine (`workers.models_tool`): this one imports neither MLX nor worker code.
+All except `list` ask a process of the engine (`workers.models_tool`): this one imports neither MLX nor worker code.
 """
 
 from __future__ import annotations

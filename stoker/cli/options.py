@@ -22,7 +22,7 @@ Model = Annotated[str | None, typer.Option(help="Model; default: the one that is
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 #: Seconds between two lines about what is waited for.
-TELL_EVERY = 5.0
+REPORT_EVERY = 5.0
 
 
 @cache
@@ -56,15 +56,15 @@ def progress_shown(first: str) -> Iterator[Callable[[str], None]]:
         with console().status(first) as status:
             yield status.update
         return
-    said = -TELL_EVERY
+    said = -REPORT_EVERY
 
-    def tell(text: str) -> None:
+    def report(text: str) -> None:
         nonlocal said
-        if time.monotonic() - said >= TELL_EVERY:
+        if time.monotonic() - said >= REPORT_EVERY:
             said = time.monotonic()
             notes().print(text)
 
-    yield tell
+    yield report
 
 
 def is_terminal() -> bool:

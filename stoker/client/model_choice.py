@@ -44,7 +44,7 @@ def _readable(notice: type[N], raw: Iterable[bytes | None]) -> list[N]:
 def choose_model(model: str | None, kind: str, known: Mapping[str, ModelCard], workers: Sequence[Presence]) -> str:
     """The model to send to: the one asked for, if some worker serves or lately served it, or the only one warm.
 
-    A path stands for the name that a worker started with it gives it. A model that was served lately but is not warm
+    A path stands for the name that a worker started with it gives it. A model that was served lately and is not warm
     now is accepted: its worker may be restarting, and the job waits. Not so if workers of another generation serve it
     by now: the job might wait for ever.
     """

@@ -58,12 +58,12 @@ class Outcome:
         if self.status is JobStatus.CANCELLED:
             raise JobCancelled(f"job {job_id} was cancelled.")
         if self.status is JobStatus.FAILED:
-            told = self.value if isinstance(self.value, dict) else {}
-            raise from_wire(str(told.get("exc_type", "unknown")), _joined(told.get("exc_message", "")))
+            report = self.value if isinstance(self.value, dict) else {}
+            raise from_wire(str(report.get("exc_type", "unknown")), _as_text(report.get("exc_message", "")))
         return self.value
 
 
-def _joined(message: Any) -> str:
+def _as_text(message: Any) -> str:
     return " ".join(map(str, message)) if isinstance(message, list | tuple) else str(message)
 
 

@@ -90,5 +90,5 @@ def _check_link(folder: Path, path: Path) -> None:
     read is sent away. Raises `InvalidRequest` for one that leads anywhere else."""
     target, home = path.resolve(), folder.resolve()
     allowed = [home] + ([home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [])
-    if not any(target.is_relative_to(place) for place in allowed):
+    if not any(target.is_relative_to(root) for root in allowed):
         raise InvalidRequest(f"{path}: a link to {target}, which is no file of this folder. Copy the file here.")

@@ -1,4 +1,4 @@
-"""From a message to what travels, and back, with one clear error for whatever is wrong."""
+"""From a message to what travels, and back, with one clear error for each wrong input."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class Example:
 
 @dataclass(frozen=True)
 class TrainInput:
-    """What a training job is run with beside its request: the dataset's JSON lines, or the file that holds them, and
+    """What a training job needs in addition to its request: the dataset's JSON lines, or the file that holds them, and
     the version that its adapter shall have (None: the next one)."""
 
     dataset: bytes | Path
@@ -74,7 +74,7 @@ def iterate_lines(lines: Iterable[bytes], source: str) -> Iterator[Example]:
 
 
 def iterate_mappings(rows: Iterable[Mapping[str, Any]], source: str) -> Iterator[Example]:
-    """The same for objects that are there already; a wrong one is named by its place, from 1."""
+    """The same for objects that are there already; a wrong one is named by its number, from 1."""
     return (_example(row, f"{source}, item {number}") for number, row in enumerate(rows, 1))
 
 
@@ -139,12 +139,12 @@ def _messages(value: Any, where: str) -> tuple[dict[str, str], ...]:
         raise DatasetError(f"{where}: messages must be a list with at least one message.")
     found = []
     for number, message in enumerate(value, 1):
-        place = f"{where}, message {number}"
+        source = f"{where}, message {number}"
         if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
-            raise DatasetError(f'{place}: expected an object {{"role": …, "content": …}}.')
+            raise DatasetError(f'{source}: expected an object {{"role": …, "content": …}}.')
         if message["role"] not in _ROLES:
-            raise DatasetError(f"{place}: role {message['role']!r} given; allowed: {', '.join(_ROLES)}.")
-        _check_text(message["content"], "content", place)
+            raise DatasetError(f"{source}: role {message['role']!r} given; allowed: {', '.join(_ROLES)}.")
+        _check_text(message["content"], "content", source)
         found.append({"role": str(message["role"]), "content": str(message["content"])})
     if not any(message["role"] == "assistant" and message["content"].strip() for message in found):
         raise DatasetError(f"{where}: the assistant says nothing in it, so there is nothing to learn.")

@@ -1,4 +1,4 @@
-"""What workers say of themselves: clients read it to tell which models are warm."""
+"""What workers report of themselves: clients read from it which models are warm."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from stoker.contract.codec import CONTRACT
 
 
 class Notice(Message):
-    """What one side says to whoever listens. Another release may say more: then the rest is read."""
+    """What one side reports to its listeners. Another release may report more; only the fields known here are read."""
 
     model_config = ConfigDict(extra="ignore")
 

@@ -48,7 +48,7 @@ Text = Annotated[str, StringConstraints(max_length=MAX_TEXT_CHARS), AfterValidat
 
 
 class JobRequest(Message):
-    """What every kind of job can be told."""
+    """The fields that every kind of job has."""
 
     #: 0 is served first, 9 last.
     priority: int = Field(default=5, ge=0, le=9)
@@ -154,11 +154,11 @@ class GenerateRequest(JobRequest):
     seed: int = Field(default=0, ge=0, lt=2**63)
     #: Texts that end the answer; they are no part of it.
     stop: Annotated[tuple[StopText, ...], Field(max_length=16)] = ()
-    #: Tokens that end the answer, beside those that the model ends with; they have no text.
+    #: Tokens that end the answer, in addition to those that the model ends with; they have no text.
     stop_token_ids: Annotated[tuple[TokenId, ...], Field(max_length=64)] = ()
     #: Go on behind the model's own end tokens.
     ignore_eos: bool = False
-    #: Alternatives told with each token: the raw model's likeliest.
+    #: Alternatives reported with each token: the raw model's likeliest.
     top_logprobs: int = Field(default=0, ge=0, le=20)
     #: The answer is JSON that fits this schema ({}: any JSON).
     json_schema: dict[str, Any] | None = None
@@ -220,7 +220,7 @@ class TrainRequest(JobRequest):
     )
     #: Scale the update by alpha / sqrt(rank) instead of alpha / rank.
     rslora: bool = False
-    #: Learn the norm of each output's weights beside their direction.
+    #: Learn the norm of each output's weights in addition to their direction.
     dora: bool = False
     #: Probability with which an input of the adapter is left out.
     dropout: float = Field(default=0.0, ge=0.0, le=0.9)
@@ -245,9 +245,9 @@ class TrainRequest(JobRequest):
     held_out: float = Field(default=0.0, ge=0.0, le=0.5)
     #: Steps between evaluations on what is held out; the last step is evaluated too. 0: at the end alone.
     eval_every: int = Field(default=0, ge=0, le=1_000_000)
-    #: Stop after so many evaluations without a new best. 0: never.
+    #: Stop after this many evaluations without a new best. 0: never.
     stop_after: int = Field(default=0, ge=0, le=1000)
-    #: A loss above so many times the mean of the 16 before, and 1 nat above it, is taken for divergence. 0: none is.
+    #: A loss above this many times the mean of the 16 before, and 1 nat above it, is taken for divergence. 0: none is.
     spike: float = Field(default=3.0, ge=0.0, le=1e6)
     #: Steps between checkpoints.
     checkpoint_every: int = Field(default=20, ge=1, le=1_000_000)

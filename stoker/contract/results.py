@@ -44,7 +44,7 @@ class Completion(Message):
 
 
 class GenerateResult(Completion):
-    """The first completion, and those beside it."""
+    """The first completion; `others` has the further ones."""
 
     model: str
     adapter: str | None

@@ -1,4 +1,4 @@
-"""The input of a job that travels beside its request: a dataset, or an adapter's files.
+"""The input of a job that travels apart from its request: a dataset, or an adapter's files.
 
 Its name says whose it is, how long it is, and its digest. A large one is sent in parts; every sending has a random name
 of its own, so what a sending that died left behind is never taken for a part of another, and a reader knows whether it

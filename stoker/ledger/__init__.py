@@ -1,5 +1,5 @@
 """The ledger: what the broker knows of each job, beyond its message. One Lua script a transition, so that each happens
-whole or not at all, whoever dies in the middle.
+whole or not at all, also if its caller dies in the middle.
 
 A job's life: `submit` writes its record and lets it wait in the backlog. The best of those who wait come to the ready
 list, from which Celery takes messages (`prelude.lua`). A worker that gets the message calls `claim`: it becomes the

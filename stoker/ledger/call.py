@@ -1,5 +1,5 @@
 """One question to the broker with its answer's type, not sent yet: so that a blocking client, an asyncio client and a
-pipeline send the same one, and its reply is read at one place."""
+pipeline send the same one, and its reply is read in one function."""
 
 from __future__ import annotations
 

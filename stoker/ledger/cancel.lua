@@ -8,7 +8,7 @@ if owner[1] then
     redis.call('PUBLISH', KEYS[20], id)
     return 'asked'
   end
-  -- Its owner is silent: whoever wrote this token finds another one, and leaves no trace.
+  -- Its owner is silent: if it comes back, it finds another token than its own, and leaves no trace.
   redis.call('HSET', job, 'token', 'cancelled')
 end
 strike_out()

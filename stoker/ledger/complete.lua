@@ -6,7 +6,7 @@ if owner[1] ~= ARGV[6] or owner[2] then return 0 end
 strike_out()
 redis.call('HSET', job, 'completed', ARGV[6])
 finish(ARGV[7])
--- How fast jobs end here: what a full queue tells those whom it turns away.
+-- How fast jobs end here: what a full queue reports to the clients that it refuses.
 local state = redis.call('HMGET', pace, 'last', 'interval')
 local since = now - (tonumber(state[1]) or now)
 local interval = state[2] and 0.9 * tonumber(state[2]) + 0.1 * since or since

@@ -1,7 +1,7 @@
--- What every transition shares: the clock, the names, and the two places where a job may wait.
+-- What every transition shares: the clock, the names, and where a job waits: backlog and ready list.
 --
 -- A job waits in the backlog, one sorted set a priority, by its client's turn. Before it stands the ready list,
--- from which Celery takes messages: it holds no more than `window`, so that whoever comes later with a better
+-- from which Celery takes messages: it holds no more than `window`, so that a later job with a better
 -- claim is not behind thousands. Each transition that takes from the ready list fills it up again (`refill`).
 
 -- Redis' own clock: clients' and workers' clocks may differ.
@@ -30,14 +30,15 @@ local function ended()
   return status == 'SUCCESS' or status == 'FAILURE' or status == 'REVOKED'
 end
 
--- Waiting lifts a job by one priority every so many seconds, up to the best one.
+-- Waiting lifts a job by one priority every `ageing` seconds, up to the best one.
 local ageing = setting('ageing', 300)
 local function level(priority, submitted)
   return math.max(0, priority - math.floor((now - submitted) / ageing))
 end
 
--- Where a job waits; nil for one that has ended, and for one whose record no client wrote: it must not stop the others.
-local function place(of)
+-- What a waiting job is ordered by; nil for one that has ended, and for one whose record no client wrote: it must not
+-- stop the others.
+local function rank(of)
   local fields = redis.pcall('HMGET', job_prefix .. of, 'priority', 'submitted', 'turn', 'token', 'message')
   local priority, submitted = tonumber(fields[1]), tonumber(fields[2])
   if not (submitted and priority and backlogs[priority + 1] and tonumber(fields[3]) and fields[5]) then return nil end
@@ -51,7 +52,7 @@ local function decoded(text)
   return readable and type(value) == 'table' and value or {}
 end
 
--- The job that a message names; nil for one that cannot be read: a worker will put it aside.
+-- The job that a message names; nil for one that cannot be read: a worker will dead-letter it.
 local function named(message)
   local headers = decoded(message)['headers']
   local of = type(headers) == 'table' and headers['id']
@@ -90,7 +91,7 @@ local function best()
   for priority = 0, 9 do
     local head = redis.call('ZRANGE', backlog(priority), 0, 0)[1]
     while head do
-      local candidate = place(head)
+      local candidate = rank(head)
       if candidate then
         candidate.served = tonumber(redis.call('HGET', turns, 'served:' .. priority)) or 0
         if not found or candidate.level < found.level
@@ -111,10 +112,10 @@ local function ready_at(position)
   local message = redis.call('LINDEX', ready, position)
   if not message then return nil end
   local of = named(message)
-  return message, of and place(of) or {id = of, level = 0}
+  return message, of and rank(of) or {id = of, level = 0}
 end
 
--- The job's message under a delivery tag of its own: by its tag a delivery that came back is told from a second one.
+-- The job's message under a delivery tag of its own: its tag distinguishes a delivery that came back from a second one.
 local function message_of(of)
   local key = job_prefix .. of
   local tag = of .. '#' .. redis.call('HINCRBY', key, 'sent', 1)
@@ -148,8 +149,8 @@ local function push(candidate)
   add(dispatched, now, candidate.id)
 end
 
--- The last one of the ready list gives its place to one of the backlog that is better. Not one that came back from a silent
--- owner: it is known by its delivery tag.
+-- The last one of the ready list makes way for one of the backlog that is better. Not one that came back from a
+-- silent owner: it is known by its delivery tag.
 local function make_way()
   local candidate = best()
   if not candidate then return end

@@ -7,8 +7,9 @@ for _, message in ipairs(redis.call('LRANGE', ready, 0, -1)) do
   if of then standing[of] = true end
 end
 
--- A message is lost that is neither in the ready list nor held, and whose job nobody alive runs: whoever took it died before
--- it wrote that down. Nobody need have run the job yet; or its owner died, and the message was lost on the way back.
+-- A message is lost that is neither in the ready list nor held, and whose job no living worker runs: the worker that
+-- took it died before it wrote that down. No worker need have run the job yet; or its owner died, and the message was
+-- lost on the way back.
 local function lost(of, token, tag, worker)
   if standing[of] then return false end
   if not token then return true end
@@ -19,7 +20,7 @@ local found = {}
 for _, of in ipairs(redis.call('ZRANGEBYSCORE', dispatched, '-inf', now - tonumber(ARGV[6]), 'LIMIT', 0, 1000)) do
   local key = job_prefix .. of
   local fields = redis.pcall('HMGET', key, 'message', 'priority', 'turn', 'token', 'tag', 'worker', 'history', 'trouble')
-  if not place(of) then
+  if not rank(of) then
     redis.call('ZREM', dispatched, of)
     redis.call('ZREM', open, of)
   elseif lost(of, fields[4], fields[5], fields[6]) then

@@ -1,4 +1,4 @@
-"""What the scripts answer, each read at one place."""
+"""What the scripts answer, each read in one function."""
 
 from __future__ import annotations
 

@@ -13,10 +13,10 @@ elseif redis.call('EXISTS', job) == 1 then
   return {'known', 0, 0, '0'}
 end
 
--- Seconds until a place is free, by the pace at which jobs of this queue have ended.
-local function wait_for(places)
+-- Seconds until `jobs` more have ended, by the pace at which jobs of this queue have ended.
+local function wait_for(jobs)
   local interval = tonumber(redis.call('HGET', pace, 'interval')) or 1
-  return string.format('%.1f', math.min(3600, math.max(1, interval * places)))
+  return string.format('%.1f', math.min(3600, math.max(1, interval * jobs)))
 end
 
 local depth, limit = waiting(), setting('queue_limit', tonumber(ARGV[6]))

@@ -25,7 +25,7 @@ PREFERRED_PORT = 6379
 START_LIMIT = 60.0
 #: Seconds that a server which reads its data may be silent.
 SILENCE = 10.0
-#: What the server says of a port that somebody else listens on.
+#: What the server says of a port that another process listens on.
 PORT_TAKEN = "Address already in use"
 
 
@@ -39,9 +39,9 @@ class EmbeddedBroker:
         self._lock: IO[str] | None = None
         self.url = ""
 
-    def start(self, tell: Callable[[str], None] = lambda text: None) -> str:
+    def start(self, report: Callable[[str], None] = lambda text: None) -> str:
         """Start the server, wait until it has its data, and return its URL, which other shells find in
-        STOKER_HOME/broker.json. `tell` gets to know how far the server is."""
+        STOKER_HOME/broker.json. `report` is called with how far the server is."""
         self._folder.mkdir(parents=True, exist_ok=True)
         self._lock = self._take_lock()
         port = free_port(self._preferred_port)
@@ -49,7 +49,7 @@ class EmbeddedBroker:
             # Free a moment ago: another process, perhaps another `stoker up`, was faster.
             port = free_port(0)
         self.url = _url(port)
-        self._wait_until_loaded(tell)
+        self._wait_until_loaded(report)
         self._announce()
         return self.url
 
@@ -58,7 +58,7 @@ class EmbeddedBroker:
         write_whole(self._settings.broker_file, lambda draft: draft.write_text(record))
 
     def _serves(self, port: int) -> bool:
-        """Start the server on `port` and wait until it answers; False if somebody else has the port."""
+        """Start the server on `port` and wait until it answers; False if another process has the port."""
         self._process = Process(
             "broker",
             [str(server_binary()), *self._options(port)],
@@ -77,10 +77,10 @@ class EmbeddedBroker:
                 time.sleep(0.05)
         return True
 
-    def _wait_until_loaded(self, tell: Callable[[str], None]) -> None:
+    def _wait_until_loaded(self, report: Callable[[str], None]) -> None:
         """What was in the queues when it ended is read back first, which takes a second for each few hundred MB."""
         with redis.Redis.from_url(self.url, socket_timeout=SILENCE) as client:
-            wait_until_loaded(lambda: client.info("persistence"), self.url, tell, lambda: self.alive)
+            wait_until_loaded(lambda: client.info("persistence"), self.url, report, lambda: self.alive)
 
     def _answers(self, client: redis.Redis) -> bool:
         """Whether our own server answers: another's, on a port that it took before ours, has another folder."""
@@ -97,7 +97,7 @@ class EmbeddedBroker:
             "appendonly": "yes",
             "appendfsync": "everysec",
             "save": "",
-            # A queue must never lose a key to make room: a full broker refuses instead, and the client is told.
+            # A queue must never lose a key to make room: a full broker refuses instead, and the client gets an error.
             "maxmemory-policy": "noeviction",
             "daemonize": "no",
         }

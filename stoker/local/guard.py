@@ -1,6 +1,6 @@
-"""Run a command that must not outlive whoever asked for it: `python guard.py GRACE COMMAND…`.
+"""Run a command that must not outlive the process that asked for it: `python guard.py GRACE COMMAND…`.
 
-The asker holds the other end of this process's standard input. When it closes that end, or dies in whatever way
+The asker holds the other end of this process's standard input. When it closes that end, or dies in any way
 (`kill -9` included), the pipe ends, and the command gets SIGTERM and, GRACE seconds later, SIGKILL. A pipe does this on
 every Unix; a parent-death signal exists on Linux alone. Standard library only: it starts in milliseconds.
 """

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from stoker.local import guard
 
-#: Bytes. A log larger than this at start is put aside as `NAME.log.1`, so that logs never fill the disk.
+#: Bytes. A log larger than this at start is renamed to `NAME.log.1`, so that logs never fill the disk.
 MAX_LOG = 8 * 2**20
 
 

@@ -38,9 +38,9 @@ class Stack:
         *,
         flower: bool = True,
         own_broker: bool = False,
-        tell: Callable[[str], None] = lambda text: None,
+        report: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self.settings, self._tell = settings, tell
+        self.settings, self._report = settings, report
         self._want_flower, self._own_broker = flower, own_broker
         self._broker: EmbeddedBroker | None = None
         self._worker: Process | None = None
@@ -53,9 +53,9 @@ class Stack:
         if self._needs_broker():
             # A private broker stays off the usual port, where other clients would find it.
             self._broker = EmbeddedBroker(self.settings, port=0 if self._own_broker else PREFERRED_PORT)
-            self.settings = load_settings(**{**self.settings.model_dump(), "url": self._broker.start(self._tell)})
+            self.settings = load_settings(**{**self.settings.model_dump(), "url": self._broker.start(self._report)})
         else:
-            wait_for_broker(self.settings, self._tell)
+            wait_for_broker(self.settings, self._report)
         self.start_worker()
         if self._want_flower and importlib.util.find_spec("flower") is not None:
             port = free_port(FLOWER_PORT)
@@ -65,7 +65,7 @@ class Stack:
             )
 
     def _needs_broker(self) -> bool:
-        """Not if one was chosen and answers. A Redis that nobody chose is somebody else's, though it has the port."""
+        """Not if one was chosen and answers. A Redis that was not chosen is another program's, on any port."""
         if self._own_broker or self.settings.chosen_url is None:
             return True
         if answers(self.settings):
@@ -89,7 +89,7 @@ class Stack:
         self.start_worker()
 
     def _spawn(self, name: str, command: list[str], grace: float) -> Process:
-        # The children read what we were told, wherever we were told it.
+        # The children get the settings of this process, also those that did not come from its environment.
         env = {**self.settings.environment(), "STOKER_URL": self.settings.address.celery, "PYTHONUNBUFFERED": "1"}
         return Process(name, command, log=self.settings.logs / f"{name}.log", env=env, grace=grace)
 
@@ -103,10 +103,10 @@ class Stack:
                         return presence
                 if self._worker.returncode is not None:
                     raise _error_of(self._worker)
-                self._tell("loading models")
+                self._report("loading models")
                 time.sleep(POLL)
 
-    def watch(self, tell: Callable[[str], None]) -> None:
+    def watch(self, report: Callable[[str], None]) -> None:
         """Run until interrupted. A worker that dies is started again; a broker that dies ends the stack."""
         assert self._worker is not None
         while True:
@@ -115,13 +115,13 @@ class Stack:
                 raise BrokerUnavailable(f"the embedded broker ended; see {self.settings.logs / 'broker.log'}.")
             if self._flower is not None and self._flower.returncode is not None:
                 code, log, self._flower = self._flower.returncode, self._flower.log, None
-                tell(f"Flower ended (exit code {code}), see {log}; jobs go on without it")
+                report(f"Flower ended (exit code {code}), see {log}; jobs go on without it")
             if self._worker.returncode is not None:
-                tell(f"the worker ended (exit code {self._worker.returncode}); starting another")
+                report(f"the worker ended (exit code {self._worker.returncode}); starting another")
                 time.sleep(RESTART_PAUSE)
                 self.start_worker()
                 self.wait_until_warm()
-                tell("a worker is warm again")
+                report("a worker is warm again")
 
     def stop(self) -> None:
         # Ask both first, wait then: they stop side by side, and the broker outlives them.
@@ -161,14 +161,14 @@ def answers(settings: Settings) -> bool:
     return True
 
 
-def wait_for_broker(settings: Settings, tell: Callable[[str], None]) -> None:
+def wait_for_broker(settings: Settings, report: Callable[[str], None]) -> None:
     """Wait until a broker that was chosen has read its data. Raises `BrokerUnavailable` if it does not answer."""
     client = connect(settings)
     try:
-        with translated(settings, but=(BusyLoadingError,)):
+        with translated(settings, passing=(BusyLoadingError,)):
             client.ping()
     except BusyLoadingError:
-        wait_until_loaded(lambda: client.info("persistence"), settings.address.shown, tell)
+        wait_until_loaded(lambda: client.info("persistence"), settings.address.shown, report)
     finally:
         client.close()
 

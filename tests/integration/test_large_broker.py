@@ -39,11 +39,11 @@ def test_every_start_with_much_data_comes_up(tmp_path: Path) -> None:
     fill(broker.start())
     broker.stop()
     for start in range(STARTS):
-        told: list[str] = []
-        with Stack(settings, flower=False, own_broker=True, tell=told.append) as stack:
+        reports: list[str] = []
+        with Stack(settings, flower=False, own_broker=True, report=reports.append) as stack:
             assert stack.wait_until_warm().models, f"start {start}"
             with redis.Redis.from_url(stack.settings.address.redis) as client:
                 assert client.dbsize() >= 2 * (MEGABYTES * 2**20 // VALUE // 2)
-        shown = [text for text in told if text.startswith("the broker is loading its data")]
+        shown = [text for text in reports if text.startswith("the broker is loading its data")]
         assert shown, f"start {start} said nothing of the load"
         assert all(re.search(r"\d+ %, about \d+ s left", text) for text in shown)

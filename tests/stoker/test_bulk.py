@@ -13,7 +13,7 @@ import anyio
 import numpy as np
 import pytest
 
-from stoker.bulk.chunks import BATCH_CHARS, Flight, Plan
+from stoker.bulk.chunks import BATCH_CHARS, InFlightLimit, Plan
 from stoker.client._async.bulk import embed_chunks as embed_chunks_async
 from stoker.client._sync.bulk import embed_chunks
 from stoker.contract import ModelCard, Presence
@@ -250,14 +250,14 @@ def test_long_texts_make_smaller_jobs(run: Callable[..., list[Any]]) -> None:
 
 
 def test_more_workers_mean_more_jobs_in_flight() -> None:
-    flight = Flight(Plan(1, None, 1), "mini")
-    assert flight.stale
+    limit = InFlightLimit(Plan(1, None, 1), "mini")
+    assert limit.stale
     client = FakeClient(alive=3)
-    flight.count(client.workers())
-    assert not flight.stale
-    assert flight.limit == 12
-    flight.count([])
-    assert flight.limit == 4
+    limit.count(client.workers())
+    assert not limit.stale
+    assert limit.limit == 12
+    limit.count([])
+    assert limit.limit == 4
 
 
 @pytest.mark.parametrize("options", [(0, None, 1), (5000, None, 1), (1, 0, 1), (1, None, 0)])

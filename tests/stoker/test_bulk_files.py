@@ -140,7 +140,7 @@ def test_an_output_that_cannot_be_is_refused_before_any_work(tmp_path: Path) -> 
     there.write_bytes(b"")
     for path, dtype, why in (
         (tmp_path / "out.csv", "float32", r"'out\.csv' given.*\.npy, \.safetensors, \.parquet"),
-        (tmp_path / "out.npy", "int8", "no place for the scales"),
+        (tmp_path / "out.npy", "int8", "cannot hold the scales"),
         (tmp_path / "none" / "out.npy", "float32", "no folder"),
         (there, "float32", "there already.*--overwrite"),
     ):

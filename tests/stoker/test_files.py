@@ -69,7 +69,7 @@ def test_rows_that_were_promised_outlast_every_cut_and_the_file_is_whole_or_not_
     tmp_path: Path, suffix: str, dtype: str
 ) -> None:
     if (suffix, dtype) == (".npy", "int8"):
-        pytest.skip("npy has no place for scales")
+        pytest.skip("npy cannot hold scales")
     of, work = job(dtype), tmp_path / "work"
     expected = whole(tmp_path / "expected", suffix, of)
     work.mkdir()

@@ -47,7 +47,7 @@ def redis(broker: Settings) -> Iterator[Any]:
 @pytest.fixture
 def aside(monkeypatch: pytest.MonkeyPatch) -> list[Unreadable]:
     found: list[Unreadable] = []
-    monkeypatch.setattr(transport, "put_aside", found.append)
+    monkeypatch.setattr(transport, "dead_letter", found.append)
     return found
 
 

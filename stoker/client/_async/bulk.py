@@ -8,7 +8,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
-from stoker.bulk.chunks import LONGEST_PAUSE, Chunk, Cutter, Flight, Plan, checked_texts, placed, try_again
+from stoker.bulk.chunks import LONGEST_PAUSE, Chunk, Cutter, InFlightLimit, Plan, checked_texts, renumbered, try_again
 from stoker.client.asynchronously import Texts, each, finished, sleep
 from stoker.client.options import EmbedOptions
 from stoker.contract.vectors import Encoded
@@ -24,14 +24,14 @@ async def embed_chunks(
 ) -> AsyncGenerator[Encoded]:
     """The vectors of each job, in order."""
     waiting: deque[tuple[Chunk, AsyncEmbedJob]] = deque()
-    flight = Flight(plan, model)
+    in_flight = InFlightLimit(plan, model)
     chunks = _cut(texts, plan)
     try:
         while True:
-            if flight.stale:
-                flight.count(await client.workers())
+            if in_flight.stale:
+                in_flight.count(await client.workers())
             # The oldest is fetched before the next one is sent, so no more than the limit is ever under way.
-            if len(waiting) < flight.limit and (chunk := await anext(chunks, None)) is not None:
+            if len(waiting) < in_flight.limit and (chunk := await anext(chunks, None)) is not None:
                 waiting.append((chunk, await _send(client, chunk, model, options)))
             elif waiting:
                 chunk, job = waiting[0]
@@ -72,6 +72,6 @@ async def _send(client: AsyncClient, chunk: Chunk, model: str, options: EmbedOpt
         try:
             return await client.embed(chunk.texts, model=model, **options)
         except InvalidRequest as error:
-            raise type(error)(placed(str(error), chunk.start)) from None
+            raise type(error)(renumbered(str(error), chunk.start)) from None
         except QueueFull as error:
             await sleep(min(LONGEST_PAUSE, error.wait))

@@ -127,7 +127,7 @@ class AsyncEmbedJob(AsyncJob["np.ndarray"]):
         patience = Patience(self._client.settings)
         while True:
             try:
-                with translated(self._client.settings, but=connection.TROUBLE), own_patience():
+                with translated(self._client.settings, passing=connection.TROUBLE), own_patience():
                     return read_vectors(reply, await self._client.redis.get(keys.blob(reply.blob)))
             except connection.TROUBLE as error:
                 await sleep(patience.spend(error))

@@ -128,7 +128,7 @@ class EmbedJob(Job["np.ndarray"]):
         patience = Patience(self._client.settings)
         while True:
             try:
-                with translated(self._client.settings, but=connection.TROUBLE), own_patience():
+                with translated(self._client.settings, passing=connection.TROUBLE), own_patience():
                     return read_vectors(reply, self._client.redis.get(keys.blob(reply.blob)))
             except connection.TROUBLE as error:
                 sleep(patience.spend(error))
