@@ -108,8 +108,8 @@ def measure(loops: Sequence[Loop]) -> list[dict[str, Any]]:
     samples = [[loop.run() for loop in loops] for _ in range(TIMES)]
     found: list[dict[str, Any]] = []
     base: dict[tuple[int, int], float] = {}
-    for place, loop in enumerate(loops):
-        taken = [turn[place] for turn in samples]
+    for index, loop in enumerate(loops):
+        taken = [turn[index] for turn in samples]
         ms = float(np.median(taken))
         speedup = base.setdefault((loop.rows, loop.adapters), ms) / ms
         found.append({"name": loop.name, "ms": ms, "speedup": speedup, "samples": taken})

@@ -121,7 +121,7 @@ class Ours:
 
     def run(self, prompts: Sequence[Sequence[int]], tokens: int, each: Callable[[int], Any] = lambda _: {}) -> Times:
         began = time.perf_counter()
-        sent = [self.submit(prompt, tokens, **each(place)) for place, prompt in enumerate(prompts)]
+        sent = [self.submit(prompt, tokens, **each(index)) for index, prompt in enumerate(prompts)]
         for _, ticket in sent:
             ticket.result(600)
         return [[at - began for at in self._came.pop(job)] for job, _ in sent]
@@ -284,7 +284,7 @@ class Bench:
             {
                 "base": run(lambda _: {}),
                 "one": run(lambda _: {"adapter": "a0"}),
-                "all": run(lambda place: {"adapter": f"a{place % count}"}),
+                "all": run(lambda index: {"adapter": f"a{index % count}"}),
             }
         )
         rates = {name: [steady(times) for times in runs] for name, runs in found.items()}
@@ -297,7 +297,7 @@ class Bench:
         streams, tokens = self._sizes.streams, self._sizes.tokens
 
         def run(**options: Any) -> Callable[[], Times]:
-            return lambda: self._ours.run(self._prompts(streams), tokens, lambda place: {"seed": place, **options})
+            return lambda: self._ours.run(self._prompts(streams), tokens, lambda index: {"seed": index, **options})
 
         found = self._turns(
             {
@@ -333,14 +333,14 @@ class Bench:
         busy: list[float] = []
         without: list[float] = []
         try:
-            for place in range(self._sizes.rounds + 1):
+            for index in range(self._sizes.rounds + 1):
                 calm = time.perf_counter()
                 time.sleep(0.5 if self._sizes is GPU else 3.0)
                 began = time.perf_counter()
                 job, ticket = self._ours.submit(self._ours.prompt(self._sizes.long_prompt), 1)
                 ticket.result(600)
                 ended = self._ours.came(job)[0]
-                if place:  # the first round warms up
+                if index:  # the first round warms up
                     for stream, _ in running:
                         without += gaps(self._ours.came(stream), calm, began)
                         busy += gaps(self._ours.came(stream), began - max(without) / 1000, ended)

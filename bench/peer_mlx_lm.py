@@ -32,11 +32,11 @@ def main() -> None:
     def many(prompts: list[list[int]], tokens: int) -> list[list[float]]:
         generator = BatchGenerator(model, max_tokens=tokens, completion_batch_size=len(prompts))
         began = time.perf_counter()
-        places = {uid: place for place, uid in enumerate(generator.insert(prompts))}
+        indices = {uid: index for index, uid in enumerate(generator.insert(prompts))}
         times: list[list[float]] = [[] for _ in prompts]
         while any(len(line) < tokens for line in times):
             for response in generator.next_generated():
-                times[places[response.uid]].append(time.perf_counter() - began)
+                times[indices[response.uid]].append(time.perf_counter() - began)
         generator.close()
         return times
 

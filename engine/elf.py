@@ -1,7 +1,7 @@
 """Give an ELF library's prefixed functions their plain names back, without a linker.
 
 Every string `scipy_cblas_sgemm` in `.dynstr` holds `cblas_sgemm` at offset 6, so a symbol is renamed by moving its
-`st_name` forward. Symbol lookup goes by hash, so the GNU hash table is replaced, in its own place, by the older and
+`st_name` forward. Symbol lookup goes by hash, so the GNU hash table is replaced, at its own offset, by the older and
 smaller SysV table (System V gABI, chapter 5, "Hash Table"), which glibc and musl both read.
 """
 

@@ -208,7 +208,7 @@ class Engine:
         return [generate, TrainLane(model, pool, self._runs), AdapterLane(model, pool)]
 
     def step(self) -> None:
-        """One turn of the loop: take new work, drop stopped work, run the lane whose turn it is, tell."""
+        """One turn of the loop: take new work, drop stopped work, run the lane whose turn it is, report."""
         self._admit()
         for lane in self._lanes.values():
             lane.drop_stopped()

@@ -50,7 +50,7 @@ class Verification:
 
 
 def verify(path: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> Verification:
-    """Check the model at `path` throughout; `progress` is told the tensors done and in all.
+    """Check the model at `path` throughout; `progress` gets the number of tensors done and in all.
 
     Raises `ModelError` that names the first defect.
     """

@@ -146,7 +146,7 @@ class AdapterPool:
             self._fit()
 
     def _room(self) -> int:
-        """A free index: one that is free, or a larger stack if the budget allows, or the place of the least recently
+        """A free index: one that is free, or a larger stack if the budget allows, or the index of the least recently
         used."""
         while True:
             if None in self._held[1:]:

@@ -33,7 +33,7 @@ class StackedLora:
 def adapt_rows(stack: dict[str, mx.array], indices: mx.array, x: mx.array, y: mx.array) -> mx.array:
     """The adapted output (rows, tokens, out) of a layer, from its input `x` (rows, tokens, in) and its own output `y`.
 
-    The one place where a batch meets its adapters. One new token a row goes through a fused kernel where there is one.
+    Only here a batch meets its adapters. One new token a row goes through a fused kernel where there is one.
     """
     return lora(x, y, stack["a"], stack["b"], indices, gain=stack.get("gain"), shift=stack.get("shift"))
 

@@ -68,7 +68,7 @@ class PackedForward:
             parts = []
             for run, stream in zip(runs, streams, strict=True):
                 with mx.stream(stream):
-                    parts.append(self._packed([texts[place] for place in run]))
+                    parts.append(self._packed([texts[index] for index in run]))
             # One evaluation of all: MLX then feeds the streams in turn, and they run side by side.
             mx.eval(parts)
         vectors = np.empty((len(texts), parts[0].shape[1]), dtype=np.float32)
@@ -78,14 +78,14 @@ class PackedForward:
 
     def _packed(self, texts: Sequence[Tokens]) -> mx.array:
         """`texts` are sorted by length."""
-        groups, tokens, places, start = [], [], [], 0
+        groups, tokens, position_ids, start = [], [], [], 0
         for rows, width in near_runs([len(text) for text in texts]):
             block, mask = padded(texts[start : start + rows], rows, width, self._pad)
             start += rows
             groups.append(Group(rows, width, None if mask is None else mx.array(mask)))
             tokens.append(block.reshape(-1))
-            places.append(seen_places(self._encoder, block, mask))
-        hidden = self._encoder.forward(mx.array(np.concatenate(tokens)), mx.array(np.concatenate(places)), groups)
+            position_ids.append(seen_position_ids(self._encoder, block, mask))
+        hidden = self._encoder.forward(mx.array(np.concatenate(tokens)), mx.array(np.concatenate(position_ids)), groups)
         return pool_packed(hidden, groups, self._pooling)
 
 
@@ -105,10 +105,10 @@ def padded(texts: Sequence[Tokens], rows: int, width: int, pad: int) -> tuple[To
     return block, None if lengths.min() == width else np.arange(width) < lengths[:, None]
 
 
-def seen_places(encoder: Encoder, block: Tokens, mask: NDArray[np.bool_] | None) -> Tokens:
-    """The places of a padded block, int32 (tokens,); what pads a text has the place of its first token too."""
-    places = encoder.places(block)
-    return (places if mask is None else np.where(mask, places, places[:, :1])).reshape(-1)
+def seen_position_ids(encoder: Encoder, block: Tokens, mask: NDArray[np.bool_] | None) -> Tokens:
+    """The position ids of a padded block, int32 (tokens,); what pads a text has the position id of its first token."""
+    position_ids = encoder.position_ids(block)
+    return (position_ids if mask is None else np.where(mask, position_ids, position_ids[:, :1])).reshape(-1)
 
 
 def core_count() -> int:
@@ -139,20 +139,20 @@ class PaddedForward:
     def __call__(self, texts: Sequence[Tokens]) -> Vectors:
         lengths = [len(text) for text in texts]
         vectors, parts = None, []
-        for places, rows, width in shapes(lengths, self._tokens):
-            part = self._padded([texts[place] for place in places], rows, width)
+        for indices, rows, width in shapes(lengths, self._tokens):
+            part = self._padded([texts[index] for index in indices], rows, width)
             mx.async_eval(part)  # type: ignore[no-untyped-call]
-            parts.append((places, part))
-        for places, part in parts:
+            parts.append((indices, part))
+        for indices, part in parts:
             if vectors is None:
                 vectors = np.empty((len(texts), part.shape[1]), dtype=np.float32)
-            vectors[places] = np.array(part)[: len(places)]
+            vectors[indices] = np.array(part)[: len(indices)]
         assert vectors is not None
         return vectors
 
     def _padded(self, texts: Sequence[Tokens], rows: int, width: int) -> mx.array:
         tokens, mask = padded(texts, rows, width, self._pad)
-        inputs = [mx.array(tokens.reshape(-1)), mx.array(seen_places(self._encoder, tokens, mask))]
+        inputs = [mx.array(tokens.reshape(-1)), mx.array(seen_position_ids(self._encoder, tokens, mask))]
         if mask is not None:
             inputs.append(mx.array(mask))
         return self._graph(rows, width)(*inputs)
@@ -167,16 +167,16 @@ class PaddedForward:
 
 
 def pooled(encoder: Encoder, pooling: str, rows: int, width: int) -> Callable[..., mx.array]:
-    """(tokens, places, mask or nothing) of a batch `rows` × `width` → vectors (rows, dim), float32."""
+    """(tokens, position_ids, mask or nothing) of a batch `rows` × `width` → vectors (rows, dim), float32."""
 
-    def run(tokens: mx.array, places: mx.array, mask: mx.array | None = None) -> mx.array:
+    def run(tokens: mx.array, position_ids: mx.array, mask: mx.array | None = None) -> mx.array:
         groups = [Group(rows, width, mask)]
         if pooling == "mean" and MEAN_POOL.active:
-            x, update, norm = encoder.to_last_norm(tokens, places, groups)
+            x, update, norm = encoder.to_last_norm(tokens, position_ids, groups)
             x, update = x.reshape(rows, width, -1), update.reshape(rows, width, -1)
             lengths = mx.full((rows,), width, mx.int32) if mask is None else mx.sum(mask, axis=1).astype(mx.int32)
             how = {"normalize": False, "gradient": False}
             return mean_pool(x, update, norm.weight, norm.bias, lengths, norm.eps, **how)
-        return pool_packed(encoder.forward(tokens, places, groups), groups, pooling)
+        return pool_packed(encoder.forward(tokens, position_ids, groups), groups, pooling)
 
     return run

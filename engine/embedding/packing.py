@@ -11,25 +11,25 @@ from typing import NamedTuple
 
 
 class Shape(NamedTuple):
-    """A padded batch: the texts `places` go into the first rows of (rows, width)."""
+    """A padded batch: the texts at `indices` go into the first rows of (rows, width)."""
 
-    places: list[int]
+    indices: list[int]
     rows: int
     width: int
 
 
 def shares(lengths: Sequence[int], count: int) -> list[list[int]]:
-    """The places of `lengths`, sorted by length, in at most `count` runs of about as many tokens each.
+    """The indices of `lengths`, sorted by length, in at most `count` runs of about as many tokens each.
 
     Sorted, so that texts of about one length meet in one run and share its attention.
     """
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     total, before = sum(lengths), 0
     runs: list[list[int]] = [[] for _ in range(count)]
-    for place in order:
+    for index in order:
         # By where the middle of the text falls.
-        runs[min(count - 1, (2 * before + lengths[place]) * count // (2 * total))].append(place)
-        before += lengths[place]
+        runs[min(count - 1, (2 * before + lengths[index]) * count // (2 * total))].append(index)
+        before += lengths[index]
     return [run for run in runs if run]
 
 
@@ -40,7 +40,7 @@ def evenly(lengths: Sequence[int], count: int) -> int:
     """
 
     def idle(texts: int) -> float:
-        sizes = [sum(lengths[place] for place in run) for run in shares(lengths[:texts], count)]
+        sizes = [sum(lengths[index] for index in run) for run in shares(lengths[:texts], count)]
         return 1.0 - sum(sizes) / (count * max(sizes))
 
     if count == 1:

@@ -15,7 +15,7 @@ from stoker.errors import InvalidRequest, StokerError, TextTooLong
 def tokenized(tokenizer: Tokenizer, request: EmbedRequest, prompt: str, longest: int) -> list[Tokens]:
     """The tokens of each text behind `prompt`, at most `longest`; none for a text that the tokenizer knows nothing of.
 
-    Raises `TextTooLong`, or `InvalidRequest` for a text that cannot be encoded, with its place in `texts`.
+    Raises `TextTooLong`, or `InvalidRequest` for a text that cannot be encoded, with its index in `texts`.
     """
     texts = [prompt + text for text in request.texts]
     found = []
@@ -46,7 +46,7 @@ def _encoded(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
 
 
 def named(row: int, error: Exception) -> Exception:
-    """`error` with the text that it came of; want of memory can still be told from it."""
+    """`error` with the text that it came of. Running out of memory stays a `MemoryError`."""
     if isinstance(error, StokerError):
         return type(error)(f"texts.{row}: {error}")
     kind = MemoryError if isinstance(error, MemoryError) else RuntimeError

@@ -124,7 +124,7 @@ class GenerateLane:
         calm = self._prefill is None
         self._advance_prefill(output)
         if output.entries and self.ahead:
-            # A first token is there: it is told before anybody waits for the pass that is under way.
+            # A first token is there: it is reported before the lane waits for the pass that is under way.
             self._launch()
             return output
         self._decode(output)

@@ -19,7 +19,7 @@ from stoker.errors import ModelError
 
 
 class RowState(Enum):
-    """Where a row is: in one place of its lane, from `admit` until it has ended."""
+    """Where a row is: in one container of its lane, from `admit` until it has ended."""
 
     NEW = auto()
     WAITING = auto()
@@ -110,7 +110,7 @@ class Row:
     state: RowState = RowState.NEW
     #: Row of the adapter stack; 0 is the bare base, −1: not acquired yet.
     adapter: int = -1
-    #: Place in the batch; -1 while it has none.
+    #: Slot in the batch; -1 while it has none.
     slot: int = -1
     #: Counts how often it left the batch: what a pass chose for an earlier stay is void.
     epoch: int = 0

@@ -18,7 +18,7 @@ class StopScanner:
         self._shown: list[bool] = []
 
     def add(self, text: str, hidden: str = "") -> tuple[str, str | None]:
-        """What may be shown now of `text`, and the stop string that was completed: the first by place, of those the
+        """What may be shown now of `text`, and the stop string that was completed: the first by position, of those the
         longest. `hidden` is the name of a special token that follows `text`."""
         if not self._stops:
             return text, None
@@ -26,10 +26,10 @@ class StopScanner:
             known = self._shown or [True] * len(self._held)
             self._shown = known + [True] * len(text) + [False] * len(hidden)
         self._held += text + hidden
-        found = [(place, -len(stop), stop) for stop in self._stops if (place := self._held.find(stop)) >= 0]
+        found = [(position, -len(stop), stop) for stop in self._stops if (position := self._held.find(stop)) >= 0]
         if found:
-            place, _, stop = min(found)
-            before = self._take(place)
+            position, _, stop = min(found)
+            before = self._take(position)
             self._held, self._shown = "", []
             return before, stop
         return self._take(len(self._held) - self._beginning(self._held)), None

@@ -163,7 +163,7 @@ class Encoder:
     norm: LayerNorm
     layers: list[Block]
 
-    def places(self, tokens: NDArray[np.int32]) -> NDArray[np.int32]:
+    def position_ids(self, tokens: NDArray[np.int32]) -> NDArray[np.int32]:
         """The row of the table of positions for each of `tokens` (rows, length)."""
         return np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
 
@@ -171,19 +171,19 @@ class Encoder:
         """(1, heads, T, T): what each query adds to the score of each key, for models that know such a thing."""
         return None
 
-    def forward(self, tokens: mx.array, places: mx.array, groups: Sequence[Group]) -> mx.array:
-        """Hidden states (N, dim) of a packed batch: `tokens` and `places` int32 (N,), N the sum over `groups`.
+    def forward(self, tokens: mx.array, position_ids: mx.array, groups: Sequence[Group]) -> mx.array:
+        """Hidden states (N, dim) of a packed batch: `tokens` and `position_ids` int32 (N,), N the sum over `groups`.
 
         Hidden states at padding are meaningless: pool with the group's mask.
         """
-        x, update, norm = self.to_last_norm(tokens, places, groups)
+        x, update, norm = self.to_last_norm(tokens, position_ids, groups)
         return norm.of_sum(x, update)
 
     def to_last_norm(
-        self, tokens: mx.array, places: mx.array, groups: Sequence[Group]
+        self, tokens: mx.array, position_ids: mx.array, groups: Sequence[Group]
     ) -> tuple[mx.array, mx.array, LayerNorm]:
         """The same before its last step: the hidden states are the norm of the sum of both. A kernel pools it too."""
-        x = self.norm(self.words(tokens) + self.positions[places])
+        x = self.norm(self.words(tokens) + self.positions[position_ids])
         addends = [self._addend(group, x.dtype) for group in groups]
         for layer in self.layers[:-1]:
             x = layer(x, groups, addends)
@@ -203,8 +203,8 @@ class Encoder:
     def __call__(self, tokens: mx.array, mask: mx.array | None = None) -> mx.array:
         """The same for one group: hidden states (B, T, dim) of `tokens` int32 (B, T), `mask` bool (B, T)."""
         group = Group(tokens.shape[0], tokens.shape[1], mask)
-        places = mx.array(self.places(np.array(tokens, dtype=np.int32)).reshape(-1))
-        return self.forward(tokens.reshape(-1), places, [group]).reshape(*tokens.shape, -1)
+        position_ids = mx.array(self.position_ids(np.array(tokens, dtype=np.int32)).reshape(-1))
+        return self.forward(tokens.reshape(-1), position_ids, [group]).reshape(*tokens.shape, -1)
 
     def unused(self, tensor: str) -> bool:
         """Whether a checkpoint may hold `tensor` though no sentence vector needs it."""

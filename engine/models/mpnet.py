@@ -65,14 +65,14 @@ class MPNet(Encoder):
         mx.eval(self.bias)
         self.layers = [Block(args, index, _NAMES, tensors) for index in range(args.layers)]
 
-    def places(self, tokens: NDArray[np.int32]) -> NDArray[np.int32]:
+    def position_ids(self, tokens: NDArray[np.int32]) -> NDArray[np.int32]:
         real = (tokens != _PAD).astype(np.int32)
-        places: NDArray[np.int32] = np.cumsum(real, axis=1, dtype=np.int32) * real + _PAD
-        return places
+        position_ids: NDArray[np.int32] = np.cumsum(real, axis=1, dtype=np.int32) * real + _PAD
+        return position_ids
 
     def position_bias(self, length: int) -> mx.array:
-        places = mx.arange(length)
-        return self.bias[places[None, :] - places[:, None] + self.args.context - 1].transpose(2, 0, 1)[None]
+        positions = mx.arange(length)
+        return self.bias[positions[None, :] - positions[:, None] + self.args.context - 1].transpose(2, 0, 1)[None]
 
 
 def _buckets(context: int) -> NDArray[np.int32]:

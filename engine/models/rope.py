@@ -76,7 +76,7 @@ def from_config(config: Mapping[str, Any], context: int, head_dim: int) -> tuple
         base = Fields(value, where).number("rope_theta")
     else:
         base = Fields(config, "config.json").number("rope_theta", 10_000.0)
-    # Phi's place for it; transformers looks there first.
+    # Phi keeps it at the top level; transformers looks there first.
     if config.get("original_max_position_embeddings") is not None and "original_max_position_embeddings" in _TYPES.get(
         _type(value, where), ()
     ):

@@ -161,7 +161,7 @@ def _with_added(inner: Tokenizer, listed: Sequence[AddedToken] | None) -> Tokeni
 def _steps(pre_tokenizer: Any) -> Iterator[Any]:
     """The parts of a pre-tokenizer, each the one that is in use."""
     if isinstance(pre_tokenizer, pre_tokenizers.Sequence):
-        for place in range(len(json.loads(pre_tokenizer.__getstate__())["pretokenizers"])):
-            yield from _steps(pre_tokenizer[place])
+        for index in range(len(json.loads(pre_tokenizer.__getstate__())["pretokenizers"])):
+            yield from _steps(pre_tokenizer[index])
     elif pre_tokenizer is not None:
         yield pre_tokenizer

@@ -154,7 +154,7 @@ class _Reader:
     def tokens(self, value: object) -> list[Named]:
         if not isinstance(value, list | None):
             raise ModelError(f"{self._path}: {_EXTRA} is a {type(value).__name__}, not a list of tokens")
-        return [self.token(token, f"{_EXTRA}[{place}]") for place, token in enumerate(value or ())]
+        return [self.token(token, f"{_EXTRA}[{index}]") for index, token in enumerate(value or ())]
 
     def token(self, value: object, where: str) -> Named:
         if isinstance(value, str) and value:

@@ -158,7 +158,7 @@ class Tokenizer:
         return ids[:longest]
 
     def encode_spans(self, text: str, *, special: bool) -> tuple[list[int], list[int]]:
-        """The ids of `text`, and for each the place in `text` at which what it stands for ends; 0 for what the model
+        """The ids of `text`, and for each the position in `text` at which what it stands for ends; 0 for what the model
         wants before a text, its length for what it wants behind."""
         encoding = self.inner.encode(_checked(text), add_special_tokens=special)
         stops: list[int] = []

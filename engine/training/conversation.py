@@ -11,7 +11,7 @@ from engine.text.tokenizer import Tokenizer
 from stoker.errors import InvalidRequest
 
 _Messages = Sequence[dict[str, str]]
-#: Stands for what the assistant says where its place in the text is looked for.
+#: Stands for what the assistant says while its position in the text is looked for.
 _MARK = "Zq7WhatIsSaidHere7qZ"
 
 
@@ -37,11 +37,11 @@ class Writer:
         thought): then a turn that does not go on behind the one before has a text of its own. Raises `InvalidRequest`.
         """
         found: list[Written] = []
-        for place, message in enumerate(messages):
+        for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            text = self._render(messages[: place + 1])
-            start = self._start(messages[: place + 1], text)
+            text = self._render(messages[: index + 1])
+            start = self._start(messages[: index + 1], text)
             if not found or not text.startswith(found[-1].text):
                 found.append(Written())
             found[-1].text = text
@@ -60,7 +60,7 @@ class Writer:
             return len(before)
         raise InvalidRequest(
             f"the model's chat template writes message {len(messages)}, the assistant's, so that what is said cannot "
-            'be told apart from what stands around it. Give it as {"prompt", "completion"}.'
+            'be separated from what surrounds it. Give it as {"prompt", "completion"}.'
         )
 
     def _asked(self, messages: _Messages) -> str:

@@ -47,12 +47,12 @@ class TokenizedExample:
 
 @dataclass(frozen=True)
 class Batch:
-    """`inputs`: int32 (rows, tokens), padded on the right. `places`: int32 (targets,), flat places of `inputs` whose
-    next token counts; `targets`: int32 (targets,), those tokens; `weights`: float32 (targets,), 0 where a target only
-    pads. `count`: targets that count; `tokens`: of `inputs`, without padding."""
+    """`inputs`: int32 (rows, tokens), padded on the right. `positions`: int32 (targets,), flat positions in `inputs`
+    whose next token counts; `targets`: int32 (targets,), those tokens; `weights`: float32 (targets,), 0 where a target
+    only pads. `count`: targets that count; `tokens`: of `inputs`, without padding."""
 
     inputs: mx.array
-    places: mx.array
+    positions: mx.array
     targets: mx.array
     weights: mx.array
     count: int
@@ -128,7 +128,7 @@ def split(
             "Give more examples or another share."
         )
     order = np.random.default_rng((seed, 1)).permutation(len(examples))
-    return [examples[place] for place in sorted(order[held:])], [examples[place] for place in sorted(order[:held])]
+    return [examples[index] for index in sorted(order[held:])], [examples[index] for index in sorted(order[:held])]
 
 
 def dataset_digest(examples: Sequence[TokenizedExample]) -> str:
@@ -146,17 +146,17 @@ def collate(examples: Sequence[TokenizedExample], align: int = 1) -> Batch:
     """
     width = _up(max(map(len, examples)) - 1, align)
     inputs = np.zeros((len(examples), width), dtype=np.int32)
-    places, targets = [], []
+    positions, targets = [], []
     for row, example in enumerate(examples):
         inputs[row, : len(example) - 1] = example.tokens[:-1]
         learned = np.flatnonzero(example.learned)
-        places.append(row * width + learned - 1)
+        positions.append(row * width + learned - 1)
         targets.append(example.tokens[learned])
     count = sum(map(len, targets))
     padding = _up(count, align) - count
     return Batch(
         mx.array(inputs),
-        mx.array(np.pad(np.concatenate(places), (0, padding)).astype(np.int32)),
+        mx.array(np.pad(np.concatenate(positions), (0, padding)).astype(np.int32)),
         mx.array(np.pad(np.concatenate(targets), (0, padding)).astype(np.int32)),
         mx.array(np.pad(np.ones(count, dtype=np.float32), (0, padding))),
         count,
@@ -169,7 +169,7 @@ def _up(size: int, align: int) -> int:
 
 
 class Batches:
-    """Batches without end, the n-th a function of n and the seed alone: a run goes on at any place.
+    """Batches without end, the n-th a function of n and the seed alone: a run goes on at any batch.
 
     Each epoch is a permutation of its own; runs of it are sorted by length, so that batches hold examples of like
     length, and the batches are shuffled again. What does not fill a batch waits for another epoch.
@@ -183,10 +183,10 @@ class Batches:
 
     def examples(self, number: int) -> list[TokenizedExample]:
         """Those of the batch `number`, from 0."""
-        epoch, place = divmod(number, self.an_epoch)
+        epoch, index_in_epoch = divmod(number, self.an_epoch)
         if epoch != self._epoch:
             self._epoch, self._order = epoch, self._order_of(epoch)
-        return [self._examples[index] for index in self._order[place]]
+        return [self._examples[index] for index in self._order[index_in_epoch]]
 
     def _order_of(self, epoch: int) -> np.ndarray:
         """int64 (batches, size)."""

@@ -17,8 +17,8 @@ from stoker.contract import TrainReport, TrainRequest
 
 RUN_FILE = "run.json"
 LOG_FILE = "log.jsonl"
-#: Reports that are told again on resuming: more than may have been on their way when the worker died.
-_RETOLD = 5000
+#: Reports that are repeated on resuming: more than may have been on their way when the worker died.
+_REPEATED = 5000
 
 
 class TrainingRun:
@@ -57,7 +57,7 @@ class TrainingRun:
         trainer.state = state or trainer.state
         self._log.keep(trainer.state.reports)
         #: Reports of before that may not have been heard.
-        self.reported = self._log.tail(_RETOLD)
+        self.reported = self._log.tail(_REPEATED)
 
     def end(self, status: str) -> None:
         """Say in the run's folder how it stands."""

@@ -21,7 +21,7 @@ class TrainState:
     #: float32 (size,), as `FlatLayout` lays them out.
     weights: mx.array
     moments: Moments
-    #: Optimizer steps done, and micro-steps: the place in the data.
+    #: Optimizer steps done, and micro-steps: the position in the data.
     step: int = 0
     micro: int = 0
     #: Of the step under way: the sum of the gradients so far (None: nothing yet), of the losses, and the targets.

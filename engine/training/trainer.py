@@ -236,14 +236,14 @@ class Trainer:
         return self._loss(self._hidden(inputs, self._layout.unpack(weights), {}), 0.0, *wanted)
 
     def _loss(
-        self, hidden: mx.array, smoothing: float, places: mx.array, targets: mx.array, weights: mx.array
+        self, hidden: mx.array, smoothing: float, positions: mx.array, targets: mx.array, weights: mx.array
     ) -> mx.array:
         """Sum of the losses of a batch's targets.
 
         Only the hidden states that predict a target go through the output head: with prompts masked and a vocabulary
         of 50,000 or more this is most of the step's memory, and a good part of its time.
         """
-        chosen = hidden.reshape(-1, hidden.shape[-1])[places]
+        chosen = hidden.reshape(-1, hidden.shape[-1])[positions]
         return cross_entropy(self._decoder.logits, chosen, targets, weights, smoothing)
 
     def _hidden(self, inputs: mx.array, matrices: Matrices, keys: dict[str, mx.array]) -> mx.array:
@@ -278,7 +278,7 @@ def _in_batches(examples: Sequence[TokenizedExample], size: int) -> list[list[To
 
 
 def _arrays(batch: Batch) -> tuple[mx.array, ...]:
-    return batch.inputs, batch.places, batch.targets, batch.weights
+    return batch.inputs, batch.positions, batch.targets, batch.weights
 
 
 def _number(scalar: mx.array) -> float:

@@ -2,7 +2,7 @@
 
 transformers reads norms under their older names, `LayerNorm.gamma` and `.beta`, and a model with or without the name of
 its body before every tensor. What else stands before all of them (`0.auto_model.`, `transformer.`, `module.`) comes
-from programs that wrapped the model; it is told by the one tensor that every model has.
+from programs that wrapped the model; it is recognised by the one tensor that every model has.
 """
 
 from __future__ import annotations

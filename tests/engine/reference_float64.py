@@ -48,7 +48,7 @@ class Model:
             gate, up = self._linear(layer.mlp.gate_proj, y), self._linear(layer.mlp.up_proj, y)
             x = x + self._linear(layer.mlp.down_proj, gate / (1 + np.exp(-gate)) * up)
         hidden = _norm(self._decoder.norm, x)
-        logits = hidden.reshape(-1, hidden.shape[-1])[np.array(batch.places)] @ float64(self._decoder.lm_head.weight)
+        logits = hidden.reshape(-1, hidden.shape[-1])[np.array(batch.positions)] @ float64(self._decoder.lm_head.weight)
         logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         smoothing = self._request.label_smoothing
         chosen = np.take_along_axis(logs, np.array(batch.targets)[:, None], -1)[:, 0]

@@ -78,7 +78,7 @@ def test_prefill_in_chunks_and_ragged_decoding_agree(name: str, exact: bool, chu
     model = opened(name).decoder
     rows, wanted = golden(name)
     starts, batch = [20, 3, 9], KeyValues(model, 3, 96)
-    for place, (row, start, logits) in enumerate(zip(rows, starts, wanted, strict=True)):
+    for index, (row, start, logits) in enumerate(zip(rows, starts, wanted, strict=True)):
         kv = KeyValues(model, 1, 96)
         for begin in range(0, start, chunk):
             piece = row[begin : min(begin + chunk, start)]
@@ -87,14 +87,14 @@ def test_prefill_in_chunks_and_ragged_decoding_agree(name: str, exact: bool, chu
             how = {"exact": True, "kv_length": end} if exact else {}
             got = cached.through(model, kv, [padded], [begin], **how)[0, : len(piece)]
             assert np.abs(got - logits[begin:end]).max() < CLOSE
-        batch.put(place, kv, 0, start)
+        batch.put(index, kv, 0, start)
     for step in range(min(len(row) - start for row, start in zip(rows, starts, strict=True))):
         positions = [start + step for start in starts]
         got = cached.through(
             model, batch, [[row[at]] for row, at in zip(rows, positions, strict=True)], positions, kv_length=64
         )
-        for place, at in enumerate(positions):
-            assert np.abs(got[place, 0] - wanted[place][at]).max() < CLOSE
+        for index, at in enumerate(positions):
+            assert np.abs(got[index, 0] - wanted[index][at]).max() < CLOSE
 
 
 @pytest.mark.usefixtures("arithmetic")

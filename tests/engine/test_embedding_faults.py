@@ -279,7 +279,7 @@ def test_a_damaged_row_of_the_weights_spoils_the_texts_that_use_it_alone(name: s
     wanted = forward(damaged)(texts)
     encoder = damaged.encoder
     encoder.words.weight[damaged.tokenizer.pad_id or 0] = np.nan
-    encoder.positions[int(encoder.places(texts[2][None])[0, -1])] = np.inf
+    encoder.positions[int(encoder.position_ids(texts[2][None])[0, -1])] = np.inf
     found = forward(damaged)(texts)
     assert np.abs(found[:2] - wanted[:2]).max() < 1e-5
     assert not np.isfinite(found[2]).any()

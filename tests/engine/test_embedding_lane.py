@@ -147,7 +147,7 @@ def test_a_shorter_stall_makes_shorter_steps(minilm: LoadedModel) -> None:
     assert short._pacer.tokens == usual._pacer.tokens // 4
 
 
-def test_a_step_tells_the_pace_what_it_took(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_reports_what_it_took_to_the_pacer(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     noted: list[int] = []
     monkeypatch.setattr(driver.lane._pacer, "note", lambda tokens, seconds: noted.append(tokens) or seconds / 1)
     driver.send("word " * 14, "word " * 8)

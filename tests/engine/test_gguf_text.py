@@ -159,7 +159,7 @@ def test_a_name_that_ends_in_every_family_ends_with_every_type(name: str, kind: 
 def test_a_name_that_ends_elsewhere_ends_nothing_in_a_vocabulary_that_parts_turns_with_it() -> None:
     names = ["<|return|>", "<|call|>", "<|end|>"]
     for absent, ending in ((0, True), (None, False)):
-        added = [name for place, name in enumerate(names) if place != absent]
+        added = [name for index, name in enumerate(names) if index != absent]
         tokens = [*BYTE_LEVEL["tokens"], *added]
         found = byte_level(tokens=tokens, token_type=[1] * len(BYTE_LEVEL["tokens"]) + [3] * len(added))
         assert (found.inner.token_to_id("<|end|>") in found.eos_ids) is ending

@@ -135,12 +135,12 @@ def test_an_encoder_with_kernels_gives_the_vectors_without() -> None:
 def test_pooling_through_the_kernel_gives_the_vectors_without(padded: bool) -> None:
     encoder = load("bert", [str(GOLDENS / "architectures" / "bert")]).encoder
     tokens = np.array([[2, 5, 9, 4], [3, 7, 0, 0]], np.int32)
-    places = mx.array(np.ascontiguousarray(encoder.places(tokens)).reshape(-1))
+    position_ids = mx.array(np.ascontiguousarray(encoder.position_ids(tokens)).reshape(-1))
     mask = [mx.array([[True] * 4, [True, True, False, False]])] if padded else []
     run = pooled(encoder, "mean", 2, 4)
-    wanted = run(mx.array(tokens.reshape(-1)), places, *mask)
+    wanted = run(mx.array(tokens.reshape(-1)), position_ids, *mask)
     with backend.using("emulator"), observing() as launches:
-        got = run(mx.array(tokens.reshape(-1)), places, *mask)
+        got = run(mx.array(tokens.reshape(-1)), position_ids, *mask)
     assert {"mean_pool", "add_layer_norm"} <= _ran(launches)
     np.testing.assert_allclose(np.array(got), np.array(wanted), atol=2e-5)
 

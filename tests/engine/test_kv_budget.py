@@ -29,8 +29,8 @@ class Machine:
         pool = AdapterPool(model, AdapterStore(folder))
         self.batch = Batch(model.decoder, pool, Step(model.decoder, "none"))
         self.prefixes = PrefixCache(1 << 30)
-        for place in range(prefixes):
-            self.prefixes.put("base", [place] * PREFIX, KeyValues(model.decoder, 1, PREFIX))
+        for index in range(prefixes):
+            self.prefixes.put("base", [index] * PREFIX, KeyValues(model.decoder, 1, PREFIX))
         self.budget = KvBudget(model.decoder, tokens * self.token, self.batch, self.prefixes)
 
     def row(self, length: int) -> Row:

@@ -16,16 +16,16 @@ LENGTHS = st.lists(st.integers(1, 600), min_size=1, max_size=80)
 @given(LENGTHS, st.integers(1, 9))
 def test_shares_hold_every_text_once_and_are_sorted(lengths: list[int], count: int) -> None:
     runs = shares(lengths, count)
-    assert sorted(place for run in runs for place in run) == list(range(len(lengths)))
+    assert sorted(index for run in runs for index in run) == list(range(len(lengths)))
     assert 1 <= len(runs) <= count
     assert all(runs)
-    flat = [lengths[place] for run in runs for place in run]
+    flat = [lengths[index] for run in runs for index in run]
     assert flat == sorted(flat)
 
 
 def test_shares_are_of_about_one_size() -> None:
     lengths = np.random.default_rng(1).integers(8, 257, 100).tolist()
-    sizes = [sum(lengths[place] for place in run) for run in shares(lengths, 4)]
+    sizes = [sum(lengths[index] for index in run) for run in shares(lengths, 4)]
     assert max(sizes) - min(sizes) <= 2 * 256
 
 
@@ -56,10 +56,10 @@ def test_texts_of_one_length_are_one_run_without_padding() -> None:
 @given(LENGTHS, st.integers(1, 8192))
 def test_shapes_hold_every_text_once_within_their_bounds(lengths: list[int], tokens: int) -> None:
     found = shapes(lengths, tokens)
-    assert sorted(place for shape in found for place in shape.places) == list(range(len(lengths)))
+    assert sorted(index for shape in found for index in shape.indices) == list(range(len(lengths)))
     for shape in found:
-        assert 1 <= len(shape.places) <= shape.rows
-        assert max(lengths[place] for place in shape.places) <= shape.width
+        assert 1 <= len(shape.indices) <= shape.rows
+        assert max(lengths[index] for index in shape.indices) <= shape.width
         assert shape.rows == 1 or shape.rows * shape.width <= tokens
 
 
@@ -90,7 +90,7 @@ def test_few_shapes_serve_all_traffic() -> None:
 
 def test_texts_of_one_length_fill_their_batches() -> None:
     found = shapes([128] * 1000, 16_384)
-    assert [(shape.rows, len(shape.places)) for shape in found] == [(128, 128)] * 7 + [(128, 104)]
+    assert [(shape.rows, len(shape.indices)) for shape in found] == [(128, 128)] * 7 + [(128, 104)]
 
 
 @pytest.mark.parametrize(("tokens", "seconds", "wanted"), [(1000, 1.0, 100), (100, 10.0, 50), (10_000, 0.1, 2000)])

@@ -22,7 +22,7 @@ def cache(tiny_llama: Llama) -> PrefixCache:
 @pytest.mark.parametrize("shared", range(SHORTEST - 1, LENGTH + 1))
 @pytest.mark.parametrize("more", [1, 2, 30])
 def test_a_hit_is_as_long_as_what_is_shared(cache: PrefixCache, shared: int, more: int) -> None:
-    asked = [*range(shared), *[1000 + place for place in range(more)]]
+    asked = [*range(shared), *[1000 + index for index in range(more)]]
     assert cache.find("base", asked)[1] == (shared if shared >= SHORTEST else 0)
 
 
@@ -55,7 +55,7 @@ def test_bytes_are_counted_in_and_out(cache: PrefixCache, tiny_llama: Llama) -> 
 
 def test_what_was_found_lately_stays_longest(tiny_llama: Llama) -> None:
     kept = [KeyValues(tiny_llama, 1, LENGTH) for _ in range(3)]
-    prompts = [[place] * LENGTH for place in range(3)]
+    prompts = [[index] * LENGTH for index in range(3)]
     cache = PrefixCache(2 * kept[0].nbytes)
     for prompt, kv in zip(prompts[:2], kept, strict=False):
         cache.put("base", prompt, kv)

@@ -193,13 +193,13 @@ def marked(name: str, number: int) -> GenerateRequest:
 
 
 def assert_owned(lane: GenerateLane) -> None:
-    """Every row that was admitted and has not ended is in one place, the one that its state names."""
-    places = {
+    """Every row that was admitted and has not ended is in one container, the one that its state names."""
+    containers = {
         RowState.WAITING: list(lane._roster.waiting),
         RowState.PREFILLING: lane._prefilling,
         RowState.DECODING: lane.batch.rows,
     }
-    listed = [(row, state) for state, rows in places.items() for row in rows]
+    listed = [(row, state) for state, rows in containers.items() for row in rows]
     assert sorted(map(id, lane.held)) == sorted(id(row) for row, _ in listed)
     assert all(row.state is state for row, state in listed)
     assert [row.slot for row in lane.batch.rows] == list(range(len(lane.batch.rows)))
@@ -270,7 +270,7 @@ def stop_one(kind: str, asked: GenerateRequest, sent: Sent, random: np.random.Ge
 def test_numbers_that_are_not_finite_are_the_rows_own_error_and_stay_in_no_cache(
     model: LoadedModel, pool: AdapterPool
 ) -> None:
-    """A masked column that is NaN would spoil the next row in its place: 0 times NaN is NaN."""
+    """A masked position that is NaN would spoil the next row in its slot: 0 times NaN is NaN."""
     driver = Driver(model, pool, slots=2)
     wanted = driver.send(request([3, 1, 4], max_tokens=30))
     driver.run()
@@ -293,7 +293,7 @@ def test_numbers_that_are_not_finite_are_the_rows_own_error_and_stay_in_no_cache
 @pytest.mark.parametrize("cancelled", [True, False])
 def test_what_a_row_leaves_in_the_batch_spoils_no_other(model: LoadedModel, pool: AdapterPool, cancelled: bool) -> None:
     """Its numbers stop being finite in the middle of its answer, or in a pass that nobody reads because it was
-    cancelled; the row that gets its place has fewer tokens, and a masked column is read all the same."""
+    cancelled; the row that gets its slot has fewer tokens, and a masked position is read all the same."""
     driver = Driver(model, pool, slots=2)
     wanted = driver.send(request([3], max_tokens=12))
     driver.run()

@@ -57,7 +57,7 @@ def test_the_token_drawn_is_where_the_uniform_number_falls(golden: dict[str, np.
     tally = dict.fromkeys(GOLDEN["prompt"], 0)
     for number, case in enumerate(CASES):
         rows, scores = golden["logits"][number], golden["scores"][number].astype(np.float64)
-        draws = [draw(place, tally=tally, seed=11, **case) for place in range(len(rows))]
+        draws = [draw(index, tally=tally, seed=11, **case) for index in range(len(rows))]
         for one, row, pick in zip(draws, scores, sample(mx.array(rows), draws), strict=True):
             probability = np.exp(row - row.max())
             probability /= probability.sum()
@@ -173,11 +173,11 @@ def test_a_row_is_the_same_alone_and_in_any_batch() -> None:
     together = sample(mx.array(rows), draws)
     alone = [sample(mx.array(row[None]), [one])[0] for row, one in zip(rows, draws, strict=True)]
     order = np.random.default_rng(1).permutation(len(draws))
-    shuffled = sample(mx.array(rows[order]), [draws[place] for place in order])
-    for place, pick in enumerate(together):
-        other = shuffled[int(np.flatnonzero(order == place)[0])]
-        assert pick.token_id == alone[place].token_id == other.token_id
-        assert pick.logprob == pytest.approx(alone[place].logprob, abs=1e-6)
+    shuffled = sample(mx.array(rows[order]), [draws[index] for index in order])
+    for index, pick in enumerate(together):
+        other = shuffled[int(np.flatnonzero(order == index)[0])]
+        assert pick.token_id == alone[index].token_id == other.token_id
+        assert pick.logprob == pytest.approx(alone[index].logprob, abs=1e-6)
 
 
 def test_a_number_depends_on_seed_and_position_alone() -> None:
@@ -216,8 +216,8 @@ def chi_square(picks: list[Pick], wanted: np.ndarray) -> float:
 def test_tokens_come_as_often_as_their_probability_says(options: dict[str, Any], wanted: list[float]) -> None:
     probabilities = np.array([0.4, 0.3, 0.15, 0.1, 0.05], dtype=np.float32)
     rows = np.tile(np.log(probabilities), (4000, 1))
-    picks = sample(mx.array(rows), [draw(place, seed=17, temperature=1.0, **options) for place in range(4000)])
-    never = [place for place, share in enumerate(wanted) if share == 0]
+    picks = sample(mx.array(rows), [draw(index, seed=17, temperature=1.0, **options) for index in range(4000)])
+    never = [index for index, share in enumerate(wanted) if share == 0]
     assert not {pick.token_id for pick in picks} & set(never)
     assert chi_square(picks, np.array(wanted)) < 23.5  # 4 degrees of freedom: one in 10,000
 
@@ -225,7 +225,7 @@ def test_tokens_come_as_often_as_their_probability_says(options: dict[str, Any],
 def test_tokens_that_cannot_be_are_never_drawn() -> None:
     row = np.full((1, 8), -np.inf, dtype=np.float32)
     row[0, [2, 5]] = 0.0
-    picks = [sample(mx.array(row), [draw(place, temperature=10.0, seed=2)])[0] for place in range(50)]
+    picks = [sample(mx.array(row), [draw(index, temperature=10.0, seed=2)])[0] for index in range(50)]
     assert {pick.token_id for pick in picks} == {2, 5}
 
 
@@ -252,7 +252,7 @@ def test_probabilities_are_finite_at_all_bounds(dtype: mx.Dtype, scale: float) -
     """Every combination, with a tally as long as an answer may be, on logits from small to absurd."""
     options = [dict(zip(BOUNDS, values, strict=True)) for values in itertools.product(*BOUNDS.values())]
     tally = {1: 0, 2: 1, 3: 32_768, 4: 32_768}
-    draws = [draw(place, tally=tally, top_k=place % 3, **one) for place, one in enumerate(options)]
+    draws = [draw(index, tally=tally, top_k=index % 3, **one) for index, one in enumerate(options)]
     rows = mx.array(np.clip(logits(len(draws)) * scale / 3, -6e4, 6e4)).astype(dtype)
     for one, pick in zip(options, sample(rows, draws), strict=True):
         assert math.isfinite(pick.logit), one

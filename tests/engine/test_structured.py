@@ -74,7 +74,7 @@ def test_the_grammar_goes_on_where_a_stream_was_broken_off(driver: Driver) -> No
 
 def chain(link: Any, length: int) -> dict[str, Any]:
     """A schema whose definitions refer to one another, each by `link`."""
-    links = {f"d{place}": link({"$ref": f"#/$defs/d{place + 1}"}) for place in range(length)}
+    links = {f"d{index}": link({"$ref": f"#/$defs/d{index + 1}"}) for index in range(length)}
     return {"$defs": {**links, f"d{length}": {"type": "string"}}, "$ref": "#/$defs/d0"}
 
 

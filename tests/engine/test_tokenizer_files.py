@@ -39,10 +39,10 @@ def folder(tmp_path: Path, base: str, files: dict[str, Any]) -> Path:
 def test_every_file_is_read_as_transformers_reads_it(tmp_path: Path, golden: dict[str, Any]) -> None:
     tokenizer = Tokenizer.from_folder(folder(tmp_path, golden["base"], golden["files"]))
     assert tokenizer.manners.names == golden["names"]
-    for place, (text, ids, decoded) in enumerate(zip(GOLDEN["texts"], golden["ids"], golden["decoded"], strict=True)):
+    for index, (text, ids, decoded) in enumerate(zip(GOLDEN["texts"], golden["ids"], golden["decoded"], strict=True)):
         assert tokenizer.encode(text) == ids
-        assert tokenizer.decode(ids) == decoded.replace(*BETTER.get((golden["name"], place), ("", "")))
-        assert tokenizer.encode_cut(text, 5) == golden["cut"][place]
+        assert tokenizer.decode(ids) == decoded.replace(*BETTER.get((golden["name"], index), ("", "")))
+        assert tokenizer.encode_cut(text, 5) == golden["cut"][index]
 
 
 @pytest.mark.parametrize("golden", GOLDEN["chats"], ids=lambda golden: golden["name"])

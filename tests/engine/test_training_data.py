@@ -55,7 +55,7 @@ def test_only_the_completion_counts_and_ends_with_the_end_token(model: LoadedMod
     assert plain.learned.tolist() == [False, True, True, True, True]
     batch = collate([prompted])
     assert batch.inputs.tolist() == [[3, 4, 5, 6, 7]]
-    assert batch.places.tolist() == [1, 2, 3, 4]
+    assert batch.positions.tolist() == [1, 2, 3, 4]
     assert batch.targets.tolist() == [5, 6, 7, tiny.EOS]
     assert (batch.count, batch.tokens) == (4, 5)
 
@@ -201,7 +201,7 @@ def test_an_example_that_is_too_long_is_named(model: LoadedModel) -> None:
 def test_sizes_are_rounded_up_and_what_pads_weighs_nothing() -> None:
     batch = collate([example(3, 4, 5, start=2), example(6, 7, 8, 9)], align=4)
     assert batch.inputs.tolist() == [[3, 4, 0, 0], [6, 7, 8, 0]]
-    assert batch.places.tolist() == [1, 4, 5, 6]
+    assert batch.positions.tolist() == [1, 4, 5, 6]
     wide = collate([example(3, 4)], align=4)
     assert wide.targets.tolist() == [4, 0, 0, 0]
     assert wide.weights.tolist() == [1, 0, 0, 0]

@@ -52,7 +52,7 @@ def test_padding_does_not_change_a_loss(tiny_llama: Llama) -> None:
 
     def loss(examples: list[TokenizedExample], align: int) -> float:
         batch = collate(examples, align)
-        arrays = batch.inputs, batch.places, batch.targets, batch.weights
+        arrays = batch.inputs, batch.positions, batch.targets, batch.weights
         return float(np.array(trainer._held_out_loss(trainer.state.weights, *arrays)))
 
     apart = sum(loss([row], 1) for row in rows)
@@ -86,7 +86,7 @@ def test_gradients_are_central_differences_in_float64(options: dict[str, Any], b
     weights = trainer.state.weights + 0.05 * mx.random.normal(trainer.state.weights.shape)
     batch, key = collate(ROWS), mx.array([1, 2], mx.uint32)
     value, slope = mx.value_and_grad(trainer._training_loss)(
-        weights, key, batch.inputs, batch.places, batch.targets, batch.weights
+        weights, key, batch.inputs, batch.positions, batch.targets, batch.weights
     )
     matrices, slopes = (
         reference_float64.arrays(trainer._layout.unpack(weights)),
