@@ -27,7 +27,7 @@ help: ## list the targets
 venv: $(STAMP) ## make .venv, or bring it up to date
 
 # The environment is made anew when what it is made from changes, so that nothing old stays behind.
-# The stamps are written last: an install that was broken off is not taken for a whole one.
+# The stamps are written last: an interrupted install is not taken for a whole one.
 $(VENV)/.requirements: requirements/dev.txt requirements/models.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "Stoker needs Python 3.11 or later, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1)." \

@@ -97,7 +97,7 @@ def make_folders(folder: Path) -> None:
 def sweep(folder: Path) -> None:
     """Delete the drafts in `folder` whose writers died."""
     for draft in [path for path in folder.iterdir() if path.name.startswith(DRAFT)]:
-        # It is gone, or not ours to touch.
+        # The draft may be gone, or belong to another user.
         with suppress(OSError):
             handle = os.open(draft, os.O_RDONLY if draft.is_dir() else os.O_RDWR)
             try:

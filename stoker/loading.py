@@ -89,7 +89,7 @@ def wait_until_loaded(
         try:
             progress = Progress.parse(ask())
         except (RedisConnectionError, RedisTimeoutError) as error:
-            # One that is busy with a large value answers late.
+            # A broker that is busy with a large value answers late.
             if not alive() or time.monotonic() - moved > STALLED:
                 raise BrokerUnavailable(f"the broker at {where} ended while it loaded its data ({error}).") from None
             time.sleep(LOOK_EVERY)
@@ -156,7 +156,7 @@ class PatientRetry(Retry):
 
 
 class AsyncPatientRetry(AsyncRetry):
-    """The same for asyncio."""
+    """`PatientRetry` for asyncio."""
 
     def __init__(
         self,

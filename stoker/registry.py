@@ -131,7 +131,7 @@ def _read(value: str) -> Any:
 
 
 def names(raw: Iterable[bytes]) -> list[str]:
-    """Those that may be names: one that nobody could ask for is left out."""
+    """The valid names among `raw`, sorted. An invalid one is left out, because no client could ask for it."""
     return sorted(name for name in (entry.decode(errors="replace") for entry in raw) if follows(Rule.NAME, name))
 
 

@@ -27,7 +27,7 @@ app.conf.update(
     worker_prefetch_multiplier=1,
     # A worker outlives its broker's absence, however long.
     broker_connection_max_retries=None,
-    # Nor does an answer end it that refuses a command: a replica in a fail-over, a full memory, a key that is none.
+    # A worker also outlives a broker that refuses a command: a replica in a fail-over, a full memory, a wrong key.
     broker_channel_error_retry=True,
     worker_cancel_long_running_tasks_on_connection_loss=False,
     # Lanes say how much a worker holds; Celery's own reduction after a lost connection would close them.

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 class StoreTrouble(Exception):
-    """What is to be kept could not be: its job can go on once the store is back."""
+    """The store did not take a version: its job can go on once the store is back."""
 
 
 class Artifacts:
@@ -87,7 +87,7 @@ def _put_local(path: Path, data: bytes) -> None:
     """A folder that workers share: on disk before the registry says that the version is there."""
     make_folders(path.parent)
     if path.exists():
-        # Who renamed it may have died before it was on disk.
+        # The worker that renamed the file may have died before the rename was on disk.
         flush(path.parent)
     else:
         write_whole(path, lambda draft: draft.write_bytes(data))

@@ -26,7 +26,7 @@ SAY_EVERY = 100
 
 def end_process(code: int = EXIT_CODE) -> None:
     logging.shutdown()
-    # Not sys.exit: it ends the thread that calls it, and waits for those that hang.
+    # Not sys.exit: it ends only its own thread, and then waits for threads that hang.
     os._exit(code)
 
 

@@ -11,7 +11,7 @@ _UNUSABLE = frozenset({errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM})
 
 
 def trouble(error: BaseException) -> str | None:
-    """What is wrong with the disk, if that is why: it can be mended, and the job can go on then."""
+    """What is wrong with the disk if that caused `error`, else None: a mended disk lets the job go on."""
     if not isinstance(error, OSError):
         return None
     if error.errno in _FULL:

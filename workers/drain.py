@@ -41,7 +41,7 @@ class Drain:
         self._runtime, self._end = runtime, end or partial(end_process, EX_TEMPFAIL)
         self._redis = redis or connect(runtime.settings, timeout=LOOK_EVERY)
         self._over, self._missed = False, 0
-        # It never stops: it ends with the process, or ends it.
+        # Never set: the thread ends with the process, or ends it.
         self._stopped = threading.Event()
 
     def start(self) -> None:

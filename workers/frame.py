@@ -73,7 +73,7 @@ class Run:
     def take(self) -> None:
         """Become the job's owner. Raises `Ignore` for a delivery that has nothing to do any more."""
         self.claim = self._persist(ledger.claim, self._token, self._tag, self.runtime.name)
-        # It will be a folder's name.
+        # The id will be a folder's name.
         checked(Rule.JOB_ID, "job id", self.job_id)
         if self.claim.state in _DROPPED:
             log.info("job %s: dropped a delivery of a job that %s", self.job_id, _DROPPED[self.claim.state])

@@ -24,7 +24,7 @@ TURNS = (keys.JANITOR, f"{keys.PREFIX}unacked_mutex")
 
 
 class Janitor:
-    """One worker at a time does the round; who it is changes by itself."""
+    """Looks for lost messages, in rounds. One worker at a time does a round; a lock that expires chooses it."""
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
@@ -51,7 +51,7 @@ class Janitor:
             try:
                 card = ModelCard.model_validate_json(raw)
             except ValidationError:
-                # Another release may say it in another way, and looks after its own queues.
+                # Another release may write its cards in another form; its own workers look after its queues.
                 log.warning("the field %r of %s is no card of a model: it is left out", name, keys.MODELS)
                 continue
             if card.contract == CONTRACT:

@@ -30,8 +30,8 @@ class Lanes:
 
     def __init__(self) -> None:
         self._limits: dict[str, int] = {}
-        #: What `shrink` made of the limits.
-        self._room: dict[str, int] = {}
+        #: kind → jobs it may hold now: its limit, or less after `shrink`.
+        self._capacity: dict[str, int] = {}
         self._shrunk = -GROW_AFTER
         self._queues: dict[str, list[str]] = {}
         self._held: dict[str, int] = {}
@@ -41,12 +41,12 @@ class Lanes:
 
     def configure(self, limits: Mapping[str, int], queues: Mapping[str, list[str]]) -> None:
         self._limits, self._queues = dict(limits), {kind: list(names) for kind, names in queues.items()}
-        self._room = dict(limits)
+        self._capacity = dict(limits)
         self._held = dict.fromkeys(limits, 0)
 
     def load(self) -> dict[str, tuple[int, int]]:
         """kind → (held, limit)."""
-        return {kind: (held, self._room[kind]) for kind, held in self._held.items()}
+        return {kind: (held, self._capacity[kind]) for kind, held in self._held.items()}
 
     def kind_of(self, queue: str) -> str | None:
         return next((kind for kind, queues in self._queues.items() if queue in queues), None)
@@ -54,7 +54,7 @@ class Lanes:
     def has_room(self, kind: str) -> bool:
         """Whether one more may be taken. Asked by the consumer's loop, each time before it asks the broker for one."""
         with self._lock:
-            return self._held[kind] < self._room[kind]
+            return self._held[kind] < self._capacity[kind]
 
     def enter(self, kind: str) -> None:
         """A job was taken. Called in the consumer's thread."""
@@ -65,7 +65,7 @@ class Lanes:
         """A job has ended. Called in any thread."""
         with self._lock:
             self._held[kind] -= 1
-            reopened = self._held[kind] == self._room[kind] - 1
+            reopened = self._held[kind] == self._capacity[kind] - 1
         if reopened:
             self.wake()
 
@@ -77,7 +77,7 @@ class Lanes:
         with self._lock:
             if time.monotonic() - self._shrunk < SHRINK_AFTER:
                 return
-            self._room[kind], self._shrunk = max(1, self._room[kind] // 2), time.monotonic()
+            self._capacity[kind], self._shrunk = max(1, self._capacity[kind] // 2), time.monotonic()
 
     def grow(self) -> None:
         """Called from time to time: what was shrunk gets twice its size back, a while after the last shrinking."""
@@ -85,9 +85,9 @@ class Lanes:
             return
         for kind, limit in self._limits.items():
             with self._lock:
-                grows = self._room[kind] < limit
+                grows = self._capacity[kind] < limit
                 if grows:
-                    self._room[kind], self._shrunk = min(limit, 2 * self._room[kind]), time.monotonic()
+                    self._capacity[kind], self._shrunk = min(limit, 2 * self._capacity[kind]), time.monotonic()
             if grows:
                 self.wake()
 

@@ -84,7 +84,7 @@ class LeaseStep(bootsteps.StartStopStep):
             self.thread.start()
 
     def stop(self, consumer: Any) -> None:
-        """Not here: this is called on every lost connection, and while the pool drains jobs still run."""
+        """Does nothing: Celery calls it on every lost connection, and jobs still run while the pool drains."""
 
     terminate = stop
 

@@ -47,7 +47,7 @@ class Mender:
         self._redis, self._queues = redis, queues
 
     def round(self) -> bool:
-        """Move aside what is wrong; whether anything was."""
+        """Move aside every key of a wrong type; return whether there was one."""
         right = dict(SHARED)
         for queue in self._queues():
             right |= keys_of(queue)

@@ -75,7 +75,7 @@ class Runtime:
 
     @property
     def queues(self) -> list[str]:
-        """What the models here can run."""
+        """The queues of the jobs that the models here can run."""
         return [keys.queue(card.model, kind) for card in self.engine.cards for kind in card.kinds]
 
     @property
@@ -88,7 +88,7 @@ class Runtime:
         self._stop(job_id, None)
 
     def fail(self, job_id: str, error: StokerError) -> None:
-        """The same, and it ends with `error`."""
+        """Stop a job at the engine's next step, if it runs here; it ends with `error`."""
         self._stop(job_id, error)
 
     def _stop(self, job_id: str, reason: StokerError | None) -> None:

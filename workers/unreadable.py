@@ -36,11 +36,11 @@ class Unreadable:
 
     @property
     def id(self) -> str:
-        """The same however often the same message is sent: its delivery tag is another each time."""
+        """The dead letter's id. A message that is sent again keeps it: the delivery tag, which changes, is left out."""
         return f"message-{hashlib.sha256(_TAG.sub(b'', self.raw)).hexdigest()[:16]}"
 
     def letter(self, worker: str) -> str:
-        """As the ledger writes those of jobs, and the bytes."""
+        """The dead letter in the form that the ledger writes for jobs, with the message's bytes."""
         history = [{"worker": worker, "time": time.time(), "trouble": self.trouble}]
         fields = {"kind": letters.MESSAGE, "model": self.queue, "request": "", "client": "", "history": history}
         return json.dumps(fields | letters.shown(self.raw))

@@ -12,14 +12,14 @@ from stoker.contract.uploads import Check, Upload
 def parts(redis: Any, upload: Upload) -> Iterator[bytes]:
     """An upload part by part. Raises `JobLost` behind the last one if they are not what was sent."""
     check, blob = Check(upload), keys.blob(str(upload))
-    # One byte behind the end is asked for as well: there is none.
+    # Ask for one byte behind the end too: if there is one, the upload is not what was sent.
     for start in range(0, upload.size + 1, keys.PART):
         yield check.add(redis.getrange(blob, start, start + keys.PART - 1))
     check.end()
 
 
 def read(redis: Any, upload: Upload) -> bytes | None:
-    """The same in one piece; None if it has expired."""
+    """An upload in one piece; None if it has expired."""
     if not redis.exists(keys.blob(str(upload))):
         return None
     return b"".join(parts(redis, upload))

@@ -1,4 +1,4 @@
-"""Files of vectors that grow row by row, survive being broken off, and appear under their name only when whole.
+"""Files of vectors that grow row by row, survive an interruption, and appear under their name only when whole.
 
 Until then the rows lie in `NAME.partial`, with the final file's header, and `NAME.partial.json` says for what input and
 how many rows are safely on disk. A later run of the same input goes on behind those; anything after them is written
@@ -143,14 +143,14 @@ class Output:
         self.done = state["done"]
 
     def make_safe(self) -> None:
-        """What was written is on the disk, and then it is said so."""
+        """Flush the rows to the disk, then record in the state file how many there are."""
         self._safe_at = time.monotonic()
         if self._layout is None:
             return
         self._file.flush()
         flush(partial_path(self._path))
         record = json.dumps({"job": self._job, "dim": self.dim, "done": self.done})
-        # That flushes the folder too, and so the name of the partial file.
+        # `write_whole` flushes the folder too, and so the name of the partial file.
         write_whole(state_path(self._path), lambda draft: draft.write_text(record))
 
     def finish(self) -> None:
@@ -183,7 +183,7 @@ def opened(path: Path, rows: int, job: Mapping[str, Any], overwrite: bool = Fals
     """An output that goes on where an earlier run for the same `job` stopped, or begins anew.
 
     On leaving by an error the rows so far are made safe. Raises `InvalidRequest` if another run is writing it, or if
-    one for another job was broken off and `overwrite` does not say to forget it.
+    a run for another job was interrupted and `overwrite` is False.
     """
     try:
         descriptor = os.open(partial_path(path), os.O_RDWR | os.O_CREAT, 0o666)
@@ -199,8 +199,8 @@ def opened(path: Path, rows: int, job: Mapping[str, Any], overwrite: bool = Fals
         if state and state["job"] != job and not overwrite:
             differing = ", ".join(name for name in job if state["job"].get(name) != job[name])
             raise InvalidRequest(
-                f"--output: {partial_path(path)} is of a run that was broken off, with another {differing}. Go on with "
-                "what it had, or pass --overwrite to forget it."
+                f"--output: {partial_path(path)} is of an interrupted run with another {differing}. Give the same, "
+                "or pass --overwrite to begin anew."
             )
         if state and state["job"] == job:
             output.resume(state)

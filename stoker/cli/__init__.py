@@ -25,7 +25,7 @@ def __getattr__(name: str) -> Any:
     try:
         from stoker.cli.commands import app
     except ModuleNotFoundError as error:
-        # It brings rich along.
+        # typer brings rich along, so only typer can be missing.
         if error.name != "typer":
             raise
         raise ConfigError("typer is missing, which the command needs: pip install 'stoker[cli]'.") from None

@@ -43,11 +43,11 @@ def embed(
     field: Annotated[str, typer.Option(help="Field of each JSON line that holds the text.")] = "text",
     batch: Annotated[int, typer.Option(help="Texts of a job.")] = BATCH_TEXTS,
     in_flight: Annotated[int | None, typer.Option(help="Jobs at once; default: four for each worker.")] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace the output, and forget a run that was broken off.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace the output; begin anew after an interrupted run.")] = False,
     as_json: Json = False,
     url: Url = None,
 ) -> None:
-    """Turn texts into vectors. A file's run that was broken off goes on where it stopped when it is run again."""
+    """Turn texts into vectors. An interrupted run of a file continues when the command is given again."""
     # A wrong `dtype` is the request's to refuse.
     options: EmbedOptions = {
         "truncation": "end" if truncate else "error",

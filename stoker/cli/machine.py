@@ -153,7 +153,7 @@ def _check_broker(settings: Settings) -> dict[str, Any]:
 
 
 def _check_engine() -> list[dict[str, Any]]:
-    """Asked of a process of its own: this one must not import MLX."""
+    """Checks of the engine, made in another process: this one must not import MLX."""
     from stoker.local.stack import worker_command
 
     try:

@@ -176,7 +176,7 @@ class Follower(Generic[E]):
         try:
             (entry,) = self._parsed([payload])
         except ValidationError:
-            # Not a worker's: look at the stream itself.
+            # No worker sent this: look at the stream itself.
             return None, True
         if entry.index != self.next:
             return None, entry.index > self.next

@@ -16,7 +16,7 @@ _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def pieces(file: BinaryIO) -> Iterator[bytes]:
-    """A file in pieces of whole lines, for `numbered`: of a line without end no more is read than shows that."""
+    """A file in pieces of whole lines, for `numbered`: a line is read only until it is too long."""
     rest = b""
     while chunk := file.read(_CHUNK):
         rest += chunk

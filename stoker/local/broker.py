@@ -46,7 +46,7 @@ class EmbeddedBroker:
         self._lock = self._take_lock()
         port = free_port(self._preferred_port)
         while not self._serves(port):
-            # Free a moment ago: another process, perhaps another `stoker up`, was faster.
+            # The port was free a moment ago: another process, perhaps another `stoker up`, was faster.
             port = free_port(0)
         self.url = _url(port)
         self._wait_until_loaded(report)

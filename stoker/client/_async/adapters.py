@@ -68,7 +68,7 @@ class AsyncAdapters:
         return await self._change("promote", adapter, model, version=True)
 
     async def activate(self, adapter: str, model: str | None = None) -> AdapterEntry:
-        """The same as `promote`."""
+        """Another name of `promote`."""
         return await self.promote(adapter, model)
 
     async def rollback(self, name: str, model: str | None = None) -> AdapterEntry:

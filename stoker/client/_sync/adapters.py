@@ -69,7 +69,7 @@ class Adapters:
         return self._change("promote", adapter, model, version=True)
 
     def activate(self, adapter: str, model: str | None = None) -> AdapterEntry:
-        """The same as `promote`."""
+        """Another name of `promote`."""
         return self.promote(adapter, model)
 
     def rollback(self, name: str, model: str | None = None) -> AdapterEntry:
