@@ -214,6 +214,21 @@ def test_a_job_that_outlives_its_owners_too_often_is_dead(redis: Any) -> None:
     assert ledger.submit(redis, "job", record(), revive=True).state == "unknown", "a letter is sent again once"
 
 
+def test_a_dead_job_that_is_sent_again_begins_as_if_it_were_new(redis: Any) -> None:
+    submit(redis)
+    for number in range(MAX_CRASHES + 1):
+        claim(redis, str(number))
+    ledger.dead_letter(redis, "job", QUEUE, str(MAX_CRASHES))
+    complete(redis, str(MAX_CRASHES))
+    assert redis.exists(keys.result("job"))
+    redis.set(keys.cancel("job"), "1", ex=60)
+    assert ledger.submit(redis, "job", record(), revive=True).state == "new"
+    assert not redis.exists(keys.result("job"), keys.cancel("job"))
+    first = claim(redis, "again")
+    assert (first.state, first.resumed, first.cancelled) == ("run", False, False)
+    assert [claim(redis, str(number)).state for number in range(MAX_CRASHES)] == ["run"] * (MAX_CRASHES - 1) + ["dead"]
+
+
 def test_an_owner_that_gives_the_job_back_is_not_held_against_it(redis: Any) -> None:
     submit(redis)
     for number in range(2 * MAX_CRASHES):
