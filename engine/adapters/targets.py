@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.text.limited import LimitedProcess, LimitPassed
+from engine.platform.limited import LimitedProcess, LimitPassed
 from stoker.errors import ModelError
 
 #: PEFT's name of our layer `layers.0.self_attn.q_proj` has this before it.
@@ -17,7 +17,9 @@ _ALL = "all-linear"
 #: PEFT finds the number of a layer by this, or by `layers_pattern` in front of the number.
 _NUMBER = r".*?\.[^.]*\.(?P<idx>\d+)\."
 _SECONDS = 2.0
-_matcher = LimitedProcess(Path(__file__).with_name("pattern_process.py"), "matches the patterns of adapters")
+_matcher = LimitedProcess(
+    Path(__file__).with_name("pattern_process.py"), "matches the patterns of adapters", "computing"
+)
 
 
 def target_layers(where: str, fields: Mapping[str, Any], layers: Iterable[str]) -> set[str]:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from engine.text.limited import LimitedProcess, LimitPassed
+from engine.platform.limited import LimitedProcess, LimitPassed
 from engine.text.tokenizer import Tokenizer
 from stoker.contract import GenerateRequest
 from stoker.errors import InvalidRequest, ModelError
@@ -48,7 +48,7 @@ SECONDS = 2.0
 WALKS, TRIED = 4, 8
 #: Characters of llguidance's words that are passed on: they repeat the expression.
 _WORDS = 20_000
-_process = LimitedProcess(Path(__file__).with_name("grammar_process.py"), "compiles grammars")
+_process = LimitedProcess(Path(__file__).with_name("grammar_process.py"), "compiles grammars", "computing")
 
 
 class Vocabulary:

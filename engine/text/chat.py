@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.text.limited import LimitedProcess, LimitPassed
+from engine.platform.limited import LimitedProcess, LimitPassed
 from stoker.errors import InvalidRequest, ModelError
 
 
@@ -81,4 +81,4 @@ def _text(reply: Mapping[str, str]) -> str:
     raise ModelError(f"the model's chat template cannot be used: {reply['template'][:500]}")
 
 
-_renderer = LimitedProcess(Path(__file__).with_name("chat_process.py"), "renders chat templates with jinja2")
+_renderer = LimitedProcess(Path(__file__).with_name("chat_process.py"), "renders chat templates with jinja2", "passing")

@@ -1,16 +1,12 @@
-"""The process that renders chat templates for `engine.text.chat`: a line of JSON in, a line of JSON out.
+"""The program that renders chat templates for `engine.text.chat`, in a process with limits.
 
-It is started by its path, imports nothing of Stoker, and ends when its input does. Its limits are the system's: an
-alarm that ends it in the middle of its work, and on Linux an address space.
+`engine.platform.child` loads it by its path. It imports nothing of Stoker.
 """
 
 from __future__ import annotations
 
 import json
-import signal
-import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from functools import lru_cache
 from typing import Any
@@ -119,7 +115,7 @@ def render(template: str, variables: dict[str, Any], most: int) -> str:
     return "".join(parts)
 
 
-def answer(request: dict[str, Any]) -> dict[str, str]:
+def answer(request: Mapping[str, Any]) -> dict[str, str]:
     """{"text"}, or {"refused"}: the template's own words, {"template"}: it is unusable, {"input"}: it fails on this."""
     try:
         return {"text": render(request["template"], request["variables"], request["most"])}
@@ -131,26 +127,3 @@ def answer(request: dict[str, Any]) -> dict[str, str]:
         return {"template": f"{type(error).__name__}: {error}"}
     except Exception as error:  # a template can provoke errors of every class
         return {"input": f"{type(error).__name__}: {error}"}
-
-
-def limit_memory(size: int) -> None:
-    with suppress(ImportError, OSError, ValueError):  # macOS does not know the limit
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_AS, (size, size))
-
-
-def main() -> None:
-    limit_memory(int(sys.argv[1]))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits for the answer
-    print("ready", flush=True)
-    for line in sys.stdin:
-        request = json.loads(line)
-        signal.setitimer(signal.ITIMER_REAL, request["seconds"])
-        reply = json.dumps(answer(request))
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        print(reply, flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from engine.loading import LoadedModel
-from engine.text import chat, limited
+from engine.platform import limited
+from engine.text import chat
 from engine.text.chat import ChatLimits, render
 from stoker.errors import InvalidRequest, ModelError
 

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from stoker.errors import ModelError
 
@@ -23,6 +23,7 @@ from stoker.errors import ModelError
 MEMORY = 1 << 30
 #: Seconds: Python starts in 0.1 s; a machine under load takes longer.
 START_PATIENCE = 20.0
+_CHILD = Path(__file__).with_name("child.py")
 
 
 class LimitPassed(Exception):
@@ -30,10 +31,11 @@ class LimitPassed(Exception):
 
 
 class LimitedProcess:
-    """`program`: a file that imports nothing of Stoker, says "ready", and answers lines until its input ends."""
+    """`program`: a file that imports nothing of Stoker and has a function `answer(request)`, as `engine.platform.child`
+    calls it. `clock`: whether a call's limit is of seconds that pass or of seconds that the program computes."""
 
-    def __init__(self, program: Path, purpose: str) -> None:
-        self._program, self._purpose = program, purpose
+    def __init__(self, program: Path, purpose: str, clock: Literal["passing", "computing"]) -> None:
+        self._program, self._purpose, self._clock = program, purpose, clock
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._owner = 0
@@ -64,7 +66,7 @@ class LimitedProcess:
         self._end()
         self._owner = os.getpid()
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-X", "utf8", str(self._program), str(MEMORY)],
+            [sys.executable, "-P", "-X", "utf8", str(_CHILD), str(self._program), self._clock, str(MEMORY)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
