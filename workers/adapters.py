@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,7 @@ from stoker.contract.names import Rule, checked
 from stoker.contract.uploads import Upload
 from stoker.errors import UnknownAdapter
 from stoker.ledger import record
-from workers import uploads
+from workers import clock, uploads
 from workers.artifacts import Artifacts
 
 if TYPE_CHECKING:
@@ -57,7 +56,7 @@ def publish(run: Run, model: str, name: str, version: int, known: Mapping[str, A
     """Put a version that is on this disk where every worker finds it, then let it serve."""
     folder = run.runtime.engine.store.folder(model, name, version)
     _artifacts(run).put(model, name, version, bundle.read_folder(folder))
-    facts = {**known, "time": time.time(), "worker": run.runtime.name, "job": run.job_id}
+    facts = {**known, "time": clock.now(run.runtime.redis), "worker": run.runtime.name, "job": run.job_id}
     registry.register(run.runtime.redis, model, name, version, facts, promote=promote)
 
 

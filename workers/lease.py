@@ -17,10 +17,9 @@ from typing import Any
 
 from celery import bootsteps
 
-from stoker import keys
 from stoker.connection import connect
 from stoker.settings import Settings
-from workers import runtime, transport
+from workers import clock, runtime, transport
 from workers.background import Background
 from workers.lanes import LaneRequest
 
@@ -97,8 +96,8 @@ class LeaseStep(bootsteps.StartStopStep):
         pipeline = self.redis.pipeline()
         pipeline.ping()
         if tags:
-            # xx: a message that was acknowledged meanwhile must not come back.
-            pipeline.zadd(f"{keys.PREFIX}unacked_index", dict.fromkeys(tags, time.time()), xx=True)
+            # known: a message that was acknowledged meanwhile must not come back.
+            clock.hold(pipeline, tags, known=True)
         pipeline.execute()
         self.health.answered()
 

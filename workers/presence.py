@@ -1,4 +1,4 @@
-"""Reports to clients what this worker serves, every two seconds, for as long as it does."""
+"""Reports to clients what this worker serves, every two seconds, for as long as it does. Times are the broker's."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from redis.exceptions import RedisError
 
 from stoker import keys
 from stoker.contract import Presence
+from workers import clock
 from workers.background import Background
 from workers.janitor import Janitor
 from workers.lanes import Lanes
@@ -40,7 +41,7 @@ class Heart:
 
     def beat(self) -> None:
         """Say what is warm here. Called by other threads too."""
-        presence = self._presence()
+        presence = self._presence(clock.now(self._runtime.redis))
         pipeline = self._runtime.redis.pipeline()
         pipeline.set(keys.worker(presence.worker), presence.model_dump_json(), ex=keys.PRESENCE_TTL)
         pipeline.zadd(keys.WORKERS, {presence.worker: presence.time})
@@ -52,15 +53,15 @@ class Heart:
         pipeline.expire(keys.MODELS, keys.MODEL_TTL)
         pipeline.execute()
 
-    def _presence(self) -> Presence:
+    def _presence(self, now: float) -> Presence:
         engine = self._runtime.engine
         return Presence(
             worker=self._runtime.name,
             host=socket.gethostname(),
             pid=os.getpid(),
             device=engine.device,
-            started=self._runtime.started,
-            time=time.time(),
+            started=now - (time.monotonic() - self._runtime.started),
+            time=now,
             models=tuple(engine.cards),
             adapters=engine.adapters,
             lanes=self._lanes.load(),

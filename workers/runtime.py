@@ -41,7 +41,8 @@ class Runtime:
         self.mender = Mender(self.redis, lambda: self.queues)
         self.publisher = Publisher(connect(settings), self.fail)
         self.engine = make_engine(self.publisher.publish)
-        self.started = time.time()
+        #: By `time.monotonic`.
+        self.started = time.monotonic()
         self.stopped = threading.Event()
         #: Owner's token → its ticket: two deliveries of one job may be here for a moment.
         self._running: dict[str, Ticket] = {}

@@ -15,15 +15,18 @@ import functools
 import json
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from queue import Empty
 from typing import Any
 
 import kombu.transport
 import kombu.transport.redis as kombu_redis
 from kombu.exceptions import OperationalError
+from kombu.transport import virtual
 from redis.exceptions import RedisError
 
 from stoker.envelope import QUEUE, UnreadableMessage, read
+from workers import clock
 from workers.unreadable import Unreadable
 
 log = logging.getLogger(__name__)
@@ -79,9 +82,29 @@ class QoS(kombu_redis.QoS):
         # What a BRPOP under way brings has left its queue already: kombu would leave it unread until there is room.
         return bool(self.channel._in_poll or self.has_room()) and super().can_consume()  # type: ignore[no-untyped-call]
 
+    def append(self, message: Any, delivery_tag: str) -> None:
+        """As kombu's, except that the message is held from now on by the broker's clock."""
+        delivery = message.delivery_info
+        held = json.dumps([message._raw, delivery["exchange"], delivery["routing_key"]])
+        with self.pipe_or_acquire() as pipeline:
+            clock.hold(pipeline, [delivery_tag], known=False)
+            pipeline.hset(self.unacked_key, delivery_tag, held).execute()
+        virtual.QoS.append(self, message, delivery_tag)  # type: ignore[no-untyped-call]
+
     def restore_visible(self, start: int = 0, num: int = 10, interval: int = 10) -> None:
-        if may_take_over():
-            super().restore_visible(start, num, interval)  # type: ignore[no-untyped-call]
+        """As kombu's, except that the broker's clock says which leases have run out."""
+        self._vrestore_count += 1
+        if (self._vrestore_count - 1) % (interval or 1) or not may_take_over():
+            return
+        with (
+            suppress(kombu_redis.MutexHeld),
+            self.channel.conn_or_acquire() as client,
+            kombu_redis.Mutex(client, self.unacked_mutex_key, self.unacked_mutex_expire),
+        ):
+            oldest = clock.now(client) - self.visibility_timeout
+            span = {"desc": True, "byscore": True, "offset": start, "num": num}
+            for tag in client.zrange(self.unacked_index_key, oldest, 0, **span):
+                self.restore_by_tag(tag, client)
 
     def restore_by_tag(self, tag: Any, client: Any = None, leftmost: bool = False) -> None:
         """A dead worker's message goes back to its queue, unless what is written under its tag is none."""

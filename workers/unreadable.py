@@ -10,11 +10,11 @@ import json
 import logging
 import queue
 import re
-import time
 from dataclasses import dataclass
 from typing import Any
 
 from stoker import keys, letters
+from workers import clock
 
 log = logging.getLogger(__name__)
 
@@ -39,9 +39,9 @@ class Unreadable:
         """The dead letter's id. A message that is sent again keeps it: the delivery tag, which changes, is left out."""
         return f"message-{hashlib.sha256(_TAG.sub(b'', self.raw)).hexdigest()[:16]}"
 
-    def letter(self, worker: str) -> str:
+    def letter(self, worker: str, now: float) -> str:
         """The dead letter in the form that the ledger writes for jobs, with the message's bytes."""
-        history = [{"worker": worker, "time": time.time(), "trouble": self.trouble}]
+        history = [{"worker": worker, "time": now, "trouble": self.trouble}]
         fields = {"kind": letters.MESSAGE, "model": self.queue, "request": "", "client": "", "history": history}
         return json.dumps(fields | letters.shown(self.raw))
 
@@ -82,6 +82,6 @@ class DeadMessages:
                 MOST, message.id, message.raw[:letters.KEPT])  # fmt: skip
             return
         pipeline = self._redis.pipeline()
-        pipeline.hset(keys.DEAD, message.id, message.letter(self._worker))
+        pipeline.hset(keys.DEAD, message.id, message.letter(self._worker, clock.now(self._redis)))
         pipeline.expire(keys.DEAD, keys.DEAD_TTL)
         pipeline.execute()

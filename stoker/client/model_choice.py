@@ -17,12 +17,13 @@ from stoker.errors import UnknownModel
 N = TypeVar("N", ModelCard, Presence)
 
 
-def parse_cards(raw: Mapping[bytes, bytes]) -> dict[str, ModelCard]:
-    """The cards of models that were served lately; the hash as a whole lives as long as any of them is.
+def parse_cards(raw: Mapping[bytes, bytes], now: float | None = None) -> dict[str, ModelCard]:
+    """The cards of models that were served lately; the hash as a whole lives as long as any of them is. `now`: the
+    broker's time, by which workers date their cards; None: this machine's.
 
     Of two generations of workers the one that this client understands counts.
     """
-    oldest = time.time() - keys.MODEL_TTL
+    oldest = (time.time() if now is None else now) - keys.MODEL_TTL
     cards = [card for card in _readable(ModelCard, raw.values()) if card.seen >= oldest]
     return {card.model: card for card in sorted(cards, key=lambda card: card.contract == CONTRACT)}
 

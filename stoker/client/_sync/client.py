@@ -197,7 +197,8 @@ class Client:
     def models(self) -> dict[str, ModelCard]:
         """Every model that some worker serves or lately served."""
         with translated(self.settings):
-            return model_choice.parse_cards(self.redis.hgetall(keys.MODELS))
+            (seconds, _), raw = self.redis.pipeline(transaction=False).time().hgetall(keys.MODELS).execute()
+        return model_choice.parse_cards(raw, float(seconds))
 
     def jobs(self) -> dict[str, dict[str, Any]]:
         """Jobs that have not ended, oldest first: id → kind, model, age in seconds, and worker if one owns it."""

@@ -1,0 +1,118 @@
+"""The broker's clock decides which leases have run out and which workers are there; a worker's own decides nothing."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from typing import Any
+
+import kombu
+import kombu.transport.redis as kombu_redis
+import pytest
+
+from stoker import Client, keys
+from stoker.celery_config import shared_config
+from stoker.connection import connect
+from stoker.contract import ModelCard
+from stoker.envelope import envelope
+from stoker.settings import Settings
+from tests.workers.test_presence import Others, heart
+from workers import clock, transport
+
+QUEUE = keys.queue("m", "generate")
+LEASE = 10
+#: More than a lease, in both directions.
+OFFSETS = (-3600.0, -15.0, 15.0, 3600.0)
+
+
+@pytest.fixture
+def redis(broker: Settings) -> Iterator[Any]:
+    with closing(connect(broker)) as client:
+        yield client
+
+
+@pytest.fixture
+def set_clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """This machine's clock is off from now on by so many seconds, for Stoker and for kombu."""
+    real = time.time
+
+    def be_off(seconds: float) -> None:
+        monkeypatch.setattr(time, "time", lambda: real() + seconds)
+        monkeypatch.setattr(kombu_redis, "time", lambda: real() + seconds)
+
+    return be_off
+
+
+@pytest.fixture
+def qos(broker: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Of one channel of a worker that may take over what others held for longer than a lease."""
+    transport.install()
+    monkeypatch.setattr(transport, "may_take_over", lambda: True)
+    config = shared_config(broker)
+    options = config["broker_transport_options"] | {"polling_interval": 0.05, "visibility_timeout": LEASE}
+    with kombu.Connection(config["broker_url"], transport_options=options) as made:
+        yield made.default_channel.qos
+        poller = made.transport.cycle.poller
+    # kombu leaves it to the interpreter.
+    poller.close()
+
+
+def deliver(qos: Any) -> None:
+    made = json.loads(envelope("job", "generate", "m", QUEUE))
+    made["properties"]["delivery_tag"] = "job#1"
+    qos.append(qos.channel.message_to_python(made), "job#1")
+
+
+@pytest.mark.parametrize("off", OFFSETS)
+def test_a_worker_whose_clock_is_off_takes_no_message_that_another_holds(
+    redis: Any, qos: Any, set_clock: Callable[[float], None], off: float
+) -> None:
+    deliver(qos)
+    set_clock(off)
+    qos.restore_visible(interval=1)
+    assert redis.hkeys(keys.UNACKED) == [b"job#1"]
+    assert not redis.exists(keys.ready(QUEUE))
+
+
+@pytest.mark.parametrize("off", OFFSETS)
+def test_a_worker_whose_clock_is_off_holds_its_messages_by_the_brokers(
+    redis: Any, qos: Any, set_clock: Callable[[float], None], off: float
+) -> None:
+    set_clock(off)
+    before = clock.now(redis)
+    deliver(qos)
+    assert before <= redis.zscore(clock.INDEX, "job#1") <= clock.now(redis)
+    redis.zadd(clock.INDEX, {"job#1": 1.0, "other": 1.0})
+    clock.hold(redis, ["job#1", "gone"], known=True)
+    assert before <= redis.zscore(clock.INDEX, "job#1") <= clock.now(redis)
+    assert redis.zscore(clock.INDEX, "other") == 1.0
+    assert redis.zscore(clock.INDEX, "gone") is None
+
+
+@pytest.mark.parametrize("off", OFFSETS)
+def test_a_lease_that_ran_out_by_the_brokers_clock_is_taken_over(
+    redis: Any, qos: Any, set_clock: Callable[[float], None], off: float
+) -> None:
+    deliver(qos)
+    redis.zadd(clock.INDEX, {"job#1": clock.now(redis) - LEASE - 1})
+    set_clock(off)
+    qos.restore_visible(interval=1)
+    assert redis.llen(keys.ready(QUEUE)) == 1
+    assert not redis.exists(keys.UNACKED, clock.INDEX)
+
+
+@pytest.mark.parametrize("off", [*OFFSETS, 60 * 24 * 3600.0])
+def test_clients_and_workers_whose_clocks_differ_see_each_other(
+    redis: Any, broker: Settings, set_clock: Callable[[float], None], off: float
+) -> None:
+    heart(redis, Others()).beat()
+    set_clock(off)
+    redis.hset(keys.MODELS, "old", ModelCard(model="old", architecture="a", kinds=(), context=1, parameters=1)
+               .model_copy(update={"seen": clock.now(redis) - keys.MODEL_TTL - 60}).model_dump_json())  # fmt: skip
+    with Client(settings=broker) as client:
+        assert [worker.worker for worker in client.workers()] == ["w@here"]
+        assert list(client.models()) == ["m"]
+    heart(redis, Others()).beat()
+    assert abs(redis.zscore(keys.WORKERS, "w@here") - clock.now(redis)) < 60

@@ -1,0 +1,32 @@
+"""The broker's clock: leases and presences are told by it, because the clocks of workers differ.
+
+A worker whose clock is a lease ahead would take every message that another holds; one that is behind would take none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from stoker import keys
+
+#: What kombu keeps of each message that a worker holds: its delivery tag → when it was last said to be held.
+INDEX = f"{keys.PREFIX}unacked_index"
+#: KEYS: the index. ARGV: `XX` for the tags alone that are there already, `CH` for all; then the tags.
+_HOLD = """
+local time = redis.call('TIME')
+local now = time[1] .. '.' .. string.format('%06d', time[2])
+for i = 2, #ARGV do redis.call('ZADD', KEYS[1], ARGV[1], now, ARGV[i]) end
+"""
+
+
+def now(redis: Any) -> float:
+    """Seconds since the epoch. For a blocking client."""
+    seconds, micros = redis.time()
+    return float(seconds) + float(micros) / 1e6
+
+
+def hold(pipeline: Any, tags: Iterable[str], *, known: bool) -> None:
+    """Say that the messages of these tags are held now; `known`: only of those that the index has. By the script's
+    text: in a pipeline nobody can send it again."""
+    pipeline.eval(_HOLD, 1, INDEX, "XX" if known else "CH", *tags)
