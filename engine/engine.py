@@ -29,12 +29,10 @@ from engine.loading import LoadedModel, load
 from engine.ticket import Entry, StepOutput, Ticket, contained
 from engine.training.lane import TrainLane
 from stoker.contract import ModelCard, Request
+from stoker.contract.kinds import GENERATE, KINDS
 from stoker.errors import UnknownModel, WorkerUnavailable
 
 log = logging.getLogger(__name__)
-
-#: Shares of the engine's time while several lanes have work.
-WEIGHTS = {"generate": 4.0, "embed": 2.0, "adapters": 4.0}
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ class Engine:
         self._runs = runs or adapters.parent / "runs"
         self._adapter_bytes = adapter_bytes
         # While only generation and training wait, training gets just this share of the time.
-        self._weights = {**WEIGHTS, "train": WEIGHTS["generate"] * train_share / (1.0 - train_share)}
+        self._weights = _weights(train_share)
         self._publish = publish
         self._limits = limits or Limits()
         self._on_death = on_death
@@ -196,7 +194,7 @@ class Engine:
             for lane in self._lanes_of(model):
                 self._lanes[name, lane.kind] = lane
         weights = {key: self._weights[lane.kind] for key, lane in self._lanes.items()}
-        urgent = {key for key, lane in self._lanes.items() if lane.kind == "generate"}
+        urgent = {key for key, lane in self._lanes.items() if KINDS[lane.kind].urgent}
         self._share = FairShare(weights, urgent, self._limits.stall)
 
     def _lanes_of(self, model: LoadedModel) -> list[Lane]:
@@ -277,6 +275,12 @@ class Engine:
             self._take(self._inbox.get())
         for lane in self._lanes.values():
             lane.fail_all(_stopping())
+
+
+def _weights(train_share: float) -> dict[str, float]:
+    """Shares of the time while several lanes have work, by kind; `train_share`: of the time, while generation waits."""
+    trains = (GENERATE.weight or 0.0) * train_share / (1.0 - train_share)
+    return {name: trains if kind.weight is None else kind.weight for name, kind in KINDS.items()}
 
 
 def _stopping() -> WorkerUnavailable:

@@ -14,7 +14,6 @@ from stoker.client.outcome import (
     status_of,
 )
 from stoker.client.requests import (
-    REQUESTS,
     Dataset,
     Prompt,
     adapter_request,
@@ -29,7 +28,6 @@ from stoker.client.requests import (
 from stoker.client.submission import Submission, job_record
 
 __all__ = [
-    "REQUESTS",
     "Choices",
     "Dataset",
     "JobStatus",

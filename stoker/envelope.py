@@ -14,6 +14,7 @@ import re
 import socket
 from typing import Any
 
+from stoker.contract.kinds import task_name
 from stoker.contract.names import Rule, follows
 
 #: No arguments, no keyword arguments, no callbacks.
@@ -38,7 +39,7 @@ def envelope(job_id: str, kind: str, model: str, queue: str) -> str:
     """The message as it stands in the queue's list. The ledger gives it a delivery tag each time it is sent."""
     headers: dict[str, Any] = {
         "lang": "py",
-        "task": f"stoker.{kind}",
+        "task": task_name(kind),
         "id": job_id,
         "shadow": None,
         "eta": None,

@@ -13,9 +13,12 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from stoker.address import DEFAULT_URL, Address
 from stoker.contract.base import NAME_PATTERN
+from stoker.contract.kinds import ADAPTERS, EMBED, GENERATE, TRAIN
 from stoker.errors import ConfigError
 
 ENV_PREFIX = "STOKER_"
+#: Adapters that a worker takes in at once: each is a matter of milliseconds.
+ADAPTER_JOBS = 2
 
 
 class Settings(BaseSettings):
@@ -95,6 +98,16 @@ class Settings(BaseSettings):
     def chosen_url(self) -> str | None:
         """The broker that was chosen: by `STOKER_URL`, or by a `stoker up` that runs. None: no broker was."""
         return self.url or _running_broker(self.home)
+
+    @property
+    def slots(self) -> dict[str, int]:
+        """Kind of job → how many of it a worker holds at once."""
+        return {
+            GENERATE.name: self.generate_slots,
+            EMBED.name: self.embed_jobs,
+            TRAIN.name: self.train_runs,
+            ADAPTERS.name: ADAPTER_JOBS,
+        }
 
     def environment(self) -> dict[str, str]:
         """These settings as environment variables, for a child process."""

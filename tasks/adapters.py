@@ -10,12 +10,13 @@ from celery import Task, shared_task
 from stoker import keys
 from stoker.contract import AdapterRequest, AdapterResult
 from stoker.contract.bundle import AdapterInput
+from stoker.contract.kinds import ADAPTERS
 from stoker.errors import JobLost
 from workers import adapters
 from workers.frame import JobTask, Run, complete, run_job
 
 
-@shared_task(name="stoker.adapters", base=JobTask, bind=True)
+@shared_task(name=ADAPTERS.task, base=JobTask, bind=True)
 def load(self: Task) -> dict[str, Any]:
     with ExitStack() as folders:
 

@@ -8,10 +8,11 @@ from celery import Task, shared_task
 
 from stoker import keys
 from stoker.contract import EmbedReply, EmbedRequest, Usage, vectors
+from stoker.contract.kinds import EMBED
 from workers.frame import JobTask, Run, complete, run_job
 
 
-@shared_task(name="stoker.embed", base=JobTask, bind=True)
+@shared_task(name=EMBED.task, base=JobTask, bind=True)
 def embed(self: Task) -> dict[str, Any]:
     return run_job(self, EmbedRequest, _finish)
 

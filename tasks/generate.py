@@ -8,11 +8,12 @@ from celery import Task, shared_task
 
 from stoker import keys
 from stoker.contract import GenerateRequest, GenerateResult, StreamToken
+from stoker.contract.kinds import GENERATE
 from workers import adapters
 from workers.frame import JobTask, Run, complete, run_job
 
 
-@shared_task(name="stoker.generate", base=JobTask, bind=True)
+@shared_task(name=GENERATE.task, base=JobTask, bind=True)
 def generate(self: Task) -> dict[str, Any]:
     return run_job(self, GenerateRequest, _finish, _published, _pin)
 

@@ -8,11 +8,12 @@ from celery import Task, shared_task
 
 from stoker.contract import TrainRequest, TrainResult
 from stoker.contract.dataset import TrainInput
+from stoker.contract.kinds import TRAIN
 from workers import adapters, datasets
 from workers.frame import JobTask, Run, complete, run_job
 
 
-@shared_task(name="stoker.train", base=JobTask, bind=True)
+@shared_task(name=TRAIN.task, base=JobTask, bind=True)
 def train(self: Task) -> dict[str, Any]:
     return run_job(self, TrainRequest, _finish, _input)
 

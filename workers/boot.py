@@ -18,6 +18,7 @@ from celery.worker import components, state
 
 from stoker import keys
 from stoker.catalogue import parse_models
+from stoker.contract.kinds import KINDS
 from stoker.errors import StokerError
 from stoker.local.stack import ERROR_MARK
 from stoker.settings import Settings, load_settings
@@ -41,8 +42,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: Adapters that a worker takes in at once: each is a matter of milliseconds.
-ADAPTER_JOBS = 2
 #: Seconds between looks at the types of keys that jobs share.
 MEND_EVERY = 1.0
 
@@ -87,17 +86,11 @@ class EngineStep(bootsteps.StartStopStep):
     def _open_queues(self, app: Celery, settings: Settings) -> None:
         """Consume what the models here can run. They are known only now, so no `-Q` says it."""
         assert self._runtime is not None
-        queues: dict[str, list[str]] = {"generate": [], "embed": [], "train": [], "adapters": []}
+        queues: dict[str, list[str]] = {kind: [] for kind in KINDS}
         for card in self._runtime.engine.cards:
             for kind in card.kinds:
                 queues[kind].append(keys.queue(card.model, kind))
-        limits = {
-            "generate": settings.generate_slots,
-            "embed": settings.embed_jobs,
-            "train": settings.train_runs,
-            "adapters": ADAPTER_JOBS,
-        }
-        lanes.configure(limits, queues)
+        lanes.configure(settings.slots, queues)
         app.amqp.queues.select([name for names in queues.values() for name in names])
 
     def stop(self, worker: Any) -> None:

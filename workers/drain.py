@@ -14,6 +14,7 @@ from typing import Any
 from redis.exceptions import RedisError
 
 from stoker.connection import connect
+from stoker.contract.kinds import KINDS
 from workers.background import Background, end_process
 from workers.runtime import Runtime
 from workers.transport import restore_on_close
@@ -29,7 +30,7 @@ LOOK_EVERY, MISSES = 1.0, 2
 def begin(runtime: Runtime) -> None:
     """Called when the worker was asked to stop (SIGTERM, SIGINT)."""
     restore_on_close()
-    runtime.hand_back({"train"})
+    runtime.hand_back({name for name, kind in KINDS.items() if not kind.grace})
     Drain(runtime).start()
     log.info("draining: running jobs have %.0f s", runtime.settings.grace)
 
@@ -55,7 +56,7 @@ class Drain:
 
     def end_of_grace(self) -> None:
         self._over = True
-        self._runtime.hand_back({"train", "generate", "embed", "adapters"})
+        self._runtime.hand_back(set(KINDS))
 
     def look(self) -> None:
         """A worker without a broker has nobody to hand its jobs to, and Celery would wait for one: end the process.

@@ -27,7 +27,7 @@ class AdapterWork:
 
 
 class AdapterLane:
-    kind = "adapters"
+    kind = AdapterRequest.kind
 
     def __init__(self, model: LoadedModel, pool: AdapterPool) -> None:
         self._model, self._pool = model, pool

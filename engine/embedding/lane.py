@@ -54,7 +54,7 @@ class EmbedLane:
     `stall`: seconds that a step may last, if less than `STEP_SECONDS`. `cores`: how many a CPU gives; None: all.
     """
 
-    kind = "embed"
+    kind = EmbedRequest.kind
 
     def __init__(self, model: LoadedModel, stall: float = STEP_SECONDS, cores: int | None = None) -> None:
         assert model.embedding is not None, "an embedding lane needs an embedding model"

@@ -34,7 +34,7 @@ class GenerateLane:
     `run` is the whole step's.
     """
 
-    kind = "generate"
+    kind = GenerateRequest.kind
 
     def __init__(self, model: LoadedModel, pool: AdapterPool, limits: Limits | None = None) -> None:
         self._model, self._pool, self.limits = model, pool, limits or Limits()

@@ -33,7 +33,7 @@ class TrainWork:
 class TrainLane:
     """`runs`: where each run has its folder, named as its job."""
 
-    kind = "train"
+    kind = TrainRequest.kind
 
     def __init__(self, model: LoadedModel, pool: AdapterPool, runs: Path) -> None:
         self._model, self._pool, self._runs = model, pool, runs

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from stoker.client.outcome import lost, spoiled
-from stoker.contract import AdapterRequest, EmbedRequest, GenerateRequest, Request, TrainRequest, build
+from stoker.contract import AdapterRequest, EmbedRequest, GenerateRequest, TrainRequest, build
 from stoker.contract.dataset import ON_WORKER, iterate_lines, iterate_mappings, to_lines
+from stoker.contract.kinds import KINDS, JobKind
 from stoker.contract.lines import pieces
 from stoker.contract.names import Rule, checked
 from stoker.contract.uploads import Upload
@@ -23,18 +24,14 @@ Dataset = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
 #: What `generate` continues: a text, token ids, or messages such as `{"role": "user", "content": "Hello"}`.
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
-REQUESTS: dict[str, type[Request]] = {
-    request.kind: request for request in (EmbedRequest, GenerateRequest, TrainRequest, AdapterRequest)
-}
 
-
-def known_kind(job_id: str, kind: str | None) -> str:
+def known_kind(job_id: str, kind: str | None) -> JobKind:
     """The kind that a job's record says. Raises `JobLost` if there is no record, and for one that no client wrote."""
     if kind is None:
         raise lost(job_id)
-    if kind not in REQUESTS:
+    if kind not in KINDS:
         raise spoiled(f"record (kind {kind[:40]!r}) of job {job_id}", kind.encode())
-    return kind
+    return KINDS[kind]
 
 
 def checked_job_id(job_id: str | None) -> str:

@@ -20,13 +20,13 @@ blocking client.
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from importlib import resources
 from typing import Any, TypeVar
 
 from stoker import keys
+from stoker.contract.kinds import READY, of_queue
 from stoker.ledger.call import Call
 from stoker.ledger.listing import Listing
 from stoker.ledger.record import Field
@@ -40,10 +40,6 @@ QUEUE_LIMIT = 20_000
 CLIENT_LIMIT = 20_000
 #: Seconds of waiting that lift a job by one priority (prelude.lua has the default too).
 AGEING = 300
-#: Messages in the ready list of a queue: enough to keep workers busy between two claims, few enough that a better job
-#: that comes later does not wait long. Training runs last, so one is enough.
-READY = 8
-READY_TRAIN = 1
 
 PRIORITIES = 10
 
@@ -81,7 +77,8 @@ def _call(
         *(keys.backlog(queue, priority) for priority in range(PRIORITIES)),
         *extra,
     ]
-    window = READY_TRAIN if re.search(r"\.train(\.v\d+)?$", queue) else READY
+    kind = of_queue(queue)
+    window = kind.ready if kind else READY
     common = [job_id, keys.job(""), keys.PENDING_TTL, keys.RESULT_TTL, window]
     return Call(lambda redis: script(redis, names, [*common, *arguments]), parse)
 

@@ -13,6 +13,7 @@ from stoker import keys, ledger, policy
 from stoker.celery_config import shared_config
 from stoker.client_core import JobStatus, Outcome
 from stoker.connection import connect
+from stoker.contract.kinds import READY, TRAIN
 from stoker.envelope import envelope
 from stoker.ledger import MAX_CRASHES
 from stoker.ledger.record import Field
@@ -100,21 +101,21 @@ def test_a_client_has_a_limit_of_its_own(redis: Any) -> None:
 
 
 def test_the_ready_list_is_short_and_is_filled_up_when_a_job_is_claimed(redis: Any) -> None:
-    names = [f"job-{number:02}" for number in range(3 * ledger.READY)]
+    names = [f"job-{number:02}" for number in range(3 * READY)]
     for name in names:
         submit(redis, name)
-    assert redis.llen(keys.ready(QUEUE)) == ledger.READY
+    assert redis.llen(keys.ready(QUEUE)) == READY
     assert take_all(redis) == names, "one client's jobs of one priority keep their order"
 
 
 def test_a_better_priority_is_taken_first_also_past_a_full_ready_list(redis: Any) -> None:
-    for number in range(2 * ledger.READY):
+    for number in range(2 * READY):
         submit(redis, f"low-{number}", priority=9)
     for name, priority in (("five", 5), ("zero", 0), ("zero-2", 0)):
         submit(redis, name, priority=priority)
     taken = take_all(redis)
     assert taken[:3] == ["zero", "zero-2", "five"]
-    assert taken[3:] == [f"low-{number}" for number in range(2 * ledger.READY)]
+    assert taken[3:] == [f"low-{number}" for number in range(2 * READY)]
 
 
 def test_training_has_one_message_in_the_ready_list_and_a_better_one_takes_its_place(redis: Any) -> None:
@@ -131,40 +132,40 @@ def test_clients_share_a_queue_turn_by_turn(redis: Any) -> None:
     for number in range(5):
         submit(redis, f"chat-{number}", client="chat")
     taken = take_all(redis)
-    behind_the_ready_list = taken[ledger.READY :]
+    behind_the_ready_list = taken[READY:]
     assert [name for name in behind_the_ready_list[:10] if name.startswith("chat")] == [f"chat-{n}" for n in range(5)]
     assert len(taken) == 45
 
 
 def test_waiting_lifts_a_job_by_one_priority_at_a_time(redis: Any) -> None:
     redis.hset(keys.POLICY, "ageing", 10)
-    for number in range(ledger.READY):
+    for number in range(READY):
         submit(redis, f"ahead-{number}", priority=0)
     submit(redis, "old", priority=9)
     submit(redis, "young", priority=7)
     grow_old(redis, "old", 35)
     submit(redis, "fresh", priority=5)
-    assert take_all(redis)[ledger.READY :] == ["fresh", "old", "young"]
+    assert take_all(redis)[READY:] == ["fresh", "old", "young"]
 
 
 def test_what_has_aged_to_the_best_priority_takes_turns_with_what_was_sent_with_it(redis: Any) -> None:
     redis.hset(keys.POLICY, "ageing", 1)
-    for number in range(ledger.READY):
+    for number in range(READY):
         submit(redis, f"ahead-{number}", priority=0)
     for number in range(4):
         submit(redis, f"aged-{number}", priority=9)
         grow_old(redis, f"aged-{number}", 1000)
         submit(redis, f"fresh-{number}", priority=0)
-    rest = take_all(redis)[ledger.READY :]
+    rest = take_all(redis)[READY:]
     assert sorted(rest[:4]) == ["aged-0", "aged-1", "fresh-0", "fresh-1"]
 
 
 def test_a_job_that_waits_in_the_backlog_is_cancelled_there(redis: Any) -> None:
-    for number in range(ledger.READY + 2):
+    for number in range(READY + 2):
         submit(redis, f"job-{number}")
-    for number in (0, ledger.READY + 1):
+    for number in (0, READY + 1):
         assert ledger.cancel(redis, f"job-{number}", QUEUE) == "cancelled"
-    assert take_all(redis) == [f"job-{number}" for number in range(1, ledger.READY + 1)]
+    assert take_all(redis) == [f"job-{number}" for number in range(1, READY + 1)]
 
 
 def test_the_message_is_what_celery_itself_would_send(redis: Any, broker: Settings) -> None:
@@ -320,13 +321,13 @@ def test_a_job_that_has_ended_never_comes_to_the_ready_list_again(redis: Any) ->
 
 
 def test_a_ready_list_that_a_dying_worker_left_empty_is_filled_up(redis: Any) -> None:
-    for number in range(2 * ledger.READY):
+    for number in range(2 * READY):
         submit(redis, f"job-{number:02}")
     redis.delete(keys.ready(QUEUE))
     ledger.recover(redis, QUEUE, 60)
-    assert redis.llen(keys.ready(QUEUE)) == ledger.READY
+    assert redis.llen(keys.ready(QUEUE)) == READY
     ledger.recover(redis, QUEUE, 0)
-    assert sorted(take_all(redis)) == [f"job-{number:02}" for number in range(2 * ledger.READY)]
+    assert sorted(take_all(redis)) == [f"job-{number:02}" for number in range(2 * READY)]
 
 
 def test_what_has_lost_its_record_is_no_open_job(redis: Any) -> None:
@@ -368,7 +369,7 @@ def lifetimes(redis: Any) -> dict[str, int]:
 
 def test_the_backlog_that_takes_a_job_back_from_the_ready_list_expires(redis: Any) -> None:
     """The backlog is new then: all of its priority stood in the ready list."""
-    for number in range(ledger.READY):
+    for number in range(READY):
         submit(redis, f"low-{number}", priority=9)
     assert not redis.exists(keys.backlog(QUEUE, 9))
     submit(redis, "high", priority=0)
@@ -378,7 +379,7 @@ def test_the_backlog_that_takes_a_job_back_from_the_ready_list_expires(redis: An
 
 def test_every_set_and_hash_that_a_transition_makes_anew_expires(redis: Any) -> None:
     """Also one whose key was gone when the transition added to it."""
-    for number in range(3 * ledger.READY):
+    for number in range(3 * READY):
         submit(redis, f"job-{number:02}")
     redis.delete(keys.turns(QUEUE), keys.dispatched(QUEUE))
     assert take(redis) == "job-00"
@@ -393,18 +394,18 @@ def test_every_set_and_hash_that_a_transition_makes_anew_expires(redis: Any) -> 
 
 def test_waiting_a_moment_lifts_no_job(redis: Any) -> None:
     redis.hset(keys.POLICY, "ageing", 1000)
-    for number in range(ledger.READY):
+    for number in range(READY):
         submit(redis, f"ahead-{number}", priority=0)
     submit(redis, "old", priority=5)
     grow_old(redis, "old", 999)
     submit(redis, "fresh", priority=4)
-    assert take_all(redis)[ledger.READY :] == ["fresh", "old"]
+    assert take_all(redis)[READY:] == ["fresh", "old"]
 
 
 def test_jobs_of_the_best_priority_that_wait_in_the_backlog_count_for_the_limit(redis: Any) -> None:
-    redis.hset(keys.POLICY, "queue_limit", ledger.READY + 2)
-    states = [submit(redis, f"job-{number}", priority=0) for number in range(ledger.READY + 3)]
-    assert states == ["new"] * (ledger.READY + 2) + ["full"]
+    redis.hset(keys.POLICY, "queue_limit", READY + 2)
+    states = [submit(redis, f"job-{number}", priority=0) for number in range(READY + 3)]
+    assert states == ["new"] * (READY + 2) + ["full"]
 
 
 def test_a_message_that_came_back_from_a_silent_owner_keeps_its_place_in_the_ready_list(redis: Any) -> None:
@@ -443,7 +444,7 @@ def test_an_end_that_is_sent_again_because_its_answer_was_lost_says_that_it_was_
 
 
 def test_a_recovered_job_is_no_longer_dispatched_until_it_comes_to_the_ready_list(redis: Any) -> None:
-    for number in range(2 * ledger.READY):
+    for number in range(2 * READY):
         submit(redis, f"job-{number:02}")
     lost = json.loads(redis.rpop(keys.ready(QUEUE)))["headers"]["id"]
     assert ledger.recover(redis, QUEUE, 0) == (lost,)
@@ -541,7 +542,7 @@ NO_MESSAGE = [b"garbage", b"[]", b"{}", b"\xff", b"[" * 5000, b'{"headers": 1}',
 @pytest.mark.parametrize("bad", NO_MESSAGE, ids=lambda raw: repr(raw[:24]))
 def test_a_message_in_the_ready_list_that_cannot_be_read_stops_no_job(redis: Any, bad: bytes) -> None:
     """Until a worker takes it and puts it aside, every transition goes past it."""
-    names = [f"job-{number}" for number in range(ledger.READY + 2)]
+    names = [f"job-{number}" for number in range(READY + 2)]
     for name in names[:5]:
         assert submit(redis, name) == "new"
     redis.lpush(keys.ready(QUEUE), bad)
@@ -573,7 +574,7 @@ SPOILED = {
 @pytest.mark.parametrize("how", SPOILED)
 @pytest.mark.parametrize("where", ["in the backlog", "in the ready list"])
 def test_a_record_that_is_spoiled_stops_no_other_job(redis: Any, how: str, where: str) -> None:
-    before = ledger.READY if where == "in the backlog" else 0
+    before = READY if where == "in the backlog" else 0
     for number in range(before):
         submit(redis, f"before-{number}")
     submit(redis, "bad")
@@ -607,7 +608,7 @@ def test_an_id_with_a_percent_sign_is_put_into_its_message_as_it_is(redis: Any) 
 def test_training_of_every_contract_has_one_message_in_the_ready_list(redis: Any, queue: str) -> None:
     for number in range(3):
         submit(redis, f"job-{number}", queue=queue)
-    assert redis.llen(keys.ready(queue)) == ledger.READY_TRAIN
+    assert redis.llen(keys.ready(queue)) == TRAIN.ready
 
 
 def test_open_jobs_come_oldest_first_over_all_queues_with_their_age_and_without_those_that_expired(redis: Any) -> None:
@@ -646,6 +647,6 @@ def test_jobs_of_a_client_that_were_forgotten_take_no_place_and_are_swept(redis:
 @pytest.mark.parametrize("value", ["nan", "inf", "1e308", "-5", "x"])
 def test_turns_that_cannot_be_counted_begin_anew(redis: Any, value: str) -> None:
     redis.hset(keys.turns(QUEUE), mapping={"now:5": value, "next:5:default": value})
-    for number in range(ledger.READY + 2):
+    for number in range(READY + 2):
         assert submit(redis, f"job-{number}") == "new"
-    assert len(take_all(redis)) == ledger.READY + 2
+    assert len(take_all(redis)) == READY + 2

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 from stoker import keys, ledger, policy
+from stoker.contract.kinds import KINDS
 from stoker.envelope import envelope
 from tests.stoker.clocked import CLOCK, quick_broker, set_clock, tell_time
 from tests.stoker.queue_model import Message, Queue
@@ -40,7 +41,7 @@ class LedgerMachine(RuleBasedStateMachine):
         for worker in WORKERS:
             self.redis.set(keys.worker(worker), "{}", ex=keys.PRESENCE_TTL * 1000)
         tell_time(self.redis, START)
-        window = ledger.READY_TRAIN if kind == "train" else ledger.READY
+        window = KINDS[kind].ready
         self.model = Queue(keys.queue("toy", kind), window, START, self.alive.__contains__)
         #: Tokens that were given out: (job, token).
         self.claims: list[tuple[str, str]] = []

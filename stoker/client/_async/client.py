@@ -16,7 +16,7 @@ from stoker.client import model_choice, requests
 from stoker.client._async.adapters import AsyncAdapters
 from stoker.client._async.bulk import embed_chunks
 from stoker.client._async.jobs import (
-    KINDS,
+    JOBS,
     AnyAsyncJob,
     AsyncAdapterJob,
     AsyncEmbedJob,
@@ -30,6 +30,7 @@ from stoker.client.submission import Submission
 from stoker.connection import translated
 from stoker.contract import ModelCard, Presence, Request
 from stoker.contract.codec import read
+from stoker.contract.kinds import KINDS
 from stoker.contract.vectors import Encoded, plain
 from stoker.errors import InvalidRequest, JobLost
 from stoker.ledger.listing import Listing
@@ -183,7 +184,7 @@ class AsyncClient:
         """A job that was sent before, by this process or another; raises `JobLost` if the broker does not know it."""
         with translated(self.settings, at=keys.job(job_id)):
             known = await summary(job_id).on_async(self.redis)
-        return KINDS[requests.known_kind(job_id, known.kind)](self, job_id)
+        return JOBS[requests.known_kind(job_id, known.kind).name](self, job_id)
 
     async def workers(self) -> list[Presence]:
         """The workers that are alive now, each with its warm models."""
@@ -219,11 +220,11 @@ class AsyncClient:
         letter = (await self.dead()).get(job_id)
         if letter is None:
             raise JobLost(f"job {job_id}: no dead letter of that id. `stoker jobs dead` lists them.")
-        if letter["kind"] not in requests.REQUESTS:
+        if letter["kind"] not in KINDS:
             raise InvalidRequest(f"{job_id}: a message that cannot be read and no job; nothing can be sent again.")
-        request = read(requests.REQUESTS[letter["kind"]], letters.request(letter))
+        request = read(KINDS[letter["kind"]].request, letters.request(letter))
         await self._send(Submission(self.settings, request, job_id, client=letters.sender(letter)), revive=True)
-        return KINDS[request.kind](self, job_id)
+        return JOBS[request.kind](self, job_id)
 
     async def choose_model(self, model: str | None, kind: str) -> str:
         """The name to send to: that of `model`, or of the only model that is warm and can do `kind`."""

@@ -13,6 +13,7 @@ from stoker.client.following import Follower, ask_state
 from stoker.client.outcome import JobStatus, lost, read_vectors, result_as, status_of
 from stoker.connection import Patience, translated
 from stoker.contract import AdapterResult, EmbedReply, GenerateResult, StreamToken, TrainReport, TrainResult
+from stoker.contract.kinds import ADAPTERS, EMBED, GENERATE, TRAIN
 from stoker.contract.vectors import Encoded, plain
 from stoker.ledger.record import summary
 
@@ -170,9 +171,10 @@ class AsyncAdapterJob(AsyncJob[AdapterResult]):
 #: Any of them, as a job is found by its id.
 AnyAsyncJob = AsyncEmbedJob | AsyncGenerateJob | AsyncTrainJob | AsyncAdapterJob
 
-KINDS: dict[str, type[AsyncEmbedJob] | type[AsyncGenerateJob] | type[AsyncTrainJob] | type[AsyncAdapterJob]] = {
-    "embed": AsyncEmbedJob,
-    "generate": AsyncGenerateJob,
-    "train": AsyncTrainJob,
-    "adapters": AsyncAdapterJob,
+#: Kind → its jobs.
+JOBS: dict[str, type[AsyncEmbedJob] | type[AsyncGenerateJob] | type[AsyncTrainJob] | type[AsyncAdapterJob]] = {
+    EMBED.name: AsyncEmbedJob,
+    GENERATE.name: AsyncGenerateJob,
+    TRAIN.name: AsyncTrainJob,
+    ADAPTERS.name: AsyncAdapterJob,
 }

@@ -17,7 +17,7 @@ from stoker.client import model_choice, requests
 from stoker.client._sync.adapters import Adapters
 from stoker.client._sync.bulk import embed_chunks
 from stoker.client._sync.jobs import (
-    KINDS,
+    JOBS,
     AdapterJob,
     AnyJob,
     EmbedJob,
@@ -31,6 +31,7 @@ from stoker.client.submission import Submission
 from stoker.connection import translated
 from stoker.contract import ModelCard, Presence, Request
 from stoker.contract.codec import read
+from stoker.contract.kinds import KINDS
 from stoker.contract.vectors import Encoded, plain
 from stoker.errors import InvalidRequest, JobLost
 from stoker.ledger.listing import Listing
@@ -184,7 +185,7 @@ class Client:
         """A job that was sent before, by this process or another; raises `JobLost` if the broker does not know it."""
         with translated(self.settings, at=keys.job(job_id)):
             known = summary(job_id).on(self.redis)
-        return KINDS[requests.known_kind(job_id, known.kind)](self, job_id)
+        return JOBS[requests.known_kind(job_id, known.kind).name](self, job_id)
 
     def workers(self) -> list[Presence]:
         """The workers that are alive now, each with its warm models."""
@@ -220,11 +221,11 @@ class Client:
         letter = (self.dead()).get(job_id)
         if letter is None:
             raise JobLost(f"job {job_id}: no dead letter of that id. `stoker jobs dead` lists them.")
-        if letter["kind"] not in requests.REQUESTS:
+        if letter["kind"] not in KINDS:
             raise InvalidRequest(f"{job_id}: a message that cannot be read and no job; nothing can be sent again.")
-        request = read(requests.REQUESTS[letter["kind"]], letters.request(letter))
+        request = read(KINDS[letter["kind"]].request, letters.request(letter))
         self._send(Submission(self.settings, request, job_id, client=letters.sender(letter)), revive=True)
-        return KINDS[request.kind](self, job_id)
+        return JOBS[request.kind](self, job_id)
 
     def choose_model(self, model: str | None, kind: str) -> str:
         """The name to send to: that of `model`, or of the only model that is warm and can do `kind`."""

@@ -14,6 +14,7 @@ from stoker.client.following import Follower, ask_state
 from stoker.client.outcome import JobStatus, lost, read_vectors, result_as, status_of
 from stoker.connection import Patience, translated
 from stoker.contract import AdapterResult, EmbedReply, GenerateResult, StreamToken, TrainReport, TrainResult
+from stoker.contract.kinds import ADAPTERS, EMBED, GENERATE, TRAIN
 from stoker.contract.vectors import Encoded, plain
 from stoker.ledger.record import summary
 
@@ -171,9 +172,10 @@ class AdapterJob(Job[AdapterResult]):
 #: Any of them, as a job is found by its id.
 AnyJob = EmbedJob | GenerateJob | TrainJob | AdapterJob
 
-KINDS: dict[str, type[EmbedJob] | type[GenerateJob] | type[TrainJob] | type[AdapterJob]] = {
-    "embed": EmbedJob,
-    "generate": GenerateJob,
-    "train": TrainJob,
-    "adapters": AdapterJob,
+#: Kind → its jobs.
+JOBS: dict[str, type[EmbedJob] | type[GenerateJob] | type[TrainJob] | type[AdapterJob]] = {
+    EMBED.name: EmbedJob,
+    GENERATE.name: GenerateJob,
+    TRAIN.name: TrainJob,
+    ADAPTERS.name: AdapterJob,
 }
