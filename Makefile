@@ -63,7 +63,7 @@ test-slow: $(VENV)/.compilers ## the long ones, the chaos suite and the planted 
 
 MUTANTS ?=
 mutants: $(STAMP) ## plant each mistake of tests/mutants, and see whether the tests that own the code notice; MUTANTS=TEXT: some
-	JOBS=$(JOBS) $(BIN)/python -m tests.mutants $(MUTANTS)
+	$(BIN)/python -m tests.mutants --jobs $(JOBS) $(MUTANTS)
 
 SECONDS ?= 1200
 SEED ?= 1

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from tests.mutants.__main__ import PROFILE, Copy, reading
+from tests.mutants import copies
+from tests.mutants.copies import PROFILE, Copy
 from tests.mutants.entries import CHECKOUT, Mutant, mutants
 
 
@@ -40,15 +43,34 @@ def test_an_entry_that_cannot_be_planted_says_why(changes: dict[str, object], fa
     assert fault in Mutant(**fields | changes).fault(tmp_path)  # type: ignore[arg-type]
 
 
-def test_a_mistake_is_planted_in_a_copy_and_taken_back(tmp_path: Path) -> None:
-    copy = Copy.__new__(Copy)
-    copy.folder, copy.output = tmp_path, ""
-    (tmp_path / "it.py").write_text("two = 2\n")
+@pytest.fixture
+def copy(tmp_path: Path) -> Iterator[Copy]:
+    """Of a checkout of three files."""
+    source = tmp_path / "source"
+    source.mkdir()
     profile = f"import hypothesis\n\nhypothesis.settings.register_profile({PROFILE!r})\n"
-    (tmp_path / "conftest.py").write_text(profile)
-    (tmp_path / "test_it.py").write_text("from it import two\n\n\ndef test_it():\n    assert two > 1\n")
+    (source / "conftest.py").write_text(profile)
+    (source / "it.py").write_text("two = 2\n")
+    (source / "test_it.py").write_text("from it import two\n\n\ndef test_it():\n    assert two > 1\n")
+    with closing(Copy(source, ["conftest.py", "it.py", "test_it.py"], tmp_path / "copy")) as made:
+        yield made
+
+
+def test_a_mistake_is_planted_in_a_copy_and_taken_back(copy: Copy) -> None:
     mistake = Mutant("x", "it.py", "= 2", "= 1", ("test_it.py",))
     harmless = Mutant("y", "it.py", "= 2", "= 3", ("test_it.py",))
-    assert [copy.verdict(mutant) for mutant in (mistake, harmless)] == ["noticed", "SURVIVED"]
-    assert reading(2, "SyntaxError").startswith("ERROR")
-    assert (tmp_path / "it.py").read_text() == "two = 2\n"
+    verdicts = [copy.verdict(mutant) for mutant in (mistake, harmless, mistake, harmless)]
+    assert verdicts == ["noticed", "SURVIVED"] * 2
+    assert (copy.folder / "it.py").read_text() == "two = 2\n"
+
+
+def test_what_cannot_be_run_and_what_does_not_end_have_a_verdict_too(
+    copy: Copy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copies, "LIMIT", 1)
+    hangs = Mutant("x", "it.py", "two = 2", "while True: pass", ("test_it.py",))
+    broken = Mutant("y", "it.py", "two = 2", "two =", ("test_it.py",))
+    dies = Mutant("z", "it.py", "two = 2", "import os; os.abort()", ("test_it.py",))
+    assert copy.verdict(hangs) == "noticed"
+    assert copy.verdict(broken).startswith("ERROR: pytest ended with 2")
+    assert copy.verdict(dies).startswith("ERROR: pytest ended with -6")
