@@ -91,7 +91,7 @@ class QoS(kombu_redis.QoS):
             pipeline.hset(self.unacked_key, delivery_tag, held).execute()
         virtual.QoS.append(self, message, delivery_tag)  # type: ignore[no-untyped-call]
 
-    def restore_visible(self, start: int = 0, num: int = 10, interval: int = 10) -> None:
+    def restore_visible(self, start: int = 0, num: int | None = 10, interval: int = 10) -> None:
         """As kombu's, except that the broker's clock says which leases have run out."""
         self._vrestore_count += 1
         if (self._vrestore_count - 1) % (interval or 1) or not may_take_over():
@@ -102,7 +102,8 @@ class QoS(kombu_redis.QoS):
             kombu_redis.Mutex(client, self.unacked_mutex_key, self.unacked_mutex_expire),
         ):
             oldest = clock.now(client) - self.visibility_timeout
-            span = {"desc": True, "byscore": True, "offset": start, "num": num}
+            # Without a limit (`num`: None) kombu gives no offset either.
+            span = {"desc": True, "byscore": True, "offset": num and start, "num": num}
             for tag in client.zrange(self.unacked_index_key, oldest, 0, **span):
                 self.restore_by_tag(tag, client)
 
