@@ -6,7 +6,9 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import NotRequired
+
+from typing_extensions import TypedDict
 
 from stoker.contract.names import Rule, follows
 
@@ -16,36 +18,63 @@ MESSAGE = "message"
 KEPT = 4096
 
 
-def parse(raw: Mapping[bytes, bytes]) -> dict[str, dict[str, Any]]:
-    """From the hash: id → kind, model, history."""
+class Crash(TypedDict):
+    """One owner that went silent, or gave the job up. `trouble`: for what, if it could say."""
+
+    worker: str
+    time: float
+    trouble: NotRequired[str]
+
+
+class MessageBytes(TypedDict):
+    """The bytes of a message: how many, and the first of them in base64."""
+
+    bytes: int
+    message: str
+
+
+class Letter(TypedDict):
+    """One dead letter. `request`: what was asked, JSON. `bytes` and `message`: of a message that cannot be read."""
+
+    kind: str
+    model: str
+    request: str
+    client: str
+    history: list[Crash]
+    bytes: NotRequired[int]
+    message: NotRequired[str]
+
+
+def parse(raw: Mapping[bytes, bytes]) -> dict[str, Letter]:
+    """From the hash: id → letter."""
     return {name.decode(errors="backslashreplace"): _letter(value) for name, value in raw.items()}
 
 
-def _letter(value: bytes) -> dict[str, Any]:
+def _letter(value: bytes) -> Letter:
     try:
-        letter = json.loads(value)
+        letter: Letter = json.loads(value)
         texts = [letter["kind"], letter["model"], *(crash["worker"] for crash in letter["history"])]
     except (ValueError, TypeError, KeyError, RecursionError):
         return spoiled(value)
     return letter if all(isinstance(text, str) for text in texts) else spoiled(value)
 
 
-def spoiled(value: bytes) -> dict[str, Any]:
+def spoiled(value: bytes) -> Letter:
     """Of a letter that cannot be read."""
     return {"kind": MESSAGE, "model": "", "request": "", "client": "", "history": [], **shown(value)}
 
 
-def request(letter: Mapping[str, Any]) -> str:
+def request(letter: Letter) -> str:
     """What was asked, as JSON; for `codec.read`, which says what is wrong with it."""
     return str(letter.get("request", ""))
 
 
-def sender(letter: Mapping[str, Any]) -> str | None:
+def sender(letter: Letter) -> str | None:
     """The key of the client that sent the job; None where the letter has none that could be one."""
     key = letter.get("client")
     return key if isinstance(key, str) and follows(Rule.NAME, key) else None
 
 
-def shown(raw: bytes) -> dict[str, Any]:
+def shown(raw: bytes) -> MessageBytes:
     """The bytes of a message, as a letter has them."""
     return {"bytes": len(raw), "message": base64.b64encode(raw[:KEPT]).decode()}

@@ -12,12 +12,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from stoker import keys
 from stoker.contract.base import parse_adapter
 from stoker.contract.names import Rule, follows
 from stoker.errors import InvalidRequest, UnknownAdapter
+
+#: What `change` can do.
+Verb = Literal["promote", "rollback", "deactivate", "unload"]
 
 _SERVE = """
 local function serve(key, version)
@@ -141,7 +144,7 @@ def register(redis: Any, model: str, name: str, version: int, known: Mapping[str
     return redis.eval(REGISTER, 2, keys.adapter(model, name), keys.adapters(model), *arguments)
 
 
-def change(redis: Any, model: str, verb: str, name: str, version: int | None) -> Any:
+def change(redis: Any, model: str, verb: Verb, name: str, version: int | None) -> Any:
     """`promote`, `rollback`, `deactivate` or `unload`; see `CHANGE`."""
     return redis.eval(
         CHANGE, 2, keys.adapter(model, name), keys.artifact(model, name, version or 0), verb, version or ""
@@ -156,7 +159,7 @@ def wanted(adapter: str, *, version: bool) -> tuple[str, int | None]:
     return name, number
 
 
-def explain(entry: AdapterEntry, verb: str, version: int | None) -> InvalidRequest:
+def explain(entry: AdapterEntry, verb: Verb, version: int | None) -> InvalidRequest:
     """Why `change` could not do it."""
     if verb == "rollback":
         return InvalidRequest(

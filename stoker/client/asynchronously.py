@@ -5,16 +5,21 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from stoker.connection import connect_async
 from stoker.settings import Settings
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis as Redis
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 #: Texts of a bulk call.
 Texts = Iterable[str] | AsyncIterable[str]
+#: Says which model a job of a kind goes to.
+Chooser: TypeAlias = Callable[[str | None, str], Awaitable[str]]
 #: What a generator meets when its caller leaves it early.
 LEFT = (GeneratorExit, asyncio.CancelledError)
 #: Seconds that a caller who is cancelled waits for what has to be done yet.
@@ -29,9 +34,9 @@ class Connections:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._of_loop: dict[asyncio.AbstractEventLoop, Any] = {}
+        self._of_loop: dict[asyncio.AbstractEventLoop, Redis] = {}
 
-    def current(self) -> Any:
+    def current(self) -> Redis:
         """The redis-py client of the loop that runs."""
         loop = asyncio.get_running_loop()
         if loop not in self._of_loop:

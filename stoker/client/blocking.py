@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, TypeAlias, TypeVar
 
 from stoker.connection import connect
 from stoker.settings import Settings
+
+if TYPE_CHECKING:
+    from redis import Redis as Redis
 
 T = TypeVar("T")
 P = ParamSpec("P")
 
 #: Texts of a bulk call.
 Texts = Iterable[str]
+#: Says which model a job of a kind goes to.
+Chooser: TypeAlias = Callable[[str | None, str], str]
 #: What a generator meets when its caller leaves it early.
 LEFT = (GeneratorExit, KeyboardInterrupt)
 
@@ -24,9 +29,9 @@ class Connections:
     """The broker, for every thread."""
 
     def __init__(self, settings: Settings) -> None:
-        self._redis = connect(settings, patient=True)
+        self._redis: Redis = connect(settings, patient=True)
 
-    def current(self) -> Any:
+    def current(self) -> Redis:
         """The redis-py client."""
         return self._redis
 

@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 from stoker import keys
 from stoker.contract.kinds import READY, of_queue
 from stoker.ledger.call import Call
-from stoker.ledger.listing import Listing
+from stoker.ledger.listing import Listing, OpenJob
 from stoker.ledger.record import Field
 from stoker.ledger.replies import Claim, DeadLettered, Submitted, recovered
 from stoker.ledger.script import Script
@@ -190,7 +190,7 @@ def _record(job_id: str, status: str, result: Any) -> dict[str, Any]:
     }
 
 
-def open_jobs(redis: Any, queues: Iterable[str]) -> dict[str, dict[str, Any]]:
+def open_jobs(redis: Any, queues: Iterable[str]) -> dict[str, OpenJob]:
     """Jobs of `queues` that have not ended, oldest first; see `Listing.jobs`. For a blocking client."""
     listing = Listing(queues)
     ids = listing.ask_ids(redis.pipeline()).execute()

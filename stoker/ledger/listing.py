@@ -3,11 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NotRequired
+
+from typing_extensions import TypedDict
 
 from stoker import keys
 from stoker.ledger.call import Call
 from stoker.ledger.record import Listed, listed
+
+
+class OpenJob(TypedDict):
+    """A job that has not ended, as `stoker jobs list` prints it. `age`: seconds; `worker`: its owner, if it has one."""
+
+    kind: str
+    model: str
+    client: str
+    priority: int
+    age: float
+    worker: NotRequired[str]
+
+
+def _shown(record: Listed, age: float) -> OpenJob:
+    job = OpenJob(kind=record.kind, model=record.model, client=record.client, priority=record.priority, age=age)
+    return job if record.worker is None else OpenJob(**job, worker=record.worker)
 
 
 class Listing:
@@ -35,12 +53,11 @@ class Listing:
             call.send(pipeline)
         return pipeline
 
-    def jobs(self, replies: Sequence[Any]) -> dict[str, dict[str, Any]]:
-        """Oldest first: id → kind, model, client, priority, age, and worker if one owns it. A job that ended between
-        the two rounds is left out."""
-        jobs = {}
+    def jobs(self, replies: Sequence[Any]) -> dict[str, OpenJob]:
+        """Oldest first. A job that ended between the two rounds is left out."""
+        jobs: dict[str, OpenJob] = {}
         for (job_id, submitted), call, reply in zip(self._submitted, self._calls, replies, strict=True):
             record = call.parse(reply)
             if record is not None:
-                jobs[job_id] = record.shown() | {"age": max(0.0, self._now - submitted)}
+                jobs[job_id] = _shown(record, max(0.0, self._now - submitted))
         return jobs

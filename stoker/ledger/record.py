@@ -6,7 +6,7 @@ No other module names a field, and the scripts name no other than these (`tests/
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any
 
@@ -98,10 +98,6 @@ class Listed:
     client: str
     priority: int
     worker: str | None
-
-    def shown(self) -> dict[str, Any]:
-        """As `stoker jobs` prints it; without a worker where none owns the job."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def summary(job_id: str) -> Call[Summary]:

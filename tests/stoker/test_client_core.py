@@ -20,6 +20,7 @@ from stoker import client_core as core
 from stoker.client_core import Outcome
 from stoker.connection import connect
 from stoker.contract import EmbedReply, GenerateResult, ModelCard, Presence, Usage
+from stoker.contract.vectors import plain
 from stoker.errors import (
     DatasetError,
     InvalidRequest,
@@ -385,8 +386,8 @@ def test_vectors_are_fetched_also_when_the_broker_is_away_at_that_very_moment(
             return get(key)
 
         monkeypatch.setattr(sender.redis, "get", unsteady)
-        value = EmbedReply(blob="vectors:x", rows=2, dim=3, usage=Usage()).model_dump(mode="json")
-        assert np.array_equal(job._read(value), vectors)
+        reply = EmbedReply(blob="vectors:x", rows=2, dim=3, usage=Usage())
+        assert np.array_equal(plain(job.link.vectors(reply)), vectors)
 
 
 SPOILED = [b"garbage", b"{}", b"[]", b"1", b"\xff", b"null", b"[" * 50_000]

@@ -146,7 +146,7 @@ def test_a_time_limit_of_the_caller_is_shorter_than_a_long_load(url: str) -> Non
 def client_job(client: Client) -> Any:
     from stoker.client import GenerateJob
 
-    return GenerateJob(client, "job")
+    return GenerateJob(client.link, "job")
 
 
 def test_a_reader_that_waits_outlasts_the_load(url: str) -> None:

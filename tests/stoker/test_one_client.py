@@ -132,7 +132,7 @@ def test_a_letter_whose_request_cannot_be_read_is_one_clear_error(
 def test_jobs_results_and_tokens_have_a_short_repr() -> None:
     settings = Settings(url="redis://me:secret@127.0.0.1:1/0")
     with Client(settings=settings) as client:
-        assert repr(GenerateJob(client, "abc")) == "<GenerateJob abc>"
+        assert repr(GenerateJob(client.link, "abc")) == "<GenerateJob abc>"
         assert repr(client) == "<Client redis://me:***@127.0.0.1:1/0>"
     usage = Usage(worker="w" * 60, prompt_tokens=3, run_seconds=1.25)
     other = Completion(text="y" * 10_000, token_ids=tuple(range(4000)), finish_reason="length")
@@ -154,7 +154,7 @@ def test_a_job_can_be_pickled_and_found_again_in_another_process(fake: Callable[
         job = client.generate("x", model="smol")
         code = (
             "import pickle, sys; job = pickle.load(sys.stdin.buffer); "
-            "print(type(job).__name__, job.id, job.status(), job._client.settings.client_key)"
+            "print(type(job).__name__, job.id, job.status(), job.link.settings.client_key)"
         )
         done = subprocess.run(
             [sys.executable, "-c", code], input=pickle.dumps(job), capture_output=True, check=True, timeout=60
@@ -165,13 +165,13 @@ def test_a_job_can_be_pickled_and_found_again_in_another_process(fake: Callable[
 def test_a_pickle_has_the_address_and_never_the_password(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("STOKER_URL", raising=False)
     with Client("redis://me:sesame@127.0.0.1:1/3") as client:
-        data = pickle.dumps([GenerateJob(client, "a"), GenerateJob(client, "b")])
+        data = pickle.dumps([GenerateJob(client.link, "a"), GenerateJob(client.link, "b")])
     assert b"sesame" not in data
     first, second = pickle.loads(data)  # noqa: S301 -- our own
-    assert first._client is second._client, "jobs of one pickle share a client"
-    assert first._client.settings.address.redis == "redis://me@127.0.0.1:1/3"
+    assert first.link is second.link, "jobs of one pickle share a link"
+    assert first.link.settings.address.redis == "redis://me@127.0.0.1:1/3"
     monkeypatch.setenv("STOKER_URL", "redis://me:other@broker:1/3")
-    assert pickle.loads(data)[0]._client.settings.address.redis == "redis://me:other@broker:1/3"  # noqa: S301
+    assert pickle.loads(data)[0].link.settings.address.redis == "redis://me:other@broker:1/3"  # noqa: S301
     assert copy.copy(first).id == "a"
 
 
@@ -184,8 +184,10 @@ def test_jobs_of_asyncio_travel_too(fake: Callable[[], Client], server: Any) -> 
 
     async def found(data: bytes) -> JobStatus:
         job = pickle.loads(data)  # noqa: S301 -- our own
-        async with job._client:
+        try:
             return await job.status()  # type: ignore[no-any-return]
+        finally:
+            await job.link.close()
 
     assert asyncio.run(found(asyncio.run(sent()))) == JobStatus.QUEUED
 

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from typing_extensions import Unpack
 
-from stoker import keys, registry
-from stoker.adapters import Folder, found
+from stoker import registry
+from stoker.adapters import Folder
+from stoker.client import requests
 from stoker.client._async.jobs import AsyncAdapterJob
-from stoker.client.asynchronously import in_thread
+from stoker.client._async.link import AsyncLink
+from stoker.client.asynchronously import Chooser, in_thread
 from stoker.client.options import AdapterOptions, checked_options
-from stoker.connection import translated
 from stoker.contract import bundle
-from stoker.registry import AdapterEntry
-
-if TYPE_CHECKING:
-    from stoker.client._async.client import AsyncClient
+from stoker.registry import AdapterEntry, Verb
 
 
 class AsyncAdapters:
@@ -27,23 +24,17 @@ class AsyncAdapters:
     the version that they began with.
     """
 
-    def __init__(self, client: AsyncClient) -> None:
-        self._client = client
+    def __init__(self, link: AsyncLink, choose_model: Chooser) -> None:
+        self._link, self._choose_model = link, choose_model
 
     async def list(self, model: str | None = None) -> list[AdapterEntry]:
         """Every adapter of the model, by name."""
-        model = await self._model(model)
-        with translated(self._client.settings):
-            known = registry.names(await self._client.redis.smembers(keys.adapters(model)))
-            raw = [await self._client.redis.hgetall(keys.adapter(model, name)) for name in known]
-        return [registry.parse(model, name, fields) for name, fields in zip(known, raw, strict=True)]
+        return await self._link.adapters(await self._model(model))
 
     async def get(self, name: str, model: str | None = None) -> AdapterEntry:
         """One adapter; raises `UnknownAdapter`."""
         model, (name, _) = await self._model(model), registry.wanted(name, version=False)
-        with translated(self._client.settings):
-            raw = await self._client.redis.hgetall(keys.adapter(model, name))
-        return found(model, name, raw)
+        return await self._link.adapter(model, name)
 
     async def load(
         self,
@@ -61,7 +52,10 @@ class AsyncAdapters:
         """
         fields = checked_options(options, AdapterOptions, ("model", "job_id"))
         data = await in_thread(bundle.read_folder, Path(folder), named=True)
-        return await self._client._load_adapter(name, data, await self._model(model), fields, job_id)
+        job_id = requests.checked_job_id(job_id)
+        request = requests.adapter_request(await self._model(model), name, job_id, fields)
+        await self._link.submit(request, job_id, data)
+        return AsyncAdapterJob(self._link, job_id)
 
     async def promote(self, adapter: str, model: str | None = None) -> AdapterEntry:
         """Let `name@version` serve every request for `name`."""
@@ -83,14 +77,12 @@ class AsyncAdapters:
         """Take `name@version`, which must not serve now, out of the registry and the broker."""
         return await self._change("unload", adapter, model, version=True)
 
-    async def _change(self, verb: str, adapter: str, model: str | None, *, version: bool) -> AdapterEntry:
+    async def _change(self, verb: Verb, adapter: str, model: str | None, *, version: bool) -> AdapterEntry:
         name, number = registry.wanted(adapter, version=version)
         entry = await self.get(name, model)
-        with translated(self._client.settings):
-            done = await registry.change(self._client.redis, entry.model, verb, name, number)
-        if done is None:
+        if not await self._link.change_adapter(entry.model, verb, name, number):
             raise registry.explain(await self.get(name, entry.model), verb, number)
         return await self.get(name, entry.model)
 
     async def _model(self, model: str | None) -> str:
-        return await self._client.choose_model(model, "adapters")
+        return await self._choose_model(model, "adapters")

@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Protocol
+
+from typing_extensions import Unpack
 
 from stoker.bulk.chunks import LONGEST_PAUSE, Chunk, Cutter, InFlightLimit, Plan, checked_texts, renumbered, try_again
+from stoker.client._async.jobs import AsyncEmbedJob
 from stoker.client.asynchronously import Texts, each, finished, sleep
 from stoker.client.options import EmbedOptions
+from stoker.contract import Presence
 from stoker.contract.vectors import Encoded
 from stoker.errors import InvalidRequest, QueueFull, StokerError
 
-if TYPE_CHECKING:
-    from stoker.client._async.client import AsyncClient
-    from stoker.client._async.jobs import AsyncEmbedJob
+
+class AsyncEmbedder(Protocol):
+    """What the loop needs of a client."""
+
+    async def embed(
+        self, texts: Sequence[str], *, model: str | None = None, **options: Unpack[EmbedOptions]
+    ) -> AsyncEmbedJob:
+        """Send one job."""
+
+    async def workers(self) -> list[Presence]:
+        """The workers that are alive now."""
 
 
 async def embed_chunks(
-    client: AsyncClient, texts: Texts, model: str, plan: Plan, options: EmbedOptions
+    client: AsyncEmbedder, texts: Texts, model: str, plan: Plan, options: EmbedOptions
 ) -> AsyncGenerator[Encoded]:
     """The vectors of each job, in order."""
     waiting: deque[tuple[Chunk, AsyncEmbedJob]] = deque()
@@ -66,7 +78,7 @@ async def _cut(texts: Texts, plan: Plan) -> AsyncIterator[Chunk]:
         yield chunk
 
 
-async def _send(client: AsyncClient, chunk: Chunk, model: str, options: EmbedOptions) -> AsyncEmbedJob:
+async def _send(client: AsyncEmbedder, chunk: Chunk, model: str, options: EmbedOptions) -> AsyncEmbedJob:
     """Send a chunk; a full queue is waited for."""
     while True:
         try:

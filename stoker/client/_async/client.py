@@ -4,41 +4,41 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from typing_extensions import Unpack
 
-from stoker import keys, letters
+from stoker import letters
 from stoker.bulk.chunks import ATTEMPTS, BATCH_TEXTS, Plan
 from stoker.client import model_choice, requests
 from stoker.client._async.adapters import AsyncAdapters
+from stoker.client._async.broker_link import AsyncBrokerLink
 from stoker.client._async.bulk import embed_chunks
 from stoker.client._async.jobs import (
     JOBS,
     AnyAsyncJob,
-    AsyncAdapterJob,
     AsyncEmbedJob,
     AsyncGenerateJob,
     AsyncTrainJob,
 )
-from stoker.client.asynchronously import Connections, Texts, in_thread, sleep
+from stoker.client._async.link import AsyncLink
+from stoker.client.asynchronously import Texts, in_thread
 from stoker.client.options import EmbedOptions, GenerateOptions, TrainOptions, checked_options
 from stoker.client.requests import Dataset, Prompt
-from stoker.client.submission import Submission
-from stoker.connection import translated
 from stoker.contract import ModelCard, Presence, Request
 from stoker.contract.codec import read
 from stoker.contract.kinds import KINDS
 from stoker.contract.vectors import Encoded, plain
-from stoker.errors import InvalidRequest, JobLost
-from stoker.ledger.listing import Listing
-from stoker.ledger.record import summary
+from stoker.errors import ConfigError, InvalidRequest, JobLost
+from stoker.ledger.listing import OpenJob
+from stoker.letters import Letter
 from stoker.settings import Settings, load_settings
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from stoker.client.asynchronously import Redis
 
 _BULK = ("model", "batch", "in_flight", "attempts")
 
@@ -65,23 +65,31 @@ class AsyncClient:
         key: str | None = None,
         queue_wait: float | None = None,
         settings: Settings | None = None,
+        link: AsyncLink | None = None,
     ) -> None:
-        self.settings = settings or load_settings(url=url, client_key=key, queue_wait=queue_wait)
+        #: What carries the client's questions; its jobs share it. None given: a link to the broker.
+        self.link = link or AsyncBrokerLink(settings or load_settings(url=url, client_key=key, queue_wait=queue_wait))
         #: The registry of adapters: `list`, `get`, `load`, `promote`, `rollback`, `deactivate`, `unload`.
-        self.adapters = AsyncAdapters(self)
-        self._connections = Connections(self.settings)
+        self.adapters = AsyncAdapters(self.link, self.choose_model)
         self._choices = model_choice.Choices()
 
     @property
-    def redis(self) -> Any:
-        """The connection pool, as redis-py's client."""
-        return self._connections.current()
+    def settings(self) -> Settings:
+        """The client's settings."""
+        return self.link.settings
+
+    @property
+    def redis(self) -> Redis:
+        """The connection pool, as redis-py's client. Raises `ConfigError` for a client without a broker."""
+        if not isinstance(self.link, AsyncBrokerLink):
+            raise ConfigError("this client works in memory: it has no broker, and so no connections.")
+        return self.link.redis
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.settings.address.shown}>"
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _client_at, (self.settings.address.without_password,)
+    def __reduce__(self) -> tuple[object, ...]:
+        return _client_over, (self.link,)
 
     async def embed(
         self,
@@ -100,7 +108,7 @@ class AsyncClient:
         """
         fields = checked_options(options, EmbedOptions, ("model", "job_id"))
         request = requests.embed_request(await self.choose_model(model, "embed"), texts, fields)
-        return AsyncEmbedJob(self, await self._submit(request, job_id))
+        return AsyncEmbedJob(self.link, await self._submit(request, job_id))
 
     def embed_many(
         self,
@@ -156,7 +164,7 @@ class AsyncClient:
         """
         fields = checked_options(options, GenerateOptions, ("prompt", "model", "seed", "job_id"))
         request = requests.generate_request(await self.choose_model(model, "generate"), prompt, seed, fields)
-        return AsyncGenerateJob(self, await self._submit(request, job_id))
+        return AsyncGenerateJob(self.link, await self._submit(request, job_id))
 
     async def train(
         self,
@@ -178,41 +186,30 @@ class AsyncClient:
         fields = checked_options(options, TrainOptions, ("model", "job_id"))
         job_id = requests.checked_job_id(job_id)
         request = requests.train_request(await self.choose_model(model, "train"), name, dataset, job_id, fields)
-        return AsyncTrainJob(self, await self._submit(request, job_id, await in_thread(requests.read_dataset, dataset)))
+        return AsyncTrainJob(
+            self.link, await self._submit(request, job_id, await in_thread(requests.read_dataset, dataset))
+        )
 
     async def job(self, job_id: str) -> AnyAsyncJob:
         """A job that was sent before, by this process or another; raises `JobLost` if the broker does not know it."""
-        with translated(self.settings, at=keys.job(job_id)):
-            known = await summary(job_id).on_async(self.redis)
-        return JOBS[requests.known_kind(job_id, known.kind).name](self, job_id)
+        return JOBS[requests.known_kind(job_id, await self.link.kind(job_id)).name](self.link, job_id)
 
     async def workers(self) -> list[Presence]:
         """The workers that are alive now, each with its warm models."""
-        with translated(self.settings):
-            # All names of the last day: those that are gone have no presence any more, by the broker's clock.
-            names = await self.redis.zrange(keys.WORKERS, 0, -1)
-            raw = await self.redis.mget([keys.worker(name.decode(errors="replace")) for name in names]) if names else []
-        return model_choice.parse_presences(raw)
+        return await self.link.workers()
 
     async def models(self) -> dict[str, ModelCard]:
         """Every model that some worker serves or lately served."""
-        with translated(self.settings):
-            (seconds, _), raw = await self.redis.pipeline(transaction=False).time().hgetall(keys.MODELS).execute()
-        return model_choice.parse_cards(raw, float(seconds))
+        return await self.link.models()
 
-    async def jobs(self) -> dict[str, dict[str, Any]]:
+    async def jobs(self) -> dict[str, OpenJob]:
         """Jobs that have not ended, oldest first: id → kind, model, age in seconds, and worker if one owns it."""
-        models = await self.models()
-        listing = Listing(keys.queue(card.model, kind) for card in models.values() for kind in card.kinds)
-        with translated(self.settings):
-            ids = await listing.ask_ids(self.redis.pipeline()).execute()
-            return listing.jobs(await listing.ask_records(self.redis.pipeline(), ids).execute())
+        return await self.link.jobs()
 
-    async def dead(self) -> dict[str, dict[str, Any]]:
+    async def dead(self) -> dict[str, Letter]:
         """Dead letters: jobs whose workers ended one after another, and messages that no worker can read.
         id → kind, model, history."""
-        with translated(self.settings):
-            return letters.parse(await self.redis.hgetall(keys.DEAD))
+        return await self.link.dead()
 
     async def retry(self, job_id: str) -> AnyAsyncJob:
         """Send a dead job again, under its own id and for the client that sent it. Raises `JobLost` if there is none of
@@ -223,8 +220,8 @@ class AsyncClient:
         if letter["kind"] not in KINDS:
             raise InvalidRequest(f"{job_id}: a message that cannot be read and no job; nothing can be sent again.")
         request = read(KINDS[letter["kind"]].request, letters.request(letter))
-        await self._send(Submission(self.settings, request, job_id, client=letters.sender(letter)), revive=True)
-        return JOBS[request.kind](self, job_id)
+        await self.link.revive(request, job_id, client=letters.sender(letter))
+        return JOBS[request.kind](self.link, job_id)
 
     async def choose_model(self, model: str | None, kind: str) -> str:
         """The name to send to: that of `model`, or of the only model that is warm and can do `kind`."""
@@ -235,7 +232,7 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Close the connections. The client may be used again: it opens others."""
-        await self._connections.aclose()
+        await self.link.close()
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -259,36 +256,11 @@ class AsyncClient:
                 for vector in plain(chunk):
                     yield vector
 
-    async def _load_adapter(
-        self, name: str, data: bytes, model: str, fields: dict[str, Any], job_id: str | None
-    ) -> AsyncAdapterJob:
-        job_id = requests.checked_job_id(job_id)
-        request = requests.adapter_request(model, name, job_id, fields)
-        return AsyncAdapterJob(self, await self._submit(request, job_id, data))
-
     async def _submit(self, request: Request, job_id: str | None, data: bytes = b"") -> str:
-        # In a thread: the digest of half a gigabyte would hold up an event loop.
-        make = partial(Submission, self.settings, request, requests.checked_job_id(job_id), data)
-        submission = await in_thread(make) if data else make()
-        with translated(self.settings):
-            if submission.in_parts and (await summary(submission.job_id).on_async(self.redis)).kind is None:
-                for part in submission.uploads(self.redis):
-                    await part.execute()
-        return await self._send(submission)
-
-    async def _send(self, submission: Submission, *, revive: bool = False) -> str:
-        while True:
-            with translated(self.settings):
-                reply = await submission.transition(revive=revive).on_async(self.redis)
-                await submission.tidy(self.redis.pipeline(), reply).execute()
-                if reply.state == "known":
-                    submission.check_known((await summary(submission.job_id).on_async(self.redis)).kind)
-                pause = submission.pause(reply)
-            if pause is None:
-                return submission.job_id
-            await sleep(pause)
+        job_id = requests.checked_job_id(job_id)
+        await self.link.submit(request, job_id, data)
+        return job_id
 
 
-def _client_at(address: str) -> AsyncClient:
-    settings = load_settings()
-    return AsyncClient(settings=settings if settings.chosen_url is not None else load_settings(url=address))
+def _client_over(link: AsyncLink) -> AsyncClient:
+    return AsyncClient(link=link)

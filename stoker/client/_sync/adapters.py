@@ -4,21 +4,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from typing_extensions import Unpack
 
-from stoker import keys, registry
-from stoker.adapters import Folder, found
+from stoker import registry
+from stoker.adapters import Folder
+from stoker.client import requests
 from stoker.client._sync.jobs import AdapterJob
-from stoker.client.blocking import in_thread
+from stoker.client._sync.link import Link
+from stoker.client.blocking import Chooser, in_thread
 from stoker.client.options import AdapterOptions, checked_options
-from stoker.connection import translated
 from stoker.contract import bundle
-from stoker.registry import AdapterEntry
-
-if TYPE_CHECKING:
-    from stoker.client._sync.client import Client
+from stoker.registry import AdapterEntry, Verb
 
 
 class Adapters:
@@ -28,23 +25,17 @@ class Adapters:
     the version that they began with.
     """
 
-    def __init__(self, client: Client) -> None:
-        self._client = client
+    def __init__(self, link: Link, choose_model: Chooser) -> None:
+        self._link, self._choose_model = link, choose_model
 
     def list(self, model: str | None = None) -> list[AdapterEntry]:
         """Every adapter of the model, by name."""
-        model = self._model(model)
-        with translated(self._client.settings):
-            known = registry.names(self._client.redis.smembers(keys.adapters(model)))
-            raw = [self._client.redis.hgetall(keys.adapter(model, name)) for name in known]
-        return [registry.parse(model, name, fields) for name, fields in zip(known, raw, strict=True)]
+        return self._link.adapters(self._model(model))
 
     def get(self, name: str, model: str | None = None) -> AdapterEntry:
         """One adapter; raises `UnknownAdapter`."""
         model, (name, _) = self._model(model), registry.wanted(name, version=False)
-        with translated(self._client.settings):
-            raw = self._client.redis.hgetall(keys.adapter(model, name))
-        return found(model, name, raw)
+        return self._link.adapter(model, name)
 
     def load(
         self,
@@ -62,7 +53,10 @@ class Adapters:
         """
         fields = checked_options(options, AdapterOptions, ("model", "job_id"))
         data = in_thread(bundle.read_folder, Path(folder), named=True)
-        return self._client._load_adapter(name, data, self._model(model), fields, job_id)
+        job_id = requests.checked_job_id(job_id)
+        request = requests.adapter_request(self._model(model), name, job_id, fields)
+        self._link.submit(request, job_id, data)
+        return AdapterJob(self._link, job_id)
 
     def promote(self, adapter: str, model: str | None = None) -> AdapterEntry:
         """Let `name@version` serve every request for `name`."""
@@ -84,14 +78,12 @@ class Adapters:
         """Take `name@version`, which must not serve now, out of the registry and the broker."""
         return self._change("unload", adapter, model, version=True)
 
-    def _change(self, verb: str, adapter: str, model: str | None, *, version: bool) -> AdapterEntry:
+    def _change(self, verb: Verb, adapter: str, model: str | None, *, version: bool) -> AdapterEntry:
         name, number = registry.wanted(adapter, version=version)
         entry = self.get(name, model)
-        with translated(self._client.settings):
-            done = registry.change(self._client.redis, entry.model, verb, name, number)
-        if done is None:
+        if not self._link.change_adapter(entry.model, verb, name, number):
             raise registry.explain(self.get(name, entry.model), verb, number)
         return self.get(name, entry.model)
 
     def _model(self, model: str | None) -> str:
-        return self._client.choose_model(model, "adapters")
+        return self._choose_model(model, "adapters")

@@ -4,23 +4,33 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Protocol
+
+from typing_extensions import Unpack
 
 from stoker.bulk.chunks import LONGEST_PAUSE, Chunk, Cutter, InFlightLimit, Plan, checked_texts, renumbered, try_again
+from stoker.client._sync.jobs import EmbedJob
 from stoker.client.blocking import Texts, each, finished, sleep
 from stoker.client.options import EmbedOptions
+from stoker.contract import Presence
 from stoker.contract.vectors import Encoded
 from stoker.errors import InvalidRequest, QueueFull, StokerError
 
-if TYPE_CHECKING:
-    from stoker.client._sync.client import Client
-    from stoker.client._sync.jobs import EmbedJob
+
+class Embedder(Protocol):
+    """What the loop needs of a client."""
+
+    def embed(self, texts: Sequence[str], *, model: str | None = None, **options: Unpack[EmbedOptions]) -> EmbedJob:
+        """Send one job."""
+
+    def workers(self) -> list[Presence]:
+        """The workers that are alive now."""
 
 
-def embed_chunks(client: Client, texts: Texts, model: str, plan: Plan, options: EmbedOptions) -> Generator[Encoded]:
+def embed_chunks(client: Embedder, texts: Texts, model: str, plan: Plan, options: EmbedOptions) -> Generator[Encoded]:
     """The vectors of each job, in order."""
     waiting: deque[tuple[Chunk, EmbedJob]] = deque()
     in_flight = InFlightLimit(plan, model)
@@ -65,7 +75,7 @@ def _cut(texts: Texts, plan: Plan) -> Iterator[Chunk]:
         yield chunk
 
 
-def _send(client: Client, chunk: Chunk, model: str, options: EmbedOptions) -> EmbedJob:
+def _send(client: Embedder, chunk: Chunk, model: str, options: EmbedOptions) -> EmbedJob:
     """Send a chunk; a full queue is waited for."""
     while True:
         try:

@@ -5,41 +5,41 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from typing_extensions import Unpack
 
-from stoker import keys, letters
+from stoker import letters
 from stoker.bulk.chunks import ATTEMPTS, BATCH_TEXTS, Plan
 from stoker.client import model_choice, requests
 from stoker.client._sync.adapters import Adapters
+from stoker.client._sync.broker_link import BrokerLink
 from stoker.client._sync.bulk import embed_chunks
 from stoker.client._sync.jobs import (
     JOBS,
-    AdapterJob,
     AnyJob,
     EmbedJob,
     GenerateJob,
     TrainJob,
 )
-from stoker.client.blocking import Connections, Texts, in_thread, sleep
+from stoker.client._sync.link import Link
+from stoker.client.blocking import Texts, in_thread
 from stoker.client.options import EmbedOptions, GenerateOptions, TrainOptions, checked_options
 from stoker.client.requests import Dataset, Prompt
-from stoker.client.submission import Submission
-from stoker.connection import translated
 from stoker.contract import ModelCard, Presence, Request
 from stoker.contract.codec import read
 from stoker.contract.kinds import KINDS
 from stoker.contract.vectors import Encoded, plain
-from stoker.errors import InvalidRequest, JobLost
-from stoker.ledger.listing import Listing
-from stoker.ledger.record import summary
+from stoker.errors import ConfigError, InvalidRequest, JobLost
+from stoker.ledger.listing import OpenJob
+from stoker.letters import Letter
 from stoker.settings import Settings, load_settings
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from stoker.client.blocking import Redis
 
 _BULK = ("model", "batch", "in_flight", "attempts")
 
@@ -66,23 +66,31 @@ class Client:
         key: str | None = None,
         queue_wait: float | None = None,
         settings: Settings | None = None,
+        link: Link | None = None,
     ) -> None:
-        self.settings = settings or load_settings(url=url, client_key=key, queue_wait=queue_wait)
+        #: What carries the client's questions; its jobs share it. None given: a link to the broker.
+        self.link = link or BrokerLink(settings or load_settings(url=url, client_key=key, queue_wait=queue_wait))
         #: The registry of adapters: `list`, `get`, `load`, `promote`, `rollback`, `deactivate`, `unload`.
-        self.adapters = Adapters(self)
-        self._connections = Connections(self.settings)
+        self.adapters = Adapters(self.link, self.choose_model)
         self._choices = model_choice.Choices()
 
     @property
-    def redis(self) -> Any:
-        """The connection pool, as redis-py's client."""
-        return self._connections.current()
+    def settings(self) -> Settings:
+        """The client's settings."""
+        return self.link.settings
+
+    @property
+    def redis(self) -> Redis:
+        """The connection pool, as redis-py's client. Raises `ConfigError` for a client without a broker."""
+        if not isinstance(self.link, BrokerLink):
+            raise ConfigError("this client works in memory: it has no broker, and so no connections.")
+        return self.link.redis
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.settings.address.shown}>"
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _client_at, (self.settings.address.without_password,)
+    def __reduce__(self) -> tuple[object, ...]:
+        return _client_over, (self.link,)
 
     def embed(
         self,
@@ -101,7 +109,7 @@ class Client:
         """
         fields = checked_options(options, EmbedOptions, ("model", "job_id"))
         request = requests.embed_request(self.choose_model(model, "embed"), texts, fields)
-        return EmbedJob(self, self._submit(request, job_id))
+        return EmbedJob(self.link, self._submit(request, job_id))
 
     def embed_many(
         self,
@@ -157,7 +165,7 @@ class Client:
         """
         fields = checked_options(options, GenerateOptions, ("prompt", "model", "seed", "job_id"))
         request = requests.generate_request(self.choose_model(model, "generate"), prompt, seed, fields)
-        return GenerateJob(self, self._submit(request, job_id))
+        return GenerateJob(self.link, self._submit(request, job_id))
 
     def train(
         self,
@@ -179,41 +187,28 @@ class Client:
         fields = checked_options(options, TrainOptions, ("model", "job_id"))
         job_id = requests.checked_job_id(job_id)
         request = requests.train_request(self.choose_model(model, "train"), name, dataset, job_id, fields)
-        return TrainJob(self, self._submit(request, job_id, in_thread(requests.read_dataset, dataset)))
+        return TrainJob(self.link, self._submit(request, job_id, in_thread(requests.read_dataset, dataset)))
 
     def job(self, job_id: str) -> AnyJob:
         """A job that was sent before, by this process or another; raises `JobLost` if the broker does not know it."""
-        with translated(self.settings, at=keys.job(job_id)):
-            known = summary(job_id).on(self.redis)
-        return JOBS[requests.known_kind(job_id, known.kind).name](self, job_id)
+        return JOBS[requests.known_kind(job_id, self.link.kind(job_id)).name](self.link, job_id)
 
     def workers(self) -> list[Presence]:
         """The workers that are alive now, each with its warm models."""
-        with translated(self.settings):
-            # All names of the last day: those that are gone have no presence any more, by the broker's clock.
-            names = self.redis.zrange(keys.WORKERS, 0, -1)
-            raw = self.redis.mget([keys.worker(name.decode(errors="replace")) for name in names]) if names else []
-        return model_choice.parse_presences(raw)
+        return self.link.workers()
 
     def models(self) -> dict[str, ModelCard]:
         """Every model that some worker serves or lately served."""
-        with translated(self.settings):
-            (seconds, _), raw = self.redis.pipeline(transaction=False).time().hgetall(keys.MODELS).execute()
-        return model_choice.parse_cards(raw, float(seconds))
+        return self.link.models()
 
-    def jobs(self) -> dict[str, dict[str, Any]]:
+    def jobs(self) -> dict[str, OpenJob]:
         """Jobs that have not ended, oldest first: id → kind, model, age in seconds, and worker if one owns it."""
-        models = self.models()
-        listing = Listing(keys.queue(card.model, kind) for card in models.values() for kind in card.kinds)
-        with translated(self.settings):
-            ids = listing.ask_ids(self.redis.pipeline()).execute()
-            return listing.jobs(listing.ask_records(self.redis.pipeline(), ids).execute())
+        return self.link.jobs()
 
-    def dead(self) -> dict[str, dict[str, Any]]:
+    def dead(self) -> dict[str, Letter]:
         """Dead letters: jobs whose workers ended one after another, and messages that no worker can read.
         id → kind, model, history."""
-        with translated(self.settings):
-            return letters.parse(self.redis.hgetall(keys.DEAD))
+        return self.link.dead()
 
     def retry(self, job_id: str) -> AnyJob:
         """Send a dead job again, under its own id and for the client that sent it. Raises `JobLost` if there is none of
@@ -224,8 +219,8 @@ class Client:
         if letter["kind"] not in KINDS:
             raise InvalidRequest(f"{job_id}: a message that cannot be read and no job; nothing can be sent again.")
         request = read(KINDS[letter["kind"]].request, letters.request(letter))
-        self._send(Submission(self.settings, request, job_id, client=letters.sender(letter)), revive=True)
-        return JOBS[request.kind](self, job_id)
+        self.link.revive(request, job_id, client=letters.sender(letter))
+        return JOBS[request.kind](self.link, job_id)
 
     def choose_model(self, model: str | None, kind: str) -> str:
         """The name to send to: that of `model`, or of the only model that is warm and can do `kind`."""
@@ -236,7 +231,7 @@ class Client:
 
     def close(self) -> None:
         """Close the connections. The client may be used again: it opens others."""
-        self._connections.close()
+        self.link.close()
 
     def __enter__(self) -> Client:
         return self
@@ -258,36 +253,11 @@ class Client:
                 for vector in plain(chunk):
                     yield vector
 
-    def _load_adapter(
-        self, name: str, data: bytes, model: str, fields: dict[str, Any], job_id: str | None
-    ) -> AdapterJob:
-        job_id = requests.checked_job_id(job_id)
-        request = requests.adapter_request(model, name, job_id, fields)
-        return AdapterJob(self, self._submit(request, job_id, data))
-
     def _submit(self, request: Request, job_id: str | None, data: bytes = b"") -> str:
-        # In a thread: the digest of half a gigabyte would hold up an event loop.
-        make = partial(Submission, self.settings, request, requests.checked_job_id(job_id), data)
-        submission = in_thread(make) if data else make()
-        with translated(self.settings):
-            if submission.in_parts and (summary(submission.job_id).on(self.redis)).kind is None:
-                for part in submission.uploads(self.redis):
-                    part.execute()
-        return self._send(submission)
-
-    def _send(self, submission: Submission, *, revive: bool = False) -> str:
-        while True:
-            with translated(self.settings):
-                reply = submission.transition(revive=revive).on(self.redis)
-                submission.tidy(self.redis.pipeline(), reply).execute()
-                if reply.state == "known":
-                    submission.check_known((summary(submission.job_id).on(self.redis)).kind)
-                pause = submission.pause(reply)
-            if pause is None:
-                return submission.job_id
-            sleep(pause)
+        job_id = requests.checked_job_id(job_id)
+        self.link.submit(request, job_id, data)
+        return job_id
 
 
-def _client_at(address: str) -> Client:
-    settings = load_settings()
-    return Client(settings=settings if settings.chosen_url is not None else load_settings(url=address))
+def _client_over(link: Link) -> Client:
+    return Client(link=link)

@@ -1,0 +1,192 @@
+"""The link to a broker: what is asked of it, and what its answers mean."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from stoker import connection, keys, ledger, letters, registry
+from stoker.adapters import found
+from stoker.asking import own_patience
+from stoker.client import model_choice
+from stoker.client.asynchronously import Connections, finished, in_thread, sleep
+from stoker.client.following import Follower, ask_state
+from stoker.client.outcome import JobStatus, lost, read_vectors, status_of
+from stoker.client.submission import Submission
+from stoker.connection import Patience, translated
+from stoker.contract import EmbedReply, ModelCard, Presence, Request, StreamToken, TrainReport
+from stoker.contract.vectors import Encoded
+from stoker.ledger.listing import Listing, OpenJob
+from stoker.ledger.record import summary
+from stoker.letters import Letter
+from stoker.registry import AdapterEntry, Verb
+from stoker.settings import Settings, load_settings
+
+if TYPE_CHECKING:
+    from stoker.client.asynchronously import Redis
+
+E = TypeVar("E", StreamToken, TrainReport)
+
+
+class AsyncBrokerLink:
+    """`AsyncLink` over redis-py. It can be pickled: the broker's address travels, without the password."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._connections = Connections(settings)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _link_at, (self._settings.address.without_password,)
+
+    @property
+    def settings(self) -> Settings:
+        return self._settings
+
+    @property
+    def redis(self) -> Redis:
+        return self._connections.current()
+
+    @property
+    def _redis(self) -> Any:
+        # redis-py types every reply as a union over its decoding modes; ours are always bytes.
+        return self.redis
+
+    async def submit(self, request: Request, job_id: str, data: bytes = b"") -> None:
+        # In a thread: the digest of half a gigabyte would hold up an event loop.
+        make = partial(Submission, self._settings, request, job_id, data)
+        submission = await in_thread(make) if data else make()
+        with translated(self._settings):
+            if submission.in_parts and (await summary(job_id).on_async(self._redis)).kind is None:
+                for part in submission.uploads(self._redis):
+                    await part.execute()
+        await self._send(submission, revive=False)
+
+    async def revive(self, request: Request, job_id: str, client: str | None) -> None:
+        await self._send(Submission(self._settings, request, job_id, client=client), revive=True)
+
+    async def _send(self, submission: Submission, *, revive: bool) -> None:
+        while True:
+            with translated(self._settings):
+                reply = await submission.transition(revive=revive).on_async(self._redis)
+                await submission.tidy(self._redis.pipeline(), reply).execute()
+                if reply.state == "known":
+                    submission.check_known((await summary(submission.job_id).on_async(self._redis)).kind)
+                pause = submission.pause(reply)
+            if pause is None:
+                return
+            await sleep(pause)
+
+    async def kind(self, job_id: str) -> str | None:
+        with translated(self._settings, at=keys.job(job_id)):
+            return (await summary(job_id).on_async(self._redis)).kind
+
+    async def status(self, job_id: str) -> JobStatus:
+        with translated(self._settings):
+            result, known = await ask_state(self._redis.pipeline(), job_id).execute()
+        return status_of(result, summary(job_id).parse(known), job_id)
+
+    async def cancel(self, job_id: str) -> None:
+        with translated(self._settings):
+            known = await summary(job_id).on_async(self._redis)
+            if known.queue is None:
+                raise lost(job_id)
+            await ledger.cancellation(job_id, known.queue).on_async(self._redis)
+
+    async def value(self, job_id: str, timeout: float | None) -> object:
+        follower = Follower[StreamToken](self._settings, job_id, timeout=timeout)
+        async for _ in self._follow(follower):
+            pass
+        return follower.value()
+
+    async def entries(self, job_id: str, entry: type[E], timeout: float | None) -> AsyncGenerator[E]:
+        follower = Follower(self._settings, job_id, entry, timeout)
+        async with aclosing(self._follow(follower)) as entries:
+            async for item in entries:
+                yield item
+        follower.value()
+
+    async def _follow(self, follower: Follower[E]) -> AsyncGenerator[E]:
+        """Yield entries until the outcome is known; outlast the broker's outages for as long as patience lasts."""
+        while follower.outcome is None:
+            pubsub, pause = self._redis.pubsub(ignore_subscribe_messages=True), 0.0
+            try:
+                await pubsub.subscribe(*follower.channels)
+                follower.subscribed()
+                while follower.outcome is None:
+                    for item in await self._more(pubsub, follower):
+                        yield item
+            except connection.TROUBLE as error:
+                pause = follower.pause(error)
+            finally:
+                await finished(pubsub.aclose)
+            await sleep(pause)
+
+    async def _more(self, pubsub: Any, follower: Follower[E]) -> list[E]:
+        if not follower.must_look:
+            return follower.heard(await pubsub.get_message(timeout=follower.wait()))
+        with own_patience():
+            replies = await follower.ask(self._redis.pipeline()).execute()
+        return follower.looked(replies)
+
+    async def vectors(self, reply: EmbedReply) -> Encoded:
+        patience = Patience(self._settings)
+        while True:
+            try:
+                with translated(self._settings, passing=connection.TROUBLE), own_patience():
+                    return read_vectors(reply, await self._redis.get(keys.blob(reply.blob)))
+            except connection.TROUBLE as error:
+                await sleep(patience.spend(error))
+
+    async def discard(self, job_id: str) -> None:
+        with translated(self._settings):
+            await self._redis.unlink(keys.blob(keys.vectors(job_id)))
+
+    async def workers(self) -> list[Presence]:
+        with translated(self._settings):
+            # All names of the last day: those that are gone have no presence any more, by the broker's clock.
+            names = await self._redis.zrange(keys.WORKERS, 0, -1)
+            raw = (
+                await self._redis.mget([keys.worker(name.decode(errors="replace")) for name in names]) if names else []
+            )
+        return model_choice.parse_presences(raw)
+
+    async def models(self) -> dict[str, ModelCard]:
+        with translated(self._settings):
+            (seconds, _), raw = await self._redis.pipeline(transaction=False).time().hgetall(keys.MODELS).execute()
+        return model_choice.parse_cards(raw, float(seconds))
+
+    async def jobs(self) -> dict[str, OpenJob]:
+        models = await self.models()
+        listing = Listing(keys.queue(card.model, kind) for card in models.values() for kind in card.kinds)
+        with translated(self._settings):
+            ids = await listing.ask_ids(self._redis.pipeline()).execute()
+            return listing.jobs(await listing.ask_records(self._redis.pipeline(), ids).execute())
+
+    async def dead(self) -> dict[str, Letter]:
+        with translated(self._settings):
+            return letters.parse(await self._redis.hgetall(keys.DEAD))
+
+    async def adapters(self, model: str) -> list[AdapterEntry]:
+        with translated(self._settings):
+            known = registry.names(await self._redis.smembers(keys.adapters(model)))
+            raw = [await self._redis.hgetall(keys.adapter(model, name)) for name in known]
+        return [registry.parse(model, name, fields) for name, fields in zip(known, raw, strict=True)]
+
+    async def adapter(self, model: str, name: str) -> AdapterEntry:
+        with translated(self._settings):
+            raw = await self._redis.hgetall(keys.adapter(model, name))
+        return found(model, name, raw)
+
+    async def change_adapter(self, model: str, verb: Verb, name: str, version: int | None) -> bool:
+        with translated(self._settings):
+            return await registry.change(self._redis, model, verb, name, version) is not None
+
+    async def close(self) -> None:
+        await self._connections.aclose()
+
+
+def _link_at(address: str) -> AsyncBrokerLink:
+    settings = load_settings()
+    return AsyncBrokerLink(settings if settings.chosen_url is not None else load_settings(url=address))

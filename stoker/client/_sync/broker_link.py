@@ -1,0 +1,191 @@
+# Generated from stoker/client/_async/broker_link.py by `make format`: edit that file.
+"""The link to a broker: what is asked of it, and what its answers mean."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import closing
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from stoker import connection, keys, ledger, letters, registry
+from stoker.adapters import found
+from stoker.asking import own_patience
+from stoker.client import model_choice
+from stoker.client.blocking import Connections, finished, in_thread, sleep
+from stoker.client.following import Follower, ask_state
+from stoker.client.outcome import JobStatus, lost, read_vectors, status_of
+from stoker.client.submission import Submission
+from stoker.connection import Patience, translated
+from stoker.contract import EmbedReply, ModelCard, Presence, Request, StreamToken, TrainReport
+from stoker.contract.vectors import Encoded
+from stoker.ledger.listing import Listing, OpenJob
+from stoker.ledger.record import summary
+from stoker.letters import Letter
+from stoker.registry import AdapterEntry, Verb
+from stoker.settings import Settings, load_settings
+
+if TYPE_CHECKING:
+    from stoker.client.blocking import Redis
+
+E = TypeVar("E", StreamToken, TrainReport)
+
+
+class BrokerLink:
+    """`Link` over redis-py. It can be pickled: the broker's address travels, without the password."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._connections = Connections(settings)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _link_at, (self._settings.address.without_password,)
+
+    @property
+    def settings(self) -> Settings:
+        return self._settings
+
+    @property
+    def redis(self) -> Redis:
+        return self._connections.current()
+
+    @property
+    def _redis(self) -> Any:
+        # redis-py types every reply as a union over its decoding modes; ours are always bytes.
+        return self.redis
+
+    def submit(self, request: Request, job_id: str, data: bytes = b"") -> None:
+        # In a thread: the digest of half a gigabyte would hold up an event loop.
+        make = partial(Submission, self._settings, request, job_id, data)
+        submission = in_thread(make) if data else make()
+        with translated(self._settings):
+            if submission.in_parts and (summary(job_id).on(self._redis)).kind is None:
+                for part in submission.uploads(self._redis):
+                    part.execute()
+        self._send(submission, revive=False)
+
+    def revive(self, request: Request, job_id: str, client: str | None) -> None:
+        self._send(Submission(self._settings, request, job_id, client=client), revive=True)
+
+    def _send(self, submission: Submission, *, revive: bool) -> None:
+        while True:
+            with translated(self._settings):
+                reply = submission.transition(revive=revive).on(self._redis)
+                submission.tidy(self._redis.pipeline(), reply).execute()
+                if reply.state == "known":
+                    submission.check_known((summary(submission.job_id).on(self._redis)).kind)
+                pause = submission.pause(reply)
+            if pause is None:
+                return
+            sleep(pause)
+
+    def kind(self, job_id: str) -> str | None:
+        with translated(self._settings, at=keys.job(job_id)):
+            return (summary(job_id).on(self._redis)).kind
+
+    def status(self, job_id: str) -> JobStatus:
+        with translated(self._settings):
+            result, known = ask_state(self._redis.pipeline(), job_id).execute()
+        return status_of(result, summary(job_id).parse(known), job_id)
+
+    def cancel(self, job_id: str) -> None:
+        with translated(self._settings):
+            known = summary(job_id).on(self._redis)
+            if known.queue is None:
+                raise lost(job_id)
+            ledger.cancellation(job_id, known.queue).on(self._redis)
+
+    def value(self, job_id: str, timeout: float | None) -> object:
+        follower = Follower[StreamToken](self._settings, job_id, timeout=timeout)
+        for _ in self._follow(follower):
+            pass
+        return follower.value()
+
+    def entries(self, job_id: str, entry: type[E], timeout: float | None) -> Generator[E]:
+        follower = Follower(self._settings, job_id, entry, timeout)
+        with closing(self._follow(follower)) as entries:
+            for item in entries:
+                yield item
+        follower.value()
+
+    def _follow(self, follower: Follower[E]) -> Generator[E]:
+        """Yield entries until the outcome is known; outlast the broker's outages for as long as patience lasts."""
+        while follower.outcome is None:
+            pubsub, pause = self._redis.pubsub(ignore_subscribe_messages=True), 0.0
+            try:
+                pubsub.subscribe(*follower.channels)
+                follower.subscribed()
+                while follower.outcome is None:
+                    for item in self._more(pubsub, follower):
+                        yield item
+            except connection.TROUBLE as error:
+                pause = follower.pause(error)
+            finally:
+                finished(pubsub.close)
+            sleep(pause)
+
+    def _more(self, pubsub: Any, follower: Follower[E]) -> list[E]:
+        if not follower.must_look:
+            return follower.heard(pubsub.get_message(timeout=follower.wait()))
+        with own_patience():
+            replies = follower.ask(self._redis.pipeline()).execute()
+        return follower.looked(replies)
+
+    def vectors(self, reply: EmbedReply) -> Encoded:
+        patience = Patience(self._settings)
+        while True:
+            try:
+                with translated(self._settings, passing=connection.TROUBLE), own_patience():
+                    return read_vectors(reply, self._redis.get(keys.blob(reply.blob)))
+            except connection.TROUBLE as error:
+                sleep(patience.spend(error))
+
+    def discard(self, job_id: str) -> None:
+        with translated(self._settings):
+            self._redis.unlink(keys.blob(keys.vectors(job_id)))
+
+    def workers(self) -> list[Presence]:
+        with translated(self._settings):
+            # All names of the last day: those that are gone have no presence any more, by the broker's clock.
+            names = self._redis.zrange(keys.WORKERS, 0, -1)
+            raw = self._redis.mget([keys.worker(name.decode(errors="replace")) for name in names]) if names else []
+        return model_choice.parse_presences(raw)
+
+    def models(self) -> dict[str, ModelCard]:
+        with translated(self._settings):
+            (seconds, _), raw = self._redis.pipeline(transaction=False).time().hgetall(keys.MODELS).execute()
+        return model_choice.parse_cards(raw, float(seconds))
+
+    def jobs(self) -> dict[str, OpenJob]:
+        models = self.models()
+        listing = Listing(keys.queue(card.model, kind) for card in models.values() for kind in card.kinds)
+        with translated(self._settings):
+            ids = listing.ask_ids(self._redis.pipeline()).execute()
+            return listing.jobs(listing.ask_records(self._redis.pipeline(), ids).execute())
+
+    def dead(self) -> dict[str, Letter]:
+        with translated(self._settings):
+            return letters.parse(self._redis.hgetall(keys.DEAD))
+
+    def adapters(self, model: str) -> list[AdapterEntry]:
+        with translated(self._settings):
+            known = registry.names(self._redis.smembers(keys.adapters(model)))
+            raw = [self._redis.hgetall(keys.adapter(model, name)) for name in known]
+        return [registry.parse(model, name, fields) for name, fields in zip(known, raw, strict=True)]
+
+    def adapter(self, model: str, name: str) -> AdapterEntry:
+        with translated(self._settings):
+            raw = self._redis.hgetall(keys.adapter(model, name))
+        return found(model, name, raw)
+
+    def change_adapter(self, model: str, verb: Verb, name: str, version: int | None) -> bool:
+        with translated(self._settings):
+            return registry.change(self._redis, model, verb, name, version) is not None
+
+    def close(self) -> None:
+        self._connections.close()
+
+
+def _link_at(address: str) -> BrokerLink:
+    settings = load_settings()
+    return BrokerLink(settings if settings.chosen_url is not None else load_settings(url=address))

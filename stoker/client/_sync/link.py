@@ -1,0 +1,76 @@
+# Generated from stoker/client/_async/link.py by `make format`: edit that file.
+"""What the client, its jobs and its adapters ask, without a word on who answers: the broker (`broker_link.py`), or an
+in-memory double (`memory_link.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Protocol, TypeVar
+
+from stoker.client.outcome import JobStatus
+from stoker.contract import EmbedReply, ModelCard, Presence, Request, StreamToken, TrainReport
+from stoker.contract.vectors import Encoded
+from stoker.ledger.listing import OpenJob
+from stoker.letters import Letter
+from stoker.registry import AdapterEntry, Verb
+from stoker.settings import Settings
+
+E = TypeVar("E", StreamToken, TrainReport)
+
+
+class Link(Protocol):
+    """One conversation about jobs. Every method may raise `BrokerUnavailable`."""
+
+    @property
+    def settings(self) -> Settings: ...
+
+    def submit(self, request: Request, job_id: str, data: bytes = b"") -> None:
+        """Send a job; `data` is its input."""
+
+    def revive(self, request: Request, job_id: str, client: str | None) -> None:
+        """Send a dead job again. `client`: the key of the one that it belonged to, if that is known."""
+
+    def kind(self, job_id: str) -> str | None:
+        """The kind that the job's record says; None where there is no record."""
+
+    def status(self, job_id: str) -> JobStatus:
+        """Raises `JobLost` for a job that is neither known nor ended."""
+
+    def cancel(self, job_id: str) -> None:
+        """Stop the job wherever it is. Raises `JobLost` for one that is not known."""
+
+    def value(self, job_id: str, timeout: float | None) -> object:
+        """Wait for the end, and return what the job's record holds; raises what the job ended with."""
+
+    def entries(self, job_id: str, entry: type[E], timeout: float | None) -> Generator[E]:
+        """Each entry of the job's stream once, in order; raises what the job ended with."""
+
+    def vectors(self, reply: EmbedReply) -> Encoded:
+        """Raises `JobLost` for vectors that have expired."""
+
+    def discard(self, job_id: str) -> None:
+        """Forget the vectors of a job."""
+
+    def workers(self) -> list[Presence]:
+        """The workers that are alive now."""
+
+    def models(self) -> dict[str, ModelCard]:
+        """Every model that some worker serves or lately served."""
+
+    def jobs(self) -> dict[str, OpenJob]:
+        """Jobs that have not ended, oldest first."""
+
+    def dead(self) -> dict[str, Letter]:
+        """The dead letters."""
+
+    def adapters(self, model: str) -> list[AdapterEntry]:
+        """Every adapter of the model, by name."""
+
+    def adapter(self, model: str, name: str) -> AdapterEntry:
+        """Raises `UnknownAdapter`."""
+
+    def change_adapter(self, model: str, verb: Verb, name: str, version: int | None) -> bool:
+        """Whether it could be done."""
+
+    def close(self) -> None:
+        """Let go of what the link holds open. It may be used again."""
