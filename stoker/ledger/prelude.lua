@@ -67,10 +67,10 @@ local function add(key, score, member)
   redis.call('EXPIRE', key, pending_ttl)
 end
 
--- A count of turns; 0 for what is none, not a number, or beyond what can be counted up by one.
-local function turn_of(text)
-  local turn = tonumber(text)
-  return turn and turn >= 0 and turn < 2 ^ 53 and turn or 0
+-- A count; 0 for what is none, not a number, or beyond what can be counted up by one.
+local function count_of(text)
+  local count = tonumber(text)
+  return count and count >= 0 and count < 2 ^ 53 and count or 0
 end
 
 -- Take a turn for the job's client among those who wait at the same priority (start-time fair queueing, Goyal et al.
@@ -78,7 +78,7 @@ end
 local function enter_backlog(priority, client)
   local of = 'next:' .. priority .. ':' .. client
   local state = redis.call('HMGET', turns, 'now:' .. priority, of)
-  local turn = math.max(turn_of(state[1]), turn_of(state[2]))
+  local turn = math.max(count_of(state[1]), count_of(state[2]))
   redis.call('HSET', turns, of, turn + 1)
   redis.call('EXPIRE', turns, pending_ttl)
   redis.call('HSET', job, 'turn', turn)
@@ -118,7 +118,7 @@ end
 -- The job's message under a delivery tag of its own: its tag distinguishes a delivery that came back from a second one.
 local function message_of(of)
   local key = job_prefix .. of
-  local tag = of .. '#' .. redis.call('HINCRBY', key, 'sent', 1)
+  local tag = of .. '#' .. string.format('%.0f', redis.call('HINCRBY', key, 'sent', 1))
   local message = redis.call('HGET', key, 'message')
   -- In what stands for the old tag, % has a meaning.
   local field = '"delivery_tag": "' .. string.gsub(tag, '%%', '%%%%') .. '"'

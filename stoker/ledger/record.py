@@ -29,7 +29,7 @@ class Field(StrEnum):
     BLOB = "blob"
 
     #: Written by the scripts: when it was submitted, the key of its client's open jobs, its turn in the backlog, and
-    #: how many messages were made of it.
+    #: the number of the last message that was made of it.
     SUBMITTED = "submitted"
     MINE = "mine"
     TURN = "turn"

@@ -25,12 +25,16 @@ local held = redis.call('ZCOUNT', mine, now - pending_ttl, '+inf')
 local most = setting('client_limit:' .. fields['client'], setting('client_limit', tonumber(ARGV[7])))
 if held >= most then return {'client_full', held, most, wait_for(math.max(1, depth / held))} end
 
+-- From where the job's messages are counted: a record that comes after another of the same job, which has expired or is
+-- revived, makes messages with other tags. Those of the first may still be somewhere.
+local sent = math.max(now * 1e6, count_of(redis.pcall('HGET', job, 'sent')))
 if revive then
   redis.call('HDEL', dead, id)
   redis.call('DEL', job, result, mark)
 end
 -- The first write of a new job, and one that a broker without memory refuses: then nothing was written.
-redis.call('HSET', job, 'submitted', string.format('%.6f', now), 'mine', mine, unpack(record))
+local submitted = string.format('%.6f', now)
+redis.call('HSET', job, 'submitted', submitted, 'sent', string.format('%.0f', sent), 'mine', mine, unpack(record))
 redis.call('ZREMRANGEBYSCORE', mine, '-inf', now - pending_ttl)
 redis.call('EXPIRE', job, pending_ttl)
 for _, key in ipairs({open, mine}) do

@@ -174,11 +174,13 @@ class Queue:
         young = {other: since for other, since in mine.items() if since >= self.now - keys.PENDING_TTL}
         if len(young) >= self.policy.client_limit:
             return "client_full"
+        former = self.records.get(job)
         if revive:
             del self.dead[job]
             self.results.pop(job, None)
             self.marks.discard(job)
-        self.records[job] = Record(client, priority, self.now, has_input)
+        sent = max(int(self.now * 1e6), former.sent if former is not None else 0)
+        self.records[job] = Record(client, priority, self.now, has_input, sent=sent)
         self.taken_in.append(job)
         self.mine[client] = {other: since for other, since in mine.items() if since > self.now - keys.PENDING_TTL}
         self.open[job] = self.mine[client][job] = self.now
