@@ -21,9 +21,10 @@ import numpy as np
 from bench.idle_worker import ENCODER, MODEL, token
 from bench.report import Row, row, write
 from bench.transitions import measured
-from stoker import AsyncClient, Client, keys
+from stoker import AsyncClient, Client
+from stoker.broker import keys
+from stoker.broker.connection import connect
 from stoker.client import EmbedJob, GenerateJob
-from stoker.connection import connect
 from stoker.local.broker import EmbeddedBroker
 from stoker.local.process import Process
 from stoker.local.stack import worker_command

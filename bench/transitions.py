@@ -7,9 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 from bench.report import Row, row
-from stoker import keys, ledger
-from stoker.client_core import generate_request, job_record
-from stoker.ledger.call import Call
+from stoker.broker import keys, ledger
+from stoker.broker.ledger.call import Call
+from stoker.client.requests import generate_request
+from stoker.client.submission import job_record
 
 QUEUE = keys.queue("bench", "generate")
 #: Jobs of one round, and rounds.

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.elf import ElfError, strip_prefix
-from stoker.files import write_whole
+from stoker.files.durable import write_whole
 
 log = logging.getLogger(__name__)
 

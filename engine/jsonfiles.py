@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from stoker.errors import ModelError
-from stoker.files import write_whole
+from stoker.files.durable import write_whole
 
 #: A configuration is a few hundred bytes; a tokenizer's, which lists its special tokens, up to 2 MB.
 MAX_BYTES = 16 << 20

@@ -19,7 +19,7 @@ from engine.weights.names import canonical
 from engine.weights.quantized import check, fits, quantize
 from engine.weights.tensors import Stored
 from stoker.errors import ModelError
-from stoker.files import draft_folder, publish
+from stoker.files.durable import draft_folder, publish
 
 #: What a model folder holds in addition to its weights: tokenizer, chat template, generation settings, licence.
 _COPIED = (".json", ".jinja", ".txt", ".model", ".md", "")

@@ -10,10 +10,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from stoker.broker.outcome import JobStatus
     from stoker.client import AdapterJob, Client, EmbedJob, GenerateJob, Job, TrainJob
     from stoker.client._async.client import AsyncClient
     from stoker.client._async.jobs import AsyncAdapterJob, AsyncEmbedJob, AsyncGenerateJob, AsyncJob, AsyncTrainJob
-    from stoker.client.outcome import JobStatus
     from stoker.contract import GenerateResult, StreamToken, TrainReport, TrainResult
     from stoker.errors import StokerError
 
@@ -29,7 +29,7 @@ _HOMES = {
         "AsyncTrainJob",
     ),
     "stoker.client": ("AdapterJob", "Client", "EmbedJob", "GenerateJob", "Job", "TrainJob"),
-    "stoker.client.outcome": ("JobStatus",),
+    "stoker.broker.outcome": ("JobStatus",),
     "stoker.contract": ("GenerateResult", "StreamToken", "TrainReport", "TrainResult"),
     "stoker.errors": ("StokerError",),
 }

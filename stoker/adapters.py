@@ -6,9 +6,9 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from stoker import registry
+from stoker.broker import registry
+from stoker.broker.registry import AdapterEntry
 from stoker.errors import UnknownAdapter
-from stoker.registry import AdapterEntry
 
 Folder = str | os.PathLike[str]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from stoker import keys
-from stoker.connection import SOCKET_TIMEOUT
+from stoker.broker import keys
+from stoker.broker.connection import SOCKET_TIMEOUT
 from stoker.settings import Settings
 
 

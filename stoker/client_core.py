@@ -1,9 +1,8 @@
-"""The names of the client's parts that programs outside of this package import; the parts are in `stoker/client/`."""
+"""The old path of parts of `stoker.client` and `stoker.broker`, for programs written against it. It goes with 1.0."""
 
 from __future__ import annotations
 
-from stoker.client.model_choice import Choices, choose_model, parse_cards, parse_presences
-from stoker.client.outcome import (
+from stoker.broker.outcome import (
     JobStatus,
     Outcome,
     announced,
@@ -13,6 +12,7 @@ from stoker.client.outcome import (
     spoiled,
     status_of,
 )
+from stoker.client.model_choice import Choices, choose_model, parse_cards, parse_presences
 from stoker.client.requests import (
     Dataset,
     Prompt,

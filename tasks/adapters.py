@@ -7,7 +7,7 @@ from typing import Any
 
 from celery import Task, shared_task
 
-from stoker import keys
+from stoker.broker import keys
 from stoker.contract import AdapterRequest, AdapterResult
 from stoker.contract.bundle import AdapterInput
 from stoker.contract.kinds import ADAPTERS

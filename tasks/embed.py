@@ -6,7 +6,7 @@ from typing import Any
 
 from celery import Task, shared_task
 
-from stoker import keys
+from stoker.broker import keys
 from stoker.contract import EmbedReply, EmbedRequest, Usage, vectors
 from stoker.contract.kinds import EMBED
 from workers.frame import JobTask, Run, complete, run_job

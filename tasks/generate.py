@@ -6,7 +6,7 @@ from typing import Any
 
 from celery import Task, shared_task
 
-from stoker import keys
+from stoker.broker import keys
 from stoker.contract import GenerateRequest, GenerateResult, StreamToken
 from stoker.contract.kinds import GENERATE
 from workers import adapters

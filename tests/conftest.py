@@ -13,7 +13,7 @@ import pytest
 from hypothesis import Phase, settings
 
 from stoker import Client
-from stoker.connection import connect
+from stoker.broker.connection import connect
 from stoker.local.broker import EmbeddedBroker
 from stoker.local.stack import Stack
 from stoker.settings import Settings, load_settings

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stoker import keys
+from stoker.broker import keys
 
 PROCESSES, HANDLES = Path("/proc"), Path("/proc/self/fd")
 #: Seconds. What is closing may still be there for a moment.
@@ -29,7 +29,7 @@ def overlong_keys(client: Any) -> list[str]:
     for name, left in zip((name.decode() for name in names), pipeline.execute(), strict=True):
         kind = keys.kind_of(name)
         if kind is None:
-            found.append(f"{name}: no kind of stoker/keys.py")
+            found.append(f"{name}: no kind of stoker/broker/keys.py")
         elif kind.lifetime is not None and (left == -1 or left > 1000 * kind.lifetime):
             found.append(f"{name}: {left / 1000} s left, and {kind.lifetime} s are allowed")
     return found

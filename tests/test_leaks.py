@@ -12,7 +12,7 @@ from typing import Any
 import fakeredis
 import pytest
 
-from stoker import keys
+from stoker.broker import keys
 from tests.leaks import Held, assert_nothing, open_work, overlong_keys, processes_of
 
 QUEUE = keys.queue("toy", "generate")

@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stoker import keys, ledger, registry
+from stoker.broker import keys, ledger, registry
+from stoker.broker.ledger import record
 from stoker.contract import bundle
 from stoker.contract.base import parse_adapter
 from stoker.contract.names import Rule, checked
 from stoker.contract.uploads import Upload
 from stoker.errors import UnknownAdapter
-from stoker.ledger import record
 from workers import clock, uploads
 from workers.artifacts import Artifacts
 

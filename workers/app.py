@@ -5,7 +5,7 @@ from __future__ import annotations
 from celery import Celery
 from celery.app import trace
 
-from stoker import keys
+from stoker.broker import keys
 from stoker.celery_config import shared_config
 from stoker.settings import load_settings
 from workers import boot, transport

@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from stoker import keys
+from stoker.broker import keys
 from stoker.contract.names import Rule, checked
 from stoker.errors import ConfigError, JobFailed
-from stoker.files import flush, make_folders, write_whole
+from stoker.files.durable import flush, make_folders, write_whole
 from stoker.settings import Settings
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from redis.exceptions import RedisError
 
-from stoker.connection import passes
+from stoker.broker.connection import passes
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from redis.exceptions import RedisError
 
-from stoker import keys
+from stoker.broker import keys
 from workers.mending import SHARED, keys_of
 
 

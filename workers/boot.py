@@ -16,7 +16,7 @@ from celery.platforms import EX_FAILURE
 from celery.signals import worker_shutting_down
 from celery.worker import components, state
 
-from stoker import keys
+from stoker.broker import keys
 from stoker.catalogue import parse_models
 from stoker.contract.kinds import KINDS
 from stoker.errors import StokerError

@@ -7,7 +7,7 @@ from typing import Any
 
 from redis.exceptions import AuthenticationError, RedisError
 
-from stoker.connection import connect, translated
+from stoker.broker.connection import connect, translated
 from stoker.errors import ConfigError
 from stoker.settings import Settings
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from stoker import keys
+from stoker.broker import keys
 from workers.background import Background
 from workers.runtime import Runtime
 

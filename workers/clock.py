@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from stoker import keys
+from stoker.broker import keys
 
 #: What kombu keeps of each message that a worker holds: its delivery tag → when it was last said to be held.
 INDEX = f"{keys.PREFIX}unacked_index"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stoker import keys
+from stoker.broker import keys
 from stoker.contract.dataset import ON_WORKER
 from stoker.contract.names import Rule, checked
 from stoker.contract.uploads import Upload
 from stoker.errors import DatasetError
-from stoker.files import write_whole
+from stoker.files.durable import write_whole
 from workers import uploads
 from workers.frame import Run
 

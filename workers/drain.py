@@ -13,7 +13,7 @@ from typing import Any
 
 from redis.exceptions import RedisError
 
-from stoker.connection import connect
+from stoker.broker.connection import connect
 from stoker.contract.kinds import KINDS
 from workers.background import Background, end_process
 from workers.runtime import Runtime

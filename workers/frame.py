@@ -12,9 +12,10 @@ from celery.exceptions import Ignore, Reject
 from kombu.exceptions import OperationalError
 from redis.exceptions import NoPermissionError, RedisError, ResponseError
 
-from stoker import keys, ledger
-from stoker.client_core import Outcome
-from stoker.connection import passes
+from stoker.broker import keys, ledger
+from stoker.broker.connection import passes
+from stoker.broker.ledger.replies import Claim, Crash
+from stoker.broker.outcome import Outcome
 from stoker.contract import Usage, encode
 from stoker.contract.codec import read
 from stoker.contract.names import Rule, checked
@@ -30,7 +31,6 @@ from stoker.errors import (
     WorkerUnavailable,
     to_wire,
 )
-from stoker.ledger.replies import Claim, Crash
 from workers import disk, memory
 from workers.artifacts import StoreTrouble
 from workers.blame import blame

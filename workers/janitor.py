@@ -1,7 +1,7 @@
 """Looking for jobs whose message is nowhere, and letting them wait again.
 
 kombu takes a message off its list and then writes it down as unacknowledged: a worker that dies in between takes the
-message with it. The records know (`stoker.ledger.recover`).
+message with it. The records know (`stoker.broker.ledger.recover`).
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import logging
 from pydantic import ValidationError
 from redis.exceptions import ResponseError
 
-from stoker import keys, ledger
-from stoker.connection import passes
+from stoker.broker import keys, ledger
+from stoker.broker.connection import passes
 from stoker.contract import CONTRACT, ModelCard
 from workers.broker_check import warn_of
 from workers.runtime import Runtime

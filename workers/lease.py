@@ -17,7 +17,7 @@ from typing import Any
 
 from celery import bootsteps
 
-from stoker.connection import connect
+from stoker.broker.connection import connect
 from stoker.settings import Settings
 from workers import clock, runtime, transport
 from workers.background import Background

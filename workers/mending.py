@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from stoker import keys, ledger
+from stoker.broker import keys, ledger
 
 log = logging.getLogger(__name__)
 

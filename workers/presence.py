@@ -9,7 +9,7 @@ import time
 
 from redis.exceptions import RedisError
 
-from stoker import keys
+from stoker.broker import keys
 from stoker.contract import Presence
 from workers import clock
 from workers.background import Background

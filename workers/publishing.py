@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from redis.exceptions import RedisError
 
-from stoker import keys
+from stoker.broker import keys
 from stoker.errors import JobFailed
 from workers.background import Background
 from workers.retrying import Retry

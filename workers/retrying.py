@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from redis.exceptions import RedisError
 
-from stoker.connection import TROUBLE, passes
+from stoker.broker.connection import TROUBLE, passes
 
 #: Seconds for which a broker is asked again that answers and refuses: a replica in a fail-over, a full memory or disk.
 REFUSAL_LIMIT = 300.0

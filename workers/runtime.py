@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from redis.exceptions import RedisError
 
-from stoker import keys
-from stoker.connection import connect
+from stoker.broker import keys
+from stoker.broker.connection import connect
+from stoker.broker.ledger import record
 from stoker.errors import StokerError, WorkerUnavailable
-from stoker.ledger import record
 from stoker.settings import Settings
 from workers.mending import Mender
 from workers.publishing import Publisher

@@ -5,8 +5,9 @@ channel then fails for want of a pool, which ends the worker. Here messages stay
 `workers/lease.py`), and a late ack goes through the last pool that the channel had.
 
 A message that is not in the one form that Stoker's have ends a worker too, in kombu or in Celery, and comes back with
-its lease to end the next. Here each is looked at when it comes out of its queue (`stoker.envelope.read`), and one that
-cannot be read goes no further (`workers/unreadable.py`). What fails behind that is caught where kombu hands it over.
+its lease to end the next. Here each is looked at when it comes out of its queue (`stoker.broker.envelope.read`), and
+one that cannot be read goes no further (`workers/unreadable.py`). What fails behind that is caught where kombu hands it
+over.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from kombu.exceptions import OperationalError
 from kombu.transport import virtual
 from redis.exceptions import RedisError
 
-from stoker.envelope import QUEUE, UnreadableMessage, read
+from stoker.broker.envelope import QUEUE, UnreadableMessage, read
 from workers import clock
 from workers.unreadable import Unreadable
 

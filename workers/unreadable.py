@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from stoker import keys, letters
+from stoker.broker import keys, letters
 from workers import clock
 
 log = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from stoker import keys
+from stoker.broker import keys
 from stoker.contract.uploads import Check, Upload
 
 

@@ -14,8 +14,8 @@ from collections.abc import Callable
 
 from redis.exceptions import RedisError
 
-from stoker import ledger
-from stoker.connection import connect
+from stoker.broker import ledger
+from stoker.broker.connection import connect
 from workers.background import Background, end_process
 from workers.runtime import Runtime
 

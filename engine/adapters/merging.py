@@ -20,7 +20,7 @@ from engine.weights import safetensors
 from engine.weights.mlx_layout import QuantizedLayout
 from engine.weights.names import canonical
 from stoker.errors import ModelError
-from stoker.files import draft_folder, publish
+from stoker.files.durable import draft_folder, publish
 
 
 @dataclass(frozen=True)

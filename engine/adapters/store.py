@@ -12,7 +12,7 @@ from engine.jsonfiles import write_json
 from stoker.contract.base import parse_adapter
 from stoker.contract.names import Rule, checked, follows
 from stoker.errors import UnknownAdapter
-from stoker.files import draft_folder, publish, sweep
+from stoker.files.durable import draft_folder, publish, sweep
 
 #: What Stoker knows of an adapter and PEFT's two files do not say.
 NOTES_FILE = "stoker.json"

@@ -24,7 +24,7 @@ from engine.jsonfiles import read_object, write_json
 from engine.training.state import TrainState
 from engine.weights import safetensors
 from stoker.errors import ModelError
-from stoker.files import draft_folder, flush, make_folders, publish, remove_folder
+from stoker.files.durable import draft_folder, flush, make_folders, publish, remove_folder
 
 STATE_FILE = "trainer.safetensors"
 #: How the names of checkpoints begin.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from stoker.contract import TrainReport
-from stoker.files import flush, write_whole
+from stoker.files.durable import flush, write_whole
 
 
 class RunLog:

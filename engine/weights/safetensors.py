@@ -16,7 +16,7 @@ import numpy as np
 
 from engine.weights.safetensors_header import INDEX_NAME, check_header, entries, files
 from stoker.errors import ModelError
-from stoker.files import write_whole
+from stoker.files.durable import write_whole
 
 __all__ = [
     "INDEX_NAME",

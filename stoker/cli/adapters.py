@@ -10,10 +10,10 @@ from typing import Annotated, Any
 import typer
 
 from stoker.adapters import facts
+from stoker.broker.registry import AdapterEntry, wanted
 from stoker.catalogue import parse_model
 from stoker.cli.models import ask_engine
 from stoker.cli.options import Json, Model, Url, connect, print_json
-from stoker.registry import AdapterEntry, wanted
 from stoker.settings import load_settings
 
 Version = Annotated[str, typer.Argument(help="NAME@VERSION.", metavar="ADAPTER")]

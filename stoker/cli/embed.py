@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stoker.bulk.chunks import BATCH_TEXTS
-from stoker.bulk.source import Source
 from stoker.cli.jobs import warn_if_cold
 from stoker.cli.options import Json, Model, Url, connect, notes, print_json
 from stoker.client import Client
+from stoker.client.chunks import BATCH_TEXTS
 from stoker.client.options import EmbedOptions
 from stoker.errors import InvalidRequest
+from stoker.files.source import Source
 
 if TYPE_CHECKING:
-    from stoker.bulk.output import Output
+    from stoker.files.output import Output
 
 #: Seconds between two lines of progress where there is no terminal.
 REPORT_EVERY = 10.0
@@ -56,7 +56,7 @@ def embed(
         "dimensions": dimensions,
         "dtype": dtype,  # type: ignore[typeddict-item]
     }
-    from stoker.bulk.output import check_output
+    from stoker.files.output import check_output
 
     with connect(url) as client:
         warn_if_cold(client, model, "embed")
@@ -96,7 +96,7 @@ def _embed_file(
     in_flight: int | None,
     overwrite: bool,
 ) -> dict[str, Any]:
-    from stoker.bulk.output import opened
+    from stoker.files.output import opened
 
     rows, digest = source.survey()
     model = client.choose_model(model, "embed")

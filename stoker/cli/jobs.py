@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from stoker import letters
+from stoker.broker import letters
 from stoker.cli.options import Json, Url, connect, notes, print_json
 from stoker.client import Client
 

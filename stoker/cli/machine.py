@@ -17,10 +17,10 @@ from typing import Annotated, Any
 
 import typer
 
+from stoker.broker.connection import connect as connect_redis
+from stoker.broker.connection import translated
 from stoker.catalogue import parse_models
 from stoker.cli.options import Json, Url, connect, print_json, progress_shown
-from stoker.connection import connect as connect_redis
-from stoker.connection import translated
 from stoker.contract import Presence
 from stoker.errors import ConfigError, StokerError, UnknownModel
 from stoker.settings import Settings, load_settings

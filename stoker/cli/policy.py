@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from stoker import policy
+from stoker.broker import policy
+from stoker.broker.connection import translated
 from stoker.cli.options import Json, Url, connect, print_json
-from stoker.connection import translated
 from stoker.errors import InvalidRequest
 
 

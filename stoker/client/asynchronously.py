@@ -7,7 +7,7 @@ import logging
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
-from stoker.connection import connect_async
+from stoker.broker.connection import connect_async
 from stoker.settings import Settings
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, ParamSpec, TypeAlias, TypeVar
 
-from stoker.connection import connect
+from stoker.broker.connection import connect
 from stoker.settings import Settings
 
 if TYPE_CHECKING:

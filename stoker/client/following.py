@@ -12,12 +12,12 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import ValidationError
 
-from stoker import keys
-from stoker.client.outcome import Outcome, announced, lost
-from stoker.connection import Patience
+from stoker.broker import keys
+from stoker.broker.connection import Patience
+from stoker.broker.ledger.record import summary
+from stoker.broker.outcome import Outcome, announced, lost
 from stoker.contract import StreamToken, TrainReport
 from stoker.errors import JobLost, JobTimeout
-from stoker.ledger.record import summary
 from stoker.settings import Settings
 
 #: Entries that one replay fetches.

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
-from stoker import keys
+from stoker.broker import keys
 from stoker.catalogue import model_name
 from stoker.contract import CONTRACT, ModelCard, Presence
 from stoker.errors import UnknownModel

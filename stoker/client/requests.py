@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stoker.client.outcome import lost, spoiled
+from stoker.broker.outcome import lost, spoiled
 from stoker.contract import AdapterRequest, EmbedRequest, GenerateRequest, TrainRequest, build
 from stoker.contract.dataset import ON_WORKER, iterate_lines, iterate_mappings, to_lines
 from stoker.contract.kinds import KINDS, JobKind

@@ -7,15 +7,15 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from stoker import keys, ledger
+from stoker.broker import keys, ledger
+from stoker.broker.envelope import envelope
+from stoker.broker.ledger.call import Call
+from stoker.broker.ledger.record import NewJob
+from stoker.broker.ledger.replies import Submitted
 from stoker.contract import AdapterRequest, Request, TrainRequest, encode
 from stoker.contract.dataset import ON_WORKER
 from stoker.contract.uploads import Upload
-from stoker.envelope import envelope
 from stoker.errors import InvalidRequest, QueueFull
-from stoker.ledger.call import Call
-from stoker.ledger.record import NewJob
-from stoker.ledger.replies import Submitted
 from stoker.settings import Settings
 
 

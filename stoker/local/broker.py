@@ -14,9 +14,9 @@ from typing import IO
 import redis
 from redis.exceptions import RedisError
 
+from stoker.broker.loading import wait_until_loaded
 from stoker.errors import BrokerUnavailable, ConfigError
-from stoker.files import write_whole
-from stoker.loading import wait_until_loaded
+from stoker.files.durable import write_whole
 from stoker.local.process import Process
 from stoker.settings import Settings
 

@@ -11,11 +11,11 @@ from types import TracebackType
 
 from redis.exceptions import BusyLoadingError
 
+from stoker.broker.connection import connect, translated
+from stoker.broker.loading import wait_until_loaded
 from stoker.client import Client
-from stoker.connection import connect, translated
 from stoker.contract import Presence
 from stoker.errors import BrokerUnavailable, ConfigError, StokerError, WorkerUnavailable, from_wire
-from stoker.loading import wait_until_loaded
 from stoker.local.broker import PREFERRED_PORT, EmbeddedBroker, free_port
 from stoker.local.process import Process
 from stoker.settings import Settings, load_settings

@@ -14,8 +14,8 @@ import numpy as np
 import safetensors.numpy
 
 from stoker import Client
+from stoker.broker.outcome import JobStatus
 from stoker.client import GenerateJob, Job, TrainJob
-from stoker.client_core import JobStatus
 from stoker.errors import BrokerUnavailable, DeadlineExceeded, InvalidRequest, JobCancelled, StokerError
 from tests.chaos.fleet import EMBED, GENERATE
 

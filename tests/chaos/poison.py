@@ -8,9 +8,10 @@ import json
 import random
 from collections.abc import Callable, Sequence
 
-from stoker import Client, keys, letters
+from stoker import Client
+from stoker.broker import keys, letters
+from stoker.broker.envelope import envelope
 from stoker.client import GenerateJob
-from stoker.envelope import envelope
 from stoker.errors import JobFailed, StokerError
 from tests.chaos.fleet import GENERATE
 

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from redis.exceptions import RedisError
 
-from stoker import Client, keys, ledger, policy
-from stoker.connection import connect
+from stoker import Client
+from stoker.broker import keys, ledger, policy
+from stoker.broker.connection import connect
 from stoker.settings import Settings
 from tests.chaos.fleet import EMBED, GENERATE, Fleet, fleet_settings
 from tests.chaos.load import Answers, Load

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import typer.main
 
-from stoker import errors, keys
+from stoker import errors
+from stoker.broker import keys
 from stoker.catalogue import parse_model
 from stoker.cli import INTERRUPTED, app
 from stoker.contract import EmbedRequest, GenerateRequest, TrainRequest

@@ -23,10 +23,10 @@ from engine.loading import LoadedModel, load
 from engine.models.llama import Llama
 from engine.ticket import Ticket
 from engine.weights import safetensors
-from stoker import files
 from stoker.contract import AdapterRequest
 from stoker.contract.bundle import AdapterInput
 from stoker.errors import ModelError, UnknownAdapter
+from stoker.files import durable
 from tests import powercut
 from tests.engine import tiny
 
@@ -125,7 +125,7 @@ def test_a_write_that_fails_leaves_nothing(
     targets = {
         "safetensors": (safetensors, "write"),
         "text": (peft, "write_json"),
-        "rename": (files.os, "rename"),
+        "rename": (durable.os, "rename"),
     }
     monkeypatch.setattr(*targets[part], full)
     with pytest.raises(OSError, match="No space"):
@@ -166,8 +166,8 @@ def test_a_version_is_there_whole_or_not_whenever_the_power_fails(model: LoadedM
 
 def test_drafts_of_writers_that_died_are_swept_when_a_worker_starts(store: AdapterStore) -> None:
     home = store._root / "tiny" / "style"
-    (home / f"{files.DRAFT}x").mkdir(parents=True)
-    (home / f"{files.DRAFT}x" / "half").write_text("half")
+    (home / f"{durable.DRAFT}x").mkdir(parents=True)
+    (home / f"{durable.DRAFT}x" / "half").write_text("half")
     store.install("tiny", "other", lambda draft: (draft / "file").write_text("x"))
     assert list(home.iterdir())
     store.sweep()

@@ -14,7 +14,7 @@ from engine.loading import LoadedModel
 from engine.training.checkpoint import Checkpoints
 from engine.training.optimizer import Moments
 from engine.training.state import TrainState
-from stoker import files
+from stoker.files import durable
 from tests import powercut
 from tests.engine import tiny
 from tests.powercut import Cut
@@ -55,9 +55,9 @@ def test_a_process_that_dies_while_it_deletes_leaves_no_half_checkpoint(
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", die)
         with pytest.raises(KeyboardInterrupt):
-            files.remove_folder(old)
+            durable.remove_folder(old)
     assert checkpoints.newest() == (None, None)
-    files.remove_folder(old)
+    durable.remove_folder(old)
     assert list(tmp_path.iterdir()) == [], "nor does a grave stay"
 
 
@@ -110,7 +110,7 @@ def test_a_checkpoint_that_a_dead_process_wrote_is_on_disk_when_the_next_finds_i
 ) -> None:
     """It may have been killed between the rename and the flush; the run goes on, and the power fails later."""
     weights = tiny.adapter(model, 2, 1, targets=("q_proj",))
-    plain, root = files.flush, tmp_path / "disk"
+    plain, root = durable.flush, tmp_path / "disk"
     root.mkdir()
 
     def die(path: Path) -> None:
@@ -120,7 +120,7 @@ def test_a_checkpoint_that_a_dead_process_wrote_is_on_disk_when_the_next_finds_i
 
     with powercut.recorded(root) as disk:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(files, "flush", die)
+            patch.setattr(durable, "flush", die)
             with pytest.raises(KeyboardInterrupt):
                 Checkpoints(root, MADE_OF).save(state(1), weights)
         Checkpoints(root, MADE_OF).save(state(1), weights)
@@ -178,7 +178,7 @@ def test_what_is_deleted_is_out_of_sight_on_disk_before_its_files_go(
     """A disk may keep the deletion of a file and lose the rename before it, if nothing was flushed between."""
     (tmp_path / "step-00000001").mkdir()
     flushed: list[str] = []
-    plain, delete = files.flush, shutil.rmtree
+    plain, delete = durable.flush, shutil.rmtree
 
     def flush(path: Path) -> None:
         flushed.append("root" if path == tmp_path else "grave")
@@ -188,9 +188,9 @@ def test_what_is_deleted_is_out_of_sight_on_disk_before_its_files_go(
         assert flushed == ["grave", "root"]
         delete(path, **options)
 
-    monkeypatch.setattr(files, "flush", flush)
+    monkeypatch.setattr(durable, "flush", flush)
     monkeypatch.setattr(shutil, "rmtree", rmtree)
-    files.remove_folder(tmp_path / "step-00000001")
+    durable.remove_folder(tmp_path / "step-00000001")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -210,7 +210,7 @@ def test_a_disk_that_takes_nothing_more_leaves_the_last_checkpoint_and_says_why(
         assert found is not None
         assert found.weights.item() == found.step
         if found.step == 2:
-            files.remove_folder(tmp_path / "step-00000002")
+            durable.remove_folder(tmp_path / "step-00000002")
     assert calls > 10
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000002"], "nor any draft"
 

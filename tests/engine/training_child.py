@@ -21,8 +21,8 @@ from engine.models.llama import Llama  # noqa: E402
 from engine.training.data import tokenize  # noqa: E402
 from engine.training.run import TrainingRun  # noqa: E402
 from engine.weights import safetensors  # noqa: E402
-from stoker import files  # noqa: E402
 from stoker.contract.dataset import Example  # noqa: E402
+from stoker.files import durable  # noqa: E402
 from tests.engine import tiny  # noqa: E402
 from tests.engine.conftest import TINY, RandomTensors  # noqa: E402
 
@@ -35,13 +35,13 @@ def say(word: str) -> None:
 
 def chatty() -> None:
     """Say a word before each file and folder of a checkpoint is flushed."""
-    plain = files.os.fsync
+    plain = durable.os.fsync
 
     def fsync(handle: int) -> None:
         say("file")
         plain(handle)
 
-    files.os.fsync = fsync  # type: ignore[assignment]
+    durable.os.fsync = fsync  # type: ignore[assignment]
 
 
 def open_run(home: Path, options: dict[str, Any]) -> TrainingRun:

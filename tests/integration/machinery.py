@@ -15,7 +15,7 @@ from pathlib import Path
 from random import SystemRandom
 
 from stoker import Client
-from stoker.connection import connect
+from stoker.broker.connection import connect
 from stoker.local.broker import EmbeddedBroker, free_port
 from stoker.local.stack import Stack
 from stoker.settings import Settings

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from stoker import Client, keys
+from stoker import Client
+from stoker.broker import keys
 from stoker.errors import InvalidRequest, ModelError, UnknownAdapter
 from stoker.local.stack import Stack
 from tests.conftest import GENERATE_MODEL, stack_settings, wait_until

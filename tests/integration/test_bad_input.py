@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from stoker import Client, keys
+from stoker import Client
+from stoker.broker import keys
+from stoker.broker.envelope import envelope
 from stoker.contract import Presence
-from stoker.envelope import envelope
 from stoker.errors import (
     BrokerUnavailable,
     DatasetError,

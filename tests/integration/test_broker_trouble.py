@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from stoker import Client, keys
+from stoker import Client
+from stoker.broker import keys
 from stoker.errors import BrokerUnavailable, JobLost
 from stoker.local.broker import server_binary
 from stoker.local.process import Process

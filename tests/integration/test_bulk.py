@@ -17,7 +17,7 @@ import pytest
 import safetensors.numpy
 
 from stoker import AsyncClient, Client
-from stoker.bulk.output import partial_path, state_path
+from stoker.files.output import partial_path, state_path
 from stoker.local.stack import Stack
 from tests.conftest import EMBED_MODEL, wait_until
 

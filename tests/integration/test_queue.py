@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from stoker import Client, JobStatus, keys, ledger
-from stoker.client_core import generate_request, job_record
+from stoker import Client, JobStatus
+from stoker.broker import keys, ledger
+from stoker.broker.ledger.record import Field
+from stoker.client.requests import generate_request
+from stoker.client.submission import job_record
 from stoker.errors import DeadlineExceeded, InvalidRequest, JobCancelled, JobDead, JobLost
-from stoker.ledger.record import Field
 from tests.conftest import GENERATE_MODEL, alive, wait_until
 from tests.integration.machinery import GOLDENS, FragileBroker, patient_client, worker_on
 

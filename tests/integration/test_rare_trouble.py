@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from stoker import keys
-from stoker.connection import connect
+from stoker.broker import keys
+from stoker.broker.connection import connect
+from stoker.broker.ledger.record import Field
 from stoker.errors import JobDead, UnknownModel
-from stoker.ledger.record import Field
 from stoker.local.process import Process
 from stoker.local.stack import Stack
 from stoker.settings import Settings

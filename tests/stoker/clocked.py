@@ -12,8 +12,8 @@ from unittest.mock import patch
 import redis
 from redis.exceptions import RedisError
 
-from stoker import keys, ledger
-from stoker.ledger.script import Script
+from stoker.broker import keys, ledger
+from stoker.broker.ledger.script import Script
 from stoker.local.broker import server_binary
 from tests.conftest import wait_until
 

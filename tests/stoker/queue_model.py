@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from stoker import keys
+from stoker.broker import keys
 
 PRIORITIES = range(10)
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import redis
 
-from stoker.connection import connect
+from stoker.broker.connection import connect
 from stoker.errors import BrokerUnavailable, ConfigError
 from stoker.local import broker as broker_module
 from stoker.local.broker import EmbeddedBroker, free_port

@@ -13,9 +13,9 @@ import anyio
 import numpy as np
 import pytest
 
-from stoker.bulk.chunks import BATCH_CHARS, InFlightLimit, Plan
 from stoker.client._async.bulk import embed_chunks as embed_chunks_async
 from stoker.client._sync.bulk import embed_chunks
+from stoker.client.chunks import BATCH_CHARS, InFlightLimit, Plan
 from stoker.contract import ModelCard, Presence
 from stoker.contract.vectors import Encoded, load, plain, quantize, save
 from stoker.errors import (

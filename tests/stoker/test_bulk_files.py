@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from stoker.bulk import output as output_module
-from stoker.bulk.output import check_output, opened, partial_path, state_path
-from stoker.bulk.source import Source
 from stoker.contract.vectors import Encoded, Int8Vectors, quantize
 from stoker.errors import ConfigError, DatasetError, InvalidRequest, ModelError
+from stoker.files import output as output_module
+from stoker.files.output import check_output, opened, partial_path, state_path
+from stoker.files.source import Source
 
 ROWS, DIM = 23, 12
 VECTORS = np.random.default_rng(3).normal(size=(ROWS, DIM)).astype(np.float32)

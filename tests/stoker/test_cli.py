@@ -16,8 +16,8 @@ import pytest
 from typer.testing import CliRunner
 
 from stoker import cli, errors
+from stoker.broker.outcome import JobStatus
 from stoker.cli import app, embed, generate, jobs, machine, train
-from stoker.client_core import JobStatus
 from stoker.contract import GenerateResult, ModelCard, Presence, StreamToken, TrainReport, TrainResult, Usage
 from stoker.errors import InvalidRequest, StokerError, UnknownModel
 

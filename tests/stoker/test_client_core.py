@@ -15,10 +15,16 @@ import safetensors.numpy
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 
-from stoker import AsyncClient, Client, EmbedJob, JobStatus, TrainJob, keys, ledger, policy
-from stoker import client_core as core
-from stoker.client_core import Outcome
-from stoker.connection import connect
+from stoker import AsyncClient, Client, EmbedJob, JobStatus, TrainJob
+from stoker.broker import keys, ledger, policy
+from stoker.broker.connection import connect
+from stoker.broker.ledger.record import Field
+from stoker.broker.ledger.replies import Submitted
+from stoker.broker.outcome import Outcome, announced, read_vectors, result_as
+from stoker.broker.trouble import broker_unavailable
+from stoker.client.model_choice import Choices, choose_model, parse_cards, parse_presences
+from stoker.client.requests import embed_request, generate_request, known_kind, read_dataset
+from stoker.client.submission import Submission
 from stoker.contract import EmbedReply, GenerateResult, ModelCard, Presence, Usage
 from stoker.contract.vectors import plain
 from stoker.errors import (
@@ -33,10 +39,7 @@ from stoker.errors import (
     TextTooLong,
     UnknownModel,
 )
-from stoker.ledger.record import Field
-from stoker.ledger.replies import Submitted
 from stoker.settings import Settings
-from stoker.trouble import broker_unavailable
 
 
 def card(model: str, *kinds: str) -> ModelCard:
@@ -55,7 +58,7 @@ MINI, SMOL, BIG = card("mini", "embed"), card("smol", "generate", "train"), card
 
 def choose(model: str | None, kind: str, *cards: ModelCard, lately: tuple[ModelCard, ...] = ()) -> str:
     known = {card.model: card for card in (*cards, *lately)}
-    return core.choose_model(model, kind, known, [worker(*cards)] if cards else [])
+    return choose_model(model, kind, known, [worker(*cards)] if cards else [])
 
 
 def test_without_a_name_the_only_warm_model_of_the_kind_is_taken() -> None:
@@ -70,9 +73,9 @@ def test_workers_of_another_generation_are_no_choice_and_a_refusal_names_both_ve
     with pytest.raises(UnknownModel, match="no model that is warm now"):
         choose(None, "embed", new)
     raw = {b"mini/1": MINI.model_dump_json().encode(), b"mini/7": new.model_dump_json().encode()}
-    assert core.parse_cards(raw)["mini"].contract == 1
+    assert parse_cards(raw)["mini"].contract == 1
     raw = dict(reversed(raw.items()))
-    assert core.parse_cards(raw)["mini"].contract == 1
+    assert parse_cards(raw)["mini"].contract == 1
 
 
 def test_a_model_whose_workers_were_all_upgraded_is_refused_and_not_waited_for() -> None:
@@ -85,7 +88,7 @@ def test_a_model_whose_workers_were_all_upgraded_is_refused_and_not_waited_for()
 def test_what_a_newer_release_says_of_itself_is_read_as_far_as_it_is_understood() -> None:
     more = json.loads(worker(MINI).model_dump_json()) | {"mood": "sunny"}
     other = json.dumps({"names": ["x"]}).encode()
-    assert core.parse_presences([json.dumps(more).encode(), other, None]) == [worker(MINI)]
+    assert parse_presences([json.dumps(more).encode(), other, None]) == [worker(MINI)]
 
 
 def test_without_a_name_a_choice_between_two_is_refused_with_both() -> None:
@@ -105,7 +108,7 @@ def test_a_model_that_was_served_lately_is_accepted() -> None:
 def test_a_model_that_nobody_served_for_long_is_unknown_again() -> None:
     old = MINI.model_copy(update={"seen": time.time() - keys.MODEL_TTL - 1})
     raw = {card.model.encode(): card.model_dump_json().encode() for card in (old, SMOL)}
-    assert core.parse_cards(raw) == {"smol": SMOL}
+    assert parse_cards(raw) == {"smol": SMOL}
 
 
 def test_an_unknown_model_is_refused_with_those_that_can() -> None:
@@ -159,35 +162,35 @@ def test_a_cancelled_job_raises_that_it_was() -> None:
 
 def test_one_text_in_place_of_a_list_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="one text given; expected a list"):
-        core.embed_request("m", "a text", {})
+        embed_request("m", "a text", {})
 
 
 @pytest.mark.parametrize("texts", [None, 3])
 def test_what_is_no_list_of_texts_is_refused(texts: Any) -> None:
     with pytest.raises(InvalidRequest, match="texts"):
-        core.embed_request("m", texts, {})
+        embed_request("m", texts, {})
 
 
 @pytest.mark.parametrize("dataset", [None, 3])
 def test_what_is_no_dataset_is_refused(dataset: Any) -> None:
     with pytest.raises(DatasetError, match="dataset"):
-        core.read_dataset(dataset)
+        read_dataset(dataset)
 
 
 def test_a_seed_is_drawn_once_by_the_client() -> None:
-    seeds = {core.generate_request("m", "p", None, {}).seed for _ in range(4)}
+    seeds = {generate_request("m", "p", None, {}).seed for _ in range(4)}
     assert len(seeds) == 4
-    assert core.generate_request("m", "p", 0, {}).seed == 0
+    assert generate_request("m", "p", 0, {}).seed == 0
 
 
 def test_vectors_come_back_as_they_were_and_are_lost_when_expired() -> None:
     reply = EmbedReply(blob="b", rows=2, dim=3, usage=Usage())
     vectors = np.arange(6, dtype=np.float32).reshape(2, 3)
-    found = core.read_vectors(reply, safetensors.numpy.save({"vectors": vectors}))
+    found = read_vectors(reply, safetensors.numpy.save({"vectors": vectors}))
     assert found.dtype == np.float32
     assert np.array_equal(found, vectors)
     with pytest.raises(JobLost, match="kept 24 hours"):
-        core.read_vectors(reply, None)
+        read_vectors(reply, None)
 
 
 @pytest.fixture
@@ -397,7 +400,7 @@ SPOILED = [b"garbage", b"{}", b"[]", b"1", b"\xff", b"null", b"[" * 50_000]
 def test_a_result_that_no_worker_wrote_is_one_clear_error(raw: bytes) -> None:
     with pytest.raises(JobLost, match=r"result cannot be read: the broker holds b.*Stoker did not write"):
         Outcome.parse(raw)
-    assert core.announced(raw) is None, "a channel may carry anything: the record tells"
+    assert announced(raw) is None, "a channel may carry anything: the record tells"
 
 
 @pytest.mark.parametrize("value", [1, None, [], {"exc_type": ["x"], "exc_message": {"a": 1}}])
@@ -411,12 +414,12 @@ def test_an_error_of_another_shape_is_an_error_all_the_same(value: object) -> No
 @pytest.mark.parametrize("value", [{"a": 1}, [], 1, None, "x"])
 def test_a_result_of_another_shape_is_one_clear_error(value: object) -> None:
     with pytest.raises(JobLost, match="result cannot be read"):
-        core.result_as(GenerateResult, value)
+        result_as(GenerateResult, value)
 
 
 def test_a_kind_that_is_unknown_is_one_clear_error() -> None:
     with pytest.raises(JobLost, match="kind 'evil'"):
-        core.known_kind("job", "evil")
+        known_kind("job", "evil")
 
 
 def test_a_key_of_the_wrong_type_is_named_and_is_no_broker_that_does_not_answer() -> None:
@@ -427,13 +430,13 @@ def test_a_key_of_the_wrong_type_is_named_and_is_no_broker_that_does_not_answer(
 
 def test_a_model_is_known_until_its_time_is_over() -> None:
     lately = MINI.model_copy(update={"seen": time.time() - keys.MODEL_TTL + 60})
-    assert core.parse_cards({b"mini": lately.model_dump_json().encode()}) == {"mini": lately}
+    assert parse_cards({b"mini": lately.model_dump_json().encode()}) == {"mini": lately}
 
 
 @pytest.mark.parametrize(("wait", "pause"), [(4.0, 2.0), (1.0, 0.5), (60.0, 5.0)])
 def test_a_client_that_waits_for_a_place_looks_again_after_half_the_wait(wait: float, pause: float) -> None:
-    request = core.embed_request("m", ["a"], {})
-    submission = core.Submission(Settings(queue_wait=60.0), request, "job")
+    request = embed_request("m", ["a"], {})
+    submission = Submission(Settings(queue_wait=60.0), request, "job")
     assert submission.pause(Submitted("full", 1, 1, wait)) == pause
     assert submission.pause(Submitted("client_full", 1, 1, wait)) == pause
     assert submission.pause(Submitted("new", 0, 1)) is None
@@ -444,7 +447,7 @@ def test_a_choice_is_kept_for_as_long_as_a_worker_is_silent_between_two_presence
 ) -> None:
     now = 100.0
     monkeypatch.setattr("stoker.client.model_choice.time.monotonic", lambda: now)
-    choices = core.Choices()
+    choices = Choices()
     assert choices.keep(None, "embed", "mini") == "mini"
     now += keys.PRESENCE_EVERY / 2
     assert choices.get(None, "embed") == "mini"

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stoker.bulk.source import Source
-from stoker.client_core import read_dataset
+from stoker.client.requests import read_dataset
 from stoker.contract import dataset, lines
 from stoker.contract.dataset import Example, TrainInput, iterate_lines, iterate_mappings, to_lines
 from stoker.errors import DatasetError
+from stoker.files.source import Source
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30)
 EXAMPLES = st.builds(Example, prompt=TEXTS | st.just(""), completion=TEXTS.filter(str.strip))

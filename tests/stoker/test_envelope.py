@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stoker import keys
-from stoker.envelope import LONGEST, UnreadableMessage, envelope, read
+from stoker.broker import keys
+from stoker.broker.envelope import LONGEST, UnreadableMessage, envelope, read
 
 QUEUE = keys.queue("m", "generate")
 Change = Callable[[dict[str, Any]], None]

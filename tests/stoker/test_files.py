@@ -12,8 +12,8 @@ from unittest import mock
 
 import pytest
 
-from stoker.bulk import output as output_module
-from stoker.bulk.output import opened, partial_path
+from stoker.files import output as output_module
+from stoker.files.output import opened, partial_path
 from stoker.local.broker import EmbeddedBroker
 from stoker.settings import Settings, load_settings
 from tests import powercut

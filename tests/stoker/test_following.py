@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from stoker import keys
+from stoker.broker import keys
 from stoker.client.following import PAGE, QUIET, Follower, TimeLimit
 from stoker.contract import StreamToken
 from stoker.errors import BrokerUnavailable, JobCancelled, JobLost, JobTimeout

@@ -6,7 +6,7 @@ import fakeredis
 import pytest
 import redis
 
-from stoker import keys
+from stoker.broker import keys
 
 MAKERS = (keys.job, keys.result, keys.stream, keys.channel, keys.cancel, keys.blob, keys.worker)
 

@@ -6,11 +6,11 @@ import json
 
 import pytest
 
+from stoker.broker.envelope import envelope
+from stoker.broker.keys import queue
 from stoker.client._async.jobs import JOBS as ASYNC_JOBS
 from stoker.client._sync.jobs import JOBS
 from stoker.contract.kinds import ADAPTERS, EMBED, GENERATE, KINDS, TRAIN, JobKind, of_queue, of_request, of_task
-from stoker.envelope import envelope
-from stoker.keys import queue
 from stoker.local.stack import worker_command
 from stoker.settings import Settings
 

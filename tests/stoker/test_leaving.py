@@ -12,7 +12,8 @@ import anyio
 import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from stoker import AsyncClient, AsyncGenerateJob, Client, JobStatus, keys
+from stoker import AsyncClient, AsyncGenerateJob, Client, JobStatus
+from stoker.broker import keys
 from stoker.client import asynchronously
 from stoker.client.asynchronously import finished
 from stoker.contract import StreamToken

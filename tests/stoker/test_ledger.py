@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 from celery import Celery
 
-from stoker import keys, ledger, policy
+from stoker.broker import keys, ledger, policy
+from stoker.broker.connection import connect
+from stoker.broker.envelope import envelope
+from stoker.broker.ledger import MAX_CRASHES
+from stoker.broker.ledger.record import Field
+from stoker.broker.ledger.replies import Claim, Crash, DeadLettered
+from stoker.broker.outcome import JobStatus, Outcome
 from stoker.celery_config import shared_config
-from stoker.client_core import JobStatus, Outcome
-from stoker.connection import connect
 from stoker.contract.kinds import READY, TRAIN
-from stoker.envelope import envelope
-from stoker.ledger import MAX_CRASHES
-from stoker.ledger.record import Field
-from stoker.ledger.replies import Claim, Crash, DeadLettered
 from stoker.settings import Settings
 
 QUEUE = keys.queue("toy", "generate")

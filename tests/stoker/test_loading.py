@@ -15,11 +15,12 @@ import pytest
 import redis
 from typer.testing import CliRunner
 
-from stoker import AsyncClient, Client, keys, loading
+from stoker import AsyncClient, Client
+from stoker.broker import keys, loading
+from stoker.broker.connection import connect
+from stoker.broker.loading import Progress, wait_until_loaded
 from stoker.cli import app
-from stoker.connection import connect
 from stoker.errors import BrokerLoading, BrokerUnavailable, JobTimeout
-from stoker.loading import Progress, wait_until_loaded
 from stoker.local.stack import wait_for_broker
 from stoker.settings import Settings
 from tests import loading as slow

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from engine.adapters.store import AdapterStore
-from stoker import client_core as core
-from stoker import registry
+from stoker.broker import registry
+from stoker.client.requests import checked_job_id
 from stoker.contract import AdapterRequest, GenerateRequest, TrainRequest, build
 from stoker.contract.names import Rule, checked, follows
 from stoker.errors import InvalidRequest, StokerError
@@ -54,7 +54,7 @@ def test_requests_take_no_other_names(given: str) -> None:
         with pytest.raises(InvalidRequest):
             build(request, values)
     with pytest.raises(InvalidRequest, match="job_id"):
-        core.checked_job_id(given)
+        checked_job_id(given)
     for command in (given, f"{given}@1", f"a@{given}"):
         with pytest.raises(InvalidRequest):
             registry.wanted(command, version=True)

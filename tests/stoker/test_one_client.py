@@ -16,14 +16,15 @@ from typing import Any
 import pytest
 
 import stoker
-from stoker import AsyncClient, Client, GenerateJob, GenerateResult, JobStatus, StreamToken, keys
+from stoker import AsyncClient, Client, GenerateJob, GenerateResult, JobStatus, StreamToken
+from stoker.broker import keys
+from stoker.broker.ledger.record import Field
 from stoker.client._async import adapters as async_adapters
 from stoker.client._async import jobs as async_jobs
 from stoker.client._sync import adapters as sync_adapters
 from stoker.client._sync import jobs as sync_jobs
 from stoker.contract import Completion, Usage
 from stoker.errors import BrokerUnavailable, InvalidRequest
-from stoker.ledger.record import Field
 from stoker.settings import Settings
 from tests import unasync
 from tests.stoker.test_client_core import SMOL, fake, kill_owners, server

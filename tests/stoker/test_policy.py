@@ -5,7 +5,7 @@ from __future__ import annotations
 import fakeredis
 import pytest
 
-from stoker import policy
+from stoker.broker import policy
 from stoker.errors import InvalidRequest
 
 

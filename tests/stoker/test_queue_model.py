@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
-from stoker import keys, ledger, policy
+from stoker.broker import keys, ledger, policy
+from stoker.broker.envelope import envelope
 from stoker.contract.kinds import KINDS
-from stoker.envelope import envelope
 from tests.stoker.clocked import CLOCK, quick_broker, set_clock, tell_time
 from tests.stoker.queue_model import Message, Queue
 

@@ -1,4 +1,4 @@
-"""A job's record has one owner: `stoker/ledger/record.py`. Nobody else names its fields or reads its key."""
+"""A job's record has one owner: `stoker/broker/ledger/record.py`. Nobody else names its fields or reads its key."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from stoker import keys
-from stoker.client_core import adapter_request, embed_request, generate_request, job_record, train_request
+from stoker.broker import keys
+from stoker.broker.ledger.record import Field, NewJob, listed, owner, summary
+from stoker.client.requests import adapter_request, embed_request, generate_request, train_request
+from stoker.client.submission import job_record
 from stoker.contract.requests import Request
-from stoker.ledger.record import Field, NewJob, listed, owner, summary
 from tests.mutants.entries import CHECKOUT
 
-LEDGER = CHECKOUT / "stoker/ledger"
+LEDGER = CHECKOUT / "stoker/broker/ledger"
 #: What reads and writes a hash.
 COMMANDS = {
     "hget",
@@ -70,7 +71,7 @@ def test_no_other_file_reads_the_record_or_names_a_field_of_it() -> None:
     for path in sources():
         name = path.relative_to(CHECKOUT).as_posix()
         lines = list(faults(path.read_text(), product=not name.startswith("tests/")))
-        if lines and name != "stoker/ledger/record.py":
+        if lines and name != "stoker/broker/ledger/record.py":
             found[name] = lines
     assert not found
 

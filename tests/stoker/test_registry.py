@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import redis
 
-from stoker import keys, ledger, registry
-from stoker.connection import connect
+from stoker.broker import keys, ledger, registry
+from stoker.broker.connection import connect
+from stoker.broker.ledger.record import Field
+from stoker.broker.registry import AdapterEntry
 from stoker.contract import bundle
 from stoker.errors import InvalidRequest, UnknownAdapter
-from stoker.ledger.record import Field
-from stoker.registry import AdapterEntry
 from stoker.settings import Settings
 
 pytestmark = pytest.mark.integration

@@ -7,8 +7,8 @@ from typing import Any
 
 from redis.exceptions import NoScriptError
 
-from stoker.connection import connect, connect_async
-from stoker.ledger.script import Script
+from stoker.broker.connection import connect, connect_async
+from stoker.broker.ledger.script import Script
 from stoker.settings import Settings
 
 

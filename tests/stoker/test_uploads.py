@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 
-from stoker import AsyncClient, Client, keys, ledger
-from stoker import client_core as core
-from stoker.connection import connect
+from stoker import AsyncClient, Client
+from stoker.broker import keys, ledger
+from stoker.broker.connection import connect
+from stoker.broker.ledger.record import Field
+from stoker.client.requests import read_dataset, train_request
+from stoker.client.submission import Submission
 from stoker.contract import bundle
 from stoker.contract.uploads import Upload
 from stoker.errors import InvalidRequest, QueueFull
-from stoker.ledger.record import Field
 from stoker.settings import Settings
 from tests.stoker.test_client_core import SMOL
 from workers import uploads
@@ -44,9 +46,9 @@ def client(server: Any, broker: Settings) -> Iterator[Client]:
         yield running
 
 
-def submission(broker: Settings, rows: Any, job_id: str = "mine") -> core.Submission:
-    request = core.train_request(SMOL.model, "style", rows, job_id, {})
-    return core.Submission(broker, request, job_id, core.read_dataset(rows))
+def submission(broker: Settings, rows: Any, job_id: str = "mine") -> Submission:
+    request = train_request(SMOL.model, "style", rows, job_id, {})
+    return Submission(broker, request, job_id, read_dataset(rows))
 
 
 def blobs(server: Any) -> list[str]:

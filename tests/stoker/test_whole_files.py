@@ -14,15 +14,15 @@ from typing import Any
 import pytest
 
 from engine.jsonfiles import write_json
-from stoker import files
-from stoker.files import DRAFT, draft_folder, publish, sweep, write_whole
+from stoker.files import durable
+from stoker.files.durable import DRAFT, draft_folder, publish, sweep, write_whole
 from tests import powercut
 
 #: A process that begins a draft and waits: of a file, of a folder.
 WRITER = """
 import sys
 from pathlib import Path
-from stoker.files import draft_folder, write_whole
+from stoker.files.durable import draft_folder, write_whole
 
 def wait(draft):
     (draft / "half" if draft.is_dir() else draft).write_text("half")
@@ -81,7 +81,7 @@ def test_a_folder_is_there_whole_or_not_whenever_the_power_fails_and_so_are_thos
 def test_a_folder_that_another_writer_made_is_on_disk_when_it_is_found_there(tmp_path: Path) -> None:
     """Its writer may have been killed between the rename and the flush, and the power goes later."""
     (tmp_path / "disk").mkdir()
-    plain = files.flush
+    plain = durable.flush
 
     def die(path: Path) -> None:
         if path == tmp_path / "disk" and (path / "1").exists():
@@ -90,7 +90,7 @@ def test_a_folder_that_another_writer_made_is_on_disk_when_it_is_found_there(tmp
 
     with powercut.recorded(tmp_path / "disk") as disk:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(files, "flush", die)
+            patch.setattr(durable, "flush", die)
             with pytest.raises(KeyboardInterrupt):
                 write_folder(tmp_path / "disk/1")
         assert not write_folder(tmp_path / "disk/1"), "it stays as it is"
@@ -120,7 +120,7 @@ def test_what_others_call_a_draft_is_not_swept(tmp_path: Path) -> None:
     assert names(tmp_path) == [".draft-mine", ".notes-old.json", "draft", "notes.json"]
 
 
-@pytest.mark.parametrize(("module", "call"), [(files, "_lock"), (tempfile, "mkdtemp")])
+@pytest.mark.parametrize(("module", "call"), [(durable, "_lock"), (tempfile, "mkdtemp")])
 def test_a_draft_that_was_swept_before_its_lock_is_begun_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any, call: str
 ) -> None:

@@ -10,10 +10,10 @@ from typing import assert_type
 import numpy as np
 
 from stoker import AsyncClient, Client, GenerateResult, JobStatus, StreamToken, TrainReport, TrainResult
+from stoker.broker.registry import AdapterEntry
 from stoker.client import AdapterJob, EmbedJob, GenerateJob, TrainJob
 from stoker.contract import AdapterResult
 from stoker.contract.vectors import Int8Vectors
-from stoker.registry import AdapterEntry
 
 
 def blocking(client: Client) -> None:

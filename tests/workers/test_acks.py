@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from kombu import Connection
 
-from stoker import keys
+from stoker.broker import keys
+from stoker.broker.connection import connect
 from stoker.celery_config import shared_config
-from stoker.connection import connect
 from stoker.settings import Settings
 from workers import transport
 

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from engine.adapters.store import AdapterStore
-from stoker import keys, registry
-from stoker.connection import connect
+from stoker.broker import keys, registry
+from stoker.broker.connection import connect
+from stoker.broker.ledger.record import Field
 from stoker.contract import bundle
 from stoker.contract.uploads import Upload
 from stoker.errors import InvalidRequest, UnknownAdapter
-from stoker.files import DRAFT
-from stoker.ledger.record import Field
+from stoker.files.durable import DRAFT
 from stoker.settings import Settings
 from workers import adapters
 from workers.artifacts import Artifacts, StoreTrouble

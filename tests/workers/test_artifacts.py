@@ -10,9 +10,10 @@ from typing import Any
 import fsspec
 import pytest
 
-from stoker import files, keys
-from stoker.connection import connect
+from stoker.broker import keys
+from stoker.broker.connection import connect
 from stoker.errors import ConfigError, JobFailed
+from stoker.files import durable
 from stoker.settings import Settings
 from tests import powercut
 from workers.artifacts import Artifacts, StoreTrouble
@@ -58,8 +59,8 @@ def test_a_version_that_a_dead_writer_put_there_is_on_disk_when_the_next_finds_i
     (tmp_path / "disk/m/style").mkdir(parents=True)
     with powercut.recorded(tmp_path / "disk") as disk:
         with pytest.MonkeyPatch.context() as patch:
-            plain = files.flush
-            patch.setattr(files, "flush", lambda path: die(path) if path.is_dir() else plain(path))
+            plain = durable.flush
+            patch.setattr(durable, "flush", lambda path: die(path) if path.is_dir() else plain(path))
             with pytest.raises(KeyboardInterrupt):
                 at(f"file://{tmp_path}/disk").put("m", "style", 1, b"first")
         at(f"file://{tmp_path}/disk").put("m", "style", 1, b"first")

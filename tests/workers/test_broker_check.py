@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from stoker.connection import connect
+from stoker.broker.connection import connect
 from stoker.errors import BrokerUnavailable, ConfigError
 from stoker.settings import Settings
 from workers.broker_check import check_broker

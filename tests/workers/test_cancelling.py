@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from engine.ticket import Ticket
-from stoker import keys
-from stoker.connection import connect
+from stoker.broker import keys
+from stoker.broker.connection import connect
 from stoker.errors import JobCancelled
 from stoker.settings import Settings
 from tests.conftest import wait_until

@@ -12,11 +12,12 @@ import kombu
 import kombu.transport.redis as kombu_redis
 import pytest
 
-from stoker import Client, keys
+from stoker import Client
+from stoker.broker import keys
+from stoker.broker.connection import connect
+from stoker.broker.envelope import envelope
 from stoker.celery_config import shared_config
-from stoker.connection import connect
 from stoker.contract import ModelCard
-from stoker.envelope import envelope
 from stoker.settings import Settings
 from tests.workers.test_presence import Others, heart
 from workers import clock, transport

@@ -15,10 +15,10 @@ from kombu import Connection
 from kombu.asynchronous import Hub
 from kombu.entity import Queue
 
-from stoker import keys
+from stoker.broker import keys
+from stoker.broker.connection import connect
+from stoker.broker.envelope import envelope
 from stoker.celery_config import shared_config
-from stoker.connection import connect
-from stoker.envelope import envelope
 from stoker.settings import Settings
 from workers import consumer as consumer_module
 from workers import transport

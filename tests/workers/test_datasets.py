@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from stoker import keys
-from stoker.connection import connect
+from stoker.broker import keys
+from stoker.broker.connection import connect
 from stoker.contract.uploads import Kind, Upload
 from stoker.errors import DatasetError, InvalidRequest, JobLost
 from stoker.settings import Settings

@@ -16,9 +16,12 @@ from kombu.exceptions import OperationalError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoPermissionError, ReadOnlyError
 
-from stoker import keys, ledger
-from stoker.client_core import JobStatus, Outcome, generate_request, job_record
-from stoker.connection import connect
+from stoker.broker import keys, ledger
+from stoker.broker.connection import connect
+from stoker.broker.ledger.record import Field
+from stoker.broker.outcome import JobStatus, Outcome
+from stoker.client.requests import generate_request
+from stoker.client.submission import job_record
 from stoker.contract import GenerateRequest, Usage
 from stoker.errors import (
     InvalidRequest,
@@ -29,7 +32,6 @@ from stoker.errors import (
     UnknownAdapter,
     WorkerUnavailable,
 )
-from stoker.ledger.record import Field
 from stoker.settings import Settings
 from workers import frame, memory, mending, runtime
 from workers.artifacts import StoreTrouble

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from redis.exceptions import ResponseError
 
-from stoker import keys, ledger
-from stoker.connection import connect
+from stoker.broker import keys, ledger
+from stoker.broker.connection import connect
+from stoker.broker.ledger.replies import recovered
 from stoker.contract import CONTRACT, ModelCard
-from stoker.ledger.replies import recovered
 from stoker.settings import Settings
 from workers import janitor as janitor_module
 from workers.janitor import TURNS, Janitor
@@ -127,7 +127,8 @@ def test_a_turn_that_never_expires_is_nobodys(redis: Any, looks: Ledger, key: st
 
 def test_a_lost_message_waits_again(redis: Any) -> None:
     """With the ledger itself."""
-    from stoker.client_core import generate_request, job_record
+    from stoker.client.requests import generate_request
+    from stoker.client.submission import job_record
 
     queue = keys.queue("m", "generate")
     ledger.submit(redis, "job", job_record(generate_request("m", "x", 0, {}), "job"))

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from stoker import keys
-from stoker.connection import connect
+from stoker.broker import keys
+from stoker.broker.connection import connect
 from stoker.settings import Settings
 from workers import lease as lease_module
 from workers import runtime, transport

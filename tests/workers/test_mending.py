@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from stoker import keys
-from stoker.connection import connect
+from stoker.broker import keys
+from stoker.broker.connection import connect
 from stoker.settings import Settings
 from workers.mending import SHARED, Mender, keys_of
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from redis.exceptions import ResponseError
 
-from stoker import keys
-from stoker.client_core import parse_cards, parse_presences
-from stoker.connection import connect
+from stoker.broker import keys
+from stoker.broker.connection import connect
+from stoker.client.model_choice import parse_cards, parse_presences
 from stoker.contract import ModelCard
 from stoker.settings import Settings
 from workers.presence import Heart

@@ -11,8 +11,8 @@ import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ReadOnlyError, ResponseError
 
-from stoker import keys
-from stoker.connection import connect
+from stoker.broker import keys
+from stoker.broker.connection import connect
 from stoker.contract import StreamToken
 from stoker.errors import JobFailed
 from stoker.settings import Settings

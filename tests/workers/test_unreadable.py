@@ -15,12 +15,12 @@ from kombu.pidbox import Mailbox
 from redis.exceptions import ConnectionError as RedisConnectionError
 from typer.testing import CliRunner
 
-from stoker import keys, letters
+from stoker.broker import keys, letters
+from stoker.broker.connection import connect
+from stoker.broker.envelope import envelope
 from stoker.celery_config import shared_config
 from stoker.cli import app
 from stoker.client import Client
-from stoker.connection import connect
-from stoker.envelope import envelope
 from stoker.errors import InvalidRequest
 from stoker.settings import Settings
 from workers import transport, unreadable

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from stoker import keys, ledger
-from stoker.client_core import generate_request, job_record
-from stoker.connection import connect
-from stoker.ledger.record import Field
+from stoker.broker import keys, ledger
+from stoker.broker.connection import connect
+from stoker.broker.ledger.record import Field
+from stoker.client.requests import generate_request
+from stoker.client.submission import job_record
 from stoker.settings import Settings
 from workers import watchdog
 from workers.watchdog import Watchdog

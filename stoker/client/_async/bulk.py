@@ -10,9 +10,9 @@ from typing import Protocol
 
 from typing_extensions import Unpack
 
-from stoker.bulk.chunks import LONGEST_PAUSE, Chunk, Cutter, InFlightLimit, Plan, checked_texts, renumbered, try_again
 from stoker.client._async.jobs import AsyncEmbedJob
 from stoker.client.asynchronously import Texts, each, finished, sleep
+from stoker.client.chunks import LONGEST_PAUSE, Chunk, Cutter, InFlightLimit, Plan, checked_texts, renumbered, try_again
 from stoker.client.options import EmbedOptions
 from stoker.contract import Presence
 from stoker.contract.vectors import Encoded

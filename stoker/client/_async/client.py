@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from typing_extensions import Unpack
 
-from stoker import letters
-from stoker.bulk.chunks import ATTEMPTS, BATCH_TEXTS, Plan
+from stoker.broker import letters
+from stoker.broker.ledger.listing import OpenJob
+from stoker.broker.letters import Letter
 from stoker.client import model_choice, requests
 from stoker.client._async.adapters import AsyncAdapters
 from stoker.client._async.broker_link import AsyncBrokerLink
@@ -24,6 +25,7 @@ from stoker.client._async.jobs import (
 )
 from stoker.client._async.link import AsyncLink
 from stoker.client.asynchronously import Texts, in_thread
+from stoker.client.chunks import ATTEMPTS, BATCH_TEXTS, Plan
 from stoker.client.options import EmbedOptions, GenerateOptions, TrainOptions, checked_options
 from stoker.client.requests import Dataset, Prompt
 from stoker.contract import ModelCard, Presence, Request
@@ -31,8 +33,6 @@ from stoker.contract.codec import read
 from stoker.contract.kinds import KINDS
 from stoker.contract.vectors import Encoded, plain
 from stoker.errors import ConfigError, InvalidRequest, JobLost
-from stoker.ledger.listing import OpenJob
-from stoker.letters import Letter
 from stoker.settings import Settings, load_settings
 
 if TYPE_CHECKING:

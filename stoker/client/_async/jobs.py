@@ -6,9 +6,9 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+from stoker.broker.outcome import JobStatus, result_as
 from stoker.client._async.link import AsyncLink
 from stoker.client.asynchronously import LEFT, finished
-from stoker.client.outcome import JobStatus, result_as
 from stoker.contract import AdapterResult, EmbedReply, GenerateResult, StreamToken, TrainReport, TrainResult
 from stoker.contract.kinds import ADAPTERS, EMBED, GENERATE, TRAIN
 from stoker.contract.vectors import Encoded, plain

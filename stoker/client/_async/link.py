@@ -6,12 +6,12 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from typing import Protocol, TypeVar
 
-from stoker.client.outcome import JobStatus
+from stoker.broker.ledger.listing import OpenJob
+from stoker.broker.letters import Letter
+from stoker.broker.outcome import JobStatus
+from stoker.broker.registry import AdapterEntry, Verb
 from stoker.contract import EmbedReply, ModelCard, Presence, Request, StreamToken, TrainReport
 from stoker.contract.vectors import Encoded
-from stoker.ledger.listing import OpenJob
-from stoker.letters import Letter
-from stoker.registry import AdapterEntry, Verb
 from stoker.settings import Settings
 
 E = TypeVar("E", StreamToken, TrainReport)

@@ -7,15 +7,15 @@ from pathlib import Path
 
 from typing_extensions import Unpack
 
-from stoker import registry
 from stoker.adapters import Folder
+from stoker.broker import registry
+from stoker.broker.registry import AdapterEntry, Verb
 from stoker.client import requests
 from stoker.client._sync.jobs import AdapterJob
 from stoker.client._sync.link import Link
 from stoker.client.blocking import Chooser, in_thread
 from stoker.client.options import AdapterOptions, checked_options
 from stoker.contract import bundle
-from stoker.registry import AdapterEntry, Verb
 
 
 class Adapters:

@@ -8,21 +8,21 @@ from contextlib import closing
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from stoker import connection, keys, ledger, letters, registry
 from stoker.adapters import found
-from stoker.asking import own_patience
+from stoker.broker import connection, keys, ledger, letters, registry
+from stoker.broker.asking import own_patience
+from stoker.broker.connection import Patience, translated
+from stoker.broker.ledger.listing import Listing, OpenJob
+from stoker.broker.ledger.record import summary
+from stoker.broker.letters import Letter
+from stoker.broker.outcome import JobStatus, lost, read_vectors, status_of
+from stoker.broker.registry import AdapterEntry, Verb
 from stoker.client import model_choice
 from stoker.client.blocking import Connections, finished, in_thread, sleep
 from stoker.client.following import Follower, ask_state
-from stoker.client.outcome import JobStatus, lost, read_vectors, status_of
 from stoker.client.submission import Submission
-from stoker.connection import Patience, translated
 from stoker.contract import EmbedReply, ModelCard, Presence, Request, StreamToken, TrainReport
 from stoker.contract.vectors import Encoded
-from stoker.ledger.listing import Listing, OpenJob
-from stoker.ledger.record import summary
-from stoker.letters import Letter
-from stoker.registry import AdapterEntry, Verb
 from stoker.settings import Settings, load_settings
 
 if TYPE_CHECKING:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 from typing_extensions import Unpack
 
-from stoker import letters
-from stoker.bulk.chunks import ATTEMPTS, BATCH_TEXTS, Plan
+from stoker.broker import letters
+from stoker.broker.ledger.listing import OpenJob
+from stoker.broker.letters import Letter
 from stoker.client import model_choice, requests
 from stoker.client._sync.adapters import Adapters
 from stoker.client._sync.broker_link import BrokerLink
@@ -25,6 +26,7 @@ from stoker.client._sync.jobs import (
 )
 from stoker.client._sync.link import Link
 from stoker.client.blocking import Texts, in_thread
+from stoker.client.chunks import ATTEMPTS, BATCH_TEXTS, Plan
 from stoker.client.options import EmbedOptions, GenerateOptions, TrainOptions, checked_options
 from stoker.client.requests import Dataset, Prompt
 from stoker.contract import ModelCard, Presence, Request
@@ -32,8 +34,6 @@ from stoker.contract.codec import read
 from stoker.contract.kinds import KINDS
 from stoker.contract.vectors import Encoded, plain
 from stoker.errors import ConfigError, InvalidRequest, JobLost
-from stoker.ledger.listing import OpenJob
-from stoker.letters import Letter
 from stoker.settings import Settings, load_settings
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ from collections.abc import Generator
 from contextlib import closing
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+from stoker.broker.outcome import JobStatus, result_as
 from stoker.client._sync.link import Link
 from stoker.client.blocking import LEFT, finished
-from stoker.client.outcome import JobStatus, result_as
 from stoker.contract import AdapterResult, EmbedReply, GenerateResult, StreamToken, TrainReport, TrainResult
 from stoker.contract.kinds import ADAPTERS, EMBED, GENERATE, TRAIN
 from stoker.contract.vectors import Encoded, plain

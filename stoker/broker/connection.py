@@ -13,8 +13,8 @@ from stoker.settings import Settings
 if TYPE_CHECKING:
     from redis.exceptions import RedisError
 
-    from stoker.trouble import TROUBLE as TROUBLE
-    from stoker.trouble import passes as passes
+    from stoker.broker.trouble import TROUBLE as TROUBLE
+    from stoker.broker.trouble import passes as passes
 
 #: Each stream that a client follows has a connection of its own, and redis-py would stop at a hundred.
 MAX_CONNECTIONS = 10_000
@@ -27,7 +27,7 @@ def __getattr__(name: str) -> Any:
     a long time, or never, and redis-py takes longer to load than all of the client."""
     if name not in ("TROUBLE", "passes"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module("stoker.trouble"), name)
+    value = globals()[name] = getattr(importlib.import_module("stoker.broker.trouble"), name)
     return value
 
 
@@ -42,7 +42,7 @@ def connect(settings: Settings, timeout: float | None = None, *, patient: bool =
     import redis
     from redis.retry import Retry
 
-    from stoker.loading import PatientRetry
+    from stoker.broker.loading import PatientRetry
 
     options = _options(settings) if timeout is None else _options(settings) | {"socket_timeout": timeout}
     url = settings.address.redis
@@ -60,7 +60,7 @@ def connect_async(settings: Settings) -> Any:
     """The asyncio twin of `connect`, patient."""
     import redis.asyncio
 
-    from stoker.loading import AsyncPatientRetry
+    from stoker.broker.loading import AsyncPatientRetry
 
     url, options = settings.address.redis, _options(settings)
 
@@ -102,7 +102,7 @@ def translated(settings: Settings, passing: tuple[type[RedisError], ...] = (), a
     except Exception as error:
         from redis.exceptions import RedisError
 
-        from stoker.trouble import broker_unavailable
+        from stoker.broker.trouble import broker_unavailable
 
         if not isinstance(error, RedisError):
             raise
@@ -122,7 +122,7 @@ class Patience:
 
     def spend(self, error: Exception) -> float:
         """Seconds to wait before the next try; raises `BrokerUnavailable` when there is no point in one."""
-        from stoker.trouble import broker_unavailable, hopeless
+        from stoker.broker.trouble import broker_unavailable, hopeless
 
         now = time.monotonic()
         self._since = self._since or now

@@ -25,13 +25,13 @@ from collections.abc import Callable, Iterable, Mapping
 from importlib import resources
 from typing import Any, TypeVar
 
-from stoker import keys
+from stoker.broker import keys
+from stoker.broker.ledger.call import Call
+from stoker.broker.ledger.listing import Listing, OpenJob
+from stoker.broker.ledger.record import Field
+from stoker.broker.ledger.replies import Claim, DeadLettered, Submitted, recovered
+from stoker.broker.ledger.script import Script
 from stoker.contract.kinds import READY, of_queue
-from stoker.ledger.call import Call
-from stoker.ledger.listing import Listing, OpenJob
-from stoker.ledger.record import Field
-from stoker.ledger.replies import Claim, DeadLettered, Submitted, recovered
-from stoker.ledger.script import Script
 
 #: Owners that a job may crash before it is dead-lettered.
 MAX_CRASHES = 3

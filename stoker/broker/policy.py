@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from stoker import keys, ledger
+from stoker.broker import keys, ledger
 from stoker.contract import names
 from stoker.errors import InvalidRequest
 

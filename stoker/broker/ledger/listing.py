@@ -7,9 +7,9 @@ from typing import Any, NotRequired
 
 from typing_extensions import TypedDict
 
-from stoker import keys
-from stoker.ledger.call import Call
-from stoker.ledger.record import Listed, listed
+from stoker.broker import keys
+from stoker.broker.ledger.call import Call
+from stoker.broker.ledger.record import Listed, listed
 
 
 class OpenJob(TypedDict):

@@ -10,8 +10,8 @@ from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any
 
-from stoker import keys
-from stoker.ledger.call import Call
+from stoker.broker import keys
+from stoker.broker.ledger.call import Call
 
 
 class Field(StrEnum):

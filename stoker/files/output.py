@@ -21,7 +21,7 @@ import numpy as np
 
 from stoker.contract.vectors import Encoded, Int8Vectors
 from stoker.errors import ConfigError, InvalidRequest, ModelError
-from stoker.files import flush, write_whole
+from stoker.files.durable import flush, write_whole
 
 #: Seconds between two moments at which the rows so far are made safe.
 SAFE_EVERY = 2.0

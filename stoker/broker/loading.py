@@ -17,7 +17,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
 
-from stoker.asking import caller_waits
+from stoker.broker.asking import caller_waits
 from stoker.errors import BrokerLoading, BrokerUnavailable
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from stoker import keys
+from stoker.broker import keys
 from stoker.contract.base import parse_adapter
 from stoker.contract.names import Rule, follows
 from stoker.errors import InvalidRequest, UnknownAdapter

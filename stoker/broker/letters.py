@@ -1,5 +1,5 @@
-"""Dead letters, as the broker keeps them (`stoker.keys.DEAD`): jobs that wait for a person, and messages that no worker
-can read. Read without trust: one that is spoiled must not hide the others."""
+"""Dead letters, as the broker keeps them (`stoker.broker.keys.DEAD`): jobs that wait for a person, and
+messages that no worker can read. Read without trust: one that is spoiled must not hide the others."""
 
 from __future__ import annotations
 

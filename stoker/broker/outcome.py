@@ -9,12 +9,12 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from stoker import keys
+from stoker.broker import keys
+from stoker.broker.ledger.record import Summary
 from stoker.contract import EmbedReply, vectors
 from stoker.contract.base import Message
 from stoker.contract.vectors import Encoded
 from stoker.errors import JobCancelled, JobLost, from_wire
-from stoker.ledger.record import Summary
 
 M = TypeVar("M", bound=Message)
 

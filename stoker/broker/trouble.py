@@ -16,8 +16,8 @@ from redis.exceptions import (
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from stoker.broker.loading import StillLoading, still_loading
 from stoker.errors import BrokerUnavailable
-from stoker.loading import StillLoading, still_loading
 from stoker.settings import Settings
 
 #: The connection is gone or silent: another try may help.

@@ -1,0 +1,213 @@
+"""Every Redis key and channel that Stoker uses, and how long each lives.
+
+All start with `stoker:`, Celery's own too (by `global_keyprefix`). `KINDS` lists every kind of key with the longest
+time that one of it may have left to live. Those without a lifetime are durable: the queues themselves and what Celery
+keeps about messages that are not acknowledged yet (a queue must outlive any outage, so no expiry is right for it), the
+registry of adapters, and the policy.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from stoker.contract.codec import CONTRACT
+
+PREFIX = "stoker:"
+
+#: Seconds. A result and all that belongs to it can be fetched for this long after the job ended.
+RESULT_TTL = 24 * 3600
+#: Seconds. A job that waits longer than this for a worker is forgotten, with its uploaded input.
+PENDING_TTL = 7 * 24 * 3600
+#: Seconds that an input which is sent in parts is kept after its last part, until its job's record names it.
+UPLOAD_TTL = 10 * 60
+#: Seconds. A model that nobody has served for this long is unknown again.
+MODEL_TTL = 30 * 24 * 3600
+#: Seconds that a dead letter is kept, and the input that its retry needs.
+DEAD_TTL = 30 * 24 * 3600
+#: Seconds. A worker writes its presence every `PRESENCE_EVERY`; after `PRESENCE_TTL` of silence it counts as gone.
+PRESENCE_EVERY = 2.0
+PRESENCE_TTL = 10
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Keys of one kind: what their names are, after `PREFIX`, and the longest time, in seconds, that one may have left
+    to live. None: durable."""
+
+    name: str
+    pattern: str
+    lifetime: int | None
+
+
+_QUEUE = r"stoker\.[a-z0-9._-]+"
+_JOB = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+_NAME = r"[a-z0-9._-]+"
+
+KINDS = (
+    Kind("job", rf"job:{_JOB}", PENDING_TTL),
+    Kind("open", rf"open:{_QUEUE}", PENDING_TTL),
+    Kind("backlog", rf"backlog:{_QUEUE}:[0-9]", PENDING_TTL),
+    Kind("turns", rf"turns:{_QUEUE}", PENDING_TTL),
+    Kind("dispatched", rf"dispatched:{_QUEUE}", PENDING_TTL),
+    Kind("client", rf"client:{_NAME}:{_QUEUE}", PENDING_TTL),
+    Kind("cancel", rf"cancel:{_JOB}", PENDING_TTL),
+    Kind("pace", rf"pace:{_QUEUE}", RESULT_TTL),
+    Kind("result", rf"celery-task-meta-{_JOB}", RESULT_TTL),
+    Kind("stream", rf"stream:{_JOB}", RESULT_TTL),
+    Kind("vectors", rf"blob:vectors:{_JOB}", RESULT_TTL),
+    # The input of a job that waits; of a dead letter, for as long as it may be sent again.
+    Kind("input", rf"blob:(dataset|adapter):{_JOB}(:[0-9a-f]+){{0,3}}", DEAD_TTL),
+    Kind("dead", r"dead", DEAD_TTL),
+    Kind("spoiled", r"spoiled:.+", DEAD_TTL),
+    Kind("worker", r"worker:.+", PRESENCE_TTL),
+    Kind("workers", r"workers", MODEL_TTL),
+    Kind("models", r"models", MODEL_TTL),
+    # Two leases; a lease is an hour at the longest.
+    Kind("janitor", r"janitor", 2 * 3600),
+    Kind("ready", _QUEUE, None),
+    Kind("adapters", rf"adapters?:{_NAME}(:{_NAME})?", None),
+    Kind("artifact", rf"artifact(:{_NAME}){{3}}", None),
+    Kind("policy", r"policy", None),
+    # Which queues an exchange feeds, and messages that a worker holds: kombu's.
+    Kind("binding", r"_kombu\.binding(_deadlines|(_permanent)?\..+)", None),
+    Kind("unacked", r"unacked(_index|_mutex)?", None),
+)
+_COMPILED = tuple((re.compile(PREFIX + kind.pattern), kind) for kind in KINDS)
+
+
+def kind_of(key: str) -> Kind | None:
+    """The kind of a key; None for one that is not declared here."""
+    return next((kind for pattern, kind in _COMPILED if pattern.fullmatch(key)), None)
+
+
+def is_durable(key: str) -> bool:
+    kind = kind_of(key)
+    return kind is not None and kind.lifetime is None
+
+
+def job(job_id: str) -> str:
+    """Hash: what was asked, when, and who owns the job now (`stoker.broker.ledger`)."""
+    return f"{PREFIX}job:{job_id}"
+
+
+def open_jobs(queue: str) -> str:
+    """Sorted set: ids of the queue's jobs that have not ended → when they were submitted."""
+    return f"{PREFIX}open:{queue}"
+
+
+def ready(queue: str) -> str:
+    """List: the messages of the queue that Celery takes next, from its right end."""
+    return f"{PREFIX}{queue}"
+
+
+def backlog(queue: str, priority: int) -> str:
+    """Sorted set: ids of jobs of one priority that wait behind the ready list → their client's turn."""
+    return f"{PREFIX}backlog:{queue}:{priority}"
+
+
+def turns(queue: str) -> str:
+    """Hash: whose turn it is among clients and priorities, while any job waits in the backlog."""
+    return f"{PREFIX}turns:{queue}"
+
+
+def dispatched(queue: str) -> str:
+    """Sorted set: ids of jobs that came to the ready list and have not ended → when."""
+    return f"{PREFIX}dispatched:{queue}"
+
+
+def pace(queue: str) -> str:
+    """Hash: how fast jobs of the queue have ended."""
+    return f"{PREFIX}pace:{queue}"
+
+
+def client(key: str, queue: str) -> str:
+    """Sorted set: ids of one client's jobs in one queue that have not ended → when they were submitted."""
+    return f"{PREFIX}client:{key}:{queue}"
+
+
+def result(job_id: str) -> str:
+    """String, JSON: Celery's result record. The same name is the channel on which Celery announces it."""
+    return f"{PREFIX}celery-task-meta-{job_id}"
+
+
+def stream(job_id: str) -> str:
+    """Redis Stream: the job's tokens or reports; the entry of index i has the id `{i + 1}-0`."""
+    return f"{PREFIX}stream:{job_id}"
+
+
+def channel(job_id: str) -> str:
+    """Channel: the entries of `stream`, as they are made."""
+    return f"{PREFIX}events:{job_id}"
+
+
+def cancel(job_id: str) -> str:
+    """String: present when the job has been cancelled."""
+    return f"{PREFIX}cancel:{job_id}"
+
+
+#: Bytes of an input that are sent, and fetched, in one command: a broker serves nobody else meanwhile.
+PART = 8 * 2**20
+
+
+def blob(name: str) -> str:
+    """String, bytes: a dataset on its way in, or vectors on their way out."""
+    return f"{PREFIX}blob:{name}"
+
+
+def adapters(model: str) -> str:
+    """Set: names of the model's adapters."""
+    return f"{PREFIX}adapters:{model}"
+
+
+def adapter(model: str, name: str) -> str:
+    """Hash: versions of an adapter, and which one serves (`stoker.broker.registry`)."""
+    return f"{PREFIX}adapter:{model}:{name}"
+
+
+def artifact(model: str, name: str, version: int) -> str:
+    """String, bytes: the files of one version, unless STOKER_ARTIFACTS names another store for them."""
+    return f"{PREFIX}artifact:{model}:{name}:{version}"
+
+
+def vectors(job_id: str) -> str:
+    """The name of the blob with an embedding job's vectors."""
+    return f"vectors:{job_id}"
+
+
+def worker(name: str) -> str:
+    """String, JSON: a worker's `Presence`."""
+    return f"{PREFIX}worker:{name}"
+
+
+#: Hash: the messages that workers hold, by delivery tag (kombu's).
+UNACKED = f"{PREFIX}unacked"
+#: Channel: ids of jobs that were cancelled just now.
+CANCELS = f"{PREFIX}cancels"
+#: Hash: limits and ageing, where they differ from the defaults (`stoker policy`). Durable.
+POLICY = f"{PREFIX}policy"
+#: Hash: job id → JSON of a job that crashed too many workers, until it is retried.
+DEAD = f"{PREFIX}dead"
+
+
+def spoiled(key: str) -> str:
+    """Any type: what another program wrote into `key`, and is of another type than `key` holds."""
+    return f"{PREFIX}spoiled:{key.removeprefix(PREFIX)}"
+
+
+#: String: which worker looks for lost messages now.
+JANITOR = f"{PREFIX}janitor"
+#: Sorted set: worker name → time of its last presence, so that nobody has to scan for them.
+WORKERS = f"{PREFIX}workers"
+#: Hash: model → JSON of what it serves, for every model that some worker has served lately.
+MODELS = f"{PREFIX}models"
+
+
+def entry_id(index: int) -> str:
+    """The stream id of the entry `index`: Redis refuses an id twice, and so a token twice."""
+    return f"{index + 1}-0"
+
+
+def queue(model: str, kind: str) -> str:
+    """The Celery queue of one model and kind, and of one version of the contract; kombu puts `PREFIX` before it."""
+    return f"stoker.{model}.{kind}" + (f".v{CONTRACT}" if CONTRACT > 1 else "")
