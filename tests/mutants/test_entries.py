@@ -67,10 +67,11 @@ def test_a_mistake_is_planted_in_a_copy_and_taken_back(copy: Copy) -> None:
 def test_what_cannot_be_run_and_what_does_not_end_have_a_verdict_too(
     copy: Copy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(copies, "LIMIT", 1)
     hangs = Mutant("x", "it.py", "two = 2", "while True: pass", ("test_it.py",))
     broken = Mutant("y", "it.py", "two = 2", "two =", ("test_it.py",))
     dies = Mutant("z", "it.py", "two = 2", "import os; os.abort()", ("test_it.py",))
-    assert copy.verdict(hangs) == "noticed"
+    with monkeypatch.context() as patched:
+        patched.setattr(copies, "LIMIT", 1)
+        assert copy.verdict(hangs) == "noticed"
     assert copy.verdict(broken).startswith("ERROR: pytest ended with 2")
     assert copy.verdict(dies).startswith("ERROR: pytest ended with -6")
