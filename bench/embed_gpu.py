@@ -147,13 +147,15 @@ def embed(lane: Any, texts: Sequence[str]) -> np.ndarray:
     """As the engine's thread runs a job: checked, tokenized, in turns, scaled to unit length."""
     from engine.ticket import Ticket
     from stoker.contract import EmbedRequest
+    from stoker.contract.vectors import Embedded
 
-    work = lane.prepare(Ticket("job", "embed"), EmbedRequest(model=MODEL, texts=tuple(texts)), None)
-    lane.admit(work)
+    ticket: Ticket[Embedded] = Ticket("job", "embed")
+    lane.admit(lane.prepare(ticket, EmbedRequest(model=MODEL, texts=tuple(texts)), None))
     while lane.busy:
         lane.drop_stopped()
-        lane.run()
-    return work.vectors  # type: ignore[no-any-return]
+        for _, found in lane.run().ended:
+            ticket.resolve(found)
+    return ticket.result(0).vectors
 
 
 def settle(run: Callable[[], Any], most: int = 15) -> int:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import mlx.core as mx
 
@@ -20,26 +20,41 @@ from engine import heap, probe
 from engine.adapters.lane import AdapterLane
 from engine.adapters.pool import BUDGET, AdapterPool
 from engine.adapters.store import AdapterStore
+from engine.delivery import Publish, deliver
 from engine.embedding.lane import EmbedLane
 from engine.fair import FairShare
 from engine.generation.lane import GenerateLane
 from engine.generation.limits import Limits
-from engine.lane import Lane
+from engine.lane import AnyLane
 from engine.loading import LoadedModel, load
-from engine.ticket import Entry, StepOutput, Ticket, contained
+from engine.ticket import StepOutput, Ticket, contained
 from engine.training.lane import TrainLane
-from stoker.contract import ModelCard, Request
+from stoker.contract import (
+    AdapterRequest,
+    AdapterResult,
+    EmbedRequest,
+    GenerateRequest,
+    GenerateResult,
+    ModelCard,
+    Request,
+    StreamToken,
+    TrainRequest,
+    TrainResult,
+)
+from stoker.contract.bundle import AdapterInput
+from stoker.contract.dataset import TrainInput
 from stoker.contract.kinds import GENERATE, KINDS
+from stoker.contract.vectors import Embedded
 from stoker.errors import UnknownModel, WorkerUnavailable
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class _Work:
-    lane: Lane
-    ticket: Ticket
-    item: Any
+class _Prepared:
+    lane: AnyLane
+    ticket: Ticket[Any]
+    work: Any
 
 
 class Engine:
@@ -62,7 +77,7 @@ class Engine:
         runs: Path | None = None,
         adapter_bytes: int = BUDGET,
         train_share: float = 0.2,
-        publish: Callable[[list[Entry]], None],
+        publish: Publish,
         limits: Limits | None = None,
         precision: Mapping[str, Any] | None = None,
         on_death: Callable[[], None] = lambda: None,
@@ -77,8 +92,8 @@ class Engine:
         self._limits = limits or Limits()
         self._on_death = on_death
         self._precision = dict(precision or {})
-        self._inbox: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
-        self._lanes: dict[tuple[str, str], Lane] = {}
+        self._inbox: queue.SimpleQueue[_Prepared | None] = queue.SimpleQueue()
+        self._lanes: dict[tuple[str, str], AnyLane] = {}
         self._models: dict[str, LoadedModel] = {}
         self._pools: dict[str, AdapterPool] = {}
         self._ready = threading.Event()
@@ -104,24 +119,52 @@ class Engine:
         if self._thread.is_alive():
             self._thread.join(timeout)
 
-    def submit(self, job_id: str, request: Request, data: Any = None, *, deadline: float | None = None) -> Ticket:
+    @overload
+    def submit(
+        self, job_id: str, request: EmbedRequest, data: None = None, *, deadline: float | None = None
+    ) -> Ticket[Embedded]: ...
+    @overload
+    def submit(
+        self,
+        job_id: str,
+        request: GenerateRequest,
+        data: Sequence[StreamToken] | None = None,
+        *,
+        deadline: float | None = None,
+    ) -> Ticket[GenerateResult]: ...
+    @overload
+    def submit(
+        self, job_id: str, request: TrainRequest, data: TrainInput | None, *, deadline: float | None = None
+    ) -> Ticket[TrainResult]: ...
+    @overload
+    def submit(
+        self, job_id: str, request: AdapterRequest, data: AdapterInput, *, deadline: float | None = None
+    ) -> Ticket[AdapterResult]: ...
+    def submit(
+        self,
+        job_id: str,
+        request: Request,
+        data: Sequence[StreamToken] | TrainInput | AdapterInput | None = None,
+        *,
+        deadline: float | None = None,
+    ) -> Ticket[Any]:
         """Queue a job. Raises at once if the request does not fit the model.
 
-        `data` is a training job's `TrainInput`, or the tokens of a generation job that were published already (it
-        goes on behind them). `deadline`: seconds from now after which the job ends with `DeadlineExceeded`.
+        `data` of a generation job: the tokens that were published already; the job goes on behind them. `deadline`:
+        seconds from now after which the job ends with `DeadlineExceeded`.
         """
         lane = self._lanes.get((request.model, request.kind))
         if lane is None:
             warm = sorted(model for model, kind in self._lanes if kind == request.kind)
             raise UnknownModel(f"model {request.model!r} given; this worker can {request.kind} with {warm}.")
-        ticket = Ticket(job_id, request.kind, deadline)
+        ticket: Ticket[Any] = Ticket(job_id, request.kind, deadline)
         try:
             prepared = lane.prepare(ticket, request, data)
         except Exception:
             raise
         except BaseException as error:
             raise contained(error) from error
-        self._inbox.put(_Work(lane, ticket, prepared))
+        self._inbox.put(_Prepared(lane, ticket, prepared))
         if self._stopping:
             # After the put: a loop that ends at this very moment may not have seen it.
             ticket.fail(_stopping())
@@ -135,14 +178,7 @@ class Engine:
     def cards(self) -> list[ModelCard]:
         """What this engine serves."""
         return [
-            ModelCard(
-                model=name,
-                architecture=model.architecture,
-                kinds=tuple(kind for lane_model, kind in self._lanes if lane_model == name),
-                context=model.context,
-                parameters=model.parameters,
-                dim=model.embedding.dim if model.embedding else 0,
-            )
+            model.card(tuple(kind for lane_model, kind in self._lanes if lane_model == name))
             for name, model in self._models.items()
         ]
 
@@ -184,20 +220,14 @@ class Engine:
         for name, sources in self._sources.items():
             model = load(name, sources, **self._precision)
             self._models[name] = model
-            log.info(
-                "model %s is warm: %s, %.0f M parameters, %.1f s",
-                name,
-                model.architecture,
-                model.parameters / 1e6,
-                model.load_seconds,
-            )
+            log.info("model %s is warm: %s", name, model.summary)
             for lane in self._lanes_of(model):
                 self._lanes[name, lane.kind] = lane
         weights = {key: self._weights[lane.kind] for key, lane in self._lanes.items()}
         urgent = {key for key, lane in self._lanes.items() if KINDS[lane.kind].urgent}
         self._share = FairShare(weights, urgent, self._limits.stall)
 
-    def _lanes_of(self, model: LoadedModel) -> list[Lane]:
+    def _lanes_of(self, model: LoadedModel) -> list[AnyLane]:
         if model.kind == "embed":
             return [EmbedLane(model, self._limits.stall, self._limits.cores)]
         pool = self._pools[model.name] = AdapterPool(model, self.store, self._adapter_bytes)
@@ -208,38 +238,13 @@ class Engine:
     def step(self) -> None:
         """One turn of the loop: take new work, drop stopped work, run the lane whose turn it is, report."""
         self._admit()
-        for lane in self._lanes.values():
-            lane.drop_stopped()
+        self._drop_stopped()
         turn = self._share.choose(key for key, lane in self._lanes.items() if lane.busy)
         if turn is None:
             return
-        lane = self._lanes[turn]
-        if isinstance(lane, GenerateLane):
-            # A token that is ready waits for nobody's turn: a pass is launched ahead only if none is waiting for one.
-            lane.ahead = not any(other.busy for other in self._lanes.values() if other is not lane)
         with self._share.charge(turn):
-            output = self._run(lane)
-        self._hand_on(output)
-
-    def _hand_on(self, output: StepOutput) -> None:
-        if output.entries:
-            try:
-                self._publish([(ticket.job_id, entry) for ticket, entry in output.entries])
-            except Exception:
-                log.exception("a step's entries were not taken; each job's are tried alone")
-                self._publish_each(output)
-        for ticket, value in output.ended:
-            ticket.resolve(value)
-
-    def _publish_each(self, output: StepOutput) -> None:
-        by_job: dict[Ticket, list[Entry]] = {}
-        for ticket, entry in output.entries:
-            by_job.setdefault(ticket, []).append((ticket.job_id, entry))
-        for ticket, entries in by_job.items():
-            try:
-                self._publish(entries)
-            except Exception as error:
-                ticket.abort(error)
+            output = self._run(turn)
+        deliver(output, self._publish)
 
     def _admit(self) -> None:
         """Take everything that waits; with nothing to run, sleep until something comes."""
@@ -249,18 +254,25 @@ class Engine:
         while not self._inbox.empty():
             self._take(self._inbox.get())
 
-    def _take(self, work: _Work | None) -> None:
-        if work is None:
+    def _take(self, prepared: _Prepared | None) -> None:
+        if prepared is None:
             return
         try:
-            work.lane.admit(work.item)
+            prepared.lane.admit(prepared.work)
         except Exception as error:
-            work.ticket.fail(error)
+            prepared.ticket.fail(error)
 
-    def _run(self, lane: Lane) -> StepOutput:
+    def _drop_stopped(self) -> None:
+        for lane in self._lanes.values():
+            lane.drop_stopped()
+
+    def _run(self, turn: tuple[str, str]) -> StepOutput:
+        lane = self._lanes[turn]
+        # A token that is ready waits for nobody's turn: a pass is launched ahead only if no other lane waits for one.
+        lookahead = not any(other.busy for other in self._lanes.values() if other is not lane)
         self.step_began = time.monotonic()
         try:
-            return lane.run()
+            return lane.run(lookahead=lookahead)
         except Exception as error:
             # The whole step failed (out of memory, a defect): that ends neither the worker nor the other lanes' jobs.
             # A job that fails by itself was ended by its lane.

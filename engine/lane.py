@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 from engine.ticket import StepOutput, Ticket
+from stoker.contract import Request
+
+Q = TypeVar("Q", bound=Request, contravariant=True)
+D = TypeVar("D", contravariant=True)
+W = TypeVar("W")
+R = TypeVar("R")
 
 
-class Lane(Protocol):
-    """`prepare` runs in the caller's thread and may raise; everything else runs in the engine's thread."""
+class Lane(Protocol[Q, D, W, R]):
+    """Q: the lane's requests; D: what a job has besides; W: the work that the lane makes of both; R: the results.
+
+    `prepare` runs in the caller's thread and may raise; everything else runs in the engine's thread.
+    """
 
     kind: str
 
@@ -17,20 +26,25 @@ class Lane(Protocol):
         """Whether there is work for `run`."""
         ...
 
-    def prepare(self, ticket: Ticket, request: Any, data: Any) -> Any:
+    def prepare(self, ticket: Ticket[R], request: Q, data: D) -> W:
         """Check a request against the model and make it work for `admit`."""
         ...
 
-    def admit(self, work: Any) -> None: ...
+    def admit(self, work: W) -> None: ...
 
     def drop_stopped(self) -> None:
         """Free what stopped jobs hold, and end them."""
         ...
 
-    def run(self) -> StepOutput:
-        """One step, as short as the work allows."""
+    def run(self, *, lookahead: bool = True) -> StepOutput:
+        """One step, as short as the work allows. `lookahead`: whether the lane may leave a pass of its next step on the
+        device: not while other lanes wait for the device."""
         ...
 
     def fail_all(self, error: BaseException) -> None:
         """End every job of this lane with `error` and start clean."""
         ...
+
+
+#: A lane among others. `Engine.submit` says which requests and data go together; the request's kind finds the lane.
+AnyLane: TypeAlias = Lane[Any, Any, Any, Any]

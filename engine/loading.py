@@ -29,6 +29,7 @@ from engine.weights.digest import weights_digest
 from engine.weights.folder import folder_tensors, gguf_tensors
 from engine.weights.gguf import GGUF
 from engine.weights.tensors import Tensors
+from stoker.contract import ModelCard
 from stoker.errors import ModelError
 
 #: Decoders by `model_type` of config.json; all run `Llama`.
@@ -66,6 +67,21 @@ class LoadedModel:
     def digest(self) -> str:
         """Names the contents of its files: what an adapter was trained on."""
         return weights_digest(model_folder(self.path))
+
+    @property
+    def summary(self) -> str:
+        return f"{self.architecture}, {self.parameters / 1e6:.0f} M parameters, {self.load_seconds:.1f} s"
+
+    def card(self, kinds: tuple[str, ...]) -> ModelCard:
+        """What a worker that runs jobs of `kinds` on this model reports of it."""
+        return ModelCard(
+            model=self.name,
+            architecture=self.architecture,
+            kinds=kinds,
+            context=self.context,
+            parameters=self.parameters,
+            dim=self.embedding.dim if self.embedding else 0,
+        )
 
     @property
     def decoder(self) -> Llama:

@@ -6,14 +6,19 @@ import time
 from concurrent import futures
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from stoker.contract import StreamToken, TrainReport
 from stoker.errors import DeadlineExceeded, JobCancelled, StokerError, to_wire
 
+R = TypeVar("R")
 
-class Ticket:
-    """Given to the caller on submission. `cancel` may be called from any thread, at any time, more than once."""
+
+class Ticket(Generic[R]):
+    """Given to the caller on submission; the job ends with an R or an error.
+
+    `cancel` may be called from any thread, at any time, more than once.
+    """
 
     def __init__(self, job_id: str, kind: str, deadline: float | None = None) -> None:
         self.job_id, self.kind = job_id, kind
@@ -24,7 +29,7 @@ class Ticket:
         self.started: float | None = None
         #: How much of the job is done, 0 to 1; None for kinds that do not say.
         self.progress: float | None = None
-        self._future: Future[Any] = Future()
+        self._future: Future[R] = Future()
 
     def cancel(self, reason: StokerError | None = None) -> None:
         """Ask the engine to stop this job at its next step and to end it with `reason`, by default `JobCancelled`."""
@@ -36,7 +41,7 @@ class Ticket:
             self.stop = DeadlineExceeded(f"job {self.job_id} was stopped at its deadline.")
         return self.stop is not None
 
-    def result(self, timeout: float | None = None) -> Any:
+    def result(self, timeout: float | None = None) -> R:
         """Wait for the end; raises what the engine failed the job with, or `JobCancelled`."""
         return self._future.result(timeout)
 
@@ -62,7 +67,7 @@ class Ticket:
     def run_seconds(self) -> float:
         return time.monotonic() - (self.started or self.submitted)
 
-    def resolve(self, value: Any) -> None:
+    def resolve(self, value: R) -> None:
         if not self._future.done():
             self._future.set_result(value)
 
@@ -89,8 +94,12 @@ class StepOutput:
     """What one step of a lane made, by the jobs' tickets. The engine publishes `entries` first and then ends `ended`:
     who sees a result finds the whole stream."""
 
-    entries: list[tuple[Ticket, StreamToken | TrainReport]] = field(default_factory=list)
-    ended: list[tuple[Ticket, Any]] = field(default_factory=list)
+    entries: list[tuple[Ticket[Any], StreamToken | TrainReport]] = field(default_factory=list)
+    ended: list[tuple[Ticket[Any], Any]] = field(default_factory=list)
+
+    def end(self, ticket: Ticket[R], result: R) -> None:
+        """The job ends with `result` once the entries of this step are published."""
+        self.ended.append((ticket, result))
 
 
 def contained(error: BaseException) -> Exception:

@@ -9,6 +9,7 @@ from celery import Task, shared_task
 from stoker.broker import keys
 from stoker.contract import EmbedReply, EmbedRequest, Usage, vectors
 from stoker.contract.kinds import EMBED
+from stoker.contract.vectors import Embedded
 from workers.frame import JobTask, Run, complete, run_job
 
 
@@ -17,10 +18,10 @@ def embed(self: Task) -> dict[str, Any]:
     return run_job(self, EmbedRequest, _finish)
 
 
-def _finish(run: Run, request: EmbedRequest, work: Any) -> EmbedReply:
+def _finish(run: Run, request: EmbedRequest, found: Embedded) -> EmbedReply:
     name = keys.vectors(run.job_id)
-    data = vectors.save(work.vectors, request.dtype)
+    data = vectors.save(found.vectors, request.dtype)
     run.runtime.persist(lambda: run.runtime.redis.set(keys.blob(name), data, ex=keys.RESULT_TTL))
-    rows, dim = work.vectors.shape
-    usage = Usage(prompt_tokens=work.tokens, run_seconds=work.ticket.run_seconds)
+    rows, dim = found.vectors.shape
+    usage = Usage(prompt_tokens=found.tokens, run_seconds=found.run_seconds)
     return EmbedReply(blob=name, rows=rows, dim=dim, dtype=request.dtype, usage=complete(usage, run))

@@ -45,7 +45,7 @@ class Runtime:
         self.started = time.monotonic()
         self.stopped = threading.Event()
         #: Owner's token → its ticket: two deliveries of one job may be here for a moment.
-        self._running: dict[str, Ticket] = {}
+        self._running: dict[str, Ticket[Any]] = {}
         self._lock = threading.Lock()
 
     def start(self) -> None:
@@ -60,7 +60,7 @@ class Runtime:
         self.publisher.stop()
 
     @contextmanager
-    def running(self, token: str, ticket: Ticket) -> Iterator[None]:
+    def running(self, token: str, ticket: Ticket[Any]) -> Iterator[None]:
         """Let `cancel`, `hand_back` and `fence_lost` find the ticket while the job runs."""
         with self._lock:
             self._running[token] = ticket
@@ -70,7 +70,7 @@ class Runtime:
             with self._lock:
                 del self._running[token]
 
-    def _tickets(self) -> list[tuple[str, Ticket]]:
+    def _tickets(self) -> list[tuple[str, Ticket[Any]]]:
         with self._lock:
             return list(self._running.items())
 

@@ -21,7 +21,7 @@ from stoker.errors import ModelError
 
 @dataclass(eq=False)
 class AdapterWork:
-    ticket: Ticket
+    ticket: Ticket[AdapterResult]
     request: AdapterRequest
     files: AdapterInput
 
@@ -37,7 +37,7 @@ class AdapterLane:
     def busy(self) -> bool:
         return bool(self._waiting)
 
-    def prepare(self, ticket: Ticket, request: AdapterRequest, data: AdapterInput) -> AdapterWork:
+    def prepare(self, ticket: Ticket[AdapterResult], request: AdapterRequest, data: AdapterInput) -> AdapterWork:
         return AdapterWork(ticket, request, data)
 
     def admit(self, work: AdapterWork) -> None:
@@ -48,13 +48,13 @@ class AdapterLane:
             work.ticket.fail_stopped()
             self._waiting.remove(work)
 
-    def run(self) -> StepOutput:
+    def run(self, *, lookahead: bool = True) -> StepOutput:
         # It waits until its end is known: what breaks the engine off meanwhile ends it with those that wait.
         work = self._waiting[0]
         work.ticket.start()
         output = StepOutput()
         try:
-            output.ended.append((work.ticket, self._take(work)))
+            output.end(work.ticket, self._take(work))
         except Exception as error:
             work.ticket.fail(error)
         self._waiting.popleft()

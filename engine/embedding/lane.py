@@ -16,6 +16,7 @@ from engine.embedding.turns import Turns
 from engine.loading import LoadedModel
 from engine.ticket import StepOutput, Ticket
 from stoker.contract import EmbedRequest
+from stoker.contract.vectors import Embedded
 from stoker.errors import InvalidRequest, ModelError
 
 log = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ E5_PROMPTS = {"query": "query: ", "passage": "passage: "}
 
 @dataclass(eq=False)
 class EmbedWork:
-    ticket: Ticket
+    ticket: Ticket[Embedded]
     request: EmbedRequest
     texts: list[Tokens]
     #: A row a text, zeros until it is embedded. They stay where a text has no token: the mean of nothing, as
@@ -71,7 +72,7 @@ class EmbedLane:
     def busy(self) -> bool:
         return bool(self._works)
 
-    def prepare(self, ticket: Ticket, request: EmbedRequest, data: None) -> EmbedWork:
+    def prepare(self, ticket: Ticket[Embedded], request: EmbedRequest, data: None) -> EmbedWork:
         self._check_dimensions(request)
         rows = tokenized(self._model.tokenizer, request, self._prompt(request.prompt), self._spec.max_tokens)
         return EmbedWork(ticket, request, rows, np.zeros((len(rows), self._spec.dim), dtype=np.float32))
@@ -103,7 +104,7 @@ class EmbedLane:
             work.ticket.fail_stopped()
             self._forget(work)
 
-    def run(self) -> StepOutput:
+    def run(self, *, lookahead: bool = True) -> StepOutput:
         """Embed the texts whose turn it is, and end the jobs that have no other."""
         if self._turns:
             batch = self._turns.take(self._pacer.tokens, self._forward.streams)
@@ -164,12 +165,12 @@ class EmbedLane:
 
     def _end(self, work: EmbedWork, output: StepOutput) -> None:
         try:
-            work.vectors = self._finished(work)
+            found = Embedded(self._finished(work), work.tokens, work.ticket.run_seconds)
         except Exception as error:
             log.exception("the vectors of job %s could not be finished", work.ticket.job_id)
             work.ticket.fail(error)
         else:
-            output.ended.append((work.ticket, work))
+            output.end(work.ticket, found)
 
     def _fail(self, work: EmbedWork, row: int, error: Exception) -> None:
         """End a job by what failed for its text `row`."""

@@ -20,7 +20,7 @@ from engine.generation.step import Step, usual
 from engine.generation.structured import Vocabulary
 from engine.loading import LoadedModel
 from engine.ticket import StepOutput, Ticket
-from stoker.contract import GenerateRequest, StreamToken
+from stoker.contract import GenerateRequest, GenerateResult, StreamToken
 from stoker.errors import InvalidRequest
 
 log = logging.getLogger(__name__)
@@ -45,8 +45,6 @@ class GenerateLane:
         #: Seconds of a turn that only decoded, as measured lately.
         self._turn = 0.0
         self._vocabulary = Vocabulary(model.tokenizer)
-        #: Whether a pass may be launched before the last one is read: not while other lanes want their turn.
-        self.ahead = True
         #: Rows that were put back because memory ran short.
         self.preempted = 0
         self._reset()
@@ -61,7 +59,7 @@ class GenerateLane:
     def warm(self) -> None:
         """Generate three tokens for nobody: kernels are compiled before the first request waits for them."""
         request = GenerateRequest(model=self._model.name, prompt_ids=(0,), max_tokens=3, ignore_eos=True)
-        ticket = Ticket("warm", self.kind)
+        ticket: Ticket[GenerateResult] = Ticket("warm", self.kind)
         self.admit(self.prepare(ticket, request, None))
         while self.busy:
             self.run()
@@ -87,7 +85,9 @@ class GenerateLane:
         """What keys and values take now."""
         return self.budget.used
 
-    def prepare(self, ticket: Ticket, request: GenerateRequest, data: Sequence[StreamToken] | None) -> Generation:
+    def prepare(
+        self, ticket: Ticket[GenerateResult], request: GenerateRequest, data: Sequence[StreamToken] | None
+    ) -> Generation:
         check_ids(self._model, request)
         prompt = tokenize(self._model, request)
         most = self.budget.most_tokens
@@ -117,17 +117,17 @@ class GenerateLane:
                 self._release(row)
                 row.ticket.fail_stopped()
 
-    def run(self) -> StepOutput:
-        """Take who waits, push prompts on by a chunk, decode everybody who is ready by one token."""
+    def run(self, *, lookahead: bool = True) -> StepOutput:
+        """Take rows that wait, push prompts on by a chunk, decode every row that is ready by one token."""
         output, began = StepOutput(), time.perf_counter()
         self._begin_prefill()
         calm = self._prefill is None
         self._advance_prefill(output)
-        if output.entries and self.ahead:
+        if output.entries and lookahead:
             # A first token is there: it is reported before the lane waits for the pass that is under way.
             self._launch()
             return output
-        self._decode(output)
+        self._decode(output, lookahead)
         if calm:
             seconds = time.perf_counter() - began
             self._turn = 0.8 * self._turn + 0.2 * seconds if self._turn else seconds
@@ -217,15 +217,16 @@ class GenerateLane:
 
     # --- decoding ---
 
-    def _decode(self, output: StepOutput) -> None:
-        """Read the pass that was launched in the turn before, after launching the next: the device never waits."""
+    def _decode(self, output: StepOutput, lookahead: bool) -> None:
+        """Read the pass that was launched in the turn before, after launching the next if `lookahead`: the device never
+        waits then."""
         batch = self.batch
         if batch.in_flight is None and not self._launch():
             return
         pending = batch.in_flight
         if pending is None:
             return
-        if self.ahead and not any(row.grammar for row in batch.rows):
+        if lookahead and not any(row.grammar for row in batch.rows):
             # A grammar has to see a token before it can say which may follow.
             self._launch(again=True)
         for row, pick in batch.read(pending):

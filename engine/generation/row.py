@@ -41,7 +41,7 @@ class Generation:
 
     def __init__(
         self,
-        ticket: Ticket,
+        ticket: Ticket[GenerateResult],
         request: GenerateRequest,
         prompt: list[int],
         tokenizer: Tokenizer,
@@ -81,7 +81,7 @@ class Generation:
         output.entries.append((self.ticket, row.accept(pick, self.published)))
         self.published += 1
         if self.ended:
-            output.ended.append((self.ticket, self.result()))
+            output.end(self.ticket, self.result())
 
     def result(self) -> GenerateResult:
         """The whole, once every row has ended."""
@@ -149,7 +149,7 @@ class Row:
             raise RowFault(self, contained(error)) from error
 
     @property
-    def ticket(self) -> Ticket:
+    def ticket(self) -> Ticket[GenerateResult]:
         return self.generation.ticket
 
     @property

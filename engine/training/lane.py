@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class TrainWork:
-    ticket: Ticket
+    ticket: Ticket[TrainResult]
     request: TrainRequest
     examples: list[TokenizedExample]
     #: The adapter's version; None: the next one.
@@ -45,7 +45,7 @@ class TrainLane:
     def busy(self) -> bool:
         return bool(self._waiting or self._current)
 
-    def prepare(self, ticket: Ticket, request: TrainRequest, data: TrainInput | None) -> TrainWork:
+    def prepare(self, ticket: Ticket[TrainResult], request: TrainRequest, data: TrainInput | None) -> TrainWork:
         if data is None:
             raise DatasetError("dataset: gone from the broker before the run began. Send the job again.")
         if request.max_length > self._model.context:
@@ -82,7 +82,7 @@ class TrainLane:
     def _pause(run: TrainingRun) -> None:
         _try(run.pause, "a run could not be kept as it was: it goes on from its last regular checkpoint")
 
-    def run(self) -> StepOutput:
+    def run(self, *, lookahead: bool = True) -> StepOutput:
         """One micro-step of the current run; after the last one, save the adapter."""
         work = self._current
         try:
@@ -134,7 +134,8 @@ class TrainLane:
         )
         # The adapter is there: the run is done, whether its folder says so or not.
         _try(lambda: run.end("done"), "that a run is done could not be noted in its folder")
-        output = StepOutput(ended=[(work.ticket, result)])
+        output = StepOutput()
+        output.end(work.ticket, result)
         # Last, when nothing can fail any more: a job that is in neither would be lost.
         self._close()
         return output

@@ -17,6 +17,15 @@ VECTOR_TYPES: tuple[VectorType, ...] = get_args(VectorType)
 
 
 @dataclass(frozen=True, eq=False)
+class Embedded:
+    """What the engine makes of an embedding job. `vectors`: float32, a row for each text; `tokens`: of all texts."""
+
+    vectors: NDArray[np.float32]
+    tokens: int
+    run_seconds: float
+
+
+@dataclass(frozen=True, eq=False)
 class Int8Vectors:
     """`codes` int8 (rows, dim) and `scales` float32 (rows,): vector i is codes[i] · scales[i], off by at most
     scales[i] / 2 in each number."""

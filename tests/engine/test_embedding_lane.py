@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 
 from engine.embedding.forward import PackedForward, PaddedForward, Tokens, Vectors
-from engine.embedding.lane import EmbedLane, EmbedWork, unit
+from engine.embedding.lane import EmbedLane, unit
 from engine.embedding.pacer import EmbedPacer
 from engine.loading import LoadedModel, load
 from engine.models import sentence
 from engine.ticket import Ticket
 from stoker.contract import EmbedRequest
+from stoker.contract.vectors import Embedded
 from stoker.errors import InvalidRequest, JobCancelled, ModelError, TextTooLong
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
@@ -65,7 +66,7 @@ class Driver:
 
 def vectors(ticket: Ticket) -> np.ndarray:
     work = ticket.result(0)
-    assert isinstance(work, EmbedWork)
+    assert isinstance(work, Embedded)
     return work.vectors
 
 

@@ -73,6 +73,7 @@ class Driver:
         self.lane = GenerateLane(model, pool, Limits(**{"slots": slots, "compiled": "none", **limits}))
         self._pool = pool
         self.sent: dict[str, Sent] = {}
+        self.lookahead = True
 
     def send(self, request: GenerateRequest, published: list[StreamToken] | None = None) -> Sent:
         ticket = Ticket(f"job-{len(self.sent)}", "generate")
@@ -84,7 +85,7 @@ class Driver:
         self.lane.drop_stopped()
         if not self.lane.busy:
             return
-        output = self.lane.run()
+        output = self.lane.run(lookahead=self.lookahead)
         for ticket, entry in output.entries:
             assert isinstance(entry, StreamToken)
             self.sent[ticket.job_id].tokens.append(entry)
@@ -180,7 +181,7 @@ def check_traffic(model: LoadedModel, pool: AdapterPool, seed: int, **limits: An
     waiting = list(enumerate(requests))
     sent: dict[int, Sent] = {}
     while waiting or driver.lane.busy:
-        driver.lane.ahead = random.random() < 0.8
+        driver.lookahead = random.random() < 0.8
         while waiting and random.random() < 0.4:
             number, one = waiting.pop(0)
             sent[number] = driver.send(one)

@@ -247,7 +247,7 @@ def traffic(
     for _ in range(3000):
         if not waiting and not driver.lane.busy:
             return sent
-        driver.lane.ahead = bool(random.random() < 0.8)
+        driver.lookahead = bool(random.random() < 0.8)
         if waiting and random.random() < 0.4:
             kind, asked = waiting.pop()
             sent.append((kind, asked, driver.send(asked)))
