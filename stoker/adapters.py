@@ -16,10 +16,15 @@ Folder = str | os.PathLike[str]
 def found(model: str, name: str, raw: Mapping[bytes, bytes]) -> AdapterEntry:
     """The adapter of this hash. Raises `UnknownAdapter` where there is no version: a run that failed leaves a number
     alone there."""
-    entry = registry.parse(model, name, raw)
+    return existing(registry.parse(model, name, raw))
+
+
+def existing(entry: AdapterEntry) -> AdapterEntry:
+    """`entry`, if it has a version. Raises `UnknownAdapter`."""
     if not entry.versions:
         raise UnknownAdapter(
-            f"adapter {name!r} given; {model} has none of that name. `stoker adapters list` shows those there are."
+            f"adapter {entry.name!r} given; {entry.model} has none of that name. `stoker adapters list` shows those "
+            "there are."
         )
     return entry
 

@@ -27,7 +27,9 @@ class Submission:
     ) -> None:
         """`client`: the key of the client that the job belongs to, if it is not the one of `settings`."""
         self.job_id, self._data = job_id, data
-        self._record = job_record(_naming(request, job_id, data), job_id, client or settings.client_key)
+        #: The request as it is sent: with the name of its input.
+        self.request = _naming(request, job_id, data)
+        self._record = job_record(self.request, job_id, client or settings.client_key)
         self._uploaded = False
         self._until = time.monotonic() + settings.queue_wait
 

@@ -26,6 +26,7 @@ from stoker.client._sync import jobs as sync_jobs
 from stoker.contract import Completion, Usage
 from stoker.errors import BrokerUnavailable, InvalidRequest
 from stoker.settings import Settings
+from stoker.testing import AsyncFakeClient, FakeClient
 from tests import unasync
 from tests.stoker.test_client_core import SMOL, fake, kill_owners, server
 
@@ -33,6 +34,7 @@ __all__ = ["fake", "server"]
 
 PAIRS = {
     "client": (AsyncClient, Client),
+    "fake": (AsyncFakeClient, FakeClient),
     "adapters": (async_adapters.AsyncAdapters, sync_adapters.Adapters),
     **{
         kind: (getattr(async_jobs, f"Async{kind}"), getattr(sync_jobs, kind))

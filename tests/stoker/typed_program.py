@@ -14,6 +14,7 @@ from stoker.broker.registry import AdapterEntry
 from stoker.client import AdapterJob, EmbedJob, GenerateJob, TrainJob
 from stoker.contract import AdapterResult
 from stoker.contract.vectors import Int8Vectors
+from stoker.testing import AsyncFakeClient, FakeClient
 
 
 def blocking(client: Client) -> None:
@@ -60,6 +61,18 @@ async def awaited(client: AsyncClient) -> None:
     async for report in run.progress():
         assert_type(report, TrainReport)
     assert_type(await (await client.adapters.load("style", "folder")).result(), AdapterResult)
+
+
+async def doubled() -> None:
+    double = FakeClient(models={"m": ["generate"]})
+    double.script.generate("a b", times=None)
+    double.script.generate(lambda request: request.prompt or "", error=None)
+    double.script.embed([[1.0, 2.0]])
+    blocking(double)
+    assert_type(double.sent.generate[0].max_tokens, int)
+    await awaited(AsyncFakeClient())
+    double.script.generate(3)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    double.generate("x", max_token=16)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 
 
 def misspelt(client: Client) -> None:

@@ -1,0 +1,109 @@
+"""The link of a client that works in memory: its jobs run as far as they are waited for."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import NoReturn, TypeVar
+
+from stoker.adapters import existing
+from stoker.broker.ledger.listing import OpenJob
+from stoker.broker.letters import Letter
+from stoker.broker.outcome import JobStatus, Outcome, read_vectors
+from stoker.broker.registry import AdapterEntry, Verb
+from stoker.client.asynchronously import sleep
+from stoker.client.following import TimeLimit
+from stoker.client.in_memory.memory import Memory
+from stoker.client.in_memory.script import NotScripted
+from stoker.contract import EmbedReply, ModelCard, Presence, Request, StreamToken, TrainReport
+from stoker.contract.vectors import Encoded
+from stoker.errors import JobTimeout
+from stoker.settings import Settings
+
+E = TypeVar("E", StreamToken, TrainReport)
+
+#: Seconds between two looks at a job that hangs.
+PAUSE = 0.005
+#: Seconds after which a test waits for nothing.
+HANGS = 10.0
+
+
+class AsyncMemoryLink:
+    """`AsyncLink` over a `Memory`."""
+
+    def __init__(self, memory: Memory) -> None:
+        self._memory = memory
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a client that works in memory, and its jobs, cannot be pickled: they live in this process.")
+
+    @property
+    def settings(self) -> Settings:
+        return self._memory.settings
+
+    async def submit(self, request: Request, job_id: str, data: bytes = b"") -> None:
+        self._memory.submit(request, job_id, data)
+
+    async def revive(self, request: Request, job_id: str, client: str | None) -> None:
+        self._memory.revive(request, job_id, client)
+
+    async def kind(self, job_id: str) -> str | None:
+        return self._memory.kind(job_id)
+
+    async def status(self, job_id: str) -> JobStatus:
+        return self._memory.job(job_id).status
+
+    async def cancel(self, job_id: str) -> None:
+        self._memory.cancel(job_id)
+
+    async def value(self, job_id: str, timeout: float | None) -> object:
+        return (await self._end(job_id, timeout)).unwrap(job_id)
+
+    async def entries(self, job_id: str, entry: type[E], timeout: float | None) -> AsyncGenerator[E]:
+        index = 0
+        while isinstance(found := self._memory.entry(job_id, index), entry):
+            yield found
+            index += 1
+            # Others of the event loop have their turn between two tokens, as with a broker.
+            await sleep(0)
+        (await self._end(job_id, timeout)).unwrap(job_id)
+
+    async def _end(self, job_id: str, timeout: float | None) -> Outcome:
+        limit = TimeLimit(job_id, HANGS if timeout is None else timeout)
+        while (outcome := self._memory.end(job_id)) is None:
+            try:
+                await sleep(limit.slice(PAUSE))
+            except JobTimeout:
+                if timeout is not None:
+                    raise
+                raise NotScripted(f"job {job_id} hangs, as its answer says; nothing cancelled it.") from None
+        return outcome
+
+    async def vectors(self, reply: EmbedReply) -> Encoded:
+        return read_vectors(reply, self._memory.blob(reply.blob))
+
+    async def discard(self, job_id: str) -> None:
+        self._memory.discard(job_id)
+
+    async def workers(self) -> list[Presence]:
+        return self._memory.workers()
+
+    async def models(self) -> dict[str, ModelCard]:
+        return self._memory.models()
+
+    async def jobs(self) -> dict[str, OpenJob]:
+        return self._memory.jobs()
+
+    async def dead(self) -> dict[str, Letter]:
+        return self._memory.dead()
+
+    async def adapters(self, model: str) -> list[AdapterEntry]:
+        return self._memory.registry.list(model)
+
+    async def adapter(self, model: str, name: str) -> AdapterEntry:
+        return existing(self._memory.registry.get(model, name))
+
+    async def change_adapter(self, model: str, verb: Verb, name: str, version: int | None) -> bool:
+        return self._memory.registry.change(model, verb, name, version)
+
+    async def close(self) -> None:
+        """Nothing is held open."""

@@ -1,0 +1,269 @@
+"""The broker and the worker of an in-memory client: its jobs, and what has become of each."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from stoker.adapters import existing
+from stoker.broker import keys
+from stoker.broker.ledger.listing import OpenJob
+from stoker.broker.letters import Letter
+from stoker.broker.outcome import JobStatus, Outcome, lost
+from stoker.client.in_memory.adapters import Registry
+from stoker.client.in_memory.answers import (
+    DIM,
+    USAGE,
+    WORKER,
+    Answer,
+    EmbedAnswer,
+    GenerateAnswer,
+    TrainAnswer,
+    generated,
+    trained,
+)
+from stoker.client.in_memory.script import Script
+from stoker.client.in_memory.sent import Sent, SentJob, travelled
+from stoker.client.submission import Submission
+from stoker.contract import (
+    AdapterResult,
+    EmbedReply,
+    EmbedRequest,
+    GenerateRequest,
+    ModelCard,
+    Presence,
+    Request,
+    StreamToken,
+    TrainReport,
+    TrainRequest,
+    encode,
+)
+from stoker.contract.base import Message, parse_adapter
+from stoker.contract.kinds import KINDS
+from stoker.contract.names import Rule, checked
+from stoker.contract.vectors import Encoded, Int8Vectors, load
+from stoker.errors import ConfigError, JobDead, StokerError, UnknownAdapter
+from stoker.settings import Settings
+
+R = TypeVar("R", bound=Request)
+
+#: Model → what it can do, unless a test says otherwise: the models of a worker that was started without options.
+MODELS: Mapping[str, tuple[str, ...]] = {
+    "all-minilm-l6-v2": ("embed",),
+    "smollm2-135m-instruct": ("generate", "train", "adapters"),
+}
+Entry = StreamToken | TrainReport
+
+
+@dataclass
+class _Job:
+    sent: SentJob
+    answer: Answer
+    entries: tuple[Entry, ...]
+    blob: bytes | None
+    submitted: float = field(default_factory=time.monotonic)
+    status: JobStatus = JobStatus.QUEUED
+    #: Entries that were made: those that were asked for, and all once the job has ended.
+    made: int = 0
+    error: StokerError | None = None
+    outcome: Outcome | None = None
+
+
+class Memory:
+    """A job is queued until it is waited for or its stream is read; it runs as far as it is read, and then it ends."""
+
+    def __init__(
+        self, settings: Settings, models: Mapping[str, Iterable[str]] | None = None, adapters: Iterable[str] = ()
+    ) -> None:
+        """`adapters`: names that have a version 1, which serves, at each model that generates."""
+        self.settings, self.script, self.registry = settings, Script(), Registry()
+        self.sent = Sent()
+        self._cards = [_card(model, tuple(kinds)) for model, kinds in (MODELS if models is None else models).items()]
+        self._jobs: dict[str, _Job] = {}
+        self._blobs: dict[str, bytes] = {}
+        self._lock = threading.RLock()
+        for name in adapters:
+            checked(Rule.NAME, "adapters", name)
+            for card in self._cards:
+                if "generate" in card.kinds:
+                    self.registry.register(card.model, name, {"method": "lora", "rank": 8}, promote=True)
+
+    def submit(self, request: Request, job_id: str, data: bytes) -> None:
+        """Take a job in. An id that is known already is the same job, as at a broker."""
+        with self._lock:
+            submission = Submission(self.settings, request, job_id, data)
+            refusal = self.script.refusal()
+            if refusal is not None:
+                raise refusal
+            if job_id in self._jobs:
+                submission.check_known(self._jobs[job_id].sent.request.kind)
+                return
+            self._take(SentJob(job_id, travelled(submission.request), data, self.settings.client_key))
+
+    def revive(self, request: Request, job_id: str, client: str | None) -> None:
+        """Take a dead job in again; it gets the next answer."""
+        with self._lock:
+            data, sender = self.job(job_id).sent.data, client or self.settings.client_key
+            self._take(SentJob(job_id, travelled(request), data, sender))
+
+    def _take(self, sent: SentJob) -> None:
+        answer = self.script.answer(sent.request.kind)
+        self._jobs[sent.job_id] = _Job(sent, answer, *_made(sent.request, answer))
+        self.sent.jobs.append(sent)
+
+    def job(self, job_id: str) -> _Job:
+        """Raises `JobLost`."""
+        if job_id not in self._jobs:
+            raise lost(job_id)
+        return self._jobs[job_id]
+
+    def kind(self, job_id: str) -> str | None:
+        return self._jobs[job_id].sent.request.kind if job_id in self._jobs else None
+
+    def cancel(self, job_id: str) -> None:
+        with self._lock:
+            job = self.job(job_id)
+            if job.outcome is None:
+                job.status, job.outcome = JobStatus.CANCELLED, Outcome(JobStatus.CANCELLED)
+
+    def entry(self, job_id: str, index: int) -> Entry | None:
+        """Let the job make this entry of its stream; None where there is none."""
+        with self._lock:
+            job = self.job(job_id)
+            self._begin(job)
+            if job.outcome is None and index < len(job.entries):
+                job.made = max(job.made, index + 1)
+            return job.entries[index] if index < job.made else None
+
+    def end(self, job_id: str) -> Outcome | None:
+        """Let the job run to its end, and say how it ended. None for one that hangs."""
+        with self._lock:
+            job = self.job(job_id)
+            self._begin(job)
+            if job.outcome is None:
+                job.made = len(job.entries)
+                job.outcome = self._outcome(job)
+            if job.outcome is not None:
+                job.status = job.outcome.status
+            return job.outcome
+
+    def _begin(self, job: _Job) -> None:
+        if job.status is JobStatus.QUEUED:
+            job.status, job.error = JobStatus.RUNNING, self._unknown_adapter(job.sent.request)
+            if job.error is not None:
+                job.entries = ()
+
+    def _outcome(self, job: _Job) -> Outcome | None:
+        error = job.error or job.answer.ending.error
+        if error is not None:
+            return Outcome(JobStatus.FAILED, {"exc_type": type(error).__name__, "exc_message": str(error)})
+        if job.answer.ending.hangs:
+            return None
+        return Outcome(JobStatus.DONE, self._value(job).model_dump(mode="json"))
+
+    def _unknown_adapter(self, request: Request) -> StokerError | None:
+        """A worker looks the adapter up when it begins."""
+        if not isinstance(request, GenerateRequest) or request.adapter is None:
+            return None
+        try:
+            name, version = parse_adapter(request.adapter)
+            existing(self.registry.get(request.model, name)).version(version)
+        except UnknownAdapter as error:
+            return error
+        return None
+
+    def _value(self, job: _Job) -> Message:
+        request = job.sent.request
+        if isinstance(request, EmbedRequest):
+            name, data = keys.vectors(job.sent.job_id), job.blob or b""
+            self._blobs[name], (rows, dim) = data, _shape(load(data))
+            return EmbedReply(blob=name, rows=rows, dim=dim, dtype=request.dtype, usage=USAGE)
+        if isinstance(request, GenerateRequest):
+            return generated(request, [entry for entry in job.entries if isinstance(entry, StreamToken)])
+        known = {"method": "lora", "rank": request.rank if isinstance(request, TrainRequest) else 8}
+        version = self.registry.register(request.model, request.name, known, promote=request.promote)
+        if isinstance(request, TrainRequest):
+            return trained(request, version, [entry for entry in job.entries if isinstance(entry, TrainReport)])
+        return AdapterResult(
+            model=request.model, adapter=request.name, version=version, rank=8, method="lora", usage=USAGE
+        )
+
+    def blob(self, name: str) -> bytes | None:
+        """The vectors of a job; None once they are discarded."""
+        return self._blobs.get(name)
+
+    def discard(self, job_id: str) -> None:
+        self._blobs.pop(keys.vectors(job_id), None)
+
+    def models(self) -> dict[str, ModelCard]:
+        return {card.model: card for card in self._cards}
+
+    def workers(self) -> list[Presence]:
+        """One worker, which holds every model."""
+        now = time.time()
+        return [
+            Presence(
+                worker=WORKER, host="localhost", pid=os.getpid(), device="memory", started=now, time=now,
+                models=tuple(self._cards), adapters={}, lanes={}, memory_bytes=0,
+            )
+        ]  # fmt: skip
+
+    def jobs(self) -> dict[str, OpenJob]:
+        """Those that have not ended, oldest first."""
+        return {job_id: _listed(job) for job_id, job in self._jobs.items() if job.outcome is None}
+
+    def dead(self) -> dict[str, Letter]:
+        """Jobs whose answer ends with `JobDead`."""
+        return {
+            job_id: _letter(job.sent) for job_id, job in self._jobs.items()
+            if job.outcome is not None and isinstance(job.answer.ending.error, JobDead)
+        }  # fmt: skip
+
+
+def _card(model: str, kinds: tuple[str, ...]) -> ModelCard:
+    checked(Rule.NAME, "models", model)
+    unknown = sorted(set(kinds) - set(KINDS))
+    if unknown:
+        raise ConfigError(f"models: {unknown[0]!r} given for {model}; the kinds of jobs are {', '.join(KINDS)}.")
+    dim = DIM if "embed" in kinds else 0
+    return ModelCard(
+        model=model, architecture="in-memory", kinds=kinds, context=2048, parameters=0, dim=dim, seen=time.time()
+    )
+
+
+def _made(request: Request, answer: Answer) -> tuple[tuple[Entry, ...], bytes | None]:
+    """The entries of the job's stream, and its vectors."""
+    if isinstance(request, EmbedRequest) and isinstance(answer, EmbedAnswer):
+        return (), answer.blob(request)
+    if isinstance(request, GenerateRequest) and isinstance(answer, GenerateAnswer):
+        return answer.tokens(request), None
+    if isinstance(request, TrainRequest) and isinstance(answer, TrainAnswer):
+        return answer.reports(request), None
+    return (), None
+
+
+def _shape(encoded: Encoded) -> tuple[int, int]:
+    rows, dim = (encoded.codes if isinstance(encoded, Int8Vectors) else encoded).shape
+    return rows, dim
+
+
+def _listed(job: _Job) -> OpenJob:
+    request = job.sent.request
+    listed = OpenJob(
+        kind=request.kind, model=request.model, client=job.sent.client, priority=request.priority,
+        age=time.monotonic() - job.submitted,
+    )  # fmt: skip
+    return OpenJob(**listed, worker=WORKER) if job.status is JobStatus.RUNNING else listed
+
+
+def _letter(sent: SentJob) -> Letter:
+    asked = json.dumps(encode(sent.request))
+    return Letter(
+        kind=sent.request.kind, model=sent.request.model, request=asked, client=sent.client,
+        history=[{"worker": WORKER, "time": time.time()}],
+    )  # fmt: skip
