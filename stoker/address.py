@@ -44,6 +44,9 @@ class Address:
                 f"for example {DEFAULT_URL} or redis+socket:///tmp/redis.sock?virtual_host=0."
             )
         try:
+            if not url.isprintable():
+                raise ValueError("characters that no URL has")
+            url.encode()
             return _socket(url) if scheme == "redis+socket" else _tcp(url)
         except ValueError:
             # What urllib says may quote a piece of the password.
@@ -62,6 +65,7 @@ def _database(text: str) -> int:
 def _tcp(url: str) -> Address:
     parts = urlsplit(url)
     host, port = parts.hostname or "127.0.0.1", parts.port or 6379
+    host.encode("idna")  # as it will be looked up
     database = _database(parts.path.strip("/"))
     query = dict(parse_qsl(parts.query))
     if parts.scheme == "rediss":

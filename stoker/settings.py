@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import stat
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,7 +30,7 @@ class Settings(BaseSettings):
     #: Broker URL. Unset: the broker that `stoker up` runs on this machine, else `redis://127.0.0.1:6379/0`.
     url: str | None = None
     #: Everything that Stoker keeps on disk: the embedded broker's data, adapters, logs, caches.
-    home: Path = Field(default_factory=lambda: Path.home() / ".stoker")
+    home: Path = Field(default=Path("~/.stoker"), validate_default=True)
     #: Models that a worker keeps warm: names of the catalogue, or NAME=SOURCE. Comma-separated.
     models: Annotated[tuple[str, ...], NoDecode] = ("all-minilm-l6-v2", "smollm2-135m-instruct")
     #: Generation requests that a worker decodes at once.
@@ -88,7 +89,10 @@ class Settings(BaseSettings):
     @field_validator("home")
     @classmethod
     def _absolute(cls, value: Path) -> Path:
-        return value.expanduser().absolute()
+        try:
+            return value.expanduser().absolute()
+        except (RuntimeError, OSError) as error:  # no such user, or a working folder that is gone
+            raise ValueError(f"cannot be found ({error}); give a whole path") from None
 
     @property
     def address(self) -> Address:
@@ -158,9 +162,17 @@ def _refuse_unknown_names() -> None:
 def _running_broker(home: Path) -> str | None:
     """The URL of the embedded broker of a `stoker up` that still runs, else None."""
     try:
-        record = json.loads((home / "broker.json").read_text())
-        os.kill(int(record["pid"]), 0)
+        record = json.loads(_read_small(home / "broker.json"))
+        os.kill(record["pid"], 0)
+        Address.parse(record["url"])
         return str(record["url"])
-    except (OSError, ValueError, KeyError, TypeError):
-        # No file, a file cut short, or a process that is gone: then nobody runs a broker here.
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError, ConfigError):
+        # No file, one that no `stoker up` wrote, or a process that is gone: then nobody runs a broker here.
         return None
+
+
+def _read_small(path: Path) -> bytes:
+    """The beginning of a file; of a pipe or a device, nothing."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(handle, "rb") as file:
+        return file.read(1 << 16) if stat.S_ISREG(os.fstat(handle).st_mode) else b""

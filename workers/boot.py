@@ -27,6 +27,7 @@ from workers.artifacts import Artifacts
 from workers.background import Background
 from workers.broker_check import check_broker
 from workers.cancelling import CancelWatch
+from workers.interrupts import Interrupts
 from workers.janitor import Janitor
 from workers.lanes import LaneRequest, LaneStep, lanes
 from workers.lease import LeaseStep
@@ -55,19 +56,13 @@ class EngineStep(bootsteps.StartStopStep):
         super().__init__(worker, **kwargs)
         self._runtime: Runtime | None = None
         self._heart: Heart | None = None
+        self._interrupts = Interrupts()
 
     def start(self, worker: Any) -> None:
         settings = load_settings()
-        try:
-            check_broker(settings)
-            Artifacts(settings, None).check()
-            self._runtime = Runtime(settings, worker.hostname, lambda publish: _make_engine(settings, publish))
-            self._runtime.start()
-        except StokerError as error:
-            # One line that `stoker up` and people can read, and no traceback: the message says what to do.
-            print(f"{ERROR_MARK}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-            raise SystemExit(error.exit_code) from None
-        runtime.install(self._runtime)
+        with self._interrupts.starting():
+            self._runtime = self._made_runtime(settings, worker.hostname)
+            runtime.install(self._runtime)
         self._guard_delivery(self._runtime)
         self._open_queues(worker.app, settings)
         running = self._runtime
@@ -76,6 +71,18 @@ class EngineStep(bootsteps.StartStopStep):
         heart = self._heart = Heart(running, lanes, Janitor(running))
         heart.start()
         Background("mending", lambda: _mend(running, heart), stopped=running.stopped, every=MEND_EVERY).start()
+
+    def _made_runtime(self, settings: Settings, name: str) -> Runtime:
+        try:
+            check_broker(settings)
+            Artifacts(settings, None).check()
+            made = Runtime(settings, name, lambda publish: _make_engine(settings, publish))
+            made.start()
+            return made
+        except StokerError as error:
+            # One line that `stoker up` and people can read, and no traceback: the message says what to do.
+            print(f"{ERROR_MARK}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            raise SystemExit(error.exit_code) from None
 
     def _guard_delivery(self, running: Runtime) -> None:
         """Before the first message comes: a message that cannot be read becomes a dead letter."""

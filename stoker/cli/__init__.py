@@ -5,17 +5,16 @@ The commands are imported when one is run: `stoker --version` answers at once, a
 
 from __future__ import annotations
 
-import signal
 import sys
 from typing import TYPE_CHECKING, Any
 
 import stoker
-from stoker.errors import ConfigError, StokerError
+from stoker.cli import edge
+from stoker.errors import ConfigError
+from stoker.local.interrupts import end_at_once, end_cleanly
 
 if TYPE_CHECKING:
     from stoker.cli.commands import app
-
-INTERRUPTED = 130
 
 
 def __getattr__(name: str) -> Any:
@@ -33,27 +32,18 @@ def __getattr__(name: str) -> Any:
 
 
 def main() -> None:
+    end_at_once()
+    edge.open_streams()
+    sys.exit(edge.run(_command))
+
+
+def _command() -> None:
     if sys.argv[1:] == ["--version"]:
         print(f"stoker {stoker.__version__}")
         return
-    # A command that is asked to end cleans up as after Ctrl-C.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
-    try:
-        sys.modules[__name__].app(prog_name="stoker")
-    except StokerError as error:
-        print(f"stoker: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
-    except BrokenPipeError:
-        # The reader of our output has gone (`stoker … | head`): that is its right.
-        sys.stderr.close()
-        sys.exit(0)
-
-
-def _interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
+    command = sys.modules[__name__].app
+    end_cleanly()
+    command(prog_name="stoker")
 
 
 __all__ = ["app", "main"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -12,11 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from stoker.cli import inputs
 from stoker.cli.jobs import warn_if_cold
 from stoker.cli.options import Json, Model, Url, connect, notes, print_json
 from stoker.client import Client
 from stoker.client.chunks import BATCH_TEXTS
 from stoker.client.options import EmbedOptions
+from stoker.contract.requests import MAX_TEXTS
 from stoker.errors import InvalidRequest
 from stoker.files.source import Source
 
@@ -28,7 +31,10 @@ REPORT_EVERY = 10.0
 
 
 def embed(
-    texts: Annotated[list[str], typer.Argument(help="Texts; with --output, one file: .jsonl, or .txt a text a line.")],
+    texts: Annotated[
+        list[str],
+        typer.Argument(help="Texts, - for standard input; with --output, one file: .jsonl, or .txt a text a line."),
+    ],
     model: Model = None,
     truncate: Annotated[bool, typer.Option(help="Cut texts that are longer than the model takes.")] = False,
     prompt: Annotated[str | None, typer.Option(help="Put before each text: query, passage, or any text.")] = None,
@@ -40,7 +46,9 @@ def embed(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="File for the vectors: .npy, .safetensors or .parquet.")
     ] = None,
-    field: Annotated[str, typer.Option(help="Field of each JSON line that holds the text.")] = "text",
+    field: Annotated[
+        str | None, typer.Option(help="Field of each JSON line that holds the text; default: text.")
+    ] = None,
     batch: Annotated[int, typer.Option(help="Texts of a job.")] = BATCH_TEXTS,
     in_flight: Annotated[int | None, typer.Option(help="Jobs at once; default: four for each worker.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace the output; begin anew after an interrupted run.")] = False,
@@ -61,17 +69,51 @@ def embed(
     with connect(url) as client:
         warn_if_cold(client, model, "embed")
         if output is None:
-            _print_vectors(client, texts, model, options, as_json)
+            _print_vectors(client, _texts(texts, field), model, options, as_json)
             return
         if len(texts) != 1:
             raise InvalidRequest(f"{len(texts)} texts given; with --output just one argument is allowed, a file.")
         check_output(output, dtype, overwrite)
-        source = Source(Path(texts[0]), field)
-        record = _embed_file(client, source, output, model, options, batch, in_flight, overwrite)
+        with inputs.as_file(texts[0]) as path:
+            source = _source(texts[0], path, field)
+            record = _embed_file(client, source, output, model, options, batch, in_flight, overwrite)
     if as_json:
         print_json(record)
     else:
         print(f"{output}: {record['rows']} vectors of {record['dim']} numbers, {record['dtype']}")
+
+
+def _source(given: str, path: Path, field: str | None) -> Source:
+    """Standard input is a text a line, or JSON lines where their field is named."""
+    plain = given == inputs.STDIN and field is None
+    if plain:
+        _refuse_objects(Source(path, "", plain=True))
+    return Source(path, field or "text", plain)
+
+
+def _refuse_objects(source: Source) -> None:
+    """JSON lines that are taken for texts would be embedded, braces and all."""
+    first = next(source.texts(), "")
+    try:
+        is_object = isinstance(json.loads(first), dict)
+    except (ValueError, RecursionError):
+        return
+    if is_object:
+        raise InvalidRequest(f"{inputs.STDIN_NAME}: JSON lines given; name the field that holds the text: --field.")
+
+
+def _texts(given: list[str], field: str | None) -> list[str]:
+    """The texts of the command line, in the place of `-` those of standard input."""
+    if inputs.STDIN not in given:
+        return given
+    if given.count(inputs.STDIN) > 1:
+        raise InvalidRequest("texts: '-' given twice; standard input can be read once.")
+    index = given.index(inputs.STDIN)
+    with inputs.as_file(inputs.STDIN) as path:
+        source = _source(inputs.STDIN, path, field)
+        source.survey()
+        # No job takes more, and `client.embed` says so.
+        return [*given[:index], *islice(source.texts(), MAX_TEXTS + 1), *given[index + 1 :]]
 
 
 def _print_vectors(client: Client, texts: list[str], model: str | None, options: EmbedOptions, as_json: bool) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from stoker.cli import inputs
 from stoker.cli.jobs import warn_if_cold
 from stoker.cli.options import Json, Model, Url, connect, is_terminal, notes, print_json
 from stoker.client import Client
@@ -37,14 +36,16 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be repeated.")] = None,
     n: Annotated[int, typer.Option(help="Completions of the prompt.")] = 1,
     chat: Annotated[bool, typer.Option("--chat", help="The prompt is a user message of a chat.")] = False,
-    json_schema: Annotated[Path | None, typer.Option(help="File: the answer is JSON that fits this schema.")] = None,
+    json_schema: Annotated[str | None, typer.Option(help="File: the answer is JSON that fits this schema.")] = None,
     regex: Annotated[str | None, typer.Option(help="The answer matches this expression.")] = None,
     seed: Seed = None,
     as_json: Json = False,
     url: Url = None,
 ) -> None:
     """Continue a prompt, token by token. Ctrl-C cancels the job."""
-    text = _read_input() if prompt == "-" else prompt
+    if prompt == json_schema == inputs.STDIN:
+        raise InvalidRequest("json_schema: standard input given, which is the prompt already. Name a file.")
+    text = inputs.read_text("prompt") if prompt == inputs.STDIN else prompt
     with connect(url) as client:
         warn_if_cold(client, model, "generate")
         job = client.generate(
@@ -59,7 +60,7 @@ def generate(
             repetition_penalty=repetition_penalty,
             stop=tuple(stop or ()),
             n=n,
-            json_schema=None if json_schema is None else _read_schema(json_schema),
+            json_schema=None if json_schema is None else inputs.read_json("json_schema", json_schema),
             regex=regex,
             seed=seed,
         )
@@ -79,20 +80,6 @@ def _print_whole(result: GenerateResult, as_json: bool) -> None:
         return
     for number, completion in enumerate(result.completions, 1):
         print(f"--- {number}\n{completion.text}")
-
-
-def _read_input() -> str:
-    try:
-        return sys.stdin.buffer.read().decode()
-    except UnicodeDecodeError:
-        raise InvalidRequest("prompt: standard input is not UTF-8.") from None
-
-
-def _read_schema(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise InvalidRequest(f"json_schema: {path} cannot be read as JSON ({error}).") from None
 
 
 def describe(result: GenerateResult) -> str:
@@ -140,16 +127,24 @@ def chat(
 
 def _lines() -> Iterator[str]:
     """What is typed, or the lines of a file or pipe, until `/exit` or the end."""
+    try:
+        for line in _typed() if sys.stdin.isatty() else inputs.lines():
+            said = line.strip()
+            if said == "/exit":
+                return
+            if said:
+                yield said
+    except (EOFError, KeyboardInterrupt):
+        pass
+    print()
+
+
+def _typed() -> Iterator[str]:
     while True:
         try:
-            said = input("> " if sys.stdin.isatty() else "").strip()
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
-        if said == "/exit":
-            return
-        if said:
-            yield said
+            yield input("> ")
+        except UnicodeDecodeError:
+            notes().print("[dim]that was not in the terminal's encoding: say it again[/dim]")
 
 
 def _answer(

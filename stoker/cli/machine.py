@@ -23,6 +23,7 @@ from stoker.catalogue import parse_models
 from stoker.cli.options import Json, Url, connect, print_json, progress_shown
 from stoker.contract import Presence
 from stoker.errors import ConfigError, StokerError, UnknownModel
+from stoker.local.interrupts import hold_back
 from stoker.settings import Settings, load_settings
 
 Models = Annotated[
@@ -69,6 +70,7 @@ def worker(
     with progress_shown("looking for the broker") as report:
         wait_for_broker(settings, report)
     os.environ |= settings.environment() | {"STOKER_URL": settings.address.celery}
+    hold_back()
     os.execv(command[0], command)
 
 

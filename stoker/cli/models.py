@@ -15,18 +15,18 @@ from typing import Annotated, Any
 import typer
 
 from stoker.catalogue import CATALOGUE, parse_model
+from stoker.cli.options import Json, print_json
 from stoker.errors import ConfigError, JobFailed, from_wire
 
 Source = Annotated[
     str, typer.Argument(help="A name of the catalogue, a folder or .gguf file, package:NAME/PATH, or hf:org/name.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 
 def list_models(as_json: Json = False) -> None:
     """List the catalogue: short names, and where each model is looked for."""
     if as_json:
-        _print_json({name: list(sources) for name, sources in CATALOGUE.items()})
+        print_json({name: list(sources) for name, sources in CATALOGUE.items()})
         return
     for name, sources in CATALOGUE.items():
         print(f"{name}\n  " + "\n  ".join(sources))
@@ -35,20 +35,20 @@ def list_models(as_json: Json = False) -> None:
 def pull(source: Source, as_json: Json = False) -> None:
     """Download a model into the hub's cache, if it is not there, and print its path."""
     found = ask_engine("pull", sources=parse_model(source)[1])
-    _print_json(found) if as_json else print(found["path"])
+    print_json(found) if as_json else print(found["path"])
 
 
 def inspect(source: Source, as_json: Json = False) -> None:
     """Show what a model is and the memory it needs, from its headers: nothing is loaded or downloaded."""
     found = ask_engine("inspect", sources=parse_model(source)[1])
-    _print_json(found) if as_json else print("\n".join(_describe(found)))
+    print_json(found) if as_json else print("\n".join(_describe(found)))
 
 
 def verify(source: Source, as_json: Json = False) -> None:
     """Check a model's files throughout: headers, names, shapes, tokenizer, and that every weight is a number."""
     found = ask_engine("verify", sources=parse_model(source)[1])
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
         print(f"ok  {found['path']}: {found['tensors']} tensors, {found['numbers']:,} numbers")
 
@@ -63,7 +63,7 @@ def quantize(
     """Write a quantized copy of a safetensors model, in the layout that mlx-lm reads too."""
     found = ask_engine("quantize", sources=parse_model(source)[1], target=target, bits=bits, group_size=group_size)
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
         print(
             f"{found['path']}: {found['quantized']} matrices of {bits} bits, {found['dense']} tensors as they were, "
@@ -89,10 +89,6 @@ def ask_engine(command: str, **arguments: Any) -> dict[str, Any]:
     if "error" in answer:
         raise from_wire(answer["error"]["name"], answer["error"]["message"])
     return answer
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, ensure_ascii=False))
 
 
 def _describe(found: Mapping[str, Any]) -> Iterator[str]:

@@ -46,7 +46,9 @@ def connect(url: str | None) -> Client:
 
 
 def print_json(value: Any) -> None:
-    print(json.dumps(value, ensure_ascii=False))
+    """One line of JSON; only in UTF-8 is every character its own."""
+    utf8 = (sys.stdout.encoding or "").lower().startswith("utf")
+    print(json.dumps(value, ensure_ascii=not utf8))
 
 
 @contextmanager

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
 
 from stoker.catalogue import parse_model
+from stoker.cli import inputs
 from stoker.cli.jobs import warn_if_cold
 from stoker.cli.models import ask_engine
 from stoker.cli.options import Json, Model, Url, connect, console, is_terminal, notes, print_json
@@ -15,6 +18,7 @@ from stoker.client import TrainJob
 from stoker.client.options import TrainOptions
 from stoker.client.requests import read_dataset
 from stoker.contract import TrainReport, TrainRequest, TrainResult, build
+from stoker.contract.dataset import ON_WORKER
 from stoker.errors import InvalidRequest
 
 
@@ -28,7 +32,9 @@ def _option(help_text: str) -> Any:
 
 def train(
     name: Annotated[str, typer.Argument(help="The adapter's name.")],
-    dataset: Annotated[Path, _option('JSON lines: {"text"}, {"prompt", "completion"} or {"messages"}.')],
+    dataset: Annotated[
+        str, _option('JSON lines: {"text"}, {"prompt", "completion"} or {"messages"}; - reads standard input.')
+    ],
     model: Model = None,
     steps: Annotated[int, _option("Optimizer steps.")] = _default("steps"),
     rank: Annotated[int, _option("Rank of the adapter.")] = _default("rank"),
@@ -69,21 +75,35 @@ def train(
         return
     with connect(url) as client:
         warn_if_cold(client, model, "train")
-        job = client.train(name, dataset, model=model, **options)
+        with _examples(dataset) as examples:
+            job = client.train(name, examples, model=model, **options)
         notes().print(f"[dim]job {job.id}[/dim]")
         result = follow_json(job) if as_json else follow(job, steps)
         if not as_json:
             print(f"adapter {result.adapter}@{result.version}: {_outcome(result)}")
 
 
-def _show_plan(name: str, dataset: Path, model: str | None, options: TrainOptions, as_json: bool) -> None:
+@contextmanager
+def _examples(dataset: str) -> Iterator[str | Path]:
+    """What the client takes for a dataset: `worker:NAME` as it is given, else a file."""
+    if dataset.startswith(ON_WORKER):
+        yield dataset
+        return
+    with inputs.as_file(dataset) as path:
+        yield path
+
+
+def _show_plan(name: str, dataset: str, model: str | None, options: TrainOptions, as_json: bool) -> None:
     """Load the model here, run a step of the longest examples, and print what that says of the whole."""
     if model is None:
         raise InvalidRequest("model: none given; a dry run loads the model itself. Name one with --model.")
     model, sources = parse_model(model)
     request = build(TrainRequest, {"model": model, "name": name, "dataset": "dry-run", **options})
-    read_dataset(dataset)
-    plan = ask_engine("plan", sources=sources, dataset=str(dataset), request=request.model_dump(mode="json"))
+    if dataset.startswith(ON_WORKER):
+        raise InvalidRequest(f"dataset: {dataset!r} given; a dry run reads the file itself. Name one of this machine.")
+    with inputs.as_file(dataset) as path:
+        read_dataset(path)
+        plan = ask_engine("plan", sources=sources, dataset=str(path), request=request.model_dump(mode="json"))
     if as_json:
         print_json(plan)
         return

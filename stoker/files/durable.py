@@ -37,6 +37,10 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
             flush(draft)
             os.chmod(draft, 0o644)
             os.replace(draft, path)
+        except OSError as error:
+            if error.filename is None:
+                error.filename = str(path)
+            raise
         finally:
             draft.unlink(missing_ok=True)
     flush(path.parent)

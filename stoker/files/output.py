@@ -12,10 +12,10 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -103,12 +103,12 @@ def check_output(path: Path, dtype: str, overwrite: bool) -> None:
 class Output:
     """Rows on their way into `path`, which holds `rows` of them in the end. Made by `opened`."""
 
-    def __init__(self, path: Path, rows: int, job: Mapping[str, Any], file: IO[bytes]) -> None:
+    def __init__(self, path: Path, rows: int, job: Mapping[str, Any], file: BinaryIO) -> None:
         self._path, self._rows, self._job, self._file = path, rows, dict(job), file
         self._layout: Layout | None = None
         self._safe_at = time.monotonic()
-        #: Rows that are there.
-        self.done = 0
+        #: Rows that are there, and those of them that outlast a power cut.
+        self.done = self._safe = 0
 
     @property
     def dim(self) -> int:
@@ -124,8 +124,7 @@ class Output:
             data = np.ascontiguousarray(arrays[column.name], dtype=column.dtype)
             if data.shape[1] != column.width:
                 raise ModelError(f"vectors of {data.shape[1]} numbers after some of {column.width}: the model changed.")
-            self._file.seek(column.offset + self.done * column.row_bytes)
-            self._file.write(data.tobytes())
+            self._put(column.offset + self.done * column.row_bytes, data.tobytes())
         self.done += len(vectors)
         if time.monotonic() - self._safe_at >= SAFE_EVERY:
             self.make_safe()
@@ -133,30 +132,52 @@ class Output:
     def _begun(self, dim: int) -> Layout:
         if self._layout is None:
             self._layout = LAYOUTS[self._path.suffix](self._rows, dim, self._job["dtype"])
-            self._file.seek(0)
-            self._file.write(self._layout.header)
+            self._put(0, self._layout.header)
         return self._layout
+
+    def _put(self, offset: int, data: bytes) -> None:
+        with self._writing():
+            self._file.seek(offset)
+            rest = memoryview(data)
+            while rest:
+                rest = rest[self._file.write(rest) :]
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A disk that takes nothing is the user's to mend: `InvalidRequest`."""
+        try:
+            yield
+        except OSError as error:
+            raise InvalidRequest(
+                f"--output: {self._path} cannot be written ({error.strerror}); the first {self._safe} of its "
+                f"{self._rows} rows are safe. Mend that and give the command again: it goes on behind them."
+            ) from None
 
     def resume(self, state: Mapping[str, Any]) -> None:
         """Go on behind the rows that an earlier run made safe."""
         self._layout = LAYOUTS[self._path.suffix](self._rows, state["dim"], self._job["dtype"])
-        self.done = state["done"]
+        self.done = self._safe = state["done"]
 
     def make_safe(self) -> None:
         """Flush the rows to the disk, then record in the state file how many there are."""
         self._safe_at = time.monotonic()
         if self._layout is None:
             return
-        self._file.flush()
-        flush(partial_path(self._path))
         record = json.dumps({"job": self._job, "dim": self.dim, "done": self.done})
-        # `write_whole` flushes the folder too, and so the name of the partial file.
-        write_whole(state_path(self._path), lambda draft: draft.write_text(record))
+        with self._writing():
+            flush(partial_path(self._path))
+            # `write_whole` flushes the folder too, and so the name of the partial file.
+            write_whole(state_path(self._path), lambda draft: draft.write_text(record))
+        self._safe = self.done
 
     def finish(self) -> None:
         """Every row is there: give the file its name."""
         assert self.done == self._rows, f"{self.done} of {self._rows} rows are there"
         self.make_safe()
+        with self._writing():
+            self._give_name()
+
+    def _give_name(self) -> None:
         partial = partial_path(self._path)
         if self._path.suffix == ".parquet":
             whole = self._path.with_name(self._path.name + ".partial.parquet")
@@ -189,7 +210,8 @@ def opened(path: Path, rows: int, job: Mapping[str, Any], overwrite: bool = Fals
         descriptor = os.open(partial_path(path), os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise InvalidRequest(f"--output: {partial_path(path)} cannot be written ({error.strerror}).") from None
-    with os.fdopen(descriptor, "r+b") as file:
+    # Without a buffer: what a full disk did not take would be tried again when the file is closed.
+    with os.fdopen(descriptor, "r+b", buffering=0) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -212,7 +234,8 @@ def opened(path: Path, rows: int, job: Mapping[str, Any], overwrite: bool = Fals
         try:
             yield output
         except BaseException:
-            output.make_safe()
+            with suppress(InvalidRequest):  # of a disk that takes nothing, the first error says more
+                output.make_safe()
             raise
 
 
@@ -224,7 +247,7 @@ def state_path(path: Path) -> Path:
     return path.with_name(path.name + ".partial.json")
 
 
-def _state_of(path: Path, file: IO[bytes]) -> dict[str, Any]:
+def _state_of(path: Path, file: BinaryIO) -> dict[str, Any]:
     """What an interrupted run left, if it fits the rows that are there."""
     try:
         state = json.loads(state_path(path).read_text())

@@ -16,10 +16,12 @@ from stoker.errors import DatasetError
 
 @dataclass(frozen=True)
 class Source:
-    """A file of texts: `field` of each JSON line; in a `.txt`, each line itself. Blank lines count for nothing."""
+    """A file of texts: `field` of each JSON line; in a `.txt`, and with `plain`, each line itself. Blank lines count
+    for nothing."""
 
     path: Path
     field: str
+    plain: bool = False
 
     def texts(self) -> Iterator[str]:
         """Raises `DatasetError` with the number of a line that is wrong, from 1."""
@@ -45,7 +47,7 @@ class Source:
             raise DatasetError(f"{self.path}: cannot be read ({error.strerror}).") from None
 
     def _text(self, line: bytes, where: str) -> str:
-        text = decoded(line, where) if self.path.suffix == ".txt" else self._field_of(line, where)
+        text = decoded(line, where) if self.plain or self.path.suffix == ".txt" else self._field_of(line, where)
         if not text.strip():
             raise DatasetError(f"{where}: the text is blank.")
         if len(text) > MAX_TEXT_CHARS:

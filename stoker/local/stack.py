@@ -17,6 +17,7 @@ from stoker.client import Client
 from stoker.contract import Presence
 from stoker.errors import BrokerUnavailable, ConfigError, StokerError, WorkerUnavailable, from_wire
 from stoker.local.broker import PREFERRED_PORT, EmbeddedBroker, free_port
+from stoker.local.home import make_home
 from stoker.local.process import Process
 from stoker.settings import Settings, load_settings
 
@@ -50,6 +51,7 @@ class Stack:
 
     def start(self) -> None:
         """Start what is missing; returns at once, `wait_until_warm` waits."""
+        make_home(self.settings.home)
         if self._needs_broker():
             # A private broker stays off the usual port, where other clients would find it.
             self._broker = EmbeddedBroker(self.settings, port=0 if self._own_broker else PREFERRED_PORT)
@@ -180,7 +182,8 @@ def celery_command(command: str) -> list[str]:
             "this installation has the client alone. Workers run from a checkout: clone Stoker, then `make venv`; "
             "or use the image (docker compose --profile cpu-worker up)."
         )
-    return [sys.executable, "-m", "celery", "-A", "workers.app", command]
+    # Flower takes the arguments of Celery's own module for its own.
+    return [sys.executable, "-m", "workers" if command == "worker" else "celery", "-A", "workers.app", command]
 
 
 def worker_command(settings: Settings, name: str) -> list[str]:

@@ -14,10 +14,11 @@ import typer.main
 from stoker import errors
 from stoker.broker import keys
 from stoker.catalogue import parse_model
-from stoker.cli import INTERRUPTED, app
+from stoker.cli import app
 from stoker.contract import EmbedRequest, GenerateRequest, TrainRequest
 from stoker.contract.base import Message
 from stoker.contract.dataset import iterate_lines
+from stoker.local.interrupts import INTERRUPTED
 from stoker.settings import ENV_PREFIX, Settings
 from tests.docs.pages import EXAMPLES, PAGES, ROOT, Block, blocks, code, rows
 

@@ -120,6 +120,34 @@ def test_two_runs_do_not_write_one_file(tmp_path: Path) -> None:
         output.finish()
 
 
+@pytest.mark.parametrize("suffix", [".npy", ".safetensors"])
+def test_a_disk_that_takes_nothing_more_is_said_and_the_run_goes_on_behind_what_is_safe(
+    tmp_path: Path, suffix: str
+) -> None:
+    resource = pytest.importorskip("resource")
+    path, job = tmp_path / f"v{suffix}", {"rows": 4, "dtype": "float32"}
+    rows = np.ones((2, 1000), np.float32)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def interrupted() -> None:
+        with opened(path, 4, job) as output:
+            output.write(rows)
+            output.make_safe()
+            output.write(2 * rows)
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with pytest.raises(InvalidRequest, match=r"cannot be written \(File too large\); the first 2 of its 4 rows"):
+            interrupted()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with opened(path, 4, job) as output:
+        assert output.done == 2
+        output.write(2 * rows)
+        output.finish()
+    assert path.exists()
+
+
 def test_vectors_of_another_length_end_the_run(tmp_path: Path) -> None:
     with opened(tmp_path / "out.npy", ROWS, job("float32")) as output:
         output.write(VECTORS[:2])

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -170,6 +172,69 @@ def test_a_prompt_can_come_from_standard_input(asked: dict[str, Any]) -> None:
     assert asked["prompt"] == "from a pipe"
 
 
+@pytest.mark.parametrize("words", [("embed", "-"), ("embed", "one", "-")])
+def test_texts_can_come_from_standard_input_a_text_a_line(asked: dict[str, Any], words: tuple[str, ...]) -> None:
+    run(*words, stdin="\ufefftwo\r\n\r\nthree")
+    assert asked["texts"] == [*words[1:-1], "two", "three"]
+
+
+def test_json_lines_of_standard_input_need_the_name_of_their_field(asked: dict[str, Any]) -> None:
+    run("embed", "-", "--field", "body", stdin='{"body": "two"}\n{"body": "three"}')
+    assert asked["texts"] == ["two", "three"]
+    with pytest.raises(InvalidRequest, match="standard input: JSON lines given; name the field"):
+        run("embed", "-", stdin='{"body": "two"}')
+
+
+@pytest.mark.parametrize(
+    ("words", "stdin", "why"),
+    [
+        (("embed", "-"), "", "no text in it"),
+        (("embed", "-"), "a\n\udcff".encode("utf-8", "surrogateescape"), "standard input, line 2: not UTF-8"),
+        (("embed", "-", "-"), "a", "'-' given twice"),
+        (("generate", "-"), b"\xff", "standard input is not UTF-8"),
+        (("generate", "-", "--json-schema", "-"), "a", "which is the prompt already"),
+        (("generate", "a", "--json-schema", "-"), "{", "json_schema: standard input cannot be read as JSON"),
+        (("generate", "a", "--json-schema", "-"), "[" * 100_000, "json_schema: standard input is nested too deeply"),
+        (("generate", "-"), "x" * 4_000_001, "prompt: standard input has more than 4000000 bytes"),
+        (
+            ("train", "style", "--dataset", "worker:x", "--dry-run", "--model", "smollm2-135m-instruct"),
+            "",
+            "dry run reads",
+        ),
+    ],
+)
+def test_what_is_wrong_with_standard_input_is_said(
+    asked: dict[str, Any], words: tuple[str, ...], stdin: str, why: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=why):
+        run(*words, stdin=stdin)
+
+
+def test_a_dataset_can_come_from_standard_input_or_a_pipe_or_be_the_workers(
+    asked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[bytes] = []
+
+    def train(self: FakeClient, name: str, dataset: Path | str, **options: Any) -> FakeJob:
+        read.append(dataset.encode() if isinstance(dataset, str) else dataset.read_bytes() + dataset.read_bytes())
+        return FakeJob(RUN)
+
+    monkeypatch.setattr(FakeClient, "train", train)
+    run("train", "style", "--dataset", "-", stdin="rows")
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_text("more"))
+    writer.start()
+    run("train", "style", "--dataset", str(tmp_path / "pipe"))
+    writer.join()
+    run("train", "style", "--dataset", "worker:a.jsonl")
+    assert read == [b"rowsrows", b"moremore", b"worker:a.jsonl"]
+
+
+def test_a_schema_can_come_from_standard_input(asked: dict[str, Any]) -> None:
+    run("generate", "Hello", "--json-schema", "-", stdin='{"type": "object"}')
+    assert asked["json_schema"] == {"type": "object"}
+
+
 def test_a_run_prints_a_line_every_tenth_of_it_where_there_is_no_terminal(asked: dict[str, Any]) -> None:
     lines = run("train", "style", "--dataset", "x.jsonl", "--steps", "20").splitlines()
     assert [line.split()[1] for line in lines if line.startswith("step")] == [f"{step}/20" for step in range(2, 21, 2)]
@@ -226,7 +291,7 @@ def ended(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> Any:
 
     monkeypatch.setattr(cli, "app", raises)
     # `main` takes the signals of its process; they are given back here.
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         with pytest.raises(SystemExit) as end:
             cli.main()
@@ -290,6 +355,8 @@ def test_no_broker_is_one_line_that_says_how_to_start_one() -> None:
         (["up", "--model", "nope"], "model 'nope' given; the catalogue has all-minilm-l6-v2"),
         (["up", "--model", "No Name=/x"], "model 'No Name' given; a name has"),
         (["worker", "--model", "m="], "no source after '='"),
+        (["status", "--url", "redis://\udcff"], "STOKER_URL: cannot be read"),
+        (["status", "--url", f"redis://{'a' * 64}"], "STOKER_URL: cannot be read"),
         (["nope"], "No such command 'nope'"),
         (["generate"], "Missing argument"),
         (["generate", "x", "--max-tokens", "many"], "Invalid value for '--max-tokens'"),
@@ -306,6 +373,16 @@ def test_a_misspelt_setting_is_named_by_every_command(monkeypatch: pytest.Monkey
     code, said = command("status")
     assert (code, said.count("\n")) == (2, 1)
     assert "did you mean STOKER_MODELS" in said
+
+
+@pytest.mark.parametrize("home", ["/proc/none", "a file", "~nosuchuser/x"])
+def test_a_home_that_cannot_be_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, home: str) -> None:
+    (tmp_path / "a file").touch()
+    monkeypatch.setenv("STOKER_HOME", home if home[0] in "/~" else str(tmp_path / home))
+    monkeypatch.delenv("STOKER_URL", raising=False)
+    code, said = command("up", "--no-flower")
+    assert (code, said.count("\n")) == (2, 1)
+    assert said.startswith("stoker: STOKER_HOME: ")
 
 
 def test_doctor_names_what_is_missing_and_fails() -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -92,11 +93,36 @@ def test_the_record_of_a_broker_that_has_ended_is_ignored(tmp_path: Path) -> Non
     assert settings.address.redis == DEFAULT_URL
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"pid": "x", "url": "y"}', '{"pid": null}', "\x00"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "{", "[]", "{}", '{"pid": "x", "url": "y"}', '{"pid": null}', "\x00", "\udcff", "[" * 60_000, "1" * 5000,
+        '{"pid": 1e300, "url": "redis://x"}', '{"pid": 99999999999999999999, "url": "redis://x"}',
+        f'{{"pid": {os.getpid()}, "url": "http://x"}}', f'{{"pid": {os.getpid()}, "url": ["redis://x"]}}',
+        f'{{"pid": {os.getpid()}, "url": "redis://x", "more": "{"x" * 100_000}"}}',
+    ],
+)  # fmt: skip
 def test_a_damaged_record_of_a_broker_is_ignored(tmp_path: Path, text: str) -> None:
     settings = Settings(home=tmp_path)
-    settings.broker_file.write_text(text)
+    settings.broker_file.write_bytes(text.encode("utf-8", "surrogateescape"))
     assert settings.address.redis == DEFAULT_URL
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
+def test_a_record_that_is_no_file_is_ignored_and_never_waited_for(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    settings = Settings(home=tmp_path)
+    make(settings.broker_file)
+    assert settings.address.redis == DEFAULT_URL
+
+
+def test_without_a_home_folder_the_error_names_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("STOKER_HOME", raising=False)
+    monkeypatch.setattr(Path, "expanduser", none)
+    with pytest.raises(ConfigError, match=r"STOKER_HOME: .*cannot be found"):
+        load_settings()
 
 
 def test_a_child_process_reads_the_same_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

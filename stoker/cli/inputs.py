@@ -1,0 +1,82 @@
+"""What a command reads: a file, or standard input for `-`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from stoker.contract.lines import decoded, numbered
+from stoker.contract.requests import MAX_TEXT_CHARS
+from stoker.errors import InvalidRequest
+
+STDIN = "-"
+#: What messages call it.
+STDIN_NAME = "standard input"
+#: Bytes of the longest text: no character of UTF-8 has more than four.
+_LONGEST = 4 * MAX_TEXT_CHARS
+
+
+def stdin() -> BinaryIO:
+    """Standard input, as bytes: what a text's encoding is, is not the terminal's to say."""
+    found: BinaryIO = sys.stdin.buffer
+    return found
+
+
+def read_text(name: str) -> str:
+    """All of standard input as one text; `name` says what for. Raises `InvalidRequest`."""
+    data = stdin().read(_LONGEST + 1)
+    if len(data) > _LONGEST:
+        raise InvalidRequest(
+            f"{name}: {STDIN_NAME} has more than {_LONGEST} bytes; at most {MAX_TEXT_CHARS} characters."
+        )
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise InvalidRequest(f"{name}: {STDIN_NAME} is not UTF-8.") from None
+
+
+def read_json(name: str, given: str) -> Any:
+    """The JSON of a file. Raises `InvalidRequest`."""
+    shown = STDIN_NAME if given == STDIN else given
+    try:
+        if given == STDIN:
+            return json.loads(read_text(name))
+        with open(given, "rb") as file:
+            data = file.read(_LONGEST + 1)
+        if len(data) > _LONGEST:
+            raise InvalidRequest(f"{name}: {shown} has more than {_LONGEST} bytes.")
+        return json.loads(data)
+    except RecursionError:
+        raise InvalidRequest(f"{name}: {shown} is nested too deeply.") from None
+    except (OSError, ValueError) as error:
+        raise InvalidRequest(f"{name}: {shown} cannot be read as JSON ({error}).") from None
+
+
+@contextmanager
+def as_file(given: str) -> Iterator[Path]:
+    """A file that can be read twice, and by another process: of standard input and of pipes (`<(…)`) a copy."""
+    path = Path(given)
+    if given != STDIN and not path.is_fifo():
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="stoker-") as home:
+        copy = Path(home, STDIN_NAME if given == STDIN else path.name)
+        with copy.open("wb") as target:
+            if given == STDIN:
+                shutil.copyfileobj(stdin(), target)
+            else:
+                with path.open("rb") as source:
+                    shutil.copyfileobj(source, target)
+        yield copy
+
+
+def lines() -> Iterator[str]:
+    """The lines of standard input as they come. Raises `DatasetError` for one that is no UTF-8."""
+    for number, line in numbered(stdin(), STDIN_NAME):
+        yield decoded(line, f"{STDIN_NAME}, line {number}")

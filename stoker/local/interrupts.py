@@ -1,0 +1,39 @@
+"""What asks a process to end: Ctrl-C, SIGTERM, and a terminal that closes."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from types import FrameType
+
+#: What a process ends with that was asked to.
+INTERRUPTED = 130
+_ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def handle(handler: Callable[[int, FrameType | None], object]) -> None:
+    """Have `handler` called, except for what is ignored on purpose: by `nohup`, or for a shell's background jobs."""
+    for number in _ASKING:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+def end_at_once() -> None:
+    """While nothing has begun, what asks the process to end ends it where it stands: there is nothing to clean up."""
+    handle(lambda *_: os._exit(INTERRUPTED))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ASKING)
+
+
+def hold_back() -> None:
+    """Let them wait until the program that this process becomes (`exec`) has called `end_at_once`."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _ASKING)
+
+
+def end_cleanly() -> None:
+    """From now on it ends as by Ctrl-C."""
+    handle(_interrupt)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt

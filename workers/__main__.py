@@ -1,0 +1,11 @@
+"""Celery's command as a worker is started: `python -m workers -A workers.app worker …`."""
+
+from __future__ import annotations
+
+from stoker.local.interrupts import end_at_once
+
+if __name__ == "__main__":
+    end_at_once()
+    from celery.__main__ import main
+
+    main()
