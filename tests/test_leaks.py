@@ -29,7 +29,7 @@ def test_each_kind_of_key_has_its_own_longest_life(kind: keys.Kind) -> None:
             keys.blob("vectors:x"),
             keys.worker("x"),
         ),
-        *(make(QUEUE) for make in (keys.open_jobs, keys.turns, keys.dispatched, keys.pace, keys.ready)),
+        *(make(QUEUE) for make in (keys.open_jobs, keys.turns, keys.dispatched, keys.pace, keys.sizes, keys.ready)),
         *(
             keys.backlog(QUEUE, 0),
             keys.client("x", QUEUE),
@@ -38,7 +38,7 @@ def test_each_kind_of_key_has_its_own_longest_life(kind: keys.Kind) -> None:
         ),
         *(keys.WORKERS, keys.spoiled(keys.DEAD)),
         *(keys.adapters("m"), keys.adapter("m", "x"), keys.artifact("m", "x", 1), keys.MODELS, keys.DEAD, keys.JANITOR),
-        *(keys.POLICY, keys.UNACKED, f"{keys.UNACKED}_index", "stoker:_kombu.binding.celery"),
+        *(keys.POLICY, keys.UNACKED, keys.LEASES, "stoker:unacked_mutex", "stoker:_kombu.binding.celery"),
     )
     names = [name for name in examples if keys.kind_of(name) == kind]
     assert names

@@ -10,9 +10,7 @@ from typing import Any
 
 from stoker.broker import keys
 
-#: What kombu keeps of each message that a worker holds: its delivery tag → when it was last said to be held.
-INDEX = f"{keys.PREFIX}unacked_index"
-#: KEYS: the index. ARGV: `XX` for the tags alone that are there already, `CH` for all; then the tags.
+#: KEYS: the leases. ARGV: `XX` for the tags alone that are there already, `CH` for all; then the tags.
 _HOLD = """
 local time = redis.call('TIME')
 local now = time[1] .. '.' .. string.format('%06d', time[2])
@@ -29,4 +27,4 @@ def now(redis: Any) -> float:
 def hold(pipeline: Any, tags: Iterable[str], *, known: bool) -> None:
     """Say that the messages of these tags are held now; `known`: only of those that the index has. By the script's
     text: in a pipeline nobody can send it again."""
-    pipeline.eval(_HOLD, 1, INDEX, "XX" if known else "CH", *tags)
+    pipeline.eval(_HOLD, 1, keys.LEASES, "XX" if known else "CH", *tags)

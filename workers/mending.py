@@ -15,8 +15,7 @@ from stoker.broker import keys, ledger
 log = logging.getLogger(__name__)
 
 #: Keys that all queues share.
-SHARED = {keys.MODELS: "hash", keys.WORKERS: "zset", keys.POLICY: "hash", keys.DEAD: "hash", keys.UNACKED: "hash",
-          f"{keys.PREFIX}unacked_index": "zset"}  # fmt: skip
+SHARED = keys.types([keys.MODELS, keys.WORKERS, keys.POLICY, keys.DEAD, keys.UNACKED, keys.LEASES])
 
 #: KEYS: one that may be wrong, and where to move it. ARGV: its right type, seconds to keep it. Another worker may have
 #: been here in between, and the key may be right again.
@@ -31,13 +30,9 @@ return 1
 
 def keys_of(queue: str) -> dict[str, str]:
     """The keys that the jobs of one queue share → the type of each."""
-    return {
-        keys.ready(queue): "list",
-        keys.open_jobs(queue): "zset",
-        keys.dispatched(queue): "zset",
-        keys.turns(queue): "hash",
-        keys.pace(queue): "hash",
-    } | {keys.backlog(queue, priority): "zset" for priority in range(ledger.PRIORITIES)}
+    of_queue = (keys.ready, keys.open_jobs, keys.dispatched, keys.turns, keys.pace, keys.sizes)
+    backlogs = [keys.backlog(queue, priority) for priority in range(ledger.PRIORITIES)]
+    return keys.types([*(name(queue) for name in of_queue), *backlogs])
 
 
 class Mender:

@@ -39,37 +39,36 @@ def connect(settings: Settings, timeout: float | None = None, *, patient: bool =
 
     Typed `Any` because redis-py types every reply as a union over its decoding modes; ours are always bytes.
     """
-    import redis
     from redis.retry import Retry
 
     from stoker.broker.loading import PatientRetry
+    from stoker.broker.wrong_types import Redis
 
     options = _options(settings) if timeout is None else _options(settings) | {"socket_timeout": timeout}
     url = settings.address.redis
     if not patient:
-        return redis.Redis.from_url(url, retry=Retry(*_retries()), **options)
+        return Redis.from_url(url, retry=Retry(*_retries()), **options)
 
     def ask() -> Any:
-        with redis.Redis.from_url(url, **options) as asking:
+        with Redis.from_url(url, **options) as asking:
             return asking.info("persistence")
 
-    return redis.Redis.from_url(url, retry=PatientRetry(*_retries(), patience=settings.patience, ask=ask), **options)
+    return Redis.from_url(url, retry=PatientRetry(*_retries(), patience=settings.patience, ask=ask), **options)
 
 
 def connect_async(settings: Settings) -> Any:
     """The asyncio twin of `connect`, patient."""
-    import redis.asyncio
-
     from stoker.broker.loading import AsyncPatientRetry
+    from stoker.broker.wrong_types import AsyncRedis
 
     url, options = settings.address.redis, _options(settings)
 
     async def ask() -> Any:
-        async with redis.asyncio.Redis.from_url(url, **options) as asking:
+        async with AsyncRedis.from_url(url, **options) as asking:
             return await asking.info("persistence")
 
     retry = AsyncPatientRetry(*_retries(), patience=settings.patience, ask=ask)
-    return redis.asyncio.Redis.from_url(url, retry=retry, **options)
+    return AsyncRedis.from_url(url, retry=retry, **options)
 
 
 def _retries() -> Any:

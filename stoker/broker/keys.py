@@ -9,6 +9,7 @@ registry of adapters, and the policy.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from stoker.contract.codec import CONTRACT
@@ -28,16 +29,19 @@ DEAD_TTL = 30 * 24 * 3600
 #: Seconds. A worker writes its presence every `PRESENCE_EVERY`; after `PRESENCE_TTL` of silence it counts as gone.
 PRESENCE_EVERY = 2.0
 PRESENCE_TTL = 10
+#: The type of a kind whose keys have several.
+ANY = "any"
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Keys of one kind: what their names are, after `PREFIX`, and the longest time, in seconds, that one may have left
-    to live. None: durable."""
+    """Keys of one kind: what their names are, after `PREFIX`, the longest time, in seconds, that one may have left to
+    live (None: durable), and their type."""
 
     name: str
     pattern: str
     lifetime: int | None
+    type: str
 
 
 _QUEUE = r"stoker\.[a-z0-9._-]+"
@@ -45,33 +49,37 @@ _JOB = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _NAME = r"[a-z0-9._-]+"
 
 KINDS = (
-    Kind("job", rf"job:{_JOB}", PENDING_TTL),
-    Kind("open", rf"open:{_QUEUE}", PENDING_TTL),
-    Kind("backlog", rf"backlog:{_QUEUE}:[0-9]", PENDING_TTL),
-    Kind("turns", rf"turns:{_QUEUE}", PENDING_TTL),
-    Kind("dispatched", rf"dispatched:{_QUEUE}", PENDING_TTL),
-    Kind("client", rf"client:{_NAME}:{_QUEUE}", PENDING_TTL),
-    Kind("cancel", rf"cancel:{_JOB}", PENDING_TTL),
-    Kind("pace", rf"pace:{_QUEUE}", RESULT_TTL),
-    Kind("result", rf"celery-task-meta-{_JOB}", RESULT_TTL),
-    Kind("stream", rf"stream:{_JOB}", RESULT_TTL),
-    Kind("vectors", rf"blob:vectors:{_JOB}", RESULT_TTL),
+    Kind("job", rf"job:{_JOB}", PENDING_TTL, "hash"),
+    Kind("open", rf"open:{_QUEUE}", PENDING_TTL, "zset"),
+    Kind("backlog", rf"backlog:{_QUEUE}:[0-9]", PENDING_TTL, "zset"),
+    Kind("turns", rf"turns:{_QUEUE}", PENDING_TTL, "hash"),
+    Kind("dispatched", rf"dispatched:{_QUEUE}", PENDING_TTL, "zset"),
+    Kind("client", rf"client:{_NAME}:{_QUEUE}", PENDING_TTL, "zset"),
+    Kind("sizes", rf"sizes:{_QUEUE}", PENDING_TTL, "hash"),
+    Kind("cancel", rf"cancel:{_JOB}", PENDING_TTL, "string"),
+    Kind("pace", rf"pace:{_QUEUE}", RESULT_TTL, "hash"),
+    Kind("result", rf"celery-task-meta-{_JOB}", RESULT_TTL, "string"),
+    Kind("stream", rf"stream:{_JOB}", RESULT_TTL, "stream"),
+    Kind("vectors", rf"blob:vectors:{_JOB}", RESULT_TTL, "string"),
     # The input of a job that waits; of a dead letter, for as long as it may be sent again.
-    Kind("input", rf"blob:(dataset|adapter):{_JOB}(:[0-9a-f]+){{0,3}}", DEAD_TTL),
-    Kind("dead", r"dead", DEAD_TTL),
-    Kind("spoiled", r"spoiled:.+", DEAD_TTL),
-    Kind("worker", r"worker:.+", PRESENCE_TTL),
-    Kind("workers", r"workers", MODEL_TTL),
-    Kind("models", r"models", MODEL_TTL),
+    Kind("input", rf"blob:(dataset|adapter):{_JOB}(:[0-9a-f]+){{0,3}}", DEAD_TTL, "string"),
+    Kind("dead", r"dead", DEAD_TTL, "hash"),
+    Kind("spoiled", r"spoiled:.+", DEAD_TTL, ANY),
+    Kind("worker", r"worker:.+", PRESENCE_TTL, "string"),
+    Kind("workers", r"workers", MODEL_TTL, "zset"),
+    Kind("models", r"models", MODEL_TTL, "hash"),
     # Two leases; a lease is an hour at the longest.
-    Kind("janitor", r"janitor", 2 * 3600),
-    Kind("ready", _QUEUE, None),
-    Kind("adapters", rf"adapters?:{_NAME}(:{_NAME})?", None),
-    Kind("artifact", rf"artifact(:{_NAME}){{3}}", None),
-    Kind("policy", r"policy", None),
+    Kind("janitor", r"janitor", 2 * 3600, "string"),
+    Kind("ready", _QUEUE, None, "list"),
+    Kind("adapters", rf"adapters:{_NAME}", None, "set"),
+    Kind("adapter", rf"adapter:{_NAME}:{_NAME}", None, "hash"),
+    Kind("artifact", rf"artifact(:{_NAME}){{3}}", None, "string"),
+    Kind("policy", r"policy", None, "hash"),
     # Which queues an exchange feeds, and messages that a worker holds: kombu's.
-    Kind("binding", r"_kombu\.binding(_deadlines|(_permanent)?\..+)", None),
-    Kind("unacked", r"unacked(_index|_mutex)?", None),
+    Kind("binding", r"_kombu\.binding(_deadlines|(_permanent)?\..+)", None, ANY),
+    Kind("unacked", r"unacked", None, "hash"),
+    Kind("leases", r"unacked_index", None, "zset"),
+    Kind("sweep", r"unacked_mutex", None, "string"),
 )
 _COMPILED = tuple((re.compile(PREFIX + kind.pattern), kind) for kind in KINDS)
 
@@ -79,6 +87,11 @@ _COMPILED = tuple((re.compile(PREFIX + kind.pattern), kind) for kind in KINDS)
 def kind_of(key: str) -> Kind | None:
     """The kind of a key; None for one that is not declared here."""
     return next((kind for pattern, kind in _COMPILED if pattern.fullmatch(key)), None)
+
+
+def types(names: Iterable[str]) -> dict[str, str]:
+    """Each key → the type that it has to have."""
+    return {name: kind.type for name in names if (kind := kind_of(name)) is not None}
 
 
 def is_durable(key: str) -> bool:
@@ -124,6 +137,11 @@ def pace(queue: str) -> str:
 def client(key: str, queue: str) -> str:
     """Sorted set: ids of one client's jobs in one queue that have not ended → when they were submitted."""
     return f"{PREFIX}client:{key}:{queue}"
+
+
+def sizes(queue: str) -> str:
+    """Hash: ids of the queue's jobs that have not ended → their bytes, requests and inputs; and `:sum`."""
+    return f"{PREFIX}sizes:{queue}"
 
 
 def result(job_id: str) -> str:
@@ -182,6 +200,8 @@ def worker(name: str) -> str:
 
 #: Hash: the messages that workers hold, by delivery tag (kombu's).
 UNACKED = f"{PREFIX}unacked"
+#: Sorted set: their delivery tags → when each was last said to be held, by the broker's clock.
+LEASES = f"{PREFIX}unacked_index"
 #: Channel: ids of jobs that were cancelled just now.
 CANCELS = f"{PREFIX}cancels"
 #: Hash: limits and ageing, where they differ from the defaults (`stoker policy`). Durable.

@@ -24,6 +24,7 @@ class Rule:
 RULES = {
     "queue_limit": Rule(ledger.QUEUE_LIMIT, 1_000_000, "jobs that may wait in one queue"),
     "client_limit": Rule(ledger.CLIENT_LIMIT, 1_000_000, "open jobs that one client may have in one queue"),
+    "queue_bytes": Rule(ledger.QUEUE_BYTES, 2**40, "bytes that the open jobs of one queue may have, with their inputs"),
     "crashes": Rule(ledger.MAX_CRASHES, 1000, "workers that a job may crash before it is dead-lettered"),
     "ageing": Rule(ledger.AGEING, 30 * 24 * 3600, "seconds of waiting that lift a job by one priority"),
 }
@@ -34,8 +35,9 @@ OF_CLIENT = "client_limit:"
 def read(redis: Any) -> dict[str, int]:
     """Every rule, and every client with a limit of its own; not what `decide` never wrote. For a blocking client."""
     raw = {name.decode(errors="replace"): value for name, value in redis.hgetall(keys.POLICY).items()}
-    decided = {name: int(value) for name, value in raw.items() if re.fullmatch(rb"[1-9][0-9]{0,9}", value)}
-    return {name: rule.default for name, rule in RULES.items()} | decided
+    decided = {name: int(value) for name, value in raw.items() if re.fullmatch(rb"[1-9][0-9]{0,12}", value)}
+    known = {name: value for name, value in decided.items() if (rule := _named(name)) and value <= rule.most}
+    return {name: rule.default for name, rule in RULES.items()} | known
 
 
 def decide(redis: Any, name: str, value: int | None) -> None:
@@ -50,9 +52,14 @@ def decide(redis: Any, name: str, value: int | None) -> None:
 
 
 def _rule(name: str) -> Rule:
+    rule = _named(name)
+    if rule is None:
+        raise InvalidRequest(f"policy: {name!r} given; allowed: {', '.join(RULES)}, {OF_CLIENT}KEY.")
+    return rule
+
+
+def _named(name: str) -> Rule | None:
     client = name.removeprefix(OF_CLIENT)
     if client != name and names.follows(names.Rule.NAME, client):
         return RULES["client_limit"]
-    if name not in RULES:
-        raise InvalidRequest(f"policy: {name!r} given; allowed: {', '.join(RULES)}, {OF_CLIENT}KEY.")
-    return RULES[name]
+    return RULES.get(name)

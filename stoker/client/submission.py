@@ -69,7 +69,13 @@ class Submission:
         return ledger.submission(self.job_id, self._record, self._data, revive=revive)
 
     def pause(self, reply: Submitted) -> float | None:
-        """None if the job is in; else seconds to wait before the next try. Raises `QueueFull` when time is up."""
+        """None if the job is in; else seconds to wait before the next try. Raises `QueueFull` when time is up, and
+        `InvalidRequest` for a job that is larger than all of a queue may be."""
+        if reply.state == "too_large":
+            raise InvalidRequest(
+                f"{self._record.queue}: the job has {reply.depth} bytes with its input; all jobs of a queue together "
+                f"may have {reply.limit}. Send less, or let the operator raise it: `stoker jobs policy queue_bytes`."
+            )
         if not reply.is_full:
             return None
         left = self._until - time.monotonic()
@@ -79,13 +85,14 @@ class Submission:
         raise QueueFull(self._refusal(reply), depth=reply.depth, limit=reply.limit, wait=reply.wait)
 
     def _refusal(self, reply: Submitted) -> str:
-        who = (
-            f"{reply.depth} jobs wait there and {reply.limit} may"
-            if reply.state == "full"
-            else f"client {self._record.client!r} has {reply.depth} open jobs there and may have {reply.limit}"
-        )
+        client = self._record.client
+        who = {
+            "full": f"{reply.depth} jobs wait there and {reply.limit} may",
+            "client_full": f"client {client!r} has {reply.depth} open jobs there and may have {reply.limit}",
+            "bytes_full": f"the jobs there have {reply.depth} bytes and may have {reply.limit}",
+        }
         return (
-            f"{self._record.queue}: {who}. Nothing was sent; try again in about {reply.wait:.0f} s, set "
+            f"{self._record.queue}: {who[reply.state]}. Nothing was sent; try again in about {reply.wait:.0f} s, set "
             "STOKER_QUEUE_WAIT to wait for room, or start another worker."
         )
 

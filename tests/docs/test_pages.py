@@ -174,6 +174,17 @@ BY_SETTING = {"two leases": keys.JANITOR}
 SECONDS = {"hours": 3600, "days": 86400, "seconds": 1}
 
 
+#: Redis' names of types, in the words of the page.
+TYPES = {"sorted set": "zset", "any": keys.ANY}
+
+
+def test_the_types_of_keys_are_those_of_the_code() -> None:
+    for row in rows("docs/redis.md", "key"):
+        kind = keys.kind_of(_example(code(row[0])[0]))
+        assert kind is not None
+        assert kind.type in (TYPES.get(row[1], row[1]), keys.ANY), row[0]
+
+
 def test_the_table_of_keys_is_that_of_the_code() -> None:
     table = {code(row[0])[0]: row[2] for row in rows("docs/redis.md", "key")}
     made = {make("<job>") for make in (keys.job, keys.result, keys.stream, keys.cancel)}
@@ -184,7 +195,7 @@ def test_the_table_of_keys_is_that_of_the_code() -> None:
         keys.worker("<worker>"),
         keys.open_jobs("<queue>"),
     }
-    made |= {make("<queue>") for make in (keys.turns, keys.dispatched, keys.pace)}
+    made |= {make("<queue>") for make in (keys.turns, keys.dispatched, keys.pace, keys.sizes)}
     made |= {keys.backlog("<queue>", "<priority>"), keys.client("<key>", "<queue>")}
     made |= {keys.WORKERS, keys.MODELS, keys.DEAD, keys.JANITOR, keys.spoiled("<key>")}
     durable = {key for key, lives in table.items() if lives == "durable"}

@@ -341,7 +341,8 @@ class Queue:
         there |= {keys.client(client, self.name) for client, mine in self.mine.items() if mine}
         sets = {keys.dispatched: self.dispatched, keys.open_jobs: self.open, keys.turns: self.turns}
         there |= {name(self.name) for name, container in sets.items() if container}
+        sizes = {keys.sizes(self.name): self.until[keys.open_jobs(self.name)] - self.now} if self.open else {}
         there |= {keys.DEAD} if self.dead else set()
         durable: dict[str, float | None] = {keys.ready(self.name): None} if self.ready else {}
         durable |= {keys.UNACKED: None} if self.held else {}
-        return {key: self.until[key] - self.now for key in there} | durable
+        return {key: self.until[key] - self.now for key in there} | durable | sizes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fakeredis
 import pytest
 
-from stoker.broker import policy
+from stoker.broker import keys, policy
 from stoker.errors import InvalidRequest
 
 
@@ -21,3 +21,11 @@ def test_a_rule_takes_its_least_and_its_most_and_nothing_beyond(name: str) -> No
             policy.decide(broker, name, value)
     policy.decide(broker, name, None)
     assert policy.read(broker) == {name: rule.default for name, rule in policy.RULES.items()}
+
+
+@pytest.mark.parametrize("name", ["evil", "client_limit:", "client_limit:../x", "\udcff", *policy.RULES])
+def test_what_was_never_decided_is_not_shown(name: str) -> None:
+    broker = fakeredis.FakeRedis()
+    for value in ("9999999999999", "0", "abc") if name in policy.RULES else ("7",):
+        broker.hset(keys.POLICY, name.encode(errors="surrogateescape"), value)
+        assert policy.read(broker) == {name: rule.default for name, rule in policy.RULES.items()}

@@ -267,6 +267,9 @@ class LedgerMachine(RuleBasedStateMachine):
             assert left == -1 if seconds is None else abs(left / 1000 - seconds) < SLACK, (key, left, seconds)
         assert _scores(self.redis, keys.dispatched(model.name)) == model.dispatched
         assert _scores(self.redis, keys.open_jobs(model.name)) == model.open
+        sizes = {of.decode(): int(size) for of, size in self.redis.hgetall(keys.sizes(model.name)).items()}
+        assert sizes.pop(":sum", 0) == sum(sizes.values())
+        assert sizes.keys() == model.open.keys()
         for client, mine in model.mine.items():
             assert _scores(self.redis, keys.client(client, model.name)) == mine
         for priority, backlog in model.backlogs.items():

@@ -93,12 +93,12 @@ def test_a_worker_whose_clock_is_off_holds_its_messages_by_the_brokers(
     set_clock(off)
     before = clock.now(redis)
     deliver(qos)
-    assert before <= redis.zscore(clock.INDEX, "job#1") <= clock.now(redis)
-    redis.zadd(clock.INDEX, {"job#1": 1.0, "other": 1.0})
+    assert before <= redis.zscore(keys.LEASES, "job#1") <= clock.now(redis)
+    redis.zadd(keys.LEASES, {"job#1": 1.0, "other": 1.0})
     clock.hold(redis, ["job#1", "gone"], known=True)
-    assert before <= redis.zscore(clock.INDEX, "job#1") <= clock.now(redis)
-    assert redis.zscore(clock.INDEX, "other") == 1.0
-    assert redis.zscore(clock.INDEX, "gone") is None
+    assert before <= redis.zscore(keys.LEASES, "job#1") <= clock.now(redis)
+    assert redis.zscore(keys.LEASES, "other") == 1.0
+    assert redis.zscore(keys.LEASES, "gone") is None
 
 
 @pytest.mark.parametrize("off", OFFSETS)
@@ -106,11 +106,11 @@ def test_a_lease_that_ran_out_by_the_brokers_clock_is_taken_over(
     redis: Any, qos: Any, set_clock: Callable[[float], None], off: float
 ) -> None:
     deliver(qos)
-    redis.zadd(clock.INDEX, {"job#1": clock.now(redis) - LEASE - 1})
+    redis.zadd(keys.LEASES, {"job#1": clock.now(redis) - LEASE - 1})
     set_clock(off)
     sweep(qos)
     assert redis.llen(keys.ready(QUEUE)) == 1
-    assert not redis.exists(keys.UNACKED, clock.INDEX)
+    assert not redis.exists(keys.UNACKED, keys.LEASES)
 
 
 @pytest.mark.parametrize("off", [*OFFSETS, 60 * 24 * 3600.0])

@@ -38,6 +38,8 @@ MAX_CRASHES = 3
 #: Jobs that may wait in one queue, and those of one client in it that have not ended, unless the policy says otherwise.
 QUEUE_LIMIT = 20_000
 CLIENT_LIMIT = 20_000
+#: Bytes that the jobs of one queue which have not ended may have, requests and inputs.
+QUEUE_BYTES = 2 * 2**30
 #: Seconds of waiting that lift a job by one priority (prelude.lua has the default too).
 AGEING = 300
 
@@ -74,6 +76,7 @@ def _call(
         keys.turns(queue),
         keys.pace(queue),
         keys.POLICY,
+        keys.sizes(queue),
         *(keys.backlog(queue, priority) for priority in range(PRIORITIES)),
         *extra,
     ]
@@ -88,7 +91,7 @@ def submission(job_id: str, record: Mapping[str, str], data: bytes = b"", *, rev
     `unknown` if it is none."""
     queue, client = record[Field.QUEUE], record[Field.CLIENT]
     fields = [part for item in record.items() for part in item]
-    arguments = (QUEUE_LIMIT, CLIENT_LIMIT, int(revive), data, *fields)
+    arguments = (QUEUE_LIMIT, CLIENT_LIMIT, QUEUE_BYTES, int(revive), keys.DEAD_TTL, data, *fields)
     return _call(SUBMIT, Submitted.parse, job_id, queue, *arguments, extra=(keys.DEAD, keys.client(client, queue)))
 
 

@@ -1,11 +1,11 @@
--- ARGV: the result's record, prefix of workers' presences. KEYS[20]: the channel of cancels
+-- ARGV: the result's record, prefix of workers' presences. KEYS[21]: the channel of cancels
 if ended() then return 'ended' end
 local owner = redis.call('HMGET', job, 'token', 'worker', 'submitted')
 if not owner[3] then return 'unknown' end
 if owner[1] then
   if redis.call('EXISTS', ARGV[7] .. owner[2]) == 1 then
     redis.call('SET', mark, '1', 'EX', pending_ttl)
-    redis.call('PUBLISH', KEYS[20], id)
+    redis.call('PUBLISH', KEYS[21], id)
     return 'asked'
   end
   -- Its owner is silent: if it comes back, it finds another token than its own, and leaves no trace.

@@ -1,6 +1,6 @@
--- KEYS[20]: the dead letters. ARGV: token, the worker that gives the job up ('' if it crashed its owners), for what,
+-- KEYS[21]: the dead letters. ARGV: token, the worker that gives the job up ('' if it crashed its owners), for what,
 -- seconds that a letter is kept. Returns the job's history, or false for an owner that was fenced.
-local dead, token, worker, trouble, dead_ttl = KEYS[20], unpack(ARGV, 6, 9)
+local dead, token, worker, trouble, dead_ttl = KEYS[21], unpack(ARGV, 6, 9)
 local fields = redis.call('HMGET', job, 'kind', 'model', 'request', 'client', 'history', 'blob', 'token', 'lettered')
 -- cjson writes an empty list as {}.
 local function written(history) return #history > 0 and cjson.encode(history) or '[]' end
@@ -17,5 +17,6 @@ redis.call('EXPIRE', dead, dead_ttl)
 redis.call('HSET', job, 'lettered', token)
 -- Its input stays for a retry, for as long as the letter: what the record does not name, no transition deletes.
 redis.call('HDEL', job, 'blob')
-if fields[6] then redis.call('EXPIRE', fields[6], dead_ttl) end
+local input = own_input(fields[6])
+if input then redis.call('EXPIRE', input, dead_ttl) end
 return written(history)

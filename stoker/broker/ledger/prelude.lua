@@ -8,15 +8,17 @@
 local time = redis.call('TIME')
 local now = tonumber(time[1]) + tonumber(time[2]) / 1e6
 
-local job, result, mark, ready, open, dispatched, turns, pace, policy = unpack(KEYS, 1, 9)
-local backlogs = {unpack(KEYS, 10, 19)}
+local job, result, mark, ready, open, dispatched, turns, pace, policy, sizes = unpack(KEYS, 1, 10)
+local backlogs = {unpack(KEYS, 11, 20)}
 local id, job_prefix, pending_ttl, result_ttl, window = unpack(ARGV, 1, 5)
 window = tonumber(window)
 
--- What is no number of at least 1 was not decided by `stoker jobs policy`.
+-- What is no whole number of at least 1, or more than `stoker jobs policy` takes, was not decided by it.
+local most_of = {queue_limit = 1e6, client_limit = 1e6, queue_bytes = 2 ^ 40, crashes = 1000, ageing = 30 * 24 * 3600}
 local function setting(name, default)
-  local decided = tonumber(redis.call('HGET', policy, name))
-  return decided and decided >= 1 and decided or default
+  local text = redis.call('HGET', policy, name)
+  local decided = text and string.match(text, '^[1-9]%d*$') and tonumber(text)
+  return decided and decided <= most_of[string.match(name, '^[^:]+')] and decided or default
 end
 
 -- Whether its result is there, or was: a record may outlive it, and has no message then.
@@ -180,13 +182,31 @@ local function waiting()
   return count
 end
 
--- Whether a record's `blob` is an input of this very job: another key that a record names is not the job's to delete.
+local prefix = string.sub(job_prefix, 1, -5)
+
+-- A record's `blob` if it is an input of this very job: another key that a record names is not the job's to touch.
 local function own_input(blob)
   for _, kind in ipairs({'dataset', 'adapter'}) do
-    local own = string.sub(job_prefix, 1, -5) .. 'blob:' .. kind .. ':' .. id
-    if blob and (blob == own or string.sub(blob, 1, #own + 1) == own .. ':') then return true end
+    local own = prefix .. 'blob:' .. kind .. ':' .. id
+    if blob and (blob == own or string.sub(blob, 1, #own + 1) == own .. ':') then return blob end
   end
-  return false
+  return nil
+end
+
+-- The bytes of the queue's open jobs: one field a job, and their sum.
+local sum = ':sum'
+local function bytes_open()
+  local bytes = tonumber(redis.call('HGET', sizes, sum))
+  return bytes and bytes >= 0 and bytes < 2 ^ 53 and bytes or 0
+end
+
+local function set_size(of, bytes)
+  local held = tonumber(redis.call('HGET', sizes, of)) or 0
+  local all = math.max(0, bytes_open() - held + (bytes or 0))
+  if bytes then redis.call('HSET', sizes, of, string.format('%.0f', bytes)) else redis.call('HDEL', sizes, of) end
+  redis.call('HSET', sizes, sum, string.format('%.0f', all))
+  if bytes then redis.call('EXPIRE', sizes, pending_ttl) end
+  if redis.call('HLEN', sizes) == 1 then redis.call('DEL', sizes) end
 end
 
 -- The job has ended, or is to be: nobody waits for it any more, and its client may have another.
@@ -194,9 +214,12 @@ local function strike_out()
   local fields = redis.call('HMGET', job, 'message', 'priority', 'mine', 'blob')
   if fields[1] then redis.call('LREM', ready, 1, fields[1]) end
   if fields[2] then redis.call('ZREM', backlog(tonumber(fields[2])), id) end
-  if fields[3] then redis.call('ZREM', fields[3], id) end
-  if not own_input(fields[4]) then fields[4] = nil end
-  if fields[4] then redis.call('DEL', fields[4]) end
+  -- Another type than a client's jobs have is the next submission's to move aside.
+  local mine = prefix .. 'client:'
+  if fields[3] and string.sub(fields[3], 1, #mine) == mine then redis.pcall('ZREM', fields[3], id) end
+  local input = own_input(fields[4])
+  if input then redis.call('DEL', input) end
+  set_size(id, nil)
   redis.call('HDEL', job, 'request', 'message')
   redis.call('ZREM', open, id)
   redis.call('ZREM', dispatched, id)

@@ -1,4 +1,4 @@
--- KEYS[20]: what Celery holds unacknowledged
+-- KEYS[21]: what Celery holds unacknowledged
 -- ARGV: seconds since a job was dispatched, prefix of workers' presences. Returns the jobs that were put back.
 refill()
 local standing = {}
@@ -13,7 +13,7 @@ end
 local function lost(of, token, tag, worker)
   if standing[of] then return false end
   if not token then return true end
-  return redis.call('HEXISTS', KEYS[20], tag) == 0 and redis.call('EXISTS', ARGV[7] .. worker) == 0
+  return redis.call('HEXISTS', KEYS[21], tag) == 0 and redis.call('EXISTS', ARGV[7] .. worker) == 0
 end
 
 local found = {}
@@ -34,5 +34,11 @@ for _, of in ipairs(redis.call('ZRANGEBYSCORE', dispatched, '-inf', now - tonumb
   end
 end
 redis.call('ZREMRANGEBYSCORE', open, '-inf', now - pending_ttl)
+-- Jobs that went with their record have left their sizes.
+if redis.call('HLEN', sizes) ~= redis.call('ZCARD', open) + 1 then
+  for _, of in ipairs(redis.call('HKEYS', sizes)) do
+    if of ~= sum and not redis.call('ZSCORE', open, of) then set_size(of, nil) end
+  end
+end
 refill()
 return found

@@ -1,16 +1,27 @@
--- KEYS[20], [21]: the dead letters, the client's open jobs in this queue
--- ARGV: default limits of queue and client, revive?, bytes of the input or '', then the record's fields and values
-local dead, mine, revive = KEYS[20], KEYS[21], ARGV[8] == '1'
-local fields, record = {}, {}
-for i = 10, #ARGV, 2 do
+-- KEYS[21], [22]: the dead letters, the client's open jobs in this queue
+-- ARGV: default limits of queue, client and bytes, revive?, seconds that a key of a wrong type is kept, bytes of the input
+-- or '', then the record's fields and values
+local dead, mine, revive, spoiled_ttl, data = KEYS[21], KEYS[22], ARGV[9] == '1', ARGV[10], ARGV[11]
+local fields, record, size = {}, {}, #ARGV[11]
+for i = 12, #ARGV, 2 do
   fields[ARGV[i]] = ARGV[i + 1]
   table.insert(record, ARGV[i])
   table.insert(record, ARGV[i + 1])
+  size = size + #ARGV[i] + #ARGV[i + 1]
 end
+local input = own_input(fields['blob'])
+if input and data == '' then size = size + redis.call('STRLEN', input) end
 if revive then
   if redis.call('HEXISTS', dead, id) == 0 then return {'unknown', 0, 0, '0'} end
 elseif redis.call('EXISTS', job) == 1 then
   return {'known', 0, 0, '0'}
+end
+
+-- Workers move aside what spoils the keys of a queue; which clients there are, they do not know.
+if redis.call('TYPE', mine).ok ~= 'zset' and redis.call('EXISTS', mine) == 1 then
+  local aside = prefix .. 'spoiled:' .. string.sub(mine, #prefix + 1)
+  redis.call('RENAME', mine, aside)
+  redis.call('EXPIRE', aside, spoiled_ttl)
 end
 
 -- Seconds until `jobs` more have ended, by the pace at which jobs of this queue have ended.
@@ -20,10 +31,20 @@ local function wait_for(jobs)
 end
 
 local depth, limit = waiting(), setting('queue_limit', tonumber(ARGV[6]))
+if depth >= limit then
+  -- Ids at the heads of the backlog that have no job do not count.
+  best()
+  depth = waiting()
+end
 if depth >= limit then return {'full', depth, limit, wait_for(depth - limit + 1)} end
 local held = redis.call('ZCOUNT', mine, now - pending_ttl, '+inf')
 local most = setting('client_limit:' .. fields['client'], setting('client_limit', tonumber(ARGV[7])))
 if held >= most then return {'client_full', held, most, wait_for(math.max(1, depth / held))} end
+local bytes, room = bytes_open(), setting('queue_bytes', tonumber(ARGV[8]))
+if size > room then return {'too_large', size, room, '0'} end
+if bytes + size > room and redis.call('ZCARD', open) > 0 then
+  return {'bytes_full', bytes, room, wait_for(redis.call('ZCARD', open) * math.min(1, size / bytes))}
+end
 
 -- From where the job's messages are counted: a record that comes after another of the same job, which has expired or is
 -- revived, makes messages with other tags. Those of the first may still be somewhere.
@@ -35,14 +56,24 @@ end
 -- The first write of a new job, and one that a broker without memory refuses: then nothing was written.
 local submitted = string.format('%.6f', now)
 redis.call('HSET', job, 'submitted', submitted, 'sent', string.format('%.0f', sent), 'mine', mine, unpack(record))
-redis.call('ZREMRANGEBYSCORE', mine, '-inf', now - pending_ttl)
-redis.call('EXPIRE', job, pending_ttl)
-for _, key in ipairs({open, mine}) do
-  add(key, now, id)
+local accepted, trouble = pcall(function()
+  redis.call('ZREMRANGEBYSCORE', mine, '-inf', now - pending_ttl)
+  redis.call('EXPIRE', job, pending_ttl)
+  for _, key in ipairs({open, mine}) do
+    add(key, now, id)
+  end
+  set_size(id, size)
+  if input and data ~= '' then redis.call('SET', input, data, 'EX', pending_ttl)
+  elseif input then redis.call('EXPIRE', input, pending_ttl) end
+  enter_backlog(tonumber(fields['priority']), fields['client'])
+  refill()
+  if redis.call('ZSCORE', backlog(tonumber(fields['priority'])), id) then make_way() end
+end)
+if not accepted then
+  -- A job that is known and does not wait would never run, however often its client sends it.
+  redis.pcall('LREM', ready, 1, redis.call('HGET', job, 'message'))
+  redis.call('DEL', job)
+  for _, key in ipairs({open, mine}) do redis.pcall('ZREM', key, id) end
+  return type(trouble) == 'table' and trouble or redis.error_reply(trouble)
 end
-if ARGV[9] ~= '' then redis.call('SET', fields['blob'], ARGV[9], 'EX', pending_ttl)
-elseif fields['blob'] then redis.call('EXPIRE', fields['blob'], pending_ttl) end
-enter_backlog(tonumber(fields['priority']), fields['client'])
-refill()
-if redis.call('ZSCORE', backlog(tonumber(fields['priority'])), id) then make_way() end
 return {'new', depth, limit, '0'}

@@ -1,0 +1,62 @@
+"""Clients of redis-py whose errors name the key that holds another type than a command needs: a broker's answer does
+not say which it was, and a script has twenty."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import redis
+import redis.asyncio
+from redis.exceptions import ResponseError
+
+from stoker.broker import keys
+
+_REFUSED = "WRONGTYPE"
+
+
+def is_wrong_type(error: BaseException) -> bool:
+    return isinstance(error, ResponseError) and str(error).startswith(_REFUSED)
+
+
+def _names(command: Sequence[Any]) -> list[str]:
+    """The keys of a command: those of a script, else its first argument."""
+    name, *arguments = command
+    if str(name).upper() in ("EVAL", "EVALSHA"):
+        return [str(key) for key in arguments[2 : 2 + int(arguments[1])]]
+    return [str(key) for key in arguments[:1]]
+
+
+def _named(names: Sequence[str], found: Sequence[bytes]) -> ResponseError:
+    """The broker's refusal of a command with these keys, which are of the types that were `found`."""
+    wrong = []
+    for key, is_now in zip(names, map(bytes.decode, found), strict=True):
+        kind = keys.kind_of(key)
+        if is_now != "none" and kind is not None and kind.type not in (is_now, keys.ANY):
+            wrong.append(f"the key {key} is a {is_now}, not a {kind.type}")
+    what = "; ".join(wrong) or f"one of {', '.join(names)} was of another type, and is not any more"
+    return ResponseError(f"{_REFUSED}: {what}")
+
+
+class Redis(redis.Redis):
+    def execute_command(self, *args: Any, **options: Any) -> Any:
+        try:
+            return super().execute_command(*args, **options)  # type: ignore[no-untyped-call]
+        except ResponseError as error:
+            if not is_wrong_type(error):
+                raise
+            names = _names(args)
+            found = [super(Redis, self).execute_command("TYPE", name) for name in names]  # type: ignore[no-untyped-call]
+            raise _named(names, found) from None
+
+
+class AsyncRedis(redis.asyncio.Redis):
+    async def execute_command(self, *args: Any, **options: Any) -> Any:
+        try:
+            return await super().execute_command(*args, **options)  # type: ignore[no-untyped-call]
+        except ResponseError as error:
+            if not is_wrong_type(error):
+                raise
+            names = _names(args)
+            found = [await super(AsyncRedis, self).execute_command("TYPE", name) for name in names]  # type: ignore[no-untyped-call]
+            raise _named(names, found) from None
