@@ -1,0 +1,102 @@
+"""What must hold whenever no input is under way: nothing waits, nothing is held, nothing is left, and the worker is the
+one that it was."""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import time
+from pathlib import Path
+
+from stoker import keys
+from tests.fuzz.world import World
+from tests.leaks import open_work, overlong_keys
+
+#: Seconds until nothing waits and nothing is held: a lost message is found after some leases.
+QUIET_WITHIN = 45.0
+#: Megabytes by which a worker's memory may be above what it was at the first look, and the broker's.
+WORKER_GROWTH, BROKER_GROWTH = 192, 48
+#: Threads by which a worker may have more than at the first look: Celery's pool starts one for each job that is held.
+MORE_THREADS = 24
+#: Kinds of keys that a worker or an operator keeps; all others belong to a job.
+KEPT = ("worker", "workers", "models", "janitor", "policy", "binding", "unacked", "adapters", "pace")
+
+
+class Invariants:
+    """Each look compares with the first one."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        pid = world.member.pid
+        assert pid is not None
+        self._pid = pid
+        self._log = world.member.log.stat().st_size
+        #: Megabytes and threads at each look.
+        self.resident: list[float] = []
+        self.threads: list[int] = []
+        self.stored: list[float] = []
+
+    def broken(self) -> list[str]:
+        """Those that do not hold. What jobs that have ended left in the broker is deleted."""
+        if self._world.member.pid != self._pid:
+            return [f"the worker has ended: {self._log_since()[-3000:]}"]
+        return [*self._not_quiet(), *self._log_is_wrong(), *self._left(), *self._grown()]
+
+    def _not_quiet(self) -> list[str]:
+        end, began = time.monotonic() + QUIET_WITHIN, time.time()
+        while True:
+            found = self._busy(began)
+            if not found or time.monotonic() > end:
+                return found
+            time.sleep(0.1)
+
+    def _busy(self, since: float) -> list[str]:
+        now = self._world.presence()
+        if now is None or now.time < since:
+            return ["the worker says nothing of itself"]
+        held = [f"the lane {kind} holds {count}" for kind, (count, _) in now.lanes.items() if count]
+        return held + [f"work is left at {key}" for key in open_work(self._world.client.redis)]
+
+    def _log_is_wrong(self) -> list[str]:
+        """No error of an input is one that the worker did not expect."""
+        said = self._log_since()
+        self._log = self._world.member.log.stat().st_size
+        parts = said.split("Traceback (most recent call last)")
+        return [
+            f"a traceback in the log: {before[-300:]}…{after[:1500]}" for before, after in itertools.pairwise(parts)
+        ][:3]
+
+    def _log_since(self) -> str:
+        return self._world.member.log.read_bytes()[self._log :].decode(errors="replace")
+
+    def _left(self) -> list[str]:
+        redis, wrong = self._world.client.redis, []
+        for name, letter in self._world.client.dead().items():
+            if base64.b64decode(letter.get("message", "")) not in self._world.messages:
+                wrong.append(f"a dead letter that no input explains: {name} {str(letter)[:500]}")
+        redis.delete(keys.DEAD)
+        self._world.messages.clear()
+        wrong += overlong_keys(redis)
+        for key in [key.decode() for key in redis.scan_iter(count=1000)]:
+            kind = keys.kind_of(key)
+            if kind is None or kind.name in KEPT or f":{'sound'}" in key:
+                continue
+            if kind.name == "input":
+                wrong.append(f"an input is left: {key}")
+            redis.delete(key)
+        return wrong
+
+    def _grown(self) -> list[str]:
+        process = Path(f"/proc/{self._pid}")
+        resident = int(process.joinpath("statm").read_text().split()[1]) * 4096 / 2**20
+        self.resident.append(resident)
+        self.threads.append(len(list(process.joinpath("task").iterdir())))
+        self.stored.append(self._world.client.redis.info("memory")["used_memory"] / 2**20)
+        wrong = []
+        if resident > self.resident[0] + WORKER_GROWTH:
+            wrong.append(f"the worker's memory grew from {self.resident[0]:.0f} MB to {resident:.0f} MB")
+        if not self.threads[0] <= self.threads[-1] <= self.threads[0] + MORE_THREADS:
+            wrong.append(f"the worker had {self.threads[0]} threads and has {self.threads[-1]}")
+        if self.stored[-1] > self.stored[0] + BROKER_GROWTH:
+            wrong.append(f"the broker's memory grew from {self.stored[0]:.0f} MB to {self.stored[-1]:.0f} MB")
+        return wrong
