@@ -278,7 +278,7 @@ def _attempt(
         if _brokers_fault(error):
             raise
         known = _known(run, error)
-        log.exception("job %s failed", run.job_id)
+        log.error("job %s failed: %s", run.job_id, known)
         run.complete(ledger.failure(run.job_id, known))
         raise known from error
     run.complete(ledger.success(run.job_id, result))
@@ -302,6 +302,8 @@ def _known(run: Run, error: Exception) -> StokerError:
         return run.dead_letter(str(error))
     if isinstance(error, RedisError):
         return JobFailed(f"job {run.job_id}: {run.blame(error)}.")
+    # A defect: only its traceback says where.
+    log.error("job %s: %s", run.job_id, error, exc_info=error)
     return to_wire(error)
 
 

@@ -130,5 +130,8 @@ def _compare(given: Any, right: Any, where: str) -> None:
 
 
 def _brief(value: Any) -> str:
-    text = json.dumps(value)
+    try:
+        text = json.dumps(value)
+    except RecursionError:
+        return "what is nested too deeply"
     return text if len(text) <= 80 else f"{text[:77]}…"

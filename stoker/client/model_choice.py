@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from stoker.broker import keys
 from stoker.catalogue import model_name
 from stoker.contract import CONTRACT, ModelCard, Presence
-from stoker.errors import UnknownModel
+from stoker.contract.shown import brief
+from stoker.errors import InvalidRequest, UnknownModel
 
 N = TypeVar("N", ModelCard, Presence)
 
@@ -60,7 +61,7 @@ def choose_model(model: str | None, kind: str, known: Mapping[str, ModelCard], w
         )
     model = model_name(model)
     if model not in known:
-        raise UnknownModel(f"model {model!r} given; {_listed(warm)} can {kind}. {_how_to_serve(model)}")
+        raise UnknownModel(f"model {brief(model, 160)} given; {_listed(warm)} can {kind}. {_how_to_serve(model)}")
     others = {card.contract for card in cards if card.model == model and model not in warm}
     if others or known[model].contract != CONTRACT:
         spoken = max(others, default=known[model].contract)
@@ -81,6 +82,9 @@ class Choices:
         self._kept: dict[tuple[str | None, str], tuple[str, float]] = {}
 
     def get(self, model: str | None, kind: str) -> str | None:
+        """None: it said nothing lately. Raises `InvalidRequest` for what is no text, and so no name of a model."""
+        if not isinstance(model, str | None):
+            raise InvalidRequest(f"model: {brief(model)} given; expected a name, or None for the only model there is.")
         chosen, until = self._kept.get((model, kind), ("", 0.0))
         return chosen if time.monotonic() < until else None
 
@@ -96,4 +100,4 @@ def _listed(models: Iterable[str]) -> str:
 
 
 def _how_to_serve(model: str) -> str:
-    return f"Start a worker that serves it: `stoker worker --model {model}`."
+    return f"Start a worker that serves it: `stoker worker --model {model[:160]}`."

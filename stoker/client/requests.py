@@ -7,7 +7,7 @@ import secrets
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from stoker.broker.outcome import lost, spoiled
 from stoker.contract import AdapterRequest, EmbedRequest, GenerateRequest, TrainRequest, build
@@ -15,6 +15,7 @@ from stoker.contract.dataset import ON_WORKER, iterate_lines, iterate_mappings, 
 from stoker.contract.kinds import KINDS, JobKind
 from stoker.contract.lines import pieces
 from stoker.contract.names import Rule, checked
+from stoker.contract.shown import brief, trouble
 from stoker.contract.uploads import Upload
 from stoker.errors import DatasetError, InvalidRequest
 
@@ -95,7 +96,15 @@ def read_dataset(dataset: Dataset) -> bytes:
         return to_lines(iterate_mappings(dataset, "dataset"), "dataset")
     path = Path(dataset)
     try:
-        with path.open("rb") as file:
+        with _opened(path) as file:
             return to_lines(iterate_lines(pieces(file), path.name), path.name)
     except OSError as error:
-        raise DatasetError(f"{path}: cannot be read ({error.strerror}).") from None
+        raise DatasetError(f"{brief(str(path), 160)}: cannot be read ({trouble(error)}).") from None
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except ValueError as error:
+        # With a NUL in it, or half a surrogate pair, it is no path.
+        raise DatasetError(f"{brief(str(path), 160)}: cannot be read ({error}).") from None

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, StringConstraints
 
 from stoker.contract.names import Rule, checked
+from stoker.contract.shown import brief
+from stoker.errors import InvalidRequest
 
 #: Characters of a text that a `repr` shows.
 LONGEST_SHOWN = 40
@@ -53,6 +55,8 @@ Adapter = Annotated[str, StringConstraints(pattern=rf"^{Rule.NAME.pattern}(@{Rul
 
 def parse_adapter(adapter: str) -> tuple[str, int | None]:
     """`name` or `name@version` as (name, version or None). Raises `InvalidRequest`."""
+    if not isinstance(adapter, str):
+        raise InvalidRequest(f"adapter: {brief(adapter)} given; expected a name, or name@version.")
     name, separator, version = adapter.partition("@")
     checked(Rule.NAME, "adapter", name)
     return name, int(checked(Rule.VERSION, f"version of adapter {name}", version)) if separator else None

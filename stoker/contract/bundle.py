@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from stoker.contract.shown import brief, trouble
 from stoker.errors import InvalidRequest
 
 #: What an adapter's folder may hold: PEFT's files, mlx-lm's, and what Stoker knows of its own.
@@ -61,6 +63,13 @@ def unpack(data: bytes, source: str) -> dict[str, bytes]:
     return {name: array.tobytes() for name, array in found.items()}
 
 
+def folder_of(given: object) -> Path:
+    """The folder that a caller names. Raises `InvalidRequest`."""
+    if isinstance(given, str | os.PathLike):
+        return Path(given)
+    raise InvalidRequest(f"folder: {brief(given)} given; expected the path of an adapter's folder.")
+
+
 def read_folder(folder: Path, *, named: bool = False) -> bytes:
     """The files of an adapter's folder (PEFT's, mlx-lm's, or a checkpoint of Stoker), packed; `named`: with its path,
     so that a worker that refuses them can name it.
@@ -81,8 +90,9 @@ def read_folder(folder: Path, *, named: bool = False) -> bytes:
         if size > MAX_BYTES:
             raise InvalidRequest(f"{folder}: {size} bytes; at most {MAX_BYTES} can be loaded.")
         return pack({name: path.read_bytes() for name, path in found.items()}, str(folder) if named else None)
-    except OSError as error:
-        raise InvalidRequest(f"{folder}: cannot be read ({error.strerror}).") from None
+    except (OSError, ValueError) as error:
+        # A path with a NUL in it, or with half a surrogate pair, is no path.
+        raise InvalidRequest(f"{folder}: cannot be read ({trouble(error)}).") from None
 
 
 def _check_link(folder: Path, path: Path) -> None:

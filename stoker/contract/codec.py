@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from stoker.contract.base import Message
+from stoker.contract.shown import brief
 from stoker.errors import InvalidRequest
 
 #: The version of this contract: any change of a message's fields is another one. Its jobs have queues of their own, so
@@ -39,7 +40,7 @@ def decode(message: type[M], payload: Any) -> M:
     version = fields.pop("contract", None)
     if version != CONTRACT:
         raise InvalidRequest(
-            f"contract version {_brief(version)} given; this side speaks version {CONTRACT}. "
+            f"contract version {brief(version)} given; this side speaks version {CONTRACT}. "
             "Run the same release of Stoker on clients and workers."
         )
     return build(message, fields)
@@ -50,7 +51,7 @@ def read(message: type[M], text: str) -> M:
     try:
         payload = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InvalidRequest(f"{message.__name__}: {_brief(text)} given; expected JSON ({error}).") from None
+        raise InvalidRequest(f"{message.__name__}: {brief(text)} given; expected JSON ({error}).") from None
     return decode(message, payload)
 
 
@@ -66,7 +67,7 @@ def _explain(error: ValidationError, allowed: list[str]) -> str:
             problems.append(f"{where}: {problem['msg'].removeprefix('Value error, ')}")
         else:
             rule = problem["msg"][0].lower() + problem["msg"][1:]
-            problems.append(f"{where}: {_brief(problem['input'])} given; {rule}")
+            problems.append(f"{where}: {brief(problem['input'])} given; {rule}")
     return "; ".join(problems) + "."
 
 
@@ -75,8 +76,3 @@ def _root_causes(error: ValidationError) -> list[Any]:
     problems = error.errors()
     inner = {problem["loc"][:-1] for problem in problems if len(problem["loc"]) > 1}
     return [problem for problem in problems if problem["loc"] not in inner]
-
-
-def _brief(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"

@@ -7,6 +7,7 @@ import re
 from enum import Enum
 from typing import Any
 
+from stoker.contract.shown import brief
 from stoker.errors import InvalidRequest
 
 
@@ -34,8 +35,5 @@ def follows(rule: Rule, given: object) -> bool:
 def checked(rule: Rule, what: str, given: Any) -> str:
     """`given`, if it follows the rule. Raises `InvalidRequest` that names `what` otherwise."""
     if not follows(rule, given):
-        shown = repr(given)
-        raise InvalidRequest(
-            f"{what}: {shown if len(shown) <= 160 else shown[:157] + '…'} given; allowed: {rule.allowed}."
-        )
+        raise InvalidRequest(f"{what}: {brief(given, 160)} given; allowed: {rule.allowed}.")
     return str(given)

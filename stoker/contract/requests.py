@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, Field, StringConstraints, field_validator, model_validator
 
 from stoker.contract.base import Adapter, Message, Name
+from stoker.contract.shown import brief
 from stoker.contract.vectors import VectorType
 
 MAX_TEXTS = 4096
@@ -84,7 +85,7 @@ class EmbedRequest(JobRequest):
         given = dict(fields)
         asked = given.pop("truncate")
         if not isinstance(asked, bool):
-            raise ValueError(f"truncate: {asked!r} given; true and false are allowed")
+            raise ValueError(f"truncate: {brief(asked)} given; true and false are allowed")
         if "truncation" in given:
             raise ValueError("truncate and truncation given; say one of them")
         return given | {"truncation": "end" if asked else "error"}

@@ -10,12 +10,15 @@ from tests.fuzz import odd
 from tests.fuzz.input import Input
 
 PIECES = (
-    "a", "b", "ab", ".", "[a-z]", "[^b]", "\\d", "\\w+", "\\s", "(", ")", "(?:", "(?=", "(?!", "(?<=", "|", "*", "+", "?", "{3}",
-    "{2,}", "{1000000}", "{,5}", "[", "]", "\\", "^", "$", "\\b", "\\1", "(?P<x>a)", "(?i)", "\\u1234", "\\p{L}", "\\x00", "é", "😀",
+    "a", "b", "ab", ".", "[a-z]", "[^b]", "\\d", "\\w+", "\\s", "(", ")", "(?:", "(?=", "(?!", "(?<=", "|", "*", "+",
+    "?", "{3}",
+    "{2,}", "{1000000}", "{,5}", "[", "]", "\\", "^", "$", "\\b", "\\1", "(?P<x>a)", "(?i)", "\\u1234", "\\p{L}",
+    "\\x00", "é", "😀",
     "(a*)*", "(a|a)*", "[\\x{10ffff}]", "{", "}", "\\Q", "(?#x)", "\n", "\ud800", "(((((((((a)))))))))",
 )  # fmt: skip
 SCHEMAS: tuple[dict[str, Any], ...] = (
-    {"type": "object", "properties": {"a": {"type": "string", "maxLength": 3}, "b": {"type": "integer"}}, "required": ["a"]},
+    {"type": "object", "properties": {"a": {"type": "string", "maxLength": 3}, "b": {"type": "integer"}},
+    "required": ["a"]},
     {"type": "array", "items": {"enum": ["a", 1, None]}, "minItems": 1, "maxItems": 3},
     {"anyOf": [{"type": "number", "minimum": 0, "maximum": 1}, {"const": "ab"}, {"type": "boolean"}]},
     {"$defs": {"t": {"type": "object", "properties": {"next": {"$ref": "#/$defs/t"}}}}, "$ref": "#/$defs/t"},
@@ -23,13 +26,18 @@ SCHEMAS: tuple[dict[str, Any], ...] = (
     {"type": ["string", "null"], "allOf": [{"minLength": 1}, {"maxLength": 5}], "additionalProperties": False},
 )  # fmt: skip
 WORDS = (
-    "type", "properties", "required", "items", "prefixItems", "enum", "const", "anyOf", "oneOf", "allOf", "not", "if", "then", "else",
-    "$ref", "$defs", "pattern", "patternProperties", "format", "minimum", "maximum", "multipleOf", "minLength", "maxLength",
-    "minItems", "maxItems", "uniqueItems", "contains", "dependentRequired", "unevaluatedProperties", "propertyNames", "$schema", "$id",
+    "type", "properties", "required", "items", "prefixItems", "enum", "const", "anyOf", "oneOf", "allOf", "not",
+    "if", "then", "else",
+    "$ref", "$defs", "pattern", "patternProperties", "format", "minimum", "maximum", "multipleOf", "minLength",
+    "maxLength",
+    "minItems", "maxItems", "uniqueItems", "contains", "dependentRequired", "unevaluatedProperties", "propertyNames",
+    "$schema", "$id",
 )  # fmt: skip
 VALUES: tuple[Any, ...] = (
-    "object", "array", "string", "integer", "#", "#/$defs/t", "#/nowhere", "http://127.0.0.1:1/x", "^(a+)+$", "(?=a)", "uuid", 0, -1, 3,
-    10**12, 1e-9, {}, [], True, False, [{}], {"type": "string"}, {"$ref": "#"}, {"a": {}}, ["a", "a"], 123_456_789, None,
+    "object", "array", "string", "integer", "#", "#/$defs/t", "#/nowhere", "http://127.0.0.1:1/x", "^(a+)+$",
+    "(?=a)", "uuid", 0, -1, 3,
+    10**12, 1e-9, {}, [], True, False, [{}], {"type": "string"}, {"$ref": "#"}, {"a": {}}, ["a", "a"], 123_456_789,
+    None,
 )  # fmt: skip
 
 

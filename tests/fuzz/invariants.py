@@ -8,7 +8,7 @@ import itertools
 import time
 from pathlib import Path
 
-from stoker import keys
+from stoker.broker import keys
 from tests.fuzz.world import World
 from tests.leaks import open_work, overlong_keys
 

@@ -1,4 +1,4 @@
-"""Loading damaged models as a worker does when it starts, in a process of its own: one that aborts says so by its end."""
+"""Loading damaged models as a starting worker does, in a process of its own: one that aborts says so by its end."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import select
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,9 +21,14 @@ class Loader:
     def __init__(self, folder: Path) -> None:
         self._log = folder / "loader.log"
         self._process: subprocess.Popen[bytes] | None = None
+        self._one_at_a_time = threading.Lock()
 
     def load(self, path: Path) -> list[str]:
         """What is wrong with the end of loading, inspecting and verifying the model at `path`."""
+        with self._one_at_a_time:
+            return self._asked(path)
+
+    def _asked(self, path: Path) -> list[str]:
         process = self._running()
         assert process.stdin is not None
         assert process.stdout is not None

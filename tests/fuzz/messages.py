@@ -6,8 +6,8 @@ import json
 import random
 from typing import Any
 
-from stoker import keys, letters
-from stoker.envelope import envelope
+from stoker.broker import keys, letters
+from stoker.broker.envelope import envelope
 from tests.fuzz import odd
 from tests.fuzz.input import Input
 from tests.fuzz.world import QUEUES, World, as_json

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 import re
 from collections.abc import Callable, Sequence
@@ -11,7 +10,8 @@ from typing import Any
 
 TEXTS = (
     "", " ", "\x00", "a\x00b", "\ud800", "\udfff x", "é" * 7, "ab " * 40, "x" * 5000, "../../etc/passwd", "%s%n", "NaN",
-    "1e999", "null", "-1", "\u202e", "\ufeff", "</s>", "<|im_end|>", "stoker:unacked", "ab@1", "@", "😀", "\r\n", "[" * 50,
+    "1e999", "null", "-1", "\u202e", "\ufeff", "</s>", "<|im_end|>", "stoker:unacked", "ab@1", "@", "😀", "\r\n",
+    "[" * 50,
 )  # fmt: skip
 NUMBERS = (
     0,
@@ -39,6 +39,10 @@ UNREAL = (float("nan"), float("inf"), float("-inf"))
 BYTES = b'{}[]",:0179aeE+-\\\x00\xff\xfe\x80\xed\xa0 \n\r\t'
 
 
+class CallersOwn(Exception):
+    """What an object of the caller's raises: it is the caller's own, and reaches it as it is."""
+
+
 class Unreadable:
     """An object that fails when it is looked at."""
 
@@ -46,13 +50,13 @@ class Unreadable:
         return "Unreadable()"
 
     def __iter__(self) -> Any:
-        raise RuntimeError("this cannot be iterated")
+        raise CallersOwn
 
     def __len__(self) -> int:
-        raise RuntimeError("this has no length")
+        raise CallersOwn
 
     def __str__(self) -> str:
-        raise RuntimeError("this is no text")
+        raise CallersOwn
 
 
 def deep(levels: int) -> list[Any]:
@@ -68,8 +72,8 @@ def json_value(chance: random.Random, depth: int = 2) -> Any:
         lambda: chance.choice(TEXTS),
         lambda: chance.choice(NUMBERS),
         lambda: chance.choice((None, True, False)),
-        lambda: [] if depth == 0 else [json_value(chance, depth - 1) for _ in range(chance.randrange(4))],
-        lambda: {} if depth == 0 else {_name(chance): json_value(chance, depth - 1) for _ in range(chance.randrange(4))},
+        lambda: [json_value(chance, depth - 1) for _ in range(chance.randrange(4) if depth else 0)],
+        lambda: {_name(chance): json_value(chance, depth - 1) for _ in range(chance.randrange(4) if depth else 0)},
         lambda: deep(chance.choice((20, 900, 3000))) if depth == 2 else chance.choice(NUMBERS),
     ]  # fmt: skip
     return chance.choices(kinds, (4, 4, 2, 2, 2, 1))[0]()
@@ -118,7 +122,7 @@ def spoiled_bytes(chance: random.Random, whole: bytes) -> bytes:
 
 def spoiled(chance: random.Random, document: Any, odd: Callable[[random.Random], Any] = json_value) -> Any:
     """A copy of a document of objects and lists, with one or two of its parts replaced, left out or added."""
-    found = copy.deepcopy(document)
+    found = _copied(document)
     for _ in range(chance.choice((1, 1, 2))):
         holder, part = chance.choice(_places(found) or [(None, None)])
         if holder is None:
@@ -131,6 +135,12 @@ def spoiled(chance: random.Random, document: Any, odd: Callable[[random.Random],
         else:
             holder[part] = odd(chance)
     return found
+
+
+def _copied(document: Any) -> Any:
+    if isinstance(document, dict):
+        return {name: _copied(part) for name, part in document.items()}
+    return [_copied(part) for part in document] if isinstance(document, list) else document
 
 
 def _places(document: Any, depth: int = 8) -> list[tuple[Any, Any]]:

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from stoker import ledger
+from stoker.broker import ledger
 from stoker.client.options import AdapterOptions, EmbedOptions, GenerateOptions, TrainOptions
 from stoker.client.submission import job_record
 from stoker.contract import build, encode
@@ -24,17 +24,21 @@ TALK = [{"role": "system", "content": "ab"}, {"role": "user", "content": "ab"}]
 #: Sound calls: what is given to each, the name that it takes for an adapter's or a model's included.
 SOUND: dict[str, dict[str, Any]] = {
     "generate": {
-        "prompt": "ab", "model": GENERATE, "seed": 1, "max_tokens": 6, "n": 2, "temperature": 0.7, "top_k": 9, "top_p": 0.9,
+        "prompt": "ab", "model": GENERATE, "seed": 1, "max_tokens": 6, "n": 2, "temperature": 0.7, "top_k": 9,
+        "top_p": 0.9,
         "min_p": 0.01, "repetition_penalty": 1.1, "presence_penalty": 0.1, "frequency_penalty": 0.1, "stop": ["zz"],
-        "logit_bias": {3: 1.0}, "stop_token_ids": [5], "ignore_eos": False, "top_logprobs": 2, "priority": 5, "deadline": 20.0,
+        "logit_bias": {3: 1.0}, "stop_token_ids": [5], "ignore_eos": False, "top_logprobs": 2, "priority": 5,
+        "deadline": 20.0,
     },
     "embed": {
-        "texts": ["ab", "ab ab"], "model": EMBED, "normalize": True, "truncation": "end", "dimensions": 8, "dtype": "int8",
+        "texts": ["ab", "ab ab"], "model": EMBED, "normalize": True, "truncation": "end", "dimensions": 8,
+        "dtype": "int8",
         "prompt": "query: ", "priority": 4, "deadline": 20.0,
     },
     "train": {
         "dataset": ROWS, "model": GENERATE, "steps": 2, "rank": 2, "alpha": 4.0, "targets": ["q_proj"], "dropout": 0.1,
-        "batch_size": 2, "accumulation": 1, "max_length": 16, "learning_rate": 1e-3, "schedule": "cosine", "warmup_steps": 1,
+        "batch_size": 2, "accumulation": 1, "max_length": 16, "learning_rate": 1e-3, "schedule": "cosine",
+        "warmup_steps": 1,
         "weight_decay": 0.1, "clip": 1.0, "label_smoothing": 0.1, "held_out": 0.0, "spike": 0.0, "checkpoint_every": 5,
         "promote": False, "seed": 3, "priority": 6, "deadline": 30.0,
     },

@@ -1,4 +1,4 @@
-"""Wrong types and bytes at every key of `stoker/keys.py`: those of one job, those of readers, and those that all share."""
+"""Wrong types and bytes at every key of `stoker/keys.py`: those of one job, and those that all share."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from stoker import keys
+from stoker.broker import keys
+from stoker.broker.ledger.record import Field
 from stoker.client import GenerateJob, Job
 from stoker.errors import BrokerUnavailable, JobError, JobTimeout, StokerError, UnknownModel
-from stoker.ledger.record import Field
 from tests.chaos.fleet import EMBED, GENERATE
 from tests.fuzz import odd
 from tests.fuzz.input import Input
@@ -32,7 +32,8 @@ SHARED_ORDERS = (
 )  # fmt: skip
 SCORES = (0.0, -1.0, 1e18, float("inf"), float("-inf"), 1e9)
 NAMES = (
-    "ageing", "queue_limit", "client_limit", "crashes", "client_limit:default", "now:5", "next:5:default", "served", "served:5",
+    "ageing", "queue_limit", "client_limit", "crashes", "client_limit:default", "now:5", "next:5:default", "served",
+    "served:5",
     "last", "interval", "tiny-decoder/1", "tiny-encoder/1", "evil/1", "a", "",
 )  # fmt: skip
 
@@ -204,8 +205,8 @@ def _adapter(chance: random.Random, number: int) -> Input:
 
 
 def _shared_value(chance: random.Random, number: int) -> Input:
-    """A field or a member that nobody wrote, in what all jobs share. What a decision of the operator's could be, counts as
-    one, so it is taken away again."""
+    """A field or a member that nobody wrote, in what all jobs share. What could be a decision of the operator's counts
+    as one, so it is taken away again."""
     value, score = _value(chance), chance.choice(SCORES)
     if chance.random() < 0.5:
         key, name = chance.choice(SHARED_HASHES), chance.choice(NAMES) if chance.random() < 0.7 else _value(chance)
@@ -243,11 +244,13 @@ def _in_order(world: World, key: str, member: bytes, score: float) -> list[str]:
 
 SHARED_TYPES: dict[str, str] = {
     keys.MODELS: "hash", keys.WORKERS: "zset", keys.POLICY: "hash", keys.DEAD: "hash", keys.UNACKED: "hash",
-    f"{keys.UNACKED}_index": "zset", f"{keys.UNACKED}_mutex": "string", keys.JANITOR: "string", keys.adapters(GENERATE): "set",
+    f"{keys.UNACKED}_index": "zset", f"{keys.UNACKED}_mutex": "string", keys.JANITOR: "string",
+    keys.adapters(GENERATE): "set",
     **{keys.ready(queue): "list" for queue in QUEUES}, **{keys.open_jobs(queue): "zset" for queue in QUEUES},
     **{keys.dispatched(queue): "zset" for queue in QUEUES}, **{keys.turns(queue): "hash" for queue in QUEUES},
     **{keys.pace(queue): "hash" for queue in QUEUES}, **{keys.backlog(queue, 5): "zset" for queue in QUEUES},
-    **{keys.client("default", queue): "zset" for queue in QUEUES}, **{f"{keys.PREFIX}_kombu.binding.{queue}": "set" for queue in QUEUES},
+    **{keys.client("default", queue): "zset" for queue in QUEUES},
+    **{f"{keys.PREFIX}_kombu.binding.{queue}": "set" for queue in QUEUES},
     f"{keys.PREFIX}_kombu.binding.celery.pidbox": "set",
 }  # fmt: skip
 

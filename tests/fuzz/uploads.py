@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from stoker import keys, ledger
+from stoker.broker import keys, ledger
 from stoker.client.submission import job_record
 from stoker.contract import AdapterRequest, TrainRequest, bundle
 from stoker.contract.requests import Request
@@ -19,8 +19,10 @@ from tests.fuzz.world import REFUSED, World
 
 LINES = b'{"text": "ab ab"}\n{"text": "ab"}'
 NAMES = (
-    "dataset:{id}", "dataset:other:0123456789abcdef:5:{sha}", "dataset:{id}:0123456789abcdef:999999999999:{sha}", "vectors:{id}",
-    "worker:../../etc/passwd", "worker:x\x00y", "worker:", "adapter:{id}:0123456789abcdef:0:{sha}", "../job:{id}", "{id}",
+    "dataset:{id}", "dataset:other:0123456789abcdef:5:{sha}", "dataset:{id}:0123456789abcdef:999999999999:{sha}",
+    "vectors:{id}",
+    "worker:../../etc/passwd", "worker:x\x00y", "worker:", "adapter:{id}:0123456789abcdef:0:{sha}", "../job:{id}",
+    "{id}",
 )  # fmt: skip
 
 

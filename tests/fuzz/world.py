@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stoker import Client, keys
+from stoker import Client
+from stoker.broker import keys
 from stoker.client import Job
 from stoker.contract import Presence
 from stoker.errors import (
@@ -28,12 +29,13 @@ from tests.chaos.fleet import EMBED, GENERATE, Member, fleet_settings, make_mode
 from tests.conftest import wait_until
 from tests.engine.test_damaged import tiny_gguf
 from tests.fuzz.loader import Loader
+from tests.fuzz.odd import CallersOwn
 from tests.integration.machinery import FragileBroker
 
 #: Seconds after which a job that may be as long as it likes is cancelled, and in which any job has to end then.
 ENOUGH, ENDS_WITHIN = 3.0, 45.0
-#: Letters of an error. A longer one is no message for a person.
-LONGEST_ERROR = 4000
+#: Letters of an error: the longest repeats a whole regular expression, as its compiler does.
+LONGEST_ERROR = 21_000
 #: What a wrong request may end with.
 REFUSED: tuple[type[StokerError], ...] = (InvalidRequest, ModelError, DeadlineExceeded, JobCancelled, QueueFull)
 QUEUES = (
@@ -136,11 +138,13 @@ def _is_hash(client: Client, job_id: str) -> bool:
 def wrong_error(error: Exception, allowed: tuple[type[StokerError], ...]) -> list[str]:
     """An error is right if it is of the kinds that this input may end with, and says one thing in few words."""
     said = f"{type(error).__name__}: {str(error)[:1500]}"
+    if isinstance(error, CallersOwn):
+        return []
     if not isinstance(error, allowed):
         return [f"an error that it must not end with: {said}"]
     if len(str(error)) > LONGEST_ERROR or not str(error).strip():
         return [f"an error of {len(str(error))} letters: {said}"]
-    if re.search(r"worker's log has the traceback|Traceback", str(error)):
+    if re.search(r"worker's log has the traceback|Traceback|user_script", str(error)):
         return [f"an error that is not meant for people: {said}"]
     return []
 

@@ -41,7 +41,9 @@ class Claim:
     @classmethod
     def parse(cls, reply: list[bytes]) -> Claim:
         state, age, resumed, request, *cancelled = reply
-        return cls(state.decode(), float(age), resumed == b"1", request.decode(), cancelled == [b"1"])
+        # Bytes that are no text become what is no JSON: the job ends with an error that says so.
+        asked = request.decode(errors="backslashreplace")
+        return cls(state.decode(), float(age), resumed == b"1", asked, cancelled == [b"1"])
 
 
 @dataclass(frozen=True)

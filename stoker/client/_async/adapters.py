@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from typing_extensions import Unpack
 
 from stoker.adapters import Folder
@@ -51,7 +49,7 @@ class AsyncAdapters:
         Options and their defaults: promote=True (serve it as soon as it is there), priority=5, deadline=None.
         """
         fields = checked_options(options, AdapterOptions, ("model", "job_id"))
-        data = await in_thread(bundle.read_folder, Path(folder), named=True)
+        data = await in_thread(bundle.read_folder, bundle.folder_of(folder), named=True)
         job_id = requests.checked_job_id(job_id)
         request = requests.adapter_request(await self._model(model), name, job_id, fields)
         await self._link.submit(request, job_id, data)

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from typing_extensions import Unpack
 
 from stoker.adapters import Folder
@@ -52,7 +50,7 @@ class Adapters:
         Options and their defaults: promote=True (serve it as soon as it is there), priority=5, deadline=None.
         """
         fields = checked_options(options, AdapterOptions, ("model", "job_id"))
-        data = in_thread(bundle.read_folder, Path(folder), named=True)
+        data = in_thread(bundle.read_folder, bundle.folder_of(folder), named=True)
         job_id = requests.checked_job_id(job_id)
         request = requests.adapter_request(self._model(model), name, job_id, fields)
         self._link.submit(request, job_id, data)

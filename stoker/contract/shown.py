@@ -1,0 +1,20 @@
+"""A given value, as a message shows it: short, and for every value there is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def brief(value: Any, most: int = 60) -> str:
+    """The `repr` of `value`, cut to `most` characters; its type where it has none: an object may fail when it is looked
+    at, and a list may be nested too deeply."""
+    try:
+        text = repr(value)
+    except Exception:
+        return f"an object of type {type(value).__name__} that cannot be shown"
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def trouble(error: OSError | ValueError) -> str:
+    """Why a path cannot be used: the system's words, or those for what is no path at all."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
