@@ -12,7 +12,9 @@ import numpy as np
 
 from bench.shapes import SHAPES
 from engine.adapters.stacked import StackedLora
-from engine.generation.sampling import Draw, sampling_batch
+from engine.generation.draws import Draw
+from engine.generation.forward_input import ForwardInput
+from engine.generation.sampling_batch import sampling_batch
 from engine.generation.step import Step
 from engine.models.cache import KeyValues
 from engine.models.llama import Llama
@@ -89,14 +91,8 @@ class Loop:
             start = time.perf_counter()
             tokens = self._tokens
             for _ in range(STEPS):
-                chosen = self._step(
-                    self._kv,
-                    tokens[:, None],
-                    self._offset,
-                    kv_length=CAPACITY,
-                    sampling=self._sampling,
-                    adapters=self._adapters,
-                )
+                given = ForwardInput(tokens[:, None], self._offset, CAPACITY, adapters=self._adapters)
+                chosen = self._step(self._kv, given, self._sampling)
                 tokens = chosen[0]
                 mx.async_eval(chosen)  # type: ignore[no-untyped-call]
             mx.eval(tokens)

@@ -9,8 +9,11 @@ import mlx.core as mx
 import numpy as np
 
 from engine.adapters.pool import AdapterPool
+from engine.generation.draws import Draw, Pick
+from engine.generation.forward_input import ForwardInput
 from engine.generation.row import Row, RowState
-from engine.generation.sampling import Draw, Pick, SamplingBatch, picks, sampling_batch
+from engine.generation.sampling import picks
+from engine.generation.sampling_batch import SamplingBatch, sampling_batch
 from engine.generation.step import Step, bucket
 from engine.models.cache import KeyValues
 from engine.models.llama import Llama
@@ -109,14 +112,13 @@ class Batch:
         draws, sampling = gather(self.rows, ahead, self._model.args.vocab, size)
         offset = np.zeros(size, dtype=np.int32)
         offset[:count] = [row.cached for row in self.rows]
-        chosen = self._step(
-            self.kv,
+        given = ForwardInput(
             self._tokens(pending, size)[:, None],
             mx.array(offset),
-            kv_length=self._kv_length(int(offset.max()) + 1),
-            sampling=sampling,
+            self._kv_length(int(offset.max()) + 1),
             adapters=self._pool.rows([row.adapter for row in self.rows] + [0] * (size - count)),
         )
+        chosen = self._step(self.kv, given, sampling)
         mx.async_eval(chosen)  # type: ignore[no-untyped-call]
         for row in self.rows:
             row.cached += 1

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from engine.adapters.pool import AdapterPool
 from engine.generation.batch import Batch
+from engine.generation.draws import Pick
 from engine.generation.kv_budget import KvBudget
 from engine.generation.limits import GROUP, GROUP_TOKENS, Limits
 from engine.generation.prefill import Prefill, PrefillPacer
@@ -15,7 +16,6 @@ from engine.generation.prefixes import PrefixCache
 from engine.generation.prompt import check_ids, tokenize
 from engine.generation.roster import Roster
 from engine.generation.row import Generation, Row, RowFault, RowState
-from engine.generation.sampling import Pick
 from engine.generation.step import Step, usual
 from engine.generation.structured import Vocabulary
 from engine.loading import LoadedModel

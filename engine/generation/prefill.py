@@ -10,9 +10,12 @@ import numpy as np
 
 from engine.adapters.pool import AdapterPool
 from engine.generation.batch import SMALLEST_KV_LENGTH, gather
+from engine.generation.draws import Draw, Pick
+from engine.generation.forward_input import ForwardInput
 from engine.generation.prefixes import SHORTEST, PrefixCache
 from engine.generation.row import Row, RowState
-from engine.generation.sampling import Draw, Pick, SamplingBatch, picks
+from engine.generation.sampling import picks
+from engine.generation.sampling_batch import SamplingBatch
 from engine.generation.step import Step, bucket
 from engine.models.cache import KeyValues
 from engine.models.llama import Llama
@@ -127,16 +130,15 @@ class Prefill:
             # A chunk is padded to its bucket: the last one may write beyond the prompt.
             self.kv.resize(size, bucket(end, SMALLEST_KV_LENGTH))
         exact = not self._step.prompt_buckets and size == 1
-        return self._step(
-            self.kv,
+        given = ForwardInput(
             mx.array(tokens),
             mx.array(offset),
-            kv_length=end if exact else min(bucket(end, SMALLEST_KV_LENGTH), self.kv.capacity),
+            end if exact else min(bucket(end, SMALLEST_KV_LENGTH), self.kv.capacity),
             last=mx.array(last),
-            sampling=sampling,
             adapters=self._pool.rows(adapters),
             exact=exact,
         )
+        return self._step(self.kv, given, sampling)
 
 
 def owner(pool: AdapterPool, row: Row) -> Hashable:

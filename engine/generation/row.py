@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-from engine.generation.sampling import Draw, Pick, Uniforms, penalised
+from engine.generation.draws import Draw, Pick, Uniforms, penalised
 from engine.generation.stopping import StopScanner
 from engine.generation.structured import Grammar
 from engine.text.detokenizer import StreamingDetokenizer

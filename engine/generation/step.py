@@ -1,23 +1,43 @@
 """One pass of a batch through the model, from tokens to tokens, and the keys and values it leaves.
 
-`Step` is one function for decoding and prefilling: `tokens` are (rows, 1) or (rows, many). `mx.compile` traces it once
+`Step` is one function for decoding and prefilling: tokens are (rows, 1) or (rows, many). `mx.compile` traces it once
 for every set of shapes; so rows, tokens and KV lengths come in few sizes (`bucket`), and the traces are counted.
 """
 
 from __future__ import annotations
 
-import functools
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
 
 import mlx.core as mx
 
-from engine.adapters.stacked import StackedLora
-from engine.generation.sampling import SamplingBatch, choose
-from engine.models.cache import KeyValues, View
+from engine.generation.forward_input import ForwardInput, flatten, unflatten
+from engine.generation.sampling import choose
+from engine.generation.sampling_batch import SamplingBatch
+from engine.models.cache import KeyValues, Stored, View
 from engine.models.compiler import fuses_on_cpu, on_cpu
 from engine.models.llama import Llama
+
+T = TypeVar("T")
+Input = TypeVar("Input")
+
+
+@dataclass(frozen=True, eq=False)
+class _Pass:
+    """A whole pass: through the model, and from its logits to tokens."""
+
+    given: ForwardInput
+    sampling: SamplingBatch | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Forward:
+    """The model's part. `logits`: whether they are wanted."""
+
+    given: ForwardInput
+    logits: bool
 
 
 def bucket(least: int, smallest: int = 1) -> int:
@@ -58,104 +78,56 @@ class Step:
         self._kept: OrderedDict[Hashable, Callable[..., Any]] = OrderedDict()
 
     def __call__(
-        self,
-        kv: KeyValues,
-        tokens: mx.array,
-        offset: mx.array,
-        *,
-        kv_length: int,
-        last: mx.array | None = None,
-        sampling: SamplingBatch | None = None,
-        adapters: StackedLora | None = None,
-        exact: bool = False,
+        self, kv: KeyValues, given: ForwardInput, sampling: SamplingBatch | None = None
     ) -> tuple[mx.array, ...]:
-        """Put `tokens` int32 (rows, many) through the model, row i's at position `offset[i]`; nothing is evaluated.
+        """Put tokens through the model, which writes and reads `kv`; nothing is evaluated.
 
-        Returns what `sampling.choose` makes of each row's token at index `last[i]` (None: the only one); nothing when
-        `sampling` is None, for a chunk in the middle of a prompt.
+        Returns what `sampling.choose` makes of each row's last token; nothing without `sampling`: for a chunk in the
+        middle of a prompt.
         """
-        tree = None if adapters is None else (adapters.stacks, adapters.indices)
         stored = kv.keys, kv.values
-        run = (
-            self._traced(self._whole, stored, tokens, sampling, tree, kv_length)
-            if self._compiled == "all"
-            else self._whole
-        )
-        keys, values, chosen = run(stored, tokens, offset, last, sampling, tree, kv_length, exact)
-        kv.keys, kv.values = keys, values
+        if self._compiled == "all":
+            kv.keys, kv.values, chosen = self._traced(self._whole, stored, _Pass(given, sampling))
+        else:
+            kv.keys, kv.values, chosen = self._whole(stored, _Pass(given, sampling))
         return tuple(chosen)
 
-    def _traced(
-        self,
-        function: Callable[..., Any],
-        stored: tuple[list[mx.array], list[mx.array]],
-        tokens: mx.array,
-        sampling: SamplingBatch | None,
-        tree: Any,
-        kv_length: int,
-    ) -> Callable[..., Any]:
-        """`function` as compiled for these shapes. One object a trace: dropping it is the only way to free one."""
-        key = tokens.shape, stored[0][0].shape, kv_length, _shapes_of(sampling), _shapes_of_stacks(tree)
+    def _whole(self, stored: Stored, step: _Pass) -> tuple[list[mx.array], list[mx.array], list[mx.array]]:
+        given, sampling = step.given, step.sampling
+        wanted = _Forward(given, sampling is not None)
+        if self._compiled == "decode" and given.tokens.shape[1] == 1 and not given.exact:
+            keys, values, logits = self._traced(self._forward, stored, wanted)
+        else:
+            keys, values, logits = self._forward(stored, wanted)
+        if logits is None or sampling is None:
+            return keys, values, []
+        newest = given.tokens[:, 0] if sampling.counts_newest else None
+        return keys, values, list(choose(logits, sampling, newest))
+
+    def _forward(self, stored: Stored, step: _Forward) -> tuple[list[mx.array], list[mx.array], mx.array | None]:
+        self.traces += 1
+        model, given = self._model, step.given
+        rows, many = given.tokens.shape
+        view = View(stored, given.offset, (rows, many), given.kv_length, given.exact, model.args.window)
+        hidden = model(given.tokens, cache=view, adapters=given.adapters)
+        if not step.logits:
+            return view.keys, view.values, None
+        final = hidden[:, -1] if given.last is None else hidden[mx.arange(rows), given.last]
+        return view.keys, view.values, model.head(final)
+
+    def _traced(self, function: Callable[[Stored, Input], T], stored: Stored, given: Input) -> T:
+        """`function(stored, given)`, as compiled for these shapes."""
+        arrays: list[Any] = []
+        layout = flatten(given, arrays)
+        key = stored[0][0].shape, layout
         if key not in self._kept:
-            # A partial: two compiled objects of one function would share their traces.
-            self._kept[key] = mx.compile(functools.partial(function))
+            # One function a trace: dropping it is the only way to free one.
+            def run(stored: Stored, arrays: list[Any]) -> T:
+                return function(stored, unflatten(layout, iter(arrays)))
+
+            self._kept[key] = mx.compile(run)
             if len(self._kept) > TRACES[self._compiled]:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(key)
-        return self._kept[key]
-
-    def _whole(
-        self,
-        stored: tuple[list[mx.array], list[mx.array]],
-        tokens: mx.array,
-        offset: mx.array,
-        last: mx.array | None,
-        sampling: SamplingBatch | None,
-        tree: Any,
-        kv_length: int,
-        exact: bool,
-    ) -> tuple[list[mx.array], list[mx.array], list[mx.array]]:
-        forward = self._forward
-        if self._compiled == "decode" and tokens.shape[1] == 1 and not exact:
-            forward = self._traced(self._forward, stored, tokens, None, tree, kv_length)
-        keys, values, logits = forward(stored, tokens, offset, last, tree, kv_length, exact, sampling is not None)
-        if logits is None or sampling is None:
-            return keys, values, []
-        newest = tokens[:, 0] if "fresh" in sampling else None
-        return keys, values, list(choose(logits, sampling, newest))
-
-    def _forward(
-        self,
-        stored: tuple[list[mx.array], list[mx.array]],
-        tokens: mx.array,
-        offset: mx.array,
-        last: mx.array | None,
-        tree: Any,
-        kv_length: int,
-        exact: bool,
-        wanted: bool,
-    ) -> tuple[list[mx.array], list[mx.array], mx.array | None]:
-        self.traces += 1
-        model = self._model
-        rows, many = tokens.shape
-        view = View(stored, offset, (rows, many), kv_length=kv_length, exact=exact, window=model.args.window)
-        adapters = None if tree is None else StackedLora(*tree)
-        hidden = model(tokens, cache=view, adapters=adapters)
-        if not wanted:
-            return view.keys, view.values, None
-        final = hidden[:, -1] if last is None else hidden[mx.arange(rows), last]
-        return view.keys, view.values, model.head(final)
-
-
-def _shapes_of(sampling: SamplingBatch | None) -> Hashable:
-    if sampling is None:
-        return None
-    return tuple((name, value.shape if isinstance(value, mx.array) else value) for name, value in sampling.items())
-
-
-def _shapes_of_stacks(tree: Any) -> Hashable:
-    """All stacks have room for the same adapters and rank: one of them and their number say it all."""
-    if tree is None:
-        return None
-    stacks = tree[0]
-    return next(iter(stacks.values()))["a"].shape[::2], sum(map(len, stacks.values()))
+        made: T = self._kept[key](stored, arrays)
+        return made

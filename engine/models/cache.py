@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Protocol, TypeAlias
 
 import mlx.core as mx
 
 from engine.models.attention import Mask
 
-if TYPE_CHECKING:
-    from engine.models.llama import Llama
+#: Keys and values of every layer, each (rows, kv_heads, capacity, head_dim).
+Stored: TypeAlias = tuple[list[mx.array], list[mx.array]]
+
+
+class KvSizes(Protocol):
+    @property
+    def layers(self) -> int: ...
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+
+
+class Decoder(Protocol):
+    """What decides how large a model's keys and values are."""
+
+    @property
+    def args(self) -> KvSizes: ...
+    @property
+    def dtype(self) -> mx.Dtype: ...
 
 
 class LayerCache(Protocol):
@@ -41,7 +59,7 @@ class KeyValues:
     in place, because nothing else holds the old ones. If anything held them, MLX would copy them whole at every step.
     """
 
-    def __init__(self, model: Llama, rows: int, capacity: int) -> None:
+    def __init__(self, model: Decoder, rows: int, capacity: int) -> None:
         args = model.args
         shape = (rows, args.kv_heads, capacity, args.head_dim)
         self.keys = [mx.zeros(shape, model.dtype) for _ in range(args.layers)]
@@ -91,7 +109,7 @@ class KeyValues:
         return made
 
 
-def bytes_per_token(model: Llama) -> int:
+def bytes_per_token(model: Decoder) -> int:
     """What one token's keys and values take: two arrays of the grouped heads in every layer."""
     args = model.args
     return 2 * args.layers * args.kv_heads * args.head_dim * int(model.dtype.size)
@@ -106,22 +124,30 @@ def _resized(array: mx.array, rows: int, capacity: int) -> mx.array:
 class View:
     """A `LayerCache` over keys and values for one pass: row i's new tokens lie at `offset[i]` and after it.
 
-    `kv_length`: how many positions are read, a bound for every row. `exact`: one row, of which this pass fills every
-    position that is read: then attention is causal and needs no mask.
+    `shape`: rows and tokens. `kv_length`: how many positions are read, a bound for every row. `window`: the model's.
+    `exact`: one row, of which this pass fills every position that is read: attention is causal and needs no mask then.
     """
 
-    def __init__(self, kv: tuple[list[mx.array], list[mx.array]], offset: mx.array, shape: tuple[int, int], **how: Any):
+    def __init__(
+        self,
+        kv: Stored,
+        offset: mx.array,
+        shape: tuple[int, int],
+        kv_length: int,
+        exact: bool = False,
+        window: int | None = None,
+    ) -> None:
         self.keys, self.values = list(kv[0]), list(kv[1])
-        self.offset, self._kv_length = offset, int(how["kv_length"])
+        self.offset, self._kv_length = offset, kv_length
         self._rows, self._tokens = shape
         # With one token, too: a sliding window hides what lies before it.
         self.mask: Mask = "causal"
-        if not how["exact"]:
+        if not exact:
             keys = mx.arange(self._kv_length)[None, None]
             positions = offset[:, None, None] + mx.arange(self._tokens)[None, :, None]
             seen = keys <= positions
-            if how["window"] is not None:
-                seen = seen & (keys > positions - how["window"])
+            if window is not None:
+                seen = seen & (keys > positions - window)
             self.mask = seen[:, None]
 
     def update(self, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:

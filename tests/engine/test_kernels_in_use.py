@@ -12,7 +12,10 @@ import pytest
 from engine.adapters.pool import AdapterPool
 from engine.adapters.store import AdapterStore
 from engine.embedding.forward import pooled
-from engine.generation.sampling import Draw, choose, sampling_batch
+from engine.generation.draws import Draw
+from engine.generation.forward_input import ForwardInput
+from engine.generation.sampling import choose
+from engine.generation.sampling_batch import sampling_batch
 from engine.generation.step import Step
 from engine.loading import load
 from engine.models.cache import KeyValues
@@ -51,14 +54,8 @@ def _decoded(llama: Llama, pool: AdapterPool | None = None) -> tuple[list[list[f
     ]
     draws = [Draw(request, uniform) for request, uniform in zip(requests, (0.1, 0.5, 0.9), strict=True)]
     adapters = None if pool is None else pool.rows([1, 0, 2])
-    chosen = Step(llama, "none")(
-        kv,
-        mx.array(TOKENS, mx.int32),
-        mx.array(LENGTHS, mx.int32),
-        kv_length=16,
-        sampling=sampling_batch(draws, llama.args.vocab),
-        adapters=adapters,
-    )
+    given = ForwardInput(mx.array(TOKENS, mx.int32), mx.array(LENGTHS, mx.int32), 16, adapters=adapters)
+    chosen = Step(llama, "none")(kv, given, sampling_batch(draws, llama.args.vocab))
     mx.eval(chosen, kv.keys, kv.values)
     return [np.array(array).tolist() for array in chosen], kv
 

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 
 from engine.generation import step as step_module
+from engine.generation.forward_input import ForwardInput
+from engine.generation.sampling_batch import SamplingBatch
 from engine.generation.step import Step
 from engine.loading import LoadedModel
 from engine.models import fastmath
@@ -115,7 +117,7 @@ def test_decoding_writes_in_place(tiny_llama: Llama, rows: int) -> None:
 
     def decode(position: int) -> None:
         tokens, offset = mx.array([[4]] * rows), mx.array([position] * rows)
-        mx.eval(step(kv, tokens, offset, kv_length=64, sampling={}), kv.keys, kv.values)
+        mx.eval(step(kv, ForwardInput(tokens, offset, 64), SamplingBatch()), kv.keys, kv.values)
 
     decode(0)
     mx.reset_peak_memory()
@@ -128,7 +130,7 @@ def test_only_so_many_traces_are_kept(tiny_llama: Llama, monkeypatch: pytest.Mon
     monkeypatch.setattr(step_module, "TRACES", dict.fromkeys(("all", "decode"), 2))
     kv, step = KeyValues(tiny_llama, 1, 256), Step(tiny_llama, "decode")
     for kv_length in (64, 64, 128, 64, 192, 64, 128):  # the last one was given up for 192
-        mx.eval(step(kv, mx.array([[4]]), mx.array([5]), kv_length=kv_length, sampling={}))
+        mx.eval(step(kv, ForwardInput(mx.array([[4]]), mx.array([5]), kv_length), SamplingBatch()))
     assert step.traces == 4
     assert len(step._kept) == 2
 

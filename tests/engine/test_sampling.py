@@ -12,7 +12,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from engine.generation.sampling import Draw, Pick, Uniforms, process, sample, sampling_batch, uniforms, warp
+from engine.generation.draws import Draw, Pick, Uniforms, uniforms
+from engine.generation.forward_input import flatten
+from engine.generation.sampling import process, sample, warp
+from engine.generation.sampling_batch import sampling_batch
 from stoker.contract import GenerateRequest
 
 GOLDENS = Path(__file__).parent.parent / "goldens"
@@ -43,7 +46,8 @@ def test_every_processor_and_their_order_are_those_of_transformers(golden: dict[
     rows = golden["logits"].reshape(-1, golden["logits"].shape[-1])
     draws = [draw(tally=tally, **case) for case in CASES for _ in range(golden["logits"].shape[1])]
     made = sampling_batch(draws, rows.shape[-1])
-    found = np.array(warp(process(mx.array(rows), made), made))
+    assert made.random is not None
+    found = np.array(warp(process(mx.array(rows), made), made.random))
     wanted = golden["scores"].reshape(rows.shape)
     # What is e^87 times less likely than the best is zero in float32.
     wanted = np.where(wanted < wanted.max(axis=-1, keepdims=True) - 87, -np.inf, wanted)
@@ -117,7 +121,9 @@ def test_columns_are_padded_with_rows_that_are_greedy() -> None:
     rows = logits(4)
     draws = [draw(seed=1, temperature=1.0, top_k=5, repetition_penalty=1.1, tally={4: 1}, logit_bias={3: 1.0})]
     made = sampling_batch(draws, VOCABULARY, 4)
-    assert {array.shape[0] for array in made.values() if isinstance(array, mx.array)} == {4}
+    arrays: list[mx.array] = []
+    flatten(made, arrays)
+    assert {array.shape[0] for array in arrays} == {4}
     assert np.allclose(np.array(process(mx.array(rows), made))[1:], rows[1:])
 
 
@@ -125,14 +131,16 @@ def test_a_penalty_on_a_token_that_the_model_does_not_have_touches_nothing() -> 
     made = sampling_batch(
         [draw(seed=1, repetition_penalty=1.1, tally={4: 1, VOCABULARY: 3, VOCABULARY + 10: 1})], VOCABULARY
     )
-    assert int(np.array(made["seen_ids"]).max()) == 4
-    assert float(np.array(made["counts"]).sum()) == 1.0
+    assert made.penalties is not None
+    assert int(np.array(made.penalties.seen_ids).max()) == 4
+    assert float(np.array(made.penalties.counts).sum()) == 1.0
 
 
 def test_a_bias_on_a_token_that_the_model_does_not_have_touches_nothing() -> None:
     made = sampling_batch([draw(logit_bias={4: 2.0, VOCABULARY: 3.0, VOCABULARY + 10: 1.0})], VOCABULARY)
-    assert int(np.array(made["bias_ids"]).max()) == 4
-    assert float(np.array(made["bias"]).sum()) == 2.0
+    assert made.bias is not None
+    assert int(np.array(made.bias.ids).max()) == 4
+    assert float(np.array(made.bias.values).sum()) == 2.0
 
 
 def test_a_row_draws_its_numbers_beyond_the_first_block() -> None:
@@ -281,5 +289,5 @@ def test_logits_beyond_the_tokenizer_are_never_allowed_under_a_grammar() -> None
     mask = np.array([0b1110], dtype=np.int32)  # 32 tokens, of which three are allowed
     picks = sample(mx.array(rows), [draw(mask=mask), draw(seed=2, temperature=5.0, mask=mask)])
     assert {pick.token_id for pick in picks} <= {1, 2, 3}
-    made = np.array(sampling_batch([draw(mask=mask), draw()], 128)["mask"]).view(np.uint32)
+    made = np.array(sampling_batch([draw(mask=mask), draw()], 128).mask).view(np.uint32)
     assert made.tolist() == [[0b1110, 0, 0, 0], [2**32 - 1] * 4]
