@@ -20,8 +20,8 @@ import numpy as np
 
 from engine.ticket import Entry, Ticket
 from stoker.contract import EmbedRequest, GenerateRequest, GenerateResult, ModelCard, StreamToken, Usage
-from workers import boot
-from workers.app import app
+from workers.celery import boot
+from workers.celery.app import app
 
 MODEL, ENCODER = "idle", "idle-encoder"
 KINDS = {MODEL: ("generate", "train", "adapters"), ENCODER: ("embed",)}
@@ -54,7 +54,7 @@ class Work:
 
 
 class IdleEngine:
-    """What `workers.runtime` asks of an engine."""
+    """What `workers.services.runtime` asks of an engine."""
 
     device, adapters, memory_bytes, step_began = "none", {}, 0, None
 

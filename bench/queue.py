@@ -29,7 +29,7 @@ from stoker.local.broker import EmbeddedBroker
 from stoker.local.process import Process
 from stoker.local.stack import worker_command
 from stoker.settings import load_settings
-from workers.publishing import Publisher
+from workers.services.publishing import Publisher
 
 ROUND_TRIPS = 300
 KILLS = 8
@@ -56,7 +56,7 @@ class Bench:
         self._number += 1
         settings = self.settings.model_copy(update=changes)
         name = f"idle-{self._number}@bench"
-        command = [part.replace("workers.app", "bench.idle_worker") for part in worker_command(settings, name)]
+        command = [part.replace("workers.celery.app", "bench.idle_worker") for part in worker_command(settings, name)]
         env = {"BENCH_RATE": f"{rate:g}", "BENCH_KINDS": "generate" if one_kind else ""}
         process = self._start(name, command, settings.environment() | env)
         with Client(settings=settings) as client:

@@ -1,4 +1,4 @@
-"""Celery's command as a worker is started: `python -m workers -A workers.app worker …`."""
+"""Celery's command as a worker is started: `python -m workers -A workers.celery.app worker …`."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from typing import Any
 from redis.exceptions import RedisError
 
 from stoker.broker import keys
-from workers.mending import SHARED, keys_of
+from workers.services.mending import SHARED, keys_of
 
 
 def blame(redis: Any, job_id: str, queue: str, error: BaseException) -> str:

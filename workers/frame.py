@@ -18,6 +18,7 @@ from stoker.broker.ledger.replies import Claim, Crash
 from stoker.broker.outcome import Outcome
 from stoker.contract import Usage, encode
 from stoker.contract.codec import read
+from stoker.contract.kinds import of_task
 from stoker.contract.names import Rule, checked
 from stoker.contract.requests import JobRequest
 from stoker.errors import (
@@ -34,8 +35,8 @@ from stoker.errors import (
 from workers import disk, memory
 from workers.artifacts import StoreTrouble
 from workers.blame import blame
-from workers.lanes import LaneRequest, lanes
-from workers.runtime import Fenced, current
+from workers.context import WorkerContext
+from workers.services.runtime import Fenced, Runtime
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ class Spoiled(Exception):
 class JobTask(Task):
     """The base of the tasks: one slot in a lane, errors of our own tree without a traceback in the log."""
 
-    Request = LaneRequest
+    Request = "workers.celery.lanes:LaneRequest"
     throws = (StokerError,)
     # The ledger stores it, in the same step in which the job ends.
     ignore_result = True
@@ -63,7 +64,9 @@ class Run:
     """One delivery of one job: what the task knows of it while it runs."""
 
     def __init__(self, task: Task) -> None:
-        self.runtime, self.job_id = current(), str(task.request.id)
+        self._context: WorkerContext = task.app.context
+        self.runtime: Runtime = self._context.runtime
+        self.job_id = str(task.request.id)
         self._task = task
         self._queue = task.request.delivery_info["routing_key"]
         self._token, self._tag = task.request.stoker_token, task.request.stoker_tag
@@ -154,7 +157,7 @@ class Run:
 
     def ran_out_of_memory(self) -> bool:
         """Count that the job ended for want of memory; return whether it may try again, in a smaller lane."""
-        lanes.shrink(self._task.name.removeprefix("stoker."))
+        self._context.lanes.shrink(of_task(self._task.name).name)
         count = self._persist(ledger.count_out_of_memory, self._token)
         if count == 0:
             raise self._fenced()
@@ -170,9 +173,7 @@ class Run:
 
     def forget(self) -> None:
         """Leave no trace: neither result nor ack."""
-        request = LaneRequest.by_token.get(self._token)
-        if request is not None:
-            request.fence()
+        self._context.deliveries.fence(self._token)
 
     def _send(self, event: str, **fields: Any) -> None:
         """Send an event to the monitors, above all Flower. No job waits for it, and none fails if it cannot be sent."""

@@ -65,7 +65,7 @@ def of_queue(queue: str) -> JobKind | None:
 
 def of_task(task: str) -> JobKind:
     """The kind that a Celery task runs."""
-    return next(kind for kind in KINDS.values() if kind.task == task)
+    return KINDS[task.removeprefix("stoker.")]
 
 
 def of_request(request: type[Request]) -> JobKind:

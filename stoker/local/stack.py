@@ -26,7 +26,7 @@ FLOWER_PORT = 5555
 POLL = 0.1
 #: Seconds between a worker's end and its restart: enough not to spin when something is broken for good.
 RESTART_PAUSE = 2.0
-#: What a worker writes before the error that ended its boot (workers/boot.py).
+#: What a worker writes before the error that ended its boot (workers/celery/boot.py).
 ERROR_MARK = "stoker-error: "
 
 
@@ -183,7 +183,7 @@ def celery_command(command: str) -> list[str]:
             "or use the image (docker compose --profile cpu-worker up)."
         )
     # Flower takes the arguments of Celery's own module for its own.
-    return [sys.executable, "-m", "workers" if command == "worker" else "celery", "-A", "workers.app", command]
+    return [sys.executable, "-m", "workers" if command == "worker" else "celery", "-A", "workers.celery.app", command]
 
 
 def worker_command(settings: Settings, name: str) -> list[str]:

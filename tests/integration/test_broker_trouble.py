@@ -54,7 +54,7 @@ def test_a_stream_goes_on_when_the_broker_was_killed_and_is_back(fragile: Fragil
 
 
 def test_dropped_connections_neither_end_the_worker_nor_run_a_job_twice(fragile: FragileBroker, tmp_path: Path) -> None:
-    """kombu 5.7.0 alone fails this: the late ack on a closed channel ends the worker (see workers/transport.py)."""
+    """kombu 5.7.0 alone fails this: the late ack on a closed channel ends the worker (workers/celery/transport.py)."""
     with worker_on(fragile, tmp_path / "worker") as stack, patient_client(fragile.url, 60) as client:
         pid = client.workers()[0].pid
         job = client.generate(GOLDEN["prompt"], model=GENERATE_MODEL, max_tokens=64)

@@ -30,14 +30,14 @@ CHECKOUT = Path(__file__).parents[2]
 
 
 class StackOf(Stack):
-    """A stack whose worker runs another app than `workers.app`."""
+    """A stack whose worker runs another app than `workers.celery.app`."""
 
     def __init__(self, settings: Settings, app: str) -> None:
         super().__init__(settings, flower=False)
         self._app = app
 
     def _spawn(self, name: str, command: list[str], grace: float) -> Process:
-        return super()._spawn(name, [self._app if part == "workers.app" else part for part in command], grace)
+        return super()._spawn(name, [self._app if part == "workers.celery.app" else part for part in command], grace)
 
 
 def test_a_stream_goes_on_when_a_replica_takes_the_brokers_place(tmp_path: Path) -> None:

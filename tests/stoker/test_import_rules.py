@@ -28,7 +28,7 @@ def test_the_command_line_loads_neither_mlx_nor_worker_code() -> None:
 
 def test_importing_the_workers_app_loads_no_mlx(tmp_path: Path) -> None:
     """Flower and `celery inspect` import it on machines that hold no model."""
-    code = "import workers.app, sys; assert 'mlx' not in sys.modules and 'engine' not in sys.modules"
+    code = "import workers.celery.app, sys; assert 'mlx' not in sys.modules and 'engine' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

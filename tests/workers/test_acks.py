@@ -12,7 +12,7 @@ from stoker.broker import keys
 from stoker.broker.connection import connect
 from stoker.celery_config import shared_config
 from stoker.settings import Settings
-from workers import transport
+from workers.celery import transport
 
 #: What `STOKER_GENERATE_SLOTS` may be, and the loop.
 THREADS = 257

@@ -13,7 +13,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 
 from tests.conftest import wait_until
-from workers.background import EXIT_CODE, SAY_EVERY, Background
+from workers.services.background import EXIT_CODE, SAY_EVERY, Background
 
 WRONG_TYPE = ResponseError("WRONGTYPE Operation against a key holding the wrong kind of value")
 
@@ -77,7 +77,7 @@ def test_what_ends_the_thread_is_logged_with_its_name_and_ends_the_worker(
 
 def test_the_worker_ends_with_the_code_that_the_log_names() -> None:
     code = (
-        "import threading, time; from workers.background import Background\n"
+        "import threading, time; from workers.services.background import Background\n"
         "def work(): raise SystemExit(3)\n"
         "Background('x', work, stopped=threading.Event()).start(); time.sleep(60)"
     )

@@ -7,7 +7,7 @@ import pytest
 from stoker.broker.connection import connect
 from stoker.errors import BrokerUnavailable, ConfigError
 from stoker.settings import Settings
-from workers.broker_check import check_broker
+from workers.services.broker_check import check_broker
 
 
 def test_a_broker_that_keeps_every_key_is_good(broker: Settings) -> None:

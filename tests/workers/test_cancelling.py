@@ -15,9 +15,9 @@ from stoker.broker.connection import connect
 from stoker.errors import JobCancelled
 from stoker.settings import Settings
 from tests.conftest import wait_until
-from workers import cancelling
-from workers.cancelling import CancelWatch
-from workers.runtime import Runtime
+from workers.services import cancelling
+from workers.services.cancelling import CancelWatch
+from workers.services.runtime import Runtime
 
 
 class Engine:

@@ -6,9 +6,9 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from types import SimpleNamespace
 from typing import Any
 
-import kombu
 import kombu.transport.redis as kombu_redis
 import pytest
 
@@ -20,7 +20,10 @@ from stoker.celery_config import shared_config
 from stoker.contract import ModelCard
 from stoker.settings import Settings
 from tests.workers.test_presence import Others, heart
-from workers import clock, transport
+from workers import clock
+from workers.celery import transport
+from workers.celery.transport import WorkerConnection
+from workers.deliveries import Deliveries
 
 QUEUE = keys.queue("m", "generate")
 LEASE = 10
@@ -47,14 +50,14 @@ def set_clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
 
 @pytest.fixture
-def qos(broker: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def qos(broker: Settings) -> Iterator[Any]:
     """Of one channel of a worker that may take over what others held for longer than a lease."""
     transport.install()
-    monkeypatch.setattr(transport, "may_take_over", lambda: True)
+    health: Any = SimpleNamespace(may_take_over=lambda: True)
     config = shared_config(broker)
     options = config["broker_transport_options"] | {"polling_interval": 0.05, "visibility_timeout": LEASE}
     options |= {"unacked_restore_throttle": 1}
-    with kombu.Connection(config["broker_url"], transport_options=options) as made:
+    with WorkerConnection(config["broker_url"], transport_options=options, deliveries=Deliveries(health)) as made:
         yield made.default_channel.qos
         poller = made.transport.cycle.poller
     # kombu leaves it to the interpreter.

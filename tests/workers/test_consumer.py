@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from kombu import Connection
+from celery import Celery
 from kombu.asynchronous import Hub
 from kombu.entity import Queue
 
@@ -20,10 +20,12 @@ from stoker.broker.connection import connect
 from stoker.broker.envelope import envelope
 from stoker.celery_config import shared_config
 from stoker.settings import Settings
-from workers import consumer as consumer_module
-from workers import transport
-from workers.consumer import LaneConsumer
-from workers.lanes import Lanes
+from workers.capacity import Lanes
+from workers.celery import transport
+from workers.celery.consumer import LaneConsumer
+from workers.celery.transport import WorkerConnection
+from workers.context import WorkerContext
+from workers.deliveries import Deliveries, Health
 
 LIMITS = {"generate": 2, "train": 1}
 QUEUES = {"generate": ["stoker.a.generate", "stoker.b.generate"], "train": ["stoker.a.train"]}
@@ -37,10 +39,13 @@ class Worker:
     def __init__(self, settings: Settings, lanes: Lanes) -> None:
         self.redis, self.lanes = connect(settings), lanes
         options = shared_config(settings)["broker_transport_options"]
-        self.connection = Connection(settings.address.celery, transport_options=options)
+        self.deliveries = Deliveries(Health(settings.lease))
+        self.connection = WorkerConnection(
+            settings.address.celery, transport_options=options, deliveries=self.deliveries
+        )
         self.connection.transport.brpop_timeout = HOUR
         queues = [Queue(name, routing_key=name) for names in QUEUES.values() for name in names]
-        self.consumer = LaneConsumer(self.connection, queues, accept=["json"], on_message=self._take)
+        self.consumer = LaneConsumer(self.connection, queues, accept=["json"], on_message=self._take, lanes=lanes)
         self.hub = Hub()
         self.lanes.wake = lambda: self.hub.call_soon(lambda: None)
         self.connection.register_with_event_loop(self.hub)
@@ -82,15 +87,14 @@ class Worker:
 
 
 @pytest.fixture
-def lanes(monkeypatch: pytest.MonkeyPatch) -> Lanes:
+def lanes() -> Lanes:
     made = Lanes()
     made.configure(LIMITS, QUEUES)
-    monkeypatch.setattr(consumer_module, "lanes", made)
     return made
 
 
 @pytest.fixture
-def worker(broker: Settings, lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> Iterator[Worker]:
+def worker(broker: Settings, lanes: Lanes) -> Iterator[Worker]:
     transport.install()
     running = Worker(broker, lanes)
     yield running
@@ -182,16 +186,14 @@ def test_a_new_connection_asks_for_no_job_of_a_lane_that_is_still_full(
     worker.consumer._channels["train"].close()
 
 
-def test_what_all_lanes_hold_is_renewed_and_goes_back_when_the_worker_stops(
-    worker: Worker, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_all_lanes_hold_is_renewed_and_goes_back_when_the_worker_stops(worker: Worker) -> None:
     for queue in (TRAIN, "stoker.a.generate", "stoker.b.generate"):
         worker.send(queue)
     worker.turn_until(lambda: len(worker.taken) == 3)
     worker.end(worker.taken[0])
     held = {message.delivery_tag for message in worker.taken[1:]}
     assert worker.consumer.held_tags() == held
-    monkeypatch.setattr(transport.Channel, "do_restore", True)
+    worker.deliveries.go_back = True
     worker.disconnect()
     queues = [TRAIN, "stoker.a.generate", "stoker.b.generate"]
     assert sum(worker.redis.llen(keys.ready(queue)) for queue in queues) == 2
@@ -217,3 +219,20 @@ def test_a_queue_that_belongs_to_no_lane_has_the_connections_own_channel(worker:
     assert worker.consumer._channel_of("stoker.other") is worker.connection.default_channel
     worker.consumer.cancel()
     assert not worker.consumer.consuming_from("stoker.other")
+
+
+def test_what_celery_makes_knows_the_context_of_its_app(broker: Settings) -> None:
+    """The connections that it consumes on, their copies and channels, and its consumers: nothing is a global."""
+    transport.install()
+    app = Celery("x", amqp="workers.celery.consumer:LaneAMQP")
+    app.conf.update(shared_config(broker))
+    app.context = context = WorkerContext(broker)
+    with app.connection_for_read() as connection, connection.clone() as copy:
+        for made in (connection, copy):
+            assert isinstance(made, WorkerConnection)
+            assert made.deliveries is made.default_channel.deliveries is context.deliveries
+        assert app.amqp.TaskConsumer(connection.default_channel, queues=[])._lanes is context.lanes
+        pollers = [made.transport.cycle.poller for made in (connection, copy)]
+    # kombu leaves it to the interpreter.
+    for poller in pollers:
+        poller.close()

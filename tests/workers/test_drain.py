@@ -10,9 +10,9 @@ import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from tests.conftest import wait_until
-from workers import drain as drain_module
-from workers.drain import MISSES, Drain
-from workers.transport import Channel
+from workers.deliveries import Deliveries, Health
+from workers.services import drain as drain_module
+from workers.services.drain import MISSES, Drain
 
 
 class Worker:
@@ -21,6 +21,7 @@ class Worker:
     def __init__(self, grace: float = 0.0, answers: Sequence[bool] = ()) -> None:
         self.settings = SimpleNamespace(grace=grace)
         self.handed_back: list[set[str]] = []
+        self.deliveries = Deliveries(Health(1))
         self.ended = 0
         self._answers = iter(answers)
 
@@ -40,20 +41,15 @@ class Worker:
         return Drain(running, redis=self, end=self.end)
 
 
-@pytest.fixture(autouse=True)
-def _restores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Channel, "do_restore", False)
-
-
 def test_training_goes_back_at_once_and_the_rest_has_the_grace(monkeypatch: pytest.MonkeyPatch) -> None:
     worker = Worker(grace=3600)
     started: list[Any] = []
     monkeypatch.setattr(drain_module, "Drain", lambda runtime: SimpleNamespace(start=lambda: started.append(runtime)))
     running: Any = worker
-    drain_module.begin(running)
+    drain_module.begin(running, worker.deliveries)
     assert worker.handed_back == [{"train"}]
     assert started == [worker]
-    assert Channel.do_restore, "what was prefetched goes back as its channel closes"
+    assert worker.deliveries.go_back, "what was prefetched goes back as its channel closes"
 
 
 def test_at_the_end_of_the_grace_jobs_of_every_kind_go_back() -> None:

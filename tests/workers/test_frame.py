@@ -6,7 +6,6 @@ import errno
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,13 +15,13 @@ from kombu.exceptions import OperationalError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoPermissionError, ReadOnlyError
 
+from engine.ticket import Ticket
 from stoker.broker import keys, ledger
-from stoker.broker.connection import connect
 from stoker.broker.ledger.record import Field
 from stoker.broker.outcome import JobStatus, Outcome
 from stoker.client.requests import generate_request
 from stoker.client.submission import job_record
-from stoker.contract import GenerateRequest, Usage
+from stoker.contract import GenerateRequest, ModelCard, Usage
 from stoker.errors import (
     InvalidRequest,
     JobCancelled,
@@ -33,68 +32,86 @@ from stoker.errors import (
     WorkerUnavailable,
 )
 from stoker.settings import Settings
-from workers import frame, memory, mending, runtime
+from workers import memory
 from workers.artifacts import StoreTrouble
+from workers.context import WorkerContext
 from workers.frame import run_job
-from workers.lanes import LaneRequest
-from workers.mending import Mender
-from workers.runtime import Fenced
+from workers.services import mending
+from workers.services.runtime import Fenced, Runtime
 
 QUEUE = keys.queue("m", "generate")
 OUT = RuntimeError("[malloc_or_wait] Unable to allocate 4096 bytes.")
 
 
-class Worker:
-    """A worker whose engine ends every job as it is told."""
+class Engine:
+    """Ends every job at once, as it is told."""
 
-    def __init__(self, redis: Any) -> None:
-        self.redis, self.name, self.shrunk, self.deliveries = redis, "w@here", 0, 0
+    def __init__(self) -> None:
         self.ends: Callable[[], Any] = lambda: None
-        self.publisher = SimpleNamespace(flush=lambda job_id: None, forget=lambda job_id: None)
-        self.ticket = SimpleNamespace(result=lambda: self.ends(), wait=lambda seconds: True)
-        self.engine = SimpleNamespace(submit=lambda *_, **__: self.ticket)
-        self.cancels: list[str] = []
-        self.mender = Mender(redis, lambda: [QUEUE])
-        self.running = lambda token, ticket: nullcontext()
-        ledger.submit(redis, "job", job_record(generate_request("m", "x", 0, {}), "job"))
+        self.tickets: list[Ticket] = []
+        self.make_ticket: Callable[..., Ticket] = Ticket
+        self.cards = [ModelCard(model="m", architecture="a", kinds=("generate",), context=1, parameters=1)]
+
+    def submit(self, job_id: str, request: GenerateRequest, data: Any, *, deadline: float | None) -> Ticket:
+        ticket = self.make_ticket(job_id, request.kind, deadline)
+        self.tickets.append(ticket)
+        try:
+            ticket.resolve(self.ends())
+        except Exception as error:
+            ticket.fail(error)
+        return ticket
+
+    def wake(self) -> None: ...
+
+
+class Worker:
+    """The context of a worker whose engine is told how to end jobs, and deliveries to it."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.engine, self.deliveries = Engine(), 0
+        engine: Any = self.engine
+        self.runtime = Runtime(settings, "w@here", lambda publish: engine)
+        self.redis, self.publisher = self.runtime.redis, self.runtime.publisher
+        self.context = WorkerContext(settings)
+        self.context.install(self.runtime)
+        self.context.lanes.configure({"generate": 8}, {"generate": [QUEUE]})
+        ledger.submit(self.redis, "job", job_record(generate_request("m", "x", 0, {}), "job"))
 
     def tell(self, *_: Any, **__: Any) -> None:
         """The broker is away at every report."""
         raise OperationalError("Connection refused")
 
-    def persist(self, action: Callable[[], Any]) -> Any:
-        return action()
-
-    def cancel(self, job_id: str) -> None:
-        self.cancels.append(job_id)
-
     def deliver(self, ends: Callable[[], Any], job_id: str = "job") -> Any:
-        self.ends, self.deliveries = ends, self.deliveries + 1
+        self.engine.ends, self.deliveries = ends, self.deliveries + 1
         request = SimpleNamespace(
             id=job_id,
             delivery_info={"routing_key": QUEUE},
             stoker_token=f"token-{self.deliveries}",
             stoker_tag="tag",
         )
-        task: Any = SimpleNamespace(name="stoker.generate", request=request, send_event=self.tell)
+        app = SimpleNamespace(context=self.context)
+        task: Any = SimpleNamespace(app=app, name="stoker.generate", request=request, send_event=self.tell)
         return run_job(task, GenerateRequest, lambda run, request, value: Usage(completion_tokens=value))
 
     @property
     def outcome(self) -> Outcome | None:
         return Outcome.parse(self.redis.get(keys.result("job")))
 
-    def shrink(self, kind: str) -> None:
-        self.shrunk += 1
+    @property
+    def cancels(self) -> list[str]:
+        """Jobs whose tickets were asked to stop."""
+        return [ticket.job_id for ticket in self.engine.tickets if ticket.stop is not None]
+
+    def close(self) -> None:
+        self.runtime.stopped.set()
+        self.redis.close()
 
 
 @pytest.fixture
-def worker(broker: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Worker]:
-    redis = connect(broker)
-    made = Worker(redis)
-    monkeypatch.setattr(runtime, "_current", made)
-    monkeypatch.setattr(frame, "lanes", made)
+def worker(broker: Settings) -> Iterator[Worker]:
+    made = Worker(broker)
     yield made
-    redis.close()
+    made.close()
 
 
 def raising(error: Exception) -> Callable[[], Any]:
@@ -136,8 +153,15 @@ def test_a_job_whose_id_could_be_a_path_ends_alone_before_it_runs(worker: Worker
 
 def test_progress_that_cannot_be_told_fails_no_job(worker: Worker) -> None:
     """Found by the chaos suite: the broker was away when Flower was to be told."""
-    waits = iter([False, True])
-    worker.ticket.wait, worker.ticket.progress = (lambda seconds: next(waits)), 0.5
+
+    class Slow(Ticket):
+        waits = iter([False, True])
+
+        def wait(self, seconds: float) -> bool:
+            self.progress = 0.5
+            return next(self.waits)
+
+    worker.engine.make_ticket = Slow
     assert worker.deliver(lambda: 1)["completion_tokens"] == 1
 
 
@@ -157,11 +181,15 @@ def test_a_stopping_workers_job_goes_back_without_owner_and_without_a_crash(work
     assert worker.redis.hget(keys.job("job"), Field.TOKEN) is None
 
 
-def test_out_of_memory_sends_a_job_back_to_a_smaller_lane_and_fails_it_in_the_end(worker: Worker) -> None:
+def test_out_of_memory_sends_a_job_back_to_a_smaller_lane_and_fails_it_in_the_end(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shrunk: list[str] = []
+    monkeypatch.setattr(worker.context.lanes, "shrink", shrunk.append)
     for attempt in range(1, memory.TRIES):
         with pytest.raises(Reject):
             worker.deliver(raising(OUT))
-        assert (worker.outcome, worker.shrunk) == (None, attempt)
+        assert (worker.outcome, shrunk) == (None, ["generate"] * attempt)
     with pytest.raises(OutOfMemory, match="3 times"):
         worker.deliver(raising(OUT))
     assert worker.outcome is not None
@@ -216,10 +244,12 @@ def test_a_defect_of_the_frame_itself_loses_no_job_and_repeats_it_only_so_often(
     assert len(json.loads(worker.redis.hget(keys.job("job"), Field.HISTORY) or "[]")) == ledger.MAX_CRASHES - 1
 
 
-def test_a_result_is_stored_when_the_whole_stream_is_in_the_broker(worker: Worker) -> None:
+def test_a_result_is_stored_when_the_whole_stream_is_in_the_broker(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A reader that sees the result finds every token."""
     seen: list[tuple[str, Outcome | None]] = []
-    worker.publisher.flush = lambda job_id: seen.append((job_id, worker.outcome))
+    monkeypatch.setattr(worker.publisher, "flush", lambda job_id: seen.append((job_id, worker.outcome)))
     worker.deliver(lambda: 1)
     assert seen == [("job", None)]
     assert worker.outcome is not None
@@ -237,23 +267,23 @@ def test_a_job_that_nobody_cancelled_is_not_stopped(worker: Worker) -> None:
     assert worker.cancels == []
 
 
-def test_a_fenced_delivery_leaves_neither_result_nor_ack(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
-    fenced: list[str] = []
-    request: Any = SimpleNamespace(fence=lambda: fenced.append("token-1"))
-    monkeypatch.setattr(LaneRequest, "by_token", {"token-1": request})
+@pytest.fixture
+def fenced(worker: Worker) -> list[str]:
+    """Tokens of deliveries that were told to end without a trace."""
+    found: list[str] = []
+    request: Any = SimpleNamespace(token="token-1", tag="tag", fence=lambda: found.append("token-1"))
+    worker.context.deliveries.add(request)
+    return found
+
+
+def test_a_fenced_delivery_leaves_neither_result_nor_ack(worker: Worker, fenced: list[str]) -> None:
     with pytest.raises(Ignore):
         worker.deliver(raising(Fenced("job runs elsewhere")))
     assert fenced == ["token-1"]
     assert worker.outcome is None
 
 
-def test_a_delivery_that_finds_itself_replaced_at_its_end_is_fenced(
-    worker: Worker, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fenced: list[str] = []
-    request: Any = SimpleNamespace(fence=lambda: fenced.append("token-1"))
-    monkeypatch.setattr(LaneRequest, "by_token", {"token-1": request})
-
+def test_a_delivery_that_finds_itself_replaced_at_its_end_is_fenced(worker: Worker, fenced: list[str]) -> None:
     def ends() -> int:
         worker.redis.hset(keys.job("job"), Field.TOKEN, "another's")
         return 1
@@ -264,8 +294,9 @@ def test_a_delivery_that_finds_itself_replaced_at_its_end_is_fenced(
     assert worker.outcome is None
 
 
-def test_a_stream_that_the_broker_did_not_take_fails_its_job(worker: Worker) -> None:
-    worker.publisher.flush = lambda job_id: raising(JobFailed("job job: the key stoker:stream:job is wrong"))()
+def test_a_stream_that_the_broker_did_not_take_fails_its_job(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = raising(JobFailed("job job: the key stoker:stream:job is wrong"))
+    monkeypatch.setattr(worker.publisher, "flush", lambda job_id: refused())
     with pytest.raises(JobFailed):
         worker.deliver(lambda: 1)
     assert worker.outcome is not None
@@ -354,7 +385,8 @@ def test_a_job_that_has_ended_is_not_failed_by_a_key_that_was_spoiled_later(work
 def test_what_the_broker_refuses_for_a_while_fails_no_job(
     worker: Worker, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    """`persist` has asked for as long as there was a point in it."""
+    """And there is no point in asking it again, because the worker stops."""
+    worker.runtime.stopped.set()
     monkeypatch.setattr(ledger, "claim", lambda *_: raising(error)())
     with pytest.raises(Reject) as back:
         worker.deliver(lambda: 1)

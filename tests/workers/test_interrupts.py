@@ -12,7 +12,7 @@ import pytest
 from celery.platforms import EX_FAILURE
 from celery.worker import state
 
-from workers.interrupts import Interrupts
+from workers.celery.interrupts import Interrupts
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -59,7 +59,7 @@ def test_ctrl_c_ends_a_worker_with_130() -> None:
 @pytest.mark.parametrize("number", NUMBERS)
 def test_a_start_that_is_broken_off_ends_at_once_with_130(number: signal.Signals) -> None:
     code = (
-        "import os, signal, time; from workers.interrupts import Interrupts\n"
+        "import os, signal, time; from workers.celery.interrupts import Interrupts\n"
         f"with Interrupts().starting(): os.kill(os.getpid(), {int(number)}); time.sleep(60)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

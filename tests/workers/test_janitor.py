@@ -14,8 +14,8 @@ from stoker.broker.connection import connect
 from stoker.broker.ledger.replies import recovered
 from stoker.contract import CONTRACT, ModelCard
 from stoker.settings import Settings
-from workers import janitor as janitor_module
-from workers.janitor import TURNS, Janitor
+from workers.services import janitor as janitor_module
+from workers.services.janitor import TURNS, Janitor
 
 
 class Ledger:

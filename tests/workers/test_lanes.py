@@ -10,8 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers import lanes as lanes_module
-from workers.lanes import LaneRequest, Lanes, LaneStep
+from stoker.settings import Settings
+from workers import capacity
+from workers.capacity import Lanes
+from workers.celery import lanes as lanes_module
+from workers.celery.lanes import LaneRequest, LaneStep
+from workers.context import WorkerContext
 
 LIMITS = {"generate": 3, "train": 1}
 QUEUES = {"generate": ["stoker.a.generate", "stoker.b.generate"], "train": ["stoker.a.train"]}
@@ -20,12 +24,17 @@ QUEUES = {"generate": ["stoker.a.generate", "stoker.b.generate"], "train": ["sto
 class FakeConsumer:
     """A Celery consumer's loop: how often it was made to look again."""
 
-    def __init__(self) -> None:
-        self.looks = 0
+    def __init__(self, context: WorkerContext | None = None) -> None:
+        self.looks, self.app = 0, SimpleNamespace(context=context)
 
     def call_soon(self, function: Callable[..., None]) -> None:
         function()
         self.looks += 1
+
+
+@pytest.fixture
+def context() -> WorkerContext:
+    return WorkerContext(Settings())
 
 
 def make() -> tuple[Lanes, FakeConsumer]:
@@ -72,13 +81,12 @@ def test_after_any_traffic_a_lane_is_open_if_and_only_if_it_has_room(actions: li
     assert consumer.looks == woken
 
 
-def test_after_a_reconnection_a_full_lane_is_still_full_and_wakes_the_new_loop(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    lanes, old = make()
-    monkeypatch.setattr(lanes_module, "lanes", lanes)
+def test_after_a_reconnection_a_full_lane_is_still_full_and_wakes_the_new_loop(context: WorkerContext) -> None:
+    lanes, old = context.lanes, FakeConsumer()
+    lanes.configure(LIMITS, QUEUES)
+    lanes.wake = lambda: old.call_soon(lambda: None)
     lanes.enter("train")
-    again = FakeConsumer()
+    again = FakeConsumer(context)
     LaneStep(again).start(again)
     assert not lanes.has_room("train")
     lanes.leave("train")
@@ -87,22 +95,21 @@ def test_after_a_reconnection_a_full_lane_is_still_full_and_wakes_the_new_loop(
 
 
 @pytest.fixture
-def traffic(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def traffic(context: WorkerContext, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What a request of the lane does, with Celery's own request left out."""
     seen: list[str] = []
-    monkeypatch.setattr(LaneRequest, "by_token", {})
     base = LaneRequest.__mro__[1]
 
     def begin(self: Any, *_: Any, **__: Any) -> None:
         self._type, self._request_dict = "stoker.train", {}
-        self._message = SimpleNamespace(delivery_tag="tag")
+        self._message, self._app = SimpleNamespace(delivery_tag="tag"), SimpleNamespace(context=context)
 
     monkeypatch.setattr(base, "__init__", begin)
     monkeypatch.setattr(base, "name", property(lambda self: "stoker.train"), raising=False)
     monkeypatch.setattr(base, "acknowledge", lambda self: seen.append("ack"))
     monkeypatch.setattr(base, "reject", lambda self, requeue=False: seen.append(f"reject {requeue}"))
-    monkeypatch.setattr(lanes_module.lanes, "enter", lambda kind: seen.append(f"enter {kind}"))
-    monkeypatch.setattr(lanes_module.lanes, "leave", lambda kind: seen.append(f"leave {kind}"))
+    monkeypatch.setattr(context.lanes, "enter", lambda kind: seen.append(f"enter {kind}"))
+    monkeypatch.setattr(context.lanes, "leave", lambda kind: seen.append(f"leave {kind}"))
     return seen
 
 
@@ -120,13 +127,14 @@ def test_a_request_that_is_handed_back_gives_up_its_place_once(traffic: list[str
     assert traffic == ["enter train", "reject True", "leave train", "ack"]
 
 
+@pytest.mark.usefixtures("traffic")
 @pytest.mark.parametrize("end", ["acknowledge", "reject"])
-def test_a_request_that_has_ended_is_forgotten(traffic: list[str], end: str) -> None:
+def test_a_request_that_has_ended_is_forgotten(context: WorkerContext, end: str) -> None:
     """Else it would stay in memory, and the lease of its message would be renewed for ever."""
     request = LaneRequest()
-    assert LaneRequest.by_token[request.token] is request
+    assert context.deliveries.tags() == {"tag"}
     getattr(request, end)()
-    assert request.token not in LaneRequest.by_token
+    assert context.deliveries.tags() == set()
 
 
 @pytest.fixture
@@ -170,7 +178,7 @@ def test_a_lane_whose_jobs_did_not_fit_into_memory_holds_half_as_many_for_a_whil
 ) -> None:
     lanes, consumer = make()
     clock = SimpleNamespace(now=1000.0)
-    monkeypatch.setattr(lanes_module.time, "monotonic", lambda: clock.now)
+    monkeypatch.setattr(capacity.time, "monotonic", lambda: clock.now)
     for _ in range(2):
         lanes.enter("generate")
     for _ in range(2):
@@ -186,11 +194,11 @@ def test_a_lane_whose_jobs_did_not_fit_into_memory_holds_half_as_many_for_a_whil
     looks = consumer.looks
     lanes.grow()
     assert lanes.load()["generate"] == (1, 1), "not yet"
-    clock.now += lanes_module.GROW_AFTER
+    clock.now += capacity.GROW_AFTER
     lanes.grow()
     assert lanes.load()["generate"] == (1, 2)
     assert lanes.has_room("generate")
     assert consumer.looks == looks + 1
-    clock.now += lanes_module.GROW_AFTER
+    clock.now += capacity.GROW_AFTER
     lanes.grow()
     assert lanes.load() == {"generate": (1, 3), "train": (0, 1)}

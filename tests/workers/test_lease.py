@@ -13,10 +13,11 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from stoker.broker import keys
 from stoker.broker.connection import connect
 from stoker.settings import Settings
-from workers import lease as lease_module
-from workers import runtime, transport
-from workers.lanes import LaneRequest
-from workers.lease import Health, LeaseStep
+from tests.conftest import wait_until
+from workers.celery import lease as lease_module
+from workers.celery.lease import LeaseStep
+from workers.context import WorkerContext
+from workers.deliveries import Health
 
 LEASE = 8.0
 INDEX = f"{keys.PREFIX}unacked_index"
@@ -88,26 +89,29 @@ def redis(broker: Settings) -> Iterator[Any]:
 class Consumer:
     """Celery's, whose channels have delivered some messages, of which some are acknowledged."""
 
-    def __init__(self, delivered: set[str], done: set[str]) -> None:
+    def __init__(self, context: WorkerContext, delivered: set[str], done: set[str]) -> None:
         self._held = delivered - done
-        self.task_consumer = self
+        self.app, self.steps, self.task_consumer = SimpleNamespace(context=context), [], self
 
     def held_tags(self) -> set[str]:
         return self._held
 
 
 @pytest.fixture
-def make(broker: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., LeaseStep]]:
-    monkeypatch.setattr(LeaseStep, "settings", broker.model_copy(update={"lease": 3600}), raising=False)
-    monkeypatch.setattr(transport, "may_take_over", transport.may_take_over)
-    monkeypatch.setattr(LaneRequest, "by_token", {})
+def context(broker: Settings) -> WorkerContext:
+    return WorkerContext(broker.model_copy(update={"lease": 3600}))
+
+
+@pytest.fixture
+def make(context: WorkerContext) -> Iterator[Callable[..., LeaseStep]]:
     made: list[LeaseStep] = []
 
     def start(prefetched: set[str], done: set[str], running: set[str]) -> LeaseStep:
-        consumer = Consumer(prefetched, done)
+        consumer = Consumer(context, prefetched, done)
         for tag in running:
-            LaneRequest.by_token[f"token-{tag}"] = SimpleNamespace(message=SimpleNamespace(delivery_tag=tag))  # type: ignore[assignment]
-        step = LeaseStep(SimpleNamespace(steps=[]))
+            delivery: Any = SimpleNamespace(token=f"token-{tag}", tag=tag)
+            context.deliveries.add(delivery)
+        step = LeaseStep(consumer)
         step.start(consumer)
         made.append(step)
         return step
@@ -149,10 +153,10 @@ class Runtime:
 
 
 def test_a_record_that_cannot_be_read_costs_no_message_its_lease(
-    redis: Any, make: Callable[..., LeaseStep], monkeypatch: pytest.MonkeyPatch
+    redis: Any, make: Callable[..., LeaseStep], context: WorkerContext
 ) -> None:
-    running = Runtime(iter([UnicodeDecodeError("utf-8", b"\xff", 0, 1, "x")] * 100))
-    monkeypatch.setattr(runtime, "_current", running)
+    running: Any = Runtime(iter([UnicodeDecodeError("utf-8", b"\xff", 0, 1, "x")] * 100))
+    context.install(running)
     redis.zadd(INDEX, {"running": 1.0})
     step = make(set(), set(), {"running"})
     assert step.thread is not None
@@ -164,15 +168,17 @@ def test_a_record_that_cannot_be_read_costs_no_message_its_lease(
 
 
 def test_a_broker_that_is_away_ends_the_health_and_not_the_thread(
-    make: Callable[..., LeaseStep], monkeypatch: pytest.MonkeyPatch
+    make: Callable[..., LeaseStep], context: WorkerContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runtime, "_current", Runtime(iter([])))
+    running: Any = Runtime(iter([]))
+    context.install(running)
+    seen: list[str] = []
+    health: Any = SimpleNamespace(answered=lambda: seen.append("answered"), failed=lambda: seen.append("failed"))
+    context.deliveries.health = health
     step = make(set(), set(), set())
     assert step.thread is not None
-    seen: list[str] = []
-    monkeypatch.setattr(
-        step, "health", SimpleNamespace(answered=lambda: seen.append("answered"), failed=lambda: seen.append("failed"))
-    )
+    wait_until(lambda: seen == ["answered"], "the first renewal")
+    seen.clear()
     gone = SimpleNamespace(pipeline=raising(RedisConnectionError("gone")), close=step.redis.close)
     monkeypatch.setattr(step, "redis", gone)
     step.thread.turn()

@@ -11,7 +11,8 @@ from engine import blas
 from kernels import backend, registry
 from stoker.errors import ConfigError
 from stoker.settings import load_settings
-from workers import boot, doctor
+from workers import doctor
+from workers.celery import boot
 from workers.machine import asked_cores, boot_blas
 
 

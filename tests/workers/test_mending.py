@@ -10,7 +10,7 @@ import pytest
 from stoker.broker import keys
 from stoker.broker.connection import connect
 from stoker.settings import Settings
-from workers.mending import SHARED, Mender, keys_of
+from workers.services.mending import SHARED, Mender, keys_of
 
 QUEUE = keys.queue("m", "generate")
 RIGHT = SHARED | keys_of(QUEUE)

@@ -15,7 +15,7 @@ from stoker.broker.connection import connect
 from stoker.client.model_choice import parse_cards, parse_presences
 from stoker.contract import ModelCard
 from stoker.settings import Settings
-from workers.presence import Heart
+from workers.services.presence import Heart
 
 CARD = ModelCard(model="m", architecture="a", kinds=("embed",), context=1, parameters=1)
 

@@ -17,9 +17,9 @@ from stoker.contract import StreamToken
 from stoker.errors import JobFailed
 from stoker.settings import Settings
 from tests.conftest import wait_until
-from workers import publishing
-from workers.publishing import RENEW_EVERY, Publisher
-from workers.retrying import Retry
+from workers.services import publishing
+from workers.services.publishing import RENEW_EVERY, Publisher
+from workers.services.retrying import Retry
 
 
 def token(index: int, last: bool = False) -> StreamToken:

@@ -9,7 +9,7 @@ from redis.exceptions import BusyLoadingError, OutOfMemoryError, ReadOnlyError, 
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from workers.retrying import FIRST_PAUSE, LONGEST_PAUSE, REFUSAL_LIMIT, Retry
+from workers.services.retrying import FIRST_PAUSE, LONGEST_PAUSE, REFUSAL_LIMIT, Retry
 
 
 @pytest.fixture

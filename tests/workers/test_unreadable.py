@@ -23,8 +23,10 @@ from stoker.cli import app
 from stoker.client import Client
 from stoker.errors import InvalidRequest
 from stoker.settings import Settings
-from workers import transport, unreadable
-from workers.lanes import LaneRequest
+from workers import unreadable
+from workers.celery import transport
+from workers.celery.transport import WorkerConnection
+from workers.deliveries import Deliveries
 from workers.unreadable import DeadMessages, Unreadable
 
 QUEUE = keys.queue("m", "generate")
@@ -44,11 +46,28 @@ def redis(broker: Settings) -> Iterator[Any]:
     client.close()
 
 
+class Book:
+    """Dead letters, in memory."""
+
+    def __init__(self) -> None:
+        self.found: list[Unreadable] = []
+
+    def add(self, message: Unreadable) -> None:
+        self.found.append(message)
+
+
 @pytest.fixture
-def aside(monkeypatch: pytest.MonkeyPatch) -> list[Unreadable]:
-    found: list[Unreadable] = []
-    monkeypatch.setattr(transport, "dead_letter", found.append)
-    return found
+def deliveries() -> Deliveries:
+    """Of a worker that may take over what others held for longer than a lease."""
+    health: Any = SimpleNamespace(may_take_over=lambda: True)
+    return Deliveries(health)
+
+
+@pytest.fixture
+def aside(deliveries: Deliveries) -> list[Unreadable]:
+    book: Any = Book()
+    deliveries.keep_dead(book)
+    return book.found
 
 
 def test_a_connection_that_was_made_before_decides_for_none_that_comes_after(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,12 +78,12 @@ def test_a_connection_that_was_made_before_decides_for_none_that_comes_after(mon
 
 
 @pytest.fixture
-def connection(broker: Settings) -> Iterator[kombu.Connection]:
+def connection(broker: Settings, deliveries: Deliveries) -> Iterator[kombu.Connection]:
     """The worker's transport, as Celery configures it."""
     transport.install()
     config = shared_config(broker)
     options = config["broker_transport_options"] | {"polling_interval": 0.05}
-    with kombu.Connection(config["broker_url"], transport_options=options) as made:
+    with WorkerConnection(config["broker_url"], transport_options=options, deliveries=deliveries) as made:
         yield made
         poller = made.transport.cycle.poller
     # kombu leaves it to the interpreter.
@@ -121,10 +140,11 @@ def test_a_delivery_that_fails_is_dead_lettered_and_acknowledged(
 
 
 def test_a_delivery_that_fails_gives_its_place_in_the_lane_back(
-    redis: Any, connection: kombu.Connection, aside: list[Unreadable], monkeypatch: pytest.MonkeyPatch
+    redis: Any, connection: kombu.Connection, aside: list[Unreadable], deliveries: Deliveries
 ) -> None:
     dropped: list[str] = []
-    monkeypatch.setattr(transport, "drop", lambda tag: dropped.append(tag) or True)
+    delivery: Any = SimpleNamespace(token="1", tag="job#1", reject=lambda: dropped.append("job#1"))
+    deliveries.add(delivery)
     inbox = Inbox(connection)
 
     def fail(message: Any) -> None:
@@ -187,10 +207,8 @@ def test_an_entry_of_a_dead_worker_that_is_no_message_does_not_hold_up_the_other
     redis: Any,
     connection: kombu.Connection,
     aside: list[Unreadable],
-    monkeypatch: pytest.MonkeyPatch,
     what: str,
 ) -> None:
-    monkeypatch.setattr(transport, "may_take_over", lambda: True)
     redis.hset(keys.UNACKED, mapping={"bad": HELD[what], "job#1": json.dumps([json.loads(right()), "", QUEUE])})
     redis.zadd(f"{keys.PREFIX}unacked_index", {"bad": 1.0, "job#1": 2.0})
     connection.default_channel.qos.restore_visible(interval=1)
@@ -200,9 +218,8 @@ def test_an_entry_of_a_dead_worker_that_is_no_message_does_not_hold_up_the_other
 
 
 def test_the_message_of_a_worker_of_another_release_goes_back_as_it_was(
-    redis: Any, connection: kombu.Connection, aside: list[Unreadable], monkeypatch: pytest.MonkeyPatch
+    redis: Any, connection: kombu.Connection, aside: list[Unreadable]
 ) -> None:
-    monkeypatch.setattr(transport, "may_take_over", lambda: True)
     queue, made = f"{QUEUE}.v9", json.loads(right())
     made["body"] = "in another form"
     redis.hset(keys.UNACKED, "job#1", json.dumps([made, "", queue]))
@@ -293,15 +310,15 @@ def test_the_command_line_shows_a_message_that_cannot_be_read(redis: Any, broker
         assert f"{len(raw)} bytes, base64: {base64.b64encode(raw).decode()}" in done.output
 
 
-def test_dropping_a_delivery_rejects_the_newest_of_its_tag(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropping_a_delivery_rejects_the_newest_of_its_tag(deliveries: Deliveries) -> None:
     rejected: list[str] = []
 
-    def request(name: str, tag: str) -> Any:
-        message = SimpleNamespace(delivery_tag=tag)
-        return SimpleNamespace(message=message, reject=lambda: rejected.append(name))
+    def hold(name: str, tag: str) -> None:
+        delivery: Any = SimpleNamespace(token=name, tag=tag, reject=lambda: rejected.append(name))
+        deliveries.add(delivery)
 
-    held = {"1": request("older", "job#1"), "2": request("newer", "job#1"), "3": request("other", "x#1")}
-    monkeypatch.setattr(LaneRequest, "by_token", held)
-    assert LaneRequest.drop("job#1")
+    for name, tag in (("older", "job#1"), ("newer", "job#1"), ("other", "x#1")):
+        hold(name, tag)
+    assert deliveries.drop("job#1")
     assert rejected == ["newer"]
-    assert not LaneRequest.drop("unknown#1")
+    assert not deliveries.drop("unknown#1")

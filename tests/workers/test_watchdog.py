@@ -14,8 +14,8 @@ from stoker.broker.ledger.record import Field
 from stoker.client.requests import generate_request
 from stoker.client.submission import job_record
 from stoker.settings import Settings
-from workers import watchdog
-from workers.watchdog import Watchdog
+from workers.services import watchdog
+from workers.services.watchdog import Watchdog
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from workers import boot
-from workers.app import app
+from workers.celery import boot
+from workers.celery.app import app
 
 __all__ = ["app"]
 

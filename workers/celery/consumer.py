@@ -16,11 +16,17 @@ from celery.app.amqp import AMQP
 from kombu.entity import Queue
 from kombu.messaging import Consumer
 
-from workers.lanes import lanes
+from workers.capacity import Lanes
+from workers.celery.transport import WorkerConnection
+from workers.context import WorkerContext
 
 
 class LaneConsumer(Consumer):
     """Made anew for each connection, which closes its channels with itself."""
+
+    def __init__(self, *args: Any, lanes: Lanes, **kwargs: Any) -> None:
+        self._lanes = lanes
+        super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def revive(self, channel: Any) -> None:
         #: Kind → the channel of its lane; a queue that belongs to no lane has the connection's own.
@@ -29,10 +35,10 @@ class LaneConsumer(Consumer):
         self._channels[None] = self.channel
 
     def _channel_of(self, queue: str) -> Any:
-        kind = lanes.kind_of(queue)
+        kind = self._lanes.kind_of(queue)
         if kind is not None and kind not in self._channels:
             channel = self.connection.channel()
-            channel.qos.has_room = partial(lanes.has_room, kind)
+            channel.qos.has_room = partial(self._lanes.has_room, kind)
             self._channels[kind] = channel
         return self._channels[kind]
 
@@ -67,6 +73,15 @@ class LaneConsumer(Consumer):
 
 
 class LaneAMQP(AMQP):
-    """How Celery gets the consumer: `Celery(amqp=...)`."""
+    """How Celery gets the consumer, and connections that know whose they are: `Celery(amqp=...)`."""
 
-    Consumer = LaneConsumer
+    def Consumer(self, *args: Any, **kwargs: Any) -> LaneConsumer:
+        return LaneConsumer(*args, lanes=self._context.lanes, **kwargs)
+
+    def Connection(self, *args: Any, **kwargs: Any) -> WorkerConnection:
+        return WorkerConnection(*args, deliveries=self._context.deliveries, **kwargs)
+
+    @property
+    def _context(self) -> WorkerContext:
+        context: WorkerContext = self.app.context
+        return context

@@ -2,7 +2,7 @@
 
 kombu 5.7.0 puts a running task's message back on the queue when its connection closes, and a late ack on the closed
 channel then fails for want of a pool, which ends the worker. Here messages stay where they are (the lease keeps them,
-`workers/lease.py`), and a late ack goes through the last pool that the channel had.
+`workers/celery/lease.py`), and a late ack goes through the last pool that the channel had.
 
 A message that is not in the one form that Stoker's have ends a worker too, in kombu or in Celery, and comes back with
 its lease to end the next. Here each is looked at when it comes out of its queue (`stoker.broker.envelope.read`), and
@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from queue import Empty
@@ -22,12 +23,14 @@ from typing import Any
 
 import kombu.transport
 import kombu.transport.redis as kombu_redis
+from kombu.connection import Connection
 from kombu.exceptions import OperationalError
 from kombu.transport import virtual
 from redis.exceptions import RedisError
 
 from stoker.broker.envelope import QUEUE, UnreadableMessage, read
 from workers import clock
+from workers.deliveries import Deliveries, Health
 from workers.unreadable import Unreadable
 
 log = logging.getLogger(__name__)
@@ -36,28 +39,24 @@ log = logging.getLogger(__name__)
 TROUBLE = (RedisError, OperationalError, OSError)
 
 
-def _never() -> bool:
-    return False
+class WorkerConnection(Connection):
+    """A connection to the broker whose channels know the deliveries of their worker."""
 
+    def __init__(self, *args: Any, deliveries: Deliveries, **kwargs: Any) -> None:
+        self.deliveries = deliveries
+        super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]
 
-def _say(message: Unreadable) -> None:
-    log.error("a message of %s cannot be read: %s", message.queue, message.trouble)
-
-
-def _holds_none(tag: str) -> bool:
-    return False
-
-
-#: Whether this process may give other workers' expired messages back to the queue; `workers/lease.py` says when.
-may_take_over: Callable[[], bool] = _never
-#: What becomes of a message that cannot be read; `workers/boot.py` says.
-dead_letter: Callable[[Unreadable], None] = _say
-#: Ends the delivery with this tag, if a request holds it; `workers/lanes.py` knows.
-drop: Callable[[str], bool] = _holds_none
+    def clone(self, **kwargs: Any) -> WorkerConnection:
+        copy: WorkerConnection = super().clone(deliveries=self.deliveries, **kwargs)  # type: ignore[no-untyped-call]
+        return copy
 
 
 class Client(kombu_redis.PrefixedStrictRedis):
     """Answers a BRPOP as if nothing had come when what came cannot be read."""
+
+    def __init__(self, *args: Any, dead_letter: Callable[[Unreadable], None], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]
+        self._dead_letter = dead_letter
 
     def parse_response(self, connection: Any, command_name: Any, **options: Any) -> Any:
         reply = super().parse_response(connection, command_name, **options)  # type: ignore[no-untyped-call]
@@ -67,7 +66,7 @@ class Client(kombu_redis.PrefixedStrictRedis):
         try:
             return reply[0], json.dumps(read(raw, queue)).encode()
         except UnreadableMessage as error:
-            dead_letter(Unreadable(raw, queue, str(error)))
+            self._dead_letter(Unreadable(raw, queue, str(error)))
             return None
 
 
@@ -95,7 +94,7 @@ class QoS(kombu_redis.QoS):
     def restore_visible(self, start: int = 0, num: int | None = 10, interval: int = 10) -> None:
         """As kombu's, except that the broker's clock says which leases have run out."""
         self._vrestore_count += 1
-        if (self._vrestore_count - 1) % (interval or 1) or not may_take_over():
+        if (self._vrestore_count - 1) % (interval or 1) or not self.channel.deliveries.health.may_take_over():
             return
         with (
             suppress(kombu_redis.MutexHeld),
@@ -114,7 +113,7 @@ class QoS(kombu_redis.QoS):
             raw = connected.hget(self.unacked_key, tag)
             trouble = raw and _why_not_held(raw)
             if trouble:
-                dead_letter(Unreadable(raw, "unacked", trouble))
+                self.channel.deliveries.dead_letter(Unreadable(raw, "unacked", trouble))
                 self._remove_from_indices(tag).execute()  # type: ignore[no-untyped-call]
             else:
                 super().restore_by_tag(tag, connected, leftmost)  # type: ignore[no-untyped-call]
@@ -139,13 +138,21 @@ def _why_not_held(raw: bytes) -> str | None:
 
 class Channel(kombu_redis.Channel):
     QoS = QoS
-    #: Off while the worker runs; `restore_on_close` turns it on for shutdown, so that what was prefetched goes back
-    #: to the queue at once.
-    do_restore = False
     #: For each thread that may acknowledge at the same moment: kombu has 10, and would refuse the eleventh its ack.
     max_connections = 1024
     _last_pool: Any = None
     _acking: Any = None
+
+    def __init__(self, connection: Any, **kwargs: Any) -> None:
+        owner = connection.client
+        #: A connection of no worker's app holds none.
+        self.deliveries = owner.deliveries if isinstance(owner, WorkerConnection) else Deliveries(Health(math.inf))
+        super().__init__(connection, **kwargs)  # type: ignore[no-untyped-call]
+
+    @property
+    def do_restore(self) -> bool:  # type: ignore[override]
+        """Whether what was prefetched goes back to its queue at once when this channel closes."""
+        return self.deliveries.go_back
 
     @property
     def pool(self) -> Any:
@@ -171,7 +178,9 @@ class Channel(kombu_redis.Channel):
         return client
 
     def _get_client(self) -> Any:
-        return functools.partial(Client, global_keyprefix=self.global_keyprefix)
+        return functools.partial(
+            Client, global_keyprefix=self.global_keyprefix, dead_letter=self.deliveries.dead_letter
+        )
 
     def basic_consume(self, queue: str, no_ack: bool, *args: Any, **kwargs: Any) -> Any:
         consumed = super().basic_consume(queue, no_ack, *args, **kwargs)  # type: ignore[no-untyped-call]
@@ -190,9 +199,9 @@ class Channel(kombu_redis.Channel):
                 self._refuse(raw, queue, f"it could not be delivered ({type(error).__name__}: {error})")
 
     def _refuse(self, raw: Any, queue: str, trouble: str) -> None:
-        dead_letter(Unreadable(json.dumps(raw).encode(), queue, trouble))
+        self.deliveries.dead_letter(Unreadable(json.dumps(raw).encode(), queue, trouble))
         tag = raw["properties"]["delivery_tag"]
-        if not drop(tag):
+        if not self.deliveries.drop(tag):
             self.qos.ack(tag)
 
     def _receive_one(self, c: Any) -> Any:
@@ -213,8 +222,3 @@ def install() -> None:
         kombu.transport.TRANSPORT_ALIASES[scheme] = f"{__name__}:Transport"
         # A connection that was made before keeps its own; kombu would give its class to all that come after, too.
         kombu.transport._transport_cache.pop(scheme, None)
-
-
-def restore_on_close() -> None:
-    """From now on a closing channel requeues what was not acknowledged."""
-    Channel.do_restore = True

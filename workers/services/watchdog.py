@@ -16,8 +16,8 @@ from redis.exceptions import RedisError
 
 from stoker.broker import ledger
 from stoker.broker.connection import connect
-from workers.background import Background, end_process
-from workers.runtime import Runtime
+from workers.services.background import Background, end_process
+from workers.services.runtime import Runtime
 
 log = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from redis.exceptions import RedisError
 
 from stoker.broker.connection import connect
 from stoker.contract.kinds import KINDS
-from workers.background import Background, end_process
-from workers.runtime import Runtime
-from workers.transport import restore_on_close
+from workers.deliveries import Deliveries
+from workers.services.background import Background, end_process
+from workers.services.runtime import Runtime
 
 log = logging.getLogger(__name__)
 
@@ -27,9 +27,10 @@ EX_TEMPFAIL = 75
 LOOK_EVERY, MISSES = 1.0, 2
 
 
-def begin(runtime: Runtime) -> None:
+def begin(runtime: Runtime, deliveries: Deliveries) -> None:
     """Called when the worker was asked to stop (SIGTERM, SIGINT)."""
-    restore_on_close()
+    # What was prefetched goes back to its queue at once.
+    deliveries.go_back = True
     runtime.hand_back({name for name, kind in KINDS.items() if not kind.grace})
     Drain(runtime).start()
     log.info("draining: running jobs have %.0f s", runtime.settings.grace)

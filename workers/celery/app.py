@@ -8,14 +8,15 @@ from celery.app import trace
 from stoker.broker import keys
 from stoker.celery_config import shared_config
 from stoker.settings import load_settings
-from workers import boot, transport
+from workers.celery import boot, transport
+from workers.context import WorkerContext
 
 transport.install()
 settings = load_settings()
 
 app = Celery(
     "stoker",
-    amqp="workers.consumer:LaneAMQP",
+    amqp="workers.celery.consumer:LaneAMQP",
     include=["tasks.adapters", "tasks.embed", "tasks.generate", "tasks.train"],
 )
 app.conf.update(shared_config(settings))
@@ -38,7 +39,7 @@ app.conf.update(
     worker_redirect_stdouts=False,
 )
 app.conf.broker_transport_options |= {
-    # The lease: how long the message of a silent worker stays put (workers/lease.py renews it), and how often
+    # The lease: how long the message of a silent worker stays put (workers/celery/lease.py renews it), and how often
     # a worker looks for one that ran out. kombu's own 3600 s and 100 s would leave a dead worker's jobs for an hour.
     "visibility_timeout": settings.lease,
     "unacked_restore_interval": 1,
@@ -51,4 +52,4 @@ app.conf.result_backend_transport_options |= {
 }
 # Celery would log every result in full: that is its users' text, and long.
 trace.LOG_SUCCESS = "Task %(name)s[%(id)s] succeeded in %(runtime)ss"
-boot.install(app)
+boot.install(app, WorkerContext(settings))

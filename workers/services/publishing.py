@@ -13,8 +13,8 @@ from redis.exceptions import RedisError
 
 from stoker.broker import keys
 from stoker.errors import JobFailed
-from workers.background import Background
-from workers.retrying import Retry
+from workers.services.background import Background
+from workers.services.retrying import Retry
 
 if TYPE_CHECKING:
     from engine.ticket import Entry

@@ -1,7 +1,7 @@
 """Keys that hold a wrong type: another program wrote there, and the broker refuses every script that needs one.
 
 What was in such a key is lost already. What stands there now is moved aside, so that work goes on: the registries are
-written again at the next beat, orders begin anew, and jobs whose message is gone are sent again (`workers/janitor.py`).
+written again at the next beat, orders begin anew, and jobs whose message is gone are sent again (`janitor.py`).
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from stoker.broker import keys
-from workers.background import Background
-from workers.runtime import Runtime
+from workers.services.background import Background
+from workers.services.runtime import Runtime
 
 #: Seconds between looks at the durable marks of running jobs, and before the next try at a broker that is away.
 SWEEP_EVERY = 1.0

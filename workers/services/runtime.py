@@ -1,4 +1,4 @@
-"""What the tasks of this process share: the engine, the publisher, and the jobs that run now."""
+"""The engine of a worker process, its ways to the broker, and the jobs that run now."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from stoker.broker.connection import connect
 from stoker.broker.ledger import record
 from stoker.errors import StokerError, WorkerUnavailable
 from stoker.settings import Settings
-from workers.mending import Mender
-from workers.publishing import Publisher
-from workers.retrying import Retry
+from workers.services.mending import Mender
+from workers.services.publishing import Publisher
+from workers.services.retrying import Retry
 
 if TYPE_CHECKING:
     from engine.engine import Engine
@@ -33,7 +33,7 @@ class Fenced(WorkerUnavailable):
 
 
 class Runtime:
-    """Made by the boot step before the pool starts; tasks get it from `current()`."""
+    """Made by the boot step before the pool starts; tasks get it from the `WorkerContext`."""
 
     def __init__(self, settings: Settings, name: str, make_engine: Callable[[Callable[..., None]], Engine]) -> None:
         self.settings, self.name = settings, name
@@ -138,17 +138,3 @@ class Runtime:
                 if pause is None or self.stopped.wait(pause):
                     raise
                 log.warning("the broker is away (%s); trying again", error)
-
-
-_current: Runtime | None = None
-
-
-def install(runtime: Runtime | None) -> None:
-    global _current
-    _current = runtime
-
-
-def current() -> Runtime:
-    if _current is None:
-        raise WorkerUnavailable("this process has no engine: start workers with `stoker worker`.")
-    return _current

@@ -12,10 +12,10 @@ from redis.exceptions import RedisError
 from stoker.broker import keys
 from stoker.contract import Presence
 from workers import clock
-from workers.background import Background
-from workers.janitor import Janitor
-from workers.lanes import Lanes
-from workers.runtime import Runtime
+from workers.capacity import Lanes
+from workers.services.background import Background
+from workers.services.janitor import Janitor
+from workers.services.runtime import Runtime
 
 log = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from redis.exceptions import ResponseError
 from stoker.broker import keys, ledger
 from stoker.broker.connection import passes
 from stoker.contract import CONTRACT, ModelCard
-from workers.broker_check import warn_of
-from workers.runtime import Runtime
+from workers.services.broker_check import warn_of
+from workers.services.runtime import Runtime
 
 log = logging.getLogger(__name__)
 

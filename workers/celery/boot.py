@@ -21,21 +21,22 @@ from stoker.catalogue import parse_models
 from stoker.contract.kinds import KINDS
 from stoker.errors import StokerError
 from stoker.local.stack import ERROR_MARK
-from stoker.settings import Settings, load_settings
-from workers import drain, runtime, transport
+from stoker.settings import Settings
 from workers.artifacts import Artifacts
-from workers.background import Background
-from workers.broker_check import check_broker
-from workers.cancelling import CancelWatch
-from workers.interrupts import Interrupts
-from workers.janitor import Janitor
-from workers.lanes import LaneRequest, LaneStep, lanes
-from workers.lease import LeaseStep
+from workers.celery.interrupts import Interrupts
+from workers.celery.lanes import LaneStep
+from workers.celery.lease import LeaseStep
+from workers.context import WorkerContext
 from workers.machine import asked_cores, boot_blas
-from workers.presence import Heart
-from workers.runtime import Runtime
+from workers.services import drain
+from workers.services.background import Background
+from workers.services.broker_check import check_broker
+from workers.services.cancelling import CancelWatch
+from workers.services.janitor import Janitor
+from workers.services.presence import Heart
+from workers.services.runtime import Runtime
+from workers.services.watchdog import Watchdog
 from workers.unreadable import DeadMessages
-from workers.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from engine.engine import Engine
@@ -54,21 +55,20 @@ class EngineStep(bootsteps.StartStopStep):
 
     def __init__(self, worker: Any, **kwargs: Any) -> None:
         super().__init__(worker, **kwargs)
+        self._context: WorkerContext = worker.app.context
         self._runtime: Runtime | None = None
         self._heart: Heart | None = None
         self._interrupts = Interrupts()
 
     def start(self, worker: Any) -> None:
-        settings = load_settings()
         with self._interrupts.starting():
-            self._runtime = self._made_runtime(settings, worker.hostname)
-            runtime.install(self._runtime)
-        self._guard_delivery(self._runtime)
-        self._open_queues(worker.app, settings)
-        running = self._runtime
-        CancelWatch(self._runtime).start()
-        Watchdog(self._runtime, settings.step_limit).start()
-        heart = self._heart = Heart(running, lanes, Janitor(running))
+            self._runtime = running = self._made_runtime(self._context.settings, worker.hostname)
+            self._context.install(running)
+        self._guard_delivery(running)
+        self._open_queues(worker.app, running)
+        CancelWatch(running).start()
+        Watchdog(running, running.settings.step_limit).start()
+        heart = self._heart = Heart(running, self._context.lanes, Janitor(running))
         heart.start()
         Background("mending", lambda: _mend(running, heart), stopped=running.stopped, every=MEND_EVERY).start()
 
@@ -87,17 +87,16 @@ class EngineStep(bootsteps.StartStopStep):
     def _guard_delivery(self, running: Runtime) -> None:
         """Before the first message comes: a message that cannot be read becomes a dead letter."""
         messages = DeadMessages(running.redis, running.name)
-        transport.dead_letter, transport.drop = messages.add, LaneRequest.drop
+        self._context.deliveries.keep_dead(messages)
         Background("dead messages", messages.write, stopped=running.stopped).start()
 
-    def _open_queues(self, app: Celery, settings: Settings) -> None:
+    def _open_queues(self, app: Celery, running: Runtime) -> None:
         """Consume what the models here can run. They are known only now, so no `-Q` says it."""
-        assert self._runtime is not None
         queues: dict[str, list[str]] = {kind: [] for kind in KINDS}
-        for card in self._runtime.engine.cards:
+        for card in running.engine.cards:
             for kind in card.kinds:
                 queues[kind].append(keys.queue(card.model, kind))
-        lanes.configure(settings.slots, queues)
+        self._context.lanes.configure(running.settings.slots, queues)
         app.amqp.queues.select([name for names in queues.values() for name in names])
 
     def stop(self, worker: Any) -> None:
@@ -105,7 +104,7 @@ class EngineStep(bootsteps.StartStopStep):
             self._heart.say_goodbye()
         if self._runtime is not None:
             self._runtime.stop()
-        runtime.install(None)
+        self._context.install(None)
 
     terminate = stop
 
@@ -114,7 +113,7 @@ class EngineStep(bootsteps.StartStopStep):
         if self._runtime is None:
             return {}
         engine = self._runtime.engine
-        return {"stoker": {"models": [card.model for card in engine.cards], "lanes": lanes.load()}}
+        return {"stoker": {"models": [card.model for card in engine.cards], "lanes": self._context.lanes.load()}}
 
 
 def _make_engine(settings: Settings, publish: Callable[..., None]) -> Engine:
@@ -162,18 +161,18 @@ def _end_process() -> None:
     state.should_terminate = EX_FAILURE
 
 
-def install(app: Celery) -> None:
-    """Add Stoker's steps to a Celery app."""
-    LeaseStep.settings = load_settings()
+def install(app: Celery, context: WorkerContext) -> None:
+    """Add Stoker's steps to a Celery app, and what its context shares with them."""
+    app.context = context
     components.Pool.requires = (*components.Pool.requires, EngineStep)
     app.steps["worker"].add(EngineStep)
     app.steps["consumer"].update((LaneStep, LeaseStep))
-    worker_shutting_down.connect(_drain, weak=False)
+    worker_shutting_down.connect(lambda **_: _drain(context), weak=False)
 
 
-def _drain(**_: Any) -> None:
+def _drain(context: WorkerContext) -> None:
     try:
-        drain.begin(runtime.current())
+        drain.begin(context.runtime, context.deliveries)
     except Exception:
         # Celery swallows what a signal handler raises; without this line nobody would know.
         log.exception("draining could not begin")

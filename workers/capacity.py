@@ -1,0 +1,85 @@
+"""How many jobs of each kind a worker holds: no more than it can run, and the rest is left to others.
+
+Celery's threads pool has one limit for all queues. Here each kind has its own: while it is full the worker asks the
+broker for no job of that kind (`workers/celery/consumer.py`), and asks again as soon as one has ended.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+
+#: Seconds after which a lane that was shrunk for want of memory tries to hold twice as many.
+GROW_AFTER = 60.0
+SHRINK_AFTER = 2.0
+
+
+def _nothing() -> None: ...
+
+
+class Lanes:
+    """Counts the jobs held, by kind. `queues`: kind → the queues that bring it."""
+
+    def __init__(self) -> None:
+        self._limits: dict[str, int] = {}
+        #: kind → jobs it may hold now: its limit, or less after `shrink`.
+        self._capacity: dict[str, int] = {}
+        self._shrunk = -GROW_AFTER
+        self._queues: dict[str, list[str]] = {}
+        self._held: dict[str, int] = {}
+        self._lock = threading.Lock()
+        #: Makes the consumer's loop look again, from any thread.
+        self.wake: Callable[[], object] = _nothing
+
+    def configure(self, limits: Mapping[str, int], queues: Mapping[str, list[str]]) -> None:
+        self._limits, self._queues = dict(limits), {kind: list(names) for kind, names in queues.items()}
+        self._capacity = dict(limits)
+        self._held = dict.fromkeys(limits, 0)
+
+    def load(self) -> dict[str, tuple[int, int]]:
+        """kind → (held, limit)."""
+        return {kind: (held, self._capacity[kind]) for kind, held in self._held.items()}
+
+    def kind_of(self, queue: str) -> str | None:
+        return next((kind for kind, queues in self._queues.items() if queue in queues), None)
+
+    def has_room(self, kind: str) -> bool:
+        """Whether one more may be taken. Asked by the consumer's loop, each time before it asks the broker for one."""
+        with self._lock:
+            return self._held[kind] < self._capacity[kind]
+
+    def enter(self, kind: str) -> None:
+        """A job was taken. Called in the consumer's thread."""
+        with self._lock:
+            self._held[kind] += 1
+
+    def leave(self, kind: str) -> None:
+        """A job has ended. Called in any thread."""
+        with self._lock:
+            self._held[kind] -= 1
+            reopened = self._held[kind] == self._capacity[kind] - 1
+        if reopened:
+            self.wake()
+
+    def shrink(self, kind: str) -> None:
+        """The jobs of this kind did not fit into memory together: hold half as many, until `grow`.
+
+        Each of the jobs that failed together says so; once counts.
+        """
+        with self._lock:
+            if time.monotonic() - self._shrunk < SHRINK_AFTER:
+                return
+            self._capacity[kind], self._shrunk = max(1, self._capacity[kind] // 2), time.monotonic()
+
+    def grow(self) -> None:
+        """Called from time to time: what was shrunk gets twice its size back, a while after the last shrinking."""
+        if time.monotonic() - self._shrunk < GROW_AFTER:
+            return
+        for kind, limit in self._limits.items():
+            with self._lock:
+                grows = self._capacity[kind] < limit
+                if grows:
+                    self._capacity[kind], self._shrunk = min(limit, 2 * self._capacity[kind]), time.monotonic()
+            if grows:
+                self.wake()

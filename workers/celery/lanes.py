@@ -1,0 +1,77 @@
+"""Celery's steps and requests of the lanes (`workers/capacity.py`): a slot is held for as long as its message is."""
+
+from __future__ import annotations
+
+import uuid
+from functools import partial
+from typing import Any
+
+from celery import bootsteps
+from celery.worker.request import Request
+from kombu.transport.virtual.base import QoS
+
+from stoker.contract.kinds import of_task
+from workers.context import WorkerContext
+
+
+def _nothing() -> None: ...
+
+
+class LaneStep(bootsteps.StartStopStep):
+    """Lets the lanes wake the consumer's loop when they have room again."""
+
+    requires = ("celery.worker.consumer.tasks:Tasks",)
+
+    def start(self, consumer: Any) -> None:
+        context: WorkerContext = consumer.app.context
+        context.lanes.wake = partial(consumer.call_soon, _nothing)
+
+
+class LaneRequest(Request):
+    """A request that holds a slot in its kind's lane from the moment it is taken until it is acked or rejected.
+
+    `terminate` (Flower's button, `celery control revoke --terminate`) asks the engine to stop the job: the threads
+    pool itself cannot end one.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._context: WorkerContext = self._app.context
+        self._kind = of_task(self.name).name
+        self._held = True
+        #: Names this delivery, and no other of the same job: what the job's record calls its owner by.
+        self.token = uuid.uuid4().hex
+        self._request_dict |= {"stoker_token": self.token, "stoker_tag": self.tag}
+        self._context.deliveries.add(self)
+        self._context.lanes.enter(self._kind)
+
+    @property
+    def tag(self) -> str:
+        return str(self.message.delivery_tag)
+
+    def fence(self) -> None:
+        """The message belongs to another worker now, under the same delivery tag: an ack from here would take it away
+        from there. From now on this request only forgets it."""
+        self._on_ack = self._on_reject = self._forget
+
+    def _forget(self, *_: Any) -> None:
+        # A frozen worker may get its own message again, and then holds the tag twice: the newer delivery needs it.
+        if not self._context.deliveries.another_holds(self.tag, than=self):
+            QoS.ack(self.message.channel.qos, self.tag)  # type: ignore[no-untyped-call]
+
+    def acknowledge(self) -> None:
+        super().acknowledge()
+        self._leave()
+
+    def reject(self, requeue: bool = False) -> None:
+        super().reject(requeue=requeue)
+        self._leave()
+
+    def terminate(self, pool: Any, signal: str | None = None) -> None:
+        self._context.runtime.cancel(self.id)
+
+    def _leave(self) -> None:
+        if self._held:
+            self._held = False
+            self._context.deliveries.remove(self)
+            self._context.lanes.leave(self._kind)

@@ -1,0 +1,102 @@
+"""The deliveries that this process holds, and what its channels do with those that no job comes of."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from workers.unreadable import DeadMessages, Unreadable
+
+log = logging.getLogger(__name__)
+
+
+class Health:
+    """Since when the broker has answered this process without a gap. Asked by kombu's sweep, in another thread."""
+
+    def __init__(self, lease: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._lease, self._clock = lease, clock
+        self._since: float | None = None
+        self._last = 0.0
+
+    def answered(self) -> None:
+        now = self._clock()
+        if self._since is None or now - self._last > self._lease / 2:
+            self._since = now
+        self._last = now
+
+    def failed(self) -> None:
+        self._since = None
+
+    def may_take_over(self) -> bool:
+        # A process that was itself frozen sees an old `_last` here, before its own thread has noticed.
+        now = self._clock()
+        fresh = now - self._last <= self._lease / 2
+        return self._since is not None and fresh and now - self._since >= self._lease
+
+
+class Delivery(Protocol):
+    """One delivery of one message, neither acknowledged nor handed back: a `LaneRequest`."""
+
+    #: Names this delivery, and no other of the same job.
+    token: str
+
+    @property
+    def tag(self) -> str:
+        """kombu's name of the message that is held."""
+        ...
+
+    def fence(self) -> None: ...
+
+    def reject(self, requeue: bool = False) -> None: ...
+
+
+class Deliveries:
+    """One for each worker process. Channels ask it, in the consumer's thread; requests enter and leave in any."""
+
+    def __init__(self, health: Health) -> None:
+        #: Whether this process may give other workers' expired messages back to the queue.
+        self.health = health
+        #: Whether a closing channel requeues what was not acknowledged. Off while the worker runs: its lease keeps it.
+        self.go_back = False
+        self._held: dict[str, Delivery] = {}
+        self._dead: DeadMessages | None = None
+
+    def add(self, delivery: Delivery) -> None:
+        self._held[delivery.token] = delivery
+
+    def remove(self, delivery: Delivery) -> None:
+        self._held.pop(delivery.token, None)
+
+    def tags(self) -> set[str]:
+        """Not from Celery's own table of requests: it has one entry for a job, and a job may be here twice."""
+        return {delivery.tag for delivery in list(self._held.values())}
+
+    def fence(self, token: str) -> None:
+        """The delivery of this token ends without a trace: neither result nor ack."""
+        delivery = self._held.get(token)
+        if delivery is not None:
+            delivery.fence()
+
+    def another_holds(self, tag: str, than: Delivery) -> bool:
+        """Whether another delivery here has this tag: a worker that was frozen may get its own message again."""
+        return any(other is not than and other.tag == tag for other in list(self._held.values()))
+
+    def drop(self, tag: str) -> bool:
+        """Give up the delivery with this tag, the newest if there are two, which failed before its job began: its
+        message is done with, and its slot is free. Return whether there is one."""
+        held = [delivery for delivery in list(self._held.values()) if delivery.tag == tag]
+        if held:
+            held[-1].reject()
+        return bool(held)
+
+    def keep_dead(self, messages: DeadMessages) -> None:
+        """From now on a message that cannot be read becomes a dead letter."""
+        self._dead = messages
+
+    def dead_letter(self, message: Unreadable) -> None:
+        if self._dead is None:
+            log.error("a message of %s cannot be read: %s", message.queue, message.trouble)
+        else:
+            self._dead.add(message)
