@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
 
 from stoker.broker import registry
 from stoker.broker.registry import AdapterEntry
@@ -29,10 +28,11 @@ def existing(entry: AdapterEntry) -> AdapterEntry:
     return entry
 
 
-def facts(known: Any) -> str:
+def facts(known: Mapping[str, object]) -> str:
     """A version's facts as one line."""
     parts = [str(known.get("method", "lora")), f"rank {known.get('rank', '?')}"]
     for name, said in (("loss", "loss"), ("held_out_loss", "held out")):
-        if known.get(name) is not None:
-            parts.append(f"{said} {known[name]:.3f}")
+        value = known.get(name)
+        if isinstance(value, int | float):
+            parts.append(f"{said} {value:.3f}")
     return ", ".join([*parts, str(known.get("source", ""))])

@@ -6,11 +6,13 @@ import difflib
 import json
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from typing_extensions import TypedDict, Unpack
 
 from stoker.address import DEFAULT_URL, Address
 from stoker.contract.base import NAME_PATTERN
@@ -78,12 +80,12 @@ class Settings(BaseSettings):
 
     @field_validator("models", mode="before")
     @classmethod
-    def _split(cls, value: Any) -> Any:
+    def _split(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
     @field_validator("group_size", mode="before")
     @classmethod
-    def _number(cls, value: Any) -> Any:
+    def _number(cls, value: object) -> object:
         return int(value) if isinstance(value, str) and value.isdigit() else value
 
     @field_validator("home")
@@ -139,11 +141,39 @@ class Settings(BaseSettings):
         return self.home / "broker.json"
 
 
-def load_settings(**overrides: Any) -> Settings:
+class Overrides(TypedDict, total=False):
+    """What a caller may say instead of the environment: the fields of `Settings`; None says nothing."""
+
+    url: str | None
+    home: Path | None
+    models: Sequence[str] | None
+    generate_slots: int | None
+    kv_cache: int | None
+    stall: float | None
+    embed_jobs: int | None
+    train_runs: int | None
+    lease: int | None
+    grace: float | None
+    step_limit: float | None
+    patience: float | None
+    client_key: str | None
+    queue_wait: float | None
+    train_share: float | None
+    adapter_memory: int | None
+    artifacts: str | None
+    data: Path | None
+    dtype: Literal["float32", "float16", "bfloat16"] | None
+    quantize: Literal["4bit", "8bit", "keep", "none"] | None
+    group_size: Literal[32, 64, 128] | None
+    kernels: str | None
+    blas: str | None
+
+
+def load_settings(**overrides: Unpack[Overrides]) -> Settings:
     """Read the environment; `overrides` that are not None win. Raises `ConfigError` for any wrong value or name."""
     _refuse_unknown_names()
     try:
-        return Settings(**{name: value for name, value in overrides.items() if value is not None})
+        return Settings.model_validate({name: value for name, value in overrides.items() if value is not None})
     except ValidationError as error:
         first = error.errors()[0]
         name = ENV_PREFIX + "_".join(str(part) for part in first["loc"]).upper()

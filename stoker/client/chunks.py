@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import AsyncIterable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeVar
 
 from stoker.contract import Presence
 from stoker.errors import (
@@ -17,6 +17,8 @@ from stoker.errors import (
     JobError,
     StokerError,
 )
+
+T = TypeVar("T")
 
 #: Texts of a job: enough to fill batches, few enough to share a thousand texts among workers.
 BATCH_TEXTS = 256
@@ -48,7 +50,7 @@ class Plan:
             raise InvalidRequest(f"in_flight: {self.in_flight} given; 1 to 10000 are allowed, or None.")
 
 
-def checked_texts(texts: Any) -> Any:
+def checked_texts(texts: T) -> T:
     """Raises `InvalidRequest` for what is no iterable of texts."""
     if isinstance(texts, str):
         raise InvalidRequest("texts: one text given; expected many, such as a list or the lines of a file.")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypedDict, TypeVar
 
 from pydantic import ValidationError
 
@@ -16,6 +16,7 @@ from stoker.broker import keys
 from stoker.broker.connection import Patience
 from stoker.broker.ledger.record import summary
 from stoker.broker.outcome import Outcome, announced, lost
+from stoker.broker.pipeline import Pipeline
 from stoker.contract import StreamToken, TrainReport
 from stoker.errors import JobLost, JobTimeout
 from stoker.settings import Settings
@@ -27,8 +28,17 @@ QUIET = 1.0
 
 E = TypeVar("E", StreamToken, TrainReport)
 
+P = TypeVar("P", bound=Pipeline)
+
 Rows = Sequence[tuple[bytes, Mapping[bytes, bytes]]]
 Clock = Callable[[], float]
+
+
+class Heard(TypedDict):
+    """A message of a channel, as redis-py gives it."""
+
+    channel: bytes
+    data: bytes
 
 
 class TimeLimit:
@@ -100,19 +110,17 @@ class Follower(Generic[E]):
         """The channels are heard from now on; what was published before has to be looked up."""
         self._look, self._quiet_until = True, 0.0
 
-    def ask(self, pipeline: Any) -> Any:
+    def ask(self, pipeline: P) -> P:
         """Put into `pipeline`: the result, the job's kind and owner, and the entries that are due."""
         ask_state(pipeline, self.job_id)
         if self._entry is not None:
             pipeline.xrange(keys.stream(self.job_id), min=self.since, count=PAGE)
         return pipeline
 
-    def looked(self, replies: Sequence[Any]) -> list[E]:
+    def looked(self, replies: Sequence[object]) -> list[E]:
         """The entries that `ask` has brought. Raises `JobLost` if the broker knows nothing of the job."""
         self._patience.renew()
-        record, reply, *pages = replies
-        kind = summary(self.job_id).parse(reply).kind
-        rows = pages[0] if pages else []
+        record, kind, rows = self._said(*replies)
         entries = self.replay(rows)
         self._something_came |= bool(entries)
         if len(rows) == PAGE:
@@ -125,6 +133,10 @@ class Follower(Generic[E]):
         self._look, self._quiet_until = False, self._clock() + QUIET
         return entries
 
+    def _said(self, record: Any, reply: Any, rows: Any = ()) -> tuple[bytes | None, str | None, Rows]:
+        """The replies to `ask`: the result, the job's kind, and a page of the stream."""
+        return record, summary(self.job_id).parse(reply).kind, rows
+
     def wait(self) -> float:
         """Seconds to wait for a message; raises `JobTimeout` at the end of the caller's time limit."""
         if self._something_came:
@@ -133,7 +145,7 @@ class Follower(Generic[E]):
             self._something_came = False
         return self._limit.slice(max(0.0, self._quiet_until - self._clock()))
 
-    def heard(self, message: Mapping[str, Any] | None) -> list[E]:
+    def heard(self, message: Heard | None) -> list[E]:
         """The entry of a message, if it is the one due."""
         if message is None:
             return []
@@ -150,7 +162,7 @@ class Follower(Generic[E]):
         """Seconds to wait before the next try; raises `BrokerUnavailable` when the patience is at its end."""
         return self._limit.slice(self._patience.spend(error))
 
-    def value(self) -> Any:
+    def value(self) -> object:
         """What the job made; raises what it ended with. For a reader that has followed it to its outcome."""
         if self.outcome is None:
             raise lost(self.job_id)
@@ -187,7 +199,7 @@ class Follower(Generic[E]):
         return [self._entry.model_validate_json(payload) for payload in payloads] if self._entry is not None else []
 
 
-def ask_state(pipeline: Any, job_id: str) -> Any:
+def ask_state(pipeline: P, job_id: str) -> P:
     """Put into `pipeline`: the result, and the job's `summary`."""
     pipeline.get(keys.result(job_id))
     summary(job_id).send(pipeline)

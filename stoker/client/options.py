@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from typing_extensions import TypedDict
 
@@ -40,9 +40,9 @@ class GenerateOptions(JobOptions, total=False):
     """Options of `generate`."""
 
     prompt_ids: Sequence[int] | None
-    messages: Sequence[ChatMessage | Mapping[str, Any]] | None
-    tools: Sequence[Mapping[str, Any]] | None
-    template: Mapping[str, Any] | None
+    messages: Sequence[ChatMessage | Mapping[str, object]] | None
+    tools: Sequence[Mapping[str, object]] | None
+    template: Mapping[str, object] | None
     adapter: str | None
     max_tokens: int
     n: int
@@ -58,7 +58,7 @@ class GenerateOptions(JobOptions, total=False):
     stop_token_ids: Sequence[int]
     ignore_eos: bool
     top_logprobs: int
-    json_schema: Mapping[str, Any] | None
+    json_schema: Mapping[str, object] | None
     regex: str | None
 
 
@@ -101,7 +101,7 @@ class AdapterOptions(JobOptions, total=False):
 Options: TypeAlias = EmbedOptions | GenerateOptions | TrainOptions | AdapterOptions
 
 
-def checked_options(given: Mapping[str, Any], options: type[Options], named: Iterable[str]) -> dict[str, Any]:
+def checked_options(given: Mapping[str, object], options: type[Options], named: Iterable[str]) -> dict[str, object]:
     """`given`, as the fields of a request. `named`: the call's own parameters.
 
     Raises `InvalidRequest` for an option that the call does not have.

@@ -7,7 +7,7 @@ import secrets
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from stoker.broker.outcome import lost, spoiled
 from stoker.contract import AdapterRequest, EmbedRequest, GenerateRequest, TrainRequest, build
@@ -20,10 +20,10 @@ from stoker.contract.uploads import Upload
 from stoker.errors import DatasetError, InvalidRequest
 
 #: What `dataset` may be: a file of JSON lines, `worker:NAME` for one under the worker's data root, or the examples.
-Dataset = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
+Dataset = str | os.PathLike[str] | Iterable[Mapping[str, object]]
 
 #: What `generate` continues: a text, token ids, or messages such as `{"role": "user", "content": "Hello"}`.
-Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+Prompt = str | Sequence[int] | Sequence[Mapping[str, object]]
 
 
 def known_kind(job_id: str, kind: str | None) -> JobKind:
@@ -46,7 +46,7 @@ def draw_seed() -> int:
     return secrets.randbelow(2**63)
 
 
-def embed_request(model: str, texts: Sequence[str], fields: Mapping[str, Any]) -> EmbedRequest:
+def embed_request(model: str, texts: Sequence[str], fields: Mapping[str, object]) -> EmbedRequest:
     if isinstance(texts, str):
         raise InvalidRequest("texts: one text given; expected a list of texts, such as ['a warm model'].")
     if not isinstance(texts, Iterable):
@@ -54,13 +54,15 @@ def embed_request(model: str, texts: Sequence[str], fields: Mapping[str, Any]) -
     return build(EmbedRequest, {"model": model, "texts": tuple(texts), **fields})
 
 
-def generate_request(model: str, prompt: Prompt | None, seed: int | None, fields: Mapping[str, Any]) -> GenerateRequest:
+def generate_request(
+    model: str, prompt: Prompt | None, seed: int | None, fields: Mapping[str, object]
+) -> GenerateRequest:
     """`prompt`: a text, token ids, or the messages of a conversation; None if `fields` have one of them by name."""
     seed = draw_seed() if seed is None else seed
     return build(GenerateRequest, {"model": model, "seed": seed, **_prompt_fields(prompt), **fields})
 
 
-def _prompt_fields(prompt: Prompt | None) -> dict[str, Any]:
+def _prompt_fields(prompt: Prompt | None) -> dict[str, object]:
     if prompt is None or isinstance(prompt, str):
         return {} if prompt is None else {"prompt": prompt}
     if not isinstance(prompt, Iterable):
@@ -71,12 +73,12 @@ def _prompt_fields(prompt: Prompt | None) -> dict[str, Any]:
     return {"prompt_ids" if items and isinstance(items[0], int) else "messages": items}
 
 
-def train_request(model: str, name: str, dataset: Dataset, job_id: str, fields: Mapping[str, Any]) -> TrainRequest:
+def train_request(model: str, name: str, dataset: Dataset, job_id: str, fields: Mapping[str, object]) -> TrainRequest:
     source = dataset if _on_worker(dataset) else str(Upload.of("dataset", job_id, b""))
     return build(TrainRequest, {"model": model, "name": name, "dataset": source, **fields})
 
 
-def adapter_request(model: str, name: str, job_id: str, fields: Mapping[str, Any]) -> AdapterRequest:
+def adapter_request(model: str, name: str, job_id: str, fields: Mapping[str, object]) -> AdapterRequest:
     upload = str(Upload.of("adapter", job_id, b""))
     return build(AdapterRequest, {"model": model, "name": name, "upload": upload, **fields})
 

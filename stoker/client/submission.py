@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TypeVar
 
 from stoker.broker import keys, ledger
 from stoker.broker.envelope import envelope
 from stoker.broker.ledger.call import Call
 from stoker.broker.ledger.record import NewJob
 from stoker.broker.ledger.replies import Submitted
+from stoker.broker.pipeline import Pipeline, Pipelines
 from stoker.contract import AdapterRequest, Request, TrainRequest, encode
 from stoker.contract.dataset import ON_WORKER
 from stoker.contract.uploads import Upload
 from stoker.errors import InvalidRequest, QueueFull
 from stoker.settings import Settings
+
+P = TypeVar("P", bound=Pipeline)
 
 
 class Submission:
@@ -38,7 +41,7 @@ class Submission:
         """Whether its input is too large for the one command that sends the job."""
         return len(self._data) > keys.PART
 
-    def uploads(self, redis: Any) -> Iterator[Any]:
+    def uploads(self, redis: Pipelines[P]) -> Iterator[P]:
         """A pipeline for each part of the input, to be executed in order before the job is sent. A part that is sent
         again lands where it was. Until a job's record names it, what is there expires within minutes."""
         blob, self._data, data, self._uploaded = self._record.blob, b"", memoryview(self._data), True
@@ -56,7 +59,7 @@ class Submission:
                 f"{kind}. Take another id."
             )
 
-    def tidy(self, pipeline: Any, reply: Submitted) -> Any:
+    def tidy(self, pipeline: P, reply: Submitted) -> P:
         """Put into `pipeline` what a reply to `transition` asks for: an input that was uploaded in parts stays while
         the client waits for room in the queue, and goes if a job of that id was there already."""
         if self._uploaded and reply.state == "known":

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from stoker.broker import keys
-from stoker.client.following import PAGE, QUIET, Follower, TimeLimit
+from stoker.client.following import PAGE, QUIET, Follower, Heard, TimeLimit
 from stoker.contract import StreamToken
 from stoker.errors import BrokerUnavailable, JobCancelled, JobLost, JobTimeout
 from stoker.settings import Settings
@@ -134,7 +134,7 @@ def rows(*indices: int) -> list[tuple[bytes, dict[bytes, bytes]]]:
     return [(keys.entry_id(index).encode(), {b"entry": payload(index)}) for index in indices]
 
 
-def message(channel: str, data: bytes) -> dict[str, object]:
+def message(channel: str, data: bytes) -> Heard:
     return {"channel": channel.encode(), "data": data}
 
 

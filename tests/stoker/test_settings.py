@@ -6,14 +6,15 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, Optional, get_type_hints
 
 import pytest
 
 from stoker.address import DEFAULT_URL
 from stoker.errors import ConfigError
-from stoker.settings import Settings, load_settings
+from stoker.settings import Overrides, Settings, load_settings
 
 
 def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -66,7 +67,7 @@ def test_a_wrong_value_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, name:
 
 def test_settings_cannot_be_changed_afterwards() -> None:
     with pytest.raises(ValueError, match="frozen"):
-        load_settings().grace = 1.0  # type: ignore[misc]
+        load_settings().grace = 1.0
 
 
 def test_the_home_folder_is_absolute_in_every_form_given(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,3 +138,14 @@ def test_an_empty_variable_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("STOKER_MODELS", "")
     assert load_settings().url is None
     assert load_settings().models
+
+
+def test_a_caller_may_say_every_setting_under_its_name_and_with_its_type() -> None:
+    declared: dict[str, Any] = get_type_hints(Settings)
+    said = get_type_hints(Overrides)
+    assert said.keys() == Settings.model_fields.keys()
+    # None says nothing, and a sequence of models may be any.
+    wanted = {name: Optional[declared[name]] for name in said}  # noqa: UP045 -- a type that is known at run time only
+    assert said == wanted | {"models": Sequence[str] | None}
+    with pytest.raises(ConfigError, match="STOKER_LEASES: 3 given"):
+        load_settings(leases=3)  # type: ignore[call-arg]

@@ -42,7 +42,9 @@ WIDER = {"stop": Sequence[str] | str}
 def accepted(declared: Any) -> Any:
     """What a caller may give for a field of this type: any sequence for a tuple, a mapping for a message."""
     if declared is ChatMessage:
-        return ChatMessage | Mapping[str, Any]
+        return ChatMessage | Mapping[str, object]
+    if declared is Any:
+        return object
     origin, arguments = get_origin(declared), get_args(declared)
     if origin is Annotated:
         return accepted(arguments[0])
