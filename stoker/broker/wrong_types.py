@@ -39,9 +39,9 @@ def _named(names: Sequence[str], found: Sequence[bytes]) -> ResponseError:
 
 
 class Redis(redis.Redis):
-    def execute_command(self, *args: Any, **options: Any) -> Any:
+    def execute_command(self, *args: Any, **named: Any) -> Any:
         try:
-            return super().execute_command(*args, **options)  # type: ignore[no-untyped-call]
+            return super().execute_command(*args, **named)  # type: ignore[no-untyped-call]
         except ResponseError as error:
             if not is_wrong_type(error):
                 raise
@@ -51,9 +51,9 @@ class Redis(redis.Redis):
 
 
 class AsyncRedis(redis.asyncio.Redis):
-    async def execute_command(self, *args: Any, **options: Any) -> Any:
+    async def execute_command(self, *args: Any, **named: Any) -> Any:
         try:
-            return await super().execute_command(*args, **options)  # type: ignore[no-untyped-call]
+            return await super().execute_command(*args, **named)  # type: ignore[no-untyped-call]
         except ResponseError as error:
             if not is_wrong_type(error):
                 raise
