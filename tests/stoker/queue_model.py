@@ -178,10 +178,10 @@ class Queue:
         if revive:
             del self.dead[job]
             self.results.pop(job, None)
-            self.marks.discard(job)
         sent = max(int(self.now * 1e6), former.sent if former is not None else 0)
         self.records[job] = Record(client, priority, self.now, has_input, sent=sent)
         self.taken_in.append(job)
+        self.marks.discard(job)
         self.mine[client] = {other: since for other, since in mine.items() if since > self.now - keys.PENDING_TTL}
         self.open[job] = self.mine[client][job] = self.now
         for key in (keys.job(job), keys.open_jobs(self.name), keys.client(client, self.name)):
@@ -247,7 +247,6 @@ class Queue:
         return "cancelled"
 
     def recover(self, older_than: float) -> list[str]:
-        self.refill()
         standing = {message.job for message in self.ready}
         found = []
         for job in sorted(self.dispatched, key=lambda job: (self.dispatched[job], job.encode())):

@@ -51,7 +51,7 @@ end
 local sent = math.max(now * 1e6, count_of(redis.pcall('HGET', job, 'sent')))
 if revive then
   redis.call('HDEL', dead, id)
-  redis.call('DEL', job, result, mark)
+  redis.call('DEL', job, result)
 end
 -- The first write of a new job, and one that a broker without memory refuses: then nothing was written.
 local submitted = string.format('%.6f', now)
@@ -59,6 +59,8 @@ redis.call('HSET', job, 'submitted', submitted, 'sent', string.format('%.0f', se
 local accepted, trouble = pcall(function()
   redis.call('ZREMRANGEBYSCORE', mine, '-inf', now - pending_ttl)
   redis.call('EXPIRE', job, pending_ttl)
+  -- A cancel was of an earlier record: of the dead letter's, or of one that expired as its owner ran it.
+  redis.call('DEL', mark)
   for _, key in ipairs({open, mine}) do
     add(key, now, id)
   end
