@@ -14,6 +14,8 @@ from stoker.broker.registry import AdapterEntry, wanted
 from stoker.catalogue import parse_model
 from stoker.cli.models import ask_engine
 from stoker.cli.options import Json, Model, Url, connect, print_json
+from stoker.errors import ConfigError
+from stoker.files.durable import remove_folder
 from stoker.settings import load_settings
 
 Version = Annotated[str, typer.Argument(help="NAME@VERSION.", metavar="ADAPTER")]
@@ -78,6 +80,27 @@ def unload(adapter: Version, model: Model = None, url: Url = None) -> None:
     with connect(url) as client:
         client.adapters.unload(adapter, model)
     print(f"{adapter}: unloaded")
+
+
+def remove(
+    adapter: Adapter,
+    model: Model = None,
+    url: Url = None,
+) -> None:
+    """Take all versions of an adapter out of the registry and off this machine's disk."""
+    with connect(url) as client:
+        entry = client.adapters.get(adapter, model)
+        if entry.serving is not None:
+            client.adapters.deactivate(adapter, entry.model)
+        for version in entry.versions:
+            client.adapters.unload(f"{adapter}@{version}", entry.model)
+    folder = load_settings().adapters / entry.model / entry.name
+    try:
+        if folder.is_dir():
+            remove_folder(folder)
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be deleted ({error}). The registry has let go of it.") from None
+    print(f"{adapter}: {len(entry.versions)} versions removed")
 
 
 def export(

@@ -9,7 +9,7 @@ import typer
 
 import stoker
 from stoker.cli import adapters as adapters_commands
-from stoker.cli import demo, embed, generate, jobs, machine, policy, runs, train
+from stoker.cli import demo, embed, generate, housekeeping, jobs, machine, policy, runs, train
 from stoker.cli import models as models_commands
 
 app = typer.Typer(
@@ -43,6 +43,9 @@ _COMMANDS: tuple[Callable[..., None], ...] = (
     machine.up,
     machine.worker,
     machine.doctor,
+    housekeeping.clean,
+    housekeeping.backup,
+    housekeeping.restore,
     demo.demo,
 )
 for _command in _COMMANDS:
@@ -52,6 +55,8 @@ queue = typer.Typer(no_args_is_help=True, help="Jobs that wait or run, and dead 
 queue.command("list")(jobs.list_jobs)
 queue.command("dead")(jobs.list_dead)
 queue.command("retry")(jobs.retry)
+queue.command("cancel")(jobs.cancel_many)
+queue.command("purge")(jobs.purge)
 queue.command("policy")(policy.show_or_set)
 app.add_typer(queue, name="jobs")
 
@@ -70,6 +75,7 @@ for _command in (
     adapters_commands.rollback,
     adapters_commands.deactivate,
     adapters_commands.unload,
+    adapters_commands.remove,
     adapters_commands.export,
 ):
     adapters.command()(_command)
@@ -79,6 +85,8 @@ training = typer.Typer(no_args_is_help=True, help="Training runs whose folders a
 training.command("list")(runs.list_runs)
 training.command("show")(runs.show)
 training.command("plot")(runs.plot)
+training.command("attach")(runs.attach)
+training.command("remove")(runs.remove)
 app.add_typer(training, name="runs")
 
 kernels = typer.Typer(no_args_is_help=True, help="Fused kernels of this machine.")

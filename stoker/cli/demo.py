@@ -116,7 +116,7 @@ def _train(client: Client) -> None:
             warmup_steps=2,
             max_length=64,
         )
-        result = follow(job, STEPS)
+        result = follow(job)
     print(
         f"  {result.adapter}@{result.version}: loss {result.first_loss:.3f} → {result.last_loss:.3f}, "
         f"{result.tokens} tokens in {result.usage.run_seconds:.1f} s"

@@ -7,8 +7,11 @@ from typing import Annotated
 import typer
 
 from stoker.broker import letters
+from stoker.broker.ledger.listing import OpenJob
 from stoker.cli.options import Json, Url, connect, notes, print_json
 from stoker.client import Client
+from stoker.contract.kinds import KINDS
+from stoker.errors import InvalidRequest, JobLost
 
 
 def warn_if_cold(client: Client, model: str | None, kind: str) -> None:
@@ -63,6 +66,53 @@ def cancel(
 ) -> None:
     """Stop a job, whether it waits or runs."""
     with connect(url) as client:
-        job = client.job(job_id)
-        job.cancel()
-        print(f"{job_id}: asked to stop; it was {job.status()}")
+        print(_cancelled(client, job_id))
+
+
+def cancel_many(
+    job_ids: Annotated[list[str] | None, typer.Argument(help="Jobs to stop.", metavar="JOB_ID")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Every job that has not ended.")] = False,
+    model: Annotated[str | None, typer.Option(help="The jobs of this model.")] = None,
+    kind: Annotated[str | None, typer.Option(help="The jobs of this kind: embed, generate, train, adapters.")] = None,
+    url: Url = None,
+) -> None:
+    """Stop jobs: those that are named, or all of a model, a kind or the broker."""
+    if bool(job_ids) == (everything or model is not None or kind is not None):
+        raise InvalidRequest("jobs cancel: name jobs by their ids, or say which: --all, --model, --kind; not both.")
+    with connect(url) as client:
+        chosen = job_ids or [job_id for job_id, job in client.jobs().items() if _is_meant(job, model, kind)]
+        _cancel_each(client, chosen)
+
+
+def purge(
+    model: Annotated[str | None, typer.Option(help="Only the jobs of this model.")] = None,
+    kind: Annotated[str | None, typer.Option(help="Only the jobs of this kind.")] = None,
+    url: Url = None,
+) -> None:
+    """Stop every job that waits; those that run go on."""
+    with connect(url) as client:
+        waiting = {job_id: job for job_id, job in client.jobs().items() if "worker" not in job}
+        chosen = [job_id for job_id, job in waiting.items() if _is_meant(job, model, kind)]
+        _cancel_each(client, chosen)
+
+
+def _is_meant(job: OpenJob, model: str | None, kind: str | None) -> bool:
+    if kind is not None and kind not in KINDS:
+        raise InvalidRequest(f"kind: {kind!r} given; {', '.join(KINDS)} are allowed.")
+    return model in (None, job["model"]) and kind in (None, job["kind"])
+
+
+def _cancel_each(client: Client, job_ids: list[str]) -> None:
+    """A job that is not known (any more) is said so, and hinders none of the others."""
+    for job_id in job_ids:
+        try:
+            print(_cancelled(client, job_id))
+        except JobLost as error:
+            print(f"{job_id}: {error}")
+    print(f"{len(job_ids)} jobs")
+
+
+def _cancelled(client: Client, job_id: str) -> str:
+    job = client.job(job_id)
+    job.cancel()
+    return f"{job_id}: asked to stop; it was {job.status()}"

@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +25,7 @@ from stoker.cli.options import Json, Url, connect, print_json, progress_shown
 from stoker.contract import Presence
 from stoker.errors import ConfigError, StokerError, UnknownModel
 from stoker.local.interrupts import hold_back
+from stoker.local.storage import disk_use
 from stoker.settings import Settings, load_settings
 
 Models = Annotated[
@@ -83,9 +85,13 @@ def _settings(models: list[str] | None, url: str | None) -> Settings:
 def status(
     as_json: Json = False,
     wait: Annotated[float, typer.Option(help="Seconds to wait for a warm worker.")] = 0.0,
+    disk: Annotated[bool, typer.Option("--disk", help="Show the disk that Stoker takes here instead.")] = False,
     url: Url = None,
 ) -> None:
     """Show the workers that are alive, and which models they hold warm. Exit code 2 if there is none."""
+    if disk:
+        _show_disk(as_json)
+        return
     end = time.monotonic() + wait
     with connect(url) as client:
         workers = client.workers()
@@ -100,6 +106,19 @@ def status(
             print("\n".join(_describe(worker)))
     if not workers:
         raise UnknownModel(f"no worker is alive at {shown}. Start one with `stoker up` or `stoker worker`.")
+
+
+def _show_disk(as_json: bool) -> None:
+    settings = load_settings()
+    found = disk_use(settings)
+    if as_json:
+        print_json([{**asdict(used), "path": str(used.path)} for used in found])
+        return
+    for used in found:
+        print(f"{used.bytes / 2**20:10.1f} MB  {used.files:7} files  {used.path if used.files else used.name}")
+    print(
+        f"{sum(used.bytes for used in found) / 2**20:10.1f} MB  in {settings.home}; `stoker clean` deletes what is old"
+    )
 
 
 def _describe(worker: Presence) -> Iterator[str]:

@@ -2,45 +2,47 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from stoker.cli.options import Json, print_json
-from stoker.contract.names import Rule, follows
-from stoker.errors import ConfigError, InvalidRequest
+from stoker.broker.outcome import JobStatus
+from stoker.cli.options import Json, Url, connect, print_json
+from stoker.cli.train import follow, outcome
+from stoker.client import Client, TrainJob
+from stoker.errors import ConfigError, InvalidRequest, JobLost
+from stoker.files.durable import remove_folder
+from stoker.local.runs import StoredRun, find_run, stored_runs
 from stoker.settings import load_settings
 
-RunId = Annotated[str, typer.Argument(help="As `stoker runs list` shows it: the job's id.", metavar="RUN")]
+RunId = Annotated[
+    str, typer.Argument(help="Its id, the start of it, or an adapter's name: then its newest run.", metavar="RUN")
+]
 
 
 def list_runs(as_json: Json = False) -> None:
     """List the runs on this machine, newest first."""
-    found = sorted(_runs(), key=lambda run: run["changed"], reverse=True)
+    found = sorted(stored_runs(load_settings().runs), key=lambda run: run.changed, reverse=True)
     if as_json:
-        print_json(found)
+        print_json([run.plain() for run in found])
         return
     for run in found:
-        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(run["changed"]))
-        asked = run["request"]
-        progress = f"step {run['reports'][-1]['step'] if run['reports'] else 0}/{asked['steps']}"
-        print(f"{run['run']}  {when}  {asked['name']:20} {progress:16} {run['status']}")
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.changed))
+        progress = f"step {run.reports[-1]['step'] if run.reports else 0}/{run.asked['steps']}"
+        print(f"{run.id}  {when}  {run.asked['name']:20} {progress:16} {run.status}")
 
 
 def show(run: RunId, as_json: Json = False) -> None:
     """Show a run: what was asked, and its losses."""
-    found = _read(_folder(run))
+    found = _found(run)
     if as_json:
-        print_json(found)
+        print_json(found.plain())
         return
-    asked = found["request"]
-    print(f"{run}: {found['status']}")
-    print("  " + ", ".join(f"{name} {value}" for name, value in asked.items() if name not in ("name", "dataset")))
-    reports = found["reports"]
+    print(f"{found.id}: {found.status}")
+    print("  " + ", ".join(f"{name} {value}" for name, value in found.asked.items() if name not in ("name", "dataset")))
+    reports = found.reports
     for report in reports[:: max(1, len(reports) // 20)]:
         held_out = report.get("held_out_loss")
         said = "" if held_out is None else f"  held out {held_out:.4f}"
@@ -57,8 +59,9 @@ def plot(
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ConfigError("matplotlib is not installed: pip install 'stoker[plot]'.") from None
-    reports = _read(_folder(run))["reports"]
+        raise ConfigError("matplotlib is not installed: pip install '.[plot]', from a checkout.") from None
+    found = _found(run)
+    reports = found.reports
     if not reports:
         raise InvalidRequest(f"run {run!r}: no step of it has been reported yet.")
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -68,7 +71,7 @@ def plot(
     if held_out:
         losses = [report["held_out_loss"] for report in held_out]
         axes.plot([report["step"] for report in held_out], losses, "o-", label="held-out loss")
-    axes.set(xlabel="step", ylabel="loss (nats)", title=run)
+    axes.set(xlabel="step", ylabel="loss (nats)", title=found.id)
     rates = axes.twinx()
     rates.plot(
         [report["step"] for report in reports], [report["learning_rate"] for report in reports], color="grey", alpha=0.5
@@ -82,28 +85,46 @@ def plot(
     print(out)
 
 
-def _folder(run: str) -> Path:
-    folder = load_settings().runs / run
-    if not follows(Rule.JOB_ID, run) or not (folder / "run.json").is_file():
-        known = ", ".join(found["run"] for found in _runs()) or "none"
-        raise InvalidRequest(f"run {run!r} given; on this machine there are: {known}.")
-    return folder
+def attach(run: RunId, url: Url = None) -> None:
+    """Follow a run that waits or goes on, from its first report. Ctrl-C leaves the run going."""
+    with connect(url) as client:
+        job = client.job(_job_id(run))
+        if not isinstance(job, TrainJob):
+            raise InvalidRequest(f"{job.id}: no training run. `stoker jobs list` says what it is.")
+        result = follow(job)
+        print(f"adapter {result.adapter}@{result.version}: {outcome(result)}")
 
 
-def _runs() -> Iterator[dict[str, Any]]:
-    root = load_settings().runs
-    for folder in sorted(root.iterdir()) if root.is_dir() else []:
-        if (folder / "run.json").is_file():
-            yield _read(folder)
-
-
-def _read(folder: Path) -> dict[str, Any]:
+def remove(run: RunId, url: Url = None) -> None:
+    """Delete the folder of a run that has ended: its log and its checkpoints. The adapter that it made stays."""
+    found = _found(run)
+    if not found.has_ended:
+        with connect(url) as client:
+            _refuse_open(client, found)
     try:
-        found: dict[str, Any] = json.loads((folder / "run.json").read_text())
-        lines = (folder / "log.jsonl").read_bytes().splitlines(keepends=True) if (folder / "log.jsonl").exists() else []
-        # The last line may be on its way.
-        reports = [json.loads(line) for line in lines if line.endswith(b"\n")]
-        changed = (folder / "run.json").stat().st_mtime
-    except (OSError, ValueError) as error:
-        raise InvalidRequest(f"{folder}: cannot be read ({error}).") from None
-    return {"run": folder.name, "changed": changed, **found, "reports": reports}
+        remove_folder(found.folder)
+    except OSError as error:
+        raise ConfigError(f"{found.folder}: cannot be deleted ({error}).") from None
+    print(f"{found.id}: deleted")
+
+
+def _refuse_open(client: Client, run: StoredRun) -> None:
+    """A run whose worker died says that it runs; only the broker knows whether a worker will go on with it."""
+    try:
+        status = client.job(run.id).status()
+    except JobLost:
+        return
+    if status in (JobStatus.QUEUED, JobStatus.RUNNING):
+        raise InvalidRequest(f"run {run.id} is {status}. `stoker cancel {run.id}` ends it; then it can be removed.")
+
+
+def _found(run: str) -> StoredRun:
+    return find_run(load_settings().runs, run)
+
+
+def _job_id(run: str) -> str:
+    """The run may lie on another machine: then its id alone says which."""
+    try:
+        return _found(run).id
+    except InvalidRequest:
+        return run

@@ -78,9 +78,9 @@ def train(
         with _examples(dataset) as examples:
             job = client.train(name, examples, model=model, **options)
         notes().print(f"[dim]job {job.id}[/dim]")
-        result = follow_json(job) if as_json else follow(job, steps)
+        result = follow_json(job) if as_json else follow(job)
         if not as_json:
-            print(f"adapter {result.adapter}@{result.version}: {_outcome(result)}")
+            print(f"adapter {result.adapter}@{result.version}: {outcome(result)}")
 
 
 @contextmanager
@@ -118,7 +118,7 @@ def _show_plan(name: str, dataset: str, model: str | None, options: TrainOptions
     )
 
 
-def _outcome(result: TrainResult) -> str:
+def outcome(result: TrainResult) -> str:
     said = f"loss {result.first_loss:.3f} → {result.last_loss:.3f}"
     if result.held_out_loss is not None:
         said += f", on held-out examples {result.held_out_loss:.3f} at step {result.best_step}"
@@ -133,25 +133,25 @@ def follow_json(job: TrainJob) -> TrainResult:
     return result
 
 
-def follow(job: TrainJob, steps: int) -> TrainResult:
+def follow(job: TrainJob) -> TrainResult:
     """Show a run: a bar on a terminal, a line every tenth of it elsewhere."""
     if is_terminal():
-        _show_bar(job, steps)
+        _show_bar(job)
     else:
         for report in job.progress():
-            if report.step % max(1, steps // 10) == 0 or report.is_last or report.note:
+            if report.step % max(1, report.steps // 10) == 0 or report.is_last or report.note:
                 print(_line(report), flush=True)
     return job.result()
 
 
-def _show_bar(job: TrainJob, steps: int) -> None:
+def _show_bar(job: TrainJob) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
     with Progress(*columns, console=console()) as progress:
-        bar = progress.add_task("waiting for the worker", total=steps)
+        bar = progress.add_task("waiting for the worker", total=None)
         for report in job.progress():
-            progress.update(bar, completed=report.step, description=_numbers(report))
+            progress.update(bar, completed=report.step, total=report.steps, description=_numbers(report))
             if report.note:
                 progress.console.print(report.note)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from typing_extensions import Unpack
 
 from stoker.adapters import Folder
@@ -13,6 +15,7 @@ from stoker.client._async.link import AsyncLink
 from stoker.client.asynchronously import Chooser, in_thread
 from stoker.client.options import AdapterOptions, checked_options
 from stoker.contract import bundle
+from stoker.errors import UnknownAdapter
 
 
 class AsyncAdapters:
@@ -72,7 +75,8 @@ class AsyncAdapters:
         return await self._change("deactivate", name, model, version=False)
 
     async def unload(self, adapter: str, model: str | None = None) -> AdapterEntry:
-        """Take `name@version`, which must not serve now, out of the registry and the broker."""
+        """Take `name@version`, which must not serve now, out of the registry and the broker. After the last one the
+        adapter is unknown; the entry that is returned then has no versions."""
         return await self._change("unload", adapter, model, version=True)
 
     async def _change(self, verb: Verb, adapter: str, model: str | None, *, version: bool) -> AdapterEntry:
@@ -80,7 +84,11 @@ class AsyncAdapters:
         entry = await self.get(name, model)
         if not await self._link.change_adapter(entry.model, verb, name, number):
             raise registry.explain(await self.get(name, entry.model), verb, number)
-        return await self.get(name, entry.model)
+        try:
+            return await self.get(name, entry.model)
+        except UnknownAdapter:
+            # That was its last version.
+            return replace(entry, serving=None, versions={})
 
     async def _model(self, model: str | None) -> str:
         return await self._choose_model(model, "adapters")

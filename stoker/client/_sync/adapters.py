@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from typing_extensions import Unpack
 
 from stoker.adapters import Folder
@@ -14,6 +16,7 @@ from stoker.client._sync.link import Link
 from stoker.client.blocking import Chooser, in_thread
 from stoker.client.options import AdapterOptions, checked_options
 from stoker.contract import bundle
+from stoker.errors import UnknownAdapter
 
 
 class Adapters:
@@ -73,7 +76,8 @@ class Adapters:
         return self._change("deactivate", name, model, version=False)
 
     def unload(self, adapter: str, model: str | None = None) -> AdapterEntry:
-        """Take `name@version`, which must not serve now, out of the registry and the broker."""
+        """Take `name@version`, which must not serve now, out of the registry and the broker. After the last one the
+        adapter is unknown; the entry that is returned then has no versions."""
         return self._change("unload", adapter, model, version=True)
 
     def _change(self, verb: Verb, adapter: str, model: str | None, *, version: bool) -> AdapterEntry:
@@ -81,7 +85,11 @@ class Adapters:
         entry = self.get(name, model)
         if not self._link.change_adapter(entry.model, verb, name, number):
             raise registry.explain(self.get(name, entry.model), verb, number)
-        return self.get(name, entry.model)
+        try:
+            return self.get(name, entry.model)
+        except UnknownAdapter:
+            # That was its last version.
+            return replace(entry, serving=None, versions={})
 
     def _model(self, model: str | None) -> str:
         return self._choose_model(model, "adapters")

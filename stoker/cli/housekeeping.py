@@ -1,0 +1,101 @@
+"""Commands that keep a machine in order for a year: clean, backup, restore."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stoker.broker.connection import connect as connect_redis
+from stoker.broker.connection import translated
+from stoker.cli.options import Json, Url, print_json
+from stoker.errors import ConfigError, InvalidRequest
+from stoker.local import storage
+from stoker.local.backup import Counted
+from stoker.settings import load_settings
+
+_UNITS = {"h": 3600.0, "d": 86400.0, "w": 7 * 86400.0}
+
+
+def clean(
+    older_than: Annotated[str, typer.Option(help="Age: hours, days or weeks, as 12h, 30d or 8w.")] = "30d",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go; delete nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Delete runs that ended and logs that nothing writes, older than an age, and what dead processes left half."""
+    settings = load_settings()
+    found = storage.leftovers(settings, time.time() - seconds(older_than))
+    halves = len(storage.drafts(settings)) if dry_run else storage.remove_drafts(settings)
+    for leftover in found:
+        if not dry_run:
+            try:
+                storage.remove(leftover)
+            except OSError as error:
+                raise ConfigError(f"{leftover.path}: cannot be deleted ({error}).") from None
+        if not as_json:
+            print(f"{leftover.path}: {leftover.reason}, {megabytes(leftover.bytes)}")
+    total = sum(leftover.bytes for leftover in found)
+    if as_json:
+        plain = [{**asdict(leftover), "path": str(leftover.path)} for leftover in found]
+        print_json({"deleted": not dry_run, "bytes": total, "drafts": halves, "found": plain})
+    else:
+        done = "would be deleted" if dry_run else "deleted"
+        print(f"{len(found)} runs and logs {done}, {megabytes(total)}; {halves} half-written drafts {done}")
+
+
+def backup(
+    target: Annotated[Path, typer.Argument(help="File to be written: a gzipped tar archive.", metavar="FILE")],
+    url: Url = None,
+) -> None:
+    """Write adapters, their registry, runs and the policy into one file. Workers may go on meanwhile."""
+    from stoker.local.backup import backup as write_backup
+
+    settings = load_settings(url=url)
+    redis = connect_redis(settings, patient=True)
+    try:
+        with translated(settings):
+            counted = write_backup(settings, redis, target)
+    except OSError as error:
+        raise InvalidRequest(f"{target}: the backup cannot be written ({error}).") from None
+    finally:
+        redis.close()
+    print(f"{target}: {_described(counted)}, {megabytes(target.stat().st_size)}")
+
+
+def restore(
+    source: Annotated[Path, typer.Argument(help="File of `stoker backup`.", metavar="FILE")],
+    url: Url = None,
+) -> None:
+    """Put back what a backup has and this machine or its broker lacks. What is there already stays."""
+    from stoker.local.backup import restore as read_backup
+
+    settings = load_settings(url=url)
+    redis = connect_redis(settings, patient=True)
+    try:
+        with translated(settings):
+            counted = read_backup(settings, redis, source)
+    except OSError as error:
+        raise InvalidRequest(f"{source}: the backup cannot be restored ({error}).") from None
+    finally:
+        redis.close()
+    print(f"{source}: {_described(counted)} restored; {len(counted.kept)} were there already, and stay")
+
+
+def seconds(age: str) -> float:
+    """The seconds of `12h`, `30d` or `8w`. Raises `InvalidRequest`."""
+    match = re.fullmatch(r"(\d{1,6})([hdw])", age.strip())
+    if match is None:
+        raise InvalidRequest(f"--older-than: {age!r} given; a number of hours, days or weeks is needed: 12h, 30d, 8w.")
+    return int(match[1]) * _UNITS[match[2]]
+
+
+def megabytes(count: int) -> str:
+    return f"{count / 2**20:.1f} MB"
+
+
+def _described(counted: Counted) -> str:
+    return f"{counted.files} files of adapters and runs, {counted.keys} keys of the broker"

@@ -1,0 +1,255 @@
+"""Commands for the second year: stopping many jobs, removing runs and adapters, cleaning, backup and restore."""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from stoker import Client, JobStatus
+from stoker.broker import keys, ledger, policy, registry
+from stoker.cli import app
+from stoker.cli.housekeeping import seconds
+from stoker.errors import InvalidRequest, UnknownAdapter
+from stoker.files.durable import DRAFT, draft_folder
+from stoker.local import storage
+from stoker.settings import load_settings
+from tests.stoker.test_client_core import SMOL, fake, server
+
+__all__ = ["fake", "server"]
+
+DAY = 86400.0
+
+
+def invoke(*words: str) -> str:
+    result = CliRunner().invoke(app, list(words))
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def make_run(run: str, name: str = "style", status: str = "done", age: float = 0.0) -> Path:
+    folder = load_settings().runs / run
+    folder.mkdir(parents=True)
+    request = {"name": name, "dataset": f"dataset:{run}", "steps": 10}
+    (folder / "run.json").write_text(json.dumps({"request": request, "status": status}))
+    (folder / "log.jsonl").write_text("")
+    then = time.time() - age
+    os.utime(folder / "run.json", (then, then))
+    return folder
+
+
+def make_adapter(server: Any, version: int, *, name: str = "style", promote: bool = True) -> Path:
+    registry.register(server, "smol", name, version, {"rank": 8}, promote=promote)
+    server.set(keys.artifact("smol", name, version), b"weights \xff")
+    folder = load_settings().adapters / "smol" / name / str(version)
+    folder.mkdir(parents=True)
+    (folder / "adapters.safetensors").write_bytes(b"weights \xff")
+    return folder
+
+
+def test_jobs_are_cancelled_by_id_by_model_by_kind_or_all(fake: Callable[[], Client]) -> None:
+    with fake() as client:
+        jobs = [
+            client.embed(["a"], model="mini"),
+            client.generate("b", model="smol"),
+            client.embed(["c"], model="mini"),
+        ]
+        run = client.train("style", [{"text": "d"}], model="smol")
+        assert "1 jobs" in invoke("jobs", "cancel", jobs[0].id)
+        assert jobs[0].status() is JobStatus.CANCELLED
+        assert "1 jobs" in invoke("jobs", "cancel", "--model", "smol", "--kind", "generate")
+        assert jobs[1].status() is JobStatus.CANCELLED
+        assert [jobs[2].status(), run.status()] == [JobStatus.QUEUED] * 2
+        assert "2 jobs" in invoke("jobs", "cancel", "--all")
+        assert client.jobs() == {}
+
+
+def test_a_job_that_nobody_knows_hinders_no_other_cancel(fake: Callable[[], Client]) -> None:
+    with fake() as client:
+        job = client.embed(["a"], model="mini")
+        said = invoke("jobs", "cancel", "never-sent", job.id)
+        assert "never-sent: " in said
+        assert job.status() is JobStatus.CANCELLED
+
+
+@pytest.mark.parametrize("words", [(), ("some-id", "--all"), ("--kind", "sing")])
+def test_a_cancel_without_a_choice_or_with_two_is_refused(words: tuple[str, ...], fake: Callable[[], Client]) -> None:
+    with fake() as client:
+        job = client.embed(["a"], model="mini")
+        with pytest.raises(InvalidRequest, match=r"given|name jobs"):
+            invoke("jobs", "cancel", *words)
+        assert job.status() is JobStatus.QUEUED
+
+
+def test_purge_stops_what_waits_and_leaves_what_runs(fake: Callable[[], Client], server: Any) -> None:
+    with fake() as client:
+        runs, waits = client.embed(["a"], model="mini"), client.embed(["b"], model="mini")
+        ledger.claim(server, runs.id, keys.queue("mini", "embed"), "token", "tag", "worker-1")
+        assert "1 jobs" in invoke("jobs", "purge", "--model", "mini")
+        assert (runs.status(), waits.status()) == (JobStatus.RUNNING, JobStatus.CANCELLED)
+
+
+def test_a_run_is_found_by_its_id_the_start_of_it_or_its_adapters_name() -> None:
+    make_run("aaaa-1", "old", age=9)
+    make_run("aabb-2", "old", age=1)
+    for given in ("aabb-2", "aab", "old"):
+        assert "aabb-2: done" in invoke("runs", "show", given)
+    with pytest.raises(InvalidRequest, match="2 runs start so"):
+        invoke("runs", "show", "aa")
+    with pytest.raises(InvalidRequest, match=r"there are: aaaa-1 \(old\), aabb-2 \(old\)"):
+        invoke("runs", "show", "zz")
+
+
+def test_a_run_that_ended_is_removed_and_one_that_goes_on_is_not(fake: Callable[[], Client]) -> None:
+    ended = make_run("ended-1")
+    invoke("runs", "remove", "ended-1")
+    assert not ended.exists()
+    with fake() as client:
+        job = client.train("style", [{"text": "d"}], model="smol", job_id="goes-on")
+        going = make_run(job.id, status="running")
+        with pytest.raises(InvalidRequest, match="stoker cancel goes-on"):
+            invoke("runs", "remove", "goes-on")
+        assert going.exists()
+        job.cancel()
+    invoke("runs", "remove", "goes-on")
+    assert not going.exists()
+
+
+def test_a_run_whose_job_the_broker_has_forgotten_is_removed(fake: Callable[[], Client]) -> None:
+    fake()
+    folder = make_run("forgotten", status="running")
+    invoke("runs", "remove", "forgotten")
+    assert not folder.exists()
+
+
+def test_an_adapter_goes_with_all_its_versions_files_and_artifacts(fake: Callable[[], Client], server: Any) -> None:
+    client = fake()
+    server.hset(keys.MODELS, "smol", SMOL.model_copy(update={"kinds": (*SMOL.kinds, "adapters")}).model_dump_json())
+    folders = [make_adapter(server, version) for version in (1, 2)]
+    other = make_adapter(server, 1, name="other")
+    assert "2 versions removed" in invoke("adapters", "remove", "style", "--model", "smol")
+    assert not any(folder.exists() for folder in folders)
+    assert not server.exists(keys.artifact("smol", "style", 1), keys.artifact("smol", "style", 2))
+    assert other.exists()
+    with client, pytest.raises(UnknownAdapter):
+        client.adapters.get("style", "smol").version(None)
+
+
+def test_clean_deletes_old_ended_runs_and_logs_and_nothing_else() -> None:
+    settings = load_settings()
+    old, young = make_run("old", age=40 * DAY), make_run("young", age=20 * DAY)
+    going = make_run("going", status="running", age=40 * DAY)
+    settings.logs.mkdir(parents=True)
+    logs = [settings.logs / "old.log", settings.logs / "young.log"]
+    for log in logs:
+        log.write_text("a line")
+    os.utime(logs[0], (time.time() - 40 * DAY,) * 2)
+    assert "2 runs and logs would be deleted" in invoke("clean", "--dry-run")
+    assert old.exists()
+    assert logs[0].exists()
+    found = json.loads(invoke("clean", "--older-than", "30d", "--json"))
+    assert {Path(entry["path"]).name for entry in found["found"]} == {"old", "old.log"}
+    assert [path.exists() for path in (old, young, going, *logs)] == [False, True, True, False, True]
+
+
+def test_clean_deletes_drafts_of_dead_writers_and_none_that_is_written() -> None:
+    home = load_settings().home
+    home.mkdir(parents=True)
+    dead = home / f"{DRAFT}dead"
+    dead.write_text("half")
+    with draft_folder(home / "adapters") as living:
+        (home / f"{DRAFT}dead-again").write_text("half")
+        assert storage.remove_drafts(load_settings()) == 2
+        assert living.exists()
+    assert not dead.exists()
+
+
+@pytest.mark.parametrize(("age", "wanted"), [("12h", 12 * 3600), ("30d", 30 * DAY), ("8w", 56 * DAY)])
+def test_an_age_is_hours_days_or_weeks(age: str, wanted: float) -> None:
+    assert seconds(age) == wanted
+
+
+@pytest.mark.parametrize("age", ["", "30", "d", "-1d", "1.5d", "30 days", "9999999d"])
+def test_another_age_is_refused(age: str) -> None:
+    with pytest.raises(InvalidRequest, match="12h, 30d, 8w"):
+        seconds(age)
+
+
+def test_the_disk_that_each_part_takes_is_shown() -> None:
+    folder = make_run("big")
+    (folder / "weights").write_bytes(os.urandom(1 << 20))
+    (load_settings().home / "broker.json").write_text("{}")
+    found = {part["name"]: part for part in json.loads(invoke("status", "--disk", "--json"))}
+    assert found["runs"]["files"] == 3
+    assert found["runs"]["bytes"] >= 1 << 20
+    assert found["other files"]["files"] == 1
+    assert "stoker clean" in invoke("status", "--disk")
+
+
+def test_a_backup_brings_back_what_was_lost_and_leaves_what_is_there(server: Any, tmp_path: Path) -> None:
+    run, version = make_run("job-1"), make_adapter(server, 1)
+    policy.decide(server, "queue_limit", 77)
+    target = tmp_path / "all.tar.gz"
+    assert "keys of the broker" in invoke("backup", str(target))
+    server.flushall()
+    (version / "adapters.safetensors").unlink()
+    (run / "run.json").write_text("newer")
+    registry.register(server, "smol", "other", 1, {"rank": 2}, promote=True)
+    invoke("restore", str(target))
+    assert (version / "adapters.safetensors").read_bytes() == b"weights \xff"
+    assert (run / "run.json").read_text() == "newer"
+    assert server.get(keys.artifact("smol", "style", 1)) == b"weights \xff"
+    assert server.smembers(keys.adapters("smol")) == {b"style", b"other"}
+    assert server.hgetall(keys.POLICY) == {b"queue_limit": b"77"}
+    assert registry.parse("smol", "style", server.hgetall(keys.adapter("smol", "style"))).serving == 1
+    assert "0 files" in invoke("restore", str(target))
+
+
+def test_jobs_and_results_are_not_in_a_backup(fake: Callable[[], Client], server: Any, tmp_path: Path) -> None:
+    with fake() as client:
+        client.generate("a private prompt", model="smol")
+    invoke("backup", str(tmp_path / "b.tgz"))
+    with tarfile.open(tmp_path / "b.tgz") as archive:
+        content = b"".join(file.read() for member in archive if (file := archive.extractfile(member)))
+    assert b"private" not in content
+
+
+@pytest.mark.parametrize("name", ["../evil", "/etc/evil", "adapters/../../evil", "elsewhere/x", "broker.json"])
+def test_a_backup_with_a_name_that_leads_elsewhere_restores_nothing(name: str, server: Any, tmp_path: Path) -> None:
+    make_run("job-1")
+    good = tmp_path / "good.tgz"
+    invoke("backup", str(good))
+    evil = tmp_path / "evil.tgz"
+    with tarfile.open(good) as source, tarfile.open(evil, "w:gz") as target:
+        for member in source:
+            target.addfile(member, source.extractfile(member))
+        target.addfile(tarfile.TarInfo(name))
+    invoke("runs", "remove", "job-1")
+    with pytest.raises(InvalidRequest, match="Nothing was restored"):
+        invoke("restore", str(evil))
+    assert not (load_settings().runs / "job-1").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", b"\x1f\x8b\x08\x00 cut"])
+def test_a_file_that_is_no_backup_is_refused(content: bytes, server: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(content)
+    with pytest.raises(InvalidRequest, match=r"no whole backup|format None"):
+        invoke("restore", str(tmp_path / "file"))
+
+
+def test_a_backup_that_was_cut_is_refused(server: Any, tmp_path: Path) -> None:
+    make_adapter(server, 1)
+    invoke("backup", str(tmp_path / "whole"))
+    data = (tmp_path / "whole").read_bytes()
+    (tmp_path / "cut").write_bytes(data[: len(data) // 2])
+    with pytest.raises(InvalidRequest, match="no whole backup"):
+        invoke("restore", str(tmp_path / "cut"))
