@@ -29,7 +29,7 @@ FORMAT = 1
 #: The folders of STOKER_HOME that are kept.
 FOLDERS = ("adapters", "runs")
 #: The kinds of keys that are kept (`stoker.broker.keys.KINDS`).
-KINDS = ("adapters", "artifact", "policy")
+KINDS = ("adapters", "adapter", "artifact", "policy")
 _ABOUT, _KEYS = "backup.json", "broker.jsonl"
 
 

@@ -20,6 +20,7 @@ from stoker.cli.housekeeping import seconds
 from stoker.errors import InvalidRequest, UnknownAdapter
 from stoker.files.durable import DRAFT, draft_folder
 from stoker.local import storage
+from stoker.local.backup import KINDS
 from stoker.settings import load_settings
 from tests.stoker.test_client_core import SMOL, fake, server
 
@@ -253,3 +254,8 @@ def test_a_backup_that_was_cut_is_refused(server: Any, tmp_path: Path) -> None:
     (tmp_path / "cut").write_bytes(data[: len(data) // 2])
     with pytest.raises(InvalidRequest, match="no whole backup"):
         invoke("restore", str(tmp_path / "cut"))
+
+
+def test_a_backup_has_every_durable_kind_of_key_except_those_of_jobs_under_way() -> None:
+    durable = {kind.name for kind in keys.KINDS if kind.lifetime is None}
+    assert durable - set(KINDS) == {"ready", "binding", "unacked"}
