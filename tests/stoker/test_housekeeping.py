@@ -258,4 +258,4 @@ def test_a_backup_that_was_cut_is_refused(server: Any, tmp_path: Path) -> None:
 
 def test_a_backup_has_every_durable_kind_of_key_except_those_of_jobs_under_way() -> None:
     durable = {kind.name for kind in keys.KINDS if kind.lifetime is None}
-    assert durable - set(KINDS) == {"ready", "binding", "unacked"}
+    assert durable - set(KINDS) == {"ready", "binding", "unacked", "leases", "sweep"}
