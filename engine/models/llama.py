@@ -6,9 +6,9 @@ Qwen3 are this decoder with a switch each, so they run it; their files say what 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeAlias
 
 import mlx.core as mx
 
@@ -199,6 +199,10 @@ class Block:
         return [attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
 
 
+#: Gives a block's output for its input: a trainer keeps the input alone, and runs the block again for its gradient.
+RunBlock: TypeAlias = Callable[[Block, mx.array], mx.array]
+
+
 def _ends(args: LlamaArgs, tensors: Tensors) -> tuple[str, bool]:
     """(the tensor of the embedding, whether there is a head of its own), by transformers' rule: a tied head that is in
     the file all the same is one of its own if it differs, and is the embedding if that is not in the file."""
@@ -244,16 +248,26 @@ class Llama:
         """What hidden states, keys and values are computed in."""
         return self.embed_tokens.dtype
 
-    def __call__(self, tokens: mx.array, cache: LayerCache | None = None, adapters: Adapters | None = None) -> mx.array:
+    def __call__(
+        self,
+        tokens: mx.array,
+        cache: LayerCache | None = None,
+        adapters: Adapters | None = None,
+        run_block: RunBlock | None = None,
+    ) -> mx.array:
         """Hidden states (B, T, dim) after the final norm, of `tokens` int32 (B, T).
 
         Without a cache the tokens are a whole sequence, causal from position 0 (training, scoring); right padding
-        needs no mask. With one, they are what its view says, and it keeps their keys and values.
+        needs no mask. With one, they are what its view says, and it keeps their keys and values. `run_block` runs each
+        block in the caller's way, cache and adapters included.
         """
         x = self.embed_tokens(tokens)
         update: mx.array | None = None
         for layer in self.layers:
-            x, update = layer.forward(x, update, cache, adapters)
+            if run_block is None:
+                x, update = layer.forward(x, update, cache, adapters)
+            else:
+                x = run_block(layer, x)
         return self.norm(x) if update is None else self.norm.of_sum(x, update, fused=cache is not None)[1]
 
     def logits(self, hidden: mx.array) -> mx.array:

@@ -248,18 +248,17 @@ class Trainer:
 
     def _hidden(self, inputs: mx.array, matrices: Matrices, keys: dict[str, mx.array]) -> mx.array:
         """Hidden states after the final norm; dropout where there are keys."""
-        decoder = self._decoder
-        x = decoder.embed_tokens(inputs)
-        for layer in decoder.layers:
-            own = {linear.name: matrices[linear.name] for linear in layer.linears if linear.name in matrices}
+        if not self.request.gradient_checkpointing:
+            return self._decoder(inputs, adapters=self._adapters(matrices, keys))
 
+        def checkpointed(layer: Block, x: mx.array) -> mx.array:
             # What is to be differentiated must come as an argument of what is checkpointed, and nothing else may.
-            def block(x: mx.array, own: Matrices, layer: Block = layer) -> mx.array:
-                return layer(x, None, self._adapters(own, keys))
+            own = {linear.name: matrices[linear.name] for linear in layer.linears if linear.name in matrices}
+            run = mx.checkpoint(lambda x, own: layer(x, None, self._adapters(own, keys)))
+            found: mx.array = run(x, own)
+            return found
 
-            run: Callable[..., mx.array] = mx.checkpoint(block) if self.request.gradient_checkpointing else block
-            x = run(x, own)
-        return decoder.norm(x)
+        return self._decoder(inputs, run_block=checkpointed)
 
     def _adapters(self, matrices: Matrices, keys: dict[str, mx.array]) -> TrainableLora:
         return TrainableLora(
