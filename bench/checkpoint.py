@@ -58,7 +58,7 @@ def write_random(folder: Path, config: dict[str, Any], dtype: mx.Dtype = mx.bflo
 
 def write_smollm2(folder: Path) -> Path:
     """SmolLM2-135M-Instruct of the installed package, dequantized to float32."""
-    from engine.loading import load
+    from engine.checkpoints.loading import load
     from stoker.catalogue import CATALOGUE
 
     loaded = load("smollm2", CATALOGUE["smollm2-135m-instruct"])

@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def engine() -> Callable[[Sequence[str]], np.ndarray]:
-    from engine import blas
+    from engine.platform import blas
 
     blas.boot()
     from engine.engine import Engine
@@ -132,7 +132,7 @@ def against_one_at_a_time(
     """A plain MLX loop, one text after the other, each padded to nothing: what one writes first."""
     import mlx.core as mx
 
-    from engine.loading import load
+    from engine.checkpoints.loading import load
     from stoker.catalogue import CATALOGUE
 
     texts = texts_of(mixed_lengths(MIX), seed=3)

@@ -79,7 +79,7 @@ def attention_forms(record: Table, rows: int = 128) -> None:
     """What a mask costs: one attention of 128 texts of 128 tokens, float16, with none and in three forms."""
     import mlx.core as mx
 
-    from engine import probe
+    from engine.platform import probe
 
     record.fields["device"] = probe.device()
     heads, length, dim = 12, 128, 32
@@ -263,7 +263,7 @@ def forward_alone(record: Table, peer: Any, folder: Path) -> None:
 
 
 def half_model(folder: Path) -> Any:
-    from engine.loading import load
+    from engine.checkpoints.loading import load
 
     return load(MODEL, [str(folder)], dtype=DTYPE)
 

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from bench.report import Record
-from engine import blas
+from engine.platform import blas
 
 ROOT = Path(__file__).parent.parent
 NAME = "bench-model"

@@ -15,7 +15,7 @@ from typing import Any
 
 def main() -> None:
     # The same BLAS as on Stoker's side; before MLX, which binds to what it finds.
-    from engine import blas
+    from engine.platform import blas
 
     report = blas.boot(library=os.environ.get("STOKER_BLAS", ""))
     import mlx.core as mx

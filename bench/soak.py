@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from bench.report import Row, row, write
-from engine import blas
+from engine.platform import blas
 from stoker.catalogue import CATALOGUE
 from stoker.contract import GenerateRequest
 from stoker.errors import DeadlineExceeded, JobCancelled

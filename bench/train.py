@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine import blas
+from engine.platform import blas
 
 blas.boot()
 
@@ -29,7 +29,7 @@ import mlx.core as mx  # noqa: E402
 
 from bench import shapes  # noqa: E402
 from bench.report import RESULTS, Record  # noqa: E402
-from engine import probe  # noqa: E402
+from engine.platform import probe  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = ROOT / ".venv-peers" / "bin" / "python"
@@ -138,7 +138,7 @@ def loading(plan: Plan, folder: Path) -> Rows:
     from engine.adapters.lora import LoraConfig, initialise
     from engine.adapters.pool import AdapterPool
     from engine.adapters.store import AdapterStore
-    from engine.loading import load
+    from engine.checkpoints.loading import load
 
     model = load("bench", [str(folder)])
     targets = ("q_proj", "k_proj", "v_proj", "o_proj")

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from engine import blas
+from engine.platform import blas
 
 blas.boot()
 
@@ -42,7 +42,7 @@ def vocabulary(folder: Path) -> int:
 
 
 def stoker(folder: Path, batch: int, length: int) -> None:
-    from engine.loading import load
+    from engine.checkpoints.loading import load
     from engine.training.data import TokenizedExample
     from engine.training.trainer import Trainer
     from stoker.contract import TrainRequest

@@ -54,7 +54,7 @@ def through_the_queue(texts: list[str]) -> list[Row]:
 
 
 def engine_alone(texts: list[str]) -> list[Row]:
-    from engine import blas
+    from engine.platform import blas
 
     blas.boot()
     from engine.engine import Engine

@@ -1,4 +1,4 @@
 """The warm model: weights, tokenizers, architectures, generation, embedding and training.
 
-Knows neither Redis nor Celery. This module imports nothing, so that `engine.blas` can run before MLX is loaded.
+Knows neither Redis nor Celery. This module imports nothing: `engine.platform.blas` has to run before MLX is loaded.
 """

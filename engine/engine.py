@@ -1,6 +1,6 @@
 """The warm engine: models that stay loaded, and the one thread that touches MLX.
 
-Call `engine.blas.boot()` before this module is imported: it imports MLX.
+Call `engine.platform.blas.boot()` before this module is imported: it imports MLX.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from typing import Any, overload
 
 import mlx.core as mx
 
-from engine import heap, probe
 from engine.adapters.lane import AdapterLane
 from engine.adapters.pool import BUDGET, AdapterPool
 from engine.adapters.store import AdapterStore
+from engine.checkpoints.loading import LoadedModel, load
 from engine.delivery import Publish, deliver
 from engine.embedding.lane import EmbedLane
 from engine.fair import FairShare
 from engine.generation.lane import GenerateLane
 from engine.generation.limits import Limits
 from engine.lane import AnyLane
-from engine.loading import LoadedModel, load
+from engine.platform import heap, probe
 from engine.ticket import StepOutput, Ticket, contained
 from engine.training.lane import TrainLane
 from stoker.contract import (
@@ -60,13 +60,13 @@ class _Prepared:
 class Engine:
     """Holds models warm and runs jobs on them.
 
-    `models` maps a name to its sources (`engine.sources`). `adapters` and `runs` are folders: for trained adapters, and
-    for the checkpoints and logs of training runs (default: `runs` in the same parent). `adapter_bytes`: what adapters
-    of one model may take in memory. `train_share`: of the time, while generation waits too. `publish` gets the entries
-    of a step, from the engine's thread: it must hand them on and return, or raise and have taken none; then it gets
-    those of each job alone, and the jobs whose it raises for end with that. `limits`: of each model's generation.
-    `precision`: dtype, quantize and group_size for `engine.loading.load`. `on_death` is called, from the same thread,
-    if the loop ends by a defect: an engine does not come back, its process has to.
+    `models` maps a name to its sources (`engine.checkpoints.sources`). `adapters` and `runs` are folders: for trained
+    adapters, and for the checkpoints and logs of training runs (default: `runs` in the same parent). `adapter_bytes`:
+    what adapters of one model may take in memory. `train_share`: of the time, while generation waits too. `publish`
+    gets the entries of a step, from the engine's thread: it must hand them on and return, or raise and have taken none;
+    then it gets those of each job alone, and the jobs whose it raises for end with that. `limits`: of each model's
+    generation. `precision`: dtype, quantize and group_size for `load`. `on_death` is called, from the same thread, if
+    the loop ends by a defect: an engine does not come back, its process has to.
     """
 
     def __init__(

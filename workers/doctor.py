@@ -15,7 +15,7 @@ from workers.machine import boot_blas
 def checks() -> list[dict[str, Any]]:
     settings = load_settings()
     report = boot_blas(settings)
-    from engine.probe import describe_device
+    from engine.platform.probe import describe_device
 
     found = [
         {"name": "mlx", "ok": True, "detail": describe_device()},
@@ -26,7 +26,7 @@ def checks() -> list[dict[str, Any]]:
 
 
 def _kernels_check(setting: str) -> dict[str, Any]:
-    from engine.probe import choose_kernels, describe_kernels
+    from engine.platform.probe import choose_kernels, describe_kernels
 
     try:
         choose_kernels(setting)
@@ -36,7 +36,7 @@ def _kernels_check(setting: str) -> dict[str, Any]:
 
 
 def _model_check(name: str, sources: Sequence[str]) -> dict[str, Any]:
-    from engine.sources import resolve
+    from engine.checkpoints.sources import resolve
 
     try:
         return {"name": "model", "ok": True, "detail": f"{name}: {resolve(sources)}"}

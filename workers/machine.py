@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 from stoker.settings import Settings
 
 if TYPE_CHECKING:
-    from engine.blas import BlasReport
+    from engine.platform.blas import BlasReport
 
 
 def boot_blas(settings: Settings) -> BlasReport:
     """Call it before anything imports MLX, which binds to the BLAS that it finds."""
-    from engine import blas
+    from engine.platform import blas
 
     return blas.boot(asked_cores(), cache=settings.home / "cache", library=settings.blas or "")
 

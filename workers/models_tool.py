@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from engine.sources import resolve
+from engine.checkpoints.sources import resolve
 from stoker.contract import TrainRequest
 from stoker.errors import InvalidRequest, StokerError
 from stoker.settings import load_settings
@@ -25,13 +25,13 @@ def pull(sources: Sequence[str]) -> dict[str, Any]:
 
 
 def inspect(sources: Sequence[str]) -> dict[str, Any]:
-    from engine.inspecting import inspect as look
+    from engine.checkpoints.inspecting import inspect as look
 
     return look(resolve(sources, download=False)).to_json()
 
 
 def verify(sources: Sequence[str]) -> dict[str, Any]:
-    from engine.verifying import verify as check
+    from engine.checkpoints.verifying import verify as check
 
     path = resolve(sources, download=False)
     found = check(path, _show if sys.stderr.isatty() else lambda done, total: None)
@@ -39,7 +39,7 @@ def verify(sources: Sequence[str]) -> dict[str, Any]:
 
 
 def quantize(sources: Sequence[str], target: str, bits: int, group_size: int) -> dict[str, Any]:
-    from engine.quantizing import quantize_folder
+    from engine.checkpoints.quantizing import quantize_folder
 
     source = resolve(sources)
     try:

@@ -11,11 +11,11 @@ import mlx.core as mx
 from engine.adapters.lane import read_adapter
 from engine.adapters.lora import LoraWeights, square_norms
 from engine.adapters.stacked import folded
-from engine.jsonfiles import read_object
-from engine.loading import LoadedModel, load
+from engine.checkpoints.loading import LoadedModel, load
+from engine.checkpoints.quantizing import copy_rest
+from engine.checkpoints.sources import resolve
 from engine.models.layers import Linear
-from engine.quantizing import copy_rest
-from engine.sources import resolve
+from engine.platform.jsonfiles import read_object
 from engine.weights import safetensors
 from engine.weights.mlx_layout import QuantizedLayout
 from engine.weights.names import canonical

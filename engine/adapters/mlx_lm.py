@@ -8,8 +8,8 @@ from pathlib import Path
 
 from engine.adapters import peft
 from engine.adapters.lora import LoraConfig, LoraWeights
-from engine.jsonfiles import read_object
 from engine.models.allowed import ANYTHING, Table
+from engine.platform.jsonfiles import read_object
 from engine.weights import safetensors
 from stoker.errors import ModelError
 

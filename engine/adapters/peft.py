@@ -13,9 +13,9 @@ import numpy as np
 
 from engine.adapters.lora import LoraConfig, LoraWeights, target_shapes
 from engine.adapters.targets import target_layers
-from engine.jsonfiles import read_object, write_json
 from engine.models.allowed import ANYTHING, Table
 from engine.models.fields import Fields
+from engine.platform.jsonfiles import read_object, write_json
 from engine.weights import safetensors
 from stoker.contract.requests import MAX_RANK
 from stoker.errors import ModelError

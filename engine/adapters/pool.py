@@ -12,7 +12,7 @@ import mlx.core as mx
 from engine.adapters.lora import LoraWeights, Matrices, square_norms
 from engine.adapters.stacked import StackedLora, folded
 from engine.adapters.store import AdapterStore
-from engine.loading import LoadedModel
+from engine.checkpoints.loading import LoadedModel
 
 #: The index of the bare base in every stack.
 BASE = 0

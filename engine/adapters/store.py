@@ -8,7 +8,7 @@ from typing import Any
 
 from engine.adapters import peft
 from engine.adapters.lora import LoraWeights
-from engine.jsonfiles import write_json
+from engine.platform.jsonfiles import write_json
 from stoker.contract.base import parse_adapter
 from stoker.contract.names import Rule, checked, follows
 from stoker.errors import UnknownAdapter

@@ -12,12 +12,12 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from engine import blas
+from engine.checkpoints.loading import LoadedModel
 from engine.embedding.packing import near_runs, shapes, shares
 from engine.embedding.pooling import pool_packed
-from engine.loading import LoadedModel
-from engine.models.compiler import on_cpu
 from engine.models.encoder import Encoder, Group
+from engine.platform import blas
+from engine.platform.compiler import on_cpu
 from kernels.mean_pool import KERNEL as MEAN_POOL
 from kernels.mean_pool import mean_pool
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.checkpoints.loading import LoadedModel
 from engine.embedding.forward import Tokens, Vectors, forward_of
 from engine.embedding.pacer import EmbedPacer
 from engine.embedding.tokenizing import named, tokenized
 from engine.embedding.turns import Turns
-from engine.loading import LoadedModel
 from engine.ticket import StepOutput, Ticket
 from stoker.contract import EmbedRequest
 from stoker.contract.vectors import Embedded

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 
 from engine.adapters.pool import AdapterPool
+from engine.checkpoints.loading import LoadedModel
 from engine.generation.batch import Batch
 from engine.generation.draws import Pick
 from engine.generation.kv_budget import KvBudget
@@ -18,7 +19,6 @@ from engine.generation.roster import Roster
 from engine.generation.row import Generation, Row, RowFault, RowState
 from engine.generation.step import Step, usual
 from engine.generation.structured import Vocabulary
-from engine.loading import LoadedModel
 from engine.ticket import StepOutput, Ticket
 from stoker.contract import GenerateRequest, GenerateResult, StreamToken
 from stoker.errors import InvalidRequest

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engine.loading import LoadedModel
+from engine.checkpoints.loading import LoadedModel
 from engine.text import chat
 from engine.text.templates import choose
 from stoker.contract import GenerateRequest

@@ -17,8 +17,8 @@ from engine.generation.forward_input import ForwardInput, flatten, unflatten
 from engine.generation.sampling import choose
 from engine.generation.sampling_batch import SamplingBatch
 from engine.models.cache import KeyValues, Stored, View
-from engine.models.compiler import fuses_on_cpu, on_cpu
 from engine.models.llama import Llama
+from engine.platform.compiler import fuses_on_cpu, on_cpu
 
 T = TypeVar("T")
 Input = TypeVar("Input")

@@ -15,8 +15,8 @@ Mask = mx.array | str | None
 #: Queries that are multiplied with the keys at once: few, so that their scores stay in the processor's cache, and that
 #: keys after the block are skipped.
 _BLOCK = 64
-#: Scores that are computed at once where every key is seen: 3 MiB, which the heap keeps (`engine.heap`). Larger arrays
-#: are mapped anew each time, and 512 tokens of 12 heads took two to three times as long.
+#: Scores that are computed at once where every key is seen: 3 MiB, which the heap keeps (`engine.platform.heap`).
+#: Larger arrays are mapped anew each time, and 512 tokens of 12 heads took two to three times as long.
 _SCORES = 3 << 18
 #: Added to the score of an unseen key. Finite, so that a query that sees nothing (padding) gives no NaN.
 UNSEEN = -1e30

@@ -13,7 +13,7 @@ from typing import cast
 
 import mlx.core as mx
 
-from engine.models.compiler import fuses_on_cpu, on_cpu
+from engine.platform.compiler import fuses_on_cpu, on_cpu
 
 #: Shapeless: otherwise every shape would be traced anew, and kept, and looked through at each call.
 _compile = functools.partial(mx.compile, shapeless=True)

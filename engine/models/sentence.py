@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from engine.jsonfiles import read_object
 from engine.models.encoder import EncoderArgs
 from engine.models.sentence_files import SentenceFiles, inside, kind_of
+from engine.platform.jsonfiles import read_object
 from stoker.errors import ModelError
 
 #: What sentence-transformers calls a way of pooling, in its older files and in those since version 5.

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.jsonfiles import read_json, read_object
+from engine.platform.jsonfiles import read_json, read_object
 from stoker.errors import ModelError
 
 #: The names that the settings of the transformer have had; the first that is there counts.

@@ -1,1 +1,1 @@
-"""What the engine takes from the operating system: processes with limits, native libraries, the heap."""
+"""What the engine takes from the machine: processes with limits, native libraries, the heap, files, MLX's device."""

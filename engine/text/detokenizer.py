@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import codecs
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
-from engine.text.pieces import Pieces
-
-if TYPE_CHECKING:
-    from engine.text.tokenizer import Tokenizer
+from engine.text.byte_stream import ByteStream
+from engine.text.tokenizer import Tokenizer
 
 #: Tokens that the general way holds back at most while the last character is incomplete (a character has 4 bytes).
 _MAX_HELD = 16
@@ -51,30 +48,6 @@ class StreamingDetokenizer:
     def finish(self) -> str:
         """What is left: U+FFFD for a character that never was completed, else ""."""
         return self._way.finish()
-
-
-class ByteStream:
-    """Tokens that are bytes, joined and read as UTF-8; what is not becomes U+FFFD, as little of it as can be."""
-
-    def __init__(self, pieces: Pieces, *, begun: bool = False):
-        self._pieces, self._utf8 = pieces, codecs.getincrementaldecoder("utf-8")("replace")
-        self._strips = pieces.strips_space and not begun
-
-    def add(self, token_id: int) -> str:
-        return self._stripped(self._utf8.decode(self._pieces(token_id)))
-
-    def finish(self) -> str:
-        return self._stripped(self._utf8.decode(b"", final=True))
-
-    def text(self, ids: Iterable[int]) -> str:
-        """The whole text of `ids`."""
-        return self._stripped(self._utf8.decode(b"".join(map(self._pieces, ids)), final=True))
-
-    def _stripped(self, text: str) -> str:
-        if self._strips and text:
-            self._strips = False
-            return text.removeprefix(" ")
-        return text
 
 
 class _Window:

@@ -14,7 +14,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from engine.jsonfiles import read_object
+from engine.platform.jsonfiles import read_object
 from stoker.errors import ModelError
 
 #: What every template knows, and in the order in which transformers adds them.

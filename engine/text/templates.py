@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from engine.jsonfiles import read_object
+from engine.platform.jsonfiles import read_object
 from stoker.errors import InvalidRequest, ModelError
 
 DEFAULT = "default"

@@ -11,8 +11,8 @@ from typing import Any, cast
 import tokenizers
 from tokenizers import normalizers
 
-from engine.jsonfiles import read_object
-from engine.text.detokenizer import ByteStream
+from engine.platform.jsonfiles import read_object
+from engine.text.byte_stream import ByteStream
 from engine.text.ends import ends, gguf_ends
 from engine.text.gguf_vocabulary import build
 from engine.text.pieces import Pieces

@@ -20,7 +20,7 @@ import mlx.core as mx
 from engine.adapters import peft
 from engine.adapters.lora import LoraWeights
 from engine.adapters.store import NOTES_FILE
-from engine.jsonfiles import read_object, write_json
+from engine.platform.jsonfiles import read_object, write_json
 from engine.training.state import TrainState
 from engine.weights import safetensors
 from stoker.errors import ModelError

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.adapters.pool import AdapterPool
-from engine.loading import LoadedModel
+from engine.checkpoints.loading import LoadedModel
 from engine.ticket import StepOutput, Ticket
 from engine.training.data import TokenizedExample, tokenize
 from engine.training.run import TrainingRun

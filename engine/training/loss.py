@@ -7,8 +7,8 @@ from typing import cast
 
 import mlx.core as mx
 
-from engine.models.compiler import on_cpu
 from engine.models.fastmath import exp_nonpositive, fast
+from engine.platform.compiler import on_cpu
 
 #: Logits held at once, at most. A GPU wants hundreds of rows a product: 256 MB in float32, 440 rows of a vocabulary of
 #: 152,000. A CPU is as fast with few.

@@ -10,8 +10,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from engine import probe
-from engine.loading import load
+from engine.checkpoints.loading import load
+from engine.platform import probe
 from engine.training.data import split, tokenize
 from engine.training.trainer import Trainer
 from stoker.contract import TrainRequest

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine.adapters.lora import LoraWeights
-from engine.jsonfiles import write_json
-from engine.loading import LoadedModel
+from engine.checkpoints.loading import LoadedModel
+from engine.platform.jsonfiles import write_json
 from engine.training.checkpoint import Checkpoints
 from engine.training.data import TokenizedExample, dataset_digest, split
 from engine.training.log import RunLog

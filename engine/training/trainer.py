@@ -21,8 +21,8 @@ from engine.adapters.lora import (
     initialise,
     square_norms,
 )
-from engine.models.compiler import on_cpu
 from engine.models.llama import Block, Llama
+from engine.platform.compiler import on_cpu
 from engine.training.data import Batch, Batches, TokenizedExample, collate
 from engine.training.flat import FlatLayout
 from engine.training.guard import MAX_ROLLBACKS, RATE_FACTOR, divergence

@@ -8,12 +8,12 @@ from typing import Any
 import mlx.core as mx
 from numpy.typing import NDArray
 
-from engine.precision import Precision
 from engine.weights import safetensors
 from engine.weights.gguf import GGUF
 from engine.weights.gguf_names import llama_name, unpermute
 from engine.weights.mlx_layout import CONFIG_KEYS, QuantizedLayout
 from engine.weights.names import canonical
+from engine.weights.precision import Precision
 from engine.weights.quantized import QuantizedTensor, dequantize, fits, quantize
 from engine.weights.tensors import Reader, Stored, Tensors
 from stoker.errors import ModelError

@@ -19,7 +19,7 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
-from engine.jsonfiles import open_file
+from engine.platform.jsonfiles import open_file
 from engine.weights import gguf_blocks
 from engine.weights.gguf_blocks import Affine
 from engine.weights.gguf_parts import other_parts

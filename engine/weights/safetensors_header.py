@@ -8,7 +8,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from engine.jsonfiles import open_file, read_object
+from engine.platform.jsonfiles import open_file, read_object
 from stoker.errors import ModelError
 
 #: The format's own limit on the header (bytes).

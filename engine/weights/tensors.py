@@ -69,7 +69,7 @@ class Tensors:
             return self.take(name, shape, transpose=transpose)
         stored = self._read(name, shape)
         if policy.bits is not None and fits(shape, policy.group_size) and _bits(stored) > policy.bits:
-            # From the file's own dtype: no larger copy is made, and the codes are those of `engine.quantizing`.
+            # From the file's own dtype: no larger copy is made, and the codes are those of `stoker models quantize`.
             dense = stored if isinstance(stored, mx.array) else _numbers(stored, self._dtype)
             stored = quantize(dense, policy.group_size, policy.bits)
         if isinstance(stored, mx.array):

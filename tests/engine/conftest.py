@@ -6,7 +6,7 @@ import importlib.util
 import json
 from pathlib import Path
 
-from engine import blas
+from engine.platform import blas
 
 blas.boot(1)
 
@@ -15,7 +15,7 @@ from collections.abc import Callable  # noqa: E402
 import mlx.core as mx  # noqa: E402
 import pytest  # noqa: E402
 
-from engine.loading import LoadedModel, load  # noqa: E402
+from engine.checkpoints.loading import LoadedModel, load  # noqa: E402
 from engine.models.llama import Llama, LlamaArgs  # noqa: E402
 from engine.weights import safetensors  # noqa: E402
 from engine.weights.tensors import Tensors  # noqa: E402

@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from engine.adapters.lora import LoraWeights
-from engine.loading import LoadedModel
+from engine.checkpoints.loading import LoadedModel
 from stoker.contract import Completion, GenerateRequest, StreamToken
 from tests.engine import tiny
 

@@ -19,7 +19,7 @@ from engine.adapters.lora import LoraConfig, LoraWeights, dropout_keys, initiali
 from engine.adapters.peft import CONFIG_FILE, WEIGHTS_FILE
 from engine.adapters.pool import BASE, AdapterPool
 from engine.adapters.store import NOTES_FILE, AdapterStore
-from engine.loading import LoadedModel, load
+from engine.checkpoints.loading import LoadedModel, load
 from engine.models.llama import Llama
 from engine.ticket import Ticket
 from engine.weights import safetensors

@@ -10,8 +10,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from engine.checkpoints.loading import LoadedModel, load
 from engine.embedding.pooling import pool
-from engine.loading import LoadedModel, load
 from engine.models import fastmath, rope
 from engine.models.cache import KeyValues
 from engine.models.llama import LlamaArgs

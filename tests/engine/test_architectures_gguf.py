@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from engine.loading import LoadedModel, load
+from engine.checkpoints.loading import LoadedModel, load
 from engine.models import rope
 from engine.models.layers import Linear, QuantizedLinear
 from engine.models.llama import LlamaArgs

@@ -9,11 +9,11 @@ import pytest
 
 from engine.adapters.pool import AdapterPool
 from engine.adapters.store import AdapterStore
+from engine.checkpoints.loading import LoadedModel
 from engine.generation.batch import Batch
 from engine.generation.prefill import LEAST, MOST, PrefillPacer
 from engine.generation.row import Generation, Row
 from engine.generation.step import Step
-from engine.loading import LoadedModel
 from engine.models.cache import KeyValues
 from engine.ticket import Ticket
 from stoker.contract import GenerateRequest

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.elf import ElfError, strip_prefix
+from engine.platform.elf import ElfError, strip_prefix
 
 linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the BLAS boot does nothing elsewhere")
 
@@ -17,7 +17,7 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 if "late" in sys.argv: import mlx.core
-from engine import blas
+from engine.platform import blas
 assert "late" in sys.argv or "mlx.core" not in sys.modules
 report = blas.boot(1, cache=Path(sys.argv[1]), library=sys.argv[2])
 import mlx.core as mx

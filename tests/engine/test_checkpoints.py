@@ -10,7 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from engine.loading import LoadedModel
+from engine.checkpoints.loading import LoadedModel
 from engine.training.checkpoint import Checkpoints
 from engine.training.optimizer import Moments
 from engine.training.state import TrainState

@@ -13,14 +13,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from engine.inspecting import inspect
-from engine.loading import load
+from engine.checkpoints.inspecting import inspect
+from engine.checkpoints.loading import load
+from engine.checkpoints.quantizing import quantize_folder
+from engine.checkpoints.verifying import verify
 from engine.models.llama import LlamaArgs
 from engine.models.mistral import MistralArgs
 from engine.models.qwen2 import Qwen2Args
 from engine.models.qwen3 import Qwen3Args
-from engine.quantizing import quantize_folder
-from engine.verifying import verify
 from engine.weights import safetensors
 from engine.weights.names import canonical
 from stoker.errors import ModelError

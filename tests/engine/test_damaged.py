@@ -18,9 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
-from engine.inspecting import inspect
-from engine.loading import load
-from engine.verifying import verify
+from engine.checkpoints.inspecting import inspect
+from engine.checkpoints.loading import load
+from engine.checkpoints.verifying import verify
 from stoker.errors import ModelError
 
 ARCHITECTURES = Path(__file__).parents[1] / "goldens" / "architectures"

@@ -12,11 +12,11 @@ import pytest
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
+from engine.checkpoints.loading import LoadedModel, load
 from engine.embedding import lane as lane_module
 from engine.embedding.forward import PackedForward, PaddedForward, Tokens, Vectors
 from engine.embedding.lane import EmbedLane, unit
 from engine.embedding.pacer import EmbedPacer
-from engine.loading import LoadedModel, load
 from engine.text.tokenizer import Tokenizer
 from engine.ticket import Ticket
 from stoker.contract import EmbedRequest

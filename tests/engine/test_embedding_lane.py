@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from engine.checkpoints.loading import LoadedModel, load
 from engine.embedding.forward import PackedForward, PaddedForward, Tokens, Vectors
 from engine.embedding.lane import EmbedLane, unit
 from engine.embedding.pacer import EmbedPacer
-from engine.loading import LoadedModel, load
 from engine.models import sentence
 from engine.ticket import Ticket
 from stoker.contract import EmbedRequest

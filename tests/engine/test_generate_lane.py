@@ -14,9 +14,9 @@ from engine.adapters.lora import LoraWeights
 from engine.adapters.peft import CONFIG_FILE
 from engine.adapters.pool import AdapterPool
 from engine.adapters.store import AdapterStore
+from engine.checkpoints.loading import LoadedModel, load
 from engine.generation.lane import GenerateLane
 from engine.generation.limits import Limits
-from engine.loading import LoadedModel, load
 from engine.models.llama import Llama
 from engine.text.tokenizer import Tokenizer
 from engine.ticket import Ticket

@@ -9,7 +9,7 @@ import pytest
 
 PROGRAM = """
 import ctypes
-from engine.heap import MAPPED, arrange
+from engine.platform.heap import MAPPED, arrange
 
 assert arrange()
 libc = ctypes.CDLL(None)

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from engine.inspecting import KINDS, inspect
-from engine.loading import DECODERS, ENCODERS, LoadedModel, load
+from engine.checkpoints.inspecting import KINDS, inspect
+from engine.checkpoints.loading import DECODERS, ENCODERS, LoadedModel, load
+from engine.checkpoints.quantizing import quantize_folder
+from engine.checkpoints.verifying import verify
 from engine.models.cache import bytes_per_token
-from engine.quantizing import quantize_folder
-from engine.verifying import verify
 from engine.weights import safetensors
 from stoker.errors import ModelError
 
@@ -105,7 +105,8 @@ def test_neither_a_folder_nor_gguf_is_refused(tmp_path: Path) -> None:
 
 def test_mlx_is_not_imported() -> None:
     code = (
-        "import sys; from pathlib import Path; from engine.inspecting import inspect; inspect(Path(sys.argv[1])); "
+        "import sys; from pathlib import Path; from engine.checkpoints.inspecting import inspect; "
+        "inspect(Path(sys.argv[1])); "
         "assert not {'mlx', 'mlx.core', 'celery', 'tokenizers'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code, str(CHECKPOINTS[0])], check=True)

@@ -11,16 +11,16 @@ import pytest
 
 from engine.adapters.pool import AdapterPool
 from engine.adapters.store import AdapterStore
+from engine.checkpoints.loading import load
 from engine.embedding.forward import pooled
 from engine.generation.draws import Draw
 from engine.generation.forward_input import ForwardInput
 from engine.generation.sampling import choose
 from engine.generation.sampling_batch import sampling_batch
 from engine.generation.step import Step
-from engine.loading import load
 from engine.models.cache import KeyValues
 from engine.models.llama import Llama
-from engine.probe import choose_kernels, describe_kernels
+from engine.platform.probe import choose_kernels, describe_kernels
 from kernels import backend
 from kernels.emulator import build
 from kernels.emulator.observe import observing
@@ -151,7 +151,7 @@ def test_training_goes_through_no_kernel(tiny_llama: Llama) -> None:
 def test_which_kernels_are_in_use_is_told_and_a_wrong_setting_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     assert describe_kernels() == "none in use: MLX runs on a CPU"
     monkeypatch.setattr(backend, "of_machine", lambda: "metal")
-    monkeypatch.setattr("engine.probe.of_machine", lambda: "metal")
+    monkeypatch.setattr("engine.platform.probe.of_machine", lambda: "metal")
     try:
         choose_kernels("lora,sample")
         assert describe_kernels().startswith("sample, lora in use on metal; off: attend,")

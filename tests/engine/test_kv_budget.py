@@ -8,12 +8,12 @@ import pytest
 
 from engine.adapters.pool import AdapterPool
 from engine.adapters.store import AdapterStore
+from engine.checkpoints.loading import LoadedModel
 from engine.generation.batch import SMALLEST_KV_LENGTH, Batch
 from engine.generation.kv_budget import KvBudget
 from engine.generation.prefixes import PrefixCache
 from engine.generation.row import Generation, Row
 from engine.generation.step import Step
-from engine.loading import LoadedModel
 from engine.models.cache import KeyValues, bytes_per_token
 from engine.ticket import Ticket
 from stoker.contract import GenerateRequest

@@ -15,7 +15,7 @@ from engine.adapters import peft
 from engine.adapters.lane import AdapterLane
 from engine.adapters.pool import AdapterPool
 from engine.adapters.store import AdapterStore
-from engine.loading import LoadedModel
+from engine.checkpoints.loading import LoadedModel
 from engine.ticket import Ticket
 from engine.training import lane as train_module
 from engine.training.lane import TrainLane

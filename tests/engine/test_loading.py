@@ -13,7 +13,7 @@ import pytest
 import tokenizers
 from tokenizers import models
 
-from engine.loading import LoadedModel, load
+from engine.checkpoints.loading import LoadedModel, load
 from engine.models.llama import Llama, LlamaArgs
 from engine.weights import safetensors
 from engine.weights.digest import weights_digest
@@ -145,7 +145,7 @@ def test_a_digest_tells_models_apart_by_both_ends_and_the_size(tmp_path: Path, p
 
 def test_everything_runs_without_a_compiler(folder: Path, tmp_path: Path) -> None:
     script = (
-        "import sys; from engine.loading import load; import mlx.core as mx\n"
+        "import sys; from engine.checkpoints.loading import load; import mlx.core as mx\n"
         "model = load('tiny', [sys.argv[1]]).decoder\n"
         "print(mx.isfinite(model.logits(model(mx.array([[1, 2, 3]])))).all().item())"
     )
@@ -166,9 +166,9 @@ def test_everything_runs_without_a_compiler(folder: Path, tmp_path: Path) -> Non
 
 MEASURE = """
 import resource, sys
-from engine import blas; blas.boot(1)
+from engine.platform import blas; blas.boot(1)
 import mlx.core as mx
-from engine.loading import load
+from engine.checkpoints.loading import load
 def peak():
     if sys.platform == 'darwin':
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

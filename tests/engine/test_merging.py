@@ -12,7 +12,7 @@ import pytest
 
 from engine.adapters.merging import merge
 from engine.adapters.store import AdapterStore
-from engine.loading import load
+from engine.checkpoints.loading import load
 from engine.training.planning import plan
 from engine.weights import safetensors
 from stoker.errors import DatasetError, ModelError

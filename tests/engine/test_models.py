@@ -12,11 +12,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from engine.checkpoints.loading import LoadedModel
 from engine.generation import step as step_module
 from engine.generation.forward_input import ForwardInput
 from engine.generation.sampling_batch import SamplingBatch
 from engine.generation.step import Step
-from engine.loading import LoadedModel
 from engine.models import fastmath
 from engine.models.attention import attention
 from engine.models.bert import BertArgs

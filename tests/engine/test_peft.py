@@ -16,7 +16,7 @@ from engine.adapters import mlx_lm, peft
 from engine.adapters.lora import LoraWeights, initialise
 from engine.adapters.pool import AdapterPool
 from engine.adapters.store import AdapterStore
-from engine.loading import LoadedModel
+from engine.checkpoints.loading import LoadedModel
 from engine.training import trainer as trainer_module
 from engine.training.data import TokenizedExample
 from engine.training.trainer import Trainer

@@ -15,7 +15,7 @@ from engine.adapters.lora import LoraWeights, target_shapes
 from engine.adapters.pool import AdapterPool
 from engine.adapters.store import AdapterStore
 from engine.adapters.targets import target_layers
-from engine.loading import LoadedModel
+from engine.checkpoints.loading import LoadedModel
 from engine.weights import safetensors
 from stoker.errors import ModelError
 from tests.engine import tiny

@@ -10,11 +10,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from engine.loading import LoadedModel, load
+from engine.checkpoints.loading import LoadedModel, load
+from engine.checkpoints.quantizing import quantize_folder
 from engine.models.cache import KeyValues
 from engine.models.layers import Linear, QuantizedEmbedding, QuantizedLinear
 from engine.models.llama import Llama
-from engine.quantizing import quantize_folder
 from engine.weights import safetensors
 from engine.weights.quantized import QuantizedTensor, dequantize, quantize
 from stoker.errors import ModelError

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from engine.checkpoints.loading import LoadedModel
 from engine.generation.roster import Roster
 from engine.generation.row import Generation, Row, RowState
-from engine.loading import LoadedModel
 from engine.ticket import Ticket
 from stoker.contract import GenerateRequest
 

@@ -13,11 +13,11 @@ import pytest
 from engine.adapters.lora import LoraWeights
 from engine.adapters.pool import AdapterPool
 from engine.adapters.store import AdapterStore
+from engine.checkpoints.loading import LoadedModel
 from engine.generation import batch as batch_module
 from engine.generation.lane import GenerateLane
 from engine.generation.row import Generation, Row, RowState
 from engine.generation.step import Step
-from engine.loading import LoadedModel
 from engine.models.llama import Llama
 from engine.ticket import Ticket
 from stoker.contract import GenerateRequest

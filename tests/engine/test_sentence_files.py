@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 from huggingface_hub.utils import filter_repo_objects
 
-from engine import sources
-from engine.inspecting import inspect
-from engine.loading import load
+from engine.checkpoints import sources
+from engine.checkpoints.inspecting import inspect
+from engine.checkpoints.loading import load
+from engine.checkpoints.verifying import verify
 from engine.models.bert import BertArgs
 from engine.models.sentence import EmbeddingSpec
 from engine.models.sentence_files import SentenceFiles, model_folder
 from engine.text.tokenizer import Tokenizer
-from engine.verifying import verify
 from stoker.errors import ModelError
 
 ARGS = BertArgs(layers=1, dim=8, hidden=8, heads=2, vocab=9, positions=64, types=2, norm_eps=1e-12)

@@ -15,7 +15,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-from engine.sources import resolve
+from engine.checkpoints.sources import resolve
 from stoker.errors import ModelError
 
 REPO = {"config.json": b'{"model_type": "llama"}', "tokenizer.json": b"{}", "model.safetensors": b"x" * 64,
@@ -99,7 +99,7 @@ def address(hub: ThreadingHTTPServer) -> str:
 def resolve_elsewhere(source: str, endpoint: str, cache: Path, **more: str) -> str:
     """Resolve in a process of its own: huggingface_hub reads its environment once, at import."""
     script = (
-        "import sys\nfrom engine.sources import resolve\nfrom stoker.errors import ModelError\n"
+        "import sys\nfrom engine.checkpoints.sources import resolve\nfrom stoker.errors import ModelError\n"
         "try: print(resolve([sys.argv[1]]))\nexcept ModelError as error: print('ModelError', error)\n"
         "assert 'mlx.core' not in sys.modules"
     )

@@ -11,8 +11,8 @@ import pytest
 
 from engine.adapters.pool import AdapterPool
 from engine.adapters.store import AdapterStore
+from engine.checkpoints.loading import LoadedModel
 from engine.generation import structured
-from engine.loading import LoadedModel
 from stoker.contract import GenerateRequest
 from stoker.errors import InvalidRequest
 from tests.engine.test_generate_lane import Driver

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from engine.loading import LoadedModel
+from engine.checkpoints.loading import LoadedModel
 from engine.platform import limited
 from engine.text import chat
 from engine.text.chat import ChatLimits, render

@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models
 
-from engine.loading import LoadedModel
+from engine.checkpoints.loading import LoadedModel
 from engine.text.detokenizer import StreamingDetokenizer
 from engine.text.gguf_vocabulary import PRE_TOKENIZERS, build
 from engine.text.pieces import BYTE_OF

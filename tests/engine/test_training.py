@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from engine.adapters.lora import LoraConfig, LoraWeights
-from engine.loading import LoadedModel
+from engine.checkpoints.loading import LoadedModel
 from engine.training import trainer as trainer_module
 from engine.training.data import TokenizedExample, tokenize
 from engine.training.optimizer import Moments

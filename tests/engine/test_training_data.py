@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from engine.loading import LoadedModel
+from engine.checkpoints.loading import LoadedModel
 from engine.text.tokenizer import Tokenizer
 from engine.training.data import Batches, TokenizedExample, collate, dataset_digest, split, tokenize
 from stoker.contract.dataset import Example

@@ -11,7 +11,7 @@ import pytest
 
 from engine.adapters.pool import AdapterPool
 from engine.adapters.store import AdapterStore
-from engine.loading import LoadedModel
+from engine.checkpoints.loading import LoadedModel
 from engine.ticket import Ticket
 from engine.training.lane import TrainLane
 from engine.training.trainer import Trainer

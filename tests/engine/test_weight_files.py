@@ -16,10 +16,10 @@ import pytest
 import tokenizers
 from tokenizers import processors
 
-from engine.inspecting import inspect
-from engine.loading import load
-from engine.sources import resolve
-from engine.verifying import verify
+from engine.checkpoints.inspecting import inspect
+from engine.checkpoints.loading import load
+from engine.checkpoints.sources import resolve
+from engine.checkpoints.verifying import verify
 from engine.weights import safetensors
 from engine.weights.digest import weights_digest
 from engine.weights.gguf import GGUF

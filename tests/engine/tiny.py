@@ -12,7 +12,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from engine.adapters.lora import LoraConfig, LoraWeights, TrainableLora, square_norms, target_shapes
-from engine.loading import LoadedModel
+from engine.checkpoints.loading import LoadedModel
 from engine.models.llama import Llama
 from engine.text.tokenizer import Tokenizer
 from stoker.contract import TrainRequest

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from engine import blas
+from engine.platform import blas
 
 blas.boot(1)
 

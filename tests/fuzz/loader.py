@@ -75,9 +75,9 @@ def main() -> None:
 def _problems(path: Path) -> list[str]:
     import mlx.core as mx
 
-    from engine.inspecting import inspect
-    from engine.loading import load
-    from engine.verifying import verify
+    from engine.checkpoints.inspecting import inspect
+    from engine.checkpoints.loading import load
+    from engine.checkpoints.verifying import verify
     from stoker.errors import ModelError
 
     wrong: list[str] = []

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from engine.jsonfiles import write_json
+from engine.platform.jsonfiles import write_json
 from stoker.files import durable
 from stoker.files.durable import DRAFT, draft_folder, publish, sweep, write_whole
 from tests import powercut

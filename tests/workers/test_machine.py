@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from engine import blas
+from engine.platform import blas
 from kernels import backend, registry
 from stoker.errors import ConfigError
 from stoker.settings import load_settings

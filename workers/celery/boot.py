@@ -118,11 +118,11 @@ class EngineStep(bootsteps.StartStopStep):
 
 def _make_engine(settings: Settings, publish: Callable[..., None]) -> Engine:
     # BLAS first: importing the engine imports MLX, and MLX binds to the BLAS that it finds.
-    from engine import blas
+    from engine.platform import blas
 
     report = boot_blas(settings)
     from engine.engine import Engine
-    from engine.probe import choose_kernels, describe_kernels
+    from engine.platform.probe import choose_kernels, describe_kernels
 
     choose_kernels(settings.kernels)
     log.info("BLAS: %s", report)
@@ -150,7 +150,7 @@ def _mend(running: Runtime, heart: Heart) -> None:
 
 def _limits(settings: Settings) -> Limits:
     from engine.generation.limits import Limits
-    from engine.probe import memory
+    from engine.platform.probe import memory
 
     kv_bytes = settings.kv_cache << 20 if settings.kv_cache else memory() // 8
     return Limits(slots=settings.generate_slots, kv_bytes=kv_bytes, stall=settings.stall, cores=asked_cores())

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 import mlx.core as mx
 
-from engine.jsonfiles import read_object
+from engine.checkpoints.sources import naming, resolve
+from engine.checkpoints.vocabulary import check_ids, check_segments
 from engine.models.bert import Bert, BertArgs
 from engine.models.encoder import Encoder
 from engine.models.llama import Llama, LlamaArgs
@@ -21,13 +22,12 @@ from engine.models.qwen2 import Qwen2Args
 from engine.models.qwen3 import Qwen3Args
 from engine.models.sentence import EmbeddingSpec
 from engine.models.sentence_files import model_folder
-from engine.precision import Precision
-from engine.sources import naming, resolve
+from engine.platform.jsonfiles import read_object
 from engine.text.tokenizer import Tokenizer
-from engine.vocabulary import check_ids, check_segments
 from engine.weights.digest import weights_digest
 from engine.weights.folder import folder_tensors, gguf_tensors
 from engine.weights.gguf import GGUF
+from engine.weights.precision import Precision
 from engine.weights.tensors import Tensors
 from stoker.contract import ModelCard
 from stoker.errors import ModelError

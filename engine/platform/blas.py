@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.elf import ElfError, strip_prefix
+from engine.platform.elf import ElfError, strip_prefix
 from stoker.files.durable import write_whole
 
 log = logging.getLogger(__name__)
@@ -126,7 +126,7 @@ def _choose(cache: Path | None, wanted: str) -> tuple[Path | None, str]:
     if not sys.platform.startswith("linux"):
         return None, f"nothing to do on {sys.platform}"
     if "mlx.core" in sys.modules:
-        log.warning("engine.blas.boot() came after `import mlx.core`: MLX keeps the BLAS that it has")
+        log.warning("engine.platform.blas.boot() came after `import mlx.core`: MLX keeps the BLAS that it has")
         return None, "mlx.core is already imported"
     if wanted:
         return Path(wanted), ""

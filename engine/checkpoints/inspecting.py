@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.jsonfiles import read_object
+from engine.checkpoints.sources import naming
 from engine.models import allowed
 from engine.models.fields import Fields
 from engine.models.sentence_files import SentenceFiles, model_folder
-from engine.sources import naming
+from engine.platform.jsonfiles import read_object
 from engine.text.templates import folder_templates, gguf_templates
 from engine.weights import safetensors_header
 from engine.weights.gguf import GGUF

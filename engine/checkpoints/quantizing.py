@@ -10,8 +10,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from engine.jsonfiles import read_object, write_json
-from engine.loading import DECODERS
+from engine.checkpoints.loading import DECODERS
+from engine.platform.jsonfiles import read_object, write_json
 from engine.text.templates import FOLDER as TEMPLATES
 from engine.weights import safetensors
 from engine.weights.mlx_layout import QuantizedLayout, split

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
-from engine.models.compiler import on_cpu
+from engine.platform.compiler import on_cpu
 from engine.weights.quantized import check
 from engine.weights.tensors import Quantization
 from stoker.errors import ModelError

@@ -14,18 +14,18 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from engine.inspecting import Inspection, inspect
-from engine.jsonfiles import read_object
-from engine.loading import DECODERS, GGUF_DECODERS
+from engine.checkpoints.inspecting import Inspection, inspect
+from engine.checkpoints.loading import DECODERS, GGUF_DECODERS
+from engine.checkpoints.sources import naming
+from engine.checkpoints.vocabulary import check_ids, check_segments
 from engine.models.bert import Bert, BertArgs
 from engine.models.encoder import Encoder
 from engine.models.llama import Llama
 from engine.models.mpnet import MPNet, MPNetArgs
 from engine.models.sentence import EmbeddingSpec
 from engine.models.sentence_files import model_folder
-from engine.sources import naming
+from engine.platform.jsonfiles import read_object
 from engine.text.tokenizer import Tokenizer
-from engine.vocabulary import check_ids, check_segments
 from engine.weights import safetensors
 from engine.weights.gguf import GGUF
 from engine.weights.gguf_names import llama_name
