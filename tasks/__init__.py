@@ -1,1 +1,1 @@
-"""What each kind of job means: decode the request, hand it to the warm engine, encode the result."""
+"""What each kind of job means: a handler that prepares the request, loads its input and finishes the result."""

@@ -2,37 +2,31 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from typing import Any
-
-from celery import Task, shared_task
-
 from stoker.broker import keys
 from stoker.contract import AdapterRequest, AdapterResult
 from stoker.contract.bundle import AdapterInput
-from stoker.contract.kinds import ADAPTERS
 from stoker.errors import JobLost
 from workers import adapters
-from workers.frame import JobTask, Run, complete, run_job
+from workers.job import Job, JobHandler, job_task
 
 
-@shared_task(name=ADAPTERS.task, base=JobTask, bind=True)
-def load(self: Task) -> dict[str, Any]:
-    with ExitStack() as folders:
+class AdapterHandler(JobHandler[AdapterRequest, AdapterResult]):
+    request = AdapterRequest
 
-        def fetch(run: Run, request: AdapterRequest) -> Any:
-            found = folders.enter_context(adapters.unpacked(run, request.upload))
-            if found is None:
-                raise JobLost("the adapter's files are gone from the broker. Send them again.")
-            return AdapterInput(*found, adapters.allocate(run, request.model, request.name))
+    def load_input(self, job: Job, request: AdapterRequest) -> AdapterInput:
+        found = job.resources.enter_context(adapters.unpacked(job, request.upload))
+        if found is None:
+            raise JobLost("the adapter's files are gone from the broker. Send them again.")
+        return AdapterInput(*found, adapters.allocate(job, request.model, request.name))
 
-        return run_job(self, AdapterRequest, _finish, fetch)
+    def finish(self, job: Job, request: AdapterRequest, result: AdapterResult) -> AdapterResult:
+        persist, redis = job.runtime.persist, job.runtime.redis
+        known = {"rank": result.rank, "method": result.method, "source": "loaded"}
+        persist(
+            lambda: adapters.publish(job, request.model, request.name, result.version, known, promote=request.promote)
+        )
+        persist(lambda: redis.delete(keys.blob(request.upload)))
+        return result.model_copy(update={"usage": job.usage(result.usage)})
 
 
-def _finish(run: Run, request: AdapterRequest, result: AdapterResult) -> AdapterResult:
-    known = {"rank": result.rank, "method": result.method, "source": "loaded"}
-    run.runtime.persist(
-        lambda: adapters.publish(run, request.model, request.name, result.version, known, promote=request.promote)
-    )
-    run.runtime.persist(lambda: run.runtime.redis.delete(keys.blob(request.upload)))
-    return result.model_copy(update={"usage": complete(result.usage, run)})
+load = job_task(AdapterHandler())

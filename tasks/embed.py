@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from celery import Task, shared_task
-
 from stoker.broker import keys
 from stoker.contract import EmbedReply, EmbedRequest, Usage, vectors
-from stoker.contract.kinds import EMBED
 from stoker.contract.vectors import Embedded
-from workers.frame import JobTask, Run, complete, run_job
+from workers.job import Job, JobHandler, job_task
 
 
-@shared_task(name=EMBED.task, base=JobTask, bind=True)
-def embed(self: Task) -> dict[str, Any]:
-    return run_job(self, EmbedRequest, _finish)
+class EmbedHandler(JobHandler[EmbedRequest, Embedded]):
+    request = EmbedRequest
+
+    def finish(self, job: Job, request: EmbedRequest, result: Embedded) -> EmbedReply:
+        name, redis = keys.vectors(job.id), job.runtime.redis
+        data = vectors.save(result.vectors, request.dtype)
+        job.runtime.persist(lambda: redis.set(keys.blob(name), data, ex=keys.RESULT_TTL))
+        rows, dim = result.vectors.shape
+        usage = Usage(prompt_tokens=result.tokens, run_seconds=result.run_seconds)
+        return EmbedReply(blob=name, rows=rows, dim=dim, dtype=request.dtype, usage=job.usage(usage))
 
 
-def _finish(run: Run, request: EmbedRequest, found: Embedded) -> EmbedReply:
-    name = keys.vectors(run.job_id)
-    data = vectors.save(found.vectors, request.dtype)
-    run.runtime.persist(lambda: run.runtime.redis.set(keys.blob(name), data, ex=keys.RESULT_TTL))
-    rows, dim = found.vectors.shape
-    usage = Usage(prompt_tokens=found.tokens, run_seconds=found.run_seconds)
-    return EmbedReply(blob=name, rows=rows, dim=dim, dtype=request.dtype, usage=complete(usage, run))
+embed = job_task(EmbedHandler())

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from stoker.broker import keys, ledger, registry
 from stoker.broker.ledger import record
@@ -19,51 +19,49 @@ from stoker.contract.uploads import Upload
 from stoker.errors import UnknownAdapter
 from workers import clock, uploads
 from workers.artifacts import Artifacts
-
-if TYPE_CHECKING:
-    from workers.frame import Run
+from workers.job import Job
 
 log = logging.getLogger(__name__)
 
 
-def pinned(run: Run, model: str, adapter: str) -> str:
+def pinned(job: Job, model: str, adapter: str) -> str:
     """`adapter` with the version that this job uses from its first owner to its last, its files on this disk.
 
     An adapter that the registry does not know may lie on this disk all the same; then the engine chooses.
     """
     name, version = parse_adapter(adapter)
-    redis = run.runtime.redis
-    given = record.version(run.job_id).on(redis)
+    redis = job.runtime.redis
+    given = record.version(job.id).on(redis)
     if given is None:
         raw = redis.hgetall(keys.adapter(model, name))
         if not raw:
             return adapter
-        given = ledger.pin(redis, run.job_id, registry.parse(model, name, raw).version(version))
+        given = ledger.pin(redis, job.id, registry.parse(model, name, raw).version(version))
     number = int(checked(Rule.VERSION, "version of the job's record", given))
-    _fetch(run, model, name, number)
+    _fetch(job, model, name, number)
     return f"{name}@{number}"
 
 
-def allocate(run: Run, model: str, name: str) -> int:
+def allocate(job: Job, model: str, name: str) -> int:
     """The number of the version that this job makes: above all that the registry or this disk has, and the same
     however often the job runs."""
-    floor = run.runtime.engine.store.newest(model, name) + 1
-    given = ledger.allocate(run.runtime.redis, model, name, run.job_id, floor)
+    floor = job.runtime.engine.store.newest(model, name) + 1
+    given = ledger.allocate(job.runtime.redis, model, name, job.id, floor)
     return int(checked(Rule.VERSION, "version of the job's record", given))
 
 
-def publish(run: Run, model: str, name: str, version: int, known: Mapping[str, Any], *, promote: bool) -> None:
+def publish(job: Job, model: str, name: str, version: int, known: Mapping[str, Any], *, promote: bool) -> None:
     """Put a version that is on this disk where every worker finds it, then let it serve."""
-    folder = run.runtime.engine.store.folder(model, name, version)
-    _artifacts(run).put(model, name, version, bundle.read_folder(folder))
-    facts = {**known, "time": clock.now(run.runtime.redis), "worker": run.runtime.name, "job": run.job_id}
-    registry.register(run.runtime.redis, model, name, version, facts, promote=promote)
+    folder = job.runtime.engine.store.folder(model, name, version)
+    _artifacts(job).put(model, name, version, bundle.read_folder(folder))
+    facts = {**known, "time": clock.now(job.runtime.redis), "worker": job.runtime.name, "job": job.id}
+    registry.register(job.runtime.redis, model, name, version, facts, promote=promote)
 
 
 @contextmanager
-def unpacked(run: Run, upload: str) -> Iterator[tuple[Path, str] | None]:
+def unpacked(job: Job, upload: str) -> Iterator[tuple[Path, str] | None]:
     """A folder with the files of an upload, and where its client had them; None if it has expired."""
-    data = uploads.read(run.runtime.redis, Upload.parse(upload, "adapter", run.job_id))
+    data = uploads.read(job.runtime.redis, Upload.parse(upload, "adapter", job.id))
     with tempfile.TemporaryDirectory(prefix="stoker-adapter-") as home:
         folder = Path(home)
         if data is None:
@@ -74,11 +72,11 @@ def unpacked(run: Run, upload: str) -> Iterator[tuple[Path, str] | None]:
         yield folder, source
 
 
-def _fetch(run: Run, model: str, name: str, version: int) -> None:
-    store = run.runtime.engine.store
+def _fetch(job: Job, model: str, name: str, version: int) -> None:
+    store = job.runtime.engine.store
     if store.has(model, name, version):
         return
-    data = _artifacts(run).get(model, name, version)
+    data = _artifacts(job).get(model, name, version)
     if data is None:
         raise UnknownAdapter(
             f"adapter '{name}@{version}' given; it is registered, but no store that this worker reaches has its files."
@@ -87,8 +85,8 @@ def _fetch(run: Run, model: str, name: str, version: int) -> None:
     log.info("adapter %s@%d of %s fetched", name, version, model)
 
 
-def _artifacts(run: Run) -> Artifacts:
-    return Artifacts(run.runtime.settings, run.runtime.redis)
+def _artifacts(job: Job) -> Artifacts:
+    return Artifacts(job.runtime.settings, job.runtime.redis)
 
 
 def _write(folder: Path, data: bytes, source: str) -> None:

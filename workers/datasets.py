@@ -11,15 +11,15 @@ from stoker.contract.uploads import Upload
 from stoker.errors import DatasetError
 from stoker.files.durable import write_whole
 from workers import uploads
-from workers.frame import Run
+from workers.job import Job
 
 
-def fetch(run: Run, dataset: str) -> bytes | Path | None:
+def fetch(job: Job, dataset: str) -> bytes | Path | None:
     """The JSON lines, or their file; None if an upload has expired. Raises `DatasetError` for a file that is not
     there or lies outside the root."""
     if not dataset.startswith(ON_WORKER):
-        return _uploaded(run, dataset)
-    name, root = dataset.removeprefix(ON_WORKER), run.runtime.settings.data
+        return _uploaded(job, dataset)
+    name, root = dataset.removeprefix(ON_WORKER), job.runtime.settings.data
     if root is None:
         raise DatasetError(
             f"dataset: {name!r} of the worker named; this one has no data root. Set STOKER_DATA there, or upload it."
@@ -31,32 +31,32 @@ def fetch(run: Run, dataset: str) -> bytes | Path | None:
     return path
 
 
-def _uploaded(run: Run, dataset: str) -> bytes | Path | None:
+def _uploaded(job: Job, dataset: str) -> bytes | Path | None:
     """A large one as a file in the run's folder: neither the worker nor the broker ever handles it in one piece."""
-    upload = Upload.parse(dataset, "dataset", run.job_id)
+    upload = Upload.parse(dataset, "dataset", job.id)
     if upload.size <= keys.PART:
-        return uploads.read(run.runtime.redis, upload)
-    if not run.runtime.redis.exists(keys.blob(dataset)):
+        return uploads.read(job.runtime.redis, upload)
+    if not job.runtime.redis.exists(keys.blob(dataset)):
         return None
 
     def copy(temporary: Path) -> None:
         with temporary.open("wb") as file:
-            for part in uploads.parts(run.runtime.redis, upload):
+            for part in uploads.parts(job.runtime.redis, upload):
                 file.write(part)
 
-    path = _file(run)
+    path = _file(job)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, copy)
     return path
 
 
-def _file(run: Run) -> Path:
-    name = checked(Rule.JOB_ID, "job id", run.job_id)
-    return Path(run.runtime.settings.runs / name / "dataset.jsonl")
+def _file(job: Job) -> Path:
+    name = checked(Rule.JOB_ID, "job id", job.id)
+    return Path(job.runtime.settings.runs / name / "dataset.jsonl")
 
 
-def forget(run: Run, dataset: str) -> None:
+def forget(job: Job, dataset: str) -> None:
     """Delete an upload that is no longer needed."""
     if not dataset.startswith(ON_WORKER):
-        run.runtime.redis.delete(keys.blob(dataset))
-        _file(run).unlink(missing_ok=True)
+        job.runtime.redis.delete(keys.blob(dataset))
+        _file(job).unlink(missing_ok=True)

@@ -82,7 +82,7 @@ def test_no_adapters_path_leaves_its_root(given: str, tmp_path: Path) -> None:
 def test_a_record_with_a_strange_version_ends_its_own_job(number: bytes) -> None:
     redis = SimpleNamespace(hmget=lambda *_: [number], evalsha=lambda *_: number)
     store = SimpleNamespace(newest=lambda *_: 0)
-    run: Any = SimpleNamespace(job_id="job", runtime=SimpleNamespace(redis=redis, engine=SimpleNamespace(store=store)))
+    run: Any = SimpleNamespace(id="job", runtime=SimpleNamespace(redis=redis, engine=SimpleNamespace(store=store)))
     with pytest.raises(InvalidRequest, match="version of the job's record"):
         adapters.pinned(run, "m", "a")
     with pytest.raises(InvalidRequest, match="version of the job's record"):

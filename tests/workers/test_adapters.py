@@ -35,7 +35,7 @@ class Home:
         self.redis.expire(keys.job(job_id), 60)
         engine = SimpleNamespace(store=self.store)
         runtime = SimpleNamespace(redis=self.redis, settings=self.settings, engine=engine, name="w@here")
-        return SimpleNamespace(job_id=job_id, runtime=runtime)
+        return SimpleNamespace(id=job_id, runtime=runtime)
 
     def write(self, version: int | None = None) -> int:
         def fill(draft: Path) -> None:

@@ -24,12 +24,12 @@ def run(broker: Settings, tmp_path: Path) -> Iterator[Any]:
     redis = connect(broker)
     settings = SimpleNamespace(runs=tmp_path / "runs", data=tmp_path / "data")
     settings.data.mkdir()
-    yield SimpleNamespace(job_id="job", runtime=SimpleNamespace(redis=redis, settings=settings))
+    yield SimpleNamespace(id="job", runtime=SimpleNamespace(redis=redis, settings=settings))
     redis.close()
 
 
 def sent(run: Any) -> str:
-    name = str(Upload.of("dataset", run.job_id, LINES))
+    name = str(Upload.of("dataset", run.id, LINES))
     run.runtime.redis.set(keys.blob(name), LINES, ex=60)
     return name
 
@@ -84,7 +84,7 @@ def test_an_upload_of_another_job_or_any_other_key_is_refused(run: Any, kind: Ki
             datasets.fetch(run, name) if kind == "dataset" else adapters.unpacked(run, name).__enter__()
     run.runtime.redis.flushall()
     for hostile in ("../../x", "/abs", "job\n"):
-        run.job_id = hostile
+        run.id = hostile
         with pytest.raises(InvalidRequest, match="job id"):
             datasets.fetch(run, str(Upload.of("dataset", hostile, LINES)))
 

@@ -12,16 +12,22 @@ from typing import Any
 import pytest
 from celery.exceptions import Ignore, Reject
 from kombu.exceptions import OperationalError
+from kombu.utils.imports import symbol_by_name
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoPermissionError, ReadOnlyError
 
+import tasks.adapters
+import tasks.embed
+import tasks.generate
+import tasks.train
 from engine.ticket import Ticket
 from stoker.broker import keys, ledger
 from stoker.broker.ledger.record import Field
 from stoker.broker.outcome import JobStatus, Outcome
 from stoker.client.requests import generate_request
 from stoker.client.submission import job_record
-from stoker.contract import GenerateRequest, ModelCard, Usage
+from stoker.contract import GenerateRequest, ModelCard, StreamToken, Usage
+from stoker.contract.kinds import KINDS
 from stoker.errors import (
     InvalidRequest,
     JobCancelled,
@@ -34,8 +40,9 @@ from stoker.errors import (
 from stoker.settings import Settings
 from workers import memory
 from workers.artifacts import StoreTrouble
+from workers.celery.lanes import LaneRequest
 from workers.context import WorkerContext
-from workers.frame import run_job
+from workers.job import Job, JobHandler, run_job
 from workers.services import mending
 from workers.services.runtime import Fenced, Runtime
 
@@ -64,6 +71,15 @@ class Engine:
     def wake(self) -> None: ...
 
 
+class Handler(JobHandler[GenerateRequest, int]):
+    """Of jobs whose results are numbers."""
+
+    request = GenerateRequest
+
+    def finish(self, job: Job, request: GenerateRequest, result: int) -> Usage:
+        return Usage(completion_tokens=result)
+
+
 class Worker:
     """The context of a worker whose engine is told how to end jobs, and deliveries to it."""
 
@@ -81,7 +97,7 @@ class Worker:
         """The broker is away at every report."""
         raise OperationalError("Connection refused")
 
-    def deliver(self, ends: Callable[[], Any], job_id: str = "job") -> Any:
+    def deliver(self, ends: Callable[[], Any], job_id: str = "job", handler: Handler | None = None) -> Any:
         self.engine.ends, self.deliveries = ends, self.deliveries + 1
         request = SimpleNamespace(
             id=job_id,
@@ -91,7 +107,7 @@ class Worker:
         )
         app = SimpleNamespace(context=self.context)
         task: Any = SimpleNamespace(app=app, name="stoker.generate", request=request, send_event=self.tell)
-        return run_job(task, GenerateRequest, lambda run, request, value: Usage(completion_tokens=value))
+        return run_job(Job(task), handler or Handler())
 
     @property
     def outcome(self) -> Outcome | None:
@@ -128,6 +144,48 @@ def test_a_result_is_stored_once(worker: Worker) -> None:
     with pytest.raises(Ignore):
         worker.deliver(lambda: 8)
     assert worker.outcome.value["completion_tokens"] == 7
+
+
+class Recording(Handler):
+    """Says in which order its methods are called, and what is open."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker, self.steps = worker, ["began"]
+
+    def prepare(self, job: Job, request: GenerateRequest) -> GenerateRequest:
+        self.steps.append("prepare")
+        return request.model_copy(update={"seed": 7})
+
+    def load_input(self, job: Job, request: GenerateRequest) -> list[StreamToken]:
+        self.steps.append(f"load_input of seed {request.seed}")
+        job.resources.callback(self.steps.append, "closed")
+        return []
+
+    def finish(self, job: Job, request: GenerateRequest, result: int) -> Usage:
+        self.steps.append(f"finish {result} of seed {request.seed}")
+        job.resources.callback(lambda: self.steps.append(f"stored: {self._worker.outcome is not None}"))
+        return super().finish(job, request, result)
+
+
+def test_a_handler_is_asked_in_order_and_what_it_opened_stays_until_the_result_is_stored(worker: Worker) -> None:
+    handler = Recording(worker)
+    worker.deliver(lambda: handler.steps.append("the engine") or 3, handler=handler)
+    assert handler.steps == [
+        "began", "prepare", "load_input of seed 7", "the engine", "finish 3 of seed 7", "stored: True", "closed",
+    ]  # fmt: skip
+
+
+def test_what_a_handler_opened_is_closed_when_its_job_fails(worker: Worker) -> None:
+    handler = Recording(worker)
+    with pytest.raises(JobFailed):
+        worker.deliver(raising(KeyError("a defect")), handler=handler)
+    assert handler.steps == ["began", "prepare", "load_input of seed 7", "closed"]
+
+
+def test_every_kind_of_job_has_its_task_and_takes_a_slot_of_its_lane() -> None:
+    found: Any = [tasks.embed.embed, tasks.generate.generate, tasks.train.train, tasks.adapters.load]
+    assert [task.name for task in found] == [kind.task for kind in KINDS.values()]
+    assert {symbol_by_name(task.Request) for task in found} == {LaneRequest}
 
 
 @pytest.mark.parametrize(("error", "told"), [(UnknownAdapter("no"), UnknownAdapter), (KeyError("no"), JobFailed)])

@@ -19,14 +19,16 @@ blocking client.
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Callable, Iterable, Mapping
 from importlib import resources
 from typing import Any, TypeVar
 
 from stoker.broker import keys
 from stoker.broker.ledger.call import Call
+from stoker.broker.ledger.ending import Ending
+from stoker.broker.ledger.ending import failure as failure
+from stoker.broker.ledger.ending import revoked as revoked
+from stoker.broker.ledger.ending import success as success
 from stoker.broker.ledger.listing import Listing, OpenJob
 from stoker.broker.ledger.record import Field
 from stoker.broker.ledger.replies import Claim, DeadLettered, Submitted, recovered
@@ -115,14 +117,14 @@ def count_out_of_memory(redis: Any, job_id: str, queue: str, token: str) -> int:
     return _call(OUT_OF_MEMORY, int, job_id, queue, token).on(redis)
 
 
-def complete(redis: Any, job_id: str, queue: str, token: str, outcome: dict[str, Any]) -> bool:
-    """End the job with `outcome` (`success`, `failure` or `revoked`). False for an owner that was fenced."""
-    return _call(COMPLETE, bool, job_id, queue, token, json.dumps(outcome)).on(redis)
+def complete(redis: Any, job_id: str, queue: str, token: str, ending: Ending) -> bool:
+    """End the job with `success`, `failure` or `revoked`. False for an owner that was fenced."""
+    return _call(COMPLETE, bool, job_id, queue, token, ending.text()).on(redis)
 
 
 def cancellation(job_id: str, queue: str) -> Call[str]:
     """Cancel a job: `cancelled` (nobody ran it, and it has ended), `asked` (its owner stops it), `ended`, `unknown`."""
-    arguments = (json.dumps(revoked(job_id)), keys.worker(""))
+    arguments = (revoked(job_id).text(), keys.worker(""))
     return _call(CANCEL, bytes.decode, job_id, queue, *arguments, extra=(keys.CANCELS,))
 
 
@@ -161,36 +163,6 @@ def _version(reply: bytes) -> str:
 def note_trouble(pipeline: Any, job_id: str, trouble: str) -> None:
     """Say in the job's record why its owner is about to end. By its text: in a pipeline nobody can send it again."""
     pipeline.eval(TROUBLE, 1, keys.job(job_id), trouble)
-
-
-def success(job_id: str, result: Any) -> dict[str, Any]:
-    """The record of a result, as Celery's own backend writes it, so that its tools can read it."""
-    return _record(job_id, "SUCCESS", result)
-
-
-def failure(job_id: str, error: BaseException) -> dict[str, Any]:
-    """The record of an error: its class and its message."""
-    kind = type(error)
-    fields = {"exc_type": kind.__name__, "exc_message": [str(error)], "exc_module": kind.__module__}
-    return _record(job_id, "FAILURE", fields)
-
-
-def revoked(job_id: str) -> dict[str, Any]:
-    """The record of a job that was cancelled."""
-    fields = {"exc_type": "TaskRevokedError", "exc_message": ["cancelled"], "exc_module": "celery.exceptions"}
-    return _record(job_id, "REVOKED", fields)
-
-
-def _record(job_id: str, status: str, result: Any) -> dict[str, Any]:
-    done = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
-    return {
-        "status": status,
-        "result": result,
-        "traceback": None,
-        "children": [],
-        "date_done": done,
-        "task_id": job_id,
-    }
 
 
 def open_jobs(redis: Any, queues: Iterable[str]) -> dict[str, OpenJob]:

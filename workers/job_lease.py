@@ -1,0 +1,116 @@
+"""One delivery's side of the ledger: it claims its job, and completes it or gives it back, however long the broker is
+away."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from redis.exceptions import NoPermissionError, RedisError, ResponseError
+
+from stoker.broker import keys, ledger
+from stoker.broker.connection import passes
+from stoker.broker.ledger.ending import Ending
+from stoker.broker.ledger.replies import Claim, Crash
+from stoker.broker.outcome import Outcome
+from stoker.errors import JobFailed, JobLost
+from workers.blame import blame
+from workers.services.runtime import Fenced, Runtime
+
+log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Spoiled(Exception):
+    """The ledger cannot do its work on this job, and never will: something else than it expects lies in the broker."""
+
+
+def is_the_brokers(error: Exception) -> bool:
+    """Whether another worker, or this one later, may do what the broker did not: it is away, or forbids it."""
+    return isinstance(error, RedisError) and (passes(error) or isinstance(error, NoPermissionError))
+
+
+@dataclass(frozen=True)
+class JobLease:
+    """`token`: names this delivery, and no other of the job. `tag`: kombu's name of its message.
+
+    Every transition raises `Spoiled`; those that only the owner may make raise `Fenced` for a delivery that is it no
+    longer.
+    """
+
+    runtime: Runtime
+    job_id: str
+    queue: str
+    token: str
+    tag: str
+
+    def claim(self) -> Claim:
+        return self._persist(ledger.claim, self.token, self.tag, self.runtime.name)
+
+    def complete(self, ending: Ending) -> None:
+        """The job has ended so."""
+        self._only_as_owner(self._persist(ledger.complete, self.token, ending))
+
+    def release(self) -> None:
+        """The job goes back to its queue, alive."""
+        self._persist(ledger.release, self.token)
+
+    def dead_letter(self, worker: str = "", trouble: str = "") -> tuple[Crash, ...]:
+        """Make a dead letter of the job, of the owners that it crashed or of this `worker`, for `trouble`. Return what
+        the letter says of its owners."""
+        reply = self._persist(ledger.dead_letter, self.token, worker, trouble)
+        self._only_as_owner(not reply.fenced)
+        return reply.history
+
+    def count_out_of_memory(self) -> int:
+        """How often the job has ended for want of memory, this time included."""
+        count = self._persist(ledger.count_out_of_memory, self.token)
+        self._only_as_owner(count > 0)
+        return count
+
+    def give_up(self, trouble: Spoiled) -> None:
+        """End a job that the ledger cannot end: who waits for it gets the error, and its message goes."""
+        record = ledger.failure(self.job_id, JobFailed(f"job {self.job_id}: {trouble}.")).text()
+        log.error("job %s cannot be ended as others are: %s", self.job_id, trouble)
+        redis, result = self.runtime.redis, keys.result(self.job_id)
+        if not self._has_ended():
+            self.runtime.persist(lambda: redis.set(result, record, ex=keys.RESULT_TTL))
+            self.runtime.persist(lambda: redis.publish(result, record))
+
+    def blame(self, error: RedisError) -> str:
+        """What the broker refused, and which key is to blame."""
+        return blame(self.runtime.redis, self.job_id, self.queue, error)
+
+    def _only_as_owner(self, is_owner: bool) -> None:
+        if not is_owner:
+            raise Fenced(f"job {self.job_id} runs elsewhere.")
+
+    def _has_ended(self) -> bool:
+        result = keys.result(self.job_id)
+        try:
+            return Outcome.parse(self.runtime.persist(lambda: self.runtime.redis.get(result))) is not None
+        except (ResponseError, JobLost):
+            # What lies there is no result.
+            return False
+
+    def _persist(self, transition: Callable[Concatenate[Any, str, str, P], T], *args: P.args, **named: P.kwargs) -> T:
+        """One transition of the ledger; once more if a key that jobs share was spoiled, and is mended now."""
+
+        def once() -> T:
+            return self.runtime.persist(lambda: transition(self.runtime.redis, self.job_id, self.queue, *args, **named))
+
+        try:
+            try:
+                return once()
+            except ResponseError:
+                if not self.runtime.mender.round():
+                    raise
+                return once()
+        except ResponseError as error:
+            if is_the_brokers(error):
+                raise
+            raise Spoiled(self.blame(error)) from error
