@@ -100,7 +100,7 @@ def _chain(operation: Operation | Kernel, timing: Timing) -> Callable[[], Arrays
 
 
 def _after(arguments: tuple[Any, ...], made: Arrays) -> tuple[Any, ...]:
-    """The same arguments, but not before `made` is there: the first one depends on it."""
+    """The same arguments, once `made` is there: the first one depends on it."""
     return (mx.depends([arguments[0]], made)[0], *arguments[1:])
 
 

@@ -6,7 +6,7 @@ import mlx.core as mx
 
 from engine.adapters.lora import LoraWeights, Matrices, adapted_norms
 from engine.models.layers import Linear
-from kernels.lora import lora
+from kernels.lora import LoraInput, lora
 
 
 class StackedLora:
@@ -35,7 +35,7 @@ def adapt_rows(stack: dict[str, mx.array], indices: mx.array, x: mx.array, y: mx
 
     Only here a batch meets its adapters. One new token a row goes through a fused kernel where there is one.
     """
-    return lora(x, y, stack["a"], stack["b"], indices, gain=stack.get("gain"), shift=stack.get("shift"))
+    return lora(LoraInput(x, y, stack["a"], stack["b"], indices, stack.get("gain"), stack.get("shift")))
 
 
 def folded(

@@ -19,7 +19,7 @@ from engine.models.encoder import Encoder, Group
 from engine.platform import blas
 from engine.platform.compiler import on_cpu
 from kernels.mean_pool import KERNEL as MEAN_POOL
-from kernels.mean_pool import mean_pool
+from kernels.mean_pool import MeanPoolInput, mean_pool
 
 #: The ids of one text, int32 (tokens,).
 Tokens = NDArray[np.int32]
@@ -175,8 +175,8 @@ def pooled(encoder: Encoder, pooling: str, rows: int, width: int) -> Callable[..
             x, update, norm = encoder.to_last_norm(tokens, position_ids, groups)
             x, update = x.reshape(rows, width, -1), update.reshape(rows, width, -1)
             lengths = mx.full((rows,), width, mx.int32) if mask is None else mx.sum(mask, axis=1).astype(mx.int32)
-            how = {"normalize": False, "gradient": False}
-            return mean_pool(x, update, norm.weight, norm.bias, lengths, norm.eps, **how)
+            given = MeanPoolInput(x, update, norm.weight, norm.bias, lengths, norm.eps, normalize=False, gradient=False)
+            return mean_pool(given)
         return pool_packed(encoder.forward(tokens, position_ids, groups), groups, pooling)
 
     return run

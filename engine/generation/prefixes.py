@@ -30,8 +30,6 @@ class PrefixCache:
     def __init__(self, limit: int) -> None:
         self._limit, self.nbytes = limit, 0
         self._entries: OrderedDict[tuple[Hashable, bytes], Entry] = OrderedDict()
-        #: Lookups, and those that found something.
-        self.asked, self.found = 0, 0
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -39,7 +37,6 @@ class PrefixCache:
     def find(self, owner: Hashable, tokens: Sequence[int]) -> tuple[KeyValues | None, int]:
         """The entry that shares the longest beginning with `tokens`, and its length: at most one less than
         `tokens` has, because the logits of the last token are needed."""
-        self.asked += 1
         wanted = np.asarray(tokens[:-1], dtype=np.int32)
         best, key = 0, None
         for candidate, entry in self._entries.items():
@@ -47,7 +44,6 @@ class PrefixCache:
                 best, key = shared, candidate
         if key is None or best < SHORTEST:
             return None, 0
-        self.found += 1
         self._entries.move_to_end(key)
         return self._entries[key].kv, best
 

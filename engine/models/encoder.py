@@ -107,7 +107,7 @@ class Attention:
         def linear(part: str) -> Linear:
             return Linear.take(tensors, f"{layer}.{part}", "", args.dim, args.dim, bias=True)
 
-        self.qkv = _beside(*(linear(part) for part in (names.query, names.key, names.value)))
+        self.qkv = _side_by_side(*(linear(part) for part in (names.query, names.key, names.value)))
         self.output = linear(names.output)
         self.norm = LayerNorm.take(tensors, f"{layer}.{names.norm}", args.dim, args.norm_eps)
 
@@ -121,7 +121,7 @@ class Attention:
         return self.norm.of_sum(x, self.output(join(parts)))
 
 
-def _beside(*layers: Linear) -> Linear:
+def _side_by_side(*layers: Linear) -> Linear:
     """The layers as one, whose output is theirs side by side."""
     weight = mx.concatenate([layer.weight for layer in layers], axis=1)
     bias = mx.concatenate([layer.bias for layer in layers if layer.bias is not None])

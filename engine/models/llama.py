@@ -22,6 +22,7 @@ from engine.weights.tensors import Tensors
 from kernels.attend import KERNEL as ATTEND
 from kernels.attend import attend
 from kernels.rope import KERNEL as ROPE
+from kernels.rope import RopeInput
 from kernels.rope import rope as rope_kernel
 from stoker.errors import ModelError
 
@@ -139,9 +140,9 @@ class Attention:
         """Both projections, (B, T, heads·d), as heads (B, heads, T, d), normed and turned to their positions."""
         args, (batch, length, _) = self.args, queries.shape
         if length == 1 and isinstance(offset, mx.array) and ROPE.active:
-            by_head = queries.reshape(batch, args.heads, -1), keys.reshape(batch, args.kv_heads, -1)
-            norms = None if self.q_norm is None or self.k_norm is None else (self.q_norm.weight, self.k_norm.weight)
-            return rope_kernel(*by_head, offset, self.rotate.periods, weights=norms, eps=args.norm_eps)
+            q, k = queries.reshape(batch, args.heads, -1), keys.reshape(batch, args.kv_heads, -1)
+            q_weight, k_weight = (None if norm is None else norm.weight for norm in (self.q_norm, self.k_norm))
+            return rope_kernel(RopeInput(q, k, offset, self.rotate.periods, q_weight, k_weight, args.norm_eps))
         queries = self._heads(queries, args.heads, self.q_norm)
         keys = self._heads(keys, args.kv_heads, self.k_norm)
         return self.rotate(queries, offset), self.rotate(keys, offset)

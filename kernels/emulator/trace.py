@@ -43,12 +43,6 @@ class Launch:
         start, end = match.span()
         return replace(self, source=f"{self.source[:start]}/* a barrier was here */;{self.source[end:]}")
 
-    def edited(self, old: str, new: str) -> Launch:
-        """The same with the first `old` of the text replaced. Raises `ValueError` if there is none."""
-        if old not in self.source:
-            raise ValueError(f"the text of {self.name} has no {old!r}")
-        return replace(self, source=self.source.replace(old, new, 1))
-
 
 def trace(function: Callable[..., Any], *arrays: mx.array) -> Launch:
     """The one `mx.fast.metal_kernel` call in `function(*arrays)`. Raises `ValueError` if there is anything else."""

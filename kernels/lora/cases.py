@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from kernels.kernel import Case, Timing, normal, on_device
+from kernels.lora.arguments import LoraInput
 
 
 def _matrices(
@@ -37,7 +38,7 @@ def cases(dtype: mx.Dtype, random: np.random.Generator) -> Iterable[Case]:
             gain = mx.where((mx.arange(adapters) > 0)[:, None], normal(random, (adapters, outputs), dtype), 1)
             shift = mx.where((mx.arange(adapters) > 0)[:, None], normal(random, (adapters, outputs), dtype), 0)
         label = f"{rows} rows, {adapters - 1} adapters, rank {rank}, {inputs} → {outputs}"
-        yield Case(label if gain is None else f"{label}, DoRA", (x, y, a, b, index, gain, shift))
+        yield Case(label if gain is None else f"{label}, DoRA", LoraInput(x, y, a, b, index, gain, shift))
 
 
 def timings(dtype: mx.Dtype) -> Iterable[Timing]:
@@ -50,7 +51,7 @@ def timings(dtype: mx.Dtype) -> Iterable[Timing]:
         moved = int(x.nbytes + 2 * y.nbytes + used * (a.nbytes + b.nbytes))
         yield Timing(
             f"{rows} rows, 8 adapters, rank 16, {inputs} → {outputs}",
-            (x, y, a, b, index, None, None),
+            LoraInput(x, y, a, b, index),
             moved,
             lambda given, made: (given[0], made[0], *given[2:]),
         )

@@ -6,6 +6,7 @@ import mlx.core as mx
 
 from kernels.body import Body
 from kernels.kernel import DTYPES, Arrays, Kernel
+from kernels.lora.arguments import LoraInput
 from kernels.lora.cases import cases, timings
 
 _BODY = Body("lora", ("x", "y", "a", "b", "index", "gain", "shift"), ("out",), ("packed.h",))
@@ -15,36 +16,13 @@ _THREADS = 256
 _DEPTH = 4
 
 
-def lora(
-    x: mx.array,
-    y: mx.array,
-    a: mx.array,
-    b: mx.array,
-    index: mx.array,
-    *,
-    gain: mx.array | None = None,
-    shift: mx.array | None = None,
-) -> mx.array:
-    """gain · y + shift + (x A) B with each row's own of all, in the shape and dtype of `y`.
-
-    `x`: (rows, T, IN), the layer's input; `y`: (rows, T, OUT), what the layer made of it; the body takes T = 1.
-    `a`: (adapters, IN, rank); `b`: (adapters, rank, OUT), scale and DoRA's gain folded in; `gain`, `shift`:
-    (adapters, OUT), 1 and 0 where absent.
-    `index`: int32 or uint32 (rows,), 0 for rows without adapter: row 0 of `a`, `b` and `shift` must be zero and that of
-    `gain` one, as the reference reads them and the kernel does not.
-    """
-    return KERNEL(x, y, a, b, index, gain, shift)[0]
+def lora(given: LoraInput) -> mx.array:
+    """gain · y + shift + (x A) B with each row's own of all, in the shape and dtype of `y`."""
+    return KERNEL(*given)[0]
 
 
-def _reference(
-    x: mx.array,
-    y: mx.array,
-    a: mx.array,
-    b: mx.array,
-    index: mx.array,
-    gain: mx.array | None = None,
-    shift: mx.array | None = None,
-) -> Arrays:
+def _reference(given: LoraInput) -> Arrays:
+    x, y, a, b, index, gain, shift = given
     # The CPU back-end gathers matrices of float32 alone.
     dtype = mx.float32 if mx.default_device().type == mx.DeviceType.cpu else x.dtype
     inner = mx.gather_mm(x.astype(dtype), a.astype(dtype), rhs_indices=index)
@@ -56,15 +34,8 @@ def _reference(
     return [y + update]
 
 
-def _refuse(
-    x: mx.array,
-    y: mx.array,
-    a: mx.array,
-    b: mx.array,
-    index: mx.array,
-    gain: mx.array | None = None,
-    shift: mx.array | None = None,
-) -> str | None:
+def _refuse(given: LoraInput) -> str | None:
+    x, y, a, b, index, gain, shift = given
     if x.ndim != 3 or x.shape[1] != 1:
         return "more than one token a row"
     if not 0 < a.shape[-1] <= HIGHEST_RANK:
@@ -75,15 +46,8 @@ def _refuse(
     return next((f"dtype {array.dtype}" for array in arrays if array.dtype not in DTYPES), None)
 
 
-def _launch(
-    x: mx.array,
-    y: mx.array,
-    a: mx.array,
-    b: mx.array,
-    index: mx.array,
-    gain: mx.array | None = None,
-    shift: mx.array | None = None,
-) -> Arrays:
+def _launch(given: LoraInput) -> Arrays:
+    x, y, a, b, index, gain, shift = given
     rows, inputs, outputs, rank = x.shape[0], x.shape[-1], y.shape[-1], a.shape[-1]
     pack = 16 // int(a.dtype.size)
     pack = pack if rank % pack == 0 else 1
@@ -107,9 +71,9 @@ KERNEL = Kernel(
     name="lora",
     reason="one launch for three (two gather_mm and an addition); rows without adapter read no matrix",
     bodies=(_BODY,),
-    launch=_launch,
-    reference=_reference,
-    refuse=_refuse,
+    launch=lambda *fields: _launch(LoraInput(*fields)),
+    reference=lambda *fields: _reference(LoraInput(*fields)),
+    refuse=lambda *fields: _refuse(LoraInput(*fields)),
     cases=cases,
     timings=timings,
     # The reference rounds x A and (x A) B to 16 bits, the kernel only its result.

@@ -48,6 +48,6 @@ for (uint turn = 0; turn < simdgroups; turn++) {
 float squares = 0.0f;
 for (uint i = thread_index; i < uint(D); i += threads) squares += total[i] * total[i];
 const float norm = metal::sqrt(group_sum(squares, scratch, lane, simdgroup, simdgroups));
-// The mean's division cancels in the norm, but for the vector of nothing.
+// The mean's division cancels in the norm, except for a vector of zeros.
 const float factor = NORMALIZE ? 1.0f / metal::max(norm, 1e-12f * float(length)) : 1.0f / float(length);
 for (uint i = thread_index; i < uint(D); i += threads) y[size_t(text) * D + i] = total[i] * factor;

@@ -6,6 +6,7 @@ import mlx.core as mx
 
 from kernels.body import Body
 from kernels.kernel import Arrays, Kernel, float_bits, refuse_dtype, with_gradient_of
+from kernels.mean_pool.arguments import MeanPoolInput
 from kernels.mean_pool.cases import cases, timings
 
 _BODY = Body("mean_pool", ("x", "r", "w", "b", "lengths"), ("y",), ("common.h",))
@@ -14,35 +15,16 @@ _THREADS = 512
 _WIDEST = 2048
 
 
-def mean_pool(
-    x: mx.array,
-    residual: mx.array,
-    weight: mx.array,
-    bias: mx.array,
-    lengths: mx.array,
-    eps: float,
-    *,
-    normalize: bool = True,
-    gradient: bool = True,
-) -> mx.array:
-    """The mean over each text's tokens of LayerNorm(x + residual), and with `normalize` that over its L2 norm; float32.
+def mean_pool(given: MeanPoolInput) -> mx.array:
+    """The mean over each text's tokens of LayerNorm(x + residual), and with `normalize` that over its L2 norm.
 
-    `x`, `residual`: (texts, tokens, D) of one dtype; `weight`, `bias`: (D,) of that dtype; `lengths`: int32 (texts,),
-    from 1 to tokens: padding is on the right. The result is (texts, D). `gradient`: whether it may be differentiated.
+    (texts, D), float32.
     """
-    return KERNEL(x, residual, weight, bias, lengths, eps, normalize, gradient)[0]
+    return KERNEL(*given)[0]
 
 
-def _reference(
-    x: mx.array,
-    residual: mx.array,
-    weight: mx.array,
-    bias: mx.array,
-    lengths: mx.array,
-    eps: float,
-    normalize: bool,
-    gradient: bool = True,
-) -> Arrays:
+def _reference(given: MeanPoolInput) -> Arrays:
+    x, residual, weight, bias, lengths, eps, normalize, _ = given
     hidden = mx.fast.layer_norm(x + residual, weight, bias, eps).astype(mx.float32)
     real = (mx.arange(x.shape[1])[None] < lengths[:, None]).astype(mx.float32)
     pooled = (real[:, None] @ hidden)[:, 0] / lengths[:, None]
@@ -52,16 +34,8 @@ def _reference(
     return [pooled / mx.maximum(norm, 1e-12)]
 
 
-def _refuse(
-    x: mx.array,
-    residual: mx.array,
-    weight: mx.array,
-    bias: mx.array,
-    lengths: mx.array,
-    eps: float,
-    normalize: bool,
-    gradient: bool = True,
-) -> str | None:
+def _refuse(given: MeanPoolInput) -> str | None:
+    x, residual, weight, bias, lengths, eps, *_ = given
     if x.ndim != 3 or x.shape != residual.shape:
         return "shapes"
     if x.shape[-1] > _WIDEST or not x.size:
@@ -71,43 +45,36 @@ def _refuse(
     return refuse_dtype(x, residual, weight, bias) or (None if eps > 0 else "eps is not positive")
 
 
-def _launch(
-    x: mx.array,
-    residual: mx.array,
-    weight: mx.array,
-    bias: mx.array,
-    lengths: mx.array,
-    eps: float,
-    normalize: bool,
-    gradient: bool = True,
-) -> Arrays:
-    def forward(a: mx.array, r: mx.array, w: mx.array, b: mx.array, n: mx.array) -> Arrays:
-        texts, _, width = a.shape
+def _launch(given: MeanPoolInput) -> Arrays:
+    arrays = given[:5]
+
+    def forward(*arrays: mx.array) -> Arrays:
+        texts, _, width = arrays[0].shape
         sizes = [("D", width), ("ITEMS", -(-width // 32))]
         return _BODY.launch(
-            (a, r, w, b, n),
-            template=[("T", a.dtype), *sizes, ("EPS", float_bits(eps)), ("NORMALIZE", normalize)],
+            arrays,
+            template=[("T", arrays[0].dtype), *sizes, ("EPS", float_bits(given.eps)), ("NORMALIZE", given.normalize)],
             groups=(texts, 1),
             threads=_THREADS,
             outputs=[((texts, width), mx.float32)],
         )
 
-    if not gradient:
-        return forward(x, residual, weight, bias, lengths)
+    if not given.gradient:
+        return forward(*arrays)
 
-    def formula(a: mx.array, r: mx.array, w: mx.array, b: mx.array, n: mx.array) -> Arrays:
-        return _reference(a, r, w, b, n, eps, normalize)
+    def formula(*arrays: mx.array) -> Arrays:
+        return _reference(MeanPoolInput._make((*arrays, *given[5:])))
 
-    return with_gradient_of(formula, forward)(x, residual, weight, bias, lengths)
+    return with_gradient_of(formula, forward)(*arrays)
 
 
 KERNEL = Kernel(
     name="mean_pool",
     reason="one launch for about eight; hidden states are read once, without padding, never written: 2 passes for 6",
     bodies=(_BODY,),
-    launch=_launch,
-    reference=_reference,
-    refuse=_refuse,
+    launch=lambda *fields: _launch(MeanPoolInput(*fields)),
+    reference=lambda *fields: _reference(MeanPoolInput(*fields)),
+    refuse=lambda *fields: _refuse(MeanPoolInput(*fields)),
     cases=cases,
     timings=timings,
     # A sum over many tokens of what was rounded: the reference's own matmul is no closer.

@@ -6,41 +6,21 @@ import mlx.core as mx
 
 from kernels.body import Body
 from kernels.kernel import Arrays, Kernel, float_bits, refuse_dtype
+from kernels.rope.arguments import RopeInput
 from kernels.rope.cases import cases, timings
 
 _BODY = Body("rope", ("q", "k", "offset", "period", "q_weight", "k_weight"), ("queries", "keys"))
 _THREADS = 256
 
 
-def rope(
-    q: mx.array,
-    k: mx.array,
-    offset: mx.array,
-    period: mx.array,
-    *,
-    weights: tuple[mx.array, mx.array] | None = None,
-    eps: float = 1e-6,
-) -> tuple[mx.array, mx.array]:
-    """Queries (rows, heads, 1, dim) and keys (rows, kv_heads, 1, dim), rotated by each row's position.
-
-    `q`: (rows, heads, dim) and `k`: (rows, kv_heads, dim), as the projections make them; `offset`: int32 (rows,);
-    `period`: float32 (dim / 2,): the pair i, i + dim / 2 turns by offset / period[i]. `weights` are those (dim,) of an
-    RMSNorm over each head of q and of k before that (Qwen3).
-    """
-    q_weight, k_weight = weights or (None, None)
-    queries, keys = KERNEL(q, k, offset, period, q_weight, k_weight, eps)
+def rope(given: RopeInput) -> tuple[mx.array, mx.array]:
+    """Queries (rows, heads, 1, dim) and keys (rows, kv_heads, 1, dim), rotated by each row's position."""
+    queries, keys = KERNEL(*given)
     return queries, keys
 
 
-def _reference(
-    q: mx.array,
-    k: mx.array,
-    offset: mx.array,
-    period: mx.array,
-    q_weight: mx.array | None,
-    k_weight: mx.array | None,
-    eps: float,
-) -> Arrays:
+def _reference(given: RopeInput) -> Arrays:
+    q, k, offset, period, q_weight, k_weight, eps = given
     rotated = []
     for x, weight in ((q, q_weight), (k, k_weight)):
         normed = x if weight is None else mx.fast.rms_norm(x, weight, eps)
@@ -51,15 +31,8 @@ def _reference(
     return rotated
 
 
-def _refuse(
-    q: mx.array,
-    k: mx.array,
-    offset: mx.array,
-    period: mx.array,
-    q_weight: mx.array | None,
-    k_weight: mx.array | None,
-    eps: float,
-) -> str | None:
+def _refuse(given: RopeInput) -> str | None:
+    q, k, offset, period, q_weight, k_weight, _ = given
     if q.shape[-1] % 2 or q.shape[-1] > 512:
         return f"head of {q.shape[-1]}"
     if offset.dtype != mx.int32 or offset.shape != q.shape[:1]:
@@ -69,15 +42,8 @@ def _refuse(
     return refuse_dtype(*(array for array in (q, k, q_weight, k_weight) if array is not None))
 
 
-def _launch(
-    q: mx.array,
-    k: mx.array,
-    offset: mx.array,
-    period: mx.array,
-    q_weight: mx.array | None,
-    k_weight: mx.array | None,
-    eps: float,
-) -> Arrays:
+def _launch(given: RopeInput) -> Arrays:
+    q, k, offset, period, q_weight, k_weight, eps = given
     rows, heads, dim = q.shape
     kv_heads = k.shape[1]
     return _BODY.launch(
@@ -96,9 +62,9 @@ KERNEL = Kernel(
     name="rope",
     reason="one launch for two, or for four where heads are normed (Qwen3)",
     bodies=(_BODY,),
-    launch=_launch,
-    reference=_reference,
-    refuse=_refuse,
+    launch=lambda *fields: _launch(RopeInput(*fields)),
+    reference=lambda *fields: _reference(RopeInput(*fields)),
+    refuse=lambda *fields: _refuse(RopeInput(*fields)),
     cases=cases,
     timings=timings,
     # cos and sin of some thousand radians differ by the rounding of the angle itself.

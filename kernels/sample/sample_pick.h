@@ -31,7 +31,7 @@ inline_function void sums_to(uint count, float mass, C count_to, M mass_to, CP c
   threadgroup_barrier(mem_flags::mem_threadgroup);
 }
 
-// The first of 256 sums that reaches `wanted`, the last if none does: eight halvings, whatever the numbers are.
+// The first of 256 sums that reaches `wanted`, the last if none does: eight halvings for any numbers.
 template <typename S, typename W>
 inline_function uint first_reaching(S sums, W wanted) {
   uint low = 0;

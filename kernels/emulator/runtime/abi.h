@@ -19,7 +19,7 @@ struct uint3 {
   uint32_t x, y, z;
 };
 
-// Named as Metal's attributes, so that the wrapper can pass `attributes->NAME` for whatever MLX's signature asks.
+// Named as Metal's attributes, so that the wrapper can pass `attributes->NAME` for each attribute that MLX's signature asks for.
 struct Attributes {
   uint3 thread_position_in_grid, thread_position_in_threadgroup, threadgroup_position_in_grid;
   uint3 threads_per_threadgroup, dispatch_threads_per_threadgroup;

@@ -197,7 +197,7 @@ Region* region_of(const char* address) {
 
 bool ordered(const Access& before, const Access& now) {
   if (before.thread < 0 || (before.thread == now.thread && before.group == now.group)) return true;
-  if (before.update && now.update) return true;    // atomic updates commute; a plain access beside one is reported
+  if (before.update && now.update) return true;    // atomic updates commute; a plain access next to one is reported
   if (before.group != now.group) return false;     // nothing orders two threadgroups of a dispatch
   if (before.epoch < now.epoch) return true;
   return before.thread / SIMD == now.thread / SIMD && before.simd_epoch < now.simd_epoch;
