@@ -27,6 +27,7 @@ from engine.generation.lane import GenerateLane
 from engine.generation.limits import Limits
 from engine.lane import AnyLane
 from engine.platform import heap, probe
+from engine.text import trial
 from engine.ticket import StepOutput, Ticket, contained
 from engine.training.lane import TrainLane
 from stoker.contract import (
@@ -109,6 +110,7 @@ class Engine:
         self.store.sweep()
         self._thread.start()
         self._ready.wait()
+        trial.end()
         if self._failure is not None:
             raise self._failure
 

@@ -28,16 +28,25 @@ def read_json(path: Path, missing: Any = None) -> Any:
     """The same for any JSON."""
     if missing is not None and not os.path.lexists(path):
         return missing
+    content = read_bytes(path, MAX_BYTES)
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: not readable as JSON ({type(error).__name__}: {error})") from error
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """The content of a file of at most `most` bytes. Raises `ModelError` that names it."""
     try:
         with open_file(path) as file:
-            content = file.read(MAX_BYTES + 1)
-        if len(content) > MAX_BYTES:
-            raise ModelError(f"{path}: {path.stat().st_size} bytes; at most {MAX_BYTES} are read")
-        return json.loads(content)
+            content = file.read(most + 1)
     except FileNotFoundError as error:
         raise ModelError(f"{path.parent}: no {path.name} in it") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: not readable as JSON ({type(error).__name__}: {error})") from error
+    except (OSError, ValueError) as error:  # ValueError: NUL in a name
+        raise ModelError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
+    if len(content) > most:
+        raise ModelError(f"{path}: more than {most} bytes, the most that are read")
+    return content
 
 
 def open_file(path: Path) -> BinaryIO:

@@ -32,10 +32,13 @@ class LimitPassed(Exception):
 
 class LimitedProcess:
     """`program`: a file that imports nothing of Stoker and has a function `answer(request)`, as `engine.platform.child`
-    calls it. `clock`: whether a call's limit is of seconds that pass or of seconds that the program computes."""
+    calls it. `clock`: whether a call's limit is of seconds that pass or of seconds that the program computes. `memory`:
+    bytes of address space."""
 
-    def __init__(self, program: Path, purpose: str, clock: Literal["passing", "computing"]) -> None:
-        self._program, self._purpose, self._clock = program, purpose, clock
+    def __init__(
+        self, program: Path, purpose: str, clock: Literal["passing", "computing"], *, memory: int = MEMORY
+    ) -> None:
+        self._program, self._purpose, self._clock, self._memory = program, purpose, clock, memory
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._owner = 0
@@ -59,6 +62,11 @@ class LimitedProcess:
         answer: dict[str, str] = json.loads(reply)
         return answer
 
+    def end(self) -> None:
+        """End the process; the next call starts another."""
+        with self._lock:
+            self._end()
+
     def _running(self) -> subprocess.Popen[bytes]:
         # A process that was forked from ours must not share its pipes.
         if self._process is not None and self._owner == os.getpid() and self._process.poll() is None:
@@ -66,7 +74,7 @@ class LimitedProcess:
         self._end()
         self._owner = os.getpid()
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-X", "utf8", str(_CHILD), str(self._program), self._clock, str(MEMORY)],
+            [sys.executable, "-P", "-X", "utf8", str(_CHILD), str(self._program), self._clock, str(self._memory)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from engine.platform.jsonfiles import read_object
+from engine.platform.jsonfiles import MAX_BYTES, read_bytes, read_object
 from stoker.errors import InvalidRequest, ModelError
 
 DEFAULT = "default"
@@ -34,7 +34,7 @@ def choose(templates: Mapping[str, str], tools: bool, model: str) -> str:
 
 def folder_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """Of files of their own; else of `config`, which is tokenizer_config.json's; else of chat_template.json."""
-    files = {DEFAULT: folder / "chat_template.jinja"} if (folder / "chat_template.jinja").is_file() else {}
+    files = {DEFAULT: folder / "chat_template.jinja"} if (folder / "chat_template.jinja").exists() else {}
     files |= {path.stem: path for path in sorted((folder / FOLDER).glob("*.jinja"))}
     if files:
         return {name: _text(path) for name, path in files.items()}
@@ -53,8 +53,8 @@ def gguf_templates(metadata: Mapping[str, Any]) -> dict[str, str]:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text("utf-8")
-    except (OSError, ValueError) as error:
+        return read_bytes(path, MAX_BYTES).decode()
+    except UnicodeDecodeError as error:
         raise ModelError(f"{path}: {error}") from error
 
 

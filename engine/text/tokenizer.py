@@ -19,6 +19,7 @@ from engine.text.pieces import Pieces
 from engine.text.pipeline import Pipeline
 from engine.text.special_tokens import LISTED, SpecialTokens
 from engine.text.templates import folder_templates, gguf_templates
+from engine.text.trial import no_panic, read_tokenizer
 from engine.weights.gguf import GGUF
 from stoker.errors import InvalidRequest, ModelError
 
@@ -89,7 +90,7 @@ class Tokenizer:
         config = read_object(folder / "tokenizer_config.json", missing={})
         model = read_object(folder / "config.json", missing={})
         generation = read_object(folder / "generation_config.json", missing={})
-        inner = _read(folder / "tokenizer.json")
+        inner = read_tokenizer(folder / "tokenizer.json")
         side = config.get("truncation_side", (inner.truncation or {}).get("direction"))
         try:
             inner, names = _as_transformers(folder, inner, config, model)
@@ -141,26 +142,30 @@ class Tokenizer:
         A special token's name within the text becomes that token, as in chat templates. Raises `InvalidRequest` for
         text that no file or socket can carry (lone surrogates).
         """
-        ids: list[int] = self.inner.encode(_checked(text), add_special_tokens=special).ids
+        with no_panic():
+            ids: list[int] = self.inner.encode(_checked(text), add_special_tokens=special).ids
         return ids
 
     def encode_batch(self, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
         """`encode` of each text, in parallel."""
-        encoded = self.inner.encode_batch_fast([_checked(text) for text in texts], add_special_tokens=special)
+        with no_panic():
+            encoded = self.inner.encode_batch_fast([_checked(text) for text in texts], add_special_tokens=special)
         return [encoding.ids for encoding in encoded]
 
     def encode_cut(self, text: str, longest: int) -> list[int]:
         """`encode`, of as much of the text as leaves `longest` tokens; what the model wants around it stays whole."""
-        encoding = self.inner.encode(_checked(text), add_special_tokens=False)
-        room = max(0, longest - self.inner.num_special_tokens_to_add(is_pair=False))
-        encoding.truncate(room, direction="left" if self.manners.cuts_left else "right")
-        ids: list[int] = self.inner.post_process(encoding, add_special_tokens=True).ids
+        with no_panic():
+            encoding = self.inner.encode(_checked(text), add_special_tokens=False)
+            room = max(0, longest - self.inner.num_special_tokens_to_add(is_pair=False))
+            encoding.truncate(room, direction="left" if self.manners.cuts_left else "right")
+            ids: list[int] = self.inner.post_process(encoding, add_special_tokens=True).ids
         return ids[:longest]
 
     def encode_spans(self, text: str, *, special: bool) -> tuple[list[int], list[int]]:
         """The ids of `text`, and for each the position in `text` at which what it stands for ends; 0 for what the model
         wants before a text, its length for what it wants behind."""
-        encoding = self.inner.encode(_checked(text), add_special_tokens=special)
+        with no_panic():
+            encoding = self.inner.encode(_checked(text), add_special_tokens=special)
         stops: list[int] = []
         for (_, stop), around in zip(encoding.offsets, encoding.special_tokens_mask, strict=True):
             last = stops[-1] if stops else 0
@@ -172,7 +177,8 @@ class Tokenizer:
         kept = [index for index in ids if not (skip_special and index in self.special_ids)]
         if self.pieces is not None:
             return ByteStream(self.pieces).text(kept)
-        text: str = self.inner.decode(kept, skip_special_tokens=False)
+        with no_panic():
+            text: str = self.inner.decode(kept, skip_special_tokens=False)
         return text
 
     def spelled(self, token_id: int) -> str:
@@ -185,18 +191,6 @@ class Tokenizer:
         """The special tokens whose names stand in one of `texts`, by id."""
         names = {index: self.inner.id_to_token(index) for index in self.special_ids}
         return {index: name for index, name in names.items() if name and any(name in text for text in texts)}
-
-
-def _read(path: Path) -> tokenizers.Tokenizer:
-    if not path.is_file():
-        raise ModelError(
-            f"{path.parent}: no tokenizer.json. Write one with transformers: "
-            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
-        )
-    try:
-        return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the package raises plain Exception
-        raise ModelError(f"{path}: {error}") from error
 
 
 def _as_transformers(

@@ -14,6 +14,7 @@ from typing import cast
 import mlx.core as mx
 import numpy as np
 
+from engine.platform.jsonfiles import read_bytes
 from engine.weights.safetensors_header import INDEX_NAME, check_header, entries, files
 from stoker.errors import ModelError
 from stoker.files.durable import write_whole
@@ -44,7 +45,7 @@ def read_numbers(path: Path) -> dict[str, np.ndarray]:
     """Every tensor of a small file in float32, from one read: for files of hundreds of small ones, of which MLX would
     read each by itself. Raises `ModelError` as `read` does, and for a dtype that is none of floating-point numbers."""
     header = check_header(path)
-    data = path.read_bytes()
+    data = read_bytes(path, path.stat().st_size)
     start = 8 + int.from_bytes(data[:8], "little")
     found = {}
     for name, entry in header.items():

@@ -1,0 +1,64 @@
+"""A `tokenizer.json` is tried in a process with limits before this one reads it: what is wrong with it would end the
+process that uses it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import tokenizers
+
+from engine.platform.jsonfiles import read_bytes
+from engine.platform.limited import LimitedProcess, LimitPassed
+from stoker.errors import InvalidRequest, ModelError
+
+#: Of computing; a vocabulary of 250,000 tokens takes two.
+SECONDS = 30.0
+#: Address space, on Linux: such a vocabulary takes an eighth of it.
+MEMORY = 4 << 30
+#: The largest that are known have 35 MB.
+MAX_BYTES = 256 << 20
+#: What the package raises where its Rust code gives up; it is no `Exception`, and has no name that could be imported.
+_PANIC = "PanicException"
+_process = LimitedProcess(
+    Path(__file__).with_name("tokenizer_process.py"), "tries tokenizers", "computing", memory=MEMORY
+)
+
+
+def read_tokenizer(path: Path) -> tokenizers.Tokenizer:
+    """The tokenizer in a file. Raises `ModelError` for one that is missing, damaged, or takes too much."""
+    if not path.exists():
+        raise ModelError(
+            f"{path.parent}: no tokenizer.json. Write one with transformers: "
+            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        )
+    content = read_bytes(path, MAX_BYTES)
+    try:
+        refused = _process.ask({"path": str(path)}, SECONDS)["refused"]
+    except LimitPassed:
+        refused = (
+            f"to try it takes more than {SECONDS:g} s or {MEMORY >> 30} GB: what it makes of a text has no end in sight"
+        )
+    if refused:
+        raise ModelError(f"{path}: {refused}")
+    try:
+        return tokenizers.Tokenizer.from_buffer(content)
+    except Exception as error:  # the package raises plain Exception
+        raise ModelError(f"{path}: {error}") from error
+
+
+def end() -> None:
+    """Give the process's memory back; another call starts one again."""
+    _process.end()
+
+
+@contextmanager
+def no_panic() -> Iterator[None]:
+    """What the package cannot do with a text is that text's error: `InvalidRequest`."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != _PANIC:
+            raise
+        raise InvalidRequest(f"the model's tokenizer fails on the text: {str(error)[:200]}") from None
