@@ -5,16 +5,32 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from engine.models.allowed import ANYTHING, Table
 from engine.models.encoder import EncoderArgs
+from engine.models.fields import Fields
 from engine.models.sentence_files import SentenceFiles, inside, kind_of
 from engine.platform.jsonfiles import read_object
 from stoker.errors import ModelError
 
-#: What sentence-transformers calls a way of pooling, in its older files and in those since version 5.
-_POOLINGS = {
-    "mean_tokens": "mean", "mean": "mean", "cls_token": "cls", "cls": "cls", "lasttoken": "lasttoken",
+_POOLINGS = ("mean", "cls", "lasttoken")
+#: Switches of older files, each for a way of pooling.
+_SWITCHES = {
+    "pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max", "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens", "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
 }  # fmt: skip
+_POOLING = Table(
+    ("pooling_mode", *_SWITCHES),
+    {
+        "embedding_dimension": ANYTHING,
+        "word_embedding_dimension": ANYTHING,
+        # Without it a prompt would not be pooled with its text.
+        "include_prompt": (True,),
+    },
+)
+_NORMALIZE = Table((), dict.fromkeys(("module_input_name", "module_output_name"), ("sentence_embedding",)))
 
 
 @dataclass(frozen=True)
@@ -44,35 +60,52 @@ class EmbeddingSpec:
         Raises `ModelError` for a module or a pooling that is not supported.
         """
         files = SentenceFiles.of(folder)
-        pooling, normalize = None if files.modules else "mean", False
-        for module in files.modules:
-            kind = kind_of(module)
-            if kind == "Pooling":
-                pooling = _pooling(inside(folder, module.get("path", "1_Pooling")) / "config.json")
-            elif kind == "Normalize":
-                normalize = True
-            elif kind != "Transformer":
-                raise ModelError(
-                    f"{folder}: the module {kind or module!r} is not supported; Transformer, Pooling and Normalize are"
-                )
-        if pooling is None:
-            raise ModelError(f"{folder / 'modules.json'}: no Pooling among its modules; a text needs one vector")
+        pooling, normalize = _modules(folder, files.modules) if files.modules else ("mean", False)
         prompts, default = files.prompts()
         cuts = _dimensions(files.transformer / "config.json", args.dim)
         longest = files.max_tokens(args.context)
         return cls(longest, pooling, normalize, args.dim, prompts, default, cuts, files.lowercase)
 
 
+def _modules(folder: Path, modules: Sequence[Mapping[str, Any]]) -> tuple[str, bool]:
+    """(pooling, whether vectors are normalized). Raises `ModelError` for other modules, and other orders of these."""
+    kinds = [kind_of(module) for module in modules]
+    # In use, Dropout drops nothing.
+    known = ("Transformer", "Pooling", "Normalize", "Dropout")
+    for kind in kinds:
+        if kind not in known:
+            raise ModelError(
+                f"{folder}: the module {kind} is not supported; Transformer, Pooling, Normalize and Dropout are"
+            )
+    if kinds[:2] != ["Transformer", "Pooling"] or not set(kinds[2:]) <= {"Normalize", "Dropout"}:
+        raise ModelError(
+            f"{folder / 'modules.json'}: the modules {', '.join(kinds)}; supported is a Transformer, then one Pooling, "
+            "then Normalize"
+        )
+    for module, kind in zip(modules, kinds, strict=True):
+        if kind == "Normalize":
+            path = inside(folder, module["path"]) / "config.json"
+            # As in sentence-transformers: the folder may hold none, or the transformer's own.
+            _NORMALIZE.check(_named(read_object(path, missing={})), str(path))
+    return _pooling(inside(folder, modules[1]["path"]) / "config.json"), "Normalize" in kinds
+
+
+def _named(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: config[name] for name in ("module_input_name", "module_output_name") if name in config}
+
+
 def _pooling(path: Path) -> str:
-    config = read_object(path, missing={})
-    modes = [name.removeprefix("pooling_mode_") for name, on in config.items() if on is True and "_mode_" in name]
-    if isinstance(config.get("pooling_mode"), str):
-        modes = [config["pooling_mode"]]
-    if len(modes) != 1 or modes[0] not in _POOLINGS:
-        raise ModelError(f"{path}: pooling {modes} is not supported; one of mean, cls and lasttoken is")
-    if config.get("include_prompt") is False:
-        raise ModelError(f"{path}: include_prompt = false is not supported: a prompt is pooled with its text")
-    return _POOLINGS[modes[0]]
+    config = read_object(path)
+    _POOLING.check(config, str(path))
+    fields = Fields(config, str(path))
+    modes: object = [mode for name, mode in _SWITCHES.items() if fields.flag(name)] or ["mean"]
+    if "pooling_mode" in config:
+        modes = config["pooling_mode"]
+    if isinstance(modes, list) and len(modes) == 1:
+        modes = modes[0]
+    if modes not in _POOLINGS:
+        raise ModelError(f"{path}: pooling {str(modes)[:100]} is not supported; one of {', '.join(_POOLINGS)} is")
+    return str(modes)
 
 
 def _dimensions(path: Path, dim: int) -> Sequence[int]:

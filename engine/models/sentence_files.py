@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engine.models.allowed import ANYTHING, Table
 from engine.platform.jsonfiles import read_json, read_object
 from stoker.errors import ModelError
 
@@ -19,17 +20,52 @@ _SETTINGS = tuple(
     f"sentence_{name}_config.json"
     for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
-#: Settings that change what a text's tokens or hidden states are, and what they may be.
-_ONLY: Mapping[str, tuple[Any, ...]] = {
-    "transformer_task": ("feature-extraction",),
-    "module_output_name": ("token_embeddings",),
-    "processing_kwargs": ({},),
-    "processor_kwargs": ({},),
-    "tokenizer_args": ({},),
-    "config_kwargs": ({},),
-    "config_args": ({},),
-    "tokenizer_name_or_path": (),
-}
+#: The package whose classes modules are; others of the same names come with code of their own.
+_PACKAGE = "sentence_transformers."
+#: The fields of modules.json. `kwargs` are what a caller may pass on, which nobody does here.
+_MODULE = Table(("type", "path", "name"), {"idx": ANYTHING, "kwargs": ANYTHING})
+#: Of the transformer's settings, what goes on to transformers' own classes: what changes no number, or is asked for
+#: in Stoker's own ways.
+_MODEL = Table(
+    (),
+    dict.fromkeys(
+        (
+            "torch_dtype", "dtype", "attn_implementation", "add_pooling_layer", "device_map", "low_cpu_mem_usage",
+            "use_safetensors", "trust_remote_code",
+        ),
+        ANYTHING,
+    ),
+)  # fmt: skip
+_PROCESSOR = Table((), dict.fromkeys(("use_fast", "trust_remote_code"), ANYTHING))
+_CONFIG = Table((), dict.fromkeys(("trust_remote_code", "use_cache"), ANYTHING))
+#: The names that each of them has had.
+_PASSED_ON = {
+    "model_kwargs": _MODEL, "model_args": _MODEL, "processor_kwargs": _PROCESSOR, "tokenizer_args": _PROCESSOR,
+    "config_kwargs": _CONFIG, "config_args": _CONFIG,
+}  # fmt: skip
+_TRANSFORMER = Table(
+    ("max_seq_length", "do_lower_case", *_PASSED_ON),
+    {
+        "transformer_task": ("feature-extraction",),
+        "module_output_name": ("token_embeddings",),
+        "modality_config": ({"text": {"method": "forward", "method_output_name": "last_hidden_state"}},),
+        "processing_kwargs": ({},),
+        "unpad_inputs": ANYTHING,
+        "backend": ANYTHING,
+        # Limits and additions for texts of one kind.
+        **dict.fromkeys(("query_length", "document_length", "query_expansion", "tokenizer_name_or_path"), ()),
+    },
+)
+#: `similarity_fn_name`: how a caller compares vectors. A default length of the vectors is asked for by `dimensions`.
+_MODEL_CONFIG = Table(
+    ("prompts", "default_prompt_name"),
+    {
+        "__version__": ANYTHING,
+        "similarity_fn_name": ANYTHING,
+        "model_type": ("SentenceTransformer",),
+        "truncate_dim": (),
+    },
+)
 
 
 @dataclass(frozen=True)
@@ -45,21 +81,12 @@ class SentenceFiles:
     @classmethod
     def of(cls, root: Path) -> SentenceFiles:
         """Of a folder, with or without these files. Raises `ModelError` for what is damaged or not supported."""
-        path = root / "modules.json"
-        modules = read_json(path, missing=[])
-        if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
-            raise ModelError(f"{path}: not a list of modules")
+        modules = _modules(root / "modules.json")
         if not modules:
             return cls(root, root)
-        paths = [module.get("path", "") for module in modules if kind_of(module) == "Transformer"]
+        paths = [module["path"] for module in modules if kind_of(module) == "Transformer"]
         transformer = inside(root, paths[0]) if paths else root
-        found = next((transformer / name for name in _SETTINGS if (transformer / name).is_file()), None)
-        settings = {} if found is None else read_object(found)
-        for name, allowed in _ONLY.items():
-            value = settings.get(name)
-            if value is not None and value not in allowed:
-                raise ModelError(f"{found}: {name} = {str(value)[:60]} is not supported")
-        return cls(root, transformer, modules, settings)
+        return cls(root, transformer, modules, _settings(transformer))
 
     @property
     def lowercase(self) -> bool:
@@ -82,6 +109,7 @@ class SentenceFiles:
         """The prompts by name, and the name of the one that is used where none is asked for."""
         path = self.root / "config_sentence_transformers.json"
         config = read_object(path, missing={}) if self.modules else {}
+        _MODEL_CONFIG.check(config, str(path))
         prompts, default = config.get("prompts") or {}, config.get("default_prompt_name")
         if not isinstance(prompts, dict) or not all(isinstance(prompt, str | None) for prompt in prompts.values()):
             raise ModelError(f"{path}: its prompts are not an object of strings")
@@ -99,9 +127,46 @@ class SentenceFiles:
         return value is True
 
 
+def _modules(path: Path) -> list[dict[str, Any]]:
+    """What modules.json lists; nothing where there is none. Raises `ModelError`."""
+    modules = read_json(path, missing=[])
+    if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
+        raise ModelError(f"{path}: not a list of modules")
+    names = [module.get("name") for module in modules if module.get("name") is not None]
+    for module in modules:
+        _MODULE.check(module, str(path))
+        if not isinstance(module.get("type"), str) or not isinstance(module.get("path"), str):
+            raise ModelError(f"{path}: a module without a type or a path: {str(module)[:100]}")
+        if not module["type"].startswith(_PACKAGE):
+            raise ModelError(
+                f"{path}: the module {module['type'][:100]!r} is not supported: it is none of sentence-transformers', "
+                "and code that comes with a model is never run"
+            )
+        if names.count(module.get("name")) > 1:
+            raise ModelError(f"{path}: two modules are called {module['name']!r}")
+    return modules
+
+
+def _settings(transformer: Path) -> dict[str, Any]:
+    """Of the transformer: the first of its files that says anything."""
+    for name in _SETTINGS:
+        path = transformer / name
+        settings = read_object(path, missing={})
+        if not settings:
+            continue
+        _TRANSFORMER.check(settings, str(path))
+        for key, table in _PASSED_ON.items():
+            values = settings.get(key) or {}
+            if not isinstance(values, dict):
+                raise ModelError(f"{path}: {key} is {str(values)[:60]!r}, not an object")
+            table.check(values, f"{path}: {key}")
+        return settings
+    return {}
+
+
 def model_folder(path: Path) -> Path:
     """Where config.json and the weights of a model folder are: in it, or in the part that its modules.json names."""
-    return SentenceFiles.of(path).transformer if (path / "modules.json").is_file() else path
+    return SentenceFiles.of(path).transformer
 
 
 def kind_of(module: Mapping[str, Any]) -> str:
@@ -111,6 +176,6 @@ def kind_of(module: Mapping[str, Any]) -> str:
 
 def inside(root: Path, name: object) -> Path:
     """The folder `name` of a module. Raises `ModelError` for one that leads out of `root`."""
-    if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
+    if not isinstance(name, str) or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
         raise ModelError(f"{root / 'modules.json'}: the path {name!r} leads out of the folder")
     return root / name

@@ -91,6 +91,8 @@ class Tokenizer:
         model = read_object(folder / "config.json", missing={})
         generation = read_object(folder / "generation_config.json", missing={})
         inner = read_tokenizer(folder / "tokenizer.json")
+        # On either side, what pads a text changes nothing of it here.
+        _left(folder / "tokenizer_config.json", "padding_side", config.get("padding_side"))
         side = config.get("truncation_side", (inner.truncation or {}).get("direction"))
         try:
             inner, names = _as_transformers(folder, inner, config, model)
@@ -109,7 +111,7 @@ class Tokenizer:
             manners=Manners(
                 names,
                 folder_templates(folder, config),
-                _left(folder / "tokenizer_config.json", side),
+                _left(folder / "tokenizer_config.json", "truncation_side", side),
                 _cleans(inner, config),
             ),
         )
@@ -247,12 +249,12 @@ def _count(value: object) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-def _left(path: Path, side: object) -> bool:
+def _left(path: Path, name: str, side: object) -> bool:
     if isinstance(side, str) and side.lower() in ("left", "right"):
         return side.lower() == "left"
     if side is None:
         return False
-    raise ModelError(f'{path}: truncation_side is {side!r}; "left" and "right" are allowed')
+    raise ModelError(f'{path}: {name} is {side!r}; "left" and "right" are allowed')
 
 
 def _cleans(inner: tokenizers.Tokenizer, config: Mapping[str, Any]) -> bool:

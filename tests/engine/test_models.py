@@ -218,13 +218,16 @@ def test_pooling_follows_sentence_transformers_files(tmp_path: Path) -> None:
     assert EmbeddingSpec.from_folder(tmp_path, args) == EmbeddingSpec(64, "mean", False, 8)
     (tmp_path / "1_Pooling").mkdir()
     pooling = tmp_path / "1_Pooling" / "config.json"
-    modules = [{"type": "x.Transformer"}, {"type": "x.Pooling", "path": "1_Pooling"}]
+    modules = [
+        {"type": "sentence_transformers.models.Transformer", "path": ""},
+        {"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"},
+    ]
     (tmp_path / "modules.json").write_text(json.dumps(modules))
     pooling.write_text(json.dumps({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}))
     assert EmbeddingSpec.from_folder(tmp_path, args).pooling == "cls"
     pooling.write_text(json.dumps({"pooling_mode_max_tokens": True}))
-    with pytest.raises(ModelError, match="max_tokens"):
+    with pytest.raises(ModelError, match="pooling max is not supported"):
         EmbeddingSpec.from_folder(tmp_path, args)
-    (tmp_path / "modules.json").write_text(json.dumps([{"type": "x.Dense"}]))
+    (tmp_path / "modules.json").write_text(json.dumps([{"type": "sentence_transformers.models.Dense", "path": ""}]))
     with pytest.raises(ModelError, match="Dense"):
         EmbeddingSpec.from_folder(tmp_path, args)

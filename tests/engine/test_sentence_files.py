@@ -22,7 +22,13 @@ from stoker.errors import ModelError
 
 ARGS = BertArgs(layers=1, dim=8, hidden=8, heads=2, vocab=9, positions=64, types=2, norm_eps=1e-12)
 BERT = Path(__file__).parents[1] / "goldens" / "architectures" / "bert"
-MODULES = [{"type": "x.Transformer", "path": ""}, {"type": "x.Pooling", "path": "1_Pooling"}]
+OLD = "sentence_transformers.models"
+MODULES = [
+    {"idx": 0, "name": "0", "type": f"{OLD}.Transformer", "path": ""},
+    {"idx": 1, "name": "1", "type": f"{OLD}.Pooling", "path": "1_Pooling"},
+]
+NORMALIZE = {"idx": 2, "name": "2", "type": f"{OLD}.Normalize", "path": "2_Normalize"}
+DENSE = {"idx": 2, "name": "2", "type": f"{OLD}.Dense", "path": "2_Dense"}
 WORDS = json.loads((Path(__file__).parents[1] / "goldens" / "text" / "folders.json").read_text())["bases"]["words"]
 
 
@@ -69,12 +75,54 @@ def test_a_plain_folder_is_bounded_by_its_tokenizer_alone(tmp_path: Path) -> Non
         (settings(max_seq_length="long"), "'long' is no number of tokens"),
         ({"tokenizer_config.json": {"model_max_length": 0}}, "0 is no number of tokens"),
         (settings(do_lower_case="yes"), "do_lower_case is 'yes', not true or false"),
-        (settings(transformer_task="fill-mask"), "transformer_task = fill-mask is not supported"),
-        (settings(tokenizer_args={"padding_side": "left"}), "tokenizer_args = .* is not supported"),
-        (settings(config_kwargs={"num_hidden_layers": 1}), "config_kwargs = .* is not supported"),
-        (settings(tokenizer_name_or_path="other"), "tokenizer_name_or_path = other is not supported"),
-        ({"modules.json": [{"type": "x.Transformer", "path": "../up"}]}, "leads out of the folder"),
-        ({"modules.json": [{"type": "x.Transformer", "path": ""}]}, "no Pooling among its modules"),
+        (settings(transformer_task="fill-mask"), "transformer_task = 'fill-mask' is not supported"),
+        (
+            settings(tokenizer_args={"padding_side": "left"}),
+            "tokenizer_args: the field padding_side = 'left' is not supported",
+        ),
+        (
+            settings(config_kwargs={"num_hidden_layers": 1}),
+            "config_kwargs: the field num_hidden_layers = 1 is not supported",
+        ),
+        (settings(tokenizer_name_or_path="other"), "tokenizer_name_or_path = 'other' is not supported"),
+        ({"modules.json": [{**MODULES[0], "path": "../up"}]}, "leads out of the folder"),
+        ({"modules.json": [{**MODULES[0], "path": "a\0b"}]}, "leads out of the folder"),
+        ({"modules.json": MODULES[:1]}, "the modules Transformer; supported is a Transformer, then one Pooling"),
+        ({"modules.json": MODULES[::-1]}, "the modules Pooling, Transformer; supported"),
+        ({"modules.json": [MODULES[0], NORMALIZE, MODULES[1]]}, "the modules Transformer, Normalize, Pooling;"),
+        ({"modules.json": [*MODULES, {**MODULES[1], "name": "2"}]}, "Transformer, Pooling, Pooling; supported"),
+        ({"modules.json": [*MODULES, DENSE]}, "the module Dense is not supported"),
+        ({"modules.json": [*MODULES, {**NORMALIZE, "name": "1"}]}, "two modules are called '1'"),
+        ({"modules.json": [{**MODULES[0], "type": "own_code.Transformer"}]}, "'own_code.Transformer' is not supported"),
+        ({"modules.json": [{**MODULES[0], "skip": True}]}, "the field skip = True is not supported"),
+        ({"modules.json": [{"type": f"{OLD}.Transformer"}]}, "a module without a type or a path"),
+        ({"modules.json": {}}, "not a list of modules"),
+        (settings(max_seq_len=5), "the field max_seq_len = 5 is not supported"),
+        (settings(query_length=8), "query_length = 8 is not supported"),
+        (settings(model_args={"num_hidden_layers": 1}), "model_args: the field num_hidden_layers = 1 is not supported"),
+        (settings(processor_kwargs={"model_max_length": 4}), "processor_kwargs: the field model_max_length = 4"),
+        (
+            settings(modality_config={"text": {"method": "get_text_features", "method_output_name": None}}),
+            "modality_config",
+        ),
+        (settings(tokenizer_args=[1]), r"tokenizer_args is '\[1\]', not an object"),
+        ({"1_Pooling/config.json": {"pooling_mode": "max"}}, "pooling max is not supported"),
+        ({"1_Pooling/config.json": {"pooling_mode": ["mean", "cls"]}}, r"pooling \['mean', 'cls'\] is not supported"),
+        ({"1_Pooling/config.json": {"pooling_mode": None}}, "pooling None is not supported"),
+        ({"1_Pooling/config.json": {"pooling_mode_max_tokens": True}}, "pooling max is not supported"),
+        ({"1_Pooling/config.json": {"pooling_mode_cls_token": 1}}, "pooling_mode_cls_token is 1, not true or false"),
+        ({"1_Pooling/config.json": {"pooling_mode_first_token": True}}, "the field pooling_mode_first_token = True"),
+        ({"1_Pooling/config.json": {"include_prompt": False}}, "include_prompt = False is not supported"),
+        (
+            {
+                "modules.json": [*MODULES, NORMALIZE],
+                "2_Normalize/config.json": {"module_input_name": "token_embeddings"},
+            },
+            "module_input_name = 'token_embeddings' is not supported",
+        ),
+        ({"config_sentence_transformers.json": {"truncate_dim": 4}}, "truncate_dim = 4 is not supported"),
+        ({"config_sentence_transformers.json": {"model_type": "SparseEncoder"}}, "model_type = 'SparseEncoder' is not"),
+        ({"config_sentence_transformers.json": {"query_prefix": "q"}}, "the field query_prefix = 'q' is not supported"),
         ({"config_sentence_transformers.json": {"prompts": {"a": 1}}}, "not an object of strings"),
         ({"config_sentence_transformers.json": {"default_prompt_name": "a"}}, "'a' is none of its prompts"),
     ],
@@ -85,8 +133,61 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path: Path, files: dict[st
 
 
 def test_settings_that_change_nothing_are_taken(tmp_path: Path) -> None:
-    files = settings(do_lower_case=False, transformer_task="feature-extraction", config_args={}, model_args={"a": 1})
-    assert EmbeddingSpec.from_folder(sentence_folder(tmp_path, files), ARGS).max_tokens == 64
+    """What sentence-transformers 6 writes, and what older versions wrote."""
+    text = {"method": "forward", "method_output_name": "last_hidden_state"}
+    files = {
+        **settings(
+            do_lower_case=False,
+            transformer_task="feature-extraction",
+            modality_config={"text": text},
+            module_output_name="token_embeddings",
+            config_args={},
+            model_args={"torch_dtype": "float16", "attn_implementation": "sdpa"},
+        ),
+        "modules.json": [
+            {**MODULES[0], "type": "sentence_transformers.base.modules.transformer.Transformer"},
+            {**MODULES[1], "type": "sentence_transformers.sentence_transformer.modules.pooling.Pooling", "kwargs": []},
+            {**NORMALIZE, "path": ""},
+            {"name": "3", "type": f"{OLD}.Dropout", "path": "3_Dropout"},
+        ],
+        "config_sentence_transformers.json": {
+            "__version__": {"sentence_transformers": "6.2.0"},
+            "prompts": {"query": "q: "},
+            "default_prompt_name": None,
+            "similarity_fn_name": "cosine",
+            "model_type": "SentenceTransformer",
+        },
+    }
+    spec = EmbeddingSpec.from_folder(sentence_folder(tmp_path, files), ARGS)
+    assert (spec.max_tokens, spec.normalize, spec.prompts) == (64, True, {"query": "q: "})
+
+
+@pytest.mark.parametrize(
+    ("config", "pooling"),
+    [
+        ({"word_embedding_dimension": 8}, "mean"),
+        ({"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": False}, "mean"),
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "cls"),
+        ({"pooling_mode_lasttoken": True}, "lasttoken"),
+        ({"embedding_dimension": 8, "pooling_mode": ["cls"], "include_prompt": True}, "cls"),
+        ({"pooling_mode": "mean", "pooling_mode_cls_token": True}, "mean"),
+    ],
+)
+def test_pooling_is_that_of_sentence_transformers(tmp_path: Path, config: dict[str, Any], pooling: str) -> None:
+    files = {"1_Pooling/config.json": config}
+    assert EmbeddingSpec.from_folder(sentence_folder(tmp_path, files), ARGS).pooling == pooling
+
+
+def test_settings_that_say_nothing_leave_it_to_the_next_name(tmp_path: Path) -> None:
+    files = {**settings(), "sentence_roberta_config.json": {"max_seq_length": 7}}
+    assert EmbeddingSpec.from_folder(sentence_folder(tmp_path, files), ARGS).max_tokens == 7
+
+
+def test_a_pooling_without_its_file_is_refused(tmp_path: Path) -> None:
+    path = sentence_folder(tmp_path, {})
+    (path / "1_Pooling" / "config.json").unlink()
+    with pytest.raises(ModelError, match=r"1_Pooling: no config\.json in it"):
+        EmbeddingSpec.from_folder(path, ARGS)
 
 
 def test_a_prompt_without_text_is_an_empty_one(tmp_path: Path) -> None:

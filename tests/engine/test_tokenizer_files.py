@@ -77,6 +77,7 @@ def test_the_templates_file_of_processors_counts_where_there_is_no_other(tmp_pat
         ("tokenizer_config.json", {"extra_special_tokens": "<a>"}, "extra_special_tokens is a str, not a list"),
         ("tokenizer_config.json", {"additional_special_tokens": [7]}, r"extra_special_tokens\[0\] is '7'"),
         ("tokenizer_config.json", {"truncation_side": "middle"}, 'truncation_side is \'middle\'; "left" and "right"'),
+        ("tokenizer_config.json", {"padding_side": "top"}, 'padding_side is \'top\'; "left" and "right"'),
         ("tokenizer_config.json", {"split_special_tokens": "yes"}, "split_special_tokens is 'yes', not true or false"),
         ("tokenizer_config.json", {"chat_template": [{"name": "a"}]}, "chat_template is neither a text nor a list"),
         ("tokenizer_config.json", {"eos_token": "\ud83d"}, "its tokenizer cannot be built: .*surrogates not allowed"),
