@@ -25,6 +25,7 @@ from stoker import AsyncClient, Client
 from stoker.broker import keys
 from stoker.broker.connection import connect
 from stoker.client import EmbedJob, GenerateJob
+from stoker.contract.presence import node_of
 from stoker.local.broker import EmbeddedBroker
 from stoker.local.process import Process
 from stoker.local.stack import worker_command
@@ -60,7 +61,7 @@ class Bench:
         env = {"BENCH_RATE": f"{rate:g}", "BENCH_KINDS": "generate" if one_kind else ""}
         process = self._start(name, command, settings.environment() | env)
         with Client(settings=settings) as client:
-            while name not in {worker.worker for worker in client.workers()}:
+            while name not in {node_of(worker.worker) for worker in client.workers()}:
                 if process.returncode is not None:
                     raise RuntimeError(process.output()[-2000:])
                 time.sleep(0.02)

@@ -42,6 +42,7 @@ _COMMANDS: tuple[Callable[..., None], ...] = (
     machine.status,
     machine.up,
     machine.worker,
+    machine.flower,
     machine.doctor,
     housekeeping.clean,
     housekeeping.backup,

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -41,6 +40,7 @@ def up(
 ) -> None:
     """Start everything on this machine: a broker if none answers, a worker, and Flower. Ctrl-C ends all."""
     from stoker.local.stack import Stack
+    from stoker.monitor.access import USER
 
     settings = _settings(model, url)
     with ExitStack() as leaving:
@@ -50,7 +50,7 @@ def up(
         print(f"broker  {stack.settings.address.shown}")
         print(f"worker  {', '.join(card.model for card in presence.models)} warm on {presence.device}")
         if stack.flower_url:
-            print(f"flower  {stack.flower_url}")
+            print(f"flower  {stack.flower_url}  (user {USER}, password {stack.flower_password})")
         print(f"logs    {stack.settings.logs}")
         print('\nTry `stoker generate "Once upon a time"` in another shell. Ctrl-C ends all.', flush=True)
         try:
@@ -61,19 +61,49 @@ def up(
 
 def worker(
     model: Models = None,
-    name: Annotated[str | None, typer.Option(help="Name of this worker; default: a new one.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of this worker; default: one of this machine and these models.")
+    ] = None,
     url: Url = None,
 ) -> None:
     """Run one worker in the foreground, for launchd, systemd or a terminal."""
+    from stoker.local.naming import take_name
     from stoker.local.stack import wait_for_broker, worker_command
 
     settings = _settings(model, url)
-    command = worker_command(settings, f"{name or f'stoker-{uuid.uuid4().hex[:8]}'}@{platform.node()}")
+    if name is None:
+        node, lock = take_name(settings)
+        # The worker that this process becomes keeps the name for as long as it lives.
+        os.set_inheritable(lock.fileno(), True)
+    else:
+        node = f"{name}@{platform.node()}"
+    command = worker_command(settings, node)
     with progress_shown("looking for the broker") as report:
         wait_for_broker(settings, report)
     os.environ |= settings.environment() | {"STOKER_URL": settings.address.celery}
     hold_back()
     os.execv(command[0], command)
+
+
+def flower(
+    port: Annotated[int, typer.Option(help="Port; 0: a free one.", min=0, max=65535)] = 5555,
+    address: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    host: Annotated[
+        list[str] | None,
+        typer.Option(help="Name that browsers reach it by, in addition to addresses and localhost; may be repeated."),
+    ] = None,
+    url: Url = None,
+) -> None:
+    """Run the monitor in the foreground: Flower with every job in it, and Stoker's own page."""
+    _serve_flower(load_settings(url=url), address, port, host or [])
+
+
+def _serve_flower(settings: Settings, address: str, port: int, hosts: list[str]) -> None:
+    try:
+        from stoker.monitor.command import serve
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{error.name} is missing, which the monitor needs: pip install 'stoker[monitor]'.") from None
+    serve(settings, address, port, frozenset(name.lower() for name in hosts), lambda text: print(text, flush=True))
 
 
 def _settings(models: list[str] | None, url: str | None) -> Settings:

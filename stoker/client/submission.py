@@ -13,7 +13,7 @@ from stoker.broker.ledger.call import Call
 from stoker.broker.ledger.record import NewJob
 from stoker.broker.ledger.replies import Submitted
 from stoker.broker.pipeline import Pipeline, Pipelines
-from stoker.contract import AdapterRequest, Request, TrainRequest, encode
+from stoker.contract import AdapterRequest, EmbedRequest, GenerateRequest, Request, TrainRequest, encode
 from stoker.contract.dataset import ON_WORKER
 from stoker.contract.uploads import Upload
 from stoker.errors import InvalidRequest, QueueFull
@@ -121,7 +121,24 @@ def job_record(request: Request, job_id: str, client: str = "default") -> NewJob
         request=json.dumps(encode(request)),
         message=envelope(job_id, request.kind, request.model, queue),
         blob=_input(request),
+        adapter=_adapter(request),
+        size=_size(request),
     )
+
+
+def _adapter(request: Request) -> str:
+    if isinstance(request, GenerateRequest):
+        return request.adapter or ""
+    return "" if isinstance(request, EmbedRequest) else request.name
+
+
+def _size(request: Request) -> str:
+    """How much the job asks for, for people who watch it."""
+    if isinstance(request, EmbedRequest):
+        return f"{len(request.texts)} texts"
+    if isinstance(request, GenerateRequest):
+        return f"{request.max_tokens * request.n} tokens"
+    return f"{request.steps} steps" if isinstance(request, TrainRequest) else ""
 
 
 def _input(request: Request) -> str:

@@ -31,8 +31,14 @@ class ModelCard(Notice):
     seen: float = 0.0
 
 
+def node_of(worker: str) -> str:
+    """The name that a worker keeps when it is started again; `worker` is one process of it."""
+    return worker.partition("/")[0]
+
+
 class Presence(Notice):
-    """One worker, as of `time` (seconds since the epoch)."""
+    """One worker, as of `time` (seconds since the epoch). `worker`: the name of this process, which none had before; up
+    to its `/`, the name that it has in Flower, the same each time that it is started."""
 
     worker: str
     host: str

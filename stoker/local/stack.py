@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib.util
 import sys
 import time
-import uuid
 from collections.abc import Callable
 from types import TracebackType
+from typing import IO
 
 from redis.exceptions import BusyLoadingError
 
@@ -15,10 +15,13 @@ from stoker.broker.connection import connect, translated
 from stoker.broker.loading import wait_until_loaded
 from stoker.client import Client
 from stoker.contract import Presence
+from stoker.contract.presence import node_of
 from stoker.errors import BrokerUnavailable, ConfigError, StokerError, WorkerUnavailable, from_wire
 from stoker.local.broker import PREFERRED_PORT, EmbeddedBroker, free_port
 from stoker.local.home import make_home
+from stoker.local.naming import take_name
 from stoker.local.process import Process
+from stoker.monitor.access import password
 from stoker.settings import Settings, load_settings
 
 FLOWER_PORT = 5555
@@ -46,8 +49,12 @@ class Stack:
         self._broker: EmbeddedBroker | None = None
         self._worker: Process | None = None
         self._flower: Process | None = None
-        self.flower_url = ""
-        self.worker_name = ""
+        #: Where Flower is, and the password of its user `stoker`.
+        self.flower_url = self.flower_password = ""
+        #: The worker that is warm, and what it is called before that: its node, and the processes that had this name.
+        self.worker_name, self._node = "", ""
+        self._before: set[str] = set()
+        self._name: IO[str] | None = None
 
     def start(self) -> None:
         """Start what is missing; returns at once, `wait_until_warm` waits."""
@@ -62,9 +69,8 @@ class Stack:
         if self._want_flower and importlib.util.find_spec("flower") is not None:
             port = free_port(FLOWER_PORT)
             self.flower_url = f"http://127.0.0.1:{port}"
-            self._flower = self._spawn(
-                "flower", [*celery_command("flower"), "--address=127.0.0.1", f"--port={port}", "--max_tasks=10000"], 5
-            )
+            self.flower_password = password(self.settings)
+            self._flower = self._spawn("flower", [sys.executable, "-m", "stoker.cli", "flower", f"--port={port}"], 5)
 
     def _needs_broker(self) -> bool:
         """Not if one was chosen and answers. A Redis that was not chosen is another program's, on any port."""
@@ -80,9 +86,12 @@ class Stack:
         return True
 
     def start_worker(self) -> None:
-        """Start a worker (again); its name is new, so that nobody takes it for the old one."""
-        self.worker_name = f"stoker-{uuid.uuid4().hex[:8]}@local"
-        self._worker = self._spawn("worker", worker_command(self.settings, self.worker_name), self.settings.grace + 5)
+        """Start a worker (again), under the same name."""
+        if self._name is None:
+            self._node, self._name = take_name(self.settings)
+        with Client(settings=self.settings) as client:
+            self._before = {presence.worker for presence in client.workers()}
+        self._worker = self._spawn("worker", worker_command(self.settings, self._node), self.settings.grace + 5)
 
     def replace_worker(self) -> None:
         """Wait for a worker that is ending, and start another."""
@@ -101,7 +110,8 @@ class Stack:
         with Client(settings=self.settings) as client:
             while True:
                 for presence in client.workers():
-                    if presence.worker == self.worker_name:
+                    if node_of(presence.worker) == self._node and presence.worker not in self._before:
+                        self.worker_name = presence.worker
                         return presence
                 if self._worker.returncode is not None:
                     raise _error_of(self._worker)
@@ -134,6 +144,8 @@ class Stack:
             child.stop()
         if self._broker is not None:
             self._broker.stop()
+        if self._name is not None:
+            self._name.close()
 
     def __enter__(self) -> Stack:
         try:

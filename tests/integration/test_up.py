@@ -49,7 +49,7 @@ class Up:
     def processes(self) -> list[int]:
         """Broker and worker, with their guards."""
         status = json.loads(self.stoker("status", "--json").stdout)
-        worker = processes_with(status[0]["worker"])
+        worker = [status[0]["pid"], *processes_with(f"--hostname={status[0]['worker'].partition('/')[0]}")]
         broker = processes_with(str(self.home / "broker"))
         host = self.url.removeprefix("redis://").removesuffix("/0")
         return worker + broker + processes_with(f"valkey-server {host}")

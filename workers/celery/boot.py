@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import uuid
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +63,7 @@ class EngineStep(bootsteps.StartStopStep):
 
     def start(self, worker: Any) -> None:
         with self._interrupts.starting():
-            self._runtime = running = self._made_runtime(self._context.settings, worker.hostname)
+            self._runtime = running = self._made_runtime(self._context.settings, _process_name(worker.hostname))
             self._context.install(running)
         self._guard_delivery(running)
         self._open_queues(worker.app, running)
@@ -114,6 +115,12 @@ class EngineStep(bootsteps.StartStopStep):
             return {}
         engine = self._runtime.engine
         return {"stoker": {"models": [card.model for card in engine.cards], "lanes": self._context.lanes.load()}}
+
+
+def _process_name(node: str) -> str:
+    """This process in the ledger. A worker that is started again keeps its `node`, its row in Flower, and must not be
+    taken for the owner of what its predecessor left."""
+    return f"{node}/{uuid.uuid4().hex[:8]}"
 
 
 def _make_engine(settings: Settings, publish: Callable[..., None]) -> Engine:

@@ -12,6 +12,7 @@ from typing import Any
 
 from stoker.broker import keys
 from stoker.broker.ledger.call import Call
+from stoker.broker.ledger.replies import crashes
 
 
 class Field(StrEnum):
@@ -27,6 +28,9 @@ class Field(StrEnum):
     MESSAGE = "message"
     #: The key of the job's input.
     BLOB = "blob"
+    #: For people who watch: the adapter that it uses or makes, and how much it asks for ("250 texts").
+    ADAPTER = "adapter"
+    SIZE = "size"
 
     #: Written by the scripts: when it was submitted, the key of its client's open jobs, its turn in the backlog, and
     #: the number of the last message that was made of it.
@@ -64,6 +68,8 @@ class NewJob(Mapping[str, str]):
     request: str
     message: str
     blob: str = ""
+    adapter: str = ""
+    size: str = ""
 
     def __getitem__(self, name: str) -> str:
         if name not in _NEW or not (value := str(getattr(self, name))):
@@ -98,6 +104,49 @@ class Listed:
     client: str
     priority: int
     worker: str | None
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What a monitor shows of a job; nothing of what was asked for. `worker`: its owner. `crashes`: owners before that
+    went silent."""
+
+    kind: str
+    model: str
+    client: str
+    priority: int
+    adapter: str
+    size: str
+    submitted: float
+    worker: str | None
+    crashes: int
+
+
+def watched(job_id: str) -> Call[Watched | None]:
+    """None for a record that has expired, and for one that no client wrote. A pipeline's reply may be an error."""
+    names = (Field.ADAPTER, Field.SIZE, Field.SUBMITTED, Field.TOKEN, Field.HISTORY)
+    return _read(job_id, _watched, Field.KIND, Field.MODEL, Field.CLIENT, Field.PRIORITY, Field.WORKER, *names)
+
+
+def _watched(reply: Any) -> Watched | None:
+    known = _listed(reply[:5]) if isinstance(reply, list) else None
+    if known is None:
+        return None
+    adapter, size, submitted, token, history = map(_text, reply[5:])
+    try:
+        since = float(submitted or "")
+    except ValueError:
+        return None
+    worker = known.worker if token is not None else None
+    asked = (known.kind, known.model, known.client, known.priority, adapter or "", size or "")
+    return Watched(*asked, submitted=since, worker=worker, crashes=_crashes(history))
+
+
+def _crashes(history: str | None) -> int:
+    try:
+        return len(crashes(history or "[]"))
+    except (ValueError, TypeError, RecursionError):
+        return 0
 
 
 def summary(job_id: str) -> Call[Summary]:

@@ -1,0 +1,52 @@
+"""The name of a worker in Flower: the same after a restart, so that it keeps its row and its history.
+
+It comes from the machine, STOKER_HOME and the models. Of several such workers on one machine each takes the first
+number that is free: a lock says which are taken, and goes with the process that holds it, however that ends. Within
+the ledger a worker's process has a name that is new each time (`workers/boot.py`): jobs of one that died must not be
+taken for those of its successor.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import platform
+from collections.abc import Iterator
+from hashlib import sha256
+from typing import IO
+
+from stoker.catalogue import parse_models
+from stoker.errors import ConfigError
+from stoker.settings import Settings
+
+#: Workers of the same models that one machine may run for one STOKER_HOME.
+MOST = 100
+
+
+def take_name(settings: Settings) -> tuple[str, IO[str]]:
+    """A name that no living worker has, and the lock that keeps it for as long as it is open. Raises `ConfigError`."""
+    folder = settings.home / "workers"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in _names(settings):
+            lock = (folder / f"{name}.lock").open("w")
+            if _is_free(lock):
+                return f"{name}@{platform.node()}", lock
+            lock.close()
+    except OSError as error:
+        raise ConfigError(f"STOKER_HOME: {folder} cannot be written ({error.strerror}).") from None
+    raise ConfigError(f"{MOST} workers of these models run on this machine already; name this one with --name.")
+
+
+def _names(settings: Settings) -> Iterator[str]:
+    models = sorted(parse_models(settings.models))
+    name = f"stoker-{sha256('|'.join([str(settings.home), *models]).encode()).hexdigest()[:8]}"
+    yield name
+    yield from (f"{name}-{number}" for number in range(2, MOST + 1))
+
+
+def _is_free(lock: IO[str]) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,0 +1,93 @@
+"""Running the monitor, until it is asked to end."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+from flower.options import options
+from tornado.ioloop import IOLoop
+
+from stoker.errors import ConfigError
+from stoker.monitor import access
+from stoker.monitor.app import COLUMNS, GONE, TASKS, Monitor
+from stoker.settings import Settings
+
+log = logging.getLogger(__name__)
+
+#: Milliseconds between two times that the history is written.
+SAVE_EVERY = 60_000
+
+
+def serve(settings: Settings, address: str, port: int, names: frozenset[str], say: Callable[[str], None]) -> None:
+    """Serve the monitor until a signal ends it; its history stays. Raises `ConfigError`."""
+    os.umask(0o077)
+    home, password = access.folder(settings), access.password(settings)
+    configure(address, port, password)
+    quiet()
+    with (home / "lock").open("w") as lock:
+        kept = _is_first(lock)
+        history = {"db": str(home / "history"), "persistent": kept, "state_save_interval": SAVE_EVERY if kept else 0}
+        close_to_others(home)
+        gate = access.Gate(password, names)
+        monitor = Monitor(settings, gate, IOLoop.current(), **history)
+        try:
+            where = monitor.start_http_server()
+        except OSError as error:
+            raise ConfigError(f"--address {address} --port {port}: cannot be listened on ({error.strerror}).") from None
+        say(f"flower  http://{_in_url(address)}:{where}  (user {access.USER}, password in {home / 'password'})")
+        say(f"broker  {settings.address.shown}")
+        if not kept:
+            say("history is kept by another `stoker flower` of this STOKER_HOME, and not by this one")
+        run(monitor)
+
+
+def run(monitor: Monitor) -> None:
+    """Until a signal asks for the end; then the history is written."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        monitor.io_loop.asyncio_loop.add_signal_handler(number, monitor.io_loop.stop)
+    try:
+        monitor.start()
+        monitor.io_loop.run_sync(monitor.leave)
+    finally:
+        monitor.stop()
+
+
+def configure(address: str, port: int, password: str) -> None:
+    """Flower's own options, which some of its pages read from one place for all."""
+    options.address, options.port = address, port
+    options.basic_auth = [f"{access.USER}:{password}"]
+    options.max_tasks, options.purge_offline_workers, options.tasks_columns = TASKS, GONE, COLUMNS
+
+
+def quiet() -> None:
+    """A log of what matters: not each request, nor each question that no worker was there to answer."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    for name in ("tornado.access", "tornado.general"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("flower.inspector").addFilter(lambda record: record.msg != "Inspect method %s failed")
+
+
+def close_to_others(home: Path) -> None:
+    """What an earlier release wrote here is for this user alone, too."""
+    for file in home.iterdir():
+        if file.is_file():
+            file.chmod(0o600)
+
+
+def _is_first(lock: IO[str]) -> bool:
+    """Whether no other process writes the history; held as long as `lock` is open."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _in_url(address: str) -> str:
+    return f"[{address}]" if ":" in address else {"0.0.0.0": "127.0.0.1"}.get(address, address)

@@ -1,0 +1,172 @@
+"""Flower's memory of tasks: workers' events and the ledger's word, in any order."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import random
+import shelve
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery import states
+
+from stoker.monitor.notices import Ended, Known, Notice, Progress, Started, WaitsAgain
+from stoker.monitor.state import Job, JobMemory
+
+NODE = "stoker-1234@mac"
+
+
+def known(job_id: str = "job", **changes: Any) -> Known:
+    fields = {"kind": "train", "model": "base", "client": "team", "priority": 5, "adapter": "style", "size": "9 steps"}
+    return Known(job_id, **{**fields, "submitted": 100.0, "crashes": 0, **changes})  # type: ignore[arg-type]
+
+
+def event(kind: str, **fields: Any) -> dict[str, Any]:
+    times = {"timestamp": 101.0, "local_received": 101.0, "clock": 1}
+    return {"type": f"task-{kind}", "uuid": "job", "hostname": NODE, **times, **fields}
+
+
+def task(memory: JobMemory) -> Job:
+    found = memory.tasks["job"]
+    assert isinstance(found, Job)
+    return found
+
+
+def test_a_job_is_there_from_the_moment_that_it_waits() -> None:
+    memory = JobMemory()
+    memory.hear([known()])
+    job = task(memory)
+    assert (job.state, job.name, job.client, job.sent) == ("PENDING", "stoker.train", "team", 100.0)
+    assert job.kwargs == (
+        "{'model': 'base', 'adapter': 'style', 'kind': 'train', 'client': 'team', 'priority': 5, 'size': '9 steps'}"
+    )
+    assert memory.search_engine.matching_ids("kwargs:client=team") == {"job"}
+
+
+def test_neither_prompts_nor_results_are_taken_from_events() -> None:
+    memory = JobMemory()
+    memory.hear([known()])
+    memory.event(event("received", name="stoker.train", args="('secret',)", kwargs="{'prompt': 'secret'}"))
+    memory.event(event("succeeded", result="{'text': 'secret'}", runtime=1.0))
+    assert "secret" not in repr(task(memory).as_dict())
+    assert task(memory).args == "(base)"
+    assert "secret" not in memory.search_engine.documents["job"].all_text
+
+
+def test_progress_is_words_and_no_state_of_its_own() -> None:
+    memory = JobMemory()
+    memory.hear([known(), Started("job", f"{NODE}/aa", 101.0)])
+    memory.event(event("progress", progress=0.42))
+    assert (task(memory).state, task(memory).progress) == ("STARTED", "42%")
+    memory.hear([Progress("job", "step 42/100 · loss 1.23 · 61 tokens/s")])
+    memory.event(event("revoked", terminated=True))
+    assert task(memory).state == "REVOKED"
+    assert task(memory).as_dict()["progress"] == "step 42/100 · loss 1.23 · 61 tokens/s"
+
+
+LIFE = [
+    event("received", name="stoker.train"),
+    event("started"),
+    event("progress", progress=0.5),
+    known(),
+    Started("job", f"{NODE}/aa", 101.0),
+]
+
+
+@pytest.mark.parametrize("end", [event("succeeded", runtime=1.0), event("revoked"), Ended("job", "REVOKED", 102.0)])
+def test_an_end_stays_the_end_whatever_comes_late(end: Any) -> None:
+    expected = {"task-succeeded": "SUCCESS"}.get(end["type"] if isinstance(end, dict) else "", "REVOKED")
+    for order in itertools.islice(itertools.permutations(LIFE), 0, None, 7):
+        for cut in range(len(order) + 1):
+            memory = JobMemory()
+            for thing in [*order[:cut], end, *order[cut:]]:
+                memory.event(dict(thing)) if isinstance(thing, dict) else memory.hear([thing])
+            late = [thing for thing in order[cut:] if isinstance(thing, Started)]
+            # The watch of the ledger reports no start of a job that it saw end; so only its word before the end counts.
+            if not late:
+                assert task(memory).state == expected, (order, cut)
+                assert task(memory).ready
+
+
+@pytest.mark.parametrize("state", ["SUCCESS", "FAILURE", "REVOKED"])
+def test_each_end_of_the_ledger_is_a_state_of_celerys(state: str) -> None:
+    memory = JobMemory()
+    memory.hear([known(), Started("job", f"{NODE}/aa", 101.0), Ended("job", state, 104.0, "JobDead")])
+    job = task(memory)
+    assert job.state in states.READY_STATES
+    assert (job.state, job.runtime, job.exception) == (state, 3.0, "JobDead")
+
+
+def test_a_job_that_waits_again_is_retried_and_a_dead_letter_begins_anew() -> None:
+    memory = JobMemory()
+    memory.hear([known(), Started("job", f"{NODE}/aa", 101.0), WaitsAgain("job", 102.0, 1)])
+    assert (task(memory).state, task(memory).retries) == ("RETRY", 1)
+    memory.event(event("started"))
+    assert task(memory).state == "STARTED"
+    memory.hear([Ended("job", "FAILURE", 103.0, "JobDead"), known(crashes=1)])
+    assert task(memory).state == "FAILURE", "the same record again: it has ended"
+    memory.hear([known(submitted=110.0)])
+    assert (task(memory).state, task(memory).exception) == ("RETRY", None)
+    memory.event(event("received", name="stoker.train"))
+    memory.event(event("started"))
+    memory.event(event("succeeded", runtime=1.0))
+    assert task(memory).state == "SUCCESS"
+
+
+def test_a_worker_keeps_its_row_over_a_restart() -> None:
+    memory = JobMemory()
+    memory.hear([known(), Started("job", f"{NODE}/aa", 101.0), WaitsAgain("job", 102.0, 1)])
+    memory.hear([Started("job", f"{NODE}/bb", 103.0)])
+    assert list(memory.workers) == [NODE]
+    assert task(memory).worker.hostname == NODE
+
+
+def test_a_task_whose_events_came_first_is_asked_for_once() -> None:
+    memory = JobMemory()
+    memory.event(event("started"))
+    assert memory.meet_strangers(10) == ["job"]
+    assert memory.meet_strangers(10) == []
+    memory.hear([known()])
+    assert (task(memory).name, task(memory).state) == ("stoker.train", "STARTED")
+
+
+@pytest.mark.parametrize(
+    "spoiled",
+    [{}, {"type": "task-started"}, {"type": 7}, event("started", uuid=["a"]), {"type": "worker-online"},
+     event("progress", progress="half"), None, "text", event("received", timestamp="x")],
+)  # fmt: skip
+def test_an_event_that_cannot_be_read_costs_nobody_anything(spoiled: Any, caplog: pytest.LogCaptureFixture) -> None:
+    memory = JobMemory()
+    with caplog.at_level(logging.WARNING):
+        memory.event(spoiled)
+        memory.hear([known()])
+        memory.event(event("started"))
+    assert task(memory).state == "STARTED"
+
+
+def test_the_history_survives_a_restart_of_the_monitor(tmp_path: Path) -> None:
+    memory = JobMemory(max_tasks_in_memory=50)
+    memory.hear([known(), Started("job", f"{NODE}/aa", 101.0), Progress("job", "step 1/9")])
+    memory.hear([known("other"), Ended("other", "REVOKED", 104.0)])
+    # As Flower keeps it.
+    with shelve.open(str(tmp_path / "history")) as kept:  # noqa: S301
+        kept["events"] = memory
+        again = kept["events"]
+    assert (task(again).state, task(again).progress, task(again).sent) == ("STARTED", "step 1/9", 100.0)
+    assert again.tasks["other"].state == "REVOKED"
+    assert again.unfinished() == {"job"}
+    again.hear([Ended("job", "SUCCESS", 105.0)])
+    assert task(again).state == "SUCCESS"
+
+
+def test_memory_and_index_stay_bounded() -> None:
+    memory, draw = JobMemory(max_tasks_in_memory=20), random.Random(1)
+    for number in range(200):
+        name = f"job-{number}"
+        notices: list[Notice] = [known(name)]
+        memory.hear(notices)
+        memory.event(event("started", uuid=f"job-{draw.randrange(number + 1)}"))
+    assert len(memory.tasks) <= 20
+    assert set(memory.search_engine.documents) == set(memory.tasks)

@@ -1,0 +1,217 @@
+"""Looking at a real broker's ledger: what becomes of jobs is told, and what that costs."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from stoker import AsyncClient
+from stoker.broker import keys, ledger
+from stoker.broker.connection import connect
+from stoker.client_core import embed_request, generate_request, job_record, train_request
+from stoker.errors import JobDead
+from stoker.monitor import watch as watching
+from stoker.monitor.state import JobMemory
+from stoker.monitor.watch import Watch
+from stoker.settings import Settings
+from tests.monitor.test_curve import report
+from tests.monitor.test_overview import WORKER, card, presence
+
+MODEL = "base"
+GENERATE, TRAIN = keys.queue(MODEL, "generate"), keys.queue(MODEL, "train")
+
+
+@pytest.fixture
+def redis(broker: Settings) -> Any:
+    client = connect(broker)
+    shown = card(model=MODEL, kinds=("embed", "generate", "train"), seen=time.time())
+    client.hset(keys.MODELS, f"{MODEL}/1", shown.model_dump_json())
+    client.expire(keys.MODELS, 60)
+    yield client
+    client.close()
+
+
+def send(redis: Any, job_id: str, **options: Any) -> None:
+    request = generate_request(MODEL, "a secret prompt", 0, {"max_tokens": 40, **options})
+    assert ledger.submit(redis, job_id, job_record(request, job_id, "team")).state == "new"
+
+
+def run(redis: Any, job_id: str, queue: str = GENERATE, worker: str = WORKER) -> None:
+    there = presence(worker=worker)
+    redis.set(keys.worker(worker), there.model_dump_json(), ex=10)
+    # As a worker's BRPOP takes it.
+    redis.lrem(keys.ready(queue), 1, next(m for m in redis.lrange(keys.ready(queue), 0, -1) if job_id.encode() in m))
+    assert ledger.claim(redis, job_id, queue, f"token-{job_id}-{worker}", f"{job_id}#1", worker).state == "run"
+
+
+def watched(broker: Settings, steps: Callable[[Watch, JobMemory], Awaitable[None]]) -> None:
+    async def session() -> None:
+        memory = JobMemory()
+        async with AsyncClient(settings=broker) as client:
+            await steps(Watch(client, lambda: memory), memory)
+
+    asyncio.run(session())
+
+
+def states(memory: JobMemory) -> dict[str, str]:
+    return {name: task.state for name, task in memory.tasks.items()}
+
+
+def test_jobs_are_seen_from_their_sending_to_their_end(broker: Settings, redis: Any) -> None:
+    for name in ("first", "second", "third", "fourth"):
+        send(redis, name, adapter="style")
+
+    async def steps(watch: Watch, memory: JobMemory) -> None:
+        await watch.round()
+        assert states(memory) == dict.fromkeys(("first", "second", "third", "fourth"), "PENDING")
+        assert "'adapter': 'style'" in memory.tasks["first"].kwargs
+        assert "'size': '40 tokens'" in memory.tasks["first"].kwargs
+        run(redis, "first")
+        run(redis, "second")
+        assert ledger.cancel(redis, "third", GENERATE) == "cancelled"
+        redis.xadd(keys.stream("first"), {"entry": "{}"}, id="1-0")
+        await watch.round()
+        assert states(memory) == {"first": "STARTED", "second": "STARTED", "third": "REVOKED", "fourth": "PENDING"}
+        assert memory.tasks["first"].worker.hostname == "stoker-1@mac"
+        assert memory.tasks["first"].progress == "1 of at most 40 tokens"
+        ledger.complete(redis, "first", GENERATE, f"token-first-{WORKER}", ledger.success("first", {"text": "secret"}))
+        ledger.complete(
+            redis, "second", GENERATE, f"token-second-{WORKER}", ledger.failure("second", JobDead("job second: x"))
+        )
+        watch.mirror.lines[GENERATE].compared = 0.0
+        await watch.round()
+        assert states(memory) == {"first": "SUCCESS", "second": "FAILURE", "third": "REVOKED", "fourth": "PENDING"}
+        assert memory.tasks["second"].exception == "JobDead"
+        assert "secret" not in repr([task.as_dict() for task in memory.tasks.values()])
+
+    watched(broker, steps)
+    redis.expire(keys.stream("first"), 60)
+
+
+def test_a_job_that_goes_back_to_its_queue_is_retried(broker: Settings, redis: Any) -> None:
+    send(redis, "job")
+
+    async def steps(watch: Watch, memory: JobMemory) -> None:
+        run(redis, "job")
+        await watch.round()
+        assert ledger.release(redis, "job", GENERATE, f"token-job-{WORKER}")
+        await watch.round()
+        assert states(memory) == {"job": "RETRY"}
+
+    watched(broker, steps)
+
+
+def test_a_dead_letter_is_told_and_its_retry_too(broker: Settings, redis: Any) -> None:
+    send(redis, "job")
+
+    async def steps(watch: Watch, memory: JobMemory) -> None:
+        await watch.round()
+        run(redis, "job")
+        token = f"token-job-{WORKER}"
+        assert not ledger.dead_letter(redis, "job", GENERATE, token, "stoker-1@mac/aa", "its disk is full").fenced
+        ledger.complete(redis, "job", GENERATE, token, ledger.failure("job", JobDead("job: its disk is full")))
+        watch._looked_around = -watching.RARELY
+        await watch.round()
+        assert states(memory) == {"job": "FAILURE"}
+        assert watch.dead["job"]["history"][0]["trouble"] == "its disk is full"
+        assert "secret" not in json.dumps(watch.dead)
+        async with AsyncClient(settings=broker) as client:
+            await client.retry("job")
+        watch._looked_around = -watching.RARELY
+        await watch.round()
+        assert states(memory) == {"job": "RETRY"}
+        assert not watch.dead
+
+    watched(broker, steps)
+
+
+def test_a_runs_reports_are_read_once_and_to_its_end(broker: Settings, redis: Any) -> None:
+    request = train_request(MODEL, "style", [{"prompt": "a", "completion": "b"}], "run", {"steps": 9})
+    ledger.submit(redis, "run", job_record(request, "run", "team"), b"{}")
+
+    async def steps(watch: Watch, memory: JobMemory) -> None:
+        run(redis, "run", TRAIN)
+        for step in (1, 2):
+            redis.xadd(keys.stream("run"), {"entry": report(step).model_dump_json()}, id=keys.entry_id(step - 1))
+        await watch.round()
+        assert memory.tasks["run"].progress == "step 2/100 · loss 2.50 · 61 tokens/s"
+        assert memory.tasks["run"].state == "STARTED"
+        for step in (3, 4):
+            redis.xadd(keys.stream("run"), {"entry": report(step).model_dump_json()}, id=keys.entry_id(step - 1))
+        ledger.complete(redis, "run", TRAIN, f"token-run-{WORKER}", ledger.revoked("run"))
+        await watch.round()
+        assert [step for step, _ in watch.mirror.runs["run"].points] == [1, 2, 3, 4]
+        assert (memory.tasks["run"].state, memory.tasks["run"].progress[:8]) == ("REVOKED", "step 4/1")
+
+    watched(broker, steps)
+    redis.expire(keys.stream("run"), 60)
+
+
+def test_what_ended_while_nobody_watched_ends_in_the_history_too(broker: Settings, redis: Any) -> None:
+    for name in ("open", "ended"):
+        send(redis, name)
+    ledger.cancel(redis, "ended", GENERATE)
+
+    async def steps(watch: Watch, memory: JobMemory) -> None:
+        times = {"hostname": "stoker-1@mac", "timestamp": 1.0, "local_received": 1.0, "clock": 1}
+        for name in ("open", "ended", "long-gone"):
+            memory.event({"type": "task-received", "uuid": name, "name": "stoker.generate", **times})
+        await watch.round()
+        assert states(memory) == {"open": "RECEIVED", "ended": "REVOKED", "long-gone": "FAILURE"}
+
+    watched(broker, steps)
+
+
+def test_keys_that_another_program_spoiled_cost_one_job_alone(broker: Settings, redis: Any) -> None:
+    for name in ("good", "bad", "talks"):
+        send(redis, name)
+    redis.set(keys.job("bad"), "no hash", ex=60)
+
+    async def steps(watch: Watch, memory: JobMemory) -> None:
+        run(redis, "talks")
+        redis.set(keys.stream("talks"), "no stream", ex=60)
+        await watch.round()
+        await watch.round()
+        assert states(memory) == {"good": "PENDING", "talks": "STARTED"}
+
+    watched(broker, steps)
+
+
+def test_a_broker_that_is_away_is_said_once_and_waited_for(caplog: pytest.LogCaptureFixture) -> None:
+    async def session() -> None:
+        async with AsyncClient(settings=Settings(url="redis://127.0.0.1:1/0", patience=0.0)) as client:
+            watch = Watch(client, JobMemory)
+            going = asyncio.ensure_future(watch.run())
+            while not watch.trouble:
+                await asyncio.sleep(0)
+            going.cancel()
+            assert "127.0.0.1:1" in watch.trouble
+
+    asyncio.run(session())
+    assert len([record for record in caplog.records if "cannot be seen" in record.message]) == 1
+
+
+def test_the_brokers_work_for_a_round_does_not_grow_with_the_jobs_that_wait(broker: Settings, redis: Any) -> None:
+    """Commands, not their time: that a machine decides."""
+    for number in range(300):
+        request = embed_request(MODEL, ["x"], {})
+        ledger.submit(redis, f"job-{number}", job_record(request, f"job-{number}", "team"))
+
+    def asked() -> int:
+        return int(sum(each["calls"] for each in redis.info("commandstats").values()))
+
+    async def steps(watch: Watch, memory: JobMemory) -> None:
+        await watch.round()
+        assert len(memory.tasks) == 300
+        before = asked()
+        await watch.round()
+        queues = len(watch.mirror.lines)
+        # The time, three questions a queue, the ready list's records, and this count itself.
+        assert asked() - before <= 2 + 3 * queues + 8 + 1
+
+    watched(broker, steps)
