@@ -1,0 +1,49 @@
+"""The names of workers: the same after a restart, and never two of one."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import pytest
+
+from stoker.errors import ConfigError
+from stoker.local.naming import take_name
+from stoker.settings import Settings
+
+
+def settings(home: Path, *models: str) -> Settings:
+    return Settings(home=home, models=models or ("all-minilm-l6-v2",))
+
+
+def name_of(chosen: Settings) -> str:
+    name, lock = take_name(chosen)
+    lock.close()
+    return name
+
+
+def test_a_worker_has_the_same_name_each_time_that_it_starts(tmp_path: Path) -> None:
+    first = name_of(settings(tmp_path, "all-minilm-l6-v2", "smollm2-135m-instruct"))
+    assert first == name_of(settings(tmp_path, "smollm2-135m-instruct", "all-minilm-l6-v2"))
+    assert first.endswith(f"@{platform.node()}")
+
+
+def test_other_models_and_another_home_are_another_worker(tmp_path: Path) -> None:
+    names = [name_of(settings(tmp_path)), name_of(settings(tmp_path, "mine=/models/a"))]
+    names.append(name_of(settings(tmp_path / "other")))
+    assert len(set(names)) == 3
+
+
+def test_of_two_workers_that_run_each_has_a_name_of_its_own(tmp_path: Path) -> None:
+    first, lock = take_name(settings(tmp_path))
+    second, other = take_name(settings(tmp_path))
+    assert second == first.replace("@", "-2@", 1)
+    lock.close()
+    assert name_of(settings(tmp_path)) == first, "it is free again"
+    other.close()
+
+
+def test_a_home_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "workers").write_text("a file")
+    with pytest.raises(ConfigError, match="STOKER_HOME"):
+        take_name(settings(tmp_path))
