@@ -69,12 +69,12 @@ class Ours:
 
     def __init__(self, folder: Path, home: Path, sizes: Sizes) -> None:
         from engine.engine import Engine
-        from engine.generation.limits import Limits
+        from engine.generation.limits import LaneLimits
 
         self._came: defaultdict[str, list[float]] = defaultdict(list)
         self._random, self._count = np.random.default_rng(1), 0
         # The small model stands for a GPU, where everything is compiled.
-        limits = Limits(slots=sizes.streams, kv_bytes=8 << 30, compiled="all" if sizes is TINY else None)
+        limits = LaneLimits(slots=sizes.streams, kv_bytes=8 << 30, compiled="all" if sizes is TINY else None)
         self.engine = Engine({NAME: (str(folder),)}, adapters=home, publish=self._publish, limits=limits)
         self.engine.start()
         self.vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]

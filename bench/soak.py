@@ -46,7 +46,7 @@ def main() -> None:
 class Soak:
     def __init__(self, home: Path) -> None:
         from engine.engine import Engine
-        from engine.generation.limits import Limits
+        from engine.generation.limits import LaneLimits
 
         self._chance = random.Random(0)
         self._ends: Counter[str] = Counter()
@@ -54,7 +54,7 @@ class Soak:
         self._open: list[Any] = []
         self._resident: list[float] = []
         self._active: list[float] = []
-        limits = Limits(slots=SLOTS, kv_bytes=128 << 20, stall=0.25)
+        limits = LaneLimits(slots=SLOTS, kv_bytes=128 << 20, stall=0.25)
         self._engine = Engine({MODEL: CATALOGUE[MODEL]}, adapters=home / "adapters", publish=self._count, limits=limits)
         self._engine.start()
         self._train(home)

@@ -19,12 +19,12 @@ import mlx.core as mx
 from engine.adapters.lane import AdapterLane
 from engine.adapters.pool import BUDGET, AdapterPool
 from engine.adapters.store import AdapterStore
-from engine.checkpoints.loading import LoadedModel, load
+from engine.checkpoints.loading import LoadedModel, PrecisionOptions, load
 from engine.delivery import Publish, deliver
 from engine.embedding.lane import EmbedLane
 from engine.fair import FairShare
 from engine.generation.lane import GenerateLane
-from engine.generation.limits import Limits
+from engine.generation.limits import LaneLimits
 from engine.lane import AnyLane
 from engine.platform import heap, probe
 from engine.text import trial
@@ -66,7 +66,7 @@ class Engine:
     what adapters of one model may take in memory. `train_share`: of the time, while generation waits too. `publish`
     gets the entries of a step, from the engine's thread: it must hand them on and return, or raise and have taken none;
     then it gets those of each job alone, and the jobs whose it raises for end with that. `limits`: of each model's
-    generation. `precision`: dtype, quantize and group_size for `load`. `on_death` is called, from the same thread, if
+    generation. `precision`: what `load` takes. `on_death` is called, from the same thread, if
     the loop ends by a defect: an engine does not come back, its process has to.
     """
 
@@ -79,8 +79,8 @@ class Engine:
         adapter_bytes: int = BUDGET,
         train_share: float = 0.2,
         publish: Publish,
-        limits: Limits | None = None,
-        precision: Mapping[str, Any] | None = None,
+        limits: LaneLimits | None = None,
+        precision: PrecisionOptions | None = None,
         on_death: Callable[[], None] = lambda: None,
     ) -> None:
         self._sources = dict(models)
@@ -90,9 +90,9 @@ class Engine:
         # While only generation and training wait, training gets just this share of the time.
         self._weights = _weights(train_share)
         self._publish = publish
-        self._limits = limits or Limits()
+        self._limits = limits or LaneLimits()
         self._on_death = on_death
-        self._precision = dict(precision or {})
+        self._precision = precision or PrecisionOptions()
         self._inbox: queue.SimpleQueue[_Prepared | None] = queue.SimpleQueue()
         self._lanes: dict[tuple[str, str], AnyLane] = {}
         self._models: dict[str, LoadedModel] = {}

@@ -29,6 +29,27 @@ _FLOATS = {"F32": 4, "F16": 2, "BF16": 2}
 
 
 @dataclass(frozen=True)
+class _Found:
+    """What the files say. `stored`: bytes of all tensors; `cached`: heads of keys and values, and a head's size."""
+
+    path: Path
+    format: str
+    architecture: object
+    tensors: int
+    dtypes: Mapping[str, int]
+    stored: int
+    quantization: str | None
+    context: int
+    layers: int
+    dim: int
+    vocabulary: int
+    cached: tuple[int, int]
+    window: object
+    chat_template: bool
+    file_bytes: int
+
+
+@dataclass(frozen=True)
 class Inspection:
     """One model. `parameters` counts weights of every form; `dtypes` says how many are held in which form.
 
@@ -81,21 +102,23 @@ def _folder(path: Path) -> Inspection:
     section = config.get("quantization") or {}
     dtypes, stored = _stored(entries, section if isinstance(section, Mapping) else {})
     return _inspection(
-        path=path,
-        format="safetensors" if len(files) == 1 else f"safetensors, {len(files)} files",
-        architecture=config.get("model_type"),
-        tensors=len(entries),
-        dtypes=dtypes,
-        stored=stored,
-        quantization=_form(section) if section else None,
-        context=_folder_context(path, fields, config.get("model_type")),
-        layers=fields.count("num_hidden_layers"),
-        dim=dim,
-        vocabulary=fields.count("vocab_size"),
-        cached=_cached(config, fields, heads, dim),
-        window=_window(config),
-        chat_template=bool(folder_templates(folder, read_object(folder / "tokenizer_config.json", missing={}))),
-        file_bytes=sum(file.stat().st_size for file in files),
+        _Found(
+            path=path,
+            format="safetensors" if len(files) == 1 else f"safetensors, {len(files)} files",
+            architecture=config.get("model_type"),
+            tensors=len(entries),
+            dtypes=dtypes,
+            stored=stored,
+            quantization=_form(section) if section else None,
+            context=_folder_context(path, fields, config.get("model_type")),
+            layers=fields.count("num_hidden_layers"),
+            dim=dim,
+            vocabulary=fields.count("vocab_size"),
+            cached=_cached(config, fields, heads, dim),
+            window=_window(config),
+            chat_template=bool(folder_templates(folder, read_object(folder / "tokenizer_config.json", missing={}))),
+            file_bytes=sum(file.stat().st_size for file in files),
+        )
     )
 
 
@@ -127,49 +150,59 @@ def _gguf(path: Path) -> Inspection:
     largest = max(dtypes, key=dtypes.__getitem__) if dtypes else "F32"
     vocabulary = meta.get("tokenizer.ggml.tokens")
     return _inspection(
-        path=path,
-        format="gguf" if len(gguf.files) == 1 else f"gguf, {len(gguf.files)} files",
-        architecture=architecture,
-        tensors=len(gguf.tensors),
-        dtypes=dict(dtypes),
-        stored=sum(info.bytes for info in gguf.tensors.values()),
-        quantization=None if largest in _FLOATS else largest,
-        context=fields.count(f"{architecture}.context_length"),
-        layers=fields.count(f"{architecture}.block_count"),
-        dim=dim,
-        vocabulary=len(vocabulary) if isinstance(vocabulary, list) else 0,
-        cached=(
-            fields.count(f"{architecture}.attention.head_count_kv", heads),
-            fields.count(f"{architecture}.attention.key_length", max(1, dim // heads)),
-        ),
-        window=meta.get(f"{architecture}.attention.sliding_window"),
-        chat_template=bool(gguf_templates(meta)),
-        file_bytes=sum(file.stat().st_size for file in gguf.files),
+        _Found(
+            path=path,
+            format="gguf" if len(gguf.files) == 1 else f"gguf, {len(gguf.files)} files",
+            architecture=architecture,
+            tensors=len(gguf.tensors),
+            dtypes=dict(dtypes),
+            stored=sum(info.bytes for info in gguf.tensors.values()),
+            quantization=None if largest in _FLOATS else largest,
+            context=fields.count(f"{architecture}.context_length"),
+            layers=fields.count(f"{architecture}.block_count"),
+            dim=dim,
+            vocabulary=len(vocabulary) if isinstance(vocabulary, list) else 0,
+            cached=(
+                fields.count(f"{architecture}.attention.head_count_kv", heads),
+                fields.count(f"{architecture}.attention.key_length", max(1, dim // heads)),
+            ),
+            window=meta.get(f"{architecture}.attention.sliding_window"),
+            chat_template=bool(gguf_templates(meta)),
+            file_bytes=sum(file.stat().st_size for file in gguf.files),
+        )
     )
 
 
-def _inspection(
-    *, architecture: object, dtypes: dict[str, int], stored: int, cached: tuple[int, int], window: object, **rest: Any
-) -> Inspection:
-    name = architecture if isinstance(architecture, str) else str(architecture)
+def _inspection(found: _Found) -> Inspection:
+    name = found.architecture if isinstance(found.architecture, str) else str(found.architecture)
     kind = KINDS.get(name, "unknown")
-    parameters = sum(dtypes.values())
-    per_token = 2 * rest["layers"] * cached[0] * cached[1]
+    parameters = sum(found.dtypes.values())
+    heads, size = found.cached
+    per_token = 2 * found.layers * heads * size
     notes = []
     if kind == "unknown":
         notes.append(f"the architecture {name} is not supported; {', '.join(KINDS)} are")
-    if isinstance(window, int) and not isinstance(window, bool) and window < rest["context"]:
-        notes.append(f"a sliding window of {window} tokens")
+    if isinstance(found.window, int) and not isinstance(found.window, bool) and found.window < found.context:
+        notes.append(f"a sliding window of {found.window} tokens")
     return Inspection(
+        path=found.path,
+        format=found.format,
         architecture=name,
         kind=kind,
         supported=kind != "unknown",
         parameters=parameters,
-        dtypes=dtypes,
-        weight_bytes={"stored": stored, "16 bit": 2 * parameters, "32 bit": 4 * parameters},
+        tensors=found.tensors,
+        dtypes=found.dtypes,
+        quantization=found.quantization,
+        context=found.context,
+        layers=found.layers,
+        dim=found.dim,
+        vocabulary=found.vocabulary,
+        chat_template=found.chat_template,
+        file_bytes=found.file_bytes,
+        weight_bytes={"stored": found.stored, "16 bit": 2 * parameters, "32 bit": 4 * parameters},
         cache_bytes_per_1000=None if kind == "embed" else {"16 bit": 2000 * per_token, "32 bit": 4000 * per_token},
         notes=tuple(notes),
-        **rest,
     )
 
 

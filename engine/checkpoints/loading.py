@@ -7,9 +7,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import mlx.core as mx
+from typing_extensions import Unpack
 
 from engine.checkpoints.sources import naming, resolve
 from engine.checkpoints.vocabulary import check_ids, check_segments
@@ -98,16 +99,22 @@ class LoadedModel:
         raise ModelError(f"{self.name} generates; it makes no embeddings")
 
 
-def load(
-    name: str, sources: Sequence[str], *, dtype: str | None = None, quantize: str | None = None, group_size: int = 64
-) -> LoadedModel:
+class PrecisionOptions(TypedDict, total=False):
+    """What `Precision.of` takes."""
+
+    dtype: str | None
+    quantize: str | None
+    group_size: int
+
+
+def load(name: str, sources: Sequence[str], **options: Unpack[PrecisionOptions]) -> LoadedModel:
     """The model called `name`, from the first of `sources` that is available, with every weight evaluated.
 
-    `dtype`, `quantize` and `group_size` are those of `Precision`. Raises `ModelError` when no source is available, an
-    option is unknown, or the model is damaged or of an architecture not supported.
+    `options` are those of `Precision.of`. Raises `ModelError` when no source is available, the value of an option is
+    unknown, or the model is damaged or of an architecture not supported.
     """
     start = time.perf_counter()
-    precision = Precision.of(dtype, quantize, group_size)
+    precision = Precision.of(**options)
     path = resolve(sources)
     with naming(path):
         if path.is_file():

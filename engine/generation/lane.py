@@ -11,7 +11,7 @@ from engine.checkpoints.loading import LoadedModel
 from engine.generation.batch import Batch
 from engine.generation.draws import Pick
 from engine.generation.kv_budget import KvBudget
-from engine.generation.limits import GROUP, GROUP_TOKENS, Limits
+from engine.generation.limits import GROUP, GROUP_TOKENS, LaneLimits
 from engine.generation.prefill import Prefill, PrefillPacer
 from engine.generation.prefixes import PrefixCache
 from engine.generation.prompt import check_ids, tokenize
@@ -36,8 +36,8 @@ class GenerateLane:
 
     kind = GenerateRequest.kind
 
-    def __init__(self, model: LoadedModel, pool: AdapterPool, limits: Limits | None = None) -> None:
-        self._model, self._pool, self.limits = model, pool, limits or Limits()
+    def __init__(self, model: LoadedModel, pool: AdapterPool, limits: LaneLimits | None = None) -> None:
+        self._model, self._pool, self.limits = model, pool, limits or LaneLimits()
         self._decoder = model.decoder
         self.step = Step(self._decoder, self.limits.compiled or usual())
         #: One paces chunks while streams run, the other paces chunks that hold up no stream.

@@ -13,7 +13,7 @@ GROUP_TOKENS = 2048
 
 
 @dataclass(frozen=True)
-class Limits:
+class LaneLimits:
     """`slots`: rows that decode at once. `kv_bytes`: keys and values of all rows, prompts on their way and prefixes.
     `prefix_share`: of these, what kept prefixes may take. `stall`: seconds that a prompt may hold up running
     streams. `compiled`: None: what is usual on this machine. `cores`: a CPU's, for embedding; None: all."""

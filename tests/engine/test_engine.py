@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from engine.engine import Engine
-from engine.generation.limits import Limits
+from engine.generation.limits import LaneLimits
 from engine.ticket import Entry
 from stoker.catalogue import CATALOGUE
 from stoker.contract import EmbedRequest, GenerateRequest, TrainRequest
@@ -33,7 +33,7 @@ class Running:
     def __init__(self, adapters: Path) -> None:
         self.entries: defaultdict[str, list[Any]] = defaultdict(list)
         models = {name: CATALOGUE[name] for name in (EMBED_MODEL, GENERATE_MODEL)}
-        self.engine = Engine(models, adapters=adapters, publish=self._publish, limits=Limits(slots=9))
+        self.engine = Engine(models, adapters=adapters, publish=self._publish, limits=LaneLimits(slots=9))
 
     def _publish(self, entries: list[Entry]) -> None:
         for job_id, entry in entries:

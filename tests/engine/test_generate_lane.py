@@ -16,7 +16,7 @@ from engine.adapters.pool import AdapterPool
 from engine.adapters.store import AdapterStore
 from engine.checkpoints.loading import LoadedModel, load
 from engine.generation.lane import GenerateLane
-from engine.generation.limits import Limits
+from engine.generation.limits import LaneLimits
 from engine.models.llama import Llama
 from engine.text.tokenizer import Tokenizer
 from engine.ticket import Ticket
@@ -70,7 +70,7 @@ class Driver:
     """Runs a lane as the engine does, and keeps what each job gets."""
 
     def __init__(self, model: LoadedModel, pool: AdapterPool, slots: int = SLOTS, **limits: Any) -> None:
-        self.lane = GenerateLane(model, pool, Limits(**{"slots": slots, "compiled": "none", **limits}))
+        self.lane = GenerateLane(model, pool, LaneLimits(**{"slots": slots, "compiled": "none", **limits}))
         self._pool = pool
         self.sent: dict[str, Sent] = {}
         self.lookahead = True

@@ -41,7 +41,7 @@ from workers.unreadable import DeadMessages
 
 if TYPE_CHECKING:
     from engine.engine import Engine
-    from engine.generation.limits import Limits
+    from engine.generation.limits import LaneLimits
 
 log = logging.getLogger(__name__)
 
@@ -155,12 +155,12 @@ def _mend(running: Runtime, heart: Heart) -> None:
         heart.beat()
 
 
-def _limits(settings: Settings) -> Limits:
-    from engine.generation.limits import Limits
+def _limits(settings: Settings) -> LaneLimits:
+    from engine.generation.limits import LaneLimits
     from engine.platform.probe import memory
 
     kv_bytes = settings.kv_cache << 20 if settings.kv_cache else memory() // 8
-    return Limits(slots=settings.generate_slots, kv_bytes=kv_bytes, stall=settings.stall, cores=asked_cores())
+    return LaneLimits(slots=settings.generate_slots, kv_bytes=kv_bytes, stall=settings.stall, cores=asked_cores())
 
 
 def _end_process() -> None:

@@ -62,10 +62,6 @@ class AsyncAdapters:
         """Let `name@version` serve every request for `name`."""
         return await self._change("promote", adapter, model, version=True)
 
-    async def activate(self, adapter: str, model: str | None = None) -> AdapterEntry:
-        """Another name of `promote`."""
-        return await self.promote(adapter, model)
-
     async def rollback(self, name: str, model: str | None = None) -> AdapterEntry:
         """Let the version serve that served before."""
         return await self._change("rollback", name, model, version=False)

@@ -63,10 +63,6 @@ class Adapters:
         """Let `name@version` serve every request for `name`."""
         return self._change("promote", adapter, model, version=True)
 
-    def activate(self, adapter: str, model: str | None = None) -> AdapterEntry:
-        """Another name of `promote`."""
-        return self.promote(adapter, model)
-
     def rollback(self, name: str, model: str | None = None) -> AdapterEntry:
         """Let the version serve that served before."""
         return self._change("rollback", name, model, version=False)
