@@ -152,8 +152,12 @@ def change(redis: Any, model: str, verb: Verb, name: str, version: int | None) -
 
 
 def wanted(adapter: str, *, version: bool) -> tuple[str, int | None]:
-    """`name` or `name@version` as it was given to a command; `version`: whether it must name one."""
+    """`name` or `name@version` as it was given to a command; `version`: whether it must name one, or none."""
     name, number = parse_adapter(adapter)
+    if number is not None and not version:
+        raise InvalidRequest(
+            f"adapter: {adapter!r} given; name the adapter alone, as {name}. To serve a version, promote it."
+        )
     if version and number is None:
         raise InvalidRequest(f"adapter: {adapter!r} given; name a version too, as {name}@1.")
     return name, number

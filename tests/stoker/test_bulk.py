@@ -19,6 +19,7 @@ from stoker.client.chunks import BATCH_CHARS, InFlightLimit, Plan
 from stoker.contract import ModelCard, Presence
 from stoker.contract.vectors import Encoded, load, plain, quantize, save
 from stoker.errors import (
+    DeadlineExceeded,
     InvalidRequest,
     JobCancelled,
     JobDead,
@@ -59,7 +60,7 @@ class FakeClient:
     """`failures`: what the next jobs end with, in the order they are sent."""
 
     failures: list[StokerError | None] = field(default_factory=list)
-    refusals: list[StokerError] = field(default_factory=list)
+    refusals: list[StokerError | None] = field(default_factory=list)
     alive: int = 1
     open: list[FakeJob] = field(default_factory=list)
     sent: list[list[str]] = field(default_factory=list)
@@ -68,8 +69,8 @@ class FakeClient:
     cancelled: int = 0
 
     def embed(self, texts: list[str], *, model: str, **options: Any) -> FakeJob:
-        if self.refusals:
-            raise self.refusals.pop(0)
+        if self.refusals and (refusal := self.refusals.pop(0)) is not None:
+            raise refusal
         self.sent.append(texts)
         job = FakeJob(self, texts, self.failures.pop(0) if self.failures else None)
         self.open.append(job)
@@ -176,7 +177,7 @@ def test_what_failed_is_sent_again_in_its_place(run: Callable[..., list[Any]]) -
     assert len(client.sent) == 5 + 3
 
 
-@pytest.mark.parametrize("error", [JobCancelled, JobDead])
+@pytest.mark.parametrize("error", [JobCancelled, JobDead, DeadlineExceeded])
 def test_what_was_meant_or_is_deadly_is_not_sent_again(run: Callable[..., list[Any]], error: type[JobError]) -> None:
     client = FakeClient(failures=[error("x")])
     with pytest.raises(error):
@@ -198,6 +199,9 @@ def test_a_text_that_is_wrong_is_named_by_its_place_among_all(run: Callable[...,
     early = FakeClient(refusals=[InvalidRequest("texts.0: an empty text given")])
     with pytest.raises(InvalidRequest, match=r"^texts\.0: an empty"):
         run(early, TEXTS, Plan(10, 1, 3))
+    third = FakeClient(refusals=[None, None, InvalidRequest("texts.4: an empty text given")])
+    with pytest.raises(InvalidRequest, match=r"^texts\.24: an empty"):
+        run(third, TEXTS, Plan(10, 1, 3))
     with pytest.raises(InvalidRequest, match=r"^texts\.2: a int given"):
         run(FakeClient(), ["1", "2", 3], Plan(10, 1, 3))
     with pytest.raises(InvalidRequest, match="one text given"):
@@ -256,6 +260,9 @@ def test_more_workers_mean_more_jobs_in_flight() -> None:
     limit.count(client.workers())
     assert not limit.stale
     assert limit.limit == 12
+    other = ModelCard(model="maxi", architecture="x", kinds=("embed",), context=8, parameters=1)
+    limit.count([*client.workers(), presence(other)])
+    assert limit.limit == 12, "one that serves another model is no help"
     limit.count([])
     assert limit.limit == 4
 

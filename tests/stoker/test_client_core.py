@@ -183,6 +183,12 @@ def test_a_seed_is_drawn_once_by_the_client() -> None:
     assert generate_request("m", "p", 0, {}).seed == 0
 
 
+def test_a_prompt_may_be_token_ids_or_the_messages_of_a_conversation() -> None:
+    assert generate_request("m", [3, 1], 0, {}).prompt_ids == (3, 1)
+    (message,) = generate_request("m", [{"role": "user", "content": "Hello"}], 0, {}).messages or ()
+    assert message.content == "Hello"
+
+
 def test_vectors_come_back_as_they_were_and_are_lost_when_expired() -> None:
     reply = EmbedReply(blob="b", rows=2, dim=3, usage=Usage())
     vectors = np.arange(6, dtype=np.float32).reshape(2, 3)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from stoker.broker import keys
+from stoker.broker import connection, keys
 from stoker.client.following import PAGE, QUIET, Follower, Heard, TimeLimit
 from stoker.contract import StreamToken
 from stoker.errors import BrokerUnavailable, JobCancelled, JobLost, JobTimeout
@@ -219,6 +220,20 @@ def test_the_callers_time_limit_counts_from_the_last_entry_and_not_while_the_cal
     clock.now += 1
     with pytest.raises(JobTimeout, match="within 5 s"):
         reader.wait()
+
+
+def test_each_outage_has_the_whole_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, gone = Clock(), RedisConnectionError("gone")
+    monkeypatch.setattr(connection, "time", SimpleNamespace(monotonic=clock))
+    reader = Follower[StreamToken](Settings(patience=30), "j", clock=clock)
+    reader.pause(gone)
+    clock.now += 20
+    reader.looked([None, OWNED])
+    clock.now += 20
+    assert reader.pause(gone) <= 1, "the broker has answered meanwhile"
+    clock.now += 30
+    with pytest.raises(BrokerUnavailable, match="gone"):
+        reader.pause(gone)
 
 
 def test_a_reader_outlasts_an_outage_up_to_the_patience_or_its_own_limit() -> None:

@@ -16,7 +16,7 @@ from stoker import AsyncClient, AsyncGenerateJob, Client, JobStatus
 from stoker.broker import keys
 from stoker.client import asynchronously
 from stoker.client.asynchronously import finished
-from stoker.contract import StreamToken
+from stoker.contract import StreamToken, TrainReport
 from tests.stoker.test_client_core import fake, server
 
 __all__ = ["fake", "server"]
@@ -129,6 +129,20 @@ def test_a_blocking_reader_that_leaves_cancels_its_job(fake: Callable[[], Client
         stream.close()
         assert job.status() == JobStatus.CANCELLED
         assert connections_in_use(client) == 0
+
+
+def test_a_reader_of_a_run_that_leaves_lets_it_go_on(fake: Callable[[], Client], server: Any) -> None:
+    report = TrainReport(
+        index=0, step=1, steps=9, loss=1.0, learning_rate=0.1, gradient_norm=1.0, tokens=1, tokens_per_second=1.0
+    )
+    with fake() as client:
+        job = client.train("style", "worker:rows.jsonl", model="smol")
+        server.xadd(keys.stream(job.id), {"entry": report.model_dump_json()}, id=keys.entry_id(0))
+        server.expire(keys.stream(job.id), 60)
+        progress = job.progress()
+        assert next(progress) == report
+        progress.close()
+        assert job.status() == JobStatus.QUEUED
 
 
 def test_what_is_left_to_be_done_has_a_time_limit_and_the_log_says_that_it_was_not_done(

@@ -126,16 +126,19 @@ def test_an_id_that_is_known_takes_no_second_input_and_leaves_none(
     assert trained_on(server, "mine") == OLD
 
 
-def test_an_input_stays_while_a_place_in_the_queue_is_waited_for(server: Any, client: Client, broker: Settings) -> None:
+@pytest.mark.parametrize(("rule", "state"), [("queue_limit", "full"), ("client_limit", "client_full")])
+def test_an_input_stays_while_a_place_in_the_queue_is_waited_for(
+    server: Any, client: Client, broker: Settings, rule: str, state: str
+) -> None:
     client.train("style", NEW[:1], model=SMOL.model, job_id="first")
-    server.hset(keys.POLICY, "queue_limit", 1)
+    server.hset(keys.POLICY, rule, 1)
     waiting = submission(broker, OLD)
     for part in waiting.uploads(server):
         part.execute()
     blob = next(name for name in blobs(server) if ":mine:" in name)
     server.expire(blob, 5)
     reply = waiting.transition().on(server)
-    assert reply.state == "full"
+    assert reply.state == state
     waiting.tidy(server.pipeline(), reply).execute()
     assert server.ttl(blob) > keys.UPLOAD_TTL - 30
     with pytest.raises(QueueFull):

@@ -15,6 +15,7 @@ from stoker.client._async.link import AsyncLink
 from stoker.client.asynchronously import Chooser, in_thread
 from stoker.client.options import AdapterOptions, checked_options
 from stoker.contract import bundle
+from stoker.contract.base import parse_adapter
 from stoker.errors import UnknownAdapter
 
 
@@ -34,7 +35,7 @@ class AsyncAdapters:
 
     async def get(self, name: str, model: str | None = None) -> AdapterEntry:
         """One adapter; raises `UnknownAdapter`."""
-        model, (name, _) = await self._model(model), registry.wanted(name, version=False)
+        model, (name, _) = await self._model(model), parse_adapter(name)
         return await self._link.adapter(model, name)
 
     async def load(

@@ -16,6 +16,7 @@ from stoker.client._sync.link import Link
 from stoker.client.blocking import Chooser, in_thread
 from stoker.client.options import AdapterOptions, checked_options
 from stoker.contract import bundle
+from stoker.contract.base import parse_adapter
 from stoker.errors import UnknownAdapter
 
 
@@ -35,7 +36,7 @@ class Adapters:
 
     def get(self, name: str, model: str | None = None) -> AdapterEntry:
         """One adapter; raises `UnknownAdapter`."""
-        model, (name, _) = self._model(model), registry.wanted(name, version=False)
+        model, (name, _) = self._model(model), parse_adapter(name)
         return self._link.adapter(model, name)
 
     def load(

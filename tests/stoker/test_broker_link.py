@@ -1,0 +1,127 @@
+"""What the client asks of a broker, and what it leaves there: on a real one, with the records that a worker writes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from stoker import Client
+from stoker.broker import keys, registry
+from stoker.broker.ledger.record import Field
+from stoker.client._sync.adapters import Adapters
+from stoker.contract import StreamToken
+from stoker.errors import InvalidRequest, JobCancelled, JobFailed, JobLost, UnknownAdapter
+from tests.stoker.test_client_core import card, fake, server
+
+__all__ = ["fake", "server"]
+
+TOKEN = StreamToken(index=0, token_id=1, text="x", logit=0.0, logprob=-1.0, probability=1.0)
+
+
+@pytest.fixture
+def adapters(server: Any) -> Iterator[Adapters]:
+    """Of a client, where a model that takes adapters was served lately."""
+    able = card("able", "generate", "adapters")
+    server.hset(keys.MODELS, able.model, able.model_dump_json())
+    server.expire(keys.MODELS, keys.MODEL_TTL)
+    with Client() as client:
+        yield client.adapters
+
+
+def failed(server: Any, job_id: str) -> None:
+    """As a worker ends a job that failed, after its first token."""
+    server.xadd(keys.stream(job_id), {"entry": TOKEN.model_dump_json()}, id=keys.entry_id(0))
+    server.expire(keys.stream(job_id), 60)
+    report = {"exc_type": "JobFailed", "exc_message": ["the model fell over"]}
+    server.set(keys.result(job_id), json.dumps({"status": "FAILURE", "result": report}), ex=60)
+
+
+def test_a_stream_of_a_job_that_failed_ends_with_its_error(fake: Callable[[], Client], server: Any) -> None:
+    with fake() as client:
+        job = client.generate("x", model="smol")
+        failed(server, job.id)
+        stream = job.stream()
+        assert next(stream) == TOKEN
+        with pytest.raises(JobFailed, match="the model fell over"):
+            next(stream)
+
+
+def test_a_reader_that_has_what_it_wants_listens_no_more(fake: Callable[[], Client], server: Any) -> None:
+    with fake() as client:
+        job = client.generate("x", model="smol")
+        job.cancel()
+        with pytest.raises(JobCancelled):
+            job.result(timeout=30)
+        assert server.pubsub_channels() == []
+
+
+def test_a_job_that_the_broker_does_not_know_cannot_be_cancelled(fake: Callable[[], Client], server: Any) -> None:
+    with fake() as client:
+        job = client.embed(["a"], model="mini")
+        server.delete(keys.job(job.id))
+        with pytest.raises(JobLost, match=job.id):
+            job.cancel()
+
+
+def test_vectors_that_are_discarded_are_gone_from_the_broker(fake: Callable[[], Client], server: Any) -> None:
+    with fake() as client:
+        job, other = client.embed(["a"], model="mini"), client.embed(["b"], model="mini")
+        for each in (job, other):
+            server.set(keys.blob(keys.vectors(each.id)), b"vectors", ex=60)
+        job.discard()
+        assert not server.exists(keys.blob(keys.vectors(job.id)))
+        assert server.exists(keys.blob(keys.vectors(other.id)))
+
+
+def test_open_jobs_of_every_kind_of_a_model_are_listed(fake: Callable[[], Client], server: Any) -> None:
+    with fake() as client:
+        sent = [client.generate("x", model="smol").id, client.train("style", "worker:rows.jsonl", model="smol").id]
+        assert [(job_id, job["kind"]) for job_id, job in client.jobs().items()] == [
+            (sent[0], "generate"),
+            (sent[1], "train"),
+        ]
+
+
+def test_a_priority_travels_with_its_job(fake: Callable[[], Client], server: Any) -> None:
+    with fake() as client:
+        for priority in (0, 7):
+            job = client.embed(["a"], model="mini", priority=priority)
+            assert server.hget(keys.job(job.id), Field.PRIORITY) == str(priority).encode()
+            assert client.jobs()[job.id]["priority"] == priority
+
+
+def test_a_dataset_that_the_worker_has_is_no_input_in_the_broker(fake: Callable[[], Client], server: Any) -> None:
+    with fake() as client:
+        there = client.train("style", "worker:rows.jsonl", model="smol")
+        sent = client.train("style", [{"text": "x"}], model="smol")
+    assert not server.hexists(keys.job(there.id), Field.BLOB)
+    assert server.keys(keys.blob("*")) == [server.hget(keys.job(sent.id), Field.BLOB)]
+
+
+def test_a_version_has_to_be_named_to_be_promoted_or_unloaded_and_none_to_be_rolled_back(
+    adapters: Adapters, server: Any
+) -> None:
+    for version in (1, 2):
+        registry.register(server, "able", "style", version, {"rank": 8}, promote=True)
+    for change, adapter in (
+        (adapters.promote, "style"),
+        (adapters.unload, "style"),
+        (adapters.rollback, "style@1"),
+        (adapters.deactivate, "style@1"),
+    ):
+        with pytest.raises(InvalidRequest, match="style"):
+            change(adapter, "able")
+    entry = adapters.get("style", "able")
+    assert (entry.serving, list(entry.versions)) == (2, [1, 2])
+
+
+def test_a_change_that_the_registry_refuses_is_an_error_that_says_why(adapters: Adapters, server: Any) -> None:
+    registry.register(server, "able", "style", 1, {"rank": 8}, promote=True)
+    with pytest.raises(InvalidRequest, match=r"style@1.*serves"):
+        adapters.unload("style@1", "able")
+    with pytest.raises(UnknownAdapter, match="style@9"):
+        adapters.promote("style@9", "able")
+    assert adapters.get("style", "able").serving == 1
