@@ -169,7 +169,7 @@ def test_a_file_is_read_for_upload_as_the_objects_are(tmp_path: Path) -> None:
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match=r"nowhere\.jsonl: cannot be read \(No such file"):
+    with pytest.raises(DatasetError, match=r"nowhere\.jsonl': cannot be read \(No such file"):
         read_dataset(tmp_path / "nowhere.jsonl")
     with pytest.raises(DatasetError, match="cannot be read"):
         read_dataset(tmp_path)
