@@ -21,6 +21,7 @@ from engine.text.special_tokens import LISTED, SpecialTokens
 from engine.text.templates import folder_templates, gguf_templates
 from engine.text.trial import no_panic, read_tokenizer
 from engine.weights.gguf import GGUF
+from stoker.contract.shown import cut
 from stoker.errors import InvalidRequest, ModelError
 
 #: A template's name for a special token -> how GGUF calls it.
@@ -99,7 +100,7 @@ class Tokenizer:
         except ModelError:
             raise
         except Exception as error:  # the package raises plain Exception
-            raise ModelError(f"{folder}: its tokenizer cannot be built: {error}") from error
+            raise ModelError(f"{folder}: its tokenizer cannot be built: {cut(error)}") from error
         if lowercase:
             _lowercase(inner)
         eos = [names.get("eos_token"), generation.get("eos_token_id"), model.get("eos_token_id")]

@@ -42,6 +42,11 @@ def checked_job_id(job_id: str | None) -> str:
     return checked(Rule.JOB_ID, "job_id", job_id)
 
 
+def known_by(job_id: object) -> str:
+    """The id that a caller asks for a job by. Raises `InvalidRequest` for what is no text: no job has such an id."""
+    return job_id if isinstance(job_id, str) else checked(Rule.JOB_ID, "job_id", job_id)
+
+
 def draw_seed() -> int:
     return secrets.randbelow(2**63)
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from stoker.contract.shown import brief, trouble
+from stoker.contract.shown import brief, cut, trouble
 from stoker.errors import InvalidRequest
 
 #: What an adapter's folder may hold: PEFT's files, mlx-lm's, and what Stoker knows of its own.
@@ -56,7 +56,7 @@ def unpack(data: bytes, source: str) -> dict[str, bytes]:
     try:
         found = safetensors.numpy.load(data)
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
-        raise InvalidRequest(f"{source}: no bundle of an adapter's files ({error}).") from None
+        raise InvalidRequest(f"{source}: no bundle of an adapter's files ({cut(error)}).") from None
     strange = sorted(set(found) - set(FILES))
     if strange:
         raise InvalidRequest(f"{source}: {strange[0]!r} is no file of an adapter; allowed: {', '.join(FILES)}.")

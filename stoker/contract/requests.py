@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, StringConstraints, field_validator, model_validator
@@ -16,6 +17,8 @@ MAX_TEXT_CHARS = 1_000_000
 #: All texts of one job together: a Celery message this large still passes in milliseconds.
 MAX_REQUEST_CHARS = 8_000_000
 
+#: Objects and lists that may lie in one another in a request's JSON.
+MAX_DEPTH = 100
 #: Tokens of a prompt that is given as ids.
 MAX_PROMPT_IDS = 131_072
 #: Sampling parameters are 0 or at least this in size: logits that are divided by less leave the range of float32.
@@ -192,12 +195,29 @@ def _check_size(name: str, value: Any) -> None:
     """JSON of bounded size: the fields' own limits do not reach into free-form objects."""
     if value is None:
         return
+    _check_depth(name, value)
     try:
         size = len(json.dumps(value, default=lambda message: message.model_dump(), allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{name}: not JSON ({error})") from None
     if size > MAX_TEXT_CHARS:
         raise ValueError(f"{name}: {size} characters of JSON; at most {MAX_TEXT_CHARS}")
+
+
+def _check_depth(name: str, value: Any) -> None:
+    """What writes JSON and what reads it give up at depths of their own, some with an error that names nothing."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [part for item in level for part in _parts(item)]
+        if not level:
+            return
+    raise ValueError(f"{name}: objects and lists in one another, more than {MAX_DEPTH} deep; write it flatter")
+
+
+def _parts(item: Any) -> Iterable[Any]:
+    if isinstance(item, ChatMessage):
+        return item.tool_calls or ()
+    return item.values() if isinstance(item, Mapping) else item if isinstance(item, list | tuple) else ()
 
 
 class TrainRequest(JobRequest):

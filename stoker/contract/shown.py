@@ -15,6 +15,12 @@ def brief(value: Any, most: int = 60) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
+def cut(words: object, most: int = 1000) -> str:
+    """What another program's library says of its input: it may repeat the whole of it."""
+    text = str(words)
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
 def trouble(error: OSError | ValueError) -> str:
     """Why a path cannot be used: the system's words, or those for what is no path at all."""
     return (error.strerror if isinstance(error, OSError) else None) or str(error)

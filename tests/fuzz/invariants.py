@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import itertools
+import re
 import time
 from pathlib import Path
 
@@ -20,6 +21,14 @@ WORKER_GROWTH, BROKER_GROWTH = 192, 48
 MORE_THREADS = 24
 #: Kinds of keys that a worker or an operator keeps; all others belong to a job.
 KEPT = ("worker", "workers", "models", "janitor", "policy", "binding", "unacked", "adapters", "pace")
+
+
+#: What kombu and Celery say of control messages that no Celery sent, with where they were when they read them.
+CONTROL = re.compile(
+    r"(Control command error|Cannot process event on channel|a message of \S+celery\.pidbox could not be delivered)"
+    r".*?(?=^\[\d{4}-|\Z)",
+    re.DOTALL | re.MULTILINE,
+)
 
 
 class Invariants:
@@ -61,7 +70,7 @@ class Invariants:
         """No error of an input is one that the worker did not expect."""
         said = self._log_since()
         self._log = self._world.member.log.stat().st_size
-        parts = said.split("Traceback (most recent call last)")
+        parts = CONTROL.sub("", said).split("Traceback (most recent call last)")
         return [
             f"a traceback in the log: {before[-300:]}…{after[:1500]}" for before, after in itertools.pairwise(parts)
         ][:3]

@@ -7,11 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 from stoker.broker import keys, ledger
+from stoker.broker.connection import translated
+from stoker.client import Job
 from stoker.client.submission import job_record
 from stoker.contract import AdapterRequest, TrainRequest, bundle
 from stoker.contract.requests import Request
 from stoker.contract.uploads import Kind, Upload
-from stoker.errors import JobLost
+from stoker.errors import BrokerUnavailable, JobFailed, JobLost
 from tests.chaos.fleet import GENERATE
 from tests.fuzz import odd
 from tests.fuzz.input import Input
@@ -94,11 +96,16 @@ def _submitted(world: World, job_id: str, name: str, store: Callable[[str], Any]
         request = TrainRequest(dataset=name, steps=1, rank=2, max_length=16, promote=False, **given)
     store(keys.blob(name))
     try:
-        ledger.submit(world.client.redis, job_id, job_record(request, job_id))
-        return world.judged(lambda: world.client.job(job_id), (*REFUSED, JobLost))
+        return world.judged(lambda: _sent(world, request, job_id), (*REFUSED, JobLost, JobFailed, BrokerUnavailable))
     finally:
         if store is not None and not name.startswith("worker:"):
             world.client.redis.delete(keys.blob(name))
+
+
+def _sent(world: World, request: Request, job_id: str) -> Job[Any]:
+    with translated(world.client.settings):
+        ledger.submit(world.client.redis, job_id, job_record(request, job_id))
+    return world.client.job(job_id)
 
 
 def _as_bytes(world: World, key: str, data: bytes) -> None:

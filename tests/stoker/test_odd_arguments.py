@@ -13,8 +13,15 @@ from stoker.broker.envelope import UnreadableMessage, envelope
 from stoker.broker.envelope import read as read_message
 from stoker.broker.ledger.replies import Claim
 from stoker.client.model_choice import Choices, choose_model
-from stoker.client.requests import checked_job_id, embed_request, generate_request, read_dataset, train_request
-from stoker.contract import GenerateRequest, bundle
+from stoker.client.requests import (
+    checked_job_id,
+    embed_request,
+    generate_request,
+    known_by,
+    read_dataset,
+    train_request,
+)
+from stoker.contract import GenerateRequest, bundle, encode
 from stoker.contract.codec import read
 from stoker.contract.shown import brief
 from stoker.errors import DatasetError, InvalidRequest, UnknownModel
@@ -57,6 +64,8 @@ def test_what_is_no_name_is_refused_where_a_name_is_expected(given: Any) -> None
             registry.wanted(given, version=verb)
     with pytest.raises(InvalidRequest, match=r"^job_id: .* allowed: 1 to 128 letters"):
         checked_job_id(given)
+    with pytest.raises(InvalidRequest, match=r"^job_id: .* allowed: 1 to 128 letters"):
+        known_by(given)
     with pytest.raises(InvalidRequest, match=r"^folder: .* expected the path"):
         bundle.folder_of(given)
 
@@ -112,3 +121,25 @@ def test_a_message_that_is_nested_as_deeply_as_json_may_be_is_unreadable() -> No
         raw = json.dumps(message).replace('"eta": null', f'"eta": {"[" * levels}{"]" * levels}').encode()
         with pytest.raises(UnreadableMessage):
             read_message(raw, queue)
+
+
+def nested(levels: int) -> dict[str, Any]:
+    inner: dict[str, Any] = {}
+    for _ in range(levels - 1):
+        inner = {"a": [inner]} if len(inner) % 2 else {"a": inner}
+    return inner
+
+
+@pytest.mark.parametrize("levels", [101, 150, 255, 400, 900, 5000])
+def test_json_that_is_nested_too_deeply_is_refused_before_it_is_written(levels: int) -> None:
+    talk = [{"role": "user", "content": "ab"}]
+    for options in (
+        {"prompt": "ab", "json_schema": nested(levels)},
+        {"messages": talk, "tools": [nested(levels)]},
+        {"messages": talk, "template": nested(levels)},
+        {"messages": [{"role": "assistant", "tool_calls": [nested(levels)]}]},
+    ):
+        with pytest.raises(InvalidRequest, match=r"more than 100 deep|that cannot be shown"):
+            generate_request("m", None, 1, options)
+    sound = generate_request("m", "ab", 1, {"json_schema": nested(40)})
+    assert json.loads(json.dumps(encode(sound)))["json_schema"] == nested(40)

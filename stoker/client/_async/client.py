@@ -192,7 +192,8 @@ class AsyncClient:
 
     async def job(self, job_id: str) -> AnyAsyncJob:
         """A job that was sent before, by this process or another; raises `JobLost` if the broker does not know it."""
-        return JOBS[requests.known_kind(job_id, await self.link.kind(job_id)).name](self.link, job_id)
+        kind = await self.link.kind(requests.known_by(job_id))
+        return JOBS[requests.known_kind(job_id, kind).name](self.link, job_id)
 
     async def workers(self) -> list[Presence]:
         """The workers that are alive now, each with its warm models."""
@@ -214,7 +215,7 @@ class AsyncClient:
     async def retry(self, job_id: str) -> AnyAsyncJob:
         """Send a dead job again, under its own id and for the client that sent it. Raises `JobLost` if there is none of
         that id."""
-        letter = (await self.dead()).get(job_id)
+        letter = (await self.dead()).get(requests.known_by(job_id))
         if letter is None:
             raise JobLost(f"job {job_id}: no dead letter of that id. `stoker jobs dead` lists them.")
         if letter["kind"] not in KINDS:
