@@ -168,7 +168,12 @@ class Job:
         return usage.model_copy(update={"worker": self.runtime.name, "queued_seconds": self.claim.age})
 
 
-_DROPPED = {"ended": "has ended", "duplicate": "runs already", "unknown": "the broker knows no longer"}
+_DROPPED = {
+    "ended": "has ended",
+    "duplicate": "runs already",
+    "unknown": "the broker knows no longer",
+    "spoiled": "has a record that no client wrote",
+}
 
 
 def run_job(job: Job, handler: JobHandler[Q, R]) -> dict[str, Any]:
@@ -268,7 +273,7 @@ def _telling_celery(job: Job) -> Iterator[None]:
         job.report("task-revoked", terminated=True, signum=None, expired=False)
         raise Ignore from None
     except Spoiled as trouble:
-        job.lease.give_up(trouble)
+        _give_up(job, trouble)
         raise Ignore from None
     except (StokerError, Ignore):
         raise
@@ -277,3 +282,11 @@ def _telling_celery(job: Job) -> Iterator[None]:
         # after some of them a dead letter.
         log.exception("job %s could not be ended", job.id)
         raise Reject(str(error), requeue=True) from None
+
+
+def _give_up(job: Job, trouble: Spoiled) -> None:
+    try:
+        job.lease.give_up(trouble)
+    except Spoiled as still:
+        # What jobs share was spoiled again, a moment after it was mended: the message comes back.
+        raise Reject(str(still), requeue=True) from None

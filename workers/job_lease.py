@@ -10,12 +10,11 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from redis.exceptions import NoPermissionError, RedisError, ResponseError
 
-from stoker.broker import keys, ledger
+from stoker.broker import ledger
 from stoker.broker.connection import passes
 from stoker.broker.ledger.ending import Ending
 from stoker.broker.ledger.replies import Claim, Crash
-from stoker.broker.outcome import Outcome
-from stoker.errors import JobFailed, JobLost
+from stoker.errors import JobFailed
 from workers.blame import blame
 from workers.services.runtime import Fenced, Runtime
 
@@ -74,12 +73,9 @@ class JobLease:
 
     def give_up(self, trouble: Spoiled) -> None:
         """End a job that the ledger cannot end: who waits for it gets the error, and its message goes."""
-        record = ledger.failure(self.job_id, JobFailed(f"job {self.job_id}: {trouble}.")).text()
         log.error("job %s cannot be ended as others are: %s", self.job_id, trouble)
-        redis, result = self.runtime.redis, keys.result(self.job_id)
-        if not self._has_ended():
-            self.runtime.persist(lambda: redis.set(result, record, ex=keys.RESULT_TTL))
-            self.runtime.persist(lambda: redis.publish(result, record))
+        ending = ledger.failure(self.job_id, JobFailed(f"job {self.job_id}: {trouble}."))
+        self._persist(ledger.abandon, self.token, ending)
 
     def blame(self, error: RedisError) -> str:
         """What the broker refused, and which key is to blame."""
@@ -88,14 +84,6 @@ class JobLease:
     def _only_as_owner(self, is_owner: bool) -> None:
         if not is_owner:
             raise Fenced(f"job {self.job_id} runs elsewhere.")
-
-    def _has_ended(self) -> bool:
-        result = keys.result(self.job_id)
-        try:
-            return Outcome.parse(self.runtime.persist(lambda: self.runtime.redis.get(result))) is not None
-        except (ResponseError, JobLost):
-            # What lies there is no result.
-            return False
 
     def _persist(self, transition: Callable[Concatenate[Any, str, str, P], T], *args: P.args, **named: P.kwargs) -> T:
         """One transition of the ledger; once more if a key that jobs share was spoiled, and is mended now."""

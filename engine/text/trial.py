@@ -11,6 +11,7 @@ import tokenizers
 
 from engine.platform.jsonfiles import read_bytes
 from engine.platform.limited import LimitedProcess, LimitPassed
+from stoker.contract.shown import cut
 from stoker.errors import InvalidRequest, ModelError
 
 #: Of computing; a vocabulary of 250,000 tokens takes two.
@@ -45,7 +46,7 @@ def read_tokenizer(path: Path) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_buffer(content)
     except Exception as error:  # the package raises plain Exception
-        raise ModelError(f"{path}: {error}") from error
+        raise ModelError(f"{path}: {cut(error)}") from error
 
 
 def end() -> None:

@@ -23,11 +23,21 @@ from stoker.errors import InvalidRequest, UnknownAdapter
 Verb = Literal["promote", "rollback", "deactivate", "unload"]
 
 _SERVE = """
+-- The versions that served before. What another program wrote there is left out.
+local function history_of(key)
+  local readable, found = pcall(cjson.decode, redis.call('HGET', key, 'history') or '[]')
+  local kept = {}
+  for _, version in ipairs(readable and type(found) == 'table' and found or {}) do
+    if string.match(tostring(version), '^%d+$') then table.insert(kept, tostring(version)) end
+  end
+  return kept
+end
+
 local function serve(key, version)
   local serving = redis.call('HGET', key, 'serving') or ''
   if serving == version then return end
   if serving ~= '' then
-    local history = cjson.decode(redis.call('HGET', key, 'history') or '[]')
+    local history = history_of(key)
     table.insert(history, serving)
     redis.call('HSET', key, 'history', cjson.encode(history))
   end
@@ -41,7 +51,7 @@ REGISTER = (
     + """
 redis.call('SADD', KEYS[2], ARGV[1])
 redis.call('HSET', KEYS[1], 'version:' .. ARGV[2], ARGV[3])
-local last = tonumber(redis.call('HGET', KEYS[1], 'next') or '0')
+local last = tonumber(redis.call('HGET', KEYS[1], 'next')) or 0
 if last < tonumber(ARGV[2]) then redis.call('HSET', KEYS[1], 'next', ARGV[2]) end
 if ARGV[4] == '1' then serve(KEYS[1], ARGV[2]) end
 return 1
@@ -61,7 +71,7 @@ if verb == 'promote' then
 elseif verb == 'deactivate' then
   serve(key, '')
 elseif verb == 'rollback' then
-  local history = cjson.decode(redis.call('HGET', key, 'history') or '[]')
+  local history = history_of(key)
   local found = false
   while #history > 0 and not found do
     local last = table.remove(history)

@@ -60,6 +60,7 @@ def _transition(name: str) -> Script:
 
 SUBMIT, CLAIM, RELEASE, COMPLETE = map(_transition, ("submit", "claim", "release", "complete"))
 CANCEL, RECOVER, DEAD_LETTER, OUT_OF_MEMORY = map(_transition, ("cancel", "recover", "dead_letter", "out_of_memory"))
+ABANDON = _transition("abandon")
 #: These know nothing of queues.
 ALLOCATE, PIN = Script(_text("allocate")), Script(_text("pin"))
 TROUBLE = _text("trouble")
@@ -120,6 +121,12 @@ def count_out_of_memory(redis: Any, job_id: str, queue: str, token: str) -> int:
 def complete(redis: Any, job_id: str, queue: str, token: str, ending: Ending) -> bool:
     """End the job with `success`, `failure` or `revoked`. False for an owner that was fenced."""
     return _call(COMPLETE, bool, job_id, queue, token, ending.text()).on(redis)
+
+
+def abandon(redis: Any, job_id: str, queue: str, token: str, ending: Ending) -> bool:
+    """End a job whose record, result or input another program wrote over. False for a job that has ended, or belongs to
+    another owner than `token`."""
+    return _call(ABANDON, bool, job_id, queue, token, ending.text()).on(redis)
 
 
 def cancellation(job_id: str, queue: str) -> Call[str]:

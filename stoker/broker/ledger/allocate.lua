@@ -2,7 +2,8 @@
 -- record lives which this makes anew, because the job's own has expired. A job gets the same number whenever it asks.
 local given = redis.call('HGET', KEYS[1], 'version')
 if given then return given end
-local last = tonumber(redis.call('HGET', KEYS[2], 'next') or '0')
+-- What another program wrote there counts for nothing.
+local last = tonumber(string.match(redis.call('HGET', KEYS[2], 'next') or '', '^%d%d?%d?%d?%d?%d?%d?%d?%d?$')) or 0
 local version = math.max(last + 1, tonumber(ARGV[1]))
 redis.call('HSET', KEYS[2], 'next', version)
 redis.call('HSET', KEYS[1], 'version', version)

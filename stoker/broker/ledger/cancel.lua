@@ -1,9 +1,9 @@
 -- ARGV: the result's record, prefix of workers' presences. KEYS[21]: the channel of cancels
 if ended() then return 'ended' end
-local owner = redis.call('HMGET', job, 'token', 'worker', 'submitted')
-if not owner[3] then return 'unknown' end
+if not known(id) then return 'unknown' end
+local owner = redis.call('HMGET', job, 'token', 'worker')
 if owner[1] then
-  if redis.call('EXISTS', ARGV[7] .. owner[2]) == 1 then
+  if redis.call('EXISTS', ARGV[7] .. (owner[2] or '')) == 1 then
     redis.call('SET', mark, '1', 'EX', pending_ttl)
     redis.call('PUBLISH', KEYS[21], id)
     return 'asked'

@@ -5,8 +5,13 @@ if ended() then
   strike_out()
   return {'ended', '0', '0', ''}
 end
+if not known(id) then return {'unknown', '0', '0', ''} end
+if not rank(id) then
+  spoil(id)
+  strike_out()
+  return {'spoiled', '0', '0', ''}
+end
 local state = redis.call('HMGET', job, 'token', 'tag', 'worker', 'submitted', 'history', 'began', 'request', 'trouble')
-if not state[4] then return {'unknown', '0', '0', ''} end
 if state[1] and state[2] ~= tag then return {'duplicate', '0', '0', ''} end
 local history = decoded(state[5])
 if state[1] then note_crash(job, state[3], history, state[8]) end

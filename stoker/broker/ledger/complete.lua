@@ -2,14 +2,15 @@
 local owner = redis.call('HMGET', job, 'token', 'completed')
 -- Sent again, because the answer was lost: it has ended, once.
 if owner[2] == ARGV[6] then return 1 end
-if owner[1] ~= ARGV[6] or owner[2] then return 0 end
+if owner[1] ~= ARGV[6] or ended() then return 0 end
 strike_out()
 redis.call('HSET', job, 'completed', ARGV[6])
 finish(ARGV[7])
 -- How fast jobs end here: what a full queue reports to the clients that it refuses.
 local state = redis.call('HMGET', pace, 'last', 'interval')
-local since = now - (tonumber(state[1]) or now)
-local interval = state[2] and 0.9 * tonumber(state[2]) + 0.1 * since or since
+local since = now - (finite(state[1]) or now)
+local before = finite(state[2])
+local interval = before and 0.9 * before + 0.1 * since or since
 redis.call('HSET', pace, 'last', string.format('%.6f', now), 'interval', string.format('%.6f', interval))
 redis.call('EXPIRE', pace, result_ttl)
 return 1

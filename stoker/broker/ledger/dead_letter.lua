@@ -3,7 +3,7 @@
 local dead, token, worker, trouble, dead_ttl = KEYS[21], unpack(ARGV, 6, 9)
 local fields = redis.call('HMGET', job, 'kind', 'model', 'request', 'client', 'history', 'blob', 'token', 'lettered')
 -- cjson writes an empty list as {}.
-local function written(history) return #history > 0 and cjson.encode(history) or '[]' end
+local function written(history) return type(history) == 'table' and #history > 0 and cjson.encode(history) or '[]' end
 if fields[7] ~= token then return false end
 -- Sent again, because the answer was lost: the letter stands as it is.
 if fields[8] == token then return written(decoded(redis.call('HGET', dead, id) or '')['history'] or {}) end

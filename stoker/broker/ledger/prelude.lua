@@ -12,6 +12,7 @@ local job, result, mark, ready, open, dispatched, turns, pace, policy, sizes = u
 local backlogs = {unpack(KEYS, 11, 20)}
 local id, job_prefix, pending_ttl, result_ttl, window = unpack(ARGV, 1, 5)
 window = tonumber(window)
+local prefix = string.sub(job_prefix, 1, -5)
 
 -- What is no whole number of at least 1, or more than `stoker jobs policy` takes, was not decided by it.
 local most_of = {queue_limit = 1e6, client_limit = 1e6, queue_bytes = 2 ^ 40, crashes = 1000, ageing = 30 * 24 * 3600}
@@ -21,14 +22,39 @@ local function setting(name, default)
   return decided and decided <= most_of[string.match(name, '^[^:]+')] and decided or default
 end
 
--- Whether its result is there, or was: a record may outlive it, and has no message then.
+-- An object or list in JSON; an empty one for what is none.
+local function decoded(text)
+  local readable, value = pcall(cjson.decode, text)
+  return readable and type(value) == 'table' and value or {}
+end
+
+-- A number that counts and orders can be made of; nil for what is none.
+local function finite(text)
+  local number = tonumber(text)
+  return number and number > -2 ^ 53 and number < 2 ^ 53 and number or nil
+end
+
+-- A count; 0 for what is none.
+local function count_of(text)
+  return math.max(0, finite(text) or 0)
+end
+
+-- Fields of a record; none of them for what is no record.
+local function fields_of(of, ...)
+  return redis.pcall('HMGET', job_prefix .. of, ...)
+end
+
+-- Whether a record says of itself that its job has ended: a record may outlive the result, and has no message then.
+local function is_over(of)
+  local fields = fields_of(of, 'ended', 'message')
+  return fields[1] == '1' and not fields[2]
+end
+
+-- Whether the job's result is there, or was. What is no result ends no job.
 local function ended()
-  local record = redis.call('GET', result)
-  if not record then
-    local known = redis.call('HMGET', job, 'submitted', 'message')
-    return known[1] and not known[2]
-  end
-  local status = cjson.decode(record)['status']
+  local record = redis.pcall('GET', result)
+  if not record then return is_over(id) end
+  local status = decoded(record)['status']
   return status == 'SUCCESS' or status == 'FAILURE' or status == 'REVOKED'
 end
 
@@ -41,17 +67,17 @@ end
 -- What a waiting job is ordered by; nil for one that has ended, and for one whose record no client wrote: it must not
 -- stop the others.
 local function rank(of)
-  local fields = redis.pcall('HMGET', job_prefix .. of, 'priority', 'submitted', 'turn', 'token', 'message')
-  local priority, submitted = tonumber(fields[1]), tonumber(fields[2])
-  if not (submitted and priority and backlogs[priority + 1] and tonumber(fields[3]) and fields[5]) then return nil end
+  local fields = fields_of(of, 'priority', 'submitted', 'turn', 'token', 'message')
+  local priority, submitted, turn = finite(fields[1]), finite(fields[2]), finite(fields[3])
+  if not (submitted and priority and backlogs[priority + 1] and turn and fields[5]) then return nil end
   if not string.find(fields[5], '"delivery_tag": "', 1, true) then return nil end
-  return {id = of, priority = priority, level = level(priority, submitted), turn = fields[3], owned = fields[4]}
+  return {id = of, priority = priority, level = level(priority, submitted), turn = turn, owned = fields[4]}
 end
 
--- An object or list in JSON; an empty one for what is none.
-local function decoded(text)
-  local readable, value = pcall(cjson.decode, text)
-  return readable and type(value) == 'table' and value or {}
+-- Whether there is a record that says what was asked, or something else in its place.
+local function known(of)
+  local fields = fields_of(of, 'kind', 'submitted')
+  return fields['err'] ~= nil or fields[1] or fields[2]
 end
 
 -- The job that a message names; nil for one that cannot be read: a worker will dead-letter it.
@@ -69,12 +95,6 @@ local function add(key, score, member)
   redis.call('EXPIRE', key, pending_ttl)
 end
 
--- A count; 0 for what is none, not a number, or beyond what can be counted up by one.
-local function count_of(text)
-  local count = tonumber(text)
-  return count and count >= 0 and count < 2 ^ 53 and count or 0
-end
-
 -- Take a turn for the job's client among those who wait at the same priority (start-time fair queueing, Goyal et al.
 -- 1996, each job costing 1): a client that sends a thousand jobs stands a thousand times in the round, not before the others.
 local function enter_backlog(priority, client)
@@ -87,6 +107,22 @@ local function enter_backlog(priority, client)
   add(backlog(priority), turn, id)
 end
 
+-- The job will never run, because something else than Stoker wrote into its record: who waits for it gets an error, where
+-- no result is yet.
+local function spoil(of)
+  local record, result_of = job_prefix .. of, prefix .. 'celery-task-meta-' .. of
+  if not known(of) or is_over(of) or redis.call('EXISTS', result_of) == 1 then return end
+  local kind = redis.call('TYPE', record).ok
+  local wrong = kind == 'hash' and 'has not the fields that its client wrote' or 'is a ' .. kind .. ', not a hash'
+  local message = 'job ' .. of .. ': the key ' .. record .. ' ' .. wrong
+    .. '. Something else than Stoker wrote there: send the job again, under another id.'
+  local failure = {exc_type = 'JobFailed', exc_message = {message}, exc_module = 'stoker.errors'}
+  local outcome = cjson.encode({status = 'FAILURE', result = failure, task_id = of})
+  redis.call('SET', result_of, outcome, 'EX', result_ttl)
+  redis.call('PUBLISH', result_of, outcome)
+  redis.call('EXPIRE', record, result_ttl)
+end
+
 -- Which of the backlog is next: the best level first; priorities that ageing made equal take turns.
 local function best()
   local found
@@ -95,15 +131,16 @@ local function best()
     while head do
       local candidate = rank(head)
       if candidate then
-        candidate.served = tonumber(redis.call('HGET', turns, 'served:' .. priority)) or 0
+        candidate.served = count_of(redis.call('HGET', turns, 'served:' .. priority))
         if not found or candidate.level < found.level
             or (candidate.level == found.level and candidate.served < found.served) then
           found = candidate
         end
         break
       end
-      -- It has ended, or its record has expired.
+      -- It has ended, or its record has expired or is spoiled.
       redis.call('ZREM', backlog(priority), head)
+      spoil(head)
       head = redis.call('ZRANGE', backlog(priority), 0, 0)[1]
     end
   end
@@ -120,12 +157,13 @@ end
 -- The job's message under a delivery tag of its own: its tag distinguishes a delivery that came back from a second one.
 local function message_of(of)
   local key = job_prefix .. of
-  local tag = of .. '#' .. string.format('%.0f', redis.call('HINCRBY', key, 'sent', 1))
+  local sent = string.format('%.0f', count_of(redis.call('HGET', key, 'sent')) + 1)
+  local tag = of .. '#' .. sent
   local message = redis.call('HGET', key, 'message')
   -- In what stands for the old tag, % has a meaning.
   local field = '"delivery_tag": "' .. string.gsub(tag, '%%', '%%%%') .. '"'
   message = string.gsub(message, '"delivery_tag": "[^"]*"', field)
-  redis.call('HSET', key, 'message', message)
+  redis.call('HSET', key, 'message', message, 'sent', sent)
   return message
 end
 
@@ -145,8 +183,9 @@ local function push(candidate)
     redis.call('LPUSH', ready, message)
   end
   redis.call('ZREM', backlog(candidate.priority), candidate.id)
-  local served = redis.call('HINCRBY', turns, 'served', 1)
-  redis.call('HSET', turns, 'now:' .. candidate.priority, candidate.turn, 'served:' .. candidate.priority, served)
+  local served = count_of(redis.call('HGET', turns, 'served')) + 1
+  redis.call('HSET', turns, 'served', served, 'served:' .. candidate.priority, served)
+  redis.call('HSET', turns, 'now:' .. candidate.priority, candidate.turn)
   redis.call('EXPIRE', turns, pending_ttl)
   add(dispatched, now, candidate.id)
 end
@@ -182,8 +221,6 @@ local function waiting()
   return count
 end
 
-local prefix = string.sub(job_prefix, 1, -5)
-
 -- A record's `blob` if it is an input of this very job: another key that a record names is not the job's to touch.
 local function own_input(blob)
   for _, kind in ipairs({'dataset', 'adapter'}) do
@@ -209,21 +246,26 @@ local function set_size(of, bytes)
   if redis.call('HLEN', sizes) == 1 then redis.call('DEL', sizes) end
 end
 
--- The job has ended, or is to be: nobody waits for it any more, and its client may have another.
+-- The job has ended, or is to be: nobody waits for it any more, and its client may have another. Of what its record says
+-- only that is used which can be true.
 local function strike_out()
-  local fields = redis.call('HMGET', job, 'message', 'priority', 'mine', 'blob')
+  local fields = fields_of(id, 'message', 'priority', 'mine', 'blob')
   if fields[1] then redis.call('LREM', ready, 1, fields[1]) end
-  if fields[2] then redis.call('ZREM', backlog(tonumber(fields[2])), id) end
+  local own = backlogs[(finite(fields[2]) or -1) + 1]
+  for _, waiting in ipairs(own and {own} or backlogs) do redis.call('ZREM', waiting, id) end
   -- Another type than a client's jobs have is the next submission's to move aside.
   local mine = prefix .. 'client:'
   if fields[3] and string.sub(fields[3], 1, #mine) == mine then redis.pcall('ZREM', fields[3], id) end
   local input = own_input(fields[4])
   if input then redis.call('DEL', input) end
   set_size(id, nil)
-  redis.call('HDEL', job, 'request', 'message')
   redis.call('ZREM', open, id)
   redis.call('ZREM', dispatched, id)
   redis.call('DEL', mark)
+  if redis.call('TYPE', job).ok == 'hash' then
+    redis.call('HDEL', job, 'request', 'message')
+    redis.call('HSET', job, 'ended', '1')
+  end
   redis.call('EXPIRE', job, result_ttl)
 end
 

@@ -49,6 +49,8 @@ class Field(StrEnum):
     #: The owners that went silent, JSON; and what the next of them has to say of itself.
     HISTORY = "history"
     TROUBLE = "trouble"
+    #: `1` behind its end; it has no message then.
+    ENDED = "ended"
     #: How often it ended for want of memory, and the token of the owner that was counted last.
     OUT_OF_MEMORY = "out_of_memory"
     COUNTED = "counted"

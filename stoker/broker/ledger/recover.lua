@@ -12,16 +12,32 @@ end
 local function lost(of, token, tag, worker)
   if standing[of] then return false end
   if not token then return true end
-  return redis.call('HEXISTS', KEYS[21], tag) == 0 and redis.call('EXISTS', ARGV[7] .. worker) == 0
+  return redis.call('HEXISTS', KEYS[21], tag or '') == 0 and redis.call('EXISTS', ARGV[7] .. (worker or '')) == 0
+end
+
+-- A job whose record is spoiled is in no order any more. One that is in none, because another program wrote over the key
+-- of an order, counts as dispatched now; so does one that was dispatched in the future.
+for _, of in ipairs(redis.call('ZRANGE', open, 0, 99)) do
+  local job_there = rank(of)
+  if not job_there then
+    redis.call('ZREM', open, of)
+    redis.call('ZREM', dispatched, of)
+    spoil(of)
+  elseif not redis.call('ZSCORE', dispatched, of) and not redis.call('ZSCORE', backlog(job_there.priority), of) then
+    add(dispatched, now, of)
+  end
+end
+for _, of in ipairs(redis.call('ZRANGEBYSCORE', dispatched, string.format('%.6f', now + 1), '+inf')) do
+  add(dispatched, now, of)
 end
 
 local found = {}
 for _, of in ipairs(redis.call('ZRANGEBYSCORE', dispatched, '-inf', now - tonumber(ARGV[6]), 'LIMIT', 0, 1000)) do
   local key = job_prefix .. of
-  local fields = redis.pcall('HMGET', key, 'message', 'priority', 'turn', 'token', 'tag', 'worker', 'history', 'trouble')
+  local fields = fields_of(of, 'message', 'priority', 'turn', 'token', 'tag', 'worker', 'history', 'trouble')
   if not rank(of) then
     redis.call('ZREM', dispatched, of)
-    redis.call('ZREM', open, of)
+    spoil(of)
   elseif lost(of, fields[4], fields[5], fields[6]) then
     if fields[4] then
       note_crash(key, fields[6], decoded(fields[7]), fields[8])

@@ -29,7 +29,7 @@ class Submitted:
 
 @dataclass(frozen=True)
 class Claim:
-    """`state`: `run`, `ended`, `duplicate`, `unknown` or `dead`. `age`: seconds since submission. `resumed`: it had an
+    """`state`: `run`, `ended`, `duplicate`, `unknown`, `spoiled` or `dead`. `age`: seconds since submission. `resumed`: it had an
     owner before. `request`: what was asked, JSON. `cancelled`: a client asked for its end before."""
 
     state: str

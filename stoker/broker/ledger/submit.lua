@@ -10,7 +10,8 @@ for i = 12, #ARGV, 2 do
   size = size + #ARGV[i] + #ARGV[i + 1]
 end
 local input = own_input(fields['blob'])
-if input and data == '' then size = size + redis.call('STRLEN', input) end
+-- What is no string there, its worker refuses.
+if input and data == '' and redis.call('TYPE', input).ok == 'string' then size = size + redis.call('STRLEN', input) end
 if revive then
   if redis.call('HEXISTS', dead, id) == 0 then return {'unknown', 0, 0, '0'} end
 elseif redis.call('EXISTS', job) == 1 then
@@ -58,6 +59,10 @@ local submitted = string.format('%.6f', now)
 redis.call('HSET', job, 'submitted', submitted, 'sent', string.format('%.0f', sent), 'mine', mine, unpack(record))
 local accepted, trouble = pcall(function()
   redis.call('ZREMRANGEBYSCORE', mine, '-inf', now - pending_ttl)
+  -- Ids of jobs that went with their record, or whose record was spoiled.
+  for _, of in ipairs(redis.call('ZRANGE', mine, 0, 1)) do
+    if not redis.call('ZSCORE', open, of) then redis.call('ZREM', mine, of) end
+  end
   redis.call('EXPIRE', job, pending_ttl)
   -- A cancel was of an earlier record: of the dead letter's, or of one that expired as its owner ran it.
   redis.call('DEL', mark)

@@ -1,0 +1,7 @@
+-- ARGV: token, the result's record. Ends a job whose owner cannot end it as others are, because something else than Stoker
+-- wrote where the job's record, result or input should be. Returns 0 for a job that has ended, or is another owner's.
+local owner = redis.pcall('HGET', job, 'token')
+if (type(owner) == 'string' and owner ~= ARGV[6]) or ended() then return 0 end
+strike_out()
+finish(ARGV[7])
+return 1

@@ -1,0 +1,214 @@
+"""Records, orders and registries that another program wrote over: each hurts its own job, which ends with an error, and
+nothing of it is left."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Any
+
+import pytest
+
+from stoker.broker import keys, ledger, registry
+from stoker.broker.connection import connect
+from stoker.broker.ledger.record import Field
+from stoker.broker.outcome import JobStatus, Outcome
+from stoker.contract.kinds import READY
+from stoker.errors import JobFailed
+from stoker.settings import Settings
+from tests.leaks import open_work
+from tests.stoker.test_ledger import QUEUE, record, submit, take, take_all
+
+#: What is no number that orders or counts, and what is one that no script gave out.
+GARBAGE = ("", "abc", "nan", "inf", "-inf", "1e400", "-1", "5.5", "{}", "0x10", "9" * 30, b"\xff\xfe")
+TYPES = ("string", "list", "set", "zset", "stream")
+
+
+@pytest.fixture
+def redis(broker: Settings) -> Iterator[Any]:
+    with closing(connect(broker)) as client:
+        yield client
+
+
+def overwrite(redis: Any, key: str, kind: str) -> None:
+    redis.delete(key)
+    {
+        "string": lambda: redis.set(key, "x"),
+        "list": lambda: redis.rpush(key, "x"),
+        "set": lambda: redis.sadd(key, "x"),
+        "zset": lambda: redis.zadd(key, {"x": 1}),
+        "stream": lambda: redis.xadd(key, {"x": "x"}),
+    }[kind]()
+    redis.expire(key, 60)
+
+
+def failed(redis: Any, job_id: str) -> bool:
+    """Whether who waits for the job gets an error that names the record's key."""
+    outcome = Outcome.parse(redis.get(keys.result(job_id)))
+    if outcome is None:
+        return False
+    with pytest.raises(JobFailed, match=f"{keys.job(job_id)} .*Something else than Stoker wrote there"):
+        outcome.unwrap(job_id)
+    return True
+
+
+def settle(redis: Any) -> None:
+    """Run what can be run, as a worker and its janitor do."""
+    for _ in range(3):
+        ledger.recover(redis, QUEUE, -1)
+        for job_id in take_all(redis):
+            assert ledger.complete(redis, job_id, QUEUE, f"token-{job_id}", ledger.success(job_id, {}))
+
+
+@pytest.mark.parametrize("field", ["priority", "submitted", "turn", "message", "sent"])
+@pytest.mark.parametrize("value", [None, *GARBAGE])
+def test_a_record_with_a_wrong_field_ends_its_own_job_and_no_other(redis: Any, field: str, value: Any) -> None:
+    for number in range(READY + 4):
+        submit(redis, f"job-{number}")
+    bad = f"job-{READY + 1}"
+    redis.hdel(keys.job(bad), field) if value is None else redis.hset(keys.job(bad), field, value)
+    settle(redis)
+    for number in range(READY + 4):
+        outcome = Outcome.parse(redis.get(keys.result(f"job-{number}")))
+        assert outcome is not None, f"job-{number} has not ended"
+        assert outcome.status is JobStatus.DONE or (f"job-{number}" == bad and failed(redis, bad))
+    submit(redis, "last")
+    settle(redis)
+    assert open_work(redis) == []
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_a_record_of_another_type_ends_its_own_job_and_no_other(redis: Any, kind: str) -> None:
+    for number in range(READY + 4):
+        submit(redis, f"job-{number}")
+    overwrite(redis, keys.job(f"job-{READY + 1}"), kind)
+    settle(redis)
+    assert failed(redis, f"job-{READY + 1}")
+    assert Outcome.parse(redis.get(keys.result(f"job-{READY + 2}"))) == Outcome(JobStatus.DONE, {})
+
+
+def test_a_record_that_is_spoiled_in_the_ready_list_ends_when_its_message_is_taken(redis: Any) -> None:
+    submit(redis)
+    redis.hdel(keys.job("job"), Field.SUBMITTED)
+    assert ledger.claim(redis, "job", QUEUE, "token", "tag", "worker").state == "spoiled"
+    assert failed(redis, "job")
+    assert ledger.claim(redis, "job", QUEUE, "token", "tag", "worker").state == "ended"
+
+
+def test_a_record_that_only_pins_a_version_is_that_of_no_job(redis: Any) -> None:
+    ledger.pin(redis, "job", 3)
+    assert ledger.claim(redis, "job", QUEUE, "token", "tag", "worker").state == "unknown"
+    assert ledger.cancel(redis, "job", QUEUE) == "unknown"
+    assert not redis.exists(keys.result("job"))
+
+
+@pytest.mark.parametrize("value", GARBAGE)
+def test_the_count_of_a_queues_turns_may_be_anything(redis: Any, value: Any) -> None:
+    for number in range(2 * READY):
+        submit(redis, f"job-{number}", priority=number % 3)
+    for field in ("served", "served:1", "now:1", "next:1:default"):
+        redis.hset(keys.turns(QUEUE), field, value)
+    redis.hset(keys.pace(QUEUE), mapping={"last": value, "interval": value})
+    settle(redis)
+    assert open_work(redis) == []
+
+
+def test_an_owner_ends_its_job_though_the_record_names_another_that_did(redis: Any) -> None:
+    submit(redis)
+    take(redis)
+    redis.hset(keys.job("job"), mapping={Field.COMPLETED: "another", Field.ENDED: "1"})
+    assert ledger.complete(redis, "job", QUEUE, "token-job", ledger.success("job", {}))
+    assert not ledger.complete(redis, "job", QUEUE, "another-token", ledger.success("job", {}))
+
+
+@pytest.mark.parametrize(
+    "field", [Field.PRIORITY, Field.MINE, Field.BLOB, Field.MESSAGE, Field.SUBMITTED, Field.HISTORY]
+)
+def test_a_field_that_is_spoiled_while_a_job_runs_does_not_keep_it_from_its_end(redis: Any, field: Field) -> None:
+    submit(redis)
+    take(redis)
+    redis.hset(keys.job("job"), field, "spoiled")
+    assert ledger.complete(redis, "job", QUEUE, "token-job", ledger.success("job", {}))
+    submit(redis, "next")
+    settle(redis)
+    assert open_work(redis) == []
+
+
+@pytest.mark.parametrize("field", [Field.SUBMITTED, Field.PRIORITY, Field.TURN, Field.WORKER])
+def test_a_job_with_a_spoiled_record_can_be_cancelled(redis: Any, field: Field) -> None:
+    submit(redis)
+    take(redis)
+    redis.hdel(keys.job("job"), field)
+    assert ledger.cancel(redis, "job", QUEUE) == "cancelled"
+    assert redis.zrange(keys.open_jobs(QUEUE), 0, -1) == []
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_a_job_whose_record_was_written_over_is_abandoned_with_an_error(redis: Any, kind: str) -> None:
+    submit(redis)
+    take(redis)
+    overwrite(redis, keys.job("job"), kind)
+    outcome = ledger.failure("job", JobFailed("its record is gone"))
+    assert ledger.abandon(redis, "job", QUEUE, "token-job", outcome)
+    assert not ledger.abandon(redis, "job", QUEUE, "token-job", outcome), "once"
+    submit(redis, "next")
+    settle(redis)
+    assert open_work(redis) == []
+
+
+def test_a_job_of_another_owner_is_not_abandoned(redis: Any) -> None:
+    submit(redis)
+    take(redis)
+    assert not ledger.abandon(redis, "job", QUEUE, "another", ledger.failure("job", JobFailed("x")))
+    assert not redis.exists(keys.result("job"))
+
+
+def test_jobs_whose_order_was_written_over_wait_again(redis: Any) -> None:
+    names = [f"job-{number}" for number in range(2 * READY)]
+    for name in names:
+        submit(redis, name)
+    redis.delete(keys.backlog(QUEUE, 5), keys.dispatched(QUEUE), keys.ready(QUEUE))
+    ledger.recover(redis, QUEUE, -1)
+    assert sorted(take_all(redis)) == sorted(names)
+
+
+def test_a_job_that_was_dispatched_in_the_future_is_found_when_its_message_is_lost(redis: Any) -> None:
+    submit(redis)
+    redis.zadd(keys.dispatched(QUEUE), {"job": 1e18, "ghost": float("inf")})
+    redis.delete(keys.ready(QUEUE))
+    ledger.recover(redis, QUEUE, -1)
+    assert take_all(redis) == ["job"]
+    assert redis.zscore(keys.dispatched(QUEUE), "ghost") is None
+
+
+def test_ids_without_a_job_leave_the_set_of_open_jobs_and_their_clients(redis: Any) -> None:
+    submit(redis)
+    seconds = redis.time()[0]
+    for key in (keys.open_jobs(QUEUE), keys.client("default", QUEUE)):
+        redis.zadd(key, {"ghost": seconds - 5, b"\xff": seconds - 4})
+    ledger.recover(redis, QUEUE, 0)
+    assert redis.zrange(keys.open_jobs(QUEUE), 0, -1) == [b"job"]
+    submit(redis, "next")
+    assert redis.zrange(keys.client("default", QUEUE), 0, -1) == [b"job", b"next"]
+
+
+def test_an_input_of_another_type_is_no_reason_to_refuse_its_job(redis: Any) -> None:
+    key = keys.blob("dataset:job")
+    redis.rpush(key, "x")
+    assert ledger.submit(redis, "job", record() | {"blob": key}).state == "new"
+    assert 0 < redis.ttl(key) <= keys.PENDING_TTL
+
+
+@pytest.mark.parametrize("value", [*GARBAGE, "[1", "[[]]", '["x", 2, {"a": 1}]', "7"])
+def test_what_no_release_wrote_into_an_adapters_hash_keeps_no_version_from_serving(redis: Any, value: Any) -> None:
+    key = keys.adapter("toy", "style")
+    redis.hset(key, mapping={"next": value, "history": value})
+    number = ledger.allocate(redis, "toy", "style", "job", 1)
+    assert number.isdecimal()
+    redis.expire(keys.job("job"), 60)
+    for version in (1, 2):
+        registry.register(redis, "toy", "style", version, {"rank": 2}, promote=True)
+    assert registry.parse("toy", "style", redis.hgetall(key)).serving == 2
+    assert registry.change(redis, "toy", "rollback", "style", None) == b"1"
+    assert json.loads(redis.hget(key, "history")) in ([], ["2"], ["7"])
