@@ -29,8 +29,9 @@ class Submitted:
 
 @dataclass(frozen=True)
 class Claim:
-    """`state`: `run`, `ended`, `duplicate`, `unknown`, `spoiled` or `dead`. `age`: seconds since submission. `resumed`: it had an
-    owner before. `request`: what was asked, JSON. `cancelled`: a client asked for its end before."""
+    """`state`: `run`, `ended`, `duplicate`, `unknown`, `spoiled` or `dead`. `age`: seconds since submission.
+    `resumed`: it had an owner before. `request`: what was asked, JSON. `cancelled`: a client asked for its end
+    before."""
 
     state: str
     age: float
