@@ -39,7 +39,8 @@ def write_random(folder: Path, config: dict[str, Any], dtype: mx.Dtype = mx.bflo
     kv = head * config["num_key_value_heads"]
 
     def matrix(rows: int, columns: int) -> mx.array:
-        return (mx.random.normal((rows, columns)) * columns**-0.5).astype(dtype)
+        made: mx.array = (mx.random.normal((rows, columns)) * columns**-0.5).astype(dtype)
+        return made
 
     tensors = {"model.embed_tokens.weight": matrix(config["vocab_size"], dim), "model.norm.weight": mx.ones(dim, dtype)}
     for index in range(layers):

@@ -244,7 +244,8 @@ def forward_alone(record: Table, peer: Any, folder: Path) -> None:
         ours = partial(lambda arrays: unit(forward(arrays)), arrays)
         sizes = (128, 256) if name == "mixed" else (256, len(arrays))
         sides = {size: partial(theirs, arrays, size) for size in sizes}
-        for run in (ours, ours, *sides.values(), *sides.values()):
+        runs: list[Callable[[], object]] = [ours, ours, *sides.values(), *sides.values()]
+        for run in runs:
             run()
         samples: dict[Any, list[float]] = {"ours": [], **{size: [] for size in sizes}}
         for _ in range(7):

@@ -106,7 +106,8 @@ class Ours:
 
     def prompt(self, tokens: int) -> list[int]:
         """Another one at each call, so that no prefix is found again."""
-        return self._random.integers(0, self.vocabulary, tokens).tolist()
+        drawn: list[int] = self._random.integers(0, self.vocabulary, tokens).tolist()
+        return drawn
 
     def submit(self, prompt: Sequence[int], tokens: int, **options: Any) -> tuple[str, Any]:
         from stoker.contract import GenerateRequest

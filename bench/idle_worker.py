@@ -56,11 +56,12 @@ class Work:
 class IdleEngine:
     """What `workers.services.runtime` asks of an engine."""
 
-    device, adapters, memory_bytes, step_began = "none", {}, 0, None
+    device, memory_bytes, step_began = "none", 0, None
+    adapters: dict[str, tuple[str, ...]] = {}  # noqa: RUF012 -- read alone
 
     def __init__(self, publish: Callable[[list[Entry]], None]) -> None:
         self._publish = publish
-        self._running: dict[Ticket, Work] = {}
+        self._running: dict[Ticket[Any], Work] = {}
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, daemon=True)
         served = ONE_KIND if os.environ.get("BENCH_KINDS") == "generate" else KINDS
@@ -78,8 +79,8 @@ class IdleEngine:
 
     def submit(
         self, job_id: str, request: GenerateRequest | EmbedRequest, data: Any = None, *, deadline: float | None = None
-    ) -> Ticket:
-        ticket = Ticket(job_id, request.kind, deadline)
+    ) -> Ticket[Any]:
+        ticket: Ticket[Any] = Ticket(job_id, request.kind, deadline)
         if isinstance(request, GenerateRequest) and request.max_tokens == 1:
             ticket.resolve(_result(ticket, request))
         else:
@@ -106,7 +107,7 @@ class IdleEngine:
             for _, work in going:
                 work.index += 1
 
-    def _end(self, ended: list[tuple[Ticket, Work]]) -> None:
+    def _end(self, ended: list[tuple[Ticket[Any], Work]]) -> None:
         with self._lock:
             for ticket, _ in ended:
                 del self._running[ticket]
@@ -130,7 +131,7 @@ def token(index: int, last: bool) -> StreamToken:
     )
 
 
-def _result(ticket: Ticket, request: GenerateRequest | EmbedRequest) -> Any:
+def _result(ticket: Ticket[Any], request: GenerateRequest | EmbedRequest) -> Any:
     if isinstance(request, EmbedRequest):
         return SimpleNamespace(vectors=np.zeros((len(request.texts), DIM), np.float32), tokens=0, ticket=ticket)
     return GenerateResult(
@@ -138,4 +139,4 @@ def _result(ticket: Ticket, request: GenerateRequest | EmbedRequest) -> Any:
     )
 
 
-boot._make_engine = lambda settings, publish: IdleEngine(publish)  # type: ignore[assignment,return-value]
+boot.make_engine = lambda settings, publish: IdleEngine(publish)  # type: ignore[assignment,return-value]

@@ -25,6 +25,7 @@ from stoker import AsyncClient, Client
 from stoker.broker import keys
 from stoker.broker.connection import connect
 from stoker.client import EmbedJob, GenerateJob
+from stoker.contract import GenerateRequest
 from stoker.contract.presence import node_of
 from stoker.local.broker import EmbeddedBroker
 from stoker.local.process import Process
@@ -102,7 +103,7 @@ def round_trip(bench: Bench) -> list[Row]:
         ours = lambda: client.generate("x", model=MODEL, max_tokens=1).result(30)  # noqa: E731
         theirs = lambda: nothing.delay({"prompt": "x"}).get(timeout=30)  # noqa: E731
         for _ in range(20):
-            ours(), theirs()
+            timed(ours), timed(theirs)
         samples = [(timed(ours), timed(theirs)) for _ in range(ROUND_TRIPS)]
     mine, bare = zip(*samples, strict=True)
     print(f"round trip: {median(mine) / median(bare):.2f} x bare Celery (at most 1.3)")
@@ -193,9 +194,7 @@ def backlog(bench: Bench) -> list[Row]:
     ]
 
 
-def _request():  # type: ignore[no-untyped-def]
-    from stoker.contract import GenerateRequest
-
+def _request() -> GenerateRequest:
     return GenerateRequest(model=MODEL, prompt="x", max_tokens=1)
 
 
@@ -241,8 +240,9 @@ def subscribers(bench: Bench) -> list[Row]:
 
     async def session() -> list[int]:
         async with AsyncClient(settings=bench.settings) as client:
-            options = {"max_tokens": TOKENS, "top_k": STEPS_APART}
-            jobs = [await client.generate("x", model=MODEL, **options) for _ in range(FOLLOWED)]
+            jobs = [
+                await client.generate("x", model=MODEL, max_tokens=TOKENS, top_k=STEPS_APART) for _ in range(FOLLOWED)
+            ]
             return await asyncio.gather(*(read(client, jobs[n % FOLLOWED].id) for n in range(SUBSCRIBERS)))
 
     with bench.worker(generate_slots=FOLLOWED):

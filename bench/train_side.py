@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.platform import blas
+from stoker.contract.requests import LoraTarget
 
 blas.boot()
 
@@ -22,7 +23,7 @@ import mlx.core as mx  # noqa: E402
 import numpy as np  # noqa: E402
 
 RANK, ALPHA, RATE, DECAY = 8, 16.0, 1e-4, 0.01
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+TARGETS: tuple[LoraTarget, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
 #: What is printed by libraries must not be taken for an answer.
 _answers = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
@@ -85,7 +86,7 @@ def mlx_lm(folder: Path, batch: int, length: int) -> None:
         for _line in sys.stdin:
             yield tokens, lengths
 
-    class Tell(TrainingCallback):  # type: ignore[misc]
+    class Tell(TrainingCallback):
         def on_train_loss_report(self, info: dict[str, Any]) -> None:
             answer(
                 seconds=1.0 / info["iterations_per_second"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
@@ -33,13 +34,17 @@ def is_copyleft(licence: str) -> bool:
     return all(COPYLEFT.search(choice) and not RUNTIME_EXCEPTION.search(choice) for choice in choices)
 
 
+def _field(package: Distribution, name: str) -> str | None:
+    return next(iter(package.metadata.get_all(name) or []), None)
+
+
 def declared_licences(package: Distribution) -> list[str]:
     """What the metadata states: the SPDX expression, else the classifiers and the first line of the free text."""
-    expression = package.metadata.get("License-Expression")
+    expression = _field(package, "License-Expression")
     if expression:
         return [expression]
     classifiers = [text for text in package.metadata.get_all("Classifier") or [] if text.startswith("License ::")]
-    first_line = (package.metadata.get("License") or "").strip().split("\n")[0]
+    first_line = (_field(package, "License") or "").strip().split("\n")[0]
     return [text for text in [*classifiers, first_line] if text]
 
 
@@ -47,7 +52,7 @@ def bundled_parts(package: Distribution) -> Iterator[tuple[str, str]]:
     """The libraries that a wheel says it carries, with their licences."""
     for file in package.files or []:
         if ".dist-info" in str(file) and re.match(r"(LICEN[CS]E|COPYING|NOTICE)", file.name, re.IGNORECASE):
-            text = file.locate().read_text(encoding="utf-8", errors="replace")
+            text = Path(file.locate()).read_text(encoding="utf-8", errors="replace")
             for part in BUNDLED_PART.finditer(text):
                 yield part["name"], part["licence"]
 

@@ -15,6 +15,11 @@ class ByteStream:
         self._pieces, self._utf8 = pieces, codecs.getincrementaldecoder("utf-8")("replace")
         self._strips = pieces.strips_space and not begun
 
+    @property
+    def held(self) -> int:
+        """Tokens that are kept for those to come: their bytes are in the decoder."""
+        return 0
+
     def add(self, token_id: int) -> str:
         return self._stripped(self._utf8.decode(self._pieces(token_id)))
 

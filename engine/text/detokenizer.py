@@ -15,6 +15,9 @@ _CONTEXT = 8
 
 
 class _Way(Protocol):
+    @property
+    def held(self) -> int: ...
+
     def add(self, token_id: int) -> str: ...
 
     def finish(self) -> str: ...
@@ -39,6 +42,11 @@ class StreamingDetokenizer:
         pieces = tokenizer.pieces
         self._way: _Way = _Window(tokenizer, before) if pieces is None else ByteStream(pieces, begun=bool(before))
 
+    @property
+    def held(self) -> int:
+        """Tokens that are kept for those to come."""
+        return self._way.held
+
     def add(self, token_id: int) -> str:
         """The text that is certain now: "" while a character is incomplete, or for a special token."""
         if token_id in self._skipped or self._inner.id_to_token(token_id) is None:
@@ -57,6 +65,10 @@ class _Window:
         self._tokenizer = tokenizer
         self._ids = before
         self._given = len(before)  # tokens at the window's start whose text was given out
+
+    @property
+    def held(self) -> int:
+        return len(self._ids)
 
     def add(self, token_id: int) -> str:
         self._ids.append(token_id)

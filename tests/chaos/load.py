@@ -42,10 +42,10 @@ def send(client: Client, kind: str, plan: int, job_id: str) -> Job[Any]:
         texts = [f"{'ab ' * (1 + plan + number % 5)}" for number in range(10 + 20 * plan)]
         return client.embed(texts, model=EMBED, job_id=job_id, priority=plan)
     if kind == "generate":
-        options = {"temperature": 0.0 if plan == 0 else 0.8, "top_k": 10 * plan, "seed": plan}
         return client.generate(
-            "ab " * (plan + 1), model=GENERATE, max_tokens=300 * (plan + 1), job_id=job_id, priority=plan, **options
-        )
+            "ab " * (plan + 1), model=GENERATE, max_tokens=300 * (plan + 1), job_id=job_id, priority=plan,
+            temperature=0.0 if plan == 0 else 0.8, top_k=10 * plan, seed=plan,
+        )  # fmt: skip
     rows = [{"text": "ab " * (1 + number % 7)} for number in range(9)]
     return client.train(
         job_id, rows, model=GENERATE, steps=40 * (plan + 1), rank=2 + plan, seed=plan, max_length=32, batch_size=2,
@@ -72,8 +72,8 @@ def follow(job: Job[Any], adapters: Path) -> tuple[Any, int]:
         reports = list(job.progress())
         if [report.step for report in reports] != list(range(1, len(reports) + 1)):
             raise AssertionError(f"the reports' steps are {[report.step for report in reports]}")
-        result = job.result()
-        path = adapters / GENERATE / result.adapter / str(result.version) / "adapter_model.safetensors"
+        made = job.result()
+        path = adapters / GENERATE / made.adapter / str(made.version) / "adapter_model.safetensors"
         weights = safetensors.numpy.load_file(path)
         return {name: value.tobytes() for name, value in weights.items()}, len(reports)
     return job.result(), 0

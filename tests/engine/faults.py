@@ -44,7 +44,7 @@ def failing_call(module: ModuleType, bad: int) -> Iterator[Calls]:
         sys.settrace(before)
 
 
-def check_held(tickets: Sequence[Ticket], held: Sequence[Ticket], *, whole: bool) -> None:
+def check_held(tickets: Sequence[Ticket[Any]], held: Sequence[Ticket[Any]], *, whole: bool) -> None:
     """A job that has not ended is held exactly once; one that has is held no more, where the lane is `whole`: where its
     last call came back."""
     for ticket in tickets:

@@ -101,4 +101,5 @@ def kept(scaled: np.ndarray, request: GenerateRequest, shift: float) -> np.ndarr
         before = np.cumsum(shares[order]) - shares[order]
         shares[order[before >= request.top_p + shift]] = 0.0
     shares[shares < (request.min_p * (1 + shift)) * shares.max()] = 0.0
-    return shares / shares.sum()
+    final: np.ndarray = shares / shares.sum()
+    return final

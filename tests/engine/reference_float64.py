@@ -48,7 +48,9 @@ class Model:
             gate, up = self._linear(layer.mlp.gate_proj, y), self._linear(layer.mlp.up_proj, y)
             x = x + self._linear(layer.mlp.down_proj, gate / (1 + np.exp(-gate)) * up)
         hidden = _norm(self._decoder.norm, x)
-        logits = hidden.reshape(-1, hidden.shape[-1])[np.array(batch.positions)] @ float64(self._decoder.lm_head.weight)
+        rows = hidden.reshape(-1, hidden.shape[-1])[np.array(batch.positions)]
+        assert self._decoder.lm_head is not None
+        logits = rows @ float64(self._decoder.lm_head.weight)
         logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         smoothing = self._request.label_smoothing
         chosen = np.take_along_axis(logs, np.array(batch.targets)[:, None], -1)[:, 0]
@@ -62,7 +64,8 @@ class Model:
             dropped = np.where(kept, x / (1 - self._request.dropout), 0.0)
         y = x @ float64(linear.dense()) + self._scale * (dropped @ sides["a"]) @ sides["b"]
         y = y * (sides["m"] / self._norms[name]) if "m" in sides else y
-        return y if linear.bias is None else y + float64(linear.bias)
+        whole: np.ndarray = y if linear.bias is None else y + float64(linear.bias)
+        return whole
 
     def _attention(self, layer: Any, x: np.ndarray) -> np.ndarray:
         args, (rows, length, _) = layer.args, x.shape
@@ -81,7 +84,8 @@ class Model:
 
 
 def _norm(layer: Any, x: np.ndarray) -> np.ndarray:
-    return x / np.sqrt((x * x).mean(-1, keepdims=True) + layer.eps) * float64(layer.weight)
+    scaled: np.ndarray = x / np.sqrt((x * x).mean(-1, keepdims=True) + layer.eps) * float64(layer.weight)
+    return scaled
 
 
 def _turn(x: np.ndarray, base: float) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -55,7 +56,8 @@ def logits(model: LoadedModel, adapters: Any, rows: int = 1) -> np.ndarray:
 
 
 def alone(model: LoadedModel, weights: LoraWeights) -> np.ndarray:
-    return logits(model, tiny.trainable(model, weights))[0]
+    first: np.ndarray = logits(model, tiny.trainable(model, weights))[0]
+    return first
 
 
 def folder_of(store: AdapterStore, name: str, version: int) -> Path:
@@ -125,7 +127,7 @@ def test_a_write_that_fails_leaves_nothing(
     targets = {
         "safetensors": (safetensors, "write"),
         "text": (peft, "write_json"),
-        "rename": (durable.os, "rename"),
+        "rename": (os, "rename"),
     }
     monkeypatch.setattr(*targets[part], full)
     with pytest.raises(OSError, match="No space"):
@@ -142,8 +144,10 @@ def test_a_version_is_there_whole_or_not_whenever_the_power_fails(model: LoadedM
     disk_folder = tmp_path / "disk"
     disk_folder.mkdir()
 
+    trained = AdapterStore(disk_folder / "adapters")
+
     def copy(draft: Path) -> None:
-        for path in folder_of(store, "style", 1).iterdir():
+        for path in folder_of(trained, "style", 1).iterdir():
             (draft / path.name).write_bytes(path.read_bytes())
 
     with powercut.recorded(disk_folder) as disk:
@@ -234,7 +238,7 @@ def _add(tensors: dict[str, mx.array]) -> None:
     tensors["base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight"] = mx.zeros((3, 32))
 
 
-DAMAGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
+DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "cut off": (WEIGHTS_FILE, _cut, "cut off"),
     "empty": (WEIGHTS_FILE, lambda path: path.write_bytes(b""), "too few"),
     "missing weights": (WEIGHTS_FILE, lambda path: path.unlink(), "No such file"),
@@ -316,7 +320,7 @@ def test_a_fresh_adapter_changes_nothing_and_the_same_seed_makes_the_same(model:
 def test_each_layer_drops_other_inputs_and_the_same_whichever_is_named_first() -> None:
     names = sorted(tiny.LAYERS)
     keys = dropout_keys(names, mx.random.key(1))
-    assert len({tuple(key.tolist()) for key in keys.values()}) == len(names)
+    assert len({tuple(np.array(key).tolist()) for key in keys.values()}) == len(names)
     again = dropout_keys(reversed(names), mx.random.key(1))
     assert all(mx.array_equal(keys[name], again[name]) for name in names)
 
@@ -333,10 +337,10 @@ def test_adapters_of_any_rank_share_a_batch_and_equal_each_alone(model: LoadedMo
     rows = [pool.acquire(name) for name in order]
     found = logits(model, pool.rows(rows), len(order))
     base = logits(model, None)[0]
-    for name, row in zip(order, found, strict=True):
-        wanted = base if name is None else alone(model, adapters[name])
-        assert np.abs(row - wanted).max() < 1e-4, name
-        assert name is None or np.abs(row - base).max() > 0.1, name
+    for asked, row in zip(order, found, strict=True):
+        wanted = base if asked is None else alone(model, adapters[asked])
+        assert np.abs(row - wanted).max() < 1e-4, asked
+        assert asked is None or np.abs(row - base).max() > 0.1, asked
 
 
 def test_a_batch_of_the_bare_base_needs_no_adapters(pool: AdapterPool) -> None:
@@ -456,9 +460,10 @@ def test_a_version_is_dropped_from_memory_unless_it_is_in_use(model: LoadedModel
     assert np.abs(found[0] - alone(model, tiny.adapter(model, 2, 1))).max() < 1e-4
 
 
-def taken(model: LoadedModel, pool: AdapterPool, folder: Path) -> Ticket:
+def taken(model: LoadedModel, pool: AdapterPool, folder: Path) -> Ticket[Any]:
     """The ticket of a job that loads `folder`, which its client calls /clients/mine."""
-    lane, ticket = AdapterLane(model, pool), Ticket("j", "adapters")
+    lane = AdapterLane(model, pool)
+    ticket: Ticket[Any] = Ticket("j", "adapters")
     request = AdapterRequest(model="tiny", name="mine", upload="blob")
     lane.admit(lane.prepare(ticket, request, AdapterInput(folder, "/clients/mine", 3)))
     for ended, value in lane.run().ended:
@@ -510,10 +515,10 @@ def mixed(model: LoadedModel, pool: AdapterPool, bound: float) -> None:
     order = ["dora", None, "lora", "part", "rs", None, "dora"]
     found = logits(model, pool.rows([pool.acquire(name) for name in order]), len(order))
     base = logits(model, None)[0]
-    for name, row in zip(order, found, strict=True):
-        wanted = base if name is None else alone(model, kinds[name])
-        assert np.abs(row - wanted).max() < bound, name
-        assert name is None or np.abs(row - base).max() > 0.1, name
+    for asked, row in zip(order, found, strict=True):
+        wanted = base if asked is None else alone(model, kinds[asked])
+        assert np.abs(row - wanted).max() < bound, asked
+        assert asked is None or np.abs(row - base).max() > 0.1, asked
 
 
 def test_lora_dora_and_none_share_a_batch(model: LoadedModel, pool: AdapterPool) -> None:

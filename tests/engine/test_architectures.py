@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -22,6 +23,7 @@ from engine.models.qwen3 import Qwen3Args
 from engine.weights import safetensors
 from stoker.errors import ModelError
 from tests.engine import cached
+from tests.engine.tiny import largest
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 CHECKPOINTS = GOLDENS / "architectures"
@@ -220,7 +222,7 @@ def test_gguf_metadata_give_the_same_sizes() -> None:
     for args, name in ((LlamaArgs, "llama-linear"), (Qwen2Args, "qwen2-untied"), (Qwen3Args, "qwen3")):
         wanted = args.from_config(config_of(name))
         prefix = args.architecture
-        metadata = {
+        metadata: dict[str, Any] = {
             f"{prefix}.block_count": wanted.layers,
             f"{prefix}.embedding_length": wanted.dim,
             f"{prefix}.feed_forward_length": wanted.hidden,
@@ -233,7 +235,8 @@ def test_gguf_metadata_give_the_same_sizes() -> None:
             f"{prefix}.attention.layer_norm_rms_epsilon": wanted.norm_eps,
         }
         if wanted.rope_scaling is not None:
-            metadata |= {f"{prefix}.rope.scaling.type": "linear", f"{prefix}.rope.scaling.factor": 3.0}
+            metadata[f"{prefix}.rope.scaling.type"] = "linear"
+            metadata[f"{prefix}.rope.scaling.factor"] = 3.0
         assert args.from_gguf(metadata, vocab=64, tied=wanted.tied) == wanted
         for change in ({"expert_count": 8}, {"rope.scaling.type": "yarn"}, {"rope.dimension_count": 4}):
             key, value = next(iter(change.items()))
@@ -252,7 +255,7 @@ def test_the_factors_of_a_gguf_stretch_like_llama3() -> None:
     x = mx.random.normal((1, 2, 9, args.head_dim))
     wanted = rope.Rope(args.head_dim, args.rope_base, args.rope_scaling)(x, 40)
     got = rope.Rope(args.head_dim, args.rope_base, None, mx.array(factors.astype(np.float32)))(x, 40)
-    assert mx.abs(wanted - got).max().item() < 1e-5
+    assert largest(wanted - got) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -266,7 +269,7 @@ def test_each_pair_turns_by_its_position_over_its_period(scaling: rope.Scaling) 
     first, second = x[..., :4], x[..., 4:]
     cos, sin = mx.cos(angles), mx.sin(angles)
     wanted = mx.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)
-    assert mx.abs(turn(x, 40) - wanted).max().item() < 1e-4
+    assert largest(turn(x, 40) - wanted) < 1e-4
 
 
 def test_what_the_older_field_says_of_rope_takes_the_newer_ones_place() -> None:

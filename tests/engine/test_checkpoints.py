@@ -6,6 +6,7 @@ import errno
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -184,7 +185,7 @@ def test_what_is_deleted_is_out_of_sight_on_disk_before_its_files_go(
         flushed.append("root" if path == tmp_path else "grave")
         plain(path)
 
-    def rmtree(path: Path, **options: bool) -> None:
+    def rmtree(path: Path, **options: Any) -> None:
         assert flushed == ["grave", "root"]
         delete(path, **options)
 

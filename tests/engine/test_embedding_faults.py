@@ -67,10 +67,10 @@ class Traffic:
         self.lane = EmbedLane(model)
         self.lane._pacer = EmbedPacer(1e-9, tokens, tokens)
         self.lane._forward = self.forward = Faulty(model, streams)
-        self.tickets: list[Ticket] = []
+        self.tickets: list[Ticket[Any]] = []
 
-    def send(self, *texts: Sequence[int], deadline: float | None = None, **options: Any) -> Ticket:
-        ticket = Ticket(f"job {len(self.tickets)}", "embed", deadline)
+    def send(self, *texts: Sequence[int], deadline: float | None = None, **options: Any) -> Ticket[Any]:
+        ticket: Ticket[Any] = Ticket(f"job {len(self.tickets)}", "embed", deadline)
         request = EmbedRequest(model="tiny", texts=tuple(tiny.text(ids) or UNSEEN for ids in texts), **options)
         work = self.lane.prepare(ticket, request, None)
         self.tickets.append(ticket)
@@ -111,7 +111,7 @@ def alone(model: LoadedModel, *texts: Sequence[int]) -> np.ndarray:
     return np.concatenate([run([np.array(ids, np.int32)]) if ids else np.zeros((1, 32), np.float32) for ids in texts])
 
 
-def check_vectors(model: LoadedModel, ticket: Ticket, *texts: Sequence[int]) -> None:
+def check_vectors(model: LoadedModel, ticket: Ticket[Any], *texts: Sequence[int]) -> None:
     assert np.abs(ticket.result(0).vectors - alone(model, *texts)).max() < 1e-5
 
 
@@ -319,7 +319,7 @@ def test_in_any_traffic_each_job_gets_its_own_end(model: LoadedModel, seed: int)
     random = np.random.default_rng(seed)
     traffic = Traffic(model, tokens=int(random.choice([8, 40, 200])), streams=int(random.integers(1, 4)))
     traffic.forward.hiccups = tuple(random.integers(1, 200, 6).tolist())
-    sent: list[tuple[Ticket, list[list[int]]]] = []
+    sent: list[tuple[Ticket[Any], list[list[int]]]] = []
     for _ in range(40):
         for _ in range(random.integers(0, 4)):
             texts = [random.integers(3, 61, random.integers(0, 30)).tolist() for _ in range(random.integers(1, 6))]

@@ -47,8 +47,8 @@ class Driver:
         self.lane._forward = forward = Noted(model, streams)
         self.batches = forward.batches
 
-    def send(self, *texts: str, **options: Any) -> Ticket:
-        ticket = Ticket("j", "embed")
+    def send(self, *texts: str, **options: Any) -> Ticket[Any]:
+        ticket: Ticket[Any] = Ticket("j", "embed")
         request = EmbedRequest(model="minilm", texts=texts, **{"truncation": "end", **options})
         self.lane.admit(self.lane.prepare(ticket, request, None))
         return ticket
@@ -64,7 +64,7 @@ class Driver:
             self.step()
 
 
-def vectors(ticket: Ticket) -> np.ndarray:
+def vectors(ticket: Ticket[Any]) -> np.ndarray:
     work = ticket.result(0)
     assert isinstance(work, Embedded)
     return work.vectors
@@ -150,7 +150,7 @@ def test_a_shorter_stall_makes_shorter_steps(minilm: LoadedModel) -> None:
 
 def test_a_step_reports_what_it_took_to_the_pacer(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     noted: list[int] = []
-    monkeypatch.setattr(driver.lane._pacer, "note", lambda tokens, seconds: noted.append(tokens) or seconds / 1)
+    monkeypatch.setattr(driver.lane._pacer, "note", lambda tokens, seconds: noted.append(tokens))
     driver.send("word " * 14, "word " * 8)
     driver.run()
     assert noted == [26]
@@ -167,7 +167,7 @@ def test_a_text_that_would_leave_a_stream_idle_waits_for_the_next_batch(minilm: 
 def test_a_vector_is_the_same_alone_and_in_any_batch(minilm: LoadedModel, forward: Any) -> None:
     run = forward(minilm)
     random = np.random.default_rng(5)
-    lengths = (3, 200, 17, 17, 64, 5, 256, 130, 17)
+    lengths: tuple[int, ...] = (3, 200, 17, 17, 64, 5, 256, 130, 17)
     if forward is PaddedForward:
         lengths = (3, 40, 17, 17, 5, 40, 17)  # on a CPU each shape of it is a graph to be traced
     texts = [random.integers(1000, 20_000, length).astype(np.int32) for length in lengths]

@@ -82,10 +82,10 @@ def test_a_greedy_token_tells_the_logit_and_logprob_of_the_raw_model(running: Ru
 def test_vectors_alone_and_padded_in_a_batch_equal_those_of_sentence_transformers(running: Running) -> None:
     golden = np.load(GOLDENS / "minilm.npz")
     texts = tuple(text["text"] for text in MINILM["texts"])
-    batch = running.engine.submit("batch", EmbedRequest(model=EMBED_MODEL, texts=texts, truncate=True)).result(60)
+    batch = running.engine.submit("batch", EmbedRequest(model=EMBED_MODEL, texts=texts, truncation="end")).result(60)
     assert np.abs(batch.vectors - golden["batch"]).max() < 1e-4
     for number, text in enumerate(texts):
-        request = EmbedRequest(model=EMBED_MODEL, texts=(text,), truncate=True)
+        request = EmbedRequest(model=EMBED_MODEL, texts=(text,), truncation="end")
         alone = running.engine.submit("alone", request).result(60)
         assert np.abs(alone.vectors[0] - golden["alone"][number]).max() < 1e-4
 
@@ -97,8 +97,8 @@ def test_vectors_alone_and_padded_in_a_batch_equal_those_of_sentence_transformer
 def test_a_prompt_goes_before_each_text(running: Running, prompt: str | None, text: str) -> None:
     asked = EmbedRequest(model=EMBED_MODEL, texts=("how hot is it?",), prompt=prompt)
     whole = EmbedRequest(model=EMBED_MODEL, texts=(text,))
-    vectors = [running.engine.submit("x", request).result(60).vectors for request in (asked, whole)]
-    assert np.array_equal(*vectors)
+    first, second = (running.engine.submit("x", request).result(60).vectors for request in (asked, whole))
+    assert np.array_equal(first, second)
 
 
 def test_a_stream_goes_on_behind_what_was_published(running: Running) -> None:

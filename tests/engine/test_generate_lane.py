@@ -20,7 +20,7 @@ from engine.generation.limits import LaneLimits
 from engine.models.llama import Llama
 from engine.text.tokenizer import Tokenizer
 from engine.ticket import Ticket
-from stoker.contract import GenerateRequest, GenerateResult, StreamToken
+from stoker.contract import ChatMessage, GenerateRequest, GenerateResult, StreamToken
 from stoker.errors import InvalidRequest, JobCancelled, ModelError, TextTooLong, UnknownAdapter, WorkerUnavailable
 from tests.engine import tiny
 from tests.engine.conftest import TINY, RandomTensors
@@ -52,7 +52,7 @@ def adapters(model: LoadedModel) -> dict[str, LoraWeights]:
 
 @dataclass
 class Sent:
-    ticket: Ticket
+    ticket: Ticket[Any]
     tokens: list[StreamToken] = field(default_factory=list)
 
     @property
@@ -76,7 +76,7 @@ class Driver:
         self.lookahead = True
 
     def send(self, request: GenerateRequest, published: list[StreamToken] | None = None) -> Sent:
-        ticket = Ticket(f"job-{len(self.sent)}", "generate")
+        ticket: Ticket[Any] = Ticket(f"job-{len(self.sent)}", "generate")
         self.lane.admit(self.lane.prepare(ticket, request, published))
         self.sent[ticket.job_id] = Sent(ticket)
         return self.sent[ticket.job_id]
@@ -383,10 +383,12 @@ def test_a_lane_that_fails_ends_every_job_and_starts_clean(model: LoadedModel, p
     assert again.ids == wanted.ids
 
 
-def test_a_prompt_that_has_no_tokens_is_refused(model: LoadedModel, pool: AdapterPool) -> None:
+def test_a_prompt_that_has_no_tokens_is_refused(
+    model: LoadedModel, pool: AdapterPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A normalizer may drop every character of a text that is not blank."""
     driver = Driver(model, pool)
-    model.tokenizer.encode = lambda text, special=True: []  # type: ignore[method-assign]
+    monkeypatch.setattr(model.tokenizer, "encode", lambda text, special=True: [])
     with pytest.raises(InvalidRequest, match="no token"):
         driver.send(request([3]))
 
@@ -401,14 +403,14 @@ def test_token_ids_are_continued_as_they_are(model: LoadedModel, pool: AdapterPo
     driver.run()
     assert (last.ids, last.result.stopped_by) == ([60], 60), "the last token is one, too"
     for name, value in {"prompt_ids": (61,), "stop_token_ids": (99,), "logit_bias": {61: 1.0}}.items():
-        options = {"model": "tiny", **({} if name == "prompt_ids" else {"prompt": "t3"}), name: value}
+        options: Any = {"model": "tiny", **({} if name == "prompt_ids" else {"prompt": "t3"}), name: value}
         with pytest.raises(InvalidRequest, match=f"{name}: token .* given; tiny has 0 to 60"):
             driver.send(GenerateRequest(**options))
 
 
 def test_messages_are_written_by_the_models_template(model: LoadedModel, pool: AdapterPool) -> None:
     driver = Driver(model, pool)
-    chat = [{"role": "user", "content": "t3 t1"}, {"role": "assistant", "content": "t4"}]
+    chat = (ChatMessage(role="user", content="t3 t1"), ChatMessage(role="assistant", content="t4"))
     with pytest.raises(InvalidRequest, match="tiny has no chat template"):
         driver.send(GenerateRequest(model="tiny", messages=chat))
     model.tokenizer.templates["default"] = (
@@ -416,7 +418,9 @@ def test_messages_are_written_by_the_models_template(model: LoadedModel, pool: A
         "{% for tool in tools or [] %}t7 {% endfor %}{% if warm %}t5{% endif %}"
     )
     plain = driver.send(GenerateRequest(model="tiny", messages=chat, max_tokens=4))
-    tools = driver.send(GenerateRequest(model="tiny", messages=chat, tools=[{}], template={"warm": True}, max_tokens=4))
+    tools = driver.send(
+        GenerateRequest(model="tiny", messages=chat, tools=({},), template={"warm": True}, max_tokens=4)
+    )
     wanted = [driver.send(request(ids, max_tokens=4)) for ids in ([9, 3, 1, 9, 4], [9, 3, 1, 9, 4, 7, 5])]
     driver.run()
     assert [plain.ids, tools.ids] == [one.ids for one in wanted]

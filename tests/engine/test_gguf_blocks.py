@@ -65,10 +65,11 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> GGUF:
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q8_0"])
 def test_mlx_holds_the_repacked_weights_exactly(file: GGUF, name: str) -> None:
     weight, scales, biases, group_size, bits = file.repack(name)
-    assert (weight.dtype, weight.shape) == (np.uint32, (6, 256 * bits // 32))
-    assert (scales.dtype, biases.dtype, scales.shape) == (np.float16, np.float16, (6, 256 // group_size))
-    single = [mx.array(part.astype(np.float32)) for part in (scales, biases)]
-    exact = mx.dequantize(mx.array(weight), *single, group_size=group_size, bits=bits)
+    assert (weight.dtype, weight.shape) == (np.dtype(np.uint32), (6, 256 * bits // 32))
+    assert (scales.dtype, biases.dtype) == (np.dtype(np.float16), np.dtype(np.float16))
+    assert scales.shape == (6, 256 // group_size)
+    scale, bias = (mx.array(part.astype(np.float32)) for part in (scales, biases))
+    exact = mx.dequantize(mx.array(weight), scale, bias, group_size=group_size, bits=bits)
     assert np.array_equal(np.array(exact), file.dequantize(name))
     half = mx.dequantize(mx.array(weight), mx.array(scales), mx.array(biases), group_size=group_size, bits=bits)
     # MLX computes in the scales' type: what is left of a small weight is what float16 keeps of its group's largest.

@@ -38,20 +38,20 @@ class Traffic:
     def __init__(self, model: LoadedModel, home: Path) -> None:
         self.model, self.home = model, home
         self.pool = AdapterPool(model, AdapterStore(home / "adapters"))
-        self.tickets: list[Ticket] = []
+        self.tickets: list[Ticket[Any]] = []
         self.lane: Any = self.new_lane()
 
     def new_lane(self) -> Any:
         raise NotImplementedError
 
-    def held(self) -> list[Ticket]:
+    def held(self) -> list[Ticket[Any]]:
         raise NotImplementedError
 
-    def work(self, ticket: Ticket) -> Any:
+    def work(self, ticket: Ticket[Any]) -> Any:
         raise NotImplementedError
 
-    def send(self, deadline: float | None = None) -> Ticket:
-        ticket = Ticket(f"job-{len(self.tickets)}", self.lane.kind, deadline)
+    def send(self, deadline: float | None = None) -> Ticket[Any]:
+        ticket: Ticket[Any] = Ticket(f"job-{len(self.tickets)}", self.lane.kind, deadline)
         work = self.work(ticket)
         self.tickets.append(ticket)
         self.lane.admit(work)
@@ -83,11 +83,11 @@ class Training(Traffic):
     def new_lane(self) -> TrainLane:
         return TrainLane(self.model, self.pool, self.home / "runs")
 
-    def held(self) -> list[Ticket]:
+    def held(self) -> list[Ticket[Any]]:
         current = self.lane._current
         return [work.ticket for work in (*self.lane._waiting, *([current] if current else []))]
 
-    def work(self, ticket: Ticket) -> Any:
+    def work(self, ticket: Ticket[Any]) -> Any:
         request = tiny.asking(steps=2, name=ticket.job_id, held_out=0.5, batch_size=1)
         return self.lane.prepare(ticket, request, TrainInput(LINES, 1))
 
@@ -104,10 +104,10 @@ class Taking(Traffic):
     def new_lane(self) -> AdapterLane:
         return AdapterLane(self.model, self.pool)
 
-    def held(self) -> list[Ticket]:
+    def held(self) -> list[Ticket[Any]]:
         return [work.ticket for work in self.lane._waiting]
 
-    def work(self, ticket: Ticket) -> Any:
+    def work(self, ticket: Ticket[Any]) -> Any:
         request = AdapterRequest(model="tiny", name=ticket.job_id, upload="x")
         return self.lane.prepare(ticket, request, AdapterInput(self.folder, "there", 1))
 

@@ -26,6 +26,7 @@ from engine.models.sentence import EmbeddingSpec
 from stoker.errors import ModelError
 from tests.engine import cached
 from tests.engine.conftest import TINY, RandomTensors
+from tests.engine.tiny import largest
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 Close = Callable[[mx.array, mx.array], float]
@@ -52,7 +53,7 @@ def test_exp_swiglu_and_gelu_are_right_to_a_millionth(close: Close) -> None:
     below = -np.abs(x[:-4])
     got = fastmath.exp_nonpositive(mx.array(below.astype(np.float32)))
     np.testing.assert_allclose(np.array(got), np.exp(below), rtol=4e-6)
-    assert fastmath.exp_nonpositive(mx.array([-1e30])).item() < 1e-37
+    assert largest(fastmath.exp_nonpositive(mx.array([-1e30]))) < 1e-37
 
 
 @pytest.mark.parametrize(("length", "past"), [(1, 0), (7, 0), (5, 3), (300, 0), (300, 41), (1, 64)])

@@ -134,7 +134,7 @@ def test_fields_of_peft_that_make_something_else_of_it_are_refused_by_name(
 def test_fields_of_peft_that_change_nothing_are_no_matter(model: LoadedModel, tmp_path: Path) -> None:
     weights = tiny.adapter(model, 3, 0)
     for beginning in (True, False, "gaussian", "eva", "orthogonal", None):
-        said = {"init_lora_weights": beginning, "lora_dropout": 0.1, "loftq_config": {},
+        said: dict[str, Any] = {"init_lora_weights": beginning, "lora_dropout": 0.1, "loftq_config": {},
                 "megatron_core": "megatron.core", "task_type": "CAUSAL_LM", "peft_version": "0.21.2",
                 "modules_to_save": [], "qalora_group_size": 16,
                 "ensure_weight_tying": False, "eva_config": {"rho": 2.0}, "merge_weights": False}  # fmt: skip

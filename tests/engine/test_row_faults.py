@@ -17,6 +17,7 @@ from engine.checkpoints.loading import LoadedModel
 from engine.generation import batch as batch_module
 from engine.generation.lane import GenerateLane
 from engine.generation.row import Generation, Row, RowState
+from engine.generation.sampling_batch import sampling_batch
 from engine.generation.step import Step
 from engine.models.llama import Llama
 from engine.ticket import Ticket
@@ -71,7 +72,8 @@ class BrokenGrammar:
         self._fails = fails
 
     def mask(self) -> np.ndarray:
-        return self._call("mask", np.full(2, -1, np.int32))
+        mask: np.ndarray = self._call("mask", np.full(2, -1, np.int32))
+        return mask
 
     def accept(self, token: int) -> None:
         self._call("accept", None)
@@ -94,7 +96,7 @@ class Failing:
 
     def method(self, owner: type, name: str, marked: Callable[..., bool], fault: type[BaseException] = Planted) -> None:
         whole = getattr(owner, name)
-        function = whole.fget if isinstance(whole, property) else whole
+        function: Any = whole.fget if isinstance(whole, property) else whole
 
         def call(*arguments: Any, **options: Any) -> Any:
             if marked(*arguments):
@@ -122,14 +124,14 @@ class Failing:
         self._patch.setattr(Row, "__post_init__", post_init)
 
     def sampling_batch(self) -> None:
-        whole = batch_module.sampling_batch
+        whole = sampling_batch
 
-        def sampling_batch(draws: Any, *rest: Any) -> Any:
+        def planted(draws: Any, *rest: Any) -> Any:
             if any(draw.request.prompt.startswith(tiny.text(MARK)) for draw in draws):
                 raise Planted("sampling_batch")
             return whole(draws, *rest)
 
-        self._patch.setattr(batch_module, "sampling_batch", sampling_batch)
+        self._patch.setattr(batch_module, "sampling_batch", planted)
 
     def prefixes(self, lane: GenerateLane, name: str) -> None:
         whole = getattr(lane.prefixes, name)
@@ -217,7 +219,7 @@ def test_a_row_that_fails_ends_its_own_job_and_leaves_nothing(
     random = np.random.default_rng(seed)
     good = [one.model_copy(update={"deadline": None}) for one in random_requests(100 + seed, 5)]
     waiting = [*(("good", one) for one in good), *(("bad", marked(name, number)) for number in range(3))]
-    random.shuffle(waiting)  # type: ignore[arg-type]
+    random.shuffle(waiting)
     sent = traffic(driver, waiting, random)
     driver.assert_empty()
     assert driver.lane.batch.nbytes == 0 or not driver.lane.batch.rows
@@ -352,7 +354,9 @@ def test_a_device_that_fails_ends_every_job_of_the_lane_and_the_next_ones_are_se
 
 def test_a_model_whose_weights_are_not_finite_says_so_for_each_job(tmp_path: Path) -> None:
     class Spoilt(RandomTensors):
-        def take(self, name: str, shape: tuple[int, ...], *, transpose: bool = False) -> mx.array:
+        def take(
+            self, name: str, shape: tuple[int, ...], *, transpose: bool = False, dtype: mx.Dtype | None = None
+        ) -> mx.array:
             array = super().take(name, shape, transpose=transpose)
             return mx.full(array.shape, mx.nan) if name == "lm_head.weight" else array
 

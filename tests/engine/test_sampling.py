@@ -81,7 +81,7 @@ def test_presence_counts_a_token_once_and_frequency_as_often_as_it_came() -> Non
 
 def test_a_token_that_the_host_has_not_seen_yet_is_counted_too() -> None:
     rows = logits(3, vocabulary=16)
-    options = {"repetition_penalty": 1.4, "presence_penalty": 0.5, "frequency_penalty": 0.25}
+    options: dict[str, Any] = {"repetition_penalty": 1.4, "presence_penalty": 0.5, "frequency_penalty": 0.25}
     known = [draw(tally={1: 0, 4: 2}, fresh=True, **options), draw(tally={7: 1}, fresh=True, **options), draw()]
     later = [draw(tally={1: 0, 4: 3}, **options), draw(tally={7: 1, 9: 1}, **options), draw()]
     last = mx.array([4, 9, 5])
@@ -168,7 +168,7 @@ def test_logit_and_logprob_are_the_raw_models_at_every_temperature() -> None:
 def test_a_logprob_is_the_raw_models_where_logits_are_changed() -> None:
     rows = logits(3)
     mask = np.array([0b11110, 0], dtype=np.int32)
-    asked = {"logit_bias": {7: 30.0}, "repetition_penalty": 1.8, "presence_penalty": 2.0}
+    asked: dict[str, Any] = {"logit_bias": {7: 30.0}, "repetition_penalty": 1.8, "presence_penalty": 2.0}
     draws = [draw(**asked, tally={7: 1, 8: 2}), draw(temperature=2.0, seed=3, **asked), draw(mask=mask)]
     for row, pick in zip(rows, sample(mx.array(rows), draws), strict=True):
         wanted = row[pick.token_id] - np.log(np.exp(row.astype(np.float64)).sum())
@@ -258,7 +258,8 @@ BOUNDS: dict[str, list[float]] = {
 @pytest.mark.parametrize("scale", [1e-4, 3.0, 1e4])
 def test_probabilities_are_finite_at_all_bounds(dtype: mx.Dtype, scale: float) -> None:
     """Every combination, with a tally as long as an answer may be, on logits from small to absurd."""
-    options = [dict(zip(BOUNDS, values, strict=True)) for values in itertools.product(*BOUNDS.values())]
+    bounds = itertools.product(*BOUNDS.values())
+    options: list[dict[str, Any]] = [dict(zip(BOUNDS, values, strict=True)) for values in bounds]
     tally = {1: 0, 2: 1, 3: 32_768, 4: 32_768}
     draws = [draw(index, tally=tally, top_k=index % 3, **one) for index, one in enumerate(options)]
     rows = mx.array(np.clip(logits(len(draws)) * scale / 3, -6e4, 6e4)).astype(dtype)
@@ -274,7 +275,8 @@ def test_a_logit_that_is_not_finite_marks_its_own_row_alone(bad: float, dtype: m
     """Also where it is not the one that is chosen, and every comparison with it is false."""
     rows = logits(4)
     rows[1, 7] = rows[2, :] = bad
-    for options in ({}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 5}, {"temperature": 1.0, "top_p": 0.5}):
+    asked: list[dict[str, Any]] = [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 5}]
+    for options in [*asked, {"temperature": 1.0, "top_p": 0.5}]:
         picks = sample(mx.array(rows).astype(dtype), [draw(seed=3, **options)] * 4)
         assert [math.isfinite(pick.logit) for pick in picks] == [True, False, False, True]
         assert all(0 <= pick.token_id < VOCABULARY for pick in picks)

@@ -165,9 +165,9 @@ def test_a_continuation_keeps_its_first_space(tmp_path: Path, base: str) -> None
 
 def test_a_token_by_itself_keeps_its_space(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_folder(folder(tmp_path, "sentences", {}))
-    assert tokenizer.spelled(tokenizer.inner.token_to_id("▁the")) == " the"
+    assert tokenizer.spelled(tokenizer.inner.token_to_id("▁the") or 0) == " the"
     words = Tokenizer.from_folder(folder(tmp_path, "words", {}))
-    assert words.spelled(words.inner.token_to_id("the")) == "the"
+    assert words.spelled(words.inner.token_to_id("the") or 0) == "the"
 
 
 def test_spaces_are_cleaned_where_transformers_would(tmp_path: Path) -> None:

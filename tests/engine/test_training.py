@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -201,7 +202,7 @@ def test_what_is_held_out_is_evaluated_as_it_will_be_used(model: LoadedModel) ->
         # `learning_rate` 0 is not allowed; this one moves no weight that float32 could tell.
         still = tiny.asking(steps=1, batch_size=1, learning_rate=1e-12, weight_decay=0.0)
         alone = Trainer(model.decoder, still, [row])
-        alone.state = trainer_module.replace(alone.state, weights=trainer.state.weights)
+        alone.state = replace(alone.state, weights=trainer.state.weights)
         total += finish(alone)[0][0].loss * (len(row) - 1)
     assert reports[0].held_out_loss == pytest.approx(total / (2 + 5 + 11), abs=1e-5)
 
@@ -258,7 +259,7 @@ class Diverging(Trainer):
         super()._micro_step()
         if self.bad and self.state.step + 1 == self.bad[0]:
             self.bad.pop(0)
-            self.state = trainer_module.replace(self.state, loss_sum=float("nan"))
+            self.state = replace(self.state, loss_sum=float("nan"))
 
 
 def test_a_run_that_diverges_goes_back_to_its_last_checkpoint_with_a_lower_rate(model: LoadedModel) -> None:

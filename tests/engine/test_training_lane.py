@@ -33,8 +33,8 @@ def new_lane(model: LoadedModel, home: Path) -> TrainLane:
     return TrainLane(model, AdapterPool(model, AdapterStore(home / "adapters")), home / "runs")
 
 
-def admit(lane: TrainLane, job_id: str, version: int | None = None, **options: Any) -> Ticket:
-    ticket = Ticket(job_id, "train")
+def admit(lane: TrainLane, job_id: str, version: int | None = None, **options: Any) -> Ticket[Any]:
+    ticket: Ticket[Any] = Ticket(job_id, "train")
     lane.admit(lane.prepare(ticket, tiny.asking(**options), TrainInput(LINES, version)))
     return ticket
 
@@ -45,10 +45,10 @@ def run_all(lane: TrainLane) -> list[tuple[str, int]]:
     while lane.busy:
         lane.drop_stopped()
         output = lane.run() if lane.busy else None
-        for ticket, report in output.entries if output else []:
+        for ticket, report in output.entries if output is not None else []:
             assert isinstance(report, TrainReport)
             told.append((ticket.job_id, report.step))
-        for ticket, value in output.ended if output else []:
+        for ticket, value in output.ended if output is not None else []:
             ticket.resolve(value)
     return told
 
@@ -232,7 +232,7 @@ def test_a_run_whose_id_could_be_a_path_fails_alone_and_writes_nothing(
 
 
 def test_what_the_model_cannot_run_is_refused_before_it_waits(lane: TrainLane) -> None:
-    ticket = Ticket("a", "train")
+    ticket: Ticket[Any] = Ticket("a", "train")
     with pytest.raises(DatasetError, match="gone from the broker"):
         lane.prepare(ticket, tiny.asking(), None)
     with pytest.raises(InvalidRequest, match="max_length: 2000 given; tiny takes 1024"):

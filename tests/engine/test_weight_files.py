@@ -151,7 +151,12 @@ def test_the_digest_is_that_of_all_parts(parts: list[Path]) -> None:
 
 def test_every_part_of_a_split_gguf_comes_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, file, **_: asked.append(file) or f"/c/{file}")
+
+    def download(repo: str, file: str, **_: object) -> str:
+        asked.append(file)
+        return f"/c/{file}"
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     assert resolve(["hf:org/model:q4/m-00001-of-00002.gguf"]) == Path("/c/q4/m-00001-of-00002.gguf")
     assert asked == ["q4/m-00001-of-00002.gguf", "q4/m-00002-of-00002.gguf"]
     assert resolve(["hf:org/model:m-00002-of-00002.gguf"]) == Path("/c/m-00002-of-00002.gguf")

@@ -78,6 +78,11 @@ def adapter(
     return LoraWeights(LoraConfig(rank, 2.0 * rank**0.5 if rslora else 2.0 * rank, targets, rslora, dora), matrices)
 
 
+def largest(values: mx.array) -> float:
+    """The largest size of any number."""
+    return float(np.abs(np.array(values.astype(mx.float32))).max())
+
+
 def trainable(model: LoadedModel, weights: LoraWeights) -> TrainableLora:
     """The adapter in the forward pass of training, for all rows."""
     linears = model.decoder.linears

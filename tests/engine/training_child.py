@@ -7,6 +7,7 @@ that it lives. The last line is `done`.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,6 @@ from engine.training.data import tokenize  # noqa: E402
 from engine.training.run import TrainingRun  # noqa: E402
 from engine.weights import safetensors  # noqa: E402
 from stoker.contract.dataset import Example  # noqa: E402
-from stoker.files import durable  # noqa: E402
 from tests.engine import tiny  # noqa: E402
 from tests.engine.conftest import TINY, RandomTensors  # noqa: E402
 
@@ -35,13 +35,13 @@ def say(word: str) -> None:
 
 def chatty() -> None:
     """Say a word before each file and folder of a checkpoint is flushed."""
-    plain = durable.os.fsync
+    plain = os.fsync
 
     def fsync(handle: int) -> None:
         say("file")
         plain(handle)
 
-    durable.os.fsync = fsync  # type: ignore[assignment]
+    os.fsync = fsync  # type: ignore[assignment]
 
 
 def open_run(home: Path, options: dict[str, Any]) -> TrainingRun:

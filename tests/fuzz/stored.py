@@ -180,7 +180,8 @@ def _adapter(chance: random.Random, number: int) -> Input:
     files, typed = _value(chance), chance.random() < 0.15
 
     def act(world: World) -> list[str]:
-        redis, key = world.client.redis, keys.adapter(GENERATE, name)
+        key = keys.adapter(GENERATE, name)
+        redis: Any = world.client.redis
         if typed:
             write(redis, key, chance.choice(TYPES), files, lives=None)
         else:
@@ -262,7 +263,7 @@ def _shared_type(chance: random.Random, number: int) -> Input:
     written, value = chance.choice([kind for kind in TYPES if kind != SHARED_TYPES[key]]), _value(chance)
 
     def act(world: World) -> list[str]:
-        redis = world.client.redis
+        redis: Any = world.client.redis
         kept = redis.dump(key)
         write(redis, key, written, value, lives=None)
         wrong = _goes_on(world)

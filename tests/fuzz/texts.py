@@ -58,7 +58,7 @@ def _rows(chance: random.Random, number: int) -> Input:
 
 def _embedded(chance: random.Random, number: int) -> Input:
     texts = [_text(chance) for _ in range(chance.randint(1, 6))]
-    options = {"truncation": chance.choice(("error", "end")), "dtype": chance.choice(("float32", "int8"))}
+    options: Any = {"truncation": chance.choice(("error", "end")), "dtype": chance.choice(("float32", "int8"))}
     if chance.random() < 0.3:
         options["prompt"] = _text(chance)
     return Input(
@@ -76,7 +76,7 @@ def _prompt(chance: random.Random, number: int) -> Input:
             [{"role": chance.choice(("user", "tool", "system", "x y")), "content": _text(chance)} for _ in range(3)],
         )
     )
-    options = {"max_tokens": 5, "stop": [_text(chance)[:200]] if chance.random() < 0.3 else []}
+    options: Any = {"max_tokens": 5, "stop": [_text(chance)[:200]] if chance.random() < 0.3 else []}
     return Input(
         f"a prompt: {odd.shown(given)}, {odd.shown(options)}",
         lambda world: world.judged(lambda: world.client.generate(given, model=GENERATE, **options)),

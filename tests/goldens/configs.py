@@ -119,7 +119,8 @@ def _output(checkpoint: Path, name: str, change: dict[str, Any], tokens: torch.T
         if found["missing_keys"] or found["unexpected_keys"]:
             raise SystemExit(f"configs: {name}: {found}")
         result = model.eval()(tokens[None])
-        return (result.logits if hasattr(result, "logits") else result.last_hidden_state)[0].numpy()
+        numbers: np.ndarray = (result.logits if hasattr(result, "logits") else result.last_hidden_state)[0].numpy()
+        return numbers
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def make_smollm2() -> None:
     tokenizer = tokenizer_from_gguf(reader)
     check_tokenizer(tokenizer, file)
 
-    arrays: dict[str, np.ndarray] = {}
+    arrays: dict[str, Any] = {}
     prompts = []
     for number, (name, text) in enumerate(PROMPTS.items()):
         started = time.perf_counter()

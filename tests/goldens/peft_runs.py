@@ -39,7 +39,8 @@ def main() -> None:
     made_with = {name: version(name) for name in ("torch", "transformers", "peft")}
     for number, (name, options) in enumerate(RUNS.items()):
         run = {"label_smoothing": 0.0, "accumulation": 1, "schedule": "constant", **SHARED, **options}
-        record, arrays = make(run, OUT / name, seed=number)
+        record, made = make(run, OUT / name, seed=number)
+        arrays: dict[str, Any] = made
         (OUT / f"{name}.json").write_text(json.dumps({"made_with": made_with, **record}) + "\n")
         np.savez_compressed(OUT / f"{name}.npz", **arrays)
         losses = [report["loss"] for report in record["reports"]]

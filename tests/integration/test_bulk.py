@@ -114,5 +114,5 @@ def test_leaving_early_cancels_what_is_under_way(client: Client) -> None:
     endless = (SENTENCES[number % 97] for number in iter(int, 1))
     many = client.embed_many(endless, model=EMBED_MODEL, batch=16, in_flight=2)
     assert len(list(islice(many, 40))) == 40
-    many.close()  # type: ignore[attr-defined]
+    many.close()
     wait_until(lambda: not client.jobs(), "nothing runs on")

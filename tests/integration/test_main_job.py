@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from stoker import Client, JobStatus
+from stoker.client.options import TrainOptions
 from tests.conftest import EMBED_MODEL, GENERATE_MODEL, wait_until
 
 pytestmark = pytest.mark.integration
@@ -43,7 +44,7 @@ def test_greedy_text_equals_that_of_transformers(client: Client) -> None:
 
 def test_a_trained_adapter_serves_at_once_along_with_the_bare_base(client: Client) -> None:
     rows = [{"prompt": f"Q: {word}?\nA:", "completion": " Aye, stoker!"} for word in ("coal", "steam", "iron", "water")]
-    options = {"steps": 8, "batch_size": 4, "learning_rate": 4e-3, "max_length": 32}
+    options: TrainOptions = {"steps": 8, "batch_size": 4, "learning_rate": 4e-3, "max_length": 32}
     question = "Q: fire?\nA:"
     before = client.generate(question, model=GENERATE_MODEL, max_tokens=6).result(60)
     run = client.train("aye-first", rows, model=GENERATE_MODEL, **options)

@@ -6,11 +6,12 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from stoker import Client, JobStatus
+from stoker import Client, GenerateJob, JobStatus
 from stoker.broker import keys, ledger
 from stoker.broker.ledger.record import Field
 from stoker.client.requests import generate_request
@@ -57,9 +58,8 @@ def test_a_deadline_that_passes_in_the_queue_ends_the_job_before_it_runs(client:
 def test_a_job_of_higher_priority_is_served_first(client: Client) -> None:
     blocker = client.train("blocker", [{"text": "a b"}], model=GENERATE_MODEL, steps=100_000, max_length=16)
     next(iter(blocker.progress(timeout=60)))
-    options = {"model": GENERATE_MODEL, "steps": 1, "max_length": 16}
-    low = client.train("low", [{"text": "a b"}], priority=9, **options)
-    high = client.train("high", [{"text": "a b"}], priority=0, **options)
+    low = client.train("low", [{"text": "a b"}], model=GENERATE_MODEL, priority=9, steps=1, max_length=16)
+    high = client.train("high", [{"text": "a b"}], model=GENERATE_MODEL, priority=0, steps=1, max_length=16)
     blocker.cancel()
     assert high.result(30).usage.queued_seconds < low.result(30).usage.queued_seconds
 
@@ -71,10 +71,10 @@ def test_a_full_lane_asks_for_nothing_and_each_other_lane_waits_by_itself(client
         return sum("b" in each["flags"] and each["cmd"] == "brpop" for each in client.redis.client_list())
 
     wait_until(lambda: waits() == 4, "each lane asks for jobs")
-    options = {"model": GENERATE_MODEL, "max_length": 16}
-    blocker = client.train("blocker", [{"text": "a b"}], steps=100_000, **options)
+    rows = [{"text": "a b"}]
+    blocker = client.train("blocker", rows, model=GENERATE_MODEL, max_length=16, steps=100_000)
     next(iter(blocker.progress(timeout=60)))
-    following = client.train("following", [{"text": "a b"}], steps=1, **options)
+    following = client.train("following", rows, model=GENERATE_MODEL, max_length=16, steps=1)
     wait_until(lambda: waits() == 3, "the lane that trains asks for no more")
     assert following.status() == JobStatus.QUEUED
     blocker.cancel()
@@ -124,7 +124,9 @@ def test_a_job_whose_message_was_lost_is_sent_again(fragile: FragileBroker, tmp_
         # What a worker leaves that dies between taking the message and writing it down.
         client.redis.delete(keys.ready(keys.queue(GENERATE_MODEL, "generate")))
         with worker_on(fragile, tmp_path / "worker"):
-            assert client.job("orphan").result(60).usage.completion_tokens == 3
+            orphan = client.job("orphan")
+            assert isinstance(orphan, GenerateJob)
+            assert orphan.result(60).usage.completion_tokens == 3
 
 
 @pytest.mark.slow
@@ -139,7 +141,7 @@ def test_a_job_that_crashes_its_workers_is_a_dead_letter_and_can_be_retried(
                 lambda: next((w.pid for w in client.workers() if w.worker == stack.worker_name), None), "who runs it"
             )
             os.kill(pid, signal.SIGKILL)
-            wait_until(lambda pid=pid: not alive(pid), "it is dead")
+            wait_until(partial(_is_gone, pid), "it is dead")
             stack.start_worker()
             stack.wait_until_warm()
             wait_until(lambda: _owner(client, job.id) == stack.worker_name or _ended(job), "it went on", 60)
@@ -148,6 +150,7 @@ def test_a_job_that_crashes_its_workers_is_a_dead_letter_and_can_be_retried(
         assert len(client.dead()[job.id]["history"]) == ledger.MAX_CRASHES
         again = client.retry(job.id)
         assert not client.dead()
+        assert isinstance(again, GenerateJob)
         stream = again.stream(timeout=60)
         assert [next(stream).token_id for _ in range(20)] == GOLDEN["token_ids"][:20]
         stream.close()
@@ -155,8 +158,13 @@ def test_a_job_that_crashes_its_workers_is_a_dead_letter_and_can_be_retried(
             client.retry("nobody")
 
 
+def _is_gone(pid: int) -> bool:
+    return not alive(pid)
+
+
 def _owner(client: Client, job_id: str) -> str:
-    return (client.redis.hget(keys.job(job_id), Field.WORKER) or b"").decode()
+    name = client.redis.hget(keys.job(job_id), Field.WORKER)
+    return name.decode() if isinstance(name, bytes) else ""
 
 
 def _ended(job) -> bool:  # type: ignore[no-untyped-def]

@@ -123,7 +123,9 @@ def test_an_engine_that_hangs_ends_its_process_and_the_job_runs_in_the_next(
         wait_until(lambda: worker.returncode is not None, "the watchdog ends the process", 60)
         assert worker.returncode == 70
         assert "a step of the engine took longer than 2 s" in worker.output()
-        assert b"longer than 2 s" in client.redis.hget(keys.job(job.id), Field.TROUBLE)
+        trouble = client.redis.hget(keys.job(job.id), Field.TROUBLE)
+        assert isinstance(trouble, bytes)
+        assert b"longer than 2 s" in trouble
         flag.unlink()
         stack.start_worker()
         assert job.result(60).shape == (1, 384)

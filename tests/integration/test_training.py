@@ -10,6 +10,7 @@ from importlib import resources
 import pytest
 
 from stoker import Client
+from stoker.client.options import TrainOptions
 from stoker.local.stack import Stack
 from tests.conftest import GENERATE_MODEL
 
@@ -24,7 +25,13 @@ ROWS = [{"prompt": f"Q: {word}?\nA:", "completion": " Aye, stoker!"} for word in
     [pytest.param(signal.SIGINT, id="stopped", marks=pytest.mark.slow), pytest.param(signal.SIGKILL, id="killed")],
 )
 def test_a_run_whose_worker_goes_away_goes_on_in_the_next_and_makes_the_same(own_stack: Stack, how: int) -> None:
-    options = {"steps": 6, "batch_size": 1, "max_length": 32, "checkpoint_every": 2, "learning_rate": 2e-3}
+    options: TrainOptions = {
+        "steps": 6,
+        "batch_size": 1,
+        "max_length": 32,
+        "checkpoint_every": 2,
+        "learning_rate": 2e-3,
+    }
     with Client(settings=own_stack.settings) as client:
         run = client.train("resumed", ROWS, model=GENERATE_MODEL, job_id="resumed", **options)
         reports = run.progress(timeout=120)

@@ -147,7 +147,7 @@ def test_flower_watches_the_worker_which_goes_on_without_it(tmp_path: Path) -> N
         def answers() -> bool:
             try:
                 with urllib.request.urlopen(f"{url}/healthcheck", timeout=2) as reply:
-                    return reply.status == 200
+                    return bool(reply.status == 200)
             except OSError:
                 return False
 

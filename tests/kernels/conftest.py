@@ -6,6 +6,7 @@ import mlx.core as mx
 import pytest
 
 from kernels import check
+from kernels.backend import using
 from kernels.emulator import build, observe
 from kernels.emulator.trace import Launch
 from kernels.kernel import Kernel
@@ -29,7 +30,7 @@ def _compiled() -> None:
 def launches(kernel: Kernel, dtype: mx.Dtype = mx.float32) -> list[Launch]:
     """What the first shape of `kernel` launches, without running it."""
     case = check.cases(kernel, dtype, 1)[0]
-    with observe.observing(dry=True) as found, check.using("emulator"):
+    with observe.observing(dry=True) as found, using("emulator"):
         kernel(*case.arguments)
     return found
 

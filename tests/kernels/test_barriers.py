@@ -6,9 +6,11 @@ import mlx.core as mx
 import pytest
 
 from kernels import check
+from kernels.backend import using
+from kernels.emulator import observe
 from kernels.emulator.run import KernelDefect
 from kernels.emulator.trace import Launch
-from kernels.kernel import Kernel
+from kernels.kernel import Case, Kernel
 from kernels.registry import KERNELS
 from tests.kernels.conftest import body_of, launches
 
@@ -25,14 +27,14 @@ def _missing(kernel: Kernel, dtype: mx.Dtype) -> list[str]:
     return unnoticed
 
 
-def _noticed(kernel: Kernel, case: check.Case, body: str, number: int) -> bool:
+def _noticed(kernel: Kernel, case: Case, body: str, number: int) -> bool:
     def change(launch: Launch) -> Launch:
         return launch.without_barrier(number) if body_of(launch) == body else launch
 
     if case.large:
         return False
     try:
-        with check.observe.observing(change=change), check.using("emulator"):
+        with observe.observing(change=change), using("emulator"):
             kernel(*case.arguments)
     except KernelDefect as defect:
         return bool(defect.kinds & {"RACE", "UNINITIALISED", "BARRIER_DIVERGENCE", "SIMD_DIVERGENCE"})

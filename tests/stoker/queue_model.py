@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from stoker.broker import keys
 
@@ -319,7 +320,7 @@ class Queue:
         self.records = {job: record for job, record in self.records.items() if keys.job(job) not in gone}
         self.results = {job: status for job, status in self.results.items() if keys.result(job) not in gone}
         self.marks = {job for job in self.marks if keys.cancel(job) not in gone}
-        containers = [
+        containers: list[tuple[str, Any]] = [
             (keys.dispatched(self.name), self.dispatched),
             (keys.open_jobs(self.name), self.open),
             (keys.turns(self.name), self.turns),

@@ -93,8 +93,8 @@ def test_what_was_not_made_safe_is_written_again(tmp_path: Path, suffix: str, dt
 def test_rows_that_are_gone_are_not_believed(tmp_path: Path) -> None:
     path = tmp_path / "out.npy"
     break_off(path, job("float32"), VECTORS[:9])
-    for damage in (lambda: partial_path(path).write_bytes(b"x" * 100), lambda: state_path(path).write_text('{"job": ')):
-        damage()
+    for file, spoiled in ((partial_path(path), b"x" * 100), (state_path(path), b'{"job": ')):
+        file.write_bytes(spoiled)
         assert break_off(path, job("float32"), VECTORS[:9]) == 0
 
 

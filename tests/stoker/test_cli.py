@@ -22,6 +22,7 @@ from stoker.broker.outcome import JobStatus
 from stoker.cli import app, embed, generate, jobs, machine, train
 from stoker.contract import GenerateResult, ModelCard, Presence, StreamToken, TrainReport, TrainResult, Usage
 from stoker.errors import InvalidRequest, StokerError, UnknownModel
+from stoker.settings import load_settings
 
 NOWHERE = "redis://127.0.0.1:1/0"
 RESULT = GenerateResult(
@@ -111,7 +112,7 @@ class FakeClient:
 
     @property
     def settings(self) -> Any:
-        return machine.load_settings(url=NOWHERE)
+        return load_settings(url=NOWHERE)
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from typer.testing import CliRunner
 
 from stoker.catalogue import CATALOGUE
 from stoker.cli import app
-from stoker.cli import models as commands
 from stoker.errors import ConfigError, JobFailed, ModelError
 
 TINY = Path(__file__).parents[1] / "goldens" / "architectures" / "qwen2-untied"
@@ -103,12 +102,12 @@ def test_inspect_downloads_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 
 def test_a_tool_that_breaks_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commands.sys, "executable", "/bin/false")
+    monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(JobFailed, match="exit code 1"):
         run("inspect", str(TINY))
 
 
 def test_without_the_engine_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commands.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="runs from a checkout"):
         run("inspect", str(TINY))

@@ -193,6 +193,7 @@ def test_vectors_come_back_as_they_were_and_are_lost_when_expired() -> None:
     reply = EmbedReply(blob="b", rows=2, dim=3, usage=Usage())
     vectors = np.arange(6, dtype=np.float32).reshape(2, 3)
     found = read_vectors(reply, safetensors.numpy.save({"vectors": vectors}))
+    assert isinstance(found, np.ndarray)
     assert found.dtype == np.float32
     assert np.array_equal(found, vectors)
     with pytest.raises(JobLost, match="kept 24 hours"):

@@ -125,9 +125,11 @@ def test_a_token_arrives_as_it_was(token: StreamToken) -> None:
 
 
 def test_the_last_report_of_a_run_says_so() -> None:
-    fields = {"loss": 1.0, "learning_rate": 0.1, "gradient_norm": 1.0, "tokens": 1, "tokens_per_second": 1.0}
-    assert not TrainReport(index=0, step=1, steps=2, **fields).is_last
-    assert TrainReport(index=1, step=2, steps=2, last=True, **fields).is_last
+    report = TrainReport(
+        index=0, step=1, steps=2, loss=1.0, learning_rate=0.1, gradient_norm=1.0, tokens=1, tokens_per_second=1.0
+    )
+    assert not report.is_last
+    assert report.model_copy(update={"index": 1, "step": 2, "last": True}).is_last
 
 
 @pytest.mark.parametrize("message", VALID)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,7 @@ def test_a_terminal_that_has_gone_hides_the_message_and_keeps_the_code(monkeypat
     assert edge.run(fails) == 2
 
 
-def process(code: str, *, before: Callable[[], None] | None = None, **options: Any) -> subprocess.Popen[str]:
+def process(code: str, *, before: Callable[[], object] | None = None, **options: Any) -> subprocess.Popen[str]:
     """A process that has said "here"."""
     begun = subprocess.Popen(
         [sys.executable, "-c", code],
@@ -167,8 +168,7 @@ def test_a_command_that_is_asked_to_end_ends_with_130(number: signal.Signals) ->
 
 def test_under_nohup_a_command_goes_on_when_the_terminal_closes() -> None:
     said = MAIN.format("print('here', flush=True); sys.stdin.readline(); print('still', flush=True)")
-    ignoring = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # noqa: E731
-    with process(said, before=ignoring, stdin=subprocess.PIPE) as begun:
+    with process(said, before=partial(signal.signal, signal.SIGHUP, signal.SIG_IGN), stdin=subprocess.PIPE) as begun:
         begun.send_signal(signal.SIGHUP)
         assert begun.communicate("\n", timeout=30)[0] == "still\n"
         assert begun.returncode == 0

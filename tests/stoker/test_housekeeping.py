@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from stoker import Client, JobStatus
+from stoker import Client, Job, JobStatus
 from stoker.broker import keys, ledger, policy, registry
 from stoker.cli import app
 from stoker.cli.housekeeping import seconds
@@ -59,7 +59,7 @@ def make_adapter(server: Any, version: int, *, name: str = "style", promote: boo
 
 def test_jobs_are_cancelled_by_id_by_model_by_kind_or_all(fake: Callable[[], Client]) -> None:
     with fake() as client:
-        jobs = [
+        jobs: list[Job[Any]] = [
             client.embed(["a"], model="mini"),
             client.generate("b", model="smol"),
             client.embed(["c"], model="mini"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import fakeredis
 import pytest
 import redis
@@ -69,7 +71,7 @@ def test_each_version_of_the_contract_has_queues_of_its_own(monkeypatch: pytest.
 
 
 def test_redis_itself_refuses_an_entry_twice_and_one_out_of_order() -> None:
-    broker = fakeredis.FakeRedis()
+    broker: Any = fakeredis.FakeRedis()
     for index in (0, 1, 2):
         broker.xadd(keys.stream("j"), {"entry": str(index)}, id=keys.entry_id(index))
     for index in (0, 2):

@@ -179,5 +179,5 @@ def test_a_caller_that_is_not_cancelled_hears_the_error_itself() -> None:
         return 3
 
     with pytest.raises(RedisConnectionError, match="gone"):
-        asyncio.run(finished(fails))  # type: ignore[arg-type]
-    assert asyncio.run(finished(answers)) == 3  # type: ignore[arg-type]
+        asyncio.run(finished(fails))
+    assert asyncio.run(finished(answers)) == 3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -60,7 +60,7 @@ def take(redis: Any, queue: str = QUEUE) -> str | None:
     message = redis.rpop(keys.ready(queue))
     if message is None:
         return None
-    job_id = json.loads(message)["headers"]["id"]
+    job_id: str = json.loads(message)["headers"]["id"]
     tag = json.loads(message)["properties"]["delivery_tag"]
     assert ledger.claim(redis, job_id, queue, f"token-{job_id}", tag, "worker").state == "run"
     return job_id
@@ -688,7 +688,7 @@ def test_a_message_in_the_ready_list_that_cannot_be_read_stops_no_job(redis: Any
     assert sorted(taken) == sorted([*names, "urgent"])
 
 
-SPOILED = {
+SPOILED: dict[str, Callable[[Any, str], object]] = {
     "of another type": lambda redis, key: (redis.delete(key), redis.set(key, "x", ex=60)),
     "without a message": lambda redis, key: redis.hset(key, Field.MESSAGE, "garbage"),
     "with a priority that is none": lambda redis, key: redis.hset(key, Field.PRIORITY, "abc"),

@@ -7,6 +7,7 @@ import json
 import logging
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import redis
 from typer.testing import CliRunner
 
 from stoker import AsyncClient, Client
-from stoker.broker import keys, loading
+from stoker.broker import keys
 from stoker.broker.connection import connect
 from stoker.broker.loading import Progress, wait_until_loaded
 from stoker.cli import app
@@ -190,8 +191,8 @@ def test_a_load_that_gets_on_is_waited_for_and_one_that_stands_still_is_an_error
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock = iter(range(0, 100_000, 20))
-    monkeypatch.setattr(loading.time, "monotonic", lambda: float(next(clock)))
-    monkeypatch.setattr(loading.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     told: list[str] = []
     # Twenty seconds a look, and something new at every third.
     answers = iter([*(info(number // 3, number // 3) for number in range(150)), {"loading": 0}])

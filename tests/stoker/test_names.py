@@ -72,7 +72,7 @@ def test_no_adapters_path_leaves_its_root(given: str, tmp_path: Path) -> None:
         with pytest.raises((artifacts.StoreTrouble, StokerError)):
             kept.put(model, name, version, b"")  # type: ignore[arg-type]
     for model, name in ((given, "a"), ("m", given)):
-        for action in (store.newest, store.resolve, lambda *where: store.install(*where, lambda draft: None)):
+        for action in (store.newest, store.resolve, lambda model, name: store.install(model, name, lambda draft: None)):
             with pytest.raises(InvalidRequest):
                 action(model, name)
     assert list(tmp_path.rglob("*")) == []

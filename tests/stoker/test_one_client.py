@@ -56,7 +56,8 @@ def test_a_blocking_client_that_was_edited_by_hand_is_stale(monkeypatch: pytest.
 
 def signature(member: Any) -> str:
     """Parameters and what a call gives in the end, in the blocking client's words."""
-    shown = inspect.signature(member.fget if isinstance(member, property) else member)
+    called: Any = member.fget if isinstance(member, property) else member
+    shown = inspect.signature(called)
     text = unasync.OURS.sub("", str(shown))
     for word, other in unasync.WORDS.items():
         text = text.replace(word, other)

@@ -35,7 +35,7 @@ def add(client: Any, version: int, *, promote: bool = True) -> None:
     registry.register(client, "m", "style", version, {"rank": 8, "loss": 1.5}, promote=promote)
 
 
-def change(client: Any, verb: str, version: int | None = None) -> Any:
+def change(client: Any, verb: registry.Verb, version: int | None = None) -> Any:
     done = registry.change(client, "m", verb, "style", version)
     return done if done is None else done.decode()
 
@@ -107,7 +107,7 @@ def test_a_job_gets_one_number_however_often_it_asks(broker_client: Any) -> None
         ("promote", 4, "the versions of style: 1"),
     ],
 )
-def test_what_cannot_be_done_says_why(verb: str, version: int | None, why: str) -> None:
+def test_what_cannot_be_done_says_why(verb: registry.Verb, version: int | None, why: str) -> None:
     found = AdapterEntry("m", "style", 1, (), {1: {}})
     assert why in str(registry.explain(found, verb, version))
 

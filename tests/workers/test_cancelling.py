@@ -40,8 +40,12 @@ def redis(broker: Settings) -> Iterator[Any]:
     client.close()
 
 
+def ticket(job_id: str) -> Ticket[Any]:
+    return Ticket(job_id, "generate")
+
+
 def test_a_nudge_stops_the_job_that_it_names_and_no_other(runtime: Runtime) -> None:
-    watch, one, other = CancelWatch(runtime), Ticket("one", "generate"), Ticket("other", "generate")
+    watch, one, other = CancelWatch(runtime), ticket("one"), ticket("other")
     with runtime.running("1", one), runtime.running("2", other):
         watch.hear({"data": b"one"})
     assert isinstance(one.stop, JobCancelled)
@@ -50,14 +54,14 @@ def test_a_nudge_stops_the_job_that_it_names_and_no_other(runtime: Runtime) -> N
 
 @pytest.mark.parametrize("data", [b"\xff", b"", b"no such job", b"\x00" * 10_000])
 def test_a_nudge_that_names_no_job_stops_none(runtime: Runtime, data: bytes) -> None:
-    ticket = Ticket("one", "generate")
+    ticket: Ticket[Any] = Ticket("one", "generate")
     with runtime.running("1", ticket):
         CancelWatch(runtime).hear({"data": data})
     assert ticket.stop is None
 
 
 def test_the_mark_of_a_cancel_is_found_without_a_nudge(runtime: Runtime, redis: Any) -> None:
-    one, other = Ticket("one", "generate"), Ticket("other", "generate")
+    one, other = ticket("one"), ticket("other")
     redis.set(keys.cancel("one"), "1", ex=60)
     with runtime.running("1", one), runtime.running("2", other):
         CancelWatch(runtime).hear(None)
@@ -71,7 +75,7 @@ def test_without_running_jobs_the_broker_is_not_asked(runtime: Runtime, monkeypa
 
 
 def test_a_job_of_the_same_id_in_two_deliveries_stops_in_both(runtime: Runtime) -> None:
-    first, second = Ticket("one", "generate"), Ticket("one", "generate")
+    first, second = ticket("one"), ticket("one")
     with runtime.running("1", first), runtime.running("2", second):
         CancelWatch(runtime).hear({"data": b"one"})
     assert first.stop is not None
@@ -85,7 +89,7 @@ def test_listening_goes_on_after_bytes_that_are_no_text(
     before = threading.active_count()
     CancelWatch(runtime).start()
     wait_until(lambda: redis.pubsub_numsub(keys.CANCELS)[0][1] == 1, "the worker listens")
-    ticket = Ticket("one", "generate")
+    ticket: Ticket[Any] = Ticket("one", "generate")
     with runtime.running("1", ticket):
         redis.publish(keys.CANCELS, b"\xff\xfe")
         redis.publish(keys.CANCELS, "one")

@@ -52,8 +52,11 @@ class Worker:
         self.consumer.consume()
         self.taken: list[Any] = []
 
+    def _kind(self, message: Any) -> str:
+        return self.lanes.kind_of(message.delivery_info["routing_key"]) or ""
+
     def _take(self, message: Any) -> None:
-        self.lanes.enter(self.lanes.kind_of(message.delivery_info["routing_key"]))
+        self.lanes.enter(self._kind(message))
         self.taken.append(message)
 
     def send(self, queue: str, job: str = "job") -> None:
@@ -64,7 +67,7 @@ class Worker:
 
     def end(self, message: Any) -> None:
         message.ack()
-        self.lanes.leave(self.lanes.kind_of(message.delivery_info["routing_key"]))
+        self.lanes.leave(self._kind(message))
 
     def turn_until(self, condition: Any) -> None:
         end = time.monotonic() + 30
@@ -230,7 +233,8 @@ def test_what_celery_makes_knows_the_context_of_its_app(broker: Settings) -> Non
     with app.connection_for_read() as connection, connection.clone() as copy:
         for made in (connection, copy):
             assert isinstance(made, WorkerConnection)
-            assert made.deliveries is made.default_channel.deliveries is context.deliveries
+            channel: Any = made.default_channel
+            assert made.deliveries is channel.deliveries is context.deliveries
         assert app.amqp.TaskConsumer(connection.default_channel, queues=[])._lanes is context.lanes
         pollers = [made.transport.cycle.poller for made in (connection, copy)]
     # kombu leaves it to the interpreter.

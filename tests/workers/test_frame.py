@@ -55,11 +55,11 @@ class Engine:
 
     def __init__(self) -> None:
         self.ends: Callable[[], Any] = lambda: None
-        self.tickets: list[Ticket] = []
-        self.make_ticket: Callable[..., Ticket] = Ticket
+        self.tickets: list[Ticket[Any]] = []
+        self.make_ticket: Callable[..., Ticket[Any]] = Ticket
         self.cards = [ModelCard(model="m", architecture="a", kinds=("generate",), context=1, parameters=1)]
 
-    def submit(self, job_id: str, request: GenerateRequest, data: Any, *, deadline: float | None) -> Ticket:
+    def submit(self, job_id: str, request: GenerateRequest, data: Any, *, deadline: float | None) -> Ticket[Any]:
         ticket = self.make_ticket(job_id, request.kind, deadline)
         self.tickets.append(ticket)
         try:
@@ -212,7 +212,7 @@ def test_a_job_whose_id_could_be_a_path_ends_alone_before_it_runs(worker: Worker
 def test_progress_that_cannot_be_told_fails_no_job(worker: Worker) -> None:
     """Found by the chaos suite: the broker was away when Flower was to be told."""
 
-    class Slow(Ticket):
+    class Slow(Ticket[Any]):
         waits = iter([False, True])
 
         def wait(self, seconds: float) -> bool:

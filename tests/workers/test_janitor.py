@@ -14,7 +14,6 @@ from stoker.broker.connection import connect
 from stoker.broker.ledger.replies import recovered
 from stoker.contract import CONTRACT, ModelCard
 from stoker.settings import Settings
-from workers.services import janitor as janitor_module
 from workers.services.janitor import TURNS, Janitor
 
 
@@ -23,9 +22,9 @@ class Ledger:
 
     def __init__(self) -> None:
         self.asked: list[str] = []
-        self.lost: Callable[[str], list[bytes]] = lambda queue: []
+        self.lost: Callable[[str], tuple[str, ...]] = lambda queue: ()
 
-    def recover(self, redis: Any, queue: str, older_than: float) -> list[bytes]:
+    def recover(self, redis: Any, queue: str, older_than: float) -> tuple[str, ...]:
         self.asked.append(queue)
         return self.lost(queue)
 
@@ -40,7 +39,7 @@ def redis(broker: Settings) -> Iterator[Any]:
 @pytest.fixture
 def looks(monkeypatch: pytest.MonkeyPatch) -> Ledger:
     made = Ledger()
-    monkeypatch.setattr(janitor_module.ledger, "recover", made.recover)
+    monkeypatch.setattr(ledger, "recover", made.recover)
     return made
 
 
@@ -79,9 +78,12 @@ def test_the_next_round_comes_when_the_turn_has_expired(redis: Any, looks: Ledge
 
 def test_only_jobs_older_than_two_leases_are_looked_for(redis: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ages: list[float] = []
-    monkeypatch.setattr(
-        janitor_module.ledger, "recover", lambda redis, queue, older_than: ages.append(older_than) or []
-    )
+
+    def recover(redis: Any, queue: str, older_than: float) -> tuple[str, ...]:
+        ages.append(older_than)
+        return ()
+
+    monkeypatch.setattr(ledger, "recover", recover)
     say(redis, {"m": card("m", "embed")})
     worker(redis, lease=7).round()
     assert ages == [14]

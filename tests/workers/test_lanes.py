@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,6 @@ from hypothesis import strategies as st
 from stoker.settings import Settings
 from workers import capacity
 from workers.capacity import Lanes
-from workers.celery import lanes as lanes_module
 from workers.celery.lanes import LaneRequest, LaneStep
 from workers.context import WorkerContext
 
@@ -141,7 +141,7 @@ def test_a_request_that_has_ended_is_forgotten(context: WorkerContext, end: str)
 def acked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Tags that are forgotten in this process alone."""
     found: list[str] = []
-    monkeypatch.setattr(lanes_module.QoS, "ack", lambda qos, tag: found.append(tag))
+    monkeypatch.setattr("workers.celery.lanes.QoS.ack", lambda qos, tag: found.append(tag))
     return found
 
 
@@ -178,7 +178,7 @@ def test_a_lane_whose_jobs_did_not_fit_into_memory_holds_half_as_many_for_a_whil
 ) -> None:
     lanes, consumer = make()
     clock = SimpleNamespace(now=1000.0)
-    monkeypatch.setattr(capacity.time, "monotonic", lambda: clock.now)
+    monkeypatch.setattr(time, "monotonic", lambda: clock.now)
     for _ in range(2):
         lanes.enter("generate")
     for _ in range(2):

@@ -91,7 +91,8 @@ class Consumer:
 
     def __init__(self, context: WorkerContext, delivered: set[str], done: set[str]) -> None:
         self._held = delivered - done
-        self.app, self.steps, self.task_consumer = SimpleNamespace(context=context), [], self
+        self.app, self.task_consumer = SimpleNamespace(context=context), self
+        self.steps: list[object] = []
 
     def held_tags(self) -> set[str]:
         return self._held

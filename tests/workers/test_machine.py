@@ -44,10 +44,10 @@ def test_the_blas_of_the_settings_is_booted(monkeypatch: pytest.MonkeyPatch, tmp
 
 def test_a_worker_uses_the_kernels_of_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STOKER_KERNELS", "lora,sample")
-    boot._make_engine(load_settings(), lambda entries: None)
+    boot.make_engine(load_settings(), lambda entries: None)
     assert _active() == {"lora", "sample"}
     with pytest.raises(ConfigError, match="there is no kernel lore"):
-        boot._make_engine(load_settings(kernels="lore"), lambda entries: None)
+        boot.make_engine(load_settings(kernels="lore"), lambda entries: None)
 
 
 def test_the_doctor_tells_of_the_kernels_of_the_settings() -> None:

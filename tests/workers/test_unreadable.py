@@ -11,6 +11,9 @@ from typing import Any
 
 import kombu
 import pytest
+from kombu.connection import Connection
+from kombu.entity import Queue
+from kombu.messaging import Consumer
 from kombu.pidbox import Mailbox
 from redis.exceptions import ConnectionError as RedisConnectionError
 from typer.testing import CliRunner
@@ -67,7 +70,8 @@ def deliveries() -> Deliveries:
 def aside(deliveries: Deliveries) -> list[Unreadable]:
     book: Any = Book()
     deliveries.keep_dead(book)
-    return book.found
+    found: list[Unreadable] = book.found
+    return found
 
 
 def test_a_connection_that_was_made_before_decides_for_none_that_comes_after(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +82,7 @@ def test_a_connection_that_was_made_before_decides_for_none_that_comes_after(mon
 
 
 @pytest.fixture
-def connection(broker: Settings, deliveries: Deliveries) -> Iterator[kombu.Connection]:
+def connection(broker: Settings, deliveries: Deliveries) -> Iterator[Connection]:
     """The worker's transport, as Celery configures it."""
     transport.install()
     config = shared_config(broker)
@@ -93,17 +97,17 @@ def connection(broker: Settings, deliveries: Deliveries) -> Iterator[kombu.Conne
 class Inbox:
     """Consumes one queue; `deliver` may raise."""
 
-    def __init__(self, connection: kombu.Connection, queue: str = QUEUE) -> None:
+    def __init__(self, connection: Connection, queue: str = QUEUE) -> None:
         self.connection = connection
         self.got: list[str] = []
         self.deliver: Callable[[Any], None] = lambda message: self.got.append(message.headers["id"])
-        self.consumer = kombu.Consumer(
-            connection.default_channel, [kombu.Queue(queue)], on_message=lambda message: self.deliver(message)
+        self.consumer = Consumer(
+            connection.default_channel, [Queue(queue)], on_message=lambda message: self.deliver(message)
         )
         self.consumer.consume()
 
 
-def drain(connection: kombu.Connection) -> None:
+def drain(connection: Connection) -> None:
     """Take what is there."""
     with suppress(TimeoutError):
         while True:
@@ -112,7 +116,7 @@ def drain(connection: kombu.Connection) -> None:
 
 @pytest.mark.parametrize("raw", GARBAGE, ids=lambda raw: repr(raw[:8]))
 def test_what_cannot_be_read_is_dead_lettered_once_and_what_comes_behind_is_delivered(
-    redis: Any, connection: kombu.Connection, aside: list[Unreadable], raw: bytes
+    redis: Any, connection: Connection, aside: list[Unreadable], raw: bytes
 ) -> None:
     inbox = Inbox(connection)
     redis.lpush(keys.ready(QUEUE), raw)
@@ -124,7 +128,7 @@ def test_what_cannot_be_read_is_dead_lettered_once_and_what_comes_behind_is_deli
 
 
 def test_a_delivery_that_fails_is_dead_lettered_and_acknowledged(
-    redis: Any, connection: kombu.Connection, aside: list[Unreadable]
+    redis: Any, connection: Connection, aside: list[Unreadable]
 ) -> None:
     """With every error that kombu or Celery raises over it."""
     inbox = Inbox(connection)
@@ -140,7 +144,7 @@ def test_a_delivery_that_fails_is_dead_lettered_and_acknowledged(
 
 
 def test_a_delivery_that_fails_gives_its_place_in_the_lane_back(
-    redis: Any, connection: kombu.Connection, aside: list[Unreadable], deliveries: Deliveries
+    redis: Any, connection: Connection, aside: list[Unreadable], deliveries: Deliveries
 ) -> None:
     dropped: list[str] = []
     delivery: Any = SimpleNamespace(token="1", tag="job#1", reject=lambda: dropped.append("job#1"))
@@ -157,7 +161,7 @@ def test_a_delivery_that_fails_gives_its_place_in_the_lane_back(
 
 
 def test_the_brokers_own_trouble_is_no_messages_fault(
-    redis: Any, connection: kombu.Connection, aside: list[Unreadable]
+    redis: Any, connection: Connection, aside: list[Unreadable]
 ) -> None:
     inbox = Inbox(connection)
 
@@ -174,7 +178,7 @@ def test_the_brokers_own_trouble_is_no_messages_fault(
 
 @pytest.mark.parametrize("raw", ["[]", "{}", "1", "[" * 50_000, '{"properties": 1}', "garbage"])
 def test_a_control_message_that_cannot_be_read_is_left_out(
-    redis: Any, connection: kombu.Connection, aside: list[Unreadable], raw: str
+    redis: Any, connection: Connection, aside: list[Unreadable], raw: str
 ) -> None:
     box = Mailbox("box", type="fanout")
     heard: list[Any] = []
@@ -205,7 +209,7 @@ HELD = {
 @pytest.mark.parametrize("what", HELD)
 def test_an_entry_of_a_dead_worker_that_is_no_message_does_not_hold_up_the_others(
     redis: Any,
-    connection: kombu.Connection,
+    connection: Connection,
     aside: list[Unreadable],
     what: str,
 ) -> None:
@@ -218,7 +222,7 @@ def test_an_entry_of_a_dead_worker_that_is_no_message_does_not_hold_up_the_other
 
 
 def test_the_message_of_a_worker_of_another_release_goes_back_as_it_was(
-    redis: Any, connection: kombu.Connection, aside: list[Unreadable]
+    redis: Any, connection: Connection, aside: list[Unreadable]
 ) -> None:
     queue, made = f"{QUEUE}.v9", json.loads(right())
     made["body"] = "in another form"
@@ -302,7 +306,7 @@ def test_the_command_line_shows_a_message_that_cannot_be_read(redis: Any, broker
     dead.add(Unreadable(b"garbage", QUEUE, "it is no JSON"))
     dead.write(wait=0.0)
     redis.hset(keys.DEAD, b"\xff", b"spoiled")
-    done = CliRunner().invoke(app, ["jobs", "dead", "--url", broker.url], catch_exceptions=False)
+    done = CliRunner().invoke(app, ["jobs", "dead", "--url", str(broker.url)], catch_exceptions=False)
     assert done.exit_code == 0
     assert f"message  {QUEUE}" in done.output
     assert "cannot be read, says w@here (it is no JSON)" in done.output

@@ -77,7 +77,7 @@ class EngineStep(bootsteps.StartStopStep):
         try:
             check_broker(settings)
             Artifacts(settings, None).check()
-            made = Runtime(settings, name, lambda publish: _make_engine(settings, publish))
+            made = Runtime(settings, name, lambda publish: make_engine(settings, publish))
             made.start()
             return made
         except StokerError as error:
@@ -123,7 +123,7 @@ def _process_name(node: str) -> str:
     return f"{node}/{uuid.uuid4().hex[:8]}"
 
 
-def _make_engine(settings: Settings, publish: Callable[..., None]) -> Engine:
+def make_engine(settings: Settings, publish: Callable[..., None]) -> Engine:
     # BLAS first: importing the engine imports MLX, and MLX binds to the BLAS that it finds.
     from engine.platform import blas
 

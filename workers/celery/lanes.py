@@ -57,7 +57,7 @@ class LaneRequest(Request):
     def _forget(self, *_: Any) -> None:
         # A frozen worker may get its own message again, and then holds the tag twice: the newer delivery needs it.
         if not self._context.deliveries.another_holds(self.tag, than=self):
-            QoS.ack(self.message.channel.qos, self.tag)  # type: ignore[no-untyped-call]
+            QoS.ack(self.message.channel.qos, self.tag)
 
     def acknowledge(self) -> None:
         super().acknowledge()

@@ -89,7 +89,7 @@ class QoS(kombu_redis.QoS):
         with self.pipe_or_acquire() as pipeline:
             clock.hold(pipeline, [delivery_tag], known=False)
             pipeline.hset(self.unacked_key, delivery_tag, held).execute()
-        virtual.QoS.append(self, message, delivery_tag)  # type: ignore[no-untyped-call]
+        virtual.QoS.append(self, message, delivery_tag)
 
     def restore_visible(self, start: int = 0, num: int | None = 10, interval: int = 10) -> None:
         """As kombu's, except that the broker's clock says which leases have run out."""

@@ -4,31 +4,39 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+from unittest import mock
 
+from stoker.settings import Settings
 from workers.celery import boot
 from workers.celery.app import app
 
+if TYPE_CHECKING:
+    from engine.embedding.lane import EmbedLane
+    from engine.engine import Engine
+    from engine.ticket import StepOutput
+
 __all__ = ["app"]
 
-_make_engine = boot._make_engine
+make_engine = boot.make_engine
 
 
-def _make_hanging_engine(*arguments: Any) -> Any:
-    engine = _make_engine(*arguments)
+def make_hanging_engine(settings: Settings, publish: Callable[..., None]) -> Engine:
+    engine = make_engine(settings, publish)
     # Only now: importing it imports MLX, which has to find its BLAS.
     from engine.embedding.lane import EmbedLane
 
     run = EmbedLane.run
 
-    def hang(lane: EmbedLane) -> Any:
+    def hang(lane: EmbedLane, *, lookahead: bool = True) -> StepOutput:
         if Path(os.environ["HANG_WHILE"]).exists():
             threading.Event().wait()
-        return run(lane)
+        return run(lane, lookahead=lookahead)
 
-    EmbedLane.run = hang  # type: ignore[method-assign]
+    mock.patch.object(EmbedLane, "run", hang).start()
     return engine
 
 
-boot._make_engine = _make_hanging_engine
+boot.make_engine = make_hanging_engine
