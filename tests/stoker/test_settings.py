@@ -99,13 +99,14 @@ def test_the_record_of_a_broker_that_has_ended_is_ignored(tmp_path: Path) -> Non
     [
         "", "{", "[]", "{}", '{"pid": "x", "url": "y"}', '{"pid": null}', "\x00", "\udcff", "[" * 60_000, "1" * 5000,
         '{"pid": 1e300, "url": "redis://x"}', '{"pid": 99999999999999999999, "url": "redis://x"}',
-        f'{{"pid": {os.getpid()}, "url": "http://x"}}', f'{{"pid": {os.getpid()}, "url": ["redis://x"]}}',
-        f'{{"pid": {os.getpid()}, "url": "redis://x", "more": "{"x" * 100_000}"}}',
+        '{"pid": OURS, "url": "http://x"}', '{"pid": OURS, "url": ["redis://x"]}',
+        f'{{"pid": OURS, "url": "redis://x", "more": "{"x" * 100_000}"}}',
     ],
 )  # fmt: skip
 def test_a_damaged_record_of_a_broker_is_ignored(tmp_path: Path, text: str) -> None:
     settings = Settings(home=tmp_path)
-    settings.broker_file.write_bytes(text.encode("utf-8", "surrogateescape"))
+    written = text.replace("OURS", str(os.getpid()))
+    settings.broker_file.write_bytes(written.encode("utf-8", "surrogateescape"))
     assert settings.address.redis == DEFAULT_URL
 
 
