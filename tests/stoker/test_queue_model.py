@@ -153,7 +153,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def complete(self, job: str, token: str) -> int:
         expected = self.model.complete(job, token)
-        outcome = ledger.success(job, token)
+        outcome = ledger.success(job, {"made by": token})
         assert ledger.complete(self.redis, job, self.model.name, token, outcome) == expected
         self.compare_ready_lists()
         return expected

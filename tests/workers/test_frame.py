@@ -169,7 +169,12 @@ class Recording(Handler):
 
 def test_a_handler_is_asked_in_order_and_what_it_opened_stays_until_the_result_is_stored(worker: Worker) -> None:
     handler = Recording(worker)
-    worker.deliver(lambda: handler.steps.append("the engine") or 3, handler=handler)
+
+    def work() -> int:
+        handler.steps.append("the engine")
+        return 3
+
+    worker.deliver(work, handler=handler)
     assert handler.steps == [
         "began", "prepare", "load_input of seed 7", "the engine", "finish 3 of seed 7", "stored: True", "closed",
     ]  # fmt: skip
