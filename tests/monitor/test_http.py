@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import stat
 from html.parser import HTMLParser
+from typing import Any
 
 import pytest
 
@@ -104,7 +105,8 @@ def test_a_foreign_page_cancels_nothing_though_the_browser_sends_the_password(
     running: Running, jobs: Client, path: str
 ) -> None:
     job = jobs.embed(["x"], model=MODEL)
-    for headers in ({"Origin": "http://evil.example"}, {"Sec_Fetch_Site": "cross-site"}):
+    foreign: list[dict[str, Any]] = [{"Origin": "http://evil.example"}, {"Sec_Fetch_Site": "cross-site"}]
+    for headers in foreign:
         assert running.ask(path.format(job.id), {"target": job.id}, **headers).status == 403
     assert job.status() == JobStatus.QUEUED
     assert running.ask(path.format(job.id), {"target": job.id}, Origin=running.url).status == 200

@@ -19,8 +19,15 @@ NODE = "stoker-1234@mac"
 
 
 def known(job_id: str = "job", **changes: Any) -> Known:
-    fields = {"kind": "train", "model": "base", "client": "team", "priority": 5, "adapter": "style", "size": "9 steps"}
-    return Known(job_id, **{**fields, "submitted": 100.0, "crashes": 0, **changes})  # type: ignore[arg-type]
+    fields: dict[str, Any] = {
+        "kind": "train",
+        "model": "base",
+        "client": "team",
+        "priority": 5,
+        "adapter": "style",
+        "size": "9 steps",
+    }
+    return Known(job_id, **{**fields, "submitted": 100.0, "crashes": 0, **changes})
 
 
 def event(kind: str, **fields: Any) -> dict[str, Any]:
