@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from stoker.broker import keys
+from stoker.contract.beneath import Beneath
 from stoker.contract.dataset import ON_WORKER
 from stoker.contract.names import Rule, checked
+from stoker.contract.shown import trouble
 from stoker.contract.uploads import Upload
 from stoker.errors import DatasetError
 from stoker.files.durable import write_whole
@@ -14,7 +16,7 @@ from workers import uploads
 from workers.job import Job
 
 
-def fetch(job: Job, dataset: str) -> bytes | Path | None:
+def fetch(job: Job, dataset: str) -> bytes | Path | Beneath | None:
     """The JSON lines, or their file; None if an upload has expired. Raises `DatasetError` for a file that is not
     there or lies outside the root."""
     if not dataset.startswith(ON_WORKER):
@@ -24,11 +26,15 @@ def fetch(job: Job, dataset: str) -> bytes | Path | None:
         raise DatasetError(
             f"dataset: {name!r} of the worker named; this one has no data root. Set STOKER_DATA there, or upload it."
         )
-    path = (root / name).resolve()
-    # Once links are followed: a link may lead out as well as dots.
-    if not path.is_relative_to(root.resolve()) or not path.is_file():
-        raise DatasetError(f"dataset: {name!r} of the worker named; there is no such file under its data root.")
-    return path
+    file = Beneath(root, name)
+    try:
+        # Opened again when it is read, in the same way.
+        file.open().close()
+    except (OSError, ValueError) as error:
+        raise DatasetError(
+            f"dataset: {name!r} of the worker named; there is no such file under its data root ({trouble(error)})."
+        ) from None
+    return file
 
 
 def _uploaded(job: Job, dataset: str) -> bytes | Path | None:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
+from stoker.contract.beneath import Beneath, OutsideError
 from stoker.contract.shown import brief, cut, trouble
 from stoker.errors import InvalidRequest
 
 #: What an adapter's folder may hold: PEFT's files, mlx-lm's, and what Stoker knows of its own.
 FILES = ("adapter_config.json", "adapter_model.safetensors", "adapters.safetensors", "stoker.json")
 MAX_BYTES = 512 * 2**20
+#: How the files of a snapshot in the hub's cache lead to their content.
+_BLOB = re.compile(r"\.\./\.\./blobs/([^/]+)")
 #: What a bundle's metadata calls the folder that it was made from, and the characters that are kept of it.
 _SOURCE, _LONGEST = "source", 1024
 
@@ -77,28 +83,42 @@ def read_folder(folder: Path, *, named: bool = False) -> bytes:
     Raises `InvalidRequest` for a folder that holds none, or too much.
     """
     try:
-        found = {name: folder / name for name in FILES if (folder / name).is_file()}
-        weights = {"adapter_model.safetensors", "adapters.safetensors"} & found.keys()
-        if "adapter_config.json" not in found or not weights:
-            raise InvalidRequest(
-                f"{folder}: no adapter in it; expected adapter_config.json and adapter_model.safetensors (PEFT), or "
-                "adapter_config.json and adapters.safetensors (mlx-lm)."
-            )
-        for path in found.values():
-            _check_link(folder, path)
-        size = sum(path.stat().st_size for path in found.values())
-        if size > MAX_BYTES:
-            raise InvalidRequest(f"{folder}: {size} bytes; at most {MAX_BYTES} can be loaded.")
-        return pack({name: path.read_bytes() for name, path in found.items()}, str(folder) if named else None)
+        found = _files(folder)
     except (OSError, ValueError) as error:
         # A path with a NUL in it, or with half a surrogate pair, is no path.
         raise InvalidRequest(f"{folder}: cannot be read ({trouble(error)}).") from None
+    if "adapter_config.json" not in found or not {"adapter_model.safetensors", "adapters.safetensors"} & found.keys():
+        raise InvalidRequest(
+            f"{folder}: no adapter in it; expected adapter_config.json and adapter_model.safetensors (PEFT), or "
+            "adapter_config.json and adapters.safetensors (mlx-lm)."
+        )
+    return pack(found, str(folder) if named else None)
 
 
-def _check_link(folder: Path, path: Path) -> None:
-    """A link may lead to another file of the folder, or where the hub's cache keeps the files of a snapshot: what is
-    read is sent away. Raises `InvalidRequest` for one that leads anywhere else."""
-    target, home = path.resolve(), folder.resolve()
-    allowed = [home] + ([home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [])
-    if not any(target.is_relative_to(root) for root in allowed):
-        raise InvalidRequest(f"{path}: a link to {target}, which is no file of this folder. Copy the file here.")
+def _files(folder: Path) -> dict[str, bytes]:
+    """What the folder holds of an adapter's files."""
+    os.stat(folder)
+    found: dict[str, bytes] = {}
+    for name in FILES:
+        room = MAX_BYTES - sum(map(len, found.values()))
+        with suppress(FileNotFoundError), _opened(folder, name) as file:
+            found[name] = file.read(room + 1)
+            if len(found[name]) > room:
+                raise InvalidRequest(f"{folder}: more than {MAX_BYTES} bytes, the most that can be loaded.")
+    return found
+
+
+def _opened(folder: Path, name: str) -> BinaryIO:
+    """A file of the folder. A link may lead to another one of it, or where the hub's cache keeps the files of a
+    snapshot: what is read is sent away. Raises `InvalidRequest` for one that leads anywhere else."""
+    try:
+        return Beneath(folder, name).open()
+    except OutsideError:
+        target = os.readlink(folder / name)
+        kept = _BLOB.fullmatch(target)
+        home = folder.resolve()
+        if kept and home.parent.name == "snapshots":
+            return Beneath(home.parents[1] / "blobs", kept[1]).open()
+        raise InvalidRequest(
+            f"{folder / name}: a link to {target}, which is no file of this folder. Copy the file here."
+        ) from None

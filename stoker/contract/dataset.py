@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stoker.contract.beneath import Beneath
 from stoker.contract.lines import decoded, numbered, pieces
+from stoker.contract.shown import trouble
 from stoker.errors import DatasetError
 
 #: Before the name of a dataset that is a file under the worker's data root.
@@ -52,7 +54,7 @@ class TrainInput:
     """What a training job needs in addition to its request: the dataset's JSON lines, or the file that holds them, and
     the version that its adapter shall have (None: the next one)."""
 
-    dataset: bytes | Path
+    dataset: bytes | Path | Beneath
     version: int | None = None
 
     def lines(self) -> Iterator[bytes]:
@@ -63,8 +65,8 @@ class TrainInput:
         try:
             with self.dataset.open("rb") as file:
                 yield from pieces(file)
-        except OSError as error:
-            raise DatasetError(f"{self.dataset.name}: cannot be read ({error.strerror}).") from None
+        except (OSError, ValueError) as error:
+            raise DatasetError(f"{self.dataset.name}: cannot be read ({trouble(error)}).") from None
 
 
 def iterate_lines(lines: Iterable[bytes], source: str) -> Iterator[Example]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,36 @@ def test_an_id_of_another_kind_of_job_is_refused_and_leaves_no_input(
         asyncio.run(send())
     client.generate("x", model=SMOL.model, job_id="mine")
     assert blobs(server) == []
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_in_an_adapters_folder_is_refused(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    make(tmp_path / "adapter_model.safetensors")
+    with pytest.raises(InvalidRequest, match="neither a file nor a link to one"):
+        bundle.read_folder(tmp_path)
+
+
+def test_an_adapters_folder_is_read_within_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundle, "MAX_BYTES", 4)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_model.safetensors").write_text("abc")
+    with pytest.raises(InvalidRequest, match="more than 4 bytes"):
+        bundle.read_folder(tmp_path)
+
+
+def test_a_folder_that_is_called_as_the_hubs_gives_nothing_but_blobs(tmp_path: Path) -> None:
+    folder = tmp_path / "snapshots" / "x"
+    folder.mkdir(parents=True)
+    (tmp_path / "secret").write_text("{}")
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "link").symlink_to(tmp_path / "secret")
+    (folder / "adapter_model.safetensors").write_text("x")
+    for target in ("../../secret", "../../blobs/../secret", "../../blobs/link"):
+        (folder / "adapter_config.json").symlink_to(target)
+        with pytest.raises(InvalidRequest, match=r"a link to|leads out of its root"):
+            bundle.read_folder(folder)
+        (folder / "adapter_config.json").unlink()
 
 
 def test_a_link_out_of_an_adapters_folder_sends_nothing(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import pytest
 
 from stoker.broker import keys
 from stoker.broker.connection import connect
+from stoker.contract.dataset import TrainInput
 from stoker.contract.uploads import Kind, Upload
 from stoker.errors import DatasetError, InvalidRequest, JobLost
 from stoker.settings import Settings
@@ -96,11 +98,24 @@ def test_an_adapter_that_is_not_whole_is_no_adapter(run: Any) -> None:
         adapters.unpacked(run, name).__enter__()
 
 
-@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "nowhere", "link"])
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "nowhere", "link", "", ".", "a\0b", "fifo", "zero"])
 def test_a_name_that_leads_out_of_the_data_root_or_nowhere_is_refused(run: Any, tmp_path: Path, name: str) -> None:
     (tmp_path / "secret").write_bytes(LINES)
     (tmp_path / "data/link").symlink_to(tmp_path / "secret")
+    (tmp_path / "data/zero").symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / "data/fifo")
     with pytest.raises(DatasetError, match="no such file under its data root"):
         datasets.fetch(run, f"worker:{name}")
     (tmp_path / "data/fine").write_bytes(LINES)
-    assert datasets.fetch(run, "worker:fine") == tmp_path / "data/fine"
+    found = datasets.fetch(run, "worker:fine")
+    assert b"".join(TrainInput(found).lines()) == LINES
+
+
+def test_a_file_that_is_exchanged_for_a_link_before_it_is_read_gives_nothing_away(run: Any, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_bytes(b'{"text": "secret"}')
+    (tmp_path / "data/fine").write_bytes(LINES)
+    found = datasets.fetch(run, "worker:fine")
+    (tmp_path / "data/fine").unlink()
+    (tmp_path / "data/fine").symlink_to(tmp_path / "secret")
+    with pytest.raises(DatasetError, match=r"fine: cannot be read \(leads out of its root\)"):
+        list(TrainInput(found).lines())
