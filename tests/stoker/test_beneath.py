@@ -24,6 +24,7 @@ def root(tmp_path: Path) -> Path:
         "to-link": "to-folder/../../to-file",
         "a/up": "../a/b/file",
         "absolute": f"{root}/a/b/file",
+        "a/absolute": f"{root}/a/b/file",
         "out": "../secret",
         "out-absolute": f"{tmp_path}/secret",
         "out-folder": "..",
@@ -44,7 +45,17 @@ def read(root: Path, path: str) -> str:
 
 @pytest.mark.parametrize(
     "path",
-    ["a/b/file", "./a//b/../b/file", "to-file", "to-folder/file", "to-link", "a/up", "absolute", "a/../to-folder/file"],
+    [
+        "a/b/file",
+        "./a//b/../b/file",
+        "to-file",
+        "to-folder/file",
+        "to-link",
+        "a/up",
+        "absolute",
+        "a/absolute",
+        "a/../to-folder/file",
+    ],
 )
 def test_every_way_that_stays_beneath_is_followed(root: Path, path: str) -> None:
     assert read(root, path) == "file"
