@@ -108,6 +108,7 @@ def test_a_name_that_leads_out_of_the_data_root_or_nowhere_is_refused(run: Any, 
         datasets.fetch(run, f"worker:{name}")
     (tmp_path / "data/fine").write_bytes(LINES)
     found = datasets.fetch(run, "worker:fine")
+    assert found is not None
     assert b"".join(TrainInput(found).lines()) == LINES
 
 
@@ -115,6 +116,7 @@ def test_a_file_that_is_exchanged_for_a_link_before_it_is_read_gives_nothing_awa
     (tmp_path / "secret").write_bytes(b'{"text": "secret"}')
     (tmp_path / "data/fine").write_bytes(LINES)
     found = datasets.fetch(run, "worker:fine")
+    assert found is not None
     (tmp_path / "data/fine").unlink()
     (tmp_path / "data/fine").symlink_to(tmp_path / "secret")
     with pytest.raises(DatasetError, match=r"fine: cannot be read \(leads out of its root\)"):
