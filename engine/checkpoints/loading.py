@@ -82,6 +82,7 @@ class LoadedModel:
             context=self.context,
             parameters=self.parameters,
             dim=self.embedding.dim if self.embedding else 0,
+            chat=self.kind == "generate" and bool(self.tokenizer.templates),
         )
 
     @property

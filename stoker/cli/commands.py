@@ -9,12 +9,12 @@ import typer
 
 import stoker
 from stoker.cli import adapters as adapters_commands
-from stoker.cli import demo, embed, generate, housekeeping, jobs, machine, policy, runs, train
+from stoker.cli import chat, demo, embed, generate, housekeeping, init, jobs, machine, policy, runs, train
 from stoker.cli import models as models_commands
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     help="A job queue that keeps a language model hot: embed, generate and train on one warm base.",
 )
@@ -36,7 +36,7 @@ def _root(
 _COMMANDS: tuple[Callable[..., None], ...] = (
     embed.embed,
     generate.generate,
-    generate.chat,
+    chat.chat,
     train.train,
     jobs.cancel,
     machine.status,
@@ -47,6 +47,7 @@ _COMMANDS: tuple[Callable[..., None], ...] = (
     housekeeping.clean,
     housekeeping.backup,
     housekeeping.restore,
+    init.init,
     demo.demo,
 )
 for _command in _COMMANDS:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stoker.cli import inputs
-from stoker.cli.jobs import warn_if_cold
 from stoker.cli.options import Json, Model, Url, connect, notes, print_json
 from stoker.client import Client
 from stoker.client.chunks import BATCH_TEXTS
@@ -67,7 +66,6 @@ def embed(
     from stoker.files.output import check_output
 
     with connect(url) as client:
-        warn_if_cold(client, model, "embed")
         if output is None:
             _print_vectors(client, _texts(texts, field), model, options, as_json)
             return

@@ -8,17 +8,10 @@ import typer
 
 from stoker.broker import letters
 from stoker.broker.ledger.listing import OpenJob
-from stoker.cli.options import Json, Url, connect, notes, print_json
+from stoker.cli.options import Json, Url, connect, print_json
 from stoker.client import Client
 from stoker.contract.kinds import KINDS
 from stoker.errors import InvalidRequest, JobLost
-
-
-def warn_if_cold(client: Client, model: str | None, kind: str) -> None:
-    """Say so when a job will have to wait: silence would look like a hang."""
-    warm = {card.model for worker in client.workers() for card in worker.models if kind in card.kinds}
-    if model is not None and model in client.models() and model not in warm:
-        notes().print(f"[dim]no worker holds {model} warm now: the job waits for one[/dim]")
 
 
 def list_jobs(as_json: Json = False, url: Url = None) -> None:

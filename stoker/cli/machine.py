@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +21,8 @@ from stoker.broker.connection import connect as connect_redis
 from stoker.broker.connection import translated
 from stoker.catalogue import parse_models
 from stoker.cli.options import Json, Url, connect, print_json, progress_shown
-from stoker.contract import Presence
+from stoker.contract import ModelCard, Presence
+from stoker.contract.kinds import EMBED, GENERATE, TRAIN
 from stoker.errors import ConfigError, StokerError, UnknownModel
 from stoker.local.interrupts import hold_back
 from stoker.local.storage import disk_use
@@ -52,11 +53,31 @@ def up(
         if stack.flower_url:
             print(f"flower  {stack.flower_url}  (user {USER}, password {stack.flower_password})")
         print(f"logs    {stack.settings.logs}")
-        print('\nTry `stoker generate "Once upon a time"` in another shell. Ctrl-C ends all.', flush=True)
+        print("\nTry in another shell:")
+        for command in suggestions(presence.models):
+            print(f"  {command}")
+        print("Ctrl-C ends all.", flush=True)
         try:
             stack.watch(lambda text: print(text, flush=True))
         except KeyboardInterrupt:
             print("\nstopping", flush=True)
+
+
+def suggestions(models: Sequence[ModelCard]) -> list[str]:
+    """Three commands that work with these models as they stand."""
+    found = []
+    for kind, command in (
+        (EMBED, 'stoker embed "a warm model" "a cold start"'),
+        (GENERATE, 'stoker generate "Why is the sky blue?"'),
+        (TRAIN, "stoker init && stoker train house-style --dataset style.jsonl --steps 12 --learning-rate 0.004"),
+    ):
+        able = [card for card in models if kind.name in card.kinds]
+        if kind is TRAIN:
+            # The dataset of `stoker init` has conversations.
+            able = [card for card in able if card.chat]
+        if able:
+            found.append(command + (f" --model {able[0].model}" if len(able) > 1 else ""))
+    return [*found, "stoker status", "stoker jobs list"][:3]
 
 
 def worker(

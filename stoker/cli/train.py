@@ -11,7 +11,6 @@ import typer
 
 from stoker.catalogue import parse_model
 from stoker.cli import inputs
-from stoker.cli.jobs import warn_if_cold
 from stoker.cli.models import ask_engine
 from stoker.cli.options import Json, Model, Url, connect, console, is_terminal, notes, print_json
 from stoker.client import TrainJob
@@ -74,7 +73,6 @@ def train(
         _show_plan(name, dataset, model, options, as_json)
         return
     with connect(url) as client:
-        warn_if_cold(client, model, "train")
         with _examples(dataset) as examples:
             job = client.train(name, examples, model=model, **options)
         notes().print(f"[dim]job {job.id}[/dim]")

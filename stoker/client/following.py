@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from stoker.broker import keys
 from stoker.broker.connection import Patience
-from stoker.broker.ledger.record import summary
+from stoker.broker.ledger.record import Summary, summary
 from stoker.broker.outcome import Outcome, announced, lost
 from stoker.broker.pipeline import Pipeline
 from stoker.contract import StreamToken, TrainReport
@@ -25,6 +25,8 @@ from stoker.settings import Settings
 PAGE = 512
 #: Seconds without a message after which a reader looks again, and finds what pub/sub lost.
 QUIET = 1.0
+#: Seconds without an owner after which a reader asks whether there is a worker for the job at all.
+UNOWNED = 3.0
 
 E = TypeVar("E", StreamToken, TrainReport)
 
@@ -89,6 +91,7 @@ class Follower(Generic[E]):
         self._clock = clock
         self._limit, self._patience = TimeLimit(job_id, timeout, clock), Patience(settings)
         self._something_came = False
+        self._owned, self._began = False, clock()
         self.subscribed()
 
     @property
@@ -106,6 +109,14 @@ class Follower(Generic[E]):
         """Whether to ask the broker for the result and the entries that are due, instead of waiting for a message."""
         return self._look or self._clock() >= self._quiet_until
 
+    @property
+    def waits_long(self) -> bool:
+        """Whether the job has had no owner for so many seconds that the reader should ask why. Once."""
+        if self._owned or self.next or self.outcome is not None or self._clock() - self._began < UNOWNED:
+            return False
+        self._owned = True
+        return True
+
     def subscribed(self) -> None:
         """The channels are heard from now on; what was published before has to be looked up."""
         self._look, self._quiet_until = True, 0.0
@@ -120,22 +131,23 @@ class Follower(Generic[E]):
     def looked(self, replies: Sequence[object]) -> list[E]:
         """The entries that `ask` has brought. Raises `JobLost` if the broker knows nothing of the job."""
         self._patience.renew()
-        record, kind, rows = self._said(*replies)
+        record, known, rows = self._said(*replies)
+        self._owned |= known.owned
         entries = self.replay(rows)
         self._something_came |= bool(entries)
         if len(rows) == PAGE:
             return entries
         self.outcome = Outcome.parse(record)
-        if self.outcome is None and kind is None:
+        if self.outcome is None and known.kind is None:
             if not entries:
                 raise lost(self.job_id)
             return entries
         self._look, self._quiet_until = False, self._clock() + QUIET
         return entries
 
-    def _said(self, record: Any, reply: Any, rows: Any = ()) -> tuple[bytes | None, str | None, Rows]:
-        """The replies to `ask`: the result, the job's kind, and a page of the stream."""
-        return record, summary(self.job_id).parse(reply).kind, rows
+    def _said(self, record: Any, reply: Any, rows: Any = ()) -> tuple[bytes | None, Summary, Rows]:
+        """The replies to `ask`: the result, what is known of the job, and a page of the stream."""
+        return record, summary(self.job_id).parse(reply), rows
 
     def wait(self) -> float:
         """Seconds to wait for a message; raises `JobTimeout` at the end of the caller's time limit."""

@@ -43,6 +43,12 @@ def _readable(notice: type[N], raw: Iterable[bytes | None]) -> list[N]:
     return found
 
 
+def is_served(model: str, kind: str, workers: Iterable[Presence]) -> bool:
+    """Whether one of the workers takes jobs of that model and kind from this client."""
+    cards = (card for worker in workers for card in worker.models)
+    return any(card.model == model and kind in card.kinds and card.contract == CONTRACT for card in cards)
+
+
 def choose_model(model: str | None, kind: str, known: Mapping[str, ModelCard], workers: Sequence[Presence]) -> str:
     """The model to send to: the one asked for, if some worker serves or lately served it, or the only one warm.
 

@@ -25,6 +25,8 @@ class ModelCard(Notice):
     parameters: int
     #: Length of a vector; 0 for models that make none.
     dim: int = 0
+    #: Whether its files have a chat template: then it was trained to answer messages, not to continue texts.
+    chat: bool = False
     #: The version of the contract that the worker speaks: it takes jobs of no other.
     contract: int = CONTRACT
     #: When a worker last said that it serves the model, seconds since the epoch.

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import runpy
+import subprocess
+import sys
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
@@ -15,6 +18,8 @@ from tests.conftest import assert_idle
 from tests.docs.pages import EXAMPLES, ROOT, Block, blocks
 
 pytestmark = pytest.mark.integration
+
+BIN = Path(sys.executable).parent
 
 #: The README's session has a test of its own, which runs it and looks at what it prints.
 RUNNING = [block for block in blocks("python") if not block.skip and block.page.name != "README.md"]
@@ -66,3 +71,13 @@ def test_the_session_of_the_readme_has_eight_lines() -> None:
     statements = [line for line in session.text.splitlines() if line and not line.startswith(("from", " "))]
     assert len(statements) <= 8
     assert session.page == ROOT / "README.md"
+
+
+def test_the_commands_of_the_readme_run_as_typed(stack: Stack, tmp_path: Path) -> None:
+    (typed,) = [block.text for block in blocks("sh") if block.page.name == "README.md" and "stoker init" in block.text]
+    env = {**os.environ, "STOKER_URL": stack.settings.address.celery, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(["sh", "-ec", typed], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "384 in all" in done.stdout
+    assert "adapter house-style@" in done.stdout
+    assert "Aye, stoker!" in done.stdout.partition("adapter house-style@")[2]

@@ -175,7 +175,7 @@ def _ended(job) -> bool:  # type: ignore[no-untyped-def]
 @pytest.mark.timeout(900)
 def test_the_text_on_the_terminal_goes_on_when_the_worker_is_killed(fragile: FragileBroker, tmp_path: Path) -> None:
     """`kill -9` in the middle of `stoker generate --max-tokens 400`, with a second worker up."""
-    options = ["--model", GENERATE_MODEL, "--max-tokens", "400", "--seed", "1", "--temperature", "0.8"]
+    options = ["--model", GENERATE_MODEL, "--max-tokens", "400", "--seed", "1", "--temperature", "0.8", "--raw"]
     command = [str(Path(sys.executable).parent / "stoker"), "generate", GOLDEN["prompt"], *options]
     env = {**os.environ, "STOKER_URL": fragile.url}
     with patient_client(fragile.url, 60) as client, worker_on(fragile, tmp_path / "one"):

@@ -19,9 +19,11 @@ from typer.testing import CliRunner
 
 from stoker import cli, errors
 from stoker.broker.outcome import JobStatus
-from stoker.cli import app, embed, generate, jobs, machine, train
+from stoker.cli import app, chat, embed, generate, jobs, machine, train
+from stoker.client.requests import read_dataset
 from stoker.contract import GenerateResult, ModelCard, Presence, StreamToken, TrainReport, TrainResult, Usage
 from stoker.errors import InvalidRequest, StokerError, UnknownModel
+from stoker.files.source import Source
 from stoker.settings import load_settings
 
 NOWHERE = "redis://127.0.0.1:1/0"
@@ -39,6 +41,7 @@ RUN = TrainResult(
     tokens=80,
     usage=Usage(),
 )
+CARD = ModelCard(model="m", architecture="llama", kinds=("generate", "train"), context=64, parameters=1)
 WORKER = Presence(
     worker="w@here",
     host="here",
@@ -46,7 +49,7 @@ WORKER = Presence(
     device="cpu",
     started=0.0,
     time=9.0,
-    models=(ModelCard(model="m", architecture="llama", kinds=("generate", "train"), context=64, parameters=1),),
+    models=(CARD,),
     adapters={"m": ("style@3",)},
     lanes={"generate": (1, 16)},
     memory_bytes=2**20,
@@ -110,6 +113,12 @@ class FakeClient:
     def workers(self) -> tuple[Presence, ...]:
         return self.alive
 
+    def choose_model(self, model: str | None, kind: str) -> str:
+        return model or "m"
+
+    def models(self) -> dict[str, ModelCard]:
+        return {name: CARD.model_copy(update={"model": name, "chat": name == "instruct"}) for name in ("m", "instruct")}
+
     @property
     def settings(self) -> Any:
         return load_settings(url=NOWHERE)
@@ -118,7 +127,7 @@ class FakeClient:
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setattr(FakeClient, "asked", {})
-    for module in (embed, generate, jobs, machine, train):
+    for module in (chat, embed, generate, jobs, machine, train):
         monkeypatch.setattr(module, "connect", lambda url: FakeClient())
     return FakeClient.asked
 
@@ -166,6 +175,55 @@ def test_a_chat_keeps_the_conversation_until_it_is_cleared(asked: dict[str, Any]
     assert [asked["prompt"][2]["content"], asked["prompt"][3]["content"]] == ["one two", "Again"]
     run("chat", stdin="Hello\n/clear\nNew\n/exit\nnever\n")
     assert asked["prompt"] == [{"role": "user", "content": "New"}]
+
+
+def test_a_model_with_a_chat_template_gets_the_prompt_as_a_message_unless_it_is_raw(asked: dict[str, Any]) -> None:
+    run("generate", "Hello", "--model", "instruct")
+    assert asked["prompt"] == [{"role": "user", "content": "Hello"}]
+    run("generate", "Hello", "--model", "instruct", "--raw")
+    assert asked["prompt"] == "Hello"
+
+
+def test_a_chat_changes_model_adapter_and_system_and_answers_again(asked: dict[str, Any]) -> None:
+    said = ("/adapter style", "Hello", "/model instruct", "/system Be brief.", "/retry", "/adapter", "Bye", "/nonsense")
+    run("chat", "--seed", "7", stdin="\n".join(said))
+    roles = [message["role"] for message in asked["prompt"]]
+    assert roles == ["system", "user", "assistant", "user"]
+    assert (asked["model"], asked["adapter"], asked["seed"]) == ("instruct", None, None)
+
+
+def test_a_chat_says_what_can_be_typed() -> None:
+    for command in ("/clear", "/model", "/adapter", "/system", "/retry", "/exit"):
+        assert command in chat.HELP
+
+
+def test_init_writes_files_that_train_and_embed_take_and_overwrites_none(tmp_path: Path) -> None:
+    run("init", str(tmp_path / "new"))
+    dataset = tmp_path / "new/style.jsonl"
+    assert b"messages" in read_dataset(dataset)
+    assert Source(tmp_path / "new/texts.txt", "text", plain=True).survey()[0] > 3
+    dataset.write_text("mine")
+    done = CliRunner().invoke(app, ["init", str(tmp_path / "new")])
+    assert isinstance(done.exception, InvalidRequest)
+    assert dataset.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("cards", "wanted"),
+    [
+        (
+            (CARD.model_copy(update={"chat": True}),),
+            ["stoker generate", "stoker init && stoker train", "stoker status"],
+        ),
+        ((CARD,), ["stoker generate", "stoker status", "stoker jobs list"]),
+        ((CARD.model_copy(update={"kinds": ("embed",)}),), ["stoker embed", "stoker status", "stoker jobs list"]),
+    ],
+)
+def test_up_names_three_commands_that_its_models_can_run(cards: tuple[ModelCard, ...], wanted: list[str]) -> None:
+    shown = machine.suggestions(cards)
+    assert [line.startswith(start) for line, start in zip(shown, wanted, strict=True)] == [True] * 3
+    assert not any("--model" in line for line in shown)
+    assert "--model m" in machine.suggestions((*cards, *cards))[0]
 
 
 def test_a_prompt_can_come_from_standard_input(asked: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from stoker.broker.ledger.record import Field
 from stoker.broker.ledger.replies import Submitted
 from stoker.broker.outcome import Outcome, announced, read_vectors, result_as
 from stoker.broker.trouble import broker_unavailable
+from stoker.client import following
 from stoker.client.model_choice import Choices, choose_model, parse_cards, parse_presences
 from stoker.client.requests import embed_request, generate_request, known_kind, read_dataset
 from stoker.client.submission import Submission
@@ -495,3 +496,25 @@ def test_a_dead_letter_is_sent_again_once_with_its_input_and_without_its_crashes
         for nobody in (job.id, "nobody"):
             with pytest.raises(JobLost, match="no dead letter"):
                 sender.retry(nobody)
+
+
+@pytest.mark.parametrize("model", ["smol", "mini"])
+def test_who_waits_for_a_job_is_told_once_if_no_worker_alive_serves_its_model(
+    fake: Callable[[], Client],
+    server: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    model: str,
+) -> None:
+    monkeypatch.setattr(following, "UNOWNED", 0.0)
+    report = worker(MINI).model_dump_json()
+    server.set(keys.worker("w"), report, ex=keys.PRESENCE_TTL)
+    server.zadd(keys.WORKERS, {"w": time.time()})
+    server.expire(keys.WORKERS, keys.PRESENCE_TTL)
+    with fake() as client:
+        job = client.generate("x", model="smol") if model == "smol" else client.embed(["x"], model="mini")
+        with pytest.raises(JobTimeout):
+            job.result(timeout=1.3)
+        job.cancel()
+    told = [record.getMessage() for record in caplog.records if record.name == "stoker.client"]
+    assert told == ([f"job {job.id} waits: no worker that is alive can generate with smol."] if model == "smol" else [])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from stoker.broker import connection, keys
-from stoker.client.following import PAGE, QUIET, Follower, Heard, TimeLimit
+from stoker.client.following import PAGE, QUIET, UNOWNED, Follower, Heard, TimeLimit
 from stoker.contract import StreamToken
 from stoker.errors import BrokerUnavailable, JobCancelled, JobLost, JobTimeout
 from stoker.settings import Settings
@@ -248,3 +248,24 @@ def test_a_reader_outlasts_an_outage_up_to_the_patience_or_its_own_limit() -> No
         Follower[StreamToken](Settings(patience=0), "j").pause(gone)
     with pytest.raises(JobTimeout):
         follower(timeout=0.0).pause(gone)
+
+
+def test_a_job_without_an_owner_is_asked_about_once_and_not_before_its_time() -> None:
+    clock = Clock()
+    waiting = follower(clock=clock)
+    waiting.looked([None, [b"generate", b"q", None], []])
+    clock.now += UNOWNED - 0.1
+    assert not waiting.waits_long
+    clock.now += 0.2
+    assert waiting.waits_long
+    assert not waiting.waits_long
+
+
+def test_a_job_that_has_or_had_an_owner_or_made_tokens_is_not_asked_about() -> None:
+    clock = Clock()
+    owned, made = follower(clock=clock), follower(clock=clock)
+    owned.looked([None, [b"generate", b"q", b"token"], []])
+    made.looked([None, [b"generate", b"q", None], [(b"1-0", {b"entry": payload(0)})]])
+    clock.now += 10 * UNOWNED
+    assert not owned.waits_long
+    assert not made.waits_long

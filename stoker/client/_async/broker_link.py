@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from functools import partial
@@ -12,7 +13,7 @@ from stoker.broker import connection, keys, ledger, letters, registry
 from stoker.broker.asking import own_patience
 from stoker.broker.connection import Patience, translated
 from stoker.broker.ledger.listing import Listing, OpenJob
-from stoker.broker.ledger.record import summary
+from stoker.broker.ledger.record import listed, summary
 from stoker.broker.letters import Letter
 from stoker.broker.outcome import JobStatus, lost, read_vectors, status_of
 from stoker.broker.registry import AdapterEntry, Verb
@@ -27,6 +28,7 @@ from stoker.settings import Settings, load_settings
 if TYPE_CHECKING:
     from stoker.client.asynchronously import Redis
 
+log = logging.getLogger("stoker.client")
 E = TypeVar("E", StreamToken, TrainReport)
 
 
@@ -128,7 +130,16 @@ class AsyncBrokerLink:
             return follower.heard(await pubsub.get_message(timeout=follower.wait()))
         with own_patience():
             replies = await follower.ask(self._redis.pipeline()).execute()
-        return follower.looked(replies)
+        entries = follower.looked(replies)
+        if follower.waits_long:
+            await self._say_who_is_missing(follower.job_id)
+        return entries
+
+    async def _say_who_is_missing(self, job_id: str) -> None:
+        """Silence would look like a hang, where no worker that is alive can run the job."""
+        job = await listed(job_id).on_async(self._redis)
+        if job is not None and not model_choice.is_served(job.model, job.kind, await self.workers()):
+            log.warning("job %s waits: no worker that is alive can %s with %s.", job_id, job.kind, job.model)
 
     async def vectors(self, reply: EmbedReply) -> Encoded:
         patience = Patience(self._settings)

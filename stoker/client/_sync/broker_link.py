@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Generator
 from contextlib import closing
 from functools import partial
@@ -13,7 +14,7 @@ from stoker.broker import connection, keys, ledger, letters, registry
 from stoker.broker.asking import own_patience
 from stoker.broker.connection import Patience, translated
 from stoker.broker.ledger.listing import Listing, OpenJob
-from stoker.broker.ledger.record import summary
+from stoker.broker.ledger.record import listed, summary
 from stoker.broker.letters import Letter
 from stoker.broker.outcome import JobStatus, lost, read_vectors, status_of
 from stoker.broker.registry import AdapterEntry, Verb
@@ -28,6 +29,7 @@ from stoker.settings import Settings, load_settings
 if TYPE_CHECKING:
     from stoker.client.blocking import Redis
 
+log = logging.getLogger("stoker.client")
 E = TypeVar("E", StreamToken, TrainReport)
 
 
@@ -129,7 +131,16 @@ class BrokerLink:
             return follower.heard(pubsub.get_message(timeout=follower.wait()))
         with own_patience():
             replies = follower.ask(self._redis.pipeline()).execute()
-        return follower.looked(replies)
+        entries = follower.looked(replies)
+        if follower.waits_long:
+            self._say_who_is_missing(follower.job_id)
+        return entries
+
+    def _say_who_is_missing(self, job_id: str) -> None:
+        """Silence would look like a hang, where no worker that is alive can run the job."""
+        job = listed(job_id).on(self._redis)
+        if job is not None and not model_choice.is_served(job.model, job.kind, self.workers()):
+            log.warning("job %s waits: no worker that is alive can %s with %s.", job_id, job.kind, job.model)
 
     def vectors(self, reply: EmbedReply) -> Encoded:
         patience = Patience(self._settings)
