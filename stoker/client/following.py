@@ -109,7 +109,6 @@ class Follower(Generic[E]):
         """Whether to ask the broker for the result and the entries that are due, instead of waiting for a message."""
         return self._look or self._clock() >= self._quiet_until
 
-    @property
     def waits_long(self) -> bool:
         """Whether the job has had no owner for so many seconds that the reader should ask why. Once."""
         if self._owned or self.next or self.outcome is not None or self._clock() - self._began < UNOWNED:

@@ -255,10 +255,10 @@ def test_a_job_without_an_owner_is_asked_about_once_and_not_before_its_time() ->
     waiting = follower(clock=clock)
     waiting.looked([None, [b"generate", b"q", None], []])
     clock.now += UNOWNED - 0.1
-    assert not waiting.waits_long
+    assert not waiting.waits_long()
     clock.now += 0.2
-    assert waiting.waits_long
-    assert not waiting.waits_long
+    assert waiting.waits_long()
+    assert not waiting.waits_long()
 
 
 def test_a_job_that_has_or_had_an_owner_or_made_tokens_is_not_asked_about() -> None:
@@ -267,5 +267,5 @@ def test_a_job_that_has_or_had_an_owner_or_made_tokens_is_not_asked_about() -> N
     owned.looked([None, [b"generate", b"q", b"token"], []])
     made.looked([None, [b"generate", b"q", None], [(b"1-0", {b"entry": payload(0)})]])
     clock.now += 10 * UNOWNED
-    assert not owned.waits_long
-    assert not made.waits_long
+    assert not owned.waits_long()
+    assert not made.waits_long()

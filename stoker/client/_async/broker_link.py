@@ -131,7 +131,7 @@ class AsyncBrokerLink:
         with own_patience():
             replies = await follower.ask(self._redis.pipeline()).execute()
         entries = follower.looked(replies)
-        if follower.waits_long:
+        if follower.waits_long():
             await self._say_who_is_missing(follower.job_id)
         return entries
 

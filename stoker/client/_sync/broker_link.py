@@ -132,7 +132,7 @@ class BrokerLink:
         with own_patience():
             replies = follower.ask(self._redis.pipeline()).execute()
         entries = follower.looked(replies)
-        if follower.waits_long:
+        if follower.waits_long():
             self._say_who_is_missing(follower.job_id)
         return entries
 
