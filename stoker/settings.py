@@ -17,6 +17,7 @@ from typing_extensions import TypedDict, Unpack
 from stoker.address import DEFAULT_URL, Address
 from stoker.contract.base import NAME_PATTERN
 from stoker.contract.kinds import ADAPTERS, EMBED, GENERATE, TRAIN
+from stoker.contract.shown import brief
 from stoker.errors import ConfigError
 
 ENV_PREFIX = "STOKER_"
@@ -177,7 +178,7 @@ def load_settings(**overrides: Unpack[Overrides]) -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         name = ENV_PREFIX + "_".join(str(part) for part in first["loc"]).upper()
-        raise ConfigError(f"{name}: {first['input']!r} given; {first['msg'].lower()}.") from None
+        raise ConfigError(f"{name}: {brief(first['input'])} given; {first['msg'].lower()}.") from None
 
 
 def _refuse_unknown_names() -> None:

@@ -93,11 +93,25 @@ def status_of(result: bytes | None, known: Summary, job_id: str) -> JobStatus:
     return JobStatus.RUNNING if known.owned else JobStatus.QUEUED
 
 
+def vectors_reply(job_id: str, value: Any) -> EmbedReply:
+    """What an embedding job made. Raises `JobLost` for something else, and for one that names another job's vectors."""
+    reply = result_as(EmbedReply, value)
+    if reply.blob != keys.vectors(job_id):
+        raise spoiled("result", reply.blob.encode(errors="replace"))
+    return reply
+
+
 def read_vectors(reply: EmbedReply, data: bytes | None) -> Encoded:
-    """(rows, dim) in the dtype that was asked for; a blob that expired raises `JobLost`."""
+    """(rows, dim) in the dtype that was asked for; a blob that expired, or holds something else, raises `JobLost`."""
     if data is None:
         raise JobLost(f"the vectors of blob {reply.blob} are gone: results are kept {keys.RESULT_TTL // 3600} hours.")
-    return vectors.load(data)
+    try:
+        found = vectors.load(data)
+    except ValueError:
+        raise spoiled("vectors", data) from None
+    if not vectors.is_of(found, reply.rows, reply.dim, reply.dtype):
+        raise spoiled("vectors", data)
+    return found
 
 
 def lost(job_id: str) -> JobLost:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from stoker.contract import Presence
+from stoker.contract.shown import brief
 from stoker.errors import (
     DeadlineExceeded,
     InvalidRequest,
@@ -44,10 +45,14 @@ class Plan:
 
     def __post_init__(self) -> None:
         for name, value, most in (("batch", self.batch, 4096), ("attempts", self.attempts, 100)):
-            if not 1 <= value <= most:
-                raise InvalidRequest(f"{name}: {value} given; 1 to {most} are allowed.")
-        if self.in_flight is not None and not 1 <= self.in_flight <= 10_000:
-            raise InvalidRequest(f"in_flight: {self.in_flight} given; 1 to 10000 are allowed, or None.")
+            if not _is_count(value, most):
+                raise InvalidRequest(f"{name}: {brief(value)} given; 1 to {most} are allowed.")
+        if self.in_flight is not None and not _is_count(self.in_flight, 10_000):
+            raise InvalidRequest(f"in_flight: {brief(self.in_flight)} given; 1 to 10000 are allowed, or None.")
+
+
+def _is_count(value: object, most: int) -> bool:
+    return isinstance(value, int) and 1 <= value <= most
 
 
 def checked_texts(texts: T) -> T:

@@ -6,6 +6,7 @@ that the blocking client and the asyncio client only carry its questions and ans
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Generic, TypedDict, TypeVar
@@ -18,7 +19,8 @@ from stoker.broker.ledger.record import Summary, summary
 from stoker.broker.outcome import Outcome, announced, lost
 from stoker.broker.pipeline import Pipeline
 from stoker.contract import StreamToken, TrainReport
-from stoker.errors import JobLost, JobTimeout
+from stoker.contract.shown import brief
+from stoker.errors import InvalidRequest, JobLost, JobTimeout
 from stoker.settings import Settings
 
 #: Entries that one replay fetches.
@@ -47,6 +49,8 @@ class TimeLimit:
     """The caller's own time limit: seconds without an entry or a result. None: no limit."""
 
     def __init__(self, job_id: str, seconds: float | None, clock: Clock = time.monotonic) -> None:
+        if seconds is not None and not (isinstance(seconds, int | float) and abs(seconds) <= sys.float_info.max):
+            raise InvalidRequest(f"timeout: {brief(seconds)} given; expected seconds, or None for no limit.")
         self._job_id, self._seconds, self._clock = job_id, seconds, clock
         self.restart()
 
@@ -184,6 +188,8 @@ class Follower(Generic[E]):
         wrote: a gap behind it could not be seen."""
         try:
             entries = self._parsed(fields[b"entry"] for _, fields in rows)
+            if any(keys.entry_id(entry.index).encode() != row for entry, (row, _) in zip(entries, rows, strict=False)):
+                raise KeyError("an entry under another's id")
         except (ValidationError, KeyError):
             raise JobLost(
                 "the job's stream holds an entry that Stoker did not write, and cannot be followed any further. "

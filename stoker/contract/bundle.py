@@ -82,14 +82,16 @@ def read_folder(folder: Path, *, named: bool = False) -> bytes:
 
     Raises `InvalidRequest` for a folder that holds none, or too much.
     """
+    # As a message may hold it: a path may have bytes that are no text.
+    where = str(folder)[:_LONGEST].encode("utf-8", "backslashreplace").decode()
     try:
         found = _files(folder)
     except (OSError, ValueError) as error:
         # A path with a NUL in it, or with half a surrogate pair, is no path.
-        raise InvalidRequest(f"{folder}: cannot be read ({trouble(error)}).") from None
+        raise InvalidRequest(f"{where}: cannot be read ({trouble(error)}).") from None
     if "adapter_config.json" not in found or not {"adapter_model.safetensors", "adapters.safetensors"} & found.keys():
         raise InvalidRequest(
-            f"{folder}: no adapter in it; expected adapter_config.json and adapter_model.safetensors (PEFT), or "
+            f"{where}: no adapter in it; expected adapter_config.json and adapter_model.safetensors (PEFT), or "
             "adapter_config.json and adapters.safetensors (mlx-lm)."
         )
     return pack(found, str(folder) if named else None)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, StringConstraints, field_validator, model_validator
 
 from stoker.contract.base import Adapter, Message, Name
+from stoker.contract.freeform import check_json
 from stoker.contract.shown import brief
 from stoker.contract.vectors import VectorType
 
@@ -17,8 +16,8 @@ MAX_TEXT_CHARS = 1_000_000
 #: All texts of one job together: a Celery message this large still passes in milliseconds.
 MAX_REQUEST_CHARS = 8_000_000
 
-#: Objects and lists that may lie in one another in a request's JSON.
-MAX_DEPTH = 100
+#: Tokens and alternatives that one job may make: what its stream and its result hold in the broker.
+MAX_ENTRIES = 2**20
 #: Tokens of a prompt that is given as ids.
 MAX_PROMPT_IDS = 131_072
 #: Sampling parameters are 0 or at least this in size: logits that are divided by less leave the range of float32.
@@ -187,37 +186,14 @@ class GenerateRequest(JobRequest):
         if self.ignore_eos and (self.json_schema is not None or self.regex is not None):
             raise ValueError("ignore_eos given with json_schema or regex, which end where the grammar says")
         for name in ("messages", "tools", "template", "json_schema"):
-            _check_size(name, getattr(self, name))
+            check_json(name, getattr(self, name), MAX_TEXT_CHARS)
+        entries = self.n * self.max_tokens * (1 + self.top_logprobs)
+        if entries > MAX_ENTRIES:
+            raise ValueError(
+                f"n x max_tokens x (1 + top_logprobs): {entries} tokens and alternatives given; at most {MAX_ENTRIES}. "
+                "Ask for fewer of one of them"
+            )
         return self
-
-
-def _check_size(name: str, value: Any) -> None:
-    """JSON of bounded size: the fields' own limits do not reach into free-form objects."""
-    if value is None:
-        return
-    _check_depth(name, value)
-    try:
-        size = len(json.dumps(value, default=lambda message: message.model_dump(), allow_nan=False))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{name}: not JSON ({error})") from None
-    if size > MAX_TEXT_CHARS:
-        raise ValueError(f"{name}: {size} characters of JSON; at most {MAX_TEXT_CHARS}")
-
-
-def _check_depth(name: str, value: Any) -> None:
-    """What writes JSON and what reads it give up at depths of their own, some with an error that names nothing."""
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        level = [part for item in level for part in _parts(item)]
-        if not level:
-            return
-    raise ValueError(f"{name}: objects and lists in one another, more than {MAX_DEPTH} deep; write it flatter")
-
-
-def _parts(item: Any) -> Iterable[Any]:
-    if isinstance(item, ChatMessage):
-        return item.tool_calls or ()
-    return item.values() if isinstance(item, Mapping) else item if isinstance(item, list | tuple) else ()
 
 
 class TrainRequest(JobRequest):

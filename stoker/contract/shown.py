@@ -9,7 +9,8 @@ def brief(value: Any, most: int = 60) -> str:
     """The `repr` of `value`, cut to `most` characters; its type where it has none: an object may fail when it is looked
     at, and a list may be nested too deeply."""
     try:
-        text = repr(value)
+        # The repr of a text is no shorter than the text: a few megabytes need not be made for sixty characters.
+        text = repr(value[:most] if isinstance(value, str | bytes) and len(value) > most else value)
     except Exception:
         return f"an object of type {type(value).__name__} that cannot be shown"
     return text if len(text) <= most else f"{text[: most - 1]}…"

@@ -66,11 +66,22 @@ def save(vectors: NDArray[np.float32], dtype: VectorType) -> bytes:
 
 
 def load(data: bytes) -> Encoded:
-    """The inverse of `save`."""
+    """The inverse of `save`. Raises `ValueError` for other bytes."""
     import safetensors.numpy
 
-    tensors = safetensors.numpy.load(data)
-    return Int8Vectors(tensors["vectors"], tensors["scales"]) if "scales" in tensors else tensors["vectors"]
+    try:
+        tensors = safetensors.numpy.load(data)
+        return Int8Vectors(tensors["vectors"], tensors["scales"]) if "scales" in tensors else tensors["vectors"]
+    except (safetensors.SafetensorError, KeyError, TypeError) as error:
+        raise ValueError(f"no vectors ({error})") from None
+
+
+def is_of(vectors: Encoded, rows: int, dim: int, dtype: VectorType) -> bool:
+    """Whether they are so many, so long, and of that type."""
+    if isinstance(vectors, Int8Vectors):
+        right = vectors.scales.shape == (rows,) and vectors.scales.dtype == "float32"
+        return right and dtype == vectors.codes.dtype and vectors.codes.shape == (rows, dim)
+    return dtype == vectors.dtype and vectors.shape == (rows, dim)
 
 
 def plain(vectors: Encoded) -> np.ndarray:

@@ -114,7 +114,8 @@ class AsyncBrokerLink:
         while follower.outcome is None:
             pubsub, pause = self._redis.pubsub(ignore_subscribe_messages=True), 0.0
             try:
-                await pubsub.subscribe(*follower.channels)
+                with translated(self._settings, passing=connection.TROUBLE):
+                    await pubsub.subscribe(*follower.channels)
                 follower.subscribed()
                 while follower.outcome is None:
                     for item in await self._more(pubsub, follower):
@@ -126,11 +127,10 @@ class AsyncBrokerLink:
             await sleep(pause)
 
     async def _more(self, pubsub: Any, follower: Follower[E]) -> list[E]:
-        if not follower.must_look:
-            return follower.heard(await pubsub.get_message(timeout=follower.wait()))
-        with own_patience():
-            replies = await follower.ask(self._redis.pipeline()).execute()
-        entries = follower.looked(replies)
+        with translated(self._settings, passing=connection.TROUBLE), own_patience():
+            if not follower.must_look:
+                return follower.heard(await pubsub.get_message(timeout=follower.wait()))
+            entries = follower.looked(await follower.ask(self._redis.pipeline()).execute())
         if follower.waits_long():
             await self._say_who_is_missing(follower.job_id)
         return entries

@@ -6,10 +6,10 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from stoker.broker.outcome import JobStatus, result_as
+from stoker.broker.outcome import JobStatus, result_as, vectors_reply
 from stoker.client._async.link import AsyncLink
 from stoker.client.asynchronously import LEFT, finished
-from stoker.contract import AdapterResult, EmbedReply, GenerateResult, StreamToken, TrainReport, TrainResult
+from stoker.contract import AdapterResult, GenerateResult, StreamToken, TrainReport, TrainResult
 from stoker.contract.kinds import ADAPTERS, EMBED, GENERATE, TRAIN
 from stoker.contract.vectors import Encoded, plain
 
@@ -82,7 +82,7 @@ class AsyncEmbedJob(AsyncJob["np.ndarray"]):
         return plain(await self._fetch(value))
 
     async def _fetch(self, value: object) -> Encoded:
-        return await self.link.vectors(result_as(EmbedReply, value))
+        return await self.link.vectors(vectors_reply(self.id, value))
 
 
 class AsyncGenerateJob(AsyncJob[GenerateResult]):

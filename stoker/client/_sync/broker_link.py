@@ -115,7 +115,8 @@ class BrokerLink:
         while follower.outcome is None:
             pubsub, pause = self._redis.pubsub(ignore_subscribe_messages=True), 0.0
             try:
-                pubsub.subscribe(*follower.channels)
+                with translated(self._settings, passing=connection.TROUBLE):
+                    pubsub.subscribe(*follower.channels)
                 follower.subscribed()
                 while follower.outcome is None:
                     for item in self._more(pubsub, follower):
@@ -127,11 +128,10 @@ class BrokerLink:
             sleep(pause)
 
     def _more(self, pubsub: Any, follower: Follower[E]) -> list[E]:
-        if not follower.must_look:
-            return follower.heard(pubsub.get_message(timeout=follower.wait()))
-        with own_patience():
-            replies = follower.ask(self._redis.pipeline()).execute()
-        entries = follower.looked(replies)
+        with translated(self._settings, passing=connection.TROUBLE), own_patience():
+            if not follower.must_look:
+                return follower.heard(pubsub.get_message(timeout=follower.wait()))
+            entries = follower.looked(follower.ask(self._redis.pipeline()).execute())
         if follower.waits_long():
             self._say_who_is_missing(follower.job_id)
         return entries

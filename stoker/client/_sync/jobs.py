@@ -7,10 +7,10 @@ from collections.abc import Generator
 from contextlib import closing
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from stoker.broker.outcome import JobStatus, result_as
+from stoker.broker.outcome import JobStatus, result_as, vectors_reply
 from stoker.client._sync.link import Link
 from stoker.client.blocking import LEFT, finished
-from stoker.contract import AdapterResult, EmbedReply, GenerateResult, StreamToken, TrainReport, TrainResult
+from stoker.contract import AdapterResult, GenerateResult, StreamToken, TrainReport, TrainResult
 from stoker.contract.kinds import ADAPTERS, EMBED, GENERATE, TRAIN
 from stoker.contract.vectors import Encoded, plain
 
@@ -83,7 +83,7 @@ class EmbedJob(Job["np.ndarray"]):
         return plain(self._fetch(value))
 
     def _fetch(self, value: object) -> Encoded:
-        return self.link.vectors(result_as(EmbedReply, value))
+        return self.link.vectors(vectors_reply(self.id, value))
 
 
 class GenerateJob(Job[GenerateResult]):
