@@ -13,6 +13,8 @@ from stoker.contract.shown import brief
 #: Objects and lists that may lie in one another: what writes JSON and what reads it give up at depths of their own,
 #: some with an error that names nothing.
 MAX_DEPTH = 100
+#: Values in all.
+MAX_VALUES = 250_000
 #: Whole numbers beyond 64 bits mean something else to each reader.
 _LEAST, _MOST = -(2**63), 2**64 - 1
 
@@ -26,8 +28,8 @@ def check_json(name: str, value: Any, most: int) -> None:
     while pending:
         item, depth = pending.pop()
         seen += 1
-        if seen > most // 4:
-            raise ValueError(f"{name}: more than {most // 4} values")
+        if seen > MAX_VALUES:
+            raise ValueError(f"{name}: more than {MAX_VALUES} values")
         if depth > MAX_DEPTH:
             raise ValueError(f"{name}: objects and lists in one another, more than {MAX_DEPTH} deep; write it flatter")
         pending += [(child, depth + 1) for child in _children(name, item)]

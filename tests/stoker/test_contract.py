@@ -28,6 +28,7 @@ from stoker.contract import (
     requests,
 )
 from stoker.contract.base import Message
+from stoker.contract.requests import MAX_ENTRIES
 from stoker.contract.vectors import quantize
 from stoker.errors import InvalidRequest
 
@@ -63,7 +64,8 @@ REQUESTS = st.one_of(
         model=NAMES,
         prompt=TEXTS,
         adapter=st.none() | NAMES,
-        max_tokens=st.integers(1, 32_768),
+        # With the most completions and alternatives there are.
+        max_tokens=st.integers(1, MAX_ENTRIES // (16 * 21)),
         temperature=plain(0, 10),
         top_k=st.integers(0, 1_000_000),
         top_p=st.floats(1e-9, 1),
