@@ -64,17 +64,70 @@ def in_itself() -> list[Any]:
     return made
 
 
-NUMBERS = (0, 5, -1, True, 1.5, math.nan, math.inf, 10**30, 10**5000, -(10**400), 2**63, 1j, decimal.Decimal("nan"))
-TEXTS = ("", "x", "\x00", "a\x00b", "\ud800", "x" * 2_000_000, "../..", "é" * 70, EvilText("x"))
-BYTES = (b"", b"\xff", bytearray(b"a"), memoryview(b"a"))
-LISTS = ((), [[]], [None], [5], [b""], ["\ud800"], [math.nan], [10**400], [Evil()], [{1: 2}], in_itself())
-SETS = (set(), {1, 2}, {"a"}, frozenset())
-DICTS = ({}, {"a": b""}, {1: 2}, {None: 1}, {"a": math.nan}, {"a": 10**5000}, {"a": {1}}, {"\ud800": 1}, {"a": Evil()})
-MESSAGES = tuple([{"role": "user", "content": content}] for content in (b"", 5, "\ud800", ["x"]))
-CALLS = ([{"a": b""}], [{"role": "user", "content": "hi", "tool_calls": [{"a": {1}}]}])
-DEEP = (nested(90_000, lambda inner: [inner]), nested(2000, lambda inner: {"a": inner}))
-OBJECTS = (object(), object, len, Exception("x"), Evil(), NotImplemented, ..., Path("/nowhere"), uuid.UUID(int=1))
-OTHERS = (datetime.datetime(2020, 1, 1), range(3), np.float32(1), np.array([1, 2]), np.array(["a"]), OrderedDict(a=1))
+NUMBERS: tuple[Any, ...] = (
+    0,
+    5,
+    -1,
+    True,
+    1.5,
+    math.nan,
+    math.inf,
+    10**30,
+    10**5000,
+    -(10**400),
+    2**63,
+    1j,
+    decimal.Decimal("nan"),
+)
+TEXTS: tuple[Any, ...] = ("", "x", "\x00", "a\x00b", "\ud800", "x" * 2_000_000, "../..", "é" * 70, EvilText("x"))
+BYTES: tuple[Any, ...] = (b"", b"\xff", bytearray(b"a"), memoryview(b"a"))
+LISTS: tuple[Any, ...] = (
+    (),
+    [[]],
+    [None],
+    [5],
+    [b""],
+    ["\ud800"],
+    [math.nan],
+    [10**400],
+    [Evil()],
+    [{1: 2}],
+    in_itself(),
+)
+SETS: tuple[Any, ...] = (set(), {1, 2}, {"a"}, frozenset())
+DICTS: tuple[Any, ...] = (
+    {},
+    {"a": b""},
+    {1: 2},
+    {None: 1},
+    {"a": math.nan},
+    {"a": 10**5000},
+    {"a": {1}},
+    {"\ud800": 1},
+    {"a": Evil()},
+)
+MESSAGES: tuple[Any, ...] = tuple([{"role": "user", "content": content}] for content in (b"", 5, "\ud800", ["x"]))
+CALLS: tuple[Any, ...] = ([{"a": b""}], [{"role": "user", "content": "hi", "tool_calls": [{"a": {1}}]}])
+DEEP: tuple[Any, ...] = (nested(90_000, lambda inner: [inner]), nested(2000, lambda inner: {"a": inner}))
+OBJECTS: tuple[Any, ...] = (
+    object(),
+    object,
+    len,
+    Exception("x"),
+    Evil(),
+    NotImplemented,
+    ...,
+    Path("/nowhere"),
+    uuid.UUID(int=1),
+)
+OTHERS: tuple[Any, ...] = (
+    datetime.datetime(2020, 1, 1),
+    range(3),
+    np.float32(1),
+    np.array([1, 2]),
+    np.array(["a"]),
+    OrderedDict(a=1),
+)
 ODD: tuple[Any, ...] = (
     None,
     *NUMBERS,
