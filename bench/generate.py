@@ -90,7 +90,7 @@ class Ours:
         for number in range(count):
             random = np.random.default_rng(number)
             matrices = {}
-            for name, (wide, out) in self.engine._models[NAME].linear_shapes.items():
+            for name, (wide, out) in self.engine.model(NAME).linear_shapes.items():
                 if name.rpartition(".")[2] in config.targets:
                     sides = {"a": (wide, 8), "b": (8, out)}
                     matrices[name] = {
@@ -129,7 +129,11 @@ class Ours:
 
     @property
     def traces(self) -> int:
-        return int(self.engine._lanes[NAME, "generate"].step.traces)  # type: ignore[attr-defined]
+        from engine.generation.lane import GenerateLane
+
+        lane = self.engine.lane(NAME, "generate")
+        assert isinstance(lane, GenerateLane)
+        return int(lane.step.traces)
 
 
 class Peer:

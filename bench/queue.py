@@ -11,6 +11,7 @@ import signal
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -176,7 +177,7 @@ def backlog(bench: Bench) -> list[Row]:
             blocker = client.generate("x", model=MODEL, max_tokens=30_000)
             next(blocker.stream(cancel_on_close=False))
             for _ in range(waiting):
-                client._submit(_request(), None)
+                client.link.submit(_request(), str(uuid.uuid4()))
             blocker.cancel()
             key, left = keys.open_jobs(keys.queue(MODEL, "generate")), waiting - STARTS
             while client.redis.zcard(key) >= waiting:

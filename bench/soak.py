@@ -123,18 +123,21 @@ class Soak:
                 self._ends[type(error).__name__] += 1
 
     def report(self, minutes: float) -> int:
-        lane, pool = self._engine._lanes[MODEL, "generate"], self._engine._pools[MODEL]
+        from engine.generation.lane import GenerateLane
+
+        lane, pool = self._engine.lane(MODEL, "generate"), self._engine.pool(MODEL)
+        assert isinstance(lane, GenerateLane)
         warm = len(self._resident) // 5
         first = float(np.median(self._resident[warm : warm + max(1, warm)]))
         last = float(np.median(self._resident[-max(1, warm) :]))
-        leaked = len(lane.held) + len(lane.batch.rows) + sum(pool._uses.values())  # type: ignore[attr-defined]
+        leaked = len(lane.held) + len(lane.batch.rows) + pool.in_use
         rows: list[Row] = [
             row("soak: resident memory after warm-up", "MiB", self._resident[warm:]),
             row("soak: MLX's active memory after warm-up", "MiB", self._active[warm:]),
             row("soak: growth from warm-up to the end", "%", [100 * (last / first - 1)]),
             row("soak: tokens", "tokens/s", [self._tokens / (60 * minutes)]),
             row("soak: jobs", "jobs", [sum(self._ends.values())]),
-            row("soak: rows put back for memory", "rows", [lane.preempted]),  # type: ignore[attr-defined]
+            row("soak: rows put back for memory", "rows", [lane.preempted]),
             row("soak: rows and adapters held after the end", "held", [leaked]),
         ]
         self._engine.stop()

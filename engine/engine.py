@@ -176,6 +176,18 @@ class Engine:
         """Make the loop look again: a ticket was cancelled."""
         self._inbox.put(None)
 
+    def lane(self, model: str, kind: str) -> AnyLane:
+        """The lane that runs jobs of `kind` on `model`."""
+        return self._lanes[model, kind]
+
+    def model(self, name: str) -> LoadedModel:
+        """A model that is warm."""
+        return self._models[name]
+
+    def pool(self, model: str) -> AdapterPool:
+        """The adapters of `model` in memory."""
+        return self._pools[model]
+
     @property
     def cards(self) -> list[ModelCard]:
         """What this engine serves."""

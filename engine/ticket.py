@@ -22,7 +22,8 @@ class Ticket(Generic[R]):
 
     def __init__(self, job_id: str, kind: str, deadline: float | None = None) -> None:
         self.job_id, self.kind = job_id, kind
-        self._deadline = None if deadline is None else time.monotonic() + deadline
+        #: When it is stopped, monotonic seconds; None: never.
+        self.deadline = None if deadline is None else time.monotonic() + deadline
         #: Why the job shall stop; None: it shall not.
         self.stop: StokerError | None = None
         self.submitted = time.monotonic()
@@ -37,7 +38,7 @@ class Ticket(Generic[R]):
 
     @property
     def stopping(self) -> bool:
-        if self.stop is None and self._deadline is not None and time.monotonic() >= self._deadline:
+        if self.stop is None and self.deadline is not None and time.monotonic() >= self.deadline:
             self.stop = DeadlineExceeded(f"job {self.job_id} was stopped at its deadline.")
         return self.stop is not None
 

@@ -20,12 +20,12 @@ def checks() -> list[dict[str, Any]]:
     found = [
         {"name": "mlx", "ok": True, "detail": describe_device()},
         {"name": "blas", "ok": True, "detail": str(report)},
-        _kernels_check(settings.kernels),
+        kernels_check(settings.kernels),
     ]
     return found + [_model_check(*model) for model in parse_models(settings.models).items()]
 
 
-def _kernels_check(setting: str) -> dict[str, Any]:
+def kernels_check(setting: str) -> dict[str, Any]:
     from engine.platform.probe import choose_kernels, describe_kernels
 
     try:

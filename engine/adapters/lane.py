@@ -37,6 +37,11 @@ class AdapterLane:
     def busy(self) -> bool:
         return bool(self._waiting)
 
+    @property
+    def held(self) -> list[AdapterWork]:
+        """Every job that was admitted and has not ended."""
+        return list(self._waiting)
+
     def prepare(self, ticket: Ticket[AdapterResult], request: AdapterRequest, data: AdapterInput) -> AdapterWork:
         return AdapterWork(ticket, request, data)
 

@@ -90,6 +90,11 @@ class AdapterPool:
     def release(self, index: int) -> None:
         self._uses[index] -= 1
 
+    @property
+    def in_use(self) -> int:
+        """Rows that have acquired an adapter and not released it."""
+        return self._uses.total()
+
     def save(self, name: str, weights: LoraWeights, notes: Mapping[str, object], version: int | None = None) -> int:
         """Write a trained adapter as a version, by default the next one, and hold it."""
         version = self._store.write(self._model.name, name, weights, notes, version)

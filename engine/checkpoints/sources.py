@@ -40,7 +40,7 @@ HUB_FILES = (
 )
 #: Copies of the weights that some repositories carry in sub-folders (`onnx/`, `original/`); a module of
 #: sentence-transformers has a folder with its number in front.
-_HUB_IGNORED = ("[!0-9]*/*.safetensors",)
+HUB_IGNORED = ("[!0-9]*/*.safetensors",)
 
 _HUB = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<file>[\w./ -]+))?")
 
@@ -127,7 +127,7 @@ def _on_hub(source: str, download: bool) -> Path:
             repo,
             revision=revision,
             allow_patterns=list(HUB_FILES),
-            ignore_patterns=list(_HUB_IGNORED),
+            ignore_patterns=list(HUB_IGNORED),
             local_files_only=not download,
         )
         return _with_weights(Path(folder), repo)

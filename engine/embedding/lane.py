@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.checkpoints.loading import LoadedModel
-from engine.embedding.forward import Tokens, Vectors, forward_of
+from engine.embedding.forward import Forward, Tokens, Vectors, forward_of
 from engine.embedding.pacer import EmbedPacer
 from engine.embedding.tokenizing import named, tokenized
 from engine.embedding.turns import Turns
@@ -53,17 +53,28 @@ class EmbedLane:
     a device that computes nothing any more.
 
     `stall`: seconds that a step may last, if less than `STEP_SECONDS`. `cores`: how many a CPU gives; None: all.
+    `forward`, `pacer`: the pass through the model and the size of a step, where they are not the device's.
     """
 
     kind = EmbedRequest.kind
 
-    def __init__(self, model: LoadedModel, stall: float = STEP_SECONDS, cores: int | None = None) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        stall: float = STEP_SECONDS,
+        cores: int | None = None,
+        *,
+        forward: Forward | None = None,
+        pacer: EmbedPacer | None = None,
+    ) -> None:
         assert model.embedding is not None, "an embedding lane needs an embedding model"
         self._model, self._spec = model, model.embedding
-        self._forward = forward_of(model, cores)
+        self._forward = forward or forward_of(model, cores)
         seconds = min(stall, STEP_SECONDS)
         # Who asks for less time between two tokens gets shorter steps, though the device idles.
-        self._pacer = EmbedPacer(seconds, int(self._forward.least_tokens * seconds / STEP_SECONDS), MOST_TOKENS)
+        least = int(self._forward.least_tokens * seconds / STEP_SECONDS)
+        #: How many tokens a step takes.
+        self.pacer = pacer or EmbedPacer(seconds, least, MOST_TOKENS)
         self._turns: Turns[EmbedWork] = Turns()
         #: Every job from `admit` to its end, in the order in which they came.
         self._works: dict[EmbedWork, None] = {}
@@ -71,6 +82,16 @@ class EmbedLane:
     @property
     def busy(self) -> bool:
         return bool(self._works)
+
+    @property
+    def held(self) -> list[EmbedWork]:
+        """Every job that was admitted and has not ended, in the order in which they came."""
+        return list(self._works)
+
+    @property
+    def waiting(self) -> list[EmbedWork]:
+        """Jobs with a text that waits for its turn."""
+        return self._turns.jobs
 
     def prepare(self, ticket: Ticket[Embedded], request: EmbedRequest, data: None) -> EmbedWork:
         self._check_dimensions(request)
@@ -107,10 +128,10 @@ class EmbedLane:
     def run(self, *, lookahead: bool = True) -> StepOutput:
         """Embed the texts whose turn it is, and end the jobs that have no other."""
         if self._turns:
-            batch = self._turns.take(self._pacer.tokens, self._forward.streams)
+            batch = self._turns.take(self.pacer.tokens, self._forward.streams)
             began = time.perf_counter()
             self._embed(batch, probed=False)
-            self._pacer.note(sum(len(work.texts[row]) for work, row in batch), time.perf_counter() - began)
+            self.pacer.note(sum(len(work.texts[row]) for work, row in batch), time.perf_counter() - began)
         output = StepOutput()
         for work in self._works:
             if not work.left:

@@ -73,8 +73,8 @@ class Turns(Generic[J]):
         #: In the order in which they came; each has a text that waits.
         self._lines: dict[J, _Line[J]] = {}
         #: The turn of the last text that was served by it; how many jobs ever came; tokens that the oldest job is owed.
-        self._present = self._count = 0
-        self._owed = 0.0
+        self.present = self._count = 0
+        self.owed = 0.0
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -84,13 +84,23 @@ class Turns(Generic[J]):
         # No caller sees in which order a job's texts are embedded: those of a length meet in a step.
         rows = sorted((row for row, length in enumerate(lengths) if length), key=lambda row: -lengths[row])
         if rows:
-            self._lines[job] = _Line(job, self._count, rows, lengths, self._present)
+            self._lines[job] = _Line(job, self._count, rows, lengths, self.present)
             self._count += 1
+
+    @property
+    def jobs(self) -> list[J]:
+        """Those with a text that waits, in the order in which they came."""
+        return list(self._lines)
+
+    def next_of(self, job: J) -> tuple[int, int]:
+        """The turn and the tokens of the job's next text."""
+        line = self._lines[job]
+        return line.turn, line.length
 
     def remove(self, job: J) -> None:
         """Forget what waits of a job, if anything does."""
         if job in self._lines:
-            self._owed = 0.0 if self._lines[job] is self._oldest else self._owed
+            self.owed = 0.0 if self._lines[job] is self._oldest else self.owed
             del self._lines[job]
 
     @property
@@ -107,9 +117,9 @@ class Turns(Generic[J]):
             batch.pop().line.put_back()
         served = sum(text.length for text in batch)
         got = sum(text.length for text in batch if text.line is oldest)
-        self._owed = max(0.0, self._owed + served / OLDEST_SHARE - got) if oldest.waits else 0.0
+        self.owed = max(0.0, self.owed + served / OLDEST_SHARE - got) if oldest.waits else 0.0
         # A text that was served before its turn says nothing of the others' present.
-        self._present = max([self._present, *(text.turn for text in batch if not text.early)])
+        self.present = max([self.present, *(text.turn for text in batch if not text.early)])
         for text in batch:
             if not text.line.waits:
                 self._lines.pop(text.line.job, None)
@@ -119,7 +129,7 @@ class Turns(Generic[J]):
         heap = [(line.turn, line.number, line) for line in self._lines.values()]
         heapify(heap)
         batch: list[_Taken[J]] = []
-        owed, room, oldest = self._owed, tokens, self._oldest
+        owed, room, oldest = self.owed, tokens, self._oldest
         while heap:
             turn, number, line = heap[0]
             if not line.waits:

@@ -102,7 +102,7 @@ class Batch:
         Raises `RowFault` for a row that cannot be sampled, before anything has begun.
         """
         pending = self._in_flight
-        ahead = self._ahead(pending)
+        ahead = self.ahead(pending)
         if not self.rows or all(row.ends_within(ahead[slot]) for slot, row in enumerate(self.rows)):
             return False
         self.fit(len(self.rows), max(row.cached for row in self.rows) + 1)
@@ -136,7 +136,7 @@ class Batch:
             self.clean()
         return here
 
-    def _ahead(self, pending: PendingStep | None) -> list[int]:
+    def ahead(self, pending: PendingStep | None) -> list[int]:
         """For each row, how many of its tokens the device knows and the host does not."""
         if pending is None:
             return [0] * len(self.rows)
@@ -149,7 +149,7 @@ class Batch:
             return pending.chosen[0]
         index_of = {} if pending is None else {id(row): index for index, row in enumerate(pending.rows)}
         known, source = np.zeros(size, dtype=np.int32), np.full(size, -1, dtype=np.int32)
-        for slot, ahead in enumerate(self._ahead(pending)):
+        for slot, ahead in enumerate(self.ahead(pending)):
             row = self.rows[slot]
             if ahead:
                 source[slot] = index_of[id(row)]

@@ -72,7 +72,13 @@ class GenerateLane:
         return bool(self._roster)
 
     @property
-    def _prefilling(self) -> list[Row]:
+    def waiting(self) -> list[Row]:
+        """Rows that have no slot yet, or lost it, in the order in which they get one."""
+        return list(self._roster.waiting)
+
+    @property
+    def prefilling(self) -> list[Row]:
+        """Rows whose prompts are on their way through the model."""
         return self._prefill.rows if self._prefill else []
 
     @property
@@ -274,7 +280,7 @@ class GenerateLane:
         """The end of a row: free what it holds, wherever it is."""
         if row.slot >= 0:
             self.batch.leave(row)
-        if row in self._prefilling:
+        if row in self.prefilling:
             self._drop_from_prefill(row)
         if row.adapter >= 0:
             self._pool.release(row.adapter)

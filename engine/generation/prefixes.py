@@ -34,6 +34,11 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._entries)
 
+    @property
+    def kept(self) -> list[KeyValues]:
+        """What is kept for each beginning, the least recently used first."""
+        return [entry.kv for entry in self._entries.values()]
+
     def find(self, owner: Hashable, tokens: Sequence[int]) -> tuple[KeyValues | None, int]:
         """The entry that shares the longest beginning with `tokens`, and its length: at most one less than
         `tokens` has, because the logits of the last token are needed."""

@@ -75,7 +75,8 @@ class Step:
         #: Whether decoding and prompts come in buckets.
         self.decode_buckets, self.prompt_buckets = compiled != "none", compiled == "all"
         self._compiled = compiled
-        self._kept: OrderedDict[Hashable, Callable[..., Any]] = OrderedDict()
+        #: The compiled passes, the least recently used first.
+        self.kept: OrderedDict[Hashable, Callable[..., Any]] = OrderedDict()
 
     def __call__(
         self, kv: KeyValues, given: ForwardInput, sampling: SamplingBatch | None = None
@@ -120,14 +121,14 @@ class Step:
         arrays: list[Any] = []
         layout = flatten(given, arrays)
         key = stored[0][0].shape, layout
-        if key not in self._kept:
+        if key not in self.kept:
             # One function a trace: dropping it is the only way to free one.
             def run(stored: Stored, arrays: list[Any]) -> T:
                 return function(stored, unflatten(layout, iter(arrays)))
 
-            self._kept[key] = mx.compile(run)
-            if len(self._kept) > TRACES[self._compiled]:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(key)
-        made: T = self._kept[key](stored, arrays)
+            self.kept[key] = mx.compile(run)
+            if len(self.kept) > TRACES[self._compiled]:
+                self.kept.popitem(last=False)
+        self.kept.move_to_end(key)
+        made: T = self.kept[key](stored, arrays)
         return made

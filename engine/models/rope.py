@@ -169,10 +169,10 @@ class Rope:
         #: What multiplies queries and keys.
         self.gain = scaling.gain if isinstance(scaling, Yarn) else 1.0
         if isinstance(scaling, Llama3 | Yarn) or factors is not None:
-            self._periods = mx.array(_periods(head_dim, base, scaling), mx.float32)
+            self._periods = mx.array(periods(head_dim, base, scaling), mx.float32)
         if factors is not None and self._periods is not None:
             self._periods = self._periods * factors
-        plain = mx.array(_periods(head_dim, base, None), mx.float32)
+        plain = mx.array(periods(head_dim, base, None), mx.float32)
         self._all_periods = (plain if self._periods is None else self._periods) / self._scale
         mx.eval([self._all_periods, *([] if self._periods is None else [self._periods])])
 
@@ -189,7 +189,7 @@ class Rope:
         )
 
 
-def _periods(head_dim: int, base: float, scaling: Scaling) -> np.ndarray:
+def periods(head_dim: int, base: float, scaling: Scaling) -> np.ndarray:
     periods = base ** (np.arange(0, head_dim, 2) / head_dim)
     if isinstance(scaling, Yarn):
         index = np.arange(head_dim // 2)

@@ -62,7 +62,7 @@ class EmbeddingSpec:
         files = SentenceFiles.of(folder)
         pooling, normalize = _modules(folder, files.modules) if files.modules else ("mean", False)
         prompts, default = files.prompts()
-        cuts = _dimensions(files.transformer / "config.json", args.dim)
+        cuts = read_dimensions(files.transformer / "config.json", args.dim)
         longest = files.max_tokens(args.context)
         return cls(longest, pooling, normalize, args.dim, prompts, default, cuts, files.lowercase)
 
@@ -108,7 +108,7 @@ def _pooling(path: Path) -> str:
     return str(modes)
 
 
-def _dimensions(path: Path, dim: int) -> Sequence[int]:
+def read_dimensions(path: Path, dim: int) -> Sequence[int]:
     """What a Matryoshka model says in its config.json: `matryoshka_dimensions`, or `is_matryoshka` for any number."""
     config = read_object(path, missing={})
     named = config.get("matryoshka_dimensions")

@@ -43,6 +43,11 @@ class LimitedProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._owner = 0
 
+    @property
+    def process(self) -> subprocess.Popen[bytes] | None:
+        """The process that runs now, if one does."""
+        return self._process
+
     def ask(self, request: dict[str, Any], seconds: float) -> dict[str, str]:
         """The answer. Raises `LimitPassed`, and `ModelError` if the program does not start; `ValueError`, `TypeError`
         or `RecursionError` for a request that is not JSON."""

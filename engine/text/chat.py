@@ -64,7 +64,7 @@ def render(
     }
     request = {"template": template, "variables": variables, "most": limits.output}
     try:
-        return _text(_renderer.ask(request, limits.seconds))
+        return _text(renderer.ask(request, limits.seconds))
     except LimitPassed:
         return _text({"template": f"it took more than {limits.seconds:g} s, or more memory than it may have"})
     except (TypeError, ValueError, RecursionError) as error:
@@ -81,4 +81,4 @@ def _text(reply: Mapping[str, str]) -> str:
     raise ModelError(f"the model's chat template cannot be used: {reply['template'][:500]}")
 
 
-_renderer = LimitedProcess(Path(__file__).with_name("chat_process.py"), "renders chat templates with jinja2", "passing")
+renderer = LimitedProcess(Path(__file__).with_name("chat_process.py"), "renders chat templates with jinja2", "passing")

@@ -43,7 +43,7 @@ class Checkpoints:
 
     def save(self, state: TrainState, adapter: LoraWeights) -> None:
         """Write a regular checkpoint, to which a run that diverges is rolled back, and drop those before."""
-        self._write(f"step-{state.step:08}", lambda draft: self._fill(draft, state, adapter))
+        self.write(f"step-{state.step:08}", state, adapter)
         regular = sorted(path.name for path in self._root.glob("step-*"))[-KEEP:]
         # What was paused is behind the run now.
         kept = {*regular, _best(state.best_step)}
@@ -54,6 +54,10 @@ class Checkpoints:
     def pause(self, state: TrainState, adapter: LoraWeights) -> None:
         """Write a checkpoint to go on from, wherever in a step the run is."""
         name = f"paused-{state.reports:08}-{state.micro:08}"
+        self.write(name, state, adapter)
+
+    def write(self, name: str, state: TrainState, adapter: LoraWeights) -> None:
+        """Write one under this name, and drop none."""
         self._write(name, lambda draft: self._fill(draft, state, adapter))
 
     def save_best(self, step: int, adapter: LoraWeights) -> None:

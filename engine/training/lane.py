@@ -36,7 +36,9 @@ class TrainLane:
     kind = TrainRequest.kind
 
     def __init__(self, model: LoadedModel, pool: AdapterPool, runs: Path) -> None:
-        self._model, self._pool, self._runs = model, pool, runs
+        self._model, self._runs = model, runs
+        #: Where its adapters serve.
+        self.pool = pool
         self._waiting: deque[TrainWork] = deque()
         self._current: TrainWork | None = None
         self._run: TrainingRun | None = None
@@ -44,6 +46,11 @@ class TrainLane:
     @property
     def busy(self) -> bool:
         return bool(self._waiting or self._current)
+
+    @property
+    def held(self) -> list[TrainWork]:
+        """Every job that was admitted and has not ended."""
+        return [*self._waiting, *([self._current] if self._current else [])]
 
     def prepare(self, ticket: Ticket[TrainResult], request: TrainRequest, data: TrainInput | None) -> TrainWork:
         if data is None:
@@ -118,7 +125,7 @@ class TrainLane:
             "held_out_loss": state.best_loss,
             "learning_rate": state.last_rate,
         }
-        version = self._pool.save(request.name, run.adapter(), notes, work.version)
+        version = self.pool.save(request.name, run.adapter(), notes, work.version)
         result = TrainResult(
             model=request.model,
             adapter=request.name,
@@ -156,7 +163,7 @@ class TrainLane:
     def fail_all(self, error: BaseException) -> None:
         if self._run is not None and isinstance(error, WorkerUnavailable):
             self._pause(self._run)
-        for work in (*self._waiting, *([self._current] if self._current else [])):
+        for work in self.held:
             work.ticket.fail(error)
         self._waiting.clear()
         self._close()

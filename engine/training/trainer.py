@@ -53,20 +53,20 @@ class Trainer:
     ) -> None:
         self.request = request
         self.config = LoraConfig(request.rank, request.alpha, request.targets, request.rslora, request.dora)
-        self._decoder = decoder
-        self._linears = decoder.linears
-        start = initialise(self.config, self._linears, request.seed).matrices
-        self._layout = FlatLayout(start)
-        self._squares = {name: square_norms(self._linears[name]) for name in start} if request.dora else {}
+        self.decoder = decoder
+        self.linears = decoder.linears
+        start = initialise(self.config, self.linears, request.seed).matrices
+        self.layout = FlatLayout(start)
+        self._squares = {name: square_norms(self.linears[name]) for name in start} if request.dora else {}
         self._batches = Batches(examples, request.batch_size, request.seed)
         self._held_out = _in_batches(held_out, request.batch_size)
         # The CPU back-end gains nothing from it, and would trace every shape anew.
         compiled: Callable[..., Callable[..., mx.array]] = (lambda function: function) if on_cpu() else mx.compile
         self._align = 1 if on_cpu() else _ALIGN
-        self._slope = compiled(mx.value_and_grad(self._training_loss))
-        self._value = compiled(self._held_out_loss)
-        weights = self._layout.pack(start)
-        self.state = TrainState(weights, Moments.zeros(self._layout.size))
+        self._slope = compiled(mx.value_and_grad(self.training_loss))
+        self._value = compiled(self.held_out_loss)
+        weights = self.layout.pack(start)
+        self.state = TrainState(weights, Moments.zeros(self.layout.size))
         self.anchor = self.state
         mx.eval(self.state.arrays)
 
@@ -95,7 +95,7 @@ class Trainer:
 
     def adapter(self, state: TrainState | None = None) -> LoraWeights:
         """The adapter as it is in `state`, by default now."""
-        matrices = self._layout.unpack((state or self.state).weights)
+        matrices = self.layout.unpack((state or self.state).weights)
         mx.eval(matrices)
         return LoraWeights(self.config, matrices)
 
@@ -227,15 +227,15 @@ class Trainer:
         draws = np.random.default_rng((self.request.seed, micro, 2)).integers(2**32, size=2, dtype=np.uint32)
         return mx.array(draws)
 
-    def _training_loss(self, weights: mx.array, key: mx.array, inputs: mx.array, *wanted: mx.array) -> mx.array:
-        matrices = self._layout.unpack(weights)
+    def training_loss(self, weights: mx.array, key: mx.array, inputs: mx.array, *wanted: mx.array) -> mx.array:
+        matrices = self.layout.unpack(weights)
         keys = dropout_keys(matrices, key) if self.request.dropout else {}
-        return self._loss(self._hidden(inputs, matrices, keys), self.request.label_smoothing, *wanted)
+        return self.loss(self._hidden(inputs, matrices, keys), self.request.label_smoothing, *wanted)
 
-    def _held_out_loss(self, weights: mx.array, inputs: mx.array, *wanted: mx.array) -> mx.array:
-        return self._loss(self._hidden(inputs, self._layout.unpack(weights), {}), 0.0, *wanted)
+    def held_out_loss(self, weights: mx.array, inputs: mx.array, *wanted: mx.array) -> mx.array:
+        return self.loss(self._hidden(inputs, self.layout.unpack(weights), {}), 0.0, *wanted)
 
-    def _loss(
+    def loss(
         self, hidden: mx.array, smoothing: float, positions: mx.array, targets: mx.array, weights: mx.array
     ) -> mx.array:
         """Sum of the losses of a batch's targets.
@@ -244,12 +244,12 @@ class Trainer:
         of 50,000 or more this is most of the step's memory, and a good part of its time.
         """
         chosen = hidden.reshape(-1, hidden.shape[-1])[positions]
-        return cross_entropy(self._decoder.logits, chosen, targets, weights, smoothing)
+        return cross_entropy(self.decoder.logits, chosen, targets, weights, smoothing)
 
     def _hidden(self, inputs: mx.array, matrices: Matrices, keys: dict[str, mx.array]) -> mx.array:
         """Hidden states after the final norm; dropout where there are keys."""
         if not self.request.gradient_checkpointing:
-            return self._decoder(inputs, adapters=self._adapters(matrices, keys))
+            return self.decoder(inputs, adapters=self._adapters(matrices, keys))
 
         def checkpointed(layer: Block, x: mx.array) -> mx.array:
             # What is to be differentiated must come as an argument of what is checkpointed, and nothing else may.
@@ -258,13 +258,13 @@ class Trainer:
             found: mx.array = run(x, own)
             return found
 
-        return self._decoder(inputs, run_block=checkpointed)
+        return self.decoder(inputs, run_block=checkpointed)
 
     def _adapters(self, matrices: Matrices, keys: dict[str, mx.array]) -> TrainableLora:
         return TrainableLora(
             matrices,
             self.config.scale,
-            linears=self._linears,
+            linears=self.linears,
             squares=self._squares,
             dropout=self.request.dropout if keys else 0.0,
             keys=keys,

@@ -50,10 +50,10 @@ class EmbeddedBroker:
             port = free_port(0)
         self.url = _url(port)
         self._wait_until_loaded(report)
-        self._announce()
+        self.announce()
         return self.url
 
-    def _announce(self) -> None:
+    def announce(self) -> None:
         record = json.dumps({"url": self.url, "pid": os.getpid()})
         write_whole(self._settings.broker_file, lambda draft: draft.write_text(record))
 

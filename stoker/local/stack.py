@@ -47,7 +47,7 @@ class Stack:
         self.settings, self._report = settings, report
         self._want_flower, self._own_broker = flower, own_broker
         self._broker: EmbeddedBroker | None = None
-        self._worker: Process | None = None
+        self.worker: Process | None = None
         self._flower: Process | None = None
         #: Where Flower is, and the password of its user `stoker`.
         self.flower_url = self.flower_password = ""
@@ -91,12 +91,12 @@ class Stack:
             self._node, self._name = take_name(self.settings)
         with Client(settings=self.settings) as client:
             self._before = {presence.worker for presence in client.workers()}
-        self._worker = self._spawn("worker", worker_command(self.settings, self._node), self.settings.grace + 5)
+        self.worker = self._spawn("worker", worker_command(self.settings, self._node), self.settings.grace + 5)
 
     def replace_worker(self) -> None:
         """Wait for a worker that is ending, and start another."""
-        if self._worker is not None:
-            self._worker.stop()
+        if self.worker is not None:
+            self.worker.stop()
         self.start_worker()
 
     def _spawn(self, name: str, command: list[str], grace: float) -> Process:
@@ -106,21 +106,21 @@ class Stack:
 
     def wait_until_warm(self) -> Presence:
         """Wait until the worker serves its models; raises what ended it if it does not get there."""
-        assert self._worker is not None
+        assert self.worker is not None
         with Client(settings=self.settings) as client:
             while True:
                 for presence in client.workers():
                     if node_of(presence.worker) == self._node and presence.worker not in self._before:
                         self.worker_name = presence.worker
                         return presence
-                if self._worker.returncode is not None:
-                    raise _error_of(self._worker)
+                if self.worker.returncode is not None:
+                    raise _error_of(self.worker)
                 self._report("loading models")
                 time.sleep(POLL)
 
     def watch(self, report: Callable[[str], None]) -> None:
         """Run until interrupted. A worker that dies is started again; a broker that dies ends the stack."""
-        assert self._worker is not None
+        assert self.worker is not None
         while True:
             time.sleep(POLL)
             if self._broker is not None and not self._broker.alive:
@@ -128,8 +128,8 @@ class Stack:
             if self._flower is not None and self._flower.returncode is not None:
                 code, log, self._flower = self._flower.returncode, self._flower.log, None
                 report(f"Flower ended (exit code {code}), see {log}; jobs go on without it")
-            if self._worker.returncode is not None:
-                report(f"the worker ended (exit code {self._worker.returncode}); starting another")
+            if self.worker.returncode is not None:
+                report(f"the worker ended (exit code {self.worker.returncode}); starting another")
                 time.sleep(RESTART_PAUSE)
                 self.start_worker()
                 self.wait_until_warm()
@@ -137,7 +137,7 @@ class Stack:
 
     def stop(self) -> None:
         # Ask both first, wait then: they stop side by side, and the broker outlives them.
-        children = [child for child in (self._flower, self._worker) if child is not None]
+        children = [child for child in (self._flower, self.worker) if child is not None]
         for child in children:
             child.ask_to_stop()
         for child in children:

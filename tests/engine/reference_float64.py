@@ -28,12 +28,10 @@ class Model:
     norms are constants (section 4.3 of its paper)."""
 
     def __init__(self, trainer: Trainer, held: Float64Matrices, key: mx.array) -> None:
-        self._decoder, self._request, self._scale = trainer._decoder, trainer.request, trainer.config.scale
+        self._decoder, self._request, self._scale = trainer.decoder, trainer.request, trainer.config.scale
         self._keys = dropout_keys(held, key)
         self._norms = {
-            name: np.linalg.norm(
-                float64(trainer._linears[name].dense()) + self._scale * sides["a"] @ sides["b"], axis=0
-            )
+            name: np.linalg.norm(float64(trainer.linears[name].dense()) + self._scale * sides["a"] @ sides["b"], axis=0)
             for name, sides in held.items()
         }
 

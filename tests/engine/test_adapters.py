@@ -61,7 +61,7 @@ def alone(model: LoadedModel, weights: LoraWeights) -> np.ndarray:
 
 
 def folder_of(store: AdapterStore, name: str, version: int) -> Path:
-    return store._root / "tiny" / name / str(version)
+    return store.folder("tiny", name, version)
 
 
 def test_an_adapter_is_read_as_it_was_written(model: LoadedModel, store: AdapterStore) -> None:
@@ -133,7 +133,7 @@ def test_a_write_that_fails_leaves_nothing(
     with pytest.raises(OSError, match="No space"):
         store.write("tiny", "style", tiny.adapter(model, 2, 1), {})
     monkeypatch.undo()
-    assert [path.name for path in (store._root / "tiny" / "style").iterdir()] == ["1"]
+    assert [path.name for path in store.folder("tiny", "style", 1).parent.iterdir()] == ["1"]
     assert store.resolve("tiny", "style") == ("style", 1)
 
 
@@ -169,7 +169,7 @@ def test_a_version_is_there_whole_or_not_whenever_the_power_fails(model: LoadedM
 
 
 def test_drafts_of_writers_that_died_are_swept_when_a_worker_starts(store: AdapterStore) -> None:
-    home = store._root / "tiny" / "style"
+    home = store.folder("tiny", "style", 1).parent
     (home / f"{durable.DRAFT}x").mkdir(parents=True)
     (home / f"{durable.DRAFT}x" / "half").write_text("half")
     store.install("tiny", "other", lambda draft: (draft / "file").write_text("x"))

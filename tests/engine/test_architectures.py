@@ -248,7 +248,7 @@ def test_the_factors_of_a_gguf_stretch_like_llama3() -> None:
     args = LlamaArgs.from_config(config_of("llama-llama3"))
     assert isinstance(args.rope_scaling, rope.Llama3)
     plain = args.rope_base ** (np.arange(0, args.head_dim, 2) / args.head_dim)
-    factors = rope._periods(args.head_dim, args.rope_base, args.rope_scaling) / plain
+    factors = rope.periods(args.head_dim, args.rope_base, args.rope_scaling) / plain
     assert factors.min() == 1.0
     assert factors.max() == pytest.approx(8.0)
     assert 1.1 < np.median(factors) < 8.0, "one of the frequencies is blended"

@@ -64,7 +64,7 @@ def write_gguf(name: str, path: Path, kind: str = "F32", **extra: Any) -> Path:
         writer.add_rope_scaling_factor(args.rope_scaling.factor)
     if isinstance(args.rope_scaling, rope.Llama3):
         plain = args.rope_base ** (np.arange(0, args.head_dim, 2) / args.head_dim)
-        factors = rope._periods(args.head_dim, args.rope_base, args.rope_scaling) / plain
+        factors = rope.periods(args.head_dim, args.rope_base, args.rope_scaling) / plain
         writer.add_tensor("rope_freqs.weight", factors.astype(np.float32))
     for key, value in extra.items():
         writer.add_uint32(f"{architecture}.{key.replace('__', '.')}", value)

@@ -62,10 +62,10 @@ def test_a_row_that_came_again_is_not_taken_for_one_whose_token_is_on_its_way(ba
     seat(batch, model, row_of(model, 7))
     seat(batch, model, row)
     assert batch.launch()
-    assert batch._ahead(batch.in_flight) == [1, 1]
+    assert batch.ahead(batch.in_flight) == [1, 1]
     batch.leave(row)
     seat(batch, model, row)
-    assert batch._ahead(batch.in_flight) == [1, 0]
+    assert batch.ahead(batch.in_flight) == [1, 0]
 
 
 def test_no_pass_is_launched_for_rows_that_end_with_the_one_under_way(batch: Batch, model: LoadedModel) -> None:

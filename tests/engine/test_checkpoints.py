@@ -166,7 +166,7 @@ def test_the_newest_is_that_of_most_reports_not_of_the_last_name(model: LoadedMo
     checkpoints.save(state(4), weights)
     checkpoints.pause(state(3, reports=9), weights)
     checkpoints.pause(state(3, reports=9, micro=12), weights)
-    checkpoints._write("step-00000005", lambda draft: checkpoints._fill(draft, state(5), weights))
+    checkpoints.write("step-00000005", state(5), weights)
     found, anchor = Checkpoints(tmp_path, MADE_OF).newest()
     assert found is not None
     assert anchor is not None

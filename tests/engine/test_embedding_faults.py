@@ -64,9 +64,8 @@ class Traffic:
     """A lane with all tickets that it ever took, driven as the engine does it."""
 
     def __init__(self, model: LoadedModel, tokens: int = 64, streams: int = 1) -> None:
-        self.lane = EmbedLane(model)
-        self.lane._pacer = EmbedPacer(1e-9, tokens, tokens)
-        self.lane._forward = self.forward = Faulty(model, streams)
+        self.forward = Faulty(model, streams)
+        self.lane = EmbedLane(model, forward=self.forward, pacer=EmbedPacer(1e-9, tokens, tokens))
         self.tickets: list[Ticket[Any]] = []
 
     def send(self, *texts: Sequence[int], deadline: float | None = None, **options: Any) -> Ticket[Any]:
@@ -94,10 +93,10 @@ class Traffic:
         raise AssertionError("the lane does not come to an end")
 
     def check(self, whole: bool = True) -> None:
-        held = [work.ticket for work in self.lane._works]
+        held = [work.ticket for work in self.lane.held]
         check_held(self.tickets, held, whole=whole)
         if whole:
-            assert self.lane._turns._lines.keys() <= self.lane._works.keys(), "texts of a job that has ended still wait"
+            assert all(work in self.lane.held for work in self.lane.waiting), "texts of a job that has ended still wait"
 
 
 @pytest.fixture
@@ -304,7 +303,7 @@ def test_a_job_is_stopped_in_any_state(
     if why == "cancel":
         ticket.cancel()
     else:
-        ticket._deadline = 0.0
+        ticket.deadline = 0.0
     traffic.step()
     assert ticket.done
     if not ended:
@@ -332,7 +331,7 @@ def test_in_any_traffic_each_job_gets_its_own_end(model: LoadedModel, seed: int)
     traffic.run()
     for ticket, texts in sent:
         bad = any(token >= RAISES for token in texts[0])
-        if ticket.stop is not None and isinstance(ticket._future.exception(0), JobCancelled | DeadlineExceeded):
+        if ticket.stop is not None and isinstance(ticket.error, JobCancelled | DeadlineExceeded):
             continue
         if bad:
             with pytest.raises((RuntimeError, StokerError), match=r"^texts\.0: "):

@@ -42,9 +42,8 @@ class Driver:
     """Runs a lane as the engine does. `tokens` of a batch and `streams` are as given on every machine."""
 
     def __init__(self, model: LoadedModel, tokens: int = 4096, streams: int = 1) -> None:
-        self.lane = EmbedLane(model)
-        self.lane._pacer = EmbedPacer(1e-9, tokens, tokens)
-        self.lane._forward = forward = Noted(model, streams)
+        self.model, forward = model, Noted(model, streams)
+        self.lane = EmbedLane(model, forward=forward, pacer=EmbedPacer(1e-9, tokens, tokens))
         self.batches = forward.batches
 
     def send(self, *texts: str, **options: Any) -> Ticket[Any]:
@@ -145,12 +144,12 @@ def test_a_job_is_embedded_by_length_and_comes_back_in_its_own_order(minilm: Loa
 
 def test_a_shorter_stall_makes_shorter_steps(minilm: LoadedModel) -> None:
     usual, short = EmbedLane(minilm), EmbedLane(minilm, stall=0.025)
-    assert short._pacer.tokens == usual._pacer.tokens // 4
+    assert short.pacer.tokens == usual.pacer.tokens // 4
 
 
 def test_a_step_reports_what_it_took_to_the_pacer(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     noted: list[int] = []
-    monkeypatch.setattr(driver.lane._pacer, "note", lambda tokens, seconds: noted.append(tokens))
+    monkeypatch.setattr(driver.lane.pacer, "note", lambda tokens, seconds: noted.append(tokens))
     driver.send("word " * 14, "word " * 8)
     driver.run()
     assert noted == [26]
@@ -196,8 +195,8 @@ def test_a_text_that_is_too_long_is_named_with_both_lengths(driver: Driver) -> N
 
 def test_a_text_that_just_fits_is_taken_as_it_is(driver: Driver) -> None:
     ticket = driver.send("word " * 253 + "last", truncation="error")
-    whole = driver.lane._model.tokenizer.encode("word " * 253 + "last")
-    (work,) = driver.lane._works
+    whole = driver.model.tokenizer.encode("word " * 253 + "last")
+    (work,) = driver.lane.held
     assert len(whole) == 256
     assert work.texts[0].tolist() == whole
     driver.run()
@@ -206,9 +205,9 @@ def test_a_text_that_just_fits_is_taken_as_it_is(driver: Driver) -> None:
 
 def test_a_cut_text_ends_as_the_model_knows_it(driver: Driver) -> None:
     ticket = driver.send("word " * 300)
-    (work,) = driver.lane._works
+    (work,) = driver.lane.held
     (tokens,) = work.texts
-    whole = driver.lane._model.tokenizer.encode("word " * 300)
+    whole = driver.model.tokenizer.encode("word " * 300)
     assert len(tokens) == 256
     assert (tokens[0], tokens[-1]) == (whole[0], whole[-1])
     driver.run()
@@ -292,7 +291,7 @@ def test_the_prompt_that_the_models_files_name_goes_before_the_text_unless_anoth
     driver = Driver(replace(minilm, embedding=spec))
     for options in ({}, {"prompt": "search"}, {"prompt": "see: "}):
         driver.send("heat", **options)
-    found = [work.texts[0].tolist() for work in driver.lane._works]
+    found = [work.texts[0].tolist() for work in driver.lane.held]
     encode = minilm.tokenizer.encode
     assert found == [encode("find: heat"), encode("find: heat"), encode("see: heat")]
 
@@ -324,7 +323,7 @@ def test_what_may_be_cut_is_read_from_the_models_files(tmp_path: Path) -> None:
         ({"matryoshka_dimensions": [128, 64]}, (64, 128)),
     ):
         (tmp_path / "config.json").write_text(json.dumps(said))
-        assert sentence._dimensions(tmp_path / "config.json", 384) == wanted
+        assert sentence.read_dimensions(tmp_path / "config.json", 384) == wanted
     (tmp_path / "config.json").write_text(json.dumps({"matryoshka_dimensions": [0, 512]}))
     with pytest.raises(ModelError, match="matryoshka_dimensions"):
-        sentence._dimensions(tmp_path / "config.json", 384)
+        sentence.read_dimensions(tmp_path / "config.json", 384)

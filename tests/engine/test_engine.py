@@ -33,9 +33,9 @@ class Running:
     def __init__(self, adapters: Path) -> None:
         self.entries: defaultdict[str, list[Any]] = defaultdict(list)
         models = {name: CATALOGUE[name] for name in (EMBED_MODEL, GENERATE_MODEL)}
-        self.engine = Engine(models, adapters=adapters, publish=self._publish, limits=LaneLimits(slots=9))
+        self.engine = Engine(models, adapters=adapters, publish=self.publish, limits=LaneLimits(slots=9))
 
-    def _publish(self, entries: list[Entry]) -> None:
+    def publish(self, entries: list[Entry]) -> None:
         for job_id, entry in entries:
             self.entries[job_id].append(entry)
 
@@ -218,8 +218,9 @@ def test_a_defect_in_the_loop_ends_every_job_and_is_told(tmp_path: Path) -> None
     def broken() -> None:
         raise RuntimeError("no way out")
 
-    for lane in engine._lanes.values():
-        lane.drop_stopped = broken  # type: ignore[method-assign]
+    for card in engine.cards:
+        for kind in card.kinds:
+            engine.lane(card.model, kind).drop_stopped = broken  # type: ignore[method-assign]
     ticket = engine.submit("x", generate("x"))
     with pytest.raises(WorkerUnavailable):
         ticket.result(30)
@@ -230,7 +231,7 @@ def test_entries_that_cannot_be_published_end_their_own_job(running: Running, mo
     def publish(entries: list[Entry]) -> None:
         if any(job_id == "unpublishable" for job_id, _ in entries):
             raise RuntimeError("this one not")
-        running._publish(entries)
+        running.publish(entries)
 
     monkeypatch.setattr(running.engine, "_publish", publish)
     before = running.engine.submit("published", generate("x", max_tokens=30))
@@ -241,12 +242,12 @@ def test_entries_that_cannot_be_published_end_their_own_job(running: Running, mo
             ticket.result(60)
     assert before.result(60).usage.completion_tokens == 30
     assert [token.index for token in running.entries["published"]] == list(range(30))
-    lane = running.engine._lanes[GENERATE_MODEL, "generate"]
+    lane = running.engine.lane(GENERATE_MODEL, "generate")
     wait_until(lambda: not lane.busy, "its rows are free again")
 
 
 def test_work_that_cannot_be_admitted_ends_its_own_job(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    lane = running.engine._lanes[GENERATE_MODEL, "generate"]
+    lane = running.engine.lane(GENERATE_MODEL, "generate")
     whole = lane.admit
 
     def admit(work: Any) -> None:
@@ -271,6 +272,6 @@ def test_a_librarys_panic_while_a_job_is_prepared_is_that_jobs_error(
     def prepare(*_: Any) -> None:
         raise Panic("at index out of bounds")
 
-    monkeypatch.setattr(running.engine._lanes[GENERATE_MODEL, "generate"], "prepare", prepare)
+    monkeypatch.setattr(running.engine.lane(GENERATE_MODEL, "generate"), "prepare", prepare)
     with pytest.raises(JobFailed, match="Panic: at index out of bounds"):
         running.engine.submit("panics", generate("x"))

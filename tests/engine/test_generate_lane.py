@@ -103,7 +103,7 @@ class Driver:
         """Every place was given back: in the cache, and in the adapters' use."""
         assert not self.lane.busy
         assert not self.lane.held
-        assert not any(self._pool._uses.values())
+        assert self._pool.in_use == 0
 
 
 def request(prompt: list[int], **options: Any) -> GenerateRequest:
@@ -577,9 +577,9 @@ def test_a_row_that_was_put_back_goes_before_those_that_came_later(model: Loaded
     order = [one.ticket for one in sent]
     while not tight.lane.preempted:
         tight.step()
-    assert len(tight.lane._roster.waiting) >= 3
+    assert len(tight.lane.waiting) >= 3
     while tight.lane.busy:
-        waiting = [order.index(row.ticket) for row in tight.lane._roster.waiting]
+        waiting = [order.index(row.ticket) for row in tight.lane.waiting]
         assert waiting == sorted(waiting)
         tight.step()
     tight.assert_empty()

@@ -84,8 +84,7 @@ class Training(Traffic):
         return TrainLane(self.model, self.pool, self.home / "runs")
 
     def held(self) -> list[Ticket[Any]]:
-        current = self.lane._current
-        return [work.ticket for work in (*self.lane._waiting, *([current] if current else []))]
+        return [work.ticket for work in self.lane.held]
 
     def work(self, ticket: Ticket[Any]) -> Any:
         request = tiny.asking(steps=2, name=ticket.job_id, held_out=0.5, batch_size=1)
@@ -105,7 +104,7 @@ class Taking(Traffic):
         return AdapterLane(self.model, self.pool)
 
     def held(self) -> list[Ticket[Any]]:
-        return [work.ticket for work in self.lane._waiting]
+        return [work.ticket for work in self.lane.held]
 
     def work(self, ticket: Ticket[Any]) -> Any:
         request = AdapterRequest(model="tiny", name=ticket.job_id, upload="x")
@@ -136,7 +135,7 @@ def test_no_job_is_lost_when_any_call_fails(make: Callable[[str], Traffic]) -> N
                 traffic.lane.fail_all(error)
         traffic.check()
         assert all(ticket.done for ticket in traffic.tickets)
-        ended += all(ticket._future.exception() is None for ticket in traffic.tickets[:1])
+        ended += all(ticket.error is None for ticket in traffic.tickets[:1])
         if calls.count < bad:
             break
     assert bad > 10, "the calls are counted"
@@ -152,7 +151,7 @@ def test_a_job_is_stopped_in_any_state(make: Callable[[str], Traffic], why: str,
         traffic.step()
     ended = ticket.done
     if why == "deadline":
-        ticket._deadline = 0.0
+        ticket.deadline = 0.0
     else:
         ticket.cancel(None if why == "cancel" else WorkerUnavailable("the worker is stopping"))
     traffic.step()

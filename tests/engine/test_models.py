@@ -133,7 +133,7 @@ def test_only_so_many_traces_are_kept(tiny_llama: Llama, monkeypatch: pytest.Mon
     for kv_length in (64, 64, 128, 64, 192, 64, 128):  # the last one was given up for 192
         mx.eval(step(kv, ForwardInput(mx.array([[4]]), mx.array([5]), kv_length), SamplingBatch()))
     assert step.traces == 4
-    assert len(step._kept) == 2
+    assert len(step.kept) == 2
 
 
 def test_keys_and_values_stay_when_rows_and_columns_change(tiny_llama: Llama) -> None:

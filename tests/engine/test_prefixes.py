@@ -47,7 +47,7 @@ def test_bytes_are_counted_in_and_out(cache: PrefixCache, tiny_llama: Llama) -> 
     random = np.random.default_rng(0)
     for _ in range(400):
         cache.put("base", random.integers(0, 9, LENGTH).tolist(), KeyValues(tiny_llama, 1, LENGTH))
-        assert cache.nbytes == sum(entry.kv.nbytes for entry in cache._entries.values()) <= 1 << 20
+        assert cache.nbytes == sum(kv.nbytes for kv in cache.kept) <= 1 << 20
     while cache.evict():
         pass
     assert cache.nbytes == 0

@@ -197,8 +197,8 @@ def marked(name: str, number: int) -> GenerateRequest:
 def assert_owned(lane: GenerateLane) -> None:
     """Every row that was admitted and has not ended is in one container, the one that its state names."""
     containers = {
-        RowState.WAITING: list(lane._roster.waiting),
-        RowState.PREFILLING: lane._prefilling,
+        RowState.WAITING: lane.waiting,
+        RowState.PREFILLING: lane.prefilling,
         RowState.DECODING: lane.batch.rows,
     }
     listed = [(row, state) for state, rows in containers.items() for row in rows]
@@ -266,7 +266,7 @@ def stop_one(kind: str, asked: GenerateRequest, sent: Sent, random: np.random.Ge
         if random.random() < 0.5:
             sent.ticket.cancel()
         else:
-            sent.ticket._deadline = 0.0
+            sent.ticket.deadline = 0.0
 
 
 def test_numbers_that_are_not_finite_are_the_rows_own_error_and_stay_in_no_cache(
@@ -307,7 +307,8 @@ def test_what_a_row_leaves_in_the_batch_spoils_no_other(model: LoadedModel, pool
     row = next(row for row in batch.rows if row.ticket is leaves.ticket)
     pool.release(row.adapter)
     row.adapter = pool.acquire("nan")
-    batch._in_flight = None
+    assert batch.in_flight is not None
+    batch.read(batch.in_flight)
     for one in batch.rows:
         one.cached = one.length - 1
     assert batch.launch()
@@ -322,7 +323,7 @@ def test_what_a_row_leaves_in_the_batch_spoils_no_other(model: LoadedModel, pool
 
 
 def stored(lane: GenerateLane) -> Iterator[mx.array]:
-    caches = [lane.batch.kv, *(entry.kv for entry in lane.prefixes._entries.values())]
+    caches = [lane.batch.kv, *lane.prefixes.kept]
     for kv in caches:
         if kv is not None:
             yield from (*kv.keys, *kv.values)

@@ -223,7 +223,7 @@ def test_the_hub_gives_the_folders_of_modules_and_no_copies_of_the_weights() -> 
               "added_tokens.json", "sentence_roberta_config.json"]  # fmt: skip
     others = ["onnx/model.safetensors", "original/consolidated.safetensors", "onnx/config.json", "pytorch_model.bin"]
     found = filter_repo_objects(
-        wanted + others, allow_patterns=list(sources.HUB_FILES), ignore_patterns=list(sources._HUB_IGNORED)
+        wanted + others, allow_patterns=list(sources.HUB_FILES), ignore_patterns=list(sources.HUB_IGNORED)
     )
     assert list(found) == wanted
 

@@ -149,7 +149,7 @@ def test_threads_share_one_process() -> None:
 
 def test_a_process_that_was_killed_is_replaced() -> None:
     render("", HELLO)
-    process = chat._renderer._process
+    process = chat.renderer.process
     assert process is not None
     os.kill(process.pid, 9)
     process.wait()

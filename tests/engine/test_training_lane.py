@@ -82,7 +82,7 @@ def test_a_trained_adapter_is_kept_with_what_it_was_made_of(lane: TrainLane, tmp
     assert notes["request"]["rank"] == 3
     assert notes["loss"] == ticket.result(0).last_loss
     assert ticket.result(0).version == 7
-    assert lane._pool.loaded == ("style@7",)
+    assert lane.pool.loaded == ("style@7",)
 
 
 def test_the_adapter_is_that_of_the_best_step(model: LoadedModel, lane: TrainLane, tmp_path: Path) -> None:
@@ -175,12 +175,12 @@ def test_a_run_that_ended_and_is_delivered_again_ends_the_same(model: LoadedMode
 
 
 def nan_from_step_2(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = Trainer._loss
+    plain = Trainer.loss
 
     def loss(self: Trainer, *arguments: Any) -> Any:
         return plain(self, *arguments) * (1.0 if self.state.step < 1 else float("nan"))
 
-    monkeypatch.setattr(Trainer, "_loss", loss)
+    monkeypatch.setattr(Trainer, "loss", loss)
 
 
 def test_a_run_that_diverges_fails_alone_and_keeps_its_history(
@@ -209,7 +209,7 @@ def test_an_adapter_that_cannot_be_written_fails_its_own_run_alone(
 
     failing, waiting = admit(lane, "a", steps=1), admit(lane, "b", steps=1)
     with monkeypatch.context() as patch:
-        patch.setattr(lane._pool, "save", full)
+        patch.setattr(lane.pool, "save", full)
         while not failing.done:
             lane.run()
     with pytest.raises(OSError, match="No space"):

@@ -98,8 +98,8 @@ def test_a_text_before_its_turn_leaves_the_present_as_it_is() -> None:
         for number in range(4):
             turns.add(f"small {step} {number}", [16])
         served(turns, 64)
-    assert turns._present <= 4 * 16
-    assert turns._lines["large"].turn >= 38 * 16
+    assert turns.present <= 4 * 16
+    assert turns.next_of("large")[0] >= 38 * 16
 
 
 def test_what_is_removed_is_not_served() -> None:
@@ -119,9 +119,9 @@ def test_what_the_oldest_job_was_owed_is_not_the_next_ones() -> None:
         for number in range(4):
             turns.add(f"small {step} {number}", [16])
         served(turns, 64)
-    assert turns._owed > 0
+    assert turns.owed > 0
     turns.remove("large")
-    assert turns._owed == 0
+    assert turns.owed == 0
 
 
 def test_a_text_that_is_put_back_keeps_its_turn() -> None:
@@ -129,5 +129,5 @@ def test_a_text_that_is_put_back_keeps_its_turn() -> None:
     turns: Turns[str] = Turns()
     turns.add("job", [20, 21, 22, 23])
     assert turns.take(66, 2) == [("job", 3), ("job", 2)]
-    assert (turns._lines["job"].turn, turns._lines["job"].length) == (45, 21)
+    assert turns.next_of("job") == (45, 21)
     assert turns.take(66, 2) == [("job", 1), ("job", 0)]

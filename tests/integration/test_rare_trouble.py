@@ -118,8 +118,8 @@ def test_an_engine_that_hangs_ends_its_process_and_the_job_runs_in_the_next(
     with patient_client(fragile.url, 60) as client, stack:
         stack.wait_until_warm()
         job = client.embed(["hanging"], model=EMBED_MODEL)
-        assert stack._worker is not None
-        worker = stack._worker
+        worker = stack.worker
+        assert worker is not None
         wait_until(lambda: worker.returncode is not None, "the watchdog ends the process", 60)
         assert worker.returncode == 70
         assert "a step of the engine took longer than 2 s" in worker.output()

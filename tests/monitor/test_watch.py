@@ -106,7 +106,8 @@ def test_a_job_that_goes_back_to_its_queue_is_retried(broker: Settings, redis: A
     watched(broker, steps)
 
 
-def test_a_dead_letter_is_told_and_its_retry_too(broker: Settings, redis: Any) -> None:
+def test_a_dead_letter_is_told_and_its_retry_too(broker: Settings, redis: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watching, "RARELY", 0.0)
     send(redis, "job")
 
     async def steps(watch: Watch, memory: JobMemory) -> None:
@@ -115,14 +116,12 @@ def test_a_dead_letter_is_told_and_its_retry_too(broker: Settings, redis: Any) -
         token = f"token-job-{WORKER}"
         assert not ledger.dead_letter(redis, "job", GENERATE, token, "stoker-1@mac/aa", "its disk is full").fenced
         ledger.complete(redis, "job", GENERATE, token, ledger.failure("job", JobDead("job: its disk is full")))
-        watch._looked_around = -watching.RARELY
         await watch.round()
         assert states(memory) == {"job": "FAILURE"}
         assert watch.dead["job"]["history"][0]["trouble"] == "its disk is full"
         assert "secret" not in json.dumps(watch.dead)
         async with AsyncClient(settings=broker) as client:
             await client.retry("job")
-        watch._looked_around = -watching.RARELY
         await watch.round()
         assert states(memory) == {"job": "RETRY"}
         assert not watch.dead

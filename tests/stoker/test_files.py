@@ -124,10 +124,10 @@ def test_the_brokers_address_is_the_old_or_the_new_at_every_cut(
     settings = Settings(home=home)
     broker, record = EmbeddedBroker(settings), dict[str, str]()
     broker.url = "redis://127.0.0.1:1000/0"
-    broker._announce()
+    broker.announce()
     broker.url = "redis://127.0.0.1:2000/0"
     with powercut.recorded(home) as disk:
-        broker._announce()
+        broker.announce()
     for cut in disk.cuts():
         with cut.restored(tmp_path / "after") as after:
             record = json.loads((after / "broker.json").read_text())

@@ -27,7 +27,7 @@ class FakeRedis:
 
     def eval(self, text: str, *arguments: Any) -> str:
         self.sent.append("text")
-        self.known.add(SCRIPT._hash)
+        self.known.add(SCRIPT.hash)
         return "reply"
 
 

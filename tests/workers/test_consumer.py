@@ -149,7 +149,7 @@ def test_a_lane_whose_connection_was_dropped_while_it_was_full_gets_its_next_job
     worker.send(TRAIN, "first")
     worker.turn_until(lambda: worker.taken)
     worker.send(TRAIN, "second")
-    channel = worker.consumer._channels["train"]
+    channel = worker.consumer.channels["train"]
     channel.client.connection.disconnect()
     worker.end(worker.taken[0])
     worker.turn_until(lambda: len(worker.taken) == 2)
@@ -186,7 +186,7 @@ def test_a_new_connection_asks_for_no_job_of_a_lane_that_is_still_full(
     again.turn_until(lambda: taken(again)[TRAIN] == 1)
     again.disconnect()
     again.redis.close()
-    worker.consumer._channels["train"].close()
+    worker.consumer.channels["train"].close()
 
 
 def test_what_all_lanes_hold_is_renewed_and_goes_back_when_the_worker_stops(worker: Worker) -> None:
@@ -219,7 +219,7 @@ def test_a_queue_is_given_up_and_taken_up_by_name(worker: Worker) -> None:
 def test_a_queue_that_belongs_to_no_lane_has_the_connections_own_channel(worker: Worker) -> None:
     worker.consumer.add_queue(Queue("stoker.other", routing_key="stoker.other"))
     worker.consumer.consume()
-    assert worker.consumer._channel_of("stoker.other") is worker.connection.default_channel
+    assert worker.consumer.channel_of("stoker.other") is worker.connection.default_channel
     worker.consumer.cancel()
     assert not worker.consumer.consuming_from("stoker.other")
 
@@ -235,7 +235,7 @@ def test_what_celery_makes_knows_the_context_of_its_app(broker: Settings) -> Non
             assert isinstance(made, WorkerConnection)
             channel: Any = made.default_channel
             assert made.deliveries is channel.deliveries is context.deliveries
-        assert app.amqp.TaskConsumer(connection.default_channel, queues=[])._lanes is context.lanes
+        assert app.amqp.TaskConsumer(connection.default_channel, queues=[]).lanes is context.lanes
         pollers = [made.transport.cycle.poller for made in (connection, copy)]
     # kombu leaves it to the interpreter.
     for poller in pollers:

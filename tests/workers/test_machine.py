@@ -31,7 +31,7 @@ def _active() -> set[str]:
 def test_cores_are_those_that_openblas_is_told(said: str, cores: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", said)
     assert asked_cores() == cores
-    assert boot._limits(load_settings()).cores == cores
+    assert boot.limits_of(load_settings()).cores == cores
 
 
 def test_the_blas_of_the_settings_is_booted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -51,6 +51,6 @@ def test_a_worker_uses_the_kernels_of_its_settings(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_doctor_tells_of_the_kernels_of_the_settings() -> None:
-    assert doctor._kernels_check("lore")["ok"] is False
-    found = doctor._kernels_check("attend")
+    assert doctor.kernels_check("lore")["ok"] is False
+    found = doctor.kernels_check("attend")
     assert (found["ok"], _active()) == (True, {"attend"})

@@ -58,14 +58,14 @@ def test_right_keys_and_keys_of_others_stay_as_they_are(redis: Any) -> None:
 def test_a_key_that_is_right_again_in_between_is_not_moved(redis: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two workers see it wrong; the second comes when it was moved and written anew."""
     mender = Mender(redis, list)
-    move = mender._move
+    move = mender.move
 
     def late(key: str, found: str, kind: str) -> bool:
         redis.delete(key)
         fill(redis, key, kind)
         return move(key, found, kind)
 
-    monkeypatch.setattr(mender, "_move", late)
+    monkeypatch.setattr(mender, "move", late)
     fill(redis, keys.WORKERS, "string")
     assert not mender.round()
     assert redis.type(keys.WORKERS) == b"zset"

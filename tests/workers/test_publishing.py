@@ -229,7 +229,7 @@ def test_stop_does_not_wait_for_a_broker_that_is_away(redis: Any) -> None:
     publisher.start()
     assert reached.wait(30)
     publisher.stop()
-    assert not publisher._thread.alive
+    assert not publisher.thread.alive
 
 
 def test_flush_fails_where_the_publisher_has_ended(redis: Any) -> None:

@@ -141,7 +141,7 @@ def make_engine(settings: Settings, publish: Callable[..., None]) -> Engine:
         adapters=settings.adapters,
         runs=settings.runs,
         publish=publish,
-        limits=_limits(settings),
+        limits=limits_of(settings),
         train_share=settings.train_share,
         adapter_bytes=settings.adapter_memory << 20,
         precision={"dtype": settings.dtype, "quantize": settings.quantize, "group_size": settings.group_size},
@@ -155,7 +155,7 @@ def _mend(running: Runtime, heart: Heart) -> None:
         heart.beat()
 
 
-def _limits(settings: Settings) -> LaneLimits:
+def limits_of(settings: Settings) -> LaneLimits:
     from engine.generation.limits import LaneLimits
     from engine.platform.probe import memory
 

@@ -25,27 +25,28 @@ class LaneConsumer(Consumer):
     """Made anew for each connection, which closes its channels with itself."""
 
     def __init__(self, *args: Any, lanes: Lanes, **kwargs: Any) -> None:
-        self._lanes = lanes
+        self.lanes = lanes
         super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def revive(self, channel: Any) -> None:
         #: Kind → the channel of its lane; a queue that belongs to no lane has the connection's own.
-        self._channels: dict[str | None, Any] = {}
+        self.channels: dict[str | None, Any] = {}
         super().revive(channel)  # type: ignore[no-untyped-call]
-        self._channels[None] = self.channel
+        self.channels[None] = self.channel
 
-    def _channel_of(self, queue: str) -> Any:
-        kind = self._lanes.kind_of(queue)
-        if kind is not None and kind not in self._channels:
+    def channel_of(self, queue: str) -> Any:
+        """The channel on which the messages of `queue` come."""
+        kind = self.lanes.kind_of(queue)
+        if kind is not None and kind not in self.channels:
             channel = self.connection.channel()
-            channel.qos.has_room = partial(self._lanes.has_room, kind)
-            self._channels[kind] = channel
-        return self._channels[kind]
+            channel.qos.has_room = partial(self.lanes.has_room, kind)
+            self.channels[kind] = channel
+        return self.channels[kind]
 
     def _basic_consume(
         self, queue: Queue, consumer_tag: str | None = None, no_ack: bool | None = None, nowait: bool = True
     ) -> Any:
-        there = queue(self._channel_of(queue.name))
+        there = queue(self.channel_of(queue.name))
         return super()._basic_consume(there, consumer_tag, no_ack, nowait)  # type: ignore[no-untyped-call]
 
     def cancel(self) -> None:
@@ -63,12 +64,12 @@ class LaneConsumer(Consumer):
 
     def _cancel(self, tag: str) -> None:
         # A channel takes no notice of tags that are not its own.
-        for channel in self._channels.values():
+        for channel in self.channels.values():
             channel.basic_cancel(tag)
 
     def held_tags(self) -> set[str]:
         """Delivery tags that this connection brought and that are neither acknowledged nor handed back."""
-        books = [channel.qos for channel in list(self._channels.values())]
+        books = [channel.qos for channel in list(self.channels.values())]
         return {tag for book in books for tag in list(book._delivered) if tag not in book._dirty}
 
 

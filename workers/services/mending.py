@@ -51,10 +51,10 @@ class Mender:
             pipeline.type(key)
         found = dict(zip(right, pipeline.execute(), strict=True))
         wrong = [key for key, kind in right.items() if found[key].decode() not in (kind, "none")]
-        moved = [self._move(key, found[key].decode(), right[key]) for key in wrong]
+        moved = [self.move(key, found[key].decode(), right[key]) for key in wrong]
         return any(moved)
 
-    def _move(self, key: str, found: str, kind: str) -> bool:
+    def move(self, key: str, found: str, kind: str) -> bool:
         aside = keys.spoiled(key)
         moved = bool(self._redis.eval(_MOVE, 2, key, aside, kind, keys.DEAD_TTL))
         if moved:

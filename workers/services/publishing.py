@@ -43,16 +43,16 @@ class Publisher:
         self._failed: dict[str, JobFailed] = {}
         self._lock = threading.Lock()
         self._stopping, self._ended = threading.Event(), threading.Event()
-        self._thread = Background("publisher", self._round, stopped=self._ended)
+        self.thread = Background("publisher", self._round, stopped=self._ended)
 
     def start(self) -> None:
-        self._thread.start()
+        self.thread.start()
 
     def stop(self) -> None:
         """Send what is queued, unless the broker is away, and end."""
         self._stopping.set()
         self._queue.put(None)
-        self._thread.join(5)
+        self.thread.join(5)
         self._redis.close()
 
     def publish(self, entries: list[Entry]) -> None:
@@ -69,7 +69,7 @@ class Publisher:
             sent = threading.Event()
             self._queue.put(sent)
             while not sent.wait(0.5):
-                if not self._thread.alive:
+                if not self.thread.alive:
                     raise RuntimeError("the publisher has ended")
         if job_id in self._failed:
             raise self._failed[job_id]

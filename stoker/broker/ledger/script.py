@@ -13,7 +13,7 @@ class Script:
 
     def __init__(self, text: str) -> None:
         self.text = text
-        self._hash = sha1(text.encode(), usedforsecurity=False).hexdigest()
+        self.hash = sha1(text.encode(), usedforsecurity=False).hexdigest()
 
     def __call__(self, redis: Any, names: list[str], arguments: list[Any]) -> Any:
         def in_full() -> Any:
@@ -24,7 +24,7 @@ class Script:
         from redis.exceptions import NoScriptError
 
         try:
-            reply = redis.evalsha(self._hash, len(names), *names, *arguments)
+            reply = redis.evalsha(self.hash, len(names), *names, *arguments)
         except NoScriptError:
             return in_full()
         return _later(reply, in_full) if isawaitable(reply) else reply
