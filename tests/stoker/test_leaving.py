@@ -181,3 +181,54 @@ def test_a_caller_that_is_not_cancelled_hears_the_error_itself() -> None:
     with pytest.raises(RedisConnectionError, match="gone"):
         asyncio.run(finished(fails))
     assert asyncio.run(finished(answers)) == 3
+
+
+async def serve(client: AsyncClient, ids: asyncio.Queue[str]) -> asyncio.Server:
+    """A web server that streams a job's tokens to each caller, and ends a response as Starlette and FastAPI do: one
+    task sends, one waits until the caller is gone, and the first that ends cancels the other."""
+
+    async def respond(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        job = await client.generate("x", model="smol")
+        await ids.put(job.id)
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n")
+
+        async def send() -> None:
+            async for token in job.stream():
+                writer.write(f"data: {token.text}\n\n".encode())
+                await writer.drain()
+
+        async def until_gone() -> None:
+            await reader.read()
+            group.cancel_scope.cancel()
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(send)
+            group.start_soon(until_gone)
+        writer.close()
+
+    return await asyncio.start_server(respond, "127.0.0.1", 0)
+
+
+async def disconnected(server: Any) -> tuple[JobStatus, int]:
+    async with AsyncClient() as client:
+        ids: asyncio.Queue[str] = asyncio.Queue()
+        async with await serve(client, ids) as web:
+            port = web.sockets[0].getsockname()[1]
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            job = await client.job(await ids.get())
+            server.xadd(keys.stream(job.id), {"entry": TOKEN.model_dump_json()}, id=keys.entry_id(0))
+            server.expire(keys.stream(job.id), 60)
+            await reader.readuntil(b"data: x\n\n")
+            writer.close()
+            await writer.wait_closed()
+            async with asyncio.timeout(10):
+                while await job.status() == JobStatus.QUEUED or connections_in_use(client):
+                    await asyncio.sleep(0.01)
+            return await job.status(), connections_in_use(client)
+
+
+@pytest.mark.usefixtures("fake")
+def test_a_web_caller_that_disconnects_cancels_its_job(server: Any) -> None:
+    assert asyncio.run(disconnected(server)) == (JobStatus.CANCELLED, 0)
