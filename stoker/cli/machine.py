@@ -23,6 +23,7 @@ from stoker.catalogue import parse_models
 from stoker.cli.options import Json, Url, connect, print_json, progress_shown
 from stoker.contract import ModelCard, Presence
 from stoker.contract.kinds import EMBED, GENERATE, TRAIN
+from stoker.contract.names import Rule, checked
 from stoker.errors import ConfigError, StokerError, UnknownModel
 from stoker.local.interrupts import hold_back
 from stoker.local.storage import disk_use
@@ -97,7 +98,7 @@ def worker(
         # The worker that this process becomes keeps the name for as long as it lives.
         os.set_inheritable(lock.fileno(), True)
     else:
-        node = f"{name}@{platform.node()}"
+        node = f"{checked(Rule.JOB_ID, 'name', name)}@{platform.node()}"
     command = worker_command(settings, node)
     with progress_shown("looking for the broker") as report:
         wait_for_broker(settings, report)
@@ -247,6 +248,8 @@ def check_kernels(
     hard: Annotated[bool, typer.Option("--hard", help="Also inputs at which mistakes would be expected.")] = False,
 ) -> None:
     """Run every fused kernel of this machine's back-end against its reference."""
+    # Before an hour of work: what cannot be written is said at once.
+    report.open("a").close()
     chosen = [part for name in kernel or () for part in ("--kernel", name)]
     caches = os.environ.get("XDG_CACHE_HOME")
     cache = ["--cache", str(Path(caches, "stoker", "kernels"))] if caches else []

@@ -9,6 +9,7 @@ taken for those of its successor.
 from __future__ import annotations
 
 import fcntl
+import os
 import platform
 from collections.abc import Iterator
 from hashlib import sha256
@@ -39,7 +40,7 @@ def take_name(settings: Settings) -> tuple[str, IO[str]]:
 
 def _names(settings: Settings) -> Iterator[str]:
     models = sorted(parse_models(settings.models))
-    name = f"stoker-{sha256('|'.join([str(settings.home), *models]).encode()).hexdigest()[:8]}"
+    name = f"stoker-{sha256(os.fsencode('|'.join([str(settings.home), *models]))).hexdigest()[:8]}"
     yield name
     yield from (f"{name}-{number}" for number in range(2, MOST + 1))
 

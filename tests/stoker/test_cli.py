@@ -416,6 +416,8 @@ def test_no_broker_is_one_line_that_says_how_to_start_one() -> None:
         (["worker", "--model", "m="], "no source after '='"),
         (["status", "--url", "redis://\udcff"], "STOKER_URL: cannot be read"),
         (["status", "--url", f"redis://{'a' * 64}"], "STOKER_URL: cannot be read"),
+        (["worker", "--model", "m=/x", "--name", "\udcff"], "name: '\\udcff' given; allowed: 1 to 128 letters"),
+        (["worker", "--model", "m=/x", "--name", "a@b"], "name: 'a@b' given"),
         (["nope"], "No such command 'nope'"),
         (["generate"], "Missing argument"),
         (["generate", "x", "--max-tokens", "many"], "Invalid value for '--max-tokens'"),
@@ -442,6 +444,13 @@ def test_a_home_that_cannot_be_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_
     code, said = command("up", "--no-flower")
     assert (code, said.count("\n")) == (2, 1)
     assert said.startswith("stoker: STOKER_HOME: ")
+
+
+def test_a_report_that_cannot_be_written_is_said_before_the_kernels_are_checked() -> None:
+    assert command("kernels", "check", "--report", "/proc/none/x.json") == (
+        1,
+        "stoker: /proc/none/x.json: No such file or directory.\n",
+    )
 
 
 def test_doctor_names_what_is_missing_and_fails() -> None:

@@ -47,3 +47,7 @@ def test_a_home_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> Non
     (tmp_path / "workers").write_text("a file")
     with pytest.raises(ConfigError, match="STOKER_HOME"):
         take_name(settings(tmp_path))
+
+
+def test_a_home_whose_name_is_no_utf_8_gives_a_name_too(tmp_path: Path) -> None:
+    assert name_of(settings(tmp_path / "\udcff")).isascii()
