@@ -14,7 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from random import SystemRandom
 
-from stoker import Client
+from stoker import Client, GenerateJob
+from stoker.broker import keys
 from stoker.broker.connection import connect
 from stoker.local.broker import EmbeddedBroker, free_port
 from stoker.local.stack import Stack
@@ -84,6 +85,21 @@ def worker_on(broker: FragileBroker, home: Path) -> Iterator[Stack]:
     with Stack(settings, flower=False) as stack:
         stack.wait_until_warm()
         yield stack
+
+
+@contextmanager
+def two_workers_on(broker: FragileBroker, folder: Path) -> Iterator[None]:
+    with worker_on(broker, folder / "one"), worker_on(broker, folder / "two"):
+        yield
+
+
+def owner_in_the_middle(client: Client, job: GenerateJob) -> int:
+    """The process that runs the job. Both workers are warm by then: starting one takes longer than the whole answer."""
+    pids = {worker.worker: worker.pid for worker in client.workers()}
+    owner = pids[client.jobs()[job.id]["worker"]]
+    made = client.redis.xlen(keys.stream(job.id))
+    assert 0 < made < len(GOLDENS[0]["token_ids"]), f"{made} tokens are there: it is not in the middle"
+    return owner
 
 
 def patient_client(url: str, patience: float) -> Client:

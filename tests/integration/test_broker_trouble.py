@@ -18,7 +18,16 @@ from stoker.local.broker import server_binary
 from stoker.local.process import Process
 from stoker.local.stack import Stack
 from tests.conftest import EMBED_MODEL, GENERATE_MODEL, alive, stack_settings, wait_until
-from tests.integration.machinery import CERTIFICATE, GOLDENS, FragileBroker, Proxy, patient_client, worker_on
+from tests.integration.machinery import (
+    CERTIFICATE,
+    GOLDENS,
+    FragileBroker,
+    Proxy,
+    owner_in_the_middle,
+    patient_client,
+    two_workers_on,
+    worker_on,
+)
 from tests.leaks import overlong_keys
 
 pytestmark = pytest.mark.integration
@@ -35,11 +44,12 @@ def assert_golden(client: Client, stream: Iterator) -> None:  # type: ignore[typ
 def test_a_stream_goes_on_when_the_broker_was_killed_and_is_back(fragile: FragileBroker, tmp_path: Path) -> None:
     with worker_on(fragile, tmp_path / "worker") as stack, patient_client(fragile.url, 60) as client:
         pid = client.workers()[0].pid
+        # `everysec` may lose the last second of writes, the job itself among them.
+        client.redis.config_set("appendfsync", "always")
         job = client.generate(GOLDEN["prompt"], model=GENERATE_MODEL, max_tokens=64)
         stream = job.stream(timeout=60)
         heard = [next(stream) for _ in range(3)]
-        # `everysec` may lose the last second of writes: wait until the job itself is on disk.
-        client.redis.execute_command("WAITAOF", "1", "0", "5000")
+        assert owner_in_the_middle(client, job) == pid
         fragile.kill()
         time.sleep(1.0)
         fragile.start()
@@ -148,14 +158,12 @@ def test_a_broker_that_comes_back_empty_has_lost_the_job_and_the_client_is_told(
 def test_a_job_whose_worker_is_killed_goes_on_at_another_one_with_the_same_tokens(
     fragile: FragileBroker, tmp_path: Path
 ) -> None:
-    with patient_client(fragile.url, 60) as client, worker_on(fragile, tmp_path / "one"):
+    with patient_client(fragile.url, 60) as client, two_workers_on(fragile, tmp_path):
         job = client.generate(GOLDEN["prompt"], model=GENERATE_MODEL, max_tokens=64)
         stream = job.stream(timeout=60)
         heard = [next(stream)]
-        first = client.workers()[0].pid
-        with worker_on(fragile, tmp_path / "two"):
-            os.kill(first, signal.SIGKILL)
-            heard += stream
+        os.kill(owner_in_the_middle(client, job), signal.SIGKILL)
+        heard += stream
         assert [token.token_id for token in heard] == GOLDEN["token_ids"]
 
 

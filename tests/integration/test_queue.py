@@ -18,7 +18,14 @@ from stoker.client.requests import generate_request
 from stoker.client.submission import job_record
 from stoker.errors import DeadlineExceeded, InvalidRequest, JobCancelled, JobDead, JobLost
 from tests.conftest import GENERATE_MODEL, alive, wait_until
-from tests.integration.machinery import GOLDENS, FragileBroker, patient_client, worker_on
+from tests.integration.machinery import (
+    GOLDENS,
+    FragileBroker,
+    owner_in_the_middle,
+    patient_client,
+    two_workers_on,
+    worker_on,
+)
 
 pytestmark = pytest.mark.integration
 
@@ -99,21 +106,22 @@ def test_a_waiting_job_is_cancelled_though_no_worker_is_up(fragile: FragileBroke
 
 
 def test_a_worker_that_was_frozen_past_its_lease_leaves_no_trace(fragile: FragileBroker, tmp_path: Path) -> None:
-    with patient_client(fragile.url, 30) as client, worker_on(fragile, tmp_path / "one"):
+    with patient_client(fragile.url, 30) as client, two_workers_on(fragile, tmp_path):
         job = client.generate(GOLDEN["prompt"], model=GENERATE_MODEL, max_tokens=64)
         stream = job.stream(timeout=60)
         heard = [next(stream)]
-        frozen = client.workers()[0].pid
-        with worker_on(fragile, tmp_path / "two"):
-            os.kill(frozen, signal.SIGSTOP)
+        frozen = owner_in_the_middle(client, job)
+        os.kill(frozen, signal.SIGSTOP)
+        try:
             heard += stream
             first = job.result(30)
+        finally:
             os.kill(frozen, signal.SIGCONT)
-            wait_until(lambda: any(worker.pid == frozen for worker in client.workers()), "the frozen one is back")
-            wait_until(lambda: all(worker.lanes["generate"][0] == 0 for worker in client.workers()), "both have let go")
-            wait_until(lambda: client.redis.hlen("stoker:unacked") == 0, "nothing is left unacknowledged")
-            assert job.result(5) == first
-            assert alive(frozen)
+        wait_until(lambda: any(worker.pid == frozen for worker in client.workers()), "the frozen one is back")
+        wait_until(lambda: all(worker.lanes["generate"][0] == 0 for worker in client.workers()), "both have let go")
+        wait_until(lambda: client.redis.hlen("stoker:unacked") == 0, "nothing is left unacknowledged")
+        assert job.result(5) == first
+        assert alive(frozen)
     assert [token.token_id for token in heard] == GOLDEN["token_ids"]
 
 

@@ -33,10 +33,10 @@ def test_a_run_whose_worker_goes_away_goes_on_in_the_next_and_makes_the_same(own
         "learning_rate": 2e-3,
     }
     with Client(settings=own_stack.settings) as client:
+        (worker,) = client.workers()
         run = client.train("resumed", ROWS, model=GENERATE_MODEL, job_id="resumed", **options)
         reports = run.progress(timeout=120)
         told = [next(reports) for _ in range(3)]
-        (worker,) = client.workers()
         os.kill(worker.pid, how)
         own_stack.replace_worker()
         own_stack.wait_until_warm()
