@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, is_dataclass
 from typing import Any, NamedTuple
 
@@ -27,45 +27,52 @@ class ForwardInput:
     exact: bool = False
 
 
-class _Array(NamedTuple):
-    shape: tuple[int, ...]
-
-
-class _Adapters(NamedTuple):
-    """All stacks have room for the same adapters and rank: the first and their number say it all."""
-
-    room: tuple[int, ...]
-    arrays: int
-
-
 class _Record(NamedTuple):
     kind: type
-    parts: tuple[Hashable, ...]
+    parts: tuple[Any, ...]
 
 
-def flatten(value: Any, arrays: list[Any]) -> Hashable:
-    """Append the arrays of `value`, a tree of frozen dataclasses. Return what the trace is for: the tree with shapes
-    in the place of arrays."""
-    if isinstance(value, mx.array):
+#: Where an array, and where a batch's adapters stood.
+_ARRAY, _ADAPTERS = object(), object()
+
+
+def flatten(value: Any, arrays: list[Any], key: list[Any]) -> None:
+    """Append the arrays of `value`, a tree of frozen dataclasses, to `arrays`; to `key` what a trace is for: the shapes
+    and everything else. Runs before every pass, so it makes no objects of its own."""
+    kind = type(value)
+    if kind is mx.array:
         arrays.append(value)
-        return _Array(tuple(value.shape))
-    if isinstance(value, StackedLora):
-        # A dictionary of hundreds of arrays: MLX walks it faster than Python.
+        key.append(value.shape)
+    elif kind is StackedLora:
+        # A dictionary of hundreds of arrays: MLX walks it faster than Python. All stacks have room for the same
+        # adapters and rank: the first and their number say it all.
         arrays.append((value.stacks, value.indices))
-        return _Adapters(next(iter(value.stacks.values()))["a"].shape[::2], sum(map(len, value.stacks.values())))
+        key += next(iter(value.stacks.values()))["a"].shape[::2], sum(map(len, value.stacks.values()))
+    elif hasattr(kind, "__dataclass_fields__"):
+        key.append(kind)
+        for part in value.__dict__.values():
+            flatten(part, arrays, key)
+    else:
+        key.append(value)
+
+
+def skeleton(value: Any) -> Any:
+    """`value` without its arrays, for `filled`: a trace keeps it, and must not keep arrays."""
+    if isinstance(value, mx.array):
+        return _ARRAY
+    if isinstance(value, StackedLora):
+        return _ADAPTERS
     if is_dataclass(value):
-        return _Record(type(value), tuple(flatten(part, arrays) for part in vars(value).values()))
-    assert isinstance(value, Hashable)
+        return _Record(type(value), tuple(map(skeleton, vars(value).values())))
     return value
 
 
-def unflatten(layout: Hashable, arrays: Iterator[Any]) -> Any:
-    """The value that `flatten` took apart, with `arrays` for its arrays."""
-    match layout:
-        case _Array():
-            return next(arrays)
-        case _Adapters():
-            return StackedLora(*next(arrays))
-        case _Record(kind, parts):
-            return kind(*(unflatten(part, arrays) for part in parts))
-    return layout
+def filled(shape: Any, arrays: Iterator[Any]) -> Any:
+    """The value of a skeleton, with the arrays that `flatten` took out of it."""
+    if shape is _ARRAY:
+        return next(arrays)
+    if shape is _ADAPTERS:
+        return StackedLora(*next(arrays))
+    if isinstance(shape, _Record):
+        return shape.kind(*(filled(part, arrays) for part in shape.parts))
+    return shape

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 
 import mlx.core as mx
 
-from engine.generation.forward_input import ForwardInput, flatten, unflatten
+from engine.generation.forward_input import ForwardInput, filled, flatten, skeleton
 from engine.generation.sampling import choose
 from engine.generation.sampling_batch import SamplingBatch
 from engine.models.cache import KeyValues, Stored, View
@@ -119,12 +119,15 @@ class Step:
     def _traced(self, function: Callable[[Stored, Input], T], stored: Stored, given: Input) -> T:
         """`function(stored, given)`, as compiled for these shapes."""
         arrays: list[Any] = []
-        layout = flatten(given, arrays)
-        key = stored[0][0].shape, layout
+        parts: list[Any] = [stored[0][0].shape]
+        flatten(given, arrays, parts)
+        key: Hashable = tuple(parts)
         if key not in self.kept:
+            shape = skeleton(given)
+
             # One function a trace: dropping it is the only way to free one.
             def run(stored: Stored, arrays: list[Any]) -> T:
-                return function(stored, unflatten(layout, iter(arrays)))
+                return function(stored, filled(shape, iter(arrays)))
 
             self.kept[key] = mx.compile(run)
             if len(self.kept) > TRACES[self._compiled]:

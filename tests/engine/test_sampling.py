@@ -122,7 +122,7 @@ def test_columns_are_padded_with_rows_that_are_greedy() -> None:
     draws = [draw(seed=1, temperature=1.0, top_k=5, repetition_penalty=1.1, tally={4: 1}, logit_bias={3: 1.0})]
     made = sampling_batch(draws, VOCABULARY, 4)
     arrays: list[mx.array] = []
-    flatten(made, arrays)
+    flatten(made, arrays, [])
     assert {array.shape[0] for array in arrays} == {4}
     assert np.allclose(np.array(process(mx.array(rows), made))[1:], rows[1:])
 
