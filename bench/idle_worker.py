@@ -20,7 +20,6 @@ import numpy as np
 
 from engine.ticket import Entry, Ticket
 from stoker.contract import EmbedRequest, GenerateRequest, GenerateResult, ModelCard, StreamToken, Usage
-from workers.celery import boot
 from workers.celery.app import app
 
 MODEL, ENCODER = "idle", "idle-encoder"
@@ -139,4 +138,4 @@ def _result(ticket: Ticket[Any], request: GenerateRequest | EmbedRequest) -> Any
     )
 
 
-boot.make_engine = lambda settings, publish: IdleEngine(publish)  # type: ignore[assignment,return-value]
+app.context.make_engine = lambda settings, publish, on_death: IdleEngine(publish)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -92,10 +91,3 @@ def _artifacts(job: Job) -> Artifacts:
 def _write(folder: Path, data: bytes, source: str) -> None:
     for file, content in bundle.unpack(data, source).items():
         (folder / file).write_bytes(content)
-
-
-def facts(notes: Path) -> dict[str, Any]:
-    """What a version's own notes say that belongs into the registry."""
-    said = json.loads(notes.read_text())
-    names = ("global_step", "loss", "held_out_loss", "learning_rate", "base")
-    return {name: said[name] for name in names if said.get(name) is not None}

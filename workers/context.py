@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 from stoker.errors import WorkerUnavailable
 from stoker.settings import Settings
 from workers.capacity import Lanes
 from workers.deliveries import Deliveries, Health
+from workers.machine import make_engine
 from workers.services.runtime import Runtime
+
+if TYPE_CHECKING:
+    from engine.engine import Engine
+
+#: See `make_engine`.
+MakeEngine = Callable[[Settings, Callable[..., None], Callable[[], None]], "Engine"]
 
 
 class WorkerContext:
-    """Made with the app, also in Flower's process, which runs no jobs. The boot step installs the runtime."""
+    """Made with the app, also in Flower's process, which runs no jobs. The boot step installs the runtime.
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
+    `make_engine`: from settings, what gets a step's entries, and what is called if the engine dies.
+    """
+
+    def __init__(self, settings: Settings, make_engine: MakeEngine = make_engine) -> None:
+        self.settings, self.make_engine = settings, make_engine
         self.lanes = Lanes()
         self.deliveries = Deliveries(Health(settings.lease))
         self._runtime: Runtime | None = None

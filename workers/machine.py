@@ -1,14 +1,23 @@
-"""What the process that computes takes from its surroundings: the engine and the kernels read no environment."""
+"""What the process that computes takes from its surroundings, and the engine made with it: neither the engine nor the
+kernels read the environment."""
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from stoker.catalogue import parse_models
 from stoker.settings import Settings
 
 if TYPE_CHECKING:
+    from engine.engine import Engine
+    from engine.generation.limits import LaneLimits
     from engine.platform.blas import BlasReport
+    from engine.ticket import Entry
+
+log = logging.getLogger(__name__)
 
 
 def boot_blas(settings: Settings) -> BlasReport:
@@ -22,3 +31,39 @@ def asked_cores() -> int | None:
     """The cores that `OPENBLAS_NUM_THREADS`, OpenBLAS's own variable, asks for; None: it says nothing."""
     said = os.environ.get("OPENBLAS_NUM_THREADS", "")
     return int(said) if said.isdigit() and int(said) > 0 else None
+
+
+def make_engine(settings: Settings, publish: Callable[[list[Entry]], None], on_death: Callable[[], None]) -> Engine:
+    """The engine with the models of `settings`, not started; its arguments are those of `Engine`."""
+    # BLAS first: importing the engine imports MLX, and MLX binds to the BLAS that it finds.
+    from engine.platform import blas
+
+    report = boot_blas(settings)
+    from engine.engine import Engine
+    from engine.platform.probe import choose_kernels, describe_kernels
+
+    choose_kernels(settings.kernels)
+    log.info("BLAS: %s", report)
+    log.info("kernels: %s", describe_kernels())
+    if report.active and not blas.verify():
+        log.warning("MLX does not use the fast BLAS that was loaded: expect a thirtieth of its speed")
+    return Engine(
+        parse_models(settings.models),
+        adapters=settings.adapters,
+        runs=settings.runs,
+        publish=publish,
+        limits=limits_of(settings),
+        train_share=settings.train_share,
+        adapter_bytes=settings.adapter_memory << 20,
+        precision={"dtype": settings.dtype, "quantize": settings.quantize, "group_size": settings.group_size},
+        on_death=on_death,
+    )
+
+
+def limits_of(settings: Settings) -> LaneLimits:
+    """What a batch of generations may take."""
+    from engine.generation.limits import LaneLimits
+    from engine.platform.probe import memory
+
+    kv_bytes = settings.kv_cache << 20 if settings.kv_cache else memory() // 8
+    return LaneLimits(slots=settings.generate_slots, kv_bytes=kv_bytes, stall=settings.stall, cores=asked_cores())

@@ -2,8 +2,8 @@
 
 It comes from the machine, STOKER_HOME and the models. Of several such workers on one machine each takes the first
 number that is free: a lock says which are taken, and goes with the process that holds it, however that ends. Within
-the ledger a worker's process has a name that is new each time (`workers/boot.py`): jobs of one that died must not be
-taken for those of its successor.
+the ledger a worker's process has a name that is new each time (`workers/celery/boot.py`): jobs of one that died must
+not be taken for those of its successor.
 """
 
 from __future__ import annotations

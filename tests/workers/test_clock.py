@@ -50,10 +50,15 @@ def set_clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
 
 @pytest.fixture
-def qos(broker: Settings) -> Iterator[Any]:
-    """Of one channel of a worker that may take over what others held for longer than a lease."""
+def health() -> Any:
+    """Of a worker that may take over what others held for longer than a lease."""
+    return SimpleNamespace(may_take_over=lambda: True)
+
+
+@pytest.fixture
+def qos(broker: Settings, health: Any) -> Iterator[Any]:
+    """Of one channel of that worker."""
     transport.install()
-    health: Any = SimpleNamespace(may_take_over=lambda: True)
     config = shared_config(broker)
     options = config["broker_transport_options"] | {"polling_interval": 0.05, "visibility_timeout": LEASE}
     options |= {"unacked_restore_throttle": 1}
@@ -114,6 +119,18 @@ def test_a_lease_that_ran_out_by_the_brokers_clock_is_taken_over(
     sweep(qos)
     assert redis.llen(keys.ready(QUEUE)) == 1
     assert not redis.exists(keys.UNACKED, keys.LEASES)
+
+
+def test_a_worker_that_may_not_take_over_yet_leaves_what_ran_out(redis: Any, qos: Any, health: Any) -> None:
+    """After an outage every lease looks expired."""
+    deliver(qos)
+    redis.zadd(keys.LEASES, {"job#1": 1.0})
+    health.may_take_over = lambda: False
+    sweep(qos)
+    assert redis.hkeys(keys.UNACKED) == [b"job#1"]
+    health.may_take_over = lambda: True
+    sweep(qos)
+    assert not redis.exists(keys.UNACKED)
 
 
 @pytest.mark.parametrize("off", [*OFFSETS, 60 * 24 * 3600.0])

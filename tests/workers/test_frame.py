@@ -346,9 +346,18 @@ def test_a_fenced_delivery_leaves_neither_result_nor_ack(worker: Worker, fenced:
     assert worker.outcome is None
 
 
-def test_a_delivery_that_finds_itself_replaced_at_its_end_is_fenced(worker: Worker, fenced: list[str]) -> None:
+@pytest.mark.parametrize(
+    "error", [None, OUT, OSError(errno.ENOSPC, "full"), JobCancelled("x"), KeyError("x")], ids=repr
+)
+def test_a_delivery_that_finds_itself_replaced_at_its_end_is_fenced(
+    worker: Worker, fenced: list[str], error: Exception | None
+) -> None:
+    """However it ends."""
+
     def ends() -> int:
         worker.redis.hset(keys.job("job"), Field.TOKEN, "another's")
+        if error is not None:
+            raise error
         return 1
 
     with pytest.raises(Ignore):

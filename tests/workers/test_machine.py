@@ -11,8 +11,7 @@ from engine.platform import blas
 from kernels import backend, registry
 from stoker.errors import ConfigError
 from stoker.settings import load_settings
-from workers import doctor
-from workers.celery import boot
+from workers import doctor, machine
 from workers.machine import asked_cores, boot_blas
 
 
@@ -31,7 +30,7 @@ def _active() -> set[str]:
 def test_cores_are_those_that_openblas_is_told(said: str, cores: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", said)
     assert asked_cores() == cores
-    assert boot.limits_of(load_settings()).cores == cores
+    assert machine.limits_of(load_settings()).cores == cores
 
 
 def test_the_blas_of_the_settings_is_booted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -44,10 +43,10 @@ def test_the_blas_of_the_settings_is_booted(monkeypatch: pytest.MonkeyPatch, tmp
 
 def test_a_worker_uses_the_kernels_of_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STOKER_KERNELS", "lora,sample")
-    boot.make_engine(load_settings(), lambda entries: None)
+    machine.make_engine(load_settings(), lambda entries: None, lambda: None)
     assert _active() == {"lora", "sample"}
     with pytest.raises(ConfigError, match="there is no kernel lore"):
-        boot.make_engine(load_settings(kernels="lore"), lambda entries: None)
+        machine.make_engine(load_settings(kernels="lore"), lambda entries: None, lambda: None)
 
 
 def test_the_doctor_tells_of_the_kernels_of_the_settings() -> None:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 import uuid
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from celery import Celery, bootsteps
 from celery.platforms import EX_FAILURE
@@ -18,7 +17,6 @@ from celery.signals import worker_shutting_down
 from celery.worker import components, state
 
 from stoker.broker import keys
-from stoker.catalogue import parse_models
 from stoker.contract.kinds import KINDS
 from stoker.errors import StokerError
 from stoker.local.stack import ERROR_MARK
@@ -28,7 +26,6 @@ from workers.celery.interrupts import Interrupts
 from workers.celery.lanes import LaneStep
 from workers.celery.lease import LeaseStep
 from workers.context import WorkerContext
-from workers.machine import asked_cores, boot_blas
 from workers.services import drain
 from workers.services.background import Background
 from workers.services.broker_check import check_broker
@@ -38,10 +35,6 @@ from workers.services.presence import Heart
 from workers.services.runtime import Runtime
 from workers.services.watchdog import Watchdog
 from workers.unreadable import DeadMessages
-
-if TYPE_CHECKING:
-    from engine.engine import Engine
-    from engine.generation.limits import LaneLimits
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +70,7 @@ class EngineStep(bootsteps.StartStopStep):
         try:
             check_broker(settings)
             Artifacts(settings, None).check()
-            made = Runtime(settings, name, lambda publish: make_engine(settings, publish))
+            made = Runtime(settings, name, lambda publish: self._context.make_engine(settings, publish, _end_process))
             made.start()
             return made
         except StokerError as error:
@@ -123,44 +116,10 @@ def _process_name(node: str) -> str:
     return f"{node}/{uuid.uuid4().hex[:8]}"
 
 
-def make_engine(settings: Settings, publish: Callable[..., None]) -> Engine:
-    # BLAS first: importing the engine imports MLX, and MLX binds to the BLAS that it finds.
-    from engine.platform import blas
-
-    report = boot_blas(settings)
-    from engine.engine import Engine
-    from engine.platform.probe import choose_kernels, describe_kernels
-
-    choose_kernels(settings.kernels)
-    log.info("BLAS: %s", report)
-    log.info("kernels: %s", describe_kernels())
-    if report.active and not blas.verify():
-        log.warning("MLX does not use the fast BLAS that was loaded: expect a thirtieth of its speed")
-    return Engine(
-        parse_models(settings.models),
-        adapters=settings.adapters,
-        runs=settings.runs,
-        publish=publish,
-        limits=limits_of(settings),
-        train_share=settings.train_share,
-        adapter_bytes=settings.adapter_memory << 20,
-        precision={"dtype": settings.dtype, "quantize": settings.quantize, "group_size": settings.group_size},
-        on_death=_end_process,
-    )
-
-
 def _mend(running: Runtime, heart: Heart) -> None:
     """A registry that was moved aside is empty: say at once that this worker is there."""
     if running.mender.round():
         heart.beat()
-
-
-def limits_of(settings: Settings) -> LaneLimits:
-    from engine.generation.limits import LaneLimits
-    from engine.platform.probe import memory
-
-    kv_bytes = settings.kv_cache << 20 if settings.kv_cache else memory() // 8
-    return LaneLimits(slots=settings.generate_slots, kv_bytes=kv_bytes, stall=settings.stall, cores=asked_cores())
 
 
 def _end_process() -> None:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from unittest import mock
 
 from stoker.settings import Settings
-from workers.celery import boot
 from workers.celery.app import app
+from workers.context import MakeEngine
 
 if TYPE_CHECKING:
     from engine.embedding.lane import EmbedLane
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-make_engine = boot.make_engine
+make_engine: MakeEngine = app.context.make_engine
 
 
-def make_hanging_engine(settings: Settings, publish: Callable[..., None]) -> Engine:
-    engine = make_engine(settings, publish)
+def make_hanging_engine(settings: Settings, publish: Callable[..., None], on_death: Callable[[], None]) -> Engine:
+    engine = make_engine(settings, publish, on_death)
     # Only now: importing it imports MLX, which has to find its BLAS.
     from engine.embedding.lane import EmbedLane
 
@@ -39,4 +39,4 @@ def make_hanging_engine(settings: Settings, publish: Callable[..., None]) -> Eng
     return engine
 
 
-boot.make_engine = make_hanging_engine
+app.context.make_engine = make_hanging_engine
