@@ -129,9 +129,11 @@ class SentenceFiles:
 
 def _modules(path: Path) -> list[dict[str, Any]]:
     """What modules.json lists; nothing where there is none. Raises `ModelError`."""
-    modules = read_json(path, missing=[])
-    if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
-        raise ModelError(f"{path}: not a list of modules")
+    modules = read_json(path, missing=())
+    if modules == ():
+        return []
+    if not isinstance(modules, list) or not modules or not all(isinstance(module, dict) for module in modules):
+        raise ModelError(f"{path}: not a list of modules, or an empty one")
     names = [module.get("name") for module in modules if module.get("name") is not None]
     for module in modules:
         _MODULE.check(module, str(path))

@@ -97,6 +97,7 @@ def test_a_plain_folder_is_bounded_by_its_tokenizer_alone(tmp_path: Path) -> Non
         ({"modules.json": [{**MODULES[0], "skip": True}]}, "the field skip = True is not supported"),
         ({"modules.json": [{"type": f"{OLD}.Transformer"}]}, "a module without a type or a path"),
         ({"modules.json": {}}, "not a list of modules"),
+        ({"modules.json": []}, "or an empty one"),
         (settings(max_seq_len=5), "the field max_seq_len = 5 is not supported"),
         (settings(query_length=8), "query_length = 8 is not supported"),
         (settings(model_args={"num_hidden_layers": 1}), "model_args: the field num_hidden_layers = 1 is not supported"),
