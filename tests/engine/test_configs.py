@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -266,11 +267,18 @@ def test_absurd_sizes_are_held_against_the_file_before_anything_is_made_of_them(
         load("it", [str(folder)])
 
 
-@pytest.mark.parametrize("file", ["config.json", "generation_config.json", "model.safetensors"])
+#: Every file that a model's folder may have.
+FILES = (
+    "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json", "modules.json",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
 def test_what_is_no_file_is_refused_and_never_waited_for(tmp_path: Path, file: str, kind: str) -> None:
     path = copied("llama-llama3", tmp_path) / file
-    path.unlink()
+    path.unlink(missing_ok=True)
     if kind == "pipe":
         os.mkfifo(path)
     elif kind == "device":
@@ -280,6 +288,24 @@ def test_what_is_no_file_is_refused_and_never_waited_for(tmp_path: Path, file: s
     for check in (verify, lambda folder: load("it", [str(folder)])):
         with pytest.raises(ModelError, match=f"{file}: neither a file"):
             check(tmp_path)
+
+
+@pytest.mark.parametrize("file", [name for name in FILES if name.endswith(".json")])
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"a":' * 100_000, '{"a": ' + "9" * 5_000 + "}", "\udcff\udcfe"])
+def test_json_beyond_all_bounds_is_refused_by_its_file(tmp_path: Path, file: str, content: str) -> None:
+    path = copied("llama-llama3", tmp_path) / file
+    path.write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ModelError, match=re.escape(file)):
+        load("it", [str(tmp_path)])
+
+
+def test_a_file_of_a_terabyte_is_not_read(tmp_path: Path) -> None:
+    for file in ("config.json", "tokenizer.json", "chat_template.jinja"):
+        path = copied("llama-llama3", tmp_path / file) / file
+        with path.open("wb") as sparse:
+            sparse.truncate(1 << 40)
+        with pytest.raises(ModelError, match=f"{file}: more than"):
+            load("it", [str(tmp_path / file)])
 
 
 def test_a_config_of_endless_depth_is_refused(tmp_path: Path) -> None:
