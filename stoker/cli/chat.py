@@ -13,6 +13,7 @@ from stoker.cli.generate import Adapter, MaxTokens, Seed, Temperature, TopP
 from stoker.cli.options import Model, Url, connect, notes
 from stoker.client import Client
 from stoker.client.options import GenerateOptions
+from stoker.contract.kinds import GENERATE
 from stoker.errors import InvalidRequest, StokerError, TextTooLong
 
 HELP = """/help             this list
@@ -37,7 +38,7 @@ def chat(
     """Talk with a model. Ctrl-C stops an answer, /help lists what can be typed, /exit or Ctrl-D ends it."""
     options: GenerateOptions = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
     with connect(url) as client:
-        conversation = Conversation(client, client.choose_model(model, "generate"), options)
+        conversation = Conversation(client, client.choose_model(model, GENERATE.name), options)
         conversation.adapter, conversation.system, conversation.seed = adapter, system, seed
         if sys.stdin.isatty():
             conversation.note(f"{conversation.described()}. /help lists what can be typed.")
@@ -85,7 +86,7 @@ class Conversation:
 
     def _use_model(self, name: str) -> None:
         try:
-            self._model = self._client.choose_model(name or None, "generate")
+            self._model = self._client.choose_model(name or None, GENERATE.name)
         except StokerError as error:
             self.note(str(error))
             return

@@ -18,6 +18,7 @@ from stoker.cli.options import Json, Model, Url, connect, notes, print_json
 from stoker.client import Client
 from stoker.client.chunks import BATCH_TEXTS
 from stoker.client.options import EmbedOptions
+from stoker.contract.kinds import EMBED
 from stoker.contract.requests import MAX_TEXTS
 from stoker.errors import InvalidRequest
 from stoker.files.source import Source
@@ -139,7 +140,7 @@ def _embed_file(
     from stoker.files.output import opened
 
     rows, digest = source.survey()
-    model = client.choose_model(model, "embed")
+    model = client.choose_model(model, EMBED.name)
     job = {"rows": rows, "input": digest, "model": model, **options}
     began = time.monotonic()
     with opened(path, rows, job, overwrite) as output:

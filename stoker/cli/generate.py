@@ -9,6 +9,7 @@ import typer
 from stoker.cli import inputs
 from stoker.cli.options import Json, Model, Url, connect, is_terminal, notes, print_json
 from stoker.contract import GenerateResult
+from stoker.contract.kinds import GENERATE
 from stoker.errors import InvalidRequest
 
 Adapter = Annotated[str | None, typer.Option(help="LoRA adapter to generate with.")]
@@ -48,7 +49,7 @@ def generate(
     text = inputs.read_text("prompt") if prompt == inputs.STDIN else prompt
     schema = None if json_schema is None else inputs.read_json("json_schema", json_schema)
     with connect(url) as client:
-        model = client.choose_model(model, "generate")
+        model = client.choose_model(model, GENERATE.name)
         if chat is None:
             chat = client.models()[model].chat
         job = client.generate(

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from stoker.broker.ledger.record import Watched
 from stoker.contract import TrainReport
+from stoker.contract.kinds import TRAIN
 from stoker.monitor.curve import Curve
 from stoker.monitor.notices import Ended, Known, Notice, Progress, Started, WaitsAgain
 
@@ -90,7 +91,7 @@ class Mirror:
         was, job.known, job.worker = job.worker, known, said.worker
         if job.worker and job.worker != was:
             notices.append(Started(job_id, job.worker, self.now))
-            if known.kind == "train":
+            if known.kind == TRAIN.name:
                 self._names[job_id] = known
                 self.runs.setdefault(job_id, Curve())
         elif was and not job.worker:

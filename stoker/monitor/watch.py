@@ -20,6 +20,7 @@ from stoker.broker.ledger.record import watched
 from stoker.broker.letters import Letter
 from stoker.broker.registry import AdapterEntry
 from stoker.contract import ModelCard, Presence, TrainReport
+from stoker.contract.kinds import ADAPTERS, GENERATE, TRAIN
 from stoker.errors import StokerError
 from stoker.monitor.mirror import Line, Mirror, ending
 from stoker.monitor.notices import Known, Notice
@@ -88,7 +89,7 @@ class Watch:
         """Asked for only while somebody looks at the page."""
         now = asyncio.get_running_loop().time()
         if anew or now - self._adapters_seen >= RARELY:
-            models = [card.model for card in self.cards.values() if "adapters" in card.kinds]
+            models = [card.model for card in self.cards.values() if ADAPTERS.name in card.kinds]
             self._adapters = [entry for model in models for entry in await self._client.adapters.list(model)]
             self._adapters_seen = now
         return self._adapters
@@ -158,9 +159,9 @@ class Watch:
         return notices
 
     async def _look_at_running(self) -> list[Notice]:
-        answering = self.mirror.owned("generate")
+        answering = self.mirror.owned(GENERATE.name)
         counts = await self._ask([_length(job_id) for job_id in answering])
-        notices = await self._ask_reports(self.mirror.owned("train"))
+        notices = await self._ask_reports(self.mirror.owned(TRAIN.name))
         for job_id, count in zip(answering, counts, strict=True):
             notices += self.mirror.counted(job_id, count) if isinstance(count, int) else []
         return notices

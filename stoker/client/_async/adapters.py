@@ -16,6 +16,7 @@ from stoker.client.asynchronously import Chooser, in_thread
 from stoker.client.options import AdapterOptions, checked_options
 from stoker.contract import bundle
 from stoker.contract.base import parse_adapter
+from stoker.contract.kinds import ADAPTERS
 from stoker.errors import UnknownAdapter
 
 
@@ -88,4 +89,4 @@ class AsyncAdapters:
             return replace(entry, serving=None, versions={})
 
     async def _model(self, model: str | None) -> str:
-        return await self._choose_model(model, "adapters")
+        return await self._choose_model(model, ADAPTERS.name)

@@ -30,7 +30,7 @@ from stoker.client.options import EmbedOptions, GenerateOptions, TrainOptions, c
 from stoker.client.requests import Dataset, Prompt
 from stoker.contract import ModelCard, Presence, Request
 from stoker.contract.codec import read
-from stoker.contract.kinds import KINDS
+from stoker.contract.kinds import EMBED, GENERATE, KINDS, TRAIN
 from stoker.contract.vectors import Encoded, plain
 from stoker.errors import ConfigError, InvalidRequest, JobLost
 from stoker.settings import Settings, load_settings
@@ -107,7 +107,7 @@ class AsyncClient:
         a call that failed half-way can be repeated.
         """
         fields = checked_options(options, EmbedOptions, ("model", "job_id"))
-        request = requests.embed_request(await self.choose_model(model, "embed"), texts, fields)
+        request = requests.embed_request(await self.choose_model(model, EMBED.name), texts, fields)
         return AsyncEmbedJob(self.link, await self._submit(request, job_id))
 
     def embed_many(
@@ -163,7 +163,7 @@ class AsyncClient:
         what `prompt` is. `seed`: None draws one. What each of them means: docs/generate.md.
         """
         fields = checked_options(options, GenerateOptions, ("prompt", "model", "seed", "job_id"))
-        request = requests.generate_request(await self.choose_model(model, "generate"), prompt, seed, fields)
+        request = requests.generate_request(await self.choose_model(model, GENERATE.name), prompt, seed, fields)
         return AsyncGenerateJob(self.link, await self._submit(request, job_id))
 
     async def train(
@@ -185,7 +185,7 @@ class AsyncClient:
         """
         fields = checked_options(options, TrainOptions, ("model", "job_id"))
         job_id = requests.checked_job_id(job_id)
-        request = requests.train_request(await self.choose_model(model, "train"), name, dataset, job_id, fields)
+        request = requests.train_request(await self.choose_model(model, TRAIN.name), name, dataset, job_id, fields)
         return AsyncTrainJob(
             self.link, await self._submit(request, job_id, await in_thread(requests.read_dataset, dataset))
         )
@@ -246,7 +246,7 @@ class AsyncClient:
     async def _chunks(
         self, texts: Texts, model: str | None, plan: Plan, options: EmbedOptions
     ) -> AsyncGenerator[Encoded]:
-        model = await self.choose_model(model, "embed")
+        model = await self.choose_model(model, EMBED.name)
         async with aclosing(embed_chunks(self, texts, model, plan, options)) as chunks:
             async for chunk in chunks:
                 yield chunk

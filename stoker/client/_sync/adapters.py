@@ -17,6 +17,7 @@ from stoker.client.blocking import Chooser, in_thread
 from stoker.client.options import AdapterOptions, checked_options
 from stoker.contract import bundle
 from stoker.contract.base import parse_adapter
+from stoker.contract.kinds import ADAPTERS
 from stoker.errors import UnknownAdapter
 
 
@@ -89,4 +90,4 @@ class Adapters:
             return replace(entry, serving=None, versions={})
 
     def _model(self, model: str | None) -> str:
-        return self._choose_model(model, "adapters")
+        return self._choose_model(model, ADAPTERS.name)

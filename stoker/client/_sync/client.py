@@ -31,7 +31,7 @@ from stoker.client.options import EmbedOptions, GenerateOptions, TrainOptions, c
 from stoker.client.requests import Dataset, Prompt
 from stoker.contract import ModelCard, Presence, Request
 from stoker.contract.codec import read
-from stoker.contract.kinds import KINDS
+from stoker.contract.kinds import EMBED, GENERATE, KINDS, TRAIN
 from stoker.contract.vectors import Encoded, plain
 from stoker.errors import ConfigError, InvalidRequest, JobLost
 from stoker.settings import Settings, load_settings
@@ -108,7 +108,7 @@ class Client:
         a call that failed half-way can be repeated.
         """
         fields = checked_options(options, EmbedOptions, ("model", "job_id"))
-        request = requests.embed_request(self.choose_model(model, "embed"), texts, fields)
+        request = requests.embed_request(self.choose_model(model, EMBED.name), texts, fields)
         return EmbedJob(self.link, self._submit(request, job_id))
 
     def embed_many(
@@ -164,7 +164,7 @@ class Client:
         what `prompt` is. `seed`: None draws one. What each of them means: docs/generate.md.
         """
         fields = checked_options(options, GenerateOptions, ("prompt", "model", "seed", "job_id"))
-        request = requests.generate_request(self.choose_model(model, "generate"), prompt, seed, fields)
+        request = requests.generate_request(self.choose_model(model, GENERATE.name), prompt, seed, fields)
         return GenerateJob(self.link, self._submit(request, job_id))
 
     def train(
@@ -186,7 +186,7 @@ class Client:
         """
         fields = checked_options(options, TrainOptions, ("model", "job_id"))
         job_id = requests.checked_job_id(job_id)
-        request = requests.train_request(self.choose_model(model, "train"), name, dataset, job_id, fields)
+        request = requests.train_request(self.choose_model(model, TRAIN.name), name, dataset, job_id, fields)
         return TrainJob(self.link, self._submit(request, job_id, in_thread(requests.read_dataset, dataset)))
 
     def job(self, job_id: str) -> AnyJob:
@@ -243,7 +243,7 @@ class Client:
         self.close()
 
     def _chunks(self, texts: Texts, model: str | None, plan: Plan, options: EmbedOptions) -> Generator[Encoded]:
-        model = self.choose_model(model, "embed")
+        model = self.choose_model(model, EMBED.name)
         with closing(embed_chunks(self, texts, model, plan, options)) as chunks:
             for chunk in chunks:
                 yield chunk
