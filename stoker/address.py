@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
@@ -31,14 +32,16 @@ class Address:
     @property
     def without_password(self) -> str:
         """A URL for `parse`, as `shown` without its stars."""
-        return self.shown.replace(":***@", "@", 1)
+        return self.shown.replace("//***@", "//", 1).replace(":***@", "@", 1)
 
     @classmethod
     def parse(cls, url: str) -> Address:
         """Read a `redis://`, `rediss://` or `redis+socket://` URL; anything else raises `ConfigError`."""
         scheme, separator, _ = url.partition("://")
         if not separator or scheme not in SCHEMES:
-            given = f"{scheme}://…" if separator else "something that is no URL"
+            # What stands there may be a piece of a password.
+            plain = re.fullmatch(r"[a-z][a-z0-9+-]{0,15}", scheme)
+            given = f"{scheme}://…" if separator and plain else "something that is no URL"
             raise ConfigError(
                 f"STOKER_URL: {given} given; allowed: {', '.join(s + '://' for s in SCHEMES)}, "
                 f"for example {DEFAULT_URL} or redis+socket:///tmp/redis.sock?virtual_host=0."
@@ -52,7 +55,7 @@ class Address:
             # What urllib says may quote a piece of the password.
             raise ConfigError(
                 f"STOKER_URL: cannot be read; expected {_FORMS[scheme]}. "
-                "In a password, write / as %2F, : as %3A and @ as %40."
+                "In a password, write / as %2F, : as %3A, @ as %40, ? as %3F and # as %23."
             ) from None
 
 
@@ -64,6 +67,9 @@ def _database(text: str) -> int:
 
 def _tcp(url: str) -> Address:
     parts = urlsplit(url)
+    if parts.fragment or "@" in parts.query:
+        # A password with a bare # or ? would be cut there, and its beginning be shown as a host or a port.
+        raise ValueError("a piece of a login behind the address")
     host, port = parts.hostname or "127.0.0.1", parts.port or 6379
     host.encode("idna")  # as it will be looked up
     database = _database(parts.path.strip("/"))
@@ -94,7 +100,8 @@ def _socket(url: str) -> Address:
 
 
 def _shown_login(login: str) -> str:
+    """A login without a colon is a user to redis-py, and a password to many who write it: it is not shown."""
     if not login:
         return ""
     user, separator, _ = login.partition(":")
-    return f"{user}{':***' if separator else ''}@"
+    return f"{user}:***@" if separator else "***@"

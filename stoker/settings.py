@@ -6,7 +6,7 @@ import difflib
 import json
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -97,6 +97,11 @@ class Settings(BaseSettings):
         except (RuntimeError, OSError) as error:  # no such user, or a working folder that is gone
             raise ValueError(f"cannot be found ({error}); give a whole path") from None
 
+    def __repr_args__(self) -> Iterator[tuple[str | None, object]]:
+        """As pydantic's, without what URLs have of passwords: a repr may stand in any log."""
+        for name, value in super().__repr_args__():
+            yield name, _without_login(value) if name in ("url", "artifacts") and isinstance(value, str) else value
+
     @property
     def address(self) -> Address:
         return Address.parse(self.chosen_url or DEFAULT_URL)
@@ -168,6 +173,13 @@ class Overrides(TypedDict, total=False):
     group_size: Literal[32, 64, 128] | None
     kernels: str | None
     blas: str | None
+
+
+def _without_login(url: str) -> str:
+    """A URL up to its query, with stars for a login."""
+    scheme, separator, rest = url.partition("://")
+    _, at, host = rest.partition("?")[0].rpartition("@")
+    return f"{scheme}{separator}{'***@' if at else ''}{host}"
 
 
 def load_settings(**overrides: Unpack[Overrides]) -> Settings:

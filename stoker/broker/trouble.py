@@ -8,6 +8,7 @@ from redis.exceptions import (
     BusyLoadingError,
     ClusterDownError,
     MasterDownError,
+    NoPermissionError,
     OutOfMemoryError,
     ReadOnlyError,
     RedisError,
@@ -45,6 +46,11 @@ def broker_unavailable(settings: Settings, error: BaseException, at: str = "") -
         return BrokerUnavailable(
             f"the broker at {where} refuses the login ({reason}). Put its user and password into STOKER_URL: "
             "redis://USER:PASSWORD@HOST:PORT/DB."
+        )
+    if isinstance(error, NoPermissionError):
+        return BrokerUnavailable(
+            f"the broker at {where} forbids it ({reason}). The user that STOKER_URL names needs the rights of its "
+            "role: deploy/acl has them."
         )
     if isinstance(error, BusyLoadingError):
         return still_loading(where, error.progress if isinstance(error, StillLoading) else None)

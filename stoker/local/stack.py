@@ -195,7 +195,9 @@ def celery_command(command: str) -> list[str]:
             "or use the image (docker compose --profile cpu-worker up)."
         )
     # Flower takes the arguments of Celery's own module for its own.
-    return [sys.executable, "-m", "workers" if command == "worker" else "celery", "-A", "workers.celery.app", command]
+    module = "workers" if command == "worker" else "celery"
+    # Quiet: without the banner, which shows of a broker's URL what its readers take for a user.
+    return [sys.executable, "-m", module, "--quiet", "-A", "workers.celery.app", command]
 
 
 def worker_command(settings: Settings, name: str) -> list[str]:

@@ -9,8 +9,10 @@ import redis
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stoker import Client
 from stoker.address import DEFAULT_URL, Address
 from stoker.errors import ConfigError
+from stoker.settings import Settings
 
 SECRET = "s3cret-w0rd"
 
@@ -66,10 +68,23 @@ def test_tls_verifies_unless_told_otherwise() -> None:
         f"redis://host/0?password={SECRET}",
         f"redis+socket://:{SECRET}@/run/redis.sock",
         f"redis+socket:///run/redis.sock?password={SECRET}",
+        f"redis://{SECRET}@host",
+        f"rediss://{SECRET}@host:7000/1",
+        f"redis+socket://{SECRET}@/run/redis.sock",
+        f"redis://:%73{SECRET}%40x@host",
+        f"redis://me:a:{SECRET}@host",
+        f"redis://me:a@{SECRET}@host",
+        f"redis://host/0?username=me&password={SECRET}&db=1",
     ],
 )
 def test_what_is_shown_holds_no_password(url: str) -> None:
-    assert SECRET not in Address.parse(url).shown
+    address = Address.parse(url)
+    assert SECRET not in address.shown
+    assert SECRET not in address.without_password
+    settings = Settings(url=url, artifacts=f"s3://key:{SECRET}@bucket/x")
+    assert SECRET not in f"{settings!r} {settings}"
+    with Client(settings=settings) as client:
+        assert SECRET not in f"{client!r} {client.redis!r} {client.link.__reduce__()!r}"
 
 
 @pytest.mark.parametrize(
@@ -80,6 +95,11 @@ def test_what_is_shown_holds_no_password(url: str) -> None:
         f"http://me:{SECRET}@host",
         f"me:{SECRET}@host",
         f"redis+socket://me:{SECRET}@",
+        f"redis://:12?{SECRET}@host",
+        f"redis://:12#{SECRET}@host",
+        f"redis://:12/{SECRET}@host",
+        f"redis://12?{SECRET}@host",
+        f"{SECRET}@redis://host",
     ],
 )
 def test_an_error_about_a_url_holds_no_password(url: str) -> None:

@@ -240,3 +240,12 @@ def test_what_celery_makes_knows_the_context_of_its_app(broker: Settings) -> Non
     # kombu leaves it to the interpreter.
     for poller in pollers:
         poller.close()
+
+
+@pytest.mark.parametrize("login", ["hunter2", ":hunter2", "me:hunter2", ""])
+def test_a_login_without_a_colon_is_not_shown_either(login: str) -> None:
+    url = f"redis://{login}{'@' if login else ''}host:7000/1"
+    connection = WorkerConnection(url, deliveries=Deliveries(Health(1)))
+    shown = connection.as_uri()
+    assert "hunter2" not in f"{shown} {connection!r} {connection.clone().as_uri()}"
+    assert "host:7000/1" in shown

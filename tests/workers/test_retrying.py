@@ -5,11 +5,18 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-from redis.exceptions import BusyLoadingError, OutOfMemoryError, ReadOnlyError, RedisError, ResponseError
+from redis.exceptions import (
+    BusyLoadingError,
+    NoPermissionError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+)
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from workers.services.retrying import FIRST_PAUSE, LONGEST_PAUSE, REFUSAL_LIMIT, Retry
+from workers.services.retrying import FIRST_PAUSE, FORBIDDEN_LIMIT, LONGEST_PAUSE, REFUSAL_LIMIT, Retry
 
 
 @pytest.fixture
@@ -33,6 +40,15 @@ def test_a_broker_that_refuses_is_asked_again_for_a_while(clock: SimpleNamespace
     assert retry.pause(error) is not None
     clock.now += 1
     assert retry.pause(error) is None
+
+
+def test_what_is_forbidden_is_asked_again_for_a_few_seconds_and_not_without_end(clock: SimpleNamespace) -> None:
+    retry = Retry(clock=lambda: clock.now)
+    assert retry.pause(NoPermissionError("NOPERM")) == FIRST_PAUSE
+    clock.now += FORBIDDEN_LIMIT - 1
+    assert retry.pause(NoPermissionError("NOPERM")) is not None
+    clock.now += 1
+    assert retry.pause(NoPermissionError("NOPERM")) is None
 
 
 def test_the_while_begins_anew_after_an_outage(clock: SimpleNamespace) -> None:
