@@ -11,7 +11,7 @@ import io
 import os
 import sys
 from collections.abc import Callable
-from contextlib import suppress
+from typing import Any
 
 from stoker.errors import StokerError
 from stoker.local.interrupts import INTERRUPTED
@@ -23,6 +23,17 @@ _WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 _STREAMS = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))
 
 
+class Notes(io.FileIO):
+    """Standard error: what is said there may be lost, with a terminal that has gone or on a full disk, and ends
+    nothing."""
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return memoryview(data).nbytes
+
+
 def open_streams() -> None:
     """Make all three standard streams usable: a closed one reads and writes nothing, and a character that the encoding
     of an output does not have is written as its number (`\\u65e5`)."""
@@ -30,9 +41,11 @@ def open_streams() -> None:
         if getattr(sys, name) is None:
             # In this order each gets the descriptor that is its own, which no other file can get then.
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - it is open as long as the process
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stderr, io.TextIOWrapper) and sys.stderr is sys.__stderr__:
+        kept = io.BufferedWriter(Notes(sys.stderr.fileno(), "wb", closefd=False))
+        sys.stderr = io.TextIOWrapper(kept, sys.stderr.encoding, "backslashreplace", line_buffering=True)
 
 
 def run(command: Callable[[], object]) -> int:
@@ -82,15 +95,13 @@ def _described(error: OSError) -> str:
 
 
 def _say(text: str, code: int) -> int:
-    with suppress(OSError):  # a terminal that has gone
-        print(f"stoker: {text}", file=sys.stderr, flush=True)
+    print(f"stoker: {text}", file=sys.stderr, flush=True)
     return code
 
 
 def _let_go_of_output() -> None:
     """Python writes what is left at its end, and complains if that fails again."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

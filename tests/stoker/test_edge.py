@@ -130,19 +130,32 @@ def test_a_mistake_of_ours_keeps_its_traceback() -> None:
         edge.run(fails)
 
 
-def test_a_terminal_that_has_gone_hides_the_message_and_keeps_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Gone:
-        def write(self, text: str) -> int:
-            raise OSError(errno.EIO, "Input/output error")
+def test_what_is_said_to_a_full_disk_is_lost_and_ends_nothing() -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    code = MAIN.format("print('note', file=sys.stderr, flush=True); print('done')")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=full, text=True)
+    assert (done.returncode, done.stdout) == (0, "done\n")
 
-        def flush(self) -> None:
-            pass
 
-    def fails() -> None:
-        raise InvalidRequest("why.")
+def test_work_goes_on_when_the_terminal_that_it_reports_to_has_gone(tmp_path: Path) -> None:
+    """As after `disown`: nothing is ended, and each write to the terminal fails."""
+    master, slave = os.openpty()
+    body = f"sys.stdin.readline(); print('note', file=sys.stderr); open({str(tmp_path / 'done')!r}, 'w').write('it')"
+    with subprocess.Popen([sys.executable, "-c", MAIN.format(body)], stdin=subprocess.PIPE, stderr=slave) as begun:
+        os.close(slave)
+        os.close(master)
+        begun.communicate(b"\n", timeout=60)
+    assert begun.returncode == 0
+    assert (tmp_path / "done").read_text() == "it"
 
-    monkeypatch.setattr(sys, "stderr", Gone())
-    assert edge.run(fails) == 2
+
+def test_an_error_that_nobody_can_read_keeps_its_exit_code() -> None:
+    body = "from stoker.errors import InvalidRequest; raise InvalidRequest('why.')"
+    with open("/dev/null") as unwritable:
+        done = subprocess.run([sys.executable, "-c", MAIN.format(body)], stderr=unwritable)
+    assert done.returncode == 2
 
 
 def process(code: str, *, before: Callable[[], object] | None = None, **options: Any) -> subprocess.Popen[str]:
