@@ -49,8 +49,10 @@ class WorkerConnection(Connection):
     def as_uri(self, include_password: bool = False, *args: Any, **kwargs: Any) -> str:
         """As kombu's, except that a login without a colon, which kombu takes for a user, is not shown either."""
         uri: str = super().as_uri(include_password, *args, **kwargs)
-        login = uri.partition("://")[2].rpartition("@")[0]
-        return uri if include_password or not login or ":" in login else uri.replace(f"{login}@", "**@", 1)
+        if include_password or self.password or not self.userid:
+            return uri
+        scheme, separator, rest = uri.partition("://")
+        return f"{scheme}{separator}**@{rest.rpartition('@')[2]}"
 
     def clone(self, **kwargs: Any) -> WorkerConnection:
         copy: WorkerConnection = super().clone(deliveries=self.deliveries, **kwargs)  # type: ignore[no-untyped-call]
