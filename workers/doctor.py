@@ -4,45 +4,78 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stoker.catalogue import parse_models
 from stoker.errors import ConfigError, ModelError
-from stoker.settings import load_settings
+from stoker.local.checks import Check
+from stoker.settings import Settings, load_settings
 from workers.machine import boot_blas
 
+if TYPE_CHECKING:
+    from engine.platform.blas import BlasReport
 
-def checks() -> list[dict[str, Any]]:
+
+def checks() -> list[Check]:
     settings = load_settings()
-    report = boot_blas(settings)
+    blas = blas_check(boot_blas(settings))
     from engine.platform.probe import describe_device
 
-    found = [
-        {"name": "mlx", "ok": True, "detail": describe_device()},
-        {"name": "blas", "ok": True, "detail": str(report)},
-        kernels_check(settings.kernels),
-    ]
-    return found + [_model_check(*model) for model in parse_models(settings.models).items()]
+    found = [Check("mlx", True, describe_device()), blas, kernels_check(settings.kernels)]
+    return found + [_model_check(settings, *model) for model in parse_models(settings.models).items()]
 
 
-def kernels_check(setting: str) -> dict[str, Any]:
+def blas_check(report: BlasReport) -> Check:
+    """After `boot_blas`: MLX is bound to the BLAS that was found then."""
+    from engine.platform import blas
+
+    shown = report.detail + (f", {report.threads} threads, {report.library}" if report.active else "")
+    if report.active and not blas.verify():
+        detail = f"{shown}, and MLX does not use it: expect a thirtieth of its speed"
+        return Check("blas", False, detail, "unset LD_PRELOAD, or name an OpenBLAS with STOKER_BLAS")
+    return Check("blas", True, shown)
+
+
+def kernels_check(setting: str) -> Check:
+    """What STOKER_KERNELS = `setting` chooses."""
     from engine.platform.probe import choose_kernels, describe_kernels
 
     try:
         choose_kernels(setting)
-        return {"name": "kernels", "ok": True, "detail": describe_kernels()}
     except ConfigError as error:
-        return {"name": "kernels", "ok": False, "detail": str(error)}
+        return Check("kernels", False, str(error), "correct STOKER_KERNELS")
+    return Check("kernels", True, describe_kernels())
 
 
-def _model_check(name: str, sources: Sequence[str]) -> dict[str, Any]:
+def _model_check(settings: Settings, name: str, sources: Sequence[str]) -> Check:
     from engine.checkpoints.sources import resolve
+    from engine.platform.probe import device
+
+    dense = "16 bit" if settings.dtype in ("float16", "bfloat16") else "32 bit"
+    try:
+        path = resolve(sources)
+    except ModelError as error:
+        return Check("model", False, str(error), f"`stoker models pull {name}`, or correct STOKER_MODELS")
+    return memory_check(name, path, dense if device() == "cpu" else "stored")
+
+
+def memory_check(name: str, path: Path, form: str, machine: int | None = None) -> Check:
+    """Whether a model's weights, in the form in which they are held (`Inspection.weight_bytes`), fit into the memory
+    that MLX may use: `machine` bytes, None: those of this machine."""
+    from engine.checkpoints.inspecting import inspect
+    from engine.platform.probe import memory
 
     try:
-        return {"name": "model", "ok": True, "detail": f"{name}: {resolve(sources)}"}
+        needed = inspect(path).weight_bytes[form]
     except ModelError as error:
-        return {"name": "model", "ok": False, "detail": str(error)}
+        return Check("model", False, f"{name}: {error}", f"`stoker models verify {name}` says more")
+    has = machine or memory()
+    detail = f"{name}: {path}, {needed / 2**30:.2f} of {has / 2**30:.1f} GB"
+    remedy = "serve a quantized copy (`stoker models quantize`), or a smaller model"
+    return Check("model", needed < has, detail, "" if needed < has else remedy)
 
 
 if __name__ == "__main__":
-    print(json.dumps(checks()))
+    print(json.dumps([asdict(check) for check in checks()]))

@@ -9,7 +9,7 @@ import typer
 
 import stoker
 from stoker.cli import adapters as adapters_commands
-from stoker.cli import chat, demo, embed, generate, housekeeping, init, jobs, machine, policy, runs, train
+from stoker.cli import chat, demo, doctor, embed, generate, housekeeping, init, jobs, machine, policy, runs, train
 from stoker.cli import models as models_commands
 
 app = typer.Typer(
@@ -43,7 +43,7 @@ _COMMANDS: tuple[Callable[..., None], ...] = (
     machine.up,
     machine.worker,
     machine.flower,
-    machine.doctor,
+    doctor.doctor,
     housekeeping.clean,
     housekeeping.backup,
     housekeeping.restore,

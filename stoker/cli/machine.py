@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import time
@@ -13,18 +11,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from stoker.broker.connection import connect as connect_redis
-from stoker.broker.connection import translated
 from stoker.catalogue import parse_models
 from stoker.cli.options import Json, Url, connect, print_json, progress_shown
 from stoker.contract import ModelCard, Presence
 from stoker.contract.kinds import EMBED, GENERATE, TRAIN
 from stoker.contract.names import Rule, checked
-from stoker.errors import ConfigError, StokerError, UnknownModel
+from stoker.errors import ConfigError, UnknownModel
 from stoker.local.interrupts import hold_back
 from stoker.local.storage import disk_use
 from stoker.settings import Settings, load_settings
@@ -184,61 +180,6 @@ def _describe(worker: Presence) -> Iterator[str]:
         yield f"  {model:24} adapters in memory: {', '.join(names) or 'none'}"
     lanes = (f"{kind} {held} of {limit}" for kind, (held, limit) in worker.lanes.items())
     yield f"  jobs held: {', '.join(lanes)}"
-
-
-def doctor(as_json: Json = False, url: Url = None) -> None:
-    """Check this machine: Python, broker, engine. Exit code 1 if something that a worker needs is missing."""
-    settings = load_settings(url=url)
-    checks = [_check_python(), _check_broker(settings), *_check_engine()]
-    if as_json:
-        print_json(checks)
-    else:
-        for check in checks:
-            print(f"{'ok  ' if check['ok'] else 'FAIL'}  {check['name']:10} {check['detail']}")
-    if not all(check["ok"] for check in checks):
-        raise typer.Exit(1)
-
-
-def _check(name: str, ok: bool, detail: str) -> dict[str, Any]:
-    return {"name": name, "ok": ok, "detail": detail}
-
-
-def _check_python() -> dict[str, Any]:
-    return _check("python", sys.version_info >= (3, 11), f"{platform.python_version()} on {platform.platform()}")
-
-
-def _check_broker(settings: Settings) -> dict[str, Any]:
-    try:
-        client = connect_redis(settings, patient=True)
-        with translated(settings):
-            # INFO is answered by a broker that loads its data too; this waits for it.
-            client.ping()
-            info = client.info()
-            policy = info.get("maxmemory_policy", "unknown")
-        client.close()
-    except StokerError as error:
-        return _check("broker", False, str(error))
-    version = info.get("valkey_version") or info.get("redis_version")
-    detail = f"{settings.address.shown}, version {version}, {policy}"
-    if policy != "noeviction":
-        return _check("broker", False, f"{detail}: a full broker would drop jobs; set maxmemory-policy noeviction.")
-    return _check("broker", True, detail)
-
-
-def _check_engine() -> list[dict[str, Any]]:
-    """Checks of the engine, made in another process: this one must not import MLX."""
-    from stoker.local.stack import worker_command
-
-    try:
-        command = [sys.executable, "-m", "workers.doctor"]
-        worker_command(load_settings(), "probe")
-    except ConfigError as error:
-        return [_check("engine", False, str(error))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        return [_check("engine", False, done.stderr.strip()[-300:])]
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    return [*json.loads(done.stdout), _check("compiler", True, compiler or "none: elementwise kernels are not fused")]
 
 
 def check_kernels(

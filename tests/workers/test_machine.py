@@ -7,10 +7,14 @@ from typing import Any
 
 import pytest
 
+from engine.checkpoints.sources import resolve
 from engine.platform import blas
+from engine.platform.blas import BlasReport
 from kernels import backend, registry
+from stoker.catalogue import parse_models
 from stoker.errors import ConfigError
 from stoker.settings import load_settings
+from tests.conftest import GENERATE_MODEL
 from workers import doctor, machine
 from workers.machine import asked_cores, boot_blas
 
@@ -50,6 +54,23 @@ def test_a_worker_uses_the_kernels_of_its_settings(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_doctor_tells_of_the_kernels_of_the_settings() -> None:
-    assert doctor.kernels_check("lore")["ok"] is False
+    assert doctor.kernels_check("lore").ok is False
     found = doctor.kernels_check("attend")
-    assert (found["ok"], _active()) == (True, {"attend"})
+    assert (found.ok, _active()) == (True, {"attend"})
+
+
+def test_the_doctor_says_when_a_model_needs_more_memory_than_there_is() -> None:
+    path = resolve(parse_models([GENERATE_MODEL])[GENERATE_MODEL])
+    assert doctor.memory_check("m", path, "32 bit", 2**40).ok
+    found = doctor.memory_check("m", path, "32 bit", 2**20)
+    assert not found.ok
+    assert "quantize" in found.remedy
+
+
+def test_the_doctor_says_when_mlx_does_not_use_the_blas_that_was_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = BlasReport(True, "lib.so", "loaded")
+    monkeypatch.setattr(blas, "verify", lambda: False)
+    found = doctor.blas_check(report)
+    assert not found.ok
+    assert "STOKER_BLAS" in found.remedy
+    assert doctor.blas_check(BlasReport(False, "", "no OpenBLAS was found")).ok

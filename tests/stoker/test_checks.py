@@ -1,0 +1,81 @@
+"""`stoker doctor`: all green on a healthy machine; else what is wrong, and what to do."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from stoker.local.checks import Check, check_broker, check_disk, check_home, judged, of_machine
+from stoker.settings import Settings, load_settings
+
+HEALTHY = {
+    "valkey_version": "8.1",
+    "maxmemory_policy": "noeviction",
+    "maxmemory": 0,
+    "used_memory": 5 << 20,
+    "aof_last_write_status": "ok",
+}
+
+
+def test_a_healthy_machine_is_all_green_before_and_after_its_broker_starts(broker: Settings) -> None:
+    assert [check for check in of_machine(load_settings()) if not check.ok] == []
+    found = check_broker(broker)
+    assert found.ok, found
+    assert found.remedy == ""
+
+
+@pytest.mark.parametrize(
+    ("said", "what", "remedy"),
+    [
+        ({"maxmemory_policy": "allkeys-lru"}, "would drop jobs", "noeviction"),
+        ({"maxmemory": 5 << 20}, "about to refuse jobs", "raise maxmemory"),
+        ({"aof_last_write_status": "err"}, "cannot write to its disk", "free its disk"),
+        ({"rdb_last_bgsave_status": "err"}, "cannot write to its disk", "free its disk"),
+    ],
+)
+def test_a_broker_that_would_lose_or_refuse_jobs_is_named(said: dict[str, Any], what: str, remedy: str) -> None:
+    found = judged("here", {**HEALTHY, **said})
+    assert not found.ok
+    assert what in found.detail
+    assert remedy in found.remedy
+    assert judged("here", {**HEALTHY, "maxmemory": 1 << 30}).ok
+
+
+def test_a_broker_that_was_chosen_and_does_not_answer_is_a_fault() -> None:
+    found = check_broker(load_settings(url="redis://127.0.0.1:1/0", patience=0))
+    assert not found.ok
+    assert "STOKER_URL" in found.remedy
+
+
+def test_a_home_that_can_be_made_is_well_and_one_that_is_a_file_is_not(tmp_path: Path) -> None:
+    assert check_home(load_settings(home=tmp_path / "not/yet")).ok
+    (tmp_path / "file").write_text("")
+    found = check_home(load_settings(home=tmp_path / "file/home"))
+    assert not found.ok
+    assert "no folder" in found.detail
+    assert "STOKER_HOME" in found.remedy
+
+
+def test_a_home_that_is_not_writable_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # For the user root every folder is writable.
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    found = check_home(load_settings(home=tmp_path))
+    assert (found.ok, "not writable" in found.detail) == (False, True)
+
+
+def test_a_disk_that_is_nearly_full_is_named_with_what_to_delete(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 30))
+    found = check_disk(load_settings())
+    assert not found.ok
+    assert "stoker clean" in found.remedy
+
+
+def test_what_is_well_needs_no_remedy() -> None:
+    for check in of_machine(load_settings()):
+        assert isinstance(check, Check)
+        assert check.ok == (check.remedy == "")
