@@ -1,4 +1,4 @@
-"""Files under a root: no name and no link leads out of it, whatever is renamed or linked meanwhile.
+"""Files under a root: no name and no link leads out of it, also while names and links change.
 
 A path that is looked at first and opened then may be another one by then. So each part is opened by itself, from the
 folder before it and without following links; a link is read, and its target taken for further parts.

@@ -77,7 +77,7 @@ def load(data: bytes) -> Encoded:
 
 
 def is_of(vectors: Encoded, rows: int, dim: int, dtype: VectorType) -> bool:
-    """Whether they are so many, so long, and of that type."""
+    """Whether they are `rows` vectors of `dim` numbers of that type."""
     if isinstance(vectors, Int8Vectors):
         right = vectors.scales.shape == (rows,) and vectors.scales.dtype == "float32"
         return right and dtype == vectors.codes.dtype and vectors.codes.shape == (rows, dim)

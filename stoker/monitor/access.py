@@ -1,6 +1,6 @@
 """Who may ask the monitor for what: a password of this machine's own, the names that it answers to, and no other page.
 
-A browser sends the password along with whatever page asks. So a request that changes something has to come from
+A browser sends the password with the requests of every page. So a request that changes something has to come from
 the monitor's own pages, and a name that a foreign page could have pointed at this machine is refused altogether.
 """
 

@@ -1,4 +1,4 @@
-"""Flower, with Stoker's handlers before its own, a gate before all of them, and the watch of the ledger beside it."""
+"""Flower, with Stoker's handlers before its own, a gate before all of them, and the watch of the ledger."""
 
 from __future__ import annotations
 

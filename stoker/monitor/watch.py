@@ -86,7 +86,7 @@ class Watch:
         await self._look_at_letters()
 
     async def adapters(self, *, anew: bool = False) -> list[AdapterEntry]:
-        """Asked for only while somebody looks at the page."""
+        """Asked for only while a page is open."""
         now = asyncio.get_running_loop().time()
         if anew or now - self._adapters_seen >= RARELY:
             models = [card.model for card in self.cards.values() if ADAPTERS.name in card.kinds]

@@ -17,7 +17,7 @@ from tests.fuzz.world import World
 
 MODELS = ("bert", "llama-linear", "llama-llama3", "mistral", "mpnet", "qwen2-tied", "qwen3")
 #: Files that may stand next to a model's own, and what they may begin as.
-BESIDE: dict[str, Any] = {
+NEXT_TO_A_MODEL: dict[str, Any] = {
     "tokenizer_config.json": {"added_tokens_decoder": {"5": {"content": "ab", "special": True}}, "model_max_length": 64,
         "bos_token": "<s>", "chat_template": "{{ messages }}", "do_lower_case": True, "padding_side": "left"},
     "special_tokens_map.json": {"eos_token": {"content": "</s>", "lstrip": True}, "additional_special_tokens": ["ab"]},
@@ -41,8 +41,8 @@ def _model(chance: random.Random, number: int) -> Input:
     name = chance.choice(MODELS)
     source = CHECKPOINTS / name
     own = [path.name for path in sorted(source.iterdir())]
-    file = chance.choice((*own, *own, *BESIDE))
-    whole = (source / file).read_bytes() if file in own else json.dumps(BESIDE[file]).encode()
+    file = chance.choice((*own, *own, *NEXT_TO_A_MODEL))
+    whole = (source / file).read_bytes() if file in own else json.dumps(NEXT_TO_A_MODEL[file]).encode()
     damaged = _damaged(chance, file, whole)
 
     def act(world: World) -> list[str]:

@@ -39,7 +39,7 @@ FOREIGN = ["", "evil.example", "127.0.0.1.evil.example", "localhost.evil.example
 
 
 @pytest.mark.parametrize("host", FOREIGN)
-def test_another_name_is_refused_whatever_the_password(host: str) -> None:
+def test_another_name_is_refused_with_any_password(host: str) -> None:
     """A foreign page may point a name of its own at this machine, and would be of the same origin then."""
     assert status(Host=host) == 421
     assert status(path="/healthcheck", Host=host) == 421

@@ -83,7 +83,7 @@ LIFE = [
 
 
 @pytest.mark.parametrize("end", [event("succeeded", runtime=1.0), event("revoked"), Ended("job", "REVOKED", 102.0)])
-def test_an_end_stays_the_end_whatever_comes_late(end: Any) -> None:
+def test_an_end_stays_the_end_of_all_that_comes_late(end: Any) -> None:
     expected = {"task-succeeded": "SUCCESS"}.get(end["type"] if isinstance(end, dict) else "", "REVOKED")
     for order in itertools.islice(itertools.permutations(LIFE), 0, None, 7):
         for cut in range(len(order) + 1):
