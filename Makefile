@@ -19,7 +19,7 @@ LOCK := $(LOCK_VENV)/bin/uv pip compile --no-config --universal --python-version
 LOCK_HEADER := \# Made by `make lock`: do not edit. Universal (Linux, macOS arm64; Python 3.11 and later), with hashes.
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast test-integration test-slow mutants chaos check format bench bench-queue bench-kernels bench-embed bench-generate soak lock goldens peers bench-train goldens-peft clean distclean
+.PHONY: help venv demo test test-fast test-integration test-slow mutants coverage chaos check format bench bench-queue bench-kernels bench-embed bench-generate soak lock goldens peers bench-train goldens-peft clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -64,6 +64,12 @@ test-slow: $(VENV)/.compilers ## the long ones, the chaos suite and the planted 
 MUTANTS ?=
 mutants: $(STAMP) ## plant each mistake of tests/mutants, and see whether the tests that own the code notice; MUTANTS=TEXT: some
 	$(BIN)/python -m tests.mutants --jobs $(JOBS) $(MUTANTS)
+
+# The suite takes about twice as long when it is measured.
+coverage: $(STAMP) ## the tests, measured (branches; workers and commands too): fails below 90 % of the five packages' lines
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -n $(JOBS) --dist loadgroup -o timeout=300 $(PYTEST_ARGS); status=$$?; \
+		$(BIN)/python -m tests.covered && exit $$status
 
 SECONDS ?= 1200
 SEED ?= 1
