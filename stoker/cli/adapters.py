@@ -12,7 +12,7 @@ import typer
 from stoker.adapters import facts
 from stoker.broker.registry import AdapterEntry, wanted
 from stoker.catalogue import parse_model
-from stoker.cli.models import ask_engine
+from stoker.cli.engine_tool import ask_engine
 from stoker.cli.options import Json, Model, Url, connect, print_json
 from stoker.errors import ConfigError
 from stoker.files.durable import remove_folder

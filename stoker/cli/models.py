@@ -1,22 +1,15 @@
-"""Commands about models: list, pull, inspect, quantize, verify.
-
-All except `list` ask a process of the engine (`workers.models_tool`): this one imports neither MLX nor worker code.
-"""
+"""Commands about models: list, pull, inspect, quantize, verify."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from stoker.catalogue import CATALOGUE, parse_model
+from stoker.cli.engine_tool import Inspected, ask_engine
 from stoker.cli.options import Json, print_json
-from stoker.errors import ConfigError, JobFailed, from_wire
 
 Source = Annotated[
     str, typer.Argument(help="A name of the catalogue, a folder or .gguf file, package:NAME/PATH, or hf:org/name.")
@@ -71,27 +64,7 @@ def quantize(
         )
 
 
-def ask_engine(command: str, **arguments: Any) -> dict[str, Any]:
-    """The tool's answer; an error of its keeps its class."""
-    if importlib.util.find_spec("workers") is None or importlib.util.find_spec("engine") is None:
-        raise ConfigError(
-            "this command runs from a checkout of Stoker or its image: the published package holds the client alone. "
-            "Clone the repository and run `make venv` there."
-        )
-    tool = [sys.executable, "-m", "workers.models_tool", command, json.dumps(arguments)]
-    done = subprocess.run(tool, stdout=subprocess.PIPE, text=True, check=False)
-    try:
-        answer: dict[str, Any] = json.loads(done.stdout)
-    except ValueError:
-        raise JobFailed(
-            f"`{' '.join(tool[1:4])}` ended with exit code {done.returncode}; its error is above."
-        ) from None
-    if "error" in answer:
-        raise from_wire(answer["error"]["name"], answer["error"]["message"])
-    return answer
-
-
-def _describe(found: Mapping[str, Any]) -> Iterator[str]:
+def _describe(found: Inspected) -> Iterator[str]:
     yield str(found["path"])
     use = {"generate": "generates and trains", "embed": "makes embeddings"}.get(found["kind"], "not supported")
     yield _row("architecture", f"{found['architecture']} ({use})")

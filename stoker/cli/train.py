@@ -11,7 +11,7 @@ import typer
 
 from stoker.catalogue import parse_model
 from stoker.cli import inputs
-from stoker.cli.models import ask_engine
+from stoker.cli.engine_tool import ask_engine
 from stoker.cli.options import Json, Model, Url, connect, console, is_terminal, notes, print_json
 from stoker.client import TrainJob
 from stoker.client.options import TrainOptions

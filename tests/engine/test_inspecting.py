@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from engine.checkpoints.inspecting import KINDS, inspect
+from engine.adapters.merging import Merged
+from engine.checkpoints.inspecting import KINDS, Inspection, inspect
 from engine.checkpoints.loading import DECODERS, ENCODERS, LoadedModel, load
-from engine.checkpoints.quantizing import quantize_folder
+from engine.checkpoints.quantizing import Quantized, quantize_folder
 from engine.checkpoints.verifying import verify
 from engine.models.cache import bytes_per_token
 from engine.weights import safetensors
+from stoker.cli import engine_tool
 from stoker.errors import ModelError
 
 ARCHITECTURES = Path(__file__).parents[1] / "goldens" / "architectures"
@@ -110,3 +114,11 @@ def test_mlx_is_not_imported() -> None:
         "assert not {'mlx', 'mlx.core', 'celery', 'tokenizers'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code, str(CHECKPOINTS[0])], check=True)
+
+
+@pytest.mark.parametrize(
+    ("made", "told"),
+    [(Inspection, engine_tool.Inspected), (Quantized, engine_tool.Quantized), (Merged, engine_tool.Exported)],
+)
+def test_what_the_command_line_reads_is_what_the_engine_found(made: Any, told: Any) -> None:
+    assert {field.name for field in dataclasses.fields(made)} == set(told.__annotations__)
