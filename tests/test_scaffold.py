@@ -240,3 +240,19 @@ def test_an_old_python_is_refused_with_a_remedy(tmp_path: Path) -> None:
     assert "needs Python 3.11 or later" in refused.stderr
     assert "Python 3.9.6" in refused.stderr
     assert "PYTHON=" in refused.stderr
+
+
+#: Words that the project's English does without, put together here so that this file does not hold them.
+AVOIDED = ("who" + "ever", "what" + "ever", "some" + "body", "be" + "side", "so" + " long")
+
+
+@pytest.mark.parametrize("word", AVOIDED)
+def test_no_text_of_the_project_has_a_word_that_it_does_without(word: str) -> None:
+    places = [
+        f"{file.relative_to(ROOT)}:{number}"
+        for file in project_files()
+        if file.suffix in (".py", ".md", ".lua", ".metal", ".h", ".cpp")
+        for number, line in enumerate(text_of(file).splitlines(), 1)
+        if re.search(rf"\b{word}\b", line, re.IGNORECASE)
+    ]
+    assert not places
