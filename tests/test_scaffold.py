@@ -248,9 +248,11 @@ AVOIDED = ("who" + "ever", "what" + "ever", "some" + "body", "be" + "side", "so"
 
 @pytest.mark.parametrize("word", AVOIDED)
 def test_no_text_of_the_project_has_a_word_that_it_does_without(word: str) -> None:
+    # The goldens' texts stay as transformers was asked them.
     places = [
         f"{file.relative_to(ROOT)}:{number}"
         for file in project_files()
+        if file.parent != ROOT / "tests/goldens"
         if file.suffix in (".py", ".md", ".lua", ".metal", ".h", ".cpp")
         for number, line in enumerate(text_of(file).splitlines(), 1)
         if re.search(rf"\b{word}\b", line, re.IGNORECASE)
