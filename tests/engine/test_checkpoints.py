@@ -15,6 +15,7 @@ from engine.checkpoints.loading import LoadedModel
 from engine.training.checkpoint import Checkpoints
 from engine.training.optimizer import Moments
 from engine.training.state import TrainState
+from stoker.errors import ModelError
 from stoker.files import durable
 from tests import powercut
 from tests.engine import tiny
@@ -157,6 +158,21 @@ def test_of_regular_checkpoints_the_last_two_stay_and_the_best(model: LoadedMode
             checkpoints.save_best(step, weights)
         checkpoints.save(state(step, best_step=min(step, 2)), weights)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best-00000002", "step-00000004", "step-00000005"]
+
+
+def test_what_was_paused_goes_with_the_next_regular_checkpoint(model: LoadedModel, tmp_path: Path) -> None:
+    weights = tiny.adapter(model, 2, 1, targets=("q_proj",))
+    checkpoints = Checkpoints(tmp_path, MADE_OF)
+    checkpoints.pause(state(1, reports=1, micro=1), weights)
+    checkpoints.save(state(2), weights)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+
+
+def test_a_checkpoint_of_another_run_is_refused_by_what_differs(model: LoadedModel, tmp_path: Path) -> None:
+    weights = tiny.adapter(model, 2, 1, targets=("q_proj",))
+    Checkpoints(tmp_path, {"model": "tiny", "base": "one"}).save(state(2), weights)
+    with pytest.raises(ModelError, match="made of another base than this run"):
+        Checkpoints(tmp_path, {"model": "tiny", "base": "other"}).newest()
 
 
 def test_the_newest_is_that_of_most_reports_not_of_the_last_name(model: LoadedModel, tmp_path: Path) -> None:

@@ -296,6 +296,15 @@ def test_the_prompt_that_the_models_files_name_goes_before_the_text_unless_anoth
     assert found == [encode("find: heat"), encode("find: heat"), encode("see: heat")]
 
 
+def test_a_text_that_is_cut_has_its_prompt_still(minilm: LoadedModel) -> None:
+    driver = Driver(minilm)
+    driver.send("heat " * 300, prompt="query")
+    (found,) = [work.texts[0].tolist() for work in driver.lane.held]
+    asked = minilm.tokenizer.encode("query: heat")[:-1]
+    assert found[: len(asked)] == asked
+    assert len(found) == 256
+
+
 def test_a_vector_is_cut_only_where_the_model_was_trained_for_it(minilm: LoadedModel) -> None:
     assert minilm.embedding is not None
     with pytest.raises(InvalidRequest, match=r"dimensions: 64 given; minilm makes 384\. It was not trained"):

@@ -53,6 +53,14 @@ def test_bytes_are_counted_in_and_out(cache: PrefixCache, tiny_llama: Llama) -> 
     assert cache.nbytes == 0
 
 
+def test_what_is_larger_than_the_whole_cache_makes_nothing_else_leave(tiny_llama: Llama) -> None:
+    small, large = KeyValues(tiny_llama, 1, LENGTH), KeyValues(tiny_llama, 1, 2 * LENGTH)
+    cache = PrefixCache(small.nbytes)
+    cache.put("base", [1] * LENGTH, small)
+    cache.put("base", [2] * 2 * LENGTH, large)
+    assert [cache.has("base", [1] * LENGTH), len(cache)] == [True, 1]
+
+
 def test_what_was_found_lately_stays_longest(tiny_llama: Llama) -> None:
     kept = [KeyValues(tiny_llama, 1, LENGTH) for _ in range(3)]
     prompts = [[index] * LENGTH for index in range(3)]

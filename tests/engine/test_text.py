@@ -112,6 +112,36 @@ def test_a_byte_fallback_vocabulary_streams_too(byte_fallback: Tokenizer, parts:
     assert "".join(pieces) + rest == byte_fallback.decode(ids)
 
 
+@pytest.fixture(scope="module")
+def unusual() -> Tokenizer:
+    """Bytes, with a decoder that is not the usual one of its kind: tokens are decoded with their neighbours."""
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"<unk>": 256}
+    inner = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True, unk_token="<unk>"))
+    inner.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    made = Tokenizer(inner)
+    assert made.pieces is None
+    return made
+
+
+@given(text=TEXTS)
+def test_a_vocabulary_of_no_known_kind_streams_its_characters_whole(unusual: Tokenizer, text: str) -> None:
+    assume("\ufffd" not in text)
+    pieces, rest = streamed(unusual, list(text.encode()))
+    assert "".join(pieces) + rest == text
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_such_a_text_that_ends_within_a_character_says_so_at_its_end(unusual: Tokenizer) -> None:
+    pieces, rest = streamed(unusual, list("a€".encode()[:-1]))
+    assert ("".join(pieces), rest.replace("\ufffd", "")) == ("a", "")
+    assert rest
+
+
+def test_a_run_of_what_is_no_character_is_given_out_before_its_end(unusual: Tokenizer) -> None:
+    pieces, _ = streamed(unusual, [0x80] * 40)
+    assert any(pieces)
+
+
 @settings(max_examples=150, deadline=None)
 @given(ids=st.lists(st.integers(0, 30_521) | st.integers(0, 1100) | st.just(60_000), max_size=50), skip=st.booleans())
 def test_a_word_piece_vocabulary_streams_too(minilm: LoadedModel, ids: list[int], skip: bool) -> None:

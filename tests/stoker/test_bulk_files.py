@@ -14,7 +14,7 @@ import safetensors.numpy
 from stoker.contract.vectors import Encoded, Int8Vectors, quantize
 from stoker.errors import ConfigError, DatasetError, InvalidRequest, ModelError
 from stoker.files import output as output_module
-from stoker.files.output import check_output, opened, partial_path, state_path
+from stoker.files.output import check_output, npy_layout, opened, partial_path, safetensors_layout, state_path
 from stoker.files.source import Source
 
 ROWS, DIM = 23, 12
@@ -212,6 +212,28 @@ def test_the_texts_of_a_file_are_those_of_its_lines(tmp_path: Path) -> None:
     assert list(Source(plain, "text").texts()) == ["one", " two "]
     lines.write_text('{"id": 1, "body": "one"}\n{"body": "two"}\n{"body": "three"}\n')
     assert source.survey()[1] != digest
+
+
+def test_a_digest_tells_apart_what_would_give_other_texts(tmp_path: Path) -> None:
+    """A run goes on behind the rows of the one that has its digest."""
+    both = tmp_path / "in.jsonl"
+    both.write_text('{"a": "one", "b": "two"}\n')
+    assert Source(both, "a").survey()[1] != Source(both, "b").survey()[1]
+    plain, digests = tmp_path / "in.txt", set()
+    for text in ("ab\nc\n", "a\nbc\n", "abc\n"):
+        plain.write_text(text)
+        digests.add(Source(plain, "text").survey()[1])
+    assert len(digests) == 3
+
+
+@pytest.mark.parametrize("rows", [1, 3, 10**6])
+@pytest.mark.parametrize("dim", [1, 3, 384])
+def test_numbers_begin_where_their_type_may(rows: int, dim: int) -> None:
+    (vectors,) = npy_layout(rows, dim, "float16").columns
+    assert vectors.offset % 64 == 0
+    for dtype in ("float32", "float16", "int8"):
+        for column in safetensors_layout(rows, dim, dtype).columns:
+            assert column.offset % np.dtype(column.dtype).itemsize == 0, column
 
 
 @pytest.mark.parametrize(

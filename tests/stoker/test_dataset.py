@@ -29,6 +29,19 @@ def test_examples_that_were_written_are_read_back(examples: list[Example]) -> No
     assert list(iterate_lines(data.splitlines(), "x")) == examples
 
 
+def test_a_line_end_that_a_read_cuts_in_two_is_one_line_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    for chunk in range(1, 8):
+        monkeypatch.setattr(lines, "_CHUNK", chunk)
+        found = list(lines.numbered(lines.pieces(io.BytesIO(b"a\r\nbc\r\n\r\nd")), "x"))
+        assert found == [(1, b"a"), (2, b"bc"), (4, b"d")], chunk
+
+
+def test_a_role_that_no_conversation_has_is_named() -> None:
+    rows = [{"messages": [{"role": "robot", "content": "Hello"}, {"role": "assistant", "content": "Aye"}]}]
+    with pytest.raises(DatasetError, match=r"message 1: role 'robot' given; allowed: system, user, assistant"):
+        list(iterate_mappings(rows, "x"))
+
+
 def test_both_forms_are_read_and_blank_lines_skipped() -> None:
     lines = [b'{"text": "plain"}\n', b"\n", b"  \r\n", '{"prompt": "Q", "completion": "Ä"}'.encode()]
     assert list(iterate_lines(lines, "x")) == [Example("", "plain"), Example("Q", "Ä")]

@@ -98,6 +98,14 @@ def test_a_full_queue_takes_nothing(redis: Any) -> None:
     assert submit(redis, "c") == "new", "who runs does not wait"
 
 
+def test_the_wait_for_a_queue_whose_jobs_take_days_is_an_hour(redis: Any) -> None:
+    redis.hset(keys.POLICY, "queue_limit", 1)
+    redis.hset(keys.pace(QUEUE), "interval", 86_400)
+    redis.expire(keys.pace(QUEUE), 60)
+    submit(redis, "a")
+    assert ledger.submit(redis, "b", record("b")).wait == 3600
+
+
 def test_a_client_has_a_limit_of_its_own(redis: Any) -> None:
     redis.hset(keys.POLICY, mapping={"client_limit": 2, "client_limit:greedy": 1})
     assert [submit(redis, f"g{number}", client="greedy") for number in range(2)] == ["new", "client_full"]
@@ -266,6 +274,28 @@ def test_an_owner_that_gives_the_job_back_is_not_held_against_it(redis: Any) -> 
         assert claim(redis, str(number)).state == "run"
         assert ledger.release(redis, "job", QUEUE, str(number)) == 1
     assert ledger.release(redis, "job", QUEUE, "stranger") == 0
+    assert "worker" not in ledger.open_jobs(redis, [QUEUE])["job"]
+
+
+def test_a_crash_without_a_word_does_not_have_the_trouble_of_the_one_before(redis: Any) -> None:
+    submit(redis)
+    claim(redis, "one")
+    ledger.note_trouble(redis, "job", "a driver that hangs")
+    claim(redis, "two")
+    claim(redis, "three")
+    letter = ledger.dead_letter(redis, "job", QUEUE, "three")
+    assert [(crash.worker, crash.trouble) for crash in letter.history] == [
+        ("worker-one", "a driver that hangs"),
+        ("worker-two", None),
+    ]
+
+
+def test_all_jobs_of_a_worker_that_died_are_recovered_at_once(redis: Any) -> None:
+    names = [f"job-{number:02}" for number in range(3 * READY)]
+    for name in names:
+        submit(redis, name)
+    assert take_all(redis) == names
+    assert sorted(ledger.recover(redis, QUEUE, 0)) == names
 
 
 @pytest.mark.parametrize("status", ["SUCCESS", "FAILURE", "REVOKED"])

@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 import redis
+from redis.backoff import NoBackoff
 from typer.testing import CliRunner
 
 from stoker import AsyncClient, Client
 from stoker.broker import keys
 from stoker.broker.connection import connect
-from stoker.broker.loading import Progress, wait_until_loaded
+from stoker.broker.loading import LOOK_EVERY, PatientRetry, Progress, StillLoading, wait_until_loaded
 from stoker.cli import app
 from stoker.errors import BrokerLoading, BrokerUnavailable, JobTimeout
 from stoker.local.stack import wait_for_broker
@@ -201,6 +202,42 @@ def test_a_load_that_gets_on_is_waited_for_and_one_that_stands_still_is_an_error
     assert told[3 * 42] == "the broker is loading its data, 42 %, about 3 s left"
     with pytest.raises(BrokerLoading, match="42 %"):
         wait_until_loaded(lambda: info(42, 42), "here", told.append)
+
+
+def test_between_two_looks_there_is_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    answers = iter([info(1, 1), info(2, 2), {"loading": 0}])
+    wait_until_loaded(lambda: next(answers), "here", lambda text: None)
+    assert pauses == [LOOK_EVERY] * 2
+
+
+def test_a_command_is_tried_again_for_as_long_as_the_patience_lasts_and_no_longer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
+    retry = PatientRetry(NoBackoff(), 0, (), patience=2.5, ask=lambda: info(42, 42))
+
+    def loads() -> None:
+        raise redis.exceptions.BusyLoadingError("loading")
+
+    with pytest.raises(StillLoading):
+        retry.call_with_retry(loads, lambda error: None)
+    assert clock[0] == 102.5
+
+
+def test_a_broker_that_ends_while_it_loads_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+
+    def gone() -> Any:
+        raise redis.ConnectionError("closed")
+
+    with pytest.raises(BrokerUnavailable, match="ended while it loaded"):
+        wait_until_loaded(gone, "here", lambda text: None, lambda: len(pauses) < 2)
+    assert pauses == [LOOK_EVERY] * 2
 
 
 def test_a_broker_that_ends_or_may_not_be_asked_while_it_loads_is_an_error() -> None:

@@ -40,6 +40,12 @@ def change(client: Any, verb: registry.Verb, version: int | None = None) -> Any:
     return done if done is None else done.decode()
 
 
+def test_versions_are_in_the_order_of_their_numbers(broker_client: Any) -> None:
+    for version in (10, 2, 9):
+        add(broker_client, version)
+    assert list(entry(broker_client).versions) == [2, 9, 10]
+
+
 def test_versions_serve_as_they_come_unless_told_otherwise(broker_client: Any) -> None:
     add(broker_client, 1)
     add(broker_client, 2)

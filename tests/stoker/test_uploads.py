@@ -229,6 +229,29 @@ def test_a_folder_that_is_called_as_the_hubs_gives_nothing_but_blobs(tmp_path: P
         (folder / "adapter_config.json").unlink()
 
 
+def test_an_upload_of_another_kind_or_job_is_refused() -> None:
+    name = str(Upload.of("adapter", "mine", b"files"))
+    assert str(Upload.parse(name, "adapter", "mine")) == name
+    for kind, job_id in (("dataset", "mine"), ("adapter", "min"), ("adapter", "other")):
+        with pytest.raises(InvalidRequest, match="an upload of this very job"):
+            Upload.parse(name, kind, job_id)  # type: ignore[arg-type]
+
+
+def test_an_adapters_folder_has_its_config_and_is_no_larger_than_is_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "adapters.safetensors").write_bytes(b"weights")
+    with pytest.raises(InvalidRequest, match="no adapter in it"):
+        bundle.read_folder(tmp_path)
+    (tmp_path / "adapter_config.json").write_bytes(b"{}")
+    monkeypatch.setattr(bundle, "MAX_BYTES", 9)
+    files = bundle.unpack(bundle.read_folder(tmp_path), "x")
+    assert files == {"adapters.safetensors": b"weights", "adapter_config.json": b"{}"}
+    monkeypatch.setattr(bundle, "MAX_BYTES", 8)
+    with pytest.raises(InvalidRequest, match="more than 8 bytes"):
+        bundle.read_folder(tmp_path)
+
+
 def test_a_link_out_of_an_adapters_folder_sends_nothing(tmp_path: Path) -> None:
     outside, folder = tmp_path / "secret", tmp_path / "adapter"
     folder.mkdir()
