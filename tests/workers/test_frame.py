@@ -29,6 +29,7 @@ from stoker.client.submission import job_record
 from stoker.contract import GenerateRequest, ModelCard, StreamToken, Usage
 from stoker.contract.kinds import KINDS
 from stoker.errors import (
+    DeadlineExceeded,
     InvalidRequest,
     JobCancelled,
     JobDead,
@@ -364,6 +365,92 @@ def test_a_delivery_that_finds_itself_replaced_at_its_end_is_fenced(
         worker.deliver(ends)
     assert fenced == ["token-1"]
     assert worker.outcome is None
+
+
+def test_a_delivery_that_finds_itself_replaced_makes_no_dead_letter(worker: Worker, fenced: list[str]) -> None:
+    def ends() -> int:
+        worker.redis.hset(keys.job("job"), Field.TOKEN, "another's")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(Ignore):
+        worker.deliver(ends)
+    assert fenced == ["token-1"]
+    assert worker.outcome is None
+    assert not worker.redis.exists(keys.DEAD)
+
+
+def test_a_job_that_crashed_too_many_workers_is_dead_and_does_not_run_again(worker: Worker) -> None:
+    for number in range(ledger.MAX_CRASHES):
+        assert ledger.claim(worker.redis, "job", QUEUE, f"crashed-{number}", "tag", f"w{number}").state == "run"
+    with pytest.raises(JobDead, match=r"3 workers crashed \(w0, w1, w2\)"):
+        worker.deliver(lambda: 1)
+    assert worker.engine.tickets == []
+    assert worker.redis.hexists(keys.DEAD, "job")
+    assert worker.outcome is not None
+
+
+def send_with_deadline(worker: Worker, seconds_ago: float) -> None:
+    request = generate_request("m", "x", 0, {"deadline": 100.0})
+    ledger.submit(worker.redis, "late", job_record(request, "late"))
+    sent = float(worker.redis.hget(keys.job("late"), Field.SUBMITTED))
+    worker.redis.hset(keys.job("late"), Field.SUBMITTED, sent - seconds_ago)
+
+
+def test_a_deadline_counts_from_the_moment_when_the_job_was_sent(worker: Worker) -> None:
+    left: list[float] = []
+
+    def noting(job_id: str, kind: str, deadline: float) -> Ticket[Any]:
+        left.append(deadline)
+        return Ticket(job_id, kind, deadline)
+
+    worker.engine.make_ticket = noting
+    send_with_deadline(worker, 60)
+    worker.deliver(lambda: 1, "late")
+    assert left == [pytest.approx(40, abs=10)]
+
+
+def test_a_job_that_waited_past_its_deadline_does_not_run(worker: Worker) -> None:
+    send_with_deadline(worker, 100)
+    with pytest.raises(DeadlineExceeded, match="past its deadline of 100 s"):
+        worker.deliver(lambda: 1, "late")
+    assert worker.engine.tickets == []
+
+
+def test_what_the_broker_did_not_take_of_an_earlier_delivery_is_not_held_against_the_next(worker: Worker) -> None:
+    worker.publisher.start()
+    spoil(worker.redis, keys.stream("job"))
+    token = StreamToken(index=0, token_id=1, text="x", logit=0.0, logprob=-1.0, probability=1.0)
+    worker.publisher.publish([("job", token)])
+    with pytest.raises(JobFailed, match="does not take what it publishes"):
+        worker.publisher.flush("job")
+    worker.redis.delete(keys.stream("job"))
+    assert worker.deliver(lambda: 1)["completion_tokens"] == 1
+    worker.publisher.stop()
+
+
+def test_progress_is_reported_when_it_has_changed(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(Ticket[Any]):
+        steps = iter([0.25, 0.25, None, 0.5, 0.5])
+
+        def wait(self, seconds: float) -> bool:
+            self.progress = next(self.steps, 1.0)
+            return self.progress == 1.0
+
+    told: list[float] = []
+    monkeypatch.setattr(worker, "tell", lambda event, retry, **fields: told.append(fields["progress"]))
+    worker.engine.make_ticket = Slow
+    worker.deliver(lambda: 1)
+    assert told == [0.25, 0.5]
+
+
+def test_a_result_says_which_worker_made_it_and_how_long_the_job_waited(worker: Worker) -> None:
+    class Accounting(Handler):
+        def finish(self, job: Job, request: GenerateRequest, result: int) -> Usage:
+            return job.usage(Usage(completion_tokens=result))
+
+    send_with_deadline(worker, 60)
+    made = worker.deliver(lambda: 1, "late", Accounting())
+    assert (made["worker"], made["queued_seconds"]) == (worker.runtime.name, pytest.approx(60, abs=10))
 
 
 def test_a_stream_that_the_broker_did_not_take_fails_its_job(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
