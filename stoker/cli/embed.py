@@ -74,7 +74,7 @@ def embed(
             raise InvalidRequest(f"{len(texts)} texts given; with --output just one argument is allowed, a file.")
         check_output(output, dtype, overwrite)
         with inputs.as_file(texts[0]) as path:
-            source = _source(texts[0], path, field)
+            source = source_of(texts[0], path, field)
             record = _embed_file(client, source, output, model, options, batch, in_flight, overwrite)
     if as_json:
         print_json(record)
@@ -82,9 +82,9 @@ def embed(
         print(f"{output}: {record['rows']} vectors of {record['dim']} numbers, {record['dtype']}")
 
 
-def _source(given: str, path: Path, field: str | None) -> Source:
-    """Standard input is a text a line, or JSON lines where their field is named."""
-    plain = given == inputs.STDIN and field is None
+def source_of(given: str, path: Path, field: str | None) -> Source:
+    """What has no name is a text a line, or JSON lines where their field is named."""
+    plain = inputs.is_unnamed(given) and field is None
     if plain:
         _refuse_objects(Source(path, "", plain=True))
     return Source(path, field or "text", plain)
@@ -98,7 +98,7 @@ def _refuse_objects(source: Source) -> None:
     except (ValueError, RecursionError):
         return
     if is_object:
-        raise InvalidRequest(f"{inputs.STDIN_NAME}: JSON lines given; name the field that holds the text: --field.")
+        raise InvalidRequest(f"{source.path.name}: JSON lines given; name the field that holds the text: --field.")
 
 
 def _texts(given: list[str], field: str | None) -> list[str]:
@@ -109,7 +109,7 @@ def _texts(given: list[str], field: str | None) -> list[str]:
         raise InvalidRequest("texts: '-' given twice; standard input can be read once.")
     index = given.index(inputs.STDIN)
     with inputs.as_file(inputs.STDIN) as path:
-        source = _source(inputs.STDIN, path, field)
+        source = source_of(inputs.STDIN, path, field)
         source.survey()
         # No job takes more, and `client.embed` says so.
         return [*given[:index], *islice(source.texts(), MAX_TEXTS + 1), *given[index + 1 :]]

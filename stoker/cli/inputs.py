@@ -58,6 +58,11 @@ def read_json(name: str, given: str) -> Any:
         raise InvalidRequest(f"{name}: {shown} cannot be read as JSON ({error}).") from None
 
 
+def is_unnamed(given: str) -> bool:
+    """Whether no name says what is in it: standard input, or a pipe such as `<(…)`."""
+    return given == STDIN or (Path(given).is_fifo() and not Path(given).suffix)
+
+
 @contextmanager
 def as_file(given: str) -> Iterator[Path]:
     """A file that can be read twice, and by another process: of standard input and of pipes (`<(…)`) a copy."""

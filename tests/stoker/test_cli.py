@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from stoker import cli, errors
 from stoker.broker.outcome import JobStatus
-from stoker.cli import app, chat, embed, generate, jobs, machine, train
+from stoker.cli import app, chat, embed, generate, inputs, jobs, machine, train
 from stoker.client.requests import read_dataset
 from stoker.contract import GenerateResult, ModelCard, Presence, StreamToken, TrainReport, TrainResult, Usage
 from stoker.errors import InvalidRequest, StokerError, UnknownModel
@@ -245,6 +245,32 @@ def test_json_lines_of_standard_input_need_the_name_of_their_field(asked: dict[s
 
 
 @pytest.mark.parametrize(
+    ("name", "field", "content", "texts"),
+    [
+        ("pipe", None, "one\ntwo", ["one", "two"]),
+        ("pipe", "body", '{"body": "one"}', ["one"]),
+        ("pipe.jsonl", None, '{"text": "one"}', ["one"]),
+        ("pipe.txt", None, "one", ["one"]),
+    ],
+)
+def test_a_pipe_is_read_by_its_name_or_as_standard_input(
+    tmp_path: Path, name: str, field: str | None, content: str, texts: list[str]
+) -> None:
+    """`<(…)` has no suffix, and can be read once."""
+    pipe = tmp_path / name
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=lambda: pipe.write_text(content), daemon=True)
+    writer.start()
+    unnamed = inputs.is_unnamed(str(pipe))
+    with inputs.as_file(str(pipe)) as path:
+        source = embed.source_of(str(pipe), path, field)
+        assert source.survey()[0] == len(texts)
+        assert list(source.texts()) == texts
+    writer.join()
+    assert unnamed is (name == "pipe")
+
+
+@pytest.mark.parametrize(
     ("words", "stdin", "why"),
     [
         (("embed", "-"), "", "no text in it"),
@@ -281,7 +307,7 @@ def test_a_dataset_can_come_from_standard_input_or_a_pipe_or_be_the_workers(
     monkeypatch.setattr(FakeClient, "train", train)
     run("train", "style", "--dataset", "-", stdin="rows")
     os.mkfifo(tmp_path / "pipe")
-    writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_text("more"))
+    writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_text("more"), daemon=True)
     writer.start()
     run("train", "style", "--dataset", str(tmp_path / "pipe"))
     writer.join()
