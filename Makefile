@@ -19,7 +19,7 @@ LOCK := $(LOCK_VENV)/bin/uv pip compile --no-config --universal --python-version
 LOCK_HEADER := \# Made by `make lock`: do not edit. Universal (Linux, macOS arm64; Python 3.11 and later), with hashes.
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast test-integration test-slow mutants coverage chaos check format bench bench-queue bench-kernels bench-embed bench-generate soak lock goldens peers bench-train goldens-peft clean distclean
+.PHONY: help venv demo test test-fast test-integration test-slow test-browser mutants coverage chaos check format bench bench-queue bench-kernels bench-embed bench-generate soak lock goldens peers bench-train goldens-peft clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,10 +48,10 @@ test: $(STAMP) ## the fast and the integration tests
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
 
 test-fast: $(STAMP) ## without a broker or a worker process
-	$(BIN)/python -m pytest -m "not integration and not slow and not chaos" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not integration and not slow and not chaos and not browser" $(PYTEST_ARGS)
 
 test-integration: $(STAMP) ## a real broker, a real worker, real weights
-	$(BIN)/python -m pytest -m "integration and not slow and not chaos" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "integration and not slow and not chaos and not browser" $(PYTEST_ARGS)
 
 $(VENV)/.compilers: $(STAMP) requirements/compilers.txt
 	$(PIP) install --quiet --require-hashes -r requirements/compilers.txt
@@ -70,6 +70,17 @@ coverage: $(STAMP) ## the tests, measured (branches; workers and commands too): 
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest -n $(JOBS) --dist loadgroup -o timeout=300 $(PYTEST_ARGS); status=$$?; \
 		$(BIN)/python -m tests.covered && exit $$status
+
+$(VENV)/.browser: $(STAMP) requirements/browser.txt
+	$(PIP) install --quiet --require-hashes -r requirements/browser.txt
+	@for name in chromium chromium-browser google-chrome google-chrome-stable; do \
+		command -v $$name >/dev/null && exit 0; done; \
+		$(BIN)/playwright install chromium || { \
+		echo "No browser is installed, and none could be downloaded. Install one, for example: apt-get install chromium" >&2; exit 1; }
+	@touch $@
+
+test-browser: $(VENV)/.browser ## Flower and Stoker's page in a real browser, without a window; SCREENSHOTS=FOLDER: keep pictures
+	$(BIN)/python -m pytest -m browser tests/browser $(PYTEST_ARGS)
 
 SECONDS ?= 1200
 SEED ?= 1
@@ -115,7 +126,8 @@ lock: ## write requirements/*.txt anew from pyproject.toml and *.in
 	$(LOCK) requirements/models.in --no-deps --no-annotate -o $(LOCK_VENV)/models.txt
 	$(LOCK) requirements/build.in -o $(LOCK_VENV)/build.txt
 	$(LOCK) requirements/compilers.in -o $(LOCK_VENV)/compilers.txt
-	@for name in runtime dev models build compilers; do \
+	$(LOCK) requirements/browser.in -o $(LOCK_VENV)/browser.txt
+	@for name in runtime dev models build compilers browser; do \
 		{ echo '$(LOCK_HEADER)'; cat $(LOCK_VENV)/$$name.txt; } > requirements/$$name.txt; done
 
 goldens: ## ask transformers and sentence-transformers again (an environment of its own)

@@ -137,8 +137,12 @@ class JobEvents(Events):
         if not isinstance(self.state, JobMemory):
             self.state = JobMemory(max_tasks_in_memory=max_tasks_in_memory)
 
+    def start(self) -> None:
+        super().start()
+        # At once: what workers do until Flower's first round would not be reported.
+        self.io_loop.add_callback(self.on_enable_events)
+
     def on_event(self, event: Any) -> None:
         super().on_event(event)
         if event.get("type") == "worker-online":
-            # At once: what it does until Flower's next round would not be reported.
             self.io_loop.add_callback(self.on_enable_events)
