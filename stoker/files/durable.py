@@ -20,7 +20,7 @@ from pathlib import Path
 DRAFT = ".stoker-draft-"
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object], *, mode: int = 0o644) -> None:
     """Have `write` fill a draft next to `path`, then rename it to `path`. Raises `OSError`.
 
     In a draft folder there is nothing to protect: `publish` flushes it as one.
@@ -35,7 +35,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         try:
             write(draft)
             flush(draft)
-            os.chmod(draft, 0o644)
+            os.chmod(draft, mode)
             os.replace(draft, path)
         except OSError as error:
             if error.filename is None:

@@ -14,9 +14,11 @@ from typing import IO
 import redis
 from redis.exceptions import RedisError
 
+from stoker.address import Address
 from stoker.broker.loading import wait_until_loaded
 from stoker.errors import BrokerUnavailable, ConfigError
 from stoker.files.durable import write_whole
+from stoker.files.secret import kept_password, private_folder
 from stoker.local.process import Process
 from stoker.settings import Settings
 
@@ -32,8 +34,10 @@ PORT_TAKEN = "Address already in use"
 class EmbeddedBroker:
     """Runs from `start` to `stop`; `url` says where. Its data stay for the next start."""
 
-    def __init__(self, settings: Settings, *, port: int = PREFERRED_PORT) -> None:
-        self._settings, self._preferred_port = settings, port
+    def __init__(self, settings: Settings, *, port: int = PREFERRED_PORT, secret: bool = False) -> None:
+        """`secret`: it asks for a password, which is made at the first start and is part of `url`."""
+        self._settings, self._preferred_port, self._secret = settings, port, secret
+        self._login = ""
         self._folder = settings.home / "broker"
         self._process: Process | None = None
         self._lock: IO[str] | None = None
@@ -42,32 +46,47 @@ class EmbeddedBroker:
     def start(self, report: Callable[[str], None] = lambda text: None) -> str:
         """Start the server, wait until it has its data, and return its URL, which other shells find in
         STOKER_HOME/broker.json. `report` is called with how far the server is."""
-        self._folder.mkdir(parents=True, exist_ok=True)
+        private_folder(self._folder)
+        if self._secret:
+            self._make_login()
         self._lock = self._take_lock()
         port = free_port(self._preferred_port)
         while not self._serves(port):
             # The port was free a moment ago: another process, perhaps another `stoker up`, was faster.
             port = free_port(0)
-        self.url = _url(port)
+        self.url = self._url(port)
         self._wait_until_loaded(report)
         self.announce()
         return self.url
 
     def announce(self) -> None:
         record = json.dumps({"url": self.url, "pid": os.getpid()})
-        write_whole(self._settings.broker_file, lambda draft: draft.write_text(record))
+        write_whole(self._settings.broker_file, lambda draft: draft.write_text(record), mode=0o600)
+
+    def _make_login(self) -> None:
+        """The server reads the password from a file: what stands on a command line, every user can read."""
+        password = kept_password(self._folder / "password")
+        self._login = f":{password}@"
+        write_whole(self._config, lambda draft: draft.write_text(f"requirepass {password}\n"), mode=0o600)
+
+    @property
+    def _config(self) -> Path:
+        return self._folder / "server.conf"
+
+    def _url(self, port: int) -> str:
+        return f"redis://{self._login}127.0.0.1:{port}/0"
 
     def _serves(self, port: int) -> bool:
         """Start the server on `port` and wait until it answers; False if another process has the port."""
         self._process = Process(
             "broker",
-            [str(server_binary()), *self._options(port)],
+            [str(server_binary()), *([str(self._config)] if self._secret else []), *self._options(port)],
             log=self._settings.logs / "broker.log",
             env={},
             grace=10,
         )
         end = time.monotonic() + START_LIMIT
-        with redis.Redis.from_url(_url(port)) as client:
+        with redis.Redis.from_url(self._url(port)) as client:
             while not self._answers(client):
                 if self._process.returncode is not None or time.monotonic() > end:
                     output = self._process.output().strip()
@@ -80,7 +99,8 @@ class EmbeddedBroker:
     def _wait_until_loaded(self, report: Callable[[str], None]) -> None:
         """What was in the queues when it ended is read back first, which takes a second for each few hundred MB."""
         with redis.Redis.from_url(self.url, socket_timeout=SILENCE) as client:
-            wait_until_loaded(lambda: client.info("persistence"), self.url, report, lambda: self.alive)
+            shown = Address.parse(self.url).shown
+            wait_until_loaded(lambda: client.info("persistence"), shown, report, lambda: self.alive)
 
     def _answers(self, client: redis.Redis) -> bool:
         """Whether our own server answers: another's, on a port that it took before ours, has another folder."""
@@ -132,10 +152,6 @@ class EmbeddedBroker:
     @property
     def alive(self) -> bool:
         return self._process is not None and self._process.returncode is None
-
-
-def _url(port: int) -> str:
-    return f"redis://127.0.0.1:{port}/0"
 
 
 def free_port(preferred: int) -> int:

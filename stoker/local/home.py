@@ -9,9 +9,12 @@ from stoker.errors import ConfigError
 
 
 def make_home(folder: Path) -> None:
-    """Make the folder, if it is not there. Raises `ConfigError` for one that cannot be made or written."""
+    """Make the folder, if it is not there, and close it to other users. Raises `ConfigError` for one that cannot be
+    made or written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        # Prompts lie in the broker's append-only file, and passwords next to it.
+        folder.chmod(0o700)
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(b"?")
     except OSError as error:

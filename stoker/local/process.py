@@ -21,7 +21,7 @@ class Process:
     def __init__(self, name: str, command: Sequence[str], *, log: Path, env: Mapping[str, str], grace: float) -> None:
         self.name, self.log, self._grace = name, log, grace
         _rotate(log)
-        with log.open("ab") as file:
+        with open(log, "ab", opener=_private) as file:
             self._offset = file.tell()
             self._guard = subprocess.Popen(
                 [sys.executable, str(guard.__file__), str(grace), *command],
@@ -31,6 +31,8 @@ class Process:
                 env={**os.environ, **env},
                 # A session of its own: Ctrl-C in the terminal must reach us alone, or children would die out of order.
                 start_new_session=True,
+                # What it writes is for this user alone, unless it says otherwise.
+                umask=0o077,
             )
 
     @property
@@ -56,6 +58,10 @@ class Process:
         with self.log.open("rb") as file:
             file.seek(self._offset)
             return file.read().decode(errors="replace")
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _rotate(log: Path) -> None:

@@ -61,7 +61,8 @@ class Stack:
         make_home(self.settings.home)
         if self._needs_broker():
             # A private broker stays off the usual port, where other clients would find it.
-            self._broker = EmbeddedBroker(self.settings, port=0 if self._own_broker else PREFERRED_PORT)
+            port = 0 if self._own_broker else PREFERRED_PORT
+            self._broker = EmbeddedBroker(self.settings, port=port, secret=not self._own_broker)
             self.settings = load_settings(**{**self.settings.model_dump(), "url": self._broker.start(self._report)})
         else:
             wait_for_broker(self.settings, self._report)

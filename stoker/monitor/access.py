@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
-import os
-import secrets
-import tempfile
 from base64 import b64decode
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from stoker.errors import ConfigError
+from stoker.files.secret import kept_password, private_folder
 from stoker.settings import Settings
 
 USER = "stoker"
@@ -29,13 +26,7 @@ SAFE = ("GET", "HEAD", "OPTIONS")
 
 def folder(settings: Settings) -> Path:
     """The monitor's folder, for this user alone. Raises `ConfigError`."""
-    found = settings.home / "flower"
-    try:
-        found.mkdir(parents=True, exist_ok=True)
-        found.chmod(0o700)
-    except OSError as error:
-        raise ConfigError(f"STOKER_HOME: {found} cannot be made ({error.strerror}).") from None
-    return found
+    return private_folder(settings.home / "flower")
 
 
 def password_file(settings: Settings) -> Path:
@@ -44,32 +35,7 @@ def password_file(settings: Settings) -> Path:
 
 def password(settings: Settings) -> str:
     """The password of this STOKER_HOME, made when it is first asked for. Raises `ConfigError`."""
-    file = password_file(settings)
-    try:
-        if not file.exists():
-            _make(file)
-        file.chmod(0o600)
-        found = file.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: the password cannot be read ({error}).") from None
-    if not found:
-        raise ConfigError(f"{file}: it is empty. Delete it, and a new password is made.")
-    return found
-
-
-def _make(file: Path) -> None:
-    """Whole or not at all; of two processes that start together, one makes it."""
-    handle, draft = tempfile.mkstemp(dir=file.parent)
-    try:
-        with os.fdopen(handle, "w") as out:
-            out.write(secrets.token_urlsafe(18) + "\n")
-            out.flush()
-            os.fsync(out.fileno())
-        os.link(draft, file)
-    except FileExistsError:
-        pass
-    finally:
-        os.unlink(draft)
+    return kept_password(password_file(settings))
 
 
 @dataclass(frozen=True)

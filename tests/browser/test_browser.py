@@ -19,6 +19,7 @@ import pytest
 
 from stoker import Client, JobStatus
 from stoker.broker import keys, registry
+from stoker.client import GenerateJob
 from stoker.client_core import generate_request
 from stoker.contract import encode
 from stoker.local.stack import Stack
@@ -51,7 +52,7 @@ def monitor(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 def browser() -> Iterator[Any]:
     found = next(filter(None, map(shutil.which, INSTALLED)), None)
     with sync.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"] if os.geteuid() == 0 else [])
         yield browser
         browser.close()
 
@@ -74,6 +75,11 @@ def page(browser: Any, monitor: Running) -> Iterator[Any]:
     assert [url for url in asked if not url.startswith((monitor.url, "http://127.0.0.1:"))] == []
 
 
+def endless(client: Client, priority: int = 5) -> GenerateJob:
+    """A job that runs until it is cancelled."""
+    return client.generate("Once", model=GENERATE_MODEL, max_tokens=2000, ignore_eos=True, priority=priority)
+
+
 def keep(page: Any, name: str) -> None:
     """A picture for the documentation, where it is wanted."""
     if folder := os.environ.get("SCREENSHOTS"):
@@ -83,16 +89,15 @@ def keep(page: Any, name: str) -> None:
 def test_without_the_password_a_browser_sees_nothing(browser: Any, monitor: Running) -> None:
     context = browser.new_context()
     page = context.new_page()
-    assert page.goto(f"{monitor.url}/stoker").status == 401
-    assert page.locator("body").inner_text() == "Access denied"
+    with pytest.raises(sync.Error, match="INVALID_AUTH"):
+        page.goto(f"{monitor.url}/stoker")
     context.close()
 
 
 def test_thirty_waiting_jobs_are_seen_and_one_is_cancelled(page: Any, client: Client, stack: Stack) -> None:
-    options = {"model": GENERATE_MODEL, "max_tokens": 2000, "ignore_eos": True}
-    jobs = [client.generate("Once upon a time", **options) for _ in range(stack.settings.generate_slots)]
+    jobs = [endless(client) for _ in range(stack.settings.generate_slots)]
     wait_until(lambda: all(job.status() == JobStatus.RUNNING for job in jobs), "the lane is full", 60)
-    waiting = [client.generate("Once upon a time", priority=number % 10, **options) for number in range(30)]
+    waiting = [endless(client, number % 10) for number in range(30)]
     try:
         sync.expect(page.locator("#waiting tbody tr")).to_have_count(30, timeout=15_000)
         sync.expect(page.locator("#running progress").first).to_have_js_property("max", 1)
@@ -144,7 +149,7 @@ def test_a_dead_letter_is_sent_again_and_a_version_promoted(page: Any, client: C
     sync.expect(letter).to_contain_text("its disk is full", timeout=15_000)
     letter.get_by_role("button", name="Retry").click()
     sync.expect(page.locator("#said")).to_contain_text("sent again")
-    assert client.job("died").result(60).usage.completion_tokens == 2
+    wait_until(lambda: client.job("died").status() == JobStatus.DONE, "it has run", 60)
     sync.expect(letter).to_have_count(0, timeout=15_000)
     adapter = page.locator(f'#adapters tr[data-key="{GENERATE_MODEL}/shown"]')
     sync.expect(adapter).to_contain_text("2: lora, rank 8, loss 1.500,  · serves", timeout=15_000)
@@ -157,7 +162,7 @@ def test_a_dead_letter_is_sent_again_and_a_version_promoted(page: Any, client: C
 
 
 def test_a_page_elsewhere_can_neither_cancel_nor_frame(page: Any, client: Client, monitor: Running) -> None:
-    job = client.generate("Once", model=GENERATE_MODEL, max_tokens=2000, ignore_eos=True)
+    job = endless(client)
     wait_until(lambda: monitor.state(job.id), "it is seen")
     forged = f"""<iframe src="{monitor.url}/stoker"></iframe>
       <form id="forged" method="post" action="{monitor.url}/api/task/revoke/{job.id}" target="_blank"></form>"""
@@ -194,7 +199,7 @@ def test_a_page_elsewhere_can_neither_cancel_nor_frame(page: Any, client: Client
 
 
 def test_it_fits_a_phone_and_the_dark(page: Any, client: Client) -> None:
-    job = client.generate("Once", model=GENERATE_MODEL, max_tokens=2000, ignore_eos=True)
+    job = endless(client)
     try:
         page.set_viewport_size(PHONE)
         page.emulate_media(color_scheme="dark")

@@ -51,7 +51,7 @@ class Up:
         status = json.loads(self.stoker("status", "--json").stdout)
         worker = [status[0]["pid"], *processes_with(f"--hostname={status[0]['worker'].partition('/')[0]}")]
         broker = processes_with(str(self.home / "broker"))
-        host = self.url.removeprefix("redis://").removesuffix("/0")
+        host = self.url.rpartition("@")[2].removesuffix("/0")
         return worker + broker + processes_with(f"valkey-server {host}")
 
     @property

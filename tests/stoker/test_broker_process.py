@@ -17,8 +17,10 @@ from stoker.broker.connection import connect
 from stoker.errors import BrokerUnavailable, ConfigError
 from stoker.local import broker as broker_module
 from stoker.local.broker import EmbeddedBroker, free_port
+from stoker.local.home import make_home
 from stoker.settings import Settings, load_settings
 from tests.conftest import wait_until
+from tests.integration.machinery import processes_with
 
 
 @contextmanager
@@ -101,3 +103,48 @@ def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
         broker.start()
     broker.stop()
     wait_until(lambda: not broker.alive, "nothing is left")
+
+
+def test_a_broker_with_a_password_of_its_own_asks_everybody_for_it_and_names_it_on_no_command_line(
+    tmp_path: Path,
+) -> None:
+    before = os.umask(0o022)
+    try:
+        broker = EmbeddedBroker(Settings(home=tmp_path), port=0, secret=True)
+        settings = Settings(home=tmp_path, url=broker.start())
+    finally:
+        os.umask(before)
+    try:
+        client = connect(settings)
+        password = client.connection_pool.connection_kwargs["password"]
+        assert len(password) >= 20
+        assert password not in settings.address.shown
+        client.set("key", "value")
+        port = client.connection_pool.connection_kwargs["port"]
+        stranger = connect(Settings(home=tmp_path / "other", url=f"redis://127.0.0.1:{port}/0"))
+        with pytest.raises(redis.exceptions.AuthenticationError):
+            stranger.get("key")
+        stranger.close()
+        assert processes_with(str(tmp_path)), "the server names its folder"
+        assert not processes_with(password)
+        assert load_settings(home=tmp_path).address.redis == broker.url, "other shells of this user find it"
+        client.close()
+        kept = [path for path in tmp_path.rglob("*") if path.name != "logs"]
+        assert {path.name for path in kept} >= {"broker.json", "password", "server.conf", "appendonlydir"}
+        open_to_others = [path for path in kept if path.is_file() and path.stat().st_mode & 0o077]
+        assert not open_to_others
+        first = broker.url
+    finally:
+        broker.stop()
+    again = EmbeddedBroker(Settings(home=tmp_path), port=port, secret=True)
+    try:
+        assert again.start() == first, "the same password"
+    finally:
+        again.stop()
+
+
+def test_a_home_is_closed_to_other_users_also_one_that_was_open(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir(mode=0o755)
+    make_home(home)
+    assert home.stat().st_mode & 0o777 == 0o700
