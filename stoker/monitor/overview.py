@@ -147,11 +147,12 @@ def overview(
 ) -> Overview:
     waiting = [(name, job) for name, job in mirror.jobs.items() if job.worker is None]
     running = [(name, job) for name, job in mirror.jobs.items() if job.worker is not None]
+    rates = mirror.rates()
     first = sorted(waiting, key=lambda item: (item[1].known.priority, item[1].known.submitted))[:LISTED]
     return Overview(
         trouble,
         queues(mirror),
-        tuple(_worker(presence, mirror.rates().get(presence.worker, 0.0)) for presence in workers),
+        tuple(_worker(presence, rates.get(presence.worker, 0.0)) for presence in workers),
         tuple(_job(name, job, mirror) for name, job in sorted(running, key=lambda item: item[1].known.submitted)),
         tuple(_job(name, job, mirror) for name, job in first),
         len(waiting),

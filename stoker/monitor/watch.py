@@ -48,6 +48,8 @@ class Watch:
         self.cards: dict[str, ModelCard] = {}
         self.dead: dict[str, Letter] = {}
         self.trouble = ""
+        #: What was seen in this round.
+        self._notices: list[Notice] = []
         self._adapters: list[AdapterEntry] = []
         self._adapters_seen = self._looked_around = -RARELY
         self._compare_history = True
@@ -64,15 +66,24 @@ class Watch:
                 if not self.trouble:
                     log.warning("the jobs cannot be seen: %s", error)
                 self.trouble = str(error)
+            except Exception as error:
+                # A defect, or a reply that no broker gives: the page says so, and the next look may go well.
+                if not self.trouble:
+                    log.exception("the jobs cannot be seen")
+                self.trouble = f"the jobs cannot be seen ({type(error).__name__}); see the monitor's log."
             await asyncio.sleep(EVERY)
 
     async def round(self) -> None:
-        with translated(self._client.settings):
-            await self._look_around()
-            notices = await self._look_at_queues()
-            notices += await self._look_at_running()
-            notices += await self._meet()
-        self._memory().hear(notices)
+        """One look. What was seen before it failed is told all the same: it is not seen a second time."""
+        try:
+            with translated(self._client.settings):
+                await self._look_around()
+                await self._look_at_queues()
+                await self._look_at_running()
+                await self._meet()
+        finally:
+            notices, self._notices = self._notices, []
+            self._memory().hear(notices)
 
     async def _look_around(self) -> None:
         now = asyncio.get_running_loop().time()
@@ -107,7 +118,7 @@ class Watch:
             for name, letter in letters.parse(found).items():
                 self.dead[name] = Letter(**{**letter, "request": "", "message": ""})
 
-    async def _look_at_queues(self) -> list[Notice]:
+    async def _look_at_queues(self) -> None:
         mirror, lines = self.mirror, list(self.mirror.lines.items())
         pipeline = self._pipeline().time()
         for queue, line in lines:
@@ -123,10 +134,12 @@ class Watch:
         ):
             new = mirror.newcomers(queue, newest)
             asked += [(queue, job_id) for job_id in [*new, *_known(line, dispatched, new)]]
-            if line.differs(count - len(new), mirror.now):
+            # A queue that is still being read for the first time differs for that.
+            if len(newest) < AT_ONCE and line.differs(count - len(new), mirror.now):
                 compared.append(queue)
         gone = await self._compare(compared, asked)
-        return [*await self._ask_records(asked), *await self._ask_ends(gone)]
+        await self._ask_records(asked)
+        await self._ask_ends(gone)
 
     async def _compare(self, queues: Sequence[str], asked: list[tuple[str, str]]) -> list[tuple[str, str]]:
         """The jobs that are gone from these queues. What is new there is added to `asked`."""
@@ -136,60 +149,54 @@ class Watch:
         for queue in queues:
             pipeline.zrange(keys.open_jobs(queue), 0, -1)
         gone: list[tuple[str, str]] = []
+        known = set(asked)
         for queue, ids in zip(queues, await pipeline.execute(), strict=True):
             ended, new = self.mirror.vanished(queue, ids)
-            gone += [(queue, job_id) for job_id in ended]
-            asked += [(queue, job_id) for job_id in new if (queue, job_id) not in asked]
+            gone += [(queue, job_id) for job_id in ended[:AT_ONCE]]
+            asked += [(queue, job_id) for job_id in new[:AT_ONCE] if (queue, job_id) not in known]
         return gone
 
-    async def _ask_records(self, asked: Sequence[tuple[str, str]]) -> list[Notice]:
+    async def _ask_records(self, asked: Sequence[tuple[str, str]]) -> None:
         replies = await self._ask([watched(job_id).send for _, job_id in asked])
-        notices: list[Notice] = []
         for (queue, job_id), reply in zip(asked, replies, strict=True):
-            notices += self.mirror.hear(queue, job_id, watched(job_id).parse(reply))
-        return notices
+            self._notices += self.mirror.hear(queue, job_id, watched(job_id).parse(reply))
 
-    async def _ask_ends(self, gone: Sequence[tuple[str, str]]) -> list[Notice]:
+    async def _ask_ends(self, gone: Sequence[tuple[str, str]]) -> None:
         """How these jobs ended. The last reports of a run come before its end."""
-        notices = await self._ask_reports([job_id for _, job_id in gone if job_id in self.mirror.runs])
+        await self._ask_reports([job_id for _, job_id in gone if job_id in self.mirror.runs])
         heads = await self._ask([_head(job_id) for _, job_id in gone])
         for (queue, job_id), head in zip(gone, heads, strict=True):
             state, error = ending(head if isinstance(head, bytes) else None)
-            notices += self.mirror.end(queue, job_id, state, error)
-        return notices
+            self._notices += self.mirror.end(queue, job_id, state, error)
 
-    async def _look_at_running(self) -> list[Notice]:
+    async def _look_at_running(self) -> None:
         answering = self.mirror.owned(GENERATE.name)
         counts = await self._ask([_length(job_id) for job_id in answering])
-        notices = await self._ask_reports(self.mirror.owned(TRAIN.name))
         for job_id, count in zip(answering, counts, strict=True):
-            notices += self.mirror.counted(job_id, count) if isinstance(count, int) else []
-        return notices
+            self._notices += self.mirror.counted(job_id, count) if isinstance(count, int) else []
+        await self._ask_reports(self.mirror.owned(TRAIN.name))
 
-    async def _ask_reports(self, runs: Sequence[str]) -> list[Notice]:
+    async def _ask_reports(self, runs: Sequence[str]) -> None:
         after = {run: self.mirror.runs[run].last for run in runs}
         asks = [_reports(run, keys.entry_id(last.index) if last else "") for run, last in after.items()]
-        notices: list[Notice] = []
         for run, entries in zip(runs, await self._ask(asks), strict=True):
-            notices += self.mirror.report(run, list(read_reports(entries if isinstance(entries, list) else [])))
-        return notices
+            reports = list(read_reports(entries if isinstance(entries, list) else []))
+            self._notices += self.mirror.report(run, reports)
 
-    async def _meet(self) -> list[Notice]:
+    async def _meet(self) -> None:
         """Describe the tasks whose events came first; and end those whose end nobody heard: they are not open any more,
         and the broker has their results, or nothing of them."""
         memory = self._memory()
-        notices: list[Notice] = []
         for job_id, said in await self._records(memory.meet_strangers(AT_ONCE)):
-            notices += [Known.of(job_id, said)] if said is not None else []
+            self._notices += [Known.of(job_id, said)] if said is not None else []
         if not self._compare_history:
-            return notices
+            return
         self._compare_history = False
         lost = sorted(memory.unfinished() - self.mirror.jobs.keys())[:AT_ONCE]
         heads = await self._ask([_head(job_id) for job_id in lost])
         for (job_id, said), head in zip(await self._records(lost), heads, strict=True):
             if head or said is None:
-                notices += self.mirror.forget(job_id, *ending(head if isinstance(head, bytes) else None))
-        return notices
+                self._notices += self.mirror.forget(job_id, *ending(head if isinstance(head, bytes) else None))
 
     async def _records(self, ids: Sequence[str]) -> list[tuple[str, Any]]:
         replies = await self._ask([watched(job_id).send for job_id in ids])

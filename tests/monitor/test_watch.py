@@ -16,6 +16,7 @@ from stoker.broker.connection import connect
 from stoker.client_core import embed_request, generate_request, job_record, train_request
 from stoker.errors import JobDead
 from stoker.monitor import watch as watching
+from stoker.monitor.overview import overview
 from stoker.monitor.state import JobMemory
 from stoker.monitor.watch import Watch
 from stoker.settings import Settings
@@ -212,5 +213,45 @@ def test_the_brokers_work_for_a_round_does_not_grow_with_the_jobs_that_wait(brok
         queues = len(watch.mirror.lines)
         # The time, three questions a queue, the ready list's records, and this count itself.
         assert asked() - before <= 2 + 3 * queues + 8 + 1
+
+    watched(broker, steps)
+
+
+def test_a_look_that_fails_tells_what_it_saw_and_the_next_one_goes_on(
+    broker: Settings, redis: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send(redis, "job")
+
+    async def broken(_: Watch) -> None:
+        raise ZeroDivisionError
+
+    async def steps(watch: Watch, memory: JobMemory) -> None:
+        with monkeypatch.context() as patched:
+            patched.setattr(Watch, "_look_at_running", broken)
+            going = asyncio.ensure_future(watch.run())
+            while not watch.trouble:
+                await asyncio.sleep(0.01)
+        assert states(memory) == {"job": "PENDING"}
+        assert "ZeroDivisionError" in watch.trouble
+        while watch.trouble:
+            await asyncio.sleep(0.01)
+        going.cancel()
+
+    watched(broker, steps)
+    assert len([record for record in caplog.records if "cannot be seen" in record.message]) == 1
+
+
+def test_a_long_queue_is_read_in_parts(broker: Settings, redis: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watching, "AT_ONCE", 10)
+    for number in range(25):
+        send(redis, f"job-{number}")
+
+    async def steps(watch: Watch, memory: JobMemory) -> None:
+        await watch.round()
+        assert 10 <= len(memory.tasks) < 25
+        for _ in range(4):
+            await watch.round()
+        assert states(memory) == {f"job-{number}": "PENDING" for number in range(25)}
+        assert overview(watch.mirror, [], [], {}).waiting_in_all == 25
 
     watched(broker, steps)
