@@ -24,7 +24,7 @@ from stoker.client_core import generate_request
 from stoker.contract import encode
 from stoker.local.stack import Stack
 from stoker.monitor.access import USER, password
-from tests.conftest import GENERATE_MODEL, wait_until
+from tests.conftest import GENERATE_MODEL, assert_idle, wait_until
 from tests.integration.test_training import ROWS
 from tests.monitor.conftest import Running
 
@@ -46,6 +46,14 @@ def monitor(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         yield running
     finally:
         running.stop()
+
+
+@pytest.fixture
+def client(stack: Stack) -> Iterator[Client]:
+    """Threads are not counted: playwright's come and go as it likes."""
+    with Client(settings=stack.settings) as client:
+        yield client
+        assert_idle(client.redis)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +91,7 @@ def endless(client: Client, priority: int = 5) -> GenerateJob:
 def keep(page: Any, name: str) -> None:
     """A picture for the documentation, where it is wanted."""
     if folder := os.environ.get("SCREENSHOTS"):
-        page.screenshot(path=str(Path(folder) / f"{name}.png"), full_page=True)
+        page.screenshot(path=str(Path(folder) / f"{name}.png"))
 
 
 def test_without_the_password_a_browser_sees_nothing(browser: Any, monitor: Running) -> None:

@@ -161,4 +161,4 @@ def test_flower_watches_the_worker_which_goes_on_without_it(tmp_path: Path) -> N
 
 
 def test_settings_find_the_broker_of_a_running_up(up: Up) -> None:
-    assert Settings(home=up.home).address.shown.startswith("redis://127.0.0.1:")
+    assert Settings(home=up.home).address.shown.startswith("redis://:***@127.0.0.1:"), "with its password"
