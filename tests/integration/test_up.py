@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from stoker.contract.presence import node_of
 from stoker.settings import Settings
 from tests.conftest import EMBED_MODEL, GENERATE_MODEL, alive, wait_until
 from tests.integration.machinery import processes_with
@@ -114,7 +115,9 @@ def test_a_worker_that_dies_is_started_again(up: Up) -> None:
 
     def successor() -> bool:
         workers = json.loads(up.stoker("status", "--json").stdout or "[]")
-        return any(worker["pid"] != first["pid"] for worker in workers)
+        # Under the same name, so that Flower has one row for both.
+        again = [worker for worker in workers if worker["pid"] != first["pid"]]
+        return [node_of(worker["worker"]) for worker in again] == [node_of(first["worker"])]
 
     wait_until(successor, "another worker is warm", 60)
     assert up.stoker("embed", "still here").returncode == 0
