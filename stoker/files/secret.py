@@ -21,6 +21,11 @@ def private_folder(folder: Path) -> Path:
     return folder
 
 
+def opener(path: str, flags: int) -> int:
+    """For `open`: a file that it makes is for this user alone."""
+    return os.open(path, flags, 0o600)
+
+
 def kept_password(file: Path) -> str:
     """The password in `file`, made when it is first asked for. Raises `ConfigError`."""
     try:

@@ -18,7 +18,7 @@ from stoker.address import Address
 from stoker.broker.loading import wait_until_loaded
 from stoker.errors import BrokerUnavailable, ConfigError
 from stoker.files.durable import write_whole
-from stoker.files.secret import kept_password, private_folder
+from stoker.files.secret import kept_password, opener, private_folder
 from stoker.local.process import Process
 from stoker.settings import Settings
 
@@ -125,7 +125,7 @@ class EmbeddedBroker:
 
     def _take_lock(self) -> IO[str]:
         """Two servers on one append-only file would ruin it. The lock goes with this process, however it ends."""
-        lock = (self._folder / "lock").open("w")
+        lock = open(self._folder / "lock", "w", opener=opener)
         end = time.monotonic() + 10
         while True:
             try:

@@ -17,6 +17,7 @@ from typing import IO
 
 from stoker.catalogue import parse_models
 from stoker.errors import ConfigError
+from stoker.files.secret import opener
 from stoker.settings import Settings
 
 #: Workers of the same models that one machine may run for one STOKER_HOME.
@@ -29,7 +30,7 @@ def take_name(settings: Settings) -> tuple[str, IO[str]]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name in _names(settings):
-            lock = (folder / f"{name}.lock").open("w")
+            lock = open(folder / f"{name}.lock", "w", opener=opener)
             if _is_free(lock):
                 return f"{name}@{platform.node()}", lock
             lock.close()

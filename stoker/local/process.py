@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from stoker.files.secret import opener
 from stoker.local import guard
 
 #: Bytes. A log larger than this at start is renamed to `NAME.log.1`, so that logs never fill the disk.
@@ -21,7 +22,7 @@ class Process:
     def __init__(self, name: str, command: Sequence[str], *, log: Path, env: Mapping[str, str], grace: float) -> None:
         self.name, self.log, self._grace = name, log, grace
         _rotate(log)
-        with open(log, "ab", opener=_private) as file:
+        with open(log, "ab", opener=opener) as file:
             self._offset = file.tell()
             self._guard = subprocess.Popen(
                 [sys.executable, str(guard.__file__), str(grace), *command],
@@ -58,10 +59,6 @@ class Process:
         with self.log.open("rb") as file:
             file.seek(self._offset)
             return file.read().decode(errors="replace")
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
 
 
 def _rotate(log: Path) -> None:
