@@ -125,7 +125,7 @@ class EmbeddedBroker:
 
     def _take_lock(self) -> IO[str]:
         """Two servers on one append-only file would ruin it. The lock goes with this process, however it ends."""
-        lock = open(self._folder / "lock", "w", opener=opener)
+        lock = open(self._folder / "lock", "w", opener=opener)  # noqa: SIM115  it stays open
         end = time.monotonic() + 10
         while True:
             try:
