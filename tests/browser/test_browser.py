@@ -67,7 +67,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def page(browser: Any, monitor: Running) -> Iterator[Any]:
-    """Stoker's page, logged in. Whatever it asks for, it asks of the monitor."""
+    """Stoker's page, logged in. All that it asks for, it asks of the monitor."""
     login = {"username": USER, "password": password(monitor.settings)}
     context = browser.new_context(http_credentials=login, viewport=DESK)
     page = context.new_page()
