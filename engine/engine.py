@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeAlias, overload
 
 import mlx.core as mx
 
@@ -22,7 +22,7 @@ from engine.adapters.store import AdapterStore
 from engine.checkpoints.loading import LoadedModel, PrecisionOptions, load
 from engine.delivery import Publish, deliver
 from engine.embedding.lane import EmbedLane
-from engine.fair import FairShare
+from engine.fair import FairShare, weights_by_kind
 from engine.generation.lane import GenerateLane
 from engine.generation.limits import LaneLimits
 from engine.lane import AnyLane
@@ -44,11 +44,15 @@ from stoker.contract import (
 )
 from stoker.contract.bundle import AdapterInput
 from stoker.contract.dataset import TrainInput
-from stoker.contract.kinds import GENERATE, KINDS
+from stoker.contract.kinds import KINDS
 from stoker.contract.vectors import Embedded
 from stoker.errors import UnknownModel, WorkerUnavailable
 
 log = logging.getLogger(__name__)
+
+#: Tokens of a generation job that another process published.
+Published: TypeAlias = Sequence[StreamToken] | None
+JobData: TypeAlias = Published | TrainInput | AdapterInput
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ class Engine:
         self._runs = runs or adapters.parent / "runs"
         self._adapter_bytes = adapter_bytes
         # While only generation and training wait, training gets just this share of the time.
-        self._weights = _weights(train_share)
+        self._weights = weights_by_kind(train_share)
         self._publish = publish
         self._limits = limits or LaneLimits()
         self._on_death = on_death
@@ -127,12 +131,7 @@ class Engine:
     ) -> Ticket[Embedded]: ...
     @overload
     def submit(
-        self,
-        job_id: str,
-        request: GenerateRequest,
-        data: Sequence[StreamToken] | None = None,
-        *,
-        deadline: float | None = None,
+        self, job_id: str, request: GenerateRequest, data: Published = None, *, deadline: float | None = None
     ) -> Ticket[GenerateResult]: ...
     @overload
     def submit(
@@ -143,12 +142,7 @@ class Engine:
         self, job_id: str, request: AdapterRequest, data: AdapterInput, *, deadline: float | None = None
     ) -> Ticket[AdapterResult]: ...
     def submit(
-        self,
-        job_id: str,
-        request: Request,
-        data: Sequence[StreamToken] | TrainInput | AdapterInput | None = None,
-        *,
-        deadline: float | None = None,
+        self, job_id: str, request: Request, data: JobData = None, *, deadline: float | None = None
     ) -> Ticket[Any]:
         """Queue a job. Raises at once if the request does not fit the model.
 
@@ -262,8 +256,7 @@ class Engine:
 
     def _admit(self) -> None:
         """Take everything that waits; with nothing to run, sleep until something comes."""
-        idle = not any(lane.busy for lane in self._lanes.values())
-        if idle:
+        if not any(lane.busy for lane in self._lanes.values()):
             self._take(self._inbox.get())
         while not self._inbox.empty():
             self._take(self._inbox.get())
@@ -301,12 +294,6 @@ class Engine:
             self._take(self._inbox.get())
         for lane in self._lanes.values():
             lane.fail_all(_stopping())
-
-
-def _weights(train_share: float) -> dict[str, float]:
-    """Shares of the time while several lanes have work, by kind; `train_share`: of the time, while generation waits."""
-    trains = (GENERATE.weight or 0.0) * train_share / (1.0 - train_share)
-    return {name: trains if kind.weight is None else kind.weight for name, kind in KINDS.items()}
 
 
 def _stopping() -> WorkerUnavailable:

@@ -16,6 +16,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Generic, TypeVar
 
+from stoker.contract.kinds import GENERATE, KINDS
+
 L = TypeVar("L")
 
 
@@ -55,3 +57,9 @@ class FairShare(Generic[L]):
             self._clock[lane] += seconds / self._weights[lane]
             for urgent in self._stalled:
                 self._stalled[urgent] = 0.0 if urgent == lane else self._stalled[urgent] + seconds
+
+
+def weights_by_kind(train_share: float) -> dict[str, float]:
+    """Shares of the time while several lanes have work, by kind; `train_share`: of the time, while generation waits."""
+    trains = (GENERATE.weight or 0.0) * train_share / (1.0 - train_share)
+    return {name: trains if kind.weight is None else kind.weight for name, kind in KINDS.items()}

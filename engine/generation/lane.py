@@ -14,14 +14,13 @@ from engine.generation.kv_budget import KvBudget
 from engine.generation.limits import GROUP, GROUP_TOKENS, LaneLimits
 from engine.generation.prefill import Prefill, PrefillPacer
 from engine.generation.prefixes import PrefixCache
-from engine.generation.prompt import check_ids, tokenize
+from engine.generation.prompt import check_ids, check_memory, tokenize
 from engine.generation.roster import Roster
 from engine.generation.row import Generation, Row, RowFault, RowState
 from engine.generation.step import Step, usual
 from engine.generation.structured import Vocabulary
 from engine.ticket import StepOutput, Ticket
 from stoker.contract import GenerateRequest, GenerateResult, StreamToken
-from stoker.errors import InvalidRequest
 
 log = logging.getLogger(__name__)
 
@@ -97,11 +96,7 @@ class GenerateLane:
         check_ids(self._model, request)
         prompt = tokenize(self._model, request)
         most = self.budget.most_tokens
-        if len(prompt) >= most:
-            raise InvalidRequest(
-                f"prompt: {len(prompt)} tokens given; this worker's memory for keys and values holds {most} of "
-                f"{request.model}. Shorten it, or raise STOKER_KV_CACHE."
-            )
+        check_memory(len(prompt), most, request.model)
         if request.adapter is not None:
             self._pool.check(request.adapter)
         context, grammar = min(self._model.context, most), self._vocabulary.grammar(request)

@@ -31,6 +31,15 @@ def check_ids(model: LoadedModel, request: GenerateRequest) -> None:
             raise InvalidRequest(f"{name}: token {beyond[0]} given; {request.model} has 0 to {vocabulary - 1}.")
 
 
+def check_memory(tokens: int, most: int, model: str) -> None:
+    """Raise `InvalidRequest` for a prompt of more `tokens` than a worker can keep the keys and values of."""
+    if tokens >= most:
+        raise InvalidRequest(
+            f"prompt: {tokens} tokens given; this worker's memory for keys and values holds {most} of {model}. "
+            "Shorten it, or raise STOKER_KV_CACHE."
+        )
+
+
 def _ids(model: LoadedModel, request: GenerateRequest) -> list[int]:
     if request.prompt_ids is not None:
         return list(request.prompt_ids)

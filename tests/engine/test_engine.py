@@ -14,7 +14,7 @@ import pytest
 
 from engine.engine import Engine
 from engine.generation.limits import LaneLimits
-from engine.ticket import Entry
+from engine.ticket import Entry, StepOutput
 from stoker.catalogue import CATALOGUE
 from stoker.contract import EmbedRequest, GenerateRequest, TrainRequest
 from stoker.contract.dataset import TrainInput
@@ -244,6 +244,24 @@ def test_entries_that_cannot_be_published_end_their_own_job(running: Running, mo
     assert [token.index for token in running.entries["published"]] == list(range(30))
     lane = running.engine.lane(GENERATE_MODEL, "generate")
     wait_until(lambda: not lane.busy, "its rows are free again")
+
+
+def test_a_pass_is_launched_ahead_only_while_no_other_lane_waits(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lane, other = running.engine.lane(GENERATE_MODEL, "generate"), running.engine.lane(EMBED_MODEL, "embed")
+    whole, seen = lane.run, []
+
+    def run(*, lookahead: bool) -> StepOutput:
+        seen.append((lookahead, other.busy))
+        return whole(lookahead=lookahead)
+
+    monkeypatch.setattr(lane, "run", run)
+    stream = running.engine.submit("stream", generate("x", max_tokens=200))
+    wait_until(lambda: running.entries["stream"], "it streams")
+    running.engine.submit("texts", EmbedRequest(model=EMBED_MODEL, texts=("word " * 100,) * 20)).result(60)
+    stream.result(60)
+    assert set(seen) == {(True, False), (False, True)}
 
 
 def test_work_that_cannot_be_admitted_ends_its_own_job(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
