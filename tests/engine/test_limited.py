@@ -6,11 +6,15 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from engine.platform import limited
 from engine.platform.limited import LimitedProcess, LimitPassed
+from stoker.errors import ModelError
+
+Clock = Literal["passing", "computing"]
 
 PROGRAM = """
 import os, time
@@ -73,3 +77,34 @@ def test_a_program_that_hangs_without_computing_is_left_and_its_answer_is_nobody
             process.ask({"say": "late", "sleeps": 2}, 0.1)
     after = process.ask({"say": "two"}, 5.0)
     assert (after["said"], after["pid"] != before) == ("two", True)
+
+
+def running(folder: Path, answer: str, clock: Clock = "passing") -> LimitedProcess:
+    """One whose program has `answer` as the body of its function."""
+    program = folder / "program.py"
+    program.write_text(f"import time\n\ndef answer(request):\n    {answer}\n")
+    return LimitedProcess(program, "tries things", clock)
+
+
+@pytest.mark.parametrize(("clock", "wait"), [("passing", "time.sleep(0.01)"), ("computing", "pass")])
+def test_a_program_that_takes_too_long_is_ended_and_the_next_call_has_another(
+    tmp_path: Path, clock: Clock, wait: str
+) -> None:
+    asked = running(tmp_path, f'while request["endless"]: {wait}\n    return {{"said": "yes"}}', clock)
+    with pytest.raises(LimitPassed):
+        asked.ask({"endless": True}, 0.2)
+    assert asked.ask({"endless": False}, 5.0) == {"said": "yes"}
+    asked.end()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS has no limit of a process's memory")
+def test_a_program_that_takes_too_much_memory_is_ended(tmp_path: Path) -> None:
+    with pytest.raises(LimitPassed):
+        running(tmp_path, 'return {"size": str(len(bytearray(2 << 30)))}').ask({}, 10.0)
+
+
+def test_a_program_that_does_not_start_is_named(tmp_path: Path) -> None:
+    program = tmp_path / "broken.py"
+    program.write_text("answer = nothing\n")
+    with pytest.raises(ModelError, match=r"broken\.py, which tries things, does not start"):
+        LimitedProcess(program, "tries things", "passing").ask({}, 5.0)
