@@ -60,7 +60,7 @@ class Invariants:
             time.sleep(0.1)
 
     def _busy(self, since: float) -> list[str]:
-        now = self._world.presence()
+        now = self._world.presence(self._pid)
         if now is None or now.time < since:
             return ["the worker says nothing of itself"]
         held = [f"the lane {kind} holds {count}" for kind, (count, _) in now.lanes.items() if count]

@@ -89,10 +89,10 @@ class World:
         made.mkdir(parents=True)
         return made
 
-    def presence(self) -> Presence | None:
-        """What the worker says of itself; None if it says nothing that can be read."""
+    def presence(self, pid: int) -> Presence | None:
+        """What the worker with that process says of itself; None if it says nothing that can be read."""
         try:
-            return next((worker for worker in self.client.workers() if worker.worker == self.member.name), None)
+            return next((worker for worker in self.client.workers() if worker.pid == pid), None)
         except BrokerUnavailable:
             return None
 
