@@ -19,7 +19,7 @@ LOCK := $(LOCK_VENV)/bin/uv pip compile --no-config --universal --python-version
 LOCK_HEADER := \# Made by `make lock`: do not edit. Universal (Linux, macOS arm64; Python 3.11 and later), with hashes.
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast test-integration test-slow test-browser mutants coverage chaos check format bench bench-queue bench-kernels bench-embed bench-generate soak lock goldens peers bench-train goldens-peft clean distclean
+.PHONY: help venv demo test test-fast test-integration test-slow test-browser mutants coverage chaos fuzz check format bench bench-queue bench-kernels bench-embed bench-generate soak lock goldens peers bench-train goldens-peft clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -84,8 +84,13 @@ test-browser: $(VENV)/.browser ## Flower and Stoker's page in a real browser, wi
 
 SECONDS ?= 1200
 SEED ?= 1
-chaos: $(STAMP) ## kill, freeze, drain and cut off real workers and their broker under load, for SECONDS=1200, SEED=1
+chaos: $(STAMP) ## kill, freeze and drain real workers, cut off their broker, poison its keys and fill their disk under load, for SECONDS=1200, SEED=1
 	CHAOS_SECONDS=$(SECONDS) CHAOS_SEED=$(SEED) $(BIN)/python -m pytest -m chaos -s -p no:cacheprovider tests/chaos $(PYTEST_ARGS)
+
+ONLY ?=
+fuzz: SECONDS = 600
+fuzz: $(STAMP) ## random input against a real broker and worker, for SECONDS=600, SEED=1; ONLY=NUMBER: that input alone
+	FUZZ_SECONDS=$(SECONDS) FUZZ_SEED=$(SEED) FUZZ_ONLY=$(ONLY) $(BIN)/python -m pytest -m slow -s -p no:cacheprovider tests/fuzz/test_fuzz.py::test_random_input_for_long_hurts_itself_alone $(PYTEST_ARGS)
 
 check: $(STAMP) ## lint, format, the generated client, types, import rules, licences
 	$(BIN)/python -m tests.unasync --check

@@ -14,6 +14,8 @@ from stoker.broker.envelope import envelope
 from stoker.client import GenerateJob
 from stoker.errors import JobFailed, StokerError
 from tests.chaos.fleet import GENERATE
+from tests.wrong_types import TYPES, write
+from workers.services import mending
 
 #: Seconds in which a job that was spoiled has to fail once the storm is over.
 FAILS_WITHIN = 60.0
@@ -43,13 +45,21 @@ class Poison:
 
     def __init__(self, client: Client, queues: Sequence[str], chance: random.Random) -> None:
         self._client, self._queues, self._chance = client, list(queues), chance
+        # Not what an operator decided, nor the set that lost orders are made of anew: losing both loses jobs.
+        kept = {keys.POLICY, keys.DEAD, *map(keys.open_jobs, queues)}
+        right = dict(mending.SHARED)
+        for queue in queues:
+            right |= mending.keys_of(queue)
+        self._shared = {key: kind for key, kind in right.items() if key not in kept}
         self._number = 0
         self._sent: set[bytes] = set()
         self._spoiled: list[GenerateJob] = []
 
     def strike(self) -> bool:
         self._number += 1
-        act = self._chance.choice((self._message, self._message, self._value, self._held, self._job))
+        act = self._chance.choice(
+            (self._message, self._message, self._value, self._held, self._job, self._type, self._type)
+        )
         try:
             act()
         except StokerError:
@@ -70,6 +80,12 @@ class Poison:
         redis.hset(keys.MODELS, f"evil-{self._number}", self._chance.choice((b"garbage", b"{}", b"\xff")))
         redis.delete(keys.JANITOR)
         redis.set(keys.JANITOR, "a turn that never expires")
+
+    def _type(self) -> None:
+        """A key that all jobs share holds another type, and what was in it is lost."""
+        key = self._chance.choice(list(self._shared))
+        kind = self._chance.choice([kind for kind in TYPES if kind != self._shared[key]])
+        write(self._client.redis, key, kind, b"poison %d" % self._number, lives=None)
 
     def _held(self) -> None:
         """As if a dead worker had held it."""

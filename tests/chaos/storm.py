@@ -17,6 +17,7 @@ from stoker import Client
 from stoker.broker import keys, ledger, policy
 from stoker.broker.connection import connect
 from stoker.settings import Settings
+from tests.chaos.disk import Disk
 from tests.chaos.fleet import EMBED, GENERATE, Fleet, fleet_settings
 from tests.chaos.load import Answers, Load
 from tests.chaos.poison import Poison
@@ -72,6 +73,7 @@ class Storm:
         self._load_chance = random.Random(f"load {seed}")
         self.fleet = Fleet(settings, KEEP)
         self._poison = Poison(self._client, QUEUES, self._chance)
+        self._disk = Disk((settings.runs, settings.adapters))
         self.counts: Counter[str] = Counter()
         self.adapters = settings.adapters
 
@@ -100,9 +102,13 @@ class Storm:
         self.fleet.calm_down()
         load.settle()
         self.counts += Counter(jobs=load.jobs, entries=load.entries, cancelled=load.cancelled, refused=load.refused)
+        self.counts["lettered"] += load.sent_again.total()
         wrong = load.wrong + self._reckon()
         endings.stop()
-        return wrong + [f"{name} ended {count} times" for name, count in endings.heard.items() if count > 1]
+        # A dead letter is an end, and what is sent again has another.
+        right = {keys.result(job_id): 1 + count for job_id, count in load.sent_again.items()}
+        twice = {name: count for name, count in endings.heard.items() if count > right.get(name, 1)}
+        return wrong + [f"{name} ended {count} times" for name, count in twice.items()]
 
     def _choose(self) -> tuple[str, Callable[[], bool]]:
         acts: dict[str, tuple[int, Callable[[], bool]]] = {
@@ -114,6 +120,8 @@ class Storm:
             "broker restart": (1, self._restart_broker),
             "broker silence": (1, self._silence_broker),
             "poison": (4, self._poisoned),
+            "full disk": (1, self._fill_disk),
+            "locked disk": (1, self._lock_disk),
         }
         name = self._chance.choices(list(acts), [weight for weight, _ in acts.values()])[0]
         return name, acts[name][1]
@@ -123,6 +131,19 @@ class Storm:
             return self._poison.strike()
         except RedisError:
             return False
+
+    def _fill_disk(self) -> bool:
+        self._disk.fill([pid for member in self.fleet.members if (pid := member.pid) is not None])
+        return self._bear_and_mend()
+
+    def _lock_disk(self) -> bool:
+        self._disk.lock()
+        return self._bear_and_mend()
+
+    def _bear_and_mend(self) -> bool:
+        time.sleep(self._chance.uniform(0.5, 4))
+        self._disk.mend()
+        return True
 
     def _kill(self) -> bool:
         if not self.fleet.awake:
@@ -192,6 +213,7 @@ class Storm:
 
     def close(self) -> list[str]:
         self.fleet.stop()
+        self._disk.close()
         self._client.close()
         pid = self.broker.pid
         self.broker.close()

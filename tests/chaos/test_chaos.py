@@ -15,7 +15,18 @@ from tests.chaos.storm import Storm
 
 pytestmark = pytest.mark.integration
 
-ACTS = ("kill", "freeze", "drain", "start", "cut", "broker restart", "broker silence", "poison")
+ACTS = (
+    "kill",
+    "freeze",
+    "drain",
+    "start",
+    "cut",
+    "broker restart",
+    "broker silence",
+    "poison",
+    "full disk",
+    "locked disk",
+)
 #: Seconds of mischief between two reckonings of the long form.
 ROUND = 60.0
 
@@ -45,7 +56,9 @@ def storm_for(seconds: float, seed: int, folder: Path, round_seconds: float = RO
 
 
 def _said(counts: Counter[str]) -> str:
-    return ", ".join(f"{name} {counts[name]}" for name in ("jobs", "entries", "cancelled", "refused", *ACTS))
+    return ", ".join(
+        f"{name} {counts[name]}" for name in ("jobs", "entries", "cancelled", "refused", "lettered", *ACTS)
+    )
 
 
 @pytest.mark.timeout(300)

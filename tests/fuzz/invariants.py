@@ -16,7 +16,7 @@ from tests.leaks import open_work, overlong_keys
 #: Seconds until nothing waits and nothing is held: a lost message is found after some leases.
 QUIET_WITHIN = 45.0
 #: Megabytes by which a worker's memory may be above what it was at the first look, and the broker's.
-WORKER_GROWTH, BROKER_GROWTH = 192, 48
+WORKER_GROWTH, BROKER_GROWTH = 384, 48
 #: Threads by which a worker may have more than at the first look: Celery's pool starts one for each job that is held.
 MORE_THREADS = 24
 #: Kinds of keys that a worker or an operator keeps; all others belong to a job.

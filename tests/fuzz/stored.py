@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Callable
 from typing import Any
 
 from stoker.broker import keys
@@ -16,8 +15,8 @@ from tests.chaos.fleet import EMBED, GENERATE
 from tests.fuzz import odd
 from tests.fuzz.input import Input
 from tests.fuzz.world import QUEUES, REFUSED, World, as_json
+from tests.wrong_types import TYPES, write
 
-TYPES = ("string", "list", "hash", "zset", "set", "stream")
 #: What a job may end with whose own keys were spoiled, and a reader of such keys.
 SPOILED: tuple[type[StokerError], ...] = (*REFUSED, JobError, BrokerUnavailable)
 #: Seconds that a value lives which is put where a job's own would.
@@ -41,24 +40,6 @@ NAMES = (
 def draw(chance: random.Random, number: int) -> Input:
     sources = (_own_type, _own_field, _read, _adapter, _shared_value, _shared_type)
     return chance.choices(sources, (5, 6, 5, 3, 1.5, 0.4))[0](chance, number)
-
-
-def write(redis: Any, key: str, kind: str, value: bytes, lives: int | None = LIVES) -> None:
-    """Something of the type `kind` at `key`, in place of what is there."""
-    writes: dict[str, Callable[[Any], Any]] = {
-        "string": lambda pipeline: pipeline.set(key, value),
-        "list": lambda pipeline: pipeline.rpush(key, value),
-        "hash": lambda pipeline: pipeline.hset(key, value or b"a", value),
-        "zset": lambda pipeline: pipeline.zadd(key, {value: 1.0}),
-        "set": lambda pipeline: pipeline.sadd(key, value),
-        "stream": lambda pipeline: pipeline.xadd(key, {value or b"a": value}),
-    }
-    pipeline = redis.pipeline()
-    pipeline.delete(key)
-    writes[kind](pipeline)
-    if lives is not None:
-        pipeline.expire(key, lives)
-    pipeline.execute()
 
 
 def _value(chance: random.Random) -> bytes:
@@ -97,11 +78,11 @@ def _own_type(chance: random.Random, number: int) -> Input:
     def act(world: World) -> list[str]:
         def call() -> Job[Any]:
             if not later:
-                write(world.client.redis, key, written, value)
+                write(world.client.redis, key, written, value, LIVES)
             job = _job(world, kind, job_id)
             if later:
                 time.sleep(pause)
-                write(world.client.redis, key, written, value)
+                write(world.client.redis, key, written, value, LIVES)
             return job
 
         wrong = world.judged(call, SPOILED)
