@@ -88,6 +88,14 @@ def test_a_record_of_another_type_ends_its_own_job_and_no_other(redis: Any, kind
     assert Outcome.parse(redis.get(keys.result(f"job-{READY + 2}"))) == Outcome(JobStatus.DONE, {})
 
 
+def test_a_spoiled_record_in_the_backlog_ends_when_its_turn_comes(redis: Any) -> None:
+    for number in range(READY + 2):
+        submit(redis, f"job-{number}")
+    redis.hdel(keys.job(f"job-{READY}"), Field.PRIORITY)
+    assert take_all(redis) == [f"job-{number}" for number in range(READY + 2) if number != READY]
+    assert failed(redis, f"job-{READY}")
+
+
 def test_a_record_that_is_spoiled_in_the_ready_list_ends_when_its_message_is_taken(redis: Any) -> None:
     submit(redis)
     redis.hdel(keys.job("job"), Field.SUBMITTED)
