@@ -27,6 +27,9 @@ same class (`to_wire`, `from_wire`); the message alone travels.
 
 from __future__ import annotations
 
+#: Letters of a message that shows what a file holds.
+LONGEST = 1500
+
 
 class StokerError(Exception):
     """The root: catch it to catch everything that Stoker raises on purpose."""
@@ -67,6 +70,10 @@ class ModelError(StokerError):
     """A model's files are missing, damaged or of a kind that is not supported."""
 
     exit_code = 5
+
+    def __init__(self, message: str = "") -> None:
+        # It shows what a file holds, and that may have any length.
+        super().__init__(message if len(message) <= LONGEST else f"{message[: LONGEST - 1]}…")
 
 
 class BrokerUnavailable(StokerError):

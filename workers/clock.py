@@ -17,6 +17,13 @@ local now = time[1] .. '.' .. string.format('%06d', time[2])
 for i = 2, #ARGV do redis.call('ZADD', KEYS[1], ARGV[1], now, ARGV[i]) end
 """
 
+#: KEYS: the leases, the messages that workers hold.
+_HOLD_LOST = """
+local time = redis.call('TIME')
+local now = time[1] .. '.' .. string.format('%06d', time[2])
+for _, tag in ipairs(redis.call('HKEYS', KEYS[2])) do redis.call('ZADD', KEYS[1], 'NX', now, tag) end
+"""
+
 
 def now(redis: Any) -> float:
     """Seconds since the epoch. For a blocking client."""
@@ -28,3 +35,9 @@ def hold(pipeline: Any, tags: Iterable[str], *, known: bool) -> None:
     """Say that the messages of these tags are held now; `known`: only of those that the index has. By the script's
     text: in a pipeline nobody can send it again."""
     pipeline.eval(_HOLD, 1, keys.LEASES, "XX" if known else "CH", *tags)
+
+
+def hold_lost(redis: Any) -> None:
+    """Let the lease of each message that is held without one begin now: its own was lost with the key of the leases.
+    Without any, the message would be held for ever, by nobody."""
+    redis.eval(_HOLD_LOST, 2, keys.LEASES, keys.UNACKED)

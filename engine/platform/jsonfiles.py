@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,6 +14,8 @@ from stoker.files.durable import write_whole
 
 #: A configuration is a few hundred bytes; a tokenizer's, which lists its special tokens, up to 2 MB.
 MAX_BYTES = 16 << 20
+#: Objects and lists in one another; real files have some five.
+MAX_DEPTH = 100
 
 
 def read_object(path: Path, missing: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -30,9 +32,25 @@ def read_json(path: Path, missing: Any = None) -> Any:
         return missing
     content = read_bytes(path, MAX_BYTES)
     try:
-        return json.loads(content)
+        value = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path}: not readable as JSON ({type(error).__name__}: {error})") from error
+    check_depth(path, value)
+    return value
+
+
+def check_depth(path: Path, value: Any) -> None:
+    """Raises `ModelError` for what lies deeper in one another than any file does: readers of it would recurse."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [part for item in level for part in _parts(item)]
+        if not level:
+            return
+    raise ModelError(f"{path}: objects and lists in one another, more than {MAX_DEPTH} deep")
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def read_bytes(path: Path, most: int) -> bytes:

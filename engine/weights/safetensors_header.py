@@ -8,7 +8,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from engine.platform.jsonfiles import open_file, read_object
+from engine.platform.jsonfiles import check_depth, open_file, read_object
 from stoker.errors import ModelError
 
 #: The format's own limit on the header (bytes).
@@ -116,6 +116,7 @@ def check_header(path: Path) -> dict[str, Any]:
         raise ModelError(f"{path}: its header is not valid JSON: {error}") from error
     if not isinstance(header, dict):
         raise ModelError(f"{path}: its header is a {type(header).__name__}, not an object")
+    check_depth(path, header)
     _check_metadata(path, header.get("__metadata__"))
     spans = [(*_span(path, name, entry), name) for name, entry in header.items() if name != "__metadata__"]
     _check_cover(path, sorted(spans), size - 8 - length)

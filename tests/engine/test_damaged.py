@@ -21,6 +21,7 @@ from tokenizers import pre_tokenizers
 from engine.checkpoints.inspecting import inspect
 from engine.checkpoints.loading import load
 from engine.checkpoints.verifying import verify
+from engine.platform.jsonfiles import read_object
 from stoker.errors import ModelError
 
 ARCHITECTURES = Path(__file__).parents[1] / "goldens" / "architectures"
@@ -232,3 +233,35 @@ def test_a_number_that_is_none_is_found(tmp_path: Path, gguf: Path) -> None:
     (tmp_path / "inf.gguf").write_bytes(damaged)
     with pytest.raises(ModelError, match=r"inf\.gguf: tensor '.*' holds values"):
         verify(tmp_path / "inf.gguf")
+
+
+@pytest.mark.parametrize(
+    "file", ["config.json", "generation_config.json", "tokenizer_config.json", "adapter_config.json"]
+)
+@pytest.mark.parametrize("levels", [101, 900])
+def test_json_that_is_nested_too_deeply_is_refused_by_its_files_name(tmp_path: Path, file: str, levels: int) -> None:
+    path = tmp_path / file
+    # Each name that some reader looks into, at once.
+    names = ("eos_token_id", "rope_scaling", "added_tokens_decoder", "target_modules", "chat_template", "quantization")
+    path.write_text("{" + ", ".join(f'"{name}": {"[" * levels}{"]" * levels}' for name in names) + "}")
+    with pytest.raises(ModelError, match=rf"{file}: objects and lists in one another, more than 100 deep"):
+        read_object(path)
+    path.write_text('{"a": ' + "[" * 90 + "]" * 90 + "}")
+    assert read_object(path)["a"]
+
+
+def test_a_header_of_safetensors_that_is_nested_too_deeply_is_refused(tmp_path: Path) -> None:
+    target = copied(CHECKPOINTS[0], tmp_path)
+    header = b'{"a": ' + b"[" * 500 + b"]" * 500 + b"}"
+    (target / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    survives(target)
+    with pytest.raises(ModelError, match=r"model\.safetensors: objects and lists in one another"):
+        load("deep", [str(target)])
+
+
+def test_a_long_value_in_a_file_is_cut_in_the_error_that_names_it(tmp_path: Path) -> None:
+    target = copied(CHECKPOINTS[-1], tmp_path)
+    config = json.loads((target / "config.json").read_text())
+    for name in config:
+        (target / "config.json").write_text(json.dumps(config | {name: ["x" * 5000]}))
+        survives(target)

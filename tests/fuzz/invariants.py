@@ -60,11 +60,19 @@ class Invariants:
             time.sleep(0.1)
 
     def _busy(self, since: float) -> list[str]:
-        now = self._world.presence(self._pid)
+        now, redis = self._world.presence(self._pid), self._world.client.redis
         if now is None or now.time < since:
             return ["the worker says nothing of itself"]
         held = [f"the lane {kind} holds {count}" for kind, (count, _) in now.lanes.items() if count]
-        return held + [f"work is left at {key}" for key in open_work(self._world.client.redis)]
+        return held + [f"work is left at {key}" for key in open_work(redis) if not self._only_ids(key)]
+
+    def _only_ids(self, key: str) -> bool:
+        """Whether all that is left is ids of a client's jobs whose records went: they go when it sends more."""
+        kind, redis = keys.kind_of(key), self._world.client.redis
+        if kind is None or kind.name != "client" or redis.type(key) != b"zset":
+            return False
+        queue = key.removeprefix(keys.client("default", ""))
+        return not set(redis.zrange(key, 0, -1)) & set(redis.zrange(keys.open_jobs(queue), 0, -1))
 
     def _log_is_wrong(self) -> list[str]:
         """No error of an input is one that the worker did not expect."""

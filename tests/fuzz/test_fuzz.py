@@ -12,7 +12,6 @@ from tests.fuzz.run import drawn, fuzz
 pytestmark = pytest.mark.integration
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_random_input_for_twenty_seconds_hurts_itself_alone(tmp_path: Path) -> None:
     assert fuzz(20, 1, tmp_path).wrong == []

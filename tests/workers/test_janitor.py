@@ -139,3 +139,13 @@ def test_a_lost_message_waits_again(redis: Any) -> None:
     redis.zadd(keys.dispatched(queue), {"job": 1.0})
     worker(redis).round()
     assert redis.llen(keys.ready(queue)) == 1
+
+
+def test_a_held_message_without_a_lease_gets_one_and_the_others_keep_theirs(redis: Any, looks: Ledger) -> None:
+    redis.hset(keys.UNACKED, mapping={"kept#1": "x", "lost#1": "x"})
+    redis.zadd(keys.LEASES, {"kept#1": 5.0})
+    before = redis.time()[0]
+    worker(redis).round()
+    assert redis.zscore(keys.LEASES, "kept#1") == 5.0
+    assert before <= redis.zscore(keys.LEASES, "lost#1") <= redis.time()[0] + 1
+    assert redis.zcard(keys.LEASES) == 2

@@ -14,6 +14,7 @@ from redis.exceptions import ResponseError
 from stoker.broker import keys, ledger
 from stoker.broker.connection import passes
 from stoker.contract import CONTRACT, ModelCard
+from workers import clock
 from workers.services.broker_check import warn_of
 from workers.services.runtime import Runtime
 
@@ -36,6 +37,7 @@ class Janitor:
         if not redis.set(keys.JANITOR, self._runtime.name, nx=True, ex=every):
             return
         warn_of(redis.info("memory"))
+        clock.hold_lost(redis)
         for queue in self._queues():
             self._recover(queue, every)
 
