@@ -36,6 +36,10 @@ def read_json(path: Path, missing: Any = None) -> Any:
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path}: not readable as JSON ({type(error).__name__}: {error})") from error
     check_depth(path, value)
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ModelError(f"{path}: a text in it holds half a surrogate pair, which is no text") from None
     return value
 
 

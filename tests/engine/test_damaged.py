@@ -265,3 +265,13 @@ def test_a_long_value_in_a_file_is_cut_in_the_error_that_names_it(tmp_path: Path
     for name in config:
         (target / "config.json").write_text(json.dumps(config | {name: ["x" * 5000]}))
         survives(target)
+
+
+@pytest.mark.parametrize("text", ['{"a": "\\ud800"}', '{"\\udfff": 1}', '{"a": [{"b": "x\\udc80y"}]}'])
+def test_half_a_surrogate_pair_in_a_file_is_refused_by_its_files_name(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(ModelError, match=r"config\.json: a text in it holds half a surrogate pair"):
+        read_object(path)
+    path.write_text('{"a": "\\ud83d\\ude00"}')
+    assert read_object(path) == {"a": "😀"}
