@@ -25,7 +25,8 @@ KEPT = ("worker", "workers", "models", "janitor", "policy", "binding", "unacked"
 
 #: What kombu and Celery say of control messages that no Celery sent, with where they were when they read them.
 CONTROL = re.compile(
-    r"(Control command error|Cannot process event on channel|Can't decode message body|a message of \S+celery\.pidbox could not be delivered)"
+    r"(Control command error|Cannot process event on channel|Can't decode message body"
+    r"|a message of \S+celery\.pidbox could not be delivered)"
     r".*?(?=^\[\d{4}-|\Z)",
     re.DOTALL | re.MULTILINE,
 )
