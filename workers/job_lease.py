@@ -8,12 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from redis.exceptions import NoPermissionError, RedisError, ResponseError
+from redis.exceptions import RedisError, ResponseError
 
 from stoker.broker import ledger
 from stoker.broker.connection import passes
 from stoker.broker.ledger.ending import Ending
 from stoker.broker.ledger.replies import Claim, Crash
+from stoker.broker.trouble import forbids
 from stoker.errors import JobFailed
 from workers.blame import blame
 from workers.services.runtime import Fenced, Runtime
@@ -30,7 +31,7 @@ class Spoiled(Exception):
 
 def is_the_brokers(error: Exception) -> bool:
     """Whether another worker, or this one later, may do what the broker did not: it is away, or forbids it."""
-    return isinstance(error, RedisError) and (passes(error) or isinstance(error, NoPermissionError))
+    return isinstance(error, RedisError) and (passes(error) or forbids(error))
 
 
 @dataclass(frozen=True)

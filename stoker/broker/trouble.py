@@ -34,6 +34,11 @@ def passes(error: RedisError) -> bool:
     return isinstance(error, TROUBLE + _PASSING) or str(error).startswith(_PASSING_REPLIES)
 
 
+def forbids(error: BaseException) -> bool:
+    """Whether the broker's user may not do it; a script that meets that has no error of its own class."""
+    return isinstance(error, NoPermissionError) or "ACL failure in script" in str(error)
+
+
 def hopeless(error: Exception) -> bool:
     """Whether no further try can help: the broker refuses the login."""
     return isinstance(error, AuthenticationError | AuthorizationError)
@@ -47,7 +52,7 @@ def broker_unavailable(settings: Settings, error: BaseException, at: str = "") -
             f"the broker at {where} refuses the login ({reason}). Put its user and password into STOKER_URL: "
             "redis://USER:PASSWORD@HOST:PORT/DB."
         )
-    if isinstance(error, NoPermissionError):
+    if forbids(error):
         return BrokerUnavailable(
             f"the broker at {where} forbids it ({reason}). The user that STOKER_URL names needs the rights of its "
             "role: deploy/acl has them."

@@ -260,8 +260,9 @@ def test_every_error_that_a_page_names_exists() -> None:
                 assert issubclass(getattr(errors, name), errors.StokerError), name
 
 
-def test_every_guarantee_names_a_test_that_exists() -> None:
-    for guarantee, mechanism, shown in rows("docs/guarantees.md", "guarantee"):
+@pytest.mark.parametrize(("page", "what"), [("guarantees", "guarantee"), ("security", "threat")])
+def test_every_guarantee_and_every_threat_names_a_test_that_exists(page: str, what: str) -> None:
+    for guarantee, mechanism, shown in rows(f"docs/{page}.md", what):
         assert guarantee
         assert mechanism
         assert code(shown), guarantee

@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from redis.exceptions import NoPermissionError, RedisError
+from redis.exceptions import RedisError
 
 from stoker.broker.connection import TROUBLE, passes
+from stoker.broker.trouble import forbids
 
 #: Seconds for which a broker is asked again that answers and refuses: a replica in a fail-over, a full memory or disk.
 REFUSAL_LIMIT = 300.0
@@ -29,7 +30,7 @@ class Retry:
 
     def pause(self, error: RedisError) -> float | None:
         """Seconds to wait before the next try; None if there is no point in one."""
-        forbidden = isinstance(error, NoPermissionError)
+        forbidden = forbids(error)
         if not forbidden and not passes(error):
             return None
         if isinstance(error, TROUBLE):
