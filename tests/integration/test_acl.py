@@ -45,7 +45,13 @@ def test_every_kind_of_job_runs_under_the_users_of_the_template(tmp_path: Path) 
                 asked = '"{\\"contract\\": 1, \\"model\\": \\"tiny\\", \\"prompt\\": \\"ab\\", \\"max_tokens\\": 1}"}'
                 broker.admin.hset(keys.DEAD, "again", letter + asked)
                 client.retry("again").result(30)
-            for command in (["status"], ["jobs"], ["jobs", "dead"], ["adapters", "list", "--model", "tiny"]):
+            for command in (
+                ["status"],
+                ["jobs", "list"],
+                ["jobs", "dead"],
+                ["jobs", "policy"],
+                ["adapters", "list", "--model", "tiny"],
+            ):
                 done = CliRunner().invoke(app, [*command, "--url", str(broker.settings("client").url)])
                 assert done.exit_code == 0, done.output
                 assert "password" not in done.output
