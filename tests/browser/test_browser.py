@@ -214,10 +214,11 @@ def test_it_fits_a_phone_and_the_dark(page: Any, client: Client) -> None:
         sync.expect(page.locator(f'#running [data-key="{job.id}"]')).to_have_count(1, timeout=15_000)
         wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
         assert wide <= 0, "nothing hangs over the side: tables scroll by themselves"
-        dark = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        parts = "getComputedStyle(document.body).backgroundColor.match(/[0-9]+/g).slice(0, 3)"
+        brightness = f"{parts}.reduce((sum, one) => sum + Number(one), 0)"
+        page.wait_for_function(f"{brightness} < 200")
         page.emulate_media(color_scheme="light")
-        light = page.evaluate("getComputedStyle(document.body).backgroundColor")
-        assert sum(map(int, re.findall(r"\d+", dark)[:3])) < 200 < sum(map(int, re.findall(r"\d+", light)[:3]))
+        page.wait_for_function(f"{brightness} > 500")
         page.emulate_media(color_scheme="dark")
         keep(page, "monitor-phone")
     finally:
