@@ -97,6 +97,7 @@ check: $(STAMP) ## lint, format, the generated client, types, import rules, lice
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy examples
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q tests/test_licences.py
 

@@ -16,7 +16,7 @@ _DEFAULT = ("q_proj", "v_proj")
 _ALL = "all-linear"
 #: PEFT finds the number of a layer by this, or by `layers_pattern` in front of the number.
 _NUMBER = r".*?\.[^.]*\.(?P<idx>\d+)\."
-_SECONDS = 2.0
+SECONDS = 2.0
 _matcher = LimitedProcess(
     Path(__file__).with_name("pattern_process.py"), "matches the patterns of adapters", "computing"
 )
@@ -89,7 +89,7 @@ def _matches(where: str, field: str, pattern: str, keys: Sequence[str], *, begin
     """The keys that the regular expression `pattern` matches, each with its group `idx`."""
     try:
         request = {"pattern": pattern, "names": list(keys), "beginning": beginning}
-        found = _matcher.ask(request, _SECONDS)
+        found = _matcher.ask(request, SECONDS)
     except LimitPassed:
         raise ModelError(f"{where}: {field} {pattern[:100]!r} takes too long to match; name the layers") from None
     if "" in found:

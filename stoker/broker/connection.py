@@ -47,13 +47,13 @@ def connect(settings: Settings, timeout: float | None = None, *, patient: bool =
     options = _options(settings) if timeout is None else _options(settings) | {"socket_timeout": timeout}
     url = settings.address.redis
     if not patient:
-        return Redis.from_url(url, retry=Retry(*_retries()), **options)
+        return Redis.from_url(url, retry=Retry(*retries()), **options)
 
     def ask() -> Any:
         with Redis.from_url(url, **options) as asking:
             return asking.info("persistence")
 
-    return Redis.from_url(url, retry=PatientRetry(*_retries(), patience=settings.patience, ask=ask), **options)
+    return Redis.from_url(url, retry=PatientRetry(*retries(), patience=settings.patience, ask=ask), **options)
 
 
 def connect_async(settings: Settings) -> Any:
@@ -67,11 +67,11 @@ def connect_async(settings: Settings) -> Any:
         async with AsyncRedis.from_url(url, **options) as asking:
             return await asking.info("persistence")
 
-    retry = AsyncPatientRetry(*_retries(), patience=settings.patience, ask=ask)
+    retry = AsyncPatientRetry(*retries(), patience=settings.patience, ask=ask)
     return AsyncRedis.from_url(url, retry=retry, **options)
 
 
-def _retries() -> Any:
+def retries() -> Any:
     """Two more tries within a third of a second, after a lost connection and not after silence."""
     from redis.backoff import ExponentialBackoff
     from redis.exceptions import ConnectionError

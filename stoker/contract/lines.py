@@ -10,7 +10,7 @@ from stoker.errors import DatasetError
 
 #: More than any text of the contract takes, written as JSON with every letter escaped.
 MAX_LINE_BYTES = 8 * 2**20
-_CHUNK = 2**20
+CHUNK = 2**20
 _BOM = codecs.BOM_UTF8
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
@@ -18,7 +18,7 @@ _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 def pieces(file: BinaryIO) -> Iterator[bytes]:
     """A file in pieces of whole lines, for `numbered`: a line is read only until it is too long."""
     rest = b""
-    while chunk := file.read(_CHUNK):
+    while chunk := file.read(CHUNK):
         rest += chunk
         # A CR at the very end may be half of a CR LF.
         end = max(rest.rfind(b"\n"), rest.rfind(b"\r", 0, -1)) + 1

@@ -33,7 +33,9 @@ class Running:
     def __init__(self, adapters: Path) -> None:
         self.entries: defaultdict[str, list[Any]] = defaultdict(list)
         models = {name: CATALOGUE[name] for name in (EMBED_MODEL, GENERATE_MODEL)}
-        self.engine = Engine(models, adapters=adapters, publish=self.publish, limits=LaneLimits(slots=9))
+        self.engine = Engine(
+            models, adapters=adapters, publish=lambda entries: self.publish(entries), limits=LaneLimits(slots=9)
+        )
 
     def publish(self, entries: list[Entry]) -> None:
         for job_id, entry in entries:
@@ -228,12 +230,14 @@ def test_a_defect_in_the_loop_ends_every_job_and_is_told(tmp_path: Path) -> None
 
 
 def test_entries_that_cannot_be_published_end_their_own_job(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = running.publish
+
     def publish(entries: list[Entry]) -> None:
         if any(job_id == "unpublishable" for job_id, _ in entries):
             raise RuntimeError("this one not")
-        running.publish(entries)
+        whole(entries)
 
-    monkeypatch.setattr(running.engine, "_publish", publish)
+    monkeypatch.setattr(running, "publish", publish)
     before = running.engine.submit("published", generate("x", max_tokens=30))
     bad = running.engine.submit("unpublishable", generate("x", max_tokens=4000, n=2))
     last = running.engine.submit("unpublishable", generate("x", max_tokens=1))

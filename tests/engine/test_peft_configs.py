@@ -57,7 +57,7 @@ def test_targets_that_peft_does_not_take_are_refused_by_name(fields: dict[str, A
 
 
 def test_a_pattern_that_takes_for_ever_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(targets, "_SECONDS", 0.2)
+    monkeypatch.setattr(targets, "SECONDS", 0.2)
     with pytest.raises(ModelError, match="takes too long to match"):
         target_layers("it", {"target_modules": r"(.*)*(.*)*(.*)*(.*)*x"}, LAYERS)
     assert len(target_layers("it", {"target_modules": r".*\.q_proj"}, LAYERS)) == GOLDEN["layers"]

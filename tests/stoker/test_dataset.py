@@ -117,7 +117,7 @@ def test_a_line_that_is_nested_too_deeply_is_named() -> None:
 def test_a_large_file_is_read_in_pieces_of_whole_lines(monkeypatch: pytest.MonkeyPatch, end: bytes) -> None:
     content = [b'{"text": "%d"}' % number for number in range(100)]
     for chunk in (1, 2, 7, 64, 4096):
-        monkeypatch.setattr(lines, "_CHUNK", chunk)
+        monkeypatch.setattr(lines, "CHUNK", chunk)
         found = list(iterate_lines(lines.pieces(io.BytesIO(end.join(content) + end)), "x"))
         assert [example.completion for example in found] == [str(number) for number in range(100)]
 

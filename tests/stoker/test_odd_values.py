@@ -173,7 +173,7 @@ PARAMETERS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 @pytest.fixture
 def client(monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
     """Of a broker that is away at once, so that all is reached that comes before it; models need no look there."""
-    monkeypatch.setattr(connection, "_retries", lambda: (NoBackoff(), 0, (RedisConnectionError,)))
+    monkeypatch.setattr(connection, "retries", lambda: (NoBackoff(), 0, (RedisConnectionError,)))
     look = Client.choose_model
 
     def choose(self: Client, model: str | None, kind: str) -> str:

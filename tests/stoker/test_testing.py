@@ -23,6 +23,7 @@ from stoker.broker.registry import AdapterEntry, Verb
 from stoker.client._async.broker_link import AsyncBrokerLink
 from stoker.client._async.link import AsyncLink
 from stoker.client._async.memory_link import AsyncMemoryLink
+from stoker.client._sync import memory_link
 from stoker.client._sync.broker_link import BrokerLink
 from stoker.client._sync.memory_link import MemoryLink
 from stoker.client.in_memory.adapters import Registry
@@ -206,7 +207,7 @@ def test_a_job_that_hangs_meets_the_callers_time_limit() -> None:
 
 
 def test_waiting_without_a_limit_for_a_job_that_hangs_ends_with_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stoker.client._sync.memory_link.HANGS", 0.02)
+    monkeypatch.setattr(memory_link, "HANGS", 0.02)
     client = FakeClient()
     client.script.generate(hangs=True)
     with pytest.raises(NotScripted, match="hangs, as its answer says; nothing cancelled it"):

@@ -137,6 +137,6 @@ def test_a_store_that_fails_is_named_with_the_cause(tmp_path: Path, monkeypatch:
     def away(*_: Any) -> Any:
         raise TimeoutError("no answer")
 
-    monkeypatch.setattr(store, "_location", away)
+    monkeypatch.setattr("fsspec.implementations.local.LocalFileSystem.exists", away)
     with pytest.raises(JobFailed, match="TimeoutError: no answer"):
         store.get("m", "style", 1)

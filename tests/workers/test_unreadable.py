@@ -274,14 +274,16 @@ def test_what_the_broker_does_not_take_is_written_later_and_never_waited_for(
     def away(*_: Any) -> None:
         raise RedisConnectionError("gone")
 
-    dead = DeadMessages(SimpleNamespace(hlen=away), "w@here")
+    broker = SimpleNamespace(hlen=away)
+    dead = DeadMessages(broker, "w@here")
     for number in range(2):
         dead.add(Unreadable(b"%d" % number, QUEUE, "x"))
     with pytest.raises(RedisConnectionError):
         dead.write(wait=0.0)
     for number in range(2, 5):
         dead.add(Unreadable(b"%d" % number, QUEUE, "x"))
-    monkeypatch.setattr(dead, "_redis", redis)
+    for call in ("hlen", "hexists", "pipeline", "time"):
+        setattr(broker, call, getattr(redis, call))
     dead.write(wait=0.0)
     assert redis.hlen(keys.DEAD) == 3, "one was on its way and two could wait"
 
