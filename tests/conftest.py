@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -49,6 +50,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         shared = "stack" if "stack" in getattr(item, "fixturenames", ()) else item.path.parent.name
         item.add_marker(pytest.mark.xdist_group(shared if shared in ("stack", "kernels") else item.path.name))
+
+
+def pytest_sessionfinish() -> None:
+    """Keep what was measured now: pytest-xdist ends a process that takes long to end, and its data with it."""
+    coverage = sys.modules.get("coverage")
+    measured = coverage.Coverage.current() if coverage is not None else None
+    if measured is not None:
+        measured.save()
 
 
 def wait_until(condition: Callable[[], Any], what: str, seconds: float = 30.0) -> Any:

@@ -40,7 +40,7 @@ class Job(Task):
         timestamp: float | None = None,
         local_received: float | None = None,
         fields: Mapping[str, Any] | None = None,
-        **options: Any,
+        **named: Any,
     ) -> None:
         """What a worker says."""
         said = {name: value for name, value in (fields or {}).items() if name not in LEFT_OUT}
@@ -48,7 +48,7 @@ class Job(Task):
             share = said.get("progress")
             self.progress = f"{share:.0%}" if isinstance(share, float) else self.progress
             return
-        super().event(type_, timestamp, local_received, said, **options)
+        super().event(type_, timestamp, local_received, said, **named)
 
     def hear(self, notice: Notice, worker: Any) -> None:
         """What the ledger says."""
@@ -85,8 +85,8 @@ class Job(Task):
 class JobMemory(EventsState):
     Task = Job
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args, **named)
         #: Ids of tasks whose events came before the ledger described them.
         self.strangers: set[str] = set()
 
@@ -132,8 +132,8 @@ class JobEvents(Events):
 
     state: Any
 
-    def __init__(self, capp: Any, io_loop: Any, *, max_tasks_in_memory: int, **options: Any) -> None:
-        super().__init__(capp, io_loop, max_tasks_in_memory=max_tasks_in_memory, **options)
+    def __init__(self, capp: Any, io_loop: Any, *, max_tasks_in_memory: int, **named: Any) -> None:
+        super().__init__(capp, io_loop, max_tasks_in_memory=max_tasks_in_memory, **named)
         if not isinstance(self.state, JobMemory):
             self.state = JobMemory(max_tasks_in_memory=max_tasks_in_memory)
 

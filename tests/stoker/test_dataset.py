@@ -31,7 +31,7 @@ def test_examples_that_were_written_are_read_back(examples: list[Example]) -> No
 
 def test_a_line_end_that_a_read_cuts_in_two_is_one_line_end(monkeypatch: pytest.MonkeyPatch) -> None:
     for chunk in range(1, 8):
-        monkeypatch.setattr(lines, "_CHUNK", chunk)
+        monkeypatch.setattr(lines, "CHUNK", chunk)
         found = list(lines.numbered(lines.pieces(io.BytesIO(b"a\r\nbc\r\n\r\nd")), "x"))
         assert found == [(1, b"a"), (2, b"bc"), (4, b"d")], chunk
 
