@@ -79,7 +79,7 @@ class Watch:
             with translated(self._client.settings):
                 await self._look_around()
                 await self._look_at_queues()
-                await self._look_at_running()
+                await self.look_at_running()
                 await self._meet()
         finally:
             notices, self._notices = self._notices, []
@@ -169,7 +169,7 @@ class Watch:
             state, error = ending(head if isinstance(head, bytes) else None)
             self._notices += self.mirror.end(queue, job_id, state, error)
 
-    async def _look_at_running(self) -> None:
+    async def look_at_running(self) -> None:
         answering = self.mirror.owned(GENERATE.name)
         counts = await self._ask([_length(job_id) for job_id in answering])
         for job_id, count in zip(answering, counts, strict=True):

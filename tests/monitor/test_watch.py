@@ -227,7 +227,7 @@ def test_a_look_that_fails_tells_what_it_saw_and_the_next_one_goes_on(
 
     async def steps(watch: Watch, memory: JobMemory) -> None:
         with monkeypatch.context() as patched:
-            patched.setattr(Watch, "_look_at_running", broken)
+            patched.setattr(Watch, "look_at_running", broken)
             going = asyncio.ensure_future(watch.run())
             while not watch.trouble:
                 await asyncio.sleep(0.01)
