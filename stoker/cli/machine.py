@@ -120,7 +120,8 @@ def _serve_flower(settings: Settings, address: str, port: int, hosts: list[str])
     try:
         from stoker.monitor.command import serve
     except ModuleNotFoundError as error:
-        raise ConfigError(f"{error.name} is missing, which the monitor needs: pip install 'stoker[monitor]'.") from None
+        name = (error.name or "").partition(".")[0]
+        raise ConfigError(f"{name} is missing, which the monitor needs: pip install 'stoker[monitor]'.") from None
     serve(settings, address, port, frozenset(name.lower() for name in hosts), lambda text: print(text, flush=True))
 
 
