@@ -67,10 +67,10 @@ class Engine:
 
     `models` maps a name to its sources (`engine.checkpoints.sources`). `adapters` and `runs` are folders: for trained
     adapters, and for the checkpoints and logs of training runs (default: `runs` in the same parent). `adapter_bytes`:
-    what adapters of one model may take in memory. `train_share`: of the time, while generation waits too. `publish`
-    gets the entries of a step, from the engine's thread: it must hand them on and return, or raise and have taken none;
-    then it gets those of each job alone, and the jobs whose it raises for end with that. `limits`: of each model's
-    generation. `precision`: what `load` takes. `on_death` is called, from the same thread, if
+    what adapters of one model may take in memory. `train_share`: of the time, 0 to 1, while generation waits too.
+    `publish` gets the entries of a step, from the engine's thread: it must hand them on and return, or raise and have
+    taken none. Then it gets the entries of each job alone, and a job whose entries it raises for ends with this error.
+    `limits`: of each model's generation. `precision`: what `load` takes. `on_death` is called, from the same thread, if
     the loop ends by a defect: an engine does not come back, its process has to.
     """
 

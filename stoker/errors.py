@@ -13,12 +13,12 @@ StokerError
 ├── JobError                    the job ended without a result
 │   ├── JobCancelled            it was cancelled
 │   ├── JobFailed               it failed for a reason outside this tree
-│   ├── JobDead                 it killed one worker after another
+│   ├── JobDead                 it crashed one worker after another, or a worker gave it up: a dead letter
 │   ├── OutOfMemory             the worker's memory did not suffice for it, again and again
 │   ├── DeadlineExceeded        its deadline passed before it ended
 │   └── JobLost                 the broker knows nothing of it (expired, or its data is gone)
 ├── JobTimeout                  the caller's own time limit passed; the job goes on
-├── QueueFull                   too many jobs wait already; try again later
+├── QueueFull                   too many jobs, or bytes, wait already; try again later
 └── WorkerUnavailable           the worker is stopping or cannot take the job
 
 A message says what was given, what is allowed and what to do. A worker's error reaches the client as the
@@ -101,7 +101,10 @@ class JobFailed(JobError):
 
 
 class JobDead(JobError):
-    """The job crashed one worker after another, and is a dead letter now (`stoker jobs dead`)."""
+    """The job crashed one worker after another, or a worker gave it up because of its disk or artifact store.
+
+    It is a dead letter now (`stoker jobs dead`).
+    """
 
 
 class OutOfMemory(JobError):
@@ -123,9 +126,10 @@ class JobTimeout(StokerError, TimeoutError):
 
 
 class QueueFull(StokerError):
-    """Too many jobs wait in that queue already, or too many of this client's are open. Nothing was sent.
+    """Too many jobs wait in that queue already, its jobs have too many bytes, or too many of this client's are open.
+    Nothing was sent.
 
-    `depth`: jobs there; `limit`: how many may be; `wait`: seconds after which the queue should accept a job.
+    `depth`: jobs or bytes there; `limit`: how many may be; `wait`: seconds after which the queue should accept a job.
     """
 
     exit_code = 7

@@ -98,7 +98,7 @@ class Settings(BaseSettings):
             raise ValueError(f"cannot be found ({error}); give a whole path") from None
 
     def __repr_args__(self) -> Iterator[tuple[str | None, object]]:
-        """As pydantic's, without what URLs have of passwords: a repr may stand in any log."""
+        """As pydantic's, without the logins of URLs: a repr may stand in any log."""
         for name, value in super().__repr_args__():
             yield name, _without_login(value) if name in ("url", "artifacts") and isinstance(value, str) else value
 

@@ -65,7 +65,7 @@ class Lanes:
     def shrink(self, kind: str) -> None:
         """The jobs of this kind did not fit into memory together: hold half as many, until `grow`.
 
-        Each of the jobs that failed together says so; once counts.
+        Each of the jobs that failed together calls this; the first call counts.
         """
         with self._lock:
             if time.monotonic() - self._shrunk < SHRINK_AFTER:

@@ -1,4 +1,4 @@
-"""The broker's clock: leases and presences are told by it, because the clocks of workers differ.
+"""The broker's clock: leases and presences are dated by it, because the clocks of workers differ.
 
 A worker whose clock is a lease ahead would take every message that another holds; one that is behind would take none.
 """
@@ -32,8 +32,8 @@ def now(redis: Any) -> float:
 
 
 def hold(pipeline: Any, tags: Iterable[str], *, known: bool) -> None:
-    """Say that the messages of these tags are held now; `known`: only of those that the index has. By the script's
-    text: in a pipeline nobody can send it again."""
+    """Say that the messages of these tags are held now; `known`: only of those that the index has. The script
+    goes by its text, because a pipeline cannot send it again."""
     pipeline.eval(_HOLD, 1, keys.LEASES, "XX" if known else "CH", *tags)
 
 

@@ -20,7 +20,7 @@ MakeEngine = Callable[[Settings, Callable[..., None], Callable[[], None]], "Engi
 
 
 class WorkerContext:
-    """Made with the app, also in Flower's process, which runs no jobs. The boot step installs the runtime.
+    """Made with the app, also for Celery's own commands, which run no jobs. The boot step installs the runtime.
 
     `make_engine`: from settings, what gets a step's entries, and what is called if the engine dies.
     """

@@ -26,11 +26,11 @@ T = TypeVar("T")
 
 
 class Spoiled(Exception):
-    """The ledger cannot do its work on this job, and never will: something else than it expects lies in the broker."""
+    """The ledger can never do its work on this job, because the broker holds something else than it expects."""
 
 
 def is_the_brokers(error: Exception) -> bool:
-    """Whether another worker, or this one later, may do what the broker did not: it is away, or forbids it."""
+    """Whether another worker, or this one later, may succeed, because the broker is away or forbids the command."""
     return isinstance(error, RedisError) and (passes(error) or forbids(error))
 
 
@@ -38,8 +38,8 @@ def is_the_brokers(error: Exception) -> bool:
 class JobLease:
     """`token`: names this delivery, and no other of the job. `tag`: kombu's name of its message.
 
-    Every transition raises `Spoiled`; those that only the owner may make raise `Fenced` for a delivery that is it no
-    longer.
+    Every transition may raise `Spoiled`; those that only the owner may make raise `Fenced` for a delivery that no
+    longer owns the job.
     """
 
     runtime: Runtime
@@ -52,11 +52,11 @@ class JobLease:
         return self._persist(ledger.claim, self.token, self.tag, self.runtime.name)
 
     def complete(self, ending: Ending) -> None:
-        """The job has ended so."""
+        """End the job with `ending`."""
         self._only_as_owner(self._persist(ledger.complete, self.token, ending))
 
     def release(self) -> None:
-        """The job goes back to its queue, alive."""
+        """Give the job back to its queue, alive."""
         self._persist(ledger.release, self.token)
 
     def dead_letter(self, worker: str = "", trouble: str = "") -> tuple[Crash, ...]:
@@ -73,7 +73,7 @@ class JobLease:
         return count
 
     def give_up(self, trouble: Spoiled) -> None:
-        """End a job that the ledger cannot end: who waits for it gets the error, and its message goes."""
+        """End a job that the ledger cannot end: its client gets the error, and its message goes."""
         log.error("job %s cannot be ended as others are: %s", self.job_id, trouble)
         ending = ledger.failure(self.job_id, JobFailed(f"job {self.job_id}: {trouble}."))
         self._persist(ledger.abandon, self.token, ending)

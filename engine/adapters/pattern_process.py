@@ -1,5 +1,5 @@
 """The program that matches an adapter's regular expressions for `engine.adapters.targets`, in a process with limits:
-an expression may take without end.
+matching one may never end.
 
 `engine.platform.child` loads it by its path. It imports nothing of Stoker.
 """

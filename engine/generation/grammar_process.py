@@ -1,7 +1,7 @@
 """The program that compiles a grammar first for `engine.generation.structured`, in a process with limits.
 
 llguidance bounds what a step of a compiled grammar takes, and not what compiling takes. The bytes are the program's
-tokens: what a grammar takes to compile does not hang on the vocabulary. `engine.platform.child` loads the program by
+tokens: what a grammar takes to compile does not depend on the vocabulary. `engine.platform.child` loads the program by
 its path. It imports nothing of Stoker.
 """
 

@@ -1,8 +1,7 @@
-"""A process that does what may take without end: a line of JSON in, a line of JSON out.
+"""A process for work that may never end, or take all memory: a line of JSON in, a line of JSON out.
 
-It is started by the first call and kept. What it may take (time, memory) are the system's limits, and it sets them
-itself: it is ended in the middle of its work, and the next call starts another one. Calls from several threads
-wait for one another.
+It is started by the first call and kept. It sets limits of the system for its own time and memory, which end it in the
+middle of its work; then the next call starts another one. Calls from several threads wait for one another.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ class Checkpoints:
     def _write(self, name: str, fill: Callable[[Path], object]) -> None:
         """One that is there already stays: runs repeat bit for bit, so it is the same."""
         if (self._root / name).exists():
-            # Who renamed it may have died before it was on disk.
+            # The process that renamed it may have died before it was on disk.
             flush(self._root)
             return
         with draft_folder(self._root) as draft:

@@ -3,7 +3,7 @@
 All start with `stoker:`, Celery's own too (by `global_keyprefix`). `KINDS` lists every kind of key with the longest
 time that one of it may have left to live. Those without a lifetime are durable: the queues themselves and what Celery
 keeps about messages that are not acknowledged yet (a queue must outlive any outage, so no expiry is right for it), the
-registry of adapters, and the policy.
+registry of adapters with their files, and the policy.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ PART = 8 * 2**20
 
 
 def blob(name: str) -> str:
-    """String, bytes: a dataset on its way in, or vectors on their way out."""
+    """String, bytes: a dataset or an adapter on its way in, or vectors on their way out."""
     return f"{PREFIX}blob:{name}"
 
 
@@ -204,9 +204,9 @@ UNACKED = f"{PREFIX}unacked"
 LEASES = f"{PREFIX}unacked_index"
 #: Channel: ids of jobs that were cancelled just now.
 CANCELS = f"{PREFIX}cancels"
-#: Hash: limits and ageing, where they differ from the defaults (`stoker policy`). Durable.
+#: Hash: limits and ageing, where they differ from the defaults (`stoker jobs policy`). Durable.
 POLICY = f"{PREFIX}policy"
-#: Hash: job id → JSON of a job that crashed too many workers, until it is retried.
+#: Hash: id → JSON of a dead letter (`stoker.broker.letters`), until its job is retried.
 DEAD = f"{PREFIX}dead"
 
 

@@ -1,5 +1,5 @@
 """A broker that reads its data back from the disk: it answers `LOADING` to all that needs the data, and reports how
-far it is. A client waits for it; how long, `STOKER_PATIENCE` says."""
+far it is. A client waits for it, for `STOKER_PATIENCE` seconds."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ _PASSING_REPLIES = ("MISCONF", "NOREPLICAS", "MASTERDOWN", "LOADING", "BUSY", "N
 
 
 def passes(error: RedisError) -> bool:
-    """Whether the trouble may go away, by itself or by an operator's hand: the same command will do then."""
+    """Whether the trouble may go away, by itself or by an operator's hand, so that the same command succeeds later."""
     return isinstance(error, TROUBLE + _PASSING) or str(error).startswith(_PASSING_REPLIES)
 
 

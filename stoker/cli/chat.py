@@ -70,7 +70,7 @@ class Conversation:
         return f"{self._model}, " + (f"adapter {self.adapter}" if self.adapter else "no adapter")
 
     def note(self, text: str) -> None:
-        """What is not the model's: on standard error."""
+        """Print what is not the model's answer, on standard error."""
         notes().print(text, style="dim", markup=False)
 
     def take(self, line: str) -> None:

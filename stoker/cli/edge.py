@@ -16,16 +16,16 @@ from typing import Any
 from stoker.errors import StokerError
 from stoker.local.interrupts import INTERRUPTED
 
-#: What `OSError` ends a command with that nothing else has named.
+#: The exit code for an `OSError` that no other code has turned into an error of Stoker's.
 _FAILED = 1
-#: What a write ends with.
+#: What fails only when something is written.
 _WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 _STREAMS = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))
 
 
 class Notes(io.FileIO):
-    """Standard error: what is said there may be lost, with a terminal that has gone or on a full disk, and ends
-    nothing."""
+    """Standard error: what is written there may be lost, with a terminal that has gone or on a full disk. That does not
+    end the command."""
 
     def write(self, data: Any, /) -> int:
         try:
@@ -39,7 +39,7 @@ def open_streams() -> None:
     of an output does not have is written as its number (`\\u65e5`)."""
     for name, mode in _STREAMS:
         if getattr(sys, name) is None:
-            # In this order each gets the descriptor that is its own, which no other file can get then.
+            # In this order each gets its own descriptor, so that no other file gets it later.
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - it is open as long as the process
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -67,7 +67,7 @@ def _code_of(command: Callable[[], object]) -> int:
         command()
     except SystemExit as end:
         if isinstance(end.__context__, BrokenPipeError):
-            # So typer ends a command whose reader has gone.
+            # typer ends a command in this way when its reader has gone.
             return 0
         return end.code if isinstance(end.code, int) else 0 if end.code is None else _say(str(end.code), 1)
     except StokerError as error:
@@ -90,7 +90,7 @@ def _described(error: OSError) -> str:
     why = error.strerror or str(error)
     if error.filename is not None:
         return f"{os.fsdecode(error.filename)}: {why}."
-    # Who writes a file names it.
+    # Code that writes a file names it; what has no name is standard output.
     return f"standard output: {why}." if error.errno in _WRITING else f"{why}."
 
 

@@ -83,7 +83,7 @@ def embed(
 
 
 def source_of(given: str, path: Path, field: str | None) -> Source:
-    """What has no name is a text a line, or JSON lines where their field is named."""
+    """Input without a name is a text a line, or JSON lines if `field` names one of theirs."""
     plain = inputs.is_unnamed(given) and field is None
     if plain:
         _refuse_objects(Source(path, "", plain=True))
@@ -91,7 +91,7 @@ def source_of(given: str, path: Path, field: str | None) -> Source:
 
 
 def _refuse_objects(source: Source) -> None:
-    """JSON lines that are taken for texts would be embedded, braces and all."""
+    """Raise `InvalidRequest` for JSON lines that are taken for texts: they would be embedded, braces and all."""
     first = next(source.texts(), "")
     try:
         is_object = isinstance(json.loads(first), dict)

@@ -23,7 +23,7 @@ _LONGEST = 4 * MAX_TEXT_CHARS
 
 
 def stdin() -> BinaryIO:
-    """Standard input, as bytes: what a text's encoding is, is not the terminal's to say."""
+    """Standard input, as bytes, because the terminal does not decide which encoding a text has."""
     found: BinaryIO = sys.stdin.buffer
     return found
 

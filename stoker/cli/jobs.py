@@ -96,7 +96,7 @@ def _is_meant(job: OpenJob, model: str | None, kind: str | None) -> bool:
 
 
 def _cancel_each(client: Client, job_ids: list[str]) -> None:
-    """A job that is not known (any more) is said so, and hinders none of the others."""
+    """A job that is not known (any more) is named, and does not hinder the others."""
     for job_id in job_ids:
         try:
             print(_cancelled(client, job_id))

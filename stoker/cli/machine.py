@@ -190,7 +190,7 @@ def check_kernels(
     hard: Annotated[bool, typer.Option("--hard", help="Also inputs at which mistakes would be expected.")] = False,
 ) -> None:
     """Run every fused kernel of this machine's back-end against its reference."""
-    # Before an hour of work: what cannot be written is said at once.
+    # A report that cannot be written is an error now, and not after an hour of work.
     report.open("a").close()
     chosen = [part for name in kernel or () for part in ("--kernel", name)]
     caches = os.environ.get("XDG_CACHE_HOME")

@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 #: Texts of a job: enough to fill batches, few enough to share a thousand texts among workers.
 BATCH_TEXTS = 256
-#: Characters of a job: one of long texts is still a matter of seconds, and a message of a few hundred kilobytes.
+#: Characters of a job: one of long texts is still a matter of seconds, and a request of a few hundred kilobytes.
 BATCH_CHARS = 500_000
 #: How often a job is sent before its failure is the caller's.
 ATTEMPTS = 3

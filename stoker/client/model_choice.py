@@ -82,13 +82,13 @@ def choose_model(model: str | None, kind: str, known: Mapping[str, ModelCard], w
 
 
 class Choices:
-    """What `choose_model` said lately, so that a client that sends many jobs asks no more often than workers report."""
+    """What `choose_model` chose lately, so that a client of many jobs asks no more often than workers report."""
 
     def __init__(self) -> None:
         self._kept: dict[tuple[str | None, str], tuple[str, float]] = {}
 
     def get(self, model: str | None, kind: str) -> str | None:
-        """None: it said nothing lately. Raises `InvalidRequest` for what is no text, and so no name of a model."""
+        """The model that was chosen lately; None if none was. Raises `InvalidRequest` for a `model` that is no text."""
         if not isinstance(model, str | None):
             raise InvalidRequest(f"model: {brief(model)} given; expected a name, or None for the only model there is.")
         chosen, until = self._kept.get((model, kind), ("", 0.0))

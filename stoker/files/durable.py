@@ -75,7 +75,7 @@ def publish(draft: Path, target: Path) -> bool:
         if not os.path.lexists(target):
             raise
         new = False
-    # Also for one that is there: who renamed it may have died before this.
+    # Also for one that is there: the writer that renamed it may have died before this.
     flush(target.parent)
     return new
 

@@ -177,7 +177,7 @@ def _restore_keys(lines: IO[bytes], redis: Any) -> tuple[int, list[str]]:
         if kind is None or kind.name not in KINDS:
             raise ValueError(f"{name} is no key of a backup")
         if entry["type"] == "set":
-            # Names alone: they add up.
+            # A set of names: what is missing is added, and nothing is overwritten.
             added += int(redis.sadd(name, *[_bytes(member) for member in entry["value"]]) > 0)
         elif redis.exists(name):
             kept.append(name)

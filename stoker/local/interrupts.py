@@ -7,7 +7,7 @@ import signal
 from collections.abc import Callable
 from types import FrameType
 
-#: What a process ends with that was asked to.
+#: The exit code of a process that was asked to end.
 INTERRUPTED = 130
 _ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -20,18 +20,18 @@ def handle(handler: Callable[[int, FrameType | None], object]) -> None:
 
 
 def end_at_once() -> None:
-    """While nothing has begun, what asks the process to end ends it where it stands: there is nothing to clean up."""
+    """While nothing has begun, these signals end the process at once, because there is nothing to clean up."""
     handle(lambda *_: os._exit(INTERRUPTED))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _ASKING)
 
 
 def hold_back() -> None:
-    """Let them wait until the program that this process becomes (`exec`) has called `end_at_once`."""
+    """Let these signals wait until the program that this process becomes (`exec`) has called `end_at_once`."""
     signal.pthread_sigmask(signal.SIG_BLOCK, _ASKING)
 
 
 def end_cleanly() -> None:
-    """From now on it ends as by Ctrl-C."""
+    """From now on each of these signals ends the process as Ctrl-C does."""
     handle(_interrupt)
 
 

@@ -40,7 +40,7 @@ def password(settings: Settings) -> str:
 
 @dataclass(frozen=True)
 class Refusal:
-    """What a request that may not be gets."""
+    """The answer to a request that is refused."""
 
     status: int
     text: str
@@ -85,7 +85,7 @@ class Gate:
 
 
 def _name(host: str) -> str:
-    """The host without its port; "" for what is none."""
+    """The host without its port; "" if there is none."""
     try:
         return (urlsplit(f"//{host}").hostname or "").rstrip(".")
     except ValueError:
@@ -93,7 +93,7 @@ def _name(host: str) -> str:
 
 
 def _is_address(name: str) -> bool:
-    """No page can make its own name be an address."""
+    """Whether it is an IP address: a page can point its own name at this machine, and never an address."""
     try:
         ipaddress.ip_address(name)
     except ValueError:
@@ -102,7 +102,7 @@ def _is_address(name: str) -> bool:
 
 
 def _own_page(host: str, headers: Mapping[str, str]) -> bool:
-    """Whether one of the monitor's own pages asks, or a program: that sends neither of the three."""
+    """Whether one of the monitor's own pages asks, or a program, which sends none of the three headers."""
     site = headers.get("Sec-Fetch-Site")
     if site is not None and site != "same-origin":
         return False

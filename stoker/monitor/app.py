@@ -84,7 +84,7 @@ class Monitor(Flower):
         return super().find_handler(request, **kwargs)
 
     def start(self) -> None:
-        """Until the loop is stopped."""
+        """Run until the loop is stopped."""
         self.io_loop.add_callback(self._start_watching)
         super().start()
 

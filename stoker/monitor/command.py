@@ -48,7 +48,7 @@ def serve(settings: Settings, address: str, port: int, names: frozenset[str], sa
 
 
 def run(monitor: Monitor) -> None:
-    """Until a signal asks for the end; then the history is written."""
+    """Run until a signal asks for the end; then the history is written."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         monitor.io_loop.asyncio_loop.add_signal_handler(number, monitor.io_loop.stop)
     try:

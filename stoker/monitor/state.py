@@ -2,8 +2,8 @@
 
 Workers' events say when a job was received, started and ended. They come only from workers that are asked to send them,
 they know nothing of a job that waits, and Celery ranks any state of its own making above every end. So the ledger has
-the last word here: `JobMemory.hear` tells a task what the ledger says, and a worker's event never overrules an end.
-Neither prompts nor results are taken in.
+the last word here: `JobMemory.hear` takes in what the ledger says of a task, and a worker's event never overrules an
+end. Neither prompts nor results are taken in.
 """
 
 from __future__ import annotations

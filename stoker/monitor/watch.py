@@ -1,4 +1,4 @@
-"""Looking at the ledger once a second, and telling Flower's memory and Stoker's page what there is.
+"""Looking at the ledger once a second, and reporting to Flower's memory and Stoker's page what there is.
 
 What it costs the broker is bounded: a queue's newest jobs and its count, the records of jobs that are new or about to
 run, and one number for each job that runs. The ids of a queue are compared as a whole only when its count differs.
@@ -74,7 +74,7 @@ class Watch:
             await asyncio.sleep(EVERY)
 
     async def round(self) -> None:
-        """One look. What was seen before it failed is told all the same: it is not seen a second time."""
+        """One look. What was seen before it failed is reported all the same: it is not seen a second time."""
         try:
             with translated(self._client.settings):
                 await self._look_around()

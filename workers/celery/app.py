@@ -1,4 +1,4 @@
-"""The Celery app of a worker. Importing it loads no model and no MLX, so that Flower can use it too."""
+"""The Celery app of a worker. Importing it loads no model and no MLX, so that Celery's own commands can use it too."""
 
 from __future__ import annotations
 

@@ -111,8 +111,8 @@ class EngineStep(bootsteps.StartStopStep):
 
 
 def _process_name(node: str) -> str:
-    """This process in the ledger. A worker that is started again keeps its `node`, its row in Flower, and must not be
-    taken for the owner of what its predecessor left."""
+    """The name of this process in the ledger. A worker that is started again keeps its `node`, and so its row in
+    Flower; it must not be taken for the owner of what its predecessor left."""
     return f"{node}/{uuid.uuid4().hex[:8]}"
 
 

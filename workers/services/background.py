@@ -18,7 +18,7 @@ from stoker.broker.connection import passes
 
 log = logging.getLogger(__name__)
 
-#: What a worker ends with that has lost a thread, or whose engine hangs (EX_SOFTWARE).
+#: The exit code of a worker that has lost a thread, or whose engine hangs (EX_SOFTWARE).
 EXIT_CODE = 70
 #: Rounds with the same trouble between two lines of the log.
 SAY_EVERY = 100

@@ -28,9 +28,9 @@ class CancelWatch:
                 self.hear(pubsub.get_message(timeout=SWEEP_EVERY))
 
     def hear(self, message: Any) -> None:
-        """A nudge names a job; none within a second is a time to look at the marks."""
+        """A nudge names a job; after a second without one the marks are looked at."""
         if message is None:
             self._runtime.cancel_if_asked()
         else:
-            # What is no text is the id of no job.
+            # Bytes that are no text name no job.
             self._runtime.cancel(message["data"].decode(errors="replace"))

@@ -21,7 +21,7 @@ from workers.services.runtime import Runtime
 
 log = logging.getLogger(__name__)
 
-#: What a worker ends with that could not give its jobs back.
+#: The exit code of a worker that could not give its jobs back.
 EX_TEMPFAIL = 75
 #: Seconds between looks at a broker that may be away, and looks in a row that it may miss.
 LOOK_EVERY, MISSES = 1.0, 2

@@ -138,7 +138,7 @@ class Publisher:
             self._fail(job_id, wrong[keys.stream(job_id)])
 
     def _refuse(self, entries: list[Entry], error: Exception) -> None:
-        """The broker will not take these together: send each job's alone, so that only those fail that are to blame."""
+        """The broker will not take these together: send each job's alone, so that only jobs that are to blame fail."""
         jobs = list(dict.fromkeys(job_id for job_id, _ in entries))
         if len(jobs) == 1:
             return self._fail(jobs[0], str(error))

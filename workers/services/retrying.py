@@ -19,9 +19,9 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.05, 2.0
 
 
 class Retry:
-    """One thing that must reach the broker. A broker that is away is waited for until the worker stops, because
-    nothing can be reported to anybody meanwhile; one that refuses, for `limit` seconds; one that forbids, for a few;
-    any other error is no reason to ask again."""
+    """One thing that must reach the broker. A broker that is away is waited for until the worker stops, because nothing
+    can be reported meanwhile. One that refuses is asked again for `limit` seconds, and one that forbids for
+    `FORBIDDEN_LIMIT`. After any other error it is not asked again."""
 
     def __init__(self, limit: float = REFUSAL_LIMIT, clock: Callable[[], float] = time.monotonic) -> None:
         self._limit, self._clock = limit, clock

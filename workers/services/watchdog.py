@@ -22,7 +22,7 @@ from workers.services.runtime import Runtime
 log = logging.getLogger(__name__)
 
 LOOK_EVERY = 1.0
-#: Seconds that the broker has to take what is said of the jobs.
+#: Seconds that the broker has to take what is written into the jobs' records.
 REPORT_WITHIN = 1.0
 
 

@@ -11,7 +11,7 @@ for longer than its lease) finds its token replaced: it is fenced, and must leav
 A message can be lost between the ready list and a worker's memory. `recover` finds jobs that were dispatched and that
 no living worker owns, and lets them wait again; that is safe, because a second delivery of a running job is dropped.
 
-What the record holds, and how it is read, says `record.py`; what the scripts answer, `replies.py`.
+`record.py` says what the record holds and how it is read; `replies.py` says what the scripts answer.
 
 `submission` and `cancellation` are calls that a blocking or an asyncio client sends; every other function takes a
 blocking client.
@@ -168,7 +168,8 @@ def _version(reply: bytes) -> str:
 
 
 def note_trouble(pipeline: Any, job_id: str, trouble: str) -> None:
-    """Say in the job's record why its owner is about to end. By its text: in a pipeline nobody can send it again."""
+    """Say in the job's record why its owner is about to end. The script goes by its text, because a pipeline
+    cannot send it again."""
     pipeline.eval(TROUBLE, 1, keys.job(job_id), trouble)
 
 

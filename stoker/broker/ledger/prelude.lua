@@ -107,7 +107,7 @@ local function enter_backlog(priority, client)
   add(backlog(priority), turn, id)
 end
 
--- The job will never run, because something else than Stoker wrote into its record: who waits for it gets an error, where
+-- The job will never run, because something else than Stoker wrote into its record: its client gets an error, where
 -- no result is yet.
 local function spoil(of)
   local record, result_of = job_prefix .. of, prefix .. 'celery-task-meta-' .. of

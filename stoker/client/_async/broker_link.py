@@ -136,7 +136,7 @@ class AsyncBrokerLink:
         return entries
 
     async def _say_who_is_missing(self, job_id: str) -> None:
-        """Silence would look like a hang, where no worker that is alive can run the job."""
+        """Log a warning if no living worker can run the job: silence would look like a hang."""
         job = await listed(job_id).on_async(self._redis)
         if job is not None and not model_choice.is_served(job.model, job.kind, await self.workers()):
             log.warning("job %s waits: no worker that is alive can %s with %s.", job_id, job.kind, job.model)

@@ -137,7 +137,7 @@ class BrokerLink:
         return entries
 
     def _say_who_is_missing(self, job_id: str) -> None:
-        """Silence would look like a hang, where no worker that is alive can run the job."""
+        """Log a warning if no living worker can run the job: silence would look like a hang."""
         job = listed(job_id).on(self._redis)
         if job is not None and not model_choice.is_served(job.model, job.kind, self.workers()):
             log.warning("job %s waits: no worker that is alive can %s with %s.", job_id, job.kind, job.model)
