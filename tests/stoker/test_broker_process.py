@@ -148,3 +148,9 @@ def test_a_home_is_closed_to_other_users_also_one_that_was_open(tmp_path: Path) 
     home.mkdir(mode=0o755)
     make_home(home)
     assert home.stat().st_mode & 0o777 == 0o700
+
+
+def test_the_broker_is_in_a_session_of_its_own(tmp_path: Path) -> None:
+    """Ctrl-C in the terminal reaches the command that started it, and ends the broker last."""
+    with running(tmp_path) as (_, client):
+        assert os.getsid(int(client.info()["process_id"])) != os.getsid(0)

@@ -91,6 +91,14 @@ def test_a_job_keeps_the_version_that_its_first_owner_chose(home: Home, tmp_path
     assert adapters.pinned(home.run("c"), "m", "style@1") == "style@1"
 
 
+def test_a_job_keeps_its_version_also_when_none_serves_any_more(home: Home) -> None:
+    home.write()
+    home.publish(1)
+    assert adapters.pinned(home.run("job"), "m", "style") == "style@1"
+    registry.change(home.redis, "m", "deactivate", "style", None)
+    assert adapters.pinned(home.run("job"), "m", "style") == "style@1"
+
+
 def test_of_two_owners_that_choose_at_once_the_second_takes_what_the_first_wrote(
     home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:

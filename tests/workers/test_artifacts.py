@@ -117,6 +117,7 @@ def test_without_a_store_the_broker_keeps_it(broker: Settings) -> None:
     store = Artifacts(broker, redis)
     store.check()
     store.put("m", "style", 1, b"first")
+    store.put("m", "style", 1, b"never written over")
     assert store.get("m", "style", 1) == b"first"
     assert store.get("m", "style", 2) is None
     redis.delete(keys.artifact("m", "style", 1))

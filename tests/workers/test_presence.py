@@ -13,8 +13,9 @@ from redis.exceptions import ResponseError
 from stoker.broker import keys
 from stoker.broker.connection import connect
 from stoker.client.model_choice import parse_cards, parse_presences
-from stoker.contract import ModelCard
+from stoker.contract import CONTRACT, ModelCard
 from stoker.settings import Settings
+from workers import clock
 from workers.services.presence import Heart
 
 CARD = ModelCard(model="m", architecture="a", kinds=("embed",), context=1, parameters=1)
@@ -66,6 +67,23 @@ def test_a_beat_says_what_is_warm_and_expires(redis: Any, others: Others) -> Non
     assert 0 < redis.ttl(keys.worker("w@here")) <= keys.PRESENCE_TTL
     assert list(parse_cards(redis.hgetall(keys.MODELS))) == ["m"]
     assert redis.zscore(keys.WORKERS, "w@here")
+
+
+def test_workers_that_went_silent_long_ago_are_forgotten(redis: Any, others: Others) -> None:
+    redis.zadd(keys.WORKERS, {"long ago": 1.0, "of today": clock.now(redis) - 60})
+    heart(redis, others).beat()
+    assert redis.zrange(keys.WORKERS, 0, -1) == [b"of today", b"w@here"]
+
+
+def test_workers_of_two_generations_each_have_a_card_of_the_same_model(
+    redis: Any, others: Others, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client takes the one that it understands: `parse_cards`."""
+    heart(redis, others).beat()
+    monkeypatch.setattr(f"{__name__}.CARD", CARD.model_copy(update={"contract": CONTRACT + 1}))
+    heart(redis, others).beat()
+    assert sorted(redis.hkeys(keys.MODELS)) == [f"m/{CONTRACT}".encode(), f"m/{CONTRACT + 1}".encode()]
+    assert parse_cards(redis.hgetall(keys.MODELS), clock.now(redis))["m"].contract == CONTRACT
 
 
 @pytest.mark.parametrize("error", [ResponseError("WRONGTYPE"), ValueError("no JSON")])

@@ -162,10 +162,19 @@ def test_more_than_a_batch_goes_in_order(
     monkeypatch: pytest.MonkeyPatch, redis: Any, make: Callable[..., Publisher]
 ) -> None:
     monkeypatch.setattr(publishing, "BATCH", 3)
+    sizes: list[int] = []
+    send = redis.eval
+
+    def counted(script: str, count: int, *rest: Any) -> Any:
+        sizes.append(count // 2)
+        return send(script, count, *rest)
+
+    monkeypatch.setattr(redis, "eval", counted)
     publisher = make()
     publisher.publish(entries("a", 8))
     publisher.flush("a")
     assert indices(redis, "a") == list(range(8))
+    assert sizes == [3, 3, 2]
 
 
 def test_flush_waits_for_all_that_was_published_before(redis: Any, make: Callable[..., Publisher]) -> None:

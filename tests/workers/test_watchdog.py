@@ -84,6 +84,20 @@ def test_a_hang_is_noted_in_the_record_of_each_job_and_ends_the_process(
     assert "watchdog.py" in capfd.readouterr().err, "the stack of every thread"
 
 
+def test_a_worker_whose_hang_cannot_be_reported_ends_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, broker: Settings
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ValueError("a defect")
+
+    ended = threading.Event()
+    dog = Watchdog(runtime(broker), 1e-9, ended.set)
+    monkeypatch.setattr(dog, "look", lambda: True)
+    monkeypatch.setattr(watchdog, "connect", broken)
+    dog.start()
+    assert ended.wait(30)
+
+
 def test_no_limit_is_no_watchdog() -> None:
     before = threading.active_count()
     Watchdog(runtime(), 0).start()
