@@ -47,8 +47,9 @@ class AsyncClient:
     """Enqueues jobs. Close it, or use it in `async with`. Any number of event loops and threads may share it.
 
     `url` overrides `STOKER_URL`; without both it is the broker of a `stoker up` on this machine, else
-    `redis://127.0.0.1:6379/0`. Every method raises `BrokerUnavailable` if the broker does not answer, and
-    `InvalidRequest` before anything is sent if the request cannot be run.
+    `redis://127.0.0.1:6379/0`. Every method raises `BrokerUnavailable` if the broker does not answer. What sends a job
+    raises, before anything is sent, `InvalidRequest` if the request cannot be run, `UnknownModel` if no worker can run
+    it, and `QueueFull`.
 
     `key` names the sender: clients of one queue get equal shares of it, and each has a limit of its own. `queue_wait`:
     seconds to wait for room in a queue that is full before `QueueFull` is raised. They override
@@ -99,7 +100,7 @@ class AsyncClient:
         job_id: str | None = None,
         **options: Unpack[EmbedOptions],
     ) -> AsyncEmbedJob:
-        """Turn texts into vectors: the result is float32 (len(texts), dim), in order.
+        """Turn texts into vectors: the result is (len(texts), dim), in order, float32 unless `dtype` says float16.
 
         Options and their defaults: normalize=None (as the model's files say), truncation="error" (or "end"; also
         truncate=True), prompt=None, dimensions=None (all), dtype="float32" (or "float16", "int8": float32 again when
@@ -208,13 +209,13 @@ class AsyncClient:
         return await self.link.jobs()
 
     async def dead(self) -> dict[str, Letter]:
-        """Dead letters: jobs whose workers ended one after another, and messages that no worker can read.
+        """Dead letters: jobs that crashed their workers or were given up, and messages that no worker can read.
         id → kind, model, history."""
         return await self.link.dead()
 
     async def retry(self, job_id: str) -> AnyAsyncJob:
         """Send a dead job again, under its own id and for the client that sent it. Raises `JobLost` if there is none of
-        that id."""
+        that id, and `InvalidRequest` for a message that is no job."""
         letter = (await self.dead()).get(requests.known_by(job_id))
         if letter is None:
             raise JobLost(f"job {job_id}: no dead letter of that id. `stoker jobs dead` lists them.")
@@ -225,7 +226,8 @@ class AsyncClient:
         return JOBS[request.kind](self.link, job_id)
 
     async def choose_model(self, model: str | None, kind: str) -> str:
-        """The name to send to: that of `model`, or of the only model that is warm and can do `kind`."""
+        """The name to send to: that of `model`, or of the only model that is warm and can do `kind`. Raises
+        `UnknownModel`."""
         chosen = self._choices.get(model, kind)
         if chosen is None:
             chosen = model_choice.choose_model(model, kind, await self.models(), await self.workers())

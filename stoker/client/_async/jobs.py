@@ -50,7 +50,10 @@ class AsyncJob(Generic[R]):
         return await self.link.status(self.id)
 
     async def cancel(self) -> None:
-        """Stop the job wherever it is: waiting, running, or already done (then nothing happens)."""
+        """Stop the job wherever it is: waiting, running, or already done (then nothing happens).
+
+        Raises `JobLost` if the broker does not know it.
+        """
         await self.link.cancel(self.id)
 
     async def _read(self, value: object) -> R:
@@ -71,7 +74,7 @@ class AsyncEmbedJob(AsyncJob["np.ndarray"]):
     """`result()` is (texts, dim), float32; float16 if `dtype` asked for it."""
 
     async def encoded(self, timeout: float | None = None) -> Encoded:
-        """As `result`, except that int8 comes as it travelled: codes and scales."""
+        """As `result`, except that int8 comes as it travelled: codes (texts, dim) and scales, one for each text."""
         return await self._fetch(await self.link.value(self.id, timeout))
 
     async def discard(self) -> None:
@@ -105,7 +108,8 @@ class AsyncTrainJob(AsyncJob[TrainResult]):
     """`progress()` yields a report a step; `result()` names the adapter."""
 
     def progress(self, *, timeout: float | None = None, cancel_on_close: bool = False) -> AsyncGenerator[TrainReport]:
-        """Every report once, in order. Leaving the loop early leaves the run alone, unless `cancel_on_close`."""
+        """Every report once, in order. `timeout`: seconds without a report. Leaving the loop early lets the run go on,
+        unless `cancel_on_close`."""
         return self._entries(TrainReport, timeout, cancel_on_close)
 
     async def _read(self, value: object) -> TrainResult:

@@ -25,7 +25,8 @@ class Adapters:
     """Lists, loads, promotes and takes back. `model` may be left out where just one model generates.
 
     A version is named `name@version`. What is changed here holds at once for every worker; jobs that have begun keep
-    the version that they began with.
+    the version that they began with. A name or version that there is not raises `UnknownAdapter`; what cannot be done,
+    such as taking out the version that serves, raises `InvalidRequest`.
     """
 
     def __init__(self, link: Link, choose_model: Chooser) -> None:

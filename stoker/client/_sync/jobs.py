@@ -51,7 +51,10 @@ class Job(Generic[R]):
         return self.link.status(self.id)
 
     def cancel(self) -> None:
-        """Stop the job wherever it is: waiting, running, or already done (then nothing happens)."""
+        """Stop the job wherever it is: waiting, running, or already done (then nothing happens).
+
+        Raises `JobLost` if the broker does not know it.
+        """
         self.link.cancel(self.id)
 
     def _read(self, value: object) -> R:
@@ -72,7 +75,7 @@ class EmbedJob(Job["np.ndarray"]):
     """`result()` is (texts, dim), float32; float16 if `dtype` asked for it."""
 
     def encoded(self, timeout: float | None = None) -> Encoded:
-        """As `result`, except that int8 comes as it travelled: codes and scales."""
+        """As `result`, except that int8 comes as it travelled: codes (texts, dim) and scales, one for each text."""
         return self._fetch(self.link.value(self.id, timeout))
 
     def discard(self) -> None:
@@ -106,7 +109,8 @@ class TrainJob(Job[TrainResult]):
     """`progress()` yields a report a step; `result()` names the adapter."""
 
     def progress(self, *, timeout: float | None = None, cancel_on_close: bool = False) -> Generator[TrainReport]:
-        """Every report once, in order. Leaving the loop early leaves the run alone, unless `cancel_on_close`."""
+        """Every report once, in order. `timeout`: seconds without a report. Leaving the loop early lets the run go on,
+        unless `cancel_on_close`."""
         return self._entries(TrainReport, timeout, cancel_on_close)
 
     def _read(self, value: object) -> TrainResult:
