@@ -137,10 +137,11 @@ def spoiled(chance: random.Random, document: Any, odd: Callable[[random.Random],
     return found
 
 
-def _copied(document: Any) -> Any:
-    if isinstance(document, dict):
-        return {name: _copied(part) for name, part in document.items()}
-    return [_copied(part) for part in document] if isinstance(document, list) else document
+def _copied(document: Any, depth: int = 8) -> Any:
+    """A copy as deep as its parts are replaced."""
+    if isinstance(document, dict) and depth:
+        return {name: _copied(part, depth - 1) for name, part in document.items()}
+    return [_copied(part, depth - 1) for part in document] if isinstance(document, list) and depth else document
 
 
 def _places(document: Any, depth: int = 8) -> list[tuple[Any, Any]]:

@@ -24,7 +24,12 @@ LIVES = 600
 #: Seconds until a worker goes on that found a key spoiled which all share.
 MENDED_WITHIN = 30.0
 #: A raw value in a hash or a set that all share → what it is.
-SHARED_HASHES = (keys.MODELS, keys.DEAD, keys.POLICY, *(f(queue) for queue in QUEUES for f in (keys.turns, keys.pace)))
+SHARED_HASHES = (
+    keys.MODELS,
+    keys.DEAD,
+    keys.POLICY,
+    *(f(queue) for queue in QUEUES for f in (keys.turns, keys.pace, keys.sizes)),
+)
 SHARED_ORDERS = (
     keys.WORKERS, f"{keys.UNACKED}_index",
     *(f(queue) for queue in QUEUES for f in (keys.dispatched, keys.open_jobs, lambda queue: keys.backlog(queue, 5))),
@@ -158,13 +163,13 @@ def _adapter(chance: random.Random, number: int) -> Input:
     sound: dict[str, Any] = {"next": "1", "serving": "1", "history": "[]", "version:1": json.dumps({"rank": 2})}
     field = chance.choice((*sound, "version:x", "version:0", "version:99999999999999999999", ""))
     fields = sound | {field: chance.choice((_value(chance), str(chance.choice(odd.NUMBERS)).encode()))}
-    files, typed = _value(chance), chance.random() < 0.15
+    files, typed = _value(chance), chance.choice(TYPES) if chance.random() < 0.15 else None
 
     def act(world: World) -> list[str]:
         key = keys.adapter(GENERATE, name)
         redis: Any = world.client.redis
         if typed:
-            write(redis, key, chance.choice(TYPES), files, lives=None)
+            write(redis, key, typed, files, lives=None)
         else:
             redis.hset(key, mapping=fields)
         redis.set(keys.artifact(GENERATE, name, 1), files)
@@ -231,7 +236,8 @@ SHARED_TYPES: dict[str, str] = {
     keys.adapters(GENERATE): "set",
     **{keys.ready(queue): "list" for queue in QUEUES}, **{keys.open_jobs(queue): "zset" for queue in QUEUES},
     **{keys.dispatched(queue): "zset" for queue in QUEUES}, **{keys.turns(queue): "hash" for queue in QUEUES},
-    **{keys.pace(queue): "hash" for queue in QUEUES}, **{keys.backlog(queue, 5): "zset" for queue in QUEUES},
+    **{keys.pace(queue): "hash" for queue in QUEUES}, **{keys.sizes(queue): "hash" for queue in QUEUES},
+    **{keys.backlog(queue, 5): "zset" for queue in QUEUES},
     **{keys.client("default", queue): "zset" for queue in QUEUES},
     **{f"{keys.PREFIX}_kombu.binding.{queue}": "set" for queue in QUEUES},
     f"{keys.PREFIX}_kombu.binding.celery.pidbox": "set",

@@ -73,7 +73,8 @@ def _named(chance: random.Random, number: int) -> Input:
     name = (
         chance.choice(NAMES).format(id=job_id, sha="0" * 64) if chance.random() < 0.7 else str(odd.TEXTS[number % 20])
     )
-    name = name[:200] or "x"
+    # A key of the broker's is bytes: half a surrogate pair cannot be part of one.
+    name = name[:200].encode(errors="replace").decode() or "x"
 
     def give(world: World) -> list[str]:
         return _submitted(world, job_id, name, lambda key: None)

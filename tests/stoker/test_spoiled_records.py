@@ -9,6 +9,7 @@ from contextlib import closing
 from typing import Any
 
 import pytest
+from redis.exceptions import ResponseError
 
 from stoker.broker import keys, ledger, registry
 from stoker.broker.connection import connect
@@ -220,3 +221,13 @@ def test_what_no_release_wrote_into_an_adapters_hash_keeps_no_version_from_servi
     assert registry.parse("toy", "style", redis.hgetall(key)).serving == 2
     assert registry.change(redis, "toy", "rollback", "style", None) == b"1"
     assert json.loads(redis.hget(key, "history")) in ([], ["2"], ["7"])
+
+
+@pytest.mark.parametrize("key", [keys.ready(QUEUE), keys.backlog(QUEUE, 5), keys.dispatched(QUEUE), keys.turns(QUEUE)])
+def test_an_input_that_was_sent_with_a_job_which_is_refused_is_not_left(redis: Any, key: str) -> None:
+    redis.set(key, "x")
+    blob = keys.blob("dataset:job")
+    with pytest.raises(ResponseError, match="WRONGTYPE"):
+        ledger.submit(redis, "job", record() | {"blob": blob}, b"lines")
+    assert not redis.exists(blob, keys.job("job"))
+    redis.delete(key)

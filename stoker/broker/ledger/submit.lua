@@ -80,6 +80,7 @@ if not accepted then
   -- A job that is known and does not wait would never run, however often its client sends it.
   redis.pcall('LREM', ready, 1, redis.call('HGET', job, 'message'))
   redis.call('DEL', job)
+  if input and data ~= '' then redis.pcall('DEL', input) end
   for _, key in ipairs({open, mine}) do redis.pcall('ZREM', key, id) end
   return type(trouble) == 'table' and trouble or redis.error_reply(trouble)
 end
