@@ -11,8 +11,11 @@ MAPPED = 4 << 20
 #: What may lie free at the end of the heap. glibc's 128 KiB have it give back the last array that is freed, and fault
 #: its pages in again for the next one: 12 ms of the 15 that e^x of 3 MB took.
 KEPT = 64 << 20
+#: Heaps of the process: glibc would give a thread its own, up to eight a core, and each of them keeps `KEPT`. A worker
+#: that had a few thousand odd requests in its 26 threads held 500 MB that way, for nothing.
+HEAPS = 2
 #: glibc's malloc.h.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 
 
 def arrange() -> bool:
@@ -25,4 +28,5 @@ def arrange() -> bool:
     if sys.platform != "linux":
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and mallopt(_M_MMAP_THRESHOLD, MAPPED) == 1 and mallopt(_M_TRIM_THRESHOLD, KEPT) == 1
+    options = {_M_MMAP_THRESHOLD: MAPPED, _M_TRIM_THRESHOLD: KEPT, _M_ARENA_MAX: HEAPS}
+    return mallopt is not None and all(mallopt(name, value) == 1 for name, value in options.items())

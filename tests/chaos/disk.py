@@ -9,11 +9,14 @@ from __future__ import annotations
 import os
 import resource
 import subprocess
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 #: Megabytes of a mounted disk: many times what a storm writes.
 SIZE = 64
+#: To lock a mounted one: that is not done while a file is open for writing.
+TRIES = 20
 _FILLER = "filler"
 
 
@@ -34,13 +37,19 @@ class Disk:
         if not self._mounted:
             self._limited = [pid for pid in pids if _limit(pid, 512)]
 
-    def lock(self) -> None:
-        """Nothing can be written."""
-        for folder in self._folders:
-            if folder in self._mounted:
-                _run("mount", "-o", "remount,ro", folder)
-            else:
-                folder.chmod(0o500)
+    def lock(self) -> bool:
+        """Nothing can be written from now on; False where a file is open for writing all the time."""
+        return all([self._locked(folder) for folder in self._folders])
+
+    def _locked(self, folder: Path) -> bool:
+        if folder not in self._mounted:
+            folder.chmod(0o500)
+            return True
+        for _ in range(TRIES):
+            if _run("mount", "-o", "remount,ro", folder):
+                return True
+            time.sleep(0.05)
+        return False
 
     def mend(self) -> None:
         for folder in self._folders:

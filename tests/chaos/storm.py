@@ -137,8 +137,8 @@ class Storm:
         return self._bear_and_mend()
 
     def _lock_disk(self) -> bool:
-        self._disk.lock()
-        return self._bear_and_mend()
+        locked = self._disk.lock()
+        return self._bear_and_mend() and locked
 
     def _bear_and_mend(self) -> bool:
         time.sleep(self._chance.uniform(0.5, 4))

@@ -40,3 +40,45 @@ assert libc.mallinfo2().keepcost >= small, libc.mallinfo2().keepcost
 def test_large_blocks_go_back_to_the_system_and_small_ones_stay() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+THREADS = """
+import ctypes, threading
+from pathlib import Path
+from engine.platform.heap import HEAPS, KEPT, MAPPED, arrange
+
+assert arrange()
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+libc.free.argtypes = [ctypes.c_void_p]
+libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+over, before, threads = threading.Event(), resident(), []
+
+def work(done):
+    blocks = [libc.malloc(MAPPED // 4) for _ in range(40)]
+    for block in blocks:
+        libc.memset(block, 1, MAPPED // 4)
+    for block in blocks:
+        libc.free(block)
+    done.set()
+    over.wait()
+
+for _ in range(16):
+    done = threading.Event()
+    threads.append(threading.Thread(target=work, args=(done,)))
+    threads[-1].start()
+    done.wait()
+grown = resident() - before
+over.set()
+assert grown < (HEAPS + 1) * KEPT, grown
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's heap")
+def test_threads_share_heaps_so_that_what_each_keeps_does_not_add_up() -> None:
+    done = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
