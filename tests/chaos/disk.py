@@ -39,7 +39,8 @@ class Disk:
 
     def lock(self) -> bool:
         """Nothing can be written from now on; False where a file is open for writing all the time."""
-        return all([self._locked(folder) for folder in self._folders])
+        locked = [self._locked(folder) for folder in self._folders]
+        return all(locked)
 
     def _locked(self, folder: Path) -> bool:
         if folder not in self._mounted:

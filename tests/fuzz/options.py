@@ -117,7 +117,7 @@ def _question(chance: random.Random, number: int) -> Input:
         "adapters.unload": lambda world: world.client.adapters.unload(given, GENERATE),
         "adapters.load": lambda world: world.client.adapters.load(f"f{number}", given, model=GENERATE),
         "a version": lambda world: world.client.generate(
-            "ab", model=GENERATE, max_tokens=2, adapter=f"{ADAPTER}@{given}"
+            "ab", model=GENERATE, max_tokens=2, adapter=f"{ADAPTER}@{odd.shown(given, 50)}"
         ),
     }
     name = chance.choice(tuple(questions))

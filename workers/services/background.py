@@ -98,4 +98,6 @@ class Background:
         if isinstance(error, RedisError) and passes(error):
             log.warning("the thread %r waits for the broker: %s", self._name, error)
         else:
-            log.error("a round of the thread %r failed; the next one comes: %s", self._name, trouble, exc_info=error)
+            # What the broker refuses is no defect of this code: its words say what is wrong there.
+            defect = None if isinstance(error, RedisError) else error
+            log.error("a round of the thread %r failed; the next one comes: %s", self._name, trouble, exc_info=defect)
