@@ -448,6 +448,8 @@ def test_a_job_whose_owner_is_silent_is_cancelled_at_once(redis: Any) -> None:
     claim(redis, "one")
     assert ledger.cancel(redis, "job", QUEUE) == "cancelled"
     assert complete(redis, "one") == 0, "should its owner come back, it is fenced"
+    assert ledger.release(redis, "job", QUEUE, "one") == 0
+    assert redis.zscore(keys.dispatched(QUEUE), "job") is None
 
 
 def test_the_age_counts_from_the_submission_by_the_brokers_clock(redis: Any) -> None:
@@ -623,6 +625,7 @@ def test_a_released_job_whose_message_is_lost_on_its_way_back_is_sent_again(redi
     assert take(redis) == "job"
     redis.zrem(keys.dispatched(QUEUE), "job")
     assert ledger.release(redis, "job", QUEUE, "token-job") == 1
+    assert redis.zscore(keys.dispatched(QUEUE), "job") is not None
     assert ledger.recover(redis, QUEUE, 0) == ("job",)
     assert take(redis) == "job"
 
