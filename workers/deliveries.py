@@ -62,6 +62,8 @@ class Deliveries:
         self.go_back = False
         self._held: dict[str, Delivery] = {}
         self._dead: DeadMessages | None = None
+        #: Moves aside what another program wrote into shared keys; returns whether there was anything.
+        self.mend: Callable[[], bool] = lambda: False
 
     def add(self, delivery: Delivery) -> None:
         self._held[delivery.token] = delivery

@@ -82,6 +82,7 @@ class EngineStep(bootsteps.StartStopStep):
         """Before the first message comes: a message that cannot be read becomes a dead letter."""
         messages = DeadMessages(running.redis, running.name)
         self._context.deliveries.keep_dead(messages)
+        self._context.deliveries.mend = running.mender.round
         Background("dead messages", messages.write, stopped=running.stopped).start()
 
     def _open_queues(self, app: Celery, running: Runtime) -> None:

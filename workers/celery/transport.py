@@ -26,7 +26,7 @@ import kombu.transport.redis as kombu_redis
 from kombu.connection import Connection
 from kombu.exceptions import OperationalError
 from kombu.transport import virtual
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from stoker.broker.envelope import QUEUE, UnreadableMessage, read
 from workers import clock
@@ -94,10 +94,27 @@ class QoS(kombu_redis.QoS):
         """As kombu's, except that the message is held from now on by the broker's clock."""
         delivery = message.delivery_info
         held = json.dumps([message._raw, delivery["exchange"], delivery["routing_key"]])
-        with self.pipe_or_acquire() as pipeline:
-            clock.hold(pipeline, [delivery_tag], known=False)
-            pipeline.hset(self.unacked_key, delivery_tag, held).execute()
+
+        def hold() -> None:
+            with self.pipe_or_acquire() as pipeline:
+                clock.hold(pipeline, [delivery_tag], known=False)
+                pipeline.hset(self.unacked_key, delivery_tag, held).execute()
+
+        self._mended(hold)
         virtual.QoS.append(self, message, delivery_tag)
+
+    def ack(self, delivery_tag: str) -> None:
+        self._mended(lambda: kombu_redis.QoS.ack(self, delivery_tag))
+
+    def _mended(self, write: Callable[[], object]) -> None:
+        """Write into the table of messages that are held. Another program's value in its place would end the round of
+        all deliveries: it is moved aside, and the write is sent again, which changes nothing that was done."""
+        try:
+            write()
+        except ResponseError:
+            if not self.channel.deliveries.mend():
+                raise
+            write()
 
     def restore_visible(self, start: int = 0, num: int | None = 10, interval: int = 10) -> None:
         """As kombu's, except that the broker's clock says which leases have run out."""
