@@ -87,18 +87,9 @@ class JobLease:
             raise Fenced(f"job {self.job_id} runs elsewhere.")
 
     def _persist(self, transition: Callable[Concatenate[Any, str, str, P], T], *args: P.args, **named: P.kwargs) -> T:
-        """One transition of the ledger; once more if a key that jobs share was spoiled, and is mended now."""
-
-        def once() -> T:
-            return self.runtime.persist(lambda: transition(self.runtime.redis, self.job_id, self.queue, *args, **named))
-
+        """One transition of the ledger."""
         try:
-            try:
-                return once()
-            except ResponseError:
-                if not self.runtime.mender.round():
-                    raise
-                return once()
+            return self.runtime.persist(lambda: transition(self.runtime.redis, self.job_id, self.queue, *args, **named))
         except ResponseError as error:
             if is_the_brokers(error):
                 raise

@@ -231,3 +231,8 @@ def entry_id(index: int) -> str:
 def queue(model: str, kind: str) -> str:
     """The Celery queue of one model and kind, and of one version of the contract; kombu puts `PREFIX` before it."""
     return f"stoker.{model}.{kind}" + (f".v{CONTRACT}" if CONTRACT > 1 else "")
+
+
+def model_of(queue: str) -> str:
+    """The model whose jobs come through `queue`, in any version of the contract."""
+    return re.sub(r"\.[a-z]+(\.v\d+)?$", "", queue.removeprefix("stoker."))

@@ -28,6 +28,7 @@ def fill(redis: Any, key: str, kind: str) -> None:
         "string": lambda: redis.set(key, "x"),
         "hash": lambda: redis.hset(key, "a", "b"),
         "list": lambda: redis.lpush(key, "x"),
+        "set": lambda: redis.sadd(key, "x"),
         "zset": lambda: redis.zadd(key, {"x": 1.0}),
     }[kind]()
     redis.expire(key, 60)
@@ -81,3 +82,15 @@ def test_all_that_is_wrong_is_moved_at_once(redis: Any) -> None:
         redis.set(key, "x")
     assert Mender(redis, lambda: [QUEUE]).round()
     assert not redis.exists(keys.WORKERS, keys.MODELS, keys.ready(QUEUE))
+
+
+def test_the_list_of_adapters_of_a_served_model_is_mended_too(redis: Any) -> None:
+    redis.set(keys.adapters("m"), "of another program", ex=60)
+    assert Mender(redis, lambda: [QUEUE]).round()
+    assert redis.sadd(keys.adapters("m"), "style") == 1
+    redis.delete(keys.adapters("m"))
+
+
+@pytest.mark.parametrize("queue", ["stoker.m.generate", "stoker.m.embed.v2", "stoker.qwen2.5-0.5b.train"])
+def test_a_queue_says_its_model(queue: str) -> None:
+    assert keys.model_of(queue) in ("m", "qwen2.5-0.5b")

@@ -29,10 +29,10 @@ return 1
 
 
 def keys_of(queue: str) -> dict[str, str]:
-    """The keys that the jobs of one queue share → the type of each."""
+    """The keys that the jobs of one queue and its model share → the type of each."""
     of_queue = (keys.ready, keys.open_jobs, keys.dispatched, keys.turns, keys.pace, keys.sizes)
     backlogs = [keys.backlog(queue, priority) for priority in range(ledger.PRIORITIES)]
-    return keys.types([*(name(queue) for name in of_queue), *backlogs])
+    return keys.types([*(name(queue) for name in of_queue), *backlogs, keys.adapters(keys.model_of(queue))])
 
 
 class Mender:

@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from stoker.broker import keys
-from stoker.broker.connection import connect
+from stoker.broker.connection import connect, passes
 from stoker.broker.ledger import record
+from stoker.broker.trouble import forbids
 from stoker.errors import StokerError, WorkerUnavailable
 from stoker.settings import Settings
 from workers.services.mending import Mender
@@ -128,13 +129,21 @@ class Runtime:
                 self.engine.wake()
 
     def persist(self, action: Callable[[], T]) -> T:
-        """Do something with the broker, however long it is away. For what must not be lost."""
+        """Do something with the broker, however long it is away, and again once a shared key of a wrong type was moved
+        aside. For what must not be lost."""
         retry = Retry()
         while True:
             try:
                 return action()
             except RedisError as error:
+                if _may_be_mended(error) and self.mender.round():
+                    continue
                 pause = retry.pause(error)
                 if pause is None or self.stopped.wait(pause):
                     raise
                 log.warning("the broker is away (%s); trying again", error)
+
+
+def _may_be_mended(error: RedisError) -> bool:
+    """Whether the broker answers, and refuses for what it holds."""
+    return isinstance(error, ResponseError) and not passes(error) and not forbids(error)
