@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from stoker.broker import keys
 from stoker.contract import AdapterRequest, AdapterResult
 from stoker.contract.bundle import AdapterInput
 from stoker.errors import JobLost
@@ -20,12 +19,10 @@ class AdapterHandler(JobHandler[AdapterRequest, AdapterResult]):
         return AdapterInput(*found, adapters.allocate(job, request.model, request.name))
 
     def finish(self, job: Job, request: AdapterRequest, result: AdapterResult) -> AdapterResult:
-        persist, redis = job.runtime.persist, job.runtime.redis
         known = {"rank": result.rank, "method": result.method, "source": "loaded"}
-        persist(
+        job.runtime.persist(
             lambda: adapters.publish(job, request.model, request.name, result.version, known, promote=request.promote)
         )
-        persist(lambda: redis.delete(keys.blob(request.upload)))
         return result.model_copy(update={"usage": job.usage(result.usage)})
 
 

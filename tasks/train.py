@@ -27,7 +27,6 @@ class TrainHandler(JobHandler[TrainRequest, TrainResult]):
         job.runtime.persist(
             lambda: adapters.publish(job, request.model, request.name, result.version, known, promote=request.promote)
         )
-        job.runtime.persist(lambda: datasets.forget(job, request.dataset))
         return result.model_copy(update={"usage": job.usage(result.usage)})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from stoker.broker import keys
@@ -14,6 +15,8 @@ from stoker.errors import DatasetError
 from stoker.files.durable import write_whole
 from workers import uploads
 from workers.job import Job
+
+log = logging.getLogger(__name__)
 
 
 def fetch(job: Job, dataset: str) -> bytes | Path | Beneath | None:
@@ -38,7 +41,10 @@ def fetch(job: Job, dataset: str) -> bytes | Path | Beneath | None:
 
 
 def _uploaded(job: Job, dataset: str) -> bytes | Path | None:
-    """A large one as a file in the run's folder: neither the worker nor the broker ever handles it in one piece."""
+    """A large one as a file in the run's folder: neither the worker nor the broker ever handles it in one piece.
+
+    The file goes when the job is done here. The upload stays until the ledger ends the job: another worker may need it.
+    """
     upload = Upload.parse(dataset, "dataset", job.id)
     if upload.size <= keys.PART:
         return uploads.read(job.runtime.redis, upload)
@@ -51,6 +57,7 @@ def _uploaded(job: Job, dataset: str) -> bytes | Path | None:
                 file.write(part)
 
     path = _file(job)
+    job.resources.callback(_delete, path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, copy)
     return path
@@ -61,8 +68,9 @@ def _file(job: Job) -> Path:
     return Path(job.runtime.settings.runs / name / "dataset.jsonl")
 
 
-def forget(job: Job, dataset: str) -> None:
-    """Delete an upload that is no longer needed."""
-    if not dataset.startswith(ON_WORKER):
-        job.runtime.redis.delete(keys.blob(dataset))
-        _file(job).unlink(missing_ok=True)
+def _delete(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        # The job has ended or goes on elsewhere; the file goes with the run's folder.
+        log.warning("%s could not be deleted: %s", path, error)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +28,8 @@ def run(broker: Settings, tmp_path: Path) -> Iterator[Any]:
     redis = connect(broker)
     settings = SimpleNamespace(runs=tmp_path / "runs", data=tmp_path / "data")
     settings.data.mkdir()
-    yield SimpleNamespace(id="job", runtime=SimpleNamespace(redis=redis, settings=settings))
+    with ExitStack() as resources:
+        yield SimpleNamespace(id="job", runtime=SimpleNamespace(redis=redis, settings=settings), resources=resources)
     redis.close()
 
 
@@ -36,10 +39,10 @@ def sent(run: Any) -> str:
     return name
 
 
-def test_a_small_upload_is_read_at_once_and_forgotten_in_the_end(run: Any) -> None:
+def test_a_small_upload_is_read_at_once_and_an_expired_one_is_none(run: Any) -> None:
     name = sent(run)
     assert datasets.fetch(run, name) == LINES
-    datasets.forget(run, name)
+    run.runtime.redis.delete(keys.blob(name))
     assert datasets.fetch(run, name) is None
 
 
@@ -50,9 +53,24 @@ def test_a_large_upload_becomes_a_file_part_by_part(run: Any, monkeypatch: pytes
     assert isinstance(path, Path)
     assert path.read_bytes() == LINES
     assert [file.name for file in path.parent.iterdir()] == ["dataset.jsonl"]
-    datasets.forget(run, name)
+    run.resources.close()
     assert not path.exists()
-    assert datasets.fetch(run, name) is None
+    assert datasets.fetch(run, name) == path, "another worker may need the upload: it stays until the job has ended"
+
+
+def test_a_file_that_cannot_be_deleted_does_not_end_the_job_otherwise(
+    run: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(keys, "PART", 10)
+    datasets.fetch(run, sent(run))
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise OSError(errno.EROFS, "read-only")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", refuse)
+        run.resources.close()
+    assert "could not be deleted" in caplog.text
 
 
 @pytest.mark.parametrize("part", [10, 1000])
