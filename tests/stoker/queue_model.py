@@ -162,6 +162,11 @@ class Queue:
         self.to_backlog(last)
         self.push(job)
 
+    @property
+    def depth(self) -> int:
+        """Messages and ids that wait."""
+        return len(self.ready) + sum(map(len, self.backlogs.values()))
+
     # Transitions
 
     def submit(self, job: str, client: str, priority: int, *, has_input: bool = False, revive: bool = False) -> str:
@@ -169,8 +174,11 @@ class Queue:
             return "unknown"
         if not revive and job in self.records:
             return "known"
-        if len(self.ready) + sum(map(len, self.backlogs.values())) >= self.policy.queue_limit:
-            return "full"
+        if self.depth >= self.policy.queue_limit:
+            # Ids at the heads of the backlogs that have no job do not count.
+            self.best()
+            if self.depth >= self.policy.queue_limit:
+                return "full"
         mine = self.mine.setdefault(client, {})
         young = {other: since for other, since in mine.items() if since >= self.now - keys.PENDING_TTL}
         if len(young) >= self.policy.client_limit:
