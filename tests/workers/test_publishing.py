@@ -14,7 +14,7 @@ from redis.exceptions import ReadOnlyError, ResponseError
 from stoker.broker import keys
 from stoker.broker.connection import connect
 from stoker.contract import StreamToken
-from stoker.errors import JobFailed
+from stoker.errors import JobFailed, WorkerUnavailable
 from stoker.settings import Settings
 from tests.conftest import wait_until
 from workers.services import publishing
@@ -346,3 +346,39 @@ def test_a_stream_that_was_deleted_meanwhile_expires_all_the_same(redis: Any, ma
     publisher.publish(entries("a", 2, start=3))
     publisher.flush("a")
     assert 0 < redis.ttl(keys.stream("a")) <= keys.RESULT_TTL
+
+
+class Cut:
+    """A broker that is away for one call, in which the worker begins to end, and back for the next."""
+
+    def __init__(self, redis: Any) -> None:
+        self._redis = redis
+        self.away, self.met = threading.Event(), threading.Event()
+
+    def eval(self, *arguments: Any) -> Any:
+        if not self.met.is_set():
+            self.met.set()
+            self.away.wait(10)
+            raise RedisConnectionError("away")
+        return self._redis.eval(*arguments)
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_worker_that_ends_while_the_broker_is_away_leaves_no_gap_in_a_stream(
+    redis: Any, make: Callable[..., Publisher]
+) -> None:
+    client = Cut(redis)
+    publisher = make(client)
+    publisher.publish(entries("a", 3))
+    assert client.met.wait(10)
+    publisher.publish(entries("a", 3, start=3))
+    stopping = threading.Thread(target=publisher.stop)
+    stopping.start()
+    wait_until(publisher.is_stopping, "it is asked to end")
+    client.away.set()
+    stopping.join(10)
+    assert indices(redis, "a") == [], "the second three alone would leave a gap"
+    with pytest.raises(WorkerUnavailable):
+        publisher.flush("a")

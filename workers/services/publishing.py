@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from redis.exceptions import RedisError
 
 from stoker.broker import keys
-from stoker.errors import JobFailed
+from stoker.errors import JobFailed, WorkerUnavailable
 from workers.services.background import Background
 from workers.services.retrying import Retry
 
@@ -43,6 +43,9 @@ class Publisher:
         self._failed: dict[str, JobFailed] = {}
         self._lock = threading.Lock()
         self._stopping, self._ended = threading.Event(), threading.Event()
+        #: Whether entries were given up because the worker ends. What comes behind them is not sent either: it would
+        #: leave a gap in a stream, and the next owner of the job begins where the stream ends.
+        self._gave_up = False
         self.thread = Background("publisher", self._round, stopped=self._ended)
 
     def start(self) -> None:
@@ -55,6 +58,9 @@ class Publisher:
         self.thread.join(5)
         self._redis.close()
 
+    def is_stopping(self) -> bool:
+        return self._stopping.is_set()
+
     def publish(self, entries: list[Entry]) -> None:
         with self._lock:
             self._unsent += len(entries)
@@ -62,7 +68,7 @@ class Publisher:
 
     def flush(self, job_id: str) -> None:
         """Wait until everything that was published before is in the broker. Raises `JobFailed` if it did not take what
-        this job published."""
+        this job published, and `WorkerUnavailable` if the worker ended before it did."""
         with self._lock:
             waits = self._unsent > 0
         if waits:
@@ -71,6 +77,8 @@ class Publisher:
             while not sent.wait(0.5):
                 if not self.thread.alive:
                     raise RuntimeError("the publisher has ended")
+        if self._gave_up:
+            raise WorkerUnavailable("the worker ended while the broker was away.")
         if job_id in self._failed:
             raise self._failed[job_id]
 
@@ -112,7 +120,7 @@ class Publisher:
         """Sending again is safe: Redis refuses an entry id that it has, and readers drop an index that they had."""
         retry = Retry()
         entries = [entry for entry in entries if entry[0] not in self._failed]
-        while entries:
+        while entries and not self._gave_up:
             try:
                 return self._send(entries)
             except RedisError as error:
@@ -120,8 +128,7 @@ class Publisher:
                 if pause is None:
                     return self._refuse(entries, error)
                 log.warning("publishing waits for the broker: %s", error)
-                if self._stopping.wait(pause):
-                    return
+                self._gave_up = self._stopping.wait(pause)
             except Exception as error:
                 return self._refuse(entries, error)
 
