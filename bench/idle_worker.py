@@ -13,13 +13,13 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from engine.ticket import Entry, Ticket
 from stoker.contract import EmbedRequest, GenerateRequest, GenerateResult, ModelCard, StreamToken, Usage
+from stoker.contract.vectors import Embedded
 from workers.celery.app import app
 
 MODEL, ENCODER = "idle", "idle-encoder"
@@ -81,7 +81,7 @@ class IdleEngine:
     ) -> Ticket[Any]:
         ticket: Ticket[Any] = Ticket(job_id, request.kind, deadline)
         if isinstance(request, GenerateRequest) and request.max_tokens == 1:
-            ticket.resolve(_result(ticket, request))
+            ticket.resolve(_result(request))
         else:
             with self._lock:
                 self._running[ticket] = Work.of(request, len(data or ()))
@@ -114,7 +114,7 @@ class IdleEngine:
             if ticket.stopping:
                 ticket.fail_stopped()
             else:
-                ticket.resolve(_result(ticket, work.request))
+                ticket.resolve(_result(work.request))
 
 
 def token(index: int, last: bool) -> StreamToken:
@@ -130,9 +130,9 @@ def token(index: int, last: bool) -> StreamToken:
     )
 
 
-def _result(ticket: Ticket[Any], request: GenerateRequest | EmbedRequest) -> Any:
+def _result(request: GenerateRequest | EmbedRequest) -> Embedded | GenerateResult:
     if isinstance(request, EmbedRequest):
-        return SimpleNamespace(vectors=np.zeros((len(request.texts), DIM), np.float32), tokens=0, ticket=ticket)
+        return Embedded(np.zeros((len(request.texts), DIM), np.float32), tokens=0, run_seconds=0.0)
     return GenerateResult(
         model=request.model, adapter=None, text="", token_ids=(), finish_reason="length", usage=Usage()
     )
