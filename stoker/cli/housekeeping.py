@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,9 +16,10 @@ from stoker.broker.connection import connect as connect_redis
 from stoker.broker.connection import translated
 from stoker.cli.options import Json, Url, print_json
 from stoker.errors import ConfigError, InvalidRequest
+from stoker.local import backup as archives
 from stoker.local import storage
 from stoker.local.backup import Counted
-from stoker.settings import load_settings
+from stoker.settings import Settings, load_settings
 
 _UNITS = {"h": 3600.0, "d": 86400.0, "w": 7 * 86400.0}
 
@@ -52,17 +55,9 @@ def backup(
     url: Url = None,
 ) -> None:
     """Write adapters, their registry, runs and the policy into one file. Workers may go on meanwhile."""
-    from stoker.local.backup import backup as write_backup
-
     settings = load_settings(url=url)
-    redis = connect_redis(settings, patient=True)
-    try:
-        with translated(settings):
-            counted = write_backup(settings, redis, target)
-    except OSError as error:
-        raise InvalidRequest(f"{target}: the backup cannot be written ({error}).") from None
-    finally:
-        redis.close()
+    with _broker(settings, f"{target}: the backup cannot be written") as redis:
+        counted = archives.backup(settings, redis, target)
     print(f"{target}: {_described(counted)}, {megabytes(target.stat().st_size)}")
 
 
@@ -71,18 +66,23 @@ def restore(
     url: Url = None,
 ) -> None:
     """Put back what a backup has and this machine or its broker lacks. What is there already stays."""
-    from stoker.local.backup import restore as read_backup
-
     settings = load_settings(url=url)
+    with _broker(settings, f"{source}: the backup cannot be restored") as redis:
+        counted = archives.restore(settings, redis, source)
+    print(f"{source}: {_described(counted)} restored; {len(counted.kept)} were there already, and stay")
+
+
+@contextmanager
+def _broker(settings: Settings, failed: str) -> Iterator[Any]:
+    """A connection for the time of one command; `failed`: what a disk's error means inside."""
     redis = connect_redis(settings, patient=True)
     try:
         with translated(settings):
-            counted = read_backup(settings, redis, source)
+            yield redis
     except OSError as error:
-        raise InvalidRequest(f"{source}: the backup cannot be restored ({error}).") from None
+        raise InvalidRequest(f"{failed} ({error}).") from None
     finally:
         redis.close()
-    print(f"{source}: {_described(counted)} restored; {len(counted.kept)} were there already, and stay")
 
 
 def seconds(age: str) -> float:
