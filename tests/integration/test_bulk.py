@@ -35,8 +35,12 @@ def write_texts(path: Path, count: int, sentences: list[str] = SENTENCES) -> Non
             file.write(json.dumps({"id": number, "text": sentences[number % 97]}) + "\n")
 
 
+#: The command line with its rows made safe after each batch: how far it is does not depend on how fast the machine is.
+EMBED = "from stoker.files import output; output.SAFE_EVERY = 0.0; from stoker.cli import main; main()"
+
+
 def start(stack: Stack, folder: Path, *options: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", "from stoker.cli import main; main()", "embed", "in.jsonl"]
+    command = [sys.executable, "-c", EMBED, "embed", "in.jsonl"]
     env = {**os.environ, "STOKER_URL": stack.settings.address.celery}
     return subprocess.Popen([*command, "--model", EMBED_MODEL, *options], cwd=folder, env=env, text=True)
 
