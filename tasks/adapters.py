@@ -6,10 +6,10 @@ from stoker.contract import AdapterRequest, AdapterResult
 from stoker.contract.bundle import AdapterInput
 from stoker.errors import JobLost
 from workers import adapters
-from workers.job import Job, JobHandler, job_task
+from workers.job import Job, JobHandler, Submit, job_task
 
 
-class AdapterHandler(JobHandler[AdapterRequest, AdapterResult]):
+class AdapterHandler(JobHandler[AdapterRequest, AdapterInput, AdapterResult]):
     request = AdapterRequest
 
     def load_input(self, job: Job, request: AdapterRequest) -> AdapterInput:
@@ -17,6 +17,9 @@ class AdapterHandler(JobHandler[AdapterRequest, AdapterResult]):
         if found is None:
             raise JobLost("the adapter's files are gone from the broker. Send them again.")
         return AdapterInput(*found, adapters.allocate(job, request.model, request.name))
+
+    def submit(self, job: Job) -> Submit[AdapterRequest, AdapterInput, AdapterResult]:
+        return job.runtime.engine.submit
 
     def finish(self, job: Job, request: AdapterRequest, result: AdapterResult) -> AdapterResult:
         known = {"rank": result.rank, "method": result.method, "source": "loaded"}

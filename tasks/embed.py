@@ -5,11 +5,17 @@ from __future__ import annotations
 from stoker.broker import keys
 from stoker.contract import EmbedReply, EmbedRequest, Usage, vectors
 from stoker.contract.vectors import Embedded
-from workers.job import Job, JobHandler, job_task
+from workers.job import Job, JobHandler, Submit, job_task
 
 
-class EmbedHandler(JobHandler[EmbedRequest, Embedded]):
+class EmbedHandler(JobHandler[EmbedRequest, None, Embedded]):
     request = EmbedRequest
+
+    def load_input(self, job: Job, request: EmbedRequest) -> None:
+        """The request has its texts."""
+
+    def submit(self, job: Job) -> Submit[EmbedRequest, None, Embedded]:
+        return job.runtime.engine.submit
 
     def finish(self, job: Job, request: EmbedRequest, result: Embedded) -> EmbedReply:
         name, redis = keys.vectors(job.id), job.runtime.redis

@@ -5,10 +5,10 @@ from __future__ import annotations
 from stoker.broker import keys
 from stoker.contract import GenerateRequest, GenerateResult, StreamToken
 from workers import adapters
-from workers.job import Job, JobHandler, job_task
+from workers.job import Job, JobHandler, Submit, job_task
 
 
-class GenerateHandler(JobHandler[GenerateRequest, GenerateResult]):
+class GenerateHandler(JobHandler[GenerateRequest, list[StreamToken], GenerateResult]):
     request = GenerateRequest
 
     def prepare(self, job: Job, request: GenerateRequest) -> GenerateRequest:
@@ -23,6 +23,9 @@ class GenerateHandler(JobHandler[GenerateRequest, GenerateResult]):
             return []
         rows = job.runtime.redis.xrange(keys.stream(job.id))
         return [StreamToken.model_validate_json(fields[b"entry"]) for _, fields in rows]
+
+    def submit(self, job: Job) -> Submit[GenerateRequest, list[StreamToken], GenerateResult]:
+        return job.runtime.engine.submit
 
     def finish(self, job: Job, request: GenerateRequest, result: GenerateResult) -> GenerateResult:
         return result.model_copy(update={"usage": job.usage(result.usage)})

@@ -5,15 +5,18 @@ from __future__ import annotations
 from stoker.contract import TrainRequest, TrainResult
 from stoker.contract.dataset import TrainInput
 from workers import adapters, datasets
-from workers.job import Job, JobHandler, job_task
+from workers.job import Job, JobHandler, Submit, job_task
 
 
-class TrainHandler(JobHandler[TrainRequest, TrainResult]):
+class TrainHandler(JobHandler[TrainRequest, TrainInput | None, TrainResult]):
     request = TrainRequest
 
     def load_input(self, job: Job, request: TrainRequest) -> TrainInput | None:
         data = datasets.fetch(job, request.dataset)
         return None if data is None else TrainInput(data, adapters.allocate(job, request.model, request.name))
+
+    def submit(self, job: Job) -> Submit[TrainRequest, TrainInput | None, TrainResult]:
+        return job.runtime.engine.submit
 
     def finish(self, job: Job, request: TrainRequest, result: TrainResult) -> TrainResult:
         known = {
