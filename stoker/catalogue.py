@@ -47,6 +47,15 @@ def parse_model(text: str) -> tuple[str, tuple[str, ...]]:
     )
 
 
+def from_anywhere(text: str) -> str:
+    """A worker's `--model` that means the same in any working folder. Raises `ConfigError` as `parse_model`."""
+    name, sources = parse_model(text)
+    if text in CATALOGUE:
+        return text
+    (source,) = sources
+    return f"{name}={source if source.startswith(_SCHEMES) else _absolute(source)}"
+
+
 def parse_models(texts: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """All of a worker's `--model`. Raises `ConfigError` for a wrong one, or two different models of one name."""
     found: dict[str, tuple[str, ...]] = {}

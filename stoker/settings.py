@@ -6,9 +6,9 @@ import difflib
 import json
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 from pydantic import Field, StringConstraints, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -184,7 +184,7 @@ def _without_login(url: str) -> str:
 
 def load_settings(**overrides: Unpack[Overrides]) -> Settings:
     """Read the environment; `overrides` that are not None win. Raises `ConfigError` for any wrong value or name."""
-    _refuse_unknown_names()
+    _refuse_unknown_names(os.environ)
     try:
         return Settings.model_validate({name: value for name, value in overrides.items() if value is not None})
     except ValidationError as error:
@@ -193,10 +193,21 @@ def load_settings(**overrides: Unpack[Overrides]) -> Settings:
         raise ConfigError(f"{name}: {brief(first['input'])} given; {first['msg'].lower()}.") from None
 
 
-def _refuse_unknown_names() -> None:
+def settings_of(environment: Mapping[str, str]) -> Settings:
+    """What `load_settings` is in a process with these variables in addition to this one's, which they replace."""
+    _refuse_unknown_names(environment)
+    said = {name.removeprefix(ENV_PREFIX).lower(): value for name, value in environment.items() if _is_setting(name)}
+    return load_settings(**cast(Overrides, said))
+
+
+def _is_setting(name: str) -> bool:
+    return name.startswith(ENV_PREFIX)
+
+
+def _refuse_unknown_names(names: Iterable[str]) -> None:
     known = {ENV_PREFIX + name.upper() for name in Settings.model_fields}
-    for name in sorted(os.environ):
-        if name.startswith(ENV_PREFIX) and name not in known:
+    for name in sorted(names):
+        if _is_setting(name) and name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(sorted(known))}."
             raise ConfigError(f"{name}: no such setting; {hint}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import os
-import plistlib
 import re
 import shutil
 import subprocess
@@ -186,11 +185,6 @@ def test_the_workflow_tests_both_systems_by_make() -> None:
     macos = "\n".join(step.get("run", "") for step in jobs["macos"]["steps"])
     assert "make test" in macos
     assert "stoker kernels check" in macos
-
-
-def test_the_launchd_template_is_a_property_list() -> None:
-    plist = plistlib.loads((ROOT / "deploy/launchd/stoker-worker.plist.template").read_bytes())
-    assert plist["ProgramArguments"][1:] == ["worker"]
 
 
 def test_the_image_copies_only_what_dockerignore_lets_through() -> None:

@@ -9,7 +9,21 @@ import typer
 
 import stoker
 from stoker.cli import adapters as adapters_commands
-from stoker.cli import chat, demo, doctor, embed, generate, housekeeping, init, jobs, machine, policy, runs, train
+from stoker.cli import (
+    chat,
+    demo,
+    doctor,
+    embed,
+    generate,
+    housekeeping,
+    init,
+    jobs,
+    machine,
+    policy,
+    runs,
+    service,
+    train,
+)
 from stoker.cli import models as models_commands
 
 app = typer.Typer(
@@ -41,7 +55,6 @@ _COMMANDS: tuple[Callable[..., None], ...] = (
     jobs.cancel,
     machine.status,
     machine.up,
-    machine.worker,
     machine.flower,
     doctor.doctor,
     housekeeping.clean,
@@ -52,6 +65,11 @@ _COMMANDS: tuple[Callable[..., None], ...] = (
 )
 for _command in _COMMANDS:
     app.command()(_command)
+
+workers = typer.Typer(invoke_without_command=True, callback=machine.worker)
+for _command in (service.install, service.uninstall, service.logs):
+    workers.command()(_command)
+app.add_typer(workers, name="worker")
 
 queue = typer.Typer(no_args_is_help=True, help="Jobs that wait or run, and dead letters.")
 queue.command("list")(jobs.list_jobs)

@@ -78,16 +78,28 @@ def suggestions(models: Sequence[ModelCard]) -> list[str]:
 
 
 def worker(
+    context: typer.Context,
     model: Models = None,
     name: Annotated[
         str | None, typer.Option(help="Name of this worker; default: one of this machine and these models.")
     ] = None,
+    env_file: Annotated[
+        Path | None,
+        typer.Option(help="File of NAME=VALUE lines, for this user alone: settings that win over the shell's."),
+    ] = None,
     url: Url = None,
 ) -> None:
-    """Run one worker in the foreground, for launchd, systemd or a terminal."""
+    """Run one worker in the foreground. `install` lets it start by itself."""
     from stoker.local.naming import take_name
+    from stoker.local.service import read_environment
     from stoker.local.stack import wait_for_broker, worker_command
 
+    if context.invoked_subcommand is not None:
+        if model or name or env_file or url:
+            raise typer.BadParameter(f"options stand behind the command: stoker worker {context.invoked_subcommand} …")
+        return
+    if env_file is not None:
+        os.environ |= read_environment(env_file)
     settings = _settings(model, url)
     if name is None:
         node, lock = take_name(settings)

@@ -43,8 +43,11 @@ COMMANDS = [(place, words) for place, words in command_lines() if any(word.endsw
 
 def find_command(words: list[str]) -> tuple[Any, list[str]]:
     """The command that `words` (after `stoker`) name, and its own words."""
-    command, rest = typer.main.get_command(app), list(words)
+    command: Any = typer.main.get_command(app)
+    rest = list(words)
     while hasattr(command, "commands"):
+        if command.invoke_without_command and (not rest or rest[0].startswith("-")):
+            break
         name = rest.pop(0)
         assert name in command.commands, f"stoker has no command {name!r}"
         command = command.commands[name]
@@ -56,7 +59,8 @@ def all_commands(command: Any = None, name: str = "stoker") -> dict[str, Any]:
     if not hasattr(command, "commands"):
         return {name: command}
     children = (all_commands(child, f"{name} {word}") for word, child in command.commands.items())
-    return {name: command for found in children for name, command in found.items()}
+    own = {name: command} if command.invoke_without_command else {}
+    return own | {name: command for found in children for name, command in found.items()}
 
 
 @pytest.mark.parametrize(("place", "words"), COMMANDS, ids=[" ".join(words) for _, words in COMMANDS])

@@ -1,0 +1,110 @@
+"""The worker as a service that starts by itself: install, uninstall, logs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from stoker.address import Address
+from stoker.catalogue import from_anywhere, parse_models
+from stoker.contract.names import Rule, checked
+from stoker.errors import ConfigError
+from stoker.local.home import make_home
+from stoker.local.service import Service, read_environment, write_environment
+from stoker.local.service_manager import install as install_service
+from stoker.local.service_manager import manager
+from stoker.local.service_manager import uninstall as uninstall_service
+from stoker.settings import ENV_PREFIX, load_settings, settings_of
+
+Models = Annotated[
+    list[str] | None,
+    typer.Option("--model", help="Model to keep warm, a catalogue name or NAME=SOURCE; may be repeated."),
+]
+
+
+def install(
+    model: Models = None,
+    name: Annotated[str | None, typer.Option(help="Name of this worker; default: as of `stoker worker`.")] = None,
+    url: Annotated[str | None, typer.Option(help="Broker, without a password; default: STOKER_URL.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the service's definition; change nothing.")] = False,
+) -> None:
+    """Let a worker start by itself and come back: an agent of launchd, a user unit of systemd. Settings of this shell
+    (STOKER_…) are kept for it, in a file that other users cannot read. Again: it takes the new ones and starts anew."""
+    from stoker.local.stack import worker_command
+
+    found = load_settings()
+    environment = _environment(Service.of(found, name), model, url)
+    settings = settings_of(environment)
+    parse_models(settings.models)
+    if name is not None:
+        checked(Rule.JOB_ID, "name", name)
+    worker_command(settings, "any")  # refuses an installation that has no worker
+    service, of = Service.of(settings, name), manager()
+    print(f"{of.file}; settings in {service.environment_file}: {', '.join(sorted(environment))}", file=sys.stderr)
+    if dry_run:
+        print(of.definition(service), end="")
+        return
+    of.check()
+    make_home(settings.home)
+    try:
+        write_environment(service.environment_file, environment)
+    except OSError as error:
+        raise ConfigError(f"{service.environment_file}: cannot be written ({error.strerror}).") from None
+    install_service(of, service)
+    print(f"a worker of {settings.address.shown} is installed, and starts now: `stoker worker logs --follow` shows it")
+    print(of.note)
+
+
+def uninstall() -> None:
+    """Stop the worker that was installed (it drains first), and delete its service and its settings. Its log stays."""
+    of = manager()
+    done = uninstall_service(of, Service.of(load_settings(), None))
+    print("the worker is uninstalled" if done else f"no worker is installed: there is no {of.file}")
+
+
+def logs(
+    lines: Annotated[int, typer.Option(help="Lines to begin with.", min=1, max=1_000_000)] = 100,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on with what comes, until Ctrl-C.")] = False,
+) -> None:
+    """Show what the installed worker wrote."""
+    of = manager()
+    if not of.file.exists():
+        raise ConfigError(f"no worker is installed: there is no {of.file}. `stoker worker install` does it.")
+    command = of.logs(Service.of(load_settings(), None), lines, follow)
+    try:
+        os.execvp(command[0], command)
+    except OSError as error:
+        raise ConfigError(f"`{' '.join(command)}` cannot be run ({error.strerror}).") from None
+
+
+def _environment(service: Service, model: list[str] | None, url: str | None) -> dict[str, str]:
+    """The worker's variables: what an earlier install wrote, the settings of this shell, and the options."""
+    file = service.environment_file
+    if url is not None and "***" in Address.parse(url).shown:
+        raise ConfigError(
+            f"--url: a password on a command line can be read by every user of this machine. Write it as STOKER_URL "
+            f"into {file}, or set it for this shell."
+        )
+    found = read_environment(file) if file.exists() else {}
+    found |= {key: value for key, value in os.environ.items() if key.startswith(ENV_PREFIX) and value}
+    found[f"{ENV_PREFIX}HOME"] = str(service.folder)
+    if model:
+        found[f"{ENV_PREFIX}MODELS"] = ",".join(model)
+    if url is not None:
+        found[f"{ENV_PREFIX}URL"] = url
+    return found | _from_anywhere(found)
+
+
+def _from_anywhere(environment: dict[str, str]) -> dict[str, str]:
+    """The settings among these that name files, as they are in any folder: the service does not run in this one."""
+    models, data = environment.get(f"{ENV_PREFIX}MODELS"), environment.get(f"{ENV_PREFIX}DATA")
+    found = {}
+    if models:
+        whole = (from_anywhere(part.strip()) for part in models.split(",") if part.strip())
+        found[f"{ENV_PREFIX}MODELS"] = ",".join(whole)
+    if data:
+        found[f"{ENV_PREFIX}DATA"] = os.path.abspath(os.path.expanduser(data))
+    return found
