@@ -19,7 +19,7 @@ from tests.conftest import wait_until
 
 CLOCK = "clock"
 ASKS_THE_TIME = "redis.call('TIME')"
-SCRIPTS = ("SUBMIT", "CLAIM", "RELEASE", "COMPLETE", "CANCEL", "RECOVER", "DEAD_LETTER", "OUT_OF_MEMORY")
+SCRIPTS = ("SUBMIT", "CLAIM", "RELEASE", "COMPLETE", "CANCEL", "RECOVER", "DEAD_LETTER", "OUT_OF_MEMORY", "ABANDON")
 #: Takes from every key that expires what has passed, so that the broker's own clock counts for nothing.
 AGE = """
 for _, key in ipairs(redis.call('KEYS', '*')) do

@@ -102,7 +102,12 @@ class Queue:
         record.turn = max(self.turns.get(f"now:{record.priority}", 0), self.turns.get(mine, 0))
         self.turns[mine] = record.turn + 1
         self.keep(keys.turns(self.name), keys.PENDING_TTL)
+        self.leave_backlogs(job)
         self.to_backlog(job)
+
+    def leave_backlogs(self, job: str) -> None:
+        for backlog in self.backlogs.values():
+            backlog.pop(job, None)
 
     def to_backlog(self, job: str) -> None:
         record = self.records[job]
@@ -230,12 +235,19 @@ class Queue:
         record = self.records.get(job)
         if record is not None and record.completed == token:
             return 1
-        if record is None or record.token != token or record.completed:
+        if record is None or record.token != token or self.has_ended(job):
             return 0
         self.strike_out(job)
         record.completed = token
         self.finish(job, "SUCCESS")
         self.keep(keys.pace(self.name), keys.RESULT_TTL)
+        return 1
+
+    def abandon(self, job: str, token: str) -> int:
+        if self.has_ended(job) or self.records[job].token != token:
+            return 0
+        self.strike_out(job)
+        self.finish(job, "FAILURE")
         return 1
 
     def cancel(self, job: str) -> str:
@@ -257,6 +269,7 @@ class Queue:
 
     def recover(self, older_than: float) -> list[str]:
         standing = {message.job for message in self.ready}
+        self.look_at_open_jobs()
         found = []
         for job in sorted(self.dispatched, key=lambda job: (self.dispatched[job], job.encode())):
             record = self.waiting(job)
@@ -274,6 +287,16 @@ class Queue:
         self.open = {job: since for job, since in self.open.items() if since > self.now - keys.PENDING_TTL}
         self.refill()
         return found
+
+    def look_at_open_jobs(self) -> None:
+        """What was forgotten waits no more. What is in no order, of the oldest hundred, counts as dispatched now."""
+        for place, job in enumerate(sorted(self.open, key=lambda job: (self.open[job], job.encode()))):
+            record = self.waiting(job)
+            if record is None:
+                self.leave_backlogs(job)
+                self.dispatched.pop(job, None)
+            elif place < 100 and job not in self.dispatched and job not in self.backlogs[record.priority]:
+                self.dispatch(job)
 
     def is_lost(self, record: Record) -> bool:
         if record.token is None or record.worker is None:
@@ -301,12 +324,12 @@ class Queue:
             standing = Message(job, f"{job}#{record.sent}")
             if record.open and standing in self.ready:
                 self.ready.remove(standing)
-            self.backlogs[record.priority].pop(job, None)
             self.mine.get(record.client, {}).pop(job, None)
             if record.has_input and not record.keeps_input:
                 self.until.pop(keys.blob(f"dataset:{job}"), None)
             record.open = False
             self.keep(keys.job(job), keys.RESULT_TTL)
+        self.leave_backlogs(job)
         self.open.pop(job, None)
         self.dispatched.pop(job, None)
         self.marks.discard(job)

@@ -255,6 +255,49 @@ def test_a_message_of_an_expired_record_is_another_delivery_than_that_of_the_nex
     assert claim(redis, "two", later).state == "duplicate", "its owner has not gone silent"
 
 
+def test_a_job_that_is_sent_again_with_another_priority_waits_once(redis: Any) -> None:
+    """Found by 20,000 examples of the model: a backlog may live longer than a record in it. The id that was left there
+    filled the ready list with messages of the one job, for as long as it ran."""
+    names = [f"before-{number}" for number in range(READY + 1)]
+    for name in names:
+        submit(redis, name)
+    submit(redis, priority=5)
+    redis.delete(keys.job("job"))
+    assert submit(redis, priority=0) == "new"
+    assert redis.zscore(keys.backlog(QUEUE, 5), "job") is None, "it does not count twice for the queue's limit"
+    assert sorted(take_all(redis)) == sorted([*names, "job"])
+
+
+def test_an_id_whose_record_expired_in_a_backlog_does_not_count_for_the_queues_limit(redis: Any) -> None:
+    for number in range(READY + 3):
+        submit(redis, f"job-{number}")
+    redis.delete(keys.job(f"job-{READY + 1}"))
+    ledger.recover(redis, QUEUE, 3600)
+    assert redis.zrange(keys.backlog(QUEUE, 5), 0, -1) == [f"job-{READY + n}".encode() for n in (0, 2)]
+
+
+def test_ids_whose_records_expired_at_one_time_leave_their_backlogs_together(redis: Any) -> None:
+    names = [f"job-{number}" for number in range(READY + 1)]
+    for name in names:
+        submit(redis, name)
+    seconds, _ = redis.time()
+    forgotten = {f"forgotten-{number}": 1000 + number for number in range(150)}
+    redis.zadd(keys.backlog(QUEUE, 5), forgotten)
+    redis.zadd(keys.open_jobs(QUEUE), dict.fromkeys(forgotten, seconds - keys.PENDING_TTL - 1))
+    ledger.recover(redis, QUEUE, 3600)
+    assert redis.zrange(keys.backlog(QUEUE, 5), 0, -1) == [names[-1].encode()]
+
+
+def test_a_job_that_waits_again_after_a_week_of_work_stays_in_its_backlog(redis: Any) -> None:
+    """Each claim gave its record its whole life again."""
+    for number in range(READY + 1):
+        submit(redis, f"job-{number}")
+    last = f"job-{READY}"
+    redis.zadd(keys.open_jobs(QUEUE), {last: redis.time()[0] - keys.PENDING_TTL - 1})
+    ledger.recover(redis, QUEUE, 3600)
+    assert redis.zrange(keys.backlog(QUEUE, 5), 0, -1) == [last.encode()]
+
+
 def test_a_message_of_a_dead_job_is_another_delivery_than_that_of_its_retry(redis: Any) -> None:
     submit(redis)
     (tag,) = tags_of_the_ready_list(redis)
@@ -726,6 +769,7 @@ SPOILED: dict[str, Callable[[Any, str], object]] = {
     "without a message": lambda redis, key: redis.hset(key, Field.MESSAGE, "garbage"),
     "with a priority that is none": lambda redis, key: redis.hset(key, Field.PRIORITY, "abc"),
     "with a priority that is not there": lambda redis, key: redis.hset(key, Field.PRIORITY, "77"),
+    "with another priority": lambda redis, key: redis.hset(key, Field.PRIORITY, "0"),
     "with a time that is none": lambda redis, key: redis.hset(key, Field.SUBMITTED, "then"),
     "with a turn that is none": lambda redis, key: redis.hset(key, Field.TURN, "x"),
     "with a history that is none": lambda redis, key: redis.hset(key, mapping={"history": "garbage", "token": "gone"}),

@@ -1,5 +1,5 @@
-"""The ledger against a model of it, in every order of its transitions: submit, claim, release, complete, cancel,
-recover, retry; messages lost and doubled, workers that die or freeze, and time that passes."""
+"""The ledger against a model of it, in every order of its transitions: submit, claim, release, complete, abandon,
+cancel, recover, retry; messages lost and doubled, workers that die or freeze, and time that passes."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from stoker.broker import keys, ledger, policy
 from stoker.broker.envelope import envelope
 from stoker.contract.kinds import KINDS
+from stoker.errors import JobFailed
 from tests.stoker.clocked import CLOCK, quick_broker, set_clock, tell_time
 from tests.stoker.queue_model import Message, Queue
 
@@ -157,6 +158,16 @@ class LedgerMachine(RuleBasedStateMachine):
         assert ledger.complete(self.redis, job, self.model.name, token, outcome) == expected
         self.compare_ready_lists()
         return expected
+
+    @precondition(lambda self: self.claims)
+    @rule(pick=PICK)
+    def abandon_what_was_claimed(self, pick: int) -> None:
+        job, token = self.claims[-1 - pick % len(self.claims)]
+        if job in self.model.records:
+            outcome = ledger.failure(job, JobFailed("its result is of another type"))
+            expected = self.model.abandon(job, token)
+            assert ledger.abandon(self.redis, job, self.model.name, token, outcome) == expected
+            self.compare_ready_lists()
 
     def acknowledge(self, job: str) -> None:
         for tag in [tag for tag, message in self.model.held.items() if message.job == job]:

@@ -173,6 +173,25 @@ def test_a_job_of_another_owner_is_not_abandoned(redis: Any) -> None:
     assert not redis.exists(keys.result("job"))
 
 
+def test_a_job_that_waits_again_is_not_abandoned_by_the_owner_that_it_was_taken_from(redis: Any) -> None:
+    submit(redis)
+    take(redis)
+    assert ledger.recover(redis, QUEUE, -1) == ("job",)
+    assert not ledger.abandon(redis, "job", QUEUE, "token-job", ledger.failure("job", JobFailed("x")))
+    assert take_all(redis) == ["job"]
+
+
+def test_a_job_whose_record_names_another_priority_runs_once(redis: Any) -> None:
+    names = [f"job-{number}" for number in range(READY + 3)]
+    for name in names:
+        submit(redis, name)
+    redis.hset(keys.job(names[READY]), Field.PRIORITY, "0")
+    settle(redis)
+    for name in names:
+        assert Outcome.parse(redis.get(keys.result(name))) == Outcome(JobStatus.DONE, {})
+    assert open_work(redis) == []
+
+
 def test_jobs_whose_order_was_written_over_wait_again(redis: Any) -> None:
     names = [f"job-{number}" for number in range(2 * READY)]
     for name in names:

@@ -2,6 +2,8 @@
 -- wrote where the job's record, result or input should be. Returns 0 for a job that has ended, or is another owner's.
 local owner = redis.pcall('HGET', job, 'token')
 if (type(owner) == 'string' and owner ~= ARGV[6]) or ended() then return 0 end
+-- A whole record without an owner is that of a job which was taken from its owner, or sent again: it waits for another.
+if not owner and rank(id) then return 0 end
 strike_out()
 finish(ARGV[7])
 return 1

@@ -89,6 +89,11 @@ end
 
 local function backlog(priority) return backlogs[priority + 1] end
 
+-- The job waits nowhere any more. All backlogs: a record that has expired, or was written over, does not say in which.
+local function leave_backlogs(of)
+  for _, waiting in ipairs(backlogs) do redis.call('ZREM', waiting, of) end
+end
+
 -- Every addition sets the key's expiry: the key may be new.
 local function add(key, score, member)
   redis.call('ZADD', key, score, member)
@@ -104,6 +109,8 @@ local function enter_backlog(priority, client)
   redis.call('HSET', turns, of, turn + 1)
   redis.call('EXPIRE', turns, pending_ttl)
   redis.call('HSET', job, 'turn', turn)
+  -- A record of the same job that expired as it waited has left the id, perhaps at another priority.
+  leave_backlogs(id)
   add(backlog(priority), turn, id)
 end
 
@@ -130,7 +137,7 @@ local function best()
     local head = redis.call('ZRANGE', backlog(priority), 0, 0)[1]
     while head do
       local candidate = rank(head)
-      if candidate then
+      if candidate and candidate.priority == priority then
         candidate.served = count_of(redis.call('HGET', turns, 'served:' .. priority))
         if not found or candidate.level < found.level
             or (candidate.level == found.level and candidate.served < found.served) then
@@ -138,9 +145,10 @@ local function best()
         end
         break
       end
-      -- It has ended, or its record has expired or is spoiled.
+      -- It has ended, or its record has expired or is spoiled. One whose record names another priority does not wait
+      -- here: it would be sent again and again. `recover` finds it if it waits nowhere else.
       redis.call('ZREM', backlog(priority), head)
-      spoil(head)
+      if not candidate then spoil(head) end
       head = redis.call('ZRANGE', backlog(priority), 0, 0)[1]
     end
   end
@@ -249,14 +257,13 @@ end
 -- The job has ended, or is to be: nobody waits for it any more, and its client may have another. Of what its record says
 -- only that is used which can be true.
 local function strike_out()
-  local fields = fields_of(id, 'message', 'priority', 'mine', 'blob')
+  local fields = fields_of(id, 'message', 'mine', 'blob')
   if fields[1] then redis.call('LREM', ready, 1, fields[1]) end
-  local own = backlogs[(finite(fields[2]) or -1) + 1]
-  for _, waiting in ipairs(own and {own} or backlogs) do redis.call('ZREM', waiting, id) end
+  leave_backlogs(id)
   -- Another type than a client's jobs have is the next submission's to move aside.
   local mine = prefix .. 'client:'
-  if fields[3] and string.sub(fields[3], 1, #mine) == mine then redis.pcall('ZREM', fields[3], id) end
-  local input = own_input(fields[4])
+  if fields[2] and string.sub(fields[2], 1, #mine) == mine then redis.pcall('ZREM', fields[2], id) end
+  local input = own_input(fields[3])
   if input then redis.call('DEL', input) end
   set_size(id, nil)
   redis.call('ZREM', open, id)

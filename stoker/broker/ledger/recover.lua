@@ -22,6 +22,7 @@ for _, of in ipairs(redis.call('ZRANGE', open, 0, 99)) do
   if not job_there then
     redis.call('ZREM', open, of)
     redis.call('ZREM', dispatched, of)
+    leave_backlogs(of)
     spoil(of)
   elseif not redis.call('ZSCORE', dispatched, of) and not redis.call('ZSCORE', backlog(job_there.priority), of) then
     add(dispatched, now, of)
@@ -48,7 +49,11 @@ for _, of in ipairs(redis.call('ZRANGEBYSCORE', dispatched, '-inf', now - tonumb
     table.insert(found, of)
   end
 end
-redis.call('ZREMRANGEBYSCORE', open, '-inf', now - pending_ttl)
+-- Jobs that waited until their record expired stand no longer between those that wait, nor count for the queue's limit.
+for _, of in ipairs(redis.call('ZRANGEBYSCORE', open, '-inf', now - pending_ttl, 'LIMIT', 0, 1000)) do
+  if not rank(of) then leave_backlogs(of) end
+  redis.call('ZREM', open, of)
+end
 -- Jobs that went with their record have left their sizes.
 if redis.call('HLEN', sizes) ~= redis.call('ZCARD', open) + 1 then
   for _, of in ipairs(redis.call('HKEYS', sizes)) do
