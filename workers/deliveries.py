@@ -36,7 +36,7 @@ class Health:
         return self._since is not None and fresh and now - self._since >= self._lease
 
 
-class Delivery(Protocol):
+class HeldDelivery(Protocol):
     """One delivery of one message, neither acknowledged nor handed back: a `LaneRequest`."""
 
     #: Names this delivery, and no other of the same job.
@@ -60,15 +60,15 @@ class Deliveries:
         self.health = health
         #: Whether a closing channel requeues what was not acknowledged. Off while the worker runs: its lease keeps it.
         self.go_back = False
-        self._held: dict[str, Delivery] = {}
+        self._held: dict[str, HeldDelivery] = {}
         self._dead: DeadMessages | None = None
         #: Moves aside what another program wrote into shared keys; returns whether there was anything.
         self.mend: Callable[[], bool] = lambda: False
 
-    def add(self, delivery: Delivery) -> None:
+    def add(self, delivery: HeldDelivery) -> None:
         self._held[delivery.token] = delivery
 
-    def remove(self, delivery: Delivery) -> None:
+    def remove(self, delivery: HeldDelivery) -> None:
         self._held.pop(delivery.token, None)
 
     def tags(self) -> set[str]:
@@ -81,7 +81,7 @@ class Deliveries:
         if delivery is not None:
             delivery.fence()
 
-    def another_holds(self, tag: str, than: Delivery) -> bool:
+    def another_holds(self, tag: str, than: HeldDelivery) -> bool:
         """Whether another delivery here has this tag: a worker that was frozen may get its own message again."""
         return any(other is not than and other.tag == tag for other in list(self._held.values()))
 

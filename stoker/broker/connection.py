@@ -8,13 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from stoker.settings import Settings
-
 if TYPE_CHECKING:
     from redis.exceptions import RedisError
 
     from stoker.broker.trouble import TROUBLE as TROUBLE
     from stoker.broker.trouble import passes as passes
+    from stoker.settings import Settings
 
 #: Each stream that a client follows has a connection of its own, and redis-py would stop at a hundred.
 MAX_CONNECTIONS = 10_000

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from redis.exceptions import (
     AuthenticationError,
     AuthorizationError,
@@ -19,7 +21,9 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from stoker.broker.loading import StillLoading, still_loading
 from stoker.errors import BrokerUnavailable
-from stoker.settings import Settings
+
+if TYPE_CHECKING:
+    from stoker.settings import Settings
 
 #: The connection is gone or silent: another try may help.
 TROUBLE = (RedisConnectionError, RedisTimeoutError)

@@ -8,10 +8,11 @@ from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, I
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from stoker.broker.connection import connect_async
-from stoker.settings import Settings
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis as Redis
+
+    from stoker.settings import Settings
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, ParamSpec, TypeAlias, TypeVar
 
 from stoker.broker.connection import connect
-from stoker.settings import Settings
 
 if TYPE_CHECKING:
     from redis import Redis as Redis
+
+    from stoker.settings import Settings
 
 T = TypeVar("T")
 P = ParamSpec("P")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Generic, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypedDict, TypeVar
 
 from pydantic import ValidationError
 
@@ -21,7 +21,9 @@ from stoker.broker.pipeline import Pipeline
 from stoker.contract import StreamToken, TrainReport
 from stoker.contract.shown import brief
 from stoker.errors import InvalidRequest, JobLost, JobTimeout
-from stoker.settings import Settings
+
+if TYPE_CHECKING:
+    from stoker.settings import Settings
 
 #: Entries that one replay fetches.
 PAGE = 512

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from stoker.broker import keys, ledger
 from stoker.broker.envelope import envelope
@@ -17,7 +17,9 @@ from stoker.contract import AdapterRequest, EmbedRequest, GenerateRequest, Reque
 from stoker.contract.dataset import ON_WORKER
 from stoker.contract.uploads import Upload
 from stoker.errors import InvalidRequest, QueueFull
-from stoker.settings import Settings
+
+if TYPE_CHECKING:
+    from stoker.settings import Settings
 
 P = TypeVar("P", bound=Pipeline)
 

@@ -23,10 +23,10 @@ from stoker.client.following import Follower, ask_state
 from stoker.client.submission import Submission
 from stoker.contract import EmbedReply, ModelCard, Presence, Request, StreamToken, TrainReport
 from stoker.contract.vectors import Encoded
-from stoker.settings import Settings, load_settings
 
 if TYPE_CHECKING:
     from stoker.client.asynchronously import Redis
+    from stoker.settings import Settings
 
 log = logging.getLogger("stoker.client")
 E = TypeVar("E", StreamToken, TrainReport)
@@ -199,5 +199,7 @@ class AsyncBrokerLink:
 
 
 def _link_at(address: str) -> AsyncBrokerLink:
+    from stoker.settings import load_settings
+
     settings = load_settings()
     return AsyncBrokerLink(settings if settings.chosen_url is not None else load_settings(url=address))

@@ -33,12 +33,12 @@ from stoker.contract.codec import read
 from stoker.contract.kinds import EMBED, GENERATE, KINDS, TRAIN
 from stoker.contract.vectors import Encoded, plain
 from stoker.errors import ConfigError, InvalidRequest, JobLost
-from stoker.settings import Settings, load_settings
 
 if TYPE_CHECKING:
     import numpy as np
 
     from stoker.client.asynchronously import Redis
+    from stoker.settings import Settings
 
 _BULK = ("model", "batch", "in_flight", "attempts")
 
@@ -68,6 +68,9 @@ class AsyncClient:
         settings: Settings | None = None,
         link: AsyncLink | None = None,
     ) -> None:
+        # pydantic-settings, and asyncio behind it, are a fifth of the import: only a client that is made needs them.
+        from stoker.settings import load_settings
+
         #: What carries the client's questions; its jobs share it. None given: a link to the broker.
         self.link = link or AsyncBrokerLink(settings or load_settings(url=url, client_key=key, queue_wait=queue_wait))
         #: The registry of adapters: `list`, `get`, `load`, `promote`, `rollback`, `deactivate`, `unload`.

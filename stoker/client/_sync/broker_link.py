@@ -24,10 +24,10 @@ from stoker.client.following import Follower, ask_state
 from stoker.client.submission import Submission
 from stoker.contract import EmbedReply, ModelCard, Presence, Request, StreamToken, TrainReport
 from stoker.contract.vectors import Encoded
-from stoker.settings import Settings, load_settings
 
 if TYPE_CHECKING:
     from stoker.client.blocking import Redis
+    from stoker.settings import Settings
 
 log = logging.getLogger("stoker.client")
 E = TypeVar("E", StreamToken, TrainReport)
@@ -198,5 +198,7 @@ class BrokerLink:
 
 
 def _link_at(address: str) -> BrokerLink:
+    from stoker.settings import load_settings
+
     settings = load_settings()
     return BrokerLink(settings if settings.chosen_url is not None else load_settings(url=address))

@@ -34,12 +34,12 @@ from stoker.contract.codec import read
 from stoker.contract.kinds import EMBED, GENERATE, KINDS, TRAIN
 from stoker.contract.vectors import Encoded, plain
 from stoker.errors import ConfigError, InvalidRequest, JobLost
-from stoker.settings import Settings, load_settings
 
 if TYPE_CHECKING:
     import numpy as np
 
     from stoker.client.blocking import Redis
+    from stoker.settings import Settings
 
 _BULK = ("model", "batch", "in_flight", "attempts")
 
@@ -69,6 +69,9 @@ class Client:
         settings: Settings | None = None,
         link: Link | None = None,
     ) -> None:
+        # pydantic-settings, and asyncio behind it, are a fifth of the import: only a client that is made needs them.
+        from stoker.settings import load_settings
+
         #: What carries the client's questions; its jobs share it. None given: a link to the broker.
         self.link = link or BrokerLink(settings or load_settings(url=url, client_key=key, queue_wait=queue_wait))
         #: The registry of adapters: `list`, `get`, `load`, `promote`, `rollback`, `deactivate`, `unload`.

@@ -5,7 +5,7 @@ in-memory double (`memory_link.py`)."""
 from __future__ import annotations
 
 from collections.abc import Generator
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from stoker.broker.ledger.listing import OpenJob
 from stoker.broker.letters import Letter
@@ -13,7 +13,9 @@ from stoker.broker.outcome import JobStatus
 from stoker.broker.registry import AdapterEntry, Verb
 from stoker.contract import EmbedReply, ModelCard, Presence, Request, StreamToken, TrainReport
 from stoker.contract.vectors import Encoded
-from stoker.settings import Settings
+
+if TYPE_CHECKING:
+    from stoker.settings import Settings
 
 E = TypeVar("E", StreamToken, TrainReport)
 
