@@ -15,6 +15,7 @@ StokerError
 │   ├── JobFailed               it failed for a reason outside this tree
 │   ├── JobDead                 it crashed one worker after another, or a worker gave it up: a dead letter
 │   ├── OutOfMemory             the worker's memory did not suffice for it, again and again
+│   ├── VectorsFull             the broker had no room for the vectors that it made
 │   ├── DeadlineExceeded        its deadline passed before it ended
 │   └── JobLost                 the broker knows nothing of it (expired, or its data is gone)
 ├── JobTimeout                  the caller's own time limit passed; the job goes on
@@ -109,6 +110,10 @@ class JobDead(JobError):
 
 class OutOfMemory(JobError):
     """The worker's memory did not suffice for the job, at several attempts."""
+
+
+class VectorsFull(JobError):
+    """The vectors that wait to be fetched left no room in the broker for those that the job has made."""
 
 
 class DeadlineExceeded(JobError):

@@ -18,6 +18,8 @@ PREFIX = "stoker:"
 
 #: Seconds. A result and all that belongs to it can be fetched for this long after the job ended.
 RESULT_TTL = 24 * 3600
+#: Seconds. Vectors can be fetched again for this long after a client has fetched them.
+FETCHED_TTL = 10 * 60
 #: Seconds. A job that waits longer than this for a worker is forgotten, with its uploaded input.
 PENDING_TTL = 7 * 24 * 3600
 #: Seconds that an input which is sent in parts is kept after its last part, until its job's record names it.
@@ -61,6 +63,9 @@ KINDS = (
     Kind("result", rf"celery-task-meta-{_JOB}", RESULT_TTL, "string"),
     Kind("stream", rf"stream:{_JOB}", RESULT_TTL, "stream"),
     Kind("vectors", rf"blob:vectors:{_JOB}", RESULT_TTL, "string"),
+    Kind("vectors_unfetched", r"vectors:unfetched", RESULT_TTL, "zset"),
+    Kind("vectors_fetched", r"vectors:fetched", RESULT_TTL, "zset"),
+    Kind("vectors_sizes", r"vectors:sizes", RESULT_TTL, "hash"),
     # The input of a job that waits; of a dead letter, for as long as it may be sent again.
     Kind("input", rf"blob:(dataset|adapter):{_JOB}(:[0-9a-f]+){{0,3}}", DEAD_TTL, "string"),
     Kind("dead", r"dead", DEAD_TTL, "hash"),
@@ -191,6 +196,14 @@ def artifact(model: str, name: str, version: int) -> str:
 def vectors(job_id: str) -> str:
     """The name of the blob with an embedding job's vectors."""
     return f"vectors:{job_id}"
+
+
+#: Sorted sets: ids of jobs whose vectors are kept → when these expire; those that no client has fetched yet, and those
+#: that one has.
+VECTORS_UNFETCHED = f"{PREFIX}vectors:unfetched"
+VECTORS_FETCHED = f"{PREFIX}vectors:fetched"
+#: Hash: ids of jobs whose vectors are kept → their bytes; and `:sum`.
+VECTORS_SIZES = f"{PREFIX}vectors:sizes"
 
 
 def worker(name: str) -> str:

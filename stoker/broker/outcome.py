@@ -101,10 +101,19 @@ def vectors_reply(job_id: str, value: Any) -> EmbedReply:
     return reply
 
 
-def read_vectors(reply: EmbedReply, data: bytes | None) -> Encoded:
-    """(rows, dim) in the dtype that was asked for; a blob that expired, or holds something else, raises `JobLost`."""
+def read_vectors(reply: EmbedReply, data: bytes | None, became: str = "") -> Encoded:
+    """(rows, dim) in the dtype that was asked for; a blob that expired, or holds something else, raises `JobLost`.
+    `became`: what the job's record says of them."""
     if data is None:
-        raise JobLost(f"the vectors of blob {reply.blob} are gone: results are kept {keys.RESULT_TTL // 3600} hours.")
+        hours, minutes = keys.RESULT_TTL // 3600, keys.FETCHED_TTL // 60
+        why = {
+            "fetched": f"they were fetched before, and from then on they are kept {minutes} minutes, or until others "
+            "need their room. Keep what the first `result()` returned, or send the job again",
+            "discarded": "`discard()` took them out of the broker. Send the job again",
+        }
+        raise JobLost(
+            f"the vectors of blob {reply.blob} are gone: {why.get(became, f'results are kept {hours} hours')}."
+        )
     try:
         found = vectors.load(data)
     except ValueError:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stoker.broker import keys, ledger
+from stoker.broker.ledger.vectors import VECTOR_BYTES
 from stoker.contract import names
 from stoker.errors import InvalidRequest
 
@@ -25,6 +26,7 @@ RULES = {
     "queue_limit": Rule(ledger.QUEUE_LIMIT, 1_000_000, "jobs that may wait in one queue"),
     "client_limit": Rule(ledger.CLIENT_LIMIT, 1_000_000, "open jobs that one client may have in one queue"),
     "queue_bytes": Rule(ledger.QUEUE_BYTES, 2**40, "bytes that the open jobs of one queue may have, with their inputs"),
+    "vector_bytes": Rule(VECTOR_BYTES, 2**40, "bytes that the vectors of all jobs may have until they are fetched"),
     "crashes": Rule(ledger.MAX_CRASHES, 1000, "workers that a job may crash before it is dead-lettered"),
     "ageing": Rule(ledger.AGEING, 30 * 24 * 3600, "seconds of waiting that lift a job by one priority"),
 }

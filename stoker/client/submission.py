@@ -96,6 +96,13 @@ class Submission:
             "client_full": f"client {client!r} has {reply.depth} open jobs there and may have {reply.limit}",
             "bytes_full": f"the jobs there have {reply.depth} bytes and may have {reply.limit}",
         }
+        if reply.state == "vectors_full":
+            return (
+                f"{self._record.queue}: vectors that wait to be fetched have {reply.depth} bytes and may have "
+                f"{reply.limit}. Nothing was sent. Fetch those of jobs that are done (`result()`) or `discard()` them, "
+                "set STOKER_QUEUE_WAIT to wait for room, or let the operator raise it: "
+                "`stoker jobs policy vector_bytes`."
+            )
         return (
             f"{self._record.queue}: {who[reply.state]}. Nothing was sent; try again in about {reply.wait:.0f} s, set "
             "STOKER_QUEUE_WAIT to wait for room, or start another worker."

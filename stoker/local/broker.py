@@ -8,6 +8,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -27,6 +28,8 @@ PREFERRED_PORT = 6379
 START_LIMIT = 60.0
 #: Seconds that a server which reads its data may be silent.
 SILENCE = 10.0
+#: Bytes. A file that is smaller is never written anew: it costs nobody anything.
+SMALL_FILE = 16 * 2**20
 #: What the server says of a port that another process listens on.
 PORT_TAKEN = "Address already in use"
 
@@ -34,9 +37,9 @@ PORT_TAKEN = "Address already in use"
 class EmbeddedBroker:
     """Runs from `start` to `stop`; `url` says where. Its data stay for the next start."""
 
-    def __init__(self, settings: Settings, *, port: int = PREFERRED_PORT, secret: bool = False) -> None:
-        """`secret`: it asks for a password, which is made at the first start and is part of `url`."""
-        self._settings, self._preferred_port, self._secret = settings, port, secret
+    def __init__(self, settings: Settings, *, port: int = PREFERRED_PORT) -> None:
+        """It asks for a password, which is made at the first start and is part of `url`."""
+        self._settings, self._preferred_port = settings, port
         self._login = ""
         self._folder = settings.home / "broker"
         self._process: Process | None = None
@@ -47,8 +50,7 @@ class EmbeddedBroker:
         """Start the server, wait until it has its data, and return its URL, which other shells find in
         STOKER_HOME/broker.json. `report` is called with how far the server is."""
         private_folder(self._folder)
-        if self._secret:
-            self._make_login()
+        self._make_login()
         self._lock = self._take_lock()
         port = free_port(self._preferred_port)
         while not self._serves(port):
@@ -80,7 +82,7 @@ class EmbeddedBroker:
         """Start the server on `port` and wait until it answers; False if another process has the port."""
         self._process = Process(
             "broker",
-            [str(server_binary()), *([str(self._config)] if self._secret else []), *self._options(port)],
+            [str(server_binary()), str(self._config), *self._options(port)],
             log=self._settings.logs / "broker.log",
             env={},
             grace=10,
@@ -102,6 +104,17 @@ class EmbeddedBroker:
             shown = Address.parse(self.url).shown
             wait_until_loaded(lambda: client.info("persistence"), shown, report, lambda: self.alive)
 
+    def compact(self) -> bool:
+        """Have the append-only file written anew if most of it is of keys that have gone; return whether it is. The
+        server does so where the file grows. Where keys expire and nothing is written, it would stay as large as it
+        was."""
+        with redis.Redis.from_url(self.url, socket_timeout=SILENCE) as client, suppress(RedisError):
+            # What it refuses now, as the server loads or writes a file already, it does at another round.
+            size = int(client.info("persistence").get("aof_current_size", 0))
+            if size > max(SMALL_FILE, 2 * int(client.info("memory")["used_memory"])):
+                return bool(client.bgrewriteaof())
+        return False
+
     def _answers(self, client: redis.Redis) -> bool:
         """Whether our own server answers: another's, on a port that it took before ours, has another folder."""
         try:
@@ -116,6 +129,9 @@ class EmbeddedBroker:
             "dir": self._folder,
             "appendonly": "yes",
             "appendfsync": "everysec",
+            # Written anew when it is twice as large as after the last time; see `compact` too.
+            "auto-aof-rewrite-percentage": 100,
+            "auto-aof-rewrite-min-size": SMALL_FILE,
             "save": "",
             # A queue must never lose a key to make room: a full broker refuses instead, and the client gets an error.
             "maxmemory-policy": "noeviction",

@@ -29,6 +29,8 @@ FLOWER_PORT = 5555
 POLL = 0.1
 #: Seconds between a worker's end and its restart: enough not to spin when something is broken for good.
 RESTART_PAUSE = 2.0
+#: Seconds between two looks at the size of the broker's append-only file.
+COMPACT_EVERY = 60.0
 #: What a worker writes before the error that ended its boot (workers/celery/boot.py).
 ERROR_MARK = "stoker-error: "
 
@@ -62,7 +64,7 @@ class Stack:
         if self._needs_broker():
             # A private broker stays off the usual port, where other clients would find it.
             port = 0 if self._own_broker else PREFERRED_PORT
-            self._broker = EmbeddedBroker(self.settings, port=port, secret=not self._own_broker)
+            self._broker = EmbeddedBroker(self.settings, port=port)
             self.settings = load_settings(**{**self.settings.model_dump(), "url": self._broker.start(self._report)})
         else:
             wait_for_broker(self.settings, self._report)
@@ -122,10 +124,14 @@ class Stack:
     def watch(self, report: Callable[[str], None]) -> None:
         """Run until interrupted. A worker that dies is started again; a broker that dies ends the stack."""
         assert self.worker is not None
+        compacted = time.monotonic()
         while True:
             time.sleep(POLL)
             if self._broker is not None and not self._broker.alive:
                 raise BrokerUnavailable(f"the embedded broker ended; see {self.settings.logs / 'broker.log'}.")
+            if self._broker is not None and time.monotonic() - compacted >= COMPACT_EVERY:
+                self._broker.compact()
+                compacted = time.monotonic()
             if self._flower is not None and self._flower.returncode is not None:
                 code, log, self._flower = self._flower.returncode, self._flower.log, None
                 report(f"Flower ended (exit code {code}), see {log}; jobs go on without it")

@@ -69,6 +69,28 @@ def test_a_broker_finds_a_free_port_and_other_shells_find_the_broker(tmp_path: P
     broker.stop()  # twice does no harm
 
 
+def test_the_file_on_disk_shrinks_once_what_it_holds_has_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(broker_module, "SMALL_FILE", 2**20)
+    with running(tmp_path) as (broker, client):
+        client.config_set("auto-aof-rewrite-percentage", 0)  # the server itself does not
+        for number in range(64):
+            client.set(f"blob:{number}", os.urandom(2**17), ex=3600)
+        assert not broker.compact(), "all of it is in use"
+        client.flushall()
+        assert int(client.info("persistence")["aof_current_size"]) > 2**22
+        assert broker.compact()
+        wait_until(lambda: int(client.info("persistence")["aof_current_size"]) < 2**20, "it is small again")
+        assert not broker.compact(), "a small one is left as it is"
+
+
+def test_the_server_writes_its_file_anew_as_it_grows(tmp_path: Path) -> None:
+    """A day of vectors that are fetched and deleted must not lie on the disk for ever."""
+    with running(tmp_path) as (_, client):
+        for _ in range(50):
+            client.set("blob", os.urandom(2**20), ex=3600)
+        wait_until(lambda: int(client.info("persistence")["aof_current_size"]) < 40 * 2**20, "it is written anew")
+
+
 def test_a_port_that_another_broker_took_meanwhile_is_left_to_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,7 +132,7 @@ def test_a_broker_with_a_password_of_its_own_asks_everybody_for_it_and_names_it_
 ) -> None:
     before = os.umask(0o022)
     try:
-        broker = EmbeddedBroker(Settings(home=tmp_path), port=0, secret=True)
+        broker = EmbeddedBroker(Settings(home=tmp_path), port=0)
         settings = Settings(home=tmp_path, url=broker.start())
     finally:
         os.umask(before)
@@ -136,7 +158,7 @@ def test_a_broker_with_a_password_of_its_own_asks_everybody_for_it_and_names_it_
         first = broker.url
     finally:
         broker.stop()
-    again = EmbeddedBroker(Settings(home=tmp_path), port=port, secret=True)
+    again = EmbeddedBroker(Settings(home=tmp_path), port=port)
     try:
         assert again.start() == first, "the same password"
     finally:

@@ -389,16 +389,16 @@ def test_vectors_are_fetched_also_when_the_broker_is_away_at_that_very_moment(
     server.set(keys.blob("vectors:x"), safetensors.numpy.save({"vectors": vectors}), ex=60)
     with fake() as sender:
         job = sender.embed(["a", "b"], model="mini")
-        get, away = sender.redis.get, iter([True, True])
+        evalsha, away = sender.redis.evalsha, iter([True, True])
 
-        def unsteady(key: str) -> Any:
+        def unsteady(*command: Any) -> Any:
             if next(away, False):
                 raise RedisConnectionError("gone")
-            return get(key)
+            return evalsha(*command)
 
-        monkeypatch.setattr(sender.redis, "get", unsteady)
+        monkeypatch.setattr(sender.redis, "evalsha", unsteady)
         reply = EmbedReply(blob="vectors:x", rows=2, dim=3, usage=Usage())
-        assert np.array_equal(plain(job.link.vectors(reply)), vectors)
+        assert np.array_equal(plain(job.link.vectors("x", reply)), vectors)
 
 
 SPOILED = [b"garbage", b"{}", b"[]", b"1", b"\xff", b"null", b"[" * 50_000]

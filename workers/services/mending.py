@@ -15,7 +15,8 @@ from stoker.broker import keys, ledger
 log = logging.getLogger(__name__)
 
 #: Keys that all queues share.
-SHARED = keys.types([keys.MODELS, keys.WORKERS, keys.POLICY, keys.DEAD, keys.UNACKED, keys.LEASES])
+_OF_VECTORS = (keys.VECTORS_UNFETCHED, keys.VECTORS_FETCHED, keys.VECTORS_SIZES)
+SHARED = keys.types([keys.MODELS, keys.WORKERS, keys.POLICY, keys.DEAD, keys.UNACKED, keys.LEASES, *_OF_VECTORS])
 
 #: KEYS: one that may be wrong, and where to move it. ARGV: its right type, seconds to keep it. Another worker may have
 #: been here in between, and the key may be right again.

@@ -20,7 +20,6 @@ blocking client.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from importlib import resources
 from typing import Any, TypeVar
 
 from stoker.broker import keys
@@ -32,7 +31,8 @@ from stoker.broker.ledger.ending import success as success
 from stoker.broker.ledger.listing import Listing, OpenJob
 from stoker.broker.ledger.record import Field
 from stoker.broker.ledger.replies import Claim, DeadLettered, Submitted, recovered
-from stoker.broker.ledger.script import Script
+from stoker.broker.ledger.script import Script, text
+from stoker.broker.ledger.vectors import VECTOR_BYTES
 from stoker.contract.kinds import READY, of_queue
 
 #: Owners that a job may crash before it is dead-lettered.
@@ -50,20 +50,17 @@ PRIORITIES = 10
 R = TypeVar("R")
 
 
-def _text(name: str) -> str:
-    return resources.files(__name__).joinpath(f"{name}.lua").read_text()
+def _transition(*names: str) -> Script:
+    return Script("".join(map(text, ("common", "prelude", *names))))
 
 
-def _transition(name: str) -> Script:
-    return Script(_text("prelude") + _text(name))
-
-
-SUBMIT, CLAIM, RELEASE, COMPLETE = map(_transition, ("submit", "claim", "release", "complete"))
+SUBMIT = _transition("vectors", "submit")
+CLAIM, RELEASE, COMPLETE = map(_transition, ("claim", "release", "complete"))
 CANCEL, RECOVER, DEAD_LETTER, OUT_OF_MEMORY = map(_transition, ("cancel", "recover", "dead_letter", "out_of_memory"))
 ABANDON = _transition("abandon")
 #: These know nothing of queues.
-ALLOCATE, PIN = Script(_text("allocate")), Script(_text("pin"))
-TROUBLE = _text("trouble")
+ALLOCATE, PIN = Script(text("allocate")), Script(text("pin"))
+TROUBLE = text("trouble")
 
 
 def _call(
@@ -94,8 +91,11 @@ def submission(job_id: str, record: Mapping[str, str], data: bytes = b"", *, rev
     `unknown` if it is none."""
     queue, client = record[Field.QUEUE], record[Field.CLIENT]
     fields = [part for item in record.items() for part in item]
-    arguments = (QUEUE_LIMIT, CLIENT_LIMIT, QUEUE_BYTES, int(revive), keys.DEAD_TTL, data, *fields)
-    return _call(SUBMIT, Submitted.parse, job_id, queue, *arguments, extra=(keys.DEAD, keys.client(client, queue)))
+    limits = (QUEUE_LIMIT, CLIENT_LIMIT, QUEUE_BYTES, VECTOR_BYTES)
+    arguments = (*limits, int(revive), keys.DEAD_TTL, data, *fields)
+    shared = (keys.VECTORS_UNFETCHED, keys.VECTORS_FETCHED, keys.VECTORS_SIZES)
+    extra = (keys.DEAD, keys.client(client, queue), *shared)
+    return _call(SUBMIT, Submitted.parse, job_id, queue, *arguments, extra=extra)
 
 
 def submit(redis: Any, job_id: str, record: Mapping[str, str], data: bytes = b"", *, revive: bool = False) -> Submitted:

@@ -1,12 +1,8 @@
--- What every transition shares: the clock, the names, and where a job waits: backlog and ready list.
+-- What every transition shares: the names, and where a job waits: backlog and ready list.
 --
 -- A job waits in the backlog, one sorted set a priority, by its client's turn. Before it stands the ready list,
 -- from which Celery takes messages: it holds no more than `window`, so that a later job with a better
 -- claim is not behind thousands. Each transition that takes from the ready list fills it up again (`refill`).
-
--- Redis' own clock: clients' and workers' clocks may differ.
-local time = redis.call('TIME')
-local now = tonumber(time[1]) + tonumber(time[2]) / 1e6
 
 local job, result, mark, ready, open, dispatched, turns, pace, policy, sizes = unpack(KEYS, 1, 10)
 local backlogs = {unpack(KEYS, 11, 20)}
@@ -14,13 +10,7 @@ local id, job_prefix, pending_ttl, result_ttl, window = unpack(ARGV, 1, 5)
 window = tonumber(window)
 local prefix = string.sub(job_prefix, 1, -5)
 
--- What is no whole number of at least 1, or more than `stoker jobs policy` takes, was not decided by it.
-local most_of = {queue_limit = 1e6, client_limit = 1e6, queue_bytes = 2 ^ 40, crashes = 1000, ageing = 30 * 24 * 3600}
-local function setting(name, default)
-  local text = redis.call('HGET', policy, name)
-  local decided = text and string.match(text, '^[1-9]%d*$') and tonumber(text)
-  return decided and decided <= most_of[string.match(name, '^[^:]+')] and decided or default
-end
+local function setting(name, default) return decided(policy, name, default) end
 
 -- An object or list in JSON; an empty one for what is none.
 local function decoded(text)

@@ -56,6 +56,8 @@ class Field(StrEnum):
     COUNTED = "counted"
     #: The version of the adapter that it uses or makes.
     VERSION = "version"
+    #: What became of the vectors that it made: `fetched` or `discarded`.
+    VECTORS = "vectors"
 
 
 @dataclass(frozen=True)

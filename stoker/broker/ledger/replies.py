@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Submitted:
-    """`state`: `new`, `known`, `full`, `client_full`, `bytes_full`, `too_large`, or `unknown` for no dead letter. Of a
-    queue that is full: the `depth` there is and its `limit`, of all clients or of this one, in jobs or in bytes, and
-    the seconds to `wait` before another try. Of a job that is too large: its bytes and the limit."""
+    """`state`: `new`, `known`, `full`, `client_full`, `bytes_full`, `vectors_full`, `too_large`, or `unknown` for no
+    dead letter. Of a queue that is full: the `depth` there is and its `limit`, of all clients or of this one, in jobs
+    or in bytes, and the seconds to `wait` before another try; of a broker that is full of vectors, their bytes. Of a
+    job that is too large: its bytes and the limit."""
 
     state: str
     depth: int = 0
@@ -24,7 +25,7 @@ class Submitted:
 
     @property
     def is_full(self) -> bool:
-        return self.state in ("full", "client_full", "bytes_full")
+        return self.state in ("full", "client_full", "bytes_full", "vectors_full")
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from hashlib import sha1
+from importlib import resources
 from inspect import isawaitable
 from typing import Any
+
+
+def text(name: str) -> str:
+    """The script `NAME.lua` of this folder."""
+    return resources.files(__package__).joinpath(f"{name}.lua").read_text()
 
 
 class Script:

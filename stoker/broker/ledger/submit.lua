@@ -1,9 +1,9 @@
--- KEYS[21], [22]: the dead letters, the client's open jobs in this queue
--- ARGV: default limits of queue, client and bytes, revive?, seconds that a key of a wrong type is kept, bytes of the input
+-- KEYS[21], [22]: the dead letters, the client's open jobs in this queue; [23] to [25]: which vectors are kept
+-- ARGV: default limits of queue, client, bytes and vectors, revive?, seconds that a key of a wrong type is kept, bytes of the input
 -- or '', then the record's fields and values
-local dead, mine, revive, spoiled_ttl, data = KEYS[21], KEYS[22], ARGV[9] == '1', ARGV[10], ARGV[11]
-local fields, record, size = {}, {}, #ARGV[11]
-for i = 12, #ARGV, 2 do
+local dead, mine, revive, spoiled_ttl, data = KEYS[21], KEYS[22], ARGV[10] == '1', ARGV[11], ARGV[12]
+local fields, record, size = {}, {}, #data
+for i = 13, #ARGV, 2 do
   fields[ARGV[i]] = ARGV[i + 1]
   table.insert(record, ARGV[i])
   table.insert(record, ARGV[i + 1])
@@ -45,6 +45,11 @@ local bytes, room = bytes_open(), setting('queue_bytes', tonumber(ARGV[8]))
 if size > room then return {'too_large', size, room, '0'} end
 if bytes + size > room and redis.call('ZCARD', open) > 0 then
   return {'bytes_full', bytes, room, wait_for(redis.call('ZCARD', open) * math.min(1, size / bytes))}
+end
+if fields['kind'] == 'embed' then
+  local kept, room = vectors_kept(prefix, policy, unpack(KEYS, 23, 25)).make_room(1, tonumber(ARGV[9]))
+  -- How soon they are fetched, nobody knows.
+  if kept + 1 > room then return {'vectors_full', kept, room, '5.0'} end
 end
 
 -- From where the job's messages are counted: a record that comes after another of the same job, which has expired or is

@@ -78,14 +78,15 @@ class AsyncEmbedJob(AsyncJob["np.ndarray"]):
         return await self._fetch(await self.link.value(self.id, timeout))
 
     async def discard(self) -> None:
-        """Take the vectors out of the broker now, instead of a day after the end."""
+        """Take the vectors out of the broker now, instead of ten minutes after they were fetched, or a day after the
+        end."""
         await self.link.discard(self.id)
 
     async def _read(self, value: object) -> np.ndarray:
         return plain(await self._fetch(value))
 
     async def _fetch(self, value: object) -> Encoded:
-        return await self.link.vectors(vectors_reply(self.id, value))
+        return await self.link.vectors(self.id, vectors_reply(self.id, value))
 
 
 class AsyncGenerateJob(AsyncJob[GenerateResult]):

@@ -46,8 +46,8 @@ class AsyncLink(Protocol):
     def entries(self, job_id: str, entry: type[E], timeout: float | None) -> AsyncGenerator[E]:
         """Each entry of the job's stream once, in order; raises what the job ended with."""
 
-    async def vectors(self, reply: EmbedReply) -> Encoded:
-        """Raises `JobLost` for vectors that have expired."""
+    async def vectors(self, job_id: str, reply: EmbedReply) -> Encoded:
+        """The vectors that the job has made. Raises `JobLost` for those that have expired."""
 
     async def discard(self, job_id: str) -> None:
         """Forget the vectors of a job."""

@@ -78,7 +78,7 @@ class AsyncMemoryLink:
                 raise NotScripted(f"job {job_id} hangs, as its answer says; nothing cancelled it.") from None
         return outcome
 
-    async def vectors(self, reply: EmbedReply) -> Encoded:
+    async def vectors(self, job_id: str, reply: EmbedReply) -> Encoded:
         return read_vectors(reply, self._memory.blob(reply.blob))
 
     async def discard(self, job_id: str) -> None:

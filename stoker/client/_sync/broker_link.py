@@ -15,6 +15,7 @@ from stoker.broker.asking import own_patience
 from stoker.broker.connection import Patience, translated
 from stoker.broker.ledger.listing import Listing, OpenJob
 from stoker.broker.ledger.record import listed, summary
+from stoker.broker.ledger.vectors import discard, fetch
 from stoker.broker.letters import Letter
 from stoker.broker.outcome import JobStatus, lost, read_vectors, status_of
 from stoker.broker.registry import AdapterEntry, Verb
@@ -142,18 +143,19 @@ class BrokerLink:
         if job is not None and not model_choice.is_served(job.model, job.kind, self.workers()):
             log.warning("job %s waits: no worker that is alive can %s with %s.", job_id, job.kind, job.model)
 
-    def vectors(self, reply: EmbedReply) -> Encoded:
+    def vectors(self, job_id: str, reply: EmbedReply) -> Encoded:
         patience = Patience(self._settings)
         while True:
             try:
                 with translated(self._settings, passing=connection.TROUBLE), own_patience():
-                    return read_vectors(reply, self._redis.get(keys.blob(reply.blob)))
+                    found = fetch(job_id, self._settings.patience).on(self._redis)
+                    return read_vectors(reply, found.data, found.became)
             except connection.TROUBLE as error:
                 sleep(patience.spend(error))
 
     def discard(self, job_id: str) -> None:
         with translated(self._settings):
-            self._redis.unlink(keys.blob(keys.vectors(job_id)))
+            discard(job_id).on(self._redis)
 
     def workers(self) -> list[Presence]:
         with translated(self._settings):

@@ -79,14 +79,15 @@ class EmbedJob(Job["np.ndarray"]):
         return self._fetch(self.link.value(self.id, timeout))
 
     def discard(self) -> None:
-        """Take the vectors out of the broker now, instead of a day after the end."""
+        """Take the vectors out of the broker now, instead of ten minutes after they were fetched, or a day after the
+        end."""
         self.link.discard(self.id)
 
     def _read(self, value: object) -> np.ndarray:
         return plain(self._fetch(value))
 
     def _fetch(self, value: object) -> Encoded:
-        return self.link.vectors(vectors_reply(self.id, value))
+        return self.link.vectors(self.id, vectors_reply(self.id, value))
 
 
 class GenerateJob(Job[GenerateResult]):

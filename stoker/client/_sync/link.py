@@ -47,8 +47,8 @@ class Link(Protocol):
     def entries(self, job_id: str, entry: type[E], timeout: float | None) -> Generator[E]:
         """Each entry of the job's stream once, in order; raises what the job ended with."""
 
-    def vectors(self, reply: EmbedReply) -> Encoded:
-        """Raises `JobLost` for vectors that have expired."""
+    def vectors(self, job_id: str, reply: EmbedReply) -> Encoded:
+        """The vectors that the job has made. Raises `JobLost` for those that have expired."""
 
     def discard(self, job_id: str) -> None:
         """Forget the vectors of a job."""

@@ -79,7 +79,7 @@ class MemoryLink:
                 raise NotScripted(f"job {job_id} hangs, as its answer says; nothing cancelled it.") from None
         return outcome
 
-    def vectors(self, reply: EmbedReply) -> Encoded:
+    def vectors(self, job_id: str, reply: EmbedReply) -> Encoded:
         return read_vectors(reply, self._memory.blob(reply.blob))
 
     def discard(self, job_id: str) -> None:

@@ -1,0 +1,15 @@
+-- What every script shares: the clock, and what the policy decides.
+
+-- Redis' own clock: clients' and workers' clocks may differ.
+local time = redis.call('TIME')
+local now = tonumber(time[1]) + tonumber(time[2]) / 1e6
+
+-- What is no whole number of at least 1, or more than `stoker jobs policy` takes, was not decided by it.
+local most_of = {
+  queue_limit = 1e6, client_limit = 1e6, queue_bytes = 2 ^ 40, vector_bytes = 2 ^ 40, crashes = 1000, ageing = 30 * 24 * 3600,
+}
+local function decided(policy, name, default)
+  local text = redis.call('HGET', policy, name)
+  local value = text and string.match(text, '^[1-9]%d*$') and tonumber(text)
+  return value and value <= most_of[string.match(name, '^[^:]+')] and value or default
+end
