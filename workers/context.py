@@ -10,6 +10,7 @@ from stoker.settings import Settings
 from workers.capacity import Lanes
 from workers.deliveries import Deliveries, Health
 from workers.machine import make_engine
+from workers.services.revoking import Revocations
 from workers.services.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class WorkerContext:
         self.settings, self.make_engine = settings, make_engine
         self.lanes = Lanes()
         self.deliveries = Deliveries(Health(settings.lease))
+        self.revocations = Revocations()
         self._runtime: Runtime | None = None
 
     @property

@@ -68,8 +68,9 @@ class Deliveries:
     def add(self, delivery: HeldDelivery) -> None:
         self._held[delivery.token] = delivery
 
-    def remove(self, delivery: HeldDelivery) -> None:
-        self._held.pop(delivery.token, None)
+    def remove(self, delivery: HeldDelivery) -> bool:
+        """Whether it was there: false for all that remove it again."""
+        return self._held.pop(delivery.token, None) is not None
 
     def tags(self) -> set[str]:
         """Not from Celery's own table of requests: it has one entry for a job, and a job may be here twice."""

@@ -7,10 +7,13 @@ import json
 from pathlib import Path
 
 import pytest
+from celery import Celery
 
 from stoker import Client
 from stoker.broker import keys
 from stoker.broker.envelope import envelope
+from stoker.broker.outcome import JobStatus
+from stoker.celery_config import shared_config
 from stoker.contract import Presence
 from stoker.errors import (
     BrokerUnavailable,
@@ -130,4 +133,21 @@ def test_a_stream_of_the_wrong_type_fails_its_job_and_no_neighbour(client: Clien
     client.redis.set(keys.stream(job.id), "x", ex=60)
     with pytest.raises(JobFailed, match=keys.stream(job.id)):
         job.result(30)
+    assert len(client.generate("x", model=GENERATE_MODEL, max_tokens=2).result(30).token_ids) == 2
+
+
+@pytest.mark.parametrize("terminate", [False, True])
+def test_celerys_own_revoke_ends_a_job_that_runs_and_one_that_waits_and_hurts_nothing(
+    client: Client, terminate: bool
+) -> None:
+    celery = Celery(broker=client.settings.address.celery)
+    celery.conf.update(shared_config(client.settings))
+    rows = [{"text": "Coal feeds the fire."}]
+    running, waiting = (client.train(name, rows, model=GENERATE_MODEL, steps=5000) for name in ("runs", "waits"))
+    wait_until(lambda: running.status() is JobStatus.RUNNING, "the lane is full")
+    for given in ([waiting.id, "nobody", 7, {"a": "b"}], running.id, None, {"a": [1]}):
+        celery.control.revoke(given, terminate=terminate)
+    wait_until(lambda: {running.status(), waiting.status()} == {JobStatus.CANCELLED}, "both are cancelled")
+    celery.close()
+    assert not client.redis.exists(keys.result("nobody"))
     assert len(client.generate("x", model=GENERATE_MODEL, max_tokens=2).result(30).token_ids) == 2

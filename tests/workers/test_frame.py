@@ -238,6 +238,22 @@ def test_progress_that_cannot_be_told_fails_no_job(worker: Worker) -> None:
     assert worker.deliver(lambda: 1)["completion_tokens"] == 1
 
 
+def test_an_error_that_ends_the_waiting_for_a_job_stops_it_in_the_engine(worker: Worker) -> None:
+    """Its row and its memory would stay in use for a result that nobody takes."""
+
+    class Lost(Ticket[Any]):
+        def wait(self, seconds: float) -> bool:
+            raise ConnectionError("gone")
+
+        def resolve(self, value: Any) -> None:
+            """It runs on."""
+
+    worker.engine.make_ticket = Lost
+    with pytest.raises(JobFailed, match="gone"):
+        worker.deliver(lambda: 1)
+    assert worker.cancels == ["job"]
+
+
 def test_a_cancelled_job_is_revoked(worker: Worker) -> None:
     with pytest.raises(Ignore):
         worker.deliver(raising(JobCancelled("x")))

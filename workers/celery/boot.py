@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 import uuid
+from functools import partial
 from typing import Any
 
 from celery import Celery, bootsteps
@@ -22,6 +23,7 @@ from stoker.errors import StokerError
 from stoker.local.stack import ERROR_MARK
 from stoker.settings import Settings
 from workers.artifacts import Artifacts
+from workers.celery import control
 from workers.celery.interrupts import Interrupts
 from workers.celery.lanes import LaneStep
 from workers.celery.lease import LeaseStep
@@ -61,6 +63,8 @@ class EngineStep(bootsteps.StartStopStep):
         self._guard_delivery(running)
         self._open_queues(worker.app, running)
         CancelWatch(running).start()
+        revoked = partial(self._context.revocations.cancel_next, running)
+        Background("revocations", revoked, stopped=running.stopped).start()
         Watchdog(running, running.settings.step_limit).start()
         heart = self._heart = Heart(running, self._context.lanes, Janitor(running))
         heart.start()
@@ -131,6 +135,7 @@ def _end_process() -> None:
 def install(app: Celery, context: WorkerContext) -> None:
     """Add Stoker's steps to a Celery app, and what its context shares with them."""
     app.context = context
+    control.install()
     components.Pool.requires = (*components.Pool.requires, EngineStep)
     app.steps["worker"].add(EngineStep)
     app.steps["consumer"].update((LaneStep, LeaseStep))

@@ -28,17 +28,13 @@ class LaneStep(bootsteps.StartStopStep):
 
 
 class LaneRequest(Request):
-    """A request that holds a slot in its kind's lane from the moment it is taken until it is acked or rejected.
-
-    `terminate` (Flower's button, `celery control revoke --terminate`) asks the engine to stop the job: the threads
-    pool itself cannot end one.
-    """
+    """A request that holds a slot in its kind's lane from the moment it is taken until it is acked or rejected, whether
+    the broker takes that or not: a message whose end it does not take comes back with its lease."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._context: WorkerContext = self._app.context
         self._kind = of_task(self.name).name
-        self._held = True
         #: Names this delivery, and no other of the same job: what the job's record calls its owner by.
         self.token = uuid.uuid4().hex
         self._request_dict |= {"stoker_token": self.token, "stoker_tag": self.tag}
@@ -60,18 +56,22 @@ class LaneRequest(Request):
             QoS.ack(self.message.channel.qos, self.tag)
 
     def acknowledge(self) -> None:
-        super().acknowledge()
-        self._leave()
+        try:
+            super().acknowledge()
+        finally:
+            self._leave()
 
     def reject(self, requeue: bool = False) -> None:
-        super().reject(requeue=requeue)
-        self._leave()
+        try:
+            super().reject(requeue=requeue)
+        finally:
+            self._leave()
 
-    def terminate(self, pool: Any, signal: str | None = None) -> None:
-        self._context.runtime.cancel(self.id)
+    def revoked(self) -> bool:
+        """Never by Celery's own list, which any control message fills: the ledger knows which jobs were cancelled."""
+        return False
 
     def _leave(self) -> None:
-        if self._held:
-            self._held = False
-            self._context.deliveries.remove(self)
+        # The consumer's thread and the pool's may end a delivery at the same moment.
+        if self._context.deliveries.remove(self):
             self._context.lanes.leave(self._kind)

@@ -104,7 +104,22 @@ class QoS(kombu_redis.QoS):
         virtual.QoS.append(self, message, delivery_tag)
 
     def ack(self, delivery_tag: str) -> None:
-        self._mended(lambda: kombu_redis.QoS.ack(self, delivery_tag))
+        self._let_go(delivery_tag, lambda: kombu_redis.QoS.ack(self, delivery_tag))
+
+    def reject(self, delivery_tag: str, requeue: bool = False) -> None:
+        self._let_go(delivery_tag, lambda: kombu_redis.QoS.reject(self, delivery_tag, requeue))
+
+    def _let_go(self, delivery_tag: str, write: Callable[[], object]) -> None:
+        """End a delivery. What the broker does not take stays unacknowledged there and is held here no longer: nobody
+        renews its lease, so it comes back when that has run out. An error would end the round of all deliveries, and
+        with it the acks that come after this one."""
+        try:
+            self._mended(write)
+        except TROUBLE as error:
+            log.warning(
+                "message %s comes back with its lease: the broker did not take its end (%s)", delivery_tag, error
+            )
+            virtual.QoS.ack(self, delivery_tag)
 
     def _mended(self, write: Callable[[], object]) -> None:
         """Write into the table of messages that are held. Another program's value in its place would end the round of
@@ -192,6 +207,15 @@ class Channel(kombu_redis.Channel):
         # What went back to its queue meanwhile took a connection. A thread that acknowledges just now keeps its own.
         if self._last_pool is not None:
             self._last_pool.disconnect(inuse_connections=False)
+
+    def _do_restore_message(
+        self, payload: Any, exchange: str, routing_key: str, pipe: Any, leftmost: bool = False
+    ) -> None:
+        """As kombu's for a job's message, without its look-up of queues: were that refused, kombu would take the
+        message off what is held all the same, and put it back nowhere."""
+        payload["headers"]["redelivered"] = True
+        payload["properties"]["delivery_info"]["redelivered"] = True
+        (pipe.lpush if leftmost else pipe.rpush)(routing_key, json.dumps(payload))
 
     def _create_client(self, asynchronous: bool = False) -> Any:
         """One client serves the acks of all threads: kombu makes one for each, which takes longer than the ack."""

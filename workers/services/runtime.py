@@ -62,11 +62,17 @@ class Runtime:
 
     @contextmanager
     def running(self, token: str, ticket: Ticket[Any]) -> Iterator[None]:
-        """Let `cancel`, `hand_back` and `fence_lost` find the ticket while the job runs."""
+        """Let `cancel`, `hand_back` and `fence_lost` find the ticket while the job runs. An error that ends the waiting
+        for it stops the job: nobody would take its result."""
         with self._lock:
             self._running[token] = ticket
         try:
             yield
+        except BaseException:
+            if not ticket.done:
+                ticket.cancel()
+                self.engine.wake()
+            raise
         finally:
             with self._lock:
                 del self._running[token]
