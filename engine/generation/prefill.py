@@ -67,7 +67,7 @@ class Prefill:
                 with row.guarded():
                     kv.put(index, source, 0, length)
                 row.cached = length
-                row.generation.cached_tokens = row.generation.cached_tokens or length
+            row.generation.note_cached(row.cached)
         return kv
 
     def _find(self, row: Row, prefixes: PrefixCache) -> tuple[KeyValues | None, int]:

@@ -52,8 +52,8 @@ class Generation:
         self.grammar = grammar
         self.published = 0
         self.first_token_seconds = 0.0
-        #: Prompt tokens that the first row found in the prefix cache.
-        self.cached_tokens = 0
+        #: Prompt tokens that the first row to be seated found in the prefix cache; None: none was seated yet.
+        self.cached_tokens: int | None = None
         #: Tokens that an answer may have at most.
         self.room = context - len(prompt)
         self.rows = [Row(self, number) for number in range(request.n)]
@@ -74,6 +74,11 @@ class Generation:
     def ended(self) -> bool:
         return not self.open_rows
 
+    def note_cached(self, length: int) -> None:
+        """A row found `length` tokens in the prefix cache. One that comes later, or again, finds what the job left."""
+        if self.cached_tokens is None:
+            self.cached_tokens = min(length, len(self.prompt))
+
     def extend(self, row: Row, pick: Pick, output: StepOutput) -> None:
         """Publish a row's next token, and the result if it was the last of the last row."""
         if not self.first_token_seconds:
@@ -93,7 +98,7 @@ class Generation:
             others=tuple(others),
             usage=Usage(
                 prompt_tokens=len(self.prompt),
-                cached_tokens=self.cached_tokens,
+                cached_tokens=self.cached_tokens or 0,
                 completion_tokens=sum(len(row.tokens) for row in self.rows),
                 run_seconds=self.ticket.run_seconds,
                 first_token_seconds=self.first_token_seconds,

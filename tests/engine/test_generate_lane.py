@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from engine.adapters.store import AdapterStore
 from engine.checkpoints.loading import LoadedModel, load
 from engine.generation.lane import GenerateLane
 from engine.generation.limits import LaneLimits
+from engine.generation.row import Generation
 from engine.models.llama import Llama
 from engine.text.tokenizer import Tokenizer
 from engine.ticket import Ticket
@@ -521,6 +523,43 @@ def test_a_shared_beginning_goes_through_the_model_once(model: LoadedModel, pool
     fresh.run()
     assert again.ids == wanted.ids
     assert [sent.result.usage.cached_tokens for sent in (first, again, adapted)] == [0, 90, 0]
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_cached_tokens_are_those_that_a_job_found_and_not_what_it_left_itself(
+    model: LoadedModel, pool: AdapterPool, slots: int
+) -> None:
+    """With one slot the second completion begins after the first, and finds the whole prompt."""
+    driver = Driver(model, pool, slots=slots)
+    prompt = np.random.default_rng(0).integers(3, 61, 90).tolist()
+    first = driver.send(request(prompt, n=3, max_tokens=2, temperature=1.0))
+    driver.run()
+    again = driver.send(request([*prompt[:60], 7], n=3, max_tokens=2, temperature=1.0))
+    driver.run()
+    assert [sent.result.usage.cached_tokens for sent in (first, again)] == [0, 60]
+
+
+def test_a_row_that_was_put_back_counts_nothing_of_its_own_as_cached(model: LoadedModel, pool: AdapterPool) -> None:
+    ticket: Ticket[Any] = Ticket("job", "generate")
+    generation = Generation(ticket, request([3, 1, 4]), [3, 1, 4], model.tokenizer, 100)
+    for found in (2, 5, 0):
+        generation.note_cached(found)
+    assert generation.cached_tokens == 2
+    resumed = Generation(ticket, request([3, 1, 4]), [3, 1, 4], model.tokenizer, 100)
+    resumed.note_cached(7)
+    assert resumed.cached_tokens == 3, "of the prompt"
+
+
+def test_the_time_to_the_first_token_is_that_of_a_jobs_first_row(
+    model: LoadedModel, pool: AdapterPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = itertools.count(1.0)
+    monkeypatch.setattr(Ticket, "run_seconds", property(lambda ticket: next(seconds)))
+    driver = Driver(model, pool)
+    sent = driver.send(request([3, 1, 4], n=3, max_tokens=4, temperature=1.0))
+    driver.run()
+    usage = sent.result.usage
+    assert (usage.first_token_seconds, usage.run_seconds) == (1.0, 2.0)
 
 
 def test_prefixes_that_were_not_used_for_long_go_first(model: LoadedModel, pool: AdapterPool) -> None:

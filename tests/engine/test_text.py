@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,29 @@ def test_a_general_vocabulary_holds_back_sixteen_tokens_of_one_character() -> No
     stream = StreamingDetokenizer(Slow())  # type: ignore[arg-type]
     assert [stream.add(0) for _ in range(17)] == [""] * 16 + ["é"]
     assert stream.finish() == ""
+
+
+def test_a_general_vocabulary_reads_a_continuation_behind_eight_tokens_of_its_prompt() -> None:
+    class Shouting:
+        """Of what follows `^`, up to a space, it makes capitals."""
+
+        tokens = "^ abc"
+        inner = tokenizers.Tokenizer(models.WordLevel({c: n for n, c in enumerate(tokens)}))
+        inner.decoder = decoders.Fuse()
+        pieces, special_ids = None, frozenset({tokens.index("c")})
+
+        def decode(self, ids: list[int], *, skip_special: bool) -> str:
+            text = "".join(self.tokens[index] for index in ids)
+            return re.sub(r"\^(\w*)", lambda found: found[1].upper(), text)
+
+    def continued(prompt: str, answer: str) -> str:
+        ids = [Shouting.tokens.index(c) for c in prompt]
+        stream = StreamingDetokenizer(Shouting(), after=ids)  # type: ignore[arg-type]
+        return "".join(stream.add(Shouting.tokens.index(c)) for c in answer) + stream.finish()
+
+    assert continued("^abababa", "b") == "B"
+    assert continued("^ababacccc", "b") == "B", "special tokens are none of the eight"
+    assert continued("^abababa ", "b") == "b"
 
 
 def test_bytes_that_are_no_utf8_cost_only_themselves(byte_fallback: Tokenizer) -> None:

@@ -18,6 +18,7 @@ from stoker.errors import BrokerUnavailable, ConfigError
 from stoker.local import broker as broker_module
 from stoker.local.broker import EmbeddedBroker, free_port
 from stoker.local.home import make_home
+from stoker.local.stack import Stack
 from stoker.settings import Settings, load_settings
 from tests.conftest import wait_until
 from tests.integration.machinery import processes_with
@@ -170,6 +171,14 @@ def test_a_home_is_closed_to_other_users_also_one_that_was_open(tmp_path: Path) 
     home.mkdir(mode=0o755)
     make_home(home)
     assert home.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_stack_tries_its_home_before_it_starts_anything(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.touch()
+    stack = Stack(Settings(home=home), flower=False, own_broker=True)
+    with pytest.raises(ConfigError, match=f"^STOKER_HOME: {home} cannot be made or written"), stack:
+        pass
 
 
 def test_the_broker_is_in_a_session_of_its_own(tmp_path: Path) -> None:

@@ -86,6 +86,17 @@ def test_rows_that_were_promised_outlast_every_cut_and_the_file_is_whole_or_not_
         assert path.read_bytes() == expected, cut
 
 
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_the_record_of_the_rows_goes_after_their_file_has_its_name_for_good(tmp_path: Path, suffix: str) -> None:
+    """A disk may keep the one change of a folder and lose the other."""
+    with powercut.recorded(tmp_path) as disk:
+        run(tmp_path / f"out{suffix}", job("float16"), disk)
+    last = next(cut for cut in disk.cuts() if cut.before == f"unlink out{suffix}.partial.json")
+    at_that_moment = [cut for cut in disk.cuts()[disk.cuts().index(last) :] if cut.how == "nothing unsafe kept"]
+    assert f"out{suffix}" in at_that_moment[0].tree
+    assert f"out{suffix}.partial" not in at_that_moment[0].tree
+
+
 def test_an_output_that_is_begun_anew_never_vouches_for_rows_of_another_run(tmp_path: Path) -> None:
     """Either run may be gone on with after any cut, and has its own rows in the end."""
     old, new, work = job("float16", input="old"), job("float32", input="new"), tmp_path / "work"
