@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from stoker.broker import keys
-from stoker.contract.uploads import Check, Upload
+from stoker.contract.uploads import Upload, UploadCheck
 
 
 def parts(redis: Any, upload: Upload) -> Iterator[bytes]:
     """An upload part by part. Raises `JobLost` behind the last one if they are not what was sent."""
-    check, blob = Check(upload), keys.blob(str(upload))
+    check, blob = UploadCheck(upload), keys.blob(str(upload))
     # Ask for one byte behind the end too: if there is one, the upload is not what was sent.
     for start in range(0, upload.size + 1, keys.PART):
         yield check.add(redis.getrange(blob, start, start + keys.PART - 1))

@@ -18,7 +18,7 @@ from engine.generation.prompt import check_ids, check_memory, tokenize
 from engine.generation.roster import Roster
 from engine.generation.row import Generation, Row, RowFault, RowState
 from engine.generation.step import Step, usual
-from engine.generation.structured import Vocabulary
+from engine.generation.structured import GrammarVocabulary
 from engine.ticket import StepOutput, Ticket
 from stoker.contract import GenerateRequest, GenerateResult, StreamToken
 
@@ -43,7 +43,7 @@ class GenerateLane:
         self._busy_pacer, self._idle_pacer = PrefillPacer(), PrefillPacer(256)
         #: Seconds of a turn that only decoded, as measured lately.
         self._turn = 0.0
-        self._vocabulary = Vocabulary(model.tokenizer)
+        self._vocabulary = GrammarVocabulary(model.tokenizer)
         #: Rows that were put back because memory ran short.
         self.preempted = 0
         self._reset()

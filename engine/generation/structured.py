@@ -51,7 +51,7 @@ _WORDS = 20_000
 _process = LimitedProcess(Path(__file__).with_name("grammar_process.py"), "compiles grammars", "computing")
 
 
-class Vocabulary:
+class GrammarVocabulary:
     """A model's tokens as llguidance knows them; made on first use, in a second or so."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:

@@ -18,7 +18,7 @@ from kernels.add_layer_norm import add_layer_norm
 from kernels.add_rms_norm import add_rms_norm
 
 
-class Adapters(Protocol):
+class LayerAdapters(Protocol):
     """What low-rank adapters add to the linear layers (LoRA: Hu et al., 2021)."""
 
     #: Whether layers of one input are to be multiplied apart: for a gradient a joint output would be kept with its
@@ -47,7 +47,7 @@ class Linear:
             return QuantizedLinear(name, weight, addend)
         return cls(name, weight, addend)
 
-    def __call__(self, x: mx.array, adapters: Adapters | None = None) -> mx.array:
+    def __call__(self, x: mx.array, adapters: LayerAdapters | None = None) -> mx.array:
         y = self._product(x)
         return y if adapters is None else adapters.apply(self.name, x, y)
 
@@ -114,7 +114,7 @@ class FusedLinear:
         """All outputs side by side, without adapters."""
         return x @ self._weight if self._bias is None else mx.addmm(self._bias, x, self._weight)
 
-    def __call__(self, x: mx.array, adapters: Adapters | None = None) -> list[mx.array]:
+    def __call__(self, x: mx.array, adapters: LayerAdapters | None = None) -> list[mx.array]:
         """Each layer's output."""
         if adapters is not None and adapters.apart:
             return [linear(x, adapters) for linear in self._linears]

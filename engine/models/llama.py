@@ -16,7 +16,7 @@ from engine.models import rope
 from engine.models.attention import attention
 from engine.models.cache import LayerCache
 from engine.models.fastmath import swiglu
-from engine.models.layers import Adapters, Embedding, FusedLinear, Linear, RMSNorm
+from engine.models.layers import Embedding, FusedLinear, LayerAdapters, Linear, RMSNorm
 from engine.models.sizes import decoder_sizes, gguf_sizes, layers_of
 from engine.weights.tensors import Tensors
 from kernels.attend import KERNEL as ATTEND
@@ -105,7 +105,7 @@ class Attention:
         # Queries and keys are both multiplied by the gain: their product by its square.
         self.scale = self.args.head_dim**-0.5 * rotate.gain**2
 
-    def __call__(self, x: mx.array, cache: LayerCache | None, adapters: Adapters | None) -> mx.array:
+    def __call__(self, x: mx.array, cache: LayerCache | None, adapters: LayerAdapters | None) -> mx.array:
         args, (batch, length, _) = self.args, x.shape
         offset = 0 if cache is None else cache.offset
         queries, keys, values = self._project(x, offset, adapters)
@@ -121,7 +121,7 @@ class Attention:
         return self.o_proj(y.swapaxes(1, 2).reshape(batch, length, -1), adapters)
 
     def _project(
-        self, x: mx.array, offset: int | mx.array, adapters: Adapters | None
+        self, x: mx.array, offset: int | mx.array, adapters: LayerAdapters | None
     ) -> tuple[mx.array, mx.array, mx.array]:
         """Queries (B, H, T, d), keys and values (B, K, T, d) of x (B, T, dim), turned to their positions."""
         heads, kv_heads = self.args.heads, self.args.kv_heads
@@ -161,7 +161,7 @@ class MLP:
         self.down_proj = Linear.take(tensors, f"{name}.down_proj", "model.", args.hidden, args.dim)
         self.gate_up = FusedLinear.of(tensors, "model.", self.gate_proj, self.up_proj)
 
-    def __call__(self, x: mx.array, adapters: Adapters | None) -> mx.array:
+    def __call__(self, x: mx.array, adapters: LayerAdapters | None) -> mx.array:
         if self.gate_up is not None:
             gate, up = self.gate_up(x, adapters)
         else:
@@ -178,12 +178,12 @@ class Block:
             tensors, f"{name}.post_attention_layernorm", args.dim, args.norm_eps
         )
 
-    def __call__(self, x: mx.array, cache: LayerCache | None, adapters: Adapters | None) -> mx.array:
+    def __call__(self, x: mx.array, cache: LayerCache | None, adapters: LayerAdapters | None) -> mx.array:
         x, update = self.forward(x, None, cache, adapters)
         return x + update
 
     def forward(
-        self, x: mx.array, update: mx.array | None, cache: LayerCache | None, adapters: Adapters | None
+        self, x: mx.array, update: mx.array | None, cache: LayerCache | None, adapters: LayerAdapters | None
     ) -> tuple[mx.array, mx.array]:
         """The block of x + update (None: of x), as such a pair: the next norm adds them, in one kernel on a GPU."""
         fused = cache is not None  # else it may be differentiated
@@ -253,7 +253,7 @@ class Llama:
         self,
         tokens: mx.array,
         cache: LayerCache | None = None,
-        adapters: Adapters | None = None,
+        adapters: LayerAdapters | None = None,
         run_block: RunBlock | None = None,
     ) -> mx.array:
         """Hidden states (B, T, dim) after the final norm, of `tokens` int32 (B, T).

@@ -16,7 +16,7 @@ from stoker.errors import ModelError
 
 
 @dataclass(frozen=True)
-class Linear:
+class LinearScaling:
     """Every position divided by `factor` (Chen et al., "Extending context window … via positional interpolation")."""
 
     factor: float
@@ -46,7 +46,7 @@ class Yarn:
     gain: float
 
 
-Scaling = Linear | Llama3 | Yarn | None
+Scaling = LinearScaling | Llama3 | Yarn | None
 
 #: What each type of rope may say, beyond its type and base.
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -103,7 +103,7 @@ def _scaling(where: str, value: Mapping[str, Any], context: int, base: float, he
     if kind in ("default", "dynamic"):
         return None
     if kind == "linear":
-        return Linear(fields.number("factor"))
+        return LinearScaling(fields.number("factor"))
     original = fields.count("original_max_position_embeddings", context)
     if kind == "yarn":
         return _yarn(fields, value, original, context, base, head_dim)
@@ -152,7 +152,7 @@ def from_gguf(metadata: Mapping[str, Any], architecture: str) -> tuple[float, Sc
         raise ModelError(
             f"GGUF metadata: {architecture}.rope.scaling.type = {kind!r} is not supported; none and linear are"
         )
-    return base, None if factor == 1.0 else Linear(factor)
+    return base, None if factor == 1.0 else LinearScaling(factor)
 
 
 class Rope:
@@ -164,7 +164,7 @@ class Rope:
     def __init__(self, head_dim: int, base: float, scaling: Scaling = None, factors: mx.array | None = None):
         self._dim, self._base, self._scale = head_dim, base, 1.0
         self._periods: mx.array | None = None
-        if isinstance(scaling, Linear):
+        if isinstance(scaling, LinearScaling):
             self._scale = 1.0 / scaling.factor
         #: What multiplies queries and keys.
         self.gain = scaling.gain if isinstance(scaling, Yarn) else 1.0

@@ -27,7 +27,7 @@ class TooMuch(Exception):
     """A limit was passed."""
 
 
-class Generation(Extension):
+class GenerationTag(Extension):
     """`{% generation %}` marks what a model said, for training masks; here its body is rendered and no more."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
@@ -37,17 +37,17 @@ class Generation(Extension):
         return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
 
-class Names(Namespace):
+class SafeNamespace(Namespace):
     """`namespace()`, without the names through which a template could reach Python's own machinery."""
 
     def __init__(*args: Any, **values: Any) -> None:
         self, *rest = args
         Namespace.__init__(self, *rest, **values)
         for name in dict(*rest, **values):
-            Names._check(name)
+            SafeNamespace._check(name)
 
     def __setitem__(self, name: str, value: Any) -> None:
-        Names._check(name)
+        SafeNamespace._check(name)
         super().__setitem__(name, value)
 
     @staticmethod
@@ -94,12 +94,12 @@ def to_json(
 
 @lru_cache(maxsize=16)
 def compiled(text: str) -> Template:
-    sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols])
     sandbox.filters["tojson"] = to_json
     functions: dict[str, Callable[..., Any]] = {
         "raise_exception": raise_exception,
         "strftime_now": strftime_now,
-        "namespace": Names,
+        "namespace": SafeNamespace,
     }
     sandbox.globals.update(functions)
     return sandbox.from_string(text)

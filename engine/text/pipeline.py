@@ -65,7 +65,7 @@ _SURROUND = {
 }
 
 
-class Pipeline:
+class TokenizerPipeline:
     """The class that transformers would take, and what it does. `config` is tokenizer_config.json's, `model`
     config.json's."""
 

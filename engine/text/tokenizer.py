@@ -16,7 +16,7 @@ from engine.text.byte_stream import ByteStream
 from engine.text.ends import ends, gguf_ends
 from engine.text.gguf_vocabulary import build
 from engine.text.pieces import Pieces
-from engine.text.pipeline import Pipeline
+from engine.text.pipeline import TokenizerPipeline
 from engine.text.special_tokens import LISTED, SpecialTokens
 from engine.text.templates import folder_templates, gguf_templates
 from engine.text.trial import no_panic, read_tokenizer
@@ -201,7 +201,7 @@ def _as_transformers(
 ) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
     """What transformers makes of `inner`, and its special tokens by name. `config` is tokenizer_config.json's, `model`
     config.json's."""
-    pipeline = Pipeline(folder / "tokenizer_config.json", config, model)
+    pipeline = TokenizerPipeline(folder / "tokenizer_config.json", config, model)
     tokens = SpecialTokens.from_folder(folder, config)
     inner = pipeline.built(inner, tokens.listed if LISTED in config else None)
     tokens = tokens.with_defaults(inner, pipeline.default_names)

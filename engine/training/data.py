@@ -46,7 +46,7 @@ class TokenizedExample:
 
 
 @dataclass(frozen=True)
-class Batch:
+class TrainingBatch:
     """`inputs`: int32 (rows, tokens), padded on the right. `positions`: int32 (targets,), flat positions in `inputs`
     whose next token counts; `targets`: int32 (targets,), those tokens; `weights`: float32 (targets,), 0 where a target
     only pads. `count`: targets that count; `tokens`: of `inputs`, without padding."""
@@ -139,7 +139,7 @@ def dataset_digest(examples: Sequence[TokenizedExample]) -> str:
     return digest.hexdigest()[:16]
 
 
-def collate(examples: Sequence[TokenizedExample], align: int = 1) -> Batch:
+def collate(examples: Sequence[TokenizedExample], align: int = 1) -> TrainingBatch:
     """Make one batch. Causal attention never looks right, so the padding needs no mask: no target sees it.
 
     Sizes are rounded up to a multiple of `align`, so that a compiled step meets few shapes.
@@ -154,7 +154,7 @@ def collate(examples: Sequence[TokenizedExample], align: int = 1) -> Batch:
         targets.append(example.tokens[learned])
     count = sum(map(len, targets))
     padding = _up(count, align) - count
-    return Batch(
+    return TrainingBatch(
         mx.array(inputs),
         mx.array(np.pad(np.concatenate(positions), (0, padding)).astype(np.int32)),
         mx.array(np.pad(np.concatenate(targets), (0, padding)).astype(np.int32)),

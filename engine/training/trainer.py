@@ -23,7 +23,7 @@ from engine.adapters.lora import (
 )
 from engine.models.llama import Block, Llama
 from engine.platform.compiler import on_cpu
-from engine.training.data import Batch, Batches, TokenizedExample, collate
+from engine.training.data import Batches, TokenizedExample, TrainingBatch, collate
 from engine.training.flat import FlatLayout
 from engine.training.guard import MAX_ROLLBACKS, RATE_FACTOR, divergence
 from engine.training.loss import cross_entropy
@@ -276,7 +276,7 @@ def _in_batches(examples: Sequence[TokenizedExample], size: int) -> list[list[To
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 
-def _arrays(batch: Batch) -> tuple[mx.array, ...]:
+def _arrays(batch: TrainingBatch) -> tuple[mx.array, ...]:
     return batch.inputs, batch.positions, batch.targets, batch.weights
 
 

@@ -14,7 +14,7 @@ from kernels.emulator.trace import Launch, trace
 
 
 @dataclass
-class Settings:
+class EmulatorSettings:
     """How the emulator runs what is called."""
 
     seed: int = 1
@@ -26,7 +26,7 @@ class Settings:
     launches: list[Launch] = field(default_factory=list)
 
 
-_settings = Settings()
+_settings = EmulatorSettings()
 
 
 @contextmanager
@@ -39,7 +39,7 @@ def observing(
 ) -> Iterator[list[Launch]]:
     """Within it kernels on the emulator run like that; the list receives their launches."""
     global _settings
-    before, _settings = _settings, Settings(seed, checked, dry, change)
+    before, _settings = _settings, EmulatorSettings(seed, checked, dry, change)
     try:
         yield _settings.launches
     finally:

@@ -18,7 +18,7 @@ MESSAGE = "message"
 KEPT = 4096
 
 
-class Crash(TypedDict):
+class CrashEntry(TypedDict):
     """One owner that went silent, or gave the job up. `trouble`: for what, if it could say."""
 
     worker: str
@@ -40,7 +40,7 @@ class Letter(TypedDict):
     model: str
     request: str
     client: str
-    history: list[Crash]
+    history: list[CrashEntry]
     bytes: NotRequired[int]
     message: NotRequired[str]
 

@@ -37,7 +37,7 @@ STALLED = 60.0
 
 
 @dataclass(frozen=True)
-class Progress:
+class LoadingProgress:
     """How much of its data a broker has read, in percent and bytes, and how many seconds it thinks it will take yet."""
 
     percent: float
@@ -45,7 +45,7 @@ class Progress:
     read: int
 
     @classmethod
-    def parse(cls, info: Mapping[str, Any]) -> Progress | None:
+    def parse(cls, info: Mapping[str, Any]) -> LoadingProgress | None:
         """From `INFO persistence`; None for a broker that is done."""
         if not int(info.get("loading", 0)):
             return None
@@ -61,12 +61,12 @@ class Progress:
 class StillLoading(BusyLoadingError):
     """The broker loads, and has been waited for; `progress` says how far it is, if the broker said so."""
 
-    def __init__(self, progress: Progress | None) -> None:
+    def __init__(self, progress: LoadingProgress | None) -> None:
         super().__init__("the broker is loading its data")
         self.progress = progress
 
 
-def still_loading(where: str, progress: Progress | None) -> BrokerLoading:
+def still_loading(where: str, progress: LoadingProgress | None) -> BrokerLoading:
     """The error that a caller gets."""
     said = f", {progress}" if progress else ""
     return BrokerLoading(
@@ -87,7 +87,7 @@ def wait_until_loaded(
     read, moved = -1, time.monotonic()
     while True:
         try:
-            progress = Progress.parse(ask())
+            progress = LoadingProgress.parse(ask())
         except (RedisConnectionError, RedisTimeoutError) as error:
             # A broker that is busy with a large value answers late.
             if not alive() or time.monotonic() - moved > STALLED:
@@ -114,7 +114,7 @@ class _Wait:
         self._end = time.monotonic() + (0.0 if caller_waits() else patience)
         self._reported = False
 
-    def pause(self, progress: Progress | None) -> float:
+    def pause(self, progress: LoadingProgress | None) -> float:
         """Seconds until the next try; raises `StillLoading` when the patience is at its end."""
         left = self._end - time.monotonic()
         if left <= 0:
@@ -148,9 +148,9 @@ class PatientRetry(Retry):
                 wait = wait or _Wait(self._patience)
                 time.sleep(wait.pause(self._progress()))
 
-    def _progress(self) -> Progress | None:
+    def _progress(self) -> LoadingProgress | None:
         try:
-            return Progress.parse(self._ask())
+            return LoadingProgress.parse(self._ask())
         except RedisError:
             return None
 
@@ -185,8 +185,8 @@ class AsyncPatientRetry(AsyncRetry):
                 wait = wait or _Wait(self._patience)
                 await asyncio.sleep(wait.pause(await self._progress()))
 
-    async def _progress(self) -> Progress | None:
+    async def _progress(self) -> LoadingProgress | None:
         try:
-            return Progress.parse(await self._ask())
+            return LoadingProgress.parse(await self._ask())
         except RedisError:
             return None

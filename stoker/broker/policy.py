@@ -16,19 +16,23 @@ from stoker.errors import InvalidRequest
 
 
 @dataclass(frozen=True)
-class Rule:
+class PolicyRule:
     default: int
     most: int
     says: str
 
 
 RULES = {
-    "queue_limit": Rule(ledger.QUEUE_LIMIT, 1_000_000, "jobs that may wait in one queue"),
-    "client_limit": Rule(ledger.CLIENT_LIMIT, 1_000_000, "open jobs that one client may have in one queue"),
-    "queue_bytes": Rule(ledger.QUEUE_BYTES, 2**40, "bytes that the open jobs of one queue may have, with their inputs"),
-    "vector_bytes": Rule(VECTOR_BYTES, 2**40, "bytes that the vectors of all jobs may have until they are fetched"),
-    "crashes": Rule(ledger.MAX_CRASHES, 1000, "workers that a job may crash before it is dead-lettered"),
-    "ageing": Rule(ledger.AGEING, 30 * 24 * 3600, "seconds of waiting that lift a job by one priority"),
+    "queue_limit": PolicyRule(ledger.QUEUE_LIMIT, 1_000_000, "jobs that may wait in one queue"),
+    "client_limit": PolicyRule(ledger.CLIENT_LIMIT, 1_000_000, "open jobs that one client may have in one queue"),
+    "queue_bytes": PolicyRule(
+        ledger.QUEUE_BYTES, 2**40, "bytes that the open jobs of one queue may have, with their inputs"
+    ),
+    "vector_bytes": PolicyRule(
+        VECTOR_BYTES, 2**40, "bytes that the vectors of all jobs may have until they are fetched"
+    ),
+    "crashes": PolicyRule(ledger.MAX_CRASHES, 1000, "workers that a job may crash before it is dead-lettered"),
+    "ageing": PolicyRule(ledger.AGEING, 30 * 24 * 3600, "seconds of waiting that lift a job by one priority"),
 }
 #: The limit of one client: this, and its key.
 OF_CLIENT = "client_limit:"
@@ -53,14 +57,14 @@ def decide(redis: Any, name: str, value: int | None) -> None:
     redis.hset(keys.POLICY, name, value)
 
 
-def _rule(name: str) -> Rule:
+def _rule(name: str) -> PolicyRule:
     rule = _named(name)
     if rule is None:
         raise InvalidRequest(f"policy: {name!r} given; allowed: {', '.join(RULES)}, {OF_CLIENT}KEY.")
     return rule
 
 
-def _named(name: str) -> Rule | None:
+def _named(name: str) -> PolicyRule | None:
     client = name.removeprefix(OF_CLIENT)
     if client != name and names.follows(names.Rule.NAME, client):
         return RULES["client_limit"]

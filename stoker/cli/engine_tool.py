@@ -26,7 +26,7 @@ class Verified(TypedDict):
     numbers: int
 
 
-class Quantized(TypedDict):
+class QuantizedReply(TypedDict):
     """`quantized`, `dense`: tensors of each form. The bytes are those of the weights."""
 
     path: str
@@ -94,7 +94,7 @@ def ask_engine(command: Literal["verify"], *, sources: Sequence[str]) -> Verifie
 @overload
 def ask_engine(
     command: Literal["quantize"], *, sources: Sequence[str], target: str, bits: int, group_size: int
-) -> Quantized: ...
+) -> QuantizedReply: ...
 @overload
 def ask_engine(command: Literal["export"], *, sources: Sequence[str], adapter: str, target: str) -> Exported: ...
 @overload

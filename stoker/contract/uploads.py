@@ -49,7 +49,7 @@ class Upload:
         return f"{self.kind}:{self.job_id}:{self.sending}:{self.size}:{self.sha256}"
 
 
-class Check:
+class UploadCheck:
     """Takes the parts of an upload as they are read, and says in the end whether they are the whole."""
 
     def __init__(self, upload: Upload) -> None:

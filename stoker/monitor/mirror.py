@@ -13,7 +13,7 @@ from stoker.broker.ledger.record import Watched
 from stoker.contract import TrainReport
 from stoker.contract.kinds import TRAIN
 from stoker.monitor.curve import Curve
-from stoker.monitor.notices import Ended, Known, Notice, Progress, Started, WaitsAgain
+from stoker.monitor.notices import Ended, Known, Progress, Started, TaskNotice, WaitsAgain
 
 #: Ids that are compared in a second at most, by mean: a long queue is compared less often.
 COMPARED = 1000.0
@@ -22,7 +22,7 @@ ENDED_RUNS = 8
 
 
 @dataclass
-class OpenJob:
+class MirroredJob:
     """A job that has not ended. `entries`: how much of it was published, None before that was counted; `pace`: how
     much of it a second."""
 
@@ -52,7 +52,7 @@ class Mirror:
     def __init__(self) -> None:
         self.now = 0.0
         self.lines: dict[str, Line] = {}
-        self.jobs: dict[str, OpenJob] = {}
+        self.jobs: dict[str, MirroredJob] = {}
         #: Job id → curve, the oldest first; those that have ended stay for a while.
         self.runs: dict[str, Curve] = {}
         self._names: dict[str, Known] = {}
@@ -75,7 +75,7 @@ class Mirror:
         line.compared, there = self.now, {raw.decode(errors="replace") for raw in ids}
         return sorted(line.jobs - there), sorted(there - line.jobs)
 
-    def hear(self, queue: str, job_id: str, said: Watched | None) -> list[Notice]:
+    def hear(self, queue: str, job_id: str, said: Watched | None) -> list[TaskNotice]:
         """A job's record. One that no client wrote is counted, and shown to nobody."""
         line = self.lines[queue]
         if job_id not in line.jobs:
@@ -85,9 +85,9 @@ class Mirror:
         elif said is None or job_id not in self.jobs:
             return []
         known, job = Known.of(job_id, said), self.jobs.get(job_id)
-        notices: list[Notice] = [] if job is not None and job.known == known else [known]
+        notices: list[TaskNotice] = [] if job is not None and job.known == known else [known]
         if job is None:
-            job = self.jobs[job_id] = OpenJob(known)
+            job = self.jobs[job_id] = MirroredJob(known)
         was, job.known, job.worker = job.worker, known, said.worker
         if job.worker and job.worker != was:
             notices.append(Started(job_id, job.worker, self.now))
@@ -98,7 +98,7 @@ class Mirror:
             notices.append(WaitsAgain(job_id, self.now, said.crashes))
         return notices
 
-    def end(self, queue: str, job_id: str, state: str, error: str) -> list[Notice]:
+    def end(self, queue: str, job_id: str, state: str, error: str) -> list[TaskNotice]:
         self.lines[queue].jobs.discard(job_id)
         self.jobs.pop(job_id, None)
         ended = [run for run in self.runs if run not in self.jobs]
@@ -106,18 +106,18 @@ class Mirror:
             del self.runs[run], self._names[run]
         return [Ended(job_id, state, self.now, error)]
 
-    def forget(self, job_id: str, state: str, error: str) -> list[Notice]:
+    def forget(self, job_id: str, state: str, error: str) -> list[TaskNotice]:
         """A job that ended while nobody watched."""
         return [Ended(job_id, state, self.now, error)]
 
-    def report(self, job_id: str, reports: list[TrainReport]) -> list[Notice]:
+    def report(self, job_id: str, reports: list[TrainReport]) -> list[TaskNotice]:
         """What a run has published since it was last asked."""
         curve = self.runs[job_id]
         for report in reports:
             curve.add(report)
         return [Progress(job_id, curve.text)] if reports else []
 
-    def counted(self, job_id: str, entries: int) -> list[Notice]:
+    def counted(self, job_id: str, entries: int) -> list[TaskNotice]:
         """How many tokens a job has published."""
         job = self.jobs[job_id]
         before, elapsed = job.entries, self.now - job.counted

@@ -9,12 +9,12 @@ from stoker.contract.presence import node_of
 
 
 @dataclass(frozen=True)
-class Notice:
+class TaskNotice:
     id: str
 
 
 @dataclass(frozen=True)
-class Known(Notice):
+class Known(TaskNotice):
     """A job that was accepted. `adapter`: the one that it uses or makes; `size`: how much it asks for."""
 
     kind: str
@@ -44,7 +44,7 @@ class Known(Notice):
 
 
 @dataclass(frozen=True)
-class Started(Notice):
+class Started(TaskNotice):
     """`worker`: the process that owns it."""
 
     worker: str
@@ -56,7 +56,7 @@ class Started(Notice):
 
 
 @dataclass(frozen=True)
-class WaitsAgain(Notice):
+class WaitsAgain(TaskNotice):
     """It had an owner, or was a dead letter, and waits."""
 
     time: float
@@ -64,12 +64,12 @@ class WaitsAgain(Notice):
 
 
 @dataclass(frozen=True)
-class Progress(Notice):
+class Progress(TaskNotice):
     text: str
 
 
 @dataclass(frozen=True)
-class Ended(Notice):
+class Ended(TaskNotice):
     """`state`: Celery's, `SUCCESS`, `FAILURE` or `REVOKED`. `error`: the class of what it failed with."""
 
     state: str

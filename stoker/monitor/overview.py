@@ -14,7 +14,7 @@ from stoker.broker.registry import AdapterEntry
 from stoker.contract import Presence
 from stoker.contract.kinds import KINDS
 from stoker.contract.presence import node_of
-from stoker.monitor.mirror import Mirror, OpenJob
+from stoker.monitor.mirror import Mirror, MirroredJob
 
 #: Waiting jobs that are listed one by one, and clients whose shares are.
 LISTED = 100
@@ -47,7 +47,7 @@ class Queue:
 
 
 @dataclass(frozen=True)
-class Lane:
+class LaneRow:
     kind: str
     held: int
     limit: int
@@ -62,12 +62,12 @@ class Worker:
     memory_bytes: int
     models: tuple[str, ...]
     adapters: tuple[str, ...]
-    lanes: tuple[Lane, ...]
+    lanes: tuple[LaneRow, ...]
     tokens_per_second: float
 
 
 @dataclass(frozen=True)
-class Job:
+class JobRow:
     """`share`: how much of it is done, 0 to 1, where that is known."""
 
     id: str
@@ -114,7 +114,7 @@ class Adapter:
 
 
 @dataclass(frozen=True)
-class Letter:
+class LetterRow:
     id: str
     kind: str
     model: str
@@ -130,12 +130,12 @@ class Overview:
     trouble: str
     queues: tuple[Queue, ...]
     workers: tuple[Worker, ...]
-    running: tuple[Job, ...]
-    waiting: tuple[Job, ...]
+    running: tuple[JobRow, ...]
+    waiting: tuple[JobRow, ...]
     waiting_in_all: int
     runs: tuple[Run, ...]
     adapters: tuple[Adapter, ...]
-    dead: tuple[Letter, ...]
+    dead: tuple[LetterRow, ...]
 
 
 def overview(
@@ -164,14 +164,14 @@ def overview(
 
 def queues(mirror: Mirror) -> tuple[Queue, ...]:
     """Every queue that a model of the fleet has, whether or not a worker takes from it just now."""
-    jobs: dict[str, list[OpenJob]] = {name: [] for name in mirror.lines}
+    jobs: dict[str, list[MirroredJob]] = {name: [] for name in mirror.lines}
     for name, line in mirror.lines.items():
         jobs[name] = [mirror.jobs[job_id] for job_id in line.jobs if job_id in mirror.jobs]
     found = [_queue(name, line.model, line.kind, jobs[name], mirror.now) for name, line in mirror.lines.items()]
     return tuple(sorted(found, key=lambda queue: queue.name))
 
 
-def _queue(name: str, model: str, kind: str, jobs: Iterable[OpenJob], now: float) -> Queue:
+def _queue(name: str, model: str, kind: str, jobs: Iterable[MirroredJob], now: float) -> Queue:
     waiting = [job.known for job in jobs if job.worker is None]
     running = Counter(job.known.client for job in jobs if job.worker is not None)
     priorities, clients = Counter(job.priority for job in waiting), Counter(job.client for job in waiting)
@@ -201,12 +201,12 @@ def _worker(presence: Presence, rate: float) -> Worker:
         memory_bytes=presence.memory_bytes,
         models=tuple(f"{card.model} ({', '.join(card.kinds)})" for card in presence.models),
         adapters=tuple(f"{name} on {model}" for model, names in presence.adapters.items() for name in names),
-        lanes=tuple(Lane(kind, held, limit) for kind, (held, limit) in presence.lanes.items()),
+        lanes=tuple(LaneRow(kind, held, limit) for kind, (held, limit) in presence.lanes.items()),
         tokens_per_second=rate,
     )
 
 
-def _job(job_id: str, job: OpenJob, mirror: Mirror) -> Job:
+def _job(job_id: str, job: MirroredJob, mirror: Mirror) -> JobRow:
     known, curve = job.known, mirror.runs.get(job_id)
     text, share = (curve.text, curve.share) if curve else ("", None)
     if curve is None and job.entries is not None:
@@ -215,7 +215,7 @@ def _job(job_id: str, job: OpenJob, mirror: Mirror) -> Job:
         text = f"{job.entries} tokens · {job.pace:.0f} tokens/s"
     asked = (known.kind, known.model, known.adapter, known.client, known.priority, known.size)
     age = max(0.0, mirror.now - known.submitted)
-    return Job(job_id, *asked, age=age, worker=node_of(job.worker or ""), text=text, share=share)
+    return JobRow(job_id, *asked, age=age, worker=node_of(job.worker or ""), text=text, share=share)
 
 
 def runs(mirror: Mirror) -> tuple[Run, ...]:
@@ -236,12 +236,12 @@ def _adapter(entry: AdapterEntry) -> Adapter:
     return Adapter(f"{entry.model}/{entry.name}", entry.name, entry.model, versions, bool(entry.history))
 
 
-def _letter(job_id: str, letter: dead_letters.Letter) -> Letter:
+def _letter(job_id: str, letter: dead_letters.Letter) -> LetterRow:
     history = tuple(_crash(crash) for crash in letter["history"])
     client = dead_letters.sender(letter) or ""
-    return Letter(job_id, letter["kind"], letter["model"], client, history, letter["kind"] in KINDS)
+    return LetterRow(job_id, letter["kind"], letter["model"], client, history, letter["kind"] in KINDS)
 
 
-def _crash(crash: dead_letters.Crash) -> str:
+def _crash(crash: dead_letters.CrashEntry) -> str:
     trouble = crash.get("trouble")
     return str(crash["worker"]) + (f": {trouble}" if trouble else " went silent")

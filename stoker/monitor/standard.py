@@ -76,7 +76,7 @@ class Broker(BaseHandler):
         }
 
 
-class Table(TasksDataTable):
+class TaskTable(TasksDataTable):
     """The rows of the page Tasks; when a job was sent, as people read it."""
 
     def format_task(self, task: Any) -> Any:
@@ -87,7 +87,7 @@ class Table(TasksDataTable):
         return job_id, shown
 
 
-class Refused(BaseApiHandler):
+class RefusedRequest(BaseApiHandler):
     """`reason`: why, and what to do instead."""
 
     def initialize(self, reason: str) -> None:
@@ -126,7 +126,7 @@ def handlers(client: AsyncClient, watch: Watch) -> list[Rule]:
     return [
         url(r"/api/task/revoke/(.+)", Revoke, {"client": client}),
         url(r"/api/queues/length", QueueLengths, {"watch": watch}),
-        url(r"/tasks/datatable", Table),
+        url(r"/tasks/datatable", TaskTable),
         url(r"/broker", Broker, {"watch": watch, "shown": shown}),
-        *(url(pattern, Refused, {"reason": reason}) for pattern, reason in REFUSED),
+        *(url(pattern, RefusedRequest, {"reason": reason}) for pattern, reason in REFUSED),
     ]

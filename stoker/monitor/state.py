@@ -17,7 +17,7 @@ from celery.events.state import Task
 from flower.events import Events, EventsState
 
 from stoker.contract.kinds import task_name
-from stoker.monitor.notices import Ended, Known, Notice, Progress, Started, WaitsAgain
+from stoker.monitor.notices import Ended, Known, Progress, Started, TaskNotice, WaitsAgain
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 LEFT_OUT = frozenset({"args", "kwargs", "result"})
 
 
-class Job(Task):
+class MonitoredJob(Task):
     """A task that is a job of Stoker's. `progress`: how far it is, in words."""
 
     progress: str | None = None
@@ -50,7 +50,7 @@ class Job(Task):
             return
         super().event(type_, timestamp, local_received, said, **named)
 
-    def hear(self, notice: Notice, worker: Any) -> None:
+    def hear(self, notice: TaskNotice, worker: Any) -> None:
         """What the ledger says."""
         match notice:
             case Known():
@@ -83,7 +83,7 @@ class Job(Task):
 
 
 class JobMemory(EventsState):
-    Task = Job
+    Task = MonitoredJob
 
     def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__(*args, **named)
@@ -99,13 +99,13 @@ class JobMemory(EventsState):
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             log.warning("an event that cannot be read was left out (%s: %s)", type(error).__name__, error)
 
-    def hear(self, notices: list[Notice]) -> None:
+    def hear(self, notices: list[TaskNotice]) -> None:
         """What the ledger says, in order. Called in the thread of the loop."""
         for notice in notices:
             with self._mutex:
                 self._hear(notice)
 
-    def _hear(self, notice: Notice) -> None:
+    def _hear(self, notice: TaskNotice) -> None:
         evicted = self._eviction_candidate(notice.id)
         task, _ = self.get_or_create_task(notice.id)
         worker = None

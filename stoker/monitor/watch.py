@@ -23,7 +23,7 @@ from stoker.contract import ModelCard, Presence, TrainReport
 from stoker.contract.kinds import ADAPTERS, GENERATE, TRAIN
 from stoker.errors import StokerError
 from stoker.monitor.mirror import Line, Mirror, ending
-from stoker.monitor.notices import Known, Notice
+from stoker.monitor.notices import Known, TaskNotice
 from stoker.monitor.state import JobMemory
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class Watch:
         self.dead: dict[str, Letter] = {}
         self.trouble = ""
         #: What was seen in this round.
-        self._notices: list[Notice] = []
+        self._notices: list[TaskNotice] = []
         self._adapters: list[AdapterEntry] = []
         self._adapters_seen = self._looked_around = -RARELY
         self._compare_history = True

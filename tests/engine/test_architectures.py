@@ -171,7 +171,7 @@ def test_the_configs_of_older_transformers_say_the_same() -> None:
     linear.pop("rope_parameters")
     args = LlamaArgs.from_config({**linear, "rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 3.0}})
     assert args == LlamaArgs.from_config(config_of("llama-linear"))
-    assert args.rope_scaling == rope.Linear(3.0)
+    assert args.rope_scaling == rope.LinearScaling(3.0)
 
 
 def test_a_stated_window_that_is_switched_off_means_nothing() -> None:
@@ -259,7 +259,7 @@ def test_the_factors_of_a_gguf_stretch_like_llama3() -> None:
 
 
 @pytest.mark.parametrize(
-    "scaling", [None, rope.Linear(4.0), rope.Llama3(8.0, 1.0, 4.0, 64), rope.Yarn(4.0, 0.0, 2.5, 1.2)], ids=str
+    "scaling", [None, rope.LinearScaling(4.0), rope.Llama3(8.0, 1.0, 4.0, 64), rope.Yarn(4.0, 0.0, 2.5, 1.2)], ids=str
 )
 def test_each_pair_turns_by_its_position_over_its_period(scaling: rope.Scaling) -> None:
     """What the kernel of one new token a row is told is what everything else computes."""
@@ -274,17 +274,17 @@ def test_each_pair_turns_by_its_position_over_its_period(scaling: rope.Scaling) 
 
 def test_what_the_older_field_says_of_rope_takes_the_newer_ones_place() -> None:
     newer = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}
-    assert rope.from_config({"rope_parameters": newer}, 64, 8) == (5e5, rope.Linear(2.0))
+    assert rope.from_config({"rope_parameters": newer}, 64, 8) == (5e5, rope.LinearScaling(2.0))
     both = {"rope_parameters": newer, "rope_scaling": {"type": "linear", "factor": 4.0}}
-    assert rope.from_config(both, 64, 8) == (1e4, rope.Linear(4.0))
+    assert rope.from_config(both, 64, 8) == (1e4, rope.LinearScaling(4.0))
 
 
 def test_gguf_says_how_positions_are_stretched_in_either_way() -> None:
     plain = {"llama.rope.freq_base": 5e5}
     assert rope.from_gguf(plain, "llama") == (5e5, None)
-    assert rope.from_gguf({**plain, "llama.rope.scale_linear": 2.0}, "llama") == (5e5, rope.Linear(2.0))
+    assert rope.from_gguf({**plain, "llama.rope.scale_linear": 2.0}, "llama") == (5e5, rope.LinearScaling(2.0))
     newer = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
-    assert rope.from_gguf({**plain, **newer}, "llama") == (5e5, rope.Linear(4.0))
+    assert rope.from_gguf({**plain, **newer}, "llama") == (5e5, rope.LinearScaling(4.0))
 
 
 def test_mpnet_needs_no_more_positions_than_it_has() -> None:

@@ -59,7 +59,7 @@ def write_gguf(name: str, path: Path, kind: str = "F32", **extra: Any) -> Path:
     writer.add_value_length(args.head_dim)
     writer.add_rope_freq_base(args.rope_base)
     writer.add_layer_norm_rms_eps(args.norm_eps)
-    if isinstance(args.rope_scaling, rope.Linear):
+    if isinstance(args.rope_scaling, rope.LinearScaling):
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(args.rope_scaling.factor)
     if isinstance(args.rope_scaling, rope.Llama3):

@@ -118,7 +118,7 @@ def test_mlx_is_not_imported() -> None:
 
 @pytest.mark.parametrize(
     ("made", "told"),
-    [(Inspection, engine_tool.Inspected), (Quantized, engine_tool.Quantized), (Merged, engine_tool.Exported)],
+    [(Inspection, engine_tool.Inspected), (Quantized, engine_tool.QuantizedReply), (Merged, engine_tool.Exported)],
 )
 def test_what_the_command_line_reads_is_what_the_engine_found(made: Any, told: Any) -> None:
     assert {field.name for field in dataclasses.fields(made)} == set(told.__annotations__)

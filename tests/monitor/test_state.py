@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from celery import states
 
-from stoker.monitor.notices import Ended, Known, Notice, Progress, Started, WaitsAgain
-from stoker.monitor.state import Job, JobMemory
+from stoker.monitor.notices import Ended, Known, Progress, Started, TaskNotice, WaitsAgain
+from stoker.monitor.state import JobMemory, MonitoredJob
 
 NODE = "stoker-1234@mac"
 
@@ -35,9 +35,9 @@ def event(kind: str, **fields: Any) -> dict[str, Any]:
     return {"type": f"task-{kind}", "uuid": "job", "hostname": NODE, **times, **fields}
 
 
-def task(memory: JobMemory) -> Job:
+def task(memory: JobMemory) -> MonitoredJob:
     found = memory.tasks["job"]
-    assert isinstance(found, Job)
+    assert isinstance(found, MonitoredJob)
     return found
 
 
@@ -172,7 +172,7 @@ def test_memory_and_index_stay_bounded() -> None:
     memory, draw = JobMemory(max_tasks_in_memory=20), random.Random(1)
     for number in range(200):
         name = f"job-{number}"
-        notices: list[Notice] = [known(name)]
+        notices: list[TaskNotice] = [known(name)]
         memory.hear(notices)
         memory.event(event("started", uuid=f"job-{draw.randrange(number + 1)}"))
     assert len(memory.tasks) <= 20

@@ -13,7 +13,7 @@ import redis
 from redis.exceptions import RedisError
 
 from stoker.broker import keys, ledger
-from stoker.broker.ledger.script import Script
+from stoker.broker.ledger.script import LuaScript
 from stoker.local.broker import server_binary
 from tests.conftest import wait_until
 
@@ -60,7 +60,7 @@ def set_clock() -> Iterator[None]:
         for name in SCRIPTS:
             text = getattr(ledger, name).text
             assert text.count(ASKS_THE_TIME) == 1, f"{name} asks for the time once"
-            script = Script(text.replace(ASKS_THE_TIME, f"redis.call('LRANGE', '{CLOCK}', 0, 1)"))
+            script = LuaScript(text.replace(ASKS_THE_TIME, f"redis.call('LRANGE', '{CLOCK}', 0, 1)"))
             stack.enter_context(patch.object(ledger, name, script))
         yield
 

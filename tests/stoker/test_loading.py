@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from stoker import AsyncClient, Client
 from stoker.broker import keys
 from stoker.broker.connection import connect
-from stoker.broker.loading import LOOK_EVERY, PatientRetry, Progress, StillLoading, wait_until_loaded
+from stoker.broker.loading import LOOK_EVERY, LoadingProgress, PatientRetry, StillLoading, wait_until_loaded
 from stoker.cli import app
 from stoker.errors import BrokerLoading, BrokerUnavailable, JobTimeout
 from stoker.local.stack import wait_for_broker
@@ -260,7 +260,7 @@ def test_a_broker_that_ends_or_may_not_be_asked_while_it_loads_is_an_error() -> 
 
 
 def test_progress_that_the_broker_does_not_know_is_no_nonsense() -> None:
-    assert Progress.parse({"loading": 0}) is None
-    assert str(Progress.parse({"loading": 1})) == "0 %, about 1 s left"
+    assert LoadingProgress.parse({"loading": 0}) is None
+    assert str(LoadingProgress.parse({"loading": 1})) == "0 %, about 1 s left"
     strange = {"loading": 1, "loading_loaded_perc": -3.0, "loading_eta_seconds": -1}
-    assert str(Progress.parse(strange)) == "0 %, about 1 s left"
+    assert str(LoadingProgress.parse(strange)) == "0 %, about 1 s left"

@@ -8,7 +8,7 @@ from typing import Any
 from redis.exceptions import NoScriptError
 
 from stoker.broker.connection import connect, connect_async
-from stoker.broker.ledger.script import Script
+from stoker.broker.ledger.script import LuaScript
 from stoker.settings import Settings
 
 
@@ -31,7 +31,7 @@ class FakeRedis:
         return "reply"
 
 
-SCRIPT = Script("return {KEYS[1], ARGV[1]}")
+SCRIPT = LuaScript("return {KEYS[1], ARGV[1]}")
 
 
 def test_the_text_goes_over_once_and_again_after_the_broker_has_forgotten_it() -> None:

@@ -59,7 +59,7 @@ class WorkerConnection(Connection):
         return copy
 
 
-class Client(kombu_redis.PrefixedStrictRedis):
+class ReadableClient(kombu_redis.PrefixedStrictRedis):
     """Answers a BRPOP as if nothing had come when what came cannot be read."""
 
     def __init__(self, *args: Any, dead_letter: Callable[[Unreadable], None], **kwargs: Any) -> None:
@@ -228,7 +228,7 @@ class Channel(kombu_redis.Channel):
 
     def _get_client(self) -> Any:
         return functools.partial(
-            Client, global_keyprefix=self.global_keyprefix, dead_letter=self.deliveries.dead_letter
+            ReadableClient, global_keyprefix=self.global_keyprefix, dead_letter=self.deliveries.dead_letter
         )
 
     def basic_consume(self, queue: str, no_ack: bool, *args: Any, **kwargs: Any) -> Any:

@@ -31,7 +31,7 @@ from stoker.broker.ledger.ending import success as success
 from stoker.broker.ledger.listing import Listing, OpenJob
 from stoker.broker.ledger.record import Field
 from stoker.broker.ledger.replies import Claim, DeadLettered, Submitted, recovered
-from stoker.broker.ledger.script import Script, text
+from stoker.broker.ledger.script import LuaScript, text
 from stoker.broker.ledger.vectors import VECTOR_BYTES
 from stoker.contract.kinds import READY, of_queue
 
@@ -50,8 +50,8 @@ PRIORITIES = 10
 R = TypeVar("R")
 
 
-def _transition(*names: str) -> Script:
-    return Script("".join(map(text, ("common", "prelude", *names))))
+def _transition(*names: str) -> LuaScript:
+    return LuaScript("".join(map(text, ("common", "prelude", *names))))
 
 
 SUBMIT = _transition("vectors", "submit")
@@ -59,12 +59,12 @@ CLAIM, RELEASE, COMPLETE = map(_transition, ("claim", "release", "complete"))
 CANCEL, RECOVER, DEAD_LETTER, OUT_OF_MEMORY = map(_transition, ("cancel", "recover", "dead_letter", "out_of_memory"))
 ABANDON = _transition("abandon")
 #: These know nothing of queues.
-ALLOCATE, PIN = Script(text("allocate")), Script(text("pin"))
+ALLOCATE, PIN = LuaScript(text("allocate")), LuaScript(text("pin"))
 TROUBLE = text("trouble")
 
 
 def _call(
-    script: Script, parse: Callable[[Any], R], job_id: str, queue: str, *arguments: Any, extra: tuple[str, ...] = ()
+    script: LuaScript, parse: Callable[[Any], R], job_id: str, queue: str, *arguments: Any, extra: tuple[str, ...] = ()
 ) -> Call[R]:
     names = [
         keys.job(job_id),

@@ -14,7 +14,7 @@ def text(name: str) -> str:
     return resources.files(__package__).joinpath(f"{name}.lua").read_text()
 
 
-class Script:
+class LuaScript:
     """Call it with a blocking client for the reply, with an asyncio client for an awaitable of it."""
 
     def __init__(self, text: str) -> None:

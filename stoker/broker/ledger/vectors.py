@@ -12,13 +12,13 @@ from typing import Any
 
 from stoker.broker import keys
 from stoker.broker.ledger.call import Call
-from stoker.broker.ledger.script import Script, text
+from stoker.broker.ledger.script import LuaScript, text
 
 #: Bytes that vectors may have in the broker, unless the policy says otherwise.
 VECTOR_BYTES = 2**30
 
 _KEPT = text("common") + text("vectors")
-KEEP, FETCH, DISCARD = (Script(_KEPT + text(name)) for name in ("keep_vectors", "fetch_vectors", "discard_vectors"))
+KEEP, FETCH, DISCARD = (LuaScript(_KEPT + text(name)) for name in ("keep_vectors", "fetch_vectors", "discard_vectors"))
 
 
 @dataclass(frozen=True)

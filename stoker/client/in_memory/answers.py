@@ -38,7 +38,7 @@ Text: TypeAlias = str | Sequence[str] | Sequence[StreamToken]
 
 
 @dataclass(frozen=True)
-class Ending:
+class ScriptedEnding:
     """How a job ends: with `error`; never, where it `hangs`; else with what it made."""
 
     error: StokerError | None = None
@@ -47,7 +47,7 @@ class Ending:
 
 @dataclass(frozen=True)
 class EmbedAnswer:
-    ending: Ending
+    ending: ScriptedEnding
     vectors: Vectors | Callable[[EmbedRequest], Vectors] = None
 
     def blob(self, request: EmbedRequest) -> bytes:
@@ -76,7 +76,7 @@ def vector_of(text: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class GenerateAnswer:
-    ending: Ending
+    ending: ScriptedEnding
     text: Text | Callable[[GenerateRequest], Text] = ""
     finish_reason: FinishReason = "stop"
 
@@ -91,7 +91,7 @@ class GenerateAnswer:
             reason = "length" if len(pieces) > request.max_tokens else self.finish_reason
             kept = pieces[: request.max_tokens]
             for position, piece in enumerate(kept):
-                last = position == len(kept) - 1 and self.ending == Ending()
+                last = position == len(kept) - 1 and self.ending == ScriptedEnding()
                 made.append(_token(len(made), position, piece, completion, reason if last else None))
         return tuple(made)
 
@@ -133,7 +133,7 @@ def _completion(tokens: Sequence[StreamToken]) -> Completion:
 
 @dataclass(frozen=True)
 class TrainAnswer:
-    ending: Ending
+    ending: ScriptedEnding
     losses: Sequence[float] = (2.0, 1.0)
 
     def reports(self, request: TrainRequest) -> tuple[TrainReport, ...]:
@@ -142,7 +142,7 @@ class TrainAnswer:
             TrainReport(
                 index=index, step=index + 1, steps=request.steps, loss=loss, learning_rate=request.learning_rate,
                 gradient_norm=1.0, tokens=index + 1, tokens_per_second=1.0,
-                last=index == len(self.losses) - 1 and self.ending == Ending(),
+                last=index == len(self.losses) - 1 and self.ending == ScriptedEnding(),
             )
             for index, loss in enumerate(self.losses)
         )  # fmt: skip
@@ -158,7 +158,7 @@ def trained(request: TrainRequest, version: int, reports: Sequence[TrainReport])
 
 @dataclass(frozen=True)
 class LoadAnswer:
-    ending: Ending
+    ending: ScriptedEnding
 
 
 Answer = EmbedAnswer | GenerateAnswer | TrainAnswer | LoadAnswer

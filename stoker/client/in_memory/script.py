@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from stoker.client.in_memory.answers import (
     Answer,
     EmbedAnswer,
-    Ending,
     GenerateAnswer,
     LoadAnswer,
+    ScriptedEnding,
     Text,
     TrainAnswer,
     Vectors,
@@ -52,7 +52,7 @@ class Script:
         times: int | None = 1,
     ) -> None:
         """A row of numbers for each text, or a function that makes them of the request."""
-        self._plan("embed", EmbedAnswer(Ending(error, hangs), vectors), times)
+        self._plan("embed", EmbedAnswer(ScriptedEnding(error, hangs), vectors), times)
 
     def generate(
         self,
@@ -64,7 +64,7 @@ class Script:
         times: int | None = 1,
     ) -> None:
         """A text, whose words become its tokens; the texts of its tokens; the tokens; or a function of the request."""
-        self._plan("generate", GenerateAnswer(Ending(error, hangs), text, finish_reason), times)
+        self._plan("generate", GenerateAnswer(ScriptedEnding(error, hangs), text, finish_reason), times)
 
     def train(
         self,
@@ -77,11 +77,11 @@ class Script:
         """A report for each loss, of which there is one at least; then the adapter's next version."""
         if not losses:
             raise ValueError("losses: none given; a run reports one at least.")
-        self._plan("train", TrainAnswer(Ending(error, hangs), tuple(losses)), times)
+        self._plan("train", TrainAnswer(ScriptedEnding(error, hangs), tuple(losses)), times)
 
     def load(self, *, error: StokerError | None = None, hangs: bool = False, times: int | None = 1) -> None:
         """For `client.adapters.load`."""
-        self._plan("adapters", LoadAnswer(Ending(error, hangs)), times)
+        self._plan("adapters", LoadAnswer(ScriptedEnding(error, hangs)), times)
 
     def refuse(self, error: StokerError) -> None:
         """The next job is not taken: sending it raises `error`, such as `QueueFull` or `BrokerUnavailable`."""
@@ -111,7 +111,7 @@ class Script:
 
 def _unplanned(kind: str) -> Answer:
     if kind == "embed":
-        return EmbedAnswer(Ending())
+        return EmbedAnswer(ScriptedEnding())
     if kind == "adapters":
-        return LoadAnswer(Ending())
+        return LoadAnswer(ScriptedEnding())
     raise NotScripted(f"a {kind} job was sent, and no answer is left for it. Say which: client.script.{kind}(…).")
