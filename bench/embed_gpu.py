@@ -158,7 +158,7 @@ def embed(lane: Any, texts: Sequence[str]) -> np.ndarray:
     return ticket.result(0).vectors
 
 
-def settle(run: Callable[[], Any], most: int = 15) -> int:
+def warm_up(run: Callable[[], Any], most: int = 15) -> int:
     """Run until three in a row were no faster than the best before them: every shape is compiled then. The number of
     runs."""
     best, idle = float("inf"), 0
@@ -181,7 +181,7 @@ def one_set(record: Table, name: str, lane: Any, half: Any, exact: Any) -> None:
     first = timed(sides["Stoker"])
     record.add(f"{name}: Stoker, the first time", "texts/s", [len(texts) / first])
     errors = {side: float(np.abs(np.asarray(run()) - wanted).max()) for side, run in sides.items()}
-    rounds = {side: settle(run) for side, run in sides.items()}
+    rounds = {side: warm_up(run) for side, run in sides.items()}
     samples: dict[str, list[float]] = {side: [] for side in sides}
     for _ in range(5):  # interleaved, so that what else goes on meets all of them
         for side, run in sides.items():

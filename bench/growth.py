@@ -63,7 +63,7 @@ def day(name: str, job: Callable[[Any, int, bytes], None]) -> list[Row]:
         finally:
             redis.close()
             broker.stop()
-    what = (("memory at the end", memory), ("disk at the end", disk), ("disk at the most", largest))
+    what = (("memory at the end", memory), ("disk at the end", disk), ("disk at most", largest))
     return [row(f"{name}: {text}", "MB", [count / 1e6]) for text, count in what]
 
 

@@ -2,8 +2,8 @@
 
 It serves what a worker with a decoder and an encoder serves, all kinds; with BENCH_KINDS=generate only that. A
 generation request of `max_tokens=1` ends at once, an embedding job with the next of BENCH_RATE steps a second. A longer
-generation makes an entry every `top_k` steps (0: each one), each with the time at which it was handed to the publisher
-in its `logit`: a reader can tell how long it was on its way.
+generation makes an entry every `top_k` steps (0: each one), each with the time at which it was given to the publisher
+in its `logit`: a reader can see how long it was on its way.
 """
 
 from __future__ import annotations

@@ -156,7 +156,7 @@ def _resident() -> float:
                 return int(line.split()[1]) / 1024
     import resource
 
-    # macOS tells the peak alone, in bytes: that too must not grow.
+    # macOS reports the peak alone, in bytes: that too must not grow.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 

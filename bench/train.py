@@ -230,7 +230,7 @@ def serving(plan: Plan, folder: Path) -> Rows:
                 ),
                 data,
             )
-            gaps("settle")
+            gaps("warm-up")
             during = gaps("during")
             run.cancel()
         finally:

@@ -7,7 +7,7 @@
 | `reference` | otherwise, or switched off | the formula in MLX's own operations |
 | `emulator` | only when asked for by `using` | the Metal text on the CPU: for tests and checks, very slow |
 
-Which kernels are in use is handed in when a process starts (`kernels.registry.use`); all of them are where nothing is.
+Which kernels are in use is given when a process starts (`kernels.registry.use`); all of them are where nothing is.
 """
 
 from __future__ import annotations

@@ -271,7 +271,7 @@ def _read(path: Path, real: Callable[..., Any] = io.open) -> bytes:
 
 
 def _opened(disk: Disk | Refusal) -> Callable[..., Any]:
-    """`open` whose writing files tell the disk of each call of theirs."""
+    """`open` whose writing files report to the disk each call of theirs."""
     real = io.open
 
     class Raw(io.FileIO):

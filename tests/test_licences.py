@@ -136,5 +136,5 @@ def test_no_wheel_carries_a_library_under_a_gnu_licence(installed: dict[str, Dis
         ("License :: OSI Approved :: GNU Affero General Public License v3", True),
     ],
 )
-def test_a_gnu_licence_is_told_from_one_with_the_runtime_exception(licence: str, expected: bool) -> None:
+def test_a_gnu_licence_is_distinguished_from_one_with_the_runtime_exception(licence: str, expected: bool) -> None:
     assert is_copyleft(licence) is expected

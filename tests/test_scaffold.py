@@ -109,7 +109,7 @@ def test_the_engine_knows_only_the_contract_the_errors_and_the_files_of_stoker()
 
 
 def test_the_engine_the_kernels_and_the_tasks_read_no_environment() -> None:
-    """Settings are handed in when a process starts: `workers/` and `stoker/settings.py` read them."""
+    """Settings are given when a process starts: `workers/` and `stoker/settings.py` read them."""
     read = {
         f"{file.relative_to(ROOT)}:{node.lineno}"
         for package in ("engine", "kernels", "tasks")

@@ -37,7 +37,7 @@ class Health:
 
 
 class HeldDelivery(Protocol):
-    """One delivery of one message, neither acknowledged nor handed back: a `LaneRequest`."""
+    """One delivery of one message, neither acknowledged nor given back: a `LaneRequest`."""
 
     #: Names this delivery, and no other of the same job.
     token: str

@@ -25,7 +25,7 @@ from kernels.mean_pool import MeanPoolInput, mean_pool
 Tokens = NDArray[np.int32]
 Vectors = NDArray[np.float32]
 
-#: Tokens of one padded batch at the most: on an H100 batches of 8,192 ran half as fast, larger ones no faster.
+#: Tokens of one padded batch at most: on an H100 batches of 8,192 ran half as fast, larger ones no faster.
 SHAPE_TOKENS = 32_768
 #: Tokens of a step of which a small GPU makes about 0.1 s: a faster one is given more as soon as its pace is known.
 LEAST_TOKENS = 4_096

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 #: Seconds that a step should last: a token of another job waits no longer.
 STEP_SECONDS = 0.1
-#: Tokens of a step at the most, however fast the machine is.
+#: Tokens of a step at most, however fast the machine is.
 MOST_TOKENS = 131_072
 #: What the models of the E5 family are trained with (Wang et al. 2022, arXiv:2212.03533).
 E5_PROMPTS = {"query": "query: ", "passage": "passage: "}

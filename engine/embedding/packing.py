@@ -1,6 +1,6 @@
 """How texts of many lengths become batches with next to no padding: pure arithmetic on their lengths.
 
-A CPU is fed packed batches: texts of about a length share their attention, padded for it by an eighth at the most. A
+A CPU is fed packed batches: texts of about a length share their attention, padded for it by an eighth at most. A
 GPU would spend its time launching many small kernels that way; it is fed few shapes. No mask where none is padded.
 """
 
@@ -51,7 +51,7 @@ def evenly(lengths: Sequence[int], count: int) -> int:
 
 
 def near_runs(lengths: Sequence[int]) -> list[tuple[int, int]]:
-    """(texts, width) of the runs of sorted `lengths` that are padded to their longest, by an eighth at the most.
+    """(texts, width) of the runs of sorted `lengths` that are padded to their longest, by an eighth at most.
 
     A run's attention is some ten small operations a layer, and nearly every text of a mix has a length of its own: with
     runs of one length alone, 64 of them took a fifth longer.

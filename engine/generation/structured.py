@@ -139,7 +139,7 @@ class Grammar:
         return bool(self._matcher.is_stopped())
 
     def try_out(self, chance: random.Random, steps: int) -> None:
-        """Go on at random, `steps` tokens at the most."""
+        """Go on at random, `steps` tokens at most."""
         for _ in range(steps):
             if self.complete:
                 return

@@ -49,7 +49,7 @@ class Member:
         command = worker_command(settings, self.name)
         self._process = Process(self.name, command, log=self.log, env=settings.environment(), grace=settings.grace + 5)
         self.thaws_at: float | None = None
-        self.draining = self.told_to_end = False
+        self.draining = self.asked_to_end = False
 
     @property
     def pid(self) -> int | None:
@@ -99,7 +99,7 @@ class Fleet:
     def tend(self) -> None:
         for member in [member for member in self.members if member.gone]:
             self.members.remove(member)
-            if not member.told_to_end:
+            if not member.asked_to_end:
                 self.ended_by_themselves.append(f"{member.name} ended by itself: {member.log}")
         for member in self.members:
             if member.thaws_at is not None and time.monotonic() >= member.thaws_at:

@@ -35,7 +35,7 @@ BAD_EVERY = 5
 #: Of every kind so many different requests.
 PLANS = 4
 #: Seconds that a job may take from the end of the storm on.
-SETTLE = 240.0
+LAST_SECONDS = 240.0
 
 
 def send(client: Client, kind: str, plan: int, job_id: str) -> Job[Any]:
@@ -136,9 +136,9 @@ class Load:
         self.open[job_id] = threading.Thread(target=target, args=arguments, daemon=True)
         self.open[job_id].start()
 
-    def settle(self) -> None:
+    def wait_for_all(self) -> None:
         """Wait for all that was sent."""
-        end = time.monotonic() + SETTLE
+        end = time.monotonic() + LAST_SECONDS
         for job_id, thread in list(self.open.items()):
             thread.join(max(0.0, end - time.monotonic()))
             if thread.is_alive():

@@ -100,7 +100,7 @@ class Storm:
                 self.counts[name] += 1
             time.sleep(self._chance.uniform(0.2, 1.5))
         self.fleet.calm_down()
-        load.settle()
+        load.wait_for_all()
         self.counts += Counter(jobs=load.jobs, entries=load.entries, cancelled=load.cancelled, refused=load.refused)
         self.counts["lettered"] += load.sent_again.total()
         wrong = load.wrong + self._reckon()
@@ -149,7 +149,7 @@ class Storm:
         if not self.fleet.awake:
             return False
         member = self._chance.choice(self.fleet.awake)
-        member.told_to_end = True
+        member.asked_to_end = True
         return member.signal(signal.SIGKILL)
 
     def _freeze(self) -> bool:
@@ -163,7 +163,7 @@ class Storm:
         if not self.fleet.awake:
             return False
         member = self._chance.choice(self.fleet.awake)
-        member.told_to_end = True
+        member.asked_to_end = True
         member.draining = member.signal(signal.SIGTERM)
         return member.draining
 

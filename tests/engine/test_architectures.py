@@ -262,7 +262,7 @@ def test_the_factors_of_a_gguf_stretch_like_llama3() -> None:
     "scaling", [None, rope.LinearScaling(4.0), rope.Llama3(8.0, 1.0, 4.0, 64), rope.Yarn(4.0, 0.0, 2.5, 1.2)], ids=str
 )
 def test_each_pair_turns_by_its_position_over_its_period(scaling: rope.Scaling) -> None:
-    """What the kernel of one new token a row is told is what everything else computes."""
+    """What the kernel of one new token a row gets is what everything else computes."""
     turn = rope.Rope(8, 100.0, scaling)
     x = mx.random.normal((1, 1, 6, 8), key=mx.random.key(1))
     angles = mx.arange(40, 46)[:, None] / turn.periods

@@ -169,7 +169,9 @@ def test_what_a_damaged_weight_says_is_what_to_do(traffic: Traffic) -> None:
         failing.result(0)
 
 
-def test_want_of_memory_can_be_told_from_a_texts_error(traffic: Traffic, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_want_of_memory_can_be_distinguished_from_a_texts_error(
+    traffic: Traffic, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One text that is too large by itself is no reason for others to go back to their queue."""
     plain = Faulty.__call__
 

@@ -71,7 +71,7 @@ def test_greedy_texts_of_one_batch_equal_those_of_transformers(running: Running)
         assert published[-1].is_eos == (result.finish_reason == "stop")
 
 
-def test_a_greedy_token_tells_the_logit_and_logprob_of_the_raw_model(running: Running) -> None:
+def test_a_greedy_token_has_the_logit_and_logprob_of_the_raw_model(running: Running) -> None:
     golden = np.load(GOLDENS / "smollm2.npz")
     running.engine.submit("logit", generate(PROMPTS[0]["prompt"], max_tokens=1)).result(60)
     token = running.entries["logit"][0]
@@ -194,7 +194,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_start(tmp_path: Path) -> None:
     engine.stop()
 
 
-def test_jobs_that_run_when_the_engine_stops_are_handed_back(tmp_path: Path) -> None:
+def test_jobs_that_run_when_the_engine_stops_are_given_back(tmp_path: Path) -> None:
     engine = Engine({GENERATE_MODEL: CATALOGUE[GENERATE_MODEL]}, adapters=tmp_path, publish=lambda entries: None)
     engine.start()
     ticket = engine.submit("x", generate("x", max_tokens=4000))
@@ -207,7 +207,7 @@ def test_jobs_that_run_when_the_engine_stops_are_handed_back(tmp_path: Path) -> 
         late.result(10)
 
 
-def test_a_defect_in_the_loop_ends_every_job_and_is_told(tmp_path: Path) -> None:
+def test_a_defect_in_the_loop_ends_every_job_and_is_reported(tmp_path: Path) -> None:
     died = threading.Event()
     engine = Engine(
         {GENERATE_MODEL: CATALOGUE[GENERATE_MODEL]},

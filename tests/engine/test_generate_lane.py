@@ -144,7 +144,7 @@ def random_requests(seed: int, count: int) -> list[GenerateRequest]:
 
 CHECKPOINTS = Path(__file__).parents[1] / "goldens" / "architectures"
 
-#: What a lane may be told: memory for all or for few, chunks of any length.
+#: What a lane may be given: memory for all or for few, chunks of any length.
 MODES: list[dict[str, Any]] = [{}, {"kv_bytes": 700_000}, {"stall": 1e-9, "slots": 5}]
 
 

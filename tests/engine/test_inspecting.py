@@ -117,8 +117,8 @@ def test_mlx_is_not_imported() -> None:
 
 
 @pytest.mark.parametrize(
-    ("made", "told"),
+    ("made", "read"),
     [(Inspection, engine_tool.Inspected), (Quantized, engine_tool.QuantizedReply), (Merged, engine_tool.Exported)],
 )
-def test_what_the_command_line_reads_is_what_the_engine_found(made: Any, told: Any) -> None:
-    assert {field.name for field in dataclasses.fields(made)} == set(told.__annotations__)
+def test_what_the_command_line_reads_is_what_the_engine_found(made: Any, read: Any) -> None:
+    assert {field.name for field in dataclasses.fields(made)} == set(read.__annotations__)

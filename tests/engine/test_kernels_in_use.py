@@ -148,7 +148,7 @@ def test_training_goes_through_no_kernel(tiny_llama: Llama) -> None:
     assert not launches
 
 
-def test_which_kernels_are_in_use_is_told_and_a_wrong_setting_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_which_kernels_are_in_use_is_reported_and_a_wrong_setting_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     assert describe_kernels() == "none in use: MLX runs on a CPU"
     monkeypatch.setattr(backend, "of_machine", lambda: "metal")
     monkeypatch.setattr("engine.platform.probe.of_machine", lambda: "metal")

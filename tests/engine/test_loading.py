@@ -130,7 +130,7 @@ def test_real_models_say_what_they_are(minilm: LoadedModel, smollm2: LoadedModel
 
 
 @pytest.mark.parametrize("place", [0, (1 << 20) - 1, 2 << 20, (3 << 20) - 1])
-def test_a_digest_tells_models_apart_by_both_ends_and_the_size(tmp_path: Path, place: int) -> None:
+def test_a_digest_distinguishes_models_by_both_ends_and_the_size(tmp_path: Path, place: int) -> None:
     content = bytearray(3 << 20)
     (tmp_path / "a.gguf").write_bytes(content)
     same = weights_digest(tmp_path / "a.gguf")

@@ -68,7 +68,7 @@ def test_what_has_no_value_is_left_out_as_in_transformers() -> None:
 
 
 @pytest.mark.parametrize("asked", [True, False])
-def test_a_template_is_told_whether_the_answer_begins(asked: bool) -> None:
+def test_a_template_knows_whether_the_answer_begins(asked: bool) -> None:
     assert render("{{ add_generation_prompt }}", HELLO, add_generation_prompt=asked) == str(asked)
 
 

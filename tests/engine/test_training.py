@@ -199,7 +199,7 @@ def test_what_is_held_out_is_evaluated_as_it_will_be_used(model: LoadedModel) ->
     reports, _ = finish(trainer)
     total = 0.0
     for row in rows:
-        # `learning_rate` 0 is not allowed; this one moves no weight that float32 could tell.
+        # `learning_rate` 0 is not allowed; this one moves no weight that float32 could show.
         still = tiny.asking(steps=1, batch_size=1, learning_rate=1e-12, weight_decay=0.0)
         alone = Trainer(model.decoder, still, [row])
         alone.state = replace(alone.state, weights=trainer.state.weights)

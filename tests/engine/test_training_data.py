@@ -176,7 +176,7 @@ def test_what_a_template_asks_otherwise_than_it_writes_is_learned_from_its_first
     assert learned(chatml, found) == "a<|im_end|>\n"
 
 
-def test_a_turn_that_cannot_be_told_apart_is_refused_by_the_examples_number(model: LoadedModel) -> None:
+def test_a_turn_that_cannot_be_distinguished_is_refused_by_the_examples_number(model: LoadedModel) -> None:
     model.tokenizer.templates["default"] = "{% for m in messages %}{{ m.content }} {{ m.content }}{% endfor %}t1"
     messages = ({"role": "user", "content": "t3"}, {"role": "assistant", "content": "t4"})
     with pytest.raises(
@@ -260,7 +260,7 @@ def test_a_share_that_leaves_nothing_to_evaluate_on_is_refused(share: float) -> 
         split([example(3, 4)] * 3, share, seed=0)
 
 
-def test_the_digest_tells_datasets_apart() -> None:
+def test_the_digest_distinguishes_datasets() -> None:
     found: list[Any] = [[example(3, 4, 5)], [example(3, 4, 6)], [example(3, 4, 5, start=2)], [example(3, 4, 5)] * 2]
     assert len({dataset_digest(rows) for rows in found}) == 4
     assert dataset_digest([example(3, 4, 5)]) == dataset_digest(found[0])

@@ -59,9 +59,9 @@ def run(home: Path, kill_after: int | None) -> int | None:
     return None
 
 
-def told(home: Path) -> list[dict[str, Any]]:
-    reports = [json.loads(line) for line in (home / "run/log.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in report.items() if name not in NOISE} for report in reports]
+def reports(home: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (home / "run/log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in report.items() if name not in NOISE} for report in lines]
 
 
 def check(tmp_path: Path, kills: int, seed: int) -> None:
@@ -76,7 +76,7 @@ def check(tmp_path: Path, kills: int, seed: int) -> None:
         done += 1
     while run(home, None) is None:
         pass
-    assert told(home) == told(tmp_path / "calm")
+    assert reports(home) == reports(tmp_path / "calm")
     assert (home / "end.safetensors").read_bytes() == (tmp_path / "calm/end.safetensors").read_bytes()
 
 

@@ -41,16 +41,16 @@ def admit(lane: TrainLane, job_id: str, version: int | None = None, **options: A
 
 def run_all(lane: TrainLane) -> list[tuple[str, int]]:
     """Run until there is nothing to do; (job, step) of every report, in order."""
-    told = []
+    reported = []
     while lane.busy:
         lane.drop_stopped()
         output = lane.run() if lane.busy else None
         for ticket, report in output.entries if output is not None else []:
             assert isinstance(report, TrainReport)
-            told.append((ticket.job_id, report.step))
+            reported.append((ticket.job_id, report.step))
         for ticket, value in output.ended if output is not None else []:
             ticket.resolve(value)
-    return told
+    return reported
 
 
 def run_until(lane: TrainLane, step: int) -> None:
@@ -142,8 +142,8 @@ def test_a_run_that_its_worker_hands_back_goes_on_in_another(model: LoadedModel,
     with pytest.raises(WorkerUnavailable):
         ticket.result(0)
     ticket = admit(second, "a", **options)
-    told = run_all(second)
-    assert told == [("a", step) for step in range(1, 7)], "those of before are told again, in case nobody heard"
+    reported = run_all(second)
+    assert reported == [("a", step) for step in range(1, 7)], "those of before are reported again, in case nobody heard"
     calm = admit(second, "b", **options)
     run_all(second)
     assert (ticket.result(0).first_loss, ticket.result(0).last_loss) == (

@@ -139,10 +139,10 @@ class Proxy:
 
     def _serve(self, plain: socket.socket) -> None:
         with suppress(OSError), plain:
-            front = plain if self._context is None else self._context.wrap_socket(plain, server_side=True)
+            client = plain if self._context is None else self._context.wrap_socket(plain, server_side=True)
             backend = socket.create_connection(("127.0.0.1", self.target))
-            threading.Thread(target=_pump, args=(backend, front), daemon=True).start()
-            _pump(front, backend)
+            threading.Thread(target=_pump, args=(backend, client), daemon=True).start()
+            _pump(client, backend)
 
     def close(self) -> None:
         self._listener.close()

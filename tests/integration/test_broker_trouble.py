@@ -108,7 +108,7 @@ def test_a_broker_that_stays_away_is_one_clear_error(fragile: FragileBroker, tmp
                 list(stream)
             with pytest.raises(BrokerUnavailable, match=f"127.0.0.1:{fragile.port}"):
                 job.result()
-            # A worker that is told to stop meanwhile does: the job's lease will bring it elsewhere.
+            # A worker that is asked to stop meanwhile does: the job's lease will bring it elsewhere.
             os.kill(worker, signal.SIGTERM)
             wait_until(lambda: not alive(worker), "the worker has ended by itself", 30)
             assert "ending without it" in (stack.settings.logs / "worker.log").read_text()
@@ -143,7 +143,7 @@ def log_of(tmp_path: Path) -> str:
     return (tmp_path / "worker" / "logs" / "worker.log").read_text()
 
 
-def test_a_broker_that_comes_back_empty_has_lost_the_job_and_the_client_is_told(
+def test_a_broker_that_comes_back_empty_has_lost_the_job_and_the_client_hears_it(
     fragile: FragileBroker, tmp_path: Path
 ) -> None:
     with patient_client(fragile.url, 60) as client, worker_on(fragile, tmp_path / "worker"):

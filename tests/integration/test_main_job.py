@@ -61,7 +61,7 @@ def test_a_trained_adapter_serves_at_once_along_with_the_bare_base(client: Clien
     bare, adapted = (job.result(60) for job in jobs)
     assert bare.text == before.text, "training must not change the base"
     assert adapted.text.startswith(" Aye, stoker!")
-    wait_until(lambda: "aye-first@1" in client.workers()[0].adapters[GENERATE_MODEL], "the worker tells of its adapter")
+    wait_until(lambda: "aye-first@1" in client.workers()[0].adapters[GENERATE_MODEL], "the worker reports its adapter")
 
 
 def test_the_same_run_twice_makes_the_same_losses_and_a_new_version(client: Client) -> None:

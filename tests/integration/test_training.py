@@ -36,23 +36,23 @@ def test_a_run_whose_worker_goes_away_goes_on_in_the_next_and_makes_the_same(own
         (worker,) = client.workers()
         run = client.train("resumed", ROWS, model=GENERATE_MODEL, job_id="resumed", **options)
         reports = run.progress(timeout=120)
-        told = [next(reports) for _ in range(3)]
+        reported = [next(reports) for _ in range(3)]
         os.kill(worker.pid, how)
         own_stack.replace_worker()
         own_stack.wait_until_warm()
-        told += reports
+        reported += reports
         result = run.result(60)
-        assert [report.index for report in told] == list(range(6))
+        assert [report.index for report in reported] == list(range(6))
         assert (result.steps, result.version) == (6, 1)
         calm = client.train("calm", ROWS, model=GENERATE_MODEL, **options)
-        assert [report.loss for report in calm.progress(timeout=120)] == [report.loss for report in told]
+        assert [report.loss for report in calm.progress(timeout=120)] == [report.loss for report in reported]
         text = client.generate("Q: fire?\nA:", model=GENERATE_MODEL, adapter="resumed", max_tokens=6).result(60).text
         assert (
             text == client.generate("Q: fire?\nA:", model=GENERATE_MODEL, adapter="calm", max_tokens=6).result(60).text
         )
     folder = own_stack.settings.home / "runs/resumed"
     log = [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
-    assert log == [report.loss for report in told]
+    assert log == [report.loss for report in reported]
     assert json.loads((folder / "run.json").read_text())["status"] == "done"
 
 

@@ -157,7 +157,7 @@ def test_flower_watches_the_worker_which_goes_on_without_it(tmp_path: Path) -> N
         wait_until(answers, "Flower answers", 30)
         for pid in processes_with(f"--port={url.rpartition(':')[2]}"):
             os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: "jobs go on without it" in running.output.read_text(), "its end is told")
+        wait_until(lambda: "jobs go on without it" in running.output.read_text(), "its end is reported")
         assert running.stoker("embed", "still here").returncode == 0
     finally:
         running.stop()

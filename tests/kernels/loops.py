@@ -1,4 +1,4 @@
-"""Reads the loops of a Metal text, and says of which it cannot tell that they end."""
+"""Reads the loops of a Metal text, and says of which it cannot prove that they end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Looking at a real broker's ledger: what becomes of jobs is told, and what that costs."""
+"""Looking at a real broker's ledger: what becomes of jobs is reported, and what that costs."""
 
 from __future__ import annotations
 
@@ -107,7 +107,9 @@ def test_a_job_that_goes_back_to_its_queue_is_retried(broker: Settings, redis: A
     watched(broker, steps)
 
 
-def test_a_dead_letter_is_told_and_its_retry_too(broker: Settings, redis: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dead_letter_is_reported_and_its_retry_too(
+    broker: Settings, redis: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(watching, "RARELY", 0.0)
     send(redis, "job")
 
@@ -217,7 +219,7 @@ def test_the_brokers_work_for_a_round_does_not_grow_with_the_jobs_that_wait(brok
     watched(broker, steps)
 
 
-def test_a_look_that_fails_tells_what_it_saw_and_the_next_one_goes_on(
+def test_a_look_that_fails_reports_what_it_saw_and_the_next_one_goes_on(
     broker: Settings, redis: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     send(redis, "job")

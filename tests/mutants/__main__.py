@@ -80,7 +80,7 @@ def asked() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    # A run that is told to end deletes its copies.
+    # A run that is asked to end deletes its copies.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     arguments = asked()
     sys.exit(main(arguments.texts, arguments.jobs))

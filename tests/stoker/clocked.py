@@ -65,7 +65,7 @@ def set_clock() -> Iterator[None]:
         yield
 
 
-def tell_time(client: Any, now: float, passed: float = 0.0) -> None:
+def give_time(client: Any, now: float, passed: float = 0.0) -> None:
     """It is `now`, and `passed` seconds later than before; the presences of workers are renewed meanwhile."""
     pipeline = client.pipeline()
     pipeline.delete(CLOCK)

@@ -245,7 +245,7 @@ def test_nobody_without_a_password_is_let_in(broker: Guarded) -> None:
         redis.ping()
 
 
-def test_a_client_is_told_that_it_is_forbidden(broker: Guarded) -> None:
+def test_a_client_hears_that_it_is_forbidden(broker: Guarded) -> None:
     with (
         Client(settings=broker.settings("operator")) as client,
         pytest.raises(BrokerUnavailable, match=r"forbids it .*deploy/acl") as refusal,

@@ -53,7 +53,7 @@ def test_redis_py_reads_what_is_meant_for_it(url: str) -> None:
         assert (made.connection_kwargs["host"], made.connection_kwargs["port"]) == ("host", 7000)
 
 
-def test_tls_verifies_unless_told_otherwise() -> None:
+def test_tls_verifies_except_where_the_url_says_otherwise() -> None:
     assert "ssl_cert_reqs=required" in Address.parse("rediss://host").redis
     address = Address.parse("rediss://host?ssl_cert_reqs=none")
     assert address.redis == address.celery == "rediss://host:6379/0?ssl_cert_reqs=none"

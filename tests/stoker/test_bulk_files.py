@@ -214,7 +214,7 @@ def test_the_texts_of_a_file_are_those_of_its_lines(tmp_path: Path) -> None:
     assert source.survey()[1] != digest
 
 
-def test_a_digest_tells_apart_what_would_give_other_texts(tmp_path: Path) -> None:
+def test_a_digest_distinguishes_what_would_give_other_texts(tmp_path: Path) -> None:
     """A run goes on behind the rows of the one that has its digest."""
     both = tmp_path / "in.jsonl"
     both.write_text('{"a": "one", "b": "two"}\n')

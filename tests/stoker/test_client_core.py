@@ -97,7 +97,7 @@ def test_without_a_name_a_choice_between_two_is_refused_with_both() -> None:
         choose(None, "generate", SMOL, BIG)
 
 
-def test_without_a_name_and_without_a_worker_one_is_told_to_start_one() -> None:
+def test_without_a_name_and_without_a_worker_the_error_says_to_start_one() -> None:
     with pytest.raises(UnknownModel, match=r"no model that is warm now can embed\. Start a worker with `stoker up`"):
         choose(None, "embed", lately=(MINI,))
 
@@ -408,7 +408,7 @@ SPOILED = [b"garbage", b"{}", b"[]", b"1", b"\xff", b"null", b"[" * 50_000]
 def test_a_result_that_no_worker_wrote_is_one_clear_error(raw: bytes) -> None:
     with pytest.raises(JobLost, match=r"result cannot be read: the broker holds b.*Stoker did not write"):
         Outcome.parse(raw)
-    assert announced(raw) is None, "a channel may carry anything: the record tells"
+    assert announced(raw) is None, "a channel may carry anything: the record decides"
 
 
 @pytest.mark.parametrize("value", [1, None, [], {"exc_type": ["x"], "exc_message": {"a": 1}}])
@@ -499,7 +499,7 @@ def test_a_dead_letter_is_sent_again_once_with_its_input_and_without_its_crashes
 
 
 @pytest.mark.parametrize("model", ["smol", "mini"])
-def test_who_waits_for_a_job_is_told_once_if_no_worker_alive_serves_its_model(
+def test_who_waits_for_a_job_hears_once_if_no_worker_alive_serves_its_model(
     fake: Callable[[], Client],
     server: Any,
     monkeypatch: pytest.MonkeyPatch,
@@ -516,5 +516,5 @@ def test_who_waits_for_a_job_is_told_once_if_no_worker_alive_serves_its_model(
         with pytest.raises(JobTimeout):
             job.result(timeout=1.3)
         job.cancel()
-    told = [record.getMessage() for record in caplog.records if record.name == "stoker.client"]
-    assert told == ([f"job {job.id} waits: no worker that is alive can generate with smol."] if model == "smol" else [])
+    seen = [record.getMessage() for record in caplog.records if record.name == "stoker.client"]
+    assert seen == ([f"job {job.id} waits: no worker that is alive can generate with smol."] if model == "smol" else [])

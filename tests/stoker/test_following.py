@@ -83,7 +83,7 @@ def test_any_interleaving_of_replay_and_live_gives_each_entry_once_in_order(acti
     assert seen == list(range(job.made))
 
 
-def test_a_gap_is_told_and_an_entry_that_was_had_is_not_one() -> None:
+def test_a_gap_is_reported_and_an_entry_that_was_had_is_not_one() -> None:
     tail = follower()
     assert tail.live(payload(0)) == (token(0), False)
     assert tail.live(payload(2)) == (None, True)
@@ -101,9 +101,9 @@ def test_a_replay_that_overlaps_yields_only_what_is_due() -> None:
 
 
 @pytest.mark.parametrize("raw", [b"{}", b"garbage", b"\xff", b"[]"])
-def test_what_no_worker_wrote_is_told_from_an_entry(raw: bytes) -> None:
+def test_what_no_worker_wrote_is_distinguished_from_an_entry(raw: bytes) -> None:
     tail = follower()
-    assert tail.live(raw) == (None, True), "a channel may carry anything: the stream tells"
+    assert tail.live(raw) == (None, True), "a channel may carry anything: the stream decides"
     for fields in ({b"entry": raw}, {b"other": raw}):
         with pytest.raises(JobLost, match="an entry that Stoker did not write"):
             tail.replay([(b"1-0", fields)])

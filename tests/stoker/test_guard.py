@@ -62,10 +62,10 @@ def start(tmp_path: Path, *command: str, grace: float = 5.0) -> Process:
 
 
 def test_stop_asks_first_and_waits(tmp_path: Path) -> None:
-    told = (
+    program = (
         "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(7)); print('up', flush=True); time.sleep(60)"
     )
-    child = start(tmp_path, told)
+    child = start(tmp_path, program)
     wait_until(lambda: "up" in child.output(), "the child is up")
     assert child.returncode is None
     assert [child.stop(), child.returncode, child.stop()] == [7, 7, 7]

@@ -86,7 +86,7 @@ def test_a_command_loads_only_what_it_needs(words: str) -> None:
     assert loaded(code) == COMMANDS[words]
 
 
-def test_the_version_is_told_without_the_command_tree() -> None:
+def test_the_version_is_printed_without_the_command_tree() -> None:
     code = "import sys; sys.argv[1:] = ['--version']; import stoker.cli; stoker.cli.main(); "
     code += "assert not {'typer', 'pydantic', 'stoker.cli.commands'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)

@@ -357,7 +357,7 @@ def test_cancelling_a_waiting_job_ends_it_without_a_worker(redis: Any) -> None:
     outcome = Outcome.parse(redis.get(keys.result("job")))
     assert outcome is not None
     assert outcome.status == JobStatus.CANCELLED
-    assert listener.get_message(timeout=5) is not None, "who waits is told"
+    assert listener.get_message(timeout=5) is not None, "who waits hears it"
     listener.close()
     assert claim(redis, "late").state == "ended"
     assert ledger.cancel(redis, "job", QUEUE) == "ended"

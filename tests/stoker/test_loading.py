@@ -48,17 +48,17 @@ def job(url: str, job_id: str = "job") -> None:
         client.expire(keys.job(job_id), 60)
 
 
-def test_a_start_waits_until_the_data_are_there_and_tells_how_far_it_is(tmp_path: Path) -> None:
+def test_a_start_waits_until_the_data_are_there_and_reports_how_far_it_is(tmp_path: Path) -> None:
     broker = SlowBroker(Settings(home=tmp_path), port=0)
     slow.fill(broker.start())
     broker.stop()
-    broker.delay, told = 200, list[str]()
-    with redis.Redis.from_url(broker.start(told.append)) as client:
+    broker.delay, reported = 200, list[str]()
+    with redis.Redis.from_url(broker.start(reported.append)) as client:
         assert client.dbsize() == slow.KEYS
         assert client.get("stoker:blob:vectors:7") == f"{7:064}".encode()
     broker.stop()
-    assert told
-    assert all(re.fullmatch(r"the broker is loading its data, \d+ %, about \d+ s left", text) for text in told)
+    assert reported
+    assert all(re.fullmatch(r"the broker is loading its data, \d+ %, about \d+ s left", text) for text in reported)
 
 
 CALLS: dict[str, Callable[[Client], Any]] = {
@@ -109,7 +109,7 @@ def test_an_asyncio_client_waits_without_holding_up_its_loop(url: str) -> None:
         assert asyncio.run(calls()) > 3
 
 
-def test_who_has_no_patience_is_told_how_far_the_broker_is(url: str) -> None:
+def test_who_has_no_patience_hears_how_far_the_broker_is(url: str) -> None:
     settings = Settings(url=url, patience=0)
     with slow.loading(url, SECONDS), Client(settings=settings) as client:
         with pytest.raises(BrokerLoading, match=r"is loading its data, \d+ %, about \d+ s left\. .* STOKER_PATIENCE"):
@@ -175,13 +175,13 @@ def attempt(client: Client) -> Any:
 
 
 def test_a_worker_of_a_broker_that_loads_waits_before_it_starts(url: str) -> None:
-    told: list[str] = []
+    reported: list[str] = []
     with slow.loading(url, SECONDS):
-        wait_for_broker(Settings(url=url, patience=0), told.append)
+        wait_for_broker(Settings(url=url, patience=0), reported.append)
         connect(Settings(url=url)).ping()
-    assert told
+    assert reported
     with pytest.raises(BrokerUnavailable, match="no answer"):
-        wait_for_broker(Settings(url="redis://127.0.0.1:1/0", patience=0), told.append)
+        wait_for_broker(Settings(url="redis://127.0.0.1:1/0", patience=0), reported.append)
 
 
 def info(percent: float, read: int) -> dict[str, Any]:
@@ -194,14 +194,14 @@ def test_a_load_that_gets_on_is_waited_for_and_one_that_stands_still_is_an_error
     clock = iter(range(0, 100_000, 20))
     monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    told: list[str] = []
+    reported: list[str] = []
     # Twenty seconds a look, and something new at every third.
     answers = iter([*(info(number // 3, number // 3) for number in range(150)), {"loading": 0}])
-    wait_until_loaded(lambda: next(answers), "here", told.append)
-    assert len(told) == 150
-    assert told[3 * 42] == "the broker is loading its data, 42 %, about 3 s left"
+    wait_until_loaded(lambda: next(answers), "here", reported.append)
+    assert len(reported) == 150
+    assert reported[3 * 42] == "the broker is loading its data, 42 %, about 3 s left"
     with pytest.raises(BrokerLoading, match="42 %"):
-        wait_until_loaded(lambda: info(42, 42), "here", told.append)
+        wait_until_loaded(lambda: info(42, 42), "here", reported.append)
 
 
 def test_between_two_looks_there_is_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import copy
 import gc
 import inspect
 import json
-import pickle  # noqa: TID251 -- what `multiprocessing` and task queues do with the jobs that they are handed
+import pickle  # noqa: TID251 -- what `multiprocessing` and task queues do with the jobs that they are given
 import subprocess
 import sys
 from collections.abc import Callable

@@ -58,7 +58,7 @@ def test_a_login_that_is_refused_is_not_tried_again(clock: list[float]) -> None:
         (ResponseError("unknown command"), False),
     ],
 )
-def test_what_may_pass_by_itself_is_told_from_what_does_not(error: RedisError, may_pass: bool) -> None:
+def test_what_may_pass_by_itself_is_distinguished_from_what_does_not(error: RedisError, may_pass: bool) -> None:
     assert passes(error) is may_pass
 
 

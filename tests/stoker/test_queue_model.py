@@ -17,7 +17,7 @@ from stoker.broker import keys, ledger, policy
 from stoker.broker.envelope import envelope
 from stoker.contract.kinds import KINDS
 from stoker.errors import JobFailed
-from tests.stoker.clocked import CLOCK, quick_broker, set_clock, tell_time
+from tests.stoker.clocked import CLOCK, give_time, quick_broker, set_clock
 from tests.stoker.queue_model import Message, Queue
 
 START = 1_800_000_000.0
@@ -41,7 +41,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.alive = set(WORKERS)
         for worker in WORKERS:
             self.redis.set(keys.worker(worker), "{}", ex=keys.PRESENCE_TTL * 1000)
-        tell_time(self.redis, START)
+        give_time(self.redis, START)
         window = KINDS[kind].ready
         self.model = Queue(keys.queue("toy", kind), window, START, self.alive.__contains__)
         #: Tokens that were given out: (job, token).
@@ -237,7 +237,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([0.5, 20.0, 150.0, 299.5, 300.0, 1200.0]))
     def time_passes(self, seconds: float) -> None:
         self.model.advance(seconds)
-        tell_time(self.redis, self.model.now, seconds)
+        give_time(self.redis, self.model.now, seconds)
 
     @rule(days=st.sampled_from([1.01, 2.01, 7.01, 31.0]))
     def days_pass(self, days: float) -> None:
@@ -300,7 +300,7 @@ class LedgerMachine(RuleBasedStateMachine):
         # A forgotten job takes no place of its client's; the next submission sweeps it, or the key's expiry.
         oldest = model.now - keys.PENDING_TTL
         assert not [job for mine in model.mine.values() for job, since in mine.items() if since > oldest]
-        assert Counter(self.heard()) == Counter(model.ends), "each end is told once"
+        assert Counter(self.heard()) == Counter(model.ends), "each end is reported once"
         assert Counter(model.ends) + Counter(model.forgotten) == Counter(model.taken_in), "each job ends once"
         for job, status in model.results.items():
             assert json.loads(self.redis.get(keys.result(job)))["status"] == status

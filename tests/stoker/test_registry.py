@@ -46,7 +46,7 @@ def test_versions_are_in_the_order_of_their_numbers(broker_client: Any) -> None:
     assert list(entry(broker_client).versions) == [2, 9, 10]
 
 
-def test_versions_serve_as_they_come_unless_told_otherwise(broker_client: Any) -> None:
+def test_versions_serve_as_they_come_except_where_one_is_chosen(broker_client: Any) -> None:
     add(broker_client, 1)
     add(broker_client, 2)
     add(broker_client, 3, promote=False)

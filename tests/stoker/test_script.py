@@ -13,7 +13,7 @@ from stoker.settings import Settings
 
 
 class FakeRedis:
-    """Forgets its scripts when told; notes how each call was sent."""
+    """Forgets its scripts when asked; notes how each call was sent."""
 
     def __init__(self) -> None:
         self.known: set[str] = set()

@@ -205,7 +205,9 @@ def test_systemd_itself_finds_no_fault_in_the_unit(tmp_path: Path) -> None:
         ("Windows", r"Windows given; workers are installed on Linux \(systemd\) and macOS \(launchd\)"),
     ],
 )
-def test_a_machine_without_the_manager_is_told_so(machine: Machine, on: On, system: str, said: str) -> None:
+def test_a_machine_without_the_manager_gets_an_error_that_says_so(
+    machine: Machine, on: On, system: str, said: str
+) -> None:
     on(system)
     with pytest.raises(ConfigError, match=said):
         run("install", "--model", str(MODEL))
@@ -219,7 +221,9 @@ def test_a_machine_without_the_manager_is_told_so(machine: Machine, on: On, syst
         ("Darwin", "launchctl", r"launchd has no session of this user \(no bus\)\. Log in at the Mac's screen"),
     ],
 )
-def test_a_user_without_a_session_is_told_so(machine: Machine, on: On, system: str, program: str, said: str) -> None:
+def test_a_user_without_a_session_gets_an_error_that_says_so(
+    machine: Machine, on: On, system: str, program: str, said: str
+) -> None:
     on(system)
     machine.has(program, "echo no bus >&2; exit 1")
     with pytest.raises(ConfigError, match=said):

@@ -128,10 +128,10 @@ def test_without_a_home_folder_the_error_names_the_setting(monkeypatch: pytest.M
 
 
 def test_a_child_process_reads_the_same_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    told = load_settings(home=tmp_path, models=("a", "b"), generate_slots=3, quantize="8bit", grace=1.5)
-    for name, value in told.environment().items():
+    given = load_settings(home=tmp_path, models=("a", "b"), generate_slots=3, quantize="8bit", grace=1.5)
+    for name, value in given.environment().items():
         monkeypatch.setenv(name, value)
-    assert load_settings() == told
+    assert load_settings() == given
 
 
 def test_an_empty_variable_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

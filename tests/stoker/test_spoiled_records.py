@@ -54,7 +54,7 @@ def failed(redis: Any, job_id: str) -> bool:
     return True
 
 
-def settle(redis: Any) -> None:
+def run_all(redis: Any) -> None:
     """Run what can be run, as a worker and its janitor do."""
     for _ in range(3):
         ledger.recover(redis, QUEUE, -1)
@@ -69,13 +69,13 @@ def test_a_record_with_a_wrong_field_ends_its_own_job_and_no_other(redis: Any, f
         submit(redis, f"job-{number}")
     bad = f"job-{READY + 1}"
     redis.hdel(keys.job(bad), field) if value is None else redis.hset(keys.job(bad), field, value)
-    settle(redis)
+    run_all(redis)
     for number in range(READY + 4):
         outcome = Outcome.parse(redis.get(keys.result(f"job-{number}")))
         assert outcome is not None, f"job-{number} has not ended"
         assert outcome.status is JobStatus.DONE or (f"job-{number}" == bad and failed(redis, bad))
     submit(redis, "last")
-    settle(redis)
+    run_all(redis)
     assert open_work(redis) == []
 
 
@@ -84,7 +84,7 @@ def test_a_record_of_another_type_ends_its_own_job_and_no_other(redis: Any, kind
     for number in range(READY + 4):
         submit(redis, f"job-{number}")
     overwrite(redis, keys.job(f"job-{READY + 1}"), kind)
-    settle(redis)
+    run_all(redis)
     assert failed(redis, f"job-{READY + 1}")
     assert Outcome.parse(redis.get(keys.result(f"job-{READY + 2}"))) == Outcome(JobStatus.DONE, {})
 
@@ -119,7 +119,7 @@ def test_the_count_of_a_queues_turns_may_be_anything(redis: Any, value: Any) -> 
     for field in ("served", "served:1", "now:1", "next:1:default"):
         redis.hset(keys.turns(QUEUE), field, value)
     redis.hset(keys.pace(QUEUE), mapping={"last": value, "interval": value})
-    settle(redis)
+    run_all(redis)
     assert open_work(redis) == []
 
 
@@ -140,7 +140,7 @@ def test_a_field_that_is_spoiled_while_a_job_runs_does_not_keep_it_from_its_end(
     redis.hset(keys.job("job"), field, "spoiled")
     assert ledger.complete(redis, "job", QUEUE, "token-job", ledger.success("job", {}))
     submit(redis, "next")
-    settle(redis)
+    run_all(redis)
     assert open_work(redis) == []
 
 
@@ -162,7 +162,7 @@ def test_a_job_whose_record_was_written_over_is_abandoned_with_an_error(redis: A
     assert ledger.abandon(redis, "job", QUEUE, "token-job", outcome)
     assert not ledger.abandon(redis, "job", QUEUE, "token-job", outcome), "once"
     submit(redis, "next")
-    settle(redis)
+    run_all(redis)
     assert open_work(redis) == []
 
 
@@ -186,7 +186,7 @@ def test_a_job_whose_record_names_another_priority_runs_once(redis: Any) -> None
     for name in names:
         submit(redis, name)
     redis.hset(keys.job(names[READY]), Field.PRIORITY, "0")
-    settle(redis)
+    run_all(redis)
     for name in names:
         assert Outcome.parse(redis.get(keys.result(name))) == Outcome(JobStatus.DONE, {})
     assert open_work(redis) == []

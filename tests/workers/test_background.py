@@ -54,7 +54,7 @@ def test_a_round_that_fails_costs_neither_the_next_one_nor_its_neighbours(
     assert thread.alive
 
 
-def test_it_stops_when_it_is_told_to(stopped: threading.Event) -> None:
+def test_it_stops_when_it_is_asked_to(stopped: threading.Event) -> None:
     ended: list[int] = []
     thread = Background("x", lambda: None, stopped=stopped, every=3600, end=lambda: ended.append(1))
     thread.start()

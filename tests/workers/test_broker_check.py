@@ -26,7 +26,7 @@ def test_a_broker_that_evicts_is_refused_with_the_remedy(broker: Settings, polic
         redis.close()
 
 
-def test_a_login_that_is_refused_is_told_from_a_broker_that_is_away(broker: Settings) -> None:
+def test_a_login_that_is_refused_is_distinguished_from_a_broker_that_is_away(broker: Settings) -> None:
     wrong = broker.model_copy(update={"url": broker.address.redis.replace("://", "://user:wrong@")})
     with pytest.raises(BrokerUnavailable, match=r"refuses the login.*Put its user and password") as refused:
         check_broker(wrong)

@@ -34,7 +34,7 @@ HOUR = 3600
 
 
 class Worker:
-    """What a worker has of Celery and kombu: a connection, its loop, and the lanes' consumer. Jobs end when told."""
+    """What a worker has of Celery and kombu: a connection, its loop, and the lanes' consumer. Jobs end when asked."""
 
     def __init__(self, settings: Settings, lanes: Lanes) -> None:
         self.redis, self.lanes = connect(settings), lanes

@@ -1,4 +1,4 @@
-"""Stopping: what is handed back, when, and what a worker does whose broker is away."""
+"""Stopping: what is given back, when, and what a worker does whose broker is away."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from workers.services.drain import MISSES, Drain
 
 
 class Worker:
-    """What is told to it, and a broker that answers as often as `answers` says."""
+    """What is reported to it, and a broker that answers as often as `answers` says."""
 
     def __init__(self, grace: float = 0.0, answers: Sequence[bool] = ()) -> None:
         self.settings = SimpleNamespace(grace=grace)

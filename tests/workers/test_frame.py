@@ -53,7 +53,7 @@ OUT = RuntimeError("[malloc_or_wait] Unable to allocate 4096 bytes.")
 
 
 class Engine:
-    """Ends every job at once, as it is told."""
+    """Ends every job at once, as `ends` says."""
 
     def __init__(self) -> None:
         self.ends: Callable[[], Any] = lambda: None
@@ -91,7 +91,7 @@ class Handler(JobHandler[GenerateRequest, list[StreamToken], int]):
 
 
 class Worker:
-    """The context of a worker whose engine is told how to end jobs, and deliveries to it."""
+    """The context of a worker whose engine ends jobs as the test says, and deliveries to it."""
 
     def __init__(self, settings: Settings) -> None:
         self.engine, self.deliveries = Engine(), 0
@@ -103,7 +103,7 @@ class Worker:
         self.context.lanes.configure({"generate": 8}, {"generate": [QUEUE]})
         ledger.submit(self.redis, "job", job_record(generate_request("m", "x", 0, {}), "job"))
 
-    def tell(self, *_: Any, **__: Any) -> None:
+    def report(self, *_: Any, **__: Any) -> None:
         """The broker is away at every report."""
         raise OperationalError("Connection refused")
 
@@ -116,7 +116,7 @@ class Worker:
             stoker_tag="tag",
         )
         app = SimpleNamespace(context=self.context)
-        task: Any = SimpleNamespace(app=app, name="stoker.generate", request=request, send_event=self.tell)
+        task: Any = SimpleNamespace(app=app, name="stoker.generate", request=request, send_event=self.report)
         return run_job(Delivery(task), handler or Handler())
 
     @property
@@ -203,12 +203,12 @@ def test_every_kind_of_job_has_its_task_and_takes_a_slot_of_its_lane() -> None:
     assert {symbol_by_name(task.Request) for task in found} == {LaneRequest}
 
 
-@pytest.mark.parametrize(("error", "told"), [(UnknownAdapter("no"), UnknownAdapter), (KeyError("no"), JobFailed)])
-def test_an_error_ends_the_job_with_its_class(worker: Worker, error: Exception, told: type[Exception]) -> None:
-    with pytest.raises(told):
+@pytest.mark.parametrize(("error", "expected"), [(UnknownAdapter("no"), UnknownAdapter), (KeyError("no"), JobFailed)])
+def test_an_error_ends_the_job_with_its_class(worker: Worker, error: Exception, expected: type[Exception]) -> None:
+    with pytest.raises(expected):
         worker.deliver(raising(error))
     assert worker.outcome is not None
-    with pytest.raises(told, match="no"):
+    with pytest.raises(expected, match="no"):
         worker.outcome.unwrap("job")
 
 
@@ -224,8 +224,8 @@ def test_a_job_whose_id_could_be_a_path_ends_alone_before_it_runs(worker: Worker
     worker.redis.flushall()
 
 
-def test_progress_that_cannot_be_told_fails_no_job(worker: Worker) -> None:
-    """Found by the chaos suite: the broker was away when Flower was to be told."""
+def test_progress_that_cannot_be_reported_fails_no_job(worker: Worker) -> None:
+    """Found by the chaos suite: the broker was away when Flower was to hear of it."""
 
     class Slow(Ticket[Any]):
         waits = iter([False, True])
@@ -358,7 +358,7 @@ def test_a_job_that_nobody_cancelled_is_not_stopped(worker: Worker) -> None:
 
 @pytest.fixture
 def fenced(worker: Worker) -> list[str]:
-    """Tokens of deliveries that were told to end without a trace."""
+    """Tokens of deliveries that have to end without a trace."""
     found: list[str] = []
     request: Any = SimpleNamespace(token="token-1", tag="tag", fence=lambda: found.append("token-1"))
     worker.context.deliveries.add(request)
@@ -472,11 +472,11 @@ def test_progress_is_reported_when_it_has_changed(worker: Worker, monkeypatch: p
             self.progress = next(self.steps, 1.0)
             return self.progress == 1.0
 
-    told: list[float] = []
-    monkeypatch.setattr(worker, "tell", lambda event, retry, **fields: told.append(fields["progress"]))
+    reported: list[float] = []
+    monkeypatch.setattr(worker, "report", lambda event, retry, **fields: reported.append(fields["progress"]))
     worker.engine.make_ticket = Slow
     worker.deliver(lambda: 1)
-    assert told == [0.25, 0.5]
+    assert reported == [0.25, 0.5]
 
 
 def test_a_result_says_which_worker_made_it_and_how_long_the_job_waited(worker: Worker) -> None:

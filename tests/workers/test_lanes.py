@@ -120,7 +120,7 @@ def test_a_request_holds_its_place_from_being_taken_until_it_is_acked(traffic: l
     assert traffic == ["enter train", "ack", "leave train", "ack"]
 
 
-def test_a_request_that_is_handed_back_gives_up_its_place_once(traffic: list[str]) -> None:
+def test_a_request_that_goes_back_gives_up_its_place_once(traffic: list[str]) -> None:
     request = LaneRequest()
     request.reject(requeue=True)
     request.acknowledge()

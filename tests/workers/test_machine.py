@@ -1,4 +1,4 @@
-"""What a worker's process takes from its surroundings is handed to the engine and the kernels, which read nothing."""
+"""What a worker's process takes from its surroundings is given to the engine and the kernels, which read nothing."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _active() -> set[str]:
 
 
 @pytest.mark.parametrize(("said", "cores"), [("3", 3), ("", None), ("0", None), ("-1", None), ("all", None)])
-def test_cores_are_those_that_openblas_is_told(said: str, cores: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cores_are_those_that_openblas_is_given(said: str, cores: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", said)
     assert asked_cores() == cores
     assert machine.limits_of(load_settings()).cores == cores
@@ -53,7 +53,7 @@ def test_a_worker_uses_the_kernels_of_its_settings(monkeypatch: pytest.MonkeyPat
         machine.make_engine(load_settings(kernels="lore"), lambda entries: None, lambda: None)
 
 
-def test_the_doctor_tells_of_the_kernels_of_the_settings() -> None:
+def test_the_doctor_reports_the_kernels_of_the_settings() -> None:
     assert doctor.kernels_check("lore").ok is False
     found = doctor.kernels_check("attend")
     assert (found.ok, _active()) == (True, {"attend"})

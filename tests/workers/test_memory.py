@@ -1,4 +1,4 @@
-"""Out of memory is told from other errors by what MLX says."""
+"""Out of memory is distinguished from other errors by what MLX says."""
 
 from __future__ import annotations
 

@@ -258,7 +258,7 @@ def refused() -> list[tuple[str, str]]:
 
 
 @pytest.fixture
-def telling(redis: Any, refused: list[tuple[str, str]]) -> Iterator[Callable[[Any], Publisher]]:
+def reporting(redis: Any, refused: list[tuple[str, str]]) -> Iterator[Callable[[Any], Publisher]]:
     made: list[Publisher] = []
 
     def start(client: Any) -> Publisher:
@@ -273,11 +273,11 @@ def telling(redis: Any, refused: list[tuple[str, str]]) -> Iterator[Callable[[An
 
 
 def test_a_stream_of_the_wrong_type_fails_its_own_job_and_no_other(
-    redis: Any, telling: Callable[[Any], Publisher], refused: list[tuple[str, str]]
+    redis: Any, reporting: Callable[[Any], Publisher], refused: list[tuple[str, str]]
 ) -> None:
     """It was retried for ever, and every job of the worker hung."""
     redis.set(keys.stream("bad"), "x", ex=60)
-    publisher = telling(redis)
+    publisher = reporting(redis)
     for index in range(5):
         publisher.publish([("a", token(index)), ("bad", token(index)), ("b", token(index))])
     publisher.flush("a")
@@ -285,12 +285,12 @@ def test_a_stream_of_the_wrong_type_fails_its_own_job_and_no_other(
     assert indices(redis, "a") == indices(redis, "b") == list(range(5))
     with pytest.raises(JobFailed, match=f"{keys.stream('bad')}.*WRONGTYPE"):
         publisher.flush("bad")
-    assert [job_id for job_id, _ in refused] == ["bad"], "told once"
+    assert [job_id for job_id, _ in refused] == ["bad"], "reported once"
 
 
-def test_a_job_of_the_same_id_may_run_again(redis: Any, telling: Callable[[Any], Publisher]) -> None:
+def test_a_job_of_the_same_id_may_run_again(redis: Any, reporting: Callable[[Any], Publisher]) -> None:
     redis.set(keys.stream("a"), "x", ex=60)
-    publisher = telling(redis)
+    publisher = reporting(redis)
     publisher.publish(entries("a", 1))
     with pytest.raises(JobFailed):
         publisher.flush("a")
@@ -303,7 +303,7 @@ def test_a_job_of_the_same_id_may_run_again(redis: Any, telling: Callable[[Any],
 
 @pytest.mark.parametrize("error", [ResponseError("ERR unknown"), ValueError("a text that is no unicode")])
 def test_what_cannot_be_sent_together_is_sent_job_by_job(
-    redis: Any, telling: Callable[[Any], Publisher], error: Exception
+    redis: Any, reporting: Callable[[Any], Publisher], error: Exception
 ) -> None:
     class Choosy(Unsteady):
         def eval(self, *arguments: Any) -> Any:
@@ -311,7 +311,7 @@ def test_what_cannot_be_sent_together_is_sent_job_by_job(
                 raise error
             return super().eval(*arguments)
 
-    publisher = telling(Choosy(redis, lambda execute: None))
+    publisher = reporting(Choosy(redis, lambda execute: None))
     publisher.publish([("a", token(0)), ("bad", token(0)), ("b", token(0))])
     publisher.flush("a")
     assert indices(redis, "a") == indices(redis, "b") == [0]
@@ -320,7 +320,7 @@ def test_what_cannot_be_sent_together_is_sent_job_by_job(
 
 
 def test_a_broker_that_refuses_for_too_long_fails_the_jobs_and_not_the_thread(
-    monkeypatch: pytest.MonkeyPatch, redis: Any, telling: Callable[[Any], Publisher]
+    monkeypatch: pytest.MonkeyPatch, redis: Any, reporting: Callable[[Any], Publisher]
 ) -> None:
     monkeypatch.setattr(publishing, "Retry", lambda: Retry(limit=0.0))
     answers = iter([True])
@@ -329,7 +329,7 @@ def test_a_broker_that_refuses_for_too_long_fails_the_jobs_and_not_the_thread(
         if next(answers, False):
             raise ReadOnlyError("READONLY You can't write against a read only replica.")
 
-    publisher = telling(Unsteady(redis, refuse))
+    publisher = reporting(Unsteady(redis, refuse))
     publisher.publish(entries("a", 1))
     with pytest.raises(JobFailed, match="READONLY"):
         publisher.flush("a")

@@ -68,7 +68,7 @@ class LaneConsumer(Consumer):
             channel.basic_cancel(tag)
 
     def held_tags(self) -> set[str]:
-        """Delivery tags that this connection brought and that are neither acknowledged nor handed back."""
+        """Delivery tags that this connection brought and that are neither acknowledged nor given back."""
         books = [channel.qos for channel in list(self.channels.values())]
         return {tag for book in books for tag in list(book._delivered) if tag not in book._dirty}
 

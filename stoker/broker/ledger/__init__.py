@@ -29,7 +29,7 @@ from stoker.broker.ledger.ending import failure as failure
 from stoker.broker.ledger.ending import revoked as revoked
 from stoker.broker.ledger.ending import success as success
 from stoker.broker.ledger.listing import Listing, OpenJob
-from stoker.broker.ledger.record import Field
+from stoker.broker.ledger.record import addressed
 from stoker.broker.ledger.replies import Claim, DeadLettered, Submitted, recovered
 from stoker.broker.ledger.script import LuaScript, text
 from stoker.broker.ledger.vectors import VECTOR_BYTES
@@ -89,7 +89,7 @@ def _call(
 def submission(job_id: str, record: Mapping[str, str], data: bytes = b"", *, revive: bool = False) -> Call[Submitted]:
     """Accept a job. `record`: as `NewJob`. `data`: the input that its `blob` names. `revive`: the job is a dead letter;
     `unknown` if it is none."""
-    queue, client = record[Field.QUEUE], record[Field.CLIENT]
+    queue, client = addressed(record)
     fields = [part for item in record.items() for part in item]
     limits = (QUEUE_LIMIT, CLIENT_LIMIT, QUEUE_BYTES, VECTOR_BYTES)
     arguments = (*limits, int(revive), keys.DEAD_TTL, data, *fields)

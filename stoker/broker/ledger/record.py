@@ -90,6 +90,11 @@ class NewJob(Mapping[str, str]):
 _NEW = tuple(Field(field.name).value for field in fields(NewJob))
 
 
+def addressed(new: Mapping[str, str]) -> tuple[str, str]:
+    """The queue that a new job goes to, and its client."""
+    return new[Field.QUEUE], new[Field.CLIENT]
+
+
 @dataclass(frozen=True)
 class Summary:
     """What there is to know of a job that may have ended. `kind` is None for one that the broker does not know."""

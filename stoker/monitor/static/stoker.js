@@ -1,4 +1,4 @@
-// Stoker's page: asks for what there is every two seconds while somebody can see it, and changes only what changed.
+// Stoker's page: asks for what there is every two seconds while the page can be seen, and changes only what changed.
 // Everything is set as text, never as HTML: names and messages come from clients.
 (function () {
   "use strict";
