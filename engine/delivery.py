@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,9 @@ Publish = Callable[[list[Entry]], None]
 def deliver(output: StepOutput, publish: Publish) -> None:
     """Publish the entries, then end the jobs that are done. A job whose entries are not taken ends with that error."""
     if output.entries:
+        now = time.monotonic()
+        for ticket, _ in output.entries:
+            ticket.first_entry = ticket.first_entry or now
         try:
             publish([(ticket.job_id, entry) for ticket, entry in output.entries])
         except Exception:

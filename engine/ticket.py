@@ -28,6 +28,9 @@ class Ticket(Generic[R]):
         self.stop: StokerError | None = None
         self.submitted = time.monotonic()
         self.started: float | None = None
+        #: When its first entry was on its way to those who read along, and when it ended.
+        self.first_entry: float | None = None
+        self.ended: float | None = None
         #: How much of the job is done, 0 to 1; None for kinds that do not say.
         self.progress: float | None = None
         self._future: Future[R] = Future()
@@ -70,10 +73,12 @@ class Ticket(Generic[R]):
 
     def resolve(self, value: R) -> None:
         if not self._future.done():
+            self.ended = time.monotonic()
             self._future.set_result(value)
 
     def fail(self, error: BaseException) -> None:
         if not self._future.done():
+            self.ended = time.monotonic()
             self._future.set_exception(error)
 
     def abort(self, error: BaseException) -> None:

@@ -76,6 +76,13 @@ class Settings(BaseSettings):
     group_size: Literal[32, 64, 128] = 64
     #: Fused kernels: `auto`, `off`, or names. Read by the engine.
     kernels: str = "auto"
+    #: The log: for people (`human`), a JSON object a line (`json`), or by whether it goes to a terminal (`auto`).
+    log: Literal["auto", "human", "json"] = "auto"
+    #: The least level of what is logged.
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    #: Megabytes that one log file of `stoker up` may have, and how many that were full are kept of each.
+    log_size: int = Field(default=8, ge=1, le=4096)
+    log_files: int = Field(default=3, ge=1, le=100)
     #: Linux only: `off`, or the path of an OpenBLAS that MLX shall use.
     blas: str | None = None
 
@@ -172,6 +179,10 @@ class Overrides(TypedDict, total=False):
     quantize: Literal["4bit", "8bit", "keep", "none"] | None
     group_size: Literal[32, 64, 128] | None
     kernels: str | None
+    log: Literal["auto", "human", "json"] | None
+    log_level: Literal["debug", "info", "warning", "error"] | None
+    log_size: int | None
+    log_files: int | None
     blas: str | None
 
 

@@ -6,6 +6,11 @@ from stoker.local.interrupts import end_at_once
 
 if __name__ == "__main__":
     end_at_once()
+    from stoker.logs.setup import configure
+    from stoker.settings import load_settings
+
+    # Before Celery says its first word, which is a warning.
+    configure(load_settings())
     from celery.__main__ import main
 
     main()

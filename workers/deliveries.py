@@ -100,6 +100,6 @@ class Deliveries:
 
     def dead_letter(self, message: Unreadable) -> None:
         if self._dead is None:
-            log.error("a message of %s cannot be read: %s", message.queue, message.trouble)
+            log.error("a message of %s cannot be read", message.queue)
         else:
             self._dead.add(message)

@@ -9,10 +9,12 @@ from celery.exceptions import Ignore
 from kombu.exceptions import OperationalError
 from redis.exceptions import RedisError
 
+from stoker.broker import keys
 from stoker.broker.ledger.replies import Claim
 from stoker.contract.kinds import of_task
 from stoker.contract.names import Rule, checked
 from stoker.errors import JobDead
+from workers.account import JobAccount
 from workers.context import WorkerContext
 from workers.job_lease import JobLease
 from workers.services.runtime import Runtime
@@ -38,10 +40,12 @@ class Delivery:
         queue, token = task.request.delivery_info["routing_key"], task.request.stoker_token
         self.lease = JobLease(self.runtime, self.id, queue, token, task.request.stoker_tag)
         self._task = task
+        self.account = JobAccount(self.id, self.kind.name, keys.model_of(queue))
 
     def claim(self) -> Claim:
         """Become the job's owner. Raises `Ignore` for a delivery that has nothing to do any more."""
-        claim = self.lease.claim()
+        with self.account.phase("claim"):
+            claim = self.lease.claim()
         # The id will be a folder's name.
         checked(Rule.JOB_ID, "job id", self.id)
         if claim.state in _DROPPED:
@@ -54,6 +58,8 @@ class Delivery:
                 f"job {self.id} was running when {len(history)} workers crashed ({workers}). It is a dead letter: "
                 f"`stoker jobs retry {self.id}` sends it again."
             )
+        self.account.claimed(claim)
+        self.runtime.observers.begun(self.account)
         return claim
 
     def report(self, event: str, **fields: object) -> None:

@@ -20,7 +20,7 @@ from stoker.contract.kinds import of_request
 from stoker.contract.requests import JobRequest
 from stoker.errors import DeadlineExceeded, StokerError
 from workers.delivery import Delivery
-from workers.job_errors import answering_celery, recording_errors
+from workers.job_errors import accounted, answering_celery, recording_errors
 
 if TYPE_CHECKING:
     from engine.ticket import Ticket
@@ -124,6 +124,7 @@ class Job:
                     reported = progress
                     # Flower shows it as the task's state.
                     self._delivery.report("task-progress", progress=round(progress, 4))
+            self._delivery.account.ran(ticket)
             return ticket.result()
 
 
@@ -133,20 +134,26 @@ def run_job(delivery: Delivery, handler: JobHandler[Q, D, R]) -> dict[str, Any]:
     A cancelled job ends as Celery's REVOKED; a stopping worker's job goes back to the queue; a fenced one leaves no
     trace; any other error reaches the client as a class of `stoker.errors`.
     """
-    persist, publisher = delivery.runtime.persist, delivery.runtime.publisher
-    with answering_celery(delivery), ExitStack() as resources:
+    persist, publisher, account = delivery.runtime.persist, delivery.runtime.publisher, delivery.account
+    with answering_celery(delivery), accounted(delivery), ExitStack() as resources:
         with recording_errors(delivery):
             job = Job(delivery, delivery.claim(), resources)
-            asked = read(handler.request, job.claim.request)
-            request = persist(lambda: handler.prepare(job, asked))
-            data = persist(lambda: handler.load_input(job, request))
+            with account.phase("load"):
+                asked = read(handler.request, job.claim.request)
+                request = persist(lambda: handler.prepare(job, asked))
+                data = persist(lambda: handler.load_input(job, request))
             # What the broker did not take of an earlier delivery is no failure of this one.
             publisher.forget(job.id)
             ticket = handler.submit(job)(job.id, request, data, deadline=job.seconds_left(request.deadline))
             made = job.wait(ticket)
-            publisher.flush(job.id)
-            result = _fields(handler.finish(job, request, made))
-        delivery.lease.complete(ledger.success(delivery.id, result))
+            with account.phase("publish"):
+                publisher.flush(job.id)
+            with account.phase("finish"):
+                finished = handler.finish(job, request, made)
+            result = _fields(finished)
+        with account.phase("complete"):
+            delivery.lease.complete(ledger.success(delivery.id, result))
+        account.made(finished)
     return result
 
 

@@ -12,6 +12,7 @@ from redis.exceptions import RedisError
 from stoker.broker import ledger
 from stoker.errors import JobCancelled, JobDead, JobFailed, OutOfMemory, StokerError, WorkerUnavailable, to_wire
 from workers import disk, memory
+from workers.account import DeliveryEnd
 from workers.artifacts import StoreTrouble
 from workers.delivery import Delivery
 from workers.job_lease import Spoiled, is_the_brokers
@@ -37,7 +38,6 @@ def recording_errors(delivery: Delivery) -> Iterator[None]:
         if is_the_brokers(error):
             raise
         known = _known(delivery, error)
-        log.error("job %s failed: %s", delivery.id, known)
         delivery.lease.complete(ledger.failure(delivery.id, known))
         raise known from error
 
@@ -52,8 +52,8 @@ def _known(delivery: Delivery, error: Exception) -> StokerError:
         return _dead_letter(delivery, str(error))
     if isinstance(error, RedisError):
         return JobFailed(f"job {delivery.id}: {delivery.lease.blame(error)}.")
-    # A defect: only its traceback says where.
-    log.error("job %s: %s", delivery.id, error, exc_info=error)
+    # A defect: only its traceback says where. Its words go to the client alone: they may quote what was asked.
+    log.error("job %s ends by a defect", delivery.id, exc_info=error)
     return to_wire(error)
 
 
@@ -72,6 +72,34 @@ def _dead_letter(delivery: Delivery, what: str) -> JobDead:
         f"job {delivery.id} is a dead letter: {what}. What was whole stays. Mend that, then "
         f"`stoker jobs retry {delivery.id}` lets it go on."
     )
+
+
+#: The first that fits says how a delivery is over.
+_ENDS: tuple[tuple[type[BaseException], DeliveryEnd], ...] = (
+    (Fenced, DeliveryEnd.FENCED),
+    (WorkerUnavailable, DeliveryEnd.RETURNED),
+    (JobCancelled, DeliveryEnd.CANCELLED),
+    (JobDead, DeliveryEnd.DEAD),
+    (StokerError, DeliveryEnd.FAILED),
+    (Spoiled, DeliveryEnd.FAILED),
+    (Ignore, DeliveryEnd.DROPPED),
+)
+
+
+@contextmanager
+def accounted(delivery: Delivery) -> Iterator[None]:
+    """Tell the observers how the delivery was over."""
+    account = delivery.account
+    try:
+        yield
+    except BaseException as error:
+        fits = (end for kind, end in _ENDS if isinstance(error, kind))
+        account.over(next(fits, DeliveryEnd.RETURNED), error)
+        raise
+    else:
+        account.over(DeliveryEnd.SUCCEEDED)
+    finally:
+        delivery.runtime.observers.ended(account)
 
 
 @contextmanager

@@ -55,15 +55,13 @@ class DeadMessages:
         self._unwritten: Unreadable | None = None
 
     def add(self, message: Unreadable) -> None:
-        log.error(
-            "a message of the queue %s cannot be read and is the dead letter %s (`stoker jobs dead`): %s",
-            message.queue, message.id, message.trouble,
-        )  # fmt: skip
+        # Neither its bytes nor what is wrong with them, which quotes them: they may be anybody's text.
+        log.error("a message of %s cannot be read; `stoker jobs dead` shows it: %s", message.queue, message.id)
         try:
             self._queue.put_nowait(message)
         except queue.Full:
-            log.critical("no room for the dead letter %s: the broker takes none. It began with %r",
-                message.id, message.raw[:letters.KEPT])  # fmt: skip
+            size = len(message.raw)
+            log.critical("no room for the dead letter %s of %d bytes: the broker takes none", message.id, size)
 
     def write(self, wait: float = 1.0) -> None:
         """Write what was added; wait a moment for the first. What the broker does not take waits for the next call."""
@@ -78,8 +76,8 @@ class DeadMessages:
 
     def _store(self, message: Unreadable) -> None:
         if self._redis.hlen(keys.DEAD) >= MOST and not self._redis.hexists(keys.DEAD, message.id):
-            log.error("%d dead letters are there already: %s is not kept. It began with %r",
-                MOST, message.id, message.raw[:letters.KEPT])  # fmt: skip
+            size = len(message.raw)
+            log.error("%d dead letters are there already: %s of %d bytes is not kept", MOST, message.id, size)
             return
         pipeline = self._redis.pipeline()
         pipeline.hset(keys.DEAD, message.id, message.letter(self._worker, clock.now(self._redis)))

@@ -14,6 +14,7 @@ from flower.options import options
 from tornado.ioloop import IOLoop
 
 from stoker.errors import ConfigError
+from stoker.logs import setup as logs
 from stoker.monitor import access
 from stoker.monitor.app import COLUMNS, GONE, TASKS, Monitor
 from stoker.settings import Settings
@@ -29,6 +30,7 @@ def serve(settings: Settings, address: str, port: int, names: frozenset[str], sa
     os.umask(0o077)
     home, password = access.folder(settings), access.password(settings)
     configure(address, port, password)
+    logs.configure(settings, [password])
     quiet()
     with (home / "lock").open("w") as lock:
         kept = _is_first(lock)
@@ -66,8 +68,7 @@ def configure(address: str, port: int, password: str) -> None:
 
 
 def quiet() -> None:
-    """A log of what matters: not each request, nor each question that no worker was there to answer."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    """No word of each request, nor of each question that no worker was there to answer."""
     for name in ("tornado.access", "tornado.general"):
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("flower.inspector").addFilter(lambda record: record.msg != "Inspect method %s failed")

@@ -17,6 +17,7 @@ from celery.events.state import Task
 from flower.events import Events, EventsState
 
 from stoker.contract.kinds import task_name
+from stoker.logs.redaction import shown
 from stoker.monitor.notices import Ended, Known, Progress, Started, TaskNotice, WaitsAgain
 
 log = logging.getLogger(__name__)
@@ -97,7 +98,7 @@ class JobMemory(EventsState):
             if event["type"].startswith("task-") and self.tasks.data[event["uuid"]].sent is None:
                 self.strangers.add(event["uuid"])
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            log.warning("an event that cannot be read was left out (%s: %s)", type(error).__name__, error)
+            log.warning("an event that cannot be read was left out (%s)", shown(error))
 
     def hear(self, notices: list[TaskNotice]) -> None:
         """What the ledger says, in order. Called in the thread of the loop."""

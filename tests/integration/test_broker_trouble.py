@@ -80,7 +80,7 @@ def test_dropped_connections_neither_end_the_worker_nor_run_a_job_twice(fragile:
         assert vectors.shape == (1, 384)
         assert client.workers()[0].pid == pid
         log = (stack.settings.logs / "worker.log").read_text()
-        assert log.count(f"[{job.id}] received") == 1
+        assert log.count(f'"event": "begun", "job": "{job.id}"') == 1
         be_a_replica_for_a_while(client, stack)
         assert client.embed(["still there"], model=EMBED_MODEL).result(30).shape == (1, 384)
         assert client.workers()[0].pid == pid

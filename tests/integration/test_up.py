@@ -159,6 +159,13 @@ def test_flower_watches_the_worker_which_goes_on_without_it(tmp_path: Path) -> N
             os.kill(pid, signal.SIGKILL)
         wait_until(lambda: "jobs go on without it" in running.output.read_text(), "its end is reported")
         assert running.stoker("embed", "still here").returncode == 0
+        logs = [running.output, *running.home.glob("logs/*")]
+        assert {log.name for log in logs} >= {"up.log", "worker.log", "flower.log", "broker.log"}
+        said = "\n".join(log.read_text() for log in logs)
+        assert "still here" not in said
+        assert (running.home / "broker" / "password").read_text().strip() not in said
+        # `up` itself shows Flower's, once, to the one who started it.
+        assert said.count((running.home / "flower" / "password").read_text().strip()) == 1
     finally:
         running.stop()
 

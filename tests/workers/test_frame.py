@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,17 +38,20 @@ from stoker.errors import (
     JobDead,
     JobFailed,
     OutOfMemory,
+    StokerError,
     UnknownAdapter,
     WorkerUnavailable,
 )
 from stoker.settings import Settings
 from workers import memory
+from workers.account import DeliveryEnd, JobAccount, Observers
 from workers.artifacts import StoreTrouble
 from workers.celery.lanes import LaneRequest
 from workers.context import WorkerContext
 from workers.delivery import Delivery
 from workers.job import Job, JobHandler, Submit, run_job
 from workers.services import mending
+from workers.services.joblog import JobLog
 from workers.services.runtime import Fenced, Runtime
 
 QUEUE = keys.queue("m", "generate")
@@ -154,6 +160,75 @@ def test_a_result_is_stored_once(worker: Worker) -> None:
     with pytest.raises(Ignore):
         worker.deliver(lambda: 8)
     assert worker.outcome.value["completion_tokens"] == 7
+
+
+class Witness:
+    """An observer that remembers."""
+
+    def __init__(self) -> None:
+        self.begins: list[JobAccount] = []
+        self.ends: list[JobAccount] = []
+
+    def begun(self, account: JobAccount) -> None:
+        self.begins.append(replace(account))
+
+    def ended(self, account: JobAccount) -> None:
+        self.ends.append(account)
+
+
+class Broken(Witness):
+    """One that fails at everything."""
+
+    def begun(self, account: JobAccount) -> None:
+        raise ValueError
+
+    ended = begun
+
+
+@pytest.mark.parametrize(
+    ("end", "outcome", "error"),
+    [
+        (None, DeliveryEnd.SUCCEEDED, ""),
+        (InvalidRequest("'a secret prompt' given"), DeliveryEnd.FAILED, "InvalidRequest"),
+        (KeyError("a secret prompt"), DeliveryEnd.FAILED, "JobFailed"),
+        (JobCancelled("gone"), DeliveryEnd.CANCELLED, "JobCancelled"),
+        (JobDead("dead"), DeliveryEnd.DEAD, "JobDead"),
+        (WorkerUnavailable("stops"), DeliveryEnd.RETURNED, "WorkerUnavailable"),
+        (Fenced("elsewhere"), DeliveryEnd.FENCED, "Fenced"),
+    ],
+)
+def test_each_observer_is_told_how_a_job_was_over_and_the_log_says_it_without_its_text(
+    end: Exception | None, outcome: DeliveryEnd, error: str, worker: Worker, caplog: pytest.LogCaptureFixture
+) -> None:
+    witness = Witness()
+    worker.runtime.observers = Observers([Broken(), witness, JobLog()])
+    with caplog.at_level(logging.INFO), suppress(Ignore, Reject, StokerError):
+        worker.deliver(raising(end) if end else lambda: 7)
+    ((begun,), (ended,)) = witness.begins, witness.ends
+    assert (begun.job, begun.kind, begun.model, begun.client, begun.attempt) == ("job", "generate", "m", "default", 1)
+    assert (ended.outcome, ended.error) == (outcome, error)
+    assert ended.duration >= 0 <= ended.wait
+    lines = [str(record.msg % record.args) for record in caplog.records if record.name == "stoker.jobs"]
+    assert len(lines) == 2
+    assert lines[1].startswith(f"job job {outcome}: generate on m for default, waited 0.")
+    assert not any("secret" in record.getMessage() for record in caplog.records)
+
+
+def test_an_attempt_after_another_is_counted(worker: Worker) -> None:
+    witness = Witness()
+    worker.runtime.observers = Observers([witness])
+    for end in (raising(WorkerUnavailable("stops")), raising(WorkerUnavailable("stops")), lambda: 7):
+        with suppress(Reject):
+            worker.deliver(end)
+    assert [account.attempt for account in witness.ends] == [1, 2, 3]
+
+
+def test_a_client_key_that_no_client_wrote_is_shown_to_nobody(worker: Worker) -> None:
+    witness = Witness()
+    worker.runtime.observers = Observers([witness])
+    worker.redis.hset(keys.job("job"), Field.CLIENT, "A secret prompt")
+    worker.deliver(lambda: 7)
+    assert witness.ends[0].client == "?"
 
 
 class Recording(Handler):

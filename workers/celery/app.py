@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from celery import Celery
-from celery.app import trace
 
 from stoker.broker import keys
 from stoker.celery_config import shared_config
@@ -50,6 +49,4 @@ app.conf.result_backend_transport_options |= {
     # A result is worth waiting for: five minutes of tries before the job counts as failed.
     "retry_policy": {"max_retries": 300, "interval_start": 0, "interval_step": 0.2, "interval_max": 1},
 }
-# Celery would log every result in full: that is its users' text, and long.
-trace.LOG_SUCCESS = "Task %(name)s[%(id)s] succeeded in %(runtime)ss"
 boot.install(app, WorkerContext(settings))

@@ -13,14 +13,17 @@ from functools import partial
 from typing import Any
 
 from celery import Celery, bootsteps
+from celery.apps import worker as celery_worker
 from celery.platforms import EX_FAILURE
-from celery.signals import worker_shutting_down
+from celery.signals import setup_logging, worker_ready, worker_shutting_down
 from celery.worker import components, state
 
 from stoker.broker import keys
 from stoker.contract.kinds import KINDS
 from stoker.errors import StokerError
 from stoker.local.stack import ERROR_MARK
+from stoker.logs.redaction import Redactor, secrets_of
+from stoker.logs.setup import configure
 from stoker.settings import Settings
 from workers.artifacts import Artifacts
 from workers.celery import control
@@ -79,7 +82,8 @@ class EngineStep(bootsteps.StartStopStep):
             return made
         except StokerError as error:
             # One line that `stoker up` and people can read, and no traceback: the message says what to do.
-            print(f"{ERROR_MARK}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            said = Redactor(secrets_of(settings))(str(error))
+            print(f"{ERROR_MARK}{type(error).__name__}: {said}", file=sys.stderr, flush=True)
             raise SystemExit(error.exit_code) from None
 
     def _guard_delivery(self, running: Runtime) -> None:
@@ -139,7 +143,20 @@ def install(app: Celery, context: WorkerContext) -> None:
     components.Pool.requires = (*components.Pool.requires, EngineStep)
     app.steps["worker"].add(EngineStep)
     app.steps["consumer"].update((LaneStep, LeaseStep))
+    # A receiver makes Celery set up no log of its own.
+    setup_logging.connect(lambda **_: configure(context.settings), weak=False)
+    worker_ready.connect(lambda **_: _say_ready(context), weak=False)
+    # Celery says by this that it was asked to stop; our own line says more, and is a line of the log.
+    celery_worker.safe_say = _leave_out
     worker_shutting_down.connect(lambda **_: _drain(context), weak=False)
+
+
+def _say_ready(context: WorkerContext) -> None:
+    models = ", ".join(card.model for card in context.runtime.engine.cards)
+    log.info("worker %s takes jobs of %s from %s", context.runtime.name, models, context.settings.address.shown)
+
+
+def _leave_out(*_: object) -> None: ...
 
 
 def _drain(context: WorkerContext) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from redis.exceptions import RedisError
 
 from stoker.broker.connection import passes
+from stoker.logs.redaction import shown
 
 log = logging.getLogger(__name__)
 
@@ -100,4 +101,5 @@ class Background:
         else:
             # What the broker refuses is no defect of this code: its words say what is wrong there.
             defect = None if isinstance(error, RedisError) else error
-            log.error("a round of the thread %r failed; the next one comes: %s", self._name, trouble, exc_info=defect)
+            said = shown(error)
+            log.error("a round of the thread %r failed; the next one comes: %s", self._name, said, exc_info=defect)

@@ -157,6 +157,6 @@ class Publisher:
             f"job {job_id}: the broker does not take what it publishes, at the key {keys.stream(job_id)} ({reason}). "
             "Delete that key if it is not a stream, and send the job again."
         )
-        log.error("%s", error)
+        log.error("job %s: the broker does not take what it publishes, at the key %s", job_id, keys.stream(job_id))
         self._failed[job_id] = error
         self._refused(job_id, error)

@@ -17,6 +17,8 @@ from stoker.broker.ledger import record
 from stoker.broker.trouble import forbids
 from stoker.errors import StokerError, WorkerUnavailable
 from stoker.settings import Settings
+from workers.account import Observers
+from workers.services.joblog import JobLog
 from workers.services.mending import Mender
 from workers.services.publishing import Publisher
 from workers.services.retrying import Retry
@@ -42,6 +44,8 @@ class Runtime:
         self.mender = Mender(self.redis, lambda: self.queues)
         self.publisher = Publisher(connect(settings), self.fail)
         self.engine = make_engine(self.publisher.publish)
+        #: Who tells of the jobs that run here.
+        self.observers = Observers([JobLog()])
         #: By `time.monotonic`.
         self.started = time.monotonic()
         self.stopped = threading.Event()

@@ -31,6 +31,9 @@ class Field(StrEnum):
     #: For people who watch: the adapter that it uses or makes, and how much it asks for ("250 texts").
     ADAPTER = "adapter"
     SIZE = "size"
+    #: The trace that the job belongs to, in the form of W3C's Trace Context; only of a client that traces.
+    TRACEPARENT = "traceparent"
+    TRACESTATE = "tracestate"
 
     #: Written by the scripts: when it was submitted, the key of its client's open jobs, its turn in the backlog, and
     #: the number of the last message that was made of it.
@@ -39,10 +42,12 @@ class Field(StrEnum):
     TURN = "turn"
     SENT = "sent"
     #: Who owns it: the owner's token, the tag of its delivery, and the worker. `BEGAN`: it had an owner before.
+    #: `ATTEMPTS`: how many it has had.
     TOKEN = "token"
     TAG = "tag"
     WORKER = "worker"
     BEGAN = "began"
+    ATTEMPTS = "attempts"
     #: The token of the owner that ended it, and of the one that made a dead letter of it.
     COMPLETED = "completed"
     LETTERED = "lettered"
@@ -74,6 +79,8 @@ class NewJob(Mapping[str, str]):
     blob: str = ""
     adapter: str = ""
     size: str = ""
+    traceparent: str = ""
+    tracestate: str = ""
 
     def __getitem__(self, name: str) -> str:
         if name not in _NEW or not (value := str(getattr(self, name))):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -32,20 +32,30 @@ class Submitted:
 class Claim:
     """`state`: `run`, `ended`, `duplicate`, `unknown`, `spoiled` or `dead`. `age`: seconds since submission.
     `resumed`: it had an owner before. `request`: what was asked, JSON. `cancelled`: a client asked for its end
-    before."""
+    before. `client`: the key of the client that sent it. `attempt`: how many owners it has had, this one included.
+    `traceparent`, `tracestate`: the trace that it belongs to, as its client wrote them; "" for none."""
 
     state: str
     age: float
     resumed: bool
     request: str = ""
     cancelled: bool = False
+    client: str = ""
+    attempt: int = 1
+    traceparent: str = ""
+    tracestate: str = ""
 
     @classmethod
     def parse(cls, reply: list[bytes]) -> Claim:
-        state, age, resumed, request, *cancelled = reply
+        state, age, resumed, request, *more = reply
         # Bytes that are no text become what is no JSON: the job ends with an error that says so.
         asked = request.decode(errors="backslashreplace")
-        return cls(state.decode(), float(age), resumed == b"1", asked, cancelled == [b"1"])
+        claim = cls(state.decode(), float(age), resumed == b"1", asked)
+        if not more:
+            return claim
+        cancelled, client, attempt, traceparent, tracestate = (text.decode(errors="replace") for text in more)
+        known = replace(claim, cancelled=cancelled == "1", client=client, attempt=int(attempt))
+        return replace(known, traceparent=traceparent, tracestate=tracestate)
 
 
 @dataclass(frozen=True)

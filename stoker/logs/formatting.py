@@ -1,0 +1,84 @@
+"""A record of the log as a line: for people, or JSON."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import traceback
+from collections.abc import Iterator
+
+from stoker.logs.lines import FIELDS
+from stoker.logs.redaction import Redactor, shown
+
+#: Characters of a message, and of a traceback, that a line shows.
+LONGEST, LONGEST_TRACEBACK = 4000, 16_000
+
+
+class Lines(logging.Formatter):
+    """The parts that both forms share. One record is one line; a traceback is part of it."""
+
+    def __init__(self, redactor: Redactor) -> None:
+        super().__init__()
+        self._redact = redactor
+
+    def said(self, record: logging.LogRecord) -> str:
+        """The message, without secrets and without control characters, which could move a terminal's cursor."""
+        text = " ".join(_cut(record.getMessage(), LONGEST).split())
+        return self._redact("".join(_visible(text)))
+
+    def trace(self, record: logging.LogRecord) -> str:
+        """The traceback; "" if there is none."""
+        error = record.exc_info[1] if record.exc_info else None
+        return "" if error is None else self._redact(_cut("\n".join(_traced(error)), LONGEST_TRACEBACK))
+
+
+class HumanLines(Lines):
+    """`2026-11-26 23:09:49 WARNING stoker.jobs: …`, and the traceback indented below."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.created))
+        line = f"{when} {record.levelname} {record.name}: {self.said(record)}"
+        trace = self.trace(record)
+        return line + "".join(f"\n  {below}" for below in trace.splitlines())
+
+
+class JsonLines(Lines):
+    """One JSON object a line: `time` (UTC), `level`, `logger`, `message`, the fields of an event, `traceback`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        fields = {
+            "time": f"{when}.{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": self.said(record),
+            **{name: self._field(value) for name, value in getattr(record, FIELDS, {}).items()},
+        }
+        if trace := self.trace(record):
+            fields["traceback"] = trace
+        return json.dumps(fields, ensure_ascii=False)
+
+    def _field(self, value: object) -> object:
+        return self._redact(_cut(value, LONGEST)) if isinstance(value, str) else value
+
+
+def _visible(text: str) -> Iterator[str]:
+    for letter in text:
+        yield letter if letter.isprintable() else f"\\u{ord(letter):04x}"
+
+
+def _cut(text: str, longest: int) -> str:
+    return text if len(text) <= longest else f"{text[:longest]}… ({len(text)} characters)"
+
+
+def _traced(error: BaseException) -> Iterator[str]:
+    """As Python's own, except for the words of errors that may quote what a user sent, and without lines of code."""
+    cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    if cause is not None and cause is not error:
+        yield from _traced(cause)
+        yield "and then:" if error.__cause__ is None else "which led to:"
+    yield "Traceback (most recent call last):"
+    for frame in traceback.extract_tb(error.__traceback__):
+        yield f'  File "{frame.filename}", line {frame.lineno}, in {frame.name}'
+    yield shown(error)
