@@ -1,0 +1,188 @@
+"""What each kind's handler does around the engine: the input that it loads, and what is registered of a result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from engine.adapters.store import AdapterStore
+from stoker.broker import keys, registry
+from stoker.broker.connection import connect
+from stoker.broker.ledger.record import Field
+from stoker.broker.ledger.replies import Claim
+from stoker.client.requests import generate_request
+from stoker.contract import (
+    AdapterRequest,
+    AdapterResult,
+    StreamToken,
+    TrainRequest,
+    TrainResult,
+    Usage,
+    bundle,
+)
+from stoker.contract.bundle import AdapterInput
+from stoker.contract.dataset import TrainInput
+from stoker.contract.uploads import Kind, Upload
+from stoker.errors import JobLost
+from stoker.settings import Settings
+from tasks.adapters import AdapterHandler
+from tasks.generate import GenerateHandler
+from tasks.train import TrainHandler
+from workers.job import Job
+
+FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights", "stoker.json": b"{}"}
+LINES = b'{"text": "a"}\n{"text": "b"}'
+
+
+class Worker:
+    """Whose jobs are here: a broker, a disk, and an engine that does nothing."""
+
+    def __init__(self, settings: Settings, root: Path) -> None:
+        self.redis, self.store = connect(settings), AdapterStore(root / "adapters")
+        self.runtime = SimpleNamespace(
+            redis=self.redis,
+            settings=settings,
+            engine=SimpleNamespace(store=self.store),
+            name="w@here",
+            persist=lambda action: action(),
+        )
+        self.resources = ExitStack()
+
+    def job(self, *, resumed: bool = False) -> Job:
+        self.redis.hset(keys.job("job"), Field.KIND, "train")
+        self.redis.expire(keys.job("job"), 60)
+        delivery: Any = SimpleNamespace(id="job", runtime=self.runtime)
+        return Job(delivery, Claim("run", 2.5, resumed), self.resources)
+
+    def send(self, kind: Kind, data: bytes) -> str:
+        name = str(Upload.of(kind, "job", data))
+        self.redis.set(keys.blob(name), data, ex=60)
+        return name
+
+    def write(self) -> None:
+        """The files of the version that the engine made."""
+
+        def fill(draft: Path) -> None:
+            for name, content in FILES.items():
+                (draft / name).write_bytes(content)
+
+        self.store.install("m", "style", fill, 1)
+
+    @property
+    def entry(self) -> registry.AdapterEntry:
+        return registry.parse("m", "style", self.redis.hgetall(keys.adapter("m", "style")))
+
+
+@pytest.fixture
+def worker(broker: Settings, tmp_path: Path) -> Iterator[Worker]:
+    made = Worker(broker, tmp_path)
+    yield made
+    made.resources.close()
+    made.redis.flushall()
+    made.redis.close()
+
+
+def training(dataset: str, *, promote: bool = True) -> TrainRequest:
+    return TrainRequest(model="m", name="style", dataset=dataset, rank=4, dora=True, promote=promote)
+
+
+def trained(worker: Worker) -> TrainResult:
+    worker.write()
+    return TrainResult(
+        model="m", adapter="style", version=1, steps=3, first_loss=2.0, last_loss=1.0, best_step=2,
+        held_out_loss=1.5, tokens=30, usage=Usage(run_seconds=4.0),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("promote", [True, False])
+def test_what_was_trained_is_registered_with_what_made_it_and_serves_if_that_was_asked(
+    worker: Worker, promote: bool
+) -> None:
+    reply = TrainHandler().finish(worker.job(), training("x", promote=promote), trained(worker))
+    assert (reply.usage.worker, reply.usage.queued_seconds, reply.usage.run_seconds) == ("w@here", 2.5, 4.0)
+    entry = worker.entry
+    assert entry.serving == (1 if promote else None)
+    known = entry.versions[1]
+    assert {name: known[name] for name in ("rank", "method", "source", "steps", "loss", "held_out_loss")} == {
+        "rank": 4, "method": "dora", "source": "trained", "steps": 3, "loss": 1.0, "held_out_loss": 1.5,
+    }  # fmt: skip
+
+
+def test_a_run_that_is_finished_twice_registers_one_version(worker: Worker) -> None:
+    """The broker may go away between the registry and the result."""
+    for _ in range(2):
+        TrainHandler().finish(worker.job(), training("x"), trained(worker))
+        assert list(worker.entry.versions) == [1]
+
+
+def test_a_run_has_its_dataset_and_the_same_version_however_often_it_begins(worker: Worker) -> None:
+    request = training(worker.send("dataset", LINES))
+    first, second = (TrainHandler().load_input(worker.job(), request) for _ in range(2))
+    assert first == second == TrainInput(LINES, 1)
+
+
+def test_a_run_whose_dataset_has_expired_has_no_input_and_takes_no_version(worker: Worker) -> None:
+    """The engine goes on from a checkpoint, or says what is missing."""
+    request = training(str(Upload.of("dataset", "job", LINES)))
+    assert TrainHandler().load_input(worker.job(), request) is None
+    assert worker.redis.hget(keys.job("job"), Field.VERSION) is None
+
+
+def loading(upload: str) -> AdapterRequest:
+    return AdapterRequest(model="m", name="style", upload=upload)
+
+
+def test_an_adapter_that_was_sent_lies_in_a_folder_until_its_job_is_done(worker: Worker) -> None:
+    upload = worker.send("adapter", bundle.pack(FILES, "/home/me/style"))
+    data = AdapterHandler().load_input(worker.job(), loading(upload))
+    assert data == AdapterInput(data.folder, "/home/me/style", 1)
+    assert {file.name: file.read_bytes() for file in data.folder.iterdir()} == FILES
+    worker.resources.close()
+    assert not data.folder.exists()
+
+
+def test_an_adapter_whose_files_have_expired_is_an_error_that_says_what_to_do(worker: Worker) -> None:
+    upload = str(Upload.of("adapter", "job", bundle.pack(FILES)))
+    with pytest.raises(JobLost, match="Send them again"):
+        AdapterHandler().load_input(worker.job(), loading(upload))
+
+
+def test_an_adapter_that_was_loaded_is_registered_as_one_that_was_not_trained_here(worker: Worker) -> None:
+    worker.write()
+    made = AdapterResult(model="m", adapter="style", version=1, rank=8, method="lora", usage=Usage())
+    reply = AdapterHandler().finish(worker.job(), loading("x"), made)
+    assert reply.usage.worker == "w@here"
+    known = worker.entry.versions[1]
+    assert (worker.entry.serving, known["source"], known["rank"], known["method"]) == (1, "loaded", 8, "lora")
+
+
+def token(index: int) -> StreamToken:
+    return StreamToken(index=index, token_id=index + 5, text="a", logit=1.0, logprob=-0.5, probability=0.6)
+
+
+@pytest.mark.parametrize("resumed", [True, False])
+def test_a_job_that_had_an_owner_goes_on_behind_its_tokens_and_a_new_one_reads_none(
+    worker: Worker, resumed: bool
+) -> None:
+    """A stream of another job under the same id, of before, is none of the new job's."""
+    published = [token(index) for index in range(3)]
+    for one in published:
+        worker.redis.xadd(keys.stream("job"), {"entry": one.model_dump_json()}, id=f"{one.index + 1}-0")
+    worker.redis.expire(keys.stream("job"), 60)
+    request = generate_request("m", "x", 0, {})
+    assert GenerateHandler().load_input(worker.job(resumed=resumed), request) == (published if resumed else [])
+
+
+def test_a_job_keeps_the_version_of_its_adapter_that_it_began_with(worker: Worker) -> None:
+    """Another version serves before its next owner begins."""
+    TrainHandler().finish(worker.job(), training("x"), trained(worker))
+    worker.redis.delete(keys.job("job"))
+    request = generate_request("m", "x", 0, {"adapter": "style"})
+    assert GenerateHandler().prepare(worker.job(), request).adapter == "style@1"
+    registry.change(worker.redis, "m", "deactivate", "style", None)
+    assert GenerateHandler().prepare(worker.job(resumed=True), request).adapter == "style@1"
