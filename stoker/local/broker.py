@@ -20,7 +20,7 @@ from stoker.broker.loading import wait_until_loaded
 from stoker.errors import BrokerUnavailable, ConfigError
 from stoker.files.durable import write_whole
 from stoker.files.secret import kept_password, opener, private_folder
-from stoker.local.process import Process
+from stoker.local.process import LogSize, Process
 from stoker.settings import Settings
 
 PREFERRED_PORT = 6379
@@ -86,6 +86,7 @@ class EmbeddedBroker:
             log=self._settings.logs / "broker.log",
             env={},
             grace=10,
+            size=LogSize.of(self._settings),
         )
         end = time.monotonic() + START_LIMIT
         with redis.Redis.from_url(self._url(port)) as client:

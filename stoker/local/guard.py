@@ -1,27 +1,119 @@
-"""Run a command that must not outlive the process that asked for it: `python guard.py GRACE COMMAND…`.
+"""Run a command that must not outlive the process that asked for it: `python guard.py GRACE LOG BYTES FILES COMMAND…`.
 
 The asker holds the other end of this process's standard input. When it closes that end, or dies in any way
 (`kill -9` included), the pipe ends, and the command gets SIGTERM and, GRACE seconds later, SIGKILL. A pipe does this on
 every Unix; a parent-death signal exists on Linux alone. Standard library only: it starts in milliseconds.
+
+What the command writes goes through this process into the file LOG, which has BYTES at most: then it is renamed to
+LOG.1, what was LOG.1 to LOG.2, up to FILES of them, and another is begun.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
 import sys
 import threading
 
+#: Seconds for which output is still read when the command has ended: a process that it left may hold the pipe for ever.
+LINGER = 1.0
 
-def main(grace: float, command: list[str]) -> int:
+
+class RotatingLog:
+    """A file that is appended to, by more than one process at a time, and that is renamed when it is full.
+
+    A line is whole in one file. What a full disk does not take is left out and counted; the command goes on.
+    """
+
+    def __init__(self, path: str, most: int, files: int) -> None:
+        self._path, self._most, self._files = path, most, files
+        self._lost, self._in_line = 0, False
+        self._file = self._open()
+
+    def _open(self) -> int:
+        return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+    def write(self, data: bytes) -> None:
+        while data:
+            piece = data[: self._fits(data)]
+            if not piece:
+                self._rotate()
+                continue
+            self._put(piece)
+            data = data[len(piece) :]
+
+    def _fits(self, data: bytes) -> int:
+        """How many bytes of `data` go into this file: whole lines, and the rest of one that was begun here."""
+        size = os.fstat(self._file).st_size
+        room = self._most - size
+        if len(data) <= room:
+            return len(data)
+        fits = data.rfind(b"\n", 0, max(0, room)) + 1
+        if fits or (size and not self._in_line):
+            return fits
+        # A line that was begun here, or that is longer than a file.
+        return data.find(b"\n") + 1 or len(data)
+
+    def _put(self, piece: bytes) -> None:
+        self._in_line = not piece.endswith(b"\n")
+        try:
+            if self._lost:
+                os.write(self._file, b"%d bytes are missing here: they could not be written\n" % self._lost)
+                self._lost = 0
+            written = 0
+            while written < len(piece):
+                written += os.write(self._file, piece[written:])
+        except OSError:
+            self._lost += len(piece)
+
+    def _rotate(self) -> None:
+        """Another process may have renamed the file: then what has its name now is written on."""
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX)
+            if self._is_current():
+                for number in range(self._files, 0, -1):
+                    before = self._path if number == 1 else f"{self._path}.{number - 1}"
+                    if os.path.exists(before):
+                        os.replace(before, f"{self._path}.{number}")
+            fresh = self._open()
+        except OSError:
+            # A file that grows loses nothing.
+            self._most *= 2
+            return
+        os.close(self._file)
+        self._file = fresh
+
+    def _is_current(self) -> bool:
+        try:
+            return os.path.samestat(os.stat(self._path), os.fstat(self._file))
+        except FileNotFoundError:
+            return False
+
+
+def main(grace: float, log: RotatingLog, command: list[str]) -> int:
     """Returns the command's exit code."""
     asked = threading.Event()
     # Handlers first: a signal that comes between the two would end this process and leave the child.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: asked.set())
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    pump = threading.Thread(target=_pump, args=(child, log), daemon=True)
+    pump.start()
     threading.Thread(target=_await_end_of_input, args=(asked,), daemon=True).start()
+    code = _wait(child, asked, grace)
+    pump.join(LINGER)
+    return code
+
+
+def _pump(child: subprocess.Popen[bytes], log: RotatingLog) -> None:
+    assert child.stdout is not None
+    while data := os.read(child.stdout.fileno(), 1 << 16):
+        log.write(data)
+
+
+def _wait(child: subprocess.Popen[bytes], asked: threading.Event, grace: float) -> int:
     while child.poll() is None:
         if asked.wait(0.1):
             return _end(child, grace)
@@ -44,4 +136,5 @@ def _end(child: subprocess.Popen[bytes], grace: float) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(float(sys.argv[1]), sys.argv[2:]))
+    grace, path, most, files, *command = sys.argv[1:]
+    sys.exit(main(float(grace), RotatingLog(path, int(most), int(files)), command))

@@ -7,25 +7,48 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from stoker.files.secret import opener
 from stoker.local import guard
+from stoker.settings import Settings
 
-#: Bytes. A log larger than this at start is renamed to `NAME.log.1`, so that logs never fill the disk.
-MAX_LOG = 8 * 2**20
+
+@dataclass(frozen=True)
+class LogSize:
+    """`bytes` that a log file may have, and how many `files` that were full are kept, as `NAME.log.1` and so on."""
+
+    bytes: int = 8 * 2**20
+    files: int = 3
+
+    @classmethod
+    def of(cls, settings: Settings) -> LogSize:
+        return cls(settings.log_size * 2**20, settings.log_files)
 
 
 class Process:
-    """Starts on creation. Ends when `stop` is called, or when this process ends, however it ends."""
+    """Starts on creation. Ends when `stop` is called, or when this process ends, however it ends. Its guard writes what
+    it says into `log`."""
 
-    def __init__(self, name: str, command: Sequence[str], *, log: Path, env: Mapping[str, str], grace: float) -> None:
-        self.name, self.log, self._grace = name, log, grace
-        _rotate(log)
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        *,
+        log: Path,
+        env: Mapping[str, str],
+        grace: float,
+        size: LogSize = LogSize(),
+    ) -> None:
+        self.name, self.log, self._grace, self._size = name, log, grace, size
+        log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "ab", opener=opener) as file:
-            self._offset = file.tell()
+            #: Where in which file its output begins.
+            self._offset, self._began = file.tell(), os.fstat(file.fileno()).st_ino
+            limits = str(grace), str(log), str(size.bytes), str(size.files)
             self._guard = subprocess.Popen(
-                [sys.executable, str(guard.__file__), str(grace), *command],
+                [sys.executable, str(guard.__file__), *limits, *command],
                 stdin=subprocess.PIPE,
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -55,13 +78,16 @@ class Process:
             return self._guard.wait()
 
     def output(self) -> str:
-        """What this process has written so far."""
-        with self.log.open("rb") as file:
-            file.seek(self._offset)
-            return file.read().decode(errors="replace")
-
-
-def _rotate(log: Path) -> None:
-    log.parent.mkdir(parents=True, exist_ok=True)
-    if log.exists() and log.stat().st_size > MAX_LOG:
-        log.replace(log.with_name(log.name + ".1"))
+        """What this process has written so far, as far as it is kept."""
+        said: list[bytes] = []
+        for path in (self.log, *(Path(f"{self.log}.{number}") for number in range(1, self._size.files + 1))):
+            try:
+                with path.open("rb") as file:
+                    is_first = os.fstat(file.fileno()).st_ino == self._began
+                    file.seek(self._offset if is_first else 0)
+                    said.append(file.read())
+            except FileNotFoundError:
+                continue
+            if is_first:
+                break
+        return b"".join(reversed(said)).decode(errors="replace")

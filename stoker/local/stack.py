@@ -20,7 +20,7 @@ from stoker.errors import BrokerUnavailable, ConfigError, StokerError, WorkerUna
 from stoker.local.broker import PREFERRED_PORT, EmbeddedBroker, free_port
 from stoker.local.home import make_home
 from stoker.local.naming import take_name
-from stoker.local.process import Process
+from stoker.local.process import LogSize, Process
 from stoker.monitor.access import password
 from stoker.settings import Settings, load_settings
 
@@ -105,7 +105,9 @@ class Stack:
     def _spawn(self, name: str, command: list[str], grace: float) -> Process:
         # The children get the settings of this process, also those that did not come from its environment.
         env = {**self.settings.environment(), "STOKER_URL": self.settings.address.celery, "PYTHONUNBUFFERED": "1"}
-        return Process(name, command, log=self.settings.logs / f"{name}.log", env=env, grace=grace)
+        return Process(
+            name, command, log=self.settings.logs / f"{name}.log", env=env, grace=grace, size=LogSize.of(self.settings)
+        )
 
     def wait_until_warm(self) -> Presence:
         """Wait until the worker serves its models; raises what ended it if it does not get there."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from stoker.local import guard, process
-from stoker.local.process import Process
+from stoker.local import guard
+from stoker.local.process import LogSize, Process
 from tests.conftest import alive, wait_until
 
 #: Writes its id into the file it is given, and sleeps; with `stubborn` it does not mind SIGTERM.
@@ -90,7 +92,8 @@ def test_a_child_that_ends_by_itself_gives_its_exit_code_and_output(tmp_path: Pa
 
 
 def test_a_signal_to_the_guard_ends_its_command(tmp_path: Path) -> None:
-    command = [sys.executable, str(guard.__file__), "5", sys.executable, "-c", SLEEPER, str(tmp_path / "pid")]
+    limits = ["5", str(tmp_path / "log"), "1000", "1"]
+    command = [sys.executable, str(guard.__file__), *limits, sys.executable, "-c", SLEEPER, str(tmp_path / "pid")]
     guarding = subprocess.Popen(command, stdin=subprocess.PIPE)
     sleeper = pid_in(tmp_path / "pid")
     guarding.terminate()
@@ -100,15 +103,111 @@ def test_a_signal_to_the_guard_ends_its_command(tmp_path: Path) -> None:
     guarding.stdin.close()
 
 
-def test_a_large_log_is_put_aside_at_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process, "MAX_LOG", 10)
+#: Writes numbered lines of many lengths, in pieces that end anywhere, to the file that standard output is.
+WRITER = """
+import os, sys
+said = b"".join(b"%06d %s\\n" % (n, b"x" * (n * 37 % 200)) for n in range(int(sys.argv[1]), int(sys.argv[2])))
+while said: said = said[os.write(1, said[: 1 + len(said) * 7919 % 5000]) :]
+"""
+
+
+def numbers(folder: Path) -> list[int]:
+    """Of all lines of all files; a line that is not whole fails the test."""
+    found = []
+    for path in folder.iterdir():
+        for line in path.read_text().splitlines():
+            number, _, rest = line.partition(" ")
+            assert rest == "x" * (int(number) * 37 % 200), f"{path.name}: a line that is not whole"
+            found.append(int(number))
+    return found
+
+
+def test_a_log_that_is_full_is_put_aside_while_the_command_runs_and_no_line_is_lost(tmp_path: Path) -> None:
+    writing = [sys.executable, "-c", WRITER, "0", "3000"]
+    log = tmp_path / "logs/child.log"
+    child = Process("child", writing, log=log, env={}, grace=1, size=LogSize(20_000, 100))
+    wait_until(lambda: child.returncode is not None, "the child has ended")
+    assert sorted(numbers(log.parent)) == list(range(3000))
+    files = sorted(path.name for path in log.parent.iterdir())
+    assert len(files) > 10
+    assert all(path.stat().st_size <= 20_000 for path in log.parent.iterdir())
+    assert all(path.stat().st_mode & 0o777 == 0o600 for path in log.parent.iterdir())
+    assert [int(line[:6]) for line in child.output().splitlines()] == list(range(3000)), "in order, over all files"
+
+
+def test_of_full_logs_only_so_many_are_kept(tmp_path: Path) -> None:
     log = tmp_path / "logs/child.log"
     log.parent.mkdir()
-    log.write_text("much too long")
-    child = start(tmp_path, "print('new')")
+    log.write_text("of an earlier process\n")
+    writing = [sys.executable, "-c", WRITER, "0", "1000"]
+    child = Process("child", writing, log=log, env={}, grace=1, size=LogSize(5_000, 2))
     wait_until(lambda: child.returncode is not None, "the child has ended")
-    assert log.read_text() == "new\n"
-    assert log.with_name("child.log.1").read_text() == "much too long"
+    assert sorted(path.name for path in log.parent.iterdir()) == ["child.log", "child.log.1", "child.log.2"]
+    kept = numbers(log.parent)
+    assert sorted(kept) == list(range(min(kept), 1000)), "the last ones, without a gap"
+    assert child.output().endswith(f"000999 {'x' * (999 * 37 % 200)}\n")
+
+
+def test_processes_that_share_a_log_lose_no_line_when_it_is_full(tmp_path: Path) -> None:
+    log = tmp_path / "logs/child.log"
+    children = [
+        Process(
+            "child",
+            [sys.executable, "-c", WRITER, str(first), str(first + 1500)],
+            log=log,
+            env={},
+            grace=1,
+            size=LogSize(20_000, 200),
+        )
+        for first in (0, 1500, 3000)
+    ]
+    wait_until(lambda: all(child.returncode is not None for child in children), "the children have ended")
+    text = "".join(path.read_text() for path in log.parent.iterdir())
+    found = {int(number) for number in re.findall(r"(?m)(?:^|x)(\d{6}) ", text)}
+    assert found == set(range(4500))
+
+
+def test_a_log_that_another_process_has_put_aside_is_written_on(tmp_path: Path) -> None:
+    first, second = (guard.RotatingLog(str(tmp_path / "log"), 10, 9) for _ in range(2))
+    for log, line in ((first, b"1 aaaaaa\n"), (first, b"2 aaa\n"), (second, b"3 a\n")):
+        log.write(line)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "log": "2 aaa\n3 a\n",
+        "log.1": "1 aaaaaa\n",
+    }
+
+
+def test_a_line_that_is_longer_than_a_file_stays_whole(tmp_path: Path) -> None:
+    log = guard.RotatingLog(str(tmp_path / "log"), 100, 9)
+    for piece in (b"short\n", b"y" * 90, b"y" * 60, b"\nnext\n", b"z" * 150 + b"\nlast\n"):
+        log.write(piece)
+    texts = [path.read_text() for path in sorted(tmp_path.iterdir(), key=lambda path: path.name)]
+    lines = [line for text in texts for line in text.splitlines()]
+    assert sorted(lines) == sorted(["short", "y" * 150, "next", "z" * 150, "last"])
+
+
+def test_what_a_full_disk_does_not_take_is_counted_and_the_rest_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = guard.RotatingLog(str(tmp_path / "log"), 1000, 1)
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "write", full)
+        log.write(b"lost\n")
+        log.write(b"lost too\n")
+    log.write(b"kept\n")
+    assert (tmp_path / "log").read_text() == "14 bytes are missing here: they could not be written\nkept\n"
+
+
+def test_a_command_whose_child_holds_its_output_ends_all_the_same(tmp_path: Path) -> None:
+    leaving = "import subprocess, sys; print(subprocess.Popen(['sleep', '60']).pid, flush=True)"
+    child = start(tmp_path, leaving)
+    wait_until(lambda: child.returncode is not None, "the child has ended")
+    left = int(child.output())
+    os.kill(left, signal.SIGKILL)
 
 
 def test_the_guard_needs_only_the_standard_library() -> None:
