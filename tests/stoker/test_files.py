@@ -91,10 +91,11 @@ def test_the_record_of_the_rows_goes_after_their_file_has_its_name_for_good(tmp_
     """A disk may keep the one change of a folder and lose the other."""
     with powercut.recorded(tmp_path) as disk:
         run(tmp_path / f"out{suffix}", job("float16"), disk)
-    last = next(cut for cut in disk.cuts() if cut.before == f"unlink out{suffix}.partial.json")
-    at_that_moment = [cut for cut in disk.cuts()[disk.cuts().index(last) :] if cut.how == "nothing unsafe kept"]
-    assert f"out{suffix}" in at_that_moment[0].tree
-    assert f"out{suffix}.partial" not in at_that_moment[0].tree
+    cuts = disk.cuts()
+    moment = max(at for at, cut in enumerate(cuts) if cut.before == f"unlink out{suffix}.partial.json")
+    safe = [cut.tree for cut in cuts[: moment + 1] if cut.how == "nothing unsafe kept"][-1]
+    assert f"out{suffix}" in safe
+    assert f"out{suffix}.partial" not in safe
 
 
 def test_an_output_that_is_begun_anew_never_vouches_for_rows_of_another_run(tmp_path: Path) -> None:
