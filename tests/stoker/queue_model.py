@@ -177,7 +177,7 @@ class Queue:
     def submit(self, job: str, client: str, priority: int, *, has_input: bool = False, revive: bool = False) -> str:
         if revive and job not in self.dead:
             return "unknown"
-        if not revive and job in self.records:
+        if self.waiting(job) is not None or (not revive and job in self.records):
             return "known"
         if self.depth >= self.policy.queue_limit:
             # Ids at the heads of the backlogs that have no job do not count.

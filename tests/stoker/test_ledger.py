@@ -244,6 +244,24 @@ def test_a_dead_job_that_is_sent_again_begins_as_if_it_were_new(redis: Any) -> N
     assert [claim(redis, str(number)).state for number in range(MAX_CRASHES)] == ["run"] * (MAX_CRASHES - 1) + ["dead"]
 
 
+@pytest.mark.parametrize("runs", [False, True])
+def test_the_retry_of_a_dead_job_that_was_sent_anew_changes_nothing(redis: Any, runs: bool) -> None:
+    """Found by 20,000 examples of the model: a letter is kept for a month, the record of its job for a day."""
+    submit(redis)
+    claim(redis, "one")
+    ledger.dead_letter(redis, "job", QUEUE, "one")
+    complete(redis, "one")
+    redis.delete(keys.job("job"), keys.result("job"))
+    assert submit(redis, client="anew") == "new"
+    if runs:
+        claim(redis, "two", tags_of_the_ready_list(redis)[0])
+    before = redis.hgetall(keys.job("job"))
+    assert ledger.submit(redis, "job", record(client="again"), revive=True).state == "known"
+    assert redis.hgetall(keys.job("job")) == before
+    assert redis.hexists(keys.DEAD, "job"), "the letter stays"
+    assert not runs or complete(redis, "two")
+
+
 def test_a_message_of_an_expired_record_is_another_delivery_than_that_of_the_next(redis: Any) -> None:
     """Found by 20,000 examples of the model: the ready list does not expire, and the job came again after a week."""
     submit(redis)

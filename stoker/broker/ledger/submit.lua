@@ -14,6 +14,8 @@ local input = own_input(fields['blob'])
 if input and data == '' and redis.call('TYPE', input).ok == 'string' then size = size + redis.call('STRLEN', input) end
 if revive then
   if redis.call('HEXISTS', dead, id) == 0 then return {'unknown', 0, 0, '0'} end
+  -- Its client has sent the job anew meanwhile, and it waits or runs: the letter stays.
+  if rank(id) then return {'known', 0, 0, '0'} end
 elseif redis.call('EXISTS', job) == 1 then
   return {'known', 0, 0, '0'}
 end
