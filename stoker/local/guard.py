@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -19,6 +20,8 @@ import threading
 
 #: Seconds for which output is still read when the command has ended: a process that it left may hold the pipe for ever.
 LINGER = 1.0
+#: Seconds, and bytes, for which the beginning of a line waits for its end.
+PATIENCE, LONGEST = 0.2, 1 << 20
 
 
 class RotatingLog:
@@ -108,9 +111,22 @@ def main(grace: float, log: RotatingLog, command: list[str]) -> int:
 
 
 def _pump(child: subprocess.Popen[bytes], log: RotatingLog) -> None:
+    """Whole lines at once, so that those of two processes with one log do not mix; the beginning of one, if its rest
+    takes long."""
     assert child.stdout is not None
-    while data := os.read(child.stdout.fileno(), 1 << 16):
-        log.write(data)
+    source, held = child.stdout.fileno(), b""
+    while True:
+        if held and (len(held) > LONGEST or not select.select([source], [], [], PATIENCE)[0]):
+            log.write(held)
+            held = b""
+        data = os.read(source, 1 << 16)
+        end = data.rfind(b"\n") + 1 if data else 0
+        if not data or end:
+            log.write(held + data[:end])
+            held = b""
+        if not data:
+            return
+        held += data[end:]
 
 
 def _wait(child: subprocess.Popen[bytes], asked: threading.Event, grace: float) -> int:
