@@ -63,7 +63,7 @@ def write_smollm2(folder: Path) -> Path:
     from stoker.catalogue import CATALOGUE
 
     loaded = load("smollm2", CATALOGUE["smollm2-135m-instruct"])
-    decoder, args = loaded.decoder, loaded.decoder.args
+    decoder, args = loaded.llama, loaded.llama.args
     config = {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],

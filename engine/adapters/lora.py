@@ -15,6 +15,8 @@ import mlx.core as mx
 import numpy as np
 
 from engine.models.layers import Linear
+from stoker.contract import DEFAULT_TARGETS
+from stoker.errors import InvalidRequest
 
 #: Linear layer's dotted name → its matrices.
 Matrices = dict[str, dict[str, mx.array]]
@@ -50,6 +52,28 @@ def target_shapes(shapes: Mapping[str, tuple[int, int]], targets: tuple[str, ...
     """The layers of a model, name → (in, out), that are one of `targets` or end with one, as in PEFT."""
     endings = tuple(f".{target}" for target in targets)
     return {name: shape for name, shape in shapes.items() if name in targets or name.endswith(endings)}
+
+
+#: What a fused layer of attention is called, where there is no `q_proj`.
+_FUSED = ("qkv_proj", "query_key_value", "c_attn", "Wqkv", "wqkv", "in_proj", "att_proj")
+_OUT = ("o_proj", "out_proj", "c_proj", "dense", "wo")
+
+
+def chosen_targets(shapes: Mapping[str, tuple[int, int]], asked: tuple[str, ...]) -> tuple[str, ...]:
+    """The last names of the layers to train: those asked for; by default those of attention, or else all.
+
+    Raises `InvalidRequest` for one that the model has not, or whose layers no adapter applies to (experts).
+    """
+    missing = [target for target in asked if not target_shapes(shapes, (target,))]
+    if not missing:
+        return asked
+    names = sorted({name.rsplit(".", 1)[-1] for name in shapes})
+    if asked != DEFAULT_TARGETS:
+        raise InvalidRequest(
+            f"targets: {missing[0]} given; the model has no such layer that LoRA may change. {', '.join(names)} are"
+        )
+    found = tuple(name for name in names if name in (*asked, *_FUSED, *_OUT))
+    return found or tuple(names)
 
 
 def initialise(config: LoraConfig, linears: Mapping[str, Linear], seed: int) -> LoraWeights:

@@ -11,6 +11,7 @@ from typing import Any
 
 from engine.checkpoints.sources import naming
 from engine.models import allowed
+from engine.models.bridge import configs, package
 from engine.models.fields import Fields
 from engine.models.sentence_files import SentenceFiles, model_folder
 from engine.platform.jsonfiles import read_object
@@ -95,6 +96,9 @@ def inspect(path: Path) -> Inspection:
 def _folder(path: Path) -> Inspection:
     folder = model_folder(path)
     config = read_object(folder / "config.json")
+    if config.get("model_type") not in KINDS:
+        config = {**config, **configs.text_config(config), "model_type": config.get("model_type")}
+        config |= _sizes_of_any(config)
     files = safetensors_header.files(folder)
     entries = {name: entry for name, (_, entry) in safetensors_header.entries(folder).items()}
     fields = Fields(config, str(folder / "config.json"))
@@ -120,6 +124,33 @@ def _folder(path: Path) -> Inspection:
             file_bytes=sum(file.stat().st_size for file in files),
         )
     )
+
+
+#: The names under which mlx-lm's model files have a size.
+_NAMES = {
+    "num_attention_heads": ("n_head", "num_heads", "n_heads"),
+    "hidden_size": ("n_embd", "d_model", "model_dim", "hidden_dim", "dim"),
+    "num_hidden_layers": ("n_layer", "num_layers", "n_layers", "num_transformer_layers"),
+    "vocab_size": ("num_vocab",),
+    "max_position_embeddings": ("n_positions", "n_ctx", "max_seq_len", "seq_length", "model_max_length"),
+}
+
+
+def _sizes_of_any(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The sizes of an architecture that has other names for them; 1 head where a model attends nowhere."""
+    found = {
+        name: next((config[other] for other in others if config.get(other) is not None), None)
+        for name, others in _NAMES.items()
+        if config.get(name) is None
+    }
+    if "num_attention_heads" in found and found["num_attention_heads"] is None:
+        found["num_attention_heads"] = 1
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def kind_of(architecture: str) -> str:
+    """What a model of this architecture is for; "unknown" if nothing here runs it."""
+    return KINDS.get(architecture) or ("generate" if package.file_of({"model_type": architecture}) else "unknown")
 
 
 def _cached(config: Mapping[str, Any], fields: Fields, heads: int, dim: int) -> tuple[int, int]:
@@ -175,13 +206,13 @@ def _gguf(path: Path) -> Inspection:
 
 def _inspection(found: _Found) -> Inspection:
     name = found.architecture if isinstance(found.architecture, str) else str(found.architecture)
-    kind = KINDS.get(name, "unknown")
+    kind = kind_of(name) if found.format != "gguf" else KINDS.get(name, "unknown")
     parameters = sum(found.dtypes.values())
     heads, size = found.cached
     per_token = 2 * found.layers * heads * size
     notes = []
     if kind == "unknown":
-        notes.append(f"the architecture {name} is not supported; {', '.join(KINDS)} are")
+        notes.append(str(package.unknown(name, tuple(KINDS))))
     if isinstance(found.window, int) and not isinstance(found.window, bool) and found.window < found.context:
         notes.append(f"a sliding window of {found.window} tokens")
     return Inspection(

@@ -15,6 +15,9 @@ from typing_extensions import Unpack
 from engine.checkpoints.sources import naming, resolve
 from engine.checkpoints.vocabulary import check_ids, check_segments
 from engine.models.bert import Bert, BertArgs
+from engine.models.bridge import package
+from engine.models.bridge.decoder import BridgedDecoder
+from engine.models.decoder import Decoder
 from engine.models.encoder import Encoder
 from engine.models.llama import Llama, LlamaArgs
 from engine.models.mistral import MistralArgs
@@ -55,7 +58,7 @@ class LoadedModel:
     path: Path
     kind: Literal["generate", "embed"]
     architecture: str
-    model: Llama | Encoder = field(repr=False)
+    model: Decoder | Encoder = field(repr=False)
     tokenizer: Tokenizer = field(repr=False)
     context: int
     parameters: int
@@ -86,11 +89,18 @@ class LoadedModel:
         )
 
     @property
-    def decoder(self) -> Llama:
+    def decoder(self) -> Decoder:
         """The model of kind "generate". Raises `ModelError` for an encoder."""
-        if isinstance(self.model, Llama):
+        if not isinstance(self.model, Encoder):
             return self.model
         raise ModelError(f"{self.name} makes embeddings; it neither generates nor trains")
+
+    @property
+    def llama(self) -> Llama:
+        """The model where it is of the Llama family, with all that this has beyond a decoder. Raises `ModelError`."""
+        if isinstance(self.model, Llama):
+            return self.model
+        raise ModelError(f"{self.name} is a {self.architecture}, which is not of the Llama family")
 
     @property
     def encoder(self) -> Encoder:
@@ -129,9 +139,10 @@ def load(name: str, sources: Sequence[str], **options: Unpack[PrecisionOptions])
                 loaded = _load_encoder(name, path, config, precision, start)
             elif isinstance(architecture, str) and architecture in DECODERS:
                 loaded = _load_decoder(name, path, config, precision, start)
+            elif (file := package.file_of(config)) is not None:
+                loaded = _load_bridged(name, path, config, file, precision, start)
             else:
-                names = ", ".join(sorted((*ENCODERS, *DECODERS)))
-                raise ModelError(f"{path}: architecture {architecture!r} is not supported; {names} are")
+                raise package.unknown(architecture, tuple(sorted((*ENCODERS, *DECODERS))))
     # GPUs keep what was freed for reuse; what loading freed will not be asked for again.
     mx.clear_cache()
     return loaded
@@ -175,6 +186,15 @@ def _load_decoder(name: str, folder: Path, config: dict[str, Any], precision: Pr
     return _decoder(name, folder, model, Tokenizer.from_folder(inner), tensors, start)
 
 
+def _load_bridged(
+    name: str, folder: Path, config: dict[str, Any], file: str, precision: Precision, start: float
+) -> LoadedModel:
+    inner = model_folder(folder)
+    model = BridgedDecoder.from_folder(inner, config, file, precision)
+    measures = {"parameters": model.parameters, "bytes": model.nbytes, "load_seconds": time.perf_counter() - start}
+    return _generating(name, folder, model, model.args.architecture, Tokenizer.from_folder(inner), measures)
+
+
 def _load_gguf(name: str, path: Path, precision: Precision, start: float) -> LoadedModel:
     gguf = GGUF(path)
     architecture = gguf.metadata.get("general.architecture")
@@ -193,6 +213,12 @@ def _load_gguf(name: str, path: Path, precision: Precision, start: float) -> Loa
 
 def _decoder(name: str, path: Path, model: Llama, tokenizer: Tokenizer, tensors: Tensors, start: float) -> LoadedModel:
     tensors.finish(ignore=model.unused)
+    return _generating(name, path, model, model.args.architecture, tokenizer, _measures(tensors, start))
+
+
+def _generating(
+    name: str, path: Path, model: Decoder, architecture: str, tokenizer: Tokenizer, measures: dict[str, Any]
+) -> LoadedModel:
     check_ids(path, tokenizer, model.args.vocab)
     if tokenizer.manners.cleans_spaces:
         raise ModelError(
@@ -204,12 +230,12 @@ def _decoder(name: str, path: Path, model: Llama, tokenizer: Tokenizer, tensors:
         name=name,
         path=path,
         kind="generate",
-        architecture=model.args.architecture,
+        architecture=architecture,
         model=model,
         tokenizer=tokenizer,
         context=model.args.context,
         linear_shapes=model.linear_shapes,
-        **_measures(tensors, start),
+        **measures,
     )
 
 

@@ -14,11 +14,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from engine.checkpoints.inspecting import Inspection, inspect
+from engine.checkpoints.inspecting import KINDS, Inspection, inspect
 from engine.checkpoints.loading import DECODERS, GGUF_DECODERS
 from engine.checkpoints.sources import naming
 from engine.checkpoints.vocabulary import check_ids, check_segments
 from engine.models.bert import Bert, BertArgs
+from engine.models.bridge import package, weights
+from engine.models.bridge.configs import text_config
 from engine.models.encoder import Encoder
 from engine.models.llama import Llama
 from engine.models.mpnet import MPNet, MPNetArgs
@@ -72,6 +74,10 @@ class _Outline(Tensors):
 def _folder(path: Path, progress: Callable[[int, int], None]) -> tuple[int, int]:
     folder = model_folder(path)
     config = read_object(folder / "config.json")
+    file = package.file_of(config)
+    if config.get("model_type") not in KINDS and file is not None:
+        _bridged(folder, config, file)
+        return _finite_safetensors(folder, progress)
     layout = QuantizedLayout.from_config(config)
     arrays = safetensors.read_folder(folder)
     stored: dict[str, Stored] = dict(arrays)
@@ -89,6 +95,15 @@ def _folder(path: Path, progress: Callable[[int, int], None]) -> tuple[int, int]
     if isinstance(model, Encoder):
         check_segments(folder, tokenizer)
     return _finite_safetensors(folder, progress)
+
+
+def _bridged(folder: Path, config: Mapping[str, Any], file: str) -> None:
+    """Names, shapes and tokenizer of a model that runs mlx-lm's `file`. No weight is computed."""
+    network, _ = weights.network_of(config, file)
+    weights.fill(folder, config, network, safetensors.read_folder(folder))
+    rows = text_config(config).get("vocab_size")
+    if isinstance(rows, int):
+        check_ids(folder, Tokenizer.from_folder(folder), rows)
 
 
 def _built(folder: Path, config: Mapping[str, Any], outline: Tensors) -> Llama | Encoder:

@@ -16,7 +16,7 @@ from engine.generation.sampling import picks
 from engine.generation.sampling_batch import SamplingBatch, sampling_batch
 from engine.generation.step import Step, bucket
 from engine.models.cache import KeyValues
-from engine.models.llama import Llama
+from engine.models.decoder import Decoder
 
 #: The KV length, how much of the storage a pass reads, comes in sizes from this on.
 SMALLEST_KV_LENGTH = 256
@@ -37,7 +37,7 @@ class PendingStep:
 class Batch:
     """Rows in the order of their slots, without holes, so that the model reads keys and values where they lie."""
 
-    def __init__(self, model: Llama, pool: AdapterPool, step: Step) -> None:
+    def __init__(self, model: Decoder, pool: AdapterPool, step: Step) -> None:
         self._model, self._pool, self._step = model, pool, step
         self.rows: list[Row] = []
         self.kv: KeyValues | None = None

@@ -8,13 +8,13 @@ from engine.generation.batch import Batch
 from engine.generation.prefixes import PrefixCache
 from engine.generation.row import Row
 from engine.models.cache import bytes_per_token
-from engine.models.llama import Llama
+from engine.models.decoder import Decoder
 
 
 class KvBudget:
     """`limit` bytes for the batch, prompts on their way, and kept prefixes, which make way first."""
 
-    def __init__(self, model: Llama, limit: int, batch: Batch, prefixes: PrefixCache) -> None:
+    def __init__(self, model: Decoder, limit: int, batch: Batch, prefixes: PrefixCache) -> None:
         self._token, self._limit = bytes_per_token(model), limit
         self._batch, self._prefixes = batch, prefixes
         #: What prompts on their way take.

@@ -51,7 +51,8 @@ class GenerateLane:
     def _reset(self) -> None:
         self.batch = Batch(self._decoder, self._pool, self.step)
         self._prefill: Prefill | None = None
-        self.prefixes = PrefixCache(int(self.limits.kv_bytes * self.limits.prefix_share))
+        kept = int(self.limits.kv_bytes * self.limits.prefix_share)
+        self.prefixes = PrefixCache(kept, whole=bool(self._decoder.kv_sizes.states))
         self.budget = KvBudget(self._decoder, self.limits.kv_bytes, self.batch, self.prefixes)
         self._roster = Roster()
 

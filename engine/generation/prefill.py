@@ -18,7 +18,7 @@ from engine.generation.sampling import picks
 from engine.generation.sampling_batch import SamplingBatch
 from engine.generation.step import Step, bucket
 from engine.models.cache import KeyValues
-from engine.models.llama import Llama
+from engine.models.decoder import Decoder
 
 #: Tokens of a chunk, all rows together. At least: each takes a pass over the weights; with 16 on a CPU, streams during
 #: a long prompt would wait a fifth less, and new requests half as long again. At most: activations take memory, too.
@@ -48,7 +48,9 @@ class Prefill:
     Making it and `advance` raise `RowFault` for a row that fails by itself: then no pass has begun.
     """
 
-    def __init__(self, model: Llama, pool: AdapterPool, step: Step, rows: Sequence[Row], prefixes: PrefixCache) -> None:
+    def __init__(
+        self, model: Decoder, pool: AdapterPool, step: Step, rows: Sequence[Row], prefixes: PrefixCache
+    ) -> None:
         self._model, self._pool, self._step = model, pool, step
         self.rows = list(rows)
         self._kv_rows = {id(row): index for index, row in enumerate(self.rows)}
@@ -104,7 +106,7 @@ class Prefill:
             found = [(row, picked[self.kv_row(row)]) for row in done]
             self.rows = [row for row in self.rows if row not in done]
         else:
-            mx.eval(self.kv.keys, self.kv.values)
+            mx.eval(self.kv.stored)
         pacer.note(sum(map(len, chunks.values())), time.perf_counter() - began, patience)
         return found
 

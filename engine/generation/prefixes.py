@@ -25,10 +25,14 @@ class Entry:
 
 
 class PrefixCache:
-    """Least recently used entries go first when `limit` bytes are passed. `owner` names the adapter's version."""
+    """Least recently used entries go first when `limit` bytes are passed. `owner` names the adapter's version.
 
-    def __init__(self, limit: int) -> None:
-        self._limit, self.nbytes = limit, 0
+    `whole`: an entry serves prompts alone that begin with all of its tokens, because a recurrent layer's state cannot
+    be taken back to an earlier token.
+    """
+
+    def __init__(self, limit: int, *, whole: bool = False) -> None:
+        self._limit, self._whole, self.nbytes = limit, whole, 0
         self._entries: OrderedDict[tuple[Hashable, bytes], Entry] = OrderedDict()
 
     def __len__(self) -> int:
@@ -45,7 +49,9 @@ class PrefixCache:
         wanted = np.asarray(tokens[:-1], dtype=np.int32)
         best, key = 0, None
         for candidate, entry in self._entries.items():
-            if candidate[0] == owner and (shared := _shared(entry.tokens, wanted)) > best:
+            if candidate[0] != owner or (shared := _shared(entry.tokens, wanted)) <= best:
+                continue
+            if not self._whole or shared == len(entry.tokens):
                 best, key = shared, candidate
         if key is None or best < SHORTEST:
             return None, 0

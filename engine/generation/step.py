@@ -17,7 +17,7 @@ from engine.generation.forward_input import ForwardInput, filled, flatten, skele
 from engine.generation.sampling import choose
 from engine.generation.sampling_batch import SamplingBatch
 from engine.models.cache import KeyValues, Stored, View
-from engine.models.llama import Llama
+from engine.models.decoder import Decoder
 from engine.platform.compiler import fuses_on_cpu, on_cpu
 
 T = TypeVar("T")
@@ -70,8 +70,11 @@ class Step:
     """The pass itself. `traces`: how often it was traced: once for each set of shapes, where it is compiled, and again
     for one that was given up."""
 
-    def __init__(self, model: Llama, compiled: Compiled) -> None:
+    def __init__(self, model: Decoder, compiled: Compiled) -> None:
         self._model, self.traces = model, 0
+        if model.kv_sizes.states and compiled == "all":
+            # A recurrent layer sees every token that it is given, those of padding too: prompts are not padded then.
+            compiled = "decode"
         #: Whether decoding and prompts come in buckets.
         self.decode_buckets, self.prompt_buckets = compiled != "none", compiled == "all"
         self._compiled = compiled
@@ -86,40 +89,39 @@ class Step:
         Returns what `sampling.choose` makes of each row's last token; nothing without `sampling`: for a chunk in the
         middle of a prompt.
         """
-        stored = kv.keys, kv.values
         if self._compiled == "all":
-            kv.keys, kv.values, chosen = self._traced(self._whole, stored, _Pass(given, sampling))
+            kv.stored, chosen = self._traced(self._whole, kv.stored, _Pass(given, sampling))
         else:
-            kv.keys, kv.values, chosen = self._whole(stored, _Pass(given, sampling))
+            kv.stored, chosen = self._whole(kv.stored, _Pass(given, sampling))
         return tuple(chosen)
 
-    def _whole(self, stored: Stored, step: _Pass) -> tuple[list[mx.array], list[mx.array], list[mx.array]]:
+    def _whole(self, stored: Stored, step: _Pass) -> tuple[Stored, list[mx.array]]:
         given, sampling = step.given, step.sampling
         wanted = _Forward(given, sampling is not None)
         if self._compiled == "decode" and given.tokens.shape[1] == 1 and not given.exact:
-            keys, values, logits = self._traced(self._forward, stored, wanted)
+            written, logits = self._traced(self._forward, stored, wanted)
         else:
-            keys, values, logits = self._forward(stored, wanted)
+            written, logits = self._forward(stored, wanted)
         if logits is None or sampling is None:
-            return keys, values, []
+            return written, []
         newest = given.tokens[:, 0] if sampling.counts_newest else None
-        return keys, values, list(choose(logits, sampling, newest))
+        return written, list(choose(logits, sampling, newest))
 
-    def _forward(self, stored: Stored, step: _Forward) -> tuple[list[mx.array], list[mx.array], mx.array | None]:
+    def _forward(self, stored: Stored, step: _Forward) -> tuple[Stored, mx.array | None]:
         self.traces += 1
         model, given = self._model, step.given
         rows, many = given.tokens.shape
         view = View(stored, given.offset, (rows, many), given.kv_length, given.exact, model.args.window)
         hidden = model(given.tokens, cache=view, adapters=given.adapters)
         if not step.logits:
-            return view.keys, view.values, None
+            return view.written, None
         final = hidden[:, -1] if given.last is None else hidden[mx.arange(rows), given.last]
-        return view.keys, view.values, model.head(final)
+        return view.written, model.head(final)
 
     def _traced(self, function: Callable[[Stored, Input], T], stored: Stored, given: Input) -> T:
         """`function(stored, given)`, as compiled for these shapes."""
         arrays: list[Any] = []
-        parts: list[Any] = [stored[0][0].shape]
+        parts: list[Any] = [next(array.shape for arrays in stored for array in arrays)]
         flatten(given, arrays, parts)
         key: Hashable = tuple(parts)
         if key not in self.kept:

@@ -2,32 +2,49 @@
 
 from __future__ import annotations
 
-from typing import Protocol, TypeAlias
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, TypeAlias
 
 import mlx.core as mx
 
 from engine.models.attention import Mask
 
-#: Keys and values of every layer, each (rows, kv_heads, capacity, head_dim).
-Stored: TypeAlias = tuple[list[mx.array], list[mx.array]]
+#: Keys and values of every layer, each (rows, heads, capacity, size); and states, each (rows, …).
+Stored: TypeAlias = tuple[list[mx.array], list[mx.array], list[mx.array]]
 
 
-class KvSizes(Protocol):
+class KvSide(NamedTuple):
+    """What one side of a layer, its keys or its values, holds of one token."""
+
+    heads: int
+    size: int
+    dtype: mx.Dtype
+
     @property
-    def layers(self) -> int: ...
-    @property
-    def kv_heads(self) -> int: ...
-    @property
-    def head_dim(self) -> int: ...
+    def nbytes(self) -> int:
+        return self.heads * self.size * int(self.dtype.size)
 
 
-class Decoder(Protocol):
+class StateShape(NamedTuple):
+    """What a recurrent layer keeps of one row, however many tokens it has seen."""
+
+    shape: tuple[int, ...]
+    dtype: mx.Dtype
+
+
+class KvSizes(NamedTuple):
+    """What a model keeps of a row: keys and values of each layer that attends, and the states of those that do not."""
+
+    keys: Sequence[KvSide]
+    values: Sequence[KvSide]
+    states: Sequence[StateShape] = ()
+
+
+class HoldsKeyValues(Protocol):
     """What decides how large a model's keys and values are."""
 
     @property
-    def args(self) -> KvSizes: ...
-    @property
-    def dtype(self) -> mx.Dtype: ...
+    def kv_sizes(self) -> KvSizes: ...
 
 
 class LayerCache(Protocol):
@@ -53,29 +70,31 @@ class LayerCache(Protocol):
 
 
 class KeyValues:
-    """Keys and values of every layer, each (rows, kv_heads, capacity, head_dim), in the model's dtype.
+    """Keys and values of every layer, each (rows, heads, capacity, size), and what recurrent layers keep of each row.
 
     The writer takes the arrays out of here and puts the new ones back before they are evaluated: MLX then writes
     in place, because nothing else holds the old ones. If anything held them, MLX would copy them whole at every step.
     """
 
-    def __init__(self, model: Decoder, rows: int, capacity: int) -> None:
-        args = model.args
-        shape = (rows, args.kv_heads, capacity, args.head_dim)
-        self.keys = [mx.zeros(shape, model.dtype) for _ in range(args.layers)]
-        self.values = [mx.zeros(shape, model.dtype) for _ in range(args.layers)]
+    def __init__(self, model: HoldsKeyValues, rows: int, capacity: int) -> None:
+        sizes = model.kv_sizes
+        self.rows, self.capacity = rows, capacity
+        self.keys = [mx.zeros((rows, side.heads, capacity, side.size), side.dtype) for side in sizes.keys]
+        self.values = [mx.zeros((rows, side.heads, capacity, side.size), side.dtype) for side in sizes.values]
+        self.states = [mx.zeros((rows, *state.shape), state.dtype) for state in sizes.states]
 
     @property
-    def rows(self) -> int:
-        return int(self.keys[0].shape[0])
+    def stored(self) -> Stored:
+        """All arrays; what is set here takes their places."""
+        return self.keys, self.values, self.states
 
-    @property
-    def capacity(self) -> int:
-        return int(self.keys[0].shape[2])
+    @stored.setter
+    def stored(self, stored: Stored) -> None:
+        self.keys, self.values, self.states = stored
 
     @property
     def nbytes(self) -> int:
-        return sum(array.nbytes for array in (*self.keys, *self.values))
+        return sum(array.nbytes for array in (*self.keys, *self.values, *self.states))
 
     def resize(self, rows: int, capacity: int) -> None:
         """More or fewer rows and positions; what fits stays. One layer at a time, so that old and new never both exist
@@ -86,16 +105,24 @@ class KeyValues:
             for layer in range(len(arrays)):
                 arrays[layer] = _resized(arrays[layer], rows, capacity)
                 mx.eval(arrays[layer])
+        self.states = [_resized_rows(array, rows) for array in self.states]
+        mx.eval(self.states)
+        self.rows, self.capacity = rows, capacity
 
     def put(self, row: int, source: KeyValues, source_row: int, length: int) -> None:
         """Copy the first `length` positions of a row of `source` (which may be this) to `row`."""
         for target, origin in ((self.keys, source.keys), (self.values, source.values)):
             for layer, array in enumerate(origin):
                 target[layer][row : row + 1, :, :length] = array[source_row : source_row + 1, :, :length]
+        for index, array in enumerate(source.states):
+            self.states[index][row : row + 1] = array[source_row : source_row + 1]
 
     def clear_beyond(self, lengths: list[int]) -> None:
         """Zeros in each row's positions from its length on. What lies there is masked, and 0 times NaN is NaN."""
-        keep = mx.arange(self.capacity)[None, None, :, None] < mx.array(lengths)[:, None, None, None]
+        self.states = [
+            mx.where(_column(lengths, array.ndim) > 0, array, mx.zeros((), array.dtype)) for array in self.states
+        ]
+        keep = mx.arange(self.capacity)[None, None, :, None] < _column(lengths, 4)
         for arrays in (self.keys, self.values):
             for layer, array in enumerate(arrays):
                 arrays[layer] = mx.where(keep, array, mx.zeros((), array.dtype))
@@ -105,14 +132,26 @@ class KeyValues:
         made = object.__new__(KeyValues)
         made.keys = [mx.contiguous(array[row : row + 1, :, :length]) for array in self.keys]
         made.values = [mx.contiguous(array[row : row + 1, :, :length]) for array in self.values]
-        mx.async_eval(made.keys, made.values)  # type: ignore[no-untyped-call]
+        made.states = [mx.contiguous(array[row : row + 1]) for array in self.states]
+        made.rows, made.capacity = 1, length
+        mx.async_eval(made.keys, made.values, made.states)  # type: ignore[no-untyped-call]
         return made
 
 
-def bytes_per_token(model: Decoder) -> int:
-    """What one token's keys and values take: two arrays of the grouped heads in every layer."""
-    args = model.args
-    return 2 * args.layers * args.kv_heads * args.head_dim * int(model.dtype.size)
+def bytes_per_token(model: HoldsKeyValues) -> int:
+    """What one token's keys and values take in every layer; a byte at least, for a model that keeps states alone."""
+    sizes = model.kv_sizes
+    return max(1, sum(side.nbytes for side in (*sizes.keys, *sizes.values)))
+
+
+def _column(lengths: list[int], dimensions: int) -> mx.array:
+    return mx.array(lengths).reshape(-1, *[1] * (dimensions - 1))
+
+
+def _resized_rows(array: mx.array, rows: int) -> mx.array:
+    kept = array[:rows]
+    more = rows - kept.shape[0]
+    return mx.pad(kept, [(0, more), *[(0, 0)] * (array.ndim - 1)]) if more else mx.contiguous(kept)
 
 
 def _resized(array: mx.array, rows: int, capacity: int) -> mx.array:
@@ -137,27 +176,50 @@ class View:
         exact: bool = False,
         window: int | None = None,
     ) -> None:
-        self.keys, self.values = list(kv[0]), list(kv[1])
-        self.offset, self._kv_length = offset, kv_length
+        self.keys, self.values, self.states = (list(arrays) for arrays in kv)
+        self.offset, self.kv_length, self.exact = offset, kv_length, exact
         self._rows, self._tokens = shape
         # With one token, too: a sliding window hides what lies before it.
-        self.mask: Mask = "causal"
-        if not exact:
-            keys = mx.arange(self._kv_length)[None, None]
-            positions = offset[:, None, None] + mx.arange(self._tokens)[None, :, None]
-            seen = keys <= positions
-            if window is not None:
-                seen = seen & (keys > positions - window)
-            self.mask = seen[:, None]
+        self.mask: Mask = "causal" if exact else self.seen(window)
+
+    @property
+    def written(self) -> Stored:
+        """All arrays, with what the pass wrote."""
+        return self.keys, self.values, self.states
+
+    def seen(self, window: int | None) -> mx.array:
+        """Which positions each new token sees: bool (rows, 1, tokens, kv_length)."""
+        keys = mx.arange(self.kv_length)[None, None]
+        positions = self.offset[:, None, None] + mx.arange(self._tokens)[None, :, None]
+        seen = keys <= positions
+        if window is not None:
+            seen = seen & (keys > positions - window)
+        return seen[:, None]
 
     def update(self, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         self.keys[layer] = self._write(self.keys[layer], keys)
         self.values[layer] = self._write(self.values[layer], values)
-        read = slice(0, self._rows), slice(None), slice(0, self._kv_length)
+        return self.read(layer)
+
+    def read(self, layer: int) -> tuple[mx.array, mx.array]:
+        """What the rows of this pass attend to in a layer that was updated."""
+        read = slice(0, self._rows), slice(None), slice(0, self.kv_length)
         return self.keys[layer][read], self.values[layer][read]
 
     def stored(self, layer: int) -> tuple[mx.array, mx.array]:
         return self.keys[layer], self.values[layer]
+
+    def state(self, index: int) -> mx.array:
+        """What a recurrent layer kept of the rows of this pass."""
+        return self.states[index][: self._rows]
+
+    def set_state(self, index: int, new: mx.array) -> None:
+        storage = self.states[index]
+        if storage.shape[0] == self._rows:
+            self.states[index] = new.astype(storage.dtype)
+        else:
+            storage[: self._rows] = new
+            self.states[index] = storage
 
     def _write(self, storage: mx.array, new: mx.array) -> mx.array:
         if self._rows == storage.shape[0] == 1:

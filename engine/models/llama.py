@@ -6,15 +6,16 @@ Qwen3 are this decoder with a switch each, so they run it; their files say what 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self, TypeAlias
+from typing import Any, ClassVar, Self
 
 import mlx.core as mx
 
 from engine.models import rope
 from engine.models.attention import attention
-from engine.models.cache import LayerCache
+from engine.models.cache import KvSide, KvSizes, LayerCache
+from engine.models.decoder import RunBlock
 from engine.models.fastmath import swiglu
 from engine.models.layers import Embedding, FusedLinear, LayerAdapters, Linear, RMSNorm
 from engine.models.sizes import decoder_sizes, gguf_sizes, layers_of
@@ -200,10 +201,6 @@ class Block:
         return [attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
 
 
-#: Gives a block's output for its input: a trainer keeps the input alone, and runs the block again for its gradient.
-RunBlock: TypeAlias = Callable[[Block, mx.array], mx.array]
-
-
 def _ends(args: LlamaArgs, tensors: Tensors) -> tuple[str, bool]:
     """(the tensor of the embedding, whether there is a head of its own), by transformers' rule: a tied head that is in
     the file all the same is one of its own if it differs, and is the embedding if that is not in the file."""
@@ -248,6 +245,12 @@ class Llama:
     def dtype(self) -> mx.Dtype:
         """What hidden states, keys and values are computed in."""
         return self.embed_tokens.dtype
+
+    @property
+    def kv_sizes(self) -> KvSizes:
+        """The same for every layer."""
+        sides = [KvSide(self.args.kv_heads, self.args.head_dim, self.dtype)] * self.args.layers
+        return KvSizes(sides, sides)
 
     def __call__(
         self,

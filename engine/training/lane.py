@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.adapters.lora import chosen_targets
 from engine.adapters.pool import AdapterPool
 from engine.checkpoints.loading import LoadedModel
 from engine.ticket import StepOutput, Ticket
@@ -59,6 +60,7 @@ class TrainLane:
             raise InvalidRequest(
                 f"max_length: {request.max_length} given; {request.model} takes {self._model.context}."
             )
+        chosen_targets(self._model.linear_shapes, request.targets)
         lines = iterate_lines(data.lines(), "dataset")
         examples = tokenize(lines, self._model.tokenizer, request.max_length, learn_prompts=request.learn_prompts)
         return TrainWork(ticket, request, examples, data.version)

@@ -17,11 +17,12 @@ from engine.adapters.lora import (
     LoraWeights,
     Matrices,
     TrainableLora,
+    chosen_targets,
     dropout_keys,
     initialise,
     square_norms,
 )
-from engine.models.llama import Block, Llama
+from engine.models.decoder import Decoder, DecoderBlock
 from engine.platform.compiler import on_cpu
 from engine.training.data import Batches, TokenizedExample, TrainingBatch, collate
 from engine.training.flat import FlatLayout
@@ -46,15 +47,16 @@ class Trainer:
 
     def __init__(
         self,
-        decoder: Llama,
+        decoder: Decoder,
         request: TrainRequest,
         examples: Sequence[TokenizedExample],
         held_out: Sequence[TokenizedExample] = (),
     ) -> None:
         self.request = request
-        self.config = LoraConfig(request.rank, request.alpha, request.targets, request.rslora, request.dora)
         self.decoder = decoder
         self.linears = decoder.linears
+        targets = chosen_targets(decoder.linear_shapes, request.targets)
+        self.config = LoraConfig(request.rank, request.alpha, targets, request.rslora, request.dora)
         start = initialise(self.config, self.linears, request.seed).matrices
         self.layout = FlatLayout(start)
         self._squares = {name: square_norms(self.linears[name]) for name in start} if request.dora else {}
@@ -251,14 +253,14 @@ class Trainer:
         if not self.request.gradient_checkpointing:
             return self.decoder(inputs, adapters=self._adapters(matrices, keys))
 
-        def checkpointed(layer: Block, x: mx.array) -> mx.array:
+        def checkpointed(layer: DecoderBlock, x: mx.array) -> mx.array:
             # What is to be differentiated must come as an argument of what is checkpointed, and nothing else may.
             own = {linear.name: matrices[linear.name] for linear in layer.linears if linear.name in matrices}
             run = mx.checkpoint(lambda x, own: layer(x, None, self._adapters(own, keys)))
             found: mx.array = run(x, own)
             return found
 
-        return self.decoder(inputs, run_block=checkpointed)
+        return self.decoder(inputs, adapters=self._adapters(matrices, keys), run_block=checkpointed)
 
     def _adapters(self, matrices: Matrices, keys: dict[str, mx.array]) -> TrainableLora:
         return TrainableLora(

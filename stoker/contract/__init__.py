@@ -3,6 +3,7 @@
 from stoker.contract.codec import CONTRACT, build, decode, encode
 from stoker.contract.presence import ModelCard, Presence
 from stoker.contract.requests import (
+    DEFAULT_TARGETS,
     LORA_TARGETS,
     AdapterRequest,
     ChatMessage,
@@ -17,6 +18,7 @@ from stoker.contract.vectors import Int8Vectors
 
 __all__ = [
     "CONTRACT",
+    "DEFAULT_TARGETS",
     "LORA_TARGETS",
     "AdapterRequest",
     "AdapterResult",

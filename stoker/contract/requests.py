@@ -35,10 +35,13 @@ MinP = Annotated[float, Field(ge=0.0, le=1.0), AfterValidator(_zero_or_plain)]
 #: What is added to a logit, or taken from it.
 Shift = Annotated[float, Field(ge=-100.0, le=100.0), AfterValidator(_zero_or_plain)]
 
-#: The linear layers that LoRA may change, by their last name, as PEFT calls them.
+#: The linear layers of the Llama family that LoRA may change, by their last name, as PEFT calls them. Other
+#: architectures have others; the worker says which.
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MAX_RANK = 256
-LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LoraTarget = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$")]
+#: What is trained where a request names no layers: those of attention. A worker whose model has fused ones takes these.
+DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def _not_blank(text: str) -> str:
@@ -209,12 +212,7 @@ class TrainRequest(JobRequest):
     steps: int = Field(default=100, ge=1, le=1_000_000)
     rank: int = Field(default=8, ge=1, le=MAX_RANK)
     alpha: float = Field(default=16.0, gt=0.0, le=4096.0)
-    targets: Annotated[tuple[LoraTarget, ...], Field(min_length=1, max_length=7)] = (
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-    )
+    targets: Annotated[tuple[LoraTarget, ...], Field(min_length=1, max_length=32)] = DEFAULT_TARGETS
     #: Scale the update by alpha / sqrt(rank) instead of alpha / rank.
     rslora: bool = False
     #: Learn the norm of each output's weights in addition to their direction.

@@ -8,15 +8,15 @@ import mlx.core as mx
 import numpy as np
 
 from engine.models.cache import KeyValues, View
-from engine.models.llama import Llama
+from engine.models.decoder import Decoder
 
 
-def through(model: Llama, kv: KeyValues, tokens: list[list[int]], offset: list[int], **how: Any) -> np.ndarray:
+def through(model: Decoder, kv: KeyValues, tokens: list[list[int]], offset: list[int], **how: Any) -> np.ndarray:
     """Logits (rows, tokens, vocabulary) of one pass over `kv`, which keeps what it writes."""
     shape = len(tokens), len(tokens[0])
     how = {"exact": False, "kv_length": kv.capacity, "window": model.args.window, **how}
-    view = View((kv.keys, kv.values), mx.array(offset), shape, **how)
+    view = View(kv.stored, mx.array(offset), shape, **how)
     got = model.logits(model(mx.array(tokens), view))
-    kv.keys, kv.values = view.keys, view.values
+    kv.stored = view.written
     del view
     return np.array(got)

@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from engine.adapters.lora import Matrices, dropout_keys
+from engine.models.llama import Llama
 from engine.training.data import TokenizedExample, collate
 from engine.training.trainer import Trainer
 
@@ -28,6 +29,7 @@ class Model:
     norms are constants (section 4.3 of its paper)."""
 
     def __init__(self, trainer: Trainer, held: Float64Matrices, key: mx.array) -> None:
+        assert isinstance(trainer.decoder, Llama)
         self._decoder, self._request, self._scale = trainer.decoder, trainer.request, trainer.config.scale
         self._keys = dropout_keys(held, key)
         self._norms = {

@@ -60,7 +60,7 @@ def config_of(name: str) -> dict[str, object]:
 @pytest.mark.usefixtures("arithmetic")
 @pytest.mark.parametrize("name", DECODERS)
 def test_logits_agree_at_every_position(name: str) -> None:
-    model = opened(name).decoder
+    model = opened(name).llama
     rows, wanted = golden(name)
     for row, logits in zip(rows, wanted, strict=True):
         assert np.abs(np.array(model.logits(model(mx.array([row])))[0]) - logits).max() < CLOSE
@@ -77,7 +77,7 @@ def test_logits_agree_at_every_position(name: str) -> None:
 @pytest.mark.parametrize("chunk", [1, 5, 64])
 def test_prefill_in_chunks_and_ragged_decoding_agree(name: str, exact: bool, chunk: int) -> None:
     """A prompt by exact chunks or by padded ones, joined to a batch, decoded over and beyond Mistral's window of 8."""
-    model = opened(name).decoder
+    model = opened(name).llama
     rows, wanted = golden(name)
     starts, batch = [20, 3, 9], KeyValues(model, 3, 96)
     for index, (row, start, logits) in enumerate(zip(rows, starts, wanted, strict=True)):
@@ -102,7 +102,7 @@ def test_prefill_in_chunks_and_ragged_decoding_agree(name: str, exact: bool, chu
 @pytest.mark.usefixtures("arithmetic")
 def test_a_window_holds_far_beyond_what_decoding_reads_at_once() -> None:
     """The views leave out positions before the window: over several hundred positions, against the plain forward."""
-    model = opened("mistral").decoder
+    model = opened("mistral").llama
     tokens = np.random.default_rng(2).integers(4, 64, (3, 400)).tolist()
     wanted = np.array(model.logits(model(mx.array(tokens))))
     starts, batch = [390, 120, 64], KeyValues(model, 3, 400)
@@ -146,7 +146,7 @@ def test_what_was_loaded_is_said() -> None:
         assert loaded.kind == ("embed" if name in ENCODERS else "generate")
     assert opened("mpnet").context == 160, "two rows of the table of positions are for padding"
     assert opened("qwen3").linear_shapes["layers.0.self_attn.q_proj"] == (32, 64)
-    assert opened("qwen2-untied").decoder.args.qkv_bias
+    assert opened("qwen2-untied").llama.args.qkv_bias
 
 
 @pytest.mark.parametrize("name", ["bert", "mpnet"])

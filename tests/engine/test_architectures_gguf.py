@@ -47,7 +47,7 @@ def gguf_name(name: str) -> str:
 
 def write_gguf(name: str, path: Path, kind: str = "F32", **extra: Any) -> Path:
     loaded = load(name, [str(CHECKPOINTS / name)])
-    args, architecture = loaded.decoder.args, loaded.architecture
+    args, architecture = loaded.llama.args, loaded.architecture
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_context_length(args.context)
     writer.add_embedding_length(args.dim)
@@ -106,7 +106,7 @@ def test_logits_are_those_of_transformers(tmp_path: Path, name: str) -> None:
     loaded = opened(write_gguf(name, tmp_path / "tiny.gguf"))
     content = np.load(GOLDENS / "architectures.npz")
     tokens, wanted = content[f"{name}.tokens.0"], content[f"{name}.output.0"]
-    logits = loaded.decoder.logits(loaded.decoder(mx.array(tokens[None])))
+    logits = loaded.llama.logits(loaded.llama(mx.array(tokens[None])))
     assert np.abs(np.array(logits[0]) - wanted).max() < 2e-4
     assert loaded.architecture == name.partition("-")[0]
 
@@ -115,7 +115,7 @@ def test_logits_are_those_of_transformers(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "Q5_0", "F16"])
 def test_kept_blocks_compute_what_they_dequantize_to(tmp_path: Path, name: str, kind: str) -> None:
     path = write_gguf(name, tmp_path / "tiny.gguf", kind)
-    kept, dense = opened(path, quantize="keep").decoder, opened(path).decoder
+    kept, dense = opened(path, quantize="keep").llama, opened(path).llama
     tokens = mx.array([[7, 9, 11, 13, 40, 41, 63, 5]])
     difference = largest(kept.logits(kept(tokens)) - dense.logits(dense(tokens)))
     layer = kept.layers[0].self_attn.q_proj
@@ -137,14 +137,14 @@ def test_kept_blocks_compute_what_they_dequantize_to(tmp_path: Path, name: str, 
 
 def test_fewer_bits_than_the_file_has_may_be_asked_for(tmp_path: Path) -> None:
     path = write_gguf("llama-llama3", tmp_path / "tiny.gguf", "Q8_0")
-    layer = opened(path, quantize="4bit", group_size=32).decoder.layers[1].mlp.down_proj
+    layer = opened(path, quantize="4bit", group_size=32).llama.layers[1].mlp.down_proj
     assert isinstance(layer, QuantizedLinear)
     assert layer.quantized.bits == 4
 
 
 def test_a_stated_sliding_window_is_honoured(tmp_path: Path) -> None:
     path = write_gguf("llama-linear", tmp_path / "tiny.gguf", attention__sliding_window=8)
-    assert opened(path).decoder.args.window == 8
+    assert opened(path).llama.args.window == 8
 
 
 def test_a_gguf_beyond_the_family_is_refused_by_name(tmp_path: Path) -> None:

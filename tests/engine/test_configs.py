@@ -87,7 +87,7 @@ def outputs(folder: Path, name: str) -> np.ndarray:
     """What the model in `folder` makes of the first row of the checkpoint `name`."""
     tokens = mx.array(np.load(GOLDENS / "architectures.npz")[f"{name}.tokens.0"])[None]
     model = load("it", [str(folder)])
-    result = model.encoder(tokens) if model.kind == "embed" else model.decoder.logits(model.decoder(tokens))
+    result = model.encoder(tokens) if model.kind == "embed" else model.llama.logits(model.llama(tokens))
     return np.array(result[0])
 
 
@@ -235,7 +235,7 @@ def test_names_are_left_alone_where_they_are_right() -> None:
 def test_a_second_copy_of_a_tied_head_takes_no_memory(tmp_path: Path) -> None:
     folder = copied("llama-linear", tmp_path, None, lambda a: {**a, "lm_head.weight": a["model.embed_tokens.weight"]})
     model = load("it", [str(folder)])
-    assert model.decoder.lm_head is None
+    assert model.llama.lm_head is None
     assert model.bytes == load("it", [str(CHECKPOINTS / "llama-linear")]).bytes
     assert np.array_equal(outputs(folder, "llama-linear"), outputs(CHECKPOINTS / "llama-linear", "llama-linear"))
 

@@ -171,7 +171,10 @@ def test_the_same_holds_for_compiled_passes(traffic_model: LoadedModel, pool: Ad
     check_traffic(traffic_model, pool, seed, compiled=["all", "decode"][seed % 2], **MODES[seed % 3])
 
 
-def check_traffic(model: LoadedModel, pool: AdapterPool, seed: int, **limits: Any) -> None:
+def check_traffic(
+    model: LoadedModel, pool: AdapterPool, seed: int, held: dict[str, LoraWeights] | None = None, **limits: Any
+) -> None:
+    """`held`: the adapters "one" and "two" of the pool, where they are not `adapters(model)`."""
     requests = random_requests(seed, 4)
     alone = []
     for one in requests:
@@ -195,7 +198,7 @@ def check_traffic(model: LoadedModel, pool: AdapterPool, seed: int, **limits: An
         driver.step()
     driver.assert_empty()
 
-    oracle = Oracle(model, adapters(model))
+    oracle = Oracle(model, held or adapters(model))
     for number, wanted in enumerate(alone):
         found = sent[number]
         for completion in range(requests[number].n):

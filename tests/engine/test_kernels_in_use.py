@@ -62,7 +62,7 @@ def _decoded(llama: Llama, pool: AdapterPool | None = None) -> tuple[list[list[f
 
 @pytest.mark.parametrize("name", ["qwen2-tied", "qwen3", "mistral"])
 def test_a_decode_step_with_kernels_is_that_without(name: str) -> None:
-    llama = load(name, [str(GOLDENS / "architectures" / name)]).decoder
+    llama = load(name, [str(GOLDENS / "architectures" / name)]).llama
     wanted, plain = _decoded(llama)
     with backend.using("emulator"), observing() as launches:
         got, kept = _decoded(llama)

@@ -98,8 +98,8 @@ def test_a_tokenizer_may_have_as_many_tokens_as_the_model_and_no_more(folder: Pa
 
 @pytest.mark.parametrize(
     ("config", "cause"),
-    [("{}", "None is not supported; bert, llama, mistral, mpnet, qwen2, qwen3 are"),
-     ('{"model_type": "mamba"}', "'mamba' is not supported"),
+    [("{}", "None is not supported. bert, llama, mistral, mpnet, qwen2, qwen3 and mlx-lm's"),
+     ('{"model_type": "t5"}', "'t5' is not supported"),
      ("[", "config.json"), ("[]", "not a JSON object"), (None, "no config.json")],
 )  # fmt: skip
 def test_what_is_no_supported_model_is_refused(folder: Path, config: str | None, cause: str) -> None:

@@ -102,7 +102,7 @@ class Lora:
 
 def test_lora_on_a_quantized_base_has_the_gradient_of_its_dense_twin(folder: Path) -> None:
     """Through every quantized product to the adapters of the layers below."""
-    quantized, dense = opened(folder, quantize="keep").decoder, opened(folder, quantize="none").decoder
+    quantized, dense = opened(folder, quantize="keep").llama, opened(folder, quantize="none").llama
     assert quantized.linear_shapes == dense.linear_shapes
     assert all(isinstance(linear, QuantizedLinear) for layer in quantized.layers for linear in layer.linears)
     mx.random.seed(3)
@@ -131,13 +131,13 @@ def test_lora_on_a_quantized_base_has_the_gradient_of_its_dense_twin(folder: Pat
 def test_a_written_folder_is_what_quantizing_on_load_gives(tmp_path: Path, name: str, bits: int) -> None:
     written = quantize_folder(CHECKPOINTS / name, tmp_path / "out", bits=bits, group_size=32)
     kept, dense = opened(written.path, quantize="keep"), opened(written.path, quantize="none")
-    assert spread(kept.decoder, dense.decoder) < 1e-3
+    assert spread(kept.llama, dense.llama) < 1e-3
     on_load = opened(CHECKPOINTS / name, quantize=f"{bits}bit", group_size=32)
     assert on_load.parameters == kept.parameters == opened(CHECKPOINTS / name).parameters
     assert on_load.bytes == kept.bytes < dense.bytes
-    assert spread(kept.decoder, on_load.decoder) == 0
-    source = opened(CHECKPOINTS / name).decoder
-    for got, wanted in zip(kept.decoder.layers, source.layers, strict=True):
+    assert spread(kept.llama, on_load.llama) == 0
+    source = opened(CHECKPOINTS / name).llama
+    for got, wanted in zip(kept.llama.layers, source.layers, strict=True):
         for quantized, linear in zip(got.linears, wanted.linears, strict=True):
             error = mx.linalg.norm(quantized.dense() - linear.weight) / mx.linalg.norm(linear.weight)
             assert largest(error) < (0.1 if bits == 4 else 0.01), linear.name
@@ -145,7 +145,7 @@ def test_a_written_folder_is_what_quantizing_on_load_gives(tmp_path: Path, name:
 
 
 def test_a_quantized_model_decodes_with_a_cache(folder: Path) -> None:
-    model = opened(folder, quantize="keep").decoder
+    model = opened(folder, quantize="keep").llama
     kv, tokens = KeyValues(model, 1, 64), np.array(TOKENS).tolist()
     assert kv.keys[0].dtype == mx.float32
     cached.through(model, kv, [tokens[0][:-1]], [0])
@@ -186,7 +186,7 @@ def test_what_no_model_reads_and_what_is_hidden_is_left_behind(tmp_path: Path) -
     names = {path.name for path in found.path.iterdir()}
     assert names == {path.name for path in source.iterdir()} - {".hidden.json", "weights.bin"}
     assert (found.path / "additional_chat_templates" / "tool_use.jinja").read_text() == "T"
-    assert opened(found.path).decoder.args.tied
+    assert opened(found.path).llama.args.tied
 
 
 def test_layers_may_differ_from_the_rest(folder: Path) -> None:
@@ -205,18 +205,18 @@ def test_layers_may_differ_from_the_rest(folder: Path) -> None:
     safetensors.write(folder / "model.safetensors", stored)
     quantization = {"group_size": 32, "bits": 4, head: {"group_size": 32, "bits": 8}, up: False}
     rewrite(folder / "config.json", quantization=quantization, quantization_config=quantization)
-    model = opened(folder, quantize="keep").decoder
+    model = opened(folder, quantize="keep").llama
     assert isinstance(model.lm_head, QuantizedLinear)
     assert model.lm_head.quantized.bits == 8
     assert type(model.layers[1].mlp.up_proj) is Linear
-    assert spread(model, opened(folder, quantize="none").decoder) < 1e-3
+    assert spread(model, opened(folder, quantize="none").llama) < 1e-3
     # 4 bits are asked for: what has more is rounded again, what has as few stays.
-    fewer = opened(folder, quantize="4bit", group_size=64).decoder
+    fewer = opened(folder, quantize="4bit", group_size=64).llama
     assert isinstance(fewer.layers[0].mlp.down_proj, QuantizedLinear)
     assert fewer.layers[0].mlp.down_proj.quantized.group_size == 32
     assert isinstance(fewer.lm_head, QuantizedLinear)
     assert fewer.lm_head.quantized.bits == 8, "32 inputs are no whole group of 64"
-    again = opened(folder, quantize="4bit", group_size=32).decoder
+    again = opened(folder, quantize="4bit", group_size=32).llama
     assert isinstance(again.lm_head, QuantizedLinear)
     assert again.lm_head.quantized.bits == 4
 
@@ -287,10 +287,10 @@ def test_embedding_models_stay_dense_when_decoders_are_quantized() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_the_dtype_is_the_one_asked_for(dtype: str) -> None:
     wanted = getattr(mx, dtype)
-    model = opened(CHECKPOINTS / "qwen3", dtype=dtype).decoder
+    model = opened(CHECKPOINTS / "qwen3", dtype=dtype).llama
     assert model.dtype == model(TOKENS).dtype == wanted
     assert KeyValues(model, 1, 64).keys[0].dtype == wanted
-    quantized = opened(CHECKPOINTS / "qwen3", dtype=dtype, quantize="4bit", group_size=32).decoder
+    quantized = opened(CHECKPOINTS / "qwen3", dtype=dtype, quantize="4bit", group_size=32).llama
     assert quantized.dtype == quantized(TOKENS).dtype == wanted
     hidden = opened(CHECKPOINTS / "mpnet", dtype=dtype).encoder(TOKENS)
     assert hidden.dtype == wanted
@@ -335,5 +335,5 @@ def test_the_blocks_of_a_gguf_stay_as_they_are(smollm2: LoadedModel) -> None:
     assert kept.parameters == smollm2.parameters
     assert kept.bytes < smollm2.bytes / 4
     tokens = mx.array([[1, 4093, 198, 2683, 359, 253, 5356]])
-    wanted = smollm2.decoder.logits(smollm2.decoder(tokens))
-    assert largest(kept.decoder.logits(kept.decoder(tokens)) - wanted) < 2e-3
+    wanted = smollm2.llama.logits(smollm2.llama(tokens))
+    assert largest(kept.llama.logits(kept.llama(tokens)) - wanted) < 2e-3

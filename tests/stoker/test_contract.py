@@ -268,11 +268,9 @@ def test_half_a_surrogate_pair_is_refused() -> None:
         build(GenerateRequest, {"model": "m", "prompt": "half \ud800"})
 
 
-def test_a_target_that_lora_cannot_change_is_refused_with_those_it_can() -> None:
-    with pytest.raises(InvalidRequest) as error:
-        build(TrainRequest, {**VALID[TrainRequest], "targets": ("q_proj", "lm_head")})
-    assert "targets.1: 'lm_head' given" in str(error.value)
-    assert all(target in str(error.value) for target in LORA_TARGETS)
+def test_a_target_that_is_no_name_of_a_layer_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match=r"targets\.1: 'q proj' given"):
+        build(TrainRequest, {**VALID[TrainRequest], "targets": ("q_proj", "q proj")})
 
 
 def test_a_long_value_is_shown_in_part_only() -> None:

@@ -87,7 +87,7 @@ def misspelt(client: Client) -> None:
 def mistyped(client: Client) -> None:
     client.generate("x", max_tokens="16")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     client.embed(["x"], dtype="int4")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    client.train("x", [], targets=["lm_head"])  # type: ignore[list-item]  # pyright: ignore[reportArgumentType]
+    client.train("x", [], targets=[7])  # type: ignore[list-item]  # pyright: ignore[reportArgumentType]
 
 
 async def misspelt_awaited(client: AsyncClient) -> None:

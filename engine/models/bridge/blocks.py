@@ -1,0 +1,71 @@
+"""The layers of mlx-lm's networks one by one, so that a trainer can keep their inputs alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from engine.models.bridge.linears import AdaptedLinear, NetworkLinear, Pass
+from engine.models.cache import LayerCache
+from engine.models.layers import LayerAdapters, Linear
+
+
+class NetworkBlock:
+    """One call of a layer, as the trainer's `RunBlock` takes it. What else the layer was given stays as it is."""
+
+    def __init__(self, linears: Sequence[Linear], under_way: Pass, run: Callable[[mx.array], mx.array]) -> None:
+        self.linears = linears
+        self._pass, self._run = under_way, run
+
+    def __call__(self, x: mx.array, cache: LayerCache | None, adapters: LayerAdapters | None) -> mx.array:
+        with self._pass.begun(adapters, *x.shape[:2]):
+            return self._run(x)
+
+
+class Stage(nn.Module):
+    """Stands in a network for one of its layers."""
+
+    def __init__(self, layer: nn.Module, under_way: Pass) -> None:
+        super().__init__()
+        self.layer = layer
+        self._pass = under_way
+
+    def __getattr__(self, key: str) -> Any:
+        if "layer" not in self:
+            raise AttributeError(key)
+        return self["layer"] if key == "layer" else getattr(self["layer"], key)
+
+    def __call__(self, *args: Any, **keywords: Any) -> Any:
+        layer, run_block = self["layer"], self._pass.run_block
+        if run_block is None or not args or args[0].ndim != 3 or _differentiated((*args[1:], *keywords.values())):
+            return layer(*args, **keywords)
+        # Within the block the layer runs at once.
+        self._pass.run_block = None
+        try:
+            block = NetworkBlock(self._linears(), self._pass, lambda x: layer(x, *args[1:], **keywords))
+            return run_block(block, args[0])
+        finally:
+            self._pass.run_block = run_block
+
+    def _linears(self) -> list[Linear]:
+        return [NetworkLinear(part.name, part.inner) for part in self.modules() if isinstance(part, AdaptedLinear)]
+
+
+def _differentiated(values: Sequence[Any]) -> bool:
+    """Whether something of these could need a gradient, which a block that is run again would lose."""
+    arrays = [value for value in values if isinstance(value, mx.array)]
+    return any(mx.issubdtype(array.dtype, mx.floating) for array in arrays) or any(
+        isinstance(value, list | tuple | dict) for value in values
+    )
+
+
+def stage(network: nn.Module, under_way: Pass) -> None:
+    """Put a `Stage` for each layer of every numbered list of them that takes hidden states in turn."""
+    layers = list(getattr(network, "layers", ()))
+    for module in network.modules():
+        for name, part in list(module.items()):
+            if isinstance(part, list) and part and layers and part[0] is layers[0]:
+                module[name] = [Stage(layer, under_way) for layer in part]

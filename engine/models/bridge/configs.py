@@ -1,0 +1,109 @@
+"""What a config.json may ask of mlx-lm's model files.
+
+They take the fields that they know and pass over all others, so what would change the numbers and is passed over is
+refused here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from stoker.errors import ModelError
+
+_SILU = ("silu", "swish")
+_GELU = ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python", "gelu_approx")
+_RELU2 = ("relu2", "relu_squared", "sqrelu")
+#: Model file -> the activations that it computes, where it is not SiLU.
+_ACTIVATIONS: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(("gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma4", "gemma4_text"), _GELU),
+    **dict.fromkeys(("gpt2", "gpt_bigcode", "gpt_neox", "gptj", "phi", "phixtral", "starcoder2"), _GELU),
+    **dict.fromkeys(("recurrent_gemma", "gear", "muse_spark", "spark2_5"), _GELU),
+    **dict.fromkeys(("bitnet", "nemotron", "nanochat", "rwkv7"), _RELU2),
+    "nemotron_h": (*_RELU2, *_SILU),
+    "apertus": ("xielu",),
+    "phi3small": ("gegelu",),
+}
+_ACTIVATION_FIELDS = ("hidden_act", "hidden_activation", "activation_function", "mlp_hidden_act")
+#: Types of rope that `initialize_rope` and the model files compute as transformers does.
+_ROPES = ("default", "linear", "dynamic", "llama3", "yarn", "deepseek_yarn", "telechat3-yarn", "longrope", "su",
+          "proportional", "mrope")  # fmt: skip
+#: Code of the checkpoint's own, which never runs.
+_CODE = ("model_file",)
+_CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length",
+                   "seq_length", "model_max_length", "max_target_positions", "block_size")  # fmt: skip
+#: For a model whose files do not say how long a text may be.
+_NO_CONTEXT = 4096
+#: Its only limit is memory: what it keeps of a text does not grow.
+RECURRENT_CONTEXT = 1 << 20
+
+
+@dataclass(frozen=True)
+class BridgeArgs:
+    """What the engine asks of a model, whatever its file is. `vocab`: columns of its logits."""
+
+    architecture: str
+    vocab: int
+    context: int
+    #: Each layer has its own, in its cache.
+    window: None = None
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part that says what the language model is: of a model that also sees, `text_config`."""
+    inner = config.get("text_config")
+    return {**config, **inner} if isinstance(inner, Mapping) else config
+
+
+def check(config: Mapping[str, Any], file: str, args_class: type) -> None:
+    """Raise `ModelError` for what mlx-lm's file would pass over or compute otherwise."""
+    for name in _CODE:
+        if config.get(name):
+            raise ModelError(
+                f"config.json: {name} = {config[name]!r} is code of the checkpoint's own, which never runs"
+            )
+    text = text_config(config)
+    known = {each.name for each in fields(args_class)}
+    nested = "text_config" in known
+    for name in _ACTIVATION_FIELDS:
+        _check_activation(text, name, file, taken=name in known)
+    for name in ("rope_scaling", "rope_parameters"):
+        value = text.get(name)
+        if not isinstance(value, Mapping):
+            continue
+        for each in [part for part in value.values() if isinstance(part, Mapping)] or [value]:
+            _check_rope(each, f"config.json: {name}", taken=nested or name in known)
+
+
+def _check_activation(text: Mapping[str, Any], name: str, file: str, *, taken: bool) -> None:
+    value, allowed = text.get(name), _ACTIVATIONS.get(file, _SILU)
+    if value is None or taken or value in allowed:
+        return
+    raise ModelError(
+        f"config.json: {name} = {value!r} is not supported: mlx-lm computes {' or '.join(allowed)} for this one"
+    )
+
+
+def _check_rope(value: Mapping[str, Any], where: str, *, taken: bool) -> None:
+    kind = value.get("rope_type", value.get("type", "default"))
+    if kind not in _ROPES:
+        raise ModelError(f"{where} of type {kind!r} is not supported; {', '.join(_ROPES)} are")
+    if kind != "default" and not taken:
+        raise ModelError(f"{where} of type {kind!r} is not supported: mlx-lm has none for this architecture")
+
+
+def context_of(config: Mapping[str, Any], args: object, *, attends: bool) -> int:
+    """The most tokens of a text: what the files say, and no more than what mlx-lm computes rightly."""
+    text = text_config(config)
+    stated = [text.get(name) for name in _CONTEXT_FIELDS] + [getattr(args, name, None) for name in _CONTEXT_FIELDS]
+    found = next((value for value in stated if type(value) is int and value > 0), None)
+    if found is None:
+        return _NO_CONTEXT if attends else RECURRENT_CONTEXT
+    window = text.get("sliding_window")
+    inner = getattr(args, "text_config", args)
+    passed_over = not hasattr(inner, "sliding_window") and not isinstance(inner, dict)
+    if type(window) is int and window > 0 and passed_over and text.get("use_sliding_window", True):
+        # Within a window every token is seen, with it and without it.
+        return min(found, window)
+    return found

@@ -1,0 +1,201 @@
+"""The weights of mlx-lm's networks: its own names and layouts, Stoker's readers and precision."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
+
+from engine.models.bridge import package
+from engine.models.bridge.configs import check, text_config
+from engine.models.bridge.linears import dense_weight
+from engine.weights import safetensors
+from engine.weights.precision import Precision
+from stoker.errors import ModelError
+
+#: `quant_method` of a config.json -> the form of its codes, as mlx-lm reads them.
+_METHODS: Mapping[str, dict[str, Any]] = {
+    "mxfp4": {"group_size": 32, "bits": 4, "mode": "mxfp4"},
+    "mxfp8": {"group_size": 32, "bits": 8, "mode": "mxfp8"},
+}
+#: Scales of 8 bits: (bits, group size) -> mode.
+_SMALL_FLOATS = {(4, 16): "nvfp4", (4, 32): "mxfp4", (8, 32): "mxfp8"}
+
+
+def network_of(config: Mapping[str, Any], file: str) -> tuple[nn.Module, Any]:
+    """(mlx-lm's network with random weights, its arguments). Raises `ModelError`."""
+    module = package.load(file)
+    check(config, file, module.ModelArgs)
+    try:
+        args = module.ModelArgs.from_dict(_copied(dict(config)))
+        network = module.Model(args)
+    except Exception as error:
+        raise ModelError(
+            f"config.json: mlx-lm's {file} cannot be made of it ({type(error).__name__}: {str(error)[:300]})"
+        ) from error
+    return network, args
+
+
+def read(folder: Path, config: Mapping[str, Any], network: nn.Module, precision: Precision) -> nn.Module:
+    """The network with the weights of a folder, each evaluated. Raises `ModelError`."""
+    arrays = safetensors.read_folder(folder)
+    dtype = precision.dtype_for(arrays.values())
+    exact = precision.dtype is not None or not any(array.dtype == dtype for array in arrays.values())
+    fill(folder, config, network, arrays)
+    if precision.quantization is None:
+        _dequantize(network)
+    elif precision.quantization.bits is not None:
+        _quantize(network, precision.quantization.group_size, precision.quantization.bits)
+    _cast(network, dtype, every=exact or dtype == mx.float32)
+    network.eval()
+    mx.eval(network.parameters())
+    return network
+
+
+def fill(folder: Path, config: Mapping[str, Any], network: nn.Module, arrays: dict[str, mx.array]) -> None:
+    """Give a network the tensors of a folder, by the names that mlx-lm makes of theirs. Nothing is evaluated."""
+    try:
+        weights = dict(arrays)
+        weights = network.sanitize(weights) if hasattr(network, "sanitize") else weights
+    except Exception as error:
+        raise ModelError(
+            f"{folder}: mlx-lm cannot bring the tensors into its layout ({type(error).__name__}: {str(error)[:300]})"
+        ) from error
+    weights = {name: array for name, array in weights.items() if not name.endswith("rotary_emb.inv_freq")}
+    _take_codes(config, network, weights)
+    try:
+        network.load_weights(list(weights.items()), strict=True)
+    except ValueError as error:
+        raise ModelError(f"{folder}: {' '.join(str(error).split())[:500]}") from error
+
+
+def _take_codes(config: Mapping[str, Any], network: nn.Module, weights: Mapping[str, mx.array]) -> None:
+    """Make quantized the layers whose weights are."""
+    section = _section(config)
+    if section is None:
+        return
+
+    def form(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        own = section.get(path)
+        if isinstance(own, Mapping):
+            return dict(own)
+        if own is False or not hasattr(module, "to_quantized") or f"{path}.scales" not in weights:
+            return False
+        return _form(path, module, weights)
+
+    try:
+        nn.quantize(
+            network, int(section["group_size"]), int(section["bits"]), mode=section.get("mode", "affine"),
+            class_predicate=form,
+        )  # fmt: skip
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"config.json: quantization: {error}") from error
+
+
+def _section(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The form of the codes by config.json. Raises `ModelError` for a method that is not MLX's."""
+    own = config.get("quantization")
+    if isinstance(own, Mapping):
+        return dict(own)
+    other = text_config(config).get("quantization_config")
+    if other is None:
+        return None
+    method = other.get("quant_method") if isinstance(other, Mapping) else None
+    if not isinstance(method, str) or method not in _METHODS:
+        raise ModelError(
+            f"config.json: quantization_config {str(other)[:100]} is not supported: MLX's own and "
+            f"{', '.join(_METHODS)} are. Take the model's unquantized checkpoint"
+        )
+    return dict(_METHODS[method])
+
+
+def _form(path: str, module: nn.Module, weights: Mapping[str, mx.array]) -> dict[str, Any]:
+    """What a layer's codes are, by their shapes; config.json may name another form for the layers it does not list."""
+    scales, width = weights[f"{path}.scales"], module.weight.shape[-1]
+    group_size = width // scales.shape[-1]
+    bits = weights[f"{path}.weight"].shape[-1] * 32 // width
+    if scales.dtype != mx.uint8:
+        return {"group_size": group_size, "bits": bits, "mode": "affine"}
+    if (bits, group_size) not in _SMALL_FLOATS:
+        raise ModelError(f"the quantized layer {path!r}: {bits} bits in groups of {group_size} are no form of MLX's")
+    return {"group_size": group_size, "bits": bits, "mode": _SMALL_FLOATS[bits, group_size]}
+
+
+def _quantize(network: nn.Module, group_size: int, bits: int) -> None:
+    """All matrices whose rows fall into groups, where the network's own file agrees."""
+    agrees = getattr(network, "quant_predicate", None)
+
+    def form(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        if not hasattr(module, "to_quantized") or module.weight.shape[-1] % group_size:
+            return False
+        own = agrees(path, module) if callable(agrees) else True
+        fits = not isinstance(own, Mapping) or module.weight.shape[-1] % int(own["group_size"]) == 0
+        return own if fits else False
+
+    nn.quantize(network, group_size, bits, class_predicate=form)
+
+
+def _dequantize(network: nn.Module) -> None:
+    """Dense layers for the quantized ones: a CPU's products with codes are slow."""
+    dense: dict[str, nn.Module] = {}
+    for path, module in network.named_modules():
+        if not hasattr(module, "bits") or "scales" not in module:
+            continue
+        kind = _DENSE.get(type(module).__name__)
+        if kind is None:
+            raise ModelError(f"{type(module).__name__}: no dense form of it is known; leave it quantized")
+        dense[path] = _dense(module, kind)
+    if dense:
+        network.update_modules(tree_unflatten(list(dense.items())))
+
+
+#: Quantized layer -> (mlx-lm's file of its dense form, or None for MLX's own, and its name).
+_DENSE: Mapping[str, tuple[str | None, str]] = {
+    "QuantizedLinear": (None, "Linear"),
+    "QuantizedEmbedding": (None, "Embedding"),
+    "QuantizedSwitchLinear": ("switch_layers", "SwitchLinear"),
+    "QuantizedMultiLinear": ("mla", "MultiLinear"),
+}
+
+
+def _dense(module: nn.Module, kind: tuple[str | None, str]) -> nn.Module:
+    file, name = kind
+    made: nn.Module = getattr(nn if file is None else package.load(file), name).__new__(
+        getattr(nn if file is None else package.load(file), name)
+    )
+    nn.Module.__init__(made)
+    made.weight = dense_weight(module)
+    if "bias" in module:
+        made.bias = module["bias"]
+    return made
+
+
+def _cast(network: nn.Module, dtype: mx.Dtype, *, every: bool) -> None:
+    """Floating-point weights in what the model computes in, except those that its file keeps as they are.
+
+    `every`: also those that are in 32 bits among others in 16.
+    """
+    keeps = getattr(network, "cast_predicate", None)
+
+    def cast(path: str, array: mx.array) -> mx.array:
+        if not mx.issubdtype(array.dtype, mx.floating) or (callable(keeps) and not keeps(path)):
+            return array
+        return array.astype(dtype) if every or array.dtype != mx.float32 else array
+
+    network.update(tree_map_with_path(cast, network.parameters()))
+
+
+def names(network: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a network with its shape."""
+    return {name: tuple(array.shape) for name, array in tree_flatten(network.parameters())}
+
+
+def _copied(value: Any) -> Any:
+    """mlx-lm's arguments write into what they are given."""
+    if isinstance(value, dict):
+        return {key: _copied(part) for key, part in value.items()}
+    return [_copied(part) for part in value] if isinstance(value, list) else value

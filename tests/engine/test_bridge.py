@@ -1,0 +1,176 @@
+"""Decoders through mlx-lm's model files: a few of each kind; `make test-models` holds all of them to the same."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from engine.adapters.pool import AdapterPool
+from engine.adapters.store import AdapterStore
+from engine.checkpoints.loading import LoadedModel, load
+from engine.checkpoints.verifying import verify
+from engine.models.bridge import package
+from stoker.errors import InvalidRequest, ModelError
+from tests.engine import bridged, test_generate_lane
+from tests.engine.test_generate_lane import Driver
+
+#: Plain, with windows and soft caps, a mixture with sinks, latent keys, and a recurrent one.
+QUICK = ("phi3", "gemma2", "gpt_oss", "deepseek_v3", "lfm2")
+
+
+@pytest.fixture(scope="module", params=QUICK)
+def model(request: pytest.FixtureRequest) -> LoadedModel:
+    return bridged.bridged(request.param)
+
+
+@pytest.mark.parametrize("name", [*QUICK, "gemma3", "gemma3n", "qwen3_moe", "mamba2", "jamba"])
+def test_logits_are_mlx_lms_at_every_position(name: str) -> None:
+    bridged.check_logits(name)
+
+
+@pytest.mark.parametrize("how", [{}, {"kv_bytes": 700_000}], ids=["room", "little room"])
+def test_a_request_gets_the_same_tokens_alone_and_in_any_traffic(
+    model: LoadedModel, tmp_path: Path, how: dict[str, Any]
+) -> None:
+    bridged.check_traffic(model, tmp_path, 1, **how)
+
+
+def test_a_kept_prefix_serves_a_recurrent_model_whole_or_not_at_all(tmp_path: Path) -> None:
+    model = bridged.bridged("lfm2")
+    shared, other = [5] * 40, list(range(10, 30))
+    asked = [test_generate_lane.request([*shared, *rest]) for rest in (other, other[::-1], [*other, 31, 32])]
+    driver = Driver(model, AdapterPool(model, AdapterStore(tmp_path)), slots=1)
+    found = []
+    for one in asked:
+        alone = Driver(model, AdapterPool(model, AdapterStore(tmp_path)), slots=1)
+        wanted, sent = alone.send(one), driver.send(one)
+        alone.run()
+        driver.run()
+        assert sent.ids == wanted.ids
+        found.append(sent.result.usage.cached_tokens)
+    assert found == [0, 0, 60], "the second begins as the first and goes on otherwise; the third begins with all of it"
+
+
+@pytest.mark.parametrize("name", ["phi3", "gpt_oss", "lfm2"])
+def test_rows_of_one_pass_have_adapters_of_their_own(name: str, tmp_path: Path) -> None:
+    bridged.check_adapters(name, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "qwen3_moe", "lfm2"])
+def test_a_run_learns_by_true_gradients_and_goes_on_where_it_was_killed(name: str) -> None:
+    bridged.check_training(name)
+
+
+@pytest.mark.parametrize("name", [*QUICK, "gemma3", "qwen3_moe"])
+def test_a_folder_is_read_by_its_model_type(name: str, tmp_path: Path) -> None:
+    network = bridged.write_folder(tmp_path / "model", name)
+    model = load("model", [str(tmp_path / "model")])
+    assert model.architecture == name
+    assert model.kind == "generate"
+    row = bridged.prompts()[0]
+    bridged.assert_close(
+        np.array(model.decoder.logits(model.decoder(mx.array([row])))[0]), bridged.reference(network, row)
+    )
+
+
+@pytest.mark.parametrize("name", ["phi3", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("quantize", ["keep", "none"])
+def test_a_quantized_folder_of_mlx_lm_is_held_as_it_is_or_dense(name: str, quantize: str, tmp_path: Path) -> None:
+    network = bridged.write_folder(tmp_path / "model", name, bits=4)
+    model = load("model", [str(tmp_path / "model")], quantize=quantize)
+    row = bridged.prompts()[0]
+    found = np.array(model.decoder.logits(model.decoder(mx.array([row])))[0])
+    assert np.abs(found - bridged.reference(network, row)).max() < 1e-2
+    dense, _ = bridged.network(name)
+    assert np.abs(found - bridged.reference(dense, row)).max() > 1e-2, "its numbers are those of few bits"
+    assert (model.bytes < 4 * model.parameters / 2) == (quantize == "keep")
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"model_type": "gemma33"}, "'gemma33' is not supported; the nearest names are gemma3"),
+        ({"model_type": ["phi3"]}, "is not supported"),
+        ({"model_type": "../phi3"}, "is not supported"),
+        ({"model_type": "cache"}, "'cache' is not supported"),
+        ({"model_type": "olmo"}, "'olmo' is not supported: its file needs the package of another project"),
+        ({"model_file": "evil.py"}, "model_file = 'evil.py' is code of the checkpoint's own, which never runs"),
+        ({"hidden_act": "relu"}, "hidden_act = 'relu' is not supported: mlx-lm computes silu"),
+        ({"rope_scaling": {"type": "spiral"}}, "rope_scaling of type 'spiral' is not supported; default"),
+        ({"num_hidden_layers": 5}, "Missing 6 parameters: model.layers.4"),
+        ({"num_hidden_layers": "many"}, "mlx-lm's phi3 cannot be made of it"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "gptq.* is not supported: MLX's own and mxfp4"),
+    ],
+)
+def test_what_mlx_lm_has_not_or_would_compute_otherwise_is_refused_by_name(
+    fields: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    bridged.write_folder(tmp_path / "model", "phi3", **fields)
+    (tmp_path / "model" / "evil.py").write_text("raise SystemExit('it ran')")
+    with pytest.raises(ModelError, match=words):
+        load("model", [str(tmp_path / "model")])
+
+
+def test_a_window_that_a_model_file_passes_over_bounds_the_context(tmp_path: Path) -> None:
+    bridged.write_folder(tmp_path / "model", "phi3", sliding_window=40)
+    assert load("model", [str(tmp_path / "model")]).context == 40
+
+
+def test_targets_that_a_model_has_not_are_refused_with_those_it_has() -> None:
+    model = bridged.bridged("gpt_oss")
+    with pytest.raises(InvalidRequest, match=r"gate_proj given; the model has no such layer.*k_proj, o_proj"):
+        bridged.trainer(model, targets=("q_proj", "gate_proj"))
+    assert bridged.trainer(bridged.bridged("phi3")).config.targets == ("o_proj", "qkv_proj")
+
+
+def test_loading_a_model_file_leaves_the_process_as_it_was() -> None:
+    """mlx-lm itself sets the limit of open files, an environment variable, and needs transformers."""
+    script = """
+import os, resource, sys
+before = resource.getrlimit(resource.RLIMIT_NOFILE), dict(os.environ)
+from engine.models.bridge import package
+assert "mlx.core" not in sys.modules, "the list of files needs no MLX"
+assert "phi3" in package.files()
+package.load("phi3")
+assert (resource.getrlimit(resource.RLIMIT_NOFILE), dict(os.environ)) == before
+print([name for name in sys.modules if name.split(".")[0] in ("mlx_lm", "transformers", "torch")])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_other_names_of_model_types_are_those_of_mlx_lm() -> None:
+    root = package.folder()
+    assert root is not None
+    tree = ast.parse((root / "utils.py").read_text(encoding="utf-8"))
+    found = {
+        node.targets[0].id: ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and "REMAPPING" in node.targets[0].id
+    }
+    assert found == {
+        "MODEL_REMAPPING": package.REMAPPING,
+        "MODEL_ARCHITECTURE_REMAPPING": package.ARCHITECTURE_REMAPPING,
+    }
+    assert set(package.REFUSED) <= package.files()
+
+
+@pytest.mark.parametrize("name", ["phi3", "gemma3", "mamba2", "gpt2"])
+def test_a_folder_is_inspected_and_verified(name: str, tmp_path: Path) -> None:
+    bridged.write_folder(tmp_path / "model", name)
+    found = verify(tmp_path / "model").inspection
+    assert (found.kind, found.architecture, found.layers, found.dim) == ("generate", name, 4, 32)
+    assert found.parameters > 0
+
+
+def test_a_tensor_of_another_shape_is_found_without_running_the_model(tmp_path: Path) -> None:
+    bridged.write_folder(tmp_path / "model", "phi3", intermediate_size=56)
+    with pytest.raises(ModelError, match=r"Expected shape \(112, 32\).*mlp\.gate_up_proj\.weight"):
+        verify(tmp_path / "model")
