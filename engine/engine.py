@@ -24,7 +24,7 @@ from engine.delivery import Publish, deliver
 from engine.embedding.lane import EmbedLane
 from engine.fair import FairShare, weights_by_kind
 from engine.generation.lane import GenerateLane
-from engine.generation.limits import LaneLimits
+from engine.generation.limits import GenerationLoad, LaneLimits
 from engine.lane import AnyLane
 from engine.platform import heap, probe
 from engine.text import trial
@@ -53,6 +53,8 @@ log = logging.getLogger(__name__)
 #: Tokens of a generation job that another process published.
 Published: TypeAlias = Sequence[StreamToken] | None
 JobData: TypeAlias = Published | TrainInput | AdapterInput
+#: Hears of each step, in the engine's thread: the lane's model and kind, the seconds that it took, what it made.
+Observe: TypeAlias = Callable[[str, str, float, StepOutput], None]
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,8 @@ class Engine:
         self._failure: BaseException | None = None
         #: When the step that runs now began (monotonic seconds); None between steps. For a watchdog.
         self.step_began: float | None = None
+        #: Called after each step; must return at once and raise nothing.
+        self.observe: Observe = _ignore
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -196,6 +200,11 @@ class Engine:
         return {name: pool.loaded for name, pool in self._pools.items()}
 
     @property
+    def loads(self) -> dict[str, GenerationLoad]:
+        """Generating model → how full its lane is. From any thread."""
+        return {model: lane.load for (model, _), lane in self._lanes.items() if isinstance(lane, GenerateLane)}
+
+    @property
     def device(self) -> str:
         return probe.device()
 
@@ -250,9 +259,12 @@ class Engine:
         turn = self._share.choose(key for key, lane in self._lanes.items() if lane.busy)
         if turn is None:
             return
+        began = time.perf_counter()
         with self._share.charge(turn):
             output = self._run(turn)
+        seconds = time.perf_counter() - began
         deliver(output, self._publish)
+        self.observe(*turn, seconds, output)
 
     def _admit(self) -> None:
         """Take everything that waits; with nothing to run, sleep until something comes."""
@@ -294,6 +306,9 @@ class Engine:
             self._take(self._inbox.get())
         for lane in self._lanes.values():
             lane.fail_all(_stopping())
+
+
+def _ignore(model: str, kind: str, seconds: float, output: StepOutput) -> None: ...
 
 
 def _stopping() -> WorkerUnavailable:

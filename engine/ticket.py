@@ -33,6 +33,8 @@ class Ticket(Generic[R]):
         self.ended: float | None = None
         #: How much of the job is done, 0 to 1; None for kinds that do not say.
         self.progress: float | None = None
+        #: Completion → when its last token was there (monotonic seconds): what counts the gaps keeps it here.
+        self.token_times: dict[int, float] = {}
         self._future: Future[R] = Future()
 
     def cancel(self, reason: StokerError | None = None) -> None:
@@ -98,10 +100,11 @@ Entry = tuple[str, StreamToken | TrainReport]
 @dataclass
 class StepOutput:
     """What one step of a lane made, by the jobs' tickets. The engine publishes `entries` first and then ends `ended`:
-    who sees a result finds the whole stream."""
+    who sees a result finds the whole stream. `rows`: of the pass that was read, or texts of the step."""
 
     entries: list[tuple[Ticket[Any], StreamToken | TrainReport]] = field(default_factory=list)
     ended: list[tuple[Ticket[Any], Any]] = field(default_factory=list)
+    rows: int = 0
 
     def end(self, ticket: Ticket[R], result: R) -> None:
         """The job ends with `result` once the entries of this step are published."""

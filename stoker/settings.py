@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -74,6 +75,8 @@ class Settings(BaseSettings):
     quantize: Literal["4bit", "8bit", "keep", "none"] | None = None
     #: Weights that share a scale, when `quantize` is `4bit` or `8bit`.
     group_size: Literal[32, 64, 128] = 64
+    #: Where a worker serves its metrics: a port of loopback, or HOST:PORT. Unset: nowhere; the monitor has them.
+    metrics: str | None = None
     #: Fused kernels: `auto`, `off`, or names. Read by the engine.
     kernels: str = "auto"
     #: The log: for people (`human`), a JSON object a line (`json`), or by whether it goes to a terminal (`auto`).
@@ -96,6 +99,13 @@ class Settings(BaseSettings):
     def _number(cls, value: object) -> object:
         return int(value) if isinstance(value, str) and value.isdigit() else value
 
+    @field_validator("metrics")
+    @classmethod
+    def _listenable(cls, value: str | None) -> str | None:
+        if value is not None and _host_and_port(value) is None:
+            raise ValueError("expected a port (9464), host:port or [ipv6]:port; ports go from 1 to 65535")
+        return value
+
     @field_validator("home")
     @classmethod
     def _absolute(cls, value: Path) -> Path:
@@ -117,6 +127,11 @@ class Settings(BaseSettings):
     def chosen_url(self) -> str | None:
         """The broker that was chosen: by `STOKER_URL`, or by a `stoker up` that runs. None: no broker was."""
         return self.url or _running_broker(self.home)
+
+    @property
+    def metrics_address(self) -> tuple[str, int] | None:
+        """Host and port; None: metrics are not served."""
+        return None if self.metrics is None else _host_and_port(self.metrics)
 
     @property
     def slots(self) -> dict[str, int]:
@@ -178,12 +193,21 @@ class Overrides(TypedDict, total=False):
     dtype: Literal["float32", "float16", "bfloat16"] | None
     quantize: Literal["4bit", "8bit", "keep", "none"] | None
     group_size: Literal[32, 64, 128] | None
+    metrics: str | None
     kernels: str | None
     log: Literal["auto", "human", "json"] | None
     log_level: Literal["debug", "info", "warning", "error"] | None
     log_size: int | None
     log_files: int | None
     blas: str | None
+
+
+def _host_and_port(text: str) -> tuple[str, int] | None:
+    """`9464`, `127.0.0.1:9464`, `localhost:9464` or `[::1]:9464`; None for anything else."""
+    found = re.fullmatch(r"(?:(?:\[([0-9a-fA-F:.]+)\]|([A-Za-z0-9.-]+)):)?([0-9]{1,5})", text)
+    if found is None or not 1 <= int(found[3]) <= 65535:
+        return None
+    return found[1] or found[2] or "127.0.0.1", int(found[3])
 
 
 def _without_login(url: str) -> str:

@@ -15,7 +15,7 @@ from hypothesis import Phase, settings
 
 from stoker import Client
 from stoker.broker.connection import connect
-from stoker.local.broker import EmbeddedBroker
+from stoker.local.broker import EmbeddedBroker, free_port
 from stoker.local.stack import Stack
 from stoker.settings import Settings, load_settings
 from tests.leaks import Held, assert_nothing, open_work, overlong_keys, processes_of
@@ -121,7 +121,8 @@ def broker(broker_settings: Settings) -> Iterator[Settings]:
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """Broker and worker with both real models, as `stoker up` runs them. For tests that leave it whole."""
     home = tmp_path_factory.mktemp("stack")
-    with warm_stack(stack_settings(home)) as running:
+    # Its metrics are served too, on a port that is free or one of the next.
+    with warm_stack(stack_settings(home, metrics=str(free_port(9464)))) as running:
         yield running
         with Client(settings=running.settings) as client:
             assert_nothing(lambda: _busy_lanes(client), "places in lanes that nobody gave back")

@@ -19,14 +19,18 @@ class Health:
         self._lease, self._clock = lease, clock
         self._since: float | None = None
         self._last = 0.0
+        #: Rounds of the lease's thread that were answered, and that failed.
+        self.renewals = self.failures = 0
 
     def answered(self) -> None:
         now = self._clock()
+        self.renewals += 1
         if self._since is None or now - self._last > self._lease / 2:
             self._since = now
         self._last = now
 
     def failed(self) -> None:
+        self.failures += 1
         self._since = None
 
     def may_take_over(self) -> bool:

@@ -127,12 +127,13 @@ class EmbedLane:
 
     def run(self, *, lookahead: bool = True) -> StepOutput:
         """Embed the texts whose turn it is, and end the jobs that have no other."""
+        output = StepOutput()
         if self._turns:
             batch = self._turns.take(self.pacer.tokens, self._forward.streams)
             began = time.perf_counter()
             self._embed(batch, probed=False)
+            output.rows = len(batch)
             self.pacer.note(sum(len(work.texts[row]) for work, row in batch), time.perf_counter() - began)
-        output = StepOutput()
         for work in self._works:
             if not work.left:
                 self._end(work, output)

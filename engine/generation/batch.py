@@ -45,7 +45,9 @@ class Batch:
 
     @property
     def nbytes(self) -> int:
-        return self.kv.nbytes if self.kv is not None else 0
+        # Read once: another thread may ask while the rows leave.
+        kv = self.kv
+        return kv.nbytes if kv is not None else 0
 
     @property
     def in_flight(self) -> PendingStep | None:

@@ -11,7 +11,7 @@ from engine.checkpoints.loading import LoadedModel
 from engine.generation.batch import Batch
 from engine.generation.draws import Pick
 from engine.generation.kv_budget import KvBudget
-from engine.generation.limits import GROUP, GROUP_TOKENS, LaneLimits
+from engine.generation.limits import GROUP, GROUP_TOKENS, GenerationLoad, LaneLimits
 from engine.generation.prefill import Prefill, PrefillPacer
 from engine.generation.prefixes import PrefixCache
 from engine.generation.prompt import check_ids, check_memory, tokenize
@@ -85,6 +85,11 @@ class GenerateLane:
     def held(self) -> list[Row]:
         """Every row that was admitted and has not ended."""
         return self._roster.rows
+
+    @property
+    def load(self) -> GenerationLoad:
+        """How full it is. From any thread."""
+        return GenerationLoad(self.kv_bytes, self.limits.kv_bytes, self.preempted, self.step.traced)
 
     @property
     def kv_bytes(self) -> int:
@@ -231,6 +236,7 @@ class GenerateLane:
         if lookahead and not any(row.grammar for row in batch.rows):
             # A grammar has to see a token before it can say which may follow.
             self._launch(again=True)
+        output.rows = len(pending.rows)
         for row, pick in batch.read(pending):
             self._extend(row, pick, output)
 

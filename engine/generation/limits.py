@@ -24,3 +24,16 @@ class LaneLimits:
     stall: float = 0.25
     compiled: Compiled | None = None
     cores: int | None = None
+
+
+@dataclass(frozen=True)
+class GenerationLoad:
+    """How full a lane is, and what it had to do for want of room or of a compiled pass since the engine began.
+
+    `traced`: passes that were traced to be compiled.
+    """
+
+    kv_bytes: int
+    kv_limit: int
+    preempted: int
+    traced: int

@@ -72,6 +72,8 @@ class Step:
 
     def __init__(self, model: Decoder, compiled: Compiled) -> None:
         self._model, self.traces = model, 0
+        #: Passes that were compiled, one for each set of shapes that was new.
+        self.traced = 0
         if model.kv_sizes.states and compiled == "all":
             # A recurrent layer sees every token that it is given, those of padding too: prompts are not padded then.
             compiled = "decode"
@@ -132,6 +134,7 @@ class Step:
                 return function(stored, filled(shape, iter(arrays)))
 
             self.kept[key] = mx.compile(run)
+            self.traced += 1
             if len(self.kept) > TRACES[self._compiled]:
                 self.kept.popitem(last=False)
         self.kept.move_to_end(key)

@@ -31,6 +31,8 @@ DEAD_TTL = 30 * 24 * 3600
 #: Seconds. A worker writes its presence every `PRESENCE_EVERY`; after `PRESENCE_TTL` of silence it counts as gone.
 PRESENCE_EVERY = 2.0
 PRESENCE_TTL = 10
+#: Seconds between two reports of what a worker has counted; they live as long as a presence.
+METRICS_EVERY = 4.0
 #: The type of a kind whose keys have several.
 ANY = "any"
 
@@ -71,6 +73,7 @@ KINDS = (
     Kind("dead", r"dead", DEAD_TTL, "hash"),
     Kind("spoiled", r"spoiled:.+", DEAD_TTL, ANY),
     Kind("worker", r"worker:.+", PRESENCE_TTL, "string"),
+    Kind("metrics", r"metrics:.+", PRESENCE_TTL, "string"),
     Kind("workers", r"workers", MODEL_TTL, "zset"),
     Kind("models", r"models", MODEL_TTL, "hash"),
     # Two leases; a lease is an hour at the longest.
@@ -209,6 +212,11 @@ VECTORS_SIZES = f"{PREFIX}vectors:sizes"
 def worker(name: str) -> str:
     """String, JSON: a worker's `Presence`."""
     return f"{PREFIX}worker:{name}"
+
+
+def metrics(worker: str) -> str:
+    """String, JSON: what a worker has counted (`stoker.monitor.numbers`)."""
+    return f"{PREFIX}metrics:{worker}"
 
 
 #: Hash: the messages that workers hold, by delivery tag (kombu's).

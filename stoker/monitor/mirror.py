@@ -6,6 +6,7 @@ asked for as a whole, to find those that ended without an event.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -56,6 +57,8 @@ class Mirror:
         #: Job id → curve, the oldest first; those that have ended stay for a while.
         self.runs: dict[str, Curve] = {}
         self._names: dict[str, Known] = {}
+        #: (model, kind) → jobs that were seen to be cancelled while they waited.
+        self.cancelled: Counter[tuple[str, str]] = Counter()
 
     def follow(self, queue: str, model: str, kind: str) -> None:
         self.lines.setdefault(queue, Line(model, kind))
@@ -99,8 +102,11 @@ class Mirror:
         return notices
 
     def end(self, queue: str, job_id: str, state: str, error: str) -> list[TaskNotice]:
-        self.lines[queue].jobs.discard(job_id)
-        self.jobs.pop(job_id, None)
+        line = self.lines[queue]
+        line.jobs.discard(job_id)
+        job = self.jobs.pop(job_id, None)
+        if job is not None and job.worker is None and state == "REVOKED":
+            self.cancelled[line.model, line.kind] += 1
         ended = [run for run in self.runs if run not in self.jobs]
         for run in ended[:-ENDED_RUNS]:
             del self.runs[run], self._names[run]

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from flower.api import BaseApiHandler
 from flower.views import BaseHandler
+from flower.views import monitor as flower_monitor
 from flower.views.tasks import TasksDataTable
 from tornado import web
 from tornado.routing import Rule
@@ -19,6 +20,8 @@ from tornado.web import url
 
 from stoker import AsyncClient
 from stoker.errors import BrokerUnavailable, StokerError
+from stoker.monitor import exposition
+from stoker.monitor.fleet import fleet
 from stoker.monitor.overview import Queue, queues
 from stoker.monitor.watch import Watch
 
@@ -87,6 +90,24 @@ class TaskTable(TasksDataTable):
         return job_id, shown
 
 
+class Metrics(flower_monitor.Metrics):
+    """Flower's own metrics, and behind them those of the fleet and of each worker."""
+
+    def initialize(self, watch: Watch) -> None:
+        self._watch = watch
+
+    async def get(self) -> None:
+        await super().get()
+        watch, reports = self._watch, []
+        try:
+            reports = await watch.reports()
+            trouble = watch.trouble
+        except StokerError as error:
+            trouble = str(error)
+        seen = fleet(watch.mirror, watch.workers, watch.dead, up=not trouble)
+        self.write(exposition.text([*exposition.of_fleet(seen), *exposition.of_workers(reports)]))
+
+
 class RefusedRequest(BaseApiHandler):
     """`reason`: why, and what to do instead."""
 
@@ -127,6 +148,7 @@ def handlers(client: AsyncClient, watch: Watch) -> list[Rule]:
         url(r"/api/task/revoke/(.+)", Revoke, {"client": client}),
         url(r"/api/queues/length", QueueLengths, {"watch": watch}),
         url(r"/tasks/datatable", TaskTable),
+        url(r"/metrics", Metrics, {"watch": watch}),
         url(r"/broker", Broker, {"watch": watch, "shown": shown}),
         *(url(pattern, RefusedRequest, {"reason": reason}) for pattern, reason in REFUSED),
     ]

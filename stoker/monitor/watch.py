@@ -24,6 +24,7 @@ from stoker.contract.kinds import ADAPTERS, GENERATE, TRAIN
 from stoker.errors import StokerError
 from stoker.monitor.mirror import Line, Mirror, ending
 from stoker.monitor.notices import Known, TaskNotice
+from stoker.monitor.numbers import MetricsReport, parse_reports
 from stoker.monitor.state import JobMemory
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 #: Seconds between rounds; and between looks at what changes rarely: models, workers, dead letters, adapters.
 EVERY = 1.0
 RARELY = 5.0
+#: Seconds for which what workers counted is kept: many scrapes cost the broker no more than one.
+COUNTED = 2.0
 #: New jobs of a queue that one round takes in, reports of a run, and strangers.
 AT_ONCE = 2000
 REPORTS = 500
@@ -51,7 +54,8 @@ class Watch:
         #: What was seen in this round.
         self._notices: list[TaskNotice] = []
         self._adapters: list[AdapterEntry] = []
-        self._adapters_seen = self._looked_around = -RARELY
+        self._reports: list[MetricsReport] = []
+        self._adapters_seen = self._looked_around = self._reports_seen = -RARELY
         self._compare_history = True
 
     async def run(self) -> None:
@@ -104,6 +108,17 @@ class Watch:
             self._adapters = [entry for model in models for entry in await self._client.adapters.list(model)]
             self._adapters_seen = now
         return self._adapters
+
+    async def reports(self) -> list[MetricsReport]:
+        """What the living workers have counted, the one that started last at the end."""
+        now = asyncio.get_running_loop().time()
+        if now - self._reports_seen >= COUNTED:
+            names = [there.worker for there in sorted(self.workers, key=lambda there: there.started)]
+            with translated(self._client.settings):
+                redis: Any = self._client.redis
+                values = await redis.mget([keys.metrics(name) for name in names]) if names else []
+            self._reports, self._reports_seen = parse_reports(values), now
+        return self._reports
 
     async def _look_at_letters(self) -> None:
         """Each letter is read once: it has what was asked for in it, which may be long."""

@@ -197,6 +197,7 @@ def test_the_table_of_keys_is_that_of_the_code() -> None:
         keys.blob("vectors:<job>"),
         keys.blob("adapter:<job>"),
         keys.worker("<worker>"),
+        keys.metrics("<worker>"),
         keys.open_jobs("<queue>"),
     }
     made |= {make("<queue>") for make in (keys.turns, keys.dispatched, keys.pace, keys.sizes)}

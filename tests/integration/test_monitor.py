@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -17,17 +15,6 @@ from tests.integration.test_training import ROWS
 from tests.monitor.conftest import Running
 
 pytestmark = pytest.mark.integration
-
-
-@pytest.fixture(scope="module")
-def monitor(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    home: Path = tmp_path_factory.mktemp("monitor")
-    running = Running(stack.settings.model_copy(update={"home": home}))
-    try:
-        wait_until(lambda: running.seen()["workers"], "the worker is seen")
-        yield running
-    finally:
-        running.stop()
 
 
 def test_a_run_says_how_far_it_is_and_ends_when_flower_terminates_it(monitor: Running, client: Client) -> None:

@@ -36,6 +36,7 @@ from workers.services.background import Background
 from workers.services.broker_check import check_broker
 from workers.services.cancelling import CancelWatch
 from workers.services.janitor import Janitor
+from workers.services.measuring import Measuring
 from workers.services.presence import Heart
 from workers.services.runtime import Runtime
 from workers.services.watchdog import Watchdog
@@ -57,6 +58,7 @@ class EngineStep(bootsteps.StartStopStep):
         self._context: WorkerContext = worker.app.context
         self._runtime: Runtime | None = None
         self._heart: Heart | None = None
+        self._measuring: Measuring | None = None
         self._interrupts = Interrupts()
 
     def start(self, worker: Any) -> None:
@@ -69,6 +71,8 @@ class EngineStep(bootsteps.StartStopStep):
         revoked = partial(self._context.revocations.cancel_next, running)
         Background("revocations", revoked, stopped=running.stopped).start()
         Watchdog(running, running.settings.step_limit).start()
+        if self._measuring is not None:
+            self._measuring.start()
         heart = self._heart = Heart(running, self._context.lanes, Janitor(running))
         heart.start()
         Background("mending", lambda: _mend(running, heart), stopped=running.stopped, every=MEND_EVERY).start()
@@ -78,6 +82,9 @@ class EngineStep(bootsteps.StartStopStep):
             check_broker(settings)
             Artifacts(settings, None).check()
             made = Runtime(settings, name, lambda publish: self._context.make_engine(settings, publish, _end_process))
+            # Before the models, which take their time: a port that cannot be had is said at once.
+            self._measuring = Measuring(made, self._context.lanes, self._context.deliveries.health)
+            self._measuring.listen()
             made.start()
             return made
         except StokerError as error:
@@ -107,6 +114,8 @@ class EngineStep(bootsteps.StartStopStep):
             self._heart.say_goodbye()
         if self._runtime is not None:
             self._runtime.stop()
+        if self._measuring is not None:
+            self._measuring.stop()
         self._context.install(None)
 
     terminate = stop

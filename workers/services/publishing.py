@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from redis.exceptions import RedisError
 
 from stoker.broker import keys
 from stoker.errors import JobFailed, WorkerUnavailable
+from stoker.monitor.metrics import PUBLISH_LAG
+from stoker.monitor.numbers import Series
 from workers.services.background import Background
 from workers.services.retrying import Retry
 
@@ -27,6 +30,8 @@ BACKLOG = 4096
 RENEW_EVERY = 64
 #: Entries that one script publishes: after an outage many wait, and a script holds up everybody else.
 BATCH = 512
+#: What a step made, and when (monotonic seconds).
+Queued: TypeAlias = tuple[float, list["Entry"]]
 _PUBLISH = Path(__file__).with_name("publish.lua").read_text()
 
 
@@ -34,9 +39,16 @@ class Publisher:
     """`publish` is called from the engine's thread and only queues. Order is kept; nothing is dropped, except what the
     broker will never take: `refused` hears of its job once, and `flush` of that job raises why."""
 
-    def __init__(self, redis: Any, refused: Callable[[str, JobFailed], object] = lambda job_id, error: None) -> None:
+    def __init__(
+        self,
+        redis: Any,
+        refused: Callable[[str, JobFailed], object] = lambda job_id, error: None,
+        lag: Series | None = None,
+    ) -> None:
         self._redis, self._refused = redis, refused
-        self._queue: queue.Queue[list[Entry] | threading.Event | None] = queue.Queue(BACKLOG)
+        #: How long entries wait here, one observation a step.
+        self._lag = lag or Series(PUBLISH_LAG.buckets)
+        self._queue: queue.Queue[Queued | threading.Event | None] = queue.Queue(BACKLOG)
         #: Entries that are not in the broker yet: without any, nobody has to wait for the thread's turn.
         self._unsent = 0
         #: Jobs whose entries were refused → why. `forget` ends it.
@@ -64,7 +76,12 @@ class Publisher:
     def publish(self, entries: list[Entry]) -> None:
         with self._lock:
             self._unsent += len(entries)
-        self._queue.put(entries)
+        self._queue.put((time.monotonic(), entries))
+
+    @property
+    def unsent(self) -> int:
+        """Entries that the broker does not have yet."""
+        return self._unsent
 
     def flush(self, job_id: str) -> None:
         """Wait until everything that was published before is in the broker. Raises `JobFailed` if it did not take what
@@ -87,10 +104,14 @@ class Publisher:
         self._failed.pop(job_id, None)
 
     def _round(self) -> None:
-        entries, waiters, last = self._collect()
+        steps, waiters, last = self._collect()
+        entries = [entry for _, made in steps for entry in made]
         try:
             for start in range(0, len(entries), BATCH):
                 self._send_until_sent(entries[start : start + BATCH])
+            now = time.monotonic()
+            for since, _ in steps:
+                self._lag.observe(now - since)
         finally:
             with self._lock:
                 self._unsent -= len(entries)
@@ -99,22 +120,22 @@ class Publisher:
             if last:
                 self._ended.set()
 
-    def _collect(self) -> tuple[list[Entry], list[threading.Event], bool]:
+    def _collect(self) -> tuple[list[Queued], list[threading.Event], bool]:
         """Everything that is queued, as one batch."""
-        entries: list[Entry] = []
+        steps: list[Queued] = []
         waiters: list[threading.Event] = []
         item = self._queue.get()
         while True:
             if item is None:
-                return entries, waiters, True
+                return steps, waiters, True
             if isinstance(item, threading.Event):
                 waiters.append(item)
             else:
-                entries.extend(item)
+                steps.append(item)
             try:
                 item = self._queue.get_nowait()
             except queue.Empty:
-                return entries, waiters, False
+                return steps, waiters, False
 
     def _send_until_sent(self, entries: list[Entry]) -> None:
         """Sending again is safe: Redis refuses an entry id that it has, and readers drop an index that they had."""

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from redis.exceptions import RedisError, ResponseError
@@ -16,8 +17,12 @@ from stoker.broker.connection import connect, passes
 from stoker.broker.ledger import record
 from stoker.broker.trouble import forbids
 from stoker.errors import StokerError, WorkerUnavailable
+from stoker.monitor.metrics import PUBLISH_LAG
+from stoker.monitor.numbers import Numbers
 from stoker.settings import Settings
 from workers.account import Observers
+from workers.services.engine_meter import EngineMeter
+from workers.services.job_meter import JobMeter
 from workers.services.joblog import JobLog
 from workers.services.mending import Mender
 from workers.services.publishing import Publisher
@@ -42,10 +47,13 @@ class Runtime:
         self.settings, self.name = settings, name
         self.redis = connect(settings)
         self.mender = Mender(self.redis, lambda: self.queues)
-        self.publisher = Publisher(connect(settings), self.fail)
+        self.numbers = Numbers()
+        self.job_meter = JobMeter(self.numbers, lambda: self._models)
+        self.publisher = Publisher(connect(settings), self.fail, self.numbers.of(PUBLISH_LAG))
         self.engine = make_engine(self.publisher.publish)
         #: Who tells of the jobs that run here.
-        self.observers = Observers([JobLog()])
+        self.observers = Observers([JobLog(), self.job_meter])
+        self.engine.observe = EngineMeter(self.numbers, self.job_meter.submitted).step
         #: By `time.monotonic`.
         self.started = time.monotonic()
         self.stopped = threading.Event()
@@ -57,6 +65,7 @@ class Runtime:
         """Load the models. Raises `ModelError`, and then nothing has been started."""
         self.engine.start()
         self.publisher.start()
+        self.job_meter.expect(self.engine.cards)
 
     def stop(self) -> None:
         """Called when the pool has drained. Side threads see `stopped` and end with the process."""
@@ -89,6 +98,11 @@ class Runtime:
     def queues(self) -> list[str]:
         """The queues of the jobs that the models here can run."""
         return [keys.queue(card.model, kind) for card in self.engine.cards for kind in card.kinds]
+
+    @cached_property
+    def _models(self) -> frozenset[str]:
+        """Asked for when there are jobs: the models are loaded then, and stay."""
+        return frozenset(card.model for card in self.engine.cards)
 
     @property
     def jobs(self) -> list[str]:
