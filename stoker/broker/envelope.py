@@ -38,7 +38,28 @@ class UnreadableMessage(ValueError):
 
 def envelope(job_id: str, kind: str, model: str, queue: str) -> str:
     """The message as it stands in the queue's list. The ledger gives it a delivery tag each time it is sent."""
-    headers: dict[str, Any] = {
+    properties = {
+        "correlation_id": job_id,
+        "reply_to": "",
+        "delivery_mode": 2,
+        "delivery_info": {"exchange": "", "routing_key": queue},
+        "priority": 0,
+        "body_encoding": "base64",
+        "delivery_tag": "",
+    }
+    message = {
+        "body": _BODY,
+        "content-encoding": "utf-8",
+        "content-type": "application/json",
+        "headers": _headers(job_id, kind, model),
+        "properties": properties,
+    }
+    # The ledger looks for `"delivery_tag": "` with this very spacing.
+    return json.dumps(message, separators=(", ", ": "))
+
+
+def _headers(job_id: str, kind: str, model: str) -> dict[str, Any]:
+    return {
         "lang": "py",
         "task": task_name(kind),
         "id": job_id,
@@ -59,24 +80,6 @@ def envelope(job_id: str, kind: str, model: str, queue: str) -> str:
         "stamped_headers": None,
         "stamps": {},
     }
-    properties = {
-        "correlation_id": job_id,
-        "reply_to": "",
-        "delivery_mode": 2,
-        "delivery_info": {"exchange": "", "routing_key": queue},
-        "priority": 0,
-        "body_encoding": "base64",
-        "delivery_tag": "",
-    }
-    message = {
-        "body": _BODY,
-        "content-encoding": "utf-8",
-        "content-type": "application/json",
-        "headers": headers,
-        "properties": properties,
-    }
-    # The ledger looks for `"delivery_tag": "` with this very spacing.
-    return json.dumps(message, separators=(", ", ": "))
 
 
 def read(raw: bytes, queue: str) -> dict[str, Any]:

@@ -44,6 +44,34 @@ def failing_call(module: ModuleType, bad: int) -> Iterator[Calls]:
         sys.settrace(before)
 
 
+class DrivenLane:
+    """A lane with all tickets that it ever took, driven as the engine does it and looked at between."""
+
+    lane: Any
+
+    def __init__(self) -> None:
+        self.tickets: list[Ticket[Any]] = []
+
+    def check(self, whole: bool = True) -> None:
+        """Assert what must hold at any moment; `whole`: where the lane's last call came back."""
+        raise NotImplementedError
+
+    def step(self) -> None:
+        self.lane.drop_stopped()
+        self.check()
+        if self.lane.busy:
+            for ticket, value in self.lane.run().ended:
+                ticket.resolve(value)
+        self.check()
+
+    def run(self, most: int = 1000) -> None:
+        for _ in range(most):
+            if not self.lane.busy:
+                return
+            self.step()
+        raise AssertionError("the lane does not come to an end")
+
+
 def check_held(tickets: Sequence[Ticket[Any]], held: Sequence[Ticket[Any]], *, whole: bool) -> None:
     """A job that has not ended is held exactly once; one that has is held no more, where the lane is `whole`: where its
     last call came back."""

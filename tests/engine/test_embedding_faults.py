@@ -22,7 +22,7 @@ from engine.ticket import Ticket
 from stoker.contract import EmbedRequest
 from stoker.errors import DeadlineExceeded, InvalidRequest, JobCancelled, ModelError, StokerError, TextTooLong
 from tests.engine import tiny
-from tests.engine.faults import Fault, check_held, failing_call
+from tests.engine.faults import DrivenLane, Fault, check_held, failing_call
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "architectures"
 #: A token that the forward pass fails of, one whose row of the weights is no number, and one that is too large.
@@ -60,13 +60,11 @@ class Faulty(PackedForward):
         return vectors
 
 
-class Traffic:
-    """A lane with all tickets that it ever took, driven as the engine does it."""
-
+class Traffic(DrivenLane):
     def __init__(self, model: LoadedModel, tokens: int = 64, streams: int = 1) -> None:
+        super().__init__()
         self.forward = Faulty(model, streams)
         self.lane = EmbedLane(model, forward=self.forward, pacer=EmbedPacer(1e-9, tokens, tokens))
-        self.tickets: list[Ticket[Any]] = []
 
     def send(self, *texts: Sequence[int], deadline: float | None = None, **options: Any) -> Ticket[Any]:
         ticket: Ticket[Any] = Ticket(f"job {len(self.tickets)}", "embed", deadline)
@@ -76,21 +74,6 @@ class Traffic:
         self.lane.admit(work)
         self.check()
         return ticket
-
-    def step(self) -> None:
-        self.lane.drop_stopped()
-        self.check()
-        if self.lane.busy:
-            for ticket, work in self.lane.run().ended:
-                ticket.resolve(work)
-        self.check()
-
-    def run(self, most: int = 1000) -> None:
-        for _ in range(most):
-            if not self.lane.busy:
-                return
-            self.step()
-        raise AssertionError("the lane does not come to an end")
 
     def check(self, whole: bool = True) -> None:
         held = [work.ticket for work in self.lane.held]

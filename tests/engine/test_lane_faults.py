@@ -25,21 +25,19 @@ from stoker.contract.bundle import AdapterInput
 from stoker.contract.dataset import Example, TrainInput
 from stoker.errors import DeadlineExceeded, JobCancelled, ModelError, StokerError, WorkerUnavailable
 from tests.engine import tiny
-from tests.engine.faults import Fault, check_held, failing_call
+from tests.engine.faults import DrivenLane, Fault, check_held, failing_call
 
 LINES = b"\n".join(Example("", tiny.text(ids)).to_line().encode() for ids in ([3, 4, 5, 6], [7, 8, 9]))
 
 
-class Traffic:
-    """A lane with all tickets that it ever took, driven as the engine does it."""
-
+class Traffic(DrivenLane):
     module: ModuleType
 
     def __init__(self, model: LoadedModel, home: Path) -> None:
+        super().__init__()
         self.model, self.home = model, home
         self.pool = AdapterPool(model, AdapterStore(home / "adapters"))
-        self.tickets: list[Ticket[Any]] = []
-        self.lane: Any = self.new_lane()
+        self.lane = self.new_lane()
 
     def new_lane(self) -> Any:
         raise NotImplementedError
@@ -57,21 +55,6 @@ class Traffic:
         self.lane.admit(work)
         self.check()
         return ticket
-
-    def step(self) -> None:
-        self.lane.drop_stopped()
-        self.check()
-        if self.lane.busy:
-            for ticket, value in self.lane.run().ended:
-                ticket.resolve(value)
-        self.check()
-
-    def run(self) -> None:
-        for _ in range(200):
-            if not self.lane.busy:
-                return
-            self.step()
-        raise AssertionError("the lane does not come to an end")
 
     def check(self, whole: bool = True) -> None:
         check_held(self.tickets, self.held(), whole=whole)
