@@ -49,8 +49,9 @@ local function ended()
 end
 
 -- Waiting lifts a job by one priority every `ageing` seconds, up to the best one.
-local ageing = setting('ageing', 300)
+local ageing
 local function level(priority, submitted)
+  ageing = ageing or setting('ageing', 300)
   return math.max(0, priority - math.floor((now - submitted) / ageing))
 end
 

@@ -15,9 +15,19 @@ local function lost(of, token, tag, worker)
   return redis.call('HEXISTS', KEYS[21], tag or '') == 0 and redis.call('EXISTS', ARGV[7] .. (worker or '')) == 0
 end
 
+-- Each open job has a record, and waits or is dispatched: where the numbers agree, the oldest need no look each.
+local function all_in_order(oldest)
+  local ordered, records = redis.call('ZCARD', dispatched), {}
+  for _, waiting in ipairs(backlogs) do ordered = ordered + redis.call('ZCARD', waiting) end
+  if ordered ~= redis.call('ZCARD', open) then return false end
+  for position, of in ipairs(oldest) do records[position] = job_prefix .. of end
+  return #oldest == 0 or redis.call('EXISTS', unpack(records)) == #oldest
+end
+
 -- A job whose record is spoiled is in no order any more. One that is in none, because another program wrote over the key
 -- of an order, counts as dispatched now; so does one that was dispatched in the future.
-for _, of in ipairs(redis.call('ZRANGE', open, 0, 99)) do
+local oldest = redis.call('ZRANGE', open, 0, 99)
+for _, of in ipairs(all_in_order(oldest) and {} or oldest) do
   local job_there = rank(of)
   if not job_there then
     redis.call('ZREM', open, of)
