@@ -8,6 +8,7 @@ import os
 import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, cast
 
@@ -19,7 +20,7 @@ from stoker.address import DEFAULT_URL, Address
 from stoker.contract.base import NAME_PATTERN
 from stoker.contract.kinds import ADAPTERS, EMBED, GENERATE, TRAIN
 from stoker.contract.shown import brief
-from stoker.errors import ConfigError
+from stoker.errors import BrokerUnavailable, ConfigError
 
 ENV_PREFIX = "STOKER_"
 #: Adapters that a worker takes in at once: each is a matter of milliseconds.
@@ -31,7 +32,7 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid", env_ignore_empty=True)
 
-    #: Broker URL. Unset: the broker that `stoker up` runs on this machine, else `redis://127.0.0.1:6379/0`.
+    #: Broker URL. Unset: the broker of a `stoker up` that runs with this home; none where none does.
     url: str | None = None
     #: Everything that Stoker keeps on disk: the embedded broker's data, adapters, logs, caches.
     home: Path = Field(default=Path("~/.stoker"), validate_default=True)
@@ -121,12 +122,36 @@ class Settings(BaseSettings):
 
     @property
     def address(self) -> Address:
-        return Address.parse(self.chosen_url or DEFAULT_URL)
+        """Raises `BrokerUnavailable` where no broker was chosen: what listens at the usual address may be that of
+        another home, or another program's Redis."""
+        url = self.chosen_url
+        if url is None:
+            raise BrokerUnavailable(
+                f"no broker was chosen: STOKER_URL is not set, and no `stoker up` runs with STOKER_HOME={self.home}. "
+                f"Start that, or name a broker that runs, as in STOKER_URL={DEFAULT_URL}."
+            )
+        return Address.parse(url)
+
+    @property
+    def shown_address(self) -> str:
+        """Where the broker is, for people; also where none was chosen, or it has ended."""
+        url = self.chosen_url
+        return (
+            f"`stoker up` with STOKER_HOME={self.home}, which has ended," if url is None else Address.parse(url).shown
+        )
 
     @property
     def chosen_url(self) -> str | None:
         """The broker that was chosen: by `STOKER_URL`, or by a `stoker up` that runs. None: no broker was."""
-        return self.url or _running_broker(self.home)
+        if self.url:
+            return self.url
+        running = self.running_broker
+        return None if running is None else running.url
+
+    @property
+    def running_broker(self) -> RunningBroker | None:
+        """That of a `stoker up` that runs with this home."""
+        return _running_broker(self.home)
 
     @property
     def metrics_address(self) -> tuple[str, int] | None:
@@ -248,13 +273,21 @@ def _refuse_unknown_names(names: Iterable[str]) -> None:
             raise ConfigError(f"{name}: no such setting; {hint}")
 
 
-def _running_broker(home: Path) -> str | None:
-    """The URL of the embedded broker of a `stoker up` that still runs, else None."""
+@dataclass(frozen=True)
+class RunningBroker:
+    """An embedded broker; `pid`: of the `stoker up` that started it, and with which it ends."""
+
+    url: str
+    pid: int
+
+
+def _running_broker(home: Path) -> RunningBroker | None:
+    """The embedded broker of a `stoker up` that still runs, else None."""
     try:
         record = json.loads(_read_small(home / "broker.json"))
         os.kill(record["pid"], 0)
         Address.parse(record["url"])
-        return str(record["url"])
+        return RunningBroker(str(record["url"]), int(record["pid"]))
     except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError, ConfigError):
         # No file, one that no `stoker up` wrote, or a process that is gone: then nobody runs a broker here.
         return None

@@ -50,7 +50,7 @@ def hopeless(error: Exception) -> bool:
 
 def broker_unavailable(settings: Settings, error: BaseException, at: str = "") -> BrokerUnavailable:
     """What redis-py raised, as the one error that a caller sees, with the remedy. `at`: the key that was asked for."""
-    where, reason = settings.address.shown, _reason(error)
+    where, reason = settings.shown_address, _reason(error)
     if isinstance(error, AuthenticationError | AuthorizationError) or reason.startswith(("NOAUTH", "WRONGPASS")):
         return BrokerUnavailable(
             f"the broker at {where} refuses the login ({reason}). Put its user and password into STOKER_URL: "

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -21,6 +21,7 @@ from stoker.contract import ModelCard, Presence
 from stoker.contract.kinds import EMBED, GENERATE, TRAIN
 from stoker.contract.names import Rule, checked
 from stoker.errors import ConfigError, UnknownModel
+from stoker.local.home import make_home
 from stoker.local.interrupts import hold_back
 from stoker.local.storage import disk_use
 from stoker.settings import Settings, load_settings
@@ -36,7 +37,7 @@ def up(
     flower: Annotated[bool, typer.Option(help="Start Flower too, if it is installed.")] = True,
     url: Url = None,
 ) -> None:
-    """Start everything on this machine: a broker if none answers, a worker, and Flower. Ctrl-C ends all."""
+    """Start everything on this machine: a broker if none was chosen, a worker, and Flower. Ctrl-C ends all."""
     from stoker.local.stack import Stack
     from stoker.monitor.access import USER
 
@@ -45,7 +46,8 @@ def up(
         with progress_shown("starting the broker") as report:
             stack = leaving.enter_context(Stack(settings, flower=flower, report=report))
             presence = stack.wait_until_warm()
-        print(f"broker  {stack.settings.address.shown}")
+        joined = "" if stack.joined is None else f"  (of the `stoker up` that runs already, process {stack.joined})"
+        print(f"broker  {stack.settings.address.shown}{joined}")
         print(f"worker  {', '.join(card.model for card in presence.models)} warm on {presence.device}")
         if stack.flower_url:
             print(f"flower  {stack.flower_url}  (user {USER}, password {stack.flower_password})")
@@ -53,11 +55,27 @@ def up(
         print("\nTry in another shell:")
         for command in suggestions(presence.models):
             print(f"  {command}")
-        print("Ctrl-C ends all.", flush=True)
+        print(_at_the_end(stack.joined), flush=True)
         try:
-            stack.watch(lambda text: print(text, flush=True))
+            stack.watch(_tell)
         except KeyboardInterrupt:
             print("\nstopping", flush=True)
+
+
+def _tell(text: str) -> None:
+    """Of what happens meanwhile. A terminal that has closed, or a full disk, does not end what runs."""
+    with suppress(OSError):
+        print(text, flush=True)
+
+
+def _at_the_end(joined: int | None) -> str:
+    """What Ctrl-C does. `joined`: the process of the `stoker up` whose broker this one uses."""
+    if joined is None:
+        return "Ctrl-C ends all."
+    return (
+        "This `stoker up` has joined the one that runs, with a worker more. Ctrl-C ends this worker alone; "
+        "when the first one ends, so does this."
+    )
 
 
 def suggestions(models: Sequence[ModelCard]) -> list[str]:
@@ -101,6 +119,7 @@ def worker(
     if env_file is not None:
         os.environ |= read_environment(env_file)
     settings = _settings(model, url)
+    make_home(settings.home)
     if name is None:
         node, lock = take_name(settings)
         # The worker that this process becomes keeps the name for as long as it lives.

@@ -48,13 +48,15 @@ def install(
         print(of.definition(service), end="")
         return
     of.check()
+    # Without a broker it would end at each start.
+    shown = settings.address.shown
     make_home(settings.home)
     try:
         write_environment(service.environment_file, environment)
     except OSError as error:
         raise ConfigError(f"{service.environment_file}: cannot be written ({error.strerror}).") from None
     install_service(of, service)
-    print(f"a worker of {settings.address.shown} is installed, and starts now: `stoker worker logs --follow` shows it")
+    print(f"a worker of {shown} is installed, and starts now: `stoker worker logs --follow` shows it")
     print(of.note)
 
 

@@ -51,6 +51,8 @@ class Stack:
         self._broker: EmbeddedBroker | None = None
         self.worker: Process | None = None
         self._flower: Process | None = None
+        #: The process of the `stoker up` whose broker this stack uses; None for any other broker.
+        self.joined: int | None = None
         #: Where Flower is, and the password of its user `stoker`.
         self.flower_url = self.flower_password = ""
         #: The worker that is warm, and what it is called before that: its node, and the processes that had this name.
@@ -69,7 +71,8 @@ class Stack:
         else:
             wait_for_broker(self.settings, self._report)
         self.start_worker()
-        if self._want_flower and importlib.util.find_spec("flower") is not None:
+        # One that joins brings a worker: the monitor of the first one shows it.
+        if self._want_flower and self.joined is None and importlib.util.find_spec("flower") is not None:
             port = free_port(FLOWER_PORT)
             self.flower_url = f"http://127.0.0.1:{port}"
             self.flower_password = password(self.settings)
@@ -80,6 +83,8 @@ class Stack:
         if self._own_broker or self.settings.chosen_url is None:
             return True
         if answers(self.settings):
+            running = self.settings.running_broker
+            self.joined = running.pid if running is not None and not self.settings.url else None
             return False
         if self.settings.url:
             raise BrokerUnavailable(
@@ -131,6 +136,11 @@ class Stack:
             time.sleep(POLL)
             if self._broker is not None and not self._broker.alive:
                 raise BrokerUnavailable(f"the embedded broker ended; see {self.settings.logs / 'broker.log'}.")
+            if self.joined is not None and not self._first_runs():
+                raise BrokerUnavailable(
+                    f"the `stoker up` that this one had joined (process {self.joined}) has ended, and its broker with "
+                    "it: this worker ends too. Jobs stay for the next `stoker up`."
+                )
             if self._broker is not None and time.monotonic() - compacted >= COMPACT_EVERY:
                 self._broker.compact()
                 compacted = time.monotonic()
@@ -143,6 +153,10 @@ class Stack:
                 self.start_worker()
                 self.wait_until_warm()
                 report("a worker is warm again")
+
+    def _first_runs(self) -> bool:
+        running = self.settings.running_broker
+        return running is not None and running.pid == self.joined
 
     def stop(self) -> None:
         # Ask both first, wait then: they stop side by side, and the broker outlives them.

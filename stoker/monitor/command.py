@@ -52,7 +52,9 @@ def serve(settings: Settings, address: str, port: int, names: frozenset[str], sa
 def run(monitor: Monitor) -> None:
     """Run until a signal asks for the end; then the history is written."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        monitor.io_loop.asyncio_loop.add_signal_handler(number, monitor.io_loop.stop)
+        # What is ignored on purpose stays so: by `nohup`, or for a shell's background jobs.
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            monitor.io_loop.asyncio_loop.add_signal_handler(number, monitor.io_loop.stop)
     try:
         monitor.start()
         monitor.io_loop.run_sync(monitor.leave)

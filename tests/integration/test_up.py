@@ -10,6 +10,7 @@ import sys
 import urllib.request
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,9 +27,11 @@ STOKER = str(Path(sys.executable).parent / "stoker")
 class Up:
     """A `stoker up` of its own home, started as a user would."""
 
-    def __init__(self, home: Path, *options: str, **env: str) -> None:
-        self.home, self.output = home, home.parent / "up.log"
-        home.mkdir()
+    def __init__(self, home: Path, *options: str, hang_up: Any = signal.SIG_DFL, **env: str) -> None:
+        """`hang_up`: what a terminal that closes does to it; `nohup` ignores it."""
+        self.output = home.parent / f"up-{len(list(home.parent.iterdir()))}.log"
+        self.home = home
+        home.mkdir(exist_ok=True)
         self.env: Mapping[str, str] = {**os.environ, "STOKER_HOME": str(home), **env}
         self.process = subprocess.Popen(
             [STOKER, "up", *options],
@@ -37,11 +40,14 @@ class Up:
             stderr=subprocess.STDOUT,
             start_new_session=True,
             # A shell's background job ignores Ctrl-C, and its children would too.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+            preexec_fn=lambda: (
+                signal.signal(signal.SIGINT, signal.default_int_handler),
+                signal.signal(signal.SIGHUP, hang_up),
+            ),
         )
 
     def wait_until_warm(self) -> None:
-        wait_until(lambda: "Ctrl-C ends all" in self.output.read_text() or self.process.poll() is not None, "warm", 60)
+        wait_until(lambda: "Ctrl-C ends" in self.output.read_text() or self.process.poll() is not None, "warm", 60)
         assert self.process.poll() is None, self.output.read_text()
 
     def stoker(self, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -99,6 +105,37 @@ def test_commands_work_from_another_shell_and_ctrl_c_ends_all(up: Up) -> None:
     gone = up.stoker("status", "--url", url)
     assert gone.returncode == 3
     assert "Traceback" not in gone.stderr
+
+
+def test_a_second_one_joins_the_first_says_so_and_ends_alone_while_nohup_keeps_the_first(tmp_path: Path) -> None:
+    env = {"STOKER_GRACE": "5", "STOKER_MODELS": EMBED_MODEL}
+    first = Up(tmp_path / "home", "--no-flower", hang_up=signal.SIG_IGN, **env)
+    second = None
+    try:
+        first.wait_until_warm()
+        second = Up(tmp_path / "home", **env)
+        second.wait_until_warm()
+        said = second.output.read_text()
+        assert f"of the `stoker up` that runs already, process {first.process.pid})" in said
+        assert "Ctrl-C ends this worker alone" in said
+        assert "flower" not in said.replace("--no-flower", ""), "the first one's shows its worker too"
+        assert len(json.loads(first.stoker("status", "--json").stdout)) == 2
+        for up in (first, second):
+            os.killpg(up.process.pid, signal.SIGHUP)  # as the terminals close
+        assert second.process.wait(60) == 0
+        assert first.process.poll() is None
+        assert len(json.loads(first.stoker("status", "--json").stdout)) == 1
+        assert first.stoker("embed", "still here").returncode == 0
+        second = Up(tmp_path / "home", **env)
+        second.wait_until_warm()
+        first.stop()
+        assert second.process.wait(60) == 3
+        assert f"(process {first.process.pid}) has ended, and its broker with it" in second.output.read_text()
+    finally:
+        for left in (second, first):
+            if left is not None:
+                left.stop()
+    assert not processes_with(str(tmp_path / "home"))
 
 
 def test_nothing_is_left_when_it_is_killed(up: Up) -> None:

@@ -181,6 +181,24 @@ def test_a_stack_tries_its_home_before_it_starts_anything(tmp_path: Path) -> Non
         pass
 
 
+def test_what_an_earlier_release_left_open_in_a_home_is_closed_and_nothing_that_links_lead_to(tmp_path: Path) -> None:
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    (home / "broker" / "deep").mkdir(parents=True, mode=0o755)
+    for name, mode in (("broker/deep/appendonly.aof", 0o644), ("logs.txt", 0o666), ("tool", 0o755), ("kept", 0o400)):
+        (home / name).write_text("x")
+        (home / name).chmod(mode)
+    elsewhere.write_text("x")
+    elsewhere.chmod(0o644)
+    (home / "link").symlink_to(elsewhere)
+    (home / "broken").symlink_to(tmp_path / "nothing")
+    make_home(home)
+    found = {path.name: path.stat().st_mode & 0o777 for path in home.rglob("*") if path.name != "broken"}
+    assert found == {
+        "broker": 0o700, "deep": 0o700, "appendonly.aof": 0o600, "logs.txt": 0o600, "tool": 0o700, "kept": 0o400,
+        "link": 0o644,
+    }  # fmt: skip
+
+
 def test_the_broker_is_in_a_session_of_its_own(tmp_path: Path) -> None:
     """Ctrl-C in the terminal reaches the command that started it, and ends the broker last."""
     with running(tmp_path) as (_, client):

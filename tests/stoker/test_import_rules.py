@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import graphlib
+import os
 import re
 import subprocess
 import sys
@@ -29,7 +30,8 @@ def test_the_command_line_loads_neither_mlx_nor_worker_code() -> None:
 def test_importing_the_workers_app_loads_no_mlx(tmp_path: Path) -> None:
     """Flower and `celery inspect` import it on machines that hold no model."""
     code = "import workers.celery.app, sys; assert 'mlx' not in sys.modules and 'engine' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    env = {**os.environ, "STOKER_URL": "redis://broker.example/0"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=env)
 
 
 def test_no_module_imports_itself_through_others() -> None:

@@ -16,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from stoker.cli import app
-from stoker.errors import ConfigError, InvalidRequest, StokerError
+from stoker.errors import BrokerUnavailable, ConfigError, InvalidRequest, StokerError
 from stoker.local.service import Service, launchd_agent, read_environment, systemd_unit
 from stoker.local.service_manager import Launchd
 from stoker.settings import Settings, settings_of
@@ -59,6 +59,9 @@ class Machine:
         lines = self._asked.read_text().splitlines() if self._asked.exists() else []
         self._asked.unlink(missing_ok=True)
         return lines
+
+
+BROKER = "redis://broker.example/0"
 
 
 @pytest.fixture
@@ -142,7 +145,10 @@ def test_a_worker_is_installed_with_launchd_and_an_agent_that_runs_ends_first(ma
     domain = f"gui/{os.getuid()}"
     agent = f"{domain}/stoker.worker"
     start = [f"launchctl enable {agent}", f"launchctl bootstrap {domain} {machine.agent}"]
-    run("install", "--model", str(MODEL))
+    with pytest.raises(BrokerUnavailable, match="no broker was chosen"):
+        run("install", "--model", str(MODEL))
+    machine.asked()
+    run("install", "--model", str(MODEL), "--url", BROKER)
     assert machine.asked() == [f"launchctl print {domain}", f"launchctl print {agent}", *start]
     run("install")
     again = machine.asked()
@@ -236,14 +242,14 @@ def test_a_folder_that_cannot_be_written_is_named(machine: Machine, on: On) -> N
     machine.has("systemctl")
     (machine.folder / ".config").write_text("a file")
     with pytest.raises(ConfigError, match=r"stoker-worker\.service: the service cannot be written \("):
-        run("install", "--model", str(MODEL))
+        run("install", "--model", str(MODEL), "--url", BROKER)
 
 
 def test_what_the_manager_refuses_is_shown(machine: Machine, on: On) -> None:
     on("Linux")
     machine.has("systemctl", '[ "$2" = restart ] && { echo "Unit is masked" >&2; exit 1; }; exit 0')
     with pytest.raises(ConfigError, match=r"`systemctl --user restart stoker-worker\.service` failed: Unit is masked"):
-        run("install", "--model", str(MODEL))
+        run("install", "--model", str(MODEL), "--url", BROKER)
 
 
 WRONG = [
@@ -299,7 +305,7 @@ def test_a_value_that_no_line_can_hold_is_refused(machine: Machine, on: On, monk
     machine.has("systemctl")
     monkeypatch.setenv("STOKER_KERNELS", "a\nSTOKER_URL=redis://elsewhere")
     with pytest.raises(ConfigError, match="STOKER_KERNELS: it begins or ends with a space, or holds a character"):
-        run("install", "--model", str(MODEL))
+        run("install", "--model", str(MODEL), "--url", BROKER)
 
 
 @pytest.mark.parametrize("system", ["Linux", "Darwin"])

@@ -13,7 +13,7 @@ from typing import Any, Optional, get_type_hints
 import pytest
 
 from stoker.address import DEFAULT_URL
-from stoker.errors import ConfigError
+from stoker.errors import BrokerUnavailable, ConfigError
 from stoker.settings import Overrides, Settings, load_settings
 
 
@@ -77,9 +77,19 @@ def test_the_home_folder_is_absolute_in_every_form_given(monkeypatch: pytest.Mon
     assert load_settings().home == Path.cwd() / "here"
 
 
+def assert_none(settings: Settings) -> None:
+    """No broker is taken, and the error says where one was looked for, and what to do."""
+    assert settings.chosen_url is None
+    with pytest.raises(BrokerUnavailable, match=r"STOKER_URL is not set.*`stoker up`") as told:
+        _ = settings.address
+    assert f"STOKER_HOME={settings.home}." in str(told.value)
+    assert DEFAULT_URL in str(told.value)
+    assert str(settings.home) in settings.shown_address
+
+
 def test_without_a_url_the_running_broker_of_this_machine_is_used(tmp_path: Path) -> None:
     settings = Settings(home=tmp_path)
-    assert settings.address.redis == DEFAULT_URL
+    assert_none(settings)
     record = {"url": "redis://127.0.0.1:7001/0", "pid": os.getpid()}
     settings.broker_file.write_text(json.dumps(record))
     assert settings.address.redis == "redis://127.0.0.1:7001/0"
@@ -91,7 +101,7 @@ def test_the_record_of_a_broker_that_has_ended_is_ignored(tmp_path: Path) -> Non
     ended.wait()
     settings = Settings(home=tmp_path)
     settings.broker_file.write_text(json.dumps({"url": "redis://127.0.0.1:7001/0", "pid": ended.pid}))
-    assert settings.address.redis == DEFAULT_URL
+    assert_none(settings)
 
 
 @pytest.mark.parametrize(
@@ -107,14 +117,14 @@ def test_a_damaged_record_of_a_broker_is_ignored(tmp_path: Path, text: str) -> N
     settings = Settings(home=tmp_path)
     written = text.replace("OURS", str(os.getpid()))
     settings.broker_file.write_bytes(written.encode("utf-8", "surrogateescape"))
-    assert settings.address.redis == DEFAULT_URL
+    assert_none(settings)
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
 def test_a_record_that_is_no_file_is_ignored_and_never_waited_for(tmp_path: Path, make: Callable[[Path], None]) -> None:
     settings = Settings(home=tmp_path)
     make(settings.broker_file)
-    assert settings.address.redis == DEFAULT_URL
+    assert_none(settings)
 
 
 def test_without_a_home_folder_the_error_names_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,10 +46,9 @@ _BULK = ("model", "batch", "in_flight", "attempts")
 class AsyncClient:
     """Enqueues jobs. Close it, or use it in `async with`. Any number of event loops and threads may share it.
 
-    `url` overrides `STOKER_URL`; without both it is the broker of a `stoker up` on this machine, else
-    `redis://127.0.0.1:6379/0`. Every method raises `BrokerUnavailable` if the broker does not answer. What sends a job
-    raises, before anything is sent, `InvalidRequest` if the request cannot be run, `UnknownModel` if no worker can run
-    it, and `QueueFull`.
+    `url` overrides `STOKER_URL`; without both it is the broker of a `stoker up` that runs with this STOKER_HOME. Every
+    method raises `BrokerUnavailable` if there is none, or it does not answer. What sends a job raises, before anything
+    is sent, `InvalidRequest` if the request cannot be run, `UnknownModel` if no worker can run it, and `QueueFull`.
 
     `key` names the sender: clients of one queue get equal shares of it, and each has a limit of its own. `queue_wait`:
     seconds to wait for room in a queue that is full before `QueueFull` is raised. They override
@@ -90,7 +89,7 @@ class AsyncClient:
         return self.link.redis
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.settings.address.shown}>"
+        return f"<{type(self).__name__} {self.settings.shown_address}>"
 
     def __reduce__(self) -> tuple[object, ...]:
         return _client_over, (self.link,)
