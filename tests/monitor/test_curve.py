@@ -40,6 +40,14 @@ def test_a_long_run_has_as_many_points_as_fit_and_both_its_ends(steps: int) -> N
     assert steps <= POINTS or len(curve.shown) > POINTS // 3
 
 
+def test_a_long_curve_keeps_its_shape_and_its_newest_points() -> None:
+    steps = 10 * POINTS
+    curve = fed(*(report(step, held_out_loss=1.0) for step in range(1, steps + 1)))
+    for points in (curve.points, curve.held_out):
+        assert points[-1][0] == steps
+        assert sum(step > steps // 2 for step, _ in points) >= len(points) // 3
+
+
 def test_a_run_that_was_rolled_back_is_drawn_from_where_it_goes_on() -> None:
     curve = fed(report(1), report(2), report(3, loss=99.0), report(2, loss=2.0, note="rolled back"), report(3))
     assert [step for step, _ in curve.shown] == [1, 2, 3]

@@ -290,7 +290,11 @@ class Queue:
 
     def look_at_open_jobs(self) -> None:
         """What was forgotten waits no more. What is in no order, of the oldest hundred, counts as dispatched now."""
-        for place, job in enumerate(sorted(self.open, key=lambda job: (self.open[job], job.encode()))):
+        jobs = sorted(self.open, key=lambda job: (self.open[job], job.encode()))
+        ordered = len(self.dispatched) + sum(map(len, self.backlogs.values()))
+        if ordered == len(jobs) and all(job in self.records for job in jobs[:100]):
+            jobs = [job for job in jobs if job not in self.records]
+        for place, job in enumerate(jobs):
             record = self.waiting(job)
             if record is None:
                 self.leave_backlogs(job)

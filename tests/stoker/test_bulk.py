@@ -15,7 +15,7 @@ import pytest
 
 from stoker.client._async.bulk import embed_chunks as embed_chunks_async
 from stoker.client._sync.bulk import embed_chunks
-from stoker.client.chunks import BATCH_CHARS, InFlightLimit, Plan
+from stoker.client.chunks import BATCH_CHARS, Cutter, InFlightLimit, Plan
 from stoker.contract import ModelCard, Presence
 from stoker.contract.vectors import Encoded, VectorType, load, plain, quantize, save
 from stoker.errors import (
@@ -294,3 +294,12 @@ def test_float16_and_float32_come_as_they_are() -> None:
         found = load(save(vectors, dtype))
         assert isinstance(found, np.ndarray)
         assert np.array_equal(found, vectors.astype(dtype))
+
+
+def test_a_chunk_begins_where_the_one_before_it_ended_also_if_that_was_cut_by_its_characters() -> None:
+    """Else an error names another text."""
+    cutter = Cutter(batch=4)
+    texts = ["x" * 300_000, "y" * 300_000, *"zw", *"abcdef"]
+    chunks = [*(chunk for text in texts for chunk in cutter.add(text)), *cutter.rest()]
+    assert [(chunk.start, len(chunk.texts)) for chunk in chunks] == [(0, 1), (1, 4), (5, 4), (9, 1)]
+    assert [text for chunk in chunks for text in chunk.texts] == texts

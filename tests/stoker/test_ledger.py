@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -104,6 +105,26 @@ def test_the_wait_for_a_queue_whose_jobs_take_days_is_an_hour(redis: Any) -> Non
     redis.expire(keys.pace(QUEUE), 60)
     submit(redis, "a")
     assert ledger.submit(redis, "b", record("b")).wait == 3600
+
+
+def test_the_wait_of_a_client_is_that_for_its_share_of_the_queue(redis: Any) -> None:
+    """Of ten jobs that wait a client has two: one in five of those that end is its own."""
+    redis.hset(keys.POLICY, "client_limit:small", 2)
+    redis.hset(keys.pace(QUEUE), "interval", 7)
+    redis.expire(keys.pace(QUEUE), 60)
+    for number in range(8):
+        submit(redis, f"other-{number}", client="other")
+    assert [submit(redis, name, client="small") for name in "ab"] == ["new", "new"]
+    reply = ledger.submit(redis, "c", record("c", client="small"))
+    assert (reply.state, reply.wait) == ("client_full", 7 * 10 / 2)
+
+
+def test_the_pace_is_a_mean_that_one_slow_job_hardly_moves(redis: Any) -> None:
+    submit(redis)
+    take(redis)
+    redis.hset(keys.pace(QUEUE), mapping={"last": redis.time()[0] - 1000, "interval": 10})
+    assert complete(redis, "token-job")
+    assert float(redis.hget(keys.pace(QUEUE), "interval")) == pytest.approx(0.9 * 10 + 0.1 * 1000, abs=2)
 
 
 def test_a_client_has_a_limit_of_its_own(redis: Any) -> None:
@@ -390,6 +411,22 @@ def test_cancelling_a_running_job_asks_its_owner(redis: Any) -> None:
     assert redis.exists(keys.cancel("job")) == 1
     complete(redis, "one")
     assert redis.exists(keys.cancel("job")) == 0
+
+
+def test_the_owner_of_a_running_job_is_nudged_by_a_cancel_and_nobody_by_that_of_one_that_waits(redis: Any) -> None:
+    """Else it would learn of it at its next look, a second later."""
+    submit(redis)
+    submit(redis, "waits")
+    redis.set(keys.worker("worker-one"), "{}", ex=keys.PRESENCE_TTL)
+    claim(redis, "one")
+    with closing(redis.pubsub(ignore_subscribe_messages=True)) as pubsub:
+        pubsub.subscribe(keys.CANCELS)
+        pubsub.get_message(timeout=10)
+        assert ledger.cancel(redis, "waits", QUEUE) == "cancelled"
+        assert ledger.cancel(redis, "job", QUEUE) == "asked"
+        message = pubsub.get_message(timeout=10)
+    assert message is not None
+    assert message["data"] == b"job"
 
 
 def test_the_next_owner_learns_of_a_cancel_that_its_predecessor_was_asked_for(redis: Any) -> None:

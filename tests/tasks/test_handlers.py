@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from engine.adapters.store import AdapterStore
@@ -19,18 +20,22 @@ from stoker.client.requests import generate_request
 from stoker.contract import (
     AdapterRequest,
     AdapterResult,
+    EmbedRequest,
     StreamToken,
     TrainRequest,
     TrainResult,
     Usage,
     bundle,
+    vectors,
 )
 from stoker.contract.bundle import AdapterInput
 from stoker.contract.dataset import TrainInput
 from stoker.contract.uploads import Kind, Upload
+from stoker.contract.vectors import Embedded
 from stoker.errors import JobLost
 from stoker.settings import Settings
 from tasks.adapters import AdapterHandler
+from tasks.embed import EmbedHandler
 from tasks.generate import GenerateHandler
 from tasks.train import TrainHandler
 from workers.job import Job
@@ -186,3 +191,15 @@ def test_a_job_keeps_the_version_of_its_adapter_that_it_began_with(worker: Worke
     assert GenerateHandler().prepare(worker.job(), request).adapter == "style@1"
     registry.change(worker.redis, "m", "deactivate", "style", None)
     assert GenerateHandler().prepare(worker.job(resumed=True), request).adapter == "style@1"
+
+
+def test_vectors_are_kept_in_a_blob_and_the_reply_says_what_they_are_and_took(worker: Worker) -> None:
+    made = np.array([[1.0, 0.0, 0.5], [0.0, -1.0, 0.5]], dtype=np.float32)
+    request = EmbedRequest(model="m", texts=("a", "b"), dtype="float16")
+    reply = EmbedHandler().finish(worker.job(), request, Embedded(made, tokens=7, run_seconds=2.0))
+    assert (reply.blob, reply.rows, reply.dim, reply.dtype) == (keys.vectors("job"), 2, 3, "float16")
+    assert (reply.usage.prompt_tokens, reply.usage.run_seconds) == (7, 2.0)
+    assert (reply.usage.worker, reply.usage.queued_seconds) == ("w@here", 2.5)
+    data = worker.redis.get(keys.blob(reply.blob))
+    assert np.array_equal(vectors.load(data), made.astype(np.float16))
+    assert 0 < worker.redis.ttl(keys.blob(reply.blob)) <= keys.RESULT_TTL

@@ -336,6 +336,20 @@ def test_a_cancelled_job_is_revoked(worker: Worker) -> None:
     assert worker.outcome.status == JobStatus.CANCELLED
 
 
+def test_the_monitors_hear_of_a_cancelled_job_once_and_of_no_other(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flower shows STARTED for ever else."""
+    heard: list[tuple[str, object]] = []
+    monkeypatch.setattr(worker, "report", lambda event, retry, **fields: heard.append((event, fields["terminated"])))
+    with pytest.raises(Reject):
+        worker.deliver(raising(WorkerUnavailable("stopping")))
+    assert heard == []
+    with pytest.raises(Ignore):
+        worker.deliver(raising(JobCancelled("x")))
+    assert heard == [("task-revoked", True)]
+
+
 def test_a_stopping_workers_job_goes_back_without_owner_and_without_a_crash(worker: Worker) -> None:
     for _ in range(2 * ledger.MAX_CRASHES):
         with pytest.raises(Reject) as back:

@@ -202,3 +202,19 @@ def test_a_lane_whose_jobs_did_not_fit_into_memory_holds_half_as_many_for_a_whil
     clock.now += capacity.GROW_AFTER
     lanes.grow()
     assert lanes.load() == {"generate": (1, 3), "train": (0, 1)}
+
+
+def test_a_lane_is_halved_once_for_all_jobs_that_failed_together_and_never_holds_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lanes, _ = make()
+    lanes.configure({"generate": 8}, {"generate": ["q"]})
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(time, "monotonic", lambda: clock.now)
+    limits = []
+    for _ in range(5):
+        for _ in range(3):
+            lanes.shrink("generate")
+        limits.append(lanes.load()["generate"][1])
+        clock.now += capacity.SHRINK_AFTER
+    assert limits == [4, 2, 1, 1, 1]

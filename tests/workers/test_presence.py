@@ -69,6 +69,17 @@ def test_a_beat_says_what_is_warm_and_expires(redis: Any, others: Others) -> Non
     assert redis.zscore(keys.WORKERS, "w@here")
 
 
+def test_a_presence_is_dated_by_the_broker_from_when_the_worker_started(
+    redis: Any, others: Others, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`started` of the runtime is this machine's own count of seconds, which says nothing to others."""
+    monkeypatch.setattr("workers.services.presence.time.monotonic", lambda: 601.0)
+    heart(redis, others).beat()
+    (presence,) = parse_presences([redis.get(keys.worker("w@here"))])
+    assert presence.time == pytest.approx(clock.now(redis), abs=60)
+    assert presence.time - presence.started == pytest.approx(600, abs=0.01)
+
+
 def test_workers_that_went_silent_long_ago_are_forgotten(redis: Any, others: Others) -> None:
     redis.zadd(keys.WORKERS, {"long ago": 1.0, "of today": clock.now(redis) - 60})
     heart(redis, others).beat()
