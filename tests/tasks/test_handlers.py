@@ -201,5 +201,7 @@ def test_vectors_are_kept_in_a_blob_and_the_reply_says_what_they_are_and_took(wo
     assert (reply.usage.prompt_tokens, reply.usage.run_seconds) == (7, 2.0)
     assert (reply.usage.worker, reply.usage.queued_seconds) == ("w@here", 2.5)
     data = worker.redis.get(keys.blob(reply.blob))
-    assert np.array_equal(vectors.load(data), made.astype(np.float16))
+    kept = vectors.load(data)
+    assert isinstance(kept, np.ndarray)
+    assert np.array_equal(kept, made.astype(np.float16))
     assert 0 < worker.redis.ttl(keys.blob(reply.blob)) <= keys.RESULT_TTL
