@@ -63,6 +63,15 @@ class Driver:
             self.step()
 
 
+def test_a_step_says_how_many_texts_it_had(minilm: LoadedModel) -> None:
+    driver = Driver(minilm, tokens=8)
+    driver.send("one", "two", "three four five six seven")
+    rows = []
+    while driver.lane.busy:
+        rows.append(driver.lane.run().rows)
+    assert sum(rows) == len([text for batch in driver.batches for text in batch]) > 0
+
+
 def vectors(ticket: Ticket[Any]) -> np.ndarray:
     work = ticket.result(0)
     assert isinstance(work, Embedded)

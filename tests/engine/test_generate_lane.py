@@ -596,6 +596,22 @@ def test_rows_that_memory_has_no_room_for_are_put_back_and_lose_no_token(model: 
     tight.assert_empty()
 
 
+def test_a_step_says_how_many_rows_its_pass_had_and_the_lane_how_full_it_is(
+    model: LoadedModel, pool: AdapterPool
+) -> None:
+    driver = Driver(model, pool, slots=4, kv_bytes=1_000_000)
+    for number in range(3):
+        driver.send(request([3 + number, 4], max_tokens=6))
+    rows, taken = [], []
+    while driver.lane.busy:
+        rows.append(driver.lane.run().rows)
+        taken.append(driver.lane.load.kv_bytes)
+    assert max(rows) == 3
+    assert max(taken) > 0
+    load = driver.lane.load
+    assert (load.kv_limit, load.preempted, load.traced) == (1_000_000, 0, driver.lane.step.traced)
+
+
 def test_the_rows_that_came_last_are_the_ones_put_back(model: LoadedModel, pool: AdapterPool) -> None:
     """Those that came first have waited longest, and are nearest to their end."""
     tight = Driver(model, pool, slots=4, kv_bytes=330_000)

@@ -132,7 +132,9 @@ def test_only_so_many_traces_are_kept(tiny_llama: Llama, monkeypatch: pytest.Mon
     kv, step = KeyValues(tiny_llama, 1, 256), Step(tiny_llama, "decode")
     for kv_length in (64, 64, 128, 64, 192, 64, 128):  # the last one was given up for 192
         mx.eval(step(kv, ForwardInput(mx.array([[4]]), mx.array([5]), kv_length), SamplingBatch()))
-    assert step.traces == 4
+    assert (step.traces, step.traced) == (4, 4)
+    mx.eval(step(kv, ForwardInput(mx.array([[4, 5]]), mx.array([5]), 64), SamplingBatch()))
+    assert (step.traces, step.traced) == (5, 4), "a prompt is not compiled here, and counts as no trace"
     assert len(step.kept) == 2
 
 

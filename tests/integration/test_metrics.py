@@ -8,6 +8,7 @@ import time
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -193,3 +194,22 @@ def same_counts(url: str, fleet: Scrape) -> Scrape | None:
         own = Scrape.of(reply.read().decode())
     counted = ("stoker_jobs_total", "stoker_generated_tokens_total", "stoker_input_tokens_total")
     return own if all(own.value(name) == fleet.value(name) for name in counted) else None
+
+
+#: Times a second that an idle worker may wake. It is near 20, most of it kombu's; a loop that polls is far above.
+WAKES = 60
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="counts wake-ups in Linux' /proc")
+def test_an_idle_worker_sleeps(client: Client) -> None:
+    """Its processor time depends on the machine; how often it wakes does not."""
+    (worker,) = client.workers()
+    began, before = time.monotonic(), wakes(worker.pid)
+    wait_until(lambda: client.workers()[0].time - worker.time > 3, "two beats have passed")
+    assert wakes(worker.pid) - before < WAKES * (time.monotonic() - began)
+
+
+def wakes(pid: int) -> int:
+    """How often threads of a process went to sleep."""
+    said = "".join((thread / "status").read_text() for thread in Path(f"/proc/{pid}/task").iterdir())
+    return sum(map(int, re.findall(r"^voluntary_ctxt_switches:\s+(\d+)", said, re.MULTILINE)))
