@@ -78,10 +78,14 @@ class TokenizerPipeline:
         # transformers knows that Qwen2's folders name wrong classes, and builds Mistral's as their files say.
         self.name = usual if usual is not None and kind in ("qwen2", "mistral") else name
 
+    def default_names(self, inner: Tokenizer) -> Mapping[str, str]:
+        """The class's own special tokens; none where it is not the class of such a vocabulary."""
+        return {} if self._misnamed(inner) else _DEFAULT_NAMES.get(self.name, {})
+
     @property
-    def default_names(self) -> Mapping[str, str]:
-        """The class's own special tokens."""
-        return _DEFAULT_NAMES.get(self.name, {})
+    def forgets_flags(self) -> bool:
+        """Whether the class adds its special tokens again in the end, as they read: their other flags are gone."""
+        return self.name == "Qwen2Tokenizer"
 
     def built(self, inner: Tokenizer, listed: Sequence[AddedToken] | None) -> Tokenizer:
         """`inner`, changed as the class would. Such a class has no added tokens except those that are `listed`, where

@@ -85,6 +85,12 @@ class SpecialTokens:
         names = set(self.texts.values())
         inner.add_tokens([_flagged(token, names) for token in wanted])
 
+    def add_without_flags(self, inner: Tokenizer) -> None:
+        """Let those that `inner` has be special and no more, as they read."""
+        texts = [*self.texts.values(), *map(_text, self.extra)]
+        there = [text for text in texts if inner.token_to_id(text) is not None]
+        inner.add_tokens([AddedToken(text, special=True) for text in there])
+
 
 def _without_row(inner: Tokenizer, token: str, rows: int | None) -> bool:
     return inner.token_to_id(token) is None and rows is not None and inner.get_vocab_size() >= rows

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import tokenizers
-from tokenizers import normalizers
+from tokenizers import models, normalizers
 
 from engine.platform.jsonfiles import read_object
 from engine.text.byte_stream import ByteStream
@@ -204,10 +204,24 @@ def _as_transformers(
     pipeline = TokenizerPipeline(folder / "tokenizer_config.json", config, model)
     tokens = SpecialTokens.from_folder(folder, config)
     inner = pipeline.built(inner, tokens.listed if LISTED in config else None)
-    tokens = tokens.with_defaults(inner, pipeline.default_names)
+    tokens = tokens.with_defaults(inner, pipeline.default_names(inner))
     tokens.add_to(inner, _count(model.get("vocab_size")))
+    if pipeline.forgets_flags:
+        tokens.add_without_flags(inner)
     pipeline.surround(inner, tokens.texts)
+    _check_unknown(folder, inner)
     return inner, tokens.texts
+
+
+def _check_unknown(folder: Path, inner: tokenizers.Tokenizer) -> None:
+    """A vocabulary of whole words needs a token for those that it does not have."""
+    if isinstance(inner.model, models.WordPiece | models.WordLevel):
+        unknown = inner.model.unk_token
+        if unknown not in inner.get_vocab(with_added_tokens=False):
+            raise ModelError(
+                f"{folder}: its vocabulary has no token {unknown!r}, which would stand for every unknown word. Mend "
+                "unk_token in tokenizer_config.json or tokenizer.json"
+            )
 
 
 def _checked(text: str) -> str:

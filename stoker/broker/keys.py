@@ -102,9 +102,14 @@ def types(names: Iterable[str]) -> dict[str, str]:
     return {name: kind.type for name in names if (kind := kind_of(name)) is not None}
 
 
-def is_durable(key: str) -> bool:
+def lifetime(key: str) -> int | None:
+    """Seconds; None for a durable key, and for one that is not declared here."""
     kind = kind_of(key)
-    return kind is not None and kind.lifetime is None
+    return None if kind is None else kind.lifetime
+
+
+def is_durable(key: str) -> bool:
+    return kind_of(key) is not None and lifetime(key) is None
 
 
 def job(job_id: str) -> str:

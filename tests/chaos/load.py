@@ -18,8 +18,17 @@ import safetensors.numpy
 from stoker import Client
 from stoker.broker.outcome import JobStatus
 from stoker.client import GenerateJob, Job, TrainJob
-from stoker.errors import BrokerUnavailable, DeadlineExceeded, InvalidRequest, JobCancelled, JobDead, StokerError
+from stoker.errors import (
+    BrokerUnavailable,
+    DeadlineExceeded,
+    InvalidRequest,
+    JobCancelled,
+    JobDead,
+    JobLost,
+    StokerError,
+)
 from tests.chaos.fleet import EMBED, GENERATE
+from tests.chaos.poison import Poison
 
 KINDS = ("generate", "embed", "train")
 #: Requests for generation that fail by themselves, among the others: what each ends with on every worker.
@@ -107,6 +116,7 @@ class Load:
     answers: Answers
     chance: random.Random
     adapters: Path
+    poison: Poison
     width: int = 10
     jobs: int = 0
     entries: int = 0
@@ -168,7 +178,7 @@ class Load:
                 job = self._sent(lambda: send(self.client, kind, plan, job_id))
             if cancel_after is not None:
                 threading.Timer(cancel_after, self._cancel, [job]).start()
-            made, entries = self._followed(job)
+            made, entries = self._followed(job, partial(send, self.client, kind, plan))
             self.entries += entries
             if not equal(kind, made, self.answers.right[kind, plan]):
                 self.wrong.append(f"{job_id} made something else than the undisturbed run")
@@ -181,17 +191,23 @@ class Load:
         finally:
             self.open.pop(job_id, None)
 
-    def _followed(self, job: Job[Any]) -> tuple[Any, int]:
-        """As a person would who mends the disk, and sends the dead letter again."""
+    def _followed(self, job: Job[Any], anew: Callable[[str], Job[Any]]) -> tuple[Any, int]:
+        """As a person would who mends the disk, and sends the dead letter again; `anew`, where the letter was lost."""
         while True:
             try:
                 return follow(job, self.adapters)
             except JobDead as error:
-                if "the disk of" not in str(error):
+                # Without its policy the broker takes three crashes for too many.
+                if "the disk of" not in str(error) and not (self.poison.policy_lost and "crashed" in str(error)):
                     raise
                 self.sent_again[job.id] += 1
                 time.sleep(0.5)
-                job = self._sent(partial(self.client.retry, job.id))
+                try:
+                    job = self._sent(partial(self.client.retry, job.id))
+                except JobLost:
+                    if not self.poison.letters_lost:
+                        raise
+                    job = self._sent(partial(anew, f"{job.id}-anew"))
 
     @staticmethod
     def _sent(send_it: Callable[[], Job[Any]]) -> Job[Any]:

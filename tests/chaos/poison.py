@@ -6,7 +6,9 @@ from __future__ import annotations
 import base64
 import json
 import random
+import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from stoker import Client
 from stoker.broker import keys, letters
@@ -45,12 +47,11 @@ class Poison:
 
     def __init__(self, client: Client, queues: Sequence[str], chance: random.Random) -> None:
         self._client, self._queues, self._chance = client, list(queues), chance
-        # Not what an operator decided, nor the set that lost orders are made of anew: losing both loses jobs.
-        kept = {keys.POLICY, keys.DEAD, *map(keys.open_jobs, queues)}
-        right = dict(mending.SHARED)
+        self._shared = dict(mending.SHARED)
         for queue in queues:
-            right |= mending.keys_of(queue)
-        self._shared = {key: kind for key, kind in right.items() if key not in kept}
+            self._shared |= mending.keys_of(queue)
+        #: Whether what an operator decided was lost, and the dead letters.
+        self.policy_lost = self.letters_lost = False
         self._number = 0
         self._sent: set[bytes] = set()
         self._spoiled: list[GenerateJob] = []
@@ -58,7 +59,7 @@ class Poison:
     def strike(self) -> bool:
         self._number += 1
         act = self._chance.choice(
-            (self._message, self._message, self._value, self._held, self._job, self._type, self._type)
+            (self._message, self._message, self._value, self._held, self._job, self._type, self._type, self._member)
         )
         try:
             act()
@@ -85,7 +86,27 @@ class Poison:
         """A key that all jobs share holds another type, and what was in it is lost."""
         key = self._chance.choice(list(self._shared))
         kind = self._chance.choice([kind for kind in TYPES if kind != self._shared[key]])
+        self.policy_lost |= key == keys.POLICY
+        self.letters_lost |= key == keys.DEAD
         write(self._client.redis, key, kind, b"poison %d" % self._number, lives=None)
+
+    def _member(self) -> None:
+        """Garbage among what is right, in a hash or an order that all jobs share."""
+        redis, queue = self._client.redis, self._chance.choice(self._queues)
+        name, value = self._chance.choice((b"\xff", b"crashes", b":sum", b"served", b"evil")), b"-9%d" % self._number
+        match self._chance.choice(("hash", "order", "letter")):
+            case "hash":
+                of_queue = self._chance.choice((keys.turns, keys.pace, keys.sizes))(queue)
+                key = self._chance.choice((keys.POLICY, of_queue, of_queue))
+                self.policy_lost |= key == keys.POLICY
+                redis.hset(key, name, value)
+            case "order":
+                key = self._chance.choice((keys.open_jobs, keys.dispatched, partial(keys.backlog, priority=5)))(queue)
+                score = self._chance.choice((0.0, -1.0, 1e18, float("inf"), time.time()))
+                redis.zadd(key, {self._chance.choice((b"\xff", b"nobody-%d" % self._number)): score})
+            case "letter":
+                self._sent.add(value)
+                redis.hset(keys.DEAD, b"evil-%d" % self._number, value)
 
     def _held(self) -> None:
         """As if a dead worker had held it."""

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from redis.exceptions import RedisError
@@ -16,6 +17,7 @@ from redis.exceptions import RedisError
 from stoker import Client
 from stoker.broker import keys, ledger, policy
 from stoker.broker.connection import connect
+from stoker.errors import StokerError
 from stoker.settings import Settings
 from tests.chaos.disk import Disk
 from tests.chaos.fleet import EMBED, GENERATE, Fleet, fleet_settings
@@ -66,8 +68,7 @@ class Storm:
         self._client = Client(settings=settings.model_copy(update={"patience": 300.0}))
         # `always`: what was accepted survives `kill -9` of the broker too, also while the disk is slow.
         self._client.redis.config_set("appendfsync", "always")
-        # In a storm an innocent job may lose more than three owners.
-        policy.decide(self._client.redis, "crashes", 1000)
+        self._decide()
         self._chance, self._settings = random.Random(seed), settings
         # Its own: how fast jobs end does not change which mischief comes.
         self._load_chance = random.Random(f"load {seed}")
@@ -76,6 +77,11 @@ class Storm:
         self._disk = Disk((settings.runs, settings.adapters))
         self.counts: Counter[str] = Counter()
         self.adapters = settings.adapters
+
+    def _decide(self) -> None:
+        """As an operator does, again where it was lost. In a storm an innocent job may lose more than three owners."""
+        with suppress(RedisError, StokerError):
+            policy.decide(self._client.redis, "crashes", 1000)
 
     def learn(self, answers: Answers) -> None:
         """The right answers, from one worker that nobody disturbs."""
@@ -90,11 +96,12 @@ class Storm:
         self.fleet.tend()
         self.await_warm()
         endings = Endings(self._settings)
-        load = Load(self._client, answers, self._load_chance, self.adapters)
+        load = Load(self._client, answers, self._load_chance, self.adapters, poison=self._poison)
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             load.feed()
             self.fleet.tend()
+            self._decide()
             name, act = self._choose()
             if act():
                 self.counts[name] += 1
@@ -200,6 +207,7 @@ class Storm:
             for queue in QUEUES:
                 sizes[keys.ready(queue)] = redis.llen(keys.ready(queue))
                 waiting = [keys.backlog(queue, priority) for priority in range(ledger.PRIORITIES)]
+                sizes[keys.sizes(queue)] = redis.hlen(keys.sizes(queue))
                 for key in (keys.dispatched(queue), keys.open_jobs(queue), keys.client("default", queue), *waiting):
                     sizes[key] = redis.zcard(key)
             return {key: size for key, size in sizes.items() if size}

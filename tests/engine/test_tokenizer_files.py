@@ -92,6 +92,43 @@ def test_what_cannot_be_understood_is_refused_by_name(tmp_path: Path, name: str,
     assert str(tmp_path) in str(caught.value)
 
 
+def test_qwens_class_forgets_the_flags_of_its_special_tokens_and_no_other_does(tmp_path: Path) -> None:
+    """As in transformers 5.23, which adds them again as they read."""
+    named = {"content": "<a>", "lstrip": True, "normalized": False, "__type": "AddedToken"}
+    for kind, spaces in (("Qwen2Tokenizer", 1), ("GPT2Tokenizer", 0)):
+        files = {"tokenizer_config.json": {"tokenizer_class": kind, "sep_token": named}}
+        tokenizer = Tokenizer.from_folder(folder(tmp_path, "bytes", files))
+        space = tokenizer.encode(" ")
+        assert tokenizer.encode("x <a>").count(space[0]) == spaces
+
+
+def test_a_class_of_another_vocabulary_names_no_special_tokens(tmp_path: Path) -> None:
+    """transformers takes such a folder's tokenizer.json as it is; "<s>" is text there."""
+    files = {"tokenizer_config.json": {"tokenizer_class": "LlamaTokenizer"}}
+    tokenizer = Tokenizer.from_folder(folder(tmp_path, "bytes", files))
+    assert tokenizer.manners.names == {}
+    assert len(tokenizer.encode("<s>")) == len("<s>")
+
+
+def test_a_vocabulary_without_its_token_for_unknown_words_is_refused_by_name(tmp_path: Path) -> None:
+    files = {"tokenizer_config.json": {"tokenizer_class": "BertTokenizer", "unk_token": "[GONE]"}}
+    with pytest.raises(ModelError, match=r"has no token '\[GONE\]', which would stand for every unknown word"):
+        Tokenizer.from_folder(folder(tmp_path, "words", files))
+
+
+def test_a_text_that_a_vocabulary_cannot_hold_is_that_texts_error() -> None:
+    """tokenizers raises a plain Exception then."""
+    tokenizer = Tokenizer(tokenizers.Tokenizer(models.Unigram([("a", -1.0)], None, byte_fallback=False)))
+    assert tokenizer.encode("a") == [0]
+    for encode in (
+        tokenizer.encode,
+        lambda text: tokenizer.encode_batch([text]),
+        lambda text: tokenizer.encode_cut(text, 3),
+    ):
+        with pytest.raises(InvalidRequest, match="fails on the text"):
+            encode("b")
+
+
 def test_a_switch_of_a_class_that_is_no_switch_is_refused(tmp_path: Path) -> None:
     files = {"tokenizer_config.json": {"tokenizer_class": "BertTokenizer", "do_lower_case": "no"}}
     with pytest.raises(ModelError, match="do_lower_case is 'no', not true or false"):

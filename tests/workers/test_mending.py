@@ -6,9 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from redis.exceptions import ResponseError
 
-from stoker.broker import keys
+from stoker.broker import keys, ledger, registry
 from stoker.broker.connection import connect
+from stoker.client.requests import generate_request
+from stoker.client.submission import job_record
 from stoker.settings import Settings
 from workers.services.mending import SHARED, Mender, keys_of
 
@@ -89,6 +92,92 @@ def test_the_list_of_adapters_of_a_served_model_is_mended_too(redis: Any) -> Non
     assert Mender(redis, lambda: [QUEUE]).round()
     assert redis.sadd(keys.adapters("m"), "style") == 1
     redis.delete(keys.adapters("m"))
+
+
+def test_the_list_of_adapters_is_made_anew_of_the_records_that_are_there(redis: Any) -> None:
+    for name in ("style", "tone"):
+        registry.register(redis, "m", name, 1, {}, promote=True)
+    registry.register(redis, "m-other", "alien", 1, {}, promote=True)
+    for odd in (keys.adapter("m", "Bad Name"), keys.adapter("m", "typed")):
+        redis.set(odd, "of another program", ex=60)
+    write_over(redis, keys.adapters("m"))
+    assert Mender(redis, lambda: [QUEUE]).round()
+    assert registry.names(redis.smembers(keys.adapters("m"))) == ["style", "tone"]
+    assert redis.ttl(keys.adapters("m")) == -1
+    assert redis.get(keys.spoiled(keys.adapters("m"))) == b"of another program"
+    redis.flushall()
+
+
+def test_a_user_who_may_not_scan_begins_the_list_of_adapters_anew(redis: Any, caplog: pytest.LogCaptureFixture) -> None:
+    redis.set(keys.adapters("m"), "of another program", ex=60)
+    redis.execute_command("ACL", "SETUSER", "default", "-scan")
+    try:
+        assert Mender(redis, lambda: [QUEUE]).round()
+    finally:
+        redis.execute_command("ACL", "SETUSER", "default", "+@all")
+    assert not redis.exists(keys.adapters("m"))
+    assert "+scan" in caplog.text
+
+
+def write_over(redis: Any, key: str) -> None:
+    redis.delete(key)
+    redis.set(key, "of another program")
+
+
+def submit(redis: Any, *job_ids: str) -> None:
+    for job_id in job_ids:
+        ledger.submit(redis, job_id, job_record(generate_request("m", "x", 0, {}), job_id))
+
+
+def in_no_order(redis: Any) -> None:
+    for priority in range(ledger.PRIORITIES):
+        redis.delete(keys.backlog(QUEUE, priority))
+    redis.delete(keys.ready(QUEUE), keys.dispatched(QUEUE), keys.turns(QUEUE))
+
+
+@pytest.mark.parametrize("also_lost", [["no other key"], [keys.sizes(QUEUE)]], ids=["alone", "with the sizes"])
+def test_the_set_of_open_jobs_is_made_anew_of_what_other_keys_know(redis: Any, also_lost: list[str]) -> None:
+    jobs = [f"job-{number}" for number in range(30)]
+    submit(redis, *jobs)
+    before = redis.zrange(keys.open_jobs(QUEUE), 0, -1, withscores=True)
+    # Neither counts: one has no record, the other's is another program's.
+    redis.hset(keys.job("evil"), mapping={"queue": QUEUE, "message": "x", "submitted": "nan"})
+    redis.expire(keys.job("evil"), 60)
+    redis.zadd(keys.dispatched(QUEUE), {"ghost": 1.0, "evil": 1.0, b"\xff": 1.0})
+    redis.delete(*also_lost)
+    write_over(redis, keys.open_jobs(QUEUE))
+    assert Mender(redis, lambda: [QUEUE]).round()
+    assert redis.zrange(keys.open_jobs(QUEUE), 0, -1, withscores=True) == before
+    assert 0 < redis.ttl(keys.open_jobs(QUEUE)) <= keys.PENDING_TTL
+
+
+def test_jobs_whose_orders_are_lost_behind_their_set_wait_again(redis: Any) -> None:
+    submit(redis, "job")
+    write_over(redis, keys.open_jobs(QUEUE))
+    Mender(redis, lambda: [QUEUE]).round()
+    in_no_order(redis)
+    for _ in range(2):
+        ledger.recover(redis, QUEUE, -1)
+    assert redis.llen(keys.ready(QUEUE)) == 1
+    assert ledger.claim(redis, "job", QUEUE, "token", "job#1", "w").state == "run"
+
+
+@pytest.mark.parametrize("key", keys_of(QUEUE))
+def test_a_cancel_that_a_wrong_key_stops_changes_nothing_and_counts_once_it_is_mended(redis: Any, key: str) -> None:
+    """A job that had left one order, and could not leave the next, would wait in none."""
+    submit(redis, *(f"job-{number}" for number in range(30)))
+    last = "job-29"
+    write_over(redis, key)
+    before = redis.hgetall(keys.job(last))
+    try:
+        ledger.cancel(redis, last, QUEUE)
+    except ResponseError:
+        assert redis.hgetall(keys.job(last)) == before
+        assert redis.type(key) == b"string"
+        assert Mender(redis, lambda: [QUEUE]).round()
+        assert ledger.cancel(redis, last, QUEUE) == "cancelled"
+    assert not redis.exists(keys.open_jobs(QUEUE)) or redis.zscore(keys.open_jobs(QUEUE), last) is None
+    redis.flushall()
 
 
 @pytest.mark.parametrize("queue", ["stoker.m.generate", "stoker.m.embed.v2", "stoker.qwen2.5-0.5b.train"])

@@ -38,6 +38,9 @@ class Janitor:
             return
         warn_of(redis.info("memory"))
         clock.hold_lost(redis)
+        if redis.ttl(keys.DEAD) == -1:
+            # Its first letter is of another program, which gave it no end.
+            redis.expire(keys.DEAD, keys.DEAD_TTL)
         for queue in self._queues():
             self._recover(queue, every)
 

@@ -249,6 +249,11 @@ end
 -- only that is used which can be true.
 local function strike_out()
   local fields = fields_of(id, 'message', 'mine', 'blob')
+  -- A key that another program wrote over stops the script here: a job that has left one order, and could not leave the
+  -- next, would wait in none.
+  redis.call('LLEN', ready)
+  redis.call('HLEN', sizes)
+  for _, key in ipairs({open, dispatched, unpack(backlogs)}) do redis.call('ZCARD', key) end
   if fields[1] then redis.call('LREM', ready, 1, fields[1]) end
   leave_backlogs(id)
   -- Another type than a client's jobs have is the next submission's to move aside.

@@ -5,6 +5,7 @@ No other module names a field, and the scripts name no other than these (`tests/
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from enum import StrEnum
@@ -94,6 +95,8 @@ class NewJob(Mapping[str, str]):
         return sum(1 for _ in self)
 
 
+#: A time as the scripts write it.
+_TIME = re.compile(rb"[0-9]{1,12}\.[0-9]{1,6}")
 _NEW = tuple(Field(field.name).value for field in fields(NewJob))
 
 
@@ -189,6 +192,19 @@ def _listed(values: list[bytes | None]) -> Listed | None:
 def owner(job_id: str) -> Call[str | None]:
     """The token of the job's owner. A pipeline's reply may be an error, for a key of another type: nobody owns that."""
     return _read(job_id, lambda reply: _text(reply[0]) if isinstance(reply, list) else None, Field.TOKEN)
+
+
+def open_since(job_id: str, queue: str) -> Call[float | None]:
+    """When a job was submitted that is one of the queue's and has not ended; None for any other. A pipeline's reply may
+    be an error."""
+
+    def parse(reply: Any) -> float | None:
+        if not isinstance(reply, list) or reply[0] != queue.encode() or reply[1] is None:
+            return None
+        submitted = reply[2] or b""
+        return float(submitted) if _TIME.fullmatch(submitted) else None
+
+    return _read(job_id, parse, Field.QUEUE, Field.MESSAGE, Field.SUBMITTED)
 
 
 def version(job_id: str) -> Call[str | None]:

@@ -65,7 +65,9 @@ for _, of in ipairs(redis.call('ZRANGEBYSCORE', open, '-inf', now - pending_ttl,
   redis.call('ZREM', open, of)
 end
 -- Jobs that went with their record have left their sizes.
-if redis.call('HLEN', sizes) ~= redis.call('ZCARD', open) + 1 then
+if redis.call('ZCARD', open) == 0 then
+  redis.call('DEL', sizes)
+elseif redis.call('HLEN', sizes) ~= redis.call('ZCARD', open) + 1 then
   for _, of in ipairs(redis.call('HKEYS', sizes)) do
     if of ~= sum and not redis.call('ZSCORE', open, of) then set_size(of, nil) end
   end
