@@ -126,7 +126,7 @@ class Storm:
             "cut": (4, self._cut),
             "broker restart": (1, self._restart_broker),
             "broker silence": (1, self._silence_broker),
-            "poison": (4, self._poisoned),
+            "poison": (8, self._poisoned),
             "full disk": (1, self._fill_disk),
             "locked disk": (1, self._lock_disk),
         }
