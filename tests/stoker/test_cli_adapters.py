@@ -1,0 +1,104 @@
+"""`stoker adapters`: what the commands change, and what they say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from stoker.broker import keys, registry
+from stoker.broker.connection import connect
+from stoker.cli import app
+from stoker.contract import ModelCard, Presence
+from stoker.settings import Settings
+
+
+class Commands:
+    """`stoker adapters …` on one broker, of the model `m`."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._url, self.redis = str(settings.url), connect(settings)
+        card = ModelCard(model="m", architecture="llama", kinds=("adapters",), context=64, parameters=1)
+        now = float(self.redis.time()[0])
+        worker = Presence(
+            worker="w", host="here", pid=5, device="cpu", started=now, time=now, models=(card,), adapters={}, lanes={},
+            memory_bytes=1,
+        )  # fmt: skip
+        self.redis.set(keys.worker("w"), worker.model_dump_json(), ex=60)
+        self.redis.zadd(keys.WORKERS, {"w": now})
+        self.redis.hset(keys.MODELS, f"m/{card.contract}", card.model_copy(update={"seen": now}).model_dump_json())
+        for key in (keys.WORKERS, keys.MODELS):
+            self.redis.expire(key, 60)
+        for version in (1, 2):
+            known = {"rank": 8, "method": "lora", "source": "trained", "time": 5.0, "steps": 20}
+            registry.register(self.redis, "m", "style", version, known, promote=True)
+
+    def __call__(self, *words: str, fails: bool = False) -> str:
+        done = CliRunner().invoke(app, ["adapters", *words, "--model", "m", "--url", self._url])
+        assert bool(done.exception) == fails, done.output
+        return str(done.exception) if fails else done.stdout
+
+    @property
+    def serving(self) -> int | None:
+        return registry.parse("m", "style", self.redis.hgetall(keys.adapter("m", "style"))).serving
+
+
+@pytest.fixture
+def adapters(broker: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Commands]:
+    monkeypatch.setenv("STOKER_HOME", str(tmp_path))
+    commands = Commands(broker)
+    yield commands
+    commands.redis.flushall()
+    commands.redis.close()
+
+
+def test_a_list_says_of_each_version_what_it_is_and_which_one_serves(adapters: Commands) -> None:
+    for words in (["list"], ["show", "style"]):
+        name, first, second = adapters(*words).splitlines()
+        assert name == "style  (m)"
+        assert "style@1" in first
+        assert "serves" not in first
+        assert "rank 8" in second
+        assert second.endswith("serves")
+
+
+@pytest.mark.parametrize("words", [["list"], ["show", "style"]])
+def test_programs_get_the_registry_as_json(adapters: Commands, words: list[str]) -> None:
+    said: Any = json.loads(adapters(*words, "--json"))
+    entry = said[0] if words == ["list"] else said
+    assert (entry["name"], entry["model"], entry["serving"]) == ("style", "m", 2)
+    assert entry["versions"]["1"]["rank"] == 8
+
+
+def test_versions_are_promoted_rolled_back_deactivated_and_unloaded(adapters: Commands) -> None:
+    assert (adapters("promote", "style@1"), adapters.serving) == ("style: version 1 serves\n", 1)
+    assert (adapters("rollback", "style"), adapters.serving) == ("style: version 2 serves\n", 2)
+    assert adapters("unload", "style@1") == "style@1: unloaded\n"
+    assert "style@1" not in adapters("list")
+    assert (adapters("deactivate", "style"), adapters.serving) == ("style: no version serves\n", None)
+
+
+def test_the_version_that_serves_is_not_unloaded(adapters: Commands) -> None:
+    assert "style@2" in adapters("unload", "style@2", fails=True)
+    assert adapters.serving == 2
+
+
+def test_an_adapter_is_removed_from_the_registry_and_from_this_disk_and_no_other(
+    adapters: Commands, tmp_path: Path
+) -> None:
+    for name in ("style", "other"):
+        folder = tmp_path / "adapters/m" / name / "1"
+        folder.mkdir(parents=True)
+        (folder / "adapter_config.json").write_text("{}")
+    assert adapters("remove", "style") == "style: 2 versions removed\n"
+    assert "style@" not in adapters("list")
+    assert [path.name for path in (tmp_path / "adapters/m").iterdir()] == ["other"]
+
+
+def test_an_adapter_that_is_not_there_is_one_error(adapters: Commands) -> None:
+    for words in (["show", "none"], ["promote", "none@1"], ["remove", "none"]):
+        assert "none" in adapters(*words, fails=True)

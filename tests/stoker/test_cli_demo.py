@@ -1,0 +1,64 @@
+"""`stoker demo` from its first line to its last, on the client in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from stoker.cli import app, demo
+from stoker.contract import ModelCard, Presence
+from stoker.errors import UnknownModel
+from stoker.testing import FakeClient
+
+CARD = ModelCard(model="m", architecture="llama", kinds=("generate",), context=64, parameters=135_000_000)
+WORKER = Presence(
+    worker="w@here", host="here", pid=5, device="cpu", started=0.0, time=9.0, models=(CARD,),
+    adapters={}, lanes={}, memory_bytes=2**20,
+)  # fmt: skip
+
+
+class Watched(FakeClient):
+    """With the workers that are alive."""
+
+    alive: tuple[Presence, ...] = (WORKER,)
+
+    def workers(self) -> list[Presence]:
+        return list(self.alive)
+
+
+@pytest.fixture
+def client(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
+    made = Watched()
+    monkeypatch.setattr(demo, "Client", lambda url: made)
+    with made:
+        yield made
+
+
+def test_the_demo_embeds_streams_trains_and_asks_the_base_and_the_adapter(client: Watched) -> None:
+    client.script.embed(lambda request: np.eye(len(request.texts), 384, dtype=np.float32), times=None)
+    client.script.generate("by the sea", times=1)
+    client.script.train([3.0, 2.0, 1.0])
+    client.script.generate(lambda request: f"as {request.adapter or 'the base'} says", times=2)
+    done = CliRunner().invoke(app, ["demo", "--url", "redis://here"])
+    assert done.exit_code == 0, done.output
+    sentences, query = client.sent.embed
+    assert query.texts == (demo.QUERY,)
+    # The first sentence has the vector of the query.
+    assert f"1.000  {sentences.texts[0]}" in done.stdout
+    assert "by the sea" in done.stdout
+    assert "house-style@1: loss 3.000 → 1.000" in done.stdout
+    assert "base: as the base says" in done.stdout
+    assert "house-style: as house-style says" in done.stdout
+    assert [request.steps for request in client.sent.train] == [demo.STEPS]
+    assert "135 M parameters" in done.stdout
+
+
+def test_the_demo_at_a_broker_without_a_worker_says_how_to_start_one(client: Watched) -> None:
+    client.alive = ()
+    done = CliRunner().invoke(app, ["demo", "--url", "redis://here"])
+    assert isinstance(done.exception, UnknownModel)
+    assert "Start one with `stoker up`" in str(done.exception)
+    assert client.sent.jobs == []
