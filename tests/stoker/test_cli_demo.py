@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from stoker.cli import app, demo
 from stoker.contract import ModelCard, Presence
 from stoker.errors import UnknownModel
+from stoker.settings import Settings
 from stoker.testing import FakeClient
 
 CARD = ModelCard(model="m", architecture="llama", kinds=("generate",), context=64, parameters=135_000_000)
@@ -31,7 +32,7 @@ class Watched(FakeClient):
 
 @pytest.fixture
 def client(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
-    made = Watched()
+    made = Watched(settings=Settings(url="redis://127.0.0.1:1/0"))
     monkeypatch.setattr(demo, "Client", lambda url: made)
     with made:
         yield made
