@@ -15,9 +15,12 @@ OTHER = "other"
 WORKER_LABEL = "worker"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Metric:
-    """`labels`: its own, in order. `buckets`: the upper bounds of a histogram."""
+    """`labels`: its own, in order. `buckets`: the upper bounds of a histogram.
+
+    Two are equal if they are one: the engine looks series up at each step, and hashes no buckets for it.
+    """
 
     name: str
     type: Literal["counter", "gauge", "histogram"]

@@ -108,6 +108,21 @@ def test_a_port_that_another_worker_has_is_passed_over(measuring: Measuring) -> 
     assert found.value("stoker_kv_cache_bytes", worker="w@here", model="base") == 7
 
 
+def test_a_connection_that_says_nothing_is_closed(measuring: Measuring, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring_module.Handler, "timeout", 0.05)
+    port = measuring.serve("127.0.0.1", free(1))
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as silent:
+        assert silent.recv(1) == b""
+    assert scrape(port).samples
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="without IP version 6")
+def test_an_address_of_ip_version_6_is_served_too(measuring: Measuring) -> None:
+    port = measuring.serve("::1", free(1))
+    with urllib.request.urlopen(f"http://[::1]:{port}/metrics", timeout=10) as reply:
+        assert reply.status == 200
+
+
 def test_no_free_port_is_one_clear_error(measuring: Measuring, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring_module, "PORTS", 2)
     first = free(2)
@@ -126,7 +141,7 @@ def test_an_address_that_is_not_this_machines_is_the_same_error(measuring: Measu
 
 def test_nothing_is_served_unless_it_is_asked_for(measuring: Measuring, monkeypatch: pytest.MonkeyPatch) -> None:
     runtime: Any = SimpleNamespace(settings=Settings(), stopped=threading.Event())
-    monkeypatch.setattr(measuring_module, "start_http_server", pytest.fail)
+    monkeypatch.setattr(measuring_module, "make_server", pytest.fail)
     Measuring(runtime, Lanes(), Health(10)).listen()
 
 

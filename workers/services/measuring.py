@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import logging
+import socket
+import threading
 import time
-from wsgiref.simple_server import WSGIServer
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import start_http_server
+from prometheus_client import make_wsgi_app
+from prometheus_client.exposition import ThreadingWSGIServer
 from redis.exceptions import RedisError
 
 from stoker.broker import keys
@@ -23,6 +27,21 @@ log = logging.getLogger(__name__)
 
 #: Ports that are tried, from the one that is set: workers of one machine share its settings.
 PORTS = 16
+#: Seconds that a connection may be silent: each has a thread.
+SILENT = 10.0
+
+
+class Handler(WSGIRequestHandler):
+    timeout = SILENT
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """A scrape is no event."""
+
+
+class SixServer(ThreadingWSGIServer):
+    """Of an address of IP version 6."""
+
+    address_family = socket.AF_INET6
 
 
 class Measuring:
@@ -44,15 +63,17 @@ class Measuring:
 
     def serve(self, host: str, port: int) -> int:
         """Serve what is counted, on the first port that is free; return which."""
-        shown = exposition.registry(lambda: exposition.of_workers([self.gather()]))
+        app = make_wsgi_app(exposition.registry(lambda: exposition.of_workers([self.gather()])))
+        kind = SixServer if ":" in host else ThreadingWSGIServer
         last = min(port + PORTS, 65536)
         trouble = OSError()
         for tried in range(port, last):
             try:
-                self._server, _ = start_http_server(tried, host, shown)
+                self._server = make_server(host, tried, app, kind, handler_class=Handler)
             except OSError as error:
                 trouble = error
                 continue
+            threading.Thread(target=self._server.serve_forever, name="metrics port", daemon=True).start()
             log.info("metrics are served at http://%s:%d/metrics", f"[{host}]" if ":" in host else host, tried)
             return tried
         raise ConfigError(
