@@ -86,6 +86,15 @@ def test_running_jobs_and_runs_say_how_far_they_are() -> None:
     assert [(run.id, run.running) for run in overview(seen, [], [], {}).runs] == [("learns", False)]
 
 
+def test_no_job_is_done_by_more_than_all() -> None:
+    """A stream that is read again has more entries than tokens were asked for."""
+    seen = mirror()
+    seen.hear(QUEUE, "talks", said(worker=WORKER))
+    seen.counted("talks", 50)
+    (job,) = overview(seen, [presence()], [], {}).running
+    assert job.share == 1.0
+
+
 def test_curves_of_ended_runs_do_not_grow_without_end() -> None:
     seen = mirror()
     for number in range(40):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Callable
+import tarfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,17 @@ import numpy as np
 import pytest
 
 from stoker import Client
-from stoker.broker import keys, ledger
+from stoker.broker import keys, ledger, policy
 from stoker.cli import embed as embed_command
+from stoker.cli import inputs
+from stoker.cli import train as train_command
 from stoker.cli.generate import describe
-from stoker.contract import GenerateResult, Usage
+from stoker.contract import GenerateResult, TrainReport, TrainResult, Usage
 from stoker.errors import InvalidRequest, JobFailed
 from stoker.files import output as output_module
 from stoker.files.durable import DRAFT
 from stoker.local import storage
+from stoker.local.backup import FORMAT
 from stoker.settings import load_settings
 from stoker.testing import FakeClient
 from tests.stoker.test_client_core import fake, server
@@ -106,3 +111,91 @@ def test_what_a_link_among_the_logs_names_is_no_log(tmp_path: Path) -> None:
     (logs / "old.log").write_text("old")
     far = 10**10
     assert [left.path.name for left in storage.leftovers(load_settings(), far)] == ["old.log"]
+
+
+def test_a_prompt_of_standard_input_has_no_byte_order_mark(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inputs, "stdin", lambda: io.BytesIO(b"\xef\xbb\xbfOnce"))
+    assert inputs.read_text("prompt") == "Once"
+
+
+def test_targets_are_names_without_the_spaces_between_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    client = FakeClient(models={"m": ["train"]})
+    client.script.train([2.0, 1.0])
+    monkeypatch.setattr(train_command, "connect", lambda url: client)
+    (tmp_path / "x.jsonl").write_text('{"text": "a"}\n')
+    invoke("train", "style", "--dataset", str(tmp_path / "x.jsonl"), "--steps", "2", "--targets", "q_proj, v_proj")
+    assert client.sent.train[0].targets == ("q_proj", "v_proj")
+
+
+def test_a_run_without_a_terminal_prints_its_tenths_its_notes_and_its_last_step(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A run that stops early ends between two tenths."""
+
+    class Run:
+        def progress(self) -> Iterator[TrainReport]:
+            fields: dict[str, Any] = {
+                "loss": 1.0,
+                "learning_rate": 1e-3,
+                "gradient_norm": 1.0,
+                "tokens": 9,
+                "tokens_per_second": 5.0,
+            }
+            for step in range(1, 24):
+                note = "rolled back" if step == 13 else ""
+                yield TrainReport(index=step - 1, step=step, steps=100, note=note, last=step == 23, **fields)
+
+        def result(self) -> str:
+            return "the result"
+
+    job: Any = Run()
+    assert train_command.follow(job) == "the result"  # type: ignore[comparison-overlap]
+    shown = [line if line == "rolled back" else line.split()[1] for line in capsys.readouterr().out.splitlines()]
+    assert shown == ["10/100", "rolled back", "20/100", "23/100"]
+
+
+def test_a_held_out_loss_of_nothing_is_one(tmp_path: Path) -> None:
+    fields: dict[str, Any] = {
+        "model": "m",
+        "adapter": "style",
+        "version": 1,
+        "steps": 3,
+        "tokens": 30,
+        "usage": Usage(),
+    }
+    result = TrainResult(first_loss=2.0, last_loss=1.0, best_step=2, held_out_loss=0.0, **fields)
+    assert train_command.outcome(result) == "loss 2.000 → 1.000, on held-out examples 0.000 at step 2"
+    assert train_command.outcome(result.model_copy(update={"held_out_loss": None})) == "loss 2.000 → 1.000"
+
+
+def test_a_backup_has_no_drafts_in_it(server: Any, tmp_path: Path) -> None:
+    run = make_run("job-1")
+    (run / f"{DRAFT}half").write_text("half")
+    invoke("backup", str(tmp_path / "b.tgz"))
+    with tarfile.open(tmp_path / "b.tgz") as archive:
+        names = archive.getnames()
+    assert "runs/job-1/run.json" in names
+    assert not [name for name in names if DRAFT in name]
+
+
+def test_a_restore_leaves_the_rules_that_were_decided_since(server: Any, tmp_path: Path) -> None:
+    policy.decide(server, "queue_limit", 77)
+    invoke("backup", str(tmp_path / "b.tgz"))
+    policy.decide(server, "queue_limit", 5)
+    assert "0 keys of the broker restored; 1 were there already" in invoke("restore", str(tmp_path / "b.tgz"))
+    assert server.hgetall(keys.POLICY) == {b"queue_limit": b"5"}
+
+
+def test_a_backup_of_another_format_is_refused_with_both(server: Any, tmp_path: Path) -> None:
+    make_run("job-1")
+    invoke("backup", str(tmp_path / "good.tgz"))
+    with tarfile.open(tmp_path / "good.tgz") as source, tarfile.open(tmp_path / "next.tgz", "w:gz") as target:
+        for member in source:
+            file = source.extractfile(member)
+            content = b"" if file is None else file.read()
+            if member is source.getmembers()[0]:
+                content = json.dumps({"format": FORMAT + 1}).encode()
+            member.size = len(content)
+            target.addfile(member, io.BytesIO(content))
+    with pytest.raises(InvalidRequest, match=f"format {FORMAT + 1} given; this release reads format {FORMAT}"):
+        invoke("restore", str(tmp_path / "next.tgz"))

@@ -46,6 +46,14 @@ def test_a_small_upload_is_read_at_once_and_an_expired_one_is_none(run: Any) -> 
     assert datasets.fetch(run, name) is None
 
 
+def test_a_large_upload_that_expired_is_none_and_no_file(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keys, "PART", 10)
+    name = sent(run)
+    run.runtime.redis.delete(keys.blob(name))
+    assert datasets.fetch(run, name) is None
+    assert not list(run.runtime.settings.runs.rglob("*.jsonl"))
+
+
 def test_a_large_upload_becomes_a_file_part_by_part(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keys, "PART", 10)
     name = sent(run)
