@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 
+from bench.idle_models import ENCODER, MODEL, token
 from engine.ticket import Entry, Ticket
-from stoker.contract import EmbedRequest, GenerateRequest, GenerateResult, ModelCard, StreamToken, Usage
+from stoker.contract import EmbedRequest, GenerateRequest, GenerateResult, ModelCard, Usage
 from stoker.contract.vectors import Embedded
 from workers.celery.app import app
 
-MODEL, ENCODER = "idle", "idle-encoder"
 KINDS = {MODEL: ("generate", "train", "adapters"), ENCODER: ("embed",)}
 ONE_KIND = {MODEL: ("generate",)}
 DIM = 8
@@ -116,19 +116,6 @@ class IdleEngine:
                 ticket.fail_stopped()
             else:
                 ticket.resolve(_result(work.request))
-
-
-def token(index: int, last: bool) -> StreamToken:
-    return StreamToken(
-        index=index,
-        token_id=7,
-        text=" the",
-        logit=time.time(),
-        logprob=-1.0,
-        probability=0.4,
-        is_eos=False,
-        finish_reason="length" if last else None,
-    )
 
 
 def _result(request: GenerateRequest | EmbedRequest) -> Embedded | GenerateResult:

@@ -19,7 +19,7 @@ from statistics import median
 
 import numpy as np
 
-from bench.idle_worker import ENCODER, MODEL, token
+from bench.idle_models import ENCODER, MODEL, token
 from bench.report import Row, row, write
 from bench.transitions import measured
 from stoker import AsyncClient, Client
