@@ -143,9 +143,9 @@ def loading(upload: str) -> AdapterRequest:
 
 
 def test_an_adapter_that_was_sent_lies_in_a_folder_until_its_job_is_done(worker: Worker) -> None:
-    upload = worker.send("adapter", bundle.pack(FILES, "/home/me/style"))
+    upload = worker.send("adapter", bundle.pack(FILES, "/data/style"))
     data = AdapterHandler().load_input(worker.job(), loading(upload))
-    assert data == AdapterInput(data.folder, "/home/me/style", 1)
+    assert data == AdapterInput(data.folder, "/data/style", 1)
     assert {file.name: file.read_bytes() for file in data.folder.iterdir()} == FILES
     worker.resources.close()
     assert not data.folder.exists()
