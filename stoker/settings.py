@@ -87,6 +87,8 @@ class Settings(BaseSettings):
     #: Megabytes that one log file of `stoker up` may have, and how many that were full are kept of each.
     log_size: int = Field(default=8, ge=1, le=4096)
     log_files: int = Field(default=3, ge=1, le=100)
+    #: Where a worker sends spans of its jobs: nowhere, to a collector (OpenTelemetry's own variables), to its log.
+    traces: Literal["off", "otlp", "log"] = "off"
     #: Linux only: `off`, or the path of an OpenBLAS that MLX shall use.
     blas: str | None = None
 
@@ -224,6 +226,7 @@ class Overrides(TypedDict, total=False):
     log_level: Literal["debug", "info", "warning", "error"] | None
     log_size: int | None
     log_files: int | None
+    traces: Literal["off", "otlp", "log"] | None
     blas: str | None
 
 

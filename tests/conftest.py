@@ -121,8 +121,8 @@ def broker(broker_settings: Settings) -> Iterator[Settings]:
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """Broker and worker with both real models, as `stoker up` runs them. For tests that leave it whole."""
     home = tmp_path_factory.mktemp("stack")
-    # Its metrics are served too, on a port that is free or one of the next.
-    with warm_stack(stack_settings(home, metrics=str(free_port(9464)))) as running:
+    # Its metrics are served too, on a port that is free or one of the next, and its spans are in its log.
+    with warm_stack(stack_settings(home, metrics=str(free_port(9464)), traces="log")) as running:
         yield running
         with Client(settings=running.settings) as client:
             assert_nothing(lambda: _busy_lanes(client), "places in lanes that nobody gave back")

@@ -129,6 +129,9 @@ class Observer(Protocol):
     def ended(self, account: JobAccount) -> None:
         """The delivery is over: `outcome`, `duration` and `phases` are known."""
 
+    def close(self) -> None:
+        """The worker ends."""
+
 
 class Observers:
     """Tells each of them, also after another failed."""
@@ -144,6 +147,10 @@ class Observers:
         account.ended = time.monotonic()
         for observer in self._observers:
             _told(observer.ended, account)
+
+    def close(self) -> None:
+        for observer in self._observers:
+            observer.close()
 
 
 def _told(tell: Callable[[JobAccount], None], account: JobAccount) -> None:

@@ -21,6 +21,8 @@ from stoker.errors import InvalidRequest, QueueFull
 if TYPE_CHECKING:
     from stoker.settings import Settings
 
+from stoker.traces import NONE, Trace
+
 P = TypeVar("P", bound=Pipeline)
 
 
@@ -28,13 +30,20 @@ class Submission:
     """One job on its way into the ledger. Sent again it is the same job, so a call that failed can be repeated."""
 
     def __init__(
-        self, settings: Settings, request: Request, job_id: str, data: bytes = b"", client: str | None = None
+        self,
+        settings: Settings,
+        request: Request,
+        job_id: str,
+        data: bytes = b"",
+        client: str | None = None,
+        trace: Trace = NONE,
     ) -> None:
-        """`client`: the key of the client that the job belongs to, if it is not the one of `settings`."""
+        """`client`: the key of the client that the job belongs to, if it is not the one of `settings`. `trace`: the
+        one that it belongs to."""
         self.job_id, self._data = job_id, data
         #: The request as it is sent: with the name of its input.
         self.request = _naming(request, job_id, data)
-        self._record = job_record(self.request, job_id, client or settings.client_key)
+        self._record = job_record(self.request, job_id, client or settings.client_key, trace)
         self._uploaded = False
         self._until = time.monotonic() + settings.queue_wait
 
@@ -118,7 +127,7 @@ def _naming(request: Request, job_id: str, data: bytes) -> Request:
     return request
 
 
-def job_record(request: Request, job_id: str, client: str = "default") -> NewJob:
+def job_record(request: Request, job_id: str, client: str = "default", trace: Trace = NONE) -> NewJob:
     """What `ledger.submit` writes: all that is known of the job, with the message that brings it to a worker."""
     queue = keys.queue(request.model, request.kind)
     return NewJob(
@@ -132,6 +141,8 @@ def job_record(request: Request, job_id: str, client: str = "default") -> NewJob
         blob=_input(request),
         adapter=_adapter(request),
         size=_size(request),
+        traceparent=trace.traceparent,
+        tracestate=trace.tracestate,
     )
 
 

@@ -50,6 +50,8 @@ class Load:
 def test_what_is_scraped_after_a_mixed_load_is_what_the_load_was(
     monitor: Running, client: Client, stack: Stack
 ) -> None:
+    # A worker reports every few seconds: what other tests did a moment ago must not count as part of this load.
+    wait_until(lambda: same_counts(own_port(stack), scrape(monitor)), "what was before is reported")
     before, load = scrape(monitor), Load()
     embed(client, load)
     answer(client, load)

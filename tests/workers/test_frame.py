@@ -175,6 +175,8 @@ class Witness:
     def ended(self, account: JobAccount) -> None:
         self.ends.append(account)
 
+    def close(self) -> None: ...
+
 
 class Broken(Witness):
     """One that fails at everything."""

@@ -64,6 +64,8 @@ class JobMeter:
             elif account.outcome is DeliveryEnd.RETURNED:
                 self._numbers.of(metrics.RETURNED, *labels).add()
 
+    def close(self) -> None: ...
+
     def _labels(self, account: JobAccount) -> tuple[str, str]:
         model = account.model if account.model in self._models() else OTHER
         return model, account.kind if account.kind in KINDS else OTHER

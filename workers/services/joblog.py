@@ -32,6 +32,8 @@ class JobLog:
         )
         line.write(log, logging.WARNING if account.outcome in _BAD else logging.INFO)
 
+    def close(self) -> None: ...
+
 
 def _line(event: str, account: JobAccount) -> JobLine:
     about = account.job, account.kind, account.model, account.client

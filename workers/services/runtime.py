@@ -20,11 +20,10 @@ from stoker.errors import StokerError, WorkerUnavailable
 from stoker.monitor.metrics import PUBLISH_LAG
 from stoker.monitor.numbers import Numbers
 from stoker.settings import Settings
-from workers.account import Observers
 from workers.services.engine_meter import EngineMeter
 from workers.services.job_meter import JobMeter
-from workers.services.joblog import JobLog
 from workers.services.mending import Mender
+from workers.services.observing import observers
 from workers.services.publishing import Publisher
 from workers.services.retrying import Retry
 
@@ -52,7 +51,7 @@ class Runtime:
         self.publisher = Publisher(connect(settings), self.fail, self.numbers.of(PUBLISH_LAG))
         self.engine = make_engine(self.publisher.publish)
         #: Who tells of the jobs that run here.
-        self.observers = Observers([JobLog(), self.job_meter])
+        self.observers = observers(settings, name, self.job_meter)
         self.engine.observe = EngineMeter(self.numbers, self.job_meter.submitted).step
         #: By `time.monotonic`.
         self.started = time.monotonic()
@@ -72,6 +71,7 @@ class Runtime:
         self.stopped.set()
         self.engine.stop()
         self.publisher.stop()
+        self.observers.close()
 
     @contextmanager
     def running(self, token: str, ticket: Ticket[Any]) -> Iterator[None]:

@@ -57,6 +57,8 @@ end
 -- From where the job's messages are counted: a record that comes after another of the same job, which has expired or is
 -- revived, makes messages with other tags. Those of the first may still be somewhere.
 local sent = math.max(now * 1e6, count_of(redis.pcall('HGET', job, 'sent')))
+-- A dead letter that is sent again stays in its trace, and goes on to count its owners.
+local kept = revive and fields_of(id, 'attempts', 'traceparent', 'tracestate') or {}
 if revive then
   redis.call('HDEL', dead, id)
   redis.call('DEL', job, result)
@@ -64,6 +66,9 @@ end
 -- The first write of a new job, and one that a broker without memory refuses: then nothing was written.
 local submitted = string.format('%.6f', now)
 redis.call('HSET', job, 'submitted', submitted, 'sent', string.format('%.0f', sent), 'mine', mine, unpack(record))
+for i, name in ipairs({'attempts', 'traceparent', 'tracestate'}) do
+  if kept[i] then redis.call('HSETNX', job, name, kept[i]) end
+end
 local accepted, trouble = pcall(function()
   redis.call('ZREMRANGEBYSCORE', mine, '-inf', now - pending_ttl)
   -- Ids of jobs that went with their record, or whose record was spoiled.

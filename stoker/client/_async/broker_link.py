@@ -8,6 +8,7 @@ from contextlib import aclosing
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from stoker import traces
 from stoker.adapters import found
 from stoker.broker import connection, keys, ledger, letters, registry
 from stoker.broker.asking import own_patience
@@ -39,6 +40,7 @@ class AsyncBrokerLink:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._connections = Connections(settings)
+        self._sent = traces.Sent()
 
     def __reduce__(self) -> tuple[object, ...]:
         return _link_at, (self._settings.address.without_password,)
@@ -57,14 +59,16 @@ class AsyncBrokerLink:
         return self.redis
 
     async def submit(self, request: Request, job_id: str, data: bytes = b"") -> None:
-        # In a thread: the digest of half a gigabyte would hold up an event loop.
-        make = partial(Submission, self._settings, request, job_id, data)
-        submission = await in_thread(make) if data else make()
-        with translated(self._settings):
-            if submission.in_parts and (await summary(job_id).on_async(self._redis)).kind is None:
-                for part in submission.uploads(self._redis):
-                    await part.execute()
-        await self._send(submission, revive=False)
+        with traces.sending(request, job_id) as trace:
+            # In a thread: the digest of half a gigabyte would hold up an event loop.
+            make = partial(Submission, self._settings, request, job_id, data, trace=trace)
+            submission = await in_thread(make) if data else make()
+            with translated(self._settings):
+                if submission.in_parts and (await summary(job_id).on_async(self._redis)).kind is None:
+                    for part in submission.uploads(self._redis):
+                        await part.execute()
+            await self._send(submission, revive=False)
+        self._sent.remember(job_id, trace)
 
     async def revive(self, request: Request, job_id: str, client: str | None) -> None:
         await self._send(Submission(self._settings, request, job_id, client=client), revive=True)
@@ -99,16 +103,18 @@ class AsyncBrokerLink:
 
     async def value(self, job_id: str, timeout: float | None) -> object:
         follower = Follower[StreamToken](self._settings, job_id, timeout=timeout)
-        async for _ in self._follow(follower):
-            pass
-        return follower.value()
+        with traces.waiting(job_id, self._sent.of(job_id)):
+            async for _ in self._follow(follower):
+                pass
+            return follower.value()
 
     async def entries(self, job_id: str, entry: type[E], timeout: float | None) -> AsyncGenerator[E]:
         follower = Follower(self._settings, job_id, entry, timeout)
-        async with aclosing(self._follow(follower)) as entries:
-            async for item in entries:
-                yield item
-        follower.value()
+        with traces.waiting(job_id, self._sent.of(job_id)):
+            async with aclosing(self._follow(follower)) as entries:
+                async for item in entries:
+                    yield item
+            follower.value()
 
     async def _follow(self, follower: Follower[E]) -> AsyncGenerator[E]:
         """Yield entries until the outcome is known; outlast the broker's outages for as long as patience lasts."""

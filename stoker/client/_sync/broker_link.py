@@ -9,6 +9,7 @@ from contextlib import closing
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from stoker import traces
 from stoker.adapters import found
 from stoker.broker import connection, keys, ledger, letters, registry
 from stoker.broker.asking import own_patience
@@ -40,6 +41,7 @@ class BrokerLink:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._connections = Connections(settings)
+        self._sent = traces.Sent()
 
     def __reduce__(self) -> tuple[object, ...]:
         return _link_at, (self._settings.address.without_password,)
@@ -58,14 +60,16 @@ class BrokerLink:
         return self.redis
 
     def submit(self, request: Request, job_id: str, data: bytes = b"") -> None:
-        # In a thread: the digest of half a gigabyte would hold up an event loop.
-        make = partial(Submission, self._settings, request, job_id, data)
-        submission = in_thread(make) if data else make()
-        with translated(self._settings):
-            if submission.in_parts and (summary(job_id).on(self._redis)).kind is None:
-                for part in submission.uploads(self._redis):
-                    part.execute()
-        self._send(submission, revive=False)
+        with traces.sending(request, job_id) as trace:
+            # In a thread: the digest of half a gigabyte would hold up an event loop.
+            make = partial(Submission, self._settings, request, job_id, data, trace=trace)
+            submission = in_thread(make) if data else make()
+            with translated(self._settings):
+                if submission.in_parts and (summary(job_id).on(self._redis)).kind is None:
+                    for part in submission.uploads(self._redis):
+                        part.execute()
+            self._send(submission, revive=False)
+        self._sent.remember(job_id, trace)
 
     def revive(self, request: Request, job_id: str, client: str | None) -> None:
         self._send(Submission(self._settings, request, job_id, client=client), revive=True)
@@ -100,16 +104,18 @@ class BrokerLink:
 
     def value(self, job_id: str, timeout: float | None) -> object:
         follower = Follower[StreamToken](self._settings, job_id, timeout=timeout)
-        for _ in self._follow(follower):
-            pass
-        return follower.value()
+        with traces.waiting(job_id, self._sent.of(job_id)):
+            for _ in self._follow(follower):
+                pass
+            return follower.value()
 
     def entries(self, job_id: str, entry: type[E], timeout: float | None) -> Generator[E]:
         follower = Follower(self._settings, job_id, entry, timeout)
-        with closing(self._follow(follower)) as entries:
-            for item in entries:
-                yield item
-        follower.value()
+        with traces.waiting(job_id, self._sent.of(job_id)):
+            with closing(self._follow(follower)) as entries:
+                for item in entries:
+                    yield item
+            follower.value()
 
     def _follow(self, follower: Follower[E]) -> Generator[E]:
         """Yield entries until the outcome is known; outlast the broker's outages for as long as patience lasts."""

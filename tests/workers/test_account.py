@@ -1,0 +1,50 @@
+"""What a worker's account of a job takes from its ticket, its claim and its result."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from engine.ticket import Ticket
+from stoker.contract import EmbedReply, Usage
+from workers.account import JobAccount
+
+
+def ticket(kind: str, started: float | None, first: float | None, ended: float | None) -> Ticket[Any]:
+    made: Ticket[Any] = Ticket("job", kind)
+    made.submitted, made.started, made.first_entry, made.ended = 1.0, started, first, ended
+    return made
+
+
+@pytest.mark.parametrize(
+    ("kind", "times", "phases"),
+    [
+        ("generate", (2.0, 3.0, 5.0), [("engine queue", 1, 2), ("prefill", 2, 3), ("decode", 3, 5)]),
+        # It ended in the middle of its prompt, or before it began.
+        ("generate", (2.0, None, 5.0), [("engine queue", 1, 2), ("prefill", 2, 5)]),
+        ("generate", (None, None, 5.0), [("engine queue", 1, 5)]),
+        ("embed", (2.0, None, 5.0), [("engine queue", 1, 2), ("embed", 2, 5)]),
+        ("train", (2.0, 3.0, 5.0), [("engine queue", 1, 2), ("train", 2, 5)]),
+        ("adapters", (2.0, None, 5.0), [("engine queue", 1, 2), ("load adapter", 2, 5)]),
+    ],
+)
+def test_the_engines_phases_follow_each_other_without_a_gap(
+    kind: str, times: tuple[float | None, float | None, float], phases: list[tuple[str, float, float]]
+) -> None:
+    account = JobAccount("job", kind, "m")
+    account.ran(ticket(kind, *times))
+    assert [(phase.name, phase.began, phase.ended) for phase in account.phases] == phases
+
+
+def test_a_phase_that_fails_is_told_of_too() -> None:
+    account = JobAccount("job", "embed", "m")
+    with pytest.raises(ValueError, match="x"), account.phase("load"):
+        raise ValueError("x")
+    assert [phase.name for phase in account.phases] == ["load"]
+
+
+def test_tokens_of_an_embedding_are_those_that_it_read() -> None:
+    account = JobAccount("job", "embed", "m")
+    account.made(EmbedReply(blob="b", rows=1, dim=1, usage=Usage(prompt_tokens=9)))
+    assert account.tokens == 9
