@@ -45,7 +45,7 @@ class SixServer(ThreadingWSGIServer):
 
 
 class Measuring:
-    """Numbers are gathered when somebody asks; between two reports nothing is done."""
+    """Numbers are gathered when they are asked for; between two reports nothing is done."""
 
     def __init__(self, runtime: Runtime, lanes: Lanes, health: Health) -> None:
         self._runtime, self._lanes, self._health = runtime, lanes, health

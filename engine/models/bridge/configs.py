@@ -41,7 +41,7 @@ RECURRENT_CONTEXT = 1 << 20
 
 @dataclass(frozen=True)
 class BridgeArgs:
-    """What the engine asks of a model, whatever its file is. `vocab`: columns of its logits."""
+    """What the engine asks of a model, of any file. `vocab`: columns of its logits."""
 
     architecture: str
     vocab: int
