@@ -89,6 +89,11 @@ class Settings(BaseSettings):
     log_files: int = Field(default=3, ge=1, le=100)
     #: Where a worker sends spans of its jobs: nowhere, to a collector (OpenTelemetry's own variables), to its log.
     traces: Literal["off", "otlp", "log"] = "off"
+    #: How much is kept of training runs that ended: how many, for how many days, and with how many megabytes. The
+    #: newest of each adapter stays, and those that are pinned.
+    keep_runs: int = Field(default=200, ge=1, le=100_000)
+    keep_days: int = Field(default=90, ge=1, le=36_500)
+    keep_megabytes: int = Field(default=20_480, ge=1, le=1_048_576)
     #: Linux only: `off`, or the path of an OpenBLAS that MLX shall use.
     blas: str | None = None
 
@@ -227,6 +232,9 @@ class Overrides(TypedDict, total=False):
     log_size: int | None
     log_files: int | None
     traces: Literal["off", "otlp", "log"] | None
+    keep_runs: int | None
+    keep_days: int | None
+    keep_megabytes: int | None
     blas: str | None
 
 

@@ -107,6 +107,7 @@ training.command("show")(runs.show)
 training.command("plot")(runs.plot)
 training.command("attach")(runs.attach)
 training.command("remove")(runs.remove)
+training.command("pin")(runs.pin)
 app.add_typer(training, name="runs")
 
 kernels = typer.Typer(no_args_is_help=True, help="Fused kernels of this machine.")

@@ -17,8 +17,9 @@ from stoker.broker.connection import translated
 from stoker.cli.options import Json, Url, print_json
 from stoker.errors import ConfigError, InvalidRequest
 from stoker.local import backup as archives
-from stoker.local import storage
+from stoker.local import keeping, storage
 from stoker.local.backup import Counted
+from stoker.local.storage import Leftover
 from stoker.settings import Settings, load_settings
 
 _UNITS = {"h": 3600.0, "d": 86400.0, "w": 7 * 86400.0}
@@ -29,9 +30,10 @@ def clean(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go; delete nothing.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Delete runs that ended and logs that nothing writes, older than an age, and what dead processes left half."""
-    settings = load_settings()
-    found = storage.leftovers(settings, time.time() - seconds(older_than))
+    """Delete runs that ended and logs that nothing writes, older than an age, runs beyond what is kept, and what dead
+    processes left half. Runs that are pinned, and the newest of each adapter, stay."""
+    settings, now = load_settings(), time.time()
+    found = _leftovers(settings, now, now - seconds(older_than))
     halves = len(storage.drafts(settings)) if dry_run else storage.remove_drafts(settings)
     for leftover in found:
         if not dry_run:
@@ -48,6 +50,13 @@ def clean(
     else:
         done = "would be deleted" if dry_run else "deleted"
         print(f"{len(found)} runs and logs {done}, {megabytes(total)}; {halves} half-written drafts {done}")
+
+
+def _leftovers(settings: Settings, now: float, before: float) -> list[Leftover]:
+    old = keeping.ended_before(settings, before)
+    named = {leftover.path for leftover in old}
+    more = [leftover for leftover in keeping.over_limits(settings, now) if leftover.path not in named]
+    return [*old, *more, *storage.old_logs(settings, before)]
 
 
 def backup(

@@ -195,7 +195,8 @@ def _show_disk(as_json: bool) -> None:
         print_json([{**asdict(used), "path": str(used.path)} for used in found])
         return
     for used in found:
-        print(f"{used.bytes / 2**20:10.1f} MB  {used.files:7} files  {used.path if used.files else used.name}")
+        kept = f"  at most {used.limit}" if used.limit else ""
+        print(f"{used.bytes / 2**20:10.1f} MB  {used.files:7} files  {used.path if used.files else used.name}{kept}")
     print(
         f"{sum(used.bytes for used in found) / 2**20:10.1f} MB  in {settings.home}; `stoker clean` deletes what is old"
     )

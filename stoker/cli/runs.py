@@ -14,7 +14,7 @@ from stoker.cli.train import follow, outcome
 from stoker.client import Client, TrainJob
 from stoker.errors import ConfigError, InvalidRequest, JobLost
 from stoker.files.durable import remove_folder
-from stoker.local.runs import StoredRun, find_run, stored_runs
+from stoker.local.runs import PIN_FILE, StoredRun, find_run, stored_runs
 from stoker.settings import load_settings
 
 RunId = Annotated[
@@ -106,6 +106,22 @@ def remove(run: RunId, url: Url = None) -> None:
     except OSError as error:
         raise ConfigError(f"{found.folder}: cannot be deleted ({error}).") from None
     print(f"{found.id}: deleted")
+
+
+def pin(
+    run: RunId, off: Annotated[bool, typer.Option("--off", help="Let it go with the others again.")] = False
+) -> None:
+    """Keep the folder of a run where `stoker clean` or the limits would delete it. `stoker runs remove` still does."""
+    found = _found(run)
+    file = found.folder / PIN_FILE
+    try:
+        if off:
+            file.unlink(missing_ok=True)
+        else:
+            file.touch(mode=0o600)
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be {'deleted' if off else 'made'} ({error}).") from None
+    print(f"{found.id}: {'not pinned any more' if off else 'pinned'}")
 
 
 def _refuse_open(client: Client, run: StoredRun) -> None:

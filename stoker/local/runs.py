@@ -13,6 +13,8 @@ from stoker.errors import InvalidRequest
 
 RUN_FILE = "run.json"
 LOG_FILE = "log.jsonl"
+#: A file in a run's folder that keeps it (`stoker runs pin`).
+PIN_FILE = "pinned"
 #: The status of a run that has not ended.
 RUNNING = "running"
 
@@ -42,6 +44,10 @@ class StoredRun:
     @property
     def has_ended(self) -> bool:
         return self.status != RUNNING
+
+    @property
+    def is_pinned(self) -> bool:
+        return (self.folder / PIN_FILE).exists()
 
     def plain(self) -> dict[str, Any]:
         return {"run": self.id, "changed": self.changed, **self.facts, "reports": self.reports}

@@ -10,18 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stoker.files.durable import DRAFT, remove_folder, sweep
-from stoker.local.runs import stored_runs
 from stoker.settings import Settings
 
 
 @dataclass(frozen=True)
 class Used:
-    """The disk that one part of STOKER_HOME takes. `bytes`: of the blocks that its files fill."""
+    """The disk that one part of STOKER_HOME takes. `bytes`: of the blocks that its files fill. `limit`: how much of it
+    is kept, and which settings say so; "" where nothing limits it."""
 
     name: str
     path: Path
     files: int
     bytes: int
+    limit: str = ""
 
 
 @dataclass(frozen=True)
@@ -38,23 +39,32 @@ def disk_use(settings: Settings) -> list[Used]:
     home = settings.home
     parts = [path for path in home.iterdir() if path.is_dir()] if home.is_dir() else []
     loose = [path for path in home.iterdir() if path.is_file()] if home.is_dir() else []
-    found = [_used(path.name, path, list(_files(path))) for path in parts if not path.is_symlink()]
+    limits = _limits(settings)
+    found = [
+        _used(path.name, path, list(_files(path)), limits.get(path.name, "")) for path in parts if not path.is_symlink()
+    ]
     found.append(_used("other files", home, [size for path in loose for size in _sizes(path)]))
     return sorted(found, key=lambda used: -used.bytes)
 
 
-def leftovers(settings: Settings, before: float) -> list[Leftover]:
-    """Runs that ended, and logs that were last written, before that moment, in seconds since the epoch. A run that
-    has not ended stays: a worker may go on with it."""
-    found = [
-        Leftover(run.folder, f"a run of {run.asked['name']} that ended ({run.status})", _bytes(run.folder))
-        for run in stored_runs(settings.runs)
-        if run.has_ended and run.changed < before
-    ]
+def _limits(settings: Settings) -> dict[str, str]:
+    """What is kept of each part, by its name."""
+    of_logs = f"{settings.log_files + 1} files of {settings.log_size} MB a process"
+    of_runs = f"{settings.keep_runs} ended runs, {settings.keep_days} days, {settings.keep_megabytes} MB"
+    return {
+        "runs": f"{of_runs} (STOKER_KEEP_RUNS, STOKER_KEEP_DAYS, STOKER_KEEP_MEGABYTES)",
+        "logs": f"{of_logs} (STOKER_LOG_FILES, STOKER_LOG_SIZE)",
+        "broker": "results for a day, vectors up to vector_bytes (`stoker jobs policy`)",
+    }
+
+
+def old_logs(settings: Settings, before: float) -> list[Leftover]:
+    """Logs that were last written before that moment, in seconds since the epoch."""
+    found = []
     logs = settings.logs
     for path in sorted(logs.iterdir()) if logs.is_dir() else []:
         if path.is_file() and not path.is_symlink() and path.stat().st_mtime < before:
-            found.append(Leftover(path, "a log that nothing writes", _bytes(path)))
+            found.append(Leftover(path, "a log that nothing writes", bytes_of(path)))
     return found
 
 
@@ -80,11 +90,12 @@ def remove_drafts(settings: Settings) -> int:
     return sum(not path.exists() for path in found)
 
 
-def _used(name: str, path: Path, sizes: list[int]) -> Used:
-    return Used(name, path, len(sizes), sum(sizes))
+def _used(name: str, path: Path, sizes: list[int], limit: str = "") -> Used:
+    return Used(name, path, len(sizes), sum(sizes), limit)
 
 
-def _bytes(path: Path) -> int:
+def bytes_of(path: Path) -> int:
+    """The disk that a file takes, or a folder with all that is in it."""
     return sum(_files(path)) if path.is_dir() else sum(_sizes(path))
 
 

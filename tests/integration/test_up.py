@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -107,12 +108,25 @@ def test_commands_work_from_another_shell_and_ctrl_c_ends_all(up: Up) -> None:
     assert "Traceback" not in gone.stderr
 
 
+def _runs_of(home: Path) -> Path:
+    """Two runs that ended a hundred days ago; the folder of the older one."""
+    for number in range(2):
+        folder = home / "runs" / f"run-{number}"
+        folder.mkdir(parents=True)
+        (folder / "run.json").write_text(json.dumps({"request": {"name": "style", "steps": 1}, "status": "done"}))
+        then = time.time() - (101 - number) * 86400
+        os.utime(folder / "run.json", (then, then))
+    return home / "runs" / "run-0"
+
+
 def test_a_second_one_joins_the_first_says_so_and_ends_alone_while_nohup_keeps_the_first(tmp_path: Path) -> None:
     env = {"STOKER_GRACE": "5", "STOKER_MODELS": EMBED_MODEL}
+    old = _runs_of(tmp_path / "home")
     first = Up(tmp_path / "home", "--no-flower", hang_up=signal.SIG_IGN, **env)
     second = None
     try:
         first.wait_until_warm()
+        wait_until(lambda: not old.exists(), "the worker removes runs beyond what is kept")
         second = Up(tmp_path / "home", **env)
         second.wait_until_warm()
         said = second.output.read_text()

@@ -110,7 +110,7 @@ def test_what_a_link_among_the_logs_names_is_no_log(tmp_path: Path) -> None:
     (logs / "link.log").symlink_to(tmp_path / "own.txt")
     (logs / "old.log").write_text("old")
     far = 10**10
-    assert [left.path.name for left in storage.leftovers(load_settings(), far)] == ["old.log"]
+    assert [left.path.name for left in storage.old_logs(load_settings(), far)] == ["old.log"]
 
 
 def test_a_prompt_of_standard_input_has_no_byte_order_mark(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,6 +35,7 @@ from workers.services import drain
 from workers.services.background import Background
 from workers.services.broker_check import check_broker
 from workers.services.cancelling import CancelWatch
+from workers.services.housekeeping import EVERY, Housekeeping
 from workers.services.janitor import Janitor
 from workers.services.measuring import Measuring
 from workers.services.presence import Heart
@@ -75,6 +76,8 @@ class EngineStep(bootsteps.StartStopStep):
             self._measuring.start()
         heart = self._heart = Heart(running, self._context.lanes, Janitor(running))
         heart.start()
+        house = Housekeeping(self._context.settings)
+        Background("housekeeping", house.round, stopped=running.stopped, every=EVERY).start()
         Background("mending", lambda: _mend(running, heart), stopped=running.stopped, every=MEND_EVERY).start()
 
     def _made_runtime(self, settings: Settings, name: str) -> Runtime:

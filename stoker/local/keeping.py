@@ -1,0 +1,77 @@
+"""How many training runs that ended are kept on this machine: by number, age and bytes. Workers apply it while they
+run; `stoker clean` does the same by hand.
+
+Nothing goes that may be needed: a run that has not ended, one that is pinned, and of each adapter the run that ended
+last.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+from stoker.errors import InvalidRequest
+from stoker.files.durable import remove_folder
+from stoker.local.runs import RUN_FILE, StoredRun, read_run
+from stoker.local.storage import Leftover, bytes_of
+from stoker.settings import Settings
+
+log = logging.getLogger(__name__)
+DAY = 86400.0
+
+
+def removable(root: Path) -> list[StoredRun]:
+    """The runs that may go, the oldest first. One that cannot be read stays, and hinders no other."""
+    ended = sorted((run for run in _readable(root) if run.has_ended), key=lambda run: run.changed)
+    newest = {_adapter(run): run.id for run in ended}
+    return [run for run in ended if not run.is_pinned and run.id != newest[_adapter(run)]]
+
+
+def ended_before(settings: Settings, before: float) -> list[Leftover]:
+    """Runs that may go and ended before that moment, in seconds since the epoch."""
+    return [
+        Leftover(run.folder, f"a run of {run.asked['name']} that ended ({run.status})", bytes_of(run.folder))
+        for run in removable(settings.runs)
+        if run.changed < before
+    ]
+
+
+def over_limits(settings: Settings, now: float) -> list[Leftover]:
+    """The runs by which the limits are passed, the oldest first. `now`: seconds since the epoch."""
+    ended = [run for run in _readable(settings.runs) if run.has_ended]
+    sizes = {run.id: bytes_of(run.folder) for run in ended}
+    count, total, found = len(ended), sum(sizes.values()), []
+    for run in removable(settings.runs):
+        old = run.changed < now - settings.keep_days * DAY
+        if not (old or count > settings.keep_runs or total > settings.keep_megabytes * 2**20):
+            continue
+        count, total = count - 1, total - sizes[run.id]
+        found.append(Leftover(run.folder, f"a run of {run.asked['name']} beyond what is kept", sizes[run.id]))
+    return found
+
+
+def remove_over_limits(settings: Settings, now: float) -> list[Leftover]:
+    """Remove them; return those that went. One that another process removes, or begins anew, is left to it."""
+    gone = []
+    for leftover in over_limits(settings, now):
+        try:
+            if read_run(leftover.path).has_ended:
+                remove_folder(leftover.path)
+                gone.append(leftover)
+        except (InvalidRequest, FileNotFoundError):
+            continue
+    return gone
+
+
+def _adapter(run: StoredRun) -> tuple[str, str]:
+    return str(run.asked.get("model")), str(run.asked["name"])
+
+
+def _readable(root: Path) -> Iterator[StoredRun]:
+    for folder in sorted(root.iterdir()) if root.is_dir() else []:
+        if (folder / RUN_FILE).is_file():
+            try:
+                yield read_run(folder)
+            except InvalidRequest as error:
+                log.debug("%s", error)
