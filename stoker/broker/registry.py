@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from stoker.broker import keys
+from stoker.broker.wrong_types import is_wrong_type
 from stoker.contract.base import parse_adapter
 from stoker.contract.names import Rule, follows
 from stoker.errors import InvalidRequest, UnknownAdapter
@@ -129,6 +130,17 @@ def parse(model: str, name: str, raw: Mapping[bytes, bytes]) -> AdapterEntry:
     served = tuple(int(number) for number in history if follows(Rule.VERSION, str(number)))
     serves = int(serving) if serving and follows(Rule.VERSION, serving) else None
     return AdapterEntry(model, name, serves, served, dict(sorted(versions.items())))
+
+
+def parse_all(model: str, names: Iterable[str], replies: Iterable[Any]) -> list[AdapterEntry]:
+    """As `parse`, of several. A record that another program wrote over has no versions, and hides no other adapter; its
+    own errors name it."""
+    found = []
+    for name, reply in zip(names, replies, strict=True):
+        if isinstance(reply, Exception) and not is_wrong_type(reply):
+            raise reply
+        found.append(parse(model, name, {} if isinstance(reply, Exception) else reply))
+    return found
 
 
 def _list(value: str) -> list[Any]:

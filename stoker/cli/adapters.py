@@ -14,6 +14,7 @@ from stoker.broker.registry import AdapterEntry, wanted
 from stoker.catalogue import parse_model
 from stoker.cli.engine_tool import ask_engine
 from stoker.cli.options import Json, Model, Url, connect, print_json
+from stoker.contract.shown import printable
 from stoker.errors import ConfigError
 from stoker.files.durable import remove_folder
 from stoker.settings import load_settings
@@ -129,5 +130,13 @@ def _show(entry: AdapterEntry) -> None:
     print(f"{entry.name}  ({entry.model})")
     for number, known in entry.versions.items():
         mark = "serves" if number == entry.serving else ""
-        made = time.strftime("%Y-%m-%d %H:%M", time.localtime(known.get("time", 0)))
-        print(f"  {entry.name}@{number:<4} {made}  {facts(known):44} {mark}".rstrip())
+        line = f"  {entry.name}@{number:<4} {_moment(known.get('time', 0)):16}  {facts(known):44} {mark}"
+        print(printable(line).rstrip())
+
+
+def _moment(seconds: Any) -> str:
+    """When a version was made; another program may have written anything there."""
+    try:
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+    except (TypeError, ValueError, OverflowError, OSError):
+        return "?"

@@ -11,6 +11,7 @@ from stoker.broker.ledger.listing import OpenJob
 from stoker.cli.options import Json, Url, connect, print_json
 from stoker.client import Client
 from stoker.contract.kinds import KINDS
+from stoker.contract.shown import printable
 from stoker.errors import InvalidRequest, JobLost
 
 
@@ -39,9 +40,10 @@ def list_dead(as_json: Json = False, url: Url = None) -> None:
             crash["worker"] + (f" ({crash['trouble']})" if "trouble" in crash else "") for crash in letter["history"]
         )
         how = "cannot be read, says" if letter["kind"] == letters.MESSAGE else "dead-lettered after"
-        print(f"{job_id}  {letter['kind']:8} {letter['model']:24} {how} {workers or 'its letter'}")
+        # Any client of the broker may have written it.
+        print(printable(f"{job_id}  {letter['kind']:8} {letter['model']:24} {how} {workers or 'its letter'}"))
         if "message" in letter:
-            print(f"    {letter['bytes']} bytes, base64: {letter['message']}")
+            print(printable(f"    {letter['bytes']} bytes, base64: {letter['message']}"))
 
 
 def retry(

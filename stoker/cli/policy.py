@@ -9,6 +9,7 @@ import typer
 from stoker.broker import policy
 from stoker.broker.connection import translated
 from stoker.cli.options import Json, Url, connect, print_json
+from stoker.contract.shown import brief
 from stoker.errors import InvalidRequest
 
 
@@ -37,6 +38,6 @@ def show_or_set(
 def _number(name: str, value: str) -> int | None:
     if value == "default":
         return None
-    if not value.isdecimal():
-        raise InvalidRequest(f"{name}: {value!r} given; expected a whole number, or 'default'.")
+    if not (value.isdecimal() and len(value) <= 20):
+        raise InvalidRequest(f"{name}: {brief(value)} given; expected a whole number, or 'default'.")
     return int(value)

@@ -43,8 +43,11 @@ def checked_job_id(job_id: str | None) -> str:
 
 
 def known_by(job_id: object) -> str:
-    """The id that a caller asks for a job by. Raises `InvalidRequest` for what is no text: no job has such an id."""
-    return job_id if isinstance(job_id, str) else checked(Rule.JOB_ID, "job_id", job_id)
+    """The id that a caller asks for a job by. Raises `InvalidRequest` for what is no text that a broker could hold: no
+    job has such an id."""
+    if isinstance(job_id, str) and not any("\ud800" <= letter <= "\udfff" for letter in job_id):
+        return job_id
+    return checked(Rule.JOB_ID, "job_id", job_id)
 
 
 def draw_seed() -> int:

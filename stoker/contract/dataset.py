@@ -10,7 +10,7 @@ from typing import Any
 
 from stoker.contract.beneath import Beneath
 from stoker.contract.lines import decoded, numbered, pieces
-from stoker.contract.shown import trouble
+from stoker.contract.shown import brief, trouble
 from stoker.errors import DatasetError
 
 #: Before the name of a dataset that is a file under the worker's data root.
@@ -23,6 +23,8 @@ MAX_EXAMPLE_CHARS = 1_000_000
 MAX_DATASET_BYTES = 512 * 2**20
 
 _ALLOWED = '{"text": …}, {"prompt": …, "completion": …} or {"messages": [{"role": …, "content": …}, …]}'
+#: Names of fields that an error lists.
+_SHOWN = 8
 _ROLES = ("system", "user", "assistant")
 
 
@@ -95,15 +97,31 @@ def to_lines(examples: Iterable[Example], source: str) -> bytes:
     return bytes(found)
 
 
+class _RepeatedField(ValueError):
+    """An object of a line has two fields of one name."""
+
+
 def _parse(line: bytes, where: str) -> Example:
     text = decoded(line, where)
     try:
-        row = json.loads(text)
+        row = json.loads(text, object_pairs_hook=_unrepeated)
+    except _RepeatedField as error:
+        raise DatasetError(f"{where}: {error}.") from None
     except RecursionError:
         raise DatasetError(f"{where}: nested too deeply; expected {_ALLOWED}.") from None
     except ValueError as error:
         raise DatasetError(f"{where}: not JSON ({error}); expected {_ALLOWED}.") from None
     return _example(row, where)
+
+
+def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON readers differ in which of two fields of one name counts: a text would be lost, and nobody would know."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _RepeatedField(f"the field {brief(twice)} is there twice; name each once")
+    return fields
 
 
 def _example(row: Any, where: str) -> Example:
@@ -123,17 +141,24 @@ def _typed(row: Any, where: str) -> Example:
     if fields == {"messages"}:
         return Example(messages=_messages(row["messages"], where))
     if fields == {"text"}:
+        _check_text(row["text"], "text", where)
         prompt, completion = "", row["text"]
     elif fields == {"prompt", "completion"}:
         prompt, completion = row["prompt"], row["completion"]
     else:
-        given = ", ".join(sorted(map(str, fields))) or "no fields"
-        raise DatasetError(f"{where}: {given} given; expected {_ALLOWED}.")
+        raise DatasetError(f"{where}: {_listed(fields)} given; expected {_ALLOWED}.")
     _check_text(prompt, "prompt", where)
     _check_text(completion, "completion", where)
     if not completion.strip():
         raise DatasetError(f"{where}: the text to learn is empty.")
     return Example(prompt=prompt, completion=completion)
+
+
+def _listed(fields: set[Any]) -> str:
+    """Names of fields on one line: a row may have any number of any length."""
+    shown = sorted(field if isinstance(field, str) and field.isprintable() else brief(field) for field in fields)
+    more = f" and {len(shown) - _SHOWN} more fields" if len(shown) > _SHOWN else ""
+    return ", ".join(name if len(name) <= 60 else f"{name[:59]}…" for name in shown[:_SHOWN]) + more or "no fields"
 
 
 def _messages(value: Any, where: str) -> tuple[dict[str, str], ...]:
@@ -145,7 +170,7 @@ def _messages(value: Any, where: str) -> tuple[dict[str, str], ...]:
         if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
             raise DatasetError(f'{source}: expected an object {{"role": …, "content": …}}.')
         if message["role"] not in _ROLES:
-            raise DatasetError(f"{source}: role {message['role']!r} given; allowed: {', '.join(_ROLES)}.")
+            raise DatasetError(f"{source}: role {brief(message['role'])} given; allowed: {', '.join(_ROLES)}.")
         _check_text(message["content"], "content", source)
         found.append({"role": str(message["role"]), "content": str(message["content"])})
     if not any(message["role"] == "assistant" and message["content"].strip() for message in found):

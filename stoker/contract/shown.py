@@ -16,6 +16,11 @@ def brief(value: Any, most: int = 60) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
+def printable(text: str) -> str:
+    """`text` on one line, as a terminal may have it: what another program wrote into the broker may move its cursor."""
+    return text if text.isprintable() else "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
+
+
 def cut(words: object, most: int = 1000) -> str:
     """What another program's library says of its input: it may repeat the whole of it."""
     text = str(words)

@@ -70,7 +70,7 @@ def read_run(folder: Path) -> StoredRun:
         reports = [json.loads(line) for line in lines if line.endswith(b"\n")]
         run = StoredRun(folder, (folder / RUN_FILE).stat().st_mtime, facts, reports)
         _ = run.asked["name"], run.asked["steps"], run.status
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InvalidRequest(f"{folder}: cannot be read ({error!r}).") from None
     return run
 

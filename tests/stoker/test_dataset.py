@@ -95,7 +95,8 @@ def test_utf_16_is_named(tmp_path: Path, encoding: str) -> None:
         (b'{"txt": "a"}', "txt given"),
         (b'{"text": "a", "completion": "b"}', "completion, text given"),
         (b'{"prompt": "a"}', "prompt given"),
-        (b'{"text": null}', "completion is a NoneType; expected text"),
+        (b'{"text": null}', "text is a NoneType; expected text"),
+        (b'{"text": "a", "text": "b"}', "the field 'text' is there twice; name each once"),
         (b'{"prompt": 3, "completion": "a"}', "prompt is a int; expected text"),
         (b'{"text": " "}', "the text to learn is empty"),
         (b'{"prompt": "a", "completion": ""}', "the text to learn is empty"),
@@ -208,3 +209,16 @@ def test_a_conversation_in_which_only_the_user_speaks_is_refused(said: str) -> N
     only_user = [{"messages": [{"role": "user", "content": "Hello"}]}]
     with pytest.raises(DatasetError, match="the assistant says nothing"):
         list(iterate_mappings(only_user, "x"))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [{"messages": [{"role": "x" * 200_000, "content": "a"}]}, {"x" * 200_000: 1}, {f"k{i}": i for i in range(5000)},
+     {"a\nb\x1b[31m": 1}],
+    ids=["role", "long name", "many names", "no line"],
+)  # fmt: skip
+def test_an_error_about_a_row_is_one_short_line_whatever_the_row_holds(row: dict[str, Any]) -> None:
+    with pytest.raises(DatasetError) as caught:
+        list(iterate_mappings([row], "items"))
+    assert len(str(caught.value)) < 400
+    assert str(caught.value).isprintable()

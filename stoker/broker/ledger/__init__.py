@@ -177,4 +177,4 @@ def open_jobs(redis: Any, queues: Iterable[str]) -> dict[str, OpenJob]:
     """Jobs of `queues` that have not ended, oldest first; see `Listing.jobs`. For a blocking client."""
     listing = Listing(queues)
     ids = listing.ask_ids(redis.pipeline()).execute()
-    return listing.jobs(listing.ask_records(redis.pipeline(), ids).execute())
+    return listing.jobs(listing.ask_records(redis.pipeline(), ids).execute(raise_on_error=False))

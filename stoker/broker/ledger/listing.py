@@ -10,6 +10,8 @@ from typing_extensions import TypedDict
 from stoker.broker import keys
 from stoker.broker.ledger.call import Call
 from stoker.broker.ledger.record import Listed, listed
+from stoker.broker.wrong_types import is_wrong_type
+from stoker.contract.names import Rule, follows
 
 
 class OpenJob(TypedDict):
@@ -46,17 +48,21 @@ class Listing:
     def ask_records(self, pipeline: Any, replies: Sequence[Any]) -> Any:
         (seconds, micros), *queues = replies
         self._now = float(seconds) + float(micros) / 1e6
-        entries = [(job_id.decode(), float(submitted)) for queue in queues for job_id, submitted in queue]
-        self._submitted = sorted(entries, key=lambda entry: entry[1])
+        entries = [(job_id.decode(errors="replace"), float(at)) for queue in queues for job_id, at in queue]
+        known = [entry for entry in entries if follows(Rule.JOB_ID, entry[0])]
+        self._submitted = sorted(known, key=lambda entry: entry[1])
         self._calls = [listed(job_id) for job_id, _ in self._submitted]
         for call in self._calls:
             call.send(pipeline)
         return pipeline
 
     def jobs(self, replies: Sequence[Any]) -> dict[str, OpenJob]:
-        """Oldest first. A job that ended between the two rounds is left out."""
+        """Oldest first. A job that ended between the two rounds is left out, and so is one whose record another program
+        wrote over: replies may be errors."""
         jobs: dict[str, OpenJob] = {}
         for (job_id, submitted), call, reply in zip(self._submitted, self._calls, replies, strict=True):
+            if isinstance(reply, Exception) and not is_wrong_type(reply):
+                raise reply
             record = call.parse(reply)
             if record is not None:
                 jobs[job_id] = _shown(record, max(0.0, self._now - submitted))

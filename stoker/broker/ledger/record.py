@@ -14,6 +14,7 @@ from typing import Any
 from stoker.broker import keys
 from stoker.broker.ledger.call import Call
 from stoker.broker.ledger.replies import crashes
+from stoker.contract.shown import printable
 
 
 class Field(StrEnum):
@@ -96,6 +97,7 @@ class NewJob(Mapping[str, str]):
 
 
 #: A time as the scripts write it.
+_PRIORITY = re.compile("[0-9]")
 _TIME = re.compile(rb"[0-9]{1,12}\.[0-9]{1,6}")
 _NEW = tuple(Field(field.name).value for field in fields(NewJob))
 
@@ -178,15 +180,17 @@ def _summary(values: list[bytes | None]) -> Summary:
 
 
 def listed(job_id: str) -> Call[Listed | None]:
-    """None for a record that has expired, and for one that no client wrote."""
+    """None for a record that has expired, and for one that no client wrote. A pipeline's reply may be an error."""
     return _read(job_id, _listed, Field.KIND, Field.MODEL, Field.CLIENT, Field.PRIORITY, Field.WORKER)
 
 
-def _listed(values: list[bytes | None]) -> Listed | None:
-    kind, model, client, priority, worker = map(_text, values)
-    if kind is None or model is None or client is None or priority is None or not priority.isdecimal():
+def _listed(values: Any) -> Listed | None:
+    if not isinstance(values, list):
         return None
-    return Listed(kind, model, client, int(priority), worker)
+    kind, model, client, priority, worker = (value and printable(value) for value in map(_text, values))
+    if kind is None or model is None or client is None or _PRIORITY.fullmatch(priority or "") is None:
+        return None
+    return Listed(kind, model, client, int(priority or ""), worker)
 
 
 def owner(job_id: str) -> Call[str | None]:

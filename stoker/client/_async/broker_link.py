@@ -181,7 +181,8 @@ class AsyncBrokerLink:
         listing = Listing(keys.queue(card.model, kind) for card in models.values() for kind in card.kinds)
         with translated(self._settings):
             ids = await listing.ask_ids(self._redis.pipeline()).execute()
-            return listing.jobs(await listing.ask_records(self._redis.pipeline(), ids).execute())
+            records = listing.ask_records(self._redis.pipeline(), ids)
+            return listing.jobs(await records.execute(raise_on_error=False))
 
     async def dead(self) -> dict[str, Letter]:
         with translated(self._settings):
@@ -190,8 +191,10 @@ class AsyncBrokerLink:
     async def adapters(self, model: str) -> list[AdapterEntry]:
         with translated(self._settings):
             known = registry.names(await self._redis.smembers(keys.adapters(model)))
-            raw = [await self._redis.hgetall(keys.adapter(model, name)) for name in known]
-        return [registry.parse(model, name, fields) for name, fields in zip(known, raw, strict=True)]
+            pipeline = self._redis.pipeline(transaction=False)
+            for name in known:
+                pipeline.hgetall(keys.adapter(model, name))
+            return registry.parse_all(model, known, await pipeline.execute(raise_on_error=False))
 
     async def adapter(self, model: str, name: str) -> AdapterEntry:
         with translated(self._settings):

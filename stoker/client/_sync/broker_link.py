@@ -180,7 +180,8 @@ class BrokerLink:
         listing = Listing(keys.queue(card.model, kind) for card in models.values() for kind in card.kinds)
         with translated(self._settings):
             ids = listing.ask_ids(self._redis.pipeline()).execute()
-            return listing.jobs(listing.ask_records(self._redis.pipeline(), ids).execute())
+            records = listing.ask_records(self._redis.pipeline(), ids)
+            return listing.jobs(records.execute(raise_on_error=False))
 
     def dead(self) -> dict[str, Letter]:
         with translated(self._settings):
@@ -189,8 +190,10 @@ class BrokerLink:
     def adapters(self, model: str) -> list[AdapterEntry]:
         with translated(self._settings):
             known = registry.names(self._redis.smembers(keys.adapters(model)))
-            raw = [self._redis.hgetall(keys.adapter(model, name)) for name in known]
-        return [registry.parse(model, name, fields) for name, fields in zip(known, raw, strict=True)]
+            pipeline = self._redis.pipeline(transaction=False)
+            for name in known:
+                pipeline.hgetall(keys.adapter(model, name))
+            return registry.parse_all(model, known, pipeline.execute(raise_on_error=False))
 
     def adapter(self, model: str, name: str) -> AdapterEntry:
         with translated(self._settings):
