@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from stoker.broker import keys
-from stoker.broker.wrong_types import is_wrong_type
+from stoker.broker.pipeline import of_another_type
 from stoker.contract.base import parse_adapter
 from stoker.contract.names import Rule, follows
 from stoker.errors import InvalidRequest, UnknownAdapter
@@ -137,7 +137,7 @@ def parse_all(model: str, names: Iterable[str], replies: Iterable[Any]) -> list[
     own errors name it."""
     found = []
     for name, reply in zip(names, replies, strict=True):
-        if isinstance(reply, Exception) and not is_wrong_type(reply):
+        if isinstance(reply, Exception) and not of_another_type(reply):
             raise reply
         found.append(parse(model, name, {} if isinstance(reply, Exception) else reply))
     return found

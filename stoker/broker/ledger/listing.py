@@ -10,7 +10,7 @@ from typing_extensions import TypedDict
 from stoker.broker import keys
 from stoker.broker.ledger.call import Call
 from stoker.broker.ledger.record import Listed, listed
-from stoker.broker.wrong_types import is_wrong_type
+from stoker.broker.pipeline import of_another_type
 from stoker.contract.names import Rule, follows
 
 
@@ -61,7 +61,7 @@ class Listing:
         wrote over: replies may be errors."""
         jobs: dict[str, OpenJob] = {}
         for (job_id, submitted), call, reply in zip(self._submitted, self._calls, replies, strict=True):
-            if isinstance(reply, Exception) and not is_wrong_type(reply):
+            if isinstance(reply, Exception) and not of_another_type(reply):
                 raise reply
             record = call.parse(reply)
             if record is not None:
