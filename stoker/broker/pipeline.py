@@ -28,6 +28,6 @@ class Pipelines(Protocol[P_co]):
 
 
 def of_another_type(reply: Exception) -> bool:
-    """Whether the broker refused a command of a pipeline for the type of its key. By its words: redis-py is loaded when a
-    client is made."""
+    """Whether the broker refused a command of a pipeline for the type of its key. By its words: redis-py is loaded when
+    a client is made."""
     return str(reply).startswith("WRONGTYPE")
