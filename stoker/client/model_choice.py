@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -10,7 +11,7 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from stoker.broker import keys
-from stoker.catalogue import model_name
+from stoker.catalogue import CATALOGUE, model_name
 from stoker.contract import CONTRACT, ModelCard, Presence
 from stoker.contract.shown import brief
 from stoker.errors import InvalidRequest, UnknownModel
@@ -67,7 +68,7 @@ def choose_model(model: str | None, kind: str, known: Mapping[str, ModelCard], w
         )
     model = model_name(model)
     if model not in known:
-        raise UnknownModel(f"model {brief(model, 160)} given; {_listed(warm)} can {kind}. {_how_to_serve(model)}")
+        raise UnknownModel(f"model {brief(model, 160)} given; {_listed(warm)} can {kind}. {_remedy(model, warm)}")
     others = {card.contract for card in cards if card.model == model and model not in warm}
     if others or known[model].contract != CONTRACT:
         spoken = max(others, default=known[model].contract)
@@ -105,5 +106,11 @@ def _listed(models: Iterable[str]) -> str:
     return f"of the models warm now {', '.join(names)}" if names else "no model that is warm now"
 
 
-def _how_to_serve(model: str) -> str:
-    return f"Start a worker that serves it: `stoker worker --model {model[:160]}`."
+def _remedy(model: str, warm: Iterable[str]) -> str:
+    """What to do about a model that no worker serves."""
+    if model in CATALOGUE:
+        return f"Start a worker that serves it: `stoker worker --model {model}`."
+    shown = brief(model, 160).strip("'\"")
+    serve = f"a worker serves a model of your own under that name with `stoker worker --model {shown}=SOURCE`."
+    close = difflib.get_close_matches(model[:160], {*warm, *CATALOGUE}, n=1)
+    return f"Did you mean {close[0]}? Else {serve}" if close else serve[0].upper() + serve[1:]

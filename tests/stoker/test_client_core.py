@@ -117,6 +117,19 @@ def test_an_unknown_model_is_refused_with_those_that_can() -> None:
         choose("nope", "embed", MINI, SMOL)
 
 
+@pytest.mark.parametrize(("near", "meant"), [("minni", "mini"), ("smollm-135m-instruct", "smollm2-135m-instruct")])
+def test_a_model_that_is_misspelt_gets_the_name_that_was_meant(near: str, meant: str) -> None:
+    with pytest.raises(UnknownModel, match=rf"Did you mean {meant}\? Else .*--model {near}=SOURCE"):
+        choose(near, "embed", MINI, SMOL)
+
+
+def test_a_worker_is_named_without_a_source_for_a_model_of_the_catalogue_alone() -> None:
+    with pytest.raises(UnknownModel, match=r"`stoker worker --model smollm2-135m-instruct`"):
+        choose("smollm2-135m-instruct", "generate", MINI)
+    with pytest.raises(UnknownModel, match=r"`stoker worker --model nope=SOURCE`"):
+        choose("nope", "generate", MINI)
+
+
 def test_a_model_that_cannot_do_the_job_is_refused() -> None:
     with pytest.raises(UnknownModel, match=r"'smol' cannot embed: it can generate and train; .* mini can embed"):
         choose("smol", "embed", MINI, SMOL)

@@ -107,10 +107,10 @@ def test_an_unknown_models_name_is_cut_in_the_error() -> None:
 
 def test_a_request_in_bytes_that_are_no_text_is_refused_as_no_json() -> None:
     sound = b'{"contract": 1, "model": "m", "prompt": "ab"}'
-    assert read(GenerateRequest, Claim.parse([b"run", b"0", b"0", sound, b"0"]).request).prompt == "ab"
+    assert read(GenerateRequest, Claim.parse([b"run", b"0", b"0", sound]).request).prompt == "ab"
     for wrong in (sound.replace(b"ab", b"\xff"), b"\xff" + sound, sound[:-1] + b"\xe9}"):
         with pytest.raises(InvalidRequest, match="expected JSON"):
-            read(GenerateRequest, Claim.parse([b"run", b"0", b"0", wrong, b"0"]).request)
+            read(GenerateRequest, Claim.parse([b"run", b"0", b"0", wrong]).request)
 
 
 def test_a_message_that_is_nested_as_deeply_as_json_may_be_is_unreadable() -> None:
