@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import re
 import stat
+from contextlib import closing
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from stoker import Client, JobStatus
 from stoker.broker import keys, registry
+from stoker.broker.connection import connect
+from stoker.local.broker import EmbeddedBroker
+from stoker.monitor.numbers import Numbers
 from stoker.monitor.standard import REFUSED
 from stoker.settings import Settings
 from tests.conftest import wait_until
 from tests.monitor.conftest import MODEL, Running
+from tests.monitor.scraped import Scrape
+from tests.monitor.test_overview import presence
 
 PAGES = ["/", "/workers", "/tasks", "/broker", "/stoker"]
 
@@ -79,6 +86,9 @@ def test_a_name_that_a_foreign_page_may_have_is_refused(running: Running) -> Non
 def test_waiting_jobs_are_seen_and_revoked_with_flowers_own_button(running: Running, jobs: Client) -> None:
     sent = [jobs.generate(f"a secret {number}", model=MODEL, priority=number % 10) for number in range(30)]
     wait_until(lambda: running.seen()["waiting_in_all"] == 30, "all are seen")
+    found = Scrape.of(running.ask("/metrics", login=False).text)
+    waiting = {priority: found.value("stoker_jobs_waiting", priority=str(priority)) for priority in range(10)}
+    assert waiting == dict.fromkeys(range(10), 3.0)
     first = sent[0].id
     assert running.state(first) == "PENDING"
     assert 'id="task-revoke"' in running.ask(f"/task/{first}").text
@@ -174,3 +184,25 @@ def test_the_history_and_the_password_outlive_the_monitor_and_are_closed_to_othe
     log = settings.home.joinpath("flower.log").read_text()
     assert "WARNING" not in log
     assert "ERROR" not in log
+
+
+def test_a_broker_that_is_away_is_a_number_and_no_error(tmp_path: Path) -> None:
+    broker = EmbeddedBroker(Settings(home=tmp_path), port=0)
+    settings = Settings(home=tmp_path, url=broker.start())
+    with closing(connect(settings)) as redis:
+        there = presence()
+        redis.set(keys.worker(there.worker), there.model_dump_json(), ex=60)
+        redis.zadd(keys.WORKERS, {there.worker: there.time})
+        redis.set(keys.metrics(there.worker), Numbers().report(there.worker).model_dump_json(), ex=60)
+    made = Running(settings)
+    try:
+        wait_until(lambda: made.seen()["workers"], "the worker is seen")
+        assert Scrape.of(made.ask("/metrics", login=False).text).value("stoker_broker_up") == 1
+        broker.stop()
+        wait_until(
+            lambda: not Scrape.of(made.ask("/metrics", login=False).text).value("stoker_broker_up"), "it is away"
+        )
+        assert made.ask("/metrics", login=False).status == 200
+    finally:
+        made.stop()
+        broker.stop()

@@ -50,6 +50,8 @@ def worker(broker: Guarded) -> Iterator[Any]:
         presence = Presence(worker="w", host="h", pid=1, device="cpu", started=now, time=now, models=(CARD,),
                             adapters={}, lanes={}, memory_bytes=0)  # fmt: skip
         redis.set(keys.worker("w"), presence.model_dump_json(), ex=60)
+        redis.set(keys.metrics("w"), "{}", ex=60)
+        redis.delete(keys.metrics("w"))
         redis.zadd(keys.WORKERS, {"w": now})
         redis.hset(keys.MODELS, "m/1", CARD.model_copy(update={"seen": now}).model_dump_json())
         for version in (1, 2):
@@ -209,7 +211,12 @@ FOR_NOBODY = (
 )
 FOR_WORKERS = (
     *(("XADD", keys.stream("x"), "*", "entry", "x"), ("PUBLISH", keys.channel("x"), "x")),
-    *(("SET", keys.worker("x"), "x"), ("ZADD", keys.WORKERS, 1, "x"), ("HSET", keys.MODELS, "x", "x")),
+    *(
+        ("SET", keys.worker("x"), "x"),
+        ("SET", keys.metrics("x"), "x"),
+        ("ZADD", keys.WORKERS, 1, "x"),
+        ("HSET", keys.MODELS, "x", "x"),
+    ),
     *(("ZADD", keys.LEASES, 1, "x"), ("DEL", keys.UNACKED), ("BRPOP", keys.ready(QUEUE), 0.01)),
 )
 FOR_CLIENTS = (
