@@ -22,6 +22,7 @@ from stoker import AsyncClient
 from stoker.errors import BrokerUnavailable, StokerError
 from stoker.monitor import exposition
 from stoker.monitor.fleet import fleet
+from stoker.monitor.numbers import MetricsReport
 from stoker.monitor.overview import Queue, queues
 from stoker.monitor.watch import Watch
 
@@ -93,19 +94,19 @@ class TaskTable(TasksDataTable):
 class Metrics(flower_monitor.Metrics):
     """Flower's own metrics, and behind them those of the fleet and of each worker."""
 
-    def initialize(self, watch: Watch) -> None:
-        self._watch = watch
+    def initialize(self, watch: Watch, workers: exposition.WorkersText) -> None:
+        self._watch, self._workers = watch, workers
 
     async def get(self) -> None:
         await super().get()
-        watch, reports = self._watch, []
+        watch, reports = self._watch, list[MetricsReport]()
         try:
             reports = await watch.reports()
             trouble = watch.trouble
         except StokerError as error:
             trouble = str(error)
         seen = fleet(watch.mirror, watch.workers, watch.dead, up=not trouble)
-        self.write(exposition.text([*exposition.of_fleet(seen), *exposition.of_workers(reports)]))
+        self.write(exposition.text(exposition.of_fleet(seen)) + self._workers.of(reports))
 
 
 class RefusedRequest(BaseApiHandler):
@@ -148,7 +149,7 @@ def handlers(client: AsyncClient, watch: Watch) -> list[Rule]:
         url(r"/api/task/revoke/(.+)", Revoke, {"client": client}),
         url(r"/api/queues/length", QueueLengths, {"watch": watch}),
         url(r"/tasks/datatable", TaskTable),
-        url(r"/metrics", Metrics, {"watch": watch}),
+        url(r"/metrics", Metrics, {"watch": watch, "workers": exposition.WorkersText()}),
         url(r"/broker", Broker, {"watch": watch, "shown": shown}),
         *(url(pattern, RefusedRequest, {"reason": reason}) for pattern, reason in REFUSED),
     ]

@@ -91,6 +91,16 @@ def test_a_process_of_the_same_name_that_began_later_is_shown_alone() -> None:
     assert found == {frozenset({("worker", "stoker-1@mac"), ("model", "base"), ("kind", "embed")}): 2.0}
 
 
+def test_the_text_of_the_same_reports_is_made_once_and_of_others_anew() -> None:
+    made, numbers = exposition.WorkersText(), Numbers()
+    numbers.of(metrics.MEMORY).set(1)
+    first = [numbers.report("w")]
+    assert made.of(first) is made.of(first)
+    numbers.of(metrics.MEMORY).set(2)
+    second = [numbers.report("w")]
+    assert Scrape.of(made.of(second).decode()).value("stoker_memory_bytes") == 2
+
+
 @pytest.mark.parametrize(
     "sample",
     [
