@@ -125,7 +125,8 @@ def read_vectors(reply: EmbedReply, data: bytes | None, became: str = "") -> Enc
 
 def lost(job_id: str) -> JobLost:
     return JobLost(
-        f"the broker knows nothing of job {job_id}: it ended over {keys.RESULT_TTL // 3600} hours ago, "
+        f"the broker knows nothing of job {job_id}: it ended over {keys.RESULT_TTL // 3600} hours ago (less, "
+        "where `stoker jobs policy result_seconds` says so), "
         "or the broker lost its data. Send the job again."
     )
 

@@ -20,6 +20,7 @@ class PolicyRule:
     default: int
     most: int
     says: str
+    least: int = 1
 
 
 RULES = {
@@ -30,6 +31,9 @@ RULES = {
     ),
     "vector_bytes": PolicyRule(
         VECTOR_BYTES, 2**40, "bytes that the vectors of all jobs may have until they are fetched"
+    ),
+    "result_seconds": PolicyRule(
+        keys.RESULT_TTL, keys.RESULT_TTL, "seconds that results are kept from their job's end, with its stream", 60
     ),
     "crashes": PolicyRule(ledger.MAX_CRASHES, 1000, "workers that a job may crash before it is dead-lettered"),
     "ageing": PolicyRule(ledger.AGEING, 30 * 24 * 3600, "seconds of waiting that lift a job by one priority"),
@@ -42,7 +46,9 @@ def read(redis: Any) -> dict[str, int]:
     """Every rule, and every client with a limit of its own; not what `decide` never wrote. For a blocking client."""
     raw = {name.decode(errors="replace"): value for name, value in redis.hgetall(keys.POLICY).items()}
     decided = {name: int(value) for name, value in raw.items() if re.fullmatch(rb"[1-9][0-9]{0,12}", value)}
-    known = {name: value for name, value in decided.items() if (rule := _named(name)) and value <= rule.most}
+    known = {
+        name: value for name, value in decided.items() if (rule := _named(name)) and rule.least <= value <= rule.most
+    }
     return {name: rule.default for name, rule in RULES.items()} | known
 
 
@@ -52,8 +58,8 @@ def decide(redis: Any, name: str, value: int | None) -> None:
     if value is None:
         redis.hdel(keys.POLICY, name)
         return
-    if not 1 <= value <= rule.most:
-        raise InvalidRequest(f"{name}: {value} given; allowed: 1 to {rule.most}.")
+    if not rule.least <= value <= rule.most:
+        raise InvalidRequest(f"{name}: {value} given; allowed: {rule.least} to {rule.most}.")
     redis.hset(keys.POLICY, name, value)
 
 

@@ -20,7 +20,7 @@ from stoker.client.requests import embed_request
 from stoker.client.submission import job_record
 from stoker.contract import EmbedReply, Usage, vectors
 from stoker.contract.vectors import Embedded
-from stoker.errors import JobLost, QueueFull, VectorsFull, WorkerUnavailable
+from stoker.errors import InvalidRequest, JobLost, QueueFull, VectorsFull, WorkerUnavailable
 from stoker.settings import Settings
 
 #: Seconds of the patience of clients here.
@@ -120,6 +120,23 @@ def test_vectors_are_fetched_also_without_a_record_of_their_job(redis: Any, reco
     found = fetch("a", PATIENCE).on(redis)
     assert (found.data, found.became) == (None, "")
     assert redis.exists(keys.job("a")) == (record is not None), "no record is made by it"
+
+
+def test_what_a_job_has_made_goes_as_soon_as_the_policy_says(redis: Any) -> None:
+    policy.decide(redis, "result_seconds", 120)
+    submit(redis, "a")
+    keep(redis, "a", b"x")
+    assert ledger.claim(redis, "a", keys.queue("mini", "embed"), "token", "tag", "worker").state == "run"
+    redis.xadd(keys.stream("a"), {"entry": "{}"})
+    redis.expire(keys.stream("a"), keys.RESULT_TTL)
+    assert ledger.complete(redis, "a", keys.queue("mini", "embed"), "token", ledger.success("a", {}))
+    for key in (keys.result("a"), keys.job("a"), keys.stream("a"), blob("a")):
+        assert 110 <= redis.ttl(key) <= 120, key
+    with pytest.raises(InvalidRequest, match="59 given; allowed: 60 to 86400"):
+        policy.decide(redis, "result_seconds", 59)
+    redis.hset(keys.POLICY, "result_seconds", 1)
+    keep(redis, "b", b"x")
+    assert redis.ttl(blob("b")) > 120, "the policy never takes less than a client needs to look"
 
 
 # How many bytes

@@ -12,12 +12,13 @@ from stoker.errors import InvalidRequest
 @pytest.mark.parametrize("name", [*policy.RULES, f"{policy.OF_CLIENT}alice"])
 def test_a_rule_takes_its_least_and_its_most_and_nothing_beyond(name: str) -> None:
     broker = fakeredis.FakeRedis()
-    most = policy.RULES[name.partition(":")[0]].most
-    for value in (1, most):
+    rule = policy.RULES[name.partition(":")[0]]
+    least, most = rule.least, rule.most
+    for value in (least, most):
         policy.decide(broker, name, value)
         assert policy.read(broker)[name] == value
-    for value in (0, most + 1, -1):
-        with pytest.raises(InvalidRequest, match=f"{name}: {value} given; allowed: 1 to {most}"):
+    for value in (least - 1, most + 1, -1):
+        with pytest.raises(InvalidRequest, match=f"{name}: {value} given; allowed: {least} to {most}"):
             policy.decide(broker, name, value)
     policy.decide(broker, name, None)
     assert policy.read(broker) == {name: rule.default for name, rule in policy.RULES.items()}

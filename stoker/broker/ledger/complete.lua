@@ -6,6 +6,7 @@ if owner[1] ~= ARGV[6] or ended() then return 0 end
 strike_out()
 redis.call('HSET', job, 'completed', ARGV[6])
 finish(ARGV[7])
+redis.call('EXPIRE', prefix .. 'stream:' .. id, result_ttl)
 -- How fast jobs end here: what a full queue reports to the clients that it refuses.
 local state = redis.call('HMGET', pace, 'last', 'interval')
 local since = now - (finite(state[1]) or now)

@@ -11,6 +11,7 @@ window = tonumber(window)
 local prefix = string.sub(job_prefix, 1, -5)
 
 local function setting(name, default) return decided(policy, name, default) end
+result_ttl = lifetime_of_results(policy, result_ttl)
 
 -- An object or list in JSON; an empty one for what is none.
 local function decoded(text)
