@@ -1,4 +1,4 @@
-"""One broker URL in the three forms that its readers want."""
+"""One broker URL in the forms that its readers want."""
 
 from __future__ import annotations
 
@@ -12,9 +12,36 @@ _FORMS = {
     "redis": "redis://[USER:PASSWORD@]HOST[:PORT][/DB]",
     "rediss": "rediss://[USER:PASSWORD@]HOST[:PORT][/DB][?ssl_ca_certs=FILE]",
     "redis+socket": "redis+socket:///PATH[?virtual_host=DB]",
+    "redis+sentinel": "redis+sentinel://[USER:PASSWORD@]HOST[:PORT][,HOST[:PORT]…]/SERVICE[/DB]",
 }
 SCHEMES = tuple(_FORMS)
 DEFAULT_URL = "redis://127.0.0.1:6379/0"
+
+
+#: What may stand behind the ? of `redis://` and `rediss://`, and its values where they are few.
+_OPTIONS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("username", "password", "db", "protocol", "client_name"), ()),
+    **dict.fromkeys(("socket_timeout", "socket_connect_timeout", "health_check_interval"), ()),
+}
+#: Files that `rediss://` names.
+_FILES = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
+_TLS_OPTIONS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(_FILES, ()),
+    "ssl_cert_reqs": ("none", "optional", "required"),
+    "ssl_check_hostname": ("false", "true"),
+}
+#: Where a sentinel listens that names no port.
+SENTINEL_PORT = 26379
+
+
+@dataclass(frozen=True)
+class Sentinels:
+    """Who is asked where the broker is: what they call it, and their own login, where they have one."""
+
+    hosts: tuple[tuple[str, int], ...]
+    service: str
+    username: str | None = None
+    password: str | None = None
 
 
 @dataclass(frozen=True)
@@ -22,12 +49,17 @@ class Address:
     """Where the broker is.
 
     `redis` is for redis-py, `celery` for kombu and Celery's result backend (they spell sockets and TLS otherwise),
-    `shown` for people: it holds no password.
+    `shown` for people: it holds no password. `url` is for `parse`, in another process. With `sentinels`, `redis` has
+    the service's name for a host, and `celery` the sentinels: each asks them where the broker is. `files`: those that
+    TLS needs, with the options that name them.
     """
 
     redis: str
     celery: str
     shown: str
+    url: str
+    sentinels: Sentinels | None = None
+    files: tuple[tuple[str, str], ...] = ()
 
     @property
     def without_password(self) -> str:
@@ -36,7 +68,7 @@ class Address:
 
     @classmethod
     def parse(cls, url: str) -> Address:
-        """Read a `redis://`, `rediss://` or `redis+socket://` URL; anything else raises `ConfigError`."""
+        """Read a URL of one of the schemes above; anything else raises `ConfigError`."""
         scheme, separator, _ = url.partition("://")
         if not separator or scheme not in SCHEMES:
             # What stands there may be a piece of a password.
@@ -50,7 +82,7 @@ class Address:
             if not url.isprintable():
                 raise ValueError("characters that no URL has")
             url.encode()
-            return _socket(url) if scheme == "redis+socket" else _tcp(url)
+            return _READERS.get(scheme, _tcp)(url)
         except ValueError:
             # What urllib says may quote a piece of the password.
             raise ConfigError(
@@ -74,6 +106,7 @@ def _tcp(url: str) -> Address:
     host.encode("idna")  # as it will be looked up
     database = _database(parts.path.strip("/"))
     query = dict(parse_qsl(parts.query))
+    _check_options(query, _OPTIONS if parts.scheme == "redis" else _OPTIONS | _TLS_OPTIONS)
     if parts.scheme == "rediss":
         # Celery's result backend refuses to guess; verifying is the only default that TLS deserves.
         query.setdefault("ssl_cert_reqs", "required")
@@ -81,7 +114,17 @@ def _tcp(url: str) -> Address:
     tail = f"/{database}"
     login = parts.netloc.rpartition("@")[0]
     full = f"{parts.scheme}://{login + '@' if login else ''}{netloc}{tail}{'?' + urlencode(query) if query else ''}"
-    return Address(redis=full, celery=full, shown=f"{parts.scheme}://{_shown_login(login)}{netloc}{tail}")
+    shown = f"{parts.scheme}://{_shown_login(login)}{netloc}{tail}"
+    files = tuple((name, query[name]) for name in _FILES if name in query)
+    return Address(redis=full, celery=full, shown=shown, url=full, files=files)
+
+
+def _check_options(given: dict[str, str], known: dict[str, tuple[str, ...]]) -> None:
+    if all(name in known and (not known[name] or value in known[name]) for name, value in given.items()):
+        return
+    # What is wrong may be a piece of a password.
+    shown = (f"{name} ({', '.join(values)})" if values else name for name, values in known.items())
+    raise ConfigError(f"STOKER_URL: an option behind the ? is wrong; known: {', '.join(shown)}.")
 
 
 def _socket(url: str) -> Address:
@@ -92,11 +135,49 @@ def _socket(url: str) -> Address:
         raise ValueError("no path to a socket")
     login, path = parts.netloc.rpartition("@")[0], unquote(parts.path)
     user = f"{login}@" if login else ""
+    celery = f"redis+socket://{user}{quote(path)}?virtual_host={database}"
     return Address(
         redis=f"unix://{user}{quote(path)}?db={database}",
-        celery=f"redis+socket://{user}{quote(path)}?virtual_host={database}",
+        celery=celery,
         shown=f"redis+socket://{_shown_login(login)}{path}?virtual_host={database}",
+        url=celery,
     )
+
+
+def _sentinel(url: str) -> Address:
+    # urllib knows no address of several hosts.
+    where, _, query = url.partition("://")[2].partition("?")
+    authority, _, path = where.partition("/")
+    login, _, hosts = authority.rpartition("@")
+    service, _, number = path.partition("/")
+    if "#" in url or "@" in query or not re.fullmatch(r"[A-Za-z0-9._-]+", service):
+        raise ValueError("no name of a service, or a piece of a login behind the address")
+    database, found = _database(number.strip("/")), tuple(_host(part) for part in hosts.split(","))
+    asked = dict(parse_qsl(query))
+    sentinels = Sentinels(found, service, asked.pop("sentinel_username", None), asked.pop("sentinel_password", None))
+    if asked:
+        raise ValueError("an option that there is not")
+    user, names = f"{login}@" if login else "", [f"[{host}]:{n}" if ":" in host else f"{host}:{n}" for host, n in found]
+    tail = f"{','.join(names)}/{service}/{database}"
+    return Address(
+        redis=f"redis://{user}{service}/{database}",
+        # kombu would take a semicolon in a login for the end of an address.
+        celery=";".join(f"sentinel://{user.replace(';', '%3B')}{name}/{database}" for name in names),
+        shown=f"redis+sentinel://{_shown_login(login)}{tail}",
+        url=f"redis+sentinel://{user}{tail}{'?' + query if query else ''}",
+        sentinels=sentinels,
+    )
+
+
+def _host(text: str) -> tuple[str, int]:
+    parts = urlsplit(f"//{text}")
+    if not parts.hostname or parts.netloc != text or "@" in text:
+        raise ValueError("no host")
+    parts.hostname.encode("idna")
+    return parts.hostname, parts.port or SENTINEL_PORT
+
+
+_READERS = {"redis+socket": _socket, "redis+sentinel": _sentinel}
 
 
 def _shown_login(login: str) -> str:

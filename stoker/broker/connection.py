@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from stoker.errors import ConfigError
+
 if TYPE_CHECKING:
     from redis.exceptions import RedisError
 
+    from stoker.address import Address
     from stoker.broker.trouble import TROUBLE as TROUBLE
     from stoker.broker.trouble import passes as passes
     from stoker.settings import Settings
@@ -41,33 +45,59 @@ def connect(settings: Settings, timeout: float | None = None, *, patient: bool =
     from redis.retry import Retry
 
     from stoker.broker.loading import PatientRetry
-    from stoker.broker.wrong_types import Redis
 
     options = _options(settings) if timeout is None else _options(settings) | {"socket_timeout": timeout}
-    url = settings.address.redis
+    address = settings.address
     if not patient:
-        return Redis.from_url(url, retry=Retry(*retries()), **options)
+        return _opened(address, {"retry": Retry(*retries()), **options})
 
     def ask() -> Any:
-        with Redis.from_url(url, **options) as asking:
+        with _opened(address, options) as asking:
             return asking.info("persistence")
 
-    return Redis.from_url(url, retry=PatientRetry(*retries(), patience=settings.patience, ask=ask), **options)
+    return _opened(address, {"retry": PatientRetry(*retries(), patience=settings.patience, ask=ask), **options})
 
 
 def connect_async(settings: Settings) -> Any:
     """The asyncio twin of `connect`, patient."""
     from stoker.broker.loading import AsyncPatientRetry
-    from stoker.broker.wrong_types import AsyncRedis
 
-    url, options = settings.address.redis, _options(settings)
+    address, options = settings.address, _options(settings)
 
     async def ask() -> Any:
-        async with AsyncRedis.from_url(url, **options) as asking:
+        async with _opened_async(address, options) as asking:
             return await asking.info("persistence")
 
     retry = AsyncPatientRetry(*retries(), patience=settings.patience, ask=ask)
-    return AsyncRedis.from_url(url, retry=retry, **options)
+    return _opened_async(address, {"retry": retry, **options})
+
+
+def _opened(address: Address, options: dict[str, Any]) -> Any:
+    from stoker.broker.wrong_types import Redis
+
+    _check_files(address)
+    if address.sentinels is None:
+        return Redis.from_url(address.redis, **options)
+    from stoker.broker import sentinel
+
+    return sentinel.blocking(address, address.sentinels, options)
+
+
+def _opened_async(address: Address, options: dict[str, Any]) -> Any:
+    from stoker.broker.wrong_types import AsyncRedis
+
+    _check_files(address)
+    if address.sentinels is None:
+        return AsyncRedis.from_url(address.redis, **options)
+    from stoker.broker import sentinel
+
+    return sentinel.asynchronous(address, address.sentinels, options)
+
+
+def _check_files(address: Address) -> None:
+    for option, file in address.files:
+        if not os.access(file, os.R_OK):
+            raise ConfigError(f"STOKER_URL: {option}={file} cannot be read; it names a file of this machine.")
 
 
 def retries() -> Any:

@@ -30,6 +30,9 @@ TROUBLE = (RedisConnectionError, RedisTimeoutError)
 #: What a broker answers that will take the same command again some time: its memory or its disk is full, or it is a
 #: replica in the middle of a fail-over.
 _PASSING = (OutOfMemoryError, ReadOnlyError, MasterDownError, ClusterDownError, TryAgainError)
+#: What OpenSSL says of a broker's certificate that it refuses, and of a broker that refuses the client's.
+_UNTRUSTED = "CERTIFICATE_VERIFY_FAILED"
+_ENDED = ("ALERT_", "EOF occurred in violation of protocol")
 _PASSING_REPLIES = ("MISCONF", "NOREPLICAS", "MASTERDOWN", "LOADING", "BUSY", "NOAUTH", "WRONGPASS", "READONLY", "OOM")
 
 
@@ -44,8 +47,8 @@ def forbids(error: BaseException) -> bool:
 
 
 def hopeless(error: Exception) -> bool:
-    """Whether no further try can help: the broker refuses the login."""
-    return isinstance(error, AuthenticationError | AuthorizationError)
+    """Whether no further try can help: the broker refuses the login, or its certificate is refused."""
+    return isinstance(error, AuthenticationError | AuthorizationError) or _UNTRUSTED in str(error)
 
 
 def broker_unavailable(settings: Settings, error: BaseException, at: str = "") -> BrokerUnavailable:
@@ -56,6 +59,8 @@ def broker_unavailable(settings: Settings, error: BaseException, at: str = "") -
             f"the broker at {where} refuses the login ({reason}). Put its user and password into STOKER_URL: "
             "redis://USER:PASSWORD@HOST:PORT/DB."
         )
+    if trouble := _tls_trouble(reason):
+        return BrokerUnavailable(f"the broker at {where} {trouble}.")
     if forbids(error):
         return BrokerUnavailable(
             f"the broker at {where} forbids it ({reason}). The user that STOKER_URL names needs the rights of its "
@@ -81,6 +86,27 @@ def broker_unavailable(settings: Settings, error: BaseException, at: str = "") -
         f"no answer from the broker at {where} ({reason}). "
         "Start one with `stoker up`, or set STOKER_URL to one that runs."
     )
+
+
+def _tls_trouble(reason: str) -> str | None:
+    """What failed in setting up TLS, and what to do; None if that is not what failed."""
+    if _UNTRUSTED in reason:
+        why = reason.partition("certificate verify failed: ")[2].partition(" (_ssl")[0].rstrip(".")
+        if "mismatch" in why:
+            return (
+                f"shows a certificate for another name ({why}). Write the broker's name in STOKER_URL as it stands in "
+                "the certificate"
+            )
+        return (
+            f"shows a certificate that is not trusted ({why}). Name the authority that signed it in STOKER_URL: "
+            "?ssl_ca_certs=FILE"
+        )
+    if any(text in reason for text in _ENDED):
+        return (
+            f"ends the TLS handshake ({reason}). If it asks for a certificate of its client, name yours in STOKER_URL: "
+            "?ssl_certfile=FILE&ssl_keyfile=FILE"
+        )
+    return None
 
 
 def _reason(error: BaseException) -> str:

@@ -129,7 +129,7 @@ def worker(
     command = worker_command(settings, node)
     with progress_shown("looking for the broker") as report:
         wait_for_broker(settings, report)
-    os.environ |= settings.environment() | {"STOKER_URL": settings.address.celery}
+    os.environ |= settings.environment() | {"STOKER_URL": settings.address.url}
     hold_back()
     os.execv(command[0], command)
 

@@ -109,7 +109,7 @@ class Stack:
 
     def _spawn(self, name: str, command: list[str], grace: float) -> Process:
         # The children get the settings of this process, also those that did not come from its environment.
-        env = {**self.settings.environment(), "STOKER_URL": self.settings.address.celery, "PYTHONUNBUFFERED": "1"}
+        env = {**self.settings.environment(), "STOKER_URL": self.settings.address.url, "PYTHONUNBUFFERED": "1"}
         return Process(
             name, command, log=self.settings.logs / f"{name}.log", env=env, grace=grace, size=LogSize.of(self.settings)
         )

@@ -24,8 +24,6 @@ from tests.conftest import stack_settings
 
 #: Prompts, and what transformers makes of them greedily (tests/goldens).
 GOLDENS = json.loads((Path(__file__).parent.parent / "goldens" / "smollm2.json").read_text())["prompts"]
-CERTIFICATE = Path(__file__).parent.parent / "data" / "tls-test-only.crt"
-KEY = CERTIFICATE.with_suffix(".key")
 
 
 def own_port() -> int:
@@ -119,11 +117,8 @@ class Proxy:
     """An address on loopback that hands connections on to the port `target`, which may change; with `tls`, it takes
     them encrypted."""
 
-    def __init__(self, target: int, *, tls: bool = False) -> None:
-        self.target = target
-        self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER) if tls else None
-        if self._context is not None:
-            self._context.load_cert_chain(CERTIFICATE, KEY)
+    def __init__(self, target: int, *, tls: ssl.SSLContext | None = None) -> None:
+        self.target, self._context = target, tls
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         self.url = f"{'rediss' if tls else 'redis'}://127.0.0.1:{self.port}/0"
@@ -145,6 +140,9 @@ class Proxy:
             _pump(client, backend)
 
     def close(self) -> None:
+        # A thread that waits in accept() would take one more connection.
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
 
 

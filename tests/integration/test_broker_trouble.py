@@ -19,7 +19,6 @@ from stoker.local.process import Process
 from stoker.local.stack import Stack
 from tests.conftest import EMBED_MODEL, GENERATE_MODEL, alive, stack_settings, wait_until
 from tests.integration.machinery import (
-    CERTIFICATE,
     GOLDENS,
     FragileBroker,
     Proxy,
@@ -29,6 +28,7 @@ from tests.integration.machinery import (
     worker_on,
 )
 from tests.leaks import overlong_keys
+from tests.tls import authority, signed
 
 pytestmark = pytest.mark.integration
 
@@ -181,12 +181,13 @@ def test_a_unix_socket_serves_clients_and_workers(tmp_path: Path) -> None:
 
 
 def test_tls_serves_clients_and_workers(fragile: FragileBroker, tmp_path: Path) -> None:
-    proxy = Proxy(fragile.port, tls=True)
+    """With an authority of its own, which has signed the certificates of both sides."""
+    ours = authority(tmp_path, "ours")
+    server = signed(ours, "broker", "IP:127.0.0.1").server(clients=ours)
+    proxy = Proxy(fragile.port, tls=server)
     try:
-        _round_trip(f"{proxy.url}?ssl_ca_certs={CERTIFICATE}", tmp_path)
-        stranger = patient_client(proxy.url, 0.5)
-        with pytest.raises(BrokerUnavailable, match=r"(?i)certificate"):
-            stranger.workers()
+        own = signed(ours, "worker", "DNS:worker").options
+        _round_trip(f"{proxy.url}?ssl_ca_certs={ours.certificate}&{own}", tmp_path)
     finally:
         proxy.close()
 

@@ -17,7 +17,7 @@ from stoker.settings import Settings
 from tests.conftest import wait_until
 
 TEMPLATE = Path(__file__).parent.parent.parent / "deploy" / "acl" / "users.acl.template"
-ROLES = ("admin", "client", "operator", "worker", "flower")
+ROLES = ("admin", "client", "operator", "worker", "flower", "replica", "sentinel")
 
 
 @dataclass(frozen=True)

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import suppress
 
 import pytest
 import redis
 from hypothesis import given
 from hypothesis import strategies as st
+from kombu.connection import Connection
 
-from stoker import Client
-from stoker.address import DEFAULT_URL, Address
-from stoker.errors import ConfigError
+from stoker import AsyncClient, Client
+from stoker.address import DEFAULT_URL, Address, Sentinels
+from stoker.broker.connection import connect
+from stoker.celery_config import shared_config
+from stoker.errors import BrokerUnavailable, ConfigError
 from stoker.settings import Settings
+from workers.celery import transport
 
 SECRET = "s3cret-w0rd"
 
 
 def test_the_default_url_is_read_as_it_is() -> None:
-    assert Address.parse(DEFAULT_URL) == Address(DEFAULT_URL, DEFAULT_URL, DEFAULT_URL)
+    assert Address.parse(DEFAULT_URL) == Address(DEFAULT_URL, DEFAULT_URL, DEFAULT_URL, DEFAULT_URL)
 
 
 @pytest.mark.parametrize(
@@ -75,6 +80,9 @@ def test_tls_verifies_except_where_the_url_says_otherwise() -> None:
         f"redis://me:a:{SECRET}@host",
         f"redis://me:a@{SECRET}@host",
         f"redis://host/0?username=me&password={SECRET}&db=1",
+        f"redis+sentinel://:{SECRET}@a:1,b:2/queue/0?sentinel_password={SECRET}",
+        f"redis+sentinel://me:{SECRET}@a/queue?sentinel_username=me&sentinel_password={SECRET}",
+        f"redis+sentinel://{SECRET}@a/queue",
     ],
 )
 def test_what_is_shown_holds_no_password(url: str) -> None:
@@ -100,6 +108,11 @@ def test_what_is_shown_holds_no_password(url: str) -> None:
         f"redis://:12/{SECRET}@host",
         f"redis://12?{SECRET}@host",
         f"{SECRET}@redis://host",
+        f"redis+sentinel://me:12/{SECRET}@a:1/queue/0",
+        f"redis+sentinel://me:12?{SECRET}@a:1/queue/0",
+        f"redis+sentinel://me:12#{SECRET}@a:1/queue/0",
+        f"redis+sentinel://me:{SECRET}@a:port/queue/0",
+        f"redis+sentinel://a:1/queue/0?password={SECRET}",
     ],
 )
 def test_an_error_about_a_url_holds_no_password(url: str) -> None:
@@ -113,6 +126,62 @@ def test_an_error_about_a_password_with_a_bare_slash_does_not_hold_it(password: 
     with pytest.raises(ConfigError) as error:
         Address.parse(f"redis://me:{password}@host:6379/0")
     assert SECRET not in str(error.value)
+
+
+def test_an_address_of_sentinels_is_read_for_each_of_its_readers() -> None:
+    address = Address.parse("redis+sentinel://me:p%2Fa;b@one,two:7000,[::1]:7001/queue.x/3?sentinel_password=q%26r")
+    hosts = (("one", 26379), ("two", 7000), ("::1", 7001))
+    assert address.sentinels == Sentinels(hosts, "queue.x", None, "q&r")
+    assert address.redis == "redis://me:p%2Fa;b@queue.x/3"
+    assert address.celery.split(";") == [
+        f"sentinel://me:p%2Fa%3Bb@{host}/3" for host in ("one:26379", "two:7000", "[::1]:7001")
+    ]
+    assert address.shown == "redis+sentinel://me:***@one:26379,two:7000,[::1]:7001/queue.x/3"
+    assert Address.parse(address.url) == address
+    plain = Address.parse(address.without_password)
+    assert plain.sentinels == Sentinels(hosts, "queue.x")
+    assert plain.redis == "redis://me@queue.x/3"
+
+
+def test_every_reader_of_an_address_of_sentinels_gets_the_logins() -> None:
+    settings = Settings(url="redis+sentinel://me:a%3Bb@one,two:7000/queue/3?sentinel_username=you&sentinel_password=c")
+    made = connect(settings).connection_pool
+    kept = made.connection_kwargs
+    assert (kept["username"], kept["password"], kept["db"]) == ("me", "a;b", 3)
+    asked = made.sentinel_manager.sentinels[1].connection_pool.connection_kwargs
+    assert (asked["host"], asked["port"], asked["username"], asked["password"]) == ("two", 7000, "you", "c")
+    transport.install()
+    config = shared_config(settings)
+    with Connection(config["broker_url"], transport_options=config["broker_transport_options"]) as connection:
+        assert (connection.userid, connection.password, connection.virtual_host) == ("me", "a;b", "3")
+        assert connection.get_transport_cls() is transport.SentinelTransport
+        assert [url.partition("@")[2] for url in connection.alt] == ["one:26379/3", "two:7000/3"]
+    options = config["result_backend_transport_options"]
+    assert (options["master_name"], options["sentinel_kwargs"]["username"]) == ("queue", "you")
+
+
+def test_sentinels_that_do_not_answer_are_one_clear_error() -> None:
+    settings = Settings(url=f"redis+sentinel://:{SECRET}@127.0.0.1:1,127.0.0.1:2/queue?sentinel_password={SECRET}")
+    where = r"redis\+sentinel://:\*\*\*@127\.0\.0\.1:1,127\.0\.0\.1:2/queue/0"
+    why = r"\(no sentinel names a primary of 'queue': Error 111 .*:1\. [^<>]*; Error 111 [^<>]*:2\. [^<>]*\)"
+    with Client(settings=settings) as client, pytest.raises(BrokerUnavailable, match=f"{where} {why}") as error:
+        client.workers()
+    assert SECRET not in str(error.value)
+
+    async def ask() -> None:
+        async with AsyncClient(settings=settings) as asking:
+            await asking.workers()
+
+    with pytest.raises(BrokerUnavailable, match=f"{where} {why}"):
+        asyncio.run(ask())
+
+
+@pytest.mark.parametrize(
+    "rest", ["", "a", "a/", "/queue", "a,,b/queue", "a:x/queue", "a/que ue", "a/queue/x", "a/queue/0?socket_timeout=1"]
+)
+def test_an_address_of_sentinels_that_lacks_something_is_refused(rest: str) -> None:
+    with pytest.raises(ConfigError, match=r"expected redis\+sentinel://\[USER:PASSWORD@\]HOST.*/SERVICE"):
+        Address.parse(f"redis+sentinel://{rest}")
 
 
 def test_a_socket_with_two_slashes_is_refused() -> None:
@@ -138,6 +207,8 @@ def test_a_url_that_cannot_be_read_is_refused(url: str) -> None:
 
 @given(st.text(max_size=40))
 def test_any_text_is_read_or_refused_clearly(text: str) -> None:
-    for url in (text, f"redis://{text}", f"rediss://{text}", f"redis+socket://{text}"):
+    for url in (text, f"redis://{text}", f"rediss://{text}", f"redis+socket://{text}", f"redis+sentinel://{text}"):
         with suppress(ConfigError):
-            assert Address.parse(url).shown
+            address = Address.parse(url)
+            assert address.shown
+            assert Address.parse(address.url) == address

@@ -17,8 +17,9 @@ from stoker.contract import StreamToken
 from stoker.errors import JobFailed, WorkerUnavailable
 from stoker.settings import Settings
 from tests.conftest import wait_until
-from workers.services import publishing
+from workers.services import publishing, recent
 from workers.services.publishing import RENEW_EVERY, Publisher
+from workers.services.recent import Recent
 from workers.services.retrying import Retry
 
 
@@ -125,6 +126,54 @@ def test_the_expiry_is_renewed_now_and_then_and_at_the_end(
     publisher.publish([("a", renewing)])
     publisher.flush("a")
     assert redis.ttl(keys.stream("a")) > 100
+
+
+def lose(redis: Any, job_id: str, first: int) -> None:
+    """As a replica that becomes the primary without the entries from `first` on."""
+    rows = redis.xrange(keys.stream(job_id), max=keys.entry_id(first - 1)) if first else []
+    redis.delete(keys.stream(job_id))
+    for entry_id, fields in rows:
+        redis.xadd(keys.stream(job_id), fields, id=entry_id)
+    redis.expire(keys.stream(job_id), 100)
+
+
+@pytest.mark.parametrize("first", [0, 3, 5])
+def test_what_the_broker_took_and_lost_again_is_sent_again_so_that_the_stream_has_no_gap(
+    redis: Any, make: Callable[..., Publisher], first: int
+) -> None:
+    publisher = make()
+    publisher.publish([*entries("a", 6), *entries("b", 6)])
+    publisher.flush("a")
+    lose(redis, "a", first)
+    publisher.publish([*entries("a", 2, start=6), *entries("b", 2, start=6)])
+    publisher.flush("a")
+    assert indices(redis, "a") == indices(redis, "b") == list(range(8))
+    assert 0 < redis.ttl(keys.stream("a")) <= keys.RESULT_TTL
+
+
+def test_a_job_that_goes_on_behind_a_stream_that_is_gone_publishes_all_the_same(
+    redis: Any, make: Callable[..., Publisher]
+) -> None:
+    publisher = make()
+    publisher.publish(entries("a", 3, start=10))
+    publisher.publish(entries("a", 3, start=2))
+    publisher.publish(entries("b", 2))
+    publisher.flush("a")
+    lose(redis, "b", 0)
+    publisher.publish(entries("b", recent.ENTRIES + 2))
+    publisher.flush("b")
+    assert indices(redis, "a") == [10, 11, 12]
+    assert indices(redis, "b") == list(range(recent.ENTRIES + 2))
+
+
+def test_of_each_stream_a_bounded_number_of_entries_is_kept() -> None:
+    kept = Recent()
+    kept.took(entries("a", recent.ENTRIES + 5))
+    assert [pair[1].index for pair in kept.since("a", 0)] == list(range(5, recent.ENTRIES + 5))
+    for number in range(recent.STREAMS):
+        kept.took(entries(f"job-{number}", 1))
+    assert kept.since("a", 0) == []
+    assert len(kept.since("job-0", 0)) == 1
 
 
 @pytest.mark.parametrize("sent", [False, True])

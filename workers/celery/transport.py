@@ -265,9 +265,17 @@ class Transport(kombu_redis.Transport):
     Channel = Channel
 
 
+class SentinelChannel(Channel, kombu_redis.SentinelChannel):
+    """Asks the sentinels where the broker is, each time that a connection is opened."""
+
+
+class SentinelTransport(kombu_redis.SentinelTransport):
+    Channel = SentinelChannel
+
+
 def install() -> None:
-    """Make kombu use this transport for every `redis://`, `rediss://` and `redis+socket://` URL."""
-    for scheme in ("redis", "rediss"):
-        kombu.transport.TRANSPORT_ALIASES[scheme] = f"{__name__}:Transport"
+    """Make kombu use these transports for every URL that `Address` has."""
+    for scheme, transport in (("redis", Transport), ("rediss", Transport), ("sentinel", SentinelTransport)):
+        kombu.transport.TRANSPORT_ALIASES[scheme] = f"{__name__}:{transport.__name__}"
         # A connection that was made before keeps its own; kombu would give its class to all that come after, too.
         kombu.transport._transport_cache.pop(scheme, None)

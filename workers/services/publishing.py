@@ -17,6 +17,7 @@ from stoker.errors import JobFailed, WorkerUnavailable
 from stoker.monitor.metrics import PUBLISH_LAG
 from stoker.monitor.numbers import Series
 from workers.services.background import Background
+from workers.services.recent import Recent
 from workers.services.retrying import Retry
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ RENEW_EVERY = 64
 BATCH = 512
 #: What a step made, and when (monotonic seconds).
 Queued: TypeAlias = tuple[float, list["Entry"]]
+#: How the script answers for a stream that has lost entries.
+GAP = "GAP"
 _PUBLISH = Path(__file__).with_name("publish.lua").read_text()
 
 
@@ -51,6 +54,7 @@ class Publisher:
         self._queue: queue.Queue[Queued | threading.Event | None] = queue.Queue(BACKLOG)
         #: Entries that are not in the broker yet: without any, nobody has to wait for the thread's turn.
         self._unsent = 0
+        self._recent = Recent()
         #: Jobs whose entries were refused → why. `forget` ends it.
         self._failed: dict[str, JobFailed] = {}
         self._lock = threading.Lock()
@@ -153,17 +157,33 @@ class Publisher:
             except Exception as error:
                 return self._refuse(entries, error)
 
-    def _send(self, entries: list[Entry]) -> None:
+    def _send(self, entries: list[Entry], *, again: bool = False) -> None:
+        """`again`: these mend a gap, and no other is looked for."""
         names: list[str] = []
         arguments: list[Any] = [keys.RESULT_TTL]
-        for job_id, entry in entries:
+        seen: set[str] = set()
+        for pair in entries:
+            job_id, entry = pair
             renews = entry.is_last or entry.index % RENEW_EVERY == 0
+            follows = not again and job_id not in seen and self._recent.follows(pair)
+            seen.add(job_id)
             names += (keys.stream(job_id), keys.channel(job_id))
-            arguments += (keys.entry_id(entry.index), entry.model_dump_json(), int(renews))
+            arguments += (keys.entry_id(entry.index), entry.model_dump_json(), int(renews), int(follows))
         answer = self._redis.eval(_PUBLISH, len(names), *names, *arguments) or []
         wrong = {stream.decode(): reason.decode() for stream, reason in zip(answer[::2], answer[1::2], strict=True)}
-        for job_id in {job_id for job_id, _ in entries if keys.stream(job_id) in wrong}:
-            self._fail(job_id, wrong[keys.stream(job_id)])
+        refused = {job_id: wrong[keys.stream(job_id)] for job_id in seen if keys.stream(job_id) in wrong}
+        self._recent.took([pair for pair in entries if pair[0] not in refused])
+        for job_id, reason in refused.items():
+            self._answer(job_id, reason, [pair for pair in entries if pair[0] == job_id])
+
+    def _answer(self, job_id: str, reason: str, entries: list[Entry]) -> None:
+        """What to do about entries of one job that were not taken."""
+        gap, _, due = reason.partition(" ")
+        if gap != GAP:
+            return self._fail(job_id, reason)
+        mending = self._recent.since(job_id, int(due))
+        log.warning("job %s: the broker lost entries from %s on; the last %s are sent again", job_id, due, len(mending))
+        self._send([*mending, *entries], again=True)
 
     def _refuse(self, entries: list[Entry], error: Exception) -> None:
         """The broker will not take these together: send each job's alone, so that only jobs that are to blame fail."""

@@ -1,0 +1,70 @@
+"""A fail-over in the middle of a stream: the primary is killed, and a replica that lacks a part of it takes over."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from stoker import AsyncClient
+from stoker.broker import keys
+from stoker.cli import app
+from stoker.local.stack import Stack
+from stoker.settings import Settings
+from tests.conftest import GENERATE_MODEL, stack_settings, wait_until
+from tests.integration.machinery import GOLDENS, patient_client
+from tests.integration.sentinels import ASKING, watched
+from tests.monitor.conftest import Running
+
+pytestmark = pytest.mark.integration
+
+GOLDEN = GOLDENS[0]
+
+
+async def text_of_another(url: str) -> str:
+    async with AsyncClient(settings=Settings(url=url, patience=60)) as client:
+        job = await client.generate(GOLDEN["prompt"], model=GENERATE_MODEL, max_tokens=64)
+        return (await job.result(60)).text
+
+
+def test_a_stream_goes_on_at_the_new_primary_and_has_no_gap(tmp_path: Path) -> None:
+    with watched(tmp_path) as broker, ExitStack() as leaving:
+        settings = stack_settings(tmp_path / "home", url=broker.url("worker"), models=(GENERATE_MODEL,), grace=1.0)
+        with Stack(settings, flower=False) as stack, patient_client(broker.url("client"), 60) as client:
+            presence = stack.wait_until_warm()
+            (tmp_path / "monitor").mkdir()
+            monitor = Running(Settings(url=broker.url("flower"), home=tmp_path / "monitor"))
+            leaving.callback(monitor.stop)
+            wait_until(lambda: monitor.seen()["workers"], "the worker is seen")
+            job = client.generate(GOLDEN["prompt"], model=GENERATE_MODEL, max_tokens=64)
+            stream = job.stream(timeout=60)
+            heard = [next(stream)]
+            with broker.primary.client() as admin:
+                assert admin.wait(1, 10_000) == 1, "the replica has the job"
+            broker.stop_replicating()
+            heard += [next(stream) for _ in range(4)]
+            with broker.primary.client() as admin:
+                assert 4 < admin.xlen(keys.stream(job.id)) < len(GOLDEN["token_ids"]), "it is in the middle"
+            broker.kill_primary()
+            heard += stream
+            assert [token.token_id for token in heard] == GOLDEN["token_ids"]
+            assert job.result(60).text == GOLDEN["text"]
+            # Whoever comes later sees the same, also what the replica had not got.
+            assert [token.index for token in job.stream(timeout=60)] == list(range(len(GOLDEN["token_ids"])))
+            with broker.replica.client() as admin:
+                assert admin.role()[0] == "master"
+            assert "the broker lost entries from" in (stack.settings.logs / "worker.log").read_text()
+            assert asyncio.run(text_of_another(broker.url("client"))) == GOLDEN["text"]
+            assert client.workers()[0].pid == presence.pid, "the worker outlives its broker"
+            wait_until(lambda: client.redis.hlen(keys.UNACKED) == 0, "nothing is left unacknowledged")
+            wait_until(lambda: monitor.state(job.id) == "SUCCESS", "Flower sees it too")
+            assert monitor.seen()["workers"]
+            shown = CliRunner().invoke(app, ["status", "--url", broker.url("client")])
+            assert presence.worker in shown.output
+            assert broker.denied() == []
+        log = (stack.settings.logs / "worker.log").read_text()
+    assert "worker-password" not in log
+    assert ASKING not in log
