@@ -167,18 +167,6 @@ def test_the_lock_covers_linux_and_macos() -> None:
     assert re.search(r"^mlx-cpu==.*sys_platform == 'linux'", locked, re.MULTILINE)
 
 
-def test_compose_keeps_every_job_and_binds_to_loopback() -> None:
-    services = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))["services"]
-    assert set(services) == {"redis", "flower", "cpu-worker"}
-    assert services["cpu-worker"]["profiles"] == ["cpu-worker"]
-    command = " ".join(services["redis"]["command"])
-    assert "--appendonly yes" in command
-    assert "--maxmemory-policy noeviction" in command
-    ports = [port for service in services.values() for port in service.get("ports", [])]
-    assert ports
-    assert all(port.startswith("127.0.0.1:") for port in ports)
-
-
 def test_the_workflow_tests_both_systems_by_make() -> None:
     jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))["jobs"]
     assert any("ubuntu" in job["runs-on"] for job in jobs.values())

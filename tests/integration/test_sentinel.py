@@ -52,7 +52,7 @@ def test_a_stream_goes_on_at_the_new_primary_and_has_no_gap(tmp_path: Path) -> N
             heard += stream
             assert [token.token_id for token in heard] == GOLDEN["token_ids"]
             assert job.result(60).text == GOLDEN["text"]
-            # Whoever comes later sees the same, also what the replica had not got.
+            # A reader that comes later sees the same, also what the replica had not got.
             assert [token.index for token in job.stream(timeout=60)] == list(range(len(GOLDEN["token_ids"])))
             with broker.replica.client() as admin:
                 assert admin.role()[0] == "master"
