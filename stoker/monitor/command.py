@@ -15,7 +15,7 @@ from tornado.ioloop import IOLoop
 
 from stoker.errors import ConfigError
 from stoker.logs import setup as logs
-from stoker.monitor import access
+from stoker.monitor import access, transport
 from stoker.monitor.app import COLUMNS, GONE, TASKS, Monitor
 from stoker.settings import Settings
 
@@ -32,6 +32,7 @@ def serve(settings: Settings, address: str, port: int, names: frozenset[str], sa
     configure(address, port, password)
     logs.configure(settings, [password])
     quiet()
+    transport.install()
     with (home / "lock").open("w") as lock:
         kept = _is_first(lock)
         history = {"db": str(home / "history"), "persistent": kept, "state_save_interval": SAVE_EVERY if kept else 0}

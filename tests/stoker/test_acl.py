@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import closing, suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +24,8 @@ from stoker.celery_config import shared_config
 from stoker.client._sync.jobs import EmbedJob
 from stoker.contract import GenerateResult, ModelCard, Presence, StreamToken, Usage, encode
 from stoker.errors import BrokerUnavailable
+from tests.conftest import wait_until
+from tests.monitor.conftest import Running
 from tests.stoker.acl import Guarded, guarded_broker
 from workers import clock
 from workers.celery import transport
@@ -189,6 +192,23 @@ def test_a_worker_takes_holds_and_hands_back_messages_as_kombu_does(
         channel.qos.restore_visible(interval=1)
         poller = connection.transport.cycle.poller
     poller.close()
+    assert broker.denied() == []
+
+
+def test_the_monitor_sees_jobs_runs_and_letters(broker: Guarded, client: Client, worker: Any, tmp_path: Path) -> None:
+    monitor = Running(broker.settings("flower").model_copy(update={"home": tmp_path}))
+    try:
+        spoken, run = client.generate("x", max_tokens=1), client.train("a", [{"text": "x"}])
+        wait_until(lambda: monitor.state(spoken.id) and monitor.state(run.id), "both are seen")
+        assert take(worker) == spoken.id
+        wait_until(lambda: monitor.state(spoken.id) == "STARTED", "it runs")
+        finish(worker, spoken.id)
+        wait_until(lambda: monitor.state(spoken.id) == "SUCCESS", "it has ended")
+        broker.admin.hset(keys.DEAD, "letter", json.dumps({"kind": "generate", "model": "m", "client": "c"}))
+        wait_until(lambda: monitor.seen()["dead"], "the letter is seen")
+        assert [entry["name"] for entry in monitor.seen()["adapters"]] == ["a"]
+    finally:
+        monitor.stop()
     assert broker.denied() == []
 
 
