@@ -44,7 +44,11 @@ def authority(folder: Path, name: str) -> Pair:
 def signed(by: Pair, name: str, names: str) -> Pair:
     """`names`: what the certificate is for, as `DNS:broker.example` or `IP:127.0.0.1`."""
     folder = by.key.parent
-    pair, asked, more = Pair(folder / f"{name}.crt", folder / f"{name}.key"), folder / f"{name}.csr", folder / name
+    pair, asked, more = (
+        Pair(folder / f"{name}.crt", folder / f"{name}.key"),
+        folder / f"{name}.csr",
+        folder / f"{name}.ext",
+    )
     _openssl("req", *_KEY, "-subj", f"/CN={name}", "-keyout", pair.key, "-out", asked)
     more.write_text(f"subjectAltName={names}\n")
     _openssl("x509", "-req", "-in", asked, "-CA", by.certificate, "-CAkey", by.key, "-CAcreateserial", "-days", "2",

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from stoker import AsyncClient
 from stoker.broker import keys
+from stoker.broker.connection import connect
 from stoker.cli import app
 from stoker.local.stack import Stack
 from stoker.settings import Settings
@@ -18,6 +19,8 @@ from tests.conftest import GENERATE_MODEL, stack_settings, wait_until
 from tests.integration.machinery import GOLDENS, patient_client
 from tests.integration.sentinels import ASKING, watched
 from tests.monitor.conftest import Running
+from tests.workers.test_publishing import token
+from workers.services.publishing import Publisher
 
 pytestmark = pytest.mark.integration
 
@@ -30,6 +33,29 @@ async def text_of_another(url: str) -> str:
         return (await job.result(60)).text
 
 
+def test_what_is_published_goes_on_at_the_new_primary_and_has_no_gap(tmp_path: Path) -> None:
+    """The quick form: a publisher and a reader, without a worker."""
+    with watched(tmp_path) as broker:
+        redis = connect(Settings(url=broker.url("worker")))
+        publisher = Publisher(redis)
+        publisher.start()
+        publisher.publish([("a", token(index)) for index in range(3)])
+        publisher.flush("a")
+        with broker.primary.client() as admin:
+            assert admin.wait(1, 10_000) == 1, "the replica has these"
+        broker.stop_replicating()
+        publisher.publish([("a", token(index)) for index in range(3, 6)])
+        publisher.flush("a")
+        broker.kill_primary()
+        publisher.publish([("a", token(index)) for index in range(6, 9)])
+        publisher.flush("a")
+        found = [entry_id.decode() for entry_id, _ in redis.xrange(keys.stream("a"))]
+        publisher.stop()
+        assert found == [keys.entry_id(index) for index in range(9)]
+        assert broker.denied() == []
+
+
+@pytest.mark.slow
 def test_a_stream_goes_on_at_the_new_primary_and_has_no_gap(tmp_path: Path) -> None:
     with watched(tmp_path) as broker, ExitStack() as leaving:
         settings = stack_settings(tmp_path / "home", url=broker.url("worker"), models=(GENERATE_MODEL,), grace=1.0)
