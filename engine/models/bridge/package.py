@@ -51,6 +51,8 @@ REFUSED: Mapping[str, str] = {
     "gpt_bigcode": "it needs one position for all rows of a batch",
     "llama4": "it needs one position for all rows of a batch",
     "afm7": "it takes positions from how many keys are read",
+    "recurrent_gemma": "it computes a text's first token otherwise than from an empty state",
+    "phi3small": "its sparse attention ends the process on a CPU",
     "gear": "mlx-lm's own file does not run",
     "plamo3": "mlx-lm's file computes its window otherwise with a cache than without one",
     "plamo2": "its file imports the whole of mlx-lm, which changes the process",
