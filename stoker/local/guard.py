@@ -2,7 +2,8 @@
 
 The asker holds the other end of this process's standard input. When it closes that end, or dies in any way
 (`kill -9` included), the pipe ends, and the command gets SIGTERM and, GRACE seconds later, SIGKILL. A pipe does this on
-every Unix; a parent-death signal exists on Linux alone. Standard library only: it starts in milliseconds.
+every Unix; a parent-death signal exists on Linux alone. Standard library only: it starts in milliseconds. Where its
+input is no pipe, as launchd's is not, a signal alone ends it.
 
 What the command writes goes through this process into the file LOG, which has BYTES at most: then it is renamed to
 LOG.1, what was LOG.1 to LOG.2, up to FILES of them, and another is begun.
@@ -14,6 +15,7 @@ import fcntl
 import os
 import select
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -104,7 +106,8 @@ def main(grace: float, log: RotatingLog, command: list[str]) -> int:
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     pump = threading.Thread(target=_pump, args=(child, log), daemon=True)
     pump.start()
-    threading.Thread(target=_await_end_of_input, args=(asked,), daemon=True).start()
+    if stat.S_ISFIFO(os.fstat(0).st_mode):
+        threading.Thread(target=_await_end_of_input, args=(asked,), daemon=True).start()
     code = _wait(child, asked, grace)
     pump.join(LINGER)
     return code

@@ -15,6 +15,8 @@ from pathlib import Path
 
 from stoker.errors import ConfigError
 from stoker.files.durable import write_whole
+from stoker.local import guard
+from stoker.local.process import LogSize
 from stoker.settings import Settings
 
 #: Seconds that a stopping worker has beyond `STOKER_GRACE`, until it is killed.
@@ -35,6 +37,7 @@ class Service:
     log: Path
     name: str | None
     stop_limit: int
+    size: LogSize
 
     @classmethod
     def of(cls, settings: Settings, name: str | None) -> Service:
@@ -45,6 +48,7 @@ class Service:
             log=settings.logs / "worker-service.log",
             name=name,
             stop_limit=int(settings.grace) + STOP_MARGIN,
+            size=LogSize.of(settings),
         )
 
     @property
@@ -87,7 +91,8 @@ def launchd_agent(service: Service) -> str:
     return plistlib.dumps(
         {
             "Label": LABEL,
-            "ProgramArguments": service.command,
+            # launchd puts no log aside: the guard writes it, as for `stoker up`.
+            "ProgramArguments": [sys.executable, guard.__file__, *_limits(service), *service.command],
             "WorkingDirectory": str(service.folder),
             "EnvironmentVariables": {"PYTHONUNBUFFERED": "1"},
             "RunAtLoad": True,
@@ -103,6 +108,10 @@ def launchd_agent(service: Service) -> str:
         },
         sort_keys=False,
     ).decode()
+
+
+def _limits(service: Service) -> list[str]:
+    return [str(service.stop_limit - 5), str(service.log), str(service.size.bytes), str(service.size.files)]
 
 
 def read_environment(file: Path) -> dict[str, str]:

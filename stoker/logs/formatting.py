@@ -25,7 +25,7 @@ class Lines(logging.Formatter):
     def said(self, record: logging.LogRecord) -> str:
         """The message, without secrets and without control characters, which could move a terminal's cursor."""
         text = " ".join(_cut(record.getMessage(), LONGEST).split())
-        return self._redact("".join(_visible(text)))
+        return self._redact(text if text.isprintable() else "".join(_visible(text)))
 
     def trace(self, record: logging.LogRecord) -> str:
         """The traceback; "" if there is none."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 #: The attribute of a `LogRecord` that holds the fields of its event.
@@ -28,7 +28,7 @@ class JobLine:
     error: str | None = None
 
     def write(self, log: logging.Logger, level: int) -> None:
-        fields = {name: _rounded(value) for name, value in asdict(self).items() if value not in (None, "")}
+        fields = {name: _rounded(value) for name, value in vars(self).items() if value not in (None, "")}
         log.log(level, "%s", self, extra={FIELDS: fields})
 
     def __str__(self) -> str:

@@ -44,7 +44,9 @@ class Redactor:
 
     def __call__(self, text: str) -> str:
         text = _LOGIN.sub(f"{STARS}@", text) if "://" in text else text
-        text = _NAMED.sub(rf"\g<1>{STARS}", text)
+        if any(mark in text for mark in " :="):
+            # A name and its value: what has none of these is one word.
+            text = _NAMED.sub(rf"\g<1>{STARS}", text)
         return self._known.sub(STARS, text) if self._known is not None else text
 
 

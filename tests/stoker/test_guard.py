@@ -148,6 +148,15 @@ def test_of_full_logs_only_so_many_are_kept(tmp_path: Path) -> None:
     assert child.output().endswith(f"000999 {'x' * (999 * 37 % 200)}\n")
 
 
+def test_a_guard_whose_input_is_no_pipe_runs_its_command_to_the_end(tmp_path: Path) -> None:
+    limits = ["5", str(tmp_path / "log"), "1000", "1"]
+    command = [sys.executable, "-c", "import time; time.sleep(0.3); print('made')"]
+    done = subprocess.run(
+        [sys.executable, str(guard.__file__), *limits, *command], stdin=subprocess.DEVNULL, timeout=30
+    )
+    assert (done.returncode, (tmp_path / "log").read_text()) == (0, "made\n")
+
+
 def test_processes_that_share_a_log_lose_no_line_when_it_is_full(tmp_path: Path) -> None:
     log = tmp_path / "logs/child.log"
     children = [

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from stoker.cli import app
 from stoker.errors import BrokerUnavailable, ConfigError, InvalidRequest, StokerError
+from stoker.local import guard
 from stoker.local.service import Service, launchd_agent, read_environment, systemd_unit
 from stoker.local.service_manager import Launchd
 from stoker.settings import Settings, settings_of
@@ -173,7 +174,8 @@ def test_a_dry_run_prints_the_definition_and_changes_nothing(machine: Machine, o
     assert run("install", "--dry-run", "--model", str(MODEL)).startswith("[Unit]\n")
     on("Darwin")
     plist = plistlib.loads(run("install", "--dry-run", "--model", str(MODEL)).encode())
-    assert plist["ProgramArguments"][1:4] == ["-m", "stoker.cli", "worker"]
+    assert plist["ProgramArguments"][6:10] == [sys.executable, "-m", "stoker.cli", "worker"]
+    assert plist["ProgramArguments"][1:6] == [guard.__file__, "85", plist["StandardOutPath"], str(8 * 2**20), "3"]
     assert (plist["ExitTimeOut"], plist["Umask"], plist["KeepAlive"]) == (90, 0o077, True)
     assert machine.asked() == []
     assert not machine.settings_file.exists()
@@ -185,7 +187,7 @@ def test_a_definition_bears_any_folder(tmp_path: Path) -> None:
     odd = Service.of(Settings(home=tmp_path / 'a "b" $c %h \\d <&>'), None)
     unit, agent = systemd_unit(odd), plistlib.loads(launchd_agent(odd).encode())
     assert agent["WorkingDirectory"] == str(odd.folder)
-    assert agent["ProgramArguments"][5] == str(odd.environment_file)
+    assert agent["ProgramArguments"][11] == str(odd.environment_file)
     assert r"a \"b\" $$c %%h \\d <&>" in unit
     assert f'WorkingDirectory={tmp_path}/a "b" $c %%h \\d <&>' in unit
 
