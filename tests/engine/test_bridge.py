@@ -16,9 +16,12 @@ from engine.adapters.pool import AdapterPool
 from engine.adapters.store import AdapterStore
 from engine.checkpoints.loading import LoadedModel, load
 from engine.checkpoints.verifying import verify
-from engine.models.bridge import package
+from engine.models import rope
+from engine.models.bridge import package, weights
+from engine.models.cache import KeyValues
 from stoker.errors import InvalidRequest, ModelError
-from tests.engine import bridged, test_generate_lane
+from tests.engine import bridged, cached, test_generate_lane
+from tests.engine.architectures import config
 from tests.engine.test_generate_lane import Driver
 from tests.models import table
 
@@ -133,6 +136,36 @@ def test_what_mlx_lm_has_not_or_would_compute_otherwise_is_refused_by_name(
 def test_a_window_that_a_model_file_passes_over_bounds_the_context(tmp_path: Path) -> None:
     bridged.write_folder(tmp_path / "model", "phi3", sliding_window=40)
     assert load("model", [str(tmp_path / "model")]).context == 40
+
+
+def test_dynamic_ntk_changes_nothing_within_the_context_and_rows_of_any_length_decode(tmp_path: Path) -> None:
+    plain = bridged.write_folder(tmp_path / "plain", "olmo2")
+    bridged.write_folder(tmp_path / "model", "olmo2", rope_scaling={"type": "dynamic", "factor": 4.0})
+    model = load("model", [str(tmp_path / "model")])
+    assert model.context == 256
+    rows = bridged.prompts()
+    kv = KeyValues(model.decoder, 3, 64)
+    found = cached.through(model.decoder, kv, [row[:20] for row in rows], [0, 0, 0])
+    after = cached.through(model.decoder, kv, [[rows[0][12]], [rows[1][20]], [rows[2][7]]], [12, 20, 7])
+    for index, position in enumerate((12, 20, 7)):
+        wanted = bridged.reference(plain, rows[index])
+        bridged.assert_close(found[index], wanted[:20])
+        bridged.assert_close(after[index, 0], wanted[position])
+
+
+@pytest.mark.parametrize("fields", [{}, {"truncate": False}, {"truncate": False, "attention_factor": 1.5}], ids=str)
+def test_yarn_is_that_of_transformers(fields: dict[str, Any]) -> None:
+    """gpt-oss's borders are not rounded; mlx-lm would round them. The oracle is the Llama family's own."""
+    scaling = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64, **fields}
+    described = {**config("gpt_oss"), "head_dim": 32, "rope_theta": 1000.0, "rope_scaling": scaling}
+    network, _ = weights.network_of(described, "gpt_oss")
+    found = [module for module in network.modules() if type(module).__name__ == "YarnRoPE"]
+    base, wanted = rope.from_config(described, 256, 32)
+    turned = rope.Rope(32, base, wanted)
+    assert len(found) == 4
+    for module in found:
+        assert np.allclose(np.array(module["_freqs"]), np.array(turned.periods), rtol=1e-4)
+        assert module.mscale == pytest.approx(turned.gain)
 
 
 def test_targets_that_a_model_has_not_are_refused_with_those_it_has() -> None:

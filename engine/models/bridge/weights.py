@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
-from engine.models.bridge import package
+from engine.models.bridge import package, ropes
 from engine.models.bridge.configs import check, text_config
 from engine.models.bridge.linears import dense_weight
 from engine.weights import safetensors
@@ -37,6 +37,7 @@ def network_of(config: Mapping[str, Any], file: str) -> tuple[nn.Module, Any]:
         raise ModelError(
             f"config.json: mlx-lm's {file} cannot be made of it ({type(error).__name__}: {str(error)[:300]})"
         ) from error
+    ropes.correct(network, config)
     return network, args
 
 
