@@ -30,7 +30,8 @@ class Up:
 
     def __init__(self, home: Path, *options: str, hang_up: Any = signal.SIG_DFL, **env: str) -> None:
         """`hang_up`: what a terminal that closes does to it; `nohup` ignores it."""
-        self.output = home.parent / f"up-{len(list(home.parent.iterdir()))}.log"
+        earlier = len(list(home.parent.glob("up*.log")))
+        self.output = home.parent / (f"up-{earlier}.log" if earlier else "up.log")
         self.home = home
         home.mkdir(exist_ok=True)
         self.env: Mapping[str, str] = {**os.environ, "STOKER_HOME": str(home), **env}
