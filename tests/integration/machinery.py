@@ -124,6 +124,10 @@ class Proxy:
         self.url = f"{'rediss' if tls else 'redis'}://127.0.0.1:{self.port}/0"
         threading.Thread(target=self._accept, daemon=True).start()
 
+    def url_of(self, broker: FragileBroker) -> str:
+        """The broker's URL through here, with its login."""
+        return self.url.replace("127.0.0.1", broker.url.partition("://")[2].rpartition(":")[0])
+
     def _accept(self) -> None:
         while True:
             try:

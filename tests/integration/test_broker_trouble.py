@@ -194,7 +194,7 @@ def test_tls_serves_clients_and_workers(fragile: FragileBroker, tmp_path: Path) 
     proxy = Proxy(fragile.port, tls=server)
     try:
         own = signed(ours, "worker", "DNS:worker").options
-        _round_trip(f"{proxy.url}?ssl_ca_certs={ours.certificate}&{own}", tmp_path)
+        _round_trip(f"{proxy.url_of(fragile)}?ssl_ca_certs={ours.certificate}&{own}", tmp_path)
     finally:
         proxy.close()
 

@@ -10,6 +10,7 @@ import sys
 from contextlib import chdir
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -45,9 +46,12 @@ def test_a_stream_goes_on_when_a_replica_takes_the_brokers_place(tmp_path: Path)
     proxy = Proxy(primary.port)
     spare = connect(Settings(url=replica.url))
     try:
+        # The two have one password, as they must.
+        for option in ("masterauth", "requirepass"):
+            spare.config_set(option, urlsplit(primary.url).password)
         spare.replicaof("127.0.0.1", primary.port)
-        with patient_client(proxy.url, 60) as client:
-            settings = stack_settings(tmp_path / "worker", url=proxy.url)
+        with patient_client(proxy.url_of(primary), 60) as client:
+            settings = stack_settings(tmp_path / "worker", url=proxy.url_of(primary))
             with Stack(settings, flower=False) as stack:
                 pid = stack.wait_until_warm().pid
                 job = client.generate(GOLDEN["prompt"], model=GENERATE_MODEL, max_tokens=64)
