@@ -11,10 +11,11 @@ import mlx.core as mx
 from engine.adapters.lane import read_adapter
 from engine.adapters.lora import LoraWeights, square_norms
 from engine.adapters.stacked import folded
-from engine.checkpoints.loading import LoadedModel, load
+from engine.checkpoints.loading import DECODERS, LoadedModel, load
 from engine.checkpoints.quantizing import copy_rest
 from engine.checkpoints.sources import resolve
 from engine.models.layers import Linear
+from engine.models.llama import Llama
 from engine.platform.jsonfiles import read_object
 from engine.weights import safetensors
 from engine.weights.mlx_layout import QuantizedLayout
@@ -41,6 +42,12 @@ def merge(sources: Sequence[str], adapter: Path, target: Path) -> Merged:
     if target.exists() or target.is_symlink():
         raise ModelError(f"{target}: exists already; name a folder that does not")
     model = load("base", [str(source)], dtype="float32", quantize="none")
+    if not isinstance(model.decoder, Llama):
+        # Its files may hold a layer under another name, or turned round; only mlx-lm's model file knows.
+        raise ModelError(
+            f"{source}: merging into a {model.architecture} is not supported; into {', '.join(DECODERS)} it is. "
+            "Generate with the adapter instead: `stoker adapters load`"
+        )
     weights = read_adapter(adapter, model)
     with draft_folder(target.parent) as draft:
         _write(source, draft, model, weights)

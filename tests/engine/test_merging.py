@@ -17,7 +17,7 @@ from engine.training.planning import plan
 from engine.weights import safetensors
 from stoker.errors import DatasetError, ModelError
 from tests import powercut
-from tests.engine import tiny
+from tests.engine import bridged, tiny
 
 BASES = Path(__file__).parents[1] / "goldens" / "architectures"
 TOKENS = mx.array([[7, 9, 11, 13, 40, 41, 63, 5]])
@@ -55,6 +55,16 @@ def test_a_merge_that_cannot_be_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"no adapter_config\.json in it"):
         merge([str(BASES / "qwen2-untied")], tmp_path / "empty", tmp_path / "merged")
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+def test_a_base_whose_files_only_mlx_lms_model_file_can_read_is_refused_by_name(tmp_path: Path) -> None:
+    """Its layers may have other names there, or lie turned round: the copy would be the base, or wrong."""
+    bridged.write_hub_folder(tmp_path / "base", "gemma3")
+    base = load("tiny", [str(tmp_path / "base")])
+    AdapterStore(tmp_path).write("tiny", "style", tiny.adapter(base, 2, 1), {})
+    with pytest.raises(ModelError, match=r"merging into a gemma3 is not supported; into llama, mistral"):
+        merge([str(tmp_path / "base")], tmp_path / "tiny/style/1", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_a_merged_model_is_there_whole_or_not_whenever_the_power_fails(tmp_path: Path) -> None:
