@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +30,11 @@ settings.register_profile("same", derandomize=True, deadline=None)
 # For `make mutants`: that a test fails is enough, and the smallest example is not looked for.
 settings.register_profile("first-failure", settings.get_profile("same"), phases=[Phase.explicit, Phase.generate])
 settings.load_profile("same")
+
+
+# A shell starts what goes to the background with SIGINT ignored, and every process of a test would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -634,6 +634,19 @@ def test_a_key_of_the_wrong_type_that_jobs_share_fails_none_of_them(worker: Work
     assert worker.outcome.status == JobStatus.DONE
 
 
+@pytest.mark.parametrize("when", WHENS)
+def test_a_key_that_another_worker_mended_a_moment_before_fails_no_job(
+    worker: Worker, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def by_another() -> bool:
+        mender.round()
+        return False
+
+    mender = mending.Mender(worker.redis, lambda: [QUEUE])
+    monkeypatch.setattr(worker.runtime.mender, "round", by_another)
+    assert worker.deliver(spoil_at(worker, keys.sizes(QUEUE), when))["completion_tokens"] == 1
+
+
 @pytest.mark.parametrize("garbage", ["garbage", "{}", "[1]", "\ud800", "[" * 50_000])
 def test_a_request_that_cannot_be_read_fails_its_job(worker: Worker, garbage: str) -> None:
     worker.redis.hset(keys.job("job"), Field.REQUEST, garbage.encode(errors="surrogatepass"))

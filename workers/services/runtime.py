@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import repeat
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from redis.exceptions import RedisError, ResponseError
@@ -16,6 +17,7 @@ from stoker.broker import keys
 from stoker.broker.connection import connect, passes
 from stoker.broker.ledger import record
 from stoker.broker.trouble import forbids
+from stoker.broker.wrong_types import is_wrong_type
 from stoker.errors import StokerError, WorkerUnavailable
 from stoker.monitor.metrics import PUBLISH_LAG
 from stoker.monitor.numbers import Numbers
@@ -33,6 +35,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+#: Tries after a refusal for a wrong type in which this worker finds nothing wrong: another one has mended it a moment
+#: before. A few, because the job's own key may be what is wrong.
+AGAIN = 3
 
 
 class Fenced(WorkerUnavailable):
@@ -155,12 +160,12 @@ class Runtime:
     def persist(self, action: Callable[[], T]) -> T:
         """Do something with the broker, however long it is away, and again once a shared key of a wrong type was moved
         aside. For what must not be lost."""
-        retry = Retry()
+        retry, again = Retry(), repeat(True, AGAIN)
         while True:
             try:
                 return action()
             except RedisError as error:
-                if _may_be_mended(error) and self.mender.round():
+                if _may_be_mended(error) and (self.mender.round() or (is_wrong_type(error) and next(again, False))):
                     continue
                 pause = retry.pause(error)
                 if pause is None or self.stopped.wait(pause):
