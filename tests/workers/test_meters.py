@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -186,8 +187,11 @@ def test_what_is_served_has_its_series_before_the_first_job(counted: Counted) ->
     assert counted.found.value("stoker_jobs_total") == 0
 
 
-def test_a_token_asks_no_clock_of_its_own_and_takes_no_lock(counted: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_token_asks_no_clock_of_its_own_and_takes_no_lock(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a step of many tokens costs is counted, not timed: the machine decides that."""
+    lock = MagicMock()
+    monkeypatch.setattr("workers.services.job_meter.threading", SimpleNamespace(Lock=lambda: lock))
+    counted = Counted()
     asked: list[float] = []
 
     def clock() -> float:
@@ -197,10 +201,12 @@ def test_a_token_asks_no_clock_of_its_own_and_takes_no_lock(counted: Counted, mo
     tickets = [Ticket[Any](f"job-{number}", "generate") for number in range(64)]
     counted.step(*((ticket, 0, 0) for ticket in tickets))
     engine = EngineMeter(counted.numbers, pytest.fail, clock)
-    monkeypatch.setattr(counted.jobs, "_lock", None)
+    taken = lock.__enter__.call_count
+    assert taken > 0
     entries: list[Any] = [(ticket, token(1)) for ticket in tickets]
     series = len(counted.numbers.report().samples)
     engine.step("base", "generate", 0.1, StepOutput(entries=entries))
     assert len(asked) == 1
+    assert lock.__enter__.call_count == taken
     assert len(counted.numbers.report().samples) == series
     assert counted.numbers.of(metrics.INTER_TOKEN, "base").counts[-1] == 64

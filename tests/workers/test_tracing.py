@@ -55,7 +55,7 @@ def worker(provider: TracerProvider) -> Tracing:
 @pytest.fixture
 def client(provider: TracerProvider, monkeypatch: pytest.MonkeyPatch) -> None:
     """This process traces what its clients do."""
-    monkeypatch.setattr("opentelemetry.trace._TRACER_PROVIDER", provider)
+    monkeypatch.setattr("opentelemetry.trace.get_tracer", provider.get_tracer)
 
 
 def account(sent: Trace = PARENT, attempt: int = 1, end: DeliveryEnd = DeliveryEnd.SUCCEEDED) -> JobAccount:
