@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -23,8 +24,8 @@ RunId = Annotated[
 
 
 def list_runs(as_json: Json = False) -> None:
-    """List the runs on this machine, newest first."""
-    found = sorted(stored_runs(load_settings().runs), key=lambda run: run.changed, reverse=True)
+    """List the runs on this machine, newest first. One that cannot be read is a line of its own, on standard error."""
+    found = sorted(stored_runs(load_settings().runs, _say), key=lambda run: run.changed, reverse=True)
     if as_json:
         print_json([run.plain() for run in found])
         return
@@ -132,6 +133,10 @@ def _refuse_open(client: Client, run: StoredRun) -> None:
         return
     if status in (JobStatus.QUEUED, JobStatus.RUNNING):
         raise InvalidRequest(f"run {run.id} is {status}. `stoker cancel {run.id}` ends it; then it can be removed.")
+
+
+def _say(error: InvalidRequest) -> None:
+    print(error, file=sys.stderr)
 
 
 def _found(run: str) -> StoredRun:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from stoker.errors import InvalidRequest
 from stoker.files.durable import remove_folder
-from stoker.local.runs import RUN_FILE, StoredRun, read_run
+from stoker.local.runs import StoredRun, read_run, stored_runs
 from stoker.local.storage import Leftover, bytes_of
 from stoker.settings import Settings
 
@@ -69,9 +69,4 @@ def _adapter(run: StoredRun) -> tuple[str, str]:
 
 
 def _readable(root: Path) -> Iterator[StoredRun]:
-    for folder in sorted(root.iterdir()) if root.is_dir() else []:
-        if (folder / RUN_FILE).is_file():
-            try:
-                yield read_run(folder)
-            except InvalidRequest as error:
-                log.debug("%s", error)
+    return stored_runs(root, lambda error: log.debug("%s", error))

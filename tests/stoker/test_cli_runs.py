@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -80,3 +81,58 @@ def test_a_plot_is_drawn_or_says_what_it_needs(run: Path, tmp_path: Path) -> Non
         return
     assert invoke("plot", "job-1", "-o", str(out)) == f"{out}\n"
     assert out.read_bytes().startswith(b"\x89PNG")
+
+
+GOOD = '{"request": {"name": "style", "steps": 10}, "status": "done"}'
+#: What another program left in a run's folder → what the one line says of it.
+SPOILED = {
+    "": "not JSON",
+    "[]": "a list given",
+    "[" * 100_000: "not JSON",
+    "\xff": "not JSON",
+    "1" * 5000: "not JSON",
+    '{"request": 3, "status": "done"}': "request is '3'",
+    '{"request": {"name": ["a"], "steps": 1}, "status": "done"}': "name is",
+    '{"request": {"name": "a"}, "status": "done"}': "no steps",
+    '{"request": {"name": "a", "steps": "many"}, "status": "done"}': "steps is 'many'",
+    '{"request": {"name": "a", "steps": 1}, "status": null}': "status is 'None'",
+}
+
+
+def spoil(name: str, content: str, log: str | None = None) -> None:
+    folder = load_settings().runs / name
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_bytes(content.encode("latin-1"))
+    if log is not None:
+        (folder / "log.jsonl").write_text(log)
+
+
+@pytest.mark.usefixtures("run")
+def test_a_run_that_cannot_be_read_is_one_line_and_hides_no_other() -> None:
+    for number, content in enumerate(SPOILED):
+        spoil(f"bad-{number}", content)
+    spoil("bad-log-1", GOOD, "3\n")
+    spoil("bad-log-2", GOOD, '{"step": 1}\n')
+    (load_settings().runs / "bad-folder" / "run.json").mkdir(parents=True)
+    (load_settings().runs / "bad-pipe").mkdir()
+    os.mkfifo(load_settings().runs / "bad-pipe" / "run.json")
+    (load_settings().runs / "bad-link").mkdir()
+    (load_settings().runs / "bad-link" / "run.json").symlink_to("run.json")
+    result = CliRunner().invoke(app, ["runs", "list"])
+    assert result.exit_code == 0
+    assert [line.split()[0] for line in result.stdout.splitlines()] == ["job-1"]
+    said = result.stderr.splitlines()
+    assert len(said) == len(SPOILED) + 5
+    for number, cause in enumerate(SPOILED.values()):
+        assert [cause in line for line in said if f"/bad-{number}/run.json" in line] == [True]
+    assert json.loads(CliRunner().invoke(app, ["runs", "list", "--json"]).stdout)[0]["run"] == "job-1"
+
+
+@pytest.mark.usefixtures("run")
+def test_a_run_is_found_next_to_one_that_cannot_be_read() -> None:
+    spoil("bad", "[]")
+    assert "job-1: running" in invoke("show", "style")
+    with pytest.raises(InvalidRequest, match=r"there are: job-1 \(style\)\.\n.*/bad/run.json: a list given"):
+        invoke("show", "zz")
+    with pytest.raises(InvalidRequest, match=r"/bad/run\.json: a list given"):
+        invoke("plot", "bad", "-o", "x.png")

@@ -192,6 +192,7 @@ def test_a_token_asks_no_clock_of_its_own_and_takes_no_lock(monkeypatch: pytest.
     lock = MagicMock()
     monkeypatch.setattr("workers.services.job_meter.threading", SimpleNamespace(Lock=lambda: lock))
     counted = Counted()
+    counted = Counted()
     asked: list[float] = []
 
     def clock() -> float:
@@ -201,6 +202,7 @@ def test_a_token_asks_no_clock_of_its_own_and_takes_no_lock(monkeypatch: pytest.
     tickets = [Ticket[Any](f"job-{number}", "generate") for number in range(64)]
     counted.step(*((ticket, 0, 0) for ticket in tickets))
     engine = EngineMeter(counted.numbers, pytest.fail, clock)
+    counted.jobs.begun(account())
     taken = lock.__enter__.call_count
     assert taken > 0
     entries: list[Any] = [(ticket, token(1)) for ticket in tickets]
