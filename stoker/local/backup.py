@@ -10,9 +10,12 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
+import shutil
 import tarfile
 import tempfile
 import time
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -31,6 +34,10 @@ FOLDERS = ("adapters", "runs")
 #: The kinds of keys that are kept (`stoker.broker.keys.KINDS`).
 KINDS = ("adapters", "adapter", "artifact", "policy")
 _ABOUT, _KEYS = "backup.json", "broker.jsonl"
+#: Bytes that are read of `backup.json` and of a line of `broker.jsonl`, whose longest holds an artifact.
+MAX_ABOUT, MAX_LINE = 1 << 16, 1 << 30
+#: Bytes of a name.
+MAX_NAME = 1024
 
 
 @dataclass(frozen=True)
@@ -68,8 +75,8 @@ def restore(settings: Settings, redis: Any, source: Path) -> Counted:
     files, added, kept = 0, 0, []
     try:
         with tarfile.open(source, "r:gz") as archive:
-            # All names first, so that nothing of a file that is no backup is restored.
-            for member in _checked(archive, source):
+            # All names and keys first, so that nothing of a file that is no backup is restored.
+            for member in _checked(archive, source, settings.home):
                 if member.name == _KEYS:
                     added, found = _restore_keys(_opened(archive, member), redis)
                     kept += found
@@ -77,7 +84,7 @@ def restore(settings: Settings, redis: Any, source: Path) -> Counted:
                     files += 1
                 else:
                     kept.append(member.name)
-    except (tarfile.TarError, EOFError, ValueError, KeyError, TypeError) as error:
+    except (tarfile.TarError, zlib.error, EOFError, ValueError, OverflowError, RecursionError) as error:
         raise InvalidRequest(f"{source}: no whole backup of `stoker backup` ({error}).") from None
     return Counted(files, added, tuple(kept))
 
@@ -124,32 +131,62 @@ def _exported(redis: Any) -> Iterator[dict[str, Any]]:
         if kind is None or kind.name not in KINDS:
             continue
         held = redis.type(key).decode()
+        if held != kind.type:
+            # Another program's value: Stoker writes no other type under these names.
+            continue
         if held == "hash":
             value: Any = [[_text(field), _text(content)] for field, content in redis.hgetall(key).items()]
         elif held == "set":
             value = [_text(member) for member in sorted(redis.smembers(key))]
-        elif held == "string":
-            value = _text(redis.get(key))
         else:
-            # Another program's value: Stoker writes no other type under these names.
-            continue
+            value = _text(redis.get(key))
         yield {"key": name, "type": held, "value": value}
 
 
-def _checked(archive: tarfile.TarFile, source: Path) -> list[tarfile.TarInfo]:
-    """What is to be restored. Raises `InvalidRequest` for what is no backup, or has a name that leads elsewhere."""
+def _checked(archive: tarfile.TarFile, source: Path, home: Path) -> list[tarfile.TarInfo]:
+    """What is to be restored. Raises `InvalidRequest` for what is no backup, or has a name that leads elsewhere, and
+    `ValueError` for a key that no backup has."""
     members = archive.getmembers()
-    about = json.load(_opened(archive, members[0])) if members and members[0].name == _ABOUT else {}
-    if about.get("format") != FORMAT:
+    stated = _format(archive, members[0]) if members else None
+    if stated != FORMAT:
         raise InvalidRequest(
-            f"{source}: format {about.get('format')} given; this release reads format {FORMAT}, of `stoker backup`."
+            f"{source}: format {stated} given; this release reads format {FORMAT}, of `stoker backup`."
         )
+    names = [member.name for member in members[1:]]
+    if len(names) != len(set(names)):
+        raise ValueError("a name is in it twice")
     for member in members[1:]:
-        name = PurePosixPath(member.name)
-        is_ours = member.name == _KEYS or (name.parts[:1] and name.parts[0] in FOLDERS and ".." not in name.parts)
-        if not is_ours or not member.isreg():
-            raise InvalidRequest(f"{source}: {member.name!r} is in it, which no backup has. Nothing was restored.")
+        if not _is_ours(member):
+            raise InvalidRequest(
+                f"{source}: {member.name[:200]!r} is in it, which no backup has. Nothing was restored."
+            )
+        for folder in list(PurePosixPath(member.name).parents)[:-1]:
+            if str(folder) in names or ((home / folder).exists() and not (home / folder).is_dir()):
+                raise InvalidRequest(f"{source}: {folder} is a folder in it, and a file too. Nothing was restored.")
+        if member.name == _KEYS:
+            for line in _lines(_opened(archive, member)):
+                _key(line)
     return members[1:]
+
+
+def _format(archive: tarfile.TarFile, first: tarfile.TarInfo) -> object:
+    """The format that the archive says it has; None if it says none."""
+    if first.name != _ABOUT or not first.isreg() or first.size > MAX_ABOUT:
+        return None
+    about = json.load(_opened(archive, first))
+    return about.get("format") if isinstance(about, dict) else None
+
+
+def _is_ours(member: tarfile.TarInfo) -> bool:
+    """Whether it is a file that a backup has, of a name that leads into the folders that are kept."""
+    name = PurePosixPath(member.name)
+    if not member.isreg() or member.issparse():
+        return False
+    if member.name == _KEYS:
+        return True
+    plain = name.as_posix() == member.name and not {"..", "\0"} & {*name.parts, *member.name}
+    fits = len(os.fsencode(member.name)) <= MAX_NAME and all(len(os.fsencode(part)) <= 255 for part in name.parts)
+    return plain and fits and len(name.parts) > 1 and name.parts[0] in FOLDERS
 
 
 def _opened(archive: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
@@ -165,29 +202,71 @@ def _restore_file(archive: tarfile.TarFile, member: tarfile.TarInfo, home: Path)
     if target.exists() or target.is_symlink():
         return False
     make_folders(target.parent)
-    write_whole(target, lambda draft: draft.write_bytes(_opened(archive, member).read()))
+
+    def write(draft: Path) -> None:
+        with draft.open("wb") as file:
+            shutil.copyfileobj(_opened(archive, member), file)
+
+    write_whole(target, write)
     return True
 
 
 def _restore_keys(lines: IO[bytes], redis: Any) -> tuple[int, list[str]]:
     added, kept = 0, []
-    for line in lines:
-        entry = json.loads(line)
-        name, kind = str(entry["key"]), keys.kind_of(str(entry["key"]))
-        if kind is None or kind.name not in KINDS:
-            raise ValueError(f"{name} is no key of a backup")
-        if entry["type"] == "set":
+    for line in _lines(lines):
+        key = _key(line)
+        if isinstance(key.value, list):
             # A set of names: what is missing is added, and nothing is overwritten.
-            added += int(redis.sadd(name, *[_bytes(member) for member in entry["value"]]) > 0)
-        elif redis.exists(name):
-            kept.append(name)
-        elif entry["type"] == "hash":
-            redis.hset(name, mapping={_bytes(field): _bytes(content) for field, content in entry["value"]})
+            added += int(bool(key.value) and redis.sadd(key.name, *key.value) > 0)
+        elif redis.exists(key.name):
+            kept.append(key.name)
+        elif isinstance(key.value, dict):
+            redis.hset(key.name, mapping=key.value)
             added += 1
         else:
-            redis.set(name, _bytes(entry["value"]))
+            redis.set(key.name, key.value)
             added += 1
     return added, kept
+
+
+def _lines(file: IO[bytes]) -> Iterator[bytes]:
+    while line := file.readline(MAX_LINE + 1):
+        if len(line) > MAX_LINE:
+            raise ValueError(f"a line of {_KEYS} has more than {MAX_LINE} bytes")
+        yield line
+
+
+@dataclass(frozen=True)
+class _Key:
+    """A key that is to be restored. `value`: of a set, a hash, or a string."""
+
+    name: str
+    value: list[bytes] | dict[bytes, bytes] | bytes
+
+
+def _key(line: bytes) -> _Key:
+    """A line of `broker.jsonl`. Raises `ValueError` for what no backup has."""
+    entry = json.loads(line)
+    name = entry.get("key") if isinstance(entry, dict) else None
+    kind = keys.kind_of(name) if isinstance(name, str) else None
+    if kind is None or kind.name not in KINDS or entry.get("type") != kind.type:
+        raise ValueError(f"{str(name)[:200]!r} is no key of a backup, or of another type")
+    try:
+        return _Key(str(name), _value(kind.type, entry.get("value")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"the value of {name} is not as a backup has it: {error}") from None
+
+
+def _value(kind: str, value: Any) -> list[bytes] | dict[bytes, bytes] | bytes:
+    if kind == "string":
+        return _bytes(value)
+    if not isinstance(value, list):
+        raise TypeError(f"a {type(value).__name__} given; expected a list")
+    if kind == "set":
+        return [_bytes(member) for member in value]
+    if not value:
+        raise ValueError("an empty hash")
+    return {_bytes(field): _bytes(content) for field, content in value}
 
 
 def _text(data: bytes) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import tarfile
 import time
 from collections.abc import Callable
@@ -238,6 +240,91 @@ def test_a_backup_with_a_name_that_leads_elsewhere_restores_nothing(name: str, s
     with pytest.raises(InvalidRequest, match="Nothing was restored"):
         invoke("restore", str(evil))
     assert not (load_settings().runs / "job-1").exists()
+
+
+def archive_of(target: Path, *members: tuple[str | tarfile.TarInfo, bytes]) -> Path:
+    """A backup with these after `backup.json`."""
+    with tarfile.open(target, "w:gz") as archive:
+        for member, content in (("backup.json", b'{"format": 1}'), ("runs/a/x", b"good"), *members):
+            entry = tarfile.TarInfo(member) if isinstance(member, str) else member
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    return target
+
+
+def link(name: str, kind: bytes) -> tarfile.TarInfo:
+    entry = tarfile.TarInfo(name)
+    entry.type, entry.linkname = kind, "/etc/passwd"
+    return entry
+
+
+def key(**fields: Any) -> bytes:
+    return json.dumps({"key": "stoker:policy", "type": "hash", "value": [["YQ==", "YQ=="]], **fields}).encode()
+
+
+#: A member after a good one → what the error says.
+WRONG_MEMBERS: list[tuple[str | tarfile.TarInfo, bytes, str]] = [
+    *((link("runs/a/y", kind), b"", "runs/a/y") for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE)),
+    (link("runs/a/y", tarfile.CHRTYPE), b"", "runs/a/y"),
+    ("adapters", b"", "'adapters'"),
+    ("runs/a/../b", b"", "runs/a/../b"),
+    ("runs//a", b"", "runs//a"),
+    ("runs/a/\0b", b"", "runs/a"),
+    (f"runs/{'n' * 300}/y", b"", "nnn"),
+    ("runs/" + "n/" * 600 + "y", b"", "n/n"),
+    ("runs/a/x/y", b"", "runs/a/x is a folder in it, and a file too"),
+    ("runs/a/x", b"", "twice"),
+    ("broker.jsonl", b"[" * 100_000, "no whole backup"),
+    ("broker.jsonl", b"\xff\n", "no whole backup"),
+    ("broker.jsonl", b"9" * 5000, "no whole backup"),
+    ("broker.jsonl", b"[]", "no key of a backup"),
+    ("broker.jsonl", key() + b"\n" + key(key=["a"]), "no key of a backup"),
+    ("broker.jsonl", key() + b"\n" + key(key="stoker:job:a"), "stoker:job:a' is no key of a backup"),
+    ("broker.jsonl", key(type="string", value="YQ=="), "of another type"),
+    ("broker.jsonl", key(value=[]), "empty"),
+    ("broker.jsonl", key(value=[["YQ=="]]), "value of stoker:policy"),
+    ("broker.jsonl", key(value={"YQ==": 3}), "value of stoker:policy"),
+    ("broker.jsonl", key(value=[[3, 4]]), "value of stoker:policy"),
+    ("broker.jsonl", key(value=[["%%", "YQ=="]]), "value of stoker:policy"),
+]
+
+
+@pytest.mark.parametrize(("member", "content", "said"), WRONG_MEMBERS)
+def test_one_wrong_member_of_a_backup_is_one_error_and_nothing_is_restored(
+    member: str | tarfile.TarInfo, content: bytes, said: str, server: Any, tmp_path: Path
+) -> None:
+    wrong = archive_of(tmp_path / "wrong.tgz", (member, content))
+    with pytest.raises(InvalidRequest, match=re.escape(said)):
+        invoke("restore", str(wrong))
+    assert not load_settings().runs.exists()
+    assert server.keys("*") == []
+
+
+@pytest.mark.parametrize("about", [b"[]", b"3", b'{"format": [1]}', b'{"format": "1"}', b"[" * 60_000, b" " * 70_000])
+def test_a_backup_whose_first_member_says_nothing_of_a_backup_is_refused(
+    about: bytes, server: Any, tmp_path: Path
+) -> None:
+    with tarfile.open(tmp_path / "wrong", "w:gz") as archive:
+        entry = tarfile.TarInfo("backup.json")
+        entry.size = len(about)
+        archive.addfile(entry, io.BytesIO(about))
+    with pytest.raises(InvalidRequest, match=r"this release reads format 1|no whole backup"):
+        invoke("restore", str(tmp_path / "wrong"))
+
+
+def test_a_restore_below_what_is_a_file_here_restores_nothing(server: Any, tmp_path: Path) -> None:
+    wrong = archive_of(tmp_path / "b.tgz", ("adapters/m/a", b""))
+    (load_settings().home / "adapters").mkdir(parents=True)
+    (load_settings().home / "adapters" / "m").write_text("mine")
+    with pytest.raises(InvalidRequest, match="adapters/m is a folder in it, and a file too"):
+        invoke("restore", str(wrong))
+    assert not load_settings().runs.exists()
+
+
+def test_a_key_that_another_program_wrote_over_is_in_no_backup(server: Any, tmp_path: Path) -> None:
+    server.set("stoker:policy", "mine")
+    invoke("backup", str(tmp_path / "b.tgz"))
+    assert "0 keys" in invoke("restore", str(tmp_path / "b.tgz"))
 
 
 @pytest.mark.parametrize("content", [b"", b"no archive", b"\x1f\x8b\x08\x00 cut"])
