@@ -23,7 +23,7 @@ from stoker.errors import ModelError
 #: `model_type` of config.json, or `general.architecture` of GGUF -> what the model is for.
 KINDS = {
     "llama": "generate", "mistral": "generate", "qwen2": "generate", "qwen3": "generate",
-    "bert": "embed", "mpnet": "embed",
+    "bert": "embed", "mpnet": "embed", "xlm-roberta": "embed", "roberta": "embed",
 }  # fmt: skip
 #: dtypes of safetensors that hold weights; the others are codes, positions or masks.
 _FLOATS = {"F32": 4, "F16": 2, "BF16": 2}
@@ -271,8 +271,8 @@ def _form(section: object) -> str:
 
 def _folder_context(path: Path, fields: Fields, architecture: object) -> int:
     """What the model takes, or what its sentence-transformers files limit that to."""
-    # MPNet's first two positions stand for no token.
-    positions = fields.count("max_position_embeddings", allowed.CONTEXT.get(str(architecture), 2048)) - (
-        2 if architecture == "mpnet" else 0
-    )
+    positions = fields.count("max_position_embeddings", allowed.CONTEXT.get(str(architecture), 2048))
+    if architecture in ("mpnet", "xlm-roberta", "roberta"):
+        # Those up to padding's stand for no token; MPNet's padding is 1 throughout.
+        positions -= 1 + (1 if architecture == "mpnet" else fields.index("pad_token_id", 1))
     return SentenceFiles.of(path).max_tokens(positions) if KINDS.get(str(architecture)) == "embed" else positions

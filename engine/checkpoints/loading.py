@@ -14,14 +14,13 @@ from typing_extensions import Unpack
 
 from engine.checkpoints.sources import naming, resolve
 from engine.checkpoints.vocabulary import check_ids, check_segments
-from engine.models.bert import Bert, BertArgs
 from engine.models.bridge import package
 from engine.models.bridge.decoder import BridgedDecoder
 from engine.models.decoder import Decoder
+from engine.models.embedders import ENCODERS, encoder
 from engine.models.encoder import Encoder
 from engine.models.llama import Llama, LlamaArgs
 from engine.models.mistral import MistralArgs
-from engine.models.mpnet import MPNet, MPNetArgs
 from engine.models.qwen2 import Qwen2Args
 from engine.models.qwen3 import Qwen3Args
 from engine.models.sentence import EmbeddingSpec
@@ -42,8 +41,6 @@ DECODERS: dict[str, type[LlamaArgs]] = {
 }
 #: Decoders by `general.architecture` of GGUF, in which a Mistral is a `llama`.
 GGUF_DECODERS: dict[str, type[LlamaArgs]] = {args.architecture: args for args in (LlamaArgs, Qwen2Args, Qwen3Args)}
-#: Encoders by `model_type` of config.json.
-ENCODERS = ("bert", "mpnet")
 
 
 @dataclass(frozen=True)
@@ -152,20 +149,13 @@ def _load_encoder(name: str, folder: Path, config: dict[str, Any], precision: Pr
     precision = precision.for_encoder()
     inner = model_folder(folder)
     tensors, config = folder_tensors(inner, config, precision)
-    model: Encoder
-    args: BertArgs | MPNetArgs
-    if config["model_type"] == "bert":
-        args = BertArgs.from_config(config)
-        model = Bert(args, tensors)
-    else:
-        args = MPNetArgs.from_config(config)
-        model = MPNet(args, tensors)
+    model = encoder(config, tensors)
     tensors.finish(ignore=model.unused)
-    spec = EmbeddingSpec.from_folder(folder, args)
+    spec = EmbeddingSpec.from_folder(folder, model.args)
     tokenizer = Tokenizer.from_folder(inner, lowercase=spec.lowercase)
-    check_ids(folder, tokenizer, args.vocab)
+    check_ids(folder, tokenizer, model.args.vocab)
     check_segments(folder, tokenizer)
-    _warm(lambda: model(mx.zeros((1, min(8, args.context)), mx.int32)))
+    _warm(lambda: model(mx.zeros((1, min(8, model.args.context)), mx.int32)))
     return LoadedModel(
         name=name,
         path=folder,

@@ -18,12 +18,11 @@ from engine.checkpoints.inspecting import KINDS, Inspection, inspect
 from engine.checkpoints.loading import DECODERS, GGUF_DECODERS
 from engine.checkpoints.sources import naming
 from engine.checkpoints.vocabulary import check_ids, check_segments
-from engine.models.bert import Bert, BertArgs
 from engine.models.bridge import package, weights
 from engine.models.bridge.configs import text_config
+from engine.models.embedders import encoder
 from engine.models.encoder import Encoder
 from engine.models.llama import Llama
-from engine.models.mpnet import MPNet, MPNetArgs
 from engine.models.sentence import EmbeddingSpec
 from engine.models.sentence_files import model_folder
 from engine.platform.jsonfiles import read_object
@@ -110,9 +109,9 @@ def _built(folder: Path, config: Mapping[str, Any], outline: Tensors) -> Llama |
     architecture = config["model_type"]
     if architecture in DECODERS:
         return Llama(DECODERS[architecture].from_config(config), outline)
-    args = BertArgs.from_config(config) if architecture == "bert" else MPNetArgs.from_config(config)
-    EmbeddingSpec.from_folder(folder, args)
-    return Bert(args, outline) if isinstance(args, BertArgs) else MPNet(args, outline)
+    model = encoder(config, outline)
+    EmbeddingSpec.from_folder(folder, model.args)
+    return model
 
 
 def _gguf(path: Path, progress: Callable[[int, int], None]) -> tuple[int, int]:

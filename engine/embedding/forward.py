@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from engine.checkpoints.loading import LoadedModel
 from engine.embedding.packing import near_runs, shapes, shares
 from engine.embedding.pooling import pool_packed
-from engine.models.encoder import Encoder, Group
+from engine.models.encoder import Encoder, Group, LayerNormed
 from engine.platform import blas
 from engine.platform.compiler import on_cpu
 from kernels.mean_pool import KERNEL as MEAN_POOL
@@ -171,7 +171,7 @@ def pooled(encoder: Encoder, pooling: str, rows: int, width: int) -> Callable[..
 
     def run(tokens: mx.array, position_ids: mx.array, mask: mx.array | None = None) -> mx.array:
         groups = [Group(rows, width, mask)]
-        if pooling == "mean" and MEAN_POOL.active:
+        if pooling == "mean" and isinstance(encoder, LayerNormed) and MEAN_POOL.active:
             x, update, norm = encoder.to_last_norm(tokens, position_ids, groups)
             x, update = x.reshape(rows, width, -1), update.reshape(rows, width, -1)
             lengths = mx.full((rows,), width, mx.int32) if mask is None else mx.sum(mask, axis=1).astype(mx.int32)

@@ -138,12 +138,22 @@ TABLES: Mapping[str, Table] = {
             "position_embedding_type": ("absolute",),
         },
     ),
+    **dict.fromkeys(
+        ("xlm-roberta", "roberta"),
+        Table(
+            (*_ENCODER_FIELDS, "type_vocab_size", "pad_token_id"),
+            {**_ENCODER, "position_embedding_type": ("absolute",)},
+        ),
+    ),
     "mpnet": Table(_ENCODER_FIELDS, {**_ENCODER, "relative_attention_num_buckets": (32,)}),
 }
 #: Heads of keys and values where the file does not say, which is not where it says null: then as many as of queries.
 KEY_VALUE_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
 #: Positions where the file does not say.
-CONTEXT = {"llama": 2048, "mistral": 131_072, "qwen2": 32_768, "qwen3": 32_768, "bert": 512, "mpnet": 512}
+CONTEXT = {
+    "llama": 2048, "mistral": 131_072, "qwen2": 32_768, "qwen3": 32_768, "bert": 512, "mpnet": 512, "xlm-roberta": 512,
+    "roberta": 512,
+}  # fmt: skip
 #: Mistral's window where the file does not say; null is none.
 MISTRAL_WINDOW = 4096
 

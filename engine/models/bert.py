@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from engine.models.encoder import Block, Encoder, EncoderArgs, Names, encoder_sizes
+from engine.models.encoder import Block, EncoderArgs, Names, PostNorm, encoder_sizes
 from engine.models.fields import Fields
 from engine.models.layers import Embedding, LayerNorm
 from engine.weights.tensors import Tensors
@@ -38,7 +38,7 @@ class BertArgs(EncoderArgs):
         return cls(**encoder_sizes(config, "bert"), types=types)
 
 
-class Bert(Encoder):
+class Bert(PostNorm):
     """The encoder: tokens to hidden states."""
 
     def __init__(self, args: BertArgs, tensors: Tensors):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -153,52 +153,34 @@ class Block:
         return self.mlp(self.attention(x, groups, addends))
 
 
+class EmbedderArgs(Protocol):
+    """What is asked of the sizes of any embedding model. `context`: the most tokens of a text."""
+
+    @property
+    def vocab(self) -> int: ...
+    @property
+    def dim(self) -> int: ...
+    @property
+    def context(self) -> int: ...
+
+
 class Encoder:
     """A model of kind "embed": tokens to hidden states."""
 
-    args: EncoderArgs
-    words: Embedding
-    #: Table of positions (positions, dim).
-    positions: mx.array
-    norm: LayerNorm
-    layers: list[Block]
+    args: EmbedderArgs
+    #: Token types of which one is added to every token; a model without any takes a text of whichever type.
+    typed = True
 
     def position_ids(self, tokens: NDArray[np.int32]) -> NDArray[np.int32]:
-        """The row of the table of positions for each of `tokens` (rows, length)."""
+        """The position of each of `tokens` (rows, length), as the model counts."""
         return np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
-
-    def position_bias(self, length: int) -> mx.array | None:
-        """(1, heads, T, T): what each query adds to the score of each key, for models that know such a thing."""
-        return None
 
     def forward(self, tokens: mx.array, position_ids: mx.array, groups: Sequence[Group]) -> mx.array:
         """Hidden states (N, dim) of a packed batch: `tokens` and `position_ids` int32 (N,), N the sum over `groups`.
 
         Hidden states at padding are meaningless: pool with the group's mask.
         """
-        x, update, norm = self.to_last_norm(tokens, position_ids, groups)
-        return norm.of_sum(x, update)
-
-    def to_last_norm(
-        self, tokens: mx.array, position_ids: mx.array, groups: Sequence[Group]
-    ) -> tuple[mx.array, mx.array, LayerNorm]:
-        """The same before its last step: the hidden states are the norm of the sum of both. A kernel pools it too."""
-        x = self.norm(self.words(tokens) + self.positions[position_ids])
-        addends = [self._addend(group, x.dtype) for group in groups]
-        for layer in self.layers[:-1]:
-            x = layer(x, groups, addends)
-        last = self.layers[-1]
-        x = last.attention(x, groups, addends)
-        return x, last.mlp.update(x), last.mlp.norm
-
-    def _addend(self, group: Group, dtype: mx.Dtype) -> mx.array | None:
-        """What is added to the scores of a group. Never a bool mask: fused attention on CUDA knows none."""
-        bias = self.position_bias(group.length)
-        if group.mask is None:
-            return bias
-        unseen = max(UNSEEN, mx.finfo(dtype).min / 2)
-        hidden = mx.where(group.mask[:, None, None, :], 0.0, unseen).astype(dtype)
-        return hidden if bias is None else bias + hidden
+        raise NotImplementedError
 
     def __call__(self, tokens: mx.array, mask: mx.array | None = None) -> mx.array:
         """The same for one group: hidden states (B, T, dim) of `tokens` int32 (B, T), `mask` bool (B, T)."""
@@ -208,5 +190,69 @@ class Encoder:
 
     def unused(self, tensor: str) -> bool:
         """Whether a checkpoint may hold `tensor` though no sentence vector needs it."""
+        raise NotImplementedError
+
+
+class LayerNormed(Encoder):
+    """One that ends in the LayerNorm of a sum, which a kernel pools too."""
+
+    def forward(self, tokens: mx.array, position_ids: mx.array, groups: Sequence[Group]) -> mx.array:
+        x, update, norm = self.to_last_norm(tokens, position_ids, groups)
+        return norm.of_sum(x, update)
+
+    def to_last_norm(
+        self, tokens: mx.array, position_ids: mx.array, groups: Sequence[Group]
+    ) -> tuple[mx.array, mx.array, LayerNorm]:
+        """The hidden states before their last step: they are the norm of the sum of both."""
+        raise NotImplementedError
+
+
+def past_padding(tokens: NDArray[np.int32], pad: int) -> NDArray[np.int32]:
+    """Positions as RoBERTa counts them: from `pad` + 1 on, and `pad` for the token of padding itself."""
+    real = (tokens != pad).astype(np.int32)
+    position_ids: NDArray[np.int32] = np.cumsum(real, axis=1, dtype=np.int32) * real + pad
+    return position_ids
+
+
+def unseen(mask: mx.array, dtype: mx.Dtype) -> mx.array:
+    """What is added to the scores where the bool `mask` is False. Never a bool mask: fused attention on CUDA knows
+    none."""
+    return mx.where(mask, 0.0, max(UNSEEN, mx.finfo(dtype).min / 2)).astype(dtype)
+
+
+class PostNorm(LayerNormed):
+    """BERT's kind: a table of positions, and `Block`s."""
+
+    args: EncoderArgs
+    words: Embedding
+    #: Table of positions (positions, dim).
+    positions: mx.array
+    norm: LayerNorm
+    layers: list[Block]
+
+    def position_bias(self, length: int) -> mx.array | None:
+        """(1, heads, T, T): what each query adds to the score of each key, for models that know such a thing."""
+        return None
+
+    def to_last_norm(
+        self, tokens: mx.array, position_ids: mx.array, groups: Sequence[Group]
+    ) -> tuple[mx.array, mx.array, LayerNorm]:
+        x = self.norm(self.words(tokens) + self.positions[position_ids])
+        addends = [self._addend(group, x.dtype) for group in groups]
+        for layer in self.layers[:-1]:
+            x = layer(x, groups, addends)
+        last = self.layers[-1]
+        x = last.attention(x, groups, addends)
+        return x, last.mlp.update(x), last.mlp.norm
+
+    def _addend(self, group: Group, dtype: mx.Dtype) -> mx.array | None:
+        """What is added to the scores of a group."""
+        bias = self.position_bias(group.length)
+        if group.mask is None:
+            return bias
+        hidden = unseen(group.mask[:, None, None, :], dtype)
+        return hidden if bias is None else bias + hidden
+
+    def unused(self, tensor: str) -> bool:
         # The position ids are a buffer; the pooler and the heads serve pre-training.
         return tensor == "embeddings.position_ids" or tensor.startswith(("pooler.", "cls.", "lm_head."))

@@ -25,6 +25,15 @@ class Fields:
             raise ModelError(f"{self._where}: {name} is {value!r}, not a positive integer")
         return value
 
+    def index(self, name: str, default: int) -> int:
+        """An integer from 0 on."""
+        value = self._values.get(name)
+        if value is None:
+            value = default
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < _LARGEST:
+            raise ModelError(f"{self._where}: {name} is {value!r}, not an integer from 0 on")
+        return value
+
     def number(self, name: str, default: float | None = None) -> float:
         """A positive number."""
         value = self._values.get(name)

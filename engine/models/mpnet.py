@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.models.encoder import Block, Encoder, EncoderArgs, Names, encoder_sizes
+from engine.models.encoder import Block, EncoderArgs, Names, PostNorm, encoder_sizes, past_padding
 from engine.models.layers import Embedding, LayerNorm
 from engine.weights.tensors import Tensors
 from stoker.errors import ModelError
@@ -50,7 +50,7 @@ class MPNetArgs(EncoderArgs):
         return self.positions - _PAD - 1
 
 
-class MPNet(Encoder):
+class MPNet(PostNorm):
     """The encoder: tokens to hidden states."""
 
     def __init__(self, args: MPNetArgs, tensors: Tensors):
@@ -66,9 +66,7 @@ class MPNet(Encoder):
         self.layers = [Block(args, index, _NAMES, tensors) for index in range(args.layers)]
 
     def position_ids(self, tokens: NDArray[np.int32]) -> NDArray[np.int32]:
-        real = (tokens != _PAD).astype(np.int32)
-        position_ids: NDArray[np.int32] = np.cumsum(real, axis=1, dtype=np.int32) * real + _PAD
-        return position_ids
+        return past_padding(tokens, _PAD)
 
     def position_bias(self, length: int) -> mx.array:
         positions = mx.arange(length)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.models.allowed import ANYTHING, Table
-from engine.models.encoder import EncoderArgs
+from engine.models.encoder import EmbedderArgs
 from engine.models.fields import Fields
 from engine.models.sentence_files import SentenceFiles, inside, kind_of
 from engine.platform.jsonfiles import read_object
@@ -54,7 +54,7 @@ class EmbeddingSpec:
     lowercase: bool = False
 
     @classmethod
-    def from_folder(cls, folder: Path, args: EncoderArgs) -> EmbeddingSpec:
+    def from_folder(cls, folder: Path, args: EmbedderArgs) -> EmbeddingSpec:
         """From sentence-transformers' files; without them, its own default: the mean, not normalized.
 
         Raises `ModelError` for a module or a pooling that is not supported.

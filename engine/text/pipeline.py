@@ -9,9 +9,9 @@ it, so the named class changes nothing there.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
@@ -30,6 +30,8 @@ _GENERIC = "TokenizersBackend"
 _OF_MODEL = {
     "bert": "BertTokenizer",
     "mpnet": "MPNetTokenizer",
+    "roberta": "RobertaTokenizer",
+    "xlm-roberta": "XLMRobertaTokenizer",
     "qwen2": "Qwen2Tokenizer",
     "qwen3": "Qwen2Tokenizer",
     "mistral": _GENERIC,
@@ -108,11 +110,11 @@ class TokenizerPipeline:
             self._as_bert(inner)
         elif self.name == "LlamaTokenizer":
             self._as_llama(inner)
+        elif self.name == "XLMRobertaTokenizer":
+            self._as_xlm_roberta(inner)
         for step in _steps(inner.pre_tokenizer):
             if isinstance(step, pre_tokenizers.ByteLevel):
                 step.add_prefix_space = self._switch("add_prefix_space", False)
-            elif isinstance(step, pre_tokenizers.Metaspace) and self.name == "XLMRobertaTokenizer":
-                step.prepend_scheme = "always" if self._switch("add_prefix_space", True) else "never"
 
     def surround(self, inner: Tokenizer, names: Mapping[str, str]) -> None:
         """Put the class's tokens around every text: `names` are its special tokens'. Most leave that to the file."""
@@ -145,6 +147,18 @@ class TokenizerPipeline:
         inner.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme=scheme, split=False)
         steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
         inner.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
+
+    def _as_xlm_roberta(self, inner: Tokenizer) -> None:
+        """Words end at any white space, and of what the file does to characters SentencePiece's own table alone is
+        left."""
+        scheme = "always" if self._switch("add_prefix_space", True) else "never"
+        present: Any = inner.normalizer
+        steps = cast(Iterable[Any], present) if isinstance(present, normalizers.Sequence) else [present]
+        inner.normalizer = next((step for step in steps if isinstance(step, normalizers.Precompiled)), None)
+        inner.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(SPACE, prepend_scheme=scheme)]
+        )
+        inner.decoder = decoders.Metaspace(SPACE, prepend_scheme=scheme)
 
     def _switch(self, name: str, default: bool | None) -> Any:
         value = self._config.get(name)

@@ -25,7 +25,7 @@ class _Body(NamedTuple):
 _DECODER = _Body("layers.0.input_layernorm.weight", "model.")
 _ENCODER = _Body("embeddings.word_embeddings.weight", "")
 #: `model_type` -> its body; all others are decoders.
-_ENCODERS = ("bert", "mpnet")
+_ENCODERS = ("bert", "mpnet", "xlm-roberta", "roberta")
 #: The head lies next to the body, not in it.
 _HEAD = "lm_head."
 

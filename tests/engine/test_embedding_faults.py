@@ -17,6 +17,7 @@ from engine.embedding import lane as lane_module
 from engine.embedding.forward import PackedForward, PaddedForward, Tokens, Vectors
 from engine.embedding.lane import EmbedLane, unit
 from engine.embedding.pacer import EmbedPacer
+from engine.models.encoder import PostNorm
 from engine.text.tokenizer import Tokenizer
 from engine.ticket import Ticket
 from stoker.contract import EmbedRequest
@@ -262,6 +263,7 @@ def test_a_damaged_row_of_the_weights_spoils_the_texts_that_use_it_alone(name: s
     texts = [np.full(length, 9, np.int32) for length in (10, 11, 12)]
     wanted = forward(damaged)(texts)
     encoder = damaged.encoder
+    assert isinstance(encoder, PostNorm)
     encoder.words.weight[damaged.tokenizer.pad_id or 0] = np.nan
     encoder.positions[int(encoder.position_ids(texts[2][None])[0, -1])] = np.inf
     found = forward(damaged)(texts)

@@ -14,10 +14,11 @@ import pytest
 
 from engine.adapters.merging import Merged
 from engine.checkpoints.inspecting import KINDS, Inspection, inspect
-from engine.checkpoints.loading import DECODERS, ENCODERS, LoadedModel, load
+from engine.checkpoints.loading import DECODERS, LoadedModel, load
 from engine.checkpoints.quantizing import Quantized, quantize_folder
 from engine.checkpoints.verifying import verify
 from engine.models.cache import bytes_per_token
+from engine.models.embedders import ENCODERS
 from engine.weights import safetensors
 from stoker.cli import engine_tool
 from stoker.errors import ModelError

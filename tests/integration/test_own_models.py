@@ -19,7 +19,8 @@ pytestmark = pytest.mark.integration
 
 CHECKPOINTS = Path(__file__).parent.parent / "goldens" / "architectures"
 DECODERS = ("qwen2-tied", "qwen2-untied", "qwen3", "llama-llama3", "llama-linear", "mistral")
-ENCODERS = ("bert", "mpnet")
+VECTORS = CHECKPOINTS.parent / "vectors"
+EMBEDDERS = [CHECKPOINTS / "bert", CHECKPOINTS / "mpnet", VECTORS / "xlm-roberta"]
 
 
 def bridged(folder: Path, *names: str) -> list[str]:
@@ -42,7 +43,7 @@ def gguf() -> str:
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """One worker that holds every architecture warm, each given by its path."""
-    paths = [str(CHECKPOINTS / name) for name in (*DECODERS, *ENCODERS)]
+    paths = [*(str(CHECKPOINTS / name) for name in DECODERS), *map(str, EMBEDDERS)]
     paths += bridged(tmp_path_factory.getbasetemp(), "gpt_oss")
     settings = stack_settings(tmp_path_factory.mktemp("own")).model_copy(update={"models": (*paths, gguf())})
     with Stack(settings, flower=False, own_broker=True) as stack:
@@ -89,10 +90,10 @@ def check_bridged(stack: Stack, path: str) -> None:
         assert adapted.adapter == "tiny@1"
 
 
-@pytest.mark.parametrize("name", ENCODERS)
-def test_every_encoder_embeds(own: Stack, name: str) -> None:
+@pytest.mark.parametrize("path", EMBEDDERS, ids=lambda path: path.name)
+def test_every_encoder_embeds(own: Stack, path: Path) -> None:
     with Client(settings=own.settings) as client:
-        vectors = client.embed(["ab", "a b a"], model=str(CHECKPOINTS / name)).result(30)
+        vectors = client.embed(["ab", "a b a"], model=str(path)).result(30)
         assert vectors.shape[0] == 2
 
 

@@ -1,0 +1,30 @@
+"""Which embedding models there are, by `model_type` of config.json, and how each is made of its files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from engine.models.bert import Bert, BertArgs
+from engine.models.encoder import Encoder
+from engine.models.mpnet import MPNet, MPNetArgs
+from engine.models.roberta import Roberta, RobertaArgs
+from engine.weights.tensors import Tensors
+
+
+def _roberta(config: Mapping[str, Any], tensors: Tensors) -> Encoder:
+    return Roberta(RobertaArgs.from_config(config), tensors)
+
+
+_MADE: Mapping[str, Callable[[Mapping[str, Any], Tensors], Encoder]] = {
+    "bert": lambda config, tensors: Bert(BertArgs.from_config(config), tensors),
+    "mpnet": lambda config, tensors: MPNet(MPNetArgs.from_config(config), tensors),
+    "xlm-roberta": _roberta,
+    "roberta": _roberta,
+}
+ENCODERS = tuple(_MADE)
+
+
+def encoder(config: Mapping[str, Any], tensors: Tensors) -> Encoder:
+    """The encoder that `config` describes, with its weights. Raises `ModelError` for what is not supported."""
+    return _MADE[config["model_type"]](config, tensors)

@@ -1,0 +1,237 @@
+"""Tiny random embedding models in the layout of the real folders, and the vectors that sentence-transformers makes.
+
+Run in the peers' environment (`make goldens-vectors`). Every folder has what the real ones have: `modules.json`, the
+pooling's config, the settings of the transformer, the prompts, and a tokenizer.json that puts the model's own tokens
+around a text. Each text is encoded by itself, in float32.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from safetensors.torch import save_file
+from sentence_transformers import SentenceTransformer
+from sentence_transformers import __version__ as sentence_version
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+HERE = Path(__file__).parent
+OLD = "sentence_transformers.models"
+SENTENCES = [
+    "a stoker keeps the furnace hot, and a warm model answers at once",
+    "der Heizer hält den Ofen warm, und das Modell antwortet sofort",
+    "the query asks, the passage answers; instruct the model to search",
+]
+TEXTS = [
+    "a warm model",
+    "der Ofen ist warm",
+    "the",
+    "  two  spaces, and 3 numbers: 12 ",
+    "a word that is not there: Žluťoučký 我能",
+    "the furnace answers " * 4,
+    "a stoker keeps the furnace hot " * 14,
+]
+SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@dataclass(frozen=True)
+class Folder:
+    """`parts`: the modules after the transformer, by their kind and their config. `prefix`: before every tensor."""
+
+    model: Callable[[int], transformers.PreTrainedModel]
+    tokenizer: Callable[[], Tokenizer]
+    tokenizer_config: Mapping[str, Any]
+    parts: list[tuple[str, Mapping[str, Any] | None]]
+    settings: Mapping[str, Any] | None = field(default_factory=lambda: {"max_seq_length": 48, "do_lower_case": False})
+    prompts: Mapping[str, Any] = field(default_factory=dict)
+    prefix: str = ""
+
+
+def old_pooling(*modes: str, **more: Any) -> dict[str, Any]:
+    """As versions before 5.4 wrote it."""
+    names = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
+    return {"word_embedding_dimension": 32, **{f"pooling_mode_{name}": name in modes for name in names}, **more}
+
+
+def unigram() -> Tokenizer:
+    """XLM-R's kind: a Unigram vocabulary with its `<s> … </s>`."""
+    made = Tokenizer(models.Unigram())
+    made.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(" {2,}", " ")])
+    made.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="always")
+    made.decoder = decoders.Metaspace("▁", prepend_scheme="always")
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    trainer = trainers.UnigramTrainer(
+        vocab_size=90, special_tokens=special, unk_token="<unk>", show_progress=False, initial_alphabet=[]
+    )
+    made.train_from_iterator(SENTENCES, trainer)
+    # XLM-R's <mask> is the last token, and takes the space before it away.
+    made.add_special_tokens([transformers.AddedToken("<mask>", lstrip=True, special=True)])
+    made.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    return made
+
+
+def byte_level(special: list[str], single: str) -> Tokenizer:
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=special, show_progress=False, initial_alphabet=alphabet
+    )
+    made.train_from_iterator(SENTENCES, trainer)
+    ids = [(token, made.token_to_id(token)) for token in special]
+    made.post_processor = processors.Sequence(
+        [processors.ByteLevel(trim_offsets=False), processors.TemplateProcessing(single=single, special_tokens=ids)]
+    )
+    return made
+
+
+def modern_bpe() -> Tokenizer:
+    return byte_level(["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]"], "[CLS] $A [SEP]")
+
+
+def qwen_bpe() -> Tokenizer:
+    return byte_level(["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "$A <|endoftext|>")
+
+
+def xlm_roberta(vocabulary: int, **more: Any) -> transformers.PreTrainedModel:
+    sizes = {"intermediate_size": 64, "max_position_embeddings": 66, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
+    return transformers.XLMRobertaModel(
+        transformers.XLMRobertaConfig(vocab_size=vocabulary, **SIZES, **{**sizes, **more})
+    )
+
+
+def modernbert(vocabulary: int, **more: Any) -> transformers.PreTrainedModel:
+    """Six layers: of every three the first is global. A window of 4 tokens on either side."""
+    own = {"num_hidden_layers": 5, "intermediate_size": 48, "max_position_embeddings": 128, "local_attention": 8,
+           "pad_token_id": 3, "bos_token_id": 1, "cls_token_id": 1, "eos_token_id": 2, "sep_token_id": 2}  # fmt: skip
+    rope = {"full_attention": {"rope_type": "default", "rope_theta": 16_000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0}}  # fmt: skip
+    config = transformers.ModernBertConfig(vocab_size=vocabulary, rope_parameters=rope, **{**SIZES, **own, **more})
+    return transformers.ModernBertModel(config)
+
+
+def qwen3(vocabulary: int) -> transformers.PreTrainedModel:
+    own = {"num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 48, "max_position_embeddings": 128,
+           "tie_word_embeddings": True, "rope_theta": 1e6, "bos_token_id": 0, "eos_token_id": 0}  # fmt: skip
+    return transformers.Qwen3Model(transformers.Qwen3Config(vocab_size=vocabulary, **SIZES, **own))
+
+
+XLMR = {"tokenizer_class": "XLMRobertaTokenizer", "model_max_length": 64, "bos_token": "<s>", "eos_token": "</s>",
+        "cls_token": "<s>", "sep_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>",
+        "mask_token": "<mask>"}  # fmt: skip
+MODERN = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 128, "cls_token": "[CLS]",
+          "sep_token": "[SEP]", "unk_token": "[UNK]", "pad_token": "[PAD]", "mask_token": "[MASK]",
+          "model_input_names": ["input_ids", "attention_mask"]}  # fmt: skip
+QWEN = {"tokenizer_class": "Qwen2Tokenizer", "model_max_length": 96, "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>", "padding_side": "left"}  # fmt: skip
+INSTRUCT = {"prompts": {"query": "instruct the model to search\nquery:", "document": ""}, "default_prompt_name": None}
+TANH, IDENTITY = ("torch.nn.modules.activation.Tanh", "torch.nn.modules.linear.Identity")
+
+
+def dense(inputs: int, outputs: int, activation: str, bias: bool = True) -> tuple[str, dict[str, Any]]:
+    return "Dense", {
+        "in_features": inputs, "out_features": outputs, "bias": bias, "activation_function": activation,
+    }  # fmt: skip
+
+
+def folders() -> dict[str, Folder]:
+    cls, mean = ("Pooling", old_pooling("cls_token")), ("Pooling", old_pooling("mean_tokens"))
+    normalize: tuple[str, None] = ("Normalize", None)
+
+    def pooled(mode: str, *more: tuple[str, Mapping[str, Any] | None], **options: Any) -> Folder:
+        pooling = ("Pooling", {"embedding_dimension": 32, "pooling_mode": mode, "include_prompt": True})
+        return Folder(xlm_roberta, unigram, XLMR, [pooling, *more], **options)
+
+    last = ("Pooling", old_pooling("lasttoken", include_prompt=True))
+    named = {"prompts": {"query": "query: ", "passage": "passage: "}, "default_prompt_name": "passage"}
+    biased = {"attention_bias": True, "mlp_bias": True, "norm_bias": True, "global_attn_every_n_layers": 2}
+    return {
+        "xlm-roberta": Folder(xlm_roberta, unigram, XLMR, [mean, normalize], prefix="roberta."),
+        "bge-m3": Folder(lambda rows: xlm_roberta(rows, pad_token_id=4, type_vocab_size=2), unigram, XLMR, [cls]),
+        "max": pooled("max"),
+        "sqrt": pooled("mean_sqrt_len_tokens"),
+        "weighted": pooled("weightedmean"),
+        "dense": pooled("mean", dense(32, 48, IDENTITY, bias=False), dense(48, 16, TANH), normalize, prompts=named),
+        "modernbert": Folder(modernbert, modern_bpe, MODERN, [mean], prefix="model."),
+        "modernbert-biased": Folder(lambda rows: modernbert(rows, **biased), modern_bpe, MODERN, [cls, normalize]),
+        "qwen3-embedding": Folder(qwen3, qwen_bpe, QWEN, [last, normalize], settings=None, prompts=INSTRUCT),
+    }
+
+
+def write(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def make(home: Path, folder: Folder, generator: torch.Generator) -> None:
+    tokenizer = folder.tokenizer()
+    home.mkdir(parents=True)
+    tokenizer.save(str(home / "tokenizer.json"))
+    write(home / "tokenizer_config.json", folder.tokenizer_config)
+    model = folder.model(tokenizer.get_vocab_size()).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.ndim == 2:
+            parameter.copy_(noise * (1.0 if "embed" in name else 1.5 * parameter.shape[1] ** -0.5))
+        else:
+            parameter.copy_(noise * 0.3 + (1.0 if name.endswith("weight") else 0.0))
+    model.config.save_pretrained(home)
+    tensors = {folder.prefix + name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, home / "model.safetensors", {"format": "pt"})
+    modules = [{"idx": 0, "name": "0", "path": "", "type": f"{OLD}.Transformer"}]
+    for index, (kind, config) in enumerate(folder.parts, start=1):
+        path = f"{index}_{kind}"
+        modules.append({"idx": index, "name": str(index), "path": path, "type": f"{OLD}.{kind}"})
+        if config is not None:
+            write(home / path / "config.json", config)
+        if kind == "Dense" and config is not None:
+            shapes = {"linear.weight": (config["out_features"], config["in_features"])}
+            shapes |= {"linear.bias": (config["out_features"],)} if config["bias"] else {}
+            heads = {name: torch.randn(shape, generator=generator) * 0.3 for name, shape in shapes.items()}
+            save_file(heads, home / path / "model.safetensors", {"format": "pt"})
+    write(home / "modules.json", modules)
+    if folder.settings is not None:
+        write(home / "sentence_bert_config.json", folder.settings)
+    write(home / "config_sentence_transformers.json", {"__version__": {"pytorch": "2"}, **folder.prompts})
+
+
+def main() -> None:
+    """Make all, or those that are named, and leave the others as they are."""
+    home, wanted = HERE / "vectors", sys.argv[1:]
+    arrays, said = {}, {}
+    if wanted:
+        arrays = dict(np.load(HERE / "vectors.npz"))
+        said = json.loads((HERE / "vectors.json").read_text())["checkpoints"]
+    for name, folder in folders().items():
+        if wanted and name not in wanted:
+            continue
+        shutil.rmtree(home / name, ignore_errors=True)
+        make(home / name, folder, torch.Generator().manual_seed(zlib.crc32(name.encode())))
+        oracle = SentenceTransformer(str(home / name), device="cpu", model_kwargs={"attn_implementation": "eager"})
+        arrays[f"{name}.plain"] = np.stack([oracle.encode(text, prompt="") for text in TEXTS])
+        arrays[f"{name}.default"] = np.stack([oracle.encode(text) for text in TEXTS])
+        arrays[f"{name}.query"] = np.stack([oracle.encode(text, prompt="query: ") for text in TEXTS])
+        if "query" in folder.prompts.get("prompts", {}):
+            arrays[f"{name}.query"] = np.stack([oracle.encode(text, prompt_name="query") for text in TEXTS])
+        ids = [oracle.preprocess([text])["input_ids"][0].tolist() for text in TEXTS]
+        said[name] = {"longest": oracle.max_seq_length, "token_ids": ids}
+    np.savez_compressed(HERE / "vectors.npz", **arrays)
+    versions = {"transformers": transformers.__version__, "sentence-transformers": sentence_version}
+    content = {"made_with": {**versions, "torch": torch.__version__}, "texts": TEXTS, "checkpoints": said}
+    (HERE / "vectors.json").write_text(json.dumps(content, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()
