@@ -19,6 +19,7 @@ from engine.models.bridge.decoder import BridgedDecoder
 from engine.models.decoder import Decoder
 from engine.models.embedders import ENCODERS, encoder
 from engine.models.encoder import Encoder
+from engine.models.heads import Dense
 from engine.models.llama import Llama, LlamaArgs
 from engine.models.mistral import MistralArgs
 from engine.models.qwen2 import Qwen2Args
@@ -63,6 +64,8 @@ class LoadedModel:
     load_seconds: float
     embedding: EmbeddingSpec | None = None
     linear_shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict, repr=False)
+    #: What the pooled vectors go through (kind "embed" only).
+    heads: Sequence[Dense] = field(default=(), repr=False)
 
     @functools.cached_property
     def digest(self) -> str:
@@ -152,6 +155,7 @@ def _load_encoder(name: str, folder: Path, config: dict[str, Any], precision: Pr
     model = encoder(config, tensors)
     tensors.finish(ignore=model.unused)
     spec = EmbeddingSpec.from_folder(folder, model.args)
+    behind = [folder_tensors(each.folder, {}, precision)[0] for each in spec.dense]
     tokenizer = Tokenizer.from_folder(inner, lowercase=spec.lowercase)
     check_ids(folder, tokenizer, model.args.vocab)
     check_segments(folder, tokenizer)
@@ -165,7 +169,8 @@ def _load_encoder(name: str, folder: Path, config: dict[str, Any], precision: Pr
         tokenizer=tokenizer,
         context=spec.max_tokens,
         embedding=spec,
-        **_measures(tensors, start),
+        heads=[Dense(each, found) for each, found in zip(spec.dense, behind, strict=True)],
+        **_measures([tensors, *behind], start),
     )
 
 
@@ -203,7 +208,7 @@ def _load_gguf(name: str, path: Path, precision: Precision, start: float) -> Loa
 
 def _decoder(name: str, path: Path, model: Llama, tokenizer: Tokenizer, tensors: Tensors, start: float) -> LoadedModel:
     tensors.finish(ignore=model.unused)
-    return _generating(name, path, model, model.args.architecture, tokenizer, _measures(tensors, start))
+    return _generating(name, path, model, model.args.architecture, tokenizer, _measures([tensors], start))
 
 
 def _generating(
@@ -234,8 +239,8 @@ def _warm(forward: Callable[[], mx.array]) -> None:
     mx.eval(forward())
 
 
-def _measures(tensors: Tensors, start: float) -> dict[str, Any]:
-    taken = tensors.taken.values()
+def _measures(parts: Sequence[Tensors], start: float) -> dict[str, Any]:
+    taken = [tensor for tensors in parts for tensor in tensors.taken.values()]
     return {
         "parameters": sum(tensor.size for tensor in taken),
         "bytes": sum(tensor.nbytes for tensor in taken),

@@ -5,7 +5,7 @@ One piece of one tensor is in memory at a time, so a model can be verified that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from engine.models.bridge import package, weights
 from engine.models.bridge.configs import text_config
 from engine.models.embedders import encoder
 from engine.models.encoder import Encoder
+from engine.models.heads import Dense
 from engine.models.llama import Llama
 from engine.models.sentence import EmbeddingSpec
 from engine.models.sentence_files import model_folder
@@ -76,7 +77,7 @@ def _folder(path: Path, progress: Callable[[int, int], None]) -> tuple[int, int]
     file = package.file_of(config)
     if config.get("model_type") not in KINDS and file is not None:
         _bridged(folder, config, file)
-        return _finite_safetensors(folder, progress)
+        return _finite_safetensors([folder], progress)
     layout = QuantizedLayout.from_config(config)
     arrays = safetensors.read_folder(folder)
     stored: dict[str, Stored] = dict(arrays)
@@ -84,16 +85,20 @@ def _folder(path: Path, progress: Callable[[int, int], None]) -> tuple[int, int]
         dense, quantized = layout.join(arrays)
         stored = {**dense, **quantized}
     stored = {name: stored[file] for file, name in canonical(stored, config.get("model_type")).items()}
-    readers = {name: partial(stored.__getitem__, name) for name in stored}
-    outline = _Outline(readers, {name: tuple(each.shape) for name, each in stored.items()}, str(folder), mx.float32)
+    outline = _outline(stored, folder)
     rest = {key: value for key, value in config.items() if key not in CONFIG_KEYS}
-    model = _built(path, rest, outline)
+    model, heads = _built(path, rest, outline)
     outline.finish(ignore=model.unused)
     tokenizer = Tokenizer.from_folder(folder)
     check_ids(folder, tokenizer, model.args.vocab)
     if isinstance(model, Encoder):
         check_segments(folder, tokenizer)
-    return _finite_safetensors(folder, progress)
+    return _finite_safetensors([folder, *heads], progress)
+
+
+def _outline(stored: Mapping[str, Stored], folder: Path) -> _Outline:
+    readers = {name: partial(stored.__getitem__, name) for name in stored}
+    return _Outline(readers, {name: tuple(each.shape) for name, each in stored.items()}, str(folder), mx.float32)
 
 
 def _bridged(folder: Path, config: Mapping[str, Any], file: str) -> None:
@@ -105,13 +110,16 @@ def _bridged(folder: Path, config: Mapping[str, Any], file: str) -> None:
         check_ids(folder, Tokenizer.from_folder(folder), rows)
 
 
-def _built(folder: Path, config: Mapping[str, Any], outline: Tensors) -> Llama | Encoder:
+def _built(folder: Path, config: Mapping[str, Any], outline: Tensors) -> tuple[Llama | Encoder, list[Path]]:
+    """The model, and the folders of what comes behind its pooling."""
     architecture = config["model_type"]
     if architecture in DECODERS:
-        return Llama(DECODERS[architecture].from_config(config), outline)
+        return Llama(DECODERS[architecture].from_config(config), outline), []
     model = encoder(config, outline)
-    EmbeddingSpec.from_folder(folder, model.args)
-    return model
+    dense = EmbeddingSpec.from_folder(folder, model.args).dense
+    for each in dense:
+        Dense(each, _outline(safetensors.read_folder(each.folder), each.folder))
+    return model, [each.folder for each in dense]
 
 
 def _gguf(path: Path, progress: Callable[[int, int], None]) -> tuple[int, int]:
@@ -139,10 +147,10 @@ def _gguf(path: Path, progress: Callable[[int, int], None]) -> tuple[int, int]:
     return len(gguf.tensors), numbers
 
 
-def _finite_safetensors(folder: Path, progress: Callable[[int, int], None]) -> tuple[int, int]:
-    entries = safetensors.entries(folder)
+def _finite_safetensors(folders: Sequence[Path], progress: Callable[[int, int], None]) -> tuple[int, int]:
+    entries = [entry for folder in folders for entry in safetensors.entries(folder).items()]
     numbers = 0
-    for done, (name, (file, entry)) in enumerate(entries.items()):
+    for done, (name, (file, entry)) in enumerate(entries):
         progress(done, len(entries))
         if entry["dtype"] in _EXPONENTS:
             numbers += _check_finite(file, name, entry)

@@ -16,6 +16,7 @@ from engine.checkpoints.loading import LoadedModel
 from engine.embedding.packing import near_runs, shapes, shares
 from engine.embedding.pooling import pool_packed
 from engine.models.encoder import Encoder, Group, LayerNormed
+from engine.models.heads import through
 from engine.platform import blas
 from engine.platform.compiler import on_cpu
 from kernels.mean_pool import KERNEL as MEAN_POOL
@@ -56,6 +57,7 @@ class PackedForward:
     def __init__(self, model: LoadedModel, streams: int | None = None) -> None:
         assert model.embedding is not None
         self._encoder, self._pooling, self._pad = model.encoder, model.embedding.pooling, model.tokenizer.pad_id or 0
+        self._heads = model.heads
         self.streams = streams or core_count()
         # Products are as fast as they get from here on.
         self.least_tokens = 256 * self.streams
@@ -86,7 +88,7 @@ class PackedForward:
             tokens.append(block.reshape(-1))
             position_ids.append(seen_position_ids(self._encoder, block, mask))
         hidden = self._encoder.forward(mx.array(np.concatenate(tokens)), mx.array(np.concatenate(position_ids)), groups)
-        return pool_packed(hidden, groups, self._pooling)
+        return through(self._heads, pool_packed(hidden, groups, self._pooling))
 
 
 def padded(texts: Sequence[Tokens], rows: int, width: int, pad: int) -> tuple[Tokens, NDArray[np.bool_] | None]:
@@ -133,6 +135,7 @@ class PaddedForward:
     def __init__(self, model: LoadedModel, tokens: int = SHAPE_TOKENS) -> None:
         assert model.embedding is not None
         self._encoder, self._pooling, self._pad = model.encoder, model.embedding.pooling, model.tokenizer.pad_id or 0
+        self._heads = model.heads
         self._compiled: dict[tuple[int, int], Callable[..., mx.array]] = {}
         self.least_tokens, self.streams, self._tokens = min(LEAST_TOKENS, tokens), 1, tokens
 
@@ -161,7 +164,8 @@ class PaddedForward:
         """MLX traces it once with a mask and once without."""
         graph = self._compiled.get((rows, width))
         if graph is None:
-            graph = mx.compile(pooled(self._encoder, self._pooling, rows, width))
+            vectors = pooled(self._encoder, self._pooling, rows, width)
+            graph = mx.compile(lambda *inputs: through(self._heads, vectors(*inputs)))
             self._compiled[rows, width] = graph
         return graph
 

@@ -18,8 +18,10 @@ def pool_packed(hidden: mx.array, groups: Sequence[Group], pooling: str) -> mx.a
 def pool(hidden: mx.array, mask: mx.array | None, pooling: str) -> mx.array:
     """(texts, tokens, dim) → (texts, dim), float32. `mask`: (texts, tokens) bool, None where no text is padded.
 
-    `mean` is the mean over the mask, `cls` the first token and `lasttoken` the last that is none of padding, as in
-    sentence-transformers' Pooling module. Padding is on the right.
+    As in sentence-transformers' Pooling module: `cls` is the first token and `lasttoken` the last that is none of
+    padding, `max` the largest number of each dimension, `mean` the mean over the mask, `mean_sqrt_len_tokens` the sum
+    by the root of the length, `weightedmean` a mean in which a token weighs as much as its place, from 1 on. Padding is
+    on the right.
     """
     if pooling == "cls":
         return hidden[:, 0].astype(mx.float32)
@@ -27,8 +29,13 @@ def pool(hidden: mx.array, mask: mx.array | None, pooling: str) -> mx.array:
         last = hidden[:, -1] if mask is None else hidden[mx.arange(hidden.shape[0]), mx.sum(mask, axis=1) - 1]
         return last.astype(mx.float32)
     hidden = hidden.astype(mx.float32)
-    if mask is None:
+    if pooling == "max":
+        return mx.max(hidden if mask is None else mx.where(mask[..., None], hidden, -mx.inf), axis=1)
+    if pooling == "mean" and mask is None:
         return mx.mean(hidden, axis=1)
-    weights = mask.astype(mx.float32)
+    weights = mx.ones((1, hidden.shape[1])) if mask is None else mask.astype(mx.float32)
+    if pooling == "weightedmean":
+        weights = weights * mx.arange(1, hidden.shape[1] + 1)
+    total = mx.sum(weights, axis=1, keepdims=True)
     # One matmul a batch instead of a masked copy of all hidden states.
-    return (weights[:, None] @ hidden)[:, 0] / mx.sum(weights, axis=1, keepdims=True)
+    return (weights[:, None] @ hidden)[:, 0] / (mx.sqrt(total) if pooling == "mean_sqrt_len_tokens" else total)

@@ -40,6 +40,14 @@ def sentence_folder(tmp_path: Path, files: dict[str, Any]) -> Path:
     return tmp_path
 
 
+def dense(**values: Any) -> dict[str, Any]:
+    """A folder with a Dense module; `values` besides what one has to say, or instead of it."""
+    return {
+        "modules.json": [*MODULES, DENSE],
+        "2_Dense/config.json": {"in_features": 8, "out_features": 4, **values},
+    }
+
+
 def settings(**values: Any) -> dict[str, Any]:
     return {"sentence_bert_config.json": values}
 
@@ -91,7 +99,14 @@ def test_a_plain_folder_is_bounded_by_its_tokenizer_alone(tmp_path: Path) -> Non
         ({"modules.json": MODULES[::-1]}, "the modules Pooling, Transformer; supported"),
         ({"modules.json": [MODULES[0], NORMALIZE, MODULES[1]]}, "the modules Transformer, Normalize, Pooling;"),
         ({"modules.json": [*MODULES, {**MODULES[1], "name": "2"}]}, "Transformer, Pooling, Pooling; supported"),
-        ({"modules.json": [*MODULES, DENSE]}, "the module Dense is not supported"),
+        ({"modules.json": [*MODULES, {**DENSE, "type": f"{OLD}.LSTM"}]}, "the module LSTM is not supported"),
+        ({"modules.json": [*MODULES, {**NORMALIZE, "name": "3"}, DENSE]}, "Normalize, Dense; supported"),
+        ({**dense(in_features=9)}, "in_features is 9, and what comes in has 8"),
+        ({**dense(activation_function="torch.nn.modules.activation.ELU")}, "ELU' is not supported; Identity, Tanh"),
+        ({**dense(activation_function="own.Tanh")}, "'own.Tanh' is not supported"),
+        ({**dense(use_residual=True)}, "use_residual = True is not supported"),
+        ({**dense(dropout=0.1)}, "the field dropout = 0.1 is not supported"),
+        ({**dense(module_input_name="token_embeddings")}, "module_input_name = 'token_embeddings'"),
         ({"modules.json": [*MODULES, {**NORMALIZE, "name": "1"}]}, "two modules are called '1'"),
         ({"modules.json": [{**MODULES[0], "type": "own_code.Transformer"}]}, "'own_code.Transformer' is not supported"),
         ({"modules.json": [{**MODULES[0], "skip": True}]}, "the field skip = True is not supported"),
@@ -107,10 +122,13 @@ def test_a_plain_folder_is_bounded_by_its_tokenizer_alone(tmp_path: Path) -> Non
             "modality_config",
         ),
         (settings(tokenizer_args=[1]), r"tokenizer_args is '\[1\]', not an object"),
-        ({"1_Pooling/config.json": {"pooling_mode": "max"}}, "pooling max is not supported"),
+        ({"1_Pooling/config.json": {"pooling_mode": "first"}}, "pooling first is not supported"),
         ({"1_Pooling/config.json": {"pooling_mode": ["mean", "cls"]}}, r"pooling \['mean', 'cls'\] is not supported"),
         ({"1_Pooling/config.json": {"pooling_mode": None}}, "pooling None is not supported"),
-        ({"1_Pooling/config.json": {"pooling_mode_max_tokens": True}}, "pooling max is not supported"),
+        (
+            {"1_Pooling/config.json": {"pooling_mode_max_tokens": True, "pooling_mode_cls_token": True}},
+            r"pooling \['cls', 'max'\] is not supported",
+        ),
         ({"1_Pooling/config.json": {"pooling_mode_cls_token": 1}}, "pooling_mode_cls_token is 1, not true or false"),
         ({"1_Pooling/config.json": {"pooling_mode_first_token": True}}, "the field pooling_mode_first_token = True"),
         ({"1_Pooling/config.json": {"include_prompt": False}}, "include_prompt = False is not supported"),
@@ -170,6 +188,7 @@ def test_settings_that_change_nothing_are_taken(tmp_path: Path) -> None:
         ({"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": False}, "mean"),
         ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "cls"),
         ({"pooling_mode_lasttoken": True}, "lasttoken"),
+        ({"pooling_mode_max_tokens": True}, "max"),
         ({"embedding_dimension": 8, "pooling_mode": ["cls"], "include_prompt": True}, "cls"),
         ({"pooling_mode": "mean", "pooling_mode_cls_token": True}, "mean"),
     ],

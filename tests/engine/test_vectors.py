@@ -19,6 +19,7 @@ from engine.embedding.forward import Forward, PackedForward, PaddedForward
 from engine.embedding.lane import EmbedLane
 from engine.models import fastmath
 from engine.ticket import Ticket
+from engine.weights import safetensors
 from stoker.contract import EmbedRequest
 from stoker.errors import ModelError, TextTooLong
 
@@ -26,7 +27,7 @@ GOLDENS = Path(__file__).parents[1] / "goldens"
 SAID = json.loads((GOLDENS / "vectors.json").read_text())
 WANTED = np.load(GOLDENS / "vectors.npz")
 TEXTS: list[str] = SAID["texts"]
-FOLDERS = ("xlm-roberta", "bge-m3")
+FOLDERS = ("xlm-roberta", "bge-m3", "max", "sqrt", "weighted", "dense")
 FORWARDS: dict[str, Callable[[LoadedModel], Forward]] = {
     "packed": lambda model: PackedForward(model, 2),
     "padded": PaddedForward,
@@ -124,3 +125,34 @@ def test_roberta_is_xlm_r_by_another_name(tmp_path: Path) -> None:
     path = changed(tmp_path, "xlm-roberta", "config.json", {"model_type": "roberta"})
     tokens = mx.array([[0, 9, 1, 20, 2]])
     assert mx.array_equal(load("it", [str(path)]).encoder(tokens), opened("xlm-roberta").encoder(tokens))
+
+
+def test_the_layers_behind_the_pooling_say_how_long_a_vector_is() -> None:
+    model = opened("dense")
+    assert model.card(("embed",)).dim == 16
+    assert model.parameters == opened("max").parameters + 32 * 48 + 48 * 16 + 16
+    assert verify(model.path).tensors == verify(GOLDENS / "vectors" / "max").tensors + 3
+
+
+@pytest.mark.parametrize(
+    ("tensors", "cause"),
+    [({"linear.weight": (16, 48)}, "'linear.bias' of shape \\(16,\\) is missing"),
+     ({"linear.weight": (16, 32), "linear.bias": (16,)}, "has shape \\(16, 32\\), not \\(16, 48\\)"),
+     ({"linear.weight": (16, 48), "linear.bias": (16,), "residual.weight": (2, 2)}, "residual.weight")],
+)  # fmt: skip
+def test_a_layer_behind_the_pooling_is_checked_as_the_model_is(
+    tmp_path: Path, tensors: dict[str, tuple[int, ...]], cause: str
+) -> None:
+    path = changed(tmp_path, "dense", "3_Dense/config.json", {})
+    safetensors.write(path / "3_Dense" / "model.safetensors", {name: mx.ones(of) for name, of in tensors.items()})
+    for check in (verify, lambda path: load("it", [str(path)])):
+        with pytest.raises(ModelError, match=cause):
+            check(path)
+
+
+def test_a_layer_behind_the_pooling_that_holds_no_numbers_is_found(tmp_path: Path) -> None:
+    path = changed(tmp_path, "dense", "3_Dense/config.json", {})
+    arrays = {"linear.weight": mx.full((16, 48), mx.nan), "linear.bias": mx.ones(16)}
+    safetensors.write(path / "3_Dense" / "model.safetensors", arrays)
+    with pytest.raises(ModelError, match=r"'linear\.weight' holds values that are infinite or no numbers"):
+        verify(path)
