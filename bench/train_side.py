@@ -86,7 +86,7 @@ def mlx_lm(folder: Path, batch: int, length: int) -> None:
         for _line in sys.stdin:
             yield tokens, lengths
 
-    class Tell(TrainingCallback):
+    class Answer(TrainingCallback):
         def on_train_loss_report(self, info: dict[str, Any]) -> None:
             answer(
                 seconds=1.0 / info["iterations_per_second"],
@@ -103,7 +103,7 @@ def mlx_lm(folder: Path, batch: int, length: int) -> None:
         mx.eval(model.parameters())
         mx.clear_cache()
         mx.reset_peak_memory()
-        train(model, optimizer, None, None, arguments, iterate_batches=batches, training_callback=Tell())
+        train(model, optimizer, None, None, arguments, iterate_batches=batches, training_callback=Answer())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Traces: what a client tells OpenTelemetry of its jobs, and how a job carries its trace to the worker.
+"""Traces: what a client reports of its jobs to OpenTelemetry, and how a job carries its trace to the worker.
 
 Who traces has imported OpenTelemetry's API before it sends a job. Where nobody has, nothing is imported, and a job's
 record has no field more.

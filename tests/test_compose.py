@@ -100,7 +100,7 @@ def test_the_broker_starts_with_a_password_that_its_command_line_does_not_hold(t
         assert wanted in words
 
 
-def test_prometheus_is_told_what_its_own_file_says_except_where_the_monitor_is() -> None:
+def test_prometheus_is_given_what_its_own_file_says_except_where_the_monitor_is() -> None:
     ours = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text(encoding="utf-8"))
     here = yaml.safe_load(COMPOSE["configs"]["prometheus"]["content"])
     assert here["scrape_configs"][0]["static_configs"] == [{"targets": ["flower:5555"]}]

@@ -225,7 +225,16 @@ def test_an_old_python_is_refused_with_a_remedy(tmp_path: Path) -> None:
 
 
 #: Words that the project's English does without, put together here so that this file does not hold them.
-AVOIDED = ("who" + "ever", "what" + "ever", "some" + "body", "be" + "side", "so" + " long")
+AVOIDED = (
+    "who" + "ever",
+    "what" + "ever",
+    "some" + "body",
+    "be" + "side",
+    "so" + " long",
+    "to" + "ld",
+    "tel" + "l",
+    "tel" + "ls",
+)
 
 
 @pytest.mark.parametrize("word", AVOIDED)
@@ -237,6 +246,7 @@ def test_no_text_of_the_project_has_a_word_that_it_does_without(word: str) -> No
         if file.parent != ROOT / "tests/goldens"
         if file.suffix in (".py", ".md", ".lua", ".metal", ".h", ".cpp")
         for number, line in enumerate(text_of(file).splitlines(), 1)
-        if re.search(rf"\b{word}\b", line, re.IGNORECASE)
+        # A file's method keeps its name.
+        if re.search(rf"(?<!\.)\b{word}\b", line, re.IGNORECASE)
     ]
     assert not places

@@ -1,4 +1,4 @@
-"""What a worker knows of a job that it has or had, in one place for all who tell of it: the log, traces, counts."""
+"""What a worker knows of a job that it has or had, in one place for all who report it: the log, traces, counts."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ _WORK = {EMBED.name: "embed", TRAIN.name: "train"}
 
 
 class Observer(Protocol):
-    """Is told of each delivery, in the thread that runs it. What it raises is logged, and hurts no job."""
+    """Observes each delivery, in the thread that runs it. What it raises is logged, and hurts no job."""
 
     def begun(self, account: JobAccount) -> None:
         """The job was claimed, and is to run."""
@@ -134,27 +134,27 @@ class Observer(Protocol):
 
 
 class Observers:
-    """Tells each of them, also after another failed."""
+    """Reports to each of them, also after another failed."""
 
     def __init__(self, observers: Sequence[Observer] = ()) -> None:
         self._observers = tuple(observers)
 
     def begun(self, account: JobAccount) -> None:
         for observer in self._observers:
-            _told(observer.begun, account)
+            _report(observer.begun, account)
 
     def ended(self, account: JobAccount) -> None:
         account.ended = time.monotonic()
         for observer in self._observers:
-            _told(observer.ended, account)
+            _report(observer.ended, account)
 
     def close(self) -> None:
         for observer in self._observers:
             observer.close()
 
 
-def _told(tell: Callable[[JobAccount], None], account: JobAccount) -> None:
+def _report(observe: Callable[[JobAccount], None], account: JobAccount) -> None:
     try:
-        tell(account)
+        observe(account)
     except Exception:
         log.exception("job %s could not be accounted for", account.job)

@@ -88,7 +88,7 @@ _ENDS: tuple[tuple[type[BaseException], DeliveryEnd], ...] = (
 
 @contextmanager
 def accounted(delivery: Delivery) -> Iterator[None]:
-    """Tell the observers how the delivery was over."""
+    """Report to the observers how the delivery was over."""
     account = delivery.account
     try:
         yield

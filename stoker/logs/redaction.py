@@ -1,7 +1,7 @@
 """The last line of defence: what must not be in a log is taken out of what is about to be written.
 
-The first is that no call hands it over. Texts of users cannot be told from others, so the words of errors that may
-quote them are left out; passwords and keys are known, or have forms that are.
+The first is that no call hands it over. Texts of users cannot be distinguished from others, so the words of errors that
+may quote them are left out; passwords and keys are known, or have forms that are.
 """
 
 from __future__ import annotations

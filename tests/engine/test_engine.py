@@ -268,16 +268,16 @@ def test_a_pass_is_launched_ahead_only_while_no_other_lane_waits(
     assert set(seen) == {(True, False), (False, True)}
 
 
-def test_each_step_is_told_with_its_lane_its_time_and_what_it_made(
+def test_each_step_is_reported_with_its_lane_its_time_and_what_it_made(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told: list[tuple[str, str, float, StepOutput]] = []
-    monkeypatch.setattr(running.engine, "observe", lambda *step: told.append(step))
+    reported: list[tuple[str, str, float, StepOutput]] = []
+    monkeypatch.setattr(running.engine, "observe", lambda *step: reported.append(step))
     running.engine.submit("texts", EmbedRequest(model=EMBED_MODEL, texts=("one", "two"))).result(60)
-    wait_until(lambda: any(output.ended for *_, output in told), "the last step is told")
-    assert {(model, kind) for model, kind, *_ in told} == {(EMBED_MODEL, "embed")}
-    assert sum(output.rows for *_, output in told) == 2
-    assert all(seconds > 0 for _, _, seconds, _ in told)
+    wait_until(lambda: any(output.ended for *_, output in reported), "the last step is reported")
+    assert {(model, kind) for model, kind, *_ in reported} == {(EMBED_MODEL, "embed")}
+    assert sum(output.rows for *_, output in reported) == 2
+    assert all(seconds > 0 for _, _, seconds, _ in reported)
 
 
 def test_work_that_cannot_be_admitted_ends_its_own_job(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:

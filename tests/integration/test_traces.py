@@ -1,4 +1,4 @@
-"""One trace through client, broker and worker. The worker tells of its spans in its log."""
+"""One trace through client, broker and worker. The worker reports its spans in its log."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WORK = {
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[InMemorySpanExporter]:
+def spans_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[InMemorySpanExporter]:
     """The spans of this process."""
     provider, exporter = TracerProvider(), InMemorySpanExporter()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
@@ -53,7 +53,7 @@ def of_worker(stack: Stack, job_id: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("kind", WORK)
 def test_a_job_of_each_kind_has_all_its_spans_in_one_trace(
-    kind: str, stack: Stack, client: Client, told: InMemorySpanExporter
+    kind: str, stack: Stack, client: Client, spans_here: InMemorySpanExporter
 ) -> None:
     if kind == "generate":
         job: Any = client.generate("Once upon a time", model=GENERATE_MODEL, max_tokens=3)
@@ -65,10 +65,10 @@ def test_a_job_of_each_kind_has_all_its_spans_in_one_trace(
     job.result(60)
     if kind == "adapters":
         folder = stack.settings.adapters / GENERATE_MODEL / "traced"
-        told.clear()
+        spans_here.clear()
         job = client.adapters.load("traced-again", next(folder.iterdir()), model=GENERATE_MODEL)
         job.result(60)
-    sent, waited = told.get_finished_spans()
+    sent, waited = spans_here.get_finished_spans()
     assert [sent.name, waited.name] == ["stoker send", "stoker wait"]
     (trace_id, root, above), (its_trace, _, below) = ids(sent), ids(waited)
     assert (above, its_trace, below) == (None, trace_id, root)
@@ -88,13 +88,13 @@ def job_model(kind: str) -> str:
     return EMBED_MODEL if kind == "embed" else GENERATE_MODEL
 
 
-def test_a_callers_own_span_is_above_both(stack: Stack, client: Client, told: InMemorySpanExporter) -> None:
+def test_a_callers_own_span_is_above_both(stack: Stack, client: Client, spans_here: InMemorySpanExporter) -> None:
     with trace.get_tracer("app").start_as_current_span("request") as request:
         job = client.generate("Once upon a time", model=GENERATE_MODEL, max_tokens=2)
         tokens = list(job.stream(timeout=60))
     assert len(tokens) == 2
     mine = request.get_span_context().span_id
-    spans = {span.name: span for span in told.get_finished_spans()}
+    spans = {span.name: span for span in spans_here.get_finished_spans()}
     assert {ids(spans[name])[2] for name in ("stoker send", "stoker wait")} == {f"{mine:016x}"}
     assert [link.context.span_id for link in spans["stoker wait"].links] == [int(ids(spans["stoker send"])[1], 16)]
     assert wait_until(lambda: of_worker(stack, job.id), "the worker's")[0]["trace"] == ids(spans["request"])[0]

@@ -234,7 +234,7 @@ def client(broker: Settings, redis: Any) -> Iterator[Client]:
         yield made
 
 
-def test_a_client_is_told_what_to_do_about_a_broker_full_of_vectors(redis: Any, client: Client) -> None:
+def test_a_client_learns_what_to_do_about_a_broker_full_of_vectors(redis: Any, client: Client) -> None:
     limit(redis, 1000)
     keep(redis, "a", b"x" * 1000)
     with pytest.raises(QueueFull, match=r"have 1000 bytes and may have 1000.*`discard\(\)`.*policy vector_bytes") as at:

@@ -173,11 +173,11 @@ def test_the_words_of_an_error_that_may_quote_a_text_are_left_out_and_its_place_
     except InvalidRequest:
         logging.getLogger("stoker.test").exception("a defect")
     (line,) = out.getvalue().splitlines()
-    told = json.loads(line)["traceback"]
+    shown = json.loads(line)["traceback"]
     assert "secret prompt" not in line
-    assert told.splitlines()[-1] == "InvalidRequest"
-    assert "KeyError" in told
-    assert f'File "{__file__}"' in told
+    assert shown.splitlines()[-1] == "InvalidRequest"
+    assert "KeyError" in shown
+    assert f'File "{__file__}"' in shown
 
 
 @pytest.mark.parametrize(

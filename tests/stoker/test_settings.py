@@ -80,10 +80,10 @@ def test_the_home_folder_is_absolute_in_every_form_given(monkeypatch: pytest.Mon
 def assert_none(settings: Settings) -> None:
     """No broker is taken, and the error says where one was looked for, and what to do."""
     assert settings.chosen_url is None
-    with pytest.raises(BrokerUnavailable, match=r"STOKER_URL is not set.*`stoker up`") as told:
+    with pytest.raises(BrokerUnavailable, match=r"STOKER_URL is not set.*`stoker up`") as raised:
         _ = settings.address
-    assert f"STOKER_HOME={settings.home}." in str(told.value)
-    assert DEFAULT_URL in str(told.value)
+    assert f"STOKER_HOME={settings.home}." in str(raised.value)
+    assert DEFAULT_URL in str(raised.value)
     assert str(settings.home) in settings.shown_address
 
 

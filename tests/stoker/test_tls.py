@@ -112,7 +112,7 @@ def test_a_certificate_that_is_refused_is_one_clear_error_at_once(
 
 
 @pytest.mark.parametrize("whose", ["none", "a stranger's"])
-def test_a_client_whose_certificate_is_missing_or_refused_is_told_so(
+def test_a_client_whose_certificate_is_missing_or_refused_learns_so(
     behind: Front, made: Certificates, whose: str
 ) -> None:
     own = f"&{made.stranger.options}" if whose != "none" else ""

@@ -37,7 +37,7 @@ def test_the_engines_phases_follow_each_other_without_a_gap(
     assert [(phase.name, phase.began, phase.ended) for phase in account.phases] == phases
 
 
-def test_a_phase_that_fails_is_told_of_too() -> None:
+def test_a_phase_that_fails_is_reported_too() -> None:
     account = JobAccount("job", "embed", "m")
     with pytest.raises(ValueError, match="x"), account.phase("load"):
         raise ValueError("x")

@@ -199,7 +199,7 @@ class Broken(Witness):
         (Fenced("elsewhere"), DeliveryEnd.FENCED, "Fenced"),
     ],
 )
-def test_each_observer_is_told_how_a_job_was_over_and_the_log_says_it_without_its_text(
+def test_each_observer_learns_how_a_job_was_over_and_the_log_says_it_without_its_text(
     end: Exception | None, outcome: DeliveryEnd, error: str, worker: Worker, caplog: pytest.LogCaptureFixture
 ) -> None:
     witness = Witness()

@@ -78,7 +78,7 @@ def seconds(span: ReadableSpan) -> float:
     return (span.end_time - span.start_time) / 1e9
 
 
-def test_spans_last_as_long_as_what_they_tell_of(worker: Tracing, exporter: InMemorySpanExporter) -> None:
+def test_spans_last_as_long_as_what_they_report(worker: Tracing, exporter: InMemorySpanExporter) -> None:
     worker.ended(account())
     lasted = {span.name: round(seconds(span), 3) for span in exporter.get_finished_spans()}
     assert lasted == {"stoker queue": 5.0, "stoker prefill": 0.5, "stoker decode": 0.5, "stoker generate": 2.0}

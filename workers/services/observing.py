@@ -1,4 +1,4 @@
-"""Who is told of the jobs at this worker, by its settings."""
+"""Who observes the jobs at this worker, by its settings."""
 
 from __future__ import annotations
 

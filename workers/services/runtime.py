@@ -55,7 +55,7 @@ class Runtime:
         self.job_meter = JobMeter(self.numbers, lambda: self._models)
         self.publisher = Publisher(connect(settings), self.fail, self.numbers.of(PUBLISH_LAG))
         self.engine = make_engine(self.publisher.publish)
-        #: Who tells of the jobs that run here.
+        #: Who observes the jobs that run here.
         self.observers = observers(settings, name, self.job_meter)
         self.engine.observe = EngineMeter(self.numbers, self.job_meter.submitted).step
         #: By `time.monotonic`.

@@ -35,7 +35,7 @@ class Stage(nn.Module):
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        """As `isinstance` asks for it: networks tell their layers apart by it."""
+        """As `isinstance` asks for it: networks distinguish their layers by it."""
         return type(self["layer"]) if "layer" in self else Stage
 
     def __getattr__(self, key: str) -> Any:

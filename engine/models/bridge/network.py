@@ -16,7 +16,7 @@ _CLOSE = {mx.float32: 1e-3, mx.float16: 1e-2, mx.bfloat16: 5e-2}
 
 
 class Body:
-    """Stands for a network's body: it runs it and keeps what it gave, or gives what it is told."""
+    """Stands for a network's body: it runs it and keeps what it gave, or gives what it was given."""
 
     def __init__(self, body: nn.Module) -> None:
         self._body = body
@@ -38,7 +38,7 @@ class Cut:
 
     mlx-lm's files have one call for both, each with its own names, soft caps and scales. So the whole call is made with
     its body replaced: for `hidden` by one that keeps what it gives, and nobody evaluates its logits; for `head` by one
-    that gives the hidden states at once. Where no body can be told from its head, hidden states are the logits.
+    that gives the hidden states at once. Where body and head cannot be distinguished, hidden states are the logits.
     """
 
     def __init__(self, network: nn.Module, path: Sequence[str]) -> None:
