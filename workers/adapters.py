@@ -43,9 +43,12 @@ def pinned(job: Job, model: str, adapter: str) -> str:
 
 def allocate(job: Job, model: str, name: str) -> int:
     """The number of the version that this job makes: above all that the registry or this disk has, and the same
-    however often the job runs."""
-    floor = job.runtime.engine.store.newest(model, name) + 1
-    given = ledger.allocate(job.runtime.redis, model, name, job.id, floor)
+    however often the job runs. Where the registry has lost its record, above all that the artifact store has too: under
+    a number that is taken there, other workers would serve the old weights. Raises `StoreTrouble`."""
+    redis, newest = job.runtime.redis, job.runtime.engine.store.newest(model, name)
+    if redis.hget(keys.adapter(model, name), "next") is None:
+        newest = max(newest, _artifacts(job).newest(model, name))
+    given = ledger.allocate(redis, model, name, job.id, newest + 1)
     return int(checked(Rule.VERSION, "version of the job's record", given))
 
 

@@ -12,12 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from stoker.broker import keys
-from stoker.contract.names import Rule, checked
+from stoker.contract.names import Rule, checked, follows
 from stoker.errors import ConfigError, JobFailed
 from stoker.files.durable import flush, make_folders, write_whole
 from stoker.settings import Settings
 
 log = logging.getLogger(__name__)
+#: How the name of a version's file in a store ends.
+SUFFIX = ".safetensors"
+#: Versions that the broker is asked for at once.
+STRIDE = 256
 
 
 class StoreTrouble(Exception):
@@ -54,6 +58,30 @@ class Artifacts:
             fs, path = self._location(model, name, version)
             return bytes(fs.cat_file(path)) if fs.exists(path) else None
 
+    def newest(self, model: str, name: str) -> int:
+        """The highest version that is kept; 0 if there is none. In the broker, where a worker may not look for keys,
+        versions that lie more than `STRIDE` above the one before are not seen. Raises `StoreTrouble`."""
+        if self._url is None:
+            return self._newest_in_broker(model, name)
+        with self._reported_as(StoreTrouble):
+            fs, path = self._location(model, name, 1)
+            folder = posixpath.dirname(path)
+            names = [posixpath.basename(file) for file in fs.ls(folder, detail=False)] if fs.exists(folder) else []
+        numbers = [file.removesuffix(SUFFIX) for file in names if file.endswith(SUFFIX)]
+        return max((int(number) for number in numbers if follows(Rule.VERSION, number)), default=0)
+
+    def _newest_in_broker(self, model: str, name: str) -> int:
+        newest = 0
+        while True:
+            asked = range(newest + 1, newest + 1 + STRIDE)
+            pipeline = self._redis.pipeline(transaction=False)
+            for version in asked:
+                pipeline.exists(keys.artifact(model, name, version))
+            found = [version for version, there in zip(asked, pipeline.execute(), strict=True) if there]
+            if not found:
+                return newest
+            newest = found[-1]
+
     @contextmanager
     def _reported_as(self, kind: type[Exception]) -> Iterator[None]:
         try:
@@ -65,7 +93,7 @@ class Artifacts:
     def _location(self, model: str, name: str, version: int) -> tuple[Any, str]:
         fs, root = self._root()
         folder = f"{checked(Rule.NAME, 'model', model)}/{checked(Rule.NAME, 'adapter', name)}"
-        return fs, f"{root.rstrip('/')}/{folder}/{checked(Rule.VERSION, 'version', str(version))}.safetensors"
+        return fs, f"{root.rstrip('/')}/{folder}/{checked(Rule.VERSION, 'version', str(version))}{SUFFIX}"
 
     def _root(self) -> tuple[Any, str]:
         import fsspec

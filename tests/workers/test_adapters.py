@@ -162,3 +162,24 @@ def test_what_is_loaded_lies_in_a_folder_for_as_long_as_its_job_takes(home: Home
         assert source == "/clients/mine"
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == FILES
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("store", ["broker", "folder"])
+def test_a_version_after_a_lost_record_is_above_every_artifact(home: Home, tmp_path: Path, store: str) -> None:
+    if store == "folder":
+        home.settings = home.settings.model_copy(update={"artifacts": f"file://{tmp_path}/shared"})
+    for _ in (1, 2):
+        home.publish(home.write())
+    home.redis.delete(keys.adapter("m", "style"))
+    other = elsewhere(home, tmp_path)
+    assert adapters.allocate(other.run("new"), "m", "style") == 3
+    assert adapters.allocate(other.run("new"), "m", "style") == 3
+    assert adapters.allocate(other.run("next"), "m", "style") == 4
+
+
+def test_another_adapter_begins_with_one_version(home: Home) -> None:
+    home.publish(home.write())
+    try:
+        assert adapters.allocate(home.run("first"), "m", "other") == 1
+    finally:
+        home.redis.delete(keys.adapter("m", "other"))
