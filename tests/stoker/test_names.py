@@ -80,7 +80,7 @@ def test_no_adapters_path_leaves_its_root(given: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [b"../../x", b"-5", b"0", b"1.5", b"x", b""])
 def test_a_record_with_a_strange_version_ends_its_own_job(number: bytes) -> None:
-    redis = SimpleNamespace(hmget=lambda *_: [number], evalsha=lambda *_: number)
+    redis = SimpleNamespace(hmget=lambda *_: [number], hget=lambda *_: b"1", evalsha=lambda *_: number)
     store = SimpleNamespace(newest=lambda *_: 0)
     run: Any = SimpleNamespace(id="job", runtime=SimpleNamespace(redis=redis, engine=SimpleNamespace(store=store)))
     with pytest.raises(InvalidRequest, match="version of the job's record"):
