@@ -198,7 +198,7 @@ def _gguf(path: Path) -> Inspection:
                 fields.count(f"{architecture}.attention.key_length", max(1, dim // heads)),
             ),
             window=meta.get(f"{architecture}.attention.sliding_window"),
-            chat_template=bool(gguf_templates(meta)),
+            chat_template=bool(gguf_templates(path, meta)),
             file_bytes=sum(file.stat().st_size for file in gguf.files),
         )
     )

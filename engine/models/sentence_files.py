@@ -114,6 +114,8 @@ class SentenceFiles:
         if not isinstance(prompts, dict) or not all(isinstance(prompt, str | None) for prompt in prompts.values()):
             raise ModelError(f"{path}: its prompts are not an object of strings")
         prompts = {name: prompt or "" for name, prompt in prompts.items()}
+        if not isinstance(default, str | None):
+            raise ModelError(f"{path}: default_prompt_name is {str(default)[:60]!r}, not a text")
         if default in ("query", "document"):  # which sentence-transformers has in every model, empty
             prompts.setdefault(default, "")
         if default is not None and default not in prompts:

@@ -30,8 +30,8 @@ class Vocabulary:
         self._meta = gguf.metadata
         self.tokens = self.strings("tokens")
         self.index = {token: number for number, token in enumerate(self.tokens)}
-        types = self._meta.get("tokenizer.ggml.token_type", [NORMAL] * len(self.tokens))
-        if len(self.index) != len(self.tokens) or not hasattr(types, "__len__") or len(types) != len(self.tokens):
+        types = self._types()
+        if len(self.index) != len(self.tokens) or len(types) != len(self.tokens):
             raise ModelError(f"{self.where}: its vocabulary repeats a token, or has another number of token types")
         longest = max(self.tokens, key=len)
         if len(longest) > _LONGEST:
@@ -39,10 +39,19 @@ class Vocabulary:
                 f"{self.where}: its vocabulary has a token of {len(longest)} characters; {_LONGEST} are allowed"
             )
         special = gguf_special(self.index)
-        self.types: Sequence[Any] = [
-            CONTROL if token in special else kind
-            for token, kind in zip(self.tokens, types.tolist() if isinstance(types, np.ndarray) else types, strict=True)
+        self.types: Sequence[int] = [
+            CONTROL if token in special else kind for token, kind in zip(self.tokens, types, strict=True)
         ]
+
+    def _types(self) -> Sequence[int]:
+        """The file's type of each token; without any, all are normal. 0 is llama.cpp's for a token of no known type."""
+        value = self._meta.get("tokenizer.ggml.token_type", [NORMAL] * len(self.tokens))
+        types = value.tolist() if isinstance(value, np.ndarray) else value
+        if not isinstance(types, list) or not all(type(kind) is int and 0 <= kind <= BYTE for kind in types):
+            raise ModelError(
+                f"{self.where}: tokenizer.ggml.token_type is no list of the types 0 to {BYTE}, one for each token"
+            )
+        return types
 
     def get(self, key: str, default: Any = None) -> Any:
         """The raw value of `tokenizer.ggml.KEY`."""
@@ -58,7 +67,8 @@ class Vocabulary:
     def scores(self) -> list[float]:
         """The score of each token."""
         value = self.get("scores")
-        if not isinstance(value, np.ndarray) or len(value) != len(self.tokens) or not np.isfinite(value).all():
+        is_real = isinstance(value, np.ndarray) and value.dtype.kind == "f"
+        if not is_real or len(value) != len(self.tokens) or not np.isfinite(value).all():
             raise ModelError(f"{self.where}: tokenizer.ggml.scores is missing or not a finite number for each token")
         scores: list[float] = value.tolist()
         return scores

@@ -44,11 +44,16 @@ def folder_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     return _named(read_object(older, missing={}).get("chat_template"), older)
 
 
-def gguf_templates(metadata: Mapping[str, Any]) -> dict[str, str]:
-    """`tokenizer.chat_template`, and `tokenizer.chat_template.NAME` for others."""
+def gguf_templates(where: Path, metadata: Mapping[str, Any]) -> dict[str, str]:
+    """`tokenizer.chat_template`, and `tokenizer.chat_template.NAME` for others. Raises `ModelError` for one that is no
+    text."""
     named = {key.removeprefix(f"{_GGUF}."): value for key, value in metadata.items() if key.startswith(f"{_GGUF}.")}
     every = {**named, DEFAULT: metadata.get(_GGUF, named.get(DEFAULT))}
-    return {name: template for name, template in every.items() if isinstance(template, str)}
+    found = {name: template for name, template in every.items() if template is not None}
+    for name, template in found.items():
+        if not isinstance(template, str):
+            raise ModelError(f"{where}: the chat template {name!r} is a {type(template).__name__}, not a text")
+    return found
 
 
 def _text(path: Path) -> str:

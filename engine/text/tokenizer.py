@@ -121,16 +121,15 @@ class Tokenizer:
     def from_gguf(cls, gguf: GGUF) -> Tokenizer:
         """Rebuilt from a GGUF file's vocabulary (byte-level BPE or SentencePiece). Raises `ModelError` for others."""
         inner = build(gguf)
-        named = {name: _ids_of(inner, _gguf_id(gguf, key)) for name, key in _GGUF_NAMES.items()}
-        eos = [_gguf_id(gguf, name) for name in ("eos", "eot", "eom")]
+        named = {name: _gguf_ids(inner, gguf, key) for name, key in _GGUF_NAMES.items()}
         names = {name: inner.id_to_token(ids[0]) or "" for name, ids in named.items() if ids}
         return cls(
             inner,
-            eos_ids=_ids_of(inner, eos),
+            eos_ids=[index for name in ("eos", "eot", "eom") for index in _gguf_ids(inner, gguf, name)],
             bos_id=_first(named["bos_token"]),
             pad_id=_first(named["pad_token"]),
             end_names=gguf_ends(inner.get_vocab()),
-            manners=Manners(names, gguf_templates(gguf.metadata)),
+            manners=Manners(names, gguf_templates(gguf.path, gguf.metadata)),
         )
 
     @functools.cached_property
@@ -256,8 +255,13 @@ def _first(ids: Sequence[int]) -> int | None:
     return ids[0] if ids else None
 
 
-def _gguf_id(gguf: GGUF, name: str) -> object:
-    return gguf.metadata.get(f"tokenizer.ggml.{name}_token_id")
+def _gguf_ids(inner: tokenizers.Tokenizer, gguf: GGUF, name: str) -> list[int]:
+    """The token that the file names so, if it names one. Raises `ModelError` for what is no token of its own."""
+    value = gguf.metadata.get(f"tokenizer.ggml.{name}_token_id")
+    found = _ids_of(inner, value) if isinstance(value, int) else []
+    if value is not None and not found:
+        raise ModelError(f"{gguf.path}: tokenizer.ggml.{name}_token_id {value!r} is no token of its vocabulary")
+    return found
 
 
 def _count(value: object) -> int | None:

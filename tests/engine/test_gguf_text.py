@@ -20,6 +20,8 @@ from stoker.errors import ModelError
 GOLDENS = Path(__file__).parents[1] / "goldens" / "text"
 BYTE_LEVEL = json.loads((GOLDENS / "byte_level.json").read_text())
 SPM = json.loads((GOLDENS / "sentencepiece.json").read_text())
+#: Tokens of that vocabulary.
+COUNT = len(SPM["prefix"]["tokens"])
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=40) | st.text(
     st.sampled_from("aé 漢👩‍🚀\n字1 \u2581\ufffdthe"), max_size=40
 )
@@ -189,6 +191,15 @@ def test_a_file_names_its_templates_and_special_tokens() -> None:
     assert Tokenizer.from_gguf(gguf).templates == {"tool_use": "T"}
 
 
+@pytest.mark.parametrize("key", ["tokenizer.chat_template", "tokenizer.chat_template.tool_use"])
+@pytest.mark.parametrize("template", [3, ["D"], np.ones(2), False])
+def test_a_chat_template_that_is_no_text_is_refused_by_name(key: str, template: object) -> None:
+    gguf = gguf_of(model="gpt2", tokens=BYTE_LEVEL["tokens"], merges=BYTE_LEVEL["merges"], pre="qwen2")
+    gguf.metadata[key] = template
+    with pytest.raises(ModelError, match=r"some\.gguf: the chat template '(default|tool_use)' is a .*, not a text"):
+        Tokenizer.from_gguf(gguf)
+
+
 def test_a_token_of_the_user_is_one_token_and_is_text() -> None:
     """A control token is no text; one that the model's maker added is."""
     types = [1] * (len(BYTE_LEVEL["tokens"]) - 2) + [3, 4]
@@ -208,7 +219,19 @@ def test_a_token_of_the_user_is_one_token_and_is_text() -> None:
         ({"scores": None}, "scores is missing"),
         ({"scores": np.array([1.0])}, "scores is missing"),
         ({"scores": np.full(600, np.nan)}, "scores is missing"),
-        ({"token_type": np.ones(5)}, "another number of token types"),
+        ({"scores": np.ones(COUNT, np.bool_)}, "scores is missing"),
+        ({"token_type": np.ones(COUNT, np.float32)}, "token_type is no list of the types 0 to 6"),
+        ({"token_type": np.ones(COUNT, np.bool_)}, "token_type is no list of the types 0 to 6"),
+        ({"token_type": np.full(COUNT, 7, np.int32)}, "token_type is no list of the types 0 to 6"),
+        ({"token_type": np.full(COUNT, -1, np.int32)}, "token_type is no list of the types 0 to 6"),
+        ({"token_type": ["3"] * COUNT}, "token_type is no list of the types 0 to 6"),
+        ({"token_type": "1" * COUNT}, "token_type is no list of the types 0 to 6"),
+        ({"eos_token_id": "1"}, "eos_token_id '1' is no token"),
+        ({"eos_token_id": 600}, "eos_token_id 600 is no token"),
+        ({"eot_token_id": [1]}, "eot_token_id [1] is no token"),
+        ({"eom_token_id": True}, "eom_token_id True is no token"),
+        ({"padding_token_id": 2**32 - 1}, "padding_token_id 4294967295 is no token"),
+        ({"token_type": np.ones(5, np.int32)}, "another number of token types"),
         ({"tokens": ["a"] * 600}, "repeats a token"),
         ({"tokens": ["a", "b" * 5000], "token_type": [1, 1]}, "a token of 5000 characters"),
         ({"tokens": ["a", "b" * 1025], "token_type": [1, 1]}, "a token of 1025 characters; 1024 are allowed"),

@@ -144,6 +144,11 @@ def test_a_plain_folder_is_bounded_by_its_tokenizer_alone(tmp_path: Path) -> Non
         ({"config_sentence_transformers.json": {"query_prefix": "q"}}, "the field query_prefix = 'q' is not supported"),
         ({"config_sentence_transformers.json": {"prompts": {"a": 1}}}, "not an object of strings"),
         ({"config_sentence_transformers.json": {"default_prompt_name": "a"}}, "'a' is none of its prompts"),
+        (
+            {"config_sentence_transformers.json": {"default_prompt_name": ["a"]}},
+            "default_prompt_name is .*, not a text",
+        ),
+        ({"config_sentence_transformers.json": {"default_prompt_name": {"a": 1}}}, "prompt_name is .*, not a text"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(tmp_path: Path, files: dict[str, Any], cause: str) -> None:
