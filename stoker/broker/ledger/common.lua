@@ -9,7 +9,10 @@ local most_of = {
   queue_limit = 1e6, client_limit = 1e6, queue_bytes = 2 ^ 40, vector_bytes = 2 ^ 40, result_seconds = 24 * 3600,
   crashes = 1000, ageing = 30 * 24 * 3600,
 }
+local undecided
 local function decided(policy, name, default)
+  if undecided == nil then undecided = redis.call('EXISTS', policy) == 0 end
+  if undecided then return default end
   local text = redis.call('HGET', policy, name)
   local value = text and string.match(text, '^[1-9]%d*$') and tonumber(text)
   return value and value <= most_of[string.match(name, '^[^:]+')] and value or default

@@ -1,9 +1,10 @@
 -- ARGV: token, the result's record
-local owner = redis.call('HMGET', job, 'token', 'completed')
+local record = look(id)
+if record.wrong then return record.wrong end
 -- Sent again, because the answer was lost: it has ended, once.
-if owner[2] == ARGV[6] then return 1 end
-if owner[1] ~= ARGV[6] or ended() then return 0 end
-strike_out()
+if record.completed == ARGV[6] then return 1 end
+if record.owned ~= ARGV[6] or ended(record) then return 0 end
+strike_out(record)
 redis.call('HSET', job, 'completed', ARGV[6])
 finish(ARGV[7])
 redis.call('EXPIRE', prefix .. 'stream:' .. id, result_ttl)

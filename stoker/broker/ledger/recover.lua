@@ -6,19 +6,19 @@ for _, message in ipairs(redis.call('LRANGE', ready, 0, -1)) do
   if of then standing[of] = true end
 end
 
--- A message is lost that is neither in the ready list nor held, and whose job no living worker runs: the worker that
+-- A message that is not in the ready list is lost if it is not held either, and job no living worker runs: the worker that
 -- took it died before it wrote that down. No worker need have run the job yet; or its owner died, and the message was
 -- lost on the way back.
-local function lost(of, token, tag, worker)
-  if standing[of] then return false end
+local function lost(token, tag, worker)
   if not token then return true end
   return redis.call('HEXISTS', KEYS[21], tag or '') == 0 and redis.call('EXISTS', ARGV[7] .. (worker or '')) == 0
 end
 
--- Each open job has a record, and waits or is dispatched: where the numbers agree, the oldest need no look each.
+-- Each open job has a record, and waits or is dispatched: where the numbers agree, and the oldest few have their records,
+-- the oldest need no look each.
 local function all_in_order(oldest)
   local ordered, records = redis.call('ZCARD', dispatched), {}
-  for _, waiting in ipairs(backlogs) do ordered = ordered + redis.call('ZCARD', waiting) end
+  for _, priority in ipairs(levels()) do ordered = ordered + redis.call('ZCARD', backlog(priority)) end
   if ordered ~= redis.call('ZCARD', open) then return false end
   for position, of in ipairs(oldest) do records[position] = job_prefix .. of end
   return #oldest == 0 or redis.call('EXISTS', unpack(records)) == #oldest
@@ -26,8 +26,8 @@ end
 
 -- A job whose record is spoiled is in no order any more. One that is in none, because another program wrote over the key
 -- of an order, counts as dispatched now; so does one that was dispatched in the future.
-local oldest = redis.call('ZRANGE', open, 0, 99)
-for _, of in ipairs(all_in_order(oldest) and {} or oldest) do
+local in_order = all_in_order(redis.call('ZRANGE', open, 0, 9))
+for _, of in ipairs(in_order and {} or redis.call('ZRANGE', open, 0, 99)) do
   local job_there = rank(of)
   if not job_there then
     redis.call('ZREM', open, of)
@@ -45,18 +45,21 @@ end
 local found = {}
 for _, of in ipairs(redis.call('ZRANGEBYSCORE', dispatched, '-inf', now - tonumber(ARGV[6]), 'LIMIT', 0, 1000)) do
   local key = job_prefix .. of
-  local fields = fields_of(of, 'message', 'priority', 'turn', 'token', 'tag', 'worker', 'history', 'trouble')
-  if not rank(of) then
+  local waits = rank(of)
+  if not waits then
     redis.call('ZREM', dispatched, of)
     spoil(of)
-  elseif lost(of, fields[4], fields[5], fields[6]) then
-    if fields[4] then
-      note_crash(key, fields[6], decoded(fields[7]), fields[8])
-      redis.call('HDEL', key, 'token', 'tag', 'worker')
+  elseif not standing[of] then
+    local owner = redis.call('HMGET', key, 'tag', 'worker', 'history', 'trouble')
+    if lost(waits.owned, owner[1], owner[2]) then
+      if waits.owned then
+        note_crash(key, owner[2], decoded(owner[3]), owner[4])
+        redis.call('HDEL', key, 'token', 'tag', 'worker')
+      end
+      redis.call('ZREM', dispatched, of)
+      let_wait(waits.priority, waits.turn, of)
+      table.insert(found, of)
     end
-    redis.call('ZREM', dispatched, of)
-    add(backlog(tonumber(fields[2])), fields[3], of)
-    table.insert(found, of)
   end
 end
 -- Jobs that waited until their record expired stand no longer between those that wait, nor count for the queue's limit.
@@ -69,7 +72,7 @@ if redis.call('ZCARD', open) == 0 then
   redis.call('DEL', sizes)
 elseif redis.call('HLEN', sizes) ~= redis.call('ZCARD', open) + 1 then
   for _, of in ipairs(redis.call('HKEYS', sizes)) do
-    if of ~= sum and not redis.call('ZSCORE', open, of) then set_size(of, nil) end
+    if of ~= sum and not redis.call('ZSCORE', open, of) then drop_size(of, bytes_open(of)) end
   end
 end
 refill()

@@ -21,7 +21,9 @@ elseif redis.call('EXISTS', job) == 1 then
 end
 
 -- Workers move aside what spoils the keys of a queue; which clients there are, they do not know.
-if redis.call('TYPE', mine).ok ~= 'zset' and redis.call('EXISTS', mine) == 1 then
+local held = redis.pcall('ZCOUNT', mine, now - pending_ttl, '+inf')
+if type(held) == 'table' then
+  held = 0
   local aside = prefix .. 'spoiled:' .. string.sub(mine, #prefix + 1)
   redis.call('RENAME', mine, aside)
   redis.call('EXPIRE', aside, spoiled_ttl)
@@ -40,10 +42,9 @@ if depth >= limit then
   depth = waiting()
 end
 if depth >= limit then return {'full', depth, limit, wait_for(depth - limit + 1)} end
-local held = redis.call('ZCOUNT', mine, now - pending_ttl, '+inf')
 local most = setting('client_limit:' .. fields['client'], setting('client_limit', tonumber(ARGV[7])))
 if held >= most then return {'client_full', held, most, wait_for(math.max(1, depth / held))} end
-local bytes, room = bytes_open(), setting('queue_bytes', tonumber(ARGV[8]))
+local room, bytes, former = setting('queue_bytes', tonumber(ARGV[8])), bytes_open(id)
 if size > room then return {'too_large', size, room, '0'} end
 if bytes + size > room and redis.call('ZCARD', open) > 0 then
   return {'bytes_full', bytes, room, wait_for(redis.call('ZCARD', open) * math.min(1, size / bytes))}
@@ -56,24 +57,28 @@ end
 
 -- From where the job's messages are counted: a record that comes after another of the same job, which has expired or is
 -- revived, makes messages with other tags. Those of the first may still be somewhere.
-local sent = math.max(now * 1e6, count_of(redis.pcall('HGET', job, 'sent')))
 -- A dead letter that is sent again stays in its trace, and goes on to count its owners.
-local kept = revive and fields_of(id, 'attempts', 'traceparent', 'tracestate') or {}
+local kept = revive and redis.pcall('HMGET', job, 'attempts', 'traceparent', 'tracestate', 'sent') or {}
+local sent = math.max(now * 1e6, count_of(kept[4]))
+local priority, client = tonumber(fields['priority']), fields['client']
+local turn = next_turn(priority, client)
 if revive then
   redis.call('HDEL', dead, id)
   redis.call('DEL', job, result)
 end
 -- The first write of a new job, and one that a broker without memory refuses: then nothing was written.
 local submitted = string.format('%.6f', now)
-redis.call('HSET', job, 'submitted', submitted, 'sent', string.format('%.0f', sent), 'mine', mine, unpack(record))
+redis.call('HSET', job, 'submitted', submitted, 'sent', string.format('%.0f', sent), 'mine', mine, 'turn', turn, unpack(record))
 for i, name in ipairs({'attempts', 'traceparent', 'tracestate'}) do
   if kept[i] then redis.call('HSETNX', job, name, kept[i]) end
 end
 local accepted, trouble = pcall(function()
   redis.call('ZREMRANGEBYSCORE', mine, '-inf', now - pending_ttl)
   -- Ids of jobs that went with their record, or whose record was spoiled.
-  for _, of in ipairs(redis.call('ZRANGE', mine, 0, 1)) do
-    if not redis.call('ZSCORE', open, of) then redis.call('ZREM', mine, of) end
+  local first = redis.call('ZRANGE', mine, 0, 1)
+  local since = #first > 0 and redis.call('ZMSCORE', open, unpack(first))
+  for i, of in ipairs(first) do
+    if not since[i] then redis.call('ZREM', mine, of) end
   end
   redis.call('EXPIRE', job, pending_ttl)
   -- A cancel was of an earlier record: of the dead letter's, or of one that expired as its owner ran it.
@@ -81,12 +86,12 @@ local accepted, trouble = pcall(function()
   for _, key in ipairs({open, mine}) do
     add(key, now, id)
   end
-  set_size(id, size)
+  add_size(size, bytes, former)
   if input and data ~= '' then redis.call('SET', input, data, 'EX', pending_ttl)
   elseif input then redis.call('EXPIRE', input, pending_ttl) end
-  enter_backlog(tonumber(fields['priority']), fields['client'])
+  enter_backlog(priority, client, turn)
   refill()
-  if redis.call('ZSCORE', backlog(tonumber(fields['priority'])), id) then make_way() end
+  if redis.call('ZSCORE', backlog(priority), id) then make_way() end
 end)
 if not accepted then
   -- A job that is known and does not wait would never run, however often its client sends it.
