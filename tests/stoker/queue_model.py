@@ -292,7 +292,7 @@ class Queue:
         """What was forgotten waits no more. What is in no order, of the oldest hundred, counts as dispatched now."""
         jobs = sorted(self.open, key=lambda job: (self.open[job], job.encode()))
         ordered = len(self.dispatched) + sum(map(len, self.backlogs.values()))
-        if ordered == len(jobs) and all(job in self.records for job in jobs[:100]):
+        if ordered == len(jobs) and all(job in self.records for job in jobs[:10]):
             jobs = [job for job in jobs if job not in self.records]
         for place, job in enumerate(jobs):
             record = self.waiting(job)

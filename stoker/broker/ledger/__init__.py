@@ -51,13 +51,14 @@ R = TypeVar("R")
 
 
 def _transition(*names: str) -> LuaScript:
-    return LuaScript("".join(map(text, ("common", "prelude", *names))))
+    return LuaScript("".join(map(text, ("common", "names", *names))))
 
 
-SUBMIT = _transition("vectors", "submit")
-CLAIM, RELEASE, COMPLETE = map(_transition, ("claim", "release", "complete"))
-CANCEL, RECOVER, DEAD_LETTER, OUT_OF_MEMORY = map(_transition, ("cancel", "recover", "dead_letter", "out_of_memory"))
-ABANDON = _transition("abandon")
+SUBMIT = _transition("prelude", "vectors", "submit")
+CLAIM, COMPLETE, ABANDON = (_transition("prelude", name) for name in ("claim", "complete", "abandon"))
+CANCEL, RECOVER = _transition("prelude", "cancel"), _transition("prelude", "recover")
+#: What moves no job needs no more than the names.
+RELEASE, DEAD_LETTER, OUT_OF_MEMORY = map(_transition, ("release", "dead_letter", "out_of_memory"))
 #: These know nothing of queues.
 ALLOCATE, PIN = LuaScript(text("allocate")), LuaScript(text("pin"))
 TROUBLE = text("trouble")

@@ -4,8 +4,7 @@ if record.wrong then return record.wrong end
 -- Sent again, because the answer was lost: it has ended, once.
 if record.completed == ARGV[6] then return 1 end
 if record.owned ~= ARGV[6] or ended(record) then return 0 end
-strike_out(record)
-redis.call('HSET', job, 'completed', ARGV[6])
+strike_out(record, ARGV[6])
 finish(ARGV[7])
 redis.call('EXPIRE', prefix .. 'stream:' .. id, result_ttl)
 -- How fast jobs end here: what a full queue reports to the clients that it refuses.

@@ -1,34 +1,11 @@
--- What every transition shares: the names, and where a job waits: backlog and ready list.
+-- Where a job waits: backlog and ready list; and how it ends.
 --
 -- A job waits in the backlog, one sorted set a priority, by its client's turn. Before it stands the ready list,
 -- from which Celery takes messages: it holds no more than `window`, so that a later job with a better
 -- claim is not behind thousands. Each transition that takes from the ready list fills it up again (`refill`).
 
-local job, result, mark, ready, open, dispatched, turns, pace, policy, sizes = unpack(KEYS, 1, 10)
-local backlogs = {unpack(KEYS, 11, 20)}
-local id, job_prefix, pending_ttl, result_ttl, window = unpack(ARGV, 1, 5)
-window = tonumber(window)
-local prefix = string.sub(job_prefix, 1, -5)
-
 local function setting(name, default) return decided(policy, name, default) end
 result_ttl = lifetime_of_results(policy, result_ttl)
-
--- An object or list in JSON; an empty one for what is none.
-local function decoded(text)
-  local readable, value = pcall(cjson.decode, text)
-  return readable and type(value) == 'table' and value or {}
-end
-
--- A number that counts and orders can be made of; nil for what is none.
-local function finite(text)
-  local number = tonumber(text)
-  return number and number > -2 ^ 53 and number < 2 ^ 53 and number or nil
-end
-
--- A count; 0 for what is none.
-local function count_of(text)
-  return math.max(0, finite(text) or 0)
-end
 
 -- What a record says of its job, in one command; `wrong`: the error, where something else is in the record's place.
 -- `known`: whether there is either. `over`: the job has ended; a record may outlive the result, and has no message then.
@@ -90,28 +67,24 @@ local function backlog(priority) return backlogs[priority + 1] end
 
 -- The priorities at which jobs may wait, best first: in most queues one or none. They are found by halves, once a script.
 local occupied
-local function find_backlogs(from, to)
-  local there = redis.call('EXISTS', unpack(backlogs, from + 1, to + 1))
-  if there == 0 then return end
-  if there == to - from + 1 then
-    for priority = from, to do occupied[priority] = true end
-    return
+local function there(from, to) return redis.call('EXISTS', unpack(backlogs, from + 1, to + 1)) end
+local function find_backlogs(from, to, count)
+  if count == to - from + 1 then
+    for priority = from, to do table.insert(occupied, priority) end
+  elseif count > 0 then
+    local middle = math.floor((from + to) / 2)
+    local better = there(from, middle)
+    find_backlogs(from, middle, better)
+    find_backlogs(middle + 1, to, count - better)
   end
-  local middle = math.floor((from + to) / 2)
-  find_backlogs(from, middle)
-  find_backlogs(middle + 1, to)
 end
 
 local function levels()
   if not occupied then
     occupied = {}
-    find_backlogs(0, 9)
+    find_backlogs(0, 9, there(0, 9))
   end
-  local found = {}
-  for priority = 0, 9 do
-    if occupied[priority] then table.insert(found, priority) end
-  end
-  return found
+  return occupied
 end
 
 -- The job waits nowhere any more. All backlogs: a record that has expired, or was written over, does not say in which.
@@ -119,15 +92,12 @@ local function leave_backlogs(of)
   for _, priority in ipairs(levels()) do redis.call('ZREM', backlog(priority), of) end
 end
 
--- Every addition sets the key's expiry: the key may be new.
-local function add(key, score, member)
-  redis.call('ZADD', key, score, member)
-  redis.call('EXPIRE', key, pending_ttl)
-end
-
 local function let_wait(priority, turn, of)
-  if occupied then occupied[priority] = true end
   add(backlog(priority), turn, of)
+  for _, found in ipairs(occupied or {}) do
+    if found == priority then return end
+  end
+  occupied = nil
 end
 
 -- The next turn of a client among those who wait at the same priority (start-time fair queueing, Goyal et al. 1996,
@@ -258,49 +228,41 @@ local function waiting()
   return count
 end
 
--- A record's `blob` if it is an input of this very job: another key that a record names is not the job's to touch.
-local function own_input(blob)
-  for _, kind in ipairs({'dataset', 'adapter'}) do
-    local own = prefix .. 'blob:' .. kind .. ':' .. id
-    if blob and (blob == own or string.sub(blob, 1, #own + 1) == own .. ':') then return blob end
-  end
-  return nil
-end
-
 -- The bytes of the queue's open jobs, one field a job and their sum: this sum, and the job's part of it.
 local sum = ':sum'
 local function bytes_open(of)
   local stored = redis.call('HMGET', sizes, sum, of)
   local bytes = tonumber(stored[1])
-  return bytes and bytes >= 0 and bytes < 2 ^ 53 and bytes or 0, tonumber(stored[2])
+  return bytes and bytes >= 0 and bytes < 2 ^ 53 and bytes or 0, stored[2]
 end
 
 -- `all`, `held`: what `bytes_open` says of the job.
 local function add_size(bytes, all, held)
-  all = math.max(0, all - (held or 0)) + bytes
+  all = math.max(0, all - (tonumber(held) or 0)) + bytes
   redis.call('HSET', sizes, id, string.format('%.0f', bytes), sum, string.format('%.0f', all))
   redis.call('EXPIRE', sizes, pending_ttl)
 end
 
 local function drop_size(of, all, held)
-  if redis.call('HDEL', sizes, of) == 0 then return end
-  if redis.call('HLEN', sizes) <= 1 then
+  if not held then return end
+  local left = math.max(0, all - (tonumber(held) or 0))
+  if left == 0 then
     redis.call('DEL', sizes)
   else
-    redis.call('HSET', sizes, sum, string.format('%.0f', math.max(0, all - (held or 0))))
+    redis.call('HDEL', sizes, of)
+    redis.call('HSET', sizes, sum, string.format('%.0f', left))
   end
 end
 
 -- The job has ended, or is to be: nobody waits for it any more, and its client may have another. Of what its record says
--- only that is used which can be true.
-local function strike_out(record)
+-- only that is used which can be true. `owner`: the token of the owner that ended it, if it had one.
+local function strike_out(record, owner)
   -- A key that another program wrote over stops the script here: a job that has left one order, and could not leave the
   -- next, would wait in none.
-  redis.call('LLEN', ready)
   local all, held = bytes_open(id)
   for _, key in ipairs({open, dispatched}) do redis.call('ZCARD', key) end
   for _, priority in ipairs(levels()) do redis.call('ZCARD', backlog(priority)) end
-  if record.message then redis.call('LREM', ready, 1, record.message) end
+  if record.message then redis.call('LREM', ready, 1, record.message) else redis.call('LLEN', ready) end
   leave_backlogs(id)
   -- Another type than a client's jobs have is the next submission's to move aside.
   local mine = prefix .. 'client:'
@@ -313,7 +275,7 @@ local function strike_out(record)
   redis.call('DEL', mark)
   if record.known and not record.wrong then
     redis.call('HDEL', job, 'request', 'message')
-    redis.call('HSET', job, 'ended', '1')
+    redis.call('HSET', job, 'ended', '1', unpack(owner and {'completed', owner} or {}))
   end
   redis.call('EXPIRE', job, result_ttl)
 end
