@@ -54,9 +54,11 @@ def _transition(*names: str) -> LuaScript:
     return LuaScript("".join(map(text, ("common", "names", *names))))
 
 
-SUBMIT = _transition("prelude", "vectors", "submit")
-CLAIM, COMPLETE, ABANDON = (_transition("prelude", name) for name in ("claim", "complete", "abandon"))
-CANCEL, RECOVER = _transition("prelude", "cancel"), _transition("prelude", "recover")
+#: Each part costs, because a broker makes its functions anew at every call.
+_WAITING, _ENDING = ("record", "prelude", "sizes"), ("record", "sizes", "ending")
+SUBMIT, RECOVER = _transition(*_WAITING, "vectors", "submit"), _transition(*_WAITING, "recover")
+CLAIM, CANCEL = (_transition(*_WAITING, "ending", name) for name in ("claim", "cancel"))
+COMPLETE, ABANDON = (_transition(*_ENDING, name) for name in ("complete", "abandon"))
 #: What moves no job needs no more than the names.
 RELEASE, DEAD_LETTER, OUT_OF_MEMORY = map(_transition, ("release", "dead_letter", "out_of_memory"))
 #: These know nothing of queues.

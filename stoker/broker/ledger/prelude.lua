@@ -1,56 +1,8 @@
--- Where a job waits: backlog and ready list; and how it ends.
+-- Where a job waits: backlog and ready list.
 --
 -- A job waits in the backlog, one sorted set a priority, by its client's turn. Before it stands the ready list,
 -- from which Celery takes messages: it holds no more than `window`, so that a later job with a better
 -- claim is not behind thousands. Each transition that takes from the ready list fills it up again (`refill`).
-
-local function setting(name, default) return decided(policy, name, default) end
-result_ttl = lifetime_of_results(policy, result_ttl)
-
--- What a record says of its job, in one command; `wrong`: the error, where something else is in the record's place.
--- `known`: whether there is either. `over`: the job has ended; a record may outlive the result, and has no message then.
-local function look(of)
-  local said = redis.pcall('HMGET', job_prefix .. of, 'kind', 'submitted', 'priority', 'turn', 'token', 'message', 'sent',
-    'ended', 'completed', 'mine', 'blob')
-  local wrong = said['err'] and said
-  return {
-    id = of, wrong = wrong, known = wrong or said[1] or said[2], submitted = finite(said[2]), priority = finite(said[3]),
-    turn = finite(said[4]), owned = said[5], message = said[6], sent = said[7], over = said[8] == '1' and not said[6],
-    completed = said[9], mine = said[10], blob = said[11],
-  }
-end
-
--- Whether the job's result is there, or was. What is no result ends no job.
-local function ended(record)
-  local stored = redis.pcall('GET', result)
-  if not stored then return record.over end
-  local status = decoded(stored)['status']
-  return status == 'SUCCESS' or status == 'FAILURE' or status == 'REVOKED'
-end
-
--- Waiting lifts a job by one priority every `ageing` seconds, up to the best one.
-local ageing
-local function level(priority, submitted)
-  ageing = ageing or setting('ageing', 300)
-  return math.max(0, priority - math.floor((now - submitted) / ageing))
-end
-
--- Where the delivery tag of a message begins, and the quote behind it.
-local function tag_in(message)
-  local _, before = string.find(message, '"delivery_tag": "', 1, true)
-  return before and before + 1, before and string.find(message, '"', before + 1, true) or #message + 1
-end
-
--- A record with what its waiting job is ordered by; nil for one that has ended, and for one whose record no client
--- wrote: it must not stop the others.
-local function ranked(record)
-  if not (record.submitted and backlogs[(record.priority or -1) + 1] and record.turn and record.message) then return nil end
-  if not tag_in(record.message) then return nil end
-  record.level = level(record.priority, record.submitted)
-  return record
-end
-
-local function rank(of) return ranked(look(of)) end
 
 -- The job that a message names; nil for one that cannot be read: a worker will dead-letter it. Its delivery tag begins
 -- with the job's id, and to find it there takes a fourth of the time.
@@ -61,35 +13,6 @@ local function named(message)
   local headers = decoded(message)['headers']
   local of = type(headers) == 'table' and headers['id']
   return type(of) == 'string' and of or nil
-end
-
-local function backlog(priority) return backlogs[priority + 1] end
-
--- The priorities at which jobs may wait, best first: in most queues one or none. They are found by halves, once a script.
-local occupied
-local function there(from, to) return redis.call('EXISTS', unpack(backlogs, from + 1, to + 1)) end
-local function find_backlogs(from, to, count)
-  if count == to - from + 1 then
-    for priority = from, to do table.insert(occupied, priority) end
-  elseif count > 0 then
-    local middle = math.floor((from + to) / 2)
-    local better = there(from, middle)
-    find_backlogs(from, middle, better)
-    find_backlogs(middle + 1, to, count - better)
-  end
-end
-
-local function levels()
-  if not occupied then
-    occupied = {}
-    find_backlogs(0, 9, there(0, 9))
-  end
-  return occupied
-end
-
--- The job waits nowhere any more. All backlogs: a record that has expired, or was written over, does not say in which.
-local function leave_backlogs(of)
-  for _, priority in ipairs(levels()) do redis.call('ZREM', backlog(priority), of) end
 end
 
 local function let_wait(priority, turn, of)
@@ -228,67 +151,9 @@ local function waiting()
   return count
 end
 
--- The bytes of the queue's open jobs, one field a job and their sum: this sum, and the job's part of it.
-local sum = ':sum'
-local function bytes_open(of)
-  local stored = redis.call('HMGET', sizes, sum, of)
-  local bytes = tonumber(stored[1])
-  return bytes and bytes >= 0 and bytes < 2 ^ 53 and bytes or 0, stored[2]
-end
-
--- `all`, `held`: what `bytes_open` says of the job.
-local function add_size(bytes, all, held)
-  all = math.max(0, all - (tonumber(held) or 0)) + bytes
-  redis.call('HSET', sizes, id, string.format('%.0f', bytes), sum, string.format('%.0f', all))
-  redis.call('EXPIRE', sizes, pending_ttl)
-end
-
-local function drop_size(of, all, held)
-  if not held then return end
-  local left = math.max(0, all - (tonumber(held) or 0))
-  if left == 0 then
-    redis.call('DEL', sizes)
-  else
-    redis.call('HDEL', sizes, of)
-    redis.call('HSET', sizes, sum, string.format('%.0f', left))
-  end
-end
-
--- The job has ended, or is to be: nobody waits for it any more, and its client may have another. Of what its record says
--- only that is used which can be true. `owner`: the token of the owner that ended it, if it had one.
-local function strike_out(record, owner)
-  -- A key that another program wrote over stops the script here: a job that has left one order, and could not leave the
-  -- next, would wait in none.
-  local all, held = bytes_open(id)
-  for _, key in ipairs({open, dispatched}) do redis.call('ZCARD', key) end
-  for _, priority in ipairs(levels()) do redis.call('ZCARD', backlog(priority)) end
-  if record.message then redis.call('LREM', ready, 1, record.message) else redis.call('LLEN', ready) end
-  leave_backlogs(id)
-  -- Another type than a client's jobs have is the next submission's to move aside.
-  local mine = prefix .. 'client:'
-  if record.mine and string.sub(record.mine, 1, #mine) == mine then redis.pcall('ZREM', record.mine, id) end
-  local input = own_input(record.blob)
-  if input then redis.call('DEL', input) end
-  drop_size(id, all, held)
-  redis.call('ZREM', open, id)
-  redis.call('ZREM', dispatched, id)
-  redis.call('DEL', mark)
-  if record.known and not record.wrong then
-    redis.call('HDEL', job, 'request', 'message')
-    redis.call('HSET', job, 'ended', '1', unpack(owner and {'completed', owner} or {}))
-  end
-  redis.call('EXPIRE', job, result_ttl)
-end
-
 -- One more owner has crashed with it.
 local function note_crash(of, worker, history, trouble)
   table.insert(history, {worker = worker, time = now, trouble = trouble or nil})
   redis.call('HSET', of, 'history', cjson.encode(history))
   redis.call('HDEL', of, 'trouble')
-end
-
-local function finish(record)
-  -- After the deletions: a broker whose memory is full lets a script go on that has written already.
-  redis.call('SET', result, record, 'EX', result_ttl)
-  redis.call('PUBLISH', result, record)
 end
