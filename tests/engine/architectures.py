@@ -97,13 +97,13 @@ OWN: dict[str, dict[str, Any]] = {
     "hunyuan": {"rope_scaling": {"type": "dynamic", "alpha": 10.0, "factor": 1.0}, "num_shared_expert": 1,
                 "use_mixed_mlp_moe": True, "use_cla": True, "cla_share_factor": 2},
     "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2, "expert_layer_offset": 1, "expert_layer_period": 2},
-    "kimi_k25": {"nested": {"rope_scaling": _YARN, "sliding_window": None}},
+    "kimi_k25": {"nested": {"rope_scaling": _YARN}},
     "kimi_linear": {
         "model_max_length": 256, "num_key_value_heads": 4,
         "linear_attn_config": {"kda_layers": [1, 3], "full_attn_layers": [2, 4], "num_heads": 4, "head_dim": 8,
                                "short_conv_kernel_size": 3},
     },
-    "kimi_vl": {"nested": {"sliding_window": None}},
+    "kimi_vl": {"nested": {}},
     "lfm2": {**_CONV, "block_dim": 32, "block_multiple_of": 8, "block_ffn_dim_multiplier": 1.0, "block_ff_dim": 48,
              "block_auto_adjust_ff_dim": False},
     "lfm2-vl": {"nested": {**_CONV, "block_dim": 32, "block_multiple_of": 8, "block_ffn_dim_multiplier": 1.0,
@@ -181,12 +181,19 @@ OWN: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+#: Those with a `text_config` that take a window.
+_WINDOWS = ("gemma3", "gemma3n", "gemma4", "mistral3")
+
+
 def config(name: str) -> dict[str, Any]:
     """A config.json for the model file `name`."""
     own = OWN.get(name, {})
     nested = own.get("nested")
     if nested is not None:
         text = {"model_type": name, **SIZES, **nested}
+        if name not in _WINDOWS:
+            # A window that a model file passes over bounds the context.
+            text["sliding_window"] = None
         kept = {key: value for key, value in own.items() if key != "nested"}
         return {
             "model_type": name,

@@ -138,6 +138,13 @@ def test_a_window_that_a_model_file_passes_over_bounds_the_context(tmp_path: Pat
     assert load("model", [str(tmp_path / "model")]).context == 40
 
 
+def test_a_context_that_the_files_leave_out_is_the_model_files_default(tmp_path: Path) -> None:
+    """As Gemma 3's do: what they say of the language model leaves most of it to the defaults."""
+    text = {key: value for key, value in config("gemma3")["text_config"].items() if value != 256}
+    bridged.write_folder(tmp_path / "model", "gemma3", text_config=text)
+    assert load("model", [str(tmp_path / "model")]).context == 32_768
+
+
 def test_dynamic_ntk_changes_nothing_within_the_context_and_rows_of_any_length_decode(tmp_path: Path) -> None:
     plain = bridged.write_folder(tmp_path / "plain", "olmo2")
     bridged.write_folder(tmp_path / "model", "olmo2", rope_scaling={"type": "dynamic", "factor": 4.0})

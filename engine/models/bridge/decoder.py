@@ -45,6 +45,8 @@ class BridgedDecoder:
             blocks.stage(network, self._pass)
         self._cut = cut(network, lambda: self._open(slots.Whole()), logits)
         self._sizes, self.dtype = sizes, _computed_in(sizes, logits)
+        # Of a model that also sees, the language model's own: they have its defaults.
+        args = getattr(network.get("language_model"), "args", args)
         context = context_of(config, args, attends=bool(sizes.keys))
         self.args = BridgeArgs(str(config["model_type"]), vocab=logits.shape[-1], context=context)
         self.parameters, self.nbytes = linears.parameters_of(network)
