@@ -23,7 +23,7 @@ from stoker.errors import ModelError
 #: `model_type` of config.json, or `general.architecture` of GGUF -> what the model is for.
 KINDS = {
     "llama": "generate", "mistral": "generate", "qwen2": "generate", "qwen3": "generate",
-    "bert": "embed", "mpnet": "embed", "xlm-roberta": "embed", "roberta": "embed",
+    "bert": "embed", "mpnet": "embed", "xlm-roberta": "embed", "roberta": "embed", "modernbert": "embed",
 }  # fmt: skip
 #: dtypes of safetensors that hold weights; the others are codes, positions or masks.
 _FLOATS = {"F32": 4, "F16": 2, "BF16": 2}

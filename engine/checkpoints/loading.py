@@ -158,7 +158,8 @@ def _load_encoder(name: str, folder: Path, config: dict[str, Any], precision: Pr
     behind = [folder_tensors(each.folder, {}, precision)[0] for each in spec.dense]
     tokenizer = Tokenizer.from_folder(inner, lowercase=spec.lowercase)
     check_ids(folder, tokenizer, model.args.vocab)
-    check_segments(folder, tokenizer)
+    if model.typed:
+        check_segments(folder, tokenizer)
     _warm(lambda: model(mx.zeros((1, min(8, model.args.context)), mx.int32)))
     return LoadedModel(
         name=name,

@@ -91,7 +91,7 @@ def _folder(path: Path, progress: Callable[[int, int], None]) -> tuple[int, int]
     outline.finish(ignore=model.unused)
     tokenizer = Tokenizer.from_folder(folder)
     check_ids(folder, tokenizer, model.args.vocab)
-    if isinstance(model, Encoder):
+    if isinstance(model, Encoder) and model.typed:
         check_segments(folder, tokenizer)
     return _finite_safetensors([folder, *heads], progress)
 

@@ -138,6 +138,39 @@ TABLES: Mapping[str, Table] = {
             "position_embedding_type": ("absolute",),
         },
     ),
+    "modernbert": Table(
+        (
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "vocab_size",
+            "max_position_embeddings",
+            "norm_eps",
+            "norm_bias",
+            "attention_bias",
+            "mlp_bias",
+            "local_attention",
+            "layer_types",
+            "global_attn_every_n_layers",
+            "rope_parameters",
+            "global_rope_theta",
+            "local_rope_theta",
+        ),
+        {
+            **_COMMON,
+            **_names(
+                "tie_word_embeddings matryoshka_dimensions is_matryoshka initializer_cutoff_factor embedding_dropout "
+                "mlp_dropout decoder_bias classifier_bias classifier_pooling classifier_activation reference_compile "
+                "deterministic_flash_attn repad_logits_with_grad sparse_prediction sparse_pred_ignore_index "
+                "layer_norm_eps"
+            ),
+            "hidden_activation": ("gelu", "gelu_python"),
+            "position_embedding_type": ("absolute", "rope"),
+            "is_decoder": (False,),
+            "rope_scaling": ({},),
+        },
+    ),
     **dict.fromkeys(
         ("xlm-roberta", "roberta"),
         Table(
@@ -152,7 +185,7 @@ KEY_VALUE_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
 #: Positions where the file does not say.
 CONTEXT = {
     "llama": 2048, "mistral": 131_072, "qwen2": 32_768, "qwen3": 32_768, "bert": 512, "mpnet": 512, "xlm-roberta": 512,
-    "roberta": 512,
+    "roberta": 512, "modernbert": 8192,
 }  # fmt: skip
 #: Mistral's window where the file does not say; null is none.
 MISTRAL_WINDOW = 4096

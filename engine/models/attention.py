@@ -54,6 +54,28 @@ def attention(
     return blocks[0] if len(blocks) == 1 else mx.concatenate(blocks, axis=2)
 
 
+def attention_nearby(
+    queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, reach: int, addend: mx.array | None
+) -> mx.array:
+    """The same for queries that see the keys at most `reach` before or after them: no others are multiplied.
+
+    `addend`: (B, 1, 1, T), added to the scores of each key.
+    """
+    length, parts = queries.shape[2], []
+    step = length if length <= reach + 1 else max(_BLOCK, 2 * reach)
+    for start in range(0, length, step):
+        end = min(start + step, length)
+        first, last = max(0, start - reach), min(length, end + reach)
+        mask = None if addend is None else addend[..., first:last]
+        if length > reach + 1:
+            far = mx.abs(mx.arange(start, end)[:, None] - mx.arange(first, last)) > reach
+            band = mx.where(far, max(UNSEEN, mx.finfo(queries.dtype).min / 2), 0.0).astype(queries.dtype)[None, None]
+            mask = band if mask is None else mask + band
+        near = (array[:, :, first:last] for array in (keys, values))
+        parts.append(attention(queries[:, :, start:end], *near, scale=scale, mask=mask))
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
+
+
 def _attend_to_seen(queries: mx.array, keys: mx.array, values: mx.array, window: int | None) -> Iterator[mx.array]:
     """Blocks of queries, each with the keys that it sees up to itself."""
     length, past = queries.shape[2], keys.shape[2] - queries.shape[2]

@@ -7,6 +7,7 @@ from typing import Any
 
 from engine.models.bert import Bert, BertArgs
 from engine.models.encoder import Encoder
+from engine.models.modernbert import ModernBert, ModernBertArgs
 from engine.models.mpnet import MPNet, MPNetArgs
 from engine.models.roberta import Roberta, RobertaArgs
 from engine.weights.tensors import Tensors
@@ -19,6 +20,7 @@ def _roberta(config: Mapping[str, Any], tensors: Tensors) -> Encoder:
 _MADE: Mapping[str, Callable[[Mapping[str, Any], Tensors], Encoder]] = {
     "bert": lambda config, tensors: Bert(BertArgs.from_config(config), tensors),
     "mpnet": lambda config, tensors: MPNet(MPNetArgs.from_config(config), tensors),
+    "modernbert": lambda config, tensors: ModernBert(ModernBertArgs.from_config(config), tensors),
     "xlm-roberta": _roberta,
     "roberta": _roberta,
 }

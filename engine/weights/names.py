@@ -25,14 +25,17 @@ class _Body(NamedTuple):
 _DECODER = _Body("layers.0.input_layernorm.weight", "model.")
 _ENCODER = _Body("embeddings.word_embeddings.weight", "")
 #: `model_type` -> its body; all others are decoders.
-_ENCODERS = ("bert", "mpnet", "xlm-roberta", "roberta")
+_BODIES = {
+    **dict.fromkeys(("bert", "mpnet", "xlm-roberta", "roberta"), _ENCODER),
+    "modernbert": _Body("embeddings.tok_embeddings.weight", ""),
+}
 #: The head lies next to the body, not in it.
 _HEAD = "lm_head."
 
 
 def canonical(names: Iterable[str], architecture: object) -> dict[str, str]:
     """Name in the file -> name in this engine. Raises `ModelError` if two tensors would get the same."""
-    body = _ENCODER if architecture in _ENCODERS else _DECODER
+    body = _BODIES.get(str(architecture), _DECODER)
     newer = {name: _newer(name) for name in names}
     stated = _prefix(newer.values(), body)
     found: dict[str, str] = {}

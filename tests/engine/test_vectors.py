@@ -18,6 +18,8 @@ from engine.checkpoints.verifying import verify
 from engine.embedding.forward import Forward, PackedForward, PaddedForward
 from engine.embedding.lane import EmbedLane
 from engine.models import fastmath
+from engine.models.attention import attention, attention_nearby
+from engine.models.encoder import unseen
 from engine.ticket import Ticket
 from engine.weights import safetensors
 from stoker.contract import EmbedRequest
@@ -27,7 +29,7 @@ GOLDENS = Path(__file__).parents[1] / "goldens"
 SAID = json.loads((GOLDENS / "vectors.json").read_text())
 WANTED = np.load(GOLDENS / "vectors.npz")
 TEXTS: list[str] = SAID["texts"]
-FOLDERS = ("xlm-roberta", "bge-m3", "max", "sqrt", "weighted", "dense")
+FOLDERS = ("xlm-roberta", "bge-m3", "max", "sqrt", "weighted", "dense", "modernbert", "modernbert-biased")
 FORWARDS: dict[str, Callable[[LoadedModel], Forward]] = {
     "packed": lambda model: PackedForward(model, 2),
     "padded": PaddedForward,
@@ -110,7 +112,18 @@ def changed(tmp_path: Path, name: str, file: str, change: dict[str, Any]) -> Pat
      ("xlm-roberta", {"adapter_layers": 2}, "the field adapter_layers = 2"),
      ("xlm-roberta", {"pad_token_id": -1}, "pad_token_id is -1, not an integer from 0 on"),
      ("xlm-roberta", {"pad_token_id": 65}, "the first 66 of them are for padding"),
-     ("xlm-roberta", {"auto_map": {"AutoModel": "own.Own"}}, "auto_map")],
+     ("xlm-roberta", {"auto_map": {"AutoModel": "own.Own"}}, "auto_map"),
+     ("modernbert", {"hidden_activation": "silu"}, "hidden_activation = 'silu'"),
+     ("modernbert", {"layer_types": ["full_attention"] * 4}, "layer_types .* is not a list of 5 times"),
+     ("modernbert", {"layer_types": ["full_attention"] * 4 + ["chunked_attention"]}, "chunked_attention"),
+     ("modernbert", {"rope_parameters": {"full_attention": {"rope_type": "yarn", "factor": 2.0}}}, "rope_type"),
+     ("modernbert", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "rope_parameters .* is not"),
+     ("modernbert", {"rope_parameters": {"full_attention": {"rope_theta": -1.0}}}, "rope_theta is -1.0"),
+     ("modernbert", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling"),
+     ("modernbert", {"local_attention": "wide"}, "local_attention is 'wide'"),
+     ("modernbert", {"norm_bias": 1}, "norm_bias is 1, not true or false"),
+     ("modernbert", {"num_attention_heads": 5}, "a head's size must be whole and even"),
+     ("modernbert", {"own": 1}, "the field own = 1")],
 )  # fmt: skip
 def test_what_a_config_asks_for_in_vain_is_refused_by_name(
     tmp_path: Path, name: str, change: dict[str, Any], cause: str
@@ -125,6 +138,29 @@ def test_roberta_is_xlm_r_by_another_name(tmp_path: Path) -> None:
     path = changed(tmp_path, "xlm-roberta", "config.json", {"model_type": "roberta"})
     tokens = mx.array([[0, 9, 1, 20, 2]])
     assert mx.array_equal(load("it", [str(path)]).encoder(tokens), opened("xlm-roberta").encoder(tokens))
+
+
+def test_modernbert_reads_its_layers_and_bases_from_older_files_too(tmp_path: Path) -> None:
+    older = {"layer_types": None, "rope_parameters": None, "global_attn_every_n_layers": 3,
+             "global_rope_theta": 16_000.0, "local_rope_theta": 100.0, "position_embedding_type": "absolute",
+             "layer_norm_eps": 0.5, "reference_compile": True}  # fmt: skip
+    path = changed(tmp_path, "modernbert", "config.json", older)
+    tokens = mx.array([list(range(40))])
+    assert mx.array_equal(load("it", [str(path)]).encoder(tokens), opened("modernbert").encoder(tokens))
+
+
+@pytest.mark.parametrize(("length", "reach"), [(5, 4), (6, 4), (200, 4), (300, 64), (129, 200)])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_window_is_the_same_in_blocks_as_by_one_mask(length: int, reach: int, padded: bool) -> None:
+    queries, keys, values = (mx.random.normal((2, 2, length, 8), key=mx.random.key(seed)) for seed in range(3))
+    mask = mx.arange(length) < mx.array([[length], [length - 2]])
+    addend = unseen(mask[:, None, None, :], mx.float32) if padded else None
+    near = mx.abs(mx.arange(length)[:, None] - mx.arange(length)) <= reach
+    seen = near[None, None] & mask[:, None, None, :] if padded else near[None, None]
+    wanted = attention(queries, keys, values, scale=0.3, mask=seen)
+    found = attention_nearby(queries, keys, values, scale=0.3, reach=reach, addend=addend)
+    real = length - 2
+    assert np.abs(np.array(found - wanted)[:, :, :real]).max() < 1e-5
 
 
 def test_the_layers_behind_the_pooling_say_how_long_a_vector_is() -> None:
