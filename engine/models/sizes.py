@@ -61,7 +61,6 @@ def gguf_sizes(metadata: Mapping[str, Any], architecture: str) -> dict[str, Any]
     fields.only(key("attention.value_length"), head_dim)
     fields.only(key("rope.dimension_count"), head_dim)
     base, scaling = rope.from_gguf(metadata, architecture)
-    window = metadata.get(key("attention.sliding_window"))
     return {
         "layers": fields.count(key("block_count")),
         "dim": dim,
@@ -73,5 +72,5 @@ def gguf_sizes(metadata: Mapping[str, Any], architecture: str) -> dict[str, Any]
         "rope_base": base,
         "rope_scaling": scaling,
         "norm_eps": fields.number(key("attention.layer_norm_rms_epsilon")),
-        "window": fields.count(key("attention.sliding_window")) if window else None,
+        "window": fields.index(key("attention.sliding_window"), 0) or None,
     }

@@ -32,6 +32,9 @@ _LAYOUTS = {code: struct.Struct(f"<{code}") for code in _SCALARS.values()}
 #: Metadata arrays may hold arrays; nobody writes more than two levels.
 _MAX_DEPTH = 4
 _MAX_DIMS = 4
+#: What has a value a token; arrays of numbers elsewhere have one a layer.
+_VOCABULARY = "tokenizer."
+_MAX_PLAIN = 1 << 16
 _MAX_NAME = 65_535
 
 
@@ -52,7 +55,8 @@ class TensorInfo:
 class GGUF:
     """An open GGUF file: `metadata`, `tensors`, `dequantize` and `repack`. Raises `ModelError` for a damaged file.
 
-    Metadata values are int, float, bool, str, a list of those, or a numpy array (of numbers). Of a model that was split
+    Metadata values are int, float, bool, str, a list of those, or, of the tokenizer, a numpy array (of numbers). Of a
+    model that was split
     into several files, `path` is the first; its metadata are the model's, and all of `files` are read.
     """
 
@@ -149,7 +153,8 @@ class _Part:
             key = reader.name()
             if key in self.metadata:
                 reader.fail(f"the metadata key {key!r} occurs twice")
-            self.metadata[key] = reader.value(reader.scalar("I"))
+            value = reader.value(reader.scalar("I"))
+            self.metadata[key] = value if key.startswith(_VOCABULARY) else reader.plain(key, value)
         self.tensors = reader.tensors(tensor_count, self.metadata.get("general.alignment", 32))
 
 
@@ -198,6 +203,16 @@ class _Reader:
         if depth >= _MAX_DEPTH:
             self.fail(f"metadata arrays nest deeper than {_MAX_DEPTH}")
         return self._array(depth)
+
+    def plain(self, key: str, value: Any) -> Any:
+        """`value` without numpy's arrays, so that it can be compared with anything."""
+        if isinstance(value, list):
+            return [self.plain(key, item) for item in value]
+        if not isinstance(value, np.ndarray):
+            return value
+        if len(value) > _MAX_PLAIN:
+            self.fail(f"the metadata key {key[:100]!r} has {len(value)} numbers; {_MAX_PLAIN} are allowed")
+        return value.tolist()
 
     def _array(self, depth: int) -> Any:
         kind, count = self.scalar("I"), self.scalar("Q")

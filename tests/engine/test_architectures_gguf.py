@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,8 @@ def write_gguf(name: str, path: Path, kind: str = "F32", **extra: Any) -> Path:
         factors = rope.periods(args.head_dim, args.rope_base, args.rope_scaling) / plain
         writer.add_tensor("rope_freqs.weight", factors.astype(np.float32))
     for key, value in extra.items():
-        writer.add_uint32(f"{architecture}.{key.replace('__', '.')}", value)
+        add = writer.add_array if isinstance(value, list) else writer.add_uint32
+        add(f"{architecture}.{key.replace('__', '.')}", value)
     add_tokenizer(writer, CHECKPOINTS / name)
     for tensor, array in safetensors.read_folder(CHECKPOINTS / name).items():
         values = np.array(array.astype(mx.float32))
@@ -145,6 +147,30 @@ def test_fewer_bits_than_the_file_has_may_be_asked_for(tmp_path: Path) -> None:
 def test_a_stated_sliding_window_is_honoured(tmp_path: Path) -> None:
     path = write_gguf("llama-linear", tmp_path / "tiny.gguf", attention__sliding_window=8)
     assert opened(path).llama.args.window == 8
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "attention.value_length", "rope.dimension_count", "attention.sliding_window", "expert_count", "pooling_type",
+        "attention.causal", "tensor_data_layout", "rope.scaling.type", "rope.scaling.attn_factor", "unknown.key",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("value", [[1, 2], [1], ["a", "b"]])
+def test_a_list_where_a_gguf_has_one_value_is_refused_by_name(tmp_path: Path, key: str, value: list[Any]) -> None:
+    path, name = tmp_path / "list.gguf", "llama-llama3" if key.startswith("rope.scaling") else "llama-linear"
+    twice = {"attention.value_length": "add_value_length"}.get(key)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf.GGUFWriter, twice or "add_nothing", lambda *_: None, raising=False)
+        write_gguf(name, path, "F32", **{key.replace(".", "__"): value})
+    with pytest.raises(ModelError, match=re.escape(f"llama.{key}")):
+        opened(path)
+
+
+def test_a_gguf_with_a_huge_list_of_settings_is_refused(tmp_path: Path) -> None:
+    path = write_gguf("llama-linear", tmp_path / "huge.gguf", unknown__key=[1] * 70_000)
+    with pytest.raises(ModelError, match=r"unknown\.key' has 70000 numbers; 65536 are allowed"):
+        opened(path)
 
 
 def test_a_gguf_beyond_the_family_is_refused_by_name(tmp_path: Path) -> None:
