@@ -13,7 +13,7 @@ from engine.checkpoints.sources import naming
 from engine.models import allowed
 from engine.models.bridge import configs, package
 from engine.models.fields import Fields
-from engine.models.sentence_files import SentenceFiles, model_folder
+from engine.models.sentence_files import SentenceFiles, model_folder, pools_decoder
 from engine.platform.jsonfiles import read_object
 from engine.text.templates import folder_templates, gguf_templates
 from engine.weights import safetensors_header
@@ -207,6 +207,8 @@ def _gguf(path: Path) -> Inspection:
 def _inspection(found: _Found) -> Inspection:
     name = found.architecture if isinstance(found.architecture, str) else str(found.architecture)
     kind = kind_of(name) if found.format != "gguf" else KINDS.get(name, "unknown")
+    if found.path.is_dir() and pools_decoder(found.path, name):
+        kind = "embed"
     parameters = sum(found.dtypes.values())
     heads, size = found.cached
     per_token = 2 * found.layers * heads * size
@@ -275,4 +277,5 @@ def _folder_context(path: Path, fields: Fields, architecture: object) -> int:
     if architecture in ("mpnet", "xlm-roberta", "roberta"):
         # Those up to padding's stand for no token; MPNet's padding is 1 throughout.
         positions -= 1 + (1 if architecture == "mpnet" else fields.index("pad_token_id", 1))
-    return SentenceFiles.of(path).max_tokens(positions) if KINDS.get(str(architecture)) == "embed" else positions
+    embeds = KINDS.get(str(architecture)) == "embed" or pools_decoder(path, architecture)
+    return SentenceFiles.of(path).max_tokens(positions) if embeds else positions

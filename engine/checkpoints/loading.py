@@ -25,7 +25,7 @@ from engine.models.mistral import MistralArgs
 from engine.models.qwen2 import Qwen2Args
 from engine.models.qwen3 import Qwen3Args
 from engine.models.sentence import EmbeddingSpec
-from engine.models.sentence_files import model_folder
+from engine.models.sentence_files import model_folder, pools_decoder
 from engine.platform.jsonfiles import read_object
 from engine.text.tokenizer import Tokenizer
 from engine.weights.digest import weights_digest
@@ -135,7 +135,7 @@ def load(name: str, sources: Sequence[str], **options: Unpack[PrecisionOptions])
         else:
             config = read_object(model_folder(path) / "config.json")
             architecture = config.get("model_type")
-            if architecture in ENCODERS:
+            if architecture in ENCODERS or pools_decoder(path, architecture):
                 loaded = _load_encoder(name, path, config, precision, start)
             elif isinstance(architecture, str) and architecture in DECODERS:
                 loaded = _load_decoder(name, path, config, precision, start)

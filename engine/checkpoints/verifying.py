@@ -25,7 +25,7 @@ from engine.models.encoder import Encoder
 from engine.models.heads import Dense
 from engine.models.llama import Llama
 from engine.models.sentence import EmbeddingSpec
-from engine.models.sentence_files import model_folder
+from engine.models.sentence_files import model_folder, pools_decoder
 from engine.platform.jsonfiles import read_object
 from engine.text.tokenizer import Tokenizer
 from engine.weights import safetensors
@@ -113,7 +113,7 @@ def _bridged(folder: Path, config: Mapping[str, Any], file: str) -> None:
 def _built(folder: Path, config: Mapping[str, Any], outline: Tensors) -> tuple[Llama | Encoder, list[Path]]:
     """The model, and the folders of what comes behind its pooling."""
     architecture = config["model_type"]
-    if architecture in DECODERS:
+    if architecture in DECODERS and not pools_decoder(folder, architecture):
         return Llama(DECODERS[architecture].from_config(config), outline), []
     model = encoder(config, outline)
     dense = EmbeddingSpec.from_folder(folder, model.args).dense

@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from engine.models.bert import Bert, BertArgs
+from engine.models.causal import CausalEncoder
 from engine.models.encoder import Encoder
 from engine.models.modernbert import ModernBert, ModernBertArgs
 from engine.models.mpnet import MPNet, MPNetArgs
+from engine.models.qwen3 import Qwen3Args
 from engine.models.roberta import Roberta, RobertaArgs
 from engine.weights.tensors import Tensors
 
@@ -25,8 +27,15 @@ _MADE: Mapping[str, Callable[[Mapping[str, Any], Tensors], Encoder]] = {
     "roberta": _roberta,
 }
 ENCODERS = tuple(_MADE)
+#: Those of `sentence_files.POOLED_DECODERS`.
+_POOLED: Mapping[str, Callable[[Mapping[str, Any], Tensors], Encoder]] = {
+    "qwen3": lambda config, tensors: CausalEncoder(Qwen3Args.from_config(config), tensors),
+}
 
 
 def encoder(config: Mapping[str, Any], tensors: Tensors) -> Encoder:
-    """The encoder that `config` describes, with its weights. Raises `ModelError` for what is not supported."""
-    return _MADE[config["model_type"]](config, tensors)
+    """The encoder, or the decoder that is used as one, that `config` describes, with its weights.
+
+    Raises `ModelError` for what is not supported.
+    """
+    return {**_MADE, **_POOLED}[config["model_type"]](config, tensors)

@@ -66,6 +66,8 @@ _MODEL_CONFIG = Table(
         "truncate_dim": (),
     },
 )
+#: Decoders by `model_type` that embed where there is a modules.json, and generate where there is none.
+POOLED_DECODERS = ("qwen3",)
 
 
 @dataclass(frozen=True)
@@ -171,6 +173,11 @@ def _settings(transformer: Path) -> dict[str, Any]:
 def model_folder(path: Path) -> Path:
     """Where config.json and the weights of a model folder are: in it, or in the part that its modules.json names."""
     return SentenceFiles.of(path).transformer
+
+
+def pools_decoder(root: Path, architecture: object) -> bool:
+    """Whether a folder holds a decoder whose hidden states are made into vectors, as its modules.json says."""
+    return architecture in POOLED_DECODERS and bool(SentenceFiles.of(root).modules)
 
 
 def kind_of(module: Mapping[str, Any]) -> str:

@@ -29,7 +29,17 @@ GOLDENS = Path(__file__).parents[1] / "goldens"
 SAID = json.loads((GOLDENS / "vectors.json").read_text())
 WANTED = np.load(GOLDENS / "vectors.npz")
 TEXTS: list[str] = SAID["texts"]
-FOLDERS = ("xlm-roberta", "bge-m3", "max", "sqrt", "weighted", "dense", "modernbert", "modernbert-biased")
+FOLDERS = (
+    "xlm-roberta",
+    "bge-m3",
+    "max",
+    "sqrt",
+    "weighted",
+    "dense",
+    "modernbert",
+    "modernbert-biased",
+    "qwen3-embedding",
+)
 FORWARDS: dict[str, Callable[[LoadedModel], Forward]] = {
     "packed": lambda model: PackedForward(model, 2),
     "padded": PaddedForward,
@@ -123,6 +133,7 @@ def changed(tmp_path: Path, name: str, file: str, change: dict[str, Any]) -> Pat
      ("modernbert", {"local_attention": "wide"}, "local_attention is 'wide'"),
      ("modernbert", {"norm_bias": 1}, "norm_bias is 1, not true or false"),
      ("modernbert", {"num_attention_heads": 5}, "a head's size must be whole and even"),
+     ("qwen3-embedding", {"is_causal": False}, "is_causal = False"),
      ("modernbert", {"own": 1}, "the field own = 1")],
 )  # fmt: skip
 def test_what_a_config_asks_for_in_vain_is_refused_by_name(
@@ -138,6 +149,20 @@ def test_roberta_is_xlm_r_by_another_name(tmp_path: Path) -> None:
     path = changed(tmp_path, "xlm-roberta", "config.json", {"model_type": "roberta"})
     tokens = mx.array([[0, 9, 1, 20, 2]])
     assert mx.array_equal(load("it", [str(path)]).encoder(tokens), opened("xlm-roberta").encoder(tokens))
+
+
+def test_a_decoder_without_modules_generates(tmp_path: Path) -> None:
+    path = changed(tmp_path, "qwen3-embedding", "config.json", {})
+    (path / "modules.json").unlink()
+    assert load("it", [str(path)]).kind == inspect(path).kind == "generate"
+
+
+def test_a_decoder_that_embeds_needs_no_head_and_does_not_generate(tmp_path: Path) -> None:
+    path = changed(tmp_path, "qwen3-embedding", "config.json", {"tie_word_embeddings": False})
+    model = load("it", [str(path)])
+    assert np.abs(embedded(model, TEXTS[:2]) - embedded(opened("qwen3-embedding"), TEXTS[:2])).max() < 1e-6
+    with pytest.raises(ModelError, match="makes embeddings; it neither generates nor trains"):
+        _ = model.decoder
 
 
 def test_modernbert_reads_its_layers_and_bases_from_older_files_too(tmp_path: Path) -> None:

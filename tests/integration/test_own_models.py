@@ -20,7 +20,13 @@ pytestmark = pytest.mark.integration
 CHECKPOINTS = Path(__file__).parent.parent / "goldens" / "architectures"
 DECODERS = ("qwen2-tied", "qwen2-untied", "qwen3", "llama-llama3", "llama-linear", "mistral")
 VECTORS = CHECKPOINTS.parent / "vectors"
-EMBEDDERS = [CHECKPOINTS / "bert", CHECKPOINTS / "mpnet", VECTORS / "xlm-roberta", VECTORS / "modernbert"]
+EMBEDDERS = [
+    CHECKPOINTS / "bert",
+    CHECKPOINTS / "mpnet",
+    VECTORS / "xlm-roberta",
+    VECTORS / "modernbert",
+    VECTORS / "qwen3-embedding",
+]
 
 
 def bridged(folder: Path, *names: str) -> list[str]:
