@@ -17,6 +17,7 @@ from engine.checkpoints.loading import LoadedModel, load
 from engine.checkpoints.verifying import verify
 from engine.embedding.forward import Forward, PackedForward, PaddedForward
 from engine.embedding.lane import EmbedLane
+from engine.embedding.pooling import pool
 from engine.models import fastmath
 from engine.models.attention import attention, attention_nearby
 from engine.models.encoder import unseen
@@ -186,6 +187,14 @@ def test_a_window_is_the_same_in_blocks_as_by_one_mask(length: int, reach: int, 
     found = attention_nearby(queries, keys, values, scale=0.3, reach=reach, addend=addend)
     real = length - 2
     assert np.abs(np.array(found - wanted)[:, :, :real]).max() < 1e-5
+
+
+@pytest.mark.parametrize("pooling", ["cls", "lasttoken", "max", "mean", "mean_sqrt_len_tokens", "weightedmean"])
+def test_no_way_of_pooling_sees_what_pads_a_text(pooling: str) -> None:
+    hidden = mx.random.normal((2, 5, 8), key=mx.random.key(7))
+    padded = mx.concatenate([hidden, mx.full((2, 3, 8), 100.0)], axis=1)
+    mask = mx.broadcast_to(mx.arange(8) < 5, (2, 8))
+    assert np.abs(np.array(pool(padded, mask, pooling) - pool(hidden, None, pooling))).max() < 1e-5
 
 
 def test_the_layers_behind_the_pooling_say_how_long_a_vector_is() -> None:
