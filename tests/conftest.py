@@ -32,9 +32,12 @@ settings.register_profile("first-failure", settings.get_profile("same"), phases=
 settings.load_profile("same")
 
 
-# A shell starts what goes to the background with SIGINT ignored, and every process of a test would inherit that.
+# A shell starts what goes to the background with SIGINT ignored, nohup with SIGHUP ignored, and every process of a test
+# would inherit that. It does not inherit a handler.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 
 @pytest.fixture(autouse=True)

@@ -6,14 +6,12 @@ monitor's user in the broker has no right to, and the refusal would end its list
 
 from __future__ import annotations
 
-from typing import Any
-
 import kombu.transport
 import kombu.transport.redis as kombu_redis
 
 
 class QoS(kombu_redis.QoS):
-    def restore_visible(self, *args: Any, **options: Any) -> None:
+    def restore_visible(self, start: int = 0, num: int = 10, interval: int = 10) -> None:
         pass
 
 
