@@ -14,7 +14,7 @@ from engine.models import allowed
 from engine.models.bridge import configs, package
 from engine.models.fields import Fields
 from engine.models.sentence_files import SentenceFiles, model_folder, pools_decoder
-from engine.platform.jsonfiles import read_object
+from engine.platform.jsonfiles import read_config, read_object
 from engine.text.templates import folder_templates, gguf_templates
 from engine.weights import safetensors_header
 from engine.weights.gguf import GGUF
@@ -95,7 +95,7 @@ def inspect(path: Path) -> Inspection:
 
 def _folder(path: Path) -> Inspection:
     folder = model_folder(path)
-    config = read_object(folder / "config.json")
+    config = read_config(folder)
     if config.get("model_type") not in KINDS:
         config = {**config, **configs.text_config(config), "model_type": config.get("model_type")}
         config |= _sizes_of_any(config)

@@ -26,7 +26,7 @@ from engine.models.qwen2 import Qwen2Args
 from engine.models.qwen3 import Qwen3Args
 from engine.models.sentence import EmbeddingSpec
 from engine.models.sentence_files import model_folder, pools_decoder
-from engine.platform.jsonfiles import read_object
+from engine.platform.jsonfiles import read_config
 from engine.text.tokenizer import Tokenizer
 from engine.weights.digest import weights_digest
 from engine.weights.folder import folder_tensors, gguf_tensors
@@ -133,7 +133,7 @@ def load(name: str, sources: Sequence[str], **options: Unpack[PrecisionOptions])
                 raise ModelError(f"{path}: a model is a folder with config.json and safetensors, or a .gguf file")
             loaded = _load_gguf(name, path, precision, start)
         else:
-            config = read_object(model_folder(path) / "config.json")
+            config = read_config(model_folder(path))
             architecture = config.get("model_type")
             if architecture in ENCODERS or pools_decoder(path, architecture):
                 loaded = _load_encoder(name, path, config, precision, start)

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from engine.checkpoints.loading import DECODERS
-from engine.platform.jsonfiles import read_object, write_json
+from engine.platform.jsonfiles import read_config, write_json
 from engine.text.templates import FOLDER as TEMPLATES
 from engine.weights import safetensors
 from engine.weights.mlx_layout import QuantizedLayout, split
@@ -66,7 +66,7 @@ def quantize_folder(src: Path, dst: Path, bits: int = 4, group_size: int = 64) -
 def _source_config(src: Path) -> dict[str, Any]:
     if not src.is_dir():
         raise ModelError(f"{src}: not a folder with config.json and safetensors; only such a model can be quantized")
-    config = read_object(src / "config.json")
+    config = read_config(src)
     architecture = config.get("model_type")
     if not isinstance(architecture, str) or architecture not in DECODERS:
         raise ModelError(f"{src}: architecture {architecture!r} cannot be quantized; {', '.join(DECODERS)} can")

@@ -26,7 +26,7 @@ from engine.models.heads import Dense
 from engine.models.llama import Llama
 from engine.models.sentence import EmbeddingSpec
 from engine.models.sentence_files import model_folder, pools_decoder
-from engine.platform.jsonfiles import read_object
+from engine.platform.jsonfiles import read_config
 from engine.text.tokenizer import Tokenizer
 from engine.weights import safetensors
 from engine.weights.gguf import GGUF
@@ -73,7 +73,7 @@ class _Outline(Tensors):
 
 def _folder(path: Path, progress: Callable[[int, int], None]) -> tuple[int, int]:
     folder = model_folder(path)
-    config = read_object(folder / "config.json")
+    config = read_config(folder)
     file = package.file_of(config)
     if config.get("model_type") not in KINDS and file is not None:
         _bridged(folder, config, file)

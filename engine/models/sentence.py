@@ -164,7 +164,7 @@ def _pooling(path: Path) -> str:
         modes = config["pooling_mode"]
     if isinstance(modes, list) and len(modes) == 1:
         modes = modes[0]
-    if modes not in _POOLINGS:
+    if not isinstance(modes, str) or modes not in _POOLINGS:
         raise ModelError(f"{path}: pooling {str(modes)[:100]} is not supported; one of {', '.join(_POOLINGS)} is")
     return str(modes)
 

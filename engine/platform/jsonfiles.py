@@ -26,6 +26,15 @@ def read_object(path: Path, missing: dict[str, Any] | None = None) -> dict[str, 
     return content
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a model's folder. Raises `ModelError` if it is none, or if its `model_type` is no text."""
+    config = read_object(folder / "config.json")
+    architecture = config.get("model_type")
+    if not isinstance(architecture, str | None):
+        raise ModelError(f"{folder / 'config.json'}: model_type is {str(architecture)[:100]}, not a text")
+    return config
+
+
 def read_json(path: Path, missing: Any = None) -> Any:
     """The same for any JSON."""
     if missing is not None and not os.path.lexists(path):

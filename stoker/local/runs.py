@@ -67,7 +67,7 @@ class StoredRun:
 
 
 def stored_runs(root: Path, unreadable: Callable[[InvalidRequest], object]) -> Iterator[StoredRun]:
-    """Every run in the folder `root`, by id. One that cannot be read hinders no other: `unreadable` is told why."""
+    """Every run in the folder `root`, by id. One that cannot be read hinders no other: `unreadable` gets the reason."""
     for folder in sorted(root.iterdir()) if root.is_dir() else []:
         if _has_run(folder):
             try:

@@ -86,9 +86,9 @@ def file_of(config: Mapping[str, Any]) -> str | None:
     kind = config.get("model_type")
     if not isinstance(kind, str):
         return None
-    stated = config.get("architectures") or ()
-    for architecture in (stated,) if isinstance(stated, str) else stated:
-        if (kind, architecture) in ARCHITECTURE_REMAPPING:
+    stated = config.get("architectures")
+    for architecture in stated if isinstance(stated, list) else (stated,):
+        if isinstance(architecture, str) and (kind, architecture) in ARCHITECTURE_REMAPPING:
             return ARCHITECTURE_REMAPPING[kind, architecture]
     name = REMAPPING.get(kind, kind)
     return name if name in files() and name not in REFUSED else None
