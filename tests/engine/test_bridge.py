@@ -112,7 +112,7 @@ def test_a_quantized_folder_of_mlx_lm_is_held_as_it_is_or_dense(name: str, quant
     ("fields", "words"),
     [
         ({"model_type": "gemma33"}, "'gemma33' is not supported; the nearest names are gemma3"),
-        ({"model_type": ["phi3"]}, "is not supported"),
+        ({"model_type": ["phi3"]}, "model_type is \\['phi3'\\], not a text"),
         ({"model_type": "../phi3"}, "is not supported"),
         ({"model_type": "cache"}, "'cache' is not supported"),
         ({"model_type": "olmo"}, "'olmo' is not supported: its file needs the package of another project"),
