@@ -19,7 +19,7 @@ LOCK := $(LOCK_VENV)/bin/uv pip compile --no-config --universal --python-version
 LOCK_HEADER := \# Made by `make lock`: do not edit. Universal (Linux, macOS arm64; Python 3.11 and later), with hashes.
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast test-integration test-slow test-models test-browser mutants coverage chaos fuzz check format bench bench-queue bench-kernels bench-embed bench-generate soak lock goldens peers bench-train goldens-peft goldens-vectors clean distclean
+.PHONY: help venv demo test test-fast test-integration test-slow test-models test-browser mutants coverage chaos fuzz check format bench bench-queue bench-kernels bench-embed bench-generate soak lock goldens peers bench-train goldens-peft goldens-vectors goldens-decoders clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -161,6 +161,9 @@ goldens-peft: $(PEERS_VENV)/.installed ## ask torch with peft again
 
 goldens-vectors: $(PEERS_VENV)/.installed ## ask sentence-transformers about the small embedding models again
 	$(PEERS_VENV)/bin/python tests/goldens/vectors.py
+
+goldens-decoders: $(PEERS_VENV)/.installed ## ask transformers about the small decoders of mlx-lm's files again
+	$(PEERS_VENV)/bin/python tests/goldens/decoders.py
 
 bench-train: $(STAMP) $(PEERS_VENV)/.installed ## training against mlx-lm's trainer; adapters from disk; decode during a run
 	$(BIN)/python -m bench.train

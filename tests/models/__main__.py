@@ -19,7 +19,7 @@ from engine.platform import blas
 blas.boot(1)
 
 from engine.models.bridge import package  # noqa: E402
-from tests.engine import bridged  # noqa: E402
+from tests.engine import bridged, decoder_goldens  # noqa: E402
 from tests.models.table import CHECKS, Row, read, totals, write  # noqa: E402
 
 
@@ -52,7 +52,7 @@ def checked(name: str) -> Row:
         return Row(name, frozenset(), f"refused: {package.REFUSED[name]}")
     with tempfile.TemporaryDirectory() as folder:
         checks: dict[str, Callable[[], None]] = {
-            "generate": lambda: bridged.check_logits(name),
+            "generate": lambda: check_logits(name),
             "batched": lambda: bridged.check_traffic(bridged.bridged(name), Path(folder) / "traffic", 1),
             "adapters": lambda: bridged.check_adapters(name, Path(folder) / "adapters"),
             "training": lambda: bridged.check_training(name),
@@ -70,10 +70,21 @@ def checked(name: str) -> Row:
     return Row(name, frozenset(passed), "; ".join([*notes, *kept(name)] if passed else notes))
 
 
+def check_logits(name: str) -> None:
+    """Those of mlx-lm, and those of torch transformers where `tests/goldens/decoders` has them."""
+    bridged.check_logits(name)
+    for golden in goldens_of(name):
+        decoder_goldens.check(golden)
+
+
+def goldens_of(name: str) -> list[str]:
+    return [golden for golden in decoder_goldens.NAMES if golden.split("-")[0] == name]
+
+
 def kept(name: str) -> list[str]:
-    """What its layers keep."""
+    """Who else gives its logits, and what its layers keep."""
     sizes = bridged.bridged(name).decoder.kv_sizes
-    words = []
+    words = ["transformers"] if goldens_of(name) else []
     if sizes.states:
         words.append("recurrent" if not sizes.keys else "hybrid")
     if any(keys.size != values.size for keys, values in zip(sizes.keys, sizes.values, strict=True)):

@@ -25,6 +25,10 @@ _ACTIVATIONS: Mapping[str, tuple[str, ...]] = {
     "apertus": ("xielu",),
     "phi3small": ("gegelu",),
 }
+#: Model file -> what it passes over, with the value that it computes.
+_FIXED: Mapping[str, Mapping[str, Any]] = {
+    "qwen2_moe": {"norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
+}
 _ACTIVATION_FIELDS = ("hidden_act", "hidden_activation", "activation_function", "mlp_hidden_act")
 #: Types of rope that `initialize_rope` and the model files compute as transformers does.
 _ROPES = ("default", "linear", "dynamic", "llama3", "yarn", "deepseek_yarn", "telechat3-yarn", "longrope", "su",
@@ -66,6 +70,12 @@ def check(config: Mapping[str, Any], file: str, args_class: type) -> None:
     text = text_config(config)
     known = {each.name for each in fields(args_class)}
     nested = "text_config" in known
+    for name, computed in _FIXED.get(file, {}).items():
+        if (text.get(name) or computed) != computed:
+            raise ModelError(
+                f"config.json: {name} = {text[name]!r} is not supported: mlx-lm computes {computed!r} for this one"
+            )
+    _check_layer_types(text, known)
     for name in _ACTIVATION_FIELDS:
         _check_activation(text, name, file, taken=name in known)
     for name in ("rope_scaling", "rope_parameters"):
@@ -73,7 +83,21 @@ def check(config: Mapping[str, Any], file: str, args_class: type) -> None:
         if not isinstance(value, Mapping):
             continue
         for each in [part for part in value.values() if isinstance(part, Mapping)] or [value]:
-            _check_rope(each, f"config.json: {name}", taken=nested or name in known)
+            # What `rope_parameters` says is given to the file as `rope_scaling` (`spelling.py`).
+            read = {name, "rope_scaling"} if name == "rope_parameters" else {name}
+            _check_rope(each, f"config.json: {name}", taken=nested or bool(read & known))
+
+
+def _check_layer_types(text: Mapping[str, Any], known: set[str]) -> None:
+    """Files that count to the next full layer pass over a list that says otherwise."""
+    types, pattern = text.get("layer_types"), text.get("sliding_window_pattern", 6)
+    if "sliding_window_pattern" not in known or "layer_types" in known or not isinstance(types, list):
+        return
+    if type(pattern) is not int or pattern < 1:
+        raise ModelError(f"config.json: sliding_window_pattern = {pattern!r}: a whole number of at least 1 is needed")
+    counted = [("sliding" if place % pattern else "full") + "_attention" for place in range(1, len(types) + 1)]
+    if types != counted:
+        raise ModelError(f"config.json: layer_types = {types} are not supported: mlx-lm has {counted} for this one")
 
 
 def _check_activation(text: Mapping[str, Any], name: str, file: str, *, taken: bool) -> None:

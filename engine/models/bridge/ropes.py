@@ -8,10 +8,13 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_unflatten
 
+from engine.models.bridge import package
 from engine.models.bridge.configs import text_config
 from engine.models.fields import Fields
+from stoker.errors import ModelError
 
 
 def correct(network: nn.Module, config: Mapping[str, Any]) -> None:
@@ -23,6 +26,7 @@ def correct(network: nn.Module, config: Mapping[str, Any]) -> None:
             plain[path] = nn.RoPE(module.dims, traditional=module.traditional, base=module.base)
     if plain:
         network.update_modules(tree_unflatten(list(plain.items())))
+    _scale(network, text_config(config))
     for where, stated in _yarns(text_config(config)):
         fields = Fields(stated, where)
         for module in network.modules():
@@ -32,6 +36,60 @@ def correct(network: nn.Module, config: Mapping[str, Any]) -> None:
                 module._freqs = _untruncated(module, fields, text_config(config))  # noqa: SLF001
             if stated.get("attention_factor") is not None:
                 module.mscale = fields.number("attention_factor")
+
+
+#: Type of scaling -> the layer that computes it.
+_LAYERS: Mapping[str, str] = {"yarn": "Yarn", "llama3": "Llama3", "longrope": "Su", "su": "Su"}
+
+
+def _scale(network: nn.Module, text: Mapping[str, Any]) -> None:
+    """Put in the scaling that a file takes among its arguments and passes over, and longrope's factors for short texts
+    where no text may be long."""
+    scaling = text.get("rope_scaling")
+    if not isinstance(scaling, Mapping):
+        return
+    turned = {path: each for path, each in network.named_modules() if type(each) is nn.RoPE}
+    if not _computes(network, turned, scaling):
+        _replace(network, turned, scaling, text)
+    for module in network.modules():
+        if type(module).__name__ == "SuScaledRoPE":
+            _choose_factors(module, scaling, text)
+
+
+def _computes(network: nn.Module, turned: Mapping[str, nn.Module], scaling: Mapping[str, Any]) -> bool:
+    kind = scaling.get("rope_type", scaling.get("type"))
+    if kind == "linear":
+        return scaling.get("factor", 1.0) == 1.0 or any(each.scale != 1.0 for each in turned.values())
+    sought = _LAYERS.get(str(kind), "")
+    return any(sought in type(each).__name__ for each in network.modules())
+
+
+def _replace(
+    network: nn.Module, turned: Mapping[str, nn.Module], scaling: Mapping[str, Any], text: Mapping[str, Any]
+) -> None:
+    if len({(each.dims, each.base) for each in turned.values()}) != 1:
+        raise ModelError(f"config.json: rope_scaling {dict(scaling)} is not supported: mlx-lm passes over it")
+    make = package.load("rope_utils").initialize_rope
+    longest = text.get("max_position_embeddings")
+    try:
+        made = {path: make(old.dims, old.base, old.traditional, dict(scaling), longest) for path, old in turned.items()}
+    except Exception as error:
+        raise ModelError(f"config.json: rope_scaling: {type(error).__name__}: {error}") from error
+    network.update_modules(tree_unflatten(list(made.items())))
+
+
+def _choose_factors(module: nn.Module, scaling: Mapping[str, Any], text: Mapping[str, Any]) -> None:
+    """Where no text is longer than those of the first training, transformers takes the factors for short ones."""
+    fields, longest = Fields(scaling, "config.json: rope_scaling"), text.get("max_position_embeddings")
+    original = module.original_max_position_embeddings
+    if (longest is None or longest <= original) and "short_factor" in scaling:
+        sides = [np.array(scaling[name]) for name in ("long_factor", "short_factor")]
+        if sides[1].dtype.kind not in "if" or sides[1].shape not in ((), sides[0].shape):
+            raise ModelError(f"config.json: short_factor = {scaling['short_factor']!r}: not as many numbers as long")
+        longs, shorts = (mx.array(side, dtype=mx.float32) for side in sides)
+        module._freqs = module._freqs / longs * shorts  # noqa: SLF001
+    if scaling.get("attention_factor") is not None:
+        module._scale = fields.number("attention_factor")  # noqa: SLF001
 
 
 def _yarns(text: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
-from engine.models.bridge import package, ropes
+from engine.models.bridge import activations, package, ropes
 from engine.models.bridge.configs import check, text_config
 from engine.models.bridge.linears import dense_weight
+from engine.models.bridge.spelling import respelled
 from engine.weights import safetensors
 from engine.weights.precision import Precision
 from stoker.errors import ModelError
@@ -29,6 +31,7 @@ _SMALL_FLOATS = {(4, 16): "nvfp4", (4, 32): "mxfp4", (8, 32): "mxfp8"}
 def network_of(config: Mapping[str, Any], file: str) -> tuple[nn.Module, Any]:
     """(mlx-lm's network with random weights, its arguments). Raises `ModelError`."""
     module = package.load(file)
+    config = respelled(config, file, frozenset(each.name for each in fields(module.ModelArgs)))
     check(config, file, module.ModelArgs)
     try:
         args = module.ModelArgs.from_dict(_copied(dict(config)))
@@ -38,6 +41,7 @@ def network_of(config: Mapping[str, Any], file: str) -> tuple[nn.Module, Any]:
             f"config.json: mlx-lm's {file} cannot be made of it ({type(error).__name__}: {str(error)[:300]})"
         ) from error
     ropes.correct(network, config)
+    activations.correct(network, file, config)
     return network, args
 
 
@@ -60,7 +64,7 @@ def read(folder: Path, config: Mapping[str, Any], network: nn.Module, precision:
 def fill(folder: Path, config: Mapping[str, Any], network: nn.Module, arrays: dict[str, mx.array]) -> None:
     """Give a network the tensors of a folder, by the names that mlx-lm makes of theirs. Nothing is evaluated."""
     try:
-        weights = dict(arrays)
+        weights = _experts_upright(arrays) if config.get("model_type") == "gpt_oss" else dict(arrays)
         weights = network.sanitize(weights) if hasattr(network, "sanitize") else weights
     except Exception as error:
         raise ModelError(
@@ -72,6 +76,18 @@ def fill(folder: Path, config: Mapping[str, Any], network: nn.Module, arrays: di
         network.load_weights(list(weights.items()), strict=True)
     except ValueError as error:
         raise ModelError(f"{folder}: {' '.join(str(error).split())[:500]}") from error
+
+
+def _experts_upright(arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """gpt-oss's dense experts, stored (expert, in, out): mlx-lm's file brings only the codes into its layout."""
+    return {
+        f"{name}.weight" if _lies(name) else name: array.swapaxes(-1, -2) if _lies(name) else array
+        for name, array in arrays.items()
+    }
+
+
+def _lies(name: str) -> bool:
+    return name.endswith((".experts.gate_up_proj", ".experts.down_proj"))
 
 
 def _take_codes(config: Mapping[str, Any], network: nn.Module, weights: Mapping[str, mx.array]) -> None:

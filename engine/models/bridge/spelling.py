@@ -1,0 +1,87 @@
+"""What transformers 5 writes into a config.json in other words than mlx-lm's model files read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from stoker.errors import ModelError
+
+#: What `rope_parameters` says besides the form of the scaling.
+_APART = ("rope_theta", "partial_rotary_factor")
+_PLAIN = ("rope_type", "type")
+
+
+def respelled(config: Mapping[str, Any], file: str, known: frozenset[str]) -> dict[str, Any]:
+    """`config` with the names that mlx-lm reads, `known`, together with those that it passes over.
+
+    Left alone is what a config says in both ways. Raises `ModelError` for RoPE by layer type that a file has not.
+    """
+    made = dict(config)
+    inner = config.get("text_config")
+    if isinstance(inner, Mapping):
+        # The names that its own file knows are not at hand: those that it passes over do no harm.
+        made["text_config"] = _with_rope(inner, None)
+    made = _with_sizes(made, known)
+    made = made if "rope_parameters" in known else _with_rope(made, known)
+    if file == "deepseek_v2" and made.get("rope_scaling") is None:
+        # The file cannot do without scaling: this one changes nothing.
+        made["rope_scaling"] = {"type": "yarn", "rope_type": "yarn", "factor": 1.0}
+    return made
+
+
+def _with_sizes(config: dict[str, Any], known: frozenset[str]) -> dict[str, Any]:
+    for name, other in (("num_experts", "num_local_experts"), ("num_local_experts", "num_experts")):
+        if name in known and name not in config and other in config:
+            return {**config, name: config[other]}
+    pattern = config.get("_sliding_window_pattern")
+    if pattern is not None and "sliding_window_pattern" not in config:  # Gemma 3
+        return {**config, "sliding_window_pattern": pattern}
+    if "block_dim" in known and "block_dim" not in config:  # LFM2
+        width = config.get("hidden_size")
+        return {**config, "block_dim": width}
+    return config
+
+
+def _with_rope(config: Mapping[str, Any], known: frozenset[str] | None) -> dict[str, Any]:
+    stated = config.get("rope_parameters")
+    if not isinstance(stated, Mapping) or not stated:
+        return dict(config)
+    parts = {kind: part for kind, part in stated.items() if isinstance(part, Mapping)}
+    if not parts:
+        return {**_read(stated, config, known), **config}
+    whole, local = parts.get("full_attention", {}), parts.get("sliding_attention", {})
+    read = _read(whole, config, known)
+    if known is None or "rope_local_base_freq" in known:
+        _check_plain(local)
+        return {**read, "rope_local_base_freq": local.get("rope_theta", 10_000.0), **config}
+    if any(part != whole for part in parts.values()):
+        raise ModelError(
+            f"config.json: rope_parameters of {', '.join(parts)} differ, which mlx-lm has not for this architecture"
+        )
+    return {**read, **config}
+
+
+def _read(part: Mapping[str, Any], config: Mapping[str, Any], known: frozenset[str] | None) -> dict[str, Any]:
+    """`rope_theta`, `partial_rotary_factor` and `rope_scaling` as transformers 4 had them."""
+    made = {name: part[name] for name in _APART if name in part}
+    rotary = made.get("partial_rotary_factor", 1.0)
+    if known is not None and rotary != 1.0 and not known & {"partial_rotary_factor", "rotary_pct", "rotary_dim"}:
+        raise ModelError(
+            f"config.json: rope_parameters: partial_rotary_factor = {rotary!r} is not supported: mlx-lm rotates all "
+            "of a head for this architecture"
+        )
+    scaling = {name: value for name, value in part.items() if name not in _APART}
+    kind = part.get("rope_type", part.get("type", "default"))
+    if kind == "default" and not scaling.keys() - {*_PLAIN}:
+        return {**made, "rope_scaling": None}
+    return {**made, "rope_scaling": {**scaling, "type": kind, "rope_type": kind}}
+
+
+def _check_plain(part: Mapping[str, Any]) -> None:
+    kind = part.get("rope_type", "default")
+    if kind != "default":
+        raise ModelError(
+            f"config.json: rope_parameters: sliding_attention of type {kind!r} is not supported: mlx-lm scales the "
+            "other layers alone"
+        )
