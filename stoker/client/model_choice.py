@@ -67,6 +67,9 @@ def choose_model(model: str | None, kind: str, known: Mapping[str, ModelCard], w
             + ("Name one with model=…." if warm else "Start a worker with `stoker up`.")
         )
     model = model_name(model)
+    if model in warm:
+        # The list of models may be damaged, or have been made anew a moment before: the workers themselves know better.
+        return model
     if model not in known:
         raise UnknownModel(f"model {brief(model, 160)} given; {_listed(warm)} can {kind}. {_remedy(model, warm)}")
     others = {card.contract for card in cards if card.model == model and model not in warm}

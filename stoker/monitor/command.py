@@ -6,6 +6,7 @@ import fcntl
 import logging
 import os
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
@@ -23,6 +24,8 @@ log = logging.getLogger(__name__)
 
 #: Milliseconds between two times that the history is written.
 SAVE_EVERY = 60_000
+#: Seconds for what still waits for the broker, once the monitor is asked to end.
+LEAVE_LIMIT = 5.0
 
 
 def serve(settings: Settings, address: str, port: int, names: frozenset[str], say: Callable[[str], None]) -> None:
@@ -58,9 +61,19 @@ def run(monitor: Monitor) -> None:
             monitor.io_loop.asyncio_loop.add_signal_handler(number, monitor.io_loop.stop)
     try:
         monitor.start()
-        monitor.io_loop.run_sync(monitor.leave)
+        monitor.io_loop.run_sync(monitor.leave, timeout=LEAVE_LIMIT)
+    except TimeoutError:
+        log.warning("the broker did not let go of the monitor within %g s", LEAVE_LIMIT)
     finally:
         monitor.stop()
+        end_within(LEAVE_LIMIT)
+
+
+def end_within(seconds: float) -> None:
+    """End this process, whose history is written, although Flower's threads may wait for a broker that is away."""
+    limit = threading.Timer(seconds, os._exit, (0,))
+    limit.daemon = True
+    limit.start()
 
 
 def configure(address: str, port: int, password: str) -> None:

@@ -106,6 +106,10 @@ def test_a_model_that_was_served_lately_is_accepted() -> None:
     assert choose("mini", "embed", lately=(MINI,)) == "mini"
 
 
+def test_a_model_that_a_worker_has_warm_is_accepted_whatever_the_list_of_models_says() -> None:
+    assert choose_model("a", "generate", {}, [worker(card("a", "generate"))]) == "a"
+
+
 def test_a_model_that_nobody_served_for_long_is_unknown_again() -> None:
     old = MINI.model_copy(update={"seen": time.time() - keys.MODEL_TTL - 1})
     raw = {card.model.encode(): card.model_dump_json().encode() for card in (old, SMOL)}
