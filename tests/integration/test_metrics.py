@@ -32,6 +32,8 @@ pytestmark = pytest.mark.integration
 PROMPT = "Once upon a time there was a stoker who kept the furnace hot. " * 4
 #: Steps of the run that ends.
 STEPS = 3
+#: Tokens that the cancelled job asks for, and never gets.
+UNFINISHED = 4000
 
 
 @dataclass
@@ -93,7 +95,7 @@ def answer(client: Client, load: Load) -> None:
         load.prompt_tokens += usage.prompt_tokens
         load.cached.append(usage.cached_tokens)
         load.generated, load.completions = load.generated + streamed, load.completions + n
-    stopped = client.generate("x", model=GENERATE_MODEL, max_tokens=4000, ignore_eos=True)
+    stopped = client.generate("x", model=GENERATE_MODEL, max_tokens=UNFINISHED, ignore_eos=True)
     next(stopped.stream(timeout=60))
     stopped.cancel()
     with pytest.raises(JobCancelled):
@@ -158,9 +160,11 @@ def compare_tokens(more: Callable[..., float], after: Scrape, load: Load) -> Non
     assert more("stoker_input_tokens_total", kind="embed") == load.embedded_tokens
     assert more("stoker_input_tokens_total", kind="generate") == load.prompt_tokens
     assert more("stoker_input_tokens_total", kind="train") == load.run.tokens
-    assert more("stoker_generated_tokens_total") == load.generated
+    # The broker may refuse the last tokens of a job that was cancelled; the engine has generated them all the same.
+    generated = more("stoker_generated_tokens_total")
+    assert load.generated <= generated < load.generated + UNFINISHED // 2
     assert more("stoker_time_to_first_token_seconds_count") == 3
-    assert more("stoker_inter_token_seconds_count") == load.generated - load.completions
+    assert more("stoker_inter_token_seconds_count") == generated - load.completions
     assert sum(load.cached) > 0
     assert more("stoker_prefix_hits_total") == sum(cached > 0 for cached in load.cached)
     assert more("stoker_prefix_hit_tokens_total") == sum(load.cached)
