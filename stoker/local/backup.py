@@ -8,6 +8,7 @@ Jobs that wait, results and streams are not in it: they live for days, and their
 from __future__ import annotations
 
 import base64
+import gzip
 import io
 import json
 import os
@@ -18,6 +19,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
@@ -36,8 +38,10 @@ KINDS = ("adapters", "adapter", "artifact", "policy")
 _ABOUT, _KEYS = "backup.json", "broker.jsonl"
 #: Bytes that are read of `backup.json` and of a line of `broker.jsonl`, whose longest holds an artifact.
 MAX_ABOUT, MAX_LINE = 1 << 16, 1 << 30
-#: Bytes of a name.
-MAX_NAME = 1024
+#: Bytes of a name, and of all that a header says of one file: tarfile reads a header whole.
+MAX_NAME, MAX_HEADER = 1024, 1 << 20
+#: Files: each costs memory before the first is restored.
+MAX_FILES = 200_000
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ def restore(settings: Settings, redis: Any, source: Path) -> Counted:
     """
     files, added, kept = 0, 0, []
     try:
-        with tarfile.open(source, "r:gz") as archive:
+        with _Unpacked(source) as unpacked, tarfile.open(fileobj=unpacked, mode="r:") as archive:
             # All names and keys first, so that nothing of a file that is no backup is restored.
             for member in _checked(archive, source, settings.home):
                 if member.name == _KEYS:
@@ -84,9 +88,20 @@ def restore(settings: Settings, redis: Any, source: Path) -> Counted:
                     files += 1
                 else:
                     kept.append(member.name)
-    except (tarfile.TarError, zlib.error, EOFError, ValueError, OverflowError, RecursionError) as error:
+    except (
+        tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, ValueError, OverflowError, RecursionError
+    ) as error:  # fmt: skip
         raise InvalidRequest(f"{source}: no whole backup of `stoker backup` ({error}).") from None
     return Counted(files, added, tuple(kept))
+
+
+class _Unpacked(gzip.GzipFile):
+    """What is packed in a backup. The content of files is read in small pieces; a large piece is a header."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or not 0 <= size <= MAX_HEADER:
+            raise ValueError(f"a header of {size} bytes; at most {MAX_HEADER} are read")
+        return super().read(size)
 
 
 def _add_bytes(archive: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -146,7 +161,9 @@ def _exported(redis: Any) -> Iterator[dict[str, Any]]:
 def _checked(archive: tarfile.TarFile, source: Path, home: Path) -> list[tarfile.TarInfo]:
     """What is to be restored. Raises `InvalidRequest` for what is no backup, or has a name that leads elsewhere, and
     `ValueError` for a key that no backup has."""
-    members = archive.getmembers()
+    members = list(islice(archive, MAX_FILES + 1))
+    if len(members) > MAX_FILES:
+        raise ValueError(f"more than {MAX_FILES:,} files")
     stated = _format(archive, members[0]) if members else None
     if stated != FORMAT:
         raise InvalidRequest(

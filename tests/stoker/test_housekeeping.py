@@ -21,7 +21,7 @@ from stoker.cli import app
 from stoker.cli.housekeeping import seconds
 from stoker.errors import InvalidRequest, UnknownAdapter
 from stoker.files.durable import DRAFT, draft_folder
-from stoker.local import storage
+from stoker.local import backup, storage
 from stoker.local.backup import KINDS
 from stoker.settings import load_settings
 from tests.stoker.test_client_core import SMOL, fake, server
@@ -310,6 +310,26 @@ def test_a_backup_whose_first_member_says_nothing_of_a_backup_is_refused(
         archive.addfile(entry, io.BytesIO(about))
     with pytest.raises(InvalidRequest, match=r"this release reads format 1|no whole backup"):
         invoke("restore", str(tmp_path / "wrong"))
+
+
+def test_a_header_that_fills_the_memory_is_not_read(server: Any, tmp_path: Path) -> None:
+    """A few packed kilobytes say what takes megabytes."""
+    entry = tarfile.TarInfo("adapters/m/a")
+    entry.pax_headers = {"comment": "x" * (backup.MAX_HEADER + 1)}
+    wrong = archive_of(tmp_path / "b.tgz", (entry, b""))
+    assert wrong.stat().st_size < 10_000
+    with pytest.raises(InvalidRequest, match=f"at most {backup.MAX_HEADER} are read"):
+        invoke("restore", str(wrong))
+
+
+def test_an_archive_of_too_many_files_is_refused_before_all_are_known(
+    server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backup, "MAX_FILES", 3)
+    wrong = archive_of(tmp_path / "b.tgz", *((f"adapters/m/{number}", b"") for number in range(3)))
+    with pytest.raises(InvalidRequest, match="more than 3 files"):
+        invoke("restore", str(wrong))
+    assert not (load_settings().home / "adapters").exists()
 
 
 def test_a_restore_below_what_is_a_file_here_restores_nothing(server: Any, tmp_path: Path) -> None:
