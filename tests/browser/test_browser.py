@@ -216,9 +216,9 @@ def test_it_fits_a_phone_and_the_dark(page: Any, client: Client) -> None:
         assert wide <= 0, "nothing hangs over the side: tables scroll by themselves"
         parts = "getComputedStyle(document.body).backgroundColor.match(/[0-9]+/g).slice(0, 3)"
         brightness = f"{parts}.reduce((sum, one) => sum + Number(one), 0)"
-        page.wait_for_function(f"{brightness} < 200")
+        wait_until(lambda: page.evaluate(f"{brightness} < 200"), "it is dark")
         page.emulate_media(color_scheme="light")
-        page.wait_for_function(f"{brightness} > 500")
+        wait_until(lambda: page.evaluate(f"{brightness} > 500"), "it is light")
         page.emulate_media(color_scheme="dark")
         keep(page, "monitor-phone")
     finally:
