@@ -13,6 +13,8 @@ from stoker.local.broker import EmbeddedBroker
 from tests.conftest import wait_until
 
 KEYS = 4000
+#: Microseconds for each key: all of them would take twenty seconds. A client has its answer after about ten of them.
+LONG = 5_000
 
 
 class SlowBroker(EmbeddedBroker):
@@ -42,20 +44,42 @@ def rewritten(info: dict[str, Any]) -> bool:
     return not info["aof_rewrite_in_progress"] and not info["aof_rewrite_scheduled"]
 
 
+class Load:
+    """Of a broker that reads its data back: it goes on until `end`."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._before = self._refusals()
+
+    def await_refusal(self) -> None:
+        """Until a command was answered that the broker loads."""
+        wait_until(lambda: self._refusals() > self._before, "a command has met the load")
+
+    def _refusals(self) -> int:
+        with redis.Redis.from_url(self._url) as client:
+            return int(client.info("errorstats").get("errorstat_LOADING", {}).get("count", 0))
+
+    def end(self) -> None:
+        """The rest of it takes no time."""
+        with redis.Redis.from_url(self._url) as client:
+            client.config_set("key-load-delay", 0)
+
+
 @contextmanager
-def loading(url: str, seconds: float) -> Iterator[None]:
-    """The broker drops its data and reads it back, which takes `seconds`. Inside the block it has begun to."""
+def loading(url: str) -> Iterator[Load]:
+    """The broker drops its data and reads it back, at the latest until the end of the block. Inside it has begun to."""
 
     def reload() -> None:
         with redis.Redis.from_url(url) as client:
-            client.config_set("key-load-delay", int(seconds * 1e6 / KEYS))
+            client.config_set("key-load-delay", LONG)
             client.execute_command("DEBUG", "RELOAD")
 
-    thread = threading.Thread(target=reload)
+    thread, load = threading.Thread(target=reload), Load(url)
     with redis.Redis.from_url(url) as client:
         thread.start()
         wait_until(lambda: client.info("persistence")["loading"], "the broker loads")
     try:
-        yield
+        yield load
     finally:
+        load.end()
         thread.join()

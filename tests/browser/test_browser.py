@@ -26,7 +26,7 @@ from stoker.local.stack import Stack
 from stoker.monitor.access import USER, password
 from tests.conftest import GENERATE_MODEL, assert_idle, wait_until
 from tests.integration.test_training import ROWS
-from tests.monitor.conftest import Running
+from tests.monitor.conftest import Running, monitor_of
 
 sync = pytest.importorskip("playwright.sync_api", reason="make test-browser installs playwright")
 
@@ -39,13 +39,8 @@ PHONE, DESK = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
 
 @pytest.fixture(scope="module")
 def monitor(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    home: Path = tmp_path_factory.mktemp("monitor")
-    running = Running(stack.settings.model_copy(update={"home": home}))
-    try:
-        wait_until(lambda: running.seen()["workers"], "the worker is seen")
+    with monitor_of(stack, tmp_path_factory.mktemp("monitor")) as running:
         yield running
-    finally:
-        running.stop()
 
 
 @pytest.fixture

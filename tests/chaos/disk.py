@@ -17,6 +17,9 @@ from pathlib import Path
 SIZE = 64
 #: To lock a mounted one: that is not done while a file is open for writing.
 TRIES = 20
+#: A program that waits until its standard input is closed, as it is when this process ends in any way, and unmounts.
+#: Lazily: a process that has just ended may hold a file for a moment.
+_UNMOUNTS = 'cat >/dev/null; for folder; do umount -l "$folder"; done'
 _FILLER = "filler"
 
 
@@ -27,6 +30,11 @@ class Disk:
         for folder in self._folders:
             folder.mkdir(parents=True)
         options = f"size={SIZE}m,mode=700"
+        command = ["sh", "-c", _UNMOUNTS, "sh", *map(str, self._folders)]
+        # It is there before the first mount. A signal to the group of this process is not for it.
+        self._unmounts = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
         self._mounted = [folder for folder in self._folders if _run("mount", "-t", "tmpfs", "-o", options, "x", folder)]
 
     def fill(self, pids: Iterable[int]) -> None:
@@ -64,9 +72,8 @@ class Disk:
         self._limited = []
 
     def close(self) -> None:
-        for folder in self._mounted:
-            # Lazily: a process that has just ended may hold a file for a moment.
-            _run("umount", "-l", folder)
+        """Nothing of it stays mounted, as when this process is killed."""
+        self._unmounts.communicate(timeout=30)
 
 
 def _run(*command: str | Path) -> bool:

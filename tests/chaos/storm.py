@@ -9,7 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from redis.exceptions import RedisError
@@ -220,9 +220,9 @@ class Storm:
         return wrong + overlong_keys(redis)
 
     def close(self) -> list[str]:
-        self.fleet.stop()
-        self._disk.close()
-        self._client.close()
-        pid = self.broker.pid
-        self.broker.close()
+        with ExitStack() as leaving:
+            # Each, also where one of them fails; the fleet first.
+            for end in (self.broker.close, self._client.close, self._disk.close, self.fleet.stop):
+                leaving.callback(end)
+            pid = self.broker.pid
         return [f"still runs: {line}" for line in self.fleet.left()] + (["the broker still runs"] if alive(pid) else [])

@@ -17,25 +17,16 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from architectures import SIZES as PLAIN
+from architectures import VOCABULARY
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-VOCABULARY = 64
 #: Tokens of the rows: over several windows of 8 and longer than the context of 32 that RoPE was scaled from; and short.
 LENGTHS = (48, 13)
 #: Both are long, because transformers takes other factors for short texts, where mlx-lm takes one kind for all.
 LONG = {"phi3-longrope": (48, 40)}
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "bos_token_id": 0,
-    "eos_token_id": 2,
-    "pad_token_id": 1,
-}
+#: As `architectures.py` has them, except that gate and up are of a size that no other matrix has.
+SIZES: dict[str, Any] = {**PLAIN, "intermediate_size": 48}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_shared_experts": 1}
 LATENT = {

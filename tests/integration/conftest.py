@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from stoker.local.stack import Stack
-from tests.conftest import wait_until
 from tests.integration.machinery import FragileBroker
-from tests.monitor.conftest import Running
+from tests.monitor.conftest import Running, monitor_of
 
 
 @pytest.fixture
@@ -23,10 +22,5 @@ def fragile(tmp_path: Path) -> Iterator[FragileBroker]:
 @pytest.fixture(scope="session")
 def monitor(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """A `stoker flower` that watches the shared stack."""
-    home: Path = tmp_path_factory.mktemp("monitor")
-    running = Running(stack.settings.model_copy(update={"home": home}))
-    try:
-        wait_until(lambda: running.seen()["workers"], "the worker is seen")
+    with monitor_of(stack, tmp_path_factory.mktemp("monitor")) as running:
         yield running
-    finally:
-        running.stop()

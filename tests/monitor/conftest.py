@@ -12,6 +12,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from stoker import Client
 from stoker.broker import keys
 from stoker.broker.connection import connect
 from stoker.local.broker import EmbeddedBroker
+from stoker.local.stack import Stack
 from stoker.monitor.access import password
 from stoker.settings import Settings
 from tests.conftest import wait_until
@@ -87,6 +89,17 @@ class Running:
         assert self.process.stdout is not None
         self.process.stdout.close()
         return code
+
+
+@contextmanager
+def monitor_of(stack: Stack, home: Path) -> Iterator[Running]:
+    """A `stoker flower` that watches the stack and sees its worker."""
+    running = Running(stack.settings.model_copy(update={"home": home}))
+    try:
+        wait_until(lambda: running.seen()["workers"], "the worker is seen")
+        yield running
+    finally:
+        running.stop()
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,8 @@ from stoker.errors import BrokerLoading, BrokerUnavailable, JobTimeout
 from stoker.local.stack import wait_for_broker
 from stoker.settings import Settings
 from tests import loading as slow
-from tests.loading import SlowBroker
-
-#: Long enough to look at a broker that loads, on a busy machine too.
-SECONDS = 0.7
+from tests.conftest import wait_until
+from tests.loading import Load, SlowBroker
 
 
 @pytest.fixture(scope="module")
@@ -74,44 +73,42 @@ def test_every_call_of_a_client_waits(
     url: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job(url)
-    with Client(settings=Settings(url=url)) as client, slow.loading(url, SECONDS):
+    with Client(settings=Settings(url=url)) as client, slow.loading(url) as load:
         calls = [threading.Thread(target=call, args=(client,), name=name) for name, call in CALLS.items()]
         failed: list[str] = []
         monkeypatch.setattr(threading, "excepthook", lambda args: failed.append(f"{args.thread}: {args.exc_value}"))
         with caplog.at_level(logging.WARNING):
             for call in calls:
                 call.start()
+            reported = re.compile(r"the broker is loading its data, \d+ %, about \d+ s left; waiting for it")
+            wait_until(lambda: reported.search(caplog.text), "it is said")
+            assert all(call.is_alive() for call in calls)
+            load.end()
             for call in calls:
                 call.join()
     assert failed == []
-    assert re.search(r"the broker is loading its data, \d+ %, about \d+ s left; waiting for it", caplog.text)
 
 
 def test_an_asyncio_client_waits_without_holding_up_its_loop(url: str) -> None:
-    async def calls() -> int:
-        turns, ended = 0, asyncio.Event()
-
-        async def turn() -> None:
-            nonlocal turns
-            while not ended.is_set():
-                turns += 1
-                await asyncio.sleep(0.01)
-
+    async def calls(load: Load) -> None:
         async with AsyncClient(settings=Settings(url=url)) as client:
-            other = asyncio.create_task(turn())
-            await asyncio.gather(client.workers(), client.models(), (await client.job("job")).status())
-            ended.set()
-            await other
-        return turns
+            waiting = [asyncio.create_task(call) for call in (client.workers(), client.models(), status(client))]
+            await asyncio.to_thread(load.await_refusal)
+            assert not any(call.done() for call in waiting)
+            load.end()
+            await asyncio.gather(*waiting)
+
+    async def status(client: AsyncClient) -> Any:
+        return await (await client.job("job")).status()
 
     job(url)
-    with slow.loading(url, SECONDS):
-        assert asyncio.run(calls()) > 3
+    with slow.loading(url) as load:
+        asyncio.run(calls(load))
 
 
 def test_who_has_no_patience_hears_how_far_the_broker_is(url: str) -> None:
     settings = Settings(url=url, patience=0)
-    with slow.loading(url, SECONDS), Client(settings=settings) as client:
+    with slow.loading(url), Client(settings=settings) as client:
         with pytest.raises(BrokerLoading, match=r"is loading its data, \d+ %, about \d+ s left\. .* STOKER_PATIENCE"):
             client.workers()
 
@@ -124,11 +121,15 @@ def test_who_has_no_patience_hears_how_far_the_broker_is(url: str) -> None:
 
 
 def test_commands_wait_or_end_with_the_brokers_exit_code(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with slow.loading(url, SECONDS):
-        done = CliRunner().invoke(app, ["jobs", "list", "--json", "--url", url])
+    with slow.loading(url) as load:
+        asked = ThreadPoolExecutor(1).submit(CliRunner().invoke, app, ["jobs", "list", "--json", "--url", url])
+        load.await_refusal()
+        assert not asked.done()
+        load.end()
+        done = asked.result()
     assert (done.exit_code, json.loads(done.stdout)) == (0, {})
     monkeypatch.setenv("STOKER_PATIENCE", "0")
-    with slow.loading(url, 3 * SECONDS):
+    with slow.loading(url):
         for command in ("status", "generate x"):
             done = CliRunner().invoke(app, [*command.split(), "--url", url])
             assert isinstance(done.exception, BrokerLoading), command
@@ -140,7 +141,7 @@ def test_commands_wait_or_end_with_the_brokers_exit_code(url: str, monkeypatch: 
 
 def test_a_time_limit_of_the_caller_is_shorter_than_a_long_load(url: str) -> None:
     job(url)
-    with slow.loading(url, 4 * SECONDS), Client(settings=Settings(url=url)) as client:
+    with slow.loading(url), Client(settings=Settings(url=url)) as client:
         with pytest.raises(JobTimeout):
             client_job(client).result(timeout=0.2)
         assert client.redis.info("persistence")["loading"] == 1
@@ -158,8 +159,9 @@ def test_a_reader_that_waits_outlasts_the_load(url: str) -> None:
     with Client(settings=Settings(url=url)) as client:
         outcomes: list[Any] = []
         reader = threading.Thread(target=lambda: outcomes.append(attempt(client)))
-        with slow.loading(url, SECONDS):
+        with slow.loading(url) as load:
             reader.start()
+            load.await_refusal()
         client.redis.set(keys.result("job"), record, ex=60)
         client.redis.publish(keys.result("job"), record)
         reader.join(20)
@@ -176,8 +178,13 @@ def attempt(client: Client) -> Any:
 
 def test_a_worker_of_a_broker_that_loads_waits_before_it_starts(url: str) -> None:
     reported: list[str] = []
-    with slow.loading(url, SECONDS):
-        wait_for_broker(Settings(url=url, patience=0), reported.append)
+
+    def report(text: str) -> None:
+        reported.append(text)
+        load.end()
+
+    with slow.loading(url) as load:
+        wait_for_broker(Settings(url=url, patience=0), report)
         connect(Settings(url=url)).ping()
     assert reported
     with pytest.raises(BrokerUnavailable, match="no answer"):
