@@ -17,6 +17,7 @@ from engine.generation.sampling_batch import SamplingBatch, sampling_batch
 from engine.generation.step import Step, bucket
 from engine.models.cache import KeyValues
 from engine.models.decoder import Decoder
+from engine.models.joint import JointKeyValues
 
 #: The KV length, how much of the storage a pass reads, comes in sizes from this on.
 SMALLEST_KV_LENGTH = 256
@@ -40,7 +41,7 @@ class Batch:
     def __init__(self, model: Decoder, pool: AdapterPool, step: Step) -> None:
         self._model, self._pool, self._step = model, pool, step
         self.rows: list[Row] = []
-        self.kv: KeyValues | None = None
+        self.kv: KeyValues | JointKeyValues | None = None
         self._in_flight: PendingStep | None = None
 
     @property
@@ -62,7 +63,8 @@ class Batch:
         """Have room for `rows` rows of `length` tokens."""
         rows, capacity = self.shape_for(rows, length)
         if self.kv is None:
-            self.kv = KeyValues(self._model, rows, capacity)
+            kind = JointKeyValues if self._model.kv_sizes.joint else KeyValues
+            self.kv = kind(self._model, rows, capacity)
         else:
             self.kv.resize(max(rows, self.kv.rows), max(capacity, self.kv.capacity))
 
@@ -85,7 +87,7 @@ class Batch:
         """Free a row's slot; the last row moves into it."""
         last = self.rows.pop()
         if last is not row and self.kv is not None:
-            self.kv.put(row.slot, self.kv, last.slot, last.cached)
+            self.kv.move(row.slot, last.slot, last.cached)
             last.slot = row.slot
             self.rows[last.slot] = last
         row.slot = -1
@@ -119,6 +121,7 @@ class Batch:
             mx.array(offset),
             self._kv_length(int(offset.max()) + 1),
             adapters=self._pool.rows([row.adapter for row in self.rows] + [0] * (size - count)),
+            positions=self.kv.pending(offset),
         )
         chosen = self._step(self.kv, given, sampling)
         mx.async_eval(chosen)  # type: ignore[no-untyped-call]
@@ -164,6 +167,8 @@ class Batch:
 
     def _kv_length(self, length: int) -> int:
         assert self.kv is not None
+        if isinstance(self.kv, JointKeyValues):
+            return self.kv.capacity  # each row reads its own positions
         if self._step.decode_buckets:
             return min(bucket(length, SMALLEST_KV_LENGTH), self.kv.capacity)
         return min(-(-length // KV_LENGTH_STEP) * KV_LENGTH_STEP, self.kv.capacity)

@@ -17,6 +17,7 @@ class ForwardInput:
 
     `kv_length`: how many positions are read, a bound for every row. `last`: the index of the token of each row that the
     next one follows; None: the only one. `exact`: one row, whose keys and values this pass fills up to `kv_length`.
+    `positions`: over `JointKeyValues`, where the pass writes what the one before it made; else None.
     """
 
     tokens: mx.array
@@ -25,6 +26,7 @@ class ForwardInput:
     last: mx.array | None = None
     adapters: StackedLora | None = None
     exact: bool = False
+    positions: mx.array | None = None
 
 
 class _Record(NamedTuple):

@@ -18,6 +18,7 @@ from engine.generation.sampling import choose
 from engine.generation.sampling_batch import SamplingBatch
 from engine.models.cache import KeyValues, Stored, View
 from engine.models.decoder import Decoder
+from engine.models.joint import JointKeyValues, JointView
 from engine.platform.compiler import fuses_on_cpu, on_cpu
 
 T = TypeVar("T")
@@ -84,7 +85,7 @@ class Step:
         self.kept: OrderedDict[Hashable, Callable[..., Any]] = OrderedDict()
 
     def __call__(
-        self, kv: KeyValues, given: ForwardInput, sampling: SamplingBatch | None = None
+        self, kv: KeyValues | JointKeyValues, given: ForwardInput, sampling: SamplingBatch | None = None
     ) -> tuple[mx.array, ...]:
         """Put tokens through the model, which writes and reads `kv`; nothing is evaluated.
 
@@ -94,11 +95,16 @@ class Step:
         if self._compiled == "all":
             kv.stored, chosen = self._traced(self._whole, kv.stored, _Pass(given, sampling))
         else:
-            kv.stored, chosen = self._whole(kv.stored, _Pass(given, sampling))
+            kv.stored, chosen = self.whole(kv.stored, given, sampling)
         return tuple(chosen)
 
     def _whole(self, stored: Stored, step: _Pass) -> tuple[Stored, list[mx.array]]:
-        given, sampling = step.given, step.sampling
+        return self.whole(stored, step.given, step.sampling)
+
+    def whole(
+        self, stored: Stored, given: ForwardInput, sampling: SamplingBatch | None
+    ) -> tuple[Stored, list[mx.array]]:
+        """The pass as a function of arrays: what is stored after it, and what it chose."""
         wanted = _Forward(given, sampling is not None)
         if self._compiled == "decode" and given.tokens.shape[1] == 1 and not given.exact:
             written, logits = self._traced(self._forward, stored, wanted)
@@ -113,7 +119,11 @@ class Step:
         self.traces += 1
         model, given = self._model, step.given
         rows, many = given.tokens.shape
-        view = View(stored, given.offset, (rows, many), given.kv_length, given.exact, model.args.window)
+        view: View | JointView
+        if given.positions is None:
+            view = View(stored, given.offset, (rows, many), given.kv_length, given.exact, model.args.window)
+        else:
+            view = JointView(stored, given.offset, given.positions, model.kv_sizes.keys[0].heads)
         hidden = model(given.tokens, cache=view, adapters=given.adapters)
         if not step.logits:
             return view.written, None

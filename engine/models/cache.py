@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol, TypeAlias
 
 import mlx.core as mx
+import numpy as np
 
 from engine.models.attention import Mask
 
@@ -38,6 +39,8 @@ class KvSizes(NamedTuple):
     keys: Sequence[KvSide]
     values: Sequence[KvSide]
     states: Sequence[StateShape] = ()
+    #: Whether rows that decode keep several layers in one array (`engine.models.joint`): all sides are alike then.
+    joint: bool = False
 
 
 class HoldsKeyValues(Protocol):
@@ -62,10 +65,6 @@ class LayerCache(Protocol):
 
     def update(self, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Store the new tokens' keys and values (B, K, T, D); all that the rows attend to, (B, K, L, D) each."""
-        ...
-
-    def stored(self, layer: int) -> tuple[mx.array, mx.array] | None:
-        """The whole storage of a layer, (slots, K, capacity, D) each, where row i lies in slot i; else None."""
         ...
 
 
@@ -96,6 +95,9 @@ class KeyValues:
     def nbytes(self) -> int:
         return sum(array.nbytes for array in (*self.keys, *self.values, *self.states))
 
+    def pending(self, offset: np.ndarray) -> None:
+        """Where a pass over rows at `offset` has to write what the one before it made: each pass wrote its own."""
+
     def resize(self, rows: int, capacity: int) -> None:
         """More or fewer rows and positions; what fits stays. One layer at a time, so that old and new never both exist
         in full."""
@@ -103,19 +105,23 @@ class KeyValues:
             return
         for arrays in (self.keys, self.values):
             for layer in range(len(arrays)):
-                arrays[layer] = _resized(arrays[layer], rows, capacity)
+                arrays[layer] = resized(arrays[layer], rows, capacity)
                 mx.eval(arrays[layer])
         self.states = [_resized_rows(array, rows) for array in self.states]
         mx.eval(self.states)
         self.rows, self.capacity = rows, capacity
 
     def put(self, row: int, source: KeyValues, source_row: int, length: int) -> None:
-        """Copy the first `length` positions of a row of `source` (which may be this) to `row`."""
+        """Copy the first `length` positions of a row of `source` (which may be this) to `row`, and its states."""
         for target, origin in ((self.keys, source.keys), (self.values, source.values)):
             for layer, array in enumerate(origin):
                 target[layer][row : row + 1, :, :length] = array[source_row : source_row + 1, :, :length]
         for index, array in enumerate(source.states):
             self.states[index][row : row + 1] = array[source_row : source_row + 1]
+
+    def move(self, row: int, source_row: int, length: int) -> None:
+        """Copy the first `length` positions of a row to another."""
+        self.put(row, self, source_row, length)
 
     def clear_beyond(self, lengths: list[int]) -> None:
         """Zeros in each row's positions from its length on. What lies there is masked, and 0 times NaN is NaN."""
@@ -154,7 +160,8 @@ def _resized_rows(array: mx.array, rows: int) -> mx.array:
     return mx.pad(kept, [(0, more), *[(0, 0)] * (array.ndim - 1)]) if more else mx.contiguous(kept)
 
 
-def _resized(array: mx.array, rows: int, capacity: int) -> mx.array:
+def resized(array: mx.array, rows: int, capacity: int) -> mx.array:
+    """More or fewer rows and positions of one array; what fits stays."""
     array = array[:rows, :, :capacity]
     more = [(0, rows - array.shape[0]), (0, 0), (0, capacity - array.shape[2]), (0, 0)]
     return mx.pad(array, more) if any(after for _, after in more) else mx.contiguous(array)
@@ -205,9 +212,6 @@ class View:
         """What the rows of this pass attend to in a layer that was updated."""
         read = slice(0, self._rows), slice(None), slice(0, self.kv_length)
         return self.keys[layer][read], self.values[layer][read]
-
-    def stored(self, layer: int) -> tuple[mx.array, mx.array]:
-        return self.keys[layer], self.values[layer]
 
     def state(self, index: int) -> mx.array:
         """What a recurrent layer kept of the rows of this pass."""

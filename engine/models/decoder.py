@@ -8,6 +8,7 @@ from typing import Protocol
 import mlx.core as mx
 
 from engine.models.cache import KvSizes, LayerCache
+from engine.models.joint import Cache
 from engine.models.layers import LayerAdapters, Linear
 
 
@@ -49,7 +50,7 @@ class Decoder(Protocol):
     def __call__(
         self,
         tokens: mx.array,
-        cache: LayerCache | None = None,
+        cache: Cache | None = None,
         adapters: LayerAdapters | None = None,
         run_block: RunBlock | None = None,
     ) -> mx.array:

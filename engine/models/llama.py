@@ -6,7 +6,7 @@ Qwen3 are this decoder with a switch each, so they run it; their files say what 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -14,17 +14,15 @@ import mlx.core as mx
 
 from engine.models import rope
 from engine.models.attention import attention
-from engine.models.cache import KvSide, KvSizes, LayerCache
+from engine.models.cache import KvSide, KvSizes
 from engine.models.decoder import RunBlock
 from engine.models.fastmath import swiglu
+from engine.models.joint import Cache, JointView
 from engine.models.layers import Embedding, FusedLinear, LayerAdapters, Linear, RMSNorm
 from engine.models.sizes import decoder_sizes, gguf_sizes, layers_of
 from engine.weights.tensors import Tensors
 from kernels.attend import KERNEL as ATTEND
-from kernels.attend import attend
-from kernels.rope import KERNEL as ROPE
-from kernels.rope import RopeInput
-from kernels.rope import rope as rope_kernel
+from kernels.attend import AttendInput, attend, unfit
 from stoker.errors import ModelError
 
 
@@ -106,20 +104,45 @@ class Attention:
         # Queries and keys are both multiplied by the gain: their product by its square.
         self.scale = self.args.head_dim**-0.5 * rotate.gain**2
 
-    def __call__(self, x: mx.array, cache: LayerCache | None, adapters: LayerAdapters | None) -> mx.array:
+    def __call__(self, x: mx.array, cache: Cache | None, adapters: LayerAdapters | None) -> mx.array:
+        if isinstance(cache, JointView):
+            return self.o_proj(self._attend_jointly(x, cache, adapters), adapters)
         args, (batch, length, _) = self.args, x.shape
         offset = 0 if cache is None else cache.offset
         queries, keys, values = self._project(x, offset, adapters)
-        scale, stored = self.scale, None
         if cache is not None:
             keys, values = cache.update(self.index, keys, values)
-            stored = cache.stored(self.index) if length == 1 and ATTEND.active else None
-        if stored is not None and isinstance(offset, mx.array):
-            y = attend(queries, *stored, offset, scale=scale, window=args.window)
-        else:
-            mask = "causal" if cache is None else cache.mask
-            y = attention(queries, keys, values, scale=scale, mask=mask, window=args.window)
+        mask = "causal" if cache is None else cache.mask
+        y = attention(queries, keys, values, scale=self.scale, mask=mask, window=args.window)
         return self.o_proj(y.swapaxes(1, 2).reshape(batch, length, -1), adapters)
+
+    def _attend_jointly(self, x: mx.array, cache: JointView, adapters: LayerAdapters | None) -> mx.array:
+        """Attention of one new token a row, (B, 1, H·d), by the kernel that begins at the projections."""
+        args, rows = self.args, x.shape[0]
+        parts, starts = self._projections(x, adapters)
+        stored, made = cache.begin(self.index)
+        q_weight, k_weight = (None if norm is None else norm.weight for norm in (self.q_norm, self.k_norm))
+        q, k, v = (part.reshape(rows, -1) for part in parts)
+        periods, scale = self.rotate.periods, self.scale
+        given = AttendInput(
+            *(q, k, v, stored, made, cache.offset, periods, q_weight, k_weight, starts),
+            *(args.heads, args.kv_heads, scale, args.norm_eps, args.window),
+        )
+        y, made = attend(given)
+        cache.keep(self.index, made)
+        return y.reshape(rows, 1, -1)
+
+    def _projections(
+        self, x: mx.array, adapters: LayerAdapters | None
+    ) -> tuple[Sequence[mx.array], tuple[int, int, int]]:
+        """What q, k and v make of x (B, T, dim), each in an array from an index on: in one array where one product
+        makes them, as taking it apart would copy it."""
+        if self.qkv is None:
+            return [linear(x, adapters) for linear in (self.q_proj, self.k_proj, self.v_proj)], (0, 0, 0)
+        if adapters is not None:
+            return self.qkv(x, adapters), (0, 0, 0)
+        width, kv_width = self.args.heads * self.args.head_dim, self.args.kv_heads * self.args.head_dim
+        return [self.qkv.product(x)] * 3, (0, width, width + kv_width)
 
     def _project(
         self, x: mx.array, offset: int | mx.array, adapters: LayerAdapters | None
@@ -139,11 +162,7 @@ class Attention:
 
     def _rotated(self, queries: mx.array, keys: mx.array, offset: int | mx.array) -> tuple[mx.array, mx.array]:
         """Both projections, (B, T, heads·d), as heads (B, heads, T, d), normed and turned to their positions."""
-        args, (batch, length, _) = self.args, queries.shape
-        if length == 1 and isinstance(offset, mx.array) and ROPE.active:
-            q, k = queries.reshape(batch, args.heads, -1), keys.reshape(batch, args.kv_heads, -1)
-            q_weight, k_weight = (None if norm is None else norm.weight for norm in (self.q_norm, self.k_norm))
-            return rope_kernel(RopeInput(q, k, offset, self.rotate.periods, q_weight, k_weight, args.norm_eps))
+        args = self.args
         queries = self._heads(queries, args.heads, self.q_norm)
         keys = self._heads(keys, args.kv_heads, self.k_norm)
         return self.rotate(queries, offset), self.rotate(keys, offset)
@@ -179,12 +198,12 @@ class Block:
             tensors, f"{name}.post_attention_layernorm", args.dim, args.norm_eps
         )
 
-    def __call__(self, x: mx.array, cache: LayerCache | None, adapters: LayerAdapters | None) -> mx.array:
+    def __call__(self, x: mx.array, cache: Cache | None, adapters: LayerAdapters | None) -> mx.array:
         x, update = self.forward(x, None, cache, adapters)
         return x + update
 
     def forward(
-        self, x: mx.array, update: mx.array | None, cache: LayerCache | None, adapters: LayerAdapters | None
+        self, x: mx.array, update: mx.array | None, cache: Cache | None, adapters: LayerAdapters | None
     ) -> tuple[mx.array, mx.array]:
         """The block of x + update (None: of x), as such a pair: the next norm adds them, in one kernel on a GPU."""
         fused = cache is not None  # else it may be differentiated
@@ -249,13 +268,15 @@ class Llama:
     @property
     def kv_sizes(self) -> KvSizes:
         """The same for every layer."""
-        sides = [KvSide(self.args.kv_heads, self.args.head_dim, self.dtype)] * self.args.layers
-        return KvSizes(sides, sides)
+        args = self.args
+        sides = [KvSide(args.kv_heads, args.head_dim, self.dtype)] * args.layers
+        joint = ATTEND.active and unfit(args.heads, args.kv_heads, args.head_dim, self.dtype) is None
+        return KvSizes(sides, sides, joint=joint)
 
     def __call__(
         self,
         tokens: mx.array,
-        cache: LayerCache | None = None,
+        cache: Cache | None = None,
         adapters: LayerAdapters | None = None,
         run_block: RunBlock | None = None,
     ) -> mx.array:

@@ -1,5 +1,6 @@
-"""Scaled dot-product attention of one new token a row over the rows' keys and values, each row as far as it has any."""
+"""Attention of one new token a row, from the projections on (rotation: Su et al., 2021)."""
 
-from kernels.attend.op import KERNEL, attend
+from kernels.attend.arguments import AttendInput
+from kernels.attend.op import KERNEL, attend, unfit
 
-__all__ = ["KERNEL", "attend"]
+__all__ = ["KERNEL", "AttendInput", "attend", "unfit"]

@@ -1,8 +1,15 @@
-// Attention of one new token a row over keys and values where they lie: a row reads its own columns and no more, without
-// mask and without padding. One threadgroup for the heads of a row that share keys and values; a simdgroup has one head
-// and every SPLITSth batch of keys. LANES lanes have a key, each PACK of its numbers, loaded at once.
-// q [rows, HEADS · DIM]  keys, values [slots, KV_HEADS, capacity, DIM]  offset [rows]  →  y [rows, HEADS · DIM]
-// template T, DIM, GROUP = HEADS / KV_HEADS, KV_HEADS, SPLITS, DEPTH, PACK = 16 bytes / T, WINDOW (0: none), SCALE: its bits
+// Attention of one new token a row, from the projections on: an RMSNorm over each head where the model has one, the
+// rotation by the row's own position, and attention over what is stored and the new token. A row reads its own positions
+// and no more, without mask and without padding. The new token's rotated keys and its values come out beside the result.
+// One threadgroup for the heads of a row that share keys and values; a simdgroup has one head and every SPLITSth batch of
+// keys. LANES lanes have a key, each PACK of its numbers, loaded at once.
+// q, k, v [rows, Q_ROW, K_ROW, V_ROW], each from its START on
+// stored [slots, heads of some layers, capacity, DIM]: a layer has KV_HEADS of keys, then as many of values
+// fresh [rows, heads of the layers before, DIM], absent where FIRST: says which of these layers this is
+// offset [rows]  period [DIM / 2] float32  q_weight, k_weight [DIM]
+//   →  y [rows, HEADS · DIM]  made [rows, heads up to this layer, DIM]: fresh, the new keys, the new values
+// template T, DIM, GROUP = HEADS / KV_HEADS, KV_HEADS, SPLITS, DEPTH, PACK = 16 bytes / T, WINDOW (0: none), SCALE and EPS:
+// their bits, NORM, FIRST, Q_ROW, K_ROW, V_ROW, Q_START, K_START, V_START
 constexpr int LANES = DIM / PACK;
 constexpr int KEYS = 32 / LANES;
 threadgroup float part[GROUP * SPLITS][DIM];
@@ -10,50 +17,107 @@ threadgroup float part_top[GROUP * SPLITS];
 threadgroup float part_sum[GROUP * SPLITS];
 const uint row = threadgroup_position_in_grid.x;
 const uint kv_head = threadgroup_position_in_grid.y;
+const uint thread_index = thread_position_in_threadgroup.x;
 const uint lane = thread_index_in_simdgroup;
 const uint simdgroup = simdgroup_index_in_threadgroup;
 const uint head = simdgroup % uint(GROUP);
 const uint split = simdgroup / uint(GROUP);
 const uint piece = lane % uint(LANES);
-const uint capacity = uint(keys_shape[2]);
-const uint end = metal::min(uint(offset[row]) + 1, capacity);
-const uint begin = WINDOW > 0 && end > uint(WINDOW) ? end - uint(WINDOW) : 0u;
-const size_t q_start = ((size_t(row) * KV_HEADS + kv_head) * GROUP + head) * DIM;
-const size_t kv_start = (size_t(row) * KV_HEADS + kv_head) * capacity * DIM;
+const uint before = uint(fresh_shape[1]) * uint(!FIRST);
+const size_t q_start = size_t(row) * Q_ROW + Q_START + (kv_head * GROUP + head) * DIM;
+const size_t k_start = size_t(row) * K_ROW + K_START + kv_head * DIM;
+const size_t v_start = size_t(row) * V_ROW + V_START + kv_head * DIM;
+
+// --- The query and the new key, normed and turned, and the new value: a lane has PACK numbers of each.
 float query[PACK];
-float sum_v[PACK];
+float query_pair[PACK];
+float key[PACK];
+float key_pair[PACK];
+float q_squares = 0.0f;
+float k_squares = 0.0f;
 for (int d = 0; d < PACK; d++) {
-  query[d] = float(q[q_start + piece * PACK + d]) * as_type<float>(uint(SCALE));
-  sum_v[d] = 0.0f;
+  const uint i = piece * PACK + d;
+  const uint pair = i < uint(DIM / 2) ? i + DIM / 2 : i - DIM / 2;
+  query[d] = float(q[q_start + i]);
+  query_pair[d] = float(q[q_start + pair]);
+  key[d] = float(k[k_start + i]);
+  key_pair[d] = float(k[k_start + pair]);
+  q_squares += query[d] * query[d];
+  k_squares += key[d] * key[d];
 }
-float top = -3e38f;
-float sum = 0.0f;
+if (NORM) {
+  const float q_inverse = metal::rsqrt(metal::simd_sum(lane < uint(LANES) ? q_squares : 0.0f) / float(DIM) + as_type<float>(uint(EPS)));
+  const float k_inverse = metal::rsqrt(metal::simd_sum(lane < uint(LANES) ? k_squares : 0.0f) / float(DIM) + as_type<float>(uint(EPS)));
+  for (int d = 0; d < PACK; d++) {
+    const uint i = piece * PACK + d;
+    const uint pair = i < uint(DIM / 2) ? i + DIM / 2 : i - DIM / 2;
+    query[d] = float(T(query[d] * q_inverse * float(q_weight[i])));
+    query_pair[d] = float(T(query_pair[d] * q_inverse * float(q_weight[pair])));
+    key[d] = float(T(key[d] * k_inverse * float(k_weight[i])));
+    key_pair[d] = float(T(key_pair[d] * k_inverse * float(k_weight[pair])));
+  }
+}
+float dot = 0.0f;
+for (int d = 0; d < PACK; d++) {
+  const uint i = piece * PACK + d;
+  const float angle = float(offset[row]) / period[i % uint(DIM / 2)];
+  const float c = metal::cos(angle);
+  const float s = i < uint(DIM / 2) ? -metal::sin(angle) : metal::sin(angle);
+  query[d] = float(T(query[d] * c + query_pair[d] * s)) * as_type<float>(uint(SCALE));
+  key[d] = float(T(key[d] * c + key_pair[d] * s));
+  dot += query[d] * key[d];
+}
+for (uint step = LANES / 2; step > 0; step >>= 1) dot += metal::simd_shuffle_xor(dot, ushort(step));
+
+// --- What the next pass stores: this layer's new token behind those of the layers before.
+const size_t made_start = size_t(row) * (before + 2 * KV_HEADS) * DIM;
+if (simdgroup == 0 && lane < uint(LANES)) {
+  for (int d = 0; d < PACK; d++) {
+    const uint i = piece * PACK + d;
+    made[made_start + (before + kv_head) * DIM + i] = T(key[d]);
+    made[made_start + (before + KV_HEADS + kv_head) * DIM + i] = v[v_start + i];
+  }
+}
+for (uint i = kv_head * threads_per_threadgroup.x + thread_index; i < before * DIM; i += threads_per_threadgroup.x * KV_HEADS)
+  made[made_start + i] = fresh[size_t(row) * before * DIM + i];
+
+// --- The new token is what the first split begins with; then what is stored, the softmax as it goes (Milakov and
+// Gimelshein, 2018).
+const bool has_new = split == 0 && lane < uint(LANES);
+float top = has_new ? dot : -3e38f;
+float sum = has_new ? 1.0f : 0.0f;
+float sum_v[PACK];
+for (int d = 0; d < PACK; d++) sum_v[d] = has_new ? float(v[v_start + piece * PACK + d]) : 0.0f;
+const uint capacity = uint(stored_shape[2]);
+const uint end = metal::min(uint(offset[row]), capacity);
+const uint begin = WINDOW > 0 && end + 1 > uint(WINDOW) ? end + 1 - uint(WINDOW) : 0u;
+const size_t keys_start = (size_t(row) * uint(stored_shape[1]) + before + kv_head) * capacity * DIM;
+const size_t values_start = keys_start + size_t(KV_HEADS) * capacity * DIM;
 for (uint batch = begin + split * KEYS * DEPTH; batch < end; batch += SPLITS * KEYS * DEPTH) {
   // Some keys a lane, so that the loads of all are under way together.
-  uint4 k[DEPTH];
-  uint4 v[DEPTH];
+  uint4 old_key[DEPTH];
+  uint4 old_value[DEPTH];
   float score[DEPTH];
   float new_top = top;
   for (int n = 0; n < DEPTH; n++) {
     const uint i = metal::min(batch + uint(n) * KEYS + lane / LANES, end - 1);
-    k[n] = DEVICE_POINTER(uint4, keys + kv_start + size_t(i) * DIM)[piece];
-    v[n] = DEVICE_POINTER(uint4, values + kv_start + size_t(i) * DIM)[piece];
+    old_key[n] = DEVICE_POINTER(uint4, stored + keys_start + size_t(i) * DIM)[piece];
+    old_value[n] = DEVICE_POINTER(uint4, stored + values_start + size_t(i) * DIM)[piece];
   }
   for (int n = 0; n < DEPTH; n++) {
-    float dot = 0.0f;
-    for (int d = 0; d < PACK; d++) dot += query[d] * Packed<T>::at(k[n], d);
-    for (uint step = LANES / 2; step > 0; step >>= 1) dot += metal::simd_shuffle_xor(dot, ushort(step));
-    score[n] = batch + uint(n) * KEYS + lane / LANES < end ? dot : -3e38f;
+    float product = 0.0f;
+    for (int d = 0; d < PACK; d++) product += query[d] * Packed<T>::at(old_key[n], d);
+    for (uint step = LANES / 2; step > 0; step >>= 1) product += metal::simd_shuffle_xor(product, ushort(step));
+    score[n] = batch + uint(n) * KEYS + lane / LANES < end ? product : -3e38f;
     new_top = metal::max(new_top, score[n]);
   }
-  // The softmax as it goes (Milakov and Gimelshein, 2018).
   const float fade = metal::exp(top - new_top);
   sum *= fade;
   for (int d = 0; d < PACK; d++) sum_v[d] *= fade;
   for (int n = 0; n < DEPTH; n++) {
     const float weight = score[n] > -3e38f ? metal::exp(score[n] - new_top) : 0.0f;
     sum += weight;
-    for (int d = 0; d < PACK; d++) sum_v[d] += weight * Packed<T>::at(v[n], d);
+    for (int d = 0; d < PACK; d++) sum_v[d] += weight * Packed<T>::at(old_value[n], d);
   }
   top = new_top;
 }
@@ -76,8 +140,9 @@ float all_top = -3e38f;
 for (int s = 0; s < SPLITS; s++) all_top = metal::max(all_top, part_top[head + s * GROUP]);
 float total = 0.0f;
 for (int s = 0; s < SPLITS; s++) total += part_sum[head + s * GROUP] * metal::exp(part_top[head + s * GROUP] - all_top);
+const size_t y_start = ((size_t(row) * KV_HEADS + kv_head) * GROUP + head) * DIM;
 for (uint d = lane; d < uint(DIM); d += 32) {
   float value = 0.0f;
   for (int s = 0; s < SPLITS; s++) value += part[head + s * GROUP][d] * metal::exp(part_top[head + s * GROUP] - all_top);
-  y[q_start + d] = T(value / total);
+  y[y_start + d] = T(value / total);
 }

@@ -3,31 +3,93 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
+from kernels.attend.arguments import AttendInput
 from kernels.kernel import Case, Timing, normal, on_device
 
 
+class _Shape(NamedTuple):
+    rows: int
+    heads: int
+    kv_heads: int
+    dim: int
+    capacity: int
+    #: Layers before this one in what is stored.
+    before: int = 0
+    window: int | None = None
+    norm: bool = False
+    #: Whether q, k and v are one array.
+    joint: bool = True
+    eps_scale: float = 1.0
+
+
+_SHAPES = (
+    _Shape(2, 14, 2, 64, 150, before=1),
+    _Shape(3, 4, 4, 32, 40, norm=True),
+    _Shape(1, 8, 1, 128, 300, window=50, joint=False),
+    _Shape(2, 2, 1, 16, 1, before=2),
+    # Heads so small that eps counts.
+    _Shape(2, 2, 2, 64, 9, norm=True, joint=False, eps_scale=1e-3),
+)
+
+
+def _periods(dim: int, base: float = 1e6) -> mx.array:
+    return mx.array(base ** (np.arange(0, dim, 2) / dim), mx.float32)
+
+
+def _input(shape: _Shape, dtype: mx.Dtype, random: np.random.Generator) -> AttendInput:
+    rows, heads, kv_heads, dim, capacity, before, window, norm, joint, scale = shape
+    widths = (heads * dim, kv_heads * dim, kv_heads * dim)
+    starts = (0, widths[0], widths[0] + widths[1]) if joint else (0, 0, 0)
+    whole = normal(random, (rows, sum(widths)), dtype, scale)
+    q, k, v = [whole] * 3 if joint else [normal(random, (rows, width), dtype, scale) for width in widths]
+    q_weight, k_weight = (normal(random, (dim,), dtype) if norm else None for _ in range(2))
+    return AttendInput(
+        q,
+        k,
+        v,
+        stored=normal(random, (rows + 1, (before + 2) * 2 * kv_heads, capacity, dim), dtype),
+        fresh=normal(random, (rows, before * 2 * kv_heads, dim), dtype) if before else None,
+        # From none stored, by which a row sees its new token alone, to all.
+        offset=mx.array(np.array([capacity, 0, *random.integers(0, capacity, rows)][:rows]), mx.int32),
+        period=_periods(dim),
+        q_weight=q_weight,
+        k_weight=k_weight,
+        starts=starts,
+        heads=heads,
+        kv_heads=kv_heads,
+        scale=dim**-0.5,
+        window=window,
+    )
+
+
 def cases(dtype: mx.Dtype, random: np.random.Generator) -> Iterable[Case]:
-    shapes = ((2, 14, 2, 64, 150, None), (3, 4, 4, 32, 40, None), (1, 8, 1, 128, 300, 50), (2, 2, 1, 16, 1, None))
-    for rows, heads, kv_heads, dim, capacity, window in shapes:
-        q = normal(random, (rows, heads, 1, dim), dtype)
-        keys, values = (normal(random, (rows + 1, kv_heads, capacity, dim), dtype) for _ in range(2))
-        offset = mx.array(random.integers(0, capacity, rows), mx.int32)
-        label = f"{rows} rows of {capacity}, {heads} heads over {kv_heads} of {dim}"
-        label = f"{label}, window {window}" if window else label
-        yield Case(label, (q, keys, values, offset, dim**-0.5, window))
+    for shape in _SHAPES:
+        label = f"{shape.rows} rows of {shape.capacity}, {shape.heads} heads over {shape.kv_heads} of {shape.dim}"
+        extras = (f"{shape.before} layers before" if shape.before else "", "norms" if shape.norm else "")
+        window = f"window {shape.window}" if shape.window else ""
+        yield Case(", ".join(filter(None, (label, *extras, window))), _input(shape, dtype, random))
 
 
 def timings(dtype: mx.Dtype) -> Iterable[Timing]:
     random = np.random.default_rng(0)
     for rows, capacity in ((1, 512), (32, 512), (32, 2048)):
-        q = on_device((rows, 14, 1, 64), dtype)
-        keys, values = (on_device((rows, 2, capacity, 64), dtype) for _ in range(2))
+        whole = on_device((rows, 18 * 64), dtype)
+        stored = on_device((rows, 4, capacity, 64), dtype)
         offset = mx.array(random.integers(capacity // 2, capacity, rows), mx.int32)
-        read = int(np.array(offset + 1).sum()) * 2 * 64 * int(dtype.size) * 2
-        arguments = (q, keys, values, offset, 0.125, None)
+        read = int(np.array(offset).sum()) * 2 * 64 * int(dtype.size) * 2
+        arguments = AttendInput(
+            *(whole, whole, whole, stored, None, offset, _periods(64), None, None, (0, 14 * 64, 16 * 64)),
+            *(14, 2, 0.125),
+        )
         label = f"{rows} rows of {capacity // 2} to {capacity}, 14 heads over 2"
-        yield Timing(label, arguments, read + 2 * q.nbytes, lambda given, made: (made[0], *given[1:]))
+
+        def chain(given: tuple[object, ...], made: list[mx.array]) -> tuple[object, ...]:
+            again = mx.concatenate([made[0], made[1].reshape(made[0].shape[0], -1)], axis=1)
+            return (again, again, again, *given[3:])
+
+        yield Timing(label, arguments, read + 2 * whole.nbytes, chain)

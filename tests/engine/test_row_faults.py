@@ -326,7 +326,7 @@ def stored(lane: GenerateLane) -> Iterator[mx.array]:
     caches = [lane.batch.kv, *lane.prefixes.kept]
     for kv in caches:
         if kv is not None:
-            yield from (*kv.keys, *kv.values)
+            yield from (array for arrays in kv.stored for array in arrays)
 
 
 def test_a_device_that_fails_ends_every_job_of_the_lane_and_the_next_ones_are_served(

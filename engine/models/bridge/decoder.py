@@ -13,8 +13,9 @@ import mlx.nn as nn
 from engine.models.bridge import blocks, linears, package, slots, weights
 from engine.models.bridge.configs import BridgeArgs, context_of
 from engine.models.bridge.network import TRIED, cut
-from engine.models.cache import KvSizes, LayerCache, View
+from engine.models.cache import KvSizes, View
 from engine.models.decoder import RunBlock
+from engine.models.joint import Cache
 from engine.models.layers import LayerAdapters, Linear
 from engine.weights.precision import Precision
 from stoker.errors import ModelError
@@ -85,7 +86,7 @@ class BridgedDecoder:
     def __call__(
         self,
         tokens: mx.array,
-        cache: LayerCache | None = None,
+        cache: Cache | None = None,
         adapters: LayerAdapters | None = None,
         run_block: RunBlock | None = None,
     ) -> mx.array:

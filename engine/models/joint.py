@@ -1,0 +1,150 @@
+"""Keys and values of rows that decode, several layers in one array, for the kernel that attends from projections on.
+
+A token's keys and values are written by the pass after the one that made them: the kernel has them in its registers
+anyway, and gives those of one layer on to the next, so that a few launches a step write the tokens of all layers.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TypeAlias
+
+import mlx.core as mx
+import numpy as np
+
+from engine.models.cache import HoldsKeyValues, KeyValues, LayerCache, Stored, resized
+
+#: Layers of one array. More make fewer launches; but while an array grows, it is there twice.
+LAYERS_TOGETHER = 6
+
+
+class JointKeyValues:
+    """Keys and values of every layer: arrays (rows, heads, capacity, size) of some layers each, and `fresh`.
+
+    A layer has its heads of keys, then those of values. `fresh`: what the last pass made of its rows, (rows, heads,
+    size) for each array, which is written at `_positions` by the next pass, or before anything else is done here.
+    """
+
+    def __init__(self, model: HoldsKeyValues, rows: int, capacity: int) -> None:
+        sides = model.kv_sizes.keys
+        self._layers, self._side = len(sides), sides[0]
+        self.rows, self.capacity = rows, capacity
+        self._together = math.ceil(self._layers / math.ceil(self._layers / LAYERS_TOGETHER))
+        counts = [min(self._together, self._layers - first) for first in range(0, self._layers, self._together)]
+        self.arrays = [
+            mx.zeros((rows, count * 2 * self._side.heads, capacity, self._side.size), self._side.dtype)
+            for count in counts
+        ]
+        self._fresh: list[mx.array] = []
+        self._positions: mx.array | None = None
+
+    @property
+    def heads(self) -> int:
+        """Heads of keys of a layer, and of values."""
+        return self._side.heads
+
+    @property
+    def stored(self) -> Stored:
+        """All arrays; what is set here takes their places."""
+        return self.arrays, self._fresh, []
+
+    @stored.setter
+    def stored(self, stored: Stored) -> None:
+        self.arrays, self._fresh, _ = stored
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self.arrays)
+
+    def pending(self, offset: np.ndarray) -> mx.array:
+        """Where a pass over rows at `offset` has to write what the one before it made; that one's tokens follow.
+
+        Where nothing waits, at the new tokens' own positions: the pass after writes them again.
+        """
+        if not self._fresh or self._fresh[0].shape[0] != len(offset):
+            self._write_fresh()
+            self._fresh = [
+                mx.zeros((len(offset), array.shape[1], array.shape[3]), array.dtype) for array in self.arrays
+            ]
+        now = mx.array(offset.astype(np.uint32))
+        positions, self._positions = self._positions, now
+        return now if positions is None else positions
+
+    def resize(self, rows: int, capacity: int) -> None:
+        """More or fewer rows and positions; what fits stays. One array at a time, so that old and new never both exist
+        in full."""
+        if (rows, capacity) == (self.rows, self.capacity):
+            return
+        self._write_fresh()
+        for index in range(len(self.arrays)):
+            self.arrays[index] = resized(self.arrays[index], rows, capacity)
+            mx.eval(self.arrays[index])
+        self.rows, self.capacity = rows, capacity
+
+    def put(self, row: int, source: KeyValues, source_row: int, length: int) -> None:
+        """Copy the first `length` positions of a row of `source` to `row`."""
+        self._write_fresh()
+        for index, array in enumerate(self.arrays):
+            layers = range(self._layers)[index * self._together : (index + 1) * self._together]
+            sides = [side[layer] for layer in layers for side in (source.keys, source.values)]
+            found = mx.concatenate([side[source_row : source_row + 1, :, :length] for side in sides], axis=1)
+            array[row : row + 1, :, :length] = found
+
+    def move(self, row: int, source_row: int, length: int) -> None:
+        """Copy the first `length` positions of a row to another."""
+        self._write_fresh()
+        for array in self.arrays:
+            array[row : row + 1, :, :length] = array[source_row : source_row + 1, :, :length]
+
+    def clear_beyond(self, lengths: list[int]) -> None:
+        """Zeros in each row's positions from its length on. What lies there is masked, and 0 times NaN is NaN."""
+        self._write_fresh()
+        keep = mx.arange(self.capacity)[None, None, :, None] < mx.array(lengths)[:, None, None, None]
+        self.arrays = [mx.where(keep, array, mx.zeros((), array.dtype)) for array in self.arrays]
+
+    def _write_fresh(self) -> None:
+        if self._fresh and self._positions is not None:
+            for array, fresh in zip(self.arrays, self._fresh, strict=True):
+                write(array, fresh, self._positions)
+        self._fresh, self._positions = [], None
+
+
+class JointView:
+    """What one pass of a new token a row writes and reads of `JointKeyValues`.
+
+    `positions`: where what the pass before made is written, uint32 (rows,); the new tokens are at `offset`.
+    """
+
+    def __init__(self, stored: Stored, offset: mx.array, positions: mx.array, layer_heads: int) -> None:
+        self.arrays, self._fresh = list(stored[0]), list(stored[1])
+        self._made: list[mx.array | None] = [None] * len(self.arrays)
+        self.offset, self._positions = offset, positions
+        self._together = self.arrays[0].shape[1] // (2 * layer_heads)
+
+    @property
+    def written(self) -> Stored:
+        """All arrays, with what the pass before made, and what this one made."""
+        return self.arrays, [made for made in self._made if made is not None], []
+
+    def begin(self, layer: int) -> tuple[mx.array, mx.array | None]:
+        """What is stored of a layer and its neighbours, and what this pass made of those before it among these."""
+        index = layer // self._together
+        if self._made[index] is None:
+            write(self.arrays[index], self._fresh[index], self._positions)
+        return self.arrays[index], self._made[index]
+
+    def keep(self, layer: int, made: mx.array) -> None:
+        """What `begin` gave of this pass, with the new token of this layer behind it."""
+        self._made[layer // self._together] = made
+
+
+#: What a decoder's forward pass may be given.
+Cache: TypeAlias = LayerCache | JointView
+
+
+def write(array: mx.array, fresh: mx.array, positions: mx.array) -> None:
+    """Put one token a row, (rows, heads, size), at its position of an array, in place, and in one launch."""
+    rows, heads, _ = fresh.shape
+    # Unsigned and of the full shape: else MLX would launch what makes them so.
+    row, head = np.indices((rows, heads), dtype=np.uint32)
+    array[mx.array(row), mx.array(head), positions[:, None]] = fresh

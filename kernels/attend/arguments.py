@@ -1,0 +1,36 @@
+"""What `attend` is called with."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import mlx.core as mx
+
+
+class AttendInput(NamedTuple):
+    """One new token a row. A tuple, as `Kernel` is called with its fields one by one.
+
+    `q`, `k`, `v`: (rows, width) each, as the projections make them, from `starts` on; they may be one array.
+    `stored`: (slots, heads, capacity, dim), some layers' keys and values as they are kept: a layer has `kv_heads` of
+    keys, then as many of values. Row i is in slot i, and reads the positions before `offset[i]`, int32 (rows,), with
+    `window` the last window − 1 of them; its new token is at that position.
+    `fresh`: (rows, heads, dim), what this gave for the layers before it in `stored`; None for the first.
+    `period`: float32 (dim / 2,): the pair i, i + dim / 2 turns by offset / period[i]. `q_weight` and `k_weight` are
+    those (dim,) of an RMSNorm over each head of q and of k before that (Qwen3); both or neither.
+    """
+
+    q: mx.array
+    k: mx.array
+    v: mx.array
+    stored: mx.array
+    fresh: mx.array | None
+    offset: mx.array
+    period: mx.array
+    q_weight: mx.array | None
+    k_weight: mx.array | None
+    starts: tuple[int, int, int]
+    heads: int
+    kv_heads: int
+    scale: float
+    eps: float = 1e-6
+    window: int | None = None

@@ -1,0 +1,125 @@
+"""How many kernels a compiled decode step launches on a GPU, counted from its graph, without one.
+
+MLX exports the graph of a pass with every back-end, our kernels in it. What is counted:
+
+- each kernel of ours, product, reduction, gather, scatter and so on is a launch, and each `mx.fast` operation is;
+- elementwise operations that feed each other are one, as `mx.compile` makes of them;
+- a write at a position that the device knows is two: its offset is computed first; a concatenation is one an input;
+- a kernel of ours whose input is a part of an array, or an array in another order, costs a copy more.
+
+Views, reshapes of whole arrays and broadcasts launch nothing. Not counted: what a GPU's library does inside of a
+product (cuBLAS may add one that sums its parts), and copies of keys and values that something else still holds.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import mlx.core as mx
+
+from engine.models import fastmath
+from kernels.backend import using
+
+#: Launch nothing: they give a view, or MLX's graph alone needs them.
+_VIEWS = {
+    "AsStrided", "Broadcast", "BroadcastAxes", "Depends", "ExpandDims", "Flatten", "Reshape", "Slice", "Split",
+    "Squeeze",    "StopGradient", "Transpose", "Unflatten", "View",
+}  # fmt: skip
+#: Views that leave out, repeat or reorder, so that a kernel that wants rows one after the other gets a copy.
+_SCATTERED = {"AsStrided", "Slice", "Split", "Transpose"}
+_ELEMENTWISE = {
+    "Abs", "Add", "AsType", "BitwiseBinary", "Divide", "Equal", "Exp", "Greater", "GreaterEqual", "IsNaN", "Less",
+    "LessEqual", "Log", "LogicalAnd", "LogicalNot", "LogicalOr", "Maximum", "Minimum", "Multiply", "Negative",
+    "NotEqual", "Power", "Select", "Sigmoid", "Sqrt", "Square", "Subtract",
+}  # fmt: skip
+
+
+def launches(function: Callable[..., Any], *arrays: mx.array) -> Counter[str]:
+    """What `function(*arrays)`, compiled, launches, by kind."""
+    nodes: list[dict[str, Any]] = []
+    with using("metal"), _whole_operations():
+        mx.export_function(nodes.append, function, *arrays)
+    return _counted([node for node in nodes if node["type"] == "primitive"])
+
+
+def _counted(primitives: list[dict[str, Any]]) -> Counter[str]:
+    made_by = {out[0]: node for node in primitives for out in node["outputs"]}
+    found: Counter[str] = Counter()
+    for node in primitives:
+        name, inputs = node["name"], [entry[0] for entry in node["inputs"]]
+        if name in _VIEWS or name in _ELEMENTWISE:
+            continue
+        if name == "CustomKernel":
+            found[node["arguments"][0].split("_", 2)[-1].split("__")[0]] += 1
+            found["copies for kernels"] += sum(_scattered(each, made_by) for each in inputs)
+        elif name == "Concatenate":
+            found[name] += len(inputs)
+        else:
+            found[name] += 2 if name.startswith("DynamicSlice") else 1
+    found["fused elementwise"] = len(_chains(primitives, made_by))
+    return +found
+
+
+def _scattered(name: str, made_by: dict[str, dict[str, Any]]) -> bool:
+    """Whether an array is a view whose rows do not lie one after the other."""
+    node = made_by.get(name)
+    while node is not None and node["name"] in _VIEWS:
+        (source, shape, _), (_, made, _) = node["inputs"][0], next(out for out in node["outputs"] if out[0] == name)
+        long = [[size for size in sizes if size > 1] for sizes in (shape, made)]
+        if node["name"] in _SCATTERED and (long[0][1:] != long[1][1:] or node["name"] == "AsStrided"):
+            return True
+        name, node = source, made_by.get(source)
+    return False
+
+
+def _chains(primitives: list[dict[str, Any]], made_by: dict[str, dict[str, Any]]) -> set[int]:
+    """Elementwise operations, joined where one feeds another, views between them included."""
+    root = {id(node): id(node) for node in primitives if node["name"] in _ELEMENTWISE}
+
+    def of(key: int) -> int:
+        while root[key] != key:
+            key = root[key]
+        return key
+
+    for node in primitives:
+        if id(node) not in root:
+            continue
+        for name, *_ in node["inputs"]:
+            source = made_by.get(name)
+            while source is not None and source["name"].startswith("Broadcast"):
+                source = made_by.get(source["inputs"][0][0])
+            if source is not None and id(source) in root:
+                root[of(id(source))] = of(id(node))
+    return {of(key) for key in root}
+
+
+@contextmanager
+def _whole_operations() -> Iterator[None]:
+    """Operations of `mx.fast` as one each: MLX takes them apart where there is no GPU."""
+
+    def whole(name: str) -> Callable[..., mx.array]:
+        def operation(x: mx.array, *others: Any, **named: Any) -> mx.array:
+            arrays = [each for each in (x, *others, *named.values()) if isinstance(each, mx.array)]
+            kernel: Any = mx.fast.metal_kernel(
+                name=name,
+                input_names=[f"x{index}" for index in range(len(arrays))],
+                output_names=["y"],
+                source="y[0] = x0[0];",
+            )
+            call = {"grid": (32, 1, 1), "threadgroup": (32, 1, 1)}
+            made: list[mx.array] = kernel(inputs=arrays, output_shapes=[x.shape], output_dtypes=[x.dtype], **call)
+            return made[0]
+
+        return operation
+
+    names = ("rms_norm", "rope", "scaled_dot_product_attention")
+    stand_ins: dict[str, Any] = {name: whole(name) for name in names}
+    # A gradient of its own is nothing that MLX could export, and nothing that is launched.
+    plain = patch.object(fastmath, "_swiglu", lambda gate, up: gate * mx.sigmoid(gate) * up)
+    gpu = patch.object(fastmath, "on_cpu", lambda: False)
+    with gpu, plain, patch.multiple(mx.fast, **stand_ins):
+        yield
