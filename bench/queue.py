@@ -13,7 +13,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from statistics import median
 
@@ -204,7 +204,7 @@ def _empty(client: Client) -> None:
     queue = keys.queue(MODEL, "generate")
     client.redis.delete(keys.ready(queue), *(keys.backlog(queue, priority) for priority in range(10)))
     time.sleep(0.5)
-    client.redis.delete(keys.open_jobs(queue), keys.client("default", queue), keys.dispatched(queue))
+    client.redis.delete(keys.open_jobs(queue), keys.client("default", queue), keys.dispatched(queue), keys.sizes(queue))
 
 
 def publishing(bench: Bench) -> list[Row]:
@@ -260,9 +260,9 @@ def subscribers(bench: Bench) -> list[Row]:
 
 
 def transitions(bench: Bench) -> list[Row]:
-    """What each script costs, without a worker."""
-    with Client(settings=bench.settings) as client:
-        return measured(client.redis)
+    """What each transition costs, without a worker."""
+    with closing(connect(bench.settings, loads_functions=True)) as redis:
+        return measured(redis)
 
 
 PARTS = (transitions, round_trip, small_jobs, publishing, subscribers, backlog, recovery)

@@ -25,7 +25,7 @@ def measured(redis: Any) -> list[Row]:
     for number in range(ROUNDS + 1):
         for name, action in _life(redis, number):
             cost, wall = _cost(redis, action)
-            # The first round sends the scripts' text.
+            # The first round sends the library.
             if number:
                 found.setdefault(name, []).append(cost)
                 found.setdefault(f"{name}, seen by its caller", []).append(wall)
@@ -75,5 +75,5 @@ def _cost(redis: Any, action: Action) -> tuple[float, float]:
         action(number)
     wall = time.perf_counter() - began
     counts = redis.info("commandstats")
-    spent = sum(counts[name]["usec"] for name in ("cmdstat_evalsha", "cmdstat_eval") if name in counts)
+    spent = sum(counts[name]["usec"] for name in ("cmdstat_fcall", "cmdstat_evalsha", "cmdstat_eval") if name in counts)
     return spent / JOBS, 1e6 * wall / JOBS

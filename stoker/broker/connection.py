@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from stoker.broker.functions import Functions
 from stoker.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -34,11 +35,14 @@ def __getattr__(name: str) -> Any:
     return value
 
 
-def connect(settings: Settings, timeout: float | None = None, *, patient: bool = False) -> Any:
+def connect(
+    settings: Settings, timeout: float | None = None, *, patient: bool = False, loads_functions: bool = False
+) -> Any:
     """A thread-safe redis-py client. A connection that turns out to be closed is opened again, so that a broker's
     restart between two calls goes unnoticed; every command of Stoker may be sent twice. `Patience` decides on more.
     `timeout`: seconds that one try may take, else as the settings say. `patient`: whether a command waits for a broker
-    that loads its data, as long as the settings' patience lasts.
+    that loads its data, as long as the settings' patience lasts. `loads_functions`: whether it loads the
+    ledger's functions where they are missing.
 
     Typed `Any` because redis-py types every reply as a union over its decoding modes; ours are always bytes.
     """
@@ -49,13 +53,14 @@ def connect(settings: Settings, timeout: float | None = None, *, patient: bool =
     options = _options(settings) if timeout is None else _options(settings) | {"socket_timeout": timeout}
     address = settings.address
     if not patient:
-        return _opened(address, {"retry": Retry(*retries()), **options})
+        return _with_functions(_opened(address, {"retry": Retry(*retries()), **options}), loads=loads_functions)
 
     def ask() -> Any:
         with _opened(address, options) as asking:
             return asking.info("persistence")
 
-    return _opened(address, {"retry": PatientRetry(*retries(), patience=settings.patience, ask=ask), **options})
+    retry = PatientRetry(*retries(), patience=settings.patience, ask=ask)
+    return _with_functions(_opened(address, {"retry": retry, **options}), loads=loads_functions)
 
 
 def connect_async(settings: Settings) -> Any:
@@ -69,7 +74,12 @@ def connect_async(settings: Settings) -> Any:
             return await asking.info("persistence")
 
     retry = AsyncPatientRetry(*retries(), patience=settings.patience, ask=ask)
-    return _opened_async(address, {"retry": retry, **options})
+    return _with_functions(_opened_async(address, {"retry": retry, **options}), loads=False)
+
+
+def _with_functions(client: Any, *, loads: bool) -> Any:
+    client.functions = Functions(loads=loads)
+    return client
 
 
 def _opened(address: Address, options: dict[str, Any]) -> Any:

@@ -11,6 +11,7 @@ import redis.asyncio
 from redis.exceptions import ResponseError
 
 from stoker.broker import keys
+from stoker.broker.functions import Functions
 
 _REFUSED = "WRONGTYPE"
 
@@ -22,7 +23,7 @@ def is_wrong_type(error: BaseException) -> bool:
 def _names(command: Sequence[Any]) -> list[str]:
     """The keys of a command: those of a script, else its first argument."""
     name, *arguments = command
-    if str(name).upper() in ("EVAL", "EVALSHA"):
+    if str(name).upper() in ("EVAL", "EVALSHA", "FCALL"):
         return [str(key) for key in arguments[2 : 2 + int(arguments[1])]]
     return [str(key) for key in arguments[:1]]
 
@@ -39,6 +40,8 @@ def _named(names: Sequence[str], found: Sequence[bytes]) -> ResponseError:
 
 
 class Redis(redis.Redis):
+    functions: Functions
+
     def execute_command(self, *args: Any, **named: Any) -> Any:
         try:
             return super().execute_command(*args, **named)  # type: ignore[no-untyped-call]
@@ -51,6 +54,8 @@ class Redis(redis.Redis):
 
 
 class AsyncRedis(redis.asyncio.Redis):
+    functions: Functions
+
     async def execute_command(self, *args: Any, **named: Any) -> Any:
         try:
             return await super().execute_command(*args, **named)  # type: ignore[no-untyped-call]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -13,13 +13,13 @@ import redis
 from redis.exceptions import RedisError
 
 from stoker.broker import keys, ledger
-from stoker.broker.ledger.script import LuaScript
+from stoker.broker.functions import Functions
+from stoker.broker.ledger.transitions import made
 from stoker.local.broker import server_binary
 from tests.conftest import wait_until
 
 CLOCK = "clock"
 ASKS_THE_TIME = "redis.call('TIME')"
-SCRIPTS = ("SUBMIT", "CLAIM", "RELEASE", "COMPLETE", "CANCEL", "RECOVER", "DEAD_LETTER", "OUT_OF_MEMORY", "ABANDON")
 #: Takes from every key that expires what has passed, so that the broker's own clock counts for nothing.
 AGE = """
 for _, key in ipairs(redis.call('KEYS', '*')) do
@@ -30,11 +30,12 @@ end
 
 
 @contextmanager
-def quick_broker(folder: Path) -> Iterator[Any]:
+def quick_broker(folder: Path, *more: str) -> Iterator[Any]:
     """A server that keeps nothing, and a client of it."""
     socket = folder / "broker.sock"
     options = {"port": 0, "unixsocket": socket, "save": "", "appendonly": "no", "dir": folder}
     command = [str(server_binary()), *(part for name, value in options.items() for part in (f"--{name}", str(value)))]
+    command += more
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     client: Any = redis.Redis(unix_socket_path=str(socket))
     try:
@@ -53,16 +54,21 @@ def _answers(client: Any) -> bool:
         return False
 
 
+def _with_clock(text: str) -> str:
+    assert text.count(ASKS_THE_TIME) <= 1
+    return text.replace(ASKS_THE_TIME, f"redis.call('LRANGE', '{CLOCK}', 0, 1)")
+
+
 @contextmanager
-def set_clock() -> Iterator[None]:
-    """The ledger's scripts read `CLOCK` instead of the broker's time; nothing else of them changes."""
-    with ExitStack() as stack:
-        for name in SCRIPTS:
-            text = getattr(ledger, name).text
-            assert text.count(ASKS_THE_TIME) == 1, f"{name} asks for the time once"
-            script = LuaScript(text.replace(ASKS_THE_TIME, f"redis.call('LRANGE', '{CLOCK}', 0, 1)"))
-            stack.enter_context(patch.object(ledger, name, script))
+def set_clock(client: Any) -> Iterator[None]:
+    """The ledger's transitions, functions of the broker of this client, read `CLOCK` instead of its time; nothing else
+    of them changes."""
+    library, transitions = made(_with_clock)
+    assert library.text.count(f"'{CLOCK}'") == 1
+    client.functions = Functions(loads=True)
+    with patch.object(ledger, "TRANSITIONS", transitions):
         yield
+    assert client.functions.called(), "no call was a script's"
 
 
 def give_time(client: Any, now: float, passed: float = 0.0) -> None:

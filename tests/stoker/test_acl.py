@@ -19,6 +19,7 @@ from redis.exceptions import AuthenticationError, NoPermissionError, ResponseErr
 from stoker import Client
 from stoker.broker import keys, ledger, policy, registry
 from stoker.broker.connection import connect
+from stoker.broker.functions import Functions
 from stoker.broker.trouble import forbids
 from stoker.celery_config import shared_config
 from stoker.client._sync.jobs import EmbedJob
@@ -47,8 +48,9 @@ def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
 def worker(broker: Guarded) -> Iterator[Any]:
     """What a worker writes, by hand: it is there, serves a model, and has made two versions of an adapter."""
     broker.admin.flushall()
+    broker.admin.function_flush()
     broker.denied()
-    with closing(connect(broker.settings("worker"))) as redis:
+    with closing(connect(broker.settings("worker"), loads_functions=True)) as redis:
         now = clock.now(redis)
         presence = Presence(worker="w", host="h", pid=1, device="cpu", started=now, time=now, models=(CARD,),
                             adapters={}, lanes={}, memory_bytes=0)  # fmt: skip
@@ -102,6 +104,21 @@ def test_a_job_goes_from_its_client_to_its_worker_and_back(broker: Guarded, clie
     assert job.result(5).text == "x"
     assert job.status() == "done"
     EmbedJob(client.link, job.id).discard()
+    assert broker.denied() == []
+
+
+def test_a_worker_loads_the_functions_and_clients_call_them(
+    broker: Guarded, client: Client, worker: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broker.admin.config_resetstat()
+    first = client.generate("x")
+    assert take(worker) == first.id
+    monkeypatch.setattr(client.redis, "functions", Functions())
+    client.generate("y")
+    counted = broker.admin.info("commandstats")
+    assert counted["cmdstat_evalsha"]["calls"] - counted["cmdstat_evalsha"]["failed_calls"] <= 1, "the first submission"
+    assert counted["cmdstat_function|load"]["calls"] == 1
+    assert counted["cmdstat_fcall"]["calls"] - counted["cmdstat_fcall"]["failed_calls"] == 2
     assert broker.denied() == []
 
 
@@ -227,9 +244,12 @@ FOR_NOBODY = (
     *(("FLUSHALL",), ("CONFIG", "GET", "*"), ("KEYS", "*"), ("SCAN", 0), ("ACL", "LIST"), ("SHUTDOWN",), ("MONITOR",)),
     *(("REPLICAOF", "NO", "ONE"), ("CLIENT", "KILL", "TYPE", "normal"), ("SWAPDB", 0, 1), ("PUBLISH", "another", "x")),
     *(("GET", "another:key"), ("SET", "another:key", "x"), ("HSET", keys.POLICY, "crashes", 9)),
-    ("EVAL", "return redis.call('FLUSHALL')", 0),
+    *(("EVAL", "return redis.call('FLUSHALL')", 0), ("FUNCTION", "FLUSH"), ("FUNCTION", "DUMP"), ("FUNCTION", "KILL")),
 )
+#: What loads a library may replace what another user calls with rights of its own.
+LIBRARY = "#!lua name=another\nredis.register_function('another', function() return 1 end)"
 FOR_WORKERS = (
+    *(("FUNCTION", "LOAD", "REPLACE", LIBRARY), ("FUNCTION", "LIST"), ("FUNCTION", "DELETE", "another")),
     *(("XADD", keys.stream("x"), "*", "entry", "x"), ("PUBLISH", keys.channel("x"), "x")),
     *(
         ("SET", keys.worker("x"), "x"),
@@ -243,6 +263,7 @@ FOR_CLIENTS = (
     *(("HSET", keys.job("x"), "a", "b"), ("SET", keys.blob("dataset:x"), "x"), ("LPUSH", keys.ready(QUEUE), "x")),
     *(("SET", keys.result("x"), "x"), ("HSET", keys.adapter("m", "x"), "serving", "1")),
     *(("PUBLISH", keys.CANCELS, "x"), ("EVAL", "return 1", 1, keys.job("x"))),
+    ("FCALL", "another", 1, keys.job("x")),
 )
 
 

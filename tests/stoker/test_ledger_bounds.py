@@ -14,6 +14,7 @@ from stoker import AsyncClient, Client
 from stoker.broker import keys, ledger, policy
 from stoker.broker.connection import connect, connect_async
 from stoker.broker.ledger.record import Field
+from stoker.broker.ledger.transitions import TRANSITIONS
 from stoker.client.submission import Submission
 from stoker.contract import GenerateRequest
 from stoker.errors import BrokerUnavailable, InvalidRequest, QueueFull
@@ -141,9 +142,9 @@ def test_a_number_of_crashes_that_is_none_decides_nothing(redis: Any, value: str
 
 @pytest.mark.parametrize("name", policy.RULES)
 def test_the_scripts_take_what_the_command_takes_and_no_more(redis: Any, name: str) -> None:
-    text = ledger.SUBMIT.text
+    text = TRANSITIONS.submit.text
     prelude = text[: text.index("-- Waiting lifts a job")]
-    asked = f"{prelude}\nreturn tostring(setting('{name}', -1))"
+    asked = f"{prelude}\nbegin(KEYS, ARGV)\nreturn tostring(setting('{name}', -1))"
     most = policy.RULES[name].most
     names = [keys.job("x"), *["x"] * 7, keys.POLICY, *["x"] * 11]
     found = []

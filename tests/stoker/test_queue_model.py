@@ -350,7 +350,7 @@ def _scores(redis: Any, key: str) -> dict[str, float]:
 def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[type[LedgerMachine]]:
     with (
         quick_broker(tmp_path_factory.mktemp("quick")) as client,
-        set_clock(),
+        set_clock(client),
         client.pubsub(ignore_subscribe_messages=True) as heard,
     ):
         heard.psubscribe(keys.result("*"))

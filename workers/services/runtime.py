@@ -49,7 +49,7 @@ class Runtime:
 
     def __init__(self, settings: Settings, name: str, make_engine: Callable[[Callable[..., None]], Engine]) -> None:
         self.settings, self.name = settings, name
-        self.redis = connect(settings)
+        self.redis = connect(settings, loads_functions=True)
         self.mender = Mender(self.redis, lambda: self.queues)
         self.numbers = Numbers()
         self.job_meter = JobMeter(self.numbers, lambda: self._models)

@@ -32,6 +32,7 @@ from stoker.broker.ledger.listing import Listing, OpenJob
 from stoker.broker.ledger.record import addressed
 from stoker.broker.ledger.replies import Claim, DeadLettered, Submitted, recovered
 from stoker.broker.ledger.script import LuaScript, text
+from stoker.broker.ledger.transitions import TRANSITIONS
 from stoker.broker.ledger.vectors import VECTOR_BYTES
 from stoker.contract.kinds import READY, of_queue
 
@@ -50,19 +51,6 @@ PRIORITIES = 10
 R = TypeVar("R")
 
 
-def _transition(*names: str) -> LuaScript:
-    return LuaScript("".join(map(text, ("common", "names", *names))))
-
-
-#: Each part costs, because a broker makes its functions anew at every call.
-_WAITING, _ENDING = ("record", "prelude", "sizes"), ("record", "sizes", "ending")
-SUBMIT, RECOVER = _transition(*_WAITING, "vectors", "submit"), _transition(*_WAITING, "recover")
-CLAIM, CANCEL = (_transition(*_WAITING, "ending", name) for name in ("claim", "cancel"))
-COMPLETE, ABANDON = (_transition(*_ENDING, name) for name in ("complete", "abandon"))
-#: What moves no job needs no more than the names.
-RELEASE, DEAD_LETTER, OUT_OF_MEMORY = map(_transition, ("release", "dead_letter", "out_of_memory"))
-#: These know nothing of queues.
-ALLOCATE, PIN = LuaScript(text("allocate")), LuaScript(text("pin"))
 TROUBLE = text("trouble")
 
 
@@ -98,7 +86,7 @@ def submission(job_id: str, record: Mapping[str, str], data: bytes = b"", *, rev
     arguments = (*limits, int(revive), keys.DEAD_TTL, data, *fields)
     shared = (keys.VECTORS_UNFETCHED, keys.VECTORS_FETCHED, keys.VECTORS_SIZES)
     extra = (keys.DEAD, keys.client(client, queue), *shared)
-    return _call(SUBMIT, Submitted.parse, job_id, queue, *arguments, extra=extra)
+    return _call(TRANSITIONS.submit, Submitted.parse, job_id, queue, *arguments, extra=extra)
 
 
 def submit(redis: Any, job_id: str, record: Mapping[str, str], data: bytes = b"", *, revive: bool = False) -> Submitted:
@@ -107,35 +95,35 @@ def submit(redis: Any, job_id: str, record: Mapping[str, str], data: bytes = b""
 
 def claim(redis: Any, job_id: str, queue: str, token: str, tag: str, worker: str) -> Claim:
     """Ask to own a job, under `token`, for the message with delivery tag `tag`."""
-    return _call(CLAIM, Claim.parse, job_id, queue, token, tag, worker, MAX_CRASHES).on(redis)
+    return _call(TRANSITIONS.claim, Claim.parse, job_id, queue, token, tag, worker, MAX_CRASHES).on(redis)
 
 
 def release(redis: Any, job_id: str, queue: str, token: str) -> bool:
     """Give a job back, alive: that its owner goes away is not held against the job. False for an owner that was
     fenced."""
-    return _call(RELEASE, bool, job_id, queue, token).on(redis)
+    return _call(TRANSITIONS.release, bool, job_id, queue, token).on(redis)
 
 
 def count_out_of_memory(redis: Any, job_id: str, queue: str, token: str) -> int:
     """Count that the job ended for want of memory: how often by now, 0 for an owner that was fenced."""
-    return _call(OUT_OF_MEMORY, int, job_id, queue, token).on(redis)
+    return _call(TRANSITIONS.out_of_memory, int, job_id, queue, token).on(redis)
 
 
 def complete(redis: Any, job_id: str, queue: str, token: str, ending: Ending) -> bool:
     """End the job with `success`, `failure` or `revoked`. False for an owner that was fenced."""
-    return _call(COMPLETE, bool, job_id, queue, token, ending.text()).on(redis)
+    return _call(TRANSITIONS.complete, bool, job_id, queue, token, ending.text()).on(redis)
 
 
 def abandon(redis: Any, job_id: str, queue: str, token: str, ending: Ending) -> bool:
     """End a job whose record, result or input another program wrote over. False for a job that has ended, or belongs to
     another owner than `token`."""
-    return _call(ABANDON, bool, job_id, queue, token, ending.text()).on(redis)
+    return _call(TRANSITIONS.abandon, bool, job_id, queue, token, ending.text()).on(redis)
 
 
 def cancellation(job_id: str, queue: str) -> Call[str]:
     """Cancel a job: `cancelled` (nobody ran it, and it has ended), `asked` (its owner stops it), `ended`, `unknown`."""
     arguments = (revoked(job_id).text(), keys.worker(""))
-    return _call(CANCEL, bytes.decode, job_id, queue, *arguments, extra=(keys.CANCELS,))
+    return _call(TRANSITIONS.cancel, bytes.decode, job_id, queue, *arguments, extra=(keys.CANCELS,))
 
 
 def cancel(redis: Any, job_id: str, queue: str) -> str:
@@ -145,25 +133,25 @@ def cancel(redis: Any, job_id: str, queue: str) -> str:
 def recover(redis: Any, queue: str, older_than: float) -> tuple[str, ...]:
     """Let jobs wait again that were dispatched `older_than` seconds ago and have neither living owner nor message."""
     arguments = (older_than, keys.worker(""))
-    return _call(RECOVER, recovered, "", queue, *arguments, extra=(keys.UNACKED,)).on(redis)
+    return _call(TRANSITIONS.recover, recovered, "", queue, *arguments, extra=(keys.UNACKED,)).on(redis)
 
 
 def dead_letter(redis: Any, job_id: str, queue: str, token: str, worker: str = "", trouble: str = "") -> DeadLettered:
     """Make a dead letter of a job that crashed too many owners, or that `worker` gives up for `trouble`. Its owner ends
     it then."""
     arguments = (token, worker, trouble, keys.DEAD_TTL)
-    return _call(DEAD_LETTER, DeadLettered.parse, job_id, queue, *arguments, extra=(keys.DEAD,)).on(redis)
+    return _call(TRANSITIONS.dead_letter, DeadLettered.parse, job_id, queue, *arguments, extra=(keys.DEAD,)).on(redis)
 
 
 def pin(redis: Any, job_id: str, version: int) -> str:
     """Let a job use this version of its adapter from its first owner to its last: the one that it uses."""
-    return _version(PIN(redis, [keys.job(job_id)], [version, keys.PENDING_TTL]))
+    return _version(TRANSITIONS.pin(redis, [keys.job(job_id)], [version, keys.PENDING_TTL]))
 
 
 def allocate(redis: Any, model: str, name: str, job_id: str, floor: int) -> str:
     """The number of the version that this job makes, at least `floor`: the same however often it asks."""
     names = [keys.job(job_id), keys.adapter(model, name)]
-    return _version(ALLOCATE(redis, names, [floor, keys.PENDING_TTL]))
+    return _version(TRANSITIONS.allocate(redis, names, [floor, keys.PENDING_TTL]))
 
 
 def _version(reply: bytes) -> str:

@@ -1,4 +1,5 @@
 -- ARGV: the result's record, prefix of workers' presences. KEYS[21]: the channel of cancels
+begin(KEYS, ARGV)
 local record = look(id)
 if ended(record) then return 'ended' end
 if not record.known then return 'unknown' end

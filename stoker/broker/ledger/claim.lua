@@ -1,4 +1,5 @@
 -- ARGV: token, delivery tag, worker, crashes that are too many
+begin(KEYS, ARGV)
 local token, tag, worker, too_many = ARGV[6], ARGV[7], ARGV[8], tonumber(ARGV[9])
 refill()
 local record = look(id)

@@ -1,4 +1,5 @@
 -- ARGV: token, the result's record
+begin(KEYS, ARGV)
 local record = look(id)
 if record.wrong then return record.wrong end
 -- Sent again, because the answer was lost: it has ended, once.
@@ -6,12 +7,12 @@ if record.completed == ARGV[6] then return 1 end
 if record.owned ~= ARGV[6] or ended(record) then return 0 end
 strike_out(record, ARGV[6])
 finish(ARGV[7])
-redis.call('EXPIRE', prefix .. 'stream:' .. id, result_ttl)
+redis.call('EXPIRE', prefix .. 'stream:' .. id, result_ttl())
 -- How fast jobs end here: what a full queue reports to the clients that it refuses.
 local state = redis.call('HMGET', pace, 'last', 'interval')
 local since = now - (finite(state[1]) or now)
 local before = finite(state[2])
 local interval = before and 0.9 * before + 0.1 * since or since
 redis.call('HSET', pace, 'last', string.format('%.6f', now), 'interval', string.format('%.6f', interval))
-redis.call('EXPIRE', pace, result_ttl)
+redis.call('EXPIRE', pace, result_ttl())
 return 1

@@ -1,5 +1,6 @@
 -- KEYS[21]: the dead letters. ARGV: token, the worker that gives the job up ('' if it crashed its owners), for what,
 -- seconds that a letter is kept. Returns the job's history, or false for an owner that was fenced.
+begin(KEYS, ARGV)
 local dead, token, worker, trouble, dead_ttl = KEYS[21], unpack(ARGV, 6, 9)
 local fields = redis.call('HMGET', job, 'kind', 'model', 'request', 'client', 'history', 'blob', 'token', 'lettered')
 -- cjson writes an empty list as {}.

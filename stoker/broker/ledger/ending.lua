@@ -23,11 +23,11 @@ local function strike_out(record, owner)
     redis.call('HDEL', job, 'request', 'message')
     redis.call('HSET', job, 'ended', '1', unpack(owner and {'completed', owner} or {}))
   end
-  redis.call('EXPIRE', job, result_ttl)
+  redis.call('EXPIRE', job, result_ttl())
 end
 
 local function finish(record)
   -- After the deletions: a broker whose memory is full lets a script go on that has written already.
-  redis.call('SET', result, record, 'EX', result_ttl)
+  redis.call('SET', result, record, 'EX', result_ttl())
   redis.call('PUBLISH', result, record)
 end

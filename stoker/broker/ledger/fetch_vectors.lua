@@ -1,5 +1,6 @@
 -- KEYS: the job's record, its vectors, policy, unfetched, fetched, sizes
 -- ARGV: id, prefix, seconds that they are kept from now on, seconds that any are kept
+read_clock()
 local id, lifetime = ARGV[1], tonumber(ARGV[3])
 local data = redis.call('GET', KEYS[2])
 if not data then

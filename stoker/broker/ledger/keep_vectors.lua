@@ -1,5 +1,6 @@
 -- KEYS: the job's record, its vectors, policy, unfetched, fetched, sizes
 -- ARGV: id, prefix, seconds that they are kept, bytes that may be kept by default, the vectors
+read_clock()
 local id, lifetime, data = ARGV[1], lifetime_of_results(KEYS[3], ARGV[3]), ARGV[5]
 local kept = vectors_kept(ARGV[2], unpack(KEYS, 3, 6))
 local bytes, most = kept.make_room(#data, tonumber(ARGV[4]))

@@ -1,10 +1,17 @@
 -- What every transition shares: the names, and what most of them do.
 
-local job, result, mark, ready, open, dispatched, turns, pace, policy, sizes = unpack(KEYS, 1, 10)
-local backlogs = {unpack(KEYS, 11, 20)}
-local id, job_prefix, pending_ttl, result_ttl, window = unpack(ARGV, 1, 5)
-window = tonumber(window)
-local prefix = string.sub(job_prefix, 1, -5)
+local job, result, mark, ready, open, dispatched, turns, pace, policy, sizes, backlogs
+local id, job_prefix, prefix, pending_ttl, default_ttl, window
+-- The rules of ageing and of results, and the priorities at which jobs wait, once they are known.
+local ageing, results_live, occupied
+local function begin(KEYS, ARGV)
+  read_clock()
+  job, result, mark, ready, open, dispatched, turns, pace, policy, sizes = unpack(KEYS, 1, 10)
+  backlogs = {unpack(KEYS, 11, 20)}
+  id, job_prefix, pending_ttl, default_ttl, window = unpack(ARGV, 1, 5)
+  window, prefix = tonumber(window), string.sub(job_prefix, 1, -5)
+  ageing, results_live, occupied = nil, nil, nil
+end
 
 -- An object or list in JSON; an empty one for what is none.
 local function decoded(text)

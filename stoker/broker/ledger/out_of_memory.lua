@@ -1,5 +1,6 @@
 -- ARGV: token. Counts that the job ended for want of memory, once an owner. Returns how often it has by now, or 0 for
 -- an owner that was fenced.
+begin(KEYS, ARGV)
 local state = redis.call('HMGET', job, 'token', 'counted', 'out_of_memory')
 if state[1] ~= ARGV[6] then return 0 end
 -- Sent again, because the answer was lost.

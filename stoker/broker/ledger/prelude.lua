@@ -49,9 +49,9 @@ local function spoil(of)
     .. '. Something else than Stoker wrote there: send the job again, under another id.'
   local failure = {exc_type = 'JobFailed', exc_message = {message}, exc_module = 'stoker.errors'}
   local outcome = cjson.encode({status = 'FAILURE', result = failure, task_id = of})
-  redis.call('SET', result_of, outcome, 'EX', result_ttl)
+  redis.call('SET', result_of, outcome, 'EX', result_ttl())
   redis.call('PUBLISH', result_of, outcome)
-  redis.call('EXPIRE', record, result_ttl)
+  redis.call('EXPIRE', record, result_ttl())
 end
 
 -- Which of the backlog is next: the best level first; priorities that ageing made equal take turns.

@@ -1,7 +1,12 @@
 -- What a job's record says, and the backlogs that there are.
 
 local function setting(name, default) return decided(policy, name, default) end
-result_ttl = lifetime_of_results(policy, result_ttl)
+
+-- Seconds that what a job leaves is kept.
+local function result_ttl()
+  results_live = results_live or lifetime_of_results(policy, default_ttl)
+  return results_live
+end
 
 -- What a record says of its job, in one command; `wrong`: the error, where something else is in the record's place.
 -- `known`: whether there is either. `over`: the job has ended; a record may outlive the result, and has no message then.
@@ -25,7 +30,6 @@ local function ended(record)
 end
 
 -- Waiting lifts a job by one priority every `ageing` seconds, up to the best one.
-local ageing
 local function level(priority, submitted)
   ageing = ageing or setting('ageing', 300)
   return math.max(0, priority - math.floor((now - submitted) / ageing))
@@ -51,7 +55,6 @@ local function rank(of) return ranked(look(of)) end
 local function backlog(priority) return backlogs[priority + 1] end
 
 -- The priorities at which jobs may wait, best first: in most queues one or none. They are found by halves, once a script.
-local occupied
 local function there(from, to) return redis.call('EXISTS', unpack(backlogs, from + 1, to + 1)) end
 local function find_backlogs(from, to, count)
   if count == to - from + 1 then

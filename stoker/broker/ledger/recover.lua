@@ -1,5 +1,6 @@
 -- KEYS[21]: what Celery holds unacknowledged
 -- ARGV: seconds since a job was dispatched, prefix of workers' presences. Returns the jobs that were put back.
+begin(KEYS, ARGV)
 local standing = {}
 for _, message in ipairs(redis.call('LRANGE', ready, 0, -1)) do
   local of = named(message)

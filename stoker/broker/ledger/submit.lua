@@ -1,6 +1,7 @@
 -- KEYS[21], [22]: the dead letters, the client's open jobs in this queue; [23] to [25]: which vectors are kept
 -- ARGV: default limits of queue, client, bytes and vectors, revive?, seconds that a key of a wrong type is kept, bytes of the input
 -- or '', then the record's fields and values
+begin(KEYS, ARGV)
 local dead, mine, revive, spoiled_ttl, data = KEYS[21], KEYS[22], ARGV[10] == '1', ARGV[11], ARGV[12]
 local fields, record, size = {}, {}, #data
 for i = 13, #ARGV, 2 do

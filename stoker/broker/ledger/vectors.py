@@ -12,13 +12,10 @@ from typing import Any
 
 from stoker.broker import keys
 from stoker.broker.ledger.call import Call
-from stoker.broker.ledger.script import LuaScript, text
+from stoker.broker.ledger.transitions import TRANSITIONS
 
 #: Bytes that vectors may have in the broker, unless the policy says otherwise.
 VECTOR_BYTES = 2**30
-
-_KEPT = text("common") + text("vectors")
-KEEP, FETCH, DISCARD = (LuaScript(_KEPT + text(name)) for name in ("keep_vectors", "fetch_vectors", "discard_vectors"))
 
 
 @dataclass(frozen=True)
@@ -55,7 +52,8 @@ def _names(job_id: str) -> list[str]:
 
 def keep(redis: Any, job_id: str, data: bytes) -> Kept:
     """Keep what a job has made. Not `there` if there is no room."""
-    return Kept.parse(KEEP(redis, _names(job_id), [job_id, keys.PREFIX, keys.RESULT_TTL, VECTOR_BYTES, data]))
+    arguments = [job_id, keys.PREFIX, keys.RESULT_TTL, VECTOR_BYTES, data]
+    return Kept.parse(TRANSITIONS.keep_vectors(redis, _names(job_id), arguments))
 
 
 def fetch(job_id: str, patience: float) -> Call[Fetched]:
@@ -63,8 +61,8 @@ def fetch(job_id: str, patience: float) -> Call[Fetched]:
     is away: the answer may get lost."""
     lifetime = keys.FETCHED_TTL + ceil(patience)
     arguments = [job_id, keys.PREFIX, lifetime, keys.RESULT_TTL]
-    return Call(lambda redis: FETCH(redis, _names(job_id), arguments), Fetched.parse)
+    return Call(lambda redis: TRANSITIONS.fetch_vectors(redis, _names(job_id), arguments), Fetched.parse)
 
 
 def discard(job_id: str) -> Call[Any]:
-    return Call(lambda redis: DISCARD(redis, _names(job_id), [job_id, keys.PREFIX]), bool)
+    return Call(lambda redis: TRANSITIONS.discard_vectors(redis, _names(job_id), [job_id, keys.PREFIX]), bool)

@@ -1,0 +1,66 @@
+"""Every transition of the ledger: its text, the parts that stand before it, and the library of all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from stoker.broker.ledger.script import Body, Library, LuaScript, text
+
+#: What the transitions share, in the order in which each part needs the ones before.
+_PARTS = ("common", "names", "record", "prelude", "sizes", "ending", "vectors")
+#: Each part costs, because a broker makes the functions of a script anew at every call.
+_NAMES, _KEPT = ("common", "names"), ("common", "vectors")
+_WAITING, _ENDING = (*_NAMES, "record", "prelude", "sizes"), (*_NAMES, "record", "sizes", "ending")
+_BOTH = (*_WAITING, "ending")
+
+
+@dataclass(frozen=True)
+class Transitions:
+    submit: LuaScript
+    claim: LuaScript
+    complete: LuaScript
+    abandon: LuaScript
+    cancel: LuaScript
+    recover: LuaScript
+    # What moves no job needs no more than the names.
+    release: LuaScript
+    dead_letter: LuaScript
+    out_of_memory: LuaScript
+    # These know nothing of queues.
+    allocate: LuaScript
+    pin: LuaScript
+    keep_vectors: LuaScript
+    fetch_vectors: LuaScript
+    discard_vectors: LuaScript
+
+
+#: Each transition with the parts before it. Those of `_MAKE_ROOM` leave a broker with less to keep.
+_BEHIND = {
+    "submit": (*_WAITING, "vectors"),
+    "claim": _BOTH,
+    "complete": _ENDING,
+    "abandon": _ENDING,
+    "cancel": _BOTH,
+    "recover": _WAITING,
+    "release": _NAMES,
+    "dead_letter": _NAMES,
+    "out_of_memory": _NAMES,
+    "allocate": (),
+    "pin": (),
+    "keep_vectors": _KEPT,
+    "fetch_vectors": _KEPT,
+    "discard_vectors": _KEPT,
+}
+_MAKE_ROOM = ("complete", "abandon", "cancel", "recover", "release", "dead_letter", "fetch_vectors", "discard_vectors")
+
+
+def made(edit: Callable[[str], str] = str) -> tuple[Library, Transitions]:
+    """`edit`: what a test changes in their text, the library's and the scripts'."""
+    bodies = {name: Body(text(name), parts, name in _MAKE_ROOM) for name, parts in _BEHIND.items()}
+    library = Library([edit(text(part)) for part in _PARTS], bodies)
+    scripts = {name: LuaScript(edit(body.script()), library, name) for name, body in bodies.items()}
+    return library, Transitions(**scripts)
+
+
+LIBRARY, TRANSITIONS = made()
