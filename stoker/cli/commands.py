@@ -21,6 +21,7 @@ from stoker.cli import (
     machine,
     policy,
     runs,
+    serve,
     service,
     train,
 )
@@ -56,6 +57,7 @@ _COMMANDS: tuple[Callable[..., None], ...] = (
     machine.status,
     machine.up,
     machine.flower,
+    serve.serve,
     doctor.doctor,
     housekeeping.clean,
     housekeeping.backup,

@@ -57,7 +57,7 @@ class Gate:
     def refusal(self, method: str, path: str, headers: Mapping[str, str]) -> Refusal | None:
         """Why a request is refused; None for one that may pass. `headers`: by any spelling of their names."""
         host = headers.get("Host") or ""
-        if not self._answers_to(_name(host)):
+        if not self._answers_to(host_name(host)):
             return Refusal(
                 421,
                 f"Host: {host[:100]!r} given; allowed: an address, localhost"
@@ -73,7 +73,7 @@ class Gate:
         return None
 
     def _answers_to(self, name: str) -> bool:
-        return name == "localhost" or name in self.names or _is_address(name)
+        return name == "localhost" or name in self.names or is_address(name)
 
     def _knows(self, authorization: str) -> bool:
         kind, _, code = authorization.partition(" ")
@@ -84,7 +84,7 @@ class Gate:
         return kind.lower() == "basic" and hmac.compare_digest(given, f"{USER}:{self.password}".encode())
 
 
-def _name(host: str) -> str:
+def host_name(host: str) -> str:
     """The host without its port; "" if there is none."""
     try:
         return (urlsplit(f"//{host}").hostname or "").rstrip(".")
@@ -92,7 +92,7 @@ def _name(host: str) -> str:
         return ""
 
 
-def _is_address(name: str) -> bool:
+def is_address(name: str) -> bool:
     """Whether it is an IP address: a page can point its own name at this machine, and never an address."""
     try:
         ipaddress.ip_address(name)

@@ -20,6 +20,7 @@ from stoker.broker.letters import Letter
 from stoker.broker.outcome import JobStatus, lost, read_vectors, status_of
 from stoker.broker.registry import AdapterEntry, Verb
 from stoker.client import model_choice
+from stoker.client._async.link import AsyncLink
 from stoker.client.asynchronously import Connections, finished, in_thread, sleep
 from stoker.client.following import Follower, ask_state
 from stoker.client.submission import Submission
@@ -37,9 +38,10 @@ E = TypeVar("E", StreamToken, TrainReport)
 class AsyncBrokerLink:
     """`AsyncLink` over redis-py. It can be pickled: the broker's address travels, without the password."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, connections: Connections | None = None) -> None:
+        """`connections`: those of a link that has them already; they are closed with it."""
         self._settings = settings
-        self._connections = Connections(settings)
+        self._connections = connections or Connections(settings)
         self._sent = traces.Sent()
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -48,6 +50,9 @@ class AsyncBrokerLink:
     @property
     def settings(self) -> Settings:
         return self._settings
+
+    def with_key(self, key: str) -> AsyncLink:
+        return AsyncBrokerLink(self._settings.model_copy(update={"client_key": key}), self._connections)
 
     @property
     def redis(self) -> Redis:
@@ -88,6 +93,11 @@ class AsyncBrokerLink:
     async def kind(self, job_id: str) -> str | None:
         with translated(self._settings, at=keys.job(job_id)):
             return (await summary(job_id).on_async(self._redis)).kind
+
+    async def sender(self, job_id: str) -> str | None:
+        with translated(self._settings, at=keys.job(job_id)):
+            found = await listed(job_id).on_async(self._redis)
+        return None if found is None else found.client
 
     async def status(self, job_id: str) -> JobStatus:
         with translated(self._settings):

@@ -31,6 +31,7 @@ from stoker.client.requests import Dataset, Prompt
 from stoker.contract import ModelCard, Presence, Request
 from stoker.contract.codec import read
 from stoker.contract.kinds import EMBED, GENERATE, KINDS, TRAIN
+from stoker.contract.names import Rule, checked
 from stoker.contract.vectors import Encoded, plain
 from stoker.errors import ConfigError, InvalidRequest, JobLost
 
@@ -74,7 +75,8 @@ class AsyncClient:
         self.link = link or AsyncBrokerLink(settings or load_settings(url=url, client_key=key, queue_wait=queue_wait))
         #: The registry of adapters: `list`, `get`, `load`, `promote`, `rollback`, `deactivate`, `unload`.
         self.adapters = AsyncAdapters(self.link, self.choose_model)
-        self._choices = model_choice.Choices()
+        #: Which models were chosen lately.
+        self.choices = model_choice.Choices()
 
     @property
     def settings(self) -> Settings:
@@ -93,6 +95,13 @@ class AsyncClient:
 
     def __reduce__(self) -> tuple[object, ...]:
         return _client_over, (self.link,)
+
+    def with_key(self, key: str) -> AsyncClient:
+        """A client that sends under another key, for programs that send for several users. It shares the connections
+        of this one, which closes them. Raises `InvalidRequest` for what can be no key."""
+        client = AsyncClient(link=self.link.with_key(checked(Rule.NAME, "key", key)))
+        client.choices = self.choices
+        return client
 
     async def embed(
         self,
@@ -198,6 +207,10 @@ class AsyncClient:
         kind = await self.link.kind(requests.known_by(job_id))
         return JOBS[requests.known_kind(job_id, kind).name](self.link, job_id)
 
+    async def sender(self, job_id: str) -> str | None:
+        """The key of the client that sent the job; None for one that the broker does not know."""
+        return await self.link.sender(requests.known_by(job_id))
+
     async def workers(self) -> list[Presence]:
         """The workers that are alive now, each with its warm models."""
         return await self.link.workers()
@@ -230,10 +243,10 @@ class AsyncClient:
     async def choose_model(self, model: str | None, kind: str) -> str:
         """The name to send to: that of `model`, or of the only model that is warm and can do `kind`. Raises
         `UnknownModel`."""
-        chosen = self._choices.get(model, kind)
+        chosen = self.choices.get(model, kind)
         if chosen is None:
             chosen = model_choice.choose_model(model, kind, await self.models(), await self.workers())
-        return self._choices.keep(model, kind, chosen)
+        return self.choices.keep(model, kind, chosen)
 
     async def close(self) -> None:
         """Close the connections. The client may be used again: it opens others."""

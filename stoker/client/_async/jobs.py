@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from stoker.broker.outcome import JobStatus, result_as, vectors_reply
 from stoker.client._async.link import AsyncLink
 from stoker.client.asynchronously import LEFT, finished
-from stoker.contract import AdapterResult, GenerateResult, StreamToken, TrainReport, TrainResult
+from stoker.contract import AdapterResult, GenerateResult, StreamToken, TrainReport, TrainResult, Usage
 from stoker.contract.kinds import ADAPTERS, EMBED, GENERATE, TRAIN
 from stoker.contract.vectors import Encoded, plain
 
@@ -76,6 +76,10 @@ class AsyncEmbedJob(AsyncJob["np.ndarray"]):
     async def encoded(self, timeout: float | None = None) -> Encoded:
         """As `result`, except that int8 comes as it travelled: codes (texts, dim) and scales, one for each text."""
         return await self._fetch(await self.link.value(self.id, timeout))
+
+    async def usage(self, timeout: float | None = None) -> Usage:
+        """Wait for the end, and say what the job took; the vectors stay where they are."""
+        return vectors_reply(self.id, await self.link.value(self.id, timeout)).usage
 
     async def discard(self) -> None:
         """Take the vectors out of the broker now, instead of ten minutes after they were fetched, or a day after the

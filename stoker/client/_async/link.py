@@ -25,6 +25,9 @@ class AsyncLink(Protocol):
     @property
     def settings(self) -> Settings: ...
 
+    def with_key(self, key: str) -> AsyncLink:
+        """The same conversation, and the same connections, under another client's key."""
+
     async def submit(self, request: Request, job_id: str, data: bytes = b"") -> None:
         """Send a job; `data` is its input."""
 
@@ -33,6 +36,9 @@ class AsyncLink(Protocol):
 
     async def kind(self, job_id: str) -> str | None:
         """The kind that the job's record says; None where there is no record."""
+
+    async def sender(self, job_id: str) -> str | None:
+        """The key of the client that sent the job; None where there is no record."""
 
     async def status(self, job_id: str) -> JobStatus:
         """Raises `JobLost` for a job that is neither known nor ended."""

@@ -32,6 +32,7 @@ from stoker.client.requests import Dataset, Prompt
 from stoker.contract import ModelCard, Presence, Request
 from stoker.contract.codec import read
 from stoker.contract.kinds import EMBED, GENERATE, KINDS, TRAIN
+from stoker.contract.names import Rule, checked
 from stoker.contract.vectors import Encoded, plain
 from stoker.errors import ConfigError, InvalidRequest, JobLost
 
@@ -75,7 +76,8 @@ class Client:
         self.link = link or BrokerLink(settings or load_settings(url=url, client_key=key, queue_wait=queue_wait))
         #: The registry of adapters: `list`, `get`, `load`, `promote`, `rollback`, `deactivate`, `unload`.
         self.adapters = Adapters(self.link, self.choose_model)
-        self._choices = model_choice.Choices()
+        #: Which models were chosen lately.
+        self.choices = model_choice.Choices()
 
     @property
     def settings(self) -> Settings:
@@ -94,6 +96,13 @@ class Client:
 
     def __reduce__(self) -> tuple[object, ...]:
         return _client_over, (self.link,)
+
+    def with_key(self, key: str) -> Client:
+        """A client that sends under another key, for programs that send for several users. It shares the connections
+        of this one, which closes them. Raises `InvalidRequest` for what can be no key."""
+        client = Client(link=self.link.with_key(checked(Rule.NAME, "key", key)))
+        client.choices = self.choices
+        return client
 
     def embed(
         self,
@@ -197,6 +206,10 @@ class Client:
         kind = self.link.kind(requests.known_by(job_id))
         return JOBS[requests.known_kind(job_id, kind).name](self.link, job_id)
 
+    def sender(self, job_id: str) -> str | None:
+        """The key of the client that sent the job; None for one that the broker does not know."""
+        return self.link.sender(requests.known_by(job_id))
+
     def workers(self) -> list[Presence]:
         """The workers that are alive now, each with its warm models."""
         return self.link.workers()
@@ -229,10 +242,10 @@ class Client:
     def choose_model(self, model: str | None, kind: str) -> str:
         """The name to send to: that of `model`, or of the only model that is warm and can do `kind`. Raises
         `UnknownModel`."""
-        chosen = self._choices.get(model, kind)
+        chosen = self.choices.get(model, kind)
         if chosen is None:
             chosen = model_choice.choose_model(model, kind, self.models(), self.workers())
-        return self._choices.keep(model, kind, chosen)
+        return self.choices.keep(model, kind, chosen)
 
     def close(self) -> None:
         """Close the connections. The client may be used again: it opens others."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from stoker.broker.outcome import JobStatus, result_as, vectors_reply
 from stoker.client._sync.link import Link
 from stoker.client.blocking import LEFT, finished
-from stoker.contract import AdapterResult, GenerateResult, StreamToken, TrainReport, TrainResult
+from stoker.contract import AdapterResult, GenerateResult, StreamToken, TrainReport, TrainResult, Usage
 from stoker.contract.kinds import ADAPTERS, EMBED, GENERATE, TRAIN
 from stoker.contract.vectors import Encoded, plain
 
@@ -77,6 +77,10 @@ class EmbedJob(Job["np.ndarray"]):
     def encoded(self, timeout: float | None = None) -> Encoded:
         """As `result`, except that int8 comes as it travelled: codes (texts, dim) and scales, one for each text."""
         return self._fetch(self.link.value(self.id, timeout))
+
+    def usage(self, timeout: float | None = None) -> Usage:
+        """Wait for the end, and say what the job took; the vectors stay where they are."""
+        return vectors_reply(self.id, self.link.value(self.id, timeout)).usage
 
     def discard(self) -> None:
         """Take the vectors out of the broker now, instead of ten minutes after they were fetched, or a day after the

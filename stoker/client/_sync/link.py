@@ -26,6 +26,9 @@ class Link(Protocol):
     @property
     def settings(self) -> Settings: ...
 
+    def with_key(self, key: str) -> Link:
+        """The same conversation, and the same connections, under another client's key."""
+
     def submit(self, request: Request, job_id: str, data: bytes = b"") -> None:
         """Send a job; `data` is its input."""
 
@@ -34,6 +37,9 @@ class Link(Protocol):
 
     def kind(self, job_id: str) -> str | None:
         """The kind that the job's record says; None where there is no record."""
+
+    def sender(self, job_id: str) -> str | None:
+        """The key of the client that sent the job; None where there is no record."""
 
     def status(self, job_id: str) -> JobStatus:
         """Raises `JobLost` for a job that is neither known nor ended."""

@@ -11,6 +11,7 @@ from stoker.broker.ledger.listing import OpenJob
 from stoker.broker.letters import Letter
 from stoker.broker.outcome import JobStatus, Outcome, read_vectors
 from stoker.broker.registry import AdapterEntry, Verb
+from stoker.client._sync.link import Link
 from stoker.client.blocking import sleep
 from stoker.client.following import TimeLimit
 from stoker.client.in_memory.memory import Memory
@@ -31,24 +32,30 @@ HANGS = 10.0
 class MemoryLink:
     """`Link` over a `Memory`."""
 
-    def __init__(self, memory: Memory) -> None:
-        self._memory = memory
+    def __init__(self, memory: Memory, settings: Settings | None = None) -> None:
+        self._memory, self._settings = memory, settings or memory.settings
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a client that works in memory, and its jobs, cannot be pickled: they live in this process.")
 
     @property
     def settings(self) -> Settings:
-        return self._memory.settings
+        return self._settings
+
+    def with_key(self, key: str) -> Link:
+        return MemoryLink(self._memory, self._settings.model_copy(update={"client_key": key}))
 
     def submit(self, request: Request, job_id: str, data: bytes = b"") -> None:
-        self._memory.submit(request, job_id, data)
+        self._memory.submit(request, job_id, data, self._settings.client_key)
 
     def revive(self, request: Request, job_id: str, client: str | None) -> None:
         self._memory.revive(request, job_id, client)
 
     def kind(self, job_id: str) -> str | None:
         return self._memory.kind(job_id)
+
+    def sender(self, job_id: str) -> str | None:
+        return self._memory.sender(job_id)
 
     def status(self, job_id: str) -> JobStatus:
         return self._memory.job(job_id).status

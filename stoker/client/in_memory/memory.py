@@ -93,7 +93,7 @@ class Memory:
                 if "generate" in card.kinds:
                     self.registry.register(card.model, name, {"method": "lora", "rank": 8}, promote=True)
 
-    def submit(self, request: Request, job_id: str, data: bytes) -> None:
+    def submit(self, request: Request, job_id: str, data: bytes, client: str) -> None:
         """Take a job in. An id that is known already is the same job, as at a broker."""
         with self._lock:
             submission = Submission(self.settings, request, job_id, data)
@@ -103,7 +103,7 @@ class Memory:
             if job_id in self._jobs:
                 submission.check_known(self._jobs[job_id].sent.request.kind)
                 return
-            self._take(SentJob(job_id, travelled(submission.request), data, self.settings.client_key))
+            self._take(SentJob(job_id, travelled(submission.request), data, client))
 
     def revive(self, request: Request, job_id: str, client: str | None) -> None:
         """Take a dead job in again; it gets the next answer."""
@@ -124,6 +124,9 @@ class Memory:
 
     def kind(self, job_id: str) -> str | None:
         return self._jobs[job_id].sent.request.kind if job_id in self._jobs else None
+
+    def sender(self, job_id: str) -> str | None:
+        return self._jobs[job_id].sent.client if job_id in self._jobs else None
 
     def cancel(self, job_id: str) -> None:
         with self._lock:

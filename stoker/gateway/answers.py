@@ -1,0 +1,153 @@
+"""From a job to a response, as a whole or as a stream, in the form of any endpoint."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import Protocol, TypeAlias, TypeVar
+
+from starlette.responses import JSONResponse, Response
+
+from stoker.client._async.client import AsyncClient
+from stoker.client._async.jobs import AsyncGenerateJob
+from stoker.client.asynchronously import finished
+from stoker.client.options import GenerateOptions
+from stoker.client.requests import Prompt
+from stoker.contract import GenerateResult, StreamToken
+from stoker.errors import JobLost, StokerError
+from stoker.gateway.calls import Call, check_owner
+from stoker.gateway.errors import Names, Refused
+from stoker.gateway.events import Event, EventResponse
+
+R = TypeVar("R")
+#: Cancels a job.
+Cancel: TypeAlias = Callable[[], Awaitable[None]]
+#: Seconds without a token, or a result, after which a job is given up for its client.
+PATIENCE = 3600.0
+
+
+class Form(Protocol):
+    """An endpoint's form of an answer. What it yields depends on the tokens alone, so that any gateway goes on with
+    the stream of another."""
+
+    #: Whether `whole` wants the tokens too.
+    wants_tokens: bool
+
+    def whole(self, result: GenerateResult, tokens: Sequence[StreamToken]) -> dict[str, object]: ...
+
+    def first(self) -> Iterator[Event]: ...
+
+    def token(self, token: StreamToken) -> Iterator[Event]: ...
+
+    def last(self, result: GenerateResult) -> Iterator[Event]: ...
+
+    def failed(self, refused: Refused) -> Iterator[Event]: ...
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What an endpoint asks for."""
+
+    client: AsyncClient
+    model: str
+    adapter: str | None
+    prompt: Prompt
+    options: GenerateOptions
+    seed: int | None
+    form: Form
+    names: Names
+    stream: bool
+    #: Whether the job goes on when its client leaves, unless a header says otherwise.
+    store: bool = False
+
+
+async def answered(call: Call, asked: Generation) -> Response | EventResponse:
+    """Send the job, or find it again, and answer with it."""
+    try:
+        job = await _found(call, asked) if call.named.resumed else await _sent(call, asked)
+    except StokerError as error:
+        raise asked.names.refusal(error) from None
+    keep = asked.store if call.keep is None else call.keep
+    if asked.stream:
+        return _streamed(call, asked, job, keep)
+    return JSONResponse(await whole(call, job.cancel, keep, _whole(asked, job), asked.names))
+
+
+async def _sent(call: Call, asked: Generation) -> AsyncGenerateJob:
+    options = asked.options
+    if asked.adapter is not None:
+        options["adapter"] = asked.adapter
+    job = await asked.client.generate(asked.prompt, model=asked.model, seed=asked.seed, job_id=call.named.id, **options)
+    if call.named.given:
+        await check_owner(asked.client, call.named.id)
+    return job
+
+
+async def _found(call: Call, asked: Generation) -> AsyncGenerateJob:
+    """The job whose stream was broken. It is not sent again: a job that is lost would have another answer."""
+    await check_owner(asked.client, call.named.id)
+    job = await asked.client.job(call.named.id)
+    if not isinstance(job, AsyncGenerateJob):
+        raise JobLost(f"job {call.named.id}: it generates nothing, and has no stream.")
+    return job
+
+
+async def whole(call: Call, cancel: Cancel, keep: bool, made: Awaitable[R], names: Names) -> R:
+    """What the job made; a client that leaves meanwhile cancels it, unless `keep`. Raises `Refused`."""
+    answer, gone = asyncio.ensure_future(made), asyncio.ensure_future(call.gone())
+    try:
+        await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            if not keep:
+                await finished(cancel)
+            raise Refused(499, "the client has gone.", code="client_gone")
+        return answer.result()
+    except StokerError as error:
+        raise names.refusal(error, by_worker=True) from None
+    finally:
+        for task in (answer, gone):
+            task.cancel()
+        await asyncio.wait({answer, gone})
+
+
+async def _whole(asked: Generation, job: AsyncGenerateJob) -> dict[str, object]:
+    tokens = []
+    if asked.form.wants_tokens:
+        async with aclosing(job.stream(timeout=PATIENCE, cancel_on_close=False)) as stream:
+            tokens = [token async for token in stream]
+    return asked.form.whole(await job.result(PATIENCE), tokens)
+
+
+def _streamed(call: Call, asked: Generation, job: AsyncGenerateJob, keep: bool) -> EventResponse:
+    async def left() -> None:
+        if not keep:
+            await finished(job.cancel)
+
+    return EventResponse(_events(call, asked, job), asked.form.failed, call.gone, left)
+
+
+async def _events(call: Call, asked: Generation, job: AsyncGenerateJob) -> AsyncGenerator[Event]:
+    """Every event behind those that the client has. Raises `Refused`."""
+    form, began = asked.form, call.named.resumed
+    try:
+        async with aclosing(job.stream(timeout=PATIENCE, cancel_on_close=False)) as tokens:
+            async for token in tokens:
+                for event in () if began else form.first():
+                    yield event
+                began = True
+                # A form may need to know what went before: it sees every token, also where nothing is sent.
+                made = list(form.token(token))
+                for event in _identified(made, f"{job.id}:{token.index}") if token.index > call.named.after else ():
+                    yield event
+        for event in form.last(await job.result(PATIENCE)):
+            yield event
+    except StokerError as error:
+        raise asked.names.refusal(error, by_worker=True) from None
+
+
+def _identified(events: list[Event], name: str) -> Iterator[Event]:
+    """The last event of a token says that the client has all of it."""
+    yield from events[:-1]
+    yield from (replace(event, id=name) for event in events[-1:])

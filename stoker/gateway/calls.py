@@ -1,0 +1,134 @@
+"""One request, once it may be answered: who asks, what it is called, and what becomes of it when the client goes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from starlette.types import Receive
+
+from stoker.broker import keys
+from stoker.client._async.client import AsyncClient
+from stoker.contract import ModelCard
+from stoker.contract.names import Rule, follows
+from stoker.contract.shown import brief
+from stoker.gateway.errors import Refused
+
+#: Says what becomes of a job whose client goes away.
+LEAVING = "x-stoker-on-disconnect"
+#: Most tokens of an answer that names no limit and whose model nobody serves just now.
+MOST_TOKENS = 32_768
+
+
+@dataclass(frozen=True)
+class NamedJob:
+    """`id`: the job's, and the request's own. `given`: whether the client gave it. `after`: the index of the last token
+    that the client has; -1: it has none."""
+
+    id: str
+    given: bool = False
+    after: int = -1
+
+    @property
+    def resumed(self) -> bool:
+        """Whether the client had a part of the answer already."""
+        return self.after >= 0
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who asks. `key`: the client key of an API key; None: nobody has to say who they are. `models`: the bases that
+    they may use; None: all."""
+
+    key: str | None = None
+    models: frozenset[str] | None = None
+
+
+@dataclass(frozen=True)
+class Call:
+    """`keep`: the job goes on when the client leaves; None: as the body says. `receive`: says when it leaves."""
+
+    client: AsyncClient
+    caller: Caller
+    models: Models
+    body: bytes
+    named: NamedJob
+    keep: bool | None
+    receive: Receive
+
+    def model(self, name: str) -> tuple[str, str | None]:
+        """The base and the adapter of `base`, `base:adapter` or `base:adapter@2`. Raises `Refused`."""
+        base, colon, adapter = name.partition(":")
+        if colon and not adapter:
+            message = f"model: {brief(name, 160)} given; expected BASE, BASE:ADAPTER or BASE:ADAPTER@VERSION."
+            raise Refused(404, message, param="model", code="model_not_found")
+        if self.caller.models is not None and base not in self.caller.models:
+            allowed = ", ".join(sorted(self.caller.models))
+            message = f"model: {brief(name, 160)} given; this key may use {allowed}."
+            raise Refused(403, message, param="model", code="model_not_allowed")
+        return base, adapter or None
+
+    def sender(self, user: str | None) -> AsyncClient:
+        """The client under whose key the job is sent: that of the API key; where there are none, `user`."""
+        if self.caller.key is not None or user is None:
+            return self.client
+        if not follows(Rule.NAME, user):
+            message = f"user: {brief(user)} given; it is the key that shares are made by. Allowed: {Rule.NAME.allowed}."
+            raise Refused(400, message, param="user", code="invalid_value")
+        return self.client.with_key(user)
+
+    async def gone(self) -> None:
+        """Return when the client has gone."""
+        while (await self.receive())["type"] != "http.disconnect":
+            continue
+
+
+class Models:
+    """How long answers may be: what workers said of their models lately."""
+
+    def __init__(self, client: AsyncClient) -> None:
+        self._client = client
+        self._cards: dict[str, ModelCard] = {}
+        self._until = 0.0
+
+    async def most_tokens(self, model: str) -> int:
+        """The longest answer that makes sense: the model's whole context."""
+        if time.monotonic() >= self._until:
+            self._cards = await self._client.models()
+            self._until = time.monotonic() + keys.PRESENCE_EVERY
+        card = self._cards.get(model)
+        return MOST_TOKENS if card is None else min(MOST_TOKENS, max(1, card.context))
+
+
+def job_of(headers: Mapping[str, str], new: str) -> NamedJob:
+    """The job that a request is for; `new`: the id of one that names none. Raises `Refused`."""
+    given, last = headers.get("idempotency-key"), headers.get("last-event-id")
+    if given is not None and not follows(Rule.JOB_ID, given):
+        message = f"Idempotency-Key: {brief(given)} given; allowed: {Rule.JOB_ID.allowed}."
+        raise Refused(400, message, code="invalid_value")
+    if last is None:
+        return NamedJob(new if given is None else given, given is not None)
+    job_id, _, index = last.rpartition(":")
+    if not follows(Rule.JOB_ID, job_id) or not (index.isascii() and index.isdecimal() and len(index) < 10):
+        message = f"Last-Event-ID: {brief(last)} given; expected the id of an event of the stream, JOB:NUMBER."
+        raise Refused(400, message, code="invalid_value")
+    if given not in (None, job_id):
+        message = f"Last-Event-ID: {brief(last)} given with the Idempotency-Key of another job; leave that out."
+        raise Refused(400, message, code="invalid_value")
+    return NamedJob(job_id, True, int(index))
+
+
+def keeps(headers: Mapping[str, str]) -> bool | None:
+    """What the header says of the job of a client that leaves; None: nothing."""
+    said = headers.get(LEAVING)
+    if said not in (None, "cancel", "continue"):
+        raise Refused(400, f"{LEAVING}: {brief(said)} given; allowed: cancel, continue.", code="invalid_value")
+    return None if said is None else said == "continue"
+
+
+async def check_owner(client: AsyncClient, job_id: str) -> None:
+    """Raise `Refused` for a job of another client: an id that was guessed shows nobody's answer."""
+    sender = await client.sender(job_id)
+    if sender is not None and sender != client.settings.client_key:
+        raise Refused(409, f"job {job_id}: the id is taken; give another Idempotency-Key.", code="id_taken")

@@ -1,0 +1,217 @@
+"""`/v1/chat/completions`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from stoker.client.options import GenerateOptions
+from stoker.contract import Completion, GenerateResult, StreamToken
+from stoker.contract.requests import MAX_ENTRIES
+from stoker.gateway.answers import Generation
+from stoker.gateway.calls import Call
+from stoker.gateway.errors import Names, Refused
+from stoker.gateway.events import Event
+from stoker.gateway.fields import Body, parse
+from stoker.gateway.logprobs import logprobs_of
+from stoker.gateway.messages import ChatMessageBody
+from stoker.gateway.sampling import OpenAIBody
+from stoker.gateway.tools import Forced, Tool, forced
+from stoker.gateway.usage import finish_reason, usage_of
+
+NAMES = Names({"json_schema": "response_format", "adapter": "model", "template": "chat_template_kwargs"})
+
+
+class JsonSchema(Body):
+    name: str
+    description: str | None = None
+    # `schema` is a method of pydantic's.
+    schema_: dict[str, Any] = Field(default_factory=dict, alias="schema")
+    #: Answers always fit the schema.
+    strict: bool = True
+
+
+class ResponseFormat(Body):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    def schema_of_answer(self) -> dict[str, Any] | None:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            message = f"response_format.json_schema: expected with type json_schema alone; type is {self.type}."
+            raise Refused(400, message, param="response_format.json_schema", code="invalid_value")
+        if self.json_schema is not None:
+            return self.json_schema.schema_
+        return {"type": "object"} if self.type == "json_object" else None
+
+
+class ChatBody(OpenAIBody):
+    REFUSED: ClassVar[Mapping[str, str]] = {
+        "audio": "models here write texts alone; leave it out",
+        "function_call": "say it with tool_choice",
+        "functions": "say it with tools",
+        "metadata": "nothing is stored that it could be found by; leave it out",
+        "modalities": "models here write texts alone; leave it out",
+        "moderation": "leave it out",
+        "parallel_tool_calls": "an answer calls one function; leave it out",
+        "prediction": "leave it out",
+        "prompt_cache_key": "prefixes are kept by their tokens; leave it out",
+        "prompt_cache_options": "prefixes are kept by their tokens; leave it out",
+        "prompt_cache_retention": "prefixes are kept by their tokens; leave it out",
+        "reasoning_effort": "say it to the model's template with chat_template_kwargs, such as enable_thinking",
+        "safety_identifier": "name the sender with user",
+        "verbosity": "say it in a message",
+        "web_search_options": "models here have no network; leave it out",
+    }
+
+    messages: list[ChatMessageBody]
+    max_completion_tokens: int | None = None
+    #: The older name of the same.
+    max_tokens: int | None = None
+    logprobs: bool = False
+    top_logprobs: int = Field(default=0, ge=0, le=20)
+    response_format: ResponseFormat | None = None
+    tools: list[Tool] = Field(default_factory=list)
+    tool_choice: str | dict[str, Any] | None = None
+    store: bool = False
+    #: Further variables of the chat template, such as `enable_thinking`.
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def options(self, most_tokens: int) -> GenerateOptions:
+        options = self.sampling()
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            message = "max_tokens: given with max_completion_tokens; say one of them."
+            raise Refused(400, message, param="max_tokens", code="invalid_value")
+        if self.top_logprobs and not self.logprobs:
+            message = "top_logprobs: given without logprobs; set logprobs to true."
+            raise Refused(400, message, param="top_logprobs", code="invalid_value")
+        asked = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        # All entries of a job together have a limit: who names none gets what is left under it.
+        room = MAX_ENTRIES // (max(1, self.n) * (1 + self.top_logprobs))
+        options["max_tokens"] = min(most_tokens, max(1, room)) if asked is None else asked
+        options["top_logprobs"] = self.top_logprobs
+        if self.tools:
+            options["tools"] = [tool.as_template() for tool in self.tools]
+        if self.chat_template_kwargs:
+            options["template"] = self.chat_template_kwargs
+        schema = self._schema()
+        if schema is not None:
+            options["json_schema"] = schema
+        return options
+
+    def _schema(self) -> dict[str, Any] | None:
+        call = forced(self.tools, self.tool_choice)
+        asked = None if self.response_format is None else self.response_format.schema_of_answer()
+        if call is not None and (asked is not None or self.regex is not None):
+            message = "tool_choice: a call is asked for together with response_format or regex; say one of them."
+            raise Refused(400, message, param="tool_choice", code="invalid_value")
+        return asked if call is None else call.schema
+
+
+async def asked(call: Call) -> Generation:
+    """Raises `Refused`."""
+    body = parse(ChatBody, call.body)
+    model, adapter = call.model(body.model)
+    form = ChatForm(
+        call.named.id, body.model, forced(body.tools, body.tool_choice), body.logprobs, body.include_usage,
+        body.service_tier,
+    )  # fmt: skip
+    messages = [message.as_template() for message in body.messages]
+    options = body.options(await call.models.most_tokens(model))
+    names = Names(
+        {**NAMES.by_field, "max_tokens": "max_tokens" if body.max_tokens is not None else "max_completion_tokens"}
+    )
+    return Generation(
+        call.sender(body.user), model, adapter, messages, options, body.seed, form, names, body.stream, body.store
+    )
+
+
+@dataclass
+class ChatForm:
+    job_id: str
+    model: str
+    forced: Forced | None
+    wants_tokens: bool
+    include_usage: bool
+    tier: str
+    #: Of an answer that is a call of any function: the text of each completion so far.
+    _texts: dict[int, str] = field(default_factory=dict)
+    _created: int = field(default_factory=lambda: int(time.time()))
+
+    def _object(self, kind: str, choices: Sequence[dict[str, object]]) -> dict[str, object]:
+        return {
+            "id": f"chatcmpl-{self.job_id}", "object": kind, "created": self._created, "model": self.model,
+            "choices": choices, "service_tier": self.tier,
+        }  # fmt: skip
+
+    def whole(self, result: GenerateResult, tokens: Sequence[StreamToken]) -> dict[str, object]:
+        choices = []
+        for index, completion in enumerate(result.completions):
+            said = logprobs_of(token for token in tokens if token.completion == index) if self.wants_tokens else None
+            choices.append(self._choice(index, completion, said))
+        return self._object("chat.completion", choices) | {"usage": usage_of(result)}
+
+    def _choice(self, index: int, completion: Completion, said: dict[str, object] | None) -> dict[str, object]:
+        message: dict[str, object] = {"role": "assistant", "content": completion.text, "refusal": None}
+        reason = finish_reason(completion.finish_reason)
+        made = None if self.forced is None else self.forced.call(completion.text)
+        if made is not None:
+            message |= {"content": None, "tool_calls": [self._tool_call(index, *made)]}
+            reason = "tool_calls" if reason == "stop" else reason
+        return {"index": index, "message": message, "logprobs": said, "finish_reason": reason}
+
+    def _tool_call(self, index: int, name: str, arguments: str) -> dict[str, object]:
+        function = {"name": name, "arguments": arguments}
+        return {"id": f"call_{self.job_id}_{index}", "type": "function", "function": function}
+
+    def _chunk(
+        self, index: int, delta: dict[str, object], reason: str | None = None, said: dict[str, object] | None = None
+    ) -> Event:
+        choice = {"index": index, "delta": delta, "logprobs": said, "finish_reason": reason}
+        usage: dict[str, object] = {"usage": None} if self.include_usage else {}
+        return Event(self._object("chat.completion.chunk", [choice]) | usage)
+
+    def first(self) -> Iterator[Event]:
+        return iter(())
+
+    def token(self, token: StreamToken) -> Iterator[Event]:
+        index, delta = token.completion, dict[str, object]()
+        if index not in self._texts:
+            self._texts[index] = ""
+            delta = {"role": "assistant", "content": "" if self.forced is None else None, "refusal": None}
+            yield self._chunk(index, delta | self._opening(index))
+        self._texts[index] += token.text
+        said = logprobs_of([token]) if self.wants_tokens else None
+        delta = self._delta(index, token)
+        if delta or said:
+            yield self._chunk(index, delta, said=said)
+        if token.finish_reason is not None:
+            reason = finish_reason(token.finish_reason)
+            called = self.forced is not None and self.forced.call(self._texts[index]) is not None
+            yield self._chunk(index, {}, "tool_calls" if called and reason == "stop" else reason)
+
+    def _opening(self, index: int) -> dict[str, object]:
+        """Of a call whose function is known before its arguments are."""
+        if self.forced is None or self.forced.name is None:
+            return {}
+        return {"tool_calls": [{"index": 0, **self._tool_call(index, self.forced.name, "")}]}
+
+    def _delta(self, index: int, token: StreamToken) -> dict[str, object]:
+        if self.forced is None:
+            return {"content": token.text} if token.text else {}
+        if self.forced.name is not None:
+            return {"tool_calls": [{"index": 0, "function": {"arguments": token.text}}]} if token.text else {}
+        # Of a call of any function the whole is known at its end alone.
+        made = self.forced.call(self._texts[index]) if token.is_last else None
+        return {} if made is None else {"tool_calls": [{"index": 0, **self._tool_call(index, *made)}]}
+
+    def last(self, result: GenerateResult) -> Iterator[Event]:
+        if self.include_usage:
+            yield Event(self._object("chat.completion.chunk", []) | {"usage": usage_of(result)})
+        yield Event("[DONE]")
+
+    def failed(self, refused: Refused) -> Iterator[Event]:
+        yield Event(refused.openai())

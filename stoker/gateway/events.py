@@ -1,0 +1,131 @@
+"""Server-sent events, and the response that carries them for as long as the client stays."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.types import Receive, Scope, Send
+
+from stoker.gateway.errors import Refused
+
+#: Seconds of silence after which a comment is sent: proxies between close what is silent for half a minute.
+KEEP_ALIVE = 10.0
+#: Seconds that a client may take to read what was sent before it counts as gone.
+SLOW = 30.0
+#: What is sent instead of an event; clients skip it.
+COMMENT = b": keep-alive\n\n"
+HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+
+_dump = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
+@dataclass(frozen=True)
+class Event:
+    """`data`: an object, or a text that is sent as it is. `id`: what a client that lost the stream may name."""
+
+    data: dict[str, object] | str
+    id: str | None = None
+    name: str | None = None
+
+    def encode(self) -> bytes:
+        data = self.data if isinstance(self.data, str) else _dump(self.data)
+        lines = [
+            f"event: {self.name}\n" if self.name else "",
+            f"id: {self.id}\n" if self.id else "",
+            f"data: {data}\n\n",
+        ]
+        return "".join(lines).encode()
+
+
+class Gone(Exception):
+    """The client has gone, or reads nothing any more."""
+
+
+class EventResponse:
+    """An ASGI response of events. `left` is awaited when the client goes before the last one.
+
+    It begins with the first event: what is wrong with a request is found before in most cases, and raised as `Refused`
+    for a status of its own; what is found later is an event too (`failed`). When the server itself ends, no job is
+    cancelled: another gateway goes on with the stream.
+    """
+
+    def __init__(
+        self,
+        events: AsyncGenerator[Event],
+        failed: Callable[[Refused], Iterator[Event]],
+        gone: Callable[[], Awaitable[None]],
+        left: Callable[[], Awaitable[None]],
+    ) -> None:
+        self._events, self._failed, self._gone, self._left = events, failed, gone, left
+        self._started = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Raises `Refused` where nothing was sent yet."""
+        watch = asyncio.ensure_future(self._gone())
+        try:
+            async with aclosing(self._events) as events:
+                await self._carry(events, watch, send)
+        except Refused as refused:
+            if not self._started:
+                raise
+            for event in self._failed(refused):
+                await self._write(send, event.encode())
+        except Gone:
+            await self._left()
+            raise Refused(499, "the client has gone.", code="client_gone") from None
+        finally:
+            watch.cancel()
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _carry(self, events: AsyncGenerator[Event], watch: asyncio.Future[None], send: Send) -> None:
+        while True:
+            due: asyncio.Future[Event | None] = asyncio.ensure_future(_next(events))
+            try:
+                while not due.done():
+                    await _first_of(due, watch, KEEP_ALIVE)
+                    if watch.done():
+                        raise Gone
+                    if not due.done():
+                        await self._write(send, COMMENT)
+                event = due.result()
+            finally:
+                await _stopped(due)
+            if event is None:
+                return
+            await self._write(send, event.encode())
+
+    async def _write(self, send: Send, body: bytes) -> None:
+        try:
+            async with asyncio.timeout(SLOW):
+                if not self._started:
+                    self._started = True
+                    await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
+                await send({"type": "http.response.body", "body": body, "more_body": True})
+        except TimeoutError:
+            raise Gone from None
+
+
+async def _first_of(one: asyncio.Future[Event | None], other: asyncio.Future[None], seconds: float) -> None:
+    waited: set[asyncio.Future[Any]] = {one, other}
+    await asyncio.wait(waited, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+
+
+async def _next(events: AsyncGenerator[Event]) -> Event | None:
+    """None: there is none left."""
+    return await anext(events, None)
+
+
+async def _stopped(task: asyncio.Future[Event | None]) -> None:
+    """End `task`, and wait until it has ended: its generator can be closed only then."""
+    if not task.done():
+        task.cancel()
+        await asyncio.wait({task})

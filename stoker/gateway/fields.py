@@ -1,0 +1,83 @@
+"""Bodies of requests: JSON objects whose fields are all known, or refused by name."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from stoker.contract.shown import brief, cut
+from stoker.gateway.errors import Refused
+
+B = TypeVar("B", bound="Body")
+
+
+class Body(BaseModel):
+    """What an endpoint takes. A field that is null counts as not given."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, fields: Any) -> Any:
+        given = isinstance(fields, dict)
+        return {name: value for name, value in fields.items() if value is not None} if given else fields
+
+    #: Fields of the vendor's interface that Stoker does not have: name → what to do instead.
+    REFUSED: ClassVar[Mapping[str, str]] = {}
+
+
+def parse(body: type[B], raw: bytes) -> B:
+    """Raises `Refused` for what is no JSON object, and for the first field that is wrong."""
+    try:
+        given = json.loads(raw)
+        if b"\\ud" in raw.lower():
+            # Half a surrogate pair is JSON and no text: no model has a token for it, and no log can show it.
+            json.dumps(given, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise Refused(400, f"the body cannot be read as JSON ({cut(error, 200)}); expected a JSON object.") from None
+    if not isinstance(given, dict):
+        raise Refused(400, f"the body is {brief(given)}; expected a JSON object.")
+    for name in (name for name, value in given.items() if value is not None):
+        _check_known(body, name)
+    try:
+        return body.model_validate(given)
+    except ValidationError as error:
+        raise _refusal(error) from None
+
+
+def _check_known(body: type[Body], name: str) -> None:
+    if name in body.model_fields:
+        return
+    if name in body.REFUSED:
+        raise Refused(
+            400, f"{name}: not supported by Stoker; {body.REFUSED[name]}.", param=name, code="unsupported_parameter"
+        )
+    close = difflib.get_close_matches(name, body.model_fields, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    shown = brief(name, 60).strip("'\"")
+    allowed = ", ".join(body.model_fields)
+    raise Refused(400, f"{shown}: no such field; {hint}Allowed: {allowed}.", param=shown, code="unknown_parameter")
+
+
+def _refusal(error: ValidationError) -> Refused:
+    problem: Any = error.errors()[0]
+    where = ".".join(str(part) for part in problem["loc"] if not _is_branch(part))
+    if problem["type"] == "missing":
+        return Refused(400, f"{where}: missing; it has to be given.", param=where, code="missing_required_parameter")
+    if problem["type"] == "extra_forbidden":
+        message = f"{where}: not supported; leave it out."
+        return Refused(400, message, param=where, code="unsupported_parameter")
+    if problem["type"] == "value_error":
+        said = problem["msg"].removeprefix("Value error, ")
+    else:
+        said = f"{brief(problem['input'])} given; {problem['msg'][0].lower()}{problem['msg'][1:]}"
+    return Refused(400, f"{where}: {said}.", param=where, code="invalid_value")
+
+
+def _is_branch(part: object) -> bool:
+    """Whether pydantic names a member of a union here, and no field."""
+    return isinstance(part, str) and (not part.isidentifier() or part in ("str", "int", "float", "bool"))

@@ -1,0 +1,110 @@
+"""What every request passes on its way in and out: its host, its id, and the form of its errors."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import uuid
+
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from stoker.contract.shown import brief
+from stoker.errors import StokerError
+from stoker.gateway.calls import job_of
+from stoker.gateway.errors import Names, Refused
+from stoker.monitor.access import host_name, is_address
+
+log = logging.getLogger(__name__)
+
+#: Paths that answer in Anthropic's form.
+ANTHROPIC = "/v1/messages"
+
+
+class Front:
+    """ASGI middleware. `names`: hosts that it answers to, except addresses and `localhost`: a page of another site can
+    point its own name at this machine."""
+
+    def __init__(self, app: ASGIApp, names: frozenset[str]) -> None:
+        self._app, self._names = app, names
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        exchange = Exchange(scope, send)
+        try:
+            self._check_host(exchange.headers)
+            named = job_of(exchange.headers, exchange.id)
+            exchange.id = named.id
+            # Starlette's router raises what it answers with only within an application.
+            inner = {**scope, "app": self, "state": {**scope.get("state", {}), "named": named}}
+            await self._app(inner, receive, exchange.send)
+        except Refused as refused:
+            await exchange.refuse(refused)
+        except HTTPException as error:
+            await exchange.refuse(_no_such(error, scope))
+        except StokerError as error:
+            await exchange.refuse(Names().refusal(error))
+        except Exception:
+            log.exception("request %s failed by a defect of the gateway", exchange.id)
+            message = f"the gateway failed; its log has the reason, under request {exchange.id}."
+            await exchange.refuse(Refused(500, message, code="gateway_error"))
+        finally:
+            exchange.log()
+
+    def _check_host(self, headers: Headers) -> None:
+        host = headers.get("host", "")
+        name = host_name(host)
+        if name == "localhost" or name in self._names or is_address(name):
+            return
+        allowed = "".join(f", {name}" for name in sorted(self._names))
+        raise Refused(
+            421, f"Host: {brief(host, 100)} given; allowed: an address, localhost{allowed}. "
+            "Another name has to be allowed at the start: stoker serve --host NAME.",
+        )  # fmt: skip
+
+
+def _no_such(error: HTTPException, scope: Scope) -> Refused:
+    """For a path or a method that there is not."""
+    asked = f"{scope['method']} {brief(scope['path'], 100)}"
+    return Refused(
+        error.status_code, f"{asked}: not supported by Stoker. docs/gateway.md lists what is.", code="unknown_url"
+    )
+
+
+class Exchange:
+    """One request and its response."""
+
+    def __init__(self, scope: Scope, send: Send) -> None:
+        self.headers = Headers(scope=scope)
+        self.status = 0
+        self._scope, self._send, self._began = scope, send, time.monotonic()
+        #: The id of the request, and of its job.
+        self.id = str(uuid.uuid4())
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            headers = [*message.get("headers", []), (b"x-request-id", self.id.encode())]
+            message = {**message, "headers": headers}
+        await self._send(message)
+
+    async def refuse(self, refused: Refused) -> None:
+        """Answer with an error; nothing, where an answer has begun or nobody is there for one."""
+        if self.status or refused.status == 499:
+            self.status = self.status or refused.status
+            return
+        anthropic = self._scope["path"].startswith(ANTHROPIC)
+        body = json.dumps(refused.anthropic(self.id) if anthropic else refused.openai()).encode()
+        headers = {"content-type": "application/json", "content-length": str(len(body)), **refused.headers}
+        sent = [(name.encode(), value.encode()) for name, value in headers.items()]
+        await self.send({"type": "http.response.start", "status": refused.status, "headers": sent})
+        await self.send({"type": "http.response.body", "body": body})
+
+    def log(self) -> None:
+        """One line, without anything of what was asked or answered."""
+        path, took = self._scope["path"][:80], time.monotonic() - self._began
+        log.info("%s %s %d in %.3f s, request %s", self._scope["method"], path, self.status, took, self.id)

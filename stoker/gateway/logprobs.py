@@ -1,0 +1,35 @@
+"""Log-probabilities of tokens, as `/v1/chat/completions` and `/v1/completions` say them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from stoker.contract import StreamToken
+
+
+def logprobs_of(tokens: Iterable[StreamToken]) -> dict[str, object]:
+    """Of a chat's answer."""
+    return {"content": [_said(token) for token in tokens], "refusal": None}
+
+
+def _said(token: StreamToken) -> dict[str, object]:
+    likeliest = [_one(other.text, other.logprob) for other in token.alternatives]
+    return {**_one(token.text, token.logprob), "top_logprobs": likeliest}
+
+
+def _one(text: str, logprob: float) -> dict[str, object]:
+    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+
+def legacy_logprobs(tokens: Sequence[StreamToken], offset: int = 0) -> dict[str, object]:
+    """Of a completion. `offset`: characters of the answer before these tokens."""
+    offsets = []
+    for token in tokens:
+        offsets.append(offset)
+        offset += len(token.text)
+    return {
+        "tokens": [token.text for token in tokens],
+        "token_logprobs": [token.logprob for token in tokens],
+        "top_logprobs": [{other.text: other.logprob for other in token.alternatives} for token in tokens],
+        "text_offset": offsets,
+    }

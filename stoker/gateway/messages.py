@@ -1,0 +1,74 @@
+"""Conversations as OpenAI's clients send them, as messages for a model's chat template."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, field_validator
+
+from stoker.contract.shown import brief
+from stoker.gateway.fields import Body
+
+
+def _text(value: Any) -> Any:
+    """A text, or its parts joined."""
+    if not isinstance(value, list):
+        return value
+    texts = []
+    for number, part in enumerate(value):
+        kind = part.get("type") if isinstance(part, dict) else brief(part)
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise ValueError(
+                f"part {number} is {brief(kind)}; allowed: parts of type text. Models here read texts alone"
+            )
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+Content = Annotated[str, BeforeValidator(_text)]
+
+
+class CalledFunction(Body):
+    name: str
+    arguments: str
+
+    @field_validator("arguments")
+    @classmethod
+    def _object(cls, value: str) -> str:
+        try:
+            given = json.loads(value or "{}")
+        except (ValueError, RecursionError):
+            given = None
+        if not isinstance(given, dict):
+            raise ValueError(f"{brief(value)} given; expected the text of a JSON object")
+        return value
+
+
+class ToolCall(Body):
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+    def as_template(self) -> dict[str, Any]:
+        """As chat templates take it: with the arguments as an object."""
+        function = {"name": self.function.name, "arguments": json.loads(self.function.arguments or "{}")}
+        return {"id": self.id, "type": self.type, "function": function}
+
+
+class ChatMessageBody(Body):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+
+    def as_template(self) -> dict[str, object]:
+        """As the contract takes it. A developer's message is what templates call the system's."""
+        message: dict[str, object] = {"role": "system" if self.role == "developer" else self.role}
+        for name in ("content", "name", "tool_call_id"):
+            if getattr(self, name) is not None:
+                message[name] = getattr(self, name)
+        if self.tool_calls:
+            message["tool_calls"] = [call.as_template() for call in self.tool_calls]
+        return message

@@ -1,0 +1,150 @@
+"""What a hostile HTTP client, or a page in a browser, gets from the gateway."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import httpx2
+import pytest
+
+from stoker.broker.outcome import JobStatus
+from stoker.errors import ConfigError
+from stoker.gateway import bodies, events, protocol
+from stoker.gateway.app import Gateway
+from stoker.gateway.command import is_loopback, listening, serve
+from stoker.settings import load_settings
+from stoker.testing import AsyncFakeClient
+from tests.conftest import wait_until
+from tests.gateway.conftest import CHAT, Served
+
+BODY = {"model": CHAT, "messages": [{"role": "user", "content": "Hello"}]}
+PATH = "/v1/chat/completions"
+
+
+@pytest.fixture
+def http(served: Served) -> Iterator[httpx2.Client]:
+    with httpx2.Client(base_url=served.url, timeout=20) as client:
+        yield client
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [("127.0.0.1:1", 200), ("localhost", 200), ("[::1]:80", 200), ("LOCALHOST.", 200), ("10.0.0.7", 200),
+     ("gate.example", 200), ("evil.example", 421), ("", 421), ("localhost.evil.example", 421), ("[::1", 421)],
+)  # fmt: skip
+def test_a_name_that_a_foreign_page_may_have_is_refused(
+    served: Served, fake: AsyncFakeClient, http: httpx2.Client, host: str, status: int
+) -> None:
+    served.over(Gateway(fake, frozenset(["gate.example"])))
+    assert http.get("/v1/models", headers={"host": host}).status_code == status
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "", "application/jsonp"])
+def test_a_foreign_page_can_send_nothing_without_asking_and_gets_no_leave(
+    http: httpx2.Client, fake: AsyncFakeClient, kind: str
+) -> None:
+    answer = http.post(PATH, content=json.dumps(BODY), headers={"content-type": kind, "origin": "http://evil.example"})
+    assert answer.status_code == 415
+    asked = http.options(PATH, headers={"origin": "http://evil.example", "access-control-request-method": "POST"})
+    assert asked.status_code == 405
+    assert not [name for name in (*answer.headers, *asked.headers) if name.startswith("access-control")]
+    assert not fake.sent.jobs
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{", b"[]", b"null", b"1e999", b'{"model": NaN}', b"\xff\xfe", b'"' + b"a" * 100, b"[" * 100_000,
+     b'{"model": "\\ud800", "messages": []}', b'{"a": ' * 50_000],
+    ids=range(11),
+)  # fmt: skip
+def test_a_body_that_is_no_request_is_one_clear_error(http: httpx2.Client, fake: AsyncFakeClient, body: bytes) -> None:
+    answer = http.post(PATH, content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["type"] == "invalid_request_error"
+    assert len(answer.text) < 2000
+    assert not fake.sent.jobs
+
+
+def test_a_path_or_a_method_that_there_is_not_has_the_form_of_every_error(http: httpx2.Client) -> None:
+    for answer, status in ((http.get("/v1/assistants"), 404), (http.get(PATH), 405), (http.delete("/v1/models"), 405)):
+        assert answer.status_code == status
+        assert answer.json()["error"]["code"] == "unknown_url"
+        assert answer.headers["x-request-id"]
+
+
+def chunked(size: int) -> Iterator[bytes]:
+    for _ in range(size // 65536):
+        yield b" " * 65536
+
+
+def test_a_body_that_is_too_large_is_refused_before_it_is_read_or_where_it_becomes_so(
+    http: httpx2.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bodies, "MOST_BYTES", 2**18)
+    kind = {"content-type": "application/json"}
+    said = http.post(PATH, content=b" " * (2**18 + 1), headers=kind)
+    assert (said.status_code, said.json()["error"]["code"]) == (413, "request_too_large")
+    assert http.post(PATH, content=chunked(2**19), headers=kind).status_code == 413
+
+
+def raw(served: Served, sent: bytes) -> bytes:
+    """All that comes back until the gateway closes the connection."""
+    with socket.create_connection(("127.0.0.1", served.port), timeout=20) as connection:
+        connection.sendall(sent)
+        parts = list(iter(lambda: connection.recv(65536), b""))
+    return b"".join(parts)
+
+
+def test_a_client_that_sends_its_headers_or_its_body_slowly_holds_no_connection(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "HEADERS_WITHIN", 0.05)
+    monkeypatch.setattr(bodies, "READ_WITHIN", 0.05)
+    assert raw(served, b"GET /v1/models HTTP/1.1\r\nhost: local") == b""
+    # Of a further request of the same connection, too.
+    part = b"GET /v1/models HTTP/1.1\r\nhost: local"
+    with socket.create_connection(("127.0.0.1", served.port), timeout=20) as connection:
+        connection.sendall(part + b"host\r\n\r\n")
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+        connection.sendall(part)
+        wait_until(lambda: not connection.recv(65536), "the connection is closed")
+    head = f"POST {PATH} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    answer = raw(served, f"{head}connection: close\r\ncontent-length: 100\r\n\r\n{{".encode())
+    assert answer.startswith(b"HTTP/1.1 408")
+
+
+def test_headers_without_end_and_what_is_no_http_are_refused(served: Served) -> None:
+    assert raw(served, b"GET / HTTP/1.1\r\nhost: localhost\r\nx: " + b"a" * 40_000).startswith(b"HTTP/1.1 400")
+    assert raw(served, b"\x16\x03\x01 hello\r\n\r\n").startswith(b"HTTP/1.1 400")
+
+
+def test_a_client_that_reads_nothing_counts_as_gone(
+    served: Served, fake: AsyncFakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(events, "SLOW", 0.05)
+    fake.script.generate(["word" * 5000] * 2000, hangs=True)
+    body = json.dumps({**BODY, "stream": True, "max_tokens": 2000}).encode()
+    head = f"POST {PATH} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    with socket.create_connection(("127.0.0.1", served.port)) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+        wait_until(lambda: _status(fake) is JobStatus.CANCELLED, "the job is cancelled")
+
+
+def _status(fake: AsyncFakeClient) -> Any:
+    return fake._memory.job(fake.sent.jobs[0].job_id).status if fake.sent.jobs else None  # noqa: SLF001
+
+
+def test_without_keys_loopback_alone_is_served() -> None:
+    assert [is_loopback(name) for name in ("127.0.0.1", "127.8.8.8", "::1", "localhost")] == [True] * 4
+    assert [is_loopback(name) for name in ("0.0.0.0", "::", "10.0.0.1", "example.org", "")] == [False] * 5
+    with pytest.raises(ConfigError, match=r"--address 0\.0\.0\.0"):
+        serve(load_settings(url="redis://127.0.0.1:1/0"), "0.0.0.0", 0, frozenset(), print)
+
+
+def test_an_address_that_cannot_be_listened_on_is_one_clear_error(served: Served) -> None:
+    with pytest.raises(ConfigError, match=f"--port {served.port}: cannot be listened on"):
+        listening("127.0.0.1", served.port)
