@@ -2,6 +2,7 @@
 -- ARGV: id, prefix
 read_clock()
 redis.call('DEL', KEYS[2])
-vectors_kept(ARGV[2], unpack(KEYS, 3, 6)).forget(ARGV[1])
+begin_vectors(unpack(KEYS, 4, 6))
+forget_vectors(ARGV[1])
 note(KEYS[1], 'discarded')
 return 1

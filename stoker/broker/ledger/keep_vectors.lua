@@ -2,13 +2,13 @@
 -- ARGV: id, prefix, seconds that they are kept, bytes that may be kept by default, the vectors
 read_clock()
 local id, lifetime, data = ARGV[1], lifetime_of_results(KEYS[3], ARGV[3]), ARGV[5]
-local kept = vectors_kept(ARGV[2], unpack(KEYS, 3, 6))
-local bytes, most = kept.make_room(#data, tonumber(ARGV[4]))
+begin_vectors(unpack(KEYS, 4, 6))
+local bytes, most = make_room(ARGV[2], KEYS[3], #data, tonumber(ARGV[4]))
 -- The only ones there may be as large as they are.
 if bytes > 0 and bytes + #data > most then return {0, bytes, most} end
 redis.call('SET', KEYS[2], data, 'EX', lifetime)
-kept.forget(id)
+redis.call('ZREM', KEYS[5], id)
 redis.call('ZADD', KEYS[4], now + lifetime, id)
-kept.set_size(id, #data)
+set_vector_size(id, #data)
 for _, key in ipairs({KEYS[4], KEYS[6]}) do redis.call('EXPIRE', key, lifetime) end
 return {1, bytes, most}

@@ -20,7 +20,10 @@ local function let_wait(priority, turn, of)
   for _, found in ipairs(occupied or {}) do
     if found == priority then return end
   end
-  occupied = nil
+  if occupied then
+    table.insert(occupied, priority)
+    table.sort(occupied)
+  end
 end
 
 -- The next turn of a client among those who wait at the same priority (start-time fair queueing, Goyal et al. 1996,

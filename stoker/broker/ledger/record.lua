@@ -10,14 +10,15 @@ end
 
 -- What a record says of its job, in one command; `wrong`: the error, where something else is in the record's place.
 -- `known`: whether there is either. `over`: the job has ended; a record may outlive the result, and has no message then.
-local function look(of)
+-- `more`: what the other fields hold that were asked for.
+local function look(of, ...)
   local said = redis.pcall('HMGET', job_prefix .. of, 'kind', 'submitted', 'priority', 'turn', 'token', 'message', 'sent',
-    'ended', 'completed', 'mine', 'blob')
+    'ended', 'completed', 'mine', 'blob', ...)
   local wrong = said['err'] and said
   return {
     id = of, wrong = wrong, known = wrong or said[1] or said[2], submitted = finite(said[2]), priority = finite(said[3]),
     turn = finite(said[4]), owned = said[5], message = said[6], sent = said[7], over = said[8] == '1' and not said[6],
-    completed = said[9], mine = said[10], blob = said[11],
+    completed = said[9], mine = said[10], blob = said[11], more = ... and {unpack(said, 12)},
   }
 end
 
@@ -54,7 +55,7 @@ local function rank(of) return ranked(look(of)) end
 
 local function backlog(priority) return backlogs[priority + 1] end
 
--- The priorities at which jobs may wait, best first: in most queues one or none. They are found by halves, once a script.
+-- The priorities at which jobs may wait, best first: in most queues one or none. They are found by halves, once a call.
 local function there(from, to) return redis.call('EXISTS', unpack(backlogs, from + 1, to + 1)) end
 local function find_backlogs(from, to, count)
   if count == to - from + 1 then
@@ -70,7 +71,9 @@ end
 local function levels()
   if not occupied then
     occupied = {}
-    find_backlogs(0, 9, there(0, 9))
+    local count = there(0, 9)
+    -- Most jobs are of the default priority.
+    if count == 1 and there(5, 5) == 1 then occupied = {5} else find_backlogs(0, 9, count) end
   end
   return occupied
 end

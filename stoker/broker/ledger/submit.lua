@@ -51,7 +51,8 @@ if bytes + size > room and redis.call('ZCARD', open) > 0 then
   return {'bytes_full', bytes, room, wait_for(redis.call('ZCARD', open) * math.min(1, size / bytes))}
 end
 if fields['kind'] == 'embed' then
-  local kept, room = vectors_kept(prefix, policy, unpack(KEYS, 23, 25)).make_room(1, tonumber(ARGV[9]))
+  begin_vectors(unpack(KEYS, 23, 25))
+  local kept, room = make_room(prefix, policy, 1, tonumber(ARGV[9]))
   -- How soon they are fetched, nobody knows.
   if kept + 1 > room then return {'vectors_full', kept, room, '5.0'} end
 end
