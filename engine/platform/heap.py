@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import resource
 import sys
+from pathlib import Path
 
 #: Blocks of this many bytes and more are mapped by themselves. The arrays of an embedding step (up to 3 MB) are not: to
 #: map and clear each of them anew cost mixed texts a fifth to a third of their speed.
@@ -30,3 +32,21 @@ def arrange() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     options = {_M_MMAP_THRESHOLD: MAPPED, _M_TRIM_THRESHOLD: KEPT, _M_ARENA_MAX: HEAPS}
     return mallopt is not None and all(mallopt(name, value) == 1 for name, value in options.items())
+
+
+def give_back() -> bool:
+    """Give the system all whole pages that lie free, except `KEPT` at the heap's end; whether any were given.
+
+    What is free between blocks that are held stays resident otherwise: a thousand odd texts, each megabytes for a
+    moment, left 90 MB that way, and 45 with this. It takes up to 0.1 s: for a worker that rests.
+    """
+    if sys.platform != "linux":
+        return False
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    return trim is not None and trim(ctypes.c_size_t(KEPT)) == 1
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory; 0 where the system does not say it the way that Linux does."""
+    said = Path("/proc/self/statm")
+    return int(said.read_text().split()[1]) * resource.getpagesize() if said.exists() else 0

@@ -1,6 +1,6 @@
 // Attention of one new token a row, from the projections on: an RMSNorm over each head where the model has one, the
 // rotation by the row's own position, and attention over what is stored and the new token. A row reads its own positions
-// and no more, without mask and without padding. The new token's rotated keys and its values come out beside the result.
+// and no more, without mask and without padding. The new token's rotated keys and its values come out next to the result.
 // One threadgroup for the heads of a row that share keys and values; a simdgroup has one head and every SPLITSth batch of
 // keys. LANES lanes have a key, each PACK of its numbers, loaded at once.
 // q, k, v [rows, Q_ROW, K_ROW, V_ROW], each from its START on

@@ -82,3 +82,34 @@ assert grown < (HEAPS + 1) * KEPT, grown
 def test_threads_share_heaps_so_that_what_each_keeps_does_not_add_up() -> None:
     done = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+HOLES = """
+import ctypes
+from engine.platform.heap import KEPT, arrange, give_back, resident
+
+assert arrange()
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+libc.free.argtypes = [ctypes.c_void_p]
+libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+MB = 1 << 20
+
+before, blocks, held = resident(), [], []
+for _ in range(300):
+    blocks.append(libc.malloc(MB))
+    libc.memset(blocks[-1], 1, MB)
+    held.append(libc.malloc(1000))
+for block in blocks:
+    libc.free(block)
+with_holes = resident() - before
+assert with_holes > 250 * MB, with_holes
+assert give_back()
+assert resident() - before < KEPT + 20 * MB, resident() - before
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's heap")
+def test_what_lies_free_between_blocks_that_are_held_can_be_given_back() -> None:
+    done = subprocess.run([sys.executable, "-c", HOLES], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

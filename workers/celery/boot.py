@@ -31,7 +31,7 @@ from workers.celery.interrupts import Interrupts
 from workers.celery.lanes import LaneStep
 from workers.celery.lease import LeaseStep
 from workers.context import WorkerContext
-from workers.services import drain
+from workers.services import drain, resting
 from workers.services.background import Background
 from workers.services.broker_check import check_broker
 from workers.services.cancelling import CancelWatch
@@ -78,6 +78,8 @@ class EngineStep(bootsteps.StartStopStep):
         heart.start()
         house = Housekeeping(self._context.settings)
         Background("housekeeping", house.round, stopped=running.stopped, every=EVERY).start()
+        rest = resting.Resting(self._context.lanes)
+        Background("resting", rest.round, stopped=running.stopped, every=resting.EVERY).start()
         Background("mending", lambda: _mend(running, heart), stopped=running.stopped, every=MEND_EVERY).start()
 
     def _made_runtime(self, settings: Settings, name: str) -> Runtime:
