@@ -16,8 +16,12 @@ from stoker import Client
 from stoker.local.stack import Stack
 from tests.conftest import assert_idle
 from tests.docs.pages import EXAMPLES, ROOT, Block, blocks
+from tests.gateway.machinery import gateway_of
 
 pytestmark = pytest.mark.integration
+
+#: The example that speaks to a gateway.
+OVER_HTTP = ROOT / "examples" / "openai_client.py"
 
 BIN = Path(sys.executable).parent
 
@@ -45,7 +49,23 @@ def test_a_block_of_the_documentation_runs(block: Block, with_the_stack: Path) -
     runpy.run_path(str(script), run_name="__main__")
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
+@pytest.fixture
+def gateway(with_the_stack: Path, stack: Stack, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One that OpenAI's own client finds."""
+    with gateway_of(stack.settings) as client:
+        monkeypatch.setenv("OPENAI_BASE_URL", str(client.base_url))
+        yield
+
+
+@pytest.mark.usefixtures("gateway")
+def test_the_example_of_openais_client_runs_and_says_something(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(OVER_HTTP), run_name="__main__")
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) >= 3
+    assert said[-1] == "[384, 384]"
+
+
+@pytest.mark.parametrize("example", [path for path in EXAMPLES if path != OVER_HTTP], ids=lambda path: path.name)
 def test_an_example_runs_and_says_something(
     example: Path, with_the_stack: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

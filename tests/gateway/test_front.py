@@ -18,7 +18,8 @@ from stoker.gateway.command import is_loopback, listening, serve
 from stoker.settings import load_settings
 from stoker.testing import AsyncFakeClient
 from tests.conftest import wait_until
-from tests.gateway.conftest import CHAT, Served
+from tests.gateway.conftest import CHAT
+from tests.gateway.machinery import Served
 
 BODY = {"model": CHAT, "messages": [{"role": "user", "content": "Hello"}]}
 PATH = "/v1/chat/completions"

@@ -20,7 +20,8 @@ from stoker.gateway.app import Gateway
 from stoker.gateway.errors import TABLE, Names
 from stoker.testing import AsyncFakeClient
 from tests.conftest import wait_until
-from tests.gateway.conftest import CHAT, EMBED, Served
+from tests.gateway.conftest import CHAT, EMBED
+from tests.gateway.machinery import Served
 
 HELLO: Any = [{"role": "user", "content": "Hello"}]
 BODY = {"model": CHAT, "messages": HELLO}

@@ -19,6 +19,7 @@ from stoker.local.broker import server_binary
 from stoker.local.process import Process
 from stoker.local.stack import Stack
 from tests.conftest import EMBED_MODEL, GENERATE_MODEL, alive, stack_settings, wait_until
+from tests.gateway.machinery import gateway_of
 from tests.integration.machinery import (
     GOLDENS,
     FragileBroker,
@@ -165,13 +166,23 @@ def test_a_broker_that_comes_back_empty_has_lost_the_job_and_the_client_hears_it
 def test_a_job_whose_worker_is_killed_goes_on_at_another_one_with_the_same_tokens(
     fragile: FragileBroker, tmp_path: Path
 ) -> None:
-    with patient_client(fragile.url, 60) as client, two_workers_on(fragile, tmp_path):
+    with (
+        patient_client(fragile.url, 60) as client,
+        gateway_of(client.settings) as gateway,
+        two_workers_on(fragile, tmp_path),
+    ):
         job = client.generate(GOLDEN["prompt"], model=GENERATE_MODEL, max_tokens=64)
         stream = job.stream(timeout=60)
         heard = [next(stream)]
+        # Under the job's id the gateway follows this very job.
+        over_http = gateway.completions.create(
+            model=GENERATE_MODEL, prompt="x", stream=True, extra_headers={"idempotency-key": job.id}
+        )
+        text = next(iter(over_http)).choices[0].text
         os.kill(owner_in_the_middle(client, job), signal.SIGKILL)
         heard += stream
         assert [token.token_id for token in heard] == GOLDEN["token_ids"]
+        assert text + "".join(chunk.choices[0].text for chunk in over_http) == GOLDEN["text"]
 
 
 def test_a_unix_socket_serves_clients_and_workers(tmp_path: Path) -> None:

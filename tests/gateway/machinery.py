@@ -1,0 +1,72 @@
+"""Gateways that tests start: in a thread of their own process, or as `stoker serve`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import openai
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from stoker import AsyncClient
+from stoker.gateway.app import Gateway
+from stoker.gateway.command import listening, server
+from stoker.settings import Settings
+
+
+class Served:
+    """A gateway that runs in a thread. Starting one takes longer than a test: `over` says what it is over now."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._app: ASGIApp = gateway.application()
+        listener = listening("127.0.0.1", 0)
+        self.port: int = listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._server = server(self._serve)
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._server.serve([listener])), daemon=True)
+        self._thread.start()
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._app(scope, receive, send)
+
+    def over(self, gateway: Gateway) -> None:
+        self._app = gateway.application()
+
+    def stop(self) -> None:
+        self._server.should_exit = True
+        self._thread.join(10)
+        assert not self._thread.is_alive(), "the gateway ends"
+
+
+@contextmanager
+def gateway_of(settings: Settings) -> Iterator[openai.OpenAI]:
+    """OpenAI's client of a gateway over a broker."""
+    served = Served(Gateway(AsyncClient(settings=settings)))
+    try:
+        with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+            yield client
+    finally:
+        served.stop()
+
+
+class Process:
+    """`stoker serve`, on a port that is free."""
+
+    def __init__(self, settings: Settings, *options: str) -> None:
+        command = [sys.executable, "-m", "stoker.cli", "serve", "--port=0", *options]
+        env = {**os.environ, **settings.environment(), "STOKER_URL": settings.address.url}
+        self.process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        self.said = self.process.stdout.readline()
+        assert self.said.startswith("gateway"), self.stop()
+        self.url = self.said.split()[1]
+
+    def stop(self) -> str:
+        """End it, and return what it wrote to standard error."""
+        self.process.terminate()
+        return self.process.communicate(timeout=30)[1]
