@@ -119,11 +119,15 @@ def retries() -> Any:
 
 
 def _options(settings: Settings) -> dict[str, Any]:
+    from redis.maint_notifications import MaintNotificationsConfig
+
     # One try takes no longer than the caller's patience with the whole outage.
     timeout = min(SOCKET_TIMEOUT, max(1.0, settings.patience))
     # redis-py would read its own version from disk for each connection, and send it to the broker: 6 ms of a stream's
     # start (200 streams of one client: 2 s).
-    common = {"socket_timeout": timeout, "max_connections": MAX_CONNECTIONS, "driver_info": None}
+    common: dict[str, Any] = {"socket_timeout": timeout, "max_connections": MAX_CONNECTIONS, "driver_info": None}
+    # redis-py would ask for notices that Redis Enterprise alone sends: one more answer to wait for.
+    common["maint_notifications_config"] = MaintNotificationsConfig(enabled=False)
     if settings.address.redis.startswith("unix://"):
         return common
     return {**common, "socket_connect_timeout": timeout, "socket_keepalive": True}
