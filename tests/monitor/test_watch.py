@@ -16,6 +16,7 @@ from stoker.broker.connection import connect
 from stoker.client_core import embed_request, generate_request, job_record, train_request
 from stoker.errors import JobDead
 from stoker.monitor import watch as watching
+from stoker.monitor.mirror import Mirror
 from stoker.monitor.overview import overview
 from stoker.monitor.state import JobMemory
 from stoker.monitor.watch import Watch
@@ -255,5 +256,22 @@ def test_a_long_queue_is_read_in_parts(broker: Settings, redis: Any, monkeypatch
             await watch.round()
         assert states(memory) == {f"job-{number}": "PENDING" for number in range(25)}
         assert overview(watch.mirror, [], [], {}).waiting_in_all == 25
+
+    watched(broker, steps)
+
+
+def test_a_queue_that_is_read_for_the_first_time_is_not_compared_as_a_whole(
+    broker: Settings, redis: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watching, "AT_ONCE", 2)
+    compared: list[str] = []
+    monkeypatch.setattr(Mirror, "vanished", lambda _, queue, ids: (compared.append(queue), ([], []))[1])
+    for number in range(5):
+        send(redis, f"job-{number}")
+
+    async def steps(watch: Watch, memory: JobMemory) -> None:
+        await watch.round()
+        assert len(memory.tasks) == 2
+        assert compared == []
 
     watched(broker, steps)

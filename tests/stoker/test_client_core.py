@@ -137,6 +137,8 @@ def test_a_worker_is_named_without_a_source_for_a_model_of_the_catalogue_alone()
 def test_a_model_that_cannot_do_the_job_is_refused() -> None:
     with pytest.raises(UnknownModel, match=r"'smol' cannot embed: it can generate and train; .* mini can embed"):
         choose("smol", "embed", MINI, SMOL)
+    with pytest.raises(UnknownModel, match=r"'smol' cannot embed: it can generate and train; no model that is warm"):
+        choose("smol", "embed", lately=(SMOL,))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -10,7 +11,7 @@ import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 from typer.testing import CliRunner
@@ -215,6 +216,78 @@ def test_a_backup_brings_back_what_was_lost_and_leaves_what_is_there(server: Any
     assert server.hgetall(keys.POLICY) == {b"queue_limit": b"77"}
     assert registry.parse("smol", "style", server.hgetall(keys.adapter("smol", "style"))).serving == 1
     assert "0 files" in invoke("restore", str(target))
+
+
+def members(path: Path) -> set[str]:
+    with tarfile.open(path) as archive:
+        return set(archive.getnames())
+
+
+def test_a_backup_that_fails_leaves_the_one_before_as_it_was(
+    server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_run("job-1")
+    target = tmp_path / "all" / "b.tgz"
+    target.parent.mkdir()
+    invoke("backup", str(target))
+    before = target.read_bytes()
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(backup, "_add_keys", full)
+    with pytest.raises(OSError, match="No space"):
+        backup.backup(load_settings(), server, target)
+    assert target.read_bytes() == before
+    assert [path.name for path in target.parent.iterdir()] == ["b.tgz"]
+
+
+def test_a_restore_that_fails_leaves_no_half_file_and_may_be_run_again(
+    server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = archive_of(tmp_path / "b.tgz", ("runs/a/y", b"more"))
+
+    def breaks(content: IO[bytes], file: IO[bytes]) -> None:
+        file.write(content.read()[:2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(backup.shutil, "copyfileobj", breaks)
+        with pytest.raises(OSError, match="No space"):
+            backup.restore(load_settings(), server, source)
+    assert list((load_settings().runs / "a").iterdir()) == []
+    assert backup.restore(load_settings(), server, source) == backup.Counted(2, 0)
+    assert (load_settings().runs / "a" / "y").read_bytes() == b"more"
+
+
+def test_what_links_lead_to_is_in_no_backup_and_a_link_is_never_restored_over(server: Any, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("mine")
+    run = make_run("job-1")
+    (run / "link").symlink_to(tmp_path / "secret")
+    invoke("backup", str(tmp_path / "b.tgz"))
+    assert {"runs/job-1/run.json", "runs/job-1/log.jsonl"} <= members(tmp_path / "b.tgz")
+    assert "runs/job-1/link" not in members(tmp_path / "b.tgz")
+    (run / "run.json").unlink()
+    (run / "run.json").symlink_to(tmp_path / "nowhere")
+    assert backup.restore(load_settings(), server, tmp_path / "b.tgz").files == 0
+    assert (run / "run.json").is_symlink()
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_file_that_goes_while_a_backup_is_made_is_left_out(
+    server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_run("job-1")
+    read = Path.read_bytes
+
+    def gone(path: Path) -> bytes:
+        if path.name == "log.jsonl":
+            path.unlink()
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", gone)
+    invoke("backup", str(tmp_path / "b.tgz"))
+    assert {name for name in members(tmp_path / "b.tgz") if name.startswith("runs/")} == {"runs/job-1/run.json"}
 
 
 def test_jobs_and_results_are_not_in_a_backup(fake: Callable[[], Client], server: Any, tmp_path: Path) -> None:

@@ -108,3 +108,13 @@ def test_clean_does_the_same_by_hand_and_the_disks_table_shows_the_limits(monkey
     assert "1 runs and logs would be deleted" in invoke("clean", "--dry-run")
     assert "1 runs and logs deleted" in invoke("clean")
     assert names() == {"run-0", "run-1"}
+
+
+def test_adapters_of_one_name_and_of_different_models_have_each_a_newest_run() -> None:
+    for number, model in enumerate(("one", "other")):
+        folder = make_run(f"run-{model}", age=(number + 1) * DAY)
+        facts = json.loads((folder / "run.json").read_text())
+        changed = (folder / "run.json").stat().st_mtime
+        (folder / "run.json").write_text(json.dumps({**facts, "request": {**facts["request"], "model": model}}))
+        os.utime(folder / "run.json", (changed, changed))
+    assert removed(limited(runs=1)) == set()
