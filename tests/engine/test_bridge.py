@@ -6,7 +6,7 @@ import ast
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -17,8 +17,9 @@ from engine.adapters.store import AdapterStore
 from engine.checkpoints.loading import LoadedModel, load
 from engine.checkpoints.verifying import verify
 from engine.models import rope
-from engine.models.bridge import package, weights
+from engine.models.bridge import linears, package, weights
 from engine.models.cache import KeyValues
+from engine.models.layers import LayerAdapters
 from stoker.errors import InvalidRequest, ModelError
 from tests.engine import bridged, cached, test_generate_lane
 from tests.engine.architectures import config
@@ -106,6 +107,35 @@ def test_a_quantized_folder_of_mlx_lm_is_held_as_it_is_or_dense(name: str, quant
     dense, _ = bridged.network(name)
     assert np.abs(found - bridged.reference(dense, row)).max() > 1e-2, "its numbers are those of few bits"
     assert (model.bytes < 4 * model.parameters / 2) == (quantize == "keep")
+
+
+def test_a_pass_within_another_ends_with_what_the_other_had() -> None:
+    outer, inner = (cast(LayerAdapters, object()) for _ in range(2))
+    under_way = linears.Pass()
+    with under_way.begun(outer, 2, 3):
+        with under_way.begun(inner, 1, 5):
+            assert (under_way.adapters, under_way.rows, under_way.tokens) == (inner, 1, 5)
+        assert (under_way.adapters, under_way.rows, under_way.tokens) == (outer, 2, 3)
+    assert (under_way.adapters, under_way.rows, under_way.tokens) == (None, 0, 0)
+
+
+def test_matrices_whose_rows_fall_into_no_groups_stay_dense(tmp_path: Path) -> None:
+    """48 numbers a row are a group of 32 and a half."""
+    network = bridged.write_folder(tmp_path / "model", "phi3")
+    model = load("model", [str(tmp_path / "model")], quantize="8bit", group_size=32)
+    row = bridged.prompts()[0]
+    found = np.array(model.decoder.logits(model.decoder(mx.array([row])))[0])
+    assert np.abs(found - bridged.reference(network, row)).max() < 5e-2
+    assert model.bytes < 4 * model.parameters
+
+
+def test_a_trace_leaves_nothing_in_the_weights_that_a_model_file_writes_into() -> None:
+    decoder = bridged.bridged("gemma3n").model
+    tokens = mx.array([bridged.prompts()[0]])
+    wanted = np.array(decoder.logits(decoder(tokens)))
+    traced = mx.compile(lambda given: decoder.logits(decoder(given)))
+    for run in (traced, lambda given: decoder.logits(decoder(given))):
+        bridged.assert_close(np.array(run(tokens)), wanted)
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,10 @@ def test_a_plain_folder_is_bounded_by_its_tokenizer_alone(tmp_path: Path) -> Non
         ({"config_sentence_transformers.json": {"prompts": {"a": 1}}}, "not an object of strings"),
         ({"config_sentence_transformers.json": {"default_prompt_name": "a"}}, "'a' is none of its prompts"),
         (
+            {"config_sentence_transformers.json": {"prompts": {"b": "B: "}, "default_prompt_name": "a"}},
+            r"'a' is none of its prompts \(b\)",
+        ),
+        (
             {"config_sentence_transformers.json": {"default_prompt_name": ["a"]}},
             "default_prompt_name is .*, not a text",
         ),

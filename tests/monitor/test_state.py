@@ -97,6 +97,16 @@ def test_an_end_stays_the_end_of_all_that_comes_late(end: Any) -> None:
                 assert task(memory).ready
 
 
+def test_the_first_end_that_is_heard_of_stays_though_the_broker_has_forgotten_it() -> None:
+    """A result that has expired says of a job that succeeded that nothing is known of it."""
+    for first in (event("succeeded", runtime=1.0), Ended("job", "SUCCESS", 102.0)):
+        memory = JobMemory()
+        memory.hear([known()])
+        memory.event(first) if isinstance(first, dict) else memory.hear([first])
+        memory.hear([Ended("job", "FAILURE", 900.0, "JobLost: the broker has no result of it")])
+        assert (task(memory).state, task(memory).exception) == ("SUCCESS", None)
+
+
 @pytest.mark.parametrize("state", ["SUCCESS", "FAILURE", "REVOKED"])
 def test_each_end_of_the_ledger_is_a_state_of_celerys(state: str) -> None:
     memory = JobMemory()

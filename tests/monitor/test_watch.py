@@ -16,6 +16,7 @@ from stoker.broker.connection import connect
 from stoker.client_core import embed_request, generate_request, job_record, train_request
 from stoker.errors import JobDead
 from stoker.monitor import watch as watching
+from stoker.monitor.curve import Curve
 from stoker.monitor.mirror import Mirror
 from stoker.monitor.overview import overview
 from stoker.monitor.state import JobMemory
@@ -133,7 +134,12 @@ def test_a_dead_letter_is_reported_and_its_retry_too(
     watched(broker, steps)
 
 
-def test_a_runs_reports_are_read_once_and_to_its_end(broker: Settings, redis: Any) -> None:
+def test_a_runs_reports_are_read_once_and_to_its_end(
+    broker: Settings, redis: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    add = Curve.add
+    monkeypatch.setattr(Curve, "add", lambda curve, report: (read.append(report.step), add(curve, report))[1])
     request = train_request(MODEL, "style", [{"prompt": "a", "completion": "b"}], "run", {"steps": 9})
     ledger.submit(redis, "run", job_record(request, "run", "team"), b"{}")
 
@@ -144,6 +150,8 @@ def test_a_runs_reports_are_read_once_and_to_its_end(broker: Settings, redis: An
         await watch.round()
         assert memory.tasks["run"].progress == "step 2/100 · loss 2.50 · 61 tokens/s"
         assert memory.tasks["run"].state == "STARTED"
+        await watch.round()
+        assert read == [1, 2], "each is read once"
         for step in (3, 4):
             redis.xadd(keys.stream("run"), {"entry": report(step).model_dump_json()}, id=keys.entry_id(step - 1))
         ledger.complete(redis, "run", TRAIN, f"token-run-{WORKER}", ledger.revoked("run"))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
+import socket
+from contextlib import closing, suppress
 
 import pytest
 import redis
@@ -13,10 +14,12 @@ from kombu.connection import Connection
 
 from stoker import AsyncClient, Client
 from stoker.address import DEFAULT_URL, Address, Sentinels
+from stoker.broker import sentinel
 from stoker.broker.connection import connect
 from stoker.celery_config import shared_config
 from stoker.errors import BrokerUnavailable, ConfigError
 from stoker.settings import Settings
+from tests.conftest import wait_until
 from workers.celery import transport
 
 SECRET = "s3cret-w0rd"
@@ -174,6 +177,30 @@ def test_sentinels_that_do_not_answer_are_one_clear_error() -> None:
 
     with pytest.raises(BrokerUnavailable, match=f"{where} {why}"):
         asyncio.run(ask())
+
+
+def test_a_sentinel_that_says_nothing_does_not_hold_up_the_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes the connection, as a machine does whose sentinel is frozen."""
+    monkeypatch.setattr(sentinel, "SENTINEL_TIMEOUT", 0.05)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"redis+sentinel://127.0.0.1:{silent.getsockname()[1]}/queue"
+        settings = Settings(url=url, patience=0)
+        with Client(settings=settings) as client, pytest.raises(BrokerUnavailable, match="Timeout"):
+            client.workers()
+
+
+def test_a_client_that_is_closed_keeps_no_connection_to_a_sentinel(broker: Settings) -> None:
+    """A broker that is no sentinel answers the question by an error, on a connection that could be used again."""
+    password, _, host = str(broker.url).removeprefix("redis://:").rpartition("@")
+    url = f"redis+sentinel://{host.partition('/')[0]}/queue?sentinel_password={password}"
+    with closing(connect(broker)) as admin:
+        before = len(admin.client_list())
+        client = Client(settings=Settings(url=url, patience=0))
+        with suppress(redis.RedisError, BrokerUnavailable):
+            client.workers()
+        assert len(admin.client_list()) == before + 1
+        client.close()
+        wait_until(lambda: len(admin.client_list()) == before, "the sentinel's connection is closed")
 
 
 @pytest.mark.parametrize(

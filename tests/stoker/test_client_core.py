@@ -23,7 +23,7 @@ from stoker.broker.ledger.replies import Submitted
 from stoker.broker.outcome import Outcome, announced, read_vectors, result_as
 from stoker.broker.trouble import broker_unavailable
 from stoker.client import following
-from stoker.client.model_choice import Choices, choose_model, parse_cards, parse_presences
+from stoker.client.model_choice import Choices, choose_model, is_served, parse_cards, parse_presences
 from stoker.client.requests import embed_request, generate_request, known_kind, read_dataset
 from stoker.client.submission import Submission
 from stoker.contract import EmbedReply, GenerateResult, ModelCard, Presence, Usage
@@ -86,6 +86,14 @@ def test_a_model_whose_workers_were_all_upgraded_is_refused_and_not_waited_for()
     assert choose("mini", "embed", new, MINI) == "mini"
 
 
+def test_a_model_is_served_by_workers_of_this_generation_and_of_that_kind_alone() -> None:
+    new = MINI.model_copy(update={"contract": 7})
+    assert is_served("mini", "embed", [worker(SMOL), worker(MINI)])
+    assert not is_served("mini", "embed", [worker(new)])
+    assert not is_served("mini", "generate", [worker(MINI), worker(SMOL)])
+    assert not is_served("mini", "embed", [])
+
+
 def test_what_a_newer_release_says_of_itself_is_read_as_far_as_it_is_understood() -> None:
     more = json.loads(worker(MINI).model_dump_json()) | {"mood": "sunny"}
     other = json.dumps({"names": ["x"]}).encode()
@@ -108,6 +116,11 @@ def test_a_model_that_was_served_lately_is_accepted() -> None:
 
 def test_a_model_that_a_worker_has_warm_is_accepted_whatever_the_list_of_models_says() -> None:
     assert choose_model("a", "generate", {}, [worker(card("a", "generate"))]) == "a"
+
+
+def test_a_path_stands_for_the_name_that_a_worker_started_with_it_gives_it() -> None:
+    assert choose("/models/mini", "embed", MINI) == "mini"
+    assert choose("hf:org/Mini", "embed", lately=(MINI,)) == "mini"
 
 
 def test_a_model_that_nobody_served_for_long_is_unknown_again() -> None:

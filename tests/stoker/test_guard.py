@@ -91,12 +91,13 @@ def test_a_child_that_ends_by_itself_gives_its_exit_code_and_output(tmp_path: Pa
     assert again.output() == "5\n", "only what this process wrote"
 
 
-def test_a_signal_to_the_guard_ends_its_command(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_to_the_guard_ends_its_command(number: signal.Signals, tmp_path: Path) -> None:
     limits = ["5", str(tmp_path / "log"), "1000", "1"]
     command = [sys.executable, str(guard.__file__), *limits, sys.executable, "-c", SLEEPER, str(tmp_path / "pid")]
     guarding = subprocess.Popen(command, stdin=subprocess.PIPE)
     sleeper = pid_in(tmp_path / "pid")
-    guarding.terminate()
+    guarding.send_signal(number)
     assert guarding.wait(30) != 0
     assert not alive(sleeper)
     assert guarding.stdin is not None

@@ -269,7 +269,8 @@ def test_what_links_lead_to_is_in_no_backup_and_a_link_is_never_restored_over(se
     assert "runs/job-1/link" not in members(tmp_path / "b.tgz")
     (run / "run.json").unlink()
     (run / "run.json").symlink_to(tmp_path / "nowhere")
-    assert backup.restore(load_settings(), server, tmp_path / "b.tgz").files == 0
+    restored = backup.restore(load_settings(), server, tmp_path / "b.tgz")
+    assert (restored.files, restored.kept) == (0, ("runs/job-1/log.jsonl", "runs/job-1/run.json"))
     assert (run / "run.json").is_symlink()
     assert not (tmp_path / "nowhere").exists()
 

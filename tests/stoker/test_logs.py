@@ -163,6 +163,10 @@ def test_a_short_password_is_taken_out_where_it_is_a_word() -> None:
     assert redact("AUTH redis failed for redis_7 of redisearch") == "AUTH *** failed for redis_7 of redisearch"
 
 
+def test_a_secret_that_begins_as_another_is_taken_out_whole() -> None:
+    assert Redactor(["s3cret-of-all", "s3cret-of-all-and-more"])("it is s3cret-of-all-and-more") == "it is ***"
+
+
 def test_the_words_of_an_error_that_may_quote_a_text_are_left_out_and_its_place_stays(logging_as: Any) -> None:
     out = logging_as()
     try:

@@ -138,6 +138,30 @@ def test_installing_again_keeps_what_is_not_given_and_starts_the_worker_anew(
     assert (kept["STOKER_URL"], kept["HF_HOME"], kept["STOKER_MODELS"]) == (SECRET, "/models", f"bert={MODEL}")
     run("install", "--url", "redis://other.example:6379/0")
     assert read_environment(machine.settings_file)["STOKER_URL"] == "redis://other.example:6379/0"
+    monkeypatch.setenv("STOKER_URL", "redis://third.example:6379/0")
+    monkeypatch.setenv("STOKER_LEASE", "")
+    run("install")
+    kept = read_environment(machine.settings_file)
+    assert kept["STOKER_URL"] == "redis://third.example:6379/0", "this shell's wins over what was installed"
+    assert "STOKER_LEASE" not in kept, "an empty variable says nothing"
+    assert kept["STOKER_HOME"] == str(machine.settings_file.parent)
+
+
+def test_files_that_settings_name_are_found_from_any_folder(
+    machine: Machine, on: On, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on("Linux")
+    machine.has("systemctl")
+    monkeypatch.chdir(MODEL.parent)
+    monkeypatch.setenv("STOKER_DATA", "qwen3")
+    monkeypatch.setenv("STOKER_MODELS", "./bert, own=./mpnet")
+    run("install", "--url", BROKER)
+    kept = read_environment(machine.settings_file)
+    assert kept["STOKER_DATA"] == str(MODEL.parent / "qwen3")
+    assert settings_of(kept).models == (f"bert={MODEL}", f"own={MODEL.parent / 'mpnet'}")
+    monkeypatch.setenv("STOKER_DATA", "~/rows")
+    run("install")
+    assert read_environment(machine.settings_file)["STOKER_DATA"] == str(machine.folder / "rows")
 
 
 def test_a_worker_is_installed_with_launchd_and_an_agent_that_runs_ends_first(machine: Machine, on: On) -> None:

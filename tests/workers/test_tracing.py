@@ -177,6 +177,21 @@ def test_an_error_while_sending_or_waiting_ends_the_span_without_its_words(expor
     assert len(exporter.get_finished_spans()) == 2
 
 
+@pytest.mark.usefixtures("client")
+def test_a_stream_that_its_reader_leaves_is_no_error(exporter: InMemorySpanExporter) -> None:
+    def stream() -> Iterator[int]:
+        with traces.waiting("job", PARENT):
+            yield 1
+            yield 2
+
+    left = stream()
+    assert next(left) == 1
+    left.close()  # type: ignore[attr-defined]
+    (span,) = exporter.get_finished_spans()
+    assert span.status.status_code is not StatusCode.ERROR
+    assert "error.type" not in (span.attributes or {})
+
+
 def test_a_client_without_a_tracer_sends_no_trace() -> None:
     assert trace.get_tracer_provider() is not None, "the API is there, and nobody has set it up"
     with traces.sending(REQUEST, "job") as place, traces.waiting("job", place):

@@ -67,7 +67,10 @@ def test_a_process_that_was_frozen_is_no_hang(clock: SimpleNamespace) -> None:
 
 
 def test_a_hang_is_noted_in_the_record_of_each_job_and_ends_the_process(
-    broker: Settings, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    broker: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(watchdog, "LOOK_EVERY", 0.02)
     worker, redis = runtime(broker, ("one", "spoiled", "two")), connect(broker)
@@ -81,6 +84,9 @@ def test_a_hang_is_noted_in_the_record_of_each_job_and_ends_the_process(
     for job_id in ("one", "two"):
         assert b"longer than 0.05 s" in redis.hget(keys.job(job_id), Field.TROUBLE)
     redis.close()
+    assert [record.getMessage()[:49] for record in caplog.records if "does not say it" in record.getMessage()] == [
+        "the record of job spoiled does not say it: WRONGTY"[:49]
+    ]
     assert "watchdog.py" in capfd.readouterr().err, "the stack of every thread"
 
 

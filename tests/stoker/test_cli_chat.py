@@ -1,0 +1,129 @@
+"""A conversation on a terminal: what is part of it, and what is forgotten, when an answer fails or is broken off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from stoker.cli import chat
+from stoker.contract import StreamToken
+from stoker.errors import InvalidRequest, TextTooLong, UnknownModel
+from tests.stoker.test_cli import FakeClient, FakeJob, asked, run
+
+__all__ = ["asked"]
+
+
+class Refusing(FakeClient):
+    """Refuses what it is told to, once."""
+
+    refuses: Exception | None = None
+    #: What was asked, in order.
+    prompts: list[list[tuple[str, str]]]
+    seeds: list[int | None]
+
+    def __init__(self) -> None:
+        self.prompts, self.seeds = [], []
+
+    def generate(self, prompt: Any, **options: Any) -> FakeJob:
+        self.prompts.append([(message["role"], message["content"]) for message in prompt])
+        self.seeds.append(options["seed"])
+        error, self.refuses = self.refuses, None
+        if error is not None:
+            raise error
+        return super().generate(prompt, **options)
+
+    def choose_model(self, model: str | None, kind: str) -> str:
+        if model == "nope":
+            raise UnknownModel("model 'nope' given.")
+        return super().choose_model(model, kind)
+
+
+@pytest.fixture
+def client() -> Refusing:
+    return Refusing()
+
+
+@pytest.fixture
+def talk(client: Refusing) -> chat.Conversation:
+    return chat.Conversation(client, "m", {"max_tokens": 5})  # type: ignore[arg-type]
+
+
+ANSWER = ("assistant", "one two")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(InvalidRequest("no role is so."), "no role is so."), (TextTooLong("70 tokens given"), "/clear forgets it")],
+)
+def test_a_message_that_cannot_be_answered_is_forgotten_and_the_conversation_goes_on(
+    client: Refusing, talk: chat.Conversation, capsys: pytest.CaptureFixture[str], error: Exception, said: str
+) -> None:
+    talk.take("Hello")
+    client.refuses = error
+    talk.take("what is refused")
+    assert said in capsys.readouterr().err.replace("\n", " ")
+    talk.take("Bye")
+    assert client.prompts[-1] == [("user", "Hello"), ANSWER, ("user", "Bye")]
+
+
+def test_what_was_said_until_ctrl_c_is_part_of_the_conversation(
+    client: Refusing, talk: chat.Conversation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stream(_: FakeJob) -> Iterator[StreamToken]:
+        yield StreamToken(index=0, token_id=1, text="one", logit=0, logprob=0, probability=1)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FakeJob, "stream", stream)
+        talk.take("Hello")
+    talk.take("Go on")
+    assert client.prompts[-1] == [("user", "Hello"), ("assistant", "one"), ("user", "Go on")]
+
+
+def test_another_try_takes_the_last_answer_back_and_has_a_new_seed(
+    client: Refusing, talk: chat.Conversation, capsys: pytest.CaptureFixture[str]
+) -> None:
+    talk.take("/retry")
+    assert "nothing to answer yet" in capsys.readouterr().err
+    talk.seed = 7
+    talk.take("Hello")
+    talk.take("/retry")
+    assert client.prompts == [[("user", "Hello")]] * 2
+    assert client.seeds == [7, None], "the first answer alone has the seed that was given"
+
+
+def test_the_systems_message_comes_first_and_goes_with_an_empty_one(client: Refusing, talk: chat.Conversation) -> None:
+    talk.take("/system Be brief.")
+    talk.take("Hello")
+    talk.take("/system")
+    talk.take("Bye")
+    assert client.prompts == [
+        [("system", "Be brief."), ("user", "Hello")],
+        [("user", "Hello"), ANSWER, ("user", "Bye")],
+    ]
+
+
+def test_an_adapter_is_used_until_another_is_named_or_none(client: Refusing, talk: chat.Conversation) -> None:
+    used = []
+    for line in ("/adapter style", "/adapter other", "/adapter"):
+        talk.take(line)
+        talk.take("Hello")
+        used.append(client.asked["adapter"])
+    assert used == ["style", "other", None]
+
+
+def test_a_model_that_nobody_serves_is_said_and_the_one_before_stays(
+    client: Refusing, talk: chat.Conversation, capsys: pytest.CaptureFixture[str]
+) -> None:
+    talk.take("/model nope")
+    assert "'nope' given" in capsys.readouterr().err
+    talk.take("Hello")
+    assert client.asked["model"] == "m"
+    assert talk.described() == "m, no adapter"
+
+
+def test_empty_lines_are_no_messages_and_nothing_is_read_behind_the_end(asked: dict[str, Any]) -> None:
+    assert run("chat", stdin="\n   \nHello\n\n/exit\nnever\n").count("one two") == 1
+    assert asked["prompt"] == [{"role": "user", "content": "Hello"}]
