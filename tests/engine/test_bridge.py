@@ -130,7 +130,7 @@ def test_matrices_whose_rows_fall_into_no_groups_stay_dense(tmp_path: Path) -> N
 
 
 def test_a_trace_leaves_nothing_in_the_weights_that_a_model_file_writes_into() -> None:
-    decoder = bridged.bridged("gemma3n").model
+    decoder = bridged.bridged("gemma3n").decoder
     tokens = mx.array([bridged.prompts()[0]])
     wanted = np.array(decoder.logits(decoder(tokens)))
     traced = mx.compile(lambda given: decoder.logits(decoder(given)))

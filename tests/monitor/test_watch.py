@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from stoker import AsyncClient
 from stoker.broker import keys, ledger
 from stoker.broker.connection import connect
 from stoker.client_core import embed_request, generate_request, job_record, train_request
+from stoker.contract import TrainReport
 from stoker.errors import JobDead
 from stoker.monitor import watch as watching
 from stoker.monitor.curve import Curve
@@ -138,8 +139,13 @@ def test_a_runs_reports_are_read_once_and_to_its_end(
     broker: Settings, redis: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[int] = []
-    add = Curve.add
-    monkeypatch.setattr(Curve, "add", lambda curve, report: (read.append(report.step), add(curve, report))[1])
+    whole = Curve.add
+
+    def add(curve: Curve, each: TrainReport) -> None:
+        read.append(each.step)
+        whole(curve, each)
+
+    monkeypatch.setattr(Curve, "add", add)
     request = train_request(MODEL, "style", [{"prompt": "a", "completion": "b"}], "run", {"steps": 9})
     ledger.submit(redis, "run", job_record(request, "run", "team"), b"{}")
 
@@ -273,7 +279,13 @@ def test_a_queue_that_is_read_for_the_first_time_is_not_compared_as_a_whole(
 ) -> None:
     monkeypatch.setattr(watching, "AT_ONCE", 2)
     compared: list[str] = []
-    monkeypatch.setattr(Mirror, "vanished", lambda _, queue, ids: (compared.append(queue), ([], []))[1])
+    whole = Mirror.vanished
+
+    def vanished(mirror: Mirror, queue: str, ids: Iterable[bytes]) -> tuple[list[str], list[str]]:
+        compared.append(queue)
+        return whole(mirror, queue, ids)
+
+    monkeypatch.setattr(Mirror, "vanished", vanished)
     for number in range(5):
         send(redis, f"job-{number}")
 

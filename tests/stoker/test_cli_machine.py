@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from stoker.cli import app, machine
+from stoker.contract import Presence
 from stoker.errors import ConfigError
 from stoker.local import naming, stack
 from stoker.settings import load_settings, settings_of
@@ -75,14 +78,19 @@ def test_status_waits_for_a_worker_for_as_long_as_it_is_asked_to(
 ) -> None:
     answers, pauses = iter([(), (), (WORKER,)]), list[float]()
     monkeypatch.setattr(FakeClient, "workers", lambda _: next(answers))
-    monkeypatch.setattr(machine.time, "sleep", pauses.append)
+    monkeypatch.setattr(time, "sleep", pauses.append)
     assert "w@here" in run("status", "--wait", "60")
     assert len(pauses) == 2
 
 
 def test_status_asks_once_unless_it_is_to_wait(asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     looks: list[int] = []
-    monkeypatch.setattr(FakeClient, "workers", lambda _: (looks.append(1), ())[1])
+
+    def workers(_: FakeClient) -> tuple[Presence, ...]:
+        looks.append(1)
+        return ()
+
+    monkeypatch.setattr(FakeClient, "workers", workers)
     assert CliRunner().invoke(app, ["status"]).exception is not None
     assert looks == [1]
 
@@ -104,7 +112,12 @@ def test_the_check_of_kernels_is_asked_as_it_was_typed(
 ) -> None:
     called: list[list[str]] = []
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(machine.subprocess, "call", lambda words: (called.append(words), 0)[1])
+
+    def call(words: list[str]) -> int:
+        called.append(words)
+        return 0
+
+    monkeypatch.setattr(subprocess, "call", call)
     report = tmp_path / "report.json"
     assert CliRunner().invoke(app, ["kernels", "check", "--report", str(report), *options]).exit_code == 0
     assert called[0][2:] == ["kernels.check", "--report", str(report), *flags]

@@ -94,7 +94,12 @@ def test_each_command_asks_the_engine_for_itself_with_what_was_typed(
     found = {
         "path": "/m", "tensors": 1, "numbers": 2, "quantized": 3, "dense": 4, "bytes_before": 9e9, "bytes_after": 2e6,
     }  # fmt: skip
-    monkeypatch.setattr("stoker.cli.models.ask_engine", lambda verb, **given: (asked.append((verb, given)), found)[1])
+
+    def ask_engine(verb: str, **given: Any) -> dict[str, Any]:
+        asked.append((verb, given))
+        return found
+
+    monkeypatch.setattr("stoker.cli.models.ask_engine", ask_engine)
     shown = run(*words)
     ((verb, given),) = asked
     assert verb == words[0]

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import tarfile
 import time
 from collections.abc import Callable
@@ -252,7 +253,7 @@ def test_a_restore_that_fails_leaves_no_half_file_and_may_be_run_again(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(backup.shutil, "copyfileobj", breaks)
+        patched.setattr(shutil, "copyfileobj", breaks)
         with pytest.raises(OSError, match="No space"):
             backup.restore(load_settings(), server, source)
     assert list((load_settings().runs / "a").iterdir()) == []
