@@ -11,6 +11,7 @@ from typing import Any, cast
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 from engine.adapters.pool import AdapterPool
 from engine.adapters.store import AdapterStore
@@ -20,6 +21,7 @@ from engine.models import rope
 from engine.models.bridge import linears, package, weights
 from engine.models.cache import KeyValues
 from engine.models.layers import LayerAdapters
+from engine.weights.precision import Precision
 from stoker.errors import InvalidRequest, ModelError
 from tests.engine import bridged, cached, test_generate_lane
 from tests.engine.architectures import config
@@ -127,6 +129,17 @@ def test_matrices_whose_rows_fall_into_no_groups_stay_dense(tmp_path: Path) -> N
     found = np.array(model.decoder.logits(model.decoder(mx.array([row])))[0])
     assert np.abs(found - bridged.reference(network, row)).max() < 5e-2
     assert model.bytes < 4 * model.parameters
+
+
+def test_what_a_model_file_keeps_in_32_bits_stays_so_among_16(tmp_path: Path) -> None:
+    """As the addend by which DeepSeek's experts are chosen."""
+    bridged.write_folder(tmp_path / "model", "deepseek_v3")
+    network, _ = weights.network_of(config("deepseek_v3"), "deepseek_v3")
+    weights.read(tmp_path / "model", config("deepseek_v3"), network, Precision(mx.float16, None))
+    found = {path: array.dtype for path, array in tree_flatten(network.parameters())}
+    kept = {path for path in found if not network.cast_predicate(path)}
+    assert kept
+    assert {path for path, dtype in found.items() if dtype == mx.float32} == kept
 
 
 def test_a_trace_leaves_nothing_in_the_weights_that_a_model_file_writes_into() -> None:

@@ -46,6 +46,7 @@ def test_another_name_is_refused_with_any_password(host: str) -> None:
 
 
 LOGINS = ["", "Basic", "Basic !!!", "Bearer right", login(word="wrong"), login(user="root"), login(word="")]
+LOGINS += [login().replace("Basic", "Digest"), login().removeprefix("Basic ")]
 LOGINS += ["Basic " + "A" * 9, "Basic " + base64.b64encode("stoker:räch".encode("latin-1")).decode()]
 
 

@@ -21,7 +21,7 @@ from stoker.monitor.curve import Curve
 from stoker.monitor.mirror import Mirror
 from stoker.monitor.overview import overview
 from stoker.monitor.state import JobMemory
-from stoker.monitor.watch import Watch
+from stoker.monitor.watch import Watch, read_reports
 from stoker.settings import Settings
 from tests.monitor.test_curve import report
 from tests.monitor.test_overview import WORKER, card, presence
@@ -167,6 +167,11 @@ def test_a_runs_reports_are_read_once_and_to_its_end(
 
     watched(broker, steps)
     redis.expire(keys.stream("run"), 60)
+
+
+def test_an_entry_that_cannot_be_read_leaves_a_runs_other_reports() -> None:
+    entries = [{b"entry": report(1).model_dump_json()}, {b"entry": b"{"}, {}, {b"entry": report(4).model_dump_json()}]
+    assert [found.step for found in read_reports(enumerate(entries))] == [1, 4]
 
 
 def test_what_ended_while_nobody_watched_ends_in_the_history_too(broker: Settings, redis: Any) -> None:

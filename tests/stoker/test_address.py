@@ -179,6 +179,14 @@ def test_sentinels_that_do_not_answer_are_one_clear_error() -> None:
         asyncio.run(ask())
 
 
+@pytest.mark.parametrize("option", ["ssl_ca_certs=/ca.pem", "ssl_cert_reqs=none", "ssl_check_hostname=false"])
+def test_a_plain_connection_takes_no_option_of_tls(option: str) -> None:
+    """Who asks for it believes that the connection is encrypted."""
+    with pytest.raises(ConfigError, match=r"an option behind the \? is wrong"):
+        Address.parse(f"redis://host/0?{option}")
+    assert option.partition("=")[0] in Address.parse(f"rediss://host/0?{option}").redis
+
+
 def test_a_sentinel_that_says_nothing_does_not_hold_up_the_question(monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes the connection, as a machine does whose sentinel is frozen."""
     monkeypatch.setattr(sentinel, "SENTINEL_TIMEOUT", 0.05)

@@ -55,6 +55,7 @@ def test_a_broker_that_was_chosen_and_does_not_answer_is_a_fault() -> None:
 def test_a_home_that_can_be_made_is_well_and_one_that_is_a_file_is_not(tmp_path: Path) -> None:
     assert check_home(load_settings(home=tmp_path / "not/yet")).ok
     (tmp_path / "file").write_text("")
+    (tmp_path / "file").chmod(0o755)  # a program, which a folder's rights are not distinguished from
     found = check_home(load_settings(home=tmp_path / "file/home"))
     assert not found.ok
     assert "no folder" in found.detail

@@ -83,6 +83,11 @@ def test_status_waits_for_a_worker_for_as_long_as_it_is_asked_to(
     assert len(pauses) == 2
 
 
+def test_a_worker_is_up_since_its_start(asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeClient, "alive", (WORKER.model_copy(update={"started": 1000.0, "time": 1061.0}),))
+    assert "process 5, up 61 s, 1 MB" in run("status")
+
+
 def test_status_asks_once_unless_it_is_to_wait(asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     looks: list[int] = []
 

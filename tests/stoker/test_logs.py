@@ -7,8 +7,10 @@ import json
 import logging
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -161,6 +163,26 @@ def test_passwords_of_settings_and_environment_are_taken_out_wherever_they_stand
 def test_a_short_password_is_taken_out_where_it_is_a_word() -> None:
     redact = Redactor(["redis"])
     assert redact("AUTH redis failed for redis_7 of redisearch") == "AUTH *** failed for redis_7 of redisearch"
+
+
+def test_times_of_json_lines_are_those_of_every_machine(logging_as: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = logging_as()
+    record = logging.makeLogRecord({"name": "stoker", "msg": "x", "levelno": logging.INFO, "levelname": "INFO"})
+    record.created, record.msecs = 86_400.25, 250.0
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    try:
+        logging.getLogger("stoker").handle(record)
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert json.loads(out.getvalue())["time"] == "1970-01-02T00:00:00.250Z"
+
+
+def test_a_field_of_an_event_has_no_secret_either(logging_as: Any) -> None:
+    out = logging_as(secrets=["s3cret-of-all"])
+    replace(LINE, client="s3cret-of-all").write(logging.getLogger("stoker.jobs"), logging.INFO)
+    assert json.loads(out.getvalue())["client"] == "***"
 
 
 def test_a_secret_that_begins_as_another_is_taken_out_whole() -> None:

@@ -309,6 +309,7 @@ def test_options_of_the_worker_before_one_of_its_commands_are_refused(machine: M
     ("text", "mode", "said"),
     [
         ("STOKER_URL=x\n", 0o644, "other users may read it, and it may hold a password. Run: chmod 600"),
+        ("STOKER_URL=x\n", 0o640, "other users may read it"),
         ("# a comment\n\ns3cret\n", 0o600, "line 3 is not of the form NAME=VALUE"),
         ("a b=s3cret\n", 0o600, "line 1 is not of the form NAME=VALUE"),
         ("STOKER_MODLES=s3cret\n", 0o600, "STOKER_MODLES: no such setting; did you mean STOKER_MODELS"),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from stoker.broker.connection import connect
 from stoker.errors import BrokerUnavailable, ConfigError
 from stoker.settings import Settings
-from workers.services.broker_check import check_broker
+from workers.services.broker_check import check_broker, warn_of
 
 
 def test_a_broker_that_keeps_every_key_is_good(broker: Settings) -> None:
@@ -32,3 +34,25 @@ def test_a_login_that_is_refused_is_distinguished_from_a_broker_that_is_away(bro
         check_broker(wrong)
     assert "wrong@" not in str(refused.value)
     check_broker(broker.model_copy(update={"url": "redis://127.0.0.1:1/0"}))
+
+
+@pytest.mark.parametrize(
+    ("memory", "said"),
+    [
+        ({"maxmemory": 100, "used_memory": 89}, []),
+        ({"maxmemory": 100, "used_memory": 91}, [("WARNING", "the broker uses 91 of 100 bytes")]),
+        ({"maxmemory": 0, "used_memory": 1 << 40}, []),
+        ({"used_memory": 1}, []),
+        (
+            {"maxmemory": 100, "used_memory": 99, "maxmemory_policy": "allkeys-lru"},
+            [("ERROR", "the broker has maxmemory-policy all"), ("WARNING", "the broker uses 99 of 100 bytes")],
+        ),
+    ],
+)
+def test_a_broker_that_fills_or_begins_to_evict_is_warned_of(
+    memory: dict[str, Any], said: list[tuple[str, str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    warn_of(memory)
+    assert [record.levelname for record in caplog.records] == [level for level, _ in said]
+    for record, (_, begin) in zip(caplog.records, said, strict=True):
+        assert record.getMessage().startswith(begin)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
 
@@ -119,6 +119,25 @@ def test_a_span_says_that_its_job_failed_without_its_words(worker: Tracing, expo
     assert "secret" not in "".join(span.to_json() for span in exporter.get_finished_spans())
 
 
+@pytest.mark.parametrize("end", DeliveryEnd)
+def test_jobs_that_failed_and_dead_letters_are_errors_and_nothing_else_is(
+    end: DeliveryEnd, worker: Tracing, exporter: InMemorySpanExporter
+) -> None:
+    worker.ended(account(end=end))
+    bad = {span.name for span in exporter.get_finished_spans() if span.status.status_code is StatusCode.ERROR}
+    assert bad == ({"stoker generate"} if end in (DeliveryEnd.FAILED, DeliveryEnd.DEAD) else set())
+
+
+def test_a_worker_that_ends_sends_the_spans_that_wait(exporter: InMemorySpanExporter) -> None:
+    provider = TracerProvider()
+    provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=3_600_000))
+    worker = Tracing(provider, "w@here")
+    worker.ended(account())
+    assert exporter.get_finished_spans() == ()
+    worker.close()
+    assert len(exporter.get_finished_spans()) == 4
+
+
 def test_a_delivery_with_nothing_to_do_has_no_span(worker: Tracing, exporter: InMemorySpanExporter) -> None:
     worker.ended(account(end=DeliveryEnd.DROPPED))
     assert exporter.get_finished_spans() == ()
@@ -190,6 +209,16 @@ def test_a_stream_that_its_reader_leaves_is_no_error(exporter: InMemorySpanExpor
     (span,) = exporter.get_finished_spans()
     assert span.status.status_code is not StatusCode.ERROR
     assert "error.type" not in (span.attributes or {})
+
+
+@pytest.mark.usefixtures("client")
+def test_a_callers_own_state_of_a_trace_travels_up_to_its_limit() -> None:
+    state = trace.TraceState([(f"vendor-{number}", "x" * 200) for number in range(4)])
+    above = trace.SpanContext(int(TRACE, 16), 7, is_remote=True, trace_state=state)
+    with trace.use_span(trace.NonRecordingSpan(above)), traces.sending(REQUEST, "job") as sent:
+        assert sent.traceparent[3:35] == TRACE
+        assert sent.tracestate.startswith("vendor-0=xxx")
+        assert len(sent.tracestate) == traces.LONGEST
 
 
 def test_a_client_without_a_tracer_sends_no_trace() -> None:
