@@ -142,6 +142,13 @@ def test_what_a_model_file_keeps_in_32_bits_stays_so_among_16(tmp_path: Path) ->
     assert {path for path, dtype in found.items() if dtype == mx.float32} == kept
 
 
+def test_logits_have_32_bits_where_a_model_computes_in_16(tmp_path: Path) -> None:
+    bridged.write_folder(tmp_path / "model", "phi3")
+    decoder = load("model", [str(tmp_path / "model")], dtype="float16").decoder
+    hidden = decoder(mx.array([bridged.prompts()[0]]))
+    assert (hidden.dtype, decoder.logits(hidden).dtype) == (mx.float16, mx.float32)
+
+
 def test_a_trace_leaves_nothing_in_the_weights_that_a_model_file_writes_into() -> None:
     decoder = bridged.bridged("gemma3n").decoder
     tokens = mx.array([bridged.prompts()[0]])

@@ -29,7 +29,16 @@ def status(method: str = "GET", path: str = "/stoker", **headers: str) -> int | 
 
 
 @pytest.mark.parametrize(
-    "host", ["127.0.0.1:5555", "localhost", "LOCALHOST:80", "[::1]:5555", "192.168.1.7", "flower.example.org:443"]
+    "host",
+    [
+        "127.0.0.1:5555",
+        "localhost",
+        "LOCALHOST:80",
+        "[::1]:5555",
+        "192.168.1.7",
+        "flower.example.org:443",
+        "flower.example.org.",
+    ],
 )
 def test_an_address_and_a_name_that_was_allowed_are_answered(host: str) -> None:
     assert status(Host=host) is None

@@ -34,6 +34,14 @@ def shown(*reports: MetricsReport) -> Scrape:
     return Scrape.of(exposition.text(exposition.of_workers(reports)).decode())
 
 
+def test_another_programs_series_do_not_fill_a_scrape(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exposition, "MOST", 3)
+    numbers = Numbers()
+    for number in range(5):
+        numbers.of(metrics.KV_CACHE, f"model-{number}").set(1)
+    assert len(shown(numbers.report("w@here/1")).samples["stoker_kv_cache_bytes"]) == 3
+
+
 @pytest.mark.parametrize("metric", ALL, ids=lambda metric: metric.name)
 def test_a_name_says_type_and_unit_and_labels_have_few_values(metric: Metric) -> None:
     assert re.fullmatch(r"stoker_[a-z_]+", metric.name)

@@ -155,3 +155,11 @@ def test_the_first_bytes_of_a_result_say_how_a_job_ended() -> None:
     assert ending(b'{"status": "REVOKED", "result"') == ("REVOKED", "")
     for spoiled in (None, b"", b"\xff\xfe", b'{"status": "PENDING"}', b"[]"):
         assert ending(spoiled)[0] == "FAILURE"
+
+
+def test_a_job_that_no_client_wrote_is_asked_for_once() -> None:
+    seen = mirror()
+    seen.follow("queue", "base", "generate")
+    assert seen.newcomers("queue", [(b"stray", 1.0)]) == ["stray"]
+    assert seen.hear("queue", "stray", None) == []
+    assert seen.newcomers("queue", [(b"stray", 1.0)]) == []

@@ -97,6 +97,13 @@ def test_an_end_stays_the_end_of_all_that_comes_late(end: Any) -> None:
                 assert task(memory).ready
 
 
+def test_a_job_that_goes_on_elsewhere_keeps_the_time_of_its_first_start() -> None:
+    memory = JobMemory()
+    memory.hear([known(), Started("job", f"{NODE}/aa", 101.0), WaitsAgain("job", 150.0, 1)])
+    memory.hear([Started("job", f"{NODE}/bb", 200.0), Ended("job", "SUCCESS", 210.0)])
+    assert (task(memory).started, task(memory).runtime) == (101.0, 109.0)
+
+
 def test_the_first_end_that_is_heard_of_stays_though_the_broker_has_forgotten_it() -> None:
     """A result that has expired says of a job that succeeded that nothing is known of it."""
     for first in (event("succeeded", runtime=1.0), Ended("job", "SUCCESS", 102.0)):

@@ -13,6 +13,7 @@ import pytest
 from stoker import AsyncClient
 from stoker.broker import keys, ledger
 from stoker.broker.connection import connect
+from stoker.client._async.adapters import AsyncAdapters
 from stoker.client_core import embed_request, generate_request, job_record, train_request
 from stoker.contract import TrainReport
 from stoker.errors import JobDead
@@ -167,6 +168,28 @@ def test_a_runs_reports_are_read_once_and_to_its_end(
 
     watched(broker, steps)
     redis.expire(keys.stream("run"), 60)
+
+
+def test_an_open_page_asks_for_adapters_now_and_then_or_when_it_has_changed_one(
+    broker: Settings, redis: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str | None] = []
+
+    async def listed(_: AsyncAdapters, model: str | None = None) -> list[Any]:
+        asked.append(model)
+        return []
+
+    monkeypatch.setattr(AsyncAdapters, "list", listed)
+    able = card(model=MODEL, kinds=("generate", "train", "adapters"), seen=time.time())
+    redis.hset(keys.MODELS, f"{MODEL}/1", able.model_dump_json())
+
+    async def steps(watch: Watch, memory: JobMemory) -> None:
+        await watch.round()
+        for anew in (False, False, True, False):
+            await watch.adapters(anew=anew)
+        assert asked == [MODEL] * 2
+
+    watched(broker, steps)
 
 
 def test_an_entry_that_cannot_be_read_leaves_a_runs_other_reports() -> None:

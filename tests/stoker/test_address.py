@@ -153,6 +153,9 @@ def test_every_reader_of_an_address_of_sentinels_gets_the_logins() -> None:
     assert (kept["username"], kept["password"], kept["db"]) == ("me", "a;b", 3)
     asked = made.sentinel_manager.sentinels[1].connection_pool.connection_kwargs
     assert (asked["host"], asked["port"], asked["username"], asked["password"]) == ("two", 7000, "you", "c")
+    # There are others to ask: none is waited for as long as a broker would be.
+    limits = (sentinel.SENTINEL_TIMEOUT,) * 2
+    assert (asked["socket_timeout"], asked["socket_connect_timeout"]) == limits
     transport.install()
     config = shared_config(settings)
     with Connection(config["broker_url"], transport_options=config["broker_transport_options"]) as connection:

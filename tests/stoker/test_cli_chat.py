@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from stoker.cli import chat
+from stoker.cli import chat, inputs
 from stoker.contract import StreamToken
 from stoker.errors import InvalidRequest, TextTooLong, UnknownModel
 from tests.stoker.test_cli import FakeClient, FakeJob, asked, run
@@ -124,6 +124,9 @@ def test_a_model_that_nobody_serves_is_said_and_the_one_before_stays(
     assert talk.described() == "m, no adapter"
 
 
-def test_empty_lines_are_no_messages_and_nothing_is_read_behind_the_end(asked: dict[str, Any]) -> None:
-    assert run("chat", stdin="\n   \nHello\n\n/exit\nnever\n").count("one two") == 1
+def test_empty_lines_are_no_messages_and_nothing_is_read_behind_the_end(
+    asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inputs, "lines", lambda: iter(["", "  ", "Hello", "", "/exit", "never"]))
+    assert run("chat").count("one two") == 1
     assert asked["prompt"] == [{"role": "user", "content": "Hello"}]

@@ -209,14 +209,14 @@ def test_a_backup_brings_back_what_was_lost_and_leaves_what_is_there(server: Any
     (version / "adapters.safetensors").unlink()
     (run / "run.json").write_text("newer")
     registry.register(server, "smol", "other", 1, {"rank": 2}, promote=True)
-    assert invoke("restore", str(target)).startswith(f"{target}: 1 files and 4 keys of the broker restored")
+    assert invoke("restore", str(target)).startswith(f"{target}: 1 files of adapters and runs, 4 keys of")
     assert (version / "adapters.safetensors").read_bytes() == b"weights \xff"
     assert (run / "run.json").read_text() == "newer"
     assert server.get(keys.artifact("smol", "style", 1)) == b"weights \xff"
     assert server.smembers(keys.adapters("smol")) == {b"style", b"other"}
     assert server.hgetall(keys.POLICY) == {b"queue_limit": b"77"}
     assert registry.parse("smol", "style", server.hgetall(keys.adapter("smol", "style"))).serving == 1
-    assert "0 files" in invoke("restore", str(target))
+    assert "0 files of adapters and runs, 0 keys of the broker restored" in invoke("restore", str(target))
 
 
 def members(path: Path) -> set[str]:

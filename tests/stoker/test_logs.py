@@ -165,6 +165,15 @@ def test_a_short_password_is_taken_out_where_it_is_a_word() -> None:
     assert redact("AUTH redis failed for redis_7 of redisearch") == "AUTH *** failed for redis_7 of redisearch"
 
 
+def test_an_interrupt_is_no_defect_and_is_left_to_python(logging_as: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, left = logging_as(), []
+    monkeypatch.setattr(sys, "__excepthook__", lambda *error: left.append(error[0]))
+    sys.excepthook(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert (out.getvalue(), left) == ("", [KeyboardInterrupt])
+    sys.excepthook(ValueError, ValueError("x"), None)
+    assert json.loads(out.getvalue())["level"] == "critical"
+
+
 def test_times_of_json_lines_are_those_of_every_machine(logging_as: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     out = logging_as()
     record = logging.makeLogRecord({"name": "stoker", "msg": "x", "levelno": logging.INFO, "levelname": "INFO"})

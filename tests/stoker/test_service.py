@@ -19,7 +19,7 @@ from stoker.cli import app
 from stoker.errors import BrokerUnavailable, ConfigError, InvalidRequest, StokerError
 from stoker.local import guard
 from stoker.local.service import Service, launchd_agent, read_environment, systemd_unit
-from stoker.local.service_manager import Launchd
+from stoker.local.service_manager import Launchd, Systemd
 from stoker.settings import Settings, settings_of
 
 MODEL = Path(__file__).parent.parent / "goldens" / "architectures" / "bert"
@@ -164,6 +164,17 @@ def test_files_that_settings_name_are_found_from_any_folder(
     assert read_environment(machine.settings_file)["STOKER_DATA"] == str(machine.folder / "rows")
 
 
+def test_an_installed_worker_knows_its_home_though_no_variable_said_it(
+    machine: Machine, on: On, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on("Linux")
+    machine.has("systemctl")
+    monkeypatch.delenv("STOKER_HOME")
+    run("install", "--model", str(MODEL), "--url", BROKER)
+    home = machine.folder / ".stoker"
+    assert read_environment(home / "worker.env")["STOKER_HOME"] == str(home)
+
+
 def test_a_worker_is_installed_with_launchd_and_an_agent_that_runs_ends_first(machine: Machine, on: On) -> None:
     on("Darwin")
     machine.has("launchctl", LAUNCHCTL)
@@ -191,6 +202,18 @@ def test_an_agent_that_does_not_end_is_one_clear_error(machine: Machine, monkeyp
     monkeypatch.setattr("stoker.local.service_manager.time.monotonic", lambda: next(looks))
     with pytest.raises(ConfigError, match=r"launchd has not ended stoker\.worker within 120 s"):
         Launchd().stop(90)
+
+
+def test_a_stop_may_take_as_long_as_the_worker_has_to_drain(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[float] = []
+
+    def run(command: list[str], *, timeout: float, **options: object) -> subprocess.CompletedProcess[str]:
+        limits.append(timeout)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    Systemd().stop(3600)
+    assert min(limits) > 3600
 
 
 def test_a_dry_run_prints_the_definition_and_changes_nothing(machine: Machine, on: On) -> None:

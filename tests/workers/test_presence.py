@@ -120,3 +120,9 @@ def test_a_worker_that_stops_takes_its_presence_away(redis: Any, others: Others)
     beats.say_goodbye()
     assert not redis.exists(keys.worker("w@here"))
     assert redis.zscore(keys.WORKERS, "w@here") is None
+
+
+def test_a_goodbye_that_no_broker_hears_ends_nothing_else(others: Others, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        heart(connect(Settings(url="redis://127.0.0.1:1/0")), others).say_goodbye()
+    assert f"The presence expires in {keys.PRESENCE_TTL} s" in caplog.text

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from opentelemetry import trace
+from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -194,6 +195,42 @@ def test_an_error_while_sending_or_waiting_ends_the_span_without_its_words(expor
         assert span.status.status_code is StatusCode.ERROR
         assert "secret" not in span.to_json()
     assert len(exporter.get_finished_spans()) == 2
+
+
+@pytest.mark.usefixtures("client")
+def test_a_wait_within_a_callers_own_span_is_below_that(exporter: InMemorySpanExporter) -> None:
+    own = trace.SpanContext(int(TRACE, 16) + 1, 7, is_remote=False, trace_flags=trace.TraceFlags(1))
+    with trace.use_span(trace.NonRecordingSpan(own)), traces.waiting("job", PARENT):
+        pass
+    (span,) = exporter.get_finished_spans()
+    assert span.parent == own
+    assert [link.context.trace_id for link in span.links] == [int(TRACE, 16)]
+
+
+@pytest.mark.parametrize(
+    ("variables", "name"),
+    [
+        ({}, "stoker-worker"),
+        ({"OTEL_SERVICE_NAME": "mine"}, "mine"),
+        ({"OTEL_RESOURCE_ATTRIBUTES": "service.name=mine"}, "mine"),
+    ],
+)
+def test_a_worker_has_the_name_that_opentelemetrys_own_variables_give_it(
+    variables: dict[str, str], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("OTEL_SERVICE_NAME", "OTEL_RESOURCE_ATTRIBUTES"):
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    made: list[Resource] = []
+
+    def provider(resource: Resource) -> TracerProvider:
+        made.append(resource)
+        return TracerProvider(resource=resource)
+
+    monkeypatch.setitem(tracing.__globals__, "TracerProvider", provider)
+    tracing("log", "w@here").close()
+    assert [resource.attributes["service.name"] for resource in made] == [name]
 
 
 @pytest.mark.usefixtures("client")
