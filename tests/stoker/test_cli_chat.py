@@ -16,7 +16,7 @@ __all__ = ["asked"]
 
 
 class Refusing(FakeClient):
-    """Refuses what it is told to, once."""
+    """Answers one question with the error `refuses`."""
 
     refuses: Exception | None = None
     #: What was asked, in order.

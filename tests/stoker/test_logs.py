@@ -174,6 +174,20 @@ def test_an_interrupt_is_no_defect_and_is_left_to_python(logging_as: Any, monkey
     assert json.loads(out.getvalue())["level"] == "critical"
 
 
+def test_a_traceback_has_no_secret_and_nothing_that_was_left_out_on_purpose(logging_as: Any) -> None:
+    out = logging_as()
+    try:
+        try:
+            raise OSError("what was left out")
+        except OSError:
+            raise OSError("no way to redis://me:s3cret-of-all@host") from None
+    except OSError:
+        logging.getLogger("stoker").exception("it failed")
+    trace = json.loads(out.getvalue())["traceback"]
+    assert "no way to redis://***@host" in trace
+    assert "left out" not in trace
+
+
 def test_times_of_json_lines_are_those_of_every_machine(logging_as: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     out = logging_as()
     record = logging.makeLogRecord({"name": "stoker", "msg": "x", "levelno": logging.INFO, "levelname": "INFO"})

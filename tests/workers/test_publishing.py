@@ -397,6 +397,14 @@ def test_a_stream_that_was_deleted_meanwhile_expires_all_the_same(redis: Any, ma
     assert 0 < redis.ttl(keys.stream("a")) <= keys.RESULT_TTL
 
 
+def test_streams_that_go_on_are_kept_before_those_that_stand_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recent, "STREAMS", 2)
+    kept = Recent()
+    for job_id, index in (("a", 0), ("b", 0), ("a", 1), ("c", 0)):
+        kept.took([(job_id, token(index))])
+    assert [len(kept.since(job_id, 0)) for job_id in "abc"] == [2, 0, 1]
+
+
 class Cut:
     """A broker that is away for one call, in which the worker begins to end, and back for the next."""
 
