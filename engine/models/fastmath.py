@@ -90,13 +90,13 @@ def _fast_swiglu_gradients(
 
 
 @mx.custom_function
-def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
+def gated_silu(gate: mx.array, up: mx.array) -> mx.array:
     if fast(gate):
         return _fast_swiglu(gate, up, _exp_nonpositive(-mx.abs(gate)))
     return gate * mx.sigmoid(gate) * up
 
 
-@_swiglu.vjp
+@gated_silu.vjp
 def _swiglu_vjp(primals: tuple[mx.array, mx.array], cotangent: mx.array, output: mx.array) -> tuple[mx.array, mx.array]:
     """From gate and up alone: the sigmoid and the SiLU of every layer would else be kept for the backward pass, half of
     what an MLP keeps. By `depends`, a compiled step does not take the forward pass's for the same."""
@@ -108,7 +108,7 @@ def _swiglu_vjp(primals: tuple[mx.array, mx.array], cotangent: mx.array, output:
 
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     """silu(gate) · up, silu(x) = x / (1 + e^−x) (Shazeer, "GLU Variants Improve Transformer", 2020)."""
-    return cast("mx.array", _swiglu(gate, up))
+    return cast("mx.array", gated_silu(gate, up))
 
 
 @_compile

@@ -119,7 +119,7 @@ def _whole_operations() -> Iterator[None]:
     names = ("rms_norm", "rope", "scaled_dot_product_attention")
     stand_ins: dict[str, Any] = {name: whole(name) for name in names}
     # A gradient of its own is nothing that MLX could export, and nothing that is launched.
-    plain = patch.object(fastmath, "_swiglu", lambda gate, up: gate * mx.sigmoid(gate) * up)
+    plain = patch.object(fastmath, "gated_silu", lambda gate, up: gate * mx.sigmoid(gate) * up)
     gpu = patch.object(fastmath, "on_cpu", lambda: False)
     with gpu, plain, patch.multiple(mx.fast, **stand_ins):
         yield
