@@ -39,6 +39,7 @@ def test_each_kind_of_key_has_its_own_longest_life(kind: keys.Kind) -> None:
         *(keys.WORKERS, keys.metrics("x"), keys.spoiled(keys.DEAD)),
         *(keys.VECTORS_UNFETCHED, keys.VECTORS_FETCHED, keys.VECTORS_SIZES),
         *(keys.adapters("m"), keys.adapter("m", "x"), keys.artifact("m", "x", 1), keys.MODELS, keys.DEAD, keys.JANITOR),
+        *(keys.API_KEYS, keys.rate("x")),
         *(keys.POLICY, keys.UNACKED, keys.LEASES, "stoker:unacked_mutex", "stoker:_kombu.binding.celery"),
     )
     names = [name for name in examples if keys.kind_of(name) == kind]

@@ -3,7 +3,7 @@
 All start with `stoker:`, Celery's own too (by `global_keyprefix`). `KINDS` lists every kind of key with the longest
 time that one of it may have left to live. Those without a lifetime are durable: the queues themselves and what Celery
 keeps about messages that are not acknowledged yet (a queue must outlive any outage, so no expiry is right for it), the
-registry of adapters with their files, and the policy.
+registry of adapters with their files, the policy, and the keys of the gateway.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ PRESENCE_EVERY = 2.0
 PRESENCE_TTL = 10
 #: Seconds between two reports of what a worker has counted; they live as long as a presence.
 METRICS_EVERY = 4.0
+#: Seconds that what a key of the gateway has taken is remembered, and the longest that it waits for what it overdrew.
+RATE_TTL = 3600
 #: The type of a kind whose keys have several.
 ANY = "any"
 
@@ -83,6 +85,8 @@ KINDS = (
     Kind("adapter", rf"adapter:{_NAME}:{_NAME}", None, "hash"),
     Kind("artifact", rf"artifact(:{_NAME}){{3}}", None, "string"),
     Kind("policy", r"policy", None, "hash"),
+    Kind("api_keys", r"keys", None, "hash"),
+    Kind("rate", rf"rate:{_NAME}", RATE_TTL, "hash"),
     # Which queues an exchange feeds, and messages that a worker holds: kombu's.
     Kind("binding", r"_kombu\.binding(_deadlines|(_permanent)?\..+)", None, ANY),
     Kind("unacked", r"unacked", None, "hash"),
@@ -232,8 +236,15 @@ LEASES = f"{PREFIX}unacked_index"
 CANCELS = f"{PREFIX}cancels"
 #: Hash: limits and ageing, where they differ from the defaults (`stoker jobs policy`). Durable.
 POLICY = f"{PREFIX}policy"
+#: Hash: SHA-256 of a key of the gateway → JSON of what it may (`stoker.broker.api_keys`). Durable.
+API_KEYS = f"{PREFIX}keys"
 #: Hash: id → JSON of a dead letter (`stoker.broker.letters`), until its job is retried.
 DEAD = f"{PREFIX}dead"
+
+
+def rate(key: str) -> str:
+    """Hash: what is left of what a key of the gateway may take in a minute."""
+    return f"{PREFIX}rate:{key}"
 
 
 def spoiled(key: str) -> str:

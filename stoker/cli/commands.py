@@ -18,6 +18,7 @@ from stoker.cli import (
     housekeeping,
     init,
     jobs,
+    keys,
     machine,
     policy,
     runs,
@@ -81,6 +82,12 @@ queue.command("cancel")(jobs.cancel_many)
 queue.command("purge")(jobs.purge)
 queue.command("policy")(policy.show_or_set)
 app.add_typer(queue, name="jobs")
+
+access = typer.Typer(no_args_is_help=True, help="Keys for the gateway.")
+access.command("create")(keys.create)
+access.command("list")(keys.list_keys)
+access.command("revoke")(keys.revoke)
+app.add_typer(access, name="keys")
 
 models = typer.Typer(no_args_is_help=True, help="Models that a worker can serve.")
 models.command("list")(models_commands.list_models)

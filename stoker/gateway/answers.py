@@ -72,7 +72,7 @@ async def answered(call: Call, asked: Generation) -> Response | EventResponse:
     keep = asked.store if call.keep is None else call.keep
     if asked.stream:
         return _streamed(call, asked, job, keep)
-    return JSONResponse(await whole(call, job.cancel, keep, _whole(asked, job), asked.names))
+    return JSONResponse(await whole(call, job.cancel, keep, _whole(call, asked, job), asked.names))
 
 
 async def _sent(call: Call, asked: Generation) -> AsyncGenerateJob:
@@ -112,12 +112,14 @@ async def whole(call: Call, cancel: Cancel, keep: bool, made: Awaitable[R], name
         await asyncio.wait({answer, gone})
 
 
-async def _whole(asked: Generation, job: AsyncGenerateJob) -> dict[str, object]:
+async def _whole(call: Call, asked: Generation, job: AsyncGenerateJob) -> dict[str, object]:
     tokens = []
     if asked.form.wants_tokens:
         async with aclosing(job.stream(timeout=PATIENCE, cancel_on_close=False)) as stream:
             tokens = [token async for token in stream]
-    return asked.form.whole(await job.result(PATIENCE), tokens)
+    result = await job.result(PATIENCE)
+    await call.spent(result.usage.prompt_tokens + result.usage.completion_tokens)
+    return asked.form.whole(result, tokens)
 
 
 def _streamed(call: Call, asked: Generation, job: AsyncGenerateJob, keep: bool) -> EventResponse:
@@ -130,7 +132,7 @@ def _streamed(call: Call, asked: Generation, job: AsyncGenerateJob, keep: bool) 
 
 async def _events(call: Call, asked: Generation, job: AsyncGenerateJob) -> AsyncGenerator[Event]:
     """Every event behind those that the client has. Raises `Refused`."""
-    form, began = asked.form, call.named.resumed
+    form, began, spent = asked.form, call.named.resumed, 0
     try:
         async with aclosing(job.stream(timeout=PATIENCE, cancel_on_close=False)) as tokens:
             async for token in tokens:
@@ -139,12 +141,17 @@ async def _events(call: Call, asked: Generation, job: AsyncGenerateJob) -> Async
                 began = True
                 # A form may need to know what went before: it sees every token, also where nothing is sent.
                 made = list(form.token(token))
+                spent += token.index > call.named.after
                 for event in _identified(made, f"{job.id}:{token.index}") if token.index > call.named.after else ():
                     yield event
-        for event in form.last(await job.result(PATIENCE)):
+        result = await job.result(PATIENCE)
+        spent += 0 if call.named.resumed else result.usage.prompt_tokens
+        for event in form.last(result):
             yield event
     except StokerError as error:
         raise asked.names.refusal(error, by_worker=True) from None
+    finally:
+        await call.spent(spent)
 
 
 def _identified(events: list[Event], name: str) -> Iterator[Event]:

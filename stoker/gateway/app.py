@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from stoker.client._async.client import AsyncClient
 from stoker.gateway import chat, completions, embeddings, listing
+from stoker.gateway.access import Access, Anybody
 from stoker.gateway.answers import Generation, answered
 from stoker.gateway.bodies import read_body
 from stoker.gateway.calls import Call, Caller, Models, NamedJob, keeps
@@ -42,6 +43,7 @@ class Gateway:
 
     client: AsyncClient
     names: frozenset[str] = frozenset()
+    access: Access = field(default_factory=Anybody)
     models: Models = field(init=False)
 
     def __post_init__(self) -> None:
@@ -65,7 +67,7 @@ class Gateway:
 
     async def caller(self, request: Request) -> Caller:
         """Who asks. Raises `Refused`."""
-        return Caller()
+        return await self.access.caller(request.headers)
 
     async def call(self, request: Request) -> Call:
         """Raises `Refused` for a request that is not even read."""
@@ -73,7 +75,7 @@ class Gateway:
         caller = await self.caller(request)
         client = self.client if caller.key is None else self.client.with_key(caller.key)
         keep, body = keeps(request.headers), await read_body(request)
-        return Call(client, caller, self.models, body, named, keep, request.receive)
+        return Call(client, caller, self.models, body, named, keep, request.receive, self.access.spend)
 
     async def list_models(self, request: Request) -> Response:
         return await listing.models(self.client, (await self.caller(request)).models)

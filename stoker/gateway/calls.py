@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 
 from starlette.types import Receive
 
 from stoker.broker import keys
 from stoker.client._async.client import AsyncClient
+from stoker.client.asynchronously import finished
 from stoker.contract import ModelCard
 from stoker.contract.names import Rule, follows
 from stoker.contract.shown import brief
@@ -39,10 +40,12 @@ class NamedJob:
 @dataclass(frozen=True)
 class Caller:
     """Who asks. `key`: the client key of an API key; None: nobody has to say who they are. `models`: the bases that
-    they may use; None: all."""
+    they may use; None: all. `secret`: the API key itself, and `tokens` what it may take in a minute."""
 
     key: str | None = None
     models: frozenset[str] | None = None
+    secret: str | None = field(default=None, repr=False)
+    tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ class Call:
     named: NamedJob
     keep: bool | None
     receive: Receive
+    #: Counts tokens for the caller.
+    spend: Callable[[Caller, int], Awaitable[None]]
 
     def model(self, name: str) -> tuple[str, str | None]:
         """The base and the adapter of `base`, `base:adapter` or `base:adapter@2`. Raises `Refused`."""
@@ -71,12 +76,19 @@ class Call:
 
     def sender(self, user: str | None) -> AsyncClient:
         """The client under whose key the job is sent: that of the API key; where there are none, `user`."""
-        if self.caller.key is not None or user is None:
+        if user is None or user == self.caller.key:
             return self.client
+        if self.caller.key is not None:
+            message = f"user: {brief(user)} given; jobs of this key are those of {self.caller.key}. Leave it out."
+            raise Refused(403, message, param="user", code="invalid_value")
         if not follows(Rule.NAME, user):
             message = f"user: {brief(user)} given; it is the key that shares are made by. Allowed: {Rule.NAME.allowed}."
             raise Refused(400, message, param="user", code="invalid_value")
         return self.client.with_key(user)
+
+    async def spent(self, tokens: int) -> None:
+        """Count what the answer took, also for a client that has gone."""
+        await finished(lambda: self.spend(self.caller, tokens))
 
     async def gone(self) -> None:
         """Return when the client has gone."""

@@ -11,8 +11,11 @@ from collections.abc import Callable
 import uvicorn
 from starlette.types import ASGIApp
 
+from stoker.broker import api_keys
+from stoker.broker.connection import connect, translated
 from stoker.client._async.client import AsyncClient
 from stoker.errors import ConfigError
+from stoker.gateway.access import Keyed
 from stoker.gateway.app import Gateway
 from stoker.gateway.protocol import TimedProtocol
 from stoker.logs import setup as logs
@@ -34,17 +37,27 @@ def serve(settings: Settings, address: str, port: int, names: frozenset[str], sa
     for name in ("uvicorn.error", "uvicorn.access", "asyncio"):
         logging.getLogger(name).setLevel(logging.WARNING)
     client = AsyncClient(settings=settings)
-    if not is_loopback(address):
+    required = not is_loopback(address)
+    if required and not _has_keys(settings):
         raise ConfigError(
             f"--address {address}: anybody who reaches it could send jobs. Without keys loopback alone may be served: "
-            "127.0.0.1 or ::1."
+            "127.0.0.1 or ::1. Make a key first: stoker keys create NAME."
         )
+    gateway = Gateway(client, names, Keyed(client, required=required))
     with listening(address, port) as listener:
         where = listener.getsockname()[1]
         shown = f"[{address}]" if ":" in address else address
         say(f"gateway  http://{shown}:{where}/v1")
         say(f"broker   {settings.address.shown}")
-        asyncio.run(server(Gateway(client, names).application()).serve(sockets=[listener]))
+        asyncio.run(server(gateway.application()).serve(sockets=[listener]))
+
+
+def _has_keys(settings: Settings) -> bool:
+    redis = connect(settings)
+    with translated(settings):
+        found = bool(api_keys.listed(redis))
+    redis.close()
+    return found
 
 
 def server(app: ASGIApp) -> uvicorn.Server:

@@ -81,6 +81,7 @@ async def answered(call: Call) -> Response:
 
 async def _made(call: Call, job: AsyncEmbedJob) -> tuple[np.ndarray, Usage]:
     vectors, usage = await job.result(PATIENCE), await job.usage(PATIENCE)
+    await call.spent(usage.prompt_tokens)
     if not call.named.given:
         # Nobody can ask for them again: they need not take the broker's room for ten minutes.
         await job.discard()

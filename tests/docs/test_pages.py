@@ -124,7 +124,7 @@ def test_an_example_is_short_and_says_what_it_shows(example: Path) -> None:
     assert len(text.splitlines()) <= 40
     assert ast.get_docstring(ast.parse(text))
     imported = set(re.findall(r"^(?:from|import) (\w+)", text, re.MULTILINE))
-    assert imported <= {"asyncio", "numpy", "stoker"}, "the public client, and nothing behind it"
+    assert imported <= {"asyncio", "numpy", "openai", "os", "stoker"}, "the public client, and nothing behind it"
 
 
 def test_the_table_of_settings_is_that_of_the_code() -> None:
@@ -172,10 +172,11 @@ LIVES = {
     "7 days": keys.PENDING_TTL,
     "30 days": keys.MODEL_TTL,
     "10 seconds": keys.PRESENCE_TTL,
+    "60 minutes": keys.RATE_TTL,
 }
 #: Lives as long as a setting says.
 BY_SETTING = {"two leases": keys.JANITOR}
-SECONDS = {"hours": 3600, "days": 86400, "seconds": 1}
+SECONDS = {"minutes": 60, "hours": 3600, "days": 86400, "seconds": 1}
 
 
 #: Redis' names of types, in the words of the page.
@@ -202,6 +203,7 @@ def test_the_table_of_keys_is_that_of_the_code() -> None:
     }
     made |= {make("<queue>") for make in (keys.turns, keys.dispatched, keys.pace, keys.sizes)}
     made |= {keys.backlog("<queue>", 7).replace("7", "<priority>"), keys.client("<key>", "<queue>")}
+    made |= {keys.rate("<key>")}
     made |= {keys.WORKERS, keys.MODELS, keys.DEAD, keys.JANITOR, keys.spoiled("<key>")}
     made |= {keys.VECTORS_UNFETCHED, keys.VECTORS_FETCHED, keys.VECTORS_SIZES}
     durable = {key for key, lives in table.items() if lives == "durable"}

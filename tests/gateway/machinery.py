@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ import openai
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from stoker import AsyncClient
+from stoker.gateway.access import Keyed
 from stoker.gateway.app import Gateway
 from stoker.gateway.command import listening, server
 from stoker.settings import Settings
@@ -28,8 +30,13 @@ class Served:
         self.port: int = listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self._server = server(self._serve)
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._server.serve([listener])), daemon=True)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, args=(listener,), daemon=True)
         self._thread.start()
+
+    def _run(self, listener: socket.socket) -> None:
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+            runner.run(self._server.serve([listener]))
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._app(scope, receive, send)
@@ -37,16 +44,26 @@ class Served:
     def over(self, gateway: Gateway) -> None:
         self._app = gateway.application()
 
+    def closing(self, client: AsyncClient) -> None:
+        """Close a client that requests have used, in their event loop."""
+        asyncio.run_coroutine_threadsafe(client.close(), self._loop).result(10)
+
     def stop(self) -> None:
         self._server.should_exit = True
         self._thread.join(10)
         assert not self._thread.is_alive(), "the gateway ends"
 
 
+def gateway_over(settings: Settings) -> Gateway:
+    """As `stoker serve` makes it for loopback."""
+    client = AsyncClient(settings=settings)
+    return Gateway(client, access=Keyed(client, required=False))
+
+
 @contextmanager
 def gateway_of(settings: Settings) -> Iterator[openai.OpenAI]:
     """OpenAI's client of a gateway over a broker."""
-    served = Served(Gateway(AsyncClient(settings=settings)))
+    served = Served(gateway_over(settings))
     try:
         with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
             yield client
