@@ -3,17 +3,30 @@ not say which it was, and a script has twenty."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import redis
 import redis.asyncio
-from redis.exceptions import ResponseError
+from redis.exceptions import OutOfMemoryError, ReadOnlyError, ResponseError
 
 from stoker.broker import keys
 from stoker.broker.functions import Functions
 
 _REFUSED = "WRONGTYPE"
+#: What Redis before 7.0 puts before the error that a command of a script met, and the classes of such errors.
+_IN_SCRIPT = re.compile(r"Error running script \(call to f_[0-9a-f]{40}\): (?:@user_script: ?\d+: )+-?")
+_CLASSES = {"OOM": OutOfMemoryError, "READONLY": ReadOnlyError}
+
+
+def _own(error: ResponseError) -> ResponseError:
+    """The command's own error, as newer brokers say it."""
+    wrapped = _IN_SCRIPT.match(str(error))
+    if wrapped is None:
+        return error
+    said = str(error)[wrapped.end() :]
+    return _CLASSES.get(said.partition(" ")[0], ResponseError)(said)
 
 
 def is_wrong_type(error: BaseException) -> bool:
@@ -45,9 +58,9 @@ class Redis(redis.Redis):
     def execute_command(self, *args: Any, **named: Any) -> Any:
         try:
             return super().execute_command(*args, **named)  # type: ignore[no-untyped-call]
-        except ResponseError as error:
-            if not is_wrong_type(error):
-                raise
+        except ResponseError as caught:
+            if not is_wrong_type(error := _own(caught)):
+                raise error from None
             names = _names(args)
             found = [super(Redis, self).execute_command("TYPE", name) for name in names]  # type: ignore[no-untyped-call]
             raise _named(names, found) from None
@@ -59,9 +72,9 @@ class AsyncRedis(redis.asyncio.Redis):
     async def execute_command(self, *args: Any, **named: Any) -> Any:
         try:
             return await super().execute_command(*args, **named)  # type: ignore[no-untyped-call]
-        except ResponseError as error:
-            if not is_wrong_type(error):
-                raise
+        except ResponseError as caught:
+            if not is_wrong_type(error := _own(caught)):
+                raise error from None
             names = _names(args)
             found = [await super(AsyncRedis, self).execute_command("TYPE", name) for name in names]  # type: ignore[no-untyped-call]
             raise _named(names, found) from None
