@@ -20,6 +20,8 @@ from stoker.gateway.bodies import read_body
 from stoker.gateway.calls import Call, Caller, Models, NamedJob, keeps
 from stoker.gateway.events import EventResponse
 from stoker.gateway.front import Front
+from stoker.gateway.health import Health
+from stoker.monitor.numbers import Numbers
 
 #: What an endpoint asks for, from its request.
 Reader: TypeAlias = Callable[[Call], Awaitable[Generation]]
@@ -55,10 +57,13 @@ class Gateway:
             "/v1/completions": self.generating(completions.asked),
             "/v1/embeddings": self.embedding,
         }
-        shown = {"/v1/models": self.list_models, "/v1/models/{name:path}": self.show_model}
+        numbers = Numbers()
+        health = Health(self.client, numbers)
+        shown: dict[str, Answerer] = {"/v1/models": self.list_models, "/v1/models/{name:path}": self.show_model}
+        shown |= {"/healthz": health.alive, "/readyz": health.ready, "/metrics": health.metrics}
         routes = [Route(path, Endpoint(answerer), methods=["POST"]) for path, answerer in posted.items()]
         routes += [Route(path, Endpoint(answerer), methods=["GET"]) for path, answerer in shown.items()]
-        return Front(Router(routes, lifespan=self._lifespan), self.names)
+        return Front(Router(routes, lifespan=self._lifespan), self.names, numbers, (*posted, *shown))
 
     @asynccontextmanager
     async def _lifespan(self, app: object) -> AsyncIterator[None]:

@@ -6,16 +6,20 @@ import json
 import logging
 import time
 import uuid
+from collections.abc import Iterable
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from stoker.contract.shown import brief
+from stoker.contract.shown import brief, printable
 from stoker.errors import StokerError
 from stoker.gateway.calls import job_of
 from stoker.gateway.errors import Names, Refused
+from stoker.monitor import metrics
 from stoker.monitor.access import host_name, is_address
+from stoker.monitor.metrics import OTHER
+from stoker.monitor.numbers import Numbers
 
 log = logging.getLogger(__name__)
 
@@ -27,14 +31,16 @@ class Front:
     """ASGI middleware. `names`: hosts that it answers to, except addresses and `localhost`: a page of another site can
     point its own name at this machine."""
 
-    def __init__(self, app: ASGIApp, names: frozenset[str]) -> None:
-        self._app, self._names = app, names
+    def __init__(self, app: ASGIApp, names: frozenset[str], numbers: Numbers, paths: Iterable[str]) -> None:
+        """`numbers`: where requests are counted, by those of `paths`."""
+        self._app, self._names, self._numbers, self._paths = app, names, numbers, tuple(paths)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        exchange = Exchange(scope, send)
+        endpoint = next((path for path in self._paths if path == scope["path"]), OTHER)
+        exchange = Exchange(scope, send, Meter(self._numbers, endpoint))
         try:
             self._check_host(exchange.headers)
             named = job_of(exchange.headers, exchange.id)
@@ -53,7 +59,7 @@ class Front:
             message = f"the gateway failed; its log has the reason, under request {exchange.id}."
             await exchange.refuse(Refused(500, message, code="gateway_error"))
         finally:
-            exchange.log()
+            exchange.end()
 
     def _check_host(self, headers: Headers) -> None:
         host = headers.get("host", "")
@@ -75,19 +81,39 @@ def _no_such(error: HTTPException, scope: Scope) -> Refused:
     )
 
 
+class Meter:
+    """Counts one request."""
+
+    def __init__(self, numbers: Numbers, endpoint: str) -> None:
+        self._numbers, self._endpoint, self._began = numbers, endpoint, time.monotonic()
+        numbers.of(metrics.HTTP_OPEN, endpoint).add()
+
+    def answered(self) -> None:
+        self._numbers.of(metrics.HTTP_FIRST, self._endpoint).observe(time.monotonic() - self._began)
+
+    def ended(self, status: int) -> float:
+        """Seconds that it took."""
+        took = time.monotonic() - self._began
+        self._numbers.of(metrics.HTTP_OPEN, self._endpoint).add(-1)
+        self._numbers.of(metrics.HTTP_REQUESTS, self._endpoint, str(status)).add()
+        self._numbers.of(metrics.HTTP_DURATION, self._endpoint).observe(took)
+        return took
+
+
 class Exchange:
     """One request and its response."""
 
-    def __init__(self, scope: Scope, send: Send) -> None:
+    def __init__(self, scope: Scope, send: Send, meter: Meter) -> None:
         self.headers = Headers(scope=scope)
         self.status = 0
-        self._scope, self._send, self._began = scope, send, time.monotonic()
+        self._scope, self._send, self._meter = scope, send, meter
         #: The id of the request, and of its job.
         self.id = str(uuid.uuid4())
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
+            self._meter.answered()
             headers = [*message.get("headers", []), (b"x-request-id", self.id.encode())]
             message = {**message, "headers": headers}
         await self._send(message)
@@ -104,7 +130,7 @@ class Exchange:
         await self.send({"type": "http.response.start", "status": refused.status, "headers": sent})
         await self.send({"type": "http.response.body", "body": body})
 
-    def log(self) -> None:
+    def end(self) -> None:
         """One line, without anything of what was asked or answered."""
-        path, took = self._scope["path"][:80], time.monotonic() - self._began
+        path, took = printable(self._scope["path"][:80]), self._meter.ended(self.status)
         log.info("%s %s %d in %.3f s, request %s", self._scope["method"], path, self.status, took, self.id)

@@ -11,7 +11,7 @@ from prometheus_client.core import Metric as Family
 from prometheus_client.registry import Collector
 
 from stoker.contract.presence import node_of
-from stoker.monitor.metrics import FLEET, WORKER, Metric, shown_labels
+from stoker.monitor.metrics import FLEET, GATEWAY, WORKER, Metric, shown_labels
 from stoker.monitor.numbers import MetricsReport, Sample
 
 #: Characters of a label that are shown.
@@ -73,7 +73,15 @@ def of_workers(reports: Sequence[MetricsReport]) -> Iterator[Family]:
 
 
 def of_fleet(report: MetricsReport) -> Iterator[Family]:
-    for metric in FLEET:
+    return _of_process(FLEET, report)
+
+
+def of_gateway(report: MetricsReport) -> Iterator[Family]:
+    return _of_process(GATEWAY, report)
+
+
+def _of_process(metrics: Iterable[Metric], report: MetricsReport) -> Iterator[Family]:
+    for metric in metrics:
         yield _family(metric, {sample.labels: sample for sample in report.samples.get(metric.name, ())})
 
 

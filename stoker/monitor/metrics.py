@@ -146,7 +146,27 @@ WORKER = (
     BROKER_LATENCY, MEMORY, STARTED,
 )  # fmt: skip
 
+# --- of a gateway: what its own `/metrics` has ---
+
+_ENDPOINT = ("endpoint",)
+
+HTTP_REQUESTS = Metric(
+    "stoker_gateway_requests_total", "counter", "Requests that were answered; 499: the client had gone.",
+    ("endpoint", "status"),
+)  # fmt: skip
+HTTP_DURATION = Metric(
+    "stoker_gateway_request_duration_seconds", "histogram", "From a request's headers until its answer's end.",
+    _ENDPOINT, _DURATIONS,
+)  # fmt: skip
+HTTP_FIRST = Metric(
+    "stoker_gateway_first_byte_seconds", "histogram", "From a request's headers until its answer began.",
+    _ENDPOINT, _FIRST_TOKENS,
+)  # fmt: skip
+HTTP_OPEN = Metric("stoker_gateway_requests_open", "gauge", "Requests that are being answered.", _ENDPOINT)
+
+GATEWAY = (HTTP_REQUESTS, HTTP_DURATION, HTTP_FIRST, HTTP_OPEN)
+
 
 def shown_labels(metric: Metric) -> tuple[str, ...]:
     """The labels under which a metric is scraped."""
-    return metric.labels if metric in FLEET else (WORKER_LABEL, *metric.labels)
+    return metric.labels if metric in (*FLEET, *GATEWAY) else (WORKER_LABEL, *metric.labels)

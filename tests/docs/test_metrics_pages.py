@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import yaml
 
-from stoker.monitor.metrics import FLEET, WORKER, Metric
+from stoker.monitor.metrics import FLEET, GATEWAY, WORKER, Metric
 from tests.docs.pages import ROOT, code, rows
 
-METRICS = {metric.name: metric for metric in (*FLEET, *WORKER)}
+METRICS = {metric.name: metric for metric in (*FLEET, *WORKER, *GATEWAY)}
 PROMETHEUS = ROOT / "deploy" / "prometheus"
 DASHBOARD = ROOT / "deploy" / "grafana" / "stoker.json"
 RULES: list[dict[str, Any]] = yaml.safe_load((PROMETHEUS / "stoker.rules.yml").read_text())["groups"][0]["rules"]
@@ -88,7 +88,7 @@ def test_the_configuration_scrapes_the_monitor_and_reads_the_rules() -> None:
     config = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())
     assert config["rule_files"] == ["stoker.rules.yml"]
     # The alert that the monitor is down names the job.
-    assert [job["job_name"] for job in config["scrape_configs"]] == ["stoker"]
+    assert [job["job_name"] for job in config["scrape_configs"]] == ["stoker", "stoker-gateway"]
 
 
 @pytest.mark.parametrize("arguments", [("config", "prometheus.yml"), ("rules", "stoker.rules.yml")])

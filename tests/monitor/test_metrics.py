@@ -16,7 +16,7 @@ from stoker.broker.letters import Letter
 from stoker.monitor import exposition, metrics
 from stoker.monitor import watch as watching
 from stoker.monitor.fleet import MODELS, fleet
-from stoker.monitor.metrics import FLEET, WORKER, Metric
+from stoker.monitor.metrics import FLEET, GATEWAY, WORKER, Metric
 from stoker.monitor.mirror import Mirror, MirroredJob
 from stoker.monitor.notices import Known
 from stoker.monitor.numbers import MetricsReport, Numbers, Sample, parse_reports
@@ -26,7 +26,7 @@ from stoker.settings import Settings
 from tests.monitor.scraped import Scrape
 from tests.monitor.test_overview import card, presence
 
-ALL = (*FLEET, *WORKER)
+ALL = (*FLEET, *WORKER, *GATEWAY)
 UNITS = ("_seconds", "_bytes", "_total", "_size", "_per_second")
 
 
@@ -51,7 +51,7 @@ def test_a_name_says_type_and_unit_and_labels_have_few_values(metric: Metric) ->
         assert list(metric.buckets) == sorted(set(metric.buckets))
     else:
         assert not metric.buckets
-    assert set(metric.labels) <= {"model", "kind", "priority", "outcome", "result"}
+    assert set(metric.labels) <= {"model", "kind", "priority", "outcome", "result", "endpoint", "status"}
     assert metric.help.endswith(".")
 
 

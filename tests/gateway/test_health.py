@@ -1,0 +1,86 @@
+"""What supervisors and Prometheus ask of a gateway."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import httpx2
+import pytest
+
+from stoker import AsyncClient, errors
+from stoker.gateway import health
+from stoker.gateway.access import Keyed
+from stoker.gateway.app import Gateway
+from stoker.settings import Settings
+from stoker.testing import AsyncFakeClient
+from tests.conftest import wait_until
+from tests.gateway.conftest import CHAT, EMBED
+from tests.gateway.machinery import Served
+from tests.monitor.scraped import Scrape
+
+PATH = "/v1/chat/completions"
+
+
+@pytest.fixture
+def http(served: Served) -> Iterator[httpx2.Client]:
+    with httpx2.Client(base_url=served.url, timeout=20) as client:
+        yield client
+
+
+def test_a_gateway_is_ready_while_its_broker_answers_and_a_model_is_warm(
+    served: Served, http: httpx2.Client, fake: AsyncFakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "HOLDS", 0.0)
+    assert http.get("/readyz").json() == {"status": "ok", "models": [EMBED, CHAT]}
+    served.over(Gateway(AsyncFakeClient(models={})))
+    assert (http.get("/readyz").status_code, http.get("/healthz").status_code) == (503, 200)
+    away = AsyncClient(settings=Settings(url="redis://127.0.0.1:1/0", patience=0))
+    served.over(Gateway(away, access=Keyed(away, required=True)))
+    answer = http.get("/readyz")
+    assert (answer.status_code, answer.json()["status"]) == (503, "the broker is away")
+    # Health needs no key, and nothing else is open.
+    assert http.get("/healthz").status_code == http.get("/metrics").status_code == 200
+    assert http.get("/v1/models").status_code == 503
+    served.closing(away)
+
+
+def test_readiness_is_asked_of_the_broker_once_a_second(http: httpx2.Client, fake: AsyncFakeClient) -> None:
+    asked = []
+    workers = fake.link.workers
+
+    async def counted() -> object:
+        asked.append(1)
+        return await workers()
+
+    fake.link.workers = counted  # type: ignore[method-assign, assignment]
+    assert [http.get("/readyz").status_code for _ in range(5)] == [200] * 5
+    assert len(asked) < 5
+
+
+def test_requests_are_counted_by_endpoint_and_status_and_names_of_others_make_no_series(
+    http: httpx2.Client, fake: AsyncFakeClient
+) -> None:
+    fake.script.generate("It was a dark night.")
+    body = {"model": CHAT, "messages": [{"role": "user", "content": "Hello"}]}
+    assert http.post(PATH, json=body).status_code == 200
+    assert http.post(PATH, json={}).status_code == 400
+    for number in range(3):
+        http.get(f"/v1/other-{number}")
+    fake.script.refuse(errors.QueueFull("full.", wait=1.0))
+    assert http.post(PATH, json=body).status_code == 429
+
+    def scraped() -> Scrape:
+        return Scrape.of(http.get("/metrics").text)
+
+    # A request is counted once its answer is out.
+    total = "stoker_gateway_requests_total"
+    wait_until(
+        lambda: total in scraped().samples and scraped().value(total, endpoint=PATH, status="429") == 1, "counted"
+    )
+    found = scraped()
+    assert [found.value(total, endpoint=PATH, status=status) for status in ("200", "400", "429")] == [1, 1, 1]
+    assert found.value(total, endpoint="other", status="404") == 3
+    assert found.value("stoker_gateway_request_duration_seconds_count", endpoint=PATH) == 3
+    assert found.value("stoker_gateway_first_byte_seconds_count", endpoint=PATH) == 3
+    assert found.value("stoker_gateway_requests_open", endpoint=PATH) == 0
+    assert found.value("stoker_gateway_requests_open", endpoint="/metrics") == 1
