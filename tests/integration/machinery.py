@@ -10,7 +10,7 @@ import ssl
 import subprocess
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from random import SystemRandom
 
@@ -20,7 +20,7 @@ from stoker.broker.connection import connect
 from stoker.local.broker import EmbeddedBroker, free_port
 from stoker.local.stack import Stack
 from stoker.settings import Settings
-from tests.conftest import stack_settings
+from tests.conftest import EMBED_MODEL, GENERATE_MODEL, stack_settings
 
 #: Prompts, and what transformers makes of them greedily (tests/goldens).
 GOLDENS = json.loads((Path(__file__).parent.parent / "goldens" / "smollm2.json").read_text())["prompts"]
@@ -77,11 +77,18 @@ class FragileBroker:
             self._broker = None
 
 
+#: A decoder of a few thousand random weights, which a worker has warm at once: for what does not depend on a model.
+TINY_MODEL = "tiny"
+TINY = f"{TINY_MODEL}={Path(__file__).parent.parent / 'goldens' / 'architectures' / 'qwen3'}"
+
+
 @contextmanager
-def worker_on(broker: FragileBroker, home: Path) -> Iterator[Stack]:
+def worker_on(
+    broker: FragileBroker, home: Path, *, models: tuple[str, ...] = (EMBED_MODEL, GENERATE_MODEL)
+) -> Iterator[Stack]:
     """A worker of the broker, warm."""
     # Little grace: a worker whose broker is gone for good has nobody to hand its jobs back to, and is killed after it.
-    settings = stack_settings(home, url=broker.url, grace=1.0)
+    settings = stack_settings(home, url=broker.url, grace=1.0, models=models)
     with Stack(settings, flower=False) as stack:
         stack.wait_until_warm()
         yield stack
@@ -89,7 +96,14 @@ def worker_on(broker: FragileBroker, home: Path) -> Iterator[Stack]:
 
 @contextmanager
 def two_workers_on(broker: FragileBroker, folder: Path) -> Iterator[None]:
-    with worker_on(broker, folder / "one"), worker_on(broker, folder / "two"):
+    """That generate. They start at the same time: each reads the same weights."""
+    settings = [
+        stack_settings(folder / name, url=broker.url, grace=1.0, models=(GENERATE_MODEL,)) for name in ("one", "two")
+    ]
+    with ExitStack() as leaving:
+        stacks = [leaving.enter_context(Stack(each, flower=False)) for each in settings]
+        for stack in stacks:
+            stack.wait_until_warm()
         yield
 
 

@@ -22,6 +22,8 @@ from tests.conftest import EMBED_MODEL, GENERATE_MODEL, alive, stack_settings, w
 from tests.gateway.machinery import gateway_of
 from tests.integration.machinery import (
     GOLDENS,
+    TINY,
+    TINY_MODEL,
     FragileBroker,
     Proxy,
     owner_in_the_middle,
@@ -44,7 +46,10 @@ def assert_golden(client: Client, stream: Iterator) -> None:  # type: ignore[typ
 
 
 def test_a_stream_goes_on_when_the_broker_was_killed_and_is_back(fragile: FragileBroker, tmp_path: Path) -> None:
-    with worker_on(fragile, tmp_path / "worker") as stack, patient_client(fragile.url, 60) as client:
+    with (
+        worker_on(fragile, tmp_path / "worker", models=(GENERATE_MODEL,)) as stack,
+        patient_client(fragile.url, 60) as client,
+    ):
         pid = client.workers()[0].pid
         # `everysec` may lose the last second of writes, the job itself among them.
         client.redis.config_set("appendfsync", "always")
@@ -98,7 +103,10 @@ def be_a_replica_for_a_while(client: Client, stack: Stack) -> None:
 
 @pytest.mark.parametrize("how", ["killed", pytest.param("frozen", marks=pytest.mark.slow)])
 def test_a_broker_that_stays_away_is_one_clear_error(fragile: FragileBroker, tmp_path: Path, how: str) -> None:
-    with worker_on(fragile, tmp_path / "worker") as stack, patient_client(fragile.url, 1.0) as client:
+    with (
+        worker_on(fragile, tmp_path / "worker", models=(GENERATE_MODEL,)) as stack,
+        patient_client(fragile.url, 1.0) as client,
+    ):
         worker = client.workers()[0].pid
         job = client.generate(GOLDEN["prompt"], model=GENERATE_MODEL, max_tokens=2000)
         stream = job.stream()
@@ -154,8 +162,8 @@ def log_of(tmp_path: Path) -> str:
 def test_a_broker_that_comes_back_empty_has_lost_the_job_and_the_client_hears_it(
     fragile: FragileBroker, tmp_path: Path
 ) -> None:
-    with patient_client(fragile.url, 60) as client, worker_on(fragile, tmp_path / "worker"):
-        run = client.train("x", [{"text": "a b c"}], model=GENERATE_MODEL, steps=100_000, max_length=16)
+    with patient_client(fragile.url, 60) as client, worker_on(fragile, tmp_path / "worker", models=(TINY,)):
+        run = client.train("x", [{"text": "a b c"}], model=TINY_MODEL, steps=100_000, max_length=16)
         next(iter(run.progress(timeout=60)))
         fragile.drop_connections()
         client.redis.flushall()

@@ -20,6 +20,8 @@ from stoker.errors import DeadlineExceeded, InvalidRequest, JobCancelled, JobDea
 from tests.conftest import GENERATE_MODEL, alive, wait_until
 from tests.integration.machinery import (
     GOLDENS,
+    TINY,
+    TINY_MODEL,
     FragileBroker,
     owner_in_the_middle,
     patient_client,
@@ -91,15 +93,15 @@ def test_a_full_lane_asks_for_nothing_and_each_other_lane_waits_by_itself(client
 
 def test_a_waiting_job_is_cancelled_though_no_worker_is_up(fragile: FragileBroker, tmp_path: Path) -> None:
     with patient_client(fragile.url, 30) as client:
-        with worker_on(fragile, tmp_path / "worker"):
+        with worker_on(fragile, tmp_path / "worker", models=(TINY,)):
             pass
-        job = client.generate("x", model=GENERATE_MODEL, max_tokens=8)
+        job = client.generate("x", model=TINY_MODEL, max_tokens=8, ignore_eos=True)
         assert job.status() == JobStatus.QUEUED
         job.cancel()
         with pytest.raises(JobCancelled):
             job.result(5)
-        with worker_on(fragile, tmp_path / "worker"):
-            after = client.generate("x", model=GENERATE_MODEL, max_tokens=2)
+        with worker_on(fragile, tmp_path / "worker", models=(TINY,)):
+            after = client.generate("x", model=TINY_MODEL, max_tokens=2, ignore_eos=True)
             assert after.result(30).usage.completion_tokens == 2
         assert job.status() == JobStatus.CANCELLED
         assert client.redis.xlen(keys.stream(job.id)) == 0, "it never ran"
@@ -127,11 +129,11 @@ def test_a_worker_that_was_frozen_past_its_lease_leaves_no_trace(fragile: Fragil
 
 def test_a_job_whose_message_was_lost_is_sent_again(fragile: FragileBroker, tmp_path: Path) -> None:
     with patient_client(fragile.url, 30) as client:
-        request = generate_request(GENERATE_MODEL, "x", 0, {"max_tokens": 3})
+        request = generate_request(TINY_MODEL, "x", 0, {"max_tokens": 3, "ignore_eos": True})
         ledger.submit(client.redis, "orphan", job_record(request, "orphan"))
         # What a worker leaves that dies between taking the message and writing it down.
-        client.redis.delete(keys.ready(keys.queue(GENERATE_MODEL, "generate")))
-        with worker_on(fragile, tmp_path / "worker"):
+        client.redis.delete(keys.ready(keys.queue(TINY_MODEL, "generate")))
+        with worker_on(fragile, tmp_path / "worker", models=(TINY,)):
             orphan = client.job("orphan")
             assert isinstance(orphan, GenerateJob)
             assert orphan.result(60).usage.completion_tokens == 3
