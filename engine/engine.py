@@ -5,31 +5,30 @@ Call `engine.platform.blas.boot()` before this module is imported: it imports ML
 
 from __future__ import annotations
 
+import gc
 import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, overload
+from typing import Any, TypeAlias, TypeVar, overload
 
 import mlx.core as mx
 
-from engine.adapters.lane import AdapterLane
 from engine.adapters.pool import BUDGET, AdapterPool
 from engine.adapters.store import AdapterStore
 from engine.checkpoints.loading import LoadedModel, PrecisionOptions, load
+from engine.checkpoints.prospect import Prospect, prospect
 from engine.delivery import Publish, deliver
-from engine.embedding.lane import EmbedLane
-from engine.fair import FairShare, weights_by_kind
-from engine.generation.lane import GenerateLane
+from engine.errand import Errand, at_once, in_own_thread
 from engine.generation.limits import GenerationLoad, LaneLimits
 from engine.lane import AnyLane
 from engine.platform import heap, probe
 from engine.text import trial
 from engine.ticket import StepOutput, Ticket, contained
-from engine.training.lane import TrainLane
+from engine.warm import WarmModels
 from stoker.contract import (
     AdapterRequest,
     AdapterResult,
@@ -44,11 +43,11 @@ from stoker.contract import (
 )
 from stoker.contract.bundle import AdapterInput
 from stoker.contract.dataset import TrainInput
-from stoker.contract.kinds import KINDS
 from stoker.contract.vectors import Embedded
 from stoker.errors import UnknownModel, WorkerUnavailable
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 #: Tokens of a generation job that another process published.
 Published: TypeAlias = Sequence[StreamToken] | None
@@ -59,6 +58,7 @@ Observe: TypeAlias = Callable[[str, str, float, StepOutput], None]
 
 @dataclass(frozen=True)
 class _Prepared:
+    model: str
     lane: AnyLane
     ticket: Ticket[Any]
     work: Any
@@ -91,18 +91,13 @@ class Engine:
     ) -> None:
         self._sources = dict(models)
         self.store = AdapterStore(adapters)
-        self._runs = runs or adapters.parent / "runs"
-        self._adapter_bytes = adapter_bytes
-        # While only generation and training wait, training gets just this share of the time.
-        self._weights = weights_by_kind(train_share)
         self._publish = publish
-        self._limits = limits or LaneLimits()
         self._on_death = on_death
         self._precision = precision or PrecisionOptions()
-        self._inbox: queue.SimpleQueue[_Prepared | None] = queue.SimpleQueue()
-        self._lanes: dict[tuple[str, str], AnyLane] = {}
-        self._models: dict[str, LoadedModel] = {}
-        self._pools: dict[str, AdapterPool] = {}
+        self._inbox: queue.SimpleQueue[_Prepared | Errand[Any] | None] = queue.SimpleQueue()
+        self._warm = WarmModels(
+            self.store, runs or adapters.parent / "runs", limits or LaneLimits(), adapter_bytes, train_share
+        )
         self._ready = threading.Event()
         self._stopping = False
         self._failure: BaseException | None = None
@@ -153,9 +148,11 @@ class Engine:
         `data` of a generation job: the tokens that were published already; the job goes on behind them. `deadline`:
         seconds from now after which the job ends with `DeadlineExceeded`.
         """
-        lane = self._lanes.get((request.model, request.kind))
+        lane = self._warm.lanes.get((request.model, request.kind))
         if lane is None:
-            warm = sorted(model for model, kind in self._lanes if kind == request.kind)
+            if request.model in self._warm.gone:
+                raise _unloaded(request.model)
+            warm = sorted(model for model, kind in self._warm.lanes if kind == request.kind)
             raise UnknownModel(f"model {request.model!r} given; this worker can {request.kind} with {warm}.")
         ticket: Ticket[Any] = Ticket(job_id, request.kind, deadline)
         try:
@@ -164,11 +161,49 @@ class Engine:
             raise
         except BaseException as error:
             raise contained(error) from error
-        self._inbox.put(_Prepared(lane, ticket, prepared))
+        self._inbox.put(_Prepared(request.model, lane, ticket, prepared))
         if self._stopping:
             # After the put: a loop that ends at this very moment may not have seen it.
             ticket.fail(_stopping())
         return ticket
+
+    def load(self, name: str, sources: Sequence[str]) -> LoadedModel:
+        """Make another model warm next to the jobs that run. For callers in other threads than the engine's, one at a
+        time. Raises `ModelError`, and then nothing has changed.
+
+        Its files are read, and its kernels compiled, in a thread of its own; the engine's warms its lanes up, a step at
+        a time, between the steps of the others.
+        """
+        model = in_own_thread("loading", lambda: self._read(name, sources))
+        self._run_errand(self._warm.hold(model))
+        return model
+
+    def _read(self, name: str, sources: Sequence[str]) -> LoadedModel:
+        try:
+            model = load(name, sources, **self._precision)
+        finally:
+            trial.end()
+        self._warm.rehearse(model)
+        return model
+
+    def unload(self, name: str) -> bool:
+        """Free all that a model takes; False, and nothing is changed, while a job of it is here. For callers in other
+        threads than the engine's."""
+        gone = self._run_errand(at_once(lambda: self._warm.let_go(name)))
+        if gone:
+            # What its passes and lanes refer to goes with the cycles that they are in.
+            gc.collect()
+            mx.clear_cache()
+            heap.give_back()
+        return gone
+
+    def _run_errand(self, slices: Generator[None, None, T]) -> T:
+        errand = Errand(slices)
+        self._inbox.put(errand)
+        if self._stopping:
+            # After the put, as in `submit`.
+            errand.fail(_stopping())
+        return errand.result()
 
     def wake(self) -> None:
         """Make the loop look again: a ticket was cancelled."""
@@ -176,33 +211,39 @@ class Engine:
 
     def lane(self, model: str, kind: str) -> AnyLane:
         """The lane that runs jobs of `kind` on `model`."""
-        return self._lanes[model, kind]
+        return self._warm.lanes[model, kind]
 
     def model(self, name: str) -> LoadedModel:
         """A model that is warm."""
-        return self._models[name]
+        return self._warm.models[name]
 
     def pool(self, model: str) -> AdapterPool:
         """The adapters of `model` in memory."""
-        return self._pools[model]
+        return self._warm.pools[model]
+
+    @property
+    def models(self) -> Mapping[str, LoadedModel]:
+        """Those that are warm now, by name."""
+        return self._warm.models
+
+    def prospect(self, name: str, sources: Sequence[str], *, download: bool = False) -> Prospect:
+        """What a model would be here. Raises `ModelError`. From any thread."""
+        return prospect(name, sources, download=download, **self._precision)
 
     @property
     def cards(self) -> list[ModelCard]:
         """What this engine serves."""
-        return [
-            model.card(tuple(kind for lane_model, kind in self._lanes if lane_model == name))
-            for name, model in self._models.items()
-        ]
+        return self._warm.cards
 
     @property
     def adapters(self) -> dict[str, tuple[str, ...]]:
         """model → adapters in memory, as `name@version`."""
-        return {name: pool.loaded for name, pool in self._pools.items()}
+        return self._warm.adapters
 
     @property
     def loads(self) -> dict[str, GenerationLoad]:
         """Generating model → how full its lane is. From any thread."""
-        return {model: lane.load for (model, _), lane in self._lanes.items() if isinstance(lane, GenerateLane)}
+        return self._warm.loads
 
     @property
     def device(self) -> str:
@@ -235,32 +276,18 @@ class Engine:
 
     def _load(self) -> None:
         for name, sources in self._sources.items():
-            model = load(name, sources, **self._precision)
-            self._models[name] = model
-            log.info("model %s is warm: %s", name, model.summary)
-            for lane in self._lanes_of(model):
-                self._lanes[name, lane.kind] = lane
-        weights = {key: self._weights[lane.kind] for key, lane in self._lanes.items()}
-        urgent = {key for key, lane in self._lanes.items() if KINDS[lane.kind].urgent}
-        self._share = FairShare(weights, urgent, self._limits.stall)
-
-    def _lanes_of(self, model: LoadedModel) -> list[AnyLane]:
-        if model.kind == "embed":
-            return [EmbedLane(model, self._limits.stall, self._limits.cores)]
-        pool = self._pools[model.name] = AdapterPool(model, self.store, self._adapter_bytes)
-        generate = GenerateLane(model, pool, self._limits)
-        generate.warm()
-        return [generate, TrainLane(model, pool, self._runs), AdapterLane(model, pool)]
+            for _ in self._warm.hold(load(name, sources, **self._precision)):
+                pass
 
     def step(self) -> None:
         """One turn of the loop: take new work, drop stopped work, run the lane whose turn it is, report."""
         self._admit()
         self._drop_stopped()
-        turn = self._share.choose(key for key, lane in self._lanes.items() if lane.busy)
+        turn = self._warm.share.choose(key for key, lane in self._warm.lanes.items() if lane.busy)
         if turn is None:
             return
         began = time.perf_counter()
-        with self._share.charge(turn):
+        with self._warm.share.charge(turn):
             output = self._run(turn)
         seconds = time.perf_counter() - began
         deliver(output, self._publish)
@@ -268,13 +295,25 @@ class Engine:
 
     def _admit(self) -> None:
         """Take everything that waits; with nothing to run, sleep until something comes."""
-        if not any(lane.busy for lane in self._lanes.values()):
+        if not any(lane.busy for lane in self._warm.lanes.values()):
             self._take(self._inbox.get())
-        while not self._inbox.empty():
+        # What is there now: an errand comes again with its next slice, behind a step of the lanes.
+        for _ in range(self._inbox.qsize()):
             self._take(self._inbox.get())
 
-    def _take(self, prepared: _Prepared | None) -> None:
-        if prepared is None:
+    def _take(self, item: _Prepared | Errand[Any] | None) -> None:
+        if isinstance(item, Errand):
+            self.step_began = time.monotonic()
+            if item.turn():
+                self._inbox.put(item)
+            self.step_began = None
+        elif item is not None:
+            self._take_in(item)
+
+    def _take_in(self, prepared: _Prepared) -> None:
+        if not self._warm.holds(prepared.lane):
+            # It was let go of between `submit` and now.
+            prepared.ticket.fail(_unloaded(prepared.model))
             return
         try:
             prepared.lane.admit(prepared.work)
@@ -282,13 +321,13 @@ class Engine:
             prepared.ticket.fail(error)
 
     def _drop_stopped(self) -> None:
-        for lane in self._lanes.values():
+        for lane in self._warm.lanes.values():
             lane.drop_stopped()
 
     def _run(self, turn: tuple[str, str]) -> StepOutput:
-        lane = self._lanes[turn]
+        lane = self._warm.lanes[turn]
         # A token that is ready waits for nobody's turn: a pass is launched ahead only if no other lane waits for one.
-        lookahead = not any(other.busy for other in self._lanes.values() if other is not lane)
+        lookahead = not any(other.busy for other in self._warm.lanes.values() if other is not lane)
         self.step_began = time.monotonic()
         try:
             return lane.run(lookahead=lookahead)
@@ -303,12 +342,20 @@ class Engine:
 
     def _fail_everything(self) -> None:
         while not self._inbox.empty():
-            self._take(self._inbox.get())
-        for lane in self._lanes.values():
+            item = self._inbox.get()
+            if isinstance(item, Errand):
+                item.fail(_stopping())
+            else:
+                self._take(item)
+        for lane in self._warm.lanes.values():
             lane.fail_all(_stopping())
 
 
 def _ignore(model: str, kind: str, seconds: float, output: StepOutput) -> None: ...
+
+
+def _unloaded(model: str) -> WorkerUnavailable:
+    return WorkerUnavailable(f"model {model!r} was unloaded here. The job goes back to its queue.")
 
 
 def _stopping() -> WorkerUnavailable:

@@ -32,6 +32,17 @@ class FairShare(Generic[L]):
         #: Urgent lane → seconds that others used since it last ran or was idle.
         self._stalled = dict.fromkeys(urgent, 0.0)
 
+    def add(self, lane: L, weight: float, *, urgent: bool) -> None:
+        """Another lane, which starts at the present."""
+        self._weights[lane], self._clock[lane] = weight, self._now
+        if urgent:
+            self._stalled[lane] = 0.0
+
+    def remove(self, lane: L) -> None:
+        """A lane that has no work any more."""
+        del self._weights[lane], self._clock[lane]
+        self._stalled.pop(lane, None)
+
     def choose(self, busy: Iterable[L]) -> L | None:
         """The lane whose turn it is. One that was idle starts at the present: idleness earns no credit."""
         lanes = list(busy)

@@ -56,6 +56,18 @@ def from_anywhere(text: str) -> str:
     return f"{name}={source if source.startswith(_SCHEMES) else _absolute(source)}"
 
 
+def asked_of_worker(text: str) -> str:
+    """A model that a worker of any machine is asked to load: a name goes as it is, because the worker may know it; a
+    source gets its name here, and a path its whole form. Raises `ConfigError`."""
+    name, separator, source = text.partition("=")
+    if separator and re.fullmatch(NAME_PATTERN, name):
+        return f"{name}={source if source.startswith(_SCHEMES) or not source else _absolute(source)}"
+    if text not in CATALOGUE and is_source(text):
+        return f"{derived_name(text)}={text if text.startswith(_SCHEMES) else _absolute(text)}"
+    _check_name(text)
+    return text
+
+
 def parse_models(texts: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """All of a worker's `--model`. Raises `ConfigError` for a wrong one, or two different models of one name."""
     found: dict[str, tuple[str, ...]] = {}

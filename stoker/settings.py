@@ -38,6 +38,13 @@ class Settings(BaseSettings):
     home: Path = Field(default=Path("~/.stoker"), validate_default=True)
     #: Models that a worker keeps warm: names of the catalogue, or NAME=SOURCE. Comma-separated.
     models: Annotated[tuple[str, ...], NoDecode] = ("all-minilm-l6-v2", "smollm2-135m-instruct")
+    #: Models that a worker loads when a job for one waits and nobody holds it, in the same forms. Comma-separated.
+    on_demand: Annotated[tuple[str, ...], NoDecode] = ()
+    #: Seconds without a job after which a model that was loaded so makes way. 0: it stays until others need its room.
+    idle_unload: float = Field(default=300.0, ge=0, le=30 * 24 * 3600)
+    #: Megabytes that the weights of a worker's models may take together when another is loaded. Unset: half of the
+    #: memory that MLX may use.
+    model_memory: int | None = Field(default=None, ge=1, le=4_194_304)
     #: Generation requests that a worker decodes at once.
     generate_slots: int = Field(default=16, ge=1, le=256)
     #: Megabytes for keys and values of each generating model: running requests, prompts on their way, kept prefixes.
@@ -97,7 +104,7 @@ class Settings(BaseSettings):
     #: Linux only: `off`, or the path of an OpenBLAS that MLX shall use.
     blas: str | None = None
 
-    @field_validator("models", mode="before")
+    @field_validator("models", "on_demand", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
@@ -207,6 +214,9 @@ class Overrides(TypedDict, total=False):
     url: str | None
     home: Path | None
     models: Sequence[str] | None
+    on_demand: Sequence[str] | None
+    idle_unload: float | None
+    model_memory: int | None
     generate_slots: int | None
     kv_cache: int | None
     stall: float | None

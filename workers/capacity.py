@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 #: Seconds after which a lane that was shrunk for want of memory tries to hold twice as many.
 GROW_AFTER = 60.0
@@ -36,6 +36,10 @@ class Lanes:
         self._limits, self._queues = dict(limits), {kind: list(names) for kind, names in queues.items()}
         self._capacity = dict(limits)
         self._held = dict.fromkeys(limits, 0)
+
+    def serve(self, queues: Mapping[str, Sequence[str]]) -> None:
+        """From now on these bring jobs."""
+        self._queues = {kind: list(names) for kind, names in queues.items()}
 
     def load(self) -> dict[str, tuple[int, int]]:
         """kind → (held, limit)."""

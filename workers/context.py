@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stoker.errors import WorkerUnavailable
 from stoker.settings import Settings
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 MakeEngine = Callable[[Settings, Callable[..., None], Callable[[], None]], "Engine"]
 
 
+def _ignore(consumer: Any) -> None: ...
+
+
 class WorkerContext:
     """Made with the app, also for Celery's own commands, which run no jobs. The boot step installs the runtime.
 
@@ -31,6 +34,8 @@ class WorkerContext:
         self.lanes = Lanes()
         self.deliveries = Deliveries(Health(settings.lease))
         self.revocations = Revocations()
+        #: Hears of each start of Celery's consumer, which comes with each connection to the broker.
+        self.consumer_started: Callable[[Any], object] = _ignore
         self._runtime: Runtime | None = None
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Protocol
 
 from workers.unreadable import DeadMessages, Unreadable
@@ -51,6 +51,11 @@ class HeldDelivery(Protocol):
         """kombu's name of the message that is held."""
         ...
 
+    @property
+    def queue(self) -> str:
+        """Where its message came from."""
+        ...
+
     def fence(self) -> None: ...
 
     def reject(self, requeue: bool = False) -> None: ...
@@ -59,22 +64,35 @@ class HeldDelivery(Protocol):
 class Deliveries:
     """One for each worker process. Channels ask it, in the consumer's thread; requests enter and leave in any."""
 
-    def __init__(self, health: Health) -> None:
+    def __init__(self, health: Health, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         #: Whether this process may give other workers' expired messages back to the queue.
         self.health = health
         #: Whether a closing channel requeues what was not acknowledged. Off while the worker runs: its lease keeps it.
         self.go_back = False
         self._held: dict[str, HeldDelivery] = {}
+        #: Queue → when a delivery of it came or ended last.
+        self._last: dict[str, float] = {}
         self._dead: DeadMessages | None = None
         #: Moves aside what another program wrote into shared keys; returns whether there was anything.
         self.mend: Callable[[], bool] = lambda: False
 
     def add(self, delivery: HeldDelivery) -> None:
         self._held[delivery.token] = delivery
+        self._last[delivery.queue] = self._clock()
 
     def remove(self, delivery: HeldDelivery) -> bool:
         """Whether it was there: false for all that remove it again."""
+        self._last[delivery.queue] = self._clock()
         return self._held.pop(delivery.token, None) is not None
+
+    def held_of(self, queues: Collection[str]) -> int:
+        """Jobs of these queues that are here."""
+        return sum(delivery.queue in queues for delivery in list(self._held.values()))
+
+    def last_of(self, queues: Collection[str]) -> float:
+        """When a job of these queues came or ended last, by the clock; 0: none did."""
+        return max((self._last.get(queue, 0.0) for queue in queues), default=0.0)
 
     def tags(self) -> set[str]:
         """Not from Celery's own table of requests: it has one entry for a job, and a job may be here twice."""

@@ -67,3 +67,10 @@ def limits_of(settings: Settings) -> LaneLimits:
 
     kv_bytes = settings.kv_cache << 20 if settings.kv_cache else memory() // 8
     return LaneLimits(slots=settings.generate_slots, kv_bytes=kv_bytes, stall=settings.stall, cores=asked_cores())
+
+
+def model_limit(settings: Settings) -> int:
+    """Bytes that the weights of all models may take together when another one comes."""
+    from engine.platform.probe import memory
+
+    return settings.model_memory << 20 if settings.model_memory else memory() // 2

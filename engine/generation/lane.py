@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from engine.adapters.pool import AdapterPool
 from engine.checkpoints.loading import LoadedModel
@@ -57,12 +57,18 @@ class GenerateLane:
         self._roster = Roster()
 
     def warm(self) -> None:
-        """Generate three tokens for nobody: kernels are compiled before the first request waits for them."""
+        """`warming` at once."""
+        for _ in self.warming():
+            pass
+
+    def warming(self) -> Iterator[None]:
+        """Generate three tokens for nobody, a step at a time: passes are compiled before the first request waits."""
         request = GenerateRequest(model=self._model.name, prompt_ids=(0,), max_tokens=3, ignore_eos=True)
         ticket: Ticket[GenerateResult] = Ticket("warm", self.kind)
         self.admit(self.prepare(ticket, request, None))
         while self.busy:
             self.run()
+            yield
         if (error := ticket.error) is not None:
             # Its jobs will say the same; other models of this worker serve.
             log.error("model %s cannot generate: %s", self._model.name, error)

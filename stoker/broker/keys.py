@@ -31,6 +31,8 @@ DEAD_TTL = 30 * 24 * 3600
 #: Seconds. A worker writes its presence every `PRESENCE_EVERY`; after `PRESENCE_TTL` of silence it counts as gone.
 PRESENCE_EVERY = 2.0
 PRESENCE_TTL = 10
+#: Seconds that a command waits for its worker, and that the answer waits for its client.
+COMMAND_TTL = 600
 #: Seconds between two reports of what a worker has counted; they live as long as a presence.
 METRICS_EVERY = 4.0
 #: Seconds that what a key of the gateway has taken is remembered, and the longest that it waits for what it overdrew.
@@ -76,6 +78,9 @@ KINDS = (
     Kind("spoiled", r"spoiled:.+", DEAD_TTL, ANY),
     Kind("worker", r"worker:.+", PRESENCE_TTL, "string"),
     Kind("metrics", r"metrics:.+", PRESENCE_TTL, "string"),
+    Kind("commands", r"commands:.+", COMMAND_TTL, "list"),
+    Kind("command", rf"command:{_JOB}", COMMAND_TTL, "string"),
+    Kind("loading", rf"loading:{_NAME}", PRESENCE_TTL, "string"),
     Kind("workers", r"workers", MODEL_TTL, "zset"),
     Kind("models", r"models", MODEL_TTL, "hash"),
     # Two leases; a lease is an hour at the longest.
@@ -226,6 +231,21 @@ def worker(name: str) -> str:
 def metrics(worker: str) -> str:
     """String, JSON: what a worker has counted (`stoker.monitor.numbers`)."""
     return f"{PREFIX}metrics:{worker}"
+
+
+def commands(worker: str) -> str:
+    """List: what a worker is asked besides jobs (`stoker.contract.control`), the oldest first."""
+    return f"{PREFIX}commands:{worker}"
+
+
+def command(command_id: str) -> str:
+    """String, JSON: what has become of a command."""
+    return f"{PREFIX}command:{command_id}"
+
+
+def loading(model: str) -> str:
+    """String: the worker that loads the model because a job for it waits."""
+    return f"{PREFIX}loading:{model}"
 
 
 #: Hash: the messages that workers hold, by delivery tag (kombu's).

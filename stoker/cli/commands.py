@@ -91,7 +91,16 @@ app.add_typer(access, name="keys")
 
 models = typer.Typer(no_args_is_help=True, help="Models that a worker can serve.")
 models.command("list")(models_commands.list_models)
-for _command in (models_commands.pull, models_commands.inspect, models_commands.quantize, models_commands.verify):
+for _command in (
+    models_commands.pull,
+    models_commands.inspect,
+    models_commands.quantize,
+    models_commands.verify,
+    models_commands.load,
+    models_commands.unload,
+    models_commands.pin,
+    models_commands.unpin,
+):
     models.command()(_command)
 app.add_typer(models, name="models")
 

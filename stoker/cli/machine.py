@@ -20,6 +20,8 @@ from stoker.cli.options import Json, Url, connect, print_json, progress_shown
 from stoker.contract import ModelCard, Presence
 from stoker.contract.kinds import EMBED, GENERATE, TRAIN
 from stoker.contract.names import Rule, checked
+from stoker.contract.presence import describe_state
+from stoker.contract.shown import printable
 from stoker.errors import ConfigError, UnknownModel
 from stoker.local.home import make_home
 from stoker.local.interrupts import hold_back
@@ -158,7 +160,7 @@ def _serve_flower(settings: Settings, address: str, port: int, hosts: list[str])
 
 def _settings(models: list[str] | None, url: str | None) -> Settings:
     settings = load_settings(models=tuple(models) if models else None, url=url)
-    parse_models(settings.models)
+    parse_models((*settings.models, *settings.on_demand))
     return settings
 
 
@@ -207,8 +209,14 @@ def _describe(worker: Presence) -> Iterator[str]:
         f"{worker.worker}  on {worker.device}, process {worker.pid}, up {worker.time - worker.started:.0f} s, "
         f"{worker.memory_bytes / 2**20:.0f} MB"
     )
+    states = {state.model: state for state in worker.states}
     for card in worker.models:
-        yield f"  {card.model:24} warm: {', '.join(card.kinds)}; takes {card.context} tokens"
+        warmth = describe_state(states.get(card.model))
+        yield f"  {card.model:24} {warmth}: {', '.join(card.kinds)}; takes {card.context} tokens"
+    warm = {card.model for card in worker.models}
+    for state in worker.states:
+        if state.model not in warm:
+            yield f"  {printable(state.model):24} {printable(describe_state(state))}"
     for model, names in worker.adapters.items():
         yield f"  {model:24} adapters in memory: {', '.join(names) or 'none'}"
     lanes = (f"{kind} {held} of {limit}" for kind, (held, limit) in worker.lanes.items())

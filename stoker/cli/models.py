@@ -1,4 +1,4 @@
-"""Commands about models: list, pull, inspect, quantize, verify."""
+"""Commands about models: list, pull, inspect, quantize, verify; and load, unload, pin, unpin at a running worker."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import typer
 
 from stoker.catalogue import CATALOGUE, parse_model
 from stoker.cli.engine_tool import Inspected, ask_engine
-from stoker.cli.options import Json, print_json
+from stoker.cli.options import Json, Url, connect, print_json
+from stoker.contract.control import ModelReport
 
 Source = Annotated[
     str, typer.Argument(help="A name of the catalogue, a folder or .gguf file, package:NAME/PATH, or hf:org/name.")
@@ -62,6 +63,54 @@ def quantize(
             f"{found['path']}: {found['quantized']} matrices of {bits} bits, {found['dense']} tensors as they were, "
             f"{_size(found['bytes_before'])} → {_size(found['bytes_after'])}"
         )
+
+
+Held = Annotated[str, typer.Argument(help="NAME.", metavar="NAME")]
+Worker = Annotated[str | None, typer.Option(help="Worker, as `stoker status` names it; default: the only one.")]
+Timeout = Annotated[float | None, typer.Option(help="Seconds to wait; default: for as long as the worker lives.")]
+
+
+def load(
+    model: Annotated[
+        str, typer.Argument(help="A name, a path on the worker's machine, hf:org/name, or NAME=SOURCE.", metavar="NAME")
+    ],
+    worker: Worker = None,
+    timeout: Timeout = None,
+    as_json: Json = False,
+    url: Url = None,
+) -> None:
+    """Make a model warm at a worker that runs. The model that was used longest ago makes way if it has to."""
+    with connect(url) as client:
+        _said(client.models.load(model, worker=worker, timeout=timeout), "warm", as_json)
+
+
+def unload(model: Held, worker: Worker = None, timeout: Timeout = None, as_json: Json = False, url: Url = None) -> None:
+    """Free all that a model takes at a worker. It must not be pinned, and no job of it may run there."""
+    with connect(url) as client:
+        _said(client.models.unload(model, worker=worker, timeout=timeout), "unloaded", as_json)
+
+
+def pin(model: Held, worker: Worker = None, timeout: Timeout = None, as_json: Json = False, url: Url = None) -> None:
+    """Let a model neither make way for another nor be unloaded."""
+    with connect(url) as client:
+        _said(client.models.pin(model, worker=worker, timeout=timeout), "pinned", as_json)
+
+
+def unpin(model: Held, worker: Worker = None, timeout: Timeout = None, as_json: Json = False, url: Url = None) -> None:
+    """Let a model make way again."""
+    with connect(url) as client:
+        _said(client.models.unpin(model, worker=worker, timeout=timeout), "not pinned", as_json)
+
+
+def _said(report: ModelReport, done: str, as_json: bool) -> None:
+    if as_json:
+        print_json(report.model_dump(mode="json"))
+        return
+    way = f"; made way: {', '.join(report.made_way)}" if report.made_way else ""
+    print(
+        f"{report.model.partition('=')[0]}: {done} at {report.worker} after {report.seconds:.1f} s, which has "
+        f"{_size(report.memory_bytes)} in memory now{way}"
+    )
 
 
 def _describe(found: Inspected) -> Iterator[str]:

@@ -45,8 +45,8 @@ def _readable(notice: type[N], raw: Iterable[bytes | None]) -> list[N]:
 
 
 def is_served(model: str, kind: str, workers: Iterable[Presence]) -> bool:
-    """Whether one of the workers takes jobs of that model and kind from this client."""
-    cards = (card for worker in workers for card in worker.models)
+    """Whether one of the workers takes jobs of that model and kind from this client, or will once it has loaded it."""
+    cards = (card for worker in workers for card in (*worker.models, *worker.offers))
     return any(card.model == model and kind in card.kinds and card.contract == CONTRACT for card in cards)
 
 
@@ -55,23 +55,28 @@ def choose_model(model: str | None, kind: str, known: Mapping[str, ModelCard], w
 
     A path stands for the name that a worker started with it gives it. A model that was served lately and is not warm
     now is accepted: its worker may be restarting, and the job waits. Not so if workers of another generation serve it
-    by now: the job might wait for ever.
+    by now, or if it was unloaded and nobody may load it: the job might wait for ever. One that a worker may load is as
+    good as one that is warm, except that a warm one is meant where none is named.
     """
     cards = [card for worker in workers for card in worker.models if kind in card.kinds]
     warm = {card.model for card in cards if card.contract == CONTRACT}
+    offered = {card.model for worker in workers for card in worker.offers if kind in card.kinds} - warm
     if model is None:
-        if len(warm) == 1:
-            return warm.pop()
+        meant = warm or offered
+        if len(meant) == 1:
+            return meant.pop()
         raise UnknownModel(
-            f"no model given, and {_listed(warm)} can {kind}. "
-            + ("Name one with model=…." if warm else "Start a worker with `stoker up`.")
+            f"no model given, and {_listed(warm)} can {kind}. {_offered(offered)}"
+            + ("Name one with model=…." if meant else "Start a worker with `stoker up`.")
         )
     model = model_name(model)
-    if model in warm:
+    if model in warm | offered:
         # The list of models may be damaged, or have been made anew a moment before: the workers themselves know better.
         return model
     if model not in known:
         raise UnknownModel(f"model {brief(model, 160)} given; {_listed(warm)} can {kind}. {_remedy(model, warm)}")
+    if known[model].gone:
+        raise UnknownModel(f"model {model!r} given; {_listed(warm)} can {kind}. {known[model].gone}")
     others = {card.contract for card in cards if card.model == model and model not in warm}
     if others or known[model].contract != CONTRACT:
         spoken = max(others, default=known[model].contract)
@@ -98,6 +103,10 @@ class Choices:
         chosen, until = self._kept.get((model, kind), ("", 0.0))
         return chosen if time.monotonic() < until else None
 
+    def forget(self) -> None:
+        """What is warm has changed."""
+        self._kept.clear()
+
     def keep(self, model: str | None, kind: str, chosen: str) -> str:
         if self.get(model, kind) is None:
             self._kept[model, kind] = (chosen, time.monotonic() + keys.PRESENCE_EVERY)
@@ -107,6 +116,11 @@ class Choices:
 def _listed(models: Iterable[str]) -> str:
     names = sorted(models)
     return f"of the models warm now {', '.join(names)}" if names else "no model that is warm now"
+
+
+def _offered(models: Iterable[str]) -> str:
+    names = sorted(models)
+    return f"Workers may load {', '.join(names)}. " if names else ""
 
 
 def _remedy(model: str, warm: Iterable[str]) -> str:

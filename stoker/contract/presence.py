@@ -29,8 +29,34 @@ class ModelCard(Notice):
     chat: bool = False
     #: The version of the contract that the worker speaks: it takes jobs of no other.
     contract: int = CONTRACT
-    #: When a worker last said that it serves the model, seconds since the epoch.
+    #: When a worker last said that it serves the model, or may, seconds since the epoch.
     seen: float = 0.0
+    #: Why no worker holds it nor may load it any more; "": one does, or may come back that did.
+    gone: str = ""
+
+
+class ModelState(Notice):
+    """A model as one worker has it. `state`: `warm`, `loading`, `offered` (it is loaded when a job for it waits) or
+    `refused`; another release may know others. `bytes`: of its weights. `idle`: seconds since its last job here."""
+
+    model: str
+    state: str
+    pinned: bool = False
+    bytes: int = 0
+    idle: float = 0.0
+    #: Why it is refused.
+    why: str = ""
+
+
+def describe_state(state: ModelState | None) -> str:
+    """For people; a worker of a release that says no more holds what it names."""
+    if state is None:
+        return "warm"
+    if state.state == "warm":
+        return "warm" + (", pinned" if state.pinned else "")
+    if state.state == "offered":
+        return "loaded when a job waits for it"
+    return f"{state.state}: {state.why}" if state.why else state.state
 
 
 def node_of(worker: str) -> str:
@@ -54,3 +80,9 @@ class Presence(Notice):
     #: kind → jobs held now, jobs that can be held.
     lanes: dict[str, tuple[int, int]]
     memory_bytes: int
+    #: Models that it loads when a job for one waits and nobody holds it.
+    offers: tuple[ModelCard, ...] = ()
+    #: Every model that it holds, loads, may load or could not load.
+    states: tuple[ModelState, ...] = ()
+    #: Bytes that the weights of its models may take together; 0: not said.
+    model_limit: int = 0

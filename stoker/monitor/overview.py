@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from stoker.adapters import facts
@@ -13,7 +13,7 @@ from stoker.broker.ledger import PRIORITIES
 from stoker.broker.registry import AdapterEntry
 from stoker.contract import Presence
 from stoker.contract.kinds import KINDS
-from stoker.contract.presence import node_of
+from stoker.contract.presence import describe_state, node_of
 from stoker.monitor.mirror import Mirror, MirroredJob
 
 #: Waiting jobs that are listed one by one, and clients whose shares are.
@@ -199,11 +199,21 @@ def _worker(presence: Presence, rate: float) -> Worker:
         device=presence.device,
         up=max(0.0, presence.time - presence.started),
         memory_bytes=presence.memory_bytes,
-        models=tuple(f"{card.model} ({', '.join(card.kinds)})" for card in presence.models),
+        models=tuple(_models(presence)),
         adapters=tuple(f"{name} on {model}" for model, names in presence.adapters.items() for name in names),
         lanes=tuple(LaneRow(kind, held, limit) for kind, (held, limit) in presence.lanes.items()),
         tokens_per_second=rate,
     )
+
+
+def _models(presence: Presence) -> Iterator[str]:
+    """What is warm, and what is not, with the reason."""
+    states = {state.model: state for state in presence.states}
+    for card in presence.models:
+        state = states.pop(card.model, None)
+        yield f"{card.model} ({', '.join(card.kinds)}{', pinned' if state is not None and state.pinned else ''})"
+    for state in states.values():
+        yield f"{state.model} ({describe_state(state)})"
 
 
 def _job(job_id: str, job: MirroredJob, mirror: Mirror) -> JobRow:

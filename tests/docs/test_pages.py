@@ -136,7 +136,7 @@ def test_the_table_of_settings_is_that_of_the_code() -> None:
             default = "~/.stoker"
         elif isinstance(default, tuple):
             default = ",".join(default)
-        wanted = "unset" if default is None else f"`{default}`"
+        wanted = "unset" if default in (None, "") else f"`{default}`"
         assert table[name][1] == wanted, name
         low = next((rule.ge for rule in field.metadata if hasattr(rule, "ge")), None)
         high = next((rule.le for rule in field.metadata if hasattr(rule, "le")), None)
@@ -166,13 +166,14 @@ def test_the_table_of_exit_codes_is_that_of_the_code() -> None:
     assert codes == {0, INTERRUPTED, *(error.exit_code for error in tree)}
 
 
-PLACES = ("<name>", "<version>", "<job>", "<worker>", "<model>", "<kind>", "<exchange>", "<key>")
+PLACES = ("<id>", "<name>", "<version>", "<job>", "<worker>", "<model>", "<kind>", "<exchange>", "<key>")
 LIVES = {
     "24 hours": keys.RESULT_TTL,
     "7 days": keys.PENDING_TTL,
     "30 days": keys.MODEL_TTL,
     "10 seconds": keys.PRESENCE_TTL,
     "60 minutes": keys.RATE_TTL,
+    "10 minutes": keys.COMMAND_TTL,
 }
 #: Lives as long as a setting says.
 BY_SETTING = {"two leases": keys.JANITOR}
@@ -199,6 +200,9 @@ def test_the_table_of_keys_is_that_of_the_code() -> None:
         keys.blob("adapter:<job>"),
         keys.worker("<worker>"),
         keys.metrics("<worker>"),
+        keys.commands("<worker>"),
+        keys.command("<id>"),
+        keys.loading("<model>"),
         keys.open_jobs("<queue>"),
     }
     made |= {make("<queue>") for make in (keys.turns, keys.dispatched, keys.pace, keys.sizes)}

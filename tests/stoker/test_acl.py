@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, suppress
@@ -24,7 +25,9 @@ from stoker.broker.trouble import forbids
 from stoker.celery_config import shared_config
 from stoker.client._sync.jobs import EmbedJob
 from stoker.contract import GenerateResult, ModelCard, Presence, StreamToken, Usage, encode
-from stoker.errors import BrokerUnavailable
+from stoker.contract.codec import read
+from stoker.contract.control import ModelCommand, ModelReport
+from stoker.errors import BrokerUnavailable, JobTimeout
 from tests.conftest import wait_until
 from tests.monitor.conftest import Running
 from tests.stoker.acl import Guarded, guarded_broker
@@ -229,6 +232,29 @@ def test_the_monitor_sees_jobs_runs_and_letters(broker: Guarded, client: Client,
     assert broker.denied() == []
 
 
+def test_an_operator_asks_a_worker_about_its_models_and_a_client_may_not(
+    broker: Guarded, client: Client, worker: Any
+) -> None:
+    def answer() -> None:
+        _, raw = worker.brpop([keys.commands("w")], 30)
+        asked = read(ModelCommand, raw.decode())
+        report = ModelReport(id=asked.id, worker="w", verb=asked.verb, model=asked.model, phase="done")
+        worker.set(keys.command(asked.id), report.model_dump_json(), ex=60)
+
+    with Client(settings=broker.settings("operator")) as operator:
+        answering = threading.Thread(target=answer)
+        answering.start()
+        assert operator.models.pin("m", timeout=30).model == "m"
+        answering.join()
+        with pytest.raises(JobTimeout, match="nothing was done"):
+            operator.models.load("x=/x", timeout=0.0)
+    assert not worker.exists(keys.commands("w"))
+    assert broker.denied() == []
+    with pytest.raises(BrokerUnavailable, match="forbids it"):
+        client.models.pin("m")
+    broker.denied()
+
+
 def test_an_operator_sets_the_policy_and_nothing_else(broker: Guarded) -> None:
     with closing(connect(broker.settings("operator"))) as redis:
         policy.decide(redis, "queue_limit", 5)
@@ -298,5 +324,5 @@ def test_a_client_hears_that_it_is_forbidden(broker: Guarded) -> None:
         Client(settings=broker.settings("operator")) as client,
         pytest.raises(BrokerUnavailable, match=r"forbids it .*deploy/acl") as refusal,
     ):
-        client.workers()
+        client.models()
     assert "password" not in str(refusal.value)

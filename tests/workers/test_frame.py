@@ -451,7 +451,7 @@ def test_a_job_that_nobody_cancelled_is_not_stopped(worker: Worker) -> None:
 def fenced(worker: Worker) -> list[str]:
     """Tokens of deliveries that have to end without a trace."""
     found: list[str] = []
-    request: Any = SimpleNamespace(token="token-1", tag="tag", fence=lambda: found.append("token-1"))
+    request: Any = SimpleNamespace(token="token-1", tag="tag", queue=QUEUE, fence=lambda: found.append("token-1"))
     worker.context.deliveries.add(request)
     return found
 

@@ -102,7 +102,8 @@ def traffic(context: WorkerContext, monkeypatch: pytest.MonkeyPatch) -> list[str
 
     def begin(self: Any, *_: Any, **__: Any) -> None:
         self._type, self._request_dict = "stoker.train", {}
-        self._message, self._app = SimpleNamespace(delivery_tag="tag"), SimpleNamespace(context=context)
+        self._message = SimpleNamespace(delivery_tag="tag", delivery_info={"routing_key": "stoker.m.train"})
+        self._app = SimpleNamespace(context=context)
 
     monkeypatch.setattr(base, "__init__", begin)
     monkeypatch.setattr(base, "name", property(lambda self: "stoker.train"), raising=False)

@@ -110,7 +110,7 @@ def make(context: WorkerContext) -> Iterator[Callable[..., LeaseStep]]:
     def start(prefetched: set[str], done: set[str], running: set[str]) -> LeaseStep:
         consumer = Consumer(context, prefetched, done)
         for tag in running:
-            delivery: Any = SimpleNamespace(token=f"token-{tag}", tag=tag)
+            delivery: Any = SimpleNamespace(token=f"token-{tag}", tag=tag, queue="stoker.m.embed")
             context.deliveries.add(delivery)
         step = LeaseStep(consumer)
         step.start(consumer)

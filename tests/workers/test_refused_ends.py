@@ -95,7 +95,8 @@ def request_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception], Any]:
         self._type, self._request_dict, self._id = "stoker.train", {}, "job"
         self._connection_errors = ()
         self._on_ack = self._on_reject = _refusing(errors[0])
-        self._message, self._app = SimpleNamespace(delivery_tag="tag"), SimpleNamespace(context=context)
+        self._message = SimpleNamespace(delivery_tag="tag", delivery_info={"routing_key": "stoker.m.train"})
+        self._app = SimpleNamespace(context=context)
 
     def made(error: Exception) -> Any:
         errors.append(error)

@@ -147,7 +147,7 @@ def test_a_delivery_that_fails_gives_its_place_in_the_lane_back(
     redis: Any, connection: Connection, aside: list[Unreadable], deliveries: Deliveries
 ) -> None:
     dropped: list[str] = []
-    delivery: Any = SimpleNamespace(token="1", tag="job#1", reject=lambda: dropped.append("job#1"))
+    delivery: Any = SimpleNamespace(token="1", tag="job#1", queue=QUEUE, reject=lambda: dropped.append("job#1"))
     deliveries.add(delivery)
     inbox = Inbox(connection)
 
@@ -320,7 +320,7 @@ def test_dropping_a_delivery_rejects_the_newest_of_its_tag(deliveries: Deliverie
     rejected: list[str] = []
 
     def hold(name: str, tag: str) -> None:
-        delivery: Any = SimpleNamespace(token=name, tag=tag, reject=lambda: rejected.append(name))
+        delivery: Any = SimpleNamespace(token=name, tag=tag, queue=QUEUE, reject=lambda: rejected.append(name))
         deliveries.add(delivery)
 
     for name, tag in (("older", "job#1"), ("newer", "job#1"), ("other", "x#1")):

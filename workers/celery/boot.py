@@ -30,6 +30,7 @@ from workers.celery import control
 from workers.celery.interrupts import Interrupts
 from workers.celery.lanes import LaneStep
 from workers.celery.lease import LeaseStep
+from workers.celery.queues import ConsumedQueues
 from workers.context import WorkerContext
 from workers.services import drain, resting
 from workers.services.background import Background
@@ -37,6 +38,7 @@ from workers.services.broker_check import check_broker
 from workers.services.cancelling import CancelWatch
 from workers.services.housekeeping import EVERY, Housekeeping
 from workers.services.janitor import Janitor
+from workers.services.managing import model_management
 from workers.services.measuring import Measuring
 from workers.services.presence import Heart
 from workers.services.runtime import Runtime
@@ -75,6 +77,7 @@ class EngineStep(bootsteps.StartStopStep):
         if self._measuring is not None:
             self._measuring.start()
         heart = self._heart = Heart(running, self._context.lanes, Janitor(running))
+        self._manage_models(running, heart)
         heart.start()
         house = Housekeeping(self._context.settings)
         Background("housekeeping", house.round, stopped=running.stopped, every=EVERY).start()
@@ -113,6 +116,14 @@ class EngineStep(bootsteps.StartStopStep):
                 queues[kind].append(keys.queue(card.model, kind))
         self._context.lanes.configure(running.settings.slots, queues)
         app.amqp.queues.select([name for names in queues.values() for name in names])
+
+    def _manage_models(self, running: Runtime, heart: Heart) -> None:
+        """Models come and go from now on, one after the other: one thread loads and unloads."""
+        queues = ConsumedQueues(self._context.lanes)
+        self._context.consumer_started = queues.attach
+        managed = model_management(running, self._context.deliveries, queues, heart.beat)
+        heart.residency = lambda: managed.keeper.residency
+        Background("models", managed.commands.next, managed.demand.round, stopped=running.stopped).start()
 
     def stop(self, worker: Any) -> None:
         if self._heart is not None:

@@ -25,6 +25,7 @@ class LaneStep(bootsteps.StartStopStep):
     def start(self, consumer: Any) -> None:
         context: WorkerContext = consumer.app.context
         context.lanes.wake = partial(consumer.call_soon, _nothing)
+        context.consumer_started(consumer)
 
 
 class LaneRequest(Request):
@@ -44,6 +45,10 @@ class LaneRequest(Request):
     @property
     def tag(self) -> str:
         return str(self.message.delivery_tag)
+
+    @property
+    def queue(self) -> str:
+        return str(self.message.delivery_info["routing_key"])
 
     def fence(self) -> None:
         """The message belongs to another worker now, under the same delivery tag: an ack from here would take it away

@@ -16,6 +16,7 @@ from stoker.broker.connection import passes
 from stoker.contract import CONTRACT, ModelCard
 from workers import clock
 from workers.services.broker_check import warn_of
+from workers.services.orphans import Orphans
 from workers.services.runtime import Runtime
 
 log = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ class Janitor:
     """Looks for lost messages, in rounds. One worker at a time does a round; a lock that expires chooses it."""
 
     def __init__(self, runtime: Runtime) -> None:
-        self._runtime = runtime
+        self._runtime, self._orphans = runtime, Orphans(runtime)
 
     def round(self) -> None:
         """Look at every queue of every known model, if nobody else has just done it."""
@@ -41,8 +42,10 @@ class Janitor:
         if redis.ttl(keys.DEAD) == -1:
             # Its first letter is of another program, which gave it no end.
             redis.expire(keys.DEAD, keys.DEAD_TTL)
-        for queue in self._queues():
-            self._recover(queue, every)
+        for card in self._cards():
+            for kind in card.kinds:
+                self._recover(keys.queue(card.model, kind), every)
+            self._orphans.sweep(card)
 
     def _free_turns(self) -> None:
         for key in TURNS:
@@ -50,7 +53,7 @@ class Janitor:
                 log.error("the key %s holds a value without expiry, which no worker wrote: it is deleted", key)
                 self._runtime.redis.delete(key)
 
-    def _queues(self) -> list[str]:
+    def _cards(self) -> list[ModelCard]:
         found = []
         for name, raw in self._runtime.redis.hgetall(keys.MODELS).items():
             try:
@@ -60,7 +63,7 @@ class Janitor:
                 log.warning("the field %r of %s is no card of a model: it is left out", name, keys.MODELS)
                 continue
             if card.contract == CONTRACT:
-                found += [keys.queue(card.model, kind) for kind in card.kinds]
+                found.append(card)
         return found
 
     def _recover(self, queue: str, older_than: float) -> None:

@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Callable
 
 from redis.exceptions import RedisError
 
@@ -15,6 +16,7 @@ from workers import clock
 from workers.capacity import Lanes
 from workers.services.background import Background
 from workers.services.janitor import Janitor
+from workers.services.keeper import Residency
 from workers.services.runtime import Runtime
 
 log = logging.getLogger(__name__)
@@ -25,6 +27,8 @@ class Heart:
 
     def __init__(self, runtime: Runtime, lanes: Lanes, janitor: Janitor) -> None:
         self._runtime, self._lanes = runtime, lanes
+        #: What else it says of its models.
+        self.residency: Callable[[], Residency] = Residency
         rounds = (self.beat, lanes.grow, janitor.round)
         self.thread = Background("presence", *rounds, stopped=runtime.stopped, every=keys.PRESENCE_EVERY)
 
@@ -47,14 +51,14 @@ class Heart:
         pipeline.zadd(keys.WORKERS, {presence.worker: presence.time})
         pipeline.zremrangebyscore(keys.WORKERS, 0, presence.time - keys.RESULT_TTL)
         pipeline.expire(keys.WORKERS, keys.MODEL_TTL)
-        for card in presence.models:
+        for card in (*presence.models, *presence.offers):
             seen = card.model_copy(update={"seen": presence.time})
             pipeline.hset(keys.MODELS, f"{card.model}/{card.contract}", seen.model_dump_json())
         pipeline.expire(keys.MODELS, keys.MODEL_TTL)
         pipeline.execute()
 
     def _presence(self, now: float) -> Presence:
-        engine = self._runtime.engine
+        engine, residency = self._runtime.engine, self.residency()
         return Presence(
             worker=self._runtime.name,
             host=socket.gethostname(),
@@ -66,4 +70,7 @@ class Heart:
             adapters=engine.adapters,
             lanes=self._lanes.load(),
             memory_bytes=engine.memory_bytes,
+            offers=residency.offers,
+            states=residency.states,
+            model_limit=residency.limit,
         )

@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from itertools import repeat
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -104,10 +103,9 @@ class Runtime:
         """The queues of the jobs that the models here can run."""
         return [keys.queue(card.model, kind) for card in self.engine.cards for kind in card.kinds]
 
-    @cached_property
+    @property
     def _models(self) -> frozenset[str]:
-        """Asked for when there are jobs: the models are loaded then, and stay."""
-        return frozenset(card.model for card in self.engine.cards)
+        return frozenset(self.engine.models)
 
     @property
     def jobs(self) -> list[str]:

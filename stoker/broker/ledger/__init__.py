@@ -130,6 +130,11 @@ def cancel(redis: Any, job_id: str, queue: str) -> str:
     return cancellation(job_id, queue).on(redis)
 
 
+def refuse(redis: Any, job_id: str, queue: str, ending: Ending) -> bool:
+    """End a job that waits, because nobody will run it. False for one that has an owner, or is not known."""
+    return _call(TRANSITIONS.refuse, bool, job_id, queue, ending.text()).on(redis)
+
+
 def recover(redis: Any, queue: str, older_than: float) -> tuple[str, ...]:
     """Let jobs wait again that were dispatched `older_than` seconds ago and have neither living owner nor message."""
     arguments = (older_than, keys.worker(""))

@@ -22,6 +22,7 @@ class Transitions:
     complete: LuaScript
     abandon: LuaScript
     cancel: LuaScript
+    refuse: LuaScript
     recover: LuaScript
     # What moves no job needs no more than the names.
     release: LuaScript
@@ -42,6 +43,7 @@ _BEHIND = {
     "complete": _ENDING,
     "abandon": _ENDING,
     "cancel": _BOTH,
+    "refuse": _BOTH,
     "recover": _WAITING,
     "release": _NAMES,
     "dead_letter": _NAMES,
@@ -52,7 +54,17 @@ _BEHIND = {
     "fetch_vectors": _KEPT,
     "discard_vectors": _KEPT,
 }
-_MAKE_ROOM = ("complete", "abandon", "cancel", "recover", "release", "dead_letter", "fetch_vectors", "discard_vectors")
+_MAKE_ROOM = (
+    "complete",
+    "abandon",
+    "cancel",
+    "refuse",
+    "recover",
+    "release",
+    "dead_letter",
+    "fetch_vectors",
+    "discard_vectors",
+)
 
 
 def made(edit: Callable[[str], str] = str) -> tuple[Library, Transitions]:

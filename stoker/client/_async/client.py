@@ -24,11 +24,12 @@ from stoker.client._async.jobs import (
     AsyncTrainJob,
 )
 from stoker.client._async.link import AsyncLink
+from stoker.client._async.models import AsyncModels
 from stoker.client.asynchronously import Texts, in_thread
 from stoker.client.chunks import ATTEMPTS, BATCH_TEXTS, Plan
 from stoker.client.options import EmbedOptions, GenerateOptions, TrainOptions, checked_options
 from stoker.client.requests import Dataset, Prompt
-from stoker.contract import ModelCard, Presence, Request
+from stoker.contract import Presence, Request
 from stoker.contract.codec import read
 from stoker.contract.kinds import EMBED, GENERATE, KINDS, TRAIN
 from stoker.contract.names import Rule, checked
@@ -77,6 +78,8 @@ class AsyncClient:
         self.adapters = AsyncAdapters(self.link, self.choose_model)
         #: Which models were chosen lately.
         self.choices = model_choice.Choices()
+        #: `models()`: every model that some worker serves or lately served. And `load`, `unload`, `pin`, `unpin`.
+        self.models = AsyncModels(self.link, lambda: self.choices.forget())
 
     @property
     def settings(self) -> Settings:
@@ -214,10 +217,6 @@ class AsyncClient:
     async def workers(self) -> list[Presence]:
         """The workers that are alive now, each with its warm models."""
         return await self.link.workers()
-
-    async def models(self) -> dict[str, ModelCard]:
-        """Every model that some worker serves or lately served."""
-        return await self.link.models()
 
     async def jobs(self) -> dict[str, OpenJob]:
         """Jobs that have not ended, oldest first: id → kind, model, age in seconds, and worker if one owns it."""

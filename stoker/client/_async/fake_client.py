@@ -16,7 +16,8 @@ class AsyncFakeClient(AsyncClient):
     """An `AsyncClient` that works in memory, for tests. `script` says what the jobs make; `sent` has what was sent.
 
     `models`: model → what it can do (`embed`, `generate`, `train`, `adapters`); without: the two models of a worker
-    that was started without options. `adapters`: names that generation may ask for from the start. Requests, options,
+    that was started without options. `adapters`: names that generation may ask for from the start.
+    `may_load`: what `models.load` may make warm besides, in the form of `models`. Requests, options,
     results, tokens and errors are the real ones, and wrong input is refused as by the real client.
     """
 
@@ -25,10 +26,11 @@ class AsyncFakeClient(AsyncClient):
         *,
         models: Mapping[str, Iterable[str]] | None = None,
         adapters: Iterable[str] = (),
+        may_load: Mapping[str, Iterable[str]] | None = None,
         key: str | None = None,
         settings: Settings | None = None,
     ) -> None:
-        self._memory = Memory(settings or load_settings(client_key=key), models, adapters)
+        self._memory = Memory(settings or load_settings(client_key=key), models, adapters, may_load)
         super().__init__(link=AsyncMemoryLink(self._memory))
 
     def __repr__(self) -> str:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Generator
 from contextlib import closing
@@ -23,9 +24,11 @@ from stoker.broker.registry import AdapterEntry, Verb
 from stoker.client import model_choice
 from stoker.client._sync.link import Link
 from stoker.client.blocking import Connections, finished, in_thread, sleep
+from stoker.client.commands import Waiting
 from stoker.client.following import Follower, ask_state
 from stoker.client.submission import Submission
-from stoker.contract import EmbedReply, ModelCard, Presence, Request, StreamToken, TrainReport
+from stoker.contract import EmbedReply, ModelCard, Presence, Request, StreamToken, TrainReport, encode
+from stoker.contract.control import ModelCommand, ModelReport
 from stoker.contract.vectors import Encoded
 
 if TYPE_CHECKING:
@@ -184,6 +187,23 @@ class BrokerLink:
         with translated(self._settings):
             (seconds, _), raw = self._redis.pipeline(transaction=False).time().hgetall(keys.MODELS).execute()
         return model_choice.parse_cards(raw, float(seconds))
+
+    def command(self, worker: str, command: ModelCommand, timeout: float | None) -> ModelReport:
+        waiting, queue, text = Waiting(command, worker, timeout), keys.commands(worker), json.dumps(encode(command))
+        with translated(self._settings):
+            self._redis.pipeline().lpush(queue, text).expire(queue, keys.COMMAND_TTL).execute()
+        while True:
+            with translated(self._settings):
+                asked = self._redis.pipeline().get(keys.command(command.id)).exists(keys.worker(worker))
+                raw, alive = asked.execute()
+            report = waiting.heard(raw, bool(alive))
+            if report is not None:
+                return report
+            pause = waiting.pause()
+            if pause is None:
+                with translated(self._settings):
+                    raise waiting.over(taken_back=bool(self._redis.lrem(queue, 1, text)))
+            sleep(pause)
 
     def jobs(self) -> dict[str, OpenJob]:
         models = self.models()

@@ -25,11 +25,12 @@ from stoker.client._sync.jobs import (
     TrainJob,
 )
 from stoker.client._sync.link import Link
+from stoker.client._sync.models import Models
 from stoker.client.blocking import Texts, in_thread
 from stoker.client.chunks import ATTEMPTS, BATCH_TEXTS, Plan
 from stoker.client.options import EmbedOptions, GenerateOptions, TrainOptions, checked_options
 from stoker.client.requests import Dataset, Prompt
-from stoker.contract import ModelCard, Presence, Request
+from stoker.contract import Presence, Request
 from stoker.contract.codec import read
 from stoker.contract.kinds import EMBED, GENERATE, KINDS, TRAIN
 from stoker.contract.names import Rule, checked
@@ -78,6 +79,8 @@ class Client:
         self.adapters = Adapters(self.link, self.choose_model)
         #: Which models were chosen lately.
         self.choices = model_choice.Choices()
+        #: `models()`: every model that some worker serves or lately served. And `load`, `unload`, `pin`, `unpin`.
+        self.models = Models(self.link, lambda: self.choices.forget())
 
     @property
     def settings(self) -> Settings:
@@ -213,10 +216,6 @@ class Client:
     def workers(self) -> list[Presence]:
         """The workers that are alive now, each with its warm models."""
         return self.link.workers()
-
-    def models(self) -> dict[str, ModelCard]:
-        """Every model that some worker serves or lately served."""
-        return self.link.models()
 
     def jobs(self) -> dict[str, OpenJob]:
         """Jobs that have not ended, oldest first: id → kind, model, age in seconds, and worker if one owns it."""

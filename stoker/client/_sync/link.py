@@ -12,6 +12,7 @@ from stoker.broker.letters import Letter
 from stoker.broker.outcome import JobStatus
 from stoker.broker.registry import AdapterEntry, Verb
 from stoker.contract import EmbedReply, ModelCard, Presence, Request, StreamToken, TrainReport
+from stoker.contract.control import ModelCommand, ModelReport
 from stoker.contract.vectors import Encoded
 
 if TYPE_CHECKING:
@@ -64,6 +65,9 @@ class Link(Protocol):
 
     def models(self) -> dict[str, ModelCard]:
         """Every model that some worker serves or lately served."""
+
+    def command(self, worker: str, command: ModelCommand, timeout: float | None) -> ModelReport:
+        """Ask a worker about a model, and wait; raises what it failed of."""
 
     def jobs(self) -> dict[str, OpenJob]:
         """Jobs that have not ended, oldest first."""

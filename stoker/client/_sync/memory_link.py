@@ -17,6 +17,7 @@ from stoker.client.following import TimeLimit
 from stoker.client.in_memory.memory import Memory
 from stoker.client.in_memory.script import NotScripted
 from stoker.contract import EmbedReply, ModelCard, Presence, Request, StreamToken, TrainReport
+from stoker.contract.control import ModelCommand, ModelReport
 from stoker.contract.vectors import Encoded
 from stoker.errors import JobTimeout
 from stoker.settings import Settings
@@ -97,6 +98,9 @@ class MemoryLink:
 
     def models(self) -> dict[str, ModelCard]:
         return self._memory.models()
+
+    def command(self, worker: str, command: ModelCommand, timeout: float | None) -> ModelReport:
+        return self._memory.command(worker, command)
 
     def jobs(self) -> dict[str, OpenJob]:
         return self._memory.jobs()

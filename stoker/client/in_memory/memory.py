@@ -17,7 +17,6 @@ from stoker.broker.letters import Letter
 from stoker.broker.outcome import JobStatus, Outcome, lost
 from stoker.client.in_memory.adapters import Registry
 from stoker.client.in_memory.answers import (
-    DIM,
     USAGE,
     WORKER,
     Answer,
@@ -27,6 +26,7 @@ from stoker.client.in_memory.answers import (
     generated,
     trained,
 )
+from stoker.client.in_memory.models import Models
 from stoker.client.in_memory.script import Script
 from stoker.client.in_memory.sent import Sent, SentJob, travelled
 from stoker.client.submission import Submission
@@ -44,19 +44,14 @@ from stoker.contract import (
     encode,
 )
 from stoker.contract.base import Message, parse_adapter
-from stoker.contract.kinds import KINDS
+from stoker.contract.control import ModelCommand, ModelReport
 from stoker.contract.names import Rule, checked
 from stoker.contract.vectors import Encoded, Int8Vectors, load
-from stoker.errors import ConfigError, JobDead, StokerError, UnknownAdapter
+from stoker.errors import JobDead, StokerError, UnknownAdapter
 from stoker.settings import Settings
 
 R = TypeVar("R", bound=Request)
 
-#: Model → what it can do, unless a test says otherwise: the models of a worker that was started without options.
-MODELS: Mapping[str, tuple[str, ...]] = {
-    "all-minilm-l6-v2": ("embed",),
-    "smollm2-135m-instruct": ("generate", "train", "adapters"),
-}
 Entry = StreamToken | TrainReport
 
 
@@ -78,18 +73,22 @@ class Memory:
     """A job is queued until it is waited for or its stream is read; it runs as far as it is read, and then it ends."""
 
     def __init__(
-        self, settings: Settings, models: Mapping[str, Iterable[str]] | None = None, adapters: Iterable[str] = ()
+        self,
+        settings: Settings,
+        models: Mapping[str, Iterable[str]] | None = None,
+        adapters: Iterable[str] = (),
+        may_load: Mapping[str, Iterable[str]] | None = None,
     ) -> None:
         """`adapters`: names that have a version 1, which serves, at each model that generates."""
         self.settings, self.script, self.registry = settings, Script(), Registry()
         self.sent = Sent()
-        self._cards = [_card(model, tuple(kinds)) for model, kinds in (MODELS if models is None else models).items()]
+        self._models = Models(models, may_load or {}, self._running, self._refuse)
         self._jobs: dict[str, _Job] = {}
         self._blobs: dict[str, bytes] = {}
         self._lock = threading.RLock()
         for name in adapters:
             checked(Rule.NAME, "adapters", name)
-            for card in self._cards:
+            for card in self._models.warm:
                 if "generate" in card.kinds:
                     self.registry.register(card.model, name, {"method": "lora", "rank": 8}, promote=True)
 
@@ -204,15 +203,32 @@ class Memory:
         self._blobs.pop(keys.vectors(job_id), None)
 
     def models(self) -> dict[str, ModelCard]:
-        return {card.model: card for card in self._cards}
+        return self._models.known
+
+    def command(self, worker: str, command: ModelCommand) -> ModelReport:
+        """What a worker is asked about its models."""
+        with self._lock:
+            return self._models.follow(command)
+
+    def _running(self, model: str) -> int:
+        of_it = [job for job in self._jobs.values() if job.sent.request.model == model and job.outcome is None]
+        return sum(job.status is JobStatus.RUNNING for job in of_it)
+
+    def _refuse(self, model: str, error: StokerError) -> None:
+        """End the jobs that wait for a model which nobody holds."""
+        for job in self._jobs.values():
+            if job.sent.request.model == model and job.outcome is None:
+                fields = {"exc_type": type(error).__name__, "exc_message": str(error)}
+                job.status, job.outcome = JobStatus.FAILED, Outcome(JobStatus.FAILED, fields)
 
     def workers(self) -> list[Presence]:
-        """One worker, which holds every model."""
+        """One worker, which holds every model that is warm."""
         now = time.time()
         return [
             Presence(
                 worker=WORKER, host="localhost", pid=os.getpid(), device="memory", started=now, time=now,
-                models=tuple(self._cards), adapters={}, lanes={}, memory_bytes=0,
+                models=self._models.warm, adapters={}, lanes={}, memory_bytes=0,
+                states=self._models.states,
             )
         ]  # fmt: skip
 
@@ -226,17 +242,6 @@ class Memory:
             job_id: _letter(job.sent) for job_id, job in self._jobs.items()
             if job.outcome is not None and isinstance(job.answer.ending.error, JobDead)
         }  # fmt: skip
-
-
-def _card(model: str, kinds: tuple[str, ...]) -> ModelCard:
-    checked(Rule.NAME, "models", model)
-    unknown = sorted(set(kinds) - set(KINDS))
-    if unknown:
-        raise ConfigError(f"models: {unknown[0]!r} given for {model}; the kinds of jobs are {', '.join(KINDS)}.")
-    dim = DIM if "embed" in kinds else 0
-    return ModelCard(
-        model=model, architecture="in-memory", kinds=kinds, context=2048, parameters=0, dim=dim, seen=time.time()
-    )
 
 
 def _made(request: Request, answer: Answer) -> tuple[tuple[Entry, ...], bytes | None]:

@@ -1,0 +1,510 @@
+"""Models come and go at a worker: who makes way, what is refused, and what becomes of the jobs that wait."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from stoker.broker import keys, ledger
+from stoker.broker.connection import connect
+from stoker.client.submission import job_record
+from stoker.contract import GenerateRequest, ModelCard, Presence, encode
+from stoker.contract.control import ModelCommand, ModelReport
+from stoker.contract.kinds import ADAPTERS, GENERATE, TRAIN
+from stoker.errors import InvalidRequest, ModelError, StokerError, from_wire
+from stoker.settings import Settings
+from workers.deliveries import Deliveries, Health
+from workers.residents import MEGABYTE, NoRoom, Origin, Residents
+from workers.services import keeper as keeping
+from workers.services.demand import NO_ROOM_FOR, REFUSED_FOR
+from workers.services.managing import model_management
+from workers.services.orphans import Orphans
+from workers.services.presence import Heart
+
+KINDS = (GENERATE.name, TRAIN.name, ADAPTERS.name)
+#: Megabytes of each model here; those of the worker may have 1000 together.
+SIZES = {"a": 400, "b": 400, "c": 400, "huge": 1200, "damaged": 400, "remote": 10, "lazy": 400, "late": 400}
+LIMIT = 1000
+
+
+def card(model: str, kinds: Sequence[str] = KINDS) -> ModelCard:
+    return ModelCard(model=model, architecture="llama", kinds=tuple(kinds), context=8, parameters=1)
+
+
+class FakeEngine:
+    """Holds what it is told to. `headers` and `files`: models whose headers, or weights, cannot be read."""
+
+    device, memory_bytes = "cpu", 0
+    adapters: Mapping[str, tuple[str, ...]] = {}
+
+    def __init__(self) -> None:
+        self.models: dict[str, Any] = {}
+        self.headers: dict[str, Exception] = {"missing": ModelError("/missing: no such file or folder")}
+        self.files: dict[str, Exception] = {
+            "damaged": ModelError("/damaged: a tensor is missing"),
+            "remote": ModelError("/remote: auto_map is not supported"),
+        }
+        self.busy: set[str] = set()
+        self.loaded: list[str] = []
+        self.asked: list[str] = []
+
+    @property
+    def cards(self) -> list[ModelCard]:
+        return [card(name) for name in self.models]
+
+    def prospect(self, name: str, sources: Sequence[str], *, download: bool = False) -> Any:
+        self.asked.append(name)
+        if name in self.headers:
+            raise self.headers[name]
+        return SimpleNamespace(card=card(name), bytes=SIZES[name] * MEGABYTE)
+
+    def load(self, name: str, sources: Sequence[str]) -> Any:
+        if name in self.files:
+            raise self.files[name]
+        self.models[name] = SimpleNamespace(bytes=SIZES[name] * MEGABYTE)
+        self.loaded.append(name)
+        return self.models[name]
+
+    def unload(self, name: str) -> bool:
+        if name in self.busy:
+            return False
+        del self.models[name]
+        return True
+
+
+class Doors:
+    def __init__(self) -> None:
+        self.open: set[str] = set()
+
+    def serve(self, queues: Mapping[str, Sequence[str]]) -> None:
+        self.open = {name for names in queues.values() for name in names}
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Worker:
+    """All of a worker that has to do with its models, over a real broker; its engine holds nothing."""
+
+    def __init__(self, settings: Settings, redis: Any, name: str = "w@here/1", **more: Any) -> None:
+        self.engine, self.doors, self.redis = FakeEngine(), Doors(), redis
+        for model in ("a", "b"):
+            self.engine.load(model, ())
+        options = {"models": ("a=/a", "b=/b"), "model_memory": LIMIT, **more}
+        self.clock = Clock()
+        self.deliveries = Deliveries(Health(1), self.clock)
+        runtime: Any = SimpleNamespace(
+            redis=redis, name=name, engine=self.engine, started=0.0, stopped=threading.Event(),
+            settings=settings.model_copy(update=options), job_meter=SimpleNamespace(expect=lambda cards: None),
+        )  # fmt: skip
+        self.runtime = runtime
+        lanes: Any = SimpleNamespace(load=dict, grow=lambda: None)
+        janitor: Any = SimpleNamespace(round=lambda: None)
+        self.heart = Heart(runtime, lanes, janitor)
+        managed = model_management(runtime, self.deliveries, self.doors, self.heart.beat)
+        self.keeper, self.demand, self.commands = managed.keeper, managed.demand, managed.commands
+        self.keeper.residents.clock = self.clock
+        for position, resident in enumerate(self.keeper.residents):
+            resident.used = position + 1.0
+        self.heart.residency = lambda: self.keeper.residency
+        self.heart.beat()
+
+    def hold(self, model: str, kind: str = GENERATE.name) -> Any:
+        """A job of the model is here."""
+        held: Any = SimpleNamespace(token=f"{model}-{kind}", tag="t", queue=keys.queue(model, kind))
+        self.deliveries.add(held)
+        return held
+
+    def let_wait(self, model: str, job_id: str = "job") -> str:
+        """A job of the model that nobody has taken."""
+        request = GenerateRequest(model=model, prompt="x")
+        assert ledger.submit(self.redis, job_id, job_record(request, job_id)).state == "new"
+        return job_id
+
+    def ending(self, job_id: str) -> tuple[str, str] | None:
+        """Class and words of the error that a job has ended with."""
+        raw = self.redis.get(keys.result(job_id))
+        result = json.loads(raw)["result"] if raw else None
+        return (result["exc_type"], result["exc_message"][0]) if result else None
+
+    @property
+    def warm(self) -> list[str]:
+        return sorted(self.engine.models)
+
+    def states(self) -> dict[str, str]:
+        raw = self.redis.get(keys.worker(self.runtime.name))
+        return {state.model: state.state for state in Presence.model_validate_json(raw).states}
+
+
+@pytest.fixture
+def redis(broker: Settings) -> Iterator[Any]:
+    client = connect(broker)
+    yield client
+    client.close()
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keeping, "LEAVE_WITHIN", 0.0)
+
+
+@pytest.fixture
+def make(broker: Settings, redis: Any) -> Callable[..., Worker]:
+    return partial(Worker, broker, redis)
+
+
+@pytest.fixture
+def worker(make: Callable[..., Worker]) -> Worker:
+    return make()
+
+
+def names(model: str) -> set[str]:
+    return {keys.queue(model, kind) for kind in KINDS}
+
+
+def load(worker: Worker, model: str, origin: Origin = Origin.COMMANDED) -> tuple[str, ...]:
+    return worker.keeper.load(model, (f"/{model}",), origin)
+
+
+# --- room ---
+
+
+def test_the_model_that_was_used_longest_ago_makes_way_and_no_other(worker: Worker) -> None:
+    assert load(worker, "c") == ("a",)
+    assert worker.warm == ["b", "c"]
+    assert worker.doors.open == names("b") | names("c")
+
+
+def test_a_job_that_ended_lately_counts_as_use(worker: Worker) -> None:
+    held = worker.hold("a")
+    worker.deliveries.remove(held)
+    assert load(worker, "c") == ("b",)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_neither_a_pinned_model_nor_one_in_use_or_training_makes_way(worker: Worker, kind: str) -> None:
+    worker.keeper.pin("b", on=True)
+    worker.hold("a", kind)
+    with pytest.raises(NoRoom, match=r"b \(400 MB, pinned\), a \(400 MB, in use: 1 job of it here"):
+        load(worker, "c")
+    assert worker.warm == ["a", "b"]
+    worker.keeper.pin("b", on=False)
+    assert load(worker, "c") == ("b",)
+
+
+def test_a_model_with_jobs_that_wait_does_not_make_way(worker: Worker) -> None:
+    worker.let_wait("a")
+    assert load(worker, "c") == ("b",)
+
+
+def test_a_model_that_never_fits_says_what_it_takes_and_nothing_makes_way(worker: Worker) -> None:
+    with pytest.raises(NoRoom, match=r"huge: its weights take about 1,200 MB.*1,000 MB together.*STOKER_MODEL_MEMORY"):
+        load(worker, "huge")
+    assert worker.warm == ["a", "b"]
+
+
+def test_models_that_fit_together_leave_nobody_out(make: Callable[..., Worker]) -> None:
+    assert load(make(model_memory=1200), "c") == ()
+
+
+@pytest.mark.parametrize("error", [ModelError("/damaged: a tensor is missing"), RuntimeError("[malloc] no memory")])
+def test_what_made_way_for_a_model_that_cannot_be_loaded_is_back(worker: Worker, error: Exception) -> None:
+    worker.engine.files["damaged"] = error
+    worker.keeper.pin("b", on=True)
+    with pytest.raises(ModelError, match="damaged"):
+        load(worker, "damaged")
+    assert worker.warm == ["a", "b"]
+    assert worker.doors.open == names("a") | names("b")
+    assert worker.states() == {"a": "warm", "b": "warm", "damaged": "refused"}
+
+
+def test_a_model_whose_headers_cannot_be_read_hurts_no_other(worker: Worker) -> None:
+    with pytest.raises(ModelError, match="no such file"):
+        load(worker, "missing")
+    assert worker.engine.loaded == ["a", "b"], "nothing made way"
+
+
+def test_what_was_loaded_by_command_or_at_the_start_comes_back_when_a_job_waits(worker: Worker) -> None:
+    load(worker, "c")
+    worker.let_wait("a")
+    worker.demand.round()
+    assert worker.warm == ["a", "c"]
+
+
+# --- unloading ---
+
+
+def test_a_model_in_use_is_not_unloaded_and_goes_on_taking_jobs(worker: Worker) -> None:
+    worker.hold("a")
+    with pytest.raises(InvalidRequest, match=r"'a' is in use: 1 job"):
+        worker.keeper.unload("a")
+    assert "a" in worker.warm
+    assert worker.doors.open == names("a") | names("b")
+
+
+def test_a_model_whose_lane_has_work_is_not_unloaded(worker: Worker) -> None:
+    worker.engine.busy.add("a")
+    with pytest.raises(InvalidRequest, match="in use"):
+        worker.keeper.unload("a")
+    assert worker.doors.open == names("a") | names("b")
+
+
+def test_a_pinned_model_is_unloaded_once_it_is_unpinned(worker: Worker) -> None:
+    worker.keeper.pin("a", on=True)
+    with pytest.raises(InvalidRequest, match="stoker models unpin a"):
+        worker.keeper.unload("a")
+    worker.keeper.pin("a", on=False)
+    worker.keeper.unload("a")
+    assert worker.warm == ["b"]
+    assert worker.doors.open == names("b")
+
+
+def test_jobs_of_a_model_that_nobody_holds_any_more_end_with_the_error_of_an_unknown_model(worker: Worker) -> None:
+    job = worker.let_wait("a")
+    worker.keeper.unload("a")
+    kind, words = worker.ending(job) or ("", "")
+    assert kind == "UnknownModel"
+    assert "'a' was unloaded" in words
+    assert not worker.redis.zcard(keys.open_jobs(keys.queue("a", "generate")))
+
+
+def test_jobs_wait_while_another_worker_holds_the_model_or_may_load_it(
+    make: Callable[..., Worker], worker: Worker
+) -> None:
+    other = make(name="other@here/1")
+    job = worker.let_wait("a")
+    worker.keeper.unload("a")
+    assert worker.ending(job) is None
+    other.keeper.unload("a")
+    assert worker.ending(job) is not None
+
+
+def test_a_job_that_came_a_moment_after_its_model_left_ends_too(worker: Worker) -> None:
+    worker.keeper.unload("a")
+    job = worker.let_wait("a")
+    raw = worker.redis.hget(keys.MODELS, "a/1")
+    orphans = Orphans(worker.runtime)
+    assert orphans.sweep(ModelCard.model_validate_json(raw)) == 1
+    assert (worker.ending(job) or ("",))[0] == "UnknownModel"
+    assert orphans.sweep(card("b")) == 0, "a model that has not gone"
+
+
+def test_a_job_that_runs_elsewhere_is_not_ended(worker: Worker) -> None:
+    job = worker.let_wait("a")
+    assert ledger.claim(worker.redis, job, keys.queue("a", "generate"), "token", "tag", "x").state == "run"
+    worker.keeper.unload("a")
+    assert worker.ending(job) is None
+
+
+def test_two_models_of_one_name_are_refused(worker: Worker) -> None:
+    with pytest.raises(InvalidRequest, match="another model is called a"):
+        worker.keeper.load("a", ("/elsewhere",), Origin.COMMANDED)
+
+
+# --- on demand ---
+
+
+@pytest.fixture
+def lazy(make: Callable[..., Worker]) -> Worker:
+    worker = make(on_demand=("lazy=/lazy",), idle_unload=60.0)
+    worker.demand.round()
+    return worker
+
+
+def test_a_model_is_loaded_when_a_job_waits_for_it_and_not_before(lazy: Worker) -> None:
+    assert lazy.warm == ["a", "b"]
+    assert lazy.states() == {"a": "warm", "b": "warm"}, "not said before the next beat"
+    lazy.heart.beat()
+    assert lazy.states()["lazy"] == "offered"
+    lazy.let_wait("lazy")
+    lazy.demand.round()
+    assert lazy.warm == ["b", "lazy"]
+    assert lazy.doors.open == names("b") | names("lazy")
+
+
+def test_a_model_on_demand_leaves_when_it_was_idle_for_the_set_time(lazy: Worker) -> None:
+    job = lazy.let_wait("lazy")
+    lazy.demand.round()
+    ledger.cancel(lazy.redis, job, keys.queue("lazy", "generate"))
+    lazy.clock.now += 59.0
+    lazy.demand.round()
+    assert "lazy" in lazy.warm
+    lazy.clock.now += 1.0
+    held = lazy.hold("lazy")
+    lazy.demand.round()
+    assert "lazy" in lazy.warm, "a job of it is here"
+    lazy.deliveries.remove(held)
+    lazy.demand.round()
+    assert "lazy" in lazy.warm, "its last job ended just now"
+    lazy.clock.now += 60.0
+    lazy.demand.round()
+    assert lazy.warm == ["b"]
+    assert lazy.states()["lazy"] == "offered"
+
+
+@pytest.mark.parametrize("change", ["pinned", "commanded", "never"])
+def test_what_is_pinned_or_was_asked_for_by_command_does_not_leave_when_it_is_idle(
+    make: Callable[..., Worker], change: str
+) -> None:
+    worker = make(on_demand=("lazy=/lazy",), idle_unload=0.0 if change == "never" else 60.0)
+    worker.demand.round()
+    job = worker.let_wait("lazy")
+    worker.demand.round()
+    ledger.cancel(worker.redis, job, keys.queue("lazy", "generate"))
+    if change == "pinned":
+        worker.keeper.pin("lazy", on=True)
+    elif change == "commanded":
+        load(worker, "lazy")
+    worker.clock.now += 1e6
+    worker.demand.round()
+    assert "lazy" in worker.warm
+
+
+def test_one_of_several_workers_loads_a_model(make: Callable[..., Worker], lazy: Worker) -> None:
+    other = make(name="other@here/1", on_demand=("lazy=/lazy",))
+    other.demand.round()
+    other.let_wait("lazy")
+    lazy.redis.set(keys.loading("lazy"), "other", ex=keys.PRESENCE_TTL)
+    lazy.demand.round()
+    assert "lazy" not in lazy.warm, "another one is about to"
+    lazy.redis.delete(keys.loading("lazy"))
+    other.demand.round()
+    lazy.demand.round()
+    assert ("lazy" in other.warm, "lazy" in lazy.warm) == (True, False)
+
+
+def test_a_job_waits_for_room_and_the_status_says_why(lazy: Worker) -> None:
+    for model in ("a", "b"):
+        lazy.keeper.pin(model, on=True)
+    job = lazy.let_wait("lazy")
+    lazy.demand.round()
+    assert lazy.ending(job) is None
+    assert lazy.states()["lazy"] == "refused"
+    lazy.keeper.pin("b", on=False)
+    lazy.demand.round()
+    assert "lazy" not in lazy.warm, "not tried again at once"
+    lazy.clock.now += NO_ROOM_FOR
+    lazy.demand.round()
+    assert "lazy" in lazy.warm
+
+
+def test_jobs_of_a_model_that_cannot_be_loaded_end_with_its_error(make: Callable[..., Worker]) -> None:
+    worker = make(on_demand=("damaged=/damaged",))
+    worker.demand.round()
+    job = worker.let_wait("damaged")
+    worker.demand.round()
+    assert worker.ending(job) == ("ModelError", "/damaged: a tensor is missing")
+    assert worker.warm == ["a", "b"]
+    del worker.engine.files["damaged"]
+    worker.clock.now += REFUSED_FOR
+    worker.let_wait("damaged", "again")
+    worker.demand.round()
+    assert "damaged" in worker.warm, "its files were mended"
+
+
+def test_a_model_on_demand_that_is_not_there_is_refused_until_it_is(make: Callable[..., Worker]) -> None:
+    worker = make(on_demand=("late=/late",))
+    worker.engine.headers["late"] = ModelError("/late: no such file or folder")
+    worker.demand.round()
+    worker.heart.beat()
+    assert worker.states()["late"] == "refused"
+    assert not worker.keeper.residency.offers
+    del worker.engine.headers["late"]
+    worker.demand.round()
+    assert worker.engine.asked == ["late"], "not looked at again at once"
+    worker.clock.now += REFUSED_FOR
+    worker.demand.round()
+    assert [each.model for each in worker.keeper.residency.offers] == ["late"]
+
+
+def test_jobs_of_a_model_on_demand_wait_when_it_is_unloaded(lazy: Worker) -> None:
+    load(lazy, "lazy")
+    job = lazy.let_wait("lazy")
+    lazy.keeper.unload("lazy", lazy.demand.named)
+    assert lazy.ending(job) is None
+    lazy.demand.round()
+    assert "lazy" in lazy.warm
+
+
+# --- commands ---
+
+
+def ask(worker: Worker, verb: str, model: str) -> ModelReport:
+    command = ModelCommand(id="c1", verb=verb, model=model)  # type: ignore[arg-type]
+    worker.redis.lpush(keys.commands(worker.runtime.name), json.dumps(encode(command)))
+    worker.redis.expire(keys.commands(worker.runtime.name), 60)
+    worker.commands.next()
+    return ModelReport.model_validate_json(worker.redis.get(keys.command("c1")))
+
+
+def test_a_command_is_followed_and_answered(worker: Worker) -> None:
+    report = ask(worker, "load", "c=/c")
+    assert (report.phase, report.made_way, report.worker) == ("done", ("a",), "w@here/1")
+    assert ask(worker, "pin", "c").phase == "done"
+    assert ask(worker, "unload", "c").error == "InvalidRequest"
+    assert ask(worker, "unpin", "c").phase == "done"
+    assert ask(worker, "unload", "c").phase == "done"
+    assert worker.warm == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("verb", "model", "error"),
+    [
+        ("load", "missing=/missing", "ModelError"),
+        ("load", "remote=/remote", "ModelError"),
+        ("load", "huge=/huge", "ModelError"),
+        ("load", "unknown", "ConfigError"),
+        ("load", "x=", "ConfigError"),
+        ("unload", "c", "UnknownModel"),
+        ("pin", "c", "UnknownModel"),
+    ],
+)
+def test_a_command_that_cannot_be_followed_answers_with_one_error(
+    worker: Worker, verb: str, model: str, error: str
+) -> None:
+    report = ask(worker, verb, model)
+    assert (report.phase, report.error) == ("failed", error)
+    assert isinstance(from_wire(report.error, report.message), StokerError)
+    assert worker.warm == ["a", "b"]
+
+
+def test_a_defect_answers_too(worker: Worker) -> None:
+    worker.engine.headers["c"] = KeyError("x")
+    assert ask(worker, "load", "c=/c").error == "JobFailed"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "nothing", "[]", '{"id": "c1"}', '{"contract": 99, "id": "c1", "verb": "load", "model": "c"}',
+     '{"contract": 1, "id": "c1", "verb": "format", "model": "c"}', '{"contract": 1, "id": "../x", "verb": "load"}'],
+)  # fmt: skip
+def test_what_is_no_command_is_answered_where_that_can_be_and_hurts_nothing(worker: Worker, text: str) -> None:
+    worker.commands.hear(text.encode())
+    raw = worker.redis.get(keys.command("c1"))
+    assert raw is None or ModelReport.model_validate_json(raw).error == "InvalidRequest"
+    assert (raw is None) == ('"c1"' not in text)
+    assert worker.warm == ["a", "b"]
+
+
+def test_of_models_that_cannot_be_loaded_the_last_few_are_shown(worker: Worker) -> None:
+    for number in range(40):
+        worker.keeper.refuse(f"m{number}", ModelError("x"))
+    assert len(worker.keeper.residency.states) == 2 + keeping.REFUSED_SHOWN
+
+
+def test_room_is_that_of_the_weights() -> None:
+    residents = Residents(10, lambda: 0.0)
+    residents.add("a", (), Origin.STARTED, 4)
+    assert residents.makes_way("b", 6, lambda model: "") == []
+    assert residents.makes_way("b", 7, lambda model: "") == ["a"]
+    assert residents.bytes == 4
