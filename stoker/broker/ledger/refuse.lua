@@ -1,5 +1,6 @@
--- ARGV: the result's record. Ends a job that waits and that nobody will run. Returns 0 for one that has an owner, has ended, or
--- is not known.
+-- ARGV: the result's record. Ends a job that waits and that nobody will run. Returns 0 for one that has an owner or has ended, and
+-- for one that is not known.
+begin(KEYS, ARGV)
 local record = look(id)
 if ended(record) or not record.known or record.wrong or record.owned then return 0 end
 strike_out(record)
