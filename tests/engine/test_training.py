@@ -15,6 +15,8 @@ import pytest
 
 from engine.adapters.lora import LoraConfig, LoraWeights
 from engine.checkpoints.loading import LoadedModel
+from engine.models.decoder import DecoderBlock
+from engine.models.llama import Llama
 from engine.training import trainer as trainer_module
 from engine.training.data import TokenizedExample, tokenize
 from engine.training.optimizer import Moments
@@ -164,6 +166,21 @@ def test_gradient_checkpointing_changes_no_number(model: LoadedModel, dora: bool
         run(model, examples(model), **options, gradient_checkpointing=checkpointing) for checkpointing in (False, True)
     )
     assert [report.loss for report in plain[0]] == pytest.approx([report.loss for report in saving[0]], abs=1e-5)
+
+
+def test_each_block_is_run_in_the_way_that_checkpointing_asks_for(model: LoadedModel) -> None:
+    """The numbers are the same without it: what would not be saved is memory."""
+    seen: list[DecoderBlock] = []
+
+    def run_block(block: DecoderBlock, x: mx.array) -> mx.array:
+        seen.append(block)
+        return block(x, None, None)
+
+    assert isinstance(model.decoder, Llama)
+    tokens = mx.array([[1, 2, 3]])
+    found = model.decoder(tokens, run_block=run_block)
+    assert seen == model.decoder.layers
+    assert mx.allclose(found, model.decoder(tokens), atol=1e-5)
 
 
 def test_dropout_leaves_out_inputs_of_the_adapter_alone(model: LoadedModel) -> None:
