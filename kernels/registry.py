@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from kernels import add_layer_norm, add_rms_norm, attend, backend, lora, mean_pool, sample
+from kernels import add_layer_norm, add_rms_norm, attend, backend, greedy, lora, lora_add_rms_norm, mean_pool, sample
 from kernels.kernel import Kernel
 
 KERNELS: dict[str, Kernel] = {
-    module.KERNEL.name: module.KERNEL for module in (sample, attend, lora, add_rms_norm, add_layer_norm, mean_pool)
+    module.KERNEL.name: module.KERNEL
+    for module in (sample, attend, lora, add_rms_norm, add_layer_norm, mean_pool, greedy, lora_add_rms_norm)
 }
 NAMES = tuple(KERNELS)
 

@@ -6,7 +6,7 @@ import mlx.core as mx
 
 from engine.adapters.lora import LoraWeights, Matrices, adapted_norms
 from engine.models.layers import Linear
-from kernels.lora import LoraInput, lora
+from kernels.lora import LoraInput, LoraSides, lora
 
 
 class StackedLora:
@@ -28,6 +28,11 @@ class StackedLora:
     def apply(self, name: str, x: mx.array, y: mx.array) -> mx.array:
         stack = self.stacks.get(name)
         return y if stack is None else adapt_rows(stack, self.indices, x, y)
+
+    def sides(self, name: str) -> LoraSides | None:
+        """What the adapters change in the linear layer `name`, for kernels that do more with it."""
+        stack = self.stacks.get(name)
+        return None if stack is None else LoraSides(stack["a"], stack["b"], stack.get("gain"), stack.get("shift"))
 
 
 def adapt_rows(stack: dict[str, mx.array], indices: mx.array, x: mx.array, y: mx.array) -> mx.array:

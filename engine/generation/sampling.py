@@ -24,6 +24,8 @@ from engine.generation.sampling_batch import (
     sampling_batch,
 )
 from engine.models.fastmath import exp_nonpositive, fast
+from kernels.greedy import KERNEL as GREEDY
+from kernels.greedy import greedy as fused_greedy
 from kernels.sample import FAINTEST, Penalties, SampleInput, adjusted
 from kernels.sample import KERNEL as SAMPLE
 from kernels.sample import sample as fused_sample
@@ -62,6 +64,12 @@ def choose(logits: mx.array, sampling: SamplingBatch, last: mx.array | None = No
     `logits`: (rows, vocabulary), in the model's dtype. `last`: int32 (rows,), each row's newest token; the penalties
     count it where `sampling` says that it is fresh. A row whose logits are not finite has a `raw` that is NaN.
     """
+    if sampling.likeliest and GREEDY.active:
+        found = fused_greedy(logits)
+        if not sampling.alternatives:
+            return found
+        logits = logits.astype(mx.float32)
+        return *found, *_alternatives(logits, _log_total(logits), sampling.alternatives)
     if sampling.random is not None and sampling.bias is None and SAMPLE.active:
         chosen, raw, *rest = _fused(logits, sampling, sampling.random, last)
     else:

@@ -77,6 +77,11 @@ class SamplingBatch:
     alternatives: int = 0
 
     @property
+    def likeliest(self) -> bool:
+        """Whether each row takes the token of its largest logit, as the model gives it."""
+        return self.random is None and self.penalties is None and self.bias is None and self.mask is None
+
+    @property
     def counts_newest(self) -> bool:
         """Whether a row's newest token has to be counted on the device."""
         return self.penalties is not None and self.penalties.fresh is not None

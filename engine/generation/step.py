@@ -123,7 +123,8 @@ class Step:
         if given.positions is None:
             view = View(stored, given.offset, (rows, many), given.kv_length, given.exact, model.args.window)
         else:
-            view = JointView(stored, given.offset, given.positions, model.kv_sizes.keys[0].heads)
+            heads = model.kv_sizes.keys[0].heads
+            view = JointView(stored, given.offset, given.positions, heads, given.adapters)
         hidden = model(given.tokens, cache=view, adapters=given.adapters)
         if not step.logits:
             return view.written, None

@@ -7,12 +7,15 @@ anyway, and gives those of one layer on to the next, so that a few launches a st
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import mlx.core as mx
 import numpy as np
 
 from engine.models.cache import HoldsKeyValues, KeyValues, LayerCache, Stored, resized
+from engine.models.layers import RowAdapters
+from kernels.attend import AttendAdapters
 
 #: Layers of one array. More make fewer launches; but while an array grows, it is there twice.
 LAYERS_TOGETHER = 6
@@ -115,11 +118,19 @@ class JointView:
     `positions`: where what the pass before made is written, uint32 (rows,); the new tokens are at `offset`.
     """
 
-    def __init__(self, stored: Stored, offset: mx.array, positions: mx.array, layer_heads: int) -> None:
+    def __init__(
+        self,
+        stored: Stored,
+        offset: mx.array,
+        positions: mx.array,
+        layer_heads: int,
+        adapters: RowAdapters | None = None,
+    ) -> None:
         self.arrays, self._fresh = list(stored[0]), list(stored[1])
         self._made: list[mx.array | None] = [None] * len(self.arrays)
         self.offset, self._positions = offset, positions
         self._together = self.arrays[0].shape[1] // (2 * layer_heads)
+        self.adapters = adapters
 
     @property
     def written(self) -> Stored:
@@ -132,6 +143,13 @@ class JointView:
         if self._made[index] is None:
             write(self.arrays[index], self._fresh[index], self._positions)
         return self.arrays[index], self._made[index]
+
+    def attend_adapters(self, x: mx.array, names: Sequence[str]) -> AttendAdapters | None:
+        """What the rows' adapters change in q, k and v of these names, whose input is x (rows, in)."""
+        if self.adapters is None:
+            return None
+        q, k, v = (self.adapters.sides(name) for name in names)
+        return None if q is k is v is None else AttendAdapters(x, self.adapters.indices, (q, k, v))
 
     def keep(self, layer: int, made: mx.array) -> None:
         """What `begin` gave of this pass, with the new token of this layer behind it."""

@@ -16,6 +16,8 @@ from engine.weights.tensors import Tensors
 from kernels.add_layer_norm import KERNEL as ADD_LAYER_NORM
 from kernels.add_layer_norm import add_layer_norm
 from kernels.add_rms_norm import add_rms_norm
+from kernels.lora import LoraInput, LoraSides
+from kernels.lora_add_rms_norm import lora_add_rms_norm
 
 
 class LayerAdapters(Protocol):
@@ -27,6 +29,19 @@ class LayerAdapters(Protocol):
 
     def apply(self, name: str, x: mx.array, y: mx.array) -> mx.array:
         """The adapted output (…, out) of the linear layer `name`: `x` (…, in) is its input, `y` its own output."""
+        ...
+
+
+class RowAdapters(Protocol):
+    """Adapters of a batch, in which each row has its own."""
+
+    @property
+    def indices(self) -> mx.array:
+        """(rows,): which of the adapters; 0 for none."""
+        ...
+
+    def sides(self, name: str) -> LoraSides | None:
+        """What they change in the linear layer `name`."""
         ...
 
 
@@ -50,6 +65,15 @@ class Linear:
     def __call__(self, x: mx.array, adapters: LayerAdapters | None = None) -> mx.array:
         y = self._product(x)
         return y if adapters is None else adapters.apply(self.name, x, y)
+
+    def unadapted(self, x: mx.array, adapters: RowAdapters | None) -> mx.array | LoraInput:
+        """The output of one new token a row, as what its rows' adapters still have to change where they do: the norm
+        behind it does both (`RMSNorm.of_sum`)."""
+        y = self._product(x)
+        sides = None if adapters is None else adapters.sides(self.name)
+        if adapters is None or sides is None:
+            return y
+        return LoraInput(x, y, sides.a, sides.b, adapters.indices, sides.gain, sides.shift)
 
     def _product(self, x: mx.array) -> mx.array:
         return x @ self.weight if self.bias is None else mx.addmm(self.bias, x, self.weight)
@@ -186,8 +210,10 @@ class RMSNorm:
     def __call__(self, x: mx.array) -> mx.array:
         return mx.fast.rms_norm(x, self.weight, self.eps)
 
-    def of_sum(self, x: mx.array, update: mx.array, *, fused: bool) -> tuple[mx.array, mx.array]:
+    def of_sum(self, x: mx.array, update: mx.array | LoraInput, *, fused: bool) -> tuple[mx.array, mx.array]:
         """x + update, and its norm. `fused`: by one kernel where there is one; it is not differentiated then."""
+        if isinstance(update, LoraInput):
+            return lora_add_rms_norm(x, update, self.weight, self.eps)
         if fused:
             return add_rms_norm(x, update, self.weight, self.eps, gradient=False)
         total = x + update

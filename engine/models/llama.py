@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeAlias
 
 import mlx.core as mx
 
@@ -23,7 +23,11 @@ from engine.models.sizes import decoder_sizes, gguf_sizes, layers_of
 from engine.weights.tensors import Tensors
 from kernels.attend import KERNEL as ATTEND
 from kernels.attend import AttendInput, attend, unfit
+from kernels.lora import LoraInput, lora
 from stoker.errors import ModelError
+
+#: What a part of a block adds: as it is, or before what the rows' adapters change of it.
+Update: TypeAlias = mx.array | LoraInput
 
 
 @dataclass(frozen=True)
@@ -104,9 +108,9 @@ class Attention:
         # Queries and keys are both multiplied by the gain: their product by its square.
         self.scale = self.args.head_dim**-0.5 * rotate.gain**2
 
-    def __call__(self, x: mx.array, cache: Cache | None, adapters: LayerAdapters | None) -> mx.array:
+    def __call__(self, x: mx.array, cache: Cache | None, adapters: LayerAdapters | None) -> Update:
         if isinstance(cache, JointView):
-            return self.o_proj(self._attend_jointly(x, cache, adapters), adapters)
+            return self.o_proj.unadapted(self._attend_jointly(x, cache), cache.adapters)
         args, (batch, length, _) = self.args, x.shape
         offset = 0 if cache is None else cache.offset
         queries, keys, values = self._project(x, offset, adapters)
@@ -116,33 +120,30 @@ class Attention:
         y = attention(queries, keys, values, scale=self.scale, mask=mask, window=args.window)
         return self.o_proj(y.swapaxes(1, 2).reshape(batch, length, -1), adapters)
 
-    def _attend_jointly(self, x: mx.array, cache: JointView, adapters: LayerAdapters | None) -> mx.array:
+    def _attend_jointly(self, x: mx.array, cache: JointView) -> mx.array:
         """Attention of one new token a row, (B, 1, H·d), by the kernel that begins at the projections."""
-        args, rows = self.args, x.shape[0]
-        parts, starts = self._projections(x, adapters)
+        args, rows, linears = self.args, x.shape[0], (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (part.reshape(rows, -1) for part in self._projections(x))
+        width, kv_width = args.heads * args.head_dim, args.kv_heads * args.head_dim
+        starts = (0, 0, 0) if self.qkv is None else (0, width, width + kv_width)
+        adapters = cache.attend_adapters(x.reshape(rows, -1), [linear.name for linear in linears])
         stored, made = cache.begin(self.index)
         q_weight, k_weight = (None if norm is None else norm.weight for norm in (self.q_norm, self.k_norm))
-        q, k, v = (part.reshape(rows, -1) for part in parts)
         periods, scale = self.rotate.periods, self.scale
         given = AttendInput(
             *(q, k, v, stored, made, cache.offset, periods, q_weight, k_weight, starts),
-            *(args.heads, args.kv_heads, scale, args.norm_eps, args.window),
+            *(args.heads, args.kv_heads, scale, args.norm_eps, args.window, adapters),
         )
         y, made = attend(given)
         cache.keep(self.index, made)
         return y.reshape(rows, 1, -1)
 
-    def _projections(
-        self, x: mx.array, adapters: LayerAdapters | None
-    ) -> tuple[Sequence[mx.array], tuple[int, int, int]]:
-        """What q, k and v make of x (B, T, dim), each in an array from an index on: in one array where one product
-        makes them, as taking it apart would copy it."""
+    def _projections(self, x: mx.array) -> Sequence[mx.array]:
+        """What q, k and v make of x (B, T, dim); thrice the same array, side by side, where one product makes them: to
+        take it apart would copy it."""
         if self.qkv is None:
-            return [linear(x, adapters) for linear in (self.q_proj, self.k_proj, self.v_proj)], (0, 0, 0)
-        if adapters is not None:
-            return self.qkv(x, adapters), (0, 0, 0)
-        width, kv_width = self.args.heads * self.args.head_dim, self.args.kv_heads * self.args.head_dim
-        return [self.qkv.product(x)] * 3, (0, width, width + kv_width)
+            return [linear(x) for linear in (self.q_proj, self.k_proj, self.v_proj)]
+        return [self.qkv.product(x)] * 3
 
     def _project(
         self, x: mx.array, offset: int | mx.array, adapters: LayerAdapters | None
@@ -181,11 +182,13 @@ class MLP:
         self.down_proj = Linear.take(tensors, f"{name}.down_proj", "model.", args.hidden, args.dim)
         self.gate_up = FusedLinear.of(tensors, "model.", self.gate_proj, self.up_proj)
 
-    def __call__(self, x: mx.array, adapters: LayerAdapters | None) -> mx.array:
+    def __call__(self, x: mx.array, cache: Cache | None, adapters: LayerAdapters | None) -> Update:
         if self.gate_up is not None:
             gate, up = self.gate_up(x, adapters)
         else:
             gate, up = self.gate_proj(x, adapters), self.up_proj(x, adapters)
+        if isinstance(cache, JointView):
+            return self.down_proj.unadapted(swiglu(gate, up), cache.adapters)
         return self.down_proj(swiglu(gate, up), adapters)
 
 
@@ -200,11 +203,11 @@ class Block:
 
     def __call__(self, x: mx.array, cache: Cache | None, adapters: LayerAdapters | None) -> mx.array:
         x, update = self.forward(x, None, cache, adapters)
-        return x + update
+        return x + (lora(update) if isinstance(update, LoraInput) else update)
 
     def forward(
-        self, x: mx.array, update: mx.array | None, cache: Cache | None, adapters: LayerAdapters | None
-    ) -> tuple[mx.array, mx.array]:
+        self, x: mx.array, update: Update | None, cache: Cache | None, adapters: LayerAdapters | None
+    ) -> tuple[mx.array, Update]:
         """The block of x + update (None: of x), as such a pair: the next norm adds them, in one kernel on a GPU."""
         fused = cache is not None  # else it may be differentiated
         if update is None:
@@ -212,7 +215,7 @@ class Block:
         else:
             x, normed = self.input_layernorm.of_sum(x, update, fused=fused)
         x, normed = self.post_attention_layernorm.of_sum(x, self.self_attn(normed, cache, adapters), fused=fused)
-        return x, self.mlp(normed, adapters)
+        return x, self.mlp(normed, cache, adapters)
 
     @property
     def linears(self) -> list[Linear]:
@@ -287,7 +290,7 @@ class Llama:
         block in the caller's way, cache and adapters included.
         """
         x = self.embed_tokens(tokens)
-        update: mx.array | None = None
+        update: Update | None = None
         for layer in self.layers:
             if run_block is None:
                 x, update = layer.forward(x, update, cache, adapters)

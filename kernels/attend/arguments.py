@@ -6,6 +6,19 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from kernels.lora.arguments import LoraSides
+
+
+class AttendAdapters(NamedTuple):
+    """Low-rank adapters of q, k and v, of one rank; None where a layer is not changed.
+
+    `x`: (rows, in), what was projected; `indices`: int32 or uint32 (rows,), 0 for rows without adapter, as in `lora`.
+    """
+
+    x: mx.array
+    indices: mx.array
+    sides: tuple[LoraSides | None, LoraSides | None, LoraSides | None]
+
 
 class AttendInput(NamedTuple):
     """One new token a row. A tuple, as `Kernel` is called with its fields one by one.
@@ -17,6 +30,7 @@ class AttendInput(NamedTuple):
     `fresh`: (rows, heads, dim), what this gave for the layers before it in `stored`; None for the first.
     `period`: float32 (dim / 2,): the pair i, i + dim / 2 turns by offset / period[i]. `q_weight` and `k_weight` are
     those (dim,) of an RMSNorm over each head of q and of k before that (Qwen3); both or neither.
+    `adapters`: what the rows' own add to q, k and v first; None: nothing.
     """
 
     q: mx.array
@@ -34,3 +48,4 @@ class AttendInput(NamedTuple):
     scale: float
     eps: float = 1e-6
     window: int | None = None
+    adapters: AttendAdapters | None = None

@@ -1,20 +1,28 @@
-// Attention of one new token a row, from the projections on: an RMSNorm over each head where the model has one, the
-// rotation by the row's own position, and attention over what is stored and the new token. A row reads its own positions
-// and no more, without mask and without padding. The new token's rotated keys and its values come out next to the result.
+// Attention of one new token a row, from the projections on: what the row's own adapter adds to them, an RMSNorm over each
+// head where the model has one, the rotation by the row's own position, and attention over what is stored and the new
+// token. A row reads its own positions and no more, without mask and without padding. The new token's rotated keys and its
+// values come out next to the result.
 // One threadgroup for the heads of a row that share keys and values; a simdgroup has one head and every SPLITSth batch of
 // keys. LANES lanes have a key, each PACK of its numbers, loaded at once.
 // q, k, v [rows, Q_ROW, K_ROW, V_ROW], each from its START on
 // stored [slots, heads of some layers, capacity, DIM]: a layer has KV_HEADS of keys, then as many of values
 // fresh [rows, heads of the layers before, DIM], absent where FIRST: says which of these layers this is
 // offset [rows]  period [DIM / 2] float32  q_weight, k_weight [DIM]
+// where ADAPTED (1: q, 2: k, 4: v) x [rows, IN], what was projected, index [rows], and as in `lora` a0, b0, gain0, shift0 of
+// q, 1 of k, 2 of v; GAIN and SHIFT in bits, too
 //   →  y [rows, HEADS · DIM]  made [rows, heads up to this layer, DIM]: fresh, the new keys, the new values
 // template T, DIM, GROUP = HEADS / KV_HEADS, KV_HEADS, SPLITS, DEPTH, PACK = 16 bytes / T, WINDOW (0: none), SCALE and EPS:
-// their bits, NORM, FIRST, Q_ROW, K_ROW, V_ROW, Q_START, K_START, V_START
+// their bits, NORM, FIRST, Q_ROW, K_ROW, V_ROW, Q_START, K_START, V_START; S, IN, RANK, A_PACK, COLUMNS, STEPS of `times_a`
 constexpr int LANES = DIM / PACK;
 constexpr int KEYS = 32 / LANES;
 threadgroup float part[GROUP * SPLITS][DIM];
 threadgroup float part_top[GROUP * SPLITS];
 threadgroup float part_sum[GROUP * SPLITS];
+threadgroup float projected[(GROUP + 2) * DIM];
+threadgroup float a_part[ADAPTED ? GROUP * SPLITS * 32 * A_PACK : 1];
+threadgroup float inner_q[RANK];
+threadgroup float inner_k[RANK];
+threadgroup float inner_v[RANK];
 const uint row = threadgroup_position_in_grid.x;
 const uint kv_head = threadgroup_position_in_grid.y;
 const uint thread_index = thread_position_in_threadgroup.x;
@@ -24,24 +32,60 @@ const uint head = simdgroup % uint(GROUP);
 const uint split = simdgroup / uint(GROUP);
 const uint piece = lane % uint(LANES);
 const uint before = uint(fresh_shape[1]) * uint(!FIRST);
-const size_t q_start = size_t(row) * Q_ROW + Q_START + (kv_head * GROUP + head) * DIM;
-const size_t k_start = size_t(row) * K_ROW + K_START + kv_head * DIM;
-const size_t v_start = size_t(row) * V_ROW + V_START + kv_head * DIM;
+
+// --- The projections of the group's queries, of the key and of the value, with what the adapter adds, rounded as stored.
+const uint adapter = ADAPTED ? uint(index[row]) : 0u;
+if (adapter > 0) {  // the same in the whole threadgroup
+  const size_t a_start = size_t(adapter) * IN * RANK;
+  auto from = x + size_t(row) * IN;
+  if (ADAPTED & 1)
+    times_a<S, IN, RANK, A_PACK, COLUMNS, STEPS, DEPTH, GROUP * SPLITS>(from, a0 + a_start, a_part, inner_q, thread_index, lane);
+  if (ADAPTED & 2)
+    times_a<S, IN, RANK, A_PACK, COLUMNS, STEPS, DEPTH, GROUP * SPLITS>(from, a1 + a_start, a_part, inner_k, thread_index, lane);
+  if (ADAPTED & 4)
+    times_a<S, IN, RANK, A_PACK, COLUMNS, STEPS, DEPTH, GROUP * SPLITS>(from, a2 + a_start, a_part, inner_v, thread_index, lane);
+}
+const uint q_out = uint(GROUP * KV_HEADS * DIM);
+const uint kv_out = uint(KV_HEADS * DIM);
+for (uint i = thread_index; i < uint((GROUP + 2) * DIM); i += threads_per_threadgroup.x) {
+  if (i < uint(GROUP * DIM)) {
+    const uint o = kv_head * GROUP * DIM + i;
+    const float base = float(q[size_t(row) * Q_ROW + Q_START + o]);
+    const size_t start = size_t(adapter) * q_out;
+    projected[i] = adapter == 0 || !(ADAPTED & 1) ? base
+        : float(T(adapted<RANK, (GAIN & 1) != 0, (SHIFT & 1) != 0>(base, b0 + start * RANK, gain0 + start, shift0 + start, inner_q, q_out, o)));
+  } else if (i < uint((GROUP + 1) * DIM)) {
+    const uint o = kv_head * DIM + i - uint(GROUP * DIM);
+    const float base = float(k[size_t(row) * K_ROW + K_START + o]);
+    const size_t start = size_t(adapter) * kv_out;
+    projected[i] = adapter == 0 || !(ADAPTED & 2) ? base
+        : float(T(adapted<RANK, (GAIN & 2) != 0, (SHIFT & 2) != 0>(base, b1 + start * RANK, gain1 + start, shift1 + start, inner_k, kv_out, o)));
+  } else {
+    const uint o = kv_head * DIM + i - uint((GROUP + 1) * DIM);
+    const float base = float(v[size_t(row) * V_ROW + V_START + o]);
+    const size_t start = size_t(adapter) * kv_out;
+    projected[i] = adapter == 0 || !(ADAPTED & 4) ? base
+        : float(T(adapted<RANK, (GAIN & 4) != 0, (SHIFT & 4) != 0>(base, b2 + start * RANK, gain2 + start, shift2 + start, inner_v, kv_out, o)));
+  }
+}
+threadgroup_barrier(mem_flags::mem_threadgroup);
 
 // --- The query and the new key, normed and turned, and the new value: a lane has PACK numbers of each.
 float query[PACK];
 float query_pair[PACK];
 float key[PACK];
 float key_pair[PACK];
+float value[PACK];
 float q_squares = 0.0f;
 float k_squares = 0.0f;
 for (int d = 0; d < PACK; d++) {
   const uint i = piece * PACK + d;
   const uint pair = i < uint(DIM / 2) ? i + DIM / 2 : i - DIM / 2;
-  query[d] = float(q[q_start + i]);
-  query_pair[d] = float(q[q_start + pair]);
-  key[d] = float(k[k_start + i]);
-  key_pair[d] = float(k[k_start + pair]);
+  query[d] = projected[head * DIM + i];
+  query_pair[d] = projected[head * DIM + pair];
+  key[d] = projected[GROUP * DIM + i];
+  key_pair[d] = projected[GROUP * DIM + pair];
+  value[d] = projected[(GROUP + 1) * DIM + i];
   q_squares += query[d] * query[d];
   k_squares += key[d] * key[d];
 }
@@ -75,7 +119,7 @@ if (simdgroup == 0 && lane < uint(LANES)) {
   for (int d = 0; d < PACK; d++) {
     const uint i = piece * PACK + d;
     made[made_start + (before + kv_head) * DIM + i] = T(key[d]);
-    made[made_start + (before + KV_HEADS + kv_head) * DIM + i] = v[v_start + i];
+    made[made_start + (before + KV_HEADS + kv_head) * DIM + i] = T(value[d]);
   }
 }
 for (uint i = kv_head * threads_per_threadgroup.x + thread_index; i < before * DIM; i += threads_per_threadgroup.x * KV_HEADS)
@@ -87,7 +131,7 @@ const bool has_new = split == 0 && lane < uint(LANES);
 float top = has_new ? dot : -3e38f;
 float sum = has_new ? 1.0f : 0.0f;
 float sum_v[PACK];
-for (int d = 0; d < PACK; d++) sum_v[d] = has_new ? float(v[v_start + piece * PACK + d]) : 0.0f;
+for (int d = 0; d < PACK; d++) sum_v[d] = has_new ? value[d] : 0.0f;
 const uint capacity = uint(stored_shape[2]);
 const uint end = metal::min(uint(offset[row]), capacity);
 const uint begin = WINDOW > 0 && end + 1 > uint(WINDOW) ? end + 1 - uint(WINDOW) : 0u;
@@ -142,7 +186,7 @@ float total = 0.0f;
 for (int s = 0; s < SPLITS; s++) total += part_sum[head + s * GROUP] * metal::exp(part_top[head + s * GROUP] - all_top);
 const size_t y_start = ((size_t(row) * KV_HEADS + kv_head) * GROUP + head) * DIM;
 for (uint d = lane; d < uint(DIM); d += 32) {
-  float value = 0.0f;
-  for (int s = 0; s < SPLITS; s++) value += part[head + s * GROUP][d] * metal::exp(part_top[head + s * GROUP] - all_top);
-  y[y_start + d] = T(value / total);
+  float whole = 0.0f;
+  for (int s = 0; s < SPLITS; s++) whole += part[head + s * GROUP][d] * metal::exp(part_top[head + s * GROUP] - all_top);
+  y[y_start + d] = T(whole / total);
 }

@@ -8,8 +8,9 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from kernels.attend.arguments import AttendInput
+from kernels.attend.arguments import AttendAdapters, AttendInput
 from kernels.kernel import Case, Timing, normal, on_device
+from kernels.lora.arguments import LoraSides
 
 
 class _Shape(NamedTuple):
@@ -25,6 +26,10 @@ class _Shape(NamedTuple):
     #: Whether q, k and v are one array.
     joint: bool = True
     eps_scale: float = 1.0
+    #: Which of q, k and v adapters change, their rank, and whether they are DoRA's.
+    adapted: str = ""
+    rank: int = 8
+    dora: bool = False
 
 
 _SHAPES = (
@@ -32,6 +37,9 @@ _SHAPES = (
     _Shape(3, 4, 4, 32, 40, norm=True),
     _Shape(1, 8, 1, 128, 300, window=50, joint=False),
     _Shape(2, 2, 1, 16, 1, before=2),
+    _Shape(3, 4, 2, 16, 9, adapted="qkv", rank=8, before=1),
+    _Shape(3, 4, 1, 16, 9, adapted="qv", rank=3, joint=False, norm=True),
+    _Shape(3, 4, 2, 16, 9, adapted="k", rank=24, dora=True),
     # Heads so small that eps counts.
     _Shape(2, 2, 2, 64, 9, norm=True, joint=False, eps_scale=1e-3),
 )
@@ -42,7 +50,7 @@ def _periods(dim: int, base: float = 1e6) -> mx.array:
 
 
 def _input(shape: _Shape, dtype: mx.Dtype, random: np.random.Generator) -> AttendInput:
-    rows, heads, kv_heads, dim, capacity, before, window, norm, joint, scale = shape
+    rows, heads, kv_heads, dim, capacity, before, window, norm, joint, scale = shape[:10]
     widths = (heads * dim, kv_heads * dim, kv_heads * dim)
     starts = (0, widths[0], widths[0] + widths[1]) if joint else (0, 0, 0)
     whole = normal(random, (rows, sum(widths)), dtype, scale)
@@ -64,15 +72,35 @@ def _input(shape: _Shape, dtype: mx.Dtype, random: np.random.Generator) -> Atten
         kv_heads=kv_heads,
         scale=dim**-0.5,
         window=window,
+        adapters=_adapters(shape, widths, dtype, random) if shape.adapted else None,
     )
+
+
+def _adapters(
+    shape: _Shape, widths: tuple[int, int, int], dtype: mx.Dtype, random: np.random.Generator, inputs: int = 70
+) -> AttendAdapters:
+    """Three, the first of which is none."""
+    real = (mx.arange(3) > 0)[:, None]
+
+    def sides(width: int) -> LoraSides:
+        a = mx.where(real[..., None], normal(random, (3, inputs, shape.rank), dtype, inputs**-0.5), 0)
+        b = mx.where(real[..., None], normal(random, (3, shape.rank, width), dtype, shape.rank**-0.5), 0)
+        if not shape.dora:
+            return LoraSides(a, b)
+        gain, shift = (mx.where(real, normal(random, (3, width), dtype), absent) for absent in (1, 0))
+        return LoraSides(a, b, gain, shift)
+
+    q, k, v = (sides(width) if name in shape.adapted else None for name, width in zip("qkv", widths, strict=True))
+    return AttendAdapters(normal(random, (shape.rows, inputs), dtype), mx.array([1, 0, 2], mx.uint32), (q, k, v))
 
 
 def cases(dtype: mx.Dtype, random: np.random.Generator) -> Iterable[Case]:
     for shape in _SHAPES:
         label = f"{shape.rows} rows of {shape.capacity}, {shape.heads} heads over {shape.kv_heads} of {shape.dim}"
-        extras = (f"{shape.before} layers before" if shape.before else "", "norms" if shape.norm else "")
+        before, norms = f"{shape.before} layers before" if shape.before else "", "norms" if shape.norm else ""
+        adapters = f"{'DoRA' if shape.dora else 'LoRA'} of {shape.adapted}" if shape.adapted else ""
         window = f"window {shape.window}" if shape.window else ""
-        yield Case(", ".join(filter(None, (label, *extras, window))), _input(shape, dtype, random))
+        yield Case(", ".join(filter(None, (label, before, norms, adapters, window))), _input(shape, dtype, random))
 
 
 def timings(dtype: mx.Dtype) -> Iterable[Timing]:

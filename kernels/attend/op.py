@@ -5,17 +5,22 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from kernels.attend.arguments import AttendInput
+from kernels.attend.arguments import AttendAdapters, AttendInput
 from kernels.attend.cases import cases, timings
 from kernels.backend import Backend
-from kernels.body import Body
+from kernels.body import Body, Template
 from kernels.kernel import Arrays, Kernel, float_bits, refuse_dtype
+from kernels.lora.arguments import LoraInput, LoraSides
+from kernels.lora.op import HIGHEST_RANK, lora_reference, times_a
 
 _BODY = Body(
     "attend",
-    ("q", "k", "v", "stored", "fresh", "offset", "period", "q_weight", "k_weight"),
+    (
+        *("q", "k", "v", "stored", "fresh", "offset", "period", "q_weight", "k_weight", "x", "index"),
+        *(f"{side}{part}" for part in range(3) for side in LoraSides._fields),
+    ),
     ("y", "made"),
-    ("packed.h",),
+    ("packed.h", "low_rank.h"),
 )
 #: Threads of a threadgroup at most. Apple's GPUs take fewer than 1,024 of a kernel that needs many registers.
 _THREADS: dict[Backend, int] = {"metal": 512, "cuda": 768, "emulator": 512}
@@ -42,10 +47,13 @@ def unfit(heads: int, kv_heads: int, dim: int, dtype: mx.Dtype) -> str | None:
 def _reference(given: AttendInput) -> Arrays:
     rows, dim, kv_heads, offset = given.q.shape[0], given.stored.shape[3], given.kv_heads, given.offset
     counts = (given.heads, kv_heads, kv_heads)
-    queries, keys, values = (
-        x[:, start : start + count * dim].reshape(rows, count, 1, dim)
+    parts = [
+        x[:, start : start + count * dim]
         for x, start, count in zip((given.q, given.k, given.v), given.starts, counts, strict=True)
-    )
+    ]
+    if given.adapters is not None:
+        parts = [_adapted(part, sides, given.adapters) for part, sides in zip(parts, given.adapters.sides, strict=True)]
+    queries, keys, values = (part.reshape(rows, count, 1, dim) for part, count in zip(parts, counts, strict=True))
     queries = _turned(queries, given.q_weight, given)
     keys = _turned(keys, given.k_weight, given)
     first = 0 if given.fresh is None else given.fresh.shape[1]
@@ -63,6 +71,13 @@ def _reference(given: AttendInput) -> Arrays:
     )
     before = [] if given.fresh is None else [given.fresh]
     return [y.reshape(rows, -1), mx.concatenate([*before, keys[:, :, 0], values[:, :, 0]], axis=1)]
+
+
+def _adapted(y: mx.array, sides: LoraSides | None, adapters: AttendAdapters) -> mx.array:
+    if sides is None:
+        return y
+    given = LoraInput(adapters.x[:, None], y[:, None], sides.a, sides.b, adapters.indices, sides.gain, sides.shift)
+    return lora_reference(given)[0][:, 0]
 
 
 def _turned(x: mx.array, weight: mx.array | None, given: AttendInput) -> mx.array:
@@ -90,30 +105,84 @@ def _refuse(given: AttendInput) -> str | None:
         return reason
     if reason := unfit(given.heads, given.kv_heads, stored.shape[3], q.dtype):
         return reason
+    if given.adapters is not None and (reason := _refuse_adapters(given, given.adapters)):
+        return reason
     return None if given.scale > 0 else "a scale that is not positive"
+
+
+def _refuse_adapters(given: AttendInput, adapters: AttendAdapters) -> str | None:
+    sides = [each for each in adapters.sides if each is not None]
+    if not sides or len({each.a.shape for each in sides}) > 1:
+        return "adapters of several shapes"
+    if adapters.indices.dtype not in (mx.int32, mx.uint32):
+        return f"indices of dtype {adapters.indices.dtype}"
+    arrays = [array for each in sides for array in each if array is not None]
+    if reason := refuse_dtype(*arrays) or refuse_dtype(adapters.x, given.q):
+        return reason
+    rank, threads = sides[0].a.shape[-1], _threads(given)
+    columns = dict(times_a(sides[0].a, threads))["COLUMNS"]
+    return None if 0 < rank <= HIGHEST_RANK and threads % columns == 0 else f"rank {rank} for {threads} threads"
+
+
+def _threads(given: AttendInput) -> int:
+    group = given.heads // given.kv_heads
+    return max(1, _THREADS.get(KERNEL.backend, 512) // 32 // group) * group * 32
 
 
 def _launch(given: AttendInput) -> Arrays:
     q, k, v, stored, fresh, offset, period, q_weight, k_weight = given[:9]
-    rows, dim, group = q.shape[0], stored.shape[3], given.heads // given.kv_heads
-    splits = max(1, _THREADS.get(KERNEL.backend, 512) // 32 // group)
+    rows, dim, group, threads = q.shape[0], stored.shape[3], given.heads // given.kv_heads, _threads(given)
     made = (0 if fresh is None else fresh.shape[1]) + 2 * given.kv_heads
     # What is absent is stood for by an array that is there: a new one would be a launch of its own.
     absent = (stored if fresh is None else fresh, *(period if each is None else each for each in (q_weight, k_weight)))
+    adapters, sizes = _adapter_arguments(given, threads)
     return _BODY.launch(
-        (q, k, v, stored, absent[0], offset, period, *absent[1:]),
+        (q, k, v, stored, absent[0], offset, period, *absent[1:], *adapters),
         template=[
-            *(("T", q.dtype), ("DIM", dim), ("GROUP", group), ("KV_HEADS", given.kv_heads), ("SPLITS", splits)),
+            *(
+                ("T", q.dtype),
+                ("DIM", dim),
+                ("GROUP", group),
+                ("KV_HEADS", given.kv_heads),
+                ("SPLITS", threads // group // 32),
+            ),
             *(("DEPTH", _DEPTH), ("PACK", _pack(q.dtype)), ("WINDOW", given.window or 0)),
             *(("SCALE", float_bits(given.scale)), ("EPS", float_bits(given.eps))),
             *(("NORM", q_weight is not None), ("FIRST", fresh is None)),
             *zip(("Q_ROW", "K_ROW", "V_ROW"), (x.shape[1] for x in (q, k, v)), strict=True),
             *zip(("Q_START", "K_START", "V_START"), given.starts, strict=True),
+            *sizes,
         ],
         groups=(rows, given.kv_heads),
-        threads=splits * group * 32,
+        threads=threads,
         outputs=[((rows, given.heads * dim), q.dtype), ((rows, made, dim), q.dtype)],
     )
+
+
+def _adapter_arguments(given: AttendInput, threads: int) -> tuple[list[mx.array], Template]:
+    """The buffers from `x` on, and their parameters."""
+    adapters = given.adapters
+    if adapters is None:
+        sizes: Template = [("ADAPTED", 0), ("S", given.q.dtype), *((name, 0) for name in ("GAIN", "SHIFT"))]
+        return [given.q, given.offset, *[given.stored] * 12], [
+            *sizes,
+            *((name, 1) for name in ("IN", "RANK", "A_PACK", "COLUMNS", "STEPS")),
+        ]
+    a = next(each.a for each in adapters.sides if each is not None)
+    none = LoraSides(a, a)
+    sides = [none if each is None else each for each in adapters.sides]
+
+    def bits(has: list[bool]) -> int:
+        return sum(1 << part for part, one in enumerate(has) if one)
+
+    by_name = dict(times_a(a, threads))
+    return [adapters.x, adapters.indices, *(a if array is None else array for each in sides for array in each)], [
+        *(("ADAPTED", bits([each is not None for each in adapters.sides])), ("S", a.dtype)),
+        *(("GAIN", bits([each.gain is not None for each in sides])),),
+        *(("SHIFT", bits([each.shift is not None for each in sides])),),
+        *(("IN", a.shape[1]), ("RANK", a.shape[2]), ("A_PACK", by_name["PACK"])),
+        *(("COLUMNS", by_name["COLUMNS"]), ("STEPS", by_name["STEPS"])),
+    ]
 
 
 KERNEL = Kernel(

@@ -7,6 +7,15 @@ from typing import NamedTuple
 import mlx.core as mx
 
 
+class LoraSides(NamedTuple):
+    """What the adapters of a batch change in one layer, as in `LoraInput`."""
+
+    a: mx.array
+    b: mx.array
+    gain: mx.array | None = None
+    shift: mx.array | None = None
+
+
 class LoraInput(NamedTuple):
     """A batch of one layer. A tuple, as `Kernel` is called with its fields one by one.
 

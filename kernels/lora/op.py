@@ -9,7 +9,7 @@ from kernels.kernel import DTYPES, Arrays, Kernel
 from kernels.lora.arguments import LoraInput
 from kernels.lora.cases import cases, timings
 
-_BODY = Body("lora", ("x", "y", "a", "b", "index", "gain", "shift"), ("out",), ("packed.h",))
+_BODY = Body("lora", ("x", "y", "a", "b", "index", "gain", "shift"), ("out",), ("packed.h", "low_rank.h"))
 HIGHEST_RANK = 64
 _THREADS = 256
 #: Rows of A that a thread has under way at once.
@@ -21,7 +21,7 @@ def lora(given: LoraInput) -> mx.array:
     return KERNEL(*given)[0]
 
 
-def _reference(given: LoraInput) -> Arrays:
+def lora_reference(given: LoraInput) -> Arrays:
     x, y, a, b, index, gain, shift = given
     # The CPU back-end gathers matrices of float32 alone.
     dtype = mx.float32 if mx.default_device().type == mx.DeviceType.cpu else x.dtype
@@ -34,7 +34,7 @@ def _reference(given: LoraInput) -> Arrays:
     return [y + update]
 
 
-def _refuse(given: LoraInput) -> str | None:
+def refuse_lora(given: LoraInput) -> str | None:
     x, y, a, b, index, gain, shift = given
     if x.ndim != 3 or x.shape[1] != 1:
         return "more than one token a row"
@@ -49,16 +49,12 @@ def _refuse(given: LoraInput) -> str | None:
 def _launch(given: LoraInput) -> Arrays:
     x, y, a, b, index, gain, shift = given
     rows, inputs, outputs, rank = x.shape[0], x.shape[-1], y.shape[-1], a.shape[-1]
-    pack = 16 // int(a.dtype.size)
-    pack = pack if rank % pack == 0 else 1
-    columns = 1 << (rank // pack - 1).bit_length()
-    steps = -(-inputs // (_THREADS // columns))
     # What is absent is stood for by an array that is there: a new one would be a launch of its own.
     return _BODY.launch(
-        (x, y, a, b, index, y if gain is None else gain, y if shift is None else shift),
+        (x, y, a, b, index, a if gain is None else gain, a if shift is None else shift),
         template=[
-            *(("T", y.dtype), ("S", a.dtype), ("IN", inputs), ("OUT", outputs), ("RANK", rank), ("PACK", pack)),
-            *(("COLUMNS", columns), ("STEPS", steps), ("DEPTH", _DEPTH), ("SIMDGROUPS", _THREADS // 32)),
+            *(("T", y.dtype), ("S", a.dtype), ("IN", inputs), ("OUT", outputs), ("RANK", rank)),
+            *(*times_a(a, _THREADS), ("SIMDGROUPS", _THREADS // 32)),
             *(("GAIN", gain is not None), ("SHIFT", shift is not None)),
         ],
         groups=(rows, -(-outputs // _THREADS)),
@@ -67,13 +63,23 @@ def _launch(given: LoraInput) -> Arrays:
     )
 
 
+def times_a(a: mx.array, threads: int) -> list[tuple[str, int]]:
+    """The parameters of `times_a` in `low_rank.h`, for matrices (adapters, in, rank) and a threadgroup of so many."""
+    _, inputs, rank = a.shape
+    pack = 16 // int(a.dtype.size)
+    pack = pack if rank % pack == 0 else 1
+    columns = 1 << (rank // pack - 1).bit_length()
+    steps = -(-inputs // (threads // columns))
+    return [("PACK", pack), ("COLUMNS", columns), ("STEPS", steps), ("DEPTH", _DEPTH)]
+
+
 KERNEL = Kernel(
     name="lora",
     reason="one launch for three (two gather_mm and an addition); rows without adapter read no matrix",
     bodies=(_BODY,),
     launch=lambda *fields: _launch(LoraInput(*fields)),
-    reference=lambda *fields: _reference(LoraInput(*fields)),
-    refuse=lambda *fields: _refuse(LoraInput(*fields)),
+    reference=lambda *fields: lora_reference(LoraInput(*fields)),
+    refuse=lambda *fields: refuse_lora(LoraInput(*fields)),
     cases=cases,
     timings=timings,
     # The reference rounds x A and (x A) B to 16 bits, the kernel only its result.

@@ -49,7 +49,7 @@ _PICK = Body(
     "sample_pick",
     ("logits", "scores", "stats", "histogram", *_ROW),
     ("chosen", "raw", "logprob", "probability"),
-    ("common.h", "sample/sample.h", "sample/sample_pick.h"),
+    ("common.h", "maximum.h", "sample/sample.h", "sample/sample_pick.h"),
     of="sample",
 )
 

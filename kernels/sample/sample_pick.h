@@ -1,12 +1,3 @@
-// The maximum over the threadgroup, as group_sum.
-template <typename P>
-inline_function float group_max(float value, P scratch, uint lane, uint simdgroup, uint simdgroups) {
-  value = metal::simd_max(value);
-  if (lane == 0) scratch[simdgroup] = value;
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  return metal::simd_max(lane < simdgroups ? scratch[lane] : -3e38f);
-}
-
 // Sums over 256 bins from the first on, of what the first 256 threads have; every thread calls it.
 template <typename C, typename M, typename CP, typename MP>
 inline_function void sums_to(uint count, float mass, C count_to, M mass_to, CP count_part, MP mass_part, uint thread_index,

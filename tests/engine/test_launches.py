@@ -58,13 +58,14 @@ def test_a_step_launches_eight_kernels_a_layer(llama: Llama, rows: int) -> None:
     found = counted(llama, rows)
     assert found["attend"] == 24
     assert found["copies for kernels"] == 0
-    assert found.total() <= 211, found
+    assert found.total() <= 200, found
 
 
-def test_sampling_adds_no_launch_to_greedy_choice(llama: Llama) -> None:
-    assert counted(llama, 32, temperature=0.8, top_p=0.9).total() <= counted(llama, 32).total()
+def test_sampling_adds_so_many(llama: Llama) -> None:
+    found = counted(llama, 32, temperature=0.8, top_p=0.9)
+    assert found.total() <= 207, found
 
 
 def test_adapters_add_so_many(llama: Llama) -> None:
     found = counted(llama, 32, random_adapters(llama, 32, 8, ATTENTION))
-    assert found.total() <= 523, found
+    assert found.total() <= 200, found

@@ -61,6 +61,17 @@ def test_rows_without_adapter_come_out_bit_for_bit() -> None:
     assert mx.array_equal(out, y)
 
 
+def test_a_row_that_is_not_finite_is_marked_and_hurts_no_other() -> None:
+    logits = mx.array([[1.0, np.nan, 3.0], [np.inf, 1.0, 2.0], [-np.inf] * 3, [0.0, 2.0, 2.0], [-np.inf, 1.0, 0.0]])
+    with using("emulator"):
+        chosen, raw, logprob, probability = (np.array(array) for array in KERNELS["greedy"](logits))
+    assert chosen.tolist() == [0, 0, 0, 1, 1]
+    assert np.isnan(raw[:2]).all()
+    assert raw[2:].tolist() == [-np.inf, 2.0, 1.0]
+    assert np.allclose(logprob[3:], [2.0 - np.log(1 + 2 * np.exp(2.0)), 1.0 - np.log(np.e + 1)])
+    assert probability.tolist() == [1.0] * 5
+
+
 def test_the_same_row_draws_the_same_token_alone_and_among_others() -> None:
     kernel = KERNELS["sample"]
     case = check.cases(kernel, mx.float32, 1)[2]
