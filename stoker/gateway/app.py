@@ -13,7 +13,7 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from stoker.client._async.client import AsyncClient
-from stoker.gateway import chat, completions, embeddings, listing
+from stoker.gateway import anthropic, chat, completions, embeddings, listing
 from stoker.gateway.access import Access, Anybody
 from stoker.gateway.answers import Generation, answered
 from stoker.gateway.bodies import read_body
@@ -56,6 +56,7 @@ class Gateway:
             "/v1/chat/completions": self.generating(chat.asked),
             "/v1/completions": self.generating(completions.asked),
             "/v1/embeddings": self.embedding,
+            "/v1/messages": self.generating(anthropic.asked),
         }
         numbers = Numbers()
         health = Health(self.client, numbers)

@@ -94,7 +94,7 @@ class ChatBody(OpenAIBody):
         options["max_tokens"] = min(most_tokens, max(1, room)) if asked is None else asked
         options["top_logprobs"] = self.top_logprobs
         if self.tools:
-            options["tools"] = [tool.as_template() for tool in self.tools]
+            options["tools"] = [tool.function.as_template() for tool in self.tools]
         if self.chat_template_kwargs:
             options["template"] = self.chat_template_kwargs
         schema = self._schema()

@@ -40,17 +40,14 @@ class StreamOptions(Body):
 
 
 class GenerateBody(Body):
-    """Fields of every endpoint that generates. Those behind `user` are Stoker's own."""
+    """Fields of every endpoint that generates, of any vendor. Those behind `seed` are Stoker's own."""
 
     model: str
     temperature: float = 1.0
     top_p: float = 1.0
-    stop: Texts = Field(default_factory=list)
+    top_k: int = 0
     stream: bool = False
     seed: int | None = None
-    service_tier: Literal["auto", "default", "priority", "flex"] = "auto"
-    user: str | None = None
-    top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     stop_token_ids: list[int] = Field(default_factory=list)
@@ -60,24 +57,29 @@ class GenerateBody(Body):
     deadline: float | None = None
 
     def sampling(self) -> GenerateOptions:
-        """These fields as options of a job; fields that are as Stoker has them by default are left out."""
-        options = GenerateOptions(temperature=self.temperature, top_p=self.top_p, priority=self.job_priority())
-        options |= GenerateOptions(top_k=self.top_k, min_p=self.min_p, repetition_penalty=self.repetition_penalty)
+        """These fields as options of a job."""
+        options = GenerateOptions(temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, min_p=self.min_p)
         options |= GenerateOptions(
-            stop=self.stop, stop_token_ids=self.stop_token_ids, ignore_eos=self.ignore_eos, deadline=self.deadline
-        )
+            repetition_penalty=self.repetition_penalty, stop_token_ids=self.stop_token_ids,
+            ignore_eos=self.ignore_eos, deadline=self.deadline,
+            # Stoker's own field is more exact than the vendor's.
+            priority=self.usual_priority if self.priority is None else self.priority,
+        )  # fmt: skip
         if self.regex is not None:
             options["regex"] = self.regex
         return options
 
-    def job_priority(self) -> int:
-        """Stoker's own field is more exact than the vendor's."""
-        return TIERS[self.service_tier] if self.priority is None else self.priority
+    @property
+    def usual_priority(self) -> int:
+        return TIERS["default"]
 
 
 class OpenAIBody(GenerateBody):
     """Fields of OpenAI's endpoints alone."""
 
+    stop: Texts = Field(default_factory=list)
+    service_tier: Literal["auto", "default", "priority", "flex"] = "auto"
+    user: str | None = None
     n: int = 1
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -90,11 +92,15 @@ class OpenAIBody(GenerateBody):
             raise Refused(400, message, param="stream_options", code="invalid_value")
         options = super().sampling()
         options |= GenerateOptions(
-            n=self.n, presence_penalty=self.presence_penalty, frequency_penalty=self.frequency_penalty
+            n=self.n, presence_penalty=self.presence_penalty, frequency_penalty=self.frequency_penalty, stop=self.stop
         )
         if self.logit_bias:
             options["logit_bias"] = self.logit_bias
         return options
+
+    @property
+    def usual_priority(self) -> int:
+        return TIERS[self.service_tier]
 
     @property
     def include_usage(self) -> bool:

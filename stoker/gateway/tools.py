@@ -22,6 +22,10 @@ class Function(Body):
     parameters: dict[str, Any] | None = None
     strict: bool = False
 
+    def as_template(self) -> dict[str, object]:
+        described = {"name": self.name, "description": self.description or ""}
+        return {"type": "function", "function": {**described, "parameters": self.schema_of_arguments}}
+
     @property
     def schema_of_arguments(self) -> dict[str, Any]:
         return self.parameters if self.parameters is not None else {"type": "object"}
@@ -30,10 +34,6 @@ class Function(Body):
 class Tool(Body):
     type: Literal["function"]
     function: Function
-
-    def as_template(self) -> dict[str, object]:
-        function = {"name": self.function.name, "description": self.function.description or ""}
-        return {"type": self.type, "function": {**function, "parameters": self.function.schema_of_arguments}}
 
 
 @dataclass(frozen=True)

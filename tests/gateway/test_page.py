@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import pytest
 
+from stoker.gateway.anthropic import MessagesBody
 from stoker.gateway.chat import ChatBody
 from stoker.gateway.completions import CompletionBody
 from stoker.gateway.embeddings import EmbeddingBody
 from stoker.gateway.fields import Body
 from tests.docs.pages import code, rows
 
-COLUMNS: dict[str, type[Body]] = {"chat": ChatBody, "completions": CompletionBody, "embeddings": EmbeddingBody}
+COLUMNS: dict[str, type[Body]] = {
+    "chat": ChatBody,
+    "completions": CompletionBody,
+    "embeddings": EmbeddingBody,
+    "messages": MessagesBody,
+}
 
 
 @pytest.mark.parametrize("endpoint", COLUMNS)

@@ -1,0 +1,123 @@
+"""Conversations and tools as Anthropic's clients send them, as messages for a model's chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from stoker.contract.shown import brief
+from stoker.gateway.errors import Refused
+from stoker.gateway.fields import Body
+from stoker.gateway.tools import Forced, Function
+
+
+def _blocks(value: Any) -> Any:
+    """A text is one block."""
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
+
+#: Type of a block → the fields that it must have, and may have.
+FIELDS: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
+    "text": (frozenset({"text"}), frozenset()),
+    "tool_use": (frozenset({"id", "name", "input"}), frozenset()),
+    "tool_result": (frozenset({"tool_use_id"}), frozenset({"content", "is_error"})),
+}
+
+
+class Block(Body):
+    """A part of a message; which fields it has depends on its `type`."""
+
+    type: Literal["text", "tool_use", "tool_result"]
+    text: str = ""
+    id: str | None = None
+    name: str | None = None
+    input: dict[str, Any] = Field(default_factory=dict)
+    tool_use_id: str | None = None
+    content: Annotated[list[Block], BeforeValidator(_blocks)] = Field(default_factory=list)
+    #: Templates have no word for it: the text says it.
+    is_error: bool = False
+
+    @model_validator(mode="after")
+    def _whole(self) -> Block:
+        needed, further = FIELDS[self.type]
+        given = self.model_fields_set - {"type"}
+        for name in sorted(needed - given):
+            raise ValueError(f"{name} is missing, which a block of type {self.type} has")
+        for name in sorted(given - needed - further):
+            raise ValueError(f"{name} given; a block of type {self.type} has {', '.join(sorted(needed | further))}")
+        return self
+
+
+Blocks = Annotated[list[Block], BeforeValidator(_blocks)]
+
+
+class AnthropicMessage(Body):
+    role: Literal["user", "assistant"]
+    content: Blocks
+
+    def as_template(self) -> list[dict[str, object]]:
+        """The messages that it is for a template: results of tools are messages of their own, before what is said."""
+        results = [block for block in self.content if block.type == "tool_result"]
+        messages = [_result(block) for block in results]
+        said: dict[str, object] = {"role": self.role, "content": text_of(self.content)}
+        calls = [_call(block) for block in self.content if block.type == "tool_use"]
+        if calls:
+            said["tool_calls"] = calls
+        return [*messages, *([] if results and not said["content"] and not calls else [said])]
+
+
+def text_of(blocks: list[Block]) -> str:
+    return "".join(block.text for block in blocks)
+
+
+def _result(block: Block) -> dict[str, object]:
+    said = ("Error: " if block.is_error else "") + text_of(block.content)
+    return {"role": "tool", "tool_call_id": block.tool_use_id, "content": said}
+
+
+def _call(block: Block) -> dict[str, object]:
+    return {"id": block.id, "type": "function", "function": {"name": block.name, "arguments": block.input}}
+
+
+class AnthropicTool(Body):
+    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    input_schema: dict[str, Any]
+    description: str = ""
+    type: Literal["custom"] = "custom"
+
+    @property
+    def function(self) -> Function:
+        return Function(name=self.name, description=self.description, parameters=self.input_schema)
+
+
+class ToolChoice(Body):
+    type: Literal["auto", "any", "tool", "none"]
+    name: str | None = None
+    #: An answer calls one tool anyway.
+    disable_parallel_tool_use: bool = False
+
+
+def forced(tools: list[AnthropicTool], choice: ToolChoice | None) -> Forced | None:
+    """What `tool_choice` asks for; None: no tool is called. Raises `Refused`."""
+    kind = "auto" if choice is None else choice.type
+    if not tools:
+        if kind in ("any", "tool"):
+            raise _refused("given without tools; say which there are in tools")
+        return None
+    if kind == "none":
+        return None
+    functions = tuple(tool.function for tool in tools)
+    if kind == "any":
+        return Forced(None, functions)
+    name = None if choice is None else choice.name
+    if kind == "tool" and any(function.name == name for function in functions):
+        return Forced(name, functions)
+    if kind == "tool":
+        raise _refused(f"{brief(name)} given; tools has {', '.join(function.name for function in functions)}")
+    raise _refused("auto, which is the default where tools are given, is not supported; allowed: none, any, tool")
+
+
+def _refused(why: str) -> Refused:
+    return Refused(400, f"tool_choice: {why}.", param="tool_choice", code="unsupported_parameter")
