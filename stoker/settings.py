@@ -74,6 +74,13 @@ class Settings(BaseSettings):
     adapter_memory: int = Field(default=512, ge=1, le=65536)
     #: Where workers keep adapters for each other: a URL that fsspec knows. Unset: the broker.
     artifacts: str | None = None
+    #: Whether the checkpoints of training runs go there too, so that any worker can go on with a run. `auto`: except
+    #: where this worker's broker is that of its own home, and no other worker trains the model.
+    checkpoints: Literal["auto", "always", "never"] = "auto"
+    #: Megabytes that the checkpoints of one run may take there; a run that needs more keeps its own on its disk.
+    checkpoint_megabytes: int = Field(default=512, ge=1, le=1_048_576)
+    #: Seconds at least between two uploads of one run.
+    checkpoint_pause: float = Field(default=0.0, ge=0, le=24 * 3600)
     #: Folder whose files training jobs may name as their dataset. Unset: none may.
     data: Path | None = None
     #: What weights are computed in. Unset: float32 on a CPU, the file's own 16 bits on a GPU.
@@ -231,6 +238,9 @@ class Overrides(TypedDict, total=False):
     train_share: float | None
     adapter_memory: int | None
     artifacts: str | None
+    checkpoints: Literal["auto", "always", "never"] | None
+    checkpoint_megabytes: int | None
+    checkpoint_pause: float | None
     data: Path | None
     dtype: Literal["float32", "float16", "bfloat16"] | None
     quantize: Literal["4bit", "8bit", "keep", "none"] | None

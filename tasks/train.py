@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from stoker.contract import TrainRequest, TrainResult
 from stoker.contract.dataset import TrainInput
-from workers import adapters, datasets
+from workers import adapters, datasets, moving
 from workers.job import Job, JobHandler, Submit, job_task
 
 
@@ -13,7 +13,12 @@ class TrainHandler(JobHandler[TrainRequest, TrainInput | None, TrainResult]):
 
     def load_input(self, job: Job, request: TrainRequest) -> TrainInput | None:
         data = datasets.fetch(job, request.dataset)
-        return None if data is None else TrainInput(data, adapters.allocate(job, request.model, request.name))
+        if data is None:
+            return None
+        version = adapters.allocate(job, request.model, request.name)
+        moving.resume(job, request)
+        mirror = job.resources.enter_context(moving.RunMirror(job, request))
+        return TrainInput(data, version, mirror.kept)
 
     def submit(self, job: Job) -> Submit[TrainRequest, TrainInput | None, TrainResult]:
         return job.runtime.engine.submit

@@ -35,6 +35,7 @@ def test_each_kind_of_key_has_its_own_longest_life(kind: keys.Kind) -> None:
             keys.client("x", QUEUE),
             keys.blob("dataset:x"),
             keys.blob("adapter:x"),
+            keys.checkpoint("x"),
         ),
         *(keys.WORKERS, keys.metrics("x"), keys.spoiled(keys.DEAD)),
         *(keys.VECTORS_UNFETCHED, keys.VECTORS_FETCHED, keys.VECTORS_SIZES),

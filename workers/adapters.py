@@ -11,14 +11,17 @@ from typing import Any
 
 from stoker.broker import keys, ledger, registry
 from stoker.broker.ledger import record
+from stoker.broker.registry import Owner
 from stoker.contract import bundle
 from stoker.contract.base import parse_adapter
 from stoker.contract.names import Rule, checked
 from stoker.contract.uploads import Upload
-from stoker.errors import UnknownAdapter
+from stoker.errors import InvalidRequest, UnknownAdapter, WorkerUnavailable
+from stoker.files.durable import remove_folder
 from workers import clock, uploads
 from workers.artifacts import Artifacts
 from workers.job import Job
+from workers.services.runtime import Fenced
 
 log = logging.getLogger(__name__)
 
@@ -53,11 +56,29 @@ def allocate(job: Job, model: str, name: str) -> int:
 
 
 def publish(job: Job, model: str, name: str, version: int, known: Mapping[str, Any], *, promote: bool) -> None:
-    """Put a version that is on this disk where every worker finds it, then let it serve."""
-    folder = job.runtime.engine.store.folder(model, name, version)
-    _artifacts(job).put(model, name, version, bundle.read_folder(folder))
-    facts = {**known, "time": clock.now(job.runtime.redis), "worker": job.runtime.name, "job": job.id}
-    registry.register(job.runtime.redis, model, name, version, facts, promote=promote)
+    """Put a version that is on this disk where every worker finds it, then let it serve. Raises `Fenced` for a job that
+    was given to another worker: then this one leaves no version, neither there nor here."""
+    redis, folder = job.runtime.redis, job.runtime.engine.store.folder(model, name, version)
+    facts = {**known, "time": clock.now(redis), "worker": job.runtime.name, "job": job.id}
+    owner = Owner(job.id, job.token)
+    try:
+        files = bundle.read_folder(folder)
+    except InvalidRequest:
+        if folder.is_dir():
+            raise
+        # A worker of the same home was overtaken by this one, and took back what it had written.
+        raise WorkerUnavailable(f"{folder} is gone. The job makes it again.") from None
+    kept = _artifacts(job).put(model, name, version, files, owner)
+    if not kept or not registry.register(redis, model, name, version, facts, promote=promote, owner=owner):
+        _take_back(job, model, name, version)
+        raise Fenced(f"job {job.id} runs elsewhere.")
+
+
+def _take_back(job: Job, model: str, name: str, version: int) -> None:
+    """Delete the files of a version that another worker makes. It may have made them on this very disk already."""
+    raw = job.runtime.redis.hgetall(keys.adapter(model, name))
+    if version not in registry.parse(model, name, raw).versions:
+        remove_folder(job.runtime.engine.store.folder(model, name, version))
 
 
 @contextmanager

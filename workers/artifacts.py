@@ -6,12 +6,15 @@ from __future__ import annotations
 import logging
 import posixpath
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from stoker.broker import keys
+from stoker.broker import keys, registry
+from stoker.broker.ledger import record
+from stoker.broker.registry import ANYBODY, Owner
 from stoker.contract.names import Rule, checked, follows
 from stoker.errors import ConfigError, JobFailed
 from stoker.files.durable import flush, make_folders, write_whole
@@ -35,26 +38,26 @@ class Artifacts:
     def check(self) -> None:
         """Raises `ConfigError` for a URL that this installation cannot use: better at the start than after a run."""
         if self._url is not None:
-            self._root()
+            self.root()
 
-    def put(self, model: str, name: str, version: int, data: bytes) -> None:
-        """Keep a version; one that is there already is the same. Raises `StoreTrouble`."""
+    def put(self, model: str, name: str, version: int, data: bytes, owner: Owner = ANYBODY) -> bool:
+        """Keep a version; one that is there already is the same. False for an owner that was fenced. Raises
+        `StoreTrouble`."""
         if self._url is None:
-            self._redis.set(keys.artifact(model, name, version), data, nx=True)
-            return
-        with self._reported_as(StoreTrouble):
+            return registry.keep(self._redis, model, name, version, data, owner)
+        if owner is not ANYBODY and record.owner(owner.job_id).on(self._redis) != owner.token:
+            return False
+        with self.reported_as(StoreTrouble):
             fs, path = self._location(model, name, version)
-            if _is_local(fs):
-                _put_local(Path(path), data)
-            else:
-                _put_remote(fs, path, data)
+            _put(fs, path, data)
+        return True
 
     def get(self, model: str, name: str, version: int) -> bytes | None:
         """A version's bytes, None where it is not kept. Raises `JobFailed` for a store that does not answer."""
         if self._url is None:
             found: bytes | None = self._redis.get(keys.artifact(model, name, version))
             return found
-        with self._reported_as(JobFailed):
+        with self.reported_as(JobFailed):
             fs, path = self._location(model, name, version)
             return bytes(fs.cat_file(path)) if fs.exists(path) else None
 
@@ -63,7 +66,7 @@ class Artifacts:
         versions that lie more than `STRIDE` above the one before are not seen. Raises `StoreTrouble`."""
         if self._url is None:
             return self._newest_in_broker(model, name)
-        with self._reported_as(StoreTrouble):
+        with self.reported_as(StoreTrouble):
             fs, path = self._location(model, name, 1)
             folder = posixpath.dirname(path)
             names = [posixpath.basename(file) for file in fs.ls(folder, detail=False)] if fs.exists(folder) else []
@@ -82,8 +85,12 @@ class Artifacts:
                 return newest
             newest = found[-1]
 
+    def folder(self, name: str) -> StoreFolder | None:
+        """A folder in the store that STOKER_ARTIFACTS names, next to those of the models; None where it names none."""
+        return None if self._url is None else StoreFolder(self, name)
+
     @contextmanager
-    def _reported_as(self, kind: type[Exception]) -> Iterator[None]:
+    def reported_as(self, kind: type[Exception]) -> Iterator[None]:
         try:
             yield
         except Exception as error:  # each of fsspec's packages has errors of its own
@@ -91,11 +98,12 @@ class Artifacts:
             raise kind(f"the artifact store {self._url} (STOKER_ARTIFACTS) cannot be used: {what}") from error
 
     def _location(self, model: str, name: str, version: int) -> tuple[Any, str]:
-        fs, root = self._root()
+        fs, root = self.root()
         folder = f"{checked(Rule.NAME, 'model', model)}/{checked(Rule.NAME, 'adapter', name)}"
         return fs, f"{root.rstrip('/')}/{folder}/{checked(Rule.VERSION, 'version', str(version))}{SUFFIX}"
 
-    def _root(self) -> tuple[Any, str]:
+    def root(self) -> tuple[Any, str]:
+        """The file system of the store, and the path in it."""
         import fsspec
 
         try:
@@ -105,10 +113,62 @@ class Artifacts:
         return fs, str(root)
 
 
+class StoreFolder:
+    """Files in a folder of the store, each whole or not there. Every call except `remove` and `clear`, which try their
+    best, raises `StoreTrouble`."""
+
+    def __init__(self, store: Artifacts, name: str) -> None:
+        self._store, self._name = store, name
+
+    def put(self, name: str, data: bytes) -> None:
+        with self._opened() as (fs, home):
+            _put(fs, f"{home}/{name}", data)
+
+    def get(self, name: str) -> bytes | None:
+        with self._opened() as (fs, home):
+            return bytes(fs.cat_file(f"{home}/{name}")) if fs.exists(f"{home}/{name}") else None
+
+    def names(self) -> list[str]:
+        with self._opened() as (fs, home):
+            found = fs.ls(home, detail=False) if fs.exists(home) else []
+            return [posixpath.basename(path) for path in found]
+
+    def remove(self, names: Iterable[str]) -> None:
+        def remove(name: str, fs: Any, home: str) -> None:
+            fs.rm_file(f"{home}/{name}")
+
+        for name in names:
+            self._try(partial(remove, name))
+
+    def clear(self) -> None:
+        """Delete the folder with all that is in it."""
+        self._try(lambda fs, home: fs.exists(home) and fs.rm(home, recursive=True))
+
+    @contextmanager
+    def _opened(self) -> Iterator[tuple[Any, str]]:
+        with self._store.reported_as(StoreTrouble):
+            fs, root = self._store.root()
+            yield fs, f"{root.rstrip('/')}/{self._name}"
+
+    def _try(self, act: Callable[[Any, str], object]) -> None:
+        try:
+            with self._opened() as (fs, home):
+                act(fs, home)
+        except StoreTrouble as error:
+            log.info("what is not needed any more in %s could not be deleted: %s", self._name, error)
+
+
 def _is_local(fs: Any) -> bool:
     from fsspec.implementations.local import LocalFileSystem
 
     return isinstance(fs, LocalFileSystem)
+
+
+def _put(fs: Any, path: str, data: bytes) -> None:
+    if _is_local(fs):
+        _put_local(Path(path), data)
+    else:
+        _put_remote(fs, path, data)
 
 
 def _put_local(path: Path, data: bytes) -> None:

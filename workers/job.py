@@ -21,6 +21,7 @@ from stoker.contract.requests import JobRequest
 from stoker.errors import DeadlineExceeded, StokerError
 from workers.delivery import Delivery
 from workers.job_errors import accounted, answering_celery, recording_errors
+from workers.job_lease import JobLease
 
 if TYPE_CHECKING:
     from engine.ticket import Ticket
@@ -95,6 +96,16 @@ class Job:
         self.id, self.runtime = delivery.id, delivery.runtime
         self.claim, self.resources = claim, resources
         self._delivery = delivery
+
+    @property
+    def lease(self) -> JobLease:
+        """Of this delivery."""
+        return self._delivery.lease
+
+    @property
+    def token(self) -> str:
+        """Names this delivery as the job's owner."""
+        return self.lease.token
 
     def usage(self, usage: Usage) -> Usage:
         """With what only the worker knows: its name, and how long the job waited."""

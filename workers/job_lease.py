@@ -4,7 +4,7 @@ away."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -13,7 +13,7 @@ from redis.exceptions import RedisError, ResponseError
 from stoker.broker import ledger
 from stoker.broker.connection import passes
 from stoker.broker.ledger.ending import Ending
-from stoker.broker.ledger.replies import Claim, Crash
+from stoker.broker.ledger.replies import Claim, Crash, KeptPart, ManifestState
 from stoker.broker.trouble import forbids
 from stoker.errors import JobFailed
 from workers.blame import blame
@@ -71,6 +71,18 @@ class JobLease:
         count = self._persist(ledger.count_out_of_memory, self.token)
         self._only_as_owner(count > 0)
         return count
+
+    def keep_part(self, name: str, data: bytes) -> KeptPart:
+        """Keep a part of a training run's checkpoints. A broker that is away is not waited for: the run goes on."""
+        kept = ledger.keep_part(self.runtime.redis, self.job_id, self.queue, self.token, name, data)
+        self._only_as_owner(not kept.fenced)
+        return kept
+
+    def keep_manifest(self, manifest: str, parts: Iterable[str]) -> bool:
+        """Let the run resume by `manifest`, in the same way. False if one of its parts is not there."""
+        state = ledger.keep_manifest(self.runtime.redis, self.job_id, self.queue, self.token, manifest, parts)
+        self._only_as_owner(state is not ManifestState.FENCED)
+        return state is ManifestState.KEPT
 
     def give_up(self, trouble: Spoiled) -> None:
         """End a job that the ledger cannot end: its client gets the error, and its message goes."""

@@ -10,9 +10,8 @@ from typing import Any
 from engine.adapters import mlx_lm, peft
 from engine.adapters.lora import LoraWeights
 from engine.adapters.pool import AdapterPool
-from engine.adapters.store import NOTES_FILE
 from engine.checkpoints.loading import LoadedModel
-from engine.platform.jsonfiles import read_object
+from engine.platform.jsonfiles import NOTES_FILE, read_object
 from engine.ticket import StepOutput, Ticket
 from stoker.contract import AdapterRequest, AdapterResult, Usage
 from stoker.contract.bundle import AdapterInput

@@ -8,14 +8,12 @@ from typing import Any
 
 from engine.adapters import peft
 from engine.adapters.lora import LoraWeights
+from engine.platform.jsonfiles import NOTES_FILE as NOTES_FILE
 from engine.platform.jsonfiles import write_json
 from stoker.contract.base import parse_adapter
 from stoker.contract.names import Rule, checked, follows
 from stoker.errors import UnknownAdapter
 from stoker.files.durable import draft_folder, publish, sweep
-
-#: What Stoker knows of an adapter and PEFT's two files do not say.
-NOTES_FILE = "stoker.json"
 
 
 class AdapterStore:

@@ -16,6 +16,8 @@ from stoker.files.durable import write_whole
 MAX_BYTES = 16 << 20
 #: Objects and lists in one another; real files have some five.
 MAX_DEPTH = 100
+#: What Stoker knows of an adapter or a checkpoint, and PEFT's two files do not say.
+NOTES_FILE = "stoker.json"
 
 
 def read_object(path: Path, missing: dict[str, Any] | None = None) -> dict[str, Any]:

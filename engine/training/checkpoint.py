@@ -19,18 +19,15 @@ import mlx.core as mx
 
 from engine.adapters import peft
 from engine.adapters.lora import LoraWeights
-from engine.adapters.store import NOTES_FILE
-from engine.platform.jsonfiles import read_object, write_json
+from engine.platform.jsonfiles import NOTES_FILE, read_object, write_json
+from engine.training.carried import BEST, KEEP, PAUSED, STATE_FILE, STEP, best_name
 from engine.training.state import TrainState
 from engine.weights import safetensors
 from stoker.errors import ModelError
 from stoker.files.durable import draft_folder, flush, make_folders, publish, remove_folder
 
-STATE_FILE = "trainer.safetensors"
 #: How the names of checkpoints begin.
-_NAMES = ("step-", "paused-", "best-")
-#: Regular checkpoints that are kept.
-KEEP = 2
+_NAMES = (STEP, PAUSED, BEST)
 
 
 class Checkpoints:
@@ -43,17 +40,17 @@ class Checkpoints:
 
     def save(self, state: TrainState, adapter: LoraWeights) -> None:
         """Write a regular checkpoint, to which a run that diverges is rolled back, and drop those before."""
-        self.write(f"step-{state.step:08}", state, adapter)
-        regular = sorted(path.name for path in self._root.glob("step-*"))[-KEEP:]
+        self.write(f"{STEP}{state.step:08}", state, adapter)
+        regular = sorted(path.name for path in self._root.glob(f"{STEP}*"))[-KEEP:]
         # What was paused is behind the run now.
-        kept = {*regular, _best(state.best_step)}
+        kept = {*regular, best_name(state.best_step)}
         for path in list(self._root.iterdir()):
             if path.name.startswith(_NAMES) and path.name not in kept:
                 remove_folder(path)
 
     def pause(self, state: TrainState, adapter: LoraWeights) -> None:
         """Write a checkpoint to go on from, wherever in a step the run is."""
-        name = f"paused-{state.reports:08}-{state.micro:08}"
+        name = f"{PAUSED}{state.reports:08}-{state.micro:08}"
         self.write(name, state, adapter)
 
     def write(self, name: str, state: TrainState, adapter: LoraWeights) -> None:
@@ -62,21 +59,23 @@ class Checkpoints:
 
     def save_best(self, step: int, adapter: LoraWeights) -> None:
         # One that is there comes from before a rollback.
-        remove_folder(self._root / _best(step))
-        self._write(_best(step), lambda draft: peft.write(draft, self._made_of["model"], adapter))
+        remove_folder(self._root / best_name(step))
+        self._write(best_name(step), lambda draft: peft.write(draft, self._made_of["model"], adapter))
 
     def best(self, step: int, shapes: Mapping[str, tuple[int, int]]) -> LoraWeights:
         """Raises `ModelError` if it is not there."""
-        return peft.read(self._root / _best(step), shapes)
+        return peft.read(self._root / best_name(step), shapes)
 
     def newest(self) -> tuple[TrainState | None, TrainState | None]:
         """The newest state, and that of the newest regular checkpoint; None where there is none yet.
 
         Raises `ModelError` for a damaged checkpoint, or one that was made of something else.
         """
-        found = {path.name: self._numbers(path) for path in self._root.iterdir() if path.name[:4] in ("step", "paus")}
+        found = {
+            path.name: self._numbers(path) for path in self._root.iterdir() if path.name.startswith((STEP, PAUSED))
+        }
         latest = max(found, key=lambda name: (found[name]["reports"], found[name]["micro"]), default=None)
-        regular = max((name for name in found if name.startswith("step")), default=None)
+        regular = max((name for name in found if name.startswith(STEP)), default=None)
         anchor = self._state(regular, found[regular]) if regular else None
         if latest is None or latest == regular:
             return anchor, anchor
@@ -128,7 +127,3 @@ class Checkpoints:
             return TrainState.of(arrays, numbers)
         except (KeyError, TypeError) as error:
             raise ModelError(f"{self._root / name}: no whole state of a run ({error}).") from None
-
-
-def _best(step: int) -> str:
-    return f"best-{step:08}"

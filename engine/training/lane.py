@@ -29,6 +29,8 @@ class TrainWork:
     examples: list[TokenizedExample]
     #: The adapter's version; None: the next one.
     version: int | None
+    #: See `TrainInput`.
+    kept: Callable[[], object]
 
 
 class TrainLane:
@@ -63,7 +65,7 @@ class TrainLane:
         chosen_targets(self._model.linear_shapes, request.targets)
         lines = iterate_lines(data.lines(), "dataset")
         examples = tokenize(lines, self._model.tokenizer, request.max_length, learn_prompts=request.learn_prompts)
-        return TrainWork(ticket, request, examples, data.version)
+        return TrainWork(ticket, request, examples, data.version, data.kept)
 
     def admit(self, work: TrainWork) -> None:
         self._waiting.append(work)
@@ -110,7 +112,7 @@ class TrainLane:
         work = self._current = self._waiting.popleft()
         work.ticket.start()
         name = checked(Rule.JOB_ID, "job id", work.ticket.job_id)
-        self._run = TrainingRun(self._model, work.request, work.examples, self._runs / name)
+        self._run = TrainingRun(self._model, work.request, work.examples, self._runs / name, work.kept)
         # What was reported before may not have reached the broker: it drops what it has.
         return StepOutput(entries=[(work.ticket, report) for report in self._run.reported])
 

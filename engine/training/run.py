@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from engine.adapters.lora import LoraWeights
 from engine.checkpoints.loading import LoadedModel
 from engine.platform.jsonfiles import write_json
+from engine.training.carried import CHECKPOINTS, LOG_FILE
 from engine.training.checkpoint import Checkpoints
 from engine.training.data import TokenizedExample, dataset_digest, split
 from engine.training.log import RunLog
@@ -16,7 +17,6 @@ from engine.training.trainer import Trainer
 from stoker.contract import TrainReport, TrainRequest
 
 RUN_FILE = "run.json"
-LOG_FILE = "log.jsonl"
 #: Reports that are repeated on resuming: more than may have been on their way when the worker died.
 _REPEATED = 5000
 
@@ -29,12 +29,17 @@ class TrainingRun:
     """
 
     def __init__(
-        self, model: LoadedModel, request: TrainRequest, examples: Sequence[TokenizedExample], folder: Path
+        self,
+        model: LoadedModel,
+        request: TrainRequest,
+        examples: Sequence[TokenizedExample],
+        folder: Path,
+        kept: Callable[[], object] = lambda: None,
     ) -> None:
-        """Raises `ModelError` for a folder of another run or with a damaged checkpoint, `DatasetError` for a dataset
-        that cannot be split as asked."""
+        """`kept` is called when there is a new checkpoint. Raises `ModelError` for a folder of another run or with a
+        damaged checkpoint, `DatasetError` for a dataset that cannot be split as asked."""
         learned, held_out = split(examples, request.held_out, request.seed)
-        self._model, self._request = model, request
+        self._model, self._request, self._kept = model, request, kept
         self._trainer = Trainer(model.decoder, request, learned, held_out)
         made_of = {
             "model": model.name,
@@ -42,7 +47,7 @@ class TrainingRun:
             "dataset": dataset_digest(examples),
             "request": request.model_dump(mode="json"),
         }
-        self._checkpoints = Checkpoints(folder / "checkpoints", made_of)
+        self._checkpoints = Checkpoints(folder / CHECKPOINTS, made_of)
         self._log = RunLog(folder / LOG_FILE)
         self._resume()
         self._file = folder / RUN_FILE
@@ -84,6 +89,7 @@ class TrainingRun:
         if trainer.is_anchor and not report.note:
             self._log.sync()
             self._checkpoints.save(state, trainer.adapter())
+            self._kept()
         return report
 
     def pause(self) -> None:

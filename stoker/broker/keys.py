@@ -74,6 +74,8 @@ KINDS = (
     Kind("vectors_sizes", r"vectors:sizes", RESULT_TTL, "hash"),
     # The input of a job that waits; of a dead letter, for as long as it may be sent again.
     Kind("input", rf"blob:(dataset|adapter):{_JOB}(:[0-9a-f]+){{0,3}}", DEAD_TTL, "string"),
+    # The same of a training run.
+    Kind("checkpoint", rf"checkpoint:{_JOB}", DEAD_TTL, "hash"),
     Kind("dead", r"dead", DEAD_TTL, "hash"),
     Kind("spoiled", r"spoiled:.+", DEAD_TTL, ANY),
     Kind("worker", r"worker:.+", PRESENCE_TTL, "string"),
@@ -193,6 +195,12 @@ PART = 8 * 2**20
 def blob(name: str) -> str:
     """String, bytes: a dataset or an adapter on its way in, or vectors on their way out."""
     return f"{PREFIX}blob:{name}"
+
+
+def checkpoint(job_id: str) -> str:
+    """Hash: the checkpoints of a training run from which any worker can go on (`workers/run_store.py`): `manifest`,
+    `bytes` of all that is here, and parts of files by their content, unless STOKER_ARTIFACTS names another store."""
+    return f"{PREFIX}checkpoint:{job_id}"
 
 
 def adapters(model: str) -> str:

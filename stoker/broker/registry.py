@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from stoker.broker import keys
+from stoker.broker.ledger.record import Field
 from stoker.broker.pipeline import of_another_type
 from stoker.contract.base import parse_adapter
 from stoker.contract.names import Rule, follows
@@ -46,15 +47,39 @@ local function serve(key, version)
 end
 """
 
-#: KEYS: the adapter's hash, the model's set of names. ARGV: name, version, what is known of it, whether it shall serve.
+#: Whether the job whose record is `key` is that of the owner `token`, and has not ended; true if no
+#: owner is named.
+_OWNS = f"""
+local function owns(key, token)
+  if token == '' then return true end
+  local state = redis.call('HMGET', key, '{Field.TOKEN}', '{Field.ENDED}')
+  return state[1] == token and state[2] ~= '1'
+end
+"""
+
+#: KEYS: the adapter's hash, the model's set of names, the record of the job that made it. ARGV: name, version, what is
+#: known of it, whether it shall serve, the token of the job's owner or ''. Returns 0 for an owner that was fenced.
 REGISTER = (
     _SERVE
+    + _OWNS
     + """
+if not owns(KEYS[3], ARGV[5]) then return 0 end
 redis.call('SADD', KEYS[2], ARGV[1])
 redis.call('HSET', KEYS[1], 'version:' .. ARGV[2], ARGV[3])
 local last = tonumber(redis.call('HGET', KEYS[1], 'next')) or 0
 if last < tonumber(ARGV[2]) then redis.call('HSET', KEYS[1], 'next', ARGV[2]) end
 if ARGV[4] == '1' then serve(KEYS[1], ARGV[2]) end
+return 1
+"""
+)
+
+#: KEYS: the artifact, the record of the job that made it. ARGV: the version's files, the token of the job's owner or
+#: ''. One that is there stays. Returns 0 for an owner that was fenced.
+KEEP = (
+    _OWNS
+    + """
+if not owns(KEYS[2], ARGV[2]) then return 0 end
+redis.call('SET', KEYS[1], ARGV[1], 'NX')
 return 1
 """
 )
@@ -160,10 +185,38 @@ def names(raw: Iterable[bytes]) -> list[str]:
     return sorted(name for name in (entry.decode(errors="replace") for entry in raw) if follows(Rule.NAME, name))
 
 
-def register(redis: Any, model: str, name: str, version: int, known: Mapping[str, Any], *, promote: bool) -> Any:
-    """Say that a version is there, and let it serve. Saying it again changes nothing."""
-    arguments = (name, version, json.dumps(known), int(promote))
-    return redis.eval(REGISTER, 2, keys.adapter(model, name), keys.adapters(model), *arguments)
+@dataclass(frozen=True)
+class Owner:
+    """Who does something of a job, and may do it for as long as the job is theirs: the token of a delivery."""
+
+    job_id: str
+    token: str
+
+
+#: Nobody has to own anything.
+ANYBODY = Owner("", "")
+
+
+def register(
+    redis: Any,
+    model: str,
+    name: str,
+    version: int,
+    known: Mapping[str, Any],
+    *,
+    promote: bool,
+    owner: Owner = ANYBODY,
+) -> Any:
+    """Say that a version is there, and let it serve. Saying it again changes nothing. 0 for an owner that was
+    fenced."""
+    names = keys.adapter(model, name), keys.adapters(model), keys.job(owner.job_id)
+    return redis.eval(REGISTER, 3, *names, name, version, json.dumps(known), int(promote), owner.token)
+
+
+def keep(redis: Any, model: str, name: str, version: int, data: bytes, owner: Owner = ANYBODY) -> bool:
+    """Keep the files of a version in the broker. False for an owner that was fenced."""
+    names = keys.artifact(model, name, version), keys.job(owner.job_id)
+    return bool(redis.eval(KEEP, 2, *names, data, owner.token))
 
 
 def change(redis: Any, model: str, verb: Verb, name: str, version: int | None) -> Any:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +51,18 @@ class Example:
         return json.dumps(fields, ensure_ascii=False)
 
 
+def _nothing() -> None: ...
+
+
 @dataclass(frozen=True)
 class TrainInput:
     """What a training job needs in addition to its request: the dataset's JSON lines, or the file that holds them, and
-    the version that its adapter shall have (None: the next one)."""
+    the version that its adapter shall have (None: the next one). `kept` is called in the engine's thread when there is
+    a new checkpoint: it must return at once and raise nothing."""
 
     dataset: bytes | Path | Beneath
     version: int | None = None
+    kept: Callable[[], object] = field(default=_nothing, compare=False)
 
     def lines(self) -> Iterator[bytes]:
         """For `iterate_lines`; a file is read piece by piece. Raises `DatasetError` if it cannot be read."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,10 @@ def chatty() -> None:
     os.fsync = fsync  # type: ignore[assignment]
 
 
-def open_run(home: Path, options: dict[str, Any]) -> TrainingRun:
+def open_run(home: Path, options: dict[str, Any], kept: Callable[[], object] = lambda: None) -> TrainingRun:
     mx.random.seed(7)
     model = tiny.loaded(Llama(TINY, RandomTensors()))
-    return TrainingRun(model, tiny.asking(**options), tokenize(EXAMPLES, model.tokenizer, 64), home / "run")
+    return TrainingRun(model, tiny.asking(**options), tokenize(EXAMPLES, model.tokenizer, 64), home / "run", kept)
 
 
 def main(home: Path, options: str) -> None:

@@ -39,6 +39,7 @@ from tasks.embed import EmbedHandler
 from tasks.generate import GenerateHandler
 from tasks.train import TrainHandler
 from workers.job import Job
+from workers.job_lease import JobLease
 
 FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights", "stoker.json": b"{}"}
 LINES = b'{"text": "a"}\n{"text": "b"}'
@@ -49,7 +50,7 @@ class Worker:
 
     def __init__(self, settings: Settings, root: Path) -> None:
         self.redis, self.store = connect(settings), AdapterStore(root / "adapters")
-        self.runtime = SimpleNamespace(
+        self.runtime: Any = SimpleNamespace(
             redis=self.redis,
             settings=settings,
             engine=SimpleNamespace(store=self.store),
@@ -61,7 +62,9 @@ class Worker:
     def job(self, *, resumed: bool = False) -> Job:
         self.redis.hset(keys.job("job"), Field.KIND, "train")
         self.redis.expire(keys.job("job"), 60)
-        delivery: Any = SimpleNamespace(id="job", runtime=self.runtime)
+        self.redis.hset(keys.job("job"), Field.TOKEN, "token")
+        lease = JobLease(self.runtime, "job", keys.queue("m", "train"), "token", "tag")
+        delivery: Any = SimpleNamespace(id="job", runtime=self.runtime, lease=lease)
         return Job(delivery, Claim("run", 2.5, resumed), self.resources)
 
     def send(self, kind: Kind, data: bytes) -> str:

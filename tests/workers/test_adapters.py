@@ -15,11 +15,12 @@ from stoker.broker.connection import connect
 from stoker.broker.ledger.record import Field
 from stoker.contract import bundle
 from stoker.contract.uploads import Upload
-from stoker.errors import InvalidRequest, UnknownAdapter
+from stoker.errors import InvalidRequest, UnknownAdapter, WorkerUnavailable
 from stoker.files.durable import DRAFT
 from stoker.settings import Settings
 from workers import adapters
 from workers.artifacts import Artifacts, StoreTrouble
+from workers.services.runtime import Fenced
 
 FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights", "stoker.json": b"{}"}
 
@@ -31,11 +32,11 @@ class Home:
         self.redis, self.settings, self.store = redis, settings, AdapterStore(root / "adapters")
 
     def run(self, job_id: str) -> Any:
-        self.redis.hset(keys.job(job_id), Field.KIND, "generate")
+        self.redis.hset(keys.job(job_id), mapping={Field.KIND: "generate", Field.TOKEN: "token"})
         self.redis.expire(keys.job(job_id), 60)
         engine = SimpleNamespace(store=self.store)
         runtime = SimpleNamespace(redis=self.redis, settings=self.settings, engine=engine, name="w@here")
-        return SimpleNamespace(id=job_id, runtime=runtime)
+        return SimpleNamespace(id=job_id, runtime=runtime, token="token")
 
     def write(self, version: int | None = None) -> int:
         def fill(draft: Path) -> None:
@@ -183,3 +184,64 @@ def test_another_adapter_begins_with_one_version(home: Home) -> None:
         assert adapters.allocate(home.run("first"), "m", "other") == 1
     finally:
         home.redis.delete(keys.adapter("m", "other"))
+
+
+def overtake(home: Home, job_id: str = "trains") -> None:
+    home.redis.hset(keys.job(job_id), Field.TOKEN, "another owner")
+
+
+def publish_of(home: Home, run: Any, version: int = 1) -> None:
+    adapters.publish(run, "m", "style", version, {}, promote=True)
+
+
+def left(home: Home, tmp_path: Path) -> list[str]:
+    """What is there of the version: known, kept, on this disk."""
+    found = ["known"] if home.entry.versions else []
+    kept = home.redis.exists(keys.artifact("m", "style", 1)) or list((tmp_path / "shared").rglob("1.safetensors"))
+    return found + (["kept"] if kept else []) + (["here"] if home.store.has("m", "style", 1) else [])
+
+
+@pytest.mark.parametrize("store", ["broker", "folder"])
+def test_a_worker_that_was_overtaken_leaves_no_version_anywhere(home: Home, tmp_path: Path, store: str) -> None:
+    if store == "folder":
+        home.settings = home.settings.model_copy(update={"artifacts": f"file://{tmp_path}/shared"})
+    run = home.run("trains")
+    home.write(1)
+    overtake(home)
+    with pytest.raises(Fenced):
+        publish_of(home, run)
+    assert left(home, tmp_path) == []
+
+
+def test_a_worker_that_is_overtaken_between_store_and_registry_makes_nothing_known(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, plain = home.run("trains"), registry.keep
+    home.write(1)
+
+    def keep(*given: Any) -> bool:
+        kept = plain(*given)
+        overtake(home)
+        return kept
+
+    monkeypatch.setattr(registry, "keep", keep)
+    with pytest.raises(Fenced):
+        publish_of(home, run)
+    # Its files it put there while the run was its own: they are what the next owner makes under this number.
+    assert left(home, tmp_path) == ["kept"]
+
+
+def test_a_version_that_the_next_owner_made_on_the_same_disk_stays(home: Home, tmp_path: Path) -> None:
+    run = home.run("trains")
+    home.write(1)
+    home.publish(1)
+    overtake(home)
+    with pytest.raises(Fenced):
+        publish_of(home, run)
+    assert left(home, tmp_path) == ["known", "kept", "here"]
+
+
+def test_a_job_whose_version_was_taken_back_on_its_own_disk_makes_it_again(home: Home) -> None:
+    with pytest.raises(WorkerUnavailable, match="The job makes it again"):
+        publish_of(home, home.run("trains"))
+    assert home.entry.versions == {}

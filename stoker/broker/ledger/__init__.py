@@ -30,7 +30,7 @@ from stoker.broker.ledger.ending import revoked as revoked
 from stoker.broker.ledger.ending import success as success
 from stoker.broker.ledger.listing import Listing, OpenJob
 from stoker.broker.ledger.record import addressed
-from stoker.broker.ledger.replies import Claim, DeadLettered, Submitted, recovered
+from stoker.broker.ledger.replies import Claim, DeadLettered, KeptPart, ManifestState, Submitted, recovered
 from stoker.broker.ledger.script import LuaScript, text
 from stoker.broker.ledger.transitions import TRANSITIONS
 from stoker.broker.ledger.vectors import VECTOR_BYTES
@@ -146,6 +146,21 @@ def dead_letter(redis: Any, job_id: str, queue: str, token: str, worker: str = "
     it then."""
     arguments = (token, worker, trouble, keys.DEAD_TTL)
     return _call(TRANSITIONS.dead_letter, DeadLettered.parse, job_id, queue, *arguments, extra=(keys.DEAD,)).on(redis)
+
+
+def keep_part(redis: Any, job_id: str, queue: str, token: str, name: str, data: bytes) -> KeptPart:
+    """Keep a part of a training run's checkpoints, under `name`, which ends with `-` and its bytes. It lives as long as
+    a job may; no manifest needs it yet."""
+    arguments, extra = (token, name, data, QUEUE_BYTES), (keys.checkpoint(job_id),)
+    return _call(TRANSITIONS.keep_part, KeptPart.parse, job_id, queue, *arguments, extra=extra).on(redis)
+
+
+def keep_manifest(
+    redis: Any, job_id: str, queue: str, token: str, manifest: str, parts: Iterable[str]
+) -> ManifestState:
+    """From now on the run resumes by `manifest`, which needs these parts of the broker; other parts go."""
+    arguments, extra = (token, manifest, *parts), (keys.checkpoint(job_id),)
+    return _call(TRANSITIONS.keep_manifest, ManifestState.parse, job_id, queue, *arguments, extra=extra).on(redis)
 
 
 def pin(redis: Any, job_id: str, version: int) -> str:

@@ -20,4 +20,5 @@ redis.call('HSET', job, 'lettered', token)
 redis.call('HDEL', job, 'blob')
 local input = own_input(fields[6])
 if input then redis.call('EXPIRE', input, dead_ttl) end
+redis.call('EXPIRE', prefix .. 'checkpoint:' .. id, dead_ttl)
 return written(history)

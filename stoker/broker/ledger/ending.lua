@@ -19,6 +19,8 @@ local function strike_out(record, owner)
   redis.call('ZREM', open, id)
   redis.call('ZREM', dispatched, id)
   redis.call('DEL', mark)
+  -- Those of a dead letter's run stay for its retry.
+  if not record.lettered then redis.call('UNLINK', prefix .. 'checkpoint:' .. id) end
   if record.known and not record.wrong then
     redis.call('HDEL', job, 'request', 'message')
     redis.call('HSET', job, 'ended', '1', unpack(owner and {'completed', owner} or {}))

@@ -13,12 +13,13 @@ end
 -- `more`: what the other fields hold that were asked for.
 local function look(of, ...)
   local said = redis.pcall('HMGET', job_prefix .. of, 'kind', 'submitted', 'priority', 'turn', 'token', 'message', 'sent',
-    'ended', 'completed', 'mine', 'blob', ...)
+    'ended', 'completed', 'mine', 'blob', 'lettered', ...)
   local wrong = said['err'] and said
   return {
     id = of, wrong = wrong, known = wrong or said[1] or said[2], submitted = finite(said[2]), priority = finite(said[3]),
     turn = finite(said[4]), owned = said[5], message = said[6], sent = said[7], over = said[8] == '1' and not said[6],
-    completed = said[9], mine = said[10], blob = said[11], more = ... and {unpack(said, 12)},
+    completed = said[9], mine = said[10], blob = said[11], lettered = said[12],
+    more = ... and {unpack(said, 13)},
   }
 end
 

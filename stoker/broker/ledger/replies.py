@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+from enum import StrEnum
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,36 @@ class DeadLettered:
     @classmethod
     def parse(cls, reply: bytes | None) -> DeadLettered:
         return cls(True) if reply is None else cls(False, crashes(reply))
+
+
+@dataclass(frozen=True)
+class KeptPart:
+    """Whether a part of a checkpoint was kept. If there was no room: the bytes that the queue's jobs have, and how many
+    of them there may be with checkpoints. Of an owner that was `fenced`, nothing was written."""
+
+    there: bool
+    bytes: int = 0
+    limit: int = 0
+    fenced: bool = False
+
+    @classmethod
+    def parse(cls, reply: list[int] | None) -> KeptPart:
+        if reply is None:
+            return cls(False, fenced=True)
+        there, found, limit = reply
+        return cls(there == 1, found, limit)
+
+
+class ManifestState(StrEnum):
+    """What became of a manifest: `LOST` if a part that it needs is not there."""
+
+    KEPT = "kept"
+    LOST = "lost"
+    FENCED = "fenced"
+
+    @classmethod
+    def parse(cls, reply: bytes) -> ManifestState:
+        return cls(reply.decode())
 
 
 def crashes(text: bytes | str) -> tuple[Crash, ...]:

@@ -13,6 +13,8 @@ end
 local input = own_input(fields['blob'])
 -- What is no string there, its worker refuses.
 if input and data == '' and redis.call('TYPE', input).ok == 'string' then size = size + redis.call('STRLEN', input) end
+-- A retry goes on from the checkpoints of before.
+size = size + count_of(redis.pcall('HGET', prefix .. 'checkpoint:' .. id, 'bytes'))
 if revive then
   if redis.call('HEXISTS', dead, id) == 0 then return {'unknown', 0, 0, '0'} end
   -- Its client has sent the job anew meanwhile, and it waits or runs: the letter stays.

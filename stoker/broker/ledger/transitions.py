@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from stoker.broker.ledger.script import Body, Library, LuaScript, text
 
 #: What the transitions share, in the order in which each part needs the ones before.
-_PARTS = ("common", "names", "record", "prelude", "sizes", "ending", "vectors")
+_PARTS = ("common", "names", "record", "prelude", "sizes", "ending", "vectors", "owned")
 #: Each part costs, because a broker makes the functions of a script anew at every call.
 _NAMES, _KEPT = ("common", "names"), ("common", "vectors")
 _WAITING, _ENDING = (*_NAMES, "record", "prelude", "sizes"), (*_NAMES, "record", "sizes", "ending")
-_BOTH = (*_WAITING, "ending")
+_BOTH, _OWNED = (*_WAITING, "ending"), (*_NAMES, "record", "sizes", "owned")
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,9 @@ class Transitions:
     release: LuaScript
     dead_letter: LuaScript
     out_of_memory: LuaScript
+    # They look at their owner, and count bytes.
+    keep_part: LuaScript
+    keep_manifest: LuaScript
     # These know nothing of queues.
     allocate: LuaScript
     pin: LuaScript
@@ -48,6 +51,8 @@ _BEHIND = {
     "release": _NAMES,
     "dead_letter": _NAMES,
     "out_of_memory": _NAMES,
+    "keep_part": _OWNED,
+    "keep_manifest": _OWNED,
     "allocate": (),
     "pin": (),
     "keep_vectors": _KEPT,
