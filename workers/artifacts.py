@@ -133,6 +133,12 @@ class StoreFolder:
             found = fs.ls(home, detail=False) if fs.exists(home) else []
             return [posixpath.basename(path) for path in found]
 
+    def changed(self) -> float:
+        """When its newest file was written, in seconds since the epoch; 0 for a folder without any."""
+        with self._opened() as (fs, home):
+            found = fs.ls(home, detail=False) if fs.exists(home) else []
+            return max((fs.modified(path).timestamp() for path in found), default=0.0)
+
     def remove(self, names: Iterable[str]) -> None:
         def remove(name: str, fs: Any, home: str) -> None:
             fs.rm_file(f"{home}/{name}")

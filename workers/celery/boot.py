@@ -25,6 +25,7 @@ from stoker.local.stack import ERROR_MARK
 from stoker.logs.redaction import Redactor, secrets_of
 from stoker.logs.setup import configure
 from stoker.settings import Settings
+from workers import run_sweep
 from workers.artifacts import Artifacts
 from workers.celery import control
 from workers.celery.interrupts import Interrupts
@@ -79,8 +80,8 @@ class EngineStep(bootsteps.StartStopStep):
         heart = self._heart = Heart(running, self._context.lanes, Janitor(running))
         self._manage_models(running, heart)
         heart.start()
-        house = Housekeeping(self._context.settings)
-        Background("housekeeping", house.round, stopped=running.stopped, every=EVERY).start()
+        rounds = (Housekeeping(self._context.settings).round, partial(run_sweep.round_of, running))
+        Background("housekeeping", *rounds, stopped=running.stopped, every=EVERY).start()
         rest = resting.Resting(self._context.lanes)
         Background("resting", rest.round, stopped=running.stopped, every=resting.EVERY).start()
         Background("mending", lambda: _mend(running, heart), stopped=running.stopped, every=MEND_EVERY).start()

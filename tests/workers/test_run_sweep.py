@@ -1,0 +1,52 @@
+"""What runs have left in a store that is no broker goes, and nothing that a run may need."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stoker.broker import keys
+from stoker.broker.connection import connect
+from stoker.settings import Settings
+from workers.artifacts import Artifacts
+from workers.run_sweep import sweep
+
+
+@pytest.fixture
+def redis(broker: Settings) -> Iterator[Any]:
+    with closing(connect(broker)) as client:
+        yield client
+
+
+@pytest.mark.parametrize("scheme", ["file", "memory"])
+def test_of_a_shared_store_only_what_no_run_needs_is_swept(
+    broker: Settings, redis: Any, tmp_path: Path, scheme: str
+) -> None:
+    settings = broker.model_copy(update={"artifacts": f"{scheme}://{tmp_path}/store"})
+    store = Artifacts(settings, redis)
+    for job_id in ("running", "letter", "cancelled", "beginning"):
+        folder = store.folder(f".runs/{job_id}")
+        assert folder is not None
+        folder.put("part", b"x")
+    for job_id in ("running", "letter"):
+        redis.hset(keys.checkpoint(job_id), "manifest", b"x")
+        redis.expire(keys.checkpoint(job_id), 60)
+    for job_id in ("letter", "cancelled"):
+        redis.set(keys.result(job_id), b"{}", ex=60)
+    assert store.put("m", "style", 1, b"an adapter")
+    assert sweep(settings, redis, time.time()) == ["cancelled"]
+    month = keys.DEAD_TTL + 60
+    assert sweep(settings, redis, time.time() + month) == ["beginning"], "or another broker's"
+    home = store.folder(".runs")
+    assert home is not None
+    assert sorted(home.names()) == ["letter", "running"]
+    assert store.get("m", "style", 1) == b"an adapter"
+
+
+def test_without_a_store_of_its_own_there_is_nothing_to_sweep(broker: Settings, redis: Any) -> None:
+    assert sweep(broker, redis, time.time()) == []
