@@ -37,22 +37,26 @@ Models = Annotated[
 def up(
     model: Models = None,
     flower: Annotated[bool, typer.Option(help="Start Flower too, if it is installed.")] = True,
+    gateway: Annotated[bool, typer.Option(help="Start the gateway on loopback too, if it is installed.")] = True,
     url: Url = None,
 ) -> None:
-    """Start everything on this machine: a broker if none was chosen, a worker, and Flower. Ctrl-C ends all."""
+    """Start everything on this machine: a broker if none was chosen, a worker, Flower and the gateway. Ctrl-C ends
+    all."""
     from stoker.local.stack import Stack
     from stoker.monitor.access import USER
 
     settings = _settings(model, url)
     with ExitStack() as leaving:
         with progress_shown("starting the broker") as report:
-            stack = leaving.enter_context(Stack(settings, flower=flower, report=report))
+            stack = leaving.enter_context(Stack(settings, flower=flower, gateway=gateway, report=report))
             presence = stack.wait_until_warm()
         joined = "" if stack.joined is None else f"  (of the `stoker up` that runs already, process {stack.joined})"
         print(f"broker  {stack.settings.address.shown}{joined}")
         print(f"worker  {', '.join(card.model for card in presence.models)} warm on {presence.device}")
         if stack.flower_url:
             print(f"flower  {stack.flower_url}  (user {USER}, password {stack.flower_password})")
+        if stack.gateway_url:
+            print(f"gateway {stack.gateway_url}")
         print(f"logs    {stack.settings.logs}")
         print("\nTry in another shell:")
         for command in suggestions(presence.models):

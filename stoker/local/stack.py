@@ -1,4 +1,4 @@
-"""The stack of `stoker up`: broker, worker, Flower. Started in this order, stopped in the reverse one."""
+"""The stack of `stoker up`: broker, worker, Flower, gateway. Started in this order, stopped in the reverse one."""
 
 from __future__ import annotations
 
@@ -25,6 +25,9 @@ from stoker.monitor.access import password
 from stoker.settings import Settings, load_settings
 
 FLOWER_PORT = 5555
+GATEWAY_PORT = 8000
+#: Seconds that it gets to end its requests, and a few more.
+GATEWAY_GRACE = 8.0
 #: Seconds. Downloading a model may take long, so only silence of the process itself ends the waiting.
 POLL = 0.1
 #: Seconds between a worker's end and its restart: enough not to spin when something is broken for good.
@@ -43,18 +46,22 @@ class Stack:
         settings: Settings,
         *,
         flower: bool = True,
+        gateway: bool = False,
         own_broker: bool = False,
         report: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.settings, self._report = settings, report
-        self._want_flower, self._own_broker = flower, own_broker
+        self._want_flower, self._want_gateway, self._own_broker = flower, gateway, own_broker
         self._broker: EmbeddedBroker | None = None
         self.worker: Process | None = None
-        self._flower: Process | None = None
+        #: What nothing else needs: name → process.
+        self._extras: dict[str, Process] = {}
         #: The process of the `stoker up` whose broker this stack uses; None for any other broker.
         self.joined: int | None = None
         #: Where Flower is, and the password of its user `stoker`.
         self.flower_url = self.flower_password = ""
+        #: Where the gateway is; "" without one.
+        self.gateway_url = ""
         #: The worker that is warm, and what it is called before that: its node, and the processes that had this name.
         self.worker_name, self._node = "", ""
         self._before: set[str] = set()
@@ -76,7 +83,11 @@ class Stack:
             port = free_port(FLOWER_PORT)
             self.flower_url = f"http://127.0.0.1:{port}"
             self.flower_password = password(self.settings)
-            self._flower = self._spawn("flower", [sys.executable, "-m", "stoker.cli", "flower", f"--port={port}"], 5)
+            self._extras["Flower"] = self._spawn("flower", _own_command("flower", port), 5)
+        if self._want_gateway and self.joined is None and importlib.util.find_spec("uvicorn") is not None:
+            port = free_port(GATEWAY_PORT)
+            self.gateway_url = f"http://127.0.0.1:{port}/v1"
+            self._extras["the gateway"] = self._spawn("gateway", _own_command("serve", port), GATEWAY_GRACE)
 
     def _needs_broker(self) -> bool:
         """Not if one was chosen and answers. A Redis that was not chosen is another program's, on any port."""
@@ -144,9 +155,11 @@ class Stack:
             if self._broker is not None and time.monotonic() - compacted >= COMPACT_EVERY:
                 self._broker.compact()
                 compacted = time.monotonic()
-            if self._flower is not None and self._flower.returncode is not None:
-                code, log, self._flower = self._flower.returncode, self._flower.log, None
-                report(f"Flower ended (exit code {code}), see {log}; jobs go on without it")
+            for name, extra in list(self._extras.items()):
+                if extra.returncode is not None:
+                    del self._extras[name]
+                    said = f"{name} ended (exit code {extra.returncode}), see {extra.log}; jobs go on without it"
+                    report(said)
             if self.worker.returncode is not None:
                 report(f"the worker ended (exit code {self.worker.returncode}); starting another")
                 time.sleep(RESTART_PAUSE)
@@ -160,7 +173,7 @@ class Stack:
 
     def stop(self) -> None:
         # Ask both first, wait then: they stop side by side, and the broker outlives them.
-        children = [child for child in (self._flower, self.worker) if child is not None]
+        children = [*self._extras.values(), *([] if self.worker is None else [self.worker])]
         for child in children:
             child.ask_to_stop()
         for child in children:
@@ -182,6 +195,10 @@ class Stack:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+
+def _own_command(name: str, port: int) -> list[str]:
+    return [sys.executable, "-m", "stoker.cli", name, f"--port={port}"]
 
 
 def answers(settings: Settings) -> bool:

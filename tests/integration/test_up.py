@@ -77,7 +77,11 @@ class Up:
 def up(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Up]:
     """With the model that embeds, or those of the test's parameter: loading one that generates takes longest."""
     running = Up(
-        tmp_path / "home", "--no-flower", STOKER_GRACE="5", STOKER_MODELS=getattr(request, "param", EMBED_MODEL)
+        tmp_path / "home",
+        "--no-flower",
+        "--no-gateway",
+        STOKER_GRACE="5",
+        STOKER_MODELS=getattr(request, "param", EMBED_MODEL),
     )
     try:
         running.wait_until_warm()
@@ -123,7 +127,7 @@ def _runs_of(home: Path) -> Path:
 def test_a_second_one_joins_the_first_says_so_and_ends_alone_while_nohup_keeps_the_first(tmp_path: Path) -> None:
     env = {"STOKER_GRACE": "5", "STOKER_MODELS": EMBED_MODEL}
     old = _runs_of(tmp_path / "home")
-    first = Up(tmp_path / "home", "--no-flower", hang_up=signal.SIG_IGN, **env)
+    first = Up(tmp_path / "home", "--no-flower", "--no-gateway", hang_up=signal.SIG_IGN, **env)
     second = None
     try:
         first.wait_until_warm()
@@ -178,7 +182,7 @@ def test_a_worker_that_dies_is_started_again(up: Up) -> None:
 def test_a_damaged_model_file_is_one_line_and_its_own_exit_code(tmp_path: Path) -> None:
     damaged = tmp_path / "damaged.gguf"
     damaged.write_bytes(b"GGUF" + bytes(40))
-    running = Up(tmp_path / "home", "--no-flower", "--model", f"damaged={damaged}")
+    running = Up(tmp_path / "home", "--no-flower", "--no-gateway", "--model", f"damaged={damaged}")
     assert running.process.wait(60) == 5
     output = running.output.read_text()
     assert "damaged.gguf" in output
@@ -192,7 +196,7 @@ def test_a_broker_that_the_user_named_and_that_is_away_is_not_replaced(tmp_path:
     assert "which STOKER_URL names" in running.output.read_text()
 
 
-def test_flower_watches_the_worker_which_goes_on_without_it(tmp_path: Path) -> None:
+def test_flower_and_the_gateway_serve_the_worker_which_goes_on_without_them(tmp_path: Path) -> None:
     running = Up(tmp_path / "home", STOKER_GRACE="5", STOKER_MODELS=EMBED_MODEL)
     try:
         running.wait_until_warm()
@@ -207,12 +211,27 @@ def test_flower_watches_the_worker_which_goes_on_without_it(tmp_path: Path) -> N
                 return False
 
         wait_until(answers, "Flower answers", 30)
+        gateway = next(line for line in running.output.read_text().splitlines() if line.startswith("gateway")).split()[
+            1
+        ]
+
+        def listed() -> bool:
+            try:
+                with urllib.request.urlopen(f"{gateway}/models", timeout=2) as reply:
+                    return EMBED_MODEL in reply.read().decode()
+            except OSError:
+                return False
+
+        wait_until(listed, "the gateway answers", 30)
+        for pid in processes_with(f"serve --port={gateway.rpartition(':')[2].removesuffix('/v1')}"):
+            os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: "the gateway ended" in running.output.read_text(), "its end is reported")
         for pid in processes_with(f"--port={url.rpartition(':')[2]}"):
             os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: "jobs go on without it" in running.output.read_text(), "its end is reported")
+        wait_until(lambda: "Flower ended" in running.output.read_text(), "its end is reported")
         assert running.stoker("embed", "still here").returncode == 0
         logs = [running.output, *running.home.glob("logs/*")]
-        assert {log.name for log in logs} >= {"up.log", "worker.log", "flower.log", "broker.log"}
+        assert {log.name for log in logs} >= {"up.log", "worker.log", "flower.log", "gateway.log", "broker.log"}
         said = "\n".join(log.read_text() for log in logs)
         assert "still here" not in said
         assert (running.home / "broker" / "password").read_text().strip() not in said
