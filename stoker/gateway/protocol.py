@@ -1,15 +1,33 @@
-"""uvicorn's HTTP protocol with a time limit for headers, which it does not have: a client that sends them byte by byte
-would hold its connection for ever."""
+"""uvicorn's HTTP protocol with two time limits that it does not have: a client that sends its headers byte by byte, or
+does not read the rest of an answer, would hold its connection for ever."""
 
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 #: Seconds from the first moment of a connection, or the first byte of a further request, until its headers are whole.
 HEADERS_WITHIN = 10.0
+#: Seconds that a connection which is closed has for what was written before.
+FLUSHED_WITHIN = 30.0
+
+
+class EndingTransport:
+    """A transport whose `close` is the end also for a client that reads nothing."""
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport, self._loop = transport, loop
+
+    def close(self) -> None:
+        if not self._transport.is_closing():
+            self._transport.close()
+            self._loop.call_later(FLUSHED_WITHIN, self._transport.abort)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
 
 
 class TimedProtocol(H11Protocol):
@@ -18,7 +36,7 @@ class TimedProtocol(H11Protocol):
     _limit: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        super().connection_made(EndingTransport(transport, self.loop))  # type: ignore[arg-type]
         self._begin()
 
     def data_received(self, data: bytes) -> None:

@@ -41,6 +41,11 @@ class Served:
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._app(scope, receive, send)
 
+    @property
+    def connections(self) -> int:
+        """How many there are now."""
+        return len(self._server.server_state.connections)
+
     def over(self, gateway: Gateway) -> None:
         self._app = gateway.application()
 

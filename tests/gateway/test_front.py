@@ -103,7 +103,7 @@ def test_a_client_that_sends_its_headers_or_its_body_slowly_holds_no_connection(
 ) -> None:
     monkeypatch.setattr(protocol, "HEADERS_WITHIN", 0.05)
     monkeypatch.setattr(bodies, "READ_WITHIN", 0.05)
-    assert raw(served, b"GET /v1/models HTTP/1.1\r\nhost: local") == b""
+    assert raw(served, b"") == raw(served, b"GET /v1/models HTTP/1.1\r\nhost: local") == b""
     # Of a further request of the same connection, too.
     part = b"GET /v1/models HTTP/1.1\r\nhost: local"
     with socket.create_connection(("127.0.0.1", served.port), timeout=20) as connection:
@@ -125,6 +125,8 @@ def test_a_client_that_reads_nothing_counts_as_gone(
     served: Served, fake: AsyncFakeClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(events, "SLOW", 0.05)
+    monkeypatch.setattr(protocol, "FLUSHED_WITHIN", 0.05)
+    held = served.connections
     fake.script.generate(["word" * 5000] * 2000, hangs=True)
     body = json.dumps({**BODY, "stream": True, "max_tokens": 2000}).encode()
     head = f"POST {PATH} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
@@ -132,6 +134,7 @@ def test_a_client_that_reads_nothing_counts_as_gone(
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
         wait_until(lambda: _status(fake) is JobStatus.CANCELLED, "the job is cancelled")
+        wait_until(lambda: served.connections <= held, "the connection is given up")
 
 
 def _status(fake: AsyncFakeClient) -> Any:

@@ -112,6 +112,16 @@ def test_the_monitor_without_its_extra_says_how_to_install_it_and_loads_no_mlx_w
     )
 
 
+def test_the_gateway_without_its_extra_says_how_to_install_it_and_loads_no_mlx_with_it() -> None:
+    code = "import sys; sys.modules['uvicorn'] = None; sys.argv[1:] = ['serve']; import stoker.cli; stoker.cli.main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr == "stoker: uvicorn is missing, which the gateway needs: pip install 'stoker[gateway]'.\n"
+    assert done.returncode == 2
+    subprocess.run(
+        [sys.executable, "-c", PROMISE.replace("import stoker", "import stoker.gateway.command")], check=True
+    )
+
+
 def test_a_client_depends_on_no_package_of_the_worker_or_the_command() -> None:
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     names = {re.match(r"[A-Za-z0-9_-]+", line)[0] for line in project["dependencies"]}  # type: ignore[index]
@@ -120,3 +130,4 @@ def test_a_client_depends_on_no_package_of_the_worker_or_the_command() -> None:
     assert worker >= set(project["optional-dependencies"]["cli"]), "a worker is started by the command"
     assert {"celery==5.7.0", "kombu==5.7.0"} <= worker
     assert worker >= set(project["optional-dependencies"]["monitor"]), "`stoker up` starts the monitor"
+    assert worker >= set(project["optional-dependencies"]["gateway"]), "and the gateway"
