@@ -28,6 +28,9 @@ def test_each_kind_of_key_has_its_own_longest_life(kind: keys.Kind) -> None:
             keys.cancel("x"),
             keys.blob("vectors:x"),
             keys.worker("x"),
+            keys.commands("x"),
+            keys.command("x"),
+            keys.loading("x"),
         ),
         *(make(QUEUE) for make in (keys.open_jobs, keys.turns, keys.dispatched, keys.pace, keys.sizes, keys.ready)),
         *(
