@@ -13,7 +13,7 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from stoker.client._async.client import AsyncClient
-from stoker.gateway import anthropic, chat, completions, embeddings, listing
+from stoker.gateway import anthropic, chat, completions, embeddings, listing, responses
 from stoker.gateway.access import Access, Anybody
 from stoker.gateway.answers import Generation, answered
 from stoker.gateway.bodies import read_body
@@ -57,6 +57,7 @@ class Gateway:
             "/v1/completions": self.generating(completions.asked),
             "/v1/embeddings": self.embedding,
             "/v1/messages": self.generating(anthropic.asked),
+            "/v1/responses": self.generating(responses.asked),
         }
         numbers = Numbers()
         health = Health(self.client, numbers)

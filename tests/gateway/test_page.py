@@ -9,6 +9,7 @@ from stoker.gateway.chat import ChatBody
 from stoker.gateway.completions import CompletionBody
 from stoker.gateway.embeddings import EmbeddingBody
 from stoker.gateway.fields import Body
+from stoker.gateway.responses import ResponsesBody
 from tests.docs.pages import code, rows
 
 COLUMNS: dict[str, type[Body]] = {
@@ -16,6 +17,7 @@ COLUMNS: dict[str, type[Body]] = {
     "completions": CompletionBody,
     "embeddings": EmbeddingBody,
     "messages": MessagesBody,
+    "responses": ResponsesBody,
 }
 
 

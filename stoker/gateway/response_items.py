@@ -1,0 +1,112 @@
+"""What goes into and out of `/v1/responses`: items of a conversation, functions, the form of the text."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from stoker.contract.shown import brief
+from stoker.gateway.errors import Refused
+from stoker.gateway.fields import Body
+from stoker.gateway.tools import Function
+
+_PARTS = ("input_text", "output_text")
+
+
+def items_of(value: Any) -> Any:
+    """A text is what the user says."""
+    return [{"role": "user", "content": value}] if isinstance(value, str) else value
+
+
+def _text(value: Any) -> Any:
+    if not isinstance(value, list):
+        return value
+    for number, part in enumerate(value):
+        if not isinstance(part, dict) or part.get("type") not in _PARTS or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, dict) else part
+            raise ValueError(f"part {number} is {brief(kind)}; allowed: {', '.join(_PARTS)}, each with its text")
+    return "".join(part["text"] for part in value)
+
+
+#: Type of an item → the fields that it must have; `id` and `status`, as answers have them, may come back.
+FIELDS = {
+    "message": frozenset({"role", "content"}),
+    "function_call": frozenset({"call_id", "name", "arguments"}),
+    "function_call_output": frozenset({"call_id", "output"}),
+}
+
+
+class Item(Body):
+    type: Literal["message", "function_call", "function_call_output"] = "message"
+    role: Literal["system", "developer", "user", "assistant"] | None = None
+    content: Annotated[str, BeforeValidator(_text)] | None = None
+    call_id: str | None = None
+    name: str | None = None
+    arguments: str | None = None
+    output: Annotated[str, BeforeValidator(_text)] | None = None
+    id: str | None = None
+    status: str | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> Item:
+        needed, given = FIELDS[self.type], self.model_fields_set - {"type", "id", "status"}
+        if given != needed:
+            said, has = ", ".join(sorted(given)), ", ".join(sorted(needed))
+            raise ValueError(f"{said or 'nothing'} given; an item of type {self.type} has {has}")
+        if self.arguments is not None:
+            _arguments(self.arguments)
+        return self
+
+    def as_template(self) -> dict[str, object]:
+        if self.type == "function_call_output":
+            return {"role": "tool", "tool_call_id": self.call_id, "content": self.output}
+        if self.type == "function_call":
+            function = {"name": self.name, "arguments": _arguments(self.arguments or "{}")}
+            return {"role": "assistant", "tool_calls": [{"id": self.call_id, "type": "function", "function": function}]}
+        return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
+
+
+def _arguments(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"arguments: {brief(text)} given; expected the text of a JSON object")
+    return found
+
+
+class FunctionTool(Body):
+    type: Literal["function"]
+    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool = True
+
+    @property
+    def function(self) -> Function:
+        return Function(name=self.name, description=self.description, parameters=self.parameters)
+
+
+class TextFormat(Body):
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+    #: Answers always fit the schema.
+    strict: bool = True
+
+    def schema_of_answer(self) -> dict[str, Any] | None:
+        if (self.type == "json_schema") != (self.schema_ is not None):
+            message = f"text.format.schema: expected with type json_schema alone; type is {self.type}."
+            raise Refused(400, message, param="text.format.schema", code="invalid_value")
+        return {"type": "object"} if self.type == "json_object" else self.schema_
+
+
+def choice_of(choice: str | dict[str, Any] | None) -> object:
+    """`tool_choice` as chats have it: with the function's name one level deeper."""
+    if isinstance(choice, dict) and set(choice) == {"type", "name"}:
+        return {"type": choice["type"], "function": {"name": choice["name"]}}
+    return choice
