@@ -167,6 +167,14 @@ def resized(array: mx.array, rows: int, capacity: int) -> mx.array:
     return mx.pad(array, more) if any(after for _, after in more) else mx.contiguous(array)
 
 
+def write(array: mx.array, fresh: mx.array, positions: mx.array) -> None:
+    """Put one token a row, (rows, heads, size), at its position of an array, in place, and in one launch."""
+    rows, heads, _ = fresh.shape
+    # Unsigned and of the full shape: else MLX would launch what makes them so.
+    row, head = np.indices((rows, heads), dtype=np.uint32)
+    array[mx.array(row), mx.array(head), positions[:, None]] = fresh
+
+
 class View:
     """A `LayerCache` over keys and values for one pass: row i's new tokens lie at `offset[i]` and after it.
 
@@ -186,6 +194,7 @@ class View:
         self.keys, self.values, self.states = (list(arrays) for arrays in kv)
         self.offset, self.kv_length, self.exact = offset, kv_length, exact
         self._rows, self._tokens = shape
+        self._positions = offset.astype(mx.uint32)
         # With one token, too: a sliding window hides what lies before it.
         self.mask: Mask = "causal" if exact else self.seen(window)
 
@@ -226,12 +235,11 @@ class View:
             self.states[index] = storage
 
     def _write(self, storage: mx.array, new: mx.array) -> mx.array:
-        if self._rows == storage.shape[0] == 1:
-            return mx.slice_update(storage, new, self.offset, axes=(2,))
-        rows = mx.arange(self._rows)
         if self._tokens == 1:
-            storage[rows, :, self.offset] = new[:, :, 0]
+            write(storage, new[:, :, 0], self._positions)
+        elif self._rows == storage.shape[0] == 1:
+            return mx.slice_update(storage, new, self.offset, axes=(2,))
         else:
-            positions = self.offset[:, None] + mx.arange(self._tokens)[None]
+            rows, positions = mx.arange(self._rows), self.offset[:, None] + mx.arange(self._tokens)[None]
             storage[rows[:, None], :, positions] = new.swapaxes(1, 2)
         return storage

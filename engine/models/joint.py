@@ -13,7 +13,7 @@ from typing import TypeAlias
 import mlx.core as mx
 import numpy as np
 
-from engine.models.cache import HoldsKeyValues, KeyValues, LayerCache, Stored, resized
+from engine.models.cache import HoldsKeyValues, KeyValues, LayerCache, Stored, resized, write
 from engine.models.layers import RowAdapters
 from kernels.attend import AttendAdapters
 
@@ -158,11 +158,3 @@ class JointView:
 
 #: What a decoder's forward pass may be given.
 Cache: TypeAlias = LayerCache | JointView
-
-
-def write(array: mx.array, fresh: mx.array, positions: mx.array) -> None:
-    """Put one token a row, (rows, heads, size), at its position of an array, in place, and in one launch."""
-    rows, heads, _ = fresh.shape
-    # Unsigned and of the full shape: else MLX would launch what makes them so.
-    row, head = np.indices((rows, heads), dtype=np.uint32)
-    array[mx.array(row), mx.array(head), positions[:, None]] = fresh

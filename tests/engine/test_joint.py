@@ -15,7 +15,7 @@ from engine.generation.forward_input import ForwardInput
 from engine.generation.sampling_batch import SamplingBatch
 from engine.generation.step import Step
 from engine.models import joint
-from engine.models.cache import KeyValues
+from engine.models.cache import KeyValues, write
 from engine.models.joint import JointKeyValues
 from engine.models.llama import Llama
 from tests.engine import tiny
@@ -108,7 +108,7 @@ def test_a_joint_cache_is_written_in_place(tiny_llama: Llama, rows: int) -> None
     mx.eval(kv.arrays, positions, fresh)
     mx.reset_peak_memory()
     resting = mx.get_active_memory()
-    joint.write(array, fresh, positions)
+    write(array, fresh, positions)
     mx.eval(array)
     assert mx.get_peak_memory() - resting < array.nbytes // 2
     assert array[rows - 1, :, 7].min().item() == 1.0
