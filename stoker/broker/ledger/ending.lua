@@ -5,6 +5,7 @@
 local function strike_out(record, owner)
   -- A key that another program wrote over stops the script here: a job that has left one order, and could not leave the
   -- next, would wait in none.
+  result_ttl()
   local all, held = bytes_open(id)
   for _, key in ipairs({open, dispatched}) do redis.call('ZCARD', key) end
   for _, priority in ipairs(levels()) do redis.call('ZCARD', backlog(priority)) end
