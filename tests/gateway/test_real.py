@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator
 from typing import Any
 
+import anthropic
 import httpx2
 import numpy as np
 import openai
@@ -66,6 +67,25 @@ def test_a_forced_call_of_a_real_model_has_arguments_that_fit(api: openai.OpenAI
             response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nonsense"}}},
         )  # fmt: skip
     assert caught.value.param == "response_format"
+
+
+def test_the_same_conversation_has_the_same_answer_in_each_vendors_form(api: openai.OpenAI) -> None:
+    fields: Any = {"model": GENERATE_MODEL, "extra_body": {"temperature": 0}}
+    chat = api.chat.completions.create(messages=HELLO, max_tokens=8, **fields)
+    newer = api.responses.create(input=HELLO[0]["content"], max_output_tokens=8, **fields)
+    base_url = str(api.base_url).removesuffix("/v1/")
+    with anthropic.Anthropic(base_url=base_url, api_key="none", max_retries=0, timeout=60) as claude:
+        message = claude.messages.create(messages=HELLO, max_tokens=8, **fields)
+        with claude.messages.stream(messages=HELLO, max_tokens=8, **fields) as stream:
+            streamed = "".join(stream.text_stream)
+    text = chat.choices[0].message.content
+    assert text
+    assert newer.output_text == text
+    assert [block.text for block in message.content if block.type == "text"] == [text]
+    assert streamed == text
+    assert chat.usage is not None
+    counted = message.usage.input_tokens + (message.usage.cache_read_input_tokens or 0)
+    assert counted == chat.usage.prompt_tokens > 0
 
 
 def test_a_client_that_leaves_cancels_its_job(api: openai.OpenAI, client: Client) -> None:

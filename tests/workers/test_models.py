@@ -38,7 +38,7 @@ def card(model: str, kinds: Sequence[str] = KINDS) -> ModelCard:
 
 
 class FakeEngine:
-    """Holds what it is told to. `headers` and `files`: models whose headers, or weights, cannot be read."""
+    """Holds what a test gives it. `headers` and `files`: models whose headers, or weights, cannot be read."""
 
     device, memory_bytes = "cpu", 0
     adapters: Mapping[str, tuple[str, ...]] = {}
