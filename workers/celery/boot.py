@@ -82,7 +82,7 @@ class EngineStep(bootsteps.StartStopStep):
         heart.start()
         rounds = (Housekeeping(self._context.settings).round, partial(run_sweep.round_of, running))
         Background("housekeeping", *rounds, stopped=running.stopped, every=EVERY).start()
-        rest = resting.Resting(self._context.lanes)
+        rest = resting.Resting.in_this_process(self._context.lanes)
         Background("resting", rest.round, stopped=running.stopped, every=resting.EVERY).start()
         Background("mending", lambda: _mend(running, heart), stopped=running.stopped, every=MEND_EVERY).start()
 

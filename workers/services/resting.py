@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Self
 
-from engine.platform import heap
 from workers.capacity import Lanes
 
 #: Seconds between two rounds.
@@ -17,15 +17,17 @@ GROWN = 32 << 20
 class Resting:
     """Odd requests and large ones leave holes in the heap, which would stay with a worker that runs for a year."""
 
-    def __init__(
-        self,
-        lanes: Lanes,
-        resident: Callable[[], int] = heap.resident,
-        give_back: Callable[[], bool] = heap.give_back,
-    ) -> None:
+    def __init__(self, lanes: Lanes, resident: Callable[[], int], give_back: Callable[[], bool]) -> None:
         self._lanes, self._resident, self._give_back = lanes, resident, give_back
         #: Bytes that the process had when it last gave some back.
         self._had = 0
+
+    @classmethod
+    def in_this_process(cls, lanes: Lanes) -> Self:
+        # Here, because the package loads MLX: a worker has it once it starts, and what imports its app does without.
+        from engine.platform import heap
+
+        return cls(lanes, heap.resident, heap.give_back)
 
     def round(self) -> None:
         """Give back what lies free, if no job is held and the process has grown."""
