@@ -23,6 +23,8 @@ from stoker.settings import Settings
 log = logging.getLogger(__name__)
 #: How the name of a version's file in a store ends.
 SUFFIX = ".safetensors"
+#: The folder of a store that is no broker in which checkpoints of runs lie: no model's name begins with a dot.
+RUNS = ".runs"
 #: Versions that the broker is asked for at once.
 STRIDE = 256
 

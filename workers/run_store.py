@@ -13,14 +13,11 @@ from engine.training import carried
 from engine.training.carried import OpenFile, Snapshot
 from stoker.broker import keys
 from stoker.contract.names import Rule, checked
-from workers.artifacts import Artifacts
+from workers.artifacts import RUNS, Artifacts
 from workers.job_lease import JobLease
 from workers.run_manifest import Manifest, StoredFile, content_name, content_of, size_of
 from workers.run_parts import BrokerParts, FolderParts, NoRoom, Parts
 from workers.services.runtime import Fenced
-
-#: Where the parts of all runs lie in a store that is no broker: no model's name begins with a dot.
-FOLDER = ".runs"
 
 
 class Damaged(Exception):
@@ -30,7 +27,7 @@ class Damaged(Exception):
 class RunStore:
     def __init__(self, lease: JobLease) -> None:
         runtime, job_id = lease.runtime, checked(Rule.JOB_ID, "job id", lease.job_id)
-        folder = Artifacts(runtime.settings, runtime.redis).folder(f"{FOLDER}/{job_id}")
+        folder = Artifacts(runtime.settings, runtime.redis).folder(f"{RUNS}/{job_id}")
         self._lease, self._redis = lease, runtime.redis
         self._most = runtime.settings.checkpoint_megabytes * 2**20
         self._parts: Parts = BrokerParts(lease) if folder is None else FolderParts(folder, lease.token)

@@ -10,8 +10,7 @@ from typing import Any
 from stoker.broker import keys
 from stoker.contract.names import Rule, follows
 from stoker.settings import Settings
-from workers.artifacts import Artifacts
-from workers.run_store import FOLDER
+from workers.artifacts import RUNS, Artifacts
 from workers.services.runtime import Runtime
 
 log = logging.getLogger(__name__)
@@ -26,10 +25,10 @@ def sweep(settings: Settings, redis: Any, now: float) -> list[str]:
     """Delete those of runs that nobody goes on with; return their ids. A folder may be that of another broker's run, or
     its first checkpoint may be on its way: then it has no manifest here, and goes when it is older than any may be."""
     store = Artifacts(settings, redis)
-    home = store.folder(FOLDER)
+    home = store.folder(RUNS)
     gone = []
     for job_id in home.names() if home is not None else ():
-        folder = store.folder(f"{FOLDER}/{job_id}")
+        folder = store.folder(f"{RUNS}/{job_id}")
         if folder is None or not follows(Rule.JOB_ID, job_id) or redis.exists(keys.checkpoint(job_id)):
             continue
         if redis.exists(keys.result(job_id)) or folder.changed() < now - keys.DEAD_TTL:
