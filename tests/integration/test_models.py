@@ -89,7 +89,7 @@ def test_the_command_line_says_what_is_warm_and_what_was_refused(client: Client,
 
 @pytest.mark.slow
 def test_a_worker_that_is_killed_in_a_load_ends_the_command_and_comes_back_as_configured(
-    client: Client,
+    client: Client, small: Stack, tmp_path: Path
 ) -> None:
     pid = only(client).pid
     with ThreadPoolExecutor() as pool:
@@ -99,7 +99,9 @@ def test_a_worker_that_is_killed_in_a_load_ends_the_command_and_comes_back_as_co
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(WorkerUnavailable, match="went away in the middle of it"):
             asked.result(60)
-    wait_until(lambda: [w.pid for w in client.workers() if w.pid != pid], "another one is started", 60)
-    wait_until(lambda: client.workers() and states(client).get("first") == "warm", "it is warm", 60)
-    assert GENERATE_MODEL not in states(client)
-    assert len(client.generate("t1", model="first", max_tokens=2).result(60).token_ids) == 2
+    # What a supervisor does: the same settings again.
+    with Stack(small.settings.model_copy(update={"home": tmp_path / "again"}), flower=False) as again:
+        again.wait_until_warm()
+        wait_until(lambda: states(client).get("first") == "warm", "it is warm", 60)
+        assert GENERATE_MODEL not in states(client)
+        assert len(client.generate("t1", model="first", max_tokens=2).result(60).token_ids) == 2
