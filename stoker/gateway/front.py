@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import time
@@ -54,6 +55,10 @@ class Front:
             await exchange.refuse(_no_such(error, scope))
         except StokerError as error:
             await exchange.refuse(Names().refusal(error))
+        except asyncio.CancelledError:
+            message = f"the gateway ends, and the job goes on: ask another one with Idempotency-Key: {exchange.id}."
+            await exchange.refuse(Refused(503, message, code="gateway_ends", again=1.0))
+            raise
         except Exception:
             log.exception("request %s failed by a defect of the gateway", exchange.id)
             message = f"the gateway failed; its log has the reason, under request {exchange.id}."

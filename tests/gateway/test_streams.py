@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import socket
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 from stoker import errors
 from stoker.broker.outcome import JobStatus
 from stoker.errors import StokerError
-from stoker.gateway import events
+from stoker.gateway import command, events
 from stoker.gateway.app import Gateway
 from stoker.gateway.errors import TABLE, Names
 from stoker.testing import AsyncFakeClient
@@ -85,6 +86,31 @@ def test_a_client_that_leaves_while_it_waits_for_the_whole_cancels_its_job(
         connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
         wait_until(lambda: fake.sent.jobs and status(fake) is JobStatus.RUNNING, "the job runs")
     wait_until(lambda: status(fake) is JobStatus.CANCELLED, "the job is cancelled")
+
+
+def test_a_gateway_that_is_asked_to_end_cancels_no_job(fake: AsyncFakeClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "GRACE", 0)
+    ending = Served(Gateway(fake))
+    fake.script.generate(TEXT, hangs=True, times=2)
+    answers: list[httpx2.Response] = []
+
+    def ask() -> None:
+        answers.append(httpx2.post(f"{ending.url}/v1/chat/completions", json=BODY, timeout=20))
+
+    waiting = threading.Thread(target=ask, daemon=True)
+    with httpx2.stream("POST", f"{ending.url}/v1/chat/completions", json={**BODY, "stream": True}, timeout=20) as got:
+        # An iterator that is let go of closes the connection.
+        heard = got.iter_lines()
+        assert next(heard).startswith("data: ")
+        waiting.start()
+        wait_until(lambda: len(fake.sent.jobs) == 2 and status(fake, 1) is JobStatus.RUNNING, "both run")
+        ending.stop()
+        with pytest.raises(httpx2.HTTPError):
+            list(heard)
+    waiting.join(20)
+    assert [status(fake, number) for number in (0, 1)] == [JobStatus.RUNNING] * 2
+    assert [answer.status_code for answer in answers] == [503]
+    assert f"Idempotency-Key: {fake.sent.jobs[1].job_id}" in answers[0].json()["error"]["message"]
 
 
 def test_a_broken_stream_goes_on_at_the_next_token_on_another_gateway(
