@@ -125,7 +125,14 @@ async def _next(events: AsyncGenerator[Event]) -> Event | None:
 
 
 async def _stopped(task: asyncio.Future[Event | None]) -> None:
-    """End `task`, and wait until it has ended: its generator can be closed only then."""
-    if not task.done():
-        task.cancel()
-        await asyncio.wait({task})
+    """End `task`, and wait until it has ended, also where this one is cancelled again: its generator can be closed only
+    then."""
+    cancelled: asyncio.CancelledError | None = None
+    task.cancel()
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled
