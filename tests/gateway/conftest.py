@@ -15,14 +15,15 @@ from tests.gateway.machinery import Served
 CHAT, EMBED = "smollm2-135m-instruct", "all-minilm-l6-v2"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def running() -> Iterator[Served]:
+    """It has ended before the tests of other rooms set the process' clock: its timers would never be due."""
     served = Served(Gateway(AsyncFakeClient(settings=Settings())))
     yield served
     served.stop()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def package(running: Served) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0, timeout=20) as client:
         yield client

@@ -25,7 +25,7 @@ WEATHER: Any = {
 }
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def package(running: Served) -> Iterator[anthropic.Anthropic]:
     with anthropic.Anthropic(base_url=running.url, api_key="none", max_retries=0, timeout=20) as client:
         yield client
