@@ -69,9 +69,11 @@ def qos(broker: Settings, health: Any) -> Iterator[Any]:
     poller.close()
 
 
-def deliver(qos: Any) -> None:
+def deliver(qos: Any, exchange: str = "") -> None:
+    """A message is taken. Stoker's name no exchange; others' may."""
     made = json.loads(envelope("job", "generate", "m", QUEUE))
     made["properties"]["delivery_tag"] = "job#1"
+    made["properties"]["delivery_info"]["exchange"] = exchange
     qos.append(qos.channel.message_to_python(made), "job#1")
 
 

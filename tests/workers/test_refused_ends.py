@@ -78,7 +78,7 @@ def test_a_message_whose_requeueing_the_broker_forbids_in_any_part_is_where_it_w
 def test_a_message_goes_back_though_kombus_table_of_queues_cannot_be_read(redis: Any, qos: Any) -> None:
     """kombu would take it off what is held, and put it back nowhere."""
     redis.set(f"{keys.PREFIX}_kombu.binding.celery", "of another program", ex=60)
-    deliver(qos)
+    deliver(qos, "celery")
     qos.channel.qos.reject("job#1", requeue=True)
     assert redis.llen(keys.ready(QUEUE)) == 1
     assert b'"redelivered": true' in redis.lindex(keys.ready(QUEUE), 0)
