@@ -5,7 +5,6 @@ Call `engine.platform.blas.boot()` before this module is imported: it imports ML
 
 from __future__ import annotations
 
-import gc
 import logging
 import queue
 import threading
@@ -26,6 +25,7 @@ from engine.errand import Errand, at_once, in_own_thread
 from engine.generation.limits import GenerationLoad, LaneLimits
 from engine.lane import AnyLane
 from engine.platform import heap, probe
+from engine.platform.threads import collect, leave
 from engine.text import trial
 from engine.ticket import StepOutput, Ticket, contained
 from engine.warm import WarmModels
@@ -192,7 +192,7 @@ class Engine:
         gone = self._run_errand(at_once(lambda: self._warm.let_go(name)))
         if gone:
             # What its passes and lanes refer to goes with the cycles that they are in.
-            gc.collect()
+            collect()
             mx.clear_cache()
             heap.give_back()
         return gone
@@ -271,8 +271,7 @@ class Engine:
         finally:
             self._stopping = True
             self._fail_everything()
-            # Without this the interpreter may abort at exit: MLX's streams belong to the thread that made them.
-            mx.clear_streams()
+            leave()
 
     def _load(self) -> None:
         for name, sources in self._sources.items():

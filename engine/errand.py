@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from typing import Generic, TypeVar
 
-import mlx.core as mx
+from engine.platform.threads import leave
 
 T = TypeVar("T")
 
@@ -56,11 +56,13 @@ def in_own_thread(name: str, call: Callable[[], T]) -> T:
 
     def main() -> None:
         try:
-            future.set_result(call())
+            made = call()
         except BaseException as error:
+            leave()
             future.set_exception(error)
-        finally:
-            mx.clear_streams()
+        else:
+            leave()
+            future.set_result(made)
 
     threading.Thread(target=main, name=name, daemon=True).start()
     return future.result()
