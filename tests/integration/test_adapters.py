@@ -23,7 +23,7 @@ OPTIONS = {"model": GENERATE_MODEL, "batch_size": 2, "max_length": 32, "learning
 
 def train(client: Client, name: str, answer: str, **options: object) -> None:
     rows = [{"prompt": f"Q: {word}?\nA:", "completion": f" {answer}"} for word in ("coal", "steam")]
-    client.train(name, rows, steps=5, **{**OPTIONS, **options}).result(120)  # type: ignore[arg-type]
+    client.train(name, rows, steps=3, **{**OPTIONS, **options}).result(120)  # type: ignore[arg-type]
 
 
 def say(client: Client, adapter: str | None) -> str:

@@ -26,7 +26,7 @@ ROWS = [{"prompt": f"Q: {word}?\nA:", "completion": " Aye, stoker!"} for word in
 )
 def test_a_run_whose_worker_goes_away_goes_on_in_the_next_and_makes_the_same(own_stack: Stack, how: int) -> None:
     options: TrainOptions = {
-        "steps": 6,
+        "steps": 4,
         "batch_size": 1,
         "max_length": 32,
         "checkpoint_every": 2,
@@ -42,8 +42,8 @@ def test_a_run_whose_worker_goes_away_goes_on_in_the_next_and_makes_the_same(own
         own_stack.wait_until_warm()
         reported += reports
         result = run.result(60)
-        assert [report.index for report in reported] == list(range(6))
-        assert (result.steps, result.version) == (6, 1)
+        assert [report.index for report in reported] == list(range(4))
+        assert (result.steps, result.version) == (4, 1)
         calm = client.train("calm", ROWS, model=GENERATE_MODEL, **options)
         assert [report.loss for report in calm.progress(timeout=120)] == [report.loss for report in reported]
         text = client.generate("Q: fire?\nA:", model=GENERATE_MODEL, adapter="resumed", max_tokens=6).result(60).text
