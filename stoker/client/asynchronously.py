@@ -8,6 +8,7 @@ from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, I
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from stoker.broker.connection import connect_async
+from stoker.client.asked import Ask
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis as Redis
@@ -19,6 +20,8 @@ T = TypeVar("T")
 
 #: Texts of a bulk call.
 Texts = Iterable[str] | AsyncIterable[str]
+#: Requests of a bulk call.
+Asks = Iterable[Ask] | AsyncIterable[Ask]
 #: Says which model a job of a kind goes to.
 Chooser: TypeAlias = Callable[[str | None, str], Awaitable[str]]
 #: What a generator meets when its caller leaves it early.
@@ -78,11 +81,11 @@ async def finished(call: Callable[[], Awaitable[T]]) -> T:
     raise cancelled
 
 
-async def each(texts: Texts) -> AsyncIterator[str]:
-    """The texts of either kind of iterable."""
-    if isinstance(texts, AsyncIterable):
-        async for text in texts:
-            yield text
+async def each(items: Iterable[T] | AsyncIterable[T]) -> AsyncIterator[T]:
+    """The items of either kind of iterable."""
+    if isinstance(items, AsyncIterable):
+        async for item in items:
+            yield item
     else:
-        for text in texts:
-            yield text
+        for item in items:
+            yield item

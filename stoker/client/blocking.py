@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, ParamSpec, TypeAlias, TypeVar
 
 from stoker.broker.connection import connect
+from stoker.client.asked import Ask
 
 if TYPE_CHECKING:
     from redis import Redis as Redis
@@ -18,6 +19,8 @@ P = ParamSpec("P")
 
 #: Texts of a bulk call.
 Texts = Iterable[str]
+#: Requests of a bulk call.
+Asks = Iterable[Ask]
 #: Says which model a job of a kind goes to.
 Chooser: TypeAlias = Callable[[str | None, str], str]
 #: What a generator meets when its caller leaves it early.
@@ -50,5 +53,5 @@ def finished(call: Callable[[], T]) -> T:
     return call()
 
 
-def each(texts: Texts) -> Iterator[str]:
-    yield from texts
+def each(items: Iterable[T]) -> Iterator[T]:
+    yield from items

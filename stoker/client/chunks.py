@@ -1,10 +1,10 @@
-"""What a bulk call decides without the broker: cutting texts into jobs, how many are in flight, what is tried again."""
+"""What bulk calls decide without the broker: cutting texts into jobs, how many are in flight, what is tried again."""
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import AsyncIterable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterable, Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -65,12 +65,18 @@ def checked_texts(texts: T) -> T:
 
 
 @dataclass
-class Chunk:
+class Part:
+    """What one job of a bulk call is asked. `tries`: how often it was sent and failed."""
+
+    tries: int = field(default=0, init=False)
+
+
+@dataclass
+class Chunk(Part):
     """The texts of one job. `start`: the index of the first among all."""
 
     start: int
     texts: list[str]
-    tries: int = 0
 
 
 @dataclass
@@ -101,11 +107,17 @@ class Cutter:
             yield chunk
 
 
-class InFlightLimit:
-    """How many jobs may be in flight now: `limit`."""
+def embedding_share(worker: Presence) -> int:
+    """Embedding jobs that one bulk call keeps in flight for a worker."""
+    return JOBS_PER_WORKER
 
-    def __init__(self, plan: Plan, model: str) -> None:
-        self._plan, self._model = plan, model
+
+class InFlightLimit:
+    """How many jobs may be in flight now: `limit`. `models`: those that the jobs go to; the caller may add some.
+    `share`: jobs in flight for a worker that has one of them."""
+
+    def __init__(self, plan: Plan, models: Collection[str], share: Callable[[Presence], int] = embedding_share) -> None:
+        self._plan, self._models, self._share = plan, models, share
         self._counted = -COUNT_EVERY
         self.limit = plan.in_flight or JOBS_PER_WORKER
 
@@ -115,20 +127,19 @@ class InFlightLimit:
         return self._plan.in_flight is None and time.monotonic() - self._counted >= COUNT_EVERY
 
     def count(self, workers: Sequence[Presence]) -> None:
-        able = sum(any(card.model == self._model for card in worker.models) for worker in workers)
-        self.limit = JOBS_PER_WORKER * max(1, able)
+        able = [worker for worker in workers if any(card.model in self._models for card in worker.models)]
+        self.limit = sum(map(self._share, able)) or JOBS_PER_WORKER
         self._counted = time.monotonic()
 
 
-def try_again(error: StokerError, chunk: Chunk, plan: Plan) -> bool:
-    """Whether to send the chunk once more. Raises what no further try can help, with the text's index among all."""
-    if isinstance(error, InvalidRequest):
-        raise type(error)(renumbered(str(error), chunk.start)) from None
-    chunk.tries += 1
+def try_again(error: StokerError, part: Part, plan: Plan) -> bool:
+    """Whether to send the part once more, whose job ended with `error`."""
+    part.tries += 1
     meant = isinstance(error, JobCancelled | DeadlineExceeded | JobDead)
-    return isinstance(error, JobError) and not meant and chunk.tries < plan.attempts
+    return isinstance(error, JobError) and not meant and part.tries < plan.attempts
 
 
-def renumbered(message: str, start: int) -> str:
-    """`texts.N` of a job, as the index among all texts."""
-    return re.sub(r"\btexts\.(\d+)", lambda match: f"texts.{int(match[1]) + start}", message, count=1)
+def named(error: InvalidRequest, chunk: Chunk) -> InvalidRequest:
+    """`error` with the index of its text among all, instead of `texts.N` of the job."""
+    text = re.sub(r"\btexts\.(\d+)", lambda match: f"texts.{int(match[1]) + chunk.start}", str(error), count=1)
+    return type(error)(text)

@@ -90,6 +90,13 @@ def choose_model(model: str | None, kind: str, known: Mapping[str, ModelCard], w
     return model
 
 
+def named_model(model: str | None) -> str | None:
+    """`model`. Raises `InvalidRequest` for one that is no text."""
+    if not isinstance(model, str | None):
+        raise InvalidRequest(f"model: {brief(model)} given; expected a name, or None for the only model there is.")
+    return model
+
+
 class Choices:
     """What `choose_model` chose lately, so that a client of many jobs asks no more often than workers report."""
 
@@ -98,8 +105,7 @@ class Choices:
 
     def get(self, model: str | None, kind: str) -> str | None:
         """The model that was chosen lately; None if none was. Raises `InvalidRequest` for a `model` that is no text."""
-        if not isinstance(model, str | None):
-            raise InvalidRequest(f"model: {brief(model)} given; expected a name, or None for the only model there is.")
+        named_model(model)
         chosen, until = self._kept.get((model, kind), ("", 0.0))
         return chosen if time.monotonic() < until else None
 

@@ -12,7 +12,9 @@ from typing import Literal, TypeAlias
 
 from typing_extensions import TypedDict
 
+from stoker.client.requests import Prompt
 from stoker.contract.requests import ChatMessage, LoraTarget
+from stoker.contract.shown import brief
 from stoker.contract.vectors import VectorType
 from stoker.errors import InvalidRequest
 
@@ -36,11 +38,9 @@ class EmbedOptions(JobOptions, total=False):
     dtype: VectorType
 
 
-class GenerateOptions(JobOptions, total=False):
-    """Options of `generate`."""
+class GenerateManyOptions(JobOptions, total=False):
+    """Options of `generate_many`, for all its requests."""
 
-    prompt_ids: Sequence[int] | None
-    messages: Sequence[ChatMessage | Mapping[str, object]] | None
     tools: Sequence[Mapping[str, object]] | None
     template: Mapping[str, object] | None
     adapter: str | None
@@ -60,6 +60,21 @@ class GenerateOptions(JobOptions, total=False):
     top_logprobs: int
     json_schema: Mapping[str, object] | None
     regex: str | None
+
+
+class GenerateOptions(GenerateManyOptions, total=False):
+    """Options of `generate`."""
+
+    prompt_ids: Sequence[int] | None
+    messages: Sequence[ChatMessage | Mapping[str, object]] | None
+
+
+class GenerateItem(GenerateOptions, total=False):
+    """One request of `generate_many`: a prompt, under the name of its kind, and options that are its own."""
+
+    prompt: Prompt | None
+    model: str | None
+    seed: int | None
 
 
 class TrainOptions(JobOptions, total=False):
@@ -98,7 +113,7 @@ class AdapterOptions(JobOptions, total=False):
     promote: bool
 
 
-Options: TypeAlias = EmbedOptions | GenerateOptions | TrainOptions | AdapterOptions
+Options: TypeAlias = EmbedOptions | GenerateManyOptions | TrainOptions | AdapterOptions
 
 
 def checked_options(given: Mapping[str, object], options: type[Options], named: Iterable[str]) -> dict[str, object]:
@@ -109,7 +124,8 @@ def checked_options(given: Mapping[str, object], options: type[Options], named: 
     for name in given:
         if name not in options.__annotations__:
             known = sorted({*options.__annotations__, *named})
-            close = difflib.get_close_matches(name, known, n=1)
+            shown = name if isinstance(name, str) and len(name) <= 60 and name.isidentifier() else brief(name)
+            close = difflib.get_close_matches(shown, known, n=1)
             hint = f"did you mean {close[0]}? " if close else ""
-            raise InvalidRequest(f"{name}: no such option; {hint}Allowed: {', '.join(known)}.")
+            raise InvalidRequest(f"{shown}: no such option; {hint}Allowed: {', '.join(known)}.")
     return dict(given)

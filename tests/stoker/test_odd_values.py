@@ -23,7 +23,7 @@ from stoker.broker import connection, keys
 from stoker.broker.outcome import read_vectors, vectors_reply
 from stoker.client._sync.jobs import GenerateJob
 from stoker.client.following import Follower
-from stoker.client.options import AdapterOptions, EmbedOptions, GenerateOptions, TrainOptions
+from stoker.client.options import AdapterOptions, EmbedOptions, GenerateManyOptions, GenerateOptions, TrainOptions
 from stoker.contract import EmbedReply, GenerateRequest, StreamToken, Usage, build
 from stoker.contract.freeform import MAX_DEPTH
 from stoker.contract.requests import MAX_ENTRIES
@@ -151,6 +151,10 @@ PARAMETERS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "generate": (
         {"prompt": "hi", "model": "m"},
         ("prompt", "model", "seed", "job_id", *GenerateOptions.__annotations__),
+    ),
+    "generate_many": (
+        {"requests": ["a"], "model": "m"},
+        ("requests", "model", "seed", "in_flight", "attempts", *GenerateManyOptions.__annotations__),
     ),
     "train": (
         {"name": "n", "dataset": [{"text": "a"}], "model": "m"},

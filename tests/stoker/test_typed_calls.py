@@ -65,6 +65,12 @@ def test_the_options_are_the_requests_fields_with_their_types(call: str) -> None
     assert get_type_hints(typed) == wanted | ALSO.get(call, {})
 
 
+def test_a_bulk_call_takes_what_generate_takes_except_prompts_and_a_request_of_it_takes_both() -> None:
+    of_all, of_one = (set(get_type_hints(typed)) for typed in (options.GenerateManyOptions, options.GenerateItem))
+    assert of_all == set(get_type_hints(options.GenerateOptions)) - {"prompt_ids", "messages"}
+    assert of_one == set(GenerateRequest.model_fields)
+
+
 @pytest.mark.parametrize("call", CALLS)
 def test_every_option_may_be_left_out_and_every_other_field_is_a_parameter(call: str) -> None:
     typed, request, given = CALLS[call]
@@ -90,6 +96,10 @@ MISSPELT: dict[str, tuple[Callable[[Any], Any], str]] = {
     "embed_many": (lambda client: client.embed_many(["x"], bacth=3), r"bacth: .*did you mean batch\? Allowed"),
     "embed_chunks": (
         lambda client: client.embed_chunks(["x"], inflight=3),
+        r"inflight: .*did you mean in_flight\? Allowed",
+    ),
+    "generate_many": (
+        lambda client: client.generate_many(["x"], inflight=3),
         r"inflight: .*did you mean in_flight\? Allowed",
     ),
     "train": (
@@ -144,5 +154,5 @@ def test_pyright_knows_the_same() -> None:
 
 def test_the_checked_program_holds_a_misspelt_option_for_each_call() -> None:
     text = (ROOT / PROGRAM).read_text()
-    for call in ("generate", "embed", "embed_many", "embed_chunks", "train", "adapters.load"):
+    for call in ("generate", "generate_many", "embed", "embed_many", "embed_chunks", "train", "adapters.load"):
         assert f"client.{call}(" in text.partition("def misspelt(")[2].partition("def mistyped(")[0]

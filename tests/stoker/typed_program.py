@@ -9,7 +9,7 @@ from typing import assert_type
 
 import numpy as np
 
-from stoker import AsyncClient, Client, GenerateResult, JobStatus, StreamToken, TrainReport, TrainResult
+from stoker import AsyncClient, Client, GenerateResult, JobStatus, StokerError, StreamToken, TrainReport, TrainResult
 from stoker.broker.registry import AdapterEntry
 from stoker.client import AdapterJob, EmbedJob, GenerateJob, TrainJob
 from stoker.contract import AdapterResult
@@ -31,6 +31,8 @@ def blocking(client: Client) -> None:
     assert_type(generated.stream(), Generator[StreamToken, None, None])
     for token in generated.stream():
         assert_type(token, StreamToken)
+    for answer in client.generate_many(["a", [1, 2], {"prompt": "b", "max_tokens": 3}], seed=1, in_flight=2, n=2):
+        assert_type(answer, GenerateResult | StokerError)
     run = client.train("style", [{"text": "x"}], steps=3, targets=["q_proj"], schedule="cosine")
     assert_type(run, TrainJob)
     assert_type(run.result(), TrainResult)
@@ -50,6 +52,8 @@ async def awaited(client: AsyncClient) -> None:
     assert_type(await (await client.embed(["a"], dtype="float16")).result(), np.ndarray)
     async for vector in client.embed_many(texts(), in_flight=2, truncate=True):
         assert_type(vector, np.ndarray)
+    async for answer in client.generate_many(texts(), temperature=0.5):
+        assert_type(answer, GenerateResult | StokerError)
     job = await client.generate(messages=[{"role": "user", "content": "x"}], n=2)
     assert_type(await job.result(timeout=3), GenerateResult)
     assert_type(job.stream(), AsyncGenerator[StreamToken, None])
@@ -79,6 +83,8 @@ def misspelt(client: Client) -> None:
     client.generate("x", max_token=16)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     client.embed(["x"], normalise=True)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     client.embed_many(["x"], bacth=16)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    client.generate_many(["x"], max_token=16)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    client.generate_many(["x"], messages=[])  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     client.embed_chunks(["x"], dimension=16)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     client.train("x", [], step=1)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     client.adapters.load("x", ".", promot=True)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
@@ -87,6 +93,7 @@ def misspelt(client: Client) -> None:
 def mistyped(client: Client) -> None:
     client.generate("x", max_tokens="16")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     client.embed(["x"], dtype="int4")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    client.generate_many([7])  # type: ignore[list-item]  # pyright: ignore[reportArgumentType]
     client.train("x", [], targets=[7])  # type: ignore[list-item]  # pyright: ignore[reportArgumentType]
 
 

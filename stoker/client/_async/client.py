@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,7 @@ from stoker.broker.letters import Letter
 from stoker.client import model_choice, requests
 from stoker.client._async.adapters import AsyncAdapters
 from stoker.client._async.broker_link import AsyncBrokerLink
-from stoker.client._async.bulk import embed_chunks
+from stoker.client._async.bulk_client import AsyncBulkClient
 from stoker.client._async.jobs import (
     JOBS,
     AnyAsyncJob,
@@ -25,27 +24,21 @@ from stoker.client._async.jobs import (
 )
 from stoker.client._async.link import AsyncLink
 from stoker.client._async.models import AsyncModels
-from stoker.client.asynchronously import Texts, in_thread
-from stoker.client.chunks import ATTEMPTS, BATCH_TEXTS, Plan
+from stoker.client.asynchronously import in_thread
 from stoker.client.options import EmbedOptions, GenerateOptions, TrainOptions, checked_options
 from stoker.client.requests import Dataset, Prompt
 from stoker.contract import Presence, Request
 from stoker.contract.codec import read
 from stoker.contract.kinds import EMBED, GENERATE, KINDS, TRAIN
 from stoker.contract.names import Rule, checked
-from stoker.contract.vectors import Encoded, plain
 from stoker.errors import ConfigError, InvalidRequest, JobLost
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from stoker.client.asynchronously import Redis
     from stoker.settings import Settings
 
-_BULK = ("model", "batch", "in_flight", "attempts")
 
-
-class AsyncClient:
+class AsyncClient(AsyncBulkClient):
     """Enqueues jobs. Close it, or use it in `async with`. Any number of event loops and threads may share it.
 
     `url` overrides `STOKER_URL`; without both it is the broker of a `stoker up` that runs with this STOKER_HOME. Every
@@ -124,41 +117,6 @@ class AsyncClient:
         fields = checked_options(options, EmbedOptions, ("model", "job_id"))
         request = requests.embed_request(await self.choose_model(model, EMBED.name), texts, fields)
         return AsyncEmbedJob(self.link, await self._submit(request, job_id))
-
-    def embed_many(
-        self,
-        texts: Texts,
-        *,
-        model: str | None = None,
-        batch: int = BATCH_TEXTS,
-        in_flight: int | None = None,
-        attempts: int = ATTEMPTS,
-        **options: Unpack[EmbedOptions],
-    ) -> AsyncGenerator[np.ndarray]:
-        """Turn any number of texts into vectors (dim,), in order, with neither side's whole in memory.
-
-        Jobs of `batch` texts; `in_flight` of them at once (None: four for each worker that holds the model, also those
-        that come later). A job that failed is sent again, `attempts` times in all. What is wrong with a text is raised
-        with its index among all. Leaving early cancels what is under way. With asyncio `texts` may be asynchronous
-        too. Options and their defaults: those of `embed`.
-        """
-        checked_options(options, EmbedOptions, _BULK)
-        return self._rows(self._chunks(texts, model, Plan(batch, in_flight, attempts), options))
-
-    def embed_chunks(
-        self,
-        texts: Texts,
-        *,
-        model: str | None = None,
-        batch: int = BATCH_TEXTS,
-        in_flight: int | None = None,
-        attempts: int = ATTEMPTS,
-        **options: Unpack[EmbedOptions],
-    ) -> AsyncGenerator[Encoded]:
-        """As `embed_many`, except that vectors come as the jobs bring them: (texts of a job, dim), int8 as codes and
-        scales."""
-        checked_options(options, EmbedOptions, _BULK)
-        return self._chunks(texts, model, Plan(batch, in_flight, attempts), options)
 
     async def generate(
         self,
@@ -258,20 +216,6 @@ class AsyncClient:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
-
-    async def _chunks(
-        self, texts: Texts, model: str | None, plan: Plan, options: EmbedOptions
-    ) -> AsyncGenerator[Encoded]:
-        model = await self.choose_model(model, EMBED.name)
-        async with aclosing(embed_chunks(self, texts, model, plan, options)) as chunks:
-            async for chunk in chunks:
-                yield chunk
-
-    async def _rows(self, chunks: AsyncGenerator[Encoded]) -> AsyncGenerator[np.ndarray]:
-        async with aclosing(chunks):
-            async for chunk in chunks:
-                for vector in plain(chunk):
-                    yield vector
 
     async def _submit(self, request: Request, job_id: str | None, data: bytes = b"") -> str:
         job_id = requests.checked_job_id(job_id)

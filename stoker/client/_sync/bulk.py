@@ -1,69 +1,192 @@
 # Generated from stoker/client/_async/bulk.py by `make format`: edit that file.
-"""The loop of bulk embedding: send until enough is in flight, hand out the oldest."""
+"""The loop of bulk calls: send until enough is in flight, hand out the oldest."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import partial
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from typing_extensions import Unpack
 
-from stoker.client._sync.jobs import EmbedJob
-from stoker.client.blocking import Texts, each, finished, sleep
-from stoker.client.chunks import LONGEST_PAUSE, Chunk, Cutter, InFlightLimit, Plan, checked_texts, renumbered, try_again
-from stoker.client.options import EmbedOptions
-from stoker.contract import Presence
+from stoker.client._sync.jobs import EmbedJob, GenerateJob
+from stoker.client.asked import Asked, asked, checked_asks, generation_share, own
+from stoker.client.blocking import Asks, Texts, each, finished, sleep
+from stoker.client.chunks import LONGEST_PAUSE, Chunk, Cutter, InFlightLimit, Plan, checked_texts, named, try_again
+from stoker.client.options import EmbedOptions, GenerateItem, GenerateOptions
+from stoker.client.requests import Prompt
+from stoker.contract import GenerateResult, Presence
+from stoker.contract.kinds import GENERATE
 from stoker.contract.vectors import Encoded
 from stoker.errors import InvalidRequest, QueueFull, StokerError
 
+P = TypeVar("P")
+J = TypeVar("J", EmbedJob, GenerateJob | StokerError)
+R = TypeVar("R")
 
-class Embedder(Protocol):
+
+class SendingClient(Protocol):
     """What the loop needs of a client."""
-
-    def embed(self, texts: Sequence[str], *, model: str | None = None, **options: Unpack[EmbedOptions]) -> EmbedJob:
-        """Send one job."""
 
     def workers(self) -> list[Presence]:
         """The workers that are alive now."""
 
 
+class Embedder(SendingClient, Protocol):
+    """What bulk embedding needs of a client."""
+
+    def embed(self, texts: Sequence[str], *, model: str | None = None, **options: Unpack[EmbedOptions]) -> EmbedJob:
+        """Send one job."""
+
+
+class GeneratingClient(SendingClient, Protocol):
+    """What bulk generation needs of a client."""
+
+    def generate(
+        self,
+        prompt: Prompt | None = None,
+        *,
+        model: str | None = None,
+        seed: int | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> GenerateJob:
+        """Send one job."""
+
+    def choose_model(self, model: str | None, kind: str) -> str:
+        """The name to send to."""
+
+
+class Bulk(Generic[P, J, R]):
+    """One bulk call: its parts become jobs, and these become what the caller gets."""
+
+    in_flight: InFlightLimit
+
+    def send(self, part: P) -> J:
+        raise NotImplementedError
+
+    def fetch(self, part: P, job: J) -> R | None:
+        """Wait for the end; None: the part is to be sent again."""
+        raise NotImplementedError
+
+
+class Embedding(Bulk[Chunk, EmbedJob, Encoded]):
+    """The first error ends the call: vectors without one of them are of no use."""
+
+    def __init__(self, client: Embedder, model: str, plan: Plan, options: EmbedOptions) -> None:
+        self._client, self._model, self._plan, self._options = client, model, plan, options
+        self.in_flight = InFlightLimit(plan, {model})
+
+    def send(self, part: Chunk) -> EmbedJob:
+        try:
+            return self._client.embed(part.texts, model=self._model, **self._options)
+        except InvalidRequest as error:
+            raise named(error, part) from None
+
+    def fetch(self, part: Chunk, job: EmbedJob) -> Encoded | None:
+        try:
+            vectors = job.encoded()
+        except InvalidRequest as error:
+            raise named(error, part) from None
+        except StokerError as error:
+            if try_again(error, part, self._plan):
+                return None
+            raise
+        job.discard()
+        return vectors
+
+
+class Generating(Bulk[Asked, "GenerateJob | StokerError", "GenerateResult | StokerError"]):
+    """An error is the result of its own request, and the others go on."""
+
+    def __init__(self, client: GeneratingClient, model: str | None, plan: Plan) -> None:
+        self._client, self._model, self._plan = client, model, plan
+        self._chosen: str | None = None
+        self._models = set[str]()
+        self.in_flight = InFlightLimit(plan, self._models, generation_share)
+
+    def send(self, part: Asked) -> GenerateJob | StokerError:
+        if part.error is not None:
+            return part.error
+        item = part.item
+        if part.model is None or part.model == self._model:
+            # Once for all: what is warm may change meanwhile, and answers of one call are of one model.
+            self._chosen = self._chosen or self._client.choose_model(self._model, GENERATE.name)
+            item = {**item, "model": self._chosen}
+        try:
+            job = self._client.generate(**item)
+        except QueueFull:
+            raise
+        except StokerError as error:
+            return own(error)
+        if model := item.get("model"):
+            self._models.add(model)
+        return job
+
+    def fetch(self, part: Asked, job: GenerateJob | StokerError) -> GenerateResult | StokerError | None:
+        if isinstance(job, StokerError):
+            return job
+        try:
+            return job.result()
+        except StokerError as error:
+            return None if try_again(error, part, self._plan) else own(error)
+
+
 def embed_chunks(client: Embedder, texts: Texts, model: str, plan: Plan, options: EmbedOptions) -> Generator[Encoded]:
     """The vectors of each job, in order."""
-    waiting: deque[tuple[Chunk, EmbedJob]] = deque()
-    in_flight = InFlightLimit(plan, model)
-    chunks = _cut(texts, plan)
+    with closing(_in_order(client, _cut(texts, plan), Embedding(client, model, plan, options))) as found:
+        for vectors in found:
+            yield vectors
+
+
+def generate_answers(
+    client: GeneratingClient, requests: Asks, plan: Plan, common: GenerateItem
+) -> Generator[GenerateResult | StokerError]:
+    """The answer to each request, or its error, in order."""
+    bulk = Generating(client, common.get("model"), plan)
+    with closing(_in_order(client, _asked(requests, common), bulk)) as found:
+        for answer in found:
+            yield answer
+
+
+def _in_order(client: SendingClient, parts: Iterator[P], bulk: Bulk[P, J, R]) -> Generator[R]:
+    waiting: deque[tuple[P, J]] = deque()
     try:
         while True:
-            if in_flight.stale:
-                in_flight.count(client.workers())
+            if bulk.in_flight.stale:
+                bulk.in_flight.count(client.workers())
             # The oldest is fetched before the next one is sent, so no more than the limit is ever under way.
-            if len(waiting) < in_flight.limit and (chunk := next(chunks, None)) is not None:
-                waiting.append((chunk, _send(client, chunk, model, options)))
+            if len(waiting) < bulk.in_flight.limit and (part := next(parts, None)) is not None:
+                waiting.append((part, _send(bulk, part)))
             elif waiting:
-                chunk, job = waiting[0]
-                try:
-                    vectors = job.encoded()
-                except StokerError as error:
-                    if not try_again(error, chunk, plan):
-                        raise
-                    waiting[0] = chunk, _send(client, chunk, model, options)
+                part, job = waiting[0]
+                found = bulk.fetch(part, job)
+                if found is None:
+                    waiting[0] = part, _send(bulk, part)
                     continue
                 waiting.popleft()
-                job.discard()
-                yield vectors
+                yield found
             else:
                 return
     finally:
         finished(partial(_cancel, [job for _, job in waiting]))
 
 
-def _cancel(jobs: Iterable[EmbedJob]) -> None:
+def _cancel(jobs: Iterable[EmbedJob | GenerateJob | StokerError]) -> None:
     for job in jobs:
-        with suppress(StokerError):
-            job.cancel()
+        if not isinstance(job, StokerError):
+            with suppress(StokerError):
+                job.cancel()
+
+
+def _send(bulk: Bulk[P, J, R], part: P) -> J:
+    """Send a part; a full queue is waited for."""
+    while True:
+        try:
+            return bulk.send(part)
+        except QueueFull as error:
+            sleep(min(LONGEST_PAUSE, error.wait))
 
 
 def _cut(texts: Texts, plan: Plan) -> Iterator[Chunk]:
@@ -75,12 +198,6 @@ def _cut(texts: Texts, plan: Plan) -> Iterator[Chunk]:
         yield chunk
 
 
-def _send(client: Embedder, chunk: Chunk, model: str, options: EmbedOptions) -> EmbedJob:
-    """Send a chunk; a full queue is waited for."""
-    while True:
-        try:
-            return client.embed(chunk.texts, model=model, **options)
-        except InvalidRequest as error:
-            raise type(error)(renumbered(str(error), chunk.start)) from None
-        except QueueFull as error:
-            sleep(min(LONGEST_PAUSE, error.wait))
+def _asked(requests: Asks, common: GenerateItem) -> Iterator[Asked]:
+    for given in each(checked_asks(requests)):
+        yield asked(given, common)

@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from contextlib import closing
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -16,7 +15,7 @@ from stoker.broker.letters import Letter
 from stoker.client import model_choice, requests
 from stoker.client._sync.adapters import Adapters
 from stoker.client._sync.broker_link import BrokerLink
-from stoker.client._sync.bulk import embed_chunks
+from stoker.client._sync.bulk_client import BulkClient
 from stoker.client._sync.jobs import (
     JOBS,
     AnyJob,
@@ -26,27 +25,21 @@ from stoker.client._sync.jobs import (
 )
 from stoker.client._sync.link import Link
 from stoker.client._sync.models import Models
-from stoker.client.blocking import Texts, in_thread
-from stoker.client.chunks import ATTEMPTS, BATCH_TEXTS, Plan
+from stoker.client.blocking import in_thread
 from stoker.client.options import EmbedOptions, GenerateOptions, TrainOptions, checked_options
 from stoker.client.requests import Dataset, Prompt
 from stoker.contract import Presence, Request
 from stoker.contract.codec import read
 from stoker.contract.kinds import EMBED, GENERATE, KINDS, TRAIN
 from stoker.contract.names import Rule, checked
-from stoker.contract.vectors import Encoded, plain
 from stoker.errors import ConfigError, InvalidRequest, JobLost
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from stoker.client.blocking import Redis
     from stoker.settings import Settings
 
-_BULK = ("model", "batch", "in_flight", "attempts")
 
-
-class Client:
+class Client(BulkClient):
     """Enqueues jobs. Close it, or use it in `with`. Any number of event loops and threads may share it.
 
     `url` overrides `STOKER_URL`; without both it is the broker of a `stoker up` that runs with this STOKER_HOME. Every
@@ -125,41 +118,6 @@ class Client:
         fields = checked_options(options, EmbedOptions, ("model", "job_id"))
         request = requests.embed_request(self.choose_model(model, EMBED.name), texts, fields)
         return EmbedJob(self.link, self._submit(request, job_id))
-
-    def embed_many(
-        self,
-        texts: Texts,
-        *,
-        model: str | None = None,
-        batch: int = BATCH_TEXTS,
-        in_flight: int | None = None,
-        attempts: int = ATTEMPTS,
-        **options: Unpack[EmbedOptions],
-    ) -> Generator[np.ndarray]:
-        """Turn any number of texts into vectors (dim,), in order, with neither side's whole in memory.
-
-        Jobs of `batch` texts; `in_flight` of them at once (None: four for each worker that holds the model, also those
-        that come later). A job that failed is sent again, `attempts` times in all. What is wrong with a text is raised
-        with its index among all. Leaving early cancels what is under way. With asyncio `texts` may be asynchronous
-        too. Options and their defaults: those of `embed`.
-        """
-        checked_options(options, EmbedOptions, _BULK)
-        return self._rows(self._chunks(texts, model, Plan(batch, in_flight, attempts), options))
-
-    def embed_chunks(
-        self,
-        texts: Texts,
-        *,
-        model: str | None = None,
-        batch: int = BATCH_TEXTS,
-        in_flight: int | None = None,
-        attempts: int = ATTEMPTS,
-        **options: Unpack[EmbedOptions],
-    ) -> Generator[Encoded]:
-        """As `embed_many`, except that vectors come as the jobs bring them: (texts of a job, dim), int8 as codes and
-        scales."""
-        checked_options(options, EmbedOptions, _BULK)
-        return self._chunks(texts, model, Plan(batch, in_flight, attempts), options)
 
     def generate(
         self,
@@ -257,18 +215,6 @@ class Client:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _chunks(self, texts: Texts, model: str | None, plan: Plan, options: EmbedOptions) -> Generator[Encoded]:
-        model = self.choose_model(model, EMBED.name)
-        with closing(embed_chunks(self, texts, model, plan, options)) as chunks:
-            for chunk in chunks:
-                yield chunk
-
-    def _rows(self, chunks: Generator[Encoded]) -> Generator[np.ndarray]:
-        with closing(chunks):
-            for chunk in chunks:
-                for vector in plain(chunk):
-                    yield vector
 
     def _submit(self, request: Request, job_id: str | None, data: bytes = b"") -> str:
         job_id = requests.checked_job_id(job_id)
