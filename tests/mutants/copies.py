@@ -19,7 +19,9 @@ from tests.mutants.forks import Forks
 LIMIT = 180
 #: That a test fails is enough (tests/conftest.py).
 PROFILE = "first-failure"
-OPTIONS = ("-x", "-q", "-p", "no:cacheprovider", f"--hypothesis-profile={PROFILE}")
+#: Seconds for one test: where a mistake makes it wait for ever, nothing more is learned afterwards.
+PATIENCE = 45
+OPTIONS = ("-x", "-q", "-p", "no:cacheprovider", "-o", f"timeout={PATIENCE}", f"--hypothesis-profile={PROFILE}")
 #: pytest's exit codes.
 PASSED, FAILED = 0, 1
 
