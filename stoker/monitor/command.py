@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 SAVE_EVERY = 60_000
 #: Seconds for what still waits for the broker, once the monitor is asked to end.
 LEAVE_LIMIT = 5.0
+#: The exit code of a process that an error ended.
+FAILED = 1
 
 
 def serve(settings: Settings, address: str, port: int, names: frozenset[str], say: Callable[[str], None]) -> None:
@@ -59,19 +61,27 @@ def run(monitor: Monitor) -> None:
         # What is ignored on purpose stays so: by `nohup`, or for a shell's background jobs.
         if signal.getsignal(number) is not signal.SIG_IGN:
             monitor.io_loop.asyncio_loop.add_signal_handler(number, monitor.io_loop.stop)
+    code = FAILED
     try:
         monitor.start()
+        leave(monitor)
+        code = 0
+    finally:
+        monitor.stop()
+        end_within(LEAVE_LIMIT, code)
+
+
+def leave(monitor: Monitor) -> None:
+    try:
         monitor.io_loop.run_sync(monitor.leave, timeout=LEAVE_LIMIT)
     except TimeoutError:
         log.warning("the broker did not let go of the monitor within %g s", LEAVE_LIMIT)
-    finally:
-        monitor.stop()
-        end_within(LEAVE_LIMIT)
 
 
-def end_within(seconds: float) -> None:
-    """End this process, whose history is written, although Flower's threads may wait for a broker that is away."""
-    limit = threading.Timer(seconds, os._exit, (0,))
+def end_within(seconds: float, code: int) -> None:
+    """End this process, whose history is written, with `code`, although Flower's threads may wait for a broker that is
+    away."""
+    limit = threading.Timer(seconds, os._exit, (code,))
     limit.daemon = True
     limit.start()
 
