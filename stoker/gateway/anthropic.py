@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
@@ -12,13 +11,14 @@ from pydantic import Field
 from stoker.client.options import GenerateOptions
 from stoker.contract import GenerateResult, StreamToken
 from stoker.gateway.answers import Generation
-from stoker.gateway.anthropic_messages import AnthropicMessage, AnthropicTool, Blocks, ToolChoice, forced, text_of
+from stoker.gateway.anthropic_messages import AnthropicMessage, AnthropicTool, Blocks, ToolChoice, choice_of, text_of
 from stoker.gateway.calls import Call
 from stoker.gateway.errors import Names, Refused
 from stoker.gateway.events import Event
 from stoker.gateway.fields import Body, parse
 from stoker.gateway.sampling import GenerateBody, Texts
-from stoker.gateway.tools import Forced
+from stoker.gateway.tool_calls import Arguments, Begun, FunctionCall, Part, Reader, items_of, object_of, parts_of
+from stoker.gateway.tools import Choice, call_id
 
 NAMES = Names({"stop": "stop_sequences", "json_schema": "tools", "adapter": "model"})
 _REASONS = {"length": "max_tokens", "context": "model_context_window_exceeded", "stop_string": "stop_sequence"}
@@ -54,11 +54,9 @@ class MessagesBody(GenerateBody):
 
     def options(self) -> GenerateOptions:
         options = self.sampling() | GenerateOptions(max_tokens=self.max_tokens, stop=self.stop_sequences)
-        call = forced(self.tools, self.tool_choice)
-        if call is not None and self.regex is not None:
-            raise Refused(400, "tool_choice: given with regex; say one of them.", param="tool_choice")
-        if call is not None:
-            options["json_schema"] = call.schema
+        schema = choice_of(self.tools, self.tool_choice).schema_beside(None, self.regex, "regex")
+        if schema is not None:
+            options["json_schema"] = schema
         if self.tools:
             options["tools"] = [tool.function.as_template() for tool in self.tools]
         return options
@@ -75,7 +73,7 @@ async def asked(call: Call) -> Generation:
     """Raises `Refused`."""
     body = parse(MessagesBody, call.body)
     model, adapter = call.model(body.model)
-    form = MessagesForm(call.named.id, body.model, forced(body.tools, body.tool_choice))
+    form = MessagesForm(call.named.id, body.model, choice_of(body.tools, body.tool_choice))
     user = None if body.metadata is None else body.metadata.user_id
     options, prompt = body.options(), body.conversation()
     return Generation(call.sender(user), model, adapter, prompt, options, body.seed, form, NAMES, body.stream)
@@ -85,18 +83,25 @@ async def asked(call: Call) -> Generation:
 class MessagesForm:
     job_id: str
     model: str
-    forced: Forced | None
+    choice: Choice
     wants_tokens: bool = False
-    _text: str = ""
-    _opened: bool = False
+    _reader: Reader | None = None
+    #: Types of the blocks of a stream; the last one is open.
+    _blocks: list[str] = field(default_factory=list)
 
     def whole(self, result: GenerateResult, tokens: Sequence[StreamToken]) -> dict[str, object]:
-        made = None if self.forced is None else self.forced.call(result.text)
-        given = None if made is None else _object(made[1])
-        block: dict[str, object] = {"type": "text", "text": result.text}
-        if made is not None and given is not None:
-            block = self._tool_use(made[0], given)
-        return self._message([block]) | self._ending(result, called=given is not None) | {"usage": _usage(result)}
+        items = items_of(self.choice.reader(), result.text) or [""]
+        blocks = [self._block(number, item) for number, item in enumerate(items)]
+        called = any(block["type"] == "tool_use" for block in blocks)
+        return self._message(blocks) | self._ending(result, called=called) | {"usage": _usage(result)}
+
+    def _block(self, number: int, item: str | FunctionCall) -> dict[str, object]:
+        if isinstance(item, FunctionCall):
+            given = object_of(item.arguments)
+            if given is not None:
+                return self._tool_use(number, item.name, given)
+            item = item.arguments
+        return {"type": "text", "text": item}
 
     def _message(self, content: list[dict[str, object]]) -> dict[str, object]:
         return {
@@ -104,8 +109,8 @@ class MessagesForm:
             "stop_reason": None, "stop_sequence": None, "usage": {"input_tokens": 0, "output_tokens": 0},
         }  # fmt: skip
 
-    def _tool_use(self, name: str, given: dict[str, Any]) -> dict[str, object]:
-        return {"type": "tool_use", "id": f"toolu_{self.job_id}", "name": name, "input": given}
+    def _tool_use(self, number: int, name: str, given: dict[str, Any]) -> dict[str, object]:
+        return {"type": "tool_use", "id": call_id(self.job_id, 0, number), "name": name, "input": given}
 
     def _ending(self, result: GenerateResult, *, called: bool) -> dict[str, object]:
         reason = _REASONS.get(result.finish_reason, "end_turn")
@@ -116,37 +121,39 @@ class MessagesForm:
         yield _event("message_start", message=self._message([]))
 
     def token(self, token: StreamToken) -> Iterator[Event]:
-        self._text += token.text
-        if self.forced is None:
-            yield from self._open({"type": "text", "text": ""})
-            if token.text:
-                yield _delta({"type": "text_delta", "text": token.text})
-        elif self.forced.name is not None:
-            yield from self._open(self._tool_use(self.forced.name, {}))
-            if token.text:
-                yield _delta({"type": "input_json_delta", "partial_json": token.text})
-        elif token.is_last:
-            yield from self._any_call(self.forced)
+        if self._reader is None:
+            self._reader = self.choice.reader()
+        for part in parts_of(self._reader, token):
+            yield from self._part(part)
+        if token.is_last and not self._blocks:
+            yield from self._part("")
+
+    def _part(self, part: Part) -> Iterator[Event]:
+        if isinstance(part, Begun):
+            yield from self._open(self._tool_use(len(self._blocks), part.name, {}))
+        elif isinstance(part, Arguments):
+            yield self._delta({"type": "input_json_delta", "partial_json": part.text})
+        else:
+            if self._blocks[-1:] != ["text"]:
+                yield from self._open({"type": "text", "text": ""})
+            if part:
+                yield self._delta({"type": "text_delta", "text": part})
 
     def _open(self, block: dict[str, object]) -> Iterator[Event]:
-        if not self._opened:
-            self._opened = True
-            yield _event("content_block_start", index=0, content_block=block)
+        yield from self._close()
+        self._blocks.append(str(block["type"]))
+        yield _event("content_block_start", index=len(self._blocks) - 1, content_block=block)
 
-    def _any_call(self, forced: Forced) -> Iterator[Event]:
-        """Of a call of any tool the whole is known at its end alone; one that was cut off is a text."""
-        made = forced.call(self._text)
-        if made is None:
-            yield from self._open({"type": "text", "text": ""})
-            yield _delta({"type": "text_delta", "text": self._text})
-        else:
-            yield from self._open(self._tool_use(made[0], {}))
-            yield _delta({"type": "input_json_delta", "partial_json": made[1]})
+    def _close(self) -> Iterator[Event]:
+        if self._blocks:
+            yield _event("content_block_stop", index=len(self._blocks) - 1)
+
+    def _delta(self, delta: dict[str, object]) -> Event:
+        return _event("content_block_delta", index=len(self._blocks) - 1, delta=delta)
 
     def last(self, result: GenerateResult) -> Iterator[Event]:
-        made = None if self.forced is None else self.forced.call(result.text)
-        yield _event("content_block_stop", index=0)
-        ending = self._ending(result, called=made is not None)
+        yield from self._close()
+        ending = self._ending(result, called="tool_use" in self._blocks)
         yield _event("message_delta", delta=ending, usage=_usage(result))
         yield _event("message_stop")
 
@@ -154,21 +161,8 @@ class MessagesForm:
         yield Event(refused.anthropic(self.job_id), name="error")
 
 
-def _object(text: str) -> dict[str, Any] | None:
-    """The arguments of a call; None for those that were cut off."""
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None
-
-
 def _event(kind: str, **fields: object) -> Event:
     return Event({"type": kind, **fields}, name=kind)
-
-
-def _delta(delta: dict[str, object]) -> Event:
-    return _event("content_block_delta", index=0, delta=delta)
 
 
 def _usage(result: GenerateResult) -> dict[str, object]:

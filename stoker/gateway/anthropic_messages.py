@@ -7,10 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from stoker.contract.shown import brief
-from stoker.gateway.errors import Refused
 from stoker.gateway.fields import Body
-from stoker.gateway.tools import Forced, Function
+from stoker.gateway.tools import Choice, Function, by_name, chosen
 
 
 def _blocks(value: Any) -> Any:
@@ -95,29 +93,14 @@ class AnthropicTool(Body):
 class ToolChoice(Body):
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
-    #: An answer calls one tool anyway.
     disable_parallel_tool_use: bool = False
 
 
-def forced(tools: list[AnthropicTool], choice: ToolChoice | None) -> Forced | None:
-    """What `tool_choice` asks for; None: no tool is called. Raises `Refused`."""
+def choice_of(tools: list[AnthropicTool], choice: ToolChoice | None) -> Choice:
+    """Raises `Refused`."""
     kind = "auto" if choice is None else choice.type
-    if not tools:
-        if kind in ("any", "tool"):
-            raise _refused("given without tools; say which there are in tools")
-        return None
-    if kind == "none":
-        return None
+    parallel = choice is None or not choice.disable_parallel_tool_use
     functions = tuple(tool.function for tool in tools)
-    if kind == "any":
-        return Forced(None, functions)
-    name = None if choice is None else choice.name
-    if kind == "tool" and any(function.name == name for function in functions):
-        return Forced(name, functions)
-    if kind == "tool":
-        raise _refused(f"{brief(name)} given; tools has {', '.join(function.name for function in functions)}")
-    raise _refused("auto, which is the default where tools are given, is not supported; allowed: none, any, tool")
-
-
-def _refused(why: str) -> Refused:
-    return Refused(400, f"tool_choice: {why}.", param="tool_choice", code="unsupported_parameter")
+    if functions and choice is not None and kind == "tool":
+        return by_name(functions, choice.name)
+    return chosen(functions, "required" if kind in ("any", "tool") else kind, parallel=parallel)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -10,7 +11,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from stoker.client.options import GenerateOptions
-from stoker.contract import Completion, GenerateResult, StreamToken
+from stoker.contract import Completion, FinishReason, GenerateResult, StreamToken
 from stoker.contract.requests import MAX_ENTRIES
 from stoker.gateway.answers import Generation
 from stoker.gateway.calls import Call
@@ -20,7 +21,8 @@ from stoker.gateway.fields import Body, parse
 from stoker.gateway.logprobs import logprobs_of
 from stoker.gateway.messages import ChatMessageBody
 from stoker.gateway.sampling import OpenAIBody
-from stoker.gateway.tools import Forced, Tool, forced
+from stoker.gateway.tool_calls import Begun, FunctionCall, Part, Reader, items_of, parts_of
+from stoker.gateway.tools import Choice, Tool, call_id, chosen
 from stoker.gateway.usage import finish_reason, usage_of
 
 NAMES = Names({"json_schema": "response_format", "adapter": "model", "template": "chat_template_kwargs"})
@@ -56,7 +58,6 @@ class ChatBody(OpenAIBody):
         "metadata": "nothing is stored that it could be found by; leave it out",
         "modalities": "models here write texts alone; leave it out",
         "moderation": "leave it out",
-        "parallel_tool_calls": "an answer calls one function; leave it out",
         "prediction": "leave it out",
         "prompt_cache_key": "prefixes are kept by their tokens; leave it out",
         "prompt_cache_options": "prefixes are kept by their tokens; leave it out",
@@ -76,6 +77,7 @@ class ChatBody(OpenAIBody):
     response_format: ResponseFormat | None = None
     tools: list[Tool] = Field(default_factory=list)
     tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool = True
     store: bool = False
     #: Further variables of the chat template, such as `enable_thinking`.
     chat_template_kwargs: dict[str, Any] | None = None
@@ -97,18 +99,15 @@ class ChatBody(OpenAIBody):
             options["tools"] = [tool.function.as_template() for tool in self.tools]
         if self.chat_template_kwargs:
             options["template"] = self.chat_template_kwargs
-        schema = self._schema()
+        asked_for = None if self.response_format is None else self.response_format.schema_of_answer()
+        schema = self.choice().schema_beside(asked_for, self.regex, "response_format or regex")
         if schema is not None:
             options["json_schema"] = schema
         return options
 
-    def _schema(self) -> dict[str, Any] | None:
-        call = forced(self.tools, self.tool_choice)
-        asked = None if self.response_format is None else self.response_format.schema_of_answer()
-        if call is not None and (asked is not None or self.regex is not None):
-            message = "tool_choice: a call is asked for together with response_format or regex; say one of them."
-            raise Refused(400, message, param="tool_choice", code="invalid_value")
-        return asked if call is None else call.schema
+    def choice(self) -> Choice:
+        functions = [tool.function for tool in self.tools]
+        return chosen(functions, self.tool_choice, parallel=self.parallel_tool_calls)
 
 
 async def asked(call: Call) -> Generation:
@@ -116,8 +115,7 @@ async def asked(call: Call) -> Generation:
     body = parse(ChatBody, call.body)
     model, adapter = call.model(body.model)
     form = ChatForm(
-        call.named.id, body.model, forced(body.tools, body.tool_choice), body.logprobs, body.include_usage,
-        body.service_tier,
+        call.named.id, body.model, body.choice(), body.logprobs, body.include_usage, body.service_tier,
     )  # fmt: skip
     messages = [message.as_template() for message in body.messages]
     options = body.options(await call.models.most_tokens(model))
@@ -133,12 +131,13 @@ async def asked(call: Call) -> Generation:
 class ChatForm:
     job_id: str
     model: str
-    forced: Forced | None
+    tool_choice: Choice
     wants_tokens: bool
     include_usage: bool
     tier: str
-    #: Of an answer that is a call of any function: the text of each completion so far.
-    _texts: dict[int, str] = field(default_factory=dict)
+    #: Of each completion that is streamed: what reads it, and how many calls have begun.
+    _readers: dict[int, Reader] = field(default_factory=dict)
+    _calls: Counter[int] = field(default_factory=Counter)
     _created: int = field(default_factory=lambda: int(time.time()))
 
     def _object(self, kind: str, choices: Sequence[dict[str, object]]) -> dict[str, object]:
@@ -155,17 +154,19 @@ class ChatForm:
         return self._object("chat.completion", choices) | {"usage": usage_of(result)}
 
     def _choice(self, index: int, completion: Completion, said: dict[str, object] | None) -> dict[str, object]:
-        message: dict[str, object] = {"role": "assistant", "content": completion.text, "refusal": None}
-        reason = finish_reason(completion.finish_reason)
-        made = None if self.forced is None else self.forced.call(completion.text)
-        if made is not None:
-            message |= {"content": None, "tool_calls": [self._tool_call(index, *made)]}
-            reason = "tool_calls" if reason == "stop" else reason
+        items = items_of(self.tool_choice.reader(), completion.text)
+        text = "".join(item for item in items if isinstance(item, str))
+        calls = [item for item in items if isinstance(item, FunctionCall)]
+        message: dict[str, object] = {"role": "assistant", "content": text, "refusal": None}
+        if calls:
+            made = [self._tool_call(index, number, one.name, one.arguments) for number, one in enumerate(calls)]
+            message |= {"content": text or None, "tool_calls": made}
+        reason = _ending(completion.finish_reason, called=bool(calls))
         return {"index": index, "message": message, "logprobs": said, "finish_reason": reason}
 
-    def _tool_call(self, index: int, name: str, arguments: str) -> dict[str, object]:
+    def _tool_call(self, index: int, number: int, name: str, arguments: str) -> dict[str, object]:
         function = {"name": name, "arguments": arguments}
-        return {"id": f"call_{self.job_id}_{index}", "type": "function", "function": function}
+        return {"id": call_id(self.job_id, index, number), "type": "function", "function": function}
 
     def _chunk(
         self, index: int, delta: dict[str, object], reason: str | None = None, said: dict[str, object] | None = None
@@ -178,35 +179,28 @@ class ChatForm:
         return iter(())
 
     def token(self, token: StreamToken) -> Iterator[Event]:
-        index, delta = token.completion, dict[str, object]()
-        if index not in self._texts:
-            self._texts[index] = ""
-            delta = {"role": "assistant", "content": "" if self.forced is None else None, "refusal": None}
-            yield self._chunk(index, delta | self._opening(index))
-        self._texts[index] += token.text
+        index = token.completion
+        if index not in self._readers:
+            self._readers[index] = self.tool_choice.reader()
+            # Whether an answer that may be a call has a text is known later.
+            content = "" if self.tool_choice.mode == "none" else None
+            yield self._chunk(index, {"role": "assistant", "content": content, "refusal": None})
         said = logprobs_of([token]) if self.wants_tokens else None
-        delta = self._delta(index, token)
-        if delta or said:
+        deltas = [self._delta(index, part) for part in parts_of(self._readers[index], token)]
+        for delta in deltas or ([{}] if said else []):
             yield self._chunk(index, delta, said=said)
+            said = None
         if token.finish_reason is not None:
-            reason = finish_reason(token.finish_reason)
-            called = self.forced is not None and self.forced.call(self._texts[index]) is not None
-            yield self._chunk(index, {}, "tool_calls" if called and reason == "stop" else reason)
+            yield self._chunk(index, {}, _ending(token.finish_reason, called=self._calls[index] > 0))
 
-    def _opening(self, index: int) -> dict[str, object]:
-        """Of a call whose function is known before its arguments are."""
-        if self.forced is None or self.forced.name is None:
-            return {}
-        return {"tool_calls": [{"index": 0, **self._tool_call(index, self.forced.name, "")}]}
-
-    def _delta(self, index: int, token: StreamToken) -> dict[str, object]:
-        if self.forced is None:
-            return {"content": token.text} if token.text else {}
-        if self.forced.name is not None:
-            return {"tool_calls": [{"index": 0, "function": {"arguments": token.text}}]} if token.text else {}
-        # Of a call of any function the whole is known at its end alone.
-        made = self.forced.call(self._texts[index]) if token.is_last else None
-        return {} if made is None else {"tool_calls": [{"index": 0, **self._tool_call(index, *made)}]}
+    def _delta(self, index: int, part: Part) -> dict[str, object]:
+        if isinstance(part, str):
+            return {"content": part}
+        if isinstance(part, Begun):
+            self._calls[index] += 1
+            number = self._calls[index] - 1
+            return {"tool_calls": [{"index": number, **self._tool_call(index, number, part.name, "")}]}
+        return {"tool_calls": [{"index": self._calls[index] - 1, "function": {"arguments": part.text}}]}
 
     def last(self, result: GenerateResult) -> Iterator[Event]:
         if self.include_usage:
@@ -215,3 +209,8 @@ class ChatForm:
 
     def failed(self, refused: Refused) -> Iterator[Event]:
         yield Event(refused.openai())
+
+
+def _ending(reason: FinishReason, *, called: bool) -> str:
+    said = finish_reason(reason)
+    return "tool_calls" if called and said == "stop" else said

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,9 +12,10 @@ from pydantic import Field
 from stoker.contract.shown import brief
 from stoker.gateway.errors import Refused
 from stoker.gateway.fields import Body
+from stoker.gateway.tool_calls import ArgumentsReader, CallReader, Reader, TextReader
 
 #: What `tool_choice` may be as a text.
-CHOICES = ("none", "required")
+CHOICES = ("none", "auto", "required")
 
 
 class Function(Body):
@@ -37,28 +39,42 @@ class Tool(Body):
 
 
 @dataclass(frozen=True)
-class Forced:
-    """The model has to call a function: the one of that name, or (None) any."""
+class Choice:
+    """What becomes of the functions of a request. `mode`: `none` is called, the model decides (`auto`), or it has to
+    call one (`required`): that of `name`, or (None) any. `parallel`: it may call several in one answer."""
 
-    name: str | None
-    functions: tuple[Function, ...]
+    mode: Literal["none", "auto", "required"] = "none"
+    functions: tuple[Function, ...] = ()
+    name: str | None = None
+    parallel: bool = True
 
     @property
-    def schema(self) -> dict[str, Any]:
-        """What its answer has to be: the arguments of the one, or an object with name and arguments of any."""
+    def schema(self) -> dict[str, Any] | None:
+        """What an answer that has to be a call is: the arguments of the one, or an object with name and arguments of
+        any. None: it is free."""
+        if self.mode != "required":
+            return None
         if self.name is not None:
             return next(function.schema_of_arguments for function in self.functions if function.name == self.name)
         return {"anyOf": [_call_schema(function) for function in self.functions]}
 
-    def call(self, text: str) -> tuple[str, str] | None:
-        """Name and arguments of the call that the whole answer is; None for one that was cut off before its end."""
+    def schema_beside(self, asked: dict[str, Any] | None, regex: str | None, rules: str) -> dict[str, Any] | None:
+        """The schema of the answer, for which the request asks for `asked`. `rules`: the fields that say what an answer
+        looks like. Raises `Refused`."""
+        if self.mode == "none":
+            return asked
+        if asked is not None or regex is not None:
+            message = f"tool_choice: {self.mode} lets functions be called, which {rules} rules out; say none."
+            raise Refused(400, message, param="tool_choice", code="invalid_value")
+        return self.schema
+
+    def reader(self) -> Reader:
+        """Of one answer."""
+        if self.mode == "none":
+            return TextReader()
         if self.name is not None:
-            return self.name, text
-        try:
-            made = json.loads(text)
-            return str(made["name"]), json.dumps(made["arguments"], ensure_ascii=False)
-        except (ValueError, LookupError, TypeError, RecursionError):
-            return None
+            return ArgumentsReader(self.name)
+        return CallReader((function.name for function in self.functions), parallel=self.parallel)
 
 
 def _call_schema(function: Function) -> dict[str, Any]:
@@ -70,27 +86,31 @@ def _call_schema(function: Function) -> dict[str, Any]:
     }
 
 
-def forced(tools: list[Tool], choice: object) -> Forced | None:
-    """What `tool_choice` asks for; None: no tool is called. Raises `Refused`."""
-    functions = tuple(tool.function for tool in tools)
-    if not functions:
-        if choice not in (None, "none", "auto"):
-            raise _refused("given without tools; say which there are in tools")
-        return None
-    if choice == "none":
-        return None
+def chosen(functions: Sequence[Function], choice: object, *, parallel: bool = True) -> Choice:
+    """What `tool_choice` asks for, as chats have it. Raises `Refused`."""
+    known = tuple(functions)
+    if not known and choice not in (None, "none", "auto"):
+        raise refused("given without tools; say which there are in tools")
+    if not known or choice == "none":
+        return Choice()
+    if choice in (None, "auto"):
+        return Choice("auto", known, parallel=parallel)
     if choice == "required":
-        return Forced(None, functions)
+        return Choice("required", known, parallel=parallel)
     named = _named(choice)
-    if named is not None:
-        if all(function.name != named for function in functions):
-            raise _refused(f"{brief(named)} given; tools has {', '.join(function.name for function in functions)}")
-        return Forced(named, functions)
-    given = "auto, which is the default where tools are given," if choice in (None, "auto") else brief(choice)
-    raise _refused(
-        f"{given} is not supported; allowed: {', '.join(CHOICES)}, and "
-        'a function by name, {"type": "function", "function": {"name": …}}'
-    )
+    if named is None:
+        raise refused(
+            f"{brief(choice)} is not supported; allowed: {', '.join(CHOICES)}, and "
+            'a function by name, {"type": "function", "function": {"name": …}}'
+        )
+    return by_name(known, named)
+
+
+def by_name(functions: tuple[Function, ...], name: str | None) -> Choice:
+    """Raises `Refused`."""
+    if all(function.name != name for function in functions):
+        raise refused(f"{brief(name)} given; tools has {', '.join(function.name for function in functions)}")
+    return Choice("required", functions, name)
 
 
 def _named(choice: object) -> str | None:
@@ -99,5 +119,10 @@ def _named(choice: object) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def _refused(why: str) -> Refused:
+def refused(why: str) -> Refused:
     return Refused(400, f"tool_choice: {why}.", param="tool_choice", code="unsupported_parameter")
+
+
+def call_id(job_id: str, completion: int, number: int) -> str:
+    """Of the call with this number in a completion. Mistral's templates take nine letters and digits, nothing else."""
+    return hashlib.sha256(f"{job_id} {completion} {number}".encode()).hexdigest()[:9]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import anthropic
 import openai
 import pytest
 
@@ -44,3 +45,15 @@ def served(running: Served, fake: AsyncFakeClient) -> Served:
 def api(served: Served, package: openai.OpenAI) -> openai.OpenAI:
     """OpenAI's client of a gateway over `fake`."""
     return package
+
+
+@pytest.fixture(scope="package")
+def claude_package(running: Served) -> Iterator[anthropic.Anthropic]:
+    with anthropic.Anthropic(base_url=running.url, api_key="none", max_retries=0, timeout=20) as client:
+        yield client
+
+
+@pytest.fixture
+def claude(served: Served, claude_package: anthropic.Anthropic) -> anthropic.Anthropic:
+    """Anthropic's client of the same."""
+    return claude_package

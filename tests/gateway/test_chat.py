@@ -192,7 +192,6 @@ def test_a_schema_is_the_jobs(api: openai.OpenAI, fake: AsyncFakeClient) -> None
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"tools": [WEATHER]}, "tool_choice"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "other"}}}, "tool_choice"),
     ({"tools": [WEATHER], "tool_choice": "required", "regex": "a"}, "tool_choice"),

@@ -141,7 +141,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"input": [{"type": "function_call", "call_id": "x", "name": "y", "arguments": "["}]}, "input.0"),
     ({"store": True}, "store"),
     ({"truncation": "auto"}, "truncation"),
-    ({"tools": [WEATHER]}, "tool_choice"),
     ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
     ({"tools": [WEATHER], "tool_choice": NAMED, "text": {"format": {"type": "json_object"}}}, "tool_choice"),
     ({"text": {"format": {"type": "json_schema"}}}, "text.format.schema"),

@@ -1,0 +1,146 @@
+"""An answer in the form of `/v1/responses`, whole or as events."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from stoker.contract import GenerateResult, StreamToken
+from stoker.gateway.errors import Refused
+from stoker.gateway.events import Event
+from stoker.gateway.response_items import FunctionTool
+from stoker.gateway.tool_calls import Begun, FunctionCall, Item, Part, Reader, add, items_of, parts_of
+from stoker.gateway.tools import Choice, call_id
+
+
+@dataclass
+class ResponsesForm:
+    job_id: str
+    model: str
+    choice: Choice
+    tools: list[FunctionTool]
+    wants_tokens: bool = False
+    _number: int = 0
+    _reader: Reader | None = None
+    #: What a stream has said so far; the last one is open.
+    _items: list[Item] = field(default_factory=list)
+    _created: int = field(default_factory=lambda: int(time.time()))
+
+    def whole(self, result: GenerateResult, tokens: Sequence[StreamToken]) -> dict[str, object]:
+        ended = result.finish_reason in ("length", "context")
+        usage = result.usage
+        counts = {
+            "input_tokens": usage.prompt_tokens, "input_tokens_details": {"cached_tokens": usage.cached_tokens},
+            "output_tokens": usage.completion_tokens, "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        }  # fmt: skip
+        status = "incomplete" if ended else "completed"
+        items = items_of(self.choice.reader(), result.text) or [""]
+        return self._response(
+            status, output=self._output(items, status),
+            incomplete_details={"reason": "max_output_tokens"} if ended else None, usage=counts,
+        )  # fmt: skip
+
+    def _response(self, status: str, **fields: object) -> dict[str, object]:
+        return {
+            "id": f"resp_{self.job_id}", "object": "response", "created_at": self._created, "status": status,
+            "model": self.model, "output": [], "error": None, "incomplete_details": None, "instructions": None,
+            "metadata": {}, "parallel_tool_calls": self.choice.parallel, "store": False, "temperature": None,
+            "top_p": None, "tool_choice": self.choice.mode if self.tools else "auto",
+            "tools": [tool.model_dump() for tool in self.tools], **fields,
+        }  # fmt: skip
+
+    def _output(self, items: list[Item], status: str) -> list[dict[str, object]]:
+        """`status`: that of the last one."""
+        last = len(items) - 1
+        return [self._item(at, item, status if at == last else "completed") for at, item in enumerate(items)]
+
+    def _item(self, at: int, item: Item, status: str) -> dict[str, object]:
+        if isinstance(item, FunctionCall):
+            return {
+                "type": "function_call", "id": f"fc_{self.job_id}_{at}", "call_id": call_id(self.job_id, 0, at),
+                "name": item.name, "arguments": item.arguments, "status": status,
+            }  # fmt: skip
+        return {
+            "type": "message", "id": f"msg_{self.job_id}_{at}", "role": "assistant", "status": status,
+            "content": [_text_part(item)],
+        }  # fmt: skip
+
+    def _event(self, kind: str, **fields: object) -> Event:
+        self._number += 1
+        return Event(
+            {"type": f"response.{kind}", "sequence_number": self._number - 1, **fields}, name=f"response.{kind}"
+        )
+
+    def first(self) -> Iterator[Event]:
+        for kind in ("created", "in_progress"):
+            yield self._event(kind, response=self._response("in_progress"))
+
+    def token(self, token: StreamToken) -> Iterator[Event]:
+        # The events of `first` are counted also where they are not sent.
+        self._number = max(self._number, 2)
+        if self._reader is None:
+            self._reader = self.choice.reader()
+        for part in parts_of(self._reader, token):
+            yield from self._part(part)
+        if token.is_last and not self._items:
+            yield from self._begin("")
+
+    def _part(self, part: Part) -> Iterator[Event]:
+        if isinstance(part, Begun):
+            yield from self._begin(FunctionCall(part.name, ""))
+            return
+        if isinstance(part, str) and not (self._items and isinstance(self._items[-1], str)):
+            yield from self._begin("")
+        add(self._items, part)
+        if isinstance(part, str):
+            yield self._event("output_text.delta", **self._content, delta=part, logprobs=[])
+        else:
+            yield self._event("function_call_arguments.delta", **self._place, delta=part.text)
+
+    @property
+    def _place(self) -> dict[str, object]:
+        """Of the open item."""
+        at = len(self._items) - 1
+        return {"item_id": self._item(at, self._items[at], "")["id"], "output_index": at}
+
+    @property
+    def _content(self) -> dict[str, object]:
+        return {**self._place, "content_index": 0}
+
+    def _begin(self, item: Item) -> Iterator[Event]:
+        yield from self._end("completed")
+        self._items.append(item)
+        at = len(self._items) - 1
+        begun = self._item(at, item, "in_progress") | ({"content": []} if isinstance(item, str) else {})
+        yield self._event("output_item.added", output_index=at, item=begun)
+        if isinstance(item, str):
+            yield self._event("content_part.added", **self._content, part=_text_part(""))
+
+    def _end(self, status: str) -> Iterator[Event]:
+        if not self._items:
+            return
+        at, item = len(self._items) - 1, self._items[-1]
+        if isinstance(item, str):
+            yield self._event("output_text.done", **self._content, text=item, logprobs=[])
+            yield self._event("content_part.done", **self._content, part=_text_part(item))
+        else:
+            done = {"name": item.name, "arguments": item.arguments}
+            yield self._event("function_call_arguments.done", **self._place, **done)
+        yield self._event("output_item.done", output_index=at, item=self._item(at, item, status))
+
+    def last(self, result: GenerateResult) -> Iterator[Event]:
+        response = self.whole(result, ())
+        status = str(response["status"])
+        yield from self._end(status)
+        yield self._event(status, response=response)
+
+    def failed(self, refused: Refused) -> Iterator[Event]:
+        said = {"code": refused.code, "message": refused.message, "param": refused.param}
+        self._number += 1
+        yield Event({"type": "error", "sequence_number": self._number - 1, **said}, name="error")
+
+
+def _text_part(text: str) -> dict[str, object]:
+    return {"type": "output_text", "text": text, "annotations": []}

@@ -1,0 +1,263 @@
+"""Calls of functions in what a model writes, found piece by piece.
+
+Models write a call as they were trained to. The gateway does not see which model has which template: the form is known
+by the answer alone, and each is taken from any model.
+
+- Hermes, Qwen, SmolLM: `<tool_call>CALL</tool_call>`, anywhere in the answer and as often as the model likes.
+- Llama 3: `<|python_tag|>CALL`, Mistral: `[TOOL_CALLS]CALL`, from there to the end.
+- The same two without their markers, which are special tokens that workers leave out of texts: then the call is the
+  whole answer.
+
+CALL is JSON: an object with `name` and `arguments` (or `parameters`), or a list of such objects. All of them have to be
+functions that the request names; else the marker and what stands behind it are text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+from stoker.contract import StreamToken
+
+_OPENER, _CLOSER = "<tool_call>", "</tool_call>"
+_OPENERS = (_OPENER, "<|python_tag|>", "[TOOL_CALLS]")
+_OPENING = re.compile("|".join(map(re.escape, _OPENERS)))
+#: What matters to the end of a call: an escaped character and a quote within JSON, and the markers.
+_MARKS = re.compile(rf'\\.|"|{_CLOSER}|{_OPENER}', re.DOTALL)
+#: Fields of a call; some models write the last two as well.
+_FIELDS = frozenset({"name", "arguments", "parameters", "id", "type"})
+#: How the JSON of calls begins, without its blanks.
+_BEGINNINGS = tuple(f'{bracket}{{"{name}"' for bracket in ("", "[") for name in sorted(_FIELDS))
+#: So many characters say whether it begins so.
+_TELLING = 64
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A call begins."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """A part of the arguments of the call that has begun last."""
+
+    text: str
+
+
+#: Of an answer: a part of its text, or of a call.
+Part: TypeAlias = str | Begun | Arguments
+
+
+@dataclass(frozen=True)
+class FunctionCall:
+    """`arguments`: JSON of an object, unless the answer was cut off in it."""
+
+    name: str
+    arguments: str
+
+
+#: Of an answer: a text or a call, whole.
+Item: TypeAlias = str | FunctionCall
+
+
+class Reader(Protocol):
+    """Reads one answer. What its parts join to does not depend on how the text was split into pieces."""
+
+    def feed(self, text: str) -> list[Part]: ...
+
+    def finish(self) -> list[Part]:
+        """What was held back, once the answer has ended."""
+        ...
+
+
+class TextReader:
+    """Of a request that has no call to find."""
+
+    def feed(self, text: str) -> list[Part]:
+        return [text] if text else []
+
+    def finish(self) -> list[Part]:
+        return []
+
+
+class ArgumentsReader:
+    """Of an answer that is the arguments of a function which the request has named."""
+
+    def __init__(self, name: str) -> None:
+        self._begun: list[Part] = [Begun(name)]
+
+    def feed(self, text: str) -> list[Part]:
+        begun, self._begun = self._begun, []
+        return [*begun, Arguments(text)] if text else begun
+
+    def finish(self) -> list[Part]:
+        return self.feed("")
+
+
+class CallReader:
+    """Finds calls of the functions `names`. `parallel` false: the first one is the only one."""
+
+    def __init__(self, names: Iterable[str], *, parallel: bool = True) -> None:
+        self._names, self._parallel = frozenset(names), parallel
+        #: Text that is not decided on: from `_at` on; before it stands what is done with.
+        self._held, self._at = "", 0
+        #: The marker of the call that may have begun before `_at`; "": the answer may be one without; None: none has.
+        self._opener: str | None = ""
+        #: How far that call was looked through, and whether a string of its JSON is open there.
+        self._seen, self._quoted = 0, False
+        #: Blanks before a text or a call; next to calls they say nothing.
+        self._blank, self._silent, self._called = "", True, False
+
+    def feed(self, text: str) -> list[Part]:
+        self._held += text
+        parts = self._parts(ended=False)
+        self._held, self._seen, self._at = self._held[self._at :], self._seen - self._at, 0
+        return parts
+
+    def finish(self) -> list[Part]:
+        parts = self._parts(ended=True)
+        return parts if self._called or not self._blank else [*parts, self._blank]
+
+    def _parts(self, *, ended: bool) -> list[Part]:
+        parts: list[Part] = []
+        while True:
+            begun = self._opener is not None
+            more = self._call(parts, ended=ended) if begun else self._text(parts, ended=ended)
+            if not more:
+                return parts
+
+    def _text(self, parts: list[Part], *, ended: bool) -> bool:
+        """Pass on text up to the next marker, or what may become one. Whether one was found."""
+        found = _OPENING.search(self._held, self._at)
+        if found is None:
+            end = len(self._held) - (0 if ended else _begun_marker(self._held))
+            end = max(self._at, end)
+            self._say(parts, self._held[self._at : end])
+            self._at = end
+            return False
+        self._say(parts, self._held[self._at : found.start()])
+        self._at = self._seen = found.end()
+        self._opener, self._quoted = found.group(), False
+        return True
+
+    def _call(self, parts: list[Part], *, ended: bool) -> bool:
+        """Make calls of what stands behind the marker, or text of the marker. Whether that is decided."""
+        end = self._end(ended=ended) if _may_be_call(self._held[self._at : self._at + _TELLING]) else self._at
+        if end is None:
+            return False
+        calls = self._calls(self._held[self._at : end])
+        if calls:
+            self._made(parts, calls)
+            self._at = end + len(_CLOSER) if self._held.startswith(_CLOSER, end) else end
+        else:
+            self._say(parts, self._opener or "")
+        self._opener = None
+        return True
+
+    def _end(self, *, ended: bool) -> int | None:
+        """Where the call ends; None: it goes on. A marker within a string of its JSON ends nothing."""
+        if self._opener == _OPENER:
+            for mark in _MARKS.finditer(self._held, self._seen):
+                self._seen = mark.end()
+                if mark.group() == '"':
+                    self._quoted = not self._quoted
+                elif mark.group() in (_CLOSER, _OPENER) and not self._quoted:
+                    return mark.start()
+            # The last characters may be a part of a mark.
+            self._seen = max(self._seen, len(self._held) - len(_CLOSER) + 1)
+        return len(self._held) if ended else None
+
+    def _say(self, parts: list[Part], text: str) -> None:
+        if self._silent:
+            text = self._blank + text
+            self._silent = not text or text.isspace()
+            self._blank = text if self._silent else ""
+        if text and not self._silent:
+            parts.append(text)
+
+    def _made(self, parts: list[Part], calls: list[FunctionCall]) -> None:
+        if not self._parallel:
+            calls = [] if self._called else calls[:1]
+        self._blank, self._silent, self._called = "", True, True
+        for call in calls:
+            parts += (Begun(call.name), Arguments(call.arguments))
+
+    def _calls(self, text: str) -> list[FunctionCall]:
+        """The calls that `text` is; none, where it is anything else."""
+        try:
+            found = json.loads(text)
+            return [self._one(item) for item in (found if isinstance(found, list) else [found])]
+        except (ValueError, RecursionError):
+            return []
+
+    def _one(self, item: Any) -> FunctionCall:
+        """Raises `ValueError` for what is no call."""
+        if not isinstance(item, dict) or not item.keys() <= _FIELDS or ("arguments" in item) == ("parameters" in item):
+            raise ValueError("no call")
+        name = item.get("name")
+        if not isinstance(name, str) or name not in self._names:
+            raise ValueError("no function of the request")
+        return FunctionCall(name, _dumped(item.get("arguments", item.get("parameters"))))
+
+
+def _may_be_call(text: str) -> bool:
+    begins = "".join(text.split())
+    return any(begins[: len(beginning)] == beginning[: len(begins)] for beginning in _BEGINNINGS)
+
+
+def _begun_marker(text: str) -> int:
+    """How many characters at the end of `text` may be the beginning of a marker."""
+    for length in range(min(len(text), max(map(len, _OPENERS)) - 1), 0, -1):
+        if any(opener.startswith(text[-length:]) for opener in _OPENERS):
+            return length
+    return 0
+
+
+def _dumped(arguments: Any) -> str:
+    """JSON of the object that a call's arguments are; some models write it as a text. Raises `ValueError`."""
+    given = json.loads(arguments) if isinstance(arguments, str) else arguments
+    if not isinstance(given, dict):
+        raise ValueError("no object")
+    # Infinity and half a surrogate pair are read as JSON, and cannot be sent as such.
+    text = json.dumps(given, ensure_ascii=False, allow_nan=False)
+    text.encode()
+    return text
+
+
+def object_of(arguments: str) -> dict[str, Any] | None:
+    """The arguments of a call as an object; None for those that were cut off."""
+    try:
+        found: dict[str, Any] = json.loads(_dumped(arguments))
+    except (ValueError, RecursionError):
+        return None
+    return found
+
+
+def parts_of(reader: Reader, token: StreamToken) -> list[Part]:
+    """What a token of an answer adds to it."""
+    return reader.feed(token.text) + (reader.finish() if token.is_last else [])
+
+
+def items_of(reader: Reader, text: str) -> list[Item]:
+    """The texts and calls of a whole answer, in their order."""
+    items: list[Item] = []
+    for part in reader.feed(text) + reader.finish():
+        add(items, part)
+    return items
+
+
+def add(items: list[Item], part: Part) -> None:
+    """Put the next part of an answer to its items."""
+    last = items.pop() if items else None
+    if isinstance(part, Arguments) and isinstance(last, FunctionCall):
+        items.append(FunctionCall(last.name, last.arguments + part.text))
+    elif isinstance(part, str) and isinstance(last, str):
+        items.append(last + part)
+    else:
+        items += [] if last is None else [last]
+        items.append(FunctionCall(part.name, "") if isinstance(part, Begun) else str(part))

@@ -1,0 +1,163 @@
+"""Calls of functions in what a model writes, whole and in pieces."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stoker.gateway.tool_calls import (
+    ArgumentsReader,
+    CallReader,
+    FunctionCall,
+    Item,
+    Reader,
+    TextReader,
+    add,
+    items_of,
+    object_of,
+)
+
+NAMES = ("weather", "time")
+CALL = '{"name": "weather", "arguments": {"town": "Bonn"}}'
+OTHER = '{"name": "time", "parameters": {}}'
+WEATHER, TIME = FunctionCall("weather", '{"town": "Bonn"}'), FunctionCall("time", "{}")
+
+
+def hermes(call: str) -> str:
+    return f"<tool_call>\n{call}\n</tool_call>"
+
+
+def read(text: str, **options: Any) -> list[Item]:
+    return items_of(CallReader(NAMES, **options), text)
+
+
+def in_pieces(reader: Reader, pieces: list[str]) -> list[Item]:
+    items: list[Item] = []
+    for piece in pieces:
+        for part in reader.feed(piece):
+            add(items, part)
+    for part in reader.finish():
+        add(items, part)
+    return items
+
+
+CALLS: list[tuple[str, list[Item]]] = [
+    # Hermes, Qwen, SmolLM.
+    (hermes(CALL), [WEATHER]),
+    (f"I look.\n{hermes(CALL)}", ["I look.\n", WEATHER]),
+    (f"\n\n{hermes(CALL)}\n{hermes(OTHER)}\n", [WEATHER, TIME]),
+    (f"{hermes(CALL)}\n\nDone.", [WEATHER, "\n\nDone."]),
+    (f"<tool_call>[{CALL}, {OTHER}]</tool_call>", [WEATHER, TIME]),
+    (f"<tool_call>{CALL}", [WEATHER]),
+    (f"<tool_call>{CALL}\n<tool_call>{OTHER}", [WEATHER, TIME]),
+    # Llama 3, with its marker and without.
+    (f"<|python_tag|>{OTHER}", [TIME]),
+    (f"\n{OTHER}\n", [TIME]),
+    ('{"type": "function", "name": "time", "parameters": {}}', [TIME]),
+    # Mistral, with its marker and without.
+    (f"[TOOL_CALLS][{CALL}]", [WEATHER]),
+    (f"I look.[TOOL_CALLS] [{CALL}, {OTHER}]", ["I look.", WEATHER, TIME]),
+    (f" [\n {CALL},\n{OTHER}]", [WEATHER, TIME]),
+    # Arguments as the text of an object.
+    (hermes('{"name": "weather", "arguments": "{\\"town\\": \\"Bonn\\"}"}'), [WEATHER]),
+]
+
+#: What is no call: all of it stays text.
+TEXTS = [
+    "", " \n", "It was <b>dark</b>.", "<tool_call", "a < b [TOOL_", "<tool_call>",
+    "<tool_call></tool_call>", "</tool_call>",
+    hermes('{"name": "weather", "arguments": {"town": }}'), hermes('{"name": "weather", "arguments": {"town": "Bo'),
+    hermes('{"name": "other", "arguments": {}}'), hermes('{"name": "weather"}'), hermes('{"name": 1, "arguments": {}}'),
+    hermes('{"name": "weather", "arguments": []}'), hermes('{"name": "weather", "arguments": "x"}'),
+    hermes('{"name": "weather", "arguments": {}, "parameters": {}}'), hermes("[]"), hermes("null"), hermes("17"),
+    hermes('{"name": "weather", "arguments": {}, "price": 1}'),
+    hermes(f'[{CALL}, {{"name": "other", "arguments": {{}}}}]'),
+    hermes('{"name": "weather", "arguments": {"a": NaN}}'), hermes('{"name": "weather", "arguments": {"a": 1e999}}'),
+    hermes('{"name": "weather", "arguments": {"a": "\\ud800"}}'), hermes(f"{CALL} and {CALL}"),
+    hermes('{"name": "weather", "arguments": ' + '{"a": ' * 20_000), "<function=weather></function>",
+    f"{OTHER} and more", f"Here: {OTHER}", f"{OTHER}; {OTHER}", '{"name": "weather", "arg', "[1] says so.", "{}", "[]",
+    '{"name": "Ada", "arguments": {}}', "<|python_tag|>print(1)", "[TOOL_CALLS]none", f"[TOOL_CALLS][{CALL}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "items"), CALLS, ids=range(len(CALLS)))
+def test_a_call_is_found_in_the_form_of_each_family(text: str, items: list[Item]) -> None:
+    assert read(text) == items
+    assert in_pieces(CallReader(NAMES), list(text)) == items
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
+def test_what_is_no_call_of_the_requests_functions_stays_text_to_the_letter(text: str) -> None:
+    assert read(text) == ([text] if text else [])
+    assert "".join(str(item) for item in in_pieces(CallReader(NAMES), list(text))) == text
+
+
+@pytest.mark.parametrize("broken", [text for text in TEXTS if text.startswith("<tool_call>") and len(text) < 1000])
+def test_a_broken_call_costs_none_behind_it(broken: str) -> None:
+    assert read(f"{broken}\n{hermes(CALL)}") == [f"{broken}\n", WEATHER]
+
+
+@pytest.mark.parametrize("said", ["</tool_call>", "<tool_call>", '\\"</tool_call>', "[TOOL_CALLS]", "\\\\"])
+def test_a_marker_in_a_string_of_an_argument_is_a_part_of_it(said: str) -> None:
+    call = f'{{"name": "weather", "arguments": {{"town": "a {said} b"}}}}'
+    wanted = json.loads(call)["arguments"]
+    for text in (hermes(call), call, f"[TOOL_CALLS][{call}]"):
+        (item,) = in_pieces(CallReader(NAMES), list(text))
+        assert isinstance(item, FunctionCall)
+        assert json.loads(item.arguments) == wanted
+
+
+def test_a_text_passes_at_once_and_what_may_be_a_marker_is_held_back() -> None:
+    reader = CallReader(NAMES)
+    assert reader.feed("It is") == ["It is"]
+    assert reader.feed(" a <tool") == [" a "]
+    assert reader.feed("s>") == ["<tools>"]
+    assert reader.feed("<tool_call>{") == []
+    assert reader.feed("x") == ["<tool_call>", "{x"]
+    assert CallReader(NAMES).feed('{"a": 1') == ['{"a": 1'], "JSON that begins as no call does"
+
+
+def test_without_parallel_calls_the_first_one_is_the_only_one() -> None:
+    for text in (f"a{hermes(CALL)}{hermes(OTHER)}b", f"a{hermes(f'[{CALL}, {OTHER}]')}b"):
+        assert read(text, parallel=False) == ["a", WEATHER, "b"]
+
+
+PIECES = st.lists(
+    st.sampled_from(
+        ["<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|python_tag|>", "<", "\n", '"', "\\", "{", "}", "[", "]", ",",
+         "Hm. ", '{"name": "weather", "arguments": {"town": "', '"}}', CALL, OTHER, hermes(CALL),
+         f"[{CALL},{OTHER}]", '{"name"']
+    ),
+    max_size=12,
+)  # fmt: skip
+
+
+@given(pieces=PIECES, cuts=st.lists(st.integers(0, 400)), parallel=st.booleans())
+@settings(max_examples=400, deadline=None)
+def test_any_split_of_an_answer_into_pieces_gives_the_same_calls_and_text(
+    pieces: list[str], cuts: list[int], parallel: bool
+) -> None:
+    text = "".join(pieces)
+    at = sorted({0, *(cut for cut in cuts if cut < len(text)), len(text)})
+    split = [text[begin:end] for begin, end in pairwise(at)]
+    whole = read(text, parallel=parallel)
+    assert in_pieces(CallReader(NAMES, parallel=parallel), split) == whole
+    assert in_pieces(CallReader(NAMES, parallel=parallel), list(text)) == whole
+    if not any(isinstance(item, FunctionCall) for item in whole):
+        assert "".join(str(item) for item in whole) == text
+
+
+def test_the_readers_of_other_answers_pass_all_on() -> None:
+    assert in_pieces(TextReader(), ["a", "", hermes(CALL)]) == [f"a{hermes(CALL)}"]
+    assert in_pieces(ArgumentsReader("time"), ['{"a', '": 1}']) == [FunctionCall("time", '{"a": 1}')]
+    assert in_pieces(ArgumentsReader("time"), []) == [FunctionCall("time", "")]
+
+
+def test_arguments_that_were_cut_off_are_no_object() -> None:
+    assert object_of('{"town": "Bonn"}') == {"town": "Bonn"}
+    assert [object_of(text) for text in ('{"town": "Bo', "[]", "", "{" * 50_000, '{"a": "\\ud800"}')] == [None] * 5
