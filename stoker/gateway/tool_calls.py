@@ -135,8 +135,8 @@ class CallReader:
         """Pass on text up to the next marker, or what may become one. Whether one was found."""
         found = _OPENING.search(self._held, self._at)
         if found is None:
-            end = len(self._held) - (0 if ended else _begun_marker(self._held))
-            end = max(self._at, end)
+            held_back = 0 if ended else _begun_marker(self._held)
+            end = max(self._at, len(self._held) - held_back)
             self._say(parts, self._held[self._at : end])
             self._at = end
             return False

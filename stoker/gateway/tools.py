@@ -90,7 +90,7 @@ def chosen(functions: Sequence[Function], choice: object, *, parallel: bool = Tr
     """What `tool_choice` asks for, as chats have it. Raises `Refused`."""
     known = tuple(functions)
     if not known and choice not in (None, "none", "auto"):
-        raise refused("given without tools; say which there are in tools")
+        raise _refused("given without tools; say which there are in tools")
     if not known or choice == "none":
         return Choice()
     if choice in (None, "auto"):
@@ -99,7 +99,7 @@ def chosen(functions: Sequence[Function], choice: object, *, parallel: bool = Tr
         return Choice("required", known, parallel=parallel)
     named = _named(choice)
     if named is None:
-        raise refused(
+        raise _refused(
             f"{brief(choice)} is not supported; allowed: {', '.join(CHOICES)}, and "
             'a function by name, {"type": "function", "function": {"name": …}}'
         )
@@ -109,7 +109,7 @@ def chosen(functions: Sequence[Function], choice: object, *, parallel: bool = Tr
 def by_name(functions: tuple[Function, ...], name: str | None) -> Choice:
     """Raises `Refused`."""
     if all(function.name != name for function in functions):
-        raise refused(f"{brief(name)} given; tools has {', '.join(function.name for function in functions)}")
+        raise _refused(f"{brief(name)} given; tools has {', '.join(function.name for function in functions)}")
     return Choice("required", functions, name)
 
 
@@ -119,7 +119,7 @@ def _named(choice: object) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def refused(why: str) -> Refused:
+def _refused(why: str) -> Refused:
     return Refused(400, f"tool_choice: {why}.", param="tool_choice", code="unsupported_parameter")
 
 

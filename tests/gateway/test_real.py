@@ -69,6 +69,17 @@ def test_a_forced_call_of_a_real_model_has_arguments_that_fit(api: openai.OpenAI
     assert caught.value.param == "response_format"
 
 
+def test_a_real_model_that_may_call_a_function_and_does_not_says_what_it_says_without(
+    api: openai.OpenAI,
+) -> None:
+    asked: Any = {"model": GENERATE_MODEL, "messages": HELLO, "tools": [WEATHER], "temperature": 0, "max_tokens": 8}
+    without = api.chat.completions.create(**asked, tool_choice="none").choices[0].message.content
+    with api.chat.completions.create(**asked, stream=True) as stream:
+        streamed = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+    assert without
+    assert api.chat.completions.create(**asked).choices[0].message.content == streamed == without
+
+
 def test_the_same_conversation_has_the_same_answer_in_each_vendors_form(api: openai.OpenAI) -> None:
     fields: Any = {"model": GENERATE_MODEL, "extra_body": {"temperature": 0}}
     chat = api.chat.completions.create(messages=HELLO, max_tokens=8, **fields)
