@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from stoker.cli import inputs
 from stoker.cli.options import Json, Model, Url, connect, notes, print_json
+from stoker.cli.progress import progress
 from stoker.client import Client
 from stoker.client.chunks import BATCH_TEXTS
 from stoker.client.options import EmbedOptions
@@ -22,12 +21,6 @@ from stoker.contract.kinds import EMBED
 from stoker.contract.requests import MAX_TEXTS
 from stoker.errors import InvalidRequest
 from stoker.files.source import Source
-
-if TYPE_CHECKING:
-    from stoker.files.output import Output
-
-#: Seconds between two lines of progress where there is no terminal.
-REPORT_EVERY = 10.0
 
 
 def embed(
@@ -64,7 +57,7 @@ def embed(
         "dimensions": dimensions,
         "dtype": dtype,  # type: ignore[typeddict-item]
     }
-    from stoker.files.output import check_output
+    from stoker.files.vector_output import check_output
 
     with connect(url) as client:
         if output is None:
@@ -137,7 +130,7 @@ def _embed_file(
     in_flight: int | None,
     overwrite: bool,
 ) -> dict[str, Any]:
-    from stoker.files.output import opened
+    from stoker.files.vector_output import opened
 
     rows, digest = source.survey()
     model = client.choose_model(model, EMBED.name)
@@ -148,8 +141,9 @@ def _embed_file(
         if before:
             notes().print(f"[dim]going on behind {before} of {rows} texts[/dim]")
         texts = islice(source.texts(), before, None)
-        with _progress(output, rows) as report:
-            for vectors in client.embed_chunks(texts, model=model, batch=batch, in_flight=in_flight, **options):
+        chunks = client.embed_chunks(texts, model=model, batch=batch, in_flight=in_flight, **options)
+        with closing(chunks), progress(output, rows, "texts") as report:
+            for vectors in chunks:
                 output.write(vectors)
                 report()
         output.finish()
@@ -157,42 +151,3 @@ def _embed_file(
     return {"output": str(path), "rows": rows, "resumed": before, "dim": output.dim, "dtype": options["dtype"]} | {
         "seconds": round(seconds, 3)
     }
-
-
-@contextmanager
-def _progress(output: Output, rows: int) -> Iterator[Any]:
-    """A bar on a terminal, a line now and then elsewhere; yields what to call when rows came."""
-    if sys.stderr.isatty():
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-        with Progress(*columns, console=notes()) as progress:
-            bar = progress.add_task("waiting for a worker", total=rows, completed=output.done)
-            speed = _Speed(output)
-            yield lambda: progress.update(bar, completed=output.done, description=f"{speed():,.0f} texts/s")
-    else:
-        yield _Lines(output, rows)
-
-
-class _Speed:
-    """Texts a second since the beginning of this run."""
-
-    def __init__(self, output: Output) -> None:
-        self._output, self._before, self._began = output, output.done, time.monotonic()
-
-    def __call__(self) -> float:
-        return (self._output.done - self._before) / max(1e-9, time.monotonic() - self._began)
-
-
-class _Lines:
-    def __init__(self, output: Output, rows: int) -> None:
-        self._output, self._rows, self._speed = output, rows, _Speed(output)
-        self._reported = time.monotonic()
-
-    def __call__(self) -> None:
-        if time.monotonic() - self._reported < REPORT_EVERY:
-            return
-        self._reported = time.monotonic()
-        speed, done = self._speed(), self._output.done
-        left = (self._rows - done) / max(speed, 1e-9)
-        print(f"{done:,} of {self._rows:,} texts, {speed:,.0f} texts/s, {left:.0f} s left", file=sys.stderr, flush=True)

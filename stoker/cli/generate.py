@@ -1,16 +1,20 @@
-"""`stoker generate`: one answer, or one continuation."""
+"""`stoker generate`: one answer, or one continuation; with --output those of a file."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from stoker.cli import inputs
+from stoker.cli.generate_file import LOWEST_PRIORITY, FileRun
 from stoker.cli.options import Json, Model, Url, connect, is_terminal, notes, print_json
+from stoker.client.options import GenerateManyOptions
 from stoker.contract import GenerateResult
 from stoker.contract.kinds import GENERATE
-from stoker.errors import InvalidRequest
+from stoker.contract.requests import GenerateRequest
+from stoker.errors import InvalidRequest, JobError
 
 Adapter = Annotated[str | None, typer.Option(help="LoRA adapter to generate with.")]
 MaxTokens = Annotated[int, typer.Option(help="Most tokens to make.")]
@@ -18,11 +22,17 @@ Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
 TopP = Annotated[float, typer.Option(help="Sample among the likeliest that add up to this.")]
 Seed = Annotated[int | None, typer.Option(help="The same seed, the same text.")]
 
+DEFAULT_PRIORITY: int = GenerateRequest.model_fields["priority"].default
 CHAT_OR_RAW = "The prompt is a message, or a text to continue; default: a message if the model has a chat template."
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to answer or continue; '-' reads standard input.")],
+    prompt: Annotated[
+        str,
+        typer.Argument(
+            help="What to answer or continue, '-' for standard input; with --output, a file of requests: .jsonl."
+        ),
+    ],
     model: Model = None,
     adapter: Adapter = None,
     max_tokens: MaxTokens = 128,
@@ -37,36 +47,55 @@ def generate(
     json_schema: Annotated[str | None, typer.Option(help="File: the answer is JSON that fits this schema.")] = None,
     regex: Annotated[str | None, typer.Option(help="The answer matches this expression.")] = None,
     seed: Seed = None,
+    priority: Annotated[
+        int | None, typer.Option(help="0 is served first, 9 last; default: 5, and 9 for a file.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File for the answers to a file of requests: .jsonl.")
+    ] = None,
+    in_flight: Annotated[
+        int | None, typer.Option(help="Requests of a file at once; default: half of what each worker can run.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace the output; begin anew after an interrupted run.")] = False,
     as_json: Json = False,
     url: Url = None,
 ) -> None:
     """Answer a prompt, or continue it, token by token. Ctrl-C cancels the job.
 
-    A model with a chat template gets the prompt as a message; --raw lets it continue the text instead.
+    A model with a chat template gets the prompt as a message; --raw lets it continue the text instead. With --output
+    each line of a file is a request, and an interrupted run continues when the command is given again.
     """
     if prompt == json_schema == inputs.STDIN:
         raise InvalidRequest("json_schema: standard input given, which is the prompt already. Name a file.")
-    text = inputs.read_text("prompt") if prompt == inputs.STDIN else prompt
-    schema = None if json_schema is None else inputs.read_json("json_schema", json_schema)
+    options: GenerateManyOptions = {
+        "adapter": adapter,
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "stop": tuple(stop or ()),
+        "n": n,
+        "json_schema": None if json_schema is None else inputs.read_json("json_schema", json_schema),
+        "regex": regex,
+    }
     with connect(url) as client:
+        if output is not None:
+            options["priority"] = LOWEST_PRIORITY if priority is None else priority
+            run = FileRun(output, model, seed, bool(chat), in_flight, overwrite, options)
+            _report(run.answer(client, prompt), as_json)
+            return
+        text = _prompt(prompt)
+        options["priority"] = DEFAULT_PRIORITY if priority is None else priority
         model = client.choose_model(model, GENERATE.name)
         if chat is None:
             chat = client.models()[model].chat
         job = client.generate(
             [{"role": "user", "content": text}] if chat else text,
             model=model,
-            adapter=adapter,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            stop=tuple(stop or ()),
-            n=n,
-            json_schema=schema,
-            regex=regex,
             seed=seed,
+            **options,
         )
         if as_json or n > 1:
             _print_whole(job.result(), as_json)
@@ -76,6 +105,25 @@ def generate(
         print()
         if is_terminal():
             notes().print(f"[dim]{describe(job.result())}[/dim]")
+
+
+def _prompt(given: str) -> str:
+    if given.endswith(".jsonl") and Path(given).is_file():
+        raise InvalidRequest(f"{given} is a file: name a file for the answers to its requests with --output.")
+    return inputs.read_text("prompt") if given == inputs.STDIN else given
+
+
+def _report(record: dict[str, Any], as_json: bool) -> None:
+    """What came of a file. Raises `JobError` if some of its requests have no answer."""
+    if as_json:
+        print_json(record)
+    else:
+        print(f"{record['output']}: {record['rows'] - record['errors']} answers to {record['rows']} requests")
+    if record["errors"]:
+        raise JobError(
+            f"{record['errors']} of {record['rows']} requests have no answer; their lines in {record['output']} say "
+            "why, under `error`. To try them again, put them into a file of their own."
+        )
 
 
 def _print_whole(result: GenerateResult, as_json: bool) -> None:

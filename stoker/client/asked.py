@@ -17,8 +17,8 @@ from stoker.errors import BrokerUnavailable, ConfigError, InvalidRequest, Stoker
 
 T = TypeVar("T")
 
-#: One request of `generate_many`: a prompt, or a prompt with options of its own.
-Ask: TypeAlias = Prompt | GenerateItem
+#: One request of `generate_many`: a prompt, or a prompt with options of its own; or why there is none.
+Ask: TypeAlias = Prompt | GenerateItem | InvalidRequest
 
 #: Names of a request that are parameters of `generate`.
 _NAMED = ("prompt", "model", "seed")
@@ -40,6 +40,8 @@ class Asked(Part):
 
 def asked(given: object, common: GenerateItem) -> Asked:
     """What is asked by `given`, whose own options win over `common`."""
+    if isinstance(given, InvalidRequest):
+        return Asked({}, given)
     if isinstance(given, Mapping):
         try:
             checked_options({name: given[name] for name in given if name not in _NAMED}, GenerateOptions, _NAMED)

@@ -1,8 +1,8 @@
-"""Files of vectors that grow row by row, survive an interruption, and appear under their name only when whole.
+"""Files that grow row by row, survive an interruption, and appear under their name only when whole.
 
-Until then the rows lie in `NAME.partial`, with the final file's header, and `NAME.partial.json` says for what input and
-how many rows are safely on disk. A later run of the same input goes on behind those; anything after them is written
-again.
+Until then the rows lie in `NAME.partial`, and `NAME.partial.json` says for what input and how many rows are safely on
+disk. A later run of the same input goes on behind those; anything after them is written again. What a row is and where
+it lies, the file's kind says: vectors (`vector_output.py`), or lines (`line_output.py`).
 """
 
 from __future__ import annotations
@@ -11,89 +11,24 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
-import numpy as np
-
-from stoker.contract.vectors import Encoded, Int8Vectors
-from stoker.errors import ConfigError, InvalidRequest, ModelError
+from stoker.errors import InvalidRequest
 from stoker.files.durable import flush, write_whole
 
 #: Seconds between two moments at which the rows so far are made safe.
 SAFE_EVERY = 2.0
 
-
-@dataclass(frozen=True)
-class Column:
-    """`name` and the bytes of it in the final file: its first row begins at `offset`."""
-
-    name: str
-    dtype: str
-    #: Numbers of a row.
-    width: int
-    offset: int
-
-    @property
-    def row_bytes(self) -> int:
-        return self.width * np.dtype(self.dtype).itemsize
+Out = TypeVar("Out", bound="Output")
 
 
-@dataclass(frozen=True)
-class Layout:
-    """A file's header and its columns, each of which has room for every row."""
-
-    header: bytes
-    columns: tuple[Column, ...]
-
-
-def npy_layout(rows: int, dim: int, dtype: str) -> Layout:
-    """NumPy's format, version 1.0: one array, so no int8, which needs a second one for its scales."""
-    described = repr({"descr": np.dtype(dtype).newbyteorder("<").str, "fortran_order": False, "shape": (rows, dim)})
-    # Magic, version and length take 10 bytes; the data begins at a multiple of 64.
-    text = described.ljust(-(-(len(described) + 11) // 64) * 64 - 11) + "\n"
-    header = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode("latin-1")
-    return Layout(header, (Column("vectors", dtype, dim, len(header)),))
-
-
-def safetensors_layout(rows: int, dim: int, dtype: str) -> Layout:
-    """safetensors: `vectors`, and `scales` if they are int8."""
-    names = {"float32": "F32", "float16": "F16", "int8": "I8"}
-    tensors: dict[str, Any] = {}
-    columns, end = [], 0
-    shapes = [("vectors", dtype, dim)] + ([("scales", "float32", 1)] if dtype == "int8" else [])
-    # The wider numbers first, so that each tensor is aligned.
-    for name, kind, width in sorted(shapes, key=lambda shape: -np.dtype(shape[1]).itemsize):
-        size = rows * width * np.dtype(kind).itemsize
-        shape = [rows] if name == "scales" else [rows, width]
-        tensors[name] = {"dtype": names[kind], "shape": shape, "data_offsets": [end, end + size]}
-        columns.append(Column(name, kind, width, end))
-        end += size
-    text = json.dumps(tensors).encode()
-    text += b" " * (-len(text) % 8)
-    start = 8 + len(text)
-    placed = tuple(Column(c.name, c.dtype, c.width, start + c.offset) for c in columns)
-    return Layout(len(text).to_bytes(8, "little") + text, placed)
-
-
-LAYOUTS: Mapping[str, Callable[[int, int, str], Layout]] = {
-    ".npy": npy_layout,
-    ".safetensors": safetensors_layout,
-    ".parquet": safetensors_layout,  # until it is whole: Parquet cannot be gone on with
-}
-
-
-def check_output(path: Path, dtype: str, overwrite: bool) -> None:
+def check_path(path: Path, suffixes: Iterable[str], overwrite: bool) -> None:
     """Raises `InvalidRequest` for an output that cannot be written, before any work is done for it."""
-    if path.suffix not in LAYOUTS:
-        raise InvalidRequest(f"--output: {path.name!r} given; it has to end in {', '.join(LAYOUTS)}.")
-    if path.suffix == ".npy" and dtype == "int8":
-        raise InvalidRequest("--output: .npy cannot hold the scales of int8. Use .safetensors or .parquet.")
-    if path.suffix == ".parquet":
-        _pyarrow()
+    if path.suffix not in suffixes:
+        raise InvalidRequest(f"--output: {path.name!r} given; it has to end in {', '.join(suffixes)}.")
     if not path.parent.is_dir():
         raise InvalidRequest(f"--output: there is no folder {path.parent}.")
     if path.exists() and not overwrite:
@@ -101,39 +36,28 @@ def check_output(path: Path, dtype: str, overwrite: bool) -> None:
 
 
 class Output:
-    """Rows on their way into `path`, which holds `rows` of them in the end. Made by `opened`."""
+    """Rows on their way into `path`, which holds `rows` of them in the end. Written to within `opened`."""
 
-    def __init__(self, path: Path, rows: int, job: Mapping[str, Any], file: BinaryIO) -> None:
-        self._path, self._rows, self._job, self._file = path, rows, dict(job), file
-        self._layout: Layout | None = None
+    _file: BinaryIO
+
+    def __init__(self, path: Path, rows: int, job: Mapping[str, Any]) -> None:
+        self.path, self._rows = path, rows
+        # As it is read again: JSON has no tuples.
+        self._job: dict[str, Any] = json.loads(json.dumps(dict(job)))
         self._safe_at = time.monotonic()
         #: Rows that are there, and those of them that outlast a power cut.
         self.done = self._safe = 0
 
-    @property
-    def dim(self) -> int:
-        """Numbers of a vector; 0 before the first one is there."""
-        columns = self._layout.columns if self._layout else ()
-        return next((column.width for column in columns if column.name == "vectors"), 0)
+    def _form(self) -> dict[str, int]:
+        """What `end_of` and `_resume` have to know besides the number of rows."""
+        raise NotImplementedError
 
-    def write(self, vectors: Encoded) -> None:
-        """The next rows. Every two seconds those so far are made safe."""
-        arrays = _arrays(vectors)
-        layout = self._begun(arrays["vectors"].shape[1])
-        for column in layout.columns:
-            data = np.ascontiguousarray(arrays[column.name], dtype=column.dtype)
-            if data.shape[1] != column.width:
-                raise ModelError(f"vectors of {data.shape[1]} numbers after some of {column.width}: the model changed.")
-            self._put(column.offset + self.done * column.row_bytes, data.tobytes())
-        self.done += len(vectors)
-        if time.monotonic() - self._safe_at >= SAFE_EVERY:
-            self.make_safe()
+    def end_of(self, state: Mapping[str, Any]) -> int:
+        """How many bytes the rows take that `state` vouches for."""
+        raise NotImplementedError
 
-    def _begun(self, dim: int) -> Layout:
-        if self._layout is None:
-            self._layout = LAYOUTS[self._path.suffix](self._rows, dim, self._job["dtype"])
-            self._put(0, self._layout.header)
-        return self._layout
+    def _resume(self, state: Mapping[str, Any]) -> None:
+        raise NotImplementedError
 
     def _put(self, offset: int, data: bytes) -> None:
         with self._writing():
@@ -142,6 +66,12 @@ class Output:
             while rest:
                 rest = rest[self._file.write(rest) :]
 
+    def _grown(self, rows: int) -> None:
+        """That many rows were put behind the others. Every two seconds those so far are made safe."""
+        self.done += rows
+        if time.monotonic() - self._safe_at >= SAFE_EVERY:
+            self.make_safe()
+
     @contextmanager
     def _writing(self) -> Iterator[None]:
         """A disk that takes nothing is the user's to mend: `InvalidRequest`."""
@@ -149,25 +79,20 @@ class Output:
             yield
         except OSError as error:
             raise InvalidRequest(
-                f"--output: {self._path} cannot be written ({error.strerror}); the first {self._safe} of its "
+                f"--output: {self.path} cannot be written ({error.strerror}); the first {self._safe} of its "
                 f"{self._rows} rows are safe. Mend that and give the command again: it goes on behind them."
             ) from None
-
-    def resume(self, state: Mapping[str, Any]) -> None:
-        """Go on behind the rows that an earlier run made safe."""
-        self._layout = LAYOUTS[self._path.suffix](self._rows, state["dim"], self._job["dtype"])
-        self.done = self._safe = state["done"]
 
     def make_safe(self) -> None:
         """Flush the rows to the disk, then record in the state file how many there are."""
         self._safe_at = time.monotonic()
-        if self._layout is None:
+        if not self.done:
             return
-        record = json.dumps({"job": self._job, "dim": self.dim, "done": self.done})
+        record = json.dumps({"job": self._job, "done": self.done, **self._form()})
         with self._writing():
-            flush(partial_path(self._path))
+            flush(partial_path(self.path))
             # `write_whole` flushes the folder too, and so the name of the partial file.
-            write_whole(state_path(self._path), lambda draft: draft.write_text(record))
+            write_whole(state_path(self.path), lambda draft: draft.write_text(record))
         self._safe = self.done
 
     def finish(self) -> None:
@@ -176,36 +101,49 @@ class Output:
         self.make_safe()
         with self._writing():
             self._give_name()
+            flush(self.path.parent)
+            state_path(self.path).unlink()
 
     def _give_name(self) -> None:
-        partial = partial_path(self._path)
-        if self._path.suffix == ".parquet":
-            whole = self._path.with_name(self._path.name + ".partial.parquet")
-            assert self._layout is not None
-            _write_parquet(partial, whole, self._layout, self._rows)
-            whole.replace(self._path)
-            # Before the rows are gone, their copy has its name for good.
-            flush(self._path.parent)
-            partial.unlink()
+        partial_path(self.path).replace(self.path)
+
+    def begin(self, file: BinaryIO, overwrite: bool) -> None:
+        """Go on where an earlier run for the same job stopped, or begin anew."""
+        self._file = file
+        state = self._state()
+        if state and state["job"] != self._job and not overwrite:
+            differing = ", ".join(name for name in self._job if state["job"].get(name) != self._job[name])
+            raise InvalidRequest(
+                f"--output: {partial_path(self.path)} is of an interrupted run with another {differing}. Give the "
+                "same, or pass --overwrite to begin anew."
+            )
+        if state and state["job"] == self._job:
+            self._resume(state)
+            self.done = self._safe = state["done"]
         else:
-            partial.replace(self._path)
-        flush(self._path.parent)
-        state_path(self._path).unlink()
+            # The record first, and for good: it would vouch for rows that are not those it was written for.
+            state_path(self.path).unlink(missing_ok=True)
+            flush(self.path.parent)
+            file.truncate(0)
 
-
-def _arrays(vectors: Encoded) -> dict[str, np.ndarray]:
-    if isinstance(vectors, Int8Vectors):
-        return {"vectors": vectors.codes, "scales": vectors.scales[:, None]}
-    return {"vectors": vectors}
+    def _state(self) -> dict[str, Any]:
+        """What an interrupted run left, if it fits the rows that are there."""
+        try:
+            state: dict[str, Any] = json.loads(state_path(self.path).read_text())
+            fits = os.fstat(self._file.fileno()).st_size >= self.end_of(state)
+            return state if fits and isinstance(state["job"], dict) and isinstance(state["done"], int) else {}
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
 
 
 @contextmanager
-def opened(path: Path, rows: int, job: Mapping[str, Any], overwrite: bool = False) -> Iterator[Output]:
-    """An output that goes on where an earlier run for the same `job` stopped, or begins anew.
+def opened(output: Out, overwrite: bool = False) -> Iterator[Out]:
+    """`output`, which goes on where an earlier run for the same job stopped, or begins anew.
 
     On leaving by an error the rows so far are made safe. Raises `InvalidRequest` if another run is writing it, or if
     a run for another job was interrupted and `overwrite` is False.
     """
+    path = output.path
     try:
         descriptor = os.open(partial_path(path), os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
@@ -216,21 +154,7 @@ def opened(path: Path, rows: int, job: Mapping[str, Any], overwrite: bool = Fals
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise InvalidRequest(f"--output: another run is writing {path} just now.") from None
-        output = Output(path, rows, job, file)
-        state = _state_of(path, file)
-        if state and state["job"] != job and not overwrite:
-            differing = ", ".join(name for name in job if state["job"].get(name) != job[name])
-            raise InvalidRequest(
-                f"--output: {partial_path(path)} is of an interrupted run with another {differing}. Give the same, "
-                "or pass --overwrite to begin anew."
-            )
-        if state and state["job"] == job:
-            output.resume(state)
-        else:
-            # The record first, and for good: it would vouch for rows that are not those it was written for.
-            state_path(path).unlink(missing_ok=True)
-            flush(path.parent)
-            file.truncate(0)
+        output.begin(file, overwrite)
         try:
             yield output
         except BaseException:
@@ -245,45 +169,3 @@ def partial_path(path: Path) -> Path:
 
 def state_path(path: Path) -> Path:
     return path.with_name(path.name + ".partial.json")
-
-
-def _state_of(path: Path, file: BinaryIO) -> dict[str, Any]:
-    """What an interrupted run left, if it fits the rows that are there."""
-    try:
-        state = json.loads(state_path(path).read_text())
-        layout = LAYOUTS[path.suffix](state["job"]["rows"], state["dim"], state["job"]["dtype"])
-        end = max(column.offset + state["done"] * column.row_bytes for column in layout.columns)
-        return state if os.fstat(file.fileno()).st_size >= end else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-
-
-def _pyarrow() -> Any:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise ConfigError("Parquet needs pyarrow: pip install 'stoker[parquet]'.") from None
-    return pyarrow
-
-
-def _write_parquet(source: Path, target: Path, layout: Layout, rows: int) -> None:
-    """The columns of `source` as Parquet: a list of numbers a row, and its scale if there is one; a piece at a time."""
-    pyarrow = _pyarrow()
-    mapped = {
-        column.name: np.memmap(source, column.dtype, "r", column.offset, (rows, column.width))
-        for column in layout.columns
-    }
-
-    def table(start: int, end: int) -> Any:
-        columns = {}
-        for name, array in mapped.items():
-            flat = pyarrow.array(np.ascontiguousarray(array[start:end]).reshape(-1))
-            width = array.shape[1]
-            columns[name] = flat if name == "scales" else pyarrow.FixedSizeListArray.from_arrays(flat, width)
-        return pyarrow.table(columns)
-
-    with target.open("wb") as file, pyarrow.parquet.ParquetWriter(file, table(0, 0).schema) as writer:
-        for start in range(0, rows, 65_536):
-            writer.write_table(table(start, min(rows, start + 65_536)))
-    flush(target)

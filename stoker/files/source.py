@@ -25,26 +25,19 @@ class Source:
 
     def texts(self) -> Iterator[str]:
         """Raises `DatasetError` with the number of a line that is wrong, from 1."""
-        for number, line in self._lines():
+        for number, line in lines_of(self.path):
             yield self._text(line, f"{self.path.name}, line {number}")
 
     def survey(self) -> tuple[int, str]:
         """Check every line: how many texts there are, and a digest of the whole file."""
         count, digest = 0, hashlib.sha256(self.field.encode())
-        for number, line in self._lines():
+        for number, line in lines_of(self.path):
             digest.update(line + b"\n")
             self._text(line, f"{self.path.name}, line {number}")
             count += 1
         if not count:
             raise DatasetError(f"{self.path}: no text in it.")
         return count, digest.hexdigest()
-
-    def _lines(self) -> Iterator[tuple[int, bytes]]:
-        try:
-            with self.path.open("rb") as file:
-                yield from numbered(pieces(file), self.path.name)
-        except OSError as error:
-            raise DatasetError(f"{self.path}: cannot be read ({error.strerror}).") from None
 
     def _text(self, line: bytes, where: str) -> str:
         text = decoded(line, where) if self.plain or self.path.suffix == ".txt" else self._field_of(line, where)
@@ -55,7 +48,7 @@ class Source:
         return text
 
     def _field_of(self, line: bytes, where: str) -> str:
-        row = self._parsed(decoded(line, where), where)
+        row = parsed(line, where)
         if not isinstance(row, dict):
             raise DatasetError(f"{where}: a {type(row).__name__} given; expected an object with {self.field!r} in it.")
         text = row.get(self.field)
@@ -68,10 +61,22 @@ class Source:
             raise DatasetError(f"{where}: {self.field!r} holds half a surrogate pair, which is no text.") from None
         return text
 
-    def _parsed(self, line: str, where: str) -> Any:
-        try:
-            return json.loads(line)
-        except RecursionError:
-            raise DatasetError(f"{where}: nested too deeply.") from None
-        except ValueError as error:
-            raise DatasetError(f"{where}: not JSON ({error}).") from None
+
+def lines_of(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file that are not blank, with their numbers from 1. Raises `DatasetError` where it cannot be
+    read."""
+    try:
+        with path.open("rb") as file:
+            yield from numbered(pieces(file), path.name)
+    except OSError as error:
+        raise DatasetError(f"{path}: cannot be read ({error.strerror}).") from None
+
+
+def parsed(line: bytes, where: str) -> Any:
+    """The JSON of a line. Raises `DatasetError`."""
+    try:
+        return json.loads(decoded(line, where))
+    except RecursionError:
+        raise DatasetError(f"{where}: nested too deeply.") from None
+    except ValueError as error:
+        raise DatasetError(f"{where}: not JSON ({error}).") from None

@@ -17,9 +17,10 @@ import pytest
 import safetensors.numpy
 
 from stoker import AsyncClient, Client
+from stoker.errors import JobError
 from stoker.files.output import partial_path, state_path
 from stoker.local.stack import Stack
-from tests.conftest import EMBED_MODEL, wait_until
+from tests.conftest import EMBED_MODEL, GENERATE_MODEL, wait_until
 
 pytestmark = pytest.mark.integration
 
@@ -36,13 +37,15 @@ def write_texts(path: Path, count: int, sentences: list[str] = SENTENCES) -> Non
 
 
 #: The command line with its rows made safe after each batch: how far it is does not depend on how fast the machine is.
-EMBED = "from stoker.files import output; output.SAFE_EVERY = 0.0; from stoker.cli import main; main()"
+SAFE_AT_ONCE = "from stoker.files import output; output.SAFE_EVERY = 0.0; from stoker.cli import main; main()"
 
 
-def start(stack: Stack, folder: Path, *options: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", EMBED, "embed", "in.jsonl"]
+def start(
+    stack: Stack, folder: Path, *options: str, command: str = "embed", model: str = EMBED_MODEL
+) -> subprocess.Popen[str]:
+    words = [sys.executable, "-c", SAFE_AT_ONCE, command, "in.jsonl", "--model", model, *options]
     env = {**os.environ, "STOKER_URL": stack.settings.address.celery}
-    return subprocess.Popen([*command, "--model", EMBED_MODEL, *options], cwd=folder, env=env, text=True)
+    return subprocess.Popen(words, cwd=folder, env=env, text=True)
 
 
 def rows_safe(path: Path) -> int:
@@ -95,6 +98,26 @@ def test_a_file_becomes_codes_and_scales(stack: Stack, tmp_path: Path) -> None:
     wanted = expected(stack)[np.arange(130) % 97]
     error = np.abs(tensors["vectors"] * tensors["scales"][:, None] - wanted)
     assert (error <= tensors["scales"][:, None] * 0.51).all()
+
+
+def test_every_request_of_a_file_has_one_line_after_a_kill(stack: Stack, client: Client, tmp_path: Path) -> None:
+    prompts = ["Once upon a time", "The fire", "In the morning"]
+    lines = [{"id": number, "prompt": prompts[number % 3]} for number in range(16)] + [{"id": 16, "prompt": ""}]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    output, words = tmp_path / "out.jsonl", ("-o", "out.jsonl", "--max-tokens", "4", "--in-flight", "2")
+    first = start(stack, tmp_path, *words, command="generate", model=GENERATE_MODEL)
+    wait_until(lambda: rows_safe(output) > 3, "some are answered", 60)
+    first.kill()
+    first.wait()
+    before = rows_safe(output)
+    assert before < len(lines)
+    assert not output.exists()
+    assert start(stack, tmp_path, *words, command="generate", model=GENERATE_MODEL).wait(60) == JobError.exit_code
+    found = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [line["id"] for line in found] == list(range(17))
+    assert found.pop()["error"]["type"] == "InvalidRequest"
+    wanted = [job.result(60).text for job in [client.generate(p, model=GENERATE_MODEL, max_tokens=4) for p in prompts]]
+    assert [line["result"]["text"] for line in found] == [wanted[number % 3] for number in range(16)]
 
 
 def test_many_texts_come_in_order_and_leave_nothing_behind(client: Client) -> None:

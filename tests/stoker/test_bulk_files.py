@@ -14,8 +14,10 @@ import safetensors.numpy
 from stoker.contract.vectors import Encoded, Int8Vectors, quantize
 from stoker.errors import ConfigError, DatasetError, InvalidRequest, ModelError
 from stoker.files import output as output_module
-from stoker.files.output import check_output, npy_layout, opened, partial_path, safetensors_layout, state_path
+from stoker.files.line_output import LineOutput
+from stoker.files.output import partial_path, state_path
 from stoker.files.source import Source
+from stoker.files.vector_output import check_output, npy_layout, opened, safetensors_layout
 
 ROWS, DIM = 23, 12
 VECTORS = np.random.default_rng(3).normal(size=(ROWS, DIM)).astype(np.float32)
@@ -87,6 +89,21 @@ def test_what_was_not_made_safe_is_written_again(tmp_path: Path, suffix: str, dt
         output.write(encoded(dtype, 6, ROWS))
         output.finish()
     assert same(read(path, dtype), encoded(dtype, 0, ROWS))
+
+
+def test_nothing_of_a_line_that_was_not_safe_is_left_behind_the_last(tmp_path: Path) -> None:
+    """An answer that is made again may be a shorter one."""
+    killed, of = tmp_path / "killed", {"rows": 2, "input": "digest"}
+    with output_module.opened(LineOutput(tmp_path / "out.jsonl", 2, of)) as output:
+        output.write({"line": 1})
+        output.make_safe()
+        output.write({"line": 2, "text": "x" * 1000})
+        shutil.copytree(tmp_path, killed)
+    with output_module.opened(LineOutput(killed / "out.jsonl", 2, of)) as output:
+        assert output.done == 1
+        output.write({"line": 2})
+        output.finish()
+    assert (killed / "out.jsonl").read_text() == '{"line": 1}\n{"line": 2}\n'
 
 
 def test_rows_that_are_gone_are_not_believed(tmp_path: Path) -> None:

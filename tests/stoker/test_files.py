@@ -13,7 +13,9 @@ from unittest import mock
 import pytest
 
 from stoker.files import output as output_module
-from stoker.files.output import opened, partial_path
+from stoker.files.line_output import LineOutput
+from stoker.files.output import partial_path
+from stoker.files.vector_output import opened
 from stoker.local.broker import EmbeddedBroker
 from stoker.settings import Settings, load_settings
 from tests import powercut
@@ -21,6 +23,7 @@ from tests.powercut import Cut, Disk
 from tests.stoker.test_bulk_files import DIM, break_off, encoded, job
 
 ROWS, STEP = 23, 9
+LINES = 5
 SUFFIXES = [".npy", ".safetensors"] + ([".parquet"] if importlib.util.find_spec("pyarrow") else [])
 
 
@@ -83,6 +86,39 @@ def test_rows_that_were_promised_outlast_every_cut_and_the_file_is_whole_or_not_
             assert path.read_bytes() == expected, cut
             continue
         assert run(path, of) >= rows_promised(cut), cut
+        assert path.read_bytes() == expected, cut
+
+
+def write_lines(path: Path, of: Mapping[str, Any], disk: Disk | None = None) -> int:
+    """Go on with a file of lines to its end; how many were there."""
+    with output_module.opened(LineOutput(path, LINES, of)) as output:
+        before = output.done
+        for number in range(before, LINES):
+            output.write({"line": number, "error" if number % 3 == 0 else "result": "ü" * (LINES - number)})
+            if disk is not None:
+                disk.mark(f"{output.done} rows")
+        output.finish()
+        assert output.errors == len(range(0, LINES, 3))
+    if disk is not None:
+        disk.mark("finished")
+    return before
+
+
+def test_lines_that_were_promised_outlast_every_cut_and_each_is_there_once_in_the_end(tmp_path: Path) -> None:
+    of, work = {"rows": LINES, "input": "digest", "stop": ("a",)}, tmp_path / "work"
+    write_lines(tmp_path / "expected.jsonl", of)
+    expected = (tmp_path / "expected.jsonl").read_bytes()
+    work.mkdir()
+    with powercut.recorded(work) as disk:
+        write_lines(work / "out.jsonl", of, disk)
+    for cut, after in restored(disk, tmp_path / "after"):
+        path = after / "out.jsonl"
+        if "finished" in cut.marks:
+            assert path.exists(), cut
+        if path.exists():
+            assert path.read_bytes() == expected, cut
+            continue
+        assert write_lines(path, of) >= rows_promised(cut), cut
         assert path.read_bytes() == expected, cut
 
 

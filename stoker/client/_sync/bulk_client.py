@@ -76,7 +76,8 @@ class BulkClient(Embedder, GeneratingClient):
         """Answer any number of requests, in order, with neither side's whole in memory.
 
         A request is a prompt, as `generate` takes it, or a mapping with `prompt`, `prompt_ids` or `messages` and
-        options of its own, `model` and `seed` too. What is given here holds for those that do not say otherwise.
+        options of its own, `model` and `seed` too. What is given here holds for those that do not say otherwise. An
+        `InvalidRequest` in the place of one that could not be read keeps that place.
 
         In the place of a request that cannot be answered comes its error, a `StokerError` that is not raised: the
         others go on. Raised is what meets all of them: options that are wrong here, no model, no broker.
