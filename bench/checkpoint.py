@@ -92,7 +92,7 @@ def write_smollm2(folder: Path) -> Path:
 def _write(folder: Path, config: dict[str, Any], tensors: dict[str, mx.array], tokenizer: tokenizers.Tokenizer) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     mx.save_safetensors(str(folder / "model.safetensors"), tensors, {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config), "utf-8")
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
 

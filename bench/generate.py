@@ -77,7 +77,7 @@ class Ours:
         limits = LaneLimits(slots=sizes.streams, kv_bytes=8 << 30, compiled="all" if sizes is TINY else None)
         self.engine = Engine({NAME: (str(folder),)}, adapters=home, publish=self._publish, limits=limits)
         self.engine.start()
-        self.vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
+        self.vocabulary = json.loads((folder / "config.json").read_text("utf-8"))["vocab_size"]
         self._make_adapters(home, sizes.adapters)
 
     def _make_adapters(self, home: Path, count: int) -> None:

@@ -77,7 +77,7 @@ def collect(running: Sequence[tuple[str, Path, subprocess.Popen[bytes]]]) -> Row
     found: Rows = []
     for what, report, process in running:
         process.wait()
-        rows = json.loads(report.read_text())["checked"] if report.exists() else [{"failed": what}]
+        rows = json.loads(report.read_text("utf-8"))["checked"] if report.exists() else [{"failed": what}]
         report.unlink(missing_ok=True)
         found += rows
         for row in rows:

@@ -45,7 +45,7 @@ def checkpoint(folder: Path) -> None:
         "max_position_embeddings": 4096, "rope_theta": 10_000.0, "tie_word_embeddings": True, "hidden_act": "silu",
     }  # fmt: skip
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config), "utf-8")
     shutil.copy(TOKENIZER, folder / "tokenizer.json")
     size, dtype = dim // heads, mx.bfloat16 if large else mx.float32
     shapes = {"model.embed_tokens.weight": (vocab, dim), "model.norm.weight": (dim,)}

@@ -61,7 +61,7 @@ class Record:
     def keep(self, **fields: Any) -> None:
         self.fields |= fields
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(self.fields, indent=1) + "\n")
+        self.path.write_text(json.dumps(self.fields, indent=1) + "\n", "utf-8")
 
 
 def write(name: str, rows: Sequence[Row]) -> Path:

@@ -60,7 +60,7 @@ def write(folder: Path, shape: str, dtype: mx.Dtype) -> None:
     """A checkpoint in Hugging Face's form, with a tokenizer whose text is its ids: "t3 t14 t15"."""
     config = SHAPES[shape]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config), "utf-8")
     words = models.WordLevel({f"t{index}": index for index in range(config["vocab_size"])}, unk_token="t0")
     tokenizer = tokenizers.Tokenizer(words)
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

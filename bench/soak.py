@@ -151,7 +151,7 @@ class Soak:
 def _resident() -> float:
     """This process's resident memory in MiB."""
     if sys.platform == "linux":
-        for line in Path("/proc/self/status").read_text().splitlines():
+        for line in Path("/proc/self/status").read_text("utf-8").splitlines():
             if line.startswith("VmRSS:"):
                 return int(line.split()[1]) / 1024
     import resource

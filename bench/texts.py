@@ -76,7 +76,7 @@ def write_checkpoint(folder: Path, dtype: str = "float16", seed: int = 0) -> Pat
     for name, content in described.items():
         path = folder / name
         path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(content))
+        path.write_text(json.dumps(content), "utf-8")
     (folder / "2_Normalize").mkdir(exist_ok=True)
     return folder
 

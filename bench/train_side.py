@@ -25,7 +25,7 @@ import numpy as np  # noqa: E402
 RANK, ALPHA, RATE, DECAY = 8, 16.0, 1e-4, 0.01
 TARGETS: tuple[LoraTarget, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
 #: What is printed by libraries must not be taken for an answer.
-_answers = os.fdopen(os.dup(1), "w")
+_answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
 os.dup2(2, 1)
 
 
@@ -39,7 +39,7 @@ def rows(batch: int, length: int, vocabulary: int) -> np.ndarray:
 
 
 def vocabulary(folder: Path) -> int:
-    return int(json.loads((folder / "config.json").read_text())["vocab_size"])
+    return int(json.loads((folder / "config.json").read_text("utf-8"))["vocab_size"])
 
 
 def stoker(folder: Path, batch: int, length: int) -> None:

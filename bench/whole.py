@@ -88,7 +88,7 @@ def engine_alone(texts: list[str]) -> list[Row]:
 
 
 def main() -> None:
-    texts = resources.files("stoker.data").joinpath("sentences.txt").read_text().splitlines()
+    texts = resources.files("stoker.data").joinpath("sentences.txt").read_text("utf-8").splitlines()
     queue, alone = through_the_queue(texts), engine_alone(texts)
     path = write("whole", [*queue, *alone])
     for ours, base in zip(queue, alone, strict=True):

@@ -36,11 +36,11 @@ class Body:
 
     @cached_property
     def source(self) -> str:
-        return (_HERE / self.kernel / f"{self.name}.metal").read_text()
+        return (_HERE / self.kernel / f"{self.name}.metal").read_text("utf-8")
 
     @cached_property
     def header(self) -> str:
-        return "\n".join((_HERE / name).read_text() for name in self.headers)
+        return "\n".join((_HERE / name).read_text("utf-8") for name in self.headers)
 
     def launch(
         self,

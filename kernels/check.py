@@ -190,7 +190,7 @@ def _write(path: Path, backend: Backend, rows: Sequence[Checked], timings: Seque
         "checked": [asdict(row) for row in rows],
         "timings": [asdict(row) for row in timings],
     }
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    path.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
     return path
 
 

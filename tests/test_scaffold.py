@@ -121,6 +121,20 @@ def test_the_engine_the_kernels_and_the_tasks_read_no_environment() -> None:
     assert not read
 
 
+def test_texts_are_read_and_written_as_utf_8_in_every_locale() -> None:
+    """Without an encoding Python takes the locale's: a script with an arrow in a comment ends `stoker up` in Japan."""
+    places = {"read_text": 1, "write_text": 2}
+    found = {
+        f"{file.relative_to(ROOT)}:{node.lineno}"
+        for package in ("stoker", "tasks", "workers", "engine", "kernels", "bench")
+        for file in (ROOT / package).rglob("*.py")
+        for node in ast.walk(ast.parse(text_of(file)))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+        if len(node.args) < places.get(node.func.attr, 0) and all(given.arg != "encoding" for given in node.keywords)
+    }
+    assert not found
+
+
 def test_no_file_names_a_registry() -> None:
     found = [
         f"{file.relative_to(ROOT)}: {host}"

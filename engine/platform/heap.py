@@ -49,4 +49,4 @@ def give_back() -> bool:
 def resident() -> int:
     """Bytes of this process that are in memory; 0 where the system does not say it the way that Linux does."""
     said = Path("/proc/self/statm")
-    return int(said.read_text().split()[1]) * resource.getpagesize() if said.exists() else 0
+    return int(said.read_text("utf-8").split()[1]) * resource.getpagesize() if said.exists() else 0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-_SHIM = (Path(__file__).parent / "shim.h").read_text()
+_SHIM = (Path(__file__).parent / "shim.h").read_text("utf-8")
 _THREAD = "((threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x)"
 #: Metal's attributes in CUDA's terms.
 _ATTRIBUTES = {

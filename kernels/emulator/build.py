@@ -65,11 +65,11 @@ def build(launch: Launch, *, checked: bool = True) -> Built:
     text, buffers, header, body = _translate(launch)
     flags = [*_FLAGS, *_KERNEL_FLAGS, *(("-O1", "-fsanitize=thread") if checked else ("-O2",))]
     runtime = _runtime()
-    digest = _digest(text, *flags, runtime.name, (RUNTIME / "metal.hpp").read_text())
+    digest = _digest(text, *flags, runtime.name, (RUNTIME / "metal.hpp").read_text("utf-8"))
 
     def compile_to(output: Path, folder: Path) -> None:
         source, objects = folder / "kernel.cpp", folder / "kernel.o"
-        source.write_text(text)
+        source.write_text(text, "utf-8")
         _gcc(*flags, f"-I{RUNTIME}", "-c", str(source), "-o", str(objects))
         # No libtsan: the runtime supplies the sanitizer's hooks.
         _gcc("-shared", str(objects), str(runtime), "-o", str(output), "-lm")
@@ -133,7 +133,7 @@ def _translate(launch: Launch) -> tuple[str, tuple[str, ...], str, str]:
 
 @cache
 def _runtime() -> Path:
-    digest = _digest((RUNTIME / "runtime.cpp").read_text(), (RUNTIME / "abi.h").read_text(), *_FLAGS)
+    digest = _digest((RUNTIME / "runtime.cpp").read_text("utf-8"), (RUNTIME / "abi.h").read_text("utf-8"), *_FLAGS)
     source = str(RUNTIME / "runtime.cpp")
     return _kept(f"runtime-{digest}.o", lambda output, _: _gcc(*_FLAGS, "-O2", "-c", source, "-o", str(output)))
 

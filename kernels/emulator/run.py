@@ -150,7 +150,7 @@ def _quote(built: Built, addresses: Sequence[str]) -> str:
     codes = [int(address, 16) for address in addresses if address not in ("(nil)", "0")]
     if not codes:
         return ""
-    with open("/proc/self/maps") as maps:
+    with open("/proc/self/maps", encoding="utf-8") as maps:
         base = next(int(line.split("-")[0], 16) for line in maps if line.rstrip().endswith(built.library.name))
     # An address is where the access returns to: one byte before it is the access.
     command = ["addr2line", "-i", "-e", str(built.library), *[hex(code - base - 1) for code in codes]]

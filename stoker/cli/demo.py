@@ -76,7 +76,7 @@ def _report_worker(worker: Presence) -> None:
 def _search(client: Client) -> None:
     import numpy as np
 
-    sentences = resources.files("stoker.data").joinpath("sentences.txt").read_text().splitlines()
+    sentences = resources.files("stoker.data").joinpath("sentences.txt").read_text("utf-8").splitlines()
     _heading(f"1. Embed {len(sentences)} sentences and search them")
     began = time.perf_counter()
     vectors = client.embed(sentences, model=EMBED_MODEL).result()

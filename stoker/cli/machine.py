@@ -235,7 +235,7 @@ def check_kernels(
 ) -> None:
     """Run every fused kernel of this machine's back-end against its reference."""
     # A report that cannot be written is an error now, and not after an hour of work.
-    report.open("a").close()
+    report.open("a", encoding="utf-8").close()
     chosen = [part for name in kernel or () for part in ("--kernel", name)]
     caches = os.environ.get("XDG_CACHE_HOME")
     cache = ["--cache", str(Path(caches, "stoker", "kernels"))] if caches else []

@@ -92,7 +92,7 @@ class Output:
         with self._writing():
             flush(partial_path(self.path))
             # `write_whole` flushes the folder too, and so the name of the partial file.
-            write_whole(state_path(self.path), lambda draft: draft.write_text(record))
+            write_whole(state_path(self.path), lambda draft: draft.write_text(record, "utf-8"))
         self._safe = self.done
 
     def finish(self) -> None:
@@ -129,7 +129,7 @@ class Output:
     def _state(self) -> dict[str, Any]:
         """What an interrupted run left, if it fits the rows that are there."""
         try:
-            state: dict[str, Any] = json.loads(state_path(self.path).read_text())
+            state: dict[str, Any] = json.loads(state_path(self.path).read_text("utf-8"))
             fits = os.fstat(self._file.fileno()).st_size >= self.end_of(state)
             return state if fits and isinstance(state["job"], dict) and isinstance(state["done"], int) else {}
         except (OSError, ValueError, KeyError, TypeError):

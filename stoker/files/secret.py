@@ -46,7 +46,7 @@ def _make(file: Path) -> None:
     """Whole or not at all; of two processes that start together, one makes it."""
     handle, draft = tempfile.mkstemp(dir=file.parent)
     try:
-        with os.fdopen(handle, "w") as out:
+        with os.fdopen(handle, "w", encoding="utf-8") as out:
             out.write(secrets.token_urlsafe(18) + "\n")
             out.flush()
             os.fsync(out.fileno())

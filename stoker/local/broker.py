@@ -63,13 +63,13 @@ class EmbeddedBroker:
 
     def announce(self) -> None:
         record = json.dumps({"url": self.url, "pid": os.getpid()})
-        write_whole(self._settings.broker_file, lambda draft: draft.write_text(record), mode=0o600)
+        write_whole(self._settings.broker_file, lambda draft: draft.write_text(record, "utf-8"), mode=0o600)
 
     def _make_login(self) -> None:
         """The server reads the password from a file: what stands on a command line, every user can read."""
         password = kept_password(self._folder / "password")
         self._login = f":{password}@"
-        write_whole(self._config, lambda draft: draft.write_text(f"requirepass {password}\n"), mode=0o600)
+        write_whole(self._config, lambda draft: draft.write_text(f"requirepass {password}\n", "utf-8"), mode=0o600)
 
     @property
     def _config(self) -> Path:
@@ -142,7 +142,7 @@ class EmbeddedBroker:
 
     def _take_lock(self) -> IO[str]:
         """Two servers on one append-only file would ruin it. The lock goes with this process, however it ends."""
-        lock = open(self._folder / "lock", "w", opener=opener)  # noqa: SIM115  it stays open
+        lock = open(self._folder / "lock", "w", encoding="utf-8", opener=opener)  # noqa: SIM115  it stays open
         end = time.monotonic() + 10
         while True:
             try:

@@ -30,7 +30,7 @@ def take_name(settings: Settings) -> tuple[str, IO[str]]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name in _names(settings):
-            lock = open(folder / f"{name}.lock", "w", opener=opener)  # noqa: SIM115  it stays open
+            lock = open(folder / f"{name}.lock", "w", encoding="utf-8", opener=opener)  # noqa: SIM115  it stays open
             if _is_free(lock):
                 return f"{name}@{platform.node()}", lock
             lock.close()

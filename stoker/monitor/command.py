@@ -38,7 +38,7 @@ def serve(settings: Settings, address: str, port: int, names: frozenset[str], sa
     logs.configure(settings, [password])
     quiet()
     transport.install()
-    with (home / "lock").open("w") as lock:
+    with (home / "lock").open("w", encoding="utf-8") as lock:
         kept = _is_first(lock)
         history = {"db": str(home / "history"), "persistent": kept, "state_save_interval": SAVE_EVERY if kept else 0}
         close_to_others(home)

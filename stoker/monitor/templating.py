@@ -72,7 +72,7 @@ class Loader(template.Loader):
 
     def _create_template(self, name: str) -> template.Template:
         own = OWN / name
-        text = own.read_text() if own.is_file() else changed(name, (THEIRS / name).read_text())
+        text = own.read_text("utf-8") if own.is_file() else changed(name, (THEIRS / name).read_text("utf-8"))
         return template.Template(text, name=name, loader=self)
 
 

@@ -35,7 +35,7 @@ BATCH = 512
 Queued: TypeAlias = tuple[float, list["Entry"]]
 #: How the script answers for a stream that has lost entries.
 GAP = "GAP"
-_PUBLISH = Path(__file__).with_name("publish.lua").read_text()
+_PUBLISH = Path(__file__).with_name("publish.lua").read_text("utf-8")
 
 
 class Publisher:

@@ -22,7 +22,7 @@ MOST_LIBRARIES = 8
 
 def text(name: str) -> str:
     """The script `NAME.lua` of this folder."""
-    return resources.files(__package__).joinpath(f"{name}.lua").read_text()
+    return resources.files(__package__).joinpath(f"{name}.lua").read_text("utf-8")
 
 
 def _hash(text: str) -> str:
