@@ -45,7 +45,7 @@ demo: $(STAMP) ## embed, generate and train on real models, with a broker and a 
 	$(BIN)/stoker demo
 
 test: $(STAMP) ## the fast and the integration tests
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-fast: $(STAMP) ## without a broker or a worker process
 	$(BIN)/python -m pytest -m "not integration and not slow and not chaos and not browser" $(PYTEST_ARGS)
@@ -68,7 +68,7 @@ mutants: $(STAMP) ## plant each mistake of tests/mutants, and see whether the te
 # The suite takes about twice as long when it is measured.
 coverage: $(STAMP) ## the tests, measured (branches; workers and commands too): fails below 90 % of the five packages' lines
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder -o timeout=300 $(PYTEST_ARGS); status=$$?; \
+	$(BIN)/coverage run -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -o timeout=300 $(PYTEST_ARGS); status=$$?; \
 		$(BIN)/python -m tests.covered && exit $$status
 
 $(VENV)/.browser: $(STAMP) requirements/browser.txt

@@ -54,16 +54,13 @@ FIRST = ("engine", "integration", "chaos", "fuzz", "docs", "kernels")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What goes to one process of several (`-n`): the tests that share a stack, the kernels' compiler, or a file.
+    """With `-n` a file goes to one process, in this order.
 
     The engine's go first. On a new machine each fused loop is compiled once, a second apiece, and every process that
     meets it before that compiles it too: the storm and the stack, with a worker each or more, find them on disk. Then
     come the rooms with long tests, so that at the end, where one process may wait for the other, all are short.
     """
     items.sort(key=lambda item: (*FIRST, item.path.parent.name).index(item.path.parent.name))
-    for item in items:
-        shared = "stack" if "stack" in getattr(item, "fixturenames", ()) else item.path.parent.name
-        item.add_marker(pytest.mark.xdist_group(shared if shared in ("stack", "kernels") else item.path.name))
 
 
 def pytest_sessionfinish() -> None:
