@@ -13,7 +13,6 @@ from stoker.cli.options import Json, Model, Url, connect, is_terminal, notes, pr
 from stoker.client.options import GenerateManyOptions
 from stoker.contract import GenerateResult
 from stoker.contract.kinds import GENERATE
-from stoker.contract.requests import GenerateRequest
 from stoker.errors import InvalidRequest, JobError
 
 Adapter = Annotated[str | None, typer.Option(help="LoRA adapter to generate with.")]
@@ -22,7 +21,6 @@ Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
 TopP = Annotated[float, typer.Option(help="Sample among the likeliest that add up to this.")]
 Seed = Annotated[int | None, typer.Option(help="The same seed, the same text.")]
 
-DEFAULT_PRIORITY: int = GenerateRequest.model_fields["priority"].default
 CHAT_OR_RAW = "The prompt is a message, or a text to continue; default: a message if the model has a chat template."
 
 
@@ -80,14 +78,15 @@ def generate(
         "json_schema": None if json_schema is None else inputs.read_json("json_schema", json_schema),
         "regex": regex,
     }
+    if priority is not None:
+        options["priority"] = priority
     with connect(url) as client:
         if output is not None:
-            options["priority"] = LOWEST_PRIORITY if priority is None else priority
+            options.setdefault("priority", LOWEST_PRIORITY)
             run = FileRun(output, model, seed, bool(chat), in_flight, overwrite, options)
             _report(run.answer(client, prompt), as_json)
             return
         text = _prompt(prompt)
-        options["priority"] = DEFAULT_PRIORITY if priority is None else priority
         model = client.choose_model(model, GENERATE.name)
         if chat is None:
             chat = client.models()[model].chat

@@ -85,9 +85,12 @@ class MessagesForm:
     model: str
     choice: Choice
     wants_tokens: bool = False
-    _reader: Reader | None = None
+    _reader: Reader = field(init=False)
     #: Types of the blocks of a stream; the last one is open.
     _blocks: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._reader = self.choice.reader()
 
     def whole(self, result: GenerateResult, tokens: Sequence[StreamToken]) -> dict[str, object]:
         items = items_of(self.choice.reader(), result.text) or [""]
@@ -121,8 +124,6 @@ class MessagesForm:
         yield _event("message_start", message=self._message([]))
 
     def token(self, token: StreamToken) -> Iterator[Event]:
-        if self._reader is None:
-            self._reader = self.choice.reader()
         for part in parts_of(self._reader, token):
             yield from self._part(part)
         if token.is_last and not self._blocks:

@@ -22,10 +22,13 @@ class ResponsesForm:
     tools: list[FunctionTool]
     wants_tokens: bool = False
     _number: int = 0
-    _reader: Reader | None = None
+    _reader: Reader = field(init=False)
     #: What a stream has said so far; the last one is open.
     _items: list[Item] = field(default_factory=list)
     _created: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        self._reader = self.choice.reader()
 
     def whole(self, result: GenerateResult, tokens: Sequence[StreamToken]) -> dict[str, object]:
         ended = result.finish_reason in ("length", "context")
@@ -80,8 +83,6 @@ class ResponsesForm:
     def token(self, token: StreamToken) -> Iterator[Event]:
         # The events of `first` are counted also where they are not sent.
         self._number = max(self._number, 2)
-        if self._reader is None:
-            self._reader = self.choice.reader()
         for part in parts_of(self._reader, token):
             yield from self._part(part)
         if token.is_last and not self._items:
