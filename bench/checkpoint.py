@@ -1,4 +1,4 @@
-"""Model folders for benchmarks: the demo's model as dense float32, and random weights of Qwen2.5-0.5B's shape."""
+"""Model folders for benchmarks: the demo's model as dense float32, and random weights of the shapes that people run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from typing import Any
 
 import mlx.core as mx
 import tokenizers
+from mlx.utils import tree_flatten
 from tokenizers import decoders, models, pre_tokenizers
+
+from engine.models.bridge import weights
 
 #: Qwen2.5-0.5B (config.json of Qwen/Qwen2.5-0.5B).
 QWEN = {
@@ -54,6 +57,18 @@ def write_random(folder: Path, config: dict[str, Any], dtype: mx.Dtype = mx.bflo
             tensors[f"{name}.mlp.{part}_proj.weight"] = matrix(rows, columns)
         for part in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"{name}.{part}.weight"] = mx.ones(dim, dtype)
+    return _write(folder, config, tensors, _byte_tokenizer())
+
+
+def write_bridged(folder: Path, config: dict[str, Any], dtype: mx.Dtype) -> Path:
+    """A checkpoint of a `model_type` of mlx-lm: random matrices, all else as its network begins."""
+    network, _ = weights.network_of(config, config["model_type"])
+    mx.random.seed(0)
+    tensors = {
+        name: (array if array.ndim < 2 else mx.random.normal(array.shape) * array.shape[-1] ** -0.5).astype(dtype)
+        for name, array in tree_flatten(network.parameters())
+    }
+    mx.eval(tensors)
     return _write(folder, config, tensors, _byte_tokenizer())
 
 

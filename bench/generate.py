@@ -2,7 +2,9 @@
 
 `python -m bench.generate` on a CPU: SmolLM2-135M in float32, mlx-lm from `.venv-peers` with the same OpenBLAS.
 `python -m bench.generate --gpu --out DIR`: random bfloat16 weights of Qwen2.5-0.5B's shape, mlx-lm from this Python.
-`--tiny` tries the whole with a small model. Both sides take turns; a row has each side's median and their ratio.
+`--shape NAME` takes random weights of an architecture that runs through mlx-lm's model file, with 16 streams, in
+bfloat16 on a GPU and float32 on a CPU. `--tiny` tries the whole with a small model. Both sides take turns; a row has
+each side's median and their ratio.
 """
 
 from __future__ import annotations
@@ -17,17 +19,20 @@ import time
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bench.bridged import BRIDGED
 from bench.report import Record
 from engine.platform import blas
 
 ROOT = Path(__file__).parent.parent
 NAME = "bench-model"
+#: The projections that the adapters change, where a model has them.
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj")
 #: For each stream the seconds, from the start, at which its tokens came.
 Times = list[list[float]]
 
@@ -47,6 +52,8 @@ class Sizes:
 
 GPU = Sizes(rounds=4, prompt=64, single=128, streams=32, tokens=128, adapters=8, long_prompt=1000)
 CPU = Sizes(rounds=3, prompt=16, single=16, streams=8, tokens=12, adapters=8, long_prompt=300)
+#: Streams of the shapes of `--shape`.
+BRIDGED_STREAMS = 16
 TINY = Sizes(rounds=2, prompt=16, single=16, streams=4, tokens=12, adapters=2, long_prompt=300)
 
 
@@ -86,7 +93,8 @@ class Ours:
         from engine.adapters.lora import LoraConfig, LoraWeights
         from engine.adapters.store import AdapterStore
 
-        config = LoraConfig(8, 16.0, ("q_proj", "k_proj", "v_proj", "o_proj"))
+        linears = {name.rpartition(".")[2] for name in self.engine.model(NAME).linear_shapes}
+        config = LoraConfig(8, 16.0, tuple(name for name in ATTENTION if name in linears))
         for number in range(count):
             random = np.random.default_rng(number)
             matrices = {}
@@ -205,9 +213,18 @@ def gaps(times: Sequence[float], begin: float, end: float) -> list[float]:
 
 class Bench:
     def __init__(
-        self, ours: Ours, peer: Peer | None, sizes: Sizes, folder: Path, *, redis: bool, only: Sequence[str] = ()
+        self,
+        ours: Ours,
+        peer: Peer | None,
+        sizes: Sizes,
+        folder: Path,
+        *,
+        redis: bool,
+        bridged: bool = False,
+        only: Sequence[str] = (),
     ) -> None:
         self._ours, self._peer, self._sizes, self._folder = ours, peer, sizes, folder
+        self._bridged = bridged
         self._parts = [self.single, self.many, self.adapters, self.sampled, self.first_token, self.long_prompt]
         if redis:
             self._parts.append(self.through_redis)
@@ -274,10 +291,12 @@ class Bench:
             )
 
     def single(self) -> None:
-        self._against_peer("1 stream", 1, self._sizes.single, 1.1)
+        self._against_peer("1 stream", 1, self._sizes.single, 1.0 if self._bridged else 1.1)
 
     def many(self) -> None:
-        self._against_peer(f"{self._sizes.streams} streams", self._sizes.streams, self._sizes.tokens, 1.5)
+        self._against_peer(
+            f"{self._sizes.streams} streams", self._sizes.streams, self._sizes.tokens, 1.0 if self._bridged else 1.5
+        )
 
     def adapters(self) -> None:
         streams, tokens, count = self._sizes.streams, self._sizes.tokens, self._sizes.adapters
@@ -412,16 +431,19 @@ def main() -> None:
     parser = argparse.ArgumentParser("python -m bench.generate", description=__doc__)
     parser.add_argument("--gpu", action="store_true", help="Qwen2.5-0.5B's shape in bfloat16, mlx-lm from this Python")
     parser.add_argument("--tiny", action="store_true", help="a small model: to try the benchmark itself")
+    parser.add_argument("--shape", choices=tuple(BRIDGED), help="an architecture that runs through mlx-lm's model file")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder for generate.json")
     parser.add_argument("parts", nargs="*", help="those measures alone (single, many, …), and no file")
     options = parser.parse_args()
     report = blas.boot()
     import mlx.core as mx
 
-    from bench.checkpoint import QWEN, SMALL, write_random, write_smollm2
+    from bench.checkpoint import QWEN, SMALL, write_bridged, write_random, write_smollm2
 
     sizes = TINY if options.tiny else GPU if options.gpu else CPU
     name = f"generate{'-gpu' if options.gpu else '-tiny' if options.tiny else ''}"
+    if options.shape:
+        sizes, name = replace(sizes, streams=BRIDGED_STREAMS), f"{name}-{options.shape}"
     record = Record(name, options.out, sizes=asdict(sizes))
 
     def keep(rows: list[dict[str, Any]]) -> None:
@@ -431,7 +453,9 @@ def main() -> None:
     python = sys.executable if options.gpu else str(ROOT / ".venv-peers" / "bin" / "python")
     with tempfile.TemporaryDirectory() as home:
         folder = Path(home) / NAME
-        if options.gpu or options.tiny:
+        if options.shape:
+            write_bridged(folder, BRIDGED[options.shape], mx.bfloat16 if options.gpu else mx.float32)
+        elif options.gpu or options.tiny:
             write_random(folder, SMALL if options.tiny else QWEN)
         else:
             write_smollm2(folder)
@@ -444,7 +468,8 @@ def main() -> None:
         except Exception as error:
             traceback.print_exc()
             about = f"no peer: {error}"
-        bench = Bench(ours, peer, sizes, folder, redis=not options.gpu, only=options.parts)
+        redis = not options.gpu and not options.shape
+        bench = Bench(ours, peer, sizes, folder, redis=redis, bridged=bool(options.shape), only=options.parts)
         print(f"{ours.engine.device}, BLAS {report.detail}; mlx-lm: {about}\n", flush=True)
         print(f"{'':66} {'ours':>10} {'other':>10}")
         bench.run(keep)
