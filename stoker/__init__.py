@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from stoker.client import AdapterJob, Client, EmbedJob, GenerateJob, Job, TrainJob
     from stoker.client._async.client import AsyncClient
     from stoker.client._async.jobs import AsyncAdapterJob, AsyncEmbedJob, AsyncGenerateJob, AsyncJob, AsyncTrainJob
-    from stoker.contract import GenerateResult, StreamToken, TrainReport, TrainResult
+    from stoker.contract import GenerateResult, StreamToken, ToolCall, TrainReport, TrainResult
     from stoker.errors import StokerError
 
 __version__ = "0.1.0"
@@ -30,7 +30,7 @@ _HOMES = {
     ),
     "stoker.client": ("AdapterJob", "Client", "EmbedJob", "GenerateJob", "Job", "TrainJob"),
     "stoker.broker.outcome": ("JobStatus",),
-    "stoker.contract": ("GenerateResult", "StreamToken", "TrainReport", "TrainResult"),
+    "stoker.contract": ("GenerateResult", "StreamToken", "ToolCall", "TrainReport", "TrainResult"),
     "stoker.errors": ("StokerError",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -65,6 +65,7 @@ __all__ = [
     "JobStatus",
     "StokerError",
     "StreamToken",
+    "ToolCall",
     "TrainJob",
     "TrainReport",
     "TrainResult",

@@ -108,7 +108,7 @@ class GenerateLane:
         check_ids(self._model, request)
         prompt = tokenize(self._model, request)
         most = self.budget.most_tokens
-        check_memory(len(prompt), most, request.model)
+        check_memory(len(prompt.ids), most, request.model)
         if request.adapter is not None:
             self._pool.check(request.adapter)
         context, grammar = min(self._model.context, most), self._vocabulary.grammar(request)

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from engine.checkpoints.loading import LoadedModel
 from engine.text import chat
 from engine.text.templates import choose
 from stoker.contract import GenerateRequest
+from stoker.contract.reasoning import OPENER
 from stoker.errors import InvalidRequest, TextTooLong
 
 
-def tokenize(model: LoadedModel, request: GenerateRequest) -> list[int]:
+@dataclass(frozen=True)
+class TokenizedPrompt:
+    """`in_reasoning`: it ends in a block of reasoning, with which the answer goes on."""
+
+    ids: list[int]
+    in_reasoning: bool = False
+
+
+def tokenize(model: LoadedModel, request: GenerateRequest) -> TokenizedPrompt:
     """The prompt's ids, with room left for an answer. Raises `InvalidRequest` and `TextTooLong`."""
-    ids = _ids(model, request)
+    prompt = _tokenized(model, request)
+    ids = prompt.ids
     if not ids:
         raise InvalidRequest(f"prompt: {str(request.prompt)[:40]!r} given, which is no token of {request.model}.")
     if len(ids) >= model.context:
@@ -19,7 +31,7 @@ def tokenize(model: LoadedModel, request: GenerateRequest) -> list[int]:
             f"prompt: {len(ids)} tokens given; {request.model} takes {model.context} together with the answer. "
             "Shorten it."
         )
-    return ids
+    return prompt
 
 
 def check_ids(model: LoadedModel, request: GenerateRequest) -> None:
@@ -40,13 +52,26 @@ def check_memory(tokens: int, most: int, model: str) -> None:
         )
 
 
-def _ids(model: LoadedModel, request: GenerateRequest) -> list[int]:
+def _tokenized(model: LoadedModel, request: GenerateRequest) -> TokenizedPrompt:
     if request.prompt_ids is not None:
-        return list(request.prompt_ids)
+        return TokenizedPrompt(list(request.prompt_ids))
     if request.prompt is not None:
-        return model.tokenizer.encode(request.prompt)
+        return TokenizedPrompt(model.tokenizer.encode(request.prompt), _ends_open(request.prompt))
+    text = _render(model, request)
     # The template writes the special tokens itself, the one at the beginning too.
-    return model.tokenizer.encode(_render(model, request), special=False)
+    return TokenizedPrompt(model.tokenizer.encode(text, special=False), _opened(text, request))
+
+
+def _ends_open(text: str) -> bool:
+    return text.rstrip().endswith(OPENER)
+
+
+def _opened(text: str, request: GenerateRequest) -> bool:
+    """Whether the template has begun the answer's reasoning: a message of the user's may end with the marker too."""
+    last = (request.messages or ())[-1]
+    said = (last.content or "").rstrip()
+    by_user = last.role != "assistant" and bool(said) and text.rstrip().endswith(said)
+    return _ends_open(text) and not by_user
 
 
 def _render(model: LoadedModel, request: GenerateRequest) -> str:

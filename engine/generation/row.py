@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from engine.generation.draws import Draw, Pick, Uniforms, penalised
+from engine.generation.prompt import TokenizedPrompt
 from engine.generation.stopping import StopScanner
 from engine.generation.structured import Grammar
 from engine.text.detokenizer import StreamingDetokenizer
 from engine.text.tokenizer import Tokenizer
 from engine.ticket import StepOutput, Ticket, contained
 from stoker.contract import Alternative, Completion, FinishReason, GenerateRequest, GenerateResult, StreamToken, Usage
+from stoker.contract.reasoning import reasoning_tokens
 from stoker.errors import ModelError
 
 
@@ -43,19 +45,21 @@ class Generation:
         self,
         ticket: Ticket[GenerateResult],
         request: GenerateRequest,
-        prompt: list[int],
+        prompt: TokenizedPrompt,
         tokenizer: Tokenizer,
         context: int,
         grammar: Grammar | None = None,
     ) -> None:
-        self.ticket, self.request, self.prompt, self.tokenizer = ticket, request, prompt, tokenizer
+        self.ticket, self.request, self.prompt, self.tokenizer = ticket, request, prompt.ids, tokenizer
         self.grammar = grammar
+        #: A grammar is that of the whole answer, and leaves no room for reasoning.
+        self.in_reasoning = prompt.in_reasoning and grammar is None
         self.published = 0
         self.first_token_seconds = 0.0
         #: Prompt tokens that the first row to be seated found in the prefix cache; None: none was seated yet.
         self.cached_tokens: int | None = None
         #: Tokens that an answer may have at most.
-        self.room = context - len(prompt)
+        self.room = context - len(self.prompt)
         self.rows = [Row(self, number) for number in range(request.n)]
 
     def resume(self, published: Sequence[StreamToken]) -> None:
@@ -100,6 +104,7 @@ class Generation:
                 prompt_tokens=len(self.prompt),
                 cached_tokens=self.cached_tokens or 0,
                 completion_tokens=sum(len(row.tokens) for row in self.rows),
+                reasoning_tokens=sum(row.reasoning_tokens for row in self.rows),
                 run_seconds=self.ticket.run_seconds,
                 first_token_seconds=self.first_token_seconds,
             ),
@@ -210,6 +215,7 @@ class Row:
             finish_reason=self.finish_reason,
             completion=self.number,
             alternatives=self._alternatives(pick),
+            in_reasoning=self.generation.in_reasoning and len(self.tokens) == 1,
         )
 
     def _take(self, token: int) -> str:
@@ -260,4 +266,10 @@ class Row:
             token_ids=tuple(self.tokens),
             finish_reason=self.finish_reason,
             stopped_by=self.stopped_by,
+            in_reasoning=self.generation.in_reasoning,
+            functions=self.request.functions,
         )
+
+    @property
+    def reasoning_tokens(self) -> int:
+        return reasoning_tokens(self.texts, in_reasoning=self.generation.in_reasoning)

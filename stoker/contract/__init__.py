@@ -12,7 +12,7 @@ from stoker.contract.requests import (
     Request,
     TrainRequest,
 )
-from stoker.contract.results import AdapterResult, Completion, EmbedReply, GenerateResult, TrainResult, Usage
+from stoker.contract.results import AdapterResult, Completion, EmbedReply, GenerateResult, ToolCall, TrainResult, Usage
 from stoker.contract.stream import Alternative, FinishReason, StreamToken, TrainReport
 from stoker.contract.vectors import Int8Vectors
 
@@ -35,6 +35,7 @@ __all__ = [
     "Presence",
     "Request",
     "StreamToken",
+    "ToolCall",
     "TrainReport",
     "TrainRequest",
     "TrainResult",

@@ -109,6 +109,8 @@ class ChatMessage(Message):
     role: Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
     #: None for a message that only calls tools.
     content: Annotated[str, StringConstraints(max_length=MAX_TEXT_CHARS)] | None = None
+    #: What the assistant thought before it answered.
+    reasoning_content: Annotated[str, StringConstraints(max_length=MAX_TEXT_CHARS)] | None = None
     name: Annotated[str, StringConstraints(max_length=128)] | None = None
     tool_calls: Annotated[tuple[dict[str, Any], ...], Field(max_length=128)] | None = None
     tool_call_id: Annotated[str, StringConstraints(max_length=128)] | None = None
@@ -197,6 +199,12 @@ class GenerateRequest(JobRequest):
                 "Ask for fewer of one of them"
             )
         return self
+
+    @property
+    def functions(self) -> tuple[str, ...]:
+        """The names of the functions that `tools` describes; templates take them in either form."""
+        described = [tool["function"] if isinstance(tool.get("function"), dict) else tool for tool in self.tools or ()]
+        return tuple(one["name"] for one in described if isinstance(one.get("name"), str))
 
 
 class TrainRequest(JobRequest):

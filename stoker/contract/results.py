@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from stoker.contract.base import Message
+from stoker.contract.parts import FunctionCall, Item, Reasoning, items_of
+from stoker.contract.reasoning import ReasoningReader
 from stoker.contract.stream import FinishReason
+from stoker.contract.tool_calls import CallReader, object_of
 from stoker.contract.vectors import VectorType
 
 
@@ -15,6 +20,8 @@ class Usage(Message):
     completion_tokens: int = 0
     #: Of the prompt's tokens, those whose keys and values were there already (prefix cache).
     cached_tokens: int = 0
+    #: Of the completions' tokens, those of their reasoning.
+    reasoning_tokens: int = 0
     #: From submission until the engine began.
     queued_seconds: float = 0.0
     #: From the engine's start of this job until its end.
@@ -33,14 +40,46 @@ class EmbedReply(Message):
     usage: Usage
 
 
+class ToolCall(Message):
+    """A call of one of the functions that a request describes in `tools`."""
+
+    name: str
+    arguments: dict[str, Any]
+
+
 class Completion(Message):
-    """One answer. `token_ids` are all tokens that were made, those of a stop string included."""
+    """One answer. `text` is all that the model wrote; `reasoning_content`, `content` and `tool_calls` are what it
+    consists of. `token_ids` are all tokens that were made, those of a stop string included."""
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     #: The stop string or token id that ended it, if one did.
     stopped_by: str | int | None = None
+    #: Whether the prompt ended in a block of reasoning (`<think>`), with which the text then goes on.
+    in_reasoning: bool = False
+    #: Names of the functions that the request describes: no other is called.
+    functions: tuple[str, ...] = ()
+
+    @property
+    def reasoning_content(self) -> str | None:
+        """What the model thought before it answered; None: it did not."""
+        return next((item.text for item in self._items if isinstance(item, Reasoning)), None)
+
+    @property
+    def content(self) -> str:
+        """The answer without reasoning and calls."""
+        return "".join(item for item in self._items if isinstance(item, str))
+
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        """The calls of functions that the model wrote, in their order."""
+        calls = [item for item in self._items if isinstance(item, FunctionCall)]
+        return tuple(ToolCall(name=call.name, arguments=object_of(call.arguments) or {}) for call in calls)
+
+    @property
+    def _items(self) -> list[Item]:
+        return items_of(ReasoningReader(CallReader(self.functions), in_reasoning=self.in_reasoning), self.text)
 
 
 class GenerateResult(Completion):

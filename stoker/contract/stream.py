@@ -41,6 +41,8 @@ class StreamToken(Message):
     completion: int = 0
     #: The raw model's likeliest tokens, best first, as many as `top_logprobs` asked for.
     alternatives: tuple[Alternative, ...] = ()
+    #: Of a completion's first token: whether the prompt ended in a block of reasoning, with which the text goes on.
+    in_reasoning: bool = False
 
     @property
     def is_last(self) -> bool:

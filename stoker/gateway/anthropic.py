@@ -10,6 +10,9 @@ from pydantic import Field
 
 from stoker.client.options import GenerateOptions
 from stoker.contract import GenerateResult, StreamToken
+from stoker.contract.parts import Arguments, Begun, FunctionCall, Item, Part, Reasoning, items_of
+from stoker.contract.reasoning import ReasoningReader, parts_of
+from stoker.contract.tool_calls import object_of
 from stoker.gateway.answers import Generation
 from stoker.gateway.anthropic_messages import AnthropicMessage, AnthropicTool, Blocks, ToolChoice, choice_of, text_of
 from stoker.gateway.calls import Call
@@ -17,7 +20,6 @@ from stoker.gateway.errors import Names, Refused
 from stoker.gateway.events import Event
 from stoker.gateway.fields import Body, parse
 from stoker.gateway.sampling import GenerateBody, Texts
-from stoker.gateway.tool_calls import Arguments, Begun, FunctionCall, Part, Reader, items_of, object_of, parts_of
 from stoker.gateway.tools import Choice, call_id
 
 NAMES = Names({"stop": "stop_sequences", "json_schema": "tools", "adapter": "model"})
@@ -38,7 +40,7 @@ class MessagesBody(GenerateBody):
         "mcp_servers": "models here have no network; leave it out",
         "output_config": "leave it out",
         "speed": "leave it out",
-        "thinking": "leave it out",
+        "thinking": "a model thinks as its chat template has it; leave it out",
         "user_profile_id": "name the sender with metadata.user_id",
         "workspace_id": "leave it out",
     }
@@ -85,7 +87,7 @@ class MessagesForm:
     model: str
     choice: Choice
     wants_tokens: bool = False
-    _reader: Reader = field(init=False)
+    _reader: ReasoningReader = field(init=False)
     #: Types of the blocks of a stream; the last one is open.
     _blocks: list[str] = field(default_factory=list)
 
@@ -93,12 +95,14 @@ class MessagesForm:
         self._reader = self.choice.reader()
 
     def whole(self, result: GenerateResult, tokens: Sequence[StreamToken]) -> dict[str, object]:
-        items = items_of(self.choice.reader(), result.text) or [""]
+        items = items_of(self.choice.reader(in_reasoning=result.in_reasoning), result.text) or [""]
         blocks = [self._block(number, item) for number, item in enumerate(items)]
         called = any(block["type"] == "tool_use" for block in blocks)
         return self._message(blocks) | self._ending(result, called=called) | {"usage": _usage(result)}
 
-    def _block(self, number: int, item: str | FunctionCall) -> dict[str, object]:
+    def _block(self, number: int, item: Item) -> dict[str, object]:
+        if isinstance(item, Reasoning):
+            return _thinking(item.text)
         if isinstance(item, FunctionCall):
             given = object_of(item.arguments)
             if given is not None:
@@ -134,6 +138,10 @@ class MessagesForm:
             yield from self._open(self._tool_use(len(self._blocks), part.name, {}))
         elif isinstance(part, Arguments):
             yield self._delta({"type": "input_json_delta", "partial_json": part.text})
+        elif isinstance(part, Reasoning):
+            if not self._blocks:
+                yield from self._open(_thinking(""))
+            yield self._delta({"type": "thinking_delta", "thinking": part.text})
         else:
             if self._blocks[-1:] != ["text"]:
                 yield from self._open({"type": "text", "text": ""})
@@ -160,6 +168,11 @@ class MessagesForm:
 
     def failed(self, refused: Refused) -> Iterator[Event]:
         yield Event(refused.anthropic(self.job_id), name="error")
+
+
+def _thinking(text: str) -> dict[str, object]:
+    """It is not signed: any that comes back is taken."""
+    return {"type": "thinking", "thinking": text, "signature": ""}
 
 
 def _event(kind: str, **fields: object) -> Event:

@@ -19,6 +19,7 @@ def _blocks(value: Any) -> Any:
 #: Type of a block → the fields that it must have, and may have.
 FIELDS: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
     "text": (frozenset({"text"}), frozenset()),
+    "thinking": (frozenset({"thinking"}), frozenset({"signature"})),
     "tool_use": (frozenset({"id", "name", "input"}), frozenset()),
     "tool_result": (frozenset({"tool_use_id"}), frozenset({"content", "is_error"})),
 }
@@ -27,8 +28,10 @@ FIELDS: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
 class Block(Body):
     """A part of a message; which fields it has depends on its `type`."""
 
-    type: Literal["text", "tool_use", "tool_result"]
+    type: Literal["text", "thinking", "tool_use", "tool_result"]
     text: str = ""
+    thinking: str = ""
+    signature: str = ""
     id: str | None = None
     name: str | None = None
     input: dict[str, Any] = Field(default_factory=dict)
@@ -60,6 +63,9 @@ class AnthropicMessage(Body):
         results = [block for block in self.content if block.type == "tool_result"]
         messages = [_result(block) for block in results]
         said: dict[str, object] = {"role": self.role, "content": text_of(self.content)}
+        thought = "".join(block.thinking for block in self.content)
+        if thought:
+            said["reasoning_content"] = thought
         calls = [_call(block) for block in self.content if block.type == "tool_use"]
         if calls:
             said["tool_calls"] = calls

@@ -12,6 +12,8 @@ from pydantic import Field
 
 from stoker.client.options import GenerateOptions
 from stoker.contract import Completion, FinishReason, GenerateResult, StreamToken
+from stoker.contract.parts import Begun, FunctionCall, Part, Reasoning, items_of
+from stoker.contract.reasoning import ReasoningReader, parts_of
 from stoker.contract.requests import MAX_ENTRIES
 from stoker.gateway.answers import Generation
 from stoker.gateway.calls import Call
@@ -21,7 +23,6 @@ from stoker.gateway.fields import Body, parse
 from stoker.gateway.logprobs import logprobs_of
 from stoker.gateway.messages import ChatMessageBody
 from stoker.gateway.sampling import OpenAIBody
-from stoker.gateway.tool_calls import Begun, FunctionCall, Part, Reader, items_of, parts_of
 from stoker.gateway.tools import Choice, Tool, call_id, chosen
 from stoker.gateway.usage import finish_reason, usage_of
 
@@ -136,7 +137,7 @@ class ChatForm:
     include_usage: bool
     tier: str
     #: Of each completion that is streamed: what reads it, and how many calls have begun.
-    _readers: dict[int, Reader] = field(default_factory=dict)
+    _readers: dict[int, ReasoningReader] = field(default_factory=dict)
     _calls: Counter[int] = field(default_factory=Counter)
     _created: int = field(default_factory=lambda: int(time.time()))
 
@@ -154,10 +155,12 @@ class ChatForm:
         return self._object("chat.completion", choices) | {"usage": usage_of(result)}
 
     def _choice(self, index: int, completion: Completion, said: dict[str, object] | None) -> dict[str, object]:
-        items = items_of(self.tool_choice.reader(), completion.text)
+        items = items_of(self.tool_choice.reader(in_reasoning=completion.in_reasoning), completion.text)
         text = "".join(item for item in items if isinstance(item, str))
         calls = [item for item in items if isinstance(item, FunctionCall)]
         message: dict[str, object] = {"role": "assistant", "content": text, "refusal": None}
+        for thought in (item for item in items if isinstance(item, Reasoning)):
+            message["reasoning_content"] = thought.text
         if calls:
             made = [self._tool_call(index, number, one.name, one.arguments) for number, one in enumerate(calls)]
             message |= {"content": text or None, "tool_calls": made}
@@ -196,6 +199,8 @@ class ChatForm:
     def _delta(self, index: int, part: Part) -> dict[str, object]:
         if isinstance(part, str):
             return {"content": part}
+        if isinstance(part, Reasoning):
+            return {"reasoning_content": part.text}
         if isinstance(part, Begun):
             self._calls[index] += 1
             number = self._calls[index] - 1

@@ -59,6 +59,8 @@ class ToolCall(Body):
 class ChatMessageBody(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = None
+    #: As answers have it: some templates show a model what it thought before.
+    reasoning_content: str | None = None
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
@@ -66,7 +68,7 @@ class ChatMessageBody(Body):
     def as_template(self) -> dict[str, object]:
         """As the contract takes it. A developer's message is what templates call the system's."""
         message: dict[str, object] = {"role": "system" if self.role == "developer" else self.role}
-        for name in ("content", "name", "tool_call_id"):
+        for name in ("content", "reasoning_content", "name", "tool_call_id"):
             if getattr(self, name) is not None:
                 message[name] = getattr(self, name)
         if self.tool_calls:

@@ -7,10 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from stoker.contract import GenerateResult, StreamToken
+from stoker.contract.parts import Begun, FunctionCall, Item, Part, Reasoning, add, items_of
+from stoker.contract.reasoning import ReasoningReader, parts_of
 from stoker.gateway.errors import Refused
 from stoker.gateway.events import Event
 from stoker.gateway.response_items import FunctionTool
-from stoker.gateway.tool_calls import Begun, FunctionCall, Item, Part, Reader, add, items_of, parts_of
 from stoker.gateway.tools import Choice, call_id
 
 
@@ -22,7 +23,7 @@ class ResponsesForm:
     tools: list[FunctionTool]
     wants_tokens: bool = False
     _number: int = 0
-    _reader: Reader = field(init=False)
+    _reader: ReasoningReader = field(init=False)
     #: What a stream has said so far; the last one is open.
     _items: list[Item] = field(default_factory=list)
     _created: int = field(default_factory=lambda: int(time.time()))
@@ -35,11 +36,12 @@ class ResponsesForm:
         usage = result.usage
         counts = {
             "input_tokens": usage.prompt_tokens, "input_tokens_details": {"cached_tokens": usage.cached_tokens},
-            "output_tokens": usage.completion_tokens, "output_tokens_details": {"reasoning_tokens": 0},
+            "output_tokens": usage.completion_tokens,
+            "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
             "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         }  # fmt: skip
         status = "incomplete" if ended else "completed"
-        items = items_of(self.choice.reader(), result.text) or [""]
+        items = items_of(self.choice.reader(in_reasoning=result.in_reasoning), result.text) or [""]
         return self._response(
             status, output=self._output(items, status),
             incomplete_details={"reason": "max_output_tokens"} if ended else None, usage=counts,
@@ -65,9 +67,14 @@ class ResponsesForm:
                 "type": "function_call", "id": f"fc_{self.job_id}_{at}", "call_id": call_id(self.job_id, 0, at),
                 "name": item.name, "arguments": item.arguments, "status": status,
             }  # fmt: skip
+        if isinstance(item, Reasoning):
+            return {
+                "type": "reasoning", "id": f"rs_{self.job_id}_{at}", "summary": [], "status": status,
+                "content": [_content_part(item)],
+            }  # fmt: skip
         return {
             "type": "message", "id": f"msg_{self.job_id}_{at}", "role": "assistant", "status": status,
-            "content": [_text_part(item)],
+            "content": [_content_part(item)],
         }  # fmt: skip
 
     def _event(self, kind: str, **fields: object) -> Event:
@@ -92,11 +99,13 @@ class ResponsesForm:
         if isinstance(part, Begun):
             yield from self._begin(FunctionCall(part.name, ""))
             return
-        if isinstance(part, str) and not (self._items and isinstance(self._items[-1], str)):
-            yield from self._begin("")
+        if isinstance(part, str | Reasoning) and not (self._items and type(self._items[-1]) is type(part)):
+            yield from self._begin("" if isinstance(part, str) else Reasoning(""))
         add(self._items, part)
         if isinstance(part, str):
             yield self._event("output_text.delta", **self._content, delta=part, logprobs=[])
+        elif isinstance(part, Reasoning):
+            yield self._event("reasoning_text.delta", **self._content, delta=part.text)
         else:
             yield self._event("function_call_arguments.delta", **self._place, delta=part.text)
 
@@ -114,21 +123,24 @@ class ResponsesForm:
         yield from self._end("completed")
         self._items.append(item)
         at = len(self._items) - 1
-        begun = self._item(at, item, "in_progress") | ({"content": []} if isinstance(item, str) else {})
+        begun = self._item(at, item, "in_progress") | ({} if isinstance(item, FunctionCall) else {"content": []})
         yield self._event("output_item.added", output_index=at, item=begun)
-        if isinstance(item, str):
-            yield self._event("content_part.added", **self._content, part=_text_part(""))
+        if not isinstance(item, FunctionCall):
+            yield self._event("content_part.added", **self._content, part=_content_part(item))
 
     def _end(self, status: str) -> Iterator[Event]:
         if not self._items:
             return
         at, item = len(self._items) - 1, self._items[-1]
-        if isinstance(item, str):
-            yield self._event("output_text.done", **self._content, text=item, logprobs=[])
-            yield self._event("content_part.done", **self._content, part=_text_part(item))
-        else:
+        if isinstance(item, FunctionCall):
             done = {"name": item.name, "arguments": item.arguments}
             yield self._event("function_call_arguments.done", **self._place, **done)
+        else:
+            if isinstance(item, str):
+                yield self._event("output_text.done", **self._content, text=item, logprobs=[])
+            else:
+                yield self._event("reasoning_text.done", **self._content, text=item.text)
+            yield self._event("content_part.done", **self._content, part=_content_part(item))
         yield self._event("output_item.done", output_index=at, item=self._item(at, item, status))
 
     def last(self, result: GenerateResult) -> Iterator[Event]:
@@ -143,5 +155,7 @@ class ResponsesForm:
         yield Event({"type": "error", "sequence_number": self._number - 1, **said}, name="error")
 
 
-def _text_part(text: str) -> dict[str, object]:
-    return {"type": "output_text", "text": text, "annotations": []}
+def _content_part(item: str | Reasoning) -> dict[str, object]:
+    if isinstance(item, Reasoning):
+        return {"type": "reasoning_text", "text": item.text}
+    return {"type": "output_text", "text": item, "annotations": []}

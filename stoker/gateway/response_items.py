@@ -21,13 +21,30 @@ def items_of(value: Any) -> Any:
 
 
 def _text(value: Any) -> Any:
-    if not isinstance(value, list):
-        return value
-    for number, part in enumerate(value):
-        if not isinstance(part, dict) or part.get("type") not in _PARTS or not isinstance(part.get("text"), str):
+    return _joined(value, _PARTS) if isinstance(value, list) else value
+
+
+def _joined(parts: list[Any], allowed: tuple[str, ...]) -> str:
+    """The texts of `parts`. Raises `ValueError` for one of another type than those `allowed`."""
+    for number, part in enumerate(parts):
+        if not isinstance(part, dict) or part.get("type") not in allowed or not isinstance(part.get("text"), str):
             kind = part.get("type") if isinstance(part, dict) else part
-            raise ValueError(f"part {number} is {brief(kind)}; allowed: {', '.join(_PARTS)}, each with its text")
-    return "".join(part["text"] for part in value)
+            raise ValueError(f"part {number} is {brief(kind)}; allowed: {', '.join(allowed)}, each with its text")
+    return "".join(part["text"] for part in parts)
+
+
+def _reasoning(fields: dict[str, Any]) -> str:
+    """What an item of reasoning says: its content, else its summary. Raises `ValueError`."""
+    given = {name: value for name, value in fields.items() if value is not None}
+    for name in sorted(given.keys() - {"type", "id", "status", "content", "summary"}):
+        raise ValueError(f"{name} given; an item of type reasoning has content, summary")
+    for name, kind in (("content", "reasoning_text"), ("summary", "summary_text")):
+        parts = given.get(name, [])
+        if not isinstance(parts, list):
+            raise ValueError(f"{name} is {brief(parts)}; expected a list of parts of type {kind}")
+        if parts:
+            return _joined(parts, (kind,))
+    raise ValueError("nothing given; an item of type reasoning has content or summary")
 
 
 #: Type of an item → the fields that it must have; `id` and `status`, as answers have them, may come back.
@@ -35,11 +52,12 @@ FIELDS = {
     "message": frozenset({"role", "content"}),
     "function_call": frozenset({"call_id", "name", "arguments"}),
     "function_call_output": frozenset({"call_id", "output"}),
+    "reasoning": frozenset({"thought"}),
 }
 
 
 class Item(Body):
-    type: Literal["message", "function_call", "function_call_output"] = "message"
+    type: Literal["message", "function_call", "function_call_output", "reasoning"] = "message"
     role: Literal["system", "developer", "user", "assistant"] | None = None
     content: Annotated[str, BeforeValidator(_text)] | None = None
     call_id: str | None = None
@@ -48,6 +66,15 @@ class Item(Body):
     output: Annotated[str, BeforeValidator(_text)] | None = None
     id: str | None = None
     status: str | None = None
+    #: Of an item of reasoning: its text.
+    thought: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _thought(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict) or fields.get("type") != "reasoning":
+            return fields
+        return {"type": "reasoning", "thought": _reasoning(fields)}
 
     @model_validator(mode="after")
     def _whole(self) -> Item:
@@ -66,6 +93,27 @@ class Item(Body):
             function = {"name": self.name, "arguments": _arguments(self.arguments or "{}")}
             return {"role": "assistant", "tool_calls": [{"id": self.call_id, "type": "function", "function": function}]}
         return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
+
+
+def conversation_of(items: list[Item]) -> list[dict[str, object]]:
+    """As messages for a template: what the assistant thought is a part of what it says next."""
+    messages, thought = list[dict[str, object]](), ""
+    for item in items:
+        if item.thought is not None:
+            thought += item.thought
+            continue
+        message = item.as_template()
+        if thought and message["role"] != "assistant":
+            messages.append(_thinking(thought))
+            thought = ""
+        messages.append({**message, "reasoning_content": thought} if thought else message)
+        thought = ""
+    return [*messages, _thinking(thought)] if thought else messages
+
+
+def _thinking(thought: str) -> dict[str, object]:
+    """Of an assistant that said nothing."""
+    return {"role": "assistant", "content": "", "reasoning_content": thought}
 
 
 def _arguments(text: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from stoker.gateway.calls import Call
 from stoker.gateway.errors import Names
 from stoker.gateway.fields import Body, parse
 from stoker.gateway.response_form import ResponsesForm
-from stoker.gateway.response_items import FunctionTool, Item, TextFormat, choice_of, items_of
+from stoker.gateway.response_items import FunctionTool, Item, TextFormat, choice_of, conversation_of, items_of
 from stoker.gateway.sampling import TIERS, GenerateBody
 from stoker.gateway.tools import Choice, chosen
 
@@ -43,7 +43,7 @@ class ResponsesBody(GenerateBody):
         "prompt_cache_key": "prefixes are kept by their tokens; leave it out",
         "prompt_cache_options": "prefixes are kept by their tokens; leave it out",
         "prompt_cache_retention": "prefixes are kept by their tokens; leave it out",
-        "reasoning": "leave it out",
+        "reasoning": "a model thinks as its chat template has it; leave it out",
         "safety_identifier": "name the sender with user",
         "stream_options": "counts always come with the last event; leave it out",
         "top_logprobs": "ask /v1/chat/completions for them",
@@ -84,7 +84,7 @@ class ResponsesBody(GenerateBody):
         first: list[dict[str, object]] = []
         if self.instructions is not None:
             first = [{"role": "system", "content": self.instructions}]
-        return first + [item.as_template() for item in self.input]
+        return first + conversation_of(self.input)
 
 
 async def asked(call: Call) -> Generation:

@@ -9,10 +9,12 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from stoker.contract.parts import ArgumentsReader, Reader, TextReader
+from stoker.contract.reasoning import ReasoningReader
 from stoker.contract.shown import brief
+from stoker.contract.tool_calls import CallReader
 from stoker.gateway.errors import Refused
 from stoker.gateway.fields import Body
-from stoker.gateway.tool_calls import ArgumentsReader, CallReader, Reader, TextReader
 
 #: What `tool_choice` may be as a text.
 CHOICES = ("none", "auto", "required")
@@ -68,8 +70,11 @@ class Choice:
             raise Refused(400, message, param="tool_choice", code="invalid_value")
         return self.schema
 
-    def reader(self) -> Reader:
+    def reader(self, *, in_reasoning: bool = False) -> ReasoningReader:
         """Of one answer."""
+        return ReasoningReader(self._reader(), in_reasoning=in_reasoning)
+
+    def _reader(self) -> Reader:
         if self.mode == "none":
             return TextReader()
         if self.name is not None:

@@ -12,6 +12,7 @@ from engine.adapters.store import AdapterStore
 from engine.checkpoints.loading import LoadedModel
 from engine.generation.batch import Batch
 from engine.generation.prefill import LEAST, MOST, PrefillPacer
+from engine.generation.prompt import TokenizedPrompt
 from engine.generation.row import Generation, Row
 from engine.generation.step import Step
 from engine.models.cache import KeyValues
@@ -26,7 +27,7 @@ def batch(model: LoadedModel, tmp_path: Path) -> Batch:
 
 def row_of(model: LoadedModel, token: int, max_tokens: int = 20) -> Row:
     request = GenerateRequest(model="tiny", prompt_ids=(token,), ignore_eos=True, max_tokens=max_tokens)
-    row = Generation(Ticket("job", "generate"), request, [token], model.tokenizer, 64).rows[0]
+    row = Generation(Ticket("job", "generate"), request, TokenizedPrompt([token]), model.tokenizer, 64).rows[0]
     row.tokens.append(token + 1)
     row.adapter, row.cached = 0, 1
     return row

@@ -6,6 +6,7 @@ import itertools
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import mlx.core as mx
 import numpy as np
@@ -18,7 +19,9 @@ from engine.adapters.store import AdapterStore
 from engine.checkpoints.loading import LoadedModel, load
 from engine.generation.lane import GenerateLane
 from engine.generation.limits import LaneLimits
+from engine.generation.prompt import TokenizedPrompt
 from engine.generation.row import Generation
+from engine.generation.structured import Grammar
 from engine.models.llama import Llama
 from engine.text.tokenizer import Tokenizer
 from engine.ticket import Ticket
@@ -432,6 +435,44 @@ def test_messages_are_written_by_the_models_template(model: LoadedModel, pool: A
     assert plain.result.usage.prompt_tokens == 5
 
 
+def test_an_answer_whose_template_begins_its_reasoning_says_so_with_each_first_token(
+    model: LoadedModel, pool: AdapterPool
+) -> None:
+    driver, tokenizer = Driver(model, pool), model.tokenizer
+    user, bare = ChatMessage(role="user", content="t3 t1"), "{{ messages[-1].content }}"
+    marked = ChatMessage(role="user", content="t3 <think>")
+
+    def sent(template: str, *messages: ChatMessage, **fields: Any) -> Sent:
+        tokenizer.templates["default"] = template
+        return driver.send(GenerateRequest(model="tiny", messages=messages, max_tokens=3, **fields))
+
+    begun = sent(f"{bare} t9 <think>\n", user, n=2, tools=({"name": "weather"},))
+    others = [
+        sent(f"{bare} t9 <think>\n\n</think>\n\n", user),
+        sent(f"{bare} <think> t9", user),
+        sent(bare, marked),
+        driver.send(request([3], max_tokens=3)),
+    ]
+    own = [sent(f"{bare} t9 <think>", marked), sent(bare, ChatMessage(role="assistant", content="<think>"))]
+    own.append(driver.send(GenerateRequest(model="tiny", prompt="t3 <think>\n", max_tokens=3)))
+    driver.run()
+    assert [token.in_reasoning for token in begun.tokens] == [token.index < 2 for token in begun.tokens]
+    assert [one.in_reasoning for one in begun.result.completions] == [True, True]
+    assert begun.result.functions == ("weather",)
+    assert begun.result.usage.reasoning_tokens == begun.result.usage.completion_tokens == 6
+    for one in others:
+        assert not any(token.in_reasoning for token in one.tokens)
+        assert (one.result.in_reasoning, one.result.usage.reasoning_tokens) == (False, 0)
+    assert all(one.result.in_reasoning for one in own)
+
+
+def test_an_answer_under_a_grammar_is_no_reasoning(model: LoadedModel) -> None:
+    for grammar in (None, Mock(spec=Grammar)):
+        prompt, ticket = TokenizedPrompt([3], in_reasoning=True), Ticket[Any]("job", "generate")
+        made = Generation(ticket, request([3]), prompt, model.tokenizer, 100, grammar)
+        assert made.in_reasoning == (grammar is None)
+
+
 def test_a_stop_string_may_be_or_hold_a_special_token(model: LoadedModel, pool: AdapterPool) -> None:
     inner = model.tokenizer.inner
     inner.add_special_tokens(["t9"])
@@ -544,11 +585,12 @@ def test_cached_tokens_are_those_that_a_job_found_and_not_what_it_left_itself(
 
 def test_a_row_that_was_put_back_counts_nothing_of_its_own_as_cached(model: LoadedModel, pool: AdapterPool) -> None:
     ticket: Ticket[Any] = Ticket("job", "generate")
-    generation = Generation(ticket, request([3, 1, 4]), [3, 1, 4], model.tokenizer, 100)
+    prompt = TokenizedPrompt([3, 1, 4])
+    generation = Generation(ticket, request([3, 1, 4]), prompt, model.tokenizer, 100)
     for found in (2, 5, 0):
         generation.note_cached(found)
     assert generation.cached_tokens == 2
-    resumed = Generation(ticket, request([3, 1, 4]), [3, 1, 4], model.tokenizer, 100)
+    resumed = Generation(ticket, request([3, 1, 4]), prompt, model.tokenizer, 100)
     resumed.note_cached(7)
     assert resumed.cached_tokens == 3, "of the prompt"
 

@@ -12,6 +12,7 @@ from engine.checkpoints.loading import LoadedModel
 from engine.generation.batch import SMALLEST_KV_LENGTH, Batch
 from engine.generation.kv_budget import KvBudget
 from engine.generation.prefixes import PrefixCache
+from engine.generation.prompt import TokenizedPrompt
 from engine.generation.row import Generation, Row
 from engine.generation.step import Step
 from engine.models.cache import KeyValues, bytes_per_token
@@ -35,7 +36,8 @@ class Machine:
 
     def row(self, length: int) -> Row:
         request = GenerateRequest(model="tiny", prompt_ids=(3,) * length)
-        return Generation(Ticket("job", "generate"), request, [3] * length, self.model.tokenizer, 1024).rows[0]
+        prompt = TokenizedPrompt([3] * length)
+        return Generation(Ticket("job", "generate"), request, prompt, self.model.tokenizer, 1024).rows[0]
 
     def seat(self, length: int) -> Row:
         row = self.row(length)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from engine.checkpoints.loading import LoadedModel
+from engine.generation.prompt import TokenizedPrompt
 from engine.generation.roster import Roster
 from engine.generation.row import Generation, Row, RowState
 from engine.ticket import Ticket
@@ -14,7 +15,7 @@ from stoker.contract import GenerateRequest
 @pytest.fixture
 def rows(model: LoadedModel) -> list[Row]:
     request = GenerateRequest(model="tiny", prompt_ids=(3,), n=5)
-    return Generation(Ticket("job", "generate"), request, [3], model.tokenizer, 64).rows
+    return Generation(Ticket("job", "generate"), request, TokenizedPrompt([3]), model.tokenizer, 64).rows
 
 
 def admitted(rows: list[Row], had_their_turn: int) -> Roster:

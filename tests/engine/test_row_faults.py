@@ -16,6 +16,7 @@ from engine.adapters.store import AdapterStore
 from engine.checkpoints.loading import LoadedModel
 from engine.generation import batch as batch_module
 from engine.generation.lane import GenerateLane
+from engine.generation.prompt import TokenizedPrompt
 from engine.generation.row import Generation, Row, RowState
 from engine.generation.sampling_batch import sampling_batch
 from engine.generation.step import Step
@@ -390,6 +391,6 @@ def test_sampling_values_that_no_contract_let_through_end_their_own_job(model: L
 
 
 def test_what_ends_the_process_is_no_rows_own(model: LoadedModel) -> None:
-    row = Generation(Ticket("x", "generate"), request([3]), [3], model.tokenizer, 64).rows[0]
+    row = Generation(Ticket("x", "generate"), request([3]), TokenizedPrompt([3]), model.tokenizer, 64).rows[0]
     with pytest.raises(KeyboardInterrupt), row.guarded():
         raise KeyboardInterrupt

@@ -136,7 +136,11 @@ def _data(event: str) -> Any:
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"input": []}, "input"),
     ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input.0.content"),
-    ({"input": [{"type": "reasoning"}]}, "input.0.type"),
+    ({"input": [{"type": "web_search_call"}]}, "input.0.type"),
+    ({"input": [{"type": "reasoning"}]}, "input.0"),
+    ({"input": [{"type": "reasoning", "summary": "x"}]}, "input.0"),
+    ({"input": [{"type": "reasoning", "content": [{"type": "output_text", "text": "x"}]}]}, "input.0"),
+    ({"input": [{"type": "reasoning", "summary": [], "encrypted_content": "x"}]}, "input.0"),
     ({"input": [{"type": "function_call", "call_id": "x"}]}, "input.0"),
     ({"input": [{"type": "function_call", "call_id": "x", "name": "y", "arguments": "["}]}, "input.0"),
     ({"store": True}, "store"),

@@ -10,17 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stoker.gateway.tool_calls import (
-    ArgumentsReader,
-    CallReader,
-    FunctionCall,
-    Item,
-    Reader,
-    TextReader,
-    add,
-    items_of,
-    object_of,
-)
+from stoker.contract.parts import ArgumentsReader, FunctionCall, Item, Reader, TextReader, add, items_of
+from stoker.contract.tool_calls import CallReader, object_of
 
 NAMES = ("weather", "time")
 CALL = '{"name": "weather", "arguments": {"town": "Bonn"}}'

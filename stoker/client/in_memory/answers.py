@@ -21,6 +21,7 @@ from stoker.contract import (
     Usage,
     vectors,
 )
+from stoker.contract.reasoning import reasoning_tokens
 from stoker.errors import InvalidRequest, StokerError
 
 if TYPE_CHECKING:
@@ -116,18 +117,29 @@ def _token(index: int, token_id: int, text: str, completion: int, reason: Finish
 def generated(request: GenerateRequest, tokens: Sequence[StreamToken]) -> GenerateResult:
     """What a job that made these tokens ends with."""
     of = [[token for token in tokens if token.completion == index] for index in range(request.n)]
-    first, *others = map(_completion, of)
-    usage = Usage(worker=WORKER, completion_tokens=len(tokens))
+    first, *others = [_completion(made, request.functions) for made in of]
+    thought = sum(_reasoning_tokens(made) for made in of)
+    usage = Usage(worker=WORKER, completion_tokens=len(tokens), reasoning_tokens=thought)
     return GenerateResult(
         model=request.model, adapter=request.adapter, others=tuple(others), usage=usage, **dict(first)
     )
 
 
-def _completion(tokens: Sequence[StreamToken]) -> Completion:
+def _in_reasoning(tokens: Sequence[StreamToken]) -> bool:
+    return any(token.in_reasoning for token in tokens[:1])
+
+
+def _reasoning_tokens(tokens: Sequence[StreamToken]) -> int:
+    return reasoning_tokens([token.text for token in tokens], in_reasoning=_in_reasoning(tokens))
+
+
+def _completion(tokens: Sequence[StreamToken], functions: tuple[str, ...]) -> Completion:
     return Completion(
         text="".join(token.text for token in tokens),
         token_ids=tuple(token.token_id for token in tokens),
         finish_reason=(tokens[-1].finish_reason if tokens else None) or "stop",
+        in_reasoning=_in_reasoning(tokens),
+        functions=functions,
     )
 
 

@@ -1,7 +1,7 @@
 """Calls of functions in what a model writes, found piece by piece.
 
-Models write a call as they were trained to. The gateway does not see which model has which template: the form is known
-by the answer alone, and each is taken from any model.
+Models write a call as they were trained to. Neither the gateway nor a client sees which model has which template: the
+form is known by the answer alone, and each is taken from any model.
 
 - Hermes, Qwen, SmolLM: `<tool_call>CALL</tool_call>`, anywhere in the answer and as often as the model likes.
 - Llama 3: `<|python_tag|>CALL`, Mistral: `[TOOL_CALLS]CALL`, from there to the end.
@@ -17,10 +17,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any
 
-from stoker.contract import StreamToken
+from stoker.contract.parts import Arguments, Begun, FunctionCall, Part, begun_marker
 
 _OPENER, _CLOSER = "<tool_call>", "</tool_call>"
 _OPENERS = (_OPENER, "<|python_tag|>", "[TOOL_CALLS]")
@@ -33,70 +32,6 @@ _FIELDS = frozenset({"name", "arguments", "parameters", "id", "type"})
 _BEGINNINGS = tuple(f'{bracket}{{"{name}"' for bracket in ("", "[") for name in sorted(_FIELDS))
 #: So many characters say whether it begins so.
 _TELLING = 64
-
-
-@dataclass(frozen=True)
-class Begun:
-    """A call begins."""
-
-    name: str
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """A part of the arguments of the call that has begun last."""
-
-    text: str
-
-
-#: Of an answer: a part of its text, or of a call.
-Part: TypeAlias = str | Begun | Arguments
-
-
-@dataclass(frozen=True)
-class FunctionCall:
-    """`arguments`: JSON of an object, unless the answer was cut off in it."""
-
-    name: str
-    arguments: str
-
-
-#: Of an answer: a text or a call, whole.
-Item: TypeAlias = str | FunctionCall
-
-
-class Reader(Protocol):
-    """Reads one answer. What its parts join to does not depend on how the text was split into pieces."""
-
-    def feed(self, text: str) -> list[Part]: ...
-
-    def finish(self) -> list[Part]:
-        """What was held back, once the answer has ended."""
-        ...
-
-
-class TextReader:
-    """Of a request that has no call to find."""
-
-    def feed(self, text: str) -> list[Part]:
-        return [text] if text else []
-
-    def finish(self) -> list[Part]:
-        return []
-
-
-class ArgumentsReader:
-    """Of an answer that is the arguments of a function which the request has named."""
-
-    def __init__(self, name: str) -> None:
-        self._begun: list[Part] = [Begun(name)]
-
-    def feed(self, text: str) -> list[Part]:
-        begun, self._begun = self._begun, []
-        return [*begun, Arguments(text)] if text else begun
-
-    def finish(self) -> list[Part]:
-        return self.feed("")
 
 
 class CallReader:
@@ -135,7 +70,7 @@ class CallReader:
         """Pass on text up to the next marker, or what may become one. Whether one was found."""
         found = _OPENING.search(self._held, self._at)
         if found is None:
-            held_back = 0 if ended else _begun_marker(self._held)
+            held_back = 0 if ended else begun_marker(self._held, _OPENERS)
             end = max(self._at, len(self._held) - held_back)
             self._say(parts, self._held[self._at : end])
             self._at = end
@@ -210,14 +145,6 @@ def _may_be_call(text: str) -> bool:
     return any(begins[: len(beginning)] == beginning[: len(begins)] for beginning in _BEGINNINGS)
 
 
-def _begun_marker(text: str) -> int:
-    """How many characters at the end of `text` may be the beginning of a marker."""
-    for length in range(min(len(text), max(map(len, _OPENERS)) - 1), 0, -1):
-        if any(opener.startswith(text[-length:]) for opener in _OPENERS):
-            return length
-    return 0
-
-
 def _dumped(arguments: Any) -> str:
     """JSON of the object that a call's arguments are; some models write it as a text. Raises `ValueError`."""
     given = json.loads(arguments) if isinstance(arguments, str) else arguments
@@ -236,28 +163,3 @@ def object_of(arguments: str) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return found
-
-
-def parts_of(reader: Reader, token: StreamToken) -> list[Part]:
-    """What a token of an answer adds to it."""
-    return reader.feed(token.text) + (reader.finish() if token.is_last else [])
-
-
-def items_of(reader: Reader, text: str) -> list[Item]:
-    """The texts and calls of a whole answer, in their order."""
-    items: list[Item] = []
-    for part in reader.feed(text) + reader.finish():
-        add(items, part)
-    return items
-
-
-def add(items: list[Item], part: Part) -> None:
-    """Put the next part of an answer to its items."""
-    last = items.pop() if items else None
-    if isinstance(part, Arguments) and isinstance(last, FunctionCall):
-        items.append(FunctionCall(last.name, last.arguments + part.text))
-    elif isinstance(part, str) and isinstance(last, str):
-        items.append(last + part)
-    else:
-        items += [] if last is None else [last]
-        items.append(FunctionCall(part.name, "") if isinstance(part, Begun) else str(part))
