@@ -72,7 +72,8 @@ class Settings(BaseSettings):
     train_share: float = Field(default=0.2, ge=0.01, le=0.9)
     #: Megabytes that the adapters of one model may take in memory; those in use may take more.
     adapter_memory: int = Field(default=512, ge=1, le=65536)
-    #: Where workers keep adapters for each other: a URL that fsspec knows. Unset: the broker.
+    #: Where workers keep adapters for each other: a URL that fsspec knows. Unset: the broker. Gateways keep files of
+    #: clients there too; unset: in `home`.
     artifacts: str | None = None
     #: Whether the checkpoints of training runs go there too, so that any worker can go on with a run. `auto`: except
     #: where this worker's broker is that of its own home, and no other worker trains the model.

@@ -37,6 +37,10 @@ COMMAND_TTL = 600
 METRICS_EVERY = 4.0
 #: Seconds that what a key of the gateway has taken is remembered, and the longest that it waits for what it overdrew.
 RATE_TTL = 3600
+#: Seconds that a file which was uploaded to the gateway is kept at most, and by default.
+FILE_TTL = 30 * 24 * 3600
+#: Seconds that the lists of files outlive their last change: a file is there for as long as `FILE_TTL` afterwards.
+FILES_TTL = FILE_TTL + 24 * 3600
 #: The type of a kind whose keys have several.
 ANY = "any"
 
@@ -94,6 +98,9 @@ KINDS = (
     Kind("policy", r"policy", None, "hash"),
     Kind("api_keys", r"keys", None, "hash"),
     Kind("rate", rf"rate:{_NAME}", RATE_TTL, "hash"),
+    Kind("file", rf"file:{_JOB}", FILE_TTL, "string"),
+    Kind("files", rf"files:{_NAME}", FILES_TTL, "zset"),
+    Kind("file_contents", rf"file_contents:{_NAME}", FILES_TTL, "zset"),
     # Which queues an exchange feeds, and messages that a worker holds: kombu's.
     Kind("binding", r"_kombu\.binding(_deadlines|(_permanent)?\..+)", None, ANY),
     Kind("unacked", r"unacked", None, "hash"),
@@ -273,6 +280,21 @@ DEAD = f"{PREFIX}dead"
 def rate(key: str) -> str:
     """Hash: what is left of what a key of the gateway may take in a minute."""
     return f"{PREFIX}rate:{key}"
+
+
+def file(file_id: str) -> str:
+    """String, JSON: a file that a client has stored (`stoker.broker.stored_files`)."""
+    return f"{PREFIX}file:{file_id}"
+
+
+def files(owner: str) -> str:
+    """Sorted set: ids of the files of one client → when they were stored."""
+    return f"{PREFIX}files:{owner}"
+
+
+def file_contents(place: str) -> str:
+    """Sorted set: ids of files of which parts may lie in one place → when these may go."""
+    return f"{PREFIX}file_contents:{place}"
 
 
 def spoiled(key: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -18,14 +19,18 @@ from stoker.gateway.access import Access, Anybody
 from stoker.gateway.answers import Generation, answered
 from stoker.gateway.bodies import read_body
 from stoker.gateway.calls import Call, Caller, Models, NamedJob, keeps
-from stoker.gateway.events import EventResponse
+from stoker.gateway.files import Files
 from stoker.gateway.front import Front
 from stoker.gateway.health import Health
+from stoker.gateway.stored import Store
+from stoker.gateway.sweeping import sweep_for_ever
 from stoker.monitor.numbers import Numbers
 
 #: What an endpoint asks for, from its request.
 Reader: TypeAlias = Callable[[Call], Awaitable[Generation]]
-Answerer: TypeAlias = Callable[[Request], Awaitable[Response | EventResponse]]
+Answerer: TypeAlias = Callable[[Request], Awaitable[ASGIApp]]
+#: The same, of an endpoint that goes by who asks: the client key.
+Owned: TypeAlias = Callable[[Request, str], Awaitable[ASGIApp]]
 
 
 class Endpoint:
@@ -47,9 +52,11 @@ class Gateway:
     names: frozenset[str] = frozenset()
     access: Access = field(default_factory=Anybody)
     models: Models = field(init=False)
+    store: Store = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "models", Models(self.client))
+        object.__setattr__(self, "store", Store(self.client))
 
     def application(self) -> ASGIApp:
         posted = {
@@ -65,11 +72,27 @@ class Gateway:
         shown |= {"/healthz": health.alive, "/readyz": health.ready, "/metrics": health.metrics}
         routes = [Route(path, Endpoint(answerer), methods=["POST"]) for path, answerer in posted.items()]
         routes += [Route(path, Endpoint(answerer), methods=["GET"]) for path, answerer in shown.items()]
-        return Front(Router(routes, lifespan=self._lifespan), self.names, numbers, (*posted, *shown))
+        kept = self._of_files()
+        routes += [Route(path, Endpoint(self.owned(answer)), methods=[method]) for method, path, answer in kept]
+        paths = (*posted, *shown, *(path for _, path, _ in kept))
+        return Front(Router(routes, lifespan=self._lifespan), self.names, numbers, paths)
+
+    def _of_files(self) -> list[tuple[str, str, Owned]]:
+        files = Files(self.store)
+        return [
+            ("POST", "/v1/files", files.upload),
+            ("GET", "/v1/files", files.list),
+            ("GET", "/v1/files/{file_id}", files.retrieve),
+            ("GET", "/v1/files/{file_id}/content", files.content),
+            ("DELETE", "/v1/files/{file_id}", files.delete),
+        ]
 
     @asynccontextmanager
     async def _lifespan(self, app: object) -> AsyncIterator[None]:
+        sweeping = asyncio.ensure_future(sweep_for_ever(self.store))
         yield
+        sweeping.cancel()
+        await asyncio.wait({sweeping})
         await self.client.close()
 
     async def caller(self, request: Request) -> Caller:
@@ -92,11 +115,20 @@ class Gateway:
         return await listing.model(self.client, request.path_params["name"], allowed)
 
     def generating(self, read: Reader) -> Answerer:
-        async def answer(request: Request) -> Response | EventResponse:
+        async def answer(request: Request) -> ASGIApp:
             call = await self.call(request)
             return await answered(call, await read(call))
 
         return answer
+
+    def owned(self, answer: Owned) -> Answerer:
+        """What belongs to a client is asked for under its key; where there are no keys, under the gateway's own."""
+
+        async def answered(request: Request) -> ASGIApp:
+            caller = await self.caller(request)
+            return await answer(request, caller.key or self.client.settings.client_key)
+
+        return answered
 
     async def embedding(self, request: Request) -> Response:
         return await embeddings.answered(await self.call(request))

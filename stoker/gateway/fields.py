@@ -41,6 +41,11 @@ def parse(body: type[B], raw: bytes) -> B:
         raise Refused(400, f"the body cannot be read as JSON ({cut(error, 200)}); expected a JSON object.") from None
     if not isinstance(given, dict):
         raise Refused(400, f"the body is {brief(given)}; expected a JSON object.")
+    return checked_body(body, given)
+
+
+def checked_body(body: type[B], given: Mapping[str, Any]) -> B:
+    """Raises `Refused` for the first field that is wrong."""
     for name in (name for name, value in given.items() if value is not None):
         _check_known(body, name)
     try:

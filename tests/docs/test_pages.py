@@ -166,11 +166,12 @@ def test_the_table_of_exit_codes_is_that_of_the_code() -> None:
     assert codes == {0, INTERRUPTED, *(error.exit_code for error in tree)}
 
 
-PLACES = ("<id>", "<name>", "<version>", "<job>", "<worker>", "<model>", "<kind>", "<exchange>", "<key>")
+PLACES = ("<id>", "<name>", "<version>", "<job>", "<worker>", "<model>", "<kind>", "<exchange>", "<key>", "<place>")
 LIVES = {
     "24 hours": keys.RESULT_TTL,
     "7 days": keys.PENDING_TTL,
     "30 days": keys.MODEL_TTL,
+    "31 days": keys.FILES_TTL,
     "10 seconds": keys.PRESENCE_TTL,
     "60 minutes": keys.RATE_TTL,
     "10 minutes": keys.COMMAND_TTL,
@@ -207,7 +208,7 @@ def test_the_table_of_keys_is_that_of_the_code() -> None:
     }
     made |= {make("<queue>") for make in (keys.turns, keys.dispatched, keys.pace, keys.sizes)}
     made |= {keys.backlog("<queue>", 7).replace("7", "<priority>"), keys.client("<key>", "<queue>")}
-    made |= {keys.rate("<key>")}
+    made |= {keys.rate("<key>"), keys.file("<id>"), keys.files("<key>"), keys.file_contents("<place>")}
     made |= {keys.checkpoint("<job>")}
     made |= {keys.WORKERS, keys.MODELS, keys.DEAD, keys.JANITOR, keys.spoiled("<key>")}
     made |= {keys.VECTORS_UNFETCHED, keys.VECTORS_FETCHED, keys.VECTORS_SIZES}

@@ -1,0 +1,352 @@
+"""`/v1/files`: what is stored comes back byte for byte, to its owner alone, for as long as it is kept."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+
+from stoker import AsyncClient
+from stoker.broker import keys
+from stoker.broker.connection import connect
+from stoker.broker.stored_files import FileRecord
+from stoker.files import contents
+from stoker.gateway import files, sweeping, uploads
+from stoker.gateway.errors import Refused
+from stoker.gateway.stored import Store
+from stoker.settings import Settings
+from tests.conftest import wait_until
+from tests.gateway.machinery import Served, gateway_over
+from tests.gateway.test_keys import made
+
+ANCHOR, SECONDS = "expires_after[anchor]", "expires_after[seconds]"
+LINES = b'{"custom_id": "a"}\n'
+
+
+@pytest.fixture
+def redis(broker: Settings) -> Iterator[Any]:
+    found = connect(broker)
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def settings(broker: Settings, tmp_path: Path) -> Settings:
+    return broker.model_copy(update={"home": tmp_path / "home"})
+
+
+@contextmanager
+def serving(settings: Settings) -> Iterator[tuple[Served, openai.OpenAI]]:
+    served = Served(gateway_over(settings))
+    try:
+        with client_of(served, "none") as api:
+            yield served, api
+    finally:
+        served.stop()
+
+
+@pytest.fixture
+def gateway(settings: Settings) -> Iterator[tuple[Served, openai.OpenAI]]:
+    with serving(settings) as running:
+        yield running
+
+
+@pytest.fixture
+def over(gateway: tuple[Served, openai.OpenAI]) -> Served:
+    return gateway[0]
+
+
+@pytest.fixture
+def api(gateway: tuple[Served, openai.OpenAI]) -> openai.OpenAI:
+    """OpenAI's client of it."""
+    return gateway[1]
+
+
+def client_of(served: Served, secret: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{served.url}/v1", api_key=secret, max_retries=0, timeout=20)
+
+
+def folders(settings: Settings) -> list[str]:
+    """Ids of files of which something lies on the disk."""
+    return [path.name for path in (settings.home / "files").glob("file-*")]
+
+
+def post(over: Served, **form: Any) -> httpx2.Response:
+    return httpx2.post(f"{over.url}/v1/files", timeout=20, **form)
+
+
+def test_a_file_comes_back_as_it_was_until_it_is_deleted(
+    over: Served, api: openai.OpenAI, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stoker.gateway.stored.PART", 1000)
+    data = bytes(range(256)) * 40
+    file = api.files.create(file=("lines of ü.jsonl", io.BytesIO(data)), purpose="batch")
+    assert (file.bytes, file.filename, file.purpose, file.status) == (
+        len(data),
+        "lines of ü.jsonl",
+        "batch",
+        "processed",
+    )
+    assert file.expires_at == file.created_at + keys.FILE_TTL
+    assert len(list((settings.home / "files" / file.id).iterdir())) == 11, "no part is larger than it may be"
+    # Another gateway of the same broker and the same home has it too.
+    with serving(settings) as (_, other):
+        assert other.files.content(file.id).read() == data
+        assert other.files.retrieve(file.id) == file
+        assert [found.id for found in other.files.list()] == [file.id]
+        assert other.files.delete(file.id).deleted
+    assert folders(settings) == []
+    for ask in (api.files.retrieve, api.files.content, api.files.delete):
+        with pytest.raises(openai.NotFoundError, match="no file of that id"):
+            ask(file.id)
+    assert list(api.files.list()) == []
+
+
+def test_files_of_one_client_are_not_there_for_another(over: Served, redis: Any) -> None:
+    team, other = client_of(over, made(redis)), client_of(over, made(redis, client="other", created=2.0))
+    file = team.files.create(file=("a.jsonl", LINES), purpose="fine-tune")
+    assert client_of(over, made(redis, created=3.0)).files.retrieve(file.id).id == file.id, (
+        "keys of a client share them"
+    )
+    assert list(other.files.list()) == []
+    for ask in (other.files.retrieve, other.files.content, other.files.delete):
+        with pytest.raises(openai.NotFoundError, match="no file of that id"):
+            ask(file.id)
+    with pytest.raises(openai.AuthenticationError):
+        client_of(over, "none").files.retrieve(file.id)
+    assert team.files.content(file.id).read() == LINES
+
+
+def test_lists_come_page_by_page_and_by_purpose(over: Served, api: openai.OpenAI, redis: Any) -> None:
+    made = [api.files.create(file=(f"{n}", LINES), purpose="batch" if n % 2 else "fine-tune").id for n in range(5)]
+    for age, file_id in enumerate(made):
+        redis.zadd(keys.files("default"), {file_id: 1e9 * 2 + age})
+    assert [file.id for file in api.files.list(limit=2)] == made[::-1]
+    assert [file.id for file in api.files.list(order="asc", purpose="batch", limit=1)] == made[1::2]
+    page = api.files.list(limit=2, after=made[3])
+    assert [file.id for file in page.data] == made[2:0:-1]
+    assert page.has_more
+    for name, value in {"limit": "0", "order": "up", "after": "file-x", "before": "x"}.items():
+        with pytest.raises(openai.BadRequestError) as caught:
+            api.get(f"/files?{name}={value}", cast_to=object)
+        assert caught.value.param == name
+
+
+def test_what_has_expired_goes_and_its_parts_with_it(
+    over: Served, api: openai.OpenAI, redis: Any, settings: Settings
+) -> None:
+    expires: Any = {"anchor": "created_at", "seconds": 3600}
+    first = api.files.create(file=("a", LINES), purpose="batch", expires_after=expires)
+    kept = api.files.create(file=("b", LINES), purpose="batch")
+    assert first.expires_at == first.created_at + 3600
+    assert 3500 < redis.ttl(keys.file(first.id)) <= 3600
+    # As if its time had come.
+    redis.delete(keys.file(first.id))
+    (where,) = redis.keys(keys.file_contents("*"))
+    redis.zadd(where, {first.id: 1, "../../etc": 1})
+    assert [file.id for file in api.files.list()] == [kept.id]
+    asyncio.run(swept(settings))
+    assert folders(settings) == [kept.id]
+    assert redis.zrange(where, 0, -1) == [kept.id.encode()]
+
+
+def test_a_gateway_that_runs_deletes_what_is_gone(
+    settings: Settings, redis: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweeping, "SWEEP_EVERY", 0.02)
+    with serving(settings) as (_, api):
+        file = api.files.create(file=("a", LINES), purpose="batch")
+        (where,) = redis.keys(keys.file_contents("*"))
+        # A broker that refuses it, for once, ends nothing.
+        redis.rename(where, "stoker:spoiled:x")
+        redis.set(where, "x", ex=60)
+        wait_until(lambda: redis.expire("stoker:spoiled:x", 60), "time has passed")
+        redis.rename("stoker:spoiled:x", where)
+        redis.zadd(where, {file.id: 1})
+        wait_until(lambda: folders(settings) == [], "its parts are gone")
+
+
+async def swept(settings: Settings) -> None:
+    async with AsyncClient(settings=settings) as client:
+        await Store(client).sweep()
+
+
+def test_what_a_writer_left_that_died_is_swept_an_hour_later(settings: Settings, redis: Any) -> None:
+    async def begun() -> FileRecord:
+        async with AsyncClient(settings=settings) as client:
+            store = Store(client)
+            draft = await store.begin(await store.new("default", "a", "batch", 3600))
+            await draft.write(LINES)
+            return await draft.flush()
+
+    record = asyncio.run(begun())
+    asyncio.run(swept(settings))
+    assert folders(settings) == [record.id]
+    where = keys.file_contents(record.place)
+    assert 3500 < redis.zscore(where, record.id) - float(redis.time()[0]) <= 3601
+    redis.zadd(where, {record.id: 1})
+    asyncio.run(swept(settings))
+    assert folders(settings) == []
+
+
+WRONG: list[tuple[dict[str, str], str]] = [
+    ({"purpose": "assistants"}, "purpose"), ({}, "purpose"), ({"purpose": "batch", "x": "y"}, "x"),
+    ({"purpose": "batch", ANCHOR: "created_at"}, "expires_after"),
+    ({"purpose": "batch", SECONDS: "3600"}, "expires_after"),
+    ({"purpose": "batch", ANCHOR: "now", SECONDS: "3600"}, "expires_after_anchor"),
+    ({"purpose": "batch", ANCHOR: "created_at", SECONDS: "1"}, "expires_after"),
+    ({"purpose": "batch", ANCHOR: "created_at", SECONDS: "x"}, "expires_after_seconds"),
+]  # fmt: skip
+
+
+def test_an_upload_that_is_wrong_is_refused_by_name(over: Served, settings: Settings) -> None:
+    for fields, param in WRONG:
+        refused = post(over, files={"file": ("a", LINES)}, data=fields)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
+    assert folders(settings) == []
+
+
+def test_what_is_no_form_with_one_file_is_refused(over: Served, settings: Settings) -> None:
+    batch = {"purpose": "batch"}
+    refused = [
+        (415, post(over, json={"purpose": "batch"})),
+        (415, post(over, content=b"x", headers={"content-type": "multipart/form-data"})),
+        (415, post(over, content=b"x", headers={"content-type": "multipart/form-data; boundary=x; charset=utf-7"})),
+        (400, post(over, content=b"x", headers={"content-type": "multipart/form-data; boundary=x"})),
+        (400, post(over, content=b"--x\r\n\r\n\r\n--x--", headers={"content-type": "multipart/form-data; boundary=x"})),
+        (400, post(over, files={"file": ("a", b"")}, data=batch)),
+        (400, post(over, files={"other": ("a", LINES)}, data=batch)),
+        (400, post(over, files=[("file", ("a", LINES)), ("file", ("b", LINES))], data=batch)),
+        (400, post(over, data={"file": "x"}, files={"purpose": (None, "batch")})),
+        (400, post(over, files={"file": ("a", LINES)}, data=batch, headers={"idempotency-key": "x"})),
+        # A page of another site may send a form: its browser says where it is from.
+        (403, post(over, files={"file": ("a", LINES)}, data=batch, headers={"origin": "http://127.0.0.1"})),
+    ]
+    assert [(status, response.status_code) for status, response in refused if status != response.status_code] == []
+    assert all(response.json()["error"]["message"] for _, response in refused)
+    assert folders(settings) == []
+
+
+def test_a_file_that_is_too_large_is_refused_before_it_is_read_and_as_it_comes(
+    over: Served, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uploads, "MOST_BYTES", 5000)
+    monkeypatch.setattr(uploads, "MOST_FIELDS", 1000)
+    for size in (5001, 9000):
+        assert post(over, files={"file": ("a", b"x" * size)}, data={"purpose": "batch"}).status_code == 413
+    kind = {"content-type": "multipart/form-data; boundary=x"}
+    begun = b'--x\r\ncontent-disposition: form-data; name="file"; filename="a"\r\n\r\n'
+    pieces = (piece for piece in [begun, *[b"y" * 1000] * 50])
+    assert post(over, content=pieces, headers=kind).status_code == 413, "without a length too"
+    assert post(over, files={"file": ("a", b"x" * 5000)}, data={"purpose": "batch"}).status_code == 200
+
+
+def test_a_client_has_room_for_so_many_files_and_so_many_bytes(
+    over: Served, api: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "MOST_FILES", 2)
+    monkeypatch.setattr(files, "MOST_STORED", 100)
+    first = api.files.create(file=("a", b"x" * 60), purpose="batch")
+    with pytest.raises(openai.BadRequestError, match="Delete some"):
+        api.files.create(file=("b", b"x" * 41), purpose="batch")
+    api.files.create(file=("b", b"x" * 40), purpose="batch")
+    monkeypatch.setattr(files, "MOST_STORED", 1000)
+    with pytest.raises(openai.BadRequestError, match="Delete some"):
+        api.files.create(file=("c", b"x"), purpose="batch")
+    api.files.delete(first.id)
+    api.files.create(file=("c", b"x"), purpose="batch")
+
+
+def test_a_disk_that_takes_nothing_is_said_and_leaves_nothing(
+    over: Served, api: openai.OpenAI, settings: Settings, redis: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(contents.FolderContents, "put", full)
+        with pytest.raises(openai.InternalServerError, match="No space left on device") as caught:
+            api.files.create(file=("a", LINES), purpose="batch")
+    assert (caught.value.status_code, caught.value.code) == (507, "storage_failed")
+    assert list(api.files.list()) == []
+    assert folders(settings) == []
+    assert not redis.keys(keys.file("*"))
+
+
+def test_the_store_that_is_named_holds_the_parts_and_another_gateway_says_where_a_file_is(
+    settings: Settings, tmp_path: Path
+) -> None:
+    shared = settings.model_copy(update={"artifacts": (tmp_path / "shared").as_uri()})
+    elsewhere = shared.model_copy(update={"home": tmp_path / "another"})
+    with serving(shared) as (_, first), serving(elsewhere) as (_, second), serving(settings) as (_, third):
+        file = first.files.create(file=("a", LINES), purpose="batch")
+        assert not (settings.home / "files").exists()
+        assert second.files.content(file.id).read() == LINES
+        with pytest.raises(openai.InternalServerError, match="STOKER_ARTIFACTS"):
+            third.files.content(file.id)
+        second.files.delete(file.id)
+    assert list((tmp_path / "shared").rglob("file-*")) == []
+
+
+def test_parts_that_are_gone_are_said(over: Served, api: openai.OpenAI, settings: Settings) -> None:
+    file = api.files.create(file=("a", LINES), purpose="batch")
+    for part in (settings.home / "files" / file.id).iterdir():
+        part.unlink()
+    with pytest.raises(openai.NotFoundError, match="upload it again"):
+        api.files.content(file.id)
+
+
+def test_what_another_program_wrote_is_no_file(over: Served, api: openai.OpenAI, redis: Any) -> None:
+    for stored in (b"", b"{", b"[]", b'{"id": 1}', b"\xff"):
+        file = api.files.create(file=("a", LINES), purpose="batch")
+        redis.set(keys.file(file.id), stored, ex=60)
+        with pytest.raises(openai.NotFoundError):
+            api.files.retrieve(file.id)
+        assert list(api.files.list()) == []
+
+
+def test_two_gateways_that_begin_at_once_agree_on_the_place(tmp_path: Path) -> None:
+    folder = tmp_path / "home" / "files"
+    first, second = contents.FolderContents(folder), contents.FolderContents(folder)
+    assert first.place == second.place
+    first.put("file-a", "x-0", b"abc")
+    assert second.get("file-a", "x-0") == b"abc"
+    assert contents.FolderContents(tmp_path / "other" / "files").place != first.place
+
+
+def test_a_file_grows_behind_what_another_writer_has_stored_for_good(settings: Settings) -> None:
+    """What the first one wrote and did not say is not part of it."""
+
+    async def written() -> bytes:
+        async with AsyncClient(settings=settings) as client:
+            store = Store(client)
+            first = await store.begin(await store.new("default", "a", "batch_output", 3600))
+            await first.write(b"one ")
+            known = await first.flush()
+            await first.write(b"lost ")
+            await first.flush()
+            second = await store.begin(known)
+            for word in (b"two ", b"three"):
+                await second.write(word)
+                await second.flush()
+            assert second.record.bytes == 13
+            return b"".join([part async for part in store.read(second.record)])
+
+    assert asyncio.run(written()) == b"one two three"
+
+
+def test_what_can_be_no_id_is_no_file(settings: Settings) -> None:
+    async def asked(name: str) -> None:
+        async with AsyncClient(settings=settings) as client:
+            await Store(client).find(name, "default")
+
+    for name in ("file-\ud800", "file-../../etc/passwd", "x" * 10**6, ""):
+        with pytest.raises(Refused, match="no file of that id"):
+            asyncio.run(asked(name))
