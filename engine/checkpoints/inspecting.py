@@ -11,7 +11,7 @@ from typing import Any
 
 from engine.checkpoints.sources import naming
 from engine.models import allowed
-from engine.models.bridge import configs, package
+from engine.models.bridge import configs, gguf_configs, package
 from engine.models.fields import Fields
 from engine.models.sentence_files import SentenceFiles, model_folder, pools_decoder
 from engine.platform.jsonfiles import read_config, read_object
@@ -31,11 +31,13 @@ _FLOATS = {"F32": 4, "F16": 2, "BF16": 2}
 
 @dataclass(frozen=True)
 class _Found:
-    """What the files say. `stored`: bytes of all tensors; `cached`: heads of keys and values, and a head's size."""
+    """What the files say. `stated`: the architecture by its name in a GGUF; `stored`: bytes of all tensors; `cached`:
+    heads of keys and values, and a head's size."""
 
     path: Path
     format: str
     architecture: object
+    stated: object
     tensors: int
     dtypes: Mapping[str, int]
     stored: int
@@ -110,6 +112,7 @@ def _folder(path: Path) -> Inspection:
             path=path,
             format="safetensors" if len(files) == 1 else f"safetensors, {len(files)} files",
             architecture=config.get("model_type"),
+            stated=config.get("model_type"),
             tensors=len(entries),
             dtypes=dtypes,
             stored=stored,
@@ -184,7 +187,8 @@ def _gguf(path: Path) -> Inspection:
         _Found(
             path=path,
             format="gguf" if len(gguf.files) == 1 else f"gguf, {len(gguf.files)} files",
-            architecture=architecture,
+            architecture=gguf_configs.model_type(architecture),
+            stated=architecture,
             tensors=len(gguf.tensors),
             dtypes=dict(dtypes),
             stored=sum(info.bytes for info in gguf.tensors.values()),
@@ -206,7 +210,8 @@ def _gguf(path: Path) -> Inspection:
 
 def _inspection(found: _Found) -> Inspection:
     name = found.architecture if isinstance(found.architecture, str) else str(found.architecture)
-    kind = kind_of(name) if found.format != "gguf" else KINDS.get(name, "unknown")
+    known = found.path.is_dir() or gguf_configs.known(found.stated)
+    kind = kind_of(name) if known else "unknown"
     if found.path.is_dir() and pools_decoder(found.path, name):
         kind = "embed"
     parameters = sum(found.dtypes.values())
@@ -214,7 +219,7 @@ def _inspection(found: _Found) -> Inspection:
     per_token = 2 * found.layers * heads * size
     notes = []
     if kind == "unknown":
-        notes.append(str(package.unknown(name, tuple(KINDS))))
+        notes.append(str(package.unknown(name, tuple(KINDS)) if known else gguf_configs.unknown(found.stated)))
     if isinstance(found.window, int) and not isinstance(found.window, bool) and found.window < found.context:
         notes.append(f"a sliding window of {found.window} tokens")
     return Inspection(

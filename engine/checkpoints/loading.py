@@ -14,7 +14,7 @@ from typing_extensions import Unpack
 
 from engine.checkpoints.sources import naming, resolve
 from engine.checkpoints.vocabulary import check_ids, check_segments
-from engine.models.bridge import package
+from engine.models.bridge import gguf_configs, package
 from engine.models.bridge.decoder import BridgedDecoder
 from engine.models.decoder import Decoder
 from engine.models.embedders import ENCODERS, encoder
@@ -41,7 +41,7 @@ DECODERS: dict[str, type[LlamaArgs]] = {
     args.architecture: args for args in (LlamaArgs, MistralArgs, Qwen2Args, Qwen3Args)
 }
 #: Decoders by `general.architecture` of GGUF, in which a Mistral is a `llama`.
-GGUF_DECODERS: dict[str, type[LlamaArgs]] = {args.architecture: args for args in (LlamaArgs, Qwen2Args, Qwen3Args)}
+GGUF_DECODERS: dict[str, type[LlamaArgs]] = {name: DECODERS[name] for name in gguf_configs.FAMILY}
 
 
 @dataclass(frozen=True)
@@ -187,16 +187,22 @@ def _load_bridged(
 ) -> LoadedModel:
     inner = model_folder(folder)
     model = BridgedDecoder.from_folder(inner, config, file, precision)
+    return _bridged(name, folder, model, Tokenizer.from_folder(inner), start)
+
+
+def _bridged(name: str, path: Path, model: BridgedDecoder, tokenizer: Tokenizer, start: float) -> LoadedModel:
     measures = {"parameters": model.parameters, "bytes": model.nbytes, "load_seconds": time.perf_counter() - start}
-    return _generating(name, folder, model, model.args.architecture, Tokenizer.from_folder(inner), measures)
+    return _generating(name, path, model, model.args.architecture, tokenizer, measures)
 
 
 def _load_gguf(name: str, path: Path, precision: Precision, start: float) -> LoadedModel:
     gguf = GGUF(path)
     architecture = gguf.metadata.get("general.architecture")
+    if isinstance(architecture, str) and architecture in gguf_configs.MODELS:
+        decoder = BridgedDecoder.from_gguf(gguf, architecture, precision)
+        return _bridged(name, path, decoder, Tokenizer.from_gguf(gguf), start)
     if not isinstance(architecture, str) or architecture not in GGUF_DECODERS:
-        names = ", ".join(GGUF_DECODERS)
-        raise ModelError(f"{path}: architecture {architecture!r} is not supported in GGUF; {names} are")
+        raise gguf_configs.unknown(architecture)
     embedding = gguf.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise ModelError(f"{path}: the tensor 'token_embd.weight' is missing or no matrix")

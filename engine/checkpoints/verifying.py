@@ -18,7 +18,7 @@ from engine.checkpoints.inspecting import KINDS, Inspection, inspect
 from engine.checkpoints.loading import DECODERS, GGUF_DECODERS
 from engine.checkpoints.sources import naming
 from engine.checkpoints.vocabulary import check_ids, check_segments
-from engine.models.bridge import package, weights
+from engine.models.bridge import gguf_configs, gguf_weights, package, weights
 from engine.models.bridge.configs import text_config
 from engine.models.embedders import encoder
 from engine.models.encoder import Encoder
@@ -124,19 +124,13 @@ def _built(folder: Path, config: Mapping[str, Any], outline: Tensors) -> tuple[L
 
 def _gguf(path: Path, progress: Callable[[int, int], None]) -> tuple[int, int]:
     gguf = GGUF(path)
-    args_of = GGUF_DECODERS.get(gguf.metadata["general.architecture"])
     embedding = gguf.tensors.get("token_embd.weight")
-    if args_of is None:
-        raise ModelError(f"{path}: this architecture is not read from GGUF; {', '.join(GGUF_DECODERS)} are")
     if embedding is None:
         raise ModelError(f"{path}: the tensor 'token_embd.weight' is missing")
-    args = args_of.from_gguf(gguf.metadata, vocab=embedding.shape[0], tied="output.weight" not in gguf.tensors)
-    shapes = {llama_name(name) or name: info.shape for name, info in gguf.tensors.items()}
-    outline = _Outline(
-        {name: partial(mx.zeros, shape) for name, shape in shapes.items()}, shapes, str(path), mx.float32
-    )
-    outline.finish(ignore=Llama(args, outline).unused)
-    check_ids(path, Tokenizer.from_gguf(gguf), args.vocab)
+    architecture = gguf.metadata["general.architecture"]
+    check = _gguf_family if architecture in GGUF_DECODERS else _gguf_bridged
+    check(gguf, architecture, embedding.shape[0])
+    check_ids(path, Tokenizer.from_gguf(gguf), embedding.shape[0])
     numbers = 0
     for done, name in enumerate(gguf.tensors):
         progress(done, len(gguf.tensors))
@@ -145,6 +139,21 @@ def _gguf(path: Path, progress: Callable[[int, int], None]) -> tuple[int, int]:
             if not np.isfinite(values).all():
                 raise ModelError(f"{path}: tensor {name!r} holds values that are infinite or no numbers")
     return len(gguf.tensors), numbers
+
+
+def _gguf_family(gguf: GGUF, architecture: str, vocab: int) -> None:
+    args = GGUF_DECODERS[architecture].from_gguf(gguf.metadata, vocab=vocab, tied="output.weight" not in gguf.tensors)
+    shapes = {llama_name(name) or name: info.shape for name, info in gguf.tensors.items()}
+    outline = _Outline(
+        {name: partial(mx.zeros, shape) for name, shape in shapes.items()}, shapes, str(gguf.path), mx.float32
+    )
+    outline.finish(ignore=Llama(args, outline).unused)
+
+
+def _gguf_bridged(gguf: GGUF, architecture: str, vocab: int) -> None:
+    config = gguf_configs.config_of(gguf, architecture)
+    network, _ = weights.network_of(config, gguf_configs.MODELS[architecture].file)
+    gguf_weights.outline(gguf, architecture, config, network)
 
 
 def _finite_safetensors(folders: Sequence[Path], progress: Callable[[int, int], None]) -> tuple[int, int]:

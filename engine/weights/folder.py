@@ -19,10 +19,10 @@ from engine.weights.tensors import Reader, Stored, Tensors
 from stoker.errors import ModelError
 
 #: Types of GGUF that are plain numbers.
-_PLAIN = ("F32", "F16", "BF16")
+PLAIN = ("F32", "F16", "BF16")
 #: What matrices of GGUF's other types become where they stay quantized: the smallest groups, so that rounding once
 #: more loses least.
-_AGAIN_GROUP, _AGAIN_BITS = 32, 8
+AGAIN_GROUP, AGAIN_BITS = 32, 8
 
 
 def folder_tensors(folder: Path, config: dict[str, Any], precision: Precision) -> tuple[Tensors, dict[str, Any]]:
@@ -66,10 +66,14 @@ def gguf_tensors(gguf: GGUF, heads: tuple[int, int] | None, precision: Precision
         count = next((count for part, count in counts.items() if f".{part}." in name), 0)
         readers[name] = _gguf_reader(gguf, stored, count, precision)
         shapes[name] = info.shape
-    # Scales are float16 in this format, also for a model that was trained in another type.
-    sixteen = mx.bfloat16 if any(info.type.name == "BF16" for info in gguf.tensors.values()) else mx.float16
-    dtype = precision.dtype_for([mx.zeros(1, sixteen)])
+    dtype = precision.dtype_for([mx.zeros(1, sixteen_bits(gguf))])
     return Tensors(readers, shapes, str(gguf.path), dtype, precision.quantization)
+
+
+def sixteen_bits(gguf: GGUF) -> mx.Dtype:
+    """The type of 16 bits that a file is made for: scales are float16 in this format, also for a model that was trained
+    in another type."""
+    return mx.bfloat16 if any(info.type.name == "BF16" for info in gguf.tensors.values()) else mx.float16
 
 
 def _gguf_reader(gguf: GGUF, name: str, heads: int, precision: Precision) -> Reader:
@@ -85,7 +89,7 @@ def _gguf_reader(gguf: GGUF, name: str, heads: int, precision: Precision) -> Rea
             # Dense too: the same numbers to the bit as `gguf.dequantize` in less than half its time.
             return packed if policy is not None else dequantize(packed.astype(mx.float32))
         dense = order(gguf.dequantize(name))
-        keeps = policy is not None and policy.bits is None and info.type.name not in _PLAIN
-        return quantize(dense, _AGAIN_GROUP, _AGAIN_BITS) if keeps and fits(info.shape, _AGAIN_GROUP) else dense
+        keeps = policy is not None and policy.bits is None and info.type.name not in PLAIN
+        return quantize(dense, AGAIN_GROUP, AGAIN_BITS) if keeps and fits(info.shape, AGAIN_GROUP) else dense
 
     return read

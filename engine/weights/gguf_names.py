@@ -1,20 +1,23 @@
-"""GGUF tensor names and row orders of the Llama family (Qwen2 and Qwen3 too), translated to Hugging Face's."""
+"""GGUF tensor names and row orders, translated to Hugging Face's: those of the Llama family, and of others like it."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from numpy.typing import NDArray
 
 from stoker.errors import ModelError
 
-_OUTER = {
+#: Tensors outside the layers.
+OUTER = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
-_INNER = {
+#: The middle of the names of a layer's tensors.
+PARTS = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -30,14 +33,17 @@ _INNER = {
 _BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 
 
-def llama_name(name: str) -> str | None:
-    """Hugging Face's name of the GGUF tensor `name`, or None if it has none (`rope_freqs.weight`)."""
-    if name in _OUTER:
-        return _OUTER[name]
+def llama_name(name: str, parts: Mapping[str, str] = PARTS) -> str | None:
+    """Hugging Face's name of the GGUF tensor `name`, or None if it has none (`rope_freqs.weight`).
+
+    `parts`: those of another architecture.
+    """
+    if name in OUTER:
+        return OUTER[name]
     match = _BLOCK.fullmatch(name)
-    if match is None or match[2] not in _INNER:
+    if match is None or match[2] not in parts:
         return None
-    return f"model.layers.{match[1]}.{_INNER[match[2]]}.{match[3]}"
+    return f"model.layers.{match[1]}.{parts[match[2]]}.{match[3]}"
 
 
 def unpermute(weight: NDArray[Any], heads: int) -> NDArray[Any]:

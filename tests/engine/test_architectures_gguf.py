@@ -182,7 +182,7 @@ def test_a_gguf_beyond_the_family_is_refused_by_name(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(ModelError, match="'mamba' is not supported in GGUF; llama, qwen2, qwen3 are"):
+    with pytest.raises(ModelError, match="'mamba' is not supported in GGUF; llama, qwen2, qwen3, gemma"):
         opened(tmp_path / "mamba.gguf")
 
 

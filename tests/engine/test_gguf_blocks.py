@@ -54,7 +54,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> GGUF:
     huge = quantize(np.full((1, 32), 60_000, np.float32), GGMLQuantizationType.Q8_0)
     huge.view(np.uint8)[0, :2] = np.frombuffer(np.float16(600).tobytes(), np.uint8)
     writer.add_tensor("huge", huge, raw_dtype=GGMLQuantizationType.Q8_0)
-    writer.add_tensor("ternary", quantize(WEIGHT, GGMLQuantizationType.TQ1_0), raw_dtype=GGMLQuantizationType.TQ1_0)
+    writer.add_tensor("whole", WEIGHT.astype(np.int32), raw_dtype=GGMLQuantizationType.I32)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -86,5 +86,5 @@ def test_what_has_no_affine_form_is_refused_by_name(file: GGUF) -> None:
 
 
 def test_a_type_that_is_not_supported_is_refused_by_name(file: GGUF) -> None:
-    with pytest.raises(ModelError, match=r"'ternary' has type TQ1_0.*Q4_K"):
-        file.dequantize("ternary")
+    with pytest.raises(ModelError, match=r"'whole' has type I32.*Q4_K"):
+        file.dequantize("whole")

@@ -10,13 +10,14 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from engine.models.bridge import blocks, linears, package, slots, weights
+from engine.models.bridge import blocks, gguf_configs, gguf_weights, linears, package, slots, weights
 from engine.models.bridge.configs import BridgeArgs, context_of
 from engine.models.bridge.network import TRIED, cut
 from engine.models.cache import KvSizes, View
 from engine.models.decoder import RunBlock
 from engine.models.joint import Cache
 from engine.models.layers import LayerAdapters, Linear
+from engine.weights.gguf import GGUF
 from engine.weights.precision import Precision
 from stoker.errors import ModelError
 
@@ -57,6 +58,14 @@ class BridgedDecoder:
         """Raises `ModelError` for a config.json or weights that mlx-lm's `file` cannot run, or would run otherwise."""
         network, args = weights.network_of(config, file)
         weights.read(folder, config, network, precision)
+        return cls(file, network, args, config)
+
+    @classmethod
+    def from_gguf(cls, gguf: GGUF, architecture: str, precision: Precision) -> BridgedDecoder:
+        """From a file of one of `gguf_configs.MODELS`. Raises `ModelError` as `from_folder` does."""
+        config, file = gguf_configs.config_of(gguf, architecture), gguf_configs.MODELS[architecture].file
+        network, args = weights.network_of(config, file)
+        gguf_weights.read(gguf, architecture, config, network, precision)
         return cls(file, network, args, config)
 
     def _probe(self) -> tuple[slots.Probing, dict[str, bool], mx.array]:

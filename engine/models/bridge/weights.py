@@ -51,18 +51,24 @@ def read(folder: Path, config: Mapping[str, Any], network: nn.Module, precision:
     dtype = precision.dtype_for(arrays.values())
     exact = precision.dtype is not None or not any(array.dtype == dtype for array in arrays.values())
     fill(folder, config, network, arrays)
+    settle(network, precision, dtype, every=exact or dtype == mx.float32)
+    return network
+
+
+def settle(network: nn.Module, precision: Precision, dtype: mx.Dtype, *, every: bool) -> None:
+    """Bring a filled network into the form that it is to be held in, each weight evaluated; `every`: see `_cast`."""
     if precision.quantization is None:
         _dequantize(network)
     elif precision.quantization.bits is not None:
         _quantize(network, precision.quantization.group_size, precision.quantization.bits)
-    _cast(network, dtype, every=exact or dtype == mx.float32)
+    _cast(network, dtype, every=every)
     network.eval()
     mx.eval(network.parameters())
-    return network
 
 
 def fill(folder: Path, config: Mapping[str, Any], network: nn.Module, arrays: dict[str, mx.array]) -> None:
-    """Give a network the tensors of a folder, by the names that mlx-lm makes of theirs. Nothing is evaluated."""
+    """Give a network the tensors of a folder or file, by the names that mlx-lm makes of theirs. Nothing is
+    evaluated."""
     try:
         weights = _experts_upright(arrays) if config.get("model_type") == "gpt_oss" else dict(arrays)
         weights = network.sanitize(weights) if hasattr(network, "sanitize") else weights
