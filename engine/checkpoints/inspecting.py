@@ -31,13 +31,13 @@ _FLOATS = {"F32": 4, "F16": 2, "BF16": 2}
 
 @dataclass(frozen=True)
 class _Found:
-    """What the files say. `stated`: the architecture by its name in a GGUF; `stored`: bytes of all tensors; `cached`:
-    heads of keys and values, and a head's size."""
+    """What the files say. `unread`: why a GGUF is not; `stored`: bytes of all tensors; `cached`: heads of keys and
+    values, and a head's size."""
 
     path: Path
     format: str
     architecture: object
-    stated: object
+    unread: str | None
     tensors: int
     dtypes: Mapping[str, int]
     stored: int
@@ -112,7 +112,7 @@ def _folder(path: Path) -> Inspection:
             path=path,
             format="safetensors" if len(files) == 1 else f"safetensors, {len(files)} files",
             architecture=config.get("model_type"),
-            stated=config.get("model_type"),
+            unread=None,
             tensors=len(entries),
             dtypes=dtypes,
             stored=stored,
@@ -174,7 +174,11 @@ def _window(config: Mapping[str, Any]) -> object:
 def _gguf(path: Path) -> Inspection:
     gguf = GGUF(path)
     meta = gguf.metadata
-    architecture = meta.get("general.architecture")
+    architecture, model, unread = meta.get("general.architecture"), None, None
+    try:
+        model = gguf_configs.model_of(meta)
+    except ModelError as error:
+        unread = str(error)
     fields = Fields(meta, str(path))
     heads = fields.count(f"{architecture}.attention.head_count")
     dim = fields.count(f"{architecture}.embedding_length")
@@ -187,8 +191,8 @@ def _gguf(path: Path) -> Inspection:
         _Found(
             path=path,
             format="gguf" if len(gguf.files) == 1 else f"gguf, {len(gguf.files)} files",
-            architecture=gguf_configs.model_type(architecture),
-            stated=architecture,
+            architecture=architecture if model is None else model.file,
+            unread=unread,
             tensors=len(gguf.tensors),
             dtypes=dict(dtypes),
             stored=sum(info.bytes for info in gguf.tensors.values()),
@@ -210,8 +214,7 @@ def _gguf(path: Path) -> Inspection:
 
 def _inspection(found: _Found) -> Inspection:
     name = found.architecture if isinstance(found.architecture, str) else str(found.architecture)
-    known = found.path.is_dir() or gguf_configs.known(found.stated)
-    kind = kind_of(name) if known else "unknown"
+    kind = kind_of(name) if found.unread is None else "unknown"
     if found.path.is_dir() and pools_decoder(found.path, name):
         kind = "embed"
     parameters = sum(found.dtypes.values())
@@ -219,7 +222,7 @@ def _inspection(found: _Found) -> Inspection:
     per_token = 2 * found.layers * heads * size
     notes = []
     if kind == "unknown":
-        notes.append(str(package.unknown(name, tuple(KINDS)) if known else gguf_configs.unknown(found.stated)))
+        notes.append(found.unread or str(package.unknown(name, tuple(KINDS))))
     if isinstance(found.window, int) and not isinstance(found.window, bool) and found.window < found.context:
         notes.append(f"a sliding window of {found.window} tokens")
     return Inspection(

@@ -197,17 +197,17 @@ def _bridged(name: str, path: Path, model: BridgedDecoder, tokenizer: Tokenizer,
 
 def _load_gguf(name: str, path: Path, precision: Precision, start: float) -> LoadedModel:
     gguf = GGUF(path)
-    architecture = gguf.metadata.get("general.architecture")
-    if isinstance(architecture, str) and architecture in gguf_configs.MODELS:
-        decoder = BridgedDecoder.from_gguf(gguf, architecture, precision)
+    model = gguf_configs.model_of(gguf.metadata)
+    if model is not None:
+        decoder = BridgedDecoder.from_gguf(gguf, model, precision)
         return _bridged(name, path, decoder, Tokenizer.from_gguf(gguf), start)
-    if not isinstance(architecture, str) or architecture not in GGUF_DECODERS:
-        raise gguf_configs.unknown(architecture)
     embedding = gguf.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise ModelError(f"{path}: the tensor 'token_embd.weight' is missing or no matrix")
     tied = "output.weight" not in gguf.tensors
-    args = GGUF_DECODERS[architecture].from_gguf(gguf.metadata, vocab=embedding.shape[0], tied=tied)
+    args = GGUF_DECODERS[gguf.metadata["general.architecture"]].from_gguf(
+        gguf.metadata, vocab=embedding.shape[0], tied=tied
+    )
     heads = (args.heads, args.kv_heads) if args.gguf_permuted else None
     tensors = gguf_tensors(gguf, heads, precision)
     return _decoder(name, path, Llama(args, tensors), Tokenizer.from_gguf(gguf), tensors, start)

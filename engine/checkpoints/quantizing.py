@@ -16,7 +16,7 @@ from engine.text.templates import FOLDER as TEMPLATES
 from engine.weights import safetensors
 from engine.weights.mlx_layout import QuantizedLayout, split
 from engine.weights.names import canonical
-from engine.weights.quantized import check, fits, quantize
+from engine.weights.quantized import Form, quantize
 from engine.weights.tensors import Stored
 from stoker.errors import ModelError
 from stoker.files.durable import draft_folder, publish
@@ -47,14 +47,14 @@ def quantize_folder(src: Path, dst: Path, bits: int = 4, group_size: int = 64) -
     Raises `ModelError` for a form that MLX does not have, a source that is damaged, of an architecture not supported
     or quantized already, or a `dst` that exists; `OSError` if it cannot be written.
     """
-    check(group_size, bits)
+    layout = QuantizedLayout(Form(group_size, bits))
     config = _source_config(src)
     if dst.exists() or dst.is_symlink():
         raise ModelError(f"{dst}: exists already; name a folder that does not")
     with draft_folder(dst.parent) as draft:
         copy_rest(src, draft, ("config.json", safetensors.INDEX_NAME))
-        counts = _write_weights(src, draft, config, QuantizedLayout(group_size, bits))
-        config = {**_older_rope(config), **config, **QuantizedLayout(group_size, bits).to_config()}
+        counts = _write_weights(src, draft, config, layout)
+        config = {**_older_rope(config), **config, **layout.to_config()}
         # mlx-lm drops the head of a model that says it has none of its own.
         config["tie_word_embeddings"] = counts.tied
         write_json(draft / "config.json", config)
@@ -145,11 +145,12 @@ def _needed(arrays: dict[str, mx.array], names: dict[str, str]) -> Iterator[tupl
 
 
 def _form(name: str, array: mx.array, layout: QuantizedLayout) -> Stored:
-    if not name.endswith(".weight") or not fits(array.shape, layout.group_size):
+    form = layout.of(name.removesuffix(".weight"))
+    if not name.endswith(".weight") or form is None or not form.fits(array.shape):
         return array
     if not mx.issubdtype(array.dtype, mx.floating):
         raise ModelError(f"tensor {name!r} is of {array.dtype}, not of floating-point numbers")
-    return quantize(array, layout.group_size, layout.bits)
+    return quantize(array, form)
 
 
 def copy_rest(src: Path, dst: Path, skipped: Collection[str]) -> None:

@@ -127,9 +127,12 @@ def _gguf(path: Path, progress: Callable[[int, int], None]) -> tuple[int, int]:
     embedding = gguf.tensors.get("token_embd.weight")
     if embedding is None:
         raise ModelError(f"{path}: the tensor 'token_embd.weight' is missing")
-    architecture = gguf.metadata["general.architecture"]
-    check = _gguf_family if architecture in GGUF_DECODERS else _gguf_bridged
-    check(gguf, architecture, embedding.shape[0])
+    model = gguf_configs.model_of(gguf.metadata)
+    if model is None:
+        _gguf_family(gguf, embedding.shape[0])
+    else:
+        config = gguf_configs.config_of(gguf, model)
+        gguf_weights.outline(gguf, model, config, weights.network_of(config, model.file)[0])
     check_ids(path, Tokenizer.from_gguf(gguf), embedding.shape[0])
     numbers = 0
     for done, name in enumerate(gguf.tensors):
@@ -141,19 +144,15 @@ def _gguf(path: Path, progress: Callable[[int, int], None]) -> tuple[int, int]:
     return len(gguf.tensors), numbers
 
 
-def _gguf_family(gguf: GGUF, architecture: str, vocab: int) -> None:
-    args = GGUF_DECODERS[architecture].from_gguf(gguf.metadata, vocab=vocab, tied="output.weight" not in gguf.tensors)
+def _gguf_family(gguf: GGUF, vocab: int) -> None:
+    args = GGUF_DECODERS[gguf.metadata["general.architecture"]].from_gguf(
+        gguf.metadata, vocab=vocab, tied="output.weight" not in gguf.tensors
+    )
     shapes = {llama_name(name) or name: info.shape for name, info in gguf.tensors.items()}
     outline = _Outline(
         {name: partial(mx.zeros, shape) for name, shape in shapes.items()}, shapes, str(gguf.path), mx.float32
     )
     outline.finish(ignore=Llama(args, outline).unused)
-
-
-def _gguf_bridged(gguf: GGUF, architecture: str, vocab: int) -> None:
-    config = gguf_configs.config_of(gguf, architecture)
-    network, _ = weights.network_of(config, gguf_configs.MODELS[architecture].file)
-    gguf_weights.outline(gguf, architecture, config, network)
 
 
 def _finite_safetensors(folders: Sequence[Path], progress: Callable[[int, int], None]) -> tuple[int, int]:

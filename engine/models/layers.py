@@ -95,7 +95,7 @@ class QuantizedLinear(Linear):
         self.name, self.quantized, self.bias = name, weight, bias
 
     def _product(self, x: mx.array) -> mx.array:
-        y = _times_transposed(x, self.quantized)
+        y = self.quantized.times_transposed(x)
         return y if self.bias is None else y + self.bias
 
     @property
@@ -180,21 +180,14 @@ class QuantizedEmbedding(Embedding):
         self.quantized = weight
 
     def __call__(self, ids: mx.array) -> mx.array:
-        table = self.quantized
-        weight, scales, biases = (array[ids] for array in table.arrays)
-        return mx.dequantize(weight, scales, biases, group_size=table.group_size, bits=table.bits)
+        return self.quantized.rows(ids)
 
     def as_linear(self, x: mx.array) -> mx.array:
-        return _times_transposed(x, self.quantized)
+        return self.quantized.times_transposed(x)
 
     @property
     def dtype(self) -> mx.Dtype:
-        return self.quantized.scales.dtype
-
-
-def _times_transposed(x: mx.array, matrix: QuantizedTensor) -> mx.array:
-    """x (…, in) times the transpose of a matrix (out, in): (…, out)."""
-    return mx.quantized_matmul(x, *matrix.arrays, transpose=True, group_size=matrix.group_size, bits=matrix.bits)
+        return self.quantized.dtype
 
 
 class RMSNorm:

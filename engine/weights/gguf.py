@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from engine.platform.jsonfiles import open_file
 from engine.weights import gguf_blocks
-from engine.weights.gguf_blocks import Affine
+from engine.weights.gguf_blocks import Packed
 from engine.weights.gguf_parts import other_parts
 from stoker.errors import ModelError
 
@@ -100,26 +100,26 @@ class GGUF:
             yield gguf_blocks.dequantize(raw[start : start + step], info.type)
 
     def repackable(self, name: str) -> bool:
-        """Whether `repack` can hold the tensor `name`: a matrix of Q4_0, Q4_1 or Q8_0."""
+        """Whether `repack` can hold the tensor `name`: a matrix of Q4_0, Q4_1, Q8_0 or MXFP4, or a stack of some."""
         info = self.tensors.get(name)
-        return info is not None and info.type in gguf_blocks.REPACKED and len(info.shape) == 2
+        return info is not None and info.type in gguf_blocks.REPACKED and len(info.shape) >= 2
 
-    def repack(self, name: str) -> Affine:
-        """The matrix `name` in MLX's affine form, its weights unchanged.
+    def repack(self, name: str) -> Packed:
+        """The matrix `name` in MLX's form, its weights unchanged; of a stack all rows, one below the other.
 
         Raises `ModelError` if it is absent, not `repackable`, or has scales that float16 cannot hold.
         """
         info = self._known(name)
         if not self.repackable(name):
             raise ModelError(
-                f"{self.path}: tensor {name!r} of type {info.type.name} and shape {info.shape} has no exact "
-                "affine form; matrices of Q4_0, Q4_1 and Q8_0 have. Dequantize it"
+                f"{self.path}: tensor {name!r} of type {info.type.name} and shape {info.shape} has no exact form in "
+                f"MLX; matrices of {', '.join(kind.name for kind in gguf_blocks.REPACKED)} have. Dequantize it"
             )
-        rows, columns = info.shape
-        affine = gguf_blocks.repack(self._raw(info), (rows, columns), info.type)
-        if not (np.isfinite(affine.scales).all() and np.isfinite(affine.biases).all()):
+        *rows, columns = info.shape
+        packed = gguf_blocks.repack(self._raw(info), (math.prod(rows), columns), info.type)
+        if not packed.finite:
             raise ModelError(f"{self.path}: tensor {name!r} has scales that are not finite; the file is damaged")
-        return affine
+        return packed
 
     def _known(self, name: str) -> TensorInfo:
         info = self.tensors.get(name)

@@ -1,14 +1,14 @@
-"""GGUF's quantized blocks: to float32, or repacked without loss into MLX's affine form.
+"""GGUF's quantized blocks: to float32, or repacked without loss into a form of MLX's.
 
 The block layouts are ggml's (https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h). Every type is
 dequantized by `gguf.quants`, whose NumPy code is the reference; it goes 16 rows at a time, so it is twice as fast on
-rows that are made long first. Through the affine form, where there is one, it takes half as long (`folder.py`).
+rows that are made long first. Through a form of MLX's, where there is one, it takes half as long (`folder.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -23,8 +23,8 @@ TYPES = tuple(
         "TQ1_0", "TQ2_0",
     )
 )  # fmt: skip
-#: Those whose blocks MLX's affine form holds exactly.
-REPACKED = tuple(GGMLQuantizationType[name] for name in ("Q4_0", "Q4_1", "Q8_0"))
+#: Those whose blocks a form of MLX's holds exactly.
+REPACKED = tuple(GGMLQuantizationType[name] for name in ("Q4_0", "Q4_1", "Q8_0", "MXFP4"))
 #: Elements of a block of those, which is also the group size of what they become.
 GROUP_SIZE = 32
 
@@ -32,17 +32,26 @@ GROUP_SIZE = 32
 _ROW = 8192
 
 
-class Affine(NamedTuple):
-    """MLX's affine form: element j of a group is `scale · q[j] + bias`, q unsigned, the lowest bits first.
+class Packed(NamedTuple):
+    """A form of MLX's, the lowest bits first. affine: element j of a group is `scale · q[j] + bias`, q unsigned.
 
-    `weight` uint32 (out, in·bits/32), `scales` and `biases` float16 (out, in/group_size).
+    `weight` uint32 (out, in·bits/32), `scales` and `biases` float16 (out, in/group_size). mxfp4: `scales` uint8, and
+    no biases.
     """
 
     weight: NDArray[np.uint32]
-    scales: NDArray[np.float16]
-    biases: NDArray[np.float16]
+    scales: NDArray[Any]
+    biases: NDArray[np.float16] | None
     group_size: int
     bits: int
+    mode: str
+
+    @property
+    def finite(self) -> bool:
+        """Whether every scale is a number: a byte of ones is none."""
+        if self.biases is None:
+            return bool((self.scales != 0xFF).all())
+        return bool(np.isfinite(self.scales).all() and np.isfinite(self.biases).all())
 
 
 def dequantize(raw: NDArray[np.uint8], kind: GGMLQuantizationType) -> NDArray[np.float32]:
@@ -66,21 +75,23 @@ def dequantize(raw: NDArray[np.uint8], kind: GGMLQuantizationType) -> NDArray[np
     return out
 
 
-def repack(raw: NDArray[np.uint8], shape: tuple[int, int], kind: GGMLQuantizationType) -> Affine:
+def repack(raw: NDArray[np.uint8], shape: tuple[int, int], kind: GGMLQuantizationType) -> Packed:
     """A matrix `shape` (out, in) of one of `REPACKED` in MLX's form, each weight the same number as before.
 
     Q4_0 is d·(q − 8), Q4_1 is d·q + m, Q8_0 is d·q with signed q. The biases −8·d and −128·d are exact in float16
-    while they do not overflow, which the caller sees as infinity.
+    while they do not overflow, which the caller sees as infinity. MXFP4 has MLX's codes and scales in another order.
     """
     rows, columns = shape
     block_bytes = GGML_QUANT_SIZES[kind][1]
     blocks = raw.reshape(-1, block_bytes)
     words, scales, biases, bits = _REPACKERS[kind](blocks)
     groups = (rows, columns // GROUP_SIZE)
-    return Affine(words.reshape(rows, -1), scales.reshape(groups), biases.reshape(groups), GROUP_SIZE, bits)
+    if biases is None:
+        return Packed(words.reshape(rows, -1), scales.reshape(groups), None, GROUP_SIZE, bits, "mxfp4")
+    return Packed(words.reshape(rows, -1), scales.reshape(groups), biases.reshape(groups), GROUP_SIZE, bits, "affine")
 
 
-_Parts = tuple[NDArray[np.uint32], NDArray[np.float16], NDArray[np.float16], int]
+_Parts = tuple[NDArray[np.uint32], NDArray[Any], NDArray[np.float16] | None, int]
 
 
 def _q4_0(blocks: NDArray[np.uint8]) -> _Parts:
@@ -99,8 +110,12 @@ def _q8_0(blocks: NDArray[np.uint8]) -> _Parts:
     return words, scales, _times(scales, -128), 8
 
 
+def _mxfp4(blocks: NDArray[np.uint8]) -> _Parts:
+    return _nibbles(blocks[:, 1:]), np.ascontiguousarray(blocks[:, 0]), None, 4
+
+
 _REPACKERS: dict[GGMLQuantizationType, Callable[[NDArray[np.uint8]], _Parts]] = dict(
-    zip(REPACKED, (_q4_0, _q4_1, _q8_0), strict=True)
+    zip(REPACKED, (_q4_0, _q4_1, _q8_0, _mxfp4), strict=True)
 )
 
 

@@ -1,18 +1,18 @@
 """Quantized checkpoints in the layout that mlx-lm writes and reads (mlx-community's).
 
 config.json has `"quantization": {"group_size": 64, "bits": 4}`, with the dotted name of a layer as a further key where
-that layer differs; the codes `X.weight` have `X.scales` and `X.biases` with them.
+that layer differs; the codes `X.weight` have `X.scales` and, in the affine mode, `X.biases` with them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 import mlx.core as mx
 
-from engine.weights.quantized import QuantizedTensor, check
+from engine.weights.quantized import AFFINE, Form, QuantizedTensor
 from engine.weights.tensors import Stored
 from stoker.errors import ModelError
 
@@ -22,15 +22,14 @@ CONFIG_KEYS = ("quantization", "quantization_config")
 
 @dataclass(frozen=True)
 class QuantizedLayout:
-    """The section of config.json: (group size, bits) of all quantized layers, and of those that differ."""
+    """The section of config.json: the form of quantized layers, and of those that differ; False: one stays dense."""
 
-    group_size: int
-    bits: int
-    layers: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    form: Form
+    layers: Mapping[str, Form | Literal[False]] = field(default_factory=dict)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> QuantizedLayout | None:
-        """None for a dense checkpoint. Raises `ModelError` for a quantization that is not MLX's affine one."""
+        """None for a dense checkpoint. Raises `ModelError` for a quantization that is not MLX's."""
         section, other = (config.get(key) for key in CONFIG_KEYS)
         if section is None and other is None:
             return None
@@ -39,18 +38,22 @@ class QuantizedLayout:
                 f"config.json: quantization_config {str(other)[:100]} is not supported: only MLX's own is. "
                 "Take the model's unquantized checkpoint, and quantize it with `stoker models quantize`"
             )
-        group_size, bits = _form(section, "quantization")
+        form = _form(section, "quantization")
         layers = {
             name: _form(value, f"quantization: {name}") for name, value in section.items() if isinstance(value, Mapping)
         }
-        return cls(group_size, bits, layers)
+        return cls(form, layers)
 
     def to_config(self) -> dict[str, Any]:
         """The sections for a config.json."""
-        section: dict[str, Any] = {"group_size": self.group_size, "bits": self.bits, "mode": "affine"}
-        for name, (group_size, bits) in self.layers.items():
-            section[name] = {"group_size": group_size, "bits": bits, "mode": "affine"}
+        section: dict[str, Any] = asdict(self.form)
+        for name, form in self.layers.items():
+            section[name] = form and asdict(form)
         return {key: dict(section) for key in CONFIG_KEYS}
+
+    def of(self, layer: str) -> Form | None:
+        """The form that a layer has if it is quantized; None for one that is not."""
+        return self.layers.get(layer, self.form) or None
 
     def join(self, arrays: Mapping[str, mx.array]) -> tuple[dict[str, mx.array], dict[str, QuantizedTensor]]:
         """`arrays` of a checkpoint as (the dense ones, the quantized ones by the name of their codes).
@@ -60,29 +63,26 @@ class QuantizedLayout:
         dense, quantized = dict(arrays), {}
         for scales in [name for name in arrays if name.endswith(".scales")]:
             layer = scales.removesuffix(".scales")
+            form = self.layers.get(layer) or self.form
             weight, biases = dense.pop(f"{layer}.weight", None), dense.pop(f"{layer}.biases", None)
-            if weight is None or biases is None:
+            if weight is None or (biases is None and form.mode == AFFINE):
                 raise ModelError(f"the quantized layer {layer!r} lacks its weight or its biases")
-            group_size, bits = self.layers.get(layer, (self.group_size, self.bits))
             try:
-                quantized[f"{layer}.weight"] = QuantizedTensor(weight, dense.pop(scales), biases, group_size, bits)
+                quantized[f"{layer}.weight"] = QuantizedTensor(weight, dense.pop(scales), biases, form)
             except ModelError as error:
                 raise ModelError(f"the quantized layer {layer!r}: {error}") from error
         return dense, quantized
 
 
-def _form(section: Mapping[str, Any], where: str) -> tuple[int, int]:
-    mode = section.get("mode", "affine")
-    if mode != "affine":
-        raise ModelError(f"config.json: {where}: mode {mode!r} is not supported; only 'affine' is")
+def _form(section: Mapping[str, Any], where: str) -> Form:
+    mode = section.get("mode", AFFINE)
     group_size, bits = section.get("group_size"), section.get("bits")
     if not isinstance(group_size, int) or not isinstance(bits, int):
         raise ModelError(f"config.json: {where}: group_size {group_size!r} and bits {bits!r} must be integers")
     try:
-        check(group_size, bits)
+        return Form(group_size, bits, mode)
     except ModelError as error:
         raise ModelError(f"config.json: {where}: {error}") from error
-    return group_size, bits
 
 
 def split(name: str, stored: Stored) -> dict[str, mx.array]:
@@ -90,4 +90,4 @@ def split(name: str, stored: Stored) -> dict[str, mx.array]:
     if isinstance(stored, mx.array):
         return {name: stored}
     layer = name.removesuffix(".weight")
-    return dict(zip((name, f"{layer}.scales", f"{layer}.biases"), stored.arrays, strict=True))
+    return dict(zip((name, f"{layer}.scales", f"{layer}.biases"), stored.arrays, strict=False))

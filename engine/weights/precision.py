@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 
 from engine.platform.compiler import on_cpu
-from engine.weights.quantized import check
+from engine.weights.quantized import Form
 from engine.weights.tensors import Quantization
 from stoker.errors import ModelError
 
@@ -48,8 +48,7 @@ class Precision:
             quantization = None
         elif quantize in ("4bit", "8bit"):
             bits = int(quantize[0])
-            check(group_size, bits)
-            quantization = Quantization(bits, group_size)
+            quantization = Quantization(bits, Form(group_size, bits).group_size)
         return cls(None if dtype is None else DTYPES[dtype], quantization)
 
     def for_encoder(self) -> Precision:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from engine.weights.quantized import QuantizedTensor, dequantize, fits, quantize
+from engine.weights.quantized import Form, QuantizedTensor, dequantize, quantize
 from stoker.errors import ModelError
 
 #: A tensor in its file's form.
@@ -68,10 +68,11 @@ class Tensors:
         if policy is None:
             return self.take(name, shape, transpose=transpose)
         stored = self._read(name, shape)
-        if policy.bits is not None and fits(shape, policy.group_size) and _bits(stored) > policy.bits:
+        form = None if policy.bits is None else Form(policy.group_size, policy.bits)
+        if form is not None and form.fits(shape) and _bits(stored) > form.bits:
             # From the file's own dtype: no larger copy is made, and the codes are those of `stoker models quantize`.
             dense = stored if isinstance(stored, mx.array) else _numbers(stored, self._dtype)
-            stored = quantize(dense, policy.group_size, policy.bits)
+            stored = quantize(dense, form)
         if isinstance(stored, mx.array):
             return self._dense(name, _numbers(stored, self._dtype), transpose)
         stored = stored.astype(self._dtype)
@@ -125,8 +126,7 @@ def _identical(first: Stored, second: Stored) -> bool:
     if isinstance(first, QuantizedTensor) or isinstance(second, QuantizedTensor):
         if not (isinstance(first, QuantizedTensor) and isinstance(second, QuantizedTensor)):
             return False
-        forms = {(each.bits, each.group_size) for each in (first, second)}
-        return len(forms) == 1 and all(map(_identical, first.arrays, second.arrays))
+        return first.form == second.form and all(map(_identical, first.arrays, second.arrays))
     same = first.dtype == second.dtype and first.shape == second.shape and mx.array_equal(first, second)
     return bool(same)
 

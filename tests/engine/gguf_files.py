@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -29,14 +30,34 @@ _GEMMA = {
     **_PARTS, "post_attention_layernorm": "post_attention_norm", "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
 }  # fmt: skip
+
+
+def _experts(where: str) -> dict[str, str]:
+    return {f"{where}.{part}_proj": f"ffn_{part}_exps" for part in ("gate", "up", "down")}
+
+
+_QWEN_MOE = {
+    **_PARTS, **_experts("mlp.switch_mlp"), "mlp.gate": "ffn_gate_inp", "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+    **{f"mlp.shared_expert.{part}_proj": f"ffn_{part}_shexp" for part in ("gate", "up", "down")},
+}  # fmt: skip
 #: Model file -> GGUF's name of the architecture, and its parts.
 LAYOUTS: dict[str, tuple[str, dict[str, str]]] = {
     "gemma": ("gemma", _PARTS),
     "gemma2": ("gemma2", _GEMMA),
     "gemma3_text": ("gemma3", _GEMMA),
-}
+    "phi3": ("phi3", {**_PARTS, "self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"}),
+    "qwen2_moe": ("qwen2moe", _QWEN_MOE),
+    "qwen3_moe": ("qwen3moe", _QWEN_MOE),
+    "gpt_oss": ("gpt-oss", {
+        **_PARTS, **_experts("mlp.experts"), "mlp.router": "ffn_gate_inp", "self_attn.sinks": "attn_sinks",
+        "post_attention_layernorm": "post_attention_norm",
+    }),
+    "mixtral": ("llama", {**_PARTS, **_experts("block_sparse_moe.switch_mlp"),
+                          "block_sparse_moe.gate": "ffn_gate_inp"}),
+}  # fmt: skip
 _ENDS = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight",
          "lm_head.weight": "output.weight"}  # fmt: skip
+_EXPERTS = {"expert_count": "num_experts", "expert_used_count": "num_experts_per_tok"}
 #: What each says beyond the sizes: GGUF's key -> config.json's field.
 _FIELDS: dict[str, dict[str, str]] = {
     "gemma": {},
@@ -44,6 +65,14 @@ _FIELDS: dict[str, dict[str, str]] = {
                "final_logit_softcapping": "final_logit_softcapping"},
     "gemma3_text": {"attention.sliding_window": "sliding_window", "rope.freq_base": "rope_theta",
                     "attention.sliding_window_pattern": "sliding_window_pattern"},
+    "phi3": {"rope.freq_base": "rope_theta",
+             "rope.scaling.original_context_length": "original_max_position_embeddings"},
+    "qwen2_moe": {**_EXPERTS, "expert_feed_forward_length": "moe_intermediate_size",
+                  "expert_shared_feed_forward_length": "shared_expert_intermediate_size"},
+    "qwen3_moe": {**_EXPERTS, "expert_feed_forward_length": "moe_intermediate_size"},
+    "gpt_oss": {**_EXPERTS, "attention.sliding_window": "sliding_window",
+                "expert_feed_forward_length": "intermediate_size"},
+    "mixtral": {**_EXPERTS, "rope.dimension_count": "head_dim"},
 }  # fmt: skip
 _SIZES = {
     "context_length": "max_position_embeddings", "embedding_length": "hidden_size", "block_count": "num_hidden_layers",
@@ -63,6 +92,8 @@ def write(
     writer = gguf.GGUFWriter(str(path), architecture)
     for key, field in {**_SIZES, **_FIELDS[name]}.items():
         add(writer, f"{architecture}.{key}", described[field])
+    if name == "phi3":
+        add_longrope(writer, described)
     add_sentencepiece(writer)
     found = dict(tensors(network, name, parts))
     change(found)
@@ -75,11 +106,27 @@ def write(
     return network
 
 
+def add_longrope(writer: gguf.GGUFWriter, described: Mapping[str, Any]) -> None:
+    """Phi-3's converter writes the factors as tensors, and what queries and keys grow by as a number."""
+    turned = int(described["head_dim"] * described["partial_rotary_factor"])
+    longest, original = described["max_position_embeddings"], described["original_max_position_embeddings"]
+    writer.add_rope_dimension_count(turned)
+    writer.add_rope_scaling_attn_factors(math.sqrt(1 + math.log(longest / original) / math.log(original)))
+    for side in ("long", "short"):
+        factors = np.array(described["rope_scaling"][f"{side}_factor"], np.float32)
+        writer.add_tensor(f"rope_factors_{side}.weight", factors)
+
+
 def tensors(network: nn.Module, name: str, parts: Mapping[str, str]) -> Iterator[tuple[str, np.ndarray]]:
     tied = "output.weight" if name.startswith("gemma") else ""
     for path, array in tree_flatten(network.parameters()):
         renamed = _renamed(path, parts)
         values = np.array(array.astype(mx.float32))
+        if name == "mixtral" and path.endswith(("q_proj.weight", "k_proj.weight")):
+            heads = SIZES["num_attention_heads" if "q_proj" in path else "num_key_value_heads"]
+            values = values.reshape(heads, 2, values.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(values.shape)
+        if path.endswith("shared_expert_gate.weight"):
+            values = values[0]
         if name.startswith("gemma") and path.endswith("norm.weight"):
             values = values + 1
         if renamed != tied:
@@ -89,6 +136,7 @@ def tensors(network: nn.Module, name: str, parts: Mapping[str, str]) -> Iterator
 def _renamed(path: str, parts: Mapping[str, str]) -> str:
     if path in _ENDS:
         return _ENDS[path]
+    path = f"{path}.weight" if path.endswith("sinks") else path
     found = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)", path)
     assert found is not None, path
     return f"blk.{found[1]}.{parts[found[2]]}.{found[3]}"
@@ -108,7 +156,8 @@ def placed(shape: tuple[int, ...]) -> TensorInfo:
 
 def add_tensor(writer: gguf.GGUFWriter, name: str, values: np.ndarray, kind: str) -> None:
     quant = gguf.GGMLQuantizationType[kind]
-    if kind == "F32" or values.ndim == 1 or values.shape[-1] % gguf.GGML_QUANT_SIZES[quant][0]:
+    plain = kind == "F32" or values.ndim == 1 or name.endswith((".bias", "gate_inp.weight"))
+    if plain or values.shape[-1] % gguf.GGML_QUANT_SIZES[quant][0]:
         writer.add_tensor(name, values)
     else:
         writer.add_tensor(name, gguf.quants.quantize(values, quant), raw_dtype=quant)

@@ -86,6 +86,8 @@ def test_text_after_a_special_token_starts_anew_as_in_llama_cpp() -> None:
         ("tekken", "iPhone42", ["i", "Phone", "4", "2"]),
         ("default", "a+=1234 b", ["a", "+=", "123", "4", " b"]),
         ("llama-bpe", "1234's", ["123", "4", "'s"]),
+        ("dbrx", "1234's", ["123", "4", "'s"]),
+        ("gpt-4o", "HTMLParser don't1234", ["HTMLParser", " don't", "123", "4"]),
     ],
 )
 def test_each_family_cuts_a_text_its_own_way(pre: str, text: str, pieces: list[str]) -> None:

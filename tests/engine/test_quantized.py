@@ -15,8 +15,8 @@ from engine.checkpoints.quantizing import quantize_folder
 from engine.models.cache import KeyValues
 from engine.models.layers import Linear, QuantizedEmbedding, QuantizedLinear
 from engine.models.llama import Llama
-from engine.weights import safetensors
-from engine.weights.quantized import QuantizedTensor, dequantize, quantize
+from engine.weights import mlx_layout, safetensors
+from engine.weights.quantized import Form, QuantizedTensor, dequantize, quantize
 from stoker.errors import ModelError
 from tests import powercut
 from tests.engine import cached
@@ -52,7 +52,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 def test_a_matrix_survives_to_half_a_step(bits: int, group_size: int) -> None:
     array = mx.random.normal((7, 256), key=mx.random.key(1))
-    stored = quantize(array, group_size, bits)
+    stored = quantize(array, Form(group_size, bits))
     assert (stored.shape, stored.size) == ((7, 256), 7 * 256)
     step = np.repeat(np.abs(np.array(stored.scales)), group_size, axis=1)
     # MLX moves a group's ends a little, so that zero stays zero.
@@ -62,21 +62,23 @@ def test_a_matrix_survives_to_half_a_step(bits: int, group_size: int) -> None:
 
 def test_what_mlx_has_no_form_for_is_refused() -> None:
     with pytest.raises(ModelError, match="7 bits given; 2, 3, 4, 5, 6, 8 are supported"):
-        quantize(mx.zeros((2, 64)), 64, 7)
+        Form(64, 7)
     with pytest.raises(ModelError, match="a group size of 16 given; 32, 64, 128"):
-        quantize(mx.zeros((2, 64)), 16, 4)
+        Form(16, 4)
     with pytest.raises(ModelError, match="groups of 64"):
-        quantize(mx.zeros((2, 96)), 64, 4)
-    sound = quantize(mx.zeros((2, 64)), 32, 4)
+        quantize(mx.zeros((2, 96)), Form(64, 4))
+    form = Form(32, 4)
+    sound = quantize(mx.zeros((2, 64)), form)
+    assert sound.biases is not None
     for weight, biases in ((sound.weight[:, :-1], sound.biases), (sound.weight, sound.biases[:1])):
         with pytest.raises(ModelError, match="do not fit together"):
-            QuantizedTensor(weight, sound.scales, biases, 32, 4)
+            QuantizedTensor(weight, sound.scales, biases, form)
     with pytest.raises(ModelError, match="not a matrix of uint32"):
-        QuantizedTensor(sound.weight.astype(mx.int32), sound.scales, sound.biases, 32, 4)
+        QuantizedTensor(sound.weight.astype(mx.int32), sound.scales, sound.biases, form)
 
 
 def test_a_quantized_layer_is_the_dense_layer_of_its_matrix() -> None:
-    stored = quantize(mx.random.normal((48, 64), key=mx.random.key(2)), 32, 4)
+    stored = quantize(mx.random.normal((48, 64), key=mx.random.key(2)), Form(32, 4))
     bias, x = mx.random.normal((48,)), mx.random.normal((3, 5, 64))
     layer = QuantizedLinear("q", stored, bias)
     assert layer.shape == (64, 48)
@@ -195,8 +197,8 @@ def test_layers_may_differ_from_the_rest(folder: Path) -> None:
     stored = safetensors.read_folder(folder)
     mx.eval(weights, stored)
     head, up = "lm_head", "model.layers.1.mlp.up_proj"
-    eight = quantize(weights[f"{head}.weight"], 32, 8)
-    stored |= {f"{head}.weight": eight.weight, f"{head}.scales": eight.scales, f"{head}.biases": eight.biases}
+    eight = quantize(weights[f"{head}.weight"], Form(32, 8))
+    stored |= mlx_layout.split(f"{head}.weight", eight)
     for part in ("scales", "biases"):
         del stored[f"{up}.{part}"]
     stored[f"{up}.weight"] = weights[f"{up}.weight"]
@@ -213,7 +215,7 @@ def test_layers_may_differ_from_the_rest(folder: Path) -> None:
     # 4 bits are asked for: what has more is rounded again, what has as few stays.
     fewer = opened(folder, quantize="4bit", group_size=64).llama
     assert isinstance(fewer.layers[0].mlp.down_proj, QuantizedLinear)
-    assert fewer.layers[0].mlp.down_proj.quantized.group_size == 32
+    assert fewer.layers[0].mlp.down_proj.quantized.form.group_size == 32
     assert isinstance(fewer.lm_head, QuantizedLinear)
     assert fewer.lm_head.quantized.bits == 8, "32 inputs are no whole group of 64"
     again = opened(folder, quantize="4bit", group_size=32).llama
@@ -223,7 +225,10 @@ def test_layers_may_differ_from_the_rest(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("section", "cause"),
-    [({"group_size": 32, "bits": 4, "mode": "mxfp4"}, "mode 'mxfp4' is not supported"),
+    [({"group_size": 32, "bits": 4, "mode": "mxfp4"}, "with biases are not of mode 'mxfp4'"),
+     ({"group_size": 32, "bits": 4, "mode": "int4"}, "mode 'int4' given; affine, mxfp4, mxfp8, nvfp4 are"),
+     ({"group_size": 32, "bits": 4, "mode": ["affine"]}, r"quantization: mode \['affine'\] given; affine"),
+     ({"group_size": 32, "bits": 4, "mode": "nvfp4"}, "groups of 32 given; it has 4 bits in groups of 16"),
      ({"group_size": 32, "bits": 7}, "quantization: 7 bits"), ({"group_size": 32}, "bits None"),
      ({"group_size": 64, "bits": 4}, r"the quantized layer '.*' ?: 4 bits in groups of 64"),
      ({"group_size": 32, "bits": 4, "lm_head": {"group_size": 32, "bits": 8}}, "'lm_head': 8 bits"),

@@ -12,6 +12,7 @@ import mlx.nn as nn
 
 from engine.models.bridge import blocks, gguf_configs, gguf_weights, linears, package, slots, weights
 from engine.models.bridge.configs import BridgeArgs, context_of
+from engine.models.bridge.gguf_configs import GgufModel
 from engine.models.bridge.network import TRIED, cut
 from engine.models.cache import KvSizes, View
 from engine.models.decoder import RunBlock
@@ -61,12 +62,12 @@ class BridgedDecoder:
         return cls(file, network, args, config)
 
     @classmethod
-    def from_gguf(cls, gguf: GGUF, architecture: str, precision: Precision) -> BridgedDecoder:
-        """From a file of one of `gguf_configs.MODELS`. Raises `ModelError` as `from_folder` does."""
-        config, file = gguf_configs.config_of(gguf, architecture), gguf_configs.MODELS[architecture].file
-        network, args = weights.network_of(config, file)
-        gguf_weights.read(gguf, architecture, config, network, precision)
-        return cls(file, network, args, config)
+    def from_gguf(cls, gguf: GGUF, model: GgufModel, precision: Precision) -> BridgedDecoder:
+        """From a file of this architecture. Raises `ModelError` as `from_folder` does."""
+        config = gguf_configs.config_of(gguf, model)
+        network, args = weights.network_of(config, model.file)
+        gguf_weights.read(gguf, model, config, network, precision)
+        return cls(model.file, network, args, config)
 
     def _probe(self) -> tuple[slots.Probing, dict[str, bool], mx.array]:
         """What each layer keeps, which linear layers ran, and some logits."""

@@ -44,22 +44,37 @@ class _Recorded(Mapping[str, Any]):
 
 
 class Keys(Fields):
-    """The keys of one architecture, without its name before them."""
+    """The keys of one architecture, asked for without its name before them."""
 
     def __init__(self, metadata: Mapping[str, Any], architecture: str) -> None:
-        start = f"{architecture}."
-        self._recorded = _Recorded({key[len(start) :]: metadata[key] for key in metadata if key.startswith(start)})
-        super().__init__(self._recorded, f"GGUF metadata: {architecture}")
+        self._start = f"{architecture}."
+        own = {key: value for key, value in metadata.items() if key.startswith(self._start)}
+        self._recorded = _Recorded(own)
+        super().__init__(self._recorded, "GGUF metadata")
 
     def get(self, name: str) -> Any:
-        return self._recorded.get(name)
+        return self._recorded.get(self._start + name)
+
+    def count(self, name: str, default: int | None = None) -> int:
+        return super().count(self._start + name, default)
+
+    def index(self, name: str, default: int) -> int:
+        return super().index(self._start + name, default)
+
+    def number(self, name: str, default: float | None = None) -> float:
+        return super().number(self._start + name, default)
+
+    def only(self, name: str, allowed: object) -> None:
+        super().only(self._start + name, allowed)
 
     def refuse(self, name: str, why: str) -> ModelError:
-        return ModelError(f"{self._where}: {name} = {str(self.get(name))[:100]} is not supported: {why}")
+        value = str(self.get(name))[:100]
+        return ModelError(f"{self._where}: {self._start}{name} = {value} is not supported: {why}")
 
     def finish(self) -> None:
         """Raise `ModelError` for a key that nothing asked for and that could change something."""
-        Table(self._recorded.asked, _INERT).check(self._recorded.values_, self._where)
+        inert = {self._start + name: values for name, values in _INERT.items()}
+        Table(self._recorded.asked, inert).check(self._recorded.values_, self._where)
 
 
 #: Fields of a config.json beyond the sizes.
@@ -71,18 +86,19 @@ class GgufModel:
     """How GGUF files of one architecture fill one of mlx-lm's model files.
 
     `parts`: the middle of a tensor's name in GGUF -> that in the network. `norm_offset`: what the converter added to
-    the weights of norms.
+    the weights of norms. `permuted`: whether it has the rows of q and k in another order.
     """
 
     file: str
     details: Details
     parts: Mapping[str, str] = field(default_factory=lambda: PARTS)
     norm_offset: float = 0.0
+    permuted: bool = False
 
 
-def config_of(gguf: GGUF, architecture: str) -> dict[str, Any]:
-    """The config.json of a file of one of `MODELS`. Raises `ModelError` naming a key."""
-    keys, model = Keys(gguf.metadata, architecture), MODELS[architecture]
+def config_of(gguf: GGUF, model: GgufModel) -> dict[str, Any]:
+    """The config.json of a file. Raises `ModelError` naming a key."""
+    keys = Keys(gguf.metadata, gguf.metadata["general.architecture"])
     embedding = gguf.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise ModelError(f"{gguf.path}: the tensor 'token_embd.weight' is missing or no matrix")
@@ -104,7 +120,8 @@ def config_of(gguf: GGUF, architecture: str) -> dict[str, Any]:
         "tie_word_embeddings": "output.weight" not in gguf.tensors,
     }
     config = {**sizes, **model.details(keys, gguf, sizes)}
-    keys.only("rope.dimension_count", head_dim)
+    if "partial_rotary_factor" not in config:
+        keys.only("rope.dimension_count", head_dim)
     keys.finish()
     return config
 
@@ -181,6 +198,108 @@ _GEMMA = {
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 
+
+def _phi3(keys: Keys, gguf: GGUF, sizes: Mapping[str, Any]) -> Mapping[str, Any]:
+    turned, original = keys.count("rope.dimension_count", sizes["head_dim"]), "rope.scaling.original_context_length"
+    longest = sizes["max_position_embeddings"]
+    found = {
+        "partial_rotary_factor": turned / sizes["head_dim"],
+        "original_max_position_embeddings": keys.count(original, longest),
+        "sliding_window": keys.index("attention.sliding_window", 0) or None,
+    }
+    keys.only("rope.scaling.type", "longrope")
+    sides = {name: f"rope_factors_{name}.weight" for name in ("long", "short")}
+    if not any(tensor in gguf.tensors for tensor in sides.values()):
+        return found
+    factors = {f"{name}_factor": _factors(gguf, tensor, turned // 2) for name, tensor in sides.items()}
+    gain = keys.number("rope.scaling.attn_factor", 1.0)
+    return {**found, "rope_scaling": {"type": "longrope", **factors, "attention_factor": gain}}
+
+
+def _factors(gguf: GGUF, tensor: str, count: int) -> list[float]:
+    """One for each pair that is turned."""
+    found: list[float] = gguf.dequantize(tensor).tolist()
+    if gguf.tensors[tensor].shape != (count,):
+        raise ModelError(f"{gguf.path}: tensor {tensor!r} has shape {gguf.tensors[tensor].shape}, not {(count,)}")
+    return found
+
+
+def _experts(keys: Keys) -> dict[str, int]:
+    """Under each of the names that mlx-lm's files have for their number."""
+    count = keys.count("expert_count")
+    return {"num_experts": count, "num_local_experts": count, "num_experts_per_tok": keys.count("expert_used_count")}
+
+
+def _qwen2_moe(keys: Keys, gguf: GGUF, sizes: Mapping[str, Any]) -> Mapping[str, Any]:
+    experts = _experts(keys)
+    usual = sizes["intermediate_size"] // experts["num_experts_per_tok"]
+    return {
+        **experts,
+        "moe_intermediate_size": keys.count("expert_feed_forward_length", usual),
+        "shared_expert_intermediate_size": keys.count("expert_shared_feed_forward_length", sizes["intermediate_size"]),
+        "rope_scaling": _scaling(keys, "linear"),
+    }
+
+
+def _qwen3_moe(keys: Keys, gguf: GGUF, sizes: Mapping[str, Any]) -> Mapping[str, Any]:
+    experts = _experts(keys)
+    usual = sizes["intermediate_size"] // experts["num_experts_per_tok"]
+    return {
+        **experts,
+        "moe_intermediate_size": keys.count("expert_feed_forward_length", usual),
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "rope_scaling": _scaling(keys, "linear", "yarn"),
+    }
+
+
+def _gpt_oss(keys: Keys, gguf: GGUF, sizes: Mapping[str, Any]) -> Mapping[str, Any]:
+    keys.only("attention.sliding_window_pattern", 2)
+    keys.only("rope.freq_base_swa", sizes["rope_theta"])
+    scaling = _scaling(keys, "yarn")
+    return {
+        **_experts(keys),
+        "intermediate_size": keys.count("expert_feed_forward_length", sizes["intermediate_size"]),
+        "sliding_window": keys.count("attention.sliding_window"),
+        # The model's own; no key says it.
+        "rope_scaling": None if scaling is None else {**scaling, "truncate": False},
+    }
+
+
+def _mixtral(keys: Keys, gguf: GGUF, sizes: Mapping[str, Any]) -> Mapping[str, Any]:
+    # Older files have the experts' size under both names.
+    keys.only("expert_feed_forward_length", sizes["intermediate_size"])
+    return {**_experts(keys), "rope_scaling": _scaling(keys, "linear")}
+
+
+_GEMMA = {
+    **PARTS,
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_PHI3 = {**PARTS, "attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
+_QWEN_MOE = {
+    **PARTS,
+    **{f"ffn_{part}_exps": f"mlp.switch_mlp.{part}_proj" for part in ("gate", "up", "down")},
+    **{f"ffn_{part}_shexp": f"mlp.shared_expert.{part}_proj" for part in ("gate", "up", "down")},
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+}
+_GPT_OSS = {
+    **PARTS,
+    **{f"ffn_{part}_exps": f"mlp.experts.{part}_proj" for part in ("gate", "up", "down")},
+    "ffn_gate_inp": "mlp.router",
+    "attn_sinks": "self_attn.sinks",
+    "post_attention_norm": "post_attention_layernorm",
+}
+_MIXTRAL = {
+    **PARTS,
+    **{f"ffn_{part}_exps": f"block_sparse_moe.switch_mlp.{part}_proj" for part in ("gate", "up", "down")},
+    "ffn_gate_inp": "block_sparse_moe.gate",
+}
+
 #: `general.architecture` of the Llama family, in which a Mistral is a `llama`: Stoker's own layers run them.
 FAMILY = ("llama", "qwen2", "qwen3")
 #: That of all others -> how it is read.
@@ -188,20 +307,24 @@ MODELS: Mapping[str, GgufModel] = {
     "gemma": GgufModel("gemma", _gemma, norm_offset=1.0),
     "gemma2": GgufModel("gemma2", _gemma2, _GEMMA, norm_offset=1.0),
     "gemma3": GgufModel("gemma3_text", _gemma3, _GEMMA, norm_offset=1.0),
+    "phi3": GgufModel("phi3", _phi3, _PHI3),
+    "qwen2moe": GgufModel("qwen2_moe", _qwen2_moe, _QWEN_MOE),
+    "qwen3moe": GgufModel("qwen3_moe", _qwen3_moe, _QWEN_MOE),
+    "gpt-oss": GgufModel("gpt_oss", _gpt_oss, _GPT_OSS),
 }
+#: A `llama` with experts.
+MIXTRAL = GgufModel("mixtral", _mixtral, _MIXTRAL, permuted=True)
+#: Tensors that a config takes.
+READ_BEFORE = ("rope_factors_long.weight", "rope_factors_short.weight")
 
 
-def model_type(architecture: object) -> object:
-    """The `model_type` of what is called `architecture` in GGUF."""
-    model = MODELS.get(architecture) if isinstance(architecture, str) else None
-    return architecture if model is None else model.file
-
-
-def known(architecture: object) -> bool:
-    """Whether a GGUF of this `general.architecture` is read."""
-    return isinstance(architecture, str) and (architecture in FAMILY or architecture in MODELS)
-
-
-def unknown(architecture: object) -> ModelError:
-    names = ", ".join((*FAMILY, *MODELS))
-    return ModelError(f"architecture {architecture!r} is not supported in GGUF; {names} are")
+def model_of(metadata: Mapping[str, Any]) -> GgufModel | None:
+    """How a file is read; None if Stoker's own layers run it. Raises `ModelError` for an architecture that is not
+    read."""
+    architecture = metadata.get("general.architecture")
+    if not isinstance(architecture, str) or architecture not in (*FAMILY, *MODELS):
+        names = ", ".join((*FAMILY, *MODELS))
+        raise ModelError(f"architecture {architecture!r} is not supported in GGUF; {names} are")
+    if architecture == "llama" and metadata.get("llama.expert_count"):
+        return MIXTRAL
+    return MODELS.get(architecture)

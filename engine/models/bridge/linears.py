@@ -139,7 +139,7 @@ def parameters_of(network: nn.Module) -> tuple[int, int]:
     count = 0
     for path, array in arrays.items():
         layer, _, part = path.rpartition(".")
-        if f"{layer}.scales" not in arrays:
+        if f"{layer}.scales" not in arrays or part not in ("weight", "scales", "biases"):
             count += array.size
         elif part == "weight":
             scales = arrays[f"{layer}.scales"]
