@@ -18,7 +18,7 @@ from typing import Any
 from bench.report import Row, row, write
 from stoker.broker import keys
 from stoker.broker.connection import connect
-from stoker.broker.ledger import vectors
+from stoker.broker.ledger import discarding, vectors
 from stoker.local.broker import EmbeddedBroker
 from stoker.settings import load_settings
 
@@ -44,7 +44,7 @@ def kept_for_minutes(redis: Any, number: int, data: bytes) -> None:
 def taken_out(redis: Any, number: int, data: bytes) -> None:
     vectors.keep(redis, str(number), data)
     vectors.fetch(str(number), 30.0).on(redis)
-    vectors.discard(str(number)).on(redis)
+    discarding.discard(str(number)).on(redis)
 
 
 def day(name: str, job: Callable[[Any, int, bytes], None]) -> list[Row]:

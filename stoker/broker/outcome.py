@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from stoker.broker import keys
+from stoker.broker.ledger.ending import DISCARDED
 from stoker.broker.ledger.record import Summary
 from stoker.contract import EmbedReply, vectors
 from stoker.contract.base import Message
@@ -60,6 +61,11 @@ class Outcome:
         if self.status is JobStatus.FAILED:
             report = self.value if isinstance(self.value, dict) else {}
             raise from_wire(str(report.get("exc_type", "unknown")), _as_text(report.get("exc_message", "")))
+        if self.value == DISCARDED:
+            raise JobLost(
+                f"job {job_id} is done, and `discard()` took what it made out of the broker. Send it again under "
+                "another id."
+            )
         return self.value
 
 

@@ -14,7 +14,8 @@ import tasks.embed
 from stoker import Client
 from stoker.broker import keys, ledger, policy
 from stoker.broker.connection import connect
-from stoker.broker.ledger.vectors import VECTOR_BYTES, Kept, discard, fetch, keep
+from stoker.broker.ledger.discarding import discard
+from stoker.broker.ledger.vectors import VECTOR_BYTES, Kept, fetch, keep
 from stoker.broker.outcome import read_vectors
 from stoker.client.requests import embed_request
 from stoker.client.submission import job_record

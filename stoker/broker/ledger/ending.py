@@ -31,6 +31,17 @@ def success(job_id: str, result: dict[str, Any]) -> Ending:
     return Ending("SUCCESS", job_id, result)
 
 
+#: What stands in the place of a result that was discarded.
+DISCARDED = {"discarded": True}
+#: How the record of a job that succeeded begins.
+BEGINNING = '{"status": "SUCCESS", '
+
+
+def discarded(job_id: str) -> Ending:
+    """Of a job whose result was taken out of the broker."""
+    return success(job_id, DISCARDED)
+
+
 def failure(job_id: str, error: BaseException) -> Ending:
     kind = type(error)
     return Ending("FAILURE", job_id, _error(kind.__name__, str(error), kind.__module__))

@@ -63,7 +63,7 @@ class Field(StrEnum):
     COUNTED = "counted"
     #: The version of the adapter that it uses or makes.
     VERSION = "version"
-    #: What became of the vectors that it made: `fetched` or `discarded`.
+    #: What became of what it made: of vectors that they were `fetched`, of anything that it was `discarded`.
     VECTORS = "vectors"
 
 

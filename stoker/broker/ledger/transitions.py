@@ -36,7 +36,7 @@ class Transitions:
     pin: LuaScript
     keep_vectors: LuaScript
     fetch_vectors: LuaScript
-    discard_vectors: LuaScript
+    discard: LuaScript
 
 
 #: Each transition with the parts before it. Those of `_MAKE_ROOM` leave a broker with less to keep.
@@ -57,7 +57,7 @@ _BEHIND = {
     "pin": (),
     "keep_vectors": _KEPT,
     "fetch_vectors": _KEPT,
-    "discard_vectors": _KEPT,
+    "discard": _KEPT,
 }
 _MAKE_ROOM = (
     "complete",
@@ -68,7 +68,7 @@ _MAKE_ROOM = (
     "release",
     "dead_letter",
     "fetch_vectors",
-    "discard_vectors",
+    "discard",
 )
 
 

@@ -45,7 +45,7 @@ class Fetched:
         return cls(data, "" if became is None else became.decode(errors="replace"))
 
 
-def _names(job_id: str) -> list[str]:
+def names(job_id: str) -> list[str]:
     own = [keys.job(job_id), keys.blob(keys.vectors(job_id))]
     return [*own, keys.POLICY, keys.VECTORS_UNFETCHED, keys.VECTORS_FETCHED, keys.VECTORS_SIZES]
 
@@ -53,7 +53,7 @@ def _names(job_id: str) -> list[str]:
 def keep(redis: Any, job_id: str, data: bytes) -> Kept:
     """Keep what a job has made. Not `there` if there is no room."""
     arguments = [job_id, keys.PREFIX, keys.RESULT_TTL, VECTOR_BYTES, data]
-    return Kept.parse(TRANSITIONS.keep_vectors(redis, _names(job_id), arguments))
+    return Kept.parse(TRANSITIONS.keep_vectors(redis, names(job_id), arguments))
 
 
 def fetch(job_id: str, patience: float) -> Call[Fetched]:
@@ -61,8 +61,4 @@ def fetch(job_id: str, patience: float) -> Call[Fetched]:
     is away: the answer may get lost."""
     lifetime = keys.FETCHED_TTL + ceil(patience)
     arguments = [job_id, keys.PREFIX, lifetime, keys.RESULT_TTL]
-    return Call(lambda redis: TRANSITIONS.fetch_vectors(redis, _names(job_id), arguments), Fetched.parse)
-
-
-def discard(job_id: str) -> Call[Any]:
-    return Call(lambda redis: TRANSITIONS.discard_vectors(redis, _names(job_id), [job_id, keys.PREFIX]), bool)
+    return Call(lambda redis: TRANSITIONS.fetch_vectors(redis, names(job_id), arguments), Fetched.parse)

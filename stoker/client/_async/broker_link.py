@@ -14,9 +14,10 @@ from stoker.adapters import found
 from stoker.broker import connection, keys, ledger, letters, registry
 from stoker.broker.asking import own_patience
 from stoker.broker.connection import Patience, translated
+from stoker.broker.ledger.discarding import discard
 from stoker.broker.ledger.listing import Listing, OpenJob
 from stoker.broker.ledger.record import listed, summary
-from stoker.broker.ledger.vectors import discard, fetch
+from stoker.broker.ledger.vectors import fetch
 from stoker.broker.letters import Letter
 from stoker.broker.outcome import JobStatus, lost, read_vectors, status_of
 from stoker.broker.registry import AdapterEntry, Verb

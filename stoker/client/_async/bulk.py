@@ -129,9 +129,11 @@ class Generating(Bulk[Asked, "AsyncGenerateJob | StokerError", "GenerateResult |
         if isinstance(job, StokerError):
             return job
         try:
-            return await job.result()
+            answer = await job.result()
         except StokerError as error:
             return None if try_again(error, part, self._plan) else own(error)
+        await job.discard()
+        return answer
 
 
 async def embed_chunks(

@@ -70,7 +70,16 @@ class AsyncJob(Generic[R]):
             raise
 
 
-class AsyncEmbedJob(AsyncJob["np.ndarray"]):
+class AsyncAnswerJob(AsyncJob[R]):
+    """A job whose result is for its client alone."""
+
+    async def discard(self) -> None:
+        """Take what the job has made out of the broker now, instead of a day after its end (vectors: ten minutes after
+        they were fetched). It is gone then for all who have the job's id. Nothing, for a job that is not done."""
+        await self.link.discard(self.id)
+
+
+class AsyncEmbedJob(AsyncAnswerJob["np.ndarray"]):
     """`result()` is (texts, dim), float32; float16 if `dtype` asked for it."""
 
     async def encoded(self, timeout: float | None = None) -> Encoded:
@@ -81,11 +90,6 @@ class AsyncEmbedJob(AsyncJob["np.ndarray"]):
         """Wait for the end, and say what the job took; the vectors stay where they are."""
         return vectors_reply(self.id, await self.link.value(self.id, timeout)).usage
 
-    async def discard(self) -> None:
-        """Take the vectors out of the broker now, instead of ten minutes after they were fetched, or a day after the
-        end."""
-        await self.link.discard(self.id)
-
     async def _read(self, value: object) -> np.ndarray:
         return plain(await self._fetch(value))
 
@@ -93,7 +97,7 @@ class AsyncEmbedJob(AsyncJob["np.ndarray"]):
         return await self.link.vectors(self.id, vectors_reply(self.id, value))
 
 
-class AsyncGenerateJob(AsyncJob[GenerateResult]):
+class AsyncGenerateJob(AsyncAnswerJob[GenerateResult]):
     """`stream()` yields tokens as they are made; `result()` is the whole."""
 
     def stream(self, *, timeout: float | None = None, cancel_on_close: bool = True) -> AsyncGenerator[StreamToken]:

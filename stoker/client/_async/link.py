@@ -57,7 +57,7 @@ class AsyncLink(Protocol):
         """The vectors that the job has made. Raises `JobLost` for those that have expired."""
 
     async def discard(self, job_id: str) -> None:
-        """Forget the vectors of a job."""
+        """Forget what a job that is done has made."""
 
     async def workers(self) -> list[Presence]:
         """The workers that are alive now."""

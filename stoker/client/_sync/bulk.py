@@ -128,9 +128,11 @@ class Generating(Bulk[Asked, "GenerateJob | StokerError", "GenerateResult | Stok
         if isinstance(job, StokerError):
             return job
         try:
-            return job.result()
+            answer = job.result()
         except StokerError as error:
             return None if try_again(error, part, self._plan) else own(error)
+        job.discard()
+        return answer
 
 
 def embed_chunks(client: Embedder, texts: Texts, model: str, plan: Plan, options: EmbedOptions) -> Generator[Encoded]:

@@ -71,7 +71,16 @@ class Job(Generic[R]):
             raise
 
 
-class EmbedJob(Job["np.ndarray"]):
+class AnswerJob(Job[R]):
+    """A job whose result is for its client alone."""
+
+    def discard(self) -> None:
+        """Take what the job has made out of the broker now, instead of a day after its end (vectors: ten minutes after
+        they were fetched). It is gone then for all who have the job's id. Nothing, for a job that is not done."""
+        self.link.discard(self.id)
+
+
+class EmbedJob(AnswerJob["np.ndarray"]):
     """`result()` is (texts, dim), float32; float16 if `dtype` asked for it."""
 
     def encoded(self, timeout: float | None = None) -> Encoded:
@@ -82,11 +91,6 @@ class EmbedJob(Job["np.ndarray"]):
         """Wait for the end, and say what the job took; the vectors stay where they are."""
         return vectors_reply(self.id, self.link.value(self.id, timeout)).usage
 
-    def discard(self) -> None:
-        """Take the vectors out of the broker now, instead of ten minutes after they were fetched, or a day after the
-        end."""
-        self.link.discard(self.id)
-
     def _read(self, value: object) -> np.ndarray:
         return plain(self._fetch(value))
 
@@ -94,7 +98,7 @@ class EmbedJob(Job["np.ndarray"]):
         return self.link.vectors(self.id, vectors_reply(self.id, value))
 
 
-class GenerateJob(Job[GenerateResult]):
+class GenerateJob(AnswerJob[GenerateResult]):
     """`stream()` yields tokens as they are made; `result()` is the whole."""
 
     def stream(self, *, timeout: float | None = None, cancel_on_close: bool = True) -> Generator[StreamToken]:

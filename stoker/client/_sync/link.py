@@ -58,7 +58,7 @@ class Link(Protocol):
         """The vectors that the job has made. Raises `JobLost` for those that have expired."""
 
     def discard(self, job_id: str) -> None:
-        """Forget the vectors of a job."""
+        """Forget what a job that is done has made."""
 
     def workers(self) -> list[Presence]:
         """The workers that are alive now."""

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from stoker.adapters import existing
 from stoker.broker import keys
+from stoker.broker.ledger.ending import DISCARDED
 from stoker.broker.ledger.listing import OpenJob
 from stoker.broker.letters import Letter
 from stoker.broker.outcome import JobStatus, Outcome, lost
@@ -200,7 +201,11 @@ class Memory:
         return self._blobs.get(name)
 
     def discard(self, job_id: str) -> None:
-        self._blobs.pop(keys.vectors(job_id), None)
+        with self._lock:
+            self._blobs.pop(keys.vectors(job_id), None)
+            job = self.job(job_id)
+            if job.outcome is not None and job.status is JobStatus.DONE:
+                job.entries, job.outcome = (), Outcome(job.status, DISCARDED)
 
     def models(self) -> dict[str, ModelCard]:
         return self._models.known
