@@ -18,7 +18,7 @@ from engine.models.layers import Linear
 from engine.models.llama import Llama
 from engine.platform.jsonfiles import read_object
 from engine.weights import safetensors
-from engine.weights.mlx_layout import QuantizedLayout
+from engine.weights.foreign_sections import is_quantized
 from engine.weights.names import canonical
 from stoker.errors import ModelError
 from stoker.files.durable import draft_folder, publish
@@ -37,7 +37,7 @@ def merge(sources: Sequence[str], adapter: Path, target: Path) -> Merged:
     Raises `ModelError` for a base that is no folder or is quantized, or an adapter that does not fit; `OSError`.
     """
     source = resolve(sources)
-    if not source.is_dir() or QuantizedLayout.from_config(read_object(source / "config.json")) is not None:
+    if not source.is_dir() or is_quantized(read_object(source / "config.json")):
         raise ModelError(f"{source}: merging needs a model folder with config.json and safetensors, not quantized")
     if target.exists() or target.is_symlink():
         raise ModelError(f"{target}: exists already; name a folder that does not")

@@ -16,8 +16,10 @@ from engine.models.fields import Fields
 from engine.models.sentence_files import SentenceFiles, model_folder, pools_decoder
 from engine.platform.jsonfiles import read_config, read_object
 from engine.text.templates import folder_templates, gguf_templates
-from engine.weights import safetensors_header
+from engine.weights import foreign_sections, safetensors_header
+from engine.weights.foreign_sections import Blocks, Packing
 from engine.weights.gguf import GGUF
+from engine.weights.safetensors_header import FP8
 from stoker.errors import ModelError
 
 #: `model_type` of config.json, or `general.architecture` of GGUF -> what the model is for.
@@ -105,8 +107,8 @@ def _folder(path: Path) -> Inspection:
     entries = {name: entry for name, (_, entry) in safetensors_header.entries(folder).items()}
     fields = Fields(config, str(folder / "config.json"))
     heads, dim = fields.count("num_attention_heads"), fields.count("hidden_size")
-    section = config.get("quantization") or {}
-    dtypes, stored = _stored(entries, section if isinstance(section, Mapping) else {})
+    section, foreign = config.get("quantization") or {}, foreign_sections.read(config)
+    dtypes, stored = _stored(entries, section if isinstance(section, Mapping) else {}, foreign)
     return _inspection(
         _Found(
             path=path,
@@ -116,7 +118,7 @@ def _folder(path: Path) -> Inspection:
             tensors=len(entries),
             dtypes=dtypes,
             stored=stored,
-            quantization=_form(section) if section else None,
+            quantization=_form(section) if section else (None if foreign is None else str(foreign)),
             context=_folder_context(path, fields, config.get("model_type")),
             layers=fields.count("num_hidden_layers"),
             dim=dim,
@@ -247,8 +249,10 @@ def _inspection(found: _Found) -> Inspection:
     )
 
 
-def _stored(entries: Mapping[str, Any], section: Mapping[str, Any]) -> tuple[dict[str, int], int]:
-    """(weights by form, bytes of all tensors). Of MLX's quantized layers the codes count, not the scales and biases."""
+def _stored(
+    entries: Mapping[str, Any], section: Mapping[str, Any], foreign: Packing | Blocks | None
+) -> tuple[dict[str, int], int]:
+    """(weights by form, bytes of all tensors). Of quantized layers the codes count, not the scales and biases."""
     dtypes: Counter[str] = Counter()
     size = 0
     for name, entry in entries.items():
@@ -257,10 +261,14 @@ def _stored(entries: Mapping[str, Any], section: Mapping[str, Any]) -> tuple[dic
         layer, _, part = name.rpartition(".")
         if f"{layer}.scales" in entries and part in ("scales", "biases"):
             continue
+        if isinstance(foreign, Packing) and part == "qweight":
+            dtypes[f"{foreign.bits} bit"] += count * 32 // foreign.bits
+        if isinstance(foreign, Blocks) and part.endswith("_scale_inv"):
+            continue
         if f"{layer}.scales" in entries and part == "weight" and entry["dtype"] == "U32":
             bits = _bits(section, layer)
             dtypes[f"{bits} bit"] += count * 32 // bits
-        elif entry["dtype"] in _FLOATS:
+        elif entry["dtype"] in (*_FLOATS, FP8):
             dtypes[entry["dtype"]] += count
     return dict(dtypes), size
 

@@ -12,6 +12,7 @@ from engine.checkpoints.loading import PrecisionOptions
 from engine.checkpoints.sources import resolve
 from engine.platform.compiler import on_cpu
 from engine.weights.precision import Precision
+from engine.weights.safetensors_header import FP8
 from stoker.contract import ModelCard
 from stoker.contract.kinds import ADAPTERS, EMBED, GENERATE, TRAIN
 from stoker.errors import ModelError
@@ -52,7 +53,8 @@ def _weight_bytes(found: Inspection, asked: Precision) -> int:
     precision = asked.for_encoder() if found.kind == "embed" else asked
     size = int(precision.dtype.size) if precision.dtype is not None else (4 if on_cpu() else 2)
     policy = precision.quantization
-    if policy is None or (policy.bits is None and found.quantization is None):
+    # Numbers of 8 bits become dense.
+    if policy is None or (policy.bits is None and (found.quantization is None or FP8 in found.dtypes)):
         return found.parameters * size
     if policy.bits is None:
         return found.weight_bytes["stored"]

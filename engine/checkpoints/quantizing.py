@@ -14,6 +14,7 @@ from engine.checkpoints.loading import DECODERS
 from engine.platform.jsonfiles import read_config, write_json
 from engine.text.templates import FOLDER as TEMPLATES
 from engine.weights import safetensors
+from engine.weights.foreign_sections import is_quantized
 from engine.weights.mlx_layout import QuantizedLayout, split
 from engine.weights.names import canonical
 from engine.weights.quantized import Form, quantize
@@ -70,7 +71,7 @@ def _source_config(src: Path) -> dict[str, Any]:
     architecture = config.get("model_type")
     if not isinstance(architecture, str) or architecture not in DECODERS:
         raise ModelError(f"{src}: architecture {architecture!r} cannot be quantized; {', '.join(DECODERS)} can")
-    if QuantizedLayout.from_config(config) is not None:
+    if is_quantized(config):
         raise ModelError(f"{src}: is quantized already; take the model's unquantized checkpoint")
     DECODERS[architecture].from_config(config)
     return config

@@ -29,15 +29,17 @@ from engine.models.sentence_files import model_folder, pools_decoder
 from engine.platform.jsonfiles import read_config
 from engine.text.tokenizer import Tokenizer
 from engine.weights import safetensors
+from engine.weights.folder import joined
 from engine.weights.gguf import GGUF
 from engine.weights.gguf_names import llama_name
-from engine.weights.mlx_layout import CONFIG_KEYS, QuantizedLayout
-from engine.weights.names import canonical
+from engine.weights.safetensors_header import FP8
 from engine.weights.tensors import Stored, Tensors
 from stoker.errors import ModelError
 
-#: dtype -> (its words, the bits of the exponent). All of them set: infinite, or no number.
-_EXPONENTS = {"F32": ("<u4", 0x7F80_0000), "F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80)}
+#: dtype -> (its words, the bits of the exponent). All of them set: infinite, or no number; of 8 bits, all but the sign.
+_EXPONENTS = {
+    "F32": ("<u4", 0x7F80_0000), "F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80), FP8: ("u1", 0x7F),
+}  # fmt: skip
 #: Bytes of a file that are looked at at once.
 _PIECE = 16 << 20
 
@@ -78,15 +80,8 @@ def _folder(path: Path, progress: Callable[[int, int], None]) -> tuple[int, int]
     if config.get("model_type") not in KINDS and file is not None:
         _bridged(folder, config, file)
         return _finite_safetensors([folder], progress)
-    layout = QuantizedLayout.from_config(config)
-    arrays = safetensors.read_folder(folder)
-    stored: dict[str, Stored] = dict(arrays)
-    if layout is not None:
-        dense, quantized = layout.join(arrays)
-        stored = {**dense, **quantized}
-    stored = {name: stored[file] for file, name in canonical(stored, config.get("model_type")).items()}
+    stored, rest = joined(folder, config, safetensors.read_folder(folder), mx.float32)
     outline = _outline(stored, folder)
-    rest = {key: value for key, value in config.items() if key not in CONFIG_KEYS}
     model, heads = _built(path, rest, outline)
     outline.finish(ignore=model.unused)
     tokenizer = Tokenizer.from_folder(folder)
@@ -104,7 +99,8 @@ def _outline(stored: Mapping[str, Stored], folder: Path) -> _Outline:
 def _bridged(folder: Path, config: Mapping[str, Any], file: str) -> None:
     """Names, shapes and tokenizer of a model that runs mlx-lm's `file`. No weight is computed."""
     network, _ = weights.network_of(config, file)
-    weights.fill(folder, config, network, safetensors.read_folder(folder))
+    arrays, config = weights.translated(folder, config, safetensors.read_folder(folder), mx.float32)
+    weights.fill(folder, config, network, arrays)
     rows = text_config(config).get("vocab_size")
     if isinstance(rows, int):
         check_ids(folder, Tokenizer.from_folder(folder), rows)

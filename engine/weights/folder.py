@@ -10,9 +10,11 @@ import mlx.core as mx
 from numpy.typing import NDArray
 
 from engine.weights import safetensors
+from engine.weights.foreign import in_mlx_layout
+from engine.weights.foreign_sections import CONFIG_KEYS
 from engine.weights.gguf import GGUF
 from engine.weights.gguf_names import llama_name, unpermute
-from engine.weights.mlx_layout import CONFIG_KEYS, QuantizedLayout
+from engine.weights.mlx_layout import QuantizedLayout
 from engine.weights.names import canonical
 from engine.weights.precision import Precision
 from engine.weights.quantized import Form, QuantizedTensor, dequantize, quantize
@@ -28,23 +30,30 @@ AGAIN = Form(32, 8)
 
 def folder_tensors(folder: Path, config: dict[str, Any], precision: Precision) -> tuple[Tensors, dict[str, Any]]:
     """The tensors of a folder, and its `config` without what is said there about quantization."""
-    layout = QuantizedLayout.from_config(config)
     arrays = safetensors.read_folder(folder)
     dtype = precision.dtype_for(arrays.values())
-    stored: dict[str, Stored] = dict(arrays)
-    if layout is not None:
-        try:
-            dense, quantized = layout.join(arrays)
-        except ModelError as error:
-            raise ModelError(f"{folder}: {error}") from error
-        stored = {**dense, **quantized}
-    stored = {name: stored[file] for file, name in canonical(stored, config.get("model_type")).items()}
+    stored, config = joined(folder, config, arrays, dtype)
     # From here on `stored` alone holds the arrays, so that `pop` frees them.
     arrays.clear()
     shapes: dict[str, tuple[int, ...]] = {name: tuple(tensor.shape) for name, tensor in stored.items()}
     readers: dict[str, Reader] = {name: _popper(stored, name) for name in shapes}
-    rest = {key: value for key, value in config.items() if key not in CONFIG_KEYS}
-    return Tensors(readers, shapes, str(folder), dtype, precision.quantization), rest
+    return Tensors(readers, shapes, str(folder), dtype, precision.quantization), config
+
+
+def joined(
+    folder: Path, config: dict[str, Any], arrays: dict[str, mx.array], dtype: mx.Dtype
+) -> tuple[dict[str, Stored], dict[str, Any]]:
+    """The tensors of a folder by this engine's names, those of quantized layers as one each, for products in `dtype`;
+    and its `config` without what is said there about quantization. Raises `ModelError`."""
+    try:
+        arrays, config = in_mlx_layout(config, arrays, dtype)
+        layout = QuantizedLayout.from_config(config)
+        dense, quantized = (arrays, {}) if layout is None else layout.join(arrays)
+    except ModelError as error:
+        raise ModelError(f"{folder}: {error}") from error
+    stored: dict[str, Stored] = {**dense, **quantized}
+    stored = {name: stored[file] for file, name in canonical(stored, config.get("model_type")).items()}
+    return stored, {key: value for key, value in config.items() if key not in CONFIG_KEYS}
 
 
 def _popper(stored: dict[str, Stored], name: str) -> Reader:

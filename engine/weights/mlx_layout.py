@@ -12,12 +12,10 @@ from typing import Any, Literal
 
 import mlx.core as mx
 
+from engine.weights.foreign_sections import CONFIG_KEYS
 from engine.weights.quantized import AFFINE, Form, QuantizedTensor
 from engine.weights.tensors import Stored
 from stoker.errors import ModelError
-
-#: Both name the section: mlx-lm writes it twice, the second for the hub's sake.
-CONFIG_KEYS = ("quantization", "quantization_config")
 
 
 @dataclass(frozen=True)
@@ -35,8 +33,8 @@ class QuantizedLayout:
             return None
         if not isinstance(section, Mapping) or other not in (None, section):
             raise ModelError(
-                f"config.json: quantization_config {str(other)[:100]} is not supported: only MLX's own is. "
-                "Take the model's unquantized checkpoint, and quantize it with `stoker models quantize`"
+                f"config.json: quantization_config {str(other)[:100]} is not supported: MLX's own, awq, gptq and fp8 "
+                "are. Take the model's unquantized checkpoint, and quantize it with `stoker models quantize`"
             )
         form = _form(section, "quantization")
         layers = {

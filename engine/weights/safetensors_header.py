@@ -14,9 +14,11 @@ from stoker.errors import ModelError
 #: The format's own limit on the header (bytes).
 MAX_HEADER = 100_000_000
 
+#: Numbers of 8 bits, which MLX hands out as bytes.
+FP8 = "F8_E4M3"
 #: dtype -> bytes an element, of the dtypes that MLX can hold.
 ITEM_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4,
+    FP8: 1, "BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4,
     "U64": 8, "I64": 8,
 }  # fmt: skip
 

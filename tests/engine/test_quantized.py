@@ -16,7 +16,7 @@ from engine.models.cache import KeyValues
 from engine.models.layers import Linear, QuantizedEmbedding, QuantizedLinear
 from engine.models.llama import Llama
 from engine.weights import mlx_layout, safetensors
-from engine.weights.quantized import Form, QuantizedTensor, dequantize, quantize
+from engine.weights.quantized import SMALL_FLOATS, Form, QuantizedTensor, dequantize, quantize
 from stoker.errors import ModelError
 from tests import powercut
 from tests.engine import cached
@@ -146,6 +146,27 @@ def test_a_written_folder_is_what_quantizing_on_load_gives(tmp_path: Path, name:
     assert written.bytes_after < written.bytes_before
 
 
+@pytest.mark.parametrize("mode", ["mxfp4", "mxfp8", "nvfp4"])
+def test_a_folder_of_another_mode_of_mlx_is_held_as_it_is_or_dense(mode: str, tmp_path: Path) -> None:
+    """As mlx-lm writes it: scales of one byte, no biases; the embedding too."""
+    shutil.copytree(CHECKPOINTS / "qwen2-tied", tmp_path, dirs_exist_ok=True)
+    form, stored = Form(*SMALL_FLOATS[mode], mode), dict(safetensors.read_folder(tmp_path))
+    mx.eval(stored)
+    for name in [name for name, array in stored.items() if form.fits(array.shape)]:
+        stored |= mlx_layout.split(name, quantize(stored[name], form))
+    safetensors.write(tmp_path / "model.safetensors", stored)
+    rewrite(tmp_path / "config.json", **mlx_layout.QuantizedLayout(form).to_config())
+    kept, dense = (opened(tmp_path, quantize=how) for how in ("keep", "none"))
+    assert isinstance(kept.llama.embed_tokens, QuantizedEmbedding)
+    assert kept.llama.dtype == mx.float32
+    assert kept.parameters == dense.parameters
+    assert kept.bytes < dense.bytes / 2
+    assert spread(kept.llama, dense.llama) < 1e-3
+    assert spread(kept.llama, opened(CHECKPOINTS / "qwen2-tied").llama) > 1e-3, "its numbers are those of few bits"
+    half = opened(tmp_path, quantize="keep", dtype="float16").llama
+    assert half.dtype == half(TOKENS).dtype == mx.float16
+
+
 def test_a_quantized_model_decodes_with_a_cache(folder: Path) -> None:
     model = opened(folder, quantize="keep").llama
     kv, tokens = KeyValues(model, 1, 64), np.array(TOKENS).tolist()
@@ -245,6 +266,8 @@ def test_foreign_quantizations_and_damaged_layers_are_named(folder: Path) -> Non
     rewrite(folder / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
     with pytest.raises(ModelError, match="'gptq'"):
         opened(folder)
+    with pytest.raises(ModelError, match="quantized already"):
+        quantize_folder(folder, folder.parent / "again")
     config = json.loads((folder / "config.json").read_text())
     del config["quantization"], config["quantization_config"]
     (folder / "config.json").write_text(json.dumps(config))

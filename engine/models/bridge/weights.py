@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -16,6 +17,8 @@ from engine.models.bridge.configs import check, text_config
 from engine.models.bridge.linears import dense_weight
 from engine.models.bridge.spelling import respelled
 from engine.weights import safetensors
+from engine.weights.foreign import in_mlx_layout
+from engine.weights.foreign_sections import METHODS
 from engine.weights.precision import Precision
 from stoker.errors import ModelError
 
@@ -50,9 +53,20 @@ def read(folder: Path, config: Mapping[str, Any], network: nn.Module, precision:
     arrays = safetensors.read_folder(folder)
     dtype = precision.dtype_for(arrays.values())
     exact = precision.dtype is not None or not any(array.dtype == dtype for array in arrays.values())
+    arrays, config = translated(folder, config, arrays, dtype)
     fill(folder, config, network, arrays)
     settle(network, precision, dtype, every=exact or dtype == mx.float32)
     return network
+
+
+def translated(
+    folder: Path, config: Mapping[str, Any], arrays: dict[str, mx.array], dtype: mx.Dtype
+) -> tuple[dict[str, mx.array], dict[str, Any]]:
+    """A folder's tensors and config in MLX's own layout. Raises `ModelError`."""
+    try:
+        return in_mlx_layout(config, arrays, dtype)
+    except ModelError as error:
+        raise ModelError(f"{folder}: {error}") from error
 
 
 def settle(network: nn.Module, precision: Precision, dtype: mx.Dtype, *, every: bool) -> None:
@@ -77,7 +91,9 @@ def fill(folder: Path, config: Mapping[str, Any], network: nn.Module, arrays: di
             f"{folder}: mlx-lm cannot bring the tensors into its layout ({type(error).__name__}: {str(error)[:300]})"
         ) from error
     weights = {name: array for name, array in weights.items() if not name.endswith("rotary_emb.inv_freq")}
+    weights = _stacked(weights)
     _take_codes(config, network, weights)
+    _check_numbers(folder, network, weights)
     try:
         network.load_weights(list(weights.items()), strict=True)
     except ValueError as error:
@@ -90,6 +106,33 @@ def _experts_upright(arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
         f"{name}.weight" if _lies(name) else name: array.swapaxes(-1, -2) if _lies(name) else array
         for name, array in arrays.items()
     }
+
+
+#: Parts of single experts' codes that a model file leaves behind where it stacks only their weights.
+_EXPERT = re.compile(r"(.+)\.experts\.(\d+)\.(\w+)\.(scales|biases)")
+
+
+def _stacked(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """With the scales and biases of experts in one array each, as their codes are."""
+    found: dict[str, dict[int, mx.array]] = {}
+    for name in list(weights):
+        match = _EXPERT.fullmatch(name)
+        if match is not None and f"{match[1]}.switch_mlp.{match[3]}.weight" in weights:
+            whole = found.setdefault(f"{match[1]}.switch_mlp.{match[3]}.{match[4]}", {})
+            whole[int(match[2])] = weights.pop(name)
+    return {**weights, **{name: mx.stack([parts[index] for index in sorted(parts)]) for name, parts in found.items()}}
+
+
+def _check_numbers(folder: Path, network: nn.Module, weights: Mapping[str, mx.array]) -> None:
+    """Integers where the network, once its codes are taken, has floating-point numbers would mean nothing."""
+    for name, array in tree_flatten(network.parameters()):
+        given = weights.get(name)
+        if (
+            given is not None
+            and mx.issubdtype(array.dtype, mx.floating)
+            and not mx.issubdtype(given.dtype, mx.floating)
+        ):
+            raise ModelError(f"{folder}: tensor {name!r} is of {given.dtype}, not of floating-point numbers")
 
 
 def _lies(name: str) -> bool:
@@ -130,8 +173,8 @@ def _section(config: Mapping[str, Any]) -> dict[str, Any] | None:
     method = other.get("quant_method") if isinstance(other, Mapping) else None
     if not isinstance(method, str) or method not in _METHODS:
         raise ModelError(
-            f"config.json: quantization_config {str(other)[:100]} is not supported: MLX's own and "
-            f"{', '.join(_METHODS)} are. Take the model's unquantized checkpoint"
+            f"config.json: quantization_config {str(other)[:100]} is not supported: MLX's own, "
+            f"{', '.join((*_METHODS, *METHODS))} are. Take the model's unquantized checkpoint"
         )
     return dict(_METHODS[method])
 
