@@ -188,7 +188,7 @@ def dtypes(network: nn.Module) -> Iterator[tuple[str, mx.Dtype]]:
         ({"rope_scaling": {"type": "spiral"}}, "rope_scaling of type 'spiral' is not supported; default"),
         ({"num_hidden_layers": 5}, "Missing 6 parameters: model.layers.4"),
         ({"num_hidden_layers": "many"}, "mlx-lm's phi3 cannot be made of it"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "gptq.* is not supported: MLX's own and mxfp4"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "hqq.* is not supported: MLX's own, mxfp4"),
     ],
 )
 def test_what_mlx_lm_has_not_or_would_compute_otherwise_is_refused_by_name(
