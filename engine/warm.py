@@ -11,6 +11,7 @@ from engine.adapters.pool import AdapterPool
 from engine.adapters.store import AdapterStore
 from engine.checkpoints.loading import LoadedModel
 from engine.embedding.lane import EmbedLane
+from engine.embedding.rerank_lane import RerankLane
 from engine.fair import FairShare, weights_by_kind
 from engine.generation.lane import GenerateLane
 from engine.generation.limits import GenerationLoad, LaneLimits
@@ -55,7 +56,8 @@ class WarmModels:
         lanes: list[AnyLane] = []
         pools = {}
         if model.kind == "embed":
-            lanes = [EmbedLane(model, self._limits.stall, self._limits.cores)]
+            embeds = EmbedLane if model.pairing is None else RerankLane
+            lanes = [embeds(model, self._limits.stall, self._limits.cores)]
         else:
             pool = pools[model.name] = AdapterPool(model, self._store, self._adapter_bytes)
             generate = GenerateLane(model, pool, self._limits)

@@ -11,10 +11,17 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from stoker.broker.outcome import JobStatus
-    from stoker.client import AdapterJob, Client, EmbedJob, GenerateJob, Job, TrainJob
+    from stoker.client import AdapterJob, Client, EmbedJob, GenerateJob, Job, RerankJob, TrainJob
     from stoker.client._async.client import AsyncClient
-    from stoker.client._async.jobs import AsyncAdapterJob, AsyncEmbedJob, AsyncGenerateJob, AsyncJob, AsyncTrainJob
-    from stoker.contract import GenerateResult, StreamToken, ToolCall, TrainReport, TrainResult
+    from stoker.client._async.jobs import (
+        AsyncAdapterJob,
+        AsyncEmbedJob,
+        AsyncGenerateJob,
+        AsyncJob,
+        AsyncRerankJob,
+        AsyncTrainJob,
+    )
+    from stoker.contract import GenerateResult, RerankResult, StreamToken, ToolCall, TrainReport, TrainResult
     from stoker.errors import StokerError
 
 __version__ = "0.1.0"
@@ -26,11 +33,12 @@ _HOMES = {
         "AsyncEmbedJob",
         "AsyncGenerateJob",
         "AsyncJob",
+        "AsyncRerankJob",
         "AsyncTrainJob",
     ),
-    "stoker.client": ("AdapterJob", "Client", "EmbedJob", "GenerateJob", "Job", "TrainJob"),
+    "stoker.client": ("AdapterJob", "Client", "EmbedJob", "GenerateJob", "Job", "RerankJob", "TrainJob"),
     "stoker.broker.outcome": ("JobStatus",),
-    "stoker.contract": ("GenerateResult", "StreamToken", "ToolCall", "TrainReport", "TrainResult"),
+    "stoker.contract": ("GenerateResult", "RerankResult", "StreamToken", "ToolCall", "TrainReport", "TrainResult"),
     "stoker.errors": ("StokerError",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -56,6 +64,7 @@ __all__ = [
     "AsyncEmbedJob",
     "AsyncGenerateJob",
     "AsyncJob",
+    "AsyncRerankJob",
     "AsyncTrainJob",
     "Client",
     "EmbedJob",
@@ -63,6 +72,8 @@ __all__ = [
     "GenerateResult",
     "Job",
     "JobStatus",
+    "RerankJob",
+    "RerankResult",
     "StokerError",
     "StreamToken",
     "ToolCall",

@@ -13,6 +13,7 @@ from engine.checkpoints.sources import naming
 from engine.models import allowed
 from engine.models.bridge import configs, gguf_configs, package
 from engine.models.fields import Fields
+from engine.models.rerank_files import RerankFiles
 from engine.models.sentence_files import SentenceFiles, model_folder, pools_decoder
 from engine.platform.jsonfiles import read_config, read_object
 from engine.text.templates import folder_templates, gguf_templates
@@ -52,6 +53,7 @@ class _Found:
     window: object
     chat_template: bool
     file_bytes: int
+    reranks: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,8 @@ class Inspection:
     weight_bytes: Mapping[str, int]
     cache_bytes_per_1000: Mapping[str, int] | None
     notes: tuple[str, ...] = field(default=())
+    #: Whether a model of kind "embed" scores pairs instead of making vectors.
+    reranks: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
@@ -100,6 +104,7 @@ def inspect(path: Path) -> Inspection:
 def _folder(path: Path) -> Inspection:
     folder = model_folder(path)
     config = read_config(folder)
+    reranks = RerankFiles.of(path, config) is not None
     if config.get("model_type") not in KINDS:
         config = {**config, **configs.text_config(config), "model_type": config.get("model_type")}
         config |= _sizes_of_any(config)
@@ -119,7 +124,7 @@ def _folder(path: Path) -> Inspection:
             dtypes=dtypes,
             stored=stored,
             quantization=_form(section) if section else (None if foreign is None else str(foreign)),
-            context=_folder_context(path, fields, config.get("model_type")),
+            context=_folder_context(path, fields, config.get("model_type"), reranks),
             layers=fields.count("num_hidden_layers"),
             dim=dim,
             vocabulary=fields.count("vocab_size"),
@@ -127,6 +132,7 @@ def _folder(path: Path) -> Inspection:
             window=_window(config),
             chat_template=bool(folder_templates(folder, read_object(folder / "tokenizer_config.json", missing={}))),
             file_bytes=sum(file.stat().st_size for file in files),
+            reranks=reranks,
         )
     )
 
@@ -217,7 +223,7 @@ def _gguf(path: Path) -> Inspection:
 def _inspection(found: _Found) -> Inspection:
     name = found.architecture if isinstance(found.architecture, str) else str(found.architecture)
     kind = kind_of(name) if found.unread is None else "unknown"
-    if found.path.is_dir() and pools_decoder(found.path, name):
+    if found.reranks or (found.path.is_dir() and pools_decoder(found.path, name)):
         kind = "embed"
     parameters = sum(found.dtypes.values())
     heads, size = found.cached
@@ -246,6 +252,7 @@ def _inspection(found: _Found) -> Inspection:
         weight_bytes={"stored": found.stored, "16 bit": 2 * parameters, "32 bit": 4 * parameters},
         cache_bytes_per_1000=None if kind == "embed" else {"16 bit": 2000 * per_token, "32 bit": 4000 * per_token},
         notes=tuple(notes),
+        reranks=found.reranks,
     )
 
 
@@ -287,11 +294,11 @@ def _form(section: object) -> str:
     return f"{section.get('bits')} bit in groups of {section.get('group_size')} (MLX)"
 
 
-def _folder_context(path: Path, fields: Fields, architecture: object) -> int:
+def _folder_context(path: Path, fields: Fields, architecture: object, reranks: bool) -> int:
     """What the model takes, or what its sentence-transformers files limit that to."""
     positions = fields.count("max_position_embeddings", allowed.CONTEXT.get(str(architecture), 2048))
     if architecture in ("mpnet", "xlm-roberta", "roberta"):
         # Those up to padding's stand for no token; MPNet's padding is 1 throughout.
         positions -= 1 + (1 if architecture == "mpnet" else fields.index("pad_token_id", 1))
-    embeds = KINDS.get(str(architecture)) == "embed" or pools_decoder(path, architecture)
+    embeds = reranks or KINDS.get(str(architecture)) == "embed" or pools_decoder(path, architecture)
     return SentenceFiles.of(path).max_tokens(positions) if embeds else positions

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypedDict
 import mlx.core as mx
 from typing_extensions import Unpack
 
+from engine.checkpoints.reranking import pairing_of
 from engine.checkpoints.sources import naming, resolve
 from engine.checkpoints.vocabulary import check_ids, check_segments
 from engine.models.bridge import gguf_configs, package
@@ -19,14 +20,17 @@ from engine.models.bridge.decoder import BridgedDecoder
 from engine.models.decoder import Decoder
 from engine.models.embedders import ENCODERS, encoder
 from engine.models.encoder import Encoder
-from engine.models.heads import Dense
+from engine.models.heads import Dense, Layer
 from engine.models.llama import Llama, LlamaArgs
 from engine.models.mistral import MistralArgs
 from engine.models.qwen2 import Qwen2Args
 from engine.models.qwen3 import Qwen3Args
+from engine.models.rerank_files import RerankFiles, without_own
+from engine.models.rerankers import score_heads, spec_of
 from engine.models.sentence import EmbeddingSpec
 from engine.models.sentence_files import model_folder, pools_decoder
 from engine.platform.jsonfiles import read_config
+from engine.text.pairs import Pairing
 from engine.text.tokenizer import Tokenizer
 from engine.weights.digest import weights_digest
 from engine.weights.folder import folder_tensors, gguf_tensors
@@ -65,7 +69,9 @@ class LoadedModel:
     embedding: EmbeddingSpec | None = None
     linear_shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict, repr=False)
     #: What the pooled vectors go through (kind "embed" only).
-    heads: Sequence[Dense] = field(default=(), repr=False)
+    heads: Sequence[Layer] = field(default=(), repr=False)
+    #: How a query and a text become one sequence (a model that reranks alone, which is one of kind "embed").
+    pairing: Pairing | None = field(default=None, repr=False)
 
     @functools.cached_property
     def digest(self) -> str:
@@ -85,6 +91,7 @@ class LoadedModel:
             context=self.context,
             parameters=self.parameters,
             dim=self.embedding.dim if self.embedding else 0,
+            reranks=self.pairing is not None,
             chat=self.kind == "generate" and bool(self.tokenizer.templates),
         )
 
@@ -135,7 +142,9 @@ def load(name: str, sources: Sequence[str], **options: Unpack[PrecisionOptions])
         else:
             config = read_config(model_folder(path))
             architecture = config.get("model_type")
-            if architecture in ENCODERS or pools_decoder(path, architecture):
+            if (files := RerankFiles.of(path, config)) is not None:
+                loaded = _load_reranker(name, path, config, files, precision, start)
+            elif architecture in ENCODERS or pools_decoder(path, architecture):
                 loaded = _load_encoder(name, path, config, precision, start)
             elif isinstance(architecture, str) and architecture in DECODERS:
                 loaded = _load_decoder(name, path, config, precision, start)
@@ -160,18 +169,51 @@ def _load_encoder(name: str, folder: Path, config: dict[str, Any], precision: Pr
     check_ids(folder, tokenizer, model.args.vocab)
     if model.typed:
         check_segments(folder, tokenizer)
+    heads = [Dense(each, found) for each, found in zip(spec.dense, behind, strict=True)]
+    return _embedding(
+        name, folder, config["model_type"], model, tokenizer, spec, heads, _measures([tensors, *behind], start)
+    )
+
+
+def _load_reranker(
+    name: str, folder: Path, config: dict[str, Any], files: RerankFiles, precision: Precision, start: float
+) -> LoadedModel:
+    inner = files.sentence.transformer
+    tensors, config = folder_tensors(inner, without_own(config), precision.for_encoder())
+    model, tokenizer = encoder(config, tensors), Tokenizer.from_folder(inner, lowercase=files.sentence.lowercase)
+    heads = score_heads(files, config, model, tokenizer, tensors)
+    tensors.finish(ignore=model.unused)
+    check_ids(folder, tokenizer, model.args.vocab)
+    pairing = pairing_of(folder, files, model, tokenizer)
+    spec = spec_of(files, config, model)
+    measures = _measures([tensors], start)
+    return _embedding(name, folder, config["model_type"], model, tokenizer, spec, heads, measures, pairing)
+
+
+def _embedding(
+    name: str,
+    folder: Path,
+    architecture: str,
+    model: Encoder,
+    tokenizer: Tokenizer,
+    spec: EmbeddingSpec,
+    heads: Sequence[Layer],
+    measures: dict[str, Any],
+    pairing: Pairing | None = None,
+) -> LoadedModel:
     _warm(lambda: model(mx.zeros((1, min(8, model.args.context)), mx.int32)))
     return LoadedModel(
         name=name,
         path=folder,
         kind="embed",
-        architecture=config["model_type"],
+        architecture=architecture,
         model=model,
         tokenizer=tokenizer,
         context=spec.max_tokens,
         embedding=spec,
-        heads=[Dense(each, found) for each, found in zip(spec.dense, behind, strict=True)],
-        **_measures([tensors, *behind], start),
+        heads=heads,
+        pairing=pairing,
+        **measures,
     )
 
 

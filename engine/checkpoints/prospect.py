@@ -43,7 +43,8 @@ def prospect(
         kinds=_KINDS[found.kind],
         context=found.context,
         parameters=found.parameters,
-        dim=found.dim if found.kind == "embed" else 0,
+        dim=(1 if found.reranks else found.dim) if found.kind == "embed" else 0,
+        reranks=found.reranks,
         chat=found.kind == "generate" and found.chat_template,
     )
     return Prospect(card, _weight_bytes(found, Precision.of(**options)))

@@ -16,6 +16,7 @@ import numpy as np
 
 from engine.checkpoints.inspecting import KINDS, Inspection, inspect
 from engine.checkpoints.loading import DECODERS, GGUF_DECODERS
+from engine.checkpoints.reranking import pairing_of
 from engine.checkpoints.sources import naming
 from engine.checkpoints.vocabulary import check_ids, check_segments
 from engine.models.bridge import gguf_configs, gguf_weights, package, weights
@@ -24,6 +25,8 @@ from engine.models.embedders import encoder
 from engine.models.encoder import Encoder
 from engine.models.heads import Dense
 from engine.models.llama import Llama
+from engine.models.rerank_files import RerankFiles, without_own
+from engine.models.rerankers import score_heads, spec_of
 from engine.models.sentence import EmbeddingSpec
 from engine.models.sentence_files import model_folder, pools_decoder
 from engine.platform.jsonfiles import read_config
@@ -82,11 +85,13 @@ def _folder(path: Path, progress: Callable[[int, int], None]) -> tuple[int, int]
         return _finite_safetensors([folder], progress)
     stored, rest = joined(folder, config, safetensors.read_folder(folder), mx.float32)
     outline = _outline(stored, folder)
-    model, heads = _built(path, rest, outline)
+    tokenizer, files = Tokenizer.from_folder(folder), RerankFiles.of(path, rest)
+    model, heads = _built(path, rest, outline, files, tokenizer)
     outline.finish(ignore=model.unused)
-    tokenizer = Tokenizer.from_folder(folder)
     check_ids(folder, tokenizer, model.args.vocab)
-    if isinstance(model, Encoder) and model.typed:
+    if files is not None and isinstance(model, Encoder):
+        pairing_of(folder, files, model, tokenizer)
+    elif isinstance(model, Encoder) and model.typed:
         check_segments(folder, tokenizer)
     return _finite_safetensors([folder, *heads], progress)
 
@@ -106,9 +111,17 @@ def _bridged(folder: Path, config: Mapping[str, Any], file: str) -> None:
         check_ids(folder, Tokenizer.from_folder(folder), rows)
 
 
-def _built(folder: Path, config: Mapping[str, Any], outline: Tensors) -> tuple[Llama | Encoder, list[Path]]:
+def _built(
+    folder: Path, config: Mapping[str, Any], outline: Tensors, files: RerankFiles | None, tokenizer: Tokenizer
+) -> tuple[Llama | Encoder, list[Path]]:
     """The model, and the folders of what comes behind its pooling."""
     architecture = config["model_type"]
+    if files is not None:
+        config = without_own(config)
+        model = encoder(config, outline)
+        score_heads(files, config, model, tokenizer, outline)
+        spec_of(files, config, model)
+        return model, []
     if architecture in DECODERS and not pools_decoder(folder, architecture):
         return Llama(DECODERS[architecture].from_config(config), outline), []
     model = encoder(config, outline)

@@ -25,3 +25,10 @@ def check_segments(path: Path, tokenizer: Tokenizer) -> None:
     types = sorted(set(tokenizer.inner.encode("a").type_ids) - {0})
     if types:
         raise ModelError(f"{path}: tokenizer.json gives a text the token type {types[0]}; only 0 is supported")
+
+
+def check_pair_types(path: Path, tokenizer: Tokenizer, types: int) -> None:
+    """Raise `ModelError` if the second text of a pair has a token type that a table of so many rows has not."""
+    ((_, found),) = tokenizer.encode_pairs("a", ["a"])
+    if max(found, default=0) >= min(types, 2):
+        raise ModelError(f"{path}: its tokenizer gives a pair the token type {max(found)}; the model has {types}")

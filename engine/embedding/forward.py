@@ -22,7 +22,7 @@ from engine.platform.compiler import on_cpu
 from kernels.mean_pool import KERNEL as MEAN_POOL
 from kernels.mean_pool import MeanPoolInput, mean_pool
 
-#: The ids of one text, int32 (tokens,).
+#: The ids of one text, int32 (tokens,): what `Encoder.token_ids` and `position_ids` take.
 Tokens = NDArray[np.int32]
 Vectors = NDArray[np.float32]
 
@@ -85,7 +85,7 @@ class PackedForward:
             block, mask = padded(texts[start : start + rows], rows, width, self._pad)
             start += rows
             groups.append(Group(rows, width, None if mask is None else mx.array(mask)))
-            tokens.append(block.reshape(-1))
+            tokens.append(self._encoder.token_ids(block).reshape(-1))
             position_ids.append(seen_position_ids(self._encoder, block, mask))
         hidden = self._encoder.forward(mx.array(np.concatenate(tokens)), mx.array(np.concatenate(position_ids)), groups)
         return through(self._heads, pool_packed(hidden, groups, self._pooling))
@@ -155,7 +155,8 @@ class PaddedForward:
 
     def _padded(self, texts: Sequence[Tokens], rows: int, width: int) -> mx.array:
         tokens, mask = padded(texts, rows, width, self._pad)
-        inputs = [mx.array(tokens.reshape(-1)), mx.array(seen_position_ids(self._encoder, tokens, mask))]
+        ids = self._encoder.token_ids(tokens).reshape(-1)
+        inputs = [mx.array(ids), mx.array(seen_position_ids(self._encoder, tokens, mask))]
         if mask is not None:
             inputs.append(mx.array(mask))
         return self._graph(rows, width)(*inputs)

@@ -94,6 +94,11 @@ class EmbedLane:
         return self._turns.jobs
 
     def prepare(self, ticket: Ticket[Embedded], request: EmbedRequest, data: None) -> EmbedWork:
+        if request.query is not None:
+            raise InvalidRequest(
+                f"query: given, and {request.model} makes vectors: it has no head that scores a text against a query. "
+                "Rerank with a model that has one (docs/rerank.md), or embed the query and the texts."
+            )
         self._check_dimensions(request)
         rows = tokenized(self._model.tokenizer, request, self._prompt(request.prompt), self._spec.max_tokens)
         return EmbedWork(ticket, request, rows, np.zeros((len(rows), self._spec.dim), dtype=np.float32))

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
 
 from engine.models.encoder import Block, EncoderArgs, Names, PostNorm, encoder_sizes
 from engine.models.fields import Fields
@@ -41,14 +43,28 @@ class BertArgs(EncoderArgs):
 class Bert(PostNorm):
     """The encoder: tokens to hidden states."""
 
+    args: BertArgs
+
     def __init__(self, args: BertArgs, tensors: Tensors):
         self.args = args
         table = "embeddings"
         self.words = Embedding.take(tensors, f"{table}.word_embeddings", args.vocab, args.dim)
         positions = tensors.take(f"{table}.position_embeddings.weight", (args.positions, args.dim))
         types = tensors.take(f"{table}.token_type_embeddings.weight", (args.types, args.dim))
-        #: Position embeddings with that of token type 0 added: sentence encoders know no second segment.
-        self.positions = positions + types[0]
+        #: Position embeddings with that of token type 0 added, and behind them those with that of type 1: rerankers
+        #: have the query of type 0 and the text of type 1, where there are two.
+        self.positions = mx.concatenate([positions + types[index] for index in range(min(args.types, 2))])
         mx.eval(self.positions)
         self.norm = LayerNorm.take(tensors, f"{table}.LayerNorm", args.dim, args.norm_eps)
         self.layers = [Block(args, index, _NAMES, tensors) for index in range(args.layers)]
+
+    def token_ids(self, tokens: NDArray[np.int32]) -> NDArray[np.int32]:
+        return tokens % self.args.vocab
+
+    def position_ids(self, tokens: NDArray[np.int32]) -> NDArray[np.int32]:
+        within = self.positions_within(self.token_ids(tokens))
+        return (within + self.args.positions * (tokens // self.args.vocab)).astype(np.int32)
+
+    def positions_within(self, tokens: NDArray[np.int32]) -> NDArray[np.int32]:
+        """The position of each token in its text."""
+        return super().position_ids(tokens)

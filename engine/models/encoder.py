@@ -171,6 +171,11 @@ class Encoder:
     #: Token types of which one is added to every token; a model without any takes a text of whichever type.
     typed = True
 
+    def token_ids(self, tokens: NDArray[np.int32]) -> NDArray[np.int32]:
+        """The ids of `tokens` without their types: the same one of type 1 has an id that is larger by the size of the
+        vocabulary, so that one array says both."""
+        return tokens
+
     def position_ids(self, tokens: NDArray[np.int32]) -> NDArray[np.int32]:
         """The position of each of `tokens` (rows, length), as the model counts."""
         return np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)

@@ -8,7 +8,7 @@ from functools import reduce
 import mlx.core as mx
 
 from engine.models.fastmath import gelu
-from engine.models.layers import Linear
+from engine.models.layers import LayerNorm, Linear
 from engine.models.sentence import DenseSpec
 from engine.weights.tensors import Tensors
 
@@ -22,18 +22,26 @@ ACTIVATIONS: Mapping[str, Callable[[mx.array], mx.array]] = {
 }
 
 
-class Dense:
-    """sentence-transformers' module of this name, on vectors (texts, in)."""
+class Layer:
+    """On vectors (texts, in). `norm`: behind the activation."""
 
-    def __init__(self, spec: DenseSpec, tensors: Tensors):
-        self._linear = Linear.take(tensors, "linear", "", spec.inputs, spec.outputs, bias=spec.bias)
-        self._activation = ACTIVATIONS[spec.activation]
-        tensors.finish()
+    def __init__(self, linear: Linear, activation: str = "Identity", norm: LayerNorm | None = None):
+        self._linear, self._activation, self._norm = linear, ACTIVATIONS[activation], norm
 
     def __call__(self, vectors: mx.array) -> mx.array:
-        return self._activation(self._linear(vectors))
+        made = self._activation(self._linear(vectors))
+        return made if self._norm is None else self._norm(made)
 
 
-def through(heads: Sequence[Dense], vectors: mx.array) -> mx.array:
+class Dense(Layer):
+    """sentence-transformers' module of this name."""
+
+    def __init__(self, spec: DenseSpec, tensors: Tensors):
+        linear = Linear.take(tensors, "linear", "", spec.inputs, spec.outputs, bias=spec.bias)
+        super().__init__(linear, spec.activation)
+        tensors.finish()
+
+
+def through(heads: Sequence[Layer], vectors: mx.array) -> mx.array:
     """The vectors behind all of `heads`, float32."""
     return reduce(lambda x, head: head(x), heads, vectors).astype(mx.float32)

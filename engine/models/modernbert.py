@@ -108,7 +108,7 @@ def _base(config: Mapping[str, Any], kind: str) -> float:
     return Fields(config, "config.json").number(*_BASES[kind])
 
 
-def _norm(tensors: Tensors, name: str, args: ModernBertArgs) -> LayerNorm:
+def norm_of(tensors: Tensors, name: str, args: ModernBertArgs) -> LayerNorm:
     weight = tensors.take(f"{name}.weight", (args.dim,))
     bias = tensors.take(f"{name}.bias", (args.dim,)) if args.biases.norm else mx.zeros_like(weight)
     return LayerNorm(weight, bias, args.norm_eps)
@@ -143,9 +143,9 @@ class Block:
     def __init__(self, args: ModernBertArgs, index: int, rotate: Rope, tensors: Tensors):
         layer, bias = f"layers.{index}", args.biases.mlp
         #: The first layer gets what the norm of the embeddings gives.
-        self.norm = _norm(tensors, f"{layer}.attn_norm", args) if index else None
+        self.norm = norm_of(tensors, f"{layer}.attn_norm", args) if index else None
         self.attention = Attention(args, index, rotate, tensors)
-        self.mlp_norm = _norm(tensors, f"{layer}.mlp_norm", args)
+        self.mlp_norm = norm_of(tensors, f"{layer}.mlp_norm", args)
         self.inner = Linear.take(tensors, f"{layer}.mlp.Wi", "", args.dim, 2 * args.hidden, bias=bias)
         self.outer = Linear.take(tensors, f"{layer}.mlp.Wo", "", args.hidden, args.dim, bias=bias)
 
@@ -168,10 +168,10 @@ class ModernBert(LayerNormed):
     def __init__(self, args: ModernBertArgs, tensors: Tensors):
         self.args = args
         self.words = Embedding.take(tensors, "embeddings.tok_embeddings", args.vocab, args.dim)
-        self.norm = _norm(tensors, "embeddings.norm", args)
+        self.norm = norm_of(tensors, "embeddings.norm", args)
         ropes = [Rope(args.dim // args.heads, base) for base in args.bases]
         self.layers = [Block(args, index, ropes[args.windowed[index]], tensors) for index in range(args.layers)]
-        self.final_norm = _norm(tensors, "final_norm", args)
+        self.final_norm = norm_of(tensors, "final_norm", args)
 
     def to_last_norm(
         self, tokens: mx.array, position_ids: mx.array, groups: Sequence[Group]

@@ -53,5 +53,5 @@ class Roberta(Bert):
         super().__init__(args, tensors)
         self.pad = args.pad
 
-    def position_ids(self, tokens: NDArray[np.int32]) -> NDArray[np.int32]:
+    def positions_within(self, tokens: NDArray[np.int32]) -> NDArray[np.int32]:
         return past_padding(tokens, self.pad)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from engine.models.allowed import ANYTHING, Table
 from engine.platform.jsonfiles import read_json, read_object
@@ -43,19 +43,43 @@ _PASSED_ON = {
     "model_kwargs": _MODEL, "model_args": _MODEL, "processor_kwargs": _PROCESSOR, "tokenizer_args": _PROCESSOR,
     "config_kwargs": _CONFIG, "config_args": _CONFIG,
 }  # fmt: skip
-_TRANSFORMER = Table(
-    ("max_seq_length", "do_lower_case", *_PASSED_ON),
-    {
-        "transformer_task": ("feature-extraction",),
-        "module_output_name": ("token_embeddings",),
-        "modality_config": ({"text": {"method": "forward", "method_output_name": "last_hidden_state"}},),
-        "processing_kwargs": ({},),
-        "unpad_inputs": ANYTHING,
-        "backend": ANYTHING,
-        # Limits and additions for texts of one kind.
-        **dict.fromkeys(("query_length", "document_length", "query_expansion", "tokenizer_name_or_path"), ()),
-    },
-)
+
+#: Limits and additions for texts of one kind are refused, except where they are null.
+_FOR_KINDS = ("query_length", "document_length", "query_expansion", "tokenizer_name_or_path")
+
+
+class _Task(NamedTuple):
+    """What a transformer is for, and what its output is called by itself, and among the modules."""
+
+    name: str
+    output: str
+    module_output: str
+
+    @property
+    def settings(self) -> Table:
+        """What its file may say. A pair may become two messages for the chat template; a text may not."""
+        text = {"method": "forward", "method_output_name": self.output}
+        talks = () if self is _EMBEDS else ({"text": text, "message": {**text, "format": "flat"}},)
+        return Table(
+            ("max_seq_length", "do_lower_case", *_PASSED_ON),
+            {
+                "transformer_task": (self.name,),
+                "module_output_name": (self.module_output,),
+                "modality_config": ({"text": text}, *talks),
+                "processing_kwargs": ({},),
+                "unpad_inputs": ANYTHING,
+                "backend": ANYTHING,
+                **dict.fromkeys(_FOR_KINDS, ()),
+            },
+        )
+
+
+_EMBEDS = _Task("feature-extraction", "last_hidden_state", "token_embeddings")
+#: Of rerankers, by what comes behind the transformer: nothing, or what makes a score of logits.
+_RERANKS = {
+    (): _Task("sequence-classification", "logits", "scores"),
+    ("LogitScore",): _Task("text-generation", "logits", "causal_logits"),
+}
 #: `similarity_fn_name`: how a caller compares vectors. A default length of the vectors is asked for by `dimensions`.
 _MODEL_CONFIG = Table(
     ("prompts", "default_prompt_name"),
@@ -65,6 +89,10 @@ _MODEL_CONFIG = Table(
         "model_type": ("SentenceTransformer",),
         "truncate_dim": (),
     },
+)
+#: The same of a reranker. `activation_fn`: what its scores go through.
+_RERANKER_CONFIG = Table(
+    ("prompts", "default_prompt_name", "activation_fn"), {"__version__": ANYTHING, "model_type": ("CrossEncoder",)}
 )
 #: Decoders by `model_type` that embed where there is a modules.json, and generate where there is none.
 POOLED_DECODERS = ("qwen3",)
@@ -88,7 +116,7 @@ class SentenceFiles:
             return cls(root, root)
         paths = [module["path"] for module in modules if kind_of(module) == "Transformer"]
         transformer = inside(root, paths[0]) if paths else root
-        return cls(root, transformer, modules, _settings(transformer))
+        return cls(root, transformer, modules, _settings(transformer, _task(modules)))
 
     @property
     def lowercase(self) -> bool:
@@ -109,9 +137,7 @@ class SentenceFiles:
 
     def prompts(self) -> tuple[dict[str, str], str | None]:
         """The prompts by name, and the name of the one that is used where none is asked for."""
-        path = self.root / "config_sentence_transformers.json"
-        config = read_object(path, missing={}) if self.modules else {}
-        _MODEL_CONFIG.check(config, str(path))
+        path, config = self._own()
         prompts, default = config.get("prompts") or {}, config.get("default_prompt_name")
         if not isinstance(prompts, dict) or not all(isinstance(prompt, str | None) for prompt in prompts.values()):
             raise ModelError(f"{path}: its prompts are not an object of strings")
@@ -123,6 +149,18 @@ class SentenceFiles:
         if default is not None and default not in prompts:
             raise ModelError(f"{path}: default_prompt_name {default!r} is none of its prompts ({', '.join(prompts)})")
         return prompts, default
+
+    @property
+    def activation(self) -> object:
+        """What the scores of a reranker go through; None where nothing is said."""
+        return self._own()[1].get("activation_fn")
+
+    def _own(self) -> tuple[Path, dict[str, Any]]:
+        """What is said of the whole model, and where."""
+        path = self.root / "config_sentence_transformers.json"
+        config = read_object(path, missing={}) if self.modules else {}
+        (_MODEL_CONFIG if _task(self.modules) is _EMBEDS else _RERANKER_CONFIG).check(config, str(path))
+        return path, config
 
     def _switch(self, name: str) -> bool:
         value = self.settings.get(name)
@@ -153,14 +191,20 @@ def _modules(path: Path) -> list[dict[str, Any]]:
     return modules
 
 
-def _settings(transformer: Path) -> dict[str, Any]:
+def _task(modules: Sequence[Mapping[str, Any]]) -> _Task:
+    """What the modules use the transformer for."""
+    first, *rest = [kind_of(module) for module in modules] or [""]
+    return _RERANKS.get(tuple(rest), _EMBEDS) if first == "Transformer" else _EMBEDS
+
+
+def _settings(transformer: Path, task: _Task) -> dict[str, Any]:
     """Of the transformer: the first of its files that says anything."""
     for name in _SETTINGS:
         path = transformer / name
         settings = read_object(path, missing={})
         if not settings:
             continue
-        _TRANSFORMER.check(settings, str(path))
+        (task if settings.get("transformer_task") == task.name else _EMBEDS).settings.check(settings, str(path))
         for key, table in _PASSED_ON.items():
             values = settings.get(key) or {}
             if not isinstance(values, dict):

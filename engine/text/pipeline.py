@@ -66,6 +66,9 @@ _SURROUND = {
     "XLMRobertaTokenizer": ("bos_token", "eos_token"),
 }
 
+#: Classes whose pairs have two tokens between the texts, and no token types.
+_UNTYPED = ("MPNetTokenizer", "RobertaTokenizer", "BartTokenizer", "XLMRobertaTokenizer")
+
 
 class TokenizerPipeline:
     """The class that transformers would take, and what it does. `config` is tokenizer_config.json's, `model`
@@ -88,6 +91,14 @@ class TokenizerPipeline:
     def forgets_flags(self) -> bool:
         """Whether the class adds its special tokens again in the end, as they read: their other flags are gone."""
         return self.name == "Qwen2Tokenizer"
+
+    @property
+    def gives_types(self) -> bool:
+        """Whether the class tells a model which of two texts a token is of."""
+        stated = self._config.get("model_input_names")
+        if isinstance(stated, list):
+            return "token_type_ids" in stated
+        return self.name not in (*_UNTYPED, "DistilBertTokenizer", "GPT2Tokenizer", "Qwen2Tokenizer", "LlamaTokenizer")
 
     def built(self, inner: Tokenizer, listed: Sequence[AddedToken] | None) -> Tokenizer:
         """`inner`, changed as the class would. Such a class has no added tokens except those that are `listed`, where
@@ -126,7 +137,12 @@ class TokenizerPipeline:
         before, behind = (names.get(name, "") for name in _SURROUND[self.name])
         first, last = inner.token_to_id(before), inner.token_to_id(behind)
         if first is not None and last is not None:
-            inner.post_processor = processors.BertProcessing((behind, last), (before, first))
+            around = ((behind, last), (before, first))
+            inner.post_processor = (
+                processors.RobertaProcessing(*around, trim_offsets=False, add_prefix_space=False)
+                if self.name in _UNTYPED
+                else processors.BertProcessing(*around)
+            )
 
     def _as_bert(self, inner: Tokenizer) -> None:
         inner.normalizer = normalizers.BertNormalizer(

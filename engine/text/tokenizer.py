@@ -38,12 +38,14 @@ class Manners:
     `names`: its special tokens by the names that chat templates use, such as `sep_token`. `templates`: its chat
     templates, by name. `cuts_left`: whether a text
     that is too long loses its beginning. `cleans_spaces`: whether spaces before punctuation are taken out of its text.
+    `types`: whether the second text of a pair has a token type of its own.
     """
 
     names: Mapping[str, str] = field(default_factory=dict)
     templates: Mapping[str, str] = field(default_factory=dict)
     cuts_left: bool = False
     cleans_spaces: bool = False
+    types: bool = False
 
 
 class Tokenizer:
@@ -96,7 +98,7 @@ class Tokenizer:
         _left(folder / "tokenizer_config.json", "padding_side", config.get("padding_side"))
         side = config.get("truncation_side", (inner.truncation or {}).get("direction"))
         try:
-            inner, names = _as_transformers(folder, inner, config, model)
+            inner, names, types = _as_transformers(folder, inner, config, model)
         except ModelError:
             raise
         except Exception as error:  # the package raises plain Exception
@@ -114,6 +116,7 @@ class Tokenizer:
                 folder_templates(folder, config),
                 _left(folder / "tokenizer_config.json", "truncation_side", side),
                 _cleans(inner, config),
+                types,
             ),
         )
 
@@ -163,6 +166,26 @@ class Tokenizer:
             ids: list[int] = self.inner.post_process(encoding, add_special_tokens=True).ids
         return ids[:longest]
 
+    def encode_pairs(self, first: str, seconds: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+        """The ids and the token types of `first` with each of `seconds`, with all that the model wants around them."""
+        first = _checked(first)
+        with no_panic():
+            found = self.inner.encode_batch([(first, _checked(second)) for second in seconds], add_special_tokens=True)
+        return [self._with_types(encoding) for encoding in found]
+
+    def encode_pair_cut(self, first: str, second: str, longest: int) -> tuple[list[int], list[int]]:
+        """The same of one pair, of which the longer text is cut, and both where each has more than half of `longest`,
+        as transformers does it."""
+        with no_panic():
+            parts = [self.inner.encode(_checked(text), add_special_tokens=False) for text in (first, second)]
+            room = max(0, longest - self.inner.num_special_tokens_to_add(is_pair=True))
+            for part, kept in zip(parts, pair_lengths(len(parts[0]), len(parts[1]), room), strict=True):
+                part.truncate(kept, direction="left" if self.manners.cuts_left else "right")
+            return self._with_types(self.inner.post_process(parts[0], parts[1], add_special_tokens=True))
+
+    def _with_types(self, encoding: tokenizers.Encoding) -> tuple[list[int], list[int]]:
+        return encoding.ids, encoding.type_ids if self.manners.types else [0] * len(encoding.ids)
+
     def encode_spans(self, text: str, *, special: bool) -> tuple[list[int], list[int]]:
         """The ids of `text`, and for each the position in `text` at which what it stands for ends; 0 for what the model
         wants before a text, its length for what it wants behind."""
@@ -195,11 +218,21 @@ class Tokenizer:
         return {index: name for index, name in names.items() if name and any(name in text for text in texts)}
 
 
+def pair_lengths(first: int, second: int, room: int) -> tuple[int, int]:
+    """How many tokens stay of two texts, of `room` in all."""
+    if first + second <= room:
+        return first, second
+    half = room // 2
+    if min(first, second) <= half:
+        return (first, room - first) if first <= second else (room - second, second)
+    return (half, room - half) if first <= second else (room - half, half)
+
+
 def _as_transformers(
     folder: Path, inner: tokenizers.Tokenizer, config: Mapping[str, Any], model: Mapping[str, Any]
-) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
-    """What transformers makes of `inner`, and its special tokens by name. `config` is tokenizer_config.json's, `model`
-    config.json's."""
+) -> tuple[tokenizers.Tokenizer, dict[str, str], bool]:
+    """What transformers makes of `inner`, its special tokens by name, and whether it gives a model token types.
+    `config` is tokenizer_config.json's, `model` config.json's."""
     pipeline = TokenizerPipeline(folder / "tokenizer_config.json", config, model)
     tokens = SpecialTokens.from_folder(folder, config)
     inner = pipeline.built(inner, tokens.listed if LISTED in config else None)
@@ -209,7 +242,7 @@ def _as_transformers(
         tokens.add_without_flags(inner)
     pipeline.surround(inner, tokens.texts)
     _check_unknown(folder, inner)
-    return inner, tokens.texts
+    return inner, tokens.texts, pipeline.gives_types
 
 
 def _check_unknown(folder: Path, inner: tokenizers.Tokenizer) -> None:

@@ -21,6 +21,7 @@ from stoker.cli import (
     keys,
     machine,
     policy,
+    rerank,
     runs,
     serve,
     service,
@@ -51,6 +52,7 @@ def _root(
 
 _COMMANDS: tuple[Callable[..., None], ...] = (
     embed.embed,
+    rerank.rerank,
     generate.generate,
     chat.chat,
     train.train,

@@ -69,7 +69,9 @@ def _heading(text: str) -> None:
 def _report_worker(worker: Presence) -> None:
     _heading("A warm worker")
     for card in worker.models:
-        print(f"  {card.model}: {card.architecture}, {card.parameters / 1e6:.0f} M parameters, {'/'.join(card.kinds)}")
+        print(
+            f"  {card.model}: {card.architecture}, {card.parameters / 1e6:.0f} M parameters, {'/'.join(card.abilities)}"
+        )
     print(f"  {worker.worker} on {worker.device}, process {worker.pid}")
 
 

@@ -92,7 +92,7 @@ def suggestions(models: Sequence[ModelCard]) -> list[str]:
         (GENERATE, 'stoker generate "Why is the sky blue?"'),
         (TRAIN, "stoker init && stoker train house-style --dataset style.jsonl --steps 12 --learning-rate 0.004"),
     ):
-        able = [card for card in models if kind.name in card.kinds]
+        able = [card for card in models if kind.name in card.abilities]
         if kind is TRAIN:
             # The dataset of `stoker init` has conversations.
             able = [card for card in able if card.chat]
@@ -216,7 +216,7 @@ def _describe(worker: Presence) -> Iterator[str]:
     states = {state.model: state for state in worker.states}
     for card in worker.models:
         warmth = describe_state(states.get(card.model))
-        yield f"  {card.model:24} {warmth}: {', '.join(card.kinds)}; takes {card.context} tokens"
+        yield f"  {card.model:24} {warmth}: {', '.join(card.abilities)}; takes {card.context} tokens"
     warm = {card.model for card in worker.models}
     for state in worker.states:
         if state.model not in warm:

@@ -2,6 +2,6 @@
 
 from stoker.client._sync.adapters import Adapters
 from stoker.client._sync.client import Client
-from stoker.client._sync.jobs import AdapterJob, EmbedJob, GenerateJob, Job, TrainJob
+from stoker.client._sync.jobs import AdapterJob, EmbedJob, GenerateJob, Job, RerankJob, TrainJob
 
-__all__ = ["AdapterJob", "Adapters", "Client", "EmbedJob", "GenerateJob", "Job", "TrainJob"]
+__all__ = ["AdapterJob", "Adapters", "Client", "EmbedJob", "GenerateJob", "Job", "RerankJob", "TrainJob"]

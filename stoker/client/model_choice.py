@@ -50,7 +50,7 @@ def is_served(model: str, kind: str, workers: Iterable[Presence]) -> bool:
     return any(card.model == model and kind in card.kinds and card.contract == CONTRACT for card in cards)
 
 
-def choose_model(model: str | None, kind: str, known: Mapping[str, ModelCard], workers: Sequence[Presence]) -> str:
+def choose_model(model: str | None, ability: str, known: Mapping[str, ModelCard], workers: Sequence[Presence]) -> str:
     """The model to send to: the one asked for, if some worker serves or lately served it, or the only one warm.
 
     A path stands for the name that a worker started with it gives it. A model that was served lately and is not warm
@@ -58,15 +58,15 @@ def choose_model(model: str | None, kind: str, known: Mapping[str, ModelCard], w
     by now, or if it was unloaded and nobody may load it: the job might wait for ever. One that a worker may load is as
     good as one that is warm, except that a warm one is meant where none is named.
     """
-    cards = [card for worker in workers for card in worker.models if kind in card.kinds]
+    cards = [card for worker in workers for card in worker.models if ability in card.abilities]
     warm = {card.model for card in cards if card.contract == CONTRACT}
-    offered = {card.model for worker in workers for card in worker.offers if kind in card.kinds} - warm
+    offered = {card.model for worker in workers for card in worker.offers if ability in card.abilities} - warm
     if model is None:
         meant = warm or offered
         if len(meant) == 1:
             return meant.pop()
         raise UnknownModel(
-            f"no model given, and {_listed(warm)} can {kind}. {_offered(offered)}"
+            f"no model given, and {_listed(warm)} can {ability}. {_offered(offered)}"
             + ("Name one with model=…." if meant else "Start a worker with `stoker up`.")
         )
     model = model_name(model)
@@ -74,9 +74,9 @@ def choose_model(model: str | None, kind: str, known: Mapping[str, ModelCard], w
         # The list of models may be damaged, or have been made anew a moment before: the workers themselves know better.
         return model
     if model not in known:
-        raise UnknownModel(f"model {brief(model, 160)} given; {_listed(warm)} can {kind}. {_remedy(model, warm)}")
+        raise UnknownModel(f"model {brief(model, 160)} given; {_listed(warm)} can {ability}. {_remedy(model, warm)}")
     if known[model].gone:
-        raise UnknownModel(f"model {model!r} given; {_listed(warm)} can {kind}. {known[model].gone}")
+        raise UnknownModel(f"model {model!r} given; {_listed(warm)} can {ability}. {known[model].gone}")
     others = {card.contract for card in cards if card.model == model and model not in warm}
     if others or known[model].contract != CONTRACT:
         spoken = max(others, default=known[model].contract)
@@ -84,9 +84,9 @@ def choose_model(model: str | None, kind: str, known: Mapping[str, ModelCard], w
             f"model {model!r} is served by workers that speak version {spoken} of the contract alone; "
             f"this client speaks version {CONTRACT}. Run the same release of Stoker on both sides."
         )
-    if kind not in known[model].kinds:
-        able = " and ".join(known[model].kinds)
-        raise UnknownModel(f"model {model!r} cannot {kind}: it can {able}; {_listed(warm)} can {kind}.")
+    if ability not in known[model].abilities:
+        able = " and ".join(known[model].abilities)
+        raise UnknownModel(f"model {model!r} cannot {ability}: it can {able}; {_listed(warm)} can {ability}.")
     return model
 
 
@@ -103,19 +103,19 @@ class Choices:
     def __init__(self) -> None:
         self._kept: dict[tuple[str | None, str], tuple[str, float]] = {}
 
-    def get(self, model: str | None, kind: str) -> str | None:
+    def get(self, model: str | None, ability: str) -> str | None:
         """The model that was chosen lately; None if none was. Raises `InvalidRequest` for a `model` that is no text."""
         named_model(model)
-        chosen, until = self._kept.get((model, kind), ("", 0.0))
+        chosen, until = self._kept.get((model, ability), ("", 0.0))
         return chosen if time.monotonic() < until else None
 
     def forget(self) -> None:
         """What is warm has changed."""
         self._kept.clear()
 
-    def keep(self, model: str | None, kind: str, chosen: str) -> str:
-        if self.get(model, kind) is None:
-            self._kept[model, kind] = (chosen, time.monotonic() + keys.PRESENCE_EVERY)
+    def keep(self, model: str | None, ability: str, chosen: str) -> str:
+        if self.get(model, ability) is None:
+            self._kept[model, ability] = (chosen, time.monotonic() + keys.PRESENCE_EVERY)
         return chosen
 
 

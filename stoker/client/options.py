@@ -38,6 +38,15 @@ class EmbedOptions(JobOptions, total=False):
     dtype: VectorType
 
 
+class RerankOptions(JobOptions, total=False):
+    """Options of `rerank`: those of `embed` that are not for vectors."""
+
+    normalize: bool | None
+    truncation: Literal["error", "end"]
+    truncate: bool
+    prompt: str | None
+
+
 class GenerateManyOptions(JobOptions, total=False):
     """Options of `generate_many`, for all its requests."""
 
@@ -113,7 +122,7 @@ class AdapterOptions(JobOptions, total=False):
     promote: bool
 
 
-Options: TypeAlias = EmbedOptions | GenerateManyOptions | TrainOptions | AdapterOptions
+Options: TypeAlias = EmbedOptions | RerankOptions | GenerateManyOptions | TrainOptions | AdapterOptions
 
 
 def checked_options(given: Mapping[str, object], options: type[Options], named: Iterable[str]) -> dict[str, object]:

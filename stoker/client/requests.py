@@ -12,7 +12,7 @@ from typing import BinaryIO
 from stoker.broker.outcome import lost, spoiled
 from stoker.contract import AdapterRequest, EmbedRequest, GenerateRequest, TrainRequest, build
 from stoker.contract.dataset import ON_WORKER, iterate_lines, iterate_mappings, to_lines
-from stoker.contract.kinds import KINDS, JobKind
+from stoker.contract.kinds import ABILITIES, JobKind
 from stoker.contract.lines import pieces
 from stoker.contract.names import Rule, checked
 from stoker.contract.shown import brief, trouble
@@ -26,13 +26,19 @@ Dataset = str | os.PathLike[str] | Iterable[Mapping[str, object]]
 Prompt = str | Sequence[int] | Sequence[Mapping[str, object]]
 
 
-def known_kind(job_id: str, kind: str | None) -> JobKind:
-    """The kind that a job's record says. Raises `JobLost` if there is no record, and for one that no client wrote."""
-    if kind is None:
+def known_ability(job_id: str, ability: str | None) -> str:
+    """What a job's record says that its model must be able to do. Raises `JobLost` if there is no record, and for one
+    that no client wrote."""
+    if ability is None:
         raise lost(job_id)
-    if kind not in KINDS:
-        raise spoiled(f"record (kind {kind[:40]!r}) of job {job_id}", kind.encode())
-    return KINDS[kind]
+    if ability not in ABILITIES:
+        raise spoiled(f"record (kind {ability[:40]!r}) of job {job_id}", ability.encode())
+    return ability
+
+
+def known_kind(job_id: str, kind: str | None) -> JobKind:
+    """The kind of such a job."""
+    return ABILITIES[known_ability(job_id, kind)]
 
 
 def checked_job_id(job_id: str | None) -> str:
@@ -60,6 +66,12 @@ def embed_request(model: str, texts: Sequence[str], fields: Mapping[str, object]
     if not isinstance(texts, Iterable):
         raise InvalidRequest(f"texts: a {type(texts).__name__} given; expected a list of texts.")
     return build(EmbedRequest, {"model": model, "texts": tuple(texts), **fields})
+
+
+def rerank_request(model: str, query: str, texts: Sequence[str], fields: Mapping[str, object]) -> EmbedRequest:
+    if not isinstance(query, str):
+        raise InvalidRequest(f"query: {brief(query)} given; expected a text.")
+    return embed_request(model, texts, {**fields, "query": query})
 
 
 def generate_request(

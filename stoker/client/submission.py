@@ -62,12 +62,13 @@ class Submission:
             pipeline.expire(blob, keys.UPLOAD_TTL)
             yield pipeline
 
-    def check_known(self, kind: str | None) -> None:
-        """There was a job of this id before, of this `kind`. Raises `InvalidRequest` if it cannot be the one meant."""
-        if kind not in (None, self._record.kind):
+    def check_known(self, ability: str | None) -> None:
+        """There was a job of this id before, which asked for this `ability`. Raises `InvalidRequest` if it cannot be
+        the one meant."""
+        if ability not in (None, self.request.ability):
             raise InvalidRequest(
-                f"job_id: {self.job_id!r} given for a job of kind {self._record.kind}; it is that of a job of kind "
-                f"{kind}. Take another id."
+                f"job_id: {self.job_id!r} given for a job of kind {self.request.ability}; it is that of a job of kind "
+                f"{ability}. Take another id."
             )
 
     def tidy(self, pipeline: P, reply: Submitted) -> P:
@@ -141,6 +142,7 @@ def job_record(request: Request, job_id: str, client: str = "default", trace: Tr
         blob=_input(request),
         adapter=_adapter(request),
         size=_size(request),
+        ability="" if request.ability == request.kind else request.ability,
         traceparent=trace.traceparent,
         tracestate=trace.tracestate,
     )

@@ -12,7 +12,17 @@ from stoker.contract.requests import (
     Request,
     TrainRequest,
 )
-from stoker.contract.results import AdapterResult, Completion, EmbedReply, GenerateResult, ToolCall, TrainResult, Usage
+from stoker.contract.results import (
+    AdapterResult,
+    Completion,
+    EmbedReply,
+    GenerateResult,
+    Ranked,
+    RerankResult,
+    ToolCall,
+    TrainResult,
+    Usage,
+)
 from stoker.contract.stream import Alternative, FinishReason, StreamToken, TrainReport
 from stoker.contract.vectors import Int8Vectors
 
@@ -33,7 +43,9 @@ __all__ = [
     "Int8Vectors",
     "ModelCard",
     "Presence",
+    "Ranked",
     "Request",
+    "RerankResult",
     "StreamToken",
     "ToolCall",
     "TrainReport",

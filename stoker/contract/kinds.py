@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from stoker.contract.base import Message
-from stoker.contract.requests import AdapterRequest, EmbedRequest, GenerateRequest, Request, TrainRequest
+from stoker.contract.requests import RERANK, AdapterRequest, EmbedRequest, GenerateRequest, Request, TrainRequest
 from stoker.contract.results import AdapterResult, EmbedReply, GenerateResult, TrainResult
 
 
@@ -54,6 +54,8 @@ ADAPTERS = JobKind(AdapterRequest, AdapterResult, weight=4.0)
 
 #: Name → kind.
 KINDS: Mapping[str, JobKind] = {kind.name: kind for kind in (EMBED, GENERATE, TRAIN, ADAPTERS)}
+#: What a client asks for, and a model can do or not -> the kind of the job that does it.
+ABILITIES: Mapping[str, JobKind] = {**KINDS, RERANK: EMBED}
 
 
 def of_queue(queue: str) -> JobKind | None:

@@ -6,6 +6,7 @@ from pydantic import ConfigDict
 
 from stoker.contract.base import Message
 from stoker.contract.codec import CONTRACT
+from stoker.contract.requests import RERANK, EmbedRequest
 
 
 class Notice(Message):
@@ -27,12 +28,19 @@ class ModelCard(Notice):
     dim: int = 0
     #: Whether its files have a chat template: then it was trained to answer messages, not to continue texts.
     chat: bool = False
+    #: Whether its jobs of kind `embed` are those with a query alone: it scores texts, and makes no vectors.
+    reranks: bool = False
     #: The version of the contract that the worker speaks: it takes jobs of no other.
     contract: int = CONTRACT
     #: When a worker last said that it serves the model, or may, seconds since the epoch.
     seen: float = 0.0
     #: Why no worker holds it nor may load it any more; "": one does, or may come back that did.
     gone: str = ""
+
+    @property
+    def abilities(self) -> tuple[str, ...]:
+        """What it can do, in the words of `kinds.ABILITIES`."""
+        return tuple(RERANK if self.reranks and kind == EmbedRequest.kind else kind for kind in self.kinds)
 
 
 class ModelState(Notice):

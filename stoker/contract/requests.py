@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, Field, StringConstraints, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from stoker.contract.base import Adapter, Message, Name
 from stoker.contract.freeform import check_json
@@ -61,9 +69,20 @@ class JobRequest(Message):
     #: Seconds from the submission after which the job ends with `DeadlineExceeded`. None: no deadline.
     deadline: float | None = Field(default=None, gt=0.0, le=30 * 24 * 3600.0)
 
+    kind: ClassVar[str]
+
+    @property
+    def ability(self) -> str:
+        """What a model must be able to do for this job: one of `kinds.ABILITIES`."""
+        return self.kind
+
+
+#: What an embedding model does that has a `query`: it scores texts against that.
+RERANK = "rerank"
+
 
 class EmbedRequest(JobRequest):
-    """Texts to be turned into vectors."""
+    """Texts to be turned into vectors; or, with a `query`, each into a vector of one number, its score."""
 
     kind: ClassVar[str] = "embed"
 
@@ -80,6 +99,20 @@ class EmbedRequest(JobRequest):
     dimensions: int | None = Field(default=None, ge=1, le=65_536)
     #: What the vectors travel and are kept in. int8 has a scale for each vector.
     dtype: VectorType = "float32"
+    #: What each text is scored against, by a model that reranks. None: vectors. A request without it has no such field
+    #: when it travels, so that workers of earlier releases take it; one with it they refuse by the field's name.
+    query: Text | None = None
+
+    @property
+    def ability(self) -> str:
+        return self.kind if self.query is None else RERANK
+
+    @model_serializer(mode="wrap")
+    def _without_query(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        made: dict[str, Any] = fields(self)
+        if self.query is None:
+            made.pop("query", None)
+        return made
 
     @model_validator(mode="before")
     @classmethod
@@ -97,9 +130,18 @@ class EmbedRequest(JobRequest):
 
     @model_validator(mode="after")
     def _whole_size(self) -> EmbedRequest:
-        total = sum(map(len, self.texts))
+        # A model that reranks reads the query with each text.
+        total = sum(map(len, self.texts)) + len(self.texts) * len(self.query or "")
         if total > MAX_REQUEST_CHARS:
-            raise ValueError(f"texts: {total} characters in one job; at most {MAX_REQUEST_CHARS}. Send several jobs")
+            counted = "characters in one job" + ("" if self.query is None else ", the query counted with each text")
+            raise ValueError(f"texts: {total} {counted}; at most {MAX_REQUEST_CHARS}. Send several jobs")
+        return self
+
+    @model_validator(mode="after")
+    def _scores(self) -> EmbedRequest:
+        given = [name for name in ("dimensions", "dtype") if getattr(self, name) not in (None, "float32")]
+        if self.query is not None and given:
+            raise ValueError(f"{given[0]} given with query; it is for vectors, and a score is one number in float32")
         return self
 
 

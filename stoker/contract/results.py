@@ -47,6 +47,26 @@ class ToolCall(Message):
     arguments: dict[str, Any]
 
 
+class Ranked(Message):
+    """One text of those that were reranked, by its index in `texts`."""
+
+    index: int
+    score: float
+
+
+class RerankResult(Message):
+    """`scores`: how well each text answers the query, in the order of the texts; the higher, the better."""
+
+    scores: tuple[float, ...]
+    usage: Usage
+
+    def ranking(self, top: int | None = None) -> tuple[Ranked, ...]:
+        """The best `top` texts (None: all), best first; of texts with one score the first comes first."""
+        every = (Ranked(index=index, score=score) for index, score in enumerate(self.scores))
+        best = sorted(every, key=lambda ranked: -ranked.score)
+        return tuple(best if top is None else best[: max(top, 0)])
+
+
 class Completion(Message):
     """One answer. `text` is all that the model wrote; `reasoning_content`, `content` and `tool_calls` are what it
     consists of. `token_ids` are all tokens that were made, those of a stop string included."""

@@ -14,7 +14,7 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from stoker.client._async.client import AsyncClient
-from stoker.gateway import anthropic, chat, completions, embeddings, listing, responses
+from stoker.gateway import anthropic, chat, completions, embeddings, listing, rerank, responses
 from stoker.gateway.access import Access, Anybody
 from stoker.gateway.answers import Generation, answered
 from stoker.gateway.bodies import read_body
@@ -63,6 +63,7 @@ class Gateway:
             "/v1/chat/completions": self.generating(chat.asked),
             "/v1/completions": self.generating(completions.asked),
             "/v1/embeddings": self.embedding,
+            "/v1/rerank": self.reranking,
             "/v1/messages": self.generating(anthropic.asked),
             "/v1/responses": self.generating(responses.asked),
         }
@@ -132,3 +133,6 @@ class Gateway:
 
     async def embedding(self, request: Request) -> Response:
         return await embeddings.answered(await self.call(request))
+
+    async def reranking(self, request: Request) -> Response:
+        return await rerank.answered(await self.call(request))

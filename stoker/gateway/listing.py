@@ -54,5 +54,5 @@ def _names(base: str, entries: list[AdapterEntry]) -> Iterator[str]:
 def _object(name: str, since: int, card: ModelCard) -> dict[str, object]:
     return {
         "id": name, "object": "model", "created": since, "owned_by": "stoker", "max_model_len": card.context,
-        "kinds": card.kinds,
+        "kinds": card.abilities,
     }  # fmt: skip

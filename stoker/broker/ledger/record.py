@@ -33,6 +33,8 @@ class Field(StrEnum):
     #: For people who watch: the adapter that it uses or makes, and how much it asks for ("250 texts").
     ADAPTER = "adapter"
     SIZE = "size"
+    #: What its model must be able to do, where that is not the name of its kind: `rerank`.
+    ABILITY = "ability"
     #: The trace that the job belongs to, in the form of W3C's Trace Context; only of a client that traces.
     TRACEPARENT = "traceparent"
     TRACESTATE = "tracestate"
@@ -81,6 +83,7 @@ class NewJob(Mapping[str, str]):
     blob: str = ""
     adapter: str = ""
     size: str = ""
+    ability: str = ""
     traceparent: str = ""
     tracestate: str = ""
 
@@ -109,11 +112,13 @@ def addressed(new: Mapping[str, str]) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Summary:
-    """What there is to know of a job that may have ended. `kind` is None for one that the broker does not know."""
+    """What there is to know of a job that may have ended. `kind` is None for one that the broker does not know.
+    `ability`: what its model must be able to do; the kind's name in most cases."""
 
     kind: str | None
     queue: str | None
     owned: bool
+    ability: str | None
 
 
 @dataclass(frozen=True)
@@ -171,12 +176,12 @@ def _crashes(history: str | None) -> int:
 
 
 def summary(job_id: str) -> Call[Summary]:
-    return _read(job_id, _summary, Field.KIND, Field.QUEUE, Field.TOKEN)
+    return _read(job_id, _summary, Field.KIND, Field.QUEUE, Field.TOKEN, Field.ABILITY)
 
 
 def _summary(values: list[bytes | None]) -> Summary:
-    kind, queue, token = values
-    return Summary(_text(kind), _text(queue), token is not None)
+    kind, queue, token, ability = values
+    return Summary(_text(kind), _text(queue), token is not None, _text(kind if ability is None else ability))
 
 
 def listed(job_id: str) -> Call[Listed | None]:

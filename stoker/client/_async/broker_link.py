@@ -88,15 +88,15 @@ class AsyncBrokerLink:
                 reply = await submission.transition(revive=revive).on_async(self._redis)
                 await submission.tidy(self._redis.pipeline(), reply).execute()
                 if reply.state == "known":
-                    submission.check_known((await summary(submission.job_id).on_async(self._redis)).kind)
+                    submission.check_known((await summary(submission.job_id).on_async(self._redis)).ability)
                 pause = submission.pause(reply)
             if pause is None:
                 return
             await sleep(pause)
 
-    async def kind(self, job_id: str) -> str | None:
+    async def ability(self, job_id: str) -> str | None:
         with translated(self._settings, at=keys.job(job_id)):
-            return (await summary(job_id).on_async(self._redis)).kind
+            return (await summary(job_id).on_async(self._redis)).ability
 
     async def sender(self, job_id: str) -> str | None:
         with translated(self._settings, at=keys.job(job_id)):

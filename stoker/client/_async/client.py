@@ -16,21 +16,23 @@ from stoker.client._async.adapters import AsyncAdapters
 from stoker.client._async.broker_link import AsyncBrokerLink
 from stoker.client._async.bulk_client import AsyncBulkClient
 from stoker.client._async.jobs import (
-    JOBS,
+    JOBS_BY_ABILITY,
     AnyAsyncJob,
     AsyncEmbedJob,
     AsyncGenerateJob,
+    AsyncRerankJob,
     AsyncTrainJob,
 )
 from stoker.client._async.link import AsyncLink
 from stoker.client._async.models import AsyncModels
 from stoker.client.asynchronously import in_thread
-from stoker.client.options import EmbedOptions, GenerateOptions, TrainOptions, checked_options
+from stoker.client.options import EmbedOptions, GenerateOptions, RerankOptions, TrainOptions, checked_options
 from stoker.client.requests import Dataset, Prompt
 from stoker.contract import Presence, Request
 from stoker.contract.codec import read
 from stoker.contract.kinds import EMBED, GENERATE, KINDS, TRAIN
 from stoker.contract.names import Rule, checked
+from stoker.contract.requests import RERANK
 from stoker.errors import ConfigError, InvalidRequest, JobLost
 
 if TYPE_CHECKING:
@@ -118,6 +120,26 @@ class AsyncClient(AsyncBulkClient):
         request = requests.embed_request(await self.choose_model(model, EMBED.name), texts, fields)
         return AsyncEmbedJob(self.link, await self._submit(request, job_id))
 
+    async def rerank(
+        self,
+        query: str,
+        texts: Sequence[str],
+        *,
+        model: str | None = None,
+        job_id: str | None = None,
+        **options: Unpack[RerankOptions],
+    ) -> AsyncRerankJob:
+        """Score each of `texts` by how well it answers `query`: the result has the scores in their order, and
+        `ranking()` the best first.
+
+        Options and their defaults: normalize=None (scores from 0 to 1, or as the model's files say; False: as the
+        model makes them), truncation="error" (or "end"; also truncate=True), prompt=None (an instruction, for models
+        that take one), priority=5 (0 is first), deadline=None. `job_id`: as for `embed`.
+        """
+        fields = checked_options(options, RerankOptions, ("query", "texts", "model", "job_id"))
+        request = requests.rerank_request(await self.choose_model(model, RERANK), query, texts, fields)
+        return AsyncRerankJob(self.link, await self._submit(request, job_id))
+
     async def generate(
         self,
         prompt: Prompt | None = None,
@@ -165,8 +187,8 @@ class AsyncClient(AsyncBulkClient):
 
     async def job(self, job_id: str) -> AnyAsyncJob:
         """A job that was sent before, by this process or another; raises `JobLost` if the broker does not know it."""
-        kind = await self.link.kind(requests.known_by(job_id))
-        return JOBS[requests.known_kind(job_id, kind).name](self.link, job_id)
+        ability = await self.link.ability(requests.known_by(job_id))
+        return JOBS_BY_ABILITY[requests.known_ability(job_id, ability)](self.link, job_id)
 
     async def sender(self, job_id: str) -> str | None:
         """The key of the client that sent the job; None for one that the broker does not know."""
@@ -195,15 +217,15 @@ class AsyncClient(AsyncBulkClient):
             raise InvalidRequest(f"{job_id}: a message that cannot be read and no job; nothing can be sent again.")
         request = read(KINDS[letter["kind"]].request, letters.request(letter))
         await self.link.revive(request, job_id, client=letters.sender(letter))
-        return JOBS[request.kind](self.link, job_id)
+        return JOBS_BY_ABILITY[request.ability](self.link, job_id)
 
-    async def choose_model(self, model: str | None, kind: str) -> str:
-        """The name to send to: that of `model`, or of the only model that is warm and can do `kind`. Raises
-        `UnknownModel`."""
-        chosen = self.choices.get(model, kind)
+    async def choose_model(self, model: str | None, ability: str) -> str:
+        """The name to send to: that of `model`, or of the only model that is warm and can `embed`, `rerank`, `generate`
+        …, as asked. Raises `UnknownModel`."""
+        chosen = self.choices.get(model, ability)
         if chosen is None:
-            chosen = model_choice.choose_model(model, kind, await self.models(), await self.workers())
-        return self.choices.keep(model, kind, chosen)
+            chosen = model_choice.choose_model(model, ability, await self.models(), await self.workers())
+        return self.choices.keep(model, ability, chosen)
 
     async def close(self) -> None:
         """Close the connections. The client may be used again: it opens others."""

@@ -15,8 +15,8 @@ from stoker.settings import Settings, load_settings
 class AsyncFakeClient(AsyncClient):
     """An `AsyncClient` that works in memory, for tests. `script` says what the jobs make; `sent` has what was sent.
 
-    `models`: model → what it can do (`embed`, `generate`, `train`, `adapters`); without: the two models of a worker
-    that was started without options. `adapters`: names that generation may ask for from the start.
+    `models`: model → what it can do (`embed` or `rerank`; `generate`, `train`, `adapters`); without: the two models of
+    a worker that was started without options. `adapters`: names that generation may ask for from the start.
     `may_load`: what `models.load` may make warm besides, in the form of `models`. Requests, options,
     results, tokens and errors are the real ones, and wrong input is refused as by the real client.
     """

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from stoker.broker.outcome import JobStatus, result_as, vectors_reply
 from stoker.client._async.link import AsyncLink
 from stoker.client.asynchronously import LEFT, finished
-from stoker.contract import AdapterResult, GenerateResult, StreamToken, TrainReport, TrainResult, Usage
+from stoker.contract import AdapterResult, GenerateResult, RerankResult, StreamToken, TrainReport, TrainResult, Usage
 from stoker.contract.kinds import ADAPTERS, EMBED, GENERATE, TRAIN
+from stoker.contract.requests import RERANK
 from stoker.contract.vectors import Encoded, plain
 
 if TYPE_CHECKING:
@@ -97,6 +98,15 @@ class AsyncEmbedJob(AsyncAnswerJob["np.ndarray"]):
         return await self.link.vectors(self.id, vectors_reply(self.id, value))
 
 
+class AsyncRerankJob(AsyncAnswerJob[RerankResult]):
+    """`result()` has the score of each text, and says which are the best."""
+
+    async def _read(self, value: object) -> RerankResult:
+        reply = vectors_reply(self.id, value)
+        scores = plain(await self.link.vectors(self.id, reply))
+        return RerankResult(scores=tuple(scores.reshape(-1).tolist()), usage=reply.usage)
+
+
 class AsyncGenerateJob(AsyncAnswerJob[GenerateResult]):
     """`stream()` yields tokens as they are made; `result()` is the whole."""
 
@@ -133,7 +143,7 @@ class AsyncAdapterJob(AsyncJob[AdapterResult]):
 
 
 #: Any of them, as a job is found by its id.
-AnyAsyncJob = AsyncEmbedJob | AsyncGenerateJob | AsyncTrainJob | AsyncAdapterJob
+AnyAsyncJob = AsyncEmbedJob | AsyncRerankJob | AsyncGenerateJob | AsyncTrainJob | AsyncAdapterJob
 
 #: Kind → its jobs.
 JOBS: dict[str, type[AsyncEmbedJob] | type[AsyncGenerateJob] | type[AsyncTrainJob] | type[AsyncAdapterJob]] = {
@@ -142,3 +152,5 @@ JOBS: dict[str, type[AsyncEmbedJob] | type[AsyncGenerateJob] | type[AsyncTrainJo
     TRAIN.name: AsyncTrainJob,
     ADAPTERS.name: AsyncAdapterJob,
 }
+#: What was asked for → its jobs.
+JOBS_BY_ABILITY = {**JOBS, RERANK: AsyncRerankJob}

@@ -51,8 +51,8 @@ class AsyncMemoryLink:
     async def revive(self, request: Request, job_id: str, client: str | None) -> None:
         self._memory.revive(request, job_id, client)
 
-    async def kind(self, job_id: str) -> str | None:
-        return self._memory.kind(job_id)
+    async def ability(self, job_id: str) -> str | None:
+        return self._memory.ability(job_id)
 
     async def sender(self, job_id: str) -> str | None:
         return self._memory.sender(job_id)

@@ -89,15 +89,15 @@ class BrokerLink:
                 reply = submission.transition(revive=revive).on(self._redis)
                 submission.tidy(self._redis.pipeline(), reply).execute()
                 if reply.state == "known":
-                    submission.check_known((summary(submission.job_id).on(self._redis)).kind)
+                    submission.check_known((summary(submission.job_id).on(self._redis)).ability)
                 pause = submission.pause(reply)
             if pause is None:
                 return
             sleep(pause)
 
-    def kind(self, job_id: str) -> str | None:
+    def ability(self, job_id: str) -> str | None:
         with translated(self._settings, at=keys.job(job_id)):
-            return (summary(job_id).on(self._redis)).kind
+            return (summary(job_id).on(self._redis)).ability
 
     def sender(self, job_id: str) -> str | None:
         with translated(self._settings, at=keys.job(job_id)):

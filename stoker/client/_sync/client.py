@@ -17,21 +17,23 @@ from stoker.client._sync.adapters import Adapters
 from stoker.client._sync.broker_link import BrokerLink
 from stoker.client._sync.bulk_client import BulkClient
 from stoker.client._sync.jobs import (
-    JOBS,
+    JOBS_BY_ABILITY,
     AnyJob,
     EmbedJob,
     GenerateJob,
+    RerankJob,
     TrainJob,
 )
 from stoker.client._sync.link import Link
 from stoker.client._sync.models import Models
 from stoker.client.blocking import in_thread
-from stoker.client.options import EmbedOptions, GenerateOptions, TrainOptions, checked_options
+from stoker.client.options import EmbedOptions, GenerateOptions, RerankOptions, TrainOptions, checked_options
 from stoker.client.requests import Dataset, Prompt
 from stoker.contract import Presence, Request
 from stoker.contract.codec import read
 from stoker.contract.kinds import EMBED, GENERATE, KINDS, TRAIN
 from stoker.contract.names import Rule, checked
+from stoker.contract.requests import RERANK
 from stoker.errors import ConfigError, InvalidRequest, JobLost
 
 if TYPE_CHECKING:
@@ -119,6 +121,26 @@ class Client(BulkClient):
         request = requests.embed_request(self.choose_model(model, EMBED.name), texts, fields)
         return EmbedJob(self.link, self._submit(request, job_id))
 
+    def rerank(
+        self,
+        query: str,
+        texts: Sequence[str],
+        *,
+        model: str | None = None,
+        job_id: str | None = None,
+        **options: Unpack[RerankOptions],
+    ) -> RerankJob:
+        """Score each of `texts` by how well it answers `query`: the result has the scores in their order, and
+        `ranking()` the best first.
+
+        Options and their defaults: normalize=None (scores from 0 to 1, or as the model's files say; False: as the
+        model makes them), truncation="error" (or "end"; also truncate=True), prompt=None (an instruction, for models
+        that take one), priority=5 (0 is first), deadline=None. `job_id`: as for `embed`.
+        """
+        fields = checked_options(options, RerankOptions, ("query", "texts", "model", "job_id"))
+        request = requests.rerank_request(self.choose_model(model, RERANK), query, texts, fields)
+        return RerankJob(self.link, self._submit(request, job_id))
+
     def generate(
         self,
         prompt: Prompt | None = None,
@@ -164,8 +186,8 @@ class Client(BulkClient):
 
     def job(self, job_id: str) -> AnyJob:
         """A job that was sent before, by this process or another; raises `JobLost` if the broker does not know it."""
-        kind = self.link.kind(requests.known_by(job_id))
-        return JOBS[requests.known_kind(job_id, kind).name](self.link, job_id)
+        ability = self.link.ability(requests.known_by(job_id))
+        return JOBS_BY_ABILITY[requests.known_ability(job_id, ability)](self.link, job_id)
 
     def sender(self, job_id: str) -> str | None:
         """The key of the client that sent the job; None for one that the broker does not know."""
@@ -194,15 +216,15 @@ class Client(BulkClient):
             raise InvalidRequest(f"{job_id}: a message that cannot be read and no job; nothing can be sent again.")
         request = read(KINDS[letter["kind"]].request, letters.request(letter))
         self.link.revive(request, job_id, client=letters.sender(letter))
-        return JOBS[request.kind](self.link, job_id)
+        return JOBS_BY_ABILITY[request.ability](self.link, job_id)
 
-    def choose_model(self, model: str | None, kind: str) -> str:
-        """The name to send to: that of `model`, or of the only model that is warm and can do `kind`. Raises
-        `UnknownModel`."""
-        chosen = self.choices.get(model, kind)
+    def choose_model(self, model: str | None, ability: str) -> str:
+        """The name to send to: that of `model`, or of the only model that is warm and can `embed`, `rerank`, `generate`
+        …, as asked. Raises `UnknownModel`."""
+        chosen = self.choices.get(model, ability)
         if chosen is None:
-            chosen = model_choice.choose_model(model, kind, self.models(), self.workers())
-        return self.choices.keep(model, kind, chosen)
+            chosen = model_choice.choose_model(model, ability, self.models(), self.workers())
+        return self.choices.keep(model, ability, chosen)
 
     def close(self) -> None:
         """Close the connections. The client may be used again: it opens others."""

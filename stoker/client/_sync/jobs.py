@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from stoker.broker.outcome import JobStatus, result_as, vectors_reply
 from stoker.client._sync.link import Link
 from stoker.client.blocking import LEFT, finished
-from stoker.contract import AdapterResult, GenerateResult, StreamToken, TrainReport, TrainResult, Usage
+from stoker.contract import AdapterResult, GenerateResult, RerankResult, StreamToken, TrainReport, TrainResult, Usage
 from stoker.contract.kinds import ADAPTERS, EMBED, GENERATE, TRAIN
+from stoker.contract.requests import RERANK
 from stoker.contract.vectors import Encoded, plain
 
 if TYPE_CHECKING:
@@ -98,6 +99,15 @@ class EmbedJob(AnswerJob["np.ndarray"]):
         return self.link.vectors(self.id, vectors_reply(self.id, value))
 
 
+class RerankJob(AnswerJob[RerankResult]):
+    """`result()` has the score of each text, and says which are the best."""
+
+    def _read(self, value: object) -> RerankResult:
+        reply = vectors_reply(self.id, value)
+        scores = plain(self.link.vectors(self.id, reply))
+        return RerankResult(scores=tuple(scores.reshape(-1).tolist()), usage=reply.usage)
+
+
 class GenerateJob(AnswerJob[GenerateResult]):
     """`stream()` yields tokens as they are made; `result()` is the whole."""
 
@@ -134,7 +144,7 @@ class AdapterJob(Job[AdapterResult]):
 
 
 #: Any of them, as a job is found by its id.
-AnyJob = EmbedJob | GenerateJob | TrainJob | AdapterJob
+AnyJob = EmbedJob | RerankJob | GenerateJob | TrainJob | AdapterJob
 
 #: Kind → its jobs.
 JOBS: dict[str, type[EmbedJob] | type[GenerateJob] | type[TrainJob] | type[AdapterJob]] = {
@@ -143,3 +153,5 @@ JOBS: dict[str, type[EmbedJob] | type[GenerateJob] | type[TrainJob] | type[Adapt
     TRAIN.name: TrainJob,
     ADAPTERS.name: AdapterJob,
 }
+#: What was asked for → its jobs.
+JOBS_BY_ABILITY = {**JOBS, RERANK: RerankJob}

@@ -36,8 +36,8 @@ class Link(Protocol):
     def revive(self, request: Request, job_id: str, client: str | None) -> None:
         """Send a dead job again. `client`: the key of the one that it belonged to, if that is known."""
 
-    def kind(self, job_id: str) -> str | None:
-        """The kind that the job's record says; None where there is no record."""
+    def ability(self, job_id: str) -> str | None:
+        """What the job's record says that its model must be able to do; None where there is no record."""
 
     def sender(self, job_id: str) -> str | None:
         """The key of the client that sent the job; None where there is no record."""

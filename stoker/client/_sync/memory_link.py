@@ -52,8 +52,8 @@ class MemoryLink:
     def revive(self, request: Request, job_id: str, client: str | None) -> None:
         self._memory.revive(request, job_id, client)
 
-    def kind(self, job_id: str) -> str | None:
-        return self._memory.kind(job_id)
+    def ability(self, job_id: str) -> str | None:
+        return self._memory.ability(job_id)
 
     def sender(self, job_id: str) -> str | None:
         return self._memory.sender(job_id)

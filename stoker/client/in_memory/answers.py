@@ -34,6 +34,8 @@ USAGE = Usage(worker=WORKER)
 
 #: Rows of numbers, one for each text; None: vectors that depend on the text alone. A function gets the request.
 Vectors: TypeAlias = "Sequence[Sequence[float]] | np.ndarray | None"
+#: A number for each text; None: scores that depend on the query and the text alone. A function gets the request.
+Scores: TypeAlias = "Sequence[float] | np.ndarray | None"
 #: A text, which is cut into words; its pieces; or the tokens themselves.
 Text: TypeAlias = str | Sequence[str] | Sequence[StreamToken]
 
@@ -73,6 +75,32 @@ def vector_of(text: str) -> np.ndarray:
     seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
     vector = np.random.default_rng(seed).standard_normal(DIM)
     return vector / np.linalg.norm(vector)
+
+
+@dataclass(frozen=True)
+class RerankAnswer:
+    ending: ScriptedEnding
+    scores: Scores | Callable[[EmbedRequest], Scores] = None
+
+    def blob(self, request: EmbedRequest) -> bytes:
+        """The scores as they would travel. Raises `InvalidRequest` for those that do not fit the texts."""
+        import numpy as np
+
+        given = self.scores(request) if callable(self.scores) else self.scores
+        scores = [score_of(request.query or "", text) for text in request.texts] if given is None else given
+        array = np.asarray(scores, dtype=np.float32)
+        if array.shape != (len(request.texts),):
+            raise InvalidRequest(
+                f"script.rerank: scores of shape {array.shape} given for {len(request.texts)} texts; expected a number "
+                "for each text."
+            )
+        return vectors.save(array[:, None], request.dtype)
+
+
+def score_of(query: str, text: str) -> float:
+    """A number from 0 to 1 that depends on the two alone: how many words of the query the text has."""
+    words = set(re.findall(r"\w+", query.lower()))
+    return len(words & set(re.findall(r"\w+", text.lower()))) / max(1, len(words))
 
 
 @dataclass(frozen=True)
@@ -173,4 +201,4 @@ class LoadAnswer:
     ending: ScriptedEnding
 
 
-Answer = EmbedAnswer | GenerateAnswer | TrainAnswer | LoadAnswer
+Answer = EmbedAnswer | RerankAnswer | GenerateAnswer | TrainAnswer | LoadAnswer

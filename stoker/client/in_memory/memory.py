@@ -23,6 +23,7 @@ from stoker.client.in_memory.answers import (
     Answer,
     EmbedAnswer,
     GenerateAnswer,
+    RerankAnswer,
     TrainAnswer,
     generated,
     trained,
@@ -101,7 +102,7 @@ class Memory:
             if refusal is not None:
                 raise refusal
             if job_id in self._jobs:
-                submission.check_known(self._jobs[job_id].sent.request.kind)
+                submission.check_known(self._jobs[job_id].sent.request.ability)
                 return
             self._take(SentJob(job_id, travelled(submission.request), data, client))
 
@@ -112,7 +113,7 @@ class Memory:
             self._take(SentJob(job_id, travelled(request), data, sender))
 
     def _take(self, sent: SentJob) -> None:
-        answer = self.script.answer(sent.request.kind)
+        answer = self.script.answer(sent.request.ability)
         self._jobs[sent.job_id] = _Job(sent, answer, *_made(sent.request, answer))
         self.sent.jobs.append(sent)
 
@@ -122,8 +123,8 @@ class Memory:
             raise lost(job_id)
         return self._jobs[job_id]
 
-    def kind(self, job_id: str) -> str | None:
-        return self._jobs[job_id].sent.request.kind if job_id in self._jobs else None
+    def ability(self, job_id: str) -> str | None:
+        return self._jobs[job_id].sent.request.ability if job_id in self._jobs else None
 
     def sender(self, job_id: str) -> str | None:
         return self._jobs[job_id].sent.client if job_id in self._jobs else None
@@ -251,7 +252,7 @@ class Memory:
 
 def _made(request: Request, answer: Answer) -> tuple[tuple[Entry, ...], bytes | None]:
     """The entries of the job's stream, and its vectors."""
-    if isinstance(request, EmbedRequest) and isinstance(answer, EmbedAnswer):
+    if isinstance(request, EmbedRequest) and isinstance(answer, EmbedAnswer | RerankAnswer):
         return (), answer.blob(request)
     if isinstance(request, GenerateRequest) and isinstance(answer, GenerateAnswer):
         return answer.tokens(request), None

@@ -9,9 +9,10 @@ from stoker.catalogue import parse_model
 from stoker.client.in_memory.answers import DIM, WORKER
 from stoker.contract import ModelCard
 from stoker.contract.control import ModelCommand, ModelReport
-from stoker.contract.kinds import KINDS
+from stoker.contract.kinds import ABILITIES
 from stoker.contract.names import Rule, checked
 from stoker.contract.presence import ModelState
+from stoker.contract.requests import RERANK
 from stoker.errors import ConfigError, InvalidRequest, ModelError, StokerError, UnknownModel
 
 #: Model → what it can do, unless a test says otherwise: the models of a worker that was started without options.
@@ -82,12 +83,17 @@ class Models:
         self._refuse(name, UnknownModel(why))
 
 
-def _card(model: str, kinds: tuple[str, ...]) -> ModelCard:
+def _card(model: str, abilities: tuple[str, ...]) -> ModelCard:
     checked(Rule.NAME, "models", model)
-    unknown = sorted(set(kinds) - set(KINDS))
+    unknown = sorted(set(abilities) - set(ABILITIES))
     if unknown:
-        raise ConfigError(f"models: {unknown[0]!r} given for {model}; the kinds of jobs are {', '.join(KINDS)}.")
-    dim = DIM if "embed" in kinds else 0
+        raise ConfigError(f"models: {unknown[0]!r} given for {model}; the kinds of jobs are {', '.join(ABILITIES)}.")
+    reranks = RERANK in abilities
+    if reranks and "embed" in abilities:
+        raise ConfigError(f"models: embed and rerank given for {model}; a model makes vectors or scores. Name one.")
+    kinds = tuple(ABILITIES[ability].name for ability in abilities)
+    dim = (1 if reranks else DIM) if "embed" in kinds else 0
     return ModelCard(
-        model=model, architecture="in-memory", kinds=kinds, context=2048, parameters=0, dim=dim, seen=time.time()
-    )
+        model=model, architecture="in-memory", kinds=kinds, context=2048, parameters=0, dim=dim, reranks=reranks,
+        seen=time.time(),
+    )  # fmt: skip

@@ -11,6 +11,8 @@ from stoker.client.in_memory.answers import (
     EmbedAnswer,
     GenerateAnswer,
     LoadAnswer,
+    RerankAnswer,
+    Scores,
     ScriptedEnding,
     Text,
     TrainAnswer,
@@ -35,8 +37,9 @@ class Script:
     """Answers, used up in the order in which they were given; each kind of job has answers of its own.
 
     `error` is what the job ends with, behind the tokens or reports that were given. A job that `hangs` goes on until
-    it is cancelled. `times`: jobs that the answer is for; None: every further one. Jobs that embed and that load an
-    adapter need no answer: they get vectors that depend on the text alone, and the next version.
+    it is cancelled. `times`: jobs that the answer is for; None: every further one. Jobs that embed, rerank or load an
+    adapter need no answer: they get vectors that depend on the text alone, the share of the query's words that a text
+    has, and the next version.
     """
 
     def __init__(self) -> None:
@@ -53,6 +56,17 @@ class Script:
     ) -> None:
         """A row of numbers for each text, or a function that makes them of the request."""
         self._plan("embed", EmbedAnswer(ScriptedEnding(error, hangs), vectors), times)
+
+    def rerank(
+        self,
+        scores: Scores | Callable[[EmbedRequest], Scores] = None,
+        *,
+        error: StokerError | None = None,
+        hangs: bool = False,
+        times: int | None = 1,
+    ) -> None:
+        """A number for each text, or a function that makes them of the request."""
+        self._plan("rerank", RerankAnswer(ScriptedEnding(error, hangs), scores), times)
 
     def generate(
         self,
@@ -112,6 +126,8 @@ class Script:
 def _unplanned(kind: str) -> Answer:
     if kind == "embed":
         return EmbedAnswer(ScriptedEnding())
+    if kind == "rerank":
+        return RerankAnswer(ScriptedEnding())
     if kind == "adapters":
         return LoadAnswer(ScriptedEnding())
     raise NotScripted(f"a {kind} job was sent, and no answer is left for it. Say which: client.script.{kind}(…).")

@@ -32,7 +32,12 @@ class Sent:
 
     @property
     def embed(self) -> tuple[EmbedRequest, ...]:
-        return self._of(EmbedRequest)
+        return tuple(request for request in self._of(EmbedRequest) if request.query is None)
+
+    @property
+    def rerank(self) -> tuple[EmbedRequest, ...]:
+        """Those with a `query`."""
+        return tuple(request for request in self._of(EmbedRequest) if request.query is not None)
 
     @property
     def generate(self) -> tuple[GenerateRequest, ...]:

@@ -1,0 +1,110 @@
+"""`/v1/rerank`, in the form of Cohere's and Jina's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field
+from starlette.responses import JSONResponse, Response
+
+from stoker.client._async.jobs import AsyncRerankJob
+from stoker.client.options import RerankOptions
+from stoker.contract import RerankResult
+from stoker.contract.shown import brief
+from stoker.errors import StokerError
+from stoker.gateway.answers import PATIENCE, whole
+from stoker.gateway.calls import Call, check_owner
+from stoker.gateway.errors import Names, Refused
+from stoker.gateway.fields import Body, parse
+
+NAMES = Names({"texts": "documents"})
+PRIORITY = 5
+
+
+def _texts(value: Any) -> Any:
+    """Texts, or objects that each have one."""
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{brief(value)} given; expected a list of texts")
+    for index, item in enumerate(value):
+        text = item.get("text") if isinstance(item, dict) and set(item) == {"text"} else item
+        if not isinstance(text, str):
+            raise ValueError(f'item {index} is {brief(item)}; expected a text, or an object {{"text": …}}')
+    return [item["text"] if isinstance(item, dict) else item for item in value]
+
+
+class RerankBody(Body):
+    """Fields behind `user` are Stoker's own."""
+
+    REFUSED: ClassVar[Mapping[str, str]] = {
+        "max_chunks_per_doc": "a document is scored as a whole",
+        "max_tokens_per_doc": 'documents are cut where the model takes no more, with truncation: "end"',
+        "rank_fields": "send documents as texts",
+        "return_embeddings": "ask /v1/embeddings for them",
+    }
+
+    model: str
+    query: str
+    documents: Annotated[list[str], BeforeValidator(_texts)]
+    top_n: Annotated[int, Field(ge=1)] | None = None
+    return_documents: bool = False
+    user: str | None = None
+    truncation: Literal["error", "end"] = "error"
+    normalize: bool | None = None
+    prompt: str | None = None
+    priority: int = PRIORITY
+    deadline: float | None = None
+
+    def options(self) -> RerankOptions:
+        return RerankOptions(
+            truncation=self.truncation, normalize=self.normalize, prompt=self.prompt, priority=self.priority,
+            deadline=self.deadline,
+        )  # fmt: skip
+
+
+async def answered(call: Call) -> Response:
+    """Raises `Refused`."""
+    body = parse(RerankBody, call.body)
+    model, adapter = call.model(body.model)
+    if adapter is not None:
+        message = f"model: {brief(body.model, 160)} given; rerankers have no adapters. Name the base alone."
+        raise Refused(404, message, param="model", code="model_not_found")
+    if call.named.resumed:
+        raise Refused(400, "Last-Event-ID: given for reranking, which has no stream; leave it out.")
+    try:
+        client = call.sender(body.user)
+        job = await client.rerank(body.query, body.documents, model=model, job_id=call.named.id, **body.options())
+        if call.named.given:
+            await check_owner(client, call.named.id)
+    except StokerError as error:
+        raise NAMES.refusal(error) from None
+    result = await whole(call, job.cancel, call.keep is True, _made(call, job), NAMES)
+    tokens = result.usage.prompt_tokens
+    return JSONResponse(
+        {
+            "id": call.named.id,
+            "model": body.model,
+            "results": _results(body, result),
+            "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+        }
+    )
+
+
+async def _made(call: Call, job: AsyncRerankJob) -> RerankResult:
+    result = await job.result(PATIENCE)
+    await call.spent(result.usage.prompt_tokens)
+    if not call.named.given:
+        # Nobody can ask for them again.
+        await job.discard()
+    return result
+
+
+def _results(body: RerankBody, result: RerankResult) -> list[dict[str, object]]:
+    """The best first."""
+    found = []
+    for ranked in result.ranking(body.top_n):
+        shown: dict[str, object] = {"index": ranked.index, "relevance_score": ranked.score}
+        if body.return_documents:
+            shown["document"] = {"text": body.documents[ranked.index]}
+        found.append(shown)
+    return found
