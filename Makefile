@@ -159,8 +159,9 @@ $(PEERS_VENV)/.installed: requirements/peers.txt requirements/goldens.txt requir
 goldens-peft: $(PEERS_VENV)/.installed ## ask torch with peft again
 	$(PEERS_VENV)/bin/python tests/goldens/peft_runs.py
 
-goldens-vectors: $(PEERS_VENV)/.installed ## ask sentence-transformers about the small embedding models again
+goldens-vectors: $(PEERS_VENV)/.installed ## ask sentence-transformers about the small embedding models and rerankers again
 	$(PEERS_VENV)/bin/python tests/goldens/vectors.py
+	$(PEERS_VENV)/bin/python tests/goldens/rerankers.py
 
 goldens-decoders: $(PEERS_VENV)/.installed ## ask transformers about the small decoders of mlx-lm's files again
 	$(PEERS_VENV)/bin/python tests/goldens/decoders.py

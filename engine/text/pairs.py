@@ -123,9 +123,9 @@ class TemplateForms:
     def __init__(self, template: str, names: Mapping[str, str]) -> None:
         pair = [{"role": "query", "content": _QUERY}, {"role": "document", "content": _TEXT}]
         self._plain = _form(_rendered(template, pair, names))
-        told = _form(_rendered(template, [{"role": "system", "content": _INSTRUCTION}, *pair], names))
-        self._told = told if told is not None and told.before.count(_INSTRUCTION) == 1 else None
-        self.instructs = self._told is not None
+        instructed = _form(_rendered(template, [{"role": "system", "content": _INSTRUCTION}, *pair], names))
+        self._instructed = instructed if instructed is not None and instructed.before.count(_INSTRUCTION) == 1 else None
+        self.instructs = self._instructed is not None
 
     @property
     def fits(self) -> bool:
@@ -134,10 +134,10 @@ class TemplateForms:
 
     def form(self, instruction: str | None) -> Form:
         assert self._plain is not None, "a template that does not fit has no form"
-        if instruction is None or self._told is None:
+        if instruction is None or self._instructed is None:
             return self._plain
-        told = self._told
-        return Form(told.before.replace(_INSTRUCTION, instruction), told.between, told.behind)
+        instructed = self._instructed
+        return Form(instructed.before.replace(_INSTRUCTION, instruction), instructed.between, instructed.behind)
 
 
 def _rendered(template: str, messages: list[dict[str, str]], names: Mapping[str, str]) -> str:

@@ -94,7 +94,7 @@ class TokenizerPipeline:
 
     @property
     def gives_types(self) -> bool:
-        """Whether the class tells a model which of two texts a token is of."""
+        """Whether the class gives a model the text that a token is of."""
         stated = self._config.get("model_input_names")
         if isinstance(stated, list):
             return "token_type_ids" in stated

@@ -162,7 +162,7 @@ class Tokenizer:
         with no_panic():
             encoding = self.inner.encode(_checked(text), add_special_tokens=False)
             room = max(0, longest - self.inner.num_special_tokens_to_add(is_pair=False))
-            encoding.truncate(room, direction="left" if self.manners.cuts_left else "right")
+            encoding.truncate(room, direction=self._lost_side)
             ids: list[int] = self.inner.post_process(encoding, add_special_tokens=True).ids
         return ids[:longest]
 
@@ -180,11 +180,16 @@ class Tokenizer:
             parts = [self.inner.encode(_checked(text), add_special_tokens=False) for text in (first, second)]
             room = max(0, longest - self.inner.num_special_tokens_to_add(is_pair=True))
             for part, kept in zip(parts, pair_lengths(len(parts[0]), len(parts[1]), room), strict=True):
-                part.truncate(kept, direction="left" if self.manners.cuts_left else "right")
+                part.truncate(kept, direction=self._lost_side)
             return self._with_types(self.inner.post_process(parts[0], parts[1], add_special_tokens=True))
 
     def _with_types(self, encoding: tokenizers.Encoding) -> tuple[list[int], list[int]]:
         return encoding.ids, encoding.type_ids if self.manners.types else [0] * len(encoding.ids)
+
+    @property
+    def _lost_side(self) -> str:
+        """Where a text is cut that is too long."""
+        return "left" if self.manners.cuts_left else "right"
 
     def encode_spans(self, text: str, *, special: bool) -> tuple[list[int], list[int]]:
         """The ids of `text`, and for each the position in `text` at which what it stands for ends; 0 for what the model

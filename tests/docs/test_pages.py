@@ -15,6 +15,7 @@ from stoker import errors
 from stoker.broker import keys
 from stoker.catalogue import parse_model
 from stoker.cli import app
+from stoker.client.options import RerankOptions
 from stoker.contract import EmbedRequest, GenerateRequest, TrainRequest
 from stoker.contract.base import Message
 from stoker.contract.dataset import iterate_lines
@@ -267,8 +268,15 @@ def test_the_table_of_options_is_that_of_the_contract(page: str, request_class: 
         assert table[name][2].startswith(limits(field)), (name, limits(field))
 
 
+def test_the_table_of_reranking_is_that_of_the_client() -> None:
+    table = {code(row[0])[0]: row for row in rows("docs/rerank.md", "option")}
+    assert table.keys() == RerankOptions.__annotations__.keys() - {"truncate"} | {"query", "texts", "model", "job_id"}
+    embedding = {code(row[0])[0]: row for row in rows("docs/embed.md", "option")}
+    assert all(table[name] == embedding[name] for name in ("priority", "deadline", "job_id"))
+
+
 def test_every_error_that_a_page_names_exists() -> None:
-    for page in ("embed", "generate", "train"):
+    for page in ("embed", "rerank", "generate", "train"):
         for row in rows(f"docs/{page}.md", "error"):
             for name in code(row[0]):
                 assert issubclass(getattr(errors, name), errors.StokerError), name

@@ -68,8 +68,8 @@ def test_scores_are_those_of_the_reference(name: str, forward: str) -> None:
     found = np.concatenate([scored(model, query, TEXTS, FORWARDS[forward](model)) for query in queries])
     assert np.abs(found - said["scores"][: len(found)]).max() < 1e-4
     if "instructed" in said:
-        told = np.concatenate([scored(model, query, TEXTS, prompt="query") for query in queries])
-        assert np.abs(told - said["instructed"][: len(told)]).max() < 1e-4
+        instructed = np.concatenate([scored(model, query, TEXTS, prompt="query") for query in queries])
+        assert np.abs(instructed - said["instructed"][: len(instructed)]).max() < 1e-4
 
 
 @pytest.mark.parametrize("name", FOLDERS)
@@ -289,10 +289,12 @@ def test_a_template_that_is_tried_once_says_what_it_makes_of_every_pair() -> Non
     forms = TemplateForms(SAID["template"], {})
     assert forms.fits
     assert forms.instructs
-    plain, told = forms.form(None), forms.form("{{ 7 }} taste")
-    assert (plain.before.count("the query"), told.before.count("judge by {{ 7 }} taste")) == (1, 1)
+    plain, instructed = forms.form(None), forms.form("{{ 7 }} taste")
+    assert (plain.before.count("the query"), instructed.before.count("judge by {{ 7 }} taste")) == (1, 1)
     assert (
-        (plain.between, plain.behind) == (told.between, told.behind) == ("<text>: ", "<|im_end|>\n<|im_start|>answer")
+        (plain.between, plain.behind)
+        == (instructed.between, instructed.behind)
+        == ("<text>: ", "<|im_end|>\n<|im_start|>answer")
     )
     refusing = "{% for m in messages %}{% if m.role != 'query' %}{{ raise_exception('no') }}{% endif %}{% endfor %}"
     assert not TemplateForms(refusing, {}).fits
@@ -303,8 +305,8 @@ def test_a_template_that_is_tried_once_says_what_it_makes_of_every_pair() -> Non
 def test_the_instruction_of_a_request_takes_the_place_of_the_models_own(tmp_path: Path) -> None:
     model = opened("Qwen3-Reranker-tiny")
     assert model.pairing is not None
-    (own,), (told,) = (model.pairing.encode("a", ["b"], asked) for asked in (None, "sort by taste"))
-    text = model.tokenizer.decode(told, skip_special=False)
+    (own,), (instructed,) = (model.pairing.encode("a", ["b"], asked) for asked in (None, "sort by taste"))
+    text = model.tokenizer.decode(instructed, skip_special=False)
     assert "<Instruct>: sort by taste\n<Query>: a\n<Document>: b<|im_end|>" in text
     assert QwenForms().form(None).before in model.tokenizer.decode(own, skip_special=False)
     path = copied(tmp_path, "qwen3-judge", {"config_sentence_transformers": {"default_prompt_name": "query"}})

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from stoker import Client
+from stoker import Client, RerankJob
+from stoker.errors import InvalidRequest, UnknownModel
 from stoker.local.stack import Stack
 from tests.conftest import stack_settings
 
@@ -27,6 +28,8 @@ EMBEDDERS = [
     VECTORS / "modernbert",
     VECTORS / "qwen3-embedding",
 ]
+
+RERANKERS = [VECTORS.parent / "rerankers" / name for name in ("bge-reranker", "Qwen3-Reranker-tiny")]
 
 
 def bridged(folder: Path, *names: str) -> list[str]:
@@ -49,7 +52,7 @@ def gguf() -> str:
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """One worker that holds every architecture warm, each given by its path."""
-    paths = [*(str(CHECKPOINTS / name) for name in DECODERS), *map(str, EMBEDDERS)]
+    paths = [*(str(CHECKPOINTS / name) for name in DECODERS), *map(str, (*EMBEDDERS, *RERANKERS))]
     paths += bridged(tmp_path_factory.getbasetemp(), "gpt_oss")
     settings = stack_settings(tmp_path_factory.mktemp("own")).model_copy(update={"models": (*paths, gguf())})
     with Stack(settings, flower=False, own_broker=True) as stack:
@@ -103,12 +106,29 @@ def test_every_encoder_embeds(own: Stack, path: Path) -> None:
         assert vectors.shape[0] == 2
 
 
+@pytest.mark.parametrize("path", RERANKERS, ids=lambda path: path.name)
+def test_every_reranker_reranks_and_is_found_again(own: Stack, path: Path) -> None:
+    with Client(settings=own.settings) as client:
+        job = client.rerank("a b", ["ab", "a b a", "b"], model=str(path))
+        result = job.result(30)
+        assert len(result.scores) == 3
+        assert all(0 < score < 1 for score in result.scores)
+        found = client.job(job.id)
+        assert isinstance(found, RerankJob)
+        assert found.result(30).ranking() == result.ranking()
+        with pytest.raises(UnknownModel, match="cannot embed: it can rerank"):
+            client.embed(["ab"], model=str(path))
+        with pytest.raises(InvalidRequest, match="it is that of a job of kind rerank"):
+            client.embed(["ab"], model=str(EMBEDDERS[0]), job_id=job.id)
+
+
 def test_the_command_line_takes_the_same_path(own: Stack) -> None:
     stoker = str(Path(sys.executable).parent / "stoker")
     env = {**os.environ, "STOKER_URL": own.settings.address.celery}
     for arguments in (
         ("generate", "Once upon a time", "--max-tokens", "4", "--model", gguf()),
         ("embed", "ab", "--model", str(CHECKPOINTS / "mpnet")),
+        ("rerank", "ab", "a", "ab", "--model", str(RERANKERS[0])),
     ):
         done = subprocess.run([stoker, *arguments], env=env, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr

@@ -28,13 +28,14 @@ PROGRAM = "tests/stoker/typed_program.py"
 
 #: Options, the request that they fill, and the fields that the call or the client gives by itself.
 CALLS: dict[str, tuple[Any, Any, set[str]]] = {
-    "embed": (options.EmbedOptions, EmbedRequest, {"model", "texts"}),
+    "embed": (options.EmbedOptions, EmbedRequest, {"model", "texts", "query"}),
+    "rerank": (options.RerankOptions, EmbedRequest, {"model", "texts", "query", "dimensions", "dtype"}),
     "generate": (options.GenerateOptions, GenerateRequest, {"model", "prompt", "seed"}),
     "train": (options.TrainOptions, TrainRequest, {"model", "name", "dataset"}),
     "load": (options.AdapterOptions, AdapterRequest, {"model", "name", "upload"}),
 }
 #: What a request understands under a name that is none of its fields.
-ALSO = {"embed": {"truncate": bool}}
+ALSO = {"embed": {"truncate": bool}, "rerank": {"truncate": bool}}
 #: Fields that take more than their own type: one text stands for a tuple of one.
 WIDER = {"stop": Sequence[str] | str}
 
@@ -93,6 +94,10 @@ MISSPELT: dict[str, tuple[Callable[[Any], Any], str]] = {
     "generate": (lambda client: client.generate("x", max_token=16), r"max_token: .*did you mean max_tokens\? Allowed"),
     "a parameter": (lambda client: client.generate("x", jobid="a"), r"jobid: .*did you mean job_id\? Allowed"),
     "embed": (lambda client: client.embed(["x"], normalise=True), r"normalise: .*did you mean normalize\? Allowed"),
+    "rerank": (
+        lambda client: client.rerank("q", ["x"], normalise=True),
+        r"normalise: .*did you mean normalize\? Allowed",
+    ),
     "embed_many": (lambda client: client.embed_many(["x"], bacth=3), r"bacth: .*did you mean batch\? Allowed"),
     "embed_chunks": (
         lambda client: client.embed_chunks(["x"], inflight=3),
@@ -154,5 +159,14 @@ def test_pyright_knows_the_same() -> None:
 
 def test_the_checked_program_holds_a_misspelt_option_for_each_call() -> None:
     text = (ROOT / PROGRAM).read_text()
-    for call in ("generate", "generate_many", "embed", "embed_many", "embed_chunks", "train", "adapters.load"):
+    for call in (
+        "generate",
+        "generate_many",
+        "embed",
+        "rerank",
+        "embed_many",
+        "embed_chunks",
+        "train",
+        "adapters.load",
+    ):
         assert f"client.{call}(" in text.partition("def misspelt(")[2].partition("def mistyped(")[0]

@@ -9,9 +9,19 @@ from typing import assert_type
 
 import numpy as np
 
-from stoker import AsyncClient, Client, GenerateResult, JobStatus, StokerError, StreamToken, TrainReport, TrainResult
+from stoker import (
+    AsyncClient,
+    Client,
+    GenerateResult,
+    JobStatus,
+    RerankResult,
+    StokerError,
+    StreamToken,
+    TrainReport,
+    TrainResult,
+)
 from stoker.broker.registry import AdapterEntry
-from stoker.client import AdapterJob, EmbedJob, GenerateJob, TrainJob
+from stoker.client import AdapterJob, EmbedJob, GenerateJob, RerankJob, TrainJob
 from stoker.contract import AdapterResult
 from stoker.contract.vectors import Int8Vectors
 from stoker.testing import AsyncFakeClient, FakeClient
@@ -25,6 +35,9 @@ def blocking(client: Client) -> None:
     assert_type(job.status(), JobStatus)
     for vector in client.embed_many(("a" for _ in range(3)), batch=2, dimensions=64):
         assert_type(vector, np.ndarray)
+    ranked = client.rerank("q", ["a"], normalize=False, truncate=True, prompt="judge")
+    assert_type(ranked, RerankJob)
+    assert_type(ranked.result(), RerankResult)
     generated = client.generate("x", max_tokens=16, stop="\n", logit_bias={3: 1.0}, json_schema={})
     assert_type(generated, GenerateJob)
     assert_type(generated.result(), GenerateResult)
@@ -54,6 +67,7 @@ async def awaited(client: AsyncClient) -> None:
         assert_type(vector, np.ndarray)
     async for answer in client.generate_many(texts(), temperature=0.5):
         assert_type(answer, GenerateResult | StokerError)
+    assert_type(await (await client.rerank("q", ["a"], deadline=3.0)).result(), RerankResult)
     job = await client.generate(messages=[{"role": "user", "content": "x"}], n=2)
     assert_type(await job.result(timeout=3), GenerateResult)
     assert_type(job.stream(), AsyncGenerator[StreamToken, None])
@@ -72,6 +86,8 @@ async def doubled() -> None:
     double.script.generate("a b", times=None)
     double.script.generate(lambda request: request.prompt or "", error=None)
     double.script.embed([[1.0, 2.0]])
+    double.script.rerank([0.5])
+    double.script.rerank(lambda request: [0.0 for _ in request.texts])
     blocking(double)
     assert_type(double.sent.generate[0].max_tokens, int)
     await awaited(AsyncFakeClient())
@@ -82,6 +98,7 @@ async def doubled() -> None:
 def misspelt(client: Client) -> None:
     client.generate("x", max_token=16)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     client.embed(["x"], normalise=True)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    client.rerank("q", ["x"], dtype="int8")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     client.embed_many(["x"], bacth=16)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     client.generate_many(["x"], max_token=16)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     client.generate_many(["x"], messages=[])  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
