@@ -64,6 +64,7 @@ class Inspected(TypedDict):
     weight_bytes: dict[str, int]
     cache_bytes_per_1000: dict[str, int] | None
     notes: list[str]
+    reranks: bool
 
 
 class Planned(TypedDict):

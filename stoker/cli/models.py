@@ -115,7 +115,8 @@ def _said(report: ModelReport, done: str, as_json: bool) -> None:
 
 def _describe(found: Inspected) -> Iterator[str]:
     yield str(found["path"])
-    use = {"generate": "generates and trains", "embed": "makes embeddings"}.get(found["kind"], "not supported")
+    embeds = "reranks" if found.get("reranks") else "makes embeddings"
+    use = {"generate": "generates and trains", "embed": embeds}.get(found["kind"], "not supported")
     yield _row("architecture", f"{found['architecture']} ({use})")
     yield _row("format", f"{found['format']}, {_size(found['file_bytes'])}")
     yield _row("parameters", f"{found['parameters'] / 1e6:,.1f} M in {found['tensors']} tensors")

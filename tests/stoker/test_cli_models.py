@@ -83,6 +83,8 @@ def test_what_is_shown_of_a_large_model_has_its_units_and_the_most_frequent_firs
         "another",
     ):
         assert part in shown
+    found["reranks"] = True
+    assert "bert (reranks)" in run("inspect", "/m")
     assert "KV cache" not in shown
 
 
