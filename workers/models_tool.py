@@ -38,12 +38,14 @@ def verify(sources: Sequence[str]) -> dict[str, Any]:
     return {"path": str(path), "ok": True, "tensors": found.tensors, "numbers": found.numbers}
 
 
-def quantize(sources: Sequence[str], target: str, bits: int, group_size: int) -> dict[str, Any]:
+def quantize(
+    sources: Sequence[str], target: str, bits: int | None, group_size: int | None, mode: str, recipe: str | None
+) -> dict[str, Any]:
     from engine.checkpoints.quantizing import quantize_folder
 
     source = resolve(sources)
     try:
-        done = quantize_folder(source, Path(target).expanduser().absolute(), bits, group_size)
+        done = quantize_folder(source, Path(target).expanduser().absolute(), bits, group_size, mode, recipe)
     except OSError as error:
         raise InvalidRequest(f"{target}: cannot be written: {error}") from error
     return {**asdict(done), "path": str(done.path)}

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from engine.checkpoints.loading import DECODERS
+from engine.checkpoints.recipes import Recipe
 from engine.platform.jsonfiles import read_config, write_json
 from engine.text.templates import FOLDER as TEMPLATES
 from engine.weights import safetensors
 from engine.weights.foreign_sections import is_quantized
 from engine.weights.mlx_layout import QuantizedLayout, split
 from engine.weights.names import canonical
-from engine.weights.quantized import Form, quantize
+from engine.weights.quantized import AFFINE, Form, QuantizedTensor, quantize
 from engine.weights.tensors import Stored
 from stoker.errors import ModelError
 from stoker.files.durable import draft_folder, publish
@@ -30,38 +31,50 @@ _DROPPED = "rotary_emb.inv_freq"
 
 @dataclass(frozen=True)
 class Quantized:
-    """What `quantize_folder` wrote. `bytes`: of the weights, before and after."""
+    """What `quantize_folder` wrote. `form`: of the matrices, in words; `bytes`: of the weights, before and after."""
 
     path: Path
+    form: str
     quantized: int
     dense: int
     bytes_before: int
     bytes_after: int
 
 
-def quantize_folder(src: Path, dst: Path, bits: int = 4, group_size: int = 64) -> Quantized:
-    """Write to the new folder `dst` the model of `src` (config.json, safetensors) with matrices of `bits`.
+def quantize_folder(
+    src: Path,
+    dst: Path,
+    bits: int | None = None,
+    group_size: int | None = None,
+    mode: str = AFFINE,
+    recipe: str | None = None,
+) -> Quantized:
+    """Write to the new folder `dst` the model of `src` (config.json, safetensors) with matrices of few bits, as
+    `Recipe.of` has them.
 
-    Every matrix whose rows fall into groups of `group_size` is quantized from the dtype that it is stored in; norms,
+    Every matrix whose rows fall into groups is quantized from the dtype that it is stored in; norms,
     biases and other matrices stay as they are. `dst` appears whole or not at all; one shard at a time is in memory.
 
-    Raises `ModelError` for a form that MLX does not have, a source that is damaged, of an architecture not supported
-    or quantized already, or a `dst` that exists; `OSError` if it cannot be written.
+    Raises `ModelError` for a form or recipe that there is not, a source that is damaged, of an architecture not
+    supported or quantized already, or a `dst` that exists; `OSError` if it cannot be written.
     """
-    layout = QuantizedLayout(Form(group_size, bits))
+    chosen = Recipe.of(bits, group_size, mode, recipe)
     config = _source_config(src)
     if dst.exists() or dst.is_symlink():
         raise ModelError(f"{dst}: exists already; name a folder that does not")
     with draft_folder(dst.parent) as draft:
         copy_rest(src, draft, ("config.json", safetensors.INDEX_NAME))
-        counts = _write_weights(src, draft, config, layout)
+        counts = _write_weights(src, draft, config, chosen)
+        # mlx-lm takes every layer that is named for a quantized one.
+        others = {layer: form for layer, form in counts.forms.items() if form != chosen.usual}
+        layout = QuantizedLayout(chosen.usual, others)
         config = {**_older_rope(config), **config, **layout.to_config()}
         # mlx-lm drops the head of a model that says it has none of its own.
         config["tie_word_embeddings"] = counts.tied
         write_json(draft / "config.json", config)
         if not publish(draft, dst):
             raise ModelError(f"{dst}: another program has put files there meanwhile; name a folder that does not exist")
-    return Quantized(dst, counts.quantized, counts.dense, counts.before, counts.after)
+    return Quantized(dst, str(chosen), len(counts.forms), counts.dense, counts.before, counts.after)
 
 
 def _source_config(src: Path) -> dict[str, Any]:
@@ -87,16 +100,17 @@ def _older_rope(config: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass
 class _Counts:
-    """Tensors quantized and left dense, bytes before and after, and whether the head is the embedding."""
+    """The layers that were quantized, tensors left dense, bytes before and after, and whether the head is the
+    embedding."""
 
     tied: bool
-    quantized: int = 0
+    forms: dict[str, Form] = field(default_factory=dict)
     dense: int = 0
     before: int = 0
     after: int = 0
 
 
-def _write_weights(src: Path, dst: Path, config: dict[str, Any], layout: QuantizedLayout) -> _Counts:
+def _write_weights(src: Path, dst: Path, config: dict[str, Any], recipe: Recipe) -> _Counts:
     names = canonical(safetensors.entries(src), config["model_type"])
     names, tied = _ends(src, names, bool(config.get("tie_word_embeddings")))
     shards = safetensors.files(src)
@@ -107,8 +121,9 @@ def _write_weights(src: Path, dst: Path, config: dict[str, Any], layout: Quantiz
         written: dict[str, mx.array] = {}
         for tensor, array in _needed(safetensors.read(shard), names):
             counts.before += array.nbytes
-            stored = _form(tensor, array, layout)
-            counts.quantized += stored is not array
+            stored = _stored(tensor, array, recipe.form(tensor, int(config["num_hidden_layers"])))
+            if isinstance(stored, QuantizedTensor):
+                counts.forms[tensor.removesuffix(".weight")] = stored.form
             counts.dense += stored is array
             parts = split(tensor, stored)
             mx.eval(*parts.values())
@@ -145,9 +160,8 @@ def _needed(arrays: dict[str, mx.array], names: dict[str, str]) -> Iterator[tupl
             yield names[name], array
 
 
-def _form(name: str, array: mx.array, layout: QuantizedLayout) -> Stored:
-    form = layout.of(name.removesuffix(".weight"))
-    if not name.endswith(".weight") or form is None or not form.fits(array.shape):
+def _stored(name: str, array: mx.array, form: Form) -> Stored:
+    if not name.endswith(".weight") or not form.fits(array.shape):
         return array
     if not mx.issubdtype(array.dtype, mx.floating):
         raise ModelError(f"tensor {name!r} is of {array.dtype}, not of floating-point numbers")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import mlx.core as mx
 
@@ -20,10 +20,10 @@ from stoker.errors import ModelError
 
 @dataclass(frozen=True)
 class QuantizedLayout:
-    """The section of config.json: the form of quantized layers, and of those that differ; False: one stays dense."""
+    """The section of config.json: the form of all quantized layers, and of those that differ."""
 
     form: Form
-    layers: Mapping[str, Form | Literal[False]] = field(default_factory=dict)
+    layers: Mapping[str, Form] = field(default_factory=dict)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> QuantizedLayout | None:
@@ -46,12 +46,8 @@ class QuantizedLayout:
         """The sections for a config.json."""
         section: dict[str, Any] = asdict(self.form)
         for name, form in self.layers.items():
-            section[name] = form and asdict(form)
+            section[name] = asdict(form)
         return {key: dict(section) for key in CONFIG_KEYS}
-
-    def of(self, layer: str) -> Form | None:
-        """The form that a layer has if it is quantized; None for one that is not."""
-        return self.layers.get(layer, self.form) or None
 
     def join(self, arrays: Mapping[str, mx.array]) -> tuple[dict[str, mx.array], dict[str, QuantizedTensor]]:
         """`arrays` of a checkpoint as (the dense ones, the quantized ones by the name of their codes).
@@ -61,7 +57,7 @@ class QuantizedLayout:
         dense, quantized = dict(arrays), {}
         for scales in [name for name in arrays if name.endswith(".scales")]:
             layer = scales.removesuffix(".scales")
-            form = self.layers.get(layer) or self.form
+            form = self.layers.get(layer, self.form)
             weight, biases = dense.pop(f"{layer}.weight", None), dense.pop(f"{layer}.biases", None)
             if weight is None or (biases is None and form.mode == AFFINE):
                 raise ModelError(f"the quantized layer {layer!r} lacks its weight or its biases")

@@ -27,9 +27,10 @@ class Verified(TypedDict):
 
 
 class QuantizedReply(TypedDict):
-    """`quantized`, `dense`: tensors of each form. The bytes are those of the weights."""
+    """`form`: of the matrices, in words. `quantized`, `dense`: tensors of each. The bytes are those of the weights."""
 
     path: str
+    form: str
     quantized: int
     dense: int
     bytes_before: int
@@ -94,7 +95,14 @@ def ask_engine(command: Literal["inspect"], *, sources: Sequence[str]) -> Inspec
 def ask_engine(command: Literal["verify"], *, sources: Sequence[str]) -> Verified: ...
 @overload
 def ask_engine(
-    command: Literal["quantize"], *, sources: Sequence[str], target: str, bits: int, group_size: int
+    command: Literal["quantize"],
+    *,
+    sources: Sequence[str],
+    target: str,
+    bits: int | None,
+    group_size: int | None,
+    mode: str,
+    recipe: str | None,
 ) -> QuantizedReply: ...
 @overload
 def ask_engine(command: Literal["export"], *, sources: Sequence[str], adapter: str, target: str) -> Exported: ...

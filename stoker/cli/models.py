@@ -50,18 +50,30 @@ def verify(source: Source, as_json: Json = False) -> None:
 def quantize(
     source: Source,
     target: Annotated[str, typer.Argument(help="Folder to write; it must not exist.")],
-    bits: Annotated[int, typer.Option(help="Bits of a weight: 2, 3, 4, 5, 6 or 8.")] = 4,
-    group_size: Annotated[int, typer.Option(help="Weights that share a scale: 32, 64 or 128.")] = 64,
+    bits: Annotated[int | None, typer.Option(help="Bits of a weight: 2, 3, 4, 5, 6 or 8; 4 if not given.")] = None,
+    group_size: Annotated[
+        int | None, typer.Option(help="Weights that share a scale: 32, 64 or 128; 64 if not given.")
+    ] = None,
+    mode: Annotated[
+        str, typer.Option(help="affine, or one that has its own bits and groups: mxfp4, mxfp8, nvfp4.")
+    ] = "affine",
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="Bits by layer, as in mlx-lm: mixed_2_6, mixed_3_4, mixed_3_6 or mixed_4_6."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write a quantized copy of a safetensors model, in the layout that mlx-lm reads too."""
-    found = ask_engine("quantize", sources=parse_model(source)[1], target=target, bits=bits, group_size=group_size)
+    found = ask_engine(
+        "quantize", sources=parse_model(source)[1], target=target, bits=bits, group_size=group_size, mode=mode,
+        recipe=recipe,
+    )  # fmt: skip
     if as_json:
         print_json(found)
     else:
         print(
-            f"{found['path']}: {found['quantized']} matrices of {bits} bits, {found['dense']} tensors as they were, "
-            f"{_size(found['bytes_before'])} → {_size(found['bytes_after'])}"
+            f"{found['path']}: {found['quantized']} matrices of {found['form']}, {found['dense']} tensors as they "
+            f"were, {_size(found['bytes_before'])} → {_size(found['bytes_after'])}"
         )
 
 

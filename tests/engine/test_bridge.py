@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from engine.models.bridge import linears, package, slots, weights
 from engine.models.bridge.decoder import BridgedDecoder
 from engine.models.cache import KeyValues
 from engine.models.layers import LayerAdapters
+from engine.weights import safetensors
 from engine.weights.precision import Precision
 from stoker.errors import InvalidRequest, ModelError
 from tests.engine import bridged, cached, test_generate_lane
@@ -112,6 +114,35 @@ def test_a_quantized_folder_of_mlx_lm_is_held_as_it_is_or_dense(name: str, quant
     dense, _ = bridged.network(name)
     assert np.abs(found - bridged.reference(dense, row)).max() > 1e-2, "its numbers are those of few bits"
     assert (model.bytes < 4 * model.parameters / 2) == (quantize == "keep")
+
+
+@pytest.mark.parametrize(
+    ("group_size", "bits", "mode"),
+    [*((32, bits, "affine") for bits in (2, 3, 5, 6, 8)), (32, 4, "mxfp4"), (32, 8, "mxfp8"), (16, 4, "nvfp4")],
+)
+def test_each_form_of_mlx_is_read_and_layers_may_differ(group_size: int, bits: int, mode: str, tmp_path: Path) -> None:
+    network = bridged.write_folder(tmp_path / "model", "phi3")
+    usual, other = {"group_size": group_size, "bits": bits, "mode": mode}, {"group_size": 32, "bits": 4}
+    forms: dict[str, bool | dict[str, Any]] = {
+        "lm_head": {**other, "mode": "affine"},
+        "model.layers.1.self_attn.o_proj": False,
+    }
+
+    def form(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        fits = hasattr(module, "to_quantized") and module.weight.shape[-1] % 32 == 0
+        return forms.get(path, usual) if fits else False
+
+    nn.quantize(network, class_predicate=form)
+    safetensors.write(tmp_path / "model" / "model.safetensors", dict(tree_flatten(network.parameters())))
+    described = {**config("phi3"), "quantization": {**usual, **forms, "lm_head": other}}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(described))
+    row, found = bridged.prompts()[0], {}
+    for how in ("keep", "none"):
+        model = load("model", [str(tmp_path / "model")], quantize=how)
+        found[how] = model.bytes
+        logits = np.array(model.decoder.logits(model.decoder(mx.array([row])))[0])
+        assert np.abs(logits - bridged.reference(network, row)).max() < 1e-2
+    assert found["keep"] < 0.7 * found["none"]
 
 
 def test_a_cache_that_keeps_a_texts_beginning_is_refused_by_its_name() -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -12,6 +16,8 @@ import pytest
 
 from engine.checkpoints.loading import LoadedModel, load
 from engine.checkpoints.quantizing import quantize_folder
+from engine.checkpoints.recipes import RECIPES, Recipe
+from engine.models.bridge import package
 from engine.models.cache import KeyValues
 from engine.models.layers import Linear, QuantizedEmbedding, QuantizedLinear
 from engine.models.llama import Llama
@@ -102,8 +108,10 @@ class Lora:
         return y + (x @ a) @ b
 
 
-def test_lora_on_a_quantized_base_has_the_gradient_of_its_dense_twin(folder: Path) -> None:
+@pytest.mark.parametrize("how", [{"bits": 4, "group_size": 32}, {"mode": "mxfp4"}], ids=str)
+def test_lora_on_a_quantized_base_has_the_gradient_of_its_dense_twin(how: dict[str, Any], tmp_path: Path) -> None:
     """Through every quantized product to the adapters of the layers below."""
+    folder = quantize_folder(CHECKPOINTS / "qwen2-untied", tmp_path / "q", **how).path
     quantized, dense = opened(folder, quantize="keep").llama, opened(folder, quantize="none").llama
     assert quantized.linear_shapes == dense.linear_shapes
     assert all(isinstance(linear, QuantizedLinear) for layer in quantized.layers for linear in layer.linears)
@@ -148,23 +156,83 @@ def test_a_written_folder_is_what_quantizing_on_load_gives(tmp_path: Path, name:
 
 @pytest.mark.parametrize("mode", ["mxfp4", "mxfp8", "nvfp4"])
 def test_a_folder_of_another_mode_of_mlx_is_held_as_it_is_or_dense(mode: str, tmp_path: Path) -> None:
-    """As mlx-lm writes it: scales of one byte, no biases; the embedding too."""
-    shutil.copytree(CHECKPOINTS / "qwen2-tied", tmp_path, dirs_exist_ok=True)
-    form, stored = Form(*SMALL_FLOATS[mode], mode), dict(safetensors.read_folder(tmp_path))
-    mx.eval(stored)
-    for name in [name for name, array in stored.items() if form.fits(array.shape)]:
-        stored |= mlx_layout.split(name, quantize(stored[name], form))
-    safetensors.write(tmp_path / "model.safetensors", stored)
-    rewrite(tmp_path / "config.json", **mlx_layout.QuantizedLayout(form).to_config())
-    kept, dense = (opened(tmp_path, quantize=how) for how in ("keep", "none"))
+    """Scales of one byte, no biases; the embedding too."""
+    written = quantize_folder(CHECKPOINTS / "qwen2-tied", tmp_path / "q", mode=mode)
+    group, bits = SMALL_FLOATS[mode]
+    config = json.loads((written.path / "config.json").read_text())
+    assert config["quantization"] == {"group_size": group, "bits": bits, "mode": mode}
+    assert written.form == f"{bits} bits in groups of {group} ({mode})"
+    kept, dense = (opened(written.path, quantize=how) for how in ("keep", "none"))
     assert isinstance(kept.llama.embed_tokens, QuantizedEmbedding)
     assert kept.llama.dtype == mx.float32
     assert kept.parameters == dense.parameters
     assert kept.bytes < dense.bytes / 2
     assert spread(kept.llama, dense.llama) < 1e-3
     assert spread(kept.llama, opened(CHECKPOINTS / "qwen2-tied").llama) > 1e-3, "its numbers are those of few bits"
-    half = opened(tmp_path, quantize="keep", dtype="float16").llama
+    half = opened(written.path, quantize="keep", dtype="float16").llama
     assert half.dtype == half(TOKENS).dtype == mx.float16
+
+
+def test_a_mixture_is_that_of_mlx_lm() -> None:
+    """Its own function, taken out of the file: importing that needs transformers."""
+    root = package.folder()
+    assert root is not None
+    tree = ast.parse((root / "convert.py").read_text(encoding="utf-8"))
+    scope: dict[str, Any] = {}
+    wanted = next(each for each in tree.body if getattr(each, "name", "") == "mixed_quant_predicate_builder")
+    wanted.args.defaults, wanted.returns = [ast.Constant(64)], None  # type: ignore[attr-defined]
+    for each in ast.walk(wanted):
+        if isinstance(each, ast.FunctionDef):
+            each.returns = None
+            for argument in each.args.args:
+                argument.annotation = None
+    exec(compile(ast.fix_missing_locations(ast.Module([wanted], [])), "convert.py", "exec"), scope)  # noqa: S102
+    parts = [*(f"self_attn.{part}_proj" for part in "qkvo"), *(f"mlp.{part}_proj" for part in ("gate", "up", "down"))]
+    for layers in (1, 2, 8, 24, 32, 61):
+        names = [f"model.layers.{index}.{part}" for index in range(layers) for part in parts]
+        model = SimpleNamespace(
+            named_modules=lambda names=names: [(name, None) for name in names], layers=range(layers)
+        )
+        for mixture in RECIPES:
+            theirs = scope["mixed_quant_predicate_builder"](mixture, model, 32)
+            ours = Recipe.of(None, 32, mixture=mixture)
+            for name in (*names, "model.embed_tokens", "lm_head"):
+                assert theirs(name, None) == asdict(ours.form(name, layers)), (mixture, layers, name)
+
+
+def test_a_mixed_folder_is_read_as_it_was_written(tmp_path: Path) -> None:
+    written = quantize_folder(CHECKPOINTS / "qwen2-untied", tmp_path / "mixed", group_size=32, recipe="mixed_3_6")
+    kept, dense = (opened(written.path, quantize=how) for how in ("keep", "none"))
+    layers = kept.llama.layers
+    found = [linear.quantized.bits for linear in layers[-1].linears if isinstance(linear, QuantizedLinear)]
+    assert found == [3, 3, 6, 3, 3, 3, 6]
+    assert isinstance(kept.llama.lm_head, QuantizedLinear)
+    assert kept.llama.lm_head.quantized.bits == 6
+    assert spread(kept.llama, dense.llama) < 1e-3
+    section = json.loads((written.path / "config.json").read_text())["quantization"]
+    named = {name for name in section if name not in ("group_size", "bits", "mode")}
+    assert "lm_head" in named
+    assert named <= {name.removesuffix(".scales") for name in safetensors.read_folder(written.path)}
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"recipe": "mixed_1_9"}, "recipe 'mixed_1_9' given; mixed_2_6, mixed_3_4, mixed_3_6, mixed_4_6 are allowed"),
+        ({"recipe": "mixed_4_6", "bits": 4}, "give neither bits nor a mode with it"),
+        ({"recipe": "mixed_4_6", "mode": "nvfp4"}, "give neither bits nor a mode with it"),
+        ({"group_size": 0}, "a group size of 0 given; 32, 64, 128 are supported"),
+        ({"mode": "fp16"}, "mode 'fp16' given; affine, mxfp4, mxfp8, nvfp4 are supported"),
+        ({"mode": "nvfp4", "bits": 8}, "nvfp4 of 8 bits in groups of 16 given; it has 4 bits in groups of 16"),
+        ({"mode": "mxfp8", "group_size": 64}, "it has 8 bits in groups of 32"),
+    ],
+)
+def test_a_form_that_there_is_not_is_refused_before_anything_is_written(
+    asked: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError, match=words):
+        quantize_folder(CHECKPOINTS / "qwen2-tied", tmp_path / "out", **asked)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_quantized_model_decodes_with_a_cache(folder: Path) -> None:

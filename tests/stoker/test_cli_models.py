@@ -88,13 +88,17 @@ def test_what_is_shown_of_a_large_model_has_its_units_and_the_most_frequent_firs
     assert "KV cache" not in shown
 
 
-@pytest.mark.parametrize("words", [["verify", "/m"], ["quantize", "/m", "/n", "--bits", "3", "--group-size", "32"]])
+_QUANTIZE = ["quantize", "/m", "/n", "--bits", "3", "--group-size", "32", "--recipe", "mixed_4_6"]
+
+
+@pytest.mark.parametrize("words", [["verify", "/m"], _QUANTIZE])
 def test_each_command_asks_the_engine_for_itself_with_what_was_typed(
     words: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[str, dict[str, Any]]] = []
     found = {
-        "path": "/m", "tensors": 1, "numbers": 2, "quantized": 3, "dense": 4, "bytes_before": 9e9, "bytes_after": 2e6,
+        "path": "/m", "tensors": 1, "numbers": 2, "form": "3 bits",
+        "quantized": 3, "dense": 4, "bytes_before": 9e9, "bytes_after": 2e6,
     }  # fmt: skip
 
     def ask_engine(verb: str, **given: Any) -> dict[str, Any]:
@@ -107,6 +111,8 @@ def test_each_command_asks_the_engine_for_itself_with_what_was_typed(
     assert verb == words[0]
     if verb == "quantize":
         assert (given["bits"], given["group_size"], given["target"]) == (3, 32, "/n")
+        assert (given["mode"], given["recipe"]) == ("affine", "mixed_4_6")
+        assert "3 matrices of 3 bits, 4 tensors" in shown
         assert "9.00 GB → 2.0 MB" in shown
 
 
