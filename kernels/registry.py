@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
-from kernels import add_layer_norm, add_rms_norm, attend, backend, greedy, lora, lora_add_rms_norm, mean_pool, sample
+from kernels import (
+    add_layer_norm,
+    add_rms_norm,
+    attend,
+    attend_stored,
+    backend,
+    greedy,
+    lora,
+    lora_add_rms_norm,
+    mean_pool,
+    sample,
+)
 from kernels.kernel import Kernel
 
 KERNELS: dict[str, Kernel] = {
     module.KERNEL.name: module.KERNEL
-    for module in (sample, attend, lora, add_rms_norm, add_layer_norm, mean_pool, greedy, lora_add_rms_norm)
+    for module in (
+        sample,
+        attend,
+        attend_stored,
+        lora,
+        add_rms_norm,
+        add_layer_norm,
+        mean_pool,
+        greedy,
+        lora_add_rms_norm,
+    )
 }
 NAMES = tuple(KERNELS)
 

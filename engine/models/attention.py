@@ -31,7 +31,8 @@ def attention(
     mask: Mask = None,
     window: int | None = None,
 ) -> mx.array:
-    """softmax(scale · Q Kᵀ) V for queries (B, H, T, D), keys and values (B, K, L, D), K dividing H; (B, H, T, D).
+    """softmax(scale · Q Kᵀ) V for queries (B, H, T, D), keys (B, K, L, D) and values (B, K, L, V), K dividing H;
+    (B, H, T, V).
 
     `window` narrows the mask "causal": a query sees itself and the window − 1 keys before. An array says it all itself.
 
@@ -124,4 +125,4 @@ def _attend(queries: mx.array, keys: mx.array, values: mx.array, bias: mx.array 
     # The softmax does not depend on what is subtracted, so no gradient need flow through the maximum.
     weights = exp_nonpositive(scores - mx.stop_gradient(scores.max(axis=-2, keepdims=True)))
     totals = weights.sum(axis=-2)[..., None]
-    return ((weights.swapaxes(-1, -2) @ values) / totals).reshape(batch, heads, length, dim)
+    return ((weights.swapaxes(-1, -2) @ values) / totals).reshape(batch, heads, length, values.shape[-1])

@@ -125,68 +125,19 @@ if (simdgroup == 0 && lane < uint(LANES)) {
 for (uint i = kv_head * threads_per_threadgroup.x + thread_index; i < before * DIM; i += threads_per_threadgroup.x * KV_HEADS)
   made[made_start + i] = fresh[size_t(row) * before * DIM + i];
 
-// --- The new token is what the first split begins with; then what is stored, the softmax as it goes (Milakov and
-// Gimelshein, 2018).
+// --- The new token is what the first split begins with; then what is stored.
 const bool has_new = split == 0 && lane < uint(LANES);
-float top = has_new ? dot : -3e38f;
-float sum = has_new ? 1.0f : 0.0f;
+float top_sum[2];
 float sum_v[PACK];
+top_sum[0] = has_new ? dot : -3e38f;
+top_sum[1] = has_new ? 1.0f : 0.0f;
 for (int d = 0; d < PACK; d++) sum_v[d] = has_new ? value[d] : 0.0f;
 const uint capacity = uint(stored_shape[2]);
 const uint end = metal::min(uint(offset[row]), capacity);
 const uint begin = WINDOW > 0 && end + 1 > uint(WINDOW) ? end + 1 - uint(WINDOW) : 0u;
 const size_t keys_start = (size_t(row) * uint(stored_shape[1]) + before + kv_head) * capacity * DIM;
 const size_t values_start = keys_start + size_t(KV_HEADS) * capacity * DIM;
-for (uint batch = begin + split * KEYS * DEPTH; batch < end; batch += SPLITS * KEYS * DEPTH) {
-  // Some keys a lane, so that the loads of all are under way together.
-  uint4 old_key[DEPTH];
-  uint4 old_value[DEPTH];
-  float score[DEPTH];
-  float new_top = top;
-  for (int n = 0; n < DEPTH; n++) {
-    const uint i = metal::min(batch + uint(n) * KEYS + lane / LANES, end - 1);
-    old_key[n] = DEVICE_POINTER(uint4, stored + keys_start + size_t(i) * DIM)[piece];
-    old_value[n] = DEVICE_POINTER(uint4, stored + values_start + size_t(i) * DIM)[piece];
-  }
-  for (int n = 0; n < DEPTH; n++) {
-    float product = 0.0f;
-    for (int d = 0; d < PACK; d++) product += query[d] * Packed<T>::at(old_key[n], d);
-    for (uint step = LANES / 2; step > 0; step >>= 1) product += metal::simd_shuffle_xor(product, ushort(step));
-    score[n] = batch + uint(n) * KEYS + lane / LANES < end ? product : -3e38f;
-    new_top = metal::max(new_top, score[n]);
-  }
-  const float fade = metal::exp(top - new_top);
-  sum *= fade;
-  for (int d = 0; d < PACK; d++) sum_v[d] *= fade;
-  for (int n = 0; n < DEPTH; n++) {
-    const float weight = score[n] > -3e38f ? metal::exp(score[n] - new_top) : 0.0f;
-    sum += weight;
-    for (int d = 0; d < PACK; d++) sum_v[d] += weight * Packed<T>::at(old_value[n], d);
-  }
-  top = new_top;
-}
-// The lanes that had other keys, then the simdgroups that had.
-const float head_top = metal::simd_max(top);
-const float share = metal::exp(top - head_top);
-sum = metal::simd_sum(piece == 0 ? sum * share : 0.0f);
-for (int d = 0; d < PACK; d++) {
-  sum_v[d] *= share;
-  for (uint step = 16; step > LANES / 2; step >>= 1) sum_v[d] += metal::simd_shuffle_xor(sum_v[d], ushort(step));
-  if (lane < uint(LANES)) part[simdgroup][piece * PACK + d] = sum_v[d];
-}
-if (lane == 0) {
-  part_top[simdgroup] = head_top;
-  part_sum[simdgroup] = sum;
-}
-threadgroup_barrier(mem_flags::mem_threadgroup);
-if (split > 0) return;
-float all_top = -3e38f;
-for (int s = 0; s < SPLITS; s++) all_top = metal::max(all_top, part_top[head + s * GROUP]);
-float total = 0.0f;
-for (int s = 0; s < SPLITS; s++) total += part_sum[head + s * GROUP] * metal::exp(part_top[head + s * GROUP] - all_top);
-const size_t y_start = ((size_t(row) * KV_HEADS + kv_head) * GROUP + head) * DIM;
-for (uint d = lane; d < uint(DIM); d += 32) {
-  float whole = 0.0f;
-  for (int s = 0; s < SPLITS; s++) whole += part[head + s * GROUP][d] * metal::exp(part_top[head + s * GROUP] - all_top);
-  y[y_start + d] = T(whole / total);
-}
+for (uint batch = begin + split * KEYS * DEPTH; batch < end; batch += SPLITS * KEYS * DEPTH)
+  attend_to_stored<T, DIM, PACK, DEPTH>(query, stored + keys_start, stored + values_start, batch, end, top_sum, sum_v, lane);
+write_attended<T, DIM, PACK, GROUP, SPLITS>(
+    top_sum, sum_v, -3e38f, part, part_top, part_sum, y + ((size_t(row) * KV_HEADS + kv_head) * GROUP + head) * DIM, simdgroup, lane);

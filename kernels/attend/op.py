@@ -20,12 +20,12 @@ _BODY = Body(
         *(f"{side}{part}" for part in range(3) for side in LoraSides._fields),
     ),
     ("y", "made"),
-    ("packed.h", "low_rank.h"),
+    ("packed.h", "low_rank.h", "stored.h"),
 )
 #: Threads of a threadgroup at most. Apple's GPUs take fewer than 1,024 of a kernel that needs many registers.
-_THREADS: dict[Backend, int] = {"metal": 512, "cuda": 768, "emulator": 512}
+THREADS: dict[Backend, int] = {"metal": 512, "cuda": 768, "emulator": 512}
 #: Keys that a lane has under way at once.
-_DEPTH = 4
+DEPTH = 4
 
 
 def attend(given: AttendInput) -> tuple[mx.array, mx.array]:
@@ -37,10 +37,10 @@ def attend(given: AttendInput) -> tuple[mx.array, mx.array]:
 
 def unfit(heads: int, kv_heads: int, dim: int, dtype: mx.Dtype) -> str | None:
     """Why the body cannot take heads of this kind, or None."""
-    if heads % kv_heads or heads // kv_heads > min(_THREADS.values()) // 32:
+    if heads % kv_heads or heads // kv_heads > min(THREADS.values()) // 32:
         return f"{heads} heads over {kv_heads} of keys"
-    lanes = dim // _pack(dtype)
-    fits = dim % _pack(dtype) == 0 and dim % 2 == 0 and 0 < lanes <= 32 and not lanes & (lanes - 1)
+    lanes = dim // pack(dtype)
+    fits = dim % pack(dtype) == 0 and dim % 2 == 0 and 0 < lanes <= 32 and not lanes & (lanes - 1)
     return None if fits else f"heads of {dim}"
 
 
@@ -86,7 +86,8 @@ def _turned(x: mx.array, weight: mx.array | None, given: AttendInput) -> mx.arra
     return mx.fast.rope(x, x.shape[-1], traditional=False, base=None, scale=1.0, offset=offset, freqs=periods)
 
 
-def _pack(dtype: mx.Dtype) -> int:
+def pack(dtype: mx.Dtype) -> int:
+    """Numbers that a lane loads at once."""
     return 16 // int(dtype.size)
 
 
@@ -126,7 +127,7 @@ def _refuse_adapters(given: AttendInput, adapters: AttendAdapters) -> str | None
 
 def _threads(given: AttendInput) -> int:
     group = given.heads // given.kv_heads
-    return max(1, _THREADS.get(KERNEL.backend, 512) // 32 // group) * group * 32
+    return max(1, THREADS.get(KERNEL.backend, 512) // 32 // group) * group * 32
 
 
 def _launch(given: AttendInput) -> Arrays:
@@ -146,7 +147,7 @@ def _launch(given: AttendInput) -> Arrays:
                 ("KV_HEADS", given.kv_heads),
                 ("SPLITS", threads // group // 32),
             ),
-            *(("DEPTH", _DEPTH), ("PACK", _pack(q.dtype)), ("WINDOW", given.window or 0)),
+            *(("DEPTH", DEPTH), ("PACK", pack(q.dtype)), ("WINDOW", given.window or 0)),
             *(("SCALE", float_bits(given.scale)), ("EPS", float_bits(given.eps))),
             *(("NORM", q_weight is not None), ("FIRST", fresh is None)),
             *zip(("Q_ROW", "K_ROW", "V_ROW"), (x.shape[1] for x in (q, k, v)), strict=True),

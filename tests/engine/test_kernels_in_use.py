@@ -19,6 +19,7 @@ from engine.generation.sampling import choose
 from engine.generation.sampling_batch import sampling_batch
 from engine.generation.step import Step
 from engine.models.cache import KeyValues
+from engine.models.decoder import Decoder
 from engine.models.joint import JointKeyValues
 from engine.models.llama import Llama
 from engine.platform.probe import choose_kernels, describe_kernels
@@ -28,7 +29,7 @@ from kernels.emulator.observe import observing
 from kernels.registry import KERNELS
 from stoker.contract import GenerateRequest
 from stoker.errors import ConfigError
-from tests.engine import tiny
+from tests.engine import bridged, tiny
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 #: The newest tokens of three rows of different lengths.
@@ -42,7 +43,9 @@ def _ran(launches: list[Any]) -> set[str]:
     return {name for name in KERNELS for launch in launches if launch.name.startswith(f"custom_kernel_{name}_")}
 
 
-def _decoded(llama: Llama, pool: AdapterPool | None = None, steps: int = 1) -> tuple[list[list[float]], list[mx.array]]:
+def _decoded(
+    llama: Decoder, pool: AdapterPool | None = None, steps: int = 1
+) -> tuple[list[list[float]], list[mx.array]]:
     """Decode steps over a cache of fixed content: the last one's (chosen, raw, logprob, probability), and each row's
     keys and values after them."""
     rows = len(TOKENS)
@@ -82,6 +85,20 @@ def test_a_decode_step_with_kernels_is_that_without(name: str) -> None:
     with backend.using("emulator"), observing() as launches:
         got, kept = _decoded(llama, steps=3)
     assert _ran(launches) == {"attend", "add_rms_norm", "sample"}
+    assert got[0] == wanted[0]
+    np.testing.assert_allclose(got[1:], wanted[1:], rtol=2e-4, atol=2e-5)
+    for one, other in zip(kept, plain, strict=True):
+        np.testing.assert_allclose(np.array(one), np.array(other), atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["phi3", "gemma3", "gpt_oss"])
+def test_a_model_file_of_mlx_lm_attends_through_the_kernel_by_its_windows_and_sinks(name: str) -> None:
+    model = bridged.bridged(name).decoder
+    wanted, plain = _decoded(model, steps=3)
+    with backend.using("emulator"), observing() as launches:
+        got, kept = _decoded(model, steps=3)
+    attended = [launch for launch in launches if launch.name.startswith("custom_kernel_attend_stored_")]
+    assert len(attended) == 3 * len(model.kv_sizes.keys)
     assert got[0] == wanted[0]
     np.testing.assert_allclose(got[1:], wanted[1:], rtol=2e-4, atol=2e-5)
     for one, other in zip(kept, plain, strict=True):

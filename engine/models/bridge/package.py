@@ -127,3 +127,8 @@ def _package() -> None:
     module = ModuleType(_NAME)
     module.__path__ = [str(root)]
     sys.modules[_NAME] = module
+    # Here, because it imports MLX; and before the first file takes mlx-lm's own from there.
+    from engine.models.bridge.attention import scaled_dot_product_attention
+
+    base = importlib.import_module(f"{_NAME}.models.base")
+    base.scaled_dot_product_attention = scaled_dot_product_attention  # type: ignore[attr-defined]

@@ -11,6 +11,7 @@ import mlx.core as mx
 
 from engine.models.attention import Mask
 from engine.models.bridge import package
+from engine.models.bridge.attention import StoredKv
 from engine.models.cache import KvSide, KvSizes, StateShape, View
 from stoker.errors import ModelError
 
@@ -23,6 +24,7 @@ class SlotView(Protocol):
     def update(self, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]: ...
     def read(self, layer: int) -> tuple[mx.array, mx.array]: ...
     def masked(self, tokens: int, window: int | None, *, array: bool) -> Mask: ...
+    def stored(self, layer: int, mask: Mask) -> StoredKv | None: ...
     def state(self, index: int) -> mx.array | None: ...
     def set_state(self, index: int, new: mx.array) -> None: ...
 
@@ -74,17 +76,26 @@ class KvSlot:
 
     def __init__(self, view: SlotView, index: int, window: int | None) -> None:
         self._view, self._index, self._window = view, index, window
+        self._fetched: tuple[mx.array, mx.array] | None = None
 
     @property
     def offset(self) -> int | mx.array:
         return self._view.offset
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        return self._view.update(self._index, keys, values)
+        self._fetched = self._view.update(self._index, keys, values)
+        return self._fetched
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
         """What `update_and_fetch` gave in this pass: layers without keys of their own read another's."""
-        return self._view.read(self._index)
+        self._fetched = self._view.read(self._index)
+        return self._fetched
+
+    def stored(self, keys: mx.array, values: mx.array, mask: Mask) -> StoredKv | None:
+        """What these, as this gave them, are a part of; None where they or the mask are made by the model's file."""
+        if self._fetched is None or keys is not self._fetched[0] or values is not self._fetched[1]:
+            return None
+        return self._view.stored(self._index, mask)
 
     def make_mask(self, tokens: int, return_array: bool = False, window_size: int | None = None) -> Mask:
         return self._view.masked(tokens, window_size or self._window, array=return_array)
@@ -151,6 +162,14 @@ class Stepping:
             self._masks[window] = seen[:, None] if self._grouped else seen
         return self._masks[window]
 
+    def stored(self, layer: int, mask: Mask) -> StoredKv | None:
+        """None for a mask that this has not made."""
+        view = self._view
+        for window, made in self._masks.items():
+            if mask is made:
+                return StoredKv(view.keys[layer], view.values[layer], view.offset, window)
+        return None
+
 
 class Whole:
     """A pass over whole sequences, of which nothing is kept: training and scoring."""
@@ -167,6 +186,9 @@ class Whole:
 
     def read(self, layer: int) -> tuple[mx.array, mx.array]:
         return self._made[layer]
+
+    def stored(self, layer: int, mask: Mask) -> None:
+        """Nothing is kept."""
 
     def state(self, index: int) -> mx.array | None:
         """Nothing came before. A layer that is run again for its gradient does not find what it left."""

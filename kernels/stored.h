@@ -1,0 +1,73 @@
+// Attention of one query over keys and values as they are stored, the softmax as it goes (Milakov and Gimelshein, 2018).
+// A simdgroup has one head and every SPLITSth batch of keys; DIM / PACK lanes have a key, each PACK of its numbers.
+#ifndef inline_function
+#define inline_function inline
+#endif
+
+// Take DEPTH batches of keys and values (capacity, DIM), from `batch` on and before `end`, into `top_sum`, the greatest score
+// so far and the sum of the weights, and `sum_v` [PACK], the weighted values: each lane's own, of the keys that it has.
+template <typename T, int DIM, int PACK, int DEPTH, typename Q, typename K, typename V, typename S, typename W>
+inline_function void attend_to_stored(Q query, K keys, V values, uint batch, uint end, S top_sum, W sum_v, uint lane) {
+  constexpr int LANES = DIM / PACK;
+  constexpr int KEYS = 32 / LANES;
+  const uint piece = lane % uint(LANES);
+  // Some keys a lane, so that the loads of all are under way together.
+  uint4 old_key[DEPTH];
+  uint4 old_value[DEPTH];
+  float score[DEPTH];
+  float new_top = top_sum[0];
+  for (int n = 0; n < DEPTH; n++) {
+    const uint i = metal::min(batch + uint(n) * KEYS + lane / LANES, end - 1);
+    old_key[n] = DEVICE_POINTER(uint4, keys + size_t(i) * DIM)[piece];
+    old_value[n] = DEVICE_POINTER(uint4, values + size_t(i) * DIM)[piece];
+  }
+  for (int n = 0; n < DEPTH; n++) {
+    float product = 0.0f;
+    for (int d = 0; d < PACK; d++) product += query[d] * Packed<T>::at(old_key[n], d);
+    for (uint step = LANES / 2; step > 0; step >>= 1) product += metal::simd_shuffle_xor(product, ushort(step));
+    score[n] = batch + uint(n) * KEYS + lane / LANES < end ? product : -3e38f;
+    new_top = metal::max(new_top, score[n]);
+  }
+  const float fade = metal::exp(top_sum[0] - new_top);
+  top_sum[0] = new_top;
+  top_sum[1] *= fade;
+  for (int d = 0; d < PACK; d++) sum_v[d] *= fade;
+  for (int n = 0; n < DEPTH; n++) {
+    const float weight = score[n] > -3e38f ? metal::exp(score[n] - new_top) : 0.0f;
+    top_sum[1] += weight;
+    for (int d = 0; d < PACK; d++) sum_v[d] += weight * Packed<T>::at(old_value[n], d);
+  }
+}
+
+// Put together what the lanes, then the simdgroups of a head have, and write y [DIM]. `sink`: a score without a value that
+// takes its share of the weights; −3e38: none. By the whole threadgroup: one barrier.
+// part [GROUP · SPLITS][DIM], part_top and part_sum [GROUP · SPLITS]: threadgroup floats.
+template <typename T, int DIM, int PACK, int GROUP, int SPLITS, typename S, typename W, typename P, typename G, typename Y>
+inline_function void write_attended(S top_sum, W sum_v, float sink, P part, G part_top, G part_sum, Y y, uint simdgroup, uint lane) {
+  constexpr int LANES = DIM / PACK;
+  const uint piece = lane % uint(LANES);
+  const uint head = simdgroup % uint(GROUP);
+  const float head_top = metal::simd_max(top_sum[0]);
+  const float share = metal::exp(top_sum[0] - head_top);
+  const float sum = metal::simd_sum(piece == 0 ? top_sum[1] * share : 0.0f);
+  for (int d = 0; d < PACK; d++) {
+    sum_v[d] *= share;
+    for (uint step = 16; step > LANES / 2; step >>= 1) sum_v[d] += metal::simd_shuffle_xor(sum_v[d], ushort(step));
+    if (lane < uint(LANES)) part[simdgroup][piece * PACK + d] = sum_v[d];
+  }
+  if (lane == 0) {
+    part_top[simdgroup] = head_top;
+    part_sum[simdgroup] = sum;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  if (simdgroup >= uint(GROUP)) return;
+  float all_top = sink;
+  for (int s = 0; s < SPLITS; s++) all_top = metal::max(all_top, part_top[head + s * GROUP]);
+  float total = metal::exp(sink - all_top);
+  for (int s = 0; s < SPLITS; s++) total += part_sum[head + s * GROUP] * metal::exp(part_top[head + s * GROUP] - all_top);
+  for (uint d = lane; d < uint(DIM); d += 32) {
+    float whole = 0.0f;
+    for (int s = 0; s < SPLITS; s++) whole += part[head + s * GROUP][d] * metal::exp(part_top[head + s * GROUP] - all_top);
+    y[d] = T(whole / total);
+  }
+}
