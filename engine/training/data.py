@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
 
 from engine.text.tokenizer import Tokenizer
 from engine.training.conversation import Writer
+from stoker.contract import TrainRequest
 from stoker.contract.dataset import Example
+from stoker.contract.requests import MAX_STEPS
 from stoker.errors import DatasetError, InvalidRequest, ModelError
 
 #: Batches whose examples are sorted by length together: enough that little is padding, and the order stays random.
@@ -25,6 +27,8 @@ class TokenizedExample:
 
     tokens: np.ndarray
     learned: np.ndarray
+    #: Of the dataset, from 1: a conversation may make several examples.
+    line: int = 0
 
     @classmethod
     def of(cls, pieces: Iterable[tuple[Sequence[int], bool]]) -> TokenizedExample:
@@ -74,7 +78,7 @@ def tokenize(
         except (InvalidRequest, ModelError) as error:
             raise DatasetError(f"dataset, example {number}: {error}") from None
         for one in tokenized:
-            found.append(one.all_learned() if learn_prompts else one)
+            found.append(replace(one.all_learned() if learn_prompts else one, line=number))
             _check(found[-1], number, max_length)
     if not found:
         raise DatasetError("dataset: no example in it.")
@@ -129,6 +133,32 @@ def split(
         )
     order = np.random.default_rng((seed, 1)).permutation(len(examples))
     return [examples[index] for index in sorted(order[held:])], [examples[index] for index in sorted(order[:held])]
+
+
+def divided(
+    examples: Sequence[TokenizedExample], request: TrainRequest
+) -> tuple[list[TokenizedExample], list[TokenizedExample]]:
+    """Examples to learn from, and those that are held out, as `request` has it. Raises `DatasetError`."""
+    if not request.held_out_lines:
+        return split(examples, request.held_out, request.seed)
+    last = examples[-1].line - request.held_out_lines
+    learned = [example for example in examples if example.line <= last]
+    if not learned:
+        raise DatasetError(
+            f"held_out_lines: {request.held_out_lines} of {examples[-1].line} given; none is left to learn from."
+        )
+    return learned, [example for example in examples if example.line > last]
+
+
+def with_steps(request: TrainRequest, learned: int) -> TrainRequest:
+    """`request` with its number of steps, where it says epochs; `learned`: examples. Raises `InvalidRequest`."""
+    if request.epochs is None:
+        return request
+    batches = request.epochs * (learned // min(request.batch_size, learned))
+    steps = -(-batches // request.accumulation)
+    if steps > MAX_STEPS:
+        raise InvalidRequest(f"epochs: {request.epochs} given, which are {steps} steps; at most {MAX_STEPS}.")
+    return request.model_copy(update={"steps": steps})
 
 
 def dataset_digest(examples: Sequence[TokenizedExample]) -> str:

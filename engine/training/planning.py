@@ -12,7 +12,7 @@ import numpy as np
 
 from engine.checkpoints.loading import load
 from engine.platform import probe
-from engine.training.data import split, tokenize
+from engine.training.data import divided, tokenize, with_steps
 from engine.training.trainer import Trainer
 from stoker.contract import TrainRequest
 from stoker.contract.dataset import TrainInput, iterate_lines
@@ -29,7 +29,8 @@ def plan(sources: Sequence[str], dataset: Path, request: TrainRequest) -> dict[s
         raise InvalidRequest(f"max_length: {request.max_length} given; {request.model} takes {model.context}.")
     lines = iterate_lines(TrainInput(dataset).lines(), dataset.name)
     examples = tokenize(lines, model.tokenizer, request.max_length, learn_prompts=request.learn_prompts)
-    learned, held_out = split(examples, request.held_out, request.seed)
+    learned, held_out = divided(examples, request)
+    request = with_steps(request, len(learned))
     lengths = np.array([len(example) for example in examples])
     longest = sorted(learned, key=len)[-request.batch_size :]
     mx.reset_peak_memory()
@@ -43,6 +44,7 @@ def plan(sources: Sequence[str], dataset: Path, request: TrainRequest) -> dict[s
     return {
         "examples": len(learned),
         "held_out": len(held_out),
+        "steps": request.steps,
         "tokens_an_epoch": int(sum(map(len, learned))),
         "learned_an_epoch": int(sum(int(example.learned.sum()) for example in learned)),
         "shortest": int(lengths.min()),

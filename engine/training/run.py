@@ -10,7 +10,7 @@ from engine.checkpoints.loading import LoadedModel
 from engine.platform.jsonfiles import write_json
 from engine.training.carried import CHECKPOINTS, LOG_FILE
 from engine.training.checkpoint import Checkpoints
-from engine.training.data import TokenizedExample, dataset_digest, split
+from engine.training.data import TokenizedExample, dataset_digest, divided, with_steps
 from engine.training.log import RunLog
 from engine.training.state import TrainState
 from engine.training.trainer import Trainer
@@ -38,7 +38,8 @@ class TrainingRun:
     ) -> None:
         """`kept` is called when there is a new checkpoint. Raises `ModelError` for a folder of another run or with a
         damaged checkpoint, `DatasetError` for a dataset that cannot be split as asked."""
-        learned, held_out = split(examples, request.held_out, request.seed)
+        learned, held_out = divided(examples, request)
+        request = with_steps(request, len(learned))
         self._model, self._request, self._kept = model, request, kept
         self._trainer = Trainer(model.decoder, request, learned, held_out)
         made_of = {

@@ -73,6 +73,7 @@ class Planned(TypedDict):
 
     examples: int
     held_out: int
+    steps: int
     tokens_an_epoch: int
     learned_an_epoch: int
     shortest: int

@@ -15,8 +15,8 @@ from stoker.cli.engine_tool import ask_engine
 from stoker.cli.options import Json, Model, Url, connect, console, is_terminal, notes, print_json
 from stoker.client import TrainJob
 from stoker.client.options import TrainOptions
-from stoker.client.requests import read_dataset
-from stoker.contract import TrainReport, TrainRequest, TrainResult, build
+from stoker.client.requests import read_dataset, train_request
+from stoker.contract import TrainReport, TrainRequest, TrainResult
 from stoker.contract.dataset import ON_WORKER
 from stoker.errors import InvalidRequest
 
@@ -36,6 +36,7 @@ def train(
     ],
     model: Model = None,
     steps: Annotated[int, _option("Optimizer steps.")] = _default("steps"),
+    epochs: Annotated[int | None, _option("Passes over the examples, instead of steps.")] = None,
     rank: Annotated[int, _option("Rank of the adapter.")] = _default("rank"),
     alpha: Annotated[float, _option("Scale: the update is multiplied by alpha / rank.")] = _default("alpha"),
     targets: Annotated[str, _option("Layers that are changed.")] = ",".join(_default("targets")),
@@ -54,6 +55,7 @@ def train(
     label_smoothing: Annotated[float, _option("Share of the target for all tokens.")] = _default("label_smoothing"),
     gradient_checkpointing: Annotated[bool, _option("Less memory, a third more time.")] = False,
     held_out: Annotated[float, _option("Share of the examples to evaluate on.")] = _default("held_out"),
+    held_out_lines: Annotated[int, _option("The last so many lines, instead of a share.")] = 0,
     eval_every: Annotated[int, _option("Steps between evaluations; 0: at the end alone.")] = _default("eval_every"),
     stop_after: Annotated[int, _option("Evaluations without a new best; 0: never.")] = _default("stop_after"),
     spike: Annotated[float, _option("A loss this many times the usual is divergence; 0: none is.")] = _default("spike"),
@@ -67,6 +69,8 @@ def train(
     """Train a LoRA adapter on the warm base. Ctrl-C leaves the run going; `stoker cancel` ends it."""
     given = locals()
     options = cast(TrainOptions, {name: given[name] for name in TrainOptions.__annotations__ if name in given})
+    if epochs is not None and steps == _default("steps"):
+        del options["steps"]
     # A wrong target is the request's to refuse.
     options["targets"] = cast(Any, tuple(part.strip() for part in targets.split(",")))
     if dry_run:
@@ -96,7 +100,7 @@ def _show_plan(name: str, dataset: str, model: str | None, options: TrainOptions
     if model is None:
         raise InvalidRequest("model: none given; a dry run loads the model itself. Name one with --model.")
     model, sources = parse_model(model)
-    request = build(TrainRequest, {"model": model, "name": name, "dataset": "dry-run", **options})
+    request = train_request(model, name, "worker:dry-run", "dry-run", options)
     if dataset.startswith(ON_WORKER):
         raise InvalidRequest(f"dataset: {dataset!r} given; a dry run reads the file itself. Name one of this machine.")
     with inputs.as_file(dataset) as path:
@@ -109,7 +113,7 @@ def _show_plan(name: str, dataset: str, model: str | None, options: TrainOptions
         f"{plan['examples']} examples, {plan['held_out']} held out; {plan['shortest']} to {plan['longest']} tokens, "
         f"median {plan['median']}\n"
         f"an epoch: {plan['tokens_an_epoch']} tokens, {plan['learned_an_epoch']} of them learned, in "
-        f"{plan['steps_an_epoch']} steps; the run: {request.steps} steps, {plan['epochs']:.1f} epochs\n"
+        f"{plan['steps_an_epoch']} steps; the run: {plan['steps']} steps, {plan['epochs']:.1f} epochs\n"
         f"{plan['trained_parameters']:,} parameters are trained\n"
         f"on {plan['device']}: at most {plan['seconds_a_step']:.2f} s a step, {plan['seconds'] / 60:.1f} min in all, "
         f"{plan['memory_bytes'] / 2**30:.2f} GB"

@@ -90,6 +90,7 @@ class TrainOptions(JobOptions, total=False):
     """Options of `train`."""
 
     steps: int
+    epochs: int | None
     rank: int
     alpha: float
     targets: Sequence[LoraTarget]
@@ -108,6 +109,7 @@ class TrainOptions(JobOptions, total=False):
     label_smoothing: float
     gradient_checkpointing: bool
     held_out: float
+    held_out_lines: int
     eval_every: int
     stop_after: int
     spike: float

@@ -94,6 +94,8 @@ def _prompt_fields(prompt: Prompt | None) -> dict[str, object]:
 
 
 def train_request(model: str, name: str, dataset: Dataset, job_id: str, fields: Mapping[str, object]) -> TrainRequest:
+    if "steps" in fields and fields.get("epochs") is not None:
+        raise InvalidRequest("steps and epochs given; say one of them.")
     source = dataset if _on_worker(dataset) else str(Upload.of("dataset", job_id, b""))
     return build(TrainRequest, {"model": model, "name": name, "dataset": source, **fields})
 

@@ -160,7 +160,9 @@ def _size(request: Request) -> str:
         return f"{len(request.texts)} texts"
     if isinstance(request, GenerateRequest):
         return f"{request.max_tokens * request.n} tokens"
-    return f"{request.steps} steps" if isinstance(request, TrainRequest) else ""
+    if isinstance(request, TrainRequest):
+        return f"{request.steps} steps" if request.epochs is None else f"{request.epochs} epochs"
+    return ""
 
 
 def _input(request: Request) -> str:

@@ -43,6 +43,8 @@ MinP = Annotated[float, Field(ge=0.0, le=1.0), AfterValidator(_zero_or_plain)]
 #: What is added to a logit, or taken from it.
 Shift = Annotated[float, Field(ge=-100.0, le=100.0), AfterValidator(_zero_or_plain)]
 
+#: Optimizer steps of a training run.
+MAX_STEPS = 1_000_000
 #: The linear layers of the Llama family that LoRA may change, by their last name, as PEFT calls them. Other
 #: architectures have others; the worker says which.
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -259,7 +261,9 @@ class TrainRequest(JobRequest):
     name: Name
     #: Blob that holds the dataset as JSON lines, or `worker:NAME`: a file under the worker's data root.
     dataset: str = Field(min_length=1, max_length=512)
-    steps: int = Field(default=100, ge=1, le=1_000_000)
+    steps: int = Field(default=100, ge=1, le=MAX_STEPS)
+    #: Passes over the examples that are learned from, which then say how many steps there are. None: `steps` says it.
+    epochs: int | None = Field(default=None, ge=1, le=10_000)
     rank: int = Field(default=8, ge=1, le=MAX_RANK)
     alpha: float = Field(default=16.0, gt=0.0, le=4096.0)
     targets: Annotated[tuple[LoraTarget, ...], Field(min_length=1, max_length=32)] = DEFAULT_TARGETS
@@ -288,6 +292,8 @@ class TrainRequest(JobRequest):
     gradient_checkpointing: bool = False
     #: Share of the examples that is not learned from, drawn by `seed`, for evaluation.
     held_out: float = Field(default=0.0, ge=0.0, le=0.5)
+    #: The last so many lines of the dataset are what is held out, instead of a share. 0: `held_out` says it.
+    held_out_lines: int = Field(default=0, ge=0, le=1_000_000)
     #: Steps between evaluations on what is held out; the last step is evaluated too. 0: at the end alone.
     eval_every: int = Field(default=0, ge=0, le=1_000_000)
     #: Stop after this many evaluations without a new best. 0: never.
@@ -302,7 +308,9 @@ class TrainRequest(JobRequest):
 
     @model_validator(mode="after")
     def _evaluation(self) -> TrainRequest:
-        if (self.eval_every or self.stop_after) and not self.held_out:
+        if self.held_out and self.held_out_lines:
+            raise ValueError("held_out and held_out_lines given; say one of them")
+        if (self.eval_every or self.stop_after) and not (self.held_out or self.held_out_lines):
             raise ValueError("eval_every and stop_after need held_out above 0: the share of examples to evaluate on")
         if self.stop_after and not self.eval_every:
             raise ValueError("stop_after needs eval_every above 0")

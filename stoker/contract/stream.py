@@ -72,6 +72,8 @@ class TrainReport(Message):
     #: Passes over the examples.
     epoch: float = 0.0
     note: str = ""
+    #: When it came to the broker, by its clock, in seconds since the epoch; None: it is not there.
+    published: float | None = None
     #: Whether the run ends with this step: by its number, or by `stop_after`.
     last: bool = False
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,20 @@ from tokenizers.processors import TemplateProcessing
 
 from engine.checkpoints.loading import LoadedModel
 from engine.text.tokenizer import Tokenizer
-from engine.training.data import Batches, TokenizedExample, collate, dataset_digest, split, tokenize
+from engine.training.data import (
+    Batches,
+    TokenizedExample,
+    collate,
+    dataset_digest,
+    divided,
+    split,
+    tokenize,
+    with_steps,
+)
 from stoker.contract.dataset import Example
-from stoker.errors import DatasetError
+from stoker.errors import DatasetError, InvalidRequest
 from tests.engine import tiny
+from tests.engine.tiny import asking
 
 TEMPLATE = (
     "{% for m in messages %}t{{ {'system': 10, 'user': 11, 'assistant': 12}[m['role']] }} {{ m['content'] }} t2 "
@@ -239,6 +250,32 @@ def test_batches_hold_examples_of_like_length() -> None:
     assert max(spread) < 20, "unsorted batches spread over 60 tokens and more"
     firsts = [len(batches.examples(number)[0]) for number in range(batches.an_epoch)]
     assert firsts != sorted(firsts), "the batches themselves come in random order"
+
+
+def test_the_last_lines_are_held_out_with_every_example_that_they_make() -> None:
+    rows = [replace(example(3, 4), line=line) for line in (1, 2, 2, 3, 3, 5)]
+    for lines, held in ((1, 1), (2, 1), (3, 3), (4, 5)):
+        assert divided(rows, asking(held_out_lines=lines)) == (rows[:-held], rows[-held:])
+    with pytest.raises(DatasetError, match="held_out_lines: 5 of 5 given; none is left to learn from"):
+        divided(rows, asking(held_out_lines=5))
+    assert divided(rows, asking()) == (rows, [])
+
+
+def test_examples_know_their_line_and_epochs_are_steps(model: LoadedModel) -> None:
+    found = tokenize([Example("t3 t4", " t5"), Example("t3", " t4")], model.tokenizer, 64)
+    assert [one.line for one in found] == [1, 2]
+    cases: list[tuple[dict[str, Any], int, int]] = [
+        ({"epochs": 3, "batch_size": 2}, 8, 12),
+        ({"epochs": 3, "batch_size": 2, "accumulation": 5}, 8, 3),
+        # What does not fill a batch waits for another epoch.
+        ({"epochs": 2, "batch_size": 3}, 8, 4),
+        ({"epochs": 2, "batch_size": 64}, 8, 2),
+        ({"steps": 7}, 8, 7),
+    ]
+    for fields, learned, steps in cases:
+        assert with_steps(asking(**fields), learned).steps == steps
+    with pytest.raises(InvalidRequest, match="epochs: 10000 given, which are 2000000 steps; at most 1000000"):
+        with_steps(asking(epochs=10_000, batch_size=1), 200)
 
 
 def test_a_batch_is_no_larger_than_the_dataset() -> None:

@@ -74,6 +74,15 @@ def test_a_turn_is_a_micro_step(lane: TrainLane) -> None:
     assert not lane.busy
 
 
+def test_a_run_of_epochs_over_the_first_lines_is_evaluated_on_the_others(lane: TrainLane, tmp_path: Path) -> None:
+    ticket = admit(lane, "a", epochs=3, steps=1, batch_size=1, held_out_lines=1)
+    run_all(lane)
+    said = json.loads((tmp_path / "runs/a/run.json").read_text())
+    assert (said["examples"], said["held_out"]) == (2, 1)
+    assert ticket.result(0).steps == 6
+    assert ticket.result(0).held_out_loss is not None
+
+
 def test_a_trained_adapter_is_kept_with_what_it_was_made_of(lane: TrainLane, tmp_path: Path) -> None:
     ticket = admit(lane, "a", steps=2, rank=3, version=7)
     run_all(lane)

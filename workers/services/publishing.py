@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from redis.exceptions import RedisError
 
 from stoker.broker import keys
+from stoker.contract import StreamToken, TrainReport
 from stoker.errors import JobFailed, WorkerUnavailable
 from stoker.monitor.metrics import PUBLISH_LAG
 from stoker.monitor.numbers import Series
+from workers import clock
 from workers.services.background import Background
 from workers.services.recent import Recent
 from workers.services.retrying import Retry
@@ -162,13 +164,14 @@ class Publisher:
         names: list[str] = []
         arguments: list[Any] = [keys.RESULT_TTL]
         seen: set[str] = set()
+        now = clock.now(self._redis) if any(isinstance(entry, TrainReport) for _, entry in entries) else None
         for pair in entries:
             job_id, entry = pair
             renews = entry.is_last or entry.index % RENEW_EVERY == 0
             follows = not again and job_id not in seen and self._recent.follows(pair)
             seen.add(job_id)
             names += (keys.stream(job_id), keys.channel(job_id))
-            arguments += (keys.entry_id(entry.index), entry.model_dump_json(), int(renews), int(follows))
+            arguments += (keys.entry_id(entry.index), _payload(entry, now), int(renews), int(follows))
         answer = self._redis.eval(_PUBLISH, len(names), *names, *arguments) or []
         wrong = {stream.decode(): reason.decode() for stream, reason in zip(answer[::2], answer[1::2], strict=True)}
         refused = {job_id: wrong[keys.stream(job_id)] for job_id in seen if keys.stream(job_id) in wrong}
@@ -201,3 +204,8 @@ class Publisher:
         log.error("job %s: the broker does not take what it publishes, at the key %s", job_id, keys.stream(job_id))
         self._failed[job_id] = error
         self._refused(job_id, error)
+
+
+def _payload(entry: StreamToken | TrainReport, now: float | None) -> str:
+    """What travels of it. A report says when: people look at a run hours later."""
+    return (entry.model_copy(update={"published": now}) if isinstance(entry, TrainReport) else entry).model_dump_json()

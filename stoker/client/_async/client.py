@@ -172,11 +172,12 @@ class AsyncClient(AsyncBulkClient):
     ) -> AsyncTrainJob:
         """Train the LoRA adapter `name` on `dataset`: a path to JSON lines, `worker:NAME`, or the examples.
 
-        Options and their defaults: steps=100, rank=8, alpha=16.0, targets=("q_proj", "k_proj", "v_proj", "o_proj"),
-        rslora=False, dora=False, dropout=0.0, batch_size=4, accumulation=1, max_length=512, learn_prompts=False,
-        learning_rate=0.0002, schedule="constant", warmup_steps=0, weight_decay=0.01, clip=1.0, label_smoothing=0.0,
-        gradient_checkpointing=False, held_out=0.0, eval_every=0, stop_after=0, spike=3.0, checkpoint_every=20,
-        promote=True, seed=0, priority=5 (0 is first), deadline=None. What each of them means: docs/train.md.
+        Options and their defaults: steps=100, epochs=None (instead of steps), rank=8, alpha=16.0, targets=("q_proj",
+        "k_proj", "v_proj", "o_proj"), rslora=False, dora=False, dropout=0.0, batch_size=4, accumulation=1,
+        max_length=512, learn_prompts=False, learning_rate=0.0002, schedule="constant", warmup_steps=0,
+        weight_decay=0.01, clip=1.0, label_smoothing=0.0, gradient_checkpointing=False, held_out=0.0, held_out_lines=0
+        (instead of a share), eval_every=0, stop_after=0, spike=3.0, checkpoint_every=20, promote=True, seed=0,
+        priority=5 (0 is first), deadline=None. What each of them means: docs/train.md.
         """
         fields = checked_options(options, TrainOptions, ("model", "job_id"))
         job_id = requests.checked_job_id(job_id)
