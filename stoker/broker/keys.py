@@ -41,6 +41,9 @@ RATE_TTL = 3600
 FILE_TTL = 30 * 24 * 3600
 #: Seconds that the lists of files outlive their last change: a file is there for as long as `FILE_TTL` afterwards.
 FILES_TTL = FILE_TTL + 24 * 3600
+#: Seconds that a run of the gateway's fine-tuning is known, and that the lists of such runs outlive the newest one.
+FINE_TUNE_TTL = 30 * 24 * 3600
+FINE_TUNES_TTL = FINE_TUNE_TTL + 24 * 3600
 #: The type of a kind whose keys have several.
 ANY = "any"
 
@@ -101,6 +104,8 @@ KINDS = (
     Kind("file", rf"file:{_JOB}", FILE_TTL, "string"),
     Kind("files", rf"files:{_NAME}", FILES_TTL, "zset"),
     Kind("file_contents", rf"file_contents:{_NAME}", FILES_TTL, "zset"),
+    Kind("fine_tune", rf"fine_tune:{_JOB}", FINE_TUNE_TTL, "string"),
+    Kind("fine_tunes", rf"fine_tunes:{_NAME}", FINE_TUNES_TTL, "zset"),
     # Which queues an exchange feeds, and messages that a worker holds: kombu's.
     Kind("binding", r"_kombu\.binding(_deadlines|(_permanent)?\..+)", None, ANY),
     Kind("unacked", r"unacked", None, "hash"),
@@ -295,6 +300,16 @@ def files(owner: str) -> str:
 def file_contents(place: str) -> str:
     """Sorted set: ids of files of which parts may lie in one place → when these may go."""
     return f"{PREFIX}file_contents:{place}"
+
+
+def fine_tune(job_id: str) -> str:
+    """String, JSON: what a client of the gateway asked of a training run (`stoker.broker.fine_tunes`)."""
+    return f"{PREFIX}fine_tune:{job_id}"
+
+
+def fine_tunes(owner: str) -> str:
+    """Sorted set: ids of one client's runs → when they were asked for."""
+    return f"{PREFIX}fine_tunes:{owner}"
 
 
 def spoiled(key: str) -> str:

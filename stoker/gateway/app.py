@@ -20,6 +20,7 @@ from stoker.gateway.answers import Generation, answered
 from stoker.gateway.bodies import read_body
 from stoker.gateway.calls import Call, Caller, Models, NamedJob, keeps
 from stoker.gateway.files import Files
+from stoker.gateway.fine_tuning import FineTuning
 from stoker.gateway.front import Front
 from stoker.gateway.health import Health
 from stoker.gateway.stored import Store
@@ -53,10 +54,12 @@ class Gateway:
     access: Access = field(default_factory=Anybody)
     models: Models = field(init=False)
     store: Store = field(init=False)
+    fine_tuning: FineTuning = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "models", Models(self.client))
         object.__setattr__(self, "store", Store(self.client))
+        object.__setattr__(self, "fine_tuning", FineTuning(self.client, self.store))
 
     def application(self) -> ASGIApp:
         posted = {
@@ -66,6 +69,7 @@ class Gateway:
             "/v1/rerank": self.reranking,
             "/v1/messages": self.generating(anthropic.asked),
             "/v1/responses": self.generating(responses.asked),
+            "/v1/fine_tuning/jobs": self.fine_tune,
         }
         numbers = Numbers()
         health = Health(self.client, numbers)
@@ -73,7 +77,7 @@ class Gateway:
         shown |= {"/healthz": health.alive, "/readyz": health.ready, "/metrics": health.metrics}
         routes = [Route(path, Endpoint(answerer), methods=["POST"]) for path, answerer in posted.items()]
         routes += [Route(path, Endpoint(answerer), methods=["GET"]) for path, answerer in shown.items()]
-        kept = self._of_files()
+        kept = [*self._of_files(), *self._of_fine_tuning()]
         routes += [Route(path, Endpoint(self.owned(answer)), methods=[method]) for method, path, answer in kept]
         paths = (*posted, *shown, *(path for _, path, _ in kept))
         return Front(Router(routes, lifespan=self._lifespan), self.names, numbers, paths)
@@ -86,6 +90,16 @@ class Gateway:
             ("GET", "/v1/files/{file_id}", files.retrieve),
             ("GET", "/v1/files/{file_id}/content", files.content),
             ("DELETE", "/v1/files/{file_id}", files.delete),
+        ]
+
+    def _of_fine_tuning(self) -> list[tuple[str, str, Owned]]:
+        runs, path = self.fine_tuning, "/v1/fine_tuning/jobs"
+        return [
+            ("GET", path, runs.list),
+            ("GET", path + "/{job_id}", runs.retrieve),
+            ("POST", path + "/{job_id}/cancel", runs.cancel),
+            ("GET", path + "/{job_id}/events", runs.events),
+            ("GET", path + "/{job_id}/checkpoints", runs.checkpoints),
         ]
 
     @asynccontextmanager
@@ -130,6 +144,9 @@ class Gateway:
             return await answer(request, caller.key or self.client.settings.client_key)
 
         return answered
+
+    async def fine_tune(self, request: Request) -> Response:
+        return await self.fine_tuning.create(await self.call(request))
 
     async def embedding(self, request: Request) -> Response:
         return await embeddings.answered(await self.call(request))

@@ -22,6 +22,8 @@ pytestmark = pytest.mark.integration
 
 #: The example that speaks to a gateway.
 OVER_HTTP = ROOT / "examples" / "openai_client.py"
+#: It speaks to one too, and has its test where what it leaves is looked at (tests/gateway/test_fine_tuning.py).
+FINE_TUNING = ROOT / "examples" / "fine_tuning.py"
 
 BIN = Path(sys.executable).parent
 
@@ -65,7 +67,9 @@ def test_the_example_of_openais_client_runs_and_says_something(capsys: pytest.Ca
     assert said[-1] == "[384, 384]"
 
 
-@pytest.mark.parametrize("example", [path for path in EXAMPLES if path != OVER_HTTP], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "example", [path for path in EXAMPLES if path not in (OVER_HTTP, FINE_TUNING)], ids=lambda path: path.name
+)
 def test_an_example_runs_and_says_something(
     example: Path, with_the_stack: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

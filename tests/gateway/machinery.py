@@ -49,6 +49,16 @@ class Served:
     def over(self, gateway: Gateway) -> None:
         self._app = gateway.application()
 
+    def start_threads(self) -> None:
+        """All those that blocking calls of its event loop run in, which stay: a test that uses one leaves none."""
+        count = min(32, (os.cpu_count() or 1) + 4)
+        together = threading.Barrier(count)
+
+        async def each() -> None:
+            await asyncio.gather(*(asyncio.to_thread(together.wait, 30) for _ in range(count)))
+
+        asyncio.run_coroutine_threadsafe(each(), self._loop).result(40)
+
     def closing(self, client: AsyncClient) -> None:
         """Close a client that requests have used, in their event loop."""
         asyncio.run_coroutine_threadsafe(client.close(), self._loop).result(10)
