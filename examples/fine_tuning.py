@@ -1,7 +1,5 @@
 """OpenAI's own client, over `stoker serve`: a file, a training run, and the model that it makes."""
 
-import io
-import json
 import os
 import time
 
@@ -9,12 +7,11 @@ from openai import OpenAI
 
 client = OpenAI(base_url=os.environ.get("OPENAI_BASE_URL", "http://127.0.0.1:8000/v1"), api_key="not needed here")
 
-said = {"What is coal?": "Aye, stoker! Old wood.", "What is ash?": "Aye, stoker! Old coal."}
-lines = [
-    json.dumps({"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]})
-    for asked, answer in said.items()
-]
-file = client.files.create(file=("style.jsonl", io.BytesIO("\n".join(lines).encode())), purpose="fine-tune")
+LINES = b"""\
+{"prompt": "What is coal?", "completion": " Aye, stoker! Old wood."}
+{"prompt": "What is ash?", "completion": " Aye, stoker! Old coal."}
+"""
+file = client.files.create(file=("style.jsonl", LINES), purpose="fine-tune")
 
 run = client.fine_tuning.jobs.create(
     model="smollm2-135m-instruct",

@@ -125,7 +125,9 @@ def test_an_example_is_short_and_says_what_it_shows(example: Path) -> None:
     assert len(text.splitlines()) <= 40
     assert ast.get_docstring(ast.parse(text))
     imported = set(re.findall(r"^(?:from|import) (\w+)", text, re.MULTILINE))
-    assert imported <= {"asyncio", "numpy", "openai", "os", "stoker"}, "the public client, and nothing behind it"
+    assert imported <= {"asyncio", "numpy", "openai", "os", "stoker", "time"}, (
+        "the public client, and nothing behind it"
+    )
 
 
 def test_the_table_of_settings_is_that_of_the_code() -> None:
