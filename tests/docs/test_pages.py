@@ -212,7 +212,7 @@ def test_the_table_of_keys_is_that_of_the_code() -> None:
     made |= {make("<queue>") for make in (keys.turns, keys.dispatched, keys.pace, keys.sizes)}
     made |= {keys.backlog("<queue>", 7).replace("7", "<priority>"), keys.client("<key>", "<queue>")}
     made |= {keys.rate("<key>"), keys.file("<id>"), keys.files("<key>"), keys.file_contents("<place>")}
-    made |= {keys.checkpoint("<job>")}
+    made |= {keys.checkpoint("<job>"), keys.fine_tune("<job>"), keys.fine_tunes("<key>")}
     made |= {keys.WORKERS, keys.MODELS, keys.DEAD, keys.JANITOR, keys.spoiled("<key>")}
     made |= {keys.VECTORS_UNFETCHED, keys.VECTORS_FETCHED, keys.VECTORS_SIZES}
     durable = {key for key, lives in table.items() if lives == "durable"}
