@@ -58,6 +58,8 @@ class IdleEngine:
     device, memory_bytes, step_began = "none", 0, None
     adapters: dict[str, tuple[str, ...]] = {}  # noqa: RUF012 -- read alone
     loads: dict[str, Any] = {}  # noqa: RUF012 -- read alone
+    #: None that could come or go.
+    models: dict[str, Any] = {}  # noqa: RUF012 -- read alone
 
     def __init__(self, publish: Callable[[list[Entry]], None]) -> None:
         self._publish = publish

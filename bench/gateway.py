@@ -1,0 +1,300 @@
+"""What the gateway costs: `make bench-gateway`. It and the Python client ask the same worker in one run, by turns.
+
+The worker's engine does nothing, at a steady rate, so that what is left is broker, client and gateway; one part has a
+real model. Each part prints a line and adds rows to `bench/results/gateway.json`; one that fails says so, and the
+others go on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import aclosing, contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Protocol
+
+from bench.idle_models import MODEL
+from bench.queue import Bench
+from bench.report import Row, row, write
+from stoker import AsyncClient
+from stoker.broker import policy
+from stoker.broker.connection import connect
+from stoker.local.stack import Stack
+from stoker.settings import Settings, load_settings
+
+STREAMS, TOKENS, ROUNDS = 32, 100, 4
+#: Steps a second of the idle engine: 1,600 tokens a second over all streams; and more than anything bears.
+STEADY, FLOOD = 50.0, 400.0
+#: Steps a second where a first token is waited for: it comes at the next step.
+QUICK, FIRSTS = 1000.0, 150
+NO_OPS, AT_ONCE = 400, 32
+IDLE = 1000
+REAL_MODEL, REAL_TOKENS = "smollm2-135m-instruct", 24
+MESSAGES = [{"role": "user", "content": "Say something."}]
+
+
+class Side(Protocol):
+    """One way to ask."""
+
+    async def stream(self, model: str, tokens: int) -> tuple[float, float, int]:
+        """Seconds until the first token, until the last, and how many came."""
+
+    async def whole(self, model: str) -> None:
+        """A job that does nothing."""
+
+
+class Python:
+    """The client, in this process."""
+
+    def __init__(self, client: AsyncClient) -> None:
+        self._client = client
+
+    async def stream(self, model: str, tokens: int) -> tuple[float, float, int]:
+        began, first, count = time.perf_counter(), 0.0, 0
+        job = await self._client.generate(MESSAGES, model=model, max_tokens=tokens, ignore_eos=True)
+        async with aclosing(job.stream(timeout=60)) as stream:
+            async for _ in stream:
+                count += 1
+                first = first or time.perf_counter() - began
+        await job.result(60)
+        return first, time.perf_counter() - began, count
+
+    async def whole(self, model: str) -> None:
+        job = await self._client.generate(MESSAGES, model=model, max_tokens=1)
+        await job.result(60)
+
+
+class Http:
+    """A client that does as little as one can, over connections that are kept."""
+
+    def __init__(self, url: str) -> None:
+        self._host, _, port = url.removeprefix("http://").removesuffix("/v1").partition(":")
+        self._port = int(port)
+        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+
+    async def stream(self, model: str, tokens: int) -> tuple[float, float, int]:
+        began, first, count = time.perf_counter(), 0.0, 0
+        body = {"model": model, "messages": MESSAGES, "max_tokens": tokens, "stream": True, "ignore_eos": True}
+        async with aclosing(self.lines(body)) as lines:
+            async for line in lines:
+                if b'"content":"' in line and b'"content":""' not in line:
+                    count += 1
+                    first = first or time.perf_counter() - began
+        return first, time.perf_counter() - began, count
+
+    async def whole(self, model: str) -> None:
+        body = {"model": model, "messages": MESSAGES, "max_tokens": 1}
+        async with aclosing(self.lines(body)) as lines:
+            async for _ in lines:
+                pass
+
+    async def lines(self, body: dict[str, object]) -> AsyncGenerator[bytes]:
+        """Those of the answer's body."""
+        reader, writer = self._idle.pop() if self._idle else await asyncio.open_connection(self._host, self._port)
+        data = json.dumps(body).encode()
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: {self._host}\r\ncontent-type: application/json\r\n"
+        writer.write(f"{head}content-length: {len(data)}\r\n\r\n".encode() + data)
+        header = (await reader.readuntil(b"\r\n\r\n")).lower()
+        if b" 200 " not in header.split(b"\r\n", 1)[0]:
+            raise RuntimeError(f"the gateway answered {header!r}")
+        if b"transfer-encoding: chunked" in header:
+            while size := int(await reader.readline(), 16):
+                chunk = (await reader.readexactly(size + 2))[:-2]
+                for line in chunk.splitlines():
+                    yield line
+            await reader.readline()
+        else:
+            length = header.split(b"content-length: ", 1)[1].split(b"\r\n", 1)[0]
+            yield await reader.readexactly(int(length))
+        self._idle.append((reader, writer))
+
+    def close(self) -> None:
+        for _, writer in self._idle:
+            writer.close()
+
+
+class Pair:
+    """Both sides over one worker."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        command = [sys.executable, "-m", "stoker.cli", "serve", "--port=0"]
+        env = {**os.environ, **settings.environment(), "STOKER_URL": settings.address.url}
+        self._process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+        assert self._process.stdout is not None
+        said = self._process.stdout.readline()
+        if not said.startswith("gateway"):
+            raise RuntimeError(f"the gateway ended with {self._process.wait()}")
+        self.url = said.split()[1]
+
+    def run(self, work: Callable[[dict[str, Side]], Awaitable[None]]) -> None:
+        """`work` gets the sides by their names."""
+
+        async def main() -> None:
+            http = Http(self.url)
+            async with AsyncClient(settings=self._settings) as client:
+                await work({"gateway": http, "client": Python(client)})
+            http.close()
+
+        asyncio.run(main())
+
+    @property
+    def resident(self) -> float:
+        """MiB of the gateway's process."""
+        status = Path(f"/proc/{self._process.pid}/status").read_text("utf-8")
+        return int(status.split("VmRSS:")[1].split()[0]) / 1024
+
+    def close(self) -> None:
+        self._process.terminate()
+        self._process.wait(20)
+
+
+@contextmanager
+def pair(settings: Settings) -> Iterator[Pair]:
+    both = Pair(settings)
+    try:
+        yield both
+    finally:
+        both.close()
+
+
+async def together(side: Side, model: str, tokens: int) -> float:
+    """Tokens a second of `STREAMS` streams at once, from the first request to the last token."""
+    began = time.perf_counter()
+    came = await asyncio.gather(*(side.stream(model, tokens) for _ in range(STREAMS)))
+    if any(count != tokens for _, _, count in came):
+        raise RuntimeError(f"tokens are missing: {[count for _, _, count in came]} of {tokens} each")
+    return STREAMS * tokens / (time.perf_counter() - began)
+
+
+def by_turns(settings: Settings, measure: Callable[[Side], Awaitable[float]], rounds: int) -> dict[str, list[float]]:
+    """Each side once to warm up, then both in turn."""
+    found: dict[str, list[float]] = {"gateway": [], "client": []}
+
+    async def work(sides: dict[str, Side]) -> None:
+        for number in range(rounds + 1):
+            for name, side in sides.items():
+                sample = await measure(side)
+                if number:
+                    found[name].append(sample)
+
+    with pair(settings) as both:
+        both.run(work)
+    return found
+
+
+def streams(bench: Bench) -> list[Row]:
+    rows: list[Row] = []
+    for rate, what in ((STEADY, "a steady worker"), (FLOOD, "a worker faster than both")):
+        with bench.worker(one_kind=True, rate=rate):
+            found = by_turns(bench.settings, lambda side: together(side, MODEL, TOKENS), ROUNDS)
+        rows += compared(f"{STREAMS} streams, {what}", "tokens/s", found, "at least 0.95" if rate == STEADY else "")
+    return rows
+
+
+def real(bench: Bench) -> list[Row]:
+    """The same where a model computes on the same cores."""
+    settings = load_settings(home=bench.settings.home / "real", models=(REAL_MODEL,), grace=5.0)
+    with Stack(settings, flower=False, own_broker=True) as stack:
+        stack.wait_until_warm()
+        found = by_turns(stack.settings, lambda side: together(side, REAL_MODEL, REAL_TOKENS), ROUNDS)
+    return compared(f"{STREAMS} streams, {REAL_MODEL}", "tokens/s", found, "at least 0.95")
+
+
+def first_token(bench: Bench) -> list[Row]:
+    async def once(side: Side) -> float:
+        return 1000 * (await side.stream(MODEL, 2))[0]
+
+    with bench.worker(one_kind=True, rate=QUICK):
+        found = by_turns(bench.settings, once, FIRSTS)
+    print(f"first token: {median(found['gateway']) - median(found['client']):.1f} ms more (at most 5)")
+    return compared("first token of one stream", "ms", found)
+
+
+def no_ops(bench: Bench) -> list[Row]:
+    async def rate(side: Side) -> float:
+        left = iter(range(NO_OPS))
+
+        async def ask() -> None:
+            for _ in left:
+                await side.whole(MODEL)
+
+        began = time.perf_counter()
+        await asyncio.gather(*(ask() for _ in range(AT_ONCE)))
+        return NO_OPS / (time.perf_counter() - began)
+
+    with bench.worker(one_kind=True):
+        found = by_turns(bench.settings, rate, ROUNDS)
+    return compared(f"requests of a no-op, {AT_ONCE} at once", "requests/s", found)
+
+
+def idle_streams(bench: Bench) -> list[Row]:
+    """Memory of streams to which nothing comes: their jobs make a token in half an hour, or wait."""
+    grown: list[float] = []
+
+    async def work(sides: dict[str, Side]) -> None:
+        http = sides["gateway"]
+        assert isinstance(http, Http)
+        await http.stream(MODEL, 2)
+        before = both.resident
+        body = {"model": MODEL, "messages": MESSAGES, "max_tokens": 1000, "top_k": 10**6, "stream": True}
+        opened = [asyncio.ensure_future(_ended(http.lines(body))) for _ in range(IDLE)]
+        # Each has had its first comment by then.
+        await asyncio.sleep(25)
+        if failed := [task for task in opened if task.done()]:
+            raise RuntimeError(f"{len(failed)} streams ended: {failed[0].exception()}")
+        grown.append(1024 * (both.resident - before) / IDLE)
+        for task in opened:
+            task.cancel()
+        await asyncio.wait(opened)
+
+    redis = connect(bench.settings)
+    policy.decide(redis, "client_limit", 2 * IDLE)
+    with bench.worker(one_kind=True), pair(bench.settings) as both:
+        both.run(work)
+    redis.close()
+    print(f"{IDLE} idle streams: {grown[0]:.0f} KiB each")
+    return [row(f"memory of an idle stream, {IDLE} at once", "KiB", grown)]
+
+
+async def _ended(lines: AsyncGenerator[bytes]) -> None:
+    async for _ in lines:
+        pass
+
+
+def compared(name: str, unit: str, found: dict[str, list[float]], aim: str = "") -> list[Row]:
+    ratio = median(found["gateway"]) / median(found["client"])
+    print(f"{name}: {ratio:.2f} x the Python client{f' ({aim})' if aim else ''}", flush=True)
+    return [row(f"{name}: {side}", unit, samples) for side, samples in found.items()]
+
+
+PARTS = (streams, real, first_token, no_ops, idle_streams)
+
+
+def main() -> None:
+    chosen = [part for part in PARTS if not sys.argv[1:] or part.__name__ in sys.argv[1:]]
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory(prefix="stoker-bench-") as folder:
+        for part in chosen:
+            # A broker for each: what one leaves is no part of the next.
+            bench = Bench(Path(folder) / part.__name__)
+            try:
+                rows += part(bench)
+            except Exception:
+                traceback.print_exc()
+                print(f"{part.__name__} failed", flush=True)
+            finally:
+                bench.close()
+    print(write("gateway", rows) if len(chosen) == len(PARTS) else "\n".join(map(str, rows)))
+
+
+if __name__ == "__main__":
+    main()
