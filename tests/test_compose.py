@@ -28,16 +28,17 @@ def test_the_services_are_these_and_what_is_not_always_wanted_has_a_profile() ->
     assert profiles == {
         "redis": [],
         "flower": [],
+        "gateway": ["gateway"],
         "cpu-worker": ["cpu-worker"],
         "prometheus": ["metrics"],
         "grafana": ["metrics"],
     }
-    assert set(re.findall(r"--profile (\S+)", TEXT)) == {"cpu-worker", "metrics"}
+    assert set(re.findall(r"--profile (\S+)", TEXT)) == {"cpu-worker", "gateway", "metrics"}
 
 
 def test_every_port_is_bound_to_loopback() -> None:
     ports = [port for service in SERVICES.values() for port in service.get("ports", [])]
-    assert len(ports) == 4
+    assert len(ports) == 5
     assert all(port.startswith("127.0.0.1:") for port in ports)
 
 
@@ -73,6 +74,17 @@ def test_no_volume_or_configuration_is_left_over() -> None:
     assert used == COMPOSE["configs"].keys()
 
 
+def test_the_gateway_can_be_given_a_key_by_the_command_of_the_head() -> None:
+    """It listens on every address of its container, and serves nobody without one."""
+    (line,) = re.findall(r"--profile gateway run --rm gateway (\S+ \S+ \S+)", TEXT)
+    words = line.split()
+    group: Any = typer.main.get_command(app)
+    keys = group.commands[words[0]]
+    keys.commands[words[1]].make_context(words[1], ["team"])
+    assert "--address=0.0.0.0" in SERVICES["gateway"]["command"]
+    assert 'ENTRYPOINT ["stoker"]' in (ROOT / "Dockerfile").read_text(encoding="utf-8")
+
+
 def test_each_password_must_be_made_and_stands_in_no_command() -> None:
     names = set(re.findall(r"\$\{([A-Z_]+)", TEXT.replace("$$", "")))
     assert names == {"BROKER_PASSWORD", "GRAFANA_PASSWORD"}
@@ -105,10 +117,10 @@ def test_prometheus_is_given_what_its_own_file_says_of_the_monitor_except_where_
     here = yaml.safe_load(COMPOSE["configs"]["prometheus"]["content"])
     assert here["scrape_configs"][0]["static_configs"] == [{"targets": ["flower:5555"]}]
     assert "--host=flower" in SERVICES["flower"]["command"], "the monitor answers to no other name"
-    # No gateway runs in containers: it needs a key first.
-    assert not any("serve" in service.get("command", []) for service in SERVICES.values())
-    ours["scrape_configs"] = [job for job in ours["scrape_configs"] if job["job_name"] != "stoker-gateway"]
-    here["scrape_configs"][0]["static_configs"] = ours["scrape_configs"][0]["static_configs"]
+    assert here["scrape_configs"][1]["static_configs"] == [{"targets": ["gateway:8000"]}]
+    assert {"--host=gateway", "--port=8000"} <= set(SERVICES["gateway"]["command"])
+    for job, other in zip(here["scrape_configs"], ours["scrape_configs"], strict=True):
+        job["static_configs"] = other["static_configs"]
     assert here == ours
     (source,) = yaml.safe_load(COMPOSE["configs"]["grafana-datasource"]["content"])["datasources"]
     assert source["url"] == "http://prometheus:9090"

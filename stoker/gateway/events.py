@@ -67,13 +67,14 @@ class EventResponse:
     ) -> None:
         self._events, self._failed, self._gone, self._left = events, failed, gone, left
         self._started = False
+        #: When something was sent last, by the event loop's clock.
+        self._sent = 0.0
+        self._writing = asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises `Refused` where nothing was sent yet."""
-        watch = asyncio.ensure_future(self._gone())
         try:
-            async with aclosing(self._events) as events:
-                await self._carry(events, watch, send)
+            await self._carried(send)
         except Refused as refused:
             if not self._started:
                 raise
@@ -82,49 +83,48 @@ class EventResponse:
         except Gone:
             await self._left()
             raise Refused(499, "the client has gone.", code="client_gone") from None
-        finally:
-            watch.cancel()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _carry(self, events: AsyncGenerator[Event], watch: asyncio.Future[None], send: Send) -> None:
-        while True:
-            due: asyncio.Future[Event | None] = asyncio.ensure_future(_next(events))
-            try:
-                while not due.done():
-                    await _first_of(due, watch, KEEP_ALIVE)
-                    if watch.done():
-                        raise Gone
-                    if not due.done():
-                        await self._write(send, COMMENT)
-                event = due.result()
-            finally:
-                await _stopped(due)
-            if event is None:
-                return
-            await self._write(send, event.encode())
+    async def _carried(self, send: Send) -> None:
+        """Until the last event is sent. One task carries them all: one for each would cost more than all the rest."""
+        carrier, watch = asyncio.ensure_future(self._carry(send)), asyncio.ensure_future(self._gone())
+        self._sent = asyncio.get_running_loop().time()
+        try:
+            while not carrier.done():
+                silent = asyncio.get_running_loop().time() - self._sent
+                await _first_of(carrier, watch, max(0.0, KEEP_ALIVE - silent))
+                if watch.done() and not carrier.done():
+                    raise Gone
+                if not carrier.done() and asyncio.get_running_loop().time() - self._sent >= KEEP_ALIVE:
+                    await self._write(send, COMMENT)
+            carrier.result()
+        finally:
+            watch.cancel()
+            await _stopped(carrier)
+
+    async def _carry(self, send: Send) -> None:
+        async with aclosing(self._events) as events:
+            async for event in events:
+                await self._write(send, event.encode())
 
     async def _write(self, send: Send, body: bytes) -> None:
         try:
-            async with asyncio.timeout(SLOW):
+            async with asyncio.timeout(SLOW), self._writing:
                 if not self._started:
                     self._started = True
                     await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
                 await send({"type": "http.response.body", "body": body, "more_body": True})
         except TimeoutError:
             raise Gone from None
+        self._sent = asyncio.get_running_loop().time()
 
 
-async def _first_of(one: asyncio.Future[Event | None], other: asyncio.Future[None], seconds: float) -> None:
+async def _first_of(one: asyncio.Future[None], other: asyncio.Future[None], seconds: float) -> None:
     waited: set[asyncio.Future[Any]] = {one, other}
     await asyncio.wait(waited, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
 
 
-async def _next(events: AsyncGenerator[Event]) -> Event | None:
-    """None: there is none left."""
-    return await anext(events, None)
-
-
-async def _stopped(task: asyncio.Future[Event | None]) -> None:
+async def _stopped(task: asyncio.Future[None]) -> None:
     """End `task`, and wait until it has ended, also where this one is cancelled again: its generator can be closed only
     then."""
     cancelled: asyncio.CancelledError | None = None
