@@ -10,17 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from engine.checkpoints.sources import naming
+from engine.checkpoints.stored_forms import FLOATS, mlx_form, stored_forms
 from engine.models import allowed
-from engine.models.bridge import configs, gguf_configs, package
+from engine.models.bridge import configs, gguf_models, package
 from engine.models.fields import Fields
 from engine.models.rerank_files import RerankFiles
 from engine.models.sentence_files import SentenceFiles, model_folder, pools_decoder
 from engine.platform.jsonfiles import read_config, read_object
 from engine.text.templates import folder_templates, gguf_templates
 from engine.weights import foreign_sections, safetensors_header
-from engine.weights.foreign_sections import Blocks, Packing
 from engine.weights.gguf import GGUF
-from engine.weights.safetensors_header import FP8
 from stoker.errors import ModelError
 
 #: `model_type` of config.json, or `general.architecture` of GGUF -> what the model is for.
@@ -28,8 +27,6 @@ KINDS = {
     "llama": "generate", "mistral": "generate", "qwen2": "generate", "qwen3": "generate",
     "bert": "embed", "mpnet": "embed", "xlm-roberta": "embed", "roberta": "embed", "modernbert": "embed",
 }  # fmt: skip
-#: dtypes of safetensors that hold weights; the others are codes, positions or masks.
-_FLOATS = {"F32": 4, "F16": 2, "BF16": 2}
 
 
 @dataclass(frozen=True)
@@ -113,7 +110,7 @@ def _folder(path: Path) -> Inspection:
     fields = Fields(config, str(folder / "config.json"))
     heads, dim = fields.count("num_attention_heads"), fields.count("hidden_size")
     section, foreign = config.get("quantization") or {}, foreign_sections.read(config)
-    dtypes, stored = _stored(entries, section if isinstance(section, Mapping) else {}, foreign)
+    dtypes, stored = stored_forms(entries, section if isinstance(section, Mapping) else {}, foreign)
     return _inspection(
         _Found(
             path=path,
@@ -123,7 +120,7 @@ def _folder(path: Path) -> Inspection:
             tensors=len(entries),
             dtypes=dtypes,
             stored=stored,
-            quantization=_form(section) if section else (None if foreign is None else str(foreign)),
+            quantization=mlx_form(section) if section else (None if foreign is None else str(foreign)),
             context=_folder_context(path, fields, config.get("model_type"), reranks),
             layers=fields.count("num_hidden_layers"),
             dim=dim,
@@ -184,7 +181,7 @@ def _gguf(path: Path) -> Inspection:
     meta = gguf.metadata
     architecture, model, unread = meta.get("general.architecture"), None, None
     try:
-        model = gguf_configs.model_of(meta)
+        model = gguf_models.model_of(meta)
     except ModelError as error:
         unread = str(error)
     fields = Fields(meta, str(path))
@@ -204,7 +201,7 @@ def _gguf(path: Path) -> Inspection:
             tensors=len(gguf.tensors),
             dtypes=dict(dtypes),
             stored=sum(info.bytes for info in gguf.tensors.values()),
-            quantization=None if largest in _FLOATS else largest,
+            quantization=None if largest in FLOATS else largest,
             context=fields.count(f"{architecture}.context_length"),
             layers=fields.count(f"{architecture}.block_count"),
             dim=dim,
@@ -254,44 +251,6 @@ def _inspection(found: _Found) -> Inspection:
         notes=tuple(notes),
         reranks=found.reranks,
     )
-
-
-def _stored(
-    entries: Mapping[str, Any], section: Mapping[str, Any], foreign: Packing | Blocks | None
-) -> tuple[dict[str, int], int]:
-    """(weights by form, bytes of all tensors). Of quantized layers the codes count, not the scales and biases."""
-    dtypes: Counter[str] = Counter()
-    size = 0
-    for name, entry in entries.items():
-        count = math.prod(entry["shape"])
-        size += entry["data_offsets"][1] - entry["data_offsets"][0]
-        layer, _, part = name.rpartition(".")
-        if f"{layer}.scales" in entries and part in ("scales", "biases"):
-            continue
-        if isinstance(foreign, Packing) and part == "qweight":
-            dtypes[f"{foreign.bits} bit"] += count * 32 // foreign.bits
-        if isinstance(foreign, Blocks) and part.endswith("_scale_inv"):
-            continue
-        if f"{layer}.scales" in entries and part == "weight" and entry["dtype"] == "U32":
-            bits = _bits(section, layer)
-            dtypes[f"{bits} bit"] += count * 32 // bits
-        elif entry["dtype"] in (*_FLOATS, FP8):
-            dtypes[entry["dtype"]] += count
-    return dict(dtypes), size
-
-
-def _bits(section: Mapping[str, Any], layer: str) -> int:
-    own = section.get(layer)
-    bits = own.get("bits") if isinstance(own, Mapping) else section.get("bits")
-    if not isinstance(bits, int) or not 0 < bits <= 8:
-        raise ModelError(f"config.json: quantization: bits {bits!r} of {layer!r} is not a number from 1 to 8")
-    return bits
-
-
-def _form(section: object) -> str:
-    if not isinstance(section, Mapping):
-        raise ModelError(f"config.json: quantization {str(section)[:100]!r} is not an object")
-    return f"{section.get('bits')} bit in groups of {section.get('group_size')} (MLX)"
 
 
 def _folder_context(path: Path, fields: Fields, architecture: object, reranks: bool) -> int:

@@ -15,7 +15,7 @@ from typing_extensions import Unpack
 from engine.checkpoints.reranking import pairing_of
 from engine.checkpoints.sources import naming, resolve
 from engine.checkpoints.vocabulary import check_ids, check_segments
-from engine.models.bridge import gguf_configs, package
+from engine.models.bridge import gguf_models, package
 from engine.models.bridge.decoder import BridgedDecoder
 from engine.models.decoder import Decoder
 from engine.models.embedders import ENCODERS, encoder
@@ -45,7 +45,7 @@ DECODERS: dict[str, type[LlamaArgs]] = {
     args.architecture: args for args in (LlamaArgs, MistralArgs, Qwen2Args, Qwen3Args)
 }
 #: Decoders by `general.architecture` of GGUF, in which a Mistral is a `llama`.
-GGUF_DECODERS: dict[str, type[LlamaArgs]] = {name: DECODERS[name] for name in gguf_configs.FAMILY}
+GGUF_DECODERS: dict[str, type[LlamaArgs]] = {name: DECODERS[name] for name in gguf_models.FAMILY}
 
 
 @dataclass(frozen=True)
@@ -239,7 +239,7 @@ def _bridged(name: str, path: Path, model: BridgedDecoder, tokenizer: Tokenizer,
 
 def _load_gguf(name: str, path: Path, precision: Precision, start: float) -> LoadedModel:
     gguf = GGUF(path)
-    model = gguf_configs.model_of(gguf.metadata)
+    model = gguf_models.model_of(gguf.metadata)
     if model is not None:
         decoder = BridgedDecoder.from_gguf(gguf, model, precision)
         return _bridged(name, path, decoder, Tokenizer.from_gguf(gguf), start)

@@ -19,7 +19,7 @@ from engine.checkpoints.loading import DECODERS, GGUF_DECODERS
 from engine.checkpoints.reranking import pairing_of
 from engine.checkpoints.sources import naming
 from engine.checkpoints.vocabulary import check_ids, check_segments
-from engine.models.bridge import gguf_configs, gguf_weights, package, weights
+from engine.models.bridge import gguf_configs, gguf_models, gguf_weights, package, weights
 from engine.models.bridge.configs import text_config
 from engine.models.embedders import encoder
 from engine.models.encoder import Encoder
@@ -136,7 +136,7 @@ def _gguf(path: Path, progress: Callable[[int, int], None]) -> tuple[int, int]:
     embedding = gguf.tensors.get("token_embd.weight")
     if embedding is None:
         raise ModelError(f"{path}: the tensor 'token_embd.weight' is missing")
-    model = gguf_configs.model_of(gguf.metadata)
+    model = gguf_models.model_of(gguf.metadata)
     if model is None:
         _gguf_family(gguf, embedding.shape[0])
     else:

@@ -52,9 +52,13 @@ LAYOUTS: dict[str, tuple[str, dict[str, str]]] = {
         **_PARTS, **_experts("mlp.experts"), "mlp.router": "ffn_gate_inp", "self_attn.sinks": "attn_sinks",
         "post_attention_layernorm": "post_attention_norm",
     }),
+    "granite": ("granite", _PARTS),
+    "smollm3": ("smollm3", _PARTS),
+    "olmo2": ("olmo2", _GEMMA),
     "mixtral": ("llama", {**_PARTS, **_experts("block_sparse_moe.switch_mlp"),
                           "block_sparse_moe.gate": "ffn_gate_inp"}),
 }  # fmt: skip
+_PERMUTED = ("granite", "smollm3", "mixtral")
 _ENDS = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight",
          "lm_head.weight": "output.weight"}  # fmt: skip
 _EXPERTS = {"expert_count": "num_experts", "expert_used_count": "num_experts_per_tok"}
@@ -72,6 +76,11 @@ _FIELDS: dict[str, dict[str, str]] = {
     "qwen3_moe": {**_EXPERTS, "expert_feed_forward_length": "moe_intermediate_size"},
     "gpt_oss": {**_EXPERTS, "attention.sliding_window": "sliding_window",
                 "expert_feed_forward_length": "intermediate_size"},
+    "granite": {"rope.dimension_count": "head_dim", "attention.scale": "attention_multiplier",
+                "embedding_scale": "embedding_multiplier", "residual_scale": "residual_multiplier",
+                "logit_scale": "logits_scaling"},
+    "smollm3": {"rope.dimension_count": "head_dim", "rope.freq_base": "rope_theta"},
+    "olmo2": {"rope.freq_base": "rope_theta"},
     "mixtral": {**_EXPERTS, "rope.dimension_count": "head_dim"},
 }  # fmt: skip
 _SIZES = {
@@ -100,6 +109,8 @@ def write(
     for tensor, values in found.items():
         add_tensor(writer, tensor, values, kind)
     finish(writer)
+    if name == "smollm3":  # the tiny one has none in each second layer; files say nothing of it
+        network.layers[1].self_attn.rope = network.layers[0].self_attn.rope
     if name == "gemma3_text":  # its converter writes no head
         network.pop("lm_head")
         network.tie_word_embeddings = True
@@ -122,7 +133,7 @@ def tensors(network: nn.Module, name: str, parts: Mapping[str, str]) -> Iterator
     for path, array in tree_flatten(network.parameters()):
         renamed = _renamed(path, parts)
         values = np.array(array.astype(mx.float32))
-        if name == "mixtral" and path.endswith(("q_proj.weight", "k_proj.weight")):
+        if name in _PERMUTED and path.endswith(("q_proj.weight", "k_proj.weight")):
             heads = SIZES["num_attention_heads" if "q_proj" in path else "num_key_value_heads"]
             values = values.reshape(heads, 2, values.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(values.shape)
         if path.endswith("shared_expert_gate.weight"):

@@ -15,7 +15,7 @@ import pytest
 from engine.checkpoints.inspecting import inspect
 from engine.checkpoints.loading import LoadedModel, load
 from engine.checkpoints.verifying import verify
-from engine.models.bridge import gguf_configs
+from engine.models.bridge import gguf_configs, gguf_models
 from engine.weights.gguf import GGUF
 from stoker.errors import ModelError
 from tests.engine import bridged, gguf_files, tiny
@@ -103,7 +103,7 @@ def described(architecture: str, **changed: Any) -> dict[str, Any]:
     keys = {**sizes, **{key.replace("__", "."): value for key, value in changed.items()}}
     file.metadata = {f"{architecture}.{key}": value for key, value in keys.items() if value is not None}
     file.metadata["general.architecture"] = architecture
-    model = gguf_configs.model_of(file.metadata)
+    model = gguf_models.model_of(file.metadata)
     assert model is not None
     return gguf_configs.config_of(file, model)
 

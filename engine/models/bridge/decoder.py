@@ -12,7 +12,7 @@ import mlx.nn as nn
 
 from engine.models.bridge import blocks, gguf_configs, gguf_weights, linears, package, slots, weights
 from engine.models.bridge.configs import BridgeArgs, context_of
-from engine.models.bridge.gguf_configs import GgufModel
+from engine.models.bridge.gguf_models import GgufModel
 from engine.models.bridge.network import TRIED, cut
 from engine.models.cache import KvSizes, View
 from engine.models.decoder import RunBlock

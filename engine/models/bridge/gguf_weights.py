@@ -11,7 +11,7 @@ import mlx.nn as nn
 from numpy.typing import NDArray
 
 from engine.models.bridge import weights
-from engine.models.bridge.gguf_configs import READ_BEFORE, GgufModel
+from engine.models.bridge.gguf_models import READ_BEFORE, GgufModel
 from engine.weights.folder import AGAIN, PLAIN, quantized_from, sixteen_bits
 from engine.weights.gguf import GGUF
 from engine.weights.gguf_names import llama_name, unpermute
