@@ -67,8 +67,8 @@ class PrefixCache:
             return
         key = self._key(owner, tokens)
         self._drop(key)
-        while self.nbytes + kv.nbytes > self._limit:
-            self.evict()
+        while self.nbytes + kv.nbytes > self._limit and self.evict():
+            pass
         self._entries[key] = Entry(np.asarray(tokens, dtype=np.int32), kv)
         self.nbytes += kv.nbytes
 

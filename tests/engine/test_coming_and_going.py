@@ -131,7 +131,7 @@ def test_a_job_that_was_submitted_when_its_model_left_is_not_lost(
 
     monkeypatch.setattr(lane, "prepare", leave_meanwhile)
     with pytest.raises(WorkerUnavailable, match="unloaded"):
-        engine.submit("job", asking("first", 1)).result(60)
+        engine.submit("job", asking("first", 1)).result(15)
 
 
 def test_a_model_that_cannot_be_loaded_hurts_no_other(engine: Engine, tmp_path: Path) -> None:

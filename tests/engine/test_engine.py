@@ -244,7 +244,7 @@ def test_entries_that_cannot_be_published_end_their_own_job(running: Running, mo
     last = running.engine.submit("unpublishable", generate("x", max_tokens=1))
     for ticket in (bad, last):
         with pytest.raises(RuntimeError, match="this one not"):
-            ticket.result(60)
+            ticket.result(15)
     assert before.result(60).usage.completion_tokens == 30
     assert [token.index for token in running.entries["published"]] == list(range(30))
     lane = running.engine.lane(GENERATE_MODEL, "generate")

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+import weakref
+
+import mlx.core as mx
+import pytest
+
+from engine.platform.threads import leave
 
 #: Seconds in which a child that does not hang is done many times over.
 PATIENCE = 60
@@ -51,3 +58,26 @@ print("all ended")
 def test_threads_end_while_another_collects_their_compiled_functions() -> None:
     ran = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, text=True, timeout=PATIENCE)
     assert ran.stdout == "all ended\n", ran.stderr
+
+
+class InCycle:
+    def __init__(self) -> None:
+        self.itself = self
+
+
+def test_what_is_in_cycles_goes_before_mlx_frees_its_own_and_nothing_is_collected_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[tuple[bool, object]] = []
+    monkeypatch.setattr(mx, "clear_streams", lambda: seen.append((gc.isenabled(), left())))
+    left = weakref.ref(InCycle())
+    leave()
+    assert seen == [(False, None)]
+    assert gc.isenabled()
+
+
+def test_a_thread_that_cannot_be_left_turns_collections_on_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mx, "clear_streams", lambda: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        leave()
+    assert gc.isenabled()

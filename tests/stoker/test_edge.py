@@ -112,14 +112,35 @@ def test_what_ends_a_command_is_a_line_and_an_exit_code(
     assert capsys.readouterr().err == said
 
 
-def test_an_interrupt_may_come_out_of_a_library_as_another_error() -> None:
+@pytest.mark.parametrize("said", [True, False])
+def test_an_interrupt_may_come_out_of_a_library_as_another_error(said: bool) -> None:
+    """Whether it names its cause or not, and also behind a further error."""
+
     def fails() -> None:
         try:
             raise KeyboardInterrupt
         except KeyboardInterrupt as error:
-            raise RuntimeError("Error calling __set_name__") from error
+            if said:
+                raise RuntimeError("Error calling __set_name__") from error
+            raise RuntimeError("in the middle of it")  # noqa: B904  it is what a library does
 
-    assert edge.run(fails) == 130
+    def fails_again() -> None:
+        try:
+            fails()
+        except RuntimeError as error:
+            raise ValueError("no good") from error
+
+    assert [edge.run(fails), edge.run(fails_again)] == [130, 130]
+
+
+def test_a_command_that_typer_ends_because_its_reader_has_gone_has_not_failed() -> None:
+    def ends() -> None:
+        try:
+            raise BrokenPipeError
+        except BrokenPipeError:
+            raise SystemExit(1)  # noqa: B904  as typer does
+
+    assert edge.run(ends) == 0
 
 
 def test_a_mistake_of_ours_keeps_its_traceback() -> None:

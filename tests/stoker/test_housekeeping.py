@@ -168,6 +168,16 @@ def test_clean_deletes_old_ended_runs_and_logs_and_nothing_else() -> None:
     assert [path.exists() for path in (old, young, going, *logs)] == [False, True, True, False, True]
 
 
+def test_what_another_clean_has_deleted_is_no_error() -> None:
+    logs = load_settings().logs
+    logs.mkdir(parents=True)
+    (logs / "old.log").write_text("old")
+    (leftover,) = storage.old_logs(load_settings(), time.time() + 1)
+    for _ in range(2):
+        storage.remove(leftover)
+    assert list(logs.iterdir()) == []
+
+
 def test_clean_deletes_drafts_of_dead_writers_and_none_that_is_written() -> None:
     home = load_settings().home
     home.mkdir(parents=True)
@@ -194,10 +204,12 @@ def test_another_age_is_refused(age: str) -> None:
 def test_the_disk_that_each_part_takes_is_shown() -> None:
     folder = make_run("big")
     (folder / "weights").write_bytes(os.urandom(1 << 20))
+    with (folder / "sparse").open("wb") as file:
+        file.truncate(1 << 30)
     (load_settings().home / "broker.json").write_text("{}")
     found = {part["name"]: part for part in json.loads(invoke("status", "--disk", "--json"))}
-    assert found["runs"]["files"] == 3
-    assert found["runs"]["bytes"] >= 1 << 20
+    assert found["runs"]["files"] == 4
+    assert 1 << 20 <= found["runs"]["bytes"] < 1 << 21, "of the disk, not of what files say of their lengths"
     assert found["other files"]["files"] == 1
     assert "stoker clean" in invoke("status", "--disk")
 
@@ -339,7 +351,7 @@ def key(**fields: Any) -> bytes:
 #: A member after a good one → what the error says.
 WRONG_MEMBERS: list[tuple[str | tarfile.TarInfo, bytes, str]] = [
     *((link("runs/a/y", kind), b"", "runs/a/y") for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE)),
-    (link("runs/a/y", tarfile.CHRTYPE), b"", "runs/a/y"),
+    *((link("runs/a/y", kind), b"", "runs/a/y") for kind in (tarfile.CHRTYPE, tarfile.GNUTYPE_SPARSE)),
     ("adapters", b"", "'adapters'"),
     ("runs/a/../b", b"", "runs/a/../b"),
     ("runs//a", b"", "runs//a"),

@@ -141,3 +141,15 @@ def test_a_store_that_fails_is_named_with_the_cause(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("fsspec.implementations.local.LocalFileSystem.exists", away)
     with pytest.raises(JobFailed, match="TimeoutError: no answer"):
         store.get("m", "style", 1)
+
+
+@pytest.mark.parametrize("scheme", ["file", "memory"])
+def test_the_newest_version_is_the_highest_number(tmp_path: Path, scheme: str) -> None:
+    store = at(f"{scheme}://{tmp_path}/store")
+    assert store.newest("m", "style") == 0
+    for version in (9, 10, 2):
+        store.put("m", "style", version, b"x")
+    fs, root = fsspec.core.url_to_fs(f"{scheme}://{tmp_path}/store")
+    for name in ("99.safetensors.half", "0100.safetensors", "notes.txt"):
+        fs.pipe_file(f"{root}/m/style/{name}", b"of another program")
+    assert store.newest("m", "style") == 10

@@ -149,3 +149,13 @@ def test_a_held_message_without_a_lease_gets_one_and_the_others_keep_theirs(redi
     assert redis.zscore(keys.LEASES, "kept#1") == 5.0
     assert before <= redis.zscore(keys.LEASES, "lost#1") <= redis.time()[0] + 1
     assert redis.zcard(keys.LEASES) == 2
+
+
+def test_letters_that_another_program_gave_no_end_go_in_their_time(redis: Any, looks: Ledger) -> None:
+    redis.hset(keys.DEAD, "odd", "{}")
+    worker(redis).round()
+    assert keys.DEAD_TTL - 5 < redis.ttl(keys.DEAD) <= keys.DEAD_TTL
+    redis.expire(keys.DEAD, 100)
+    redis.delete(keys.JANITOR)
+    worker(redis).round()
+    assert redis.ttl(keys.DEAD) <= 100, "letters that have an end keep it"

@@ -186,9 +186,11 @@ def test_the_model_that_was_used_longest_ago_makes_way_and_no_other(worker: Work
 
 
 def test_a_job_that_ended_lately_counts_as_use(worker: Worker) -> None:
-    held = worker.hold("a")
-    worker.deliveries.remove(held)
-    assert load(worker, "c") == ("b",)
+    first, second = worker.hold("a"), worker.hold("b")
+    for held in (second, first):
+        worker.clock.now += 1
+        worker.deliveries.remove(held)
+    assert load(worker, "c") == ("b",), "by the end of its last job, not by the beginning"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -287,6 +289,22 @@ def test_jobs_wait_while_another_worker_holds_the_model_or_may_load_it(
     assert worker.ending(job) is None
     other.keeper.unload("a")
     assert worker.ending(job) is not None
+
+
+def test_jobs_wait_while_another_worker_loads_the_model(make: Callable[..., Worker], worker: Worker) -> None:
+    job, other = worker.let_wait("a"), make(name="other@here/1")
+    other.keeper.unload("a")
+    plain, ends = other.engine.load, list[object]()
+
+    def load_meanwhile(name: str, sources: Sequence[str]) -> Any:
+        worker.keeper.unload("a")
+        ends.append(worker.ending(job))
+        return plain(name, sources)
+
+    other.engine.load = load_meanwhile  # type: ignore[method-assign]
+    load(other, "a")
+    assert ends == [None]
+    assert worker.ending(job) is None
 
 
 def test_a_job_that_came_a_moment_after_its_model_left_ends_too(worker: Worker) -> None:

@@ -18,7 +18,7 @@ from stoker.settings import Settings
 from tests.workers.carrying import RunFolder, Worker, asked, files
 from workers.artifacts import Artifacts, StoreFolder
 from workers.run_manifest import Manifest
-from workers.run_parts import NoRoom
+from workers.run_parts import BrokerParts, FolderParts, NoRoom, Parts
 from workers.run_store import Damaged, RunStore
 from workers.services.runtime import Fenced
 
@@ -296,3 +296,21 @@ def test_the_end_of_a_run_leaves_nothing(fleet: Any, tmp_path: Path) -> None:
     store.clear()
     assert not parts(worker)
     assert not worker.redis.exists(keys.checkpoint("job"))
+
+
+@pytest.mark.parametrize("kind", [BrokerParts, FolderParts])
+def test_a_file_of_any_length_is_carried_to_its_last_byte(
+    broker: Settings, redis: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Parts]
+) -> None:
+    monkeypatch.setattr(kind, "size", 16)
+    url = None if kind is BrokerParts else f"memory://{tmp_path}/store"
+    worker = Worker(broker, redis, tmp_path / "one", "one", artifacts=url)
+    for length in (1, 15, 16, 17, 32, 33):
+        run = RunFolder(tmp_path / str(length), REQUEST)
+        run.save(length)
+        weights = run.path / f"checkpoints/step-{length:08}/adapter_model.safetensors"
+        weights.write_bytes(bytes(range(length)))
+        store = RunStore(worker.own(REQUEST))
+        put(store, run.path)
+        found = install(store, tmp_path / f"{length}-copy")
+        assert found[weights.relative_to(run.path).as_posix()] == bytes(range(length))

@@ -1,0 +1,221 @@
+"""What `stoker up` starts, watches and stops, without any of the processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from stoker.contract import Presence
+from stoker.errors import BrokerUnavailable, ModelError, WorkerUnavailable
+from stoker.local import stack as stacks
+from stoker.local.stack import COMPACT_EVERY, ERROR_MARK, RESTART_PAUSE, Stack
+from stoker.settings import Settings
+
+URL = "redis://127.0.0.1:1/0"
+
+
+class World:
+    """What the stack finds, and in `told` what it does. `after`: what happens as it sleeps, each once."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+        self.children: list[Child] = []
+        self.workers: list[Presence] = []
+        self.after: Iterator[Callable[[], object]] = iter(())
+        self.now = 1000.0
+        self.slept: list[float] = []
+        self.broker: Broker | None = None
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.slept.append(seconds)
+        next(self.after, _interrupt)()
+
+    def child(self, name: str) -> Child:
+        """The one of this name that was started last."""
+        return [child for child in self.children if child.name == name][-1]
+
+    def appears(self, process: str) -> None:
+        """The worker that was started last is warm, as this process of its node."""
+        node = self.child("worker").command[-3].removeprefix("--hostname=")
+        self.workers = [*self.workers, _presence(f"{node}/{process}")]
+
+
+class Child:
+    def __init__(self, world: World, name: str, command: list[str], **_: Any) -> None:
+        self._told, self.name, self.command = world.told, name, command
+        self.returncode: int | None = None
+        self.log, self.said = Path(f"{name}.log"), ""
+        self._told.append(f"start {name}")
+        world.children.append(self)
+
+    def ask_to_stop(self) -> None:
+        self._told.append(f"ask {self.name}")
+
+    def stop(self) -> None:
+        self._told.append(f"stop {self.name}")
+
+    def output(self) -> str:
+        return self.said
+
+
+class Broker:
+    alive = True
+
+    def __init__(self, world: World) -> None:
+        self._told = world.told
+
+    def start(self, report: object) -> str:
+        self._told.append("start broker")
+        return URL
+
+    def stop(self) -> None:
+        self._told.append("stop broker")
+
+    def compact(self) -> None:
+        self._told.append("compact")
+
+
+def _interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def _presence(worker: str) -> Presence:
+    return Presence(
+        worker=worker, host="h", pid=1, device="cpu", started=0, time=0, models=(), adapters={}, lanes={},
+        memory_bytes=0,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> World:
+    made = World()
+
+    class Clients:
+        def __init__(self, **_: Any) -> None: ...
+
+        def __enter__(self) -> Any:
+            return SimpleNamespace(workers=lambda: made.workers)
+
+        def __exit__(self, *_: object) -> None: ...
+
+    def broker(settings: Settings, port: int) -> Broker:
+        made.broker = Broker(made)
+        return made.broker
+
+    monkeypatch.setattr(stacks, "Process", lambda name, command, **more: Child(made, name, command, **more))
+    monkeypatch.setattr(stacks, "Client", Clients)
+    monkeypatch.setattr(stacks, "EmbeddedBroker", broker)
+    monkeypatch.setattr(stacks, "time", SimpleNamespace(sleep=made.sleep, monotonic=lambda: made.now))
+    return made
+
+
+@pytest.fixture
+def stack(world: World, tmp_path: Path) -> Iterator[Stack]:
+    """With everything that it can start, warm."""
+    with Stack(Settings(home=tmp_path / "home"), gateway=True, own_broker=True) as running:
+        world.appears("first")
+        running.wait_until_warm()
+        yield running
+
+
+def test_all_are_asked_before_any_is_waited_for_and_the_broker_goes_last(world: World, stack: Stack) -> None:
+    world.told.clear()
+    stack.stop()
+    names = ["flower", "gateway", "worker"]
+    assert world.told == [*(f"ask {name}" for name in names), *(f"stop {name}" for name in names), "stop broker"]
+
+
+def test_what_was_started_is_stopped_when_the_next_cannot_be(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also by Ctrl-C, which is no error."""
+    monkeypatch.setattr(stacks, "password", lambda settings: _interrupt())
+    with pytest.raises(KeyboardInterrupt), Stack(Settings(home=tmp_path / "home"), own_broker=True):
+        pass
+    assert world.told == ["start broker", "start worker", "ask worker", "stop worker", "stop broker"]
+
+
+def test_a_process_that_had_the_workers_name_before_is_not_the_one_that_is_waited_for(
+    world: World, stack: Stack
+) -> None:
+    first = stack.worker_name
+    stack.start_worker()
+    world.after = iter([lambda: None, lambda: world.appears("second")])
+    assert stack.wait_until_warm().worker == first.replace("/first", "/second")
+    assert stack.worker_name != first
+
+
+def test_another_worker_that_is_warm_is_not_the_one_that_is_waited_for(world: World, stack: Stack) -> None:
+    stack.start_worker()
+    world.workers.append(_presence("other@here/1"))
+    world.after = iter([lambda: world.appears("second")])
+    assert stack.wait_until_warm().worker.endswith("/second")
+
+
+def test_a_worker_that_ends_before_it_is_warm_says_why(world: World, stack: Stack) -> None:
+    stack.start_worker()
+    child = world.child("worker")
+    child.returncode, child.said = 5, f"a line\n{ERROR_MARK}ModelError: /m: no such folder\nanother\n"
+    with pytest.raises(ModelError, match=r"^/m: no such folder$"):
+        stack.wait_until_warm()
+    child.said = "killed"
+    with pytest.raises(WorkerUnavailable, match=r"exit code 5.*ends with: killed"):
+        stack.wait_until_warm()
+
+
+def test_a_worker_that_dies_is_started_again_under_its_name_after_a_pause(world: World, stack: Stack) -> None:
+    said: list[str] = []
+    first = world.child("worker")
+    world.after = iter([lambda: setattr(first, "returncode", 70), lambda: None, lambda: world.appears("second")])
+    with pytest.raises(KeyboardInterrupt):
+        stack.watch(said.append)
+    assert world.child("worker") is not first
+    assert world.child("worker").command == first.command
+    assert RESTART_PAUSE in world.slept
+    assert said == ["the worker ended (exit code 70); starting another", "a worker is warm again"]
+
+
+def test_what_nothing_else_needs_is_said_to_have_ended_once(world: World, stack: Stack) -> None:
+    said: list[str] = []
+    world.after = iter([lambda: setattr(world.child("flower"), "returncode", 1), *[lambda: None] * 5])
+    with pytest.raises(KeyboardInterrupt):
+        stack.watch(said.append)
+    assert said == ["Flower ended (exit code 1), see flower.log; jobs go on without it"]
+    world.told.clear()
+    stack.stop()
+    assert "ask gateway" in world.told
+
+
+def test_a_broker_that_ends_ends_the_stack(world: World, stack: Stack) -> None:
+    assert world.broker is not None
+    world.broker.alive = False
+    world.after = iter([lambda: None])
+    with pytest.raises(BrokerUnavailable, match="the embedded broker ended"):
+        stack.watch(lambda text: None)
+
+
+def test_the_brokers_file_is_looked_at_now_and_then(world: World, stack: Stack) -> None:
+    world.told.clear()
+    world.after = iter([lambda: None] * round(2.5 * COMPACT_EVERY / stacks.POLL))
+    with pytest.raises(KeyboardInterrupt):
+        stack.watch(lambda text: None)
+    assert world.told == ["compact"] * 2
+
+
+def test_one_that_has_joined_another_ends_with_it(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running: Any = SimpleNamespace(url=URL, pid=4711)
+    monkeypatch.setattr(Settings, "running_broker", property(lambda self: running))
+    monkeypatch.setattr(stacks, "answers", lambda settings: True)
+    monkeypatch.setattr(stacks, "wait_for_broker", lambda settings, report: None)
+    with Stack(Settings(home=tmp_path / "home"), gateway=True) as joined:
+        assert (joined.joined, world.told) == (4711, ["start worker"]), "the first one has a broker and a monitor"
+        world.after = iter([lambda: setattr(running, "pid", 4712)])
+        with pytest.raises(BrokerUnavailable, match=r"process 4711\) has ended"):
+            joined.watch(lambda text: None)
