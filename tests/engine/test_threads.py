@@ -68,9 +68,9 @@ class InCycle:
 def test_what_is_in_cycles_goes_before_mlx_frees_its_own_and_nothing_is_collected_meanwhile(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    seen: list[tuple[bool, object]] = []
-    monkeypatch.setattr(mx, "clear_streams", lambda: seen.append((gc.isenabled(), left())))
+    seen: list[tuple[bool, InCycle | None]] = []
     left = weakref.ref(InCycle())
+    monkeypatch.setattr(mx, "clear_streams", lambda: seen.append((gc.isenabled(), left())))
     leave()
     assert seen == [(False, None)]
     assert gc.isenabled()
