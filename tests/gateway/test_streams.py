@@ -15,9 +15,13 @@ import pytest
 
 from stoker import errors
 from stoker.broker.outcome import JobStatus
+from stoker.client.in_memory import memory
+from stoker.contract import Usage
 from stoker.errors import StokerError
 from stoker.gateway import command, events
+from stoker.gateway.access import Anybody
 from stoker.gateway.app import Gateway
+from stoker.gateway.calls import Caller
 from stoker.gateway.errors import TABLE, Names
 from stoker.testing import AsyncFakeClient
 from tests.conftest import wait_until
@@ -76,16 +80,49 @@ def test_a_client_that_leaves_a_stream_cancels_its_job_unless_it_says_otherwise(
     assert status(fake) is ends
 
 
-def test_a_client_that_leaves_while_it_waits_for_the_whole_cancels_its_job(
-    served: Served, fake: AsyncFakeClient
+@pytest.mark.parametrize(("said", "ends"), [("cancel", JobStatus.CANCELLED), ("continue", JobStatus.RUNNING)])
+def test_a_client_that_leaves_while_it_waits_for_the_whole_cancels_its_job_unless_it_says_otherwise(
+    served: Served, fake: AsyncFakeClient, caplog: pytest.LogCaptureFixture, said: str, ends: JobStatus
 ) -> None:
+    caplog.set_level(logging.INFO, "stoker.gateway.front")
     fake.script.generate(TEXT, hangs=True)
     body = json.dumps(BODY).encode()
     head = "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    head += f"x-stoker-on-disconnect: {said}\r\n"
     with socket.create_connection(("127.0.0.1", served.port)) as connection:
         connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
         wait_until(lambda: fake.sent.jobs and status(fake) is JobStatus.RUNNING, "the job runs")
-    wait_until(lambda: status(fake) is JobStatus.CANCELLED, "the job is cancelled")
+    wait_until(lambda: any("request" in record.getMessage() for record in caplog.records), "the request has ended")
+    assert status(fake) is ends
+
+
+class Counting(Anybody):
+    """Lets anybody in, and keeps what each answer took."""
+
+    def __init__(self) -> None:
+        self.spent: list[int] = []
+
+    async def spend(self, caller: Caller, tokens: int) -> None:
+        self.spent.append(tokens)
+
+
+def test_an_answer_takes_its_prompt_and_its_tokens_and_the_rest_of_a_stream_what_is_new(
+    http: httpx2.Client, served: Served, fake: AsyncFakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = memory.generated
+    usage = {"usage": Usage(prompt_tokens=7, completion_tokens=5)}
+    monkeypatch.setattr(memory, "generated", lambda *given: plain(*given).model_copy(update=usage))
+    access = Counting()
+    served.over(Gateway(fake, access=access))
+    fake.script.generate(TEXT, times=2)
+    assert http.post("/v1/chat/completions", json=BODY).status_code == 200
+    stream = {**BODY, "stream": True}
+    whole = http.post("/v1/chat/completions", json=stream, headers={"idempotency-key": "order-7"})
+    rest = http.post("/v1/chat/completions", json=stream, headers={"last-event-id": "order-7:1"})
+    assert access.spent == [12, 12, 3]
+    ids = [[line for line in answer.text.splitlines() if line.startswith("id: ")] for answer in (whole, rest)]
+    assert ids[0] == [f"id: order-7:{index}" for index in range(5)], "the last event of a token says that it is whole"
+    assert ids[1] == ids[0][2:]
 
 
 def test_a_gateway_that_is_asked_to_end_cancels_no_job(fake: AsyncFakeClient, monkeypatch: pytest.MonkeyPatch) -> None:

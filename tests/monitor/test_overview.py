@@ -6,13 +6,15 @@ import json
 from dataclasses import asdict
 from typing import Any
 
+import pytest
+
 from stoker.broker.ledger.record import Watched
 from stoker.broker.letters import Letter
 from stoker.broker.registry import AdapterEntry
 from stoker.contract import ModelCard, Presence
 from stoker.monitor.mirror import Mirror, ending
 from stoker.monitor.notices import Ended, Known, Progress, Started, WaitsAgain
-from stoker.monitor.overview import LISTED, overview, queues
+from stoker.monitor.overview import LISTED, overview, queues, runs
 from tests.monitor.test_curve import report
 
 QUEUE = "stoker.base.generate"
@@ -163,3 +165,27 @@ def test_a_job_that_no_client_wrote_is_asked_for_once() -> None:
     assert seen.newcomers("queue", [(b"stray", 1.0)]) == ["stray"]
     assert seen.hear("queue", "stray", None) == []
     assert seen.newcomers("queue", [(b"stray", 1.0)]) == []
+
+
+def test_a_job_that_began_anew_has_no_pace_below_zero() -> None:
+    seen = mirror(100.0)
+    seen.hear(QUEUE, "job", said(worker=WORKER))
+    paces = []
+    for now, entries in ((101.0, 10), (103.0, 30), (105.0, 4), (105.0, 9), (109.0, 9)):
+        seen.now = now
+        seen.counted("job", entries)
+        paces.append(seen.jobs["job"].pace)
+    assert paces == [0.0, 10.0, 0.0, 0.0, 0.0]
+    assert seen.rates() == {WORKER: 0.0}
+
+
+def test_of_runs_that_have_ended_the_last_few_are_shown_and_nothing_else_is_kept() -> None:
+    seen = mirror()
+    for number in range(20):
+        seen.hear("stoker.base.train", f"run-{number}", said(kind="train", worker=WORKER))
+        seen.end("stoker.base.train", f"run-{number}", "SUCCESS", "")
+    kept = [f"run-{number}" for number in range(12, 20)]
+    assert list(seen.runs) == kept
+    assert [run.id for run in runs(seen)] == kept[::-1]
+    with pytest.raises(KeyError):
+        seen.run_of("run-0")

@@ -15,6 +15,8 @@ from stoker.contract import TrainReport
 from stoker.errors import ConfigError, InvalidRequest
 from stoker.settings import load_settings
 
+REPORT = {"loss": 1.0, "learning_rate": 1e-3, "held_out_loss": None, "note": ""}
+
 
 @pytest.fixture
 def run() -> Path:
@@ -60,6 +62,14 @@ def test_runs_are_listed_and_shown_as_far_as_they_are() -> None:
     assert "rolled back" in shown
     assert [report["step"] for report in json.loads(invoke("show", "job-1", "--json"))["reports"]] == [1, 2, 3]
     assert json.loads(invoke("list", "--json"))[0]["status"] == "running"
+
+
+def test_of_a_long_run_some_losses_are_shown_from_its_first_steps_to_its_last(run: Path) -> None:
+    (run / "log.jsonl").write_text("".join(json.dumps(REPORT | {"step": step}) + "\n" for step in range(1, 201)))
+    steps = [int(line.split()[1]) for line in invoke("show", "job-1").splitlines() if line.startswith("  step ")]
+    assert len(steps) == 20
+    assert steps[0] == 1
+    assert steps[-1] > 190
 
 
 @pytest.mark.parametrize("name", ["job-2", "../job-1", "."])

@@ -19,10 +19,10 @@ URL = "redis://127.0.0.1:1/0"
 
 
 class World:
-    """What the stack finds, and in `told` what it does. `after`: what happens as it sleeps, each once."""
+    """What the stack finds, and in `did` what it does. `after`: what happens as it sleeps, each once."""
 
     def __init__(self) -> None:
-        self.told: list[str] = []
+        self.did: list[str] = []
         self.children: list[Child] = []
         self.workers: list[Presence] = []
         self.after: Iterator[Callable[[], object]] = iter(())
@@ -47,17 +47,17 @@ class World:
 
 class Child:
     def __init__(self, world: World, name: str, command: list[str], **_: Any) -> None:
-        self._told, self.name, self.command = world.told, name, command
+        self._did, self.name, self.command = world.did, name, command
         self.returncode: int | None = None
         self.log, self.said = Path(f"{name}.log"), ""
-        self._told.append(f"start {name}")
+        self._did.append(f"start {name}")
         world.children.append(self)
 
     def ask_to_stop(self) -> None:
-        self._told.append(f"ask {self.name}")
+        self._did.append(f"ask {self.name}")
 
     def stop(self) -> None:
-        self._told.append(f"stop {self.name}")
+        self._did.append(f"stop {self.name}")
 
     def output(self) -> str:
         return self.said
@@ -67,17 +67,17 @@ class Broker:
     alive = True
 
     def __init__(self, world: World) -> None:
-        self._told = world.told
+        self._did = world.did
 
     def start(self, report: object) -> str:
-        self._told.append("start broker")
+        self._did.append("start broker")
         return URL
 
     def stop(self) -> None:
-        self._told.append("stop broker")
+        self._did.append("stop broker")
 
     def compact(self) -> None:
-        self._told.append("compact")
+        self._did.append("compact")
 
 
 def _interrupt() -> None:
@@ -124,10 +124,10 @@ def stack(world: World, tmp_path: Path) -> Iterator[Stack]:
 
 
 def test_all_are_asked_before_any_is_waited_for_and_the_broker_goes_last(world: World, stack: Stack) -> None:
-    world.told.clear()
+    world.did.clear()
     stack.stop()
     names = ["flower", "gateway", "worker"]
-    assert world.told == [*(f"ask {name}" for name in names), *(f"stop {name}" for name in names), "stop broker"]
+    assert world.did == [*(f"ask {name}" for name in names), *(f"stop {name}" for name in names), "stop broker"]
 
 
 def test_what_was_started_is_stopped_when_the_next_cannot_be(
@@ -137,7 +137,7 @@ def test_what_was_started_is_stopped_when_the_next_cannot_be(
     monkeypatch.setattr(stacks, "password", lambda settings: _interrupt())
     with pytest.raises(KeyboardInterrupt), Stack(Settings(home=tmp_path / "home"), own_broker=True):
         pass
-    assert world.told == ["start broker", "start worker", "ask worker", "stop worker", "stop broker"]
+    assert world.did == ["start broker", "start worker", "ask worker", "stop worker", "stop broker"]
 
 
 def test_a_process_that_had_the_workers_name_before_is_not_the_one_that_is_waited_for(
@@ -186,9 +186,9 @@ def test_what_nothing_else_needs_is_said_to_have_ended_once(world: World, stack:
     with pytest.raises(KeyboardInterrupt):
         stack.watch(said.append)
     assert said == ["Flower ended (exit code 1), see flower.log; jobs go on without it"]
-    world.told.clear()
+    world.did.clear()
     stack.stop()
-    assert "ask gateway" in world.told
+    assert "ask gateway" in world.did
 
 
 def test_a_broker_that_ends_ends_the_stack(world: World, stack: Stack) -> None:
@@ -200,11 +200,11 @@ def test_a_broker_that_ends_ends_the_stack(world: World, stack: Stack) -> None:
 
 
 def test_the_brokers_file_is_looked_at_now_and_then(world: World, stack: Stack) -> None:
-    world.told.clear()
+    world.did.clear()
     world.after = iter([lambda: None] * round(2.5 * COMPACT_EVERY / stacks.POLL))
     with pytest.raises(KeyboardInterrupt):
         stack.watch(lambda text: None)
-    assert world.told == ["compact"] * 2
+    assert world.did == ["compact"] * 2
 
 
 def test_one_that_has_joined_another_ends_with_it(
@@ -215,7 +215,7 @@ def test_one_that_has_joined_another_ends_with_it(
     monkeypatch.setattr(stacks, "answers", lambda settings: True)
     monkeypatch.setattr(stacks, "wait_for_broker", lambda settings, report: None)
     with Stack(Settings(home=tmp_path / "home"), gateway=True) as joined:
-        assert (joined.joined, world.told) == (4711, ["start worker"]), "the first one has a broker and a monitor"
+        assert (joined.joined, world.did) == (4711, ["start worker"]), "the first one has a broker and a monitor"
         world.after = iter([lambda: setattr(running, "pid", 4712)])
         with pytest.raises(BrokerUnavailable, match=r"process 4711\) has ended"):
             joined.watch(lambda text: None)
