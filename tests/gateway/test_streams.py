@@ -16,6 +16,7 @@ import pytest
 from stoker import errors
 from stoker.broker.outcome import JobStatus
 from stoker.client.in_memory import memory
+from stoker.client.in_memory.answers import generated
 from stoker.contract import Usage
 from stoker.errors import StokerError
 from stoker.gateway import command, events
@@ -109,9 +110,8 @@ class Counting(Anybody):
 def test_an_answer_takes_its_prompt_and_its_tokens_and_the_rest_of_a_stream_what_is_new(
     http: httpx2.Client, served: Served, fake: AsyncFakeClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = memory.generated
     usage = {"usage": Usage(prompt_tokens=7, completion_tokens=5)}
-    monkeypatch.setattr(memory, "generated", lambda *given: plain(*given).model_copy(update=usage))
+    monkeypatch.setattr(memory, "generated", lambda *given: generated(*given).model_copy(update=usage))
     access = Counting()
     served.over(Gateway(fake, access=access))
     fake.script.generate(TEXT, times=2)

@@ -111,6 +111,13 @@ def test_a_sum_of_bytes_that_is_none_stops_no_job(redis: Any, value: str) -> Non
     assert complete(redis, "one")
 
 
+def test_bytes_that_are_left_of_jobs_which_are_gone_do_not_keep_the_first_one_out(redis: Any) -> None:
+    policy.decide(redis, "queue_bytes", 5000)
+    redis.hset(keys.sizes(QUEUE), mapping={":sum": 4999, "gone": 4999})
+    assert submit(redis, "first") == "new"
+    assert submit(redis, "second") == "bytes_full"
+
+
 def test_the_bytes_of_jobs_that_went_with_their_records_are_swept(redis: Any) -> None:
     submit(redis)
     submit(redis, "gone")
