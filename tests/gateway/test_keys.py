@@ -95,6 +95,19 @@ def test_a_key_may_ask_as_often_as_it_allows_and_hears_when_it_may_again(served:
     assert [get(served, secret).status_code for _ in range(2)] == [200, 429]
 
 
+def test_a_key_hears_of_what_it_has_taken_too_much_and_how_much_that_may_be(served: Served, redis: Any) -> None:
+    secret = made(redis, requests=2, tokens=60)
+    for _ in range(2):
+        get(served, secret)
+    said = [get(served, secret).json()["error"]["message"]]
+    api_keys.spending(secret, 60, 90).on(redis)
+    said.append(get(served, secret).json()["error"]["message"])
+    assert [text.partition(" a minute")[0] for text in said] == [
+        "this key may take 2 requests",
+        "this key may take 60 tokens",
+    ]
+
+
 def test_tokens_are_counted_when_they_are_known_and_a_key_waits_until_they_are_made_good(redis: Any) -> None:
     secret = made(redis, tokens=60)
     assert api_keys.admission(secret).on(redis).wait == 0

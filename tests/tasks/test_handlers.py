@@ -16,6 +16,7 @@ from stoker.broker import keys, registry
 from stoker.broker.connection import connect
 from stoker.broker.ledger.record import Field
 from stoker.broker.ledger.replies import Claim
+from stoker.broker.ledger.vectors import Kept
 from stoker.client.requests import generate_request
 from stoker.contract import (
     AdapterRequest,
@@ -32,12 +33,14 @@ from stoker.contract.bundle import AdapterInput
 from stoker.contract.dataset import TrainInput
 from stoker.contract.uploads import Kind, Upload
 from stoker.contract.vectors import Embedded
-from stoker.errors import JobLost
+from stoker.errors import JobLost, VectorsFull, WorkerUnavailable
 from stoker.settings import Settings
+from tasks import embed
 from tasks.adapters import AdapterHandler
 from tasks.embed import EmbedHandler
 from tasks.generate import GenerateHandler
 from tasks.train import TrainHandler
+from workers import moving
 from workers.job import Job
 from workers.job_lease import JobLease
 
@@ -141,8 +144,28 @@ def test_a_run_whose_dataset_has_expired_has_no_input_and_takes_no_version(worke
     assert worker.redis.hget(keys.job("job"), Field.VERSION) is None
 
 
-def loading(upload: str) -> AdapterRequest:
-    return AdapterRequest(model="m", name="style", upload=upload)
+def test_a_run_goes_on_where_the_store_has_it_before_its_own_checkpoints_are_sent(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    did: list[str] = []
+
+    def enter(mirror: moving.RunMirror) -> moving.RunMirror:
+        did.append("mirrored")
+        return mirror
+
+    monkeypatch.setattr(moving, "resume", lambda job, request: did.append("resumed"))
+    monkeypatch.setattr(moving.RunMirror, "__enter__", enter)
+    monkeypatch.setattr(moving.RunMirror, "__exit__", lambda *_: None)
+    assert TrainHandler().load_input(worker.job(), training(str(Upload.of("dataset", "job", LINES)))) is None
+    assert did == []
+    data = TrainHandler().load_input(worker.job(), training(worker.send("dataset", LINES)))
+    assert did == ["resumed", "mirrored"]
+    assert data is not None
+    assert data.kept.__name__ == "kept"
+
+
+def loading(upload: str, *, promote: bool = True) -> AdapterRequest:
+    return AdapterRequest(model="m", name="style", upload=upload, promote=promote)
 
 
 def test_an_adapter_that_was_sent_lies_in_a_folder_until_its_job_is_done(worker: Worker) -> None:
@@ -167,6 +190,13 @@ def test_an_adapter_that_was_loaded_is_registered_as_one_that_was_not_trained_he
     assert reply.usage.worker == "w@here"
     known = worker.entry.versions[1]
     assert (worker.entry.serving, known["source"], known["rank"], known["method"]) == (1, "loaded", 8, "lora")
+
+
+def test_an_adapter_that_was_loaded_serves_only_if_that_was_asked(worker: Worker) -> None:
+    worker.write()
+    made = AdapterResult(model="m", adapter="style", version=1, rank=8, method="lora", usage=Usage())
+    AdapterHandler().finish(worker.job(), loading("x", promote=False), made)
+    assert (worker.entry.serving, list(worker.entry.versions)) == (None, [1])
 
 
 def token(index: int) -> StreamToken:
@@ -194,6 +224,38 @@ def test_a_job_keeps_the_version_of_its_adapter_that_it_began_with(worker: Worke
     assert GenerateHandler().prepare(worker.job(), request).adapter == "style@1"
     registry.change(worker.redis, "m", "deactivate", "style", None)
     assert GenerateHandler().prepare(worker.job(resumed=True), request).adapter == "style@1"
+
+
+def test_a_job_without_an_adapter_is_prepared_as_it_is(worker: Worker) -> None:
+    request = generate_request("m", "x", 0, {})
+    assert GenerateHandler().prepare(worker.job(), request) is request
+
+
+def test_a_job_that_waits_for_room_gives_up_after_a_while(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, looks = iter(range(0, 1000, 10)), list[float]()
+
+    def wait(seconds: float) -> bool:
+        looks.append(seconds)
+        return len(looks) > 10
+
+    worker.runtime.stopped = SimpleNamespace(wait=wait)
+    monkeypatch.setattr(embed, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(embed, "keep", lambda *_: Kept(False, 90, 100))
+    made = Embedded(np.zeros((1, 3), dtype=np.float32), tokens=7, run_seconds=2.0)
+    with pytest.raises(VectorsFull, match=r"vectors that wait to be fetched have 90 bytes and may have 100.*discard"):
+        EmbedHandler().finish(worker.job(), EmbedRequest(model="m", texts=("a",)), made)
+    assert looks == [embed.LOOK_EVERY] * round(embed.ROOM_LIMIT / 10 - 1)
+
+
+def test_a_job_that_waits_for_room_goes_to_another_worker_when_this_one_stops(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = iter([False, True])
+    worker.runtime.stopped = SimpleNamespace(wait=lambda seconds: next(looks))
+    monkeypatch.setattr(embed, "keep", lambda *_: Kept(False, 90, 100))
+    made = Embedded(np.zeros((1, 3), dtype=np.float32), tokens=7, run_seconds=2.0)
+    with pytest.raises(WorkerUnavailable, match="is stopping"):
+        EmbedHandler().finish(worker.job(), EmbedRequest(model="m", texts=("a",)), made)
 
 
 def test_vectors_are_kept_in_a_blob_and_the_reply_says_what_they_are_and_took(worker: Worker) -> None:
