@@ -128,7 +128,7 @@ class Pair:
         self._settings = settings
         command = [sys.executable, "-m", "stoker.cli", "serve", "--port=0"]
         env = {**os.environ, **settings.environment(), "STOKER_URL": settings.address.url}
-        self._process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         assert self._process.stdout is not None
         said = self._process.stdout.readline()
         if not said.startswith("gateway"):

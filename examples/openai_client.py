@@ -1,4 +1,4 @@
-"""OpenAI's own client, over `stoker serve`: a chat, a stream, and vectors."""
+"""OpenAI's own client, over `stoker serve`: a chat, a stream, a response, and vectors."""
 
 import os
 
@@ -22,6 +22,14 @@ stream = client.chat.completions.create(
 for chunk in stream:
     print(chunk.choices[0].delta.content or "", end="", flush=True)
 print()
+
+response = client.responses.create(
+    model="smollm2-135m-instruct",
+    instructions="You talk like a stoker.",
+    input="What is coal?",
+    max_output_tokens=16,
+)
+print(response.output_text)
 
 vectors = client.embeddings.create(model="all-minilm-l6-v2", input=["a warm model", "a cold start"])
 print([len(item.embedding) for item in vectors.data])

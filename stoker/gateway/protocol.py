@@ -1,9 +1,10 @@
-"""uvicorn's HTTP protocol with two time limits that it does not have: a client that sends its headers byte by byte, or
-does not read the rest of an answer, would hold its connection for ever."""
+"""uvicorn's HTTP protocol, made to send at once what it has, with two time limits that it does not have: a client that
+sends its headers byte by byte, or does not read the rest of an answer, would hold its connection for ever."""
 
 from __future__ import annotations
 
 import asyncio
+import socket
 from typing import Any
 
 import h11
@@ -36,6 +37,9 @@ class TimedProtocol(H11Protocol):
     _limit: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        # asyncio does this for sockets that name their protocol, and those of a listener that was made before do not. A
+        # first token would wait some 40 ms, until the client acknowledges the headers.
+        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         super().connection_made(EndingTransport(transport, self.loop))  # type: ignore[arg-type]
         self._begin()
 

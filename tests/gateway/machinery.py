@@ -46,6 +46,11 @@ class Served:
         """How many there are now."""
         return len(self._server.server_state.connections)
 
+    @property
+    def sockets(self) -> list[socket.socket]:
+        """Those of its connections."""
+        return [one.transport.get_extra_info("socket") for one in list(self._server.server_state.connections)]
+
     def over(self, gateway: Gateway) -> None:
         self._app = gateway.application()
 

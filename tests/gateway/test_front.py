@@ -116,6 +116,15 @@ def test_a_client_that_sends_its_headers_or_its_body_slowly_holds_no_connection(
     assert answer.startswith(b"HTTP/1.1 408")
 
 
+def test_a_connection_sends_at_once_what_it_is_given(served: Served) -> None:
+    """Nothing waits for the client to acknowledge what came before."""
+    with socket.create_connection(("127.0.0.1", served.port)) as connection:
+        own = connection.getsockname()
+        wait_until(lambda: own in [held.getpeername() for held in served.sockets], "the connection is there")
+        options = {held.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for held in served.sockets}
+    assert 0 not in options
+
+
 def test_headers_without_end_and_what_is_no_http_are_refused(served: Served) -> None:
     assert raw(served, b"GET / HTTP/1.1\r\nhost: localhost\r\nx: " + b"a" * 40_000).startswith(b"HTTP/1.1 400")
     assert raw(served, b"\x16\x03\x01 hello\r\n\r\n").startswith(b"HTTP/1.1 400")
