@@ -26,6 +26,7 @@ from stoker.errors import ModelError
 KINDS = {
     "llama": "generate", "mistral": "generate", "qwen2": "generate", "qwen3": "generate",
     "bert": "embed", "mpnet": "embed", "xlm-roberta": "embed", "roberta": "embed", "modernbert": "embed",
+    "nomic_bert": "embed", "gte": "embed",
 }  # fmt: skip
 
 
@@ -104,7 +105,8 @@ def _folder(path: Path) -> Inspection:
     reranks = RerankFiles.of(path, config) is not None
     if config.get("model_type") not in KINDS:
         config = {**config, **configs.text_config(config), "model_type": config.get("model_type")}
-        config |= _sizes_of_any(config)
+    if config.get("model_type") not in KINDS or config.get("model_type") == "nomic_bert":
+        config = {**config, **_sizes_of_any(config)}
     files = safetensors_header.files(folder)
     entries = {name: entry for name, (_, entry) in safetensors_header.entries(folder).items()}
     fields = Fields(config, str(folder / "config.json"))

@@ -80,7 +80,7 @@ def _folder(path: Path, progress: Callable[[int, int], None]) -> tuple[int, int]
     folder = model_folder(path)
     config = read_config(folder)
     file = package.file_of(config)
-    if config.get("model_type") not in KINDS and file is not None:
+    if config.get("model_type") not in KINDS and file is not None and not pools_decoder(path, config["model_type"]):
         _bridged(folder, config, file)
         return _finite_safetensors([folder], progress)
     stored, rest = joined(folder, config, safetensors.read_folder(folder), mx.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from engine.text.pairs import encode_pairs
 from engine.text.tokenizer import Tokenizer
 from stoker.errors import ModelError
 
@@ -29,6 +30,6 @@ def check_segments(path: Path, tokenizer: Tokenizer) -> None:
 
 def check_pair_types(path: Path, tokenizer: Tokenizer, types: int) -> None:
     """Raise `ModelError` if the second text of a pair has a token type that a table of so many rows has not."""
-    ((_, found),) = tokenizer.encode_pairs("a", ["a"])
+    ((_, found),) = encode_pairs(tokenizer, "a", ["a"])
     if max(found, default=0) >= min(types, 2):
         raise ModelError(f"{path}: its tokenizer gives a pair the token type {max(found)}; the model has {types}")

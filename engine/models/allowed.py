@@ -121,6 +121,33 @@ _ENCODER: Inert = {
     "chunk_size_feed_forward": (0,),
 }
 
+#: Nomic's own names of sizes, and of what its own code may do and its models do not.
+_NOMIC_FIELDS = ("n_embd", "n_layer", "n_head", "n_inner", "n_positions", "layer_norm_epsilon", "rotary_emb_base")
+_NOMIC: Inert = {
+    **_names(
+        """
+        attn_pdrop embd_pdrop resid_pdrop dense_seq_output fused_bias_fc fused_dropout_add_ln max_trained_positions
+        pad_vocab_size_multiple reorder_and_upcast_attn summary_activation summary_first_dropout summary_proj_to_labels
+        summary_type summary_use_proj use_flash_attn use_xentropy
+        """
+    ),
+    # The code that it names is never run.
+    "auto_map": ANYTHING,
+    "activation_function": ("swiglu",),
+    "hidden_act": ("silu", "swish"),
+    "rotary_emb_fraction": (1, 1.0),
+    "scale_attn_weights": (True,),
+    "rotary_emb_scale_base": (),
+    "rotary_scaling_factor": (),
+    **dict.fromkeys(
+        (
+            "causal", "mlp_fc1_bias", "mlp_fc2_bias", "parallel_block", "parallel_block_tied_norm", "prenorm",
+            "qkv_proj_bias", "rotary_emb_interleaved", "scale_attn_by_inverse_layer_idx", "use_rms_norm",
+        ),
+        (False,),
+    ),
+}  # fmt: skip
+
 #: `model_type` -> its table.
 TABLES: Mapping[str, Table] = {
     "llama": Table((*_DECODER_FIELDS, "layer_types"), _DECODER),
@@ -171,6 +198,46 @@ TABLES: Mapping[str, Table] = {
             "rope_scaling": ({},),
         },
     ),
+    "gemma3_text": Table(
+        (
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "vocab_size",
+            "max_position_embeddings",
+            "rms_norm_eps",
+            "query_pre_attn_scalar",
+            "sliding_window",
+            "layer_types",
+            "sliding_window_pattern",
+            "_sliding_window_pattern",
+            "rope_parameters",
+            "rope_scaling",
+            "rope_theta",
+            "rope_local_base_freq",
+            "use_bidirectional_attention",
+        ),
+        {
+            **_COMMON,
+            **_names("tie_word_embeddings matryoshka_dimensions is_matryoshka use_cache final_logit_softcapping"),
+            "hidden_activation": ("gelu_pytorch_tanh",),
+            "attention_bias": (False,),
+            "attn_logit_softcapping": (),
+            "is_causal": (True, False),
+            "is_decoder": (False, True),
+        },
+    ),
+    "nomic_bert": Table(
+        (*_ENCODER_FIELDS, "type_vocab_size", "head_dim", "rope_parameters", "rope_theta", *_NOMIC_FIELDS),
+        {**_ENCODER, **_NOMIC},
+    ),
+    "gte": Table(
+        (*_ENCODER_FIELDS, "type_vocab_size", "head_dim", "rope_parameters", "rope_theta"),
+        {**_ENCODER, "position_embedding_type": ("rope",)},
+    ),
     **dict.fromkeys(
         ("xlm-roberta", "roberta"),
         Table(
@@ -185,7 +252,7 @@ KEY_VALUE_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
 #: Positions where the file does not say.
 CONTEXT = {
     "llama": 2048, "mistral": 131_072, "qwen2": 32_768, "qwen3": 32_768, "bert": 512, "mpnet": 512, "xlm-roberta": 512,
-    "roberta": 512, "modernbert": 8192,
+    "roberta": 512, "modernbert": 8192, "gemma3_text": 131_072, "nomic_bert": 2048, "gte": 8192,
 }  # fmt: skip
 #: Mistral's window where the file does not say; null is none.
 MISTRAL_WINDOW = 4096

@@ -8,15 +8,21 @@ from typing import Any
 from engine.models.bert import Bert, BertArgs
 from engine.models.causal import CausalEncoder
 from engine.models.encoder import Encoder
+from engine.models.gemma3 import Gemma3Args, Gemma3Encoder
 from engine.models.modernbert import ModernBert, ModernBertArgs
 from engine.models.mpnet import MPNet, MPNetArgs
 from engine.models.qwen3 import Qwen3Args
 from engine.models.roberta import Roberta, RobertaArgs
+from engine.models.rotary_bert import RotaryBert, RotaryBertArgs
 from engine.weights.tensors import Tensors
 
 
 def _roberta(config: Mapping[str, Any], tensors: Tensors) -> Encoder:
     return Roberta(RobertaArgs.from_config(config), tensors)
+
+
+def _rotary(config: Mapping[str, Any], tensors: Tensors) -> Encoder:
+    return RotaryBert(RotaryBertArgs.from_config(config), tensors)
 
 
 _MADE: Mapping[str, Callable[[Mapping[str, Any], Tensors], Encoder]] = {
@@ -25,11 +31,14 @@ _MADE: Mapping[str, Callable[[Mapping[str, Any], Tensors], Encoder]] = {
     "modernbert": lambda config, tensors: ModernBert(ModernBertArgs.from_config(config), tensors),
     "xlm-roberta": _roberta,
     "roberta": _roberta,
+    "nomic_bert": _rotary,
+    "gte": _rotary,
 }
 ENCODERS = tuple(_MADE)
 #: Those of `sentence_files.POOLED_DECODERS`.
 _POOLED: Mapping[str, Callable[[Mapping[str, Any], Tensors], Encoder]] = {
     "qwen3": lambda config, tensors: CausalEncoder(Qwen3Args.from_config(config), tensors),
+    "gemma3_text": lambda config, tensors: Gemma3Encoder(Gemma3Args.from_config(config), tensors),
 }
 
 

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
+
+import tokenizers
 
 from engine.text.chat import render
 from engine.text.templates import DEFAULT
-from engine.text.tokenizer import Tokenizer
+from engine.text.tokenizer import Tokenizer, checked_text
+from engine.text.trial import no_panic
 from stoker.errors import InvalidRequest, ModelError, TextTooLong
+
+#: Ids, and the token type of each.
+Encoded: TypeAlias = tuple[list[int], list[int]]
 
 
 class Pairing(Protocol):
@@ -29,6 +35,41 @@ class Pairing(Protocol):
         ...
 
 
+def encode_pairs(tokenizer: Tokenizer, first: str, seconds: Sequence[str]) -> list[Encoded]:
+    """The ids and the token types of `first` with each of `seconds`, with all that the model wants around them."""
+    first = checked_text(first)
+    pairs = [(first, checked_text(second)) for second in seconds]
+    with no_panic():
+        found = tokenizer.inner.encode_batch(pairs, add_special_tokens=True)
+    return [_with_types(tokenizer, encoding) for encoding in found]
+
+
+def encode_pair_cut(tokenizer: Tokenizer, first: str, second: str, longest: int) -> Encoded:
+    """The same of one pair, of which the longer text is cut, and both where each has more than half of `longest`, as
+    transformers does it."""
+    inner = tokenizer.inner
+    with no_panic():
+        parts = [inner.encode(checked_text(text), add_special_tokens=False) for text in (first, second)]
+        room = max(0, longest - inner.num_special_tokens_to_add(is_pair=True))
+        for part, kept in zip(parts, pair_lengths(len(parts[0]), len(parts[1]), room), strict=True):
+            part.truncate(kept, direction=tokenizer.lost_side)
+        return _with_types(tokenizer, inner.post_process(parts[0], parts[1], add_special_tokens=True))
+
+
+def _with_types(tokenizer: Tokenizer, encoding: tokenizers.Encoding) -> Encoded:
+    return encoding.ids, encoding.type_ids if tokenizer.manners.types else [0] * len(encoding.ids)
+
+
+def pair_lengths(first: int, second: int, room: int) -> tuple[int, int]:
+    """How many tokens stay of two texts, of `room` in all."""
+    if first + second <= room:
+        return first, second
+    half = room // 2
+    if min(first, second) <= half:
+        return (first, room - first) if first <= second else (room - second, second)
+    return (half, room - half) if first <= second else (room - half, half)
+
+
 class SidePairs:
     """The two next to each other, as the tokenizer has it: of cross-encoders.
 
@@ -41,10 +82,10 @@ class SidePairs:
         self._tokenizer, self._offset = tokenizer, vocabulary or 0
 
     def encode(self, query: str, texts: Sequence[str], instruction: str | None) -> list[list[int]]:
-        return [self._typed(*pair) for pair in self._tokenizer.encode_pairs(query, texts)]
+        return [self._typed(*pair) for pair in encode_pairs(self._tokenizer, query, texts)]
 
     def cut(self, query: str, text: str, instruction: str | None, longest: int) -> list[int]:
-        return self._typed(*self._tokenizer.encode_pair_cut(query, text, longest))
+        return self._typed(*encode_pair_cut(self._tokenizer, query, text, longest))
 
     def _typed(self, ids: Sequence[int], types: Sequence[int]) -> list[int]:
         if not self._offset:

@@ -148,46 +148,26 @@ class Tokenizer:
         text that no file or socket can carry (lone surrogates).
         """
         with no_panic():
-            ids: list[int] = self.inner.encode(_checked(text), add_special_tokens=special).ids
+            ids: list[int] = self.inner.encode(checked_text(text), add_special_tokens=special).ids
         return ids
 
     def encode_batch(self, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
         """`encode` of each text, in parallel."""
         with no_panic():
-            encoded = self.inner.encode_batch_fast([_checked(text) for text in texts], add_special_tokens=special)
+            encoded = self.inner.encode_batch_fast([checked_text(text) for text in texts], add_special_tokens=special)
         return [encoding.ids for encoding in encoded]
 
     def encode_cut(self, text: str, longest: int) -> list[int]:
         """`encode`, of as much of the text as leaves `longest` tokens; what the model wants around it stays whole."""
         with no_panic():
-            encoding = self.inner.encode(_checked(text), add_special_tokens=False)
+            encoding = self.inner.encode(checked_text(text), add_special_tokens=False)
             room = max(0, longest - self.inner.num_special_tokens_to_add(is_pair=False))
-            encoding.truncate(room, direction=self._lost_side)
+            encoding.truncate(room, direction=self.lost_side)
             ids: list[int] = self.inner.post_process(encoding, add_special_tokens=True).ids
         return ids[:longest]
 
-    def encode_pairs(self, first: str, seconds: Sequence[str]) -> list[tuple[list[int], list[int]]]:
-        """The ids and the token types of `first` with each of `seconds`, with all that the model wants around them."""
-        first = _checked(first)
-        with no_panic():
-            found = self.inner.encode_batch([(first, _checked(second)) for second in seconds], add_special_tokens=True)
-        return [self._with_types(encoding) for encoding in found]
-
-    def encode_pair_cut(self, first: str, second: str, longest: int) -> tuple[list[int], list[int]]:
-        """The same of one pair, of which the longer text is cut, and both where each has more than half of `longest`,
-        as transformers does it."""
-        with no_panic():
-            parts = [self.inner.encode(_checked(text), add_special_tokens=False) for text in (first, second)]
-            room = max(0, longest - self.inner.num_special_tokens_to_add(is_pair=True))
-            for part, kept in zip(parts, pair_lengths(len(parts[0]), len(parts[1]), room), strict=True):
-                part.truncate(kept, direction=self._lost_side)
-            return self._with_types(self.inner.post_process(parts[0], parts[1], add_special_tokens=True))
-
-    def _with_types(self, encoding: tokenizers.Encoding) -> tuple[list[int], list[int]]:
-        return encoding.ids, encoding.type_ids if self.manners.types else [0] * len(encoding.ids)
-
     @property
-    def _lost_side(self) -> str:
+    def lost_side(self) -> str:
         """Where a text is cut that is too long."""
         return "left" if self.manners.cuts_left else "right"
 
@@ -195,7 +175,7 @@ class Tokenizer:
         """The ids of `text`, and for each the position in `text` at which what it stands for ends; 0 for what the model
         wants before a text, its length for what it wants behind."""
         with no_panic():
-            encoding = self.inner.encode(_checked(text), add_special_tokens=special)
+            encoding = self.inner.encode(checked_text(text), add_special_tokens=special)
         stops: list[int] = []
         for (_, stop), around in zip(encoding.offsets, encoding.special_tokens_mask, strict=True):
             last = stops[-1] if stops else 0
@@ -221,16 +201,6 @@ class Tokenizer:
         """The special tokens whose names stand in one of `texts`, by id."""
         names = {index: self.inner.id_to_token(index) for index in self.special_ids}
         return {index: name for index, name in names.items() if name and any(name in text for text in texts)}
-
-
-def pair_lengths(first: int, second: int, room: int) -> tuple[int, int]:
-    """How many tokens stay of two texts, of `room` in all."""
-    if first + second <= room:
-        return first, second
-    half = room // 2
-    if min(first, second) <= half:
-        return (first, room - first) if first <= second else (room - second, second)
-    return (half, room - half) if first <= second else (room - half, half)
 
 
 def _as_transformers(
@@ -261,7 +231,7 @@ def _check_unknown(folder: Path, inner: tokenizers.Tokenizer) -> None:
             )
 
 
-def _checked(text: str) -> str:
+def checked_text(text: str) -> str:
     if not isinstance(text, str):
         raise InvalidRequest(f"a text is expected, not {type(text).__name__}")
     try:

@@ -26,7 +26,7 @@ _DECODER = _Body("layers.0.input_layernorm.weight", "model.")
 _ENCODER = _Body("embeddings.word_embeddings.weight", "")
 #: `model_type` -> its body; all others are decoders.
 _BODIES = {
-    **dict.fromkeys(("bert", "mpnet", "xlm-roberta", "roberta"), _ENCODER),
+    **dict.fromkeys(("bert", "mpnet", "xlm-roberta", "roberta", "nomic_bert", "gte"), _ENCODER),
     "modernbert": _Body("embeddings.tok_embeddings.weight", ""),
 }
 #: The head lies next to the body, not in it.

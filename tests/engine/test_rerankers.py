@@ -20,8 +20,7 @@ from engine.embedding.forward import Forward, PackedForward, PaddedForward
 from engine.embedding.lane import EmbedLane
 from engine.embedding.rerank_lane import RerankLane, paired, sigmoid
 from engine.models.rerank_files import RerankFiles
-from engine.text.pairs import QwenForms, TemplateForms
-from engine.text.tokenizer import pair_lengths
+from engine.text.pairs import QwenForms, TemplateForms, pair_lengths
 from engine.ticket import Ticket
 from engine.weights import safetensors
 from stoker.contract import EmbedRequest

@@ -40,6 +40,9 @@ FOLDERS = (
     "modernbert",
     "modernbert-biased",
     "qwen3-embedding",
+    "embeddinggemma",
+    "nomic-bert",
+    "gte",
 )
 FORWARDS: dict[str, Callable[[LoadedModel], Forward]] = {
     "packed": lambda model: PackedForward(model, 2),
@@ -226,3 +229,96 @@ def test_a_layer_behind_the_pooling_that_holds_no_numbers_is_found(tmp_path: Pat
     safetensors.write(path / "3_Dense" / "model.safetensors", arrays)
     with pytest.raises(ModelError, match=r"'linear\.weight' holds values that are infinite or no numbers"):
         verify(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "cause"),
+    [("embeddinggemma", {"use_bidirectional_attention": None}, "use_bidirectional_attention is not true"),
+     ("embeddinggemma", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0"),
+     ("embeddinggemma", {"hidden_activation": "silu"}, "hidden_activation = 'silu'"),
+     ("embeddinggemma", {"layer_types": ["full_attention"] * 4}, "layer_types .* is not a list of 7 times"),
+     ("embeddinggemma", {"rope_parameters": {"rope_theta": 1e4}}, "rope_parameters .* is not supported"),
+     ("embeddinggemma", {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "rope_type = 'yarn'"),
+     ("embeddinggemma", {"num_key_value_heads": 3}, "4 heads over 3 of keys"),
+     ("embeddinggemma", {"auto_map": {"AutoModel": "own.Own"}}, "auto_map"),
+     ("nomic-bert", {"n_embd": 64}, "n_embd is 64, and hidden_size, which is the same, 32"),
+     ("nomic-bert", {"rotary_scaling_factor": 2}, "rotary_scaling_factor = 2 is not supported"),
+     ("nomic-bert", {"rotary_emb_fraction": 0.5}, "rotary_emb_fraction = 0.5"),
+     ("nomic-bert", {"prenorm": True}, "prenorm = True"),
+     ("nomic-bert", {"moe_every_n_layers": 2}, "the field moe_every_n_layers = 2"),
+     ("nomic-bert", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type = 'dynamic'|factor"),
+     ("nomic-bert", {"head_dim": 4}, "head_dim = 4"),
+     ("nomic-bert", {"num_attention_heads": 32, "head_dim": None}, "a head's size must be whole and even"),
+     ("nomic-bert", {"architectures": ["NomicBertForSequenceClassification"]}, None),
+     ("gte", {"hidden_act": "silu"}, "hidden_act = 'silu'"),
+     ("gte", {"type_vocab_size": 2}, "token_type_embeddings"),
+     ("gte", {"model_type": "new"}, "'new' is not supported")],
+)  # fmt: skip
+def test_what_the_newer_architectures_do_not_do_is_refused_by_name(
+    tmp_path: Path, name: str, change: dict[str, Any], cause: str | None
+) -> None:
+    path = changed(tmp_path, name, "config.json", change)
+    if cause is None:
+        (path / "modules.json").unlink()
+        cause = "cross-encoder of model_type 'nomic_bert' is not supported"
+    with pytest.raises(ModelError, match=cause):
+        load("it", [str(path)])
+
+
+#: config.json of nomic-embed-text-v1.5 in its own words, with the sizes of the small one.
+NOMIC = {
+    "activation_function": "swiglu", "architectures": ["NomicBertModel"], "attn_pdrop": 0.0,
+    "auto_map": {"AutoModel": "nomic-ai/nomic-bert-2048--modeling_hf_nomic_bert.NomicBertModel"}, "bos_token_id": None,
+    "causal": False, "dense_seq_output": True, "embd_pdrop": 0.0, "eos_token_id": None, "fused_bias_fc": True,
+    "fused_dropout_add_ln": True, "initializer_range": 0.02, "layer_norm_epsilon": 1e-12, "max_trained_positions": 2048,
+    "mlp_fc1_bias": False, "mlp_fc2_bias": False, "model_type": "nomic_bert", "n_embd": 32, "n_head": 4, "n_inner": 48,
+    "n_layer": 2, "n_positions": 96, "pad_vocab_size_multiple": 64, "parallel_block": False,
+    "parallel_block_tied_norm": False, "prenorm": False, "qkv_proj_bias": False, "reorder_and_upcast_attn": False,
+    "resid_pdrop": 0.0, "rotary_emb_base": 1000, "rotary_emb_fraction": 1.0, "rotary_emb_interleaved": False,
+    "rotary_emb_scale_base": None, "rotary_scaling_factor": None, "scale_attn_by_inverse_layer_idx": False,
+    "scale_attn_weights": True, "summary_activation": None, "summary_first_dropout": 0.0,
+    "summary_proj_to_labels": True, "summary_type": "cls_index", "summary_use_proj": True, "torch_dtype": "float32",
+    "transformers_version": "4.37.2", "type_vocab_size": 2, "use_cache": True, "use_flash_attn": True,
+    "use_rms_norm": False, "use_xentropy": True,
+}  # fmt: skip
+
+
+def test_nomics_own_config_is_read_and_the_code_that_it_names_is_not_run(tmp_path: Path) -> None:
+    wanted = opened("nomic-bert")
+    path = changed(tmp_path, "nomic-bert", "config.json", {})
+    (path / "config.json").write_text(json.dumps({**NOMIC, "vocab_size": wanted.encoder.args.vocab}))
+    tokens = mx.array([list(range(5, 40))])
+    assert mx.array_equal(load("it", [str(path)]).encoder(tokens), wanted.encoder(tokens))
+    assert inspect(path).context == 48
+
+
+def test_gemma_reads_its_layers_and_bases_from_older_files_too(tmp_path: Path) -> None:
+    older = {"layer_types": None, "_sliding_window_pattern": 3, "rope_parameters": None, "rope_theta": 16_000.0,
+             "rope_local_base_freq": 100.0, "rope_scaling": None}  # fmt: skip
+    path = changed(tmp_path, "embeddinggemma", "config.json", older)
+    tokens = mx.array([list(range(40))])
+    found, wanted = load("it", [str(path)]).encoder(tokens), opened("embeddinggemma").encoder(tokens)
+    assert mx.array_equal(found, wanted)
+    scaled = {**older, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    (path / "config.json").write_text(json.dumps({**json.loads((path / "config.json").read_text()), **scaled}))
+    assert not mx.allclose(load("it", [str(path)]).encoder(tokens), wanted, atol=1e-3)
+
+
+def test_embeddinggemma_without_its_modules_does_not_generate(tmp_path: Path) -> None:
+    """Its tokens see those behind them."""
+    path = changed(tmp_path, "embeddinggemma", "config.json", {"layer_types": None})
+    (path / "modules.json").unlink()
+    with pytest.raises(ModelError, match="use_bidirectional_attention"):
+        load("it", [str(path)])
+
+
+def test_a_gte_without_token_types_adds_none(tmp_path: Path) -> None:
+    path = changed(tmp_path, "gte", "config.json", {"type_vocab_size": 0})
+    arrays = safetensors.read_folder(path)
+    (name,) = [name for name in arrays if "token_type_embeddings" in name]
+    table = arrays.pop(name)
+    words = next(name for name in arrays if "word_embeddings" in name)
+    arrays[words] = arrays[words] + table[0]
+    safetensors.write(path / "model.safetensors", arrays)
+    tokens = mx.array([list(range(5, 30))])
+    assert mx.allclose(load("it", [str(path)]).encoder(tokens), opened("gte").encoder(tokens), atol=1e-5)

@@ -45,7 +45,8 @@ SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attenti
 
 @dataclass(frozen=True)
 class Folder:
-    """`parts`: the modules after the transformer, by their kind and their config. `prefix`: before every tensor."""
+    """`parts`: the modules after the transformer, by their kind and their config. `prefix`: before every tensor.
+    `saved`: whether tensors have the names that transformers gives them in files, not in memory."""
 
     model: Callable[[int], transformers.PreTrainedModel]
     tokenizer: Callable[[], Tokenizer]
@@ -54,6 +55,7 @@ class Folder:
     settings: Mapping[str, Any] | None = field(default_factory=lambda: {"max_seq_length": 48, "do_lower_case": False})
     prompts: Mapping[str, Any] = field(default_factory=dict)
     prefix: str = ""
+    saved: bool = False
 
 
 def old_pooling(*modes: str, **more: Any) -> dict[str, Any]:
@@ -105,6 +107,69 @@ def qwen_bpe() -> Tokenizer:
     return byte_level(["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "$A <|endoftext|>")
 
 
+def word_piece() -> Tokenizer:
+    made = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    made.normalizer = normalizers.BertNormalizer()
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    made.decoder = decoders.WordPiece()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    made.train_from_iterator(SENTENCES, trainers.WordPieceTrainer(vocab_size=120, special_tokens=special))
+    ids = [(token, made.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
+    made.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=ids
+    )
+    return made
+
+
+def gemma_bpe() -> Tokenizer:
+    """SentencePiece's kind of BPE, whose unknown characters become bytes."""
+    made = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    made.normalizer = normalizers.Replace(" ", "▁")
+    made.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    made.train_from_iterator(
+        SENTENCES, trainers.BpeTrainer(vocab_size=120, special_tokens=special, show_progress=False)
+    )
+    content = json.loads(made.to_str())
+    vocabulary = content["model"]["vocab"]
+    for byte in range(256):
+        vocabulary[f"<0x{byte:02X}>"] = len(vocabulary)
+    made = Tokenizer.from_str(json.dumps(content))
+    made.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <eos>", pair="<bos> $A <eos> $B <eos>", special_tokens=[("<bos>", 2), ("<eos>", 1)]
+    )
+    return made
+
+
+def gemma(vocabulary: int) -> transformers.PreTrainedModel:
+    """Seven layers, of which every third one sees all; a window of 4 tokens on either side."""
+    rope = {"full_attention": {"rope_type": "default", "rope_theta": 16_000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0}}  # fmt: skip
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"] * 3
+    config = transformers.Gemma3TextConfig(
+        vocab_size=vocabulary, hidden_size=32, num_hidden_layers=7, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=16, intermediate_size=48, max_position_embeddings=128, query_pre_attn_scalar=24, sliding_window=8,
+        layer_types=kinds[:7], rope_parameters=rope, use_bidirectional_attention=True, pad_token_id=0, eos_token_id=1,
+        bos_token_id=2,
+    )  # fmt: skip
+    return transformers.Gemma3TextModel(config)
+
+
+def nomic(vocabulary: int) -> transformers.PreTrainedModel:
+    config = transformers.NomicBertConfig(
+        vocab_size=vocabulary, **SIZES, intermediate_size=48, max_position_embeddings=96, type_vocab_size=2
+    )
+    return transformers.NomicBertModel(config)
+
+
+def gte(vocabulary: int) -> transformers.PreTrainedModel:
+    config = transformers.GteConfig(
+        vocab_size=vocabulary, **SIZES, intermediate_size=48, max_position_embeddings=96, type_vocab_size=1
+    )
+    return transformers.GteModel(config)
+
+
 def xlm_roberta(vocabulary: int, **more: Any) -> transformers.PreTrainedModel:
     sizes = {"intermediate_size": 64, "max_position_embeddings": 66, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
     return transformers.XLMRobertaModel(
@@ -136,6 +201,12 @@ MODERN = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 128,
           "model_input_names": ["input_ids", "attention_mask"]}  # fmt: skip
 QWEN = {"tokenizer_class": "Qwen2Tokenizer", "model_max_length": 96, "eos_token": "<|im_end|>",
         "pad_token": "<|endoftext|>", "padding_side": "left"}  # fmt: skip
+GEMMA = {"tokenizer_class": "GemmaTokenizer", "model_max_length": 96, "bos_token": "<bos>", "eos_token": "<eos>",
+         "pad_token": "<pad>", "unk_token": "<unk>", "mask_token": "<mask>", "add_bos_token": True,
+         "add_eos_token": True}  # fmt: skip
+BERT = {"tokenizer_class": "BertTokenizer", "model_max_length": 96}
+TASKS = {"prompts": {"query": "task: search result | query: ", "document": "title: none | text: "},
+         "default_prompt_name": None}  # fmt: skip
 INSTRUCT = {"prompts": {"query": "instruct the model to search\nquery:", "document": ""}, "default_prompt_name": None}
 TANH, IDENTITY = ("torch.nn.modules.activation.Tanh", "torch.nn.modules.linear.Identity")
 
@@ -166,6 +237,15 @@ def folders() -> dict[str, Folder]:
         "dense": pooled("mean", dense(32, 48, IDENTITY, bias=False), dense(48, 16, TANH), normalize, prompts=named),
         "modernbert": Folder(modernbert, modern_bpe, MODERN, [mean], prefix="model."),
         "modernbert-biased": Folder(lambda rows: modernbert(rows, **biased), modern_bpe, MODERN, [cls, normalize]),
+        "embeddinggemma": Folder(
+            gemma,
+            gemma_bpe,
+            GEMMA,
+            [mean, dense(32, 48, IDENTITY, bias=False), dense(48, 32, IDENTITY, bias=False), normalize],
+            prompts=TASKS,
+        ),
+        "nomic-bert": Folder(nomic, word_piece, BERT, [mean], saved=True),
+        "gte": Folder(gte, unigram, XLMR, [cls, normalize], saved=True),
         "qwen3-embedding": Folder(qwen3, qwen_bpe, QWEN, [last, normalize], settings=None, prompts=INSTRUCT),
     }
 
@@ -187,9 +267,12 @@ def make(home: Path, folder: Folder, generator: torch.Generator) -> None:
             parameter.copy_(noise * (1.0 if "embed" in name else 1.5 * parameter.shape[1] ** -0.5))
         else:
             parameter.copy_(noise * 0.3 + (1.0 if name.endswith("weight") else 0.0))
-    model.config.save_pretrained(home)
-    tensors = {folder.prefix + name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    save_file(tensors, home / "model.safetensors", {"format": "pt"})
+    if folder.saved:
+        model.save_pretrained(home)
+    else:
+        model.config.save_pretrained(home)
+        tensors = {folder.prefix + name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+        save_file(tensors, home / "model.safetensors", {"format": "pt"})
     modules = [{"idx": 0, "name": "0", "path": "", "type": f"{OLD}.Transformer"}]
     for index, (kind, config) in enumerate(folder.parts, start=1):
         path = f"{index}_{kind}"

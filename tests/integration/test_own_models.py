@@ -27,6 +27,8 @@ EMBEDDERS = [
     VECTORS / "xlm-roberta",
     VECTORS / "modernbert",
     VECTORS / "qwen3-embedding",
+    VECTORS / "embeddinggemma",
+    VECTORS / "nomic-bert",
 ]
 
 RERANKERS = [VECTORS.parent / "rerankers" / name for name in ("bge-reranker", "Qwen3-Reranker-tiny")]

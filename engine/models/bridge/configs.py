@@ -68,6 +68,11 @@ def check(config: Mapping[str, Any], file: str, args_class: type) -> None:
                 f"config.json: {name} = {config[name]!r} is code of the checkpoint's own, which never runs"
             )
     text = text_config(config)
+    if text.get("use_bidirectional_attention") is True:
+        raise ModelError(
+            "config.json: use_bidirectional_attention = True is not supported for a model that generates: such a one "
+            "embeds, by its modules.json, which is missing"
+        )
     known = {each.name for each in fields(args_class)}
     nested = "text_config" in known
     for name, computed in _FIXED.get(file, {}).items():
