@@ -44,6 +44,10 @@ FILES_TTL = FILE_TTL + 24 * 3600
 #: Seconds that a run of the gateway's fine-tuning is known, and that the lists of such runs outlive the newest one.
 FINE_TUNE_TTL = 30 * 24 * 3600
 FINE_TUNES_TTL = FINE_TUNE_TTL + 24 * 3600
+#: Seconds that a batch of the gateway can be asked for.
+BATCH_TTL = 30 * 24 * 3600
+#: Seconds after which the gateway that runs batches counts as gone, unless it says otherwise.
+RUNNER_TTL = 20
 #: The type of a kind whose keys have several.
 ANY = "any"
 
@@ -106,6 +110,10 @@ KINDS = (
     Kind("file_contents", rf"file_contents:{_NAME}", FILES_TTL, "zset"),
     Kind("fine_tune", rf"fine_tune:{_JOB}", FINE_TUNE_TTL, "string"),
     Kind("fine_tunes", rf"fine_tunes:{_NAME}", FINE_TUNES_TTL, "zset"),
+    Kind("batch", rf"batch:{_JOB}", BATCH_TTL, "hash"),
+    Kind("batches", rf"batches:{_NAME}", BATCH_TTL, "zset"),
+    Kind("open_batches", rf"open_batches:{_NAME}", BATCH_TTL, "zset"),
+    Kind("batch_runner", rf"batch_runner:{_NAME}", RUNNER_TTL, "string"),
     # Which queues an exchange feeds, and messages that a worker holds: kombu's.
     Kind("binding", r"_kombu\.binding(_deadlines|(_permanent)?\..+)", None, ANY),
     Kind("unacked", r"unacked", None, "hash"),
@@ -310,6 +318,26 @@ def fine_tune(job_id: str) -> str:
 def fine_tunes(owner: str) -> str:
     """Sorted set: ids of one client's runs → when they were asked for."""
     return f"{PREFIX}fine_tunes:{owner}"
+
+
+def batch(batch_id: str) -> str:
+    """Hash: a batch of the gateway, and whether its client wants it to end (`stoker.broker.batches`)."""
+    return f"{PREFIX}batch:{batch_id}"
+
+
+def batches(owner: str) -> str:
+    """Sorted set: ids of the batches of one client → when they were made."""
+    return f"{PREFIX}batches:{owner}"
+
+
+def open_batches(place: str) -> str:
+    """Sorted set: ids of batches that have not ended, whose files lie in one place → when they were made."""
+    return f"{PREFIX}open_batches:{place}"
+
+
+def batch_runner(place: str) -> str:
+    """String: which gateway runs the batches of a place now."""
+    return f"{PREFIX}batch_runner:{place}"
 
 
 def spoiled(key: str) -> str:

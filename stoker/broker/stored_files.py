@@ -41,7 +41,7 @@ class FileRecord(Notice):
     owner: str
     filename: str
     purpose: str
-    created: int
+    created: float
     expires: int
     place: str
     bytes: int = 0

@@ -43,6 +43,11 @@ def contents_of(settings: Settings) -> Contents:
     return FolderContents(settings.home / LOCAL) if settings.artifacts is None else StoreContents(settings.artifacts)
 
 
+def there_are(settings: Settings) -> bool:
+    """Whether a file may have been stored in this place."""
+    return settings.artifacts is not None or (settings.home / LOCAL).is_dir()
+
+
 class FolderContents:
     """In a folder that the gateways of a machine share."""
 

@@ -62,6 +62,20 @@ class Generation:
     #: Whether the job goes on when its client leaves, unless a header says otherwise.
     store: bool = False
 
+    async def send(self, job_id: str) -> AsyncGenerateJob:
+        if self.adapter is not None:
+            self.options["adapter"] = self.adapter
+        return await self.client.generate(self.prompt, model=self.model, seed=self.seed, job_id=job_id, **self.options)
+
+    async def made(self, job: AsyncGenerateJob, patience: float | None) -> tuple[dict[str, object], int]:
+        """The whole answer, and the tokens that it took."""
+        tokens = []
+        if self.form.wants_tokens:
+            async with aclosing(job.stream(timeout=patience, cancel_on_close=False)) as stream:
+                tokens = [token async for token in stream]
+        result = await job.result(patience)
+        return self.form.whole(result, tokens), result.usage.prompt_tokens + result.usage.completion_tokens
+
 
 async def answered(call: Call, asked: Generation) -> Response | EventResponse:
     """Send the job, or find it again, and answer with it."""
@@ -76,10 +90,7 @@ async def answered(call: Call, asked: Generation) -> Response | EventResponse:
 
 
 async def _sent(call: Call, asked: Generation) -> AsyncGenerateJob:
-    options = asked.options
-    if asked.adapter is not None:
-        options["adapter"] = asked.adapter
-    job = await asked.client.generate(asked.prompt, model=asked.model, seed=asked.seed, job_id=call.named.id, **options)
+    job = await asked.send(call.named.id)
     if call.named.given:
         await check_owner(asked.client, call.named.id)
     return job
@@ -113,13 +124,9 @@ async def whole(call: Call, cancel: Cancel, keep: bool, made: Awaitable[R], name
 
 
 async def _whole(call: Call, asked: Generation, job: AsyncGenerateJob) -> dict[str, object]:
-    tokens = []
-    if asked.form.wants_tokens:
-        async with aclosing(job.stream(timeout=PATIENCE, cancel_on_close=False)) as stream:
-            tokens = [token async for token in stream]
-    result = await job.result(PATIENCE)
-    await call.spent(result.usage.prompt_tokens + result.usage.completion_tokens)
-    return asked.form.whole(result, tokens)
+    answer, tokens = await asked.made(job, PATIENCE)
+    await call.spent(tokens)
+    return answer
 
 
 def _streamed(call: Call, asked: Generation, job: AsyncGenerateJob, keep: bool) -> EventResponse:

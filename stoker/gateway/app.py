@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from stoker.client._async.broker_link import AsyncBrokerLink
 from stoker.client._async.client import AsyncClient
 from stoker.gateway import anthropic, chat, completions, embeddings, listing, rerank, responses
 from stoker.gateway.access import Access, Anybody
 from stoker.gateway.answers import Generation, answered
+from stoker.gateway.batch_runner import Runner
+from stoker.gateway.batches import BatchEndpoints
 from stoker.gateway.bodies import read_body
 from stoker.gateway.calls import Call, Caller, Models, NamedJob, keeps
 from stoker.gateway.files import Files
@@ -52,14 +55,24 @@ class Gateway:
     client: AsyncClient
     names: frozenset[str] = frozenset()
     access: Access = field(default_factory=Anybody)
+    #: Whose broker keeps files and batches; None: that of `client`.
+    broker: AsyncClient | None = None
     models: Models = field(init=False)
     store: Store = field(init=False)
     fine_tuning: FineTuning = field(init=False)
+    runner: Runner = field(init=False)
+    batches: BatchEndpoints = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "models", Models(self.client))
-        object.__setattr__(self, "store", Store(self.client))
+        object.__setattr__(self, "store", Store(self.keeper))
         object.__setattr__(self, "fine_tuning", FineTuning(self.client, self.store))
+        object.__setattr__(self, "runner", Runner(self.client, self.keeper, self.store, self.models))
+        object.__setattr__(self, "batches", BatchEndpoints(self.keeper, self.store, self.runner.wake))
+
+    @property
+    def keeper(self) -> AsyncClient:
+        return self.broker or self.client
 
     def application(self) -> ASGIApp:
         posted = {
@@ -70,6 +83,7 @@ class Gateway:
             "/v1/messages": self.generating(anthropic.asked),
             "/v1/responses": self.generating(responses.asked),
             "/v1/fine_tuning/jobs": self.fine_tune,
+            "/v1/batches": self.batch,
         }
         numbers = Numbers()
         health = Health(self.client, numbers)
@@ -90,6 +104,9 @@ class Gateway:
             ("GET", "/v1/files/{file_id}", files.retrieve),
             ("GET", "/v1/files/{file_id}/content", files.content),
             ("DELETE", "/v1/files/{file_id}", files.delete),
+            ("GET", "/v1/batches", self.batches.list),
+            ("GET", "/v1/batches/{batch_id}", self.batches.retrieve),
+            ("POST", "/v1/batches/{batch_id}/cancel", self.batches.cancel),
         ]
 
     def _of_fine_tuning(self) -> list[tuple[str, str, Owned]]:
@@ -104,11 +121,26 @@ class Gateway:
 
     @asynccontextmanager
     async def _lifespan(self, app: object) -> AsyncIterator[None]:
-        sweeping = asyncio.ensure_future(sweep_for_ever(self.store))
-        yield
-        sweeping.cancel()
-        await asyncio.wait({sweeping})
+        async with self.background():
+            yield
         await self.client.close()
+
+    @asynccontextmanager
+    async def background(self) -> AsyncIterator[None]:
+        """What goes on inside besides requests: batches run, and what is gone is deleted."""
+        tasks = {asyncio.ensure_future(task) for task in self._tasks()}
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            if tasks:
+                await asyncio.wait(tasks)
+
+    def _tasks(self) -> Iterator[Coroutine[Any, Any, None]]:
+        if isinstance(self.keeper.link, AsyncBrokerLink):
+            yield sweep_for_ever(self.store)
+            yield self.runner.run_for_ever()
 
     async def caller(self, request: Request) -> Caller:
         """Who asks. Raises `Refused`."""
@@ -147,6 +179,9 @@ class Gateway:
 
     async def fine_tune(self, request: Request) -> Response:
         return await self.fine_tuning.create(await self.call(request))
+
+    async def batch(self, request: Request) -> Response:
+        return await self.batches.create(await self.call(request))
 
     async def embedding(self, request: Request) -> Response:
         return await embeddings.answered(await self.call(request))

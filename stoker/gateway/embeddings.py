@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import base64
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 from starlette.responses import JSONResponse, Response
 
+from stoker.client._async.client import AsyncClient
 from stoker.client._async.jobs import AsyncEmbedJob
 from stoker.client.options import EmbedOptions
-from stoker.contract import Usage
 from stoker.contract.shown import brief
 from stoker.errors import StokerError
 from stoker.gateway.answers import PATIENCE, whole
@@ -54,38 +55,63 @@ class EmbeddingBody(Body):
         )  # fmt: skip
 
 
-async def answered(call: Call) -> Response:
+@dataclass(frozen=True)
+class Embedding:
+    """What the endpoint asks for."""
+
+    client: AsyncClient
+    model: str
+    body: EmbeddingBody
+    options: EmbedOptions
+    names: Names = NAMES
+    stream: bool = False
+
+    async def send(self, job_id: str) -> AsyncEmbedJob:
+        return await self.client.embed(self.body.input, model=self.model, job_id=job_id, **self.options)
+
+    async def made(self, job: AsyncEmbedJob, patience: float | None) -> tuple[dict[str, object], int]:
+        """The whole answer, and the tokens that it took."""
+        vectors, usage = await job.result(patience), await job.usage(patience)
+        data = [
+            {"object": "embedding", "index": index, "embedding": _encoded(vector, self.body.encoding_format)}
+            for index, vector in enumerate(vectors)
+        ]
+        counts = {"prompt_tokens": usage.prompt_tokens, "total_tokens": usage.prompt_tokens}
+        answer: dict[str, object] = {"object": "list", "data": data, "model": self.body.model, "usage": counts}
+        return answer, usage.prompt_tokens
+
+
+async def asked(call: Call) -> Embedding:
     """Raises `Refused`."""
     body = parse(EmbeddingBody, call.body)
     model, adapter = call.model(body.model)
     if adapter is not None:
         message = f"model: {brief(body.model, 160)} given; embeddings have no adapters. Name the base alone."
         raise Refused(404, message, param="model", code="model_not_found")
+    return Embedding(call.sender(body.user), model, body, body.options())
+
+
+async def answered(call: Call) -> Response:
+    """Raises `Refused`."""
+    embedding = await asked(call)
     if call.named.resumed:
         raise Refused(400, "Last-Event-ID: given for embeddings, which have no stream; leave it out.")
     try:
-        client = call.sender(body.user)
-        job = await client.embed(body.input, model=model, job_id=call.named.id, **body.options())
+        job = await embedding.send(call.named.id)
         if call.named.given:
-            await check_owner(client, call.named.id)
+            await check_owner(embedding.client, call.named.id)
     except StokerError as error:
         raise NAMES.refusal(error) from None
-    vectors, usage = await whole(call, job.cancel, call.keep is True, _made(call, job), NAMES)
-    data = [
-        {"object": "embedding", "index": index, "embedding": _encoded(vector, body.encoding_format)}
-        for index, vector in enumerate(vectors)
-    ]
-    counts = {"prompt_tokens": usage.prompt_tokens, "total_tokens": usage.prompt_tokens}
-    return JSONResponse({"object": "list", "data": data, "model": body.model, "usage": counts})
+    return JSONResponse(await whole(call, job.cancel, call.keep is True, _made(call, embedding, job), NAMES))
 
 
-async def _made(call: Call, job: AsyncEmbedJob) -> tuple[np.ndarray, Usage]:
-    vectors, usage = await job.result(PATIENCE), await job.usage(PATIENCE)
-    await call.spent(usage.prompt_tokens)
+async def _made(call: Call, embedding: Embedding, job: AsyncEmbedJob) -> dict[str, object]:
+    answer, tokens = await embedding.made(job, PATIENCE)
+    await call.spent(tokens)
     if not call.named.given:
         # Nobody can ask for them again: they need not take the broker's room for ten minutes.
         await job.discard()
-    return vectors, usage
+    return answer
 
 
 def _encoded(vector: np.ndarray, form: str) -> object:

@@ -148,7 +148,7 @@ def _body(fields: Mapping[str, str]) -> UploadBody:
 def shown(record: FileRecord) -> dict[str, object]:
     """As OpenAI shows a file."""
     return {
-        "id": record.id, "object": "file", "bytes": record.bytes, "created_at": record.created,
+        "id": record.id, "object": "file", "bytes": record.bytes, "created_at": int(record.created),
         "expires_at": record.expires, "filename": record.filename, "purpose": record.purpose, "status": "processed",
         "status_details": None,
     }  # fmt: skip

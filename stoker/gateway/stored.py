@@ -13,7 +13,7 @@ from stoker.broker.stored_files import FileRecord, Span, StoredFiles, is_id
 from stoker.client._async.client import AsyncClient
 from stoker.client.asynchronously import in_thread
 from stoker.contract.shown import brief
-from stoker.files.contents import PART, Contents, contents_of
+from stoker.files.contents import PART, Contents, contents_of, there_are
 from stoker.gateway.errors import Refused
 
 log = logging.getLogger(__name__)
@@ -37,6 +37,15 @@ class Store:
         if self._contents is None:
             self._contents = await in_thread(contents_of, self._client.settings)
         return self._contents
+
+    async def is_used(self) -> bool:
+        """Whether a file may have been stored in this place."""
+        return self._contents is not None or await in_thread(there_are, self._client.settings)
+
+    async def now(self) -> float:
+        """The broker's clock."""
+        with translated(self._client.settings):
+            return await self.records.now()
 
     async def find(self, file_id: str, owner: str) -> FileRecord:
         """Raises `Refused` for a file that this owner does not have."""
@@ -65,26 +74,22 @@ class Store:
             with said(record.id, "read"):
                 yield await in_thread(contents.get, record.id, part)
 
-    async def begin(self, record: FileRecord) -> Draft:
-        """Write on, behind what there is of it."""
-        draft = Draft(self, await self.contents(), record)
-        await draft.reserve()
-        return draft
+    async def begin(self, record: FileRecord, until: float | None = None) -> Draft:
+        """Write on, behind what there is of it. `until`: when parts go that nothing names by then, by the broker's
+        clock; usually in an hour."""
+        with translated(self._client.settings):
+            until = await self.records.now() + UNFINISHED if until is None else until
+            await self.records.reserve(record.place, record.id, until)
+        return Draft(await self.contents(), record)
 
     async def new(self, owner: str, filename: str, purpose: str, lifetime: int) -> FileRecord:
         """A file that nobody sees yet. `lifetime`: seconds from now on."""
         place = (await self.contents()).place
-        with translated(self._client.settings):
-            created = int(await self.records.now())
+        created = await self.now()
         return FileRecord(
             id=f"file-{uuid.uuid4().hex}", owner=owner, filename=filename, purpose=purpose, created=created,
-            expires=created + lifetime, place=place,
+            expires=int(created) + lifetime, place=place,
         )  # fmt: skip
-
-    async def reserve(self, record: FileRecord) -> None:
-        with translated(self._client.settings):
-            until = await self.records.now() + UNFINISHED
-            await self.records.reserve(record.place, record.id, until)
 
     async def keep(self, record: FileRecord) -> None:
         """From now on its owner sees it."""
@@ -99,6 +104,8 @@ class Store:
 
     async def sweep(self) -> None:
         """Delete the parts of files that have expired, were deleted, or whose writer died."""
+        if not await self.is_used():
+            return
         place = (await self.contents()).place
         with translated(self._client.settings):
             over = await self.records.over(place)
@@ -122,15 +129,10 @@ class Store:
 class Draft:
     """A file that grows. `record`: what there is of it for good."""
 
-    store: Store
     contents: Contents
     record: FileRecord
     _writer: str = field(default_factory=lambda: uuid.uuid4().hex[:16])
     _waiting: bytearray = field(default_factory=bytearray)
-
-    async def reserve(self) -> None:
-        """Parts that nothing names yet are kept for a while from now on."""
-        await self.store.reserve(self.record)
 
     async def write(self, data: bytes) -> None:
         """Raises `Refused` for a disk that takes nothing."""
@@ -150,8 +152,13 @@ class Draft:
         *before, last = self.record.spans or (Span(writer=self._writer, parts=0),)
         if last.writer != self._writer:
             before, last = [*before, last], Span(writer=self._writer, parts=0)
-        with said(self.record.id, "written"):
-            await in_thread(self.contents.put, self.record.id, f"{self._writer}-{last.parts}", data)
+        try:
+            with said(self.record.id, "written"):
+                await in_thread(self.contents.put, self.record.id, f"{self._writer}-{last.parts}", data)
+        except BaseException:
+            # It may be written yet, by a thread that nobody can stop: no other part gets its name.
+            self._writer = uuid.uuid4().hex[:16]
+            raise
         spans = (*before, Span(writer=self._writer, parts=last.parts + 1))
         self.record = self.record.model_copy(update={"spans": spans, "bytes": self.record.bytes + len(data)})
 

@@ -176,6 +176,7 @@ LIVES = {
     "30 days": keys.MODEL_TTL,
     "31 days": keys.FILES_TTL,
     "10 seconds": keys.PRESENCE_TTL,
+    "20 seconds": keys.RUNNER_TTL,
     "60 minutes": keys.RATE_TTL,
     "10 minutes": keys.COMMAND_TTL,
 }
@@ -213,6 +214,7 @@ def test_the_table_of_keys_is_that_of_the_code() -> None:
     made |= {keys.backlog("<queue>", 7).replace("7", "<priority>"), keys.client("<key>", "<queue>")}
     made |= {keys.rate("<key>"), keys.file("<id>"), keys.files("<key>"), keys.file_contents("<place>")}
     made |= {keys.checkpoint("<job>"), keys.fine_tune("<job>"), keys.fine_tunes("<key>")}
+    made |= {keys.batch("<id>"), keys.batches("<key>"), keys.open_batches("<place>"), keys.batch_runner("<place>")}
     made |= {keys.WORKERS, keys.MODELS, keys.DEAD, keys.JANITOR, keys.spoiled("<key>")}
     made |= {keys.VECTORS_UNFETCHED, keys.VECTORS_FETCHED, keys.VECTORS_SIZES}
     durable = {key for key, lives in table.items() if lives == "durable"}

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import openai
@@ -35,7 +36,10 @@ class Served:
         self._thread.start()
 
     def _run(self, listener: socket.socket) -> None:
-        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner, ThreadPoolExecutor(1) as executor:
+            # Its one thread is there from the beginning, so that it is none that a test has left.
+            executor.submit(int).result()
+            self._loop.set_default_executor(executor)
             runner.run(self._server.serve([listener]))
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -54,15 +58,24 @@ class Served:
     def over(self, gateway: Gateway) -> None:
         self._app = gateway.application()
 
-    def start_threads(self) -> None:
-        """All those that blocking calls of its event loop run in, which stay: a test that uses one leaves none."""
-        count = min(32, (os.cpu_count() or 1) + 4)
-        together = threading.Barrier(count)
+    @contextmanager
+    def lent(self, gateway: Gateway, broker: AsyncClient, secret: str = "none") -> Iterator[openai.OpenAI]:
+        """It is over a gateway for a while, with all that goes on in that besides requests. OpenAI's client of it."""
+        before, self._app = self._app, gateway.application()
+        enough = asyncio.Event()
+        going_on = asyncio.run_coroutine_threadsafe(_in_background(gateway, enough), self._loop)
+        try:
+            with self.opened(secret) as api:
+                yield api
+        finally:
+            self._loop.call_soon_threadsafe(enough.set)
+            going_on.result(10)
+            self._app = before
+            self.closing(broker)
 
-        async def each() -> None:
-            await asyncio.gather(*(asyncio.to_thread(together.wait, 30) for _ in range(count)))
-
-        asyncio.run_coroutine_threadsafe(each(), self._loop).result(40)
+    def opened(self, secret: str) -> openai.OpenAI:
+        """OpenAI's client, with a key of its own."""
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=secret, max_retries=0, timeout=20)
 
     def closing(self, client: AsyncClient) -> None:
         """Close a client that requests have used, in their event loop."""
@@ -72,6 +85,11 @@ class Served:
         self._server.should_exit = True
         self._thread.join(30)
         assert not self._thread.is_alive(), "the gateway ends"
+
+
+async def _in_background(gateway: Gateway, enough: asyncio.Event) -> None:
+    async with gateway.background():
+        await enough.wait()
 
 
 def gateway_over(settings: Settings) -> Gateway:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,13 @@ from stoker.broker.connection import connect
 from stoker.broker.stored_files import FileRecord
 from stoker.files import contents
 from stoker.gateway import files, sweeping, uploads
+from stoker.gateway.access import Keyed
+from stoker.gateway.app import Gateway
 from stoker.gateway.errors import Refused
 from stoker.gateway.stored import Store
 from stoker.settings import Settings
 from tests.conftest import wait_until
-from tests.gateway.machinery import Served, gateway_over
+from tests.gateway.machinery import Served
 from tests.gateway.test_keys import made
 
 ANCHOR, SECONDS = "expires_after[anchor]", "expires_after[seconds]"
@@ -43,34 +45,23 @@ def settings(broker: Settings, tmp_path: Path) -> Settings:
 
 
 @contextmanager
-def serving(settings: Settings) -> Iterator[tuple[Served, openai.OpenAI]]:
-    served = Served(gateway_over(settings))
-    try:
-        with client_of(served, "none") as api:
-            yield served, api
-    finally:
-        served.stop()
+def serving(running: Served, settings: Settings) -> Iterator[openai.OpenAI]:
+    """A gateway with nothing in memory; OpenAI's client of it."""
+    broker = AsyncClient(settings=settings)
+    with running.lent(Gateway(broker, access=Keyed(broker, required=False)), broker) as api:
+        yield api
 
 
 @pytest.fixture
-def gateway(settings: Settings) -> Iterator[tuple[Served, openai.OpenAI]]:
-    with serving(settings) as running:
-        yield running
+def api(running: Served, settings: Settings) -> Iterator[openai.OpenAI]:
+    with serving(running, settings) as client:
+        yield client
 
 
 @pytest.fixture
-def over(gateway: tuple[Served, openai.OpenAI]) -> Served:
-    return gateway[0]
-
-
-@pytest.fixture
-def api(gateway: tuple[Served, openai.OpenAI]) -> openai.OpenAI:
-    """OpenAI's client of it."""
-    return gateway[1]
-
-
-def client_of(served: Served, secret: str) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{served.url}/v1", api_key=secret, max_retries=0, timeout=20)
+def over(running: Served, api: openai.OpenAI) -> Served:
+    """The same, for what OpenAI's client would not send."""
+    return running
 
 
 def folders(settings: Settings) -> list[str]:
@@ -83,7 +74,7 @@ def post(over: Served, **form: Any) -> httpx2.Response:
 
 
 def test_a_file_comes_back_as_it_was_until_it_is_deleted(
-    over: Served, api: openai.OpenAI, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    running: Served, api: openai.OpenAI, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("stoker.gateway.stored.PART", 1000)
     data = bytes(range(256)) * 40
@@ -97,7 +88,7 @@ def test_a_file_comes_back_as_it_was_until_it_is_deleted(
     assert file.expires_at == file.created_at + keys.FILE_TTL
     assert len(list((settings.home / "files" / file.id).iterdir())) == 11, "no part is larger than it may be"
     # Another gateway of the same broker and the same home has it too.
-    with serving(settings) as (_, other):
+    with serving(running, settings) as other:
         assert other.files.content(file.id).read() == data
         assert other.files.retrieve(file.id) == file
         assert [found.id for found in other.files.list()] == [file.id]
@@ -110,18 +101,18 @@ def test_a_file_comes_back_as_it_was_until_it_is_deleted(
 
 
 def test_files_of_one_client_are_not_there_for_another(over: Served, redis: Any) -> None:
-    team, other = client_of(over, made(redis)), client_of(over, made(redis, client="other", created=2.0))
-    file = team.files.create(file=("a.jsonl", LINES), purpose="fine-tune")
-    assert client_of(over, made(redis, created=3.0)).files.retrieve(file.id).id == file.id, (
-        "keys of a client share them"
-    )
-    assert list(other.files.list()) == []
-    for ask in (other.files.retrieve, other.files.content, other.files.delete):
-        with pytest.raises(openai.NotFoundError, match="no file of that id"):
-            ask(file.id)
-    with pytest.raises(openai.AuthenticationError):
-        client_of(over, "none").files.retrieve(file.id)
-    assert team.files.content(file.id).read() == LINES
+    secrets = [made(redis), made(redis, created=2.0), made(redis, client="other", created=3.0), "none"]
+    with ExitStack() as opened:
+        team, mate, other, nobody = [opened.enter_context(over.opened(secret)) for secret in secrets]
+        file = team.files.create(file=("a.jsonl", LINES), purpose="fine-tune")
+        assert mate.files.retrieve(file.id).id == file.id, "keys of one client share its files"
+        assert list(other.files.list()) == []
+        for ask in (other.files.retrieve, other.files.content, other.files.delete):
+            with pytest.raises(openai.NotFoundError, match="no file of that id"):
+                ask(file.id)
+        with pytest.raises(openai.AuthenticationError):
+            nobody.files.retrieve(file.id)
+        assert team.files.content(file.id).read() == LINES
 
 
 def test_lists_come_page_by_page_and_by_purpose(over: Served, api: openai.OpenAI, redis: Any) -> None:
@@ -158,10 +149,10 @@ def test_what_has_expired_goes_and_its_parts_with_it(
 
 
 def test_a_gateway_that_runs_deletes_what_is_gone(
-    settings: Settings, redis: Any, monkeypatch: pytest.MonkeyPatch
+    running: Served, settings: Settings, redis: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sweeping, "SWEEP_EVERY", 0.02)
-    with serving(settings) as (_, api):
+    with serving(running, settings) as api:
         file = api.files.create(file=("a", LINES), purpose="batch")
         (where,) = redis.keys(keys.file_contents("*"))
         # A broker that refuses it, for once, ends nothing.
@@ -281,17 +272,19 @@ def test_a_disk_that_takes_nothing_is_said_and_leaves_nothing(
 
 
 def test_the_store_that_is_named_holds_the_parts_and_another_gateway_says_where_a_file_is(
-    settings: Settings, tmp_path: Path
+    running: Served, settings: Settings, tmp_path: Path
 ) -> None:
     shared = settings.model_copy(update={"artifacts": (tmp_path / "shared").as_uri()})
     elsewhere = shared.model_copy(update={"home": tmp_path / "another"})
-    with serving(shared) as (_, first), serving(elsewhere) as (_, second), serving(settings) as (_, third):
-        file = first.files.create(file=("a", LINES), purpose="batch")
-        assert not (settings.home / "files").exists()
-        assert second.files.content(file.id).read() == LINES
-        with pytest.raises(openai.InternalServerError, match="STOKER_ARTIFACTS"):
-            third.files.content(file.id)
-        second.files.delete(file.id)
+    with serving(running, shared) as api:
+        file = api.files.create(file=("a", LINES), purpose="batch")
+    assert not (settings.home / "files").exists()
+    with serving(running, elsewhere) as api:
+        assert api.files.content(file.id).read() == LINES
+    with serving(running, settings) as api, pytest.raises(openai.InternalServerError, match="STOKER_ARTIFACTS"):
+        api.files.content(file.id)
+    with serving(running, elsewhere) as api:
+        api.files.delete(file.id)
     assert list((tmp_path / "shared").rglob("file-*")) == []
 
 

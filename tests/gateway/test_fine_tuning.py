@@ -44,7 +44,6 @@ def redis(broker: Settings) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def pooled(running: Served) -> Served:
-    running.start_threads()
     return running
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from stoker.gateway.anthropic import MessagesBody
+from stoker.gateway.batches import BatchBody
 from stoker.gateway.chat import ChatBody
 from stoker.gateway.completions import CompletionBody
 from stoker.gateway.embeddings import EmbeddingBody
@@ -19,6 +20,10 @@ COLUMNS: dict[str, type[Body]] = {
     "messages": MessagesBody,
     "responses": ResponsesBody,
 }
+
+
+def test_each_field_of_a_batch_is_in_its_table() -> None:
+    assert {code(row[0])[0] for row in rows("docs/gateway.md", "of a batch")} == set(BatchBody.model_fields)
 
 
 @pytest.mark.parametrize("endpoint", COLUMNS)
