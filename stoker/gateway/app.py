@@ -28,6 +28,7 @@ from stoker.gateway.front import Front
 from stoker.gateway.health import Health
 from stoker.gateway.stored import Store
 from stoker.gateway.sweeping import sweep_for_ever
+from stoker.gateway.tasks import ended
 from stoker.monitor.numbers import Numbers
 
 #: What an endpoint asks for, from its request.
@@ -132,10 +133,7 @@ class Gateway:
         try:
             yield
         finally:
-            for task in tasks:
-                task.cancel()
-            if tasks:
-                await asyncio.wait(tasks)
+            await ended(tasks)
 
     def _tasks(self) -> Iterator[Coroutine[Any, Any, None]]:
         if isinstance(self.keeper.link, AsyncBrokerLink):

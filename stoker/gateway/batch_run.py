@@ -23,6 +23,7 @@ from stoker.gateway.batch_answers import Answers
 from stoker.gateway.batch_lines import Line, Outcome, Survey, WrongLine, lines_of, survey
 from stoker.gateway.errors import Refused
 from stoker.gateway.stored import Draft, Store
+from stoker.gateway.tasks import ended
 
 log = logging.getLogger(__name__)
 #: Seconds between two moments at which what is done is written for good, and bytes that wait for it at most.
@@ -97,9 +98,7 @@ class BatchRun:
         try:
             await self._answer(source, lines, written, under_way, stop)
         finally:
-            for task in (stop, *under_way):
-                task.cancel()
-            await asyncio.wait({stop, *under_way})
+            await ended((stop, *under_way))
         if stop.cancelled():
             return "completed"
         await self._give_up(source, lines, written, stop.result())
@@ -108,7 +107,8 @@ class BatchRun:
     async def _stopped(self, left: float) -> Status:
         """Return when the batch has to end early, and how it ends then."""
         try:
-            await asyncio.wait_for(self.cancelled.wait(), max(0.0, left))
+            async with asyncio.timeout(max(0.0, left)):
+                await self.cancelled.wait()
             return "cancelled"
         except TimeoutError:
             return "expired"

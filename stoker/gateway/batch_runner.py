@@ -19,6 +19,7 @@ from stoker.gateway.batch_run import BatchRun, InFlight, Overtaken
 from stoker.gateway.calls import Caller, Models
 from stoker.gateway.errors import Refused
 from stoker.gateway.stored import Store
+from stoker.gateway.tasks import ended
 
 log = logging.getLogger(__name__)
 #: Seconds between two looks at what there is to do.
@@ -58,7 +59,8 @@ class Runner:
 
     async def _pause(self) -> None:
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._wake.wait(), LOOK_EVERY)
+            async with asyncio.timeout(LOOK_EVERY):
+                await self._wake.wait()
         self._wake.clear()
 
     async def _look(self) -> None:
@@ -141,11 +143,7 @@ class Runner:
 
     async def _stop(self) -> None:
         """Leave all batches as they are: they can be gone on with."""
-        tasks = [task for _, task in self._runs.values()]
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+        await ended(task for _, task in self._runs.values())
         self._runs.clear()
 
     async def _leave(self) -> None:

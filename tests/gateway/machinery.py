@@ -69,7 +69,7 @@ class Served:
                 yield api
         finally:
             self._loop.call_soon_threadsafe(enough.set)
-            going_on.result(10)
+            going_on.result(30)
             self._app = before
             self.closing(broker)
 
