@@ -92,6 +92,8 @@ def _from_fp8(block: tuple[int, int] | None, arrays: dict[str, mx.array], dtype:
 
 def _scaled(weight: mx.array, scale: mx.array, block: tuple[int, int] | None) -> mx.array:
     """float32 (…, out, in), each block with its scale; without blocks there is one for all."""
+    if not mx.issubdtype(scale.dtype, mx.floating):
+        raise ModelError(f"its scales are of {scale.dtype}, not of floating-point numbers")
     dense = mx.from_fp8(weight, mx.float32)
     if scale.size == 1:
         return dense * scale.astype(mx.float32).reshape(1)

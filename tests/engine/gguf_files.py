@@ -14,6 +14,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from engine.checkpoints.loading import load
 from engine.models.bridge.configs import text_config
 from engine.weights.gguf import TensorInfo
 from tests.engine import bridged
@@ -126,6 +127,14 @@ def add_longrope(writer: gguf.GGUFWriter, described: Mapping[str, Any]) -> None:
     for side in ("long", "short"):
         factors = np.array(described["rope_scaling"][f"{side}_factor"], np.float32)
         writer.add_tensor(f"rope_factors_{side}.weight", factors)
+
+
+def check(name: str, path: Path) -> None:
+    """A file of mlx-lm's network `name` has the network's logits."""
+    network, row = write(path, name), bridged.prompts()[0]
+    decoder = load("tiny", [str(path)]).decoder
+    found = np.array(decoder.logits(decoder(mx.array([row])))[0])
+    bridged.assert_close(found, bridged.reference(network, row))
 
 
 def tensors(network: nn.Module, name: str, parts: Mapping[str, str]) -> Iterator[tuple[str, np.ndarray]]:

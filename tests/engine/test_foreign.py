@@ -197,6 +197,7 @@ PART = "model.layers.0.self_attn.o_proj"
         ("gptq", {"g_idx": mx.full((32,), 7, mx.int32)}, "does not name a group for each of 32 inputs"),
         ("gptq", {"g_idx": mx.zeros((5,), mx.int32)}, r"g_idx of shape \(5,\) does not name a group"),
         ("fp8", {"weight_scale_inv": None}, "lacks its scales"),
+        ("fp8", {"weight_scale_inv": mx.zeros((2, 2), mx.uint8)}, "its scales are of mlx.core.uint8, not of floating"),
         ("fp8", {"weight": mx.zeros((32, 32))}, "has scales and no weight of F8_E4M3"),
         (
             "fp8",

@@ -19,7 +19,7 @@ from engine.platform import blas
 blas.boot(1)
 
 from engine.models.bridge import package  # noqa: E402
-from tests.engine import bridged, decoder_goldens  # noqa: E402
+from tests.engine import bridged, decoder_goldens, gguf_files  # noqa: E402
 from tests.models.table import CHECKS, Row, read, totals, write  # noqa: E402
 
 
@@ -52,7 +52,7 @@ def checked(name: str) -> Row:
         return Row(name, frozenset(), f"refused: {package.REFUSED[name]}")
     with tempfile.TemporaryDirectory() as folder:
         checks: dict[str, Callable[[], None]] = {
-            "generate": lambda: check_logits(name),
+            "generate": lambda: check_logits(name, Path(folder) / "tiny.gguf"),
             "batched": lambda: bridged.check_traffic(bridged.bridged(name), Path(folder) / "traffic", 1),
             "adapters": lambda: bridged.check_adapters(name, Path(folder) / "adapters"),
             "training": lambda: bridged.check_training(name),
@@ -70,11 +70,14 @@ def checked(name: str) -> Row:
     return Row(name, frozenset(passed), "; ".join([*notes, *kept(name)] if passed else notes))
 
 
-def check_logits(name: str) -> None:
-    """Those of mlx-lm, and those of torch transformers where `tests/goldens/decoders` has them."""
+def check_logits(name: str, path: Path) -> None:
+    """Those of mlx-lm, those of torch transformers where `tests/goldens/decoders` has them, and those of a GGUF file of
+    the same weights where one is read."""
     bridged.check_logits(name)
     for golden in goldens_of(name):
         decoder_goldens.check(golden)
+    if name in gguf_files.LAYOUTS:
+        gguf_files.check(name, path)
 
 
 def goldens_of(name: str) -> list[str]:
@@ -89,6 +92,8 @@ def kept(name: str) -> list[str]:
         words.append("recurrent" if not sizes.keys else "hybrid")
     if any(keys.size != values.size for keys, values in zip(sizes.keys, sizes.values, strict=True)):
         words.append("keys and values of two sizes")
+    if name in gguf_files.LAYOUTS:
+        words.append("GGUF")
     return words
 
 
