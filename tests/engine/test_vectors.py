@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -51,7 +52,9 @@ FORWARDS: dict[str, Callable[[LoadedModel], Forward]] = {
 CLOSE = 1e-4
 
 
+@functools.cache
 def opened(name: str) -> LoadedModel:
+    """No test changes it."""
     return load(name, [str(GOLDENS / "vectors" / name)])
 
 
