@@ -124,7 +124,12 @@ def _result(request: GenerateRequest | EmbedRequest) -> Embedded | GenerateResul
     if isinstance(request, EmbedRequest):
         return Embedded(np.zeros((len(request.texts), DIM), np.float32), tokens=0, run_seconds=0.0)
     return GenerateResult(
-        model=request.model, adapter=None, text="", token_ids=(), finish_reason="length", usage=Usage()
+        model=request.model,
+        adapter=None,
+        text="",
+        token_ids=(),
+        finish_reason="length",
+        usage=Usage(completion_tokens=request.max_tokens),
     )
 
 
