@@ -70,10 +70,28 @@ def test_a_client_loads_nothing_and_calls_what_a_worker_has_loaded(
         assert libraries(redis) == set()
         assert submit(redis, "workers") == "new"
         assert submit(client, "soon") == "new"
-        assert calls(redis, "fcall") == 1, "it asks again after a minute"
+        assert calls(redis, "fcall") == 1, "it asks again after some seconds"
         monkeypatch.setattr(functions, "AGAIN", 0.0)
         assert submit(client, "later") == "new"
         assert calls(redis, "fcall") == 2
+
+
+def test_a_client_calls_functions_from_its_first_job_on_where_a_worker_has_started(
+    redis: Any, broker: Settings
+) -> None:
+    LIBRARY.offer(redis)
+    LIBRARY.offer(redis)
+    with closing(connect(broker)) as client:
+        assert submit(client) == "new"
+    assert (calls(redis, "fcall"), calls(redis, "eval"), calls(redis, "evalsha")) == (1, 0, 0)
+
+
+def test_a_broker_that_takes_no_library_is_sent_scripts_and_the_worker_starts(tmp_path: Path) -> None:
+    with quick_broker(tmp_path, "--rename-command", "FUNCTION", "") as client:
+        client.functions = Functions(loads=True)
+        LIBRARY.offer(client)
+        assert not client.functions.called()
+        assert submit(client) == "new"
 
 
 def test_an_asyncio_client_does_the_same(redis: Any, broker: Settings) -> None:
@@ -138,7 +156,7 @@ MISSING = ResponseError("Function not found")
         (Refusing(MISSING), ["function", "load", "function"]),
     ],
 )
-def test_a_broker_that_refuses_the_function_gets_the_script_and_is_asked_again_after_a_minute(
+def test_a_broker_that_refuses_the_function_gets_the_script_and_is_asked_again_after_some_seconds(
     broker_: Refusing, first: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [100.0]

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from redis.exceptions import RedisError, ResponseError
 
 from stoker.broker import keys
-from stoker.broker.connection import connect, passes
+from stoker.broker.connection import connect, passes, translated
 from stoker.broker.ledger import record
+from stoker.broker.ledger.transitions import LIBRARY
 from stoker.broker.trouble import forbids
 from stoker.broker.wrong_types import is_wrong_type
 from stoker.errors import StokerError, WorkerUnavailable
@@ -65,8 +66,11 @@ class Runtime:
         self._lock = threading.Lock()
 
     def start(self) -> None:
-        """Load the models. Raises `ModelError`, and then nothing has been started."""
+        """Load the models, and the ledger's functions into the broker. Raises `ModelError`, and then nothing has been
+        started."""
         self.engine.start()
+        with translated(self.settings):
+            LIBRARY.offer(self.redis)
         self.publisher.start()
         self.job_meter.expect(self.engine.cards)
 

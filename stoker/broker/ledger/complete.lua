@@ -11,9 +11,11 @@ finish(ARGV[7])
 if result_ttl() < tonumber(default_ttl) then redis.call('EXPIRE', prefix .. 'stream:' .. id, result_ttl()) end
 -- How fast jobs end here: what a full queue reports to the clients that it refuses.
 local state = redis.call('HMGET', pace, 'last', 'interval')
-local since = now - (finite(state[1]) or now)
+local last = finite(state[1])
+local since = now - (last or now)
 local before = finite(state[2])
 local interval = before and 0.9 * before + 0.1 * since or since
 redis.call('HSET', pace, 'last', string.format('%.6f', now), 'interval', string.format('%.6f', interval))
-redis.call('EXPIRE', pace, result_ttl())
+-- Once a second is often enough for an expiry of minutes and more.
+if math.floor(last or 0) ~= math.floor(now) then redis.call('EXPIRE', pace, result_ttl()) end
 return 1

@@ -14,14 +14,13 @@ local function strike_out(record, owner)
   -- Another type than a client's jobs have is the next submission's to move aside.
   local mine = prefix .. 'client:'
   if record.mine and string.sub(record.mine, 1, #mine) == mine then redis.pcall('ZREM', record.mine, id) end
-  local input = own_input(record.blob)
-  if input then redis.call('DEL', input) end
   drop_size(id, all, held)
   redis.call('ZREM', open, id)
   redis.call('ZREM', dispatched, id)
-  redis.call('DEL', mark)
+  local left = {mark, own_input(record.blob)}
   -- Those of a dead letter's run stay for its retry.
-  if not record.lettered then redis.call('UNLINK', prefix .. 'checkpoint:' .. id) end
+  if not record.lettered then table.insert(left, prefix .. 'checkpoint:' .. id) end
+  redis.call('UNLINK', unpack(left))
   if record.known and not record.wrong then
     redis.call('HDEL', job, 'request', 'message')
     redis.call('HSET', job, 'ended', '1', unpack(owner and {'completed', owner} or {}))

@@ -57,6 +57,16 @@ class Library:
         """The function's name in the broker."""
         return f"{self.name}_{name}"
 
+    def offer(self, redis: Any) -> None:
+        """Load it by a blocking client before it is called, so that clients, who load nothing, find it from their first
+        job on. To a broker that takes no library scripts are sent, as at a call."""
+        from redis.exceptions import ResponseError
+
+        try:
+            _run(self.load(redis))
+        except ResponseError:
+            redis.functions.refuse()
+
     def load(self, redis: Any) -> Steps:
         """Where many versions have left theirs, all others go: one that is used is loaded again by its workers."""
         from redis.exceptions import ResponseError
