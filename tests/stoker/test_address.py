@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import socket
 from contextlib import closing, suppress
+from typing import Any
 
 import pytest
 import redis
 from hypothesis import given
 from hypothesis import strategies as st
 from kombu.connection import Connection
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 from stoker import AsyncClient, Client
 from stoker.address import DEFAULT_URL, Address, Sentinels
 from stoker.broker import sentinel
-from stoker.broker.connection import connect
+from stoker.broker.connection import connect, connect_async
 from stoker.celery_config import shared_config
 from stoker.errors import BrokerUnavailable, ConfigError
 from stoker.settings import Settings
@@ -250,3 +252,36 @@ def test_any_text_is_read_or_refused_clearly(text: str) -> None:
             address = Address.parse(url)
             assert address.shown
             assert Address.parse(address.url) == address
+
+
+@pytest.mark.parametrize("asyncio_too", [False, True], ids=["blocking", "asyncio"])
+def test_the_sentinel_that_answered_is_asked_first_the_next_time(asyncio_too: bool) -> None:
+    """The others are asked for a second each where their machines are off."""
+    url = "redis+sentinel://one,two,three/queue"
+    made: Any = (connect_async if asyncio_too else connect)(Settings(url=url))
+    manager, asked = made.connection_pool.sentinel_manager, list[str]()
+
+    def answering(sentinel: Any) -> Any:
+        host = sentinel.connection_pool.connection_kwargs["host"]
+
+        def masters() -> Any:
+            asked.append(host)
+            if host != "two":
+                raise RedisConnectionError(f"{host} is off")
+            up = {"is_master": True, "is_sdown": False, "is_odown": False, "num-other-sentinels": 2}
+            return {"queue": {"ip": "there", "port": 1, **up}}
+
+        async def awaited() -> Any:
+            return masters()
+
+        return awaited if asyncio_too else masters
+
+    for each in manager.sentinels:
+        each.sentinel_masters = answering(each)
+
+    def question() -> Any:
+        return asyncio.run(manager.discover_master("queue")) if asyncio_too else manager.discover_master("queue")
+
+    assert [question(), question()] == [("there", 1)] * 2
+    assert asked == ["one", "two", "two"]
+    assert len(manager.sentinels) == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,8 +13,8 @@ from stoker import Client
 from stoker.broker import keys, registry
 from stoker.broker.ledger.record import Field
 from stoker.client._sync.adapters import Adapters
-from stoker.contract import StreamToken
-from stoker.errors import InvalidRequest, JobCancelled, JobFailed, JobLost, UnknownAdapter
+from stoker.contract import Presence, StreamToken
+from stoker.errors import InvalidRequest, JobCancelled, JobFailed, JobLost, JobTimeout, UnknownAdapter
 from tests.stoker.test_client_core import card, fake, server
 
 __all__ = ["fake", "server"]
@@ -116,6 +117,31 @@ def test_a_version_has_to_be_named_to_be_promoted_or_unloaded_and_none_to_be_rol
             change(adapter, "able")
     entry = adapters.get("style", "able")
     assert (entry.serving, list(entry.versions)) == (2, [1, 2])
+
+
+def test_an_adapter_whose_last_version_was_unloaded_is_returned_without_versions_and_then_unknown(
+    adapters: Adapters, server: Any
+) -> None:
+    registry.register(server, "able", "style", 1, {"rank": 8}, promote=False)
+    entry = adapters.unload("style@1", "able")
+    assert (entry.name, entry.serving, dict(entry.versions)) == ("style", None, {})
+    with pytest.raises(UnknownAdapter):
+        adapters.get("style", "able")
+
+
+def test_a_command_that_no_worker_takes_expires(fake: Callable[[], Client], server: Any) -> None:
+    presence = Presence(
+        worker="w@h/1", host="h", pid=1, device="cpu", started=0.0, time=time.time(), models=(), adapters={}, lanes={},
+        memory_bytes=0,
+    )  # fmt: skip
+    server.zadd(keys.WORKERS, {presence.worker: time.time()})
+    server.expire(keys.WORKERS, 60)
+    server.lpush(keys.commands(presence.worker), "of another client")
+    server.set(keys.worker(presence.worker), presence.model_dump_json(), ex=5)
+    with fake() as client, pytest.raises(JobTimeout):
+        client.models.load("m=/m", worker=presence.worker, timeout=0)
+    assert server.lrange(keys.commands(presence.worker), 0, -1) == [b"of another client"], "its own is taken back"
+    assert 0 < server.ttl(keys.commands(presence.worker)) <= keys.COMMAND_TTL
 
 
 def test_a_change_that_the_registry_refuses_is_an_error_that_says_why(adapters: Adapters, server: Any) -> None:

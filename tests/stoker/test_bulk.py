@@ -15,7 +15,7 @@ import pytest
 
 from stoker.client._async.bulk import embed_chunks as embed_chunks_async
 from stoker.client._sync.bulk import embed_chunks
-from stoker.client.chunks import BATCH_CHARS, Cutter, InFlightLimit, Plan
+from stoker.client.chunks import BATCH_CHARS, LONGEST_PAUSE, Cutter, InFlightLimit, Plan
 from stoker.contract import ModelCard, Presence
 from stoker.contract.vectors import Encoded, VectorType, load, plain, quantize, save
 from stoker.errors import (
@@ -211,6 +211,21 @@ def test_a_text_that_is_wrong_is_named_by_its_place_among_all(run: Callable[...,
 def test_a_full_queue_is_waited_for(run: Callable[..., list[Any]]) -> None:
     client = FakeClient(refusals=[QueueFull("full", depth=1, limit=1, wait=0.01)] * 2)
     assert len(np.concatenate(run(client, TEXTS, Plan(50, 2, 1)))) == 100
+
+
+def test_a_queue_that_says_that_it_takes_long_is_asked_again_soon_all_the_same(
+    run: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses = list[float]()
+
+    async def pause(seconds: float) -> None:
+        pauses.append(seconds)
+
+    monkeypatch.setattr("stoker.client._async.bulk.sleep", pause)
+    monkeypatch.setattr("stoker.client._sync.bulk.sleep", pauses.append)
+    client = FakeClient(refusals=[QueueFull("full", depth=1, limit=1, wait=wait) for wait in (3600.0, 0.5)])
+    assert len(np.concatenate(run(client, TEXTS, Plan(50, 2, 1)))) == 100
+    assert pauses == [LONGEST_PAUSE, 0.5]
 
 
 def test_a_bulk_call_that_is_cancelled_cancels_all_its_jobs() -> None:

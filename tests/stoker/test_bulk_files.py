@@ -169,6 +169,8 @@ def test_vectors_of_another_length_end_the_run(tmp_path: Path) -> None:
         output.write(VECTORS[:2])
         with pytest.raises(ModelError, match="5 numbers after some of 12"):
             output.write(VECTORS[2:4, :5])
+        with pytest.raises(ModelError, match="24 numbers after some of 12"):
+            output.write(np.concatenate([VECTORS[2:4]] * 2, axis=1))
 
 
 def test_rows_are_made_safe_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,3 +282,13 @@ def test_a_file_that_is_not_there_or_empty_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(DatasetError, match="no text in it"):
         Source(tmp_path / "empty.jsonl", "text").survey()
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_rows_are_believed_where_each_of_their_columns_is_there(tmp_path: Path, missing: int) -> None:
+    """Scales lie before the codes: the last row's code is what a lost end of the file takes first."""
+    path = tmp_path / "out.safetensors"
+    break_off(path, job("int8"), encoded("int8", 0, 9))
+    with partial_path(path).open("r+b") as file:
+        file.truncate(file.seek(0, 2) - missing)
+    assert break_off(path, job("int8"), encoded("int8", 0, 9)) == (0 if missing else 9)

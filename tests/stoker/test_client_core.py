@@ -25,8 +25,9 @@ from stoker.broker.trouble import broker_unavailable
 from stoker.client import following
 from stoker.client.model_choice import Choices, choose_model, is_served, parse_cards, parse_presences
 from stoker.client.requests import embed_request, generate_request, known_kind, read_dataset
-from stoker.client.submission import Submission
-from stoker.contract import EmbedReply, GenerateResult, ModelCard, Presence, Usage
+from stoker.client.submission import Submission, job_record
+from stoker.contract import EmbedReply, GenerateRequest, GenerateResult, ModelCard, Presence, TrainRequest, Usage
+from stoker.contract.codec import build
 from stoker.contract.vectors import plain
 from stoker.errors import (
     DatasetError,
@@ -550,3 +551,17 @@ def test_who_waits_for_a_job_hears_once_if_no_worker_alive_serves_its_model(
         job.cancel()
     seen = [record.getMessage() for record in caplog.records if record.name == "stoker.client"]
     assert seen == ([f"job {job.id} waits: no worker that is alive can generate with smol."] if model == "smol" else [])
+
+
+def test_a_client_that_waits_for_a_place_looks_again_for_the_last_time_when_its_wait_ends() -> None:
+    submission = Submission(Settings(queue_wait=0.5), embed_request("m", ["a"], {}), "job")
+    pause = submission.pause(Submitted("full", 1, 1, 60.0))
+    assert pause is not None
+    assert 0 < pause <= 0.5
+
+
+def test_the_record_of_a_job_says_how_large_it_is() -> None:
+    generate = build(GenerateRequest, {"model": "m", "prompt": "x", "max_tokens": 20, "n": 3})
+    train = build(TrainRequest, {"model": "m", "name": "x", "dataset": "worker:d", "steps": 7})
+    said = [job_record(request, "job").size for request in (generate, train, embed_request("m", ["a", "b"], {}))]
+    assert said == ["60 tokens", "7 steps", "2 texts"]

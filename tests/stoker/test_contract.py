@@ -342,6 +342,8 @@ def test_stopping_early_needs_evaluations() -> None:
     with pytest.raises(InvalidRequest, match="stop_after needs eval_every"):
         build(TrainRequest, fields)
     assert build(TrainRequest, fields | {"eval_every": 1}).stop_after == 1
+    with pytest.raises(InvalidRequest, match="need held_out above 0"):
+        build(TrainRequest, {"model": "m", "name": "x", "dataset": "d", "eval_every": 1})
 
 
 def test_the_largest_number_of_a_vector_becomes_127_and_others_the_nearest_code() -> None:
@@ -351,3 +353,8 @@ def test_the_largest_number_of_a_vector_becomes_127_and_others_the_nearest_code(
     assert np.abs(small.to_float32() - vectors).max() <= small.scales.max() / 2 + 1e-6
     with np.errstate(all="raise"):
         assert quantize(np.zeros((1, 3), dtype=np.float32)).codes.tolist() == [[0, 0, 0]]
+
+
+def test_a_list_whose_items_are_wrong_is_not_called_too_short_as_well() -> None:
+    with pytest.raises(InvalidRequest, match=r"^texts\.0: 7 given; [^;]*$"):
+        build(EmbedRequest, {"model": "m", "texts": (7,)})

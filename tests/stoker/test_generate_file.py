@@ -93,6 +93,7 @@ WRONG = {
     '{"prompt": "a", "max_token": 3}': ("InvalidRequest", "did you mean max_tokens?"),
     '{"id": 1}': ("InvalidRequest", "no prompt given"),
     '{"id": [1], "prompt": "a"}': ("InvalidRequest", "id: [1] given; expected a text or a whole number"),
+    '{"id": true, "prompt": "a"}': ("InvalidRequest", "id: True given; expected a text or a whole number"),
     '{"id": 1, "custom_id": 2, "prompt": "a"}': ("InvalidRequest", "at most one of them"),
     '{"prompt": "a", "adapter": "none"}': ("UnknownAdapter", "none"),
     '{"prompt": "a", "model": "none"}': ("UnknownModel", "none"),

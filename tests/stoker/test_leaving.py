@@ -15,8 +15,9 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from stoker import AsyncClient, AsyncGenerateJob, Client, JobStatus
 from stoker.broker import keys
 from stoker.client import asynchronously
-from stoker.client.asynchronously import finished
+from stoker.client.asynchronously import Connections, finished
 from stoker.contract import StreamToken, TrainReport
+from stoker.settings import Settings
 from tests.stoker.test_client_core import fake, server
 
 __all__ = ["fake", "server"]
@@ -232,3 +233,14 @@ async def disconnected(server: Any) -> tuple[JobStatus, int]:
 @pytest.mark.usefixtures("fake")
 def test_a_web_caller_that_disconnects_cancels_its_job(server: Any) -> None:
     assert asyncio.run(disconnected(server)) == (JobStatus.CANCELLED, 0)
+
+
+def test_a_client_lets_go_of_the_connections_of_loops_that_have_ended(server: Any) -> None:
+    connections = Connections(Settings())
+
+    async def ask() -> int:
+        await connections.current().ping()
+        return len(connections._of_loop)  # noqa: SLF001
+
+    # A loop that has ended cannot close its sockets any more: those that nobody holds are closed as garbage.
+    assert [asyncio.run(ask()) for _ in range(3)] == [1, 1, 1]

@@ -237,6 +237,7 @@ def test_a_definition_bears_any_folder(tmp_path: Path) -> None:
     assert agent["ProgramArguments"][11] == str(odd.environment_file)
     assert r"a \"b\" $$c %%h \\d <&>" in unit
     assert f'WorkingDirectory={tmp_path}/a "b" $c %%h \\d <&>' in unit
+    assert "KillMode=mixed" in unit, "the worker drains; what it started goes with it"
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd here")

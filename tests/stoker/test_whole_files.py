@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import os
 import subprocess
 import sys
 import tempfile
@@ -182,5 +183,19 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
 def test_what_is_written_may_be_read_by_other_users_as_before(tmp_path: Path) -> None:
     write_json(tmp_path / "notes.json", {})
     write_folder(tmp_path / "1")
-    assert (tmp_path / "notes.json").stat().st_mode & 0o777 == 0o644
+    write_whole(tmp_path / "mine", lambda draft: draft.write_text("x"), mode=0o600)
+    write_whole(tmp_path / "all", lambda draft: draft.write_text("x"))
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("mine", "all", "notes.json")] == [0o600, 0o644, 0o644]
     assert (tmp_path / "1").stat().st_mode & 0o777 == 0o755
+
+
+def test_a_folder_that_cannot_get_its_name_is_an_error_and_not_there_already(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(PermissionError):
+        write_folder(tmp_path / "1")
+    assert names(tmp_path) == []
