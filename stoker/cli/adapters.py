@@ -113,8 +113,9 @@ def export(
 ) -> None:
     """Write a copy of the base with the adapter merged in, from this machine's disk."""
     name, version = wanted(adapter, version=True)
-    store = load_settings().adapters / (model or base) / name / str(version)
-    found = ask_engine("export", sources=parse_model(base)[1], adapter=str(store), target=str(target))
+    served, sources = parse_model(base)
+    store = load_settings().adapters / (model or served) / name / str(version)
+    found = ask_engine("export", sources=sources, adapter=str(store), target=str(target))
     print_json(found) if as_json else print(f"{found['path']}: {found['layers']} layers merged")
 
 

@@ -14,6 +14,7 @@ from stoker.broker import keys, registry
 from stoker.broker.connection import connect
 from stoker.cli import app
 from stoker.contract import ModelCard, Presence
+from stoker.errors import InvalidRequest
 from stoker.settings import Settings
 
 
@@ -102,3 +103,32 @@ def test_an_adapter_is_removed_from_the_registry_and_from_this_disk_and_no_other
 def test_an_adapter_that_is_not_there_is_one_error(adapters: Commands) -> None:
     for words in (["show", "none"], ["promote", "none@1"], ["remove", "none"]):
         assert "none" in adapters(*words, fails=True)
+
+
+@pytest.mark.parametrize(
+    ("base", "options", "folder"),
+    [
+        ("smollm2-135m-instruct", [], "smollm2-135m-instruct"),
+        ("/models/Mini", [], "mini"),
+        ("own=/models/mini", [], "own"),
+        ("/models/mini", ["--model", "served"], "served"),
+    ],
+)
+def test_an_adapter_is_exported_from_the_folder_of_the_name_that_its_base_is_served_under(
+    base: str, options: list[str], folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def ask_engine(verb: str, **given: Any) -> dict[str, Any]:
+        asked.append({"verb": verb, **given})
+        return {"path": "out", "layers": 3}
+
+    monkeypatch.setenv("STOKER_HOME", str(tmp_path))
+    monkeypatch.setattr("stoker.cli.adapters.ask_engine", ask_engine)
+    done = CliRunner().invoke(app, ["adapters", "export", "style@2", base, "out", *options])
+    assert done.stdout == "out: 3 layers merged\n", done.output
+    (given,) = asked
+    assert given["adapter"] == str(tmp_path / "adapters" / folder / "style" / "2")
+    assert (given["verb"], given["target"]) == ("export", "out")
+    no_version = CliRunner().invoke(app, ["adapters", "export", "style", base, "out"])
+    assert type(no_version.exception) is InvalidRequest

@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import subprocess
 import tarfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from stoker import Client
-from stoker.broker import keys, ledger, policy
+from stoker.broker import api_keys, keys, ledger, policy
+from stoker.cli import app, doctor, engine_tool, inputs, options
 from stoker.cli import embed as embed_command
-from stoker.cli import inputs
 from stoker.cli import train as train_command
 from stoker.cli.generate import describe
+from stoker.cli.init import conversations
 from stoker.contract import GenerateResult, TrainReport, TrainResult, Usage
-from stoker.errors import InvalidRequest, JobFailed
+from stoker.errors import InvalidRequest, JobFailed, ModelError
 from stoker.files import output as output_module
 from stoker.files.durable import DRAFT
 from stoker.local import storage
 from stoker.local.backup import FORMAT
+from stoker.local.checks import Check
 from stoker.settings import load_settings
 from stoker.testing import FakeClient
 from tests.stoker.test_client_core import fake, server
@@ -77,6 +83,8 @@ def test_a_file_that_was_interrupted_goes_on_behind_its_last_text(
     client.script.embed(error=JobFailed("away"), times=3)
     with pytest.raises(JobFailed):
         invoke(*words)
+    with pytest.raises(InvalidRequest, match="with another truncation"):
+        invoke(*words, "--truncate")
     client.script.embed(lambda request: [[float(text)] * 4 for text in request.texts], times=None)
     said = json.loads(invoke(*words, "--json"))
     assert (said["rows"], said["resumed"], said["dim"]) == (10, 6, 4)
@@ -118,6 +126,42 @@ def test_a_prompt_of_standard_input_has_no_byte_order_mark(monkeypatch: pytest.M
     assert inputs.read_text("prompt") == "Once"
 
 
+@pytest.mark.parametrize(("more", "taken"), [(0, True), (1, False)])
+def test_a_text_of_standard_input_may_have_the_bytes_of_the_longest_text_and_no_more(
+    more: int, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inputs, "MAX_TEXT_CHARS", 2)
+    monkeypatch.setattr(inputs, "_LONGEST", 8)
+    monkeypatch.setattr(inputs, "stdin", lambda: io.BytesIO(b"x" * (8 + more)))
+    if taken:
+        assert len(inputs.read_text("prompt")) == 8
+    else:
+        with pytest.raises(InvalidRequest, match="prompt: standard input has more than 8 bytes; at most 2 characters"):
+            inputs.read_text("prompt")
+
+
+def test_what_is_waited_for_is_a_line_every_few_seconds_without_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    with options.progress_shown("first") as report:
+        for second in range(int(2 * options.REPORT_EVERY)):
+            now = float(second)
+            report(f"second {second}")
+    assert capsys.readouterr().err.split("\n")[:-1] == ["second 0", f"second {options.REPORT_EVERY:.0f}"]
+
+
+@pytest.mark.parametrize(("words", "models"), [((), None), (("--model", "a", "--model", "b"), ("a", "b"))])
+def test_a_key_may_use_the_models_that_are_named_and_else_all(
+    words: tuple[str, ...], models: tuple[str, ...] | None, fake: Callable[[], Client], server: Any
+) -> None:
+    invoke("keys", "create", "app", "--open-jobs", "7", *words)
+    (key,) = api_keys.listed(server).values()
+    assert (key.client, key.models) == ("app", models)
+    assert policy.read(server)[f"{policy.OF_CLIENT}app"] == 7
+
+
 def test_targets_are_names_without_the_spaces_between_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     client = FakeClient(models={"m": ["train"]})
     client.script.train([2.0, 1.0])
@@ -152,6 +196,50 @@ def test_a_run_without_a_terminal_prints_its_tenths_its_notes_and_its_last_step(
     assert train_command.follow(job) == "the result"  # type: ignore[comparison-overlap]
     shown = [line if line == "rolled back" else line.split()[1] for line in capsys.readouterr().out.splitlines()]
     assert shown == ["10/100", "rolled back", "20/100", "23/100"]
+
+
+@pytest.mark.parametrize(("faults", "code"), [((True, True), 0), ((True, False), 1), ((False, False), 1)])
+def test_one_fault_of_the_machine_is_an_exit_code_for_programs(
+    faults: tuple[bool, bool], code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine, of_engine = ([Check("disk", ok, "said", "" if ok else "more")] for ok in faults)
+    monkeypatch.setattr(doctor, "of_machine", lambda settings: machine)
+    monkeypatch.setattr(doctor, "_of_engine", lambda: of_engine)
+    for words in (["doctor"], ["doctor", "--json"]):
+        assert CliRunner().invoke(app, words).exit_code == code
+
+
+@pytest.mark.parametrize("name", ["style.jsonl", "texts.txt"])
+def test_what_is_written_to_begin_with_never_replaces_a_file(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(InvalidRequest, match="is there already"):
+        invoke("init", str(tmp_path))
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_the_conversations_to_begin_with_have_no_marks_of_a_plain_prompt() -> None:
+    spoken = [json.loads(line)["messages"] for line in conversations().splitlines()]
+    assert all([message["role"] for message in messages] == ["user", "assistant"] for messages in spoken)
+    marks = [
+        message["content"]
+        for messages in spoken
+        for message in messages
+        if re.search(r"\b[QA]:|\n$", message["content"])
+    ]
+    assert marks == []
+
+
+def test_an_error_of_the_engines_tool_keeps_its_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    def answers(text: str) -> None:
+        done = subprocess.CompletedProcess([], 1, text)
+        monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+
+    answers('{"error": {"name": "ModelError", "message": "no weights there"}}')
+    with pytest.raises(ModelError, match="no weights there"):
+        engine_tool.ask_engine("verify", sources=["x"])
+    answers("Killed")
+    with pytest.raises(JobFailed, match=r"models_tool verify` ended with exit code 1; its error is above"):
+        engine_tool.ask_engine("verify", sources=["x"])
 
 
 def test_a_held_out_loss_of_nothing_is_one(tmp_path: Path) -> None:

@@ -134,3 +134,16 @@ def test_the_disks_last_line_is_the_sum_of_all_parts() -> None:
         (home / name).mkdir(parents=True)
         (home / name / "file").write_bytes(os.urandom(3 << 20))
     assert re.search(rf"\b6\.[0-9] MB  in {re.escape(str(home))}", invoke("status", "--disk"))
+
+
+def test_the_own_file_of_a_worker_wins_over_the_shell_and_options_over_both(
+    becomes: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("STOKER_MODELS", "nope")
+    monkeypatch.setenv("STOKER_URL", "redis://shell.example/1")
+    file = tmp_path / "worker.env"
+    file.write_text(f"STOKER_MODELS=own={MODEL}\nSTOKER_URL=redis://file.example/3\n")
+    file.chmod(0o600)
+    with pytest.raises(Became):
+        CliRunner().invoke(app, ["worker", "--name", "mine", "--env-file", str(file)], catch_exceptions=False)
+    assert (becomes["STOKER_MODELS"], becomes["STOKER_URL"]) == (f"own={MODEL}", "redis://file.example:6379/3")

@@ -104,7 +104,10 @@ WRONG = {
 def test_a_line_that_is_wrong_has_its_error_and_the_others_their_answers(client: FakeClient, line: str) -> None:
     write({"prompt": "a"}, line, {"prompt": "c"})
     echo(client)
-    said = refused("in.jsonl", "-o", "out.jsonl", error=JobError)
+    done = run("in.jsonl", "-o", "out.jsonl")
+    assert done.stdout == "out.jsonl: 2 answers to 3 requests\n"
+    assert type(done.exception) is JobError
+    said = str(done.exception)
     assert said.startswith("1 of 3 requests have no answer; their lines in out.jsonl say why")
     first, second, third = read()
     assert (first["result"]["text"], third["result"]["text"]) == ("a", "c")
@@ -175,7 +178,7 @@ def test_options_that_are_wrong_and_files_that_cannot_be_leave_nothing_behind(cl
 
 
 def test_a_prompt_of_a_file_is_continued_as_it_is_and_with_chat_a_message(client: FakeClient) -> None:
-    write({"prompt": "a"}, {"prompt": [1]}, {"messages": [{"role": "system", "content": "b"}]})
+    write({"prompt": "a", "max_tokens": 3}, {"prompt": [1]}, {"messages": [{"role": "system", "content": "b"}]})
     echo(client)
     run("in.jsonl", "-o", "raw.jsonl")
     run("in.jsonl", "-o", "chat.jsonl", "--chat")
@@ -183,6 +186,7 @@ def test_a_prompt_of_a_file_is_continued_as_it_is_and_with_chat_a_message(client
     assert [request.prompt for request in raw] == ["a", None, None]
     assert [[message.role for message in request.messages or ()] for request in chat] == [["user"], [], ["system"]]
     assert {request.prompt_ids for request in (raw[1], chat[1])} == {(1,)}
+    assert (raw[0].max_tokens, chat[0].max_tokens) == (3, 3), "its own options hold in both"
 
 
 def test_requests_may_come_from_standard_input(client: FakeClient) -> None:
