@@ -99,6 +99,11 @@ def test_an_answer_that_is_cut_off_in_a_call_is_its_text(api: openai.OpenAI, fak
             assert (made.message.content, made.message.tool_calls, made.finish_reason) == (text, None, "length")
 
 
+def test_an_answer_that_is_cut_off_behind_a_call_was_cut_off(api: openai.OpenAI, fake: AsyncFakeClient) -> None:
+    for made in chats(api, fake, f"{FORMS['hermes']}\n", "length"):
+        assert (called(made.message.tool_calls), made.finish_reason) == ([BONN], "length")
+
+
 def test_each_completion_has_calls_and_log_probabilities_of_its_own(api: openai.OpenAI, fake: AsyncFakeClient) -> None:
     fake.script.generate(FORMS["hermes"], times=2)
     whole = ask(api, tools=[WEATHER], n=2, logprobs=True)

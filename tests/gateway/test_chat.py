@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +11,9 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionMessageToolCallUnion
 
-from stoker.contract import Alternative, StreamToken
+from stoker.broker import keys
+from stoker.contract import Alternative, ModelCard, StreamToken
+from stoker.gateway.calls import Models
 from stoker.gateway.chat import ChatBody
 from stoker.testing import AsyncFakeClient
 from tests.gateway.conftest import CHAT
@@ -81,6 +84,34 @@ def test_without_a_limit_an_answer_may_fill_the_models_context_as_far_as_a_job_m
     assert fake.sent.generate[1].max_tokens == 2048
 
 
+def test_what_all_completions_of_a_job_may_have_together_is_shared_by_them(
+    api: openai.OpenAI, fake: AsyncFakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stoker.gateway.chat.MAX_ENTRIES", 4 * 3 * 100 + 11)
+    fake.script.generate("a")
+    ask(api, n=4, logprobs=True, top_logprobs=2)
+    assert fake.sent.generate[0].max_tokens == 100
+
+
+def test_what_workers_say_of_their_models_is_asked_again_once_it_may_have_changed(
+    fake: AsyncFakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, asked = 1000.0, 0
+
+    async def models() -> dict[str, ModelCard]:
+        nonlocal asked
+        asked += 1
+        return {"m": ModelCard(model="m", architecture="a", kinds=("generate",), context=100 * asked, parameters=1)}
+
+    monkeypatch.setattr("stoker.gateway.calls.time.monotonic", lambda: now)
+    monkeypatch.setattr(fake, "models", models)
+    known = Models(fake)
+    said = [asyncio.run(known.most_tokens("m")) for _ in range(2)]
+    now += keys.PRESENCE_EVERY
+    said += [asyncio.run(known.most_tokens("m"))]
+    assert said == [100, 100, 200]
+
+
 def test_a_stream_has_the_same_text_in_pieces_and_its_counts_if_they_are_asked_for(
     api: openai.OpenAI, fake: AsyncFakeClient
 ) -> None:
@@ -99,6 +130,7 @@ def test_a_stream_has_the_same_text_in_pieces_and_its_counts_if_they_are_asked_f
     assert reasons == {0: "stop", 1: "stop"}
     assert [chunk.choices[0].delta.role for chunk in chunks[:1]] == ["assistant"]
     assert chunks[-1].usage is not None
+    assert all("usage" in chunk.model_fields_set for chunk in chunks), "null before, as OpenAI says it"
     assert chunks[-1].usage.completion_tokens == 10
     assert not chunks[-1].choices
     assert all(chunk.usage is None for chunk in chunks[:-1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 from collections.abc import Iterator
@@ -15,6 +16,9 @@ from stoker.errors import ConfigError
 from stoker.gateway import bodies, events, protocol
 from stoker.gateway.app import Gateway
 from stoker.gateway.command import is_loopback, listening
+from stoker.gateway.errors import Refused
+from stoker.gateway.front import Exchange, Meter
+from stoker.monitor.numbers import Numbers
 from stoker.testing import AsyncFakeClient
 from tests.conftest import wait_until
 from tests.gateway.conftest import CHAT
@@ -148,6 +152,23 @@ def test_a_client_that_reads_nothing_counts_as_gone(
 
 def _status(fake: AsyncFakeClient) -> Any:
     return fake._memory.job(fake.sent.jobs[0].job_id).status if fake.sent.jobs else None  # noqa: SLF001
+
+
+def test_a_refusal_that_comes_after_an_answer_has_begun_sends_nothing_more() -> None:
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def run() -> int:
+        scope = {"type": "http", "method": "POST", "path": PATH, "headers": []}
+        exchange = Exchange(scope, send, Meter(Numbers(), "chat"))
+        await exchange.send({"type": "http.response.start", "status": 200, "headers": []})
+        await exchange.refuse(Refused(500, "a defect.", code="gateway_error"))
+        return exchange.status
+
+    assert asyncio.run(run()) == 200
+    assert [message["type"] for message in sent] == ["http.response.start"]
 
 
 def test_what_counts_as_loopback() -> None:

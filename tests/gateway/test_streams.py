@@ -257,6 +257,11 @@ def test_a_silent_stream_is_kept_alive_and_its_first_event_still_comes(
     assert json.loads(rest[-1][6:])["error"]["code"] == "job_cancelled"
 
 
+def test_a_silent_stream_says_something_before_what_lies_between_gives_it_up() -> None:
+    """Proxies and load balancers end a connection that was silent for half a minute or a minute."""
+    assert 1 <= events.KEEP_ALIVE <= 20
+
+
 def test_a_full_queue_says_when_to_ask_again(api: openai.OpenAI, fake: AsyncFakeClient) -> None:
     fake.script.refuse(errors.QueueFull("jobs: 100 wait there.", depth=100, limit=100, wait=6.2))
     with pytest.raises(openai.RateLimitError) as caught:
