@@ -13,7 +13,9 @@ import anyio
 import numpy as np
 import pytest
 
+from stoker.client._async import bulk as bulk_async
 from stoker.client._async.bulk import embed_chunks as embed_chunks_async
+from stoker.client._sync import bulk as bulk_sync
 from stoker.client._sync.bulk import embed_chunks
 from stoker.client.chunks import BATCH_CHARS, LONGEST_PAUSE, Cutter, InFlightLimit, Plan
 from stoker.contract import ModelCard, Presence
@@ -221,8 +223,8 @@ def test_a_queue_that_says_that_it_takes_long_is_asked_again_soon_all_the_same(
     async def pause(seconds: float) -> None:
         pauses.append(seconds)
 
-    monkeypatch.setattr("stoker.client._async.bulk.sleep", pause)
-    monkeypatch.setattr("stoker.client._sync.bulk.sleep", pauses.append)
+    monkeypatch.setattr(bulk_async, "sleep", pause)
+    monkeypatch.setattr(bulk_sync, "sleep", pauses.append)
     client = FakeClient(refusals=[QueueFull("full", depth=1, limit=1, wait=wait) for wait in (3600.0, 0.5)])
     assert len(np.concatenate(run(client, TEXTS, Plan(50, 2, 1)))) == 100
     assert pauses == [LONGEST_PAUSE, 0.5]
