@@ -9,6 +9,7 @@ import subprocess
 import tarfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from stoker.cli import train as train_command
 from stoker.cli.generate import describe
 from stoker.cli.init import conversations
 from stoker.contract import GenerateResult, TrainReport, TrainResult, Usage
+from stoker.contract.requests import MAX_TEXT_CHARS
 from stoker.errors import InvalidRequest, JobFailed, ModelError
 from stoker.files import output as output_module
 from stoker.files.durable import DRAFT
@@ -130,13 +132,11 @@ def test_a_prompt_of_standard_input_has_no_byte_order_mark(monkeypatch: pytest.M
 def test_a_text_of_standard_input_may_have_the_bytes_of_the_longest_text_and_no_more(
     more: int, taken: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inputs, "MAX_TEXT_CHARS", 2)
-    monkeypatch.setattr(inputs, "_LONGEST", 8)
-    monkeypatch.setattr(inputs, "stdin", lambda: io.BytesIO(b"x" * (8 + more)))
+    monkeypatch.setattr(inputs, "stdin", lambda: io.BytesIO(b"x" * (4 * MAX_TEXT_CHARS + more)))
     if taken:
-        assert len(inputs.read_text("prompt")) == 8
+        assert len(inputs.read_text("prompt")) == 4 * MAX_TEXT_CHARS
     else:
-        with pytest.raises(InvalidRequest, match="prompt: standard input has more than 8 bytes; at most 2 characters"):
+        with pytest.raises(InvalidRequest, match="prompt: standard input has more than 4000000 bytes; at most 1000000"):
             inputs.read_text("prompt")
 
 
@@ -202,9 +202,11 @@ def test_a_run_without_a_terminal_prints_its_tenths_its_notes_and_its_last_step(
 def test_one_fault_of_the_machine_is_an_exit_code_for_programs(
     faults: tuple[bool, bool], code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    machine, of_engine = ([Check("disk", ok, "said", "" if ok else "more")] for ok in faults)
-    monkeypatch.setattr(doctor, "of_machine", lambda settings: machine)
-    monkeypatch.setattr(doctor, "_of_engine", lambda: of_engine)
+    disk, engine = (Check("disk", ok, "said", "" if ok else "more") for ok in faults)
+    of_engine = subprocess.CompletedProcess([], 0, json.dumps([asdict(engine)]))
+    monkeypatch.setattr(doctor, "of_machine", lambda settings: [disk])
+    monkeypatch.setattr(doctor, "check_compiler", lambda: Check("compiler", True, "said", ""))
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: of_engine)
     for words in (["doctor"], ["doctor", "--json"]):
         assert CliRunner().invoke(app, words).exit_code == code
 
