@@ -101,7 +101,7 @@ def streaming(client: Client) -> Iterator[Gaps]:
 
 def lines_through_a_death(folder: Path, count: int) -> tuple[float, float]:
     """A batch of so many lines, of whose two workers one is killed in the middle. Returns the gap that one in twenty is
-    longer than, in seconds: of a stream alone, and of one beside the batch."""
+    longer than, in seconds: of a stream alone, and of one next to the batch."""
     broker = FragileBroker(folder / "broker")
     try:
         with (
@@ -112,12 +112,12 @@ def lines_through_a_death(folder: Path, count: int) -> tuple[float, float]:
             with streaming(client) as alone:
                 wait_until(lambda: len(alone.gaps) > 100, "a stream alone", 120)
             batch_id = uploaded(api, [asked(number) for number in range(count)])
-            with streaming(client) as beside:
-                wait_until(lambda: len(beside.gaps) > 100 and done(api, batch_id) > count // 20, "both run", 300)
+            with streaming(client) as next_to_it:
+                wait_until(lambda: len(next_to_it.gaps) > 100 and done(api, batch_id) > count // 20, "both run", 300)
             assert done(api, batch_id) < count, "it is in the middle"
             os.kill(client.workers()[0].pid, signal.SIGKILL)
             check_answers(api, ended(api, batch_id, 600), count)
-            return quantiles(alone.gaps, n=20)[-1], quantiles(beside.gaps, n=20)[-1]
+            return quantiles(alone.gaps, n=20)[-1], quantiles(next_to_it.gaps, n=20)[-1]
     finally:
         broker.close()
 
@@ -128,4 +128,4 @@ def test_two_thousand_lines_are_each_answered_once_though_a_worker_is_killed(
     tmp_path: Path, record_property: Any
 ) -> None:
     without, with_batch = lines_through_a_death(tmp_path, 2000)
-    record_property("p95 of a stream's gaps alone and beside a batch, ms", (without * 1000, with_batch * 1000))
+    record_property("p95 of a stream's gaps alone and next to a batch, ms", (without * 1000, with_batch * 1000))
