@@ -70,3 +70,9 @@ def test_what_was_found_lately_stays_longest(tiny_llama: Llama) -> None:
     assert cache.find("base", [*prompts[0], 7])[1] == LENGTH
     cache.put("base", prompts[2], kept[2])
     assert [cache.has("base", prompt) for prompt in prompts] == [True, False, True]
+
+
+def test_an_entry_that_takes_the_place_of_its_like_is_counted_once(cache: PrefixCache, tiny_llama: Llama) -> None:
+    before = cache.nbytes
+    cache.put("base", list(range(LENGTH)), KeyValues(tiny_llama, 1, LENGTH))
+    assert (cache.nbytes, len(cache)) == (before, 1)

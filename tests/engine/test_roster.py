@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from engine.checkpoints.loading import LoadedModel
+from engine.generation.draws import Pick
 from engine.generation.prompt import TokenizedPrompt
 from engine.generation.roster import Roster
 from engine.generation.row import Generation, Row, RowState
@@ -49,3 +52,16 @@ def test_a_row_that_ends_while_it_waits_waits_no_more(rows: list[Row]) -> None:
         roster.end(row)
         assert row not in roster.waiting
     assert not roster
+
+
+@pytest.mark.parametrize(("most", "context"), [(5, 64), (64, 6), (5, 6)])
+def test_a_row_ends_at_its_last_token_or_where_its_context_ends(model: LoadedModel, most: int, context: int) -> None:
+    request = GenerateRequest(model="tiny", prompt_ids=(3,), max_tokens=most)
+    (row,) = Generation(Ticket("job", "generate"), request, TokenizedPrompt([3]), model.tokenizer, context).rows
+    assert [row.ends_within(ahead) for ahead in (4, 5)] == [False, True]
+
+
+def test_a_token_that_the_model_rules_out_is_no_alternative(rows: list[Row]) -> None:
+    pick = Pick(5, 1.0, -0.5, 0.6, ((5, -0.5), (6, -1.5), (7, -math.inf)))
+    token = rows[0].accept(pick, 0)
+    assert [alternative.token_id for alternative in token.alternatives] == [5, 6]

@@ -293,3 +293,8 @@ def test_logits_beyond_the_tokenizer_are_never_allowed_under_a_grammar() -> None
     assert {pick.token_id for pick in picks} <= {1, 2, 3}
     made = np.array(sampling_batch([draw(mask=mask), draw()], 128).mask).view(np.uint32)
     assert made.tolist() == [[0b1110, 0, 0, 0], [2**32 - 1] * 4]
+
+
+def test_rows_of_padding_pick_nothing() -> None:
+    for alternatives in (0, 2):
+        assert len(sample(mx.array(logits(4)), [draw(top_logprobs=alternatives), draw()])) == 2
