@@ -203,6 +203,7 @@ def test_a_forced_call_is_written_under_a_schema_and_comes_as_a_call(
     assert schema is not None
     wanted = WEATHER["function"]["parameters"]
     assert schema == wanted or schema["anyOf"][0]["properties"]["arguments"] == wanted
+    assert schema == wanted or schema["anyOf"][0]["additionalProperties"] is False, "and nothing else"
 
     with api.chat.completions.stream(model=CHAT, messages=HELLO, tools=[WEATHER], tool_choice=choice) as stream:
         streamed = stream.get_final_completion().choices[0]

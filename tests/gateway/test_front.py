@@ -61,8 +61,8 @@ def test_a_foreign_page_can_send_nothing_without_asking_and_gets_no_leave(
 @pytest.mark.parametrize(
     "body",
     [b"", b"{", b"[]", b"null", b"1e999", b'{"model": NaN}', b"\xff\xfe", b'"' + b"a" * 100, b"[" * 100_000,
-     b'{"model": "\\ud800", "messages": []}', b'{"a": ' * 50_000],
-    ids=range(11),
+     b'{"model": "\\ud800", "messages": []}', b'{"model": "\\uDFFF", "messages": []}', b'{"a": ' * 50_000],
+    ids=range(12),
 )  # fmt: skip
 def test_a_body_that_is_no_request_is_one_clear_error(http: httpx2.Client, fake: AsyncFakeClient, body: bytes) -> None:
     answer = http.post(PATH, content=body, headers={"content-type": "application/json"})

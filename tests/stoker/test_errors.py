@@ -56,3 +56,12 @@ def test_a_name_that_this_version_does_not_know_becomes_a_failed_job() -> None:
 
 def test_a_time_limit_is_also_pythons_own_timeout_error() -> None:
     assert issubclass(errors.JobTimeout, TimeoutError)
+
+
+def test_an_error_of_a_model_shows_what_its_file_holds_in_part_only() -> None:
+    for length, shown in (
+        (errors.LONGEST, errors.LONGEST),
+        (errors.LONGEST + 1, errors.LONGEST),
+        (10**6, errors.LONGEST),
+    ):
+        assert len(str(errors.ModelError("x" * length))) == shown

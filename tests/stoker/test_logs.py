@@ -188,6 +188,24 @@ def test_a_traceback_has_no_secret_and_nothing_that_was_left_out_on_purpose(logg
     assert "left out" not in trace
 
 
+def test_a_traceback_has_all_that_led_to_an_error_the_first_cause_first(logging_as: Any) -> None:
+    out = logging_as()
+    try:
+        try:
+            try:
+                raise OSError("first")
+            except OSError as error:
+                raise OSError("second") from error
+        except OSError:
+            raise OSError("third")  # noqa: B904  what Python calls the context
+    except OSError:
+        logging.getLogger("stoker").exception("it failed")
+    trace = json.loads(out.getvalue())["traceback"]
+    words = ("first", "which led to:", "second", "and then:", "third")
+    assert [trace.index(word) for word in words] == sorted(trace.index(word) for word in words)
+    assert trace.count("Traceback") == 3
+
+
 def test_times_of_json_lines_are_those_of_every_machine(logging_as: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     out = logging_as()
     record = logging.makeLogRecord({"name": "stoker", "msg": "x", "levelno": logging.INFO, "levelname": "INFO"})

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
 
 from engine.ticket import Ticket
 from stoker.contract import EmbedReply, Usage
-from workers.account import JobAccount
+from workers.account import DeliveryEnd, JobAccount
+from workers.services.joblog import JobLog
 
 
 def ticket(kind: str, started: float | None, first: float | None, ended: float | None) -> Ticket[Any]:
@@ -48,3 +50,13 @@ def test_tokens_of_an_embedding_are_those_that_it_read() -> None:
     account = JobAccount("job", "embed", "m")
     account.made(EmbedReply(blob="b", rows=1, dim=1, usage=Usage(prompt_tokens=9)))
     assert account.tokens == 9
+
+
+@pytest.mark.parametrize("end", DeliveryEnd)
+def test_an_end_that_should_be_looked_at_is_a_warning(end: DeliveryEnd, caplog: pytest.LogCaptureFixture) -> None:
+    account = JobAccount("job", "embed", "m")
+    account.outcome = end
+    with caplog.at_level(logging.INFO, logger="stoker.jobs"):
+        JobLog().ended(account)
+    bad = end in (DeliveryEnd.FAILED, DeliveryEnd.DEAD)
+    assert [record.levelno for record in caplog.records] == [logging.WARNING if bad else logging.INFO]

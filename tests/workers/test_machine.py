@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from engine.checkpoints.inspecting import inspect
 from engine.checkpoints.sources import resolve
 from engine.platform import blas
 from engine.platform.blas import BlasReport
@@ -65,6 +66,15 @@ def test_the_doctor_says_when_a_model_needs_more_memory_than_there_is() -> None:
     found = doctor.memory_check("m", path, "32 bit", 2**20)
     assert not found.ok
     assert "quantize" in found.remedy
+    needed = inspect(path).weight_bytes["32 bit"]
+    assert [doctor.memory_check("m", path, "32 bit", memory).ok for memory in (needed, needed + 1)] == [False, True]
+
+
+def test_what_is_set_in_megabytes_is_held_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STOKER_KV_CACHE", "17")
+    monkeypatch.setenv("STOKER_MODEL_MEMORY", "4096")
+    assert machine.limits_of(load_settings()).kv_bytes == 17 * 2**20
+    assert machine.model_limit(load_settings()) == 4096 * 2**20
 
 
 def test_the_doctor_says_when_mlx_does_not_use_the_blas_that_was_loaded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,6 +105,20 @@ def test_a_job_that_runs_again_adds_only_what_is_new(redis: Any, make: Callable[
     assert indices(redis, "a") == list(range(8))
 
 
+def test_what_is_there_already_is_announced_again(redis: Any, make: Callable[..., Publisher]) -> None:
+    """Who listens may have come after the worker that died."""
+    first, second = make(), make()
+    first.publish(entries("a", 3))
+    first.flush("a")
+    with redis.pubsub(ignore_subscribe_messages=True) as heard:
+        heard.subscribe(keys.channel("a"))
+        heard.get_message(timeout=1)
+        second.publish(entries("a", 3))
+        second.flush("a")
+        messages = [heard.get_message(timeout=1) for _ in range(3)]
+    assert all(messages)
+
+
 def test_a_stream_expires_from_its_first_entry_on(redis: Any, make: Callable[..., Publisher]) -> None:
     publisher = make()
     publisher.publish(entries("a", 1))

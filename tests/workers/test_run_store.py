@@ -17,7 +17,7 @@ from stoker.broker.connection import connect
 from stoker.settings import Settings
 from tests.workers.carrying import RunFolder, Worker, asked, files
 from workers.artifacts import Artifacts, StoreFolder
-from workers.run_manifest import Manifest
+from workers.run_manifest import Manifest, StoredFile, content_name
 from workers.run_parts import BrokerParts, FolderParts, NoRoom, Parts
 from workers.run_store import Damaged, RunStore
 from workers.services.runtime import Fenced
@@ -283,6 +283,12 @@ def test_a_file_name_that_leaves_the_runs_folder_is_no_manifest(redis: Any) -> N
         assert Manifest.parse(json.dumps(raw).encode(), "job") is None
     assert Manifest.parse(b"", "job") is None
     assert Manifest.parse(b'{"form": 2}', "job") is None
+
+
+def test_a_part_that_two_files_share_is_one_part_of_a_checkpoint() -> None:
+    one, two = (content_name(data) for data in (b"a", b"b"))
+    files = [StoredFile(name=name, parts=(one, two)) for name in ("log.jsonl", "step-00000001/stoker.json")]
+    assert Manifest(reports=1, micro=1, made_of={}, files=tuple(files)).parts == [one, two]
 
 
 def test_the_end_of_a_run_leaves_nothing(fleet: Any, tmp_path: Path) -> None:
