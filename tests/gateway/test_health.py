@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
+from typing import Any
 
 import httpx2
 import pytest
+from starlette.requests import Request
 
 from stoker import AsyncClient, errors
+from stoker.contract import Presence
+from stoker.contract.codec import CONTRACT
 from stoker.gateway import health
 from stoker.gateway.access import Keyed
 from stoker.gateway.app import Gateway
+from stoker.monitor.numbers import Numbers
 from stoker.settings import Settings
 from stoker.testing import AsyncFakeClient
 from tests.conftest import wait_until
 from tests.gateway.conftest import CHAT, EMBED
 from tests.gateway.machinery import Served
 from tests.monitor.scraped import Scrape
+from tests.monitor.test_overview import card, presence
 
 PATH = "/v1/chat/completions"
 
@@ -58,6 +65,26 @@ def test_readiness_is_asked_of_the_broker_once_for_a_while(
     fake.link.workers = counted  # type: ignore[method-assign, assignment]
     assert [http.get("/readyz").status_code for _ in range(5)] == [200] * 5
     assert len(asked) == 1
+
+
+def test_readiness_is_asked_again_once_its_answer_holds_no_more_and_a_foreign_contract_is_not_warm(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now, contract = 1000.0, CONTRACT
+
+    class Link:
+        async def workers(self) -> list[Presence]:
+            return [presence(models=(card().model_copy(update={"contract": contract}),))]
+
+    monkeypatch.setattr("stoker.gateway.health.time.monotonic", lambda: now)
+    asked: Any = Link()
+    probe, request = health.Health(asked, Numbers()), Request({"type": "http"})
+    said = [asyncio.run(probe.ready(request)).status_code]
+    contract = CONTRACT + 1
+    said.append(asyncio.run(probe.ready(request)).status_code)
+    now += health.HOLDS
+    said.append(asyncio.run(probe.ready(request)).status_code)
+    assert said == [200, 200, 503]
 
 
 def test_requests_are_counted_by_endpoint_and_status_and_names_of_others_make_no_series(

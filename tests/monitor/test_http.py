@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tornado import web
 
 from stoker import Client, JobStatus
 from stoker.broker import keys, registry
 from stoker.broker.connection import connect
+from stoker.errors import BrokerUnavailable, InvalidRequest, StokerError
 from stoker.local.broker import EmbeddedBroker
 from stoker.monitor.numbers import Numbers
-from stoker.monitor.standard import REFUSED
+from stoker.monitor.standard import REFUSED, refuse
 from stoker.settings import Settings
 from tests.conftest import wait_until
 from tests.monitor.conftest import MODEL, Running
@@ -184,6 +186,13 @@ def test_the_history_and_the_password_outlive_the_monitor_and_are_closed_to_othe
     log = settings.home.joinpath("flower.log").read_text()
     assert "WARNING" not in log
     assert "ERROR" not in log
+
+
+@pytest.mark.parametrize(("error", "status"), [(BrokerUnavailable("away"), 503), (InvalidRequest("no such job"), 409)])
+def test_a_broker_that_is_away_is_no_conflict(error: StokerError, status: int) -> None:
+    with pytest.raises(web.HTTPError) as answer:
+        refuse(error)
+    assert (answer.value.status_code, answer.value.log_message) == (status, str(error))
 
 
 def test_a_broker_that_is_away_is_a_number_and_no_error(tmp_path: Path) -> None:

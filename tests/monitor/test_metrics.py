@@ -180,6 +180,8 @@ def test_models_without_end_and_names_of_others_make_no_series_without_end() -> 
     models = {sample.labels[0] for sample in report.samples["stoker_workers"]}
     assert len(models) == MODELS + 1
     assert "other" in models
+    others = [sample.value for sample in report.samples["stoker_workers"] if sample.labels == ("other",)]
+    assert others == [1], "one worker, however many such models it has"
     assert len(report.samples["stoker_jobs_waiting"]) == 10 * (MODELS + 1)
 
 
