@@ -125,9 +125,9 @@ def test_a_reader_of_the_result_alone_hears_no_entries() -> None:
     assert follower().channels == [keys.result("j"), keys.channel("j")]
 
 
-#: Kind, queue and owner, as the broker answers `summary`.
-OWNED = (b"generate", b"stoker.m.generate", b"token")
-GONE = (None, None, None)
+#: Kind, queue, owner and ability, as the broker answers `summary`.
+OWNED = (b"generate", b"stoker.m.generate", b"token", None)
+GONE = (None, None, None, None)
 DONE = json.dumps({"status": "SUCCESS", "result": {"text": "x"}}).encode()
 
 
@@ -253,7 +253,7 @@ def test_a_reader_outlasts_an_outage_up_to_the_patience_or_its_own_limit() -> No
 def test_a_job_without_an_owner_is_asked_about_once_and_not_before_its_time() -> None:
     clock = Clock()
     waiting = follower(clock=clock)
-    waiting.looked([None, [b"generate", b"q", None], []])
+    waiting.looked([None, [b"generate", b"q", None, None], []])
     clock.now += UNOWNED - 0.1
     assert not waiting.waits_long()
     clock.now += 0.2
@@ -264,8 +264,8 @@ def test_a_job_without_an_owner_is_asked_about_once_and_not_before_its_time() ->
 def test_a_job_that_has_or_had_an_owner_or_made_tokens_is_not_asked_about() -> None:
     clock = Clock()
     owned, made = follower(clock=clock), follower(clock=clock)
-    owned.looked([None, [b"generate", b"q", b"token"], []])
-    made.looked([None, [b"generate", b"q", None], [(b"1-0", {b"entry": payload(0)})]])
+    owned.looked([None, [b"generate", b"q", b"token", None], []])
+    made.looked([None, [b"generate", b"q", None, None], [(b"1-0", {b"entry": payload(0)})]])
     clock.now += 10 * UNOWNED
     assert not owned.waits_long()
     assert not made.waits_long()
