@@ -98,7 +98,7 @@ def test_a_tokenizer_may_have_as_many_tokens_as_the_model_and_no_more(folder: Pa
 
 @pytest.mark.parametrize(
     ("config", "cause"),
-    [("{}", "None is not supported. bert, llama, mistral, modernbert, mpnet, qwen2, qwen3, roberta, xlm-roberta and"),
+    [("{}", "None is not supported. bert, gte, llama, mistral, modernbert, mpnet, nomic_bert, qwen2, qwen3, roberta"),
      ('{"model_type": "t5"}', "'t5' is not supported"),
      ("[", "config.json"), ("[]", "not a JSON object"), (None, "no config.json")],
 )  # fmt: skip

@@ -47,7 +47,7 @@ gc.set_threshold(20)
 ended = threading.Event()
 other = threading.Thread(target=churn)
 other.start()
-for _ in range(300):
+for _ in range(120):
     in_own_thread("loading", lambda: mx.eval(Cycle().compiled(mx.zeros((3,)))))
 ended.set()
 other.join()

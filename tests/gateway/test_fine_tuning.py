@@ -16,6 +16,7 @@ from openai.types.fine_tuning import FineTuningJob
 from stoker import Client
 from stoker.broker import keys, policy, registry
 from stoker.broker.connection import connect
+from stoker.broker.ledger.record import Field
 from stoker.broker.outcome import result_as
 from stoker.contract import ModelCard, TrainReport, TrainRequest, TrainResult, Usage
 from stoker.contract.codec import read
@@ -76,7 +77,7 @@ def started(api: openai.OpenAI, **fields: Any) -> FineTuningJob:
 
 
 def sent(redis: Any, job_id: str) -> TrainRequest:
-    return read(TrainRequest, redis.hget(keys.job(job_id), "request").decode())
+    return read(TrainRequest, redis.hget(keys.job(job_id), Field.REQUEST).decode())
 
 
 def reported(redis: Any, job_id: str, steps: int) -> None:
