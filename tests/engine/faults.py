@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import sys
 from collections.abc import Iterator, Sequence
@@ -28,10 +29,15 @@ class Calls:
         caller = frame.f_back
         # A generator is called too when it is thrown away, where nobody sees what it raises.
         plain = event == "call" and not frame.f_code.co_flags & inspect.CO_GENERATOR
-        if plain and caller is not None and caller.f_code.co_filename == self._file:
+        if plain and caller is not None and caller.f_code.co_filename == self._file and not _collects(frame):
             self.count += 1
             if self.count == self._bad:
                 raise Fault(f"call {self.count}: {frame.f_code.co_name}")
+
+
+def _collects(frame: FrameType) -> bool:
+    """Whether this is a callback of the garbage collector, which comes at any moment."""
+    return any(frame.f_code is getattr(callback, "__code__", None) for callback in gc.callbacks)
 
 
 @contextmanager

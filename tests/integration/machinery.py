@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from random import SystemRandom
+from typing import Any
 
 from stoker import Client, GenerateJob
 from stoker.broker import keys
@@ -171,3 +172,9 @@ def _pump(source: socket.socket, sink: socket.socket) -> None:
     for end in (source, sink):
         with suppress(OSError):
             end.shutdown(socket.SHUT_RDWR)
+
+
+def logged(log: Path) -> list[dict[str, Any]]:
+    """What a worker has logged as JSON; a whole line that is none fails the test. The last may be on its way."""
+    whole, _, _ = log.read_text().rpartition("\n")
+    return [json.loads(line) for line in whole.splitlines()]

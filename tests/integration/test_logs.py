@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,15 +11,11 @@ from stoker import Client
 from stoker.errors import StokerError
 from stoker.local.stack import Stack
 from tests.conftest import EMBED_MODEL, GENERATE_MODEL, wait_until
+from tests.integration.machinery import logged
 
 pytestmark = pytest.mark.integration
 
 SECRET = "zebra-crossing-9341"
-
-
-def lines(log: Path) -> list[dict[str, Any]]:
-    """What the worker has logged; a line that is no JSON fails the test."""
-    return [json.loads(line) for line in log.read_text().splitlines()]
 
 
 def test_no_text_of_a_mixed_load_is_in_the_log_and_each_job_has_its_two_lines(stack: Stack, client: Client) -> None:
@@ -44,10 +38,10 @@ def test_no_text_of_a_mixed_load_is_in_the_log_and_each_job_has_its_two_lines(st
     ids = {job.id: name for name, job in jobs.items()} | {long.id: "cancelled"}
 
     def ends() -> dict[str, dict[str, Any]]:
-        return {ids[line["job"]]: line for line in lines(log) if line.get("event") == "ended" and line["job"] in ids}
+        return {ids[line["job"]]: line for line in logged(log) if line.get("event") == "ended" and line["job"] in ids}
 
     wait_until(lambda: len(ends()) == len(ids), "each job has its last line")
-    ended, begun = ends(), [line["job"] for line in lines(log) if line.get("event") == "begun" and line["job"] in ids]
+    ended, begun = ends(), [line["job"] for line in logged(log) if line.get("event") == "begun" and line["job"] in ids]
     assert sorted(begun) == sorted(ids)
     assert {name: line["outcome"] for name, line in ended.items()} == {
         **dict.fromkeys(("generate", "embed", "train"), "succeeded"),
@@ -58,5 +52,5 @@ def test_no_text_of_a_mixed_load_is_in_the_log_and_each_job_has_its_two_lines(st
     assert all(ended[name]["tokens"] > 0 and ended[name]["duration"] > 0 for name in ("embed", "train"))
     assert ended["too long"]["error"] == "TextTooLong"
     assert SECRET not in log.read_text()
-    celerys = [line for line in lines(log) if line["logger"].startswith("celery") and line["level"] == "info"]
+    celerys = [line for line in logged(log) if line["logger"].startswith("celery") and line["level"] == "info"]
     assert not celerys

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +14,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from stoker import Client
 from stoker.local.stack import Stack
 from tests.conftest import EMBED_MODEL, GENERATE_MODEL, wait_until
+from tests.integration.machinery import logged
 
 pytestmark = pytest.mark.integration
 
@@ -45,7 +45,7 @@ def ids(span: ReadableSpan) -> tuple[str, str, str | None]:
 
 def of_worker(stack: Stack, job_id: str) -> list[dict[str, Any]]:
     """The spans of a job's trace at the worker; none before its last is there."""
-    lines = [json.loads(line) for line in (stack.settings.logs / "worker.log").read_text().splitlines()]
+    lines = logged(stack.settings.logs / "worker.log")
     spans = [line for line in lines if line.get("event") == "span"]
     traces = {span["trace"] for span in spans if span.get("stoker.job") == job_id and "stoker.outcome" in span}
     return [span for span in spans if span["trace"] in traces]
