@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,7 +15,6 @@ from stoker.broker.ledger.record import Field
 from stoker.client._sync.adapters import Adapters
 from stoker.contract import Presence, StreamToken
 from stoker.errors import InvalidRequest, JobCancelled, JobFailed, JobLost, JobTimeout, UnknownAdapter
-from tests.conftest import wait_until
 from tests.stoker.test_client_core import card, fake, server
 
 __all__ = ["fake", "server"]
@@ -59,54 +57,6 @@ def test_a_reader_that_has_what_it_wants_listens_no_more(fake: Callable[[], Clie
         with pytest.raises(JobCancelled):
             job.result(timeout=30)
         assert server.pubsub_channels() == []
-
-
-def subscriptions(server: Any) -> int:
-    return int(server.info("commandstats").get("cmdstat_subscribe", {"calls": 0})["calls"])
-
-
-def test_jobs_that_ended_before_they_were_asked_for_are_not_listened_to(
-    fake: Callable[[], Client], server: Any
-) -> None:
-    with fake() as client:
-        jobs = [client.generate("x", model="smol") for _ in range(5)]
-        for job in jobs:
-            failed(server, job.id)
-        server.config_resetstat()
-        for job in jobs:
-            stream = job.stream()
-            assert next(stream) == TOKEN
-            with pytest.raises(JobFailed, match="the model fell over"):
-                next(stream)
-        assert subscriptions(server) == 1, "the first alone: until then nothing says that they have ended"
-
-
-def test_a_job_that_still_runs_is_listened_to_after_others_that_had_ended(
-    fake: Callable[[], Client], server: Any
-) -> None:
-    with fake() as client:
-        over, runs = (client.generate("x", model="smol") for _ in range(2))
-        failed(server, over.id)
-        with pytest.raises(JobFailed):
-            over.result(timeout=30)
-        server.xadd(keys.stream(runs.id), {"entry": TOKEN.model_dump_json()}, id=keys.entry_id(0))
-        server.expire(keys.stream(runs.id), 60)
-        stream = runs.stream(timeout=30)
-        assert next(stream) == TOKEN
-        server.config_resetstat()
-        threading.Timer(0, when_heard, (server, runs.id)).start()
-        with pytest.raises(JobFailed, match="the model fell over"):
-            next(stream)
-        assert subscriptions(server) == 1
-
-
-def when_heard(server: Any, job_id: str) -> None:
-    """End the job once it is listened to."""
-    wait_until(lambda: keys.result(job_id).encode() in server.pubsub_channels(), "the job is listened to")
-    report = {"exc_type": "JobFailed", "exc_message": ["the model fell over"]}
-    record = json.dumps({"status": "FAILURE", "result": report})
-    server.set(keys.result(job_id), record, ex=60)
-    server.publish(keys.result(job_id), record)
 
 
 def test_a_job_that_the_broker_does_not_know_cannot_be_cancelled(fake: Callable[[], Client], server: Any) -> None:

@@ -47,8 +47,6 @@ class AsyncBrokerLink:
         self._settings = settings
         self._connections = connections or Connections(settings)
         self._sent = traces.Sent()
-        #: Whether the job that was asked for last had ended by then: the next one probably has, too.
-        self._had_ended = False
 
     def __reduce__(self) -> tuple[object, ...]:
         return _link_at, (self._settings.address.without_password,)
@@ -133,30 +131,20 @@ class AsyncBrokerLink:
             follower.value()
 
     async def _follow(self, follower: Follower[E]) -> AsyncGenerator[E]:
-        """Yield entries until the outcome is known; outlast the broker's outages for as long as patience lasts.
-
-        To hear of a job takes a connection of its own, and a look of its end less; so where many jobs were sent before
-        the first was asked for, the next ones are looked at first.
-        """
-        subscribes, first = not self._had_ended, True
+        """Yield entries until the outcome is known; outlast the broker's outages for as long as patience lasts."""
         while follower.outcome is None:
             pubsub, pause = self._redis.pubsub(ignore_subscribe_messages=True), 0.0
             try:
-                if subscribes:
-                    with translated(self._settings, passing=connection.TROUBLE):
-                        await pubsub.subscribe(*follower.channels)
-                    follower.subscribed()
-                while follower.outcome is None and (subscribes or follower.must_look):
-                    entries = await self._more(pubsub, follower)
-                    if first:
-                        self._had_ended, first = follower.outcome is not None, False
-                    for item in entries:
+                with translated(self._settings, passing=connection.TROUBLE):
+                    await pubsub.subscribe(*follower.channels)
+                follower.subscribed()
+                while follower.outcome is None:
+                    for item in await self._more(pubsub, follower):
                         yield item
             except connection.TROUBLE as error:
                 pause = follower.pause(error)
             finally:
                 await finished(pubsub.aclose)
-            subscribes = True
             await sleep(pause)
 
     async def _more(self, pubsub: Any, follower: Follower[E]) -> list[E]:
