@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from stoker.broker import keys
+from stoker.broker.clock import seconds
 
 #: KEYS: the leases. ARGV: `XX` for the tags alone that are there already, `CH` for all; then the tags.
 _HOLD = """
@@ -27,8 +28,7 @@ for _, tag in ipairs(redis.call('HKEYS', KEYS[2])) do redis.call('ZADD', KEYS[1]
 
 def now(redis: Any) -> float:
     """Seconds since the epoch. For a blocking client."""
-    seconds, micros = redis.time()
-    return float(seconds) + float(micros) / 1e6
+    return seconds(redis.time())
 
 
 def hold(pipeline: Any, tags: Iterable[str], *, known: bool) -> None:

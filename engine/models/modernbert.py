@@ -18,7 +18,7 @@ from engine.models.encoder import Group, LayerNormed, join, split, unseen
 from engine.models.fastmath import gelu
 from engine.models.fields import Fields
 from engine.models.layers import Embedding, LayerNorm, Linear
-from engine.models.rope import Rope
+from engine.models.rope import Rope, check_heads
 from engine.weights.tensors import Tensors
 from stoker.errors import ModelError
 
@@ -53,10 +53,7 @@ class ModernBertArgs:
     bases: tuple[float, float]
 
     def __post_init__(self) -> None:
-        if self.dim % self.heads or self.dim // self.heads % 2:
-            raise ModelError(
-                f"config.json: hidden_size {self.dim} over {self.heads} heads: a head's size must be whole and even"
-            )
+        check_heads(self.dim, self.heads)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModernBertArgs:

@@ -201,3 +201,9 @@ def periods(head_dim: int, base: float, scaling: Scaling) -> np.ndarray:
     turns = scaling.original / (2 * math.pi * periods)
     kept = np.clip((turns - scaling.low) / (scaling.high - scaling.low), 0.0, 1.0)
     return periods / (kept + (1.0 - kept) / scaling.factor)
+
+
+def check_heads(dim: int, heads: int) -> None:
+    """Raises `ModelError` for heads whose numbers do not pair: rotation turns two at a time."""
+    if dim % heads or dim // heads % 2:
+        raise ModelError(f"config.json: hidden_size {dim} over {heads} heads: a head's size must be whole and even")

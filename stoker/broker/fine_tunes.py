@@ -11,10 +11,9 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from stoker.broker import keys
+from stoker.broker.clock import seconds
+from stoker.broker.stored_files import STRIDE
 from stoker.contract.presence import Notice
-
-#: Records that are fetched at once.
-STRIDE = 100
 
 
 class Ending(Notice):
@@ -62,8 +61,7 @@ class FineTunes:
 
     async def now(self) -> int:
         """The broker's clock."""
-        seconds, _ = await self._redis.time()
-        return int(seconds)
+        return int(seconds(await self._redis.time()))
 
     async def add(self, record: FineTune) -> FineTune | None:
         """The record of this id: this one, unless there was one before. None for one of another owner, and for what

@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from stoker.broker import keys
+from stoker.broker.clock import seconds
 from stoker.contract.presence import Notice
 
 _ID = re.compile(r"file-[0-9a-f]{32}")
@@ -60,8 +61,7 @@ class StoredFiles:
 
     async def now(self) -> float:
         """The broker's clock."""
-        seconds, micros = await self._redis.time()
-        return float(seconds) + float(micros) / 1e6
+        return seconds(await self._redis.time())
 
     async def reserve(self, place: str, file_id: str, until: float) -> None:
         """From now on parts of this file may lie there; they go at `until`, by the broker's clock."""

@@ -21,8 +21,8 @@ import torch
 import transformers
 from sentence_transformers import CrossEncoder
 from sentence_transformers import __version__ as sentence_version
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from vectors import MODERN, QWEN, SENTENCES, SIZES, TEXTS, XLMR, byte_level, unigram, write
+from tokenizers import Tokenizer, processors
+from vectors import MODERN, QWEN, SIZES, TEXTS, XLMR, byte_level, unigram, word_piece, write
 
 HERE = Path(__file__).parent
 QUERIES = [
@@ -50,20 +50,6 @@ class Folder:
     sentence: bool = False
     own: Mapping[str, Any] = field(default_factory=dict)
     prompt: str | None = None
-
-
-def word_piece() -> Tokenizer:
-    made = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    made.normalizer = normalizers.BertNormalizer()
-    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    made.decoder = decoders.WordPiece()
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    made.train_from_iterator(SENTENCES, trainers.WordPieceTrainer(vocab_size=120, special_tokens=special))
-    ids = [(token, made.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
-    made.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=ids
-    )
-    return made
 
 
 def modern() -> Tokenizer:
