@@ -80,8 +80,9 @@ def job_task(handler: JobHandler[Any, Any, Any]) -> Task:
     """The Celery task that runs jobs of the handler's kind."""
 
     @shared_task(name=of_request(handler.request).task, base=JobTask, bind=True)
-    def run(task: Task) -> dict[str, Any]:
-        return run_job(Delivery(task), handler)
+    def run(task: Task) -> None:
+        # Returned, the result would go into an event for all who watch, shown part by part: it is its client's.
+        run_job(Delivery(task), handler)
 
     return run
 

@@ -19,7 +19,7 @@ from stoker.contract.kinds import READY
 from stoker.errors import JobFailed
 from stoker.settings import Settings
 from tests.leaks import open_work
-from tests.stoker.test_ledger import QUEUE, record, submit, take, take_all
+from tests.stoker.test_ledger import QUEUE, claim, complete, record, submit, take, take_all
 
 #: What is no number that orders or counts, and what is one that no script gave out.
 GARBAGE = ("", "abc", "nan", "inf", "-inf", "1e400", "-1", "5.5", "{}", "0x10", "9" * 30, b"\xff\xfe")
@@ -164,6 +164,15 @@ def test_a_job_whose_record_was_written_over_is_abandoned_with_an_error(redis: A
     submit(redis, "next")
     run_all(redis)
     assert open_work(redis) == []
+
+
+def test_a_job_that_its_owner_has_abandoned_is_not_completed_by_it(redis: Any) -> None:
+    submit(redis)
+    claim(redis, "token")
+    failed = ledger.failure("job", JobFailed("the record is no record"))
+    assert ledger.abandon(redis, "job", QUEUE, "token", failed)
+    assert complete(redis, "token") == 0
+    assert json.loads(redis.get(keys.result("job")))["status"] == "FAILURE"
 
 
 def test_a_job_of_another_owner_is_not_abandoned(redis: Any) -> None:

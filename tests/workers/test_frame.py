@@ -43,7 +43,7 @@ from stoker.errors import (
     WorkerUnavailable,
 )
 from stoker.settings import Settings
-from workers import memory
+from workers import job, memory
 from workers.account import DeliveryEnd, JobAccount, Observers
 from workers.artifacts import StoreTrouble
 from workers.celery.lanes import LaneRequest
@@ -691,3 +691,10 @@ def test_what_the_broker_refuses_for_a_while_fails_no_job(
         worker.deliver(lambda: 1)
     assert back.value.requeue
     assert worker.outcome is None
+
+
+@pytest.mark.parametrize("task", [tasks.generate.generate, tasks.embed.embed, tasks.train.train, tasks.adapters.load])
+def test_a_result_does_not_go_into_celerys_events(task: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job, "Delivery", lambda _: None)
+    monkeypatch.setattr(job, "run_job", lambda *_: {"text": "its client's own"})
+    assert task.run() is None

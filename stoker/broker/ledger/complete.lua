@@ -4,7 +4,8 @@ local record = look(id)
 if record.wrong then return record.wrong end
 -- Sent again, because the answer was lost: it has ended, once.
 if record.completed == ARGV[6] then return 1 end
-if record.owned ~= ARGV[6] or ended(record) then return 0 end
+-- Each end of a job takes its message off the record: only without one its result has to be asked for.
+if record.owned ~= ARGV[6] or (not record.message and ended(record)) then return 0 end
 strike_out(record, ARGV[6])
 finish(ARGV[7])
 -- A day from its last entry is set already.

@@ -3,12 +3,15 @@
 -- The job has ended, or is to be: nobody waits for it any more, and its client may have another. Of what its record says
 -- only that is used which can be true. `owner`: the token of the owner that ended it, if it had one.
 local function strike_out(record, owner)
-  -- A key that another program wrote over stops the script here: a job that has left one order, and could not leave the
-  -- next, would wait in none.
+  look_around()
   result_ttl()
   local all, held = bytes_open(id)
-  for _, key in ipairs({open, dispatched}) do redis.call('ZCARD', key) end
-  for _, priority in ipairs(levels()) do redis.call('ZCARD', backlog(priority)) end
+  -- A key that another program wrote over stops the script here: a job that has left one order, and could not leave the
+  -- next, would wait in none. One that its owner ends waits nowhere: stopped half-way, it is ended when it is asked again.
+  if not owner then
+    for _, key in ipairs({open, dispatched}) do redis.call('ZCARD', key) end
+    for _, priority in ipairs(levels()) do redis.call('ZCARD', backlog(priority)) end
+  end
   if record.message then redis.call('LREM', ready, 1, record.message) else redis.call('LLEN', ready) end
   leave_backlogs(id)
   -- Another type than a client's jobs have is the next submission's to move aside.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 
@@ -24,7 +24,7 @@ class Ending:
     children: tuple[()] = ()
 
     def text(self) -> str:
-        return json.dumps(asdict(self))
+        return json.dumps(vars(self))
 
 
 def success(job_id: str, result: dict[str, Any]) -> Ending:

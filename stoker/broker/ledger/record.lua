@@ -79,6 +79,12 @@ local function levels()
   return occupied
 end
 
+-- Most queues have neither a policy nor a job that waits behind the ready list: one command says so.
+local function look_around()
+  if undecided ~= nil or occupied then return end
+  if redis.call('EXISTS', policy, unpack(backlogs)) == 0 then undecided, occupied = true, {} end
+end
+
 -- The job waits nowhere any more. All backlogs: a record that has expired, or was written over, does not say in which.
 local function leave_backlogs(of)
   for _, priority in ipairs(levels()) do redis.call('ZREM', backlog(priority), of) end
