@@ -12,7 +12,7 @@ import pytest
 
 from stoker import AsyncClient, Client
 from stoker.broker import keys
-from stoker.client import listeners
+from stoker.client import asynchronously, listeners
 from stoker.client.blocking import Connections
 from stoker.client.following import Follower
 from stoker.client.listeners import Listeners
@@ -94,6 +94,28 @@ def test_a_connection_that_fails_when_it_is_given_back_is_closed(broker: Setting
     connections.leave(listener, at_the_end=True)
     assert connections.listener() is not listener
     connections.close()
+
+
+def test_what_a_client_that_was_closed_kept_does_not_come_back(broker: Settings) -> None:
+    connections = Connections(broker)
+    listener = connections.listener()
+    listener.subscribe("channel")
+    connections.leave(listener, at_the_end=True)
+    connections.close()
+    assert connections.listener() is not listener
+    connections.close()
+
+
+def test_what_an_asyncio_client_that_was_closed_kept_is_closed(broker: Settings) -> None:
+    async def kept() -> Any:
+        connections = asynchronously.Connections(broker)
+        listener = connections.listener()
+        await listener.subscribe("channel")
+        await connections.leave(listener, at_the_end=True)
+        await connections.aclose()
+        return listener
+
+    assert asyncio.run(kept()).connection is None
 
 
 def test_no_more_are_kept_than_a_few() -> None:
