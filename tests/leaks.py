@@ -14,7 +14,7 @@ from typing import Any
 
 from stoker.broker import keys
 
-PROCESSES, HANDLES = Path("/proc"), Path("/proc/self/fd")
+PROCESSES, HANDLES, CONNECTIONS = Path("/proc"), Path("/proc/self/fd"), Path("/proc/self/net/tcp")
 #: Seconds. What is closing may still be there for a moment.
 BEAR = 10.0
 
@@ -69,7 +69,7 @@ class Held:
         threads = [f"thread {thread.name}" for thread in now.threads - self.threads]
         return [
             *threads,
-            *sorted(now.handles - self.handles),
+            *(handle + _ends_of(handle) for handle in sorted(now.handles - self.handles)),
             *(f"process {pid}" for pid in now.children - self.children),
         ]
 
@@ -81,6 +81,17 @@ def _handles() -> frozenset[str]:
         with suppress(FileNotFoundError):
             found.add(f"handle {entry.name} of {entry.readlink()}")
     return frozenset(found)
+
+
+def _ends_of(handle: str) -> str:
+    """Of a TCP connection, its ports here and there: they say whose it is."""
+    inode = handle.partition("socket:[")[2].rstrip("]")
+    lines = CONNECTIONS.read_text().splitlines()[1:] if inode and CONNECTIONS.exists() else ()
+    for fields in map(str.split, lines):
+        if fields[9] == inode:
+            here, there = (int(end.rpartition(":")[2], 16) for end in fields[1:3])
+            return f", from port {here} to port {there}"
+    return ""
 
 
 def _children() -> frozenset[int]:

@@ -20,6 +20,7 @@ from stoker.gateway.access import Keyed
 from stoker.gateway.app import Gateway
 from stoker.gateway.command import listening, server
 from stoker.settings import Settings
+from tests.conftest import wait_until
 
 
 class Served:
@@ -78,7 +79,9 @@ class Served:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=secret, max_retries=0, timeout=20)
 
     def closing(self, client: AsyncClient) -> None:
-        """Close a client that requests have used, in their event loop."""
+        """Close a client that requests have used, in their event loop, once none of them runs any more: what they do
+        behind their answers would open its connections again."""
+        wait_until(lambda: not self._server.server_state.tasks, "no request runs")
         asyncio.run_coroutine_threadsafe(client.close(), self._loop).result(10)
 
     def stop(self) -> None:
