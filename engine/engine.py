@@ -28,6 +28,8 @@ from engine.platform import heap, probe
 from engine.platform.threads import collect, leave
 from engine.text import trial
 from engine.ticket import StepOutput, Ticket, contained
+from engine.training.memory import BUDGET as RUN_BUDGET
+from engine.training.memory import RunMemory, kept_bytes
 from engine.warm import WarmModels
 from stoker.contract import (
     AdapterRequest,
@@ -69,7 +71,8 @@ class Engine:
 
     `models` maps a name to its sources (`engine.checkpoints.sources`). `adapters` and `runs` are folders: for trained
     adapters, and for the checkpoints and logs of training runs (default: `runs` in the same parent). `adapter_bytes`:
-    what adapters of one model may take in memory. `train_share`: of the time, 0 to 1, while generation waits too.
+    what adapters of one model may take in memory; `run_bytes`: what training runs may keep there together between their
+    turns. `train_share`: of the time, 0 to 1, while generation waits too.
     `publish` gets the entries of a step, from the engine's thread: it must hand them on and return, or raise and have
     taken none. Then it gets the entries of each job alone, and a job whose entries it raises for ends with this error.
     `limits`: of each model's generation. `precision`: what `load` takes. `on_death` is called, from the same thread, if
@@ -83,6 +86,7 @@ class Engine:
         adapters: Path,
         runs: Path | None = None,
         adapter_bytes: int = BUDGET,
+        run_bytes: int = RUN_BUDGET,
         train_share: float = 0.2,
         publish: Publish,
         limits: LaneLimits | None = None,
@@ -91,6 +95,7 @@ class Engine:
     ) -> None:
         self._sources = dict(models)
         self.store = AdapterStore(adapters)
+        self.run_memory = RunMemory(run_bytes)
         self._publish = publish
         self._on_death = on_death
         self._precision = precision or PrecisionOptions()
@@ -216,6 +221,10 @@ class Engine:
     def model(self, name: str) -> LoadedModel:
         """A model that is warm."""
         return self._warm.models[name]
+
+    def kept_by(self, request: TrainRequest) -> int:
+        """Bytes that a run on a model that is warm keeps between its turns. Raises `InvalidRequest`."""
+        return kept_bytes(self.model(request.model).linear_shapes, request)
 
     def pool(self, model: str) -> AdapterPool:
         """The adapters of `model` in memory."""

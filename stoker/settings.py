@@ -54,8 +54,11 @@ class Settings(BaseSettings):
     stall: float = Field(default=0.25, ge=0.001, le=60)
     #: Embedding jobs that a worker takes at once; their texts share batches.
     embed_jobs: int = Field(default=16, ge=1, le=256)
-    #: Training runs that a worker holds at once.
+    #: Training runs that a worker holds at once; they take turns.
     train_runs: int = Field(default=1, ge=1, le=8)
+    #: Megabytes that they may keep in memory together between their turns. Unset: an eighth of the memory that MLX may
+    #: use.
+    train_memory: int | None = Field(default=None, ge=1, le=1_048_576)
     #: Seconds after which a job of a worker that went silent is given to another one.
     lease: int = Field(default=10, ge=3, le=3600)
     #: Seconds that a stopping worker gives to running jobs.
@@ -230,6 +233,7 @@ class Overrides(TypedDict, total=False):
     stall: float | None
     embed_jobs: int | None
     train_runs: int | None
+    train_memory: int | None
     lease: int | None
     grace: float | None
     step_limit: float | None

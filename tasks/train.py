@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from stoker.contract import TrainRequest, TrainResult
 from stoker.contract.dataset import TrainInput
-from workers import adapters, datasets, moving
+from workers import adapters, datasets, moving, run_room
 from workers.job import Job, JobHandler, Submit, job_task
 
 
@@ -12,6 +12,7 @@ class TrainHandler(JobHandler[TrainRequest, TrainInput | None, TrainResult]):
     request = TrainRequest
 
     def load_input(self, job: Job, request: TrainRequest) -> TrainInput | None:
+        run_room.reserve(job, request)
         data = datasets.fetch(job, request.dataset)
         if data is None:
             return None

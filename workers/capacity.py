@@ -9,6 +9,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from stoker.errors import WorkerUnavailable
 
 #: Seconds after which a lane that was shrunk for want of memory tries to hold twice as many.
 GROW_AFTER = 60.0
@@ -18,6 +21,22 @@ SHRINK_AFTER = 2.0
 def _nothing() -> None: ...
 
 
+class DoesNotFit(WorkerUnavailable):
+    """Next to the `others` of its kind that are here: the job goes back to its queue. Never leaves the process."""
+
+    def __init__(self, why: str, others: int) -> None:
+        super().__init__(why)
+        self.others = others
+
+
+@dataclass(frozen=True)
+class _HeldBack:
+    """No more than `most` jobs are held until one of them has ended."""
+
+    most: int
+    why: str
+
+
 class Lanes:
     """Counts the jobs held, by kind. `queues`: kind → the queues that bring it."""
 
@@ -25,6 +44,7 @@ class Lanes:
         self._limits: dict[str, int] = {}
         #: kind → jobs it may hold now: its limit, or less after `shrink`.
         self._capacity: dict[str, int] = {}
+        self._held_back: dict[str, _HeldBack] = {}
         self._shrunk = -GROW_AFTER
         self._queues: dict[str, list[str]] = {}
         self._held: dict[str, int] = {}
@@ -34,7 +54,7 @@ class Lanes:
 
     def configure(self, limits: Mapping[str, int], queues: Mapping[str, list[str]]) -> None:
         self._limits, self._queues = dict(limits), {kind: list(names) for kind, names in queues.items()}
-        self._capacity = dict(limits)
+        self._capacity, self._held_back = dict(limits), {}
         self._held = dict.fromkeys(limits, 0)
 
     def serve(self, queues: Mapping[str, Sequence[str]]) -> None:
@@ -43,7 +63,16 @@ class Lanes:
 
     def load(self) -> dict[str, tuple[int, int]]:
         """kind → (held, limit)."""
-        return {kind: (held, self._capacity[kind]) for kind, held in self._held.items()}
+        return {kind: (held, self._most(kind)) for kind, held in self._held.items()}
+
+    @property
+    def held_back(self) -> dict[str, str]:
+        """kind → why no more of it are held now than there are."""
+        return {kind: held_back.why for kind, held_back in list(self._held_back.items())}
+
+    def _most(self, kind: str) -> int:
+        held_back = self._held_back.get(kind)
+        return self._capacity[kind] if held_back is None else min(self._capacity[kind], held_back.most)
 
     def kind_of(self, queue: str) -> str | None:
         return next((kind for kind, queues in self._queues.items() if queue in queues), None)
@@ -51,7 +80,7 @@ class Lanes:
     def has_room(self, kind: str) -> bool:
         """Whether one more may be taken. Asked by the consumer's loop, each time before it asks the broker for one."""
         with self._lock:
-            return self._held[kind] < self._capacity[kind]
+            return self._held[kind] < self._most(kind)
 
     def enter(self, kind: str) -> None:
         """A job was taken. Called in the consumer's thread."""
@@ -62,9 +91,19 @@ class Lanes:
         """A job has ended. Called in any thread."""
         with self._lock:
             self._held[kind] -= 1
-            reopened = self._held[kind] == self._capacity[kind] - 1
+            reopened = self._held[kind] == self._most(kind) - 1
+            if reopened:
+                self._held_back.pop(kind, None)
         if reopened:
             self.wake()
+
+    def hold_back(self, kind: str, others: int, why: str) -> None:
+        """A job that was taken does not fit next to `others`: hold no more than these, until one of them has ended.
+
+        Called before that job leaves. What has ended meanwhile shows when it does.
+        """
+        with self._lock:
+            self._held_back[kind] = _HeldBack(min(others, self._most(kind)), why)
 
     def shrink(self, kind: str) -> None:
         """The jobs of this kind did not fit into memory together: hold half as many, until `grow`.

@@ -14,6 +14,7 @@ from stoker.errors import JobCancelled, JobDead, JobFailed, OutOfMemory, StokerE
 from workers import disk, memory
 from workers.account import DeliveryEnd
 from workers.artifacts import StoreTrouble
+from workers.capacity import DoesNotFit
 from workers.delivery import Delivery
 from workers.job_lease import Spoiled, is_the_brokers
 from workers.services.runtime import Fenced
@@ -112,6 +113,8 @@ def answering_celery(delivery: Delivery) -> Iterator[None]:
         delivery.context.deliveries.fence(delivery.lease.token)
         raise Ignore from None
     except WorkerUnavailable as error:
+        if isinstance(error, DoesNotFit):
+            delivery.context.lanes.hold_back(delivery.kind.name, error.others, str(error))
         log.info("job %s goes back to the queue: %s", delivery.id, error)
         delivery.lease.release()
         raise Reject(str(error), requeue=True) from None

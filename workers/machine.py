@@ -40,7 +40,7 @@ def make_engine(settings: Settings, publish: Callable[[list[Entry]], None], on_d
 
     report = boot_blas(settings)
     from engine.engine import Engine
-    from engine.platform.probe import choose_kernels, describe_kernels
+    from engine.platform.probe import choose_kernels, describe_kernels, memory
 
     choose_kernels(settings.kernels)
     log.info("BLAS: %s", report)
@@ -55,6 +55,7 @@ def make_engine(settings: Settings, publish: Callable[[list[Entry]], None], on_d
         limits=limits_of(settings),
         train_share=settings.train_share,
         adapter_bytes=settings.adapter_memory << 20,
+        run_bytes=settings.train_memory << 20 if settings.train_memory else memory() // 8,
         precision={"dtype": settings.dtype, "quantize": settings.quantize, "group_size": settings.group_size},
         on_death=on_death,
     )

@@ -1,16 +1,20 @@
-"""Training runs of one model: one at a time, one micro-step a turn."""
+"""Training runs of one model, which take turns: one micro-step of one run at a time.
+
+Turns are fair by time: a run with long steps has fewer of them. Each run has its state, its folder and its end for
+itself, so that it makes what it would make alone, bit for bit.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from engine.adapters.lora import chosen_targets
 from engine.adapters.pool import AdapterPool
 from engine.checkpoints.loading import LoadedModel
+from engine.fair import FairShare
 from engine.ticket import StepOutput, Ticket
 from engine.training.data import TokenizedExample, tokenize
 from engine.training.run import TrainingRun
@@ -39,21 +43,21 @@ class TrainLane:
     kind = TrainRequest.kind
 
     def __init__(self, model: LoadedModel, pool: AdapterPool, runs: Path) -> None:
-        self._model, self._runs = model, runs
+        self._model, self._folder = model, runs
         #: Where its adapters serve.
         self.pool = pool
-        self._waiting: deque[TrainWork] = deque()
-        self._current: TrainWork | None = None
-        self._run: TrainingRun | None = None
+        #: Every job that was admitted and has not ended; None: its first turn comes.
+        self._runs: dict[TrainWork, TrainingRun | None] = {}
+        self._share: FairShare[TrainWork] = FairShare({})
 
     @property
     def busy(self) -> bool:
-        return bool(self._waiting or self._current)
+        return bool(self._runs)
 
     @property
     def held(self) -> list[TrainWork]:
         """Every job that was admitted and has not ended."""
-        return [*self._waiting, *([self._current] if self._current else [])]
+        return list(self._runs)
 
     def prepare(self, ticket: Ticket[TrainResult], request: TrainRequest, data: TrainInput | None) -> TrainWork:
         if data is None:
@@ -68,53 +72,71 @@ class TrainLane:
         return TrainWork(ticket, request, examples, data.version, data.kept)
 
     def admit(self, work: TrainWork) -> None:
-        self._waiting.append(work)
+        self._runs[work] = None
+        self._share.add(work, 1.0, urgent=False)
 
     def drop_stopped(self) -> None:
-        for work in [work for work in self._waiting if work.ticket.stopping]:
-            work.ticket.fail_stopped()
-            self._waiting.remove(work)
-        if self._current is not None and self._current.ticket.stopping:
-            self._stop(self._current)
+        for work in [work for work in self._runs if work.ticket.stopping]:
+            self._stop(work)
 
     def _stop(self, work: TrainWork) -> None:
         """A run that goes to another worker is kept as it is; one that is cancelled is over."""
-        if self._run is not None:
-            run, reason = self._run, work.ticket.stop
+        run, reason = self._runs[work], work.ticket.stop
+        if run is not None:
             if isinstance(reason, WorkerUnavailable):
                 self._pause(run)
             else:
                 status = "cancelled" if isinstance(reason, JobCancelled) else str(reason)
                 _try(lambda: run.end(status), "that a run was stopped could not be noted in its folder")
         work.ticket.fail_stopped()
-        self._close()
+        self._leave(work)
 
     @staticmethod
     def _pause(run: TrainingRun) -> None:
         _try(run.pause, "a run could not be kept as it was: it goes on from its last regular checkpoint")
 
     def run(self, *, lookahead: bool = True) -> StepOutput:
-        """One micro-step of the current run; after the last one, save the adapter."""
-        work = self._current
+        """One micro-step of the run whose turn it is; after its last one, save its adapter."""
+        work = self._share.choose(self._ready())
+        if work is None:
+            return StepOutput()
+        with self._share.charge(work):
+            output, over = self._turn(work)
+        if over:
+            self._leave(work)
+        return output
+
+    def _ready(self) -> Collection[TrainWork]:
+        """The runs that may have a turn. A worker that was frozen may get a job again that it has: both would write
+        into one folder, so the second waits until the first has ended."""
+        first: dict[str, TrainWork] = {}
+        for work in self._runs:
+            first.setdefault(work.ticket.job_id, work)
+        return first.values()
+
+    def _turn(self, work: TrainWork) -> tuple[StepOutput, bool]:
+        """What it made, and whether the run is over."""
+        run = self._runs[work]
         try:
-            if work is None or self._run is None:
-                return self._begin()
-            if self._run.finished:
-                return self._finish(work, self._run)
-            report = self._run.advance()
+            if run is None:
+                return self._begin(work), False
+            if run.finished:
+                return self._finish(work, run), True
+            report = run.advance()
         except Exception as error:
-            return self._fail(error)
+            self._fail(work, run, error)
+            return StepOutput(), True
         if report is not None:
             work.ticket.progress = report.step / report.steps
-        return StepOutput(entries=[] if report is None else [(work.ticket, report)])
+        return StepOutput(entries=[] if report is None else [(work.ticket, report)]), False
 
-    def _begin(self) -> StepOutput:
-        work = self._current = self._waiting.popleft()
+    def _begin(self, work: TrainWork) -> StepOutput:
         work.ticket.start()
         name = checked(Rule.JOB_ID, "job id", work.ticket.job_id)
-        self._run = TrainingRun(self._model, work.request, work.examples, self._runs / name, work.kept)
+        run = TrainingRun(self._model, work.request, work.examples, self._folder / name, work.kept)
+        self._runs[work] = run
         # What was reported before may not have reached the broker: it drops what it has.
-        return StepOutput(entries=[(work.ticket, report) for report in self._run.reported])
+        return StepOutput(entries=[(work.ticket, report) for report in run.reported])
 
     def _finish(self, work: TrainWork, run: TrainingRun) -> StepOutput:
         request, state = work.request, run.state
@@ -147,30 +169,26 @@ class TrainLane:
         _try(lambda: run.end("done"), "that a run is done could not be noted in its folder")
         output = StepOutput()
         output.end(work.ticket, result)
-        # Last, when nothing can fail any more: a job that is in neither would be lost.
-        self._close()
         return output
 
-    def _fail(self, error: Exception) -> StepOutput:
-        """The run's own failure (divergence, a full disk): the runs that wait are not to blame."""
-        run = self._run
+    @staticmethod
+    def _fail(work: TrainWork, run: TrainingRun | None, error: Exception) -> None:
+        """The run's own failure (divergence, a full disk): the others are not to blame."""
         if run is not None:
             _try(lambda: run.end(f"failed: {error}"), "that a run failed could not be noted in its folder")
-        if self._current is not None:
-            self._current.ticket.fail(error)
-        self._close()
-        return StepOutput()
+        work.ticket.fail(error)
 
-    def _close(self) -> None:
-        self._current = self._run = None
+    def _leave(self, work: TrainWork) -> None:
+        self._share.remove(work)
+        # Last, when nothing can fail any more: a job that is neither held nor in the step's output would be lost.
+        del self._runs[work]
 
     def fail_all(self, error: BaseException) -> None:
-        if self._run is not None and isinstance(error, WorkerUnavailable):
-            self._pause(self._run)
-        for work in self.held:
+        for work, run in self._runs.items():
+            if run is not None and isinstance(error, WorkerUnavailable):
+                self._pause(run)
             work.ticket.fail(error)
-        self._waiting.clear()
-        self._close()
+        self._runs, self._share = {}, FairShare({})
 
 
 def _try(note: Callable[[], None], said: str) -> None:

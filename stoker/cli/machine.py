@@ -225,6 +225,8 @@ def _describe(worker: Presence) -> Iterator[str]:
         yield f"  {model:24} adapters in memory: {', '.join(names) or 'none'}"
     lanes = (f"{kind} {held} of {limit}" for kind, (held, limit) in worker.lanes.items())
     yield f"  jobs held: {', '.join(lanes)}"
+    for kind, why in worker.held_back.items():
+        yield f"  {printable(kind):24} holds no more for now: {printable(why)}"
 
 
 def check_kernels(

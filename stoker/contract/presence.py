@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 
 from stoker.contract.base import Message
 from stoker.contract.codec import CONTRACT
@@ -88,6 +88,8 @@ class Presence(Notice):
     #: kind → jobs held now, jobs that can be held.
     lanes: dict[str, tuple[int, int]]
     memory_bytes: int
+    #: kind → why no more of its jobs are held now than there are, though there are slots.
+    held_back: dict[str, str] = Field(default_factory=dict)
     #: Models that it loads when a job for one waits and nobody holds it.
     offers: tuple[ModelCard, ...] = ()
     #: Every model that it holds, loads, may load or could not load.

@@ -1,4 +1,4 @@
-"""The training lane: one run at a time, and none disturbs another."""
+"""The training lane: one run, and what it makes; each fails alone. Several at once: `test_training_turns.py`."""
 
 from __future__ import annotations
 
@@ -39,31 +39,35 @@ def admit(lane: TrainLane, job_id: str, version: int | None = None, **options: A
     return ticket
 
 
+def turn(lane: TrainLane) -> list[tuple[str, TrainReport]]:
+    """What the engine does of each of its steps; the reports of this one."""
+    lane.drop_stopped()
+    if not lane.busy:
+        return []
+    output = lane.run()
+    for ticket, value in output.ended:
+        ticket.resolve(value)
+    return [(ticket.job_id, report) for ticket, report in output.entries if isinstance(report, TrainReport)]
+
+
 def run_all(lane: TrainLane) -> list[tuple[str, int]]:
     """Run until there is nothing to do; (job, step) of every report, in order."""
-    reported = []
+    reported: list[tuple[str, int]] = []
     while lane.busy:
-        lane.drop_stopped()
-        output = lane.run() if lane.busy else None
-        for ticket, report in output.entries if output is not None else []:
-            assert isinstance(report, TrainReport)
-            reported.append((ticket.job_id, report.step))
-        for ticket, value in output.ended if output is not None else []:
-            ticket.resolve(value)
+        reported += [(job, report.step) for job, report in turn(lane)]
     return reported
 
 
 def run_until(lane: TrainLane, step: int) -> None:
-    while not any(entry.step == step for _, entry in lane.run().entries):  # type: ignore[union-attr]
+    while not any(report.step == step for _, report in turn(lane)):
         pass
 
 
-def test_runs_come_one_after_the_other_a_step_at_a_time(lane: TrainLane) -> None:
-    first, second = admit(lane, "a", steps=2), admit(lane, "b", steps=1, name="other")
-    assert run_all(lane) == [("a", 1), ("a", 2), ("b", 1)]
-    result = first.result(0)
+def test_a_run_advances_a_step_at_a_time_and_makes_its_adapter(lane: TrainLane) -> None:
+    ticket = admit(lane, "a", steps=2)
+    assert run_all(lane) == [("a", 1), ("a", 2)]
+    result = ticket.result(0)
     assert (result.adapter, result.version, result.steps, result.best_step) == ("style", 1, 2, 2)
-    assert second.result(0).adapter == "other"
 
 
 def test_a_turn_is_a_micro_step(lane: TrainLane) -> None:
@@ -111,12 +115,13 @@ def test_the_adapter_is_that_of_the_best_step(model: LoadedModel, lane: TrainLan
 
 
 def test_a_cancelled_run_ends_at_once_and_makes_no_adapter(lane: TrainLane, tmp_path: Path) -> None:
-    running, waiting, last = (admit(lane, name, steps=4) for name in "abc")
+    running = admit(lane, "a", steps=4)
     run_until(lane, 1)
+    not_begun, last = (admit(lane, name, steps=4) for name in "bc")
     running.cancel()
-    waiting.cancel()
+    not_begun.cancel()
     assert run_all(lane) == [("c", step) for step in (1, 2, 3, 4)]
-    for ticket in (running, waiting):
+    for ticket in (running, not_begun):
         with pytest.raises(JobCancelled):
             ticket.result(0)
     assert last.result(0).version == 1
@@ -127,8 +132,9 @@ def test_a_cancelled_run_ends_at_once_and_makes_no_adapter(lane: TrainLane, tmp_
 def test_a_run_that_is_cancelled_on_a_full_disk_ends_and_hurts_no_other(
     lane: TrainLane, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    running, waiting = admit(lane, "a", steps=4), admit(lane, "b", steps=1)
+    running = admit(lane, "a", steps=4)
     run_until(lane, 1)
+    other = admit(lane, "b", steps=1)
     running.cancel()
     with powercut.refusing(1, errno.ENOSPC) as refusal:
         lane.drop_stopped()
@@ -136,7 +142,7 @@ def test_a_run_that_is_cancelled_on_a_full_disk_ends_and_hurts_no_other(
     assert run_all(lane) == [("b", 1)]
     with pytest.raises(JobCancelled):
         running.result(0)
-    assert waiting.result(0).version == 1
+    assert other.result(0).version == 1
 
 
 @pytest.mark.parametrize("steps", [1, 3])
@@ -197,13 +203,13 @@ def test_a_run_that_diverges_fails_alone_and_keeps_its_history(
 ) -> None:
     with monkeypatch.context() as patch:
         nan_from_step_2(patch)
-        failing, waiting = admit(lane, "a", steps=5), admit(lane, "b", steps=1)
+        failing, other = admit(lane, "a", steps=5), admit(lane, "b", steps=1)
         while not failing.done:
-            lane.run()
+            turn(lane)
     run_all(lane)
     with pytest.raises(JobFailed, match=r"diverged at step 2: loss nan.*Lower learning_rate"):
         failing.result(0)
-    assert waiting.result(0).steps == 1
+    assert other.result(0).steps == 1
     lines = [json.loads(line) for line in (tmp_path / "runs/a/log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 0, 1, 0, 1]
     assert [bool(line["note"]) for line in lines] == [False, True, False, True, False]
@@ -213,29 +219,30 @@ def test_a_run_that_diverges_fails_alone_and_keeps_its_history(
 def test_an_adapter_that_cannot_be_written_fails_its_own_run_alone(
     monkeypatch: pytest.MonkeyPatch, lane: TrainLane
 ) -> None:
-    def full(*_: Any) -> int:
-        raise OSError(28, "No space left on device")
+    save = lane.pool.save
 
-    failing, waiting = admit(lane, "a", steps=1), admit(lane, "b", steps=1)
-    with monkeypatch.context() as patch:
-        patch.setattr(lane.pool, "save", full)
-        while not failing.done:
-            lane.run()
+    def full(name: str, *rest: Any) -> int:
+        if name == "large":
+            raise OSError(28, "No space left on device")
+        return save(name, *rest)
+
+    failing, other = admit(lane, "a", steps=1, name="large"), admit(lane, "b", steps=1)
+    monkeypatch.setattr(lane.pool, "save", full)
+    run_all(lane)
     with pytest.raises(OSError, match="No space"):
         failing.result(0)
-    run_all(lane)
-    assert waiting.result(0).steps == 1
+    assert other.result(0).steps == 1
 
 
 @pytest.mark.parametrize("job_id", ["../../x", "..", "", "/tmp/x", "a/b"])
 def test_a_run_whose_id_could_be_a_path_fails_alone_and_writes_nothing(
     lane: TrainLane, tmp_path: Path, job_id: str
 ) -> None:
-    hostile, waiting = admit(lane, job_id, steps=1), admit(lane, "b", steps=1)
+    hostile, other = admit(lane, job_id, steps=1), admit(lane, "b", steps=1)
     run_all(lane)
     with pytest.raises(InvalidRequest, match="job id"):
         hostile.result(0)
-    assert waiting.result(0).steps == 1
+    assert other.result(0).steps == 1
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["b"]
     assert {path.name for path in tmp_path.iterdir()} == {"adapters", "runs"}
 

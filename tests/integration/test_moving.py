@@ -38,8 +38,8 @@ def model(tmp_path: Path) -> str:
 
 
 @contextmanager
-def worker(broker: FragileBroker, home: Path, model: str) -> Iterator[Stack]:
-    settings = stack_settings(home, url=broker.url, grace=1.0, models=(model,))
+def worker(broker: FragileBroker, home: Path, model: str, **overrides: Any) -> Iterator[Stack]:
+    settings = stack_settings(home, url=broker.url, grace=1.0, models=(model,), **overrides)
     with Stack(settings, flower=False) as stack:
         yield stack
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from engine.adapters.store import AdapterStore
+from engine.training.memory import RunMemory
 from stoker.broker import keys, registry
 from stoker.broker.connection import connect
 from stoker.broker.ledger.record import Field
@@ -41,6 +42,7 @@ from tasks.embed import EmbedHandler
 from tasks.generate import GenerateHandler
 from tasks.train import TrainHandler
 from workers import moving
+from workers.capacity import DoesNotFit
 from workers.job import Job
 from workers.job_lease import JobLease
 
@@ -53,10 +55,13 @@ class Worker:
 
     def __init__(self, settings: Settings, root: Path) -> None:
         self.redis, self.store = connect(settings), AdapterStore(root / "adapters")
+        self.run_memory = RunMemory(100)
         self.runtime: Any = SimpleNamespace(
             redis=self.redis,
             settings=settings,
-            engine=SimpleNamespace(store=self.store),
+            engine=SimpleNamespace(
+                store=self.store, models={"m": None}, run_memory=self.run_memory, kept_by=lambda request: 60
+            ),
             name="w@here",
             persist=lambda action: action(),
         )
@@ -135,6 +140,27 @@ def test_a_run_has_its_dataset_and_the_same_version_however_often_it_begins(work
     request = training(worker.send("dataset", LINES))
     first, second = (TrainHandler().load_input(worker.job(), request) for _ in range(2))
     assert first == second == TrainInput(LINES, 1)
+
+
+def test_a_run_that_does_not_fit_next_to_another_goes_back_before_it_takes_anything(worker: Worker) -> None:
+    """One that is alone always fits."""
+    request, job = training(worker.send("dataset", LINES)), worker.job()
+    worker.run_memory.reserve("another's token", 300)
+    with pytest.raises(DoesNotFit, match=r"does not fit next to 1 that keep .*STOKER_TRAIN_MEMORY") as refused:
+        TrainHandler().load_input(job, request)
+    assert refused.value.others == 1
+    assert worker.redis.hget(keys.job("job"), Field.VERSION) is None
+    worker.run_memory.release("another's token")
+    assert TrainHandler().load_input(job, request) is not None
+    assert worker.run_memory.kept == 60
+    worker.resources.close()
+    assert worker.run_memory.kept == 0
+
+
+def test_a_run_on_a_model_that_has_just_been_unloaded_is_left_to_the_engine_to_refuse(worker: Worker) -> None:
+    del worker.runtime.engine.models["m"]
+    assert TrainHandler().load_input(worker.job(), training(worker.send("dataset", LINES))) is not None
+    assert worker.run_memory.kept == 0
 
 
 def test_a_run_whose_dataset_has_expired_has_no_input_and_takes_no_version(worker: Worker) -> None:

@@ -46,6 +46,7 @@ from stoker.settings import Settings
 from workers import job, memory
 from workers.account import DeliveryEnd, JobAccount, Observers
 from workers.artifacts import StoreTrouble
+from workers.capacity import DoesNotFit
 from workers.celery.lanes import LaneRequest
 from workers.context import WorkerContext
 from workers.delivery import Delivery
@@ -359,6 +360,19 @@ def test_a_stopping_workers_job_goes_back_without_owner_and_without_a_crash(work
         assert back.value.requeue
     assert worker.outcome is None
     assert worker.redis.hget(keys.job("job"), Field.TOKEN) is None
+
+
+def test_a_job_that_does_not_fit_goes_back_to_its_queue_and_its_lane_takes_no_other(worker: Worker) -> None:
+    """Before its message goes back: this worker would take it again."""
+    worker.context.lanes.configure({"generate": 4}, {"generate": [QUEUE]})
+    for _ in range(2):
+        worker.context.lanes.enter("generate")
+    with pytest.raises(Reject) as back:
+        worker.deliver(raising(DoesNotFit("it is too large next to 1", 1)))
+    assert back.value.requeue
+    assert worker.outcome is None
+    assert worker.redis.hget(keys.job("job"), Field.TOKEN) is None
+    assert worker.context.lanes.load() == {"generate": (2, 1)}
 
 
 def test_out_of_memory_sends_a_job_back_to_a_smaller_lane_and_fails_it_in_the_end(

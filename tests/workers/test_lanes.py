@@ -205,6 +205,44 @@ def test_a_lane_whose_jobs_did_not_fit_into_memory_holds_half_as_many_for_a_whil
     assert lanes.load() == {"generate": (1, 3), "train": (0, 1)}
 
 
+def test_a_lane_whose_next_job_does_not_fit_holds_no_more_until_one_of_the_others_has_ended() -> None:
+    lanes, consumer = make()
+    lanes.configure({"train": 3}, {"train": ["q"]})
+    for _ in range(2):
+        lanes.enter("train")
+    lanes.hold_back("train", 1, "too large")
+    assert lanes.held_back == {"train": "too large"}
+    lanes.leave("train")
+    assert (lanes.load(), lanes.has_room("train"), consumer.looks) == ({"train": (1, 1)}, False, 0)
+    lanes.leave("train")
+    assert (lanes.load(), lanes.has_room("train"), consumer.looks) == ({"train": (0, 3)}, True, 1)
+    assert lanes.held_back == {}
+
+
+@given(st.lists(st.integers(0, 3), max_size=40))
+def test_a_lane_that_was_held_back_is_never_closed_for_good(actions: list[int]) -> None:
+    """In any order of ends and refusals: once the lane is empty it is open again, and the loop was woken."""
+    lanes, consumer = make()
+    lanes.configure({"train": 4}, {"train": ["q"]})
+    held, refused = 0, 0
+    for action in actions:
+        if action in (0, 1) and lanes.has_room("train"):
+            lanes.enter("train")
+            held += 1
+        elif action == 2 and held - refused > 0:
+            lanes.leave("train")
+            held -= 1
+        elif action == 3 and held - refused > 1:
+            lanes.hold_back("train", held - refused - 1, "too large")
+            refused += 1
+    looks, was_closed = consumer.looks, not lanes.has_room("train")
+    for _ in range(held):
+        lanes.leave("train")
+    assert lanes.load() == {"train": (0, 4)}
+    assert lanes.held_back == {}
+    assert consumer.looks > looks or not was_closed
+
+
 def test_a_lane_is_halved_once_for_all_jobs_that_failed_together_and_never_holds_none(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

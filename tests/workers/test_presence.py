@@ -38,6 +38,10 @@ class Others:
     def load(self) -> dict[str, tuple[int, int]]:
         return {"embed": (0, 1)}
 
+    @property
+    def held_back(self) -> dict[str, str]:
+        return {"embed": "it does not fit"}
+
     def grow(self) -> None:
         self.grown += 1
 

@@ -69,6 +69,7 @@ class Heart:
             models=tuple(engine.cards),
             adapters=engine.adapters,
             lanes=self._lanes.load(),
+            held_back=self._lanes.held_back,
             memory_bytes=engine.memory_bytes,
             offers=residency.offers,
             states=residency.states,
