@@ -10,6 +10,8 @@ PYTEST_ARGS ?=
 # Processes that share the tests: most of them wait for a broker, a lease or one core.
 JOBS ?= 2
 MINUTES ?= 30
+# Where this is set, each process that a test starts compiles every module anew, and each one that tests rewrites them.
+export PYTHONDONTWRITEBYTECODE :=
 
 LOCK_VENV := .venv-lock
 GOLDENS_VENV := .venv-goldens

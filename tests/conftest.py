@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -61,6 +62,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     come the rooms with long tests, so that at the end, where one process may wait for the other, all are short.
     """
     items.sort(key=lambda item: (*FIRST, item.path.parent.name).index(item.path.parent.name))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Modules and items stay until the end. To look through them again would cost a third of a second at each end of an
+    engine's thread, and each time that a test may have left something."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_sessionfinish() -> None:

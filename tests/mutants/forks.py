@@ -35,7 +35,8 @@ class Forks:
     """The process that forks, with `folder` as its working directory and first on the path."""
 
     def __init__(self, folder: Path) -> None:
-        env = os.environ | {"PYTHONPATH": str(folder)}
+        # Python takes the bytecode of a text that is as long and from the same second: a mistake could go unread.
+        env = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
         command = [sys.executable, "-P", __file__]
         self._process = subprocess.Popen(command, cwd=folder, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
