@@ -83,6 +83,21 @@ class Batch:
         self.rows.append(row)
         self.kv.put(row.slot, source, source_row, row.cached)
 
+    def arrange(self) -> None:
+        """Have the rows of a better priority in the slots before the others."""
+        rows = self.rows
+        for slot in range(len(rows)):
+            best = min(range(slot, len(rows)), key=lambda other: rows[other].priority)
+            if rows[best].priority < rows[slot].priority:
+                self._swap(slot, best)
+
+    def _swap(self, slot: int, other: int) -> None:
+        rows = self.rows
+        if self.kv is not None:
+            self.kv.swap(slot, other, max(rows[slot].cached, rows[other].cached))
+        rows[slot], rows[other] = rows[other], rows[slot]
+        rows[slot].slot, rows[other].slot = slot, other
+
     def leave(self, row: Row) -> None:
         """Free a row's slot; the last row moves into it."""
         last = self.rows.pop()
@@ -100,34 +115,35 @@ class Batch:
         if self.kv is not None:
             self.kv.clear_beyond([row.cached for row in self.rows] + [0] * (self.kv.rows - len(self.rows)))
 
-    def launch(self) -> bool:
-        """Start the next pass, whether or not the last one has been read; False if no row needs it.
+    def launch(self, count: int | None = None) -> bool:
+        """Start the next pass, whether or not the last one has been read; False if no row needs it. `count`: how many
+        rows it takes, from the first slot on; the others rest, with their keys and values. None: all.
 
         Raises `RowFault` for a row that cannot be sampled, before anything has begun.
         """
-        pending = self._in_flight
+        pending, rows = self._in_flight, self.rows[:count]
         ahead = self.ahead(pending)
-        if not self.rows or all(row.ends_within(ahead[slot]) for slot, row in enumerate(self.rows)):
+        if not rows or all(row.ends_within(ahead[slot]) for slot, row in enumerate(rows)):
             return False
         self.fit(len(self.rows), max(row.cached for row in self.rows) + 1)
         assert self.kv is not None
-        count = len(self.rows)
-        size = min(bucket(count), self.kv.rows) if self._step.decode_buckets else count
-        draws, sampling = gather(self.rows, ahead, self._model.args.vocab, size)
-        offset = np.zeros(size, dtype=np.int32)
-        offset[:count] = [row.cached for row in self.rows]
+        size = min(bucket(len(rows)), self.kv.rows) if self._step.decode_buckets else len(rows)
+        padding = size - len(rows)
+        assert not padding or len(rows) == len(self.rows), "a row that rests would be written to"
+        draws, sampling = gather(rows, ahead[: len(rows)], self._model.args.vocab, size)
+        offset = np.array([row.cached for row in rows] + [0] * padding, dtype=np.int32)
         given = ForwardInput(
-            self._tokens(pending, size)[:, None],
+            self._tokens(pending, rows, size)[:, None],
             mx.array(offset),
             self._kv_length(int(offset.max()) + 1),
-            adapters=self._pool.rows([row.adapter for row in self.rows] + [0] * (size - count)),
+            adapters=self._pool.rows([row.adapter for row in rows] + [0] * padding),
             positions=self.kv.pending(offset),
         )
         chosen = self._step(self.kv, given, sampling)
         mx.async_eval(chosen)  # type: ignore[no-untyped-call]
-        for row in self.rows:
+        for row in rows:
             row.cached += 1
-        self._in_flight = PendingStep(list(self.rows), [row.epoch for row in self.rows], draws, chosen)
+        self._in_flight = PendingStep(rows, [row.epoch for row in rows], draws, chosen)
         return True
 
     def read(self, pending: PendingStep) -> list[tuple[Row, Pick]]:
@@ -148,14 +164,13 @@ class Batch:
         unread = {id(row): epoch for row, epoch in zip(pending.rows, pending.epochs, strict=True)}
         return [int(unread.get(id(row)) == row.epoch) for row in self.rows]
 
-    def _tokens(self, pending: PendingStep | None, size: int) -> mx.array:
+    def _tokens(self, pending: PendingStep | None, rows: Sequence[Row], size: int) -> mx.array:
         """Each row's newest token, int32 (size,); from the device where the host does not know it yet."""
-        if pending is not None and pending.rows == self.rows and pending.chosen[0].shape[0] == size:
+        if pending is not None and pending.rows == rows and pending.chosen[0].shape[0] == size:
             return pending.chosen[0]
         index_of = {} if pending is None else {id(row): index for index, row in enumerate(pending.rows)}
         known, source = np.zeros(size, dtype=np.int32), np.full(size, -1, dtype=np.int32)
-        for slot, ahead in enumerate(self.ahead(pending)):
-            row = self.rows[slot]
+        for slot, (row, ahead) in enumerate(zip(rows, self.ahead(pending), strict=False)):
             if ahead:
                 source[slot] = index_of[id(row)]
             else:

@@ -36,7 +36,7 @@ class KvBudget:
             if not self._prefixes.evict():
                 self._batch.shrink()
                 fits = self.used + self._needed(len(rows), length) <= self._limit
-                return fits or not self._batch.rows
+                return fits or not (self._batch.rows or self.prefilling)
         return True
 
     def must_shrink(self, rows: int, length: int) -> bool:

@@ -11,12 +11,15 @@ from engine.checkpoints.loading import LoadedModel
 from engine.generation.batch import Batch
 from engine.generation.draws import Pick
 from engine.generation.kv_budget import KvBudget
-from engine.generation.limits import GROUP, GROUP_TOKENS, GenerationLoad, LaneLimits
-from engine.generation.prefill import Prefill, PrefillPacer
+from engine.generation.limits import GROUP, GenerationLoad, LaneLimits
+from engine.generation.pacing import Chunk, LanePacer
+from engine.generation.prefill import Prefill
 from engine.generation.prefixes import PrefixCache
 from engine.generation.prompt import check_ids, check_memory, tokenize
+from engine.generation.prompts import Prompts
 from engine.generation.roster import Roster
 from engine.generation.row import Generation, Row, RowFault, RowState
+from engine.generation.seats import Seats
 from engine.generation.step import Step, usual
 from engine.generation.structured import GrammarVocabulary
 from engine.ticket import StepOutput, Ticket
@@ -26,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 class GenerateLane:
-    """All generation jobs of one model, in order of arrival.
+    """All generation jobs of one model, by priority, and those of one priority in order of arrival.
 
     Its roster owns each row from `admit` until `_release`, wherever the row is meanwhile: a cancel, a deadline and
     `fail_all` always find it. What fails for one row is a `RowFault`, and ends its own job; any other exception of
@@ -39,22 +42,19 @@ class GenerateLane:
         self._model, self._pool, self.limits = model, pool, limits or LaneLimits()
         self._decoder = model.decoder
         self.step = Step(self._decoder, self.limits.compiled or usual())
-        #: One paces chunks while streams run, the other paces chunks that hold up no stream.
-        self._busy_pacer, self._idle_pacer = PrefillPacer(), PrefillPacer(256)
-        #: Seconds of a turn that only decoded, as measured lately.
-        self._turn = 0.0
+        self._pacer = LanePacer(self.limits.stall)
+        #: When the last step ended.
+        self._ended = 0.0
         self._vocabulary = GrammarVocabulary(model.tokenizer)
-        #: Rows that were put back because memory ran short.
-        self.preempted = 0
-        self._reset()
+        self._reset(preempted=0)
 
-    def _reset(self) -> None:
+    def _reset(self, preempted: int) -> None:
         self.batch = Batch(self._decoder, self._pool, self.step)
-        self._prefill: Prefill | None = None
         kept = int(self.limits.kv_bytes * self.limits.prefix_share)
         self.prefixes = PrefixCache(kept, whole=bool(self._decoder.kv_sizes.states))
         self.budget = KvBudget(self._decoder, self.limits.kv_bytes, self.batch, self.prefixes)
-        self._roster = Roster()
+        self._prompts, self._roster = Prompts(self.budget), Roster()
+        self._seats = Seats(self.limits.slots, self._roster, self._prompts, self.batch, self.budget, preempted)
 
     def warm(self) -> None:
         """`warming` at once."""
@@ -85,7 +85,7 @@ class GenerateLane:
     @property
     def prefilling(self) -> list[Row]:
         """Rows whose prompts are on their way through the model."""
-        return self._prefill.rows if self._prefill else []
+        return self._prompts.rows
 
     @property
     def held(self) -> list[Row]:
@@ -96,6 +96,11 @@ class GenerateLane:
     def load(self) -> GenerationLoad:
         """How full it is. From any thread."""
         return GenerationLoad(self.kv_bytes, self.limits.kv_bytes, self.preempted, self.step.traced)
+
+    @property
+    def preempted(self) -> int:
+        """Rows that were put back because they had to make way."""
+        return self._seats.preempted
 
     @property
     def kv_bytes(self) -> int:
@@ -132,51 +137,61 @@ class GenerateLane:
 
     def run(self, *, lookahead: bool = True) -> StepOutput:
         """Take rows that wait, push prompts on by a chunk, decode every row that is ready by one token."""
-        output, began = StepOutput(), time.perf_counter()
-        self._begin_prefill()
-        calm = self._prefill is None
-        self._advance_prefill(output)
+        # A pass that is under way began when the last step ended.
+        began = self._ended if self.batch.in_flight else time.perf_counter()
+        output = StepOutput()
+        self._pacer.begin({row.priority for row in self.held})
+        pushed = self._push_prompts(output)
         if output.entries and lookahead:
             # A first token is there: it is reported before the lane waits for the pass that is under way.
             self._launch()
-            return output
-        self._decode(output, lookahead)
-        if calm:
-            seconds = time.perf_counter() - began
-            self._turn = 0.8 * self._turn + 0.2 * seconds if self._turn else seconds
+        else:
+            self._decode(output, lookahead)
+        self._ended = time.perf_counter()
+        self._pacer.note(self._ended - began, None if pushed else output.rows)
         return output
 
     # --- prompts ---
 
-    def _begin_prefill(self) -> None:
-        if self._prefill is not None or not (rows := self._next_group()):
+    def _push_prompts(self, output: StepOutput) -> bool:
+        """Push prompts of the foreground on by a chunk, and those of the background while this is its turn; whether
+        there were any."""
+        pushed = self._push(self._pacer.foreground, output)
+        until = time.perf_counter() + self._pacer.background_seconds
+        while self._push(self._pacer.background, output):
+            pushed = True
+            if time.perf_counter() >= until:
+                break
+        return pushed
+
+    def _push(self, priorities: range, output: StepOutput) -> bool:
+        """Push the best group of these priorities on by a chunk; whether there is one."""
+        self._begin_prefill(priorities)
+        prefill = self._prompts.best(priorities)
+        if prefill is None:
+            return False
+        decoding = any(row.priority <= prefill.priority for row in self.batch.rows)
+        for row, pick in self._advanced(prefill, self._pacer.chunk(prefill.priority, decoding=decoding)):
+            wants_more = self._extend(row, pick, output, prefill)
+            if wants_more and self._seats.make_room(len(self.batch.rows) + 1, row.cached + 1, row):
+                self.batch.join(row, prefill.kv, prefill.kv_row(row))
+        self._prompts.count()
+        return True
+
+    def _begin_prefill(self, priorities: range) -> None:
+        """Take rows that wait, unless a group as good is under way."""
+        waiting = [row for row in self._roster.waiting if row.priority in priorities]
+        under_way = self._prompts.best(priorities)
+        if not waiting or (under_way is not None and under_way.priority <= waiting[0].priority):
+            return
+        most = GROUP if self.step.prompt_buckets else 1
+        if not (rows := [row for row in self._seats.taken(waiting, most) if self._acquire(row)]):
             return
         try:
-            self._prefill = Prefill(self._decoder, self._pool, self.step, rows, self.prefixes)
-            self.budget.prefilling = self._prefill.kv.nbytes
+            self._prompts.begin(Prefill(self._decoder, self._pool, self.step, rows, self.prefixes))
         except RowFault as fault:
             self._fail(fault)
             self._roster.put_back(rows)
-
-    def _end_prefill(self) -> None:
-        self._prefill, self.budget.prefilling = None, 0
-
-    def _next_group(self) -> list[Row]:
-        """The rows to be prefilled next: the first that waits, and where it pays those behind it that fit."""
-        group: list[Row] = []
-        most = GROUP if self.step.prompt_buckets else 1
-        waiting = self._roster.waiting
-        while waiting and len(group) < most and len(self.batch.rows) + len(group) < self.limits.slots:
-            row = waiting[0]
-            longest = max(one.length for one in (row, *group))
-            if group and (longest * (len(group) + 1) > GROUP_TOKENS or row.generation is group[-1].generation):
-                break  # completions of one prompt: the first leaves a prefix for the others
-            if not self.budget.admits([*group, row]):
-                break
-            waiting.popleft()
-            if self._acquire(row):
-                group.append(row)
-        return group
 
     def _acquire(self, row: Row) -> bool:
         """Pin the version of a row's adapter; a row that was preempted has it."""
@@ -190,27 +205,12 @@ class GenerateLane:
         row.ticket.start()
         return True
 
-    def _advance_prefill(self, output: StepOutput) -> None:
-        if self._prefill is None:
-            return
-        prefill, busy = self._prefill, bool(self.batch.rows)
-        # A chunk as long as a decode step at most doubles the time between two tokens.
-        patience = min(self.limits.stall, max(self._turn, 0.002)) if busy else 1.0
-        for row, pick in self._advanced(prefill, self._busy_pacer if busy else self._idle_pacer, patience):
-            if self._extend(row, pick, output, prefill):
-                self._make_room(len(self.batch.rows) + 1, row.cached + 1)
-                self.batch.join(row, prefill.kv, prefill.kv_row(row))
-        if not prefill.rows:
-            self._end_prefill()
-
-    def _advanced(self, prefill: Prefill, pacer: PrefillPacer, patience: float) -> list[tuple[Row, Pick]]:
+    def _advanced(self, prefill: Prefill, chunk: Chunk) -> list[tuple[Row, Pick]]:
         try:
-            found = prefill.advance(pacer, patience)
+            return prefill.advance(chunk.pacer, chunk.patience)
         except RowFault as fault:
             self._fail(fault)
             return []
-        self.budget.prefilling = prefill.kv.nbytes
-        return found
 
     def _extend(self, row: Row, pick: Pick, output: StepOutput, prefill: Prefill | None = None) -> bool:
         """Give a row its next token; whether it wants more. `prefill`: where its prompt has just been."""
@@ -252,27 +252,18 @@ class GenerateLane:
         if batch.in_flight is not None and not again:
             return True
         while True:
-            self._make_room(len(batch.rows), max((row.cached for row in batch.rows), default=0) + 1)
+            self._seats.make_room(len(batch.rows), max((row.cached for row in batch.rows), default=0) + 1)
             try:
-                return batch.launch()
+                return batch.launch(self._width())
             except RowFault as fault:
                 self._fail(fault)
 
-    def _make_room(self, rows: int, length: int) -> None:
-        """Before the batch grows to `rows` of `length` tokens: the rows that came last are put back among those that
-        wait. They keep their tokens and are prefilled with them later, so that their streams go on where they were.
-        """
-        batch = self.batch
-        while self.budget.must_shrink(rows, length):
-            self._preempt(max(batch.rows, key=lambda row: row.ticket.submitted))
-            rows = min(rows, len(batch.rows) + 1)
-            length = max((row.cached + 1 for row in batch.rows), default=1)
-            batch.shrink()
-
-    def _preempt(self, row: Row) -> None:
-        self.batch.leave(row)
-        self._roster.put_back([row])
-        self.preempted += 1
+    def _width(self) -> int:
+        """How many rows the next pass takes: the first ones."""
+        if self._pacer.contested:
+            self.batch.arrange()
+        rows = self.batch.rows
+        return self._pacer.rows(sum(row.priority == self._pacer.best for row in rows), len(rows))
 
     # --- the end ---
 
@@ -288,18 +279,11 @@ class GenerateLane:
         """The end of a row: free what it holds, wherever it is."""
         if row.slot >= 0:
             self.batch.leave(row)
-        if row in self.prefilling:
-            self._drop_from_prefill(row)
+        self._prompts.drop(row)
         if row.adapter >= 0:
             self._pool.release(row.adapter)
             row.adapter = -1
         self._roster.end(row)
-
-    def _drop_from_prefill(self, row: Row) -> None:
-        assert self._prefill is not None
-        self._prefill.rows.remove(row)
-        if not self._prefill.rows:
-            self._end_prefill()
 
     def fail_all(self, error: BaseException) -> None:
         for row in self.held:
@@ -308,4 +292,4 @@ class GenerateLane:
             if row.adapter >= 0:
                 self._pool.release(row.adapter)
                 row.adapter = -1
-        self._reset()
+        self._reset(self.preempted)

@@ -43,7 +43,7 @@ class PrefillPacer:
 
 
 class Prefill:
-    """A group of rows that are prefilled together: one pass takes the next chunk of each.
+    """A group of rows of one priority that are prefilled together: one pass takes the next chunk of each.
 
     Making it and `advance` raise `RowFault` for a row that fails by itself: then no pass has begun.
     """
@@ -52,7 +52,7 @@ class Prefill:
         self, model: Decoder, pool: AdapterPool, step: Step, rows: Sequence[Row], prefixes: PrefixCache
     ) -> None:
         self._model, self._pool, self._step = model, pool, step
-        self.rows = list(rows)
+        self.rows, self.priority = list(rows), rows[0].priority
         self._kv_rows = {id(row): index for index, row in enumerate(self.rows)}
         self.kv = self._start(prefixes)
         for row in self.rows:

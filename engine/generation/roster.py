@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Sequence
 
 from engine.generation.row import Row, RowState
 
 
 class Roster:
-    """Every row that was admitted and has not ended; of those, the rows that wait, in their order.
+    """Every row that was admitted and has not ended; of those, the rows that wait, in their order: by priority, those
+    of one as they came.
 
     The prefill and the batch have rows on loan: what fails there cannot lose one, nor the ticket that it belongs to.
     """
 
     def __init__(self) -> None:
         self._rows: dict[Row, None] = {}
-        self.waiting: deque[Row] = deque()
+        self.waiting: list[Row] = []
 
     def __bool__(self) -> bool:
         return bool(self._rows)
@@ -27,11 +28,14 @@ class Roster:
 
     def admit(self, rows: Sequence[Row]) -> None:
         self._rows |= dict.fromkeys(rows)
-        self.waiting.extend(self._waiting_now(rows))
+        for row in rows:
+            self._let_wait(row, bisect_right)
 
     def put_back(self, rows: Sequence[Row]) -> None:
-        """Let rows that had their turn wait again, before the others."""
-        self.waiting.extendleft(reversed(self._waiting_now([row for row in rows if row.state is not RowState.ENDED])))
+        """Let rows that had their turn wait again, before the others of their priority."""
+        for row in reversed(rows):
+            if row.state is not RowState.ENDED:
+                self._let_wait(row, bisect_left)
 
     def end(self, row: Row) -> None:
         row.state = RowState.ENDED
@@ -39,8 +43,10 @@ class Roster:
         if row in self.waiting:
             self.waiting.remove(row)
 
-    @staticmethod
-    def _waiting_now(rows: Sequence[Row]) -> Sequence[Row]:
-        for row in rows:
-            row.state, row.cached = RowState.WAITING, 0
-        return rows
+    def _let_wait(self, row: Row, place: Callable[..., int]) -> None:
+        row.state, row.cached = RowState.WAITING, 0
+        self.waiting.insert(place(self.waiting, row.priority, key=_priority), row)
+
+
+def _priority(row: Row) -> int:
+    return row.priority

@@ -167,6 +167,11 @@ class Row:
         return self.generation.request
 
     @property
+    def priority(self) -> int:
+        """Of its job: 0 is the best."""
+        return self.request.priority
+
+    @property
     def length(self) -> int:
         """Tokens of prompt and answer."""
         return len(self.generation.prompt) + len(self.tokens)

@@ -123,6 +123,12 @@ class KeyValues:
         """Copy the first `length` positions of a row to another."""
         self.put(row, self, source_row, length)
 
+    def swap(self, row: int, other: int, length: int) -> None:
+        """Let two rows change places, the first `length` positions of each."""
+        kept = self.row(row, length)
+        self.put(row, self, other, length)
+        self.put(other, kept, 0, length)
+
     def clear_beyond(self, lengths: list[int]) -> None:
         """Zeros in each row's positions from its length on. What lies there is masked, and 0 times NaN is NaN."""
         self.states = [

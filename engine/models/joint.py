@@ -99,6 +99,15 @@ class JointKeyValues:
         for array in self.arrays:
             array[row : row + 1, :, :length] = array[source_row : source_row + 1, :, :length]
 
+    def swap(self, row: int, other: int, length: int) -> None:
+        """Let two rows change places, the first `length` positions of each."""
+        self._write_fresh()
+        for array in self.arrays:
+            kept = mx.contiguous(array[row : row + 1, :, :length])
+            mx.eval(kept)
+            array[row : row + 1, :, :length] = array[other : other + 1, :, :length]
+            array[other : other + 1, :, :length] = kept
+
     def clear_beyond(self, lengths: list[int]) -> None:
         """Zeros in each row's positions from its length on. What lies there is masked, and 0 times NaN is NaN."""
         self._write_fresh()

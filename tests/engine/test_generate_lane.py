@@ -177,8 +177,12 @@ def test_the_same_holds_for_compiled_passes(traffic_model: LoadedModel, pool: Ad
 def check_traffic(
     model: LoadedModel, pool: AdapterPool, seed: int, held: dict[str, LoraWeights] | None = None, **limits: Any
 ) -> None:
-    """`held`: the adapters "one" and "two" of the pool, where they are not `adapters(model)`."""
+    """`held`: the adapters "one" and "two" of the pool, where they are not `adapters(model)`. Half the seeds have
+    requests of several priorities: rows rest, change places and make way."""
     requests = random_requests(seed, 4)
+    if seed % 4 in (1, 2):
+        priorities = np.random.default_rng(seed).choice([2, 5, 9], len(requests)).tolist()
+        requests = [one.model_copy(update={"priority": at}) for one, at in zip(requests, priorities, strict=True)]
     alone = []
     for one in requests:
         driver = Driver(model, pool, slots=1)

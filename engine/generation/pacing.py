@@ -1,0 +1,152 @@
+"""How long a step may be: how many rows its pass takes, and how much of which prompts goes before it.
+
+The rows of the best priority that a lane holds are its foreground, all others its background. While both are here, a
+pass takes so many rows of the background that it is measured to take at most `STRETCH` times what it takes without
+them; prompts of the background go through the model in one step of `EVERY` alone, its turn. So less than one token in
+twenty of a stream waits for the background, and the background always goes on: where not one of its rows fits, all of
+them are in the pass of its turn.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from statistics import median
+
+from engine.generation.prefill import PrefillPacer
+from engine.generation.step import bucket
+
+#: How many times as long a pass may take for the rows of the background in it.
+STRETCH = 1.5
+#: Steps from one turn of the background to the next.
+EVERY = 40
+#: Of the time since its last turn, how much prompts of the background may take in the next one.
+SHARE = 0.25
+#: Steps after a turn that the foreground has to itself: they measure what its passes take.
+ALONE = 3
+#: Passes of one size whose median is what they take, at least and at most.
+LEAST, MOST = 3, 9
+#: Turns after which a size that was not run since is unknown again: rows have grown, other processes have ended.
+FORGET = 16
+#: The worst priority.
+WORST = 9
+
+
+@dataclass
+class _Passes:
+    """Of one size: seconds of the last ones, and the turn after which the last one was."""
+
+    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=MOST))
+    turn: int = 0
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """How much of a prompt goes at once: what `pacer` says, which learns from the `patience` that there was."""
+
+    pacer: PrefillPacer
+    patience: float
+
+
+class LanePacer:
+    """`stall`: seconds that a prompt may hold up running streams."""
+
+    def __init__(self, stall: float) -> None:
+        self._stall = stall
+        #: Chunks while streams run, chunks that hold up no stream, and chunks of the background.
+        self._busy, self._idle, self._behind = PrefillPacer(), PrefillPacer(256), PrefillPacer()
+        #: Seconds of a step that only decoded, as measured lately.
+        self._decoding = 0.0
+        self._passes: dict[int, _Passes] = {}
+        self._turns = 0
+        #: Steps since the last turn of the background, this one included, and seconds of those before it. 0: all rows
+        #: are of one priority.
+        self._step, self._seconds = 0, 0.0
+        #: The best priority of all rows.
+        self.best = 0
+
+    def begin(self, priorities: set[int]) -> None:
+        """A step begins, with rows of these priorities."""
+        self.best = min(priorities, default=0)
+        if len(priorities) < 2 or self._step >= EVERY:
+            self._turns += self._step >= EVERY
+            self._step, self._seconds = 0, 0.0
+        self._step += len(priorities) > 1
+
+    def note(self, seconds: float, rows: int | None) -> None:
+        """The step took `seconds`, with a pass of `rows`; None: with prompts before it."""
+        self._seconds += seconds
+        if rows is None:
+            return
+        self._decoding = 0.8 * self._decoding + 0.2 * seconds if self._decoding else seconds
+        passes = self._passes.setdefault(rows, _Passes())
+        passes.seconds.append(seconds)
+        passes.turn = self._turns
+
+    @property
+    def contested(self) -> bool:
+        """Whether foreground and background are both here."""
+        return self._step > 0
+
+    @property
+    def foreground(self) -> range:
+        """Its priority."""
+        return range(self.best, self.best + 1)
+
+    @property
+    def background(self) -> range:
+        """Priorities whose prompts may go on in this step too."""
+        return range(self.best + 1, WORST + 1) if self._is_turn else range(0)
+
+    @property
+    def _is_turn(self) -> bool:
+        """Whether this step is the background's turn."""
+        return self._step == EVERY
+
+    @property
+    def background_seconds(self) -> float:
+        """Seconds after the beginning of which no further prompt of the background is begun in its turn. It may take
+        twice as long."""
+        return min(self._stall, SHARE * self._seconds) / 2
+
+    def chunk(self, priority: int, *, decoding: bool) -> Chunk:
+        """For a prompt of this priority; `decoding`: whether rows that are as good decode meanwhile."""
+        if priority > self.best:
+            return Chunk(self._behind, self.background_seconds)
+        if decoding:
+            # A chunk as long as a decode step at most doubles the time between two tokens.
+            return Chunk(self._busy, min(self._stall, max(self._decoding, 0.002)))
+        return Chunk(self._idle, 1.0)
+
+    def rows(self, foreground: int, held: int) -> int:
+        """How many of the `held` rows the next pass takes; the first of them are the `foreground`.
+
+        Either all, or a size in which passes come (`bucket`): else rows that rest would be in its padding.
+        """
+        if not self.contested:
+            return held
+        least = min(held, bucket(foreground)) if foreground else 0
+        fits = self._fitting(least, held) if least and (self._is_turn or self._step > ALONE) else least
+        return held if self._is_turn and fits == least else fits
+
+    def _fitting(self, least: int, held: int) -> int:
+        """The largest size that is not too slow; of sizes that nothing is known of, the next one is tried."""
+        alone, size = self._typical(least), least
+        if alone is None:
+            return least
+        while size < held:
+            larger = min(held, bucket(size + 1))
+            seconds = self._typical(larger)
+            if seconds is None:
+                return larger
+            if seconds > STRETCH * alone:
+                break
+            size = larger
+        return size
+
+    def _typical(self, size: int) -> float | None:
+        """What a pass of so many rows takes; None: unknown."""
+        passes = self._passes.get(size)
+        if passes is None or self._turns - passes.turn > FORGET or len(passes.seconds) < LEAST:
+            return None
+        return median(passes.seconds)

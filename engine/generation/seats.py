@@ -1,0 +1,97 @@
+"""Who has a slot and memory of the batch, and who makes way for whom."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from engine.generation.batch import Batch
+from engine.generation.kv_budget import KvBudget
+from engine.generation.limits import GROUP_TOKENS
+from engine.generation.prompts import Prompts
+from engine.generation.roster import Roster
+from engine.generation.row import Row, RowState
+
+
+class Seats:
+    """Rows that have to make way are put back among those that wait. They keep their tokens and are prefilled with them
+    later, so that their streams go on where they were."""
+
+    def __init__(
+        self, slots: int, roster: Roster, prompts: Prompts, batch: Batch, budget: KvBudget, preempted: int
+    ) -> None:
+        self._slots, self._roster, self._prompts = slots, roster, prompts
+        self._batch, self._budget = batch, budget
+        #: Rows that were put back out of the batch.
+        self.preempted = preempted
+
+    def taken(self, waiting: Sequence[Row], most: int) -> Iterator[Row]:
+        """The rows to be prefilled next: the first that waits, and where it pays those behind it that fit. None of them
+        waits any more."""
+        group: list[Row] = []
+        for row in waiting:
+            # A job fails when one of its rows cannot have its adapter.
+            group = [taken for taken in group if taken.state is not RowState.ENDED]
+            if row.state is RowState.ENDED:
+                continue
+            if len(group) == most or (group and not _go_together(group, row)) or not self._has_place(row, group):
+                return
+            self._roster.waiting.remove(row)
+            group.append(row)
+            yield row
+
+    def _has_place(self, row: Row, group: Sequence[Row]) -> bool:
+        """Whether a row may be prefilled with `group`. Those of a worse priority make way, except that the last of them
+        keeps its slot."""
+        behind = any(other.priority > row.priority for other in self._roster.rows)
+        while True:
+            seated = [*self._batch.rows, *self._prompts.rows, *group]
+            as_good = sum(other.priority <= row.priority for other in seated)
+            if as_good >= max(1, self._slots - behind):
+                return False
+            if len(seated) < self._slots and self._budget.admits([*group, row]):
+                return True
+            if not self._make_way(row.priority):
+                return False
+
+    def _make_way(self, priority: int) -> bool:
+        """Put back what is worse than `priority`: prompts on their way, or a row; whether there was any."""
+        if rows := self._prompts.give_up(priority):
+            self._roster.put_back(rows)
+            return True
+        worse = [row for row in self._batch.rows if row.priority > priority]
+        if worse:
+            self._preempt(max(worse, key=_claim))
+        return bool(worse)
+
+    def make_room(self, rows: int, length: int, joining: Row | None = None) -> bool:
+        """Before the batch grows to `rows` of `length` tokens: of the worst priority, the rows that came last make way.
+        False: the row that is `joining` is worse than all that are there, and had to."""
+        batch = self._batch
+        while self._budget.must_shrink(rows, length):
+            last = max(batch.rows, key=_claim)
+            if joining is not None and joining.priority > last.priority:
+                self._roster.put_back([joining])
+                return False
+            self._preempt(last)
+            rows = min(rows, len(batch.rows) + 1)
+            length = max((row.cached + 1 for row in batch.rows), default=1)
+            batch.shrink()
+        return True
+
+    def _preempt(self, row: Row) -> None:
+        self._batch.leave(row)
+        self._roster.put_back([row])
+        self.preempted += 1
+
+
+def _claim(row: Row) -> tuple[int, float]:
+    """The largest makes way first: of the worst priority, the one that came last."""
+    return row.priority, row.ticket.submitted
+
+
+def _go_together(group: Sequence[Row], row: Row) -> bool:
+    """Whether one pass takes a row's prompt with those of `group`; of one job's rows, the first leaves a prefix for the
+    others."""
+    tokens = max(one.length for one in (row, *group)) * (len(group) + 1)
+    last = group[-1]
+    return tokens <= GROUP_TOKENS and row.priority == last.priority and row.generation is not last.generation

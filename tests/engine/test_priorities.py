@@ -1,0 +1,455 @@
+"""Jobs of a worse priority next to a stream: what they add to its steps, by a clock that counts rows and prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import quantiles
+from types import SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from engine.adapters.pool import AdapterPool
+from engine.adapters.store import AdapterStore
+from engine.checkpoints.loading import LoadedModel
+from engine.generation import lane, pacing, prefill
+from engine.generation.batch import Batch
+from engine.generation.draws import Pick
+from engine.generation.forward_input import ForwardInput
+from engine.generation.pacing import ALONE, EVERY, FORGET, LEAST, STRETCH, LanePacer
+from engine.generation.prefill import Prefill
+from engine.generation.row import Row
+from engine.generation.step import Step
+from engine.models.cache import KeyValues
+from engine.models.joint import JointKeyValues
+from engine.models.llama import Llama
+from tests.engine import tiny
+from tests.engine.test_batch import row_of, seat
+from tests.engine.test_generate_lane import Driver, Sent, request
+
+STREAM, BULK = 5, 9
+
+
+@pytest.fixture
+def model(tiny_llama: Llama) -> LoadedModel:
+    return tiny.loaded(tiny_llama, eos_ids=[])
+
+
+@pytest.fixture
+def pool(model: LoadedModel, tmp_path: Path) -> AdapterPool:
+    return AdapterPool(model, AdapterStore(tmp_path))
+
+
+@dataclass
+class Device:
+    """A pass of one row takes 1, each row more `row`; a prompt's chunk takes 1 and `token` for each token."""
+
+    row: float
+    token: float = 0.1
+    now: float = 0.0
+    #: The priorities of the rows of each pass that was read; of each chunk, its priority and tokens.
+    passes: list[list[int]] = field(default_factory=list)
+    chunks: list[tuple[int, int]] = field(default_factory=list)
+    _prompts_of: int = 0
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> Device:
+        read, advance, through = Batch.read, Prefill.advance, Step.__call__
+
+        def timed_read(batch: Batch, pending: Any) -> list[tuple[Row, Pick]]:
+            self.passes.append([row.priority for row in pending.rows])
+            self.now += 1 + self.row * (len(pending.rows) - 1)
+            return read(batch, pending)
+
+        def timed_pass(step: Step, kv: KeyValues, given: ForwardInput, *rest: Any) -> Any:
+            if given.last is not None:
+                self.chunks.append((self._prompts_of, given.tokens.size))
+                self.now += 1 + self.token * given.tokens.size
+            return through(step, kv, given, *rest)
+
+        def noted(prompts: Prefill, *rest: Any) -> Any:
+            self._prompts_of = prompts.priority
+            return advance(prompts, *rest)
+
+        monkeypatch.setattr(Batch, "read", timed_read)
+        monkeypatch.setattr(Prefill, "advance", noted)
+        monkeypatch.setattr(Step, "__call__", timed_pass)
+        clock = SimpleNamespace(perf_counter=lambda: self.now)
+        for module in (lane, prefill):
+            monkeypatch.setattr(module, "time", clock)
+        return self
+
+
+def stream(number: int, tokens: int = 60) -> Any:
+    return request([3 + number % 50, 7], max_tokens=tokens, priority=STREAM)
+
+
+def bulk(number: int, tokens: int = 20, length: int = 12) -> Any:
+    return request([3 + (number + at) % 50 for at in range(length)], max_tokens=tokens, priority=BULK)
+
+
+def gaps_of_streams(driver: Driver, device: Device, count: int) -> list[float]:
+    """One stream after the other; the time between two tokens of each."""
+    gaps: list[float] = []
+    for number in range(count):
+        sent, last, seen = driver.send(stream(number)), 0.0, 0
+        while not sent.ticket.done:
+            driver.step()
+            if len(sent.tokens) > seen:
+                assert len(sent.tokens) == seen + 1
+                gaps += [device.now - last] if seen else []
+                last, seen = device.now, len(sent.tokens)
+    return gaps
+
+
+def p95(gaps: Sequence[float]) -> float:
+    return quantiles(gaps, n=20)[-1]
+
+
+@pytest.mark.parametrize("row", [0.0, 0.05, 0.3, 2.0])
+def test_a_stream_keeps_its_pace_next_to_a_flood_and_the_flood_ends(
+    model: LoadedModel, pool: AdapterPool, monkeypatch: pytest.MonkeyPatch, row: float
+) -> None:
+    """Of a stream's tokens, 95 in 100 come within twice the time that they take alone, whatever a row costs."""
+    device = Device(row).install(monkeypatch)
+    alone = gaps_of_streams(Driver(model, pool, slots=8, stall=5.0), device, 4)
+    driver = Driver(model, pool, slots=8, stall=5.0)
+    flood = [driver.send(bulk(number)) for number in range(40)]
+    for _ in range(30):
+        driver.step()
+    device.passes.clear()
+    beside = gaps_of_streams(driver, device, 6)
+    assert p95(beside) <= 2 * p95(alone)
+    assert max(beside) <= p95(alone) + 5.0 + 1 + 8 * row + 4.2, "a turn of the background has a bound"
+    assert any(BULK in rows for rows in device.passes)
+    assert not all(sent.ticket.done for sent in flood)
+    driver.run()
+    assert [len(sent.tokens) for sent in flood] == [20] * 40
+    driver.assert_empty()
+
+
+def test_rows_that_cost_next_to_nothing_all_decode_with_the_stream(
+    model: LoadedModel, pool: AdapterPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = Device(0.01).install(monkeypatch)
+    driver = Driver(model, pool, slots=8, stall=5.0)
+    for number in range(7):
+        driver.send(bulk(number, tokens=400))
+    for _ in range(60):
+        driver.step()
+    device.passes.clear()
+    gaps_of_streams(driver, device, 4)
+    full = sum(len(rows) == 8 for rows in device.passes)
+    assert full > 0.7 * len(device.passes)
+
+
+@pytest.mark.parametrize("row", [0.3, 2.0])
+def test_a_pass_takes_no_more_rows_than_the_stretch_allows(
+    model: LoadedModel, pool: AdapterPool, monkeypatch: pytest.MonkeyPatch, row: float
+) -> None:
+    device = Device(row).install(monkeypatch)
+    driver = Driver(model, pool, slots=8, stall=5.0)
+    for number in range(7):
+        driver.send(bulk(number, tokens=400))
+    for _ in range(60):
+        driver.step()
+    device.passes.clear()
+    gaps_of_streams(driver, device, 8)
+    slow = sum(1 + row * (len(rows) - 1) > STRETCH for rows in device.passes if STREAM in rows)
+    assert 0 < slow < 0.05 * len(device.passes), "they were tried, or it was the turn of the background"
+
+
+def test_without_a_stream_a_flood_runs_as_if_it_were_of_the_usual_priority(
+    model: LoadedModel, pool: AdapterPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = Device(0.3).install(monkeypatch)
+    took = []
+    for priority in (STREAM, BULK):
+        began, driver = device.now, Driver(model, pool, slots=8)
+        for number in range(24):
+            driver.send(bulk(number).model_copy(update={"priority": priority}))
+        driver.run()
+        took.append(device.now - began)
+    assert took[0] == pytest.approx(took[1])
+
+
+def test_the_background_goes_on_next_to_streams_without_end(
+    model: LoadedModel, pool: AdapterPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where not one row of it fits: in each of its turns a prompt goes on, and each of its rows gets a token."""
+    device = Device(5.0).install(monkeypatch)
+    driver = Driver(model, pool, slots=4, stall=50.0)
+    driver.send(stream(0, tokens=900))
+    driver.step()
+    flood = [driver.send(bulk(number, tokens=4)) for number in range(6)]
+    for _ in range(EVERY + 1):
+        driver.step()
+    assert sum(len(sent.tokens) for sent in flood) >= 1, "a prompt in the first turn"
+    for _ in range(8 * EVERY):
+        driver.step()
+    assert sum(len(sent.tokens) for sent in flood) >= 8, "a token a turn at least"
+    assert any(sent.ticket.done for sent in flood)
+    assert sum(BULK in rows for rows in device.passes) <= 10 + (ALONE + LEAST)
+
+
+def test_a_stream_has_a_slot_at_once_where_bulk_has_them_all_and_leaves_it_the_last(
+    model: LoadedModel, pool: AdapterPool
+) -> None:
+    driver = Driver(model, pool, slots=4)
+    flood = [driver.send(bulk(number, tokens=30)) for number in range(8)]
+    for _ in range(6):
+        driver.step()
+    assert [row.priority for row in driver.lane.batch.rows] == [BULK] * 4
+    streams = [driver.send(stream(number, tokens=8)) for number in range(6)]
+    driver.step()
+    assert len(streams[0].tokens) == 1, "its prompt is short: the first token comes with the first step"
+    here: list[list[int]] = []
+    while not all(sent.ticket.done for sent in streams):
+        driver.step()
+        here.append(sorted(row.priority for row in driver.lane.batch.rows))
+    assert max(here, key=lambda rows: rows.count(STREAM)) == [STREAM] * 3 + [BULK]
+    driver.run()
+    assert [len(sent.tokens) for sent in flood] == [30] * 8, "what was put back goes on where it was"
+    assert [[token.index for token in sent.tokens] for sent in flood] == [list(range(30))] * 8
+    driver.assert_empty()
+
+
+def test_the_only_slot_of_a_lane_is_the_streams(model: LoadedModel, pool: AdapterPool) -> None:
+    driver = Driver(model, pool, slots=1)
+    flood = driver.send(bulk(0))
+    driver.step()
+    sent = driver.send(stream(0, tokens=4))
+    while not sent.ticket.done:
+        driver.step()
+    assert not flood.ticket.done
+    driver.run()
+    assert len(flood.tokens) == 20
+
+
+def test_a_streams_prompt_goes_before_a_long_one_of_bulk_which_goes_on_where_it_was(
+    model: LoadedModel, pool: AdapterPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = Device(0.3, token=0.01).install(monkeypatch)
+    driver = Driver(model, pool, slots=4)
+    long = driver.send(bulk(0, tokens=3, length=900))
+    driver.step()
+    assert not long.tokens
+    before = sum(tokens for _, tokens in device.chunks)
+    sent = driver.send(stream(0, tokens=10))
+    driver.step()
+    assert len(sent.tokens) == 1
+    while not sent.ticket.done:
+        driver.step()
+    assert [priority for priority, _ in device.chunks[-1:]] == [STREAM], "no chunk of the other meanwhile"
+    assert not long.tokens
+    driver.run()
+    through = sum(tokens for priority, tokens in device.chunks if priority == BULK)
+    assert before < through == 900, "each token of it once"
+    assert len(long.tokens) == 3
+
+
+def test_bulk_makes_way_when_memory_is_short_whoever_came_first(model: LoadedModel, pool: AdapterPool) -> None:
+    tight = Driver(model, pool, slots=4, kv_bytes=330_000)
+    flood = [tight.send(request([3 + n, 4], max_tokens=270, priority=BULK)) for n in range(2)]
+    for _ in range(5):
+        tight.step()
+    streams = [tight.send(request([9 + n, 4], max_tokens=270, priority=STREAM)) for n in range(2)]
+    while not all(sent.ticket.done for sent in streams):
+        tight.step()
+        assert tight.lane.kv_bytes <= 330_000
+        assert not any(row.priority == STREAM for row in tight.lane.waiting if row.tokens), "no stream was put back"
+    assert tight.lane.preempted > 0
+    tight.run()
+    assert [len(sent.tokens) for sent in (*flood, *streams)] == [270] * 4
+
+
+def test_a_bulk_row_that_finds_no_memory_waits_and_puts_no_stream_back(model: LoadedModel, pool: AdapterPool) -> None:
+    tight = Driver(model, pool, slots=4, kv_bytes=330_000)
+    streams = [tight.send(request([9 + n, 4], max_tokens=250, priority=STREAM)) for n in range(3)]
+    flood = [tight.send(request([3 + n] * 200, max_tokens=80, priority=BULK)) for n in range(2)]
+    while not all(sent.ticket.done for sent in streams):
+        tight.step()
+        assert not any(row.priority == STREAM for row in tight.lane.waiting if row.tokens)
+    tight.run()
+    assert [len(sent.tokens) for sent in (*streams, *flood)] == [250] * 3 + [80] * 2
+
+
+def test_a_prompt_of_bulk_makes_way_for_a_streams_where_memory_holds_one(model: LoadedModel, pool: AdapterPool) -> None:
+    tight = Driver(model, pool, slots=4, kv_bytes=1128 * 256, prefix_share=0.0)
+    long = tight.send(request([3] * 374, max_tokens=2, priority=BULK))
+    tight.step()
+    sent = tight.send(request([4] * 374, max_tokens=2, priority=STREAM))
+    while not sent.ticket.done:
+        tight.step()
+    assert not long.tokens
+    tight.run()
+    assert len(long.tokens) == 2
+
+
+@pytest.mark.parametrize("row", [0.1, 2.0])
+def test_streams_and_bulk_get_the_tokens_that_each_gets_alone(
+    model: LoadedModel, pool: AdapterPool, monkeypatch: pytest.MonkeyPatch, row: float
+) -> None:
+    """Rows rest, change places, make way and come back meanwhile."""
+    asked = [bulk(number, tokens=20 + number) for number in range(6)] + [stream(number, 30) for number in range(3)]
+    alone = []
+    for one in asked:
+        driver = Driver(model, pool, slots=1)
+        alone.append(driver.send(one))
+        driver.run()
+    Device(row).install(monkeypatch)
+    driver = Driver(model, pool, slots=6)
+    found = [driver.send(one) for one in asked[:6]]
+    for one in asked[6:]:
+        for _ in range(10):
+            driver.step()
+        found.append(driver.send(one))
+    driver.run()
+    assert [sent.ids for sent in found] == [sent.ids for sent in alone]
+
+
+def test_three_priorities_are_seated_in_their_order(model: LoadedModel, pool: AdapterPool) -> None:
+    driver = Driver(model, pool, slots=1)
+    sent: dict[int, list[Sent]] = {}
+    for number, priority in enumerate([5, 9, 5, 0, 9, 0]):
+        sent.setdefault(priority, []).append(driver.send(request([3 + number], max_tokens=3, priority=priority)))
+    ended: list[int] = []
+    while driver.lane.busy:
+        before = {one.ticket for found in sent.values() for one in found if one.ticket.done}
+        driver.step()
+        ended += [
+            priority
+            for priority, found in sent.items()
+            for one in found
+            if one.ticket.done and one.ticket not in before
+        ]
+    assert ended == [0, 0, 5, 5, 9, 9]
+
+
+# --- the batch: rows that rest ---
+
+
+def test_rows_that_rest_keep_their_tokens_and_go_on(model: LoadedModel, pool: AdapterPool) -> None:
+    batch = Driver(model, pool, slots=8).lane.batch
+    rows = [row_of(model, token) for token in (3, 7, 11)]
+    for row in rows:
+        seat(batch, model, row)
+    assert batch.launch(1)
+    pending = batch.in_flight
+    assert pending is not None
+    assert pending.rows == rows[:1]
+    assert [row.cached for row in rows] == [2, 1, 1]
+    assert batch.launch(3)
+    assert batch.in_flight is not None
+    assert batch.in_flight.rows == rows
+    assert not batch.launch(0)
+
+
+@pytest.mark.parametrize("kind", [KeyValues, JointKeyValues])
+def test_two_rows_change_places_with_all_that_they_hold(tiny_llama: Llama, kind: type) -> None:
+    random, source, kv = np.random.default_rng(3), KeyValues(tiny_llama, 3, 16), kind(tiny_llama, 4, 32)
+    for arrays in (source.keys, source.values):
+        arrays[:] = [mx.array(random.normal(0, 1, array.shape).astype(np.float32)) for array in arrays]
+    for row, length in enumerate((4, 1, 7)):
+        kv.put(row, source, row, length)
+
+    def held() -> list[np.ndarray]:
+        return [np.array(array) for arrays in kv.stored for array in arrays]
+
+    before = held()
+    kv.swap(0, 2, 7)
+    for now, then in zip(held(), before, strict=True):
+        np.testing.assert_array_equal(now[:3, :, :7], then[[2, 1, 0], :, :7])
+
+
+# --- the pacer by itself ---
+
+
+def step(pacer: LanePacer, seconds: float | None = None, rows: int | None = None, priorities: str = "59") -> None:
+    pacer.begin({int(priority) for priority in priorities})
+    if seconds is not None:
+        pacer.note(seconds, rows)
+
+
+def known(pacer: LanePacer, **seconds: float) -> None:
+    """Passes of so many rows took so long."""
+    for rows, each in seconds.items():
+        for _ in range(LEAST):
+            pacer.note(each, int(rows.removeprefix("of_")))
+
+
+def test_rows_of_one_priority_all_decode() -> None:
+    pacer = LanePacer(1.0)
+    known(pacer, of_1=1.0, of_8=100.0)
+    step(pacer, priorities="9")
+    assert (pacer.rows(8, 8), pacer.contested) == (8, False)
+
+
+def test_one_size_after_the_other_is_tried_until_one_is_too_slow() -> None:
+    pacer = LanePacer(1.0)
+    known(pacer, of_1=1.0)
+    for _ in range(ALONE):
+        step(pacer)
+        assert pacer.rows(1, 8) == 1, "the stream has the first steps to itself"
+    step(pacer)
+    tried = []
+    for rows, seconds in ((2, 1.1), (3, 1.5), (4, 1.6)):
+        tried.append(pacer.rows(1, 8))
+        known(pacer, **{f"of_{rows}": seconds})
+    assert (tried, pacer.rows(1, 8)) == ([2, 3, 4], 3)
+
+
+def test_what_was_too_slow_is_tried_again_after_some_turns() -> None:
+    pacer = LanePacer(1.0)
+    known(pacer, of_2=9.0)
+    for _ in range(FORGET):
+        for _ in range(EVERY):
+            step(pacer, 1.0, 1)
+    for _ in range(ALONE + 1):
+        step(pacer)
+    assert pacer.rows(1, 8) == 1, "it is known still"
+    for _ in range(EVERY):
+        step(pacer, 1.0, 1)
+    assert pacer.rows(1, 8) == 2
+
+
+def test_a_pass_takes_a_size_in_which_passes_come_or_all() -> None:
+    """A row that rests must not be in the padding."""
+    pacer = LanePacer(1.0)
+    known(pacer, of_6=1.0, of_8=9.0)
+    for _ in range(ALONE + 1):
+        step(pacer)
+    assert [pacer.rows(5, held) for held in (5, 6, 7, 12)] == [5, 6, 7, 6]
+
+
+def test_while_a_streams_prompt_goes_through_the_model_the_background_rests_until_its_turn() -> None:
+    pacer = LanePacer(1.0)
+    widths = []
+    for _ in range(EVERY):
+        step(pacer, 1.0)
+        widths.append((pacer.rows(0, 8), bool(pacer.background)))
+    assert widths == [(0, False)] * (EVERY - 1) + [(8, True)]
+
+
+def test_the_backgrounds_turn_takes_a_share_of_the_time_since_the_last_and_never_more_than_the_stall() -> None:
+    for seconds, wanted in ((1.0, 0.5), (0.01, (EVERY - 1) * 0.01 * pacing.SHARE / 2)):
+        pacer = LanePacer(1.0)
+        for _ in range(EVERY - 1):
+            step(pacer, seconds, 1)
+        step(pacer)
+        assert pacer.background_seconds == pytest.approx(wanted)
+        assert pacer.chunk(BULK, decoding=True).patience == pytest.approx(wanted)
+        step(pacer)
+        assert pacer.background_seconds == 0.0
+
+
+def test_a_time_without_a_stream_counts_as_the_backgrounds_turn() -> None:
+    pacer = LanePacer(1.0)
+    for _ in range(EVERY - 1):
+        step(pacer, 1.0, 1)
+    step(pacer, 1.0, 4, priorities="9")
+    step(pacer)
+    assert not pacer.background
