@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import quantiles
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import mlx.core as mx
 import numpy as np
@@ -20,13 +21,19 @@ from engine.generation import lane, pacing, prefill
 from engine.generation.batch import Batch
 from engine.generation.draws import Pick
 from engine.generation.forward_input import ForwardInput
+from engine.generation.kv_budget import KvBudget
 from engine.generation.pacing import ALONE, EVERY, FORGET, LEAST, STRETCH, LanePacer
 from engine.generation.prefill import Prefill
-from engine.generation.row import Row
+from engine.generation.prompt import TokenizedPrompt
+from engine.generation.prompts import Prompts
+from engine.generation.roster import Roster
+from engine.generation.row import Generation, Row
+from engine.generation.seats import Seats
 from engine.generation.step import Step
 from engine.models.cache import KeyValues
 from engine.models.joint import JointKeyValues
 from engine.models.llama import Llama
+from engine.ticket import Ticket
 from tests.engine import tiny
 from tests.engine.test_batch import row_of, seat
 from tests.engine.test_generate_lane import Driver, Sent, request
@@ -266,15 +273,39 @@ def test_bulk_makes_way_when_memory_is_short_whoever_came_first(model: LoadedMod
     assert [len(sent.tokens) for sent in (*flood, *streams)] == [270] * 4
 
 
-def test_a_bulk_row_that_finds_no_memory_waits_and_puts_no_stream_back(model: LoadedModel, pool: AdapterPool) -> None:
-    tight = Driver(model, pool, slots=4, kv_bytes=330_000)
-    streams = [tight.send(request([9 + n, 4], max_tokens=250, priority=STREAM)) for n in range(3)]
-    flood = [tight.send(request([3 + n] * 200, max_tokens=80, priority=BULK)) for n in range(2)]
-    while not all(sent.ticket.done for sent in streams):
-        tight.step()
-        assert not any(row.priority == STREAM for row in tight.lane.waiting if row.tokens)
-    tight.run()
-    assert [len(sent.tokens) for sent in (*streams, *flood)] == [250] * 3 + [80] * 2
+def waiting_rows(model: LoadedModel, *priorities: int) -> list[Row]:
+    prompt, tokenizer = TokenizedPrompt([3]), model.tokenizer
+    asked = [request([3], priority=priority) for priority in priorities]
+    return [Generation(Ticket("job", "generate"), one, prompt, tokenizer, 64).rows[0] for one in asked]
+
+
+def test_rows_wait_by_priority_and_go_back_before_those_of_theirs(model: LoadedModel) -> None:
+    roster, rows = Roster(), waiting_rows(model, 5, 9, 5, 0)
+    for row in rows:
+        roster.admit([row])
+    first, bulk_row, second, best = rows
+    assert roster.waiting == [best, first, second, bulk_row]
+    roster.waiting.remove(second)
+    roster.put_back([second])
+    assert roster.waiting == [best, second, first, bulk_row]
+
+
+@pytest.mark.parametrize(("joins", "stays"), [(BULK, True), (STREAM, False)])
+def test_a_bulk_row_that_finds_no_memory_as_it_joins_puts_no_stream_back(
+    model: LoadedModel, pool: AdapterPool, joins: int, stays: bool
+) -> None:
+    batch, roster = Batch(model.decoder, pool, Step(model.decoder, "none")), Roster()
+    *seated, joining = rows = waiting_rows(model, STREAM, STREAM, joins)
+    roster.admit(rows)
+    roster.waiting.clear()
+    for row in seated:
+        seat(batch, model, row)
+    # Memory for one row.
+    budget = Mock(spec=KvBudget, must_shrink=lambda rows, length: rows > 1)
+    seats = Seats(4, roster, Prompts(budget), batch, budget, 0)
+    assert seats.make_room(3, 8, joining) is not stays
+    assert roster.waiting == ([joining] if stays else seated)
+    assert len(batch.rows) == (2 if stays else 0)
 
 
 def test_a_prompt_of_bulk_makes_way_for_a_streams_where_memory_holds_one(model: LoadedModel, pool: AdapterPool) -> None:
@@ -282,6 +313,8 @@ def test_a_prompt_of_bulk_makes_way_for_a_streams_where_memory_holds_one(model: 
     long = tight.send(request([3] * 374, max_tokens=2, priority=BULK))
     tight.step()
     sent = tight.send(request([4] * 374, max_tokens=2, priority=STREAM))
+    tight.step()
+    assert [row.priority for row in tight.lane.waiting] == [BULK], "what was filled of it is let go of"
     while not sent.ticket.done:
         tight.step()
     assert not long.tokens
