@@ -120,7 +120,7 @@ def p95(gaps: Sequence[float]) -> float:
 def test_a_stream_keeps_its_pace_next_to_a_flood_and_the_flood_ends(
     model: LoadedModel, pool: AdapterPool, monkeypatch: pytest.MonkeyPatch, row: float
 ) -> None:
-    """Of a stream's tokens, 95 in 100 come within twice the time that they take alone, whatever a row costs."""
+    """Of a stream's tokens, 95 in 100 come within twice the time that they take alone, at any cost of a row."""
     device = Device(row).install(monkeypatch)
     alone = gaps_of_streams(Driver(model, pool, slots=8, stall=5.0), device, 4)
     driver = Driver(model, pool, slots=8, stall=5.0)
@@ -128,9 +128,9 @@ def test_a_stream_keeps_its_pace_next_to_a_flood_and_the_flood_ends(
     for _ in range(30):
         driver.step()
     device.passes.clear()
-    beside = gaps_of_streams(driver, device, 6)
-    assert p95(beside) <= 2 * p95(alone)
-    assert max(beside) <= p95(alone) + 5.0 + 1 + 8 * row + 4.2, "a turn of the background has a bound"
+    next_to_it = gaps_of_streams(driver, device, 6)
+    assert p95(next_to_it) <= 2 * p95(alone)
+    assert max(next_to_it) <= p95(alone) + 5.0 + 1 + 8 * row + 4.2, "a turn of the background has a bound"
     assert any(BULK in rows for rows in device.passes)
     assert not all(sent.ticket.done for sent in flood)
     driver.run()
@@ -258,7 +258,7 @@ def test_a_streams_prompt_goes_before_a_long_one_of_bulk_which_goes_on_where_it_
     assert len(long.tokens) == 3
 
 
-def test_bulk_makes_way_when_memory_is_short_whoever_came_first(model: LoadedModel, pool: AdapterPool) -> None:
+def test_bulk_makes_way_when_memory_is_short_also_where_it_came_first(model: LoadedModel, pool: AdapterPool) -> None:
     tight = Driver(model, pool, slots=4, kv_bytes=330_000)
     flood = [tight.send(request([3 + n, 4], max_tokens=270, priority=BULK)) for n in range(2)]
     for _ in range(5):
@@ -408,7 +408,7 @@ def step(pacer: LanePacer, seconds: float | None = None, rows: int | None = None
 
 
 def known(pacer: LanePacer, **seconds: float) -> None:
-    """Passes of so many rows took so long."""
+    """What passes of each size took."""
     for rows, each in seconds.items():
         for _ in range(LEAST):
             pacer.note(each, int(rows.removeprefix("of_")))
