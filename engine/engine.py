@@ -159,7 +159,7 @@ class Engine:
                 raise _unloaded(request.model)
             warm = sorted(model for model, kind in self._warm.lanes if kind == request.kind)
             raise UnknownModel(f"model {request.model!r} given; this worker can {request.kind} with {warm}.")
-        ticket: Ticket[Any] = Ticket(job_id, request.kind, deadline)
+        ticket: Ticket[Any] = Ticket(job_id, request.kind, deadline, priority=request.priority)
         try:
             prepared = lane.prepare(ticket, request, data)
         except Exception:

@@ -20,8 +20,8 @@ class Ticket(Generic[R]):
     `cancel` may be called from any thread, at any time, more than once.
     """
 
-    def __init__(self, job_id: str, kind: str, deadline: float | None = None) -> None:
-        self.job_id, self.kind = job_id, kind
+    def __init__(self, job_id: str, kind: str, deadline: float | None = None, *, priority: int = 5) -> None:
+        self.job_id, self.kind, self.priority = job_id, kind, priority
         #: When it is stopped, monotonic seconds; None: never.
         self.deadline = None if deadline is None else time.monotonic() + deadline
         #: Why the job shall stop; None: it shall not.

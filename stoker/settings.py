@@ -193,6 +193,11 @@ class Settings(BaseSettings):
             ADAPTERS.name: ADAPTER_JOBS,
         }
 
+    @property
+    def extra_slots(self) -> int:
+        """Generation jobs that a worker may hold beyond its slots while those have jobs of a worse priority."""
+        return max(1, self.generate_slots // 4)
+
     def environment(self) -> dict[str, str]:
         """These settings as environment variables, for a child process."""
         said = {name: value for name, value in self.model_dump().items() if value is not None}

@@ -48,6 +48,8 @@ class Lanes:
         self._shrunk = -GROW_AFTER
         self._queues: dict[str, list[str]] = {}
         self._held: dict[str, int] = {}
+        #: kind → jobs that it may hold until it has taken the next one, where that is more than its capacity.
+        self._lent: dict[str, int] = {}
         self._lock = threading.Lock()
         #: Makes the consumer's loop look again, from any thread.
         self.wake: Callable[[], object] = _nothing
@@ -80,12 +82,23 @@ class Lanes:
     def has_room(self, kind: str) -> bool:
         """Whether one more may be taken. Asked by the consumer's loop, each time before it asks the broker for one."""
         with self._lock:
-            return self._held[kind] < self._most(kind)
+            return self._held[kind] < max(self._most(kind), self._lent.get(kind, 0))
+
+    def queues(self, kind: str) -> list[str]:
+        """The queues that bring jobs of a kind."""
+        return list(self._queues[kind])
+
+    def lend(self, kind: str, held: int) -> None:
+        """Let the lane take jobs until it holds so many, once: a job that is better than those here waits."""
+        with self._lock:
+            self._lent[kind] = held
+        self.wake()
 
     def enter(self, kind: str) -> None:
         """A job was taken. Called in the consumer's thread."""
         with self._lock:
             self._held[kind] += 1
+            self._lent.pop(kind, None)
 
     def leave(self, kind: str) -> None:
         """A job has ended. Called in any thread."""

@@ -242,7 +242,7 @@ def celery_command(command: str) -> list[str]:
 
 def worker_command(settings: Settings, name: str) -> list[str]:
     """A worker with one thread for each job that it may hold: the threads wait, the engine works."""
-    jobs = sum(settings.slots.values())
+    jobs = sum(settings.slots.values()) + settings.extra_slots
     options = ["--pool=threads", f"--concurrency={jobs}", f"--hostname={name}"]
     # Workers need no word of each other: leases and lanes do what gossip and mingle would, without the chatter.
     return [*celery_command("worker"), *options, "--without-gossip", "--without-mingle"]

@@ -72,6 +72,12 @@ def test_greedy_texts_of_one_batch_equal_those_of_transformers(running: Running)
         assert published[-1].is_eos == (result.finish_reason == "stop")
 
 
+def test_a_ticket_has_the_priority_of_its_request(running: Running) -> None:
+    tickets = [running.engine.submit("x", generate("x", max_tokens=1, priority=priority)) for priority in (9, 0)]
+    assert [ticket.priority for ticket in tickets] == [9, 0]
+    assert all(ticket.result(60) for ticket in tickets)
+
+
 def test_a_greedy_token_has_the_logit_and_logprob_of_the_raw_model(running: Running) -> None:
     golden = np.load(GOLDENS / "smollm2.npz")
     running.engine.submit("logit", generate(PROMPTS[0]["prompt"], max_tokens=1)).result(60)

@@ -85,12 +85,12 @@ TINY = f"{TINY_MODEL}={Path(__file__).parent.parent / 'goldens' / 'architectures
 
 @contextmanager
 def worker_on(
-    broker: FragileBroker, home: Path, *, models: tuple[str, ...] = (EMBED_MODEL, GENERATE_MODEL)
+    broker: FragileBroker, home: Path, *, models: tuple[str, ...] = (EMBED_MODEL, GENERATE_MODEL), **settings: Any
 ) -> Iterator[Stack]:
     """A worker of the broker, warm."""
     # Little grace: a worker whose broker is gone for good has nobody to hand its jobs back to, and is killed after it.
-    settings = stack_settings(home, url=broker.url, grace=1.0, models=models)
-    with Stack(settings, flower=False) as stack:
+    chosen = stack_settings(home, url=broker.url, grace=1.0, models=models, **settings)
+    with Stack(chosen, flower=False) as stack:
         stack.wait_until_warm()
         yield stack
 

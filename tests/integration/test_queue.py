@@ -93,6 +93,21 @@ def test_a_full_lane_asks_for_nothing_and_each_other_lane_waits_by_itself(client
     wait_until(lambda: waits() == every, "each lane asks for jobs again")
 
 
+def test_a_stream_has_a_slot_at_once_where_bulk_has_them_all(fragile: FragileBroker, tmp_path: Path) -> None:
+    """`tests/workers/test_overtaking.py` has the rule, `tests/engine/test_priorities.py` who makes way."""
+    slots = worker_on(fragile, tmp_path / "worker", models=(TINY,), generate_slots=2)
+    with slots, patient_client(fragile.url, 30) as client:
+        long = {"max_tokens": 120, "n": 16, "ignore_eos": True, "priority": 9}
+        bulk = [client.generate("x", model=TINY_MODEL, **long) for _ in range(3)]  # type: ignore[arg-type]
+        running = [JobStatus.RUNNING, JobStatus.RUNNING, JobStatus.QUEUED]
+        wait_until(lambda: [job.status() for job in bulk] == running, "bulk has all slots")
+        answer = client.generate("x", model=TINY_MODEL, max_tokens=4, ignore_eos=True).result(30)
+        assert [job.status() for job in bulk] == running, "it waited for none of them"
+        assert answer.usage.completion_tokens == 4
+        for job in bulk:
+            job.cancel()
+
+
 def test_a_waiting_job_is_cancelled_though_no_worker_is_up(fragile: FragileBroker, tmp_path: Path) -> None:
     with patient_client(fragile.url, 30) as client:
         with worker_on(fragile, tmp_path / "worker", models=(TINY,)):

@@ -41,7 +41,7 @@ def test_clients_have_a_job_and_workers_have_room_for_each_kind() -> None:
 def test_a_worker_has_a_thread_for_each_job_that_it_may_hold() -> None:
     settings = Settings(generate_slots=5, embed_jobs=7, train_runs=3)
     assert {GENERATE.name: 5, EMBED.name: 7, TRAIN.name: 3}.items() <= settings.slots.items()
-    assert f"--concurrency={15 + settings.slots[ADAPTERS.name]}" in worker_command(settings, "w")
+    assert f"--concurrency={15 + settings.slots[ADAPTERS.name] + settings.extra_slots}" in worker_command(settings, "w")
 
 
 def test_training_alone_goes_back_at_once_and_has_a_short_ready_list() -> None:

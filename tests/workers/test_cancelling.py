@@ -44,6 +44,14 @@ def ticket(job_id: str) -> Ticket[Any]:
     return Ticket(job_id, "generate")
 
 
+def test_a_worker_knows_the_priorities_of_the_jobs_of_a_kind_that_run(runtime: Runtime) -> None:
+    bulk: Ticket[Any] = Ticket("one", "generate", priority=9)
+    training: Ticket[Any] = Ticket("two", "train", priority=2)
+    with runtime.running("1", bulk), runtime.running("2", training), runtime.running("3", ticket("three")):
+        assert runtime.priorities("generate") == [9, 5]
+    assert runtime.priorities("generate") == []
+
+
 def test_a_nudge_stops_the_job_that_it_names_and_no_other(runtime: Runtime) -> None:
     watch, one, other = CancelWatch(runtime), ticket("one"), ticket("other")
     with runtime.running("1", one), runtime.running("2", other):

@@ -41,6 +41,8 @@ from workers.services.housekeeping import EVERY, Housekeeping
 from workers.services.janitor import Janitor
 from workers.services.managing import model_management
 from workers.services.measuring import Measuring
+from workers.services.overtaking import EVERY as LOOK_EVERY
+from workers.services.overtaking import Overtaking
 from workers.services.presence import Heart
 from workers.services.runtime import Runtime
 from workers.services.watchdog import Watchdog
@@ -84,6 +86,8 @@ class EngineStep(bootsteps.StartStopStep):
         Background("housekeeping", *rounds, stopped=running.stopped, every=EVERY).start()
         rest = resting.Resting.in_this_process(self._context.lanes)
         Background("resting", rest.round, stopped=running.stopped, every=resting.EVERY).start()
+        overtaking = Overtaking(running, self._context.lanes, running.settings.extra_slots)
+        Background("overtaking", overtaking.round, stopped=running.stopped, every=LOOK_EVERY).start()
         Background("mending", lambda: _mend(running, heart), stopped=running.stopped, every=MEND_EVERY).start()
 
     def _made_runtime(self, settings: Settings, name: str) -> Runtime:

@@ -116,6 +116,10 @@ class Runtime:
         """Ids of the jobs that run here."""
         return [ticket.job_id for _, ticket in self._tickets()]
 
+    def priorities(self, kind: str) -> list[int]:
+        """Those of the jobs of a kind that run here."""
+        return [ticket.priority for _, ticket in self._tickets() if ticket.kind == kind]
+
     def cancel(self, job_id: str) -> None:
         """Stop a job at the engine's next step, if it runs here."""
         self._stop(job_id, None)
