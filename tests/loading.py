@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from stoker.local.broker import EmbeddedBroker
 from tests.conftest import wait_until
 
 KEYS = 4000
-#: Microseconds for each key: all of them would take twenty seconds. A client has its answer after about ten of them.
+#: Microseconds for each key: all of them would take twenty seconds. A client has its answer after one or two of them.
 LONG = 5_000
 
 
@@ -28,12 +29,17 @@ class SlowBroker(EmbeddedBroker):
         return [*super()._options(port), "--enable-debug-command", "yes", *slow]
 
 
+def value(number: int) -> bytes:
+    """What a key holds: about as much as is read between two answers, and nothing that the broker could press."""
+    return random.Random(number).randbytes(1000)
+
+
 def fill(url: str) -> None:
     """Put some keys there, which expire."""
     with redis.Redis.from_url(url) as client:
         pipeline = client.pipeline(transaction=False)
         for number in range(KEYS):
-            pipeline.set(f"stoker:blob:vectors:{number}", f"{number:064}", ex=3600)
+            pipeline.set(f"stoker:blob:vectors:{number}", value(number), ex=3600)
         pipeline.execute()
         # As a snapshot: of an append-only file a broker reads a thousand commands before it answers anybody.
         client.bgrewriteaof()
@@ -70,7 +76,7 @@ def loading(url: str) -> Iterator[Load]:
     """The broker drops its data and reads it back, at the latest until the end of the block. Inside it has begun to."""
 
     def reload() -> None:
-        with redis.Redis.from_url(url) as client:
+        with redis.Redis.from_url(url, socket_timeout=60) as client:
             client.config_set("key-load-delay", LONG)
             client.execute_command("DEBUG", "RELOAD")
 

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from stoker.contract import GenerateResult, ModelCard, Presence, StreamToken, Tr
 from stoker.errors import InvalidRequest, StokerError, UnknownModel
 from stoker.files.source import Source
 from stoker.settings import load_settings
+from tests.stoker.forked import Commands
 
 NOWHERE = "redis://127.0.0.1:1/0"
 RESULT = GenerateResult(
@@ -417,20 +418,33 @@ def test_a_reader_that_goes_away_is_no_error(monkeypatch: pytest.MonkeyPatch) ->
     assert ended(monkeypatch, BrokenPipeError()) == 0
 
 
-def command(*words: str) -> tuple[int, str]:
+@pytest.fixture(scope="module")
+def commands() -> Iterator[Commands]:
+    with Commands() as running:
+        yield running
+
+
+@pytest.fixture
+def command(commands: Commands) -> Callable[..., tuple[int, str]]:
     """Exit code and standard error of the real command."""
-    code = "from stoker.cli import main; main()"
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
-    assert "Traceback" not in done.stderr
-    return done.returncode, done.stderr
+
+    def run(*words: str) -> tuple[int, str]:
+        code, said = commands.run(words)
+        assert "Traceback" not in said
+        return code, said
+
+    return run
 
 
-def test_no_broker_is_one_line_that_says_how_to_start_one() -> None:
-    code, said = command("generate", "x", "--url", NOWHERE)
-    assert code == 3
-    assert said.count("\n") == 1
-    assert "127.0.0.1:1/0" in said
-    assert "stoker up" in said
+def test_no_broker_is_one_line_that_says_how_to_start_one(command: Callable[..., tuple[int, str]]) -> None:
+    words = ("generate", "x", "--url", NOWHERE)
+    alone = [sys.executable, "-c", "from stoker.cli import main; main()", *words]
+    done = subprocess.run(alone, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert done.stderr.count("\n") == 1
+    assert "127.0.0.1:1/0" in done.stderr
+    assert "stoker up" in done.stderr
+    assert command(*words) == (done.returncode, done.stderr), "as in a fork"
 
 
 @pytest.mark.parametrize(
@@ -449,13 +463,15 @@ def test_no_broker_is_one_line_that_says_how_to_start_one() -> None:
         (["generate", "x", "--max-tokens", "many"], "Invalid value for '--max-tokens'"),
     ],
 )
-def test_wrong_usage_ends_with_2(words: list[str], said: str) -> None:
+def test_wrong_usage_ends_with_2(command: Callable[..., tuple[int, str]], words: list[str], said: str) -> None:
     code, shown = command(*words)
     assert code == 2
     assert said in shown
 
 
-def test_a_misspelt_setting_is_named_by_every_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_misspelt_setting_is_named_by_every_command(
+    command: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("STOKER_MODLES", "x")
     code, said = command("status")
     assert (code, said.count("\n")) == (2, 1)
@@ -463,7 +479,9 @@ def test_a_misspelt_setting_is_named_by_every_command(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("home", ["/proc/none", "a file", "~nosuchuser/x"])
-def test_a_home_that_cannot_be_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, home: str) -> None:
+def test_a_home_that_cannot_be_is_one_line(
+    command: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, home: str
+) -> None:
     (tmp_path / "a file").touch()
     monkeypatch.setenv("STOKER_HOME", home if home[0] in "/~" else str(tmp_path / home))
     monkeypatch.delenv("STOKER_URL", raising=False)
@@ -472,7 +490,9 @@ def test_a_home_that_cannot_be_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_
     assert said.startswith("stoker: STOKER_HOME: ")
 
 
-def test_a_report_that_cannot_be_written_is_said_before_the_kernels_are_checked() -> None:
+def test_a_report_that_cannot_be_written_is_said_before_the_kernels_are_checked(
+    command: Callable[..., tuple[int, str]],
+) -> None:
     assert command("kernels", "check", "--report", "/proc/none/x.json") == (
         1,
         "stoker: /proc/none/x.json: No such file or directory.\n",

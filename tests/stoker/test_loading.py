@@ -54,7 +54,7 @@ def test_a_start_waits_until_the_data_are_there_and_reports_how_far_it_is(tmp_pa
     broker.delay, reported = 200, list[str]()
     with redis.Redis.from_url(broker.start(reported.append)) as client:
         assert client.dbsize() == slow.KEYS
-        assert client.get("stoker:blob:vectors:7") == f"{7:064}".encode()
+        assert client.get("stoker:blob:vectors:7") == slow.value(7)
     broker.stop()
     assert reported
     assert all(re.fullmatch(r"the broker is loading its data, \d+ %, about \d+ s left", text) for text in reported)

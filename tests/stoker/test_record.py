@@ -69,8 +69,10 @@ def faults(source: str, *, product: bool) -> Iterator[str]:
 def test_no_other_file_reads_the_record_or_names_a_field_of_it() -> None:
     found = {}
     for path in sources():
-        name = path.relative_to(CHECKOUT).as_posix()
-        lines = list(faults(path.read_text(), product=not name.startswith("tests/")))
+        name, text = path.relative_to(CHECKOUT).as_posix(), path.read_text()
+        # Most files name no command of a hash, and take long to parse.
+        product = not name.startswith("tests/")
+        lines = list(faults(text, product=product)) if any(command in text for command in COMMANDS) else []
         if lines and name != "stoker/broker/ledger/record.py":
             found[name] = lines
     assert not found
