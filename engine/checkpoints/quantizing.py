@@ -11,7 +11,12 @@ from typing import Any
 import mlx.core as mx
 
 from engine.checkpoints.loading import DECODERS
+from engine.checkpoints.networks import QuantizedNetwork
 from engine.checkpoints.recipes import Recipe
+from engine.checkpoints.shards import Shards
+from engine.models.bridge import package
+from engine.models.embedders import ENCODERS
+from engine.models.sentence_files import pools_decoder
 from engine.platform.jsonfiles import read_config, write_json
 from engine.text.templates import FOLDER as TEMPLATES
 from engine.weights import safetensors
@@ -53,7 +58,8 @@ def quantize_folder(
     `Recipe.of` has them.
 
     Every matrix whose rows fall into groups is quantized from the dtype that it is stored in; norms,
-    biases and other matrices stay as they are. `dst` appears whole or not at all; one shard at a time is in memory.
+    biases and other matrices stay as they are. What runs mlx-lm's model files gets its names, and what its file says of
+    single layers. `dst` appears whole or not at all; one shard at a time is in memory.
 
     Raises `ModelError` for a form or recipe that there is not, a source that is damaged, of an architecture not
     supported or quantized already, or a `dst` that exists; `OSError` if it cannot be written.
@@ -64,14 +70,11 @@ def quantize_folder(
         raise ModelError(f"{dst}: exists already; name a folder that does not")
     with draft_folder(dst.parent) as draft:
         copy_rest(src, draft, ("config.json", safetensors.INDEX_NAME))
-        counts = _write_weights(src, draft, config, chosen)
+        config, counts = _written(src, draft, config, chosen)
         # mlx-lm takes every layer that is named for a quantized one.
         others = {layer: form for layer, form in counts.forms.items() if form != chosen.usual}
         layout = QuantizedLayout(chosen.usual, others)
-        config = {**_older_rope(config), **config, **layout.to_config()}
-        # mlx-lm drops the head of a model that says it has none of its own.
-        config["tie_word_embeddings"] = counts.tied
-        write_json(draft / "config.json", config)
+        write_json(draft / "config.json", {**config, **layout.to_config()})
         if not publish(draft, dst):
             raise ModelError(f"{dst}: another program has put files there meanwhile; name a folder that does not exist")
     return Quantized(dst, str(chosen), len(counts.forms), counts.dense, counts.before, counts.after)
@@ -81,13 +84,29 @@ def _source_config(src: Path) -> dict[str, Any]:
     if not src.is_dir():
         raise ModelError(f"{src}: not a folder with config.json and safetensors; only such a model can be quantized")
     config = read_config(src)
-    architecture = config.get("model_type")
-    if not isinstance(architecture, str) or architecture not in DECODERS:
-        raise ModelError(f"{src}: architecture {architecture!r} cannot be quantized; {', '.join(DECODERS)} can")
+    architecture, file = config.get("model_type"), package.file_of(config)
+    own = architecture in DECODERS
+    if architecture in ENCODERS or (not own and pools_decoder(src, architecture)):
+        raise ModelError(f"{src}: architecture {architecture!r} cannot be quantized; models that generate can")
+    if not own and file is None:
+        raise ModelError(f"{src}: {package.unknown(architecture, tuple(DECODERS))}")
     if is_quantized(config):
         raise ModelError(f"{src}: is quantized already; take the model's unquantized checkpoint")
-    DECODERS[architecture].from_config(config)
+    if own:
+        DECODERS[str(architecture)].from_config(config)
     return config
+
+
+def _written(src: Path, dst: Path, config: dict[str, Any], recipe: Recipe) -> tuple[dict[str, Any], _Counts]:
+    """(config.json of the copy, what was written)."""
+    file = None if config["model_type"] in DECODERS else package.file_of(config)
+    if file is not None:
+        network = QuantizedNetwork.of(src, config, file, recipe)
+        dense, shards = network.dense, network.write(dst)
+        return network.config, _Counts(network.forms, dense, network.bytes, shards.bytes)
+    counts = _write_weights(src, dst, config, recipe)
+    # mlx-lm drops the head of a model that says it has none of its own.
+    return {**_older_rope(config), **config, "tie_word_embeddings": counts.tied}, counts
 
 
 def _older_rope(config: dict[str, Any]) -> dict[str, Any]:
@@ -103,23 +122,21 @@ class _Counts:
     """The layers that were quantized, tensors left dense, bytes before and after, and whether the head is the
     embedding."""
 
-    tied: bool
     forms: dict[str, Form] = field(default_factory=dict)
     dense: int = 0
     before: int = 0
     after: int = 0
+    tied: bool = False
 
 
 def _write_weights(src: Path, dst: Path, config: dict[str, Any], recipe: Recipe) -> _Counts:
     names = canonical(safetensors.entries(src), config["model_type"])
     names, tied = _ends(src, names, bool(config.get("tie_word_embeddings")))
-    shards = safetensors.files(src)
-    placement: dict[str, str] = {}
-    counts = _Counts(tied)
-    for number, shard in enumerate(shards, 1):
-        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+    files = safetensors.files(src)
+    shards, counts = Shards(dst, len(files)), _Counts(tied=tied)
+    for file in files:
         written: dict[str, mx.array] = {}
-        for tensor, array in _needed(safetensors.read(shard), names):
+        for tensor, array in _needed(safetensors.read(file), names):
             counts.before += array.nbytes
             stored = _stored(tensor, array, recipe.form(tensor, int(config["num_hidden_layers"])))
             if isinstance(stored, QuantizedTensor):
@@ -128,12 +145,9 @@ def _write_weights(src: Path, dst: Path, config: dict[str, Any], recipe: Recipe)
             parts = split(tensor, stored)
             mx.eval(*parts.values())
             written |= parts
-        counts.after += sum(array.nbytes for array in written.values())
-        placement |= dict.fromkeys(written, name)
-        safetensors.write(dst / name, written)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": counts.after}, "weight_map": dict(sorted(placement.items()))}
-        write_json(dst / safetensors.INDEX_NAME, index)
+        shards.write(written)
+    shards.close()
+    counts.after = shards.bytes
     return counts
 
 

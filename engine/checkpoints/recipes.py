@@ -11,7 +11,10 @@ from stoker.errors import ModelError
 #: mlx-lm's mixtures: bits of most matrices, and of those that lose most by rounding.
 RECIPES = {"mixed_2_6": (2, 6), "mixed_3_4": (3, 4), "mixed_3_6": (3, 6), "mixed_4_6": (4, 6)}
 _USUAL_BITS, _USUAL_GROUP = 4, 64
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+#: The first number in a name, by any name of the list of layers.
+_LAYER = re.compile(r"(?:^|\.)(\d+)\.")
+#: Parts of the names of matrices that make values: those of latent keys and values in two steps.
+_VALUES = ("v_proj", "v_a_proj", "v_b_proj")
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Recipe:
         found = _LAYER.search(layer)
         index, eighth = int(found[1]) if found else 0, layers // 8
         sensitive = index < eighth or index >= 7 * layers // 8 or (index - eighth) % 3 == 2
-        finer = "lm_head" in layer or (sensitive and ("v_proj" in layer or "down_proj" in layer))
+        finer = "lm_head" in layer or (sensitive and any(part in layer for part in (*_VALUES, "down_proj")))
         return self.finer if finer else self.usual
 
     def __str__(self) -> str:

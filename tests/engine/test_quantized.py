@@ -413,7 +413,11 @@ def test_a_failed_quantization_leaves_nothing(tmp_path: Path, monkeypatch: pytes
 
 def test_what_cannot_be_quantized_is_refused(tmp_path: Path, folder: Path) -> None:
     for source, cause in (
-        (CHECKPOINTS / "bert", "'bert' cannot be quantized; llama, mistral, qwen2, qwen3 can"),
+        (CHECKPOINTS / "bert", "'bert' cannot be quantized; models that generate can"),
+        (
+            CHECKPOINTS.parent / "vectors" / "embeddinggemma",
+            "'gemma3_text' cannot be quantized; models that generate can",
+        ),
         (folder, "quantized already"),
         (folder / "config.json", "only such a model can be quantized"),
     ):

@@ -31,10 +31,15 @@ _METHODS: Mapping[str, dict[str, Any]] = {
 _SMALL_FLOATS = {(4, 16): "nvfp4", (4, 32): "mxfp4", (8, 32): "mxfp8"}
 
 
+def spelled(config: Mapping[str, Any], file: str) -> dict[str, Any]:
+    """A config.json with the names that mlx-lm's `file` reads. Raises `ModelError`."""
+    return respelled(config, file, frozenset(each.name for each in fields(package.load(file).ModelArgs)))
+
+
 def network_of(config: Mapping[str, Any], file: str) -> tuple[nn.Module, Any]:
     """(mlx-lm's network with random weights, its arguments). Raises `ModelError`."""
     module = package.load(file)
-    config = respelled(config, file, frozenset(each.name for each in fields(module.ModelArgs)))
+    config = spelled(config, file)
     check(config, file, module.ModelArgs)
     try:
         args = module.ModelArgs.from_dict(_copied(dict(config)))
@@ -191,15 +196,21 @@ def _form(path: str, module: nn.Module, weights: Mapping[str, mx.array]) -> dict
     return {"group_size": group_size, "bits": bits, "mode": _SMALL_FLOATS[bits, group_size]}
 
 
+def own_form(network: nn.Module, path: str, module: nn.Module) -> bool | dict[str, Any]:
+    """How the network's own file wants a layer quantized: as the others, not at all, or in a form of its own."""
+    agrees = getattr(network, "quant_predicate", None)
+    asked = agrees(path, module) if callable(agrees) else True
+    return {"group_size": 64, "bits": 4, **asked} if isinstance(asked, Mapping) else bool(asked)
+
+
 def _quantize(network: nn.Module, group_size: int, bits: int) -> None:
     """All matrices whose rows fall into groups, where the network's own file agrees."""
-    agrees = getattr(network, "quant_predicate", None)
 
     def form(path: str, module: nn.Module) -> bool | dict[str, Any]:
         if not hasattr(module, "to_quantized") or module.weight.shape[-1] % group_size:
             return False
-        own = agrees(path, module) if callable(agrees) else True
-        fits = not isinstance(own, Mapping) or module.weight.shape[-1] % int(own["group_size"]) == 0
+        own = own_form(network, path, module)
+        fits = not isinstance(own, dict) or module.weight.shape[-1] % own["group_size"] == 0
         return own if fits else False
 
     nn.quantize(network, group_size, bits, class_predicate=form)
