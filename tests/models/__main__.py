@@ -98,7 +98,8 @@ def kept(name: str) -> list[str]:
 
 
 def first_line(error: Exception) -> str:
-    return f"{type(error).__name__} {str(error).splitlines()[0] if str(error) else ''}".strip()[:110].replace("|", "/")
+    said = str(error).splitlines()[0] if str(error) else ""
+    return f"{type(error).__name__} {said}"[:110].strip().replace("|", "/")
 
 
 if __name__ == "__main__":
