@@ -98,6 +98,13 @@ OWN: dict[str, dict[str, Any]] = {
                 "use_mixed_mlp_moe": True, "use_cla": True, "cla_share_factor": 2},
     "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2, "expert_layer_offset": 1, "expert_layer_period": 2},
     "kimi_k25": {"nested": {"rope_scaling": _YARN}},
+    "kimi_k3": {"nested": {
+        "mla_use_output_gate": True, "num_key_value_heads": 4, "routed_expert_hidden_size": 16,
+        "latent_moe_use_norm": True, "attn_res_block_size": 2, "activation_situ_beta": 4.0,
+        "activation_situ_linear_beta": 4.0, "hidden_act": "situ",
+        "linear_attn_config": {"kda_layers": [1, 3], "full_attn_layers": [2, 4], "num_heads": 4, "head_dim": 8,
+                               "short_conv_kernel_size": 3},
+    }},
     "kimi_linear": {
         "model_max_length": 256, "num_key_value_heads": 4,
         "linear_attn_config": {"kda_layers": [1, 3], "full_attn_layers": [2, 4], "num_heads": 4, "head_dim": 8,
@@ -137,6 +144,10 @@ OWN: dict[str, dict[str, Any]] = {
                                                 "original_max_position_embeddings": 16}}},
     "mistral4": {"rope_parameters": {**_YARN, "llama_4_scaling_beta": 0.1}},
     "muse_glimmer": {},
+    "muse_spark": {"nested": {
+        "post_norm_eps": 1e-5, "rope_parameters": _PLAIN_ROPE, "layer_rope_theta": [10_000.0, 0, 10_000.0, 0],
+        "layer_types": _SLIDING, "output_multiplier": 0.5, "moe_hidden_size": 16, "num_shared_experts": None,
+    }},
     "nemotron": {"hidden_act": "relu2"},
     "nemotron-nas": {"num_hidden_layers": 2, "block_configs": [
         {"attention": {"n_heads_in_group": 2, "no_op": False, "replace_with_linear": False},
@@ -182,7 +193,7 @@ OWN: dict[str, dict[str, Any]] = {
 
 
 #: Those with a `text_config` that take a window.
-_WINDOWS = ("gemma3", "gemma3n", "gemma4", "mistral3")
+_WINDOWS = ("gemma3", "gemma3n", "gemma4", "mistral3", "muse_spark")
 
 
 def config(name: str) -> dict[str, Any]:

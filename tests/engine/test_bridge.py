@@ -21,9 +21,10 @@ from engine.adapters.store import AdapterStore
 from engine.checkpoints.loading import LoadedModel, load
 from engine.checkpoints.verifying import verify
 from engine.models import rope
-from engine.models.bridge import linears, package, slots, weights
+from engine.models.bridge import blocks, linears, package, slots, weights
 from engine.models.bridge.decoder import BridgedDecoder
 from engine.models.cache import KeyValues
+from engine.models.decoder import DecoderBlock
 from engine.models.layers import LayerAdapters
 from engine.weights import safetensors
 from engine.weights.precision import Precision
@@ -159,6 +160,41 @@ def test_a_pass_within_another_ends_with_what_the_other_had() -> None:
             assert (under_way.adapters, under_way.rows, under_way.tokens) == (inner, 1, 5)
         assert (under_way.adapters, under_way.rows, under_way.tokens) == (outer, 2, 3)
     assert (under_way.adapters, under_way.rows, under_way.tokens) == (None, 0, 0)
+
+
+class Passing(nn.Module):
+    """A layer that takes anything."""
+
+    def __call__(self, x: mx.array, *_: Any, **__: Any) -> mx.array:
+        return x
+
+
+@pytest.mark.parametrize(
+    ("given", "again"),
+    [
+        (None, True),
+        ("causal", True),
+        (mx.array([[True]]), True),
+        (slots.KvSlot(slots.Whole(), 0, None), True),
+        (mx.ones((2, 2)), False),
+        ([mx.ones((2, 2))], False),
+        (object(), False),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_layer_is_run_again_for_its_gradient_if_nothing_else_that_it_is_given_may_need_one(
+    given: object, again: bool
+) -> None:
+    """Kimi K3's layers hand an object of their own on, which keeps what each of them made."""
+    under_way, ran = linears.Pass(), list[object]()
+
+    def run_block(block: DecoderBlock, x: mx.array) -> mx.array:
+        ran.append(block)
+        return block(x, None, None)
+
+    under_way.run_block = run_block
+    blocks.Stage(Passing(), under_way)(mx.ones((1, 2, 3)), mask=given)
+    assert bool(ran) == again
 
 
 def test_matrices_whose_rows_fall_into_no_groups_stay_dense(tmp_path: Path) -> None:

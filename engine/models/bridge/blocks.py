@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from engine.models.bridge.linears import AdaptedLinear, NetworkLinear, Pass
+from engine.models.bridge.slots import KvSlot, SlotList, StateSlot
 from engine.models.cache import LayerCache
 from engine.models.layers import LayerAdapters, Linear
 
@@ -59,11 +60,16 @@ class Stage(nn.Module):
         return [NetworkLinear(part.name, part.inner) for part in self.modules() if isinstance(part, AdaptedLinear)]
 
 
+#: What a layer may be given that no gradient goes through.
+_CONSTANT = (int, float, str, type(None), KvSlot, StateSlot, SlotList)
+
+
 def _differentiated(values: Sequence[Any]) -> bool:
-    """Whether something of these could need a gradient, which a block that is run again would lose."""
-    arrays = [value for value in values if isinstance(value, mx.array)]
-    return any(mx.issubdtype(array.dtype, mx.floating) for array in arrays) or any(
-        isinstance(value, list | tuple | dict) for value in values
+    """Whether something of these could need a gradient, which a block that is run again would lose: arrays of other
+    numbers than integers, and objects of a model file's own, which may hold some."""
+    return not all(
+        isinstance(value, _CONSTANT) or (isinstance(value, mx.array) and not mx.issubdtype(value.dtype, mx.floating))
+        for value in values
     )
 
 

@@ -23,6 +23,7 @@ _ACTIVATIONS: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("bitnet", "nemotron", "nanochat", "rwkv7"), _RELU2),
     "nemotron_h": (*_RELU2, *_SILU),
     "apertus": ("xielu",),
+    "kimi_k3": ("situ",),
     "phi3small": ("gegelu",),
 }
 #: Model file -> what it passes over, with the value that it computes.

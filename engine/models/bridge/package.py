@@ -57,6 +57,7 @@ REFUSED: Mapping[str, str] = {
     "plamo3": "mlx-lm's file computes its window otherwise with a cache than without one",
     "plamo2": "its file imports the whole of mlx-lm, which changes the process",
     "olmo": "its file needs the package of another project, and ends the process without it",
+    "prism_hadamard_qwen35": "its packed weights can only come with a checkpoint, and nothing here was held to one",
     "dbrx": "it reads the router's choice of every token on the host",
 }
 _MODEL = re.compile(r"^class Model\(|^from \S+ import .*\bModel\b", re.MULTILINE)
