@@ -63,6 +63,15 @@ class TrainingBatch:
     tokens: int
 
 
+def allowed_length(request: TrainRequest, context: int) -> int:
+    """The tokens that an example may have. The default goes down to what the model takes; a length that was asked for
+    and is longer raises `InvalidRequest`."""
+    asked = request.max_length
+    if asked > context and asked != TrainRequest.model_fields["max_length"].default:
+        raise InvalidRequest(f"max_length: {asked} given; {request.model} takes {context}.")
+    return min(asked, context)
+
+
 def tokenize(
     examples: Iterable[Example], tokenizer: Tokenizer, max_length: int, *, learn_prompts: bool = False
 ) -> list[TokenizedExample]:

@@ -16,12 +16,12 @@ from engine.adapters.pool import AdapterPool
 from engine.checkpoints.loading import LoadedModel
 from engine.fair import FairShare
 from engine.ticket import StepOutput, Ticket
-from engine.training.data import TokenizedExample, tokenize
+from engine.training.data import TokenizedExample, allowed_length, tokenize
 from engine.training.run import TrainingRun
 from stoker.contract import TrainRequest, TrainResult, Usage
 from stoker.contract.dataset import TrainInput, iterate_lines
 from stoker.contract.names import Rule, checked
-from stoker.errors import DatasetError, InvalidRequest, JobCancelled, WorkerUnavailable
+from stoker.errors import DatasetError, JobCancelled, WorkerUnavailable
 
 log = logging.getLogger(__name__)
 
@@ -62,13 +62,10 @@ class TrainLane:
     def prepare(self, ticket: Ticket[TrainResult], request: TrainRequest, data: TrainInput | None) -> TrainWork:
         if data is None:
             raise DatasetError("dataset: gone from the broker before the run began. Send the job again.")
-        if request.max_length > self._model.context:
-            raise InvalidRequest(
-                f"max_length: {request.max_length} given; {request.model} takes {self._model.context}."
-            )
+        limit = allowed_length(request, self._model.context)
         chosen_targets(self._model.linear_shapes, request.targets)
         lines = iterate_lines(data.lines(), "dataset")
-        examples = tokenize(lines, self._model.tokenizer, request.max_length, learn_prompts=request.learn_prompts)
+        examples = tokenize(lines, self._model.tokenizer, limit, learn_prompts=request.learn_prompts)
         return TrainWork(ticket, request, examples, data.version, data.kept)
 
     def admit(self, work: TrainWork) -> None:

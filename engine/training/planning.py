@@ -12,11 +12,10 @@ import numpy as np
 
 from engine.checkpoints.loading import load
 from engine.platform import probe
-from engine.training.data import divided, tokenize, with_steps
+from engine.training.data import allowed_length, divided, tokenize, with_steps
 from engine.training.trainer import Trainer
 from stoker.contract import TrainRequest
 from stoker.contract.dataset import TrainInput, iterate_lines
-from stoker.errors import InvalidRequest
 
 
 def plan(sources: Sequence[str], dataset: Path, request: TrainRequest) -> dict[str, Any]:
@@ -25,10 +24,9 @@ def plan(sources: Sequence[str], dataset: Path, request: TrainRequest) -> dict[s
     Raises what the run itself would raise for its data.
     """
     model = load(request.model, sources)
-    if request.max_length > model.context:
-        raise InvalidRequest(f"max_length: {request.max_length} given; {request.model} takes {model.context}.")
+    limit = allowed_length(request, model.context)
     lines = iterate_lines(TrainInput(dataset).lines(), dataset.name)
-    examples = tokenize(lines, model.tokenizer, request.max_length, learn_prompts=request.learn_prompts)
+    examples = tokenize(lines, model.tokenizer, limit, learn_prompts=request.learn_prompts)
     learned, held_out = divided(examples, request)
     request = with_steps(request, len(learned))
     lengths = np.array([len(example) for example in examples])

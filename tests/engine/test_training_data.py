@@ -17,6 +17,7 @@ from engine.text.tokenizer import Tokenizer
 from engine.training.data import (
     Batches,
     TokenizedExample,
+    allowed_length,
     collate,
     dataset_digest,
     divided,
@@ -24,6 +25,7 @@ from engine.training.data import (
     tokenize,
     with_steps,
 )
+from stoker.contract import TrainRequest
 from stoker.contract.dataset import Example
 from stoker.errors import DatasetError, InvalidRequest
 from tests.engine import tiny
@@ -301,3 +303,11 @@ def test_the_digest_distinguishes_datasets() -> None:
     found: list[Any] = [[example(3, 4, 5)], [example(3, 4, 6)], [example(3, 4, 5, start=2)], [example(3, 4, 5)] * 2]
     assert len({dataset_digest(rows) for rows in found}) == 4
     assert dataset_digest([example(3, 4, 5)]) == dataset_digest(found[0])
+
+
+def test_an_example_may_be_as_long_as_the_model_takes_if_no_length_was_asked_for() -> None:
+    silent = TrainRequest(model="tiny", name="style", dataset="dataset:x")
+    assert [allowed_length(silent, context) for context in (256, 512, 4096)] == [256, 512, 512]
+    assert allowed_length(asking(max_length=256), 256) == 256
+    with pytest.raises(InvalidRequest, match="max_length: 257 given; tiny takes 256"):
+        allowed_length(asking(max_length=257), 256)
