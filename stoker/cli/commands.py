@@ -26,6 +26,7 @@ from stoker.cli import (
     serve,
     service,
     train,
+    verify,
 )
 from stoker.cli import models as models_commands
 
@@ -62,6 +63,7 @@ _COMMANDS: tuple[Callable[..., None], ...] = (
     machine.flower,
     serve.serve,
     doctor.doctor,
+    verify.verify,
     housekeeping.clean,
     housekeeping.backup,
     housekeeping.restore,

@@ -28,7 +28,7 @@ STEPS = 24
 def demo(url: Url = None) -> None:
     """Embed, stream, train and generate with the new adapter. Starts its own broker and worker, and stops them."""
     began = time.monotonic()
-    with _connected(url) as (client, worker):
+    with demo_worker(url) as (client, worker):
         _report_worker(worker)
         _search(client)
         _stream(client)
@@ -38,8 +38,8 @@ def demo(url: Url = None) -> None:
 
 
 @contextmanager
-def _connected(url: str | None) -> Iterator[tuple[Client, Presence]]:
-    """A client and a warm worker: those at `url`, else a stack of the demo's own, with its own data."""
+def demo_worker(url: str | None) -> Iterator[tuple[Client, Presence]]:
+    """A client and a worker with the demo's models: those at `url`, else of a stack of its own, with its own data."""
     if url is not None:
         with Client(url) as client:
             yield client, _first_worker(client)

@@ -20,16 +20,19 @@ SAID = 300
 
 def doctor(as_json: Json = False, url: Url = None) -> None:
     """Check this machine, with a remedy for each fault. Exit code 1 if something that a worker needs is missing."""
-    checks = [*of_machine(load_settings(url=url)), *_of_engine()]
+    checks = machine_checks(url)
     if as_json:
         print_json([asdict(check) for check in checks])
     else:
         for check in checks:
-            print(f"{'ok  ' if check.ok else 'FAIL'}  {check.name:10} {check.detail}")
-            if check.remedy:
-                print(f"      {'':10} → {check.remedy}")
+            print(check.text)
     if not all(check.ok for check in checks):
         raise typer.Exit(1)
+
+
+def machine_checks(url: str | None) -> list[Check]:
+    """Of Python, the disk, the broker and the engine."""
+    return [*of_machine(load_settings(url=url)), *_of_engine()]
 
 
 def _of_engine() -> list[Check]:

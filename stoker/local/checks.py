@@ -29,6 +29,12 @@ class Check:
     detail: str
     remedy: str = ""
 
+    @property
+    def text(self) -> str:
+        """For people, with the remedy in a line of its own."""
+        found = f"{'ok  ' if self.ok else 'FAIL'}  {self.name:10} {self.detail}"
+        return f"{found}\n      {'':10} → {self.remedy}" if self.remedy else found
+
 
 def check_python() -> Check:
     found = f"{platform.python_version()} on {platform.platform()}"
