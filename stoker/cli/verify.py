@@ -50,7 +50,7 @@ def verify(
             checks += _shown(tour.checks())
             rates = tour.rates
         if kernels and device != "cpu":
-            found = _kernels()
+            found = kernels_report()
             checks += _shown([_of_kernels(found)])
     for rate in rates:
         print(f"      {rate.name}: {rate.value:.0f} {rate.unit}")
@@ -80,7 +80,7 @@ def _versions() -> dict[str, Any]:
     return {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **where, "versions": found}
 
 
-def _kernels() -> dict[str, Any]:
+def kernels_report() -> dict[str, Any]:
     """The report of `stoker kernels check`, made in another process: this one must not import MLX."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernels.json")

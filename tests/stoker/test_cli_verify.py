@@ -202,7 +202,7 @@ def test_kernels_of_a_gpu_are_part_of_it(tmp_path: Path, monkeypatch: pytest.Mon
         {"kernel": "attend", "dtype": "float16", "passed": False},
         {"kernel": "sample", "dtype": "float32", "passed": True},
     ]
-    monkeypatch.setattr(verify, "_kernels", lambda: {"backend": "metal", "checked": rows})
+    monkeypatch.setattr(verify, "kernels_report", lambda: {"backend": "metal", "checked": rows})
     code, said, report = verified(tmp_path)
     assert (code, report["kernels"]["checked"]) == (1, rows)
     assert "2 kernels and dtypes on metal; wrong: attend float16" in said
@@ -211,7 +211,7 @@ def test_kernels_of_a_gpu_are_part_of_it(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_kernels_that_cannot_be_checked_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify.sys, "executable", "/bin/false")  # type: ignore[attr-defined]
-    assert verify._kernels() == {"error": "exit code 1: "}  # noqa: SLF001
+    assert verify.kernels_report() == {"error": "exit code 1: "}
 
 
 def test_the_goldens_are_those_of_torch() -> None:
