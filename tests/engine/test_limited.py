@@ -50,6 +50,7 @@ from engine.platform.limited import LimitedProcess
 process = LimitedProcess(Path(sys.argv[1]), "answers", "computing")
 before = process.ask({"say": "one"}, 5.0)["pid"]
 if os.fork() == 0:
+    process.end()  # its owner's is none of its own
     own = process.ask({"say": "child"}, 5.0)
     process.end()
     os._exit(own["said"] != "child" or own["pid"] == before)

@@ -203,6 +203,18 @@ def test_no_way_of_pooling_sees_what_pads_a_text(pooling: str) -> None:
     assert np.abs(np.array(pool(padded, mask, pooling) - pool(hidden, None, pooling))).max() < 1e-5
 
 
+@pytest.mark.parametrize("pooling", ["cls", "lasttoken", "max", "mean", "mean_sqrt_len_tokens", "weightedmean"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=["float16", "bfloat16"])
+def test_numbers_of_16_bits_are_pooled_in_32(pooling: str, masked: bool, dtype: mx.Dtype) -> None:
+    """The sum of a long text is beyond float16, and each partial sum of bfloat16 would be rounded."""
+    hidden = (90.0 + mx.random.normal((2, 900, 4), key=mx.random.key(3))).astype(dtype)
+    mask = mx.arange(900)[None] < mx.array([[900], [700]]) if masked else None
+    found = pool(hidden, mask, pooling)
+    assert found.dtype == mx.float32
+    assert np.array_equal(np.array(found), np.array(pool(hidden.astype(mx.float32), mask, pooling)))
+
+
 def test_the_layers_behind_the_pooling_say_how_long_a_vector_is() -> None:
     model = opened("dense")
     assert model.card(("embed",)).dim == 16
