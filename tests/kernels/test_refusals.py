@@ -100,7 +100,7 @@ REFUSED: dict[str, tuple[str, Callable[[], tuple[Any, ...]], str]] = {
     "indices of 64 bits": ("lora", lambda: changed("lora", LoraInput, indices=integers), "indices"),
     "an adapter of integers": ("lora", lambda: changed("lora", LoraInput, b=integers), "dtype"),
     "a row that is too wide": ("lora_add_rms_norm", too_wide, "width 8193"),
-    "a residual of one number": ("lora_add_rms_norm", lambda: at("lora_add_rms_norm", 0, lambda x: x[..., :1]), "shapes"),
+    "a residual of one": ("lora_add_rms_norm", lambda: at("lora_add_rms_norm", 0, lambda x: x[..., :1]), "shapes"),
     "a norm of another dtype": ("lora_add_rms_norm", lambda: at("lora_add_rms_norm", 8, half), "dtypes differ"),
     "lengths of 64 bits": ("mean_pool", lambda: changed("mean_pool", MeanPoolInput, lengths=integers), "lengths"),
     "a text without its residual": (
