@@ -7,12 +7,15 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from engine.adapters.pool import AdapterPool
 from engine.adapters.store import AdapterStore
 from engine.checkpoints.loading import LoadedModel
 from engine.generation import structured
+from engine.generation.structured import GrammarVocabulary
+from engine.text.tokenizer import Tokenizer
 from stoker.contract import GenerateRequest
 from stoker.errors import InvalidRequest
 from tests.engine.test_generate_lane import Driver
@@ -149,3 +152,19 @@ def test_a_grammar_that_passes_a_limit_in_the_middle_ends_its_own_request(
         bad.ticket.result(0)
     assert neighbour.ids == free.ids
     driver.assert_empty()
+
+
+def test_of_several_end_tokens_each_ends_an_answer_in_a_grammar(smollm2: LoadedModel) -> None:
+    ends = sorted({2, 0} | smollm2.tokenizer.eos_ids)
+    tokenizer = Tokenizer(smollm2.tokenizer.inner, eos_ids=ends)
+    grammar = GrammarVocabulary(tokenizer).grammar(ask(regex="a*"))
+    assert grammar is not None
+    bits = np.unpackbits(grammar.mask().view(np.uint8), bitorder="little")
+    assert [bool(bits[end]) for end in ends] == [True] * len(ends)
+    letter = tokenizer.encode("a")[0]
+    assert bits[letter]
+    for end in ends:
+        again = grammar.copy()
+        again.accept(letter)
+        again.accept(end)
+        assert again.complete
