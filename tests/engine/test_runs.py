@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,6 +12,7 @@ import mlx.core as mx
 import pytest
 
 from engine.checkpoints.loading import LoadedModel
+from engine.platform.jsonfiles import NOTES_FILE
 from engine.training import carried, trainer
 from engine.training.checkpoint import Checkpoints
 from engine.training.data import TokenizedExample, collate, with_steps
@@ -200,3 +202,33 @@ def test_of_a_paused_run_the_best_of_the_state_that_it_may_go_back_to_is_carried
         folders = {file.name.partition("/")[0] for file in found.files}
     assert {"best-00000008", "best-00000012"} <= folders
     assert "best-00000003" not in folders
+
+
+def test_the_newest_is_that_of_the_most_reports_though_one_before_a_rollback_had_more_steps(
+    model: LoadedModel, tmp_path: Path
+) -> None:
+    run = Opened(model, tmp_path, **OPTIONS).advance(3)
+    run.run.pause()
+    (paused,) = (tmp_path / carried.CHECKPOINTS).glob(f"{carried.PAUSED}*")
+    notes = json.loads((paused / NOTES_FILE).read_text())
+    notes["state"]["micro"] = 2
+    (paused / NOTES_FILE).write_text(json.dumps(notes))
+    state, anchor = Checkpoints(tmp_path / carried.CHECKPOINTS, made_of(tmp_path)).newest()
+    assert state is not None
+    assert anchor is not None
+    assert (state.reports, state.micro, anchor.step) == (3, 2, 2)
+    found = carried.newest(tmp_path)
+    assert found is not None
+    assert found.name == paused.name
+
+
+@pytest.mark.parametrize(("folder", "taken"), [("best-00000003", "new"), ("step-00000004", "old")])
+def test_a_best_step_of_this_disk_gives_way_to_the_one_that_comes_and_a_checkpoint_is_the_same(
+    tmp_path: Path, folder: str, taken: str
+) -> None:
+    there = tmp_path / carried.CHECKPOINTS / folder / "adapter_model.safetensors"
+    there.parent.mkdir(parents=True)
+    there.write_text("old")
+    carried.install(tmp_path, [f"{folder}/{there.name}"], lambda _, draft: draft.write_text("new"))
+    assert there.read_text() == taken
+    assert [path.name for path in there.parent.parent.iterdir()] == [folder]

@@ -329,6 +329,17 @@ def test_a_run_that_ends_at_any_moment_of_an_upload_has_the_former_manifest(
     assert moment > 8, "before each part, each time, and before the manifest"
 
 
+def test_a_run_is_asked_for_once_more_when_all_its_parts_are_there(
+    broker: Settings, redis: Any, tmp_path: Path
+) -> None:
+    run, there = RunFolder(tmp_path / "one", REQUEST), list[int]()
+    lease = Worker(broker, redis, tmp_path / "one").own(REQUEST)
+    run.save(5)
+    put(RunStore(lease), run.path, lambda: there.append(redis.hlen(keys.checkpoint(lease.job_id))))
+    assert there[0] == 0
+    assert redis.hlen(keys.checkpoint(lease.job_id)) == there[-1] + 1, "the manifest alone comes behind"
+
+
 def test_what_a_cut_upload_left_takes_no_room_from_the_next(broker: Settings, redis: Any, tmp_path: Path) -> None:
     worker, run = Worker(broker, redis, tmp_path / "one"), RunFolder(tmp_path / "one", REQUEST, size=400)
     run.save(5)
