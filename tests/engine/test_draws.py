@@ -1,4 +1,4 @@
-"""How a row's next token is drawn: by its own parameters, whatever its neighbours ask for."""
+"""How a row's next token is drawn: by its own parameters, no matter what its neighbours ask for."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_a_token_that_the_model_has_not_is_refused_wherever_it_stands(model: Loa
 
 
 def test_what_is_kept_of_beginnings_never_passes_its_bytes(tiny_llama: Llama) -> None:
-    """Whatever their sizes: the newest is counted before it is there."""
+    """Of any sizes: the newest is counted before it is there."""
     sizes = [KeyValues(tiny_llama, 1, length) for length in (40, 90, 64, 33, 90)]
     limit = sizes[0].nbytes + sizes[1].nbytes
     cache = PrefixCache(limit)

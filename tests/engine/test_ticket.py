@@ -1,4 +1,4 @@
-"""How a job ends: for one reason, once, after what it published, and whoever waits for it hears of it."""
+"""How a job ends: for one reason, once, after what it published, and who waits for it hears of it."""
 
 from __future__ import annotations
 

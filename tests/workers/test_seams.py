@@ -170,7 +170,7 @@ def test_what_a_mended_disk_would_take_is_trouble_of_the_disk(numbers: tuple[str
     assert {disk.trouble(OSError(getattr(errno, number), "x")) for number in numbers} == {trouble}
 
 
-# What a worker is told, and what it makes of it
+# What a worker is set to, and what it makes of it
 
 
 def test_the_engine_gets_what_the_settings_say_in_its_own_units(
