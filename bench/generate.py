@@ -3,8 +3,8 @@
 `python -m bench.generate` on a CPU: SmolLM2-135M in float32, mlx-lm from `.venv-peers` with the same OpenBLAS.
 `python -m bench.generate --gpu --out DIR`: random bfloat16 weights of Qwen2.5-0.5B's shape, mlx-lm from this Python.
 `--shape NAME` takes random weights of an architecture that runs through mlx-lm's model file, with 16 streams, in
-bfloat16 on a GPU and float32 on a CPU. `--tiny` tries the whole with a small model. Both sides take turns; a row has
-each side's median and their ratio.
+bfloat16 on a GPU and float32 on a CPU; with `--layers N` it has so many. `--tiny` tries the whole with a small model.
+Both sides take turns; a row has each side's median and their ratio.
 """
 
 from __future__ import annotations
@@ -432,6 +432,7 @@ def main() -> None:
     parser.add_argument("--gpu", action="store_true", help="Qwen2.5-0.5B's shape in bfloat16, mlx-lm from this Python")
     parser.add_argument("--tiny", action="store_true", help="a small model: to try the benchmark itself")
     parser.add_argument("--shape", choices=tuple(BRIDGED), help="an architecture that runs through mlx-lm's model file")
+    parser.add_argument("--layers", type=int, help="of the shape, so many: where all would take too long")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder for generate.json")
     parser.add_argument("parts", nargs="*", help="those measures alone (single, many, …), and no file")
     options = parser.parse_args()
@@ -446,7 +447,7 @@ def main() -> None:
         # More rounds than of the other rows: what launches take varies by a third on a shared host.
         rounds = 3 * sizes.rounds if options.gpu else sizes.rounds
         sizes, name = replace(sizes, streams=BRIDGED_STREAMS, rounds=rounds), f"{name}-{options.shape}"
-    record = Record(name, options.out, sizes=asdict(sizes))
+    record = Record(name, options.out, sizes=asdict(sizes), layers=options.layers)
 
     def keep(rows: list[dict[str, Any]]) -> None:
         if not options.parts:
@@ -456,7 +457,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as home:
         folder = Path(home) / NAME
         if options.shape:
-            write_bridged(folder, BRIDGED[options.shape], mx.bfloat16 if options.gpu else mx.float32)
+            shape = {**BRIDGED[options.shape], **({"num_hidden_layers": options.layers} if options.layers else {})}
+            write_bridged(folder, shape, mx.bfloat16 if options.gpu else mx.float32)
         elif options.gpu or options.tiny:
             write_random(folder, SMALL if options.tiny else QWEN)
         else:

@@ -75,17 +75,17 @@ def forms(section: dict[str, Any], layers: set[str]) -> dict[str, Any]:
     return {layer: {"mode": "affine", "group_size": 64, **section.get(layer, usual)} for layer in layers}
 
 
-CASES: list[tuple[str, dict[str, Any]]] = [
+CASES: list[Any] = [
     ("phi3", {"group_size": 32}),
     ("phi3", {"bits": 8}),
-    ("phi3", {"mode": "mxfp4"}),
+    pytest.param("phi3", {"mode": "mxfp4"}, marks=pytest.mark.slow),
     ("gemma3_text", {"mode": "nvfp4"}),
-    ("gemma3", {"group_size": 32, "bits": 6}),
+    pytest.param("gemma3", {"group_size": 32, "bits": 6}, marks=pytest.mark.slow),
     ("qwen3_moe", {"group_size": 32, "bits": 3}),
-    ("qwen3_moe", {"mode": "mxfp8"}),
+    pytest.param("qwen3_moe", {"mode": "mxfp8"}, marks=pytest.mark.slow),
     ("qwen3_moe", {"group_size": 32, "recipe": "mixed_3_6"}),
     ("deepseek_v3", {"group_size": 32, "recipe": "mixed_2_6"}),
-    ("lfm2", {}),
+    pytest.param("lfm2", {}, marks=pytest.mark.slow),
     # Its file names the bits of some layers and not their groups.
     ("rwkv7", {"group_size": 32}),
 ]
