@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -111,3 +112,47 @@ def test_a_trouble_that_comes_again_after_a_good_round_is_logged_again(
     for _ in range(3):
         thread.turn()
     assert len(caplog.records) == 2
+
+
+def test_a_thread_holds_up_no_process_that_ends() -> None:
+    stopped = threading.Event()
+    Background("it waits", stopped.wait, stopped=stopped).start()
+    (thread,) = [each for each in threading.enumerate() if each.name == "it waits"]
+    stopped.set()
+    assert thread.daemon
+
+
+def test_what_the_broker_refuses_is_said_in_its_words_and_a_defect_with_its_place(
+    stopped: threading.Event, caplog: pytest.LogCaptureFixture
+) -> None:
+    for error in (WRONG_TYPE, KeyError("x")):
+        Background("x", failing(error), stopped=stopped).turn()
+    refused, defect = caplog.records
+    assert "WRONGTYPE" in refused.getMessage()
+    assert refused.exc_info is None
+    assert defect.exc_info is not None
+
+
+def test_each_round_has_troubles_of_its_own(stopped: threading.Event, caplog: pytest.LogCaptureFixture) -> None:
+    thread = Background("x", failing(KeyError("a")), failing(KeyError("b")), stopped=stopped)
+    for _ in range(3):
+        thread.turn()
+    assert len(caplog.records) == 2
+
+
+def test_a_thread_that_never_began_is_not_waited_for() -> None:
+    Background("x", lambda: None, stopped=threading.Event()).join(30.0)
+
+
+def test_a_process_that_ends_itself_has_written_its_log(tmp_path: Path) -> None:
+    code = (
+        "import logging, logging.handlers, sys\n"
+        "from workers.services.background import end_process\n"
+        "held = logging.handlers.MemoryHandler(9, logging.CRITICAL + 1, logging.FileHandler(sys.argv[1]))\n"
+        "logging.getLogger().addHandler(held)\n"
+        "logging.error('the last words')\n"
+        "end_process()"
+    )
+    log = tmp_path / "log"
+    assert subprocess.run([sys.executable, "-c", code, str(log)], timeout=60, check=False).returncode == 70
+    assert log.read_text() == "the last words\n"

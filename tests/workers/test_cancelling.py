@@ -104,3 +104,46 @@ def test_listening_goes_on_after_bytes_that_are_no_text(
         wait_until(lambda: ticket.stop is not None, "the cancel was heard")
     runtime.stopped.set()
     wait_until(lambda: threading.active_count() == before, "the thread ends with the worker")
+
+
+def test_a_worker_that_stops_hears_no_more_and_lets_go_of_its_channel(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the channel says of itself is no nudge; and a moment without one is bounded."""
+    asked: list[dict[str, Any]] = []
+
+    class Channel:
+        closed = 0
+
+        def __enter__(self) -> Channel:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            self.closed += 1
+
+        def subscribe(self, *channels: str) -> None:
+            assert channels == (keys.CANCELS,)
+
+        def get_message(self, **options: Any) -> None:
+            asked.append(options)
+            runtime.stopped.set()
+
+    channel, given = Channel(), list[dict[str, Any]]()
+
+    def pubsub(**options: Any) -> Channel:
+        given.append(options)
+        return channel
+
+    monkeypatch.setattr(runtime, "redis", SimpleNamespace(pubsub=pubsub, close=lambda: None))
+    CancelWatch(runtime).start()
+    wait_until(lambda: channel.closed, "it lets go")
+    assert given == [{"ignore_subscribe_messages": True}]
+    assert asked == [{"timeout": cancelling.SWEEP_EVERY}]
+    assert channel.closed == 1
+
+
+def test_a_broker_that_is_away_is_not_asked_in_a_hurry(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(cancelling, "Background", lambda name, work, *, stopped, every=0.0: pauses.append(every))
+    CancelWatch(runtime)
+    assert pauses == [cancelling.SWEEP_EVERY]

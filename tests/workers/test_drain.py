@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -89,3 +90,54 @@ def test_the_thread_hands_back_after_the_grace_and_looks_until_the_broker_is_gon
     wait_until(lambda: worker.ended, "the worker ends")
     assert worker.ended == 1
     assert worker.handed_back == [{"train", "generate", "embed", "adapters"}], "once, not at every look"
+
+
+class Thread:
+    """What a drain's own thread would do, and the event that ends it."""
+
+    def __init__(self, name: str, work: Callable[[], object], *, stopped: threading.Event, every: float) -> None:
+        self.work, self.stopped = work, stopped
+
+    def start(self) -> None: ...
+
+
+@pytest.fixture
+def threads(monkeypatch: pytest.MonkeyPatch) -> list[Thread]:
+    made: list[Thread] = []
+
+    def begun(*given: Any, **named: Any) -> Thread:
+        made.append(Thread(*given, **named))
+        return made[-1]
+
+    monkeypatch.setattr(drain_module, "Background", begun)
+    return made
+
+
+def test_a_worker_without_a_broker_is_ended_once_and_its_thread_looks_no_more(threads: list[Thread]) -> None:
+    worker = Worker(answers=[False] * MISSES)
+    worker.drain().start()
+    for _ in range(MISSES):
+        threads[0].work()
+    assert worker.ended == 1
+    assert threads[0].stopped.is_set()
+
+
+def test_a_look_at_the_broker_takes_no_longer_than_the_pause_between_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float | None] = []
+    monkeypatch.setattr(drain_module, "connect", lambda settings, timeout=None: asked.append(timeout))
+    worker: Any = SimpleNamespace(settings=None)
+    Drain(worker, end=lambda: None)
+    assert asked == [drain_module.LOOK_EVERY]
+
+
+def test_the_grace_is_waited_for_before_anything_goes_back(
+    threads: list[Thread], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = Worker(grace=7.0, answers=[True, True])
+    worker.drain().start()
+    waited: list[float] = []
+    monkeypatch.setattr(threads[0].stopped, "wait", waited.append)
+    for _ in range(2):
+        threads[0].work()
+    assert waited == [7.0]
+    assert worker.handed_back == [{"train", "generate", "embed", "adapters"}]

@@ -25,16 +25,28 @@ from workers.services.measuring import Measuring
 
 
 @pytest.fixture
-def measuring(broker: Settings) -> Iterator[Measuring]:
+def health() -> Health:
+    return Health(10)
+
+
+@pytest.fixture
+def runtime(broker: Settings) -> Iterator[Any]:
     redis = connect(broker)
     engine = SimpleNamespace(
         loads={"base": GenerationLoad(7, 70, 3, 2)}, adapters={"base": ("style@1", "style@2")}, memory_bytes=9
     )
-    runtime: Any = SimpleNamespace(
+    made: Any = SimpleNamespace(
         redis=redis, name="w@here/1", engine=engine, numbers=Numbers(), started=0.0, stopped=threading.Event(),
         settings=broker.model_copy(update={"metrics": "19464"}), publisher=SimpleNamespace(unsent=4),
     )  # fmt: skip
-    lanes, health = Lanes(), Health(10)
+    yield made
+    made.stopped.set()
+    redis.close()
+
+
+@pytest.fixture
+def measuring(runtime: Any, health: Health) -> Iterator[Measuring]:
+    lanes = Lanes()
     lanes.configure({"generate": 16}, {})
     lanes.enter("generate")
     health.answered()
@@ -43,7 +55,6 @@ def measuring(broker: Settings) -> Iterator[Measuring]:
     yield made
     runtime.stopped.set()
     made.stop()
-    redis.close()
 
 
 def free(count: int) -> int:
@@ -164,3 +175,31 @@ def test_anything_else_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, given
     monkeypatch.setenv("STOKER_METRICS", given)
     with pytest.raises(ConfigError, match=r"^STOKER_METRICS: .*host:port"):
         load_settings()
+
+
+def test_silence_is_borne_for_seconds_alone() -> None:
+    """Each connection has a thread."""
+    assert measuring_module.Handler.timeout == measuring_module.SILENT
+    assert 0 < measuring_module.SILENT <= 30
+
+
+def test_renewals_that_failed_are_no_renewals(measuring: Measuring, health: Health) -> None:
+    health.failed()
+    health.failed()
+    found = {sample.labels: sample.value for sample in measuring.gather().samples["stoker_lease_renewals_total"]}
+    assert found == {("ok",): 1, ("failed",): 3}
+
+
+def test_an_end_without_a_broker_is_an_end(
+    measuring: Measuring, runtime: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(runtime, "redis", connect(Settings(url="redis://127.0.0.1:1/0")))
+    with caplog.at_level("INFO"):
+        measuring.stop()
+    assert f"the last metrics stay for {keys.PRESENCE_TTL} s" in caplog.text
+
+
+def test_a_port_is_free_again_once_the_worker_has_stopped(measuring: Measuring) -> None:
+    port = measuring.serve("127.0.0.1", free(1))
+    measuring.stop()
+    assert measuring.serve("127.0.0.1", port) == port

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 from stoker.broker import keys, ledger
 from stoker.broker.connection import connect
 from stoker.client.submission import job_record
-from stoker.contract import GenerateRequest, ModelCard, Presence, encode
+from stoker.contract import GenerateRequest, ModelCard, Presence, TrainRequest, encode
 from stoker.contract.control import ModelCommand, ModelReport
 from stoker.contract.kinds import ADAPTERS, GENERATE, TRAIN
 from stoker.errors import InvalidRequest, ModelError, StokerError, from_wire
@@ -526,3 +528,237 @@ def test_room_is_that_of_the_weights() -> None:
     assert residents.makes_way("b", 6, lambda model: "") == []
     assert residents.makes_way("b", 7, lambda model: "") == ["a"]
     assert residents.bytes == 4
+
+
+# --- what is said meanwhile ---
+
+
+def test_a_model_is_said_to_be_loading_for_as_long_as_it_is(worker: Worker) -> None:
+    """At once, and not with the next beat: another worker would load it too."""
+    plain, seen = worker.engine.load, list[dict[str, str]]()
+
+    def load_and_look(name: str, sources: Sequence[str]) -> Any:
+        seen.append(worker.states())
+        return plain(name, sources)
+
+    worker.engine.load = load_and_look  # type: ignore[method-assign]
+    load(worker, "c")
+    assert seen[0]["c"] == "loading"
+    assert worker.states()["c"] == "warm"
+    with pytest.raises(ModelError):
+        load(worker, "damaged")
+    assert worker.states()["damaged"] == "refused"
+    assert "loading" not in worker.states().values()
+
+
+def test_a_model_that_was_refused_and_is_loaded_then_is_warm_and_its_refusal_forgotten(worker: Worker) -> None:
+    with pytest.raises(ModelError):
+        load(worker, "damaged")
+    del worker.engine.files["damaged"]
+    load(worker, "damaged")
+    assert worker.keeper.refused == {}
+
+
+def test_of_refusals_the_newest_stay_and_one_that_comes_again_is_new(worker: Worker) -> None:
+    for number in range(keeping.REFUSED_SHOWN + 3):
+        worker.keeper.refuse(f"m{number}", ModelError("x"))
+        worker.keeper.refuse("m0", ModelError(f"again {number}"))
+    kept = list(worker.keeper.refused)
+    assert len(kept) == keeping.REFUSED_SHOWN
+    assert kept[-2:] == [f"m{keeping.REFUSED_SHOWN + 2}", "m0"], "the oldest went"
+
+
+def test_nothing_is_downloaded_because_a_job_waits(lazy: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    downloads: list[bool] = []
+    plain = lazy.engine.prospect
+
+    def prospect(name: str, sources: Sequence[str], *, download: bool = False) -> Any:
+        downloads.append(download)
+        return plain(name, sources)
+
+    monkeypatch.setattr(lazy.engine, "prospect", prospect)
+    lazy.let_wait("lazy")
+    lazy.demand.round()
+    load(lazy, "c")
+    assert downloads == [False, True]
+
+
+def test_a_job_that_came_as_its_idle_model_was_to_leave_keeps_it(lazy: Worker) -> None:
+    load(lazy, "lazy", Origin.DEMANDED)
+    lazy.engine.busy.add("lazy")
+    lazy.clock.now += 61.0
+    lazy.demand.round()
+    assert "lazy" in lazy.warm
+    lazy.engine.busy.clear()
+    lazy.demand.round()
+    assert "lazy" not in lazy.warm
+
+
+def test_a_job_whose_client_has_its_result_may_be_here_for_a_moment(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeping, "LEAVE_WITHIN", 30.0)
+    held = worker.hold("a")
+    looks: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        looks.append(seconds)
+        if len(looks) == 2:
+            worker.deliveries.remove(held)
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    worker.keeper.unload("a")
+    assert "a" not in worker.warm
+    assert len(looks) == 2
+
+
+def test_a_worker_whose_broker_does_not_hear_it_loads_all_the_same(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(redis: Any) -> float:
+        raise RedisConnectionError("gone")
+
+    monkeypatch.setattr("workers.services.presence.clock.now", away)
+    assert load(worker, "c") == ("a",)
+
+
+def test_the_lock_of_a_model_that_is_loaded_goes_with_the_loading_and_expires(
+    make: Callable[..., Worker], lazy: Worker
+) -> None:
+    """A worker that dies as it loads must not keep the others from it."""
+    plain, left = lazy.engine.load, list[int]()
+
+    def load_and_look(name: str, sources: Sequence[str]) -> Any:
+        left.append(lazy.redis.ttl(keys.loading("lazy")))
+        return plain(name, sources)
+
+    lazy.engine.load = load_and_look  # type: ignore[method-assign]
+    lazy.let_wait("lazy")
+    lazy.demand.round()
+    assert 0 < left[0] <= keys.PRESENCE_TTL
+    assert not lazy.redis.exists(keys.loading("lazy"))
+
+
+def test_a_model_that_cannot_be_loaded_is_offered_no_more_and_the_others_hear_it_at_once(
+    make: Callable[..., Worker],
+) -> None:
+    worker = make(on_demand=("damaged=/damaged",))
+    worker.demand.round()
+    worker.heart.beat()
+    assert worker.states()["damaged"] == "offered"
+    worker.let_wait("damaged")
+    worker.demand.round()
+    assert worker.states()["damaged"] == "refused"
+    assert "damaged" not in worker.keeper.offers
+    raw = worker.redis.get(keys.worker(worker.runtime.name))
+    assert not Presence.model_validate_json(raw).offers, "no client may count on it"
+    worker.engine.asked.clear()
+    worker.demand.round()
+    assert worker.engine.asked == [], "not tried again at once"
+
+
+def test_a_model_on_demand_that_is_there_by_now_is_refused_no_more(make: Callable[..., Worker]) -> None:
+    worker = make(on_demand=("late=/late",))
+    worker.engine.headers["late"] = ModelError("/late: no such file or folder")
+    worker.demand.round()
+    assert "late" in worker.keeper.refused
+    del worker.engine.headers["late"]
+    worker.clock.now += REFUSED_FOR
+    worker.demand.round()
+    assert worker.keeper.refused == {}
+
+
+def test_a_refusal_is_logged_once_for_as_long_as_it_says_the_same(
+    make: Callable[..., Worker], caplog: pytest.LogCaptureFixture
+) -> None:
+    worker = make(on_demand=("late=/late",))
+    worker.engine.headers["late"] = ModelError("/late: no such file or folder")
+    for _ in range(3):
+        worker.demand.round()
+        worker.clock.now += REFUSED_FOR
+    assert len([record for record in caplog.records if "on demand" in record.getMessage()]) == 1
+
+
+def test_what_waits_for_any_of_its_kinds_ends_with_its_model(worker: Worker) -> None:
+    jobs = ["one", "two"]
+    request = TrainRequest(model="a", name="style", dataset="worker:x")
+    ledger.submit(worker.redis, "two", job_record(request, "two"))
+    worker.let_wait("a", "one")
+    worker.redis.zadd(keys.open_jobs(keys.queue("a", "generate")), {"no id": 1.0})
+    worker.keeper.unload("a")
+    assert [(worker.ending(job) or ("",))[0] for job in jobs] == ["UnknownModel"] * 2
+    worker.redis.delete(keys.open_jobs(keys.queue("a", "generate")))
+
+
+def test_a_model_that_nobody_holds_is_marked_with_the_brokers_time(worker: Worker) -> None:
+    worker.redis.hset(keys.MODELS, "a/1", card("a").model_dump_json())
+    worker.keeper.unload("a")
+    marked = ModelCard.model_validate_json(worker.redis.hget(keys.MODELS, "a/1"))
+    assert "was unloaded" in marked.gone
+    assert marked.seen == pytest.approx(worker.redis.time()[0], abs=60), "it is forgotten in its time"
+
+
+def test_a_command_is_said_to_have_begun_and_its_answer_expires(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that waits is told whether its worker has come to the command."""
+    phases: list[tuple[str, int]] = []
+    plain = worker.engine.load
+
+    def load_and_look(name: str, sources: Sequence[str]) -> Any:
+        raw, left = worker.redis.get(keys.command("c1")), worker.redis.ttl(keys.command("c1"))
+        phases.append((ModelReport.model_validate_json(raw).phase, left))
+        clock.now += 1.5
+        return plain(name, sources)
+
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr("workers.services.model_commands.time.monotonic", lambda: clock.now)
+    worker.engine.load = load_and_look  # type: ignore[method-assign]
+    worker.engine.memory_bytes = 77
+    report = ask(worker, "load", "c=/c")
+    assert [phase for phase, _ in phases] == ["begun"]
+    assert 0 < phases[0][1] <= keys.COMMAND_TTL
+    assert 0 < worker.redis.ttl(keys.command("c1")) <= keys.COMMAND_TTL
+    assert (report.seconds, report.memory_bytes) == (1.5, 77)
+
+
+def test_a_command_that_the_broker_breaks_off_is_answered_as_soon_as_it_can_be(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: object, **__: object) -> None:
+        raise RedisConnectionError("gone")
+
+    monkeypatch.setattr(worker.keeper, "load", away)
+    with pytest.raises(RedisConnectionError):
+        ask(worker, "load", "c=/c")
+    report = ModelReport.model_validate_json(worker.redis.get(keys.command("c1")))
+    assert (report.phase, report.error) == ("failed", "InvalidRequest")
+    assert "broke it off: gone" in report.message
+
+
+def test_what_is_known_by_the_settings_is_loaded_by_its_name(make: Callable[..., Worker]) -> None:
+    """Of a worker's own models, of those on demand, and of what made way before."""
+    worker = make(on_demand=("lazy=/lazy",))
+    assert ask(worker, "load", "lazy").phase == "done"
+    worker.keeper.may_load["c"] = ("/c",)
+    assert ask(worker, "load", "c").phase == "done"
+    assert worker.keeper.residents.get("lazy") is None or worker.keeper.residents.get("c") is not None
+
+
+def test_jobs_wait_for_a_model_on_demand_that_is_unloaded_by_command(lazy: Worker) -> None:
+    load(lazy, "lazy")
+    job = lazy.let_wait("lazy")
+    assert ask(lazy, "unload", "lazy").phase == "done"
+    assert lazy.ending(job) is None
+
+
+def test_a_model_that_was_loaded_by_command_does_not_leave_when_it_is_idle(lazy: Worker) -> None:
+    assert ask(lazy, "load", "lazy").phase == "done"
+    lazy.clock.now += 1e6
+    lazy.demand.round()
+    assert "lazy" in lazy.warm
+
+
+def test_a_command_that_is_nested_too_deeply_hurts_nothing(worker: Worker) -> None:
+    worker.commands.hear(b"[" * 100_000)
+    assert worker.warm == ["a", "b"]

@@ -14,8 +14,10 @@ from stoker.broker import keys
 from stoker.broker.connection import connect
 from stoker.client.model_choice import parse_cards, parse_presences
 from stoker.contract import CONTRACT, ModelCard
+from stoker.contract.presence import ModelState
 from stoker.settings import Settings
 from workers import clock
+from workers.services.keeper import Residency
 from workers.services.presence import Heart
 
 CARD = ModelCard(model="m", architecture="a", kinds=("embed",), context=1, parameters=1)
@@ -56,12 +58,10 @@ def others() -> Others:
     return Others()
 
 
-def heart(redis: Any, others: Others) -> Heart:
+def heart(redis: Any, others: Any, janitor: Any = None) -> Heart:
     engine = SimpleNamespace(device="cpu", cards=[CARD], adapters={}, memory_bytes=1)
     runtime: Any = SimpleNamespace(redis=redis, name="w@here", engine=engine, started=1.0, stopped=threading.Event())
-    lanes: Any = others
-    janitor: Any = others
-    return Heart(runtime, lanes, janitor)
+    return Heart(runtime, others, janitor or others)
 
 
 def test_a_beat_says_what_is_warm_and_expires(redis: Any, others: Others) -> None:
@@ -130,3 +130,25 @@ def test_a_goodbye_that_no_broker_hears_ends_nothing_else(others: Others, caplog
     with caplog.at_level("INFO"):
         heart(connect(Settings(url="redis://127.0.0.1:1/0")), others).say_goodbye()
     assert f"The presence expires in {keys.PRESENCE_TTL} s" in caplog.text
+
+
+def test_a_beat_says_what_may_be_loaded_and_how_each_model_is(redis: Any, others: Others) -> None:
+    beats = heart(redis, others)
+    lazy, state = CARD.model_copy(update={"model": "lazy"}), ModelState(model="lazy", state="offered")
+    beats.residency = lambda: Residency((lazy,), (state,), 77)
+    beats.beat()
+    (presence,) = parse_presences([redis.get(keys.worker("w@here"))])
+    assert (presence.offers, presence.states, presence.model_limit) == ((lazy,), (state,), 77)
+    assert presence.lanes == {"embed": (0, 1)}
+    assert sorted(parse_cards(redis.hgetall(keys.MODELS))) == ["lazy", "m"], "a client may send to it"
+
+
+def test_a_worker_says_that_it_lives_before_it_looks_for_what_others_lost(redis: Any, others: Others) -> None:
+    """The janitor may take seconds, and takes the jobs of a worker that is not there."""
+    order: list[str] = []
+    lanes = SimpleNamespace(load=others.load, grow=lambda: order.append("lanes"))
+    janitor = SimpleNamespace(
+        round=lambda: order.append("janitor" if redis.exists(keys.worker("w@here")) else "too early")
+    )
+    heart(redis, lanes, janitor).thread.turn()
+    assert order == ["lanes", "janitor"]

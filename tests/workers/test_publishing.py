@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +15,10 @@ from redis.exceptions import ReadOnlyError, ResponseError
 
 from stoker.broker import keys
 from stoker.broker.connection import connect
-from stoker.contract import StreamToken
+from stoker.contract import StreamToken, TrainReport
 from stoker.errors import JobFailed, WorkerUnavailable
+from stoker.monitor.metrics import PUBLISH_LAG
+from stoker.monitor.numbers import Series
 from stoker.settings import Settings
 from tests.conftest import wait_until
 from workers.services import publishing, recent
@@ -453,3 +457,84 @@ def test_a_worker_that_ends_while_the_broker_is_away_leaves_no_gap_in_a_stream(
     assert indices(redis, "a") == [], "the second three alone would leave a gap"
     with pytest.raises(WorkerUnavailable):
         publisher.flush("a")
+
+
+def test_a_jobs_later_entries_are_not_sent_behind_those_that_were_refused(
+    redis: Any, reporting: Callable[[Any], Publisher], refused: list[tuple[str, str]]
+) -> None:
+    """Its key may be mended meanwhile: the stream would begin in its middle."""
+    redis.set(keys.stream("bad"), "x", ex=60)
+    publisher = reporting(redis)
+    publisher.publish(entries("bad", 2))
+    with pytest.raises(JobFailed):
+        publisher.flush("bad")
+    redis.delete(keys.stream("bad"))
+    publisher.publish([*entries("bad", 2, start=2), *entries("good", 1)])
+    publisher.flush("good")
+    assert not redis.exists(keys.stream("bad"))
+    assert indices(redis, "good") == [0]
+    assert len(refused) == 1
+
+
+def test_one_script_publishes_all_that_can_be_and_says_of_the_rest_why(
+    redis: Any, reporting: Callable[[Any], Publisher]
+) -> None:
+    """Without a second round trip: a key of another type would cost every job of the worker one at each step."""
+    redis.set(keys.stream("bad"), "x", ex=60)
+    sizes: list[int] = []
+
+    class Counting(Unsteady):
+        def eval(self, *arguments: Any) -> Any:
+            sizes.append(arguments[1] // 2)
+            return super().eval(*arguments)
+
+    publisher = reporting(Counting(redis, lambda execute: None))
+    publisher.publish([("bad", token(0)), *entries("a", 2)])
+    publisher.flush("a")
+    assert sizes == [3]
+    assert indices(redis, "a") == [0, 1]
+
+
+def test_a_report_says_when_it_came_by_the_brokers_clock_and_a_token_does_not(
+    redis: Any, make: Callable[..., Publisher]
+) -> None:
+    report = TrainReport(
+        index=0, step=1, steps=2, loss=1.0, learning_rate=0.1, gradient_norm=1.0, tokens=1, tokens_per_second=1.0
+    )
+    publisher = make()
+    publisher.publish([*entries("a", 1), ("run", report)])
+    publisher.flush("run")
+    (_, fields) = redis.xrange(keys.stream("run"))[0]
+    assert json.loads(fields[b"entry"])["published"] == pytest.approx(redis.time()[0], abs=60)
+    (_, fields) = redis.xrange(keys.stream("a"))[0]
+    assert b"published" not in fields[b"entry"]
+
+
+def test_how_long_each_step_waited_is_observed_and_what_is_unsent_counted(
+    redis: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the time of this machine: it stands still as they are sent."""
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(time, "monotonic", lambda: clock.now)
+    lag = Series(PUBLISH_LAG.buckets)
+    publisher = Publisher(redis, lag=lag)
+    publisher.publish(entries("a", 2))
+    clock.now = 101.0
+    publisher.publish(entries("a", 3, start=2))
+    assert publisher.unsent == 5
+    clock.now = 103.0
+    publisher.start()
+    publisher.flush("a")
+    publisher.stop()
+    assert (sum(lag.counts), lag.value) == (2, 3.0 + 2.0)
+    assert publisher.unsent == 0
+
+
+def test_a_publisher_that_has_stopped_lets_go_of_its_connection(redis: Any) -> None:
+    closed: list[int] = []
+    client: Any = SimpleNamespace(close=lambda: closed.append(1))
+    publisher = Publisher(client)
+    publisher.start()
+    publisher.stop()
+    assert closed == [1]
+    assert not publisher.thread.alive

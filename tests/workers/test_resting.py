@@ -54,3 +54,16 @@ def test_a_worker_that_has_hardly_grown_does_not_look_for_free_memory() -> None:
     heap.take(1)
     rest.round()
     assert heap.asked == 2
+
+
+def test_a_job_of_any_lane_is_work_and_room_for_one_is_none() -> None:
+    lanes, heap = Lanes(), Heap()
+    lanes.configure({"embed": 2, "generate": 2}, {"embed": [], "generate": []})
+    rest = Resting(lanes, heap.resident, heap.give_back)
+    heap.take(GROWN)
+    lanes.enter("generate")
+    rest.round()
+    assert heap.asked == 0
+    lanes.leave("generate")
+    rest.round()
+    assert heap.asked == 1

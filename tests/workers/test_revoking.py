@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 from celery.worker.control import Panel
 from celery.worker.state import revoked as kept_by_celery
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ReadOnlyError
 
 from engine.ticket import Ticket
 from stoker.broker import keys, ledger
+from stoker.broker.ledger import record
 from stoker.broker.outcome import JobStatus, Outcome
 from stoker.client.requests import embed_request, generate_request
 from stoker.client.submission import job_record
@@ -171,3 +173,28 @@ def test_celerys_own_list_of_revoked_ids_drops_no_delivery(monkeypatch: pytest.M
         assert not LaneRequest.__new__(LaneRequest).revoked()
     finally:
         kept_by_celery.discard("job")
+
+
+@pytest.mark.parametrize("step", ["summary", "cancel"])
+def test_each_question_of_a_revocation_outlasts_a_broker_that_is_away(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    worker.submit("job")
+    place: Any = record if step == "summary" else ledger
+    real, failures = getattr(place, step), [RedisConnectionError("gone")]
+
+    def once(*args: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return real(*args)
+
+    monkeypatch.setattr(place, step, once)
+    worker.hear("revoke", task_id="job")
+    assert worker.status("job") is JobStatus.CANCELLED
+
+
+def test_of_a_message_all_ids_that_can_be_jobs_are_taken_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = revoking.Revocations()
+    assert asked.idle
+    assert asked.ask(["one", None, "a b", "two", "three"]) == 3
+    assert not asked.idle

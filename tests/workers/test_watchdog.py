@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -108,3 +109,67 @@ def test_no_limit_is_no_watchdog() -> None:
     before = threading.active_count()
     Watchdog(runtime(), 0).start()
     assert threading.active_count() == before
+
+
+class Thread:
+    """What a watchdog's own thread would do, the event that ends it, and what ends the process if it breaks."""
+
+    def __init__(self, name: str, work: Callable[[], object], **named: Any) -> None:
+        self.work, self.stopped, self.end = work, named["stopped"], named["end"]
+
+    def start(self) -> None: ...
+
+
+def begun(dog: Watchdog, monkeypatch: pytest.MonkeyPatch) -> Thread:
+    made: list[Thread] = []
+
+    def thread(*given: Any, **named: Any) -> Thread:
+        made.append(Thread(*given, **named))
+        return made[-1]
+
+    monkeypatch.setattr(watchdog, "Background", thread)
+    dog.start()
+    return made[0]
+
+
+def test_a_report_of_a_hang_waits_no_longer_than_a_second_for_a_broker(
+    broker: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A broker that is away must not keep a worker alive whose engine hangs."""
+    asked: list[float | None] = []
+
+    def connected(settings: Settings, timeout: float | None = None) -> Any:
+        asked.append(timeout)
+        return connect(settings, timeout=timeout)
+
+    monkeypatch.setattr(watchdog, "connect", connected)
+    ended: list[int] = []
+    dog = Watchdog(runtime(broker, ("job",)), 10, lambda: ended.append(1))
+    monkeypatch.setattr(dog, "look", lambda: True)
+    thread = begun(dog, monkeypatch)
+    thread.work()
+    assert asked == [watchdog.REPORT_WITHIN]
+    assert watchdog.REPORT_WITHIN <= 2
+    assert ended == [1]
+    assert thread.stopped.is_set(), "the thread has nothing more to do"
+
+
+def test_a_watchdog_ends_with_its_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = runtime()
+    dog = Watchdog(worker, 10, lambda: pytest.fail("nothing hangs"))
+    thread = begun(dog, monkeypatch)
+    worker.stopped.set()
+    monkeypatch.setattr(dog, "look", lambda: pytest.fail("a worker that stops is not looked at"))
+    thread.work()
+    assert thread.stopped.is_set()
+
+
+def test_what_ends_the_watchdog_itself_ends_the_worker_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[int] = []
+    begun(Watchdog(runtime(), 10, lambda: ended.append(1)), monkeypatch).end()
+    assert ended == [1]
+
+
+def test_an_engine_that_rests_is_no_hang_however_long(clock: SimpleNamespace) -> None:
+    dog = Watchdog(runtime(), 10)
+    assert not looks(dog, clock, 100)
