@@ -131,3 +131,9 @@ def test_a_password_file_that_holds_none_is_one_clear_error(tmp_path: Path, cont
     password_file(settings).write_bytes(content)
     with pytest.raises(ConfigError, match=str(password_file(settings))):
         password(settings)
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "OPTIONS"])
+def test_what_changes_nothing_is_shown_to_who_followed_a_link(method: str) -> None:
+    assert status(method, Sec_Fetch_Site="cross-site", Referer="http://wiki.example/") is None
+    assert status(method, "/healthcheck", Authorization="") is None

@@ -58,3 +58,16 @@ def test_a_report_that_cannot_be_read_is_left_out() -> None:
     good = report(1).model_dump_json().encode()
     entries = [(b"1-0", {b"entry": good}), (b"2-0", {b"entry": b"{"}), (b"3-0", {b"other": b""})]
     assert list(read_reports(entries)) == [report(1)]
+
+
+def test_a_curve_that_was_thinned_still_shows_its_newest_point() -> None:
+    curve = fed(*(report(step) for step in range(1, POINTS + 2)))
+    assert curve.points[-1][0] == POINTS + 1
+    curve.points.pop()
+    assert curve.shown[-1] == (POINTS + 1, 5.0 / (POINTS + 1))
+
+
+def test_what_is_thinned_lies_between_the_ends() -> None:
+    curve = fed(*(report(step) for step in range(1, POINTS + 2)))
+    assert [step for step, _ in curve.points[:3]] == [1, 3, 5]
+    assert [step for step, _ in curve.points[-2:]] in ([POINTS - 1, POINTS + 1], [POINTS, POINTS + 1])

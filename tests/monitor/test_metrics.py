@@ -210,3 +210,40 @@ def test_many_scrapes_ask_the_broker_once_and_wherever_workers_are_gone_nothing(
 
     asyncio.run(session())
     redis.close()
+
+
+def test_a_lane_has_all_its_series_before_anything_has_happened() -> None:
+    """An alert needs the zero before the first count, and ends with a number."""
+    seen = Mirror()
+    seen.follow(keys.queue("base", "train"), "base", "train")
+    samples = fleet(seen, [], {}, up=False).samples
+    for metric in FLEET:
+        assert all(sample.value == 0 for sample in samples[metric.name]), metric.name
+        lane = ("base", "train")[: min(2, len(metric.labels))]
+        assert {sample.labels[: len(lane)] for sample in samples[metric.name]} == {lane}
+
+
+def test_a_priority_that_there_is_not_is_counted_with_the_nearest() -> None:
+    seen = mirror()
+    for number, priority in enumerate((-3, 12)):
+        known = Known(f"odd-{number}", "generate", "base", "team", priority, "", "", 40.0, 0)
+        seen.jobs[f"odd-{number}"] = MirroredJob(known, None)
+    found = Scrape.of(exposition.text(exposition.of_fleet(fleet(seen, [], {}, up=True))).decode())
+    waiting = [found.value("stoker_jobs_waiting", priority=str(priority)) for priority in (0, 9)]
+    assert waiting == [3, 2]
+    assert len(found.samples["stoker_jobs_waiting"]) == 10
+
+
+def test_the_oldest_wait_is_that_of_the_oldest_in_whatever_order_they_come() -> None:
+    seen = mirror()
+    for number, submitted in enumerate((10.0, 90.0)):
+        known = Known(f"more-{number}", "generate", "base", "team", 0, "", "", submitted, 0)
+        seen.jobs[f"more-{number}"] = MirroredJob(known, None)
+    found = Scrape.of(exposition.text(exposition.of_fleet(fleet(seen, [], {}, up=True))).decode())
+    assert found.value("stoker_oldest_wait_seconds", priority="0") == 90.0
+
+
+def test_the_longest_label_is_shown() -> None:
+    numbers = Numbers()
+    numbers.of(metrics.KV_CACHE, "m" * exposition.LONGEST).set(1)
+    assert shown(numbers.report("w@here/1")).has(metrics.KV_CACHE)

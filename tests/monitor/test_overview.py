@@ -12,6 +12,7 @@ from stoker.broker.ledger.record import Watched
 from stoker.broker.letters import Letter
 from stoker.broker.registry import AdapterEntry
 from stoker.contract import ModelCard, Presence
+from stoker.contract.presence import ModelState
 from stoker.monitor.mirror import Mirror, ending
 from stoker.monitor.notices import Ended, Known, Progress, Started, WaitsAgain
 from stoker.monitor.overview import LISTED, overview, queues, runs
@@ -189,3 +190,56 @@ def test_of_runs_that_have_ended_the_last_few_are_shown_and_nothing_else_is_kept
     assert [run.id for run in runs(seen)] == kept[::-1]
     with pytest.raises(KeyError):
         seen.run_of("run-0")
+
+
+def test_only_jobs_that_run_are_asked_how_far_they_are() -> None:
+    seen = mirror()
+    seen.hear(QUEUE, "waits", said())
+    seen.hear(QUEUE, "runs", said(worker=WORKER))
+    seen.hear("stoker.base.train", "learns", said(kind="train", worker=WORKER))
+    assert (seen.owned("generate"), seen.owned("train")) == (["runs"], ["learns"])
+
+
+def test_a_queue_that_was_compared_is_not_compared_again_at_once() -> None:
+    seen = mirror(500.0)
+    seen.hear(QUEUE, "job", said())
+    assert seen.lines[QUEUE].differs(2, seen.now)
+    seen.vanished(QUEUE, [b"job"])
+    assert not seen.lines[QUEUE].differs(2, seen.now + 0.5)
+    assert seen.lines[QUEUE].differs(2, seen.now + 1.0)
+
+
+def test_a_client_whose_jobs_all_run_has_its_share_too() -> None:
+    seen = mirror()
+    seen.hear(QUEUE, "one", said(client="waits"))
+    seen.hear(QUEUE, "two", said(client="runs", worker=WORKER))
+    shares = {share.client: (share.waiting, share.running) for share in queues(seen)[0].clients}
+    assert shares == {"waits": (1, 0), "runs": (0, 1)}
+
+
+def test_a_worker_is_shown_with_what_it_holds_may_hold_and_keeps() -> None:
+    states = (
+        ModelState(model="base", state="warm", pinned=True), ModelState(model="late", state="refused", why="no files"),
+    )  # fmt: skip
+    (worker,) = overview(mirror(), [presence(states=states, lanes={"generate": (1, 16)})], [], {}).workers
+    assert worker.models == ("base (generate, train, pinned)", "late (refused: no files)")
+    assert [(lane.kind, lane.held, lane.limit) for lane in worker.lanes] == [("generate", 1, 16)]
+    assert (worker.up, worker.adapters) == (60.0, ("style@1 on base",))
+    (young,) = overview(mirror(), [presence(started=200.0)], [], {}).workers
+    assert young.up == 0.0, "the clocks of two machines differ"
+
+
+def test_what_has_no_version_before_is_not_rolled_back() -> None:
+    (adapter,) = overview(mirror(), [], [AdapterEntry("base", "style", 1, (), {1: {"rank": 8}})], {}).adapters
+    assert not adapter.can_roll_back
+
+
+def test_workers_have_the_sum_of_what_their_jobs_publish() -> None:
+    seen = mirror()
+    for name in ("one", "two"):
+        seen.hear(QUEUE, name, said(worker=WORKER))
+        seen.counted(name, 0)
+    seen.now += 2.0
+    for name, entries in (("one", 10), ("two", 30)):
+        seen.counted(name, entries)
+    assert seen.rates() == {WORKER: 20.0}

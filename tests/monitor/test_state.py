@@ -6,14 +6,17 @@ import itertools
 import logging
 import random
 import shelve
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from celery import states
+from flower.events import Events
 
 from stoker.monitor.notices import Ended, Known, Progress, Started, TaskNotice, WaitsAgain
-from stoker.monitor.state import JobMemory, MonitoredJob
+from stoker.monitor.state import JobEvents, JobMemory, MonitoredJob
 
 NODE = "stoker-1234@mac"
 
@@ -194,3 +197,71 @@ def test_memory_and_index_stay_bounded() -> None:
         memory.event(event("started", uuid=f"job-{draw.randrange(number + 1)}"))
     assert len(memory.tasks) <= 20
     assert set(memory.search_engine.documents) == set(memory.tasks)
+
+
+def test_only_a_task_that_the_ledger_has_not_described_is_a_stranger() -> None:
+    memory = JobMemory()
+    memory.hear([known()])
+    memory.event(event("started"))
+    memory.event({**event("online", uuid=""), "type": "worker-online"})
+    assert memory.strangers == set()
+    memory.event(event("started", uuid="other"))
+    assert memory.strangers == {"other"}
+
+
+@pytest.mark.parametrize("share", [1, True, "half", None, [0.5]])
+def test_progress_that_is_no_share_changes_nothing(share: Any) -> None:
+    memory = JobMemory()
+    memory.hear([known(), Progress("job", "step 1/9")])
+    memory.event(event("progress", progress=share))
+    assert task(memory).progress == "step 1/9"
+
+
+@pytest.mark.parametrize(("state", "moment"), [("SUCCESS", "succeeded"), ("FAILURE", "failed"), ("REVOKED", "revoked")])
+def test_an_end_has_the_moment_of_its_kind_and_no_other(state: str, moment: str) -> None:
+    memory = JobMemory()
+    memory.hear([known(), Ended("job", state, 104.0)])
+    found = {name: getattr(task(memory), name) for name in ("succeeded", "failed", "revoked")}
+    assert found == {**dict.fromkeys(("succeeded", "failed", "revoked")), moment: 104.0}
+
+
+def test_how_long_a_job_ran_its_worker_knows_best() -> None:
+    memory = JobMemory()
+    memory.hear([known(), Started("job", f"{NODE}/aa", 101.0)])
+    memory.event(event("succeeded", runtime=1.5))
+    memory.hear([known(submitted=110.0)])
+    memory.hear([Ended("job", "SUCCESS", 400.0)])
+    assert task(memory).runtime is not None
+    other = JobMemory()
+    other.hear([known(), Started("job", f"{NODE}/aa", 101.0)])
+    task(other).runtime = 1.5
+    other.hear([Ended("job", "SUCCESS", 400.0)])
+    assert task(other).runtime == 1.5
+
+
+def test_events_are_asked_of_workers_at_once_and_of_each_that_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Celery's send none unless they are asked to."""
+    asked: list[str] = []
+    monkeypatch.setattr(Events, "start", lambda self: None)
+    monkeypatch.setattr(Events, "on_event", lambda self, event: None)
+    monkeypatch.setattr(Events, "on_enable_events", lambda self: asked.append("asked"))
+    events: Any = JobEvents.__new__(JobEvents)
+    events.io_loop = SimpleNamespace(add_callback=lambda call: call())
+    events.start()
+    assert asked == ["asked"]
+    for kind in ("worker-online", "worker-heartbeat", "worker-offline", "task-started", None):
+        events.on_event({"type": kind})
+    assert asked == ["asked"] * 2
+
+
+def test_what_the_ledger_says_and_what_workers_say_come_one_after_the_other() -> None:
+    """From two threads."""
+    memory = JobMemory()
+    held = memory._mutex  # noqa: SLF001  Celery's own lock, which `event` takes
+    heard = threading.Thread(target=memory.hear, args=([known()],), daemon=True)
+    with held:
+        heard.start()
+        heard.join(0.1)
+        assert heard.is_alive()
+    heard.join(30)
+    assert task(memory).sent == 100.0

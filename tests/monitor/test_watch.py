@@ -16,7 +16,7 @@ from stoker.broker.connection import connect
 from stoker.client._async.adapters import AsyncAdapters
 from stoker.client_core import embed_request, generate_request, job_record, train_request
 from stoker.contract import TrainReport
-from stoker.errors import JobDead
+from stoker.errors import BrokerUnavailable, JobDead
 from stoker.monitor import watch as watching
 from stoker.monitor.curve import Curve
 from stoker.monitor.mirror import Mirror
@@ -321,5 +321,118 @@ def test_a_queue_that_is_read_for_the_first_time_is_not_compared_as_a_whole(
         await watch.round()
         assert len(memory.tasks) == 2
         assert compared == []
+
+    watched(broker, steps)
+
+
+def test_a_job_that_is_new_is_asked_for_once_in_a_round(
+    broker: Settings, redis: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where its queue is compared as a whole in the same round."""
+    send(redis, "first")
+    send(redis, "gone")
+
+    async def steps(watch: Watch, memory: JobMemory) -> None:
+        await watch.round()
+        assert ledger.cancel(redis, "gone", GENERATE) == "cancelled"
+        send(redis, "new")
+        watch.mirror.lines[GENERATE].compared = 0.0
+        heard: list[str] = []
+        plain = watch.mirror.hear
+
+        def hear(queue: str, job_id: str, said: Any) -> Any:
+            heard.append(job_id)
+            return plain(queue, job_id, said)
+
+        monkeypatch.setattr(watch.mirror, "hear", hear)
+        await watch.round()
+        assert heard.count("new") == 1
+        assert states(memory) == {"first": "PENDING", "gone": "REVOKED", "new": "PENDING"}
+
+    watched(broker, steps)
+
+
+def test_a_task_of_another_program_is_left_to_its_own_events(broker: Settings, redis: Any) -> None:
+    """The ledger does not know it, and the look goes on."""
+    send(redis, "job")
+
+    async def steps(watch: Watch, memory: JobMemory) -> None:
+        times = {"hostname": "celery@other", "timestamp": 1.0, "local_received": 1.0, "clock": 1}
+        memory.event({"type": "task-started", "uuid": "theirs", **times})
+        await watch.round()
+        assert memory.strangers == set()
+        assert states(memory)["job"] == "PENDING"
+
+    watched(broker, steps)
+
+
+def test_a_job_that_is_known_and_has_no_result_is_not_ended_for_that(broker: Settings, redis: Any) -> None:
+    """Its queue may not be followed: its model is of another generation of workers."""
+    send(redis, "open")
+    redis.zrem(keys.open_jobs(GENERATE), "open")
+
+    async def steps(watch: Watch, memory: JobMemory) -> None:
+        times = {"hostname": "stoker-1@mac", "timestamp": 1.0, "local_received": 1.0, "clock": 1}
+        memory.event({"type": "task-received", "uuid": "open", "name": "stoker.generate", **times})
+        await watch.round()
+        assert states(memory) == {"open": "RECEIVED"}
+
+    watched(broker, steps)
+
+
+def test_the_time_of_a_look_is_the_brokers_to_the_second(broker: Settings, redis: Any) -> None:
+    async def steps(watch: Watch, memory: JobMemory) -> None:
+        await watch.round()
+        seconds, micros = redis.time()
+        assert watch.mirror.now == pytest.approx(seconds + micros / 1e6, abs=5)
+
+    watched(broker, steps)
+
+
+def test_a_broker_that_stays_away_is_said_once_and_that_it_is_back_too(
+    broker: Settings, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watching, "EVERY", 0.0)
+    looks: list[Exception | None] = [BrokerUnavailable("away"), BrokerUnavailable("still away"), None]
+    troubles: list[str] = []
+
+    async def session() -> None:
+        async with AsyncClient(settings=broker) as client:
+            watch = Watch(client, JobMemory)
+
+            async def look() -> None:
+                troubles.append(watch.trouble)
+                if not looks:
+                    raise asyncio.CancelledError
+                if (error := looks.pop(0)) is not None:
+                    raise error
+
+            monkeypatch.setattr(watch, "round", look)
+            with caplog.at_level("INFO"), pytest.raises(asyncio.CancelledError):
+                await watch.run()
+
+    asyncio.run(session())
+    assert troubles == ["", "away", "still away", ""]
+    said = [record.getMessage() for record in caplog.records if record.name == watching.__name__]
+    assert said == ["the jobs cannot be seen: away", "the broker answers again"]
+
+
+def test_adapters_are_asked_for_of_models_that_have_any(
+    broker: Settings, redis: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str | None] = []
+
+    async def listed(_: AsyncAdapters, model: str | None = None) -> list[Any]:
+        asked.append(model)
+        return []
+
+    monkeypatch.setattr(AsyncAdapters, "list", listed)
+    able = card(model="able", kinds=("generate", "adapters"), seen=time.time())
+    redis.hset(keys.MODELS, "able/1", able.model_dump_json())
+
+    async def steps(watch: Watch, memory: JobMemory) -> None:
+        await watch.round()
+        await watch.adapters()
+        assert asked == ["able"]
 
     watched(broker, steps)
