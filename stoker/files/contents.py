@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 from uuid import uuid4
@@ -68,7 +68,9 @@ class FolderContents:
         return (self._folder / file_id / part).read_bytes()
 
     def remove(self, file_id: str) -> None:
-        shutil.rmtree(self._folder / file_id, ignore_errors=True)
+        # Of what cannot be deleted, the caller learns: it tries again.
+        with suppress(FileNotFoundError):
+            shutil.rmtree(self._folder / file_id)
 
 
 class StoreContents:

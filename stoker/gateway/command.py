@@ -7,6 +7,7 @@ import ipaddress
 import logging
 import socket
 from collections.abc import Callable
+from contextlib import closing
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -53,11 +54,8 @@ def serve(settings: Settings, address: str, port: int, names: frozenset[str], sa
 
 
 def _has_keys(settings: Settings) -> bool:
-    redis = connect(settings)
-    with translated(settings):
-        found = bool(api_keys.listed(redis))
-    redis.close()
-    return found
+    with translated(settings), closing(connect(settings)) as redis:
+        return bool(api_keys.listed(redis))
 
 
 def server(app: ASGIApp) -> uvicorn.Server:

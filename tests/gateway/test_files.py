@@ -169,6 +169,24 @@ async def swept(settings: Settings) -> None:
         await Store(client).sweep()
 
 
+def test_parts_that_cannot_be_deleted_are_not_forgotten_and_go_at_a_later_sweep(
+    api: openai.OpenAI, settings: Settings, redis: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = api.files.create(file=("a", LINES), purpose="batch")
+    (where,) = redis.keys(keys.file_contents("*"))
+
+    def refused(*arguments: Any, **more: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("os.unlink", refused)
+        assert api.files.delete(file.id).deleted
+        assert redis.zrange(where, 0, -1) == [file.id.encode()]
+    asyncio.run(swept(settings))
+    assert folders(settings) == []
+    assert not redis.exists(where)
+
+
 def test_what_a_writer_left_that_died_is_swept_an_hour_later(settings: Settings, redis: Any) -> None:
     async def begun() -> FileRecord:
         async with AsyncClient(settings=settings) as client:

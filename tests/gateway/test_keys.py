@@ -20,10 +20,11 @@ from stoker.broker.api_keys import ApiKey
 from stoker.broker.connection import connect
 from stoker.cli import app
 from stoker.contract import ModelCard
-from stoker.errors import ConfigError, InvalidRequest, StokerError
+from stoker.errors import BrokerUnavailable, ConfigError, InvalidRequest, StokerError
 from stoker.gateway.access import Keyed
 from stoker.gateway.app import Gateway
 from stoker.gateway.command import serve
+from stoker.local.broker import free_port
 from stoker.settings import Settings
 from tests.conftest import wait_until
 from tests.gateway.machinery import Served, gateway_over
@@ -204,6 +205,30 @@ def test_another_address_than_loopback_is_served_with_keys_alone(
     monkeypatch.setattr("stoker.gateway.command.listening", _stopped)
     with pytest.raises(StokerError, match="it listens"):
         serve(broker, "0.0.0.0", 0, frozenset(), print)
+
+
+def test_the_connection_that_looked_for_keys_is_closed_also_by_a_broker_that_is_away(
+    broker: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[Any] = []
+
+    def watched(settings: Settings) -> Any:
+        found: Any = connect(settings)
+        close = found.close
+
+        def noted() -> None:
+            closed.append(found)
+            close()
+
+        monkeypatch.setattr(found, "close", noted)
+        return found
+
+    monkeypatch.setattr("stoker.gateway.command.connect", watched)
+    away = broker.model_copy(update={"url": f"redis://127.0.0.1:{free_port(0)}"})
+    for settings, expected in ((broker, ConfigError), (away, BrokerUnavailable)):
+        with pytest.raises(expected):
+            serve(settings, "0.0.0.0", 0, frozenset(), print)
+    assert len(closed) == 2
 
 
 def _stopped(address: str, port: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -99,6 +100,10 @@ def test_a_port_that_another_broker_took_meanwhile_is_left_to_it(
         taken = client.connection_pool.connection_kwargs["port"]
         ports = iter([taken, taken])
         monkeypatch.setattr(broker_module, "free_port", lambda preferred: next(ports, None) or free_port(0))
+        # It lets in who knows the password of the other: what tells them apart is the folder.
+        make_home(tmp_path / "second")
+        (tmp_path / "second" / "broker").mkdir()
+        shutil.copy(tmp_path / "first" / "broker" / "password", tmp_path / "second" / "broker" / "password")
         with running(tmp_path / "second", taken) as (second, _):
             assert second.url != first.url
             assert second.alive
