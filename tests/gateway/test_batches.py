@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Final
 
 import httpx2
@@ -19,12 +20,14 @@ from stoker.broker.batches import Lease
 from stoker.broker.connection import connect
 from stoker.broker.ledger.ending import DISCARDED
 from stoker.client.asked import generation_share
+from stoker.client.chunks import LONGEST_PAUSE
 from stoker.contract import GenerateRequest
-from stoker.errors import JobFailed
+from stoker.errors import JobFailed, QueueFull
 from stoker.files.contents import FolderContents
-from stoker.gateway import batch_lines, batch_run, batch_runner, batches
+from stoker.gateway import batch_answers, batch_lines, batch_run, batch_runner, batches
 from stoker.gateway.access import Keyed
 from stoker.gateway.app import Gateway
+from stoker.gateway.stored import Store
 from stoker.settings import Settings
 from stoker.testing import AsyncFakeClient
 from tests.conftest import wait_until
@@ -441,6 +444,84 @@ def test_what_another_program_wrote_is_no_batch(api: openai.OpenAI, redis: Any, 
             redis.zadd(name, {batch_id: 1})
             redis.expire(name, 60)
         ended(api, uploaded(api, [line(2)]))
+
+
+@pytest.mark.parametrize("trouble", [RuntimeError, OSError, JobFailed])
+def test_a_batch_whose_run_failed_is_left_alone_for_a_while(
+    api: openai.OpenAI, monkeypatch: pytest.MonkeyPatch, trouble: type[Exception]
+) -> None:
+    monkeypatch.setattr(batch_runner, "LOOK_EVERY", 0.01)
+    began, looked = list[str](), list[str]()
+
+    async def failing(run: batch_run.BatchRun) -> None:
+        began.append(run.record.id)
+        raise trouble("it broke.")
+
+    real = Store.is_used
+
+    async def looking(store: Store) -> bool:
+        looked.append("")
+        return await real(store)
+
+    monkeypatch.setattr(batch_run.BatchRun, "run", failing)
+    monkeypatch.setattr(Store, "is_used", looking)
+    batch_id = uploaded(api, [line(1)])
+    wait_until(lambda: began, "it begins")
+    before = len(looked)
+    wait_until(lambda: len(looked) > before + 4, "it was looked at again")
+    assert began == [batch_id]
+    monkeypatch.undo()
+
+
+def test_a_batch_that_waits_begins_as_soon_as_another_has_ended(
+    api: openai.OpenAI, workers: AsyncFakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch_runner, "LOOK_EVERY", 3600)
+    monkeypatch.setattr(batch_runner, "AT_ONCE", 1)
+    workers.script.generate(hangs=True)
+    echo(workers)
+    first = uploaded(api, [line(1)])
+    wait_until(lambda: workers.sent.jobs, "the first runs")
+    second = uploaded(api, [line(2)])
+    assert api.batches.retrieve(second).status == "validating"
+    workers.link._memory.cancel(workers.sent.jobs[0].job_id)  # type: ignore[attr-defined]  # noqa: SLF001
+    assert ended(api, second, 10).status == "completed"
+    ended(api, first)
+
+
+def test_the_oldest_batch_of_each_client_begins_before_the_second_of_any(
+    running: Served, api: openai.OpenAI, redis: Any, workers: AsyncFakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch_runner, "LOOK_EVERY", 0.02)
+    monkeypatch.setattr(batch_runner, "AT_ONCE", 0)
+    hanging(workers)
+    secrets = made(redis), made(redis, client="other", created=2.0)
+    with running.opened(secrets[0]) as team, running.opened(secrets[1]) as other:
+        for number, client in enumerate((team, team, other)):
+            uploaded(client, [line(number)])
+        monkeypatch.setattr(batch_runner, "AT_ONCE", 2)
+        wait_until(lambda: len(workers.sent.jobs) == 2, "two run")
+    assert sorted(job.client for job in workers.sent.jobs) == ["other", "team"]
+
+
+def test_a_full_queue_is_asked_again_after_what_it_says_and_not_much_later(
+    api: openai.OpenAI, workers: AsyncFakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    echo(workers)
+    paused, full, send = list[float](), [0.01, 2.0, 1e6], workers.generate
+
+    async def sent(*arguments: Any, **fields: Any) -> Any:
+        if full:
+            raise QueueFull("full.", wait=full.pop(0))
+        return await send(*arguments, **fields)
+
+    async def pause(seconds: float) -> None:
+        paused.append(seconds)
+
+    monkeypatch.setattr(workers, "generate", sent)
+    monkeypatch.setattr(batch_answers, "asyncio", SimpleNamespace(sleep=pause, Event=asyncio.Event))
+    assert ended(api, uploaded(api, [line(1)])).status == "completed"
+    assert paused == [0.1, 2.0, LONGEST_PAUSE]
 
 
 def test_no_more_is_under_way_than_bulk_calls_may_have(

@@ -13,14 +13,15 @@ import openai
 import pytest
 from openai.types.fine_tuning import FineTuningJob
 
-from stoker import Client
+from stoker import AsyncClient, Client
 from stoker.broker import keys, policy, registry
 from stoker.broker.connection import connect
 from stoker.broker.ledger.record import Field
 from stoker.broker.outcome import result_as
+from stoker.client._async.jobs import AsyncTrainJob
 from stoker.contract import ModelCard, TrainReport, TrainRequest, TrainResult, Usage
 from stoker.contract.codec import read
-from stoker.errors import JobCancelled, JobDead, JobFailed
+from stoker.errors import BrokerUnavailable, JobCancelled, JobDead, JobFailed, JobTimeout, QueueFull, StokerError
 from stoker.gateway.fine_tuning_body import FineTuningBody
 from stoker.local.stack import Stack
 from stoker.settings import Settings
@@ -131,6 +132,7 @@ def test_what_is_asked_for_is_what_the_run_is(api: openai.OpenAI, redis: Any) ->
     assert job.method.supervised is not None
     assert job.method.supervised.hyperparameters is not None
     assert job.method.supervised.hyperparameters.n_epochs == job.hyperparameters.n_epochs == 2
+    assert job.hyperparameters.learning_rate_multiplier == pytest.approx(5)
     assert api.fine_tuning.jobs.retrieve(job.id) == job
     assert [event.message for event in api.fine_tuning.jobs.list_events(job.id)] == [
         f"Created fine-tuning job: {job.id}"
@@ -208,6 +210,45 @@ def test_a_run_that_failed_says_why_and_a_dead_one_may_go_on(api: openai.OpenAI,
     assert list(api.fine_tuning.jobs.checkpoints.list(job.id)) == []
     redis.delete(keys.result(job.id))
     assert api.fine_tuning.jobs.retrieve(job.id).status == "queued"
+
+
+def test_a_dead_run_whose_letter_is_gone_is_sent_anew_under_its_id(api: openai.OpenAI, redis: Any) -> None:
+    job = started(api, extra_headers={"idempotency-key": "run-1"})
+    ended(redis, job.id, status="FAILURE", result={"exc_type": "JobDead", "exc_message": ["it crashed."]})
+    assert api.fine_tuning.jobs.retrieve(job.id).status == "failed"
+    forget(redis, job.id)
+    assert started(api, extra_headers={"idempotency-key": "run-1"}).status == "queued"
+    assert sent(redis, job.id).model == "m"
+
+
+@pytest.mark.parametrize("error", [BrokerUnavailable("away."), JobTimeout("slow.")])
+def test_a_result_that_cannot_be_read_for_now_is_no_end_of_the_run(
+    api: openai.OpenAI, redis: Any, monkeypatch: pytest.MonkeyPatch, error: StokerError
+) -> None:
+    async def raising(job: AsyncTrainJob, timeout: float) -> None:
+        raise error
+
+    job = started(api)
+    succeeded(redis, job.id, "style")
+    with monkeypatch.context() as away:
+        away.setattr(AsyncTrainJob, "result", raising)
+        with pytest.raises(openai.InternalServerError):
+            api.fine_tuning.jobs.retrieve(job.id)
+    assert api.fine_tuning.jobs.retrieve(job.id).status == "succeeded"
+
+
+def test_a_run_that_is_there_stays_when_it_is_asked_for_again_in_vain(
+    api: openai.OpenAI, redis: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def full(*arguments: Any, **fields: Any) -> None:
+        raise QueueFull("full.")
+
+    kept = started(api, seed=1, extra_headers={"idempotency-key": "run-1"})
+    monkeypatch.setattr(AsyncClient, "train", full)
+    for name in ("run-1", "run-2"):
+        with pytest.raises(openai.RateLimitError):
+            started(api, extra_headers={"idempotency-key": name})
+    assert [job.id for job in api.fine_tuning.jobs.list()] == [kept.id]
 
 
 def test_a_run_can_be_cancelled_once_and_for_all(api: openai.OpenAI, broker: Settings, redis: Any) -> None:

@@ -11,6 +11,7 @@ import pytest
 from openai.types.responses import Response
 
 from stoker import errors
+from stoker.contract.requests import MAX_ENTRIES
 from stoker.gateway.app import Gateway
 from stoker.gateway.responses import ResponsesBody
 from stoker.testing import AsyncFakeClient
@@ -43,6 +44,18 @@ def test_an_answer_has_its_text_its_counts_and_why_it_ended(api: openai.OpenAI, 
     assert (cut.output_text, cut.status) == ("It was", "incomplete")
     assert cut.incomplete_details is not None
     assert cut.incomplete_details.reason == "max_output_tokens"
+
+
+def test_of_an_answer_that_was_cut_the_last_item_alone_is_incomplete(api: openai.OpenAI, fake: AsyncFakeClient) -> None:
+    fake.script.generate("<think>Hm.</think>It was a dark night.", finish_reason="length")
+    answer = ask(api)
+    shown = [(item.type, item.status) for item in answer.output if item.type in ("reasoning", "message")]
+    assert shown == [("reasoning", "completed"), ("message", "incomplete")]
+
+
+def test_without_a_limit_an_answer_takes_what_the_model_can_and_a_stream_can_hold() -> None:
+    body = ResponsesBody.model_validate({"model": CHAT, "input": "Hello"})
+    assert [body.options(most)["max_tokens"] for most in (7, MAX_ENTRIES, 10**9)] == [7, MAX_ENTRIES, MAX_ENTRIES]
 
 
 def test_what_is_asked_for_is_what_the_job_is(api: openai.OpenAI, fake: AsyncFakeClient) -> None:

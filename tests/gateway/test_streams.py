@@ -81,13 +81,15 @@ def test_a_client_that_leaves_a_stream_cancels_its_job_unless_it_says_otherwise(
     assert status(fake) is ends
 
 
+@pytest.mark.parametrize("fields", [{}, {"logprobs": True}])
 @pytest.mark.parametrize(("said", "ends"), [("cancel", JobStatus.CANCELLED), ("continue", JobStatus.RUNNING)])
 def test_a_client_that_leaves_while_it_waits_for_the_whole_cancels_its_job_unless_it_says_otherwise(
-    served: Served, fake: AsyncFakeClient, caplog: pytest.LogCaptureFixture, said: str, ends: JobStatus
-) -> None:
+    served: Served, fake: AsyncFakeClient, caplog: pytest.LogCaptureFixture, said: str, ends: JobStatus,
+    fields: dict[str, Any],
+) -> None:  # fmt: skip
     caplog.set_level(logging.INFO, "stoker.gateway.front")
     fake.script.generate(TEXT, hangs=True)
-    body = json.dumps(BODY).encode()
+    body = json.dumps(BODY | fields).encode()
     head = "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
     head += f"x-stoker-on-disconnect: {said}\r\n"
     with socket.create_connection(("127.0.0.1", served.port)) as connection:
@@ -123,6 +125,36 @@ def test_an_answer_takes_its_prompt_and_its_tokens_and_the_rest_of_a_stream_what
     ids = [[line for line in answer.text.splitlines() if line.startswith("id: ")] for answer in (whole, rest)]
     assert ids[0] == [f"id: order-7:{index}" for index in range(5)], "the last event of a token says that it is whole"
     assert ids[1] == ids[0][2:]
+
+
+def test_a_client_that_leaves_a_stream_has_taken_the_tokens_that_came(
+    http: httpx2.Client, served: Served, fake: AsyncFakeClient
+) -> None:
+    access = Counting()
+    served.over(Gateway(fake, access=access))
+    fake.script.generate(TEXT, hangs=True)
+    with http.stream("POST", "/v1/chat/completions", json={**BODY, "stream": True}) as got:
+        assert text_of(lines(got, 4)) == "It was a"
+    wait_until(lambda: access.spent, "it is counted")
+    assert access.spent == [5], "all that the worker had made; no prompt, which only a result counts"
+
+
+@pytest.mark.parametrize(
+    ("path", "body"), [("chat/completions", BODY), ("completions", {"model": CHAT, "prompt": "Hello"})]
+)
+def test_a_stream_ends_with_its_last_word(
+    http: httpx2.Client, fake: AsyncFakeClient, path: str, body: dict[str, Any]
+) -> None:
+    fake.script.generate(TEXT)
+    answer = http.post(f"/v1/{path}", json={**body, "stream": True})
+    assert answer.text.endswith("data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize("name", [f"{CHAT}:", ":house-style", ":"])
+def test_a_model_of_half_a_name_is_not_there(http: httpx2.Client, fake: AsyncFakeClient, name: str) -> None:
+    answer = http.post("/v1/chat/completions", json={**BODY, "model": name})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (404, "model")
+    assert not fake.sent.jobs
 
 
 def test_a_gateway_that_is_asked_to_end_cancels_no_job(fake: AsyncFakeClient, monkeypatch: pytest.MonkeyPatch) -> None:

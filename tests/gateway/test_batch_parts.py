@@ -1,0 +1,113 @@
+"""What a batch is made of: the lines of its file, and what was written and is not said yet."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from stoker.gateway import batch_lines, batch_run
+from stoker.gateway.batch_lines import Line, Outcome, Survey, WrongLine, survey
+from stoker.gateway.batch_run import Written
+
+URL = "/v1/completions"
+
+
+def row(custom_id: object, **fields: Any) -> bytes:
+    return json.dumps({"custom_id": custom_id, "method": "POST", "url": URL, "body": {}, **fields}).encode()
+
+
+def surveyed(data: bytes) -> Survey:
+    async def parts() -> AsyncIterator[bytes]:
+        yield data[:100]
+        yield data[100:]
+
+    return asyncio.run(survey(parts()))
+
+
+def test_an_id_that_comes_again_is_found_also_thousands_of_lines_later_and_no_other_is() -> None:
+    """They are looked through a thousand at a time."""
+    ids = [*range(2500), 0, 999, 1000, 1999]
+    found = surveyed(b"\n".join(map(row, map(str, ids))))
+    assert found.total == len(ids)
+    assert [index for index in range(found.total) if found.duplicate(Line(0, index, b""))] == [2500, 2501, 2502, 2503]
+
+
+@pytest.mark.parametrize(
+    ("custom_id", "taken"),
+    [("a", True), ("a" * 512, True), ("a" * 513, False), ("", False), (7, False), ("\ud800", False)],
+)
+def test_an_id_has_one_to_512_characters(custom_id: object, taken: bool) -> None:
+    line = Line(1, 0, row(custom_id))
+    if taken:
+        assert line.asked(URL, duplicate=False) == (custom_id, b"{}")
+    else:
+        with pytest.raises(WrongLine, match="1 to 512 characters") as wrong:
+            line.asked(URL, duplicate=False)
+        assert (wrong.value.code, wrong.value.custom_id) == ("invalid_custom_id", None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "code"),
+    [
+        ({"method": "GET"}, "invalid_method"),
+        ({"url": "/v1/embeddings"}, "invalid_url"),
+        ({"body": []}, "invalid_body"),
+        ({"body": {"stream": True}}, "invalid_body"),
+        ({"body": {"priority": 0}}, "invalid_body"),
+        ({"body": {"service_tier": "priority"}}, "invalid_body"),
+        ({"bodies": {}}, "invalid_request"),
+    ],
+)
+def test_what_a_line_may_not_ask_is_said_with_its_id(fields: dict[str, Any], code: str) -> None:
+    with pytest.raises(WrongLine) as wrong:
+        Line(1, 0, row("mine", **fields)).asked(URL, duplicate=False)
+    assert (wrong.value.code, wrong.value.custom_id) == (code, "mine")
+
+
+def test_there_are_as_many_lines_as_are_allowed_and_not_one_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_lines, "MOST_LINES", 3)
+    lines = [row(str(number)) for number in range(4)]
+    assert surveyed(b"\n\n".join(lines[:3])).total == 3
+    with pytest.raises(Exception, match="more than 3 lines"):
+        surveyed(b"\n".join(lines))
+
+
+class Kept:
+    """In the place of a draft."""
+
+    def __init__(self) -> None:
+        self.data = b""
+
+    async def write(self, data: bytes) -> None:
+        self.data += data
+
+
+def test_what_was_written_is_said_when_it_is_much_or_has_waited(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(batch_run, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(batch_run, "MOST_WAITING", 10)
+    output, errors = Kept(), Kept()
+    drafts: Any = output, errors
+    written = Written(*drafts)
+    written.taken()  # its time begins by this clock
+
+    def put(line: bytes, right: bool, job: str = "") -> bool:
+        asyncio.run(written.put(Outcome(line, right, job)))
+        return written.is_due()
+
+    assert [put(b"four", True, "a"), put(b"five.", False), put(b"x", True, "b")] == [False, False, True]
+    assert (output.data, errors.data, written.lines, written.right, written.all) == (b"fourx", b"five.", 3, 2, 3)
+    assert written.taken() == ["a", "b"]
+    assert not written.is_due()
+    assert (written.lines, written.right, written.all, written.taken()) == (0, 0, 3, [])
+    now[0] += batch_run.COMMIT_EVERY - 0.5
+    assert not put(b"y", True)
+    now[0] += 0.5
+    assert written.is_due()
+    written.taken()
+    assert not written.is_due(), "it waits from now on"
