@@ -444,6 +444,12 @@ def test_what_another_program_wrote_is_no_batch(api: openai.OpenAI, redis: Any, 
             redis.zadd(name, {batch_id: 1})
             redis.expire(name, 60)
         ended(api, uploaded(api, [line(2)]))
+    # One of another type is left out of the list, and hides no other.
+    redis.delete(keys.batch(batch_id))
+    redis.set(keys.batch(batch_id), "of another program", ex=60)
+    redis.zadd(keys.batches("default"), {batch_id: 1})
+    assert len(list(api.batches.list())) == 5
+    assert redis.zscore(keys.batches("default"), batch_id) is None
 
 
 @pytest.mark.parametrize("trouble", [RuntimeError, OSError, JobFailed])

@@ -233,3 +233,41 @@ def test_a_broker_whose_memory_is_full_takes_no_job_and_lets_jobs_end(redis: Any
 def test_every_transition_is_a_function_of_the_library() -> None:
     for name in vars(TRANSITIONS):
         assert LIBRARY.text.count(f"function_name='{LIBRARY.of(name)}'") == 1
+
+
+def test_what_makes_room_runs_also_where_memory_is_full(redis: Any) -> None:
+    """Else a broker that is full would stay so."""
+    for job in ("released", "given up", "refused", "lost"):
+        submit(redis, job)
+    for job in ("released", "given up"):
+        start(redis, job)
+    redis.delete(keys.ready(QUEUE))
+    redis.config_set("maxmemory", 1)
+    try:
+        assert ledger.release(redis, "released", QUEUE, "one")
+        assert ledger.dead_letter(redis, "given up", QUEUE, "one", "w", "a full disk").history
+        assert end(redis, "given up")
+        assert ledger.refuse(redis, "refused", QUEUE, ledger.revoked("refused"))
+        assert sorted(ledger.recover(redis, QUEUE, 0)) == ["lost", "released"]
+    finally:
+        redis.config_set("maxmemory", 0)
+
+
+class Loading:
+    """A broker to which another worker loads the library at the same time."""
+
+    def __init__(self, error: str) -> None:
+        self.functions, self._error = Functions(loads=True), error
+
+    def function_list(self, *arguments: Any) -> list[Any]:
+        return []
+
+    def function_load(self, *arguments: Any) -> None:
+        raise ResponseError(self._error)
+
+
+@pytest.mark.parametrize(("error", "called"), [("Library 'stoker_1' already exists", True), ("no such command", False)])
+def test_a_library_that_another_worker_loaded_meanwhile_is_used(error: str, *, called: bool) -> None:
+    loading = Loading(error)
+    LIBRARY.offer(loading)
+    assert loading.functions.called() == called

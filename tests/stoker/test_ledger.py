@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from celery import Celery
+from redis.exceptions import ResponseError
 
 from stoker.broker import keys, ledger, policy
 from stoker.broker.connection import connect
@@ -910,3 +911,63 @@ def test_turns_that_cannot_be_counted_begin_anew(redis: Any, value: str) -> None
     for number in range(READY + 2):
         assert submit(redis, f"job-{number}") == "new"
     assert len(take_all(redis)) == READY + 2
+
+
+@pytest.mark.parametrize("end", ["complete", "dead", "abandon"])
+@pytest.mark.parametrize("blob", [False, True], ids=["whole", "with an input"])
+def test_nothing_of_a_cancel_is_left_when_its_job_has_ended(redis: Any, end: str, *, blob: bool) -> None:
+    fields = record() | ({"blob": keys.blob("dataset:job")} if blob else {})
+    ledger.submit(redis, "job", fields, b"rows" if blob else b"")
+    claim(redis, "one")
+    redis.set(keys.worker("worker-one"), "{}", ex=60)
+    assert ledger.cancel(redis, "job", QUEUE) == "asked"
+    assert redis.exists(keys.cancel("job"))
+    if end == "dead":
+        ledger.dead_letter(redis, "job", QUEUE, "one", "worker", "full")
+    ending = ledger.abandon if end == "abandon" else ledger.complete
+    assert ending(redis, "job", QUEUE, "one", ledger.revoked("job"))
+    assert not redis.exists(keys.cancel("job"))
+    assert redis.hlen(keys.sizes(QUEUE)) == 0 or b"job" not in redis.hkeys(keys.sizes(QUEUE))
+    assert not redis.zcard(keys.client("default", QUEUE))
+    assert abs(redis.ttl(keys.job("job")) - keys.RESULT_TTL) < 10
+    assert redis.exists(keys.blob("dataset:job")) == (blob and end == "dead")
+
+
+@pytest.mark.parametrize("revive", [False, True])
+def test_a_submission_that_meets_a_key_of_another_program_leaves_no_job_behind(redis: Any, *, revive: bool) -> None:
+    """One that is known and does not wait would never run, however often its client sends it."""
+    fields = record() | {"blob": keys.blob("dataset:job")}
+    if revive:
+        ledger.submit(redis, "job", fields, b"rows")
+        claim(redis, "one")
+        ledger.dead_letter(redis, "job", QUEUE, "one", "worker", "full")
+        complete(redis, "one")
+    redis.set(keys.dispatched(QUEUE), "of another program", ex=60)
+    with pytest.raises(ResponseError, match="WRONGTYPE"):
+        ledger.submit(redis, "job", fields, b"" if revive else b"rows", revive=revive)
+    assert not redis.exists(keys.job("job"), keys.ready(QUEUE))
+    assert not redis.zcard(keys.open_jobs(QUEUE))
+    assert not redis.zcard(keys.client("default", QUEUE))
+    assert redis.exists(keys.blob("dataset:job")) == revive, "what was there before is not this submission's"
+    redis.delete(keys.dispatched(QUEUE))
+    assert ledger.submit(redis, "job", fields, b"rows").state == "new"
+    assert take(redis) == "job"
+
+
+def test_of_two_that_have_aged_to_the_best_the_one_of_the_better_priority_is_first(redis: Any) -> None:
+    for number in range(READY):
+        submit(redis, f"before-{number:02}", priority=0)
+    for name, priority in (("worse", 7), ("better", 3)):
+        submit(redis, name, priority=priority)
+        grow_old(redis, name, 100 * ledger.AGEING)
+    assert [name for name in take_all(redis) if not name.startswith("before")] == ["better", "worse"]
+
+
+def test_a_result_that_is_there_is_not_written_over_when_its_record_is_spoiled(redis: Any) -> None:
+    for number in range(READY):
+        submit(redis, f"before-{number:02}")
+    submit(redis, "job")
+    redis.set(keys.result("job"), "the result", ex=60)
+    redis.hdel(keys.job("job"), Field.TURN)
+    take_all(redis)
+    assert redis.get(keys.result("job")) == b"the result"

@@ -20,8 +20,16 @@ from typer.testing import CliRunner
 
 from stoker import AsyncClient, Client
 from stoker.broker import keys
+from stoker.broker.asking import caller_waits, own_patience
 from stoker.broker.connection import connect
-from stoker.broker.loading import LOOK_EVERY, LoadingProgress, PatientRetry, StillLoading, wait_until_loaded
+from stoker.broker.loading import (
+    LOOK_EVERY,
+    AsyncPatientRetry,
+    LoadingProgress,
+    PatientRetry,
+    StillLoading,
+    wait_until_loaded,
+)
 from stoker.cli import app
 from stoker.errors import BrokerLoading, BrokerUnavailable, JobTimeout
 from stoker.local.stack import wait_for_broker
@@ -239,6 +247,41 @@ def test_a_command_is_tried_again_for_as_long_as_the_patience_lasts_and_no_longe
     with pytest.raises(StillLoading):
         retry.call_with_retry(loads, lambda error: None)
     assert pauses == [0.75, 0.75, 0.75, 0.25], "a quarter of what the broker thinks that it will take"
+
+
+def test_an_asyncio_command_waits_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        assert sum(pauses) < 100, "it is tried again for ever"
+
+    async def ask() -> Any:
+        return info(42, 42)
+
+    async def loads() -> None:
+        raise redis.exceptions.BusyLoadingError("loading")
+
+    async def fail(error: Exception) -> None: ...
+
+    async def call() -> None:
+        monkeypatch.setattr(time, "monotonic", lambda: 100 + sum(pauses))
+        monkeypatch.setattr("stoker.broker.loading.asyncio.sleep", sleep)
+        with pytest.raises(StillLoading):
+            await AsyncPatientRetry(NoBackoff(), 0, (), patience=2.5, ask=ask).call_with_retry(loads, fail)
+        monkeypatch.undo()
+
+    asyncio.run(call())
+    assert pauses == [0.75, 0.75, 0.75, 0.25]
+
+
+def test_who_waits_himself_says_so_for_as_long_as_he_does() -> None:
+    assert not caller_waits()
+    with own_patience():
+        with pytest.raises(KeyError), own_patience():
+            raise KeyError
+        assert caller_waits(), "the outer one still waits"
+    assert not caller_waits()
 
 
 def test_a_broker_that_ends_while_it_loads_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

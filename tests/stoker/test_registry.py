@@ -171,3 +171,16 @@ def test_a_record_that_a_version_is_pinned_in_after_it_expired_expires_again(bro
     broker_client.expire(keys.job("late"), 60)
     assert ledger.pin(broker_client, "late", 3) == "3"
     assert broker_client.ttl(keys.job("late")) <= 60, "one that has an expiry keeps it"
+
+
+@pytest.mark.parametrize(("token", "ended", "taken"), [("one", "", True), ("two", "", False), ("one", "1", False)])
+def test_who_does_not_own_the_job_any_more_or_has_ended_it_registers_nothing(
+    broker_client: Any, token: str, ended: str, *, taken: bool
+) -> None:
+    broker_client.hset(keys.job("job"), mapping={Field.TOKEN: "one", **({Field.ENDED: ended} if ended else {})})
+    broker_client.expire(keys.job("job"), 60)
+    owner = registry.Owner("job", token)
+    assert registry.keep(broker_client, "m", "style", 1, b"files", owner) == taken
+    assert bool(registry.register(broker_client, "m", "style", 1, {}, promote=True, owner=owner)) == taken
+    assert broker_client.exists(keys.adapter("m", "style"), keys.adapters("m")) == 2 * taken
+    assert broker_client.exists(keys.artifact("m", "style", 1)) == taken

@@ -1,0 +1,165 @@
+"""The last value that is allowed and the first that is not; and answers that are not whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from stoker.contract import EmbedRequest, GenerateRequest, TrainRequest
+from stoker.contract.bundle import pack, source
+from stoker.contract.dataset import iterate_lines
+from stoker.contract.freeform import MAX_DEPTH, MAX_VALUES, check_json
+from stoker.contract.results import Completion, RerankResult, ToolCall, Usage
+from stoker.contract.shown import brief, cut, printable
+from stoker.contract.vectors import Int8Vectors, is_of
+from stoker.errors import DatasetError
+
+DAY = 24 * 3600
+GENERATE: dict[str, Any] = {"model": "m", "prompt": "x"}
+TRAIN: dict[str, Any] = {"model": "m", "name": "style", "dataset": "x"}
+EMBED: dict[str, Any] = {"model": "m", "texts": ("x",)}
+#: Request, fields, field, least and most, and what is too little and too much (None: nothing is).
+EDGES: list[tuple[type, dict[str, Any], str, list[Any], list[Any]]] = [
+    (GenerateRequest, GENERATE, "priority", [0, 9], [-1, 10]),
+    (GenerateRequest, GENERATE, "deadline", [0.001, 30 * DAY], [0.0, -1.0, 30 * DAY + 1]),
+    (GenerateRequest, GENERATE, "max_tokens", [1, 32_768], [0, 32_769]),
+    (GenerateRequest, GENERATE, "n", [1, 16], [0, 17]),
+    (GenerateRequest, GENERATE, "temperature", [0.0, 10.0], [-0.1, 10.1]),
+    (GenerateRequest, GENERATE, "top_k", [0, 1_000_000], [-1, 1_000_001]),
+    (GenerateRequest, GENERATE, "top_p", [1e-9, 1.0], [0.0, 1.1]),
+    (GenerateRequest, GENERATE, "min_p", [0.0, 1.0], [-0.1, 1.1]),
+    (GenerateRequest, GENERATE, "repetition_penalty", [0.01, 10.0], [0.0, 10.1]),
+    (GenerateRequest, GENERATE, "seed", [0, 2**63 - 1], [-1, 2**63]),
+    (GenerateRequest, GENERATE, "top_logprobs", [0, 20], [-1, 21]),
+    (GenerateRequest, GENERATE, "stop", [("a",) * 16], [("a",) * 17]),
+    (GenerateRequest, GENERATE, "stop_token_ids", [(0, 2**31 - 1), (1,) * 64], [(-1,), (2**31,), (1,) * 65]),
+    (GenerateRequest, GENERATE, "logit_bias", [{0: -100.0}, {1: 100.0}], [{0: -100.1}, {1: 100.1}, {-1: 0.0}]),
+    (EmbedRequest, EMBED, "dimensions", [1, 65_536], [0, 65_537]),
+    (EmbedRequest, EMBED, "texts", [("x",) * 4096], [(), ("x",) * 4097, (" ",)]),
+    (TrainRequest, TRAIN, "steps", [1, 1_000_000], [0, 1_000_001]),
+    (TrainRequest, TRAIN, "rank", [1, 256], [0, 257]),
+    (TrainRequest, TRAIN, "alpha", [0.001, 4096.0], [0.0, 4096.1]),
+    (TrainRequest, TRAIN, "dropout", [0.0, 0.9], [-0.1, 0.91]),
+    (TrainRequest, TRAIN, "batch_size", [1, 256], [0, 257]),
+    (TrainRequest, TRAIN, "accumulation", [1, 1024], [0, 1025]),
+    (TrainRequest, TRAIN, "max_length", [2, 32_768], [1, 32_769]),
+    (TrainRequest, TRAIN, "learning_rate", [1e-9, 1.0], [0.0, 1.1]),
+    (TrainRequest, TRAIN, "weight_decay", [0.0, 1.0], [-0.1, 1.1]),
+    (TrainRequest, TRAIN, "clip", [0.001, 1e6], [0.0, 1e6 + 1]),
+    (TrainRequest, TRAIN, "label_smoothing", [0.0, 0.9], [-0.1, 0.91]),
+    (TrainRequest, TRAIN, "held_out", [0.0, 0.5], [-0.1, 0.51]),
+    (TrainRequest, TRAIN, "checkpoint_every", [1, 1_000_000], [0, 1_000_001]),
+    (TrainRequest, TRAIN, "stop_after", [0], [-1, 1001]),
+]
+
+
+@pytest.mark.parametrize(("request_", "fields", "name", "allowed", "refused"), EDGES, ids=[row[2] for row in EDGES])
+def test_a_field_takes_what_it_says_and_nothing_beyond(
+    request_: type[GenerateRequest], fields: dict[str, Any], name: str, allowed: list[Any], refused: list[Any]
+) -> None:
+    for value in allowed:
+        assert getattr(request_(**{**fields, name: value}), name) == value
+    for value in refused:
+        with pytest.raises(ValidationError, match=name):
+            request_(**{**fields, name: value})
+
+
+def test_one_of_two_ways_to_ask_for_a_truncation_is_said() -> None:
+    assert EmbedRequest(**EMBED | {"truncate": True}).truncation == "end"
+    assert EmbedRequest(**EMBED | {"truncate": False}).truncation == "error"
+    for also in ("end", "error"):
+        with pytest.raises(ValidationError, match="truncate and truncation given"):
+            EmbedRequest(**EMBED | {"truncate": True, "truncation": also})
+
+
+def nested(levels: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(levels - 1):
+        value = [value]
+    return value
+
+
+def test_json_may_be_so_deep_and_so_large_and_no_more() -> None:
+    check_json("tools", nested(MAX_DEPTH), 10_000)
+    with pytest.raises(ValueError, match=f"more than {MAX_DEPTH} deep"):
+        check_json("tools", nested(MAX_DEPTH + 1), 10_000)
+    check_json("tools", [0] * (MAX_VALUES - 1), 10**7)
+    with pytest.raises(ValueError, match=f"more than {MAX_VALUES} values"):
+        check_json("tools", [0] * MAX_VALUES, 10**7)
+    check_json("tools", "abc", 5)
+    with pytest.raises(ValueError, match="5 characters of JSON; at most 4"):
+        check_json("tools", "abc", 4)
+
+
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        ({1: "x"}, "1 as a name; names are texts"),
+        ([{None: "x"}], "None as a name"),
+        ({"a": b"x"}, "is no value of it"),
+        ([float("nan")], "is no value of it"),
+        ([2**64], "more than 64 bits"),
+        ([-(2**63) - 1], "more than 64 bits"),
+        (["\ud800"], "half of a pair of surrogates"),
+        ({"\ud800": 1}, "half of a pair of surrogates"),
+    ],
+)
+def test_what_is_no_json_is_refused_with_its_reason(value: Any, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        check_json("tools", value, 1000)
+    check_json("tools", [2**64 - 1, -(2**63), 1.5, None, True, {"a": "\U0001f600"}], 1000)
+
+
+def test_the_best_of_a_ranking_are_as_many_as_are_asked_for() -> None:
+    result = RerankResult(scores=(0.1, 0.9, 0.9, 0.5), usage=Usage())
+    found = {top: [ranked.index for ranked in result.ranking(top)] for top in (None, -2, 0, 1, 3, 9)}
+    assert found == {None: [1, 2, 3, 0], -2: [], 0: [], 1: [1], 3: [1, 2, 3], 9: [1, 2, 3, 0]}
+
+
+def test_a_call_that_was_cut_stays_text() -> None:
+    begun = '<tool_call>\n{"name": "weather", "arguments": {"town": "Bonn"'
+    for text, calls, content in (
+        (begun, (), begun),
+        (f"{begun}}}}}\n</tool_call>", (ToolCall(name="weather", arguments={"town": "Bonn"}),), ""),
+    ):
+        found = Completion(text=text, token_ids=(1,), finish_reason="length", functions=("weather",))
+        assert (found.tool_calls, found.content) == (calls, content)
+
+
+def test_what_a_terminal_could_take_for_an_order_is_not_shown() -> None:
+    assert printable("a\x1b[2Kb\r\nc\u202ed é日") == "a\ufffd[2Kb\ufffd\ufffdc\ufffdd é日"
+    assert [brief("x" * 70), brief("x" * 58), cut("x" * 5, 5), cut("x" * 6, 5)] == [
+        f"'{'x' * 58}…", f"'{'x' * 58}'", "xxxxx", "xxxx…",
+    ]  # fmt: skip
+
+
+def test_where_a_bundle_comes_from_is_said_if_it_is_one_line() -> None:
+    files = {"adapter_config.json": b"{}"}
+    assert source(pack(files, "/models/style"), "x") == "/models/style"
+    assert (
+        source(pack(files, "a\nb"), "x")
+        == source(pack(files, "a\x1b[2K"), "x")
+        == source(pack(files, None), "x")
+        == "x"
+    )
+
+
+def test_vectors_in_eight_bits_have_a_scale_for_each() -> None:
+    codes = np.zeros((2, 3), np.int8)
+    assert is_of(Int8Vectors(codes, np.ones(2, np.float32)), 2, 3, "int8")
+    wrong: list[Any] = [np.ones(3, "f4"), np.ones((2, 1), "f4"), np.ones(2, "f8"), np.ones(0, "f4")]
+    for scales in wrong:
+        assert not is_of(Int8Vectors(codes, scales), 2, 3, "int8")
+    for rows, dim, dtype in ((1, 3, "int8"), (2, 4, "int8"), (2, 3, "float32")):
+        assert not is_of(Int8Vectors(codes, np.ones(2, np.float32)), rows, dim, dtype)  # type: ignore[arg-type]
+    assert not is_of(Int8Vectors(codes.astype(np.int16), np.ones(2, np.float32)), 2, 3, "int8")
+
+
+@pytest.mark.parametrize("message", ['{"role": "user"}', '{"role": "user", "content": "a", "name": "b"}', '"a"', "{}"])
+def test_a_message_of_a_dataset_has_a_role_and_content_and_nothing_else(message: str) -> None:
+    line = f'{{"messages": [{message}, {{"role": "assistant", "content": "b"}}]}}'.encode()
+    with pytest.raises(DatasetError, match=r"line 1, message 1: expected an object"):
+        list(iterate_lines([line], "x"))
