@@ -237,16 +237,16 @@ def test_every_transition_is_a_function_of_the_library() -> None:
 
 def test_what_makes_room_runs_also_where_memory_is_full(redis: Any) -> None:
     """Else a broker that is full would stay so."""
-    for job in ("released", "given up", "refused", "lost"):
+    for job in ("released", "given-up", "refused", "lost"):
         submit(redis, job)
-    for job in ("released", "given up"):
+    for job in ("released", "given-up"):
         start(redis, job)
     redis.delete(keys.ready(QUEUE))
     redis.config_set("maxmemory", 1)
     try:
         assert ledger.release(redis, "released", QUEUE, "one")
-        assert ledger.dead_letter(redis, "given up", QUEUE, "one", "w", "a full disk").history
-        assert end(redis, "given up")
+        assert ledger.dead_letter(redis, "given-up", QUEUE, "one", "w", "a full disk").history
+        assert end(redis, "given-up")
         assert ledger.refuse(redis, "refused", QUEUE, ledger.revoked("refused"))
         assert sorted(ledger.recover(redis, QUEUE, 0)) == ["lost", "released"]
     finally:

@@ -919,7 +919,7 @@ def test_nothing_of_a_cancel_is_left_when_its_job_has_ended(redis: Any, end: str
     fields = record() | ({"blob": keys.blob("dataset:job")} if blob else {})
     ledger.submit(redis, "job", fields, b"rows" if blob else b"")
     claim(redis, "one")
-    redis.set(keys.worker("worker-one"), "{}", ex=60)
+    redis.set(keys.worker("worker-one"), "{}", ex=5)
     assert ledger.cancel(redis, "job", QUEUE) == "asked"
     assert redis.exists(keys.cancel("job"))
     if end == "dead":

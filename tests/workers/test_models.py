@@ -110,7 +110,7 @@ class Worker:
             settings=settings.model_copy(update=options), job_meter=SimpleNamespace(expect=lambda cards: None),
         )  # fmt: skip
         self.runtime = runtime
-        lanes: Any = SimpleNamespace(load=dict, grow=lambda: None)
+        lanes: Any = SimpleNamespace(load=dict, held_back={}, grow=lambda: None)
         janitor: Any = SimpleNamespace(round=lambda: None)
         self.heart = Heart(runtime, lanes, janitor)
         managed = model_management(runtime, self.deliveries, self.doors, self.heart.beat)

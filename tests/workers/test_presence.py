@@ -146,7 +146,7 @@ def test_a_beat_says_what_may_be_loaded_and_how_each_model_is(redis: Any, others
 def test_a_worker_says_that_it_lives_before_it_looks_for_what_others_lost(redis: Any, others: Others) -> None:
     """The janitor may take seconds, and takes the jobs of a worker that is not there."""
     order: list[str] = []
-    lanes = SimpleNamespace(load=others.load, grow=lambda: order.append("lanes"))
+    lanes = SimpleNamespace(load=others.load, held_back={}, grow=lambda: order.append("lanes"))
     janitor = SimpleNamespace(
         round=lambda: order.append("janitor" if redis.exists(keys.worker("w@here")) else "too early")
     )
