@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -9,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from stoker import Client
+from stoker import AsyncClient, Client
 from stoker.broker import keys, registry
 from stoker.broker.ledger.record import Field
+from stoker.broker.loading import AsyncPatientRetry, PatientRetry
 from stoker.client._sync.adapters import Adapters
 from stoker.contract import Presence, StreamToken
 from stoker.errors import InvalidRequest, JobCancelled, JobFailed, JobLost, JobTimeout, UnknownAdapter
@@ -151,3 +153,26 @@ def test_a_change_that_the_registry_refuses_is_an_error_that_says_why(adapters: 
     with pytest.raises(UnknownAdapter, match="style@9"):
         adapters.promote("style@9", "able")
     assert adapters.get("style", "able").serving == 1
+
+
+def test_a_record_says_how_much_its_job_asks_for(fake: Callable[[], Client], server: Any) -> None:
+    with fake() as client:
+        sent = {
+            client.embed(["a", "b"], model="mini").id: "2 texts",
+            client.generate("x", model="smol", max_tokens=7, n=3).id: "21 tokens",
+            client.train("style", [{"text": "a"}], model="smol", steps=5).id: "5 steps",
+            client.train("style", [{"text": "a"}], model="smol", epochs=2).id: "2 epochs",
+        }
+    assert {job_id: server.hget(keys.job(job_id), Field.SIZE).decode() for job_id in sent} == sent
+
+
+def test_both_clients_wait_for_a_broker_that_loads(server: Any) -> None:
+    """`test_loading` has what the waiting is."""
+
+    async def of_asyncio() -> Any:
+        async with AsyncClient() as client:
+            return client.redis.get_retry()
+
+    with Client() as client:
+        assert isinstance(client.redis.get_retry(), PatientRetry)
+    assert isinstance(asyncio.run(of_asyncio()), AsyncPatientRetry)

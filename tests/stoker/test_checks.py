@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from stoker.local.checks import Check, check_broker, check_disk, check_home, judged, of_machine
+from stoker.local.checks import Check, check_broker, check_compiler, check_disk, check_home, judged, of_machine
 from stoker.settings import Settings, load_settings
 
 HEALTHY = {
@@ -80,3 +80,11 @@ def test_what_is_well_needs_no_remedy() -> None:
     for check in of_machine(load_settings()):
         assert isinstance(check, Check)
         assert check.ok == (check.remedy == "")
+
+
+@pytest.mark.parametrize(("there", "said"), [("g++", "/bin/g++"), ("clang++", "/bin/clang++"), ("", "none: ")])
+def test_any_compiler_will_do(monkeypatch: pytest.MonkeyPatch, there: str, said: str) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}" if name == there else None)
+    found = check_compiler()
+    assert found.ok
+    assert found.detail.startswith(said)

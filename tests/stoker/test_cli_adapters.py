@@ -132,3 +132,10 @@ def test_an_adapter_is_exported_from_the_folder_of_the_name_that_its_base_is_ser
     assert (given["verb"], given["target"]) == ("export", "out")
     no_version = CliRunner().invoke(app, ["adapters", "export", "style", base, "out"])
     assert type(no_version.exception) is InvalidRequest
+
+
+def test_every_adapter_is_in_the_list(adapters: Commands) -> None:
+    registry.register(adapters.redis, "m", "another", 7, {"rank": 4, "method": "dora"}, promote=True)
+    shown = adapters("list")
+    assert ("another" in shown, "style" in shown, "dora" in shown) == (True, True, True)
+    assert [entry["name"] for entry in json.loads(adapters("list", "--json"))] == ["another", "style"]

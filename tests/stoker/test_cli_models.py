@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 
 from stoker.catalogue import CATALOGUE
 from stoker.cli import app
+from stoker.contract.control import ModelReport
 from stoker.errors import ConfigError, JobFailed, ModelError
 
 TINY = Path(__file__).parents[1] / "goldens" / "architectures" / "qwen2-untied"
@@ -165,3 +167,34 @@ def test_without_the_engine_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="runs from a checkout"):
         run("inspect", str(TINY))
+
+
+@pytest.mark.parametrize("verb", ["load", "unload", "pin", "unpin"])
+def test_a_worker_is_asked_for_what_was_typed(monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
+    asked = list[Any]()
+
+    def answer(name: str) -> Any:
+        def called(model: str, **options: Any) -> ModelReport:
+            asked.append((name, model, options))
+            report = ModelReport(id="1", worker="w@here", verb="load", model=model, phase="done")
+            return report.model_copy(update={"seconds": 1.25, "memory_bytes": 3 << 20, "made_way": ("old",)})
+
+        return called
+
+    class Asked(SimpleNamespace):
+        def __enter__(self) -> Asked:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    verbs = SimpleNamespace(**{name: answer(name) for name in ("load", "unload", "pin", "unpin")})
+    monkeypatch.setattr("stoker.cli.models.connect", lambda url: Asked(models=verbs))
+    said = run(verb, "m=/models/m", "--worker", "w@here", "--timeout", "7.5")
+    assert asked == [(verb, "m=/models/m", {"worker": "w@here", "timeout": 7.5})]
+    done = {"load": "warm", "unload": "unloaded", "pin": "pinned", "unpin": "not pinned"}[verb]
+    assert said.startswith(f"m: {done} at w@here after 1.2 s, which has 3.1 MB in memory now")
+    assert "made way: old" in said
+    asked.clear()
+    assert parsed(verb, "m")["made_way"] == ["old"]
+    assert asked == [(verb, "m", {"worker": None, "timeout": None})]

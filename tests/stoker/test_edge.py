@@ -225,3 +225,15 @@ def test_an_interrupt_between_two_programs_of_a_process_waits_for_the_second() -
     )
     done = subprocess.run([sys.executable, "-c", first], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (interrupts.INTERRUPTED, "", "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_notes_that_a_full_disk_does_not_take_are_lost_and_end_nothing() -> None:
+    with edge.Notes("/dev/full", "wb") as notes:
+        assert notes.write(b"a note") == 6
+        assert notes.write(memoryview(bytes(8)).cast("I")) == 8
+
+
+def test_a_note_that_the_terminal_cannot_hold_is_shown_by_its_numbers() -> None:
+    done = command("print('\\u65e5', file=sys.stderr)", env={"PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stderr) == (0, "\\u65e5\n")

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 from stoker.broker import keys
-from stoker.client.asked import generation_share
+from stoker.client.asked import generation_share, own
 from stoker.client.chunks import JOBS_PER_WORKER
 from stoker.contract import GenerateRequest
 from stoker.errors import (
     BrokerUnavailable,
+    ConfigError,
     DeadlineExceeded,
     InvalidRequest,
     JobCancelled,
@@ -264,3 +265,15 @@ def test_half_of_what_a_worker_runs_at_once_is_left_to_others(client: FakeClient
     for room, share in ((16, 8), (256, 128), (1, JOBS_PER_WORKER)):
         assert generation_share(worker.model_copy(update={"lanes": {"generate": (3, room)}})) == share
     assert generation_share(worker.model_copy(update={"lanes": {}})) == JOBS_PER_WORKER
+
+
+@pytest.mark.parametrize(
+    ("error", "of_all"),
+    [(BrokerUnavailable("away."), True), (ConfigError("wrong."), True), (JobFailed("it broke."), False)],
+)
+def test_what_meets_every_request_alike_is_the_result_of_none(error: StokerError, of_all: bool) -> None:
+    if of_all:
+        with pytest.raises(type(error)):
+            own(error)
+    else:
+        assert own(error) is error

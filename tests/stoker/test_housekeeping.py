@@ -161,11 +161,22 @@ def test_clean_deletes_old_ended_runs_and_logs_and_nothing_else() -> None:
         log.write_text("a line")
     os.utime(logs[0], (time.time() - 40 * DAY,) * 2)
     assert "2 runs and logs would be deleted" in invoke("clean", "--dry-run")
+    assert json.loads(invoke("clean", "--dry-run", "--json"))["deleted"] is False
     assert old.exists()
     assert logs[0].exists()
     found = json.loads(invoke("clean", "--older-than", "30d", "--json"))
-    assert {Path(entry["path"]).name for entry in found["found"]} == {"old", "old.log"}
+    assert sorted(Path(entry["path"]).name for entry in found["found"]) == ["old", "old.log"]
+    assert found["deleted"] is True
+    assert found["bytes"] == sum(entry["bytes"] for entry in found["found"]) > 0
     assert [path.exists() for path in (old, young, going, *logs)] == [False, True, True, False, True]
+
+
+def test_a_run_that_is_old_and_one_too_many_goes_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STOKER_KEEP_RUNS", "1")
+    for number in range(3):
+        make_run(f"old-{number}", age=(40 + number) * DAY)
+    found = json.loads(invoke("clean", "--dry-run", "--json"))["found"]
+    assert sorted(Path(entry["path"]).name for entry in found) == ["old-1", "old-2"]
 
 
 def test_what_another_clean_has_deleted_is_no_error() -> None:
@@ -358,6 +369,7 @@ WRONG_MEMBERS: list[tuple[str | tarfile.TarInfo, bytes, str]] = [
     ("runs/a/\0b", b"", "runs/a"),
     (f"runs/{'n' * 300}/y", b"", "nnn"),
     ("runs/" + "n/" * 600 + "y", b"", "n/n"),
+    ("runs/" + "/".join(["n" * 200] * 5) + "/" + "y" * 20, b"", "nnn"),
     ("runs/a/x/y", b"", "runs/a/x is a folder in it, and a file too"),
     ("runs/a/x", b"", "twice"),
     ("broker.jsonl", b"[" * 100_000, "no whole backup"),

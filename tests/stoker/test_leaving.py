@@ -172,6 +172,25 @@ def test_what_is_left_to_be_done_has_a_time_limit_and_the_log_says_that_it_was_n
     ]
 
 
+def test_a_caller_that_was_cancelled_stays_so_whatever_comes_of_the_rest() -> None:
+    done = list[str]()
+
+    async def ends() -> str:
+        await asyncio.sleep(0)
+        done.append("ended")
+        return "an answer"
+
+    async def cancelled() -> None:
+        task = asyncio.ensure_future(finished(ends))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(cancelled())
+    assert done == ["ended"]
+
+
 def test_a_caller_that_is_not_cancelled_hears_the_error_itself() -> None:
     async def fails() -> None:
         raise RedisConnectionError("gone")

@@ -238,6 +238,7 @@ def test_a_definition_bears_any_folder(tmp_path: Path) -> None:
     assert r"a \"b\" $$c %%h \\d <&>" in unit
     assert f'WorkingDirectory={tmp_path}/a "b" $c %%h \\d <&>' in unit
     assert "KillMode=mixed" in unit, "the worker drains; what it started goes with it"
+    assert {"UMask=0077", "NoNewPrivileges=yes", "Restart=on-failure"} <= set(unit.splitlines())
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd here")
