@@ -9,6 +9,7 @@ import pytest
 
 from engine.ticket import Ticket
 from stoker.contract import EmbedReply, Usage
+from stoker.logs.lines import FIELDS
 from workers.account import DeliveryEnd, JobAccount
 from workers.services.joblog import JobLog
 
@@ -60,3 +61,18 @@ def test_an_end_that_should_be_looked_at_is_a_warning(end: DeliveryEnd, caplog: 
         JobLog().ended(account)
     bad = end in (DeliveryEnd.FAILED, DeliveryEnd.DEAD)
     assert [record.levelno for record in caplog.records] == [logging.WARNING if bad else logging.INFO]
+
+
+@pytest.mark.parametrize(("end", "counted"), [(DeliveryEnd.SUCCEEDED, True), (DeliveryEnd.FAILED, False)])
+def test_the_last_line_of_a_job_says_how_long_it_ran_and_what_it_made_if_it_made_anything(
+    end: DeliveryEnd, counted: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    account = JobAccount("job", "embed", "m", began=100.0, ended=102.5)
+    account.made(EmbedReply(blob="b", rows=1, dim=1, usage=Usage(prompt_tokens=9)))
+    account.outcome = end
+    with caplog.at_level(logging.INFO, logger="stoker.jobs"):
+        JobLog().ended(account)
+    (record,) = caplog.records
+    fields = getattr(record, FIELDS)
+    assert (fields["event"], fields["outcome"], fields["duration"]) == ("ended", end, 2.5)
+    assert (fields.get("tokens"), fields.get("prompt_tokens")) == ((9, 0) if counted else (None, None))

@@ -56,3 +56,23 @@ def test_a_broker_that_fills_or_begins_to_evict_is_warned_of(
     assert [record.levelname for record in caplog.records] == [level for level, _ in said]
     for record, (_, begin) in zip(caplog.records, said, strict=True):
         assert record.getMessage().startswith(begin)
+
+
+@pytest.mark.parametrize("url", ["", "redis://127.0.0.1:1/0"], ids=["there", "away"])
+def test_the_connection_of_the_check_is_closed(broker: Settings, monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    closed = list[Any]()
+
+    def watched(settings: Settings) -> Any:
+        found: Any = connect(settings)
+        close = found.close
+
+        def noted() -> None:
+            closed.append(found)
+            close()
+
+        monkeypatch.setattr(found, "close", noted)
+        return found
+
+    monkeypatch.setattr("workers.services.broker_check.connect", watched)
+    check_broker(broker.model_copy(update={"url": url}) if url else broker)
+    assert len(closed) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -141,3 +142,8 @@ def test_the_grace_is_waited_for_before_anything_goes_back(
         threads[0].work()
     assert waited == [7.0]
     assert worker.handed_back == [{"train", "generate", "embed", "adapters"}]
+
+
+def test_a_worker_that_a_broker_left_ends_with_the_code_by_which_it_is_started_again() -> None:
+    """What starts a worker anew asks for that: sysexits.h says that the failure is for now."""
+    assert drain_module.EX_TEMPFAIL == os.EX_TEMPFAIL

@@ -7,14 +7,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from redis.exceptions import ResponseError
+from redis.exceptions import ReadOnlyError, ResponseError
 
 from stoker.broker import keys, ledger
 from stoker.broker.connection import connect
 from stoker.broker.ledger.replies import recovered
-from stoker.contract import CONTRACT, ModelCard
+from stoker.client.submission import job_record
+from stoker.contract import CONTRACT, GenerateRequest, ModelCard
 from stoker.settings import Settings
-from workers.services.janitor import TURNS, Janitor
+from workers.services.janitor import Janitor
 
 
 class Ledger:
@@ -118,7 +119,7 @@ def test_a_queue_that_cannot_be_looked_at_keeps_no_other_from_it(
     assert "job job: its message was lost" in caplog.text
 
 
-@pytest.mark.parametrize("key", TURNS)
+@pytest.mark.parametrize("key", ["stoker:janitor", "stoker:unacked_mutex"])
 def test_a_turn_that_never_expires_is_nobodys(redis: Any, looks: Ledger, key: str) -> None:
     redis.hset(key, "a", "b")
     say(redis, {"m": card("m", "embed")})
@@ -159,3 +160,36 @@ def test_letters_that_another_program_gave_no_end_go_in_their_time(redis: Any, l
     redis.delete(keys.JANITOR)
     worker(redis).round()
     assert redis.ttl(keys.DEAD) <= 100, "letters that have an end keep it"
+
+
+def test_jobs_of_a_model_that_nobody_holds_any_more_end_at_the_next_round(redis: Any) -> None:
+    gone = ModelCard.model_validate_json(card("m", "generate")).model_copy(update={"gone": "it was unloaded."})
+    say(redis, {"m": gone.model_dump_json()})
+    request = GenerateRequest(model="m", prompt="x")
+    ledger.submit(redis, "job", job_record(request, "job"))
+    settings, engine = SimpleNamespace(lease=3), SimpleNamespace(models={})
+    runtime: Any = SimpleNamespace(redis=redis, name="w@here", settings=settings, engine=engine)
+    Janitor(runtime).round()
+    assert "it was unloaded." in redis.get(keys.result("job")).decode()
+
+
+def test_a_round_looks_at_the_brokers_memory_too(redis: Any, looks: Ledger, caplog: pytest.LogCaptureFixture) -> None:
+    redis.config_set("maxmemory-policy", "allkeys-lru")
+    try:
+        worker(redis).round()
+    finally:
+        redis.config_set("maxmemory-policy", "noeviction")
+    assert "maxmemory-policy allkeys-lru" in caplog.text
+
+
+def test_a_broker_that_goes_away_meanwhile_ends_the_round(redis: Any, looks: Ledger) -> None:
+    """It is no trouble of the one queue that was looked at."""
+
+    def away(queue: str) -> tuple[str, ...]:
+        raise ReadOnlyError("You can't write against a read only replica.")
+
+    looks.lost = away
+    say(redis, {"m": card("m", "generate", "train")})
+    with pytest.raises(ReadOnlyError):
+        worker(redis).round()
+    assert looks.asked == [keys.queue("m", "generate")]

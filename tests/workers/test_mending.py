@@ -13,6 +13,7 @@ from stoker.broker.connection import connect
 from stoker.client.requests import generate_request
 from stoker.client.submission import job_record
 from stoker.settings import Settings
+from workers.services import rebuilding
 from workers.services.mending import SHARED, Mender, keys_of
 
 QUEUE = keys.queue("m", "generate")
@@ -183,3 +184,19 @@ def test_a_cancel_that_a_wrong_key_stops_changes_nothing_and_counts_once_it_is_m
 @pytest.mark.parametrize("queue", ["stoker.m.generate", "stoker.m.embed.v2", "stoker.qwen2.5-0.5b.train"])
 def test_a_queue_says_its_model(queue: str) -> None:
     assert keys.model_of(queue) in ("m", "qwen2.5-0.5b")
+
+
+def test_open_jobs_are_gathered_of_every_priority_and_however_many_there_are(
+    redis: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rebuilding, "AT_ONCE", 2)
+    jobs = {f"job-{number}": number for number in range(ledger.PRIORITIES)}
+    for job_id, priority in jobs.items():
+        request = generate_request("m", "x", 0, {"priority": priority})
+        ledger.submit(redis, job_id, job_record(request, job_id))
+    redis.delete(keys.dispatched(QUEUE), keys.sizes(QUEUE))
+    for job_id, priority in jobs.items():
+        redis.zadd(keys.backlog(QUEUE, priority), {job_id: 1.0})
+        redis.expire(keys.backlog(QUEUE, priority), 60)
+    redis.set(keys.sizes(QUEUE), "of another program", ex=60)
+    assert set(rebuilding.gathered(redis, keys.open_jobs(QUEUE))) == set(jobs)

@@ -212,3 +212,9 @@ def test_a_token_asks_no_clock_of_its_own_and_takes_no_lock(monkeypatch: pytest.
     assert lock.__enter__.call_count == taken
     assert len(counted.numbers.report().samples) == series
     assert counted.numbers.of(metrics.INTER_TOKEN, "base").counts[-1] == 64
+
+
+def test_each_token_of_a_step_counts(counted: Counted) -> None:
+    tickets = [Ticket[Any](f"job-{number}", "generate") for number in range(3)]
+    counted.step(*((ticket, 0, 0) for ticket in tickets))
+    assert counted.found.value("stoker_generated_tokens_total", model="base") == 3

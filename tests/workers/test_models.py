@@ -19,6 +19,7 @@ from stoker.client.submission import job_record
 from stoker.contract import GenerateRequest, ModelCard, Presence, TrainRequest, encode
 from stoker.contract.control import ModelCommand, ModelReport
 from stoker.contract.kinds import ADAPTERS, GENERATE, TRAIN
+from stoker.contract.presence import ModelState
 from stoker.errors import InvalidRequest, ModelError, StokerError, from_wire
 from stoker.settings import Settings
 from workers.deliveries import Deliveries, Health
@@ -26,7 +27,7 @@ from workers.residents import MEGABYTE, NoRoom, Origin, Residents
 from workers.services import keeper as keeping
 from workers.services.demand import NO_ROOM_FOR, REFUSED_FOR
 from workers.services.managing import model_management
-from workers.services.orphans import Orphans
+from workers.services.orphans import Orphans, has_home, others
 from workers.services.presence import Heart
 
 KINDS = (GENERATE.name, TRAIN.name, ADAPTERS.name)
@@ -762,3 +763,102 @@ def test_a_model_that_was_loaded_by_command_does_not_leave_when_it_is_idle(lazy:
 def test_a_command_that_is_nested_too_deeply_hurts_nothing(worker: Worker) -> None:
     worker.commands.hear(b"[" * 100_000)
     assert worker.warm == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("says", "home"),
+    [
+        ({"models": (card("a"),)}, True),
+        ({"offers": (card("a"),)}, True),
+        ({"states": (ModelState(model="a", state="loading"),)}, True),
+        ({"states": (ModelState(model="a", state="refused", why="x"),)}, False),
+        ({"models": (card("b"),), "offers": (card("c"),)}, False),
+    ],
+)
+def test_a_worker_that_holds_loads_or_may_load_a_model_is_its_home(says: dict[str, Any], home: bool) -> None:
+    other = Presence(
+        worker="w", host="h", pid=1, device="cpu", started=0.0, time=0.0, adapters={}, lanes={}, memory_bytes=0,
+        **{"models": (), **says},
+    )  # fmt: skip
+    assert has_home("a", [other]) == home
+    assert not has_home("a", [])
+
+
+def test_a_worker_is_not_among_the_others(make: Callable[..., Worker], worker: Worker) -> None:
+    make(name="other@here/1")
+    assert [other.worker for other in others(worker.runtime)] == ["other@here/1"]
+
+
+def test_jobs_of_a_model_that_is_marked_as_gone_and_warm_here_wait(worker: Worker) -> None:
+    job = worker.let_wait("a")
+    assert Orphans(worker.runtime).sweep(card("a").model_copy(update={"gone": "it was unloaded."})) == 0
+    assert worker.ending(job) is None
+
+
+def test_each_model_has_one_state(worker: Worker) -> None:
+    """Also one that is offered, was refused, and is loaded just now."""
+    found = list[list[tuple[str, str]]]()
+    plain = worker.engine.load
+
+    def loading(name: str, sources: Sequence[str]) -> Any:
+        found.append([(state.model, state.state) for state in worker.keeper.residency.states])
+        return plain(name, sources)
+
+    worker.engine.load = loading  # type: ignore[method-assign]
+    for name in ("c", "late"):
+        worker.keeper.offers[name] = card(name)
+        worker.keeper.refuse(name, ModelError("it was damaged."))
+    load(worker, "c")
+    assert found == [[("b", "warm"), ("c", "loading"), ("a", "offered"), ("late", "refused")]]
+
+
+def test_a_model_is_idle_since_its_last_job_and_not_while_one_runs(worker: Worker) -> None:
+    worker.hold("a")
+    worker.clock.now += 100.0
+    idle = {state.model: state.idle for state in worker.keeper.residency.states}
+    assert idle["a"] == 0.0
+    assert idle["b"] > 90.0
+
+
+def test_what_is_pinned_is_said_at_once(worker: Worker) -> None:
+    def pinned() -> list[str]:
+        raw = worker.redis.get(keys.worker(worker.runtime.name))
+        return [state.model for state in Presence.model_validate_json(raw).states if state.pinned]
+
+    worker.keeper.pin("b", on=True)
+    assert pinned() == ["b"]
+    worker.keeper.pin("b", on=False)
+    assert pinned() == []
+
+
+def test_a_model_that_is_loaded_has_its_series_before_its_first_job(worker: Worker) -> None:
+    expected = list[list[str]]()
+    worker.runtime.job_meter.expect = lambda cards: expected.append([card.model for card in cards])
+    load(worker, "c")
+    assert expected == [["c"]]
+
+
+def test_of_several_that_made_way_in_vain_the_one_that_left_last_is_back_first(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All is as it was: the next to make way is still the one that was used longest ago."""
+    monkeypatch.setitem(SIZES, "damaged", 900)
+    with pytest.raises(ModelError, match="damaged"):
+        load(worker, "damaged")
+    assert worker.engine.loaded == ["a", "b", "b", "a"]
+    assert load(worker, "c") == ("a",)
+
+
+def test_a_model_that_is_unloaded_is_not_said_to_be_warm_nor_then_to_be_offered(worker: Worker) -> None:
+    said = list[str | None]()
+    plain = worker.redis.set
+
+    def noting(name: str, value: Any, **options: Any) -> Any:
+        if name == keys.worker(worker.runtime.name):
+            states = {state.model: state.state for state in Presence.model_validate_json(value).states}
+            said.append(states.get("a"))
+        return plain(name, value, **options)
+
+    worker.redis.set = noting
+    worker.keeper.unload("a")
+    assert said in (["offered", None], [None, None], [])

@@ -69,3 +69,10 @@ def test_the_pauses_grow_and_stay_short(clock: SimpleNamespace) -> None:
     pauses = [retry.pause(RedisConnectionError("x")) or 0.0 for _ in range(20)]
     assert pauses == sorted(pauses)
     assert pauses[-1] == LONGEST_PAUSE
+
+
+def test_what_is_forbidden_is_asked_for_no_longer_than_anything_else(clock: SimpleNamespace) -> None:
+    retry = Retry(1.0, clock=lambda: clock.now)
+    assert retry.pause(NoPermissionError("NOPERM")) is not None
+    clock.now += 1
+    assert retry.pause(NoPermissionError("NOPERM")) is None

@@ -297,3 +297,11 @@ def test_a_dead_letter_that_is_sent_again_stays_in_its_trace_and_counts_on(broke
     again = ledger.claim(redis, "job", record.queue, "two", "another", "w")
     assert (again.state, again.traceparent, again.attempt) == ("run", PARENT.traceparent, 2)
     redis.close()
+
+
+def test_no_span_ends_before_it_begins(worker: Tracing, exporter: InMemorySpanExporter) -> None:
+    """Two clocks may differ, and a phase that a cancel broke off may have no end of its own."""
+    odd = account()
+    odd.phases = [Phase("prefill", 101.0, 100.5)]
+    worker.ended(odd)
+    assert all(seconds(span) >= 0 for span in exporter.get_finished_spans())
