@@ -100,7 +100,7 @@ def test_a_port_that_another_broker_took_meanwhile_is_left_to_it(
         taken = client.connection_pool.connection_kwargs["port"]
         ports = iter([taken, taken])
         monkeypatch.setattr(broker_module, "free_port", lambda preferred: next(ports, None) or free_port(0))
-        # It lets in who knows the password of the other: what tells them apart is the folder.
+        # It lets in who knows the password of the other: they differ by the folder alone.
         make_home(tmp_path / "second")
         (tmp_path / "second" / "broker").mkdir()
         shutil.copy(tmp_path / "first" / "broker" / "password", tmp_path / "second" / "broker" / "password")

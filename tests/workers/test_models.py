@@ -702,7 +702,7 @@ def test_a_model_that_nobody_holds_is_marked_with_the_brokers_time(worker: Worke
 def test_a_command_is_said_to_have_begun_and_its_answer_expires(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A client that waits is told whether its worker has come to the command."""
+    """A client that waits hears whether its worker has come to the command."""
     phases: list[tuple[str, int]] = []
     plain = worker.engine.load
 

@@ -30,7 +30,7 @@ WRONG = ResponseError("WRONGTYPE: the key x is a string, not a hash")
 
 
 class Engine:
-    """Runs nothing. `woken`: how often it was told to look at its jobs; `order`: what was stopped, in this order."""
+    """Runs nothing. `woken`: how often it was woken to look at its jobs; `order`: what was stopped, in this order."""
 
     observe: Any = None
     cards: tuple[ModelCard, ...] = ()
