@@ -42,6 +42,8 @@ _SHAPES = (
     _Shape(3, 4, 2, 16, 9, adapted="k", rank=24, dora=True),
     # Heads so small that eps counts.
     _Shape(2, 2, 2, 64, 9, norm=True, joint=False, eps_scale=1e-3),
+    # Fewer stored than the window has room for.
+    _Shape(2, 4, 2, 16, 9, window=20),
 )
 
 
