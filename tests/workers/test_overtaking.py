@@ -64,6 +64,8 @@ def test_a_full_lane_of_worse_jobs_takes_a_better_one_once(worker: Worker) -> No
     assert worker.woken == 1, "the consumer's loop looks again"
     worker.hold(5)
     assert not worker.lanes.has_room(KIND), "one, not all that come"
+    worker.lanes.leave(KIND)
+    assert not worker.lanes.has_room(KIND), "what was lent is used up"
 
 
 def test_what_waits_at_another_model_of_the_lane_counts_too(worker: Worker) -> None:
