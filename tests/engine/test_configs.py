@@ -230,6 +230,8 @@ def test_names_are_left_alone_where_they_are_right() -> None:
     decoder = ["model.embed_tokens.weight", "model.layers.0.input_layernorm.weight", "lm_head.weight"]
     assert canonical(decoder, "llama") == {name: name for name in decoder}
     assert canonical(["x"], "bert") == {"x": "x"}
+    two = [f"{start}layers.0.input_layernorm.weight" for start in ("one.", "two.")]
+    assert canonical(two, "llama") == {name: name for name in two}, "neither is taken for the body"
 
 
 def test_a_second_copy_of_a_tied_head_takes_no_memory(tmp_path: Path) -> None:

@@ -230,6 +230,7 @@ def test_a_token_of_the_user_is_one_token_and_is_text() -> None:
         ({"token_type": "1" * COUNT}, "token_type is no list of the types 0 to 6"),
         ({"eos_token_id": "1"}, "eos_token_id '1' is no token"),
         ({"eos_token_id": 600}, "eos_token_id 600 is no token"),
+        ({"eos_token_id": COUNT}, f"eos_token_id {COUNT} is no token"),
         ({"eot_token_id": [1]}, "eot_token_id [1] is no token"),
         ({"eom_token_id": True}, "eom_token_id True is no token"),
         ({"padding_token_id": 2**32 - 1}, "padding_token_id 4294967295 is no token"),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -13,6 +15,7 @@ import pytest
 from engine.adapters.merging import merge
 from engine.adapters.store import AdapterStore
 from engine.checkpoints.loading import load
+from engine.training import planning
 from engine.training.planning import plan
 from engine.weights import safetensors
 from stoker.errors import DatasetError, ModelError
@@ -81,14 +84,16 @@ def test_a_merged_model_is_there_whole_or_not_whenever_the_power_fails(tmp_path:
         assert found in ((wanted,) if cut.finished else ({}, wanted)), cut
 
 
-def test_a_plan_counts_what_a_run_would_learn(tmp_path: Path) -> None:
+def test_a_plan_counts_what_a_run_would_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
     path = tmp_path / "x.jsonl"
     rows = [{"prompt": "ab", "completion": "cd"}, {"text": "abcdef"}, {"text": "ab"}, {"text": "abc"}]
     path.write_text("\n".join(map(json.dumps, rows)))
-    request = tiny.asking(steps=10, batch_size=2, max_length=16, held_out=0.25)
+    request = tiny.asking(steps=10, batch_size=2, max_length=16, held_out=0.25, accumulation=3)
     found = plan([str(BASES / "qwen2-tied")], path, request)
     assert (found["examples"], found["held_out"], found["steps_an_epoch"]) == (3, 1, 1)
-    assert found["epochs"] == pytest.approx(20 / 3)
+    assert found["epochs"] == pytest.approx(3 * 20 / 3)
+    assert found["seconds_a_step"] == 3, "of as many passes as a step accumulates"
     assert 0 < found["learned_an_epoch"] < found["tokens_an_epoch"]
     assert found["seconds"] == pytest.approx(10 * found["seconds_a_step"])
     assert found["memory_bytes"] > 0

@@ -63,6 +63,11 @@ def test_shapes_hold_every_text_once_within_their_bounds(lengths: list[int], tok
         assert shape.rows == 1 or shape.rows * shape.width <= tokens
 
 
+@pytest.mark.parametrize(("texts", "rows"), [(3, [4]), (5, [4, 1]), (6, [8]), (11, [8, 4]), (12, [16]), (20, [16, 4])])
+def test_a_batch_that_is_filled_to_three_quarters_is_one(texts: int, rows: list[int]) -> None:
+    assert [shape.rows for shape in shapes([8] * texts, 16 * 8)] == rows
+
+
 @given(st.integers(1, 100_000))
 def test_a_width_is_an_eighth_wider_than_its_text_at_the_most(length: int) -> None:
     width = width_of(length)
