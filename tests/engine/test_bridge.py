@@ -197,6 +197,24 @@ def test_a_layer_is_run_again_for_its_gradient_if_nothing_else_that_it_is_given_
     assert bool(ran) == again
 
 
+@pytest.mark.parametrize("name", ["gemma3_text", "cohere2"])
+def test_a_model_may_have_fewer_layers_than_its_pattern_of_windows(name: str, tmp_path: Path) -> None:
+    """All of them have a window, then; mlx-lm's file looks for the first that has none. One more layer behind, which
+    passes on what it gets, is the oracle."""
+    described = {**config(name), "sliding_window_pattern": 3}
+    network, args = weights.network_of({**described, "num_hidden_layers": 2}, name)
+    longer, _ = weights.network_of({**described, "num_hidden_layers": 3}, name)
+    longer.load_weights(list(tree_flatten(network.parameters())), strict=False)
+    longer.model.layers[2] = Passing()
+    decoder = BridgedDecoder(name, network, args, {**described, "num_hidden_layers": 2})
+    row = bridged.prompts()[0]
+    wanted = np.array(longer(mx.array([row]))[0])
+    bridged.assert_close(np.array(decoder.logits(decoder(mx.array([row])))[0]), wanted)
+    kv = KeyValues(decoder, 1, 64)
+    bridged.assert_close(cached.through(decoder, kv, [row[:20]], [0])[0], wanted[:20])
+    bridged.assert_close(cached.through(decoder, kv, [row[20:21]], [20])[0], wanted[20:21])
+
+
 def test_matrices_whose_rows_fall_into_no_groups_stay_dense(tmp_path: Path) -> None:
     """48 numbers a row are a group of 32 and a half."""
     network = bridged.write_folder(tmp_path / "model", "phi3")

@@ -23,6 +23,8 @@ from engine.weights.precision import Precision
 from stoker.errors import ModelError
 
 _GROUPED = ("gemma2",)
+#: Layers that a network may be taken to have: what config.json says of them is not held against its weights.
+_MOST = 4096
 
 
 class BridgedDecoder:
@@ -32,6 +34,8 @@ class BridgedDecoder:
         self._network = network
         caches = network.make_cache() if hasattr(network, "make_cache") else _default_caches(network)
         self._slots = slots.shapes_of(caches)
+        # Some files take the mask of the first full layer from its cache, also where there is none.
+        self._slots += [slots.SlotShape(0)] * (min(_first_full(network), _MOST) - len(self._slots))
         self._pass = linears.Pass()
         #: Model files whose scores have an axis for the queries of one key.
         self._grouped = file in _GROUPED
@@ -143,6 +147,13 @@ def _weights(network: nn.Module) -> list[tuple[nn.Module, str, mx.array]]:
         for name, value in module.items()
         if isinstance(value, mx.array)
     ]
+
+
+def _first_full(network: nn.Module) -> int:
+    """Behind how many layers the first has none of their windows, where one of so many sees all; else 0."""
+    holders = [part for module in network.modules() for part in (module, getattr(module, "args", None))]
+    stated = [getattr(part, "sliding_window_pattern", 0) for part in holders]
+    return max((count for count in stated if type(count) is int), default=0)
 
 
 def _default_caches(network: nn.Module) -> list[Any]:
