@@ -5,17 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
-from stoker.broker import connection
 from stoker.broker.connection import connect_async
 from stoker.client.asked import Ask
-from stoker.client.listeners import Listeners
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis as Redis
-    from redis.asyncio.client import PubSub
 
     from stoker.settings import Settings
 
@@ -37,59 +33,27 @@ sleep = asyncio.sleep
 in_thread = asyncio.to_thread
 
 
-@dataclass(frozen=True)
-class OfLoop:
-    """What one event loop opened."""
-
-    redis: Redis
-    listeners: Listeners[PubSub] = field(default_factory=Listeners)
-
-
 class Connections:
     """The broker, for each event loop that uses the client: a socket serves only the loop that opened it."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._of_loop: dict[asyncio.AbstractEventLoop, OfLoop] = {}
+        self._of_loop: dict[asyncio.AbstractEventLoop, Redis] = {}
 
     def current(self) -> Redis:
         """The redis-py client of the loop that runs."""
-        return self._current().redis
-
-    def _current(self) -> OfLoop:
         loop = asyncio.get_running_loop()
         if loop not in self._of_loop:
             self._forget_closed()
-            self._of_loop[loop] = OfLoop(connect_async(self._settings))
+            self._of_loop[loop] = connect_async(self._settings)
         return self._of_loop[loop]
-
-    def listener(self) -> PubSub:
-        """A connection that listens to nothing yet; give it back with `leave`."""
-        here = self._current()
-        return here.listeners.take() or here.redis.pubsub(ignore_subscribe_messages=True)
-
-    async def leave(self, listener: PubSub, *, at_the_end: bool) -> None:
-        """`at_the_end`: the job has ended, and the connection worked to its end."""
-        kept = self._current().listeners
-        if not at_the_end or not await self._unsubscribed(listener) or not kept.keep(listener):
-            await listener.aclose()
-
-    async def _unsubscribed(self, listener: PubSub) -> bool:
-        try:
-            await listener.unsubscribe()
-        except connection.TROUBLE:
-            # The job's end is known: a broker that has gone since is no matter of its reader's.
-            return False
-        return True
 
     async def aclose(self) -> None:
         """Close the connections of the loop that runs, and let go of those whose loop has ended."""
         self._forget_closed()
-        here = self._of_loop.pop(asyncio.get_running_loop(), None)
-        if here is not None:
-            while listener := here.listeners.take():
-                await listener.aclose()
-            await here.redis.aclose()
+        redis = self._of_loop.pop(asyncio.get_running_loop(), None)
+        if redis is not None:
+            await redis.aclose()
 
     def _forget_closed(self) -> None:
         for loop in [loop for loop in self._of_loop if loop.is_closed()]:

@@ -6,14 +6,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, ParamSpec, TypeAlias, TypeVar
 
-from stoker.broker import connection
 from stoker.broker.connection import connect
 from stoker.client.asked import Ask
-from stoker.client.listeners import Listeners
 
 if TYPE_CHECKING:
     from redis import Redis as Redis
-    from redis.client import PubSub
 
     from stoker.settings import Settings
 
@@ -37,32 +34,12 @@ class Connections:
 
     def __init__(self, settings: Settings) -> None:
         self._redis: Redis = connect(settings, patient=True)
-        self._listeners: Listeners[PubSub] = Listeners()
 
     def current(self) -> Redis:
         """The redis-py client."""
         return self._redis
 
-    def listener(self) -> PubSub:
-        """A connection that listens to nothing yet; give it back with `leave`."""
-        return self._listeners.take() or self._redis.pubsub(ignore_subscribe_messages=True)
-
-    def leave(self, listener: PubSub, *, at_the_end: bool) -> None:
-        """`at_the_end`: the job has ended, and the connection worked to its end."""
-        if not at_the_end or not self._unsubscribed(listener) or not self._listeners.keep(listener):
-            listener.close()
-
-    def _unsubscribed(self, listener: PubSub) -> bool:
-        try:
-            listener.unsubscribe()
-        except connection.TROUBLE:
-            # The job's end is known: a broker that has gone since is no matter of its reader's.
-            return False
-        return True
-
     def close(self) -> None:
-        while listener := self._listeners.take():
-            listener.close()
         self._redis.close()
 
 

@@ -94,8 +94,6 @@ class Follower(Generic[E]):
         #: Index of the entry that is due.
         self.next = 0
         self._entry: type[E] | None = entry
-        self._live = None if entry is None else keys.channel(job_id).encode()
-        self._mine = {keys.result(job_id).encode(), self._live}
         self._clock = clock
         self._limit, self._patience = TimeLimit(job_id, timeout, clock), Patience(settings)
         self._something_came = False
@@ -166,11 +164,10 @@ class Follower(Generic[E]):
 
     def heard(self, message: Heard | None) -> list[E]:
         """The entry of a message, if it is the one due."""
-        if message is None or message["channel"] not in self._mine:
-            # Its connection listened to another job before, of which this is a rest.
+        if message is None:
             return []
         self._something_came, self._quiet_until = True, self._clock() + QUIET
-        if message["channel"] == self._live:
+        if self._entry is not None and message["channel"] == keys.channel(self.job_id).encode():
             entry, self._look = self.live(message["data"])
             return [] if entry is None else [entry]
         # A reader of entries looks again: the result alone does not say that it has them all.

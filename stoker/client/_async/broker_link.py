@@ -133,7 +133,7 @@ class AsyncBrokerLink:
     async def _follow(self, follower: Follower[E]) -> AsyncGenerator[E]:
         """Yield entries until the outcome is known; outlast the broker's outages for as long as patience lasts."""
         while follower.outcome is None:
-            pubsub, pause = self._connections.listener(), 0.0
+            pubsub, pause = self._redis.pubsub(ignore_subscribe_messages=True), 0.0
             try:
                 with translated(self._settings, passing=connection.TROUBLE):
                     await pubsub.subscribe(*follower.channels)
@@ -144,8 +144,7 @@ class AsyncBrokerLink:
             except connection.TROUBLE as error:
                 pause = follower.pause(error)
             finally:
-                ended = follower.outcome is not None
-                await finished(partial(self._connections.leave, pubsub, at_the_end=ended))
+                await finished(pubsub.aclose)
             await sleep(pause)
 
     async def _more(self, pubsub: Any, follower: Follower[E]) -> list[E]:

@@ -134,7 +134,7 @@ class BrokerLink:
     def _follow(self, follower: Follower[E]) -> Generator[E]:
         """Yield entries until the outcome is known; outlast the broker's outages for as long as patience lasts."""
         while follower.outcome is None:
-            pubsub, pause = self._connections.listener(), 0.0
+            pubsub, pause = self._redis.pubsub(ignore_subscribe_messages=True), 0.0
             try:
                 with translated(self._settings, passing=connection.TROUBLE):
                     pubsub.subscribe(*follower.channels)
@@ -145,8 +145,7 @@ class BrokerLink:
             except connection.TROUBLE as error:
                 pause = follower.pause(error)
             finally:
-                ended = follower.outcome is not None
-                finished(partial(self._connections.leave, pubsub, at_the_end=ended))
+                finished(pubsub.close)
             sleep(pause)
 
     def _more(self, pubsub: Any, follower: Follower[E]) -> list[E]:
