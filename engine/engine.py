@@ -223,8 +223,12 @@ class Engine:
         return self._warm.models[name]
 
     def kept_by(self, request: TrainRequest) -> int:
-        """Bytes that a run on a model that is warm keeps between its turns. Raises `InvalidRequest`."""
-        return kept_bytes(self.model(request.model).linear_shapes, request)
+        """Bytes that a run on a model that is warm keeps between its turns. Raises `InvalidRequest`, and for
+        a model that was unloaded just now what its job would meet."""
+        model = self._warm.models.get(request.model)
+        if model is None:
+            raise _unloaded(request.model)
+        return kept_bytes(model.linear_shapes, request)
 
     def pool(self, model: str) -> AdapterPool:
         """The adapters of `model` in memory."""

@@ -56,7 +56,7 @@ class Lanes:
 
     def configure(self, limits: Mapping[str, int], queues: Mapping[str, list[str]]) -> None:
         self._limits, self._queues = dict(limits), {kind: list(names) for kind, names in queues.items()}
-        self._capacity, self._held_back = dict(limits), {}
+        self._capacity, self._held_back, self._lent = dict(limits), {}, {}
         self._held = dict.fromkeys(limits, 0)
 
     def serve(self, queues: Mapping[str, Sequence[str]]) -> None:
@@ -104,9 +104,10 @@ class Lanes:
         """A job has ended. Called in any thread."""
         with self._lock:
             self._held[kind] -= 1
-            reopened = self._held[kind] == self._most(kind) - 1
-            if reopened:
-                self._held_back.pop(kind, None)
+            left = self._most(kind) - self._held[kind]
+            # More than one has left at once where they ended before the job that did not fit.
+            back = left > 0 and self._held_back.pop(kind, None) is not None
+            reopened = left == 1 or back
         if reopened:
             self.wake()
 
@@ -127,6 +128,8 @@ class Lanes:
             if time.monotonic() - self._shrunk < SHRINK_AFTER:
                 return
             self._capacity[kind], self._shrunk = max(1, self._capacity[kind] // 2), time.monotonic()
+            # Where memory ran out there is none for a job in addition either.
+            self._lent.pop(kind, None)
 
     def grow(self) -> None:
         """Called from time to time: what was shrunk gets twice its size back, a while after the last shrinking."""

@@ -141,7 +141,7 @@ class Job:
 
 
 def run_job(delivery: Delivery, handler: JobHandler[Q, D, R]) -> dict[str, Any]:
-    """Run one job on the engine and return its encoded result.
+    """Run one job on the engine; returns its encoded result, which goes no further than its caller.
 
     A cancelled job ends as Celery's REVOKED; a stopping worker's job goes back to the queue; a fenced one leaves no
     trace; any other error reaches the client as a class of `stoker.errors`.

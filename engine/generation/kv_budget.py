@@ -39,6 +39,13 @@ class KvBudget:
                 return fits or not (self._batch.rows or self.prefilling)
         return True
 
+    def could_admit(self, rows: Sequence[Row], staying: Sequence[Row]) -> bool:
+        """Whether the batch could take these rows in next to those that stay, were all others gone."""
+        length = max(row.length for row in rows) + 1
+        longest = max([length, *(row.cached + 1 for row in staying)])
+        count, capacity = self._batch.shape_for(len(staying) + len(rows), longest)
+        return not staying or (count * capacity + len(rows) * length) * self._token <= self._limit
+
     def must_shrink(self, rows: int, length: int) -> bool:
         """Whether a row has to leave before the batch can hold `rows` of `length` tokens; kept prefixes make way."""
         while self.used + self._growth(rows - len(self._batch.rows), length) > self._limit:

@@ -50,7 +50,9 @@ class Seats:
                 return False
             if len(seated) < self._slots and self._budget.admits([*group, row]):
                 return True
-            if not self._make_way(row.priority):
+            staying = [one for one in seated if one.priority <= row.priority and one not in group]
+            # Else the worse would make way for nothing, and again in each step.
+            if not self._budget.could_admit([*group, row], staying) or not self._make_way(row.priority):
                 return False
 
     def _make_way(self, priority: int) -> bool:
@@ -72,6 +74,10 @@ class Seats:
             if joining is not None and joining.priority > last.priority:
                 self._roster.put_back([joining])
                 return False
+            if prompts := self._prompts.give_up(last.priority):
+                # What rests of the background keeps no memory that a stream needs.
+                self._roster.put_back(prompts)
+                continue
             self._preempt(last)
             rows = min(rows, len(batch.rows) + 1)
             length = max((row.cached + 1 for row in batch.rows), default=1)

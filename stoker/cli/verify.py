@@ -20,6 +20,7 @@ from stoker.cli.demo import demo_worker
 from stoker.cli.doctor import machine_checks
 from stoker.cli.options import Url
 from stoker.cli.verification import Golden, Rate, Tour
+from stoker.errors import StokerError
 from stoker.local.checks import Check
 
 #: Packages whose versions decide what a machine computes.
@@ -44,12 +45,17 @@ def verify(
     device, found = "", dict[str, Any]()
     # Without an engine, or a broker, nothing further can be tried.
     if all(check.ok for check in checks):
-        with demo_worker(url) as (client, worker):
-            device = worker.device
-            tour = Tour(client, Golden.read())
-            checks += _shown(tour.checks())
-            rates = tour.rates
-        if kernels and device != "cpu":
+        try:
+            with demo_worker(url) as (client, worker):
+                device = worker.device
+                tour = Tour(client, Golden.read())
+                checks += _shown(tour.checks())
+                rates = tour.rates
+        except StokerError as error:
+            # The report matters most where no worker comes up.
+            said = f"{type(error).__name__}: {error}"
+            checks += _shown([Check("worker", False, said, "open an issue with the report")])
+        if kernels and device not in ("", "cpu"):
             found = kernels_report()
             checks += _shown([_of_kernels(found)])
     for rate in rates:

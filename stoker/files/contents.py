@@ -68,9 +68,10 @@ class FolderContents:
         return (self._folder / file_id / part).read_bytes()
 
     def remove(self, file_id: str) -> None:
-        # Of what cannot be deleted, the caller learns: it tries again.
-        with suppress(FileNotFoundError):
-            shutil.rmtree(self._folder / file_id)
+        # Of what cannot be deleted, the caller learns: it tries again. What another gateway deleted first is gone.
+        while (self._folder / file_id).exists():
+            with suppress(FileNotFoundError):
+                shutil.rmtree(self._folder / file_id)
 
 
 class StoreContents:

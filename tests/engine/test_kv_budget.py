@@ -53,6 +53,16 @@ def test_batch_prefixes_and_prompts_on_their_way_count_together(model: LoadedMod
     assert machine.budget.used == (SMALLEST_KV_LENGTH + 2 * PREFIX + 1000) * machine.token
 
 
+def test_what_stays_decides_whether_a_row_could_come_in(model: LoadedModel, tmp_path: Path) -> None:
+    machine = Machine(model, tmp_path, 6 * SMALLEST_KV_LENGTH)
+    staying = [machine.seat(SMALLEST_KV_LENGTH - 2)]
+    machine.seat(SMALLEST_KV_LENGTH - 2)
+    long = machine.row(3 * SMALLEST_KV_LENGTH)
+    assert machine.budget.could_admit([machine.row(8)], staying)
+    assert not machine.budget.could_admit([long], staying), "not even were the other gone"
+    assert machine.budget.could_admit([long], []), "one that is alone may take more"
+
+
 def test_a_row_that_is_alone_need_not_leave(model: LoadedModel, tmp_path: Path) -> None:
     machine = Machine(model, tmp_path, SMALLEST_KV_LENGTH)
     machine.seat(SMALLEST_KV_LENGTH - 1)

@@ -322,6 +322,37 @@ def test_a_prompt_of_bulk_makes_way_for_a_streams_where_memory_holds_one(model: 
     assert len(long.tokens) == 2
 
 
+def test_a_prompt_of_bulk_goes_on_while_a_stream_waits_that_fits_not_even_without_it(
+    model: LoadedModel, pool: AdapterPool
+) -> None:
+    """Were it let go of for nothing, and again in each of its turns, a long one would never end."""
+    tight = Driver(model, pool, slots=4, kv_bytes=1128 * 256, prefix_share=0.0)
+    first = tight.send(request([5] * 374, max_tokens=40, priority=STREAM))
+    while not first.tokens:
+        tight.step()
+    tight.send(request([3] * 8, max_tokens=2, priority=BULK))
+    while not tight.lane.prefilling and not first.ticket.done:
+        tight.step()
+    tight.send(request([4] * 374, max_tokens=2, priority=STREAM))
+    put_back = tight.lane.preempted
+    tight.step()
+    assert tight.lane.preempted == put_back
+    tight.run()
+
+
+def test_a_prompt_of_bulk_that_rests_makes_way_before_a_stream(model: LoadedModel, pool: AdapterPool) -> None:
+    batch, roster = Batch(model.decoder, pool, Step(model.decoder, "none")), Roster()
+    rows = waiting_rows(model, STREAM, STREAM)
+    for row in rows:
+        seat(batch, model, row)
+    resting = waiting_rows(model, BULK)
+    prompts = Mock(spec=Prompts, give_up=Mock(side_effect=[resting, []]))
+    budget = Mock(spec=KvBudget, must_shrink=Mock(side_effect=[True, False]))
+    assert Seats(4, roster, prompts, batch, budget, 0).make_room(2, 8)
+    assert len(batch.rows) == 2
+    assert roster.waiting == resting
+
+
 @pytest.mark.parametrize("row", [0.1, 2.0])
 def test_streams_and_bulk_get_the_tokens_that_each_gets_alone(
     model: LoadedModel, pool: AdapterPool, monkeypatch: pytest.MonkeyPatch, row: float

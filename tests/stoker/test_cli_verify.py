@@ -16,7 +16,7 @@ from stoker import GenerateJob
 from stoker.cli import app, verification, verify
 from stoker.cli.verification import ROWS, TOKENS, Golden, Tour
 from stoker.contract import GenerateRequest, StreamToken
-from stoker.errors import OutOfMemory
+from stoker.errors import ModelError, OutOfMemory
 from stoker.local.checks import Check
 from stoker.testing import FakeClient
 from tests.goldens import verification as goldens
@@ -126,6 +126,12 @@ def test_a_stream_that_outlives_its_cancel_is_named(monkeypatch: pytest.MonkeyPa
     assert failing(answers) == ["cancel"]
 
 
+def test_what_cannot_be_compared_is_named_and_hides_no_other_check() -> None:
+    answers = Answers()
+    answers.embed = lambda request: np.ones((len(request.texts), 7), np.float32)
+    assert failing(answers) == ["embed"]
+
+
 def test_two_texts_of_one_seed_are_named() -> None:
     answers, numbers = Answers(), iter(range(9))
     answers.seeds = lambda request: f"text {next(numbers)}"
@@ -185,6 +191,18 @@ def test_the_report_says_what_the_terminal_does_and_which_versions_ran(tmp_path:
     assert report["versions"]["mlx"] != "missing"
     assert len(report["rates"]) == 5
     assert report["kernels"] == {}, "there is no GPU"
+
+
+@pytest.mark.usefixtures("machine")
+def test_a_worker_that_does_not_come_up_is_in_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(url: str | None) -> Any:
+        raise ModelError("no kernel for this device")
+
+    monkeypatch.setattr(verify, "demo_worker", none)
+    code, said, report = verified(tmp_path)
+    assert code == 1
+    assert report["checks"][-1]["detail"] == "ModelError: no kernel for this device"
+    assert "1 of 2 hold" in said
 
 
 def test_nothing_is_tried_on_a_machine_that_lacks_something(machine: list[Check], tmp_path: Path) -> None:

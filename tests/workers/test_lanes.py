@@ -219,6 +219,29 @@ def test_a_lane_whose_next_job_does_not_fit_holds_no_more_until_one_of_the_other
     assert lanes.held_back == {}
 
 
+def test_a_lane_whose_other_jobs_ended_before_the_one_that_did_not_fit_is_open_again() -> None:
+    lanes, consumer = make()
+    lanes.configure({"train": 3}, {"train": ["q"]})
+    for _ in range(3):
+        lanes.enter("train")
+    for _ in range(2):
+        lanes.leave("train")
+    looks = consumer.looks
+    lanes.hold_back("train", 2, "too large")
+    lanes.leave("train")
+    assert (lanes.load(), lanes.held_back) == ({"train": (0, 3)}, {})
+    assert consumer.looks == looks + 1
+
+
+def test_where_memory_ran_out_no_job_is_taken_in_addition() -> None:
+    lanes, _ = make()
+    for _ in range(3):
+        lanes.enter("generate")
+    lanes.lend("generate", 4)
+    lanes.shrink("generate")
+    assert not lanes.has_room("generate")
+
+
 @given(st.lists(st.integers(0, 3), max_size=40))
 def test_a_lane_that_was_held_back_is_never_closed_for_good(actions: list[int]) -> None:
     """In any order of ends and refusals: once the lane is empty it is open again, and the loop was woken."""
