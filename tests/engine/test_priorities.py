@@ -322,22 +322,22 @@ def test_a_prompt_of_bulk_makes_way_for_a_streams_where_memory_holds_one(model: 
     assert len(long.tokens) == 2
 
 
-def test_a_prompt_of_bulk_goes_on_while_a_stream_waits_that_fits_not_even_without_it(
-    model: LoadedModel, pool: AdapterPool
+@pytest.mark.parametrize("fits", [True, False])
+def test_bulk_makes_way_for_a_stream_only_where_that_is_enough(
+    model: LoadedModel, pool: AdapterPool, fits: bool
 ) -> None:
-    """Were it let go of for nothing, and again in each of its turns, a long one would never end."""
-    tight = Driver(model, pool, slots=4, kv_bytes=1128 * 256, prefix_share=0.0)
-    first = tight.send(request([5] * 374, max_tokens=40, priority=STREAM))
-    while not first.tokens:
-        tight.step()
-    tight.send(request([3] * 8, max_tokens=2, priority=BULK))
-    while not tight.lane.prefilling and not first.ticket.done:
-        tight.step()
-    tight.send(request([4] * 374, max_tokens=2, priority=STREAM))
-    put_back = tight.lane.preempted
-    tight.step()
-    assert tight.lane.preempted == put_back
-    tight.run()
+    """Else it would make way for nothing, and again in each of its turns."""
+    batch, roster = Batch(model.decoder, pool, Step(model.decoder, "none")), Roster()
+    running, worse, asking = rows = waiting_rows(model, STREAM, BULK, STREAM)
+    roster.admit(rows)
+    for row in (running, worse):
+        roster.waiting.remove(row)
+        seat(batch, model, row)
+    budget = Mock(spec=KvBudget, admits=lambda _: len(batch.rows) < 2, could_admit=Mock(return_value=fits))
+    seats = Seats(4, roster, Prompts(budget), batch, budget, 0)
+    assert list(seats.taken([asking], 4)) == ([asking] if fits else [])
+    assert len(batch.rows) == (1 if fits else 2)
+    budget.could_admit.assert_called_once_with([asking], [running])
 
 
 def test_a_prompt_of_bulk_that_rests_makes_way_before_a_stream(model: LoadedModel, pool: AdapterPool) -> None:
@@ -351,6 +351,7 @@ def test_a_prompt_of_bulk_that_rests_makes_way_before_a_stream(model: LoadedMode
     assert Seats(4, roster, prompts, batch, budget, 0).make_room(2, 8)
     assert len(batch.rows) == 2
     assert roster.waiting == resting
+    prompts.give_up.assert_called_once_with(STREAM)
 
 
 @pytest.mark.parametrize("row", [0.1, 2.0])
