@@ -64,10 +64,14 @@ class Record:
         self.path.write_text(json.dumps(self.fields, indent=1) + "\n", "utf-8")
 
 
-def write(name: str, rows: Sequence[Row]) -> Path:
-    """Print the rows and keep them with what they were measured on."""
+def show(rows: Sequence[Row]) -> None:
     for entry in rows:
         print(f"{entry.name:44} {entry.p50:10.2f} {entry.unit:12} (p20 {entry.p20:.2f}, p80 {entry.p80:.2f})")
+
+
+def write(name: str, rows: Sequence[Row]) -> Path:
+    """Print the rows and keep them with what they were measured on."""
+    show(rows)
     record = Record(name)
     record.keep(rows=[asdict(entry) for entry in rows])
     return record.path

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.report import RESULTS, Row, row, write
+from bench.report import RESULTS, Row, row, show, write
 from stoker.broker.keys import RESULT_TTL
 
 #: Tokens that a worker's publisher sends in one script (`workers/services/publishing.py`).
@@ -389,7 +389,11 @@ def main() -> None:
     rows = [*bears(costs), *needs(costs, plan)]
     for brokers in said.brokers:
         rows += fleet(costs, plan, brokers, SECONDS)
-    write("scale", rows)
+    if said == parser.parse_args([]):
+        write("scale", rows)
+    else:
+        # Another plan than the page's: its rows are for its reader, and the committed ones stay.
+        show(rows)
 
 
 if __name__ == "__main__":

@@ -74,7 +74,8 @@ class LanePacer:
         self._step += len(priorities) > 1
 
     def note(self, seconds: float, rows: int | None) -> None:
-        """The step took `seconds`, with a pass of `rows`; None: with prompts before it."""
+        """The step took `seconds`, with a pass of `rows`; None: with prompts before it. What other lanes took between
+        counts too."""
         self._seconds += seconds
         if rows is None:
             return
