@@ -138,15 +138,21 @@ def test_a_stream_keeps_its_pace_next_to_a_flood_and_the_flood_ends(
     driver.assert_empty()
 
 
-def test_rows_that_cost_next_to_nothing_all_decode_with_the_stream(
-    model: LoadedModel, pool: AdapterPool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    device = Device(0.01).install(monkeypatch)
+def flooded(model: LoadedModel, pool: AdapterPool) -> Driver:
+    """Seven of eight slots have long rows of bulk, which decode."""
     driver = Driver(model, pool, slots=8, stall=5.0)
     for number in range(7):
         driver.send(bulk(number, tokens=400))
     for _ in range(60):
         driver.step()
+    return driver
+
+
+def test_rows_that_cost_next_to_nothing_all_decode_with_the_stream(
+    model: LoadedModel, pool: AdapterPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = Device(0.01).install(monkeypatch)
+    driver = flooded(model, pool)
     device.passes.clear()
     gaps_of_streams(driver, device, 4)
     full = sum(len(rows) == 8 for rows in device.passes)
@@ -158,11 +164,7 @@ def test_a_pass_takes_no_more_rows_than_the_stretch_allows(
     model: LoadedModel, pool: AdapterPool, monkeypatch: pytest.MonkeyPatch, row: float
 ) -> None:
     device = Device(row).install(monkeypatch)
-    driver = Driver(model, pool, slots=8, stall=5.0)
-    for number in range(7):
-        driver.send(bulk(number, tokens=400))
-    for _ in range(60):
-        driver.step()
+    driver = flooded(model, pool)
     device.passes.clear()
     gaps_of_streams(driver, device, 8)
     slow = sum(1 + row * (len(rows) - 1) > STRETCH for rows in device.passes if STREAM in rows)

@@ -26,6 +26,7 @@ from stoker.gateway.app import Gateway
 from stoker.gateway.command import serve
 from stoker.local.broker import free_port
 from stoker.settings import Settings
+from tests.closing import noting_closes
 from tests.conftest import wait_until
 from tests.gateway.machinery import Served, gateway_over
 
@@ -210,20 +211,7 @@ def test_another_address_than_loopback_is_served_with_keys_alone(
 def test_the_connection_that_looked_for_keys_is_closed_also_by_a_broker_that_is_away(
     broker: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    closed: list[Any] = []
-
-    def watched(settings: Settings) -> Any:
-        found: Any = connect(settings)
-        close = found.close
-
-        def noted() -> None:
-            closed.append(found)
-            close()
-
-        monkeypatch.setattr(found, "close", noted)
-        return found
-
-    monkeypatch.setattr("stoker.gateway.command.connect", watched)
+    closed = noting_closes(monkeypatch, "stoker.gateway.command.connect")
     away = broker.model_copy(update={"url": f"redis://127.0.0.1:{free_port(0)}"})
     for settings, expected in ((broker, ConfigError), (away, BrokerUnavailable)):
         with pytest.raises(expected):

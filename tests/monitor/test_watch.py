@@ -170,9 +170,8 @@ def test_a_runs_reports_are_read_once_and_to_its_end(
     redis.expire(keys.stream("run"), 60)
 
 
-def test_an_open_page_asks_for_adapters_now_and_then_or_when_it_has_changed_one(
-    broker: Settings, redis: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def models_asked(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
+    """The models whose adapters are asked for from now on; none has any."""
     asked: list[str | None] = []
 
     async def listed(_: AsyncAdapters, model: str | None = None) -> list[Any]:
@@ -180,6 +179,13 @@ def test_an_open_page_asks_for_adapters_now_and_then_or_when_it_has_changed_one(
         return []
 
     monkeypatch.setattr(AsyncAdapters, "list", listed)
+    return asked
+
+
+def test_an_open_page_asks_for_adapters_now_and_then_or_when_it_has_changed_one(
+    broker: Settings, redis: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = models_asked(monkeypatch)
     able = card(model=MODEL, kinds=("generate", "train", "adapters"), seen=time.time())
     redis.hset(keys.MODELS, f"{MODEL}/1", able.model_dump_json())
 
@@ -420,13 +426,7 @@ def test_a_broker_that_stays_away_is_said_once_and_that_it_is_back_too(
 def test_adapters_are_asked_for_of_models_that_have_any(
     broker: Settings, redis: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[str | None] = []
-
-    async def listed(_: AsyncAdapters, model: str | None = None) -> list[Any]:
-        asked.append(model)
-        return []
-
-    monkeypatch.setattr(AsyncAdapters, "list", listed)
+    asked = models_asked(monkeypatch)
     able = card(model="able", kinds=("generate", "adapters"), seen=time.time())
     redis.hset(keys.MODELS, "able/1", able.model_dump_json())
 

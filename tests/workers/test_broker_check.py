@@ -9,6 +9,7 @@ import pytest
 from stoker.broker.connection import connect
 from stoker.errors import BrokerUnavailable, ConfigError
 from stoker.settings import Settings
+from tests.closing import noting_closes
 from workers.services.broker_check import check_broker, warn_of
 
 
@@ -60,19 +61,6 @@ def test_a_broker_that_fills_or_begins_to_evict_is_warned_of(
 
 @pytest.mark.parametrize("url", ["", "redis://127.0.0.1:1/0"], ids=["there", "away"])
 def test_the_connection_of_the_check_is_closed(broker: Settings, monkeypatch: pytest.MonkeyPatch, url: str) -> None:
-    closed = list[Any]()
-
-    def watched(settings: Settings) -> Any:
-        found: Any = connect(settings)
-        close = found.close
-
-        def noted() -> None:
-            closed.append(found)
-            close()
-
-        monkeypatch.setattr(found, "close", noted)
-        return found
-
-    monkeypatch.setattr("workers.services.broker_check.connect", watched)
+    closed = noting_closes(monkeypatch, "workers.services.broker_check.connect")
     check_broker(broker.model_copy(update={"url": url}) if url else broker)
     assert len(closed) == 1
