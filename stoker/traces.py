@@ -1,7 +1,7 @@
 """Traces: what a client reports of its jobs to OpenTelemetry, and how a job carries its trace to the worker.
 
-Who traces has imported OpenTelemetry's API before it sends a job. Where nobody has, nothing is imported, and a job's
-record has no field more.
+Who traces has set OpenTelemetry up before it sends a job. Where nobody has, nothing is imported, and a job's record has
+no field more.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Sent:
 @contextmanager
 def sending(request: Request, job_id: str) -> Iterator[Trace]:
     """A span of the sending of a job; its place is what the job carries."""
-    api: Any = sys.modules.get("opentelemetry.trace")
+    api = _api()
     if api is None:
         yield NONE
         return
@@ -79,7 +79,7 @@ def waiting(job_id: str, sent: Trace) -> Iterator[None]:
 
     It is not made the current one: a generator gives the thread back to its caller in the middle of it.
     """
-    api: Any = sys.modules.get("opentelemetry.trace")
+    api = _api()
     if api is None:
         yield
         return
@@ -92,6 +92,15 @@ def waiting(job_id: str, sent: Trace) -> Iterator[None]:
     tracer = api.get_tracer("stoker")
     with _ending(tracer.start_span("stoker wait", place, kind=api.SpanKind.CLIENT, attributes=about, links=links)):
         yield
+
+
+def _api() -> Any:
+    """OpenTelemetry's, if anybody here traces: the API alone, which other libraries import too, records nothing, and
+    its spans would take a tenth of a small job's time. A span of the caller's is carried on in any case."""
+    api: Any = sys.modules.get("opentelemetry.trace")
+    if api is None or not isinstance(api.get_tracer_provider(), api.ProxyTracerProvider):
+        return api
+    return api if api.get_current_span().get_span_context().is_valid else None
 
 
 @contextmanager

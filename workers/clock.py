@@ -11,17 +11,20 @@ from typing import Any
 from stoker.broker import keys
 from stoker.broker.clock import seconds
 
-#: KEYS: the leases. ARGV: `XX` for the tags alone that are there already, `CH` for all; then the tags.
-_HOLD = """
+_NOW = """
 local time = redis.call('TIME')
 local now = time[1] .. '.' .. string.format('%06d', time[2])
-for i = 2, #ARGV do redis.call('ZADD', KEYS[1], ARGV[1], now, ARGV[i]) end
 """
 
+#: KEYS: the leases, the messages that workers hold. ARGV: the tag, its message.
+_HOLD = f"{_NOW}redis.call('ZADD', KEYS[1], now, ARGV[1]) redis.call('HSET', KEYS[2], ARGV[1], ARGV[2])"
+_LET_GO = "redis.call('ZREM', KEYS[1], ARGV[1]) redis.call('HDEL', KEYS[2], ARGV[1])"
+
+#: KEYS: the leases. ARGV: tags.
+_RENEW = f"{_NOW}for i = 1, #ARGV do redis.call('ZADD', KEYS[1], 'XX', now, ARGV[i]) end"
+
 #: KEYS: the leases, the messages that workers hold.
-_HOLD_LOST = """
-local time = redis.call('TIME')
-local now = time[1] .. '.' .. string.format('%06d', time[2])
+_HOLD_LOST = f"""{_NOW}
 for _, tag in ipairs(redis.call('HKEYS', KEYS[2])) do redis.call('ZADD', KEYS[1], 'NX', now, tag) end
 """
 
@@ -31,10 +34,21 @@ def now(redis: Any) -> float:
     return seconds(redis.time())
 
 
-def hold(pipeline: Any, tags: Iterable[str], *, known: bool) -> None:
-    """Say that the messages of these tags are held now; `known`: only of those that the index has. The script
-    goes by its text, because a pipeline cannot send it again."""
-    pipeline.eval(_HOLD, 1, keys.LEASES, "XX" if known else "CH", *tags)
+def hold(redis: Any, tag: str, message: str) -> None:
+    """Say that this message is held from now on. One script, because MULTI and its replies take twice the worker's
+    time. It goes by its text: kombu's clients put a prefix before the keys of one that goes by its hash."""
+    redis.eval(_HOLD, 2, keys.LEASES, keys.UNACKED, tag, message)
+
+
+def let_go(redis: Any, tag: str) -> None:
+    """Say that nobody holds this message any more, and forget it."""
+    redis.eval(_LET_GO, 2, keys.LEASES, keys.UNACKED, tag)
+
+
+def renew(pipeline: Any, tags: Iterable[str]) -> None:
+    """Say that those of these messages that are held are so now. The script goes by its text, because a pipeline cannot
+    send it again."""
+    pipeline.eval(_RENEW, 1, keys.LEASES, *tags)
 
 
 def hold_lost(redis: Any) -> None:

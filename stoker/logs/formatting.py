@@ -7,6 +7,7 @@ import logging
 import time
 import traceback
 from collections.abc import Iterator
+from functools import lru_cache
 
 from stoker.logs.lines import FIELDS
 from stoker.logs.redaction import Redactor, shown
@@ -47,7 +48,7 @@ class JsonLines(Lines):
     """One JSON object a line: `time` (UTC), `level`, `logger`, `message`, the fields of an event, `traceback`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        when = _utc(int(record.created))
         fields = {
             "time": f"{when}.{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
@@ -57,10 +58,19 @@ class JsonLines(Lines):
         }
         if trace := self.trace(record):
             fields["traceback"] = trace
-        return json.dumps(fields, ensure_ascii=False)
+        return _encoded(fields)
 
     def _field(self, value: object) -> object:
         return self._redact(_cut(value, LONGEST)) if isinstance(value, str) else value
+
+
+#: Made once: `json.dumps` makes an encoder at each call, as ours is not the usual one.
+_encoded = json.JSONEncoder(ensure_ascii=False).encode
+
+
+@lru_cache(2)
+def _utc(second: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
 
 
 def _visible(text: str) -> Iterator[str]:

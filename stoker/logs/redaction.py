@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from redis.exceptions import RedisError
@@ -28,6 +29,8 @@ _NAMED = re.compile(
 _SECRET_NAME = re.compile(r"PASSWORD|PASSWD|SECRET|TOKEN|API_KEY|ACCESS_KEY|CREDENTIAL")
 #: From this length on a secret is taken out wherever it stands; a shorter one where it is a word: `redis` is one.
 LONG = 8
+#: How many texts are remembered of those that have at most so many characters.
+WORDS, LONGEST_WORD = 1024, 64
 
 #: Errors whose words say what the machine, the broker or this code did, and quote nothing that a user sent.
 _PLAIN = (OSError, RedisError, MemoryError, RuntimeError, AttributeError, ImportError, AssertionError)
@@ -41,10 +44,15 @@ class Redactor:
         found = sorted({secret for secret in secrets if secret}, key=len, reverse=True)
         parts = [re.escape(secret) if len(secret) >= LONG else rf"(?<!\w){re.escape(secret)}(?!\w)" for secret in found]
         self._known = re.compile("|".join(parts)) if parts else None
+        #: Kinds, models, clients and ends stand in line after line.
+        self._word = lru_cache(WORDS)(self._without_secrets)
 
     def __call__(self, text: str) -> str:
+        return self._word(text) if len(text) <= LONGEST_WORD else self._without_secrets(text)
+
+    def _without_secrets(self, text: str) -> str:
         text = _LOGIN.sub(f"{STARS}@", text) if "://" in text else text
-        if any(mark in text for mark in " :="):
+        if " " in text or ":" in text or "=" in text:
             # A name and its value: what has none of these is one word.
             text = _NAMED.sub(rf"\g<1>{STARS}", text)
         return self._known.sub(STARS, text) if self._known is not None else text

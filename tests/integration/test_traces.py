@@ -32,7 +32,7 @@ def spans_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[InMemorySpanExporter
     """The spans of this process."""
     provider, exporter = TracerProvider(), InMemorySpanExporter()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
-    monkeypatch.setattr("opentelemetry.trace.get_tracer", provider.get_tracer)
+    monkeypatch.setattr("opentelemetry.trace.get_tracer_provider", lambda: provider)
     yield exporter
     provider.shutdown()
 

@@ -79,9 +79,7 @@ def take(redis: Any) -> str:
     _, raw = redis.brpop(keys.ready(QUEUE), 5)
     message = json.loads(raw)
     job_id, tag = message["headers"]["id"], message["properties"]["delivery_tag"]
-    pipeline = redis.pipeline()
-    clock.hold(pipeline, [tag], known=False)
-    pipeline.hset(keys.UNACKED, tag, raw).execute()
+    clock.hold(redis, tag, raw)
     assert ledger.claim(redis, job_id, QUEUE, "token", tag, "w").state == "run"
     return str(job_id)
 

@@ -105,7 +105,7 @@ def test_a_worker_whose_clock_is_off_holds_its_messages_by_the_brokers(
     deliver(qos)
     assert before <= redis.zscore(keys.LEASES, "job#1") <= clock.now(redis)
     redis.zadd(keys.LEASES, {"job#1": 1.0, "other": 1.0})
-    clock.hold(redis, ["job#1", "gone"], known=True)
+    clock.renew(redis, ["job#1", "gone"])
     assert before <= redis.zscore(keys.LEASES, "job#1") <= clock.now(redis)
     assert redis.zscore(keys.LEASES, "other") == 1.0
     assert redis.zscore(keys.LEASES, "gone") is None

@@ -47,7 +47,7 @@ def test_a_message_whose_end_is_refused_is_held_by_nobody_and_comes_back_with_it
 ) -> None:
     deliver(qos)
     with monkeypatch.context() as patched:
-        patched.setattr("kombu.transport.redis.QoS.ack", _refusing(error))
+        patched.setattr("workers.clock.let_go", _refusing(error))
         patched.setattr("kombu.transport.redis.QoS.reject", _refusing(error))
         ENDS[end](qos)
     assert _held_here(qos) == set(), "else its lease is renewed for as long as the worker lives"

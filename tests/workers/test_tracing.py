@@ -56,7 +56,7 @@ def worker(provider: TracerProvider) -> Tracing:
 @pytest.fixture
 def client(provider: TracerProvider, monkeypatch: pytest.MonkeyPatch) -> None:
     """This process traces what its clients do."""
-    monkeypatch.setattr("opentelemetry.trace.get_tracer", provider.get_tracer)
+    monkeypatch.setattr("opentelemetry.trace.get_tracer_provider", lambda: provider)
 
 
 def account(sent: Trace = PARENT, attempt: int = 1, end: DeliveryEnd = DeliveryEnd.SUCCEEDED) -> JobAccount:
@@ -263,6 +263,19 @@ def test_a_client_without_a_tracer_sends_no_trace() -> None:
     with traces.sending(REQUEST, "job") as place, traces.waiting("job", place):
         assert place == traces.NONE
     assert "traceparent" not in job_record(REQUEST, "job", trace=place)
+
+
+def test_a_callers_own_span_is_carried_on_where_the_api_alone_is_there() -> None:
+    above = trace.SpanContext(int(TRACE, 16), 7, is_remote=True)
+    with trace.use_span(trace.NonRecordingSpan(above)), traces.sending(REQUEST, "job") as sent:
+        assert sent.traceparent[3:35] == TRACE
+
+
+def test_where_the_api_alone_is_there_no_span_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[object] = []
+    monkeypatch.setattr(trace.ProxyTracer, "start_span", lambda *asked, **_: made.append(asked))
+    with traces.sending(REQUEST, "job") as place, traces.waiting("job", place):
+        assert made == []
 
 
 def test_nobody_who_does_not_trace_imports_opentelemetry() -> None:

@@ -68,8 +68,8 @@ class LeaseStep(bootsteps.StartStopStep):
         pipeline = self.redis.pipeline()
         pipeline.ping()
         if tags:
-            # known: a message that was acknowledged meanwhile must not come back.
-            clock.hold(pipeline, tags, known=True)
+            # Of those alone that are held: a message that was acknowledged meanwhile must not come back.
+            clock.renew(pipeline, tags)
         pipeline.execute()
         self._context.deliveries.health.answered()
 

@@ -96,15 +96,19 @@ class QoS(kombu_redis.QoS):
         held = json.dumps([message._raw, delivery["exchange"], delivery["routing_key"]])
 
         def hold() -> None:
-            with self.pipe_or_acquire() as pipeline:
-                clock.hold(pipeline, [delivery_tag], known=False)
-                pipeline.hset(self.unacked_key, delivery_tag, held).execute()
+            with self.channel.conn_or_acquire() as client:
+                clock.hold(client, delivery_tag, held)
 
         self._mended(hold)
         virtual.QoS.append(self, message, delivery_tag)
 
     def ack(self, delivery_tag: str) -> None:
-        self._let_go(delivery_tag, lambda: kombu_redis.QoS.ack(self, delivery_tag))
+        def forget() -> None:
+            with self.channel.conn_or_acquire() as client:
+                clock.let_go(client, delivery_tag)
+            virtual.QoS.ack(self, delivery_tag)
+
+        self._let_go(delivery_tag, forget)
 
     def reject(self, delivery_tag: str, requeue: bool = False) -> None:
         self._let_go(delivery_tag, lambda: kombu_redis.QoS.reject(self, delivery_tag, requeue))

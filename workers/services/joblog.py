@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 
 from stoker.logs.lines import JobLine
 from workers.account import DeliveryEnd, JobAccount
@@ -18,12 +17,13 @@ class JobLog:
     """An `Observer`."""
 
     def begun(self, account: JobAccount) -> None:
-        _line("begun", account).write(log, logging.INFO)
+        JobLine("begun", *_about(account)).write(log, logging.INFO)
 
     def ended(self, account: JobAccount) -> None:
         made = account.outcome is DeliveryEnd.SUCCEEDED
-        line = replace(
-            _line("ended", account),
+        line = JobLine(
+            "ended",
+            *_about(account),
             duration=account.duration,
             outcome=account.outcome,
             error=account.error,
@@ -35,6 +35,5 @@ class JobLog:
     def close(self) -> None: ...
 
 
-def _line(event: str, account: JobAccount) -> JobLine:
-    about = account.job, account.kind, account.model, account.client
-    return JobLine(event, *about, attempt=account.attempt, wait=account.wait)
+def _about(account: JobAccount) -> tuple[str, str, str, str, int, float]:
+    return account.job, account.kind, account.model, account.client, account.attempt, account.wait

@@ -20,6 +20,7 @@ blocking client.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from typing import Any, TypeVar
 
 from stoker.broker import keys
@@ -57,10 +58,18 @@ TROUBLE = text("trouble")
 def _call(
     script: LuaScript, parse: Callable[[Any], R], job_id: str, queue: str, *arguments: Any, extra: tuple[str, ...] = ()
 ) -> Call[R]:
-    names = [
-        keys.job(job_id),
-        keys.result(job_id),
-        keys.cancel(job_id),
+    names = [keys.job(job_id), keys.result(job_id), keys.cancel(job_id), *_of_queue(queue), *extra]
+    common = [job_id, keys.job(""), keys.PENDING_TTL, keys.RESULT_TTL, _window(queue)]
+    return Call(lambda redis: script(redis, names, [*common, *arguments]), parse)
+
+
+#: How many queues' keys are remembered: to make them anew took a tenth of a transition's time in the client.
+_QUEUES = 256
+
+
+@lru_cache(_QUEUES)
+def _of_queue(queue: str) -> tuple[str, ...]:
+    return (
         keys.ready(queue),
         keys.open_jobs(queue),
         keys.dispatched(queue),
@@ -69,12 +78,14 @@ def _call(
         keys.POLICY,
         keys.sizes(queue),
         *(keys.backlog(queue, priority) for priority in range(PRIORITIES)),
-        *extra,
-    ]
+    )
+
+
+@lru_cache(_QUEUES)
+def _window(queue: str) -> int:
+    """How many jobs may stand in the ready list."""
     kind = of_queue(queue)
-    window = kind.ready if kind else READY
-    common = [job_id, keys.job(""), keys.PENDING_TTL, keys.RESULT_TTL, window]
-    return Call(lambda redis: script(redis, names, [*common, *arguments]), parse)
+    return kind.ready if kind else READY
 
 
 def submission(job_id: str, record: Mapping[str, str], data: bytes = b"", *, revive: bool = False) -> Call[Submitted]:

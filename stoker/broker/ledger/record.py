@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from enum import StrEnum
+from functools import cached_property
 from typing import Any
 
 from stoker.broker import keys
@@ -87,16 +88,18 @@ class NewJob(Mapping[str, str]):
     traceparent: str = ""
     tracestate: str = ""
 
+    @cached_property
+    def _given(self) -> dict[str, str]:
+        return {name: str(value) for name in _NEW if (value := getattr(self, name))}
+
     def __getitem__(self, name: str) -> str:
-        if name not in _NEW or not (value := str(getattr(self, name))):
-            raise KeyError(name)
-        return value
+        return self._given[name]
 
     def __iter__(self) -> Iterator[str]:
-        return (name for name in _NEW if getattr(self, name))
+        return iter(self._given)
 
     def __len__(self) -> int:
-        return sum(1 for _ in self)
+        return len(self._given)
 
 
 #: A time as the scripts write it.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 
 
@@ -51,12 +51,11 @@ class Claim:
         state, age, resumed, request, *more = reply
         # Bytes that are no text become what is no JSON: the job ends with an error that says so.
         asked = request.decode(errors="backslashreplace")
-        claim = cls(state.decode(), float(age), resumed == b"1", asked)
+        claim = (state.decode(), float(age), resumed == b"1", asked)
         if not more:
-            return claim
+            return cls(*claim)
         cancelled, client, attempt, traceparent, tracestate = (text.decode(errors="replace") for text in more)
-        known = replace(claim, cancelled=cancelled == "1", client=client, attempt=int(attempt))
-        return replace(known, traceparent=traceparent, tracestate=tracestate)
+        return cls(*claim, cancelled == "1", client, int(attempt), traceparent, tracestate)
 
 
 @dataclass(frozen=True)
