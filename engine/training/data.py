@@ -159,12 +159,21 @@ def divided(
     return learned, [example for example in examples if example.line > last]
 
 
+def batches_an_epoch(size: int, learned: int) -> int:
+    """Of `size` of `learned` examples each. What does not fill a batch waits for another epoch."""
+    return learned // min(size, learned)
+
+
+def steps_of(request: TrainRequest, epochs: int, learned: int) -> int:
+    """The steps in which so many epochs are over."""
+    return _up(epochs * batches_an_epoch(request.batch_size, learned), request.accumulation) // request.accumulation
+
+
 def with_steps(request: TrainRequest, learned: int) -> TrainRequest:
     """`request` with its number of steps, where it says epochs; `learned`: examples. Raises `InvalidRequest`."""
     if request.epochs is None:
         return request
-    batches = request.epochs * (learned // min(request.batch_size, learned))
-    steps = -(-batches // request.accumulation)
+    steps = steps_of(request, request.epochs, learned)
     if steps > MAX_STEPS:
         raise InvalidRequest(f"epochs: {request.epochs} given, which are {steps} steps; at most {MAX_STEPS}.")
     return request.model_copy(update={"steps": steps})
@@ -217,7 +226,7 @@ class Batches:
     def __init__(self, examples: Sequence[TokenizedExample], size: int, seed: int) -> None:
         self._examples, self._seed = examples, seed
         self._size = min(size, len(examples))
-        self.an_epoch = len(examples) // self._size
+        self.an_epoch = batches_an_epoch(size, len(examples))
         self._epoch, self._order = -1, np.zeros(0, dtype=np.int64)
 
     def examples(self, number: int) -> list[TokenizedExample]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from engine.checkpoints.loading import load
 from engine.platform import probe
-from engine.training.data import allowed_length, divided, tokenize, with_steps
+from engine.training.data import allowed_length, batches_an_epoch, divided, steps_of, tokenize, with_steps
 from engine.training.trainer import Trainer
 from stoker.contract import TrainRequest
 from stoker.contract.dataset import TrainInput, iterate_lines
@@ -37,7 +37,6 @@ def plan(sources: Sequence[str], dataset: Path, request: TrainRequest) -> dict[s
     for _ in trainer.run():
         seconds.append(time.perf_counter())
     step = (seconds[-1] - seconds[-2]) * request.accumulation
-    rows = min(request.batch_size, len(learned))
     trained = sum(array.size for sides in trainer.adapter().matrices.values() for array in sides.values())
     return {
         "examples": len(learned),
@@ -48,8 +47,8 @@ def plan(sources: Sequence[str], dataset: Path, request: TrainRequest) -> dict[s
         "shortest": int(lengths.min()),
         "median": int(np.median(lengths)),
         "longest": int(lengths.max()),
-        "steps_an_epoch": max(1, len(learned) // (rows * request.accumulation)),
-        "epochs": request.steps * rows * request.accumulation / len(learned),
+        "steps_an_epoch": steps_of(request, 1, len(learned)),
+        "epochs": request.steps * request.accumulation / batches_an_epoch(request.batch_size, len(learned)),
         "trained_parameters": int(trained),
         "seconds_a_step": step,
         "seconds": step * request.steps,

@@ -64,8 +64,10 @@ def old_logs(settings: Settings, before: float) -> list[Leftover]:
     found = []
     logs = settings.logs
     for path in sorted(logs.iterdir()) if logs.is_dir() else []:
-        if path.is_file() and not path.is_symlink() and path.stat().st_mtime < before:
-            found.append(Leftover(path, "a log that nothing writes", bytes_of(path)))
+        # A worker that turns its logs over, or another clean, may delete one meanwhile.
+        with suppress(FileNotFoundError):
+            if path.is_file() and not path.is_symlink() and path.stat().st_mtime < before:
+                found.append(Leftover(path, "a log that nothing writes", bytes_of(path)))
     return found
 
 

@@ -26,10 +26,11 @@ from engine.ticket import Ticket
 from engine.weights import safetensors
 from stoker.contract import AdapterRequest
 from stoker.contract.bundle import AdapterInput
-from stoker.errors import ModelError, UnknownAdapter
+from stoker.errors import ModelError, UnknownAdapter, WorkerUnavailable
 from stoker.files import durable
 from tests import powercut
 from tests.engine import tiny
+from tests.engine.test_peft import write_mlx_lm
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 TOKENS = [[3, 1, 4, 1, 5, 9, 2, 6]]
@@ -238,6 +239,11 @@ def _add(tensors: dict[str, mx.array]) -> None:
     tensors["base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight"] = mx.zeros((3, 32))
 
 
+def _empty(path: Path) -> None:
+    rewrite(path, lambda fields: fields.update(target_modules=[]))
+    retensor(path.with_name(WEIGHTS_FILE), dict.clear)
+
+
 DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "cut off": (WEIGHTS_FILE, _cut, "cut off"),
     "empty": (WEIGHTS_FILE, lambda path: path.write_bytes(b""), "too few"),
@@ -258,6 +264,11 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
         CONFIG_FILE,
         lambda path: rewrite(path, lambda f: f.update(lora_alpha=True)),
         "lora_alpha True; expected a numb",
+    ),
+    "no layers": (
+        CONFIG_FILE,
+        _empty,
+        "no adapter in it",
     ),
     "another rank": (CONFIG_FILE, lambda path: rewrite(path, lambda f: f.update(r=4)), "this model and rank need .*4"),
 }
@@ -500,6 +511,28 @@ def test_what_cannot_be_loaded_is_named_as_its_client_calls_it(
     with pytest.raises(ModelError, match=why):
         taken(model, pool, tmp_path).result(0)
     assert pool.loaded == ()
+
+
+def test_an_adapter_of_mlx_lms_layout_serves_as_one_of_pefts(
+    model: LoadedModel, pool: AdapterPool, tmp_path: Path
+) -> None:
+    weights = tiny.adapter(model, 3, 1)
+    write_mlx_lm(tmp_path, weights)
+    assert taken(model, pool, tmp_path).result(0).rank == 3
+    found = logits(model, pool.rows([pool.acquire("mine@3")]))
+    assert np.abs(found[0] - alone(model, weights)).max() < 1e-4
+
+
+def test_adapters_that_wait_while_the_device_fails_end_with_its_error(model: LoadedModel, pool: AdapterPool) -> None:
+    lane, request = AdapterLane(model, pool), AdapterRequest(model="tiny", name="mine", upload="blob")
+    tickets: list[Ticket[Any]] = [Ticket(name, "adapters") for name in ("a", "b")]
+    for ticket in tickets:
+        lane.admit(lane.prepare(ticket, request, AdapterInput(Path("nowhere"), "/clients/mine", 3)))
+    lane.fail_all(WorkerUnavailable("the engine has stopped."))
+    assert (lane.busy, lane.held) == (False, [])
+    for ticket in tickets:
+        with pytest.raises(WorkerUnavailable, match="the engine has stopped"):
+            ticket.result(0)
 
 
 def mixed(model: LoadedModel, pool: AdapterPool, bound: float) -> None:

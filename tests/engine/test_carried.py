@@ -12,6 +12,7 @@ import pytest
 
 from engine.training import carried
 from engine.training.run import TrainingRun
+from stoker.errors import ModelError
 from tests.engine.test_training_kills import NOISE, OPTIONS
 from tests.engine.training_child import open_run
 from tests.workers.carrying import RunFolder, asked, files
@@ -109,3 +110,22 @@ def test_what_the_engine_deletes_meanwhile_is_carried_whole_or_anew(
         run.drop(10)
         assert found.notes.name == "step-00000010"
         assert all(len(file.read(0, file.size)) == file.size > 0 for file in found.files)
+
+
+@pytest.mark.parametrize(
+    "notes",
+    [{}, {"state": {}, "made_of": {}}, {"state": {"reports": "3", "micro": 4, "best_step": 0}, "made_of": {}},
+     {"state": {"reports": 3, "micro": 4, "best_step": 0}}, {"state": [3, 4, 0], "made_of": {}}],
+)  # fmt: skip
+def test_a_checkpoint_that_says_no_position_is_none_to_carry(tmp_path: Path, notes: dict[str, Any]) -> None:
+    """One that another program wrote, or an older release: the others are carried all the same."""
+    run = RunFolder(tmp_path, asked())
+    run.save(5, best=4)
+    bad = run.path / carried.CHECKPOINTS / "step-00000009"
+    bad.mkdir()
+    (bad / "stoker.json").write_text(json.dumps(notes))
+    with pytest.raises(ModelError, match=r"stoker\.json: holds no state of a run"):
+        carried.read_notes(bad)
+    found = carried.newest(run.path)
+    assert found is not None
+    assert found.name == "step-00000005"

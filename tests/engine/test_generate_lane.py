@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,21 @@ def test_a_request_gets_the_same_tokens_alone_and_in_any_traffic(
 @pytest.mark.parametrize("seed", range(12))
 def test_the_same_holds_for_compiled_passes(traffic_model: LoadedModel, pool: AdapterPool, seed: int) -> None:
     """As on a GPU: everything padded to buckets, prompts in groups. The CPU back-end runs g++ for long."""
+    check_traffic(traffic_model, pool, seed, compiled=["all", "decode"][seed % 2], **MODES[seed % 3])
+
+
+@pytest.fixture
+def uncompiled() -> Iterator[None]:
+    """A pass goes its way through traces and their keys, and `mx.compile` gives back what it was given."""
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("seed", range(12))
+def test_a_trace_serves_every_pass_that_has_its_key(traffic_model: LoadedModel, pool: AdapterPool, seed: int) -> None:
+    """The quick form: padded to buckets, prompts in groups, and a pass that finds a trace gets what that one keeps."""
     check_traffic(traffic_model, pool, seed, compiled=["all", "decode"][seed % 2], **MODES[seed % 3])
 
 

@@ -107,12 +107,12 @@ def test_a_tensor_in_pieces_is_the_whole(sound: Path, name: str) -> None:
     assert np.array_equal(np.concatenate(pieces), gguf.dequantize(name).reshape(-1))
 
 
+def text(value: str) -> bytes:
+    return struct.pack("<Q", len(value)) + value.encode()
+
+
 def made(offsets: list[int], size: int, alignment: int = 1) -> bytes:
     """A file of tensors of two float32 at `offsets`, with `size` bytes of data."""
-
-    def text(value: str) -> bytes:
-        return struct.pack("<Q", len(value)) + value.encode()
-
     header = b"GGUF" + struct.pack("<IQQ", 3, len(offsets), 1)
     header += text("general.alignment") + struct.pack("<II", 4, alignment)
     for number, offset in enumerate(offsets):
@@ -135,6 +135,45 @@ def test_tensors_lie_within_the_file_and_do_not_overlap(tmp_path: Path, content:
         return
     with pytest.raises(ModelError, match=cause):
         GGUF(path)
+
+
+def described(*values: bytes, tensors: tuple[str, ...] = ()) -> bytes:
+    """A file of these metadata values, and of tensors of one float32 with these names."""
+    header = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(values)) + b"".join(values)
+    for number, name in enumerate(tensors):
+        header += text(name) + struct.pack("<IQIQ", 1, 1, GGMLQuantizationType.F32, 32 * number)
+    return header + bytes(-len(header) % 32) + bytes(32 * len(tensors))
+
+
+def nested(depth: int) -> bytes:
+    """The value "k": a number in so many arrays."""
+    return text("k") + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * (depth - 1) + struct.pack("<IQI", 4, 1, 7)
+
+
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [(described(*[text("k") + struct.pack("<II", 4, n) for n in (1, 2)]), "the metadata key 'k' occurs twice"),
+     (described(nested(5)), "metadata arrays nest deeper than 4"),
+     (described(text("k") + struct.pack("<I", 99)), "metadata type 99 is unknown"),
+     (described(text("k") + struct.pack("<IIQ", 9, 4, 70_000) + bytes(280_000)), "has 70000 numbers; 65536 are"),
+     (described(tensors=("t", "t")), "tensor 't' occurs twice"),
+     (described(tensors=("",)), "a name of 0 characters")],
+)  # fmt: skip
+def test_what_a_header_says_twice_or_too_deep_or_at_too_great_length_is_refused(
+    tmp_path: Path, content: bytes, cause: str
+) -> None:
+    path = tmp_path / "made.gguf"
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match=rf"made\.gguf: .*{cause}"):
+        GGUF(path)
+
+
+def test_what_a_header_says_once_and_within_its_bounds_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "made.gguf"
+    path.write_bytes(described(nested(4), text("tokenizer.x") + struct.pack("<II", 4, 2), tensors=("t", "u")))
+    found = GGUF(path)
+    assert found.metadata == {"k": [[[[7]]]], "tokenizer.x": 2}
+    assert list(found.tensors) == ["t", "u"]
 
 
 def test_names_follow_hugging_face() -> None:

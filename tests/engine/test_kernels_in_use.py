@@ -15,7 +15,7 @@ from engine.checkpoints.loading import load
 from engine.embedding.forward import pooled
 from engine.generation.draws import Draw
 from engine.generation.forward_input import ForwardInput
-from engine.generation.sampling import choose
+from engine.generation.sampling import choose, picks
 from engine.generation.sampling_batch import sampling_batch
 from engine.generation.step import Step
 from engine.models.cache import KeyValues
@@ -125,6 +125,28 @@ SAMPLERS: list[dict[str, Any]] = [
     {"temperature": 1.3, "top_p": 0.8, "min_p": 0.02},
     {"temperature": 0.9, "repetition_penalty": 1.4, "presence_penalty": 0.3, "frequency_penalty": 0.2},
 ]
+
+
+@pytest.mark.parametrize(("temperature", "kernel"), [(0.0, "greedy"), (0.8, "sample")])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16], ids=str)
+def test_next_to_what_a_kernel_chooses_stand_the_alternatives_that_stand_there_without(
+    temperature: float, kernel: str, dtype: mx.Dtype
+) -> None:
+    logits = mx.array(np.random.default_rng(8).normal(0, 2.5, (3, 100)).astype(np.float32)).astype(dtype)
+    asked = [GenerateRequest(model="m", prompt="x", temperature=temperature, top_logprobs=count) for count in (3, 0, 5)]
+    draws = [Draw(request, 0.4) for request in asked]
+    made = sampling_batch(draws, 100)
+    wanted = picks(choose(logits, made), draws)
+    with backend.using("emulator"), observing() as launches:
+        got = picks(choose(logits, made), draws)
+    assert _ran(launches) == {kernel}
+    for one, other in zip(got, wanted, strict=True):
+        assert one.token_id == other.token_id
+        assert [token for token, _ in one.alternatives] == [token for token, _ in other.alternatives]
+        found = [one.logit, one.logprob, one.probability, *(logprob for _, logprob in one.alternatives)]
+        exact = [other.logit, other.logprob, other.probability, *(logprob for _, logprob in other.alternatives)]
+        assert found == pytest.approx(exact, abs=1e-4)
+    assert [len(pick.alternatives) for pick in got] == [3, 0, 5]
 
 
 def test_every_sampler_chooses_through_the_kernel_what_it_chooses_without() -> None:

@@ -143,6 +143,15 @@ def test_a_digest_distinguishes_models_by_both_ends_and_the_size(tmp_path: Path,
     assert weights_digest(tmp_path / "b.gguf") != same
 
 
+def test_a_base_has_the_name_that_earlier_releases_gave_it(tmp_path: Path) -> None:
+    """Adapters and checkpoints on disk name their base by it: under another name all of them would be refused."""
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    for name, size in (("model-00001-of-00002", 3 << 20), ("model-00002-of-00002", 5)):
+        (tmp_path / f"{name}.safetensors").write_bytes(bytes(range(256)) * (size // 256) or b"short")
+    (tmp_path / "README.md").write_text("no part of it")
+    assert weights_digest(tmp_path) == "ff04dc40bde9f9da"
+
+
 def test_everything_runs_without_a_compiler(folder: Path, tmp_path: Path) -> None:
     script = (
         "import sys; from engine.checkpoints.loading import load; import mlx.core as mx\n"

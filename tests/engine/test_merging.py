@@ -16,8 +16,11 @@ from engine.adapters.merging import merge
 from engine.adapters.store import AdapterStore
 from engine.checkpoints.loading import load
 from engine.training import planning
+from engine.training.data import tokenize, with_steps
 from engine.training.planning import plan
+from engine.training.trainer import Trainer
 from engine.weights import safetensors
+from stoker.contract.dataset import TrainInput, iterate_lines
 from stoker.errors import DatasetError, ModelError
 from tests import powercut
 from tests.engine import bridged, tiny
@@ -70,6 +73,19 @@ def test_a_base_whose_files_only_mlx_lms_model_file_can_read_is_refused_by_name(
     assert not (tmp_path / "merged").exists()
 
 
+def test_a_base_of_few_bits_or_of_one_file_is_refused(tmp_path: Path) -> None:
+    """What is rounded already would be rounded again; and of one file there is nothing to copy along."""
+    base = tmp_path / "base"
+    shutil.copytree(BASES / "qwen2-tied", base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "quantization": {"bits": 4, "group_size": 32}}))
+    (tmp_path / "base.gguf").write_bytes(b"GGUF")
+    for source in (base, tmp_path / "base.gguf"):
+        with pytest.raises(ModelError, match=f"{source}: merging needs a model folder .*, not quantized"):
+            merge([str(source)], tmp_path / "adapter", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
 def test_a_merged_model_is_there_whole_or_not_whenever_the_power_fails(tmp_path: Path) -> None:
     """With the files that are copied along with its weights."""
     base = load("tiny", [str(BASES / "qwen2-untied")])
@@ -92,7 +108,7 @@ def test_a_plan_counts_what_a_run_would_learn(tmp_path: Path, monkeypatch: pytes
     request = tiny.asking(steps=10, batch_size=2, max_length=16, held_out=0.25, accumulation=3)
     found = plan([str(BASES / "qwen2-tied")], path, request)
     assert (found["examples"], found["held_out"], found["steps_an_epoch"]) == (3, 1, 1)
-    assert found["epochs"] == pytest.approx(3 * 20 / 3)
+    assert found["epochs"] == 30, "a batch of two is an epoch: the third example waits for another"
     assert found["seconds_a_step"] == 3, "of as many passes as a step accumulates"
     assert 0 < found["learned_an_epoch"] < found["tokens_an_epoch"]
     assert found["seconds"] == pytest.approx(10 * found["seconds_a_step"])
@@ -100,3 +116,21 @@ def test_a_plan_counts_what_a_run_would_learn(tmp_path: Path, monkeypatch: pytes
     path.write_text('{"text": "ab"}\nnonsense')
     with pytest.raises(DatasetError, match=r"x\.jsonl, line 2"):
         plan([str(BASES / "qwen2-tied")], path, request)
+
+
+@pytest.mark.parametrize(
+    ("examples", "size", "accumulation"), [(10, 2, 2), (10, 4, 1), (7, 2, 3), (3, 8, 1), (5, 5, 4)]
+)
+def test_a_plan_says_the_steps_and_epochs_that_the_run_reports(
+    tmp_path: Path, examples: int, size: int, accumulation: int
+) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n' * examples)
+    asked = tiny.asking(epochs=1, batch_size=size, max_length=16, accumulation=accumulation, checkpoint_every=1)
+    found = plan([str(BASES / "qwen2-tied")], path, asked)
+    model = load("tiny", [str(BASES / "qwen2-tied")])
+    learned = tokenize(iterate_lines(TrainInput(path).lines(), "x"), model.tokenizer, 16)
+    reports = [each for each in Trainer(model.decoder, with_steps(asked, examples), learned).run() if each is not None]
+    assert found["steps"] == found["steps_an_epoch"] == len(reports)
+    assert found["epochs"] == reports[-1].epoch >= 1
+    assert all((report.epoch or 0) < 1 for report in reports[:-1]), "one step less is no epoch"

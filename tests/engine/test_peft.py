@@ -153,6 +153,19 @@ def test_a_wrong_folder_of_mlx_lm_is_refused(
         mlx_lm.read(tmp_path, model.linear_shapes)
 
 
+@pytest.mark.parametrize("name", ["model.layers.9.self_attn.q_proj.lora_a", "layers.0.self_attn.q_proj.lora_a"])
+def test_a_tensor_of_mlx_lm_that_belongs_to_no_layer_is_refused_by_name(
+    model: LoadedModel, tmp_path: Path, name: str
+) -> None:
+    write_mlx_lm(tmp_path, tiny.adapter(model, 3, 1))
+    path = tmp_path / "adapters.safetensors"
+    tensors = {**safetensors.read(path), name: mx.zeros((32, 3))}
+    mx.eval(tensors)
+    safetensors.write(path, tensors)
+    with pytest.raises(ModelError, match=f"tensor {name} belongs to no layer of this model"):
+        mlx_lm.read(tmp_path, model.linear_shapes)
+
+
 def test_numbers_that_are_not_finite_are_refused(model: LoadedModel, tmp_path: Path) -> None:
     weights = tiny.adapter(model, 3, 1)
     name = sorted(weights.matrices)[2]

@@ -181,6 +181,24 @@ def test_what_cannot_be_encoded_is_named(query: str, texts: list[str], said: str
         paired(deaf, EmbedRequest(model="m", query=query, texts=tuple(texts)), query, None, 9)
 
 
+def test_what_the_tokenizer_says_itself_of_a_text_is_said_of_that_text() -> None:
+    def encode(query: str, texts: Sequence[str], instruction: str | None) -> list[list[int]]:
+        if any(len(text) > 2 for text in texts):
+            raise InvalidRequest("a text of 3 characters.")
+        if len(texts) > 2:
+            raise RuntimeError("too many at once")
+        return [[1] for _ in texts]
+
+    deaf = _Deaf()
+    deaf.encode = encode  # type: ignore[method-assign]
+    for texts, said in (
+        (("a", "abc"), r"^texts\.1: a text of 3 characters\.$"),
+        (("a", "b", "c"), r"^texts: the tokenizer cannot encode them \(too many at once\)$"),
+    ):
+        with pytest.raises(InvalidRequest, match=said):
+            paired(deaf, EmbedRequest(model="m", query="q", texts=texts), "q", None, 9)
+
+
 @pytest.mark.parametrize(
     ("first", "second", "room", "kept"),
     [(3, 4, 8, (3, 4)), (3, 9, 8, (3, 5)), (9, 3, 8, (5, 3)), (9, 5, 8, (4, 4)), (9, 9, 9, (4, 5)), (9, 8, 9, (5, 4)),

@@ -211,6 +211,18 @@ def test_an_example_that_is_too_long_is_named(model: LoadedModel) -> None:
         tokenize(rows, model.tokenizer, 4)
 
 
+@pytest.mark.parametrize("row", [Example(f"t3 t{tiny.EOS}", ""), Example("", f"t{tiny.EOS}")])
+def test_an_example_of_which_nothing_can_be_learned_is_named(model: LoadedModel, row: Example) -> None:
+    """Its loss would be a mean over nothing."""
+    with pytest.raises(DatasetError, match=r"^dataset, example 2: no token in it that could be learned"):
+        tokenize([Example("t3", " t5"), row], model.tokenizer, 64)
+
+
+def test_a_dataset_without_examples_says_so(model: LoadedModel) -> None:
+    with pytest.raises(DatasetError, match=r"^dataset: no example in it"):
+        tokenize([], model.tokenizer, 64)
+
+
 def test_sizes_are_rounded_up_and_what_pads_weighs_nothing() -> None:
     batch = collate([example(3, 4, 5, start=2), example(6, 7, 8, 9)], align=4)
     assert batch.inputs.tolist() == [[3, 4, 0, 0], [6, 7, 8, 0]]

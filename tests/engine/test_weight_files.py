@@ -25,6 +25,7 @@ from engine.weights.digest import weights_digest
 from engine.weights.gguf import GGUF
 from stoker.errors import ModelError
 from tests.engine import tiny
+from tests.engine.gguf_files import finish
 from tests.engine.test_architectures_gguf import write_gguf
 from tests.engine.test_configs import CHECKPOINTS, copied, outputs
 
@@ -63,6 +64,24 @@ def test_a_shard_that_is_missing_is_named_with_the_remedy(tmp_path: Path) -> Non
     refused(folder, rf"{shard.name}, which it names: No such file in the folder \(1 of 3 are missing\). Download")
 
 
+def test_a_folder_of_one_file_of_weights_needs_neither_its_usual_name_nor_an_index(tmp_path: Path) -> None:
+    folder = copied("llama-llama3", tmp_path)
+    (folder / "model.safetensors").rename(folder / "weights.safetensors")
+    assert np.array_equal(outputs(folder, "llama-llama3"), outputs(CHECKPOINTS / "llama-llama3", "llama-llama3"))
+    shutil.copyfile(folder / "weights.safetensors", folder / "others.safetensors")
+    refused(folder, "2 safetensors files and no model.safetensors.index.json, so which to read is unclear")
+
+
+def test_a_folder_without_weights_says_so(tmp_path: Path) -> None:
+    folder = copied("llama-llama3", tmp_path)
+    (folder / "model.safetensors").unlink()
+    refused(folder, "no safetensors file in it")
+    for name in ("pytorch_model.bin", "model.pt", "model.pth"):
+        (folder / name).write_bytes(b"pickled")
+        refused(folder, "only pickled weights .* refused")
+        (folder / name).unlink()
+
+
 def test_a_tensor_in_two_shards_is_refused_by_every_reader(tmp_path: Path) -> None:
     folder = copied("qwen2-untied", tmp_path)
     first, second = sorted(folder.glob("model-*.safetensors"))[:2]
@@ -93,10 +112,7 @@ def split(whole: Path, count: int, change: Change = lambda part, fields: None) -
             (writer.add_int32 if key == "split.tensors.count" else writer.add_uint16)(key, value)
         for tensor in model.tensors[part::count]:
             writer.add_tensor(tensor.name, tensor.data.copy(), raw_dtype=tensor.tensor_type)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        finish(writer)
         files.append(path)
     return files
 
@@ -139,6 +155,48 @@ def test_parts_that_do_not_make_what_was_announced_are_refused(tmp_path: Path) -
     refused(first, "99 tensors are announced, its 2 parts hold")
     first = split(whole, 2, lambda part, fields: fields.update({"split.count": 1}) if part == 0 else None)[0]
     both(first, "is missing")
+
+
+@pytest.mark.parametrize(
+    ("fields", "cause"),
+    [({"split.no": 1, "split.count": 1}, "split.no is 1, and split.count 1; the file is damaged"),
+     ({"split.count": 60_000 * 2}, "split.count is 120000, not a number from 0 to 99999")],
+)  # fmt: skip
+def test_a_part_that_cannot_be_is_refused(tmp_path: Path, fields: dict[str, int], cause: str) -> None:
+    path = tmp_path / "it.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    for key, value in fields.items():
+        writer.add_uint32(key, value)
+    writer.add_tensor("x", np.zeros(32, np.float32))
+    finish(writer)
+    with pytest.raises(ModelError, match=cause):
+        GGUF(path)
+
+
+def test_a_tensor_that_two_parts_hold_is_refused_by_the_names_of_both(parts: list[Path]) -> None:
+    """Which of them is the model's, nobody knows."""
+    second = gguf.GGUFReader(parts[1])
+    writer = gguf.GGUFWriter(parts[1], "llama")
+    for key, value in (("split.no", 1), ("split.count", 3)):
+        writer.add_uint16(key, value)
+    for tensor in (*second.tensors, gguf.GGUFReader(parts[0]).tensors[0]):
+        writer.add_tensor(tensor.name, tensor.data.copy(), raw_dtype=tensor.tensor_type)
+    finish(writer)
+    both(parts[0], rf"{parts[1].name}: tensor '.*' is in {parts[0].name} too")
+
+
+def test_a_tensor_under_two_names_is_refused(tmp_path: Path) -> None:
+    """Hugging Face's next to GGUF's own: one of them would be passed over."""
+    path = write_gguf("llama-linear", tmp_path / "whole.gguf")
+    model = gguf.GGUFReader(path)
+    writer = gguf.GGUFWriter(tmp_path / "twice.gguf", "llama")
+    copy_metadata(model, writer)
+    for tensor in model.tensors:
+        writer.add_tensor(tensor.name, tensor.data.copy(), raw_dtype=tensor.tensor_type)
+    writer.add_tensor("model.norm.weight", np.zeros(32, np.float32))
+    finish(writer)
+    with pytest.raises(ModelError, match=r"tensor 'model\.norm\.weight' is in the file under two names"):
+        load("it", [str(tmp_path / "twice.gguf")])
 
 
 def test_the_digest_is_that_of_all_parts(parts: list[Path]) -> None:

@@ -189,6 +189,24 @@ def test_what_another_clean_has_deleted_is_no_error() -> None:
     assert list(logs.iterdir()) == []
 
 
+def test_a_log_that_goes_while_old_ones_are_looked_for_hinders_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker turns its logs over, or another clean runs, between the listing and a look at each."""
+    logs = load_settings().logs
+    logs.mkdir(parents=True)
+    for name in ("a.log", "b.log"):
+        (logs / name).write_text("old")
+    is_link = Path.is_symlink
+
+    def goes(path: Path) -> bool:
+        found = is_link(path)
+        if path.name == "a.log":
+            path.unlink()
+        return found
+
+    monkeypatch.setattr(Path, "is_symlink", goes)
+    assert [left.path.name for left in storage.old_logs(load_settings(), time.time() + 1)] == ["b.log"]
+
+
 def test_clean_deletes_drafts_of_dead_writers_and_none_that_is_written() -> None:
     home = load_settings().home
     home.mkdir(parents=True)

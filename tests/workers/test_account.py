@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from engine.ticket import Ticket
-from stoker.contract import EmbedReply, Usage
+from stoker.contract import EmbedReply, GenerateResult, TrainResult, Usage
 from stoker.logs.lines import FIELDS
 from workers.account import DeliveryEnd, JobAccount
 from workers.services.joblog import JobLog
@@ -51,6 +51,18 @@ def test_tokens_of_an_embedding_are_those_that_it_read() -> None:
     account = JobAccount("job", "embed", "m")
     account.made(EmbedReply(blob="b", rows=1, dim=1, usage=Usage(prompt_tokens=9)))
     assert account.tokens == 9
+
+
+def test_tokens_of_a_generation_and_of_a_run_are_those_of_their_results() -> None:
+    generated, trained = JobAccount("job", "generate", "m"), JobAccount("job", "train", "m")
+    usage = Usage(prompt_tokens=7, completion_tokens=3)
+    generated.made(
+        GenerateResult(model="m", adapter=None, text="x", token_ids=(1, 2, 3), finish_reason="length", usage=usage)
+    )
+    assert (generated.prompt_tokens, generated.tokens) == (7, 3)
+    counts: dict[str, Any] = {"version": 1, "steps": 2, "best_step": 2, "tokens": 30}
+    trained.made(TrainResult(model="m", adapter="a", first_loss=2.0, last_loss=1.0, usage=usage, **counts))
+    assert (trained.prompt_tokens, trained.tokens) == (0, 30)
 
 
 @pytest.mark.parametrize("end", DeliveryEnd)

@@ -153,3 +153,27 @@ def test_the_newest_version_is_the_highest_number(tmp_path: Path, scheme: str) -
     for name in ("99.safetensors.half", "0100.safetensors", "notes.txt"):
         fs.pipe_file(f"{root}/m/style/{name}", b"of another program")
     assert store.newest("m", "style") == 10
+
+
+@pytest.mark.parametrize("refused", ["rm_file", "rm", "ls"])
+def test_a_store_that_deletes_nothing_keeps_no_run_and_no_version_from_going_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, refused: str
+) -> None:
+    """What is not needed any more only takes room."""
+    store = at(f"memory://{tmp_path}/store")
+    folder = store.folder(".runs/job")
+    assert folder is not None
+    folder.put("part", b"x")
+    fs, _ = fsspec.core.url_to_fs(f"memory://{tmp_path}/store")
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError("not allowed")
+
+    monkeypatch.setattr(type(fs), refused, refuse)
+    with caplog.at_level("INFO", logger="workers.artifacts"):
+        folder.remove(["part", "another"])
+        folder.clear()
+        assert store.put("m", "style", 1, b"first")
+    assert store.get("m", "style", 1) == b"first"
+    assert "could not be deleted" in caplog.text
+    assert "not allowed" in caplog.text or "another" in caplog.text

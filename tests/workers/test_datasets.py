@@ -138,6 +138,12 @@ def test_a_name_that_leads_out_of_the_data_root_or_nowhere_is_refused(run: Any, 
     assert b"".join(TrainInput(found).lines()) == LINES
 
 
+def test_a_file_of_a_worker_that_has_no_data_root_is_refused_with_what_to_set(run: Any) -> None:
+    run.runtime.settings.data = None
+    with pytest.raises(DatasetError, match=r"'fine' of the worker named; this one has no data root. Set STOKER_DATA"):
+        datasets.fetch(run, "worker:fine")
+
+
 def test_a_file_that_is_exchanged_for_a_link_before_it_is_read_gives_nothing_away(run: Any, tmp_path: Path) -> None:
     (tmp_path / "secret").write_bytes(b'{"text": "secret"}')
     (tmp_path / "data/fine").write_bytes(LINES)

@@ -120,6 +120,21 @@ def test_a_user_who_may_not_scan_begins_the_list_of_adapters_anew(redis: Any, ca
     assert "+scan" in caplog.text
 
 
+def test_another_trouble_while_the_list_of_adapters_is_gathered_is_not_passed_over(
+    redis: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then the key stays as it is: a list that begins anew would lose adapters that a later look finds."""
+    write_over(redis, keys.adapters("m"))
+
+    def loading(**_: object) -> None:
+        raise ResponseError("LOADING the broker reads its file")
+
+    monkeypatch.setattr(redis, "scan_iter", loading)
+    with pytest.raises(ResponseError, match="LOADING"):
+        Mender(redis, lambda: [QUEUE]).round()
+    assert redis.get(keys.adapters("m")) == b"of another program"
+
+
 def write_over(redis: Any, key: str) -> None:
     redis.delete(key)
     redis.set(key, "of another program")

@@ -20,7 +20,7 @@ from stoker.contract import GenerateRequest, ModelCard, Presence, TrainRequest, 
 from stoker.contract.control import ModelCommand, ModelReport
 from stoker.contract.kinds import ADAPTERS, GENERATE, TRAIN
 from stoker.contract.presence import ModelState
-from stoker.errors import InvalidRequest, ModelError, StokerError, from_wire
+from stoker.errors import InvalidRequest, ModelError, StokerError, WorkerUnavailable, from_wire
 from stoker.settings import Settings
 from workers.deliveries import Deliveries, Health
 from workers.residents import MEGABYTE, NoRoom, Origin, Residents
@@ -233,6 +233,24 @@ def test_what_made_way_for_a_model_that_cannot_be_loaded_is_back(worker: Worker,
     assert worker.states() == {"a": "warm", "b": "warm", "damaged": "refused"}
 
 
+def test_a_model_that_made_way_in_vain_and_cannot_come_back_is_refused_and_comes_when_a_job_waits(
+    worker: Worker,
+) -> None:
+    worker.keeper.pin("b", on=True)
+    worker.engine.files["a"] = ModelError("/a: a tensor is gone meanwhile")
+    with pytest.raises(ModelError, match="/damaged: a tensor is missing"):
+        load(worker, "damaged")
+    assert worker.warm == ["b"]
+    assert worker.doors.open == names("b"), "its jobs wait"
+    assert worker.states() == {"b": "warm", "a": "refused", "damaged": "refused"}
+    assert worker.keeper.refused["a"] == "/a: a tensor is gone meanwhile"
+    del worker.engine.files["a"]
+    worker.let_wait("a")
+    worker.demand.round()
+    assert worker.warm == ["a", "b"]
+    assert worker.doors.open == names("a") | names("b")
+
+
 def test_a_model_whose_headers_cannot_be_read_hurts_no_other(worker: Worker) -> None:
     with pytest.raises(ModelError, match="no such file"):
         load(worker, "missing")
@@ -412,6 +430,22 @@ def test_a_job_waits_for_room_and_the_status_says_why(lazy: Worker) -> None:
     assert lazy.ending(job) is None
     assert lazy.states()["lazy"] == "refused"
     lazy.keeper.pin("b", on=False)
+    lazy.demand.round()
+    assert "lazy" not in lazy.warm, "not tried again at once"
+    lazy.clock.now += NO_ROOM_FOR
+    lazy.demand.round()
+    assert "lazy" in lazy.warm
+
+
+def test_a_job_waits_while_its_model_cannot_be_loaded_for_a_reason_that_is_not_its_files(lazy: Worker) -> None:
+    """The engine is about to end: another worker, or this one a moment later, loads it."""
+    lazy.keeper.unload("a")
+    lazy.engine.files["lazy"] = WorkerUnavailable("the engine stops.")
+    job = lazy.let_wait("lazy")
+    lazy.demand.round()
+    assert lazy.ending(job) is None
+    assert not lazy.redis.exists(keys.loading("lazy")), "another worker may try at once"
+    del lazy.engine.files["lazy"]
     lazy.demand.round()
     assert "lazy" not in lazy.warm, "not tried again at once"
     lazy.clock.now += NO_ROOM_FOR

@@ -331,3 +331,27 @@ def test_a_process_that_dies_while_it_begins_leaves_what_the_next_one_completes(
         resume(other.job(REQUEST), REQUEST)
         assert files(folder) == files(run.path)
     assert number > 8
+
+
+def test_a_run_of_a_model_that_is_not_here_begins_with_nothing_of_the_store(worker: Worker, run: RunFolder) -> None:
+    """The engine says which models there are when it gets the job."""
+    run.save(5)
+    leave(worker.job(REQUEST), STOPPING)
+    other = Worker(worker.runtime.settings, worker.redis, run.path.parents[2] / "two", "two", checkpoints="always")
+
+    def model(name: str) -> Any:
+        raise KeyError(name)
+
+    other.runtime.engine.model = model
+    resume(other.job(REQUEST), REQUEST)
+    assert not (other.home / "runs").exists()
+
+
+def test_a_run_that_nobody_else_would_go_on_with_is_not_put_into_the_store(
+    worker: Worker, run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moving, "wanted", lambda runtime, model: False)
+    job = worker.job(REQUEST)
+    run.save(5)
+    leave(job, STOPPING, lambda mirror: mirror.kept())
+    assert stored(worker.redis) is None

@@ -109,6 +109,12 @@ def test_a_job_that_runs_is_stopped(worker: Worker, command: str) -> None:
     assert worker.status("job") is None, "its owner ends it"
 
 
+def test_a_round_without_a_revocation_asks_the_broker_nothing(worker: Worker) -> None:
+    worker.redis.close()
+    worker.runtime.persist = lambda action: pytest.fail("nothing was revoked")  # type: ignore[method-assign]
+    worker.context.revocations.cancel_next(worker.runtime, wait=0.0)
+
+
 def test_jobs_of_every_kind_are_revoked(worker: Worker) -> None:
     ledger.submit(worker.redis, "texts", job_record(embed_request("m", ["x"], {}), "texts"))
     worker.submit("prompt")

@@ -320,3 +320,25 @@ def test_a_file_of_any_length_is_carried_to_its_last_byte(
         put(store, run.path)
         found = install(store, tmp_path / f"{length}-copy")
         assert found[weights.relative_to(run.path).as_posix()] == bytes(range(length))
+
+
+def test_a_manifest_is_kept_only_if_all_its_parts_are_in_the_broker(
+    broker: Settings, redis: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the next owner would find a run that it cannot begin with."""
+    worker, run = Worker(broker, redis, tmp_path / "one", "one"), RunFolder(tmp_path / "one", REQUEST)
+    store = RunStore(worker.own(REQUEST))
+    run.save(5)
+    put(store, run.path)
+    before = worker.redis.hget(keys.checkpoint("job"), "manifest")
+    plain = ledger.keep_manifest
+
+    def after_a_loss(redis: Any, job_id: str, queue: str, token: str, manifest: str, names: Any) -> Any:
+        redis.hdel(keys.checkpoint(job_id), *[name for name in parts(worker) if name not in before.decode()])
+        return plain(redis, job_id, queue, token, manifest, names)
+
+    monkeypatch.setattr(ledger, "keep_manifest", after_a_loss)
+    run.save(10)
+    with pytest.raises(Damaged, match="parts are gone that were put there"):
+        put(store, run.path)
+    assert worker.redis.hget(keys.checkpoint("job"), "manifest") == before

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from stoker.broker import keys
 from stoker.broker.connection import connect
 from stoker.settings import Settings
 from workers.artifacts import Artifacts
-from workers.run_sweep import sweep
+from workers.run_sweep import round_of, sweep
 
 
 @pytest.fixture
@@ -46,6 +48,25 @@ def test_of_a_shared_store_only_what_no_run_needs_is_swept(
     assert home is not None
     assert sorted(home.names()) == ["letter", "running"]
     assert store.get("m", "style", 1) == b"an adapter"
+
+
+def test_a_round_sweeps_by_the_clock_of_this_machine_and_says_what_went(
+    broker: Settings, redis: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A file's age is by the clock of who wrote it, not by the broker's."""
+    settings = broker.model_copy(update={"artifacts": f"file://{tmp_path}/store"})
+    for job_id in ("cancelled", "beginning"):
+        folder = Artifacts(settings, redis).folder(f".runs/{job_id}")
+        assert folder is not None
+        folder.put("part", b"x")
+    redis.set(keys.result("cancelled"), b"{}", ex=60)
+    runtime: Any = SimpleNamespace(settings=settings, redis=redis)
+    with caplog.at_level(logging.INFO, logger="workers.run_sweep"):
+        round_of(runtime)
+    assert [record.message for record in caplog.records] == [
+        "job cancelled: its checkpoints were deleted from the store; the run has ended"
+    ]
+    assert [path.name for path in (tmp_path / "store/.runs").iterdir()] == ["beginning"]
 
 
 def test_without_a_store_of_its_own_there_is_nothing_to_sweep(broker: Settings, redis: Any) -> None:

@@ -6,6 +6,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ from stoker.settings import Settings
 from stoker.traces import Trace
 from workers.account import DeliveryEnd, JobAccount, Phase
 from workers.services import observing
+from workers.services import tracing as worker_tracing
 from workers.services.tracing import Tracing, tracing
 
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
@@ -83,6 +85,26 @@ def test_spans_last_as_long_as_what_they_report(worker: Tracing, exporter: InMem
     worker.ended(account())
     lasted = {span.name: round(seconds(span), 3) for span in exporter.get_finished_spans()}
     assert lasted == {"stoker queue": 5.0, "stoker prefill": 0.5, "stoker decode": 0.5, "stoker generate": 2.0}
+
+
+def test_spans_lie_at_the_time_of_day_at_which_they_were(
+    worker: Tracing, exporter: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another program's spans are in the same trace: a collector puts them in order by it."""
+    clocks = SimpleNamespace(time_ns=lambda: 1_800_000_000 * 10**9, monotonic=lambda: 110.0)
+    monkeypatch.setattr(worker_tracing, "time", clocks)
+    worker.ended(account())
+    began = {span.name: (span.start_time or 0) / 1e9 - 1_800_000_000 for span in exporter.get_finished_spans()}
+    assert began == {"stoker queue": -15.0, "stoker prefill": -9.5, "stoker decode": -9.0, "stoker generate": -10.0}
+
+
+def test_a_job_that_made_tokens_says_how_many(worker: Tracing, exporter: InMemorySpanExporter) -> None:
+    for tokens in (0, 30):
+        made = account()
+        made.tokens = tokens
+        worker.ended(made)
+    runs = [span.attributes or {} for span in exporter.get_finished_spans() if span.name == "stoker generate"]
+    assert [run.get("stoker.tokens") for run in runs] == [None, 30]
 
 
 def test_an_attempt_after_another_is_a_span_of_its_own_in_the_same_trace(

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 from stoker.broker import keys, ledger
 from stoker.broker.connection import connect
@@ -103,6 +104,21 @@ def test_a_worker_whose_hang_cannot_be_reported_ends_all_the_same(
     monkeypatch.setattr(watchdog, "connect", broken)
     dog.start()
     assert ended.wait(30)
+
+
+def test_a_worker_that_hangs_ends_without_a_word_to_a_broker_that_is_away(
+    broker: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def away(*_: object, **__: object) -> None:
+        raise RedisConnectionError("nobody answers")
+
+    monkeypatch.setattr(watchdog, "connect", away)
+    ended: list[int] = []
+    dog = Watchdog(runtime(broker, ("one",)), 10, lambda: ended.append(1))
+    monkeypatch.setattr(dog, "look", lambda: True)
+    begun(dog, monkeypatch).work()
+    assert ended == [1]
+    assert "the records of the jobs do not say it: nobody answers" in caplog.text
 
 
 def test_no_limit_is_no_watchdog() -> None:
