@@ -69,54 +69,70 @@ class EventResponse:
         self._started = False
         #: When something was sent last, by the event loop's clock.
         self._sent = 0.0
+        #: Since when a write waits for the client; None: none does.
+        self._since: float | None = None
         self._writing = asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises `Refused` where nothing was sent yet."""
         try:
             await self._carried(send)
-        except Refused as refused:
-            if not self._started:
-                raise
-            for event in self._failed(refused):
-                await self._write(send, event.encode())
         except Gone:
             await self._left()
             raise Refused(499, "the client has gone.", code="client_gone") from None
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _carried(self, send: Send) -> None:
-        """Until the last event is sent. One task carries them all: one for each would cost more than all the rest."""
+        """Until the last event is sent. One task carries them all: one for each would cost more than all the rest, and
+        so would a time limit for each. This one looks how long the client has taken when a limit may be reached."""
         carrier, watch = asyncio.ensure_future(self._carry(send)), asyncio.ensure_future(self._gone())
         self._sent = asyncio.get_running_loop().time()
         try:
             while not carrier.done():
                 silent = asyncio.get_running_loop().time() - self._sent
-                await _first_of(carrier, watch, max(0.0, KEEP_ALIVE - silent))
+                await _first_of(carrier, watch, min(max(0.0, KEEP_ALIVE - silent), SLOW))
                 if watch.done() and not carrier.done():
                     raise Gone
-                if not carrier.done() and asyncio.get_running_loop().time() - self._sent >= KEEP_ALIVE:
-                    await self._write(send, COMMENT)
+                if not carrier.done():
+                    await self._looked_after(send)
             carrier.result()
         finally:
             watch.cancel()
             await _stopped(carrier)
 
-    async def _carry(self, send: Send) -> None:
-        async with aclosing(self._events) as events:
-            async for event in events:
-                await self._write(send, event.encode())
+    async def _looked_after(self, send: Send) -> None:
+        """Raise `Gone` where the client takes nothing; say something where nothing was said for long."""
+        now = asyncio.get_running_loop().time()
+        if self._since is not None:
+            if now - self._since >= SLOW:
+                raise Gone
+        elif now - self._sent >= KEEP_ALIVE:
+            try:
+                async with asyncio.timeout(SLOW):
+                    await self._write(send, COMMENT)
+            except TimeoutError:
+                raise Gone from None
 
-    async def _write(self, send: Send, body: bytes) -> None:
+    async def _carry(self, send: Send) -> None:
         try:
-            async with asyncio.timeout(SLOW), self._writing:
-                if not self._started:
-                    self._started = True
-                    await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
-                await send({"type": "http.response.body", "body": body, "more_body": True})
-        except TimeoutError:
-            raise Gone from None
-        self._sent = asyncio.get_running_loop().time()
+            async with aclosing(self._events) as events:
+                async for event in events:
+                    await self._write(send, event.encode())
+        except Refused as refused:
+            if not self._started:
+                raise
+            for event in self._failed(refused):
+                await self._write(send, event.encode())
+        await self._write(send, b"", more=False)
+
+    async def _write(self, send: Send, body: bytes, *, more: bool = True) -> None:
+        time = asyncio.get_running_loop().time
+        self._since = time()
+        async with self._writing:
+            if not self._started:
+                self._started = True
+                await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
+            await send({"type": "http.response.body", "body": body, "more_body": more})
+        self._sent, self._since = time(), None
 
 
 async def _first_of(one: asyncio.Future[None], other: asyncio.Future[None], seconds: float) -> None:

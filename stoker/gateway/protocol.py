@@ -1,5 +1,6 @@
-"""uvicorn's HTTP protocol, made to send at once what it has, with two time limits that it does not have: a client that
-sends its headers byte by byte, or does not read the rest of an answer, would hold its connection for ever."""
+"""uvicorn's HTTP protocol, made to send together and at once what it has, with two time limits that it does not have: a
+client that sends its headers byte by byte, or does not read the rest of an answer, would hold its connection for
+ever."""
 
 from __future__ import annotations
 
@@ -14,15 +15,34 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 HEADERS_WITHIN = 10.0
 #: Seconds that a connection which is closed has for what was written before.
 FLUSHED_WITHIN = 30.0
+#: Bytes that wait for the end of the event loop's turn; more go out at once, so that a slow client is noticed.
+MOST_HELD = 32 * 1024
 
 
-class EndingTransport:
-    """A transport whose `close` is the end also for a client that reads nothing."""
+class HoldingTransport:
+    """A transport that sends what one turn of the event loop has written by one call of the system: these calls cost
+    more than all the rest of a token. Its `close` is the end also for a client that reads nothing."""
 
     def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
         self._transport, self._loop = transport, loop
+        self._held: list[bytes] = []
+        self._bytes = 0
+
+    def write(self, data: bytes) -> None:
+        if not self._held:
+            self._loop.call_soon(self._flush)
+        self._held.append(data)
+        self._bytes += len(data)
+        if self._bytes >= MOST_HELD:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._held:
+            held, self._held, self._bytes = self._held, [], 0
+            self._transport.write(b"".join(held))
 
     def close(self) -> None:
+        self._flush()
         if not self._transport.is_closing():
             self._transport.close()
             self._loop.call_later(FLUSHED_WITHIN, self._transport.abort)
@@ -40,7 +60,7 @@ class TimedProtocol(H11Protocol):
         # asyncio does this for sockets that name their protocol, and those of a listener that was made before do not. A
         # first token would wait some 40 ms, until the client acknowledges the headers.
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        super().connection_made(EndingTransport(transport, self.loop))  # type: ignore[arg-type]
+        super().connection_made(HoldingTransport(transport, self.loop))  # type: ignore[arg-type]
         self._begin()
 
     def data_received(self, data: bytes) -> None:

@@ -1,0 +1,160 @@
+"""How answers go out: what is written together is sent together, and a client that takes nothing counts as gone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Iterator
+from typing import Any
+
+import pytest
+
+from stoker.gateway import events, protocol
+from stoker.gateway.errors import Refused
+from stoker.gateway.events import Event, EventResponse
+from stoker.gateway.protocol import HoldingTransport
+
+
+class Kept(asyncio.Transport):
+    """It keeps what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: list[bytes] = []
+        self.closed_behind: list[bytes] | None = None
+
+    def write(self, data: Any) -> None:
+        self.sent.append(bytes(data))
+
+    def is_closing(self) -> bool:
+        return self.closed_behind is not None
+
+    def close(self) -> None:
+        self.closed_behind = list(self.sent)
+
+    def abort(self) -> None: ...
+
+
+def test_what_one_turn_writes_goes_out_together_in_order() -> None:
+    async def run() -> list[bytes]:
+        kept = Kept()
+        holding = HoldingTransport(kept, asyncio.get_running_loop())
+        for data in (b"a", b"b"):
+            holding.write(data)
+        assert kept.sent == []
+        await asyncio.sleep(0)
+        holding.write(b"c")
+        await asyncio.sleep(0)
+        return list(kept.sent)
+
+    assert asyncio.run(run()) == [b"ab", b"c"]
+
+
+def test_much_is_not_held_so_that_a_slow_client_is_noticed() -> None:
+    async def run() -> list[bytes]:
+        kept = Kept()
+        holding = HoldingTransport(kept, asyncio.get_running_loop())
+        holding.write(b"a")
+        holding.write(b"b" * protocol.MOST_HELD)
+        return list(kept.sent)
+
+    (sent,) = asyncio.run(run())
+    assert sent == b"a" + b"b" * protocol.MOST_HELD
+
+
+def test_a_connection_is_closed_behind_what_was_written() -> None:
+    async def run() -> list[bytes] | None:
+        kept = Kept()
+        holding = HoldingTransport(kept, asyncio.get_running_loop())
+        holding.write(b"a")
+        holding.close()
+        return kept.closed_behind
+
+    assert asyncio.run(run()) == [b"a"]
+
+
+class Client:
+    """An HTTP client that takes `most` messages and then no more. `left`: how often its job was left."""
+
+    def __init__(self, most: int) -> None:
+        self.taken: list[dict[str, Any]] = []
+        self.left = 0
+        self._most = most
+
+    async def send(self, message: Any) -> None:
+        if len(self.taken) == self._most:
+            await asyncio.Event().wait()
+        self.taken.append(message)
+
+    async def gone(self) -> None:
+        await asyncio.Event().wait()
+
+    async def leave(self) -> None:
+        self.left += 1
+
+    @property
+    def bodies(self) -> list[bytes]:
+        return [message["body"] for message in self.taken if message["type"] == "http.response.body"]
+
+    def answer(self, found: AsyncGenerator[Event]) -> None:
+        """Raises what the response ends with."""
+        response = EventResponse(found, _failed, self.gone, self.leave)
+        asyncio.run(asyncio.wait_for(response({}, _nothing, self.send), 10))
+
+
+def _failed(refused: Refused) -> Iterator[Event]:
+    yield Event("failed")
+
+
+async def _nothing() -> Any:
+    raise AssertionError("nothing is received")
+
+
+async def _events(*names: str, error: Refused | None = None, ends: bool = True) -> AsyncGenerator[Event]:
+    for name in names:
+        yield Event(name)
+    if error is not None:
+        raise error
+    if not ends:
+        await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("most", [0, 1, 2, 3], ids=["the status", "an event", "the last event", "the end"])
+def test_a_client_that_takes_nothing_any_more_is_gone_wherever_the_answer_is(
+    most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(events, "SLOW", 0.01)
+    client = Client(most)
+    with pytest.raises(Refused) as caught:
+        client.answer(_events("one", "two"))
+    assert (caught.value.status, client.left, len(client.taken)) == (499, 1, most)
+
+
+@pytest.mark.parametrize("most", [2, 3], ids=["the error", "the end"])
+def test_a_client_that_takes_no_error_is_gone_too(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(events, "SLOW", 0.01)
+    client = Client(most)
+    with pytest.raises(Refused) as caught:
+        client.answer(_events("one", error=Refused(500, "it failed.", code="job_failed")))
+    assert (caught.value.status, client.left) == (499, 1)
+
+
+def test_a_client_that_takes_no_comment_is_gone_and_gets_none_while_an_event_waits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(events, "SLOW", 0.05)
+    monkeypatch.setattr(events, "KEEP_ALIVE", 0.001)
+    silent = Client(most=4)
+    with pytest.raises(Refused):
+        silent.answer(_events("one", ends=False))
+    assert silent.bodies == [Event("one").encode(), events.COMMENT, events.COMMENT]
+    waits = Client(most=2)
+    with pytest.raises(Refused):
+        waits.answer(_events("one", "two"))
+    assert waits.bodies == [Event("one").encode()]
+
+
+def test_an_answer_without_events_has_a_status_and_an_end() -> None:
+    client = Client(most=9)
+    client.answer(_events())
+    assert [message["type"] for message in client.taken] == ["http.response.start", "http.response.body"]
+    assert client.taken[-1]["more_body"] is False
