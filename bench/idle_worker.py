@@ -79,6 +79,11 @@ class IdleEngine:
 
     def wake(self) -> None: ...
 
+    def hurry(self) -> None: ...
+
+    def makes_way(self, priority: int) -> bool:
+        return False
+
     def submit(
         self, job_id: str, request: GenerateRequest | EmbedRequest, data: Any = None, *, deadline: float | None = None
     ) -> Ticket[Any]:

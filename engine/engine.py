@@ -10,6 +10,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar, overload
@@ -24,6 +25,7 @@ from engine.delivery import Publish, deliver
 from engine.errand import Errand, at_once, in_own_thread
 from engine.generation.limits import GenerationLoad, LaneLimits
 from engine.lane import AnyLane
+from engine.making_way import LOOK_EVERY, MakingWay, Neighbours, NoNeighbours
 from engine.platform import heap, probe
 from engine.platform.threads import collect, leave
 from engine.text import trial
@@ -75,7 +77,8 @@ class Engine:
     turns. `train_share`: of the time, 0 to 1, while generation waits too.
     `publish` gets the entries of a step, from the engine's thread: it must hand them on and return, or raise and have
     taken none. Then it gets the entries of each job alone, and a job whose entries it raises for ends with this error.
-    `limits`: of each model's generation. `precision`: what `load` takes. `on_death` is called, from the same thread, if
+    `limits`: of each model's generation. `precision`: what `load` takes. `neighbours`: workers on the same device, for
+    whose streams it makes way. `on_death` is called, from the same thread, if
     the loop ends by a defect: an engine does not come back, its process has to.
     """
 
@@ -91,6 +94,7 @@ class Engine:
         publish: Publish,
         limits: LaneLimits | None = None,
         precision: PrecisionOptions | None = None,
+        neighbours: Neighbours | None = None,
         on_death: Callable[[], None] = lambda: None,
     ) -> None:
         self._sources = dict(models)
@@ -103,6 +107,7 @@ class Engine:
         self._warm = WarmModels(
             self.store, runs or adapters.parent / "runs", limits or LaneLimits(), adapter_bytes, train_share
         )
+        self._way = MakingWay(neighbours or NoNeighbours(), train_share)
         self._ready = threading.Event()
         self._stopping = False
         self._failure: BaseException | None = None
@@ -214,6 +219,15 @@ class Engine:
         """Make the loop look again: a ticket was cancelled."""
         self._inbox.put(None)
 
+    def makes_way(self, priority: int) -> bool:
+        """Whether jobs of this priority rest here for streams of other workers on the device. From any thread."""
+        return self._way.is_behind(priority)
+
+    def hurry(self) -> None:
+        """No job rests for other workers' streams from now on: this one stops. From any thread."""
+        self._way.end()
+        self.wake()
+
     def lane(self, model: str, kind: str) -> AnyLane:
         """The lane that runs jobs of `kind` on `model`."""
         return self._warm.lanes[model, kind]
@@ -295,19 +309,33 @@ class Engine:
         """One turn of the loop: take new work, drop stopped work, run the lane whose turn it is, report."""
         self._admit()
         self._drop_stopped()
-        turn = self._warm.share.choose(key for key, lane in self._warm.lanes.items() if lane.busy)
+        self._way.announce(self._warm.lanes)
+        behind = self._way.behind(self._warm.lanes)
+        resting = behind if self._way.rest else ()
+        turn = self._warm.share.choose(
+            key for key, lane in self._warm.lanes.items() if lane.busy and key not in resting
+        )
         if turn is None:
+            self._rest()
             return
         began = time.perf_counter()
         with self._warm.share.charge(turn):
-            output = self._run(turn)
+            output = self._run(turn, makes_way=turn in behind)
         seconds = time.perf_counter() - began
+        if turn in behind:
+            self._way.note(turn[1], seconds)
         deliver(output, self._publish)
         self.observe(*turn, seconds, output)
+
+    def _rest(self) -> None:
+        """Wait for new work, or for the end of the rest of lanes that make way."""
+        with suppress(queue.Empty):
+            self._take(self._inbox.get(timeout=min(self._way.rest, LOOK_EVERY)))
 
     def _admit(self) -> None:
         """Take everything that waits; with nothing to run, sleep until something comes."""
         if not any(lane.busy for lane in self._warm.lanes.values()):
+            self._way.announce({})
             self._take(self._inbox.get())
         # What is there now: an errand comes again with its next slice, behind a step of the lanes.
         for _ in range(self._inbox.qsize()):
@@ -336,10 +364,10 @@ class Engine:
         for lane in self._warm.lanes.values():
             lane.drop_stopped()
 
-    def _run(self, turn: tuple[str, str]) -> StepOutput:
+    def _run(self, turn: tuple[str, str], *, makes_way: bool) -> StepOutput:
         lane = self._warm.lanes[turn]
-        # A token that is ready waits for nobody's turn: a pass is launched ahead only if no other lane waits for one.
-        lookahead = not any(other.busy for other in self._warm.lanes.values() if other is not lane)
+        # A token that is ready waits for nobody's turn: a pass is launched ahead only if nobody else waits for one.
+        lookahead = not makes_way and not any(other.busy for other in self._warm.lanes.values() if other is not lane)
         self.step_began = time.monotonic()
         try:
             return lane.run(lookahead=lookahead)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 from engine.ticket import StepOutput, Ticket
@@ -11,6 +12,13 @@ Q = TypeVar("Q", bound=Request, contravariant=True)
 D = TypeVar("D", contravariant=True)
 W = TypeVar("W")
 R = TypeVar("R")
+
+
+class Held(Protocol):
+    """A job of a lane, or a part of one."""
+
+    @property
+    def ticket(self) -> Ticket[Any]: ...
 
 
 class Lane(Protocol[Q, D, W, R]):
@@ -26,6 +34,11 @@ class Lane(Protocol[Q, D, W, R]):
         """Whether there is work for `run`."""
         ...
 
+    @property
+    def held(self) -> Sequence[Held]:
+        """Every job that was admitted and has not ended."""
+        ...
+
     def prepare(self, ticket: Ticket[R], request: Q, data: D) -> W:
         """Check a request against the model and make it work for `admit`."""
         ...
@@ -38,7 +51,7 @@ class Lane(Protocol[Q, D, W, R]):
 
     def run(self, *, lookahead: bool = True) -> StepOutput:
         """One step, as short as the work allows. `lookahead`: whether the lane may leave a pass of its next step on the
-        device: not while other lanes wait for the device."""
+        device: not while others wait for the device, who also want its step short."""
         ...
 
     def fail_all(self, error: BaseException) -> None:

@@ -31,7 +31,7 @@ class DoesNotFit(WorkerUnavailable):
 
 @dataclass(frozen=True)
 class _HeldBack:
-    """No more than `most` jobs are held until one of them has ended."""
+    """No more than `most` jobs are held for now."""
 
     most: int
     why: str
@@ -45,6 +45,8 @@ class Lanes:
         #: kind → jobs it may hold now: its limit, or less after `shrink`.
         self._capacity: dict[str, int] = {}
         self._held_back: dict[str, _HeldBack] = {}
+        #: kind → what `narrow` said.
+        self._narrow: dict[str, _HeldBack] = {}
         self._shrunk = -GROW_AFTER
         self._queues: dict[str, list[str]] = {}
         self._held: dict[str, int] = {}
@@ -56,7 +58,7 @@ class Lanes:
 
     def configure(self, limits: Mapping[str, int], queues: Mapping[str, list[str]]) -> None:
         self._limits, self._queues = dict(limits), {kind: list(names) for kind, names in queues.items()}
-        self._capacity, self._held_back, self._lent = dict(limits), {}, {}
+        self._capacity, self._held_back, self._narrow, self._lent = dict(limits), {}, {}, {}
         self._held = dict.fromkeys(limits, 0)
 
     def serve(self, queues: Mapping[str, Sequence[str]]) -> None:
@@ -70,11 +72,16 @@ class Lanes:
     @property
     def held_back(self) -> dict[str, str]:
         """kind → why no more of it are held now than there are."""
-        return {kind: held_back.why for kind, held_back in list(self._held_back.items())}
+        return {kind: bound.why for bounds in (self._narrow, self._held_back) for kind, bound in list(bounds.items())}
 
-    def _most(self, kind: str) -> int:
+    def slots(self, kind: str) -> int:
+        """How many jobs of a kind could be held, were it not for `narrow`."""
         held_back = self._held_back.get(kind)
         return self._capacity[kind] if held_back is None else min(self._capacity[kind], held_back.most)
+
+    def _most(self, kind: str) -> int:
+        narrow = self._narrow.get(kind)
+        return self.slots(kind) if narrow is None else min(self.slots(kind), narrow.most)
 
     def kind_of(self, queue: str) -> str | None:
         return next((kind for kind, queues in self._queues.items() if queue in queues), None)
@@ -93,6 +100,18 @@ class Lanes:
         with self._lock:
             self._lent[kind] = held
         self.wake()
+
+    def narrow(self, kind: str, most: int, why: str) -> None:
+        """Take none beyond `most`, except what is lent, until `widen`."""
+        with self._lock:
+            self._narrow[kind] = _HeldBack(most, why)
+
+    def widen(self, kind: str) -> None:
+        """Take back what `narrow` said."""
+        with self._lock:
+            was_narrow = self._narrow.pop(kind, None) is not None
+        if was_narrow:
+            self.wake()
 
     def enter(self, kind: str) -> None:
         """A job was taken. Called in the consumer's thread."""

@@ -40,7 +40,8 @@ def make_engine(settings: Settings, publish: Callable[[list[Entry]], None], on_d
 
     report = boot_blas(settings)
     from engine.engine import Engine
-    from engine.platform.probe import choose_kernels, describe_kernels, memory
+    from engine.platform.probe import choose_kernels, describe_kernels, device, memory
+    from workers.neighbours import neighbours_of
 
     choose_kernels(settings.kernels)
     log.info("BLAS: %s", report)
@@ -57,6 +58,7 @@ def make_engine(settings: Settings, publish: Callable[[list[Entry]], None], on_d
         adapter_bytes=settings.adapter_memory << 20,
         run_bytes=settings.train_memory << 20 if settings.train_memory else memory() // 8,
         precision={"dtype": settings.dtype, "quantize": settings.quantize, "group_size": settings.group_size},
+        neighbours=neighbours_of(settings, f"{device()} {os.environ.get('CUDA_VISIBLE_DEVICES', '')}"),
         on_death=on_death,
     )
 

@@ -140,7 +140,7 @@ class GenerateLane:
         # A pass that is under way began when the last step ended.
         began = self._ended if self.batch.in_flight else time.perf_counter()
         output = StepOutput()
-        self._pacer.begin({row.priority for row in self.held})
+        self._pacer.begin({row.priority for row in self.held}, alone=lookahead)
         pushed = self._push_prompts(output)
         if output.entries and lookahead:
             # A first token is there: it is reported before the lane waits for the pass that is under way.

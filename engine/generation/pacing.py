@@ -53,7 +53,7 @@ class LanePacer:
 
     def __init__(self, stall: float) -> None:
         self._stall = stall
-        #: Chunks while streams run, chunks that hold up no stream, and chunks of the background.
+        #: Chunks while streams run, chunks that hold up nobody, and chunks of the background.
         self._busy, self._idle, self._behind = PrefillPacer(), PrefillPacer(256), PrefillPacer()
         #: Seconds of a step that only decoded, as measured lately.
         self._decoding = 0.0
@@ -64,9 +64,11 @@ class LanePacer:
         self._step, self._seconds = 0, 0.0
         #: The best priority of all rows.
         self.best = 0
+        self._alone = True
 
-    def begin(self, priorities: set[int]) -> None:
-        """A step begins, with rows of these priorities."""
+    def begin(self, priorities: set[int], *, alone: bool = True) -> None:
+        """A step begins, with rows of these priorities. `alone`: nobody else waits for the device."""
+        self._alone = alone
         self.best = min(priorities, default=0)
         if len(priorities) < 2 or self._step >= EVERY:
             self._turns += self._step >= EVERY
@@ -117,7 +119,7 @@ class LanePacer:
         if decoding:
             # A chunk as long as a decode step at most doubles the time between two tokens.
             return Chunk(self._busy, min(self._stall, max(self._decoding, 0.002)))
-        return Chunk(self._idle, 1.0)
+        return Chunk(self._idle, 1.0) if self._alone else Chunk(self._behind, self._stall / 2)
 
     def rows(self, foreground: int, held: int) -> int:
         """How many of the `held` rows the next pass takes; the first of them are the `foreground`.

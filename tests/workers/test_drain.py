@@ -24,11 +24,14 @@ class Worker:
         self.settings = SimpleNamespace(grace=grace)
         self.handed_back: list[set[str]] = []
         self.deliveries = Deliveries(Health(1))
-        self.ended = 0
+        self.ended = self.hurried = 0
         self._answers = iter(answers)
 
     def hand_back(self, kinds: set[str]) -> None:
         self.handed_back.append(kinds)
+
+    def hurry(self) -> None:
+        self.hurried += 1
 
     def ping(self) -> bool:
         if not next(self._answers):
@@ -51,6 +54,7 @@ def test_training_goes_back_at_once_and_the_rest_has_the_grace(monkeypatch: pyte
     drain_module.begin(running, worker.deliveries)
     assert worker.handed_back == [{"train"}]
     assert started == [worker]
+    assert worker.hurried == 1, "no job that has the grace rests for others"
     assert worker.deliveries.go_back, "what was prefetched goes back as its channel closes"
 
 

@@ -15,7 +15,7 @@ from stoker.client.requests import generate_request
 from stoker.client.submission import job_record
 from stoker.settings import Settings
 from workers.capacity import Lanes
-from workers.services.overtaking import KIND, Overtaking
+from workers.services.overtaking import KIND, LEFT_AFTER, Overtaking
 
 SLOTS, EXTRA = 3, 2
 QUEUES = [keys.queue("m", KIND), keys.queue("other", KIND)]
@@ -29,7 +29,13 @@ class Worker:
         self.here: list[int] = []
         self.lanes.configure({KIND: SLOTS}, {KIND: QUEUES})
         self.lanes.wake = self._wake
-        runtime: Any = SimpleNamespace(redis=redis, priorities=lambda kind: self.here if kind == KIND else [])
+        #: The best priority of a neighbour's streams.
+        self.neighbour = 9
+        runtime: Any = SimpleNamespace(
+            redis=redis,
+            priorities=lambda kind: self.here if kind == KIND else [],
+            makes_way=lambda priority: self.neighbour < min(priority, *self.here, 9),
+        )
         self.runtime, self.overtaking = runtime, Overtaking(runtime, self.lanes, EXTRA)
 
     def _wake(self) -> None:
@@ -124,3 +130,64 @@ def test_a_lane_that_could_take_nothing_in_addition_asks_the_broker_nothing(
     worker.hold(*held)
     worker.runtime.redis = None
     worker.overtaking.round()
+
+
+def test_next_to_streams_of_another_worker_a_lane_takes_a_first_job_of_bulk_and_then_what_need_not_rest(
+    worker: Worker,
+) -> None:
+    """That worker runs bulk in the passes of its streams, at less cost."""
+    worker.waits("bulk", 9)
+    worker.neighbour = 5
+    assert worker.takes_one_more(), "bulk goes on where the other worker is full"
+    worker.hold(9)
+    assert not worker.takes_one_more()
+    assert worker.lanes.load()[KIND] == (1, 1), "who sends bulk counts on no more here"
+    assert "another worker on this machine runs streams" in worker.lanes.held_back[KIND]
+    worker.waits("stream", 5)
+    assert worker.takes_one_more(), "a stream as good has the slot that is free"
+
+
+def test_bulk_that_nobody_takes_is_taken_all_the_same_one_by_one(worker: Worker) -> None:
+    """The other worker is full, or has another model."""
+    worker.hold(9)
+    worker.neighbour = 5
+    worker.waits("bulk", 9)
+    assert not any(worker.takes_one_more() for _ in range(LEFT_AFTER))
+    assert worker.takes_one_more()
+    worker.hold(9)
+    worker.redis.delete(keys.ready(QUEUES[0]))
+    worker.waits("next", 9)
+    assert not any(worker.takes_one_more() for _ in range(LEFT_AFTER)), "another job, another wait"
+    assert worker.takes_one_more()
+
+
+def test_when_the_other_workers_streams_have_ended_the_lane_is_open_at_once(worker: Worker) -> None:
+    worker.hold(9, 9)
+    worker.neighbour = 5
+    worker.overtaking.round()
+    assert not worker.lanes.has_room(KIND)
+    woken = worker.woken
+    worker.neighbour = 9
+    worker.overtaking.round()
+    assert worker.lanes.has_room(KIND)
+    assert worker.woken == woken + 1
+    assert worker.lanes.held_back == {}
+    worker.overtaking.round()
+    assert worker.woken == woken + 1, "once"
+
+
+def test_a_worker_with_a_stream_as_good_takes_bulk_as_ever(worker: Worker) -> None:
+    worker.hold(5, 9)
+    worker.neighbour = 5
+    worker.waits("bulk", 9)
+    assert worker.takes_one_more()
+
+
+def test_a_lane_that_is_full_next_to_streams_of_another_worker_takes_one_that_is_better(worker: Worker) -> None:
+    worker.hold(9, 9, 9)
+    worker.neighbour = 5
+    worker.waits("bulk", 8)
+    assert worker.takes_one_more(), "it is better than those here, and makes way as they do"
+    worker.hold(8, 9)
+    worker.waits("stream", 5)
+    assert not worker.takes_one_more(), "the bound holds"

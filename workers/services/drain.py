@@ -31,6 +31,8 @@ def begin(runtime: Runtime, deliveries: Deliveries) -> None:
     """Called when the worker was asked to stop (SIGTERM, SIGINT)."""
     # What was prefetched goes back to its queue at once.
     deliveries.go_back = True
+    # In their grace, jobs that rested for a neighbour's streams go on.
+    runtime.hurry()
     runtime.hand_back({name for name, kind in KINDS.items() if not kind.grace})
     Drain(runtime).start()
     log.info("draining: running jobs have %.0f s", runtime.settings.grace)

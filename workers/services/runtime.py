@@ -150,6 +150,14 @@ class Runtime:
                 ticket.cancel(WorkerUnavailable("the worker is stopping. The job goes to another one."))
         self.engine.wake()
 
+    def makes_way(self, priority: int) -> bool:
+        """Whether jobs of this priority rest here for streams of other workers on the device."""
+        return self.engine.makes_way(priority)
+
+    def hurry(self) -> None:
+        """No job rests for others from now on."""
+        self.engine.hurry()
+
     def fence_lost(self, redis: Any) -> None:
         """Stop every running job whose record names another owner. A record that cannot be read names none."""
         running, pipeline = self._tickets(), redis.pipeline()
