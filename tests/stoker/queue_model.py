@@ -29,7 +29,9 @@ class Record:
     tag: str | None = None
     worker: str | None = None
     began: bool = False
-    crashes: int = 0
+    attempts: int = 0
+    #: The workers that went silent with it.
+    history: list[str] = field(default_factory=list)
     completed: str | None = None
     open: bool = True
     keeps_input: bool = False
@@ -52,6 +54,16 @@ class Policy:
     ageing: int = 300
 
 
+@dataclass(frozen=True)
+class Reply:
+    """What a submission is answered."""
+
+    state: str
+    depth: int = 0
+    limit: int = 0
+    wait: float = 0.0
+
+
 @dataclass
 class Queue:
     """One queue of a broker. `ready`: Celery takes from its right end, the last place."""
@@ -69,7 +81,12 @@ class Queue:
     dispatched: dict[str, float] = field(default_factory=dict)
     open: dict[str, float] = field(default_factory=dict)
     mine: dict[str, dict[str, float]] = field(default_factory=dict)
-    dead: dict[str, int] = field(default_factory=dict)
+    #: A dead letter's client, and the workers that its job crashed.
+    dead: dict[str, tuple[str, tuple[str, ...]]] = field(default_factory=dict)
+    #: The bytes of each open job.
+    sizes: dict[str, int] = field(default_factory=dict)
+    #: When a job ended last, and the mean of the seconds between two ends.
+    pace: tuple[float, float] | None = None
     marks: set[str] = field(default_factory=set)
     turns: dict[str, int] = field(default_factory=dict)
     #: key → when it expires. A key is there while its container holds something.
@@ -174,26 +191,38 @@ class Queue:
 
     # Transitions
 
-    def submit(self, job: str, client: str, priority: int, *, has_input: bool = False, revive: bool = False) -> str:
+    def wait_for(self, jobs: float) -> float:
+        """Seconds until so many more have ended: from one to an hour."""
+        return min(3600.0, max(1.0, (self.pace[1] if self.pace else 1.0) * jobs))
+
+    def submit(
+        self, job: str, client: str, priority: int, size: int, *, has_input: bool = False, revive: bool = False
+    ) -> Reply:
+        """`size`: bytes of its record and its input."""
         if revive and job not in self.dead:
-            return "unknown"
+            return Reply("unknown")
         if self.waiting(job) is not None or (not revive and job in self.records):
-            return "known"
-        if self.depth >= self.policy.queue_limit:
+            return Reply("known")
+        limit, depth = self.policy.queue_limit, self.depth
+        if depth >= limit:
             # Ids at the heads of the backlogs that have no job do not count.
             self.best()
-            if self.depth >= self.policy.queue_limit:
-                return "full"
+            depth = self.depth
+            if depth >= limit:
+                return Reply("full", depth, limit, self.wait_for(depth - limit + 1))
         mine = self.mine.setdefault(client, {})
         young = {other: since for other, since in mine.items() if since >= self.now - keys.PENDING_TTL}
         if len(young) >= self.policy.client_limit:
-            return "client_full"
+            share = max(1.0, depth / len(young))
+            return Reply("client_full", len(young), self.policy.client_limit, self.wait_for(share))
         former = self.records.get(job)
         if revive:
             del self.dead[job]
             self.results.pop(job, None)
         sent = max(int(self.now * 1e6), former.sent if former is not None else 0)
-        self.records[job] = Record(client, priority, self.now, has_input, sent=sent)
+        attempts = former.attempts if former is not None else 0
+        self.records[job] = Record(client, priority, self.now, has_input, sent=sent, attempts=attempts)
+        self.sizes[job] = size
         self.taken_in.append(job)
         self.marks.discard(job)
         self.mine[client] = {other: since for other, since in mine.items() if since > self.now - keys.PENDING_TTL}
@@ -206,7 +235,7 @@ class Queue:
         self.refill()
         if job in self.backlogs[priority]:
             self.make_way()
-        return "new"
+        return Reply("new", depth, limit)
 
     def claim(self, job: str, token: str, tag: str, worker: str) -> str:
         self.refill()
@@ -218,10 +247,15 @@ class Queue:
             return "unknown"
         if record.token and record.tag != tag:
             return "duplicate"
-        record.crashes += bool(record.token)
+        self.note_crash(record)
         record.token, record.tag, record.worker, record.began = token, tag, worker, True
+        record.attempts += 1
         self.keep(keys.job(job), keys.PENDING_TTL)
-        return "dead" if record.crashes >= self.policy.crashes else "run"
+        return "dead" if len(record.history) >= self.policy.crashes else "run"
+
+    def note_crash(self, record: Record) -> None:
+        if record.token and record.worker:
+            record.history.append(record.worker)
 
     def release(self, job: str, token: str) -> int:
         record = self.records.get(job)
@@ -240,6 +274,9 @@ class Queue:
         self.strike_out(job)
         record.completed = token
         self.finish(job, "SUCCESS")
+        last, interval = self.pace or (self.now, None)
+        since = self.now - last
+        self.pace = (self.now, since if interval is None else 0.9 * interval + 0.1 * since)
         self.keep(keys.pace(self.name), keys.RESULT_TTL)
         return 1
 
@@ -279,7 +316,7 @@ class Queue:
                 del self.dispatched[job]
                 self.open.pop(job, None)
             elif job not in standing and self.is_lost(record):
-                record.crashes += bool(record.token)
+                self.note_crash(record)
                 record.token = record.tag = record.worker = None
                 del self.dispatched[job]
                 self.to_backlog(job)
@@ -309,12 +346,12 @@ class Queue:
 
     def dead_letter(self, job: str) -> int:
         record = self.records[job]
-        self.dead[job] = record.crashes
+        self.dead[job] = record.client, tuple(record.history)
         self.keep(keys.DEAD, keys.DEAD_TTL)
         record.keeps_input = True
         if keys.blob(f"dataset:{job}") in self.until:
             self.keep(keys.blob(f"dataset:{job}"), keys.DEAD_TTL)
-        return record.crashes
+        return len(record.history)
 
     # Ends
 
@@ -355,6 +392,8 @@ class Queue:
         self.records = {job: record for job, record in self.records.items() if keys.job(job) not in gone}
         self.results = {job: status for job, status in self.results.items() if keys.result(job) not in gone}
         self.marks = {job for job in self.marks if keys.cancel(job) not in gone}
+        if keys.pace(self.name) in gone:
+            self.pace = None
         containers: list[tuple[str, Any]] = [
             (keys.dispatched(self.name), self.dispatched),
             (keys.open_jobs(self.name), self.open),

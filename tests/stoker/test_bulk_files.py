@@ -16,6 +16,7 @@ from stoker.errors import ConfigError, DatasetError, InvalidRequest, ModelError
 from stoker.files import output as output_module
 from stoker.files.line_output import LineOutput
 from stoker.files.output import partial_path, state_path
+from stoker.files.requests import RequestFile
 from stoker.files.source import Source
 from stoker.files.vector_output import check_output, npy_layout, opened, safetensors_layout
 
@@ -243,6 +244,11 @@ def test_a_digest_distinguishes_what_would_give_other_texts(tmp_path: Path) -> N
         plain.write_text(text)
         digests.add(Source(plain, "text").survey()[1])
     assert len(digests) == 3
+    requests = set()
+    for text in ("ab\nc\n", "a\nbc\n", "abc\n", "c\nab\n"):
+        plain.write_text(text)
+        requests.add(RequestFile(plain).survey()[1])
+    assert len(requests) == 4
 
 
 @pytest.mark.parametrize("rows", [1, 3, 10**6])

@@ -13,12 +13,12 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
-from stoker.broker import keys, ledger, policy
+from stoker.broker import keys, ledger, letters, policy
 from stoker.broker.envelope import envelope
 from stoker.contract.kinds import KINDS
 from stoker.errors import JobFailed
 from tests.stoker.clocked import CLOCK, give_time, quick_broker, set_clock
-from tests.stoker.queue_model import Message, Queue
+from tests.stoker.queue_model import Message, Queue, Record
 
 START = 1_800_000_000.0
 WORKERS = ("w0", "w1", "w2")
@@ -81,8 +81,13 @@ class LedgerMachine(RuleBasedStateMachine):
         }
         record |= {"blob": keys.blob(f"dataset:{job}")} if has_input else {}
         data = b"input" if has_input and not revive else b""
-        expected = self.model.submit(job, client, priority, has_input=has_input, revive=revive)
-        assert ledger.submit(self.redis, job, record, data, revive=revive).state == expected
+        size = len(data) + sum(len(name) + len(value) for name, value in record.items())
+        if revive and record.get("blob") in self.model.until:
+            size += len(b"input")
+        expected = self.model.submit(job, client, priority, size, has_input=has_input, revive=revive)
+        reply = ledger.submit(self.redis, job, record, data, revive=revive)
+        assert (reply.state, reply.depth, reply.limit) == (expected.state, expected.depth, expected.limit)
+        assert abs(reply.wait - expected.wait) <= 0.051, "seconds, to a tenth"
         self.compare_ready_lists()
 
     @precondition(lambda self: self.count)
@@ -135,12 +140,15 @@ class LedgerMachine(RuleBasedStateMachine):
         reply = ledger.claim(self.redis, job, self.model.name, token, message.tag, worker)
         assert reply.state == expected
         if expected in ("run", "dead"):
+            record = self.model.records[job]
             assert (reply.resumed, self.model.now - reply.age) == (before[0], before[1])
+            assert (reply.attempt, reply.client, reply.request) == (record.attempts, record.client, "{}")
             assert reply.cancelled == (job in self.model.marks)
             self.claims.append((job, token))
         if expected == "dead":
             letter = ledger.dead_letter(self.redis, job, self.model.name, token)
             assert len(letter.history) == self.model.dead_letter(job)
+            assert [crash.worker for crash in letter.history] == self.model.records[job].history
             self.complete(job, token)
         self.compare_ready_lists()
 
@@ -280,11 +288,43 @@ class LedgerMachine(RuleBasedStateMachine):
         assert _scores(self.redis, keys.open_jobs(model.name)) == model.open
         sizes = {of.decode(): int(size) for of, size in self.redis.hgetall(keys.sizes(model.name)).items()}
         assert sizes.pop(":sum", 0) == sum(sizes.values())
-        assert sizes.keys() == model.open.keys()
+        assert sizes == {job: model.sizes[job] for job in model.open}
+        turns = self.redis.hgetall(keys.turns(model.name))
+        assert {name.decode(): int(value) for name, value in turns.items()} == model.turns
+        for job, record in model.records.items():
+            self.compare_record(job, record)
+        for job, letter in letters.parse(self.redis.hgetall(keys.DEAD)).items():
+            client, history = model.dead[job]
+            assert (letter["kind"], letter["model"], letter["request"]) == ("train", "toy", "{}")
+            assert (letter["client"], [crash["worker"] for crash in letter["history"]]) == (client, list(history))
+        last, interval = self.redis.hmget(keys.pace(model.name), "last", "interval")
+        pace = (float(last), float(interval)) if last else None
+        assert pace == (model.pace and pytest.approx(model.pace))
         for client, mine in model.mine.items():
             assert _scores(self.redis, keys.client(client, model.name)) == mine
         for priority, backlog in model.backlogs.items():
             assert _scores(self.redis, keys.backlog(model.name, priority)) == backlog
+
+    def compare_record(self, job: str, record: Record) -> None:
+        """A job that has ended has neither message nor request; its owner's name stays."""
+        found = {name.decode(): value.decode() for name, value in self.redis.hgetall(keys.job(job)).items()}
+        assert {name: found.get(name) for name in ("token", "tag", "worker")} == {
+            "token": record.token,
+            "tag": record.tag,
+            "worker": record.worker,
+        }
+        assert (found["client"], int(found["priority"]), int(found["turn"])) == (
+            record.client,
+            record.priority,
+            record.turn,
+        )
+        assert (int(found["sent"]), int(found.get("attempts", 0))) == (record.sent, record.attempts)
+        assert ("request" in found, "message" in found, found.get("ended")) == (
+            (True, True, None) if record.open else (False, False, "1")
+        )
+        assert found.get("completed") == record.completed
+        assert float(found["submitted"]) == record.submitted
+        assert ("blob" in found) == (record.has_input and not record.keeps_input)
 
     def teardown(self) -> None:
         if not hasattr(self, "model"):

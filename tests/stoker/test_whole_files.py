@@ -16,7 +16,7 @@ import pytest
 
 from engine.platform.jsonfiles import write_json
 from stoker.files import durable
-from stoker.files.durable import DRAFT, draft_folder, publish, sweep, write_whole
+from stoker.files.durable import DRAFT, draft_folder, publish, remove_folder, sweep, write_whole
 from tests import powercut
 
 #: A process that begins a draft and waits: of a file, of a folder.
@@ -174,10 +174,33 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
         draft.write_text("half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match="No space") as refusal:
         write_whole(tmp_path / "notes.json", fail)
+    assert refusal.value.filename == str(tmp_path / "notes.json"), "the file that was to be, not its draft"
     assert names(tmp_path) == ["notes.json"]
     assert "old" in (tmp_path / "notes.json").read_text()
+
+
+def test_an_error_that_names_a_file_keeps_its_name(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as refusal:
+        write_whole(tmp_path / "notes.json", lambda _: (tmp_path / "gone").read_bytes())
+    assert refusal.value.filename == str(tmp_path / "gone")
+
+
+def test_a_folder_is_removed_at_once_and_for_good_whenever_the_power_fails(tmp_path: Path) -> None:
+    home = tmp_path / "disk"
+    (home / "1").mkdir(parents=True)
+    fill(home / "1")
+    whole = {"1/weights": b"new" * 9, "1/sub": None, "1/sub/notes": b"new"}
+    with powercut.recorded(home) as disk:
+        remove_folder(home / "1")
+        disk.mark("removed")
+    for cut in disk.cuts():
+        found = {name: content for name, content in cut.tree.items() if name.startswith("1/")}
+        assert found == {} or (found == whole and not cut.marks), cut
+    assert names(home) == []
+    remove_folder(home / "1")
+    assert names(home) == [], "one that is gone is no error, and leaves nothing"
 
 
 def test_what_is_written_may_be_read_by_other_users_as_before(tmp_path: Path) -> None:
