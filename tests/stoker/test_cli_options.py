@@ -132,7 +132,7 @@ def test_an_option_changes_its_own_field_of_the_request(send: Send, command: str
     seed = ("--seed", "5") if command == "generate" and name != "seed" else ()
     needs = (*seed, *NEEDS.get(name, ()))
     plain, asked = send(command, *needs), send(command, *needs, *words)
-    assert plain[field] != value, "the default tells nothing"
+    assert plain[field] != value, "the default would show nothing"
     assert asked[field] == value
     same = {"seed"} if name == "seed" else set()
     differing = {each for each in asked if asked[each] != plain[each]} - same
