@@ -121,3 +121,15 @@ def test_a_folder_that_is_exchanged_for_a_link_all_the_time_gives_nothing_away(r
         over.set()
         thread.join()
     assert found == {"file"}
+
+
+@pytest.mark.parametrize("links", [40, 41])
+def test_as_many_links_are_followed_as_systems_follow(tmp_path: Path, links: int) -> None:
+    (tmp_path / "0").write_text("file")
+    for number in range(links):
+        (tmp_path / f"{number + 1}").symlink_to(f"{number}")
+    if links == 40:
+        assert read(tmp_path, f"{links}") == "file"
+    else:
+        with pytest.raises(OSError, match="Too many levels of symbolic links"):
+            read(tmp_path, f"{links}")

@@ -266,6 +266,18 @@ def test_a_dead_job_that_is_sent_again_begins_as_if_it_were_new(redis: Any) -> N
     assert [claim(redis, str(number)).state for number in range(MAX_CRASHES)] == ["run"] * (MAX_CRASHES - 1) + ["dead"]
 
 
+def test_a_dead_job_that_is_sent_again_stays_in_its_trace_and_goes_on_to_count_its_owners(redis: Any) -> None:
+    traced = record() | {"traceparent": "00-1-2-01", "tracestate": "a=b"}
+    assert ledger.submit(redis, "job", traced).state == "new"
+    first = claim(redis, "one")
+    assert (first.attempt, first.traceparent, first.tracestate) == (1, "00-1-2-01", "a=b")
+    ledger.dead_letter(redis, "job", QUEUE, "one")
+    complete(redis, "one")
+    assert ledger.submit(redis, "job", record(), revive=True).state == "new"
+    again = claim(redis, "two")
+    assert (again.attempt, again.traceparent, again.tracestate) == (2, "00-1-2-01", "a=b")
+
+
 @pytest.mark.parametrize("runs", [False, True])
 def test_the_retry_of_a_dead_job_that_was_sent_anew_changes_nothing(redis: Any, runs: bool) -> None:
     """Found by 20,000 examples of the model: a letter is kept for a month, the record of its job for a day."""

@@ -243,6 +243,24 @@ def test_vectors_that_a_test_laid_down_are_the_result_until_they_are_discarded()
         client.embed(["a", "b"])
 
 
+def test_what_a_job_has_made_is_discarded_when_it_is_done_and_no_earlier() -> None:
+    client = FakeClient()
+    client.script.generate("one two")
+    client.script.generate(error=TextTooLong("too long"))
+    job, failed = client.generate("x"), client.generate("y")
+    assert next(job.stream(cancel_on_close=False)).text == "one"
+    job.discard()
+    assert [token.text for token in job.stream()] == ["one", " two"], "it runs yet"
+    assert job.result().text == "one two"
+    job.discard()
+    with pytest.raises(JobLost, match="took what it made out of the broker"):
+        job.result()
+    for _ in range(2):
+        with pytest.raises(TextTooLong):
+            failed.result()
+        failed.discard()
+
+
 def test_a_training_run_reports_and_makes_the_next_version() -> None:
     client = FakeClient()
     client.script.train([2.0, 1.5], times=2)
@@ -303,10 +321,25 @@ def test_a_dead_job_is_listed_and_can_be_sent_again() -> None:
     with pytest.raises(JobDead):
         job.result()
     assert client.dead()[job.id]["client"] == "alice"
-    assert client.retry(job.id).id == job.id
+    other = client.with_key("operator")
+    assert other.retry(job.id).id == job.id
+    assert [sent.client for sent in client.sent.jobs] == ["alice", "alice"], "it is its sender's"
     assert (client.dead(), job.result().text) == ({}, "a")
     with pytest.raises(JobLost):
         client.retry(job.id)
+
+
+def test_a_run_that_is_sent_again_has_its_dataset() -> None:
+    client = FakeClient()
+    client.script.train(error=JobDead("it crashed three workers"))
+    client.script.train()
+    job = client.train("style", [{"text": "x"}])
+    with pytest.raises(JobDead):
+        job.result()
+    client.retry(job.id)
+    first, second = client.sent.jobs
+    assert first.data == second.data != b""
+    assert job.result().version == 1
 
 
 @pytest.mark.parametrize("call", ["status", "cancel", "result", "job"])
