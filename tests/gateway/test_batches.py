@@ -432,6 +432,43 @@ def test_a_client_may_have_so_many_batches_under_way(
         ended(api, batch_id)
 
 
+def test_the_batches_of_others_leave_no_client_less_room(
+    running: Served, api: openai.OpenAI, redis: Any, workers: AsyncFakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches, "MOST_OPEN", 1)
+    hanging(workers)
+    secrets = made(redis), made(redis, client="other", created=2.0)
+    with running.opened(secrets[0]) as team, running.opened(secrets[1]) as other:
+        open_ones = [(client, uploaded(client, [line(1)])) for client in (team, other)]
+        for client, batch_id in open_ones:
+            client.batches.cancel(batch_id)
+            ended(client, batch_id)
+
+
+def test_a_gateway_whose_lease_ran_out_leaves_its_batches_and_begins_them_anew_once_it_has_another(
+    api: openai.OpenAI, redis: Any, workers: AsyncFakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another one may have run them meanwhile, and have ended: what this one has in memory counts for nothing."""
+    monkeypatch.setattr(batch_runner, "LOOK_EVERY", 0.02)
+    begun, run = list[str](), batch_run.BatchRun.run
+
+    async def noted(self: batch_run.BatchRun) -> None:
+        begun.append(self.record.id)
+        await run(self)
+
+    monkeypatch.setattr(batch_run.BatchRun, "run", noted)
+    hanging(workers)
+    batch_id = uploaded(api, [line(1)])
+    wait_until(lambda: workers.sent.jobs, "the batch runs")
+    (lease,) = redis.keys(keys.batch_runner("*"))
+    for count in (2, 3):
+        redis.delete(lease)
+        wait_until(lambda: len(begun) == count, "it is begun anew")  # noqa: B023
+    assert set(begun) == {batch_id}
+    api.batches.cancel(batch_id)
+    ended(api, batch_id)
+
+
 def test_what_another_program_wrote_is_no_batch(api: openai.OpenAI, redis: Any, workers: AsyncFakeClient) -> None:
     echo(workers)
     batch_id = uploaded(api, [line(1)])

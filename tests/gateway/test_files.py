@@ -222,6 +222,13 @@ def test_an_upload_that_is_wrong_is_refused_by_name(over: Served, settings: Sett
     assert folders(settings) == []
 
 
+def test_an_upload_is_no_job_and_has_no_id_of_one(over: Served, settings: Settings) -> None:
+    form: dict[str, Any] = {"files": {"file": ("a", LINES)}, "data": {"purpose": "batch"}}
+    said = post(over, headers={"idempotency-key": "mine"}, **form)
+    assert (said.status_code, said.json()["error"]["code"]) == (400, "unsupported_parameter")
+    assert not folders(settings)
+
+
 def test_what_is_no_form_with_one_file_is_refused(over: Served, settings: Settings) -> None:
     batch = {"purpose": "batch"}
     refused = [

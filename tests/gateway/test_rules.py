@@ -4,6 +4,7 @@ job is called, and what clients may say of batches and files."""
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable
 from types import SimpleNamespace
 from typing import Any
@@ -15,11 +16,14 @@ from starlette.datastructures import QueryParams
 
 from stoker.broker.batches import ENDED, Batch, BatchRecord, Trouble
 from stoker.broker.keys import FILE_TTL
+from stoker.broker.outcome import JobStatus
 from stoker.broker.stored_files import FileRecord
 from stoker.contract import Alternative, Completion, GenerateResult, StreamToken, Usage
-from stoker.gateway import batches, files
+from stoker.errors import InvalidRequest, JobLost, QueueFull, UnknownModel
+from stoker.gateway import anthropic, batches, chat, completions, embeddings, files, rerank, responses
+from stoker.gateway.answers import answered
 from stoker.gateway.anthropic_messages import AnthropicMessage
-from stoker.gateway.calls import Call, Caller, NamedJob, job_of, keeps
+from stoker.gateway.calls import Call, Caller, Models, NamedJob, job_of, keeps
 from stoker.gateway.errors import TABLE, Names, Refused, row_of
 from stoker.gateway.fields import checked_body
 from stoker.gateway.logprobs import legacy_logprobs, logprobs_of
@@ -162,8 +166,6 @@ def test_an_error_that_derives_from_one_of_the_table_is_answered_as_that(kind: A
 
 
 def test_a_field_has_the_name_of_its_endpoint_with_all_that_follows_it() -> None:
-    from stoker.errors import InvalidRequest, QueueFull, UnknownModel
-
     names = Names({"texts": "input"})
     for message, param, said in (
         ("texts.3.a: too long", "input.3.a", "input.3.a: too long"),
@@ -231,6 +233,35 @@ def call(caller: Caller, **more: Any) -> Call:
     return Call(client, caller, unused, b"", NamedJob("job"), None, unused, unused, **more)
 
 
+def generating(read: Any) -> Any:
+    async def answer(asked: Call) -> Any:
+        return await answered(asked, await read(asked))
+
+    return answer
+
+
+def asking(
+    client: AsyncFakeClient,
+    body: dict[str, Any],
+    keep: bool | None,
+    named: NamedJob | None = None,
+    *,
+    stays: bool = False,
+) -> Call:
+    """A request of a client that leaves at once, unless it `stays`."""
+
+    async def receive() -> Any:
+        await (asyncio.Event().wait() if stays else asyncio.sleep(0.01))
+        return {"type": "http.disconnect"}
+
+    async def spend(caller: Caller, tokens: int) -> None:
+        """Nobody counts."""
+
+    return Call(
+        client, Caller(), Models(client), json.dumps(body).encode(), named or NamedJob("job"), keep, receive, spend
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "found"),
     [("base", ("base", None)), ("base:style", ("base", "style")), ("base:style@2", ("base", "style@2"))],
@@ -254,6 +285,52 @@ def test_a_job_is_sent_under_the_api_keys_name_or_where_there_are_none_under_the
         assert call(caller).sender(user).settings.client_key == key
     assert refusal(lambda: call(Caller(key="team")).sender("alice")).status == 403
     assert refusal(lambda: call(Caller()).sender("a b")).status == 400
+
+
+# A client that leaves
+
+MODELS = {"mini": ["embed"], "judge": ["rerank"], "smol": ["generate"]}
+MESSAGES = [{"role": "user", "content": "a"}]
+LEAVING: list[tuple[Any, dict[str, Any]]] = [
+    (embeddings.answered, {"model": "mini", "input": "a"}),
+    (rerank.answered, {"model": "judge", "query": "q", "documents": ["a"]}),
+    (generating(chat.asked), {"model": "smol", "messages": MESSAGES}),
+    (generating(completions.asked), {"model": "smol", "prompt": "a"}),
+    (generating(anthropic.asked), {"model": "smol", "messages": MESSAGES, "max_tokens": 9}),
+    (generating(responses.asked), {"model": "smol", "input": "a"}),
+]
+
+
+@pytest.mark.parametrize(("answer", "body"), LEAVING)
+@pytest.mark.parametrize("keep", [None, False, True])
+def test_the_job_of_a_client_that_leaves_is_cancelled_unless_it_is_to_go_on(
+    answer: Any, body: dict[str, Any], keep: bool | None
+) -> None:
+    async def left() -> JobStatus:
+        client = AsyncFakeClient(models=MODELS)
+        for kind in (client.script.embed, client.script.rerank, client.script.generate):
+            kind(hangs=True)
+        with pytest.raises(Refused) as refused:
+            await answer(asking(client, body, keep))
+        assert (refused.value.status, refused.value.code) == (499, "client_gone")
+        return await (await client.job("job")).status()
+
+    assert asyncio.run(left()) is (JobStatus.RUNNING if keep else JobStatus.CANCELLED)
+
+
+def test_what_a_job_with_an_id_of_its_own_has_made_stays_for_the_next_who_asks() -> None:
+    async def kept(given: bool) -> bool:
+        client = AsyncFakeClient(models=MODELS)
+        for answer, body in LEAVING[:2]:
+            await answer(asking(client, body, None, NamedJob(body["model"], given), stays=True))
+        try:
+            for name in ("mini", "judge"):
+                await (await client.job(name)).result()
+        except JobLost:
+            return False
+        return True
+
+    assert [asyncio.run(kept(given)) for given in (True, False)] == [True, False]
 
 
 # Batches and files

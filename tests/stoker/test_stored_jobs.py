@@ -276,9 +276,9 @@ def test_a_line_of_the_log_that_is_on_its_way_is_no_fault_and_one_that_is_wrong_
     line = json.dumps(REPORT)
     assert read_run(run(tmp_path, "a", "x", 1.0, f'{line}\n{line}\n{{"st')).reports == [REPORT] * 2
     assert read_run(run(tmp_path, "b", "x", 1.0)).reports == []
-    for number, wrong in enumerate(({"step": True}, {"loss": "low"}, {"note": None}, {"held_out_loss": "x"})):
-        folder = run(tmp_path, f"c{number}", "x", 1.0, f"{line}\n{json.dumps(REPORT | wrong)}\n")
-        with pytest.raises(InvalidRequest, match=f"log.jsonl, line 2: {next(iter(wrong))} is"):
+    for name, value in (("step", True), ("loss", "low"), ("note", None), ("held_out_loss", "x")):
+        folder = run(tmp_path, f"wrong-{name}", "x", 1.0, f"{line}\n{json.dumps({**REPORT, name: value})}\n")
+        with pytest.raises(InvalidRequest, match=f"log.jsonl, line 2: {name} is"):
             read_run(folder)
 
 
