@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from stoker.contract import EmbedRequest, GenerateRequest, TrainRequest
+from stoker.contract import AdapterRequest, EmbedRequest, GenerateRequest, TrainRequest
 from stoker.contract.bundle import pack, source
 from stoker.contract.dataset import iterate_lines
 from stoker.contract.freeform import MAX_DEPTH, check_json
+from stoker.contract.requests import ChatMessage
 from stoker.contract.results import Completion, RerankResult, ToolCall, Usage
 from stoker.contract.shown import brief, cut, printable
 from stoker.contract.vectors import Int8Vectors, is_of
@@ -21,6 +22,10 @@ DAY = 24 * 3600
 GENERATE: dict[str, Any] = {"model": "m", "prompt": "x"}
 TRAIN: dict[str, Any] = {"model": "m", "name": "style", "dataset": "x"}
 EMBED: dict[str, Any] = {"model": "m", "texts": ("x",)}
+LOAD: dict[str, Any] = {"model": "m", "name": "style", "upload": "x"}
+EVALUATED: dict[str, Any] = {"held_out": 0.5, "eval_every": 1}
+SAID = ChatMessage(role="user", content="x")
+TALK: dict[str, Any] = {"model": "m", "messages": (SAID,)}
 #: Request, fields, field, least and most, and what is too little and too much (None: nothing is).
 EDGES: list[tuple[type, dict[str, Any], str, list[Any], list[Any]]] = [
     (GenerateRequest, GENERATE, "priority", [0, 9], [-1, 10]),
@@ -52,8 +57,49 @@ EDGES: list[tuple[type, dict[str, Any], str, list[Any], list[Any]]] = [
     (TrainRequest, TRAIN, "label_smoothing", [0.0, 0.9], [-0.1, 0.91]),
     (TrainRequest, TRAIN, "held_out", [0.0, 0.5], [-0.1, 0.51]),
     (TrainRequest, TRAIN, "checkpoint_every", [1, 1_000_000], [0, 1_000_001]),
-    (TrainRequest, TRAIN, "stop_after", [0], [-1, 1001]),
+    (TrainRequest, TRAIN | EVALUATED, "stop_after", [0, 1000], [-1, 1001]),
+    (TrainRequest, TRAIN | EVALUATED, "eval_every", [0, 1_000_000], [-1, 1_000_001]),
+    (TrainRequest, TRAIN, "held_out_lines", [0, 1_000_000], [-1, 1_000_001]),
+    (TrainRequest, TRAIN, "epochs", [1, 10_000], [0, 10_001]),
+    (TrainRequest, TRAIN, "warmup_steps", [0, 1_000_000], [-1, 1_000_001]),
+    (TrainRequest, TRAIN, "spike", [0.0, 1e6], [-0.1, 1e6 + 1]),
+    (TrainRequest, TRAIN, "seed", [0, 2**63 - 1], [-1, 2**63]),
+    (TrainRequest, TRAIN, "targets", [("q",), ("q",) * 32, ("a" * 128,)], [(), ("q",) * 33, ("a" * 129,), (".a",)]),
+    (TrainRequest, TRAIN, "dataset", ["x", "x" * 512], ["", "x" * 513]),
+    (TrainRequest, TRAIN, "schedule", ["constant", "linear", "cosine"], ["", "Cosine"]),
+    (AdapterRequest, LOAD, "upload", ["x", "x" * 256], ["", "x" * 257]),
+    (EmbedRequest, EMBED, "prompt", ["", "x" * 1000], ["x" * 1001]),
+    (EmbedRequest, EMBED, "truncation", ["error", "end"], ["start", ""]),
+    (EmbedRequest, EMBED, "dtype", ["float32", "float16", "int8"], ["float64", "bfloat16"]),
+    (EmbedRequest, EMBED, "query", ["x", None], ["", " "]),
+    (GenerateRequest, GENERATE, "prompt", ["x" * 1_000_000], ["x" * 1_000_001, "", " "]),
+    (GenerateRequest, {"model": "m"}, "prompt_ids", [(0,), (1,) * 131_072], [(), (1,) * 131_073, (-1,), (2**31,)]),
+    (GenerateRequest, {"model": "m"}, "messages", [(SAID,) * 4096], [(), (SAID,) * 4097]),
+    (GenerateRequest, TALK, "tools", [({"a": 1},) * 128], [(), ({},) * 129]),
+    (GenerateRequest, TALK, "template", [{}, {str(n): n for n in range(64)}], [{str(n): n for n in range(65)}]),
+    (GenerateRequest, GENERATE, "presence_penalty", [-100.0, 0.0, 1e-6, 100.0], [-100.1, 100.1, 9e-7, -9e-7]),
+    (GenerateRequest, GENERATE, "frequency_penalty", [-100.0, 0.0, -1e-6, 100.0], [-100.1, 100.1, 9e-7]),
+    (GenerateRequest, GENERATE, "regex", ["a", "a" * 16_384], ["", "a" * 16_385]),
+    (GenerateRequest, GENERATE, "stop", [("a" * 256,)], [("a" * 257,), ("",)]),
+    (GenerateRequest, GENERATE, "adapter", ["style", "style@1", "a" * 64], ["", "style@0", "Style", "style@", "@1"]),
+    (ChatMessage, {}, "role", ["user", "a" * 32, "a_-9"], ["", "User", "9a", "a" * 33]),
+    (ChatMessage, {"role": "user"}, "content", [None, "", "x" * 1_000_000], ["x" * 1_000_001]),
+    (ChatMessage, {"role": "user"}, "reasoning_content", [None, "", "x" * 1_000_000], ["x" * 1_000_001]),
+    (ChatMessage, {"role": "user"}, "name", [None, "x" * 128], ["x" * 129]),
+    (ChatMessage, {"role": "user"}, "tool_calls", [None, ({},) * 128], [({},) * 129]),
+    (ChatMessage, {"role": "user"}, "tool_call_id", [None, "x" * 128], ["x" * 129]),
 ]
+#: Fields without a bound, and those that other tests are about.
+BOUNDLESS = {"normalize", "ignore_eos", "json_schema", "model", "name", "promote"} | {
+    *("rslora", "dora", "learn_prompts", "gradient_checkpointing", "logit_bias"),
+}
+
+
+def test_every_field_of_a_request_has_its_edges_here() -> None:
+    for request in (GenerateRequest, EmbedRequest, TrainRequest, AdapterRequest):
+        known = {name for each, _, name, _, _ in EDGES if each is request} | {"priority", "deadline"}
+        assert request.model_fields.keys() - known <= BOUNDLESS, request
+    assert ChatMessage.model_fields.keys() == {name for each, _, name, _, _ in EDGES if each is ChatMessage}
 
 
 @pytest.mark.parametrize(("request_", "fields", "name", "allowed", "refused"), EDGES, ids=[row[2] for row in EDGES])
