@@ -28,6 +28,7 @@ import stoker
 from stoker.broker import keys
 from stoker.errors import InvalidRequest
 from stoker.files.durable import DRAFT, make_folders, write_whole
+from stoker.local.storage import below
 from stoker.settings import Settings
 
 #: The version of the archive's layout.
@@ -114,7 +115,7 @@ def _add_bytes(archive: tarfile.TarFile, name: str, data: bytes) -> None:
 def _add_folder(archive: tarfile.TarFile, folder: Path) -> int:
     """Regular files alone. One that goes or grows while it is read is in the archive as it was when it was opened."""
     files = 0
-    for path in sorted(folder.rglob("*")) if folder.is_dir() else []:
+    for path in sorted(below(folder)):
         name = path.relative_to(folder.parent).as_posix()
         if path.is_symlink() or not path.is_file() or DRAFT in name:
             continue

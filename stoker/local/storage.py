@@ -73,7 +73,14 @@ def old_logs(settings: Settings, before: float) -> list[Leftover]:
 
 def drafts(settings: Settings) -> list[Path]:
     """Files and folders that were being written when their writer died, or that are being written now."""
-    return list(settings.home.rglob(f"{DRAFT}*")) if settings.home.is_dir() else []
+    return [path for path in below(settings.home) if path.name.startswith(DRAFT)]
+
+
+def below(folder: Path) -> Iterator[Path]:
+    """Every file and folder that lies below one, without following links. What goes meanwhile, as drafts do, is left
+    out: `Path.rglob` would end there."""
+    for root, folders, names in os.walk(folder):
+        yield from (Path(root, name) for name in (*folders, *names))
 
 
 def remove(leftover: Leftover) -> None:
@@ -103,9 +110,8 @@ def bytes_of(path: Path) -> int:
 
 
 def _files(folder: Path) -> Iterator[int]:
-    for root, _, names in os.walk(folder):
-        for name in names:
-            yield from _sizes(Path(root, name))
+    for path in below(folder):
+        yield from _sizes(path)
 
 
 def _sizes(path: Path) -> Iterator[int]:

@@ -332,6 +332,32 @@ def test_a_file_that_goes_while_a_backup_is_made_is_left_out(
     assert {name for name in members(tmp_path / "b.tgz") if name.startswith("runs/")} == {"runs/job-1/run.json"}
 
 
+def test_a_draft_that_goes_before_it_is_looked_into_hinders_neither_a_backup_nor_clean(
+    server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker writes a checkpoint meanwhile, and gives the draft its name a moment after it was listed."""
+    draft, listed = make_run("job-1") / f"{DRAFT}checkpoint", os.scandir
+
+    def goes(path: Any = ".") -> Any:
+        if DRAFT in str(path):
+            draft.rmdir()
+        return listed(path)
+
+    def backed_up() -> None:
+        invoke("backup", str(tmp_path / "b.tgz"))
+        names = {name for name in members(tmp_path / "b.tgz") if name.startswith("runs/")}
+        assert names == {"runs/job-1/run.json", "runs/job-1/log.jsonl"}
+
+    looks: list[Callable[[], object]] = [backed_up, lambda: storage.disk_use(load_settings())]
+    looks += [lambda: storage.drafts(load_settings()), lambda: invoke("clean")]
+    for look in looks:
+        draft.mkdir()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "scandir", goes)
+            look()
+        assert not draft.exists()
+
+
 def test_jobs_and_results_are_not_in_a_backup(fake: Callable[[], Client], server: Any, tmp_path: Path) -> None:
     with fake() as client:
         client.generate("a private prompt", model="smol")
