@@ -36,26 +36,28 @@ class _Record(NamedTuple):
 
 #: Where an array, and where a batch's adapters stood.
 _ARRAY, _ADAPTERS = object(), object()
+#: Leaves that a trace is for as they are.
+_PLAIN = frozenset({type(None), bool, int, float, str})
 
 
-def flatten(value: Any, arrays: list[Any], key: list[Any]) -> None:
-    """Append the arrays of `value`, a tree of frozen dataclasses, to `arrays`; to `key` what a trace is for: the shapes
-    and everything else. Runs before every pass, so it makes no objects of its own."""
-    kind = type(value)
-    if kind is mx.array:
-        arrays.append(value)
-        key.append(value.shape)
-    elif kind is StackedLora:
-        # A dictionary of hundreds of arrays: MLX walks it faster than Python. All stacks have room for the same
-        # adapters and rank: the first and their number say it all.
-        arrays.append((value.stacks, value.indices))
-        key += next(iter(value.stacks.values()))["a"].shape[::2], sum(map(len, value.stacks.values()))
-    elif hasattr(kind, "__dataclass_fields__"):
-        key.append(kind)
-        for part in value.__dict__.values():
+def flatten(tree: Any, arrays: list[Any], key: list[Any]) -> None:
+    """Append the arrays of a tree of frozen dataclasses to `arrays`; to `key` what a trace is for: the shapes and
+    everything else. Runs before every pass, so it makes no objects of its own, and no call for a leaf."""
+    key.append(type(tree))
+    for part in tree.__dict__.values():
+        kind = type(part)
+        if kind is mx.array:
+            arrays.append(part)
+            key.append(part.shape)
+        elif kind in _PLAIN:
+            key.append(part)
+        elif kind is StackedLora:
+            # A dictionary of hundreds of arrays: MLX walks it faster than Python. All stacks have room for the same
+            # adapters and rank: the first and their number say it all.
+            arrays.append((part.stacks, part.indices))
+            key += next(iter(part.stacks.values()))["a"].shape[::2], sum(map(len, part.stacks.values()))
+        else:
             flatten(part, arrays, key)
-    else:
-        key.append(value)
 
 
 def skeleton(value: Any) -> Any:

@@ -156,6 +156,8 @@ class GenerateLane:
     def _push_prompts(self, output: StepOutput) -> bool:
         """Push prompts of the foreground on by a chunk, and those of the background while this is its turn; whether
         there were any."""
+        if not (self._prompts or self._roster.waiting):
+            return False
         pushed = self._push(self._pacer.foreground, output)
         until = time.perf_counter() + self._pacer.background_seconds
         while self._push(self._pacer.background, output):
@@ -260,9 +262,10 @@ class GenerateLane:
 
     def _width(self) -> int:
         """How many rows the next pass takes: the first ones."""
-        if self._pacer.contested:
-            self.batch.arrange()
         rows = self.batch.rows
+        if not self._pacer.contested:
+            return len(rows)
+        self.batch.arrange()
         return self._pacer.rows(sum(row.priority == self._pacer.best for row in rows), len(rows))
 
     # --- the end ---

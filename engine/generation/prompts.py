@@ -15,6 +15,9 @@ class Prompts:
         self._groups: list[Prefill] = []
         self._budget = budget
 
+    def __bool__(self) -> bool:
+        return bool(self._groups)
+
     @property
     def rows(self) -> list[Row]:
         return [row for group in self._groups for row in group.rows]

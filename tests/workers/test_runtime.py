@@ -78,6 +78,25 @@ def test_a_worker_that_starts_loads_the_ledgers_functions_for_the_clients(broker
             runtime.stop()
 
 
+def test_a_worker_that_starts_before_its_broker_waits_for_it(
+    broker: Settings, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = runtime_of(broker, engine)
+    tries: list[str] = []
+
+    def away(redis: Any) -> None:
+        tries.append("asked")
+        if len(tries) < 3:
+            raise RedisConnectionError("Connection refused")
+
+    monkeypatch.setattr("stoker.broker.ledger.script.Library.offer", lambda library, redis: away(redis))
+    monkeypatch.setattr(retrying, "FIRST_PAUSE", 0.001)
+    with closing(runtime.redis):
+        runtime.start()
+        runtime.stop()
+    assert len(tries) == 3
+
+
 def test_a_worker_that_starts_has_a_zero_for_each_count_of_its_models(broker: Settings, engine: Engine) -> None:
     engine.cards = (CARD,)
     runtime = runtime_of(broker, engine)

@@ -66,11 +66,11 @@ class Runtime:
         self._lock = threading.Lock()
 
     def start(self) -> None:
-        """Load the models, and the ledger's functions into the broker. Raises `ModelError`, and then nothing has been
-        started."""
+        """Load the models, and the ledger's functions into the broker, which is waited for: where both start with their
+        machine, either may be first. Raises `ModelError`, and then nothing has been started."""
         self.engine.start()
         with translated(self.settings):
-            LIBRARY.offer(self.redis)
+            self.persist(lambda: LIBRARY.offer(self.redis))
         self.publisher.start()
         self.job_meter.expect(self.engine.cards)
 
