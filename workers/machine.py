@@ -40,7 +40,7 @@ def make_engine(settings: Settings, publish: Callable[[list[Entry]], None], on_d
 
     report = boot_blas(settings)
     from engine.engine import Engine
-    from engine.platform.probe import choose_kernels, describe_kernels, device, memory
+    from engine.platform.probe import choose_kernels, describe_kernels, memory
     from workers.neighbours import neighbours_of
 
     choose_kernels(settings.kernels)
@@ -58,9 +58,17 @@ def make_engine(settings: Settings, publish: Callable[[list[Entry]], None], on_d
         adapter_bytes=settings.adapter_memory << 20,
         run_bytes=settings.train_memory << 20 if settings.train_memory else memory() // 8,
         precision={"dtype": settings.dtype, "quantize": settings.quantize, "group_size": settings.group_size},
-        neighbours=neighbours_of(settings, f"{device()} {os.environ.get('CUDA_VISIBLE_DEVICES', '')}"),
+        neighbours=neighbours_of(settings, device_here()),
         on_death=on_death,
     )
+
+
+def device_here() -> str:
+    """What this process computes on: the same for all that share it."""
+    from engine.platform.probe import device
+
+    # GPUs of one machine have the same name, and a process that sees one of them does not know which.
+    return f"{device()} {os.environ.get('CUDA_VISIBLE_DEVICES', '')}"
 
 
 def limits_of(settings: Settings) -> LaneLimits:

@@ -130,7 +130,7 @@ def lock_file(broker: Address, device: str) -> Path:
 
 
 def neighbours_of(settings: Settings, device: str) -> Neighbours:
-    """Those of a worker with these settings."""
+    """Those of a worker with these settings. `device`: what it computes on, which `workers.machine` knows."""
     if settings.chosen_url is None:
         return NoNeighbours()
     try:

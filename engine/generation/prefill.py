@@ -23,6 +23,9 @@ from engine.models.decoder import Decoder
 #: Tokens of a chunk, all rows together. At least: each takes a pass over the weights; with 16 on a CPU, streams during
 #: a long prompt would wait a fifth less, and new requests half as long again. At most: activations take memory, too.
 LEAST, MOST = 32, 2048
+#: Tokens of a chunk up to which the pass over the weights is most of what it takes: then it takes the rest of a prompt
+#: along that is at most half as long.
+FEW = 4 * LEAST
 
 
 class PrefillPacer:
@@ -93,7 +96,7 @@ class Prefill:
         new token."""
         began = time.perf_counter()
         waiting = {id(row): row.uncached for row in self.rows}
-        share = max(1, min(max(map(len, waiting.values())), pacer.tokens // len(self.rows)))
+        share = _share(max(map(len, waiting.values())), pacer.tokens // len(self.rows))
         chunks = {row: waiting[id(row)][:share] for row in self.rows}
         done = [row for row, chunk in chunks.items() if len(chunk) == len(waiting[id(row)])]
         draws, sampling = self._sampling() if done else ([], None)
@@ -141,6 +144,12 @@ class Prefill:
             exact=exact,
         )
         return self._step(self.kv, given, sampling)
+
+
+def _share(longest: int, asked: int) -> int:
+    """How many tokens of a row a chunk takes, of which `longest` wait."""
+    takes_rest = asked <= FEW and longest <= asked + asked // 2
+    return max(1, longest if takes_rest else min(longest, asked))
 
 
 def owner(pool: AdapterPool, row: Row) -> Hashable:

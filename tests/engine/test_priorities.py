@@ -520,3 +520,24 @@ def test_a_time_without_a_stream_counts_as_the_backgrounds_turn() -> None:
     step(pacer, 1.0, 4, priorities="9")
     step(pacer)
     assert not pacer.background
+
+
+@pytest.mark.parametrize(
+    ("length", "chunks"), [(48, [48]), (49, [32, 17]), (112, [32, 32, 48]), (113, [32, 32, 32, 17])]
+)
+def test_a_short_rest_of_a_prompt_has_no_pass_of_its_own(
+    model: LoadedModel, pool: AdapterPool, monkeypatch: pytest.MonkeyPatch, length: int, chunks: list[int]
+) -> None:
+    """Where a chunk is small, the pass over the weights is most of what it takes."""
+    device = Device(0.1, token=0.5).install(monkeypatch)
+    driver = Driver(model, pool, slots=4, stall=5.0)
+    driver.send(stream(0, tokens=200))
+    for number in range(4):
+        driver.send(request([3 + number] * 60, max_tokens=1, priority=STREAM))
+    while len(driver.lane.held) > 1:
+        driver.step()
+    device.chunks.clear()
+    driver.send(request(list(range(3, 3 + length)), max_tokens=1, priority=STREAM))
+    while len(driver.lane.held) > 1:
+        driver.step()
+    assert [tokens for _, tokens in device.chunks] == chunks

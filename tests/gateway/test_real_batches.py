@@ -113,7 +113,8 @@ def lines_through_a_death(folder: Path, count: int) -> tuple[float, float]:
                 wait_until(lambda: len(alone.gaps) > 100, "a stream alone", 120)
             batch_id = uploaded(api, [asked(number) for number in range(count)])
             with streaming(client) as next_to_it:
-                wait_until(lambda: len(next_to_it.gaps) > 100 and done(api, batch_id) > count // 20, "both run", 300)
+                wait_until(lambda: len(next_to_it.gaps) > 100 and done(api, batch_id), "both run", 300)
+            wait_until(lambda: done(api, batch_id) > count // 20, "it is in the middle", 300)
             assert done(api, batch_id) < count, "it is in the middle"
             os.kill(client.workers()[0].pid, signal.SIGKILL)
             check_answers(api, ended(api, batch_id, 600), count)

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from stoker.broker.ledger.record import Field
 from stoker.client.requests import generate_request
 from stoker.client.submission import job_record
 from stoker.errors import DeadlineExceeded, InvalidRequest, JobCancelled, JobDead, JobLost
+from stoker.local.stack import Stack
 from tests.conftest import GENERATE_MODEL, alive, wait_until
 from tests.integration.machinery import (
     GOLDENS,
@@ -28,6 +30,8 @@ from tests.integration.machinery import (
     two_workers_on,
     worker_on,
 )
+from workers.machine import device_here
+from workers.neighbours import StreamLocks, neighbours_of
 
 pytestmark = pytest.mark.integration
 
@@ -106,6 +110,21 @@ def test_a_stream_has_a_slot_at_once_where_bulk_has_them_all(fragile: FragileBro
         assert answer.usage.completion_tokens == 4
         for job in bulk:
             job.cancel()
+
+
+def test_bulk_makes_way_for_streams_of_another_worker_and_goes_on_behind_them(stack: Stack, client: Client) -> None:
+    """Here this process is the other one. `tests/engine/test_making_way.py` has how long it rests."""
+    neighbour = neighbours_of(stack.settings, device_here())
+    assert isinstance(neighbour, StreamLocks)
+    with closing(neighbour):
+        neighbour.announce(5)
+        bulk = client.generate("x", model=GENERATE_MODEL, max_tokens=40, ignore_eos=True, priority=9)
+        wait_until(lambda: "runs streams" in client.workers()[0].held_back.get("generate", ""), "it makes way", 30)
+        stream = client.generate("x", model=GENERATE_MODEL, max_tokens=4, ignore_eos=True)
+        assert stream.result(30).usage.completion_tokens == 4
+        assert bulk.status() == JobStatus.RUNNING
+    assert bulk.result(30).usage.completion_tokens == 40
+    wait_until(lambda: not client.workers()[0].held_back, "it takes what comes", 30)
 
 
 def test_a_waiting_job_is_cancelled_though_no_worker_is_up(fragile: FragileBroker, tmp_path: Path) -> None:
