@@ -34,7 +34,7 @@ class _Record(NamedTuple):
     parts: tuple[Any, ...]
 
 
-#: Where an array, and where a batch's adapters stood.
+#: Where an array or a list of them, and where a batch's adapters stood.
 _ARRAY, _ADAPTERS = object(), object()
 #: Leaves that a trace is for as they are.
 _PLAIN = frozenset({type(None), bool, int, float, str})
@@ -51,6 +51,9 @@ def flatten(tree: Any, arrays: list[Any], key: list[Any]) -> None:
             key.append(part.shape)
         elif kind in _PLAIN:
             key.append(part)
+        elif kind is list:
+            # Weights: what they are for says their shapes.
+            arrays.append(part)
         elif kind is StackedLora:
             # A dictionary of hundreds of arrays: MLX walks it faster than Python. All stacks have room for the same
             # adapters and rank: the first and their number say it all.
@@ -62,7 +65,7 @@ def flatten(tree: Any, arrays: list[Any], key: list[Any]) -> None:
 
 def skeleton(value: Any) -> Any:
     """`value` without its arrays, for `filled`: a trace keeps it, and must not keep arrays."""
-    if isinstance(value, mx.array):
+    if isinstance(value, mx.array | list):
         return _ARRAY
     if isinstance(value, StackedLora):
         return _ADAPTERS

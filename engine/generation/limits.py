@@ -30,7 +30,7 @@ class LaneLimits:
 class GenerationLoad:
     """How full a lane is, and what it had to do for want of room or of a compiled pass since the engine began.
 
-    `traced`: passes that were traced to be compiled.
+    `traced`: passes, or parts of them, that were traced to be compiled.
     """
 
     kv_bytes: int

@@ -1,24 +1,28 @@
 """One pass of a batch through the model, from tokens to tokens, and the keys and values it leaves.
 
 `Step` is one function for decoding and prefilling: tokens are (rows, 1) or (rows, many). `mx.compile` traces it once
-for every set of shapes; so rows, tokens and KV lengths come in few sizes (`bucket`), and the traces are counted.
+for every set of shapes, in parts where the model has them (`engine.models.stretches`); so rows, tokens and KV lengths
+come in few sizes (`bucket`), and the traces are counted.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import mlx.core as mx
 
+from engine.adapters.stacked import StackedLora
 from engine.generation.forward_input import ForwardInput, filled, flatten, skeleton
 from engine.generation.sampling import choose
 from engine.generation.sampling_batch import SamplingBatch
+from engine.models.attention import Mask
 from engine.models.cache import KeyValues, Stored, View
 from engine.models.decoder import Decoder
 from engine.models.joint import JointKeyValues, JointView
+from engine.models.stretches import Hidden, Stretch
 from engine.platform.compiler import fuses_on_cpu, on_cpu
 
 T = TypeVar("T")
@@ -41,12 +45,37 @@ class _Forward:
     logits: bool
 
 
+@dataclass(frozen=True, eq=False)
+class _Layers:
+    """A stretch of layers. `given`: with the adapters of these. `mask`: the pass's. `pattern`: the number of the
+    stretch that is traced for it."""
+
+    given: ForwardInput
+    mask: Mask
+    x: mx.array
+    normed: mx.array
+    weights: list[mx.array]
+    pattern: int
+
+
+@dataclass(frozen=True, eq=False)
+class _End:
+    """From hidden states to logits, and with `sampling` to tokens. `last`, `newest`: of each row."""
+
+    hidden: mx.array
+    last: mx.array | None
+    newest: mx.array | None = None
+    sampling: SamplingBatch | None = None
+
+
 def bucket(least: int, smallest: int = 1) -> int:
     """The smallest of 1, 2, 3, 4, 6, 8, 12, 16 … that is at least `least` and `smallest`: at most half too much."""
     size = max(1, least, smallest)
     power = 1 << (size - 1).bit_length()
     return power * 3 // 4 if power >= 4 and power * 3 // 4 >= size else power
 
+
+_NOTHING: Stored = ([], [], [])
 
 #: What is compiled. "all": the whole pass of prompts and of decoding, sampling included: for GPUs, where each kernel
 #: that is launched costs. "decode": the model's part of decoding: for CPUs, where g++ takes a second for a new kernel,
@@ -61,19 +90,19 @@ def usual() -> Compiled:
     return "decode" if fuses_on_cpu() else "none"
 
 
-#: Traces that are kept: one of a model with 30 layers takes 4 MB. Those used longest ago go first. Where prompts and
-#: sampling are compiled too there are more shapes (40 with adapters and four ways to sample), each takes longer to
-#: make, and a process has more memory.
-TRACES: dict[Compiled, int] = {"all": 64, "decode": 12, "none": 0}
+#: Traces that are kept: one of 30 layers at once takes 4 MB, and a model in parts has two or three of a sixth for each
+#: set of shapes. Those used longest ago go first. Where prompts and sampling are compiled too there are more shapes (40
+#: with adapters and four ways to sample), each takes longer to make, and a process has more memory.
+TRACES: dict[Compiled, int] = {"all": 128, "decode": 24, "none": 0}
 
 
 class Step:
-    """The pass itself. `traces`: how often it was traced: once for each set of shapes, where it is compiled, and again
-    for one that was given up."""
+    """The pass itself. `traces`: how often Python went through layers: once for each set of shapes, where they are
+    compiled, and again for one that was given up."""
 
     def __init__(self, model: Decoder, compiled: Compiled) -> None:
-        self._model, self.traces = model, 0
-        #: Passes that were compiled, one for each set of shapes that was new.
+        self._model, self._stretches, self.traces = model, model.stretches, 0
+        #: Passes, or parts of them, that were compiled: for each set of shapes that was new.
         self.traced = 0
         if model.kv_sizes.states and compiled == "all":
             # A recurrent layer sees every token that it is given, those of padding too: prompts are not padded then.
@@ -92,49 +121,95 @@ class Step:
         Returns what `sampling.choose` makes of each row's last token; nothing without `sampling`: for a chunk in the
         middle of a prompt.
         """
-        if self._compiled == "all":
-            kv.stored, chosen = self._traced(self._whole, kv.stored, _Pass(given, sampling))
-        else:
-            kv.stored, chosen = self.whole(kv.stored, given, sampling)
+        kv.stored, chosen = self.whole(kv.stored, given, sampling)
         return tuple(chosen)
-
-    def _whole(self, stored: Stored, step: _Pass) -> tuple[Stored, list[mx.array]]:
-        return self.whole(stored, step.given, step.sampling)
 
     def whole(
         self, stored: Stored, given: ForwardInput, sampling: SamplingBatch | None
     ) -> tuple[Stored, list[mx.array]]:
         """The pass as a function of arrays: what is stored after it, and what it chose."""
-        wanted = _Forward(given, sampling is not None)
-        if self._compiled == "decode" and given.tokens.shape[1] == 1 and not given.exact:
-            written, logits = self._traced(self._forward, stored, wanted)
-        else:
-            written, logits = self._forward(stored, wanted)
-        if logits is None or sampling is None:
-            return written, []
-        newest = given.tokens[:, 0] if sampling.counts_newest else None
-        return written, list(choose(logits, sampling, newest))
+        every, decoding = self._compiled == "all", given.tokens.shape[1] == 1 and not given.exact
+        if not every and not (self._compiled == "decode" and decoding):
+            return self._pass(stored, _Pass(given, sampling))
+        if self._stretches is not None:
+            return self._in_parts(stored, given, sampling, every=every)
+        if every:
+            return self._traced(self._pass, stored, _Pass(given, sampling))
+        written, logits = self._traced(self._forward, stored, _Forward(given, sampling is not None))
+        return written, _chosen(logits, given, sampling)
+
+    def _pass(self, stored: Stored, step: _Pass) -> tuple[Stored, list[mx.array]]:
+        written, logits = self._forward(stored, _Forward(step.given, step.sampling is not None))
+        return written, _chosen(logits, step.given, step.sampling)
 
     def _forward(self, stored: Stored, step: _Forward) -> tuple[Stored, mx.array | None]:
         self.traces += 1
-        model, given = self._model, step.given
-        rows, many = given.tokens.shape
-        view: View | JointView
-        if given.positions is None:
-            view = View(stored, given.offset, (rows, many), given.kv_length, given.exact, model.args.window)
-        else:
-            heads = model.kv_sizes.keys[0].heads
-            view = JointView(stored, given.offset, given.positions, heads, given.adapters)
-        hidden = model(given.tokens, cache=view, adapters=given.adapters)
+        given, view = step.given, self._view(stored, step.given)
+        hidden = self._model(given.tokens, cache=view, adapters=given.adapters)
         if not step.logits:
             return view.written, None
-        final = hidden[:, -1] if given.last is None else hidden[mx.arange(rows), given.last]
-        return view.written, model.head(final)
+        return view.written, self._logits(_End(hidden, given.last))
+
+    def _in_parts(
+        self, stored: Stored, given: ForwardInput, sampling: SamplingBatch | None, *, every: bool
+    ) -> tuple[Stored, list[mx.array]]:
+        """The pass, its parts compiled one by one. `every`: sampling too."""
+        written, hidden = self._through(stored, given)
+        if sampling is None:
+            return written, []
+        if not every:
+            logits = self._traced(lambda _, end: self._logits(end), _NOTHING, _End(hidden, given.last))
+            return written, _chosen(logits, given, sampling)
+        end = _End(hidden, given.last, given.tokens[:, 0] if sampling.counts_newest else None, sampling)
+        return written, self._traced(self._end, _NOTHING, end)
+
+    def _through(self, stored: Stored, given: ForwardInput) -> tuple[Stored, mx.array]:
+        """The layers, a stretch at a time: what is stored after them, and hidden states behind the last norm."""
+        assert self._stretches is not None
+        begin, parts = self._stretches
+        joint, adapters = given.positions is not None, given.adapters
+        mask = None if joint else self._layers_view(_NOTHING, given).mask
+        x, normed = begin(given.tokens)
+        written: Stored = [], [], []
+        for part in parts:
+            own = given if adapters is None else replace(given, adapters=_adapters_of(part, adapters))
+            step = _Layers(own, mask, x, normed, part.weights, part.pattern.index)
+            made, (x, normed) = self._traced(self._layers, part.stored(stored, joint=joint), step)
+            for side, arrays in zip(written, made, strict=True):
+                side += arrays
+        return written, normed
+
+    def _layers(self, stored: Stored, step: _Layers) -> tuple[Stored, Hidden]:
+        self.traces += 1
+        assert self._stretches is not None
+        pattern = self._stretches.parts[step.pattern]
+        view = self._view(stored, step.given, step.mask, pattern.first)
+        hidden = pattern.forward((step.x, step.normed), step.weights, view, step.given.adapters)
+        return view.written, hidden
+
+    def _logits(self, end: _End) -> mx.array:
+        hidden, last = end.hidden, end.last
+        return self._model.head(hidden[:, -1] if last is None else hidden[mx.arange(hidden.shape[0]), last])
+
+    def _end(self, _: Stored, end: _End) -> list[mx.array]:
+        assert end.sampling is not None
+        return list(choose(self._logits(end), end.sampling, end.newest))
+
+    def _view(self, stored: Stored, given: ForwardInput, mask: Mask = None, first: int = 0) -> View | JointView:
+        if given.positions is None:
+            return self._layers_view(stored, given, mask, first)
+        heads = self._model.kv_sizes.keys[0].heads
+        return JointView(stored, given.offset, given.positions, heads, given.adapters, first)
+
+    def _layers_view(self, stored: Stored, given: ForwardInput, mask: Mask = None, first: int = 0) -> View:
+        rows, many = given.tokens.shape
+        sight = given.offset, (rows, many), given.kv_length, given.exact, self._model.args.window
+        return View(stored, *sight, mask=mask, first=first)
 
     def _traced(self, function: Callable[[Stored, Input], T], stored: Stored, given: Input) -> T:
         """`function(stored, given)`, as compiled for these shapes."""
         arrays: list[Any] = []
-        parts: list[Any] = [next(array.shape for arrays in stored for array in arrays)]
+        parts: list[Any] = [next((array.shape for arrays in stored for array in arrays), None)]
         flatten(given, arrays, parts)
         key: Hashable = tuple(parts)
         if key not in self.kept:
@@ -151,3 +226,16 @@ class Step:
         self.kept.move_to_end(key)
         made: T = self.kept[key](stored, arrays)
         return made
+
+
+def _chosen(logits: mx.array | None, given: ForwardInput, sampling: SamplingBatch | None) -> list[mx.array]:
+    if logits is None or sampling is None:
+        return []
+    return list(choose(logits, sampling, given.tokens[:, 0] if sampling.counts_newest else None))
+
+
+def _adapters_of(part: Stretch, adapters: StackedLora) -> StackedLora | None:
+    """Those of the layers of a stretch, by the names that its pattern has for them."""
+    names = zip(part.linears, part.pattern.linears, strict=True)
+    stacks = {there: adapters.stacks[name] for name, there in names if name in adapters.stacks}
+    return StackedLora(stacks, adapters.indices) if stacks else None

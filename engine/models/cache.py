@@ -186,6 +186,7 @@ class View:
 
     `shape`: rows and tokens. `kv_length`: how many positions are read, a bound for every row. `window`: the model's.
     `exact`: one row, of which this pass fills every position that is read: attention is causal and needs no mask then.
+    `mask`: what another view of the pass made. `first`: the layer that `kv` begins with.
     """
 
     def __init__(
@@ -196,13 +197,16 @@ class View:
         kv_length: int,
         exact: bool = False,
         window: int | None = None,
+        *,
+        mask: Mask = None,
+        first: int = 0,
     ) -> None:
         self.keys, self.values, self.states = (list(arrays) for arrays in kv)
         self.offset, self.kv_length, self.exact = offset, kv_length, exact
-        self._rows, self._tokens = shape
+        (self._rows, self._tokens), self._first = shape, first
         self._positions = offset.astype(mx.uint32)
         # With one token, too: a sliding window hides what lies before it.
-        self.mask: Mask = "causal" if exact else self.seen(window)
+        self.mask: Mask = ("causal" if exact else self.seen(window)) if mask is None else mask
 
     @property
     def written(self) -> Stored:
@@ -219,14 +223,15 @@ class View:
         return seen[:, None]
 
     def update(self, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        self.keys[layer] = self._write(self.keys[layer], keys)
-        self.values[layer] = self._write(self.values[layer], values)
+        index = layer - self._first
+        self.keys[index] = self._write(self.keys[index], keys)
+        self.values[index] = self._write(self.values[index], values)
         return self.read(layer)
 
     def read(self, layer: int) -> tuple[mx.array, mx.array]:
         """What the rows of this pass attend to in a layer that was updated."""
         read = slice(0, self._rows), slice(None), slice(0, self.kv_length)
-        return self.keys[layer][read], self.values[layer][read]
+        return self.keys[layer - self._first][read], self.values[layer - self._first][read]
 
     def state(self, index: int) -> mx.array:
         """What a recurrent layer kept of the rows of this pass."""

@@ -10,6 +10,7 @@ import mlx.core as mx
 from engine.models.cache import KvSizes, LayerCache
 from engine.models.joint import Cache
 from engine.models.layers import LayerAdapters, Linear
+from engine.models.stretches import Stretches
 
 
 class DecoderArgs(Protocol):
@@ -46,6 +47,10 @@ class Decoder(Protocol):
     def linears(self) -> Mapping[str, Linear]: ...
     @property
     def linear_shapes(self) -> Mapping[str, tuple[int, int]]: ...
+    @property
+    def stretches(self) -> Stretches | None:
+        """Its parts, where it can be run in parts."""
+        ...
 
     def __call__(
         self,

@@ -21,6 +21,12 @@ from kernels.attend import AttendAdapters
 LAYERS_TOGETHER = 6
 
 
+def together(layers: int) -> list[range]:
+    """Which layers share an array: as many each as there may be, evenly."""
+    count = math.ceil(layers / math.ceil(layers / LAYERS_TOGETHER))
+    return [range(first, min(first + count, layers)) for first in range(0, layers, count)]
+
+
 class JointKeyValues:
     """Keys and values of every layer: arrays (rows, heads, capacity, size) of some layers each, and `fresh`.
 
@@ -32,11 +38,10 @@ class JointKeyValues:
         sides = model.kv_sizes.keys
         self._layers, self._side = len(sides), sides[0]
         self.rows, self.capacity = rows, capacity
-        self._together = math.ceil(self._layers / math.ceil(self._layers / LAYERS_TOGETHER))
-        counts = [min(self._together, self._layers - first) for first in range(0, self._layers, self._together)]
+        self._parts = together(self._layers)
         self.arrays = [
-            mx.zeros((rows, count * 2 * self._side.heads, capacity, self._side.size), self._side.dtype)
-            for count in counts
+            mx.zeros((rows, len(layers) * 2 * self._side.heads, capacity, self._side.size), self._side.dtype)
+            for layers in self._parts
         ]
         self._fresh: list[mx.array] = []
         self._positions: mx.array | None = None
@@ -87,8 +92,7 @@ class JointKeyValues:
     def put(self, row: int, source: KeyValues, source_row: int, length: int) -> None:
         """Copy the first `length` positions of a row of `source` to `row`."""
         self._write_fresh()
-        for index, array in enumerate(self.arrays):
-            layers = range(self._layers)[index * self._together : (index + 1) * self._together]
+        for array, layers in zip(self.arrays, self._parts, strict=True):
             sides = [side[layer] for layer in layers for side in (source.keys, source.values)]
             found = mx.concatenate([side[source_row : source_row + 1, :, :length] for side in sides], axis=1)
             array[row : row + 1, :, :length] = found
@@ -124,7 +128,8 @@ class JointKeyValues:
 class JointView:
     """What one pass of a new token a row writes and reads of `JointKeyValues`.
 
-    `positions`: where what the pass before made is written, uint32 (rows,); the new tokens are at `offset`.
+    `positions`: where what the pass before made is written, uint32 (rows,); the new tokens are at `offset`. `first`:
+    the layer that `stored` begins with.
     """
 
     def __init__(
@@ -134,12 +139,13 @@ class JointView:
         positions: mx.array,
         layer_heads: int,
         adapters: RowAdapters | None = None,
+        first: int = 0,
     ) -> None:
         self.arrays, self._fresh = list(stored[0]), list(stored[1])
         self._made: list[mx.array | None] = [None] * len(self.arrays)
         self.offset, self._positions = offset, positions
         self._together = self.arrays[0].shape[1] // (2 * layer_heads)
-        self.adapters = adapters
+        self.adapters, self._first = adapters, first
 
     @property
     def written(self) -> Stored:
@@ -148,7 +154,7 @@ class JointView:
 
     def begin(self, layer: int) -> tuple[mx.array, mx.array | None]:
         """What is stored of a layer and its neighbours, and what this pass made of those before it among these."""
-        index = layer // self._together
+        index = self._index(layer)
         if self._made[index] is None:
             write(self.arrays[index], self._fresh[index], self._positions)
         return self.arrays[index], self._made[index]
@@ -162,7 +168,10 @@ class JointView:
 
     def keep(self, layer: int, made: mx.array) -> None:
         """What `begin` gave of this pass, with the new token of this layer behind it."""
-        self._made[layer // self._together] = made
+        self._made[self._index(layer)] = made
+
+    def _index(self, layer: int) -> int:
+        return (layer - self._first) // self._together
 
 
 #: What a decoder's forward pass may be given.

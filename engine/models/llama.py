@@ -20,6 +20,7 @@ from engine.models.fastmath import swiglu
 from engine.models.joint import Cache, JointView
 from engine.models.layers import Embedding, FusedLinear, LayerAdapters, Linear, RMSNorm
 from engine.models.sizes import decoder_sizes, gguf_sizes, layers_of
+from engine.models.stretches import Hidden, Stretches, in_parts
 from engine.weights.tensors import Tensors
 from kernels.attend import KERNEL as ATTEND
 from kernels.attend import AttendInput, attend, unfit
@@ -202,18 +203,22 @@ class Block:
         )
 
     def __call__(self, x: mx.array, cache: Cache | None, adapters: LayerAdapters | None) -> mx.array:
-        x, update = self.forward(x, None, cache, adapters)
+        x, update = self._update(x, self.input_layernorm(x), cache, adapters)
         return x + (lora(update) if isinstance(update, LoraInput) else update)
 
     def forward(
-        self, x: mx.array, update: Update | None, cache: Cache | None, adapters: LayerAdapters | None
+        self, x: mx.array, normed: mx.array, behind: RMSNorm, cache: Cache | None, adapters: LayerAdapters | None
+    ) -> Hidden:
+        """The block of x, of which `normed` is its own norm, with the norm `behind` it: that adds the last part to the
+        rest, in one kernel on a GPU."""
+        x, update = self._update(x, normed, cache, adapters)
+        return behind.of_sum(x, update, fused=cache is not None)
+
+    def _update(
+        self, x: mx.array, normed: mx.array, cache: Cache | None, adapters: LayerAdapters | None
     ) -> tuple[mx.array, Update]:
-        """The block of x + update (None: of x), as such a pair: the next norm adds them, in one kernel on a GPU."""
+        """What is left to add, and to what."""
         fused = cache is not None  # else it may be differentiated
-        if update is None:
-            normed = self.input_layernorm(x)
-        else:
-            x, normed = self.input_layernorm.of_sum(x, update, fused=fused)
         x, normed = self.post_attention_layernorm.of_sum(x, self.self_attn(normed, cache, adapters), fused=fused)
         return x, self.mlp(normed, cache, adapters)
 
@@ -289,14 +294,29 @@ class Llama:
         needs no mask. With one, they are what its view says, and it keeps their keys and values. `run_block` runs each
         block in the caller's way, cache and adapters included.
         """
-        x = self.embed_tokens(tokens)
-        update: Update | None = None
-        for layer in self.layers:
-            if run_block is None:
-                x, update = layer.forward(x, update, cache, adapters)
-            else:
+        if run_block is not None:
+            x = self.embed_tokens(tokens)
+            for layer in self.layers:
                 x = run_block(layer, x)
-        return self.norm(x) if update is None else self.norm.of_sum(x, update, fused=cache is not None)[1]
+            return self.norm(x)
+        x, normed = self._begin(tokens)
+        for layer, behind in zip(self.layers, self._norms_behind, strict=True):
+            x, normed = layer.forward(x, normed, behind, cache, adapters)
+        return normed
+
+    def _begin(self, tokens: mx.array) -> Hidden:
+        x = self.embed_tokens(tokens)
+        return x, self.layers[0].input_layernorm(x)
+
+    @property
+    def _norms_behind(self) -> list[RMSNorm]:
+        """The norm behind each layer: that of the next, or the last."""
+        return [*(layer.input_layernorm for layer in self.layers[1:]), self.norm]
+
+    @property
+    def stretches(self) -> Stretches:
+        """The layers, as many together as share an array of `JointKeyValues`."""
+        return Stretches(self._begin, in_parts(list(zip(self.layers, self._norms_behind, strict=True))))
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Logits (…, vocab), float32, of hidden states (…, dim)."""

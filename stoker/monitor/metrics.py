@@ -113,7 +113,7 @@ PREEMPTIONS = Metric(
     "stoker_preemptions_total", "counter", "Rows that were put back because memory ran short.", ("model",)
 )
 TRACES = Metric(
-    "stoker_step_traces_total", "counter", "Passes that were traced to be compiled, one for each new set of shapes.",
+    "stoker_step_traces_total", "counter", "Passes, or parts of them, that were traced to be compiled.",
     ("model",),
 )  # fmt: skip
 ADAPTERS = Metric("stoker_adapters_held", "gauge", "Versions of adapters in memory.", ("model",))

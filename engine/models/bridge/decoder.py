@@ -97,6 +97,11 @@ class BridgedDecoder:
     def kv_sizes(self) -> KvSizes:
         return self._sizes
 
+    @property
+    def stretches(self) -> None:
+        """A file of mlx-lm's runs its layers itself."""
+        return None
+
     def __call__(
         self,
         tokens: mx.array,

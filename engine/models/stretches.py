@@ -1,0 +1,128 @@
+"""Layers of a decoder in a row, of which those that compute alike share what is compiled of one of them.
+
+Compiling a pass over 24 layers as one function takes MLX some 30 ms, four fifths of it in C++ that holds the
+interpreter's lock, so that every stream waits, in any thread. A sixth of the layers takes a sixth of it, and as their
+weights are arguments it serves the others too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+import mlx.core as mx
+
+from engine.models.cache import Stored
+from engine.models.joint import Cache, together
+from engine.models.layers import LayerAdapters, Linear, RMSNorm
+
+#: Hidden states, and what the next layer's norm makes of them.
+Hidden: TypeAlias = tuple[mx.array, mx.array]
+
+#: Attributes that distinguish layers, and nothing that they compute.
+_OWN = ("name", "index")
+
+
+class Layer(Protocol):
+    @property
+    def linears(self) -> Sequence[Linear]: ...
+    def forward(
+        self, x: mx.array, normed: mx.array, behind: RMSNorm, cache: Cache | None, adapters: LayerAdapters | None
+    ) -> Hidden: ...
+
+
+class Stretch:
+    """`steps`: layers, each with the norm behind it. `index`: the number of the stretch; `first`: of its first layer.
+
+    `form`: what they compute, but for the numbers in `weights`. `pattern`: the stretch of this form that is traced.
+    """
+
+    def __init__(self, index: int, first: int, steps: Sequence[tuple[Layer, RMSNorm]]) -> None:
+        self.index, self.first, self._steps = index, first, steps
+        found = _Found()
+        found.visit(steps)
+        self._slots = found.slots
+        self.form: Hashable = tuple(found.form)
+        self.weights: list[mx.array] = [getattr(owner, name) for owner, name in self._slots]
+        self.pattern = self
+        #: The names of all linear layers.
+        self.linears = [linear.name for layer, _ in steps for linear in layer.linears]
+
+    def stored(self, stored: Stored, *, joint: bool) -> Stored:
+        """What is stored of these layers. `joint`: in one array."""
+        keys, values, _ = stored
+        first, count = (self.index, 1) if joint else (self.first, len(self._steps))
+        part = slice(first, first + count)
+        return keys[part], values[part], []
+
+    def forward(
+        self, hidden: Hidden, weights: Sequence[mx.array], cache: Cache, adapters: LayerAdapters | None
+    ) -> Hidden:
+        """The layers with these weights, which may be another's of this form."""
+        with self._given(weights):
+            for layer, behind in self._steps:
+                hidden = layer.forward(*hidden, behind, cache, adapters)
+        return hidden
+
+    @contextmanager
+    def _given(self, weights: Sequence[mx.array]) -> Iterator[None]:
+        self._set(weights)
+        try:
+            yield
+        finally:
+            self._set(self.weights)
+
+    def _set(self, weights: Sequence[mx.array]) -> None:
+        for (owner, name), weight in zip(self._slots, weights, strict=True):
+            object.__setattr__(owner, name, weight)
+
+
+class Stretches(NamedTuple):
+    """A decoder in parts, from tokens to what its last norm gives."""
+
+    begin: Callable[[mx.array], Hidden]
+    parts: Sequence[Stretch]
+
+
+def in_parts(steps: Sequence[tuple[Layer, RMSNorm]]) -> list[Stretch]:
+    """All layers, each with the norm behind it, as many together as share an array of `JointKeyValues`; one pattern for
+    all of one form."""
+    parts = together(len(steps))
+    made = [Stretch(index, part.start, steps[part.start : part.stop]) for index, part in enumerate(parts)]
+    patterns: dict[Hashable, Stretch] = {}
+    for stretch in made:
+        stretch.pattern = patterns.setdefault(stretch.form, stretch)
+    return made
+
+
+class _Found:
+    """Where the arrays of a tree of objects are, and all else that it holds."""
+
+    def __init__(self) -> None:
+        self.slots: list[tuple[Any, str]] = []
+        self.form: list[Any] = []
+        self._seen: dict[int, int] = {}
+
+    def visit(self, value: Any) -> None:
+        if isinstance(value, list | tuple):
+            self.form.append(len(value))
+            for part in value:
+                self.visit(part)
+        elif not hasattr(value, "__dict__"):
+            self.form.append(value)
+        elif id(value) in self._seen:
+            self.form.append(self._seen[id(value)])
+        else:
+            self._seen[id(value)] = len(self._seen)
+            self.form.append(type(value))
+            for name, part in vars(value).items():
+                self._visit_part(value, name, part)
+
+    def _visit_part(self, owner: Any, name: str, part: Any) -> None:
+        if isinstance(part, mx.array):
+            self.slots.append((owner, name))
+            self.form.append((name, part.shape, part.dtype))
+        elif name not in _OWN:
+            self.form.append(name)
+            self.visit(part)
