@@ -210,6 +210,13 @@ def test_the_sound_models_are_sound(tmp_path: Path) -> None:
             assert verify(path).numbers > 0
 
 
+def test_how_far_a_verification_is_is_said_before_each_tensor(tmp_path: Path, gguf: Path) -> None:
+    for path in (CHECKPOINTS[0], gguf):
+        said: list[tuple[int, int]] = []
+        tensors = verify(path, lambda done, total: said.append((done, total))).tensors  # noqa: B023
+        assert said == [(done, tensors) for done in range(tensors)]
+
+
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pth"])
 def test_pickles_are_refused_with_the_way_to_convert_them(tmp_path: Path, name: str) -> None:
     target = copied(CHECKPOINTS[0], tmp_path)

@@ -23,7 +23,7 @@ from engine.models.allowed import TABLES
 from engine.models.bridge import blocks, network
 from engine.models.bridge.gguf_keys import Keys, scaling
 from engine.models.bridge.linears import Pass
-from engine.models.bridge.slots import KvSlot, StateSlot, shapes_of
+from engine.models.bridge.slots import KvSlot, SlotShape, StateSlot, shapes_of
 from engine.models.gemma3 import Gemma3Args
 from engine.models.mistral import MistralArgs
 from engine.models.rerank_files import RerankFiles
@@ -364,6 +364,23 @@ def test_a_cache_that_keeps_the_first_tokens_of_a_text_is_none_of_ours() -> None
     kind.keep = 4
     with pytest.raises(ModelError, match="RotatingKVCache are not supported"):
         shapes_of([kind()])
+
+
+def test_a_layer_that_keeps_several_caches_has_a_slot_for_each_and_each_slot_its_own_place() -> None:
+    def cache(kind: str, **fields: Any) -> Any:
+        return type(kind, (), fields)()
+
+    several = cache("CacheList", caches=[cache("KVCache"), None, cache("ArraysCache", cache=[None, None])])
+    shapes = shapes_of([cache("ArraysCache", cache=[None, None]), several, None, cache("KVCache")])
+    assert shapes == [
+        SlotShape(0, states=2), SlotShape(0, parts=(SlotShape(0), SlotShape(2, states=2))), None, SlotShape(1)
+    ]  # fmt: skip
+    assert shapes[1] is not None
+    view: Any = View()
+    keys, states = opened = shapes[1].open(view)
+    assert isinstance(keys, KvSlot)
+    assert [states[0], states[1]] == [2, 3], "behind the one of the layer before"
+    assert opened[1] is states
 
 
 # The end of an engine

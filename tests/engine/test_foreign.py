@@ -151,6 +151,7 @@ def section(**changed: Any) -> dict[str, Any]:
         (section(group_size="32"), "group_size = '32': a whole number"),
         (section(checkpoint_format="marlin"), "checkpoint_format = 'marlin' is not supported; allowed: gptq, gptq_v2"),
         (section(quant_method="awq", version="gemv"), "version = 'gemv' is not supported; allowed: gemm"),
+        (section(is_marlin_format=True), "is_marlin_format = True is not supported"),
         (section(dynamic={"+:layers.0": {"bits": 8}}), "dynamic = .* is not supported"),
         ({"quant_method": "fp8", "weight_block_size": [16]}, r"weight_block_size = \[16\]: two whole numbers"),
         (

@@ -12,6 +12,7 @@ from unittest.mock import Mock
 import mlx.core as mx
 import numpy as np
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from engine.adapters.lora import LoraWeights
 from engine.adapters.peft import CONFIG_FILE
@@ -110,6 +111,7 @@ class Driver:
         assert not self.lane.busy
         assert not self.lane.held
         assert self._pool.in_use == 0
+        assert self.lane.batch.in_flight is None
 
 
 def request(prompt: list[int], **options: Any) -> GenerateRequest:
@@ -347,6 +349,36 @@ def test_an_answer_ends_where_the_context_does(model: LoadedModel, pool: Adapter
         driver.send(request([3] * 1024))
 
 
+def test_an_answer_ends_where_the_memory_of_its_worker_does(model: LoadedModel, pool: AdapterPool) -> None:
+    """A row that is alone could take more, and nobody could make way for it."""
+    driver = Driver(model, pool, kv_bytes=700_000)
+    most = driver.lane.budget.most_tokens
+    assert 30 < most < 1000
+    cut = driver.send(request([3] * (most - 4), max_tokens=24))
+    driver.run()
+    assert (len(cut.tokens), cut.result.finish_reason) == (4, "context")
+
+
+def test_an_answer_that_ended_on_a_worker_with_less_memory_is_not_gone_on_with(
+    model: LoadedModel, pool: AdapterPool
+) -> None:
+    """That one died between the last token and the result. Its other completion goes on behind its own tokens."""
+    asked = request([3, 1, 4], max_tokens=8, n=2, temperature=0.9, seed=7)
+    whole = Driver(model, pool)
+    wanted = whole.send(asked)
+    whole.run()
+    first, second = ([token for token in wanted.tokens if token.completion == number][:4] for number in (0, 1))
+    published = [*first[:3], first[3].model_copy(update={"finish_reason": "context"}), *second[:2]]
+    driver = Driver(model, pool)
+    resumed = driver.send(asked, published)
+    driver.run()
+    assert [one.finish_reason for one in resumed.result.completions] == ["context", "length"]
+    assert [list(one.token_ids) for one in resumed.result.completions] == [
+        [token.token_id for token in first], list(wanted.result.completions[1].token_ids)
+    ]  # fmt: skip
+    assert [token.index for token in resumed.tokens] == list(range(6, 12)), "behind all that both had published"
+
+
 def test_an_unknown_adapter_is_refused_before_it_waits(model: LoadedModel, pool: AdapterPool) -> None:
     driver = Driver(model, pool)
     with pytest.raises(UnknownAdapter, match="tiny has: one, two"):
@@ -453,6 +485,20 @@ def test_messages_are_written_by_the_models_template(model: LoadedModel, pool: A
     driver.run()
     assert [plain.ids, tools.ids] == [one.ids for one in wanted]
     assert plain.result.usage.prompt_tokens == 5
+
+
+def test_what_the_model_wants_before_a_text_stands_there_once(model: LoadedModel, pool: AdapterPool) -> None:
+    """A template writes it itself; a prompt gets it."""
+    driver = Driver(model, pool)
+    model.tokenizer.inner.post_processor = TemplateProcessing(single="t1 $A", special_tokens=[("t1", 1)])
+    model.tokenizer.templates["default"] = "t1 {{ messages[0].content }}"
+    asked: list[dict[str, Any]] = [
+        {"messages": (ChatMessage(role="user", content="t3"),)}, {"prompt": "t3"}, {"prompt_ids": (1, 3)}
+    ]  # fmt: skip
+    sent = [driver.send(GenerateRequest(model="tiny", max_tokens=4, **one)) for one in asked]
+    driver.run()
+    assert [one.result.usage.prompt_tokens for one in sent] == [2, 2, 2]
+    assert sent[0].ids == sent[1].ids == sent[2].ids
 
 
 def test_an_answer_whose_template_begins_its_reasoning_says_so_with_each_first_token(
@@ -625,6 +671,23 @@ def test_the_time_to_the_first_token_is_that_of_a_jobs_first_row(
     driver.run()
     usage = sent.result.usage
     assert (usage.first_token_seconds, usage.run_seconds) == (1.0, 2.0)
+
+
+def test_a_prefix_serves_one_version_of_an_adapter_alone(model: LoadedModel, pool: AdapterPool) -> None:
+    """The keys and values of a prompt are the adapter's too: those of an older version would be silently wrong."""
+    pool.save("one", tiny.adapter(model, 3, 99), {})
+    prompt = list(range(3, 53))
+    driver = Driver(model, pool)
+    cached = []
+    for adapter in ("one@1", "one@2", None, "two", "one@1", "one@2", None):
+        sent = driver.send(request(prompt, adapter=adapter, max_tokens=4))
+        driver.run()
+        cached.append(sent.result.usage.cached_tokens)
+        fresh = Driver(model, pool)
+        exact = fresh.send(request(prompt, adapter=adapter, max_tokens=4))
+        fresh.run()
+        assert sent.ids == exact.ids, adapter
+    assert cached == [0, 0, 0, 0, 49, 49, 49]
 
 
 def test_prefixes_that_were_not_used_for_long_go_first(model: LoadedModel, pool: AdapterPool) -> None:

@@ -74,7 +74,7 @@ def test_a_joint_cache_holds_what_one_by_layer_holds(tiny_llama: Llama) -> None:
         np.testing.assert_allclose(got, wanted, atol=1e-5)
 
 
-@pytest.mark.parametrize("change", ["put", "move", "resize", "fewer rows"])
+@pytest.mark.parametrize("change", ["put", "move", "swap", "resize", "fewer rows"])
 def test_what_waits_is_written_before_rows_change(tiny_llama: Llama, change: str) -> None:
     """A pass' tokens are written by the next one: rows that move, come or stay behind in between keep theirs."""
     apart, together = begun(tiny_llama)
@@ -88,6 +88,10 @@ def test_what_waits_is_written_before_rows_change(tiny_llama: Llama, change: str
         for kv in (apart, together):
             kv.move(0, 2, 8)
         after = [8, 2, 8]
+    elif change == "swap":
+        for kv in (apart, together):
+            kv.swap(0, 2, 8)
+        after = [8, 2, 5]
     elif change == "resize":
         together.resize(3, 64)
         after = [5, 2, 8]

@@ -11,6 +11,7 @@ import pytest
 from engine.adapters.pool import AdapterPool
 from engine.adapters.store import AdapterStore
 from engine.checkpoints.loading import LoadedModel
+from engine.generation import seats
 from engine.generation.batch import SMALLEST_KV_LENGTH
 from engine.generation.forward_input import ForwardInput
 from engine.generation.prefill import PrefillPacer
@@ -83,6 +84,27 @@ def test_of_completions_of_one_prompt_the_first_alone_reads_it(driver: Driver, p
     driver.send(request(prompt(4 * SHORTEST), n=3, temperature=1.0, seed=1, max_tokens=3))
     driver.run()
     assert [one.rows for one in passes if one.tokens >= SHORTEST] == [1]
+
+
+def test_prompts_are_read_together_up_to_so_many_tokens_padding_included(
+    driver: Driver, passes: list[Pass], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(seats, "GROUP_TOKENS", 90)
+    for number, length in enumerate((20, 30, 30, 31, 5, 5)):
+        driver.send(request(prompt(length, number), max_tokens=2))
+    driver.run()
+    assert [one.rows for one in passes] == [3, 2, 1], "3 of 30 tokens, 2 of 31, and one that finds no place"
+
+
+def test_prompts_of_two_priorities_are_not_read_together(driver: Driver, passes: list[Pass]) -> None:
+    """The group has one turn: the worse would go before others of the better."""
+    driver.send(request([3], max_tokens=60))
+    driver.step()
+    passes.clear()
+    for number, priority in enumerate((7, 7, 8)):
+        driver.send(request(prompt(20, number), max_tokens=2, priority=priority))
+    driver.run()
+    assert [one.rows for one in passes] == [2, 1]
 
 
 def test_prompts_of_several_jobs_are_read_together(driver: Driver, passes: list[Pass]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -9,11 +10,12 @@ from typing import Any
 
 import pytest
 import tokenizers
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models
 
 from engine.checkpoints.loading import LoadedModel
+from engine.text.byte_stream import ByteStream
 from engine.text.detokenizer import StreamingDetokenizer
 from engine.text.gguf_vocabulary import PRE_TOKENIZERS, build
 from engine.text.pieces import BYTE_OF
@@ -38,6 +40,28 @@ def _spelled(tokenizer: Tokenizer, text: str) -> bool:
 def streamed(tokenizer: Tokenizer, ids: list[int], *, skip_special: bool = True) -> tuple[list[str], str]:
     stream = StreamingDetokenizer(tokenizer, skip_special=skip_special)
     return [stream.add(index) for index in ids], stream.finish()
+
+
+@example(content=b"a", cuts=[0], strips=True, begun=False)
+@given(
+    content=st.binary(max_size=20) | TEXTS.map(str.encode),
+    cuts=st.lists(st.integers(0, 40), max_size=8),
+    strips=st.booleans(),
+    begun=st.booleans(),
+)
+def test_bytes_in_any_pieces_make_the_text_of_the_whole(
+    content: bytes, cuts: list[int], strips: bool, begun: bool
+) -> None:
+    """Pieces of nothing among them, and ends within a character: only one space at the very beginning goes."""
+    content = b" " + content
+    borders = [0, *sorted(cuts), max(len(content), *cuts, 0)]
+    pieces = [content[start:end] for start, end in itertools.pairwise(borders)]
+    spelled: Any = pieces.__getitem__
+    made: Any = type("Pieces", (), {"strips_space": strips, "__call__": lambda self, index: spelled(index)})()
+    stream, whole = ByteStream(made, begun=begun), content.decode(errors="replace")
+    found = "".join(map(stream.add, range(len(pieces)))) + stream.finish()
+    assert found == (whole.removeprefix(" ") if strips and not begun else whole)
+    assert ByteStream(made, begun=begun).text(range(len(pieces))) == found
 
 
 def test_ids_are_those_of_the_oracles(smollm2: LoadedModel, minilm: LoadedModel) -> None:

@@ -83,6 +83,8 @@ def test_the_templates_file_of_processors_counts_where_there_is_no_other(tmp_pat
         ("tokenizer_config.json", {"eos_token": "\ud83d"}, "half a surrogate pair"),
         ("special_tokens_map.json", {"eos_token": [1]}, "eos_token is"),
         ("added_tokens.json", {"<a>": "x"}, "not an object of tokens and their ids"),
+        ("added_tokens.json", {"<a>": True}, "not an object of tokens and their ids"),
+        ("added_tokens.json", {"": 7}, "not an object of tokens and their ids"),
         ("chat_template.json", {"chat_template": 3}, "chat_template is neither a text nor a list"),
     ],
 )  # fmt: skip

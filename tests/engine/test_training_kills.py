@@ -112,6 +112,26 @@ def test_power_that_fails_at_any_moment_of_a_run_leaves_its_checkpoint_and_every
         assert not cut.finished or json.loads(cut.tree["run/run.json"] or b"")["status"] == "done"
 
 
+def test_power_that_fails_after_a_pause_leaves_the_pause_and_every_report_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind it another worker may take the run: what this disk has is what it would go on with here."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+    options = {**OPTIONS, "steps": 3, "accumulation": 2, "checkpoint_every": 3, "eval_every": 3, "dora": False}
+    (tmp_path / "disk").mkdir()
+    running = open_run(tmp_path / "disk", options)
+    with powercut.recorded(tmp_path / "disk") as disk:
+        for _ in range(3):
+            running.advance()
+        running.pause()
+        disk.mark("paused")
+    for cut in disk.cuts():
+        with cut.restored(tmp_path / "after") as after:
+            again = open_run(after, options)
+            assert len(again.reported) == again.state.reports, cut
+            assert (again.state.reports, again.state.micro) == (1, 3) or not cut.marks, cut
+
+
 def test_a_report_that_was_cut_short_or_lies_behind_the_checkpoint_is_dropped(tmp_path: Path) -> None:
     log = RunLog(tmp_path / "log.jsonl")
     for kept, left in ((9, b"one\ntwo\n"), (1, b"one\n"), (0, b"")):
