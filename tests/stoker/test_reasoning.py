@@ -121,6 +121,8 @@ def test_text_and_reasoning_pass_at_once_and_what_may_be_a_marker_or_stand_befor
         (["Hm", "</think>", "Yes"], True, 2),
         (["Hm", " and", ""], True, 3),
         (["Yes", "</think>"], False, 0),
+        (list("<think>Hm</think>Yes"), False, len("<think>Hm</think>")),
+        (list("Hm</think>"), True, len("Hm</think>")),
         ([], True, 0),
     ],
 )

@@ -5,18 +5,21 @@ from __future__ import annotations
 import base64
 import json
 import os
+import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 from redis.exceptions import ResponseError
 
-from stoker.broker import keys, letters
+from stoker.broker import keys, ledger, letters
 from stoker.broker.envelope import LONGEST, UnreadableMessage, envelope, read
+from stoker.broker.ledger.ending import BEGINNING
 from stoker.broker.ledger.listing import Listing
 from stoker.broker.ledger.record import listed, open_since, owner, summary, version, watched
 from stoker.contract.uploads import Upload
-from stoker.errors import InvalidRequest
+from stoker.errors import InvalidRequest, JobFailed
 from stoker.local import runs
 from stoker.local.runs import find_run, read_run
 
@@ -58,6 +61,25 @@ def test_a_letter_names_the_client_that_its_job_belonged_to_if_it_can_be_one() -
     assert found == ["alice", None, None, None, None]
     without: Any = {name: value for name, value in LETTER.items() if name not in ("client", "request")}
     assert (letters.sender(without), letters.request(without)) == (None, "")
+
+
+# Results
+
+
+def test_an_end_is_written_as_celery_does_with_the_moment_of_it() -> None:
+    error = {"exc_type": "JobFailed", "exc_message": ["it fell over"], "exc_module": "stoker.errors"}
+    revoked = {"exc_type": "TaskRevokedError", "exc_message": ["cancelled"], "exc_module": "celery.exceptions"}
+    for ending, status, result in (
+        (ledger.success("job", {"text": "a"}), "SUCCESS", {"text": "a"}),
+        (ledger.failure("job", JobFailed("it fell over")), "FAILURE", error),
+        (ledger.revoked("job"), "REVOKED", revoked),
+    ):
+        text = ending.text()
+        assert text.startswith(f'{{"status": "{status}", ')
+        said = json.loads(text)
+        assert abs(datetime.fromisoformat(said.pop("date_done")).timestamp() - time.time()) < 60
+        assert said == {"status": status, "task_id": "job", "result": result, "traceback": None, "children": []}
+    assert ledger.success("job", {}).text().startswith(BEGINNING)
 
 
 # Records
