@@ -79,6 +79,13 @@ def test_a_path_or_a_method_that_there_is_not_has_the_form_of_every_error(http: 
         assert answer.headers["x-request-id"]
 
 
+def test_an_error_is_as_long_as_it_says_in_any_language(http: httpx2.Client) -> None:
+    answer = http.get("/v1/models/größe-日本")
+    assert answer.status_code == 404
+    assert int(answer.headers["content-length"]) == len(answer.content)
+    assert "größe-日本" in answer.json()["error"]["message"]
+
+
 def chunked(size: int) -> Iterator[bytes]:
     for _ in range(size // 65536):
         yield b" " * 65536

@@ -113,6 +113,17 @@ def test_a_field_takes_what_it_says_and_nothing_beyond(
             request_(**{**fields, name: value})
 
 
+def test_of_two_ways_to_say_what_is_held_out_one_is_taken() -> None:
+    for fields in ({"held_out": 0.5}, {"held_out_lines": 3}, {"held_out": 0.0, "held_out_lines": 0}):
+        TrainRequest(**TRAIN | fields)
+    with pytest.raises(ValidationError, match="held_out and held_out_lines given"):
+        TrainRequest(**TRAIN | {"held_out": 0.5, "held_out_lines": 3})
+    for fields in ({"eval_every": 1}, {"stop_after": 1}, {"held_out": 0.5, "stop_after": 1}):
+        with pytest.raises(ValidationError, match="need"):
+            TrainRequest(**TRAIN | fields)
+    TrainRequest(**TRAIN | {"held_out_lines": 3, "eval_every": 1, "stop_after": 1})
+
+
 def test_one_of_two_ways_to_ask_for_a_truncation_is_said() -> None:
     assert EmbedRequest(**EMBED | {"truncate": True}).truncation == "end"
     assert EmbedRequest(**EMBED | {"truncate": False}).truncation == "error"

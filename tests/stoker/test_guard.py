@@ -91,6 +91,17 @@ def test_a_child_that_ends_by_itself_gives_its_exit_code_and_output(tmp_path: Pa
     assert again.output() == "5\n", "only what this process wrote"
 
 
+def test_what_a_child_is_given_wins_over_what_this_process_has_and_its_last_words_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CODE", "of the shell")
+    monkeypatch.setenv("OTHER", "kept")
+    program = "import os; print(os.environ['CODE'], os.environ['OTHER'], end='')"
+    child = Process("child", [sys.executable, "-c", program], log=tmp_path / "x.log", env={"CODE": "own"}, grace=1)
+    wait_until(lambda: child.returncode is not None, "the child has ended")
+    assert child.output() == "own kept", "a line without an end too"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_to_the_guard_ends_its_command(number: signal.Signals, tmp_path: Path) -> None:
     limits = ["5", str(tmp_path / "log"), "1000", "1"]

@@ -235,11 +235,12 @@ def test_the_disk_that_each_part_takes_is_shown() -> None:
     (folder / "weights").write_bytes(os.urandom(1 << 20))
     with (folder / "sparse").open("wb") as file:
         file.truncate(1 << 30)
-    (load_settings().home / "broker.json").write_text("{}")
+    for name in ("broker.json", "notes"):
+        (load_settings().home / name).write_text("{}")
     found = {part["name"]: part for part in json.loads(invoke("status", "--disk", "--json"))}
     assert found["runs"]["files"] == 4
     assert 1 << 20 <= found["runs"]["bytes"] < 1 << 21, "of the disk, not of what files say of their lengths"
-    assert found["other files"]["files"] == 1
+    assert found["other files"]["files"] == 2
     assert "stoker clean" in invoke("status", "--disk")
 
 

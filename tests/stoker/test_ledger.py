@@ -510,6 +510,17 @@ def test_a_message_that_is_lost_on_its_way_back_from_a_dead_owner_is_sent_again(
     assert [crash["worker"] for crash in json.loads(redis.hget(keys.job("job"), Field.HISTORY))] == ["worker-one"]
 
 
+def test_a_job_that_was_dispatched_in_the_future_counts_as_dispatched_now(redis: Any) -> None:
+    """A broker's clock was set back: it would not be recovered for as long."""
+    submit(redis)
+    redis.rpop(keys.ready(QUEUE))
+    redis.zadd(keys.dispatched(QUEUE), {"job": float(redis.time()[0]) + 9000})
+    assert ledger.recover(redis, QUEUE, 60) == ()
+    assert redis.zscore(keys.dispatched(QUEUE), "job") <= float(redis.time()[0]) + 1
+    assert ledger.recover(redis, QUEUE, -5) == ("job",)
+    assert take_all(redis) == ["job"]
+
+
 def test_a_job_that_has_ended_never_comes_to_the_ready_list_again(redis: Any) -> None:
     """A message that came back is not the one in the record, so ending the job leaves it where it stands."""
     queue = keys.queue("toy", "train")

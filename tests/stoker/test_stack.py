@@ -12,6 +12,7 @@ import pytest
 from stoker.contract import Presence
 from stoker.errors import BrokerUnavailable, ModelError, WorkerUnavailable
 from stoker.local import stack as stacks
+from stoker.local.broker import PREFERRED_PORT
 from stoker.local.stack import COMPACT_EVERY, ERROR_MARK, RESTART_PAUSE, Stack
 from stoker.settings import Settings
 
@@ -29,6 +30,8 @@ class World:
         self.now = 1000.0
         self.slept: list[float] = []
         self.broker: Broker | None = None
+        #: Where brokers were to listen.
+        self.ports: list[int] = []
 
     def sleep(self, seconds: float) -> None:
         self.now += seconds
@@ -104,6 +107,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
         def __exit__(self, *_: object) -> None: ...
 
     def broker(settings: Settings, port: int) -> Broker:
+        made.ports.append(port)
         made.broker = Broker(made)
         return made.broker
 
@@ -121,6 +125,37 @@ def stack(world: World, tmp_path: Path) -> Iterator[Stack]:
         world.appears("first")
         running.wait_until_warm()
         yield running
+
+
+def test_a_broker_of_its_own_stays_off_the_usual_port_where_others_would_find_it(world: World, tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path / "home")
+    for own in (True, False):
+        with Stack(settings, own_broker=own, flower=False):
+            pass
+    assert world.ports == [0, PREFERRED_PORT]
+
+
+def test_a_name_is_free_again_once_its_stack_has_ended(world: World, tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path / "home")
+    with Stack(settings, own_broker=True, flower=False) as running:
+        (first,) = {word for word in world.child("worker").command if word.startswith("--hostname=")}
+        with pytest.MonkeyPatch.context(), Stack(settings, own_broker=True, flower=False):
+            second = world.child("worker").command
+        assert first not in second
+    assert running.worker is not None
+    with Stack(settings, own_broker=True, flower=False):
+        assert first in world.child("worker").command
+
+
+def test_a_worker_has_a_thread_for_each_job_and_says_nothing_of_itself(tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path / "home")
+    command = stacks.worker_command(settings, "name@here")
+    jobs = sum(settings.slots.values()) + settings.extra_slots
+    assert command[1:] == [
+        *("-m", "workers", "--quiet", "-A", "workers.celery.app", "worker", "--pool=threads"),
+        *(f"--concurrency={jobs}", "--hostname=name@here", "--without-gossip", "--without-mingle"),
+    ]
+    assert stacks.celery_command("flower")[1:3] == ["-m", "celery"]
 
 
 def test_all_are_asked_before_any_is_waited_for_and_the_broker_goes_last(world: World, stack: Stack) -> None:

@@ -229,6 +229,21 @@ def test_a_folder_that_is_called_as_the_hubs_gives_nothing_but_blobs(tmp_path: P
         (folder / "adapter_config.json").unlink()
 
 
+def test_a_link_to_what_is_called_a_blob_is_followed_in_a_snapshot_of_the_hub_alone(tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "abc").write_text("{}")
+    for name in ("snapshots", "elsewhere"):
+        folder = tmp_path / name / "x"
+        folder.mkdir(parents=True)
+        (folder / "adapter_model.safetensors").write_text("x")
+        (folder / "adapter_config.json").symlink_to("../../blobs/abc")
+    # A folder may be named by its text.
+    given: Any = str(tmp_path / "snapshots" / "x")
+    assert bundle.unpack(bundle.read_folder(bundle.folder_of(given)), "x")["adapter_config.json"] == b"{}"
+    with pytest.raises(InvalidRequest, match=r"a link to|leads out of its root"):
+        bundle.read_folder(tmp_path / "elsewhere" / "x")
+
+
 def test_an_upload_of_another_kind_or_job_is_refused() -> None:
     name = str(Upload.of("adapter", "mine", b"files"))
     assert str(Upload.parse(name, "adapter", "mine")) == name
