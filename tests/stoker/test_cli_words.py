@@ -23,6 +23,7 @@ from stoker.cli import models as models_command
 from stoker.cli import train as train_command
 from stoker.contract import ModelCard, Presence
 from stoker.contract.control import ModelReport
+from stoker.contract.requests import MAX_TEXT_CHARS
 from stoker.errors import ConfigError, InvalidRequest, JobDead, JobLost, StokerError
 from stoker.gateway import command as gateway_command
 from stoker.local import stack as stacks
@@ -197,17 +198,15 @@ def test_json_that_a_command_reads_has_bounds(monkeypatch: pytest.MonkeyPatch, t
         monkeypatch.setattr(inputs, "stdin", lambda: io.BytesIO(text.encode()))
         return inputs.read_json("json_schema", given)
 
-    monkeypatch.setattr(inputs, "_LONGEST", 20)
-    assert read('{"a":"bcdefghijklm"}') == {"a": "bcdefghijklm"}
+    longest = 4 * MAX_TEXT_CHARS
+    assert read(json.dumps("a" * (longest - 2))) == "a" * (longest - 2)
     for text, why in (
-        ('{"a":"bcdefghijklmn"}', f"json_schema: {shown} has more than 20 bytes"),
+        (json.dumps("a" * (longest - 1)), f"json_schema: {shown} has more than {longest} bytes"),
         ("{", f"json_schema: {shown} cannot be read as JSON"),
+        ("[" * 200_000, "is nested too deeply"),
     ):
         with pytest.raises(InvalidRequest, match=why):
             read(text)
-    monkeypatch.setattr(inputs, "_LONGEST", 10**6)
-    with pytest.raises(InvalidRequest, match="is nested too deeply"):
-        read("[" * 200_000)
 
 
 # Runs

@@ -42,8 +42,8 @@ WRONG = (
         (
             raised.ConnectionError(UNTRUSTED.format("self-signed certificate")),
             (
-                "shows a certificate that is not trusted (self-signed certificate). Name the authority that signed it in "
-                "STOKER_URL: ?ssl_ca_certs=FILE."
+                "shows a certificate that is not trusted (self-signed certificate). Name the authority that signed it "
+                "in STOKER_URL: ?ssl_ca_certs=FILE."
             ),
         ),
         (
@@ -56,8 +56,8 @@ WRONG = (
         (
             raised.ConnectionError("[SSL: TLSV13_ALERT_CERTIFICATE_REQUIRED] x"),
             (
-                "ends the TLS handshake ([SSL: TLSV13_ALERT_CERTIFICATE_REQUIRED] x). If it asks for a certificate of its "
-                "client, name yours in STOKER_URL: ?ssl_certfile=FILE&ssl_keyfile=FILE."
+                "ends the TLS handshake ([SSL: TLSV13_ALERT_CERTIFICATE_REQUIRED] x). If it asks for a certificate of "
+                "its client, name yours in STOKER_URL: ?ssl_certfile=FILE&ssl_keyfile=FILE."
             ),
         ),
         (
