@@ -178,6 +178,24 @@ def test_a_refusal_that_comes_after_an_answer_has_begun_sends_nothing_more() -> 
     assert [message["type"] for message in sent] == ["http.response.start"]
 
 
+def test_a_client_that_has_gone_is_answered_nothing_and_counted_as_such(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "stoker.gateway.front")
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def run() -> None:
+        scope = {"type": "http", "method": "POST", "path": PATH, "headers": []}
+        exchange = Exchange(scope, send, Meter(Numbers(), "chat"))
+        await exchange.refuse(Refused(499, "the client has gone."))
+        exchange.end()
+
+    asyncio.run(run())
+    assert sent == []
+    assert f"POST {PATH} 499 in" in caplog.text
+
+
 def test_what_counts_as_loopback() -> None:
     assert [is_loopback(name) for name in ("127.0.0.1", "127.8.8.8", "::1", "localhost")] == [True] * 4
     assert [is_loopback(name) for name in ("0.0.0.0", "::", "10.0.0.1", "example.org", "")] == [False] * 5

@@ -313,6 +313,7 @@ def test_the_job_of_a_client_that_leaves_is_cancelled_unless_it_is_to_go_on(
         with pytest.raises(Refused) as refused:
             await answer(asking(client, body, keep))
         assert (refused.value.status, refused.value.code) == (499, "client_gone")
+        assert asyncio.all_tasks() == {asyncio.current_task()}, "nothing of it goes on"
         return await (await client.job("job")).status()
 
     assert asyncio.run(left()) is (JobStatus.RUNNING if keep else JobStatus.CANCELLED)

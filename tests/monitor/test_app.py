@@ -6,8 +6,11 @@ import asyncio
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+from flower.app import Flower
 from tornado.httputil import HTTPHeaders
 
+from stoker.monitor import app
 from stoker.monitor.access import Refusal
 from stoker.monitor.app import Closed, Monitor, Refuse, celery_app
 from stoker.settings import Settings
@@ -68,3 +71,40 @@ def test_the_app_that_asks_workers_has_their_settings_and_is_nobodys_current_one
     app = celery_app(Settings(url="redis://127.0.0.1:6379/3"))
     assert app.conf.broker_url.endswith("/3")
     assert app.conf.broker_transport_options["global_keyprefix"] == "stoker:"
+
+
+def test_the_monitor_remembers_so_many_tasks_and_workers_and_has_a_gate_before_each_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    remembered: dict[str, Any] = {}
+    shown: dict[str, Any] = {}
+    added: list[Any] = []
+
+    def events(capp: Any, io_loop: Any, **named: Any) -> Any:
+        remembered.update(named, url=capp.conf.broker_url, loop=io_loop)
+        return SimpleNamespace(state="memory")
+
+    monkeypatch.setattr(app, "JobEvents", events)
+    monkeypatch.setattr(Flower, "__init__", lambda self, **named: shown.update(named))
+    monkeypatch.setattr(Flower, "add_handlers", lambda self, hosts, handlers: added.extend([hosts, *handlers]))
+    monkeypatch.setattr(Monitor, "events", SimpleNamespace(state="memory"), raising=False)
+    refusals = [Refusal(421, "another name", {}), None]
+    gate: Any = SimpleNamespace(refusal=lambda *request: refusals.pop(0))
+    settings, loop = Settings(url="redis://h:5/2"), object()
+    monitor = Monitor(settings, gate, loop, db="x", persistent=True)
+    assert remembered == {
+        "max_tasks_in_memory": app.TASKS, "max_workers_in_memory": app.WORKERS, "db": "x", "persistent": True,
+        "url": "redis://h:5/2", "loop": loop,
+    }  # fmt: skip
+    assert (app.TASKS, app.WORKERS) == (10_000, 1000)
+    assert (shown["io_loop"], shown["transforms"], shown["events"].state) == (loop, [Closed], "memory")
+    assert added[0] == ".*"
+    assert len(added) > 10
+    delegated: list[Any] = []
+    monkeypatch.setattr(Flower, "get_handler_delegate", lambda self, *found: delegated.append(found))
+    monkeypatch.setattr(Flower, "find_handler", lambda self, request, **named: "its own")
+    request: Any = SimpleNamespace(method="GET", path="/", headers={})
+    monitor.find_handler(request)
+    ((found, handler, named),) = delegated
+    assert (found, handler, named["refusal"].status) == (request, Refuse, 421)
+    assert monitor.find_handler(request) == "its own"

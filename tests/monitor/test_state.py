@@ -265,3 +265,21 @@ def test_what_the_ledger_says_and_what_workers_say_come_one_after_the_other() ->
         assert heard.is_alive()
     heard.join(30)
     assert task(memory).sent == 100.0
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_the_oldest_tasks_make_way_where_there_are_more_than_are_remembered(most: int) -> None:
+    capp = SimpleNamespace()
+    events = JobEvents(capp, SimpleNamespace(), max_tasks_in_memory=most, max_workers_in_memory=9)
+    for number in range(5):
+        events.state.hear([known(f"job-{number}")])
+    assert list(events.state.tasks) == [f"job-{number}" for number in range(5 - most, 5)]
+    assert isinstance(events.state, JobMemory)
+
+
+def test_strangers_are_described_so_many_at_a_time_and_each_once() -> None:
+    memory = JobMemory()
+    memory.strangers = {"c", "a", "b"}
+    assert [memory.meet_strangers(2) for _ in range(3)] == [["a", "b"], ["c"], []]
+    memory.hear([known("a"), known("b"), Ended("b", "SUCCESS", 500.0)])
+    assert memory.unfinished() == {"a"}

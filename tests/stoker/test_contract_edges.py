@@ -12,6 +12,7 @@ from stoker.contract import AdapterRequest, EmbedRequest, GenerateRequest, Train
 from stoker.contract.bundle import pack, source
 from stoker.contract.dataset import iterate_lines
 from stoker.contract.freeform import MAX_DEPTH, check_json
+from stoker.contract.names import Rule, follows
 from stoker.contract.requests import ChatMessage
 from stoker.contract.results import Completion, RerankResult, ToolCall, Usage
 from stoker.contract.shown import brief, cut, printable
@@ -111,6 +112,19 @@ def test_a_field_takes_what_it_says_and_nothing_beyond(
     for value in refused:
         with pytest.raises(ValidationError, match=name):
             request_(**{**fields, name: value})
+
+
+@pytest.mark.parametrize(
+    ("rule", "allowed", "refused"),
+    [
+        (Rule.NAME, ["a", "9", "a" * 64, "a.b-c_d"], ["", "A", "-a", ".a", "a" * 65, "a b", "a\n"]),
+        (Rule.JOB_ID, ["a", "A", "9", "a" * 128, "a.b-c_D"], ["", "-a", ".a", "_a", "a" * 129, "a:b", "a\n"]),
+        (Rule.VERSION, ["1", "999999999"], ["", "0", "01", "1000000000", "-1", "1.0", "٣", "1\n"]),
+    ],
+)
+def test_a_name_is_as_long_as_it_may_be_and_no_longer(rule: Rule, allowed: list[str], refused: list[str]) -> None:
+    assert [name for name in allowed if not follows(rule, name)] == []
+    assert [name for name in refused if follows(rule, name)] == []
 
 
 def test_of_two_ways_to_say_what_is_held_out_one_is_taken() -> None:

@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 
+from engine.platform import jsonfiles
 from engine.platform.jsonfiles import write_json
+from stoker.errors import ModelError
 from stoker.files import durable
 from stoker.files.durable import DRAFT, draft_folder, publish, remove_folder, sweep, write_whole
 from tests import powercut
@@ -179,6 +181,20 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     assert refusal.value.filename == str(tmp_path / "notes.json"), "the file that was to be, not its draft"
     assert names(tmp_path) == ["notes.json"]
     assert "old" in (tmp_path / "notes.json").read_text()
+
+
+def test_a_file_of_json_is_read_up_to_its_limit_and_not_beyond(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"a": 12345}')
+    monkeypatch.setattr(jsonfiles, "MAX_BYTES", 12)
+    assert jsonfiles.read_json(path) == jsonfiles.read_object(path) == {"a": 12345}
+    monkeypatch.setattr(jsonfiles, "MAX_BYTES", 11)
+    with pytest.raises(ModelError, match="more than 11 bytes, the most that are read"):
+        jsonfiles.read_json(path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ModelError, match="neither a file nor a link to one"):
+        jsonfiles.read_json(path)
 
 
 def test_an_error_that_names_a_file_keeps_its_name(tmp_path: Path) -> None:
