@@ -35,7 +35,7 @@ from stoker.contract import (
     encode,
 )
 from stoker.contract.control import ModelReport
-from stoker.errors import InvalidRequest, JobCancelled, JobLost, UnknownAdapter, WorkerUnavailable
+from stoker.errors import ConfigError, InvalidRequest, JobCancelled, JobLost, UnknownAdapter, WorkerUnavailable
 from stoker.settings import Settings
 
 Asked = list[tuple[Any, ...]]
@@ -250,6 +250,23 @@ def test_a_dead_job_is_sent_again_as_it_was_for_the_client_that_sent_it() -> Non
     with pytest.raises(InvalidRequest, match="other: a message that cannot be read"):
         ask(link, lambda client: client.retry("other"))
     assert [question for question, *_ in link.asked].count("revive") == 1
+
+
+def test_a_client_under_another_key_shares_what_this_one_has_and_what_is_no_key_is_none() -> None:
+    link: Any = Noting()
+    link.with_key = lambda key: ("over", key)
+    client: Any = AsyncClient(link=link)
+    other = client.with_key("alice")
+    assert other.link == ("over", "alice")
+    assert other.choices is client.choices
+    for key in ("a b", "", "Alice", None, "a" * 65):
+        with pytest.raises(InvalidRequest, match="key: "):
+            client.with_key(key)
+
+
+def test_a_client_over_no_broker_has_no_connections() -> None:
+    with pytest.raises(ConfigError, match="works in memory"):
+        _ = AsyncClient(link=Noting()).redis  # type: ignore[arg-type]
 
 
 # Models of workers
