@@ -161,13 +161,9 @@ def test_the_blocks_of_a_message_add_up_to_the_whole(text: str, cuts: list[int],
     first, *middle, ending, last = data(found)
     assert [event.name for event in found] == [one["type"] for one in data(found)]
     whole: Any = MessagesForm("j", "m", AUTO).whole(ended, ())
-    none: dict[str, Any] = {
-        "content": [],
-        "stop_reason": None,
-        "stop_sequence": None,
-        "usage": {"input_tokens": 0, "output_tokens": 0},
-    }
-    assert first == {"type": "message_start", "message": whole | none}
+    counts: dict[str, Any] = {"input_tokens": 0, "output_tokens": 0}
+    begun = whole | {"content": [], "stop_reason": None, "stop_sequence": None, "usage": counts}
+    assert first == {"type": "message_start", "message": begun}
     blocks: list[Any] = []
     is_open = False
     for event in middle:
