@@ -54,7 +54,7 @@ def test_an_id_has_one_to_512_characters(custom_id: object, taken: bool) -> None
 @pytest.mark.parametrize(
     ("fields", "code"),
     [
-        ({"method": "GET"}, "invalid_method"),
+        *(({"method": method}, "invalid_method") for method in ("GET", "post", "", None)),
         ({"url": "/v1/embeddings"}, "invalid_url"),
         ({"body": []}, "invalid_body"),
         ({"body": {"stream": True}}, "invalid_body"),

@@ -101,6 +101,11 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_read_or_where_it_becom
     assert http.post(PATH, content=chunked(2**19), headers=kind).status_code == 413
 
 
+def test_a_body_that_is_said_to_be_too_large_is_not_waited_for(served: Served) -> None:
+    head = f"POST {PATH} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\nconnection: close\r\n"
+    assert raw(served, f"{head}content-length: {bodies.MOST_BYTES + 1}\r\n\r\n".encode()).startswith(b"HTTP/1.1 413")
+
+
 def raw(served: Served, sent: bytes) -> bytes:
     """All that comes back until the gateway closes the connection."""
     with socket.create_connection(("127.0.0.1", served.port), timeout=20) as connection:
