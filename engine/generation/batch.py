@@ -59,8 +59,14 @@ class Batch:
         """(rows, capacity) of storage that holds so many rows of at most so many tokens."""
         return bucket(rows), bucket(length, SMALLEST_KV_LENGTH)
 
+    def has_room(self, rows: int, length: int) -> bool:
+        """Whether its storage holds `rows` rows of `length` tokens as it is: so in nearly every step."""
+        return self.kv is not None and rows <= self.kv.rows and length <= self.kv.capacity
+
     def fit(self, rows: int, length: int) -> None:
         """Have room for `rows` rows of `length` tokens."""
+        if self.has_room(rows, length):
+            return
         rows, capacity = self.shape_for(rows, length)
         if self.kv is None:
             kind = JointKeyValues if self._model.kv_sizes.joint else KeyValues

@@ -61,5 +61,7 @@ class KvBudget:
         """Bytes that the batch would take on top of what it has, with `more` rows of `length` tokens."""
         batch = self._batch
         longest = max([length, *(row.cached + 1 for row in batch.rows)])
+        if batch.has_room(len(batch.rows) + more, longest):
+            return 0
         rows, capacity = batch.shape_for(len(batch.rows) + more, longest)
         return max(0, rows * capacity * self._token - batch.nbytes)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -36,6 +35,21 @@ class RowFault(Exception):
     def __init__(self, row: Row, cause: Exception) -> None:
         super().__init__(str(cause))
         self.row, self.cause = row, cause
+
+
+class _Guard:
+    """A class, and no generator: each row passes here several times a token."""
+
+    __slots__ = ("_row",)
+
+    def __init__(self, row: Row) -> None:
+        self._row = row
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            raise RowFault(self._row, contained(error)) from error
 
 
 class Generation:
@@ -150,13 +164,9 @@ class Row:
         if self.generation.grammar is not None:
             self.grammar = self.generation.grammar.copy()
 
-    @contextmanager
-    def guarded(self) -> Iterator[None]:
+    def guarded(self) -> _Guard:
         """What fails within is this row's own, and leaves as a `RowFault`."""
-        try:
-            yield
-        except BaseException as error:
-            raise RowFault(self, contained(error)) from error
+        return _Guard(self)
 
     @property
     def ticket(self) -> Ticket[GenerateResult]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol, TypeAlias
 
@@ -32,6 +33,10 @@ class StateShape(NamedTuple):
     shape: tuple[int, ...]
     dtype: mx.Dtype
 
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * int(self.dtype.size)
+
 
 class KvSizes(NamedTuple):
     """What a model keeps of a row: keys and values of each layer that attends, and the states of those that do not."""
@@ -41,6 +46,11 @@ class KvSizes(NamedTuple):
     states: Sequence[StateShape] = ()
     #: Whether rows that decode keep several layers in one array (`engine.models.joint`): all sides are alike then.
     joint: bool = False
+
+    @property
+    def token_bytes(self) -> int:
+        """Of one token, in every layer that attends."""
+        return sum(side.nbytes for side in (*self.keys, *self.values))
 
 
 class HoldsKeyValues(Protocol):
@@ -81,6 +91,9 @@ class KeyValues:
         self.keys = [mx.zeros((rows, side.heads, capacity, side.size), side.dtype) for side in sizes.keys]
         self.values = [mx.zeros((rows, side.heads, capacity, side.size), side.dtype) for side in sizes.values]
         self.states = [mx.zeros((rows, *state.shape), state.dtype) for state in sizes.states]
+        # Asked for at every step: adding up all arrays would take longer there than all else that memory needs.
+        self._token = sizes.token_bytes
+        self._state = sum(state.nbytes for state in sizes.states)
 
     @property
     def stored(self) -> Stored:
@@ -93,7 +106,7 @@ class KeyValues:
 
     @property
     def nbytes(self) -> int:
-        return sum(array.nbytes for array in (*self.keys, *self.values, *self.states))
+        return self.rows * (self.capacity * self._token + self._state)
 
     def pending(self, offset: np.ndarray) -> None:
         """Where a pass over rows at `offset` has to write what the one before it made: each pass wrote its own."""
@@ -146,14 +159,14 @@ class KeyValues:
         made.values = [mx.contiguous(array[row : row + 1, :, :length]) for array in self.values]
         made.states = [mx.contiguous(array[row : row + 1]) for array in self.states]
         made.rows, made.capacity = 1, length
+        made._token, made._state = self._token, self._state
         mx.async_eval(made.keys, made.values, made.states)  # type: ignore[no-untyped-call]
         return made
 
 
 def bytes_per_token(model: HoldsKeyValues) -> int:
     """What one token's keys and values take in every layer; a byte at least, for a model that keeps states alone."""
-    sizes = model.kv_sizes
-    return max(1, sum(side.nbytes for side in (*sizes.keys, *sizes.values)))
+    return max(1, model.kv_sizes.token_bytes)
 
 
 def _column(lengths: list[int], dimensions: int) -> mx.array:
