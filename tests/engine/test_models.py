@@ -150,7 +150,7 @@ def test_keys_and_values_stay_when_rows_and_columns_change(tiny_llama: Llama) ->
     kv.resize(1, 256)
     kv.resize(2, 256)
     assert np.array_equal(np.array(kv.keys[1][0, :, :3]), first), "of fewer rows the first stay"
-    assert kv.nbytes == 2 * 256 * bytes_per_token(tiny_llama)
+    assert kv.nbytes == 2 * 256 * bytes_per_token(tiny_llama) == sum(array.nbytes for array in (*kv.keys, *kv.values))
 
 
 CONFIG = {
