@@ -134,7 +134,8 @@ def test_launchd_is_asked_to_end_an_agent_that_runs_before_another_starts(
     system.start(service)
     assert commands.asked == [ends[0], *starts], "none runs"
     commands.fails = {}
-    monkeypatch.setattr(service_manager.time, "monotonic", iter([0.0, 65.0, 65.1, 65.2]).__next__)
+    moments = iter([0.0, 65.0, 65.1, 65.2])
+    monkeypatch.setattr(service_manager, "time", SimpleNamespace(sleep=slept.append, monotonic=lambda: next(moments)))
     with pytest.raises(ConfigError, match=f"launchd has not ended {LABEL} within 65 s"):
         system.stop(35)
     follow = ["tail", "-n", "7", str(service.log)]
