@@ -88,6 +88,21 @@ def test_a_run_that_goes_on_meanwhile_is_left_to_its_worker(monkeypatch: pytest.
     assert folder.exists()
 
 
+def test_a_run_that_another_process_removes_meanwhile_is_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(4):
+        make_run(f"job-{number}", age=(9 - number) * DAY)
+    settings, remove = load_settings(keep_runs=1), keeping.remove_folder
+
+    def raced(folder: Path) -> None:
+        if folder.name == "job-0":
+            raise FileNotFoundError(2, "No such file or directory", str(folder.parent))
+        remove(folder)
+
+    monkeypatch.setattr(keeping, "remove_folder", raced)
+    gone = keeping.remove_over_limits(settings, time.time())
+    assert [leftover.path.name for leftover in gone] == ["job-1", "job-2"]
+
+
 def test_a_worker_removes_them_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     make_run("old", age=91 * DAY)
     make_run("new")
