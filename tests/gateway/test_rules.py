@@ -24,13 +24,16 @@ from stoker.gateway import anthropic, batches, chat, completions, embeddings, fi
 from stoker.gateway.answers import answered
 from stoker.gateway.anthropic_messages import AnthropicMessage
 from stoker.gateway.calls import Call, Caller, Models, NamedJob, job_of, keeps
+from stoker.gateway.embeddings import EmbeddingBody
 from stoker.gateway.errors import TABLE, Names, Refused, row_of
-from stoker.gateway.fields import checked_body
+from stoker.gateway.fields import checked_body, parse
 from stoker.gateway.logprobs import legacy_logprobs, logprobs_of
 from stoker.gateway.paging import Page, listing, page_of
 from stoker.gateway.tools import Choice, Function, Tool, call_id, chosen
 from stoker.gateway.usage import finish_reason, usage_of
 from stoker.testing import AsyncFakeClient
+
+SAID = [{"role": "user", "content": "a"}]
 
 
 def refusal(ask: Callable[[], Any]) -> Refused:
@@ -181,6 +184,70 @@ def test_a_field_has_the_name_of_its_endpoint_with_all_that_follows_it() -> None
     assert names.refusal(UnknownModel("texts: x")).param == "model"
     assert names.refusal(QueueFull("full", wait=7.5)).again == 7.5
     assert names.refusal(QueueFull("full")).again == TABLE[QueueFull].again
+
+
+OF_EMBEDDINGS = f"Allowed: {', '.join(EmbeddingBody.model_fields)}."
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "code", "said"),
+    [
+        ({"input": "a"}, "model", "missing_required_parameter", "model: missing; it has to be given."),
+        ({"model": None, "input": "a"}, "model", "missing_required_parameter", "model: missing; it has to be given."),
+        (
+            {"model": "m", "input": [1, 2]}, "input", "invalid_value",
+            "input: [1, 2] given; expected a text, or a list of texts. Token ids are not supported.",
+        ),
+        (
+            {"model": "m", "input": "a", "dimensions": "4"}, "dimensions", "invalid_value",
+            "dimensions: '4' given; input should be a valid integer.",
+        ),
+        (
+            {"model": "m", "input": "a", "dimensons": 4}, "dimensons", "unknown_parameter",
+            f"dimensons: no such field; did you mean dimensions? {OF_EMBEDDINGS}",
+        ),
+        (
+            {"model": "m", "input": "a", "x": 4}, "x", "unknown_parameter",
+            f"x: no such field; {OF_EMBEDDINGS}",
+        ),
+    ],
+)  # fmt: skip
+def test_the_first_field_that_is_wrong_is_said_with_what_is_allowed(
+    fields: dict[str, Any], param: str, code: str, said: str
+) -> None:
+    refused = refusal(lambda: checked_body(EmbeddingBody, fields))
+    assert (refused.status, refused.param, refused.code, refused.message) == (400, param, code, said)
+
+
+def test_a_field_of_a_field_is_said_by_its_way_and_one_that_stoker_lacks_with_what_to_do() -> None:
+    body = {"model": "m", "messages": SAID, "response_format": {"type": "json_schema", "json_schema": {"strict": True}}}
+    assert refusal(lambda: checked_body(chat.ChatBody, body)).param == "response_format.json_schema.name"
+    extra = {"model": "m", "messages": [{"role": "user", "content": "a", "weight": 1}]}
+    refused = refusal(lambda: checked_body(chat.ChatBody, extra))
+    assert (refused.param, refused.code) == ("messages.0.weight", "unsupported_parameter")
+    assert refused.message == "messages.0.weight: not supported; leave it out."
+    for name, why in chat.ChatBody.REFUSED.items():
+        refused = refusal(lambda: checked_body(chat.ChatBody, {"model": "m", "messages": SAID, name: 1}))  # noqa: B023
+        assert (refused.param, refused.code) == (name, "unsupported_parameter")
+        assert refused.message == f"{name}: not supported by Stoker; {why}."
+        checked_body(chat.ChatBody, {"model": "m", "messages": SAID, name: None})
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        (b"", "the body cannot be read as JSON"),
+        (b"{", "the body cannot be read as JSON"),
+        (b"[" * 100_000, "the body cannot be read as JSON"),
+        (b"\xff", "the body cannot be read as JSON"),
+        (b'{"model": "\\ud800"}', "the body cannot be read as JSON"),
+        (b"[1]", "the body is [1]; expected a JSON object."),
+        (b"null", "the body is None; expected a JSON object."),
+    ],
+)
+def test_a_body_that_is_no_object_of_json_is_one_error(raw: bytes, said: str) -> None:
+    assert refusal(lambda: parse(EmbeddingBody, raw)).message.startswith(said)
+    assert parse(EmbeddingBody, b'{"model": "m", "input": "\\ud83d\\ude00"}').input == ["\U0001f600"]
 
 
 # Who asks, and what the job is called

@@ -262,7 +262,7 @@ def test_the_model_that_is_meant_is_chosen_once(run: Run, monkeypatch: pytest.Mo
 
 def test_half_of_what_a_worker_runs_at_once_is_left_to_others(client: FakeClient) -> None:
     (worker,) = client.workers()
-    for room, share in ((16, 8), (256, 128), (1, JOBS_PER_WORKER)):
+    for room, share in ((16, 8), (17, 8), (256, 128), (1, JOBS_PER_WORKER)):
         assert generation_share(worker.model_copy(update={"lanes": {"generate": (3, room)}})) == share
     assert generation_share(worker.model_copy(update={"lanes": {}})) == JOBS_PER_WORKER
 
