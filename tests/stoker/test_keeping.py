@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from stoker.files.durable import remove_folder
 from stoker.local import keeping
 from stoker.local.keeping import over_limits, remove_over_limits
 from stoker.settings import Settings, load_settings
@@ -91,12 +92,12 @@ def test_a_run_that_goes_on_meanwhile_is_left_to_its_worker(monkeypatch: pytest.
 def test_a_run_that_another_process_removes_meanwhile_is_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(4):
         make_run(f"job-{number}", age=(9 - number) * DAY)
-    settings, remove = load_settings(keep_runs=1), keeping.remove_folder
+    settings = load_settings(keep_runs=1)
 
     def raced(folder: Path) -> None:
         if folder.name == "job-0":
             raise FileNotFoundError(2, "No such file or directory", str(folder.parent))
-        remove(folder)
+        remove_folder(folder)
 
     monkeypatch.setattr(keeping, "remove_folder", raced)
     gone = keeping.remove_over_limits(settings, time.time())
