@@ -13,6 +13,7 @@ from stoker.client.asked import Ask
 if TYPE_CHECKING:
     from redis.asyncio import Redis as Redis
 
+    from stoker.client.channels import Channels, Listener
     from stoker.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class Connections:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._of_loop: dict[asyncio.AbstractEventLoop, Redis] = {}
+        self._channels: dict[asyncio.AbstractEventLoop, Channels] = {}
 
     def current(self) -> Redis:
         """The redis-py client of the loop that runs."""
@@ -48,16 +50,34 @@ class Connections:
             self._of_loop[loop] = connect_async(self._settings)
         return self._of_loop[loop]
 
+    def listener(self) -> Listener:
+        """Hears channels of the broker, over the connection that all listeners of the loop share."""
+        loop = asyncio.get_running_loop()
+        if loop not in self._channels:
+            from stoker.client.channels import Channels
+
+            self._channels[loop] = Channels(self.current())
+        return self._channels[loop].listener()
+
+    @staticmethod
+    def doubt(listener: Listener) -> None:
+        """The broker did not answer the reader of `listener`."""
+        listener.doubt()
+
     async def aclose(self) -> None:
         """Close the connections of the loop that runs, and let go of those whose loop has ended."""
         self._forget_closed()
-        redis = self._of_loop.pop(asyncio.get_running_loop(), None)
+        loop = asyncio.get_running_loop()
+        channels, redis = self._channels.pop(loop, None), self._of_loop.pop(loop, None)
+        if channels is not None:
+            await channels.aclose()
         if redis is not None:
             await redis.aclose()
 
     def _forget_closed(self) -> None:
         for loop in [loop for loop in self._of_loop if loop.is_closed()]:
             del self._of_loop[loop]
+            self._channels.pop(loop, None)
 
 
 async def finished(call: Callable[[], Awaitable[T]]) -> T:

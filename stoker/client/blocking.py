@@ -11,6 +11,7 @@ from stoker.client.asked import Ask
 
 if TYPE_CHECKING:
     from redis import Redis as Redis
+    from redis.client import PubSub as Listener
 
     from stoker.settings import Settings
 
@@ -38,6 +39,15 @@ class Connections:
     def current(self) -> Redis:
         """The redis-py client."""
         return self._redis
+
+    def listener(self) -> Listener:
+        """Hears channels of the broker, over a connection of its own: there is no task that could read for others."""
+        listener: Listener = self._redis.pubsub(ignore_subscribe_messages=True)
+        return listener
+
+    @staticmethod
+    def doubt(listener: Listener) -> None:
+        """The broker did not answer the reader of `listener`, whose connection is closed with it."""
 
     def close(self) -> None:
         self._redis.close()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypedDict, TypeVar
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 PAGE = 512
 #: Seconds without a message after which a reader looks again, and finds what pub/sub lost.
 QUIET = 1.0
+#: Jobs whose end a client remembers.
+REMEMBERED = 1024
 #: Seconds without an owner after which a reader asks whether there is a worker for the job at all.
 UNOWNED = 3.0
 
@@ -216,6 +219,21 @@ class Follower(Generic[E]):
 
     def _parsed(self, payloads: Iterable[bytes]) -> list[E]:
         return [self._entry.model_validate_json(payload) for payload in payloads] if self._entry is not None else []
+
+
+class Ended:
+    """Jobs that a client has followed to their end lately: their outcome needs no waiting for."""
+
+    def __init__(self) -> None:
+        self._jobs: OrderedDict[str, None] = OrderedDict()
+
+    def remember(self, job_id: str) -> None:
+        self._jobs[job_id] = None
+        while len(self._jobs) > REMEMBERED:
+            self._jobs.popitem(last=False)
+
+    def __contains__(self, job_id: str) -> bool:
+        return job_id in self._jobs
 
 
 def ask_state(pipeline: P, job_id: str) -> P:

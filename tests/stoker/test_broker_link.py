@@ -61,6 +61,26 @@ def test_a_reader_that_has_what_it_wants_listens_no_more(fake: Callable[[], Clie
         assert server.pubsub_channels() == []
 
 
+def test_the_result_of_a_stream_that_has_ended_is_fetched_without_listening(
+    fake: Callable[[], Client], server: Any
+) -> None:
+    def subscriptions() -> int:
+        return int(server.info("commandstats").get("cmdstat_subscribe", {"calls": 0})["calls"])
+
+    with fake() as client:
+        job = client.generate("x", model="smol")
+        failed(server, job.id)
+        with pytest.raises(JobFailed):
+            list(job.stream())
+        before = subscriptions()
+        with pytest.raises(JobFailed, match="the model fell over"):
+            job.result()
+        assert subscriptions() == before
+        server.delete(keys.job(job.id), keys.result(job.id))
+        with pytest.raises(JobLost):
+            job.result(timeout=30)
+
+
 def test_a_job_that_the_broker_does_not_know_cannot_be_cancelled(fake: Callable[[], Client], server: Any) -> None:
     with fake() as client:
         job = client.embed(["a"], model="mini")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,7 +25,7 @@ from stoker.client import model_choice
 from stoker.client._async.link import AsyncLink
 from stoker.client.asynchronously import Connections, finished, in_thread, sleep
 from stoker.client.commands import Waiting
-from stoker.client.following import Follower, ask_state
+from stoker.client.following import Ended, Follower, ask_state
 from stoker.client.submission import Submission
 from stoker.contract import EmbedReply, ModelCard, Presence, Request, StreamToken, TrainReport, encode
 from stoker.contract.control import ModelCommand, ModelReport
@@ -47,6 +47,7 @@ class AsyncBrokerLink:
         self._settings = settings
         self._connections = connections or Connections(settings)
         self._sent = traces.Sent()
+        self._ended = Ended()
 
     def __reduce__(self) -> tuple[object, ...]:
         return _link_at, (self._settings.address.without_password,)
@@ -118,6 +119,8 @@ class AsyncBrokerLink:
     async def value(self, job_id: str, timeout: float | None) -> object:
         follower = Follower[StreamToken](self._settings, job_id, timeout=timeout)
         with traces.waiting(job_id, self._sent.of(job_id)):
+            if job_id in self._ended:
+                await self._look_once(follower)
             async for _ in self._follow(follower):
                 pass
             return follower.value()
@@ -128,29 +131,37 @@ class AsyncBrokerLink:
             async with aclosing(self._follow(follower)) as entries:
                 async for item in entries:
                     yield item
+            self._ended.remember(job_id)
             follower.value()
 
     async def _follow(self, follower: Follower[E]) -> AsyncGenerator[E]:
         """Yield entries until the outcome is known; outlast the broker's outages for as long as patience lasts."""
         while follower.outcome is None:
-            pubsub, pause = self._redis.pubsub(ignore_subscribe_messages=True), 0.0
+            listener: Any = self._connections.listener()
+            pause = 0.0
             try:
                 with translated(self._settings, passing=connection.TROUBLE):
-                    await pubsub.subscribe(*follower.channels)
+                    await listener.subscribe(*follower.channels)
                 follower.subscribed()
                 while follower.outcome is None:
-                    for item in await self._more(pubsub, follower):
+                    for item in await self._more(listener, follower):
                         yield item
             except connection.TROUBLE as error:
+                self._connections.doubt(listener)
                 pause = follower.pause(error)
             finally:
-                await finished(pubsub.aclose)
+                await finished(listener.aclose)
             await sleep(pause)
 
-    async def _more(self, pubsub: Any, follower: Follower[E]) -> list[E]:
+    async def _look_once(self, follower: Follower[E]) -> None:
+        """For a job that has ended: what it became is there, most likely, and nobody has to listen for it."""
+        with suppress(*connection.TROUBLE):
+            await self._more(None, follower)
+
+    async def _more(self, listener: Any, follower: Follower[E]) -> list[E]:
         with translated(self._settings, passing=connection.TROUBLE), own_patience():
             if not follower.must_look:
-                return follower.heard(await pubsub.get_message(timeout=follower.wait()))
+                return follower.heard(await listener.get_message(timeout=follower.wait()))
             entries = follower.looked(await follower.ask(self._redis.pipeline()).execute())
         if follower.waits_long():
             await self._say_who_is_missing(follower.job_id)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Generator
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -26,7 +26,7 @@ from stoker.client import model_choice
 from stoker.client._sync.link import Link
 from stoker.client.blocking import Connections, finished, in_thread, sleep
 from stoker.client.commands import Waiting
-from stoker.client.following import Follower, ask_state
+from stoker.client.following import Ended, Follower, ask_state
 from stoker.client.submission import Submission
 from stoker.contract import EmbedReply, ModelCard, Presence, Request, StreamToken, TrainReport, encode
 from stoker.contract.control import ModelCommand, ModelReport
@@ -48,6 +48,7 @@ class BrokerLink:
         self._settings = settings
         self._connections = connections or Connections(settings)
         self._sent = traces.Sent()
+        self._ended = Ended()
 
     def __reduce__(self) -> tuple[object, ...]:
         return _link_at, (self._settings.address.without_password,)
@@ -119,6 +120,8 @@ class BrokerLink:
     def value(self, job_id: str, timeout: float | None) -> object:
         follower = Follower[StreamToken](self._settings, job_id, timeout=timeout)
         with traces.waiting(job_id, self._sent.of(job_id)):
+            if job_id in self._ended:
+                self._look_once(follower)
             for _ in self._follow(follower):
                 pass
             return follower.value()
@@ -129,29 +132,37 @@ class BrokerLink:
             with closing(self._follow(follower)) as entries:
                 for item in entries:
                     yield item
+            self._ended.remember(job_id)
             follower.value()
 
     def _follow(self, follower: Follower[E]) -> Generator[E]:
         """Yield entries until the outcome is known; outlast the broker's outages for as long as patience lasts."""
         while follower.outcome is None:
-            pubsub, pause = self._redis.pubsub(ignore_subscribe_messages=True), 0.0
+            listener: Any = self._connections.listener()
+            pause = 0.0
             try:
                 with translated(self._settings, passing=connection.TROUBLE):
-                    pubsub.subscribe(*follower.channels)
+                    listener.subscribe(*follower.channels)
                 follower.subscribed()
                 while follower.outcome is None:
-                    for item in self._more(pubsub, follower):
+                    for item in self._more(listener, follower):
                         yield item
             except connection.TROUBLE as error:
+                self._connections.doubt(listener)
                 pause = follower.pause(error)
             finally:
-                finished(pubsub.close)
+                finished(listener.close)
             sleep(pause)
 
-    def _more(self, pubsub: Any, follower: Follower[E]) -> list[E]:
+    def _look_once(self, follower: Follower[E]) -> None:
+        """For a job that has ended: what it became is there, most likely, and nobody has to listen for it."""
+        with suppress(*connection.TROUBLE):
+            self._more(None, follower)
+
+    def _more(self, listener: Any, follower: Follower[E]) -> list[E]:
         with translated(self._settings, passing=connection.TROUBLE), own_patience():
             if not follower.must_look:
-                return follower.heard(pubsub.get_message(timeout=follower.wait()))
+                return follower.heard(listener.get_message(timeout=follower.wait()))
             entries = follower.looked(follower.ask(self._redis.pipeline()).execute())
         if follower.waits_long():
             self._say_who_is_missing(follower.job_id)
