@@ -14,7 +14,7 @@ from engine.generation.kv_budget import KvBudget
 from engine.generation.limits import GROUP, GenerationLoad, LaneLimits
 from engine.generation.pacing import Chunk, LanePacer
 from engine.generation.prefill import Prefill
-from engine.generation.prefixes import PrefixCache
+from engine.generation.prefixes import SHORTEST, SHORTEST_ON_CPU, PrefixCache
 from engine.generation.prompt import check_ids, check_memory, tokenize
 from engine.generation.prompts import Prompts
 from engine.generation.roster import Roster
@@ -22,6 +22,7 @@ from engine.generation.row import Generation, Row, RowFault, RowState
 from engine.generation.seats import Seats
 from engine.generation.step import Step, usual
 from engine.generation.structured import GrammarVocabulary
+from engine.platform.compiler import on_cpu
 from engine.ticket import StepOutput, Ticket
 from stoker.contract import GenerateRequest, GenerateResult, StreamToken
 
@@ -51,7 +52,8 @@ class GenerateLane:
     def _reset(self, preempted: int) -> None:
         self.batch = Batch(self._decoder, self._pool, self.step)
         kept = int(self.limits.kv_bytes * self.limits.prefix_share)
-        self.prefixes = PrefixCache(kept, whole=bool(self._decoder.kv_sizes.states))
+        shortest = SHORTEST_ON_CPU if on_cpu() else SHORTEST
+        self.prefixes = PrefixCache(kept, whole=bool(self._decoder.kv_sizes.states), shortest=shortest)
         self.budget = KvBudget(self._decoder, self.limits.kv_bytes, self.batch, self.prefixes)
         self._prompts, self._roster = Prompts(self.budget), Roster()
         self._seats = Seats(self.limits.slots, self._roster, self._prompts, self.batch, self.budget, preempted)

@@ -12,7 +12,7 @@ from engine.adapters.pool import AdapterPool
 from engine.generation.batch import SMALLEST_KV_LENGTH, gather
 from engine.generation.draws import Draw, Pick
 from engine.generation.forward_input import ForwardInput
-from engine.generation.prefixes import SHORTEST, PrefixCache
+from engine.generation.prefixes import PrefixCache
 from engine.generation.row import Row, RowState
 from engine.generation.sampling import picks
 from engine.generation.sampling_batch import SamplingBatch
@@ -88,7 +88,7 @@ class Prefill:
         """Let the prefix cache have what is filled of a row."""
         tokens = (row.generation.prompt + row.tokens)[: row.cached]
         name = owner(self._pool, row)
-        if len(tokens) >= SHORTEST and not prefixes.has(name, tokens):
+        if len(tokens) >= prefixes.shortest and not prefixes.has(name, tokens):
             prefixes.put(name, tokens, self.kv.row(self.kv_row(row), row.cached))
 
     def advance(self, pacer: PrefillPacer, patience: float) -> list[tuple[Row, Pick]]:

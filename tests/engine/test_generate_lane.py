@@ -19,6 +19,7 @@ from engine.adapters.peft import CONFIG_FILE
 from engine.adapters.pool import AdapterPool
 from engine.adapters.store import AdapterStore
 from engine.checkpoints.loading import LoadedModel, load
+from engine.generation import lane as lane_module
 from engine.generation.lane import GenerateLane
 from engine.generation.limits import LaneLimits
 from engine.generation.prompt import TokenizedPrompt
@@ -633,6 +634,22 @@ def test_a_shared_beginning_goes_through_the_model_once(model: LoadedModel, pool
     fresh.run()
     assert again.ids == wanted.ids
     assert [sent.result.usage.cached_tokens for sent in (first, again, adapted)] == [0, 90, 0]
+
+
+@pytest.mark.parametrize(
+    ("on_cpu", "shared", "found"), [(True, 16, 16), (True, 15, 0), (False, 32, 32), (False, 31, 0)]
+)
+def test_a_beginning_is_shared_from_a_length_on_at_which_it_pays_on_the_device(
+    model: LoadedModel, pool: AdapterPool, monkeypatch: pytest.MonkeyPatch, on_cpu: bool, shared: int, found: int
+) -> None:
+    monkeypatch.setattr(lane_module, "on_cpu", lambda: on_cpu)
+    driver, cached = Driver(model, pool), []
+    for number in range(2):
+        beginning = [3 + index for index in range(shared)]
+        sent = driver.send(request([*beginning, 50 + number, 7], max_tokens=1))
+        driver.run()
+        cached.append(sent.result.usage.cached_tokens)
+    assert cached == [0, found]
 
 
 @pytest.mark.parametrize("slots", [1, 3])
