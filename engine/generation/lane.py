@@ -64,10 +64,16 @@ class GenerateLane:
             pass
 
     def warming(self) -> Iterator[None]:
-        """Generate three tokens for nobody, a step at a time: passes are compiled before the first request waits."""
+        """Generate three tokens for nobody, with at most one pass that is new at a time: passes are compiled before the
+        first request waits."""
         request = GenerateRequest(model=self._model.name, prompt_ids=(0,), max_tokens=3, ignore_eos=True)
         ticket: Ticket[GenerateResult] = Ticket("warm", self.kind)
         self.admit(self.prepare(ticket, request, None))
+        yield
+        # By itself: `run` would launch the first step behind it, whose pass is new too.
+        self._pacer.begin({request.priority})
+        self._push_prompts(StepOutput())
+        yield
         while self.busy:
             self.run()
             yield

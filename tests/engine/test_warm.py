@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from engine.checkpoints.vocabulary import check_pair_types
 from engine.engine import Engine
 from engine.generation.lane import GenerateLane
 from engine.generation.limits import LaneLimits
+from engine.generation.step import Step
 from engine.models.llama import Llama
 from engine.warm import WarmModels
 from stoker.contract.kinds import KINDS
@@ -48,6 +50,29 @@ def test_lanes_whose_jobs_are_streams_are_urgent_and_a_model_that_comes_back_is_
     assert added == {kind: KINDS[kind].urgent for kind in added}
     assert set(added) >= {"generate", "train", "embed"}
     assert set(added.values()) == {True, False}
+
+
+def test_a_turn_of_a_load_has_one_new_pass_at_most(
+    tiny_llama: Llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Streams wait for each."""
+    new: list[str] = []
+
+    def noting(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*given: Any) -> Any:
+            new.append(name)
+            return plain(*given)
+
+        return noted
+
+    for name in ("_forward", "_layers"):
+        monkeypatch.setattr(Step, name, noting(name, getattr(Step, name)))
+    warm = WarmModels(AdapterStore(tmp_path), tmp_path, LaneLimits(compiled="decode"), 1 << 30, 0.2)
+    turns = []
+    for _ in warm.hold(tiny.loaded(tiny_llama)):
+        turns.append(list(new))
+        new.clear()
+    assert sorted(filter(None, turns)) == [["_forward"], ["_layers"]]
 
 
 @pytest.mark.parametrize("sound", [True, False])
