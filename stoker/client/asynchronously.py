@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
-from typing import TYPE_CHECKING, TypeAlias, TypeVar
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Hashable, Iterable
+from functools import partial
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
 from stoker.broker.connection import connect_async
 from stoker.client.asked import Ask
@@ -78,6 +79,29 @@ class Connections:
         for loop in [loop for loop in self._of_loop if loop.is_closed()]:
             del self._of_loop[loop]
             self._channels.pop(loop, None)
+
+
+class Joint(Generic[T]):
+    """What several ask at the same time is asked once, and all have its answer or its error."""
+
+    def __init__(self) -> None:
+        self._asked: dict[tuple[asyncio.AbstractEventLoop, Hashable], asyncio.Task[T]] = {}
+
+    async def ask(self, what: Hashable, call: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        key = asyncio.get_running_loop(), what
+        if key not in self._asked:
+            self._asked[key] = key[0].create_task(call())
+            self._asked[key].add_done_callback(partial(self._answered, key))
+        # One who is cancelled leaves the others their answer.
+        return await asyncio.shield(self._asked[key])
+
+    def forget(self) -> None:
+        """Who asks from now on asks anew."""
+        self._asked.clear()
+
+    def _answered(self, key: tuple[asyncio.AbstractEventLoop, Hashable], task: asyncio.Task[T]) -> None:
+        if self._asked.get(key) is task:
+            del self._asked[key]
 
 
 async def finished(call: Callable[[], Awaitable[T]]) -> T:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, ParamSpec, TypeAlias, TypeVar
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from typing import TYPE_CHECKING, Generic, ParamSpec, TypeAlias, TypeVar
 
 from stoker.broker.connection import connect
 from stoker.client.asked import Ask
@@ -51,6 +51,16 @@ class Connections:
 
     def close(self) -> None:
         self._redis.close()
+
+
+class Joint(Generic[T]):
+    """A thread that asks waits for its own answer."""
+
+    def ask(self, what: Hashable, call: Callable[[], T]) -> T:
+        return call()
+
+    def forget(self) -> None:
+        """Each asks anew in any case."""
 
 
 def in_thread(call: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:

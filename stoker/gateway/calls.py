@@ -10,7 +10,7 @@ from starlette.types import Receive
 
 from stoker.broker import keys
 from stoker.client._async.client import AsyncClient
-from stoker.client.asynchronously import finished
+from stoker.client.asynchronously import Joint, finished
 from stoker.contract import ModelCard
 from stoker.contract.names import Rule, follows
 from stoker.contract.shown import brief
@@ -103,11 +103,12 @@ class Models:
         self._client = client
         self._cards: dict[str, ModelCard] = {}
         self._until = 0.0
+        self._asking: Joint[dict[str, ModelCard]] = Joint()
 
     async def most_tokens(self, model: str) -> int:
         """The longest answer that makes sense: the model's whole context."""
         if time.monotonic() >= self._until:
-            self._cards = await self._client.models()
+            self._cards = await self._asking.ask("models", self._client.models)
             self._until = time.monotonic() + keys.PRESENCE_EVERY
         card = self._cards.get(model)
         return MOST_TOKENS if card is None else min(MOST_TOKENS, max(1, card.context))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,7 @@ from stoker.client._async.jobs import (
 )
 from stoker.client._async.link import AsyncLink
 from stoker.client._async.models import AsyncModels
-from stoker.client.asynchronously import in_thread
+from stoker.client.asynchronously import Joint, in_thread
 from stoker.client.options import EmbedOptions, GenerateOptions, RerankOptions, TrainOptions, checked_options
 from stoker.client.requests import Dataset, Prompt
 from stoker.contract import Presence, Request
@@ -73,8 +74,9 @@ class AsyncClient(AsyncBulkClient):
         self.adapters = AsyncAdapters(self.link, self.choose_model)
         #: Which models were chosen lately.
         self.choices = model_choice.Choices()
+        self._choosing: Joint[str] = Joint()
         #: `models()`: every model that some worker serves or lately served. And `load`, `unload`, `pin`, `unpin`.
-        self.models = AsyncModels(self.link, lambda: self.choices.forget())
+        self.models = AsyncModels(self.link, self._forget_choices)
 
     @property
     def settings(self) -> Settings:
@@ -98,7 +100,7 @@ class AsyncClient(AsyncBulkClient):
         """A client that sends under another key, for programs that send for several users. It shares the connections
         of this one, which closes them. Raises `InvalidRequest` for what can be no key."""
         client = AsyncClient(link=self.link.with_key(checked(Rule.NAME, "key", key)))
-        client.choices = self.choices
+        client.choices, client._choosing = self.choices, self._choosing
         return client
 
     async def embed(
@@ -225,8 +227,15 @@ class AsyncClient(AsyncBulkClient):
         …, as asked. Raises `UnknownModel`."""
         chosen = self.choices.get(model, ability)
         if chosen is None:
-            chosen = model_choice.choose_model(model, ability, await self.models(), await self.workers())
+            chosen = await self._choosing.ask((model, ability), partial(self._choice, model, ability))
         return self.choices.keep(model, ability, chosen)
+
+    async def _choice(self, model: str | None, ability: str) -> str:
+        return model_choice.choose_model(model, ability, await self.models(), await self.workers())
+
+    def _forget_choices(self) -> None:
+        self.choices.forget()
+        self._choosing.forget()
 
     async def close(self) -> None:
         """Close the connections. The client may be used again: it opens others."""

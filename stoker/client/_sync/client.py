@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,7 @@ from stoker.client._sync.jobs import (
 )
 from stoker.client._sync.link import Link
 from stoker.client._sync.models import Models
-from stoker.client.blocking import in_thread
+from stoker.client.blocking import Joint, in_thread
 from stoker.client.options import EmbedOptions, GenerateOptions, RerankOptions, TrainOptions, checked_options
 from stoker.client.requests import Dataset, Prompt
 from stoker.contract import Presence, Request
@@ -74,8 +75,9 @@ class Client(BulkClient):
         self.adapters = Adapters(self.link, self.choose_model)
         #: Which models were chosen lately.
         self.choices = model_choice.Choices()
+        self._choosing: Joint[str] = Joint()
         #: `models()`: every model that some worker serves or lately served. And `load`, `unload`, `pin`, `unpin`.
-        self.models = Models(self.link, lambda: self.choices.forget())
+        self.models = Models(self.link, self._forget_choices)
 
     @property
     def settings(self) -> Settings:
@@ -99,7 +101,7 @@ class Client(BulkClient):
         """A client that sends under another key, for programs that send for several users. It shares the connections
         of this one, which closes them. Raises `InvalidRequest` for what can be no key."""
         client = Client(link=self.link.with_key(checked(Rule.NAME, "key", key)))
-        client.choices = self.choices
+        client.choices, client._choosing = self.choices, self._choosing
         return client
 
     def embed(
@@ -224,8 +226,15 @@ class Client(BulkClient):
         …, as asked. Raises `UnknownModel`."""
         chosen = self.choices.get(model, ability)
         if chosen is None:
-            chosen = model_choice.choose_model(model, ability, self.models(), self.workers())
+            chosen = self._choosing.ask((model, ability), partial(self._choice, model, ability))
         return self.choices.keep(model, ability, chosen)
+
+    def _choice(self, model: str | None, ability: str) -> str:
+        return model_choice.choose_model(model, ability, self.models(), self.workers())
+
+    def _forget_choices(self) -> None:
+        self.choices.forget()
+        self._choosing.forget()
 
     def close(self) -> None:
         """Close the connections. The client may be used again: it opens others."""
