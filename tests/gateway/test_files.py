@@ -294,6 +294,7 @@ def test_a_disk_that_takes_nothing_is_said_and_leaves_nothing(
     assert list(api.files.list()) == []
     assert folders(settings) == []
     assert not redis.keys(keys.file("*"))
+    assert not redis.keys(keys.file_contents("*")), "nor is there anything to sweep"
 
 
 def test_the_store_that_is_named_holds_the_parts_and_another_gateway_says_where_a_file_is(

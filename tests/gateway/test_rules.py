@@ -250,6 +250,22 @@ def test_a_body_that_is_no_object_of_json_is_one_error(raw: bytes, said: str) ->
     assert parse(EmbeddingBody, b'{"model": "m", "input": "\\ud83d\\ude00"}').input == ["\U0001f600"]
 
 
+@pytest.mark.parametrize("given", [[], "5", 5, {"x": 1.0}, {"-1": 1.0}, {"1.5": 1.0}, {"": 1.0}, {"5": 1.0, "x": 1.0}])
+def test_a_bias_of_what_is_no_token_is_refused_by_what_is_expected(given: Any) -> None:
+    refused = refusal(lambda: checked_body(chat.ChatBody, {"model": "m", "messages": SAID, "logit_bias": given}))
+    assert refused.param == "logit_bias"
+    assert "expected an object that maps ids of tokens to numbers from -100 to 100" in refused.message
+
+
+@pytest.mark.parametrize("given", ["x", ["x"], ["x", "y"], []])
+def test_a_stop_is_a_text_or_several(given: Any) -> None:
+    body = checked_body(chat.ChatBody, {"model": "m", "messages": SAID, "stop": given})
+    assert body.stop == ([given] if isinstance(given, str) else given)
+    for wrong in (5, [5], ["x", None], {"a": 1}):
+        refused = refusal(lambda: checked_body(chat.ChatBody, {"model": "m", "messages": SAID, "stop": wrong}))  # noqa: B023
+        assert "expected a text, or a list of texts" in refused.message
+
+
 # Who asks, and what the job is called
 
 
@@ -565,8 +581,9 @@ def test_which_functions_may_be_called_is_what_is_chosen(choice: object, found: 
     ],
 )
 def test_a_choice_that_there_is_not_is_refused(choice: object) -> None:
-    assert refusal(lambda: chosen(FUNCTIONS, choice)).param == "tool_choice"
-    assert refusal(lambda: chosen([], "required")).param == "tool_choice"
+    for functions, asked in ((FUNCTIONS, choice), ([], "required")):
+        refused = refusal(lambda: chosen(functions, asked))  # noqa: B023
+        assert (refused.status, refused.param, refused.code) == (400, "tool_choice", "unsupported_parameter")
 
 
 def test_an_answer_that_has_to_be_a_call_has_its_schema_and_no_other() -> None:

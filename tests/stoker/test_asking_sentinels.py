@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 from redis.asyncio.sentinel import MasterNotFoundError as AsyncMasterNotFoundError
+from redis.asyncio.sentinel import SentinelConnectionPool as AsyncSentinelConnectionPool
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
-from redis.sentinel import MasterNotFoundError
+from redis.sentinel import MasterNotFoundError, SentinelConnectionPool
 
 from stoker.address import Address
 from stoker.broker import sentinel
@@ -110,10 +111,23 @@ def test_the_broker_and_its_sentinels_each_have_their_own_login(make: Any) -> No
         assert asked["socket_timeout"] == asked["socket_connect_timeout"] == sentinel.SENTINEL_TIMEOUT
 
 
-def test_connections_to_the_sentinels_are_closed_with_those_to_the_broker() -> None:
-    address, closed = Address.parse(URL), list[str]()
+def test_connections_to_the_sentinels_are_closed_with_those_to_the_broker(monkeypatch: pytest.MonkeyPatch) -> None:
+    address, closed, broker = Address.parse(URL), list[str](), list[bool]()
+    #: Those of this test: others may be closed meanwhile, as they are collected.
+    own = list[Any]()
+
+    def disconnect(pool: Any, inuse_connections: bool = True) -> None:
+        if any(pool is each for each in own):
+            broker.append(inuse_connections)
+
+    async def disconnect_async(pool: Any, inuse_connections: bool = True) -> None:
+        disconnect(pool, inuse_connections)
+
+    monkeypatch.setattr(SentinelConnectionPool, "disconnect", disconnect)
+    monkeypatch.setattr(AsyncSentinelConnectionPool, "disconnect", disconnect_async)
     assert address.sentinels is not None
     pool = sentinel.blocking(address, address.sentinels, {}).connection_pool
+    own.append(pool)
     pool.sentinel_manager.close = lambda: closed.append("blocking")
     pool.disconnect(inuse_connections=False)
     assert closed == [], "those that are in use may need them yet"
@@ -122,6 +136,8 @@ def test_connections_to_the_sentinels_are_closed_with_those_to_the_broker() -> N
     async def leave() -> None:
         assert address.sentinels is not None
         opened = sentinel.asynchronous(address, address.sentinels, {}).connection_pool
+
+        own.append(opened)
 
         async def aclose() -> None:
             closed.append("asynchronous")
@@ -133,3 +149,4 @@ def test_connections_to_the_sentinels_are_closed_with_those_to_the_broker() -> N
 
     asyncio.run(leave())
     assert closed == ["blocking", "asynchronous"]
+    assert broker == [False, True] * 2

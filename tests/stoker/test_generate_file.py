@@ -118,6 +118,16 @@ def test_a_line_that_is_wrong_has_its_error_and_the_others_their_answers(client:
     assert "result" not in second
 
 
+def test_a_seed_is_that_of_each_request_and_without_one_each_draws_its_own(client: FakeClient) -> None:
+    echo(client)
+    write({"prompt": "a"}, {"prompt": "b"}, {"prompt": "c", "seed": 9})
+    assert run("in.jsonl", "-o", "out.jsonl", "--seed", "6").exit_code == 0
+    assert sorted(request.seed for request in client.sent.generate) == [6, 6, 9]
+    assert run("in.jsonl", "-o", "other.jsonl").exit_code == 0
+    drawn = [request.seed for request in client.sent.generate[3:]]
+    assert len(set(drawn)) == 3
+
+
 def test_an_id_with_half_a_surrogate_pair_comes_back_as_it_was(client: FakeClient) -> None:
     write('{"prompt": "a", "id": "\\ud800é"}')
     echo(client)
