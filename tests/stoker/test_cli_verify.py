@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -175,9 +176,9 @@ def machine(monkeypatch: pytest.MonkeyPatch, device: str) -> list[Check]:
     return checks
 
 
-def verified(tmp_path: Path) -> tuple[int, str, dict[str, Any]]:
+def verified(tmp_path: Path, *words: str) -> tuple[int, str, dict[str, Any]]:
     report = tmp_path / "report.json"
-    done = CliRunner().invoke(app, ["verify", "--report", str(report)])
+    done = CliRunner().invoke(app, ["verify", "--report", str(report), *words])
     return done.exit_code, done.stdout, json.loads(report.read_text("utf-8"))
 
 
@@ -225,6 +226,43 @@ def test_kernels_of_a_gpu_are_part_of_it(tmp_path: Path, monkeypatch: pytest.Mon
     assert (code, report["kernels"]["checked"]) == (1, rows)
     assert "2 kernels and dtypes on metal; wrong: attend float16" in said
     assert "STOKER_KERNELS=off" in said
+
+
+@pytest.mark.usefixtures("machine")
+@pytest.mark.parametrize("device", ["Apple M2"])
+def test_kernels_of_a_gpu_are_left_out_if_that_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def report() -> Any:
+        asked.append(1)
+        return {"backend": "metal", "checked": []}
+
+    monkeypatch.setattr(verify, "kernels_report", report)
+    code, said, written = verified(tmp_path, "--no-kernels")
+    assert (code, written["kernels"], written["device"], asked) == (0, {}, "Apple M2", [])
+    assert "10 of 10 hold" in said
+    assert verified(tmp_path, "--kernels")[2]["kernels"] == {"backend": "metal", "checked": []}
+
+
+@pytest.mark.parametrize(
+    ("made", "found"),
+    [
+        ("import time; time.sleep(60)", {"error": "not done after 0 s"}),
+        ("import sys; sys.exit('no GPU')", {"error": "exit code 1: no GPU"}),
+    ],
+)
+def test_kernels_whose_check_does_not_end_or_fails_are_an_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, made: str, found: dict[str, str]
+) -> None:
+    """A program in the place of Python."""
+    program = tmp_path / "python"
+    program.write_text(f"#!{sys.executable}\n{made}\n")
+    program.chmod(0o700)
+    monkeypatch.setattr(verify, "KERNELS_WITHIN", 0.3)
+    if "exit" in made:
+        monkeypatch.setattr(verify, "KERNELS_WITHIN", 60)
+    monkeypatch.setattr(verify.sys, "executable", str(program))  # type: ignore[attr-defined]
+    assert verify.kernels_report() == found
 
 
 def test_kernels_that_cannot_be_checked_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
