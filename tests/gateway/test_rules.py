@@ -28,6 +28,7 @@ from stoker.gateway.embeddings import EmbeddingBody
 from stoker.gateway.errors import TABLE, Names, Refused, row_of
 from stoker.gateway.fields import checked_body, parse
 from stoker.gateway.logprobs import legacy_logprobs, logprobs_of
+from stoker.gateway.messages import ChatMessageBody
 from stoker.gateway.paging import Page, listing, page_of
 from stoker.gateway.tools import Choice, Function, Tool, call_id, chosen
 from stoker.gateway.usage import finish_reason, usage_of
@@ -621,6 +622,42 @@ def test_a_function_is_described_to_the_template_whole() -> None:
 
 
 # Anthropic's messages
+
+
+@pytest.mark.parametrize(
+    ("arguments", "made"),
+    [("", {}), ("{}", {}), ('{"a": 1}', {"a": 1}), ("[1]", None), ("x", None), ("[" * 99_999, None)],
+)
+def test_the_arguments_of_a_call_are_the_text_of_an_object(arguments: str, made: dict[str, Any] | None) -> None:
+    call = {"id": "c", "function": {"name": "add", "arguments": arguments}}
+    body = {"role": "assistant", "tool_calls": [call]}
+    if made is None:
+        refused = refusal(lambda: checked_body(ChatMessageBody, body))
+        assert refused.param == "tool_calls.0.function.arguments"
+        assert "expected the text of a JSON object" in refused.message
+        return
+    function = {"name": "add", "arguments": made}
+    assert checked_body(ChatMessageBody, body).as_template() == {
+        "role": "assistant",
+        "tool_calls": [{"id": "c", "type": "function", "function": function}],
+    }
+
+
+@pytest.mark.parametrize(
+    ("fields", "made"),
+    [
+        ({"role": "developer", "content": "a"}, {"role": "system", "content": "a"}),
+        ({"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}, {
+            "role": "user", "content": "ab"
+        }),
+        ({"role": "tool", "content": "4", "tool_call_id": "c"}, None),
+        ({"role": "assistant", "content": "a", "reasoning_content": "b", "name": "n"}, None),
+        ({"role": "user", "content": ""}, None),
+        ({"role": "assistant", "tool_calls": []}, {"role": "assistant"}),
+    ],
+)  # fmt: skip
+def test_a_message_is_for_the_template_what_it_was(fields: dict[str, Any], made: dict[str, Any] | None) -> None:
+    assert checked_body(ChatMessageBody, fields).as_template() == (made or fields)
 
 
 def block(**fields: Any) -> dict[str, Any]:

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 from flower.views import monitor as flower_monitor
 from flower.views.tasks import TasksDataTable
+from tornado.web import HTTPError
 
 from stoker.errors import BrokerUnavailable
 from stoker.monitor import exposition, metrics
 from stoker.monitor.mirror import Mirror
 from stoker.monitor.numbers import MetricsReport, Numbers
-from stoker.monitor.standard import Broker, Metrics, QueueLengths, TaskTable
+from stoker.monitor.standard import Broker, Metrics, QueueLengths, RefusedRequest, TaskTable
 from tests.monitor.scraped import Scrape
 from tests.monitor.test_overview import QUEUE, WORKER, card, mirror, presence, said
 
@@ -36,6 +37,15 @@ def busy() -> Mirror:
     for name, worker in (("one", None), ("two", None), ("three", WORKER)):
         seen.hear(QUEUE, name, said(worker=worker))
     return seen
+
+
+@pytest.mark.parametrize("method", ["get", "post"])
+def test_what_stoker_has_no_such_thing_as_is_refused_with_its_reason(method: str) -> None:
+    asked = handler(RefusedRequest, _current_user="stoker")
+    asked.initialize("workers have no pools: start another")
+    with pytest.raises(HTTPError) as refusal:
+        getattr(asked, method)("any")
+    assert (refusal.value.status_code, refusal.value.log_message) == (403, "workers have no pools: start another")
 
 
 def test_a_queue_is_counted_with_what_waits_what_runs_and_who_takes_from_it() -> None:

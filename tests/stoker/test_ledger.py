@@ -928,10 +928,12 @@ def test_jobs_of_a_client_that_were_forgotten_take_no_place_and_are_swept(redis:
     assert sorted(redis.zrange(mine, 0, -1)) == [b"a", b"b"]
 
 
-@pytest.mark.parametrize("value", ["nan", "inf", "1e308", "-5", "x"])
+@pytest.mark.parametrize("value", ["nan", "inf", "1e308", "-5", "x", str(2**53), str(2**53 + 2)])
 def test_turns_that_cannot_be_counted_begin_anew(redis: Any, value: str) -> None:
     redis.hset(keys.turns(QUEUE), mapping={"now:5": value, "next:5:default": value})
-    for number in range(READY + 2):
+    assert submit(redis, "first") == "new"
+    assert float(redis.hget(keys.job("first"), Field.TURN)) == 0
+    for number in range(READY + 1):
         assert submit(redis, f"job-{number}") == "new"
     assert len(take_all(redis)) == READY + 2
 
