@@ -258,6 +258,27 @@ def test_a_bias_of_what_is_no_token_is_refused_by_what_is_expected(given: Any) -
     assert "expected an object that maps ids of tokens to numbers from -100 to 100" in refused.message
 
 
+@pytest.mark.parametrize(
+    ("given", "prompt"),
+    [
+        *(("a", "a"), (["a"], "a"), ([1, 2], [1, 2]), ([[1, 2]], [1, 2])),
+        *(
+            (wrong, None)
+            for wrong in ([], {}, 5, True, ["a", "b"], [[1], [2]], ["a", 1], [1, "a"], [True], [1.5], [[]])
+        ),
+    ],
+)
+def test_a_prompt_to_continue_is_one_text_or_the_ids_of_one(given: Any, prompt: Any) -> None:
+    fields = {"model": "m", "prompt": given}
+    if prompt is not None:
+        assert checked_body(completions.CompletionBody, fields).prompt == prompt
+        return
+    refused = refusal(lambda: checked_body(completions.CompletionBody, fields))
+    assert (refused.param, refused.code) == ("prompt", "invalid_value")
+    assert "expected one text, or the ids of its tokens" in refused.message
+    assert refused.message.endswith("Send a request for each prompt.") == (isinstance(given, list) and len(given) > 1)
+
+
 @pytest.mark.parametrize("given", ["x", ["x"], ["x", "y"], []])
 def test_a_stop_is_a_text_or_several(given: Any) -> None:
     body = checked_body(chat.ChatBody, {"model": "m", "messages": SAID, "stop": given})

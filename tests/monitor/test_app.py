@@ -13,6 +13,7 @@ from tornado.httputil import HTTPHeaders
 from stoker.monitor import app
 from stoker.monitor.access import Refusal
 from stoker.monitor.app import Closed, Monitor, Refuse, celery_app
+from stoker.monitor.watch import Watch
 from stoker.settings import Settings
 
 
@@ -98,6 +99,7 @@ def test_the_monitor_remembers_so_many_tasks_and_workers_and_has_a_gate_before_e
     }  # fmt: skip
     assert (app.TASKS, app.WORKERS) == (10_000, 1000)
     assert (shown["io_loop"], shown["transforms"], shown["events"].state) == (loop, [Closed], "memory")
+    assert isinstance(monitor.watch, Watch)
     assert added[0] == ".*"
     assert len(added) > 10
     delegated: list[Any] = []

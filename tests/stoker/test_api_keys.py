@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from stoker.broker import api_keys, keys
 from stoker.broker.api_keys import Admission, ApiKey
+from stoker.errors import InvalidRequest
 from tests.stoker.clocked import ASKS_THE_TIME, CLOCK, give_time, quick_broker
 
 START = 1_800_000_000.0
@@ -143,6 +144,37 @@ def test_a_bucket_that_another_program_wrote_into_is_a_full_one(redis: Any, spoi
         redis.hset(bucket(), mapping={"requests": "0.0", "requests:at": f"{START:.6f}"} | {name: spoiled})
         assert api_keys.admission(SECRET).on(redis).wait == 0, name
         assert float(redis.hget(bucket(), "requests")) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"client": "a b"}, "client: 'a b' given"),
+        ({"requests": 0}, "requests: 0 given; allowed: 1 to 1000000000"),
+        ({"requests": api_keys.MOST + 1}, "requests: 1000000001 given"),
+        ({"tokens": 0}, "tokens: 0 given"),
+        ({"tokens": api_keys.MOST + 1}, "tokens: 1000000001 given"),
+        ({"models": ("m", "a b")}, "model: 'a b' given"),
+        ({"created": float("nan")}, "created: nan given"),
+        ({"created": float("inf")}, "created: inf given"),
+    ],
+)
+def test_a_key_that_cannot_be_is_refused_and_not_kept(redis: Any, fields: dict[str, Any], said: str) -> None:
+    redis.flushall()
+    with pytest.raises(InvalidRequest, match=said):
+        api_keys.create(redis, ApiKey.model_construct(**{"client": "team", "created": 1.0, **fields}))
+    assert not redis.exists(keys.API_KEYS)
+    api_keys.create(redis, ApiKey(client="team", created=1.0, requests=1, tokens=api_keys.MOST))
+
+
+def test_what_is_no_name_of_a_key_revokes_none(redis: Any) -> None:
+    redis.flushall()
+    api_keys.create(redis, ApiKey(client="team", created=1.0))
+    (name,) = api_keys.listed(redis)
+    for wrong in ("", name[:-1], f"{name}0", "x" * 99):
+        with pytest.raises(InvalidRequest, match="there is none of that name"):
+            api_keys.revoke(redis, wrong)
+    assert list(api_keys.listed(redis)) == [name]
 
 
 def test_a_new_key_is_known_by_its_digest_alone_and_a_revoked_one_by_nothing(redis: Any) -> None:

@@ -304,6 +304,19 @@ def test_generation_with_an_adapter_that_is_not_there_fails_as_at_a_worker() -> 
         client.generate("x", adapter="style@2").result()
 
 
+def test_a_version_that_there_is_not_is_neither_promoted_nor_unloaded_in_memory() -> None:
+    client = FakeClient(adapters=["style"])
+    for change in (client.adapters.promote, client.adapters.unload):
+        with pytest.raises(UnknownAdapter, match="'style@9' given; the versions of style: 1"):
+            change("style@9")
+    with pytest.raises(InvalidRequest, match="serves now"):
+        client.adapters.unload("style@1")
+    entry = client.adapters.get("style")
+    assert (entry.serving, list(entry.versions)) == (1, [1])
+    assert client.adapters.deactivate("style").serving is None
+    assert not client.adapters.unload("style@1").versions
+
+
 def test_an_id_that_is_sent_twice_is_one_job_and_belongs_to_one_kind() -> None:
     client = FakeClient()
     client.script.generate("a")
