@@ -26,6 +26,7 @@ from stoker.contract.control import ModelReport
 from stoker.contract.requests import MAX_TEXT_CHARS
 from stoker.errors import ConfigError, InvalidRequest, JobDead, JobLost, StokerError
 from stoker.gateway import command as gateway_command
+from stoker.local import backup
 from stoker.local import stack as stacks
 from stoker.monitor.access import USER
 from stoker.settings import load_settings
@@ -207,6 +208,22 @@ def test_json_that_a_command_reads_has_bounds(monkeypatch: pytest.MonkeyPatch, t
     ):
         with pytest.raises(InvalidRequest, match=why):
             read(text)
+
+
+@pytest.mark.parametrize(
+    ("verb", "what"), [("backup", "the backup cannot be written"), ("restore", "cannot be restored")]
+)
+def test_a_disk_that_refuses_a_backup_is_one_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, verb: str, what: str
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(backup, verb, refuse)
+    said = refused(verb, str(tmp_path / "b.tgz"), "--url", "redis://127.0.0.1:1/0")
+    assert said.startswith(f"{tmp_path}/b.tgz: ")
+    assert what in said
+    assert "No space left on device" in said
 
 
 # Runs

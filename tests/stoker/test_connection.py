@@ -77,3 +77,19 @@ def test_what_a_command_of_a_script_met_is_read_from_brokers_before_redis_7_too(
     assert passes(met.value) == (kind is not ResponseError)
     with pytest.raises(kind, match=expected):
         asyncio.run(ask_later())
+
+
+@pytest.mark.parametrize(("patience", "seconds"), [(0.0, 1.0), (1.0, 1.0), (3.5, 3.5), (5.0, 5.0), (60.0, 5.0)])
+def test_one_try_takes_no_longer_than_the_patience_and_a_socket_of_this_machine_has_no_connecting(
+    patience: float, seconds: float
+) -> None:
+    for make in (connect, connect_async):
+        settings = Settings(url="redis://h:5/2", patience=patience)
+        options = make(settings).connection_pool.connection_kwargs
+        assert options["socket_timeout"] == options["socket_connect_timeout"] == seconds
+        assert options["socket_keepalive"] is True
+        local = make(Settings(url="redis+socket:///tmp/x.sock", patience=patience)).connection_pool.connection_kwargs
+        assert local["socket_timeout"] == seconds
+        assert not {"socket_connect_timeout", "socket_keepalive"} & local.keys()
+    given = connect(Settings(url="redis://h:5/2", patience=patience), 0.25).connection_pool.connection_kwargs
+    assert (given["socket_timeout"], given["socket_connect_timeout"]) == (0.25, seconds)
