@@ -996,3 +996,13 @@ def test_a_result_that_is_there_is_not_written_over_when_its_record_is_spoiled(r
     redis.hdel(keys.job("job"), Field.TURN)
     take_all(redis)
     assert redis.get(keys.result("job")) == b"the result"
+
+
+def test_of_a_clients_oldest_jobs_those_that_are_gone_are_swept_by_its_next_submission(redis: Any) -> None:
+    mine, now = keys.client("default", QUEUE), float(redis.time()[0])
+    submit(redis, "waits")
+    redis.zadd(mine, {"gone-a": now - 90, "gone-b": now - 80, "waits": now - 70, "gone-c": now - 60})
+    submit(redis, "next")
+    assert [name.decode() for name in redis.zrange(mine, 0, -1)] == ["waits", "gone-c", "next"]
+    submit(redis, "last")
+    assert [name.decode() for name in redis.zrange(mine, 0, -1)] == ["waits", "next", "last"]
