@@ -94,6 +94,7 @@ def test_what_waits_is_written_before_rows_change(tiny_llama: Llama, change: str
         after = [8, 2, 5]
     elif change == "resize":
         together.resize(3, 64)
+        assert not together.stored[1], "also where fewer rows stay than the pass had"
         after = [5, 2, 8]
     else:
         for kv in (apart, together):

@@ -48,6 +48,11 @@ def dense(**values: Any) -> dict[str, Any]:
     }
 
 
+def test_a_layer_behind_the_pooling_that_says_nothing_is_sentence_transformers_own(tmp_path: Path) -> None:
+    (found,) = EmbeddingSpec.from_folder(sentence_folder(tmp_path, dense()), ARGS).dense
+    assert (found.activation, found.bias, found.inputs, found.outputs) == ("Tanh", True, 8, 4)
+
+
 def settings(**values: Any) -> dict[str, Any]:
     return {"sentence_bert_config.json": values}
 

@@ -51,6 +51,14 @@ def test_what_might_become_a_stop_string_is_held_and_then_given_out() -> None:
     assert scanner.finish() == "E"
 
 
+def test_behind_a_stop_string_nothing_is_left_to_be_given_out() -> None:
+    scanner = StopScanner(["END", "<user>"])
+    assert scanner.add("the END of E") == ("the ", "END")
+    assert scanner.finish() == ""
+    assert scanner.add("hot", "<user>") == ("hot", "<user>")
+    assert scanner.finish() == ""
+
+
 def test_the_first_place_wins_and_there_the_longest() -> None:
     assert shown(["abcdef"], ["cd", "bc", "bcde"]) == ("a", "bcde")
 

@@ -62,6 +62,18 @@ def test_the_first_reason_to_stop_is_the_one_that_the_job_ends_with(clock: Clock
     assert isinstance(job.error, JobCancelled if reason is None else WorkerUnavailable)
 
 
+def test_a_job_that_begins_again_here_runs_since_it_first_began(clock: Clock) -> None:
+    """A row that made way waits again, and its prompt goes through the model anew."""
+    job: Ticket[int] = Ticket("job", "generate")
+    clock.now += 3.0
+    assert job.run_seconds == 3.0, "since it came, as long as it has not begun"
+    job.start()
+    clock.now += 2.0
+    job.start()
+    clock.now += 5.0
+    assert (job.started, job.run_seconds) == (103.0, 7.0)
+
+
 def test_a_job_without_a_deadline_never_stops_by_itself(clock: Clock) -> None:
     job: Ticket[int] = Ticket("job", "train")
     clock.now += 1e9

@@ -191,6 +191,20 @@ def test_dropout_leaves_out_inputs_of_the_adapter_alone(model: LoadedModel) -> N
     assert later[0] != later[1]
 
 
+@pytest.mark.parametrize("dropout", [0.5, 0.0])
+def test_each_micro_step_of_a_step_drops_other_inputs(model: LoadedModel, dropout: float) -> None:
+    """On the same examples: without dropout each adds the same to the gradient."""
+    trainer = Trainer(model.decoder, tiny.asking(accumulation=3, batch_size=1, dropout=dropout), examples(model)[:1])
+    steps, sums = trainer.run(), [np.zeros(trainer.layout.size, np.float32)]
+    for _ in range(2):
+        assert next(steps) is None
+        assert trainer.state.gradient is not None
+        sums.append(np.array(trainer.state.gradient))
+    first, second = sums[1], sums[2] - sums[1]
+    assert np.abs(first).max() > 1e-3
+    assert (np.abs(first - second).max() > 1e-3) == (dropout > 0)
+
+
 @pytest.mark.parametrize(("dropout", "differ"), [(0.5, True), (0.0, False)])
 def test_what_is_dropped_depends_on_the_seed_and_on_the_step(
     monkeypatch: pytest.MonkeyPatch, model: LoadedModel, dropout: float, differ: bool

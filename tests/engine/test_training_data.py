@@ -248,6 +248,16 @@ def test_an_epoch_shows_every_example_once_in_an_order_of_its_own() -> None:
     assert first[0] != first[1] != first[2]
 
 
+def test_batches_come_in_no_order_of_length_and_in_another_in_each_epoch() -> None:
+    """Else a run would learn from short examples first, in every epoch."""
+    rows = [example(*range(3, 5 + number)) for number in range(64)]
+    batches = Batches(rows, 4, 1)
+    lengths = [len(batches.examples(number)[0]) for number in range(3 * batches.an_epoch)]
+    epochs = [lengths[start : start + batches.an_epoch] for start in range(0, len(lengths), batches.an_epoch)]
+    assert all(epoch not in (sorted(epoch), sorted(epoch, reverse=True)) for epoch in epochs)
+    assert len(set(map(tuple, epochs))) == 3
+
+
 def test_any_batch_can_be_had_without_those_before() -> None:
     rows = [example(*range(3, 5 + place % 7)) for place in range(50)]
     in_order = Batches(rows, 4, 7)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from engine import engine as engine_module
+from engine import fair
 from engine.adapters.store import AdapterStore
 from engine.checkpoints import vocabulary
 from engine.checkpoints.loading import LoadedModel, load
@@ -73,6 +74,25 @@ def test_a_turn_of_a_load_has_one_new_pass_at_most(
         turns.append(list(new))
         new.clear()
     assert sorted(filter(None, turns)) == [["_forward"], ["_layers"]]
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5])
+def test_training_next_to_a_models_streams_has_the_share_that_the_worker_was_given(
+    tiny_llama: Llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(fair, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(GenerateLane, "warming", lambda _: iter(()))
+    warm = WarmModels(AdapterStore(tmp_path), tmp_path, LaneLimits(compiled="none", stall=1e9), 1 << 30, share)
+    assert list(warm.hold(tiny.loaded(tiny_llama))) == []
+    used = {("tiny", "generate"): 0.0, ("tiny", "train"): 0.0}
+    for _ in range(200):
+        lane = warm.share.choose(used)
+        assert lane is not None
+        with warm.share.charge(lane):
+            clock.now += 0.01
+        used[lane] += 0.01
+    assert used["tiny", "train"] / sum(used.values()) == pytest.approx(share, abs=0.02)
 
 
 @pytest.mark.parametrize("sound", [True, False])

@@ -16,6 +16,7 @@ from stoker.errors import ConfigError, JobFailed
 from stoker.files import durable
 from stoker.settings import Settings
 from tests import powercut
+from workers import artifacts
 from workers.artifacts import Artifacts, StoreTrouble
 
 
@@ -141,6 +142,21 @@ def test_a_store_that_fails_is_named_with_the_cause(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("fsspec.implementations.local.LocalFileSystem.exists", away)
     with pytest.raises(JobFailed, match="TimeoutError: no answer"):
         store.get("m", "style", 1)
+
+
+def test_the_newest_version_in_the_broker_is_found_however_many_there_are(
+    broker: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(artifacts, "STRIDE", 3)
+    with connect(broker) as redis:
+        store = Artifacts(broker, redis)
+        assert store.newest("m", "style") == 0
+        for version in (1, 2, 3, 4, 7, 8):
+            store.put("m", "style", version, b"x")
+        assert store.newest("m", "style") == 8, "three and no more may lie between"
+        store.put("m", "style", 12, b"x")
+        assert store.newest("m", "style") == 8
+        redis.delete(*(keys.artifact("m", "style", version) for version in (1, 2, 3, 4, 7, 8, 12)))
 
 
 @pytest.mark.parametrize("scheme", ["file", "memory"])

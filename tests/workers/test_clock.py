@@ -148,3 +148,16 @@ def test_clients_and_workers_whose_clocks_differ_see_each_other(
         assert list(client.models()) == ["m"]
     heart(redis, Others()).beat()
     assert abs(redis.zscore(keys.WORKERS, "w@here") - clock.now(redis)) < 60
+
+
+def test_a_lease_that_was_lost_begins_now_and_one_that_is_there_runs_out_when_it_would(redis: Any) -> None:
+    """Of a dead worker's message it must run out, however often lost ones are looked for."""
+    for tag in ("dead", "lost"):
+        redis.hset(keys.UNACKED, tag, "a message")
+    redis.zadd(keys.LEASES, {"dead": 1000.5})
+    before = clock.now(redis)
+    clock.hold_lost(redis)
+    found = dict(redis.zrange(keys.LEASES, 0, -1, withscores=True))
+    assert found.keys() == {b"dead", b"lost"}
+    assert found[b"dead"] == 1000.5
+    assert before <= found[b"lost"] <= clock.now(redis)

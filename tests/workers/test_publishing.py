@@ -163,8 +163,14 @@ def test_what_the_broker_took_and_lost_again_is_sent_again_so_that_the_stream_ha
     publisher.publish([*entries("a", 6), *entries("b", 6)])
     publisher.flush("a")
     lose(redis, "a", first)
-    publisher.publish([*entries("a", 2, start=6), *entries("b", 2, start=6)])
-    publisher.flush("a")
+    with redis.pubsub(ignore_subscribe_messages=True) as heard:
+        heard.subscribe(keys.channel("a"))
+        heard.get_message(timeout=1)
+        publisher.publish([*entries("a", 2, start=6), *entries("b", 2, start=6)])
+        publisher.flush("a")
+        said = [heard.get_message(timeout=5) for _ in range(first, 8)]
+        assert heard.get_message() is None
+    assert [json.loads(message["data"])["index"] for message in said] == list(range(first, 8)), "each once"
     assert indices(redis, "a") == indices(redis, "b") == list(range(8))
     assert 0 < redis.ttl(keys.stream("a")) <= keys.RESULT_TTL
 
@@ -192,6 +198,18 @@ def test_of_each_stream_a_bounded_number_of_entries_is_kept() -> None:
         kept.took(entries(f"job-{number}", 1))
     assert kept.since("a", 0) == []
     assert len(kept.since("job-0", 0)) == 1
+
+
+@pytest.mark.parametrize("start", [0, 2, 5, 9])
+def test_of_a_job_that_was_elsewhere_meanwhile_nothing_of_before_is_kept(start: int) -> None:
+    """What is sent again has to be without a gap: what another worker published between is not here."""
+    kept = Recent()
+    kept.took(entries("a", 4))
+    assert kept.follows(entries("a", 1, start=4)[0])
+    (first,) = entries("a", 1, start=start)
+    assert not kept.follows(first)
+    kept.took([first, *entries("a", 2, start=start + 1)])
+    assert [pair[1].index for pair in kept.since("a", 0)] == [start, start + 1, start + 2]
 
 
 @pytest.mark.parametrize("sent", [False, True])

@@ -238,6 +238,20 @@ def test_parts_of_the_next_owner_stay_when_the_former_wakes_up(fleet: Any, tmp_p
     assert parts(fleet("two")) == set(taker.manifest().parts)  # type: ignore[union-attr]
 
 
+def test_an_owner_that_was_overtaken_takes_back_its_own_parts_alone(tmp_path: Path) -> None:
+    """The next owner's may be on their way, and in no manifest yet."""
+    store = Artifacts(Settings(artifacts=f"memory://{tmp_path}/store"), None).folder(".runs/job")
+    assert store is not None
+    others = f"{content_name(b'x')}-{'0' * 8}"
+    store.put(others, b"x")
+    own = FolderParts(store, "token")
+    assert own.there([]) == {}
+    kept = own.put(content_name(b"y"), b"y")
+    assert sorted(store.names()) == sorted([others, kept])
+    own.fenced()
+    assert store.names() == [others]
+
+
 def test_a_run_that_is_too_large_for_the_store_is_refused_before_anything_is_sent(fleet: Any, tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "one", REQUEST, size=100_000)
     run.save(5)

@@ -166,8 +166,9 @@ class ModelKeeper:
             self.refuse(resident.model, to_wire(error))
             self.may_load[resident.model] = resident.sources
             return
+        # It was not pinned, for then it would not have made way.
         back = self.residents.add(resident.model, resident.sources, resident.origin, resident.bytes)
-        back.used, back.pinned = resident.used, resident.pinned
+        back.used = resident.used
         self._doors.serve(self._queues())
 
     def unload(self, model: str, demanded: frozenset[str] = frozenset()) -> None:
