@@ -601,6 +601,7 @@ def test_a_stop_token_ends_and_an_end_token_may_be_ignored(tiny_llama: Llama, po
     assert ignored.ids == unended.ids
     assert stopped.ids == unended.ids[: first + 1]
     assert (stopped.result.finish_reason, stopped.result.stopped_by) == ("stop_token", end)
+    assert stopped.result.text == tiny.text(stopped.ids[:-1]), "a token that stops has no text"
     assert not stopped.tokens[-1].is_eos
 
 

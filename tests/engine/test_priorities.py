@@ -396,6 +396,22 @@ def test_three_priorities_are_seated_in_their_order(model: LoadedModel, pool: Ad
     assert ended == [0, 0, 5, 5, 9, 9]
 
 
+def test_of_prompts_that_rest_behind_a_stream_the_better_one_goes_on_first(
+    model: LoadedModel, pool: AdapterPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = Device(0.3, token=0.01).install(monkeypatch)
+    driver = Driver(model, pool, slots=4, stall=5.0)
+    for priority in (9, 7):
+        driver.send(request([3 + at % 50 for at in range(900)], max_tokens=1, priority=priority))
+        driver.step()
+    sent, under_way = driver.send(stream(0, tokens=300)), len(device.chunks)
+    driver.run()
+    then = [priority for priority, _ in device.chunks[under_way:] if priority != STREAM]
+    assert len(sent.tokens) == 300
+    assert set(then) == {7, 9}
+    assert then == sorted(then)
+
+
 # --- the batch: rows that rest ---
 
 
