@@ -425,8 +425,9 @@ def test_a_client_may_have_so_many_batches_under_way(
     monkeypatch.setattr(batches, "MOST_OPEN", 2)
     hanging(workers)
     open_ones = [uploaded(api, [line(number)]) for number in range(2)]
-    with pytest.raises(openai.RateLimitError, match="cancel some"):
+    with pytest.raises(openai.RateLimitError, match="cancel some") as refused:
         uploaded(api, [line(1)])
+    assert (refused.value.code, refused.value.response.headers["retry-after"]) == ("batches_full", "60")
     for batch_id in open_ones:
         api.batches.cancel(batch_id)
         ended(api, batch_id)
@@ -461,9 +462,13 @@ def test_a_gateway_whose_lease_ran_out_leaves_its_batches_and_begins_them_anew_o
     batch_id = uploaded(api, [line(1)])
     wait_until(lambda: workers.sent.jobs, "the batch runs")
     (lease,) = redis.keys(keys.batch_runner("*"))
+    before = json.loads(redis.hget(keys.batch(batch_id), "record"))
+    assert before["output"]["id"] != before["errors"]["id"]
     for count in (2, 3):
         redis.delete(lease)
         wait_until(lambda: len(begun) == count, "it is begun anew")  # noqa: B023
+        after = json.loads(redis.hget(keys.batch(batch_id), "record"))
+        assert (after["output"], after["errors"]) == (before["output"], before["errors"]), "in the files that it had"
     assert set(begun) == {batch_id}
     api.batches.cancel(batch_id)
     ended(api, batch_id)

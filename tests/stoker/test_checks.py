@@ -46,6 +46,54 @@ def test_a_broker_that_would_lose_or_refuse_jobs_is_named(said: dict[str, Any], 
     assert judged("here", {**HEALTHY, "maxmemory": 1 << 30}).ok
 
 
+@pytest.mark.parametrize(
+    ("said", "found", "ok"),
+    [
+        (
+            {"redis_version": "7.0", "maxmemory_policy": "noeviction", "used_memory": 3 * 2**20},
+            "7.0, noeviction, 3 MB",
+            True,
+        ),
+        (
+            {
+                "redis_version": "7.2",
+                "valkey_version": "8.1",
+                "maxmemory_policy": "noeviction",
+                "maxmemory": 2**30,
+                "used_memory": 2**29,
+            },
+            "8.1, noeviction, 512 of 1024 MB",
+            True,
+        ),
+        (
+            {
+                "redis_version": "7.0",
+                "maxmemory_policy": "noeviction",
+                "maxmemory": 100 * 2**20,
+                "used_memory": 95 * 2**20,
+            },
+            "7.0, noeviction, 95 of 100 MB",
+            True,
+        ),
+        (
+            {
+                "redis_version": "7.0",
+                "maxmemory_policy": "noeviction",
+                "maxmemory": 100 * 2**20,
+                "used_memory": 95 * 2**20 + 1,
+            },
+            "7.0, noeviction, 95 of 100 MB: it is about to refuse jobs",
+            False,
+        ),
+    ],
+)
+def test_a_broker_is_shown_with_its_version_its_policy_and_its_memory(
+    said: dict[str, Any], found: str, ok: bool
+) -> None:
+    check = judged("here", said)
+    assert (check.detail, check.ok) == (f"here, version {found}", ok)
+
+
 def test_a_broker_that_was_chosen_and_does_not_answer_is_a_fault() -> None:
     found = check_broker(load_settings(url="redis://127.0.0.1:1/0", patience=0))
     assert not found.ok
