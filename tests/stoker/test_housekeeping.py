@@ -237,7 +237,10 @@ def test_the_disk_that_each_part_takes_is_shown() -> None:
         file.truncate(1 << 30)
     for name in ("broker.json", "notes"):
         (load_settings().home / name).write_text("{}")
-    found = {part["name"]: part for part in json.loads(invoke("status", "--disk", "--json"))}
+    parts = json.loads(invoke("status", "--disk", "--json"))
+    sizes = [part["bytes"] for part in parts]
+    assert sizes == sorted(sizes, reverse=True), "the largest first"
+    found = {part["name"]: part for part in parts}
     assert found["runs"]["files"] == 4
     assert 1 << 20 <= found["runs"]["bytes"] < 1 << 21, "of the disk, not of what files say of their lengths"
     assert found["other files"]["files"] == 2
@@ -357,6 +360,15 @@ def test_a_draft_that_goes_before_it_is_looked_into_hinders_neither_a_backup_nor
             patch.setattr(os, "scandir", goes)
             look()
         assert not draft.exists()
+
+
+def test_what_a_backup_has_in_it_is_for_its_user_alone(server: Any, tmp_path: Path) -> None:
+    make_run("job-1")
+    make_adapter(server, 1)
+    invoke("backup", str(tmp_path / "b.tgz"))
+    with tarfile.open(tmp_path / "b.tgz") as archive:
+        assert {member.mode for member in archive} == {0o600}
+        assert all(abs(member.mtime - time.time()) < 600 for member in archive)
 
 
 def test_jobs_and_results_are_not_in_a_backup(fake: Callable[[], Client], server: Any, tmp_path: Path) -> None:
