@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import socket
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -184,6 +186,21 @@ def test_a_stack_tries_its_home_before_it_starts_anything(tmp_path: Path) -> Non
     stack = Stack(Settings(home=home), flower=False, own_broker=True)
     with pytest.raises(ConfigError, match=f"^STOKER_HOME: {home} cannot be made or written"), stack:
         pass
+
+
+def test_a_home_on_a_disk_without_room_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file can be made there, and nothing be written into it."""
+
+    def write(data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    @contextmanager
+    def full(**_: object) -> Iterator[SimpleNamespace]:
+        yield SimpleNamespace(write=write)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    with pytest.raises(ConfigError, match=r"cannot be made or written \(No space left on device\)"):
+        make_home(tmp_path / "home")
 
 
 def test_what_an_earlier_release_left_open_in_a_home_is_closed_and_nothing_that_links_lead_to(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from stoker.local import guard
 from stoker.local.process import LogSize, Process
+from stoker.settings import Settings
 from tests.conftest import alive, wait_until
 
 #: Writes its id into the file it is given, and sleeps; with `stubborn` it does not mind SIGTERM.
@@ -89,6 +90,11 @@ def test_a_child_that_ends_by_itself_gives_its_exit_code_and_output(tmp_path: Pa
     again = Process("child", printing, log=child.log, env={"CODE": "5"}, grace=1)
     wait_until(lambda: again.returncode is not None, "the child has ended")
     assert again.output() == "5\n", "only what this process wrote"
+
+
+def test_a_log_has_as_many_megabytes_and_files_as_the_settings_say() -> None:
+    assert LogSize.of(Settings(log_size=5, log_files=2)) == LogSize(5 * 2**20, 2)
+    assert LogSize.of(Settings()) == LogSize()
 
 
 def test_what_a_child_is_given_wins_over_what_this_process_has_and_its_last_words_are_kept(
