@@ -188,6 +188,17 @@ def test_a_stack_tries_its_home_before_it_starts_anything(tmp_path: Path) -> Non
         pass
 
 
+def test_the_server_keeps_each_second_on_disk_drops_nothing_and_is_on_loopback_alone(broker: Settings) -> None:
+    client = connect(broker)
+    wanted = {
+        "appendonly": "yes", "appendfsync": "everysec", "maxmemory-policy": "noeviction", "save": "",
+        "bind": "127.0.0.1", "auto-aof-rewrite-percentage": "100", "auto-aof-rewrite-min-size": str(16 * 2**20),
+    }  # fmt: skip
+    found = {name: client.config_get(name)[name] for name in wanted}
+    client.close()
+    assert found == wanted
+
+
 def test_a_home_on_a_disk_without_room_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file can be made there, and nothing be written into it."""
 

@@ -97,6 +97,17 @@ def test_a_log_has_as_many_megabytes_and_files_as_the_settings_say() -> None:
     assert LogSize.of(Settings()) == LogSize()
 
 
+def test_a_log_that_is_begun_is_for_its_user_alone(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        log = guard.RotatingLog(str(tmp_path / "x.log"), 10, 2)
+        log.write(b"one line\nanother\n")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert modes == {"x.log": 0o600, "x.log.1": 0o600}
+
+
 def test_what_a_child_is_given_wins_over_what_this_process_has_and_its_last_words_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
