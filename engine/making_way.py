@@ -22,7 +22,7 @@ K = TypeVar("K")
 SHARE = 1 / 50
 #: Seconds that a rest lasts at most, except one of training: where a step takes long because others use the device too,
 #: a share of so little would be as good as none.
-LONGEST_REST = 10.0
+LONGEST_REST = 30.0
 #: Seconds for which a neighbour that ran a stream counts as one that does: between two requests it has none.
 LINGER = 1.0
 #: Seconds after which a lane that rests looks again.
