@@ -72,6 +72,15 @@ def test_a_rule_is_set_shown_and_goes_back_to_its_default(fake: Callable[[], Cli
 
 
 @pytest.mark.usefixtures("fake")
+def test_the_limit_of_one_client_is_shown_with_what_it_limits(server: Any) -> None:
+    shown = invoke("jobs", "policy", "client_limit:alice", "7").splitlines()
+    assert f"{'client_limit:alice':24} {7:>9}  {policy.RULES['client_limit'].says}" in shown
+    assert len(shown) == len(policy.RULES) + 1
+    for rule, known in policy.RULES.items():
+        assert f"{rule:24} {known.default:>9}  {known.says}" in shown
+    assert json.loads(invoke("jobs", "policy", "client_limit:alice", "default", "--json")).keys() == policy.RULES.keys()
+
+
 def test_a_file_that_was_interrupted_goes_on_behind_its_last_text(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

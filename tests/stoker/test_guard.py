@@ -97,6 +97,12 @@ def test_a_log_has_as_many_megabytes_and_files_as_the_settings_say() -> None:
     assert LogSize.of(Settings()) == LogSize()
 
 
+def test_the_beginning_of_a_line_is_in_the_log_before_its_end_comes(tmp_path: Path) -> None:
+    child = start(tmp_path, "import sys, time; print('asks? ', end='', flush=True); time.sleep(60)", grace=0.2)
+    wait_until(lambda: child.output() == "asks? ", "the question is there")
+    child.stop()
+
+
 def test_a_log_that_is_begun_is_for_its_user_alone(tmp_path: Path) -> None:
     before = os.umask(0)
     try:
