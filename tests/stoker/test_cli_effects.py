@@ -81,6 +81,14 @@ def test_the_limit_of_one_client_is_shown_with_what_it_limits(server: Any) -> No
     assert json.loads(invoke("jobs", "policy", "client_limit:alice", "default", "--json")).keys() == policy.RULES.keys()
 
 
+@pytest.mark.parametrize("value", ["9" * 21, "9" * 5000, "-1", "1.5", "", "x"])
+def test_what_is_no_number_of_a_rule_is_refused_in_a_few_words(server: Any, value: str) -> None:
+    done = CliRunner().invoke(app, ["jobs", "policy", "--", "ageing", value])
+    assert type(done.exception) is InvalidRequest
+    assert "expected a whole number, or 'default'" in str(done.exception)
+    assert len(str(done.exception)) < 200
+
+
 def test_a_file_that_was_interrupted_goes_on_behind_its_last_text(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

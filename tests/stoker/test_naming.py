@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import platform
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from stoker.errors import ConfigError
+from stoker.local import naming
 from stoker.local.naming import take_name
 from stoker.settings import Settings
 
@@ -41,6 +43,22 @@ def test_of_two_workers_that_run_each_has_a_name_of_its_own(tmp_path: Path) -> N
     lock.close()
     assert name_of(settings(tmp_path)) == first, "it is free again"
     other.close()
+
+
+def test_a_machine_runs_so_many_workers_of_the_same_models_and_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(naming, "MOST", 3)
+    with ExitStack() as stack:
+        names = []
+        for _ in range(3):
+            name, lock = take_name(settings(tmp_path))
+            stack.enter_context(lock)
+            names.append(name.partition("@")[0])
+        assert names == [names[0], f"{names[0]}-2", f"{names[0]}-3"]
+        with pytest.raises(ConfigError, match="3 workers of these models run on this machine already"):
+            take_name(settings(tmp_path))
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "workers").iterdir()} == {0o600}
 
 
 def test_a_home_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> None:
