@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import aclosing
 from typing import Any
 
 import numpy as np
 import pytest
 
-from stoker import AsyncClient
+from stoker import AsyncClient, GenerateJob, TrainJob
 from stoker.broker import keys
 from stoker.broker.outcome import JobStatus
 from stoker.broker.registry import AdapterEntry
+from stoker.client._async.broker_link import AsyncBrokerLink
 from stoker.client._async.jobs import (
     AsyncAdapterJob,
     AsyncEmbedJob,
@@ -250,6 +251,39 @@ def test_a_dead_job_is_sent_again_as_it_was_for_the_client_that_sent_it() -> Non
     with pytest.raises(InvalidRequest, match="other: a message that cannot be read"):
         ask(link, lambda client: client.retry("other"))
     assert [question for question, *_ in link.asked].count("revive") == 1
+
+
+def test_a_dead_job_that_scores_is_sent_again_as_one() -> None:
+    request = EmbedRequest(model="judge", texts=("a",), query="q")
+    letter = {"kind": "embed", "model": "judge", "client": "", "history": [], "request": json.dumps(encode(request))}
+    assert type(ask(Noting(dead={"job": letter}), lambda client: client.retry("job"))) is AsyncRerankJob
+
+
+@pytest.mark.parametrize(("follow", "job", "cancels"), [("stream", GenerateJob, True), ("progress", TrainJob, False)])
+def test_ctrl_c_while_a_blocking_client_waits_for_a_token_cancels_the_job(follow: str, job: Any, cancels: bool) -> None:
+    asked: list[str] = []
+
+    class Link:
+        def entries(self, *_: Any) -> Iterator[Any]:
+            yield TOKEN
+            raise KeyboardInterrupt
+
+        def cancel(self, job_id: str) -> None:
+            asked.append(job_id)
+
+    with pytest.raises(KeyboardInterrupt):
+        list(getattr(job(Link(), "job"), follow)())
+    assert asked == (["job"] if cancels else [])
+
+
+def test_a_link_under_another_key_has_the_same_connections() -> None:
+    async def same() -> bool:
+        link = AsyncBrokerLink(Settings(url="redis://127.0.0.1:1/0", client_key="team"))
+        other: Any = link.with_key("alice")
+        assert (link.settings.client_key, other.settings.client_key) == ("team", "alice")
+        return other.redis is link.redis
+
+    assert asyncio.run(same())
 
 
 def test_a_client_under_another_key_shares_what_this_one_has_and_what_is_no_key_is_none() -> None:
