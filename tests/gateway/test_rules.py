@@ -163,6 +163,23 @@ def test_the_field_is_said_once() -> None:
         assert error["message"] == said
 
 
+def test_each_error_of_stoker_has_its_status_its_code_and_says_whether_it_passes() -> None:
+    found = {kind.__name__: (row.status, row.code, row.param, row.again) for kind, row in TABLE.items()}
+    assert found == {
+        "StokerError": (500, "server_error", None, None), "InvalidRequest": (400, "invalid_value", None, None),
+        "TextTooLong": (400, "context_length_exceeded", None, None),
+        "DatasetError": (422, "invalid_dataset", None, None),
+        "UnknownModel": (404, "model_not_found", "model", None),
+        "UnknownAdapter": (404, "model_not_found", "model", None),
+        "BrokerUnavailable": (503, "broker_unavailable", None, 5), "JobLost": (404, "job_not_found", None, None),
+        "WorkerUnavailable": (503, "worker_unavailable", None, 5), "QueueFull": (429, "queue_full", None, 5),
+        "JobCancelled": (410, "job_cancelled", None, None), "JobDead": (500, "job_dead", None, None),
+        "JobFailed": (500, "job_failed", None, None), "OutOfMemory": (500, "out_of_memory", None, None),
+        "VectorsFull": (503, "vectors_full", None, 5), "DeadlineExceeded": (504, "deadline_exceeded", None, None),
+        "JobTimeout": (504, "timeout", None, None),
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("kind", TABLE)
 def test_an_error_that_derives_from_one_of_the_table_is_answered_as_that(kind: Any) -> None:
     derived = type("Derived", (kind,), {})
@@ -494,6 +511,36 @@ def test_a_file_is_kept_an_hour_at_least_and_a_month_at_most(seconds: int | None
         assert refusal(lambda: files.checked_lifetime(seconds)).param == "expires_after"
     else:
         assert files.checked_lifetime(seconds) == (FILE_TTL if seconds is None else seconds)
+
+
+def test_a_client_that_reads_no_more_of_a_file_counts_as_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "SLOW", 0.01)
+    record = FileRecord(
+        id="file-1", owner="o", filename="größe.jsonl", purpose="batch", created=5, expires=70, place="p", bytes=2**17
+    )
+    sent: list[Any] = []
+
+    async def read(_: FileRecord) -> AsyncIterator[bytes]:
+        yield b"x" * 2**17
+
+    async def take(message: Any) -> None:
+        sent.append(message)
+        if len(sent) == 3 and slow:
+            await asyncio.wait_for(asyncio.Event().wait(), 20)
+
+    store: Any = SimpleNamespace(read=read)
+    unused: Any = None
+    slow = True
+    assert refusal(lambda: asyncio.run(files.ContentResponse(store, record)({}, unused, take))).code == "client_gone"
+    slow = False
+    sent.clear()
+    asyncio.run(files.ContentResponse(store, record)({}, unused, take))
+    assert [len(message.get("body", b"")) for message in sent] == [0, 2**16, 2**16, 0]
+    assert [message.get("more_body") for message in sent] == [None, True, True, False]
+    assert dict(sent[0]["headers"]) == {
+        b"content-type": b"application/octet-stream", b"content-length": b"131072",
+        b"content-disposition": b"attachment; filename*=utf-8''gr%C3%B6%C3%9Fe.jsonl",
+    }  # fmt: skip
 
 
 def test_a_file_is_shown_as_its_vendor_does() -> None:
