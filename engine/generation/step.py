@@ -1,8 +1,8 @@
 """One pass of a batch through the model, from tokens to tokens, and the keys and values it leaves.
 
 `Step` is one function for decoding and prefilling: tokens are (rows, 1) or (rows, many). `mx.compile` traces it once
-for every set of shapes, in parts where the model has them (`engine.models.stretches`); so rows, tokens and KV lengths
-come in few sizes (`bucket`), and the traces are counted.
+for every set of shapes, on CPUs in parts where the model has them (`engine.models.stretches`); so rows, tokens and KV
+lengths come in few sizes (`bucket`), and the traces are counted.
 """
 
 from __future__ import annotations
@@ -60,12 +60,10 @@ class _Layers:
 
 @dataclass(frozen=True, eq=False)
 class _End:
-    """From hidden states to logits, and with `sampling` to tokens. `last`, `newest`: of each row."""
+    """From hidden states to logits; `last` of each row."""
 
     hidden: mx.array
     last: mx.array | None
-    newest: mx.array | None = None
-    sampling: SamplingBatch | None = None
 
 
 def bucket(least: int, smallest: int = 1) -> int:
@@ -93,7 +91,7 @@ def usual() -> Compiled:
 #: Traces that are kept: one of 30 layers at once takes 4 MB, and a model in parts has two or three of a sixth for each
 #: set of shapes. Those used longest ago go first. Where prompts and sampling are compiled too there are more shapes (40
 #: with adapters and four ways to sample), each takes longer to make, and a process has more memory.
-TRACES: dict[Compiled, int] = {"all": 128, "decode": 24, "none": 0}
+TRACES: dict[Compiled, int] = {"all": 64, "decode": 24, "none": 0}
 
 
 class Step:
@@ -101,12 +99,15 @@ class Step:
     compiled, and again for one that was given up."""
 
     def __init__(self, model: Decoder, compiled: Compiled) -> None:
-        self._model, self._stretches, self.traces = model, model.stretches, 0
+        self._model, self.traces = model, 0
         #: Passes, or parts of them, that were compiled: for each set of shapes that was new.
         self.traced = 0
         if model.kv_sizes.states and compiled == "all":
             # A recurrent layer sees every token that it is given, those of padding too: prompts are not padded then.
             compiled = "decode"
+        #: None where the whole pass is compiled as one: on a GPU each part would launch the arithmetic of positions
+        #: again, and a step of 24 layers took 1.02 to 1.5 times as long (H200).
+        self._stretches = model.stretches if compiled == "decode" else None
         #: Whether decoding and prompts come in buckets.
         self.decode_buckets, self.prompt_buckets = compiled != "none", compiled == "all"
         self._compiled = compiled
@@ -131,10 +132,10 @@ class Step:
         every, decoding = self._compiled == "all", given.tokens.shape[1] == 1 and not given.exact
         if not every and not (self._compiled == "decode" and decoding):
             return self._pass(stored, _Pass(given, sampling))
-        if self._stretches is not None:
-            return self._in_parts(stored, given, sampling, every=every)
         if every:
             return self._traced(self._pass, stored, _Pass(given, sampling))
+        if self._stretches is not None:
+            return self._in_parts(stored, given, sampling)
         written, logits = self._traced(self._forward, stored, _Forward(given, sampling is not None))
         return written, _chosen(logits, given, sampling)
 
@@ -151,17 +152,14 @@ class Step:
         return view.written, self._logits(_End(hidden, given.last))
 
     def _in_parts(
-        self, stored: Stored, given: ForwardInput, sampling: SamplingBatch | None, *, every: bool
+        self, stored: Stored, given: ForwardInput, sampling: SamplingBatch | None
     ) -> tuple[Stored, list[mx.array]]:
-        """The pass, its parts compiled one by one. `every`: sampling too."""
+        """The pass, its parts compiled one by one."""
         written, hidden = self._through(stored, given)
         if sampling is None:
             return written, []
-        if not every:
-            logits = self._traced(lambda _, end: self._logits(end), _NOTHING, _End(hidden, given.last))
-            return written, _chosen(logits, given, sampling)
-        end = _End(hidden, given.last, given.tokens[:, 0] if sampling.counts_newest else None, sampling)
-        return written, self._traced(self._end, _NOTHING, end)
+        logits = self._traced(lambda _, end: self._logits(end), _NOTHING, _End(hidden, given.last))
+        return written, _chosen(logits, given, sampling)
 
     def _through(self, stored: Stored, given: ForwardInput) -> tuple[Stored, mx.array]:
         """The layers, a stretch at a time: what is stored after them, and hidden states behind the last norm."""
@@ -190,10 +188,6 @@ class Step:
     def _logits(self, end: _End) -> mx.array:
         hidden, last = end.hidden, end.last
         return self._model.head(hidden[:, -1] if last is None else hidden[mx.arange(hidden.shape[0]), last])
-
-    def _end(self, _: Stored, end: _End) -> list[mx.array]:
-        assert end.sampling is not None
-        return list(choose(self._logits(end), end.sampling, end.newest))
 
     def _view(self, stored: Stored, given: ForwardInput, mask: Mask = None, first: int = 0) -> View | JointView:
         if given.positions is None:
