@@ -10,7 +10,7 @@ from stoker.broker.registry import AdapterEntry
 from stoker.client._async.client import AsyncClient
 from stoker.contract import ModelCard
 from stoker.contract.codec import CONTRACT
-from stoker.contract.kinds import GENERATE
+from stoker.contract.kinds import ADAPTERS
 from stoker.contract.shown import brief
 from stoker.gateway.errors import Refused
 
@@ -38,7 +38,7 @@ async def _found(client: AsyncClient, allowed: frozenset[str] | None) -> list[di
                 warm[card.model] = (card, since)
     listed = []
     for name, (card, since) in sorted(warm.items()):
-        entries = await client.adapters.list(name) if GENERATE.name in card.kinds else []
+        entries = await client.adapters.list(name) if ADAPTERS.name in card.kinds else []
         listed += [_object(shown, since, card) for shown in (name, *_names(name, entries))]
     return listed
 
