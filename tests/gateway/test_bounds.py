@@ -6,14 +6,20 @@ import asyncio
 import json
 import tracemalloc
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from stoker.gateway import batch_lines, listing
+from stoker.contract.base import parse_adapter
+from stoker.errors import InvalidRequest
+from stoker.gateway import batch_lines, health, listing
 from stoker.gateway.batch_lines import lines_of
+from stoker.gateway.chat import ChatBody
 from stoker.gateway.errors import Refused
 from stoker.gateway.events import Event, EventResponse
+from stoker.gateway.fields import checked_body
+from stoker.monitor.numbers import Numbers
 from stoker.testing import AsyncFakeClient
 
 MODELS = {"base": ["generate", "adapters"], "mini": ["embed"], "other": ["generate", "adapters"], "plain": ["generate"]}
@@ -92,3 +98,57 @@ def test_a_line_that_is_too_long_is_not_kept_while_the_rest_of_it_comes(monkeypa
         tracemalloc.stop()
     assert found == [(1, 0, b"first"), (2, 1, None), (5, 2, b"last")]
     assert most < 1_000_000, "3 MB came"
+
+
+def test_a_broker_that_does_not_answer_in_time_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health, "WITHIN", 0.01)
+    asked: list[int] = []
+
+    async def workers() -> Any:
+        asked.append(1)
+        await asyncio.wait_for(asyncio.Event().wait(), 20)
+
+    async def look() -> list[Any]:
+        client: Any = SimpleNamespace(workers=workers)
+        made, request = health.Health(client, Numbers()), SimpleNamespace()
+        return [await made.ready(request) for _ in range(2)]  # type: ignore[arg-type]
+
+    first, second = asyncio.run(look())
+    assert first is second, "an answer holds for a moment"
+    assert (first.status_code, asked) == (503, [1])
+    said = json.loads(bytes(first.body))
+    assert said == {"status": "the broker is away", "reason": "the broker did not answer within 0.01 s."}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"response_format": {"type": "text", "json_schema": {"name": "x"}}}, "response_format.json_schema"),
+        ({"response_format": {"type": "json_object", "json_schema": {"name": "x"}}}, "response_format.json_schema"),
+        ({"max_tokens": 1, "max_completion_tokens": 1}, "max_tokens"),
+        ({"top_logprobs": 1}, "top_logprobs"),
+    ],
+)
+def test_fields_that_rule_each_other_out_are_refused_by_name(fields: dict[str, Any], param: str) -> None:
+    body = checked_body(ChatBody, {"model": "m", "messages": [{"role": "user", "content": "a"}], **fields})
+    with pytest.raises(Refused) as refused:
+        body.options(9)
+    assert (refused.value.status, refused.value.param, refused.value.code) == (400, param, "invalid_value")
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ("style", ("style", None)),
+        ("style@3", ("style", 3)),
+        *((wrong, None) for wrong in ("style@", "@1", "a@0", "a@b")),
+    ],
+)
+def test_an_adapter_is_a_name_and_may_have_a_version(given: str, found: tuple[str, int | None] | None) -> None:
+    if found is not None:
+        assert parse_adapter(given) == found
+        return
+    with pytest.raises(InvalidRequest):
+        parse_adapter(given)
