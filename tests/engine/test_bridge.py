@@ -22,6 +22,7 @@ from engine.checkpoints.loading import LoadedModel, load
 from engine.checkpoints.verifying import verify
 from engine.models import rope
 from engine.models.bridge import blocks, linears, package, slots, weights
+from engine.models.bridge.attention import scaled_dot_product_attention
 from engine.models.bridge.decoder import BridgedDecoder
 from engine.models.cache import KeyValues
 from engine.models.decoder import DecoderBlock
@@ -152,6 +153,38 @@ def test_a_cache_that_keeps_a_texts_beginning_is_refused_by_its_name() -> None:
         slots.shapes_of([kept])
 
 
+def masks() -> dict[str, Any]:
+    """Three new tokens behind four: what each form of mask lets the rows see."""
+    causal = mx.arange(3)[:, None] + 4 >= mx.arange(7)
+    window = causal & (mx.arange(3)[:, None] + 4 < mx.arange(7) + 3)
+    beginnings = mx.arange(7) >= mx.array([0, 2])[:, None, None, None]
+    return {
+        "none": (None, mx.ones((3, 7), mx.bool_)),
+        "causal": ("causal", causal),
+        "a window": (window, window),
+        "a row's own": (window & beginnings, window & beginnings),
+        "added": (mx.where(window, 0.0, -mx.inf), window),
+    }
+
+
+@pytest.mark.parametrize("sunk", [False, True], ids=["plain", "sinks"])
+@pytest.mark.parametrize("form", masks())
+def test_what_model_files_attend_by_is_softmax_over_what_the_mask_lets_them_see_and_the_sinks(
+    form: str, sunk: bool
+) -> None:
+    """Against 64 bits: mlx-lm's own logits come through the same function."""
+    made = np.random.default_rng(3)
+    queries, keys, values = (made.normal(size=(2, heads, length, 8)) for heads, length in ((4, 3), (2, 7), (2, 7)))
+    sinks, (mask, seen) = made.normal(size=4), masks()[form]
+    scores = queries @ np.repeat(keys, 2, axis=1).swapaxes(-1, -2) * 0.3
+    powers = np.exp(scores) * np.array(seen)
+    whole = powers.sum(-1, keepdims=True) + (np.exp(sinks)[:, None, None] if sunk else 0.0)
+    wanted = powers / whole @ np.repeat(values, 2, axis=1)
+    q, k, v, s = (mx.array(each, dtype=mx.float32) for each in (queries, keys, values, sinks))
+    found = scaled_dot_product_attention(q, k, v, None, 0.3, mask, s if sunk else None)
+    assert np.abs(np.array(found) - wanted).max() < 1e-5
+
+
 def test_a_pass_within_another_ends_with_what_the_other_had() -> None:
     outer, inner = (cast(LayerAdapters, object()) for _ in range(2))
     under_way = linears.Pass()
@@ -274,6 +307,21 @@ def dtypes(network: nn.Module) -> Iterator[tuple[str, mx.Dtype]]:
         ({"num_hidden_layers": 5}, "Missing 6 parameters: model.layers.4"),
         ({"num_hidden_layers": "many"}, "mlx-lm's phi3 cannot be made of it"),
         ({"quantization_config": {"quant_method": "hqq"}}, "hqq.* is not supported: MLX's own, mxfp4"),
+        ({"quantization_config": "4bit"}, "4bit is not supported: MLX's own, mxfp4"),
+        (
+            {
+                "original_max_position_embeddings": 256,
+                "rope_scaling": {"type": "longrope", "long_factor": [1.0] * 2, "short_factor": [1.0] * 3},
+            },
+            "short_factor = .*: not as many numbers as long",
+        ),
+        (
+            {
+                "original_max_position_embeddings": 256,
+                "rope_scaling": {"type": "longrope", "long_factor": [1.0] * 2, "short_factor": ["1"] * 2},
+            },
+            "short_factor = .*: not as many numbers as long",
+        ),
     ],
 )
 def test_what_mlx_lm_has_not_or_would_compute_otherwise_is_refused_by_name(
@@ -282,6 +330,23 @@ def test_what_mlx_lm_has_not_or_would_compute_otherwise_is_refused_by_name(
     bridged.write_folder(tmp_path / "model", "phi3", **fields)
     (tmp_path / "model" / "evil.py").write_text("raise SystemExit('it ran')")
     with pytest.raises(ModelError, match=words):
+        load("model", [str(tmp_path / "model")])
+
+
+@pytest.mark.parametrize("section", [{"bits": 4}, {"group_size": "all", "bits": 4}])
+def test_codes_whose_form_is_not_said_are_refused(section: dict[str, Any], tmp_path: Path) -> None:
+    bridged.write_folder(tmp_path / "model", "phi3", bits=4)
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization": section}))
+    with pytest.raises(ModelError, match="quantization: "):
+        load("model", [str(tmp_path / "model")], quantize="keep")
+
+
+@pytest.mark.parametrize("pattern", [0, -1, 2.0, True, "2"])
+def test_a_pattern_of_windows_that_counts_no_layers_is_refused(pattern: Any, tmp_path: Path) -> None:
+    types = ["sliding_attention", "full_attention"]
+    bridged.write_folder(tmp_path / "model", "gemma3_text", layer_types=types, sliding_window_pattern=pattern)
+    with pytest.raises(ModelError, match=f"sliding_window_pattern = {pattern!r}: a whole number of at least 1"):
         load("model", [str(tmp_path / "model")])
 
 

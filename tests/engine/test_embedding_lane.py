@@ -343,6 +343,8 @@ def test_what_may_be_cut_is_read_from_the_models_files(tmp_path: Path) -> None:
     ):
         (tmp_path / "config.json").write_text(json.dumps(said))
         assert sentence.read_dimensions(tmp_path / "config.json", 384) == wanted
-    (tmp_path / "config.json").write_text(json.dumps({"matryoshka_dimensions": [0, 512]}))
-    with pytest.raises(ModelError, match="matryoshka_dimensions"):
-        sentence.read_dimensions(tmp_path / "config.json", 384)
+    unfit: list[Any] = [[0, 512], 64, "", {}]
+    for sizes in unfit:
+        (tmp_path / "config.json").write_text(json.dumps({"matryoshka_dimensions": sizes}))
+        with pytest.raises(ModelError, match="matryoshka_dimensions"):
+            sentence.read_dimensions(tmp_path / "config.json", 384)

@@ -26,7 +26,7 @@ from engine.generation.prompt import TokenizedPrompt
 from engine.generation.row import Generation
 from engine.generation.structured import Grammar
 from engine.models.llama import Llama
-from engine.text.tokenizer import Tokenizer
+from engine.text.tokenizer import Manners, Tokenizer
 from engine.ticket import Ticket
 from stoker.contract import ChatMessage, GenerateRequest, GenerateResult, StreamToken
 from stoker.errors import InvalidRequest, JobCancelled, ModelError, TextTooLong, UnknownAdapter, WorkerUnavailable
@@ -489,10 +489,11 @@ def test_messages_are_written_by_the_models_template(model: LoadedModel, pool: A
 
 
 def test_what_the_model_wants_before_a_text_stands_there_once(model: LoadedModel, pool: AdapterPool) -> None:
-    """A template writes it itself; a prompt gets it."""
+    """A template writes it itself, by its name; a prompt gets it."""
     driver = Driver(model, pool)
+    model.tokenizer.manners = Manners({"bos_token": "t1"})
     model.tokenizer.inner.post_processor = TemplateProcessing(single="t1 $A", special_tokens=[("t1", 1)])
-    model.tokenizer.templates["default"] = "t1 {{ messages[0].content }}"
+    model.tokenizer.templates["default"] = "{{ bos_token }} {{ messages[0].content }}"
     asked: list[dict[str, Any]] = [
         {"messages": (ChatMessage(role="user", content="t3"),)}, {"prompt": "t3"}, {"prompt_ids": (1, 3)}
     ]  # fmt: skip

@@ -111,6 +111,12 @@ def test_what_no_key_of_gemma_3_says_is_as_in_llama_cpp() -> None:
     assert described("gemma3")["sliding_window_pattern"] == 1, "no window: each layer sees all"
 
 
+def test_what_no_key_of_granite_says_scales_nothing() -> None:
+    usual = described("granite")
+    assert [usual[f"{part}_multiplier"] for part in ("embedding", "residual")] == [1.0, 1.0]
+    assert (usual["attention_multiplier"], usual["logits_scaling"]) == (6**-0.5, 1.0)
+
+
 def test_a_pattern_of_windows_may_be_a_number_or_a_list() -> None:
     pattern = "attention__sliding_window_pattern"
     listed = described("gemma3", attention__sliding_window=8, **{pattern: [True, True, False, True]})

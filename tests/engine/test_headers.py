@@ -69,6 +69,16 @@ def test_codes_count_as_the_weights_that_they_stand_for_each_layer_by_its_own_bi
     assert size == sum(entry["data_offsets"][1] for entry in held.values())
 
 
+@pytest.mark.parametrize("bits", [None, 0, 9, "4", 4.0])
+def test_codes_of_no_known_width_are_refused(bits: Any) -> None:
+    """They could not be counted."""
+    codes = {"dtype": "U32", "shape": [32, 8], "data_offsets": [0, 1024]}
+    held = {"a.weight": codes, "a.scales": {"dtype": "F16", "shape": [32, 2], "data_offsets": [1024, 1152]}}
+    for section in ({"bits": bits}, {"bits": 4, "a": {"bits": bits}}):
+        with pytest.raises(ModelError, match=f"bits {bits!r} of 'a' is not a number from 1 to 8"):
+            stored_forms(held, section, None)
+
+
 def test_a_qwen3_that_does_not_say_so_has_heads_of_128(tmp_path: Path) -> None:
     config = json.loads((BASES / "qwen3" / "config.json").read_text())
     found = inspect(copied(tmp_path, "qwen3", head_dim=None)).cache_bytes_per_1000

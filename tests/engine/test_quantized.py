@@ -274,6 +274,7 @@ def test_what_no_model_reads_and_what_is_hidden_is_left_behind(tmp_path: Path) -
     stored = safetensors.read_folder(found.path)
     assert not [name for name in stored if "lm_head" in name or "inv_freq" in name]
     assert found.bytes_before == sum(array.nbytes for name, array in weights.items() if name in stored)
+    assert found.bytes_after == sum(array.nbytes for array in stored.values())
     names = {path.name for path in found.path.iterdir()}
     assert names == {path.name for path in source.iterdir()} - {".hidden.json", "weights.bin"}
     assert (found.path / "additional_chat_templates" / "tool_use.jinja").read_text() == "T"

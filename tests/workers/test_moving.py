@@ -210,23 +210,31 @@ def presence(worker: str, *kinds: str, contract: int = CONTRACT) -> str:
 
 
 @pytest.mark.parametrize(
-    ("how", "own_broker", "others", "is_wanted"),
+    ("how", "own_broker", "others", "contract", "is_wanted"),
     [
-        ("always", True, [], True),
-        ("never", False, ["train"], False),
-        ("auto", False, [], True),
-        ("auto", True, [], False),
-        ("auto", True, ["train"], True),
-        ("auto", True, ["generate"], False),
+        ("always", True, [], CONTRACT, True),
+        ("never", False, ["train"], CONTRACT, False),
+        ("auto", False, [], CONTRACT, True),
+        ("auto", True, [], CONTRACT, False),
+        ("auto", True, ["train"], CONTRACT, True),
+        ("auto", True, ["train"], CONTRACT + 1, False),
+        ("auto", True, ["generate"], CONTRACT, False),
     ],
 )
 def test_by_default_they_are_sent_except_where_nobody_would_gain(
-    broker: Settings, redis: Any, tmp_path: Path, how: str, own_broker: bool, others: list[str], is_wanted: bool
+    broker: Settings,
+    redis: Any,
+    tmp_path: Path,
+    how: str,
+    own_broker: bool,
+    others: list[str],
+    contract: int,
+    is_wanted: bool,
 ) -> None:
     home = broker.home if own_broker else tmp_path
     worker = Worker(broker, redis, home, "one", checkpoints=how)
     for name, kinds in [("one", ["train"]), ("other", others)]:
-        redis.set(keys.worker(name), presence(name, *kinds), ex=10)
+        redis.set(keys.worker(name), presence(name, *kinds, contract=contract), ex=10)
         redis.zadd(keys.WORKERS, {name: 1.0})
         redis.expire(keys.WORKERS, 60)
     assert (worker.runtime.settings.running_broker is not None) == own_broker
