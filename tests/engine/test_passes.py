@@ -16,7 +16,7 @@ from engine.generation.batch import SMALLEST_KV_LENGTH
 from engine.generation.forward_input import ForwardInput
 from engine.generation.prefill import PrefillPacer
 from engine.generation.prefixes import SHORTEST
-from engine.generation.step import Step
+from engine.generation.step import Compiled, Step
 from engine.models.cache import KeyValues
 from engine.models.llama import Llama
 from tests.engine import tiny
@@ -112,3 +112,13 @@ def test_prompts_of_several_jobs_are_read_together(driver: Driver, passes: list[
         driver.send(request(prompt(20, number), max_tokens=2))
     driver.run()
     assert [one.rows for one in passes] == [3]
+
+
+@pytest.mark.parametrize(
+    ("asked", "decoding", "prompts"), [("none", False, False), ("decode", True, False), ("all", True, True)]
+)
+def test_a_lane_compiles_the_passes_that_it_was_asked_to(
+    model: LoadedModel, tmp_path: Path, asked: Compiled, decoding: bool, prompts: bool
+) -> None:
+    step = Driver(model, AdapterPool(model, AdapterStore(tmp_path)), compiled=asked).lane.step
+    assert (step.decode_buckets, step.prompt_buckets) == (decoding, prompts)
