@@ -76,3 +76,30 @@ def test_an_entry_that_takes_the_place_of_its_like_is_counted_once(cache: Prefix
     before = cache.nbytes
     cache.put("base", list(range(LENGTH)), KeyValues(tiny_llama, 1, LENGTH))
     assert (cache.nbytes, len(cache)) == (before, 1)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_what_is_found_is_what_a_look_at_every_entry_finds(tiny_llama: Llama, seed: int, whole: bool) -> None:
+    """Prompts of few tokens, so that many begin alike; old entries leave."""
+    random, limit = np.random.default_rng(seed), 60
+    kv = KeyValues(tiny_llama, 1, LENGTH)
+    cache = PrefixCache(limit * kv.nbytes, whole=whole, shortest=3)
+    kept: dict[tuple[str, tuple[int, ...]], KeyValues] = {}
+    for _ in range(300):
+        owner = str(random.choice(["base", "other"]))
+        tokens = tuple(random.integers(0, 2, random.integers(1, 9)).tolist())
+        begun = tokens[:-1]
+        fits = [other for name, other in kept if name == owner and (not whole or other == begun[: len(other)])]
+        longest = max((_shared(other, begun) for other in fits), default=0)
+        found, length = cache.find(owner, tokens)
+        assert length == (longest if longest >= 3 else 0)
+        assert (found is None) == (length == 0)
+        cache.put(owner, tokens, KeyValues(tiny_llama, 1, LENGTH))
+        kept = {key: kv for key, kv in {**kept, (owner, tokens): kv}.items() if cache.has(*key)}
+        assert len(cache) == len(kept)
+
+
+def _shared(left: tuple[int, ...], right: tuple[int, ...]) -> int:
+    length = min(len(left), len(right))
+    return next((at for at in range(length) if left[at] != right[at]), length)
