@@ -9,7 +9,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from engine.delivery import Publish, deliver
 from engine.errand import Errand, at_once, in_own_thread
 from engine.generation.limits import GenerationLoad, LaneLimits
 from engine.lane import AnyLane
-from engine.making_way import LOOK_EVERY, MakingWay, Neighbours, NoNeighbours
+from engine.making_way import LOOK_EVERY, MakingWay, Neighbours
 from engine.platform import heap, probe
 from engine.platform.threads import collect, leave
 from engine.text import trial
@@ -107,7 +107,7 @@ class Engine:
         self._warm = WarmModels(
             self.store, runs or adapters.parent / "runs", limits or LaneLimits(), adapter_bytes, train_share
         )
-        self._way = MakingWay(neighbours or NoNeighbours(), train_share)
+        self._way = MakingWay(neighbours, train_share)
         self._ready = threading.Event()
         self._stopping = False
         self._failure: BaseException | None = None
@@ -311,18 +311,26 @@ class Engine:
         self._drop_stopped()
         self._way.announce(self._warm.lanes)
         behind = self._way.behind(self._warm.lanes)
-        resting = behind if self._way.rest else ()
-        turn = self._warm.share.choose(
-            key for key, lane in self._warm.lanes.items() if lane.busy and key not in resting
-        )
+        turn = self._choose(behind)
         if turn is None:
             self._rest()
-            return
+        else:
+            self._take_turn(turn, makes_way=turn in behind)
+
+    def _choose(self, behind: Collection[tuple[str, str]]) -> tuple[str, str] | None:
+        """The lane whose turn it is; those that make way rest behind a step of theirs."""
+        resting = behind if behind and self._way.rest else ()
+        return self._warm.share.choose(
+            key for key, lane in self._warm.lanes.items() if lane.busy and key not in resting
+        )
+
+    def _take_turn(self, turn: tuple[str, str], *, makes_way: bool) -> None:
+        """Run a lane by a step, and report what it made."""
         began = time.perf_counter()
         with self._warm.share.charge(turn):
-            output = self._run(turn, makes_way=turn in behind)
+            output = self._run(turn, makes_way=makes_way)
         seconds = time.perf_counter() - began
-        if turn in behind:
+        if makes_way:
             self._way.note(turn[1], seconds)
         deliver(output, self._publish)
         self.observe(*turn, seconds, output)

@@ -42,20 +42,13 @@ class Neighbours(Protocol):
         ...
 
 
-class NoNeighbours:
-    """A device of one's own."""
-
-    def announce(self, priority: int | None) -> None: ...
-
-    def is_ahead(self, priority: int) -> bool:
-        return False
-
-
 class MakingWay:
-    """Which lanes rest. `train_share`: of the time, for training that makes way: what it has next to a stream of its
-    own worker."""
+    """Which lanes rest. `neighbours`: None on a device of one's own. `train_share`: of the time, for training that
+    makes way: what it has next to a stream of its own worker."""
 
-    def __init__(self, neighbours: Neighbours, train_share: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, neighbours: Neighbours | None, train_share: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._neighbours, self._clock = neighbours, clock
         self._train_share = train_share
         #: The best priority of the streams that run here.
@@ -68,6 +61,8 @@ class MakingWay:
 
     def announce(self, lanes: Mapping[K, AnyLane]) -> None:
         """Let neighbours know of the streams of these lanes."""
+        if self._neighbours is None:
+            return
         streams = [lane for lane in lanes.values() if lane.busy and KINDS[lane.kind].urgent]
         self._own = min(map(_best, streams), default=None)
         self._neighbours.announce(self._own)
@@ -75,7 +70,7 @@ class MakingWay:
     def is_behind(self, priority: int) -> bool:
         """Whether jobs of this priority make way for a neighbour's streams: those have to be better than all streams
         that run here, which share the time with such jobs as it is. From any thread."""
-        if self._ending:
+        if self._neighbours is None or self._ending:
             return False
         now, own = self._clock(), self._own
         priority = priority if own is None else min(priority, own)
@@ -90,6 +85,8 @@ class MakingWay:
 
     def behind(self, lanes: Mapping[K, AnyLane]) -> set[K]:
         """Those of the lanes that have work and make way."""
+        if self._neighbours is None:
+            return set()
         return {key for key, lane in lanes.items() if lane.busy and self.is_behind(_best(lane))}
 
     def note(self, kind: str, seconds: float) -> None:

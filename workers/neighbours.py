@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from engine.making_way import Neighbours, NoNeighbours
+from engine.making_way import Neighbours
 from stoker.address import Address
 from stoker.settings import Settings
 
@@ -129,12 +129,13 @@ def lock_file(broker: Address, device: str) -> Path:
     return Path(tempfile.gettempdir()) / f"stoker-{os.getuid()}" / f"{digest}.streams"
 
 
-def neighbours_of(settings: Settings, device: str) -> Neighbours:
-    """Those of a worker with these settings. `device`: what it computes on, which `workers.machine` knows."""
+def neighbours_of(settings: Settings, device: str) -> Neighbours | None:
+    """Those of a worker with these settings; None where there is nothing to know them by. `device`: what it computes
+    on, which `workers.machine` knows."""
     if settings.chosen_url is None:
-        return NoNeighbours()
+        return None
     try:
         return StreamLocks(lock_file(settings.address, device))
     except OSError as error:
         log.warning(WITHOUT, error)
-        return NoNeighbours()
+        return None

@@ -14,7 +14,7 @@ from engine import making_way
 from engine.engine import Engine
 from engine.generation.limits import LaneLimits
 from engine.generation.pacing import LanePacer
-from engine.making_way import LINGER, LONGEST_REST, SHARE, MakingWay, NoNeighbours
+from engine.making_way import LINGER, LONGEST_REST, SHARE, MakingWay
 from engine.ticket import StepOutput, Ticket
 from stoker.contract import GenerateRequest
 from stoker.errors import JobCancelled, WorkerUnavailable
@@ -131,7 +131,7 @@ def test_a_worker_that_stops_rests_no_more() -> None:
 
 
 def test_a_device_of_ones_own_has_no_neighbour() -> None:
-    way = MakingWay(NoNeighbours(), 0.2)
+    way = MakingWay(None, 0.2)
     way.announce({})
     assert not way.is_behind(9)
 
