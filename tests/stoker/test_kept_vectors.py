@@ -111,6 +111,16 @@ def test_vectors_that_are_gone_are_one_error_that_says_why(redis: Any, gone: str
         read_vectors(EmbedReply(blob="vectors:a", rows=1, dim=1, usage=Usage()), found.data, found.became)
 
 
+def test_vectors_that_are_made_again_after_they_were_fetched_wait_to_be_fetched_again(redis: Any) -> None:
+    """A second delivery of the job made them: its client has not had these, so they make room for nobody."""
+    limit(redis, 500)
+    keep(redis, "a", b"x" * 200)
+    fetch("a", PATIENCE).on(redis)
+    assert keep(redis, "a", b"y" * 200).there
+    assert not keep(redis, "b", b"x" * 350).there
+    assert fetch("a", PATIENCE).on(redis).data == b"y" * 200
+
+
 @pytest.mark.parametrize("record", [None, b"nonsense"])
 def test_vectors_are_fetched_also_without_a_record_of_their_job(redis: Any, record: bytes | None) -> None:
     if record is not None:

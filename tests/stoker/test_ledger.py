@@ -1006,3 +1006,12 @@ def test_of_a_clients_oldest_jobs_those_that_are_gone_are_swept_by_its_next_subm
     assert [name.decode() for name in redis.zrange(mine, 0, -1)] == ["waits", "gone-c", "next"]
     submit(redis, "last")
     assert [name.decode() for name in redis.zrange(mine, 0, -1)] == ["waits", "next", "last"]
+
+
+def test_a_job_that_has_an_owner_is_not_refused(redis: Any) -> None:
+    """Its model's worker may have ended just now; the owner is another, and ends the job itself."""
+    submit(redis)
+    claim(redis, "one")
+    assert not ledger.refuse(redis, "job", QUEUE, ledger.revoked("job"))
+    assert complete(redis, "one")
+    assert not ledger.refuse(redis, "job", QUEUE, ledger.revoked("job")), "nor is one that has ended"

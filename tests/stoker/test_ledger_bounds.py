@@ -57,6 +57,15 @@ def test_a_queue_takes_no_more_bytes_than_the_policy_says_and_says_how_many_ther
     assert submit_input(redis, "b", b"x" * 3000).state == "new"
 
 
+def test_a_job_may_be_as_large_as_all_of_a_queue_and_no_byte_larger(redis: Any) -> None:
+    submit_input(redis, "a", b"x" * 2000)
+    policy.decide(redis, "queue_bytes", sizes(redis)["a"])
+    take_all(redis)
+    ledger.complete(redis, "a", QUEUE, "token-a", ledger.success("a", {}))
+    assert submit_input(redis, "b", b"x" * 2001).state == "too_large"
+    assert submit_input(redis, "b", b"x" * 2000).state == "new"
+
+
 def test_an_input_that_was_uploaded_before_counts(redis: Any) -> None:
     policy.decide(redis, "queue_bytes", 5000)
     redis.set(keys.blob("dataset:a"), b"x" * 6000, ex=60)
