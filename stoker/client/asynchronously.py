@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Hashable, Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeAlias, TypeVar
 
 from stoker.broker.connection import connect_async
 from stoker.client.asked import Ask
@@ -87,7 +87,7 @@ class Joint(Generic[T]):
     def __init__(self) -> None:
         self._asked: dict[tuple[asyncio.AbstractEventLoop, Hashable], asyncio.Task[T]] = {}
 
-    async def ask(self, what: Hashable, call: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    async def ask(self, what: Hashable, call: Callable[[], Coroutine[object, object, T]]) -> T:
         key = asyncio.get_running_loop(), what
         if key not in self._asked:
             self._asked[key] = key[0].create_task(call())

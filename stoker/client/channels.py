@@ -14,13 +14,16 @@ from collections import deque
 from collections.abc import Sequence
 from contextvars import Context
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from stoker.client.following import Heard
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis
 
 #: Messages that wait for one reader: as many as one replay fetches.
 BACKLOG = 512
@@ -33,7 +36,7 @@ class FellBehind(RedisConnectionError):
 class Channels:
     """Those of one event loop. New listeners share the connection that the last one had."""
 
-    def __init__(self, redis: Any) -> None:
+    def __init__(self, redis: Redis) -> None:
         self._redis = redis
         self._current: SharedConnection | None = None
         self._open: set[SharedConnection] = set()
@@ -148,8 +151,8 @@ class Listener:
 class SharedConnection:
     """One connection, and the task that opens it, reads it and closes it. `over`: nobody may join any more."""
 
-    def __init__(self, redis: Any) -> None:
-        self._pubsub = redis.pubsub(push_handler_func=_as_it_came)
+    def __init__(self, redis: Redis) -> None:
+        self._pubsub: Any = redis.pubsub(push_handler_func=_as_it_came)
         self._here: set[Listener] = set()
         self._of_channel: dict[bytes, tuple[Listener, ...]] = {}
         self._unsent: list[tuple[str | bytes, ...]] = []
