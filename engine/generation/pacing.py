@@ -15,6 +15,7 @@ from statistics import median
 
 from engine.generation.prefill import PrefillPacer
 from engine.generation.step import bucket
+from stoker.contract.requests import LOWEST_PRIORITY
 
 #: How many times as long a pass may take for the rows of the background in it.
 STRETCH = 1.5
@@ -28,8 +29,6 @@ ALONE = 3
 LEAST, MOST = 3, 9
 #: Turns after which a size that was not run since is unknown again: rows have grown, other processes have ended.
 FORGET = 16
-#: The worst priority.
-WORST = 9
 
 
 @dataclass
@@ -99,7 +98,7 @@ class LanePacer:
     @property
     def background(self) -> range:
         """Priorities whose prompts may go on in this step too."""
-        return range(self.best + 1, WORST + 1) if self._is_turn else range(0)
+        return range(self.best + 1, LOWEST_PRIORITY + 1) if self._is_turn else range(0)
 
     @property
     def _is_turn(self) -> bool:

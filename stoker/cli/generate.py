@@ -8,11 +8,12 @@ from typing import Annotated, Any
 import typer
 
 from stoker.cli import inputs
-from stoker.cli.generate_file import LOWEST_PRIORITY, FileRun
+from stoker.cli.generate_file import FileRun
 from stoker.cli.options import Json, Model, Url, connect, is_terminal, notes, print_json
 from stoker.client.options import GenerateManyOptions
 from stoker.contract import GenerateResult
 from stoker.contract.kinds import GENERATE
+from stoker.contract.requests import LOWEST_PRIORITY
 from stoker.errors import InvalidRequest, JobError
 
 Adapter = Annotated[str | None, typer.Option(help="LoRA adapter to generate with.")]

@@ -23,9 +23,6 @@ from stoker.files.line_output import SUFFIXES, LineOutput
 from stoker.files.output import check_path, opened
 from stoker.files.requests import RequestFile, RequestLine
 
-#: The last to be served: what people wait for goes first.
-LOWEST_PRIORITY = 9
-
 
 @dataclass(frozen=True)
 class FileRun:

@@ -19,6 +19,9 @@ from stoker.contract.freeform import check_json
 from stoker.contract.shown import brief
 from stoker.contract.vectors import VectorType
 
+#: The last to be served: what people wait for goes first. 0 is the best.
+LOWEST_PRIORITY = 9
+
 MAX_TEXTS = 4096
 MAX_TEXT_CHARS = 1_000_000
 #: All texts of one job together: a Celery message this large still passes in milliseconds.
@@ -67,7 +70,7 @@ class JobRequest(Message):
     """The fields that every kind of job has."""
 
     #: 0 is served first, 9 last.
-    priority: int = Field(default=5, ge=0, le=9)
+    priority: int = Field(default=5, ge=0, le=LOWEST_PRIORITY)
     #: Seconds from the submission after which the job ends with `DeadlineExceeded`. None: no deadline.
     deadline: float | None = Field(default=None, gt=0.0, le=30 * 24 * 3600.0)
 

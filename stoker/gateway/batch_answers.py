@@ -12,14 +12,13 @@ from stoker.client._async.client import AsyncClient
 from stoker.client._async.jobs import AsyncEmbedJob, AsyncGenerateJob
 from stoker.client.asked import own
 from stoker.client.chunks import ATTEMPTS, LONGEST_PAUSE, Part, Plan, try_again
+from stoker.contract.requests import LOWEST_PRIORITY
 from stoker.errors import QueueFull, StokerError
 from stoker.gateway import chat, completions, embeddings
 from stoker.gateway.answers import Generation
 from stoker.gateway.calls import Call, Caller, Models, NamedJob
 from stoker.gateway.embeddings import Embedding
 
-#: The last to be served.
-LOWEST_PRIORITY = 9
 #: The endpoints that a batch may have, and what reads a request to each.
 READERS: Mapping[str, Callable[[Call], Awaitable[Generation | Embedding]]] = {
     "/v1/chat/completions": chat.asked,

@@ -11,8 +11,8 @@ from typer.testing import CliRunner, Result
 
 from stoker.cli import app
 from stoker.cli import generate as generate_command
-from stoker.cli.generate_file import LOWEST_PRIORITY
 from stoker.contract import GenerateRequest, GenerateResult
+from stoker.contract.requests import LOWEST_PRIORITY
 from stoker.errors import BrokerUnavailable, InvalidRequest, JobError, StokerError, UnknownModel
 from stoker.files import output as output_module
 from stoker.files.output import partial_path, state_path

@@ -19,14 +19,13 @@ from stoker.broker import keys
 from stoker.broker.envelope import UnreadableMessage, read
 from stoker.broker.ledger import record
 from stoker.contract.kinds import GENERATE
+from stoker.contract.requests import LOWEST_PRIORITY
 from workers.capacity import Lanes
 from workers.services.runtime import Runtime
 
 #: Seconds between two looks of a full lane.
 EVERY = 0.25
 KIND = GENERATE.name
-#: The worst priority.
-BULK = 9
 #: Looks at which the same job is the best one that waits until it counts as left to this worker.
 LEFT_AFTER = 20
 MAKES_WAY = "another worker on this machine runs streams, and bulk work here makes way"
@@ -41,7 +40,7 @@ class Overtaking:
         self._waited, self._looks = "", 0
 
     def round(self) -> None:
-        if self._runtime.makes_way(BULK):
+        if self._runtime.makes_way(LOWEST_PRIORITY):
             self._lanes.narrow(KIND, 1, MAKES_WAY)
         else:
             self._lanes.widen(KIND)

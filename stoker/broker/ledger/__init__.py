@@ -36,6 +36,7 @@ from stoker.broker.ledger.script import LuaScript, text
 from stoker.broker.ledger.transitions import TRANSITIONS
 from stoker.broker.ledger.vectors import VECTOR_BYTES
 from stoker.contract.kinds import READY, of_queue
+from stoker.contract.requests import LOWEST_PRIORITY
 
 #: Owners that a job may crash before it is dead-lettered.
 MAX_CRASHES = 3
@@ -47,7 +48,7 @@ QUEUE_BYTES = 2 * 2**30
 #: Seconds of waiting that lift a job by one priority (prelude.lua has the default too).
 AGEING = 300
 
-PRIORITIES = 10
+PRIORITIES = LOWEST_PRIORITY + 1
 
 R = TypeVar("R")
 
