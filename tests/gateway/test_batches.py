@@ -134,6 +134,23 @@ def test_each_line_of_a_batch_is_answered_by_its_custom_id_in_order(
     assert [found.id for found in api.batches.list()] == [batch_id]
 
 
+def test_an_answer_leaves_the_broker_once_the_batch_says_that_it_is_written(
+    api: openai.OpenAI, workers: AsyncFakeClient, redis: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gateway that dies between the two has it from the job again."""
+    discard, said_done = batch_answers.Answerer.discard, list[int]()
+
+    async def noted(answers: batch_answers.Answerer, job_id: str) -> None:
+        said_done.append(json.loads(redis.hget(keys.batch(job_id.rpartition("-")[0]), "record"))["completed"])
+        await discard(answers, job_id)
+
+    monkeypatch.setattr(batch_answers.Answerer, "discard", noted)
+    echo(workers)
+    ended(api, uploaded(api, [line(number) for number in range(3)]))
+    assert len(said_done) == 3
+    assert all(done > place for place, done in enumerate(said_done))
+
+
 def test_embeddings_and_texts_are_batches_too(api: openai.OpenAI, workers: AsyncFakeClient) -> None:
     echo(workers)
     vectors = uploaded(
@@ -294,6 +311,18 @@ def done(api: openai.OpenAI, batch_id: str) -> int:
 
 async def _nothing(lease: Lease) -> None:
     """It dies before."""
+
+
+def test_a_gateway_that_ends_lets_another_have_its_batches_at_once(
+    running: Served, settings: Settings, redis: Any, workers: AsyncFakeClient
+) -> None:
+    hanging(workers)
+    with gateway(running, settings, workers) as api:
+        batch_id = uploaded(api, [line(1)])
+        wait_until(lambda: workers.sent.jobs, "its line is under way")
+        assert redis.keys(keys.batch_runner("*"))
+    assert not redis.keys(keys.batch_runner("*"))
+    assert json.loads(redis.hget(keys.batch(batch_id), "record"))["status"] == "in_progress"
 
 
 def test_a_gateway_that_was_overtaken_writes_nothing_and_stops(
@@ -550,6 +579,28 @@ def test_the_oldest_batch_of_each_client_begins_before_the_second_of_any(
         monkeypatch.setattr(batch_runner, "AT_ONCE", 2)
         wait_until(lambda: len(workers.sent.jobs) == 2, "two run")
     assert sorted(job.client for job in workers.sent.jobs) == ["other", "team"]
+
+
+def test_batches_that_run_at_once_share_what_one_bulk_call_may_have(
+    api: openai.OpenAI, workers: AsyncFakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, shares, both, forever = list[str](), list[int](), asyncio.Event(), asyncio.Event()
+
+    async def asking(run: batch_run.BatchRun) -> None:
+        begun.append(run.record.id)
+        if len(begun) == 2:
+            both.set()
+        await both.wait()
+        shares.append(await run.in_flight({CHAT}))
+        await forever.wait()
+
+    monkeypatch.setattr(batch_run.BatchRun, "run", asking)
+    for number in range(2):
+        uploaded(api, [line(number)])
+    wait_until(lambda: len(shares) == 2, "both run")
+    most = sum(generation_share(worker) for worker in asyncio.run(workers.workers()))
+    assert most > 1
+    assert shares == [most // 2, most // 2]
 
 
 def test_a_full_queue_is_asked_again_after_what_it_says_and_not_much_later(

@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 import json
 import tracemalloc
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from stoker.contract import Presence
 from stoker.contract.base import parse_adapter
 from stoker.errors import InvalidRequest
 from stoker.gateway import batch_lines, health, listing
+from stoker.gateway.access import Anybody
+from stoker.gateway.app import Gateway
 from stoker.gateway.batch_lines import lines_of
+from stoker.gateway.calls import Caller
 from stoker.gateway.chat import ChatBody
 from stoker.gateway.errors import Refused
 from stoker.gateway.events import Event, EventResponse
@@ -45,12 +49,47 @@ def test_a_caller_sees_the_models_that_it_may_use_with_their_adapters_and_no_oth
     assert shown(None) == [*base, "mini", "other", "other:style", "other:style@1", "plain"], "one takes no adapters"
 
 
+@pytest.mark.parametrize("started", [(300.9, 100.9, 200.9), (100.9, 200.9, 300.9)])
+def test_a_model_is_there_since_the_first_of_its_workers_began(
+    started: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = AsyncFakeClient(models={"base": ["generate"]})
+    (worker,) = asyncio.run(client.workers())
+
+    async def workers() -> list[Presence]:
+        return [worker.model_copy(update={"started": time}) for time in started]
+
+    monkeypatch.setattr(client, "workers", workers)
+    answer = json.loads(bytes(asyncio.run(listing.model(client, "base", None)).body))
+    assert answer["created"] == 100
+
+
 @pytest.mark.parametrize("name", ["other", "other:style", "base:style@2", "base:", "none"])
 def test_a_model_that_a_caller_may_not_use_is_not_there(name: str) -> None:
     client = AsyncFakeClient(models=MODELS, adapters=["style"])
     with pytest.raises(Refused) as refused:
         asyncio.run(listing.model(client, name, frozenset({"base"})))
     assert (refused.value.status, refused.value.param, refused.value.code) == (404, "model", "model_not_found")
+
+
+class OfBase(Anybody):
+    """A key that may use one model."""
+
+    async def caller(self, headers: Mapping[str, str]) -> Caller:
+        return Caller("team", frozenset({"base"}))
+
+
+def test_both_pages_of_models_go_by_the_key_that_asks() -> None:
+    gateway = Gateway(AsyncFakeClient(models=MODELS), access=OfBase())
+
+    def asked(name: str) -> Any:
+        return SimpleNamespace(headers={}, path_params={"name": name})
+
+    assert json.loads(bytes(asyncio.run(gateway.show_model(asked("base"))).body))["id"] == "base"
+    with pytest.raises(Refused, match="no model of that name"):
+        asyncio.run(gateway.show_model(asked("other")))
+    listed = json.loads(bytes(asyncio.run(gateway.list_models(asked(""))).body))["data"]
+    assert [one["id"] for one in listed] == ["base"]
 
 
 def test_nobody_between_holds_the_events_of_a_stream_back_or_keeps_them() -> None:
@@ -66,8 +105,14 @@ def test_nobody_between_holds_the_events_of_a_stream_back_or_keeps_them() -> Non
         await asyncio.Event().wait()
 
     unused: Any = None
-    response = EventResponse(made(), unused, stays, unused)
-    asyncio.run(response({"type": "http"}, unused, send))
+
+    async def answered() -> int:
+        """How many tasks it has left."""
+        await EventResponse(made(), unused, stays, unused)({"type": "http"}, unused, send)
+        await asyncio.sleep(0)
+        return len(asyncio.all_tasks()) - 1
+
+    assert asyncio.run(answered()) == 0, "nobody waits any more for the client to leave"
     assert dict(sent[0]["headers"]) == {
         b"content-type": b"text/event-stream; charset=utf-8",
         b"cache-control": b"no-cache",

@@ -12,6 +12,7 @@ from typing import Any
 import httpx2
 import openai
 import pytest
+from starlette.datastructures import FormData
 
 from stoker import AsyncClient
 from stoker.broker import keys
@@ -220,6 +221,22 @@ def test_an_upload_that_is_wrong_is_refused_by_name(over: Served, settings: Sett
         refused = post(over, files={"file": ("a", LINES)}, data=fields)
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
     assert folders(settings) == []
+
+
+def test_the_form_of_an_upload_is_closed_whatever_becomes_of_it(over: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was sent lies on the disk meanwhile."""
+    closed, close = list[FormData](), FormData.close
+
+    async def noted(form: FormData) -> None:
+        closed.append(form)
+        await close(form)
+
+    monkeypatch.setattr(FormData, "close", noted)
+    statuses = [
+        post(over, files={"file": ("a", LINES)}, data={"purpose": purpose}).status_code for purpose in ("batch", "none")
+    ]
+    assert statuses == [200, 400]
+    assert len(closed) == 2
 
 
 def test_an_upload_is_no_job_and_has_no_id_of_one(over: Served, settings: Settings) -> None:

@@ -251,6 +251,26 @@ def test_a_run_that_is_there_stays_when_it_is_asked_for_again_in_vain(
     assert [job.id for job in api.fine_tuning.jobs.list()] == [kept.id]
 
 
+def test_a_run_that_is_sent_again_has_the_seed_that_it_had(
+    api: openai.OpenAI, redis: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that names no seed gets one, and the record of the first time says which."""
+    seeds = list[int]()
+    train = AsyncClient.train
+
+    async def noted(*arguments: Any, **fields: Any) -> Any:
+        seeds.append(fields["seed"])
+        return await train(*arguments, **fields)
+
+    monkeypatch.setattr(AsyncClient, "train", noted)
+    name = {"idempotency-key": "run-1"}
+    found = [started(api, extra_headers=name).seed for _ in range(2)]
+    assert seeds == found
+    assert len(set(found)) == 1
+    assert sent(redis, "run-1").seed == found[0]
+    assert started(api).seed != found[0]
+
+
 def test_a_run_can_be_cancelled_once_and_for_all(api: openai.OpenAI, broker: Settings, redis: Any) -> None:
     job = started(api)
     cancelled = api.fine_tuning.jobs.cancel(job.id)

@@ -100,6 +100,32 @@ def test_the_chunks_of_a_completion_add_up_to_the_whole(
         assert {choice["logprobs"] for choice in (*choices, whole["choices"][0])} == {None}
 
 
+@pytest.mark.parametrize(
+    "make",
+    [lambda: CompletionForm("j", "m", True, False), lambda: ChatForm("j", "m", AUTO, True, False, "default")],
+    ids=["completions", "chat"],
+)
+@settings(max_examples=20)
+@given(texts=st.tuples(st.sampled_from(TEXTS), st.sampled_from(TEXTS)), cuts=CUTS, order=st.lists(st.booleans()))
+def test_completions_that_are_made_at_once_each_stream_as_they_would_alone(
+    make: Callable[[], Any], texts: tuple[str, str], cuts: list[int], order: list[bool]
+) -> None:
+    own = [
+        [token.model_copy(update={"completion": number}) for token in tokens(text, cuts)]
+        for number, text in enumerate(texts)
+    ]
+    rest = [list(made) for made in own]
+    mixed = [rest[place].pop(0) for place in order if rest[place]] + rest[0] + rest[1]
+
+    def choices(made: list[StreamToken]) -> list[Any]:
+        form = make()
+        return [choice for token in made for event in form.token(token) for choice in event.data["choices"]]
+
+    together = choices(mixed)
+    for number, made in enumerate(own):
+        assert [choice for choice in together if choice["index"] == number] == choices(made)
+
+
 def _chat(deltas: list[Any]) -> dict[str, Any]:
     """The message that a client makes of what came."""
     message: dict[str, Any] = {"content": None}

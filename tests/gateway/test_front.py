@@ -99,6 +99,9 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_read_or_where_it_becom
     said = http.post(PATH, content=b" " * (2**18 + 1), headers=kind)
     assert (said.status_code, said.json()["error"]["code"]) == (413, "request_too_large")
     assert http.post(PATH, content=chunked(2**19), headers=kind).status_code == 413
+    # As large as it may be it is read, and is no JSON.
+    for whole in (b" " * 2**18, chunked(2**18)):
+        assert http.post(PATH, content=whole, headers=kind).status_code == 400
 
 
 def test_a_body_that_is_said_to_be_too_large_is_not_waited_for(served: Served) -> None:

@@ -83,9 +83,10 @@ def test_a_report_comes_back_as_it_was_also_with_a_loss_that_is_no_number() -> N
     assert found.value("stoker_jobs_total", outcome="failed") == 3
 
 
-def test_labels_that_a_metric_does_not_have_are_refused() -> None:
+@pytest.mark.parametrize("labels", [("base",), ("base", "embed", "done", "more")])
+def test_labels_that_a_metric_does_not_have_are_refused(labels: tuple[str, ...]) -> None:
     with pytest.raises(ValueError, match="stoker_jobs_total has the labels"):
-        Numbers().of(metrics.JOBS, "base")
+        Numbers().of(metrics.JOBS, *labels)
 
 
 def test_a_process_of_the_same_name_that_began_later_is_shown_alone() -> None:

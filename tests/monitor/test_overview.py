@@ -130,6 +130,7 @@ def test_what_the_ledger_says_of_a_job_becomes_one_notice_a_change() -> None:
     assert seen.hear(QUEUE, "job", said()) == [Known.of("job", said())]
     assert seen.hear(QUEUE, "job", said()) == []
     assert seen.hear(QUEUE, "job", said(worker=WORKER)) == [Started("job", WORKER, 200.0)]
+    assert seen.hear(QUEUE, "job", said(worker=WORKER)) == []
     other = said(worker="stoker-2@mac/bb", crashes=1)
     assert seen.hear(QUEUE, "job", other) == [Known.of("job", other), Started("job", "stoker-2@mac/bb", 200.0)]
     waits = said(crashes=1)

@@ -203,7 +203,9 @@ def test_an_entry_that_cannot_be_read_leaves_a_runs_other_reports() -> None:
     assert [found.step for found in read_reports(enumerate(entries))] == [1, 4]
 
 
-def test_what_ended_while_nobody_watched_ends_in_the_history_too(broker: Settings, redis: Any) -> None:
+def test_what_ended_while_nobody_watched_ends_in_the_history_too(
+    broker: Settings, redis: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("open", "ended"):
         send(redis, name)
     ledger.cancel(redis, "ended", GENERATE)
@@ -214,6 +216,13 @@ def test_what_ended_while_nobody_watched_ends_in_the_history_too(broker: Setting
             memory.event({"type": "task-received", "uuid": name, "name": "stoker.generate", **times})
         await watch.round()
         assert states(memory) == {"open": "RECEIVED", "ended": "REVOKED", "long-gone": "FAILURE"}
+        # Whose events come later is looked for at a later look.
+        memory.event({"type": "task-received", "uuid": "came-late", "name": "stoker.generate", **times})
+        await watch.round()
+        assert states(memory)["came-late"] == "RECEIVED", "it costs the broker nothing for a while"
+        monkeypatch.setattr(watching, "RARELY", 0.0)
+        await watch.round()
+        assert states(memory)["came-late"] == "FAILURE"
 
     watched(broker, steps)
 

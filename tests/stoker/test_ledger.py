@@ -100,12 +100,17 @@ def test_a_full_queue_takes_nothing(redis: Any) -> None:
     assert submit(redis, "c") == "new", "who runs does not wait"
 
 
-def test_the_wait_for_a_queue_whose_jobs_take_days_is_an_hour(redis: Any) -> None:
+@pytest.mark.parametrize(("interval", "wait"), [("86400", 3600), ("0.001", 1), ("0", 1), ("7", 7 * 2), ("no pace", 2)])
+def test_the_wait_for_a_full_queue_is_by_its_pace_and_a_second_to_an_hour(
+    redis: Any, interval: str, wait: float
+) -> None:
+    """Until so many have ended that one more may wait; a client that is told 0 would ask without a pause."""
+    for name in "ab":
+        submit(redis, name)
     redis.hset(keys.POLICY, "queue_limit", 1)
-    redis.hset(keys.pace(QUEUE), "interval", 86_400)
+    redis.hset(keys.pace(QUEUE), "interval", interval)
     redis.expire(keys.pace(QUEUE), 60)
-    submit(redis, "a")
-    assert ledger.submit(redis, "b", record("b")).wait == 3600
+    assert ledger.submit(redis, "c", record("c")).wait == wait
 
 
 def test_the_wait_of_a_client_is_that_for_its_share_of_the_queue(redis: Any) -> None:
@@ -118,6 +123,14 @@ def test_the_wait_of_a_client_is_that_for_its_share_of_the_queue(redis: Any) -> 
     assert [submit(redis, name, client="small") for name in "ab"] == ["new", "new"]
     reply = ledger.submit(redis, "c", record("c", client="small"))
     assert (reply.state, reply.wait) == ("client_full", 7 * 10 / 2)
+
+
+def test_the_first_end_in_a_queue_is_no_pace_yet(redis: Any) -> None:
+    """There is none before it, from which the time could be counted."""
+    submit(redis)
+    take(redis)
+    assert complete(redis, "token-job")
+    assert float(redis.hget(keys.pace(QUEUE), "interval")) == 0
 
 
 def test_the_pace_is_a_mean_that_one_slow_job_hardly_moves(redis: Any) -> None:
@@ -459,11 +472,22 @@ def test_a_job_that_is_sent_again_is_not_cancelled_by_a_cancel_of_the_one_before
     assert not claim(redis, "one").cancelled
 
 
-def test_a_cancelled_job_leaves_its_place_in_the_ready_list_to_the_next(redis: Any) -> None:
+@pytest.mark.parametrize(
+    "end",
+    [
+        lambda redis: ledger.cancel(redis, "job-0", QUEUE) == "cancelled",
+        lambda redis: ledger.refuse(redis, "job-0", QUEUE, ledger.revoked("job-0")),
+    ],
+    ids=["cancelled", "refused"],
+)
+def test_a_job_that_ends_as_it_waits_leaves_its_place_in_the_ready_list_to_the_next(
+    redis: Any, end: Callable[[Any], bool]
+) -> None:
     for number in range(READY + 1):
         submit(redis, f"job-{number}")
-    assert ledger.cancel(redis, "job-0", QUEUE) == "cancelled"
+    assert end(redis)
     assert redis.llen(keys.ready(QUEUE)) == READY
+    assert take_all(redis) == [f"job-{number}" for number in range(1, READY + 1)]
 
 
 def test_a_job_that_makes_way_is_not_dispatched_until_it_is_sent_again(redis: Any) -> None:

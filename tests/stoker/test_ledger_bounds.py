@@ -51,6 +51,10 @@ def test_a_queue_takes_no_more_bytes_than_the_policy_says_and_says_how_many_ther
     full = submit_input(redis, "b", b"x" * 3000)
     assert (full.state, full.depth, full.limit) == ("bytes_full", held, 5000)
     assert full.wait >= 1
+    redis.hset(keys.pace(QUEUE), "interval", 100)
+    redis.expire(keys.pace(QUEUE), 60)
+    waits = [submit_input(redis, "b", b"x" * size).wait for size in (3000, 1500)]
+    assert waits == [100, pytest.approx(100 * (held - 500) / held, abs=0.1)], "until so many bytes have ended"
     assert not redis.exists(keys.job("b"), keys.blob("dataset:b")), "nothing of it was kept"
     assert take_all(redis) == ["a"]
     ledger.complete(redis, "a", QUEUE, "token-a", ledger.success("a", {}))

@@ -4,7 +4,7 @@ nothing of it is left."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any
 
@@ -151,6 +151,40 @@ def test_a_job_with_a_spoiled_record_can_be_cancelled(redis: Any, field: Field) 
     redis.hdel(keys.job("job"), field)
     assert ledger.cancel(redis, "job", QUEUE) == "cancelled"
     assert redis.zrange(keys.open_jobs(QUEUE), 0, -1) == []
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda redis: ledger.cancel(redis, "job", QUEUE),
+        lambda redis: ledger.complete(redis, "job", QUEUE, "one", ledger.success("job", {})),
+        lambda redis: ledger.release(redis, "job", QUEUE, "one"),
+        lambda redis: ledger.dead_letter(redis, "job", QUEUE, "one"),
+        lambda redis: ledger.count_out_of_memory(redis, "job", QUEUE, "one"),
+        lambda redis: ledger.keep_part(redis, "job", QUEUE, "one", "a-1", b"a"),
+        lambda redis: ledger.keep_manifest(redis, "job", QUEUE, "one", "{}", ()),
+    ],
+    ids=["cancel", "complete", "release", "dead_letter", "out_of_memory", "keep_part", "keep_manifest"],
+)
+def test_what_is_asked_of_a_job_whose_record_was_written_over_is_an_error_that_names_it_and_changes_nothing(
+    redis: Any, ask: Callable[[Any], object]
+) -> None:
+    submit(redis)
+    claim(redis, "one")
+    overwrite(redis, keys.job("job"), "list")
+    before = set(redis.keys())
+    with pytest.raises(ResponseError, match=f"the key {keys.job('job')} is a list, not a hash"):
+        ask(redis)
+    assert set(redis.keys()) == before
+
+
+def test_a_job_that_has_a_result_before_it_runs_is_left_nowhere_by_the_claim_of_its_message(redis: Any) -> None:
+    submit(redis)
+    redis.set(keys.result("job"), '{"status": "SUCCESS"}', ex=60)
+    redis.delete(keys.ready(QUEUE))
+    assert claim(redis, "one").state == "ended"
+    assert not redis.exists(keys.open_jobs(QUEUE), keys.dispatched(QUEUE), keys.sizes(QUEUE))
+    assert redis.get(keys.result("job")) == b'{"status": "SUCCESS"}'
 
 
 @pytest.mark.parametrize("kind", TYPES)
