@@ -93,8 +93,13 @@ def test_a_spoiled_record_in_the_backlog_ends_when_its_turn_comes(redis: Any) ->
     for number in range(READY + 2):
         submit(redis, f"job-{number}")
     redis.hdel(keys.job(f"job-{READY}"), Field.PRIORITY)
-    assert take_all(redis) == [f"job-{number}" for number in range(READY + 2) if number != READY]
+    with closing(redis.pubsub(ignore_subscribe_messages=True)) as waits:
+        waits.subscribe(keys.result(f"job-{READY}"))
+        waits.get_message(timeout=10)
+        assert take_all(redis) == [f"job-{number}" for number in range(READY + 2) if number != READY]
+        heard = waits.get_message(timeout=10)
     assert failed(redis, f"job-{READY}")
+    assert heard["data"] == redis.get(keys.result(f"job-{READY}")), "who waits for it hears of it at once"
 
 
 def test_a_record_that_is_spoiled_in_the_ready_list_ends_when_its_message_is_taken(redis: Any) -> None:
