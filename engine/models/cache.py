@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from engine.models.attention import Mask
+from engine.platform.compiler import on_cpu
 
 #: Keys and values of every layer, each (rows, heads, capacity, size); and states, each (rows, …).
 Stored: TypeAlias = tuple[list[mx.array], list[mx.array], list[mx.array]]
@@ -259,10 +260,11 @@ class View:
             self.states[index] = storage
 
     def _write(self, storage: mx.array, new: mx.array) -> mx.array:
+        if self._rows == storage.shape[0] == 1 and (self._tokens > 1 or on_cpu()):
+            # On a GPU the offset would be computed by a launch of its own, for each layer and side.
+            return mx.slice_update(storage, new, self.offset, axes=(2,))
         if self._tokens == 1:
             write(storage, new[:, :, 0], self._positions)
-        elif self._rows == storage.shape[0] == 1:
-            return mx.slice_update(storage, new, self.offset, axes=(2,))
         else:
             rows, positions = mx.arange(self._rows), self.offset[:, None] + mx.arange(self._tokens)[None]
             storage[rows[:, None], :, positions] = new.swapaxes(1, 2)

@@ -21,7 +21,7 @@ from unittest.mock import patch
 
 import mlx.core as mx
 
-from engine.models import fastmath
+from engine.models import cache, fastmath
 from kernels.backend import using
 
 #: Launch nothing: they give a view, or MLX's graph alone needs them.
@@ -44,6 +44,13 @@ def launches(function: Callable[..., Any], *arrays: mx.array) -> Counter[str]:
     with using("metal"), _whole_operations():
         mx.export_function(nodes.append, function, *arrays)
     return _counted([node for node in nodes if node["type"] == "primitive"])
+
+
+def operations(function: Callable[..., Any], *arrays: mx.array) -> Counter[str]:
+    """What `function(*arrays)` runs on this machine's back-end, by MLX's names, before anything is fused."""
+    nodes: list[dict[str, Any]] = []
+    mx.export_function(nodes.append, function, *arrays)
+    return Counter(node["name"] for node in nodes if node["type"] == "primitive")
 
 
 def _counted(primitives: list[dict[str, Any]]) -> Counter[str]:
@@ -120,6 +127,6 @@ def _whole_operations() -> Iterator[None]:
     stand_ins: dict[str, Any] = {name: whole(name) for name in names}
     # A gradient of its own is nothing that MLX could export, and nothing that is launched.
     plain = patch.object(fastmath, "gated_silu", lambda gate, up: gate * mx.sigmoid(gate) * up)
-    gpu = patch.object(fastmath, "on_cpu", lambda: False)
-    with gpu, plain, patch.multiple(mx.fast, **stand_ins):
+    modules = [patch.object(module, "on_cpu", lambda: False) for module in (fastmath, cache)]
+    with modules[0], modules[1], plain, patch.multiple(mx.fast, **stand_ins):
         yield

@@ -16,12 +16,13 @@ from engine.generation.draws import Draw
 from engine.generation.forward_input import ForwardInput
 from engine.generation.sampling_batch import sampling_batch
 from engine.generation.step import Step
+from engine.models.cache import KeyValues, View
 from engine.models.joint import JointKeyValues
 from engine.models.llama import Llama
 from engine.models.qwen2 import Qwen2Args
 from kernels.backend import using
 from stoker.contract import GenerateRequest
-from tests.engine.launches import launches
+from tests.engine.launches import launches, operations
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -69,3 +70,20 @@ def test_sampling_adds_so_many(llama: Llama) -> None:
 def test_adapters_add_so_many(llama: Llama) -> None:
     found = counted(llama, 32, random_adapters(llama, 32, 8, ATTENTION))
     assert found.total() <= 200, found
+
+
+@pytest.mark.parametrize(("rows", "slices", "scatters"), [(1, 2, 0), (2, 0, 2)])
+def test_on_a_cpu_one_row_writes_its_keys_and_values_as_slices_and_more_rows_by_index(
+    llama: Llama, rows: int, slices: int, scatters: int
+) -> None:
+    """A scatter of one row is three operations more for each layer and side, and MLX's CPU back-end walks each."""
+    kv = KeyValues(llama, rows, 256)
+
+    def run(new: mx.array, offset: mx.array) -> list[mx.array]:
+        view = View(kv.stored, offset, (rows, 1), 256)
+        view.update(0, new, new)
+        return [view.keys[0], view.values[0]]
+
+    new = mx.zeros((rows, kv.keys[0].shape[1], 1, kv.keys[0].shape[3]), kv.keys[0].dtype)
+    found = operations(run, new, mx.full((rows,), 5, mx.int32))
+    assert (found["DynamicSliceUpdate"], found["Scatter"]) == (slices, scatters), found
