@@ -105,6 +105,20 @@ def _seen(start: int, end: int, first: int, window: int | None) -> mx.array:
     return seen if window is None else seen & (columns > rows - window)
 
 
+def to_heads(x: mx.array, heads: int) -> mx.array:
+    """(B, T, heads·D) to (B, heads, T, D); one operation where a token alone has nothing to change places with."""
+    batch, length, width = x.shape
+    if length == 1:
+        return x.reshape(batch, heads, 1, width // heads)
+    return x.reshape(batch, length, heads, width // heads).swapaxes(1, 2)
+
+
+def from_heads(x: mx.array) -> mx.array:
+    """(B, heads, T, D) to (B, T, heads·D), the same way back."""
+    batch, _, length, _ = x.shape
+    return (x if length == 1 else x.swapaxes(1, 2)).reshape(batch, length, -1)
+
+
 def _addend(mask: mx.array, groups: int) -> mx.array:
     """A mask (B, 1 or H, T, L) as an addend to scores that are laid out (B, K, L, H/K, T)."""
     if mask.dtype == mx.bool_:
@@ -120,9 +134,11 @@ def _attend(queries: mx.array, keys: mx.array, values: mx.array, bias: mx.array 
     groups = keys.shape[1]
     grouped = queries.reshape(batch, groups, -1, dim)
     scores = keys @ grouped.swapaxes(-1, -2)
-    if bias is not None:
+    if bias is not None and length == 1:
+        scores = scores + bias[..., 0]
+    elif bias is not None:
         scores = (scores.reshape(batch, groups, -1, heads // groups, length) + bias).reshape(scores.shape)
     # The softmax does not depend on what is subtracted, so no gradient need flow through the maximum.
     weights = exp_nonpositive(scores - mx.stop_gradient(scores.max(axis=-2, keepdims=True)))
-    totals = weights.sum(axis=-2)[..., None]
+    totals = weights.sum(axis=-2, keepdims=True).swapaxes(-1, -2)
     return ((weights.swapaxes(-1, -2) @ values) / totals).reshape(batch, heads, length, values.shape[-1])

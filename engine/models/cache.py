@@ -229,12 +229,15 @@ class View:
 
     def seen(self, window: int | None) -> mx.array:
         """Which positions each new token sees: bool (rows, 1, tokens, kv_length)."""
-        keys = mx.arange(self.kv_length)[None, None]
-        positions = self.offset[:, None, None] + mx.arange(self._tokens)[None, :, None]
+        # A constant of the host's: a compiled pass computes it never, and `mx.arange` each time.
+        keys = mx.array(np.arange(self.kv_length, dtype=np.int32)[None, None, None])
+        positions = self.offset[:, None, None, None]
+        if self._tokens > 1:
+            positions = positions + mx.array(np.arange(self._tokens, dtype=np.int32)[None, None, :, None])
         seen = keys <= positions
         if window is not None:
             seen = seen & (keys > positions - window)
-        return seen[:, None]
+        return seen
 
     def update(self, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         index = layer - self._first

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self, TypeAlias
 import mlx.core as mx
 
 from engine.models import rope
-from engine.models.attention import attention
+from engine.models.attention import attention, from_heads, to_heads
 from engine.models.cache import KvSide, KvSizes
 from engine.models.decoder import RunBlock
 from engine.models.fastmath import swiglu
@@ -112,14 +112,13 @@ class Attention:
     def __call__(self, x: mx.array, cache: Cache | None, adapters: LayerAdapters | None) -> Update:
         if isinstance(cache, JointView):
             return self.o_proj.unadapted(self._attend_jointly(x, cache), cache.adapters)
-        args, (batch, length, _) = self.args, x.shape
         offset = 0 if cache is None else cache.offset
         queries, keys, values = self._project(x, offset, adapters)
         if cache is not None:
             keys, values = cache.update(self.index, keys, values)
         mask = "causal" if cache is None else cache.mask
-        y = attention(queries, keys, values, scale=self.scale, mask=mask, window=args.window)
-        return self.o_proj(y.swapaxes(1, 2).reshape(batch, length, -1), adapters)
+        y = attention(queries, keys, values, scale=self.scale, mask=mask, window=self.args.window)
+        return self.o_proj(from_heads(y), adapters)
 
     def _attend_jointly(self, x: mx.array, cache: JointView) -> mx.array:
         """Attention of one new token a row, (B, 1, H·d), by the kernel that begins at the projections."""
@@ -153,26 +152,21 @@ class Attention:
         heads, kv_heads = self.args.heads, self.args.kv_heads
         if self.qkv is not None and adapters is None and self.q_norm is None:
             # One product, and one rotation of queries and keys together.
-            whole = self._heads(self.qkv.product(x), heads + 2 * kv_heads)
+            whole = to_heads(self.qkv.product(x), heads + 2 * kv_heads)
             turned = self.rotate(whole[:, : heads + kv_heads], offset)
             return turned[:, :heads], turned[:, heads:], whole[:, heads + kv_heads :]
         if self.qkv is not None:
             q, k, v = self.qkv(x, adapters)
         else:
             q, k, v = (linear(x, adapters) for linear in (self.q_proj, self.k_proj, self.v_proj))
-        return *self._rotated(q, k, offset), self._heads(v, kv_heads)
+        return *self._rotated(q, k, offset), to_heads(v, kv_heads)
 
     def _rotated(self, queries: mx.array, keys: mx.array, offset: int | mx.array) -> tuple[mx.array, mx.array]:
         """Both projections, (B, T, heads·d), as heads (B, heads, T, d), normed and turned to their positions."""
-        args = self.args
-        queries = self._heads(queries, args.heads, self.q_norm)
-        keys = self._heads(keys, args.kv_heads, self.k_norm)
+        queries, keys = to_heads(queries, self.args.heads), to_heads(keys, self.args.kv_heads)
+        if self.q_norm is not None and self.k_norm is not None:
+            queries, keys = self.q_norm(queries), self.k_norm(keys)
         return self.rotate(queries, offset), self.rotate(keys, offset)
-
-    def _heads(self, x: mx.array, heads: int, norm: RMSNorm | None = None) -> mx.array:
-        """(B, T, heads·d) to (B, heads, T, d)."""
-        x = x.reshape(*x.shape[:2], heads, self.args.head_dim)
-        return (x if norm is None else norm(x)).swapaxes(1, 2)
 
 
 class MLP:

@@ -12,6 +12,7 @@ import numpy as np
 
 from engine.models.allowed import Table
 from engine.models.fields import Fields
+from engine.platform.compiler import on_cpu
 from stoker.errors import ModelError
 
 
@@ -174,7 +175,10 @@ class Rope:
             self._periods = self._periods * factors
         plain = mx.array(periods(head_dim, base, None), mx.float32)
         self._all_periods = (plain if self._periods is None else self._periods) / self._scale
-        mx.eval([self._all_periods, *([] if self._periods is None else [self._periods])])
+        # As `mx.fast.rope` computes them.
+        slowing = mx.arange(0, -head_dim // 2, -1, dtype=mx.float32) * (2 * math.log(base) / head_dim)
+        self._turns = mx.exp(slowing) if self._periods is None else 1 / self._periods
+        mx.eval([self._all_periods, self._turns, *([] if self._periods is None else [self._periods])])
 
     @property
     def periods(self) -> mx.array:
@@ -183,10 +187,21 @@ class Rope:
 
     def __call__(self, x: mx.array, offset: int | mx.array) -> mx.array:
         """x (B, heads, T, d) at positions offset, offset + 1 …; `offset` is one for all rows or int32 (B,)."""
+        if on_cpu() and x.shape[2] == 1 and isinstance(offset, mx.array):
+            return self._turned(x, offset)
         base = None if self._periods is not None else self._base
         return mx.fast.rope(
             x, self._dim, traditional=False, base=base, scale=self._scale, offset=offset, freqs=self._periods
         )
+
+    def _turned(self, x: mx.array, offset: mx.array) -> mx.array:
+        """What `mx.fast.rope` does on a CPU with a new token a row. This way a compiled pass has one set of angles for
+        all layers: MLX does not see that those of its own operations, seven a layer, are alike."""
+        half = self._dim // 2
+        angles = (offset.astype(mx.float32) * self._scale)[:, None, None, None] * self._turns
+        cos, sin = mx.cos(angles).astype(x.dtype), mx.sin(angles).astype(x.dtype)
+        first, second = x[..., :half], x[..., half:]
+        return mx.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)
 
 
 def periods(head_dim: int, base: float, scaling: Scaling) -> np.ndarray:

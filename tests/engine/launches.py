@@ -21,7 +21,7 @@ from unittest.mock import patch
 
 import mlx.core as mx
 
-from engine.models import cache, fastmath
+from engine.models import cache, fastmath, rope
 from kernels.backend import using
 
 #: Launch nothing: they give a view, or MLX's graph alone needs them.
@@ -127,6 +127,6 @@ def _whole_operations() -> Iterator[None]:
     stand_ins: dict[str, Any] = {name: whole(name) for name in names}
     # A gradient of its own is nothing that MLX could export, and nothing that is launched.
     plain = patch.object(fastmath, "gated_silu", lambda gate, up: gate * mx.sigmoid(gate) * up)
-    modules = [patch.object(module, "on_cpu", lambda: False) for module in (fastmath, cache)]
-    with modules[0], modules[1], plain, patch.multiple(mx.fast, **stand_ins):
+    for_gpus = [patch.object(module, "on_cpu", lambda: False) for module in (cache, fastmath, rope)]
+    with for_gpus[0], for_gpus[1], for_gpus[2], plain, patch.multiple(mx.fast, **stand_ins):
         yield
