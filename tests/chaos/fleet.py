@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import signal
 import subprocess
 import time
@@ -13,25 +11,15 @@ from pathlib import Path
 from stoker.local.process import Process
 from stoker.local.stack import worker_command
 from stoker.settings import Settings, load_settings
+from tests import endless
 from tests.conftest import alive
 
-CHECKPOINTS = Path(__file__).parent.parent / "goldens" / "architectures"
-GENERATE, EMBED = "tiny-decoder", "tiny-encoder"
-#: Tokens that the decoder takes: long enough for streams of seconds.
-CONTEXT = 4096
+GENERATE, EMBED = endless.MODEL, "tiny-encoder"
 
 
 def make_models(folder: Path) -> tuple[str, ...]:
-    """Two models of a few thousand random weights. The decoder never says that it is done: its streams are long."""
-    decoder = folder / GENERATE
-    shutil.copytree(CHECKPOINTS / "qwen3", decoder)
-    (decoder / "generation_config.json").unlink()
-    config = json.loads((decoder / "config.json").read_text())
-    del config["eos_token_id"]
-    (decoder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": CONTEXT}))
-    words = (decoder / "tokenizer.json").read_text()
-    (decoder / "tokenizer.json").write_text(words.replace("</s>", "<word>"))
-    return (f"{GENERATE}={decoder}", f"{EMBED}={CHECKPOINTS / 'bert'}")
+    """Two models of a few thousand random weights."""
+    return (f"{GENERATE}={endless.write(folder)}", f"{EMBED}={endless.CHECKPOINTS / 'bert'}")
 
 
 def fleet_settings(home: Path, url: str, models: tuple[str, ...]) -> Settings:

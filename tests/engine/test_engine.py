@@ -1,4 +1,4 @@
-"""The engine as its worker uses it: real weights, one thread, many jobs at once."""
+"""The engine as its worker uses it: one thread, many jobs at once; real weights where it matters what they say."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ import pytest
 
 from engine.engine import Engine
 from engine.generation.limits import LaneLimits
-from engine.ticket import Entry, StepOutput
+from engine.ticket import Entry, StepOutput, Ticket
 from stoker.catalogue import CATALOGUE
 from stoker.contract import EmbedRequest, GenerateRequest, TrainRequest
 from stoker.contract.dataset import TrainInput
 from stoker.errors import JobCancelled, JobFailed, ModelError, UnknownModel, WorkerUnavailable
+from tests import endless
 from tests.conftest import EMBED_MODEL, GENERATE_MODEL, wait_until
 
 GOLDENS = Path(__file__).parent.parent / "goldens"
@@ -31,9 +32,9 @@ DATASET = TrainInput(b'{"prompt": "Q: coal?\\nA:", "completion": " Aye!"}')
 class Running:
     """An engine and what it published, by job."""
 
-    def __init__(self, adapters: Path) -> None:
+    def __init__(self, adapters: Path, tiny: Path) -> None:
         self.entries: defaultdict[str, list[Any]] = defaultdict(list)
-        models = {name: CATALOGUE[name] for name in (EMBED_MODEL, GENERATE_MODEL)}
+        models = {name: CATALOGUE[name] for name in (EMBED_MODEL, GENERATE_MODEL)} | {endless.MODEL: (str(tiny),)}
         self.engine = Engine(
             models, adapters=adapters, publish=lambda entries: self.publish(entries), limits=LaneLimits(slots=9)
         )
@@ -44,19 +45,37 @@ class Running:
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    made = Running(tmp_path_factory.mktemp("adapters"))
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return endless.write(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Iterator[Running]:
+    made = Running(tmp_path_factory.mktemp("adapters"), tiny)
     made.engine.start()
     yield made
     made.engine.stop()
 
 
-def generate(prompt: str, **options: Any) -> GenerateRequest:
-    return GenerateRequest(model=GENERATE_MODEL, prompt=prompt, **options)
+def generate(prompt: str, model: str = GENERATE_MODEL, **options: Any) -> GenerateRequest:
+    return GenerateRequest(model=model, prompt=prompt, **options)
+
+
+def stream(max_tokens: int, **options: Any) -> GenerateRequest:
+    """So many tokens of any kind, next to nothing each."""
+    return generate("x", endless.MODEL, max_tokens=max_tokens, **options)
+
+
+def end(running: Running, ticket: Ticket[Any]) -> None:
+    """Wait until a job has ended: cancelled, unless it was done."""
+    ticket.cancel()
+    running.engine.wake()
+    with suppress(JobCancelled):
+        ticket.result(60)
 
 
 def test_greedy_texts_of_one_batch_equal_those_of_transformers(running: Running) -> None:
-    most = 40
+    most = 32
     jobs = [
         (prompt, running.engine.submit(prompt["name"], generate(prompt["prompt"], max_tokens=most)))
         for prompt in PROMPTS
@@ -111,21 +130,21 @@ def test_a_prompt_goes_before_each_text(running: Running, prompt: str | None, te
 
 
 def test_a_stream_goes_on_behind_what_was_published(running: Running) -> None:
-    request = generate("The stoker said", max_tokens=12, temperature=0.8, seed=5)
+    request = generate("The stoker said", max_tokens=8, temperature=0.8, seed=5)
     whole = running.engine.submit("whole", request).result(60)
-    for split in (1, 5, 11, 12):
+    for split in (1, 7, 8):
         job = f"split-{split}"
         result = running.engine.submit(job, request, running.entries["whole"][:split]).result(60)
         assert result.token_ids == whole.token_ids
         assert result.text == whole.text
-        assert [token.index for token in running.entries[job]] == list(range(split, 12))
+        assert [token.index for token in running.entries[job]] == list(range(split, 8))
 
 
 def test_a_seed_decides_the_text_in_every_batch(running: Running) -> None:
-    request = generate("The stoker said", max_tokens=12, temperature=0.9, top_p=0.95, top_k=40, seed=11)
+    request = generate("The stoker said", max_tokens=8, temperature=0.9, top_p=0.95, top_k=40, seed=11)
     alone = running.engine.submit("alone", request).result(60)
     noise = [
-        running.engine.submit(f"noise-{seed}", generate("Noise", max_tokens=20, temperature=1.5, seed=seed))
+        running.engine.submit(f"noise-{seed}", generate("Noise", max_tokens=9, temperature=1.5, seed=seed))
         for seed in range(5)
     ]
     crowded = running.engine.submit("crowded", request).result(60)
@@ -135,14 +154,14 @@ def test_a_seed_decides_the_text_in_every_batch(running: Running) -> None:
 
 
 def test_more_requests_than_slots_all_end(running: Running) -> None:
-    tickets = [running.engine.submit(f"many-{n}", generate(f"Number {n}", max_tokens=2)) for n in range(20)]
+    tickets = [running.engine.submit(f"many-{n}", stream(2)) for n in range(20)]
     assert all(ticket.result(60).usage.completion_tokens == 2 for ticket in tickets)
 
 
 def test_a_cancelled_job_frees_its_slot_at_once(running: Running) -> None:
-    tickets = [running.engine.submit(f"long-{n}", generate("x", max_tokens=4000)) for n in range(9)]
+    tickets = [running.engine.submit(f"long-{n}", stream(4000)) for n in range(9)]
     wait_until(lambda: all(running.entries[f"long-{n}"] for n in range(9)), "all of them run")
-    waiting = running.engine.submit("waiting", generate("y", max_tokens=1))
+    waiting = running.engine.submit("waiting", stream(1))
     tickets[4].cancel()
     running.engine.wake()
     assert waiting.result(60).usage.completion_tokens == 1
@@ -155,10 +174,10 @@ def test_a_cancelled_job_frees_its_slot_at_once(running: Running) -> None:
 
 
 def test_streams_go_on_while_a_run_trains(running: Running) -> None:
-    request = TrainRequest(model=GENERATE_MODEL, name="slow", dataset="d", steps=1000, max_length=32)
+    request = TrainRequest(model=endless.MODEL, name="slow", dataset="d", steps=100_000, max_length=32)
     run = running.engine.submit("run", request, DATASET)
     wait_until(lambda: running.entries["run"], "the run has begun")
-    text = running.engine.submit("text", generate("x", max_tokens=8)).result(60)
+    text = running.engine.submit("text", stream(8)).result(60)
     steps = len(running.entries["run"])
     assert text.usage.completion_tokens == 8
     wait_until(lambda: len(running.entries["run"]) > steps, "the run goes on")
@@ -169,14 +188,14 @@ def test_streams_go_on_while_a_run_trains(running: Running) -> None:
 
 
 def test_a_prompt_longer_than_a_chunk_does_not_stop_running_streams(running: Running) -> None:
-    stream = running.engine.submit("stream", generate("x", max_tokens=60))
+    streaming = running.engine.submit("stream", generate("x", max_tokens=60))
     wait_until(lambda: running.entries["stream"], "the stream runs")
-    long = running.engine.submit("long", generate("word " * 500, max_tokens=1))
+    long = running.engine.submit("long", generate("word " * 320, max_tokens=1))
     wait_until(lambda: long.started is not None, "the long prompt is in")
     before = len(running.entries["stream"])
     long.result(60)
     assert len(running.entries["stream"]) >= before + 3, "a token between two chunks"
-    stream.result(60)
+    end(running, streaming)
 
 
 def test_another_threads_request_for_a_model_that_is_not_here_names_those_that_are(running: Running) -> None:
@@ -201,27 +220,23 @@ def test_a_model_that_cannot_be_loaded_ends_the_start(tmp_path: Path) -> None:
     engine.stop()
 
 
-def test_jobs_that_run_when_the_engine_stops_are_given_back(tmp_path: Path) -> None:
-    engine = Engine({GENERATE_MODEL: CATALOGUE[GENERATE_MODEL]}, adapters=tmp_path, publish=lambda entries: None)
+def test_jobs_that_run_when_the_engine_stops_are_given_back(tmp_path: Path, tiny: Path) -> None:
+    engine = Engine({endless.MODEL: (str(tiny),)}, adapters=tmp_path, publish=lambda entries: None)
     engine.start()
-    ticket = engine.submit("x", generate("x", max_tokens=4000))
+    ticket = engine.submit("x", stream(4000))
     wait_until(lambda: ticket.started, "it runs")
     engine.stop()
     with pytest.raises(WorkerUnavailable):
         ticket.result(10)
-    late = engine.submit("late", generate("x"))
+    late = engine.submit("late", stream(1))
     with pytest.raises(WorkerUnavailable):
         late.result(10)
 
 
-def test_a_defect_in_the_loop_ends_every_job_and_is_reported(tmp_path: Path) -> None:
+def test_a_defect_in_the_loop_ends_every_job_and_is_reported(tmp_path: Path, tiny: Path) -> None:
     died = threading.Event()
-    engine = Engine(
-        {GENERATE_MODEL: CATALOGUE[GENERATE_MODEL]},
-        adapters=tmp_path,
-        publish=lambda entries: None,
-        on_death=died.set,
-    )
+    models = {endless.MODEL: (str(tiny),)}
+    engine = Engine(models, adapters=tmp_path, publish=lambda entries: None, on_death=died.set)
     engine.start()
 
     def broken() -> None:
@@ -230,7 +245,7 @@ def test_a_defect_in_the_loop_ends_every_job_and_is_reported(tmp_path: Path) -> 
     for card in engine.cards:
         for kind in card.kinds:
             engine.lane(card.model, kind).drop_stopped = broken  # type: ignore[method-assign]
-    ticket = engine.submit("x", generate("x"))
+    ticket = engine.submit("x", stream(1))
     with pytest.raises(WorkerUnavailable):
         ticket.result(30)
     assert died.wait(10)
@@ -245,22 +260,22 @@ def test_entries_that_cannot_be_published_end_their_own_job(running: Running, mo
         whole(entries)
 
     monkeypatch.setattr(running, "publish", publish)
-    before = running.engine.submit("published", generate("x", max_tokens=30))
-    bad = running.engine.submit("unpublishable", generate("x", max_tokens=4000, n=2))
-    last = running.engine.submit("unpublishable", generate("x", max_tokens=1))
+    before = running.engine.submit("published", stream(30))
+    bad = running.engine.submit("unpublishable", stream(4000, n=2))
+    last = running.engine.submit("unpublishable", stream(1))
     for ticket in (bad, last):
         with pytest.raises(RuntimeError, match="this one not"):
             ticket.result(15)
     assert before.result(60).usage.completion_tokens == 30
     assert [token.index for token in running.entries["published"]] == list(range(30))
-    lane = running.engine.lane(GENERATE_MODEL, "generate")
+    lane = running.engine.lane(endless.MODEL, "generate")
     wait_until(lambda: not lane.busy, "its rows are free again")
 
 
 def test_a_pass_is_launched_ahead_only_while_no_other_lane_waits(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lane, other = running.engine.lane(GENERATE_MODEL, "generate"), running.engine.lane(EMBED_MODEL, "embed")
+    lane, other = running.engine.lane(endless.MODEL, "generate"), running.engine.lane(EMBED_MODEL, "embed")
     whole, seen = lane.run, []
 
     def run(*, lookahead: bool) -> StepOutput:
@@ -268,13 +283,11 @@ def test_a_pass_is_launched_ahead_only_while_no_other_lane_waits(
         return whole(lookahead=lookahead)
 
     monkeypatch.setattr(lane, "run", run)
-    stream = running.engine.submit("stream", generate("x", max_tokens=200))
-    wait_until(lambda: running.entries["stream"], "it streams")
-    running.engine.submit("texts", EmbedRequest(model=EMBED_MODEL, texts=("word " * 100,) * 20)).result(60)
+    streaming = running.engine.submit("streaming", stream(4000))
+    wait_until(lambda: running.entries["streaming"], "it streams")
+    running.engine.submit("texts", EmbedRequest(model=EMBED_MODEL, texts=("word " * 100,) * 8)).result(60)
     # What comes now is as it was before the texts.
-    stream.cancel()
-    with suppress(JobCancelled):
-        stream.result(60)
+    end(running, streaming)
     assert set(seen) == {(True, False), (False, True)}
 
 
@@ -291,7 +304,7 @@ def test_each_step_is_reported_with_its_lane_its_time_and_what_it_made(
 
 
 def test_work_that_cannot_be_admitted_ends_its_own_job(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    lane = running.engine.lane(GENERATE_MODEL, "generate")
+    lane = running.engine.lane(endless.MODEL, "generate")
     whole = lane.admit
 
     def admit(work: Any) -> None:
@@ -300,8 +313,8 @@ def test_work_that_cannot_be_admitted_ends_its_own_job(running: Running, monkeyp
         whole(work)
 
     monkeypatch.setattr(lane, "admit", admit)
-    bad = running.engine.submit("inadmissible", generate("x"))
-    good = running.engine.submit("admissible", generate("x", max_tokens=3))
+    bad = running.engine.submit("inadmissible", stream(1))
+    good = running.engine.submit("admissible", stream(3))
     with pytest.raises(RuntimeError, match="not in here"):
         bad.result(30)
     assert good.result(60).usage.completion_tokens == 3
