@@ -20,6 +20,7 @@ from stoker.broker.connection import connect
 from stoker.local.broker import EmbeddedBroker, free_port
 from stoker.local.stack import Stack
 from stoker.settings import Settings, load_settings
+from tests import endless
 from tests.leaks import Held, assert_nothing, open_work, overlong_keys, processes_of
 
 EMBED_MODEL = "all-minilm-l6-v2"
@@ -142,11 +143,31 @@ def broker(broker_settings: Settings) -> Iterator[Settings]:
 
 
 @pytest.fixture(scope="session")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+def real_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """Broker and worker with both real models, as `stoker up` runs them. For tests that leave it whole."""
-    home = tmp_path_factory.mktemp("stack")
+    with shared_stack(tmp_path_factory.mktemp("stack"), (EMBED_MODEL, GENERATE_MODEL)) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def quick_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """The same with a tiny decoder in place of the real one: for what any weights can show."""
+    folder = tmp_path_factory.mktemp("quick")
+    with shared_stack(folder / "home", (EMBED_MODEL, f"{endless.MODEL}={endless.write(folder)}")) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def stack(real_stack: Stack) -> Stack:
+    """The shared stack of a room, which may choose the quick one."""
+    return real_stack
+
+
+@contextmanager
+def shared_stack(home: Path, models: tuple[str, ...]) -> Iterator[Stack]:
     # Its metrics are served too, on a port that is free or one of the next, and its spans are in its log.
-    with warm_stack(stack_settings(home, metrics=str(free_port(9464)), traces="log")) as running:
+    settings = stack_settings(home, metrics=str(free_port(9464)), traces="log", models=models)
+    with warm_stack(settings) as running:
         yield running
         with Client(settings=running.settings) as client:
             assert_nothing(lambda: _busy_lanes(client), "places in lanes that nobody gave back")
@@ -184,13 +205,14 @@ def client(stack: Stack) -> Iterator[Client]:
 
 @pytest.fixture
 def own_stack(tmp_path: Path) -> Iterator[Stack]:
-    """A stack that a test may break."""
-    with warm_stack(stack_settings(tmp_path / "own")) as running:
+    """A stack that a test may break, with the tiny decoder."""
+    models = (f"{endless.MODEL}={endless.write(tmp_path)}",)
+    with warm_stack(stack_settings(tmp_path / "own", models=models)) as running:
         yield running
 
 
 @pytest.fixture
 def own_embedding_stack(tmp_path: Path) -> Iterator[Stack]:
-    """The same without the model that generates, whose loading takes most of a start."""
+    """The same with the model that embeds."""
     with warm_stack(stack_settings(tmp_path / "own", models=(EMBED_MODEL,))) as running:
         yield running

@@ -105,7 +105,7 @@ def lines_through_a_death(folder: Path, count: int) -> dict[str, float]:
     broker = FragileBroker(folder / "broker")
     try:
         with (
-            two_workers_on(broker, folder),
+            two_workers_on(broker, folder, GENERATE_MODEL),
             Client(broker.url) as client,
             gateway_of(Settings(url=broker.url, home=folder / "gateway")) as api,
         ):

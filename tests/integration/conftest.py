@@ -20,6 +20,12 @@ def fragile(tmp_path: Path) -> Iterator[FragileBroker]:
 
 
 @pytest.fixture(scope="session")
+def stack(quick_stack: Stack) -> Stack:
+    """What this room shows hangs on no weights, except where a module says so."""
+    return quick_stack
+
+
+@pytest.fixture(scope="session")
 def monitor(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """A `stoker flower` that watches the shared stack."""
     with monitor_of(stack, tmp_path_factory.mktemp("monitor")) as running:

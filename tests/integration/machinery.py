@@ -21,6 +21,7 @@ from stoker.broker.connection import connect
 from stoker.local.broker import EmbeddedBroker, free_port
 from stoker.local.stack import Stack
 from stoker.settings import Settings
+from tests import endless
 from tests.conftest import EMBED_MODEL, GENERATE_MODEL, stack_settings
 
 #: Prompts, and what transformers makes of them greedily (tests/goldens).
@@ -83,6 +84,11 @@ TINY_MODEL = "tiny"
 TINY = f"{TINY_MODEL}={Path(__file__).parent.parent / 'goldens' / 'architectures' / 'qwen3'}"
 
 
+def endless_in(folder: Path) -> str:
+    """The decoder of long answers, for a worker's `models`."""
+    return f"{endless.MODEL}={endless.write(folder)}"
+
+
 @contextmanager
 def worker_on(
     broker: FragileBroker, home: Path, *, models: tuple[str, ...] = (EMBED_MODEL, GENERATE_MODEL), **settings: Any
@@ -96,11 +102,9 @@ def worker_on(
 
 
 @contextmanager
-def two_workers_on(broker: FragileBroker, folder: Path) -> Iterator[None]:
-    """That generate. They start at the same time: each reads the same weights."""
-    settings = [
-        stack_settings(folder / name, url=broker.url, grace=1.0, models=(GENERATE_MODEL,)) for name in ("one", "two")
-    ]
+def two_workers_on(broker: FragileBroker, folder: Path, model: str) -> Iterator[None]:
+    """They start at the same time: each reads the same weights."""
+    settings = [stack_settings(folder / name, url=broker.url, grace=1.0, models=(model,)) for name in ("one", "two")]
     with ExitStack() as leaving:
         stacks = [leaving.enter_context(Stack(each, flower=False)) for each in settings]
         for stack in stacks:
@@ -108,12 +112,22 @@ def two_workers_on(broker: FragileBroker, folder: Path) -> Iterator[None]:
         yield
 
 
+#: Tokens of a long answer: a second or two of them.
+LONG = 400
+PROMPT = "Once upon a time"
+
+
+def long_answer(client: Client) -> GenerateJob:
+    """Always the same one, whose tokens are of all kinds."""
+    return client.generate(PROMPT, model=endless.MODEL, max_tokens=LONG, temperature=0.8, seed=7)
+
+
 def owner_in_the_middle(client: Client, job: GenerateJob) -> int:
-    """The process that runs the job. Both workers are warm by then: starting one takes longer than the whole answer."""
+    """The process that runs the long answer. Both workers are warm by then: a start takes longer than all of it."""
     pids = {worker.worker: worker.pid for worker in client.workers()}
     owner = pids[client.jobs()[job.id]["worker"]]
     made = client.redis.xlen(keys.stream(job.id))
-    assert 0 < made < len(GOLDENS[0]["token_ids"]), f"{made} tokens are there: it is not in the middle"
+    assert 0 < made < LONG, f"{made} tokens are there: it is not in the middle"
     return owner
 
 

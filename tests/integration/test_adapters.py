@@ -14,11 +14,12 @@ from stoker import Client
 from stoker.broker import keys
 from stoker.errors import InvalidRequest, ModelError, UnknownAdapter
 from stoker.local.stack import Stack
-from tests.conftest import GENERATE_MODEL, stack_settings, wait_until
+from tests import endless
+from tests.conftest import stack_settings, wait_until
 
 pytestmark = pytest.mark.integration
 
-OPTIONS = {"model": GENERATE_MODEL, "batch_size": 2, "max_length": 32, "learning_rate": 4e-3}
+OPTIONS = {"model": endless.MODEL, "batch_size": 2, "max_length": 32, "learning_rate": 4e-3}
 
 
 def train(client: Client, name: str, answer: str, **options: object) -> None:
@@ -27,7 +28,7 @@ def train(client: Client, name: str, answer: str, **options: object) -> None:
 
 
 def say(client: Client, adapter: str | None) -> str:
-    job = client.generate("Q: coal?\nA:", model=GENERATE_MODEL, adapter=adapter, max_tokens=3)
+    job = client.generate("Q: coal?\nA:", model=endless.MODEL, adapter=adapter, max_tokens=3)
     return job.result(60).text
 
 
@@ -39,7 +40,7 @@ def test_versions_are_promoted_and_taken_back_for_all_and_kept_by_who_began(clie
     first, second = say(client, "versions@1"), say(client, "versions@2")
     assert first != second
     assert say(client, "versions") == first
-    long = client.generate("Q: coal?\nA:", model=GENERATE_MODEL, adapter="versions", max_tokens=24)
+    long = client.generate("Q: coal?\nA:", model=endless.MODEL, adapter="versions", max_tokens=24)
     tokens = long.stream(timeout=60)
     next(tokens)
     assert client.adapters.promote("versions@2").serving == 2
@@ -61,7 +62,7 @@ def test_versions_are_promoted_and_taken_back_for_all_and_kept_by_who_began(clie
 
 def test_an_adapter_from_a_folder_is_checked_and_serves(client: Client, tmp_path: Path, stack: Stack) -> None:
     train(client, "original", "Aye, stoker!")
-    folder = stack.settings.adapters / GENERATE_MODEL / "original" / "1"
+    folder = stack.settings.adapters / endless.MODEL / "original" / "1"
     result = client.adapters.load("copied", folder).result(60)
     assert (result.adapter, result.version, result.rank, result.method) == ("copied", 1, 8, "lora")
     assert say(client, "copied") == say(client, "original@1")
@@ -99,8 +100,8 @@ def test_a_worker_fetches_the_adapter_that_it_does_not_hold(tmp_path: Path, stor
         own_stack.replace_worker()
         own_stack.wait_until_warm()
         assert say(client, "fetched") == wanted
-        assert (own_stack.settings.adapters / GENERATE_MODEL / "fetched/1/adapter_model.safetensors").is_file()
-        kept = client.redis.exists(keys.artifact(GENERATE_MODEL, "fetched", 1))
+        assert (own_stack.settings.adapters / endless.MODEL / "fetched/1/adapter_model.safetensors").is_file()
+        kept = client.redis.exists(keys.artifact(endless.MODEL, "fetched", 1))
         assert bool(kept) is not bool(store)
         if store:
-            assert (tmp_path / store / GENERATE_MODEL / "fetched/1.safetensors").is_file()
+            assert (tmp_path / store / endless.MODEL / "fetched/1.safetensors").is_file()

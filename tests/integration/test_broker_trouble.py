@@ -6,7 +6,6 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -18,14 +17,17 @@ from stoker.errors import BrokerUnavailable, JobLost
 from stoker.local.broker import server_binary
 from stoker.local.process import Process
 from stoker.local.stack import Stack
-from tests.conftest import EMBED_MODEL, GENERATE_MODEL, alive, stack_settings, wait_until
+from tests import endless
+from tests.conftest import EMBED_MODEL, alive, stack_settings, wait_until
 from tests.gateway.machinery import gateway_of
 from tests.integration.machinery import (
-    GOLDENS,
+    PROMPT,
     TINY,
     TINY_MODEL,
     FragileBroker,
     Proxy,
+    endless_in,
+    long_answer,
     owner_in_the_middle,
     patient_client,
     two_workers_on,
@@ -36,33 +38,24 @@ from tests.tls import authority, signed
 
 pytestmark = pytest.mark.integration
 
-GOLDEN = GOLDENS[0]
-
-
-def assert_golden(client: Client, stream: Iterator) -> None:  # type: ignore[type-arg]
-    tokens = list(stream)
-    assert [token.index for token in tokens] == list(range(len(GOLDEN["token_ids"])))
-    assert [token.token_id for token in tokens] == GOLDEN["token_ids"]
-
 
 def test_a_stream_goes_on_when_the_broker_was_killed_and_is_back(fragile: FragileBroker, tmp_path: Path) -> None:
     with (
-        worker_on(fragile, tmp_path / "worker", models=(GENERATE_MODEL,)) as stack,
+        worker_on(fragile, tmp_path / "worker", models=(endless_in(tmp_path),)) as stack,
         patient_client(fragile.url, 60) as client,
     ):
-        pid = client.workers()[0].pid
+        pid, wanted = client.workers()[0].pid, long_answer(client).result(60)
         # `everysec` may lose the last second of writes, the job itself among them.
         client.redis.config_set("appendfsync", "always")
-        job = client.generate(GOLDEN["prompt"], model=GENERATE_MODEL, max_tokens=64)
+        job = long_answer(client)
         stream = job.stream(timeout=60)
         heard = [next(stream) for _ in range(3)]
         assert owner_in_the_middle(client, job) == pid
         fragile.kill()
         time.sleep(1.0)
         fragile.start()
-        tokens = [*heard, *stream]
-        assert [token.token_id for token in tokens] == GOLDEN["token_ids"]
-        assert job.result(60).text == GOLDEN["text"]
+        assert tuple(token.token_id for token in [*heard, *stream]) == wanted.token_ids
+        assert job.result(60).text == wanted.text
         presence = wait_until(lambda: client.workers(), "the worker is back")
         assert presence[0].pid == pid, "the worker must survive its broker"
         wait_until(lambda: client.redis.hlen("stoker:unacked") == 0, "nothing is left unacknowledged")
@@ -72,16 +65,17 @@ def test_a_stream_goes_on_when_the_broker_was_killed_and_is_back(fragile: Fragil
 
 def test_dropped_connections_neither_end_the_worker_nor_run_a_job_twice(fragile: FragileBroker, tmp_path: Path) -> None:
     """kombu 5.7.0 alone fails this: the late ack on a closed channel ends the worker (workers/celery/transport.py)."""
-    with worker_on(fragile, tmp_path / "worker") as stack, patient_client(fragile.url, 60) as client:
-        pid = client.workers()[0].pid
-        job = client.generate(GOLDEN["prompt"], model=GENERATE_MODEL, max_tokens=64)
+    models = (EMBED_MODEL, endless_in(tmp_path))
+    with worker_on(fragile, tmp_path / "worker", models=models) as stack, patient_client(fragile.url, 60) as client:
+        pid, wanted = client.workers()[0].pid, long_answer(client).result(60)
+        job = long_answer(client)
         stream = job.stream(timeout=60)
         heard = [next(stream)]
         for _ in range(2):
             fragile.drop_connections()
             heard.append(next(stream))
         heard += stream
-        assert [token.token_id for token in heard] == GOLDEN["token_ids"]
+        assert tuple(token.token_id for token in heard) == wanted.token_ids
         wait_until(lambda: client.redis.hlen("stoker:unacked") == 0, "nothing is left unacknowledged")
         vectors = client.embed(["still there"], model=EMBED_MODEL).result(30)
         assert vectors.shape == (1, 384)
@@ -104,11 +98,11 @@ def be_a_replica_for_a_while(client: Client, stack: Stack) -> None:
 @pytest.mark.parametrize("how", ["killed", pytest.param("frozen", marks=pytest.mark.slow)])
 def test_a_broker_that_stays_away_is_one_clear_error(fragile: FragileBroker, tmp_path: Path, how: str) -> None:
     with (
-        worker_on(fragile, tmp_path / "worker", models=(GENERATE_MODEL,)) as stack,
+        worker_on(fragile, tmp_path / "worker", models=(endless_in(tmp_path),)) as stack,
         patient_client(fragile.url, 1.0) as client,
     ):
         worker = client.workers()[0].pid
-        job = client.generate(GOLDEN["prompt"], model=GENERATE_MODEL, max_tokens=2000)
+        job = client.generate(PROMPT, model=endless.MODEL, max_tokens=4000)
         stream = job.stream()
         next(stream)
         pid = fragile.pid
@@ -127,7 +121,7 @@ def test_a_broker_that_stays_away_is_one_clear_error(fragile: FragileBroker, tmp
             password = urlsplit(fragile.url).password
             assert password
             assert password not in log
-            assert GOLDEN["prompt"] not in log
+            assert PROMPT not in log
         finally:
             if how == "frozen":
                 os.kill(pid, signal.SIGCONT)
@@ -136,20 +130,21 @@ def test_a_broker_that_stays_away_is_one_clear_error(fragile: FragileBroker, tmp
 def test_a_broker_whose_memory_is_full_takes_nothing_new_and_loses_nothing(
     fragile: FragileBroker, tmp_path: Path
 ) -> None:
-    with worker_on(fragile, tmp_path / "worker"), patient_client(fragile.url, 60) as client:
-        pid = client.workers()[0].pid
-        job = client.generate(GOLDEN["prompt"], model=GENERATE_MODEL, max_tokens=64)
+    models = (EMBED_MODEL, endless_in(tmp_path))
+    with worker_on(fragile, tmp_path / "worker", models=models), patient_client(fragile.url, 60) as client:
+        pid, wanted = client.workers()[0].pid, long_answer(client).result(60)
+        job = long_answer(client)
         stream = job.stream(timeout=60)
         heard = [next(stream) for _ in range(3)]
         client.redis.config_set("maxmemory", 1)
         with pytest.raises(BrokerUnavailable, match="no memory left"):
-            client.generate("x", model=GENERATE_MODEL)
+            client.generate("x", model=endless.MODEL)
         length = client.redis.xlen(keys.stream(job.id))
         wait_until(lambda: "used memory > 'maxmemory'" in log_of(tmp_path), "it is felt")
         assert client.redis.xlen(keys.stream(job.id)) <= length + 1
         client.redis.config_set("maxmemory", 0)
-        assert [token.token_id for token in [*heard, *stream]] == GOLDEN["token_ids"]
-        assert job.result(60).text == GOLDEN["text"]
+        assert tuple(token.token_id for token in [*heard, *stream]) == wanted.token_ids
+        assert job.result(60).text == wanted.text
         assert client.embed(["still there"], model=EMBED_MODEL).result(60).shape == (1, 384)
         assert client.workers()[0].pid == pid
         wait_until(lambda: client.redis.hlen("stoker:unacked") == 0, "nothing is left unacknowledged")
@@ -177,20 +172,21 @@ def test_a_job_whose_worker_is_killed_goes_on_at_another_one_with_the_same_token
     with (
         patient_client(fragile.url, 60) as client,
         gateway_of(client.settings) as gateway,
-        two_workers_on(fragile, tmp_path),
+        two_workers_on(fragile, tmp_path, endless_in(tmp_path)),
     ):
-        job = client.generate(GOLDEN["prompt"], model=GENERATE_MODEL, max_tokens=64)
+        wanted = long_answer(client).result(60)
+        job = long_answer(client)
         stream = job.stream(timeout=60)
         heard = [next(stream)]
         # Under the job's id the gateway follows this very job.
         over_http = gateway.completions.create(
-            model=GENERATE_MODEL, prompt="x", stream=True, extra_headers={"idempotency-key": job.id}
+            model=endless.MODEL, prompt="x", stream=True, extra_headers={"idempotency-key": job.id}
         )
         text = next(iter(over_http)).choices[0].text
         os.kill(owner_in_the_middle(client, job), signal.SIGKILL)
         heard += stream
-        assert [token.token_id for token in heard] == GOLDEN["token_ids"]
-        assert text + "".join(chunk.choices[0].text for chunk in over_http) == GOLDEN["text"]
+        assert tuple(token.token_id for token in heard) == wanted.token_ids
+        assert text + "".join(chunk.choices[0].text for chunk in over_http) == wanted.text
 
 
 def test_a_unix_socket_serves_clients_and_workers(tmp_path: Path) -> None:

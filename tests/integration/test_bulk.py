@@ -24,6 +24,12 @@ from tests.conftest import EMBED_MODEL, GENERATE_MODEL, wait_until
 
 pytestmark = pytest.mark.integration
 
+
+@pytest.fixture(scope="module")
+def stack(real_stack: Stack) -> Stack:
+    return real_stack
+
+
 #: As many as no other number here divides: a row that is lost or there twice moves all behind it.
 SENTENCES = [f"sentence {number}: " + "the stoker feeds the fire " * (number % 5 + 1) for number in range(97)]
 #: Long enough that a fast machine, too, has work left when the kill comes.

@@ -10,7 +10,8 @@ import pytest
 from stoker import Client
 from stoker.errors import StokerError
 from stoker.local.stack import Stack
-from tests.conftest import EMBED_MODEL, GENERATE_MODEL, wait_until
+from tests import endless
+from tests.conftest import EMBED_MODEL, wait_until
 from tests.integration.machinery import logged
 
 pytestmark = pytest.mark.integration
@@ -20,17 +21,17 @@ SECRET = "zebra-crossing-9341"
 
 def test_no_text_of_a_mixed_load_is_in_the_log_and_each_job_has_its_two_lines(stack: Stack, client: Client) -> None:
     log = stack.settings.logs / "worker.log"
-    long = client.generate(f"{SECRET} is", model=GENERATE_MODEL, max_tokens=2000, ignore_eos=True)
+    long = client.generate(f"{SECRET} is", model=endless.MODEL, max_tokens=2000, ignore_eos=True)
     next(long.stream(timeout=60, cancel_on_close=False))
     long.cancel()
     rows = [{"prompt": f"{SECRET}?", "completion": f" {SECRET}!"}] * 2
     jobs: dict[str, Any] = {
-        "generate": client.generate(f"Say {SECRET}", model=GENERATE_MODEL, max_tokens=4),
+        "generate": client.generate(f"Say {SECRET}", model=endless.MODEL, max_tokens=4),
         "embed": client.embed([SECRET, f"{SECRET} again"], model=EMBED_MODEL),
-        "train": client.train("secretive", rows, model=GENERATE_MODEL, steps=2, batch_size=1, max_length=32),
+        "train": client.train("secretive", rows, model=endless.MODEL, steps=2, batch_size=1, max_length=64),
         "too long": client.embed([f"{SECRET} " * 2000], model=EMBED_MODEL),
-        "no dataset": client.train("secretive", f"worker:{SECRET}.jsonl", model=GENERATE_MODEL, steps=2),
-        "grammar": client.generate(SECRET, model=GENERATE_MODEL, max_tokens=4, json_schema={"type": SECRET}),
+        "no dataset": client.train("secretive", f"worker:{SECRET}.jsonl", model=endless.MODEL, steps=2),
+        "grammar": client.generate(SECRET, model=endless.MODEL, max_tokens=4, json_schema={"type": SECRET}),
     }
     for job in (*jobs.values(), long):
         with suppress(StokerError):

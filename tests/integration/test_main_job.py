@@ -10,9 +10,16 @@ import pytest
 
 from stoker import Client, JobStatus
 from stoker.client.options import TrainOptions
+from stoker.local.stack import Stack
 from tests.conftest import EMBED_MODEL, GENERATE_MODEL, wait_until
 
 pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="module")
+def stack(real_stack: Stack) -> Stack:
+    return real_stack
+
 
 GOLDENS = Path(__file__).parent.parent / "goldens"
 MINILM = json.loads((GOLDENS / "minilm.json").read_text())
@@ -80,3 +87,10 @@ def test_requests_of_many_jobs_share_the_engine_and_keep_their_own_answers(clien
     jobs = [client.generate(p["prompt"], model=GENERATE_MODEL, max_tokens=16) for p in prompts]
     for prompt, job in zip(prompts, jobs, strict=True):
         assert list(job.result(60).token_ids) == prompt["token_ids"][:16]
+
+
+def test_a_run_that_diverges_fails_and_says_what_to_do(client: Client) -> None:
+    rows = [{"text": "Coal feeds the fire."}]
+    run = client.train("x", rows, model=GENERATE_MODEL, steps=50, learning_rate=1.0, clip=1e6, alpha=4096.0, rank=1)
+    with pytest.raises(Exception, match=r"diverged at step .* Lower learning_rate"):
+        run.result(60)

@@ -21,7 +21,8 @@ from stoker.contract import TrainResult
 from stoker.errors import InvalidRequest, JobCancelled, JobDead
 from stoker.local.stack import Stack
 from stoker.monitor import metrics
-from tests.conftest import EMBED_MODEL, GENERATE_MODEL, wait_until
+from tests import endless
+from tests.conftest import EMBED_MODEL, wait_until
 from tests.integration.test_training import ROWS
 from tests.monitor.conftest import Running
 from tests.monitor.scraped import Scrape
@@ -92,14 +93,14 @@ def embed(client: Client, load: Load) -> None:
 def answer(client: Client, load: Load) -> None:
     """Two that end, the second with two completions, and one that is cancelled."""
     for n, tokens in ((1, 12), (2, 5)):
-        job = client.generate(PROMPT, model=GENERATE_MODEL, max_tokens=tokens, n=n, ignore_eos=True)
+        job = client.generate(PROMPT, model=endless.MODEL, max_tokens=tokens, n=n, ignore_eos=True)
         streamed = sum(1 for _ in job.stream(timeout=60))
         usage = job.result(60).usage
         assert streamed == usage.completion_tokens == n * tokens
         load.prompt_tokens += usage.prompt_tokens
         load.cached.append(usage.cached_tokens)
         load.generated, load.completions = load.generated + streamed, load.completions + n
-    stopped = client.generate("x", model=GENERATE_MODEL, max_tokens=UNFINISHED, ignore_eos=True)
+    stopped = client.generate("x", model=endless.MODEL, max_tokens=UNFINISHED, ignore_eos=True)
     next(stopped.stream(timeout=60))
     stopped.cancel()
     with pytest.raises(JobCancelled):
@@ -115,7 +116,7 @@ def train(client: Client, load: Load, monitor: Running) -> None:
     waits, doomed = start_run(client, "waits", 2, 7), start_run(client, "doomed", 2, 7)
     crashes = json.dumps([{"worker": "gone@there/1", "time": time.time()}] * ledger.MAX_CRASHES)
     client.redis.hset(keys.job(doomed.id), Field.HISTORY, crashes)
-    lane = {"model": GENERATE_MODEL, "kind": "train"}
+    lane = {"model": endless.MODEL, "kind": "train"}
     seen = wait_until(
         lambda: found if (found := scrape(monitor)).value("stoker_jobs_waiting", **lane) == 2 else None, "both wait"
     )
@@ -134,7 +135,7 @@ def train(client: Client, load: Load, monitor: Running) -> None:
 
 
 def start_run(client: Client, name: str, steps: int, priority: int) -> TrainJob:
-    return client.train(name, ROWS, model=GENERATE_MODEL, steps=steps, batch_size=1, max_length=32, priority=priority)
+    return client.train(name, ROWS, model=endless.MODEL, steps=steps, batch_size=1, max_length=32, priority=priority)
 
 
 def compare(before: Scrape, after: Scrape, load: Load) -> None:
@@ -180,7 +181,7 @@ def compare_tokens(more: Callable[..., float], after: Scrape, load: Load) -> Non
     assert after.value("stoker_training_loss") == pytest.approx(load.run.last_loss)
     for name in ("stoker_adapters_held", "stoker_memory_bytes", "stoker_kv_cache_bytes", "stoker_broker_up"):
         assert after.value(name) > 0, name
-    assert after.value("stoker_workers", model=GENERATE_MODEL) == 1
+    assert after.value("stoker_workers", model=endless.MODEL) == 1
     assert more("stoker_lease_renewals_total", result="ok") > 0
     assert more("stoker_publish_lag_seconds_count") > 0
 

@@ -10,7 +10,8 @@ from stoker import Client, JobStatus
 from stoker.broker import keys
 from stoker.contract.presence import node_of
 from stoker.local.stack import Stack
-from tests.conftest import EMBED_MODEL, GENERATE_MODEL, wait_until
+from tests import endless
+from tests.conftest import EMBED_MODEL, wait_until
 from tests.integration.test_training import ROWS
 from tests.monitor.conftest import Running
 
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.integration
 
 
 def test_a_run_says_how_far_it_is_and_ends_when_flower_terminates_it(monitor: Running, client: Client) -> None:
-    run = client.train("watched", ROWS, model=GENERATE_MODEL, steps=5000, batch_size=1, max_length=32)
+    run = client.train("watched", ROWS, model=endless.MODEL, steps=5000, batch_size=1, max_length=32)
 
     def progress() -> str:
         return str(monitor.ask(f"/api/task/info/{run.id}").json["progress"])
@@ -44,7 +45,7 @@ def test_short_jobs_are_all_there_with_their_arguments_and_without_their_texts(
 ) -> None:
     wait_until(lambda: _hears_of(monitor, client), "events come", 30)
     sent = [client.embed([f"a secret {number}"], model=EMBED_MODEL) for number in range(20)]
-    spoken = client.generate("Once upon a secret", model=GENERATE_MODEL, max_tokens=4)
+    spoken = client.generate("Once upon a secret", model=endless.MODEL, max_tokens=4)
     for job in sent:
         job.result(60)
     text = spoken.result(60).text
@@ -60,10 +61,10 @@ def test_short_jobs_are_all_there_with_their_arguments_and_without_their_texts(
 def test_queues_are_right_though_a_lane_is_full(monitor: Running, client: Client, stack: Stack) -> None:
     slots = stack.settings.generate_slots
     jobs = [
-        client.generate("Once upon a time", model=GENERATE_MODEL, max_tokens=2000, ignore_eos=True)
+        client.generate("Once upon a time", model=endless.MODEL, max_tokens=2000, ignore_eos=True)
         for _ in range(slots + 12)
     ]
-    name = keys.queue(GENERATE_MODEL, "generate")
+    name = keys.queue(endless.MODEL, "generate")
 
     def queue() -> dict[str, int]:
         (found,) = [queue for queue in monitor.seen()["queues"] if queue["name"] == name]

@@ -19,12 +19,15 @@ from stoker.client.requests import generate_request
 from stoker.client.submission import job_record
 from stoker.errors import DeadlineExceeded, InvalidRequest, JobCancelled, JobDead, JobLost
 from stoker.local.stack import Stack
+from tests import endless
 from tests.conftest import GENERATE_MODEL, alive, wait_until
 from tests.integration.machinery import (
     GOLDENS,
     TINY,
     TINY_MODEL,
     FragileBroker,
+    endless_in,
+    long_answer,
     owner_in_the_middle,
     patient_client,
     two_workers_on,
@@ -39,29 +42,29 @@ GOLDEN = GOLDENS[0]
 
 
 def test_the_same_id_twice_is_one_job(client: Client) -> None:
-    first = client.generate("One", model=GENERATE_MODEL, max_tokens=8, job_id="order-66")
-    second = client.generate("Another", model=GENERATE_MODEL, max_tokens=8, job_id="order-66")
+    first = client.generate("One", model=endless.MODEL, max_tokens=8, job_id="order-66")
+    second = client.generate("Another", model=endless.MODEL, max_tokens=8, job_id="order-66")
     assert first.result(30) == second.result(30)
-    third = client.generate("Yet another", model=GENERATE_MODEL, max_tokens=8, job_id="order-66")
+    third = client.generate("Yet another", model=endless.MODEL, max_tokens=8, job_id="order-66")
     assert third.result(30) == first.result(30)
 
 
 def test_an_id_that_could_be_a_key_of_something_else_is_refused(client: Client) -> None:
     with pytest.raises(InvalidRequest, match="job_id"):
-        client.generate("x", model=GENERATE_MODEL, job_id="a:b")
+        client.generate("x", model=endless.MODEL, job_id="a:b")
 
 
 def test_a_deadline_ends_a_running_job(client: Client) -> None:
-    job = client.generate("x", model=GENERATE_MODEL, max_tokens=4000, deadline=0.5)
+    job = client.generate("x", model=endless.MODEL, max_tokens=4000, deadline=0.5)
     with pytest.raises(DeadlineExceeded):
         job.result(30)
     assert job.status() == JobStatus.FAILED
 
 
 def test_a_deadline_that_passes_in_the_queue_ends_the_job_before_it_runs(client: Client) -> None:
-    blocker = client.train("blocker", [{"text": "a b"}], model=GENERATE_MODEL, steps=100_000, max_length=16)
+    blocker = client.train("blocker", [{"text": "a b"}], model=endless.MODEL, steps=100_000, max_length=16)
     next(iter(blocker.progress(timeout=60)))
-    late = client.train("late", [{"text": "a b"}], model=GENERATE_MODEL, steps=1, max_length=16, deadline=0.2)
+    late = client.train("late", [{"text": "a b"}], model=endless.MODEL, steps=1, max_length=16, deadline=0.2)
     wait_until(lambda: client.jobs()[late.id]["age"] > 0.3, "the deadline has passed")
     blocker.cancel()
     with pytest.raises(DeadlineExceeded, match=r"past its deadline of 0\.2 s"):
@@ -69,10 +72,10 @@ def test_a_deadline_that_passes_in_the_queue_ends_the_job_before_it_runs(client:
 
 
 def test_a_job_of_higher_priority_is_served_first(client: Client) -> None:
-    blocker = client.train("blocker", [{"text": "a b"}], model=GENERATE_MODEL, steps=100_000, max_length=16)
+    blocker = client.train("blocker", [{"text": "a b"}], model=endless.MODEL, steps=100_000, max_length=16)
     next(iter(blocker.progress(timeout=60)))
-    low = client.train("low", [{"text": "a b"}], model=GENERATE_MODEL, priority=9, steps=1, max_length=16)
-    high = client.train("high", [{"text": "a b"}], model=GENERATE_MODEL, priority=0, steps=1, max_length=16)
+    low = client.train("low", [{"text": "a b"}], model=endless.MODEL, priority=9, steps=1, max_length=16)
+    high = client.train("high", [{"text": "a b"}], model=endless.MODEL, priority=0, steps=1, max_length=16)
     blocker.cancel()
     assert high.result(30).usage.queued_seconds < low.result(30).usage.queued_seconds
 
@@ -87,9 +90,9 @@ def test_a_full_lane_asks_for_nothing_and_each_other_lane_waits_by_itself(client
     every = len(client.workers()[0].lanes) + 1
     wait_until(lambda: waits() == every, "each lane asks for jobs")
     rows = [{"text": "a b"}]
-    blocker = client.train("blocker", rows, model=GENERATE_MODEL, max_length=16, steps=100_000)
+    blocker = client.train("blocker", rows, model=endless.MODEL, max_length=16, steps=100_000)
     next(iter(blocker.progress(timeout=60)))
-    following = client.train("following", rows, model=GENERATE_MODEL, max_length=16, steps=1)
+    following = client.train("following", rows, model=endless.MODEL, max_length=16, steps=1)
     wait_until(lambda: waits() == every - 1, "the lane that trains asks for no more")
     assert following.status() == JobStatus.QUEUED
     blocker.cancel()
@@ -118,9 +121,9 @@ def test_bulk_makes_way_for_streams_of_another_worker_and_goes_on_behind_them(st
     assert isinstance(neighbour, StreamLocks)
     with closing(neighbour):
         neighbour.announce(5)
-        bulk = client.generate("x", model=GENERATE_MODEL, max_tokens=40, ignore_eos=True, priority=9)
+        bulk = client.generate("x", model=endless.MODEL, max_tokens=40, ignore_eos=True, priority=9)
         wait_until(lambda: "runs streams" in client.workers()[0].held_back.get("generate", ""), "it makes way", 30)
-        stream = client.generate("x", model=GENERATE_MODEL, max_tokens=4, ignore_eos=True)
+        stream = client.generate("x", model=endless.MODEL, max_tokens=4, ignore_eos=True)
         assert stream.result(30).usage.completion_tokens == 4
         assert bulk.status() == JobStatus.RUNNING
     assert bulk.result(30).usage.completion_tokens == 40
@@ -144,8 +147,8 @@ def test_a_waiting_job_is_cancelled_though_no_worker_is_up(fragile: FragileBroke
 
 
 def test_a_worker_that_was_frozen_past_its_lease_leaves_no_trace(fragile: FragileBroker, tmp_path: Path) -> None:
-    with patient_client(fragile.url, 30) as client, two_workers_on(fragile, tmp_path):
-        job = client.generate(GOLDEN["prompt"], model=GENERATE_MODEL, max_tokens=64)
+    with patient_client(fragile.url, 30) as client, two_workers_on(fragile, tmp_path, endless_in(tmp_path)):
+        wanted, job = long_answer(client).result(60), long_answer(client)
         stream = job.stream(timeout=60)
         heard = [next(stream)]
         frozen = owner_in_the_middle(client, job)
@@ -160,7 +163,7 @@ def test_a_worker_that_was_frozen_past_its_lease_leaves_no_trace(fragile: Fragil
         wait_until(lambda: client.redis.hlen("stoker:unacked") == 0, "nothing is left unacknowledged")
         assert job.result(5) == first
         assert alive(frozen)
-    assert [token.token_id for token in heard] == GOLDEN["token_ids"]
+    assert tuple(token.token_id for token in heard) == wanted.token_ids
 
 
 def test_a_job_whose_message_was_lost_is_sent_again(fragile: FragileBroker, tmp_path: Path) -> None:

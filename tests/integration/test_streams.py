@@ -12,7 +12,8 @@ from stoker import AsyncClient, Client, JobStatus
 from stoker.contract import StreamToken
 from stoker.errors import JobCancelled, JobTimeout
 from stoker.local.stack import Stack
-from tests.conftest import GENERATE_MODEL, wait_until
+from tests import endless
+from tests.conftest import wait_until
 
 pytestmark = pytest.mark.integration
 
@@ -20,7 +21,7 @@ PROMPT = "The furnace was"
 
 
 def test_a_late_subscriber_gets_every_token(client: Client) -> None:
-    job = client.generate(PROMPT, model=GENERATE_MODEL, max_tokens=12)
+    job = client.generate(PROMPT, model=endless.MODEL, max_tokens=12)
     result = job.result(60)
     for _ in range(2):
         tokens = list(job.stream(timeout=10))
@@ -29,7 +30,7 @@ def test_a_late_subscriber_gets_every_token(client: Client) -> None:
 
 
 def test_subscribers_that_join_in_the_middle_see_the_same_stream(client: Client) -> None:
-    job = client.generate(PROMPT, model=GENERATE_MODEL, max_tokens=24)
+    job = client.generate(PROMPT, model=endless.MODEL, max_tokens=24)
     early = job.stream(timeout=60)
     heard: list[StreamToken] = [next(early) for _ in range(5)]
     found: dict[int, list[StreamToken]] = {}
@@ -48,7 +49,7 @@ def test_subscribers_that_join_in_the_middle_see_the_same_stream(client: Client)
 
 
 def test_leaving_a_stream_early_cancels_its_job(client: Client) -> None:
-    job = client.generate(PROMPT, model=GENERATE_MODEL, max_tokens=2000)
+    job = client.generate(PROMPT, model=endless.MODEL, max_tokens=2000)
     stream = job.stream(timeout=60)
     next(stream)
     stream.close()
@@ -58,7 +59,7 @@ def test_leaving_a_stream_early_cancels_its_job(client: Client) -> None:
 
 
 def test_a_stream_may_be_left_without_cancelling(client: Client) -> None:
-    job = client.generate(PROMPT, model=GENERATE_MODEL, max_tokens=16)
+    job = client.generate(PROMPT, model=endless.MODEL, max_tokens=16)
     stream = job.stream(timeout=60, cancel_on_close=False)
     next(stream)
     stream.close()
@@ -66,7 +67,7 @@ def test_a_stream_may_be_left_without_cancelling(client: Client) -> None:
 
 
 def test_a_cancelled_training_run_ends_and_frees_the_worker(client: Client) -> None:
-    run = client.train("never", [{"text": "a b c d"}], model=GENERATE_MODEL, steps=100_000, max_length=16)
+    run = client.train("never", [{"text": "a b c d"}], model=endless.MODEL, steps=100_000, max_length=16)
     next(iter(run.progress(timeout=60)))
     run.cancel()
     with pytest.raises(JobCancelled):
@@ -75,9 +76,9 @@ def test_a_cancelled_training_run_ends_and_frees_the_worker(client: Client) -> N
 
 
 def test_a_job_cancelled_before_a_worker_takes_it_never_runs(client: Client) -> None:
-    blocker = client.train("blocker", [{"text": "a b c d"}], model=GENERATE_MODEL, steps=100_000, max_length=16)
+    blocker = client.train("blocker", [{"text": "a b c d"}], model=endless.MODEL, steps=100_000, max_length=16)
     next(iter(blocker.progress(timeout=60)))
-    waiting = client.train("waiting", [{"text": "a b c d"}], model=GENERATE_MODEL, steps=1, max_length=16)
+    waiting = client.train("waiting", [{"text": "a b c d"}], model=endless.MODEL, steps=1, max_length=16)
     assert waiting.status() == JobStatus.QUEUED
     waiting.cancel()
     blocker.cancel()
@@ -86,7 +87,7 @@ def test_a_job_cancelled_before_a_worker_takes_it_never_runs(client: Client) -> 
 
 
 def test_a_time_limit_ends_the_waiting_and_not_the_job(client: Client) -> None:
-    job = client.generate(PROMPT, model=GENERATE_MODEL, max_tokens=48)
+    job = client.generate(PROMPT, model=endless.MODEL, max_tokens=48)
     with pytest.raises(JobTimeout, match="It goes on"):
         # No machine makes 48 tokens in that time.
         job.result(0.001)

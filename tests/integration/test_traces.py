@@ -13,7 +13,8 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from stoker import Client
 from stoker.local.stack import Stack
-from tests.conftest import EMBED_MODEL, GENERATE_MODEL, wait_until
+from tests import endless
+from tests.conftest import EMBED_MODEL, wait_until
 from tests.integration.machinery import logged
 
 pytestmark = pytest.mark.integration
@@ -56,17 +57,17 @@ def test_a_job_of_each_kind_has_all_its_spans_in_one_trace(
     kind: str, stack: Stack, client: Client, spans_here: InMemorySpanExporter
 ) -> None:
     if kind == "generate":
-        job: Any = client.generate("Once upon a time", model=GENERATE_MODEL, max_tokens=3)
+        job: Any = client.generate("Once upon a time", model=endless.MODEL, max_tokens=3)
     elif kind == "embed":
         job = client.embed(["a warm model"], model=EMBED_MODEL)
     else:
         rows = [{"text": "Steam lifts the piston."}]
-        job = client.train("traced", rows, model=GENERATE_MODEL, steps=1, batch_size=1, max_length=16)
+        job = client.train("traced", rows, model=endless.MODEL, steps=1, batch_size=1, max_length=32)
     job.result(60)
     if kind == "adapters":
-        folder = stack.settings.adapters / GENERATE_MODEL / "traced"
+        folder = stack.settings.adapters / endless.MODEL / "traced"
         spans_here.clear()
-        job = client.adapters.load("traced-again", next(folder.iterdir()), model=GENERATE_MODEL)
+        job = client.adapters.load("traced-again", next(folder.iterdir()), model=endless.MODEL)
         job.result(60)
     sent, waited = spans_here.get_finished_spans()
     assert [sent.name, waited.name] == ["stoker send", "stoker wait"]
@@ -85,12 +86,12 @@ def test_a_job_of_each_kind_has_all_its_spans_in_one_trace(
 
 
 def job_model(kind: str) -> str:
-    return EMBED_MODEL if kind == "embed" else GENERATE_MODEL
+    return EMBED_MODEL if kind == "embed" else endless.MODEL
 
 
 def test_a_callers_own_span_is_above_both(stack: Stack, client: Client, spans_here: InMemorySpanExporter) -> None:
     with trace.get_tracer("app").start_as_current_span("request") as request:
-        job = client.generate("Once upon a time", model=GENERATE_MODEL, max_tokens=2)
+        job = client.generate("Once upon a time", model=endless.MODEL, max_tokens=2)
         tokens = list(job.stream(timeout=60))
     assert len(tokens) == 2
     mine = request.get_span_context().span_id

@@ -9,13 +9,22 @@ from importlib import resources
 
 import pytest
 
-from stoker import Client
+from stoker import Client, JobStatus
 from stoker.client.options import TrainOptions
 from stoker.local.stack import Stack
+from tests import endless
 from tests.conftest import GENERATE_MODEL
 
 pytestmark = pytest.mark.integration
 
+
+@pytest.fixture(scope="module")
+def stack(real_stack: Stack) -> Stack:
+    return real_stack
+
+
+#: A second or two of them.
+STEPS = 250
 ROWS = [{"prompt": f"Q: {word}?\nA:", "completion": " Aye, stoker!"} for word in ("coal", "steam", "iron", "water")]
 
 
@@ -26,30 +35,32 @@ ROWS = [{"prompt": f"Q: {word}?\nA:", "completion": " Aye, stoker!"} for word in
 )
 def test_a_run_whose_worker_goes_away_goes_on_in_the_next_and_makes_the_same(own_stack: Stack, how: int) -> None:
     options: TrainOptions = {
-        "steps": 4,
+        "steps": STEPS,
         "batch_size": 1,
         "max_length": 32,
-        "checkpoint_every": 2,
+        "checkpoint_every": 10,
         "learning_rate": 2e-3,
     }
     with Client(settings=own_stack.settings) as client:
         (worker,) = client.workers()
-        run = client.train("resumed", ROWS, model=GENERATE_MODEL, job_id="resumed", **options)
+        run = client.train("resumed", ROWS, model=endless.MODEL, job_id="resumed", **options)
         reports = run.progress(timeout=120)
-        reported = [next(reports) for _ in range(3)]
+        reported = [next(reports) for _ in range(13)]
+        assert run.status() == JobStatus.RUNNING, "it is in the middle"
         os.kill(worker.pid, how)
         own_stack.replace_worker()
         own_stack.wait_until_warm()
         reported += reports
         result = run.result(60)
-        assert [report.index for report in reported] == list(range(4))
-        assert (result.steps, result.version) == (4, 1)
-        calm = client.train("calm", ROWS, model=GENERATE_MODEL, **options)
+        assert [report.index for report in reported] == list(range(STEPS))
+        assert (result.steps, result.version) == (STEPS, 1)
+        calm = client.train("calm", ROWS, model=endless.MODEL, **options)
         assert [report.loss for report in calm.progress(timeout=120)] == [report.loss for report in reported]
-        text = client.generate("Q: fire?\nA:", model=GENERATE_MODEL, adapter="resumed", max_tokens=6).result(60).text
-        assert (
-            text == client.generate("Q: fire?\nA:", model=GENERATE_MODEL, adapter="calm", max_tokens=6).result(60).text
+        text, calmly = (
+            client.generate("Q: fire?\nA:", model=endless.MODEL, adapter=adapter, max_tokens=6).result(60).text
+            for adapter in ("resumed", "calm")
         )
+        assert text == calmly
     folder = own_stack.settings.home / "runs/resumed"
     log = [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
     assert log == [report.loss for report in reported]
