@@ -10,7 +10,8 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
-from tests.chaos.fleet import CHECKPOINTS, GENERATE
+from tests.chaos.fleet import GENERATE
+from tests.endless import CHECKPOINTS
 from tests.fuzz import odd
 from tests.fuzz.input import Input
 from tests.fuzz.world import World
