@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from stoker.client.requests import read_dataset
@@ -23,6 +23,7 @@ EXAMPLES = st.builds(Example, prompt=TEXTS | st.just(""), completion=TEXTS.filte
 
 
 @given(st.lists(EXAMPLES, min_size=1, max_size=8))
+@example([Example(prompt=" ", completion="what stands behind a blank prompt")])
 def test_examples_that_were_written_are_read_back(examples: list[Example]) -> None:
     """Also through the bytes that a client uploads, which the worker splits into lines."""
     data = "\n".join(example.to_line() for example in examples).encode()

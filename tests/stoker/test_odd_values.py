@@ -298,7 +298,13 @@ def test_a_result_that_names_the_vectors_of_another_job_is_none() -> None:
 
 
 FLOATS = safetensors.numpy.save({"vectors": np.zeros((1, 2), np.float32)})
-CODES = safetensors.numpy.save({"vectors": np.zeros((1, 2), np.int8), "scales": np.zeros(1, np.float32)})
+
+
+def codes(shape: tuple[int, ...] = (1, 2), kind: Any = np.int8, scales: Any = 1, of: Any = np.float32) -> bytes:
+    return safetensors.numpy.save({"vectors": np.zeros(shape, kind), "scales": np.zeros(scales, of)})
+
+
+CODES = codes()
 
 
 @pytest.mark.parametrize(
@@ -315,6 +321,19 @@ def test_bytes_that_are_not_the_vectors_of_the_result_are_one_clear_error(data: 
     assert np.array_equal(cast(Any, read_vectors(reply(), FLOATS)), np.zeros((1, 2)))
     with pytest.raises(JobLost, match="vectors cannot be read"):
         read_vectors(reply(), data)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [FLOATS, codes((2, 2)), codes((1, 3)), codes(kind=np.uint8), codes(scales=2), codes(scales=(1, 1)),
+     codes(of=np.float16)],
+    ids=["floats", "rows", "numbers", "codes", "scales", "shape", "type"],
+)  # fmt: skip
+def test_codes_and_scales_that_are_not_those_of_the_result_are_the_same_error(data: bytes) -> None:
+    asked = reply(dtype="int8")
+    assert len(read_vectors(asked, CODES)) == 1
+    with pytest.raises(JobLost, match="vectors cannot be read"):
+        read_vectors(asked, data)
 
 
 @pytest.mark.parametrize("index", [1, -5, 10**30])

@@ -172,14 +172,17 @@ def test_a_job_with_a_spoiled_record_can_be_cancelled(redis: Any, field: Field) 
     ids=["cancel", "complete", "release", "dead_letter", "out_of_memory", "keep_part", "keep_manifest"],
 )
 def test_what_is_asked_of_a_job_whose_record_was_written_over_is_an_error_that_names_it_and_changes_nothing(
-    redis: Any, ask: Callable[[Any], object]
+    redis: Any, broker: Settings, ask: Callable[[Any], object]
 ) -> None:
     submit(redis)
     claim(redis, "one")
     overwrite(redis, keys.job("job"), "list")
     before = set(redis.keys())
-    with pytest.raises(ResponseError, match=f"the key {keys.job('job')} is a list, not a hash"):
-        ask(redis)
+    # A worker calls functions, a client where there are none sends scripts.
+    with closing(connect(broker, loads_functions=True)) as worker:
+        for client in (redis, worker):
+            with pytest.raises(ResponseError, match=f"the key {keys.job('job')} is a list, not a hash"):
+                ask(client)
     assert set(redis.keys()) == before
 
 
