@@ -53,6 +53,8 @@ def test_a_job_is_there_from_the_moment_that_it_waits() -> None:
         "{'model': 'base', 'adapter': 'style', 'kind': 'train', 'client': 'team', 'priority': 5, 'size': '9 steps'}"
     )
     assert memory.search_engine.matching_ids("kwargs:client=team") == {"job"}
+    memory.hear([known(crashes=2)])
+    assert task(memory).retries == 2, "its owners that went silent"
 
 
 def test_neither_prompts_nor_results_are_taken_from_events() -> None:

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from stoker.cli import app
 from stoker.contract import TrainReport
 from stoker.errors import ConfigError, InvalidRequest
+from stoker.local.runs import MAX_FACTS, MAX_LOG, read_run
 from stoker.settings import load_settings
 
 REPORT = {"loss": 1.0, "learning_rate": 1e-3, "held_out_loss": None, "note": ""}
@@ -136,6 +137,13 @@ def test_a_run_that_cannot_be_read_is_one_line_and_hides_no_other() -> None:
     for number, cause in enumerate(SPOILED.values()):
         assert [cause in line for line in said if f"/bad-{number}/run.json" in line] == [True]
     assert json.loads(CliRunner().invoke(app, ["runs", "list", "--json"]).stdout)[0]["run"] == "job-1"
+
+
+@pytest.mark.parametrize(("name", "most"), [("run.json", MAX_FACTS), ("log.jsonl", MAX_LOG)])
+def test_a_file_of_a_run_that_would_fill_the_memory_is_not_read(run: Path, name: str, most: int) -> None:
+    os.truncate(run / name, most + 1)
+    with pytest.raises(InvalidRequest, match=f"{name}: {most + 1} bytes; at most {most} are read"):
+        read_run(run)
 
 
 @pytest.mark.usefixtures("run")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from stoker.broker import connection, keys
-from stoker.client.following import PAGE, QUIET, UNOWNED, Follower, Heard, TimeLimit
+from stoker.client.following import PAGE, QUIET, REMEMBERED, UNOWNED, Ended, Follower, Heard, TimeLimit
 from stoker.contract import StreamToken
 from stoker.errors import BrokerUnavailable, JobCancelled, JobLost, JobTimeout
 from stoker.settings import Settings
@@ -269,3 +269,10 @@ def test_a_job_that_has_or_had_an_owner_or_made_tokens_is_not_asked_about() -> N
     clock.now += 10 * UNOWNED
     assert not owned.waits_long()
     assert not made.waits_long()
+
+
+def test_of_the_jobs_that_a_client_has_followed_to_their_end_it_remembers_the_last() -> None:
+    ended = Ended()
+    for number in range(REMEMBERED + 1):
+        ended.remember(f"{number}")
+    assert [f"{number}" in ended for number in (0, 1, REMEMBERED)] == [False, True, True]

@@ -44,6 +44,11 @@ def test_a_worker_has_a_thread_for_each_job_that_it_may_hold() -> None:
     assert f"--concurrency={15 + settings.slots[ADAPTERS.name] + settings.extra_slots}" in worker_command(settings, "w")
 
 
+def test_a_reader_waits_for_each_token_of_generation_alone() -> None:
+    assert [kind for kind in KINDS.values() if kind.urgent] == [GENERATE]
+    assert [kind for kind in KINDS.values() if kind.weight is None] == [TRAIN], "its share is a setting"
+
+
 def test_training_alone_goes_back_at_once_and_has_a_short_ready_list() -> None:
     assert [kind for kind in KINDS.values() if not kind.grace] == [TRAIN]
     assert TRAIN.ready == 1 < min(kind.ready for kind in KINDS.values() if kind is not TRAIN)
