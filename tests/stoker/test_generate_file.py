@@ -153,7 +153,9 @@ def test_a_file_that_was_interrupted_goes_on_behind_its_last_answer(client: Fake
     assert "is there already" in refused(*words)
 
 
-def test_another_input_or_other_options_do_not_go_on_behind_the_first(client: FakeClient) -> None:
+def test_another_input_or_other_options_do_not_go_on_behind_the_first(
+    client: FakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write({"prompt": "a"}, {"prompt": "b"})
     echo(client, times=1)
     client.script.generate(error=BrokerUnavailable("away"))
@@ -161,6 +163,10 @@ def test_another_input_or_other_options_do_not_go_on_behind_the_first(client: Fa
     refused(*words, error=BrokerUnavailable)
     for more, differing in ((("--max-tokens", "3"), "max_tokens"), (("--chat",), "chat"), (("--seed", "1"), "seed")):
         assert f"with another {differing}. Give the same, or pass --overwrite" in refused(*words, *more)
+    with monkeypatch.context() as later:
+        # The only model that is warm by now.
+        later.setattr(client, "choose_model", lambda model, ability: "another")
+        assert "with another model. Give the same" in refused(*words)
     write({"prompt": "a"}, {"prompt": "c"})
     assert "with another input" in refused(*words)
     echo(client)

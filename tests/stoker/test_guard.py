@@ -248,6 +248,23 @@ def test_what_a_full_disk_does_not_take_is_counted_and_the_rest_is_written(
     assert (tmp_path / "log").read_text() == said, "said once"
 
 
+def test_a_log_that_cannot_be_put_aside_grows_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = guard.RotatingLog(str(tmp_path / "log"), 20, 1)
+
+    def refused(*_: object) -> None:
+        raise PermissionError("the folder is another user's by now")
+
+    lines = [b"line %d\n" % number for number in range(10)]
+    with monkeypatch.context() as closed:
+        closed.setattr(os, "replace", refused)
+        for line in lines:
+            log.write(line)
+    assert (tmp_path / "log").read_bytes() == b"".join(lines)
+    assert [path.name for path in tmp_path.iterdir()] == ["log"]
+
+
 def test_a_command_whose_child_holds_its_output_ends_all_the_same(tmp_path: Path) -> None:
     leaving = "import subprocess, sys; print(subprocess.Popen(['sleep', '60']).pid, flush=True)"
     child = start(tmp_path, leaving)
