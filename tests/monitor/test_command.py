@@ -13,7 +13,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from flower.options import options
 
 from stoker.errors import ConfigError
 from stoker.logs import setup as logs
@@ -53,8 +52,8 @@ def test_a_monitor_with_a_thread_that_hangs_ends_and_says_whether_it_was_an_erro
 
 
 def test_flowers_own_pages_are_told_the_address_and_ask_for_the_same_password(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("address", "port", "basic_auth", "max_tasks", "purge_offline_workers", "tasks_columns"):
-        monkeypatch.setattr(options, name, getattr(options, name))
+    options = SimpleNamespace()
+    monkeypatch.setattr(command, "options", options)
     command.configure("::1", 5, "secret")
     assert (options.address, options.port, options.basic_auth) == ("::1", 5, ["stoker:secret"])
     assert (options.max_tasks, options.purge_offline_workers, options.tasks_columns) == (TASKS, GONE, COLUMNS)

@@ -28,6 +28,7 @@ from stoker.contract import (
     requests,
 )
 from stoker.contract.base import Message
+from stoker.contract.codec import read
 from stoker.contract.requests import MAX_ENTRIES
 from stoker.contract.vectors import quantize
 from stoker.errors import InvalidRequest
@@ -292,6 +293,12 @@ def test_another_version_of_the_contract_is_refused_with_both_named() -> None:
 def test_what_is_no_object_is_refused(payload: object) -> None:
     with pytest.raises(InvalidRequest, match=r"GenerateRequest: a .* given; expected a JSON object"):
         decode(GenerateRequest, payload)
+
+
+@pytest.mark.parametrize("text", ["", "{", "nonsense", "[" * 100_000, '{"a":' * 100_000, "1" * 5000])
+def test_what_is_no_json_is_refused(text: str) -> None:
+    with pytest.raises(InvalidRequest, match=r"GenerateRequest: .* given; expected JSON \("):
+        read(GenerateRequest, text)
 
 
 SCALARS = st.none() | st.booleans() | st.floats() | st.text(max_size=5)
