@@ -100,6 +100,7 @@ def test_a_page_elsewhere_changes_nothing_though_the_browser_sends_the_password(
         {"Origin": f"http://{HOST}"},
         {"Origin": f"https://{HOST}", "Sec_Fetch_Site": "same-origin"},
         {"Origin": "http://localhost:5555", "Host": "LOCALHOST:5555"},
+        {"Authorization": login().replace("Basic", "basic")},
     ],
 )
 def test_its_own_pages_and_programs_may_change_things(headers: dict[str, str]) -> None:

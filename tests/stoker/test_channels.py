@@ -180,6 +180,9 @@ def test_a_reader_that_is_slow_falls_behind_alone_and_what_waits_for_it_is_bound
             heard += await data_of(quick, 1)
         assert heard == sent
         assert await data_of(slow, channels.BACKLOG) == sent[: channels.BACKLOG]
+        # It has room now, and what came would be behind a gap.
+        broker.publish("a", b"behind a gap")
+        assert await data_of(quick, 1) == [b"behind a gap"]
         with pytest.raises(FellBehind):
             await slow.get_message(10)
         slow.doubt()

@@ -723,9 +723,10 @@ def test_a_message_that_came_back_from_a_silent_owner_keeps_its_place_in_the_rea
     assert redis.lrange(keys.ready(queue), 0, -1) == [message]
 
 
-def test_the_input_goes_when_the_job_ends_and_stays_for_a_dead_letter(redis: Any) -> None:
+@pytest.mark.parametrize("kind", ["dataset", "adapter"])
+def test_the_input_goes_when_the_job_ends_and_stays_for_a_dead_letter(redis: Any, kind: str) -> None:
     for name in ("done", "cancelled", "dead"):
-        fields = record(name) | {"blob": keys.blob(f"dataset:{name}")}
+        fields = record(name) | {"blob": keys.blob(f"{kind}:{name}")}
         ledger.submit(redis, name, fields, b"rows")
         assert 0 < redis.ttl(fields["blob"]) <= keys.PENDING_TTL
     ledger.claim(redis, "done", QUEUE, "token", "tag", "worker")
@@ -735,8 +736,8 @@ def test_the_input_goes_when_the_job_ends_and_stays_for_a_dead_letter(redis: Any
     letter = ledger.dead_letter(redis, "dead", QUEUE, "token", "worker", "full")
     assert [crash.trouble for crash in letter.history] == ["full"]
     assert ledger.complete(redis, "dead", QUEUE, "token", ledger.success("dead", {})) == 1
-    assert [name for name in ("done", "cancelled", "dead") if redis.exists(keys.blob(f"dataset:{name}"))] == ["dead"]
-    assert redis.ttl(keys.blob("dataset:dead")) > keys.PENDING_TTL, "as long as the letter"
+    assert [name for name in ("done", "cancelled", "dead") if redis.exists(keys.blob(f"{kind}:{name}"))] == ["dead"]
+    assert redis.ttl(keys.blob(f"{kind}:dead")) > keys.PENDING_TTL, "as long as the letter"
     assert 0 < redis.ttl(keys.DEAD) <= keys.DEAD_TTL
 
 
