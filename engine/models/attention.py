@@ -106,17 +106,17 @@ def _seen(start: int, end: int, first: int, window: int | None) -> mx.array:
 
 
 def to_heads(x: mx.array, heads: int) -> mx.array:
-    """(B, T, heads·D) to (B, heads, T, D); one operation where a token alone has nothing to change places with."""
-    batch, length, width = x.shape
-    if length == 1:
+    """(B, T, heads·D) to (B, heads, T, D); one operation for a token alone, (B, 1, heads·D) or (B, heads·D), which has
+    nothing to change places with."""
+    batch, *length, width = x.shape
+    if length in ([], [1]):
         return x.reshape(batch, heads, 1, width // heads)
-    return x.reshape(batch, length, heads, width // heads).swapaxes(1, 2)
+    return x.reshape(batch, *length, heads, width // heads).swapaxes(1, 2)
 
 
-def from_heads(x: mx.array) -> mx.array:
-    """(B, heads, T, D) to (B, T, heads·D), the same way back."""
-    batch, _, length, _ = x.shape
-    return (x if length == 1 else x.swapaxes(1, 2)).reshape(batch, length, -1)
+def from_heads(x: mx.array, shape: tuple[int, ...]) -> mx.array:
+    """(B, heads, T, D) the same way back, to (*shape, heads·D)."""
+    return (x if x.shape[2] == 1 else x.swapaxes(1, 2)).reshape(*shape, -1)
 
 
 def _addend(mask: mx.array, groups: int) -> mx.array:

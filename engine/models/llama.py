@@ -20,7 +20,7 @@ from engine.models.fastmath import swiglu
 from engine.models.joint import Cache, JointView
 from engine.models.layers import Embedding, FusedLinear, LayerAdapters, Linear, RMSNorm
 from engine.models.sizes import decoder_sizes, gguf_sizes, layers_of
-from engine.models.stretches import Hidden, Stretches, in_parts
+from engine.models.stretches import Hidden, Stretches, in_parts, without_tokens
 from engine.weights.tensors import Tensors
 from kernels.attend import KERNEL as ATTEND
 from kernels.attend import AttendInput, attend, unfit
@@ -118,10 +118,11 @@ class Attention:
             keys, values = cache.update(self.index, keys, values)
         mask = "causal" if cache is None else cache.mask
         y = attention(queries, keys, values, scale=self.scale, mask=mask, window=self.args.window)
-        return self.o_proj(from_heads(y), adapters)
+        return self.o_proj(from_heads(y, x.shape[:-1]), adapters)
 
     def _attend_jointly(self, x: mx.array, cache: JointView) -> mx.array:
-        """Attention of one new token a row, (B, 1, H·d), by the kernel that begins at the projections."""
+        """Attention of one new token a row, (B, 1, H·d) or as x (B, H·d), by the kernel that begins at the
+        projections."""
         args, rows, linears = self.args, x.shape[0], (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (part.reshape(rows, -1) for part in self._projections(x))
         width, kv_width = args.heads * args.head_dim, args.kv_heads * args.head_dim
@@ -136,10 +137,10 @@ class Attention:
         )
         y, made = attend(given)
         cache.keep(self.index, made)
-        return y.reshape(rows, 1, -1)
+        return y.reshape(*x.shape[:-1], -1)
 
     def _projections(self, x: mx.array) -> Sequence[mx.array]:
-        """What q, k and v make of x (B, T, dim); thrice the same array, side by side, where one product makes them: to
+        """What q, k and v make of x (…, dim); thrice the same array, side by side, where one product makes them: to
         take it apart would copy it."""
         if self.qkv is None:
             return [linear(x) for linear in (self.q_proj, self.k_proj, self.v_proj)]
@@ -148,7 +149,7 @@ class Attention:
     def _project(
         self, x: mx.array, offset: int | mx.array, adapters: LayerAdapters | None
     ) -> tuple[mx.array, mx.array, mx.array]:
-        """Queries (B, H, T, d), keys and values (B, K, T, d) of x (B, T, dim), turned to their positions."""
+        """Queries (B, H, T, d), keys and values (B, K, T, d) of x (B, T, dim) or (B, dim), turned to where they are."""
         heads, kv_heads = self.args.heads, self.args.kv_heads
         if self.qkv is not None and adapters is None and self.q_norm is None:
             # One product, and one rotation of queries and keys together.
@@ -294,9 +295,13 @@ class Llama:
                 x = run_block(layer, x)
             return self.norm(x)
         x, normed = self._begin(tokens)
+        # Adapters are multiplied row by row, with a row's tokens side by side.
+        alone = cache is not None and adapters is None and tokens.shape[1] == 1
+        if alone:
+            x, normed = without_tokens((x, normed))
         for layer, behind in zip(self.layers, self._norms_behind, strict=True):
             x, normed = layer.forward(x, normed, behind, cache, adapters)
-        return normed
+        return normed[:, None] if alone else normed
 
     def _begin(self, tokens: mx.array) -> Hidden:
         x = self.embed_tokens(tokens)

@@ -17,8 +17,19 @@ from engine.models.cache import Stored
 from engine.models.joint import Cache, together
 from engine.models.layers import LayerAdapters, Linear, RMSNorm
 
-#: Hidden states, and what the next layer's norm makes of them.
+#: Hidden states, and what the next layer's norm makes of them: (B, T, dim) each, or (B, dim) of one new token a row.
 Hidden: TypeAlias = tuple[mx.array, mx.array]
+
+
+def without_tokens(hidden: Hidden) -> Hidden:
+    """Hidden states of one new token a row, (B, 1, dim), as (B, dim).
+
+    MLX flattens the input of each product of three dimensions, and unflattens what it makes: eight operations of a
+    layer that launch nothing, and that each pass walks all the same.
+    """
+    x, normed = hidden
+    return x[:, 0], normed[:, 0]
+
 
 #: Attributes that distinguish layers, and nothing that they compute.
 _OWN = ("name", "index")

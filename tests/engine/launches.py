@@ -40,17 +40,28 @@ _ELEMENTWISE = {
 
 def launches(function: Callable[..., Any], *arrays: mx.array) -> Counter[str]:
     """What `function(*arrays)`, compiled, launches, by kind."""
-    nodes: list[dict[str, Any]] = []
-    with using("metal"), _whole_operations():
-        mx.export_function(nodes.append, function, *arrays)
-    return _counted([node for node in nodes if node["type"] == "primitive"])
+    return _counted(_on_gpu(function, *arrays))
+
+
+def walked(function: Callable[..., Any], *arrays: mx.array) -> int:
+    """How many operations the host walks for these launches, views among them, before any are fused."""
+    return len(_on_gpu(function, *arrays))
 
 
 def operations(function: Callable[..., Any], *arrays: mx.array) -> Counter[str]:
-    """What `function(*arrays)` runs on this machine's back-end, by MLX's names, before anything is fused."""
+    """What `function(*arrays)` runs on this machine's back-end, by MLX's names, before any are fused."""
+    return Counter(node["name"] for node in _primitives(function, *arrays))
+
+
+def _on_gpu(function: Callable[..., Any], *arrays: mx.array) -> list[dict[str, Any]]:
+    with using("metal"), _whole_operations():
+        return _primitives(function, *arrays)
+
+
+def _primitives(function: Callable[..., Any], *arrays: mx.array) -> list[dict[str, Any]]:
     nodes: list[dict[str, Any]] = []
     mx.export_function(nodes.append, function, *arrays)
-    return Counter(node["name"] for node in nodes if node["type"] == "primitive")
+    return [node for node in nodes if node["type"] == "primitive"]
 
 
 def _counted(primitives: list[dict[str, Any]]) -> Counter[str]:
