@@ -117,7 +117,7 @@ class Load:
     chance: random.Random
     adapters: Path
     poison: Poison
-    width: int = 10
+    width: int
     jobs: int = 0
     entries: int = 0
     cancelled: int = 0

@@ -60,16 +60,18 @@ class Endings:
 
 
 class Storm:
-    """`run` storms for `seconds` and returns what went wrong; `counts` says what was done."""
+    """`run` storms for `seconds` and returns what went wrong; `counts` says what was done.
 
-    def __init__(self, home: Path, models: tuple[str, ...], seed: int) -> None:
+    `width`: jobs that are open."""
+
+    def __init__(self, home: Path, models: tuple[str, ...], seed: int, width: int) -> None:
         self.broker = FragileBroker(home / "broker")
         settings = fleet_settings(home / "fleet", self.broker.url, models)
         self._client = Client(settings=settings.model_copy(update={"patience": 300.0}))
         # `always`: what was accepted survives `kill -9` of the broker too, also while the disk is slow.
         self._client.redis.config_set("appendfsync", "always")
         self._decide()
-        self._chance, self._settings = random.Random(seed), settings
+        self._chance, self._settings, self._width = random.Random(seed), settings, width
         # Its own: how fast jobs end does not change which mischief comes.
         self._load_chance = random.Random(f"load {seed}")
         self.fleet = Fleet(settings, KEEP)
@@ -96,7 +98,7 @@ class Storm:
         self.fleet.tend()
         self.await_warm()
         endings = Endings(self._settings)
-        load = Load(self._client, answers, self._load_chance, self.adapters, poison=self._poison)
+        load = Load(self._client, answers, self._load_chance, self.adapters, self._poison, self._width)
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             load.feed()

@@ -31,18 +31,19 @@ ACTS = (
 ROUND = 60.0
 
 
-def storm_for(seconds: float, seed: int, folder: Path, round_seconds: float = ROUND) -> list[str]:
-    """Rounds until `seconds` are over; prints each seed and a summary, returns all that went wrong."""
+def storm_for(seconds: float, seed: int, folder: Path, width: int) -> list[str]:
+    """Rounds until `seconds` are over, `width` jobs at a time; prints each seed and a summary, returns all that went
+    wrong."""
     models, total, wrong = make_models(folder), Counter[str](), []
     answers = Answers(folder / "round-0" / "fleet" / "adapters")
     end, number = time.monotonic() + seconds, 0
     while number == 0 or time.monotonic() < end:
-        storm = Storm(folder / f"round-{number}", models, seed + number)
+        storm = Storm(folder / f"round-{number}", models, seed + number, width)
         print(f"round {number}: seed {seed + number}", flush=True)
         try:
             if not answers.right:
                 storm.learn(answers)
-            found = storm.run(min(round_seconds, max(5.0, end - time.monotonic())), answers)
+            found = storm.run(min(ROUND, max(5.0, end - time.monotonic())), answers)
         finally:
             found_left = storm.close()
         for problem in (*found, *found_left):
@@ -63,11 +64,11 @@ def _said(counts: Counter[str]) -> str:
 
 @pytest.mark.timeout(300)
 def test_a_short_storm_loses_nothing_and_doubles_nothing(tmp_path: Path) -> None:
-    assert storm_for(8, 7, tmp_path) == []
+    assert storm_for(8, 7, tmp_path, width=6) == []
 
 
 @pytest.mark.chaos
 @pytest.mark.timeout(0)
 def test_a_long_storm_loses_nothing_and_doubles_nothing(tmp_path: Path) -> None:
     seconds, seed = float(os.environ.get("CHAOS_SECONDS", "1200")), int(os.environ.get("CHAOS_SEED", "1"))
-    assert storm_for(seconds, seed, tmp_path) == []
+    assert storm_for(seconds, seed, tmp_path, width=10) == []

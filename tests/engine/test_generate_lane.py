@@ -155,13 +155,17 @@ CHECKPOINTS = Path(__file__).parents[1] / "goldens" / "architectures"
 MODES: list[dict[str, Any]] = [{}, {"kv_bytes": 700_000}, {"stall": 1e-9, "slots": 5}]
 
 
+#: Each mode meets each order of priorities twice in `make test`, and four times in `make test-slow`.
+SEEDS = [*range(24), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(24, 50))]
+
+
 @pytest.fixture(scope="module")
 def traffic_model() -> LoadedModel:
     mx.random.seed(7)
     return tiny.loaded(Llama(TINY, RandomTensors()), eos_ids=range(2, 8))
 
 
-@pytest.mark.parametrize("seed", range(50))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_a_request_gets_the_same_tokens_alone_and_in_any_traffic(
     traffic_model: LoadedModel, pool: AdapterPool, seed: int
 ) -> None:
