@@ -36,7 +36,8 @@ class StackedLora:
 
 
 def adapt_rows(stack: dict[str, mx.array], indices: mx.array, x: mx.array, y: mx.array) -> mx.array:
-    """The adapted output (rows, tokens, out) of a layer, from its input `x` (rows, tokens, in) and its own output `y`.
+    """The adapted output (rows, tokens, out) of a layer, from its input `x` (rows, tokens, in) and its own output `y`;
+    of one new token a row the axis of tokens may be absent.
 
     Only here a batch meets its adapters. One new token a row goes through a fused kernel where there is one.
     """

@@ -167,7 +167,7 @@ class Step:
         begin, parts = self._stretches
         joint, adapters = given.positions is not None, given.adapters
         mask = None if joint else self._layers_view(_NOTHING, given).mask
-        x, normed = begin(given.tokens) if adapters is not None else without_tokens(begin(given.tokens))
+        x, normed = without_tokens(begin(given.tokens))
         written: Stored = [], [], []
         for part in parts:
             own = given if adapters is None else replace(given, adapters=_adapters_of(part, adapters))
@@ -175,7 +175,7 @@ class Step:
             made, (x, normed) = self._traced(self._layers, part.stored(stored, joint=joint), step)
             for side, arrays in zip(written, made, strict=True):
                 side += arrays
-        return written, normed if adapters is not None else normed[:, None]
+        return written, normed[:, None]
 
     def _layers(self, stored: Stored, step: _Layers) -> tuple[Stored, Hidden]:
         self.traces += 1

@@ -295,8 +295,7 @@ class Llama:
                 x = run_block(layer, x)
             return self.norm(x)
         x, normed = self._begin(tokens)
-        # Adapters are multiplied row by row, with a row's tokens side by side.
-        alone = cache is not None and adapters is None and tokens.shape[1] == 1
+        alone = cache is not None and tokens.shape[1] == 1
         if alone:
             x, normed = without_tokens((x, normed))
         for layer, behind in zip(self.layers, self._norms_behind, strict=True):

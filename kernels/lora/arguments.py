@@ -19,7 +19,8 @@ class LoraSides(NamedTuple):
 class LoraInput(NamedTuple):
     """A batch of one layer. A tuple, as `Kernel` is called with its fields one by one.
 
-    `x`: (rows, T, IN), the layer's input; `y`: (rows, T, OUT), what the layer made of it; the body takes T = 1.
+    `x`: (rows, T, IN), the layer's input; `y`: (rows, T, OUT), what the layer made of it; the body takes T = 1, which
+    both may leave out.
     `a`: (adapters, IN, rank); `b`: (adapters, rank, OUT), scale and DoRA's gain folded in; `gain`, `shift`:
     (adapters, OUT), 1 and 0 where absent.
     `indices`: int32 or uint32 (rows,), 0 for rows without adapter: row 0 of `a`, `b` and `shift` must be zero and that

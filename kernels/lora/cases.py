@@ -31,7 +31,9 @@ def cases(dtype: mx.Dtype, random: np.random.Generator) -> Iterable[Case]:
     )
     for rows, adapters, inputs, outputs, rank in shapes:
         a, b = _matrices(random, adapters, inputs, outputs, rank, dtype)
-        x, y = normal(random, (rows, 1, inputs), dtype), normal(random, (rows, 1, outputs), dtype)
+        # Every other one without an axis of tokens.
+        tokens = (1,) if rank % 2 else ()
+        x, y = normal(random, (rows, *tokens, inputs), dtype), normal(random, (rows, *tokens, outputs), dtype)
         index = mx.array(np.arange(rows) % adapters if rows > 1 else [1], mx.uint32)
         gain, shift = None, None
         if rank in (8, 24):

@@ -23,6 +23,9 @@ def lora(given: LoraInput) -> mx.array:
 
 def lora_reference(given: LoraInput) -> Arrays:
     x, y, a, b, index, gain, shift = given
+    if x.ndim == 2:
+        made = lora_reference(given._replace(x=x[:, None], y=y[:, None]))
+        return [array[:, 0] for array in made]
     # The CPU back-end gathers matrices of float32 alone.
     dtype = mx.float32 if mx.default_device().type == mx.DeviceType.cpu else x.dtype
     inner = mx.gather_mm(x.astype(dtype), a.astype(dtype), rhs_indices=index)
@@ -36,7 +39,7 @@ def lora_reference(given: LoraInput) -> Arrays:
 
 def refuse_lora(given: LoraInput) -> str | None:
     x, y, a, b, index, gain, shift = given
-    if x.ndim != 3 or x.shape[1] != 1:
+    if x.shape[1:-1] not in ((), (1,)):
         return "more than one token a row"
     if not 0 < a.shape[-1] <= HIGHEST_RANK:
         return f"rank {a.shape[-1]}"

@@ -30,7 +30,8 @@ class _Input(NamedTuple):
 
 
 def lora_add_rms_norm(x: mx.array, update: LoraInput, weight: mx.array, eps: float) -> tuple[mx.array, mx.array]:
-    """(h, y): h = x + `lora` of `update`, y = h / sqrt(mean(h²) + eps) · weight, (rows, 1, D) each.
+    """(h, y): h = x + `lora` of `update`, y = h / sqrt(mean(h²) + eps) · weight, in the shape of `x`: (rows, 1, D) or
+    (rows, D).
 
     Not differentiated.
     """

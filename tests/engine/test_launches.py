@@ -81,8 +81,9 @@ def test_sampling_adds_so_many(llama: Llama) -> None:
 
 
 def test_adapters_add_so_many(llama: Llama) -> None:
-    found = counted(llama, 32, random_adapters(llama, 32, 8, ATTENTION))
-    assert found.total() <= 200, found
+    adapters = random_adapters(llama, 32, 8, ATTENTION)
+    assert counted(llama, 32, adapters).total() <= 200
+    assert walked(*a_step(llama, 32, adapters)) <= 380
 
 
 @pytest.mark.parametrize(("rows", "slices", "scatters"), [(1, 2, 0), (2, 0, 2)])
