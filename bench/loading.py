@@ -1,18 +1,19 @@
-"""A model is loaded next to eight running streams: the time between two tokens of each, before and meanwhile.
+"""Models are loaded next to eight running streams: the time between two tokens of each, just before and meanwhile.
 
-Random weights of a Llama of 0.5 billion parameters on a GPU, a smaller one on a CPU. The first load of a process
-compiles kernels that the second finds; both are shown.
+Random weights of half a billion parameters on a GPU, smaller ones on a CPU: one of the Llama family, one that runs
+through mlx-lm's files, and the first with a tokenizer of 150,000 tokens. The first load of a process
+compiles kernels that the second finds; all are shown.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
+import argparse
+import random
 import tempfile
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -23,46 +24,61 @@ from workers.machine import boot_blas
 boot_blas(load_settings())
 
 import mlx.core as mx  # noqa: E402
+import tokenizers  # noqa: E402
+from tokenizers import decoders, models, pre_tokenizers  # noqa: E402
 
+from bench.bridged import BRIDGED  # noqa: E402
+from bench.checkpoint import QWEN, SMALL, write_bridged, write_random  # noqa: E402
 from engine.engine import Engine  # noqa: E402
 from engine.generation.limits import LaneLimits  # noqa: E402
 from engine.platform.probe import device  # noqa: E402
 from engine.ticket import Entry  # noqa: E402
-from engine.weights import safetensors  # noqa: E402
 from stoker.contract import GenerateRequest  # noqa: E402
 
-STREAMS, LOADS, WARM = 8, 3, 3.0
-TOKENIZER = Path(__file__).parent.parent / "tests" / "goldens" / "architectures" / "llama-linear" / "tokenizer.json"
+STREAMS, LOADS = 8, 3
+#: Seconds before each load that it is compared with.
+ALONE = 2.0
+#: Tokens of a stream: it outlasts a load.
+TOKENS = 3500
+#: Tokens of the large vocabulary: as many as Qwen2.5's.
+LARGE = 151_000
+GEMMA = BRIDGED["gemma3"]
+#: On a CPU.
+FEWER = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 12, "num_attention_heads": 8}
+FEWER |= {"num_key_value_heads": 4, "vocab_size": 8000}
+NARROW = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "vocab_size": 8000}
 
 
-def checkpoint(folder: Path) -> None:
-    """A random Llama, in bfloat16 on a GPU."""
-    large = device() != "cpu"
-    layers, dim, hidden, heads, vocab = (24, 1024, 4096, 16, 32_000) if large else (12, 512, 1408, 8, 8_000)
-    config = {
-        "model_type": "llama", "hidden_size": dim, "intermediate_size": hidden, "num_hidden_layers": layers,
-        "num_attention_heads": heads, "num_key_value_heads": heads // 2, "vocab_size": vocab, "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 4096, "rope_theta": 10_000.0, "tie_word_embeddings": True, "hidden_act": "silu",
-    }  # fmt: skip
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config), "utf-8")
-    shutil.copy(TOKENIZER, folder / "tokenizer.json")
-    size, dtype = dim // heads, mx.bfloat16 if large else mx.float32
-    shapes = {"model.embed_tokens.weight": (vocab, dim), "model.norm.weight": (dim,)}
-    for layer in range(layers):
-        at = f"model.layers.{layer}"
-        for name, shape in (("q", (dim, dim)), ("k", (heads // 2 * size, dim)), ("v", (heads // 2 * size, dim))):
-            shapes[f"{at}.self_attn.{name}_proj.weight"] = shape
-        shapes |= {
-            f"{at}.self_attn.o_proj.weight": (dim, dim), f"{at}.mlp.gate_proj.weight": (hidden, dim),
-            f"{at}.mlp.up_proj.weight": (hidden, dim), f"{at}.mlp.down_proj.weight": (dim, hidden),
-            f"{at}.input_layernorm.weight": (dim,), f"{at}.post_attention_layernorm.weight": (dim,),
-        }  # fmt: skip
-    arrays = {
-        name: mx.ones(shape, dtype) if len(shape) == 1 else (0.02 * mx.random.normal(shape)).astype(dtype)
-        for name, shape in shapes.items()
+def large_tokenizer(path: Path) -> Path:
+    """A byte-level one with as many tokens and merges as today's large vocabularies."""
+    draw = random.Random(1)
+    pieces = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary, merges = {piece: index for index, piece in enumerate(pieces)}, []
+    while len(pieces) < LARGE:
+        pair = draw.choice(pieces), draw.choice(pieces)
+        whole = "".join(pair)
+        if whole not in vocabulary and len(whole) <= 12:
+            vocabulary[whole] = len(pieces)
+            pieces.append(whole)
+            merges.append(pair)
+    made = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.save(str(path))
+    return path
+
+
+def checkpoints(folder: Path) -> dict[str, Path]:
+    """What is loaded, by its name in the rows; streams run on the first."""
+    small = device() == "cpu"
+    dtype = mx.float32 if small else mx.bfloat16
+    large = write_random(folder / "large", {**SMALL, "vocab_size": QWEN["vocab_size"]} if small else QWEN, dtype)
+    large_tokenizer(large / "tokenizer.json")
+    return {
+        "Qwen2.5-0.5B's shape": write_random(folder / "first", {**QWEN, **FEWER} if small else QWEN, dtype),
+        "Gemma 3": write_bridged(folder / "bridged", {**GEMMA, **NARROW} if small else GEMMA, dtype),
+        "150,000 tokens": large,
     }
-    safetensors.write(folder / "model.safetensors", arrays)
 
 
 class Times:
@@ -79,56 +95,81 @@ class Times:
     def gaps(self, begin: float, end: float) -> list[float]:
         """Milliseconds between two tokens, the second within the span."""
         pairs = [pair for times in self.of.values() for pair in pairwise(times)]
-        return [1000 * (late - early) for early, late in pairs if begin <= late <= end]
+        return sorted(1000 * (late - early) for early, late in pairs if begin <= late <= end)
 
 
-def asking(tokens: int) -> GenerateRequest:
-    return GenerateRequest(model="first", prompt_ids=tuple(range(3, 35)), max_tokens=tokens, ignore_eos=True)
+@dataclass(frozen=True)
+class Load:
+    """Sorted gaps before and during a load, its seconds, and whether all streams ran throughout."""
+
+    alone: list[float]
+    during: list[float]
+    seconds: float
+    whole: bool
 
 
-def measure(folder: Path) -> list[Row]:
-    checkpoint(folder / "model")
-    times = Times()
-    engine = Engine(
-        {"first": [str(folder / "model")]}, adapters=folder / "adapters", publish=times,
-        limits=LaneLimits(slots=STREAMS, kv_bytes=4 << 30),
-    )  # fmt: skip
-    engine.start()
-    for ticket in [engine.submit(f"warm{number}", asking(600)) for number in range(STREAMS)]:
-        ticket.result()
-    streams = [engine.submit(f"s{number}", asking(3500)) for number in range(STREAMS)]
-    time.sleep(WARM)
-    spans = [("alone", time.perf_counter() - WARM / 2, time.perf_counter())]
-    for number in range(LOADS):
+class Bench:
+    def __init__(self, first: Path, home: Path) -> None:
+        self.times = Times()
+        self.engine = Engine(
+            {"first": [str(first)]}, adapters=home, publish=self.times,
+            limits=LaneLimits(slots=STREAMS, kv_bytes=4 << 30),
+        )  # fmt: skip
+        self.engine.start()
+        # Every shape that streams of this length meet is compiled before the first load.
+        for ticket in [self.engine.submit(f"warm{number}", asking()) for number in range(STREAMS)]:
+            ticket.result()
+        self._count = 0
+
+    def load(self, model: Path) -> Load:
+        self._count += 1
+        names = [f"load{self._count}-{number}" for number in range(STREAMS)]
+        streams = [self.engine.submit(name, asking()) for name in names]
+        while not all(len(self.times.of[name]) > 20 for name in names):
+            time.sleep(0.02)
+        alone = time.perf_counter()
+        time.sleep(ALONE)
         began = time.perf_counter()
-        engine.load("second", [str(folder / "model")])
-        spans.append((f"load {number + 1}", began, time.perf_counter()))
-        assert engine.unload("second")
-        time.sleep(0.5)
-    whole = all(not ticket.done for ticket in streams)
-    for ticket in streams:
-        ticket.cancel()
-    engine.stop()
-    print(f"all {STREAMS} streams ran throughout: {whole}; threads left: {threading.active_count()}")
-    return [line for name, begin, end in spans for line in rows(name, times.gaps(begin, end), end - begin)]
+        self.engine.load("second", [str(model)])
+        ended = time.perf_counter()
+        whole = all(not ticket.done for ticket in streams)
+        for ticket in streams:
+            ticket.cancel()
+        for ticket in streams:
+            ticket.wait(60)
+        assert self.engine.unload("second")
+        return Load(self.times.gaps(alone, began), self.times.gaps(began, ended), ended - began, whole)
 
 
-def rows(name: str, gaps: Sequence[float], seconds: float) -> list[Row]:
-    ordered = sorted(gaps)
+def asking() -> GenerateRequest:
+    return GenerateRequest(model="first", prompt_ids=tuple(range(3, 35)), max_tokens=TOKENS, ignore_eos=True)
 
-    def at(share: float) -> float:
-        return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
-    found = [("p50", at(0.5)), ("p99", at(0.99)), ("longest", ordered[-1])]
-    return [
-        *(row(f"{name}: {what} between tokens of {STREAMS} streams", "ms", [value]) for what, value in found),
-        row(f"{name}: took", "s", [seconds]),
-    ]
+def rows(name: str, load: Load) -> list[Row]:
+    found = []
+    for when, gaps in (("alone", load.alone), ("meanwhile", load.during)):
+        values = [("p50", at(gaps, 0.5)), ("p99", at(gaps, 0.99)), ("longest", gaps[-1])]
+        found += [row(f"{name}, {when}: {what} between tokens", "ms", [value]) for what, value in values]
+    ratio = at(load.during, 0.99) / at(load.alone, 0.99)
+    whole = "" if load.whole else ", a stream ended meanwhile"
+    return [*found, row(f"{name}: ratio of p99{whole}", "times", [ratio]), row(f"{name}: took", "s", [load.seconds])]
+
+
+def at(ordered: Sequence[float], share: float) -> float:
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--loads", type=int, default=LOADS, help="how often each model is loaded")
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        write("loading" if device() == "cpu" else "loading-gpu", measure(Path(folder)))
+        found = checkpoints(Path(folder))
+        bench = Bench(next(iter(found.values())), Path(folder) / "adapters")
+        loads = [(name, number, bench.load(path)) for name, path in found.items() for number in range(options.loads)]
+        bench.engine.stop()
+    lines = [line for name, number, load in loads for line in rows(f"{name}, load {number + 1}", load)]
+    write("loading" if device() == "cpu" else "loading-gpu", lines)
 
 
 if __name__ == "__main__":

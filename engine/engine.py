@@ -9,7 +9,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +22,13 @@ from engine.adapters.store import AdapterStore
 from engine.checkpoints.loading import LoadedModel, PrecisionOptions, load
 from engine.checkpoints.prospect import Prospect, prospect
 from engine.delivery import Publish, deliver
-from engine.errand import Errand, at_once, in_own_thread
+from engine.errand import Errand, OwnThread
 from engine.generation.limits import GenerationLoad, LaneLimits
 from engine.lane import AnyLane
 from engine.making_way import LOOK_EVERY, MakingWay, Neighbours
 from engine.platform import heap, probe
 from engine.platform.threads import collect, leave
+from engine.sparing import Sparing
 from engine.text import trial
 from engine.ticket import StepOutput, Ticket, contained
 from engine.training.memory import BUDGET as RUN_BUDGET
@@ -47,6 +48,7 @@ from stoker.contract import (
 )
 from stoker.contract.bundle import AdapterInput
 from stoker.contract.dataset import TrainInput
+from stoker.contract.kinds import KINDS
 from stoker.contract.vectors import Embedded
 from stoker.errors import UnknownModel, WorkerUnavailable
 
@@ -58,6 +60,9 @@ Published: TypeAlias = Sequence[StreamToken] | None
 JobData: TypeAlias = Published | TrainInput | AdapterInput
 #: Hears of each step, in the engine's thread: the lane's model and kind, the seconds that it took, what it made.
 Observe: TypeAlias = Callable[[str, str, float, StepOutput], None]
+
+
+_END = object()
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,7 @@ class Engine:
             self.store, runs or adapters.parent / "runs", limits or LaneLimits(), adapter_bytes, train_share
         )
         self._way = MakingWay(neighbours, train_share)
+        self._sparing, self._loads = Sparing(), OwnThread("loading")
         self._ready = threading.Event()
         self._stopping = False
         self._failure: BaseException | None = None
@@ -133,6 +139,7 @@ class Engine:
         self._inbox.put(None)
         if self._thread.is_alive():
             self._thread.join(timeout)
+        self._loads.end(timeout)
 
     @overload
     def submit(
@@ -182,24 +189,29 @@ class Engine:
         time. Raises `ModelError`, and then nothing has changed.
 
         Its files are read, and its kernels compiled, in a thread of its own; the engine's warms its lanes up, a step at
-        a time, between the steps of the others.
+        a time, between the steps of the others. Running streams are spared (`engine.sparing`).
         """
-        model = in_own_thread("loading", lambda: self._read(name, sources))
-        self._run_errand(self._warm.hold(model))
+        with self._sparing.loading():
+            model = self._loads.run(lambda: self._read(name, sources))
+            warming = self._warm.hold(model)
+            self._sparing.pause()
+            while self._run_errand(lambda: _goes_on(warming)):
+                self._sparing.pause()
         return model
 
     def _read(self, name: str, sources: Sequence[str]) -> LoadedModel:
         try:
-            model = load(name, sources, **self._precision)
+            model = load(name, sources, self._sparing.pause, **self._precision)
         finally:
             trial.end()
-        self._warm.rehearse(model)
+        for _ in self._warm.rehearsing(model):
+            self._sparing.pause()
         return model
 
     def unload(self, name: str) -> bool:
         """Free all that a model takes; False, and nothing is changed, while a job of it is here. For callers in other
         threads than the engine's."""
-        gone = self._run_errand(at_once(lambda: self._warm.let_go(name)))
+        gone = self._run_errand(lambda: self._warm.let_go(name))
         if gone:
             # What its passes and lanes refer to goes with the cycles that they are in.
             collect()
@@ -207,8 +219,8 @@ class Engine:
             heap.give_back()
         return gone
 
-    def _run_errand(self, slices: Generator[None, None, T]) -> T:
-        errand = Errand(slices)
+    def _run_errand(self, call: Callable[[], T]) -> T:
+        errand = Errand(call)
         self._inbox.put(errand)
         if self._stopping:
             # After the put, as in `submit`.
@@ -297,6 +309,7 @@ class Engine:
             self._on_death()
         finally:
             self._stopping = True
+            self._sparing.end()
             self._fail_everything()
             leave()
 
@@ -330,10 +343,15 @@ class Engine:
         with self._warm.share.charge(turn):
             output = self._run(turn, makes_way=makes_way)
         seconds = time.perf_counter() - began
+        self._sparing.stepped(turn, self._streaming())
         if makes_way:
             self._way.note(turn[1], seconds)
         deliver(output, self._publish)
         self.observe(*turn, seconds, output)
+
+    def _streaming(self) -> list[tuple[str, str]]:
+        """The lanes that run streams."""
+        return [key for key, lane in self._warm.lanes.items() if lane.busy and KINDS[lane.kind].urgent]
 
     def _rest(self) -> None:
         """Wait for new work, or for the end of the rest of lanes that make way."""
@@ -344,16 +362,16 @@ class Engine:
         """Take everything that waits; with nothing to run, sleep until something comes."""
         if not any(lane.busy for lane in self._warm.lanes.values()):
             self._way.announce({})
+            self._sparing.idle()
             self._take(self._inbox.get())
-        # What is there now: an errand comes again with its next slice, behind a step of the lanes.
+        # What is there now: what comes meanwhile waits for a step of the lanes.
         for _ in range(self._inbox.qsize()):
             self._take(self._inbox.get())
 
     def _take(self, item: _Prepared | Errand[Any] | None) -> None:
         if isinstance(item, Errand):
             self.step_began = time.monotonic()
-            if item.turn():
-                self._inbox.put(item)
+            item.run()
             self.step_began = None
         elif item is not None:
             self._take_in(item)
@@ -397,6 +415,11 @@ class Engine:
                 self._take(item)
         for lane in self._warm.lanes.values():
             lane.fail_all(_stopping())
+
+
+def _goes_on(slices: Iterator[None]) -> bool:
+    """Do the next slice; whether there was one."""
+    return next(slices, _END) is not _END
 
 
 def _ignore(model: str, kind: str, seconds: float, output: StepOutput) -> None: ...

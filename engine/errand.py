@@ -2,37 +2,34 @@
 
 from __future__ import annotations
 
+import queue
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Generic, TypeVar
 
-from engine.platform.threads import leave
+from engine.platform.threads import collect, leave, only_own
+from stoker.errors import WorkerUnavailable
 
 T = TypeVar("T")
 
 
 class Errand(Generic[T]):
-    """What the engine's thread does between two steps, a slice at a time, for a caller in another thread who waits.
+    """What the engine's thread does between two steps, for a caller in another thread who waits."""
 
-    `slices` yields after each part, so that running streams have their turn, and returns what the caller gets.
-    """
-
-    def __init__(self, slices: Generator[None, None, T]) -> None:
-        self._slices = slices
+    def __init__(self, call: Callable[[], T]) -> None:
+        self._call = call
         self._future: Future[T] = Future()
 
-    def turn(self) -> bool:
-        """Do one slice; whether another is left. An error of it is the caller's."""
+    def run(self) -> None:
+        """Do it. An error of it is the caller's."""
         try:
-            next(self._slices)
-            return True
-        except StopIteration as end:
-            if not self._future.done():
-                self._future.set_result(end.value)
+            made = self._call()
         except Exception as error:
             self.fail(error)
-        return False
+        else:
+            if not self._future.done():
+                self._future.set_result(made)
 
     def fail(self, error: BaseException) -> None:
         if not self._future.done():
@@ -43,26 +40,59 @@ class Errand(Generic[T]):
         return self._future.result()
 
 
-def at_once(call: Callable[[], T]) -> Generator[None, None, T]:
-    """`call` as the one slice of an errand."""
-    yield from ()
-    return call()
+class OwnThread:
+    """A thread for work that uses MLX next to the engine's. It lives until `end`: on an NVIDIA GPU, MLX ends the
+    process where a thread that used it ends while another launches, which the engine's does all the time.
+
+    What the work leaves must be evaluated: MLX's streams belong to the thread that made them.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._thread = threading.Thread(target=self._main, name=name, daemon=True)
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._ending, self._over = threading.Lock(), False
+
+    def run(self, call: Callable[[], T]) -> T:
+        """Do it there, and wait; raises what it raises, and `WorkerUnavailable` behind the end. For one caller at a
+        time."""
+        future: Future[T] = Future()
+        with self._ending:
+            if self._over:
+                raise WorkerUnavailable("the worker is stopping: it loads no model any more.")
+            self._inbox.put(lambda: _do(call, future))
+            if self._thread.ident is None:
+                self._thread.start()
+        return future.result()
+
+    def end(self, timeout: float) -> None:
+        """Behind the work that it has, for which so many seconds are waited. No thread may launch meanwhile."""
+        with self._ending:
+            self._over = True
+            self._inbox.put(None)
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+
+    def _main(self) -> None:
+        while self._goes_on():
+            pass
+        leave()
+
+    def _goes_on(self) -> bool:
+        """Do what comes next, and keep nothing of it; False at the end."""
+        if (work := self._inbox.get()) is not None:
+            work()
+        return work is not None
 
 
-def in_own_thread(name: str, call: Callable[[], T]) -> T:
-    """Run `call`, which uses MLX, in a thread that ends with it, and wait. What it leaves must be evaluated: MLX's
-    streams belong to the thread that made them."""
-    future: Future[T] = Future()
-
-    def main() -> None:
-        try:
-            made = call()
-        except BaseException as error:
-            leave()
-            future.set_exception(error)
-        else:
-            leave()
-            future.set_result(made)
-
-    threading.Thread(target=main, name=name, daemon=True).start()
-    return future.result()
+def _do(call: Callable[[], T], future: Future[T]) -> None:
+    try:
+        with only_own():
+            try:
+                made = call()
+            finally:
+                # What it leaves in cycles takes memory of the device.
+                collect()
+    except BaseException as error:
+        future.set_exception(error)
+    else:
+        future.set_result(made)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from engine.adapters.lane import AdapterLane
@@ -45,13 +45,13 @@ class WarmModels:
         self.gone: frozenset[str] = frozenset()
         self.share: FairShare[Key] = FairShare({}, (), limits.stall)
 
-    def rehearse(self, model: LoadedModel) -> None:
-        """Let a lane that nobody uses generate, so that kernels are compiled before the engine's thread needs them. In
-        the caller's thread."""
+    def rehearsing(self, model: LoadedModel) -> Iterator[None]:
+        """Let a lane that nobody uses generate, in slices, so that kernels are compiled before the engine's thread
+        needs them. In the caller's thread."""
         if model.kind == "generate":
-            GenerateLane(model, AdapterPool(model, self._store, self._adapter_bytes), self._limits).warm()
+            yield from GenerateLane(model, AdapterPool(model, self._store, self._adapter_bytes), self._limits).warming()
 
-    def hold(self, model: LoadedModel) -> Generator[None, None, None]:
+    def hold(self, model: LoadedModel) -> Iterator[None]:
         """Warm its lanes up, in slices, and take its jobs from then on."""
         lanes: list[AnyLane] = []
         pools = {}

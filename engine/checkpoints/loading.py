@@ -30,6 +30,7 @@ from engine.models.rerankers import score_heads, spec_of
 from engine.models.sentence import EmbeddingSpec
 from engine.models.sentence_files import model_folder, pools_decoder
 from engine.platform.jsonfiles import read_config
+from engine.sparing import Pause, no_pause
 from engine.text.pairs import Pairing
 from engine.text.tokenizer import Tokenizer
 from engine.weights.digest import weights_digest
@@ -125,74 +126,90 @@ class PrecisionOptions(TypedDict, total=False):
     group_size: int
 
 
-def load(name: str, sources: Sequence[str], **options: Unpack[PrecisionOptions]) -> LoadedModel:
+@dataclass(frozen=True)
+class _Load:
+    """What is asked for. `path`: the model's; `start`: when its load began."""
+
+    name: str
+    path: Path
+    precision: Precision
+    start: float
+    pause: Pause
+
+
+def load(
+    name: str, sources: Sequence[str], pause: Pause = no_pause, **options: Unpack[PrecisionOptions]
+) -> LoadedModel:
     """The model called `name`, from the first of `sources` that is available, with every weight evaluated.
 
-    `options` are those of `Precision.of`. Raises `ModelError` when no source is available, the value of an option is
-    unknown, or the model is damaged or of an architecture not supported.
+    `pause` is called between the pieces of the load. `options` are those of `Precision.of`. Raises `ModelError` when no
+    source is available, the value of an option is unknown, or the model is damaged or of an architecture not supported.
     """
     start = time.perf_counter()
     precision = Precision.of(**options)
     path = resolve(sources)
+    asked = _Load(name, path, precision, start, pause)
     with naming(path):
         if path.is_file():
             if path.suffix != ".gguf":
                 raise ModelError(f"{path}: a model is a folder with config.json and safetensors, or a .gguf file")
-            loaded = _load_gguf(name, path, precision, start)
+            loaded = _load_gguf(asked)
         else:
             config = read_config(model_folder(path))
             architecture = config.get("model_type")
             if (files := RerankFiles.of(path, config)) is not None:
-                loaded = _load_reranker(name, path, config, files, precision, start)
+                loaded = _load_reranker(asked, config, files)
             elif architecture in ENCODERS or pools_decoder(path, architecture):
-                loaded = _load_encoder(name, path, config, precision, start)
+                loaded = _load_encoder(asked, config)
             elif isinstance(architecture, str) and architecture in DECODERS:
-                loaded = _load_decoder(name, path, config, precision, start)
+                loaded = _load_decoder(asked, config)
             elif (file := package.file_of(config)) is not None:
-                loaded = _load_bridged(name, path, config, file, precision, start)
+                loaded = _load_bridged(asked, config, file)
             else:
                 raise package.unknown(architecture, tuple(sorted((*ENCODERS, *DECODERS))))
+    pause()
     # GPUs keep what was freed for reuse; what loading freed will not be asked for again.
     mx.clear_cache()
     return loaded
 
 
-def _load_encoder(name: str, folder: Path, config: dict[str, Any], precision: Precision, start: float) -> LoadedModel:
-    precision = precision.for_encoder()
+def _load_encoder(asked: _Load, config: dict[str, Any]) -> LoadedModel:
+    folder, precision, pause = asked.path, asked.precision.for_encoder(), asked.pause
     inner = model_folder(folder)
-    tensors, config = folder_tensors(inner, config, precision)
+    tensors, config = folder_tensors(inner, config, precision, pause)
     model = encoder(config, tensors)
     tensors.finish(ignore=model.unused)
     spec = EmbeddingSpec.from_folder(folder, model.args)
-    behind = [folder_tensors(each.folder, {}, precision)[0] for each in spec.dense]
+    behind = [folder_tensors(each.folder, {}, precision, pause)[0] for each in spec.dense]
+    pause()
     tokenizer = Tokenizer.from_folder(inner, lowercase=spec.lowercase)
+    pause()
     check_ids(folder, tokenizer, model.args.vocab)
     if model.typed:
         check_segments(folder, tokenizer)
     heads = [Dense(each, found) for each, found in zip(spec.dense, behind, strict=True)]
-    return _embedding(
-        name, folder, config["model_type"], model, tokenizer, spec, heads, _measures([tensors, *behind], start)
-    )
+    measures = _measures([tensors, *behind], asked.start)
+    return _embedding(asked, config["model_type"], model, tokenizer, spec, heads, measures)
 
 
-def _load_reranker(
-    name: str, folder: Path, config: dict[str, Any], files: RerankFiles, precision: Precision, start: float
-) -> LoadedModel:
-    inner = files.sentence.transformer
-    tensors, config = folder_tensors(inner, without_own(config), precision.for_encoder())
-    model, tokenizer = encoder(config, tensors), Tokenizer.from_folder(inner, lowercase=files.sentence.lowercase)
+def _load_reranker(asked: _Load, config: dict[str, Any], files: RerankFiles) -> LoadedModel:
+    folder, inner, pause = asked.path, files.sentence.transformer, asked.pause
+    tensors, config = folder_tensors(inner, without_own(config), asked.precision.for_encoder(), pause)
+    model = encoder(config, tensors)
+    pause()
+    tokenizer = Tokenizer.from_folder(inner, lowercase=files.sentence.lowercase)
+    pause()
     heads = score_heads(files, config, model, tokenizer, tensors)
     tensors.finish(ignore=model.unused)
     check_ids(folder, tokenizer, model.args.vocab)
     pairing = pairing_of(folder, files, model, tokenizer)
     spec = spec_of(files, config, model)
-    measures = _measures([tensors], start)
-    return _embedding(name, folder, config["model_type"], model, tokenizer, spec, heads, measures, pairing)
+    measures = _measures([tensors], asked.start)
+    return _embedding(asked, config["model_type"], model, tokenizer, spec, heads, measures, pairing)
 
 
 def _embedding(
-    name: str,
-    folder: Path,
+    asked: _Load,
     architecture: str,
     model: Encoder,
     tokenizer: Tokenizer,
@@ -201,10 +218,11 @@ def _embedding(
     measures: dict[str, Any],
     pairing: Pairing | None = None,
 ) -> LoadedModel:
+    asked.pause()
     _warm(lambda: model(mx.zeros((1, min(8, model.args.context)), mx.int32)))
     return LoadedModel(
-        name=name,
-        path=folder,
+        name=asked.name,
+        path=asked.path,
         kind="embed",
         architecture=architecture,
         model=model,
@@ -217,32 +235,35 @@ def _embedding(
     )
 
 
-def _load_decoder(name: str, folder: Path, config: dict[str, Any], precision: Precision, start: float) -> LoadedModel:
-    inner = model_folder(folder)
-    tensors, config = folder_tensors(inner, config, precision)
+def _load_decoder(asked: _Load, config: dict[str, Any]) -> LoadedModel:
+    inner = model_folder(asked.path)
+    tensors, config = folder_tensors(inner, config, asked.precision, asked.pause)
     model = Llama(DECODERS[config["model_type"]].from_config(config), tensors)
-    return _decoder(name, folder, model, Tokenizer.from_folder(inner), tensors, start)
+    asked.pause()
+    return _decoder(asked, model, Tokenizer.from_folder(inner), tensors)
 
 
-def _load_bridged(
-    name: str, folder: Path, config: dict[str, Any], file: str, precision: Precision, start: float
-) -> LoadedModel:
-    inner = model_folder(folder)
-    model = BridgedDecoder.from_folder(inner, config, file, precision)
-    return _bridged(name, folder, model, Tokenizer.from_folder(inner), start)
+def _load_bridged(asked: _Load, config: dict[str, Any], file: str) -> LoadedModel:
+    inner = model_folder(asked.path)
+    model = BridgedDecoder.from_folder(inner, config, file, asked.precision, asked.pause)
+    asked.pause()
+    return _bridged(asked, model, Tokenizer.from_folder(inner))
 
 
-def _bridged(name: str, path: Path, model: BridgedDecoder, tokenizer: Tokenizer, start: float) -> LoadedModel:
-    measures = {"parameters": model.parameters, "bytes": model.nbytes, "load_seconds": time.perf_counter() - start}
-    return _generating(name, path, model, model.args.architecture, tokenizer, measures)
+def _bridged(asked: _Load, model: BridgedDecoder, tokenizer: Tokenizer) -> LoadedModel:
+    seconds = time.perf_counter() - asked.start
+    measures = {"parameters": model.parameters, "bytes": model.nbytes, "load_seconds": seconds}
+    return _generating(asked, model, model.args.architecture, tokenizer, measures)
 
 
-def _load_gguf(name: str, path: Path, precision: Precision, start: float) -> LoadedModel:
+def _load_gguf(asked: _Load) -> LoadedModel:
+    path, precision, pause = asked.path, asked.precision, asked.pause
     gguf = GGUF(path)
     model = gguf_models.model_of(gguf.metadata)
     if model is not None:
-        decoder = BridgedDecoder.from_gguf(gguf, model, precision)
-        return _bridged(name, path, decoder, Tokenizer.from_gguf(gguf), start)
+        decoder = BridgedDecoder.from_gguf(gguf, model, precision, pause)
+        pause()
+        return _bridged(asked, decoder, Tokenizer.from_gguf(gguf))
     embedding = gguf.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise ModelError(f"{path}: the tensor 'token_embd.weight' is missing or no matrix")
@@ -251,27 +272,32 @@ def _load_gguf(name: str, path: Path, precision: Precision, start: float) -> Loa
         gguf.metadata, vocab=embedding.shape[0], tied=tied
     )
     heads = (args.heads, args.kv_heads) if args.gguf_permuted else None
-    tensors = gguf_tensors(gguf, heads, precision)
-    return _decoder(name, path, Llama(args, tensors), Tokenizer.from_gguf(gguf), tensors, start)
+    tensors = gguf_tensors(gguf, heads, precision, pause)
+    llama = Llama(args, tensors)
+    pause()
+    return _decoder(asked, llama, Tokenizer.from_gguf(gguf), tensors)
 
 
-def _decoder(name: str, path: Path, model: Llama, tokenizer: Tokenizer, tensors: Tensors, start: float) -> LoadedModel:
+def _decoder(asked: _Load, model: Llama, tokenizer: Tokenizer, tensors: Tensors) -> LoadedModel:
     tensors.finish(ignore=model.unused)
-    return _generating(name, path, model, model.args.architecture, tokenizer, _measures([tensors], start))
+    return _generating(asked, model, model.args.architecture, tokenizer, _measures([tensors], asked.start))
 
 
 def _generating(
-    name: str, path: Path, model: Decoder, architecture: str, tokenizer: Tokenizer, measures: dict[str, Any]
+    asked: _Load, model: Decoder, architecture: str, tokenizer: Tokenizer, measures: dict[str, Any]
 ) -> LoadedModel:
+    path = asked.path
+    asked.pause()
     check_ids(path, tokenizer, model.args.vocab)
     if tokenizer.manners.cleans_spaces:
         raise ModelError(
             f"{path}: clean_up_tokenization_spaces = true is not supported for a model that generates: its text would "
             "change behind what was streamed. Set it to false in tokenizer_config.json"
         )
+    asked.pause()
     _warm(lambda: model.logits(model(mx.zeros((1, 8), mx.int32))))
     return LoadedModel(
-        name=name,
+        name=asked.name,
         path=path,
         kind="generate",
         architecture=architecture,

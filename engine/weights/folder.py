@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 from numpy.typing import NDArray
 
+from engine.sparing import Pause
 from engine.weights import safetensors
 from engine.weights.foreign import in_mlx_layout
 from engine.weights.foreign_sections import CONFIG_KEYS
@@ -28,7 +29,9 @@ PLAIN = ("F32", "F16", "BF16")
 AGAIN = Form(32, 8)
 
 
-def folder_tensors(folder: Path, config: dict[str, Any], precision: Precision) -> tuple[Tensors, dict[str, Any]]:
+def folder_tensors(
+    folder: Path, config: dict[str, Any], precision: Precision, pause: Pause
+) -> tuple[Tensors, dict[str, Any]]:
     """The tensors of a folder, and its `config` without what is said there about quantization."""
     arrays = safetensors.read_folder(folder)
     dtype = precision.dtype_for(arrays.values())
@@ -37,7 +40,7 @@ def folder_tensors(folder: Path, config: dict[str, Any], precision: Precision) -
     arrays.clear()
     shapes: dict[str, tuple[int, ...]] = {name: tuple(tensor.shape) for name, tensor in stored.items()}
     readers: dict[str, Reader] = {name: _popper(stored, name) for name in shapes}
-    return Tensors(readers, shapes, str(folder), dtype, precision.quantization), config
+    return Tensors(readers, shapes, str(folder), dtype, precision.quantization, pause), config
 
 
 def joined(
@@ -61,7 +64,7 @@ def _popper(stored: dict[str, Stored], name: str) -> Reader:
     return lambda: stored.pop(name)
 
 
-def gguf_tensors(gguf: GGUF, heads: tuple[int, int] | None, precision: Precision) -> Tensors:
+def gguf_tensors(gguf: GGUF, heads: tuple[int, int] | None, precision: Precision, pause: Pause) -> Tensors:
     """The tensors of a GGUF file by Hugging Face's names.
 
     `heads` (of queries, of keys) are given where the rows of q and k are in llama.cpp's order, to be put back.
@@ -77,7 +80,7 @@ def gguf_tensors(gguf: GGUF, heads: tuple[int, int] | None, precision: Precision
         readers[name] = _gguf_reader(gguf, stored, count, precision)
         shapes[name] = info.shape
     dtype = precision.dtype_for([mx.zeros(1, sixteen_bits(gguf))])
-    return Tensors(readers, shapes, str(gguf.path), dtype, precision.quantization)
+    return Tensors(readers, shapes, str(gguf.path), dtype, precision.quantization, pause)
 
 
 def sixteen_bits(gguf: GGUF) -> mx.Dtype:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from engine.sparing import Pause, no_pause
 from engine.weights.quantized import Form, QuantizedTensor, dequantize, quantize
 from stoker.errors import ModelError
 
@@ -31,6 +32,7 @@ class Tensors:
     """Hands every named tensor to one layer, in the dtype that the model computes in.
 
     `shapes` are those of the dense tensors, also for quantized ones. Without `quantization` everything becomes dense.
+    `pause` is called before each tensor is read.
     Raises `ModelError` for a tensor that is missing, of another shape, of integers, or left over (`finish`).
     """
 
@@ -41,9 +43,10 @@ class Tensors:
         where: str,
         dtype: mx.Dtype,
         quantization: Quantization | None = None,
+        pause: Pause = no_pause,
     ):
         self._readers, self._shapes, self._where, self._dtype = dict(readers), shapes, where, dtype
-        self._quantization = quantization
+        self._quantization, self._pause = quantization, pause
         #: What the layers took, by the file's names, evaluated.
         self.taken: dict[str, Stored] = {}
 
@@ -104,6 +107,7 @@ class Tensors:
             raise ModelError(f"{self._where}: the tensor {name!r} of shape {shape} is missing")
         if tuple(self._shapes[name]) != shape:
             raise ModelError(f"{self._where}: tensor {name!r} has shape {tuple(self._shapes[name])}, not {shape}")
+        self._pause()
         stored = reader()
         # Integers are codes of a quantization that is not known here; as numbers they would mean nothing.
         if isinstance(stored, mx.array) and not mx.issubdtype(stored.dtype, mx.floating):

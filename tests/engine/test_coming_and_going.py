@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from engine.engine import Engine
-from engine.errand import Errand, at_once, in_own_thread
+from engine.errand import Errand
 from engine.ticket import Entry
 from stoker.contract import EmbedRequest, GenerateRequest
 from stoker.errors import ModelError, UnknownModel, WorkerUnavailable
@@ -155,16 +155,16 @@ def test_what_a_model_would_take_is_known_from_its_headers(engine: Engine) -> No
         assert found.bytes == pytest.approx(loaded.bytes, rel=0.1)
 
 
-def test_an_engine_that_has_ended_refuses_to_load(engine: Engine) -> None:
+def test_an_engine_that_has_ended_refuses_to_load_and_to_unload(engine: Engine) -> None:
     engine.stop()
     with pytest.raises(WorkerUnavailable):
         engine.load("second", [str(SECOND)])
+    with pytest.raises(WorkerUnavailable):
+        engine.unload("first")
 
 
 def test_an_errand_hands_its_callers_errors_on() -> None:
-    errand = Errand(at_once(lambda: 1 // 0))
-    assert not errand.turn()
+    errand = Errand(lambda: 1 // 0)
+    errand.run()
     with pytest.raises(ZeroDivisionError):
         errand.result()
-    with pytest.raises(ZeroDivisionError):
-        in_own_thread("x", lambda: 1 // 0)

@@ -20,7 +20,7 @@ import threading
 
 import mlx.core as mx
 
-from engine.errand import in_own_thread
+from engine.errand import OwnThread
 
 
 class Cycle:
@@ -48,7 +48,9 @@ ended = threading.Event()
 other = threading.Thread(target=churn)
 other.start()
 for _ in range(120):
-    in_own_thread("loading", lambda: mx.eval(Cycle().compiled(mx.zeros((3,)))))
+    thread = OwnThread("loading")
+    thread.run(lambda: mx.eval(Cycle().compiled(mx.zeros((3,)))))
+    thread.end(60)
 ended.set()
 other.join()
 print("all ended")

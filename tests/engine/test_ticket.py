@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from engine import delivery, ticket
 from engine.delivery import deliver
-from engine.errand import in_own_thread
+from engine.errand import OwnThread
 from engine.fair import weights_by_kind
 from engine.ticket import StepOutput, Ticket, contained
 from stoker.contract import StreamToken
@@ -133,8 +134,13 @@ def raising(error: BaseException) -> Callable[[], None]:
 
 @pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt("x"), SystemExit("x")])
 def test_who_waits_for_a_thread_hears_of_whatever_ends_it(error: BaseException) -> None:
+    thread = OwnThread("x")
     with pytest.raises(type(error)):
-        in_own_thread("x", raising(error))
+        thread.run(raising(error))
+    assert thread.run(threading.get_ident) == thread.run(threading.get_ident) != threading.get_ident()
+    thread.end(60)
+    with pytest.raises(WorkerUnavailable):
+        thread.run(lambda: 3)
 
 
 @pytest.mark.parametrize("share", [0.05, 0.2, 0.5, 0.9])

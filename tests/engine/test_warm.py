@@ -102,14 +102,14 @@ def test_the_process_that_tries_tokenizers_ends_with_the_loading_also_where_it_f
     ended: list[bool] = []
     engine: Any = Engine({}, adapters=tmp_path, publish=lambda *_: None, limits=LaneLimits(compiled="none"))
 
-    def loading(name: str, sources: object, **_: Any) -> LoadedModel:
+    def loading(name: str, sources: object, *_: object, **__: Any) -> LoadedModel:
         if not sound:
             raise ModelError("damaged")
         return tiny.loaded(tiny_llama)
 
     monkeypatch.setattr(engine_module, "trial", SimpleNamespace(end=lambda: ended.append(True)))
     monkeypatch.setattr(engine_module, "load", loading)
-    monkeypatch.setattr(WarmModels, "rehearse", lambda *_: None)
+    monkeypatch.setattr(WarmModels, "rehearsing", lambda *_: iter(()))
     monkeypatch.setattr(WarmModels, "hold", lambda *_: iter(()))
     engine.start()
     try:

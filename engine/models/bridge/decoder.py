@@ -18,6 +18,7 @@ from engine.models.cache import KvSizes, View
 from engine.models.decoder import RunBlock
 from engine.models.joint import Cache
 from engine.models.layers import LayerAdapters, Linear
+from engine.sparing import Pause, no_pause
 from engine.weights.gguf import GGUF
 from engine.weights.precision import Precision
 from stoker.errors import ModelError
@@ -59,18 +60,23 @@ class BridgedDecoder:
         self.parameters, self.nbytes = linears.parameters_of(network)
 
     @classmethod
-    def from_folder(cls, folder: Path, config: Mapping[str, Any], file: str, precision: Precision) -> BridgedDecoder:
-        """Raises `ModelError` for a config.json or weights that mlx-lm's `file` cannot run, or would run otherwise."""
+    def from_folder(
+        cls, folder: Path, config: Mapping[str, Any], file: str, precision: Precision, pause: Pause = no_pause
+    ) -> BridgedDecoder:
+        """`pause` is called between the weights. Raises `ModelError` for a config.json or weights that mlx-lm's `file`
+        cannot run, or would run otherwise."""
         network, args = weights.network_of(config, file)
-        weights.read(folder, config, network, precision)
+        weights.read(folder, config, network, precision, pause)
+        pause()
         return cls(file, network, args, config)
 
     @classmethod
-    def from_gguf(cls, gguf: GGUF, model: GgufModel, precision: Precision) -> BridgedDecoder:
+    def from_gguf(cls, gguf: GGUF, model: GgufModel, precision: Precision, pause: Pause = no_pause) -> BridgedDecoder:
         """From a file of this architecture. Raises `ModelError` as `from_folder` does."""
         config = gguf_configs.config_of(gguf, model)
         network, args = weights.network_of(config, model.file)
-        gguf_weights.read(gguf, model, config, network, precision)
+        gguf_weights.read(gguf, model, config, network, precision, pause)
+        pause()
         return cls(model.file, network, args, config)
 
     def _probe(self) -> tuple[slots.Probing, dict[str, bool], mx.array]:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from engine.models.bridge import weights
 from engine.models.bridge.gguf_models import READ_BEFORE, GgufModel
+from engine.sparing import Pause
 from engine.weights.folder import AGAIN, PLAIN, quantized_from, sixteen_bits
 from engine.weights.gguf import GGUF
 from engine.weights.gguf_names import llama_name, unpermute
@@ -20,15 +21,24 @@ from engine.weights.quantized import quantize
 from stoker.errors import ModelError
 
 
-def read(gguf: GGUF, model: GgufModel, config: Mapping[str, Any], network: nn.Module, precision: Precision) -> None:
-    """Give a network the tensors of a file, each evaluated. Raises `ModelError`."""
+def read(
+    gguf: GGUF,
+    model: GgufModel,
+    config: Mapping[str, Any],
+    network: nn.Module,
+    precision: Precision,
+    pause: Pause,
+) -> None:
+    """Give a network the tensors of a file, each evaluated, with a `pause` before. Raises `ModelError`."""
     reader = _Reader(gguf, network, model, config, precision)
     arrays: dict[str, mx.array] = {}
     for stored, name in placed(gguf, model, network):
-        arrays |= reader.read(stored, name)
-        mx.eval(arrays)
+        pause()
+        made = reader.read(stored, name)
+        mx.eval(made)
+        arrays |= made
     weights.fill(gguf.path, {**config, "quantization": reader.section}, network, arrays)
-    weights.settle(network, precision, reader.dtype, every=True)
+    weights.settle(network, precision, reader.dtype, pause, every=True)
 
 
 def outline(gguf: GGUF, model: GgufModel, config: Mapping[str, Any], network: nn.Module) -> None:

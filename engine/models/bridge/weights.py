@@ -16,6 +16,7 @@ from engine.models.bridge import activations, package, ropes
 from engine.models.bridge.configs import check, text_config
 from engine.models.bridge.linears import dense_weight
 from engine.models.bridge.spelling import respelled
+from engine.sparing import Pause, no_pause
 from engine.weights import safetensors
 from engine.weights.foreign import in_mlx_layout
 from engine.weights.foreign_sections import METHODS
@@ -53,14 +54,16 @@ def network_of(config: Mapping[str, Any], file: str) -> tuple[nn.Module, Any]:
     return network, args
 
 
-def read(folder: Path, config: Mapping[str, Any], network: nn.Module, precision: Precision) -> nn.Module:
+def read(
+    folder: Path, config: Mapping[str, Any], network: nn.Module, precision: Precision, pause: Pause = no_pause
+) -> nn.Module:
     """The network with the weights of a folder, each evaluated. Raises `ModelError`."""
     arrays = safetensors.read_folder(folder)
     dtype = precision.dtype_for(arrays.values())
     exact = precision.dtype is not None or not any(array.dtype == dtype for array in arrays.values())
     arrays, config = translated(folder, config, arrays, dtype)
     fill(folder, config, network, arrays)
-    settle(network, precision, dtype, every=exact or dtype == mx.float32)
+    settle(network, precision, dtype, pause, every=exact or dtype == mx.float32)
     return network
 
 
@@ -74,15 +77,18 @@ def translated(
         raise ModelError(f"{folder}: {error}") from error
 
 
-def settle(network: nn.Module, precision: Precision, dtype: mx.Dtype, *, every: bool) -> None:
-    """Bring a filled network into the form that it is to be held in, each weight evaluated; `every`: see `_cast`."""
+def settle(network: nn.Module, precision: Precision, dtype: mx.Dtype, pause: Pause, *, every: bool) -> None:
+    """Bring a filled network into the form that it is to be held in, each weight evaluated by itself, with a `pause`
+    before; `every`: see `_cast`."""
     if precision.quantization is None:
         _dequantize(network)
     elif precision.quantization.bits is not None:
         _quantize(network, precision.quantization.group_size, precision.quantization.bits)
     _cast(network, dtype, every=every)
     network.eval()
-    mx.eval(network.parameters())
+    for _, array in tree_flatten(network.parameters()):
+        pause()
+        mx.eval(array)
 
 
 def fill(folder: Path, config: Mapping[str, Any], network: nn.Module, arrays: dict[str, mx.array]) -> None:
