@@ -10,8 +10,9 @@ from engine.adapters.pool import AdapterPool
 from engine.checkpoints.loading import LoadedModel
 from engine.generation.batch import Batch
 from engine.generation.draws import Pick
+from engine.generation.grouping import GROUP_TOKENS, PASS, Grouping, GroupLimits
 from engine.generation.kv_budget import KvBudget
-from engine.generation.limits import GROUP, GenerationLoad, LaneLimits
+from engine.generation.limits import GenerationLoad, LaneLimits
 from engine.generation.pacing import Chunk, LanePacer
 from engine.generation.prefill import Prefill
 from engine.generation.prefixes import SHORTEST, SHORTEST_ON_CPU, PrefixCache
@@ -50,6 +51,8 @@ class GenerateLane:
         self._reset(preempted=0)
 
     def _reset(self, preempted: int) -> None:
+        #: Whether the rows that decode let the last chunk of prompts go before them.
+        self._let_go = False
         self.batch = Batch(self._decoder, self._pool, self.step)
         kept = int(self.limits.kv_bytes * self.limits.prefix_share)
         shortest = SHORTEST_ON_CPU if on_cpu() else SHORTEST
@@ -148,15 +151,20 @@ class GenerateLane:
         # A pass that is under way began when the last step ended.
         began = self._ended if self.batch.in_flight else time.perf_counter()
         output = StepOutput()
-        self._pacer.begin({row.priority for row in self.held}, alone=lookahead)
-        pushed = self._push_prompts(output)
-        if output.entries and lookahead:
+        self._pacer.begin({row.priority for row in self.held}, alone=lookahead, empty=not self.batch.rows)
+        # Prompts and rows that decode take turns.
+        late, self._let_go = self._let_go, False
+        pushed = not late and self._push_prompts(output)
+        if pushed and self._gathers:
+            self._pacer.gather()
+        elif output.entries and lookahead:
             # A first token is there: it is reported before the lane waits for the pass that is under way.
-            self._launch()
+            self._let_go = self._launch()
         else:
-            self._decode(output, lookahead)
+            # Behind first tokens that went before, the next chunk comes before the next pass.
+            self._decode(output, lookahead and not (late and (self._prompts or self._roster.waiting)))
         self._ended = time.perf_counter()
-        self._pacer.note(self._ended - began, None if pushed else output.rows)
+        self._pacer.note(self._ended - began, None if pushed or late else output.rows)
         return output
 
     # --- prompts ---
@@ -180,10 +188,13 @@ class GenerateLane:
         prefill = self._prompts.best(priorities)
         if prefill is None:
             return False
-        decoding = any(row.priority <= prefill.priority for row in self.batch.rows)
-        for row, pick in self._advanced(prefill, self._pacer.chunk(prefill.priority, decoding=decoding)):
+        through = self._advanced(prefill, self._chunk(prefill.priority))
+        self._seats.prepare([row for row, _ in through])
+        for row, pick in through:
             wants_more = self._extend(row, pick, output, prefill)
-            if wants_more and self._seats.make_room(len(self.batch.rows) + 1, row.cached + 1, row):
+            if row.finish_reason:
+                self._release(row)
+            elif wants_more and self._seats.make_room(len(self.batch.rows) + 1, row.cached + 1, row):
                 self.batch.join(row, prefill.kv, prefill.kv_row(row))
         self._prompts.count()
         return True
@@ -194,14 +205,37 @@ class GenerateLane:
         under_way = self._prompts.best(priorities)
         if not waiting or (under_way is not None and under_way.priority <= waiting[0].priority):
             return
-        most = GROUP if self.step.prompt_buckets else 1
-        if not (rows := [row for row in self._seats.taken(waiting, most) if self._acquire(row)]):
-            return
+        grouping = Grouping(self._group_limits(waiting[0].priority), self._pool, self.prefixes)
+        rows: list[Row] = []
         try:
-            self._prompts.begin(Prefill(self._decoder, self._pool, self.step, rows, self.prefixes))
+            for row in self._seats.taken(waiting, grouping):
+                if self._acquire(row):
+                    rows.append(row)
+            if rows:
+                self._prompts.begin(Prefill(self._decoder, self._pool, self.step, rows, self.prefixes))
         except RowFault as fault:
             self._fail(fault)
             self._roster.put_back(rows)
+
+    def _group_limits(self, priority: int) -> GroupLimits:
+        """Which prompts of this priority go together: on a CPU as many as one chunk takes."""
+        if self.step.prompt_buckets:
+            return GroupLimits(GROUP_TOKENS)
+        return GroupLimits(self._chunk(priority).pacer.most, padding=PASS, alike=bool(self._decoder.kv_sizes.states))
+
+    def _chunk(self, priority: int) -> Chunk:
+        """How much of the prompts of this priority goes next."""
+        under_way = self._prompts.rows
+        free = self.limits.slots - len(self.batch.rows) - len(under_way)
+        waiting = sum(row.priority == priority for row in self._roster.waiting)
+        prompts = sum(row.priority == priority for row in under_way) + min(waiting, free)
+        decoding = any(row.priority <= priority for row in self.batch.rows)
+        return self._pacer.chunk(priority, decoding=decoding, prompts=max(1, prompts))
+
+    @property
+    def _gathers(self) -> bool:
+        """Whether rows that have their first tokens wait for prompts that are to come."""
+        return self._pacer.gathers and bool(self._prompts or self._roster.waiting)
 
     def _acquire(self, row: Row) -> bool:
         """Pin the version of a row's adapter; a row that was preempted has it."""
@@ -234,8 +268,6 @@ class GenerateLane:
         except RowFault as fault:
             self._fail(fault)
             return False
-        if row.finish_reason:
-            self._release(row)
         return not row.finish_reason
 
     # --- decoding ---
@@ -253,8 +285,13 @@ class GenerateLane:
             # A grammar has to see a token before it can say which may follow.
             self._launch(again=True)
         output.rows = len(pending.rows)
-        for row, pick in batch.read(pending):
+        rows = batch.read(pending)
+        for row, pick in rows:
             self._extend(row, pick, output)
+        # From the last slot on: none that ends moves into the slot of another first, which is a copy of all there is.
+        for row, _ in reversed(rows):
+            if row.finish_reason:
+                self._release(row)
 
     def _launch(self, *, again: bool = False) -> bool:
         """Start a pass unless one is under way (`again`: behind it); False if no row needs one."""
@@ -264,9 +301,13 @@ class GenerateLane:
         while True:
             self._seats.make_room(len(batch.rows), max((row.cached for row in batch.rows), default=0) + 1)
             try:
-                return batch.launch(self._width())
+                launched = batch.launch(self._width())
             except RowFault as fault:
                 self._fail(fault)
+                continue
+            if launched:
+                self._pacer.decodes()
+            return launched
 
     def _width(self) -> int:
         """How many rows the next pass takes: the first ones."""

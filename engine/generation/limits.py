@@ -6,11 +6,6 @@ from dataclasses import dataclass
 
 from engine.generation.step import Compiled
 
-#: Prompts that are prefilled in one pass where passes are compiled: on a GPU a short one costs as much as many.
-GROUP = 16
-#: Tokens, padding included, up to which prompts are grouped.
-GROUP_TOKENS = 2048
-
 
 @dataclass(frozen=True)
 class LaneLimits:

@@ -13,7 +13,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from statistics import median
 
-from engine.generation.prefill import PrefillPacer
+from engine.generation import prefill
+from engine.generation.prefill import FEW, PrefillPacer
 from engine.generation.step import bucket
 from stoker.contract.requests import LOWEST_PRIORITY
 
@@ -27,6 +28,9 @@ SHARE = 0.25
 ALONE = 3
 #: Passes of one size whose median is what they take, at least and at most.
 LEAST, MOST = 3, 9
+#: Chunks of prompts, its own included, for which a row that has its first token waits where no row decodes yet: the
+#: requests of a burst are read together.
+GATHER = 3
 #: Turns after which a size that was not run since is unknown again: rows have grown, other processes have ended.
 FORGET = 16
 
@@ -52,8 +56,12 @@ class LanePacer:
 
     def __init__(self, stall: float) -> None:
         self._stall = stall
-        #: Chunks while streams run, chunks that hold up nobody, and chunks of the background.
-        self._busy, self._idle, self._behind = PrefillPacer(), PrefillPacer(256), PrefillPacer()
+        #: Chunks while streams run: of one prompt, and of several that wait. Chunks that hold up nobody, and chunks of
+        #: the background.
+        self._busy, self._several = PrefillPacer(), PrefillPacer()
+        self._idle, self._behind = PrefillPacer(256, least=FEW), PrefillPacer(prefill.LEAST)
+        #: Chunks since the first row came into an empty batch; `GATHER` as soon as it decodes.
+        self._gathered = 0
         #: Seconds of a step that only decoded, as measured lately.
         self._decoding = 0.0
         self._passes: dict[int, _Passes] = {}
@@ -65,9 +73,12 @@ class LanePacer:
         self.best = 0
         self._alone = True
 
-    def begin(self, priorities: set[int], *, alone: bool = True) -> None:
-        """A step begins, with rows of these priorities. `alone`: nobody else waits for the device."""
+    def begin(self, priorities: set[int], *, alone: bool = True, empty: bool = True) -> None:
+        """A step begins, with rows of these priorities. `alone`: nobody else waits for the device. `empty`: no row
+        is through with its prompt."""
         self._alone = alone
+        if empty:
+            self._gathered = 0
         self.best = min(priorities, default=0)
         if len(priorities) < 2 or self._step >= EVERY:
             self._turns += self._step >= EVERY
@@ -84,6 +95,19 @@ class LanePacer:
         passes = self._passes.setdefault(rows, _Passes())
         passes.seconds.append(seconds)
         passes.turn = self._turns
+
+    @property
+    def gathers(self) -> bool:
+        """Whether the rows that have their first tokens let prompts go before their second ones."""
+        return self._gathered < GATHER
+
+    def gather(self) -> None:
+        """They have let a chunk go before."""
+        self._gathered += 1
+
+    def decodes(self) -> None:
+        """A pass of the rows that are through with their prompts begins."""
+        self._gathered = GATHER
 
     @property
     def contested(self) -> bool:
@@ -111,13 +135,16 @@ class LanePacer:
         twice as long."""
         return min(self._stall, SHARE * self._seconds) / 2
 
-    def chunk(self, priority: int, *, decoding: bool) -> Chunk:
-        """For a prompt of this priority; `decoding`: whether rows that are as good decode meanwhile."""
+    def chunk(self, priority: int, *, decoding: bool, prompts: int = 1) -> Chunk:
+        """For prompts of this priority, of which so many wait or are under way; `decoding`: whether rows that are as
+        good decode meanwhile."""
         if priority > self.best:
             return Chunk(self._behind, self.background_seconds)
-        if decoding:
-            # A chunk as long as a decode step at most doubles the time between two tokens.
-            return Chunk(self._busy, min(self._stall, max(self._decoding, 0.002)))
+        if decoding and not self.gathers:
+            # A chunk as long as a decode step at most doubles the time between two tokens. Several prompts hold up the
+            # rows as long together as one by one, in fewer passes.
+            patience = min(self._stall, max(self._decoding, 0.002) * prompts)
+            return Chunk(self._busy if prompts == 1 else self._several, patience)
         return Chunk(self._idle, 1.0) if self._alone else Chunk(self._behind, self._stall / 2)
 
     def rows(self, foreground: int, held: int) -> int:

@@ -26,21 +26,29 @@ LEAST, MOST = 32, 2048
 #: Tokens of a chunk up to which the pass over the weights is most of what it takes: then it takes the rest of a prompt
 #: along that is at most half as long.
 FEW = 4 * LEAST
+#: Tokens of each row of a group at least, padding included.
+FEWEST = 2
 
 
 class PrefillPacer:
-    """How long a chunk may be: the tokens that take about the seconds asked for, found by doubling and halving.
+    """How long a chunk may be: the tokens that take about the seconds asked for, found by doubling and halving, `least`
+    at least.
 
     A speed would not do: on a GPU 64 tokens take as long as 512, because launching the kernels is what takes it.
     """
 
-    def __init__(self, tokens: int = 128) -> None:
-        self.tokens = tokens
+    def __init__(self, tokens: int = 128, least: int = LEAST) -> None:
+        self.tokens, self._least = tokens, least
+
+    @property
+    def most(self) -> int:
+        """Tokens that go at once where no more are left, padding included."""
+        return self.tokens + self.tokens // 2 if self.tokens <= FEW else self.tokens
 
     def note(self, tokens: int, seconds: float, wanted: float) -> None:
         """A chunk of `tokens` took `seconds`; `wanted` were allowed."""
         if seconds > wanted:
-            self.tokens = max(LEAST, self.tokens // 2)
+            self.tokens = max(self._least, self.tokens // 2)
         elif seconds < 0.6 * wanted and tokens > 0.7 * self.tokens:
             self.tokens = min(MOST, self.tokens * 2)
 
@@ -64,9 +72,7 @@ class Prefill:
     def _start(self, prefixes: PrefixCache) -> KeyValues:
         """Storage for the whole prompts, with what the prefix cache has of them."""
         found = [self._find(row, prefixes) for row in self.rows]
-        longest = max(row.length for row in self.rows)
-        capacity = bucket(longest, SMALLEST_KV_LENGTH) if self._step.prompt_buckets else longest
-        kv = KeyValues(self._model, bucket(len(self.rows)) if self._step.prompt_buckets else len(self.rows), capacity)
+        kv = KeyValues(self._model, *self._size([length for _, length in found]))
         for index, (row, (source, length)) in enumerate(zip(self.rows, found, strict=True)):
             if source is not None:
                 with row.guarded():
@@ -74,6 +80,14 @@ class Prefill:
                 row.cached = length
             row.generation.note_cached(row.cached)
         return kv
+
+    def _size(self, found: Sequence[int]) -> tuple[int, int]:
+        """Rows and capacity of the storage. `found`: tokens that are here, of each row."""
+        count, longest = len(self.rows), max(row.length for row in self.rows)
+        if self._step.prompt_buckets:
+            return bucket(count), bucket(longest, SMALLEST_KV_LENGTH)
+        # All rows of a group have a chunk of one length, behind what each has.
+        return count, longest + (max(found) - min(found) + FEWEST if count > 1 else 0)
 
     def _find(self, row: Row, prefixes: PrefixCache) -> tuple[KeyValues | None, int]:
         row.cached = 0
@@ -96,7 +110,7 @@ class Prefill:
         new token."""
         began = time.perf_counter()
         waiting = {id(row): row.uncached for row in self.rows}
-        share = _share(max(map(len, waiting.values())), pacer.tokens // len(self.rows))
+        share = self._share([len(tokens) for tokens in waiting.values()], pacer)
         chunks = {row: waiting[id(row)][:share] for row in self.rows}
         done = [row for row, chunk in chunks.items() if len(chunk) == len(waiting[id(row)])]
         draws, sampling = self._sampling() if done else ([], None)
@@ -113,6 +127,14 @@ class Prefill:
         pacer.note(sum(map(len, chunks.values())), time.perf_counter() - began, patience)
         return found
 
+    def _share(self, waiting: Sequence[int], pacer: PrefillPacer) -> int:
+        """How many tokens of a row a chunk takes at most, of which so many wait."""
+        longest, asked = max(waiting), pacer.tokens // len(waiting)
+        takes_rest = asked <= FEW and longest * len(waiting) <= pacer.most
+        share = max(1, longest if takes_rest else min(longest, asked))
+        # A state has seen every token that it was given: no row may be given padding.
+        return min(share, *waiting) if self._model.kv_sizes.states else share
+
     def _sampling(self) -> tuple[list[Draw], SamplingBatch]:
         """For each row of the storage; those of padding and of rows that are through choose for nobody."""
         rows = [self.rows[0]] * self.kv.rows
@@ -121,8 +143,7 @@ class Prefill:
         return gather(rows, [0] * len(rows), self._model.args.vocab, len(rows))
 
     def _pass(self, chunks: dict[Row, list[int]], share: int, sampling: SamplingBatch | None) -> tuple[mx.array, ...]:
-        size = self.kv.rows
-        many = bucket(share, 16) if self._step.prompt_buckets else share
+        size, many = self.kv.rows, self._many(share)
         tokens = np.zeros((size, many), dtype=np.int32)
         offset, last = np.zeros(size, dtype=np.int32), np.zeros(size, dtype=np.int32)
         adapters = [0] * size
@@ -134,22 +155,23 @@ class Prefill:
         if end > self.kv.capacity:
             # A chunk is padded to its bucket: the last one may write beyond the prompt.
             self.kv.resize(size, bucket(end, SMALLEST_KV_LENGTH))
-        exact = not self._step.prompt_buckets and size == 1
+        buckets = self._step.prompt_buckets
         given = ForwardInput(
             mx.array(tokens),
             mx.array(offset),
-            end if exact else min(bucket(end, SMALLEST_KV_LENGTH), self.kv.capacity),
+            min(bucket(end, SMALLEST_KV_LENGTH), self.kv.capacity) if buckets else end,
             last=mx.array(last),
             adapters=self._pool.rows(adapters),
-            exact=exact,
+            exact=size == 1 and not buckets,
         )
         return self._step(self.kv, given, sampling)
 
-
-def _share(longest: int, asked: int) -> int:
-    """How many tokens of a row a chunk takes, of which `longest` wait."""
-    takes_rest = asked <= FEW and longest <= asked + asked // 2
-    return max(1, longest if takes_rest else min(longest, asked))
+    def _many(self, share: int) -> int:
+        """Tokens of each row of a pass, padding included."""
+        if self._step.prompt_buckets:
+            return bucket(share, 16)
+        # One token of several rows is what decoding is compiled for.
+        return share if self.kv.rows == 1 or self._model.kv_sizes.states else max(share, FEWEST)
 
 
 def owner(pool: AdapterPool, row: Row) -> Hashable:

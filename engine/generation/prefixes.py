@@ -72,6 +72,14 @@ class PrefixCache:
     def has(self, owner: Hashable, tokens: Sequence[int]) -> bool:
         return self._key(owner, tokens) in self._entries
 
+    def would_serve(self, first: Sequence[int], tokens: Sequence[int], found: int) -> bool:
+        """Whether an entry of all tokens of a prompt, `first`, would spare another, of which `found` tokens are here
+        already, so many more that it pays to wait for it."""
+        shared = len(first) if self._whole else found + self.shortest
+        if not found + self.shortest <= shared < len(tokens):
+            return False
+        return list(first[:shared]) == list(tokens[:shared])
+
     def put(self, owner: Hashable, tokens: Sequence[int], kv: KeyValues) -> None:
         """Keep `kv`, one row with the keys and values of `tokens` at its first positions."""
         if kv.nbytes > self._limit or len(tokens) < self.shortest:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from engine.generation.batch import Batch
+from engine.generation.grouping import Grouping
 from engine.generation.kv_budget import KvBudget
-from engine.generation.limits import GROUP_TOKENS
 from engine.generation.prompts import Prompts
 from engine.generation.roster import Roster
 from engine.generation.row import Row, RowState
@@ -24,16 +24,16 @@ class Seats:
         #: Rows that were put back out of the batch.
         self.preempted = preempted
 
-    def taken(self, waiting: Sequence[Row], most: int) -> Iterator[Row]:
-        """The rows to be prefilled next: the first that waits, and where it pays those behind it that fit. None of them
-        waits any more."""
+    def taken(self, waiting: Sequence[Row], grouping: Grouping) -> Iterator[Row]:
+        """The rows to be prefilled next: the first that waits, and those behind it that go with it. None of them waits
+        any more. Raises `RowFault`."""
         group: list[Row] = []
         for row in waiting:
             # A job fails when one of its rows cannot have its adapter.
             group = [taken for taken in group if taken.state is not RowState.ENDED]
             if row.state is RowState.ENDED:
                 continue
-            if len(group) == most or (group and not _go_together(group, row)) or not self._has_place(row, group):
+            if not grouping.joins(group, row) or not self._has_place(row, group):
                 return
             self._roster.waiting.remove(row)
             group.append(row)
@@ -84,6 +84,13 @@ class Seats:
             batch.shrink()
         return True
 
+    def prepare(self, rows: Sequence[Row]) -> None:
+        """Let the batch grow once for all rows that come, where there is memory; else it grows with each."""
+        count = len(self._batch.rows) + len(rows)
+        length = max((row.cached + 1 for row in rows), default=0)
+        if len(rows) > 1 and not self._budget.must_shrink(count, length):
+            self._batch.fit(count, length)
+
     def _preempt(self, row: Row) -> None:
         self._batch.leave(row)
         self._roster.put_back([row])
@@ -93,11 +100,3 @@ class Seats:
 def _claim(row: Row) -> tuple[int, float]:
     """The largest makes way first: of the worst priority, the one that came last."""
     return row.priority, row.ticket.submitted
-
-
-def _go_together(group: Sequence[Row], row: Row) -> bool:
-    """Whether one pass takes a row's prompt with those of `group`; of one job's rows, the first leaves a prefix for the
-    others."""
-    tokens = max(one.length for one in (row, *group)) * (len(group) + 1)
-    last = group[-1]
-    return tokens <= GROUP_TOKENS and row.priority == last.priority and row.generation is not last.generation

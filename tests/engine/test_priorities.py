@@ -21,6 +21,7 @@ from engine.generation import lane, pacing, prefill
 from engine.generation.batch import Batch
 from engine.generation.draws import Pick
 from engine.generation.forward_input import ForwardInput
+from engine.generation.grouping import Grouping
 from engine.generation.kv_budget import KvBudget
 from engine.generation.pacing import ALONE, EVERY, FORGET, LEAST, STRETCH, LanePacer
 from engine.generation.prefill import Prefill
@@ -127,7 +128,7 @@ def test_a_stream_keeps_its_pace_next_to_a_flood_and_the_flood_ends(
     device = Device(row).install(monkeypatch)
     alone = gaps_of_streams(Driver(model, pool, slots=8, stall=5.0), device, 4)
     driver = Driver(model, pool, slots=8, stall=5.0)
-    flood = [driver.send(bulk(number)) for number in range(40)]
+    flood = [driver.send(bulk(number)) for number in range(60)]
     for _ in range(30):
         driver.step()
     device.passes.clear()
@@ -137,7 +138,7 @@ def test_a_stream_keeps_its_pace_next_to_a_flood_and_the_flood_ends(
     assert any(BULK in rows for rows in device.passes)
     assert not all(sent.ticket.done for sent in flood)
     driver.run()
-    assert [len(sent.tokens) for sent in flood] == [20] * 40
+    assert [len(sent.tokens) for sent in flood] == [20] * 60
     driver.assert_empty()
 
 
@@ -340,7 +341,7 @@ def test_bulk_makes_way_for_a_stream_only_where_that_is_enough(
         seat(batch, model, row)
     budget = Mock(spec=KvBudget, admits=lambda _: len(batch.rows) < 2, could_admit=Mock(return_value=fits))
     seats = Seats(4, roster, Prompts(budget), batch, budget, 0)
-    assert list(seats.taken([asking], 4)) == ([asking] if fits else [])
+    assert list(seats.taken([asking], Mock(spec=Grouping, joins=lambda *_: True))) == ([asking] if fits else [])
     assert len(batch.rows) == (1 if fits else 2)
     budget.could_admit.assert_called_once_with([asking], [running])
 
@@ -532,6 +533,14 @@ def test_the_backgrounds_turn_takes_a_share_of_the_time_since_the_last_and_never
         assert pacer.background_seconds == 0.0
 
 
+def test_prompts_that_wait_together_have_the_time_of_one_by_one_and_no_more_than_the_stall() -> None:
+    pacer = LanePacer(0.5)
+    step(pacer, 0.1, 2, priorities="5")
+    pacer.decodes()
+    found = [pacer.chunk(STREAM, decoding=True, prompts=prompts).patience for prompts in (1, 3, 9)]
+    assert found == pytest.approx([0.1, 0.3, 0.5])
+
+
 def test_a_time_without_a_stream_counts_as_the_backgrounds_turn() -> None:
     pacer = LanePacer(1.0)
     for _ in range(EVERY - 1):
@@ -553,8 +562,8 @@ def test_a_short_rest_of_a_prompt_has_no_pass_of_its_own(
     driver.send(stream(0, tokens=200))
     for number in range(4):
         driver.send(request([3 + number] * 60, max_tokens=1, priority=STREAM))
-    while len(driver.lane.held) > 1:
-        driver.step()
+        while len(driver.lane.held) > 1:
+            driver.step()
     device.chunks.clear()
     driver.send(request(list(range(3, 3 + length)), max_tokens=1, priority=STREAM))
     while len(driver.lane.held) > 1:

@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from engine.models.bridge import blocks, gguf_configs, gguf_weights, linears, package, slots, weights
+from engine.models.bridge import blocks, experts, gguf_configs, gguf_weights, linears, package, slots, weights
 from engine.models.bridge.configs import BridgeArgs, context_of
 from engine.models.bridge.gguf_models import GgufModel
 from engine.models.bridge.network import TRIED, cut
@@ -18,6 +18,7 @@ from engine.models.cache import KvSizes, View
 from engine.models.decoder import RunBlock
 from engine.models.joint import Cache
 from engine.models.layers import LayerAdapters, Linear
+from engine.platform.compiler import on_cpu
 from engine.sparing import Pause, no_pause
 from engine.weights.gguf import GGUF
 from engine.weights.precision import Precision
@@ -40,6 +41,8 @@ class BridgedDecoder:
         self._pass = linears.Pass()
         #: Model files whose scores have an axis for the queries of one key.
         self._grouped = file in _GROUPED
+        if on_cpu():
+            experts.block(network)
         made = linears.wrap(network, self._pass)
         before = _weights(network)
         probing, ran, logits = self._probe()
