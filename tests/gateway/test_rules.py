@@ -22,7 +22,7 @@ from stoker.contract import Alternative, Completion, GenerateResult, StreamToken
 from stoker.errors import InvalidRequest, JobLost, QueueFull, UnknownModel
 from stoker.gateway import anthropic, batches, chat, completions, embeddings, files, rerank, responses
 from stoker.gateway.answers import answered
-from stoker.gateway.anthropic_messages import AnthropicMessage
+from stoker.gateway.anthropic_messages import AnthropicMessage, AnthropicTool, ToolChoice, choice_of
 from stoker.gateway.calls import Call, Caller, Models, NamedJob, job_of, keeps
 from stoker.gateway.embeddings import EmbeddingBody
 from stoker.gateway.errors import TABLE, Names, Refused, row_of
@@ -637,6 +637,21 @@ def test_which_functions_may_be_called_is_what_is_chosen(choice: object, found: 
     assert chosen([], None) == chosen([], "none") == chosen([], "auto") == Choice()
     if found.mode in ("auto", "required") and found.name is None:
         assert not chosen(FUNCTIONS, choice, parallel=False).parallel
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_what_anthropics_clients_choose_is_the_same_in_their_words(alone: bool) -> None:
+    tools = [AnthropicTool(name=name, input_schema={"type": "object", "title": name}) for name in ("add", "sub")]
+    own = tuple(tool.function for tool in tools)
+    for kind, found in (
+        ("auto", Choice("auto", own, parallel=not alone)),
+        ("any", Choice("required", own, parallel=not alone)),
+        ("none", Choice()),
+    ):
+        given: Any = {"type": kind, "disable_parallel_tool_use": alone}
+        assert choice_of(tools, ToolChoice(**given)) == found
+    assert choice_of(tools, ToolChoice(type="tool", name="sub")) == Choice("required", own, "sub")
+    assert choice_of(tools, None) == Choice("auto", own)
 
 
 @pytest.mark.parametrize(

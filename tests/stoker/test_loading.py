@@ -313,5 +313,8 @@ def test_a_broker_that_ends_or_may_not_be_asked_while_it_loads_is_an_error() -> 
 def test_progress_that_the_broker_does_not_know_is_no_nonsense() -> None:
     assert LoadingProgress.parse({"loading": 0}) is None
     assert str(LoadingProgress.parse({"loading": 1})) == "0 %, about 1 s left"
-    strange = {"loading": 1, "loading_loaded_perc": -3.0, "loading_eta_seconds": -1}
-    assert str(LoadingProgress.parse(strange)) == "0 %, about 1 s left"
+    for percent, seconds in ((-3.0, 9), (3.0, -1), (100.5, 9), (1e300, 9)):
+        strange = {"loading": 1, "loading_loaded_perc": percent, "loading_eta_seconds": seconds}
+        assert str(LoadingProgress.parse(strange)) == "0 %, about 1 s left"
+    whole = {"loading": 1, "loading_loaded_perc": 100.0, "loading_eta_seconds": 0}
+    assert str(LoadingProgress.parse(whole)) == "100 %, about 1 s left"
