@@ -279,6 +279,7 @@ def test_tokens_are_counted_for_a_key_that_has_a_limit_and_an_answer_outlives_th
     for caller, tokens in ((Caller("team", None, secret, 60), 0), (Caller("team", None, secret), 5), (Caller(), 5)):
         asked(broker, lambda access: access.spend(caller, tokens))  # noqa: B023
         assert not redis.exists(bucket)
+    assert not caplog.records, "nothing is asked of the broker that it would refuse"
     asked(broker, lambda access: access.spend(Caller("team", None, secret, 60), 5))
     assert 55 <= float(redis.hget(bucket, "tokens")) < 56
     redis.close()
