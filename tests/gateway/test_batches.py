@@ -132,6 +132,27 @@ def test_each_line_of_a_batch_is_answered_by_its_custom_id_in_order(
     assert batch.created_at <= (batch.in_progress_at or 0) <= (batch.finalizing_at or 0) <= (batch.completed_at or 0)
     assert [file.purpose for file in api.files.list()] == ["batch_output", "batch"]
     assert [found.id for found in api.batches.list()] == [batch_id]
+    with pytest.raises(openai.ConflictError, match="is completed"):
+        api.batches.cancel(batch_id)
+
+
+def test_what_a_batch_has_written_is_kept_from_its_end_on(
+    api: openai.OpenAI, workers: AsyncFakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not from its beginning: each look at the broker's clock finds it an hour away from the one before."""
+    now, looks = Store.now, list[int]()
+
+    async def moved(store: Store) -> float:
+        looks.append(3600)
+        return await now(store) - sum(looks)
+
+    monkeypatch.setattr(Store, "now", moved)
+    echo(workers)
+    batch = ended(api, uploaded(api, [line(1)]))
+    assert batch.output_file_id is not None
+    file = api.files.retrieve(batch.output_file_id)
+    assert file.created_at < batch.created_at - 3600
+    assert (file.expires_at or 0) - file.created_at == keys.FILE_TTL
 
 
 def test_an_answer_leaves_the_broker_once_the_batch_says_that_it_is_written(

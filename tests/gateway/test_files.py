@@ -257,6 +257,7 @@ def test_what_is_no_form_with_one_file_is_refused(over: Served, settings: Settin
         (400, post(over, files={"file": ("a", b"")}, data=batch)),
         (400, post(over, files={"other": ("a", LINES)}, data=batch)),
         (400, post(over, files=[("file", ("a", LINES)), ("file", ("b", LINES))], data=batch)),
+        (400, post(over, files={"file": ("a", LINES)}, data={"purpose": ["batch", "fine-tune"]})),
         (400, post(over, data={"file": "x"}, files={"purpose": (None, "batch")})),
         (400, post(over, files={"file": ("a", LINES)}, data=batch, headers={"idempotency-key": "x"})),
         # A page of another site may send a form: its browser says where it is from.

@@ -195,6 +195,7 @@ def test_vectors_that_have_expired_do_not_count(redis: Any) -> None:
     expire(redis, "a", "b")
     assert keep(redis, "c", b"x" * 1000).there
     assert sizes(redis) == {"c": 1000, ":sum": 1000}
+    assert (redis.zrange(keys.VECTORS_UNFETCHED, 0, -1), redis.zrange(keys.VECTORS_FETCHED, 0, -1)) == ([b"c"], [])
 
 
 @pytest.mark.parametrize("written", [b"1e999", b"nan", b"many", b"-5", b"99999"])

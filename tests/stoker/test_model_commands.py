@@ -160,6 +160,7 @@ def test_models_come_and_go_in_memory() -> None:
         assert client.models.load("b").phase == "done"
         assert set(client.models()) == {"a", "b"}
         client.embed(["x"], model="b").result()
+        other = client.embed(["y"], model="b")
         waits = client.generate("x", model="a")
         client.models.pin("a")
         with pytest.raises(InvalidRequest, match="pinned"):
@@ -168,6 +169,7 @@ def test_models_come_and_go_in_memory() -> None:
         client.models.unload("a")
         with pytest.raises(UnknownModel, match="unloaded"):
             waits.result()
+        assert len(other.result()) == 1, "a job of another model runs"
         with pytest.raises(UnknownModel, match="unloaded"):
             client.generate("x", model="a")
         with pytest.raises(UnknownModel, match="no worker holds it"):
