@@ -102,6 +102,17 @@ def test_a_spoiled_record_in_the_backlog_ends_when_its_turn_comes(redis: Any) ->
     assert heard["data"] == redis.get(keys.result(f"job-{READY}")), "who waits for it hears of it at once"
 
 
+def test_a_job_whose_message_is_lost_and_whose_record_is_spoiled_ends_when_it_is_looked_for(redis: Any) -> None:
+    submit(redis)
+    submit(redis, "waits")
+    redis.lpop(keys.ready(QUEUE))
+    redis.rpop(keys.ready(QUEUE))
+    redis.hdel(keys.job("job"), Field.PRIORITY)
+    assert ledger.recover(redis, QUEUE, -1) == ("waits",)
+    assert failed(redis, "job")
+    assert take_all(redis) == ["waits"]
+
+
 def test_a_record_that_is_spoiled_in_the_ready_list_ends_when_its_message_is_taken(redis: Any) -> None:
     submit(redis)
     redis.hdel(keys.job("job"), Field.SUBMITTED)
