@@ -184,12 +184,14 @@ def test_the_command_makes_lists_and_revokes_keys_and_shows_each_once(broker: Se
         assert done.exit_code == 0
         return done.stdout
 
+    before = time.gmtime()
     secret = run("create", "team", "--requests", "60", "--model", "m", "--open-jobs", "7").strip()
     assert secret.startswith(api_keys.BEGINNING)
     assert policy.read(redis)["client_limit:team"] == 7
     shown = run("list")
     assert secret not in shown
     assert "team" in shown
+    assert any(time.strftime("  %Y-%m-%d  ", day) in shown for day in (before, time.gmtime()))
     assert "60 requests, any tokens a minute; models: m" in shown
     run("revoke", shown.split()[0])
     assert run("list", "--json").strip() == "[]"

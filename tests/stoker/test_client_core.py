@@ -565,3 +565,4 @@ def test_the_record_of_a_job_says_how_large_it_is() -> None:
     train = build(TrainRequest, {"model": "m", "name": "x", "dataset": "worker:d", "steps": 7})
     said = [job_record(request, "job").size for request in (generate, train, embed_request("m", ["a", "b"], {}))]
     assert said == ["60 tokens", "7 steps", "2 texts"]
+    assert job_record(train, "job").blob == "", "its dataset is on a worker, and no key of the broker"
