@@ -22,6 +22,7 @@ from stoker.broker.outcome import JobStatus
 from stoker.cli import app, chat, embed, generate, inputs, jobs, machine, train
 from stoker.client.requests import read_dataset
 from stoker.contract import GenerateResult, ModelCard, Presence, StreamToken, TrainReport, TrainResult, Usage
+from stoker.contract.presence import ModelState
 from stoker.errors import InvalidRequest, StokerError, UnknownModel
 from stoker.files.source import Source
 from stoker.settings import load_settings
@@ -348,6 +349,24 @@ def test_status_says_which_models_are_warm() -> None:
     assert "jobs held: generate 1 of 16" in shown
     (found,) = json.loads(run("status", "--json"))
     assert Presence.model_validate_json(json.dumps(found)) == WORKER
+
+
+@pytest.mark.usefixtures("asked")
+def test_status_says_of_each_model_once_how_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = (
+        ModelState(model=WORKER.models[0].model, state="warm", pinned=True),
+        ModelState(model="large", state="refused", why="it has no room"),
+        ModelState(model="later", state="offered"),
+    )
+    monkeypatch.setattr(FakeClient, "alive", (WORKER.model_copy(update={"states": states}),))
+    lines = [line.split() for line in run("status").splitlines()]
+    for model, said in (
+        (WORKER.models[0].model, "warm, pinned:"),
+        ("large", "refused: it has no room"),
+        ("later", "loaded when a job waits for it"),
+    ):
+        (line,) = [" ".join(line[1:]) for line in lines if line[0] == model and line[1] != "adapters"]
+        assert line.startswith(said)
 
 
 @pytest.mark.usefixtures("asked")
