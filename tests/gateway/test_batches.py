@@ -514,11 +514,14 @@ def test_a_gateway_whose_lease_ran_out_leaves_its_batches_and_begins_them_anew_o
     (lease,) = redis.keys(keys.batch_runner("*"))
     before = json.loads(redis.hget(keys.batch(batch_id), "record"))
     assert before["output"]["id"] != before["errors"]["id"]
+    before["since"]["in_progress"] = 5
+    redis.hset(keys.batch(batch_id), "record", json.dumps(before))
     for count in (2, 3):
         redis.delete(lease)
         wait_until(lambda: len(begun) == count, "it is begun anew")  # noqa: B023
         after = json.loads(redis.hget(keys.batch(batch_id), "record"))
         assert (after["output"], after["errors"]) == (before["output"], before["errors"]), "in the files that it had"
+        assert after["since"] == before["since"], "it is in progress since the first time"
     assert set(begun) == {batch_id}
     api.batches.cancel(batch_id)
     ended(api, batch_id)

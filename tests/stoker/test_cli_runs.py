@@ -106,6 +106,7 @@ SPOILED = {
     '{"request": {"name": ["a"], "steps": 1}, "status": "done"}': "name is",
     '{"request": {"name": "a"}, "status": "done"}': "no steps",
     '{"request": {"name": "a", "steps": "many"}, "status": "done"}': "steps is 'many'",
+    '{"request": {"name": "a", "steps": true}, "status": "done"}': "steps is 'True'",
     '{"request": {"name": "a", "steps": 1}, "status": null}': "status is 'None'",
 }
 

@@ -223,3 +223,10 @@ def test_an_error_about_a_row_is_one_short_line_whatever_the_row_holds(row: dict
         list(iterate_mappings([row], "items"))
     assert len(str(caught.value)) < 400
     assert str(caught.value).isprintable()
+
+
+def test_a_line_has_as_many_bytes_as_are_allowed_and_not_one_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lines, "MAX_LINE_BYTES", 5)
+    assert list(lines.numbered([b"12345\n", b"\n1234\r\n"], "x")) == [(1, b"12345"), (3, b"1234")]
+    with pytest.raises(DatasetError, match="x, line 2: more than 5 bytes"):
+        list(lines.numbered([b"12345\n123456\n"], "x"))

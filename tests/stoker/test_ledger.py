@@ -104,7 +104,7 @@ def test_a_full_queue_takes_nothing(redis: Any) -> None:
 def test_the_wait_for_a_full_queue_is_by_its_pace_and_a_second_to_an_hour(
     redis: Any, interval: str, wait: float
 ) -> None:
-    """Until so many have ended that one more may wait; a client that is told 0 would ask without a pause."""
+    """Until so many have ended that one more may wait; a client that reads 0 would ask without a pause."""
     for name in "ab":
         submit(redis, name)
     redis.hset(keys.POLICY, "queue_limit", 1)

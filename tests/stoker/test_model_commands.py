@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from stoker.catalogue import asked_of_worker
-from stoker.client.commands import Waiting, command_of, worker_for
+from stoker.client.commands import LONGEST_LOOK, Waiting, command_of, worker_for
 from stoker.client.model_choice import choose_model, is_served
 from stoker.contract import ModelCard, Presence
 from stoker.contract.control import ModelReport
@@ -109,7 +109,10 @@ def test_an_answer_of_another_form_is_an_error() -> None:
 
 def test_waiting_has_the_end_that_was_asked_for() -> None:
     assert waiting(0.0).pause() is None
-    assert waiting().pause() is not None
+    looks = waiting()
+    pauses = [looks.pause() or 0.0 for _ in range(40)]
+    assert sorted(pauses) == pauses
+    assert (pauses[0] < 0.1, pauses[-1]) == (True, LONGEST_LOOK), "rarer and rarer, and no rarer than that"
     assert isinstance(waiting(0.0).over(taken_back=True), JobTimeout)
     assert "nothing was done" in str(waiting(0.0).over(taken_back=True))
     assert "it goes on" in str(waiting(0.0).over(taken_back=False))
