@@ -55,6 +55,8 @@ def test_a_networks_experts_have_the_same_numbers_in_blocks_with_biases_and_grad
     layers = package.load("switch_layers")
     mx.random.seed(3)
     plain = layers.SwitchGLU(WIDE, OUT, COUNT, bias=True)
+    for part in (plain.up_proj, plain.gate_proj, plain.down_proj):
+        part.bias = mx.random.normal(part.bias.shape)
     mx.eval(plain.parameters())
     x, chosen = rows(40)[:, 0], mx.array(np.random.default_rng(4).integers(0, COUNT, (40, 2)).astype(np.uint32))
     few = x[:4], chosen[:4]  # too few to be sorted
