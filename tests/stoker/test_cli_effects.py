@@ -62,6 +62,9 @@ def test_jobs_are_listed_with_what_they_do(fake: Callable[[], Client], server: A
 def test_a_rule_is_set_shown_and_goes_back_to_its_default(fake: Callable[[], Client]) -> None:
     fake()
     before = json.loads(invoke("jobs", "policy", "--json"))
+    largest = json.loads(invoke("jobs", "policy", "queue_bytes", f"{2**40}", "--json"))
+    assert largest == before | {"queue_bytes": 2**40}
+    invoke("jobs", "policy", "queue_bytes", "default")
     assert json.loads(invoke("jobs", "policy", "ageing", "60", "--json")) == before | {"ageing": 60}
     assert json.loads(invoke("jobs", "policy", "--json"))["ageing"] == 60
     assert json.loads(invoke("jobs", "policy", "ageing", "default", "--json")) == before

@@ -6,7 +6,7 @@ import pytest
 from redis import exceptions as raised
 from redis.exceptions import RedisError
 
-from stoker.broker.connection import Patience
+from stoker.broker.connection import Patience, translated
 from stoker.broker.loading import LoadingProgress, StillLoading
 from stoker.broker.trouble import broker_unavailable, forbids, hopeless, passes
 from stoker.errors import BrokerLoading, BrokerUnavailable
@@ -162,3 +162,12 @@ def test_an_outage_is_borne_for_as_long_as_the_patience_lasts_and_the_next_one_a
     assert pauses == [pytest.approx(pause) for pause in (0.1, 0.2, 0.6, 1.0) * 2]
     with pytest.raises(BrokerUnavailable, match="refuses the login"):
         Patience(Settings(url="redis://h", patience=10.0)).spend(raised.AuthenticationError("no"))
+
+
+def test_an_error_that_the_caller_handles_passes_as_it_is_and_every_other_of_redis_is_ours() -> None:
+    with pytest.raises(raised.TimeoutError), translated(Settings(), passing=(raised.TimeoutError,)):
+        raise raised.TimeoutError("silent")
+    with pytest.raises(BrokerUnavailable), translated(Settings(), passing=(raised.TimeoutError,)):
+        raise raised.ConnectionError("refused")
+    with pytest.raises(KeyError), translated(Settings()):
+        raise KeyError("none of the broker's")
