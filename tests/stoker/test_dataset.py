@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from stoker.client.requests import read_dataset
 from stoker.contract import dataset, lines
 from stoker.contract.dataset import Example, TrainInput, iterate_lines, iterate_mappings, to_lines
+from stoker.contract.requests import MAX_TEXT_CHARS
 from stoker.errors import DatasetError
 from stoker.files.source import Source
 
@@ -230,3 +231,12 @@ def test_a_line_has_as_many_bytes_as_are_allowed_and_not_one_more(monkeypatch: p
     assert list(lines.numbered([b"12345\n", b"\n1234\r\n"], "x")) == [(1, b"12345"), (3, b"1234")]
     with pytest.raises(DatasetError, match="x, line 2: more than 5 bytes"):
         list(lines.numbered([b"12345\n123456\n"], "x"))
+
+
+def test_a_text_of_a_file_has_as_many_characters_as_are_allowed_and_not_one_more(tmp_path: Path) -> None:
+    source = Source(tmp_path / "texts.txt", "text")
+    source.path.write_text("x" * MAX_TEXT_CHARS)
+    assert source.survey()[0] == 1
+    source.path.write_text("x" * (MAX_TEXT_CHARS + 1))
+    with pytest.raises(DatasetError, match=f"line 1: {MAX_TEXT_CHARS + 1} characters; at most {MAX_TEXT_CHARS}"):
+        source.survey()

@@ -1040,3 +1040,13 @@ def test_a_job_that_has_an_owner_is_not_refused(redis: Any) -> None:
     assert not ledger.refuse(redis, "job", QUEUE, ledger.revoked("job"))
     assert complete(redis, "one")
     assert not ledger.refuse(redis, "job", QUEUE, ledger.revoked("job")), "nor is one that has ended"
+
+
+def test_a_letter_says_when_each_owner_went_silent(redis: Any) -> None:
+    submit(redis)
+    began = redis.time()[0]
+    claim(redis, "one")
+    claim(redis, "two")
+    (crash,) = ledger.dead_letter(redis, "job", QUEUE, "two").history
+    assert crash.worker == "worker-one"
+    assert began <= crash.time <= redis.time()[0] + 1
