@@ -26,6 +26,10 @@ LEAST, MOST = 32, 2048
 #: Tokens of a chunk up to which the pass over the weights is most of what it takes: then it takes the rest of a prompt
 #: along that is at most half as long.
 FEW = 4 * LEAST
+#: A chunk of half the tokens that takes more than this part of the time saves nothing that those who wait would see.
+SAVES = 0.9
+#: Chunks after which it is tried again what others take.
+FORGET = 64
 #: Tokens of each row of a group at least, padding included.
 FEWEST = 2
 
@@ -34,11 +38,15 @@ class PrefillPacer:
     """How long a chunk may be: the tokens that take about the seconds asked for, found by doubling and halving, `least`
     at least.
 
-    A speed would not do: on a GPU 64 tokens take as long as 512, because launching the kernels is what takes it.
+    A speed would not do: on a GPU 64 tokens take as long as 512, because launching the kernels is what takes it. There
+    a shorter chunk lets nobody wait less, and the prompt waits for more of them: it is halved only where that saves.
     """
 
     def __init__(self, tokens: int = 128, least: int = LEAST) -> None:
         self.tokens, self._least = tokens, least
+        #: Tokens of a chunk → seconds that the last one took; forgotten after `FORGET` chunks.
+        self._seconds: dict[int, float] = {}
+        self._noted = 0
 
     @property
     def most(self) -> int:
@@ -47,10 +55,34 @@ class PrefillPacer:
 
     def note(self, tokens: int, seconds: float, wanted: float) -> None:
         """A chunk of `tokens` took `seconds`; `wanted` were allowed."""
+        whole = tokens > 0.7 * self.tokens
+        if whole:
+            self._remember(seconds)
         if seconds > wanted:
-            self.tokens = max(self._least, self.tokens // 2)
-        elif seconds < 0.6 * wanted and tokens > 0.7 * self.tokens:
-            self.tokens = min(MOST, self.tokens * 2)
+            self.tokens = self._after_slow(seconds) if whole else self._half
+        elif seconds < 0.6 * wanted and whole:
+            self.tokens = self._double
+
+    @property
+    def _half(self) -> int:
+        return max(self._least, self.tokens // 2)
+
+    @property
+    def _double(self) -> int:
+        return min(MOST, self.tokens * 2)
+
+    def _remember(self, seconds: float) -> None:
+        self._noted += 1
+        if self._noted % FORGET == 0:
+            self._seconds.clear()
+        self._seconds[self.tokens] = seconds
+
+    def _after_slow(self, seconds: float) -> int:
+        """Half as many tokens, except where they take as long as these: then twice as many if those do, too."""
+        half, double = self._seconds.get(self._half, 0.0), self._seconds.get(self._double, 0.0)
+        if self._half < self.tokens and half <= SAVES * seconds:
+            return self._half
+        return self._double if SAVES * double <= seconds else self.tokens
 
 
 class Prefill:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
@@ -94,8 +95,39 @@ def test_the_pace_holds_where_a_chunk_takes_most_of_its_time_and_halves_beyond()
     pacer.note(10, 1.01, 1.0)
     assert pacer.tokens == 128
     for _ in range(20):
-        pacer.note(pacer.tokens, 2.0, 1.0)
+        pacer.note(pacer.tokens, 2.0 * pacer.tokens / LEAST, 1.0)
     assert pacer.tokens == LEAST
     for _ in range(20):
         pacer.note(pacer.tokens, 0.0, 1.0)
     assert pacer.tokens == MOST
+
+
+def paces(seconds: Callable[[int], float], count: int = 200) -> list[int]:
+    """The sizes of so many chunks of a long prompt that take `seconds(tokens)` each, where 5 ms are allowed."""
+    pacer, found = PrefillPacer(128), []
+    for _ in range(count):
+        found.append(pacer.tokens)
+        pacer.note(pacer.tokens, seconds(pacer.tokens), 0.005)
+    return found
+
+
+def test_the_pace_is_not_halved_where_a_shorter_chunk_takes_as_long() -> None:
+    """On a GPU: the launches of a pass take 8 ms, and each token a microsecond or two."""
+    found = paces(lambda tokens: 0.008 + 2e-6 * tokens)
+    assert set(found[10:64]) == {512}, found
+    # Beyond, twice the tokens take a ninth longer. What others take is tried again now and then, and each is left soon.
+    assert found.count(512) > 0.8 * len(found)
+
+
+def test_the_pace_falls_to_the_least_where_a_shorter_chunk_is_too_long_and_saves_a_fifth() -> None:
+    """On a CPU: the pass under way takes 25 ms, one over the weights as long as 48 tokens, each of them half a ms."""
+    found = paces(lambda tokens: 0.025 + 0.0005 * (48 + tokens))
+    assert found[:3] == [128, 64, LEAST]
+    assert found.count(LEAST) > 0.9 * len(found)
+
+
+def test_the_pace_of_a_moment_in_which_all_was_slow_is_left_again() -> None:
+    slow = iter([0.0, 0.1, 0.0, 0.1] + [0.0] * 200)
+    found = paces(lambda tokens: 0.001 + 0.0001 * tokens + next(slow))
+    assert found[5:60] == [2 * LEAST] * 55, found
+    assert set(found[100:]) == {LEAST}, found
