@@ -59,7 +59,7 @@ class PrefillPacer:
         if whole:
             self._remember(seconds)
         if seconds > wanted:
-            self.tokens = self._after_slow(seconds) if whole else self._half
+            self.tokens = self._after_slow(seconds)
         elif seconds < 0.6 * wanted and whole:
             self.tokens = self._double
 
@@ -78,11 +78,12 @@ class PrefillPacer:
         self._seconds[self.tokens] = seconds
 
     def _after_slow(self, seconds: float) -> int:
-        """Half as many tokens, except where they take as long as these: then twice as many if those do, too."""
-        half, double = self._seconds.get(self._half, 0.0), self._seconds.get(self._double, 0.0)
+        """Half as many tokens, except where those take as long; twice as many where those are known to take no longer.
+        A size that was never run is not tried for that: its first pass has to be compiled."""
+        half, double = self._seconds.get(self._half, 0.0), self._seconds.get(self._double)
         if self._half < self.tokens and half <= SAVES * seconds:
             return self._half
-        return self._double if SAVES * double <= seconds else self.tokens
+        return self._double if double is not None and SAVES * double <= seconds else self.tokens
 
 
 class Prefill:
