@@ -330,7 +330,7 @@ def test_a_vector_is_cut_only_where_the_model_was_trained_for_it(minilm: LoadedM
     head = vectors(whole)[:, :64]
     assert np.abs(vectors(cut) - head / np.linalg.norm(head)).max() < 1e-6
     assert np.linalg.norm(vectors(plain)) != pytest.approx(1, abs=1e-2)
-    assert np.array_equal(vectors(raw), vectors(plain)[:, :64])
+    assert np.abs(vectors(raw) - vectors(plain)[:, :64]).max() < 5e-6  # of another pass
     with pytest.raises(InvalidRequest, match="minilm makes 64, 128"):
         driver.send("a warm model", dimensions=65)
 
