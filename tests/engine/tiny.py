@@ -62,15 +62,16 @@ def adapter(
     *,
     dora: bool = False,
     rslora: bool = False,
+    size: float = 1.0,
 ) -> LoraWeights:
-    """One that changes the model plainly."""
+    """One that changes the model plainly: `size` 1 adds twice as much as a weight has."""
     random = np.random.default_rng(seed)
 
     def matrix(*shape: int) -> mx.array:
         return mx.array(random.normal(0, shape[0] ** -0.5, shape).astype(np.float32))
 
     layers = target_shapes(model.linear_shapes, targets)
-    matrices = {name: {"a": matrix(wide, rank), "b": matrix(rank, out)} for name, (wide, out) in layers.items()}
+    matrices = {name: {"a": matrix(wide, rank), "b": size * matrix(rank, out)} for name, (wide, out) in layers.items()}
     if dora:
         for name, sides in matrices.items():
             norms = mx.sqrt(square_norms(model.decoder.linears[name]))

@@ -258,6 +258,18 @@ def test_a_job_that_fails_is_asked_again_and_then_its_lines_error(api: openai.Op
     assert row["response"]["body"]["error"]["code"] == "job_failed"
 
 
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Grows by one where a runner begins to look at what there is to do."""
+    began, real = list[str](), Store.is_used
+
+    async def looking(store: Store) -> bool:
+        began.append("")
+        return await real(store)
+
+    monkeypatch.setattr(Store, "is_used", looking)
+    return began
+
+
 def hanging(workers: AsyncFakeClient) -> None:
     """From now on no job ends."""
     workers.script.generate(hangs=True, times=None)
@@ -552,20 +564,13 @@ def test_a_batch_whose_run_failed_is_left_alone_for_a_while(
     api: openai.OpenAI, monkeypatch: pytest.MonkeyPatch, trouble: type[Exception]
 ) -> None:
     monkeypatch.setattr(batch_runner, "LOOK_EVERY", 0.01)
-    began, looked = list[str](), list[str]()
+    began, looked = list[str](), looks(monkeypatch)
 
     async def failing(run: batch_run.BatchRun) -> None:
         began.append(run.record.id)
         raise trouble("it broke.")
 
-    real = Store.is_used
-
-    async def looking(store: Store) -> bool:
-        looked.append("")
-        return await real(store)
-
     monkeypatch.setattr(batch_run.BatchRun, "run", failing)
-    monkeypatch.setattr(Store, "is_used", looking)
     batch_id = uploaded(api, [line(1)])
     wait_until(lambda: began, "it begins")
     before = len(looked)
@@ -593,6 +598,7 @@ def test_a_batch_that_waits_begins_as_soon_as_another_has_ended(
 def test_the_oldest_batch_of_each_client_begins_before_the_second_of_any(
     running: Served, api: openai.OpenAI, redis: Any, workers: AsyncFakeClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    looked = looks(monkeypatch)
     monkeypatch.setattr(batch_runner, "LOOK_EVERY", 0.02)
     monkeypatch.setattr(batch_runner, "AT_ONCE", 0)
     hanging(workers)
@@ -600,6 +606,8 @@ def test_the_oldest_batch_of_each_client_begins_before_the_second_of_any(
     with running.opened(secrets[0]) as team, running.opened(secrets[1]) as other:
         for number, client in enumerate((team, team, other)):
             uploaded(client, [line(number)])
+        before = len(looked)
+        wait_until(lambda: len(looked) > before, "a look begins that sees all three")
         monkeypatch.setattr(batch_runner, "AT_ONCE", 2)
         wait_until(lambda: len(workers.sent.jobs) == 2, "two run")
     assert sorted(job.client for job in workers.sent.jobs) == ["other", "team"]
