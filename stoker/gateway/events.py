@@ -88,8 +88,7 @@ class EventResponse:
         self._sent = asyncio.get_running_loop().time()
         try:
             while not carrier.done():
-                silent = asyncio.get_running_loop().time() - self._sent
-                await _first_of(carrier, watch, min(max(0.0, KEEP_ALIVE - silent), SLOW))
+                await _first_of(carrier, watch, self._until_a_limit())
                 if watch.done() and not carrier.done():
                     raise Gone
                 if not carrier.done():
@@ -98,6 +97,14 @@ class EventResponse:
         finally:
             watch.cancel()
             await _stopped(carrier)
+
+    def _until_a_limit(self) -> float:
+        """Seconds until a limit may be reached. A write that waits says more than silence: without a pause between
+        two looks, a client that reads nothing would keep the event loop busy."""
+        now = asyncio.get_running_loop().time()
+        if self._since is None:
+            return min(max(0.0, KEEP_ALIVE - (now - self._sent)), SLOW)
+        return min(max(0.0, SLOW - (now - self._since)), KEEP_ALIVE)
 
     async def _looked_after(self, send: Send) -> None:
         """Raise `Gone` where the client takes nothing; say something where nothing was said for long."""

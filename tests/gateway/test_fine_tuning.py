@@ -212,6 +212,25 @@ def test_a_run_that_failed_says_why_and_a_dead_one_may_go_on(api: openai.OpenAI,
     assert api.fine_tuning.jobs.retrieve(job.id).status == "queued"
 
 
+@pytest.mark.parametrize("status", ["SUCCESS", "FAILURE", "REVOKED"])
+def test_how_a_run_ended_is_written_down_once_however_often_it_is_looked_at(
+    api: openai.OpenAI, redis: Any, status: str
+) -> None:
+    def written() -> int:
+        return int(redis.info("commandstats").get("cmdstat_set", {"calls": 0})["calls"])
+
+    job = started(api)
+    if status == "SUCCESS":
+        succeeded(redis, job.id, job.fine_tuned_model or json.loads(redis.get(keys.fine_tune(job.id)))["adapter"])
+    else:
+        ended(redis, job.id, status=status, result={"exc_type": "JobFailed", "exc_message": ["it failed."]})
+    first = api.fine_tuning.jobs.retrieve(job.id)
+    before = written()
+    assert [api.fine_tuning.jobs.retrieve(job.id) for _ in range(2)] == [first] * 2
+    assert first.finished_at
+    assert written() == before
+
+
 def test_a_dead_run_whose_letter_is_gone_is_sent_anew_under_its_id(api: openai.OpenAI, redis: Any) -> None:
     job = started(api, extra_headers={"idempotency-key": "run-1"})
     ended(redis, job.id, status="FAILURE", result={"exc_type": "JobDead", "exc_message": ["it crashed."]})

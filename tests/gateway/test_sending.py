@@ -12,6 +12,7 @@ from stoker.gateway import events, protocol
 from stoker.gateway.errors import Refused
 from stoker.gateway.events import Event, EventResponse
 from stoker.gateway.protocol import HoldingTransport
+from tests import hurried
 
 
 class Kept(asyncio.Transport):
@@ -158,3 +159,57 @@ def test_an_answer_without_events_has_a_status_and_an_end() -> None:
     client.answer(_events())
     assert [message["type"] for message in client.taken] == ["http.response.start", "http.response.body"]
     assert client.taken[-1]["more_body"] is False
+
+
+class Watch(Client):
+    """It notes when it took what."""
+
+    def __init__(self, most: int = 99) -> None:
+        super().__init__(most)
+        self.times: list[tuple[float, str]] = []
+
+    async def send(self, message: Any) -> None:
+        await super().send(message)
+        if message["type"] == "http.response.body":
+            self.times.append((asyncio.get_running_loop().time(), message["body"].decode()))
+
+
+def test_a_stream_that_is_kept_alive_is_silent_for_no_longer_than_was_said() -> None:
+    """Counted from what was sent last, whatever it was, and not from one look at the clock to the next."""
+
+    async def now_and_then() -> AsyncGenerator[Event]:
+        for seconds in (0.0, 0.9, 2.5, 0.5):
+            await asyncio.sleep(seconds * events.KEEP_ALIVE)
+            yield Event("said")
+
+    watch = Watch()
+    hurried.run(EventResponse(now_and_then(), _failed, watch.gone, watch.leave)({}, _nothing, watch.send))
+    said, comment = Event("said").encode().decode(), events.COMMENT.decode()
+    times = [(round(time / events.KEEP_ALIVE, 2), body) for time, body in watch.times]
+    kept = [(1.9, comment), (2.9, comment)]
+    assert times == [(0.0, said), (0.9, said), *kept, (3.4, said), (3.9, said), (3.9, "")]
+
+
+@pytest.mark.parametrize("before", [0.0, 0.5, 20.0], ids=["at once", "before a comment", "behind comments"])
+def test_a_client_has_a_whole_while_to_read_what_was_written(before: float) -> None:
+    async def two() -> AsyncGenerator[Event]:
+        yield Event("one")
+        await asyncio.sleep(before * events.KEEP_ALIVE)
+        ready.append(asyncio.get_running_loop().time())
+        yield Event("two")
+
+    async def slowly() -> float:
+        """How long it took."""
+
+        async def send(message: Any) -> None:
+            if b"two" in message.get("body", b""):
+                await asyncio.Event().wait()
+
+        watch = Watch()
+        with pytest.raises(Refused):
+            await EventResponse(two(), _failed, watch.gone, watch.leave)({}, _nothing, send)
+        assert watch.left == 1
+        return asyncio.get_running_loop().time() - ready[0]
+
+    ready: list[float] = []
+    assert events.SLOW <= hurried.run(slowly()) <= events.SLOW + events.KEEP_ALIVE

@@ -9,14 +9,19 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 from stoker import AsyncClient, Client
 from stoker.broker import keys, registry
 from stoker.broker.ledger.record import Field
 from stoker.broker.loading import AsyncPatientRetry, PatientRetry
+from stoker.client import following
+from stoker.client._async.broker_link import AsyncBrokerLink
 from stoker.client._sync.adapters import Adapters
+from stoker.client.asynchronously import Connections
 from stoker.contract import Presence, StreamToken
 from stoker.errors import InvalidRequest, JobCancelled, JobFailed, JobLost, JobTimeout, UnknownAdapter
+from stoker.settings import Settings
 from tests.stoker.test_client_core import card, fake, server
 
 __all__ = ["fake", "server"]
@@ -196,3 +201,64 @@ def test_both_clients_wait_for_a_broker_that_loads(server: Any) -> None:
     with Client() as client:
         assert isinstance(client.redis.get_retry(), PatientRetry)
     assert isinstance(asyncio.run(of_asyncio()), AsyncPatientRetry)
+
+
+class Troubled(Connections):
+    """Of the listeners it gives, the first one meets trouble where its reader says."""
+
+    def __init__(self, settings: Settings, where: str) -> None:
+        super().__init__(settings)
+        self.given = [Doubted(where), Doubted("")]
+        self._left = list(self.given)
+
+    def listener(self) -> Any:
+        return self._left.pop(0)
+
+
+class Doubted:
+    """A listener that hears nothing. `doubts`: how often its reader doubted it."""
+
+    def __init__(self, troubled: str) -> None:
+        self.doubts, self.closed, self._troubled = 0, False, troubled
+
+    async def subscribe(self, *channels: str) -> None:
+        if self._troubled == "subscribe":
+            raise RedisConnectionError("away")
+
+    async def get_message(self, timeout: float) -> None:
+        if self._troubled == "get_message":
+            raise RedisConnectionError("away")
+        await asyncio.sleep(0)
+
+    def doubt(self) -> None:
+        assert not self.closed
+        self.doubts += 1
+
+    async def aclose(self) -> None:
+        self.closed = True
+
+
+@pytest.mark.parametrize("where", ["subscribe", "get_message"])
+def test_a_reader_that_meets_trouble_doubts_its_connection_and_no_other(
+    fake: Callable[[], Client], server: Any, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be dead, and say nothing of it: the next reader is to have another one."""
+    monkeypatch.setattr(following.Follower, "pause", lambda *_: 0.0)
+    with fake() as client:
+        job = client.generate("x", model="smol")
+        settings = client.settings
+
+    async def read() -> list[Doubted]:
+        connections = Troubled(settings, where)
+        link = AsyncBrokerLink(settings, connections)
+        reading = asyncio.ensure_future(link.value(job.id, 30))
+        while not connections.given[0].closed:
+            await asyncio.sleep(0)
+        failed(server, job.id)
+        with pytest.raises(JobFailed):
+            await reading
+        await link.close()
+        return connections.given
+
+    first, second = asyncio.run(read())
+    assert [(one.doubts, one.closed) for one in (first, second)] == [(1, True), (0, True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import io
 import json
 import re
@@ -26,7 +27,7 @@ from stoker.cli.generate import describe
 from stoker.cli.init import conversations
 from stoker.contract import GenerateResult, TrainReport, TrainResult, Usage
 from stoker.contract.requests import MAX_TEXT_CHARS
-from stoker.errors import InvalidRequest, JobFailed, ModelError
+from stoker.errors import ConfigError, InvalidRequest, JobFailed, ModelError
 from stoker.files import output as output_module
 from stoker.files.durable import DRAFT
 from stoker.local import storage
@@ -222,13 +223,44 @@ def test_a_run_without_a_terminal_prints_its_tenths_its_notes_and_its_last_step(
 def test_one_fault_of_the_machine_is_an_exit_code_for_programs(
     faults: tuple[bool, bool], code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    disk, engine = (Check("disk", ok, "said", "" if ok else "more") for ok in faults)
+    disk, engine = (
+        Check(name, ok, "said", "" if ok else "more") for name, ok in zip(("disk", "engine"), faults, strict=True)
+    )
     of_engine = subprocess.CompletedProcess([], 0, json.dumps([asdict(engine)]))
     monkeypatch.setattr(doctor, "of_machine", lambda settings: [disk])
     monkeypatch.setattr(doctor, "check_compiler", lambda: Check("compiler", True, "said", ""))
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: of_engine)
-    for words in (["doctor"], ["doctor", "--json"]):
-        assert CliRunner().invoke(app, words).exit_code == code
+    said = {}
+    for form in ("", "--json"):
+        done = CliRunner().invoke(app, ["doctor", *form.split()])
+        assert done.exit_code == code
+        said[form] = done.stdout
+    assert [found["name"] for found in json.loads(said["--json"])] == ["disk", "engine", "compiler"]
+    named = [line.split()[1] for line in said[""].splitlines() if line.startswith(("ok", "FAIL"))]
+    assert named == ["disk", "engine", "compiler"]
+
+
+@pytest.mark.parametrize(
+    ("command", "module", "named"),
+    [
+        ("serve", "stoker.gateway.command", "stoker"),
+        ("serve", "uvicorn.protocols.http.httptools_impl", "uvicorn"),
+        ("flower", "stoker.monitor.command", "stoker"),
+        ("flower", "flower.utils.template", "flower"),
+    ],
+)
+def test_of_a_missing_module_the_package_is_named(
+    command: str, module: str, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(name: str, *arguments: Any) -> Any:
+        if name.endswith(".command"):
+            raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+        return found(name, *arguments)
+
+    found = builtins.__import__
+    monkeypatch.setattr(builtins, "__import__", missing)
+    with pytest.raises(ConfigError, match=f"^{named} is missing, which the (gateway|monitor) needs"):
+        CliRunner().invoke(app, [command], catch_exceptions=False, standalone_mode=False)
 
 
 @pytest.mark.parametrize("name", ["style.jsonl", "texts.txt"])

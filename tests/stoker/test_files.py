@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -10,9 +9,12 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 
+from stoker.contract.vectors import Int8Vectors
 from stoker.files import output as output_module
+from stoker.files import vector_output
 from stoker.files.line_output import LineOutput
 from stoker.files.output import partial_path
 from stoker.files.vector_output import opened
@@ -20,15 +22,17 @@ from stoker.local.broker import EmbeddedBroker
 from stoker.settings import Settings, load_settings
 from tests import powercut
 from tests.powercut import Cut, Disk
+from tests.stoker import arrow
 from tests.stoker.test_bulk_files import DIM, break_off, encoded, job
 
 ROWS, STEP = 23, 9
 LINES = 5
-SUFFIXES = [".npy", ".safetensors"] + ([".parquet"] if importlib.util.find_spec("pyarrow") else [])
+SUFFIXES = [".npy", ".safetensors", ".parquet"]
 
 
 @pytest.fixture(autouse=True)
 def _safe_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    arrow.stand_in(monkeypatch)
     monkeypatch.setattr(output_module, "SAFE_EVERY", 0.0)
 
 
@@ -87,6 +91,36 @@ def test_rows_that_were_promised_outlast_every_cut_and_the_file_is_whole_or_not_
             continue
         assert run(path, of) >= rows_promised(cut), cut
         assert path.read_bytes() == expected, cut
+
+
+def test_the_rows_of_a_parquet_file_go_when_its_name_is_safe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a cut could keep that they went, and not that the file has its name."""
+    path, there = tmp_path / "out.parquet", list[bool]()
+
+    def noted(what: Path) -> None:
+        if what == tmp_path:
+            there.append(path.exists() and partial_path(path).exists())
+
+    monkeypatch.setattr(vector_output, "flush", noted)
+    run(path, job("float32"))
+    assert any(there)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+def test_parquet_has_every_row_once_a_piece_at_a_time(tmp_path: Path, dtype: str) -> None:
+    path, rows = tmp_path / "out.parquet", 65_537
+    codes = (np.arange(rows)[:, None] % 100).astype(np.float32 if dtype == "int8" else dtype)
+    scales = (np.arange(rows) % 7 + 1).astype(np.float32)
+    with opened(path, rows, {**job(dtype), "rows": rows}) as output:
+        output.write(Int8Vectors(codes.astype(np.int8), scales) if dtype == "int8" else codes)
+        output.finish()
+    found = list(arrow.tables(path))
+    assert [len(table["vectors"]) for table in found] == [65_536, 1]
+    assert np.array_equal([row for table in found for row in table["vectors"]], codes)
+    if dtype == "int8":
+        assert [scale for table in found for scale in table["scales"]] == scales.tolist()
+    else:
+        assert set(found[0]) == {"vectors"}
 
 
 def write_lines(path: Path, of: Mapping[str, Any], disk: Disk | None = None) -> int:

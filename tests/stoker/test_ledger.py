@@ -1013,6 +1013,19 @@ def test_of_two_that_have_aged_to_the_best_the_one_of_the_better_priority_is_fir
     assert [name for name in take_all(redis) if not name.startswith("before")] == ["better", "worse"]
 
 
+def test_a_job_that_is_sent_now_stands_before_one_of_a_worse_priority_that_has_aged_as_far(redis: Any) -> None:
+    """Neither priority has been served: then the better one is first, also where it begins to be waited at just now."""
+    for number in range(READY + 1):
+        submit(redis, f"old-{number}", priority=5)
+    for number in range(READY + 1):
+        grow_old(redis, f"old-{number}", 2 * 300 + 1)
+    redis.delete(keys.ready(QUEUE), keys.turns(QUEUE))
+    redis.hset(keys.turns(QUEUE), "now:5", 0)
+    redis.expire(keys.turns(QUEUE), 60)
+    submit(redis, "new", priority=3)
+    assert take(redis) == "new"
+
+
 def test_a_result_that_is_there_is_not_written_over_when_its_record_is_spoiled(redis: Any) -> None:
     for number in range(READY):
         submit(redis, f"before-{number:02}")

@@ -127,6 +127,21 @@ def test_an_id_that_is_known_takes_no_second_input_and_leaves_none(
     assert trained_on(server, "mine") == OLD
 
 
+def test_no_part_is_sent_for_a_job_that_is_known(server: Any, client: Client, broker: Settings) -> None:
+    def parts() -> int:
+        return int(server.info("commandstats").get("cmdstat_setrange", {"calls": 0})["calls"])
+
+    async def send() -> None:
+        async with AsyncClient(settings=broker) as sender:
+            await sender.train("style", OLD, model=SMOL.model, job_id="mine")
+
+    client.train("style", OLD, model=SMOL.model, job_id="mine")
+    before = parts()
+    client.train("style", OLD, model=SMOL.model, job_id="mine")
+    asyncio.run(send())
+    assert parts() == before > 0
+
+
 @pytest.mark.parametrize(("rule", "state"), [("queue_limit", "full"), ("client_limit", "client_full")])
 def test_an_input_stays_while_a_place_in_the_queue_is_waited_for(
     server: Any, client: Client, broker: Settings, rule: str, state: str
