@@ -58,7 +58,7 @@ FIRST = ("engine", "integration", "chaos", "fuzz", "docs", "kernels")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With `-n` a file goes to one process, in this order.
 
-    The engine's go first. On a new machine each fused loop is compiled once, a second apiece, and every process that
+    The engine's go first. On a new machine each fused loop is compiled once, and every process that
     meets it before that compiles it too: the storm and the stack, with a worker each or more, find them on disk. Then
     come the rooms with long tests, so that at the end, where one process may wait for the other, all are short.
     """

@@ -8,6 +8,8 @@ import shutil
 
 import mlx.core as mx
 
+from engine.platform import preamble
+
 log = logging.getLogger(__name__)
 
 
@@ -27,6 +29,7 @@ def fuses_on_cpu() -> bool:
     if shutil.which("g++") is None:
         log.warning("no g++: MLX's CPU back-end runs without fused kernels, about half as fast")
         return False
+    preamble.compile_once()
     try:
         mx.eval(mx.compile(lambda x: mx.abs(x) * 0.75 + 0.25)(mx.zeros((3,))))
     except RuntimeError as error:
