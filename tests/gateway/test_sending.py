@@ -175,7 +175,7 @@ class Watch(Client):
 
 
 def test_a_stream_that_is_kept_alive_is_silent_for_no_longer_than_was_said() -> None:
-    """Counted from what was sent last, whatever it was, and not from one look at the clock to the next."""
+    """Counted from what was sent last, of any kind, and not from one look at the clock to the next."""
 
     async def now_and_then() -> AsyncGenerator[Event]:
         for seconds in (0.0, 0.9, 2.5, 0.5):
