@@ -28,6 +28,7 @@ from engine.lane import AnyLane
 from engine.making_way import LOOK_EVERY, MakingWay, Neighbours
 from engine.platform import heap, probe
 from engine.platform.threads import collect, leave
+from engine.prefixes.disk import DiskLimits, PrefixDisk
 from engine.sparing import Sparing
 from engine.text import trial
 from engine.ticket import StepOutput, Ticket, contained
@@ -83,8 +84,8 @@ class Engine:
     `publish` gets the entries of a step, from the engine's thread: it must hand them on and return, or raise and have
     taken none. Then it gets the entries of each job alone, and a job whose entries it raises for ends with this error.
     `limits`: of each model's generation. `precision`: what `load` takes. `neighbours`: workers on the same device, for
-    whose streams it makes way. `on_death` is called, from the same thread, if
-    the loop ends by a defect: an engine does not come back, its process has to.
+    whose streams it makes way. `prefixes`: those on disk; None: there are none. `on_death` is called, from the same
+    thread, if the loop ends by a defect: an engine does not come back, its process has to.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class Engine:
         limits: LaneLimits | None = None,
         precision: PrecisionOptions | None = None,
         neighbours: Neighbours | None = None,
+        prefixes: DiskLimits | None = None,
         on_death: Callable[[], None] = lambda: None,
     ) -> None:
         self._sources = dict(models)
@@ -109,9 +111,9 @@ class Engine:
         self._on_death = on_death
         self._precision = precision or PrecisionOptions()
         self._inbox: queue.SimpleQueue[_Prepared | Errand[Any] | None] = queue.SimpleQueue()
-        self._warm = WarmModels(
-            self.store, runs or adapters.parent / "runs", limits or LaneLimits(), adapter_bytes, train_share
-        )
+        self._prefixes = PrefixDisk(prefixes, self.store, self._run_errand)
+        runs = runs or adapters.parent / "runs"
+        self._warm = WarmModels(self.store, runs, limits or LaneLimits(), adapter_bytes, train_share, self._prefixes)
         self._way = MakingWay(neighbours, train_share)
         self._sparing, self._loads = Sparing(), OwnThread("loading")
         self._ready = threading.Event()
@@ -127,6 +129,7 @@ class Engine:
         """Load every model; returns when all are warm, raises `ModelError` if one cannot be."""
         heap.arrange()
         self.store.sweep()
+        self._prefixes.start()
         self._thread.start()
         self._ready.wait()
         trial.end()
@@ -140,6 +143,7 @@ class Engine:
         if self._thread.is_alive():
             self._thread.join(timeout)
         self._loads.end(timeout)
+        self._prefixes.end(timeout)
 
     @overload
     def submit(
@@ -283,6 +287,11 @@ class Engine:
     def loads(self) -> dict[str, GenerationLoad]:
         """Generating model → how full its lane is. From any thread."""
         return self._warm.loads
+
+    @property
+    def prefix_bytes(self) -> int:
+        """What kept prefixes take on the disk, those of this machine's other workers too."""
+        return self._prefixes.nbytes
 
     @property
     def device(self) -> str:

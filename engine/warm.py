@@ -16,6 +16,7 @@ from engine.fair import FairShare, weights_by_kind
 from engine.generation.lane import GenerateLane
 from engine.generation.limits import GenerationLoad, LaneLimits
 from engine.lane import AnyLane
+from engine.prefixes.disk import PrefixDisk
 from engine.training.lane import TrainLane
 from stoker.contract import ModelCard
 from stoker.contract.kinds import KINDS
@@ -32,8 +33,15 @@ class WarmModels:
     """
 
     def __init__(
-        self, store: AdapterStore, runs: Path, limits: LaneLimits, adapter_bytes: int, train_share: float
+        self,
+        store: AdapterStore,
+        runs: Path,
+        limits: LaneLimits,
+        adapter_bytes: int,
+        train_share: float,
+        prefixes: PrefixDisk | None = None,
     ) -> None:
+        self._prefixes = prefixes
         self._store, self._runs, self._limits, self._adapter_bytes = store, runs, limits, adapter_bytes
         # While only generation and training wait, training gets just this share of the time.
         self._weights = weights_by_kind(train_share)
@@ -60,7 +68,8 @@ class WarmModels:
             lanes = [embeds(model, self._limits.stall, self._limits.cores)]
         else:
             pool = pools[model.name] = AdapterPool(model, self._store, self._adapter_bytes)
-            generate = GenerateLane(model, pool, self._limits)
+            shelf = None if self._prefixes is None else self._prefixes.shelf(model)
+            generate = GenerateLane(model, pool, self._limits, shelf)
             yield from generate.warming()
             lanes = [generate, TrainLane(model, pool, self._runs), AdapterLane(model, pool)]
         for lane in lanes:

@@ -41,6 +41,7 @@ def make_engine(settings: Settings, publish: Callable[[list[Entry]], None], on_d
     report = boot_blas(settings)
     from engine.engine import Engine
     from engine.platform.probe import choose_kernels, describe_kernels, memory
+    from engine.prefixes.disk import DiskLimits
     from workers.neighbours import neighbours_of
 
     choose_kernels(settings.kernels)
@@ -58,6 +59,7 @@ def make_engine(settings: Settings, publish: Callable[[list[Entry]], None], on_d
         adapter_bytes=settings.adapter_memory << 20,
         run_bytes=settings.train_memory << 20 if settings.train_memory else memory() // 8,
         precision={"dtype": settings.dtype, "quantize": settings.quantize, "group_size": settings.group_size},
+        prefixes=DiskLimits(settings.prefixes, settings.prefix_disk << 20),
         neighbours=neighbours_of(settings, device_here()),
         on_death=on_death,
     )

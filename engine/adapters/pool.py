@@ -39,7 +39,8 @@ class AdapterPool:
     adapters that are all in use at once may take more.
 
     The stacks have room for more adapters, and for larger ranks, than they hold: loading one writes its row, and the
-    shapes that a compiled step has seen stay as they are. All except `check` and `loaded` run in the engine's thread.
+    shapes that a compiled step has seen stay as they are. All except `check`, `resolved` and `loaded` run in the
+    engine's thread.
     """
 
     def __init__(self, model: LoadedModel, store: AdapterStore, budget: int = BUDGET) -> None:
@@ -64,6 +65,11 @@ class AdapterPool:
     def check(self, adapter: str) -> None:
         """Raise `UnknownAdapter` unless the store has it. From any thread."""
         self._store.resolve(self._model.name, adapter)
+
+    def resolved(self, adapter: str | None) -> tuple[str, int] | None:
+        """What `identity` will say of it, unless a newer version comes meanwhile. Raises as `check`. From any
+        thread."""
+        return None if adapter is None else self._store.resolve(self._model.name, adapter)
 
     def acquire(self, adapter: str | None) -> int:
         """The index of `name` (its newest version), `name@version` or None (the base), to be given back by `release`.

@@ -71,6 +71,8 @@ class LoadedModel:
     linear_shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict, repr=False)
     #: What the pooled vectors go through (kind "embed" only).
     heads: Sequence[Layer] = field(default=(), repr=False)
+    #: In which numbers its weights were asked for: the same files make other weights with another one.
+    precision: str = ""
     #: How a query and a text become one sequence (a model that reranks alone, which is one of kind "embed").
     pairing: Pairing | None = field(default=None, repr=False)
 
@@ -305,6 +307,7 @@ def _generating(
         tokenizer=tokenizer,
         context=model.args.context,
         linear_shapes=model.linear_shapes,
+        precision=repr(asked.precision),
         **measures,
     )
 

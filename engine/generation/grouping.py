@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine.adapters.pool import BASE, AdapterPool
-from engine.generation.prefixes import PrefixCache
 from engine.generation.row import Row
+from engine.prefixes.memory import PrefixCache
 
 #: Prompts of a group at most.
 GROUP = 16

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from engine.generation.batch import Batch
-from engine.generation.prefixes import PrefixCache
 from engine.generation.row import Row
 from engine.models.cache import bytes_per_token
 from engine.models.decoder import Decoder
+from engine.prefixes.memory import PrefixCache
 
 
 class KvBudget:

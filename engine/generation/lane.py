@@ -14,8 +14,7 @@ from engine.generation.grouping import GROUP_TOKENS, PASS, Grouping, GroupLimits
 from engine.generation.kv_budget import KvBudget
 from engine.generation.limits import GenerationLoad, LaneLimits
 from engine.generation.pacing import Chunk, LanePacer
-from engine.generation.prefill import Prefill
-from engine.generation.prefixes import SHORTEST, SHORTEST_ON_CPU, PrefixCache
+from engine.generation.prefill import Prefill, owner
 from engine.generation.prompt import check_ids, check_memory, tokenize
 from engine.generation.prompts import Prompts
 from engine.generation.roster import Roster
@@ -24,6 +23,8 @@ from engine.generation.seats import Seats
 from engine.generation.step import Step, usual
 from engine.generation.structured import GrammarVocabulary
 from engine.platform.compiler import on_cpu
+from engine.prefixes.memory import SHORTEST, SHORTEST_ON_CPU, PrefixCache
+from engine.prefixes.shelf import Shelf
 from engine.ticket import StepOutput, Ticket
 from stoker.contract import GenerateRequest, GenerateResult, StreamToken
 
@@ -40,7 +41,11 @@ class GenerateLane:
 
     kind = GenerateRequest.kind
 
-    def __init__(self, model: LoadedModel, pool: AdapterPool, limits: LaneLimits | None = None) -> None:
+    def __init__(
+        self, model: LoadedModel, pool: AdapterPool, limits: LaneLimits | None = None, shelf: Shelf | None = None
+    ) -> None:
+        """`shelf`: the model's prefixes on disk; None: there are none."""
+        self._shelf = shelf
         self._model, self._pool, self.limits = model, pool, limits or LaneLimits()
         self._decoder = model.decoder
         self.step = Step(self._decoder, self.limits.compiled or usual())
@@ -106,7 +111,8 @@ class GenerateLane:
     @property
     def load(self) -> GenerationLoad:
         """How full it is. From any thread."""
-        return GenerationLoad(self.kv_bytes, self.limits.kv_bytes, self.preempted, self.step.traced)
+        hits = 0 if self._shelf is None else self._shelf.hits
+        return GenerationLoad(self.kv_bytes, self.limits.kv_bytes, self.preempted, self.step.traced, hits)
 
     @property
     def preempted(self) -> int:
@@ -125,11 +131,12 @@ class GenerateLane:
         prompt = tokenize(self._model, request)
         most = self.budget.most_tokens
         check_memory(len(prompt.ids), most, request.model)
-        if request.adapter is not None:
-            self._pool.check(request.adapter)
+        adapter = self._pool.resolved(request.adapter)
         context, grammar = min(self._model.context, most), self._vocabulary.grammar(request)
         generation = Generation(ticket, request, prompt, self._model.tokenizer, context, grammar)
         generation.resume(data or ())
+        if self._shelf is not None:
+            generation.fetched = self._shelf.fetch(adapter, prompt.ids, self.prefixes)
         return generation
 
     def admit(self, work: Generation) -> None:
@@ -138,6 +145,9 @@ class GenerateLane:
             work.ticket.start()
             work.ticket.resolve(work.result())
             return
+        if self._shelf is not None and work.fetched is not None:
+            self._shelf.take_in(work.fetched, self.prefixes)
+            work.fetched = None
         self._roster.admit(work.open_rows)
 
     def drop_stopped(self) -> None:
@@ -212,10 +222,24 @@ class GenerateLane:
                 if self._acquire(row):
                     rows.append(row)
             if rows:
+                # What a row finds that is seated again, or behind others of its job, was left by the job itself.
+                new = [row for row in rows if row.generation.cached_tokens is None]
                 self._prompts.begin(Prefill(self._decoder, self._pool, self.step, rows, self.prefixes))
+                self._note_served(new)
         except RowFault as fault:
             self._fail(fault)
             self._roster.put_back(rows)
+
+    def _note_served(self, rows: Sequence[Row]) -> None:
+        """Let the disk have what the prefix cache had for rows that come from elsewhere."""
+        if self._shelf is not None:
+            for row in rows:
+                self._shelf.served(owner(self._pool, row), row.known[: row.cached], self.prefixes)
+
+    def _keep_prefix(self, row: Row, prefill: Prefill) -> None:
+        """Let the prefix cache have a prompt that was prefilled, and the disk if it is long."""
+        if prefill.keep_prefix(row, self.prefixes) and self._shelf is not None:
+            self._shelf.kept(owner(self._pool, row), row.known[: row.cached], self.prefixes)
 
     def _group_limits(self, priority: int) -> GroupLimits:
         """Which prompts of this priority go together: on a CPU as many as one chunk takes."""
@@ -263,7 +287,7 @@ class GenerateLane:
         try:
             with row.guarded():
                 if prefill is not None and pick.finite:
-                    prefill.keep_prefix(row, self.prefixes)
+                    self._keep_prefix(row, prefill)
                 row.generation.extend(row, pick, output)
         except RowFault as fault:
             self._fail(fault)

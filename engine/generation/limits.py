@@ -25,10 +25,12 @@ class LaneLimits:
 class GenerationLoad:
     """How full a lane is, and what it had to do for want of room or of a compiled pass since the engine began.
 
-    `traced`: passes, or parts of them, that were traced to be compiled.
+    `traced`: passes, or parts of them, that were traced to be compiled. `disk_hits`: prompts whose beginning came from
+    the disk.
     """
 
     kv_bytes: int
     kv_limit: int
     preempted: int
     traced: int
+    disk_hits: int

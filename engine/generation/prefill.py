@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -12,13 +12,13 @@ from engine.adapters.pool import AdapterPool
 from engine.generation.batch import SMALLEST_KV_LENGTH, gather
 from engine.generation.draws import Draw, Pick
 from engine.generation.forward_input import ForwardInput
-from engine.generation.prefixes import PrefixCache
 from engine.generation.row import Row, RowState
 from engine.generation.sampling import picks
 from engine.generation.sampling_batch import SamplingBatch
 from engine.generation.step import Step, bucket
 from engine.models.cache import KeyValues
 from engine.models.decoder import Decoder
+from engine.prefixes.memory import PrefixCache
 
 #: Tokens of a chunk, all rows together. At least: each takes a pass over the weights; with 16 on a CPU, streams during
 #: a long prompt would wait a fifth less, and new requests half as long again. At most: activations take memory, too.
@@ -131,12 +131,14 @@ class Prefill:
         """Its row in `kv`."""
         return self._kv_rows[id(row)]
 
-    def keep_prefix(self, row: Row, prefixes: PrefixCache) -> None:
-        """Let the prefix cache have what is filled of a row."""
-        tokens = (row.generation.prompt + row.tokens)[: row.cached]
+    def keep_prefix(self, row: Row, prefixes: PrefixCache) -> bool:
+        """Let the prefix cache have what is filled of a row; whether it did not have it."""
+        tokens = row.known[: row.cached]
         name = owner(self._pool, row)
-        if len(tokens) >= prefixes.shortest and not prefixes.has(name, tokens):
-            prefixes.put(name, tokens, self.kv.row(self.kv_row(row), row.cached))
+        if len(tokens) < prefixes.shortest or prefixes.has(name, tokens):
+            return False
+        prefixes.put(name, tokens, self.kv.row(self.kv_row(row), row.cached))
+        return True
 
     def advance(self, pacer: PrefillPacer, patience: float) -> list[tuple[Row, Pick]]:
         """One pass that shall take `patience` seconds at most; rows that are through leave the group, with their first
@@ -207,6 +209,6 @@ class Prefill:
         return share if self.kv.rows == 1 or self._model.kv_sizes.states else max(share, FEWEST)
 
 
-def owner(pool: AdapterPool, row: Row) -> Hashable:
+def owner(pool: AdapterPool, row: Row) -> tuple[str, int] | None:
     """Whose keys and values a row's are: a version of an adapter, or the base."""
     return pool.identity(row.adapter)

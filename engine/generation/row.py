@@ -11,6 +11,7 @@ from engine.generation.draws import Draw, Pick, Uniforms, penalised
 from engine.generation.prompt import TokenizedPrompt
 from engine.generation.stopping import StopScanner
 from engine.generation.structured import Grammar
+from engine.prefixes.shelf import Fetched
 from engine.text.detokenizer import StreamingDetokenizer
 from engine.text.tokenizer import Tokenizer
 from engine.ticket import StepOutput, Ticket, contained
@@ -72,6 +73,8 @@ class Generation:
         self.first_token_seconds = 0.0
         #: Prompt tokens that the first row to be seated found in the prefix cache; None: none was seated yet.
         self.cached_tokens: int | None = None
+        #: What the disk had of the prompt, until memory has it.
+        self.fetched: Fetched | None = None
         #: Tokens that an answer may have at most.
         self.room = context - len(self.prompt)
         self.rows = [Row(self, number) for number in range(request.n)]
@@ -185,6 +188,11 @@ class Row:
     def length(self) -> int:
         """Tokens of prompt and answer."""
         return len(self.generation.prompt) + len(self.tokens)
+
+    @property
+    def known(self) -> list[int]:
+        """Tokens of prompt and answer."""
+        return self.generation.prompt + self.tokens
 
     @property
     def uncached(self) -> list[int]:

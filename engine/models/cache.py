@@ -96,6 +96,14 @@ class KeyValues:
         self._token = sizes.token_bytes
         self._state = sum(state.nbytes for state in sizes.states)
 
+    @classmethod
+    def holding(cls, model: HoldsKeyValues, stored: Stored) -> KeyValues:
+        """Over arrays that are there already, of one row."""
+        made = cls(model, 0, 0)
+        made.stored = stored
+        made.rows, made.capacity = 1, stored[0][0].shape[2] if stored[0] else 0
+        return made
+
     @property
     def stored(self) -> Stored:
         """All arrays; what is set here takes their places."""

@@ -54,6 +54,7 @@ def _limits(settings: Settings) -> dict[str, str]:
     return {
         "runs": f"{of_runs} (STOKER_KEEP_RUNS, STOKER_KEEP_DAYS, STOKER_KEEP_MEGABYTES)",
         "logs": f"{of_logs} (STOKER_LOG_FILES, STOKER_LOG_SIZE)",
+        "prefixes": f"{settings.prefix_disk} MB (STOKER_PREFIX_DISK)",
         "files": "30 days, or as long as its client said, up to 16 GB a client",
         "broker": "results for result_seconds, vectors up to vector_bytes (`stoker jobs policy`)",
     }

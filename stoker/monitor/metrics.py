@@ -101,6 +101,13 @@ PREFIX_HITS = Metric(
 PREFIX_TOKENS = Metric(
     "stoker_prefix_hit_tokens_total", "counter", "Tokens of prompts whose keys and values were kept.", ("model",)
 )
+PREFIX_DISK_HITS = Metric(
+    "stoker_prefix_disk_hits_total", "counter", "Beginnings of prompts that were read from the disk into memory.",
+    ("model",),
+)  # fmt: skip
+PREFIX_DISK = Metric(
+    "stoker_prefix_disk_bytes", "gauge", "What prefixes take on the disk of the worker's home, when it looked last."
+)
 BATCH = Metric(
     "stoker_batch_size", "histogram", "Rows of one decoding pass, or texts of one embedding step.", _JOB, _ROWS
 )
@@ -141,8 +148,9 @@ STARTED = Metric("stoker_worker_start_time_seconds", "gauge", "When the worker w
 
 WORKER = (
     JOBS, ATTEMPTS, RESUMED, RETURNED, QUEUE_WAIT, DURATION, FIRST_TOKEN, INTER_TOKEN, INPUT_TOKENS, GENERATED_TOKENS,
-    PREFIX_HITS, PREFIX_TOKENS, BATCH, ENGINE_BUSY, KV_CACHE, KV_LIMIT, PREEMPTIONS, TRACES, ADAPTERS, TRAIN_LOSS,
-    TRAIN_STEP, TRAIN_STEPS, TRAIN_SPEED, LANE_JOBS, LANE_LIMIT, LEASE_RENEWALS, PUBLISH_LAG, UNPUBLISHED,
+    PREFIX_HITS, PREFIX_TOKENS, PREFIX_DISK_HITS, PREFIX_DISK, BATCH, ENGINE_BUSY, KV_CACHE, KV_LIMIT, PREEMPTIONS,
+    TRACES, ADAPTERS, TRAIN_LOSS, TRAIN_STEP, TRAIN_STEPS, TRAIN_SPEED, LANE_JOBS, LANE_LIMIT, LEASE_RENEWALS,
+    PUBLISH_LAG, UNPUBLISHED,
     BROKER_LATENCY, MEMORY, STARTED,
 )  # fmt: skip
 

@@ -12,7 +12,6 @@ from engine.checkpoints.loading import LoadedModel
 from engine.generation import step as steps
 from engine.generation.draws import Draw, penalised
 from engine.generation.forward_input import ForwardInput
-from engine.generation.prefixes import PrefixCache
 from engine.generation.prompt import TokenizedPrompt, check_ids
 from engine.generation.row import Generation, Row
 from engine.generation.sampling import sample
@@ -20,6 +19,7 @@ from engine.generation.sampling_batch import sampling_batch
 from engine.generation.step import Step, bucket
 from engine.models.cache import KeyValues
 from engine.models.llama import Llama
+from engine.prefixes.memory import PrefixCache
 from engine.ticket import Ticket
 from stoker.contract import GenerateRequest, StreamToken
 from stoker.errors import InvalidRequest

@@ -26,6 +26,7 @@ from engine.generation.prompt import TokenizedPrompt
 from engine.generation.row import Generation
 from engine.generation.structured import Grammar
 from engine.models.llama import Llama
+from engine.prefixes.shelf import Shelf
 from engine.text.tokenizer import Manners, Tokenizer
 from engine.ticket import Ticket
 from stoker.contract import ChatMessage, GenerateRequest, GenerateResult, StreamToken
@@ -77,8 +78,10 @@ class Sent:
 class Driver:
     """Runs a lane as the engine does, and keeps what each job gets."""
 
-    def __init__(self, model: LoadedModel, pool: AdapterPool, slots: int = SLOTS, **limits: Any) -> None:
-        self.lane = GenerateLane(model, pool, LaneLimits(**{"slots": slots, "compiled": "none", **limits}))
+    def __init__(
+        self, model: LoadedModel, pool: AdapterPool, slots: int = SLOTS, shelf: Shelf | None = None, **limits: Any
+    ) -> None:
+        self.lane = GenerateLane(model, pool, LaneLimits(**{"slots": slots, "compiled": "none", **limits}), shelf)
         self._pool = pool
         self.sent: dict[str, Sent] = {}
         self.lookahead = True

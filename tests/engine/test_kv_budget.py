@@ -11,11 +11,11 @@ from engine.adapters.store import AdapterStore
 from engine.checkpoints.loading import LoadedModel
 from engine.generation.batch import SMALLEST_KV_LENGTH, Batch
 from engine.generation.kv_budget import KvBudget
-from engine.generation.prefixes import PrefixCache
 from engine.generation.prompt import TokenizedPrompt
 from engine.generation.row import Generation, Row
 from engine.generation.step import Step
 from engine.models.cache import KeyValues, bytes_per_token
+from engine.prefixes.memory import PrefixCache
 from engine.ticket import Ticket
 from stoker.contract import GenerateRequest
 

@@ -17,11 +17,11 @@ from engine.generation.draws import Pick
 from engine.generation.forward_input import ForwardInput
 from engine.generation.pacing import Chunk, LanePacer
 from engine.generation.prefill import Prefill, PrefillPacer
-from engine.generation.prefixes import SHORTEST, PrefixCache
 from engine.generation.row import Row
 from engine.generation.step import Compiled, Step
 from engine.models.cache import KeyValues
 from engine.models.llama import Llama
+from engine.prefixes.memory import SHORTEST, PrefixCache
 from engine.ticket import Ticket
 from tests.engine import bridged, tiny
 from tests.engine.test_generate_lane import Driver, request

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from engine.generation.prefixes import SHORTEST, PrefixCache
 from engine.models.cache import KeyValues
 from engine.models.llama import Llama
+from engine.prefixes.memory import SHORTEST, PrefixCache
 
 LENGTH = 60
 

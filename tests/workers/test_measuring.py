@@ -33,7 +33,10 @@ def health() -> Health:
 def runtime(broker: Settings) -> Iterator[Any]:
     redis = connect(broker)
     engine = SimpleNamespace(
-        loads={"base": GenerationLoad(7, 70, 3, 2)}, adapters={"base": ("style@1", "style@2")}, memory_bytes=9
+        loads={"base": GenerationLoad(7, 70, 3, 2, 4)},
+        adapters={"base": ("style@1", "style@2")},
+        memory_bytes=9,
+        prefix_bytes=11,
     )
     made: Any = SimpleNamespace(
         redis=redis, name="w@here/1", engine=engine, numbers=Numbers(), started=0.0, stopped=threading.Event(),
@@ -86,6 +89,8 @@ def test_a_report_has_how_things_stand_and_expires(measuring: Measuring, broker:
     assert values["stoker_kv_cache_limit_bytes", ("base",)] == 70
     assert values["stoker_preemptions_total", ("base",)] == 3
     assert values["stoker_step_traces_total", ("base",)] == 2
+    assert values["stoker_prefix_disk_hits_total", ("base",)] == 4
+    assert values["stoker_prefix_disk_bytes", ()] == 11
     assert values["stoker_adapters_held", ("base",)] == 2
     assert values["stoker_memory_bytes", ()] == 9
     assert values["stoker_unpublished_entries", ()] == 4

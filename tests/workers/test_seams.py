@@ -19,6 +19,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoPermissionError, RedisError, ResponseError
 
 from engine import engine as engines
+from engine.prefixes.disk import DiskLimits
 from engine.training import carried
 from kernels import registry
 from stoker import errors
@@ -180,6 +181,7 @@ def test_the_engine_gets_what_the_settings_say_in_its_own_units(
     monkeypatch.setattr(engines, "Engine", lambda models, **given: made.append((models, given)))
     settings = load_settings(
         home=tmp_path, models=["a=/x", "b=/y"], adapter_memory=7, kv_cache=17, generate_slots=5, stall=0.75,
+        prefix_disk=3,
         train_share=0.4, dtype="float16", quantize="8bit", group_size=32,
     )  # fmt: skip
 
@@ -201,6 +203,7 @@ def test_the_engine_gets_what_the_settings_say_in_its_own_units(
         "publish": publish,
         "train_share": 0.4,
         "adapter_bytes": 7 << 20,
+        "prefixes": DiskLimits(tmp_path / "prefixes", 3 << 20),
         "precision": {"dtype": "float16", "quantize": "8bit", "group_size": 32},
         "on_death": death,
     }

@@ -119,10 +119,12 @@ class Measuring:
             numbers.of(metrics.KV_LIMIT, model).set(load.kv_limit)
             numbers.of(metrics.PREEMPTIONS, model).set(load.preempted)
             numbers.of(metrics.TRACES, model).set(load.traced)
+            numbers.of(metrics.PREFIX_DISK_HITS, model).set(load.disk_hits)
         for model, names in engine.adapters.items():
             numbers.of(metrics.ADAPTERS, model).set(len(names))
         numbers.of(metrics.LEASE_RENEWALS, "ok").set(self._health.renewals)
         numbers.of(metrics.LEASE_RENEWALS, "failed").set(self._health.failures)
+        numbers.of(metrics.PREFIX_DISK).set(engine.prefix_bytes)
         numbers.of(metrics.MEMORY).set(engine.memory_bytes)
         numbers.of(metrics.UNPUBLISHED).set(self._runtime.publisher.unsent)
         return numbers.report(self._runtime.name)

@@ -54,23 +54,44 @@ class PrefixCache:
     def find(self, owner: Hashable, tokens: Sequence[int]) -> tuple[KeyValues | None, int]:
         """The entry that shares the longest beginning with `tokens`, and its length: at most one less than
         `tokens` has, because the logits of the last token are needed."""
+        key, best = self._longest(owner, tokens)
+        if key is None:
+            return None, 0
+        self._entries.move_to_end(key)
+        return self._entries[key].kv, best
+
+    def shared(self, owner: Hashable, tokens: Sequence[int]) -> int:
+        """The length that `find` would find now. From any thread."""
+        return self._longest(owner, tokens)[1]
+
+    def beginning(self, owner: Hashable, tokens: Sequence[int]) -> KeyValues | None:
+        """What holds all of `tokens` at its first positions; for a recurrent model, these alone."""
+        kv, length = self.find(owner, [*tokens, 0])
+        return kv if length == len(tokens) else None
+
+    def _longest(self, owner: Hashable, tokens: Sequence[int]) -> tuple[_Key | None, int]:
         wanted = np.asarray(tokens[:-1], dtype=np.int32)
         best, key = 0, None
-        for candidate in self._alike.get(self._beginning(owner, wanted), ()):
-            kept = self._entries[candidate].tokens
+        # A copy, which is made at once: entries come and go while another thread looks.
+        for candidate in list(self._alike.get(self._beginning(owner, wanted), ())):
+            entry = self._entries.get(candidate)
+            if entry is None:
+                continue
+            kept = entry.tokens
             # Most differ from the best one where that ends, behind a system prompt that all share.
             if min(len(kept), len(wanted)) <= best or kept[best] != wanted[best]:
                 continue
             shared = _shared(kept, wanted)
             if shared > best and (not self._whole or shared == len(kept)):
                 best, key = shared, candidate
-        if key is None:
-            return None, 0
-        self._entries.move_to_end(key)
-        return self._entries[key].kv, best
+        return key, best
 
     def has(self, owner: Hashable, tokens: Sequence[int]) -> bool:
         return self._key(owner, tokens) in self._entries
+
+    def fits(self, nbytes: int) -> bool:
+        """Whether an entry of so many bytes is kept at all."""
+        return nbytes <= self._limit
 
     def would_serve(self, first: Sequence[int], tokens: Sequence[int], found: int) -> bool:
         """Whether an entry of all tokens of a prompt, `first`, would spare another, of which `found` tokens are here
@@ -82,7 +103,7 @@ class PrefixCache:
 
     def put(self, owner: Hashable, tokens: Sequence[int], kv: KeyValues) -> None:
         """Keep `kv`, one row with the keys and values of `tokens` at its first positions."""
-        if kv.nbytes > self._limit or len(tokens) < self.shortest:
+        if not self.fits(kv.nbytes) or len(tokens) < self.shortest:
             return
         key = self._key(owner, tokens)
         self._drop(key)

@@ -1,0 +1,199 @@
+"""The prefixes on disk of one model, as its lane sees them: read in the caller's thread, taken in by the engine's."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias, TypeVar
+
+import mlx.core as mx
+import numpy as np
+
+from engine.checkpoints.loading import LoadedModel
+from engine.models.cache import KeyValues
+from engine.prefixes.folder import LONGER, SHORTEST, PrefixFolder
+from engine.prefixes.form import Form
+from engine.prefixes.identity import Adapter, Owners
+from engine.prefixes.memory import PrefixCache
+from engine.prefixes.saver import Allowance, Saver
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+#: Runs a call in the engine's thread between two steps, and waits for what it makes.
+RunInEngine: TypeAlias = Callable[[Callable[[], Any]], Any]
+
+#: A prompt of so many tokens is kept on disk at once; a shorter one when it has served again.
+LONG = 512
+#: Bytes that the engine's thread copies between two steps: half a millisecond to two.
+COPIED = 4 << 20
+#: Bytes of an entry at most: the engine's thread copies it into MLX's memory between two steps, in a tenth of a second;
+#: STOKER_STALL allows a quarter.
+LARGEST = 512 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class Fetched:
+    """What was read for a prompt. Several may share it."""
+
+    adapter: Adapter
+    tokens: np.ndarray
+    arrays: Sequence[np.ndarray]
+
+
+class Shelf:
+    """`form`: of the model's entries. `run`: does something in the engine's thread."""
+
+    def __init__(
+        self,
+        folder: PrefixFolder,
+        saver: Saver,
+        allowance: Allowance,
+        model: LoadedModel,
+        owners: Owners,
+        form: Form,
+        run: RunInEngine,
+    ) -> None:
+        self._folder, self._saver, self._allowance, self._run = folder, saver, allowance, run
+        self._decoder, self._owners, self._form = model.decoder, owners, form
+        #: One reads at a time: those that come meanwhile for the same entry share what it read.
+        self._reading = threading.Lock()
+        self._fetched: weakref.WeakValueDictionary[str, Fetched] = weakref.WeakValueDictionary()
+        #: Prompts whose beginning came from the disk.
+        self.hits = 0
+
+    # --- in the caller's thread ---
+
+    def fetch(self, adapter: Adapter, prompt: Sequence[int], cache: PrefixCache) -> Fetched | None:
+        """What the disk has of a prompt's beginning, if it is worth being read: far more than is in memory."""
+        if len(prompt) <= SHORTEST:
+            return None
+        with self._reading:
+            return self._fetch(adapter, prompt, cache)
+
+    def _fetch(self, adapter: Adapter, prompt: Sequence[int], cache: PrefixCache) -> Fetched | None:
+        owner = self._owners.name(adapter)
+        if owner is None:
+            return None
+        # The logits of the last token are needed: it goes through the model in any case.
+        found = self._folder.find(owner, np.asarray(prompt[:-1], dtype=np.int32), self._form)
+        if found is None or not cache.fits(self._form.nbytes(found.length)):
+            return None
+        spared = found.shared - cache.shared(adapter, prompt)
+        if spared < SHORTEST or found.length > LONGER * spared:
+            return None
+        held = self._fetched.get(str(found.path))
+        if held is None and (read := self._folder.read(found, self._form)) is not None:
+            held = self._fetched[str(found.path)] = Fetched(adapter, *read)
+        return held
+
+    # --- in the engine's thread ---
+
+    def take_in(self, fetched: Fetched, cache: PrefixCache) -> None:
+        """Let memory have what was read, unless another request has brought it."""
+        tokens: list[int] = fetched.tokens.tolist()
+        if cache.has(fetched.adapter, tokens):
+            return
+        try:
+            kv = self._key_values(fetched)
+        except RuntimeError as error:
+            # No memory for it: the prompt is prefilled as ever.
+            log.warning("a kept prefix of %d tokens is not used: %s", len(tokens), error)
+            return
+        cache.put(fetched.adapter, tokens, kv)
+        self.hits += 1
+
+    def _key_values(self, fetched: Fetched) -> KeyValues:
+        sizes = self._decoder.kv_sizes
+        kinds = [side.dtype for side in (*sizes.keys, *sizes.values)] + [state.dtype for state in sizes.states]
+        arrays = [mx.array(raw).view(kind) for raw, kind in zip(fetched.arrays, kinds, strict=True)]
+        mx.eval(arrays)
+        first, second = len(sizes.keys), len(sizes.keys) + len(sizes.values)
+        return KeyValues.holding(self._decoder, (arrays[:first], arrays[first:second], arrays[second:]))
+
+    def served(self, adapter: Adapter, tokens: Sequence[int], cache: PrefixCache) -> None:
+        """The first `tokens` of a prompt were found in memory: what serves twice may serve after a restart."""
+        if len(tokens) >= SHORTEST:
+            self._saver.note(_Saving(self, weakref.ref(cache), adapter, tuple(tokens)))
+
+    def kept(self, adapter: Adapter, tokens: Sequence[int], cache: PrefixCache) -> None:
+        """Memory keeps a prompt from now on."""
+        if len(tokens) >= LONG:
+            self.served(adapter, tokens, cache)
+
+    # --- in the saver's thread ---
+
+    def save(self, adapter: Adapter, tokens: Sequence[int], cache: weakref.ref[PrefixCache]) -> None:
+        """Write a beginning that memory has, unless the disk has nearly all of it. Raises `OSError`."""
+        owner, wanted = self._owners.name(adapter), np.asarray(tokens, dtype=np.int32)
+        if owner is None:
+            return
+        found = self._folder.find(owner, wanted, self._form)
+        if found is not None and found.shared + SHORTEST > len(wanted):
+            self._folder.touch(found.path)
+            return
+        size = self._form.nbytes(len(wanted))
+        if size > LARGEST or not self._folder.takes(size) or not self._allowance.take(size):
+            return
+        arrays = self._copied(adapter, tokens, cache)
+        if arrays is not None and not self._folder.write(owner, wanted, self._form, arrays):
+            log.debug("a prefix of %d tokens is not kept on disk, which is nearly full", len(wanted))
+
+    def _copied(
+        self, adapter: Adapter, tokens: Sequence[int], cache: weakref.ref[PrefixCache]
+    ) -> list[np.ndarray] | None:
+        """The raw numbers of each tensor, copied by the engine's thread, a few between two steps; None if memory has
+        let go of them meanwhile."""
+        made: list[np.ndarray] = []
+        for first, end in _portions([tensor.nbytes for tensor in self._form.tensors(len(tokens))]):
+            part: list[np.ndarray] | None = self._run(partial(_copy, cache, adapter, tokens, range(first, end)))
+            if part is None:
+                return None
+            made += part
+        return made
+
+
+@dataclass(frozen=True)
+class _Saving:
+    shelf: Shelf
+    cache: weakref.ref[PrefixCache]
+    adapter: Adapter
+    tokens: tuple[int, ...]
+
+    def save(self) -> None:
+        self.shelf.save(self.adapter, self.tokens, self.cache)
+
+
+def _copy(
+    cache: weakref.ref[PrefixCache], adapter: Adapter, tokens: Sequence[int], which: range
+) -> list[np.ndarray] | None:
+    """In the engine's thread: nothing of MLX leaves it."""
+    held = cache()
+    kv = None if held is None else held.beginning(adapter, tokens)
+    if kv is None:
+        return None
+    keys, values, states = kv.stored
+    # A state is of all tokens of its entry; keys and values have a place for each.
+    arrays = [*(array[:, :, : len(tokens)] for array in (*keys, *values)), *states]
+    return [_raw(arrays[index]) for index in which]
+
+
+def _raw(array: mx.array) -> np.ndarray:
+    kind = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}[int(array.dtype.size)]
+    return np.array(mx.contiguous(array).view(kind))
+
+
+def _portions(sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """First and end of runs of `COPIED` bytes, one at least each."""
+    found: list[tuple[int, int]] = []
+    first, bytes_ = 0, 0
+    for index, size in enumerate(sizes):
+        if bytes_ and bytes_ + size > COPIED:
+            found.append((first, index))
+            first, bytes_ = index, 0
+        bytes_ += size
+    return [*found, (first, len(sizes))]

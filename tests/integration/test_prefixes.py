@@ -1,0 +1,47 @@
+"""A worker that is killed has its prefixes on disk: the next one of the machine does not prefill them again."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from stoker import Client, GenerateResult
+from stoker.broker import keys
+from stoker.local.stack import Stack
+from stoker.monitor import metrics
+from stoker.monitor.numbers import MetricsReport
+from tests import endless
+from tests.conftest import wait_until
+
+pytestmark = pytest.mark.integration
+
+#: A system prompt, as token ids.
+SYSTEM = [number % 19 + 3 for number in range(150)]
+
+
+def answer(client: Client, *end: int) -> GenerateResult:
+    return client.generate(prompt_ids=[*SYSTEM, *end], model=endless.MODEL, max_tokens=4).result(60)
+
+
+def test_what_a_killed_worker_had_prefilled_the_next_one_reads(own_stack: Stack) -> None:
+    with Client(settings=own_stack.settings) as client:
+        assert [answer(client, end).usage.cached_tokens for end in (3, 4)] == [0, len(SYSTEM)]
+        wanted = answer(client, 5)
+        kept = own_stack.settings.prefixes
+        wait_until(lambda: len(list(kept.glob("*/*.safetensors"))) == 1, "the prefix is on the disk")
+        os.kill(client.workers()[0].pid, signal.SIGKILL)
+        own_stack.replace_worker()
+        own_stack.wait_until_warm()
+        found = answer(client, 5)
+        assert found.usage.cached_tokens == len(SYSTEM)
+        assert found.token_ids == wanted.token_ids
+        wait_until(lambda: disk_hits(client, own_stack.worker_name) == 1, "it is counted")
+
+
+def disk_hits(client: Client, worker: str) -> float:
+    """As the worker has reported."""
+    raw = client.redis.get(keys.metrics(worker))
+    samples = {} if raw is None else MetricsReport.model_validate_json(raw).samples
+    return sum(sample.value for sample in samples.get(metrics.PREFIX_DISK_HITS.name, ()))
