@@ -55,6 +55,7 @@ class PrefixDisk:
         """Count what there is, and remove what is beyond the limit."""
         if self._limits is not None and self._limits.bytes:
             self._folder.look()
+            self._saver.start()
 
     def end(self, timeout: float) -> None:
         self._saver.end(timeout)

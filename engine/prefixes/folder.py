@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 SHORTEST = 64
 #: An entry that is longer than this many times what it would spare is not read for it.
 LONGER = 8
+#: Entries at most: a prompt is compared with all that begin as it does, a hundred of them in a millisecond.
+MOST = 1024
 #: Bytes that stay free on the disk: other things need it more.
 RESERVE = 256 << 20
 #: Seconds between two notes that an entry has served: one is a write, too.
@@ -86,10 +88,12 @@ class PrefixFolder:
                 kept = entry_file.read_tokens(path, length)
                 if _digest(kept) != digest:
                     raise DamagedEntry("its tokens are not what was written")
+                if len(self._tokens) >= 2 * MOST:
+                    self._tokens.clear()  # most of them are gone
                 self._tokens[path.name] = kept
         except FileNotFoundError:
             return 0  # another process has removed it
-        except (DamagedEntry, OSError) as error:
+        except (DamagedEntry, OSError, MemoryError) as error:
             self._refuse(path, error)
             return 0
         length = min(length, len(wanted))
@@ -104,7 +108,7 @@ class PrefixFolder:
                 raise DamagedEntry("its tokens are not what its name says")
         except FileNotFoundError:
             return None
-        except (DamagedEntry, OSError) as error:
+        except (DamagedEntry, OSError, MemoryError) as error:
             self._refuse(found.path, error)
             return None
         self.touch(found.path)
@@ -148,8 +152,8 @@ class PrefixFolder:
         """Remove entries until one of so many bytes fits; and what writers that died have left."""
         kept = sorted(self._all(), key=lambda entry: entry[0])
         self.nbytes = sum(taken for _, taken, _ in kept)
-        for _, taken, path in kept:
-            if self.nbytes + size <= self.limit:
+        for number, (_, taken, path) in enumerate(kept):
+            if self.nbytes + size <= self.limit and len(kept) - number < MOST:
                 return
             path.unlink(missing_ok=True)
             self.nbytes -= taken

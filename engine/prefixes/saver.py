@@ -30,17 +30,20 @@ class Saving(Protocol):
 
 
 class Saver:
-    """Does one after the other, in a thread that begins with the first."""
+    """Does one after the other, in a thread that begins with `start` or the first."""
 
     def __init__(self) -> None:
         self._inbox: queue.Queue[Saving | None] = queue.Queue(WAITING)
         self._thread = threading.Thread(target=self._main, name="prefixes to disk", daemon=True)
         self._in_trouble = False
 
-    def note(self, saving: Saving) -> None:
-        """Have it saved, unless too many wait. Returns at once."""
+    def start(self) -> None:
         if self._thread.ident is None:
             self._thread.start()
+
+    def note(self, saving: Saving) -> None:
+        """Have it saved, unless too many wait. Returns at once."""
+        self.start()
         try:
             self._inbox.put_nowait(saving)
         except queue.Full:

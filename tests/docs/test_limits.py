@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from engine.prefixes import folder, memory, saver, shelf
 from stoker.broker import keys
 from stoker.client import chunks
 from stoker.contract import dataset
@@ -55,6 +56,17 @@ LIMITS = {
     ("embed", r"or for (\d+) minutes from the first time"): keys.FETCHED_TTL / 60,
     ("generate", r"for (\d+) hours after the end\. A job that waits"): keys.RESULT_TTL / HOUR,
     ("generate", r"A job that waits for a worker is forgotten after (\d+) days"): keys.PENDING_TTL / DAY,
+    ("generate", r"from (\d+) tokens on \(\d+ on a GPU\)"): memory.SHORTEST_ON_CPU,
+    ("generate", r"from \d+ tokens on \((\d+) on a GPU\)"): memory.SHORTEST,
+    ("generate", r"a beginning of at least (\d+) tokens"): folder.SHORTEST,
+    ("generate", r"a prompt of at least \*\*(\d+) tokens\*\* at once"): shelf.LONG,
+    ("generate", r"that spares it (\d+) tokens more than memory would"): folder.SHORTEST,
+    ("generate", r"`STOKER_PREFIX_DISK` megabytes at most \((\d+)"): KEPT.prefix_disk,
+    ("generate", r"there are ([\d,]+) at most"): folder.MOST,
+    ("generate", r"half of that, or (\d+) MB"): shelf.LARGEST / MB,
+    ("generate", r"is written at most (\d+) times a day"): saver.TIMES_A_DAY,
+    ("generate", r"while less than (\d+) MB of the disk are free"): folder.RESERVE / MB,
+    ("generate", r"copies up to (\d+) MB between two steps"): shelf.COPIED / MB,
     ("train", r"At most ([\d,]+) examples"): dataset.MAX_EXAMPLES,
     ("train", r"examples and (\d+) MiB can be uploaded"): dataset.MAX_DATASET_BYTES / MB,
     ("train", r"What an upload that died has left is gone after (\d+) minutes"): keys.UPLOAD_TTL / 60,

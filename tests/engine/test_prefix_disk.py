@@ -492,6 +492,15 @@ def test_the_entry_that_served_longest_ago_goes_first(tmp_path: Path, monkeypatc
     assert place.nbytes == size_of(3)
 
 
+def test_entries_are_bounded_in_number_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder, "MOST", 2)
+    place = PrefixFolder(tmp_path, LIMIT, reserve=0)
+    for number in range(6):
+        entry(place, number)
+        assert has(place, number)
+    assert [number for number in range(6) if has(place, number)] == [4, 5]
+
+
 def test_an_entry_that_would_leave_no_room_for_others_is_not_kept(machine: Machine, model: LoadedModel) -> None:
     place = PrefixFolder(machine.home, 1000)
     assert [place.takes(500), place.takes(501)] == [True, False]
