@@ -174,6 +174,29 @@ def test_the_scripts_take_what_the_command_takes_and_no_more(redis: Any, name: s
     assert found == [1, most, -1]
 
 
+@pytest.mark.parametrize(("decided", "lives"), [(59, keys.RESULT_TTL), (60, 60), (3600, 3600)])
+@pytest.mark.parametrize("end", ["completed", "cancelled", "refused", "spoiled"])
+def test_what_a_job_leaves_lives_as_long_as_the_policy_says_however_it_ended(
+    redis: Any, end: str, decided: int, lives: int
+) -> None:
+    redis.hset(keys.POLICY, "result_seconds", decided)
+    submit(redis)
+    redis.xadd(keys.stream("job"), {"entry": "x"})
+    redis.expire(keys.stream("job"), keys.RESULT_TTL)
+    if end == "completed":
+        claim(redis, "one")
+        assert complete(redis, "one")
+    elif end == "cancelled":
+        assert ledger.cancel(redis, "job", QUEUE) == "cancelled"
+    elif end == "refused":
+        assert ledger.refuse(redis, "job", QUEUE, ledger.success("job", {}))
+    else:
+        redis.hdel(keys.job("job"), Field.TURN)
+        assert claim(redis, "one").state == "spoiled"
+    left = [keys.job("job"), keys.result("job"), *([keys.stream("job")] if end == "completed" else [])]
+    assert [(lives - 5 <= redis.ttl(name) <= lives, name) for name in left] == [(True, name) for name in left]
+
+
 # Keys of another type
 
 

@@ -146,8 +146,17 @@ def test_a_record_that_a_number_is_written_into_after_it_expired_expires_again(b
     assert int(ledger.allocate(broker_client, "m", "style", "gone", 1)) == 1
     assert 0 < broker_client.ttl(keys.job("gone")) <= keys.PENDING_TTL
     broker_client.expire(keys.job("gone"), 60)
-    ledger.allocate(broker_client, "m", "style", "gone", 1)
-    assert broker_client.ttl(keys.job("gone")) <= 60, "one that has an expiry keeps it"
+    broker_client.hset(keys.job("gone"), "kind", "train")
+    broker_client.hdel(keys.job("gone"), "version")
+    assert int(ledger.allocate(broker_client, "m", "style", "gone", 1)) == 2
+    assert 0 < broker_client.ttl(keys.job("gone")) <= 60, "one that has an expiry keeps it"
+
+
+@pytest.mark.parametrize(("last", "following"), [(9, 10), (99_999_998, 99_999_999), (999_999_998, 999_999_999)])
+def test_the_number_behind_one_of_up_to_nine_digits_is_the_next(broker_client: Any, last: int, following: int) -> None:
+    broker_client.hset(keys.adapter("m", "style"), "next", last)
+    assert number(broker_client, "a") == following
+    assert int(broker_client.hget(keys.adapter("m", "style"), "next")) == following
 
 
 def test_rollback_goes_past_the_version_that_serves_again(broker_client: Any) -> None:

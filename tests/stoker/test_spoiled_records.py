@@ -116,8 +116,10 @@ def test_a_job_whose_message_is_lost_and_whose_record_is_spoiled_ends_when_it_is
 def test_a_record_that_is_spoiled_in_the_ready_list_ends_when_its_message_is_taken(redis: Any) -> None:
     submit(redis)
     redis.hdel(keys.job("job"), Field.SUBMITTED)
+    redis.delete(keys.ready(QUEUE))
     assert ledger.claim(redis, "job", QUEUE, "token", "tag", "worker").state == "spoiled"
     assert failed(redis, "job")
+    assert not redis.exists(keys.open_jobs(QUEUE), keys.dispatched(QUEUE), keys.sizes(QUEUE)), "it counts no more"
     assert ledger.claim(redis, "job", QUEUE, "token", "tag", "worker").state == "ended"
 
 
