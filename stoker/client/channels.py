@@ -105,7 +105,7 @@ class Listener:
 
     def end(self, error: Exception) -> None:
         """Nothing more comes."""
-        self._error = self._error or error
+        self._error = error
         self._wake()
 
     def doubt(self) -> None:

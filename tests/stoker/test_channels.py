@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -43,6 +45,8 @@ class Connection:
         except asyncio.CancelledError:
             self.lose()
             raise
+        if self._broker.broken:
+            raise RedisConnectionError("broken pipe")
         self._broker.sent.append(commands)
         for command, *names in commands:
             self._take(command, names)
@@ -93,7 +97,7 @@ class Broker:
         self.connections: list[Connection] = []
         self.sent: list[list[Sequence[Any]]] = []
         self.refused: set[bytes] = set()
-        self.acknowledges, self.away = True, False
+        self.acknowledges, self.away, self.broken = True, False, False
         self.sending = asyncio.Event()
         self.sending.set()
 
@@ -286,6 +290,103 @@ def test_a_reader_whom_the_broker_does_not_answer_elsewhere_gets_another_connect
         assert await data_of(first, 1) == [b"1"], "who has the old one keeps it"
         await first.aclose()
         assert broker.names == [{b"b"}]
+
+    run(work)
+
+
+def test_a_refusal_is_that_of_the_subscription_that_was_sent_in_its_place() -> None:
+    """Of several that go out together, the first with two channels: each of its acknowledgements is its own."""
+
+    async def work(broker: Broker, held: Channels) -> None:
+        broker.refused = {b"c"}
+        await subscribed(held, "x")
+        first, second, third = held.listener(), held.listener(), held.listener()
+        asked = (first.subscribe("a", "b"), second.subscribe("c"), third.subscribe("d", "e"))
+        done = await asyncio.gather(*asked, return_exceptions=True)
+        assert [type(one) for one in done] == [type(None), NoPermissionError, type(None)]
+        assert len(broker.sent[-1]) == 3, "they went out together"
+
+    run(work)
+
+
+def test_who_waits_for_an_acknowledgement_hears_at_once_that_the_connection_is_lost() -> None:
+    async def work(broker: Broker, held: Channels) -> None:
+        await subscribed(held, "a")
+        broker.acknowledges = False
+        asking = asyncio.ensure_future(subscribed(held, "b"))
+        await settled()
+        broker.connections[0].lose()
+        with pytest.raises(RedisConnectionError, match="closed by server"):
+            await asking
+
+    run(work)
+
+
+def test_nothing_is_sent_over_a_connection_that_was_lost_or_left() -> None:
+    """It may be another's by then."""
+
+    async def work(broker: Broker, held: Channels) -> None:
+        for end in (lambda: broker.connections[-1].lose(), lambda: asyncio.ensure_future(held.aclose())):
+            await subscribed(held, "a")
+            broker.sending.clear()
+            asking = asyncio.ensure_future(subscribed(held, "b"))
+            await settled()
+            end()
+            with pytest.raises(RedisConnectionError):
+                await asking
+            await settled()
+            before = len(broker.sent)
+            broker.sending.set()
+            await settled()
+            assert len(broker.sent) == before
+
+    run(work)
+
+
+def test_a_connection_over_which_nothing_can_be_sent_is_closed_for_all() -> None:
+    async def work(broker: Broker, held: Channels) -> None:
+        first = await subscribed(held, "a")
+        broker.broken = True
+        with pytest.raises(RedisConnectionError, match="broken pipe"):
+            await subscribed(held, "b")
+        with pytest.raises(RedisConnectionError, match="broken pipe"):
+            await first.get_message(10)
+        await settled()
+        assert broker.names == [], "nobody reads it any more"
+
+    run(work)
+
+
+def test_who_doubts_an_older_connection_takes_nobody_off_the_newer_one() -> None:
+    async def work(broker: Broker, held: Channels) -> None:
+        first, troubled = await subscribed(held, "a"), await subscribed(held, "b")
+        troubled.doubt()
+        newer = await subscribed(held, "c")
+        first.doubt()
+        other = await subscribed(held, "d")
+        assert broker.names == [{b"a", b"b"}, {b"c", b"d"}]
+        for reader in (first, troubled, newer, other):
+            await reader.aclose()
+        assert broker.names == []
+
+    run(work)
+
+
+def test_nothing_holds_a_reader_that_has_left_nor_a_connection_that_was_closed() -> None:
+    """Not the timer of its last wait, nor the list of those that are open: a client lives for months."""
+
+    async def work(broker: Broker, held: Channels) -> None:
+        reader = await subscribed(held, "a")
+        waiting = asyncio.ensure_future(reader.get_message(3600))
+        await settled()
+        broker.publish("a", b"1")
+        assert await waiting
+        left = [weakref.ref(reader), weakref.ref(held.connection())]
+        await reader.aclose()
+        del reader, waiting
+        await subscribed(held, "a")
+        gc.collect()
+        assert [one() for one in left] == [None, None]
 
     run(work)
 

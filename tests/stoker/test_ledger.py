@@ -803,6 +803,9 @@ def test_a_dead_letter_has_the_brokers_time_and_says_who_gave_it_up(redis: Any) 
     submit(redis, "alive")
     ledger.claim(redis, "alive", QUEUE, "two", "tag", "worker")
     assert ledger.dead_letter(redis, "alive", QUEUE, "two") == DeadLettered(False)
+    submit(redis, "mute")
+    ledger.claim(redis, "mute", QUEUE, "three", "tag", "worker")
+    assert [entry.worker for entry in ledger.dead_letter(redis, "mute", QUEUE, "three", "w").history] == ["w"]
 
 
 def test_a_dead_letter_that_is_sent_again_because_its_answer_was_lost_stands_as_it_is(redis: Any) -> None:

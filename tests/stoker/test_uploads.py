@@ -127,7 +127,7 @@ def test_an_id_that_is_known_takes_no_second_input_and_leaves_none(
     assert trained_on(server, "mine") == OLD
 
 
-def test_no_part_is_sent_for_a_job_that_is_known(server: Any, client: Client, broker: Settings) -> None:
+def test_no_part_is_sent_for_a_job_that_is_known_nor_of_a_small_input(server: Any, client: Client, broker: Settings) -> None:
     def parts() -> int:
         return int(server.info("commandstats").get("cmdstat_setrange", {"calls": 0})["calls"])
 
@@ -140,6 +140,8 @@ def test_no_part_is_sent_for_a_job_that_is_known(server: Any, client: Client, br
     client.train("style", OLD, model=SMOL.model, job_id="mine")
     asyncio.run(send())
     assert parts() == before > 0
+    client.train("style", NEW[:1], model=SMOL.model, job_id="small")
+    assert parts() == before, "what is small goes with its job"
 
 
 @pytest.mark.parametrize(("rule", "state"), [("queue_limit", "full"), ("client_limit", "client_full")])
