@@ -16,7 +16,9 @@ from stoker.broker import keys, registry
 from stoker.broker.ledger.record import Field
 from stoker.broker.loading import AsyncPatientRetry, PatientRetry
 from stoker.client import following
+from stoker.client._async import broker_link
 from stoker.client._async.broker_link import AsyncBrokerLink
+from stoker.client._sync import broker_link as blocking_link
 from stoker.client._sync.adapters import Adapters
 from stoker.client.asynchronously import Connections
 from stoker.contract import Presence, StreamToken
@@ -242,8 +244,14 @@ class Doubted:
 def test_a_reader_that_meets_trouble_doubts_its_connection_and_no_other(
     fake: Callable[[], Client], server: Any, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It may be dead, and say nothing of it: the next reader is to have another one."""
-    monkeypatch.setattr(following.Follower, "pause", lambda *_: 0.0)
+    """It may be dead, and say nothing of it: the next reader is to have another one, after a pause."""
+    pauses: list[float] = []
+
+    async def noted(seconds: float) -> None:
+        pauses.append(seconds)
+
+    monkeypatch.setattr(following.Follower, "pause", lambda *_: 0.25)
+    monkeypatch.setattr(broker_link, "sleep", noted)
     with fake() as client:
         job = client.generate("x", model="smol")
         settings = client.settings
@@ -262,3 +270,41 @@ def test_a_reader_that_meets_trouble_doubts_its_connection_and_no_other(
 
     first, second = asyncio.run(read())
     assert [(one.doubts, one.closed) for one in (first, second)] == [(1, True), (0, True)]
+    assert pauses[0] == 0.25
+
+
+@pytest.mark.parametrize("client_class", [Client, AsyncClient])
+def test_a_full_queue_is_asked_again_after_a_pause(
+    client_class: type[Client | AsyncClient],
+    fake: Callable[[], Client],
+    server: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A client that asked without one would keep the broker from its work."""
+    pauses: list[float] = []
+
+    def made_room(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 3:
+            server.delete(keys.POLICY)
+
+    async def made_room_soon(seconds: float) -> None:
+        made_room(seconds)
+
+    async def send(settings: Settings) -> None:
+        async with AsyncClient(settings=settings) as client:
+            await client.generate("y", model="smol")
+
+    with fake() as client:
+        client.generate("x", model="smol")
+        settings = client.settings.model_copy(update={"queue_wait": 3600.0})
+    server.hset(keys.POLICY, "queue_limit", 1)
+    monkeypatch.setattr(broker_link, "sleep", made_room_soon)
+    monkeypatch.setattr(blocking_link, "sleep", made_room)
+    if client_class is AsyncClient:
+        asyncio.run(send(settings))
+    else:
+        with Client(settings=settings) as client:
+            client.generate("y", model="smol")
+    assert len(pauses) == 3
+    assert all(0.1 <= seconds <= 5 for seconds in pauses)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -15,8 +16,10 @@ from redis.exceptions import NoPermissionError, OutOfMemoryError, ResponseError
 from stoker.broker import functions, keys, ledger, policy
 from stoker.broker.connection import connect, connect_async
 from stoker.broker.functions import Functions
+from stoker.broker.ledger.record import Field
 from stoker.broker.ledger.script import MOST_LIBRARIES
 from stoker.broker.ledger.transitions import LIBRARY, TRANSITIONS, made
+from stoker.contract.kinds import READY
 from stoker.settings import Settings
 from tests.stoker.clocked import quick_broker
 from tests.stoker.test_ledger import QUEUE, submit
@@ -208,6 +211,43 @@ def test_what_one_call_of_a_function_knew_another_does_not(redis: Any) -> None:
         lives.append(redis.ttl(keys.result(str(number))))
     assert lives == [keys.RESULT_TTL, 600, 120, keys.RESULT_TTL]
     assert calls(redis, "evalsha") == 0
+
+
+def test_how_fast_jobs_age_is_asked_anew_at_each_call_of_a_function(redis: Any) -> None:
+    """An old job is taken before a better one once the policy lets it age, and not before."""
+    taken = []
+    for seconds in (10_000, 10, 10_000):
+        policy.decide(redis, "ageing", seconds)
+        for name, priority in (("old", 5), ("new", 4)):
+            submit(redis, name, priority=priority)
+        redis.delete(keys.ready(QUEUE), keys.dispatched(QUEUE))
+        redis.hset(keys.job("old"), Field.SUBMITTED, redis.time()[0] - 100)
+        for name, priority in (("old", 5), ("new", 4)):
+            redis.zadd(keys.backlog(QUEUE, priority), {name: 1})
+            redis.expire(keys.backlog(QUEUE, priority), 60)
+        submit(redis, "last", priority=9)
+        messages = redis.lrange(keys.ready(QUEUE), 0, -1)
+        taken.append(json.loads(messages[-1])["headers"]["id"])
+        for name in ("old", "new", "last"):
+            ledger.cancel(redis, name, QUEUE)
+            redis.delete(keys.job(name), keys.result(name))
+    assert taken == ["new", "old", "new"]
+    assert calls(redis, "evalsha") == 0
+
+
+def test_where_jobs_wait_is_asked_anew_at_each_call_of_a_function(redis: Any, broker: Settings) -> None:
+    """Others may have sent them by scripts, which know nothing of what the functions knew."""
+    submit(redis, "first")
+    start(redis, "first")
+    assert end(redis, "first")
+    redis.delete(keys.ready(QUEUE))
+    with closing(connect(broker)) as client:
+        client.functions.refuse()
+        for number in range(READY + 1):
+            submit(client, str(number))
+    redis.rpop(keys.ready(QUEUE))
+    start(redis, "0")
+    assert redis.llen(keys.ready(QUEUE)) == READY, "the one that waited has come"
 
 
 @pytest.mark.parametrize("as_functions", [True, False], ids=["functions", "scripts"])

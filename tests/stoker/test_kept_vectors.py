@@ -75,6 +75,7 @@ def test_vectors_are_kept_for_a_day_and_minutes_from_the_first_fetch(redis: Any)
     assert redis.ttl(blob("a")) <= 60, "it does not keep them longer"
     assert redis.zscore(keys.VECTORS_UNFETCHED, "a") is None
     assert sizes(redis) == {"a": 100, ":sum": 100}, "they are there yet"
+    assert redis.ttl(keys.VECTORS_FETCHED) > keys.RESULT_TTL - 10, "it names what the sizes count"
 
 
 def test_a_client_that_bears_long_outages_finds_its_vectors_behind_one(redis: Any) -> None:

@@ -808,6 +808,24 @@ def test_a_dead_letter_has_the_brokers_time_and_says_who_gave_it_up(redis: Any) 
     assert [entry.worker for entry in ledger.dead_letter(redis, "mute", QUEUE, "three", "w").history] == ["w"]
 
 
+def test_a_job_that_has_ended_is_so_called_also_when_its_record_has_expired_before_its_result(redis: Any) -> None:
+    submit(redis)
+    claim(redis, "one")
+    assert complete(redis, "one")
+    redis.delete(keys.job("job"))
+    assert ledger.cancel(redis, "job", QUEUE) == "ended"
+    assert claim(redis, "two").state == "ended"
+
+
+def test_a_stream_lives_from_its_last_entry_and_no_longer_because_its_job_ends(redis: Any) -> None:
+    submit(redis)
+    claim(redis, "one")
+    redis.xadd(keys.stream("job"), {"entry": "x"})
+    redis.expire(keys.stream("job"), 100)
+    assert complete(redis, "one")
+    assert 90 < redis.ttl(keys.stream("job")) <= 100
+
+
 def test_a_dead_letter_that_is_sent_again_because_its_answer_was_lost_stands_as_it_is(redis: Any) -> None:
     submit(redis)
     claim(redis, "one")

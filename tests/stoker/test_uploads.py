@@ -127,7 +127,9 @@ def test_an_id_that_is_known_takes_no_second_input_and_leaves_none(
     assert trained_on(server, "mine") == OLD
 
 
-def test_no_part_is_sent_for_a_job_that_is_known_nor_of_a_small_input(server: Any, client: Client, broker: Settings) -> None:
+def test_no_part_is_sent_for_a_job_that_is_known_nor_of_a_small_input(
+    server: Any, client: Client, broker: Settings
+) -> None:
     def parts() -> int:
         return int(server.info("commandstats").get("cmdstat_setrange", {"calls": 0})["calls"])
 
@@ -142,6 +144,28 @@ def test_no_part_is_sent_for_a_job_that_is_known_nor_of_a_small_input(server: An
     assert parts() == before > 0
     client.train("style", NEW[:1], model=SMOL.model, job_id="small")
     assert parts() == before, "what is small goes with its job"
+
+
+@pytest.mark.parametrize("way", ["blocking", "asyncio"])
+def test_an_input_is_not_left_whose_id_another_has_taken_meanwhile(
+    server: Any, client: Client, broker: Settings, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def meanwhile(mine: Submission, redis: Any) -> Iterator[Any]:
+        yield from uploads_of(mine, redis)
+        assert submission(broker, NEW).transition().on(server).state == "new"
+
+    async def send() -> None:
+        async with AsyncClient(settings=broker) as sender:
+            await sender.train("style", OLD, model=SMOL.model, job_id="mine")
+
+    uploads_of = Submission.uploads
+    monkeypatch.setattr(Submission, "uploads", meanwhile)
+    if way == "blocking":
+        client.train("style", OLD, model=SMOL.model, job_id="mine")
+    else:
+        asyncio.run(send())
+    assert trained_on(server, "mine") == NEW
+    assert len(blobs(server)) == 1
 
 
 @pytest.mark.parametrize(("rule", "state"), [("queue_limit", "full"), ("client_limit", "client_full")])
