@@ -253,6 +253,9 @@ def test_a_caller_is_who_its_key_says_in_either_vendors_header(broker: Settings)
     ):
         found = asked(broker, lambda access: access.caller(headers))  # noqa: B023
         assert found == Caller("team", frozenset({"m"}), secret, 60)
+    of_none = api_keys.create(redis, ApiKey(client="team", created=1.0, models=()))
+    found = asked(broker, lambda access: access.caller({"x-api-key": of_none}))
+    assert found == Caller("team", frozenset(), of_none), "an empty list is no model, and not all of them"
     for headers in (
         {},
         {"authorization": secret},
