@@ -10,9 +10,15 @@ from typing import Any
 
 import pytest
 
+from stoker.errors import BrokerUnavailable, ConfigError, InvalidRequest, StokerError, UnknownModel
 from stoker.gateway import batch_lines, batch_run
+from stoker.gateway.batch_answers import Answerer
 from stoker.gateway.batch_lines import Line, Outcome, Survey, WrongLine, survey
 from stoker.gateway.batch_run import Written
+from stoker.gateway.calls import Caller, Models
+from stoker.gateway.errors import Refused
+from stoker.testing import AsyncFakeClient
+from tests.gateway.conftest import CHAT
 
 URL = "/v1/completions"
 
@@ -85,6 +91,23 @@ class Kept:
 
     async def write(self, data: bytes) -> None:
         self.data += data
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [(BrokerUnavailable("away."), BrokerUnavailable), (ConfigError("no adapter."), ConfigError),
+     (UnknownModel("no such model."), Refused), (InvalidRequest("prompt: too long."), Refused)],
+)  # fmt: skip
+def test_what_meets_every_line_alike_is_no_answer_of_one(error: StokerError, raised: type[Exception]) -> None:
+    """Refused where the job is sent, or what the job ended with."""
+    body = json.dumps({"model": CHAT, "messages": [{"role": "user", "content": "x"}], "max_tokens": 1}).encode()
+    sent, ended = AsyncFakeClient(), AsyncFakeClient()
+    sent.script.refuse(error)
+    ended.script.generate("", error=error)
+    for client in (sent, ended):
+        answerer = Answerer(client, Caller(), Models(client), "/v1/chat/completions")
+        with pytest.raises(raised):
+            asyncio.run(answerer.answer("batch-1", body, set()))
 
 
 def test_what_was_written_is_said_when_it_is_much_or_has_waited(monkeypatch: pytest.MonkeyPatch) -> None:

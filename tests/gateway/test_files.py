@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from stoker.gateway import files, sweeping, uploads
 from stoker.gateway.access import Keyed
 from stoker.gateway.app import Gateway
 from stoker.gateway.errors import Refused
-from stoker.gateway.stored import Store
+from stoker.gateway.stored import Draft, Store
 from stoker.settings import Settings
 from tests.conftest import wait_until
 from tests.gateway.machinery import Served
@@ -377,6 +377,35 @@ def test_a_file_grows_behind_what_another_writer_has_stored_for_good(settings: S
             return b"".join([part async for part in store.read(second.record)])
 
     assert asyncio.run(written()) == b"one two three"
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), FileNotFoundError()])
+def test_no_part_gets_the_name_of_one_that_may_be_written_yet(error: OSError) -> None:
+    """The thread that wrote the first one cannot be stopped."""
+    names, troubles = list[str](), [None, error]
+
+    class Unsteady:
+        def put(self, file_id: str, name: str, data: bytes) -> None:
+            names.append(name)
+            if troubles and (trouble := troubles.pop(0)) is not None:
+                raise trouble
+
+    async def write() -> list[str]:
+        contents: Any = Unsteady()
+        record = FileRecord(
+            id=f"file-{0:032x}", owner="me", filename="a", purpose="batch", created=1.0, expires=9, place="here"
+        )
+        draft = Draft(contents, record)
+        for data in (b"one", b"lost", b"two", b"three"):
+            with suppress(Refused):
+                await draft.write(data)
+                await draft.flush()
+        return draft.record.parts()
+
+    parts = asyncio.run(write())
+    assert len(set(names)) == len(names) == 4
+    assert names[1] not in parts
+    assert set(parts) < set(names)
 
 
 def test_what_can_be_no_id_is_no_file(settings: Settings) -> None:

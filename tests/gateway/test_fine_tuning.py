@@ -185,6 +185,13 @@ def test_a_run_that_nobody_asked_for_within_a_day_is_found_by_what_it_made(api: 
     assert (done.status, done.fine_tuned_model, done.finished_at) == ("succeeded", "m:house-style@4", 5000)
 
 
+def test_what_another_job_has_made_of_the_adapter_is_no_end_of_the_run(api: openai.OpenAI, redis: Any) -> None:
+    job = started(api, suffix="house-style")
+    registry.register(redis, "m", "house-style", 4, {"job": "another", "time": 5000.5, "steps": 3}, promote=True)
+    forget(redis, job.id)
+    assert api.fine_tuning.jobs.retrieve(job.id).status == "validating_files"
+
+
 def test_a_run_whose_job_is_gone_has_failed_once_it_must_have_been_sent(api: openai.OpenAI, redis: Any) -> None:
     job = started(api)
     forget(redis, job.id)
@@ -389,8 +396,13 @@ def test_a_wrong_line_is_named_with_its_file(api: openai.OpenAI, field: str) -> 
 
 
 def test_a_file_for_something_else_is_refused(api: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="uploaded for batch; upload it for fine-tune"):
-        started(api, training_file=uploaded(api, purpose="batch"))
+    other, mine = uploaded(api, purpose="batch"), uploaded(api)
+    for field, files in (("training_file", (other, None)), ("validation_file", (mine, other))):
+        with pytest.raises(openai.BadRequestError) as refused:
+            started(api, training_file=files[0], **({} if files[1] is None else {"validation_file": files[1]}))
+        said: Any = refused.value.body
+        assert said["message"] == f"{field}: {other} was uploaded for batch; upload it for fine-tune."
+        assert said["param"] == field
 
 
 def test_a_full_queue_takes_no_run_and_the_same_id_may_come_again(api: openai.OpenAI, redis: Any) -> None:

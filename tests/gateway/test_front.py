@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx2
 import pytest
+from starlette.requests import Request
 
 from stoker.broker.outcome import JobStatus
 from stoker.errors import ConfigError
@@ -17,7 +18,7 @@ from stoker.gateway import bodies, events, protocol
 from stoker.gateway.app import Gateway
 from stoker.gateway.command import is_loopback, listening
 from stoker.gateway.errors import Refused
-from stoker.gateway.front import Exchange, Meter
+from stoker.gateway.front import Exchange, Front, Meter
 from stoker.monitor.numbers import Numbers
 from stoker.testing import AsyncFakeClient
 from tests.conftest import wait_until
@@ -184,6 +185,40 @@ def test_a_refusal_that_comes_after_an_answer_has_begun_sends_nothing_more() -> 
 
     assert asyncio.run(run()) == 200
     assert [message["type"] for message in sent] == ["http.response.start"]
+
+
+def test_a_client_that_goes_while_it_sends_is_gone_and_not_slow() -> None:
+    async def receive() -> Any:
+        return {"type": "http.disconnect"}
+
+    scope = {"type": "http", "method": "POST", "path": PATH, "headers": [(b"content-type", b"application/json")]}
+    with pytest.raises(Refused) as refused:
+        asyncio.run(bodies.read_body(Request(scope, receive)))
+    assert (refused.value.status, refused.value.code) == (499, "client_gone")
+
+
+def test_a_gateway_that_ends_says_where_the_job_goes_on_and_ends() -> None:
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def waits(*_: Any) -> None:
+        await asyncio.Event().wait()
+
+    async def run() -> bool:
+        scope = {"type": "http", "method": "POST", "path": PATH, "headers": [(b"host", b"localhost")]}
+        serving = asyncio.ensure_future(Front(waits, frozenset(), Numbers(), [PATH])(scope, waits, send))
+        await asyncio.sleep(0)
+        serving.cancel()
+        await asyncio.wait({serving})
+        return serving.cancelled()
+
+    assert asyncio.run(run()), "who has cancelled it hears that it was"
+    headers = dict(sent[0]["headers"])
+    assert (sent[0]["status"], headers[b"retry-after"], headers[b"x-should-retry"]) == (503, b"1", b"true")
+    assert json.loads(sent[1]["body"])["error"]["code"] == "gateway_ends"
+    assert headers[b"x-request-id"].decode() in sent[1]["body"].decode()
 
 
 def test_a_client_that_has_gone_is_answered_nothing_and_counted_as_such(caplog: pytest.LogCaptureFixture) -> None:

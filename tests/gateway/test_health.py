@@ -47,6 +47,7 @@ def test_a_gateway_is_ready_while_its_broker_answers_and_a_model_is_warm(
     assert (answer.status_code, answer.json()["status"]) == (503, "the broker is away")
     # Health needs no key, and nothing else is open.
     assert http.get("/healthz").status_code == http.get("/metrics").status_code == 200
+    assert http.get("/metrics").headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8", "Prometheus' own"
     assert http.get("/v1/models").status_code == 503
     served.closing(away)
 

@@ -6,7 +6,9 @@ import json
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -208,6 +210,35 @@ def test_another_address_than_loopback_is_served_with_keys_alone(
     monkeypatch.setattr("stoker.gateway.command.listening", _stopped)
     with pytest.raises(StokerError, match="it listens"):
         serve(broker, "0.0.0.0", 0, frozenset(), print)
+
+
+@pytest.mark.parametrize(
+    ("address", "required", "shown"),
+    [("127.0.0.1", False, "127.0.0.1"), ("::1", False, "[::1]"), ("localhost", False, "localhost"),
+     ("0.0.0.0", True, "0.0.0.0"), ("::", True, "[::]"), ("192.0.2.7", True, "192.0.2.7")],
+)  # fmt: skip
+def test_a_key_is_required_on_each_address_but_those_of_loopback_and_the_url_that_is_said_can_be_asked(
+    address: str, required: bool, shown: str, broker: Settings, redis: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accesses, lines = list[bool](), list[str]()
+
+    def noted(client: AsyncClient, *, required: bool) -> Keyed:
+        accesses.append(required)
+        return Keyed(client, required=required)
+
+    def unheard(address: str, port: int) -> closing[Any]:
+        return closing(SimpleNamespace(getsockname=lambda: (address, 8123), close=lambda: None))
+
+    class Unserved:
+        async def serve(self, sockets: list[Any]) -> None: ...
+
+    made(redis)
+    monkeypatch.setattr("stoker.gateway.command.Keyed", noted)
+    monkeypatch.setattr("stoker.gateway.command.listening", unheard)
+    monkeypatch.setattr("stoker.gateway.command.server", lambda application: Unserved())
+    serve(broker, address, 8123, frozenset(), lines.append)
+    assert accesses == [required]
+    assert lines == [f"gateway  http://{shown}:8123/v1", f"broker   {broker.address.shown}"]
 
 
 def test_the_connection_that_looked_for_keys_is_closed_also_by_a_broker_that_is_away(

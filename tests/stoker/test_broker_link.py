@@ -22,7 +22,15 @@ from stoker.client._sync import broker_link as blocking_link
 from stoker.client._sync.adapters import Adapters
 from stoker.client.asynchronously import Connections
 from stoker.contract import Presence, StreamToken
-from stoker.errors import InvalidRequest, JobCancelled, JobFailed, JobLost, JobTimeout, UnknownAdapter
+from stoker.errors import (
+    InvalidRequest,
+    JobCancelled,
+    JobFailed,
+    JobLost,
+    JobTimeout,
+    UnknownAdapter,
+    WorkerUnavailable,
+)
 from stoker.settings import Settings
 from tests.stoker.test_client_core import card, fake, server
 
@@ -171,6 +179,37 @@ def test_a_command_that_no_worker_takes_expires(fake: Callable[[], Client], serv
         client.models.load("m=/m", worker=presence.worker, timeout=0)
     assert server.lrange(keys.commands(presence.worker), 0, -1) == [b"of another client"], "its own is taken back"
     assert 0 < server.ttl(keys.commands(presence.worker)) <= keys.COMMAND_TTL
+
+
+def test_commands_are_queued_in_order_and_end_when_their_worker_goes_though_others_wait(
+    fake: Callable[[], Client], server: Any
+) -> None:
+    name = "w@h/1"
+    presence = Presence(
+        worker=name, host="h", pid=1, device="cpu", started=0.0, time=time.time(), models=(), adapters={}, lanes={},
+        memory_bytes=0,
+    )  # fmt: skip
+    server.zadd(keys.WORKERS, {name: time.time()})
+    server.expire(keys.WORKERS, 60)
+    server.set(keys.worker(name), presence.model_dump_json(), ex=60)
+    with fake() as client:
+        settings = client.settings
+
+    async def ask() -> tuple[list[str], list[Any]]:
+        async with AsyncClient(settings=settings) as client:
+            loads = []
+            for model in ("a=/a", "b=/b", "c=/c"):
+                loads.append(asyncio.ensure_future(client.models.load(model, worker=name, timeout=20)))
+                while server.llen(keys.commands(name)) < len(loads):
+                    await asyncio.sleep(0)
+            # As a worker takes them.
+            taken = [json.loads(server.brpop([keys.commands(name)])[1])["model"] for _ in range(2)]
+            server.delete(keys.worker(name))
+            return taken, await asyncio.gather(*loads, return_exceptions=True)
+
+    taken, ends = asyncio.run(ask())
+    assert [model[0] for model in taken] == ["a", "b"]
+    assert [type(end) for end in ends] == [WorkerUnavailable] * 3
 
 
 def test_a_change_that_the_registry_refuses_is_an_error_that_says_why(adapters: Adapters, server: Any) -> None:

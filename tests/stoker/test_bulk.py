@@ -320,6 +320,9 @@ def test_a_chunk_begins_where_the_one_before_it_ended_also_if_that_was_cut_by_it
     chunks = [*(chunk for text in texts for chunk in cutter.add(text)), *cutter.rest()]
     assert [(chunk.start, len(chunk.texts)) for chunk in chunks] == [(0, 1), (1, 4), (5, 4), (9, 1)]
     assert [text for chunk in chunks for text in chunk.texts] == texts
+    assert not list(cutter.add("g"))
+    with pytest.raises(InvalidRequest, match=r"^texts\.11: a int given"):
+        list(cutter.add(7))
 
 
 def test_a_job_has_as_many_texts_and_characters_as_are_allowed_and_not_one_more() -> None:

@@ -434,6 +434,24 @@ def test_vectors_are_fetched_also_when_the_broker_is_away_at_that_very_moment(
         assert np.array_equal(plain(job.link.vectors("x", reply)), vectors)
 
 
+def test_vectors_that_a_client_fetches_are_kept_for_as_long_as_it_bears_a_broker_that_is_away(
+    fake: Callable[[], Client], server: Any
+) -> None:
+    blob, reply = keys.blob("vectors:x"), EmbedReply(blob="vectors:x", rows=2, dim=3, usage=Usage())
+    data = safetensors.numpy.save({"vectors": np.zeros((2, 3), np.float32)})
+    with fake() as sender:
+        settings = sender.settings.model_copy(update={"patience": 3600.0})
+
+    async def fetch() -> None:
+        async with AsyncClient(settings=settings) as client:
+            await client.link.vectors("x", reply)
+
+    for ask in (lambda: asyncio.run(fetch()), lambda: Client(settings=settings).link.vectors("x", reply)):
+        server.set(blob, data, ex=keys.RESULT_TTL)
+        ask()
+        assert 3600 < server.ttl(blob) <= keys.FETCHED_TTL + 3600
+
+
 SPOILED = [b"garbage", b"{}", b"[]", b"1", b"\xff", b"null", b"[" * 50_000]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -98,8 +99,9 @@ def test_a_worker_that_goes_away_ends_the_waiting_with_one_error() -> None:
 
 
 def test_a_command_that_failed_raises_what_it_failed_of() -> None:
-    with pytest.raises(ModelError, match="no such file"):
-        waiting().heard(report("failed", error="ModelError", message="/a: no such file"), alive=True)
+    for alive in (True, False):
+        with pytest.raises(ModelError, match="no such file"):
+            waiting().heard(report("failed", error="ModelError", message="/a: no such file"), alive=alive)
 
 
 def test_an_answer_of_another_form_is_an_error() -> None:
@@ -116,6 +118,17 @@ def test_waiting_has_the_end_that_was_asked_for() -> None:
     assert isinstance(waiting(0.0).over(taken_back=True), JobTimeout)
     assert "nothing was done" in str(waiting(0.0).over(taken_back=True))
     assert "it goes on" in str(waiting(0.0).over(taken_back=False))
+
+
+def test_a_command_is_waited_for_to_the_end_of_its_time_and_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    looks = waiting(10.0)
+    over = {}
+    for now in (100.0, 109.5, 109.999, 110.0, 111.0):
+        clock[0] = now
+        over[now] = looks.pause() is None
+    assert over == {100.0: False, 109.5: False, 109.999: False, 110.0: True, 111.0: True}
 
 
 # --- jobs ---

@@ -27,6 +27,7 @@ from stoker.client._sync import memory_link
 from stoker.client._sync.broker_link import BrokerLink
 from stoker.client._sync.memory_link import MemoryLink
 from stoker.client.in_memory.adapters import Registry
+from stoker.contract import bundle
 from stoker.contract.vectors import Int8Vectors
 from stoker.errors import (
     BrokerUnavailable,
@@ -290,7 +291,7 @@ def test_an_adapter_is_loaded_without_an_answer(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="rank 7"):
         client.adapters.load("style", tmp_path).result()
     assert client.sent.load[0].name == "style"
-    assert client.sent.jobs[0].data
+    assert bundle.source(client.sent.jobs[0].data, "nowhere") == str(tmp_path), "the registry says where it comes from"
 
 
 def test_generation_with_an_adapter_that_is_not_there_fails_as_at_a_worker() -> None:

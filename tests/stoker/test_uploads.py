@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -16,7 +17,7 @@ from stoker import AsyncClient, Client
 from stoker.broker import keys, ledger
 from stoker.broker.connection import connect
 from stoker.broker.ledger.record import Field
-from stoker.client.requests import read_dataset, train_request
+from stoker.client.requests import adapter_request, read_dataset, train_request
 from stoker.client.submission import Submission
 from stoker.contract import bundle
 from stoker.contract.uploads import Upload
@@ -75,6 +76,22 @@ def test_what_an_upload_that_died_has_left_is_no_part_of_the_next_one_of_its_id(
         client.train("style", NEW, model=SMOL.model, job_id="mine")
         assert trained_on(server, "mine") == NEW, f"after {died_after} parts"
         server.delete(keys.job("mine"))
+
+
+@pytest.mark.parametrize("kind", ["dataset", "adapter"])
+def test_an_input_is_sent_under_a_name_that_says_what_it_holds(
+    broker: Settings, kind: Literal["dataset", "adapter"]
+) -> None:
+    for data in (b"one", b"two"):
+        request: Any = (
+            train_request(SMOL.model, "style", OLD, "mine", {})
+            if kind == "dataset"
+            else adapter_request(SMOL.model, "style", "mine", {})
+        )
+        sent = Submission(broker, request, "mine", data)
+        named: Any = sent.request
+        name = Upload.parse(named.dataset if kind == "dataset" else named.upload, kind, "mine")
+        assert (name.size, name.sha256) == (len(data), hashlib.sha256(data).hexdigest())
 
 
 def test_the_same_from_asyncio(server: Any, broker: Settings) -> None:
