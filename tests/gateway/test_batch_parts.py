@@ -104,10 +104,14 @@ def test_what_meets_every_line_alike_is_no_answer_of_one(error: StokerError, rai
     sent, ended = AsyncFakeClient(), AsyncFakeClient()
     sent.script.refuse(error)
     ended.script.generate("", error=error)
+    refusals = []
     for client in (sent, ended):
         answerer = Answerer(client, Caller(), Models(client), "/v1/chat/completions")
-        with pytest.raises(raised):
+        with pytest.raises(raised) as caught:
             asyncio.run(answerer.answer("batch-1", body, set()))
+        refusals.append(caught.value)
+    if type(error) is InvalidRequest:
+        assert [refused.status for refused in refusals if isinstance(refused, Refused)] == [400, 422], "by a worker"
 
 
 def test_what_was_written_is_said_when_it_is_much_or_has_waited(monkeypatch: pytest.MonkeyPatch) -> None:

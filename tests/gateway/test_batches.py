@@ -16,7 +16,7 @@ import pytest
 
 from stoker import AsyncClient
 from stoker.broker import keys
-from stoker.broker.batches import Lease
+from stoker.broker.batches import Batches, BatchRecord, Lease
 from stoker.broker.connection import connect
 from stoker.broker.ledger.ending import DISCARDED
 from stoker.client.asked import generation_share
@@ -292,6 +292,40 @@ def test_a_batch_that_is_cancelled_stops_its_jobs_and_says_so_of_each_line(
     assert not [sent for sent in workers.sent.jobs if _open(workers, sent.job_id)]
     with pytest.raises(openai.ConflictError, match="is cancelled"):
         api.batches.cancel(batch_id)
+
+
+def test_a_batch_begins_and_is_cancelled_without_waiting_for_the_runners_next_look(
+    running: Served, settings: Settings, workers: AsyncFakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch_runner, "LOOK_EVERY", 3600.0)
+    hanging(workers)
+    with gateway(running, settings, workers) as api:
+        batch_id = uploaded(api, [line(number) for number in range(3)])
+        wait_until(lambda: len(workers.sent.jobs) == 3, "jobs are under way")
+        api.batches.cancel(batch_id)
+        assert ended(api, batch_id, 20).status == "cancelled"
+
+
+def test_a_cancel_counts_from_the_first_time_that_it_was_asked_for(settings: Settings) -> None:
+    record = BatchRecord(
+        id="batch_1", owner="me", key=None, models=None, endpoint=URL, input_file="file-1", place="here", window="24h",
+        metadata=None, created=1.0, expires=9, lifetime=9,
+    )  # fmt: skip
+
+    async def asked() -> list[int]:
+        async with AsyncClient(settings=settings) as client:
+            batches = Batches(client.redis)
+            await batches.create(record)
+            found = []
+            for now in (0, 7, 8):
+                if now:
+                    await batches.cancel("batch_1", now)
+                batch = await batches.find("batch_1", "me")
+                assert batch is not None
+                found.append(batch.cancelled)
+            return found
+
+    assert asyncio.run(asked()) == [0, 7, 7]
 
 
 def _open(workers: AsyncFakeClient, job_id: str) -> bool:

@@ -17,7 +17,7 @@ from starlette.datastructures import FormData
 from stoker import AsyncClient
 from stoker.broker import keys
 from stoker.broker.connection import connect
-from stoker.broker.stored_files import FileRecord
+from stoker.broker.stored_files import FileRecord, StoredFiles
 from stoker.files import contents
 from stoker.gateway import files, sweeping, uploads
 from stoker.gateway.access import Keyed
@@ -186,6 +186,30 @@ def test_parts_that_cannot_be_deleted_are_not_forgotten_and_go_at_a_later_sweep(
     asyncio.run(swept(settings))
     assert folders(settings) == []
     assert not redis.exists(where)
+
+
+def test_a_file_that_is_forgotten_though_nothing_of_it_was_stored_leaves_no_key(settings: Settings, redis: Any) -> None:
+    record = FileRecord(
+        id=f"file-{0:032x}", owner="me", filename="a", purpose="batch", created=1.0, expires=9, place="here"
+    )
+
+    async def forget() -> None:
+        async with AsyncClient(settings=settings) as client:
+            await StoredFiles(client.redis).forget(record)
+
+    asyncio.run(forget())
+    assert not redis.exists(keys.file_contents("here"), keys.files("me"), keys.file(record.id))
+
+
+def test_a_gateway_that_stores_nothing_makes_no_folder_by_looking(settings: Settings) -> None:
+    async def look() -> bool:
+        async with AsyncClient(settings=settings) as client:
+            store = Store(client)
+            await store.sweep()
+            return await store.is_used()
+
+    assert not asyncio.run(look())
+    assert not settings.home.exists()
 
 
 def test_what_a_writer_left_that_died_is_swept_an_hour_later(settings: Settings, redis: Any) -> None:

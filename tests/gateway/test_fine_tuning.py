@@ -98,10 +98,10 @@ def ended(redis: Any, job_id: str, **fields: Any) -> None:
 
 
 def succeeded(redis: Any, job_id: str, adapter: str) -> None:
-    known = {"job": job_id, "time": 5000.5, "steps": 3, "loss": 0.5, "held_out_loss": 1.5}
+    known = {"job": job_id, "time": 5000.5, "steps": 2, "loss": 0.5, "held_out_loss": 1.5}
     registry.register(redis, "m", adapter, 4, known, promote=True)
     result = TrainResult(
-        model="m", adapter=adapter, version=4, steps=3, first_loss=2.0, last_loss=0.5, best_step=3, held_out_loss=1.5,
+        model="m", adapter=adapter, version=4, steps=3, first_loss=2.0, last_loss=0.5, best_step=2, held_out_loss=1.5,
         tokens=27, usage=Usage(),
     )  # fmt: skip
     ended(redis, job_id, status="SUCCESS", result=result.model_dump(mode="json"))
@@ -170,7 +170,8 @@ def test_a_run_that_has_ended_has_its_model_its_events_and_its_checkpoint(api: o
     assert (numbers["step"], numbers["train_loss"], numbers["valid_loss"]) == (3, 0.0, 1.5)
     (checkpoint,) = api.fine_tuning.jobs.checkpoints.list(job.id)
     assert checkpoint.fine_tuned_model_checkpoint == "m:house-style@4"
-    assert (checkpoint.step_number, checkpoint.metrics.full_valid_loss) == (3, 1.5)
+    assert (checkpoint.step_number, checkpoint.metrics.full_valid_loss) == (2, 1.5)
+    assert (checkpoint.metrics.step, checkpoint.metrics.train_loss) == (2, 0.5), "of the weights that it has"
     # A day later.
     forget(redis, job.id)
     assert api.fine_tuning.jobs.retrieve(job.id) == done

@@ -60,6 +60,17 @@ def test_a_foreign_page_can_send_nothing_without_asking_and_gets_no_leave(
 
 
 @pytest.mark.parametrize(
+    ("method", "path"),
+    [("POST", "/v1/files"), ("DELETE", "/v1/files/file-1"), ("POST", "/v1/batches/batch_1/cancel"),
+     ("POST", "/v1/fine_tuning/jobs/job/cancel")],
+)  # fmt: skip
+def test_a_page_changes_nothing_where_no_body_of_json_is_asked_for(http: httpx2.Client, method: str, path: str) -> None:
+    """What it may send without being asked for leave."""
+    refused = http.request(method, path, headers={"origin": "http://localhost:3000"})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (403, "origin_not_allowed")
+
+
+@pytest.mark.parametrize(
     "body",
     [b"", b"{", b"[]", b"null", b"1e999", b'{"model": NaN}', b"\xff\xfe", b'"' + b"a" * 100, b"[" * 100_000,
      b'{"model": "\\ud800", "messages": []}', b'{"model": "\\uDFFF", "messages": []}', b'{"a": ' * 50_000],

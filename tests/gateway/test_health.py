@@ -34,6 +34,24 @@ def http(served: Served) -> Iterator[httpx2.Client]:
         yield client
 
 
+def test_a_broker_that_does_not_answer_at_once_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What asks has a time limit of its own, and would take the gateway for dead."""
+    monkeypatch.setattr(health, "WITHIN", 0.01)
+
+    class Mute(AsyncFakeClient):
+        async def workers(self) -> list[Presence]:
+            await asyncio.Event().wait()
+            return []
+
+    async def ask() -> Any:
+        request = Request({"type": "http", "method": "GET", "path": "/readyz", "headers": []})
+        async with asyncio.timeout(20):
+            return await health.Health(Mute(), Numbers()).ready(request)
+
+    answer = asyncio.run(ask())
+    assert (answer.status_code, b"did not answer within 0.01 s" in answer.body) == (503, True)
+
+
 def test_a_gateway_is_ready_while_its_broker_answers_and_a_model_is_warm(
     served: Served, http: httpx2.Client, fake: AsyncFakeClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -66,6 +66,13 @@ def test_a_worker_may_miss_a_few_presences_before_it_counts_as_gone() -> None:
     assert keys.PRESENCE_TTL >= 4 * keys.PRESENCE_EVERY
 
 
+def test_a_letter_whose_name_or_text_is_none_is_shown_as_what_it_is() -> None:
+    found = letters.parse({b"\xff\xfe": b"x", b"good": b"[" * 50_000, b"job": b'{"kind": 1}'})
+    assert list(found) == [r"\xff\xfe", "good", "job"]
+    assert {letter["kind"] for letter in found.values()} == {letters.MESSAGE}
+    assert [letter["bytes"] for letter in found.values()] == [1, 50_000, 11]
+
+
 def test_a_letter_keeps_the_beginning_of_a_message_and_its_length() -> None:
     kept = letters.shown(b"x" * (letters.KEPT + 1000))
     assert kept["bytes"] == letters.KEPT + 1000
