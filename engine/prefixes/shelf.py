@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 import mlx.core as mx
@@ -62,7 +63,7 @@ class Shelf:
         self._decoder, self._owners, self._form = model.decoder, owners, form
         #: One reads at a time: those that come meanwhile for the same entry share what it read.
         self._reading = threading.Lock()
-        self._fetched: weakref.WeakValueDictionary[str, Fetched] = weakref.WeakValueDictionary()
+        self._fetched: weakref.WeakValueDictionary[tuple[Adapter, Path], Fetched] = weakref.WeakValueDictionary()
         #: Prompts whose beginning came from the disk.
         self.hits = 0
 
@@ -86,9 +87,11 @@ class Shelf:
         spared = found.shared - cache.shared(adapter, prompt)
         if spared < SHORTEST or found.length > LONGER * spared:
             return None
-        held = self._fetched.get(str(found.path))
+        # Adapters whose files are alike share an entry on disk, and not in memory.
+        key = adapter, found.path
+        held = self._fetched.get(key)
         if held is None and (read := self._folder.read(found, self._form)) is not None:
-            held = self._fetched[str(found.path)] = Fetched(adapter, *read)
+            held = self._fetched[key] = Fetched(adapter, *read)
         return held
 
     # --- in the engine's thread ---

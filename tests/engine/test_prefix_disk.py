@@ -223,6 +223,15 @@ def test_an_adapter_is_named_by_what_is_in_both_of_its_files(machine: Machine, m
     assert len(names) == 3, "two copies, and each with one file changed"
 
 
+def test_adapters_of_equal_files_share_an_entry_on_disk_and_not_in_memory(machine: Machine, model: LoadedModel) -> None:
+    for name in ("one", "two"):
+        AdapterPool(model, machine.store).save(name, tiny.adapter(model, 2, 1), {})
+    machine.worker(model).answers(ASKED[:2], adapter="one")
+    shelf_, cache = machine.shelf(model), PrefixCache(LIMIT)
+    found = [shelf_.fetch((name, 1), ASKED[2], cache) for name in ("one", "two")]
+    assert [None if each is None else each.adapter for each in found] == [("one", 1), ("two", 1)]
+
+
 def test_requests_that_come_together_read_a_file_once(warm: Machine, model: LoadedModel) -> None:
     shelf_, cache = warm.shelf(model), PrefixCache(LIMIT)
     first, second = (shelf_.fetch(None, prompt, cache) for prompt in ASKED[2:])
