@@ -34,7 +34,7 @@ PATIENCE = 120.0
 
 def loops_folder() -> Path:
     """Where MLX keeps its loops: in the folder for temporary files."""
-    return Path(tempfile.gettempdir()) / "mlx" / mx.__version__ / "cpu"
+    return Path(tempfile.gettempdir()) / "mlx" / str(mx.__version__) / "cpu"  # type: ignore[attr-defined]
 
 
 def compile_once() -> bool:
