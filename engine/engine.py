@@ -34,6 +34,7 @@ from engine.text import trial
 from engine.ticket import StepOutput, Ticket, contained
 from engine.training.memory import BUDGET as RUN_BUDGET
 from engine.training.memory import RunMemory, kept_bytes
+from engine.training.ranks import ALONE, Group
 from engine.warm import WarmModels
 from stoker.contract import (
     AdapterRequest,
@@ -84,8 +85,9 @@ class Engine:
     `publish` gets the entries of a step, from the engine's thread: it must hand them on and return, or raise and have
     taken none. Then it gets the entries of each job alone, and a job whose entries it raises for ends with this error.
     `limits`: of each model's generation. `precision`: what `load` takes. `neighbours`: workers on the same device, for
-    whose streams it makes way. `prefixes`: those on disk; None: there are none. `on_death` is called, from the same
-    thread, if the loop ends by a defect: an engine does not come back, its process has to.
+    whose streams it makes way. `prefixes`: those on disk; None: there are none. `group`: the ranks that share its
+    training runs, of which it is the first. `on_death` is called, from the same thread, if the loop ends by a defect: an
+    engine does not come back, its process has to.
     """
 
     def __init__(
@@ -102,6 +104,7 @@ class Engine:
         precision: PrecisionOptions | None = None,
         neighbours: Neighbours | None = None,
         prefixes: DiskLimits | None = None,
+        group: Group = ALONE,
         on_death: Callable[[], None] = lambda: None,
     ) -> None:
         self._sources = dict(models)
@@ -113,7 +116,9 @@ class Engine:
         self._inbox: queue.SimpleQueue[_Prepared | Errand[Any] | None] = queue.SimpleQueue()
         self._prefixes = PrefixDisk(prefixes, self.store, self._run_errand)
         runs = runs or adapters.parent / "runs"
-        self._warm = WarmModels(self.store, runs, limits or LaneLimits(), adapter_bytes, train_share, self._prefixes)
+        limits = limits or LaneLimits()
+        self._warm = WarmModels(self.store, runs, limits, adapter_bytes, train_share, self._prefixes, group)
+        self._group = group
         self._way = MakingWay(neighbours, train_share)
         self._sparing, self._loads = Sparing(), OwnThread("loading")
         self._ready = threading.Event()
@@ -294,6 +299,11 @@ class Engine:
         return self._prefixes.nbytes
 
     @property
+    def ranks(self) -> int:
+        """Processes that share its training runs, this one included."""
+        return self._group.size
+
+    @property
     def device(self) -> str:
         return probe.device()
 
@@ -320,12 +330,15 @@ class Engine:
             self._stopping = True
             self._sparing.end()
             self._fail_everything()
+            self._group.close()
             leave()
 
     def _load(self) -> None:
+        self._group.join()
         for name, sources in self._sources.items():
             for _ in self._warm.hold(load(name, sources, **self._precision)):
                 pass
+        self._group.hold({name: model.digest for name, model in self.models.items()} if self.ranks > 1 else {})
 
     def step(self) -> None:
         """One turn of the loop: take new work, drop stopped work, run the lane whose turn it is, report."""
@@ -343,8 +356,12 @@ class Engine:
         """The lane whose turn it is; those that make way rest behind a step of theirs."""
         resting = behind if behind and self._way.rest else ()
         return self._warm.share.choose(
-            key for key, lane in self._warm.lanes.items() if lane.busy and key not in resting
+            key for key, lane in self._warm.lanes.items() if lane.busy and key not in resting and not self._waits(lane)
         )
+
+    def _waits(self, lane: AnyLane) -> bool:
+        """Whether a turn of the lane would wait for other ranks, and running streams with it."""
+        return lane.kind == TrainRequest.kind and not self._group.ready
 
     def _take_turn(self, turn: tuple[str, str], *, makes_way: bool) -> None:
         """Run a lane by a step, and report what it made."""
@@ -363,9 +380,10 @@ class Engine:
         return [key for key, lane in self._warm.lanes.items() if lane.busy and KINDS[lane.kind].urgent]
 
     def _rest(self) -> None:
-        """Wait for new work, or for the end of the rest of lanes that make way."""
+        """Wait for new work, for other ranks, or for the end of the rest of lanes that make way."""
         with suppress(queue.Empty):
-            self._take(self._inbox.get(timeout=min(self._way.rest, LOOK_EVERY)))
+            rest = LOOK_EVERY if any(map(self._waits, self._warm.lanes.values())) else self._way.rest
+            self._take(self._inbox.get(timeout=min(rest, LOOK_EVERY)))
 
     def _admit(self) -> None:
         """Take everything that waits; with nothing to run, sleep until something comes."""

@@ -18,6 +18,7 @@ from engine.generation.limits import GenerationLoad, LaneLimits
 from engine.lane import AnyLane
 from engine.prefixes.disk import PrefixDisk
 from engine.training.lane import TrainLane
+from engine.training.ranks import ALONE, Group
 from stoker.contract import ModelCard
 from stoker.contract.kinds import KINDS
 
@@ -30,6 +31,7 @@ class WarmModels:
     changed in place.
 
     `runs`: where training runs have their folders. `adapter_bytes`: what adapters of one model may take in memory.
+    `group`: the ranks that share training runs.
     """
 
     def __init__(
@@ -40,9 +42,11 @@ class WarmModels:
         adapter_bytes: int,
         train_share: float,
         prefixes: PrefixDisk | None = None,
+        group: Group = ALONE,
     ) -> None:
         self._prefixes = prefixes
         self._store, self._runs, self._limits, self._adapter_bytes = store, runs, limits, adapter_bytes
+        self._group = group
         # While only generation and training wait, training gets just this share of the time.
         self._weights = weights_by_kind(train_share)
         #: (model, kind) → the lane that runs such jobs.
@@ -71,7 +75,7 @@ class WarmModels:
             shelf = None if self._prefixes is None else self._prefixes.shelf(model)
             generate = GenerateLane(model, pool, self._limits, shelf)
             yield from generate.warming()
-            lanes = [generate, TrainLane(model, pool, self._runs), AdapterLane(model, pool)]
+            lanes = [generate, TrainLane(model, pool, self._runs, self._group.of(model.name)), AdapterLane(model, pool)]
         for lane in lanes:
             self.share.add((model.name, lane.kind), self._weights[lane.kind], urgent=KINDS[lane.kind].urgent)
         self.models, self.pools = {**self.models, model.name: model}, {**self.pools, **pools}

@@ -97,6 +97,10 @@ class Settings(BaseSettings):
     quantize: Literal["4bit", "8bit", "keep", "none"] | None = None
     #: Weights that share a scale, when `quantize` is `4bit` or `8bit`.
     group_size: Literal[32, 64, 128] = 64
+    #: Processes of this machine that train together as one worker (`stoker worker --group-size`).
+    ranks: int = Field(default=1, ge=1, le=64)
+    #: Name of a worker whose ranks `mlx.launch` starts, on one host or several (`stoker worker --group`).
+    group: Annotated[str, StringConstraints(pattern=NAME_PATTERN)] | None = None
     #: Where a worker serves its metrics: a port of loopback, or HOST:PORT. Unset: nowhere; the monitor has them.
     metrics: str | None = None
     #: Fused kernels: `auto`, `off`, or names. Read by the engine.
@@ -263,6 +267,8 @@ class Overrides(TypedDict, total=False):
     dtype: Literal["float32", "float16", "bfloat16"] | None
     quantize: Literal["4bit", "8bit", "keep", "none"] | None
     group_size: Literal[32, 64, 128] | None
+    ranks: int | None
+    group: str | None
     metrics: str | None
     kernels: str | None
     log: Literal["auto", "human", "json"] | None

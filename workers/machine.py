@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 
 from stoker.catalogue import parse_models
 from stoker.settings import Settings
+from workers.group.starting import place_of_group
 
 if TYPE_CHECKING:
+    from engine.checkpoints.loading import PrecisionOptions
     from engine.engine import Engine
     from engine.generation.limits import LaneLimits
     from engine.platform.blas import BlasReport
@@ -42,6 +44,8 @@ def make_engine(settings: Settings, publish: Callable[[list[Entry]], None], on_d
     from engine.engine import Engine
     from engine.platform.probe import choose_kernels, describe_kernels, memory
     from engine.prefixes.disk import DiskLimits
+    from engine.training.ranks import ALONE
+    from workers.group.leader import Leader, leader_of
     from workers.neighbours import neighbours_of
 
     choose_kernels(settings.kernels)
@@ -49,7 +53,9 @@ def make_engine(settings: Settings, publish: Callable[[list[Entry]], None], on_d
     log.info("kernels: %s", describe_kernels())
     if report.active and not blas.verify():
         log.warning("MLX does not use the fast BLAS that was loaded: expect a thirtieth of its speed")
-    return Engine(
+    place = place_of_group(settings)
+    group = ALONE if place is None else leader_of(settings, *place)
+    engine = Engine(
         parse_models(settings.models),
         adapters=settings.adapters,
         runs=settings.runs,
@@ -58,11 +64,20 @@ def make_engine(settings: Settings, publish: Callable[[list[Entry]], None], on_d
         train_share=settings.train_share,
         adapter_bytes=settings.adapter_memory << 20,
         run_bytes=settings.train_memory << 20 if settings.train_memory else memory() // 8,
-        precision={"dtype": settings.dtype, "quantize": settings.quantize, "group_size": settings.group_size},
+        precision=precision_of(settings),
         prefixes=DiskLimits(settings.prefixes, settings.prefix_disk << 20),
         neighbours=neighbours_of(settings, device_here()),
+        group=group,
         on_death=on_death,
     )
+    if isinstance(group, Leader):
+        group.woken = engine.wake
+    return engine
+
+
+def precision_of(settings: Settings) -> PrecisionOptions:
+    """What weights are kept in."""
+    return {"dtype": settings.dtype, "quantize": settings.quantize, "group_size": settings.group_size}
 
 
 def device_here() -> str:

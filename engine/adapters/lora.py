@@ -123,7 +123,8 @@ class TrainableLora:
 
     `linears` is needed for DoRA alone: name → frozen layer. `squares`: name → its `square_norms`.
     `dropout` p sets each input of A to 0 with probability p and divides the others by 1 − p; its draws depend on `key`
-    and on the layer alone.
+    and on the layer alone. `drawn`: (examples, first), where x has the examples of a larger batch from `first` on: the
+    draws are those that they have in it.
     """
 
     apart = True
@@ -137,10 +138,11 @@ class TrainableLora:
         squares: Mapping[str, mx.array] | None = None,
         dropout: float = 0.0,
         keys: Mapping[str, mx.array] | None = None,
+        drawn: tuple[int, int] | None = None,
     ) -> None:
         self._matrices, self._scale = matrices, scale
         self._linears, self._squares = linears or {}, squares or {}
-        self._dropout, self._keys = dropout, keys or {}
+        self._dropout, self._keys, self._drawn = dropout, keys or {}, drawn
 
     def apply(self, name: str, x: mx.array, y: mx.array) -> mx.array:
         """`x`: (rows, tokens, in), the layer's input; `y`: (rows, tokens, out), what the frozen layer made of it."""
@@ -162,7 +164,9 @@ class TrainableLora:
     def _dropped(self, name: str, x: mx.array) -> mx.array:
         if not self._dropout:
             return x
-        kept = mx.random.bernoulli(1.0 - self._dropout, x.shape, key=self._keys[name])
+        examples, first = self._drawn or (x.shape[0], 0)
+        kept = mx.random.bernoulli(1.0 - self._dropout, (examples, *x.shape[1:]), key=self._keys[name])
+        kept = kept[first : first + x.shape[0]]
         return mx.where(kept, x * (1.0 / (1.0 - self._dropout)), mx.zeros_like(x))
 
 

@@ -187,12 +187,14 @@ def dataset_digest(examples: Sequence[TokenizedExample]) -> str:
     return digest.hexdigest()[:16]
 
 
-def collate(examples: Sequence[TokenizedExample], align: int = 1) -> TrainingBatch:
+def collate(examples: Sequence[TokenizedExample], align: int = 1, part: slice = slice(None)) -> TrainingBatch:
     """Make one batch. Causal attention never looks right, so the padding needs no mask: no target sees it.
 
-    Sizes are rounded up to a multiple of `align`, so that a compiled step meets few shapes.
+    Sizes are rounded up to a multiple of `align`, so that a compiled step meets few shapes. `part`: of the examples;
+    their rows are as long as those of the whole batch.
     """
     width = _up(max(map(len, examples)) - 1, align)
+    examples = examples[part]
     inputs = np.zeros((len(examples), width), dtype=np.int32)
     positions, targets = [], []
     for row, example in enumerate(examples):

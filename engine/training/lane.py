@@ -17,8 +17,9 @@ from engine.checkpoints.loading import LoadedModel
 from engine.fair import FairShare
 from engine.ticket import StepOutput, Ticket
 from engine.training.data import TokenizedExample, allowed_length, tokenize
+from engine.training.ranks import ALONE, Group
 from engine.training.run import TrainingRun
-from stoker.contract import TrainRequest, TrainResult, Usage
+from stoker.contract import TrainReport, TrainRequest, TrainResult, Usage
 from stoker.contract.dataset import TrainInput, iterate_lines
 from stoker.contract.names import Rule, checked
 from stoker.errors import DatasetError, JobCancelled, WorkerUnavailable
@@ -38,12 +39,13 @@ class TrainWork:
 
 
 class TrainLane:
-    """`runs`: where each run has its folder, named as its job."""
+    """`runs`: where each run has its folder, named as its job. `group`: the ranks that share the steps; a turn of the
+    lane is for when they are ready."""
 
     kind = TrainRequest.kind
 
-    def __init__(self, model: LoadedModel, pool: AdapterPool, runs: Path) -> None:
-        self._model, self._folder = model, runs
+    def __init__(self, model: LoadedModel, pool: AdapterPool, runs: Path, group: Group = ALONE) -> None:
+        self._model, self._folder, self._group = model, runs, group
         #: Where its adapters serve.
         self.pool = pool
         #: Every job that was admitted and has not ended; None: its first turn comes.
@@ -117,9 +119,10 @@ class TrainLane:
         try:
             if run is None:
                 return self._begin(work), False
+            self._group.check(work.ticket.job_id)
             if run.finished:
                 return self._finish(work, run), True
-            report = run.advance()
+            report = self._advance(work, run)
         except Exception as error:
             self._fail(work, run, error)
             return StepOutput(), True
@@ -130,10 +133,21 @@ class TrainLane:
     def _begin(self, work: TrainWork) -> StepOutput:
         work.ticket.start()
         name = checked(Rule.JOB_ID, "job id", work.ticket.job_id)
-        run = TrainingRun(self._model, work.request, work.examples, self._folder / name, work.kept)
+        run = TrainingRun(self._model, work.request, work.examples, self._folder / name, work.kept, self._group)
         self._runs[work] = run
+        if self._group.size > 1:
+            self._group.begin(run.plan(name))
         # What was reported before may not have reached the broker: it drops what it has.
         return StepOutput(entries=[(work.ticket, report) for report in run.reported])
+
+    def _advance(self, work: TrainWork, run: TrainingRun) -> TrainReport | None:
+        """A turn of the run, on all ranks."""
+        if self._group.size == 1:
+            return run.advance()
+        self._group.advance(work.ticket.job_id)
+        report = run.advance()
+        self._group.advanced(work.ticket.job_id, run.witness)
+        return report
 
     def _finish(self, work: TrainWork, run: TrainingRun) -> StepOutput:
         request, state = work.request, run.state
@@ -177,13 +191,17 @@ class TrainLane:
 
     def _leave(self, work: TrainWork) -> None:
         self._share.remove(work)
+        if self._runs[work] is not None:
+            self._group.end(work.ticket.job_id)
         # Last, when nothing can fail any more: a job that is neither held nor in the step's output would be lost.
         del self._runs[work]
 
     def fail_all(self, error: BaseException) -> None:
         for work, run in self._runs.items():
-            if run is not None and isinstance(error, WorkerUnavailable):
-                self._pause(run)
+            if run is not None:
+                if isinstance(error, WorkerUnavailable):
+                    self._pause(run)
+                self._group.end(work.ticket.job_id)
             work.ticket.fail(error)
         self._runs, self._share = {}, FairShare({})
 

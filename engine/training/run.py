@@ -12,6 +12,7 @@ from engine.training.carried import CHECKPOINTS, LOG_FILE
 from engine.training.checkpoint import Checkpoints
 from engine.training.data import TokenizedExample, dataset_digest, divided, with_steps
 from engine.training.log import RunLog
+from engine.training.ranks import ALONE, Ranks, RunPlan
 from engine.training.state import TrainState
 from engine.training.trainer import Trainer
 from stoker.contract import TrainReport, TrainRequest
@@ -35,13 +36,15 @@ class TrainingRun:
         examples: Sequence[TokenizedExample],
         folder: Path,
         kept: Callable[[], object] = lambda: None,
+        ranks: Ranks = ALONE,
     ) -> None:
-        """`kept` is called when there is a new checkpoint. Raises `ModelError` for a folder of another run or with a
-        damaged checkpoint, `DatasetError` for a dataset that cannot be split as asked."""
+        """`ranks`: those that share its steps; the folder is rank 0's. `kept` is called when there is a new checkpoint.
+        Raises `ModelError` for a folder of another run or with a damaged checkpoint, `DatasetError` for a dataset that
+        cannot be split as asked."""
         learned, held_out = divided(examples, request)
         request = with_steps(request, len(learned))
-        self._model, self._request, self._kept = model, request, kept
-        self._trainer = Trainer(model.decoder, request, learned, held_out)
+        self._model, self._request, self._examples, self._kept = model, request, examples, kept
+        self._trainer = Trainer(model.decoder, request, learned, held_out, ranks)
         made_of = {
             "model": model.name,
             "base": model.digest,
@@ -69,6 +72,16 @@ class TrainingRun:
         """Say in the run's folder how it stands."""
         write_json(self._file, {**self._said, "status": status, "step": self._trainer.state.step})
 
+    def plan(self, run: str) -> RunPlan:
+        """For the other ranks, before the first turn. `run`: what they shall call it."""
+        trainer = self._trainer
+        return RunPlan(run, self._model.name, self._request, self._examples, trainer.state, trainer.anchor)
+
+    @property
+    def witness(self) -> str:
+        """See `Trainer.witness`."""
+        return self._trainer.witness
+
     @property
     def state(self) -> TrainState:
         return self._trainer.state
@@ -95,9 +108,10 @@ class TrainingRun:
 
     def pause(self) -> None:
         """Keep the run as it is now, so that the process that opens it next goes on from here."""
-        if self._trainer.state.micro:
+        state = self._trainer.resumable
+        if state.micro:
             self._log.sync()
-            self._checkpoints.pause(self._trainer.state, self._trainer.adapter())
+            self._checkpoints.pause(state, self._trainer.adapter(state))
 
     def adapter(self) -> LoraWeights:
         """What the run is for: the adapter of the step with the least held-out loss, else of the last."""

@@ -1,13 +1,20 @@
 """The trainer: a generator that advances by one micro-step a turn and yields a report a step.
 
-The caller decides when the next micro-step runs, and may stop between any two: `state` is then all there is to keep.
+The caller decides when the next micro-step runs, and may stop between any two: `resumable` is then all there is to
+keep.
+
+On a group each rank has a trainer of the run, and all make their turns together: each takes its share of the
+micro-batches, the sums over all ranks are made in turns of their own, and behind them every rank has the same state.
 """
 
 from __future__ import annotations
 
+import json
 import time
+import zlib
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -29,6 +36,7 @@ from engine.training.flat import FlatLayout
 from engine.training.guard import MAX_ROLLBACKS, RATE_FACTOR, divergence
 from engine.training.loss import cross_entropy
 from engine.training.optimizer import Moments, adamw, clipped
+from engine.training.ranks import ALONE, Ranks, as_floats, from_floats, part_of, share_of
 from engine.training.schedule import learning_rate
 from engine.training.state import TrainState
 from stoker.contract import TrainReport, TrainRequest
@@ -39,7 +47,7 @@ _ALIGN = 64
 
 
 class Trainer:
-    """One run on `decoder`, whose own weights stay as they are.
+    """One run on `decoder`, whose own weights stay as they are. `ranks`: those that share its steps.
 
     `state` and `anchor` come from a checkpoint when a run goes on: the anchor is the last regular checkpoint, to which
     a run that diverges is rolled back.
@@ -51,8 +59,9 @@ class Trainer:
         request: TrainRequest,
         examples: Sequence[TokenizedExample],
         held_out: Sequence[TokenizedExample] = (),
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.request = request
+        self.request, self._ranks = request, ranks
         self.decoder = decoder
         self.linears = decoder.linears
         targets = chosen_targets(decoder.linear_shapes, request.targets)
@@ -67,9 +76,15 @@ class Trainer:
         self._align = 1 if on_cpu() else _ALIGN
         self._slope = compiled(mx.value_and_grad(self.training_loss))
         self._value = compiled(self.held_out_loss)
+        # Of micro-batches that are dealt out this rank has the same examples each time.
+        size = min(request.batch_size, len(examples))
+        self._part = part_of(size, ranks)
+        self._slope_of_part = compiled(mx.value_and_grad(partial(self.training_loss, drawn=(size, self._part.start))))
         weights = self.layout.pack(start)
         self.state = TrainState(weights, Moments.zeros(self.layout.size))
         self.anchor = self.state
+        #: Of a step under way on a group: where it began.
+        self._began: TrainState | None = None
         mx.eval(self.state.arrays)
 
     def run(self) -> Generator[TrainReport | None, None, None]:
@@ -95,6 +110,23 @@ class Trainer:
         """Whether the state is one that a regular checkpoint keeps."""
         return self.state is self.anchor and self.state.step > 0
 
+    @property
+    def resumable(self) -> TrainState:
+        """A state from which any number of ranks may go on: now, or on a group, whose ranks have each a part of the
+        step under way, where that began."""
+        return self._began or self.state
+
+    @property
+    def witness(self) -> str:
+        """What each rank must say alike between two turns; "" within a step. At a checkpoint it has the weights'
+        checksum."""
+        state = self.state
+        if self._began is not None:
+            return ""
+        numbers = {**state.numbers, "unreported": state.unreported is not None}
+        weights = zlib.crc32(np.array(state.weights).tobytes()) if self.is_anchor else 0
+        return f"{zlib.crc32(json.dumps(numbers).encode()):08x}-{weights:08x}"
+
     def adapter(self, state: TrainState | None = None) -> LoraWeights:
         """The adapter as it is in `state`, by default now."""
         matrices = self.layout.unpack((state or self.state).weights)
@@ -105,30 +137,60 @@ class Trainer:
         """Micro-steps until the optimizer's, which either makes a new state or rolls back."""
         began = time.perf_counter()
         before = self.state.tokens
+        self._began = self.state if self._ranks.size > 1 else None
         while True:
             self._micro_step()
             if self.state.micro % self.request.accumulation == 0:
                 break
             yield None
+        if self._ranks.size > 1:
+            # Only when each has its share does any wait for the sum.
+            yield None
+            self._sum_up(before)
+            yield None
         problem = self._optimize(began, before)
+        self._began = None
         if problem:
             yield self._roll_back(problem)
 
     def _micro_step(self) -> None:
         """One forward and backward pass: add its gradient to the state's sum."""
         state = self.state
-        batch = collate(self._batches.examples(state.micro), self._align)
-        loss, gradient = self._slope(state.weights, self._key(state.micro), *_arrays(batch))
+        share = share_of(state.micro, self.request.accumulation, self._ranks)
+        part = slice(None) if share.whole else self._part
+        examples = self._batches.examples(share.micro)
+        if not examples[part]:
+            # Fewer examples than ranks: this one idles.
+            self.state = replace(state, micro=share.after)
+            return
+        batch = collate(examples, self._align, part)
+        slope = self._slope if share.whole else self._slope_of_part
+        loss, gradient = slope(state.weights, self._key(share.micro), *_arrays(batch))
         if state.gradient is not None:
             gradient = state.gradient + gradient
         mx.eval(loss, gradient)
         self.state = replace(
             state,
-            micro=state.micro + 1,
+            micro=share.after,
             gradient=gradient,
             loss_sum=state.loss_sum + _number(loss),
             targets=state.targets + batch.count,
             tokens=state.tokens + batch.tokens,
+        )
+
+    def _sum_up(self, before: int) -> None:
+        """Make each rank's part of the step the whole step. `before`: tokens where it began."""
+        state = self.state
+        gradient = mx.zeros((self.layout.size,)) if state.gradient is None else state.gradient
+        own = as_floats(state.loss_sum, state.targets, state.tokens - before)
+        total = self._ranks.sum(mx.concatenate([gradient, own]))
+        loss, (targets, tokens) = from_floats(np.array(total[self.layout.size :]).tolist())
+        self.state = replace(
+            state,
+            gradient=total[: self.layout.size],
+            loss_sum=loss,
+            targets=targets,
+            tokens=before + tokens,
         )
 
     def _optimize(self, began: float, before: int) -> str | None:
@@ -216,11 +278,15 @@ class Trainer:
 
     def _evaluate(self) -> Generator[None, None, float]:
         """Mean loss over the held-out examples, without dropout and smoothing."""
-        total, count = 0.0, 0
-        for examples in self._held_out:
-            batch = collate(examples, self._align)
-            total += _number(self._value(self.state.weights, *_arrays(batch)))
-            count += batch.count
+        total, count, ranks = 0.0, 0, self._ranks
+        for first in range(0, len(self._held_out), ranks.size):
+            for examples in self._held_out[first + ranks.rank : first + ranks.rank + 1]:
+                batch = collate(examples, self._align)
+                total += _number(self._value(self.state.weights, *_arrays(batch)))
+                count += batch.count
+            yield None
+        if ranks.size > 1:
+            total, (count,) = from_floats(np.array(ranks.sum(as_floats(total, count))).tolist())
             yield None
         return total / count
 
@@ -229,10 +295,18 @@ class Trainer:
         draws = np.random.default_rng((self.request.seed, micro, 2)).integers(2**32, size=2, dtype=np.uint32)
         return mx.array(draws)
 
-    def training_loss(self, weights: mx.array, key: mx.array, inputs: mx.array, *wanted: mx.array) -> mx.array:
+    def training_loss(
+        self,
+        weights: mx.array,
+        key: mx.array,
+        inputs: mx.array,
+        *wanted: mx.array,
+        drawn: tuple[int, int] | None = None,
+    ) -> mx.array:
+        """`drawn`: as `TrainableLora` has it."""
         matrices = self.layout.unpack(weights)
         keys = dropout_keys(matrices, key) if self.request.dropout else {}
-        return self.loss(self._hidden(inputs, matrices, keys), self.request.label_smoothing, *wanted)
+        return self.loss(self._hidden(inputs, matrices, keys, drawn), self.request.label_smoothing, *wanted)
 
     def held_out_loss(self, weights: mx.array, inputs: mx.array, *wanted: mx.array) -> mx.array:
         return self.loss(self._hidden(inputs, self.layout.unpack(weights), {}), 0.0, *wanted)
@@ -248,21 +322,27 @@ class Trainer:
         chosen = hidden.reshape(-1, hidden.shape[-1])[positions]
         return cross_entropy(self.decoder.logits, chosen, targets, weights, smoothing)
 
-    def _hidden(self, inputs: mx.array, matrices: Matrices, keys: dict[str, mx.array]) -> mx.array:
+    def _hidden(
+        self,
+        inputs: mx.array,
+        matrices: Matrices,
+        keys: dict[str, mx.array],
+        drawn: tuple[int, int] | None = None,
+    ) -> mx.array:
         """Hidden states after the final norm; dropout where there are keys."""
         if not self.request.gradient_checkpointing:
-            return self.decoder(inputs, adapters=self._adapters(matrices, keys))
+            return self.decoder(inputs, adapters=self._adapters(matrices, keys, drawn))
 
         def checkpointed(layer: DecoderBlock, x: mx.array) -> mx.array:
             # What is to be differentiated must come as an argument of what is checkpointed, and nothing else may.
             own = {linear.name: matrices[linear.name] for linear in layer.linears if linear.name in matrices}
-            run = mx.checkpoint(lambda x, own: layer(x, None, self._adapters(own, keys)))
+            run = mx.checkpoint(lambda x, own: layer(x, None, self._adapters(own, keys, drawn)))
             found: mx.array = run(x, own)
             return found
 
-        return self.decoder(inputs, adapters=self._adapters(matrices, keys), run_block=checkpointed)
+        return self.decoder(inputs, adapters=self._adapters(matrices, keys, drawn), run_block=checkpointed)
 
-    def _adapters(self, matrices: Matrices, keys: dict[str, mx.array]) -> TrainableLora:
+    def _adapters(self, matrices: Matrices, keys: dict[str, mx.array], drawn: tuple[int, int] | None) -> TrainableLora:
         return TrainableLora(
             matrices,
             self.config.scale,
@@ -270,6 +350,7 @@ class Trainer:
             squares=self._squares,
             dropout=self.request.dropout if keys else 0.0,
             keys=keys,
+            drawn=drawn,
         )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -52,7 +52,7 @@ def up(
             presence = stack.wait_until_warm()
         joined = "" if stack.joined is None else f"  (of the `stoker up` that runs already, process {stack.joined})"
         print(f"broker  {stack.settings.address.shown}{joined}")
-        print(f"worker  {', '.join(card.model for card in presence.models)} warm on {presence.device}")
+        print(f"worker  {', '.join(card.model for card in presence.models)} warm on {presence.place}")
         if stack.flower_url:
             print(f"flower  {stack.flower_url}  (user {USER}, password {stack.flower_password})")
         if stack.gateway_url:
@@ -111,21 +111,36 @@ def worker(
         Path | None,
         typer.Option(help="File of NAME=VALUE lines, for this user alone: settings that win over the shell's."),
     ] = None,
+    group: Annotated[
+        str | None,
+        typer.Option(help="Name of a worker of several ranks, each started by mlx.launch with this same command."),
+    ] = None,
+    group_size: Annotated[
+        int | None,
+        typer.Option(help="Processes of this machine that train together as this worker.", min=1, max=64),
+    ] = None,
     url: Url = None,
 ) -> None:
     """Run one worker in the foreground. `install` lets it start by itself."""
     from stoker.local.naming import take_name
     from stoker.local.service import read_environment
-    from stoker.local.stack import wait_for_broker, worker_command
+    from stoker.local.stack import rank_command, wait_for_broker, worker_command
 
     if context.invoked_subcommand is not None:
-        if model or name or env_file or url:
+        if model or name or env_file or group or group_size or url:
             raise typer.BadParameter(f"options stand behind the command: stoker worker {context.invoked_subcommand} …")
         return
     if env_file is not None:
         os.environ |= read_environment(env_file)
-    settings = _settings(model, url)
+    settings = _settings(model, url, group=group, ranks=group_size)
+    if settings.group is not None and settings.ranks > 1:
+        raise ConfigError(
+            "a group and a group size given; mlx.launch says how many ranks a group has. Give --group or --group-size."
+        )
     make_home(settings.home)
+    if settings.group is not None and os.environ.get("MLX_RANK", "0") != "0":
+        _become(rank_command(), settings.environment())
+    name = name or settings.group
     if name is None:
         node, lock = take_name(settings)
         # The worker that this process becomes keeps the name for as long as it lives.
@@ -135,7 +150,11 @@ def worker(
     command = worker_command(settings, node)
     with progress_shown("looking for the broker") as report:
         wait_for_broker(settings, report)
-    os.environ |= settings.environment() | {"STOKER_URL": settings.address.url}
+    _become(command, settings.environment() | {"STOKER_URL": settings.address.url})
+
+
+def _become(command: list[str], environment: dict[str, str]) -> NoReturn:
+    os.environ |= environment
     hold_back()
     os.execv(command[0], command)
 
@@ -162,8 +181,10 @@ def _serve_flower(settings: Settings, address: str, port: int, hosts: list[str])
     serve(settings, address, port, frozenset(name.lower() for name in hosts), lambda text: print(text, flush=True))
 
 
-def _settings(models: list[str] | None, url: str | None) -> Settings:
-    settings = load_settings(models=tuple(models) if models else None, url=url)
+def _settings(
+    models: list[str] | None, url: str | None, *, group: str | None = None, ranks: int | None = None
+) -> Settings:
+    settings = load_settings(models=tuple(models) if models else None, url=url, group=group, ranks=ranks)
     parse_models((*settings.models, *settings.on_demand))
     return settings
 
@@ -210,7 +231,7 @@ def _show_disk(as_json: bool) -> None:
 
 def _describe(worker: Presence) -> Iterator[str]:
     yield (
-        f"{worker.worker}  on {worker.device}, process {worker.pid}, up {worker.time - worker.started:.0f} s, "
+        f"{worker.worker}  on {worker.place}, process {worker.pid}, up {worker.time - worker.started:.0f} s, "
         f"{worker.memory_bytes / 2**20:.0f} MB"
     )
     states = {state.model: state for state in worker.states}

@@ -96,3 +96,10 @@ class Presence(Notice):
     states: tuple[ModelState, ...] = ()
     #: Bytes that the weights of its models may take together; 0: not said.
     model_limit: int = 0
+    #: Processes that train together as this worker; this one is the first.
+    ranks: int = Field(default=1, ge=1)
+
+    @property
+    def place(self) -> str:
+        """What it runs on, for people."""
+        return self.device if self.ranks == 1 else f"{self.device}, {self.ranks} ranks"

@@ -227,13 +227,24 @@ def wait_for_broker(settings: Settings, report: Callable[[str], None]) -> None:
         client.close()
 
 
-def celery_command(command: str) -> list[str]:
-    """How to run one of Celery's commands on the worker's app; raises `ConfigError` where the app is not to be had."""
+def _require_workers() -> None:
+    """Raises `ConfigError` where workers are not to be had."""
     if importlib.util.find_spec("workers") is None or importlib.util.find_spec("mlx") is None:
         raise ConfigError(
             "this installation has the client alone. Workers run from a checkout: clone Stoker, then `make venv`; "
             "or use the image (docker compose --profile cpu-worker up)."
         )
+
+
+def rank_command() -> list[str]:
+    """A rank of a group behind its first one. Raises `ConfigError`."""
+    _require_workers()
+    return [sys.executable, "-m", "workers.rank"]
+
+
+def celery_command(command: str) -> list[str]:
+    """How to run one of Celery's commands on the worker's app; raises `ConfigError` where the app is not to be had."""
+    _require_workers()
     # Flower takes the arguments of Celery's own module for its own.
     module = "workers" if command == "worker" else "celery"
     # Quiet: without the banner, which shows of a broker's URL what its readers take for a user.

@@ -144,6 +144,7 @@ BROKER_LATENCY = Metric(
     (), _ROUND_TRIPS,
 )  # fmt: skip
 MEMORY = Metric("stoker_memory_bytes", "gauge", "Memory that MLX holds.")
+RANKS = Metric("stoker_ranks", "gauge", "Processes that train together as the worker.")
 STARTED = Metric("stoker_worker_start_time_seconds", "gauge", "When the worker was started, seconds since the epoch.")
 
 WORKER = (
@@ -151,7 +152,7 @@ WORKER = (
     PREFIX_HITS, PREFIX_TOKENS, PREFIX_DISK_HITS, PREFIX_DISK, BATCH, ENGINE_BUSY, KV_CACHE, KV_LIMIT, PREEMPTIONS,
     TRACES, ADAPTERS, TRAIN_LOSS, TRAIN_STEP, TRAIN_STEPS, TRAIN_SPEED, LANE_JOBS, LANE_LIMIT, LEASE_RENEWALS,
     PUBLISH_LAG, UNPUBLISHED,
-    BROKER_LATENCY, MEMORY, STARTED,
+    BROKER_LATENCY, MEMORY, RANKS, STARTED,
 )  # fmt: skip
 
 # --- of a gateway: what its own `/metrics` has ---

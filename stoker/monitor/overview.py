@@ -196,7 +196,7 @@ def _worker(presence: Presence, rate: float) -> Worker:
     return Worker(
         id=presence.worker,
         node=node_of(presence.worker),
-        device=presence.device,
+        device=presence.place,
         up=max(0.0, presence.time - presence.started),
         memory_bytes=presence.memory_bytes,
         models=tuple(_models(presence)),

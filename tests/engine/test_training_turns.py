@@ -156,9 +156,9 @@ def test_turns_are_fair_by_time_and_each_is_one_forward_pass(
     """A run whose steps take five times as long has a fifth of the turns. Streams wait for one micro-step at most."""
     passes: list[int] = []
 
-    def counted(given: Sequence[TokenizedExample], align: int) -> TrainingBatch:
+    def counted(given: Sequence[TokenizedExample], align: int, part: slice) -> TrainingBatch:
         passes.append(len(given))
-        return collate(given, align)
+        return collate(given, align, part)
 
     monkeypatch.setattr(trainer_module, "collate", counted)
     for name in ("5", "1"):

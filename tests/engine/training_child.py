@@ -19,6 +19,7 @@ blas.boot(1)
 
 import mlx.core as mx  # noqa: E402
 
+from engine.checkpoints.loading import LoadedModel  # noqa: E402
 from engine.models.llama import Llama  # noqa: E402
 from engine.training.data import tokenize  # noqa: E402
 from engine.training.run import TrainingRun  # noqa: E402
@@ -45,9 +46,13 @@ def chatty() -> None:
     os.fsync = fsync  # type: ignore[assignment]
 
 
-def open_run(home: Path, options: dict[str, Any], kept: Callable[[], object] = lambda: None) -> TrainingRun:
+def tiny_model() -> LoadedModel:
     mx.random.seed(7)
-    model = tiny.loaded(Llama(TINY, RandomTensors()))
+    return tiny.loaded(Llama(TINY, RandomTensors()))
+
+
+def open_run(home: Path, options: dict[str, Any], kept: Callable[[], object] = lambda: None) -> TrainingRun:
+    model = tiny_model()
     return TrainingRun(model, tiny.asking(**options), tokenize(EXAMPLES, model.tokenizer, 64), home / "run", kept)
 
 

@@ -14,7 +14,8 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 
 from tests.conftest import wait_until
-from workers.services.background import EXIT_CODE, SAY_EVERY, Background
+from workers.ending import EXIT_CODE
+from workers.services.background import SAY_EVERY, Background
 
 WRONG_TYPE = ResponseError("WRONGTYPE Operation against a key holding the wrong kind of value")
 
@@ -147,7 +148,7 @@ def test_a_thread_that_never_began_is_not_waited_for() -> None:
 def test_a_process_that_ends_itself_has_written_its_log(tmp_path: Path) -> None:
     code = (
         "import logging, logging.handlers, sys\n"
-        "from workers.services.background import end_process\n"
+        "from workers.ending import end_process\n"
         "held = logging.handlers.MemoryHandler(9, logging.CRITICAL + 1, logging.FileHandler(sys.argv[1]))\n"
         "logging.getLogger().addHandler(held)\n"
         "logging.error('the last words')\n"

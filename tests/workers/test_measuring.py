@@ -37,6 +37,7 @@ def runtime(broker: Settings) -> Iterator[Any]:
         adapters={"base": ("style@1", "style@2")},
         memory_bytes=9,
         prefix_bytes=11,
+        ranks=2,
     )
     made: Any = SimpleNamespace(
         redis=redis, name="w@here/1", engine=engine, numbers=Numbers(), started=0.0, stopped=threading.Event(),
@@ -93,6 +94,7 @@ def test_a_report_has_how_things_stand_and_expires(measuring: Measuring, broker:
     assert values["stoker_prefix_disk_bytes", ()] == 11
     assert values["stoker_adapters_held", ("base",)] == 2
     assert values["stoker_memory_bytes", ()] == 9
+    assert values["stoker_ranks", ()] == 2
     assert values["stoker_unpublished_entries", ()] == 4
     assert values["stoker_lane_jobs", ("generate",)] == 1
     assert values["stoker_lane_jobs_limit", ("generate",)] == 16

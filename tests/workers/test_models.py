@@ -43,7 +43,7 @@ def card(model: str, kinds: Sequence[str] = KINDS) -> ModelCard:
 class FakeEngine:
     """Holds what a test gives it. `headers` and `files`: models whose headers, or weights, cannot be read."""
 
-    device, memory_bytes = "cpu", 0
+    device, memory_bytes, ranks = "cpu", 0, 1
     adapters: Mapping[str, tuple[str, ...]] = {}
 
     def __init__(self) -> None:

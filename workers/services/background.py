@@ -8,7 +8,6 @@ the thread itself ends the process, and a supervisor starts another.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections.abc import Callable
 
@@ -16,19 +15,12 @@ from redis.exceptions import RedisError
 
 from stoker.broker.connection import passes
 from stoker.logs.redaction import shown
+from workers.ending import EXIT_CODE, end_process
 
 log = logging.getLogger(__name__)
 
-#: The exit code of a worker that has lost a thread, or whose engine hangs (EX_SOFTWARE).
-EXIT_CODE = 70
 #: Rounds with the same trouble between two lines of the log.
 SAY_EVERY = 100
-
-
-def end_process(code: int = EXIT_CODE) -> None:
-    logging.shutdown()
-    # Not sys.exit: it ends only its own thread, and then waits for threads that hang.
-    os._exit(code)
 
 
 class Background:

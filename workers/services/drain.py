@@ -16,7 +16,8 @@ from redis.exceptions import RedisError
 from stoker.broker.connection import connect
 from stoker.contract.kinds import KINDS
 from workers.deliveries import Deliveries
-from workers.services.background import Background, end_process
+from workers.ending import end_process
+from workers.services.background import Background
 from workers.services.runtime import Runtime
 
 log = logging.getLogger(__name__)

@@ -126,5 +126,6 @@ class Measuring:
         numbers.of(metrics.LEASE_RENEWALS, "failed").set(self._health.failures)
         numbers.of(metrics.PREFIX_DISK).set(engine.prefix_bytes)
         numbers.of(metrics.MEMORY).set(engine.memory_bytes)
+        numbers.of(metrics.RANKS).set(engine.ranks)
         numbers.of(metrics.UNPUBLISHED).set(self._runtime.publisher.unsent)
         return numbers.report(self._runtime.name)

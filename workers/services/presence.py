@@ -74,4 +74,5 @@ class Heart:
             offers=residency.offers,
             states=residency.states,
             model_limit=residency.limit,
+            ranks=engine.ranks,
         )

@@ -16,7 +16,8 @@ from redis.exceptions import RedisError
 
 from stoker.broker import ledger
 from stoker.broker.connection import connect
-from workers.services.background import Background, end_process
+from workers.ending import end_process
+from workers.services.background import Background
 from workers.services.runtime import Runtime
 
 log = logging.getLogger(__name__)

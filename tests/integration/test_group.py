@@ -1,0 +1,190 @@
+"""A worker of several processes over loopback: what one process makes, and what happens when one of them is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.checkpoints.loading import LoadedModel, load
+from engine.training.data import allowed_length, tokenize
+from engine.training.run import TrainingRun
+from stoker import Client
+from stoker.contract import TrainReport, TrainRequest
+from stoker.contract.dataset import TrainInput, iterate_lines
+from stoker.contract.presence import node_of
+from stoker.local.broker import EmbeddedBroker
+from stoker.local.stack import Stack
+from tests import endless
+from tests.chaos.fleet import GENERATE, processes
+from tests.conftest import alive, stack_settings, wait_until
+from tests.endless import CHECKPOINTS
+from workers.group.channel import SILENCE
+from workers.group.starting import free_ports
+
+pytestmark = pytest.mark.integration
+
+#: Micro-batches of three examples, three a step: of two ranks each has one, and its part of the third.
+OPTIONS: dict[str, Any] = {
+    "model": GENERATE, "steps": 6, "rank": 4, "batch_size": 3, "accumulation": 3, "max_length": 32, "dropout": 0.1,
+    "checkpoint_every": 2, "held_out": 0.25, "eval_every": 2, "seed": 3, "learning_rate": 2e-3,
+}  # fmt: skip
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": "ab " * (1 + n % 7)}) + "\n" for n in range(16)))
+    return path
+
+
+@contextmanager
+def group(home: Path, ranks: int) -> Iterator[Stack]:
+    """A worker of so many ranks, with a broker of its own."""
+    models = (f"{GENERATE}={endless.write(home)}",)
+    settings = stack_settings(home / "home", models=models, ranks=ranks, grace=1.0)
+    with Stack(settings, flower=False, own_broker=True) as stack:
+        stack.wait_until_warm()
+        yield stack
+
+
+def alone(rows: Path, model: LoadedModel, folder: Path, **options: Any) -> list[TrainReport]:
+    """What one process makes of it, in this one."""
+    request = TrainRequest(name="alone", dataset="dataset:x", **{**OPTIONS, **options})
+    lines = iterate_lines(TrainInput(rows).lines(), "dataset")
+    examples = tokenize(lines, model.tokenizer, allowed_length(request, model.context))
+    run, reports = TrainingRun(model, request, examples, folder), list[TrainReport]()
+    while not run.finished:
+        report = run.advance()
+        reports += [] if report is None else [report]
+    return reports
+
+
+def same(found: list[TrainReport], wanted: list[TrainReport]) -> None:
+    """Within what the order of a sum makes of float32."""
+    assert [(report.index, report.step) for report in found] == [(report.index, report.step) for report in wanted]
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert ours.loss == pytest.approx(theirs.loss, rel=1e-5)
+        assert ours.gradient_norm == pytest.approx(theirs.gradient_norm, rel=1e-4)
+        assert (ours.held_out_loss is None) == (theirs.held_out_loss is None)
+        assert (ours.held_out_loss or 0.0) == pytest.approx(theirs.held_out_loss or 0.0, rel=1e-5)
+        assert (ours.tokens, ours.learning_rate, ours.epoch) == (theirs.tokens, theirs.learning_rate, theirs.epoch)
+
+
+def made_of(report: TrainReport) -> dict[str, Any]:
+    """What a report says of the run, and not of the machine."""
+    return report.model_dump(exclude={"tokens_per_second", "memory_bytes", "published"})
+
+
+def ranks_of(stack: Stack) -> list[int]:
+    """The process of each rank, rank 0 first."""
+    with Client(settings=stack.settings) as client:
+        (presence,) = client.workers()
+    here = str(stack.settings.logs)
+    guards = {pid: args for pid, args in processes() if "workers.rank" in args and "guard.py" in args and here in args}
+    found = {args.partition("/rank-")[2].partition(".")[0]: pid for pid, args in guards.items()}
+    return [presence.pid, *(child_of(found[number]) for number in sorted(found))]
+
+
+def child_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
+
+
+@pytest.mark.timeout(120)
+def test_a_run_on_two_ranks_makes_what_it_makes_on_one_while_rank_0_serves_streams(tmp_path: Path, rows: Path) -> None:
+    with group(tmp_path, 2) as stack, Client(settings=stack.settings) as client:
+        job = client.train("style", dataset=rows, **OPTIONS)
+        text = client.generate("ab", model=GENERATE, max_tokens=40, seed=1).result(timeout=60).text
+        found = list(job.progress(timeout=60))
+        assert job.result(timeout=60).last_loss == found[-1].loss
+        assert text
+        (presence,) = client.workers()
+        assert presence.place == "cpu, 2 ranks"
+        pids = ranks_of(stack)
+        assert len(set(pids)) == 2
+    assert not [pid for pid in pids if alive(pid)]
+    same(found, alone(rows, load(GENERATE, [str(tmp_path / endless.MODEL)]), tmp_path / "alone"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("lost", [0, 1, 2])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_that_is_lost_ends_the_group_and_its_run_goes_on_when_that_is_back(
+    tmp_path: Path, rows: Path, lost: int, how: signal.Signals
+) -> None:
+    options = {**OPTIONS, "steps": 20, "checkpoint_every": 5}
+    with group(tmp_path, 3) as stack, Client(settings=stack.settings) as client:
+        job = client.train("style", dataset=rows, **options)
+        pids = ranks_of(stack)
+        reports = job.progress(timeout=90)
+        found = [next(reports) for _ in range(7)]
+        os.kill(pids[lost], how)
+        assert stack.worker is not None
+        ended = stack.worker
+        # Rank 0 may be the one that does not see it.
+        code = wait_until(lambda: ended.returncode, "the worker ends", seconds=2 * SILENCE)
+        assert code in (70, 256 - signal.SIGKILL)
+        wait_until(lambda: not [pid for pid in pids if alive(pid)], "no rank is left", seconds=5)
+        stack.start_worker()
+        found += list(reports)
+        assert job.result(timeout=60).steps == 20
+        calm = list(client.train("calm", dataset=rows, **options).progress(timeout=90))
+        log = (stack.settings.logs / "worker.log").read_text()
+    assert lost == 0 or f"rank {lost} on" in log
+    assert [made_of(report) for report in found] == [made_of(report) for report in calm]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_mlx_launch_starts_a_group_and_another_model_is_refused_by_name(tmp_path: Path, rows: Path) -> None:
+    model = endless.write(tmp_path)
+    broker = EmbeddedBroker(stack_settings(tmp_path / "home"), port=0)
+    command = [str(Path(sys.executable).parent / "stoker"), "worker", "--group", "studio"]
+    launch = [str(Path(sys.executable).parent / "mlx.launch"), "-n", "2", "-p", str(free_ports(1)[0])]
+    env = {**os.environ, "STOKER_URL": broker.start(), "STOKER_HOME": str(tmp_path / "home")}
+    try:
+        with (
+            launched([*launch, "--", *command, "--model", f"{GENERATE}={model}"], env),
+            Client(env["STOKER_URL"]) as client,
+        ):
+            (presence,) = wait_until(client.workers, "it is warm", seconds=60)
+            assert (presence.ranks, node_of(presence.worker).partition("@")[0]) == (2, "studio")
+            job = client.train("style", dataset=rows, **{**OPTIONS, "steps": 2})
+            assert job.result(timeout=60).steps == 2
+        # Rank 1 has another model than rank 0.
+        other = f"{GENERATE}={CHECKPOINTS / 'qwen2'}"
+        script = f'[ "$MLX_RANK" = 1 ] && export STOKER_MODELS="{other}"; exec "$@"'
+        env["STOKER_MODELS"] = f"{GENERATE}={model}"
+        with launched([*launch, "--", "bash", "-c", script, "rank", *command], env) as process:
+            said, _ = process.communicate(timeout=60)
+        assert "rank 1: weights" in said
+        assert f"given of model {GENERATE}; rank 0 has weights" in said
+    finally:
+        broker.stop()
+
+
+@contextmanager
+def launched(command: list[str], env: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.communicate(timeout=15)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()

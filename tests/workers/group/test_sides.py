@@ -1,0 +1,329 @@
+"""Rank 0 and another rank, each against a socket that the test holds: no MLX group, no process."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from engine.training.ranks import ALONE
+from stoker.errors import ConfigError, JobFailed, WorkerUnavailable
+from stoker.settings import load_settings
+from tests.conftest import wait_until
+from workers.group import channel, follower, leader, meeting
+from workers.group.channel import Channel
+from workers.group.follower import Follower
+from workers.group.leader import Leader
+from workers.group.meeting import Address
+from workers.group.plan import Advance, Done, End, Hello, Holds, Stop, Word
+from workers.group.starting import LOOPBACK, Place
+
+NO_PLAN: Any = SimpleNamespace()
+
+
+class Started:
+    stopped = False
+
+    @contextmanager
+    def starting(self) -> Iterator[Place]:
+        yield Place(0, 2, "ring", LOOPBACK)
+
+    def stop(self) -> None:
+        self.stopped = True
+
+
+class Meeting:
+    """A leader and, in the test's hands, what another rank says to it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> None:
+        monkeypatch.setattr(meeting, "meet", lambda *_: None)
+        monkeypatch.setattr(leader, "text_of_rank_0", self._announced)
+        monkeypatch.setattr(leader, "LOOK_EVERY", 0.01)
+        self.started, self.ends, self.wakes = Started(), list[int](), list[bool]()
+        self.settings = load_settings(**settings)
+        self.leader = Leader(self.settings, 2, self.started, self.ends.append)
+        self.leader.woken = lambda: self.wakes.append(self.leader.ready)
+        self._address: list[Address] = []
+        self._errors: list[BaseException] = []
+        self._sockets: list[socket.socket] = []
+
+    def _announced(self, ranks: object, text: str) -> str:
+        self._address.append(Address.read(text))
+        return text
+
+    def join(self, **changes: Any) -> Channel:
+        """Another rank has come; raises what rank 0 says of it."""
+        joining = threading.Thread(target=self._join)
+        joining.start()
+        other = self.connection()
+        other.say(self.hello(**changes))
+        joining.join()
+        if self._errors:
+            raise self._errors[0]
+        return other
+
+    def _join(self) -> None:
+        try:
+            self.leader.join()
+        except ConfigError as error:
+            self._errors.append(error)
+
+    def hello(self, **changes: Any) -> Hello:
+        (address,) = self._address
+        known = meeting.introduction(self.settings, address.secret, 1).model_dump()
+        return Hello(**{**known, **changes})
+
+    def connection(self) -> Channel:
+        address: Address = wait_until(lambda: next(iter(self._address), None), "rank 0 listens")
+        self._sockets.append(address.connect())
+        return Channel(self._sockets[-1])
+
+    def close(self) -> None:
+        self.leader.close()
+        for each in self._sockets:
+            each.close()
+
+
+@pytest.fixture
+def met(monkeypatch: pytest.MonkeyPatch) -> Iterator[Meeting]:
+    made = Meeting(monkeypatch)
+    yield made
+    made.close()
+
+
+def hears(other: Channel) -> Word:
+    return next(other.words())
+
+
+def test_a_rank_that_is_not_alike_is_refused_and_hears_why(met: Meeting) -> None:
+    with pytest.raises(
+        ConfigError, match=r"rank 1 on .*: MLX 0\.1 given; rank 0 has .* Install the same version of mlx"
+    ):
+        met.join(mlx="0.1")
+    assert met.started.stopped
+
+
+def test_a_connection_without_the_secret_is_of_no_rank(met: Meeting) -> None:
+    joining = threading.Thread(target=met.leader.join)
+    joining.start()
+    for wrong in (lambda: met.hello(secret="guessed"), lambda: Holds(models={})):
+        stranger = met.connection()
+        stranger.say(wrong())
+        with pytest.raises(StopIteration):
+            hears(stranger)
+        assert joining.is_alive()
+    met.connection().say(met.hello())
+    joining.join()
+    assert met.leader.ready
+
+
+def test_other_weights_are_refused_at_the_start(met: Meeting) -> None:
+    other = met.join()
+    other.say(Holds(models={"a": "other"}))
+    with pytest.raises(ConfigError, match="rank 1: weights other given of model a; rank 0 has weights own"):
+        met.leader.hold({"a": "own"})
+    assert "weights other given" in hears(other).why  # type: ignore[union-attr]
+    assert not met.ends
+
+
+def test_a_model_that_came_later_is_trained_by_rank_0_alone(met: Meeting) -> None:
+    met.join().say(Holds(models={"a": "own"}))
+    met.leader.hold({"a": "own"})
+    assert met.leader.of("a") is met.leader
+    assert met.leader.of("b") is ALONE
+
+
+def test_rank_0_is_ready_again_when_the_other_has_done_what_it_was_told(met: Meeting) -> None:
+    other = met.join()
+    met.leader.advance("run")
+    assert hears(other) == Advance(number=1, run="run")
+    assert not met.leader.ready
+    other.say(Done(number=1, witness="same"))
+    wait_until(lambda: met.wakes[-1:] == [True], "the engine is woken")
+    met.leader.advanced("run", "same")
+    met.leader.check("run")
+    met.leader.end("run")
+    assert hears(other) == End(number=2, run="run")
+
+
+def test_a_turn_that_made_something_else_on_another_rank_fails_its_run_alone(met: Meeting) -> None:
+    other = met.join()
+    met.leader.advance("run")
+    other.say(Done(number=1, witness="theirs"))
+    met.leader.advanced("run", "ours")
+    met.leader.check("another")
+    with pytest.raises(JobFailed, match=r"rank 1 on .* made theirs of a step, and rank 0 ours"):
+        met.leader.check("run")
+    met.leader.end("run")
+    other.say(Done(number=2))
+    met.leader.check("run")
+    assert not met.ends
+
+
+def test_a_rank_that_dies_ends_the_worker_as_a_crash(met: Meeting) -> None:
+    met.join().close()
+    wait_until(lambda: met.ends == [70], "the process ends")
+
+
+def test_a_rank_that_ends_with_an_error_ends_the_worker(met: Meeting, caplog: pytest.LogCaptureFixture) -> None:
+    met.join().say(Stop(why="OutOfMemory: too large"))
+    wait_until(lambda: met.ends == [70], "the process ends")
+    assert "ended: OutOfMemory: too large" in caplog.text
+
+
+def test_a_rank_that_gives_no_sign_of_life_ends_the_worker(met: Meeting, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channel, "SILENCE", 0.2)
+    other = met.join()
+    wait_until(lambda: met.ends == [70], "the process ends")
+    other.close()
+
+
+def test_signs_of_life_are_enough(met: Meeting, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channel, "BEAT_EVERY", 0.02)
+    monkeypatch.setattr(channel, "SILENCE", 0.5)
+    began = time.monotonic()
+    met.join().keep_alive()
+    wait_until(lambda: time.monotonic() - began > 1.2, "twice the silence has passed")
+    assert not met.ends
+
+
+def test_a_rank_that_lives_and_does_nothing_has_the_time_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    met = Meeting(monkeypatch, step_limit=0.05)
+    other = met.join()
+    met.leader.advance("run")
+    wait_until(lambda: met.ends == [70], "the process ends")
+    with pytest.raises(WorkerUnavailable, match="the group is ending"):
+        met.leader.advance("run")
+    met.close()
+    other.close()
+
+
+def test_a_rank_that_mlx_has_lost_ends_the_worker_and_fails_no_job(met: Meeting) -> None:
+    met.join()
+    with pytest.raises(WorkerUnavailable, match="connection to a peer was lost"):
+        met.leader.lose("connection to a peer was lost")
+    assert met.ends == [70]
+
+
+def test_the_others_hear_when_the_worker_stops_and_nothing_is_lost(met: Meeting) -> None:
+    other = met.join()
+    met.leader.close()
+    assert hears(other) == Stop()
+    assert met.started.stopped
+    met.leader.end("run")
+    assert not met.ends
+
+
+class Following:
+    """A rank behind the first one, and what the test says to it as rank 0."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, loads: Callable[[], Any]) -> None:
+        self._server = socket.create_server((LOOPBACK, 0))
+        self.address = Address(LOOPBACK, self._server.getsockname()[1], 1 << 30, "secret")
+        self.kills: list[int] = []
+        monkeypatch.setattr(meeting, "meet", lambda *_: None)
+        monkeypatch.setattr(meeting.os, "kill", lambda pid, number: self.kills.append(pid))  # type: ignore[attr-defined]
+        monkeypatch.setattr(follower, "text_of_rank_0", lambda ranks: self.address.written)
+        self.ends: list[int] = []
+        place = Place(1, 2, "ring", LOOPBACK)
+        self._follower = Follower(load_settings(), place, loads, self.ends.append)
+        self._errors: list[BaseException] = []
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+        self.channel = Channel(self._server.accept()[0])
+        self.words = self.channel.words()
+
+    def _run(self) -> None:
+        try:
+            self._follower.run()
+        except Exception as error:
+            self._errors.append(error)
+
+    def over(self) -> None:
+        """It has ended; raises with what."""
+        self.thread.join()
+        self.channel.close()
+        self._server.close()
+        if self._errors:
+            raise self._errors[0]
+
+
+def _models() -> Any:
+    return {"a": SimpleNamespace(digest="aa", decoder=None)}
+
+
+@pytest.fixture
+def following(monkeypatch: pytest.MonkeyPatch) -> Following:
+    return Following(monkeypatch, _models)
+
+
+def test_a_rank_says_who_it_is_then_what_it_holds_and_ends_when_it_is_over(following: Following) -> None:
+    said = next(following.words)
+    assert isinstance(said, Hello)
+    assert (said.rank, said.secret) == (1, "secret")
+    assert next(following.words) == Holds(models={"a": "aa"})
+    following.channel.say(Stop())
+    following.over()
+    assert not following.ends
+
+
+def test_a_rank_that_is_refused_says_why(following: Following) -> None:
+    following.channel.say(Stop(why="rank 1: MLX 0.1 given"))
+    with pytest.raises(ConfigError, match=r"rank 0 has ended the group: rank 1: MLX 0\.1 given"):
+        following.over()
+
+
+def test_a_rank_answers_each_command_by_its_number(following: Following) -> None:
+    next(following.words), next(following.words)
+    following.channel.say(End(number=7, run="never begun"))
+    assert next(following.words) == Done(number=7)
+    following.channel.say(Stop())
+    following.over()
+
+
+def test_a_rank_that_fails_says_so_before_it_ends(following: Following) -> None:
+    next(following.words), next(following.words)
+    following.channel.say(Advance(number=1, run="never begun"))
+    assert next(following.words) == Stop(why="KeyError: 'never begun'")
+    with pytest.raises(KeyError):
+        following.over()
+
+
+def test_a_rank_whose_model_cannot_be_read_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> Any:
+        raise ConfigError("no such model")
+
+    following = Following(monkeypatch, fails)
+    next(following.words)
+    assert next(following.words) == Stop(why="ConfigError: no such model")
+    with pytest.raises(ConfigError):
+        following.over()
+
+
+def test_a_rank_ends_with_rank_0(following: Following) -> None:
+    following.channel.close()
+    wait_until(lambda: following.ends == [70], "the process ends")
+    assert not following.kills
+
+
+def test_a_rank_ends_when_rank_0_gives_no_sign_of_life_and_ends_that_too_if_it_is_here(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(channel, "SILENCE", 0.2)
+    following = Following(monkeypatch, _models)
+    wait_until(lambda: following.ends == [70], "the process ends")
+    assert following.kills == [1 << 30]
+    Address("10.0.0.1", 1, 1 << 30, "").kill()
+    assert len(following.kills) == 1
+
+
+def test_the_address_says_all_that_is_needed(tmp_path: Path) -> None:
+    address = Address("10.0.0.1", 5, 6, "s")
+    assert Address.read(address.written) == address

@@ -1,0 +1,243 @@
+"""Rank 0's side of a group: it tells the others what to do, and ends the worker when one of them is lost.
+
+A rank that dies closes its socket; one that hangs, or is cut off, gives no sign of life for `SILENCE` seconds; one that
+lives and does not do its work has the time of a step for it. Each ends this process as a crash does: its supervisor
+starts the group again, and its jobs go on from where they were.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from hmac import compare_digest
+
+from engine.training import followed
+from engine.training.ranks import ALONE, Group, MlxRanks, RunPlan, text_of_rank_0
+from stoker.errors import ConfigError, JobFailed, WorkerUnavailable
+from stoker.settings import Settings
+from workers.ending import EXIT_CODE, end_process
+from workers.group import meeting
+from workers.group.channel import Channel
+from workers.group.plan import Advance, Begin, Command, Done, End, Hello, Holds, NotOfThePlan, Stop
+from workers.group.starting import Starting
+
+log = logging.getLogger(__name__)
+
+#: Seconds between looks at whether the others do their work.
+LOOK_EVERY = 1.0
+
+
+def _ignore() -> None: ...
+
+
+class Other:
+    """A rank as rank 0 knows it."""
+
+    def __init__(self, hello: Hello, channel: Channel) -> None:
+        self.hello, self.channel = hello, channel
+        self.models: dict[str, str] | None = None
+        #: The last command that it has done, and what it said of that.
+        self.done, self.witness = 0, ""
+
+    def __str__(self) -> str:
+        return f"rank {self.hello.rank} on {self.hello.host}"
+
+
+class Leader(MlxRanks):
+    """A `Group`. `end` ends the process, with an exit code."""
+
+    def __init__(self, settings: Settings, size: int, starting: Starting, end: Callable[[int], object]) -> None:
+        super().__init__(0, size)
+        self._settings, self._starting, self._end = settings, starting, end
+        self._others: list[Other] = []
+        self._changed = threading.Condition()
+        #: The number of the last command, and when it was given.
+        self._told, self._since = 0, 0.0
+        #: The run of the last turn, and what this rank says of it.
+        self._turn: tuple[str, str] | None = None
+        self._models: Mapping[str, str] = {}
+        self._refusal, self._closing = "", threading.Event()
+        #: Called by any thread when the others have done all that they were told.
+        self.woken: Callable[[], None] = _ignore
+
+    def join(self) -> None:
+        with self._starting.starting() as place, meeting.listening(place.host) as server:
+            meeting.meet(self, place)
+            secret = secrets.token_hex(16)
+            address = meeting.Address(place.host, server.getsockname()[1], os.getpid(), secret)
+            text_of_rank_0(self, address.written)
+            own = meeting.introduction(self._settings, secret, 0)
+            while len(self._others) < self.size - 1:
+                self._take(server, own)
+        self._refuse(list(meeting.differences(own, [other.hello for other in self._others])))
+        for other in self._others:
+            other.channel.keep_alive()
+            threading.Thread(target=self._listen, args=(other,), name=str(other), daemon=True).start()
+        threading.Thread(target=self._watch, name="ranks", daemon=True).start()
+        log.info("the group has %d ranks: %s", self.size, ", ".join(map(str, self._others)))
+
+    def _take(self, server: socket.socket, own: Hello) -> None:
+        """The next connection, if it is from a rank of this group."""
+        try:
+            connected, address = server.accept()
+        except TimeoutError:
+            known = [other.hello.rank for other in self._others]
+            raise ConfigError(
+                f"ranks {known} have come within {meeting.MEET_WITHIN:.0f} s; 1 to {self.size - 1} are needed. Look at "
+                "the logs of the others, and whether they reach this host."
+            ) from None
+        channel = Channel(connected)
+        try:
+            hello = next(channel.words(), None)
+        except (OSError, NotOfThePlan) as error:
+            log.warning("a connection from %s is of no rank: %s", address[0], error)
+            channel.close()
+            return
+        if not isinstance(hello, Hello) or not compare_digest(hello.secret, own.secret):
+            log.warning("a connection from %s has not the secret of this group", address[0])
+            channel.close()
+            return
+        self._others.append(Other(hello, channel))
+
+    def hold(self, models: Mapping[str, str]) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: all(other.models is not None for other in self._others))
+            wrong = [
+                said
+                for other in self._others
+                for said in meeting.missing_models(other.hello.rank, dict(models), other.models or {})
+            ]
+        self._refuse(wrong)
+        self._models = models
+
+    def _refuse(self, wrong: list[str]) -> None:
+        """Raise `ConfigError` if something is wrong, after the others have heard of it."""
+        if not wrong:
+            return
+        why = " ".join(wrong)
+        self._closing.set()
+        for other in self._others:
+            try:
+                other.channel.say(Stop(why=why[:1000]))
+            except OSError as error:
+                log.info("%s does not hear why: %s", other, error)
+        self._starting.stop()
+        raise ConfigError(f"the ranks do not fit together. {why}")
+
+    def of(self, model: str) -> Group:
+        # One that comes later is here alone.
+        return ALONE if self._models and model not in self._models else self
+
+    @property
+    def ready(self) -> bool:
+        return all(other.done == self._told for other in self._others)
+
+    def begin(self, plan: RunPlan) -> None:
+        self._wait()
+        header = followed.header_of(plan)
+        self._tell(lambda number: Begin(number=number, header=header))
+        followed.send(self, plan)
+
+    def advance(self, run: str) -> None:
+        self._wait()
+        self._tell(lambda number: Advance(number=number, run=run))
+
+    def advanced(self, run: str, witness: str) -> None:
+        self._turn = run, witness
+
+    def check(self, run: str) -> None:
+        self._wait()
+        if self._turn is None or self._turn[0] != run:
+            return
+        (_, own), self._turn = self._turn, None
+        for other in self._others:
+            if other.witness != own:
+                raise JobFailed(
+                    f"training: {other} made {other.witness or 'nothing'} of a step, and rank 0 {own or 'nothing'}: "
+                    "their weights are not the same. Use devices of one kind in a group, or train on one rank."
+                )
+
+    def end(self, run: str) -> None:
+        self._turn = None
+        self._tell(lambda number: End(number=number, run=run))
+
+    def close(self) -> None:
+        self._closing.set()
+        for other in self._others:
+            try:
+                other.channel.say(Stop())
+            except OSError as error:
+                log.info("%s was gone before: %s", other, error)
+            other.channel.close()
+        self._starting.stop()
+
+    def lose(self, why: str) -> None:
+        self._lost(f"MLX has lost a rank ({why})")
+        super().lose(why)
+
+    def _wait(self) -> None:
+        """Until the others have done what they were told; the lane's turn comes when they have."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.ready or self._closing.is_set())
+        if not self.ready:
+            raise WorkerUnavailable("the group is ending. The job goes on when it is back.")
+
+    def _tell(self, command: Callable[[int], Command]) -> None:
+        if self._closing.is_set():
+            return
+        self._told, self._since = self._told + 1, time.monotonic()
+        for other in self._others:
+            try:
+                other.channel.say(command(self._told))
+            except OSError as error:
+                self._lost(f"{other} was lost ({error})")
+
+    def _listen(self, other: Other) -> None:
+        """Until it is gone. In a thread of its own."""
+        try:
+            for word in other.channel.words():
+                self._hear(other, word)
+            why = "it has closed its connection: it died"
+        except TimeoutError:
+            why = "no sign of life: it hangs, or it is cut off"
+        except (OSError, NotOfThePlan) as error:
+            why = str(error)
+        self._lost(f"{other} was lost ({why})")
+
+    def _hear(self, other: Other, word: object) -> None:
+        if isinstance(word, Stop):
+            self._lost(f"{other} ended: {word.why}")
+        with self._changed:
+            if isinstance(word, Holds):
+                other.models = word.models
+            elif isinstance(word, Done):
+                other.witness, other.done = word.witness, word.number
+            self._changed.notify_all()
+        if self.ready:
+            self.woken()
+
+    def _watch(self) -> None:
+        """A rank that lives and does nothing. In a thread of its own."""
+        limit = self._settings.step_limit
+        while limit and not self._closing.wait(LOOK_EVERY):
+            if not self.ready and time.monotonic() - self._since > limit:
+                late = ", ".join(str(other) for other in self._others if other.done != self._told)
+                self._lost(f"{late} took longer than {limit:g} s for a step")
+
+    def _lost(self, what: str) -> None:
+        if self._closing.is_set():
+            return
+        self._closing.set()
+        log.critical("%s: ending this worker (exit code %d). Its jobs go on when the group is back.", what, EXIT_CODE)
+        self._end(EXIT_CODE)
+        with self._changed:
+            self._changed.notify_all()
+
+
+def leader_of(settings: Settings, size: int, starting: Starting) -> Leader:
+    return Leader(settings, size, starting, end_process)

@@ -1,0 +1,115 @@
+"""What rank 0 and the others say to each other: one JSON object a line, with a limit on each size.
+
+Rank 0 says in which order all ranks make their turns; arrays go over MLX's own group. Every command has a number, and
+is answered by it: rank 0 begins no turn that would wait for another rank.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from engine.training.followed import RunHeader
+from stoker.contract.base import Message
+from stoker.contract.shown import brief
+from stoker.errors import StokerError
+
+#: Of what is written here. Ranks of different ones do not work together.
+VERSION = 1
+#: Bytes that a line may have.
+LONGEST = 1 << 18
+
+Text = Annotated[str, Field(max_length=1000)]
+Number = Annotated[int, Field(ge=0, lt=2**53)]
+
+
+class Hello(Message):
+    """The first word of a rank: what has to be alike on all of them. `secret`: rank 0's, which came over the group."""
+
+    said: Literal["hello"] = "hello"
+    secret: Text
+    rank: Number
+    host: Text
+    plan: Number
+    stoker: Text
+    mlx: Text
+    device: Text
+    precision: Text
+
+
+class Holds(Message):
+    """The models are loaded: name → digest."""
+
+    said: Literal["holds"] = "holds"
+    models: dict[str, str]
+
+
+class Begin(Message):
+    said: Literal["begin"] = "begin"
+    number: Number
+    header: RunHeader
+
+
+class Advance(Message):
+    """Make the next turn of a run."""
+
+    said: Literal["advance"] = "advance"
+    number: Number
+    run: Text
+
+
+class End(Message):
+    """Forget a run."""
+
+    said: Literal["end"] = "end"
+    number: Number
+    run: Text
+
+
+class Done(Message):
+    """A command was done. `witness`: of the run's state, where it was a turn."""
+
+    said: Literal["done"] = "done"
+    number: Number
+    witness: Text = ""
+
+
+class Beat(Message):
+    """The process lives."""
+
+    said: Literal["beat"] = "beat"
+
+
+class Stop(Message):
+    """It is over. `why`: what was wrong; "": nothing."""
+
+    said: Literal["stop"] = "stop"
+    why: Text = ""
+
+
+Word: TypeAlias = Hello | Holds | Begin | Advance | End | Done | Beat | Stop
+Command: TypeAlias = Begin | Advance | End
+_WORDS: TypeAdapter[Word] = TypeAdapter(Annotated[Word, Field(discriminator="said")])
+
+
+class NotOfThePlan(StokerError):
+    """A line that no rank of this version writes. Never leaves the process."""
+
+
+def written(word: Word) -> bytes:
+    """Raises `NotOfThePlan` for one that is too long to be read."""
+    line = word.model_dump_json().encode() + b"\n"
+    if len(line) > LONGEST:
+        raise NotOfThePlan(f"a word of the plan has {len(line)} bytes; {LONGEST} are allowed.")
+    return line
+
+
+def read(line: bytes) -> Word:
+    """Raises `NotOfThePlan`."""
+    try:
+        return _WORDS.validate_json(line)
+    except ValidationError as error:
+        why = error.errors()[0]["msg"]
+        shown = brief(line[:80].decode(errors="replace"))
+        raise NotOfThePlan(f"{shown} given; a word of plan {VERSION} is needed ({why}).") from None

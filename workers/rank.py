@@ -1,0 +1,65 @@
+"""A rank behind the first one: `python -m workers.rank`, with MLX's variables. It knows no broker and no jobs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from stoker.catalogue import parse_models
+from stoker.errors import StokerError
+from stoker.local.interrupts import end_at_once
+from stoker.local.stack import ERROR_MARK
+from stoker.logs.setup import configure
+from stoker.settings import Settings, load_settings
+from workers.group.starting import place_of
+from workers.machine import boot_blas, precision_of
+
+if TYPE_CHECKING:
+    from engine.checkpoints.loading import LoadedModel
+
+
+def main() -> None:
+    end_at_once()
+    settings = load_settings()
+    configure(settings)
+    try:
+        _follow(settings)
+    except StokerError as error:
+        print(f"{ERROR_MARK}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
+
+
+def _follow(settings: Settings) -> None:
+    place = place_of(os.environ)
+    boot_blas(settings)
+    # Behind it: importing the engine imports MLX.
+    from engine.platform.probe import choose_kernels
+    from workers.group.follower import Follower
+
+    choose_kernels(settings.kernels)
+
+    def loaded() -> Mapping[str, LoadedModel]:
+        # Rank 0 is asked to end too, and lets its jobs be kept first; then this rank hears of it.
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        return load_models(settings)
+
+    Follower(settings, place, loaded).run()
+
+
+def load_models(settings: Settings) -> Mapping[str, LoadedModel]:
+    """Those of the settings, warm or not: name → model. Raises `ModelError`."""
+    from engine.checkpoints.loading import load
+    from engine.text import trial
+
+    options = precision_of(settings)
+    models = {name: load(name, sources, **options) for name, sources in parse_models(settings.models).items()}
+    trial.end()
+    return models
+
+
+if __name__ == "__main__":
+    main()
