@@ -67,7 +67,7 @@ class Group(Ranks, Protocol):
 
     @property
     def ready(self) -> bool:
-        """Whether every rank has done all that it was told: the next call waits for none of them."""
+        """Whether every rank has done all that rank 0 said: the next call waits for none of them."""
         ...
 
     def begin(self, plan: RunPlan) -> None:
@@ -127,7 +127,7 @@ ALONE: Group = OneRank()
 
 
 class MlxRanks:
-    """The processes that MLX was told of: by `mlx.launch`, or by the same environment variables."""
+    """The processes of which MLX knows: by `mlx.launch`, or by the same environment variables."""
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size

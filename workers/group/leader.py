@@ -1,4 +1,4 @@
-"""Rank 0's side of a group: it tells the others what to do, and ends the worker when one of them is lost.
+"""Rank 0's side of a group: it says what the others do, and ends the worker when one of them is lost.
 
 A rank that dies closes its socket; one that hangs, or is cut off, gives no sign of life for `SILENCE` seconds; one that
 lives and does not do its work has the time of a step for it. Each ends this process as a crash does: its supervisor
@@ -57,12 +57,12 @@ class Leader(MlxRanks):
         self._others: list[Other] = []
         self._changed = threading.Condition()
         #: The number of the last command, and when it was given.
-        self._told, self._since = 0, 0.0
+        self._said, self._since = 0, 0.0
         #: The run of the last turn, and what this rank says of it.
         self._turn: tuple[str, str] | None = None
         self._models: Mapping[str, str] = {}
         self._refusal, self._closing = "", threading.Event()
-        #: Called by any thread when the others have done all that they were told.
+        #: Called by any thread when the others have done all that this one said.
         self.woken: Callable[[], None] = _ignore
 
     def join(self) -> None:
@@ -135,7 +135,7 @@ class Leader(MlxRanks):
 
     @property
     def ready(self) -> bool:
-        return all(other.done == self._told for other in self._others)
+        return all(other.done == self._said for other in self._others)
 
     def begin(self, plan: RunPlan) -> None:
         self._wait()
@@ -181,7 +181,7 @@ class Leader(MlxRanks):
         super().lose(why)
 
     def _wait(self) -> None:
-        """Until the others have done what they were told; the lane's turn comes when they have."""
+        """Until the others have done what this one said; the lane's turn comes when they have."""
         with self._changed:
             self._changed.wait_for(lambda: self.ready or self._closing.is_set())
         if not self.ready:
@@ -190,10 +190,10 @@ class Leader(MlxRanks):
     def _tell(self, command: Callable[[int], Command]) -> None:
         if self._closing.is_set():
             return
-        self._told, self._since = self._told + 1, time.monotonic()
+        self._said, self._since = self._said + 1, time.monotonic()
         for other in self._others:
             try:
-                other.channel.say(command(self._told))
+                other.channel.say(command(self._said))
             except OSError as error:
                 self._lost(f"{other} was lost ({error})")
 
@@ -226,7 +226,7 @@ class Leader(MlxRanks):
         limit = self._settings.step_limit
         while limit and not self._closing.wait(LOOK_EVERY):
             if not self.ready and time.monotonic() - self._since > limit:
-                late = ", ".join(str(other) for other in self._others if other.done != self._told)
+                late = ", ".join(str(other) for other in self._others if other.done != self._said)
                 self._lost(f"{late} took longer than {limit:g} s for a step")
 
     def _lost(self, what: str) -> None:

@@ -38,10 +38,10 @@ def place_of(environment: Mapping[str, str]) -> Place:
         rank = int(environment["MLX_RANK"])
         if "MLX_HOSTFILE" in environment:
             # Empty for a single host.
-            hosts = json.loads(Path(environment["MLX_HOSTFILE"]).read_text() or '[["127.0.0.1:0"]]')
+            hosts = json.loads(Path(environment["MLX_HOSTFILE"]).read_text("utf-8") or '[["127.0.0.1:0"]]')
             place = Place(rank, len(hosts), "ring", hosts[0][0].rpartition(":")[0])
         elif "MLX_JACCL_COORDINATOR" in environment:
-            size = len(json.loads(Path(environment["MLX_IBV_DEVICES"]).read_text()))
+            size = len(json.loads(Path(environment["MLX_IBV_DEVICES"]).read_text("utf-8")))
             place = Place(rank, size, "jaccl", environment["MLX_JACCL_COORDINATOR"].rpartition(":")[0])
         else:
             place = Place(rank, int(environment["MLX_WORLD_SIZE"]), "nccl", environment["NCCL_HOST_IP"])
@@ -81,7 +81,7 @@ class LocalRanks:
         size = self._settings.ranks
         with tempfile.TemporaryDirectory(prefix="stoker-group-") as folder:
             hosts = Path(folder, "hosts.json")
-            hosts.write_text(json.dumps([[f"{LOOPBACK}:{port}"] for port in free_ports(size)]))
+            hosts.write_text(json.dumps([[f"{LOOPBACK}:{port}"] for port in free_ports(size)]), "utf-8")
             share = str(max(1, (os.cpu_count() or 1) // size))
             common = {"MLX_HOSTFILE": str(hosts), _CORES: os.environ.get(_CORES, share)}
             os.environ |= {**common, "MLX_RANK": "0"}

@@ -140,7 +140,7 @@ def test_a_model_that_came_later_is_trained_by_rank_0_alone(met: Meeting) -> Non
     assert met.leader.of("b") is ALONE
 
 
-def test_rank_0_is_ready_again_when_the_other_has_done_what_it_was_told(met: Meeting) -> None:
+def test_rank_0_is_ready_again_when_the_other_has_done_its_turn(met: Meeting) -> None:
     other = met.join()
     met.leader.advance("run")
     assert hears(other) == Advance(number=1, run="run")
