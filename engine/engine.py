@@ -86,8 +86,8 @@ class Engine:
     taken none. Then it gets the entries of each job alone, and a job whose entries it raises for ends with this error.
     `limits`: of each model's generation. `precision`: what `load` takes. `neighbours`: workers on the same device, for
     whose streams it makes way. `prefixes`: those on disk; None: there are none. `group`: the ranks that share its
-    training runs, of which it is the first. `on_death` is called, from the same thread, if the loop ends by a defect: an
-    engine does not come back, its process has to.
+    training runs, of which it is the first. `on_death` is called, from the same thread, if the loop ends by a defect:
+    an engine does not come back, its process has to.
     """
 
     def __init__(
