@@ -306,6 +306,27 @@ def test_a_batch_begins_and_is_cancelled_without_waiting_for_the_runners_next_lo
         assert ended(api, batch_id, 20).status == "cancelled"
 
 
+def test_of_a_batch_that_ends_early_no_more_jobs_are_stopped_than_a_runner_can_have_sent(
+    running: Served, settings: Settings, workers: AsyncFakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a million lines: each stop is a question to the broker."""
+    stopped = list[str]()
+
+    async def noted(answerer: batch_answers.Answerer, job_id: str) -> None:
+        stopped.append(job_id)
+
+    monkeypatch.setattr(batch_answers.Answerer, "stop", noted)
+    monkeypatch.setattr(batch_run, "MOST_SENT", 5)
+    hanging(workers)
+    with gateway(running, settings, workers) as api:
+        batch_id = uploaded(api, [line(number) for number in range(12)])
+        wait_until(lambda: workers.sent.jobs, "jobs are under way")
+        api.batches.cancel(batch_id)
+        batch = ended(api, batch_id, 20)
+        assert len(rows(api, batch.error_file_id)) == 12
+    assert stopped == [f"{batch_id}-{index}" for index in range(5)]
+
+
 def test_a_cancel_counts_from_the_first_time_that_it_was_asked_for(settings: Settings) -> None:
     record = BatchRecord(
         id="batch_1", owner="me", key=None, models=None, endpoint=URL, input_file="file-1", place="here", window="24h",

@@ -201,6 +201,25 @@ def test_a_file_that_is_forgotten_though_nothing_of_it_was_stored_leaves_no_key(
     assert not redis.exists(keys.file_contents("here"), keys.files("me"), keys.file(record.id))
 
 
+def test_a_file_that_is_deleted_is_listed_no_more_and_its_parts_elsewhere_wait_for_who_has_them(
+    settings: Settings, redis: Any
+) -> None:
+    record = FileRecord(
+        id=f"file-{0:032x}", owner="me", filename="a", purpose="batch", created=1.0, expires=2**32, place="elsewhere"
+    )
+
+    async def remove() -> None:
+        async with AsyncClient(settings=settings) as client:
+            store = Store(client)
+            await store.keep(record)
+            assert redis.zscore(keys.files("me"), record.id) == 1.0
+            await store.remove(record)
+
+    asyncio.run(remove())
+    assert not redis.exists(keys.file(record.id), keys.files("me"))
+    assert redis.zscore(keys.file_contents("elsewhere"), record.id) == 0.0, "the gateway of that place deletes them"
+
+
 def test_a_gateway_that_stores_nothing_makes_no_folder_by_looking(settings: Settings) -> None:
     async def look() -> bool:
         async with AsyncClient(settings=settings) as client:

@@ -237,6 +237,12 @@ def test_how_a_run_ended_is_written_down_once_however_often_it_is_looked_at(
     assert [api.fine_tuning.jobs.retrieve(job.id) for _ in range(2)] == [first] * 2
     assert first.finished_at
     assert written() == before
+    if status != "SUCCESS":
+        # An hour later.
+        record = json.loads(redis.get(keys.fine_tune(job.id)))
+        record["ending"]["finished"] -= 3600
+        redis.set(keys.fine_tune(job.id), json.dumps(record), keepttl=True)
+        assert api.fine_tuning.jobs.retrieve(job.id).finished_at == first.finished_at - 3600
 
 
 def test_a_dead_run_whose_letter_is_gone_is_sent_anew_under_its_id(api: openai.OpenAI, redis: Any) -> None:
@@ -335,6 +341,8 @@ def test_lists_come_page_by_page_the_newest_first(api: openai.OpenAI, redis: Any
     for age, job_id in enumerate(ids):
         redis.zadd(keys.fine_tunes("default"), {job_id: time.time() + age})
     assert [job.id for job in api.fine_tuning.jobs.list(limit=2)] == ids[::-1]
+    assert [job.id for job in api.fine_tuning.jobs.list(limit=2).data] == ids[:1:-1]
+    assert [job.id for job in api.fine_tuning.jobs.list(limit=1, after=ids[2]).data] == [ids[1]]
     assert [job.id for job in api.fine_tuning.jobs.list(after=ids[1])] == ids[:1]
     # What another program wrote there is no run.
     redis.set(keys.fine_tune(ids[0]), "{", ex=60)

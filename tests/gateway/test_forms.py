@@ -66,6 +66,14 @@ def data(found: list[Event]) -> list[Any]:
     return [event.data if isinstance(event.data, str) else json.loads(json.dumps(event.data)) for event in found]
 
 
+def test_a_token_without_text_is_a_chunk_of_a_completion_where_it_says_something_else() -> None:
+    """Some tokens are the first half of a letter; a client that waits for words needs no word of them."""
+    for probabilities, reason, chunks in ((False, None, 0), (True, None, 1), (False, "stop", 1)):
+        form = CompletionForm("j", "m", probabilities, include_usage=False)
+        (token,) = tokens("", [], "stop")
+        assert len(list(form.token(token.model_copy(update={"finish_reason": reason})))) == chunks
+
+
 CUTS = st.lists(st.integers(0, 80), max_size=8)
 REASONS = st.sampled_from(["stop", "length", "context", "stop_token", "grammar"])
 

@@ -214,7 +214,7 @@ def test_a_gateway_that_ends_says_where_the_job_goes_on_and_ends() -> None:
     async def send(message: Any) -> None:
         sent.append(message)
 
-    async def waits(*_: Any) -> None:
+    async def waits(*_: Any) -> Any:
         await asyncio.Event().wait()
 
     async def run() -> bool:

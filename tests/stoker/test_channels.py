@@ -326,7 +326,15 @@ def test_nothing_is_sent_over_a_connection_that_was_lost_or_left() -> None:
     """It may be another's by then."""
 
     async def work(broker: Broker, held: Channels) -> None:
-        for end in (lambda: broker.connections[-1].lose(), lambda: asyncio.ensure_future(held.aclose())):
+        def lost() -> None:
+            broker.connections[-1].lose()
+
+        def left() -> None:
+            closing.append(asyncio.ensure_future(held.aclose()))
+
+        closing = list[asyncio.Future[None]]()
+        ends: tuple[Callable[[], None], ...] = (lost, left)
+        for end in ends:
             await subscribed(held, "a")
             broker.sending.clear()
             asking = asyncio.ensure_future(subscribed(held, "b"))
@@ -381,7 +389,7 @@ def test_nothing_holds_a_reader_that_has_left_nor_a_connection_that_was_closed()
         await settled()
         broker.publish("a", b"1")
         assert await waiting
-        left = [weakref.ref(reader), weakref.ref(held.connection())]
+        left: list[weakref.ref[Any]] = [weakref.ref(reader), weakref.ref(held.connection())]
         await reader.aclose()
         del reader, waiting
         await subscribed(held, "a")
