@@ -327,6 +327,23 @@ def test_of_a_batch_that_ends_early_no_more_jobs_are_stopped_than_a_runner_can_h
     assert stopped == [f"{batch_id}-{index}" for index in range(5)]
 
 
+def test_a_defect_of_the_gateway_is_the_error_of_its_line_and_the_others_go_on(
+    api: openai.OpenAI, workers: AsyncFakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def defective(answerer: batch_answers.Answerer, job_id: str, *rest: Any) -> Any:
+        if job_id.endswith("-1"):
+            raise KeyError("a defect")
+        return await answer(answerer, job_id, *rest)
+
+    answer = batch_answers.Answerer.answer
+    monkeypatch.setattr(batch_answers.Answerer, "answer", defective)
+    echo(workers)
+    batch = ended(api, uploaded(api, [line(number) for number in range(3)]), 20)
+    assert (batch.status, len(rows(api, batch.output_file_id))) == ("completed", 2)
+    (failed,) = rows(api, batch.error_file_id)
+    assert (failed["custom_id"], failed["error"]["code"]) == ("line-1", "gateway_error")
+
+
 def test_a_cancel_counts_from_the_first_time_that_it_was_asked_for(settings: Settings) -> None:
     record = BatchRecord(
         id="batch_1", owner="me", key=None, models=None, endpoint=URL, input_file="file-1", place="here", window="24h",

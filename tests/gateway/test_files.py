@@ -220,6 +220,27 @@ def test_a_file_that_is_deleted_is_listed_no_more_and_its_parts_elsewhere_wait_f
     assert redis.zscore(keys.file_contents("elsewhere"), record.id) == 0.0, "the gateway of that place deletes them"
 
 
+def test_what_another_program_wrote_among_the_files_of_a_place_deletes_no_other_folder(
+    settings: Settings, redis: Any
+) -> None:
+    other = settings.home / "keep"
+    other.mkdir(parents=True)
+    (other / "mine").write_text("mine")
+
+    async def sweep() -> str:
+        async with AsyncClient(settings=settings) as client:
+            store = Store(client)
+            place = (await store.contents()).place
+            redis.zadd(keys.file_contents(place), {"../keep": 0, "": 0, ".": 0})
+            redis.expire(keys.file_contents(place), 60)
+            await store.sweep()
+            return place
+
+    assert not redis.exists(keys.file_contents(asyncio.run(sweep()))), "they are not looked at again"
+    assert (other / "mine").read_text() == "mine"
+    assert (settings.home / contents.LOCAL / "place").exists()
+
+
 def test_a_gateway_that_stores_nothing_makes_no_folder_by_looking(settings: Settings) -> None:
     async def look() -> bool:
         async with AsyncClient(settings=settings) as client:

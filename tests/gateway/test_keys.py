@@ -87,6 +87,12 @@ def test_the_broker_holds_no_key_and_keys_are_the_only_new_thing_that_lasts(redi
     assert keys.is_durable(keys.API_KEYS)
 
 
+def test_keys_are_listed_in_the_order_in_which_they_were_made(redis: Any) -> None:
+    for created in (3.0, 1.0, 5.0, 2.0, 4.0):
+        made(redis, created=created)
+    assert [key.created for key in api_keys.listed(redis).values()] == [1, 2, 3, 4, 5]
+
+
 def test_a_key_may_ask_as_often_as_it_allows_and_hears_when_it_may_again(served: Served, redis: Any) -> None:
     secret = made(redis, requests=2)
     assert [get(served, secret).status_code for _ in range(3)] == [200, 200, 429]
