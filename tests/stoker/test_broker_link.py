@@ -123,6 +123,19 @@ def test_open_jobs_of_every_kind_of_a_model_are_listed(fake: Callable[[], Client
         ]
 
 
+def test_what_another_program_wrote_over_one_job_or_adapter_hides_no_other(
+    fake: Callable[[], Client], adapters: Adapters, server: Any
+) -> None:
+    for name in ("good", "spoiled"):
+        registry.register(server, "able", name, 1, {"rank": 8}, promote=True)
+    server.set(keys.adapter("able", "spoiled"), "x", ex=60)
+    assert "good" in [entry.name for entry in adapters.list("able")]
+    with fake() as client:
+        jobs = [client.generate("x", model="smol") for _ in range(3)]
+        server.set(keys.job(jobs[1].id), "x", ex=60)
+        assert {jobs[0].id, jobs[2].id} <= set(client.jobs())
+
+
 def test_a_priority_travels_with_its_job(fake: Callable[[], Client], server: Any) -> None:
     with fake() as client:
         for priority in (0, 7):

@@ -17,7 +17,7 @@ from stoker.client._async import bulk as bulk_async
 from stoker.client._async.bulk import embed_chunks as embed_chunks_async
 from stoker.client._sync import bulk as bulk_sync
 from stoker.client._sync.bulk import embed_chunks
-from stoker.client.chunks import BATCH_CHARS, LONGEST_PAUSE, Cutter, InFlightLimit, Plan
+from stoker.client.chunks import BATCH_CHARS, LONGEST_PAUSE, Chunk, Cutter, InFlightLimit, Plan, named
 from stoker.contract import ModelCard, Presence
 from stoker.contract.vectors import Encoded, VectorType, load, plain, quantize, save
 from stoker.errors import (
@@ -323,6 +323,11 @@ def test_a_chunk_begins_where_the_one_before_it_ended_also_if_that_was_cut_by_it
     assert not list(cutter.add("g"))
     with pytest.raises(InvalidRequest, match=r"^texts\.11: a int given"):
         list(cutter.add(7))
+
+
+def test_an_error_gets_the_index_of_its_own_text_and_what_it_quotes_stays() -> None:
+    found = named(InvalidRequest("texts.2: 'see texts.1' given; texts.3 is well."), Chunk(10, ["a"]))
+    assert str(found) == "texts.12: 'see texts.1' given; texts.3 is well."
 
 
 def test_a_job_has_as_many_texts_and_characters_as_are_allowed_and_not_one_more() -> None:

@@ -20,7 +20,7 @@ from stoker.broker import keys, ledger, policy
 from stoker.broker.connection import connect
 from stoker.broker.ledger.record import Field
 from stoker.broker.ledger.replies import Submitted
-from stoker.broker.outcome import Outcome, announced, read_vectors, result_as
+from stoker.broker.outcome import Outcome, announced, read_vectors, result_as, spoiled
 from stoker.broker.trouble import broker_unavailable
 from stoker.client import following
 from stoker.client.model_choice import Choices, choose_model, is_served, parse_cards, parse_presences
@@ -453,6 +453,12 @@ def test_vectors_that_a_client_fetches_are_kept_for_as_long_as_it_bears_a_broker
 
 
 SPOILED = [b"garbage", b"{}", b"[]", b"1", b"\xff", b"null", b"[" * 50_000]
+
+
+@pytest.mark.parametrize(("size", "shown"), [(60, 60), (61, 60), (5000, 60)])
+def test_of_what_another_program_wrote_the_beginning_is_shown_and_that_there_is_more(size: int, shown: int) -> None:
+    quoted = repr(b"a" * shown + (b"..." if size > shown else b""))
+    assert f"holds {quoted}, which" in str(spoiled("result", b"a" * size))
 
 
 @pytest.mark.parametrize("raw", SPOILED, ids=lambda raw: repr(raw[:20]))

@@ -20,8 +20,10 @@ def test_a_rule_takes_its_least_and_its_most_and_nothing_beyond(name: str) -> No
     for value in (least - 1, most + 1, -1):
         with pytest.raises(InvalidRequest, match=f"{name}: {value} given; allowed: {least} to {most}"):
             policy.decide(broker, name, value)
+    policy.decide(broker, f"{policy.OF_CLIENT}bob", 7)
     policy.decide(broker, name, None)
-    assert policy.read(broker) == {name: rule.default for name, rule in policy.RULES.items()}
+    others = {name: rule.default for name, rule in policy.RULES.items()} | {f"{policy.OF_CLIENT}bob": 7}
+    assert policy.read(broker) == others, "what was decided of others holds"
 
 
 @pytest.mark.parametrize("name", ["evil", "client_limit:", "client_limit:../x", "\udcff", *policy.RULES])

@@ -118,6 +118,15 @@ def test_an_upload_expires_within_minutes_until_its_job_names_it(server: Any, br
     assert server.ttl(blob) > keys.RESULT_TTL, "it stays as long as its job may wait"
 
 
+def test_what_was_uploaded_is_not_sent_once_more_with_the_job(server: Any, broker: Settings) -> None:
+    sent = submission(broker, OLD)
+    for part in sent.uploads(server):
+        part.execute()
+    server.delete(*blobs(server))
+    assert sent.transition().on(server).state == "new"
+    assert blobs(server) == []
+
+
 def test_each_part_makes_what_is_there_live_on(server: Any, broker: Settings) -> None:
     sending = submission(broker, OLD).uploads(server)
     for _ in range(3):
