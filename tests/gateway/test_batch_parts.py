@@ -7,8 +7,11 @@ import json
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from stoker.errors import BrokerUnavailable, ConfigError, InvalidRequest, StokerError, UnknownModel
 from stoker.gateway import batch_lines, batch_run
@@ -91,6 +94,40 @@ class Kept:
 
     async def write(self, data: bytes) -> None:
         self.data += data
+
+
+def plain_lines(data: bytes, most: int) -> list[Line]:
+    """The lines of a whole file, told simply."""
+    whole = data.split(b"\n")
+    found, index = [], 0
+    for number, text in enumerate(whole if whole[-1] else whole[:-1], 1):
+        shown = text.removeprefix(b"\xef\xbb\xbf") if number == 1 else text
+        if len(text) > most or shown.strip():
+            found.append(Line(number, index, None if len(text) > most else shown))
+            index += 1
+    return found
+
+
+@given(
+    pieces=st.lists(
+        st.sampled_from([b"\n", b"a", b"bc", b" ", b"\r\n", b"\xef\xbb\xbf", b"x" * 5, b"y" * 8, b"z" * 9]), max_size=12
+    ),
+    cuts=st.lists(st.integers(0, 60), max_size=6),
+)
+def test_the_lines_of_a_file_are_the_same_however_it_is_cut_into_parts(pieces: list[bytes], cuts: list[int]) -> None:
+    """Those of exactly the most bytes too; of those that are longer nothing is kept, and the next one is whole."""
+    data = b"".join(pieces)
+    ends = sorted({min(cut, len(data)) for cut in cuts} | {len(data)})
+
+    async def parts() -> AsyncIterator[bytes]:
+        for start, end in zip([0, *ends], ends, strict=False):
+            yield data[start:end]
+
+    async def read() -> list[Line]:
+        return [found async for found in batch_lines.lines_of(parts())]
+
+    with patch.object(batch_lines, "MOST_BYTES", 8):
+        assert asyncio.run(read()) == plain_lines(data, 8)
 
 
 @pytest.mark.parametrize(

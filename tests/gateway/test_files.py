@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -239,6 +239,36 @@ def test_what_another_program_wrote_among_the_files_of_a_place_deletes_no_other_
     assert not redis.exists(keys.file_contents(asyncio.run(sweep()))), "they are not looked at again"
     assert (other / "mine").read_text() == "mine"
     assert (settings.home / contents.LOCAL / "place").exists()
+
+
+@pytest.mark.parametrize("sizes", [(), (1,), (65_535, 1), (65_536,), (65_537,), (131_072, 65_537, 2)])
+def test_a_file_is_sent_to_its_last_byte_in_pieces(sizes: tuple[int, ...]) -> None:
+    parts = [bytes([number]) * size for number, size in enumerate(sizes)]
+    sent: list[Any] = []
+
+    class Kept:
+        async def read(self, record: FileRecord) -> AsyncGenerator[bytes]:
+            for part in parts:
+                yield part
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def unused() -> Any:
+        raise AssertionError
+
+    store: Any = Kept()
+    record = FileRecord(
+        id=f"file-{0:032x}", owner="me", filename="a/ü.jsonl", purpose="batch", created=1.0, expires=9, place="here",
+        bytes=sum(sizes),
+    )  # fmt: skip
+    asyncio.run(files.ContentResponse(store, record)({}, unused, send))
+    start, *bodies = sent
+    assert dict(start["headers"])[b"content-length"] == str(sum(sizes)).encode()
+    assert dict(start["headers"])[b"content-disposition"] == b"attachment; filename*=utf-8''a%2F%C3%BC.jsonl"
+    assert b"".join(body["body"] for body in bodies) == b"".join(parts)
+    assert all(len(body["body"]) <= 65_536 for body in bodies)
+    assert [body["more_body"] for body in bodies] == [True] * (len(bodies) - 1) + [False]
 
 
 def test_a_gateway_that_stores_nothing_makes_no_folder_by_looking(settings: Settings) -> None:
