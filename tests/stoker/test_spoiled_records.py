@@ -100,6 +100,7 @@ def test_a_spoiled_record_in_the_backlog_ends_when_its_turn_comes(redis: Any) ->
         heard = waits.get_message(timeout=10)
     assert failed(redis, f"job-{READY}")
     assert heard["data"] == redis.get(keys.result(f"job-{READY}")), "who waits for it hears of it at once"
+    assert redis.ttl(keys.job(f"job-{READY}")) <= keys.RESULT_TTL, "what is left of it goes with its result"
 
 
 def test_a_job_whose_message_is_lost_and_whose_record_is_spoiled_ends_when_it_is_looked_for(redis: Any) -> None:

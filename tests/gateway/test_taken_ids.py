@@ -1,0 +1,43 @@
+"""An `Idempotency-Key` that another client has used shows nobody's answer, at any endpoint that has one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx2
+import pytest
+
+from stoker.gateway.app import Gateway
+from stoker.testing import AsyncFakeClient
+from tests.gateway.machinery import Served
+from tests.gateway.test_spending import BODIES, MODELS, STREAMED
+
+
+@pytest.fixture
+def fake(running: Served) -> AsyncFakeClient:
+    fake = AsyncFakeClient(models=MODELS)
+    fake.script.generate("one two three", times=None)
+    fake.script.rerank([0.5, 0.25], times=None)
+    running.over(Gateway(fake))
+    return fake
+
+
+def asked(running: Served, path: str, user: str, **more: Any) -> httpx2.Response:
+    of_user = {"metadata": {"user_id": user}} if path == "/v1/messages" else {"user": user}
+    headers = {"idempotency-key": "once"}
+    return httpx2.post(f"{running.url}{path}", json={**BODIES[path], **of_user, **more}, headers=headers, timeout=20)
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_an_id_that_another_client_has_used_is_refused_and_its_own_client_gets_the_same_answer(
+    running: Served, fake: AsyncFakeClient, path: str
+) -> None:
+    first = asked(running, path, "one")
+    assert first.status_code == 200, first.text
+    refused = asked(running, path, "two")
+    assert refused.status_code == 409, refused.text
+    assert "the id is taken" in refused.text
+    assert asked(running, path, "one").status_code == 200
+    assert len(fake.sent.jobs) == 1
+    if path in STREAMED:
+        assert asked(running, path, "two", stream=True).status_code == 409
