@@ -10,11 +10,13 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from stoker import Client
 from stoker.contract.presence import node_of
 from stoker.settings import Settings
 from tests.conftest import EMBED_MODEL, GENERATE_MODEL, alive, wait_until
@@ -73,16 +75,9 @@ class Up:
             self.process.wait(60)
 
 
-@pytest.fixture
-def up(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Up]:
-    """With the model that embeds, or those of the test's parameter: loading one that generates takes longest."""
-    running = Up(
-        tmp_path / "home",
-        "--no-flower",
-        "--no-gateway",
-        STOKER_GRACE="5",
-        STOKER_MODELS=getattr(request, "param", EMBED_MODEL),
-    )
+@contextmanager
+def one_up(home: Path, models: str) -> Iterator[Up]:
+    running = Up(home, "--no-flower", "--no-gateway", STOKER_GRACE="5", STOKER_MODELS=models)
     try:
         running.wait_until_warm()
         yield running
@@ -90,8 +85,28 @@ def up(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Up]:
         running.stop()
 
 
-@pytest.mark.parametrize("up", [f"{EMBED_MODEL},{GENERATE_MODEL}"], indirect=True)
-def test_commands_work_from_another_shell_and_ctrl_c_ends_all(up: Up) -> None:
+@pytest.fixture(scope="module")
+def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    """With the model that embeds: loading one that generates takes longest. The last test that uses it kills it."""
+    with one_up(tmp_path_factory.mktemp("up") / "home", EMBED_MODEL) as running:
+        yield running
+
+
+def test_commands_work_from_another_shell_and_ctrl_c_ends_all(tmp_path: Path) -> None:
+    with one_up(tmp_path / "home", f"{EMBED_MODEL},{GENERATE_MODEL}") as up:
+        _commands_work(up)
+        pids, url = up.processes(), up.url
+        assert len(pids) >= 4, "broker and worker, each with its guard"
+        up.process.send_signal(signal.SIGINT)
+        assert up.process.wait(60) == 0
+        wait_until(lambda: not any(map(alive, pids)), "no process is left")
+        assert not (up.home / "broker.json").exists()
+        gone = up.stoker("status", "--url", url)
+        assert gone.returncode == 3
+        assert "Traceback" not in gone.stderr
+
+
+def _commands_work(up: Up) -> None:
     status = up.stoker("status")
     assert status.returncode == 0
     assert EMBED_MODEL in status.stdout
@@ -102,15 +117,6 @@ def test_commands_work_from_another_shell_and_ctrl_c_ends_all(up: Up) -> None:
     generated = up.stoker("generate", "Once upon a time", "--max-tokens", "32")
     assert generated.returncode == 0
     assert len(generated.stdout) > 40
-    pids, url = up.processes(), up.url
-    assert len(pids) >= 4, "broker and worker, each with its guard"
-    up.process.send_signal(signal.SIGINT)
-    assert up.process.wait(60) == 0
-    wait_until(lambda: not any(map(alive, pids)), "no process is left")
-    assert not (up.home / "broker.json").exists()
-    gone = up.stoker("status", "--url", url)
-    assert gone.returncode == 3
-    assert "Traceback" not in gone.stderr
 
 
 def _runs_of(home: Path) -> Path:
@@ -157,26 +163,30 @@ def test_a_second_one_joins_the_first_says_so_and_ends_alone_while_nohup_keeps_t
     assert not processes_with(str(tmp_path / "home"))
 
 
+def test_settings_find_the_broker_of_a_running_up(up: Up) -> None:
+    assert Settings(home=up.home).address.shown.startswith("redis://:***@127.0.0.1:"), "with its password"
+
+
+def test_a_worker_that_dies_is_started_again(up: Up) -> None:
+    with Client(settings=Settings(home=up.home)) as client:
+        (first,) = client.workers()
+        os.kill(first.pid, signal.SIGKILL)
+
+        def successor() -> bool:
+            # Under the same name, so that Flower has one row for both.
+            again = [worker for worker in client.workers() if worker.pid != first.pid]
+            return [node_of(worker.worker) for worker in again] == [node_of(first.worker)]
+
+        wait_until(successor, "another worker is warm", 60)
+    assert up.stoker("embed", "still here").returncode == 0
+
+
 def test_nothing_is_left_when_it_is_killed(up: Up) -> None:
     pids = up.processes()
     assert len(pids) >= 4
     up.process.kill()
     up.process.wait(10)
     wait_until(lambda: not any(map(alive, pids)), "no process is left", 30)
-
-
-def test_a_worker_that_dies_is_started_again(up: Up) -> None:
-    first = json.loads(up.stoker("status", "--json").stdout)[0]
-    os.kill(first["pid"], signal.SIGKILL)
-
-    def successor() -> bool:
-        workers = json.loads(up.stoker("status", "--json").stdout or "[]")
-        # Under the same name, so that Flower has one row for both.
-        again = [worker for worker in workers if worker["pid"] != first["pid"]]
-        return [node_of(worker["worker"]) for worker in again] == [node_of(first["worker"])]
-
-    wait_until(successor, "another worker is warm", 60)
-    assert up.stoker("embed", "still here").returncode == 0
 
 
 def test_a_damaged_model_file_is_one_line_and_its_own_exit_code(tmp_path: Path) -> None:
@@ -239,7 +249,3 @@ def test_flower_and_the_gateway_serve_the_worker_which_goes_on_without_them(tmp_
         assert said.count((running.home / "flower" / "password").read_text().strip()) == 1
     finally:
         running.stop()
-
-
-def test_settings_find_the_broker_of_a_running_up(up: Up) -> None:
-    assert Settings(home=up.home).address.shown.startswith("redis://:***@127.0.0.1:"), "with its password"
