@@ -134,7 +134,7 @@ class KeyValues:
         self.rows, self.capacity = rows, capacity
 
     def put(self, row: int, source: KeyValues, source_row: int, length: int) -> None:
-        """Copy the first `length` positions of a row of `source` (which may be this) to `row`, and its states."""
+        """Copy the first `length` positions of a row of another, `source`, to `row`, and its states."""
         for target, origin in ((self.keys, source.keys), (self.values, source.values)):
             for layer, array in enumerate(origin):
                 target[layer][row : row + 1, :, :length] = array[source_row : source_row + 1, :, :length]
@@ -143,13 +143,21 @@ class KeyValues:
 
     def move(self, row: int, source_row: int, length: int) -> None:
         """Copy the first `length` positions of a row to another."""
-        self.put(row, self, source_row, length)
+        self.put(row, self._taken(source_row, length), 0, length)
 
     def swap(self, row: int, other: int, length: int) -> None:
         """Let two rows change places, the first `length` positions of each."""
-        kept = self.row(row, length)
-        self.put(row, self, other, length)
-        self.put(other, kept, 0, length)
+        first, second = self._taken(row, length), self._taken(other, length)
+        self.put(row, second, 0, length)
+        self.put(other, first, 0, length)
+
+    def _taken(self, row: int, length: int) -> KeyValues:
+        """A copy of a row, to be put elsewhere. On a CPU it is there: a row that is still to be read holds all arrays,
+        and MLX would copy them whole to write one row. A GPU copies them in less time than it would be waited for."""
+        made = self.row(row, length)
+        if on_cpu():
+            mx.eval(made.keys, made.values, made.states)
+        return made
 
     def clear_beyond(self, lengths: list[int]) -> None:
         """Zeros in each row's positions from its length on. What lies there is masked, and 0 times NaN is NaN."""

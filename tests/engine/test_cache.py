@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from engine.models.cache import KeyValues, KvSide, KvSizes, StateShape, View
+from engine.platform.compiler import on_cpu
 
 FLOAT = mx.float32
 
@@ -60,6 +63,19 @@ def test_what_is_kept_of_a_row_goes_with_it_into_another_storage_and_within_one(
     alone = kv.row(1, 6)
     assert (alone.rows, alone.capacity, of_rows(alone, 6)) == (1, 6, [[12.0]])
     assert of_rows(other, 6) == [[11.0], [12.0]], "the source keeps its own"
+
+
+@pytest.mark.skipif(not on_cpu(), reason="a GPU copies all arrays faster than a row is waited for")
+@pytest.mark.parametrize("change", [lambda kv: kv.move(0, 2, 4096), lambda kv: kv.swap(0, 2, 4096)])
+def test_a_row_that_moves_takes_memory_for_itself_alone(change: Callable[[KeyValues], None]) -> None:
+    kv = filled(16, 4096)
+    mx.eval(kv.stored)
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    change(kv)
+    mx.eval(kv.stored)
+    assert mx.get_peak_memory() - before < 3 * kv.nbytes / kv.rows
+    assert of_rows(kv, 4096)[0] == [3.0]
 
 
 def test_nothing_of_a_row_that_is_gone_is_left_and_of_the_others_what_they_have() -> None:
