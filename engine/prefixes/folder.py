@@ -28,8 +28,8 @@ from stoker.files.durable import DRAFT, make_folders, sweep, write_whole
 
 log = logging.getLogger(__name__)
 
-#: Tokens that an entry has at least, and spares at least. Reading and checking one took a hundredth to a fiftieth of
-#: what prefilling its tokens takes on a CPU (SmolLM2, 135 M weights), so it is not the reading that would not pay: a
+#: Tokens that an entry has at least, and spares at least. Reading and checking one took a hundredth of what
+#: prefilling its tokens takes on a CPU (SmolLM2, 64 to 512 tokens), so it is not the reading that would not pay: a
 #: pass over the weights takes what 48 tokens take (`engine.generation.grouping.PASS`), and is needed for the rest of
 #: the prompt anyway. What is spared has to be more than that.
 SHORTEST = 64
