@@ -9,6 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from stoker.contract import AdapterRequest, EmbedRequest, GenerateRequest, TrainRequest
+from stoker.contract.base import LONGEST_SHOWN
 from stoker.contract.bundle import pack, source
 from stoker.contract.dataset import iterate_lines
 from stoker.contract.freeform import MAX_DEPTH, check_json
@@ -235,3 +236,11 @@ def test_a_message_of_a_dataset_has_a_role_and_content_and_nothing_else(message:
     line = f'{{"messages": [{message}, {{"role": "assistant", "content": "b"}}]}}'.encode()
     with pytest.raises(DatasetError, match=r"line 1, message 1: expected an object"):
         list(iterate_lines([line], "x"))
+
+
+@pytest.mark.parametrize("size", [LONGEST_SHOWN - 1, LONGEST_SHOWN, LONGEST_SHOWN + 1])
+def test_a_text_that_is_shown_has_as_many_characters_as_are_allowed_and_says_where_it_was_cut(size: int) -> None:
+    shown = repr(GenerateRequest(model="m", prompt="x" * size, seed=1))
+    whole = "prompt='" + "x" * size + "'"
+    cut = "prompt='" + "x" * (LONGEST_SHOWN - 1) + "'…"
+    assert (whole if size <= LONGEST_SHOWN else cut) in shown

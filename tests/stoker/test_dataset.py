@@ -240,3 +240,9 @@ def test_a_text_of_a_file_has_as_many_characters_as_are_allowed_and_not_one_more
     source.path.write_text("x" * (MAX_TEXT_CHARS + 1))
     with pytest.raises(DatasetError, match=f"line 1: {MAX_TEXT_CHARS + 1} characters; at most {MAX_TEXT_CHARS}"):
         source.survey()
+
+
+def test_a_byte_order_mark_is_taken_from_the_beginning_of_a_file_and_from_no_other_line() -> None:
+    mark = b"\xef\xbb\xbf"
+    whole = [mark + b"a\n" + mark + b"b\n", mark + b"c"]
+    assert list(lines.numbered(whole, "x")) == [(1, b"a"), (2, mark + b"b"), (3, mark + b"c")]
