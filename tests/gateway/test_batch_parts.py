@@ -97,7 +97,7 @@ class Kept:
 
 
 def plain_lines(data: bytes, most: int) -> list[Line]:
-    """The lines of a whole file, told simply."""
+    """The lines of a whole file, read at once."""
     whole = data.split(b"\n")
     found, index = [], 0
     for number, text in enumerate(whole if whole[-1] else whole[:-1], 1):

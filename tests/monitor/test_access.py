@@ -143,3 +143,13 @@ def test_a_password_file_that_holds_none_is_one_clear_error(tmp_path: Path, cont
 def test_what_changes_nothing_is_shown_to_who_followed_a_link(method: str) -> None:
     assert status(method, Sec_Fetch_Site="cross-site", Referer="http://wiki.example/") is None
     assert status(method, "/healthcheck", Authorization="") is None
+
+
+@pytest.mark.parametrize("more", ["!", " ", "ü", "=", "-"])
+def test_a_code_with_anything_else_in_it_is_no_password(more: str) -> None:
+    code = base64.b64encode(b"stoker:secret").decode()
+    gate = Gate("secret")
+    assert gate.refusal("GET", "/", {"Host": "localhost", "Authorization": f"Basic {code}"}) is None
+    refused = gate.refusal("GET", "/", {"Host": "localhost", "Authorization": f"Basic {code[:4]}{more}{code[4:]}"})
+    assert refused is not None
+    assert refused.status == 401

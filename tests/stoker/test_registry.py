@@ -146,8 +146,8 @@ def test_a_record_that_a_number_is_written_into_after_it_expired_expires_again(b
     assert int(ledger.allocate(broker_client, "m", "style", "gone", 1)) == 1
     assert 0 < broker_client.ttl(keys.job("gone")) <= keys.PENDING_TTL
     broker_client.expire(keys.job("gone"), 60)
-    broker_client.hset(keys.job("gone"), "kind", "train")
-    broker_client.hdel(keys.job("gone"), "version")
+    broker_client.hset(keys.job("gone"), Field.KIND, "train")
+    broker_client.hdel(keys.job("gone"), Field.VERSION)
     assert int(ledger.allocate(broker_client, "m", "style", "gone", 1)) == 2
     assert 0 < broker_client.ttl(keys.job("gone")) <= 60, "one that has an expiry keeps it"
 
