@@ -197,6 +197,7 @@ def test_signs_of_life_are_enough(met: Meeting, monkeypatch: pytest.MonkeyPatch)
 def test_a_rank_that_lives_and_does_nothing_has_the_time_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     met = Meeting(monkeypatch, step_limit=0.05)
     other = met.join()
+    other.keep_alive()
     met.leader.advance("run")
     wait_until(lambda: met.ends == [70], "the process ends")
     with pytest.raises(WorkerUnavailable, match="the group is ending"):
