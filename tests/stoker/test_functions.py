@@ -244,7 +244,7 @@ def test_where_jobs_wait_is_asked_anew_at_each_call_of_a_function(redis: Any, br
     with closing(connect(broker)) as client:
         client.functions.refuse()
         for number in range(READY + 1):
-            submit(client, str(number))
+            submit(client, str(number), priority=7)
     redis.rpop(keys.ready(QUEUE))
     start(redis, "0")
     assert redis.llen(keys.ready(QUEUE)) == READY, "the one that waited has come"
