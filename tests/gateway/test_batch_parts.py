@@ -10,7 +10,7 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from stoker.errors import BrokerUnavailable, ConfigError, InvalidRequest, StokerError, UnknownModel
@@ -114,6 +114,8 @@ def plain_lines(data: bytes, most: int) -> list[Line]:
     ),
     cuts=st.lists(st.integers(0, 60), max_size=6),
 )
+@example(pieces=[b"y" * 8, b"\n", b"z" * 9, b"\n", b"a"], cuts=[4, 12])
+@example(pieces=[b"z" * 9, b"z" * 9, b"\n", b"y" * 8, b"\n", b"y" * 8], cuts=[9, 18])
 def test_the_lines_of_a_file_are_the_same_however_it_is_cut_into_parts(pieces: list[bytes], cuts: list[int]) -> None:
     """Those of exactly the most bytes too; of those that are longer nothing is kept, and the next one is whole."""
     data = b"".join(pieces)

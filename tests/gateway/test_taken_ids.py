@@ -41,3 +41,11 @@ def test_an_id_that_another_client_has_used_is_refused_and_its_own_client_gets_t
     assert len(fake.sent.jobs) == 1
     if path in STREAMED:
         assert asked(running, path, "two", stream=True).status_code == 409
+
+
+@pytest.mark.parametrize("path", [path for path in BODIES if path not in STREAMED])
+def test_what_has_no_stream_cannot_be_gone_on_with(running: Served, fake: AsyncFakeClient, path: str) -> None:
+    headers = {"last-event-id": "once:1"}
+    refused = httpx2.post(f"{running.url}{path}", json=BODIES[path], headers=headers, timeout=20)
+    assert (refused.status_code, "Last-Event-ID" in refused.text) == (400, True)
+    assert not fake.sent.jobs
