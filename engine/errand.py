@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Generic, TypeVar
 
-from engine.platform.threads import collect, leave, only_own
+from engine.platform.threads import leave, only_own
 from stoker.errors import WorkerUnavailable
 
 T = TypeVar("T")
@@ -86,12 +86,9 @@ class OwnThread:
 
 def _do(call: Callable[[], T], future: Future[T]) -> None:
     try:
+        # What it leaves in cycles takes memory of the device.
         with only_own():
-            try:
-                made = call()
-            finally:
-                # What it leaves in cycles takes memory of the device.
-                collect()
+            made = call()
     except BaseException as error:
         future.set_exception(error)
     else:
