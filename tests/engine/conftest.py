@@ -1,25 +1,20 @@
-"""What the engine's tests share: a fast BLAS before MLX, real small models, random small ones."""
+"""What the engine's tests share: real small models, random small ones."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 
-from engine.platform import blas
+import mlx.core as mx
+import pytest
 
-blas.boot(1)
-
-from collections.abc import Callable  # noqa: E402
-
-import mlx.core as mx  # noqa: E402
-import pytest  # noqa: E402
-
-from engine.checkpoints.loading import LoadedModel, load  # noqa: E402
-from engine.models.llama import Llama, LlamaArgs  # noqa: E402
-from engine.weights import safetensors  # noqa: E402
-from engine.weights.tensors import Tensors  # noqa: E402
-from tests.engine import tiny  # noqa: E402
+from engine.checkpoints.loading import LoadedModel, load
+from engine.models.llama import Llama, LlamaArgs
+from engine.weights import safetensors
+from engine.weights.tensors import Tensors
+from tests.engine import tiny
 
 TINY = LlamaArgs(
     layers=2,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from engine.platform import blas
 from engine.platform.elf import ElfError, strip_prefix
 
 linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the BLAS boot does nothing elsewhere")
@@ -36,6 +37,12 @@ def boot(cache: Path, *arguments: str, library: str = "") -> tuple[bool, str, st
         check=True,
     )
     return tuple(json.loads(done.stdout.splitlines()[-1]))
+
+
+@linux_only
+def test_these_tests_multiply_with_openblas_though_others_were_collected_first() -> None:
+    pytest.importorskip("scipy_openblas32")
+    assert blas.verify()
 
 
 @linux_only

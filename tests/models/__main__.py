@@ -14,13 +14,9 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from engine.platform import blas
-
-blas.boot(1)
-
-from engine.models.bridge import package  # noqa: E402
-from tests.engine import bridged, decoder_goldens, gguf_files  # noqa: E402
-from tests.models.table import CHECKS, Row, read, totals, write  # noqa: E402
+from engine.models.bridge import package
+from tests.engine import bridged, decoder_goldens, gguf_files
+from tests.models.table import CHECKS, Row, read, totals, write
 
 
 def main(arguments: Sequence[str]) -> int:
