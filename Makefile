@@ -21,7 +21,7 @@ LOCK := $(LOCK_VENV)/bin/uv pip compile --no-config --universal --python-version
 LOCK_HEADER := \# Made by `make lock`: do not edit. Universal (Linux, macOS arm64; Python 3.11 and later), with hashes.
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast test-integration test-slow test-models test-browser mutants coverage chaos fuzz check format bench bench-queue bench-scale bench-gateway bench-kernels bench-embed bench-generate soak lock goldens peers bench-train goldens-peft goldens-vectors goldens-decoders clean distclean
+.PHONY: help venv demo test test-fast test-integration test-slow test-models test-browser mutants coverage chaos fuzz check format bench bench-queue bench-scale bench-fleet bench-gateway bench-kernels bench-embed bench-generate soak lock goldens peers bench-train goldens-peft goldens-vectors goldens-decoders clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -121,6 +121,9 @@ bench-queue: $(STAMP) ## what the queue costs and bears, compared with bare Cele
 
 bench-scale: $(STAMP) ## what one broker bears, and a simulated fleet of 1,000 workers and 100,000 streams, from the committed rows
 	$(BIN)/python -m bench.scale
+
+bench-fleet: $(STAMP) ## training on one rank and on two ranks of this machine, by turns
+	$(BIN)/python -m bench.fleet
 
 bench-gateway: $(STAMP) ## what the gateway costs, compared with the Python client on the same worker
 	$(BIN)/python -m bench.gateway
