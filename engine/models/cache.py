@@ -49,6 +49,12 @@ class KvSizes(NamedTuple):
     joint: bool = False
 
     @property
+    def dtypes(self) -> list[mx.Dtype]:
+        """Of all keys, then of all values, then of all states."""
+        sides = [*self.keys, *self.values]
+        return [side.dtype for side in sides] + [state.dtype for state in self.states]
+
+    @property
     def token_bytes(self) -> int:
         """Of one token, in every layer that attends."""
         return sum(side.nbytes for side in (*self.keys, *self.values))

@@ -29,15 +29,14 @@ class PrefixDisk:
     """`run`: does something in the engine's thread, between two steps."""
 
     def __init__(self, limits: DiskLimits | None, store: AdapterStore, run: RunInEngine) -> None:
-        self._limits, self._store, self._run = limits, store, run
+        self._store, self._run = store, run
         self._saver = Saver()
-        if limits is not None and limits.bytes:
-            self._folder = PrefixFolder(limits.folder, limits.bytes)
-            self._allowance = Allowance(limits.bytes)
+        self._folder = PrefixFolder(limits.folder, limits.bytes) if limits is not None and limits.bytes else None
+        self._allowance = Allowance(0 if self._folder is None else self._folder.limit)
 
     def shelf(self, model: LoadedModel) -> Shelf | None:
         """For a model that generates; None where its prefixes stay in memory alone."""
-        if self._limits is None or not self._limits.bytes:
+        if self._folder is None:
             return None
         form, identity = Form.of(model.decoder.kv_sizes), model_identity(model)
         if form is None or identity is None:
@@ -49,11 +48,11 @@ class PrefixDisk:
     @property
     def nbytes(self) -> int:
         """What all entries take, when this process looked last."""
-        return self._folder.nbytes if self._limits is not None and self._limits.bytes else 0
+        return 0 if self._folder is None else self._folder.nbytes
 
     def start(self) -> None:
         """Count what there is, and remove what is beyond the limit."""
-        if self._limits is not None and self._limits.bytes:
+        if self._folder is not None:
             self._folder.look()
             self._saver.start()
 

@@ -24,6 +24,7 @@ import numpy as np
 from engine.prefixes import entry_file
 from engine.prefixes.entry_file import DamagedEntry
 from engine.prefixes.form import Form
+from engine.prefixes.memory import shared_length
 from stoker.files.durable import DRAFT, make_folders, sweep, write_whole
 
 log = logging.getLogger(__name__)
@@ -96,9 +97,7 @@ class PrefixFolder:
         except (DamagedEntry, OSError, MemoryError) as error:
             self._refuse(path, error)
             return 0
-        length = min(length, len(wanted))
-        different = np.flatnonzero(kept[:length] != wanted[:length])
-        return int(different[0]) if len(different) else length
+        return shared_length(kept, wanted)
 
     def read(self, found: Found, form: Form) -> tuple[np.ndarray, list[np.ndarray]] | None:
         """Tokens and raw numbers, as `entry_file.read` has them; None for an entry that is gone, or cannot serve."""

@@ -53,8 +53,7 @@ class Form:
     @classmethod
     def of(cls, sizes: KvSizes) -> Form | None:
         """None for a model that keeps numbers of a type that no entry has."""
-        kinds = [side.dtype for side in (*sizes.keys, *sizes.values)] + [state.dtype for state in sizes.states]
-        if any(kind not in _DTYPES for kind in kinds):
+        if any(dtype not in _DTYPES for dtype in sizes.dtypes):
             return None
         sides = (("keys", sizes.keys), ("values", sizes.values))
         parts = [

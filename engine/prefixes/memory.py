@@ -81,7 +81,7 @@ class PrefixCache:
             # Most differ from the best one where that ends, behind a system prompt that all share.
             if min(len(kept), len(wanted)) <= best or kept[best] != wanted[best]:
                 continue
-            shared = _shared(kept, wanted)
+            shared = shared_length(kept, wanted)
             if shared > best and (not self._whole or shared == len(kept)):
                 best, key = shared, candidate
         return key, best
@@ -138,7 +138,8 @@ class PrefixCache:
         return owner, np.asarray(tokens, dtype=np.int32).tobytes()
 
 
-def _shared(left: np.ndarray, right: np.ndarray) -> int:
+def shared_length(left: np.ndarray, right: np.ndarray) -> int:
+    """How many tokens of both are alike, from the first on."""
     length = min(len(left), len(right))
     different = np.flatnonzero(left[:length] != right[:length])
     return int(different[0]) if len(different) else length

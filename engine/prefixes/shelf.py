@@ -112,8 +112,7 @@ class Shelf:
 
     def _key_values(self, fetched: Fetched) -> KeyValues:
         sizes = self._decoder.kv_sizes
-        kinds = [side.dtype for side in (*sizes.keys, *sizes.values)] + [state.dtype for state in sizes.states]
-        arrays = [mx.array(raw).view(kind) for raw, kind in zip(fetched.arrays, kinds, strict=True)]
+        arrays = [mx.array(raw).view(dtype) for raw, dtype in zip(fetched.arrays, sizes.dtypes, strict=True)]
         mx.eval(arrays)
         first, second = len(sizes.keys), len(sizes.keys) + len(sizes.values)
         return KeyValues.holding(self._decoder, (arrays[:first], arrays[first:second], arrays[second:]))

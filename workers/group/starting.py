@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -15,6 +14,7 @@ from typing import Protocol
 
 from stoker.errors import ConfigError
 from stoker.local.process import LogSize, Process
+from stoker.local.stack import rank_command
 from stoker.settings import Settings
 
 LOOPBACK = "127.0.0.1"
@@ -92,9 +92,8 @@ class LocalRanks:
         settings = self._settings
         # It has nothing to say to the broker, and need not know how to.
         env = {**settings.environment(), **common, "MLX_RANK": str(rank), "STOKER_URL": "", "PYTHONUNBUFFERED": "1"}
-        command = [sys.executable, "-m", "workers.rank"]
         log = settings.logs / f"rank-{rank}.log"
-        return Process(f"rank {rank}", command, log=log, env=env, grace=1.0, size=LogSize.of(settings))
+        return Process(f"rank {rank}", rank_command(), log=log, env=env, grace=1.0, size=LogSize.of(settings))
 
     def stop(self) -> None:
         for process in self._processes:
