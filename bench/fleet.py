@@ -1,104 +1,139 @@
-"""Training on ranks of this machine: `python -m bench.fleet`. Steps a second on one rank, which is the path without a
-group, and on two ranks of MLX's ring over loopback, by turns; on random weights.
+"""A worker of two ranks and one of one, by turns, on random weights: `python -m bench.fleet` on a CPU, `python -m
+bench.fleet --gpu --out DIR` on a machine with two GPUs. `--tiny` tries the whole with a small model.
 
-Each rank is a process (`python -m bench.fleet FOLDER`) that makes a step for each line on standard input. Two ranks
-have half of the cores each, so that both sides have the same machine.
+Training: both sides make the same steps, of as many micro-batches as there are ranks. One rank is the path without a
+group.
+
+Each rank is a process (`python -m bench.fleet_rank`) that makes a step for each line on standard input. On a CPU two
+ranks have half of the cores each, so that both sides have the same machine; a rank on a GPU sees no other one. They
+find each other as `mlx.launch` would have it: over the ring and loopback, or NCCL.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from bench.report import row, write
+from bench.report import RESULTS, Record, Row, row, show
 from workers.group.starting import LOOPBACK, free_ports
 
-SHAPE = "smollm2-135m"
-#: Tokens that are drawn from; the shape has more.
-VOCABULARY = 10_000
-ROUNDS = 12
-BATCH, ACCUMULATION, LENGTH, RANK = 1, 2, 32, 8
+RANKS = 2
+ROOT = Path(__file__).resolve().parents[1]
 
 
-def side(folder: Path) -> None:
-    """One rank."""
-    from engine.platform import blas
+@dataclass(frozen=True)
+class Plan:
+    """`shape`: of `bench.shapes`; `batch` × `length` tokens are a micro-batch."""
 
-    blas.boot(int(os.environ["OPENBLAS_NUM_THREADS"]))
-    import numpy as np
+    shape: str
+    dtype: str
+    batch: int
+    length: int
+    warm: int
+    rounds: int
+    gpu: bool = False
 
-    from engine.checkpoints.loading import load
-    from engine.training.data import TokenizedExample
-    from engine.training.ranks import ALONE, MlxRanks, Ranks
-    from engine.training.trainer import Trainer
-    from stoker.contract import TrainRequest
 
-    ranks: Ranks = ALONE
-    if "MLX_HOSTFILE" in os.environ:
-        ring = MlxRanks(int(os.environ["MLX_RANK"]), 2)
-        ring.meet("ring")
-        ranks = ring
-    request = TrainRequest(
-        model="bench", name="bench", dataset="none", steps=1_000_000, rank=RANK, batch_size=BATCH,
-        accumulation=ACCUMULATION,
-    )  # fmt: skip
-    lines = np.random.default_rng(0).integers(3, VOCABULARY, (BATCH * ACCUMULATION, LENGTH + 1), dtype=np.int32)
-    examples = [TokenizedExample(line, np.arange(LENGTH + 1) > 0) for line in lines]
-    reports = Trainer(load("bench", [str(folder)]).decoder, request, examples, ranks=ranks).run()
-    print("ready", flush=True)
-    for _ in sys.stdin:
-        while next(reports) is None:
-            pass
-        print("done", flush=True)
+PLANS = {
+    "gpu": Plan("qwen2.5-0.5b", "bfloat16", 8, 512, warm=4, rounds=24, gpu=True),
+    "cpu": Plan("smollm2-135m", "float32", 1, 32, warm=1, rounds=12),
+    "tiny": Plan("tiny", "float32", 2, 16, warm=1, rounds=2),
+}
+
+
+class Rank:
+    """One process. It ends when its standard input does."""
+
+    def __init__(self, arguments: list[str], env: Mapping[str, str]) -> None:
+        command = [sys.executable, "-m", "bench.fleet_rank", *arguments]
+        self._process = subprocess.Popen(
+            command, cwd=ROOT, env={**os.environ, **env}, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+
+    def ask(self) -> None:
+        assert self._process.stdin is not None
+        print("go", file=self._process.stdin, flush=True)
+
+    def answer(self) -> dict[str, Any]:
+        """The next object on its standard output; MLX prints there too."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                return dict(json.loads(line))
+        raise SystemExit(f"a rank ended with exit code {self._process.wait()}; see its output above")
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+def places(folder: Path, ranks: int, plan: Plan) -> list[dict[str, str]]:
+    """The environment of each rank: what `mlx.launch` sets, and its share of the machine."""
+    cores = {"OPENBLAS_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks))}
+    own = [
+        {**cores, "MLX_RANK": str(rank), **({"CUDA_VISIBLE_DEVICES": str(rank)} if plan.gpu else {})}
+        for rank in range(ranks)
+    ]
+    if ranks == 1:
+        return own
+    if plan.gpu:
+        (port,) = free_ports(1)
+        common = {"MLX_WORLD_SIZE": str(ranks), "NCCL_HOST_IP": LOOPBACK, "NCCL_PORT": str(port)}
+    else:
+        hosts = folder / "hosts.json"
+        hosts.write_text(json.dumps([[f"{LOOPBACK}:{port}"] for port in free_ports(ranks)]), "utf-8")
+        common = {"MLX_HOSTFILE": str(hosts)}
+    return [{**common, **each} for each in own]
 
 
 @contextmanager
-def started(folder: Path, ranks: int) -> Iterator[list[subprocess.Popen[str]]]:
-    """Processes that are ready."""
-    env = {**os.environ, "OPENBLAS_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks))}
-    if ranks > 1:
-        hosts = folder / "hosts.json"
-        hosts.write_text(json.dumps([[f"{LOOPBACK}:{port}"] for port in free_ports(ranks)]), "utf-8")
-        env["MLX_HOSTFILE"] = str(hosts)
+def started(folder: Path, ranks: int, plan: Plan) -> Iterator[list[Rank]]:
+    """Ranks that are ready."""
     with ExitStack() as leaving:
         found = []
-        for rank in range(ranks):
-            process = subprocess.Popen(
-                [sys.executable, "-m", "bench.fleet", str(folder)], env={**env, "MLX_RANK": str(rank)}, text=True,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            )  # fmt: skip
-            leaving.callback(process.wait)
-            leaving.callback(process.kill)
-            found.append(process)
-        for process in found:
-            answer(process, "ready")
+        for env in places(folder, ranks, plan):
+            rank = Rank(["train", str(folder), str(ranks), json.dumps(asdict(plan))], env)
+            leaving.callback(rank.end)
+            found.append(rank)
+        for rank in found:
+            rank.answer()
         yield found
 
 
-def answer(process: subprocess.Popen[str], word: str) -> None:
-    assert process.stdout is not None
-    while (said := process.stdout.readline()) != f"{word}\n":
-        if not said:
-            raise SystemExit(f"a rank ended (exit code {process.wait()})")
+def step(ranks: list[Rank]) -> dict[str, Any]:
+    """A step on all of them; what rank 0 says of it. None begins before all are asked."""
+    for rank in ranks:
+        rank.ask()
+    said, *_ = [rank.answer() for rank in ranks]
+    return said
 
 
-def step(processes: list[subprocess.Popen[str]]) -> float:
-    """Seconds of a step on all of them."""
-    began = time.perf_counter()
-    for process in processes:
-        assert process.stdin is not None
-        process.stdin.write("\n")
-        process.stdin.flush()
-    for process in processes:
-        answer(process, "done")
-    return time.perf_counter() - began
+def training(plan: Plan, folder: Path) -> tuple[list[Row], dict[str, Any]]:
+    """Rows, and how far the losses of both sides are from each other."""
+    with started(folder, 1, plan) as one, started(folder, RANKS, plan) as two:
+        pairs = [(step(one), step(two)) for _ in range(plan.warm + plan.rounds)]
+    tokens = plan.batch * plan.length * RANKS
+    seconds = [(alone["seconds"], shared["seconds"]) for alone, shared in pairs[plan.warm :]]
+    rows = [
+        row("training tokens a second, one rank", "tokens/s", [tokens / alone for alone, _ in seconds]),
+        row(f"training tokens a second, {RANKS} ranks", "tokens/s", [tokens / shared for _, shared in seconds]),
+        row(f"training on {RANKS} ranks, as a multiple of one", "times", [alone / shared for alone, shared in seconds]),
+    ]
+    last_alone, last_shared = pairs[-1]
+    facts = {
+        "loss_difference": max(abs(alone["loss"] / shared["loss"] - 1) for alone, shared in pairs),
+        "peak_bytes": [last_alone["peak"], last_shared["peak"]],
+    }
+    return rows, facts
 
 
 def main() -> None:
@@ -106,20 +141,25 @@ def main() -> None:
 
     from bench import shapes
 
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpu", action="store_true", help="on two GPUs")
+    parser.add_argument("--tiny", action="store_true", help="try the whole with a small model")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
+    asked = parser.parse_args()
+    name = "tiny" if asked.tiny else "gpu" if asked.gpu else "cpu"
+    plan = PLANS[name]
+    record = Record("fleet" if name == "cpu" else f"fleet-{name}", asked.out, plan=asdict(plan))
     with tempfile.TemporaryDirectory() as home:
         folder = Path(home, "model")
-        shapes.write(folder, SHAPE, mx.float32)
-        with started(folder, 1) as one, started(folder, 2) as two:
-            for warming in (one, two):
-                step(warming)
-            pairs = [(step(one), step(two)) for _ in range(ROUNDS)]
-    rows = [
-        row("steps a second, one rank", "steps/s", [1 / alone for alone, _ in pairs]),
-        row("steps a second, two ranks of half the cores each", "steps/s", [1 / shared for _, shared in pairs]),
-        row("two ranks, as a multiple of one", "times", [alone / shared for alone, shared in pairs]),
-    ]
-    print(write("fleet", rows))
+        shapes.write(folder, plan.shape, getattr(mx, plan.dtype))
+        # The GPUs are the ranks' from here on.
+        mx.clear_cache()
+        rows, facts = training(plan, folder)
+    show(rows)
+    print(json.dumps(facts))
+    record.keep(rows=[asdict(entry) for entry in rows], **facts)
+    print(record.path)
 
 
 if __name__ == "__main__":
-    side(Path(sys.argv[1])) if len(sys.argv) > 1 else main()
+    main()
