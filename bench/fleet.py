@@ -1,12 +1,12 @@
 """A worker of two ranks and one of one, by turns, on random weights: `python -m bench.fleet` on a CPU, `python -m
 bench.fleet --gpu --out DIR` on a machine with two GPUs. `--tiny` tries the whole with a small model.
 
-Training: both sides make the same steps, of as many micro-batches as there are ranks. One rank is the path without a
-group.
+Training: both sides make the same steps, of as many micro-batches as there are ranks. Generation: one stream of a model
+that the ranks share, by a worker's engine. One rank is the path without a group.
 
-Each rank is a process (`python -m bench.fleet_rank`) that makes a step for each line on standard input. On a CPU two
-ranks have half of the cores each, so that both sides have the same machine; a rank on a GPU sees no other one. They
-find each other as `mlx.launch` would have it: over the ring and loopback, or NCCL.
+Each rank is a process; that of rank 0 (`bench.fleet_rank`) makes a step, or a stream, for each line on standard input.
+On a CPU two ranks have half of the cores each, so that both sides have the same machine; a rank on a GPU sees no other
+one. They find each other as `mlx.launch` would have it: over the ring and loopback, or NCCL.
 """
 
 from __future__ import annotations
@@ -32,31 +32,38 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Plan:
-    """`shape`: of `bench.shapes`; `batch` × `length` tokens are a micro-batch."""
+    """Shapes are those of `bench.shapes`; of a micro-batch `batch` × `length` tokens, of a stream `tokens`."""
 
-    shape: str
     dtype: str
+    shape: str
     batch: int
     length: int
+    steps: int
+    shared_shape: str
+    tokens: int
+    streams: int
     warm: int
-    rounds: int
     gpu: bool = False
 
 
 PLANS = {
-    "gpu": Plan("qwen2.5-0.5b", "bfloat16", 8, 512, warm=4, rounds=24, gpu=True),
-    "cpu": Plan("smollm2-135m", "float32", 1, 32, warm=1, rounds=12),
-    "tiny": Plan("tiny", "float32", 2, 16, warm=1, rounds=2),
+    "gpu": Plan("bfloat16", "qwen2.5-0.5b", 8, 512, 24, "qwen2.5-7b", tokens=256, streams=8, warm=4, gpu=True),
+    "cpu": Plan("float32", "smollm2-135m", 1, 32, 12, "llama-160m", tokens=32, streams=6, warm=1),
+    "tiny": Plan("float32", "tiny", 2, 16, 2, "tiny", tokens=8, streams=2, warm=1),
 }
 
 
 class Rank:
-    """One process. It ends when its standard input does."""
+    """One process, `python -m COMMAND`."""
 
-    def __init__(self, arguments: list[str], env: Mapping[str, str]) -> None:
-        command = [sys.executable, "-m", "bench.fleet_rank", *arguments]
+    def __init__(self, command: list[str], env: Mapping[str, str]) -> None:
         self._process = subprocess.Popen(
-            command, cwd=ROOT, env={**os.environ, **env}, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            [sys.executable, "-m", *command],
+            cwd=ROOT,
+            env={**os.environ, **env},
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
         )
 
     def ask(self) -> None:
@@ -96,17 +103,39 @@ def places(folder: Path, ranks: int, plan: Plan) -> list[dict[str, str]]:
 
 
 @contextmanager
-def started(folder: Path, ranks: int, plan: Plan) -> Iterator[list[Rank]]:
-    """Ranks that are ready."""
+def started(commands: list[list[str]], envs: list[dict[str, str]]) -> Iterator[list[Rank]]:
+    """Ranks, not yet ready."""
     with ExitStack() as leaving:
         found = []
-        for env in places(folder, ranks, plan):
-            rank = Rank(["train", str(folder), str(ranks), json.dumps(asdict(plan))], env)
+        for command, env in zip(commands, envs, strict=True):
+            rank = Rank(command, env)
             leaving.callback(rank.end)
             found.append(rank)
+        yield found
+
+
+@contextmanager
+def trainers(folder: Path, ranks: int, plan: Plan) -> Iterator[list[Rank]]:
+    command = ["bench.fleet_rank", "train", str(folder), str(ranks), json.dumps(asdict(plan))]
+    with started([command] * ranks, places(folder, ranks, plan)) as found:
         for rank in found:
             rank.answer()
         yield found
+
+
+@contextmanager
+def server(folder: Path, ranks: int, plan: Plan) -> Iterator[Rank]:
+    """Rank 0 of a worker's engine whose model these ranks share."""
+    home = folder.parent / f"home-{ranks}"
+    home.mkdir()
+    settings = {"STOKER_HOME": str(home), "STOKER_MODELS": f"bench-model={folder}", "STOKER_DTYPE": plan.dtype}
+    if ranks > 1:
+        settings |= {"STOKER_GROUP": "bench", "STOKER_SHARD": "true"}
+    commands = [["bench.fleet_rank", "serve", json.dumps(asdict(plan))], *[["workers.rank"]] * (ranks - 1)]
+    envs = [{**settings, **env} for env in places(home, ranks, plan)]
+    with started(commands, envs) as (first, *_):
+        first.answer()
+        yield first
 
 
 def step(ranks: list[Rank]) -> dict[str, Any]:
@@ -119,21 +148,42 @@ def step(ranks: list[Rank]) -> dict[str, Any]:
 
 def training(plan: Plan, folder: Path) -> tuple[list[Row], dict[str, Any]]:
     """Rows, and how far the losses of both sides are from each other."""
-    with started(folder, 1, plan) as one, started(folder, RANKS, plan) as two:
-        pairs = [(step(one), step(two)) for _ in range(plan.warm + plan.rounds)]
+    with trainers(folder, 1, plan) as one, trainers(folder, RANKS, plan) as two:
+        pairs = [(step(one), step(two)) for _ in range(plan.warm + plan.steps)]
     tokens = plan.batch * plan.length * RANKS
-    seconds = [(alone["seconds"], shared["seconds"]) for alone, shared in pairs[plan.warm :]]
-    rows = [
-        row("training tokens a second, one rank", "tokens/s", [tokens / alone for alone, _ in seconds]),
-        row(f"training tokens a second, {RANKS} ranks", "tokens/s", [tokens / shared for _, shared in seconds]),
-        row(f"training on {RANKS} ranks, as a multiple of one", "times", [alone / shared for alone, shared in seconds]),
-    ]
     last_alone, last_shared = pairs[-1]
     facts = {
         "loss_difference": max(abs(alone["loss"] / shared["loss"] - 1) for alone, shared in pairs),
-        "peak_bytes": [last_alone["peak"], last_shared["peak"]],
+        "training_peak_bytes": [last_alone["peak"], last_shared["peak"]],
     }
-    return rows, facts
+    return compared("training", tokens, pairs[plan.warm :]), facts
+
+
+def serving(plan: Plan, folder: Path) -> tuple[list[Row], dict[str, Any]]:
+    """Rows, the bytes of a rank's weights, and of how many first tokens of a stream both sides chose the same."""
+    with server(folder, 1, plan) as one, server(folder, RANKS, plan) as two:
+        pairs = [(step([one]), step([two])) for _ in range(plan.warm + plan.streams)]
+    alone, shared = pairs[-1]
+    same = [ours == theirs for ours, theirs in zip(alone["ids"], shared["ids"], strict=True)]
+    facts = {
+        "weight_bytes": [alone["bytes"], shared["bytes"]],
+        "serving_peak_bytes": [alone["peak"], shared["peak"]],
+        "alike_tokens": same.index(False) if False in same else len(same),
+    }
+    return compared("one stream", plan.tokens - 1, pairs[plan.warm :]), facts
+
+
+def compared(what: str, tokens: int, pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[Row]:
+    """What one rank and all of them made, `tokens` each time."""
+    seconds = [(alone["seconds"], shared["seconds"]) for alone, shared in pairs]
+    return [
+        row(f"{what}, tokens a second, one rank", "tokens/s", [tokens / alone for alone, _ in seconds]),
+        row(f"{what}, tokens a second, {RANKS} ranks", "tokens/s", [tokens / shared for _, shared in seconds]),
+        row(f"{what}, {RANKS} ranks as a multiple of one", "times", [alone / shared for alone, shared in seconds]),
+    ]
+
+
+PARTS = {"training": training, "serving": serving}
 
 
 def main() -> None:
@@ -144,20 +194,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", action="store_true", help="on two GPUs")
     parser.add_argument("--tiny", action="store_true", help="try the whole with a small model")
+    parser.add_argument("--only", choices=list(PARTS), action="append", help="one part; may be repeated")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     asked = parser.parse_args()
     name = "tiny" if asked.tiny else "gpu" if asked.gpu else "cpu"
     plan = PLANS[name]
     record = Record("fleet" if name == "cpu" else f"fleet-{name}", asked.out, plan=asdict(plan))
-    with tempfile.TemporaryDirectory() as home:
-        folder = Path(home, "model")
-        shapes.write(folder, plan.shape, getattr(mx, plan.dtype))
-        # The GPUs are the ranks' from here on.
-        mx.clear_cache()
-        rows, facts = training(plan, folder)
-    show(rows)
-    print(json.dumps(facts))
-    record.keep(rows=[asdict(entry) for entry in rows], **facts)
+    rows: list[Row] = []
+    for part in asked.only or PARTS:
+        with tempfile.TemporaryDirectory() as home:
+            folder = Path(home, "model")
+            shapes.write(folder, plan.shape if part == "training" else plan.shared_shape, getattr(mx, plan.dtype))
+            # The GPUs are the ranks' from here on.
+            mx.clear_cache()
+            found, facts = PARTS[part](plan, folder)
+        show(found)
+        print(json.dumps(facts), flush=True)
+        rows += found
+        # After each part: a run that is cut off keeps those before.
+        record.keep(rows=[asdict(entry) for entry in rows], **facts)
     print(record.path)
 
 

@@ -1,5 +1,9 @@
-"""A rank of `bench.fleet`, as a process: `python -m bench.fleet_rank train FOLDER RANKS PLAN`, with MLX's variables. It
-makes a step for each line on standard input, and says on standard output what it was: a JSON object a line."""
+"""A rank of `bench.fleet`, as a process with MLX's variables: `python -m bench.fleet_rank train FOLDER RANKS PLAN`, or
+rank 0 of a worker's engine with the settings of the environment: `python -m bench.fleet_rank serve PLAN`.
+
+It makes a step, or a stream, for each line on standard input, and says on standard output what it was: a JSON object a
+line.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +25,10 @@ from engine.checkpoints.loading import load  # noqa: E402
 from engine.training.data import TokenizedExample  # noqa: E402
 from engine.training.ranks import ALONE, MlxRanks, Ranks  # noqa: E402
 from engine.training.trainer import Trainer  # noqa: E402
-from stoker.contract import TrainRequest  # noqa: E402
+from stoker.contract import GenerateRequest, TrainRequest  # noqa: E402
+from stoker.settings import load_settings  # noqa: E402
 from workers.group.starting import place_of  # noqa: E402
+from workers.machine import make_engine  # noqa: E402
 
 LORA_RANK = 8
 
@@ -65,6 +71,34 @@ def train(folder: Path, size: int, plan: dict[str, Any]) -> None:
         answer(seconds=time.perf_counter() - began, loss=report.loss, peak=int(mx.get_peak_memory()))
 
 
+def serve(plan: dict[str, Any]) -> None:
+    """One stream after the other; the seconds from its first token to its last."""
+    came: list[float] = []
+
+    def publish(entries: list[Any]) -> None:
+        came.extend([time.perf_counter()] * len(entries))
+
+    engine = make_engine(load_settings(), publish, lambda: os._exit(1))
+    engine.start()
+    mx.reset_peak_memory()
+    answer(ready=True)
+    prompt = tuple(range(3, 3 + 64))
+    for number, _ in enumerate(sys.stdin):
+        came.clear()
+        request = GenerateRequest(model="bench-model", prompt_ids=prompt, max_tokens=plan["tokens"], ignore_eos=True)
+        result = engine.submit(str(number), request).result(600)
+        answer(
+            seconds=came[-1] - came[0],
+            ids=result.token_ids,
+            bytes=engine.model("bench-model").bytes,
+            peak=int(mx.get_peak_memory()),
+        )
+
+
 if __name__ == "__main__":
-    _, job, where, count, said = sys.argv
-    train(Path(where), int(count), json.loads(said))
+    _, job, *given = sys.argv
+    if job == "train":
+        where, count, said = given
+        train(Path(where), int(count), json.loads(said))
+    else:
+        serve(json.loads(*given))

@@ -25,6 +25,34 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
         "hidden_act": "silu",
     },
+    "qwen2.5-7b": {
+        "model_type": "qwen2",
+        "vocab_size": 152_064,
+        "hidden_size": 3584,
+        "intermediate_size": 18_944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 32_768,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1_000_000.0,
+        "tie_word_embeddings": False,
+        "hidden_act": "silu",
+    },
+    "llama-160m": {
+        "model_type": "llama",
+        "vocab_size": 32_000,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 12,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10_000.0,
+        "tie_word_embeddings": False,
+        "hidden_act": "silu",
+    },
     "smollm2-135m": {
         "model_type": "llama",
         "vocab_size": 49_152,
@@ -93,6 +121,8 @@ def _tensors(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
                 f"{name}.self_attn.{part}_proj.bias": (width,) for part, width in (("q", dim), ("k", kv), ("v", kv))
             }
     found["model.norm.weight"] = (dim,)
+    if not config["tie_word_embeddings"]:
+        found["lm_head.weight"] = (config["vocab_size"], dim)
     return found
 
 

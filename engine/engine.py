@@ -23,6 +23,7 @@ from engine.checkpoints.loading import LoadedModel, PrecisionOptions, load
 from engine.checkpoints.prospect import Prospect, prospect
 from engine.delivery import Publish, deliver
 from engine.errand import Errand, OwnThread
+from engine.generation.leading import Sharing
 from engine.generation.limits import GenerationLoad, LaneLimits
 from engine.lane import AnyLane
 from engine.making_way import LOOK_EVERY, MakingWay, Neighbours
@@ -86,8 +87,8 @@ class Engine:
     taken none. Then it gets the entries of each job alone, and a job whose entries it raises for ends with this error.
     `limits`: of each model's generation. `precision`: what `load` takes. `neighbours`: workers on the same device, for
     whose streams it makes way. `prefixes`: those on disk; None: there are none. `group`: the ranks that share its
-    training runs, of which it is the first. `on_death` is called, from the same thread, if the loop ends by a defect:
-    an engine does not come back, its process has to.
+    training runs, of which it is the first; `sharing`: those that share its generating models. `on_death` is called,
+    from the same thread, if the loop ends by a defect: an engine does not come back, its process has to.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class Engine:
         neighbours: Neighbours | None = None,
         prefixes: DiskLimits | None = None,
         group: Group = ALONE,
+        sharing: Sharing | None = None,
         on_death: Callable[[], None] = lambda: None,
     ) -> None:
         self._sources = dict(models)
@@ -117,8 +119,8 @@ class Engine:
         self._prefixes = PrefixDisk(prefixes, self.store, self._run_errand)
         runs = runs or adapters.parent / "runs"
         limits = limits or LaneLimits()
-        self._warm = WarmModels(self.store, runs, limits, adapter_bytes, train_share, self._prefixes, group)
-        self._group = group
+        self._warm = WarmModels(self.store, runs, limits, adapter_bytes, train_share, self._prefixes, group, sharing)
+        self._group, self._sharing = group, sharing
         self._way = MakingWay(neighbours, train_share)
         self._sparing, self._loads = Sparing(), OwnThread("loading")
         self._ready = threading.Event()
@@ -335,10 +337,23 @@ class Engine:
 
     def _load(self) -> None:
         self._group.join()
+        if self.ranks > 1:
+            self._load_together()
+            return
         for name, sources in self._sources.items():
-            for _ in self._warm.hold(load(name, sources, **self._precision)):
-                pass
-        self._group.hold({name: model.digest for name, model in self.models.items()} if self.ranks > 1 else {})
+            self._hold(load(name, sources, **self._precision))
+
+    def _load_together(self) -> None:
+        """All models first: a lane of a model that the ranks share is warmed up by all of them."""
+        shard = None if self._sharing is None else self._sharing.shard
+        models = [load(name, sources, shard=shard, **self._precision) for name, sources in self._sources.items()]
+        self._group.hold({model.name: model.digest for model in models})
+        for model in models:
+            self._hold(model)
+
+    def _hold(self, model: LoadedModel) -> None:
+        for _ in self._warm.hold(model):
+            pass
 
     def step(self) -> None:
         """One turn of the loop: take new work, drop stopped work, run the lane whose turn it is, report."""

@@ -14,6 +14,7 @@ from engine.embedding.lane import EmbedLane
 from engine.embedding.rerank_lane import RerankLane
 from engine.fair import FairShare, weights_by_kind
 from engine.generation.lane import GenerateLane
+from engine.generation.leading import LeadingLane, Sharing
 from engine.generation.limits import GenerationLoad, LaneLimits
 from engine.lane import AnyLane
 from engine.prefixes.disk import PrefixDisk
@@ -31,7 +32,7 @@ class WarmModels:
     changed in place.
 
     `runs`: where training runs have their folders. `adapter_bytes`: what adapters of one model may take in memory.
-    `group`: the ranks that share training runs.
+    `group`: the ranks that share training runs; `sharing`: those that share models of which this process has a part.
     """
 
     def __init__(
@@ -43,8 +44,9 @@ class WarmModels:
         train_share: float,
         prefixes: PrefixDisk | None = None,
         group: Group = ALONE,
+        sharing: Sharing | None = None,
     ) -> None:
-        self._prefixes = prefixes
+        self._prefixes, self._sharing = prefixes, sharing
         self._store, self._runs, self._limits, self._adapter_bytes = store, runs, limits, adapter_bytes
         self._group = group
         # While only generation and training wait, training gets just this share of the time.
@@ -72,16 +74,22 @@ class WarmModels:
             lanes = [embeds(model, self._limits.stall, self._limits.cores)]
         else:
             pool = pools[model.name] = AdapterPool(model, self._store, self._adapter_bytes)
-            shelf = None if self._prefixes is None else self._prefixes.shelf(model)
-            generate = GenerateLane(model, pool, self._limits, shelf)
+            generate = self._generate_lane(model, pool)
             yield from generate.warming()
-            lanes = [generate, TrainLane(model, pool, self._runs, self._group.of(model.name)), AdapterLane(model, pool)]
+            trains = [TrainLane(model, pool, self._runs, self._group.of(model.name))] if model.shard is None else []
+            lanes = [generate, *trains, AdapterLane(model, pool)]
         for lane in lanes:
             self.share.add((model.name, lane.kind), self._weights[lane.kind], urgent=KINDS[lane.kind].urgent)
         self.models, self.pools = {**self.models, model.name: model}, {**self.pools, **pools}
         self.lanes = {**self.lanes, **{(model.name, lane.kind): lane for lane in lanes}}
         self.gone -= {model.name}
         log.info("model %s is warm: %s", model.name, model.summary)
+
+    def _generate_lane(self, model: LoadedModel, pool: AdapterPool) -> GenerateLane:
+        if model.shard is not None and self._sharing is not None:
+            return LeadingLane(model, pool, self._limits, self._sharing)
+        shelf = None if self._prefixes is None else self._prefixes.shelf(model)
+        return GenerateLane(model, pool, self._limits, shelf)
 
     def holds(self, lane: AnyLane) -> bool:
         return any(lane is held for held in self.lanes.values())

@@ -101,6 +101,9 @@ class Settings(BaseSettings):
     ranks: int = Field(default=1, ge=1, le=64)
     #: Name of a worker whose ranks `mlx.launch` starts, on one host or several (`stoker worker --group`).
     group: Annotated[str, StringConstraints(pattern=NAME_PATTERN)] | None = None
+    #: Whether the ranks of a group share its generating models, each with a part of the weights (`stoker worker
+    #: --shard`). Else each has all of them.
+    shard: bool = False
     #: Where a worker serves its metrics: a port of loopback, or HOST:PORT. Unset: nowhere; the monitor has them.
     metrics: str | None = None
     #: Fused kernels: `auto`, `off`, or names. Read by the engine.
@@ -269,6 +272,7 @@ class Overrides(TypedDict, total=False):
     group_size: Literal[32, 64, 128] | None
     ranks: int | None
     group: str | None
+    shard: bool | None
     metrics: str | None
     kernels: str | None
     log: Literal["auto", "human", "json"] | None

@@ -68,6 +68,7 @@ def make_engine(settings: Settings, publish: Callable[[list[Entry]], None], on_d
         prefixes=DiskLimits(settings.prefixes, settings.prefix_disk << 20),
         neighbours=neighbours_of(settings, device_here()),
         group=group,
+        sharing=group if isinstance(group, Leader) and settings.shard else None,
         on_death=on_death,
     )
     if isinstance(group, Leader):

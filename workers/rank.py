@@ -19,6 +19,7 @@ from workers.machine import boot_blas, precision_of
 
 if TYPE_CHECKING:
     from engine.checkpoints.loading import LoadedModel
+    from engine.models.shard import Shard
 
 
 def main() -> None:
@@ -41,22 +42,23 @@ def _follow(settings: Settings) -> None:
 
     choose_kernels(settings.kernels)
 
-    def loaded() -> Mapping[str, LoadedModel]:
+    def loaded(shard: Shard | None) -> Mapping[str, LoadedModel]:
         # Rank 0 is asked to end too, and lets its jobs be kept first; then this rank hears of it.
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
-        return load_models(settings)
+        return load_models(settings, shard)
 
     Follower(settings, place, loaded).run()
 
 
-def load_models(settings: Settings) -> Mapping[str, LoadedModel]:
-    """Those of the settings, warm or not: name → model. Raises `ModelError`."""
+def load_models(settings: Settings, shard: Shard | None = None) -> Mapping[str, LoadedModel]:
+    """Those of the settings, or this part of them, warm or not: name → model. Raises `ModelError`."""
     from engine.checkpoints.loading import load
     from engine.text import trial
 
     options = precision_of(settings)
-    models = {name: load(name, sources, **options) for name, sources in parse_models(settings.models).items()}
+    asked = parse_models(settings.models)
+    models = {name: load(name, sources, shard=shard, **options) for name, sources in asked.items()}
     trial.end()
     return models
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from engine.adapters.lora import LoraWeights, Matrices, square_norms
+from engine.adapters.sharding import part_of
 from engine.adapters.stacked import StackedLora, folded
 from engine.adapters.store import AdapterStore
 from engine.checkpoints.loading import LoadedModel
@@ -81,12 +82,15 @@ class AdapterPool:
             name, version = self._store.resolve(self._model.name, adapter)
             found = self._find(name, version)
             if found is None:
-                weights = self._store.read(self._model.name, name, version, self._model.linear_shapes)
-                found = self._hold(name, version, weights)
+                found = self._hold(name, version, self._own(self.read(name, version)))
             index = found
             self._touch(index)
         self._uses[index] += 1
         return index
+
+    def read(self, name: str, version: int) -> LoraWeights:
+        """The whole files of a version; raises `ModelError` as `acquire`."""
+        return self._store.read(self._model.name, name, version, self._model.linear_shapes)
 
     def identity(self, index: int) -> tuple[str, int] | None:
         """The name and version behind an acquired index; None for the base."""
@@ -103,10 +107,16 @@ class AdapterPool:
 
     def save(self, name: str, weights: LoraWeights, notes: Mapping[str, object], version: int | None = None) -> int:
         """Write a trained adapter as a version, by default the next one, and hold it."""
+        own = self._own(weights)
         version = self._store.write(self._model.name, name, weights, notes, version)
         if self._find(name, version) is None:
-            self._hold(name, version, weights)
+            self._hold(name, version, own)
         return version
+
+    def _own(self, weights: LoraWeights) -> LoraWeights:
+        """What this process needs of an adapter."""
+        shard = self._model.shard
+        return weights if shard is None else part_of(weights, shard)
 
     def drop(self, name: str, version: int) -> bool:
         """Free the memory of a version; False if it is in use, and stays."""
@@ -179,7 +189,7 @@ class AdapterPool:
         mx.eval(self._stacks)
 
     def _shape(self, name: str, side: str) -> tuple[int, ...]:
-        width_in, width_out = self._model.linear_shapes[name]
+        width_in, width_out = self._linears[name].shape
         shapes = {"a": (width_in, self._rank), "b": (self._rank, width_out)}
         return (len(self._held), *shapes.get(side, (width_out,)))
 

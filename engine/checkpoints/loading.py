@@ -29,6 +29,8 @@ from engine.models.rerank_files import RerankFiles, without_own
 from engine.models.rerankers import score_heads, spec_of
 from engine.models.sentence import EmbeddingSpec
 from engine.models.sentence_files import model_folder, pools_decoder
+from engine.models.shard import Shard
+from engine.models.sharded import ShardedLlama
 from engine.platform.jsonfiles import read_config
 from engine.sparing import Pause, no_pause
 from engine.text.pairs import Pairing
@@ -73,6 +75,8 @@ class LoadedModel:
     heads: Sequence[Layer] = field(default=(), repr=False)
     #: In which numbers its weights were asked for: the same files make other weights with another one.
     precision: str = ""
+    #: This process's part of a model that ranks share (kind "generate" only); None: all of it is here.
+    shard: Shard | None = field(default=None, repr=False)
     #: How a query and a text become one sequence (a model that reranks alone, which is one of kind "embed").
     pairing: Pairing | None = field(default=None, repr=False)
 
@@ -137,20 +141,26 @@ class _Load:
     precision: Precision
     start: float
     pause: Pause
+    shard: Shard | None
 
 
 def load(
-    name: str, sources: Sequence[str], pause: Pause = no_pause, **options: Unpack[PrecisionOptions]
+    name: str,
+    sources: Sequence[str],
+    pause: Pause = no_pause,
+    shard: Shard | None = None,
+    **options: Unpack[PrecisionOptions],
 ) -> LoadedModel:
     """The model called `name`, from the first of `sources` that is available, with every weight evaluated.
 
-    `pause` is called between the pieces of the load. `options` are those of `Precision.of`. Raises `ModelError` when no
-    source is available, the value of an option is unknown, or the model is damaged or of an architecture not supported.
+    `pause` is called between the pieces of the load. `shard`: this process's part of a model that generates; None: all
+    of it. `options` are those of `Precision.of`. Raises `ModelError` when no source is available, the value of an
+    option is unknown, or the model is damaged, of an architecture not supported, or cannot be cut so.
     """
     start = time.perf_counter()
     precision = Precision.of(**options)
     path = resolve(sources)
-    asked = _Load(name, path, precision, start, pause)
+    asked = _Load(name, path, precision, start, pause, shard)
     with naming(path):
         if path.is_file():
             if path.suffix != ".gguf":
@@ -240,16 +250,26 @@ def _embedding(
 def _load_decoder(asked: _Load, config: dict[str, Any]) -> LoadedModel:
     inner = model_folder(asked.path)
     tensors, config = folder_tensors(inner, config, asked.precision, asked.pause)
-    model = Llama(DECODERS[config["model_type"]].from_config(config), tensors)
+    model = _llama(asked, DECODERS[config["model_type"]].from_config(config), tensors)
     asked.pause()
     return _decoder(asked, model, Tokenizer.from_folder(inner), tensors)
 
 
 def _load_bridged(asked: _Load, config: dict[str, Any], file: str) -> LoadedModel:
+    _refuse_shard(asked, config["model_type"])
     inner = model_folder(asked.path)
     model = BridgedDecoder.from_folder(inner, config, file, asked.precision, asked.pause)
     asked.pause()
     return _bridged(asked, model, Tokenizer.from_folder(inner))
+
+
+def _refuse_shard(asked: _Load, architecture: object) -> None:
+    """Before anything is read."""
+    if asked.shard is not None:
+        raise ModelError(
+            f"{asked.name} is a {architecture}, which runs mlx-lm's model file; ranks can share "
+            f"{', '.join(sorted(DECODERS))} alone. Serve it without STOKER_SHARD."
+        )
 
 
 def _bridged(asked: _Load, model: BridgedDecoder, tokenizer: Tokenizer) -> LoadedModel:
@@ -263,6 +283,7 @@ def _load_gguf(asked: _Load) -> LoadedModel:
     gguf = GGUF(path)
     model = gguf_models.model_of(gguf.metadata)
     if model is not None:
+        _refuse_shard(asked, gguf.metadata["general.architecture"])
         decoder = BridgedDecoder.from_gguf(gguf, model, precision, pause)
         pause()
         return _bridged(asked, decoder, Tokenizer.from_gguf(gguf))
@@ -275,9 +296,13 @@ def _load_gguf(asked: _Load) -> LoadedModel:
     )
     heads = (args.heads, args.kv_heads) if args.gguf_permuted else None
     tensors = gguf_tensors(gguf, heads, precision, pause)
-    llama = Llama(args, tensors)
+    llama = _llama(asked, args, tensors)
     pause()
     return _decoder(asked, llama, Tokenizer.from_gguf(gguf), tensors)
+
+
+def _llama(asked: _Load, args: LlamaArgs, tensors: Tensors) -> Llama:
+    return Llama(args, tensors) if asked.shard is None else ShardedLlama(args, tensors, asked.shard)
 
 
 def _decoder(asked: _Load, model: Llama, tokenizer: Tokenizer, tensors: Tensors) -> LoadedModel:
@@ -297,7 +322,9 @@ def _generating(
             "change behind what was streamed. Set it to false in tokenizer_config.json"
         )
     asked.pause()
-    _warm(lambda: model.logits(model(mx.zeros((1, 8), mx.int32))))
+    if asked.shard is None:
+        # Else all ranks have to do it at the same time: their lanes do.
+        _warm(lambda: model.logits(model(mx.zeros((1, 8), mx.int32))))
     return LoadedModel(
         name=asked.name,
         path=path,
@@ -308,6 +335,7 @@ def _generating(
         context=model.args.context,
         linear_shapes=model.linear_shapes,
         precision=repr(asked.precision),
+        shard=asked.shard,
         **measures,
     )
 
@@ -320,7 +348,7 @@ def _warm(forward: Callable[[], mx.array]) -> None:
 def _measures(parts: Sequence[Tensors], start: float) -> dict[str, Any]:
     taken = [tensor for tensors in parts for tensor in tensors.taken.values()]
     return {
-        "parameters": sum(tensor.size for tensor in taken),
+        "parameters": sum(tensors.parameters for tensors in parts),
         "bytes": sum(tensor.nbytes for tensor in taken),
         "load_seconds": time.perf_counter() - start,
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from engine.adapters.pool import AdapterPool
 from engine.checkpoints.loading import LoadedModel
@@ -42,10 +42,16 @@ class GenerateLane:
     kind = GenerateRequest.kind
 
     def __init__(
-        self, model: LoadedModel, pool: AdapterPool, limits: LaneLimits | None = None, shelf: Shelf | None = None
+        self,
+        model: LoadedModel,
+        pool: AdapterPool,
+        limits: LaneLimits | None = None,
+        shelf: Shelf | None = None,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """`shelf`: the model's prefixes on disk; None: there are none."""
-        self._shelf = shelf
+        """`shelf`: the model's prefixes on disk; None: there are none. `clock`: what it measures its steps by."""
+        self._shelf, self._clock = shelf, clock
         self._model, self._pool, self.limits = model, pool, limits or LaneLimits()
         self._decoder = model.decoder
         self.step = Step(self._decoder, self.limits.compiled or usual())
@@ -153,13 +159,17 @@ class GenerateLane:
     def drop_stopped(self) -> None:
         for row in self.held:
             if row.ticket.stopping:
-                self._release(row)
-                row.ticket.fail_stopped()
+                self.drop(row)
+
+    def drop(self, row: Row) -> None:
+        """The end of a row whose job is stopped."""
+        self._release(row)
+        row.ticket.fail_stopped()
 
     def run(self, *, lookahead: bool = True) -> StepOutput:
         """Take rows that wait, push prompts on by a chunk, decode every row that is ready by one token."""
         # A pass that is under way began when the last step ended.
-        began = self._ended if self.batch.in_flight else time.perf_counter()
+        began = self._ended if self.batch.in_flight else self._clock()
         output = StepOutput()
         self._pacer.begin({row.priority for row in self.held}, alone=lookahead, empty=not self.batch.rows)
         # Prompts and rows that decode take turns.
@@ -173,7 +183,7 @@ class GenerateLane:
         else:
             # Behind first tokens that went before, the next chunk comes before the next pass.
             self._decode(output, lookahead and not (late and (self._prompts or self._roster.waiting)))
-        self._ended = time.perf_counter()
+        self._ended = self._clock()
         self._pacer.note(self._ended - began, None if pushed or late else output.rows)
         return output
 
@@ -185,10 +195,10 @@ class GenerateLane:
         if not (self._prompts or self._roster.waiting):
             return False
         pushed = self._push(self._pacer.foreground, output)
-        until = time.perf_counter() + self._pacer.background_seconds
+        until = self._clock() + self._pacer.background_seconds
         while self._push(self._pacer.background, output):
             pushed = True
-            if time.perf_counter() >= until:
+            if self._clock() >= until:
                 break
         return pushed
 
@@ -224,7 +234,7 @@ class GenerateLane:
             if rows:
                 # What a row finds that is seated again, or behind others of its job, was left by the job itself.
                 new = [row for row in rows if row.generation.cached_tokens is None]
-                self._prompts.begin(Prefill(self._decoder, self._pool, self.step, rows, self.prefixes))
+                self._prompts.begin(Prefill(self._decoder, self._pool, self.step, rows, self.prefixes, self._clock))
                 self._note_served(new)
         except RowFault as fault:
             self._fail(fault)

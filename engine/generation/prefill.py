@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -93,9 +93,15 @@ class Prefill:
     """
 
     def __init__(
-        self, model: Decoder, pool: AdapterPool, step: Step, rows: Sequence[Row], prefixes: PrefixCache
+        self,
+        model: Decoder,
+        pool: AdapterPool,
+        step: Step,
+        rows: Sequence[Row],
+        prefixes: PrefixCache,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._model, self._pool, self._step = model, pool, step
+        self._model, self._pool, self._step, self._clock = model, pool, step, clock
         self.rows, self.priority = list(rows), rows[0].priority
         self._kv_rows = {id(row): index for index, row in enumerate(self.rows)}
         self.kv = self._start(prefixes)
@@ -143,7 +149,7 @@ class Prefill:
     def advance(self, pacer: PrefillPacer, patience: float) -> list[tuple[Row, Pick]]:
         """One pass that shall take `patience` seconds at most; rows that are through leave the group, with their first
         new token."""
-        began = time.perf_counter()
+        began = self._clock()
         waiting = {id(row): row.uncached for row in self.rows}
         share = self._share([len(tokens) for tokens in waiting.values()], pacer)
         chunks = {row: waiting[id(row)][:share] for row in self.rows}
@@ -159,7 +165,7 @@ class Prefill:
             self.rows = [row for row in self.rows if row not in done]
         else:
             mx.eval(self.kv.stored)
-        pacer.note(sum(map(len, chunks.values())), time.perf_counter() - began, patience)
+        pacer.note(sum(map(len, chunks.values())), self._clock() - began, patience)
         return found
 
     def _share(self, waiting: Sequence[int], pacer: PrefillPacer) -> int:

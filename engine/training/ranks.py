@@ -13,6 +13,7 @@ from typing import Protocol
 import mlx.core as mx
 import numpy as np
 
+from engine.models.shard import Shard
 from engine.training.data import TokenizedExample
 from engine.training.state import TrainState
 from stoker.contract import TrainRequest
@@ -140,6 +141,11 @@ class MlxRanks:
         if (group.rank(), group.size()) != (self.rank, self.size):
             raise ValueError(f"MLX has rank {group.rank()} of {group.size()}, not {self.rank} of {self.size}")
         self._group = group
+
+    @property
+    def shard(self) -> Shard:
+        """This rank's part of a model that all share."""
+        return Shard(self.rank, self.size, self._group)
 
     def sum(self, array: mx.array) -> mx.array:
         total = mx.distributed.all_sum(array, group=self._group)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import mlx.core as mx
 
@@ -28,6 +30,18 @@ class Quantization:
     group_size: int = 64
 
 
+class Part(Protocol):
+    """What a process has of a model that several share."""
+
+    def whole(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape in the file of a tensor of which a layer here asks for `shape`."""
+        ...
+
+    def cut(self, name: str, stored: Stored) -> Stored:
+        """This process's part of a tensor. Raises `ModelError`."""
+        ...
+
+
 class Tensors:
     """Hands every named tensor to one layer, in the dtype that the model computes in.
 
@@ -49,6 +63,13 @@ class Tensors:
         self._quantization, self._pause = quantization, pause
         #: What the layers took, by the file's names, evaluated.
         self.taken: dict[str, Stored] = {}
+        #: None: the whole model is here.
+        self.part: Part | None = None
+
+    @property
+    def parameters(self) -> int:
+        """Numbers of the tensors that were taken, whole as the file has them."""
+        return sum(math.prod(self._shapes[name]) for name in self.taken)
 
     def __contains__(self, name: str) -> bool:
         return name in self._readers
@@ -105,6 +126,8 @@ class Tensors:
         reader = self._readers.pop(name, None)
         if reader is None:
             raise ModelError(f"{self._where}: the tensor {name!r} of shape {shape} is missing")
+        if self.part is not None:
+            shape = self.part.whole(name, shape)
         if tuple(self._shapes[name]) != shape:
             raise ModelError(f"{self._where}: tensor {name!r} has shape {tuple(self._shapes[name])}, not {shape}")
         self._pause()
@@ -112,7 +135,7 @@ class Tensors:
         # Integers are codes of a quantization that is not known here; as numbers they would mean nothing.
         if isinstance(stored, mx.array) and not mx.issubdtype(stored.dtype, mx.floating):
             raise ModelError(f"{self._where}: tensor {name!r} is of {stored.dtype}, not of floating-point numbers")
-        return stored
+        return stored if self.part is None else self.part.cut(name, stored)
 
     def _dense(self, name: str, array: mx.array, transpose: bool) -> mx.array:
         array = mx.contiguous(array.T) if transpose else array

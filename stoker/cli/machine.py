@@ -119,6 +119,12 @@ def worker(
         int | None,
         typer.Option(help="Processes of this machine that train together as this worker.", min=1, max=64),
     ] = None,
+    shard: Annotated[
+        bool | None,
+        typer.Option(
+            "--shard", help="Let each rank have a part of the generating models, for those too large for one."
+        ),
+    ] = None,
     url: Url = None,
 ) -> None:
     """Run one worker in the foreground. `install` lets it start by itself."""
@@ -127,12 +133,12 @@ def worker(
     from stoker.local.stack import rank_command, wait_for_broker, worker_command
 
     if context.invoked_subcommand is not None:
-        if model or name or env_file or group or group_size or url:
+        if model or name or env_file or group or group_size or shard or url:
             raise typer.BadParameter(f"options stand behind the command: stoker worker {context.invoked_subcommand} …")
         return
     if env_file is not None:
         os.environ |= read_environment(env_file)
-    settings = _settings(model, url, group=group, ranks=group_size)
+    settings = _settings(model, url, group=group, ranks=group_size, shard=shard)
     if settings.group is not None and settings.ranks > 1:
         raise ConfigError(
             "a group and a group size given; mlx.launch says how many ranks a group has. Give --group or --group-size."
@@ -182,9 +188,14 @@ def _serve_flower(settings: Settings, address: str, port: int, hosts: list[str])
 
 
 def _settings(
-    models: list[str] | None, url: str | None, *, group: str | None = None, ranks: int | None = None
+    models: list[str] | None,
+    url: str | None,
+    *,
+    group: str | None = None,
+    ranks: int | None = None,
+    shard: bool | None = None,
 ) -> Settings:
-    settings = load_settings(models=tuple(models) if models else None, url=url, group=group, ranks=ranks)
+    settings = load_settings(models=tuple(models) if models else None, url=url, group=group, ranks=ranks, shard=shard)
     parse_models((*settings.models, *settings.on_demand))
     return settings
 

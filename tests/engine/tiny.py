@@ -25,11 +25,15 @@ def text(ids: Sequence[int]) -> str:
     return " ".join(f"t{index}" for index in ids)
 
 
-def tokenizer(vocabulary: int, eos_ids: Sequence[int] = (EOS,)) -> Tokenizer:
+def inner_tokenizer(vocabulary: int) -> tokenizers.Tokenizer:
     words = models.WordLevel({f"t{index}": index for index in range(vocabulary)}, unk_token="t0")
     inner = tokenizers.Tokenizer(words)
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return Tokenizer(inner, eos_ids=eos_ids, pad_id=0)
+    return inner
+
+
+def tokenizer(vocabulary: int, eos_ids: Sequence[int] = (EOS,)) -> Tokenizer:
+    return Tokenizer(inner_tokenizer(vocabulary), eos_ids=eos_ids, pad_id=0)
 
 
 def loaded(llama: Llama, eos_ids: Sequence[int] = (EOS,)) -> LoadedModel:

@@ -30,9 +30,14 @@ class Channel:
     def words(self) -> Iterator[Word]:
         """Until the other side closes; signs of life are left out. Raises `OSError` for one that was lost or is silent
         (`TimeoutError`), `NotOfThePlan` for one that says something else."""
-        held = b""
+        held = bytearray()
         while data := self._socket.recv(1 << 16):
-            *lines, held = (held + data).split(b"\n")
+            held += data
+            lines: list[bytes] = []
+            if b"\n" in data:
+                # Else a long line would be looked through again and again.
+                *lines, rest = bytes(held).split(b"\n")
+                held = bytearray(rest)
             if len(held) > LONGEST:
                 raise NotOfThePlan(f"a line of more than {LONGEST} bytes given.")
             for line in lines:

@@ -7,7 +7,14 @@ import queue
 import threading
 from collections.abc import Callable, Mapping
 
+from engine.adapters.pool import AdapterPool
+from engine.adapters.store import AdapterStore
 from engine.checkpoints.loading import LoadedModel
+from engine.generation.followed import FollowedLane
+from engine.generation.lane import GenerateLane
+from engine.generation.leading import witness
+from engine.generation.limits import LaneLimits
+from engine.models.shard import Shard
 from engine.training.followed import FollowedRun
 from engine.training.ranks import MlxRanks, text_of_rank_0
 from stoker.errors import ConfigError
@@ -15,20 +22,35 @@ from stoker.settings import Settings
 from workers.ending import EXIT_CODE, end_process
 from workers.group import meeting
 from workers.group.channel import Channel
-from workers.group.plan import Advance, Begin, Command, Done, End, Holds, NotOfThePlan, Stop
+from workers.group.plan import (
+    Admit,
+    Advance,
+    Begin,
+    Command,
+    Done,
+    Drop,
+    Holds,
+    Lend,
+    Measured,
+    NotOfThePlan,
+    Open,
+    Stop,
+    Turn,
+)
 from workers.group.starting import Place
 
 log = logging.getLogger(__name__)
 
 
 class Follower:
-    """The thread that calls is the one that touches MLX. `load`: the models of this process. `end` ends it."""
+    """The thread that calls is the one that touches MLX. `load`: the models of this process, or its part of them. `end`
+    ends it."""
 
     def __init__(
         self,
         settings: Settings,
         place: Place,
-        load: Callable[[], Mapping[str, LoadedModel]],
+        load: Callable[[Shard | None], Mapping[str, LoadedModel]],
         end: Callable[[int], object] = end_process,
     ) -> None:
         self._settings, self._place, self._load, self._end = settings, place, load, end
@@ -36,13 +58,17 @@ class Follower:
         self._commands: queue.SimpleQueue[Command | Stop] = queue.SimpleQueue()
         self._runs: dict[str, FollowedRun] = {}
         self._models: Mapping[str, LoadedModel] = {}
+        self._lanes: dict[str, FollowedLane] = {}
+        #: What rank 0's clock said and this one's has not yet.
+        self._seconds: queue.SimpleQueue[float] = queue.SimpleQueue()
+        self._adapters = AdapterStore(settings.adapters)
 
     def run(self) -> None:
         """Until rank 0 says that it is over. Raises what ends this rank before."""
         meeting.meet(self._ranks, self._place)
         channel = self._connected()
         try:
-            self._models = self._load()
+            self._models = self._load(self._ranks.shard if self._settings.shard else None)
             channel.say(Holds(models={name: model.digest for name, model in self._models.items()}))
             while not isinstance(command := self._commands.get(), Stop):
                 channel.say(Done(number=command.number, witness=self._do(command)))
@@ -75,16 +101,42 @@ class Follower:
             self._runs[header.run] = FollowedRun(self._models[header.model].decoder, header, self._ranks)
         elif isinstance(command, Advance):
             return self._runs[command.run].advance()
+        elif isinstance(command, Turn):
+            return witness(self._lanes[command.model].turn(lookahead=command.lookahead))
+        elif isinstance(command, Admit):
+            self._lanes[command.model].admit(command.admission)
+        elif isinstance(command, Drop):
+            self._lanes[command.model].drop(command.jobs)
+        elif isinstance(command, Open):
+            self._open(command)
+        elif isinstance(command, Lend):
+            self._keep(command)
         else:
             self._runs.pop(command.run, None)
         return ""
+
+    def _open(self, command: Open) -> None:
+        model = self._models[command.model]
+        limits = LaneLimits(command.slots, command.kv_bytes, command.prefix_share, command.stall)
+        pool = AdapterPool(model, self._adapters, self._settings.adapter_memory << 20)
+        lane = GenerateLane(model, pool, limits, clock=self._seconds.get)
+        lane.warm()
+        self._lanes[command.model] = FollowedLane(lane)
+
+    def _keep(self, command: Lend) -> None:
+        """Have the files of an adapter, whose version is the same wherever it lies."""
+        lent, shapes = command.adapter, self._models[command.model].linear_shapes
+        weights = lent.receive(self._ranks, shapes)
+        self._adapters.write(command.model, lent.name, weights, {"name": lent.name}, lent.version)
 
     def _listen(self, channel: Channel, address: meeting.Address) -> None:
         """Until rank 0 is gone, and this process with it. In a thread of its own."""
         why = "it has closed its connection"
         try:
             for word in channel.words():
-                if isinstance(word, Begin | Advance | End | Stop):
+                if isinstance(word, Measured):
+                    self._seconds.put(word.seconds)
+                elif isinstance(word, Command | Stop):
                     self._commands.put(word)
                 if isinstance(word, Stop):
                     return

@@ -16,6 +16,9 @@ import time
 from collections.abc import Callable, Mapping
 from hmac import compare_digest
 
+from engine.adapters.lora import LoraWeights
+from engine.generation.followed import Admission, LentAdapter
+from engine.generation.limits import LaneLimits
 from engine.training import followed
 from engine.training.ranks import ALONE, Group, MlxRanks, RunPlan, text_of_rank_0
 from stoker.errors import ConfigError, JobFailed, WorkerUnavailable
@@ -23,7 +26,24 @@ from stoker.settings import Settings
 from workers.ending import EXIT_CODE, end_process
 from workers.group import meeting
 from workers.group.channel import Channel
-from workers.group.plan import Advance, Begin, Command, Done, End, Hello, Holds, NotOfThePlan, Stop
+from workers.group.plan import (
+    Admit,
+    Advance,
+    Begin,
+    Command,
+    Done,
+    Drop,
+    End,
+    Hello,
+    Holds,
+    Lend,
+    Measured,
+    NotOfThePlan,
+    Open,
+    Stop,
+    Turn,
+    Word,
+)
 from workers.group.starting import Starting
 
 log = logging.getLogger(__name__)
@@ -49,7 +69,7 @@ class Other:
 
 
 class Leader(MlxRanks):
-    """A `Group`. `end` ends the process, with an exit code."""
+    """A `Group`, and a `Sharing`. `end` ends the process, with an exit code."""
 
     def __init__(self, settings: Settings, size: int, starting: Starting, end: Callable[[int], object]) -> None:
         super().__init__(0, size)
@@ -60,6 +80,8 @@ class Leader(MlxRanks):
         self._said, self._since = 0, 0.0
         #: The run of the last turn, and what this rank says of it.
         self._turn: tuple[str, str] | None = None
+        #: The turns of generation that not all ranks have made: number → rank → what it says of it.
+        self._turns: dict[int, dict[int, str]] = {}
         self._models: Mapping[str, str] = {}
         self._refusal, self._closing = "", threading.Event()
         #: Called by any thread when the others have done all that this one said.
@@ -166,6 +188,36 @@ class Leader(MlxRanks):
         self._turn = None
         self._tell(lambda number: End(number=number, run=run))
 
+    def open(self, model: str, limits: LaneLimits) -> None:
+        slots, kv_bytes, prefix_share, stall = limits.slots, limits.kv_bytes, limits.prefix_share, limits.stall
+        self._tell(
+            lambda number: Open(
+                number=number, model=model, slots=slots, kv_bytes=kv_bytes, prefix_share=prefix_share, stall=stall
+            )
+        )
+
+    def lend(self, model: str, adapter: tuple[str, int], weights: LoraWeights) -> None:
+        lent = LentAdapter.of(*adapter, weights)
+        self._tell(lambda number: Lend(number=number, model=model, adapter=lent))
+        lent.send(self, weights)
+
+    def admit(self, model: str, admission: Admission) -> None:
+        self._tell(lambda number: Admit(number=number, model=model, admission=admission))
+
+    def drop(self, model: str, numbers: list[int]) -> None:
+        self._tell(lambda number: Drop(number=number, model=model, jobs=tuple(numbers)))
+
+    def turn(self, model: str, *, lookahead: bool) -> None:
+        with self._changed:
+            self._turns[self._said + 1] = {}
+        self._tell(lambda number: Turn(number=number, model=model, lookahead=lookahead))
+
+    def turned(self, witness: str) -> None:
+        self._compare(self._said, 0, witness)
+
+    def measured(self, seconds: float) -> None:
+        self._say(Measured(seconds=seconds))
+
     def close(self) -> None:
         self._closing.set()
         for other in self._others:
@@ -191,11 +243,26 @@ class Leader(MlxRanks):
         if self._closing.is_set():
             return
         self._said, self._since = self._said + 1, time.monotonic()
+        self._say(command(self._said))
+
+    def _say(self, word: Word) -> None:
         for other in self._others:
             try:
-                other.channel.say(command(self._said))
+                other.channel.say(word)
             except OSError as error:
                 self._lost(f"{other} was lost ({error})")
+
+    def _compare(self, number: int, rank: int, witness: str) -> None:
+        """A rank has made a turn of generation; with the last of them it is known whether all made the same."""
+        with self._changed:
+            said = self._turns[number]
+            said[rank] = witness
+            if len(said) < self.size:
+                return
+            del self._turns[number]
+        for other in self._others:
+            if said[other.hello.rank] != said[0]:
+                self._lost(f"{other} chose other tokens than rank 0. Use devices of one kind in a group")
 
     def _listen(self, other: Other) -> None:
         """Until it is gone. In a thread of its own."""
@@ -218,6 +285,8 @@ class Leader(MlxRanks):
             elif isinstance(word, Done):
                 other.witness, other.done = word.witness, word.number
             self._changed.notify_all()
+        if isinstance(word, Done) and word.number in self._turns:
+            self._compare(word.number, other.hello.rank, word.witness)
         if self.ready:
             self.woken()
 

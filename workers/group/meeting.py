@@ -33,6 +33,7 @@ _ALIKE = (
     ("mlx", "MLX", "Install the same version of mlx on every host: `make venv`."),
     ("device", "the device", "Use the same kind of device for every rank."),
     ("precision", "the precision", "Set STOKER_DTYPE, STOKER_QUANTIZE, STOKER_GROUP_SIZE and STOKER_KERNELS alike."),
+    ("shard", "STOKER_SHARD", "Set it alike on every host."),
 )
 
 
@@ -48,6 +49,7 @@ def introduction(settings: Settings, secret: str, rank: int) -> Hello:
         mlx=version("mlx"),
         device="cpu" if device() == "cpu" else "gpu",
         precision=precision,
+        shard=settings.shard,
     )
 
 

@@ -1,7 +1,7 @@
 """What rank 0 and the others say to each other: one JSON object a line, with a limit on each size.
 
 Rank 0 says in which order all ranks make their turns; arrays go over MLX's own group. Every command has a number, and
-is answered by it: rank 0 begins no turn that would wait for another rank.
+is answered by it: rank 0 begins no turn of a run that would wait for another rank.
 """
 
 from __future__ import annotations
@@ -10,15 +10,16 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from engine.generation.followed import Admission, LentAdapter
 from engine.training.followed import RunHeader
 from stoker.contract.base import Message
 from stoker.contract.shown import brief
 from stoker.errors import StokerError
 
 #: Of what is written here. Ranks of different ones do not work together.
-VERSION = 1
-#: Bytes that a line may have.
-LONGEST = 1 << 18
+VERSION = 2
+#: Bytes that a line may have: a prompt of a million tokens has half of it.
+LONGEST = 1 << 24
 
 Text = Annotated[str, Field(max_length=1000)]
 Number = Annotated[int, Field(ge=0, lt=2**53)]
@@ -36,6 +37,8 @@ class Hello(Message):
     mlx: Text
     device: Text
     precision: Text
+    #: Whether it holds its part of each generating model alone.
+    shard: bool
 
 
 class Holds(Message):
@@ -67,8 +70,63 @@ class End(Message):
     run: Text
 
 
+class Open(Message):
+    """Make the lane of a model that the ranks share, with rank 0's limits, and warm it up."""
+
+    said: Literal["open"] = "open"
+    number: Number
+    model: Text
+    slots: Number
+    kv_bytes: Number
+    prefix_share: float
+    stall: float
+
+
+class Lend(Message):
+    """Keep an adapter, whose matrices follow."""
+
+    said: Literal["lend"] = "lend"
+    number: Number
+    model: Text
+    adapter: LentAdapter
+
+
+class Admit(Message):
+    """Take a job into the lane of a model."""
+
+    said: Literal["admit"] = "admit"
+    number: Number
+    model: Text
+    admission: Admission
+
+
+class Drop(Message):
+    """End jobs of that lane, by the numbers of their admissions."""
+
+    said: Literal["drop"] = "drop"
+    number: Number
+    model: Text
+    jobs: tuple[Number, ...]
+
+
+class Turn(Message):
+    """Make the next turn of that lane."""
+
+    said: Literal["turn"] = "turn"
+    number: Number
+    model: Text
+    lookahead: bool
+
+
+class Measured(Message):
+    """What the clock of rank 0 said: that of the others says it too, when they come to the same place."""
+
+    said: Literal["measured"] = "measured"
+    seconds: float
+
+
 class Done(Message):
-    """A command was done. `witness`: of the run's state, where it was a turn."""
+    """A command was done. `witness`: where it was a turn, of the run's state or of the tokens that it chose."""
 
     said: Literal["done"] = "done"
     number: Number
@@ -88,8 +146,8 @@ class Stop(Message):
     why: Text = ""
 
 
-Word: TypeAlias = Hello | Holds | Begin | Advance | End | Done | Beat | Stop
-Command: TypeAlias = Begin | Advance | End
+Command: TypeAlias = Begin | Advance | End | Open | Lend | Admit | Drop | Turn
+Word: TypeAlias = Hello | Holds | Command | Measured | Done | Beat | Stop
 _WORDS: TypeAdapter[Word] = TypeAdapter(Annotated[Word, Field(discriminator="said")])
 
 

@@ -108,6 +108,11 @@ def place_of_group(settings: Settings) -> tuple[int, Starting] | None:
     if settings.group is not None:
         size = place_of(os.environ).size
         return None if size == 1 else (size, LaunchedRanks())
+    if settings.shard and settings.ranks == 1:
+        raise ConfigError(
+            "STOKER_SHARD given, and one rank; the ranks of a group share a model. Give --group-size 2, or --group "
+            "under mlx.launch."
+        )
     return None if settings.ranks == 1 else (settings.ranks, LocalRanks(settings))
 
 

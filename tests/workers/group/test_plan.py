@@ -39,7 +39,7 @@ def test_a_word_is_a_line_and_is_read_as_it_was_written(word: Word) -> None:
     ],
 )  # fmt: skip
 def test_what_is_no_word_of_the_plan_is_refused_and_shown(line: bytes) -> None:
-    with pytest.raises(NotOfThePlan, match="given; a word of plan 1 is needed"):
+    with pytest.raises(NotOfThePlan, match="given; a word of plan 2 is needed"):
         read(line)
 
 
@@ -84,9 +84,10 @@ def test_a_line_without_end_is_not_kept(pair: tuple[Channel, socket.socket]) -> 
     [
         ("stoker", "0.0.1", "rank 1 on two: Stoker 0.0.1 given; rank 0 has"),
         ("mlx", "0.1.0", "MLX 0.1.0 given; rank 0 has"),
-        ("plan", 2, "the plan's version 2 given; rank 0 has 1"),
+        ("plan", 1, "the plan's version 1 given; rank 0 has 2"),
         ("device", "gpu", "the device gpu given; rank 0 has cpu"),
         ("precision", "float16", "the precision float16 given"),
+        ("shard", True, "STOKER_SHARD True given; rank 0 has False. Set it alike on every host."),
     ],
 )
 def test_a_rank_that_is_not_alike_is_named_with_what_is_given_and_needed(field: str, given: object, said: str) -> None:
@@ -143,6 +144,11 @@ def test_a_group_that_mlx_did_not_start_is_refused_with_how_to_start_it(environm
 def test_a_rank_beyond_the_group_is_refused() -> None:
     with pytest.raises(ConfigError, match="MLX_RANK: 2 given; the group has the ranks 0 to 1"):
         place_of({"MLX_RANK": "2", "MLX_WORLD_SIZE": "2", "NCCL_HOST_IP": "10.0.0.9"})
+
+
+def test_one_rank_has_nobody_to_share_a_model_with() -> None:
+    with pytest.raises(ConfigError, match=r"STOKER_SHARD given, and one rank; .* Give --group-size 2, or --group"):
+        place_of_group(load_settings(shard=True))
 
 
 def test_free_ports_are_different() -> None:

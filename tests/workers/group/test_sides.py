@@ -234,7 +234,7 @@ class Following:
         monkeypatch.setattr(follower, "text_of_rank_0", lambda ranks: self.address.written)
         self.ends: list[int] = []
         place = Place(1, 2, "ring", LOOPBACK)
-        self._follower = Follower(load_settings(), place, loads, self.ends.append)
+        self._follower = Follower(load_settings(), place, lambda shard: loads(), self.ends.append)
         self._errors: list[BaseException] = []
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()

@@ -1,0 +1,233 @@
+"""The lane of a model that ranks share: what rank 0 says is all that another rank needs to make the same of it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.adapters.lora import LoraWeights
+from engine.adapters.pool import AdapterPool
+from engine.adapters.store import AdapterStore
+from engine.checkpoints.loading import LoadedModel
+from engine.generation.followed import Admission, FollowedLane, LentAdapter
+from engine.generation.lane import GenerateLane
+from engine.generation.leading import LeadingLane, witness
+from engine.generation.limits import LaneLimits
+from engine.models.shard import Shard
+from engine.ticket import Ticket
+from stoker.contract import GenerateRequest, GenerateResult, StreamToken
+from stoker.errors import InvalidRequest, UnknownAdapter, WorkerUnavailable
+from tests.engine import shared_model, tiny
+
+LIMITS = LaneLimits(slots=3, kv_bytes=1 << 21)
+
+
+class Notes:
+    """A `Sharing` of one rank, which writes down what it is to say."""
+
+    def __init__(self) -> None:
+        self.shard = Shard(0, 1)
+        self.words: list[tuple[Any, ...]] = []
+        self.seconds: list[float] = []
+        self.lost: list[str] = []
+
+    def open(self, model: str, limits: LaneLimits) -> None:
+        self.words.append(("open", limits))
+
+    def lend(self, model: str, adapter: tuple[str, int], weights: LoraWeights) -> None:
+        self.words.append(("lend", LentAdapter.of(*adapter, weights), weights))
+
+    def admit(self, model: str, admission: Admission) -> None:
+        # As it travels.
+        self.words.append(("admit", Admission.model_validate_json(admission.model_dump_json())))
+
+    def drop(self, model: str, numbers: list[int]) -> None:
+        self.words.append(("drop", numbers))
+
+    def turn(self, model: str, *, lookahead: bool) -> None:
+        self.words.append(("turn", lookahead))
+
+    def turned(self, witness: str) -> None:
+        self.words.append(("turned", witness))
+
+    def measured(self, seconds: float) -> None:
+        self.seconds.append(seconds)
+
+    def lose(self, why: str) -> None:
+        self.lost.append(why)
+        raise WorkerUnavailable(why)
+
+
+class Leading:
+    def __init__(self, home: Path) -> None:
+        self.model = tiny.loaded(shared_model.whole())
+        self.store = AdapterStore(home / "adapters")
+        self.notes = Notes()
+        pool = AdapterPool(self.model, self.store)
+        self.lane = LeadingLane(self.model, pool, LIMITS, self.notes)
+        self.lane.warm()
+        self.numbers = itertools.count()
+        self.published: list[StreamToken] = []
+
+    def submit(self, published: Sequence[StreamToken] = (), **options: Any) -> Ticket[GenerateResult]:
+        fields = {"model": "tiny", "prompt": tiny.text(range(3, 23)), "max_tokens": 12, "ignore_eos": True}
+        request = GenerateRequest(**{**fields, **options})
+        ticket: Ticket[GenerateResult] = Ticket(f"job-{next(self.numbers)}", request.kind, priority=request.priority)
+        self.lane.admit(self.lane.prepare(ticket, request, published))
+        return ticket
+
+    def turn(self, turns: int = 1, *, lookahead: bool = True) -> None:
+        """As the engine does it."""
+        for _ in range(turns):
+            self.lane.drop_stopped()
+            output = self.lane.run(lookahead=lookahead)
+            self.published += [entry for _, entry in output.entries if isinstance(entry, StreamToken)]
+            for ticket, result in output.ended:
+                ticket.resolve(result)
+
+    def finish(self) -> None:
+        while self.lane.busy:
+            self.turn()
+
+    def weights(self, seed: int, **options: Any) -> LoraWeights:
+        return tiny.adapter(self.model, 4, seed, **options)
+
+
+def followed(leading: Leading, home: Path) -> tuple[GenerateLane, list[str], list[float]]:
+    """Another rank that hears all of it; its lane, what it says of each turn, and what its clock has left."""
+    model: LoadedModel = tiny.loaded(shared_model.whole())
+    store, left = AdapterStore(home / "others"), iter(leading.notes.seconds)
+    (_, limits), *words = leading.notes.words
+    inner = GenerateLane(model, AdapterPool(model, store), limits, clock=left.__next__)
+    inner.warm()
+    lane, said = FollowedLane(inner), list[str]()
+    for word, *given in words:
+        if word == "lend":
+            lent, weights = given
+            store.write("tiny", lent.name, weights, {}, lent.version)
+        elif word == "admit":
+            lane.admit(*given)
+        elif word == "drop":
+            lane.drop(*given)
+        elif word == "turn":
+            said.append(witness(lane.turn(lookahead=given[0])))
+    return inner, said, list(left)
+
+
+@pytest.fixture
+def leading(tmp_path: Path) -> Leading:
+    return Leading(tmp_path)
+
+
+def witnesses(leading: Leading) -> list[str]:
+    return [given[0] for word, *given in leading.notes.words if word == "turned"]
+
+
+def mixed(leading: Leading) -> None:
+    """Streams of three priorities, for which rows make way by who came last, and an answer that penalties change."""
+    leading.submit(priority=8, max_tokens=30, seed=4, temperature=1.0)
+    leading.submit(priority=8, max_tokens=30, n=2, temperature=0.8, presence_penalty=1.0)
+    leading.turn(6)
+    leading.submit(priority=2, prompt=tiny.text(range(5, 60)), seed=1, temperature=1.5, top_p=0.8)
+    leading.submit(priority=5, max_tokens=5)
+    leading.turn(3, lookahead=False)
+    assert leading.lane.preempted
+
+
+def cancels(leading: Leading) -> None:
+    tickets = [leading.submit(seed=seed, temperature=1.0, max_tokens=40) for seed in range(5)]
+    leading.turn(7)
+    tickets[0].cancel()
+    tickets[4].cancel()
+
+
+def adapters(leading: Leading) -> None:
+    for name, seed in (("one", 1), ("two", 2), ("one", 3)):
+        leading.store.write("tiny", name, leading.weights(seed), {})
+        leading.submit(adapter=name, temperature=1.0, seed=seed)
+        leading.turn(2)
+    leading.submit(adapter="one@1", max_tokens=4)
+
+
+@pytest.mark.parametrize("course", [mixed, cancels, adapters])
+def test_a_rank_that_hears_what_rank_0_says_chooses_the_same_tokens_in_the_same_turns(
+    course: Callable[[Leading], None], leading: Leading, tmp_path: Path
+) -> None:
+    course(leading)
+    leading.finish()
+    lane, said, left = followed(leading, tmp_path)
+    assert len(set(said)) > 5
+    assert said == witnesses(leading)
+    assert not lane.busy
+    # It asked its clock as often.
+    assert not left
+    assert lane.preempted == leading.lane.preempted
+
+
+def test_a_job_goes_on_on_all_ranks_behind_the_tokens_that_were_published(leading: Leading, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"seed": 3, "temperature": 1.0, "max_tokens": 20}
+    first = leading.submit(**asked)
+    leading.finish()
+    published = leading.published[:8]
+    again = leading.submit(published, **asked)
+    leading.finish()
+    assert again.result(0).token_ids == first.result(0).token_ids
+    *_, admission = [given[0] for word, *given in leading.notes.words if word == "admit"]
+    assert [token.token_id for token in admission.published] == [token.token_id for token in published]
+    assert followed(leading, tmp_path)[1] == witnesses(leading)
+
+
+def test_an_adapter_is_lent_once_and_travels_as_one_array(leading: Leading) -> None:
+    leading.store.write("tiny", "one", leading.weights(1), {})
+    leading.submit(adapter="one")
+    leading.submit(adapter="one@1")
+    leading.finish()
+    ((lent, weights),) = [given for word, *given in leading.notes.words if word == "lend"]
+    assert (lent.name, lent.version) == ("one", 1)
+    sent: list[Any] = []
+
+    class Sent:
+        """Two ranks, of which each sees what the other has."""
+
+        size = 2
+
+        def __init__(self, rank: int) -> None:
+            self.rank = rank
+
+        def sum(self, array: Any) -> Any:
+            sent.append(array)
+            return sent[0]
+
+    lent.send(Sent(0), weights)
+    received = lent.receive(Sent(1), leading.model.linear_shapes)
+    assert received.config == weights.config
+    for name, sides in weights.matrices.items():
+        assert received.matrices[name]["a"].tolist() == sides["a"].tolist()
+        assert received.matrices[name]["b"].tolist() == sides["b"].tolist()
+
+
+def test_an_adapter_that_cannot_be_had_is_its_own_jobs_error_and_no_rank_hears_of_it(leading: Leading) -> None:
+    leading.store.write("tiny", "normed", leading.weights(1, dora=True), {})
+    before = len(leading.notes.words)
+    with pytest.raises(InvalidRequest, match="a DoRA adapter given"):
+        leading.submit(adapter="normed")
+    with pytest.raises(UnknownAdapter):
+        leading.submit(adapter="nobody")
+    assert len(leading.notes.words) == before
+    assert not leading.lane.busy
+
+
+def test_a_turn_that_fails_on_rank_0_ends_the_group(leading: Leading, monkeypatch: pytest.MonkeyPatch) -> None:
+    leading.submit()
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(leading.lane.step, "whole", broken)
+    with pytest.raises(WorkerUnavailable, match="a turn failed on rank 0: RuntimeError: out of memory"):
+        leading.turn()
+    assert leading.notes.lost

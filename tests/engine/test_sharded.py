@@ -1,0 +1,148 @@
+"""A model that ranks share: each part is as small as it can be, and together they make what the whole makes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from engine.adapters.sharding import part_of
+from engine.adapters.stacked import StackedLora
+from engine.checkpoints.loading import load
+from engine.models.llama import Llama, LlamaArgs
+from engine.models.shard import Shard
+from engine.weights.quantized import Form, QuantizedTensor, dequantize, quantize
+from engine.weights.tensors import Quantization
+from stoker.errors import InvalidRequest, ModelError
+from tests.engine import shared_model, tiny
+from tests.engine.shared_model import ARGS, changed, on_ranks
+
+TOKENS = mx.array([[7, 9, 11, 13, 66, 0, 33, 34], [1, 2, 3, 4, 5, 6, 7, 8]])
+TABLE = "model.embed_tokens.weight"
+
+
+def logits(model: Llama, adapters: StackedLora | None = None) -> np.ndarray:
+    return np.array(model.logits(model(TOKENS, adapters=adapters)))
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 6])
+@pytest.mark.parametrize(
+    "args",
+    [ARGS, changed(tied=True), changed(qkv_bias=True), changed(qk_norm=True), changed(window=3, kv_heads=12)],
+    ids=["llama", "tied", "biases", "norms", "window"],
+)
+def test_the_ranks_make_together_what_the_whole_model_makes(args: LlamaArgs, ranks: int) -> None:
+    wanted = logits(shared_model.whole(args))
+    found = on_ranks(ranks, lambda shard: logits(shared_model.part(shard, args)))
+    for one in found:
+        assert one.tobytes() == found[0].tobytes()
+        np.testing.assert_allclose(one, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_quantized_model_is_cut_into_the_codes_that_the_whole_has(ranks: int) -> None:
+    eight = Quantization(8, 32)
+    wanted = logits(shared_model.whole(ARGS, eight))
+    assert np.abs(wanted - logits(shared_model.whole())).max() > 1e-3
+    for found in on_ranks(ranks, lambda shard: logits(shared_model.part(shard, ARGS, eight))):
+        np.testing.assert_allclose(found, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_each_row_has_its_adapter_and_the_parts_of_a_and_b_are_those_of_their_layer(ranks: int) -> None:
+    model = tiny.loaded(shared_model.whole())
+    weights = [tiny.adapter(model, 4, seed) for seed in (1, 2)]
+
+    def stacked(shard: Shard | None) -> StackedLora:
+        parts = weights if shard is None else [part_of(each, shard) for each in weights]
+        stacks = {}
+        for name in weights[0].matrices:
+            sides = [part.matrices[name] for part in parts]
+            scaled = [{"a": side["a"], "b": side["b"] * weights[0].config.scale} for side in sides]
+            none = {key: mx.zeros_like(array) for key, array in scaled[0].items()}
+            stacks[name] = {key: mx.stack([none[key], *(each[key] for each in scaled)]) for key in none}
+        return StackedLora(stacks, mx.array([2, 0], mx.uint32))
+
+    wanted = logits(shared_model.whole(), stacked(None))
+    assert np.abs(wanted - logits(shared_model.whole()))[0].max() > 0.1
+    for found in on_ranks(ranks, lambda shard: logits(shared_model.part(shard), stacked(shard))):
+        np.testing.assert_allclose(found, wanted, atol=1e-3)
+
+
+def test_a_part_says_the_shapes_of_whole_layers_for_adapters() -> None:
+    shapes = on_ranks(2, lambda shard: shared_model.part(shard).linear_shapes)
+    assert shapes == [shared_model.whole().linear_shapes] * 2
+
+
+@pytest.mark.parametrize("kind", ["dense", "quantized"])
+@pytest.mark.parametrize("ranks", [2, 4, 5])
+def test_the_rows_of_the_vocabulary_are_shared_out_and_what_lacks_is_zeros(ranks: int, kind: str) -> None:
+    rows = mx.random.normal((67, 64), key=mx.random.key(0))
+    table = rows if kind == "dense" else quantize(rows, Form(32, 8))
+    parts = [Shard(rank, ranks).cut(TABLE, table) for rank in range(ranks)]
+    dense = [part if isinstance(part, mx.array) else dequantize(part) for part in parts]
+    joined = np.concatenate([np.array(part) for part in dense])
+    wanted = np.array(rows if not isinstance(table, QuantizedTensor) else dequantize(table))
+    assert {part.shape for part in dense} == {(-(-67 // ranks), 64)}
+    assert np.array_equal(joined[:67], wanted)
+    assert not joined[67:].any()
+
+
+@pytest.mark.parametrize("kind", ["dense", "quantized"])
+def test_columns_are_cut_by_inputs_and_rows_by_outputs(kind: str) -> None:
+    rows = mx.random.normal((12, 128), key=mx.random.key(0))
+    stored = rows if kind == "dense" else quantize(rows, Form(32, 4))
+    wanted = np.array(rows if not isinstance(stored, QuantizedTensor) else dequantize(stored))
+    for name, axis in (("model.layers.0.mlp.down_proj.weight", 1), ("model.layers.0.self_attn.k_proj.weight", 0)):
+        parts = [Shard(rank, 2).cut(name, stored) for rank in range(2)]
+        dense = [np.array(part if isinstance(part, mx.array) else dequantize(part)) for part in parts]
+        assert np.array_equal(np.concatenate(dense, axis=axis), wanted)
+    bias = Shard(1, 2).cut("model.layers.0.self_attn.q_proj.bias", mx.arange(8))
+    assert isinstance(bias, mx.array)
+    assert bias.tolist() == [4, 5, 6, 7]
+
+
+def test_a_group_of_weights_that_would_be_cut_is_refused() -> None:
+    stored = quantize(mx.zeros((4, 96)), Form(32, 8))
+    with pytest.raises(ModelError, match=r"o_proj\.weight: 96 inputs in groups of 32 given; over 2 ranks"):
+        Shard(0, 2).cut("model.layers.0.self_attn.o_proj.weight", stored)
+
+
+@pytest.mark.parametrize(
+    ("args", "ranks", "said"),
+    [
+        (ARGS, 4, "6 key/value heads over 4 ranks given; .* 1, 2, 3, 6 ranks can share this model"),
+        (ARGS, 5, "12 heads over 5 ranks given"),
+        (changed(hidden=190), 3, "190 hidden units of the MLP over 3 ranks given; .* 1, 2 ranks can"),
+    ],
+)
+def test_a_model_that_cannot_be_cut_evenly_is_refused_with_the_ranks_that_can_share_it(
+    args: LlamaArgs, ranks: int, said: str
+) -> None:
+    with pytest.raises(ModelError, match=said):
+        shared_model.part(Shard(0, ranks), args)
+
+
+def test_a_dora_adapter_is_refused_with_what_to_do() -> None:
+    model = tiny.loaded(shared_model.whole())
+    with pytest.raises(InvalidRequest, match=r"a DoRA adapter given; .* LoRA alone\. Serve it on a worker without"):
+        part_of(tiny.adapter(model, 4, 1, dora=True), Shard(0, 2))
+
+
+def test_a_part_of_a_file_is_loaded_alone_and_takes_its_share_of_the_memory(tmp_path: Path) -> None:
+    folder = shared_model.write(tmp_path / "model")
+    model = load("whole", [str(folder)])
+    for rank in range(3):
+        part = load("part", [str(folder)], shard=Shard(rank, 3))
+        assert part.bytes <= 1.1 / 3 * model.bytes
+        assert (part.parameters, part.digest) == (model.parameters, model.digest)
+
+
+def test_a_model_that_runs_a_file_of_mlx_lm_is_refused_by_name(tmp_path: Path) -> None:
+    folder = shared_model.write(tmp_path / "model")
+    config = (folder / "config.json").read_text().replace('"llama"', '"gemma2"')
+    (folder / "config.json").write_text(config)
+    with pytest.raises(ModelError, match=r"odd is a gemma2, .*; ranks can share llama, mistral, qwen2, qwen3 alone"):
+        load("odd", [str(folder)], shard=Shard(0, 2))
