@@ -122,7 +122,7 @@ bench-queue: $(STAMP) ## what the queue costs and bears, compared with bare Cele
 bench-scale: $(STAMP) ## what one broker bears, and a simulated fleet of 1,000 workers and 100,000 streams, from the committed rows
 	$(BIN)/python -m bench.scale
 
-bench-fleet: $(STAMP) ## training on one rank and on two ranks of this machine, by turns
+bench-fleet: $(STAMP) ## training and a stream on one rank and on two ranks of this machine, by turns
 	$(BIN)/python -m bench.fleet
 
 bench-gateway: $(STAMP) ## what the gateway costs, compared with the Python client on the same worker

@@ -55,6 +55,8 @@ class Settings(BaseSettings):
     prefix_disk: int = Field(default=4096, ge=0, le=4_194_304)
     #: Seconds for which other work may hold up running streams between two of their tokens.
     stall: float = Field(default=0.25, ge=0.001, le=60)
+    #: Whether generation requests draft that do not say it. Unset: on a CPU.
+    lookup: bool | None = None
     #: Embedding jobs that a worker takes at once; their texts share batches.
     embed_jobs: int = Field(default=16, ge=1, le=256)
     #: Training runs that a worker holds at once; they take turns.
@@ -251,6 +253,7 @@ class Overrides(TypedDict, total=False):
     kv_cache: int | None
     prefix_disk: int | None
     stall: float | None
+    lookup: bool | None
     embed_jobs: int | None
     train_runs: int | None
     train_memory: int | None

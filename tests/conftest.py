@@ -188,9 +188,9 @@ def warm_stack(settings: Settings) -> Iterator[Stack]:
 
 
 def stack_settings(home: Path, **overrides: Any) -> Settings:
-    return load_settings(
-        **{"home": home, "grace": 5.0, "lease": 3, "models": (EMBED_MODEL, GENERATE_MODEL), **overrides}
-    )
+    """Without drafts: tiny models turn in circles, and their streams would end before a test has looked at them."""
+    usual = {"home": home, "grace": 5.0, "lease": 3, "models": (EMBED_MODEL, GENERATE_MODEL), "lookup": False}
+    return load_settings(**{**usual, **overrides})
 
 
 @pytest.fixture

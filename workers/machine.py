@@ -95,7 +95,13 @@ def limits_of(settings: Settings) -> LaneLimits:
     from engine.platform.probe import memory
 
     kv_bytes = settings.kv_cache << 20 if settings.kv_cache else memory() // 8
-    return LaneLimits(slots=settings.generate_slots, kv_bytes=kv_bytes, stall=settings.stall, cores=asked_cores())
+    return LaneLimits(
+        slots=settings.generate_slots,
+        kv_bytes=kv_bytes,
+        stall=settings.stall,
+        cores=asked_cores(),
+        lookup=settings.lookup,
+    )
 
 
 def model_limit(settings: Settings) -> int:

@@ -35,6 +35,16 @@ class PendingStep:
     chosen: tuple[mx.array, ...]
 
 
+@dataclass(frozen=True)
+class Tried:
+    """What a pass made of a row's draft of so many tokens: those that ordinary decoding chooses, which are the drafted
+    ones as far as they were right, and the one behind them."""
+
+    row: Row
+    drafted: int
+    taken: list[Pick]
+
+
 class Batch:
     """Rows in the order of their slots, without holes, so that the model reads keys and values where they lie."""
 
@@ -163,6 +173,65 @@ class Batch:
             self.clean()
         return here
 
+    @property
+    def room(self) -> int:
+        """Tokens of each row that a pass can write to the storage as it is."""
+        return 0 if self.kv is None else self.kv.capacity - max((row.cached for row in self.rows), default=0)
+
+    def try_drafts(self, width: int) -> list[Tried]:
+        """A pass over `width` tokens of each row, its newest and the draft behind it, and what comes of it. No pass
+        is under way, and `width` is within `room`.
+
+        A token is chosen at each position as if all before it had come; the first that is not the drafted one is the
+        row's last of this pass (Leviathan et al., 2023, with the row's own draws in the place of theirs). What the pass
+        has written behind it counts for nothing: later passes write over it, and see nothing of it before. A row whose
+        draft gives numbers that are not finite gets nothing, and drafts no more.
+
+        Raises `RowFault` for a row that cannot be sampled, before anything has begun.
+        """
+        assert self._in_flight is None
+        assert self.kv is not None
+        rows, drafts, draws = self.rows, list[list[int]](), list[Draw]()
+        for row in rows:
+            with row.guarded():
+                draft, found = row.draft(width - 1)
+            drafts.append(draft)
+            # Behind a draft is padding, of which nobody looks at anything.
+            draws += found + found[-1:] * (width - len(found))
+        size = min(bucket(len(rows)), self.kv.rows) if self._step.prompt_buckets else len(rows)
+        owners = [row for row in rows for _ in range(width)]
+        sampling = _sampling(owners, draws, self._model.args.vocab, size * width)
+        picked = picks(self._step(self.kv, self._drafted(drafts, width, size), sampling), draws)
+        tried = [
+            Tried(row, len(draft), _taken(draft, picked[slot * width :][: 1 + len(draft)]))
+            for slot, (row, draft) in enumerate(zip(rows, drafts, strict=True))
+        ]
+        for one in tried:
+            one.row.cached += len(one.taken)
+            if not one.taken:
+                one.row.lookup = None
+        if not all(one.taken for one in tried):
+            self.clean()
+        return tried
+
+    def _drafted(self, drafts: Sequence[list[int]], width: int, size: int) -> ForwardInput:
+        """The newest token of each row and the draft behind it; it is padded with a token of its own, which gives
+        numbers as it did before."""
+        assert self.kv is not None
+        tokens, offset = np.zeros((size, width), dtype=np.int32), np.zeros(size, dtype=np.int32)
+        for slot, (row, draft) in enumerate(zip(self.rows, drafts, strict=True)):
+            tokens[slot], offset[slot] = row.tokens[-1], row.cached
+            tokens[slot, 1 : 1 + len(draft)] = draft
+        adapters = [row.adapter for row in self.rows] + [0] * (size - len(self.rows))
+        return ForwardInput(
+            mx.array(tokens),
+            mx.array(offset),
+            self._kv_length(int(offset.max()) + width),
+            adapters=self._pool.rows(adapters),
+            positions=self.kv.pending(offset),
+            every=True,
+        )
+
     def ahead(self, pending: PendingStep | None) -> list[int]:
         """For each row, how many of its tokens the device knows and the host does not."""
         if pending is None:
@@ -195,6 +264,17 @@ class Batch:
         return min(-(-length // KV_LENGTH_STEP) * KV_LENGTH_STEP, self.kv.capacity)
 
 
+def _taken(draft: Sequence[int], found: Sequence[Pick]) -> list[Pick]:
+    """Of what was chosen behind the newest token and each of the draft, what ordinary decoding chooses.
+
+    Nothing if a draft gives numbers that are not finite: masked positions are read all the same, and 0 · NaN is NaN.
+    """
+    if draft and not all(pick.finite for pick in found):
+        return []
+    right = next((at for at, token in enumerate(draft) if found[at].token_id != token), len(draft))
+    return list(found[: right + 1])
+
+
 def gather(rows: Sequence[Row], ahead: Sequence[int], vocabulary: int, size: int) -> tuple[list[Draw], SamplingBatch]:
     """How the next token of each row is sampled, and the same for the device, padded to `size`. Raises `RowFault`."""
     made: dict[Row, Draw] = {}
@@ -203,10 +283,15 @@ def gather(rows: Sequence[Row], ahead: Sequence[int], vocabulary: int, size: int
             with row.guarded():
                 made[row] = row.draw(steps)
     draws = [made[row] for row in rows]
+    return draws, _sampling(rows, draws, vocabulary, size)
+
+
+def _sampling(rows: Sequence[Row], draws: Sequence[Draw], vocabulary: int, size: int) -> SamplingBatch:
+    """The draws for the device, each of the row at its place. Raises `RowFault`."""
     try:
-        return draws, sampling_batch(draws, vocabulary, size)
+        return sampling_batch(draws, vocabulary, size)
     except Exception:
-        for row, draw in made.items():
+        for row, draw in zip(rows, draws, strict=True):
             with row.guarded():
                 sampling_batch([draw], vocabulary)
         raise

@@ -17,7 +17,8 @@ class ForwardInput:
 
     `kv_length`: how many positions are read, a bound for every row. `last`: the index of the token of each row that the
     next one follows; None: the only one. `exact`: one row, whose keys and values this pass fills up to `kv_length`.
-    `positions`: over `JointKeyValues`, where the pass writes what the one before it made; else None.
+    `positions`: over `JointKeyValues`, where the pass writes what the one before it made; else None. `every`: what
+    follows each token is wanted, row after row, and not only what follows the last.
     """
 
     tokens: mx.array
@@ -27,6 +28,7 @@ class ForwardInput:
     adapters: StackedLora | None = None
     exact: bool = False
     positions: mx.array | None = None
+    every: bool = False
 
 
 class _Record(NamedTuple):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from engine.adapters.pool import AdapterPool
 from engine.checkpoints.loading import LoadedModel
 from engine.generation.batch import Batch
+from engine.generation.drafting import Drafter
 from engine.generation.draws import Pick
 from engine.generation.grouping import GROUP_TOKENS, PASS, Grouping, GroupLimits
 from engine.generation.kv_budget import KvBudget
@@ -48,14 +49,16 @@ class GenerateLane:
         limits: LaneLimits | None = None,
         shelf: Shelf | None = None,
         *,
-        clock: Callable[[], float] = time.perf_counter,
+        clock: Callable[[], float] | None = None,
     ) -> None:
-        """`shelf`: the model's prefixes on disk; None: there are none. `clock`: what it measures its steps by."""
-        self._shelf, self._clock = shelf, clock
+        """`shelf`: the model's prefixes on disk; None: there are none. `clock`: what it measures its steps by;
+        None: this process's."""
+        self._shelf, self._clock = shelf, clock or time.perf_counter
         self._model, self._pool, self.limits = model, pool, limits or LaneLimits()
         self._decoder = model.decoder
         self.step = Step(self._decoder, self.limits.compiled or usual())
         self._pacer = LanePacer(self.limits.stall)
+        self.drafter = Drafter()
         #: When the last step ended.
         self._ended = 0.0
         self._vocabulary = GrammarVocabulary(model.tokenizer)
@@ -80,7 +83,7 @@ class GenerateLane:
     def warming(self) -> Iterator[None]:
         """Generate three tokens for nobody, with at most one pass that is new at a time: passes are compiled before the
         first request waits."""
-        request = GenerateRequest(model=self._model.name, prompt_ids=(0,), max_tokens=3, ignore_eos=True)
+        request = GenerateRequest(model=self._model.name, prompt_ids=(0,), max_tokens=3, ignore_eos=True, lookup=False)
         ticket: Ticket[GenerateResult] = Ticket("warm", self.kind)
         self.admit(self.prepare(ticket, request, None))
         yield
@@ -118,7 +121,8 @@ class GenerateLane:
     def load(self) -> GenerationLoad:
         """How full it is. From any thread."""
         hits = 0 if self._shelf is None else self._shelf.hits
-        return GenerationLoad(self.kv_bytes, self.limits.kv_bytes, self.preempted, self.step.traced, hits)
+        kv_bytes, limit, counts = self.kv_bytes, self.limits.kv_bytes, self.drafter.counts
+        return GenerationLoad(kv_bytes, limit, self.preempted, self.step.traced, hits, *counts)
 
     @property
     def preempted(self) -> int:
@@ -139,11 +143,17 @@ class GenerateLane:
         check_memory(len(prompt.ids), most, request.model)
         adapter = self._pool.resolved(request.adapter)
         context, grammar = min(self._model.context, most), self._vocabulary.grammar(request)
-        generation = Generation(ticket, request, prompt, self._model.tokenizer, context, grammar)
+        drafts = self._drafts(request)
+        generation = Generation(ticket, request, prompt, self._model.tokenizer, context, grammar, drafts=drafts)
         generation.resume(data or ())
         if self._shelf is not None:
             generation.fetched = self._shelf.fetch(adapter, prompt.ids, self.prefixes)
         return generation
+
+    def _drafts(self, request: GenerateRequest) -> bool:
+        """Whether its rows may draft. A state that has seen a token cannot go back behind it."""
+        asked = self.limits.lookup if request.lookup is None else request.lookup
+        return (on_cpu() if asked is None else asked) and not self._decoder.kv_sizes.states
 
     def admit(self, work: Generation) -> None:
         if work.ended:
@@ -170,7 +180,7 @@ class GenerateLane:
         """Take rows that wait, push prompts on by a chunk, decode every row that is ready by one token."""
         # A pass that is under way began when the last step ended.
         began = self._ended if self.batch.in_flight else self._clock()
-        output = StepOutput()
+        output, width = StepOutput(), 1
         self._pacer.begin({row.priority for row in self.held}, alone=lookahead, empty=not self.batch.rows)
         # Prompts and rows that decode take turns.
         late, self._let_go = self._let_go, False
@@ -182,10 +192,16 @@ class GenerateLane:
             self._let_go = self._launch()
         else:
             # Behind first tokens that went before, the next chunk comes before the next pass.
-            self._decode(output, lookahead and not (late and (self._prompts or self._roster.waiting)))
+            width = self._decode(output, lookahead and not (late and (self._prompts or self._roster.waiting)))
         self._ended = self._clock()
-        self._pacer.note(self._ended - began, None if pushed or late else output.rows)
+        self._note(self._ended - began, output.rows, width, alone=not (pushed or late))
         return output
+
+    def _note(self, seconds: float, rows: int, width: int, *, alone: bool) -> None:
+        """The step took `seconds`, with a pass over `width` tokens of each of `rows`; `alone`: with nothing else."""
+        self._pacer.note(seconds, rows if alone and width == 1 else None)
+        if alone and rows:
+            self.drafter.note(rows, width, seconds)
 
     # --- prompts ---
 
@@ -306,24 +322,54 @@ class GenerateLane:
 
     # --- decoding ---
 
-    def _decode(self, output: StepOutput, lookahead: bool) -> None:
+    def _decode(self, output: StepOutput, lookahead: bool) -> int:
         """Read the pass that was launched in the turn before, after launching the next if `lookahead`: the device never
-        waits then."""
+        waits then. Or launch one with drafts, and read that. How many tokens of each row the pass took."""
         batch = self.batch
-        if batch.in_flight is None and not self._launch():
-            return
+        if batch.in_flight is None:
+            if (width := self._width_of_drafts()) > 1:
+                self._try_drafts(output, width)
+                return width
+            if not self._launch():
+                return 1
         pending = batch.in_flight
         if pending is None:
-            return
-        if lookahead and not any(row.grammar for row in batch.rows):
-            # A grammar has to see a token before it can say which may follow.
+            return 1
+        # A grammar has to see a token before it can say which may follow, and so has a draft.
+        if lookahead and not any(row.grammar for row in batch.rows) and self._width_of_drafts(ahead=1) == 1:
             self._launch(again=True)
         output.rows = len(pending.rows)
         rows = batch.read(pending)
         for row, pick in rows:
             self._extend(row, pick, output)
+        self._release_ended([row for row, _ in rows])
+        return 1
+
+    def _width_of_drafts(self, ahead: int = 0) -> int:
+        """Tokens of each row that the next pass takes; 1: none drafts. Next to a background none does: how many of its
+        rows fit is measured without."""
+        if self._pacer.contested:
+            return 1
+        return self.drafter.width(self.batch.rows, self.batch.room - ahead, ahead)
+
+    def _try_drafts(self, output: StepOutput, width: int) -> None:
+        try:
+            tried = self.batch.try_drafts(width)
+        except RowFault as fault:
+            self._fail(fault)
+            return
+        self._pacer.decodes()
+        output.rows = len(tried)
+        for one in tried:
+            self.drafter.count(one)
+            for pick in one.taken:
+                if not self._extend(one.row, pick, output):
+                    break
+        self._release_ended([one.row for one in tried])
+
+    def _release_ended(self, rows: Sequence[Row]) -> None:
         # From the last slot on: none that ends moves into the slot of another first, which is a copy of all there is.
-        for row, _ in reversed(rows):
+        for row in reversed(rows):
             if row.finish_reason:
                 self._release(row)
 

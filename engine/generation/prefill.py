@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 
 import mlx.core as mx
@@ -99,7 +98,7 @@ class Prefill:
         step: Step,
         rows: Sequence[Row],
         prefixes: PrefixCache,
-        clock: Callable[[], float] = time.perf_counter,
+        clock: Callable[[], float],
     ) -> None:
         self._model, self._pool, self._step, self._clock = model, pool, step, clock
         self.rows, self.priority = list(rows), rows[0].priority

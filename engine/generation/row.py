@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from engine.generation.draws import Draw, Pick, Uniforms, penalised
+from engine.generation.lookup import Lookup, PromptNgrams
 from engine.generation.prompt import TokenizedPrompt
 from engine.generation.stopping import StopScanner
 from engine.generation.structured import Grammar
@@ -64,9 +65,15 @@ class Generation:
         tokenizer: Tokenizer,
         context: int,
         grammar: Grammar | None = None,
+        *,
+        drafts: bool = False,
     ) -> None:
+        """`drafts`: whether its rows may draft."""
         self.ticket, self.request, self.prompt, self.tokenizer = ticket, request, prompt.ids, tokenizer
         self.grammar = grammar
+        self.ngrams = PromptNgrams(prompt.ids) if drafts else None
+        #: Tokens that were tried as drafts, and those of them that were right.
+        self.drafted, self.accepted = 0, 0
         #: A grammar is that of the whole answer, and leaves no room for reasoning.
         self.in_reasoning = prompt.in_reasoning and grammar is None
         self.published = 0
@@ -124,6 +131,9 @@ class Generation:
                 reasoning_tokens=sum(row.reasoning_tokens for row in self.rows),
                 run_seconds=self.ticket.run_seconds,
                 first_token_seconds=self.first_token_seconds,
+                # Clients of earlier releases know no such fields, and ask for none.
+                drafted_tokens=self.drafted if self.request.lookup else None,
+                accepted_tokens=self.accepted if self.request.lookup else None,
             ),
         )
 
@@ -166,6 +176,9 @@ class Row:
             self.tally = dict.fromkeys(self.generation.prompt, 0)
         if self.generation.grammar is not None:
             self.grammar = self.generation.grammar.copy()
+        ngrams = self.generation.ngrams
+        #: What it is expected to go on with; None: it drafts nothing.
+        self.lookup = None if ngrams is None else Lookup(ngrams)
 
     def guarded(self) -> _Guard:
         """What fails within is this row's own, and leaves as a `RowFault`."""
@@ -206,6 +219,24 @@ class Row:
         """Whether `ahead` more tokens are certainly its last."""
         return len(self.tokens) + ahead >= min(self.request.max_tokens, self.generation.room)
 
+    @property
+    def most_drafted(self) -> int:
+        """Tokens of a draft at most: one more token comes with it, and all of them have to be wanted."""
+        return min(self.request.max_tokens, self.generation.room) - len(self.tokens) - 1
+
+    def draft(self, most: int) -> tuple[list[int], list[Draw]]:
+        """`most` tokens at most that are expected next, as far as its grammar lets them come; and how the next token is
+        sampled, and the one behind each of these, were they to come."""
+        draft = [] if self.lookup is None else self.lookup.draft(min(most, self.most_drafted))
+        masks = [None] * (1 + len(draft)) if self.grammar is None else self.grammar.masks(draft)
+        tally, found = self.tally, []
+        for ahead, mask in enumerate(masks):
+            if ahead and self._penalised:
+                tally = {**tally, draft[ahead - 1]: tally.get(draft[ahead - 1], 0) + 1}
+            uniform = self._uniforms(len(self.tokens) + ahead) if self.request.temperature else 0.0
+            found.append(Draw(self.request, uniform, tally, mask))
+        return draft[: len(found) - 1], found
+
     def draw(self, ahead: int = 0) -> Draw:
         """How the next token is sampled, when the host does not know the `ahead` (0 or 1) before it yet."""
         uniform = self._uniforms(len(self.tokens) + ahead) if self.request.temperature else 0.0
@@ -243,6 +274,8 @@ class Row:
 
     def _take(self, token: int) -> str:
         self.tokens.append(token)
+        if self.lookup is not None:
+            self.lookup.add(token)
         if self.grammar is not None:
             self.grammar.accept(token)
         if self._penalised:

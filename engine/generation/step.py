@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import mlx.core as mx
 
@@ -21,9 +21,12 @@ from engine.generation.sampling_batch import SamplingBatch
 from engine.models.attention import Mask
 from engine.models.cache import KeyValues, Stored, View
 from engine.models.decoder import Decoder
-from engine.models.joint import JointKeyValues, JointView
+from engine.models.joint import JointKeyValues, JointRun, JointView
 from engine.models.stretches import Hidden, Stretch, without_tokens
 from engine.platform.compiler import fuses_on_cpu, on_cpu
+
+#: What one pass writes and reads.
+AnyView: TypeAlias = View | JointView | JointRun
 
 T = TypeVar("T")
 Input = TypeVar("Input")
@@ -60,10 +63,11 @@ class _Layers:
 
 @dataclass(frozen=True, eq=False)
 class _End:
-    """From hidden states to logits; `last` of each row."""
+    """From hidden states to logits; `last` of each row, or `every` one."""
 
     hidden: mx.array
     last: mx.array | None
+    every: bool = False
 
 
 def bucket(least: int, smallest: int = 1) -> int:
@@ -149,7 +153,7 @@ class Step:
         hidden = self._model(given.tokens, cache=view, adapters=given.adapters)
         if not step.logits:
             return view.written, None
-        return view.written, self._logits(_End(hidden, given.last))
+        return view.written, self._logits(_End(hidden, given.last, given.every))
 
     def _in_parts(
         self, stored: Stored, given: ForwardInput, sampling: SamplingBatch | None
@@ -187,12 +191,17 @@ class Step:
 
     def _logits(self, end: _End) -> mx.array:
         hidden, last = end.hidden, end.last
+        if end.every:
+            return self._model.head(hidden.reshape(-1, hidden.shape[-1]))
         return self._model.head(hidden[:, -1] if last is None else hidden[mx.arange(hidden.shape[0]), last])
 
-    def _view(self, stored: Stored, given: ForwardInput, mask: Mask = None, first: int = 0) -> View | JointView:
+    def _view(self, stored: Stored, given: ForwardInput, mask: Mask = None, first: int = 0) -> AnyView:
         if given.positions is None:
             return self._layers_view(stored, given, mask, first)
         heads = self._model.kv_sizes.keys[0].heads
+        if given.tokens.shape[1] > 1:
+            mask = self._layers_view(_NOTHING, given).mask
+            return JointRun(stored, given.offset, given.positions, given.tokens.shape[1], given.kv_length, heads, mask)
         return JointView(stored, given.offset, given.positions, heads, given.adapters, first)
 
     def _layers_view(self, stored: Stored, given: ForwardInput, mask: Mask = None, first: int = 0) -> View:

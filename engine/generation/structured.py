@@ -132,6 +132,22 @@ class Grammar:
             self._check()
             raise ModelError(f"{self._name}: token {token} breaks the grammar.")
 
+    def masks(self, draft: Sequence[int]) -> list[np.ndarray]:
+        """`mask` of what comes next and of what comes behind each token of `draft`, as far as it keeps to the grammar
+        and does not complete it. The answer stays where it is."""
+        found, copy = [self.mask()], self.copy()
+        for token in draft:
+            if not _allows(found[-1], token):
+                break
+            try:
+                copy.accept(token)
+                if copy.complete:
+                    break
+                found.append(copy.mask())
+            except InvalidRequest:
+                break  # a limit that the draft passes is none that the answer has passed: it may go another way
+        return found
+
     @property
     def complete(self) -> bool:
         """Whether nothing except the end may follow."""
@@ -154,6 +170,10 @@ class Grammar:
         if words == "NoExtensionBias":
             raise InvalidRequest(f"{self._name}: no text fits this grammar.")
         raise InvalidRequest(f"{self._name}: the grammar takes too much: {words}")
+
+
+def _allows(mask: np.ndarray, token: int) -> bool:
+    return token // 32 < len(mask) and bool(mask[token // 32] >> token % 32 & 1)
 
 
 def _source(request: GenerateRequest) -> str:

@@ -13,6 +13,7 @@ from typing import TypeAlias
 import mlx.core as mx
 import numpy as np
 
+from engine.models.attention import Mask
 from engine.models.cache import HoldsKeyValues, KeyValues, LayerCache, Stored, resized, write
 from engine.models.layers import RowAdapters
 from kernels.attend import AttendAdapters
@@ -172,6 +173,44 @@ class JointView:
 
     def _index(self, layer: int) -> int:
         return (layer - self._first) // self._together
+
+
+class JointRun:
+    """A `LayerCache` over `JointKeyValues` for one pass of several new tokens a row, which it writes itself.
+
+    `positions`: where what the pass before made is written, as in `JointView`; the new tokens are at `offset` and after
+    it. `mask`: which of `kv_length` positions each of them sees.
+    """
+
+    def __init__(
+        self,
+        stored: Stored,
+        offset: mx.array,
+        positions: mx.array,
+        tokens: int,
+        kv_length: int,
+        layer_heads: int,
+        mask: Mask,
+    ) -> None:
+        self.arrays, self.offset, self.mask = list(stored[0]), offset, mask
+        for array, fresh in zip(self.arrays, stored[1], strict=True):
+            write(array, fresh, positions)
+        self._rows, self._kv_length, self._heads = offset.shape[0], kv_length, layer_heads
+        self._positions = (offset[:, None] + mx.arange(tokens))[:, None]
+        self._together = self.arrays[0].shape[1] // (2 * layer_heads)
+
+    @property
+    def written(self) -> Stored:
+        """All arrays; nothing waits to be written."""
+        return self.arrays, [], []
+
+    def update(self, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        array, heads = self.arrays[layer // self._together], self._heads
+        first = 2 * heads * (layer % self._together)
+        rows, sides = mx.arange(self._rows)[:, None, None], mx.arange(first, first + 2 * heads)[None, :, None]
+        array[rows, sides, self._positions] = mx.concatenate([keys, values], axis=1)
+        seen = array[: self._rows, first : first + 2 * heads, : self._kv_length]
+        return seen[:, :heads], seen[:, heads:]
 
 
 #: What a decoder's forward pass may be given.

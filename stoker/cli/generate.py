@@ -42,6 +42,9 @@ def generate(
     repetition_penalty: Annotated[float, typer.Option(help="Above 1: say less again.")] = 1.0,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be repeated.")] = None,
     n: Annotated[int, typer.Option(help="Completions of the prompt.")] = 1,
+    lookup: Annotated[
+        bool | None, typer.Option("--lookup/--no-lookup", help="Draft from prompt and answer; default: where it pays.")
+    ] = None,
     chat: Annotated[bool | None, typer.Option("--chat/--raw", help=CHAT_OR_RAW)] = None,
     json_schema: Annotated[str | None, typer.Option(help="File: the answer is JSON that fits this schema.")] = None,
     regex: Annotated[str | None, typer.Option(help="The answer matches this expression.")] = None,
@@ -76,6 +79,7 @@ def generate(
         "repetition_penalty": repetition_penalty,
         "stop": tuple(stop or ()),
         "n": n,
+        "lookup": lookup,
         "json_schema": None if json_schema is None else inputs.read_json("json_schema", json_schema),
         "regex": regex,
     }

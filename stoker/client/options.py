@@ -67,6 +67,7 @@ class GenerateManyOptions(JobOptions, total=False):
     stop_token_ids: Sequence[int]
     ignore_eos: bool
     top_logprobs: int
+    lookup: bool | None
     json_schema: Mapping[str, object] | None
     regex: str | None
 

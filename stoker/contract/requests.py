@@ -215,10 +215,20 @@ class GenerateRequest(JobRequest):
     ignore_eos: bool = False
     #: Alternatives reported with each token: the raw model's likeliest.
     top_logprobs: int = Field(default=0, ge=0, le=20)
+    #: Draft tokens from what stands in prompt and answer already; the answer is the same. None: as the worker has
+    #: it. It travels only where it is given, so that workers of earlier releases take all other requests.
+    lookup: bool | None = None
     #: The answer is JSON that fits this schema ({}: any JSON).
     json_schema: dict[str, Any] | None = None
     #: The answer matches this regular expression from its start to its end.
     regex: Annotated[str, StringConstraints(min_length=1, max_length=16_384)] | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_lookup(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        made: dict[str, Any] = fields(self)
+        if self.lookup is None:
+            made.pop("lookup", None)
+        return made
 
     @field_validator("stop", mode="before")
     @classmethod

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import SerializerFunctionWrapHandler, model_serializer
+
 from stoker.contract.base import Message
 from stoker.contract.parts import FunctionCall, Item, Reasoning, items_of
 from stoker.contract.reasoning import ReasoningReader
@@ -28,6 +30,15 @@ class Usage(Message):
     run_seconds: float = 0.0
     #: Generation: until the first token was there.
     first_token_seconds: float = 0.0
+    #: Where the request has `lookup`: tokens that were tried as drafts, and those of them that were right. They travel
+    #: only there, so that clients of earlier releases read all other results.
+    drafted_tokens: int | None = None
+    accepted_tokens: int | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_drafts(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        made: dict[str, Any] = fields(self)
+        return {name: value for name, value in made.items() if value is not None}
 
 
 class EmbedReply(Message):

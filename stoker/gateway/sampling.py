@@ -52,6 +52,7 @@ class GenerateBody(Body):
     repetition_penalty: float = 1.0
     stop_token_ids: list[int] = Field(default_factory=list)
     ignore_eos: bool = False
+    lookup: bool | None = None
     regex: str | None = None
     priority: int | None = None
     deadline: float | None = None
@@ -61,7 +62,7 @@ class GenerateBody(Body):
         options = GenerateOptions(temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, min_p=self.min_p)
         options |= GenerateOptions(
             repetition_penalty=self.repetition_penalty, stop_token_ids=self.stop_token_ids,
-            ignore_eos=self.ignore_eos, deadline=self.deadline,
+            ignore_eos=self.ignore_eos, deadline=self.deadline, lookup=self.lookup,
             # Stoker's own field is more exact than the vendor's.
             priority=self.usual_priority if self.priority is None else self.priority,
         )  # fmt: skip

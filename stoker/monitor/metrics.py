@@ -95,6 +95,10 @@ INPUT_TOKENS = Metric(
     "Tokens of prompts, of texts and of training steps; counted when the engine has done their job.", _JOB,
 )  # fmt: skip
 GENERATED_TOKENS = Metric("stoker_generated_tokens_total", "counter", "Tokens that were generated.", ("model",))
+DRAFTED_TOKENS = Metric(
+    "stoker_drafted_tokens_total", "counter", "Tokens that were tried as drafts (lookup).", ("model",)
+)
+ACCEPTED_TOKENS = Metric("stoker_accepted_tokens_total", "counter", "Of these, those that were right.", ("model",))
 PREFIX_HITS = Metric(
     "stoker_prefix_hits_total", "counter", "Generation jobs that found the beginning of their prompt kept.", ("model",)
 )
@@ -149,7 +153,8 @@ STARTED = Metric("stoker_worker_start_time_seconds", "gauge", "When the worker w
 
 WORKER = (
     JOBS, ATTEMPTS, RESUMED, RETURNED, QUEUE_WAIT, DURATION, FIRST_TOKEN, INTER_TOKEN, INPUT_TOKENS, GENERATED_TOKENS,
-    PREFIX_HITS, PREFIX_TOKENS, PREFIX_DISK_HITS, PREFIX_DISK, BATCH, ENGINE_BUSY, KV_CACHE, KV_LIMIT, PREEMPTIONS,
+    DRAFTED_TOKENS, ACCEPTED_TOKENS, PREFIX_HITS, PREFIX_TOKENS, PREFIX_DISK_HITS, PREFIX_DISK, BATCH, ENGINE_BUSY,
+    KV_CACHE, KV_LIMIT, PREEMPTIONS,
     TRACES, ADAPTERS, TRAIN_LOSS, TRAIN_STEP, TRAIN_STEPS, TRAIN_SPEED, LANE_JOBS, LANE_LIMIT, LEASE_RENEWALS,
     PUBLISH_LAG, UNPUBLISHED, BROKER_LATENCY, MEMORY, RANKS, STARTED,
 )  # fmt: skip

@@ -81,7 +81,9 @@ class Driver:
     def __init__(
         self, model: LoadedModel, pool: AdapterPool, slots: int = SLOTS, shelf: Shelf | None = None, **limits: Any
     ) -> None:
-        self.lane = GenerateLane(model, pool, LaneLimits(**{"slots": slots, "compiled": "none", **limits}), shelf)
+        self.lane = GenerateLane(
+            model, pool, LaneLimits(**{"slots": slots, "compiled": "none", "lookup": False, **limits}), shelf
+        )
         self._pool = pool
         self.sent: dict[str, Sent] = {}
         self.lookahead = True

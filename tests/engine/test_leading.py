@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,15 @@ from engine.generation.followed import Admission, FollowedLane, LentAdapter
 from engine.generation.lane import GenerateLane
 from engine.generation.leading import LeadingLane, witness
 from engine.generation.limits import LaneLimits
+from engine.generation.row import Generation
 from engine.models.shard import Shard
 from engine.ticket import Ticket
+from engine.warm import WarmModels
 from stoker.contract import GenerateRequest, GenerateResult, StreamToken
 from stoker.errors import InvalidRequest, UnknownAdapter, WorkerUnavailable
 from tests.engine import shared_model, tiny
 
-LIMITS = LaneLimits(slots=3, kv_bytes=1 << 21)
+LIMITS = LaneLimits(slots=3, kv_bytes=1 << 22)
 
 
 class Notes:
@@ -73,12 +76,16 @@ class Leading:
         self.numbers = itertools.count()
         self.published: list[StreamToken] = []
 
-    def submit(self, published: Sequence[StreamToken] = (), **options: Any) -> Ticket[GenerateResult]:
+    def prepared(self, published: Sequence[StreamToken] = (), **options: Any) -> Generation:
         fields = {"model": "tiny", "prompt": tiny.text(range(3, 23)), "max_tokens": 12, "ignore_eos": True}
         request = GenerateRequest(**{**fields, **options})
         ticket: Ticket[GenerateResult] = Ticket(f"job-{next(self.numbers)}", request.kind, priority=request.priority)
-        self.lane.admit(self.lane.prepare(ticket, request, published))
-        return ticket
+        return self.lane.prepare(ticket, request, published)
+
+    def submit(self, published: Sequence[StreamToken] = (), **options: Any) -> Ticket[GenerateResult]:
+        work = self.prepared(published, **options)
+        self.lane.admit(work)
+        return work.ticket
 
     def turn(self, turns: int = 1, *, lookahead: bool = True) -> None:
         """As the engine does it."""
@@ -136,6 +143,21 @@ def mixed(leading: Leading) -> None:
     leading.submit(priority=5, max_tokens=5)
     leading.turn(3, lookahead=False)
     assert leading.lane.preempted
+    for length in (700, 300):
+        # Chunks of them are as long as the seconds say that chunks may be.
+        leading.submit(priority=2, prompt=None, prompt_ids=tuple(3 + n * length % 60 for n in range(length)))
+
+
+def late(leading: Leading) -> None:
+    """The row that came last makes way, in whichever order they were admitted."""
+    first, last = (leading.prepared(priority=8, max_tokens=20, seed=seed, temperature=1.0) for seed in (1, 2))
+    leading.lane.admit(last)
+    leading.lane.admit(first)
+    leading.turn(3)
+    leading.submit(priority=2, max_tokens=9)
+    leading.submit(priority=2, max_tokens=9)
+    leading.turn(2)
+    assert leading.lane.preempted
 
 
 def cancels(leading: Leading) -> None:
@@ -151,9 +173,12 @@ def adapters(leading: Leading) -> None:
         leading.submit(adapter=name, temperature=1.0, seed=seed)
         leading.turn(2)
     leading.submit(adapter="one@1", max_tokens=4)
+    leading.submit(adapter="two", max_tokens=4)
+    # Too late for the job before it.
+    leading.store.write("tiny", "two", leading.weights(4), {})
 
 
-@pytest.mark.parametrize("course", [mixed, cancels, adapters])
+@pytest.mark.parametrize("course", [mixed, late, cancels, adapters])
 def test_a_rank_that_hears_what_rank_0_says_chooses_the_same_tokens_in_the_same_turns(
     course: Callable[[Leading], None], leading: Leading, tmp_path: Path
 ) -> None:
@@ -231,3 +256,13 @@ def test_a_turn_that_fails_on_rank_0_ends_the_group(leading: Leading, monkeypatc
     with pytest.raises(WorkerUnavailable, match="a turn failed on rank 0: RuntimeError: out of memory"):
         leading.turn()
     assert leading.notes.lost
+
+
+def test_a_model_that_ranks_share_generates_and_takes_adapters_and_nothing_trains_on_it(tmp_path: Path) -> None:
+    model, notes = replace(tiny.loaded(shared_model.whole()), shard=Shard(0, 1)), Notes()
+    warm = WarmModels(AdapterStore(tmp_path / "adapters"), tmp_path / "runs", LIMITS, 1 << 20, 0.2, sharing=notes)
+    for _ in warm.hold(model):
+        pass
+    assert set(warm.lanes) == {("tiny", "generate"), ("tiny", "adapters")}
+    assert isinstance(warm.lanes["tiny", "generate"], LeadingLane)
+    assert notes.words == [("open", LIMITS)]

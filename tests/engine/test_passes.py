@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -259,7 +260,7 @@ def test_a_group_that_has_to_go_in_several_passes_gets_the_same_tokens(
     rows = [lane_of.prepare(Ticket("job", "generate"), one, None).rows[0] for one in asked]
     for row in rows:
         row.adapter = 0
-    group = Prefill(used.decoder, pool, Step(used.decoder, "none"), rows, PrefixCache(0))
+    group = Prefill(used.decoder, pool, Step(used.decoder, "none"), rows, PrefixCache(0), time.perf_counter)
     while group.rows:
         found |= group.advance(PrefillPacer(36), 1.0)
     chunks = [12, 18] if name == "llama" else [9, 11, 10]

@@ -17,7 +17,7 @@ import pytest
 from engine.adapters.pool import AdapterPool
 from engine.adapters.store import AdapterStore
 from engine.checkpoints.loading import LoadedModel
-from engine.generation import lane, pacing, prefill
+from engine.generation import lane, pacing
 from engine.generation.batch import Batch
 from engine.generation.draws import Pick
 from engine.generation.forward_input import ForwardInput
@@ -88,9 +88,8 @@ class Device:
         monkeypatch.setattr(Batch, "read", timed_read)
         monkeypatch.setattr(Prefill, "advance", noted)
         monkeypatch.setattr(Step, "__call__", timed_pass)
-        clock = SimpleNamespace(perf_counter=lambda: self.now)
-        for module in (lane, prefill):
-            monkeypatch.setattr(module, "time", clock)
+        # Lanes that are made from here on measure by it.
+        monkeypatch.setattr(lane, "time", SimpleNamespace(perf_counter=lambda: self.now))
         return self
 
 

@@ -27,8 +27,8 @@ SOUND: dict[str, dict[str, Any]] = {
         "prompt": "ab", "model": GENERATE, "seed": 1, "max_tokens": 6, "n": 2, "temperature": 0.7, "top_k": 9,
         "top_p": 0.9,
         "min_p": 0.01, "repetition_penalty": 1.1, "presence_penalty": 0.1, "frequency_penalty": 0.1, "stop": ["zz"],
-        "logit_bias": {3: 1.0}, "stop_token_ids": [5], "ignore_eos": False, "top_logprobs": 2, "priority": 5,
-        "deadline": 20.0,
+        "logit_bias": {3: 1.0}, "stop_token_ids": [5], "ignore_eos": False, "top_logprobs": 2, "lookup": True,
+        "priority": 5, "deadline": 20.0,
     },
     "embed": {
         "texts": ["ab", "ab ab"], "model": EMBED, "normalize": True, "truncation": "end", "dimensions": 8,

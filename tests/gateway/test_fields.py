@@ -33,6 +33,7 @@ SAMPLED: dict[str, Row] = {
     "repetition_penalty": ({"repetition_penalty": 1.5}, "repetition_penalty", 1.5),
     "stop_token_ids": ({"stop_token_ids": [1, 2]}, "stop_token_ids", (1, 2)),
     "ignore_eos": ({"ignore_eos": True}, "ignore_eos", True),
+    "lookup": ({"lookup": True}, "lookup", True),
     "regex": ({"regex": "a+"}, "regex", "a+"),
     "priority": ({"priority": 1}, "priority", 1),
     "deadline": ({"deadline": 9.5}, "deadline", 9.5),
@@ -153,7 +154,7 @@ def sent(endpoint: str, **fields: Any) -> dict[str, Any]:
         client.script.generate("an answer")
         await answer(asking(client, {**body, **seed, **fields}, None, stays=True))
         (job,) = client.sent.jobs
-        return job.request.model_dump()
+        return dict.fromkeys(type(job.request).model_fields) | job.request.model_dump()
 
     return asyncio.run(run())
 

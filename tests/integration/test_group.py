@@ -21,6 +21,7 @@ from stoker import Client
 from stoker.contract import TrainReport, TrainRequest
 from stoker.contract.dataset import TrainInput, iterate_lines
 from stoker.contract.presence import node_of
+from stoker.errors import UnknownModel
 from stoker.local.broker import EmbeddedBroker
 from stoker.local.stack import Stack
 from tests import endless
@@ -47,10 +48,10 @@ def rows(tmp_path: Path) -> Path:
 
 
 @contextmanager
-def group(home: Path, ranks: int) -> Iterator[Stack]:
+def group(home: Path, ranks: int, *, shard: bool = False) -> Iterator[Stack]:
     """A worker of so many ranks, with a broker of its own."""
     models = (f"{GENERATE}={endless.write(home)}",)
-    settings = stack_settings(home / "home", models=models, ranks=ranks, grace=1.0)
+    settings = stack_settings(home / "home", models=models, ranks=ranks, shard=shard, grace=1.0)
     with Stack(settings, flower=False, own_broker=True) as stack:
         stack.wait_until_warm()
         yield stack
@@ -141,6 +142,33 @@ def test_a_rank_that_is_lost_ends_the_group_and_its_run_goes_on_when_that_is_bac
         log = (stack.settings.logs / "worker.log").read_text()
     assert lost == 0 or f"rank {lost} on" in log
     assert [made_of(report) for report in found] == [made_of(report) for report in calm]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_stream_of_ranks_that_share_a_model_goes_on_at_the_next_token_when_a_lost_group_is_back(
+    tmp_path: Path, rows: Path, lost: int, how: signal.Signals
+) -> None:
+    asked: dict[str, Any] = {"model": GENERATE, "max_tokens": 600, "temperature": 1.5, "seed": 5}
+    with group(tmp_path, 2, shard=True) as stack, Client(settings=stack.settings) as client:
+        with pytest.raises(UnknownModel, match=f"model '{GENERATE}' cannot train"):
+            client.train("style", dataset=rows, **OPTIONS)
+        calm = client.generate("ab", **asked).result(timeout=60)
+        job = client.generate("ab", **asked)
+        stream = job.stream(timeout=90)
+        found = [next(stream) for _ in range(20)]
+        os.kill(ranks_of(stack)[lost], how)
+        assert stack.worker is not None
+        ended = stack.worker
+        code = wait_until(lambda: ended.returncode, "the worker ends", seconds=2 * SILENCE)
+        assert code in (70, 256 - signal.SIGKILL)
+        stack.start_worker()
+        found += list(stream)
+        assert job.result(timeout=60).token_ids == calm.token_ids
+    assert [token.index for token in found] == list(range(600))
+    assert tuple(token.token_id for token in found) == calm.token_ids
 
 
 @pytest.mark.slow

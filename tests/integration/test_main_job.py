@@ -49,6 +49,20 @@ def test_greedy_text_equals_that_of_transformers(client: Client) -> None:
     assert job.status() == JobStatus.DONE
 
 
+def test_a_text_that_is_repeated_is_drafted_and_stays_the_same(client: Client) -> None:
+    prompt = "one two three four five six seven eight one two three four five six seven eight one two three"
+    plain, drafted = (
+        client.generate(prompt, model=GENERATE_MODEL, max_tokens=32, lookup=lookup).result(60)
+        for lookup in (None, True)
+    )
+    assert drafted.token_ids == plain.token_ids
+    usage = drafted.usage
+    assert usage.drafted_tokens is not None
+    assert usage.accepted_tokens is not None
+    assert usage.drafted_tokens >= max(1, usage.accepted_tokens)
+    assert plain.usage.drafted_tokens is None
+
+
 def test_a_trained_adapter_serves_at_once_along_with_the_bare_base(client: Client) -> None:
     rows = [{"prompt": f"Q: {word}?\nA:", "completion": " Aye, stoker!"} for word in ("coal", "steam", "iron", "water")]
     options: TrainOptions = {"steps": 8, "batch_size": 4, "learning_rate": 4e-3, "max_length": 32}

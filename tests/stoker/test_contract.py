@@ -79,6 +79,7 @@ REQUESTS = st.one_of(
         stop_token_ids=st.lists(st.integers(0, 100), max_size=4).map(tuple),
         n=st.integers(1, 16),
         top_logprobs=st.integers(0, 20),
+        lookup=st.none() | st.booleans(),
         seed=SEEDS,
     ),
     st.builds(
@@ -101,6 +102,15 @@ REQUESTS = st.one_of(
         seed=SEEDS,
     ),
 )
+
+
+def test_requests_and_results_without_drafts_are_what_earlier_releases_know() -> None:
+    plain, asked = (GenerateRequest(model="m", prompt="x", lookup=lookup) for lookup in (None, False))
+    assert "lookup" not in encode(plain)
+    assert encode(asked)["lookup"] is False
+    counted = Usage(drafted_tokens=0, accepted_tokens=0).model_dump()
+    assert counted.keys() - Usage().model_dump().keys() == {"drafted_tokens", "accepted_tokens"}
+    assert (counted["drafted_tokens"], counted["accepted_tokens"]) == (0, 0)
 
 
 @given(REQUESTS)

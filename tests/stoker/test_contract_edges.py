@@ -92,7 +92,7 @@ EDGES: list[tuple[type, dict[str, Any], str, list[Any], list[Any]]] = [
     (ChatMessage, {"role": "user"}, "tool_call_id", [None, "x" * 128], ["x" * 129]),
 ]
 #: Fields without a bound, and those that other tests are about.
-BOUNDLESS = {"normalize", "ignore_eos", "json_schema", "model", "name", "promote"} | {
+BOUNDLESS = {"normalize", "ignore_eos", "lookup", "json_schema", "model", "name", "promote"} | {
     *("rslora", "dora", "learn_prompts", "gradient_checkpointing", "logit_bias"),
 }
 

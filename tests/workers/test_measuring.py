@@ -33,7 +33,7 @@ def health() -> Health:
 def runtime(broker: Settings) -> Iterator[Any]:
     redis = connect(broker)
     engine = SimpleNamespace(
-        loads={"base": GenerationLoad(7, 70, 3, 2, 4)},
+        loads={"base": GenerationLoad(7, 70, 3, 2, 4, 9, 6)},
         adapters={"base": ("style@1", "style@2")},
         memory_bytes=9,
         prefix_bytes=11,
@@ -91,6 +91,8 @@ def test_a_report_has_how_things_stand_and_expires(measuring: Measuring, broker:
     assert values["stoker_preemptions_total", ("base",)] == 3
     assert values["stoker_step_traces_total", ("base",)] == 2
     assert values["stoker_prefix_disk_hits_total", ("base",)] == 4
+    assert values["stoker_drafted_tokens_total", ("base",)] == 9
+    assert values["stoker_accepted_tokens_total", ("base",)] == 6
     assert values["stoker_prefix_disk_bytes", ()] == 11
     assert values["stoker_adapters_held", ("base",)] == 2
     assert values["stoker_memory_bytes", ()] == 9

@@ -181,7 +181,7 @@ def test_the_engine_gets_what_the_settings_say_in_its_own_units(
     monkeypatch.setattr(engines, "Engine", lambda models, **given: made.append((models, given)))
     settings = load_settings(
         home=tmp_path, models=["a=/x", "b=/y"], adapter_memory=7, kv_cache=17, generate_slots=5, stall=0.75,
-        prefix_disk=3,
+        prefix_disk=3, lookup=False,
         train_share=0.4, dtype="float16", quantize="8bit", group_size=32,
     )  # fmt: skip
 
@@ -196,7 +196,7 @@ def test_the_engine_gets_what_the_settings_say_in_its_own_units(
     ((models, given),) = made
     limits = given.pop("limits")
     assert list(models) == ["a", "b"]
-    assert (limits.kv_bytes, limits.slots, limits.stall) == (17 << 20, 5, 0.75)
+    assert (limits.kv_bytes, limits.slots, limits.stall, limits.lookup) == (17 << 20, 5, 0.75, False)
     wanted = {
         "adapters": settings.adapters,
         "runs": settings.runs,

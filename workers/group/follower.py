@@ -117,7 +117,13 @@ class Follower:
 
     def _open(self, command: Open) -> None:
         model = self._models[command.model]
-        limits = LaneLimits(command.slots, command.kv_bytes, command.prefix_share, command.stall)
+        limits = LaneLimits(
+            slots=command.slots,
+            kv_bytes=command.kv_bytes,
+            prefix_share=command.prefix_share,
+            stall=command.stall,
+            lookup=command.lookup,
+        )
         pool = AdapterPool(model, self._adapters, self._settings.adapter_memory << 20)
         lane = GenerateLane(model, pool, limits, clock=self._seconds.get)
         lane.warm()

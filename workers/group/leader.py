@@ -61,6 +61,8 @@ class Other:
     def __init__(self, hello: Hello, channel: Channel) -> None:
         self.hello, self.channel = hello, channel
         self.models: dict[str, str] | None = None
+        #: Why it ended before it had said what it holds; "": it did not.
+        self.refusal = ""
         #: The last command that it has done, and what it said of that.
         self.done, self.witness = 0, ""
 
@@ -128,11 +130,13 @@ class Leader(MlxRanks):
 
     def hold(self, models: Mapping[str, str]) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: all(other.models is not None for other in self._others))
-            wrong = [
+            self._changed.wait_for(lambda: all(other.models is not None or other.refusal for other in self._others))
+            wrong = [f"{other}: {other.refusal}" for other in self._others if other.refusal]
+            wrong += [
                 said
                 for other in self._others
-                for said in meeting.missing_models(other.hello.rank, dict(models), other.models or {})
+                if other.models is not None
+                for said in meeting.missing_models(other.hello.rank, dict(models), other.models)
             ]
         self._refuse(wrong)
         self._models = models
@@ -189,12 +193,18 @@ class Leader(MlxRanks):
         self._tell(lambda number: End(number=number, run=run))
 
     def open(self, model: str, limits: LaneLimits) -> None:
-        slots, kv_bytes, prefix_share, stall = limits.slots, limits.kv_bytes, limits.prefix_share, limits.stall
-        self._tell(
-            lambda number: Open(
-                number=number, model=model, slots=slots, kv_bytes=kv_bytes, prefix_share=prefix_share, stall=stall
+        def word(number: int) -> Open:
+            return Open(
+                number=number,
+                model=model,
+                slots=limits.slots,
+                kv_bytes=limits.kv_bytes,
+                prefix_share=limits.prefix_share,
+                stall=limits.stall,
+                lookup=limits.lookup,
             )
-        )
+
+        self._tell(word)
 
     def lend(self, model: str, adapter: tuple[str, int], weights: LoraWeights) -> None:
         lent = LentAdapter.of(*adapter, weights)
@@ -274,13 +284,17 @@ class Leader(MlxRanks):
             why = "no sign of life: it hangs, or it is cut off"
         except (OSError, NotOfThePlan) as error:
             why = str(error)
-        self._lost(f"{other} was lost ({why})")
+        if not other.refusal:
+            self._lost(f"{other} was lost ({why})")
 
     def _hear(self, other: Other, word: object) -> None:
-        if isinstance(word, Stop):
+        if isinstance(word, Stop) and other.models is not None:
             self._lost(f"{other} ended: {word.why}")
         with self._changed:
-            if isinstance(word, Holds):
+            if isinstance(word, Stop):
+                # This one is still loading, and hears of it when it is done: what it finds itself comes first.
+                other.refusal = word.why
+            elif isinstance(word, Holds):
                 other.models = word.models
             elif isinstance(word, Done):
                 other.witness, other.done = word.witness, word.number

@@ -80,6 +80,7 @@ class Open(Message):
     kv_bytes: Number
     prefix_share: float
     stall: float
+    lookup: bool | None
 
 
 class Lend(Message):

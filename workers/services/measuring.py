@@ -120,6 +120,8 @@ class Measuring:
             numbers.of(metrics.PREEMPTIONS, model).set(load.preempted)
             numbers.of(metrics.TRACES, model).set(load.traced)
             numbers.of(metrics.PREFIX_DISK_HITS, model).set(load.disk_hits)
+            numbers.of(metrics.DRAFTED_TOKENS, model).set(load.drafted)
+            numbers.of(metrics.ACCEPTED_TOKENS, model).set(load.accepted)
         for model, names in engine.adapters.items():
             numbers.of(metrics.ADAPTERS, model).set(len(names))
         numbers.of(metrics.LEASE_RENEWALS, "ok").set(self._health.renewals)

@@ -155,9 +155,9 @@ class AsyncClient(AsyncBulkClient):
 
         Options and their defaults: max_tokens=128, n=1, temperature=0.0 (greedy), top_k=0, top_p=1.0, min_p=0.0,
         repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0, logit_bias=None, stop=(),
-        stop_token_ids=(), ignore_eos=False, top_logprobs=0, json_schema=None, regex=None, adapter=None, tools=None,
-        template=None, priority=5 (0 is first), deadline=None; prompt_ids=None and messages=None, which say by name
-        what `prompt` is. `seed`: None draws one. What each of them means: docs/generate.md.
+        stop_token_ids=(), ignore_eos=False, top_logprobs=0, lookup=None, json_schema=None, regex=None, adapter=None,
+        tools=None, template=None, priority=5 (0 is first), deadline=None; prompt_ids=None and messages=None, which say
+        by name what `prompt` is. `seed`: None draws one. What each of them means: docs/generate.md.
         """
         fields = checked_options(options, GenerateOptions, ("prompt", "model", "seed", "job_id"))
         request = requests.generate_request(await self.choose_model(model, GENERATE.name), prompt, seed, fields)

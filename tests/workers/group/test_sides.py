@@ -13,16 +13,35 @@ from typing import Any
 
 import pytest
 
+from engine.checkpoints.loading import load
+from engine.generation.followed import Admission, Answer
+from engine.generation.limits import LaneLimits
 from engine.training.ranks import ALONE
+from stoker.contract import GenerateRequest
 from stoker.errors import ConfigError, JobFailed, WorkerUnavailable
 from stoker.settings import load_settings
 from tests.conftest import wait_until
+from tests.engine import shared_model
+from tests.engine.test_leading import Leading, cancels, mixed
 from workers.group import channel, follower, leader, meeting
 from workers.group.channel import Channel
 from workers.group.follower import Follower
 from workers.group.leader import Leader
 from workers.group.meeting import Address
-from workers.group.plan import Advance, Done, End, Hello, Holds, Stop, Word
+from workers.group.plan import (
+    Admit,
+    Advance,
+    Done,
+    Drop,
+    End,
+    Hello,
+    Holds,
+    Measured,
+    Open,
+    Stop,
+    Turn,
+    Word,
+)
 from workers.group.starting import LOOPBACK, Place
 
 NO_PLAN: Any = SimpleNamespace()
@@ -173,9 +192,58 @@ def test_a_rank_that_dies_ends_the_worker_as_a_crash(met: Meeting) -> None:
 
 
 def test_a_rank_that_ends_with_an_error_ends_the_worker(met: Meeting, caplog: pytest.LogCaptureFixture) -> None:
-    met.join().say(Stop(why="OutOfMemory: too large"))
+    other = met.join()
+    other.say(Holds(models={}))
+    other.say(Stop(why="OutOfMemory: too large"))
     wait_until(lambda: met.ends == [70], "the process ends")
     assert "ended: OutOfMemory: too large" in caplog.text
+
+
+def test_what_a_rank_cannot_load_is_the_error_of_the_start(met: Meeting) -> None:
+    other = met.join()
+    other.say(Stop(why="ModelError: 6 heads over 4 ranks given"))
+    other.close()
+    with pytest.raises(ConfigError, match=r"rank 1 on .*: ModelError: 6 heads over 4 ranks given"):
+        met.leader.hold({"a": "own"})
+    assert not met.ends
+
+
+@pytest.mark.parametrize("first", ["rank 0", "rank 1"])
+def test_ranks_that_choose_the_same_tokens_go_on_and_one_that_chooses_others_ends_the_group_by_name(
+    met: Meeting, caplog: pytest.LogCaptureFixture, first: str
+) -> None:
+    other = met.join()
+    words = other.words()
+    for number, theirs in ((1, "same"), (2, "theirs")):
+        met.leader.turn("a", lookahead=True)
+        assert next(words) == Turn(number=number, model="a", lookahead=True)
+        assert not met.ends
+        if first == "rank 0":
+            met.leader.turned("same")
+            other.say(Done(number=number, witness=theirs))
+        else:
+            other.say(Done(number=number, witness=theirs))
+            wait_until(lambda: met.leader.ready, "rank 0 has heard it")
+            met.leader.turned("same")
+    wait_until(lambda: met.ends == [70], "the process ends")
+    assert "rank 1 on" in caplog.text
+    assert "chose other tokens than rank 0" in caplog.text
+
+
+def test_the_others_hear_of_a_lane_in_the_order_in_which_rank_0_says_it(met: Meeting) -> None:
+    words, limits = met.join().words(), LaneLimits(slots=3, kv_bytes=5, prefix_share=0.5, stall=0.25, lookup=True)
+    request = GenerateRequest(model="a", prompt_ids=(1, 2))
+    admission = Admission(number=1, submitted=0.1, request=request, answers=(Answer(tokens=(), finish_reason=None),))
+    met.leader.open("a", limits)
+    met.leader.measured(0.1 + 0.2)
+    met.leader.admit("a", admission)
+    met.leader.drop("a", [1])
+    assert [next(words) for _ in range(4)] == [
+        Open(number=1, model="a", slots=3, kv_bytes=5, prefix_share=0.5, stall=0.25, lookup=True),
+        Measured(seconds=0.1 + 0.2),
+        Admit(number=2, model="a", admission=admission),
+        Drop(number=3, model="a", jobs=(1,)),
+    ]
 
 
 def test_a_rank_that_gives_no_sign_of_life_ends_the_worker(met: Meeting, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,6 +331,48 @@ def _models() -> Any:
 @pytest.fixture
 def following(monkeypatch: pytest.MonkeyPatch) -> Following:
     return Following(monkeypatch, _models)
+
+
+def test_a_rank_makes_the_turns_of_a_lane_as_rank_0_says_and_answers_each_with_what_it_chose(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    leading = Leading(tmp_path)
+    mixed(leading)
+    cancels(leading)
+    leading.finish()
+    folder = shared_model.write(tmp_path / "model")
+    following = Following(monkeypatch, lambda: {"tiny": load("tiny", [str(folder)])})
+    assert isinstance(next(following.words), Hello)
+    assert isinstance(next(following.words), Holds)
+    for seconds in leading.notes.seconds:
+        following.channel.say(Measured(seconds=seconds))
+    number, made, found = 0, list[str](), list[str]()
+    for said, *given in leading.notes.words:
+        if said == "turned":
+            made += given
+            continue
+        number += 1
+        following.channel.say(word_of(number, said, *given))
+        answer = next(following.words)
+        assert isinstance(answer, Done)
+        assert answer.number == number
+        found += [answer.witness] if said == "turn" else []
+    assert found == made
+    following.channel.say(Stop())
+    following.over()
+
+
+def word_of(number: int, said: str, given: Any) -> Word:
+    if said == "open":
+        return Open(
+            number=number, model="tiny", slots=given.slots, kv_bytes=given.kv_bytes, prefix_share=given.prefix_share,
+            stall=given.stall, lookup=given.lookup,
+        )  # fmt: skip
+    if said == "admit":
+        return Admit(number=number, model="tiny", admission=given)
+    if said == "drop":
+        return Drop(number=number, model="tiny", jobs=tuple(given))
+    return Turn(number=number, model="tiny", lookahead=given)
 
 
 def test_a_rank_says_who_it_is_then_what_it_holds_and_ends_when_it_is_over(following: Following) -> None:
