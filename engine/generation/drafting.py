@@ -9,7 +9,7 @@ those of ordinary decoding.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import median_low
 
@@ -21,6 +21,8 @@ from engine.generation.step import bucket
 WIDTHS = (2, 3, 5, 9)
 #: How much faster than ordinary decoding a pass with drafts has to be expected.
 GAIN = 1.05
+#: How much longer than without drafts a row may wait for a token because others draft.
+WAIT = 1.1
 #: What a token more of each row is taken to cost, of a pass, where no width was run; else what the last one cost.
 GUESS = 0.25
 #: Passes of one size whose median is what they take: at least, with drafts and without, and at most.
@@ -77,26 +79,31 @@ class Drafter:
         hopes = [(row.lookup.rate, row.most_drafted - ahead) for row in rows if row.lookup and row.lookup.expects]
         if not hopes or self._drafting >= WITHOUT:
             return 1
-        seconds = self._typical(len(rows), 1)
-        if seconds is None:
+        alone = self._typical(len(rows), 1)
+        if alone is None:
             return 1
         # What a pass makes, and the seconds in which the best so far makes it.
-        made, taken, chosen = GAIN * len(rows), seconds, 1
-        before, token = 1, GUESS * seconds
-        for width in WIDTHS:
+        made, taken, chosen = GAIN * len(rows), alone, 1
+        for width, seconds in self._sizes(len(rows), alone):
             if width > room:
                 break
-            known = self._typical(len(rows), width)
-            if known is None:
-                seconds += token * (width - before)
-            else:
-                seconds, before, token = known, width, max(0.0, known - seconds) / (width - before)
-            tokens = len(rows) + sum(_expected(rate, min(most, width - 1), ahead) for rate, most in hopes)
-            if tokens * taken > made * seconds:
+            further = [_expected(rate, min(most, width - 1), ahead) for rate, most in hopes]
+            least, tokens = min(further) if len(hopes) == len(rows) else 0.0, len(rows) + sum(further)
+            if tokens * taken > made * seconds and seconds <= WAIT * (1 + least) * alone:
                 made, taken, chosen = tokens, seconds, width
-            if known is None:
-                break  # of sizes that nothing is known of, the next one is tried
         return chosen
+
+    def _sizes(self, rows: int, alone: float) -> Iterator[tuple[int, float]]:
+        """Widths, each with what a pass takes: those that were run, and the next one, of which it is guessed. `alone`:
+        what a pass without drafts takes."""
+        seconds, before, token = alone, 1, GUESS * alone
+        for width in WIDTHS:
+            known = self._typical(rows, width)
+            if known is None:
+                yield width, seconds + token * (width - before)
+                return
+            yield width, known
+            seconds, before, token = known, width, max(0.0, known - seconds) / (width - before)
 
     def _typical(self, rows: int, width: int) -> float | None:
         """What a pass of this size takes; None: unknown."""

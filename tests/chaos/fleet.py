@@ -23,9 +23,11 @@ def make_models(folder: Path) -> tuple[str, ...]:
 
 
 def fleet_settings(home: Path, url: str, models: tuple[str, ...]) -> Settings:
+    """Requests draft where they say so alone: else the streams would end before they are met by anything."""
     return load_settings(
-        home=home, url=url, models=models, lease=3, grace=2.0, generate_slots=4, embed_jobs=4, train_runs=1
-    )
+        home=home, url=url, models=models, lease=3, grace=2.0, generate_slots=4, embed_jobs=4, train_runs=1,
+        lookup=False,
+    )  # fmt: skip
 
 
 class Member:

@@ -12,6 +12,7 @@ import pytest
 
 from engine.engine import Engine
 from engine.errand import Errand
+from engine.generation.limits import LaneLimits
 from engine.ticket import Entry
 from stoker.contract import EmbedRequest, GenerateRequest
 from stoker.errors import ModelError, UnknownModel, WorkerUnavailable
@@ -41,7 +42,8 @@ def published() -> Published:
 
 @pytest.fixture
 def engine(tmp_path: Path, published: Published) -> Iterator[Engine]:
-    made = Engine({"first": [str(FIRST)]}, adapters=tmp_path / "adapters", publish=published)
+    limits = LaneLimits(lookup=False)  # the streams are to last
+    made = Engine({"first": [str(FIRST)]}, adapters=tmp_path / "adapters", publish=published, limits=limits)
     made.start()
     yield made
     made.stop()

@@ -443,8 +443,16 @@ def test_a_pass_is_as_wide_as_most_tokens_a_second_are_expected_of() -> None:
     assert drafter.width(rows(0.9, most=1), 100) == 2, "more are not wanted"
     assert drafter.width(rows(0.9), 3) == 3, "there is room for no more"
     assert [drafter.width(rows(0.3), 100, ahead) for ahead in (0, 1)] == [2, 1], "the token on its way has to come, too"
-    several = known({1: 1.0, 2: 1.5, 3: 2.0}, 4)
-    assert [several.width(rows(*[0.9] * count, *[0.0] * (4 - count)), 3) for count in (1, 2, 4)] == [1, 1, 3]
+
+
+def test_no_row_waits_much_longer_because_others_draft() -> None:
+    dear, cheap = known({1: 1.0, 2: 1.2, 3: 1.6}, 4), known({1: 1.0, 2: 1.05, 3: 1.3}, 4)
+    for drafter, widths in ((dear, [1, 1, 1, 3]), (cheap, [2, 2, 2, 3])):
+        found = [drafter.width(rows(*[0.9] * count, *[0.0] * (4 - count)), 3) for count in (1, 2, 3, 4)]
+        assert found == widths
+    assert dear.width(rows(0.9, 0.9, 0.9, 0.05), 3) == 1, "that one is expected to gain nothing"
+    silent = [*rows(0.9, 0.9, 0.9), SimpleNamespace(lookup=None, most_drafted=20)]
+    assert dear.width(silent, 3) == 1
 
 
 def test_of_widths_that_nothing_is_known_of_the_next_one_is_tried() -> None:

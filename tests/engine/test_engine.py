@@ -36,7 +36,10 @@ class Running:
         self.entries: defaultdict[str, list[Any]] = defaultdict(list)
         models = {name: CATALOGUE[name] for name in (EMBED_MODEL, GENERATE_MODEL)} | {endless.MODEL: (str(tiny),)}
         self.engine = Engine(
-            models, adapters=adapters, publish=lambda entries: self.publish(entries), limits=LaneLimits(slots=9)
+            models,
+            adapters=adapters,
+            publish=lambda entries: self.publish(entries),
+            limits=LaneLimits(slots=9, lookup=False),
         )
 
     def publish(self, entries: list[Entry]) -> None:

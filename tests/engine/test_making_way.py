@@ -153,7 +153,7 @@ class Shared:
             {"tiny": [str(TINY)]},
             adapters=folder,
             publish=lambda entries: None,
-            limits=LaneLimits(slots=4, compiled="none"),
+            limits=LaneLimits(slots=4, compiled="none", lookup=False),
             neighbours=self.neighbour,
         )
         self.engine.observe = self._note

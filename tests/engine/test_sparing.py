@@ -184,7 +184,7 @@ class Loading:
 
     def __init__(self, folder: Path) -> None:
         self.tokens = 0
-        limits = LaneLimits(slots=1)
+        limits = LaneLimits(slots=1, lookup=False)
         self.engine = Engine({"first": [str(TINY)]}, adapters=folder, publish=self._publish, limits=limits)
         self.error: list[Exception] = []
         self.thread = threading.Thread(target=self._load)
