@@ -259,6 +259,11 @@ class Engine:
         """A model that is warm."""
         return self._warm.models[name]
 
+    def shares(self, name: str) -> bool:
+        """Whether other ranks have the other parts of a model. From any thread."""
+        model = self._warm.models.get(name)
+        return model is not None and model.shard is not None
+
     def kept_by(self, request: TrainRequest) -> int:
         """Bytes that a run on a model that is warm keeps between its turns. Raises `InvalidRequest`, and for
         a model that was unloaded just now what its job would meet."""

@@ -54,6 +54,7 @@ class FakeEngine:
             "remote": ModelError("/remote: auto_map is not supported"),
         }
         self.busy: set[str] = set()
+        self.shared: set[str] = set()
         self.loaded: list[str] = []
         self.asked: list[str] = []
 
@@ -79,6 +80,9 @@ class FakeEngine:
             return False
         del self.models[name]
         return True
+
+    def shares(self, name: str) -> bool:
+        return name in self.shared
 
 
 class Doors:
@@ -290,6 +294,17 @@ def test_a_pinned_model_is_unloaded_once_it_is_unpinned(worker: Worker) -> None:
     worker.keeper.unload("a")
     assert worker.warm == ["b"]
     assert worker.doors.open == names("b")
+
+
+def test_a_model_that_ranks_share_stays(worker: Worker) -> None:
+    worker.engine.shared = {"a", "b"}
+    with pytest.raises(
+        InvalidRequest, match="'a' is shared by the ranks of this group, and stays for as long as it runs"
+    ):
+        worker.keeper.unload("a")
+    with pytest.raises(NoRoom, match=r"a \(400 MB, shared by the ranks of this group\)"):
+        load(worker, "c")
+    assert worker.warm == ["a", "b"]
 
 
 def test_jobs_of_a_model_that_nobody_holds_any_more_end_with_the_error_of_an_unknown_model(worker: Worker) -> None:

@@ -177,6 +177,10 @@ class ModelKeeper:
         resident = self._resident(model)
         if resident.pinned:
             raise InvalidRequest(f"model {model!r} is pinned. `stoker models unpin {model}` lets it be unloaded.")
+        if self._runtime.engine.shares(model):
+            raise InvalidRequest(
+                f"model {model!r} is shared by the ranks of this group, and stays for as long as it runs."
+            )
         card = self._card(model)
         self._let_go(model)
         self.report()
@@ -224,6 +228,8 @@ class ModelKeeper:
 
     def busy(self, model: str) -> str:
         """Why it cannot make way; "" if it can."""
+        if self._runtime.engine.shares(model):
+            return "shared by the ranks of this group"
         held = self.held(model)
         waiting = self.waiting(model)
         if held or waiting:
