@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ class Plan:
 
 PLANS = {
     "gpu": Plan("bfloat16", "qwen2.5-0.5b", 8, 512, 24, "qwen2.5-7b", tokens=256, streams=8, warm=4, gpu=True),
-    "cpu": Plan("float32", "smollm2-135m", 1, 32, 12, "llama-160m", tokens=32, streams=6, warm=1),
+    "cpu": Plan("float32", "smollm2-135m", 1, 32, 12, "llama-160m", tokens=16, streams=6, warm=1),
     "tiny": Plan("float32", "tiny", 2, 16, 2, "tiny", tokens=8, streams=2, warm=1),
 }
 
@@ -78,8 +78,10 @@ class Rank:
                 return dict(json.loads(line))
         raise SystemExit(f"a rank ended with exit code {self._process.wait()}; see its output above")
 
-    def end(self) -> None:
+    def kill(self) -> None:
         self._process.kill()
+
+    def wait(self) -> None:
         self._process.wait()
 
 
@@ -105,13 +107,17 @@ def places(folder: Path, ranks: int, plan: Plan) -> list[dict[str, str]]:
 @contextmanager
 def started(commands: list[list[str]], envs: list[dict[str, str]]) -> Iterator[list[Rank]]:
     """Ranks, not yet ready."""
-    with ExitStack() as leaving:
-        found = []
+    found: list[Rank] = []
+    try:
         for command, env in zip(commands, envs, strict=True):
-            rank = Rank(command, env)
-            leaving.callback(rank.end)
-            found.append(rank)
+            found.append(Rank(command, env))
         yield found
+    finally:
+        # Rank 0 first: it would say that it has lost the others.
+        for rank in found:
+            rank.kill()
+        for rank in found:
+            rank.wait()
 
 
 @contextmanager

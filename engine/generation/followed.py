@@ -73,7 +73,7 @@ class FollowedLane:
         request = admission.request
         ticket: Ticket[GenerateResult] = Ticket(str(admission.number), request.kind, priority=request.priority)
         ticket.submitted = admission.submitted
-        self._lane.admit(self._lane.prepare(ticket, request, admission.published))
+        self._lane.admit(self._lane.prepare(ticket, request, admission.published, passed=True))
         self._tickets[admission.number] = ticket
 
     def drop(self, numbers: Sequence[int]) -> None:

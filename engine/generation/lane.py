@@ -135,14 +135,20 @@ class GenerateLane:
         return self.budget.used
 
     def prepare(
-        self, ticket: Ticket[GenerateResult], request: GenerateRequest, data: Sequence[StreamToken] | None
+        self,
+        ticket: Ticket[GenerateResult],
+        request: GenerateRequest,
+        data: Sequence[StreamToken] | None,
+        *,
+        passed: bool = False,
     ) -> Generation:
+        """`passed`: another rank has prepared it before."""
         check_ids(self._model, request)
         prompt = tokenize(self._model, request)
         most = self.budget.most_tokens
         check_memory(len(prompt.ids), most, request.model)
         adapter = self._pool.resolved(request.adapter)
-        context, grammar = min(self._model.context, most), self._vocabulary.grammar(request)
+        context, grammar = min(self._model.context, most), self._vocabulary.grammar(request, passed=passed)
         drafts = self._drafts(request)
         generation = Generation(ticket, request, prompt, self._model.tokenizer, context, grammar, drafts=drafts)
         generation.resume(data or ())

@@ -3,7 +3,8 @@
 A grammar comes with a request, and may be made to take time and memory without end. What is limited:
 
 - compiling: in a process of its own first (`grammar_process.py`), which the system ends after `SECONDS` of computing or
-  beyond its memory. What it got through, the caller's thread compiles again; the engine's thread never compiles;
+  beyond its memory. What it got through, the caller's thread compiles again; the engine's thread never compiles, except
+  on ranks behind the first one, which compile what that got through;
 - each step of a compiled grammar, and what it keeps: by llguidance's own limits (`LIMITS`);
 - its first steps are tried before the request is admitted: most grammars that pass a limit do so there.
 
@@ -59,17 +60,20 @@ class GrammarVocabulary:
         self._inner: LLTokenizer | None = None
         self._lock = threading.Lock()
 
-    def grammar(self, request: GenerateRequest) -> Grammar | None:
-        """What `request` wants kept to; None: nothing. Raises `InvalidRequest` for a grammar that cannot be, or takes
-        too much."""
+    def grammar(self, request: GenerateRequest, *, passed: bool = False) -> Grammar | None:
+        """What `request` wants kept to; None: nothing. `passed`: another process let it through, and it is not tried
+        again. Raises `InvalidRequest` for a grammar that cannot be, or takes too much."""
         if request.json_schema is None and request.regex is None:
             return None
         name, given = (
             ("json_schema", json.dumps(request.json_schema)) if request.regex is None else ("regex", request.regex)
         )
         try:
-            found = Grammar(name, self._compiled(request))
-            for seed in range(WALKS):
+            source = _source(request)
+            if not passed:
+                try_to_compile(source)
+            found = Grammar(name, self._compiled(source))
+            for seed in range(0 if passed else WALKS):
                 found.copy().try_out(random.Random(seed), TRIED)
         except (_Refused, InvalidRequest) as error:
             short = given if len(given) <= 100 else f"{given[:97]}…"
@@ -77,20 +81,10 @@ class GrammarVocabulary:
             raise InvalidRequest(f"{name}: {short} given; {words}") from None
         return found
 
-    def _compiled(self, request: GenerateRequest) -> LLMatcher:
+    def _compiled(self, source: str) -> LLMatcher:
         # Here and not above: it is 8 MB of code that most requests never need.
         from llguidance import LLMatcher, LLParserLimits
 
-        source = _source(request)
-        try:
-            words = _process.ask({"grammar": source, "limits": LIMITS}, SECONDS)["refused"]
-        except LimitPassed:
-            raise _Refused(
-                f"it takes more than {SECONDS:g} s of computing, or too much memory, to compile. Make it simpler: "
-                "fewer repetitions and optional fields, no large multipleOf."
-            ) from None
-        if words:
-            raise _Refused(words)
         limits = LLParserLimits(**LIMITS)  # type: ignore[arg-type]  # its last two are flags
         matcher = LLMatcher(self._tokens(), source, log_level=0, limits=limits)
         if matcher.is_error():
@@ -106,6 +100,19 @@ class GrammarVocabulary:
 
 class _Refused(Exception):
     """Why a grammar is not taken."""
+
+
+def try_to_compile(source: str) -> None:
+    """In a process of its own. Raises `_Refused`."""
+    try:
+        words = _process.ask({"grammar": source, "limits": LIMITS}, SECONDS)["refused"]
+    except LimitPassed:
+        raise _Refused(
+            f"it takes more than {SECONDS:g} s of computing, or too much memory, to compile. Make it simpler: "
+            "fewer repetitions and optional fields, no large multipleOf."
+        ) from None
+    if words:
+        raise _Refused(words)
 
 
 class Grammar:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -66,18 +67,19 @@ class Notes:
 
 
 class Leading:
-    def __init__(self, home: Path) -> None:
-        self.model = tiny.loaded(shared_model.whole())
+    def __init__(self, home: Path, model: LoadedModel | None = None, limits: LaneLimits = LIMITS) -> None:
+        self.model = model or tiny.loaded(shared_model.whole())
         self.store = AdapterStore(home / "adapters")
         self.notes = Notes()
         pool = AdapterPool(self.model, self.store)
-        self.lane = LeadingLane(self.model, pool, LIMITS, self.notes)
+        self.lane = LeadingLane(self.model, pool, limits, self.notes)
         self.lane.warm()
         self.numbers = itertools.count()
         self.published: list[StreamToken] = []
 
     def prepared(self, published: Sequence[StreamToken] = (), **options: Any) -> Generation:
-        fields = {"model": "tiny", "prompt": tiny.text(range(3, 23)), "max_tokens": 12, "ignore_eos": True}
+        prompt = tiny.text(range(3, 23))
+        fields = {"model": self.model.name, "prompt": prompt, "max_tokens": 12, "ignore_eos": True}
         request = GenerateRequest(**{**fields, **options})
         ticket: Ticket[GenerateResult] = Ticket(f"job-{next(self.numbers)}", request.kind, priority=request.priority)
         return self.lane.prepare(ticket, request, published)
@@ -106,8 +108,7 @@ class Leading:
 
 def followed(leading: Leading, home: Path) -> tuple[GenerateLane, list[str], list[float]]:
     """Another rank that hears all of it; its lane, what it says of each turn, and what its clock has left."""
-    model: LoadedModel = tiny.loaded(shared_model.whole())
-    store, left = AdapterStore(home / "others"), iter(leading.notes.seconds)
+    model, store, left = leading.model, AdapterStore(home / "others"), iter(leading.notes.seconds)
     (_, limits), *words = leading.notes.words
     inner = GenerateLane(model, AdapterPool(model, store), limits, clock=left.__next__)
     inner.warm()
@@ -203,6 +204,17 @@ def test_a_job_goes_on_on_all_ranks_behind_the_tokens_that_were_published(leadin
     assert again.result(0).token_ids == first.result(0).token_ids
     *_, admission = [given[0] for word, *given in leading.notes.words if word == "admit"]
     assert [token.token_id for token in admission.published] == [token.token_id for token in published]
+    assert followed(leading, tmp_path)[1] == witnesses(leading)
+
+
+@pytest.mark.slow
+def test_an_answer_keeps_to_its_grammar_on_all_ranks(smollm2: LoadedModel, tmp_path: Path) -> None:
+    leading = Leading(tmp_path, smollm2, LaneLimits(slots=2))
+    asked: dict[str, Any] = {"prompt": "A code:", "ignore_eos": False, "temperature": 2.0, "max_tokens": 16}
+    coded = leading.submit(regex="[A-F]{2}-[0-9]{2}", **asked)
+    leading.submit(**asked)
+    leading.finish()
+    assert re.fullmatch("[A-F]{2}-[0-9]{2}", coded.result(0).text)
     assert followed(leading, tmp_path)[1] == witnesses(leading)
 
 

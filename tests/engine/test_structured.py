@@ -65,6 +65,22 @@ def test_answers_fit_schema_and_expression_among_free_ones(driver: Driver) -> No
     driver.assert_empty()
 
 
+def test_a_grammar_that_another_rank_let_through_is_compiled_without_another_trial(
+    smollm2: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vocabulary = GrammarVocabulary(smollm2.tokenizer)
+    asked, trials = ask(json_schema=SCHEMA), list[str]()
+    tried = vocabulary.grammar(asked)
+    monkeypatch.setattr(structured, "try_to_compile", trials.append)
+    passed = vocabulary.grammar(asked, passed=True)
+    assert tried is not None
+    assert passed is not None
+    assert passed.mask().tolist() == tried.mask().tolist()
+    assert not trials
+    vocabulary.grammar(asked)
+    assert len(trials) == 1
+
+
 def test_the_grammar_goes_on_where_a_stream_was_broken_off(driver: Driver) -> None:
     request = ask(json_schema=SCHEMA, temperature=2.0, seed=8)
     whole = driver.send(request)
