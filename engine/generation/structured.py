@@ -144,15 +144,13 @@ class Grammar:
         and does not complete it. The answer stays where it is."""
         found, copy = [self.mask()], self.copy()
         for token in draft:
-            if not _allows(found[-1], token):
-                break
             try:
                 copy.accept(token)
                 if copy.complete:
                     break
                 found.append(copy.mask())
-            except InvalidRequest:
-                break  # a limit that the draft passes is none that the answer has passed: it may go another way
+            except (InvalidRequest, ModelError):
+                break  # the draft breaks the grammar or passes a limit; the answer, which goes another way, does not
         return found
 
     @property
@@ -177,10 +175,6 @@ class Grammar:
         if words == "NoExtensionBias":
             raise InvalidRequest(f"{self._name}: no text fits this grammar.")
         raise InvalidRequest(f"{self._name}: the grammar takes too much: {words}")
-
-
-def _allows(mask: np.ndarray, token: int) -> bool:
-    return token // 32 < len(mask) and bool(mask[token // 32] >> token % 32 & 1)
 
 
 def _source(request: GenerateRequest) -> str:
