@@ -158,8 +158,16 @@ def quick_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 
 
 @pytest.fixture(scope="session")
+def renamed_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """The quick one, whose decoder has the name of the real one: for texts that name that."""
+    folder = tmp_path_factory.mktemp("renamed")
+    with shared_stack(folder / "home", (EMBED_MODEL, f"{GENERATE_MODEL}={endless.write(folder)}")) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
 def stack(real_stack: Stack) -> Stack:
-    """The shared stack of a room, which may choose the quick one."""
+    """The shared stack of a room, which may choose another one."""
     return real_stack
 
 

@@ -22,4 +22,5 @@ def write(folder: Path) -> Path:
     (decoder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": CONTEXT}))
     words = (decoder / "tokenizer.json").read_text()
     (decoder / "tokenizer.json").write_text(words.replace("</s>", "<word>"))
+    (decoder / "chat_template.jinja").write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
     return decoder

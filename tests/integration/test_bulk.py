@@ -26,14 +26,14 @@ pytestmark = pytest.mark.integration
 
 
 @pytest.fixture(scope="module")
-def stack(real_stack: Stack) -> Stack:
-    return real_stack
+def stack(renamed_stack: Stack) -> Stack:
+    return renamed_stack
 
 
 #: As many as no other number here divides: a row that is lost or there twice moves all behind it.
 SENTENCES = [f"sentence {number}: " + "the stoker feeds the fire " * (number % 5 + 1) for number in range(97)]
 #: Long enough that a fast machine, too, has work left when the kill comes.
-LONG_SENTENCES = [sentence + "and the fire burns on " * 15 for sentence in SENTENCES]
+LONG_SENTENCES = [sentence + "and the fire burns on " * 6 for sentence in SENTENCES]
 
 
 def write_texts(path: Path, count: int, sentences: list[str] = SENTENCES) -> None:

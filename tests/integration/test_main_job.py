@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from stoker import Client, JobStatus
-from stoker.client.options import TrainOptions
+from stoker.errors import JobFailed
 from stoker.local.stack import Stack
-from tests.conftest import EMBED_MODEL, GENERATE_MODEL, wait_until
+from tests.conftest import EMBED_MODEL, GENERATE_MODEL
 
 pytestmark = pytest.mark.integration
 
@@ -63,39 +64,6 @@ def test_a_text_that_is_repeated_is_drafted_and_stays_the_same(client: Client) -
     assert plain.usage.drafted_tokens is None
 
 
-def test_a_trained_adapter_serves_at_once_along_with_the_bare_base(client: Client) -> None:
-    rows = [{"prompt": f"Q: {word}?\nA:", "completion": " Aye, stoker!"} for word in ("coal", "steam", "iron", "water")]
-    options: TrainOptions = {"steps": 8, "batch_size": 4, "learning_rate": 4e-3, "max_length": 32}
-    question = "Q: fire?\nA:"
-    before = client.generate(question, model=GENERATE_MODEL, max_tokens=6).result(60)
-    run = client.train("aye-first", rows, model=GENERATE_MODEL, **options)
-    reports = list(run.progress(timeout=60))
-    result = run.result(60)
-
-    assert [report.step for report in reports] == list(range(1, 9))
-    assert reports[-1].loss < 0.5 * reports[0].loss
-    assert (result.adapter, result.version, result.steps) == ("aye-first", 1, 8)
-    jobs = [
-        client.generate(question, model=GENERATE_MODEL, max_tokens=6, adapter=adapter)
-        for adapter in (None, "aye-first")
-    ]
-    bare, adapted = (job.result(60) for job in jobs)
-    assert bare.text == before.text, "training must not change the base"
-    assert adapted.text.startswith(" Aye, stoker!")
-    wait_until(lambda: "aye-first@1" in client.workers()[0].adapters[GENERATE_MODEL], "the worker reports its adapter")
-
-
-def test_the_same_run_twice_makes_the_same_losses_and_a_new_version(client: Client) -> None:
-    rows = [{"text": "Steam lifts the piston."}, {"text": "Coal feeds the fire."}]
-    runs = [
-        client.train("twice", rows, model=GENERATE_MODEL, steps=3, batch_size=2, max_length=32, seed=5)
-        for _ in range(2)
-    ]
-    losses = [[report.loss for report in run.progress(timeout=60)] for run in runs]
-    assert losses[0] == losses[1]
-    assert [run.result(60).version for run in runs] == [1, 2]
-
-
 def test_requests_of_many_jobs_share_the_engine_and_keep_their_own_answers(client: Client) -> None:
     prompts = SMOLLM2["prompts"][:4]
     jobs = [client.generate(p["prompt"], model=GENERATE_MODEL, max_tokens=16) for p in prompts]
@@ -106,5 +74,31 @@ def test_requests_of_many_jobs_share_the_engine_and_keep_their_own_answers(clien
 def test_a_run_that_diverges_fails_and_says_what_to_do(client: Client) -> None:
     rows = [{"text": "Coal feeds the fire."}]
     run = client.train("x", rows, model=GENERATE_MODEL, steps=50, learning_rate=1.0, clip=1e6, alpha=4096.0, rank=1)
-    with pytest.raises(Exception, match=r"diverged at step .* Lower learning_rate"):
+    with pytest.raises(JobFailed, match=r"diverged at step .* Lower learning_rate"):
         run.result(60)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
+def test_a_run_learns_a_style_that_it_shows_on_questions_it_never_saw(client: Client, dora: bool) -> None:
+    """The shipped task. The bare model's loss on the answers held out is above 3 nats, and it never answers so."""
+    dataset = resources.files("stoker.data").joinpath("house_style.jsonl")
+    with resources.as_file(dataset) as path:
+        run = client.train(
+            f"learned-{dora}".lower(), path, model=GENERATE_MODEL, steps=32, batch_size=2, dora=dora,
+            max_length=64, learning_rate=2e-3, schedule="cosine", warmup_steps=3, held_out=0.125, eval_every=8,
+        )  # fmt: skip
+    reports = list(run.progress(timeout=300))
+    result = run.result(60)
+    assert reports[0].loss > 3.0
+    assert result.held_out_loss is not None
+    assert result.held_out_loss < 1.8
+    for question in ("Q: Where do bees live?\nA:", "Q: How deep is a lake?\nA:"):
+        bare, styled = (
+            client.generate(question, model=GENERATE_MODEL, adapter=adapter, max_tokens=40).result(120).text
+            for adapter in (None, result.adapter)
+        )
+        assert styled.startswith(" Aye, stoker!")
+        assert "Keep the fire hot!" in styled
+        assert "Aye, stoker!" not in bare

@@ -1,11 +1,11 @@
-"""Training through a real worker that stops, dies and comes back."""
+"""Training through a real worker: adapters that serve at once, and a worker that stops, dies and comes
+back."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-from importlib import resources
 
 import pytest
 
@@ -13,19 +13,42 @@ from stoker import Client, JobStatus
 from stoker.client.options import TrainOptions
 from stoker.local.stack import Stack
 from tests import endless
-from tests.conftest import GENERATE_MODEL
+from tests.conftest import wait_until
 
 pytestmark = pytest.mark.integration
 
 
-@pytest.fixture(scope="module")
-def stack(real_stack: Stack) -> Stack:
-    return real_stack
-
-
 #: A second or two of them.
 STEPS = 250
+QUESTION = "Q: fire?\nA:"
 ROWS = [{"prompt": f"Q: {word}?\nA:", "completion": " Aye, stoker!"} for word in ("coal", "steam", "iron", "water")]
+
+
+def test_a_trained_adapter_serves_at_once_along_with_the_bare_base(client: Client) -> None:
+    options: TrainOptions = {"steps": 8, "batch_size": 4, "learning_rate": 4e-2, "max_length": 32}
+    before = client.generate(QUESTION, model=endless.MODEL, max_tokens=6).result(60).token_ids
+    run = client.train("aye-first", ROWS, model=endless.MODEL, **options)
+    reports = list(run.progress(timeout=60))
+    result = run.result(60)
+
+    assert [report.step for report in reports] == list(range(1, 9))
+    assert reports[-1].loss < reports[0].loss
+    assert (result.adapter, result.version, result.steps) == ("aye-first", 1, 8)
+    jobs = [client.generate(QUESTION, model=endless.MODEL, max_tokens=6, adapter=name) for name in (None, "aye-first")]
+    bare, adapted = (job.result(60).token_ids for job in jobs)
+    assert bare == before, "training must not change the base"
+    assert adapted != bare
+    wait_until(lambda: "aye-first@1" in client.workers()[0].adapters[endless.MODEL], "the worker reports its adapter")
+
+
+def test_the_same_run_twice_makes_the_same_losses_and_a_new_version(client: Client) -> None:
+    rows = [{"text": "Steam lifts the piston."}, {"text": "Coal feeds the fire."}]
+    runs = [
+        client.train("twice", rows, model=endless.MODEL, steps=3, batch_size=2, max_length=32, seed=5) for _ in range(2)
+    ]
+    losses = [[report.loss for report in run.progress(timeout=60)] for run in runs]
+    assert losses[0] == losses[1]
+    assert [run.result(60).version for run in runs] == [1, 2]
 
 
 @pytest.mark.timeout(240)
@@ -57,7 +80,7 @@ def test_a_run_whose_worker_goes_away_goes_on_in_the_next_and_makes_the_same(own
         calm = client.train("calm", ROWS, model=endless.MODEL, **options)
         assert [report.loss for report in calm.progress(timeout=120)] == [report.loss for report in reported]
         text, calmly = (
-            client.generate("Q: fire?\nA:", model=endless.MODEL, adapter=adapter, max_tokens=6).result(60).text
+            client.generate(QUESTION, model=endless.MODEL, adapter=adapter, max_tokens=6).result(60).text
             for adapter in ("resumed", "calm")
         )
         assert text == calmly
@@ -65,29 +88,3 @@ def test_a_run_whose_worker_goes_away_goes_on_in_the_next_and_makes_the_same(own
     log = [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
     assert log == [report.loss for report in reported]
     assert json.loads((folder / "run.json").read_text())["status"] == "done"
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
-def test_a_run_learns_a_style_that_it_shows_on_questions_it_never_saw(client: Client, dora: bool) -> None:
-    """The shipped task. The bare model's loss on the answers held out is above 3 nats, and it never answers so."""
-    dataset = resources.files("stoker.data").joinpath("house_style.jsonl")
-    with resources.as_file(dataset) as path:
-        run = client.train(
-            f"learned-{dora}".lower(), path, model=GENERATE_MODEL, steps=32, batch_size=2, dora=dora,
-            max_length=64, learning_rate=2e-3, schedule="cosine", warmup_steps=3, held_out=0.125, eval_every=8,
-        )  # fmt: skip
-    reports = list(run.progress(timeout=300))
-    result = run.result(60)
-    assert reports[0].loss > 3.0
-    assert result.held_out_loss is not None
-    assert result.held_out_loss < 1.8
-    for question in ("Q: Where do bees live?\nA:", "Q: How deep is a lake?\nA:"):
-        bare, styled = (
-            client.generate(question, model=GENERATE_MODEL, adapter=adapter, max_tokens=40).result(120).text
-            for adapter in (None, result.adapter)
-        )
-        assert styled.startswith(" Aye, stoker!")
-        assert "Keep the fire hot!" in styled
-        assert "Aye, stoker!" not in bare

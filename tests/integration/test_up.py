@@ -19,8 +19,9 @@ import pytest
 from stoker import Client
 from stoker.contract.presence import node_of
 from stoker.settings import Settings
-from tests.conftest import EMBED_MODEL, GENERATE_MODEL, alive, wait_until
-from tests.integration.machinery import processes_with
+from tests import endless
+from tests.conftest import EMBED_MODEL, alive, wait_until
+from tests.integration.machinery import endless_in, processes_with
 
 pytestmark = pytest.mark.integration
 
@@ -93,7 +94,7 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
 
 
 def test_commands_work_from_another_shell_and_ctrl_c_ends_all(tmp_path: Path) -> None:
-    with one_up(tmp_path / "home", f"{EMBED_MODEL},{GENERATE_MODEL}") as up:
+    with one_up(tmp_path / "home", f"{EMBED_MODEL},{endless_in(tmp_path)}") as up:
         _commands_work(up)
         pids, url = up.processes(), up.url
         assert len(pids) >= 4, "broker and worker, each with its guard"
@@ -110,7 +111,7 @@ def _commands_work(up: Up) -> None:
     status = up.stoker("status")
     assert status.returncode == 0
     assert EMBED_MODEL in status.stdout
-    assert GENERATE_MODEL in status.stdout
+    assert endless.MODEL in status.stdout
     embedded = up.stoker("embed", "a warm model")
     assert embedded.returncode == 0
     assert "384 in all" in embedded.stdout
