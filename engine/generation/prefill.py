@@ -38,7 +38,8 @@ class PrefillPacer:
     at least.
 
     A speed would not do: on a GPU 64 tokens take as long as 512, because launching the kernels is what takes it. There
-    a shorter chunk lets nobody wait less, and the prompt waits for more of them: it is halved only where that saves.
+    a shorter chunk lets nobody wait less, and the prompt waits for more of them: it is halved only where that saves,
+    and doubled where it does not.
     """
 
     def __init__(self, tokens: int = 128, least: int = LEAST) -> None:
@@ -77,12 +78,11 @@ class PrefillPacer:
         self._seconds[self.tokens] = seconds
 
     def _after_slow(self, seconds: float) -> int:
-        """Half as many tokens, except where those take as long; twice as many where those are known to take no longer.
-        A size that was never run is not tried for that: its first pass has to be compiled."""
-        half, double = self._seconds.get(self._half, 0.0), self._seconds.get(self._double)
+        """Half as many tokens, except where those take as long; then twice as many, unless those take longer."""
+        half, double = self._seconds.get(self._half, 0.0), self._seconds.get(self._double, 0.0)
         if self._half < self.tokens and half <= SAVES * seconds:
             return self._half
-        return self._double if double is not None and SAVES * double <= seconds else self.tokens
+        return self._double if SAVES * double <= seconds else self.tokens
 
 
 class Prefill:
@@ -148,7 +148,7 @@ class Prefill:
     def advance(self, pacer: PrefillPacer, patience: float) -> list[tuple[Row, Pick]]:
         """One pass that shall take `patience` seconds at most; rows that are through leave the group, with their first
         new token."""
-        began = self._clock()
+        began, traced = self._clock(), self._step.traced
         waiting = {id(row): row.uncached for row in self.rows}
         share = self._share([len(tokens) for tokens in waiting.values()], pacer)
         chunks = {row: waiting[id(row)][:share] for row in self.rows}
@@ -164,7 +164,9 @@ class Prefill:
             self.rows = [row for row in self.rows if row not in done]
         else:
             mx.eval(self.kv.stored)
-        pacer.note(sum(map(len, chunks.values())), self._clock() - began, patience)
+        # What a pass takes that has to be compiled first, none after it will.
+        if self._step.traced == traced:
+            pacer.note(sum(map(len, chunks.values())), self._clock() - began, patience)
         return found
 
     def _share(self, waiting: Sequence[int], pacer: PrefillPacer) -> int:

@@ -246,6 +246,19 @@ def test_completions_of_a_prompt_too_short_to_be_kept_go_together(uncompiled: Dr
     assert passes == [(6, 0, 9)]
 
 
+def test_what_the_compiling_of_a_pass_takes_says_nothing_of_chunks(
+    model: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noted: list[int] = []
+    monkeypatch.setattr(PrefillPacer, "note", lambda _, tokens, *__: noted.append(tokens))
+    pool, step = AdapterPool(model, AdapterStore(tmp_path)), Step(model.decoder, "all")
+    for length in (20, 21, 60, 20):
+        row = Driver(model, pool).lane.prepare(Ticket("job", "generate"), request(prompt(length)), None).rows[0]
+        row.adapter = 0
+        Prefill(model.decoder, pool, step, [row], PrefixCache(0), time.perf_counter).advance(PrefillPacer(256), 1.0)
+    assert noted == [21, 20], "those of shapes that were there before"
+
+
 @pytest.mark.parametrize("name", ["llama", "lfm2"])
 def test_a_group_that_has_to_go_in_several_passes_gets_the_same_tokens(
     model: LoadedModel, tmp_path: Path, passes: list[Pass], name: str
