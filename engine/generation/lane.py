@@ -14,7 +14,7 @@ from engine.generation.draws import Pick
 from engine.generation.grouping import GROUP_TOKENS, PASS, Grouping, GroupLimits
 from engine.generation.kv_budget import KvBudget
 from engine.generation.limits import GenerationLoad, LaneLimits
-from engine.generation.pacing import Chunk, LanePacer
+from engine.generation.pacing import CHUNK, CHUNK_OF_LAUNCHES, Chunk, LanePacer
 from engine.generation.prefill import Prefill, owner
 from engine.generation.prompt import check_ids, check_memory, tokenize
 from engine.generation.prompts import Prompts
@@ -57,7 +57,8 @@ class GenerateLane:
         self._model, self._pool, self.limits = model, pool, limits or LaneLimits()
         self._decoder = model.decoder
         self.step = Step(self._decoder, self.limits.compiled or usual())
-        self._pacer = LanePacer(self.limits.stall)
+        chunk = CHUNK_OF_LAUNCHES if self.step.prompt_buckets else CHUNK
+        self._pacer = LanePacer(self.limits.stall, chunk)
         self.drafter = Drafter()
         #: When the last step ended.
         self._ended = 0.0

@@ -22,6 +22,9 @@ from stoker.contract.requests import LOWEST_PRIORITY
 STRETCH = 1.5
 #: Steps from one turn of the background to the next.
 EVERY = 40
+#: Tokens of a chunk to begin with; where launches are most of what a pass takes (GPUs), each further size that is tried
+#: costs a tenth of a second for compiling, and this one was right on an H100.
+CHUNK, CHUNK_OF_LAUNCHES = 128, 512
 #: Of the time since its last turn, how much prompts of the background may take in the next one.
 SHARE = 0.25
 #: Steps after a turn that the foreground has to itself: they measure what its passes take.
@@ -52,13 +55,13 @@ class Chunk:
 
 
 class LanePacer:
-    """`stall`: seconds that a prompt may hold up running streams."""
+    """`stall`: seconds that a prompt may hold up running streams. `chunk`: tokens of a chunk, to begin with."""
 
-    def __init__(self, stall: float) -> None:
+    def __init__(self, stall: float, chunk: int = CHUNK) -> None:
         self._stall = stall
         #: Chunks while streams run: of one prompt, and of several that wait. Chunks that hold up nobody, and chunks of
         #: the background.
-        self._busy, self._several = PrefillPacer(), PrefillPacer()
+        self._busy, self._several = PrefillPacer(chunk), PrefillPacer(chunk)
         self._idle, self._behind = PrefillPacer(256, least=FEW), PrefillPacer(prefill.LEAST)
         #: Chunks since the first row came into an empty batch; `GATHER` as soon as it decodes.
         self._gathered = 0

@@ -42,7 +42,7 @@ class PrefillPacer:
     and doubled where it does not.
     """
 
-    def __init__(self, tokens: int = 128, least: int = LEAST) -> None:
+    def __init__(self, tokens: int, least: int = LEAST) -> None:
         self.tokens, self._least = tokens, least
         #: Tokens of a chunk → seconds that the last one took; forgotten after `FORGET` chunks.
         self._seconds: dict[int, float] = {}
