@@ -103,6 +103,13 @@ def test_a_row_that_the_batch_has_room_for_costs_nothing(model: LoadedModel, tmp
     assert not machine.budget.must_shrink(3, 20)
 
 
+def test_what_the_batch_has_is_no_growth_of_it(model: LoadedModel, tmp_path: Path) -> None:
+    machine = Machine(model, tmp_path, 3 * SMALLEST_KV_LENGTH)
+    for _ in range(2):
+        machine.seat(10)
+    assert not machine.budget.must_shrink(3, 20), "a third row takes what each of them has, and no more"
+
+
 @pytest.mark.parametrize("length", [SMALLEST_KV_LENGTH - 1, SMALLEST_KV_LENGTH])
 def test_a_prompt_is_admitted_with_a_place_for_its_next_token(model: LoadedModel, tmp_path: Path, length: int) -> None:
     """Its prefill takes a column for each of its tokens and the next; the batch then a second place of whole size."""

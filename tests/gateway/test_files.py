@@ -19,6 +19,7 @@ from stoker.broker import keys
 from stoker.broker.connection import connect
 from stoker.broker.stored_files import FileRecord, StoredFiles
 from stoker.files import contents
+from stoker.files.contents import LOCAL
 from stoker.gateway import files, sweeping, uploads
 from stoker.gateway.access import Keyed
 from stoker.gateway.app import Gateway
@@ -142,10 +143,14 @@ def test_what_has_expired_goes_and_its_parts_with_it(
     # As if its time had come.
     redis.delete(keys.file(first.id))
     (where,) = redis.keys(keys.file_contents("*"))
-    redis.zadd(where, {first.id: 1, "../../etc": 1})
+    # What another program wrote there names a folder that is none of a file's.
+    outside = settings.home / LOCAL / "../outside"
+    outside.mkdir()
+    redis.zadd(where, {first.id: 1, "../outside": 1})
     assert [file.id for file in api.files.list()] == [kept.id]
     asyncio.run(swept(settings))
     assert folders(settings) == [kept.id]
+    assert outside.exists()
     assert redis.zrange(where, 0, -1) == [kept.id.encode()]
 
 

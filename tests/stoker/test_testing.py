@@ -521,3 +521,13 @@ def test_the_example_runs_without_a_broker(monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setenv("STOKER_URL", "redis://127.0.0.1:1/0")
     runpy.run_path(str(ROOT / "examples/testing_a_program.py"), run_name="__main__")
     assert capsys.readouterr().out.count(": passed") == 3
+
+
+def test_an_adapter_whose_last_version_goes_has_none() -> None:
+    async def unloaded() -> AdapterEntry:
+        async with AsyncFakeClient(adapters=["house-style"]) as client:
+            await client.adapters.deactivate("house-style")
+            return await client.adapters.unload("house-style@1")
+
+    entry = asyncio.run(unloaded())
+    assert (entry.serving, dict(entry.versions)) == (None, {})
