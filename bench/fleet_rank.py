@@ -19,10 +19,9 @@ from engine.platform import blas
 blas.boot(int(os.environ["OPENBLAS_NUM_THREADS"]))
 
 import mlx.core as mx  # noqa: E402
-import numpy as np  # noqa: E402
 
+from bench.training_steps import answer_steps, examples  # noqa: E402
 from engine.checkpoints.loading import load  # noqa: E402
-from engine.training.data import TokenizedExample  # noqa: E402
 from engine.training.ranks import ALONE, MlxRanks, Ranks  # noqa: E402
 from engine.training.trainer import Trainer  # noqa: E402
 from stoker.contract import GenerateRequest, TrainRequest  # noqa: E402
@@ -54,21 +53,9 @@ def train(folder: Path, size: int, plan: dict[str, Any]) -> None:
         model="bench", name="bench", dataset="none", steps=1_000_000, rank=LORA_RANK, batch_size=plan["batch"],
         accumulation=accumulation,
     )  # fmt: skip
-    model, length = load("bench", [str(folder)]), plan["length"]
-    vocabulary = json.loads((folder / "config.json").read_text("utf-8"))["vocab_size"]
-    shape = plan["batch"] * accumulation, length + 1
-    lines = np.random.default_rng(0).integers(3, vocabulary, shape, dtype=np.int32)
-    examples = [TokenizedExample(line, np.arange(length + 1) > 0) for line in lines]
-    reports = Trainer(model.decoder, request, examples, ranks=ranks).run()
-    mx.clear_cache()
-    mx.reset_peak_memory()
-    answer(ready=True)
-    for _ in sys.stdin:
-        began = time.perf_counter()
-        report = next(reports)
-        while report is None:
-            report = next(reports)
-        answer(seconds=time.perf_counter() - began, loss=report.loss, peak=int(mx.get_peak_memory()))
+    model = load("bench", [str(folder)])
+    shared = examples(folder, plan["batch"] * accumulation, plan["length"])
+    answer_steps(Trainer(model.decoder, request, shared, ranks=ranks).run(), answer)
 
 
 def serve(plan: dict[str, Any]) -> None:

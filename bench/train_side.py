@@ -9,7 +9,6 @@ import json
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,8 @@ from stoker.contract.requests import LoraTarget
 blas.boot()
 
 import mlx.core as mx  # noqa: E402
-import numpy as np  # noqa: E402
+
+from bench.training_steps import answer_steps, examples, rows, vocabulary  # noqa: E402
 
 RANK, ALPHA, RATE, DECAY = 8, 16.0, 1e-4, 0.01
 TARGETS: tuple[LoraTarget, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -33,18 +33,8 @@ def answer(**fields: Any) -> None:
     print(json.dumps(fields), file=_answers, flush=True)
 
 
-def rows(batch: int, length: int, vocabulary: int) -> np.ndarray:
-    """int32 (batch, length + 1): every step sees the same, so that no side has the easier one."""
-    return np.random.default_rng(0).integers(3, vocabulary, (batch, length + 1), dtype=np.int32)
-
-
-def vocabulary(folder: Path) -> int:
-    return int(json.loads((folder / "config.json").read_text("utf-8"))["vocab_size"])
-
-
 def stoker(folder: Path, batch: int, length: int) -> None:
     from engine.checkpoints.loading import load
-    from engine.training.data import TokenizedExample
     from engine.training.trainer import Trainer
     from stoker.contract import TrainRequest
 
@@ -53,18 +43,7 @@ def stoker(folder: Path, batch: int, length: int) -> None:
         model="bench", name="bench", dataset="none", steps=1_000_000, rank=RANK, alpha=ALPHA, targets=TARGETS,
         batch_size=batch, learning_rate=RATE, weight_decay=DECAY,
     )  # fmt: skip
-    examples = [TokenizedExample(row, np.arange(length + 1) > 0) for row in rows(batch, length, vocabulary(folder))]
-    trainer = Trainer(model.decoder, request, examples)
-    reports = trainer.run()
-    mx.clear_cache()
-    mx.reset_peak_memory()
-    answer(ready=True)
-    for _ in sys.stdin:
-        began = time.perf_counter()
-        report = next(reports)
-        seconds = time.perf_counter() - began
-        assert report is not None
-        answer(seconds=seconds, loss=report.loss, peak=int(mx.get_peak_memory()))
+    answer_steps(Trainer(model.decoder, request, examples(folder, batch, length)).run(), answer)
 
 
 def mlx_lm(folder: Path, batch: int, length: int) -> None:
