@@ -23,8 +23,10 @@ from engine.checkpoints.loading import LoadedModel, PrecisionOptions, load
 from engine.checkpoints.prospect import Prospect, prospect
 from engine.delivery import Publish, deliver
 from engine.errand import Errand, OwnThread
-from engine.generation.leading import Sharing
+from engine.generation.lane import GenerateLane
+from engine.generation.leading import LeadingLane, Sharing
 from engine.generation.limits import GenerationLoad, LaneLimits
+from engine.generation.pinning import Pinning
 from engine.lane import AnyLane
 from engine.making_way import LOOK_EVERY, MakingWay, Neighbours
 from engine.platform import heap, probe
@@ -183,6 +185,10 @@ class Engine:
             warm = sorted(model for model, kind in self._warm.lanes if kind == request.kind)
             raise UnknownModel(f"model {request.model!r} given; this worker can {request.kind} with {warm}.")
         ticket: Ticket[Any] = Ticket(job_id, request.kind, deadline, priority=request.priority)
+        self._send(lane, ticket, request, data)
+        return ticket
+
+    def _send(self, lane: AnyLane, ticket: Ticket[Any], request: Request, data: JobData) -> None:
         try:
             prepared = lane.prepare(ticket, request, data)
         except Exception:
@@ -193,7 +199,25 @@ class Engine:
         if self._stopping:
             # After the put: a loop that ends at this very moment may not have seen it.
             ticket.fail(_stopping())
-        return ticket
+
+    def pinning(self, model: str) -> Pinning | None:
+        """The pinned prefixes of a model that is warm, and generates; None for another, and for one that ranks share:
+        what each of them keeps has to be the same. From any thread."""
+        lane = self._warm.lanes.get((model, GenerateRequest.kind))
+        if not isinstance(lane, GenerateLane) or isinstance(lane, LeadingLane):
+            return None
+
+        def submit(request: GenerateRequest) -> Ticket[GenerateResult]:
+            ticket: Ticket[GenerateResult] = Ticket("pinned", request.kind, priority=request.priority, quiet=True)
+            self._send(lane, ticket, request, None)
+            return ticket
+
+        return Pinning(lane, self._run_errand, submit)
+
+    @property
+    def idle(self) -> bool:
+        """Whether no lane has work. From any thread."""
+        return not any(lane.busy for lane in self._warm.lanes.values())
 
     def load(self, name: str, sources: Sequence[str]) -> LoadedModel:
         """Make another model warm next to the jobs that run. For callers in other threads than the engine's, one at a

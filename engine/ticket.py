@@ -17,11 +17,14 @@ R = TypeVar("R")
 class Ticket(Generic[R]):
     """Given to the caller on submission; the job ends with an R or an error.
 
-    `cancel` may be called from any thread, at any time, more than once.
+    `cancel` may be called from any thread, at any time, more than once. `quiet`: it is no job of a client, so its
+    tokens are neither published nor counted.
     """
 
-    def __init__(self, job_id: str, kind: str, deadline: float | None = None, *, priority: int = 5) -> None:
-        self.job_id, self.kind, self.priority = job_id, kind, priority
+    def __init__(
+        self, job_id: str, kind: str, deadline: float | None = None, *, priority: int = 5, quiet: bool = False
+    ) -> None:
+        self.job_id, self.kind, self.priority, self.quiet = job_id, kind, priority, quiet
         #: When it is stopped, monotonic seconds; None: never.
         self.deadline = None if deadline is None else time.monotonic() + deadline
         #: Why the job shall stop; None: it shall not.

@@ -46,7 +46,14 @@ def test_each_kind_of_key_has_its_own_longest_life(kind: keys.Kind) -> None:
         *(keys.API_KEYS, keys.rate("x"), keys.fine_tune("x"), keys.fine_tunes("x")),
         *(keys.file("x"), keys.files("x"), keys.file_contents("x")),
         *(keys.batch("x"), keys.batches("x"), keys.open_batches("x"), keys.batch_runner("x")),
-        *(keys.POLICY, keys.UNACKED, keys.LEASES, "stoker:unacked_mutex", "stoker:_kombu.binding.celery"),
+        *(
+            keys.prefixes("m"),
+            keys.POLICY,
+            keys.UNACKED,
+            keys.LEASES,
+            "stoker:unacked_mutex",
+            "stoker:_kombu.binding.celery",
+        ),
     )
     names = [name for name in examples if keys.kind_of(name) == kind]
     assert names

@@ -32,7 +32,7 @@ WORDS = {
     "AsyncIterator": "Iterator",
     "AnyAsyncJob": "AnyJob",
 }
-OURS = re.compile(r"\bAsync(?=(?:Client|Adapters|Models|Embedder|(?:\w+)?Client|(?:\w+)?Job|(?:\w+)?Link)\b)")
+OURS = re.compile(r"\bAsync(?=(?:Client|Adapters|Models|Prefixes|Embedder|(?:\w+)?Client|(?:\w+)?Job|(?:\w+)?Link)\b)")
 HEADER = "# Generated from stoker/client/_async/{name} by `make format`: edit that file.\n"
 
 

@@ -16,11 +16,12 @@ from stoker.contract import bundle
 from stoker.contract.base import parse_adapter
 from stoker.contract.names import Rule, checked
 from stoker.contract.uploads import Upload
-from stoker.errors import InvalidRequest, UnknownAdapter, WorkerUnavailable
+from stoker.errors import InvalidRequest, WorkerUnavailable
 from stoker.files.durable import remove_folder
 from workers import clock, uploads
 from workers.artifacts import Artifacts
 from workers.job import Job
+from workers.services.fetching import fetch, write_files
 from workers.services.runtime import Fenced
 
 log = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ def pinned(job: Job, model: str, adapter: str) -> str:
             return adapter
         given = ledger.pin(redis, job.id, registry.parse(model, name, raw).version(version))
     number = int(checked(Rule.VERSION, "version of the job's record", given))
-    _fetch(job, model, name, number)
+    fetch(job.runtime, model, name, number)
     return f"{name}@{number}"
 
 
@@ -91,27 +92,9 @@ def unpacked(job: Job, upload: str) -> Iterator[tuple[Path, str] | None]:
             yield None
             return
         source = bundle.source(data, upload)
-        _write(folder, data, source)
+        write_files(folder, data, source)
         yield folder, source
-
-
-def _fetch(job: Job, model: str, name: str, version: int) -> None:
-    store = job.runtime.engine.store
-    if store.has(model, name, version):
-        return
-    data = _artifacts(job).get(model, name, version)
-    if data is None:
-        raise UnknownAdapter(
-            f"adapter '{name}@{version}' given; it is registered, but no store that this worker reaches has its files."
-        )
-    store.install(model, name, lambda draft: _write(draft, data, f"{name}@{version}"), version)
-    log.info("adapter %s@%d of %s fetched", name, version, model)
 
 
 def _artifacts(job: Job) -> Artifacts:
     return Artifacts(job.runtime.settings, job.runtime.redis)
-
-
-def _write(folder: Path, data: bytes, source: str) -> None:
-    for file, content in bundle.unpack(data, source).items():
-        (folder / file).write_bytes(content)

@@ -16,7 +16,7 @@ from engine.generation.kv_budget import KvBudget
 from engine.generation.limits import GenerationLoad, LaneLimits
 from engine.generation.pacing import CHUNK, CHUNK_OF_LAUNCHES, Chunk, LanePacer
 from engine.generation.prefill import Prefill, owner
-from engine.generation.prompt import check_ids, check_memory, tokenize
+from engine.generation.prompt import beginning_of, check_ids, check_memory, tokenize
 from engine.generation.prompts import Prompts
 from engine.generation.roster import Roster
 from engine.generation.row import Generation, Row, RowFault, RowState
@@ -25,6 +25,7 @@ from engine.generation.step import Step, usual
 from engine.generation.structured import GrammarVocabulary
 from engine.platform.compiler import on_cpu
 from engine.prefixes.memory import SHORTEST, SHORTEST_ON_CPU, PrefixCache
+from engine.prefixes.pins import Beginning
 from engine.prefixes.shelf import Shelf
 from engine.ticket import StepOutput, Ticket
 from stoker.contract import GenerateRequest, GenerateResult, StreamToken
@@ -53,7 +54,7 @@ class GenerateLane:
     ) -> None:
         """`shelf`: the model's prefixes on disk; None: there are none. `clock`: what it measures its steps by;
         None: this process's."""
-        self._shelf, self._clock = shelf, clock or time.perf_counter
+        self.shelf, self._clock = shelf, clock or time.perf_counter
         self._model, self._pool, self.limits = model, pool, limits or LaneLimits()
         self._decoder = model.decoder
         self.step = Step(self._decoder, self.limits.compiled or usual())
@@ -63,6 +64,7 @@ class GenerateLane:
         #: When the last step ended.
         self._ended = 0.0
         self._vocabulary = GrammarVocabulary(model.tokenizer)
+        self._pinned: Sequence[Beginning] = ()
         self._reset(preempted=0)
 
     def _reset(self, preempted: int) -> None:
@@ -72,6 +74,7 @@ class GenerateLane:
         kept = int(self.limits.kv_bytes * self.limits.prefix_share)
         shortest = SHORTEST_ON_CPU if on_cpu() else SHORTEST
         self.prefixes = PrefixCache(kept, whole=bool(self._decoder.kv_sizes.states), shortest=shortest)
+        self.pin(self._pinned)
         self.budget = KvBudget(self._decoder, self.limits.kv_bytes, self.batch, self.prefixes)
         self._prompts, self._roster = Prompts(self.budget), Roster()
         self._seats = Seats(self.limits.slots, self._roster, self._prompts, self.batch, self.budget, preempted)
@@ -121,7 +124,7 @@ class GenerateLane:
     @property
     def load(self) -> GenerationLoad:
         """How full it is. From any thread."""
-        hits = 0 if self._shelf is None else self._shelf.hits
+        hits = 0 if self.shelf is None else self.shelf.hits
         kv_bytes, limit, counts = self.kv_bytes, self.limits.kv_bytes, self.drafter.counts
         return GenerationLoad(kv_bytes, limit, self.preempted, self.step.traced, hits, *counts)
 
@@ -134,6 +137,24 @@ class GenerateLane:
     def kv_bytes(self) -> int:
         """What keys and values take now."""
         return self.budget.used
+
+    @property
+    def model_name(self) -> str:
+        return self._model.name
+
+    def beginning(self, request: GenerateRequest) -> Beginning:
+        """What all prompts have that go on from the request's. Raises `InvalidRequest`, and `UnknownAdapter`. From any
+        thread."""
+        check_ids(self._model, request)
+        ids, sizes = beginning_of(self._model, request), self._decoder.kv_sizes
+        check_memory(len(ids), self.budget.most_tokens, request.model)
+        adapter = self._pool.resolved(request.adapter)
+        return Beginning(adapter, tuple(ids), len(ids) * sizes.token_bytes + sizes.state_bytes)
+
+    def pin(self, beginnings: Sequence[Beginning]) -> None:
+        """From now on memory keeps these, once it has them, and no others."""
+        self._pinned = beginnings
+        self.prefixes.pin((each.adapter, each.ids) for each in beginnings)
 
     def prepare(
         self,
@@ -153,8 +174,8 @@ class GenerateLane:
         drafts = self._drafts(request)
         generation = Generation(ticket, request, prompt, self._model.tokenizer, context, grammar, drafts=drafts)
         generation.resume(data or ())
-        if self._shelf is not None:
-            generation.fetched = self._shelf.fetch(adapter, prompt.ids, self.prefixes)
+        if self.shelf is not None:
+            generation.fetched = self.shelf.fetch(adapter, prompt.ids, self.prefixes)
         return generation
 
     def _drafts(self, request: GenerateRequest) -> bool:
@@ -168,8 +189,8 @@ class GenerateLane:
             work.ticket.start()
             work.ticket.resolve(work.result())
             return
-        if self._shelf is not None and work.fetched is not None:
-            self._shelf.take_in(work.fetched, self.prefixes)
+        if self.shelf is not None and work.fetched is not None:
+            self.shelf.take_in(work.fetched, self.prefixes)
             work.fetched = None
         self._roster.admit(work.open_rows)
 
@@ -265,14 +286,14 @@ class GenerateLane:
 
     def _note_served(self, rows: Sequence[Row]) -> None:
         """Let the disk have what the prefix cache had for rows that come from elsewhere."""
-        if self._shelf is not None:
+        if self.shelf is not None:
             for row in rows:
-                self._shelf.served(owner(self._pool, row), row.known[: row.cached], self.prefixes)
+                self.shelf.served(owner(self._pool, row), row.known[: row.cached], self.prefixes)
 
     def _keep_prefix(self, row: Row, prefill: Prefill) -> None:
         """Let the prefix cache have a prompt that was prefilled, and the disk if it is long."""
-        if prefill.keep_prefix(row, self.prefixes) and self._shelf is not None:
-            self._shelf.kept(owner(self._pool, row), row.known[: row.cached], self.prefixes)
+        if prefill.keep_prefix(row, self.prefixes) and self.shelf is not None:
+            self.shelf.kept(owner(self._pool, row), row.known[: row.cached], self.prefixes)
 
     def _group_limits(self, priority: int) -> GroupLimits:
         """Which prompts of this priority go together: on a CPU as many as one chunk takes."""

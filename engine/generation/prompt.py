@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
+
+import numpy as np
 
 from engine.checkpoints.loading import LoadedModel
+from engine.prefixes.memory import shared_length
 from engine.text import chat
 from engine.text.templates import choose
-from stoker.contract import GenerateRequest
+from stoker.contract import ChatMessage, GenerateRequest
 from stoker.contract.reasoning import OPENER
 from stoker.errors import InvalidRequest, TextTooLong
+
+#: What may follow a beginning: a tokenizer joins the end of a text with what comes next, and templates look at it.
+FOLLOWING = ("a", "1", " The", "\n\n-")
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,23 @@ def tokenize(model: LoadedModel, request: GenerateRequest) -> TokenizedPrompt:
             "Shorten it."
         )
     return prompt
+
+
+def beginning_of(model: LoadedModel, request: GenerateRequest) -> list[int]:
+    """The ids that prompts have in common which go on from the request's: its text with more behind it, its messages
+    with another one. Raises as `tokenize`."""
+    if request.prompt_ids is not None:
+        return tokenize(model, request).ids
+    prompts = [np.asarray(tokenize(model, _followed(request, text)).ids, dtype=np.int32) for text in FOLLOWING]
+    shared: list[int] = reduce(lambda left, right: left[: shared_length(left, right)], prompts).tolist()
+    return shared
+
+
+def _followed(request: GenerateRequest, text: str) -> GenerateRequest:
+    if request.messages is None:
+        return request.model_copy(update={"prompt": f"{request.prompt}{text}"})
+    role = "assistant" if request.messages[-1].role in ("user", "tool") else "user"
+    return request.model_copy(update={"messages": (*request.messages, ChatMessage(role=role, content=text))})
 
 
 def check_ids(model: LoadedModel, request: GenerateRequest) -> None:

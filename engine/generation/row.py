@@ -111,8 +111,13 @@ class Generation:
         """Publish a row's next token, and the result if it was the last of the last row."""
         if not self.first_token_seconds:
             self.first_token_seconds = self.ticket.run_seconds
-        output.entries.append((self.ticket, row.accept(pick, self.published)))
+        token = row.accept(pick, self.published)
         self.published += 1
+        if self.ticket.quiet:
+            if self.ended:
+                self.ticket.resolve(self.result())
+            return
+        output.entries.append((self.ticket, token))
         if self.ended:
             output.end(self.ticket, self.result())
 

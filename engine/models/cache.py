@@ -59,6 +59,11 @@ class KvSizes(NamedTuple):
         """Of one token, in every layer that attends."""
         return sum(side.nbytes for side in (*self.keys, *self.values))
 
+    @property
+    def state_bytes(self) -> int:
+        """Of one row's states."""
+        return sum(state.nbytes for state in self.states)
+
 
 class HoldsKeyValues(Protocol):
     """What decides how large a model's keys and values are."""
@@ -100,7 +105,7 @@ class KeyValues:
         self.states = [mx.zeros((rows, *state.shape), state.dtype) for state in sizes.states]
         # Asked for at every step: adding up all arrays would take longer there than all else that memory needs.
         self._token = sizes.token_bytes
-        self._state = sum(state.nbytes for state in sizes.states)
+        self._state = sizes.state_bytes
 
     @classmethod
     def holding(cls, model: HoldsKeyValues, stored: Stored) -> KeyValues:

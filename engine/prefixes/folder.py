@@ -3,6 +3,9 @@
 BEGINNING names the owner and the first tokens, so that a prompt finds those that may serve it by one look, however
 many there are. An entry is written whole or not at all (`stoker.files.durable`); one that is not what it has to be is
 removed. The entry that served longest ago, by its time of change, goes first.
+
+`ROOT/OWNER.pins` has the entries that do not go: a line each, its path and its bytes. The workers of OWNER's model
+write it anew as long as they pin; one that nobody has written for `PINS_LAST` counts for nothing: its model is gone.
 """
 
 from __future__ import annotations
@@ -42,6 +45,11 @@ MOST = 1024
 RESERVE = 256 << 20
 #: Seconds between two notes that an entry has served: one is a write, too.
 TOUCH_EVERY = 60.0
+#: Seconds that pins outlive the last worker of their model.
+PINS_LAST = 30 * 24 * 3600.0
+_PINS = ".pins"
+#: Bytes of a list of pins that are read: nobody writes one as long.
+_MOST_PINS = 1 << 16
 _NAME = re.compile(r"(\d{1,9})-([0-9a-f]{32})\.safetensors")
 
 
@@ -124,14 +132,14 @@ class PrefixFolder:
         return 2 * size <= self.limit
 
     def write(self, owner: str, tokens: np.ndarray, form: Form, arrays: Sequence[np.ndarray]) -> bool:
-        """Add an entry; those that served longest ago make room. False: the disk has too little room. Raises
-        `OSError`."""
+        """Add an entry; those that served longest ago make room. False: the disk, or what pins leave, has too little
+        room. Raises `OSError`."""
         size = entry_file.size(owner, form, len(tokens))
-        path = self._place(owner, tokens) / f"{len(tokens)}-{_digest(tokens)}.safetensors"
+        path = self._path(owner, tokens)
         make_folders(self._root)
         with self._alone():
             self._make_room(size)
-            if shutil.disk_usage(self._root).free < size + self._reserve:
+            if self.nbytes + size > self.limit or shutil.disk_usage(self._root).free < size + self._reserve:
                 return False
             make_folders(path.parent)
             # It says what was asked: only who runs the workers may read it.
@@ -139,6 +147,41 @@ class PrefixFolder:
             self.nbytes += size
         self._refused.discard(path)
         return True
+
+    # --- pins ---
+
+    def pin(self, owner: str, entries: Sequence[tuple[str, np.ndarray, int]]) -> None:
+        """From now on these entries of a model stay, and no others: of each the owner, the tokens, and its bytes. They
+        may be written later. Raises `OSError`."""
+        path = self._root / f"{owner}{_PINS}"
+        if not entries:
+            path.unlink(missing_ok=True)
+            return
+        said = [f"{self._path(of, tokens).relative_to(self._root)} {size}\n" for of, tokens, size in entries]
+        make_folders(self._root)
+        write_whole(path, lambda draft: draft.write_text("".join(said), encoding="utf-8"), mode=0o600)
+
+    def pinned_bytes(self, but: str) -> int:
+        """What entries take that the workers of this machine pin, except those of the model of one owner."""
+        return sum(sum(entries.values()) for owner, entries in self._pins() if owner != but)
+
+    def holds(self, owner: str, tokens: np.ndarray) -> bool:
+        """Whether there is an entry of these tokens alone."""
+        path = self._path(owner, tokens)
+        return path not in self._refused and path.exists()
+
+    def _pins(self) -> Iterator[tuple[str, dict[Path, int]]]:
+        """Each owner that pins, with its entries and their bytes. A list that cannot be read pins nothing."""
+        for path in self._root.glob(f"[0-9a-f]*{_PINS}"):
+            with suppress(OSError, ValueError):
+                if time.time() - path.stat().st_mtime > PINS_LAST:
+                    path.unlink()
+                    continue
+                with path.open(encoding="utf-8") as file:
+                    lines = [line.rsplit(" ", 1) for line in file.read(_MOST_PINS).splitlines()]
+                yield path.name.removesuffix(_PINS), {self._root / name: int(size) for name, size in lines}
+
+    # --- room ---
 
     def look(self) -> None:
         """Count what there is, and remove what is too much."""
@@ -150,12 +193,15 @@ class PrefixFolder:
     def _make_room(self, size: int) -> None:
         """Remove entries until one of so many bytes fits; and what writers that died have left."""
         kept = sorted(self._all(), key=lambda entry: entry[0])
-        self.nbytes = sum(taken for _, taken, _ in kept)
-        for number, (_, taken, path) in enumerate(kept):
-            if self.nbytes + size <= self.limit and len(kept) - number < MOST:
+        self.nbytes, count = sum(taken for _, taken, _ in kept), len(kept)
+        pinned = {path for _, entries in self._pins() for path in entries}
+        for _, taken, path in kept:
+            if self.nbytes + size <= self.limit and count < MOST:
                 return
+            if path in pinned:
+                continue
             path.unlink(missing_ok=True)
-            self.nbytes -= taken
+            self.nbytes, count = self.nbytes - taken, count - 1
             # Only an empty one goes.
             with suppress(OSError):
                 path.parent.rmdir()
@@ -190,6 +236,9 @@ class PrefixFolder:
         if isinstance(why, DamagedEntry):
             with suppress(OSError):
                 path.unlink()
+
+    def _path(self, owner: str, tokens: np.ndarray) -> Path:
+        return self._place(owner, tokens) / f"{len(tokens)}-{_digest(tokens)}.safetensors"
 
     def _place(self, owner: str, tokens: np.ndarray) -> Path:
         return self._root / hashlib.sha256(owner.encode() + tokens[:SHORTEST].tobytes()).hexdigest()[:32]

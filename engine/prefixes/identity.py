@@ -40,11 +40,16 @@ class Owners:
         self._known: dict[tuple[str, int], tuple[object, str]] = {}
         self._lock = threading.Lock()
 
+    @property
+    def base(self) -> str:
+        """The name of the bare base."""
+        return _digest(self._identity, None)
+
     def name(self, adapter: Adapter) -> str | None:
         """64 hexadecimal digits; None for an adapter whose files are gone, or are no longer those that this process may
         have in memory."""
         if adapter is None:
-            return _digest(self._identity, None)
+            return self.base
         try:
             content = self._content(*adapter)
         except OSError:

@@ -7,7 +7,7 @@ every prompt that begins the same.
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -31,14 +31,16 @@ class Entry:
 
 
 class PrefixCache:
-    """Least recently used entries go first when `limit` bytes are passed. `owner` names the adapter's version.
+    """Least recently used entries go first when `limit` bytes are passed; those that are pinned make way for running
+    rows alone, and last. `owner` names the adapter's version.
 
     `whole`: an entry serves prompts alone that begin with all of its tokens, because a recurrent layer's state cannot
     be taken back to an earlier token. `shortest`: tokens that a beginning has at least.
     """
 
     def __init__(self, limit: int, *, whole: bool = False, shortest: int = SHORTEST) -> None:
-        self._limit, self._whole, self.shortest, self.nbytes = limit, whole, shortest, 0
+        self.limit, self._whole, self.shortest, self.nbytes = limit, whole, shortest, 0
+        self._pinned: frozenset[_Key] = frozenset()
         self._entries: OrderedDict[_Key, Entry] = OrderedDict()
         #: The first `shortest` tokens → the entries that begin so: no other can serve, and there may be thousands.
         self._alike: defaultdict[_Key, dict[_Key, None]] = defaultdict(dict)
@@ -91,7 +93,7 @@ class PrefixCache:
 
     def fits(self, nbytes: int) -> bool:
         """Whether an entry of so many bytes is kept at all."""
-        return nbytes <= self._limit
+        return nbytes <= self.limit
 
     def would_serve(self, first: Sequence[int], tokens: Sequence[int], found: int) -> bool:
         """Whether an entry of all tokens of a prompt, `first`, would spare another, of which `found` tokens are here
@@ -101,24 +103,34 @@ class PrefixCache:
             return False
         return list(first[:shared]) == list(tokens[:shared])
 
+    def pin(self, beginnings: Iterable[tuple[Hashable, Sequence[int]]]) -> None:
+        """From now on these entries, each an owner and its tokens, are those that stay, once they are here."""
+        self._pinned = frozenset(self._key(owner, tokens) for owner, tokens in beginnings)
+
     def put(self, owner: Hashable, tokens: Sequence[int], kv: KeyValues) -> None:
-        """Keep `kv`, one row with the keys and values of `tokens` at its first positions."""
+        """Keep `kv`, one row with the keys and values of `tokens` at its first positions. Nothing is kept where those
+        that are pinned leave too little room."""
         if not self.fits(kv.nbytes) or len(tokens) < self.shortest:
             return
         key = self._key(owner, tokens)
         self._drop(key)
-        while self.nbytes + kv.nbytes > self._limit and self.evict():
-            pass
+        while self.nbytes + kv.nbytes > self.limit:
+            if (oldest := self._oldest_unpinned()) is None:
+                return
+            self._drop(oldest)
         entry = self._entries[key] = Entry(np.asarray(tokens, dtype=np.int32), kv)
         self._alike[self._beginning(owner, entry.tokens)][key] = None
         self.nbytes += kv.nbytes
 
     def evict(self) -> bool:
-        """Drop the least recently used entry; whether there was one."""
+        """Drop the least recently used entry, of those that are not pinned if there is one; whether there was any."""
         if not self._entries:
             return False
-        self._drop(next(iter(self._entries)))
+        self._drop(self._oldest_unpinned() or next(iter(self._entries)))
         return True
+
+    def _oldest_unpinned(self) -> _Key | None:
+        return next((key for key in self._entries if key not in self._pinned), None)
 
     def _drop(self, key: _Key) -> None:
         entry = self._entries.pop(key, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import threading
 import weakref
@@ -16,11 +17,14 @@ import numpy as np
 
 from engine.checkpoints.loading import LoadedModel
 from engine.models.cache import KeyValues
+from engine.prefixes import entry_file
 from engine.prefixes.folder import LONGER, SHORTEST, PrefixFolder
 from engine.prefixes.form import Form
 from engine.prefixes.identity import Adapter, Owners
 from engine.prefixes.memory import PrefixCache
+from engine.prefixes.pins import PINNED_PART, Beginning
 from engine.prefixes.saver import Allowance, Saver
+from stoker.errors import InvalidRequest
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -61,6 +65,8 @@ class Shelf:
     ) -> None:
         self._folder, self._saver, self._allowance, self._run = folder, saver, allowance, run
         self._decoder, self._owners, self._form = model.decoder, owners, form
+        #: Names the model with any adapter.
+        self._base = owners.base
         #: One reads at a time: those that come meanwhile for the same entry share what it read.
         self._reading = threading.Lock()
         self._fetched: weakref.WeakValueDictionary[tuple[Adapter, Path], Fetched] = weakref.WeakValueDictionary()
@@ -93,6 +99,46 @@ class Shelf:
         if held is None and (read := self._folder.read(found, self._form)) is not None:
             held = self._fetched[key] = Fetched(adapter, *read)
         return held
+
+    # --- pins, in the thread of those who pin ---
+
+    @property
+    def room_for_pins(self) -> int:
+        """Bytes that this model's pins may take on the disk, next to those of the machine's other models."""
+        return self._folder.limit // PINNED_PART - self._folder.pinned_bytes(but=self._base)
+
+    def size(self, beginning: Beginning) -> int:
+        """Bytes of its file. Raises `InvalidRequest` for one that is too large."""
+        nbytes = self._form.nbytes(len(beginning.ids))
+        if nbytes > LARGEST:
+            raise InvalidRequest(
+                f"{len(beginning.ids)} tokens given, whose keys and values take {nbytes >> 20} MB; one on the disk "
+                f"has at most {LARGEST >> 20} MB. Shorten it."
+            )
+        return entry_file.size(self._base, self._form, len(beginning.ids))
+
+    def pin(self, beginnings: Sequence[Beginning]) -> None:
+        """From now on these stay, once they are there, and no others. Raises `OSError`."""
+        entries = []
+        for beginning in beginnings:
+            owner = self._owners.name(beginning.adapter)
+            if owner is not None and len(beginning.ids) >= SHORTEST:
+                entries.append((owner, _int32(beginning.ids), self.size(beginning)))
+        self._folder.pin(self._base, entries)
+
+    def holds(self, beginning: Beginning) -> bool:
+        owner = self._owners.name(beginning.adapter)
+        return owner is not None and self._folder.holds(owner, _int32(beginning.ids))
+
+    def keep(self, beginning: Beginning, cache: PrefixCache) -> None:
+        """Write one that memory has, and the disk has not. One that is shorter than an entry may be is left out. Raises
+        `OSError`."""
+        owner = self._owners.name(beginning.adapter)
+        if owner is None or len(beginning.ids) < SHORTEST or self.holds(beginning):
+            return
+        arrays = self._copied(beginning.adapter, beginning.ids, weakref.ref(cache))
+        if arrays is not None and not self._folder.write(owner, _int32(beginning.ids), self._form, arrays):
+            raise OSError(errno.ENOSPC, "the disk is nearly full")
 
     # --- in the engine's thread ---
 
@@ -182,6 +228,10 @@ def _copy(
     # A state is of all tokens of its entry; keys and values have a place for each.
     arrays = [*(array[:, :, : len(tokens)] for array in (*keys, *values)), *states]
     return [_raw(arrays[index]) for index in which]
+
+
+def _int32(ids: Sequence[int]) -> np.ndarray:
+    return np.asarray(ids, dtype=np.int32)
 
 
 def _raw(array: mx.array) -> np.ndarray:

@@ -3,7 +3,7 @@
 All start with `stoker:`, Celery's own too (by `global_keyprefix`). `KINDS` lists every kind of key with the longest
 time that one of it may have left to live. Those without a lifetime are durable: the queues themselves and what Celery
 keeps about messages that are not acknowledged yet (a queue must outlive any outage, so no expiry is right for it), the
-registry of adapters with their files, the policy, and the keys of the gateway.
+registry of adapters with their files, pinned prefixes, the policy, and the keys of the gateway.
 """
 
 from __future__ import annotations
@@ -102,6 +102,7 @@ KINDS = (
     Kind("adapters", rf"adapters:{_NAME}", None, "set"),
     Kind("adapter", rf"adapter:{_NAME}:{_NAME}", None, "hash"),
     Kind("artifact", rf"artifact(:{_NAME}){{3}}", None, "string"),
+    Kind("prefixes", rf"prefixes:{_NAME}", None, "hash"),
     Kind("policy", r"policy", None, "hash"),
     Kind("api_keys", r"keys", None, "hash"),
     Kind("rate", rf"rate:{_NAME}", RATE_TTL, "hash"),
@@ -236,6 +237,11 @@ def adapter(model: str, name: str) -> str:
 def artifact(model: str, name: str, version: int) -> str:
     """String, bytes: the files of one version, unless STOKER_ARTIFACTS names another store for them."""
     return f"{PREFIX}artifact:{model}:{name}:{version}"
+
+
+def prefixes(model: str) -> str:
+    """Hash: the model's pinned prefixes by name, and whether they have changed (`stoker.broker.prefixes`)."""
+    return f"{PREFIX}prefixes:{model}"
 
 
 def vectors(job_id: str) -> str:

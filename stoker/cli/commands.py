@@ -29,6 +29,7 @@ from stoker.cli import (
     verify,
 )
 from stoker.cli import models as models_commands
+from stoker.cli import prefixes as prefixes_commands
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -122,6 +123,12 @@ for _command in (
 ):
     adapters.command()(_command)
 app.add_typer(adapters, name="adapters")
+
+prefix = typer.Typer(no_args_is_help=True, help="System prompts, and other beginnings, that workers keep ready.")
+prefix.command("pin")(prefixes_commands.pin)
+prefix.command("list")(prefixes_commands.list_prefixes)
+prefix.command("unpin")(prefixes_commands.unpin)
+app.add_typer(prefix, name="prefix")
 
 training = typer.Typer(no_args_is_help=True, help="Training runs whose folders are on this machine.")
 training.command("list")(runs.list_runs)

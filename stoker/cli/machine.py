@@ -20,7 +20,7 @@ from stoker.cli.options import Json, Url, connect, print_json, progress_shown
 from stoker.contract import ModelCard, Presence
 from stoker.contract.kinds import EMBED, GENERATE, TRAIN
 from stoker.contract.names import Rule, checked
-from stoker.contract.presence import describe_state
+from stoker.contract.presence import describe_prefix, describe_state
 from stoker.contract.shown import printable
 from stoker.errors import ConfigError, UnknownModel
 from stoker.local.home import make_home
@@ -255,6 +255,8 @@ def _describe(worker: Presence) -> Iterator[str]:
             yield f"  {printable(state.model):24} {printable(describe_state(state))}"
     for model, names in worker.adapters.items():
         yield f"  {model:24} adapters in memory: {', '.join(names) or 'none'}"
+    for prefix in worker.prefixes:
+        yield f"  {prefix.model:24} pinned prefix {printable(prefix.name)}: {printable(describe_prefix(prefix))}"
     lanes = (f"{kind} {held} of {limit}" for kind, (held, limit) in worker.lanes.items())
     yield f"  jobs held: {', '.join(lanes)}"
     for kind, why in worker.held_back.items():

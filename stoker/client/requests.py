@@ -15,6 +15,7 @@ from stoker.contract.dataset import ON_WORKER, iterate_lines, iterate_mappings, 
 from stoker.contract.kinds import ABILITIES, JobKind
 from stoker.contract.lines import pieces
 from stoker.contract.names import Rule, checked
+from stoker.contract.prefixes import PinnedPrefix
 from stoker.contract.shown import brief, trouble
 from stoker.contract.uploads import Upload
 from stoker.errors import DatasetError, InvalidRequest
@@ -91,6 +92,12 @@ def _prompt_fields(prompt: Prompt | None) -> dict[str, object]:
         )
     items = tuple(prompt)
     return {"prompt_ids" if items and isinstance(items[0], int) else "messages": items}
+
+
+def pinned_prefix(request: GenerateRequest, client: str) -> PinnedPrefix:
+    """What is pinned of a request: what its prompt depends on. `client`: the key of who pins it."""
+    asked = request.model_dump(mode="json", include=set(PinnedPrefix.model_fields), exclude_none=True)
+    return PinnedPrefix(id=uuid.uuid4().hex, time=0.0, client=client, **asked)
 
 
 def train_request(model: str, name: str, dataset: Dataset, job_id: str, fields: Mapping[str, object]) -> TrainRequest:

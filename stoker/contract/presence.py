@@ -56,6 +56,24 @@ class ModelState(Notice):
     why: str = ""
 
 
+#: States of a pinned prefix.
+READY, WAITING, REFUSED = "ready", "waiting", "refused"
+
+
+class PrefixState(Notice):
+    """A pinned prefix as one worker has it. `id`: of the pin. `state`: `ready`, `waiting` (it is prefilled when the
+    worker is idle) or `refused`; another release may know others. `tokens`: of the prefix; `bytes`: of their keys and
+    values; 0: not known. `why`: it is refused, or is not on the disk."""
+
+    model: str
+    name: str
+    id: str
+    state: str
+    tokens: int = 0
+    bytes: int = 0
+    why: str = ""
+
+
 def describe_state(state: ModelState | None) -> str:
     """For people; a worker of a release that says no more holds what it names."""
     if state is None:
@@ -64,6 +82,11 @@ def describe_state(state: ModelState | None) -> str:
         return "warm" + (", pinned" if state.pinned else "")
     if state.state == "offered":
         return "loaded when a job waits for it"
+    return f"{state.state}: {state.why}" if state.why else state.state
+
+
+def describe_prefix(state: PrefixState) -> str:
+    """For people."""
     return f"{state.state}: {state.why}" if state.why else state.state
 
 
@@ -94,6 +117,8 @@ class Presence(Notice):
     offers: tuple[ModelCard, ...] = ()
     #: Every model that it holds, loads, may load or could not load.
     states: tuple[ModelState, ...] = ()
+    #: Every pinned prefix of the models that it holds.
+    prefixes: tuple[PrefixState, ...] = ()
     #: Bytes that the weights of its models may take together; 0: not said.
     model_limit: int = 0
     #: Processes that train together as this worker; this one is the first.

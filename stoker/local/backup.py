@@ -1,9 +1,9 @@
 """A backup: adapters, runs, and what the broker keeps for good, in one file.
 
 The file is a gzipped tar archive: `backup.json` says what it is, `broker.jsonl` has the broker's durable keys that
-people made (the registry of adapters, their files, the policy, hashes of the gateway's keys), `adapters/` and `runs/`
-are the folders of STOKER_HOME. Jobs that wait, results and streams are not in it: they live for days,
-and their clients send them again.
+people made (the registry of adapters, their files, pinned prefixes, the policy, hashes of the gateway's keys),
+`adapters/` and `runs/` are the folders of STOKER_HOME. Jobs that wait, results and streams are not in it: they live for
+days, and their clients send them again.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ FORMAT = 1
 #: The folders of STOKER_HOME that are kept.
 FOLDERS = ("adapters", "runs")
 #: The kinds of keys that are kept (`stoker.broker.keys.KINDS`).
-KINDS = ("adapters", "adapter", "artifact", "policy", "api_keys")
+KINDS = ("adapters", "adapter", "artifact", "prefixes", "policy", "api_keys")
 _ABOUT, _KEYS = "backup.json", "broker.jsonl"
 #: Bytes that are read of `backup.json` and of a line of `broker.jsonl`, whose longest holds an artifact.
 MAX_ABOUT, MAX_LINE = 1 << 16, 1 << 30

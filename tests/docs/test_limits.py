@@ -9,7 +9,7 @@ import pytest
 from engine.prefixes import folder, memory, saver, shelf
 from stoker.broker import keys
 from stoker.client import chunks
-from stoker.contract import dataset
+from stoker.contract import dataset, prefixes
 from stoker.gateway import (
     batch_lines,
     batch_run,
@@ -67,6 +67,8 @@ LIMITS = {
     ("generate", r"is written at most (\d+) times a day"): saver.TIMES_A_DAY,
     ("generate", r"while less than (\d+) MB of the disk are free"): folder.RESERVE / MB,
     ("generate", r"copies up to (\d+) MB between two steps"): shelf.COPIED / MB,
+    ("generate", r"A model has at most (\d+) pins"): prefixes.MOST_PREFIXES,
+    ("generate", r"each of at most ([\d,]+) characters as JSON"): prefixes.LONGEST_PREFIX,
     ("train", r"At most ([\d,]+) examples"): dataset.MAX_EXAMPLES,
     ("train", r"examples and (\d+) MiB can be uploaded"): dataset.MAX_DATASET_BYTES / MB,
     ("train", r"What an upload that died has left is gone after (\d+) minutes"): keys.UPLOAD_TTL / 60,

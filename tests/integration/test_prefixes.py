@@ -9,6 +9,7 @@ import pytest
 
 from stoker import Client, GenerateResult
 from stoker.broker import keys
+from stoker.errors import InvalidRequest
 from stoker.local.stack import Stack
 from stoker.monitor import metrics
 from stoker.monitor.numbers import MetricsReport
@@ -38,6 +39,31 @@ def test_what_a_killed_worker_had_prefilled_the_next_one_reads(own_stack: Stack)
         assert found.usage.cached_tokens == len(SYSTEM)
         assert found.token_ids == wanted.token_ids
         wait_until(lambda: disk_hits(client, own_stack.worker_name) == 1, "it is counted")
+
+
+def test_a_pinned_prefix_is_ready_for_the_first_job_and_after_a_kill(own_stack: Stack) -> None:
+    with Client(settings=own_stack.settings) as client:
+        client.prefixes.pin("system", SYSTEM, model=endless.MODEL)
+        wait_until(lambda: ready(client), "it is prefilled")
+        wanted = answer(client, 5)
+        assert wanted.usage.cached_tokens == len(SYSTEM)
+        os.kill(client.workers()[0].pid, signal.SIGKILL)
+        own_stack.replace_worker()
+        own_stack.wait_until_warm()
+        found = answer(client, 5)
+        assert [found.usage.cached_tokens, found.token_ids] == [len(SYSTEM), wanted.token_ids]
+        wait_until(lambda: ready(client), "the new worker has it")
+        client.prefixes.unpin("system", endless.MODEL)
+        wait_until(lambda: not list(own_stack.settings.prefixes.glob("*.pins")), "its files may go")
+        with pytest.raises(InvalidRequest, match=r"prefix 'short': 3 tokens given .* at least"):
+            client.prefixes.pin("short", SYSTEM[:3], model=endless.MODEL)
+        assert client.prefixes.list(endless.MODEL) == []
+
+
+def ready(client: Client) -> bool:
+    """Whether the worker says that it is, with all of its tokens."""
+    (entry,) = client.prefixes.list(endless.MODEL)
+    return [(state.state, state.tokens, state.why) for state in entry.workers.values()] == [("ready", len(SYSTEM), "")]
 
 
 def disk_hits(client: Client, worker: str) -> float:

@@ -18,7 +18,7 @@ from kombu.pidbox import Mailbox
 from redis.exceptions import AuthenticationError, NoPermissionError, ResponseError
 
 from stoker import Client
-from stoker.broker import keys, ledger, policy, registry
+from stoker.broker import keys, ledger, policy, prefixes, registry
 from stoker.broker.connection import connect
 from stoker.broker.functions import Functions
 from stoker.broker.trouble import forbids
@@ -160,7 +160,7 @@ def test_a_worker_recovers_what_was_lost_and_moves_aside_what_is_spoiled(
     time.sleep(0.01)
     assert len(ledger.recover(worker, QUEUE, 0.001)) == 1
     assert take(worker)
-    for key in (keys.POLICY, keys.open_jobs(QUEUE), keys.ready(QUEUE)):
+    for key in (keys.POLICY, keys.open_jobs(QUEUE), keys.ready(QUEUE), keys.prefixes("m")):
         broker.admin.delete(key)
         broker.admin.set(key, "garbage")
     assert Mender(worker, lambda: [QUEUE]).round()
@@ -253,6 +253,24 @@ def test_an_operator_asks_a_worker_about_its_models_and_a_client_may_not(
     broker.denied()
 
 
+def test_an_operator_pins_prefixes_which_workers_read_and_clients_list(
+    broker: Guarded, client: Client, worker: Any
+) -> None:
+    with Client(settings=broker.settings("operator")) as operator:
+        operator.prefixes.pin("a", "x", timeout=0.0)
+        operator.prefixes.pin("b", "y", timeout=0.0)
+        operator.prefixes.unpin("b")
+        assert [entry.name for entry in operator.prefixes.list()] == ["a"]
+    assert worker.hget(keys.prefixes("m"), prefixes.CHANGED)
+    assert list(prefixes.parse(worker.hgetall(keys.prefixes("m")))) == ["a"]
+    assert [entry.name for entry in client.prefixes.list()] == ["a"]
+    assert broker.denied() == []
+    for change in (lambda: client.prefixes.pin("c", "x"), lambda: client.prefixes.unpin("a")):
+        with pytest.raises(BrokerUnavailable, match="forbids it"):
+            change()
+    broker.denied()
+
+
 def test_an_operator_sets_the_policy_and_nothing_else(broker: Guarded) -> None:
     with closing(connect(broker.settings("operator"))) as redis:
         policy.decide(redis, "queue_limit", 5)
@@ -322,5 +340,5 @@ def test_a_client_hears_that_it_is_forbidden(broker: Guarded) -> None:
         Client(settings=broker.settings("operator")) as client,
         pytest.raises(BrokerUnavailable, match=r"forbids it .*deploy/acl") as refusal,
     ):
-        client.models()
+        client.dead()
     assert "password" not in str(refusal.value)

@@ -43,6 +43,8 @@ from workers.services.managing import model_management
 from workers.services.measuring import Measuring
 from workers.services.overtaking import EVERY as LOOK_EVERY
 from workers.services.overtaking import Overtaking
+from workers.services.pinning import EVERY as PINS_EVERY
+from workers.services.pinning import PinnedPrefixes
 from workers.services.presence import Heart
 from workers.services.runtime import Runtime
 from workers.services.watchdog import Watchdog
@@ -81,7 +83,10 @@ class EngineStep(bootsteps.StartStopStep):
             self._measuring.start()
         heart = self._heart = Heart(running, self._context.lanes, Janitor(running))
         self._manage_models(running, heart)
+        pinned = PinnedPrefixes(running, heart.beat)
+        heart.prefixes = lambda: pinned.states
         heart.start()
+        Background("pinned prefixes", pinned.round, stopped=running.stopped, every=PINS_EVERY).start()
         rounds = (Housekeeping(self._context.settings).round, partial(run_sweep.round_of, running))
         Background("housekeeping", *rounds, stopped=running.stopped, every=EVERY).start()
         rest = resting.Resting.in_this_process(self._context.lanes)

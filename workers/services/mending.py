@@ -41,7 +41,8 @@ def keys_of(queue: str) -> dict[str, str]:
     """The keys that the jobs of one queue and its model share → the type of each."""
     of_queue = (keys.ready, keys.open_jobs, keys.dispatched, keys.turns, keys.pace, keys.sizes)
     backlogs = [keys.backlog(queue, priority) for priority in range(ledger.PRIORITIES)]
-    return keys.types([*(name(queue) for name in of_queue), *backlogs, keys.adapters(keys.model_of(queue))])
+    of_model = (name(keys.model_of(queue)) for name in (keys.adapters, keys.prefixes))
+    return keys.types([*(name(queue) for name in of_queue), *backlogs, *of_model])
 
 
 class Mender:

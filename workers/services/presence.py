@@ -12,6 +12,7 @@ from redis.exceptions import RedisError
 
 from stoker.broker import keys
 from stoker.contract import Presence
+from stoker.contract.presence import PrefixState
 from workers import clock
 from workers.capacity import Lanes
 from workers.services.background import Background
@@ -29,6 +30,8 @@ class Heart:
         self._runtime, self._lanes = runtime, lanes
         #: What else it says of its models.
         self.residency: Callable[[], Residency] = Residency
+        #: What it says of pinned prefixes.
+        self.prefixes: Callable[[], tuple[PrefixState, ...]] = tuple
         rounds = (self.beat, lanes.grow, janitor.round)
         self.thread = Background("presence", *rounds, stopped=runtime.stopped, every=keys.PRESENCE_EVERY)
 
@@ -73,6 +76,7 @@ class Heart:
             memory_bytes=engine.memory_bytes,
             offers=residency.offers,
             states=residency.states,
+            prefixes=self.prefixes(),
             model_limit=residency.limit,
             ranks=engine.ranks,
         )

@@ -26,6 +26,7 @@ from stoker.client._async.jobs import (
 )
 from stoker.client._async.link import AsyncLink
 from stoker.client._async.models import AsyncModels
+from stoker.client._async.prefixes import AsyncPrefixes
 from stoker.client.asynchronously import Joint, in_thread
 from stoker.client.options import EmbedOptions, GenerateOptions, RerankOptions, TrainOptions, checked_options
 from stoker.client.requests import Dataset, Prompt
@@ -72,6 +73,8 @@ class AsyncClient(AsyncBulkClient):
         self.link = link or AsyncBrokerLink(settings or load_settings(url=url, client_key=key, queue_wait=queue_wait))
         #: The registry of adapters: `list`, `get`, `load`, `promote`, `rollback`, `deactivate`, `unload`.
         self.adapters = AsyncAdapters(self.link, self.choose_model)
+        #: Beginnings of prompts that workers keep ready: `list`, `pin`, `unpin`.
+        self.prefixes = AsyncPrefixes(self.link, self.choose_model)
         #: Which models were chosen lately.
         self.choices = model_choice.Choices()
         self._choosing: Joint[str] = Joint()

@@ -12,6 +12,7 @@ from stoker.broker.outcome import JobStatus
 from stoker.broker.registry import AdapterEntry, Verb
 from stoker.contract import EmbedReply, ModelCard, Presence, Request, StreamToken, TrainReport
 from stoker.contract.control import ModelCommand, ModelReport
+from stoker.contract.prefixes import PinnedPrefix
 from stoker.contract.vectors import Encoded
 
 if TYPE_CHECKING:
@@ -82,6 +83,16 @@ class AsyncLink(Protocol):
 
     async def change_adapter(self, model: str, verb: Verb, name: str, version: int | None) -> bool:
         """Whether it could be done."""
+
+    async def prefixes(self, model: str) -> dict[str, PinnedPrefix]:
+        """The pinned prefixes of the model, the oldest first."""
+
+    async def pin_prefix(self, model: str, name: str, prefix: PinnedPrefix) -> PinnedPrefix:
+        """Pin it, as of now. Raises `InvalidRequest` for a name that is there already, and for one too many or too
+        long."""
+
+    async def unpin_prefix(self, model: str, name: str) -> bool:
+        """Whether there was one."""
 
     async def close(self) -> None:
         """Let go of what the link holds open. It may be used again."""

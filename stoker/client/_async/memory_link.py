@@ -17,6 +17,7 @@ from stoker.client.in_memory.memory import Memory
 from stoker.client.in_memory.script import NotScripted
 from stoker.contract import EmbedReply, ModelCard, Presence, Request, StreamToken, TrainReport
 from stoker.contract.control import ModelCommand, ModelReport
+from stoker.contract.prefixes import PinnedPrefix
 from stoker.contract.vectors import Encoded
 from stoker.errors import JobTimeout
 from stoker.settings import Settings
@@ -115,6 +116,15 @@ class AsyncMemoryLink:
 
     async def change_adapter(self, model: str, verb: Verb, name: str, version: int | None) -> bool:
         return self._memory.registry.change(model, verb, name, version)
+
+    async def prefixes(self, model: str) -> dict[str, PinnedPrefix]:
+        return self._memory.prefixes.of(model)
+
+    async def pin_prefix(self, model: str, name: str, prefix: PinnedPrefix) -> PinnedPrefix:
+        return self._memory.prefixes.pin(model, name, prefix)
+
+    async def unpin_prefix(self, model: str, name: str) -> bool:
+        return self._memory.prefixes.unpin(model, name)
 
     async def close(self) -> None:
         """Nothing is held open."""

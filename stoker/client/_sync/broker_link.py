@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from stoker import traces
 from stoker.adapters import found
-from stoker.broker import connection, keys, ledger, letters, registry
+from stoker.broker import connection, keys, ledger, letters, prefixes, registry
 from stoker.broker.asking import own_patience
 from stoker.broker.connection import Patience, translated
 from stoker.broker.ledger.discarding import discard
@@ -30,6 +30,7 @@ from stoker.client.following import Ended, Follower, ask_state
 from stoker.client.submission import Submission
 from stoker.contract import EmbedReply, ModelCard, Presence, Request, StreamToken, TrainReport, encode
 from stoker.contract.control import ModelCommand, ModelReport
+from stoker.contract.prefixes import PinnedPrefix, checked_length
 from stoker.contract.vectors import Encoded
 
 if TYPE_CHECKING:
@@ -245,6 +246,27 @@ class BrokerLink:
     def change_adapter(self, model: str, verb: Verb, name: str, version: int | None) -> bool:
         with translated(self._settings):
             return registry.change(self._redis, model, verb, name, version) is not None
+
+    def prefixes(self, model: str) -> dict[str, PinnedPrefix]:
+        with translated(self._settings):
+            return prefixes.parse(self._redis.hgetall(keys.prefixes(model)))
+
+    def pin_prefix(self, model: str, name: str, prefix: PinnedPrefix) -> PinnedPrefix:
+        pinned = self.prefixes(model)
+        prefixes.check_number(pinned, name, model)
+        with translated(self._settings):
+            seconds, microseconds = self._redis.time()
+            made = prefix.model_copy(update={"time": seconds + microseconds / 1e6})
+            added, _ = prefixes.pin(self._redis.pipeline(), model, name, checked_length(made)).execute()
+        if not added:
+            # Another client was first, or another program wrote what no release reads.
+            prefixes.check_number({**pinned, name: made}, name, model)
+        return made
+
+    def unpin_prefix(self, model: str, name: str) -> bool:
+        with translated(self._settings):
+            there, _ = prefixes.unpin(self._redis.pipeline(), model, name).execute()
+        return bool(there)
 
     def close(self) -> None:
         self._connections.close()

@@ -27,6 +27,7 @@ from stoker.client._sync.jobs import (
 )
 from stoker.client._sync.link import Link
 from stoker.client._sync.models import Models
+from stoker.client._sync.prefixes import Prefixes
 from stoker.client.blocking import Joint, in_thread
 from stoker.client.options import EmbedOptions, GenerateOptions, RerankOptions, TrainOptions, checked_options
 from stoker.client.requests import Dataset, Prompt
@@ -73,6 +74,8 @@ class Client(BulkClient):
         self.link = link or BrokerLink(settings or load_settings(url=url, client_key=key, queue_wait=queue_wait))
         #: The registry of adapters: `list`, `get`, `load`, `promote`, `rollback`, `deactivate`, `unload`.
         self.adapters = Adapters(self.link, self.choose_model)
+        #: Beginnings of prompts that workers keep ready: `list`, `pin`, `unpin`.
+        self.prefixes = Prefixes(self.link, self.choose_model)
         #: Which models were chosen lately.
         self.choices = model_choice.Choices()
         self._choosing: Joint[str] = Joint()

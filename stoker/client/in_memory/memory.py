@@ -29,6 +29,7 @@ from stoker.client.in_memory.answers import (
     trained,
 )
 from stoker.client.in_memory.models import Models
+from stoker.client.in_memory.prefixes import Prefixes
 from stoker.client.in_memory.script import Script
 from stoker.client.in_memory.sent import Sent, SentJob, travelled
 from stoker.client.submission import Submission
@@ -83,7 +84,7 @@ class Memory:
     ) -> None:
         """`adapters`: names that have a version 1, which serves, at each model that generates."""
         self.settings, self.script, self.registry = settings, Script(), Registry()
-        self.sent = Sent()
+        self.sent, self.prefixes = Sent(), Prefixes()
         self._models = Models(models, may_load or {}, self._running, self._refuse)
         self._jobs: dict[str, _Job] = {}
         self._blobs: dict[str, bytes] = {}
@@ -234,7 +235,7 @@ class Memory:
             Presence(
                 worker=WORKER, host="localhost", pid=os.getpid(), device="memory", started=now, time=now,
                 models=self._models.warm, adapters={}, lanes={}, memory_bytes=0,
-                states=self._models.states,
+                states=self._models.states, prefixes=self.prefixes.states,
             )
         ]  # fmt: skip
 
