@@ -90,8 +90,9 @@ test-browser: $(VENV)/.browser ## Flower and Stoker's page in a real browser, wi
 
 SECONDS ?= 1200
 SEED ?= 1
-chaos: $(STAMP) ## kill, freeze and drain real workers, cut off their broker, poison its keys and fill their disk under load, for SECONDS=1200, SEED=1
-	CHAOS_SECONDS=$(SECONDS) CHAOS_SEED=$(SEED) $(BIN)/python -m pytest -m chaos -s -p no:cacheprovider tests/chaos $(PYTEST_ARGS)
+RANKS ?= 1
+chaos: $(STAMP) ## kill, freeze and drain real workers, cut off their broker, poison its keys and fill their disk under load, for SECONDS=1200, SEED=1; RANKS=2: with a group of two processes among them
+	CHAOS_SECONDS=$(SECONDS) CHAOS_SEED=$(SEED) CHAOS_RANKS=$(RANKS) $(BIN)/python -m pytest -m chaos -s -p no:cacheprovider tests/chaos $(PYTEST_ARGS)
 
 ONLY ?=
 fuzz: SECONDS = 600

@@ -20,12 +20,13 @@ from stoker.broker.connection import connect
 from stoker.errors import StokerError
 from stoker.settings import Settings
 from tests.chaos.disk import Disk
-from tests.chaos.fleet import EMBED, GENERATE, Fleet, fleet_settings
+from tests.chaos.fleet import EMBED, GENERATE, Fleet, Member, fleet_settings
 from tests.chaos.load import Answers, Load
 from tests.chaos.poison import Poison
 from tests.conftest import alive, wait_until
 from tests.integration.machinery import FragileBroker
 from tests.leaks import overlong_keys
+from workers.group.channel import SILENCE
 
 #: Workers that are kept alive, and that there are at most.
 KEEP, MOST = 2, 4
@@ -62,9 +63,9 @@ class Endings:
 class Storm:
     """`run` storms for `seconds` and returns what went wrong; `counts` says what was done.
 
-    `width`: jobs that are open."""
+    `width`: jobs that are open. `ranks`: of a group among the workers; 1: there is none."""
 
-    def __init__(self, home: Path, models: tuple[str, ...], seed: int, width: int) -> None:
+    def __init__(self, home: Path, models: tuple[str, ...], seed: int, width: int, ranks: int = 1) -> None:
         self.broker = FragileBroker(home / "broker")
         settings = fleet_settings(home / "fleet", self.broker.url, models)
         self._client = Client(settings=settings.model_copy(update={"patience": 300.0}))
@@ -74,7 +75,8 @@ class Storm:
         self._chance, self._settings, self._width = random.Random(seed), settings, width
         # Its own: how fast jobs end does not change which mischief comes.
         self._load_chance = random.Random(f"load {seed}")
-        self.fleet = Fleet(settings, KEEP)
+        self._ranks = ranks
+        self.fleet = Fleet(settings, KEEP if ranks == 1 else KEEP - 1, ranks)
         self._poison = Poison(self._client, QUEUES, self._chance)
         self._disk = Disk((settings.runs, settings.adapters))
         self.counts: Counter[str] = Counter()
@@ -99,6 +101,8 @@ class Storm:
         self.await_warm()
         endings = Endings(self._settings)
         load = Load(self._client, answers, self._load_chance, self.adapters, self._poison, self._width)
+        # A group shares the steps of runs alone.
+        load.runs = 1 if self._ranks == 1 else 3
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             load.feed()
@@ -132,6 +136,8 @@ class Storm:
             "full disk": (1, self._fill_disk),
             "locked disk": (1, self._lock_disk),
         }
+        if self._ranks > 1:
+            acts |= {"rank kill": (3, self._kill_rank), "rank freeze": (3, self._freeze_rank)}
         name = self._chance.choices(list(acts), [weight for weight, _ in acts.values()])[0]
         return name, acts[name][1]
 
@@ -165,8 +171,19 @@ class Storm:
         if not self.fleet.awake:
             return False
         member = self._chance.choice(self.fleet.awake)
-        member.thaws_at = time.monotonic() + self._settings.lease + self._chance.uniform(1, 5)
-        return member.signal(signal.SIGSTOP)
+        return member.freeze(member.pid, self._settings.lease + self._chance.uniform(1, 5))
+
+    def _kill_rank(self) -> bool:
+        group = self._group_awake()
+        return group is not None and group.signal_last_rank(signal.SIGKILL)
+
+    def _freeze_rank(self) -> bool:
+        """For longer than the others wait for a sign of life, or not."""
+        group = self._group_awake()
+        return group is not None and group.freeze(group.last_rank, SILENCE * self._chance.uniform(0.5, 1.5))
+
+    def _group_awake(self) -> Member | None:
+        return next((member for member in self.fleet.awake if member.ranks > 1), None)
 
     def _drain(self) -> bool:
         if not self.fleet.awake:
@@ -177,7 +194,7 @@ class Storm:
         return member.draining
 
     def _start(self) -> bool:
-        if len(self.fleet.members) >= MOST:
+        if len(self.fleet.members) >= MOST - (self._ranks > 1):
             return False
         self.fleet.start()
         return True

@@ -1,4 +1,5 @@
-"""`make chaos SECONDS=1200 SEED=1`: the long form; the short one is part of `make test`."""
+"""`make chaos SECONDS=1200 SEED=1`: the long form, with `RANKS=2` a group among the workers; the short one is part of
+`make test`."""
 
 from __future__ import annotations
 
@@ -26,19 +27,21 @@ ACTS = (
     "poison",
     "full disk",
     "locked disk",
+    "rank kill",
+    "rank freeze",
 )
 #: Seconds of mischief between two reckonings of the long form.
 ROUND = 60.0
 
 
-def storm_for(seconds: float, seed: int, folder: Path, width: int) -> list[str]:
-    """Rounds until `seconds` are over, `width` jobs at a time; prints each seed and a summary, returns all that went
-    wrong."""
+def storm_for(seconds: float, seed: int, folder: Path, width: int, ranks: int = 1) -> list[str]:
+    """Rounds until `seconds` are over, `width` jobs at a time, with a group of `ranks` among the workers if they are
+    more than one; prints each seed and a summary, returns all that went wrong."""
     models, total, wrong = make_models(folder), Counter[str](), []
-    answers = Answers(folder / "round-0" / "fleet" / "adapters")
+    answers = Answers(folder / "round-0" / "fleet" / "adapters", exact=ranks == 1)
     end, number = time.monotonic() + seconds, 0
     while number == 0 or time.monotonic() < end:
-        storm = Storm(folder / f"round-{number}", models, seed + number, width)
+        storm = Storm(folder / f"round-{number}", models, seed + number, width, ranks)
         print(f"round {number}: seed {seed + number}", flush=True)
         try:
             if not answers.right:
@@ -71,4 +74,5 @@ def test_a_short_storm_loses_nothing_and_doubles_nothing(tmp_path: Path) -> None
 @pytest.mark.timeout(0)
 def test_a_long_storm_loses_nothing_and_doubles_nothing(tmp_path: Path) -> None:
     seconds, seed = float(os.environ.get("CHAOS_SECONDS", "1200")), int(os.environ.get("CHAOS_SEED", "1"))
-    assert storm_for(seconds, seed, tmp_path, width=10) == []
+    ranks = int(os.environ.get("CHAOS_RANKS", "1"))
+    assert storm_for(seconds, seed, tmp_path, width=10, ranks=ranks) == []
