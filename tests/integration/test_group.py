@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,23 @@ from engine.checkpoints.loading import LoadedModel, load
 from engine.training.data import allowed_length, tokenize
 from engine.training.run import TrainingRun
 from stoker import Client
+from stoker.broker.outcome import JobStatus
 from stoker.contract import TrainReport, TrainRequest
 from stoker.contract.dataset import TrainInput, iterate_lines
 from stoker.contract.presence import node_of
 from stoker.errors import UnknownModel
 from stoker.local.broker import EmbeddedBroker
+from stoker.local.process import Process
 from stoker.local.stack import Stack
+from stoker.settings import Settings
 from tests import endless
 from tests.chaos.fleet import GENERATE, processes
 from tests.conftest import alive, stack_settings, wait_until
 from tests.endless import CHECKPOINTS
+from tests.integration.cable import Cable
+from workers.ending import EXIT_CODE
 from workers.group.channel import SILENCE
-from workers.group.starting import free_ports
+from workers.group.starting import LOOPBACK, free_ports
 
 pytestmark = pytest.mark.integration
 
@@ -142,6 +147,59 @@ def test_a_rank_that_is_lost_ends_the_group_and_its_run_goes_on_when_that_is_bac
         log = (stack.settings.logs / "worker.log").read_text()
     assert lost == 0 or f"rank {lost} on" in log
     assert [made_of(report) for report in found] == [made_of(report) for report in calm]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_ranks_whose_cable_is_cut_end_and_their_run_goes_on_when_the_group_is_back(
+    tmp_path: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on two hosts: neither rank sees the other's process, and nothing says that the cable is cut."""
+    options = {**OPTIONS, "steps": 120, "checkpoint_every": 20}
+    models = (f"{GENERATE}={endless.write(tmp_path)}",)
+    settings = stack_settings(tmp_path / "home", models=models, group="studio", grace=1.0)
+    with ExitStack() as leaving:
+        first, cable = two_hosts(leaving, settings, monkeypatch)
+        stack = leaving.enter_context(Stack(settings, flower=False, own_broker=True))
+        stack.wait_until_warm()
+        client = leaving.enter_context(Client(settings=stack.settings))
+        job = client.train("style", dataset=rows, **options)
+        reports = job.progress(timeout=90)
+        found = [next(reports) for _ in range(7)]
+        cable.cut()
+        assert stack.worker is not None
+        ended = stack.worker
+        assert wait_until(lambda: ended.returncode, "rank 0 ends", seconds=2 * SILENCE) == EXIT_CODE
+        assert wait_until(lambda: first.returncode, "rank 1 ends", seconds=2 * SILENCE) == EXIT_CODE
+        assert job.status() is JobStatus.RUNNING, "the cable was cut in the middle"
+        two_hosts(leaving, settings, monkeypatch)
+        stack.start_worker()
+        found += list(reports)
+        calm = list(client.train("calm", dataset=rows, **options).progress(timeout=90))
+        assert "no sign of life" in (stack.settings.logs / "worker.log").read_text()
+    assert [made_of(report) for report in found] == [made_of(report) for report in calm]
+
+
+def two_hosts(leaving: ExitStack, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> tuple[Process, Cable]:
+    """Rank 1 of a group whose rank 0 is the next worker, and the cable over which all goes between them."""
+    cable = Cable()
+    leaving.callback(cable.close)
+    ports = free_ports(2)
+    files = []
+    for rank in range(2):
+        # Each has its own port, and reaches the other's by the cable.
+        seen = [port if number == rank else cable.port_to(port) for number, port in enumerate(ports)]
+        files.append(settings.home / f"hosts-{cable.port}-{rank}.json")
+        files[rank].parent.mkdir(exist_ok=True)
+        files[rank].write_text(json.dumps([[f"{LOOPBACK}:{port}"] for port in seen]))
+    monkeypatch.setenv("MLX_HOSTFILE", str(files[0]))
+    monkeypatch.setenv("MLX_RANK", "0")
+    env = {"STOKER_URL": "", "CABLE": str(cable.port), "MLX_HOSTFILE": str(files[1]), "MLX_RANK": "1"}
+    command = [sys.executable, "-m", "tests.integration.apps.relayed_rank"]
+    log = settings.logs / "rank-1.log"
+    follower = Process("rank 1", command, log=log, env={**settings.environment(), **env}, grace=1.0)
+    leaving.callback(follower.stop)
+    return follower, cable
 
 
 @pytest.mark.slow
