@@ -41,6 +41,7 @@ def make_engine(settings: Settings, publish: Callable[[list[Entry]], None], on_d
     from engine.platform import blas
 
     report = boot_blas(settings)
+    place = place_of_group(settings)
     from engine.engine import Engine
     from engine.platform.probe import choose_kernels, describe_kernels, memory
     from engine.prefixes.disk import DiskLimits
@@ -53,7 +54,6 @@ def make_engine(settings: Settings, publish: Callable[[list[Entry]], None], on_d
     log.info("kernels: %s", describe_kernels())
     if report.active and not blas.verify():
         log.warning("MLX does not use the fast BLAS that was loaded: expect a thirtieth of its speed")
-    place = place_of_group(settings)
     group = ALONE if place is None else leader_of(settings, *place)
     engine = Engine(
         parse_models(settings.models),

@@ -14,7 +14,7 @@ from stoker.local.interrupts import end_at_once
 from stoker.local.stack import ERROR_MARK
 from stoker.logs.setup import configure
 from stoker.settings import Settings, load_settings
-from workers.group.starting import place_of
+from workers.group.starting import place_of, prepare
 from workers.machine import boot_blas, precision_of
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ def main() -> None:
 
 def _follow(settings: Settings) -> None:
     place = place_of(os.environ)
+    prepare(settings, place)
     boot_blas(settings)
     # Behind it: importing the engine imports MLX.
     from engine.platform.probe import choose_kernels

@@ -2,8 +2,8 @@
 // head where the model has one, the rotation by the row's own position, and attention over what is stored and the new
 // token. A row reads its own positions and no more, without mask and without padding. The new token's rotated keys and its
 // values come out next to the result.
-// One threadgroup for the heads of a row that share keys and values; a simdgroup has one head and every SPLITSth batch of
-// keys. LANES lanes have a key, each PACK of its numbers, loaded at once.
+// One threadgroup for TOGETHER heads of a row, of those that share keys and values; a simdgroup has one head and every SPLITSth
+// batch of keys. LANES lanes have a key, each PACK of its numbers, loaded at once.
 // q, k, v [rows, Q_ROW, K_ROW, V_ROW], each from its START on
 // stored [slots, heads of some layers, capacity, DIM]: a layer has KV_HEADS of keys, then as many of values
 // fresh [rows, heads of the layers before, DIM], absent where FIRST: says which of these layers this is
@@ -11,25 +11,26 @@
 // where ADAPTED (1: q, 2: k, 4: v) x [rows, IN], what was projected, index [rows], and as in `lora` a0, b0, gain0, shift0 of
 // q, 1 of k, 2 of v; GAIN and SHIFT in bits, too
 //   →  y [rows, HEADS · DIM]  made [rows, heads up to this layer, DIM]: fresh, the new keys, the new values
-// template T, DIM, GROUP = HEADS / KV_HEADS, KV_HEADS, SPLITS, DEPTH, PACK = 16 bytes / T, WINDOW (0: none), SCALE and EPS:
-// their bits, NORM, FIRST, Q_ROW, K_ROW, V_ROW, Q_START, K_START, V_START; S, IN, RANK, A_PACK, COLUMNS, STEPS of `times_a`
+// template T, DIM, GROUP = HEADS / KV_HEADS, KV_HEADS, TOGETHER (1 or GROUP), SPLITS, DEPTH, PACK = 16 bytes / T,
+// WINDOW (0: none), SCALE and EPS: their bits, NORM, FIRST, Q_ROW, K_ROW, V_ROW, Q_START, K_START, V_START; S, IN, RANK, A_PACK, COLUMNS, STEPS of `times_a`
 constexpr int LANES = DIM / PACK;
 constexpr int KEYS = 32 / LANES;
-threadgroup float part[GROUP * SPLITS][DIM];
-threadgroup float part_top[GROUP * SPLITS];
-threadgroup float part_sum[GROUP * SPLITS];
-threadgroup float projected[(GROUP + 2) * DIM];
-threadgroup float a_part[ADAPTED ? GROUP * SPLITS * 32 * A_PACK : 1];
+threadgroup float part[TOGETHER * SPLITS][DIM];
+threadgroup float part_top[TOGETHER * SPLITS];
+threadgroup float part_sum[TOGETHER * SPLITS];
+threadgroup float projected[(TOGETHER + 2) * DIM];
+threadgroup float a_part[ADAPTED ? TOGETHER * SPLITS * 32 * A_PACK : 1];
 threadgroup float inner_q[RANK];
 threadgroup float inner_k[RANK];
 threadgroup float inner_v[RANK];
 const uint row = threadgroup_position_in_grid.x;
-const uint kv_head = threadgroup_position_in_grid.y;
+const uint kv_head = threadgroup_position_in_grid.y / uint(GROUP / TOGETHER);
+const uint first_head = threadgroup_position_in_grid.y * uint(TOGETHER);
 const uint thread_index = thread_position_in_threadgroup.x;
 const uint lane = thread_index_in_simdgroup;
 const uint simdgroup = simdgroup_index_in_threadgroup;
-const uint head = simdgroup % uint(GROUP);
-const uint split = simdgroup / uint(GROUP);
+const uint head = simdgroup % uint(TOGETHER);
+const uint split = simdgroup / uint(TOGETHER);
 const uint piece = lane % uint(LANES);
 const uint before = uint(fresh_shape[1]) * uint(!FIRST);
 
@@ -39,29 +40,29 @@ if (adapter > 0) {  // the same in the whole threadgroup
   const size_t a_start = size_t(adapter) * IN * RANK;
   auto from = x + size_t(row) * IN;
   if (ADAPTED & 1)
-    times_a<S, IN, RANK, A_PACK, COLUMNS, STEPS, DEPTH, GROUP * SPLITS>(from, a0 + a_start, a_part, inner_q, thread_index, lane);
+    times_a<S, IN, RANK, A_PACK, COLUMNS, STEPS, DEPTH, TOGETHER * SPLITS>(from, a0 + a_start, a_part, inner_q, thread_index, lane);
   if (ADAPTED & 2)
-    times_a<S, IN, RANK, A_PACK, COLUMNS, STEPS, DEPTH, GROUP * SPLITS>(from, a1 + a_start, a_part, inner_k, thread_index, lane);
+    times_a<S, IN, RANK, A_PACK, COLUMNS, STEPS, DEPTH, TOGETHER * SPLITS>(from, a1 + a_start, a_part, inner_k, thread_index, lane);
   if (ADAPTED & 4)
-    times_a<S, IN, RANK, A_PACK, COLUMNS, STEPS, DEPTH, GROUP * SPLITS>(from, a2 + a_start, a_part, inner_v, thread_index, lane);
+    times_a<S, IN, RANK, A_PACK, COLUMNS, STEPS, DEPTH, TOGETHER * SPLITS>(from, a2 + a_start, a_part, inner_v, thread_index, lane);
 }
 const uint q_out = uint(GROUP * KV_HEADS * DIM);
 const uint kv_out = uint(KV_HEADS * DIM);
-for (uint i = thread_index; i < uint((GROUP + 2) * DIM); i += threads_per_threadgroup.x) {
-  if (i < uint(GROUP * DIM)) {
-    const uint o = kv_head * GROUP * DIM + i;
+for (uint i = thread_index; i < uint((TOGETHER + 2) * DIM); i += threads_per_threadgroup.x) {
+  if (i < uint(TOGETHER * DIM)) {
+    const uint o = first_head * DIM + i;
     const float base = float(q[size_t(row) * Q_ROW + Q_START + o]);
     const size_t start = size_t(adapter) * q_out;
     projected[i] = adapter == 0 || !(ADAPTED & 1) ? base
         : float(T(adapted<RANK, (GAIN & 1) != 0, (SHIFT & 1) != 0>(base, b0 + start * RANK, gain0 + start, shift0 + start, inner_q, q_out, o)));
-  } else if (i < uint((GROUP + 1) * DIM)) {
-    const uint o = kv_head * DIM + i - uint(GROUP * DIM);
+  } else if (i < uint((TOGETHER + 1) * DIM)) {
+    const uint o = kv_head * DIM + i - uint(TOGETHER * DIM);
     const float base = float(k[size_t(row) * K_ROW + K_START + o]);
     const size_t start = size_t(adapter) * kv_out;
     projected[i] = adapter == 0 || !(ADAPTED & 2) ? base
         : float(T(adapted<RANK, (GAIN & 2) != 0, (SHIFT & 2) != 0>(base, b1 + start * RANK, gain1 + start, shift1 + start, inner_k, kv_out, o)));
   } else {
-    const uint o = kv_head * DIM + i - uint((GROUP + 1) * DIM);
+    const uint o = kv_head * DIM + i - uint((TOGETHER + 1) * DIM);
     const float base = float(v[size_t(row) * V_ROW + V_START + o]);
     const size_t start = size_t(adapter) * kv_out;
     projected[i] = adapter == 0 || !(ADAPTED & 4) ? base
@@ -83,9 +84,9 @@ for (int d = 0; d < PACK; d++) {
   const uint pair = i < uint(DIM / 2) ? i + DIM / 2 : i - DIM / 2;
   query[d] = projected[head * DIM + i];
   query_pair[d] = projected[head * DIM + pair];
-  key[d] = projected[GROUP * DIM + i];
-  key_pair[d] = projected[GROUP * DIM + pair];
-  value[d] = projected[(GROUP + 1) * DIM + i];
+  key[d] = projected[TOGETHER * DIM + i];
+  key_pair[d] = projected[TOGETHER * DIM + pair];
+  value[d] = projected[(TOGETHER + 1) * DIM + i];
   q_squares += query[d] * query[d];
   k_squares += key[d] * key[d];
 }
@@ -115,14 +116,15 @@ for (uint step = LANES / 2; step > 0; step >>= 1) dot += metal::simd_shuffle_xor
 
 // --- What the next pass stores: this layer's new token behind those of the layers before.
 const size_t made_start = size_t(row) * (before + 2 * KV_HEADS) * DIM;
-if (simdgroup == 0 && lane < uint(LANES)) {
+if (first_head % uint(GROUP) == 0 && simdgroup == 0 && lane < uint(LANES)) {
   for (int d = 0; d < PACK; d++) {
     const uint i = piece * PACK + d;
     made[made_start + (before + kv_head) * DIM + i] = T(key[d]);
     made[made_start + (before + KV_HEADS + kv_head) * DIM + i] = T(value[d]);
   }
 }
-for (uint i = kv_head * threads_per_threadgroup.x + thread_index; i < before * DIM; i += threads_per_threadgroup.x * KV_HEADS)
+const uint in_row = threadgroup_position_in_grid.y * threads_per_threadgroup.x + thread_index;
+for (uint i = in_row; i < before * DIM; i += threads_per_threadgroup.x * uint(KV_HEADS * GROUP / TOGETHER))
   made[made_start + i] = fresh[size_t(row) * before * DIM + i];
 
 // --- The new token is what the first split begins with; then what is stored.
@@ -139,5 +141,5 @@ const size_t keys_start = (size_t(row) * uint(stored_shape[1]) + before + kv_hea
 const size_t values_start = keys_start + size_t(KV_HEADS) * capacity * DIM;
 for (uint batch = begin + split * KEYS * DEPTH; batch < end; batch += SPLITS * KEYS * DEPTH)
   attend_to_stored<T, DIM, PACK, DEPTH>(query, stored + keys_start, stored + values_start, batch, end, top_sum, sum_v, lane);
-write_attended<T, DIM, PACK, GROUP, SPLITS>(
-    top_sum, sum_v, -3e38f, part, part_top, part_sum, y + ((size_t(row) * KV_HEADS + kv_head) * GROUP + head) * DIM, simdgroup, lane);
+write_attended<T, DIM, PACK, TOGETHER, SPLITS>(
+    top_sum, sum_v, -3e38f, part, part_top, part_sum, y + (size_t(row) * KV_HEADS * GROUP + first_head + head) * DIM, simdgroup, lane);

@@ -40,6 +40,8 @@ _SHAPES = (
     _Shape(3, 4, 2, 16, 9, adapted="qkv", rank=8, before=1),
     _Shape(3, 4, 1, 16, 9, adapted="qv", rank=3, joint=False, norm=True),
     _Shape(3, 4, 2, 16, 9, adapted="k", rank=24, dora=True),
+    # So many rows with adapters that a threadgroup has the heads of a group.
+    _Shape(9, 4, 2, 16, 9, adapted="qkv", before=1),
     # Heads so small that eps counts.
     _Shape(2, 2, 2, 64, 9, norm=True, joint=False, eps_scale=1e-3),
     # Fewer stored than the window has room for.
@@ -93,7 +95,9 @@ def _adapters(
         return LoraSides(a, b, gain, shift)
 
     q, k, v = (sides(width) if name in shape.adapted else None for name, width in zip("qkv", widths, strict=True))
-    return AttendAdapters(normal(random, (shape.rows, inputs), dtype), mx.array([1, 0, 2], mx.uint32), (q, k, v))
+    return AttendAdapters(
+        normal(random, (shape.rows, inputs), dtype), mx.arange(1, 1 + shape.rows, dtype=mx.uint32) % 3, (q, k, v)
+    )
 
 
 def cases(dtype: mx.Dtype, random: np.random.Generator) -> Iterable[Case]:
@@ -107,7 +111,7 @@ def cases(dtype: mx.Dtype, random: np.random.Generator) -> Iterable[Case]:
 
 def timings(dtype: mx.Dtype) -> Iterable[Timing]:
     random = np.random.default_rng(0)
-    for rows, capacity in ((1, 512), (32, 512), (32, 2048)):
+    for rows, capacity in ((1, 512), (1, 4096), (32, 512), (32, 2048)):
         whole = on_device((rows, 18 * 64), dtype)
         stored = on_device((rows, 4, capacity, 64), dtype)
         offset = mx.array(random.integers(capacity // 2, capacity, rows), mx.int32)

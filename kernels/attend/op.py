@@ -22,7 +22,15 @@ _BODY = Body(
     ("y", "made"),
     ("packed.h", "low_rank.h", "stored.h"),
 )
-#: Threads of a threadgroup at most. Apple's GPUs take fewer than 1,024 of a kernel that needs many registers.
+#: Threads of a threadgroup that has one head. With few rows a GPU is idle unless heads spread over it, and eight
+#: simdgroups read a head's keys in an eighth of the turns: on an H100 a row of 4,096 takes a third of the time that it
+#: takes with the heads of a group in one threadgroup (`bench.kernels`).
+HEAD_THREADS = 256
+#: Rows with adapters up to which a threadgroup has one head. Each head repeats what the adapter adds to k and v: with
+#: more rows that is more work than the GPU has room for.
+FEW_ROWS = 8
+#: Threads of a threadgroup that has the heads of a group, at most. Apple's GPUs take fewer than 1,024 of a kernel that
+#: needs many registers.
 THREADS: dict[Backend, int] = {"metal": 512, "cuda": 768, "emulator": 512}
 #: Keys that a lane has under way at once.
 DEPTH = 4
@@ -125,14 +133,21 @@ def _refuse_adapters(given: AttendInput, adapters: AttendAdapters) -> str | None
     return None if 0 < rank <= HIGHEST_RANK and threads % columns == 0 else f"rank {rank} for {threads} threads"
 
 
+def _together(given: AttendInput) -> int:
+    """Heads that a threadgroup has."""
+    repeats = given.adapters is not None and given.q.shape[0] > FEW_ROWS
+    return given.heads // given.kv_heads if repeats else 1
+
+
 def _threads(given: AttendInput) -> int:
-    group = given.heads // given.kv_heads
-    return max(1, THREADS.get(KERNEL.backend, 512) // 32 // group) * group * 32
+    together = _together(given)
+    return HEAD_THREADS if together == 1 else THREADS.get(KERNEL.backend, 512) // 32 // together * together * 32
 
 
 def _launch(given: AttendInput) -> Arrays:
     q, k, v, stored, fresh, offset, period, q_weight, k_weight = given[:9]
-    rows, dim, group, threads = q.shape[0], stored.shape[3], given.heads // given.kv_heads, _threads(given)
+    rows, dim, group = q.shape[0], stored.shape[3], given.heads // given.kv_heads
+    together, threads = _together(given), _threads(given)
     made = (0 if fresh is None else fresh.shape[1]) + 2 * given.kv_heads
     # What is absent is stood for by an array that is there: a new one would be a launch of its own.
     absent = (stored if fresh is None else fresh, *(period if each is None else each for each in (q_weight, k_weight)))
@@ -145,7 +160,8 @@ def _launch(given: AttendInput) -> Arrays:
                 ("DIM", dim),
                 ("GROUP", group),
                 ("KV_HEADS", given.kv_heads),
-                ("SPLITS", threads // group // 32),
+                ("TOGETHER", together),
+                ("SPLITS", threads // together // 32),
             ),
             *(("DEPTH", DEPTH), ("PACK", pack(q.dtype)), ("WINDOW", given.window or 0)),
             *(("SCALE", float_bits(given.scale)), ("EPS", float_bits(given.eps))),
@@ -154,7 +170,7 @@ def _launch(given: AttendInput) -> Arrays:
             *zip(("Q_START", "K_START", "V_START"), given.starts, strict=True),
             *sizes,
         ],
-        groups=(rows, given.kv_heads),
+        groups=(rows, given.heads // together),
         threads=threads,
         outputs=[((rows, given.heads * dim), q.dtype), ((rows, made, dim), q.dtype)],
     )

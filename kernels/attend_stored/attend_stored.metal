@@ -1,22 +1,19 @@
 // Attention of one new token a row over keys and values of one layer as they are stored, the new token's among them. A row
 // reads its own positions and no more, without mask and without padding.
-// One threadgroup for the heads of a row that share keys and values; a simdgroup has one head and every SPLITSth batch of
-// keys (`stored.h`).
+// One threadgroup a head of a row, for the reason in `attend`; a simdgroup has every SPLITSth batch of keys (`stored.h`).
 // q [rows, HEADS, DIM]  keys, values [slots, KV_HEADS, capacity, DIM]  offset [rows], the new token's position
 // sinks [HEADS], where SINKS
 //   →  y [rows, HEADS, DIM]
 // template T, DIM, GROUP = HEADS / KV_HEADS, KV_HEADS, SPLITS, DEPTH, PACK = 16 bytes / T, WINDOW (0: none), SCALE: its bits,
 // SINKS
 constexpr int KEYS = 32 / (DIM / PACK);
-threadgroup float part[GROUP * SPLITS][DIM];
-threadgroup float part_top[GROUP * SPLITS];
-threadgroup float part_sum[GROUP * SPLITS];
+threadgroup float part[SPLITS][DIM];
+threadgroup float part_top[SPLITS];
+threadgroup float part_sum[SPLITS];
 const uint row = threadgroup_position_in_grid.x;
-const uint kv_head = threadgroup_position_in_grid.y;
+const uint head = threadgroup_position_in_grid.y;
 const uint lane = thread_index_in_simdgroup;
 const uint simdgroup = simdgroup_index_in_threadgroup;
-const uint head = kv_head * GROUP + simdgroup % uint(GROUP);
-const uint split = simdgroup / uint(GROUP);
 const size_t at = (size_t(row) * KV_HEADS * GROUP + head) * DIM;
 
 float query[PACK];
@@ -31,8 +28,8 @@ top_sum[1] = 0.0f;
 const uint capacity = uint(keys_shape[2]);
 const uint end = metal::min(uint(offset[row]) + 1u, capacity);
 const uint begin = WINDOW > 0 && end > uint(WINDOW) ? end - uint(WINDOW) : 0u;
-const size_t start = (size_t(row) * KV_HEADS + kv_head) * capacity * DIM;
-for (uint batch = begin + split * KEYS * DEPTH; batch < end; batch += SPLITS * KEYS * DEPTH)
+const size_t start = (size_t(row) * KV_HEADS + head / uint(GROUP)) * capacity * DIM;
+for (uint batch = begin + simdgroup * KEYS * DEPTH; batch < end; batch += SPLITS * KEYS * DEPTH)
   attend_to_stored<T, DIM, PACK, DEPTH>(query, keys + start, values + start, batch, end, top_sum, sum_v, lane);
-write_attended<T, DIM, PACK, GROUP, SPLITS>(
+write_attended<T, DIM, PACK, 1, SPLITS>(
     top_sum, sum_v, SINKS ? float(sinks[head]) : -3e38f, part, part_top, part_sum, y + at, simdgroup, lane);

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from kernels.attend.op import DEPTH, THREADS, pack, unfit
+from kernels.attend.op import DEPTH, HEAD_THREADS, pack, unfit
 from kernels.attend_stored.arguments import StoredAttention
 from kernels.attend_stored.cases import cases, timings
 from kernels.body import Body
@@ -50,19 +50,17 @@ def _refuse(given: StoredAttention) -> str | None:
 
 def _launch(given: StoredAttention) -> Arrays:
     q, keys = given.q, given.keys
-    kv_heads, dim = keys.shape[1], q.shape[3]
-    group = q.shape[1] // kv_heads
-    splits = max(1, THREADS.get(KERNEL.backend, 512) // 32 // group)
+    heads, kv_heads, dim = q.shape[1], keys.shape[1], q.shape[3]
     return _BODY.launch(
         # What is absent is stood for by an array that is there: a new one would be a launch of its own.
         (q, keys, given.values, given.offset, q if given.sinks is None else given.sinks),
         template=[
-            *(("T", q.dtype), ("DIM", dim), ("GROUP", group), ("KV_HEADS", kv_heads), ("SPLITS", splits)),
-            *(("DEPTH", DEPTH), ("PACK", pack(q.dtype)), ("WINDOW", given.window or 0)),
+            *(("T", q.dtype), ("DIM", dim), ("GROUP", heads // kv_heads), ("KV_HEADS", kv_heads)),
+            *(("SPLITS", HEAD_THREADS // 32), ("DEPTH", DEPTH), ("PACK", pack(q.dtype)), ("WINDOW", given.window or 0)),
             *(("SCALE", float_bits(given.scale)), ("SINKS", given.sinks is not None)),
         ],
-        groups=(q.shape[0], kv_heads),
-        threads=splits * group * 32,
+        groups=(q.shape[0], heads),
+        threads=HEAD_THREADS,
         outputs=[(q.shape, q.dtype)],
     )
 

@@ -20,6 +20,8 @@ from stoker.settings import Settings
 LOOPBACK = "127.0.0.1"
 #: OpenBLAS's variable for the cores that a process uses.
 _CORES = "OPENBLAS_NUM_THREADS"
+#: MLX's variable for CUDA graphs; it reads it at its first launch.
+_GRAPHS = "MLX_USE_CUDA_GRAPHS"
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,13 @@ def place_of(environment: Mapping[str, str]) -> Place:
     if not 0 <= place.rank < place.size:
         raise ConfigError(f"MLX_RANK: {place.rank} given; the group has the ranks 0 to {place.size - 1}.")
     return place
+
+
+def prepare(settings: Settings, place: Place) -> None:
+    """Before MLX's first launch: where ranks share a model over NCCL, let it launch without CUDA graphs. Each sum over
+    the ranks is captured anew in every graph, which takes longer than the graph saves (`bench.fleet`)."""
+    if settings.shard and place.backend == "nccl":
+        os.environ.setdefault(_GRAPHS, "0")
 
 
 class Starting(Protocol):
@@ -106,8 +115,9 @@ def place_of_group(settings: Settings) -> tuple[int, Starting] | None:
     """How many ranks the group of these settings has, and how the others come to be; None: it is no group. Raises
     `ConfigError`."""
     if settings.group is not None:
-        size = place_of(os.environ).size
-        return None if size == 1 else (size, LaunchedRanks())
+        place = place_of(os.environ)
+        prepare(settings, place)
+        return None if place.size == 1 else (place.size, LaunchedRanks())
     if settings.shard and settings.ranks == 1:
         raise ConfigError(
             "STOKER_SHARD given, and one rank; the ranks of a group share a model. Give --group-size 2, or --group "
