@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from engine.prefixes.pins import PINNED_PART, Beginning
 from engine.prefixes.shelf import RunInEngine
-from engine.ticket import Ticket
+from engine.ticket import Ticket, contained
 from stoker.contract import GenerateRequest, GenerateResult
 from stoker.contract.requests import LOWEST_PRIORITY
 from stoker.errors import InvalidRequest
@@ -28,7 +28,12 @@ class Pinning:
 
     def beginning(self, request: GenerateRequest) -> Beginning:
         """What all prompts have that go on from the request's. Raises `InvalidRequest` and `UnknownAdapter`."""
-        return self._lane.beginning(request)
+        try:
+            return self._lane.beginning(request)
+        except Exception:
+            raise
+        except BaseException as error:
+            raise contained(error) from error
 
     def check(self, beginning: Beginning, before: Sequence[Beginning]) -> None:
         """Whether there is room for it next to those `before`. Raises `InvalidRequest`."""

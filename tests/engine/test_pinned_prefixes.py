@@ -25,7 +25,7 @@ from engine.prefixes.memory import PrefixCache
 from engine.prefixes.pins import Beginning
 from engine.ticket import Ticket
 from stoker.contract import ChatMessage, GenerateRequest, GenerateResult
-from stoker.errors import InvalidRequest, UnknownAdapter
+from stoker.errors import InvalidRequest, StokerError, UnknownAdapter
 from tests import endless
 from tests.engine import bridged, tiny
 from tests.engine.test_generate_lane import request
@@ -101,6 +101,21 @@ def test_what_can_be_no_prompt_is_refused(machine: Machine, model: LoadedModel) 
         pinned.beginning(request(SYSTEM, adapter="none"))
     with pytest.raises(InvalidRequest, match="no chat template"):
         pinned.beginning(GenerateRequest(model="tiny", messages=(ChatMessage(role="system", content="x"),)))
+
+
+class Panic(BaseException):
+    """As a library in Rust raises."""
+
+
+def test_a_panic_of_a_library_is_an_error_of_this_prefix(
+    machine: Machine, model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def panic(text: str) -> list[int]:
+        raise Panic("index out of range")
+
+    monkeypatch.setattr(model.tokenizer, "encode", panic)
+    with pytest.raises(StokerError, match="index out of range"):
+        Pinned(machine.worker(model)).beginning(request(SYSTEM))
 
 
 # --- room ---

@@ -23,7 +23,7 @@ WORKER_GROWTH, BROKER_GROWTH = 192, 48
 #: Threads by which a worker may have more than at the first look: Celery's pool starts one for each job that is held.
 MORE_THREADS = 24
 #: Kinds of keys that a worker or an operator keeps; all others belong to a job.
-KEPT = ("worker", "workers", "models", "janitor", "policy", "binding", "unacked", "adapters", "pace")
+KEPT = ("worker", "workers", "models", "janitor", "policy", "prefixes", "binding", "unacked", "adapters", "pace")
 
 
 #: What kombu and Celery say of control messages that no Celery sent, with where they were when they read them.

@@ -7,7 +7,7 @@ import random
 import time
 from typing import Any
 
-from stoker.broker import keys
+from stoker.broker import keys, prefixes
 from stoker.broker.ledger.record import Field
 from stoker.client import GenerateJob, Job
 from stoker.errors import BrokerUnavailable, JobError, JobTimeout, StokerError, UnknownModel
@@ -28,6 +28,7 @@ SHARED_HASHES = (
     keys.MODELS,
     keys.DEAD,
     keys.POLICY,
+    keys.prefixes(GENERATE),
     *(f(queue) for queue in QUEUES for f in (keys.turns, keys.pace, keys.sizes)),
 )
 SHARED_ORDERS = (
@@ -38,13 +39,13 @@ SCORES = (0.0, -1.0, 1e18, float("inf"), float("-inf"), 1e9)
 NAMES = (
     "ageing", "queue_limit", "client_limit", "crashes", "client_limit:default", "now:5", "next:5:default", "served",
     "served:5",
-    "last", "interval", "tiny-decoder/1", "tiny-encoder/1", "evil/1", "a", "",
+    ":changed", "last", "interval", "tiny-decoder/1", "tiny-encoder/1", "evil/1", "a", "",
 )  # fmt: skip
 
 
 def draw(chance: random.Random, number: int) -> Input:
-    sources = (_own_type, _own_field, _read, _adapter, _shared_value, _shared_type)
-    return chance.choices(sources, (5, 6, 5, 3, 1.5, 0.4))[0](chance, number)
+    sources = (_own_type, _own_field, _read, _adapter, _shared_value, _pinned, _shared_type)
+    return chance.choices(sources, (5, 6, 5, 3, 1.5, 1.0, 0.4))[0](chance, number)
 
 
 def _value(chance: random.Random) -> bytes:
@@ -209,6 +210,39 @@ def _shared_value(chance: random.Random, number: int) -> Input:
     )
 
 
+def _pinned(chance: random.Random, number: int) -> Input:
+    """A pinned prefix in its form, of anything: the worker keeps it, or says why it does not."""
+    fields: dict[str, Any] = {"id": f"{number:032x}", "time": 1.0, "client": "default"}
+    fields |= {
+        name: odd.json_value(chance) for name in ("tools", "template", "adapter", "time") if chance.random() < 0.2
+    }
+    of = chance.choice(("prompt", "prompt_ids", "messages"))
+    whole = {"prompt": "ab " * 50, "prompt_ids": [5] * 50, "messages": [{"role": "system", "content": "ab " * 50}]}
+    fields[of] = odd.spoiled(chance, whole[of]) if chance.random() < 0.5 else whole[of]
+    name = f"p{number}"
+
+    def act(world: World) -> list[str]:
+        redis: Any = world.client.redis
+        prefixes.pin(redis.pipeline(), GENERATE, name, as_json(fields).decode()).execute()
+        wrong = _goes_on(world) + _is_answered(world, name)
+        prefixes.unpin(redis.pipeline(), GENERATE, name).execute()
+        return wrong
+
+    return Input(f"a pinned prefix of {odd.shown(fields)}", act, True)
+
+
+def _is_answered(world: World, name: str) -> list[str]:
+    """What is wrong where the worker says nothing of a prefix that can be read."""
+    end = time.monotonic() + MENDED_WITHIN
+    while True:
+        said = [entry.workers for entry in world.client.prefixes.list(GENERATE) if entry.name == name]
+        if all(said):
+            return []
+        if time.monotonic() > end:
+            return [f"the worker says nothing of the pinned prefix {name}"]
+        time.sleep(0.1)
+
+
 def _in_hash(world: World, key: str, name: str | bytes, value: bytes) -> list[str]:
     redis = world.client.redis
     before = redis.hget(key, name)
@@ -233,7 +267,7 @@ def _in_order(world: World, key: str, member: bytes, score: float) -> list[str]:
 SHARED_TYPES: dict[str, str] = {
     keys.MODELS: "hash", keys.WORKERS: "zset", keys.POLICY: "hash", keys.DEAD: "hash", keys.UNACKED: "hash",
     f"{keys.UNACKED}_index": "zset", f"{keys.UNACKED}_mutex": "string", keys.JANITOR: "string",
-    keys.adapters(GENERATE): "set",
+    keys.adapters(GENERATE): "set", keys.prefixes(GENERATE): "hash",
     **{keys.ready(queue): "list" for queue in QUEUES}, **{keys.open_jobs(queue): "zset" for queue in QUEUES},
     **{keys.dispatched(queue): "zset" for queue in QUEUES}, **{keys.turns(queue): "hash" for queue in QUEUES},
     **{keys.pace(queue): "hash" for queue in QUEUES}, **{keys.sizes(queue): "hash" for queue in QUEUES},

@@ -275,6 +275,24 @@ def test_what_another_program_wrote_hurts_itself_alone(worker: Worker) -> None:
     assert [state.name for state in worker.service.states] == ["empty"], "the other model goes on"
 
 
+def test_a_defect_in_one_prefix_is_said_of_it_and_the_others_are_kept(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = worker.kept.beginning
+
+    def beginning(request: GenerateRequest) -> Beginning:
+        if request.prompt == "odd":
+            raise ValueError("a defect")
+        return whole(request)
+
+    monkeypatch.setattr(worker.kept, "beginning", beginning)
+    worker.pin("bad", "odd")
+    worker.pin("good", "xyz", time=2.0)
+    assert worker.look() == {"bad": ("refused", "ValueError: a defect"), "good": ("waiting", "")}
+    worker.kept.tickets[-1].fail(RuntimeError("out of memory"))
+    assert worker.look()["good"] == ("waiting", "it was not prefilled: RuntimeError: out of memory")
+
+
 def test_no_more_are_kept_than_may_be_pinned(worker: Worker) -> None:
     for number in range(MOST_PREFIXES + 2):
         worker.pin(f"p{number}", "xyz", time=float(number))

@@ -142,9 +142,11 @@ class PinnedPrefixes:
             found.append(pin)
             try:
                 pin.beginning = self._beginning(model, prefix, pinning, _beginnings(found))
-            except StokerError as error:
-                pin.state, pin.why = REFUSED, str(error)
-                log.warning("the prefix %s of %s is not kept here: %s", name, model, error)
+            except RedisError:
+                raise
+            except Exception as error:
+                pin.state, pin.why = REFUSED, _words(error)
+                log.warning("the prefix %s of %s is not kept here: %s", name, model, pin.why)
         return tuple(found)
 
     def _beginning(
@@ -196,11 +198,11 @@ class PinnedPrefixes:
     def _prefill(self, pin: _Pin, pinning: Pinning, beginning: Beginning) -> None:
         try:
             pin.ticket = pinning.prefill(beginning)
-        except StokerError as error:
+        except Exception as error:
             self._note(pin, error)
 
     def _note(self, pin: _Pin, error: BaseException | None) -> None:
-        pin.why = "" if error is None else f"it was not prefilled: {error}"
+        pin.why = "" if error is None else f"it was not prefilled: {_words(error)}"
         if error is not None:
             log.warning("the pinned prefix %s waits: %s", pin.name, pin.why)
 
@@ -211,6 +213,14 @@ def _keep(pinning: Pinning, pins: Iterable[_Pin]) -> None:
         pinning.pin(_beginnings(pins))
     except OSError as error:
         log.warning("pinned prefixes are in memory alone: %s", error)
+
+
+def _words(error: BaseException) -> str:
+    """Why a prefix is not kept; a defect, which has its traceback in the log, hurts the others as little."""
+    if not isinstance(error, StokerError):
+        log.error("a pinned prefix met a defect", exc_info=error)
+        return f"{type(error).__name__}: {error}"
+    return str(error)
 
 
 def _beginnings(pins: Iterable[_Pin]) -> list[Beginning]:
