@@ -2,7 +2,8 @@
 bench.fleet --gpu --out DIR` on a machine with two GPUs. `--tiny` tries the whole with a small model.
 
 Training: both sides make the same steps, of as many micro-batches as there are ranks. Generation: one stream of a model
-that the ranks share, by a worker's engine. One rank is the path without a group.
+that the ranks share, by a worker's engine. One rank is the path without a group. What a group costs where it has one
+rank (`--group` on a single host) is measured with a small model, whose steps hide least of it, in seconds of the CPU.
 
 Each rank is a process; that of rank 0 (`bench.fleet_rank`) makes a step, or a stream, for each line on standard input.
 On a CPU two ranks have half of the cores each, so that both sides have the same machine; a rank on a GPU sees no other
@@ -43,13 +44,30 @@ class Plan:
     tokens: int
     streams: int
     warm: int
+    lone_steps: int
+    lone_runs: int
     gpu: bool = False
 
 
 PLANS = {
-    "gpu": Plan("bfloat16", "qwen2.5-0.5b", 8, 512, 24, "qwen2.5-7b", tokens=256, streams=8, warm=4, gpu=True),
-    "cpu": Plan("float32", "smollm2-135m", 1, 32, 12, "llama-160m", tokens=16, streams=6, warm=1),
-    "tiny": Plan("float32", "tiny", 2, 16, 2, "tiny", tokens=8, streams=2, warm=1),
+    "gpu": Plan(
+        "bfloat16",
+        "qwen2.5-0.5b",
+        8,
+        512,
+        24,
+        "qwen2.5-7b",
+        tokens=256,
+        streams=8,
+        warm=4,
+        lone_steps=100,
+        lone_runs=24,
+        gpu=True,
+    ),
+    "cpu": Plan(
+        "float32", "smollm2-135m", 1, 32, 12, "llama-160m", tokens=16, streams=6, warm=1, lone_steps=5, lone_runs=400
+    ),
+    "tiny": Plan("float32", "tiny", 2, 16, 2, "tiny", tokens=8, streams=2, warm=1, lone_steps=4, lone_runs=2),
 }
 
 
@@ -85,14 +103,14 @@ class Rank:
         self._process.wait()
 
 
-def places(folder: Path, ranks: int, plan: Plan) -> list[dict[str, str]]:
-    """The environment of each rank: what `mlx.launch` sets, and its share of the machine."""
+def places(folder: Path, ranks: int, plan: Plan, *, met: bool = False) -> list[dict[str, str]]:
+    """The environment of each rank: what `mlx.launch` sets, and its share of the machine. `met`: also for one."""
     cores = {"OPENBLAS_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks))}
     own = [
         {**cores, "MLX_RANK": str(rank), **({"CUDA_VISIBLE_DEVICES": str(rank)} if plan.gpu else {})}
         for rank in range(ranks)
     ]
-    if ranks == 1:
+    if ranks == 1 and not met:
         return own
     if plan.gpu:
         (port,) = free_ports(1)
@@ -127,6 +145,21 @@ def trainers(folder: Path, ranks: int, plan: Plan) -> Iterator[list[Rank]]:
         for rank in found:
             rank.answer()
         yield found
+
+
+@contextmanager
+def lone(folder: Path, plan: Plan, *, grouped: bool) -> Iterator[Rank]:
+    """A worker's engine of one rank, as a group or as none."""
+    home = folder.parent / f"lone-{grouped}"
+    home.mkdir()
+    settings = {"STOKER_HOME": str(home), "STOKER_MODELS": f"bench-model={folder}", "STOKER_DTYPE": plan.dtype}
+    settings |= {"STOKER_GROUP": "bench"} if grouped else {}
+    (env,) = places(home, 1, plan, met=grouped)
+    # Threads of the BLAS that wait for each other would take time of the CPU too.
+    env |= {"OPENBLAS_NUM_THREADS": "1"}
+    with started([["bench.fleet_rank", "runs", json.dumps(asdict(plan))]], [{**settings, **env}]) as (first,):
+        first.answer()
+        yield first
 
 
 @contextmanager
@@ -179,6 +212,27 @@ def serving(plan: Plan, folder: Path) -> tuple[list[Row], dict[str, Any]]:
     return compared("one stream", plan.tokens - 1, pairs[plan.warm :]), facts
 
 
+def one_host(plan: Plan, folder: Path) -> tuple[list[Row], dict[str, Any]]:
+    """Rows, and how far the losses of both sides are from each other."""
+    with lone(folder, plan, grouped=False) as alone, lone(folder, plan, grouped=True) as grouped:
+        pairs = []
+        for number in range(plan.warm + plan.lone_runs):
+            # Each is first as often as second.
+            if number % 2:
+                ours, theirs = step([alone]), step([grouped])
+            else:
+                theirs, ours = step([grouped]), step([alone])
+            pairs.append((ours, theirs))
+    facts = {"lone_loss_difference": max(abs(ours["loss"] / theirs["loss"] - 1) for ours, theirs in pairs)}
+    each = [tuple(1000 * side["seconds"] / plan.lone_steps for side in pair) for pair in pairs[plan.warm :]]
+    rows = [
+        row("one host, a step of the CPU, no group", "ms", [ours for ours, _ in each]),
+        row("one host, a step of the CPU, a group", "ms", [theirs for _, theirs in each]),
+        row("one host, a group as a multiple of none", "times", [theirs / ours for ours, theirs in each]),
+    ]
+    return rows, facts
+
+
 def compared(what: str, tokens: int, pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[Row]:
     """What one rank and all of them made, `tokens` each time."""
     seconds = [(alone["seconds"], shared["seconds"]) for alone, shared in pairs]
@@ -189,7 +243,7 @@ def compared(what: str, tokens: int, pairs: list[tuple[dict[str, Any], dict[str,
     ]
 
 
-PARTS = {"training": training, "serving": serving}
+PARTS = {"training": training, "serving": serving, "one-host": one_host}
 
 
 def main() -> None:
@@ -205,12 +259,16 @@ def main() -> None:
     asked = parser.parse_args()
     name = "tiny" if asked.tiny else "gpu" if asked.gpu else "cpu"
     plan = PLANS[name]
-    record = Record("fleet" if name == "cpu" else f"fleet-{name}", asked.out, plan=asdict(plan))
+    parts = asked.only or list(PARTS)
+    # One part alone has a file of its own: it leaves what was measured of the others.
+    said = ["fleet", *([] if name == "cpu" else [name]), *(parts if len(parts) == 1 else [])]
+    record = Record("-".join(said), asked.out, plan=asdict(plan))
     rows: list[Row] = []
-    for part in asked.only or PARTS:
+    for part in parts:
         with tempfile.TemporaryDirectory() as home:
             folder = Path(home, "model")
-            shapes.write(folder, plan.shape if part == "training" else plan.shared_shape, getattr(mx, plan.dtype))
+            shape = {"training": plan.shape, "serving": plan.shared_shape, "one-host": "tiny"}[part]
+            shapes.write(folder, shape, getattr(mx, plan.dtype))
             # The GPUs are the ranks' from here on.
             mx.clear_cache()
             found, facts = PARTS[part](plan, folder)

@@ -1,5 +1,6 @@
 """A rank of `bench.fleet`, as a process with MLX's variables: `python -m bench.fleet_rank train FOLDER RANKS PLAN`, or
-rank 0 of a worker's engine with the settings of the environment: `python -m bench.fleet_rank serve PLAN`.
+rank 0 of a worker's engine with the settings of the environment: `python -m bench.fleet_rank serve PLAN`, or `runs
+PLAN` for one that trains.
 
 It makes a step, or a stream, for each line on standard input, and says on standard output what it was: a JSON object a
 line.
@@ -25,6 +26,7 @@ from engine.checkpoints.loading import load  # noqa: E402
 from engine.training.ranks import ALONE, MlxRanks, Ranks  # noqa: E402
 from engine.training.trainer import Trainer  # noqa: E402
 from stoker.contract import GenerateRequest, TrainRequest  # noqa: E402
+from stoker.contract.dataset import TrainInput  # noqa: E402
 from stoker.settings import load_settings  # noqa: E402
 from workers.group.starting import place_of  # noqa: E402
 from workers.machine import make_engine  # noqa: E402
@@ -84,10 +86,26 @@ def serve(plan: dict[str, Any]) -> None:
         )
 
 
+def runs(plan: dict[str, Any]) -> None:
+    """One training run after the other; the seconds of the CPU that this process took for it, all threads together."""
+    engine = make_engine(load_settings(), lambda entries: None, lambda: os._exit(1))
+    engine.start()
+    lines = "".join(json.dumps({"text": "t7 " * plan["length"]}) + "\n" for _ in range(plan["batch"]))
+    answer(ready=True)
+    for number, _ in enumerate(sys.stdin):
+        began = time.process_time()
+        request = TrainRequest(
+            model="bench-model", name="bench", dataset="dataset:bench", steps=plan["lone_steps"], rank=LORA_RANK,
+            batch_size=plan["batch"],
+        )  # fmt: skip
+        result = engine.submit(f"run-{number}", request, TrainInput(lines.encode())).result(600)
+        answer(seconds=time.process_time() - began, loss=result.last_loss)
+
+
 if __name__ == "__main__":
     _, job, *given = sys.argv
     if job == "train":
         where, count, said = given
         train(Path(where), int(count), json.loads(said))
     else:
-        serve(json.loads(*given))
+        {"serve": serve, "runs": runs}[job](json.loads(*given))
