@@ -65,7 +65,7 @@ PLANS = {
         gpu=True,
     ),
     "cpu": Plan(
-        "float32", "smollm2-135m", 1, 32, 12, "llama-160m", tokens=16, streams=6, warm=1, lone_steps=5, lone_runs=400
+        "float32", "smollm2-135m", 1, 32, 12, "llama-160m", tokens=16, streams=6, warm=1, lone_steps=5, lone_runs=1000
     ),
     "tiny": Plan("float32", "tiny", 2, 16, 2, "tiny", tokens=8, streams=2, warm=1, lone_steps=4, lone_runs=2),
 }
