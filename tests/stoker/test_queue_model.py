@@ -273,7 +273,7 @@ class LedgerMachine(RuleBasedStateMachine):
         """Every key of the broker, with the time it has left, is that of the model."""
         self.compare_ready_lists()
         model = self.model
-        pipeline = self.redis.pipeline()
+        pipeline = self.redis.pipeline(transaction=False)
         found = sorted(key.decode() for key in self.redis.scan_iter(count=1000))
         found = [key for key in found if key not in (CLOCK, keys.POLICY) and not key.startswith(keys.worker(""))]
         for key in found:
@@ -284,15 +284,16 @@ class LedgerMachine(RuleBasedStateMachine):
         for key, seconds in expected.items():
             left = lifetimes[key]
             assert left == -1 if seconds is None else abs(left / 1000 - seconds) < SLACK, (key, left, seconds)
-        assert _scores(self.redis, keys.dispatched(model.name)) == model.dispatched
-        assert _scores(self.redis, keys.open_jobs(model.name)) == model.open
+        self.compare_scores()
         sizes = {of.decode(): int(size) for of, size in self.redis.hgetall(keys.sizes(model.name)).items()}
         assert sizes.pop(":sum", 0) == sum(sizes.values())
         assert sizes == {job: model.sizes[job] for job in model.open}
         turns = self.redis.hgetall(keys.turns(model.name))
         assert {name.decode(): int(value) for name, value in turns.items()} == model.turns
-        for job, record in model.records.items():
-            self.compare_record(job, record)
+        for job in model.records:
+            pipeline.hgetall(keys.job(job))
+        for record, fields in zip(model.records.values(), pipeline.execute(), strict=True):
+            compare_record(record, {name.decode(): value.decode() for name, value in fields.items()})
         for job, letter in letters.parse(self.redis.hgetall(keys.DEAD)).items():
             client, history = model.dead[job]
             assert (letter["kind"], letter["model"], letter["request"]) == ("train", "toy", "{}")
@@ -300,31 +301,20 @@ class LedgerMachine(RuleBasedStateMachine):
         last, interval = self.redis.hmget(keys.pace(model.name), "last", "interval")
         pace = (float(last), float(interval)) if last else None
         assert pace == (model.pace and pytest.approx(model.pace))
-        for client, mine in model.mine.items():
-            assert _scores(self.redis, keys.client(client, model.name)) == mine
-        for priority, backlog in model.backlogs.items():
-            assert _scores(self.redis, keys.backlog(model.name, priority)) == backlog
 
-    def compare_record(self, job: str, record: Record) -> None:
-        """A job that has ended has neither message nor request; its owner's name stays."""
-        found = {name.decode(): value.decode() for name, value in self.redis.hgetall(keys.job(job)).items()}
-        assert {name: found.get(name) for name in ("token", "tag", "worker")} == {
-            "token": record.token,
-            "tag": record.tag,
-            "worker": record.worker,
+    def compare_scores(self) -> None:
+        """The sets of jobs: dispatched, open, of each client, and of each backlog."""
+        model, pipeline = self.model, self.redis.pipeline(transaction=False)
+        expected = {
+            keys.dispatched(model.name): model.dispatched,
+            keys.open_jobs(model.name): model.open,
+            **{keys.client(client, model.name): mine for client, mine in model.mine.items()},
+            **{keys.backlog(model.name, priority): backlog for priority, backlog in model.backlogs.items()},
         }
-        assert (found["client"], int(found["priority"]), int(found["turn"])) == (
-            record.client,
-            record.priority,
-            record.turn,
-        )
-        assert (int(found["sent"]), int(found.get("attempts", 0))) == (record.sent, record.attempts)
-        assert ("request" in found, "message" in found, found.get("ended")) == (
-            (True, True, None) if record.open else (False, False, "1")
-        )
-        assert found.get("completed") == record.completed
-        assert float(found["submitted"]) == record.submitted
-        assert ("blob" in found) == (record.has_input and not record.keeps_input)
+        for key in expected:
+            pipeline.zrange(key, 0, -1, withscores=True)
+        for (key, scores), found in zip(expected.items(), pipeline.execute(), strict=True):
+            assert {member.decode(): score for member, score in found} == scores, key
 
     def teardown(self) -> None:
         if not hasattr(self, "model"):
@@ -376,14 +366,31 @@ class LedgerMachine(RuleBasedStateMachine):
         return found
 
 
+def compare_record(record: Record, found: dict[str, str]) -> None:
+    """A job that has ended has neither message nor request; its owner's name stays."""
+    assert {name: found.get(name) for name in ("token", "tag", "worker")} == {
+        "token": record.token,
+        "tag": record.tag,
+        "worker": record.worker,
+    }
+    assert (found["client"], int(found["priority"]), int(found["turn"])) == (
+        record.client,
+        record.priority,
+        record.turn,
+    )
+    assert (int(found["sent"]), int(found.get("attempts", 0))) == (record.sent, record.attempts)
+    assert ("request" in found, "message" in found, found.get("ended")) == (
+        (True, True, None) if record.open else (False, False, "1")
+    )
+    assert found.get("completed") == record.completed
+    assert float(found["submitted"]) == record.submitted
+    assert ("blob" in found) == (record.has_input and not record.keeps_input)
+
+
 def _read(raw: bytes) -> Message:
     message = json.loads(raw)
     came_back = bool(message["headers"].get("redelivered"))
     return Message(message["headers"]["id"], message["properties"]["delivery_tag"], came_back)
-
-
-def _scores(redis: Any, key: str) -> dict[str, float]:
-    return {member.decode(): score for member, score in redis.zrange(key, 0, -1, withscores=True)}
 
 
 @pytest.fixture(scope="module")
