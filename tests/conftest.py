@@ -85,7 +85,11 @@ def pytest_sessionfinish() -> None:
         measured.save()
 
 
-def wait_until(condition: Callable[[], Any], what: str, seconds: float = 30.0) -> Any:
+#: Seconds for which a test waits for a condition, where it says nothing else.
+PATIENCE = float(os.environ.get("TEST_PATIENCE", "30"))
+
+
+def wait_until(condition: Callable[[], Any], what: str, seconds: float = PATIENCE) -> Any:
     """Wait until `condition` is true and return what it returned; fail naming `what` otherwise."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:

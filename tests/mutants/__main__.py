@@ -13,7 +13,7 @@ from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from tests.mutants.copies import PASSED, Copies
+from tests.mutants.copies import NOTICED, Copies, Verdict
 from tests.mutants.entries import CHECKOUT, Mutant, mutants
 
 AFTERWORD = """
@@ -24,29 +24,30 @@ mistake that was run was noticed.
 
 
 def judge(chosen: list[Mutant], copies: Copies, jobs: int) -> dict[Mutant, str]:
-    """Each with its verdict. The tests have to pass without a mistake, or their failure would say nothing."""
+    """Each with its verdict. A test that failed has to pass without a mistake, or its failure would say nothing."""
 
-    def one(mutant: Mutant) -> str:
+    def one(mutant: Mutant) -> Verdict:
         with copies.taken() as copy:
             began = time.monotonic()
             verdict = copy.verdict(mutant)
-        print(f"{verdict:9} {time.monotonic() - began:5.1f} s  {mutant.file}: {mutant.name}", flush=True)
+        print(f"{verdict.said:9} {time.monotonic() - began:5.1f} s  {mutant.file}: {mutant.name}", flush=True)
         return verdict
 
     def failing(nodes: list[str]) -> str:
         with copies.taken() as copy:
-            return "" if copy.test(nodes) == PASSED else f"{' '.join(nodes)}\n{copy.output}"
+            return "" if copy.passes(nodes) else f"{' '.join(nodes)}\n{copy.output}"
 
     with ThreadPoolExecutor(jobs) as pool:
-        if failed := list(filter(None, pool.map(failing, by_file(chosen)))):
-            raise SystemExit("the tests fail without any mistake:\n" + "\n".join(failed))
-        return dict(zip(chosen, pool.map(one, chosen), strict=True))
+        verdicts = list(pool.map(one, chosen))
+        witnesses = by_file(node for verdict in verdicts if verdict.said == NOTICED for node in verdict.tests)
+        if failed := list(filter(None, pool.map(failing, witnesses))):
+            raise SystemExit("tests that failed fail without any mistake:\n" + "\n".join(failed))
+    return {mutant: verdict.said for mutant, verdict in zip(chosen, verdicts, strict=True)}
 
 
-def by_file(chosen: Iterable[Mutant]) -> list[list[str]]:
-    """The tests that own `chosen`, each once. One run per file, so that the limit of time is that of a file."""
-    nodes = sorted({node for mutant in chosen for node in mutant.tests})
-    return [list(found) for _, found in groupby(nodes, key=lambda node: node.partition("::")[0])]
+def by_file(tests: Iterable[str]) -> list[list[str]]:
+    """Each once, those of a file together: the limit of time is that of a file."""
+    return [list(found) for _, found in groupby(sorted(set(tests)), key=lambda node: node.partition("::")[0])]
 
 
 def main(texts: list[str], jobs: int) -> int:
@@ -63,11 +64,11 @@ def main(texts: list[str], jobs: int) -> int:
     for one in chosen:
         if one.equivalent:
             print(f"equivalent  {one.file}: {one.name}: {one.equivalent}")
-    noticed = sum(verdict == "noticed" for verdict in verdicts.values())
+    noticed = sum(verdict == NOTICED for verdict in verdicts.values())
     minutes, seconds = divmod(round(time.monotonic() - began), 60)
     print(f"{noticed} of {len(run)} noticed, {len(chosen) - len(run)} equivalent, in {minutes} min {seconds} s")
     for one, verdict in verdicts.items():
-        if verdict != "noticed":
+        if verdict != NOTICED:
             print(f"{verdict}  {one.file}: {one.name}")
     return int(noticed < len(run))
 

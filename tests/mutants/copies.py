@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from py_compile import PycInvalidationMode
 from queue import SimpleQueue
+from typing import NamedTuple
 
 from tests.mutants.entries import Mutant
 from tests.mutants.forks import Forks
@@ -23,7 +25,8 @@ PROFILE = "first-failure"
 PATIENCE = 45
 OPTIONS = ("-x", "-q", "-p", "no:cacheprovider", "-o", f"timeout={PATIENCE}", f"--hypothesis-profile={PROFILE}")
 #: pytest's exit codes.
-PASSED, FAILED = 0, 1
+PASSED, FAILED, UNKNOWN = 0, 1, 4
+NOTICED = "noticed"
 
 
 class Copy:
@@ -46,8 +49,13 @@ class Copy:
         code, self.output = self._forks.pytest([*OPTIONS, *nodes], LIMIT)
         return FAILED if code == -signal.SIGALRM else code
 
-    def verdict(self, mutant: Mutant) -> str:
-        """`noticed`, `SURVIVED`, or what is wrong with the entry."""
+    def passes(self, nodes: Iterable[str]) -> bool:
+        """Whether these tests do; a test that has no such name here, with all of its parameters."""
+        nodes = list(nodes)
+        code = self.test(nodes)
+        return (self.test({node.partition("[")[0] for node in nodes}) if code == UNKNOWN else code) == PASSED
+
+    def verdict(self, mutant: Mutant) -> Verdict:
         path = self.folder / mutant.file
         whole = path.read_bytes()
         mutant.plant(self.folder)
@@ -55,12 +63,25 @@ class Copy:
             code = self.test(mutant.tests)
         finally:
             path.write_bytes(whole)
-        return reading(code, self.output)
+        return Verdict(reading(code, self.output), failed_in(self.output) or mutant.tests)
+
+
+class Verdict(NamedTuple):
+    """`said`: `noticed`, `SURVIVED`, or what is wrong with the entry. `tests`: those that failed; all of the entry's
+    where pytest did not name one."""
+
+    said: str
+    tests: tuple[str, ...]
 
 
 def reading(code: int, output: str) -> str:
     """What pytest's exit code says. One that could not even collect the tests has shown nothing."""
-    return {PASSED: "SURVIVED", FAILED: "noticed"}.get(code, f"ERROR: pytest ended with {code}: {output[-300:]}")
+    return {PASSED: "SURVIVED", FAILED: NOTICED}.get(code, f"ERROR: pytest ended with {code}: {output[-300:]}")
+
+
+def failed_in(output: str) -> tuple[str, ...]:
+    """The tests that failed, as pytest's summary names them."""
+    return tuple(re.findall(r"^FAILED (\S+\.py::\S+)(?: - |$)", output, re.MULTILINE))
 
 
 class Copies:

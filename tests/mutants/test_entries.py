@@ -59,9 +59,19 @@ def copy(tmp_path: Path) -> Iterator[Copy]:
 def test_a_mistake_is_planted_in_a_copy_and_taken_back(copy: Copy) -> None:
     mistake = Mutant("x", "it.py", "= 2", "= 1", ("test_it.py",))
     harmless = Mutant("y", "it.py", "= 2", "= 3", ("test_it.py",))
-    verdicts = [copy.verdict(mutant) for mutant in (mistake, harmless, mistake, harmless)]
+    verdicts = [copy.verdict(mutant).said for mutant in (mistake, harmless, mistake, harmless)]
     assert verdicts == ["noticed", "SURVIVED"] * 2
     assert (copy.folder / "it.py").read_text() == "two = 2\n"
+
+
+def test_the_tests_that_failed_are_those_that_pass_without_the_mistake(copy: Copy) -> None:
+    mistake = Mutant("x", "it.py", "= 2", "= 1", ("test_it.py",))
+    assert copy.verdict(mistake).tests == ("test_it.py::test_it",)
+    assert copy.passes(["test_it.py::test_it"])
+    # A mistake may be in what its tests' names are made of.
+    assert copy.passes(["test_it.py::test_it[of another name]"])
+    (copy.folder / "it.py").write_text("two = 1\n")
+    assert not copy.passes(["test_it.py::test_it"])
 
 
 def test_what_cannot_be_run_and_what_does_not_end_have_a_verdict_too(
@@ -72,6 +82,6 @@ def test_what_cannot_be_run_and_what_does_not_end_have_a_verdict_too(
     dies = Mutant("z", "it.py", "two = 2", "import os; os.abort()", ("test_it.py",))
     with monkeypatch.context() as patched:
         patched.setattr(copies, "LIMIT", 1)
-        assert copy.verdict(hangs) == "noticed"
-    assert copy.verdict(broken).startswith("ERROR: pytest ended with 2")
-    assert copy.verdict(dies).startswith("ERROR: pytest ended with -6")
+        assert copy.verdict(hangs) == ("noticed", ("test_it.py",))
+    assert copy.verdict(broken).said.startswith("ERROR: pytest ended with 2")
+    assert copy.verdict(dies).said.startswith("ERROR: pytest ended with -6")
