@@ -49,6 +49,7 @@ def test_below_the_least_share_of_lines_is_a_failure(
     assert f"{100 - run:4} lines of engine/b.py" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_what_a_process_ran_is_read_back(tmp_path: Path) -> None:
     data = tmp_path / "data"
     code = "import stoker.contract.names as names; names.follows(names.Rule.NAME, 'x')"

@@ -43,16 +43,17 @@ def test_an_entry_that_cannot_be_planted_says_why(changes: dict[str, object], fa
     assert fault in Mutant(**fields | changes).fault(tmp_path)  # type: ignore[arg-type]
 
 
-@pytest.fixture
-def copy(tmp_path: Path) -> Iterator[Copy]:
-    """Of a checkout of three files."""
-    source = tmp_path / "source"
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Copy]:
+    """Of a checkout of three files. A test that changes one puts it back."""
+    folder = tmp_path_factory.mktemp("copies")
+    source = folder / "source"
     source.mkdir()
     profile = f"import hypothesis\n\nhypothesis.settings.register_profile({PROFILE!r})\n"
     (source / "conftest.py").write_text(profile)
     (source / "it.py").write_text("two = 2\n")
     (source / "test_it.py").write_text("from it import two\n\n\ndef test_it():\n    assert two > 1\n")
-    with closing(Copy(source, ["conftest.py", "it.py", "test_it.py"], tmp_path / "copy")) as made:
+    with closing(Copy(source, ["conftest.py", "it.py", "test_it.py"], folder / "copy")) as made:
         yield made
 
 
@@ -72,6 +73,7 @@ def test_the_tests_that_failed_are_those_that_pass_without_the_mistake(copy: Cop
     assert copy.passes(["test_it.py::test_it[of another name]"])
     (copy.folder / "it.py").write_text("two = 1\n")
     assert not copy.passes(["test_it.py::test_it"])
+    (copy.folder / "it.py").write_text("two = 2\n")
 
 
 def test_what_cannot_be_run_and_what_does_not_end_have_a_verdict_too(
