@@ -25,6 +25,7 @@ from engine.prefixes.memory import PrefixCache
 from engine.prefixes.pins import Beginning
 from engine.ticket import Ticket
 from stoker.contract import ChatMessage, GenerateRequest, GenerateResult
+from stoker.contract.requests import LOWEST_PRIORITY
 from stoker.errors import InvalidRequest, StokerError, UnknownAdapter
 from tests import endless
 from tests.engine import bridged, tiny
@@ -205,6 +206,12 @@ def test_the_first_job_finds_what_was_prefilled_for_nobody(
     (found,) = worker.answers(ASKED[:1], **how)
     (wanted,) = Worker(model, AdapterPool(model, machine.store)).answers(ASKED[:1], **how)
     assert [cached(found), found.ids] == [len(SYSTEM), wanted.ids]
+
+
+def test_it_is_prefilled_behind_all_that_clients_asked_for(machine: Machine, model: LoadedModel) -> None:
+    pinned = Pinned(machine.worker(model))
+    made = pinned.beginning(GenerateRequest(model="tiny", prompt_ids=tuple(SYSTEM)))
+    assert pinned.prefill(made).priority == LOWEST_PRIORITY
 
 
 def test_a_worker_that_starts_again_has_it_from_the_disk_at_once(machine: Machine, model: LoadedModel) -> None:

@@ -85,6 +85,11 @@ REFUSED: dict[str, tuple[str, Callable[[], tuple[Any, ...]], str]] = {
         lambda: changed("attend_stored", StoredAttention, offset=integers),
         "int32",
     ),
+    "a stored offset too few": (
+        "attend_stored",
+        lambda: changed("attend_stored", StoredAttention, offset=lambda o: o[:-1]),
+        "int32",
+    ),
     "logits of integers": ("greedy", lambda: at("greedy", 0, integers), "dtype"),
     "a row of no logits": ("greedy", lambda: at("greedy", 0, lambda x: x[:, :0]), "shape"),
     "two tokens to adapt": (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -172,6 +173,17 @@ def test_vectors_of_another_length_end_the_run(tmp_path: Path) -> None:
             output.write(VECTORS[2:4, :5])
         with pytest.raises(ModelError, match="24 numbers after some of 12"):
             output.write(np.concatenate([VECTORS[2:4]] * 2, axis=1))
+
+
+def test_rows_are_made_safe_two_seconds_after_the_last_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, now, safe = tmp_path / "out.npy", [100.0], []
+    monkeypatch.setattr(output_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    with opened(path, ROWS, job("float32")) as output:
+        for seconds in (1.9, 2.0, 3.9, 4.0):
+            now[0] = 100 + seconds
+            output.write(VECTORS[output.done : output.done + 1])
+            safe.append(json.loads(state_path(path).read_text())["done"] if state_path(path).exists() else 0)
+    assert safe == [0, 2, 2, 4]
 
 
 def test_rows_are_made_safe_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,6 +121,7 @@ def test_a_disk_that_is_nearly_full_is_named_with_what_to_delete(monkeypatch: py
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 30))
     found = check_disk(load_settings())
     assert not found.ok
+    assert found.detail.startswith("1.0 GB free for ")
     assert "stoker clean" in found.remedy
 
 

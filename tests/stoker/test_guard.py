@@ -170,6 +170,16 @@ def test_a_log_that_is_full_is_put_aside_while_the_command_runs_and_no_line_is_l
     assert [int(line[:6]) for line in child.output().splitlines()] == list(range(3000)), "in order, over all files"
 
 
+def test_output_begins_behind_an_earlier_process_and_goes_on_at_the_start_of_the_next_file(tmp_path: Path) -> None:
+    log = tmp_path / "child.log"
+    log.write_text("of an earlier one\n")
+    printing = [sys.executable, "-c", "print('a' * 30, 'b' * 30, sep='\\n')"]
+    child = Process("child", printing, log=log, env={}, grace=1, size=LogSize(50, 1))
+    wait_until(lambda: child.returncode is not None, "the child has ended")
+    assert log.read_text() == f"{'b' * 30}\n", "a file of its own"
+    assert child.output() == f"{'a' * 30}\n{'b' * 30}\n"
+
+
 def test_of_full_logs_only_so_many_are_kept(tmp_path: Path) -> None:
     log = tmp_path / "logs/child.log"
     log.parent.mkdir()
