@@ -13,7 +13,7 @@ from stoker.broker.ledger import PRIORITIES
 from stoker.broker.registry import AdapterEntry
 from stoker.contract import Presence
 from stoker.contract.kinds import KINDS
-from stoker.contract.presence import describe_state, node_of
+from stoker.contract.presence import describe_prefix, describe_state, node_of
 from stoker.monitor.mirror import Mirror, MirroredJob
 
 #: Waiting jobs that are listed one by one, and clients whose shares are.
@@ -62,6 +62,7 @@ class Worker:
     memory_bytes: int
     models: tuple[str, ...]
     adapters: tuple[str, ...]
+    prefixes: tuple[str, ...]
     lanes: tuple[LaneRow, ...]
     tokens_per_second: float
 
@@ -201,6 +202,7 @@ def _worker(presence: Presence, rate: float) -> Worker:
         memory_bytes=presence.memory_bytes,
         models=tuple(_models(presence)),
         adapters=tuple(f"{name} on {model}" for model, names in presence.adapters.items() for name in names),
+        prefixes=tuple(f"{state.name} on {state.model} ({describe_prefix(state)})" for state in presence.prefixes),
         lanes=tuple(LaneRow(kind, held, limit) for kind, (held, limit) in presence.lanes.items()),
         tokens_per_second=rate,
     )

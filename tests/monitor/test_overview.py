@@ -12,7 +12,7 @@ from stoker.broker.ledger.record import Watched
 from stoker.broker.letters import Letter
 from stoker.broker.registry import AdapterEntry
 from stoker.contract import ModelCard, Presence
-from stoker.contract.presence import ModelState
+from stoker.contract.presence import ModelState, PrefixState
 from stoker.monitor.mirror import Mirror, ending
 from stoker.monitor.notices import Ended, Known, Progress, Started, WaitsAgain
 from stoker.monitor.overview import LISTED, overview, queues, runs
@@ -222,7 +222,13 @@ def test_a_worker_is_shown_with_what_it_holds_may_hold_and_keeps() -> None:
     states = (
         ModelState(model="base", state="warm", pinned=True), ModelState(model="late", state="refused", why="no files"),
     )  # fmt: skip
-    (worker,) = overview(mirror(), [presence(states=states, lanes={"generate": (1, 16)})], [], {}).workers
+    pins = (
+        PrefixState(model="base", name="support", id="0" * 32, state="ready"),
+        PrefixState(model="base", name="long", id="1" * 32, state="refused", why="no room"),
+    )
+    seen = presence(states=states, prefixes=pins, lanes={"generate": (1, 16)})
+    (worker,) = overview(mirror(), [seen], [], {}).workers
+    assert worker.prefixes == ("support on base (ready)", "long on base (refused: no room)")
     assert worker.models == ("base (generate, train, pinned)", "late (refused: no files)")
     assert [(lane.kind, lane.held, lane.limit) for lane in worker.lanes] == [("generate", 1, 16)]
     assert (worker.up, worker.adapters) == (60.0, ("style@1 on base",))

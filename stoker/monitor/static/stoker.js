@@ -167,13 +167,14 @@
     keyed(document.getElementById("workers"), workers, byId, function (worker) {
       var node = make("article", "stoker-card");
       node.appendChild(make("h3", "", worker.node));
-      for (var i = 0; i < 5; i += 1) { node.appendChild(make("p")); }
+      for (var i = 0; i < 6; i += 1) { node.appendChild(make("p")); }
       return node;
     }, function (node, worker) {
       var lanes = worker.lanes.map(function (lane) { return lane.kind + " " + lane.held + "/" + lane.limit; }).join(", ");
       [worker.device + ", up " + seconds(worker.up) + ", " + (worker.memory_bytes / 1048576).toFixed(0) + " MB",
         worker.models.join("; "), "lanes: " + lanes, worker.tokens_per_second.toFixed(0) + " tokens/s",
-        worker.adapters.length ? "adapters in memory: " + worker.adapters.join(", ") : ""].forEach(function (text, index) {
+        worker.adapters.length ? "adapters in memory: " + worker.adapters.join(", ") : "",
+        worker.prefixes.length ? "pinned prefixes: " + worker.prefixes.join(", ") : ""].forEach(function (text, index) {
         say(node.children[index + 1], text);
       });
     });
