@@ -64,8 +64,9 @@ test-slow: $(VENV)/.compilers ## the long ones, the chaos suite and the planted 
 	$(MAKE) mutants
 
 MUTANTS ?=
+# A mistake often makes a test wait for what does not come: two for each core.
 mutants: $(STAMP) ## plant each mistake of tests/mutants, and see whether the tests that own the code notice; MUTANTS=TEXT: some
-	$(BIN)/python -m tests.mutants --jobs $(JOBS) $(MUTANTS)
+	$(BIN)/python -m tests.mutants --jobs $$((2 * $(JOBS))) $(MUTANTS)
 
 # The suite takes about twice as long when it is measured.
 coverage: $(STAMP) ## the tests, measured (branches; workers and commands too): fails below 90 % of the five packages' lines
