@@ -100,6 +100,16 @@ def test_what_is_found_is_what_a_look_at_every_entry_finds(tiny_llama: Llama, se
         assert len(cache) == len(kept)
 
 
+def test_entries_that_left_leave_nothing_behind(tiny_llama: Llama) -> None:
+    kv = KeyValues(tiny_llama, 1, LENGTH)
+    cache = PrefixCache(2 * kv.nbytes, shortest=3)
+    for last in range(5):
+        cache.put("base", (1, 2, 3, last), kv)
+    while cache.evict():
+        pass
+    assert vars(cache) == vars(PrefixCache(2 * kv.nbytes, shortest=3))
+
+
 def _shared(left: tuple[int, ...], right: tuple[int, ...]) -> int:
     length = min(len(left), len(right))
     return next((at for at in range(length) if left[at] != right[at]), length)
