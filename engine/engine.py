@@ -283,10 +283,11 @@ class Engine:
         """A model that is warm."""
         return self._warm.models[name]
 
-    def shares(self, name: str) -> bool:
-        """Whether other ranks have the other parts of a model. From any thread."""
+    def shares(self, name: str) -> str:
+        """Of what in a model other ranks have the other part: its `heads` or `layers`; "": of nothing. From any
+        thread."""
         model = self._warm.models.get(name)
-        return model is not None and model.shard is not None
+        return "" if model is None or model.shard is None else model.shard.split
 
     def kept_by(self, request: TrainRequest) -> int:
         """Bytes that a run on a model that is warm keeps between its turns. Raises `InvalidRequest`, and for

@@ -82,7 +82,7 @@ class AdapterPool:
             name, version = self._store.resolve(self._model.name, adapter)
             found = self._find(name, version)
             if found is None:
-                found = self._hold(name, version, self._own(self.read(name, version)))
+                found = self._hold(name, version, self.own(self.read(name, version)))
             index = found
             self._touch(index)
         self._uses[index] += 1
@@ -107,16 +107,16 @@ class AdapterPool:
 
     def save(self, name: str, weights: LoraWeights, notes: Mapping[str, object], version: int | None = None) -> int:
         """Write a trained adapter as a version, by default the next one, and hold it."""
-        own = self._own(weights)
+        own = self.own(weights)
         version = self._store.write(self._model.name, name, weights, notes, version)
         if self._find(name, version) is None:
             self._hold(name, version, own)
         return version
 
-    def _own(self, weights: LoraWeights) -> LoraWeights:
-        """What this process needs of an adapter."""
+    def own(self, weights: LoraWeights) -> LoraWeights:
+        """What this process needs of an adapter. Raises `InvalidRequest` for one that cannot be shared so."""
         shard = self._model.shard
-        return weights if shard is None else part_of(weights, shard)
+        return weights if shard is None else part_of(weights, shard, self._linears)
 
     def drop(self, name: str, version: int) -> bool:
         """Free the memory of a version; False if it is in use, and stays."""
@@ -127,8 +127,9 @@ class AdapterPool:
         return True
 
     def rows(self, indices: Sequence[int]) -> StackedLora | None:
-        """What the forward pass of a batch needs, one index a row; None if all rows are the bare base."""
-        if all(index == BASE for index in indices):
+        """What the forward pass of a batch needs, one index a row; None if all rows are the bare base, or adapters
+        change layers of other ranks alone."""
+        if not self._stacks or all(index == BASE for index in indices):
             return None
         return StackedLora(self._stacks, mx.array(list(indices), dtype=mx.uint32))
 

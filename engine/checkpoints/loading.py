@@ -30,7 +30,7 @@ from engine.models.rerankers import score_heads, spec_of
 from engine.models.sentence import EmbeddingSpec
 from engine.models.sentence_files import model_folder, pools_decoder
 from engine.models.shard import Shard
-from engine.models.sharded import ShardedLlama
+from engine.models.sharded import SharedLlama, shared
 from engine.platform.jsonfiles import read_config
 from engine.sparing import Pause, no_pause
 from engine.text.pairs import Pairing
@@ -87,7 +87,8 @@ class LoadedModel:
 
     @property
     def summary(self) -> str:
-        return f"{self.architecture}, {self.parameters / 1e6:.0f} M parameters, {self.load_seconds:.1f} s"
+        split = "" if self.shard is None else f"{self.shard.size} ranks share its {self.shard.split}, "
+        return f"{self.architecture}, {self.parameters / 1e6:.0f} M parameters, {split}{self.load_seconds:.1f} s"
 
     def card(self, kinds: tuple[str, ...]) -> ModelCard:
         """What a worker that runs jobs of `kinds` on this model reports of it."""
@@ -302,7 +303,7 @@ def _load_gguf(asked: _Load) -> LoadedModel:
 
 
 def _llama(asked: _Load, args: LlamaArgs, tensors: Tensors) -> Llama:
-    return Llama(args, tensors) if asked.shard is None else ShardedLlama(args, tensors, asked.shard)
+    return Llama(args, tensors) if asked.shard is None else shared(args, tensors, asked.shard)
 
 
 def _decoder(asked: _Load, model: Llama, tokenizer: Tokenizer, tensors: Tensors) -> LoadedModel:
@@ -335,7 +336,7 @@ def _generating(
         context=model.args.context,
         linear_shapes=model.linear_shapes,
         precision=repr(asked.precision),
-        shard=asked.shard,
+        shard=model.shard if isinstance(model, SharedLlama) else None,
         **measures,
     )
 

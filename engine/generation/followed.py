@@ -97,6 +97,7 @@ class LentAdapter(Message):
     alpha: float
     targets: tuple[str, ...]
     rslora: bool
+    dora: bool
     layers: tuple[str, ...]
 
     @classmethod
@@ -104,20 +105,21 @@ class LentAdapter(Message):
         config, layers = weights.config, tuple(sorted(weights.matrices))
         return cls(
             name=name, version=version, rank=config.rank, alpha=config.alpha, targets=config.targets,
-            rslora=config.rslora, layers=layers,
+            rslora=config.rslora, dora=config.dora, layers=layers,
         )  # fmt: skip
 
     def send(self, ranks: Ranks, weights: LoraWeights) -> None:
         """Rank 0's side of `receive`."""
-        sides = [weights.matrices[layer][side] for layer in self.layers for side in ("a", "b")]
+        sides = [weights.matrices[layer][side] for layer in self.layers for side in self._sides]
         of_rank_0(ranks, mx.concatenate([side.astype(mx.float32).reshape(-1) for side in sides]))
 
     def receive(self, ranks: Ranks, layers: Mapping[str, tuple[int, int]]) -> LoraWeights:
         """`layers`: (in, out) of each, whole."""
-        shapes = []
+        shapes: list[tuple[str, str, tuple[int, ...]]] = []
         for layer in self.layers:
             inputs, outputs = layers[layer]
-            shapes += [(layer, "a", (inputs, self.rank)), (layer, "b", (self.rank, outputs))]
+            whole = {"a": (inputs, self.rank), "b": (self.rank, outputs), "m": (outputs,)}
+            shapes += [(layer, side, whole[side]) for side in self._sides]
         found = of_rank_0(ranks, mx.zeros((sum(math.prod(shape) for *_, shape in shapes),)))
         matrices: Matrices = {}
         start = 0
@@ -125,4 +127,8 @@ class LentAdapter(Message):
             end = start + math.prod(shape)
             matrices.setdefault(layer, {})[side] = found[start:end].reshape(shape)
             start = end
-        return LoraWeights(LoraConfig(self.rank, self.alpha, self.targets, self.rslora), matrices)
+        return LoraWeights(LoraConfig(self.rank, self.alpha, self.targets, self.rslora, self.dora), matrices)
+
+    @property
+    def _sides(self) -> tuple[str, ...]:
+        return ("a", "b", "m") if self.dora else ("a", "b")

@@ -51,10 +51,11 @@ class GenerateLane:
         shelf: Shelf | None = None,
         *,
         clock: Callable[[], float] | None = None,
+        agreed: Callable[[bool], bool] = bool,
     ) -> None:
         """`shelf`: the model's prefixes on disk; None: there are none. `clock`: what it measures its steps by;
-        None: this process's."""
-        self.shelf, self._clock = shelf, clock or time.perf_counter
+        None: this process's. `agreed`: of what ranks that share the model find differently, what all go by."""
+        self.shelf, self._clock, self._agreed = shelf, clock or time.perf_counter, agreed
         self._model, self._pool, self.limits = model, pool, limits or LaneLimits()
         self._decoder = model.decoder
         self.step = Step(self._decoder, self.limits.compiled or usual())
@@ -278,11 +279,14 @@ class GenerateLane:
             if rows:
                 # What a row finds that is seated again, or behind others of its job, was left by the job itself.
                 new = [row for row in rows if row.generation.cached_tokens is None]
-                self._prompts.begin(Prefill(self._decoder, self._pool, self.step, rows, self.prefixes, self._clock))
+                self._prompts.begin(self._prefill(rows))
                 self._note_served(new)
         except RowFault as fault:
             self._fail(fault)
             self._roster.put_back(rows)
+
+    def _prefill(self, rows: Sequence[Row]) -> Prefill:
+        return Prefill(self._decoder, self._pool, self.step, rows, self.prefixes, self._clock, self._agreed)
 
     def _note_served(self, rows: Sequence[Row]) -> None:
         """Let the disk have what the prefix cache had for rows that come from elsewhere."""

@@ -15,7 +15,6 @@ from weakref import WeakKeyDictionary
 
 from engine.adapters.lora import LoraWeights
 from engine.adapters.pool import AdapterPool
-from engine.adapters.sharding import part_of
 from engine.checkpoints.loading import LoadedModel
 from engine.generation.followed import Admission
 from engine.generation.lane import GenerateLane
@@ -57,7 +56,7 @@ class Sharing(Protocol):
         ...
 
     def measured(self, seconds: float) -> None:
-        """Let the others' clocks say what this one's said."""
+        """Let the others have what this rank's clock said, or 1 or 0 for what it found of its own."""
         ...
 
     def lose(self, why: str) -> None:
@@ -81,7 +80,7 @@ class LeadingLane(GenerateLane):
         self._admitted = 0
         self._numbers: WeakKeyDictionary[Ticket[GenerateResult], int] = WeakKeyDictionary()
         self._lent: set[tuple[str, int]] = set()
-        super().__init__(model, pool, limits, clock=self._measured)
+        super().__init__(model, pool, limits, clock=self._measured, agreed=self._agreed)
 
     def warming(self) -> Iterator[None]:
         self._sharing.open(self._name, self.limits)
@@ -105,8 +104,8 @@ class LeadingLane(GenerateLane):
         work.request = work.request.model_copy(update={"adapter": f"{name}@{version}"})
         if adapter not in self._lent:
             weights = self._pool.read(name, version)
-            # One that cannot be cut is refused before another rank hears of it.
-            part_of(weights, self._sharing.shard)
+            # One that cannot be shared is refused before another rank hears of it.
+            self._pool.own(weights)
             self._sharing.lend(self._name, adapter, weights)
             self._lent.add(adapter)
 
@@ -134,3 +133,7 @@ class LeadingLane(GenerateLane):
         now = time.perf_counter()
         self._sharing.measured(now)
         return now
+
+    def _agreed(self, own: bool) -> bool:
+        self._sharing.measured(float(own))
+        return own

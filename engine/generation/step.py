@@ -152,7 +152,7 @@ class Step:
         given, view = step.given, self._view(stored, step.given)
         hidden = self._model(given.tokens, cache=view, adapters=given.adapters)
         if not step.logits:
-            return view.written, None
+            return self._behind(hidden, view.written), None
         return view.written, self._logits(_End(hidden, given.last, given.every))
 
     def _in_parts(
@@ -161,14 +161,14 @@ class Step:
         """The pass, its parts compiled one by one."""
         written, hidden = self._through(stored, given)
         if sampling is None:
-            return written, []
+            return self._behind(hidden, written), []
         logits = self._traced(lambda _, end: self._logits(end), _NOTHING, _End(hidden, given.last))
         return written, _chosen(logits, given, sampling)
 
     def _through(self, stored: Stored, given: ForwardInput) -> tuple[Stored, mx.array]:
         """The layers, a stretch at a time: what is stored after them, and hidden states behind the last norm."""
         assert self._stretches is not None
-        begin, parts = self._stretches
+        begin, parts, end = self._stretches
         joint, adapters = given.positions is not None, given.adapters
         mask = None if joint else self._layers_view(_NOTHING, given).mask
         x, normed = without_tokens(begin(given.tokens))
@@ -179,7 +179,15 @@ class Step:
             made, (x, normed) = self._traced(self._layers, part.stored(stored, joint=joint), step)
             for side, arrays in zip(written, made, strict=True):
                 side += arrays
-        return written, normed[:, None]
+        return written, end((x, normed))[:, None]
+
+    def _behind(self, hidden: mx.array, written: Stored) -> Stored:
+        """What a pass stored whose logits nobody wants. Where ranks have layers each, all of them make the whole pass
+        all the same: what a rank stores needs none of the exchanges behind its own layers."""
+        if not self._model.kv_sizes.counted:
+            return written
+        keys, values, states = ([mx.depends(array, hidden) for array in arrays] for arrays in written)
+        return keys, values, states
 
     def _layers(self, stored: Stored, step: _Layers) -> tuple[Stored, Hidden]:
         self.traces += 1

@@ -47,6 +47,9 @@ class KvSizes(NamedTuple):
     states: Sequence[StateShape] = ()
     #: Whether rows that decode keep several layers in one array (`engine.models.joint`): all sides are alike then.
     joint: bool = False
+    #: Bytes of a token on the rank that keeps most of it, where ranks have layers each: all count by it, so that the
+    #: same rows make way on all of them. 0: every layer is here.
+    counted: int = 0
 
     @property
     def dtypes(self) -> list[mx.Dtype]:
@@ -57,7 +60,7 @@ class KvSizes(NamedTuple):
     @property
     def token_bytes(self) -> int:
         """Of one token, in every layer that attends."""
-        return sum(side.nbytes for side in (*self.keys, *self.values))
+        return self.counted or sum(side.nbytes for side in (*self.keys, *self.values))
 
     @property
     def state_bytes(self) -> int:

@@ -36,8 +36,8 @@ class JointKeyValues:
     """
 
     def __init__(self, model: HoldsKeyValues, rows: int, capacity: int) -> None:
-        sides = model.kv_sizes.keys
-        self._layers, self._side = len(sides), sides[0]
+        sizes = model.kv_sizes
+        self._layers, self._side, self._token = len(sizes.keys), sizes.keys[0], sizes.token_bytes
         self.rows, self.capacity = rows, capacity
         self._parts = together(self._layers)
         self.arrays = [
@@ -63,7 +63,7 @@ class JointKeyValues:
 
     @property
     def nbytes(self) -> int:
-        return sum(array.nbytes for array in self.arrays)
+        return self.rows * self.capacity * self._token
 
     def pending(self, offset: np.ndarray) -> mx.array:
         """Where a pass over rows at `offset` has to write what the one before it made; that one's tokens follow.

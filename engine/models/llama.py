@@ -237,15 +237,20 @@ def _ends(args: LlamaArgs, tensors: Tensors) -> tuple[str, bool]:
 
 
 class Llama:
-    """The model: tokens to hidden states to logits. Its weights never change; adapters come with each call."""
+    """The model: tokens to hidden states to logits. Its weights never change; adapters come with each call.
 
-    def __init__(self, args: LlamaArgs, tensors: Tensors):
+    `own`: the layers that this process has; None: all.
+    """
+
+    def __init__(self, args: LlamaArgs, tensors: Tensors, own: range | None = None):
         self.args = args
         table, head = _ends(args, tensors)
         self.embed_tokens = Embedding.take(tensors, table, args.vocab, args.dim)
         # Before the layers: while a tensor is laid out anew it takes twice its room, and the head is the largest.
         self.lm_head = Linear.take(tensors, "lm_head", "", args.dim, args.vocab) if head else None
-        self.layers = [Block(args, index, tensors) for index in range(args.layers)]
+        self.layers = [Block(args, index, tensors) for index in (range(args.layers) if own is None else own)]
+        for index, layer in enumerate(self.layers):
+            layer.self_attn.index = index
         # After the layers, whose tensors have shown that a head is no larger than the file.
         rotate = rope.Rope(args.head_dim, args.rope_base, args.rope_scaling, self._gguf_factors(args, tensors))
         for layer in self.layers:
@@ -272,7 +277,7 @@ class Llama:
     def kv_sizes(self) -> KvSizes:
         """The same for every layer."""
         args = self.args
-        sides = [KvSide(args.kv_heads, args.head_dim, self.dtype)] * args.layers
+        sides = [KvSide(args.kv_heads, args.head_dim, self.dtype)] * len(self.layers)
         joint = ATTEND.active and unfit(args.heads, args.kv_heads, args.head_dim, self.dtype) is None
         return KvSizes(sides, sides, joint=joint)
 
@@ -300,11 +305,17 @@ class Llama:
             x, normed = without_tokens((x, normed))
         for layer, behind in zip(self.layers, self._norms_behind, strict=True):
             x, normed = layer.forward(x, normed, behind, cache, adapters)
-        return normed[:, None] if alone else normed
+        hidden = self._end((x, normed))
+        return hidden[:, None] if alone else hidden
 
     def _begin(self, tokens: mx.array) -> Hidden:
+        """What the first layer takes."""
         x = self.embed_tokens(tokens)
         return x, self.layers[0].input_layernorm(x)
+
+    def _end(self, hidden: Hidden) -> mx.array:
+        """What the last norm made, of what the last layer gave."""
+        return hidden[1]
 
     @property
     def _norms_behind(self) -> list[RMSNorm]:
@@ -314,7 +325,7 @@ class Llama:
     @property
     def stretches(self) -> Stretches:
         """The layers, as many together as share an array of `JointKeyValues`."""
-        return Stretches(self._begin, in_parts(list(zip(self.layers, self._norms_behind, strict=True))))
+        return Stretches(self._begin, in_parts(list(zip(self.layers, self._norms_behind, strict=True))), self._end)
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Logits (…, vocab), float32, of hidden states (…, dim)."""

@@ -1,13 +1,17 @@
-"""A rank's part of a decoder that several share (tensor parallelism: Shoeybi et al., "Megatron-LM", 2019).
+"""A rank's part of a decoder that several share.
 
-q, k, v, gate and up are cut by their outputs, o and down by their inputs: between the two a rank works alone, and
-behind them one sum over all ranks makes the whole. The vocabulary is cut by its rows. Norms are whole on every rank.
+By heads (tensor parallelism: Shoeybi et al., "Megatron-LM", 2019): q, k, v, gate and up are cut by their outputs, o and
+down by their inputs; between the two a rank works alone, and behind them one sum over all ranks makes the whole. By
+layers (pipeline parallelism: Huang et al., "GPipe", 2019): each rank has whole layers, which run one rank after the
+other. Either way the vocabulary is cut by its rows, and norms outside of layers are whole on every rank.
 """
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal, TypeAlias
+from typing import Literal, Self, TypeAlias
 
 import mlx.core as mx
 
@@ -16,22 +20,35 @@ from engine.weights.tensors import Stored
 from stoker.errors import ModelError
 
 Cut: TypeAlias = Literal["outputs", "inputs", "vocabulary"]
-#: By the last name of a layer.
-CUTS: dict[str, Cut] = {
-    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), "outputs"),
-    **dict.fromkeys(("o_proj", "down_proj"), "inputs"),
-    **dict.fromkeys(("embed_tokens", "lm_head"), "vocabulary"),
+#: How ranks share a model.
+Split: TypeAlias = Literal["heads", "layers"]
+#: What each split cuts, by the last name of a layer.
+_VOCABULARY: dict[str, Cut] = dict.fromkeys(("embed_tokens", "lm_head"), "vocabulary")
+_CUTS: dict[Split, Mapping[str, Cut]] = {
+    "heads": {
+        **dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), "outputs"),
+        **dict.fromkeys(("o_proj", "down_proj"), "inputs"),
+        **_VOCABULARY,
+    },
+    "layers": _VOCABULARY,
 }
 
 
 class Shard:
-    """A `Part`: this rank's of `size` equal ones. What its methods sum, every rank sums at the same time."""
+    """A `Part`: this rank's of `size` ones, by heads. What its methods sum, every rank sums at the same time."""
 
     # What is compiled is kept by what the layers hold: all of them hold the same one of these.
-    __slots__ = ("_group", "rank", "size")
+    __slots__ = ("_group", "rank", "size", "split")
 
     def __init__(self, rank: int, size: int, group: mx.distributed.Group | None = None) -> None:
         self.rank, self.size, self._group = rank, size, group
+        self.split: Split = "heads"
+
+    def by_layers(self) -> Self:
+        """The same rank where layers are whole."""
+        made = copy.copy(self)
+        made.split = "layers"
+        return made
 
     def sum(self, x: mx.array) -> mx.array:
         """The sum over all ranks, on its way; the same bits on each."""
@@ -43,15 +60,20 @@ class Shard:
         found = mx.distributed.all_gather(x[None], group=self._group)
         return mx.moveaxis(found, 0, -2).reshape(*outer, self.size * width)
 
+    def of_rank(self, rank: int, x: mx.array) -> mx.array:
+        """What one rank has, on all of them; on its way. The others give any array of its shape and type, behind which
+        they exchange this one: so all make their exchanges in the same order."""
+        return self.sum(x if rank == self.rank else mx.depends(mx.zeros_like(x), x))
+
     def whole(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """(out, …): layers ask for their own part, and for the whole vocabulary."""
-        cut = _cut_of(name)
+        cut = self.cut_of(name)
         if cut == "outputs":
             return shape[0] * self.size, *shape[1:]
         return (shape[0], shape[1] * self.size) if cut == "inputs" else shape
 
     def cut(self, name: str, stored: Stored) -> Stored:
-        cut = _cut_of(name)
+        cut = self.cut_of(name)
         if cut is None:
             return stored
         if cut == "inputs":
@@ -63,8 +85,13 @@ class Shard:
         return -(-count // self.size)
 
     def own(self, width: int) -> slice:
-        """This rank's part of an axis that all share evenly."""
+        """This rank's part of an axis, or of so many layers: as many as the others have, or one less."""
         return slice(self.rank * width // self.size, (self.rank + 1) * width // self.size)
+
+    def cut_of(self, name: str) -> Cut | None:
+        """Of a tensor, such as `model.layers.3.mlp.up_proj.weight`, or of a layer; None: it is whole."""
+        *_, layer = name.removesuffix(".weight").removesuffix(".bias").split(".")
+        return _CUTS[self.split].get(layer)
 
     def _rows(self, stored: Stored, each: int) -> Stored:
         rows = slice(self.rank * each, (self.rank + 1) * each)
@@ -96,9 +123,3 @@ def _filled(array: mx.array, rows: int) -> mx.array:
     """With zeros behind, where there are fewer."""
     missing = rows - array.shape[0]
     return mx.pad(array, [(0, missing), *[(0, 0)] * (array.ndim - 1)]) if missing else array
-
-
-def _cut_of(name: str) -> Cut | None:
-    """Of a tensor, such as `model.layers.3.mlp.up_proj.weight`, or of a layer."""
-    *_, layer = name.removesuffix(".weight").removesuffix(".bias").split(".")
-    return CUTS.get(layer)

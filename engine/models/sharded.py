@@ -1,17 +1,22 @@
-"""The Llama family over several ranks: each has its heads of attention, its part of each MLP and of the vocabulary."""
+"""The Llama family over several ranks: each has its heads of attention and its part of each MLP, or whole layers."""
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 import mlx.core as mx
 
+from engine.models.cache import KvSizes
 from engine.models.layers import Embedding, LayerAdapters, Linear, RowAdapters
 from engine.models.llama import Llama, LlamaArgs
 from engine.models.shard import Shard
+from engine.models.stretches import Hidden
 from engine.weights.tensors import Tensors
 from kernels.lora import LoraInput, lora
 from stoker.errors import ModelError
+
+log = logging.getLogger(__name__)
 
 
 class SummedLinear(Linear):
@@ -56,20 +61,32 @@ class SharedEmbedding(Embedding):
         return self._own.dtype
 
 
-class ShardedLlama(Llama):
-    """This rank's part, which all ranks run at the same time. Hidden states and logits are whole on each."""
+class SharedLlama(Llama):
+    """This rank's part, with its rows of the vocabulary. Hidden states and logits are whole on each rank.
 
-    def __init__(self, args: LlamaArgs, tensors: Tensors, shard: Shard) -> None:
+    `args`: of what this rank has of each layer; `own`: its layers.
+    """
+
+    def __init__(self, args: LlamaArgs, tensors: Tensors, shard: Shard, own: range) -> None:
         tensors.part = shard
-        super().__init__(_own_part(args, shard), tensors)
+        super().__init__(args, tensors, own)
         self.shard = shard
         self.embed_tokens = SharedEmbedding(self.embed_tokens, shard.rows_of(args.vocab), shard)
-        for layer in self.layers:
-            layer.self_attn.o_proj = SummedLinear(layer.self_attn.o_proj, shard)
-            layer.mlp.down_proj = SummedLinear(layer.mlp.down_proj, shard)
 
     def head(self, hidden: mx.array) -> mx.array:
         return self.shard.joined(super().head(hidden))[..., : self.args.vocab]
+
+
+class HeadsLlama(SharedLlama):
+    """A rank's heads, and its part of each MLP. All ranks run them at the same time."""
+
+    def __init__(self, args: LlamaArgs, tensors: Tensors, shard: Shard) -> None:
+        heads, kv_heads, hidden = (size // shard.size for size in (args.heads, args.kv_heads, args.hidden))
+        own = replace(args, heads=heads, kv_heads=kv_heads, hidden=hidden)
+        super().__init__(own, tensors, shard, range(args.layers))
+        for layer in self.layers:
+            layer.self_attn.o_proj = SummedLinear(layer.self_attn.o_proj, shard)
+            layer.mlp.down_proj = SummedLinear(layer.mlp.down_proj, shard)
 
     @property
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
@@ -82,16 +99,76 @@ class ShardedLlama(Llama):
         return found
 
 
-def _own_part(args: LlamaArgs, shard: Shard) -> LlamaArgs:
-    """Raises `ModelError` for sizes that cannot be cut evenly."""
-    sizes = {"heads": args.heads, "key/value heads": args.kv_heads, "hidden units of the MLP": args.hidden}
-    for name, size in sizes.items():
-        if size % shard.size:
-            fitting = [ranks for ranks in range(1, 65) if all(each % ranks == 0 for each in sizes.values())]
-            raise ModelError(
-                f"{size} {name} over {shard.size} ranks given; each rank needs as many as the others. "
-                f"{', '.join(map(str, fitting))} ranks can share this model."
-            )
-    return replace(
-        args, heads=args.heads // shard.size, kv_heads=args.kv_heads // shard.size, hidden=args.hidden // shard.size
-    )
+class LayersLlama(SharedLlama):
+    """A rank's layers, which run when those of the ranks before it have."""
+
+    def __init__(self, args: LlamaArgs, tensors: Tensors, shard: Shard) -> None:
+        shard = shard.by_layers()
+        own = range(args.layers)[shard.own(args.layers)]
+        others = tuple(f"model.layers.{index}." for index in range(args.layers) if index not in own)
+        tensors.leave(lambda name: name.startswith(others) and not self.unused(name))
+        super().__init__(args, tensors, shard, own)
+
+    @property
+    def kv_sizes(self) -> KvSizes:
+        sizes = super().kv_sizes
+        most = self.shard.rows_of(self.args.layers)
+        return sizes._replace(counted=most * (sizes.keys[0].nbytes + sizes.values[0].nbytes))
+
+    def _begin(self, tokens: mx.array) -> Hidden:
+        x = self.embed_tokens(tokens)
+        for rank in range(self.shard.rank):
+            x = self.shard.of_rank(rank, x)
+        return x, self.layers[0].input_layernorm(x)
+
+    def _end(self, hidden: Hidden) -> mx.array:
+        x, _ = hidden
+        for rank in range(self.shard.rank, self.shard.size):
+            x = self.shard.of_rank(rank, x)
+        return self.norm(x)
+
+    @property
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """(in, out) of the layers of all ranks: those of an adapter."""
+        first, *_ = self.layers
+        shapes = {linear.name.split(".", 2)[2]: linear.shape for linear in first.linears}
+        layers = range(self.args.layers)
+        return {f"layers.{index}.{part}": shape for index in layers for part, shape in shapes.items()}
+
+
+def shared(args: LlamaArgs, tensors: Tensors, shard: Shard) -> SharedLlama:
+    """This rank's part: by heads where they divide, else by layers. Raises `ModelError` where neither is possible."""
+    why_not = _why_not_by_heads(args, tensors, shard.size)
+    if not why_not:
+        return HeadsLlama(args, tensors, shard)
+    if args.layers < shard.size:
+        raise ModelError(
+            f"{why_not} and {args.layers} layers given; each rank needs as many of the former as the others, or a "
+            f"layer. {_fitting(args)} can share this model."
+        )
+    log.info("the ranks share its layers: %s do not divide", why_not)
+    return LayersLlama(args, tensors, shard)
+
+
+def _sizes(args: LlamaArgs) -> dict[str, int]:
+    """What each rank has as much of as the others, by heads."""
+    return {"heads": args.heads, "key/value heads": args.kv_heads, "hidden units of the MLP": args.hidden}
+
+
+def _fitting(args: LlamaArgs) -> str:
+    """For people: how many ranks can share a model."""
+    more = [ranks for ranks in range(args.layers + 1, 65) if not any(size % ranks for size in _sizes(args).values())]
+    return ", ".join([f"Up to {args.layers}", *map(str, more)]) + " ranks"
+
+
+def _why_not_by_heads(args: LlamaArgs, tensors: Tensors, ranks: int) -> str:
+    """What cannot be cut evenly; "": all can."""
+    for name, size in _sizes(args).items():
+        if size % ranks:
+            return f"{size} {name} over {ranks} ranks"
+    for index in range(args.layers):
+        for part in ("self_attn.o_proj", "mlp.down_proj"):
+            name = f"model.layers.{index}.{part}.weight"
+            if not tensors.keeps_groups(name, ranks):
+                return f"the groups of the quantized {name} over {ranks} ranks"
+    return ""

@@ -94,6 +94,7 @@ class Stretches(NamedTuple):
 
     begin: Callable[[mx.array], Hidden]
     parts: Sequence[Stretch]
+    end: Callable[[Hidden], mx.array]
 
 
 def in_parts(steps: Sequence[tuple[Layer, RMSNorm]]) -> list[Stretch]:

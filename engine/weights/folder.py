@@ -40,7 +40,8 @@ def folder_tensors(
     arrays.clear()
     shapes: dict[str, tuple[int, ...]] = {name: tuple(tensor.shape) for name, tensor in stored.items()}
     readers: dict[str, Reader] = {name: _popper(stored, name) for name in shapes}
-    return Tensors(readers, shapes, str(folder), dtype, precision.quantization, pause), config
+    groups = {name: tensor.form.group_size for name, tensor in stored.items() if isinstance(tensor, QuantizedTensor)}
+    return Tensors(readers, shapes, str(folder), dtype, precision.quantization, pause, groups), config
 
 
 def joined(
@@ -70,7 +71,7 @@ def gguf_tensors(gguf: GGUF, heads: tuple[int, int] | None, precision: Precision
     `heads` (of queries, of keys) are given where the rows of q and k are in llama.cpp's order, to be put back.
     """
     readers: dict[str, Reader] = {}
-    shapes = {}
+    shapes, groups = {}, {}
     counts = dict(zip(("q_proj", "k_proj"), heads, strict=True)) if heads else {}
     for stored, info in gguf.tensors.items():
         name = llama_name(stored) or stored
@@ -79,8 +80,10 @@ def gguf_tensors(gguf: GGUF, heads: tuple[int, int] | None, precision: Precision
         count = next((count for part, count in counts.items() if f".{part}." in name), 0)
         readers[name] = _gguf_reader(gguf, stored, count, precision)
         shapes[name] = info.shape
+        if precision.quantization is not None and info.type.name not in PLAIN:
+            groups[name] = AGAIN.group_size
     dtype = precision.dtype_for([mx.zeros(1, sixteen_bits(gguf))])
-    return Tensors(readers, shapes, str(gguf.path), dtype, precision.quantization, pause)
+    return Tensors(readers, shapes, str(gguf.path), dtype, precision.quantization, pause, groups)
 
 
 def sixteen_bits(gguf: GGUF) -> mx.Dtype:

@@ -46,7 +46,7 @@ class Tensors:
     """Hands every named tensor to one layer, in the dtype that the model computes in.
 
     `shapes` are those of the dense tensors, also for quantized ones. Without `quantization` everything becomes dense.
-    `pause` is called before each tensor is read.
+    `pause` is called before each tensor is read. `groups`: of the quantized ones, how many inputs share a scale.
     Raises `ModelError` for a tensor that is missing, of another shape, of integers, or left over (`finish`).
     """
 
@@ -58,18 +58,20 @@ class Tensors:
         dtype: mx.Dtype,
         quantization: Quantization | None = None,
         pause: Pause = no_pause,
+        groups: Mapping[str, int] | None = None,
     ):
         self._readers, self._shapes, self._where, self._dtype = dict(readers), shapes, where, dtype
-        self._quantization, self._pause = quantization, pause
+        self._quantization, self._pause, self._groups = quantization, pause, groups or {}
         #: What the layers took, by the file's names, evaluated.
         self.taken: dict[str, Stored] = {}
         #: None: the whole model is here.
         self.part: Part | None = None
+        self._left: list[str] = []
 
     @property
     def parameters(self) -> int:
-        """Numbers of the tensors that were taken, whole as the file has them."""
-        return sum(math.prod(self._shapes[name]) for name in self.taken)
+        """Numbers of the tensors that were taken, whole as the file has them, and of those that were left."""
+        return sum(math.prod(self._shapes[name]) for name in (*self.taken, *self._left))
 
     def __contains__(self, name: str) -> bool:
         return name in self._readers
@@ -114,6 +116,22 @@ class Tensors:
         else:
             self._readers[name] = lambda: copy
         return same
+
+    def leave(self, elsewhere: Callable[[str], bool]) -> None:
+        """Read nothing of the tensors that another process takes."""
+        self._left = [name for name in self._readers if elsewhere(name)]
+        for name in self._left:
+            del self._readers[name]
+
+    def keeps_groups(self, name: str, parts: int) -> bool:
+        """Whether a matrix may be cut by its inputs into so many equal parts: no group is, of its codes in the file or
+        of those that it is to have."""
+        policy, sizes = self._quantization, [self._groups.get(name, 1)]
+        # One that is missing is refused when it is taken.
+        *_, width = self._shapes.get(name) or (0,)
+        if policy is not None and policy.bits is not None and width % policy.group_size == 0:
+            sizes.append(policy.group_size)
+        return all(width // parts % size == 0 for size in sizes)
 
     def finish(self, *, ignore: Callable[[str], bool] = lambda name: False) -> None:
         """Refuse tensors that no layer took: what they mean would be lost."""

@@ -45,13 +45,15 @@ class ModelCard(Notice):
 
 class ModelState(Notice):
     """A model as one worker has it. `state`: `warm`, `loading`, `offered` (it is loaded when a job for it waits) or
-    `refused`; another release may know others. `bytes`: of its weights. `idle`: seconds since its last job here."""
+    `refused`; another release may know others. `bytes`: of its weights. `idle`: seconds since its last job here.
+    `shared`: of what in it each rank of a group has a part, its `heads` or `layers`; "": this process has all of it."""
 
     model: str
     state: str
     pinned: bool = False
     bytes: int = 0
     idle: float = 0.0
+    shared: str = ""
     #: Why it is refused.
     why: str = ""
 
@@ -79,7 +81,8 @@ def describe_state(state: ModelState | None) -> str:
     if state is None:
         return "warm"
     if state.state == "warm":
-        return "warm" + (", pinned" if state.pinned else "")
+        shared = f", its {state.shared} shared by the ranks" if state.shared else ""
+        return "warm" + (", pinned" if state.pinned else "") + shared
     if state.state == "offered":
         return "loaded when a job waits for it"
     return f"{state.state}: {state.why}" if state.why else state.state

@@ -15,7 +15,7 @@ import numpy as np
 
 from engine.models.llama import Llama, LlamaArgs
 from engine.models.shard import Shard
-from engine.models.sharded import ShardedLlama
+from engine.models.sharded import SharedLlama, shared
 from engine.weights.tensors import Quantization, Tensors
 from tests.engine import tiny
 
@@ -25,6 +25,8 @@ ARGS = LlamaArgs(
     layers=2, dim=96, hidden=192, heads=12, kv_heads=6, head_dim=16, vocab=67, context=4096, rope_base=10_000.0,
     norm_eps=1e-5, tied=False,
 )  # fmt: skip
+#: Three heads over one of keys go to no two ranks; five layers go to two and to three, not as many each.
+ODD = replace(ARGS, layers=5, heads=3, kv_heads=1)
 
 
 def arrays(args: LlamaArgs) -> dict[str, mx.array]:
@@ -54,11 +56,11 @@ def arrays(args: LlamaArgs) -> dict[str, mx.array]:
     return {name: mx.array(array) for name, array in found.items()}
 
 
-def tensors(args: LlamaArgs, quantization: Quantization | None = None) -> Tensors:
+def tensors(args: LlamaArgs, quantization: Quantization | None = None, groups: dict[str, int] | None = None) -> Tensors:
     found = arrays(args)
     readers: dict[str, Callable[[], mx.array]] = {name: lambda name=name: found[name] for name in found}  # type: ignore[misc]
     shapes = {name: tuple(array.shape) for name, array in found.items()}
-    return Tensors(readers, shapes, "random", mx.float32, quantization)
+    return Tensors(readers, shapes, "random", mx.float32, quantization, groups=groups)
 
 
 def whole(args: LlamaArgs = ARGS, quantization: Quantization | None = None) -> Llama:
@@ -120,8 +122,8 @@ def on_ranks(size: int, do: Callable[[Shard], T]) -> list[T]:
         return [future.result(60) for future in futures]
 
 
-def part(shard: Shard, args: LlamaArgs = ARGS, quantization: Quantization | None = None) -> ShardedLlama:
-    return ShardedLlama(args, tensors(args, quantization), shard)
+def part(shard: Shard, args: LlamaArgs = ARGS, quantization: Quantization | None = None) -> SharedLlama:
+    return shared(args, tensors(args, quantization), shard)
 
 
 def changed(**changes: Any) -> LlamaArgs:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from engine.generation.lane import GenerateLane
 from engine.generation.leading import LeadingLane, witness
 from engine.generation.limits import LaneLimits
 from engine.generation.row import Generation
+from engine.generation.step import Step
 from engine.models.shard import Shard
 from engine.ticket import Ticket
 from engine.warm import WarmModels
@@ -68,7 +70,7 @@ class Notes:
 
 class Leading:
     def __init__(self, home: Path, model: LoadedModel | None = None, limits: LaneLimits = LIMITS) -> None:
-        self.model = model or tiny.loaded(shared_model.whole())
+        self.model = model or replace(tiny.loaded(shared_model.whole()), shard=Shard(0, 1))
         self.store = AdapterStore(home / "adapters")
         self.notes = Notes()
         pool = AdapterPool(self.model, self.store)
@@ -106,11 +108,14 @@ class Leading:
         return tiny.adapter(self.model, 4, seed, **options)
 
 
-def followed(leading: Leading, home: Path) -> tuple[GenerateLane, list[str], list[float]]:
+def followed(leading: Leading, home: Path, step: type[Step] = Step) -> tuple[GenerateLane, list[str], list[float]]:
     """Another rank that hears all of it; its lane, what it says of each turn, and what its clock has left."""
     model, store, left = leading.model, AdapterStore(home / "others"), iter(leading.notes.seconds)
     (_, limits), *words = leading.notes.words
-    inner = GenerateLane(model, AdapterPool(model, store), limits, clock=left.__next__)
+    inner = GenerateLane(
+        model, AdapterPool(model, store), limits, clock=left.__next__, agreed=lambda _: bool(next(left))
+    )
+    inner.step.__class__ = step
     inner.warm()
     lane, said = FollowedLane(inner), list[str]()
     for word, *given in words:
@@ -194,6 +199,25 @@ def test_a_rank_that_hears_what_rank_0_says_chooses_the_same_tokens_in_the_same_
     assert lane.preempted == leading.lane.preempted
 
 
+class Restless(Step):
+    """Of which each pass is one that was compiled anew."""
+
+    @property
+    def traced(self) -> int:
+        return time.perf_counter_ns()
+
+    @traced.setter
+    def traced(self, count: int) -> None: ...
+
+
+def test_a_rank_that_compiles_passes_which_rank_0_has_makes_the_same_chunks(leading: Leading, tmp_path: Path) -> None:
+    mixed(leading)
+    leading.finish()
+    _, said, left = followed(leading, tmp_path, Restless)
+    assert said == witnesses(leading)
+    assert not left
+
+
 def test_a_job_goes_on_on_all_ranks_behind_the_tokens_that_were_published(leading: Leading, tmp_path: Path) -> None:
     asked: dict[str, Any] = {"seed": 3, "temperature": 1.0, "max_tokens": 20}
     first = leading.submit(**asked)
@@ -218,8 +242,11 @@ def test_an_answer_keeps_to_its_grammar_on_all_ranks(smollm2: LoadedModel, tmp_p
     assert followed(leading, tmp_path)[1] == witnesses(leading)
 
 
-def test_an_adapter_is_lent_once_and_travels_as_one_array(leading: Leading) -> None:
-    leading.store.write("tiny", "one", leading.weights(1), {})
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_adapter_is_lent_once_and_travels_as_one_array(tmp_path: Path, dora: bool) -> None:
+    # Whole layers take norms of their own too.
+    leading = Leading(tmp_path, replace(tiny.loaded(shared_model.whole()), shard=Shard(0, 1).by_layers()))
+    leading.store.write("tiny", "one", leading.weights(1, dora=dora), {})
     leading.submit(adapter="one")
     leading.submit(adapter="one@1")
     leading.finish()
@@ -243,8 +270,8 @@ def test_an_adapter_is_lent_once_and_travels_as_one_array(leading: Leading) -> N
     received = lent.receive(Sent(1), leading.model.linear_shapes)
     assert received.config == weights.config
     for name, sides in weights.matrices.items():
-        assert received.matrices[name]["a"].tolist() == sides["a"].tolist()
-        assert received.matrices[name]["b"].tolist() == sides["b"].tolist()
+        assert received.matrices[name].keys() == sides.keys()
+        assert all(received.matrices[name][side].tolist() == array.tolist() for side, array in sides.items())
 
 
 def test_an_adapter_that_cannot_be_had_is_its_own_jobs_error_and_no_rank_hears_of_it(leading: Leading) -> None:

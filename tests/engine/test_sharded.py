@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -11,13 +12,17 @@ import pytest
 from engine.adapters.sharding import part_of
 from engine.adapters.stacked import StackedLora
 from engine.checkpoints.loading import load
+from engine.generation.forward_input import ForwardInput
+from engine.generation.step import Compiled, Step
+from engine.models.cache import KeyValues
 from engine.models.llama import Llama, LlamaArgs
 from engine.models.shard import Shard
+from engine.models.sharded import shared
 from engine.weights.quantized import Form, QuantizedTensor, dequantize, quantize
 from engine.weights.tensors import Quantization
 from stoker.errors import InvalidRequest, ModelError
 from tests.engine import shared_model, tiny
-from tests.engine.shared_model import ARGS, changed, on_ranks
+from tests.engine.shared_model import ARGS, ODD, changed, on_ranks
 
 TOKENS = mx.array([[7, 9, 11, 13, 66, 0, 33, 34], [1, 2, 3, 4, 5, 6, 7, 8]])
 TABLE = "model.embed_tokens.weight"
@@ -41,6 +46,20 @@ def test_the_ranks_make_together_what_the_whole_model_makes(args: LlamaArgs, ran
         np.testing.assert_allclose(one, wanted, atol=1e-4)
 
 
+@pytest.mark.parametrize("ranks", [2, 3, 5])
+@pytest.mark.parametrize(
+    "args",
+    [ODD, replace(ODD, tied=True), replace(ODD, qkv_bias=True, qk_norm=True), replace(ODD, window=3)],
+    ids=["llama", "tied", "biases-norms", "window"],
+)
+def test_ranks_with_layers_each_make_together_what_the_whole_model_makes(args: LlamaArgs, ranks: int) -> None:
+    wanted = logits(shared_model.whole(args))
+    found = on_ranks(ranks, lambda shard: logits(shared_model.part(shard, args)))
+    for one in found:
+        assert one.tobytes() == found[0].tobytes()
+        np.testing.assert_allclose(one, wanted, atol=1e-4)
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_a_quantized_model_is_cut_into_the_codes_that_the_whole_has(ranks: int) -> None:
     eight = Quantization(8, 32)
@@ -56,7 +75,7 @@ def test_each_row_has_its_adapter_and_the_parts_of_a_and_b_are_those_of_their_la
     weights = [tiny.adapter(model, 4, seed) for seed in (1, 2)]
 
     def stacked(shard: Shard | None) -> StackedLora:
-        parts = weights if shard is None else [part_of(each, shard) for each in weights]
+        parts = weights if shard is None else [part_of(each, shard, model.linear_shapes) for each in weights]
         stacks = {}
         for name in weights[0].matrices:
             sides = [part.matrices[name] for part in parts]
@@ -113,12 +132,12 @@ def test_a_group_of_weights_that_would_be_cut_is_refused() -> None:
 @pytest.mark.parametrize(
     ("args", "ranks", "said"),
     [
-        (ARGS, 4, "6 key/value heads over 4 ranks given; .* 1, 2, 3, 6 ranks can share this model"),
-        (ARGS, 5, "12 heads over 5 ranks given"),
-        (changed(hidden=190), 3, "190 hidden units of the MLP over 3 ranks given; .* 1, 2 ranks can"),
+        (ARGS, 4, "6 key/value heads over 4 ranks and 2 layers given; .* Up to 2, 3, 6 ranks can share this model"),
+        (ARGS, 5, "12 heads over 5 ranks and 2 layers given"),
+        (changed(hidden=190), 3, "190 hidden units of the MLP over 3 ranks and 2 layers given; .* Up to 2 ranks can"),
     ],
 )
-def test_a_model_that_cannot_be_cut_evenly_is_refused_with_the_ranks_that_can_share_it(
+def test_a_model_with_neither_heads_nor_layers_for_each_rank_is_refused_with_the_ranks_that_can_share_it(
     args: LlamaArgs, ranks: int, said: str
 ) -> None:
     with pytest.raises(ModelError, match=said):
@@ -128,7 +147,7 @@ def test_a_model_that_cannot_be_cut_evenly_is_refused_with_the_ranks_that_can_sh
 def test_a_dora_adapter_is_refused_with_what_to_do() -> None:
     model = tiny.loaded(shared_model.whole())
     with pytest.raises(InvalidRequest, match=r"a DoRA adapter given; .* LoRA alone\. Serve it on a worker without"):
-        part_of(tiny.adapter(model, 4, 1, dora=True), Shard(0, 2))
+        part_of(tiny.adapter(model, 4, 1, dora=True), Shard(0, 2), model.linear_shapes)
 
 
 def test_a_part_of_a_file_is_loaded_alone_and_takes_its_share_of_the_memory(tmp_path: Path) -> None:
@@ -138,6 +157,76 @@ def test_a_part_of_a_file_is_loaded_alone_and_takes_its_share_of_the_memory(tmp_
         part = load("part", [str(folder)], shard=Shard(rank, 3))
         assert part.bytes <= 1.1 / 3 * model.bytes
         assert (part.parameters, part.digest) == (model.parameters, model.digest)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_layers_are_shared_out_and_a_rank_reads_and_keeps_its_own_alone(tmp_path: Path, ranks: int) -> None:
+    args = replace(ODD, layers=6)
+    folder = shared_model.write(tmp_path / "model", args)
+    model = load("whole", [str(folder)])
+    for rank in range(ranks):
+        part = load("part", [str(folder)], shard=Shard(rank, ranks))
+        own = range(rank * 6 // ranks, (rank + 1) * 6 // ranks)
+        assert {name.split(".")[1] for name in part.llama.linears} == set(map(str, own))
+        assert part.bytes <= 1.1 / ranks * model.bytes
+        assert len(part.llama.kv_sizes.keys) == len(own)
+        assert (part.parameters, part.digest) == (model.parameters, model.digest)
+        assert part.linear_shapes == model.linear_shapes
+        assert f"{ranks} ranks share its layers" in part.summary
+
+
+def test_ranks_with_layers_each_count_keys_and_values_alike() -> None:
+    counted = {shared_model.part(Shard(rank, 2), ODD).kv_sizes.token_bytes for rank in range(2)}
+    assert counted == {3 * shared_model.whole(ODD).kv_sizes.token_bytes // 5}
+
+
+class MarkedShard(Shard):
+    """Whose exchanges show in a graph."""
+
+    __slots__ = ()
+
+    def sum(self, x: mx.array) -> mx.array:
+        return mx.sinh(x)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+@pytest.mark.parametrize(("compiled", "tokens"), [("none", 4), ("decode", 1)])
+def test_a_pass_that_only_stores_makes_the_exchanges_of_all_ranks(
+    rank: int, compiled: Compiled, tokens: int, tmp_path: Path
+) -> None:
+    part = shared_model.part(MarkedShard(rank, 3), ODD)
+    kv = KeyValues(part, 2, 256)
+    given = ForwardInput(mx.zeros((2, tokens), mx.int32), mx.zeros((2,), mx.int32), 256)
+    Step(part, compiled)(kv, given)
+    for array in (*kv.keys, *kv.values):
+        mx.export_to_dot(str(tmp_path / "graph.dot"), array)
+        # One for the vocabulary, one behind each rank's layers.
+        assert (tmp_path / "graph.dot").read_text().count('label ="Sinh"') == 4
+
+
+@pytest.mark.parametrize(
+    ("quantization", "groups", "split"),
+    [
+        (Quantization(8, 64), {}, "layers"),
+        (Quantization(8, 32), {}, "heads"),
+        (Quantization(8, 128), {}, "heads"),
+        (None, {"model.layers.1.mlp.down_proj.weight": 64}, "layers"),
+        (Quantization(), {"model.layers.1.self_attn.o_proj.weight": 32}, "heads"),
+    ],
+    ids=["asked for", "smaller", "too large for any", "in the file", "whole in the file"],
+)
+def test_a_model_whose_groups_would_be_cut_is_shared_by_layers(
+    quantization: Quantization | None, groups: dict[str, int], split: str
+) -> None:
+    tensors = shared_model.tensors(ARGS, quantization, groups)
+    assert shared(ARGS, tensors, Shard(0, 2)).shard.split == split
+
+
+def test_a_rank_with_layers_takes_what_an_adapter_changes_in_them_whole_also_of_dora() -> None:
+    weights = tiny.adapter(tiny.loaded(shared_model.whole(ODD)), 4, 1, dora=True)
+    part = shared_model.part(Shard(1, 2), ODD)
+    own = part_of(weights, part.shard, part.linears)
+    assert own.matrices == {name: sides for name, sides in weights.matrices.items() if name[7] in "234"}
 
 
 def test_a_model_that_runs_a_file_of_mlx_lm_is_refused_by_name(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from tests import endless
 from tests.chaos.fleet import GENERATE, processes
 from tests.conftest import alive, stack_settings, wait_until
 from tests.endless import CHECKPOINTS
+from tests.engine import shared_model
 from tests.integration.cable import Cable
 from workers.ending import EXIT_CODE
 from workers.group.channel import SILENCE
@@ -53,9 +54,9 @@ def rows(tmp_path: Path) -> Path:
 
 
 @contextmanager
-def group(home: Path, ranks: int, *, shard: bool = False) -> Iterator[Stack]:
-    """A worker of so many ranks, with a broker of its own."""
-    models = (f"{GENERATE}={endless.write(home)}",)
+def group(home: Path, ranks: int, *, shard: bool = False, model: Path | None = None) -> Iterator[Stack]:
+    """A worker of so many ranks, with a broker of its own. `model`: its files; None: those of `endless`."""
+    models = (f"{GENERATE}={model or endless.write(home)}",)
     settings = stack_settings(home / "home", models=models, ranks=ranks, shard=shard, grace=1.0)
     with Stack(settings, flower=False, own_broker=True) as stack:
         stack.wait_until_warm()
@@ -204,13 +205,24 @@ def two_hosts(leaving: ExitStack, settings: Settings, monkeypatch: pytest.Monkey
 
 @pytest.mark.slow
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("lost", [0, 1])
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize(
+    ("what", "lost", "how"),
+    [
+        *(("heads", lost, how) for lost in (0, 1) for how in (signal.SIGKILL, signal.SIGSTOP)),
+        ("layers", 0, signal.SIGSTOP),
+        ("layers", 1, signal.SIGKILL),
+    ],
+)
 def test_a_stream_of_ranks_that_share_a_model_goes_on_at_the_next_token_when_a_lost_group_is_back(
-    tmp_path: Path, rows: Path, lost: int, how: signal.Signals
+    tmp_path: Path, rows: Path, what: str, lost: int, how: signal.Signals
 ) -> None:
-    asked: dict[str, Any] = {"model": GENERATE, "max_tokens": 600, "temperature": 1.5, "seed": 5}
-    with group(tmp_path, 2, shard=True) as stack, Client(settings=stack.settings) as client:
+    asked: dict[str, Any] = {
+        "model": GENERATE, "max_tokens": 600, "temperature": 1.5, "seed": 5, "ignore_eos": True,
+    }  # fmt: skip
+    model = shared_model.write(tmp_path / "odd", shared_model.ODD) if what == "layers" else None
+    with group(tmp_path, 2, shard=True, model=model) as stack, Client(settings=stack.settings) as client:
+        (worker,) = client.workers()
+        assert [state.shared for state in worker.states] == [what]
         with pytest.raises(UnknownModel, match=f"model '{GENERATE}' cannot train"):
             client.train("style", dataset=rows, **OPTIONS)
         calm = client.generate("ab", **asked).result(timeout=60)

@@ -157,6 +157,7 @@ def test_a_job_for_a_model_that_was_unloaded_is_refused_and_says_why() -> None:
     [
         (None, "warm"),
         (ModelState(model="a", state="warm", pinned=True), "warm, pinned"),
+        (ModelState(model="a", state="warm", shared="layers"), "warm, its layers shared by the ranks"),
         (ModelState(model="a", state="offered"), "loaded when a job waits for it"),
         (ModelState(model="a", state="refused", why="no room"), "refused: no room"),
         (ModelState(model="a", state="loading"), "loading"),

@@ -81,8 +81,8 @@ class FakeEngine:
         del self.models[name]
         return True
 
-    def shares(self, name: str) -> bool:
-        return name in self.shared
+    def shares(self, name: str) -> str:
+        return "layers" if name in self.shared else ""
 
 
 class Doors:

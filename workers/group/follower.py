@@ -125,9 +125,13 @@ class Follower:
             lookup=command.lookup,
         )
         pool = AdapterPool(model, self._adapters, self._settings.adapter_memory << 20)
-        lane = GenerateLane(model, pool, limits, clock=self._seconds.get)
+        lane = GenerateLane(model, pool, limits, clock=self._seconds.get, agreed=self._agreed)
         lane.warm()
         self._lanes[command.model] = FollowedLane(lane)
+
+    def _agreed(self, own: bool) -> bool:
+        """What rank 0 found, where ranks may find something else."""
+        return bool(self._seconds.get())
 
     def _keep(self, command: Lend) -> None:
         """Have the files of an adapter, whose version is the same wherever it lies."""

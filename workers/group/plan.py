@@ -17,7 +17,7 @@ from stoker.contract.shown import brief
 from stoker.errors import StokerError
 
 #: Of what is written here. Ranks of different ones do not work together.
-VERSION = 2
+VERSION = 3
 #: Bytes that a line may have: a prompt of a million tokens has half of it.
 LONGEST = 1 << 24
 
@@ -120,7 +120,8 @@ class Turn(Message):
 
 
 class Measured(Message):
-    """What the clock of rank 0 said: that of the others says it too, when they come to the same place."""
+    """What the clock of rank 0 said, or 1 or 0 for what it found: the others go by it when they come to the same
+    place."""
 
     said: Literal["measured"] = "measured"
     seconds: float

@@ -93,7 +93,12 @@ class ModelKeeper:
     def _state(self, resident: Resident) -> ModelState:
         idle = 0.0 if self.held(resident.model) else max(0.0, self.residents.clock() - self.last_used(resident))
         return ModelState(
-            model=resident.model, state="warm", pinned=resident.pinned, bytes=resident.bytes, idle=round(idle, 1)
+            model=resident.model,
+            state="warm",
+            pinned=resident.pinned,
+            bytes=resident.bytes,
+            idle=round(idle, 1),
+            shared=self._runtime.engine.shares(resident.model),
         )
 
     def load(self, model: str, sources: Sources, origin: Origin) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
-"""A worker's engine whose model is shared by ranks: `python -m tests.workers.group.sharded_child HOME MODEL RANKS`.
+"""A worker's engine whose models are shared by ranks: `python -m tests.workers.group.sharded_child HOME FOLDER RANKS`.
 
-The last line that it prints is what `scenario` found, as JSON.
+`FOLDER` has those of `MODELS`. The last line that it prints is what `scenarios` found, as JSON.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from workers.machine import make_engine
 if TYPE_CHECKING:
     from engine.engine import Engine
 
-NAME = "tiny"
+#: The first is shared by its heads, the others by their layers.
+MODELS = ("tiny", "odd")
 #: Long enough for the prefix cache.
 PROMPT = tuple(3 + n * 7 % 20 for n in range(40))
 
@@ -43,26 +44,32 @@ class Streams:
         return [token.token_id for token in self.found[job]]
 
 
-def asking(**options: Any) -> GenerateRequest:
-    fields = {"model": NAME, "prompt_ids": PROMPT, "max_tokens": 12, "ignore_eos": True}
-    return GenerateRequest(**{**fields, **options})
-
-
-REQUESTS = {
-    "greedy": asking(),
-    "seeded": asking(temperature=1.0, seed=7, top_p=0.9, max_tokens=20),
-    "penalised": asking(temperature=0.7, seed=1, presence_penalty=0.5, n=2),
-    "plain-adapter": asking(adapter="first", temperature=0.9, seed=3),
-    "another-adapter": asking(adapter="second@1"),
-    "short": asking(prompt_ids=(5, 9)),
-    "stopped": asking(ignore_eos=False, stop_token_ids=(11,), temperature=1.2, seed=5),
+REQUESTS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "seeded": {"temperature": 1.0, "seed": 7, "top_p": 0.9, "max_tokens": 20},
+    "penalised": {"temperature": 0.7, "seed": 1, "presence_penalty": 0.5, "n": 2},
+    "plain-adapter": {"adapter": "first", "temperature": 0.9, "seed": 3},
+    "another-adapter": {"adapter": "second@1"},
+    "adapter-of-one-layer": {"adapter": "last", "temperature": 0.9, "seed": 3},
+    "short": {"prompt_ids": (5, 9)},
+    # Its prompt takes several chunks, of which all but the last choose no token.
+    "long": {"prompt_ids": PROMPT * 20, "max_tokens": 4},
+    "stopped": {"ignore_eos": False, "stop_token_ids": (11,), "temperature": 1.2, "seed": 5},
 }
 
 
-def scenario(engine: Engine, streams: Streams) -> dict[str, Any]:
+def scenario(engine: Engine, streams: Streams, model: str) -> dict[str, Any]:
     """Jobs of all kinds in one batch, one that is cancelled, one that goes on from elsewhere, one that finds its
     prompt; and what the weights take."""
-    tickets = {name: engine.submit(name, request) for name, request in REQUESTS.items()}
+
+    def asking(**options: Any) -> GenerateRequest:
+        fields = {"model": model, "prompt_ids": PROMPT, "max_tokens": 12, "ignore_eos": True}
+        return GenerateRequest(**{**fields, **options})
+
+    requests = {name: asking(**options) for name, options in REQUESTS.items()}
+    if model != MODELS[0]:
+        requests["dora"] = asking(adapter="normed")
+    tickets = {name: engine.submit(name, request) for name, request in requests.items()}
     endless = engine.submit("endless", asking(max_tokens=3000))
     with streams.changed:
         assert streams.changed.wait_for(lambda: len(streams.found["endless"]) > 4, 30)
@@ -71,7 +78,7 @@ def scenario(engine: Engine, streams: Streams) -> dict[str, Any]:
     with suppress(JobCancelled):
         endless.result(30)
     results = {name: ticket.result(30) for name, ticket in tickets.items()}
-    resumed = engine.submit("resumed", REQUESTS["seeded"], streams.found["seeded"][:9])
+    resumed = engine.submit("resumed", requests["seeded"], streams.found["seeded"][:9])
     again = engine.submit("again", asking()).result(30)
     made = {name: [list(one.token_ids) for one in (result, *result.others)] for name, result in results.items()}
     return {
@@ -79,20 +86,28 @@ def scenario(engine: Engine, streams: Streams) -> dict[str, Any]:
         "cached": again.usage.cached_tokens,
         "endless": streams.ids("endless"),
         "cancelled": type(endless.error).__name__,
-        "bytes": engine.model(NAME).bytes,
-        "parameters": engine.model(NAME).parameters,
+        "bytes": engine.model(model).bytes,
+        "parameters": engine.model(model).parameters,
+        "shared": engine.shares(model),
     }
 
 
-def main(home: Path, model: Path, ranks: int) -> None:
-    settings = load_settings(
-        home=home, models=(f"{NAME}={model}",), ranks=ranks, shard=True, step_limit=60.0, log_level="error"
-    )
+def scenarios(engine: Engine, streams: Streams) -> dict[str, dict[str, Any]]:
+    found = {}
+    for model in MODELS:
+        streams.found.clear()
+        found[model] = scenario(engine, streams, model)
+    return found
+
+
+def main(home: Path, folder: Path, ranks: int) -> None:
+    models = tuple(f"{model}={folder / model}" for model in MODELS)
+    settings = load_settings(home=home, models=models, ranks=ranks, shard=True, step_limit=60.0, log_level="error")
     streams = Streams()
     engine = make_engine(settings, streams.publish, lambda: None)
     engine.start()
     try:
-        found = scenario(engine, streams)
+        found = scenarios(engine, streams)
     finally:
         engine.stop()
     print(json.dumps(found))
