@@ -9,8 +9,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from engine.adapters.lora import LoraWeights
+from engine.adapters.pool import AdapterPool
 from engine.adapters.sharding import part_of
 from engine.adapters.stacked import StackedLora
+from engine.adapters.store import AdapterStore
 from engine.checkpoints.loading import load
 from engine.generation.forward_input import ForwardInput
 from engine.generation.step import Compiled, Step
@@ -157,6 +160,16 @@ def test_a_part_of_a_file_is_loaded_alone_and_takes_its_share_of_the_memory(tmp_
         part = load("part", [str(folder)], shard=Shard(rank, 3))
         assert part.bytes <= 1.1 / 3 * model.bytes
         assert (part.parameters, part.digest) == (model.parameters, model.digest)
+
+
+def test_an_adapter_of_other_ranks_layers_alone_adds_nothing_to_the_passes_here(tmp_path: Path) -> None:
+    whole = tiny.adapter(tiny.loaded(shared_model.whole(ODD)), 4, 1)
+    own = {name: sides for name, sides in whole.matrices.items() if name.startswith("layers.4.")}
+    for rank, has in ((0, False), (1, True)):
+        part = shared_model.part(Shard(rank, 2), ODD)
+        pool = AdapterPool(replace(tiny.loaded(part), shard=part.shard), AdapterStore(tmp_path / str(rank)))
+        pool.save("last", LoraWeights(replace(whole.config, targets=tuple(own)), own), {})
+        assert (pool.rows([pool.acquire("last")]) is not None) is has
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
