@@ -37,6 +37,7 @@ from engine.training.guard import MAX_ROLLBACKS, RATE_FACTOR, divergence
 from engine.training.loss import cross_entropy
 from engine.training.optimizer import Moments, adamw, clipped
 from engine.training.ranks import ALONE, Ranks, as_floats, from_floats, part_of, share_of
+from engine.training.run_ahead import RunAhead
 from engine.training.schedule import learning_rate
 from engine.training.state import TrainState
 from stoker.contract import TrainReport, TrainRequest
@@ -74,6 +75,7 @@ class Trainer:
         # The CPU back-end gains nothing from it, and would trace every shape anew.
         compiled: Callable[..., Callable[..., mx.array]] = (lambda function: function) if on_cpu() else mx.compile
         self._align = 1 if on_cpu() else _ALIGN
+        self._run_ahead = RunAhead()
         self._slope = compiled(mx.value_and_grad(self.training_loss))
         self._value = compiled(self.held_out_loss)
         # Of micro-batches that are dealt out this rank has the same examples each time.
@@ -165,10 +167,11 @@ class Trainer:
             return
         batch = collate(examples, self._align, part)
         slope = self._slope if share.whole else self._slope_of_part
-        loss, gradient = slope(state.weights, self._key(share.micro), *_arrays(batch))
-        if state.gradient is not None:
-            gradient = state.gradient + gradient
-        mx.eval(loss, gradient)
+        with self._run_ahead.bounded(batch.inputs.size):
+            loss, gradient = slope(state.weights, self._key(share.micro), *_arrays(batch))
+            if state.gradient is not None:
+                gradient = state.gradient + gradient
+            mx.eval(loss, gradient)
         self.state = replace(
             state,
             micro=share.after,
@@ -238,7 +241,7 @@ class Trainer:
             gradient_norm=0.0,
             tokens=anchor.tokens,
             tokens_per_second=0.0,
-            memory_bytes=int(mx.get_peak_memory()),
+            memory_bytes=self._run_ahead.peak,
             note=f"{said}; rolled back to step {anchor.step}, learning rate times {factor:g}",
         )
 
@@ -267,7 +270,7 @@ class Trainer:
             steps=request.steps,
             tokens=state.tokens,
             held_out_loss=held_out,
-            memory_bytes=int(mx.get_peak_memory()),
+            memory_bytes=self._run_ahead.peak,
             epoch=state.micro / self._batches.an_epoch,
             last=self.finished,
             loss=fields["loss"],
@@ -282,7 +285,10 @@ class Trainer:
         for first in range(0, len(self._held_out), ranks.size):
             for examples in self._held_out[first + ranks.rank : first + ranks.rank + 1]:
                 batch = collate(examples, self._align)
-                total += _number(self._value(self.state.weights, *_arrays(batch)))
+                with self._run_ahead.bounded():
+                    loss = self._value(self.state.weights, *_arrays(batch))
+                    mx.eval(loss)
+                total += _number(loss)
                 count += batch.count
             yield None
         if ranks.size > 1:
