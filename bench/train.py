@@ -147,7 +147,7 @@ def loading(plan: Plan, folder: Path) -> Rows:
         store = AdapterStore(Path(home))
         for number in range(12):
             store.write(
-                "bench", f"a{number}", initialise(LoraConfig(8, 16.0, targets), model.decoder.linears, number), {}
+                "bench", f"a{number}", initialise(LoraConfig(8, 16.0, targets), model.linear_shapes, number), {}
             )
         pool = AdapterPool(model, store)
         load_seconds, use_seconds = [], []

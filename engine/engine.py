@@ -295,7 +295,7 @@ class Engine:
         model = self._warm.models.get(request.model)
         if model is None:
             raise _unloaded(request.model)
-        return kept_bytes(model.linear_shapes, request)
+        return kept_bytes(model.linear_shapes, request, model.shard)
 
     def pool(self, model: str) -> AdapterPool:
         """The adapters of `model` in memory."""
@@ -405,8 +405,9 @@ class Engine:
         )
 
     def _waits(self, lane: AnyLane) -> bool:
-        """Whether a turn of the lane would wait for other ranks, and running streams with it."""
-        return lane.kind == TrainRequest.kind and not self._group.ready
+        """Whether a turn of the lane would wait for other ranks, and running streams with it. Ranks that share their
+        models make every turn at the same time, streams' too: none is ahead."""
+        return lane.kind == TrainRequest.kind and self._sharing is None and not self._group.ready
 
     def _take_turn(self, turn: tuple[str, str], *, makes_way: bool) -> None:
         """Run a lane by a step, and report what it made."""

@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from engine.models.layers import Linear
+from engine.models.shard import Shard
 from stoker.contract import DEFAULT_TARGETS
 from stoker.errors import InvalidRequest
 
@@ -76,20 +77,22 @@ def chosen_targets(shapes: Mapping[str, tuple[int, int]], asked: tuple[str, ...]
     return found or tuple(names)
 
 
-def initialise(config: LoraConfig, linears: Mapping[str, Linear], seed: int) -> LoraWeights:
+def initialise(
+    config: LoraConfig, shapes: Mapping[str, tuple[int, int]], seed: int, squares: Mapping[str, mx.array] | None = None
+) -> LoraWeights:
     """A fresh adapter that changes nothing yet: A uniform in ±1/√in as in PEFT, B zero, m the norms of the base.
 
-    The same seed, the same A.
+    `shapes`: (in, out) of the model's layers; `squares`: for DoRA, the `square_norms` of those that are changed. The
+    same seed, the same A.
     """
     random = np.random.default_rng(seed)
     matrices: Matrices = {}
-    shapes = {name: linear.shape for name, linear in linears.items()}
     for name, (width_in, width_out) in sorted(target_shapes(shapes, config.targets).items()):
         bound = width_in**-0.5
         a = random.uniform(-bound, bound, (width_in, config.rank)).astype(np.float32)
         matrices[name] = {"a": mx.array(a), "b": mx.zeros((config.rank, width_out))}
-        if config.dora:
-            matrices[name]["m"] = mx.sqrt(square_norms(linears[name]))
+        if squares is not None:
+            matrices[name]["m"] = mx.sqrt(squares[name])
     return LoraWeights(config, matrices)
 
 
@@ -124,7 +127,8 @@ class TrainableLora:
     `linears` is needed for DoRA alone: name → frozen layer. `squares`: name → its `square_norms`.
     `dropout` p sets each input of A to 0 with probability p and divides the others by 1 − p; its draws depend on `key`
     and on the layer alone. `drawn`: (examples, first), where x has the examples of a larger batch from `first` on: the
-    draws are those that they have in it.
+    draws are those that they have in it. `shard`: where `matrices` are a rank's parts of an adapter, whose inputs have
+    the draws of the whole.
     """
 
     apart = True
@@ -139,8 +143,9 @@ class TrainableLora:
         dropout: float = 0.0,
         keys: Mapping[str, mx.array] | None = None,
         drawn: tuple[int, int] | None = None,
+        shard: Shard | None = None,
     ) -> None:
-        self._matrices, self._scale = matrices, scale
+        self._matrices, self._scale, self._shard = matrices, scale, shard
         self._linears, self._squares = linears or {}, squares or {}
         self._dropout, self._keys, self._drawn = dropout, keys or {}, drawn
 
@@ -164,9 +169,13 @@ class TrainableLora:
     def _dropped(self, name: str, x: mx.array) -> mx.array:
         if not self._dropout:
             return x
-        examples, first = self._drawn or (x.shape[0], 0)
-        kept = mx.random.bernoulli(1.0 - self._dropout, (examples, *x.shape[1:]), key=self._keys[name])
-        kept = kept[first : first + x.shape[0]]
+        (rows, tokens, width), shard = x.shape, self._shard
+        examples, first = self._drawn or (rows, 0)
+        whole = width if shard is None else shard.whole(name, (0, width))[1]
+        kept = mx.random.bernoulli(1.0 - self._dropout, (examples, tokens, whole), key=self._keys[name])
+        kept = kept[first : first + rows]
+        if shard is not None and whole != width:
+            kept = kept[..., shard.own(whole)]
         return mx.where(kept, x * (1.0 / (1.0 - self._dropout)), mx.zeros_like(x))
 
 

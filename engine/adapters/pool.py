@@ -106,10 +106,11 @@ class AdapterPool:
         return self._uses.total()
 
     def save(self, name: str, weights: LoraWeights, notes: Mapping[str, object], version: int | None = None) -> int:
-        """Write a trained adapter as a version, by default the next one, and hold it."""
+        """Write a trained adapter as a version, by default the next one, and hold it; of a model that ranks share, all
+        of them do so when a job asks for it."""
         own = self.own(weights)
         version = self._store.write(self._model.name, name, weights, notes, version)
-        if self._find(name, version) is None:
+        if self._model.shard is None and self._find(name, version) is None:
             self._hold(name, version, own)
         return version
 

@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 
 import mlx.core as mx
 
 from engine.adapters.lora import LoraWeights, Matrices
-from engine.models.shard import Shard
+from engine.models.shard import Cut, Shard
 from stoker.errors import InvalidRequest
+
+#: The axis by which a side is cut; those that are not here are whole on each rank.
+_AXES: dict[Cut | None, dict[str, int]] = {"outputs": {"b": 1}, "inputs": {"a": 0}}
+
+
+def axis_of(shard: Shard, name: str, side: str) -> int | None:
+    """The axis by which ranks share one side of the adapter of the layer `name`; None: each has the whole."""
+    return _AXES.get(shard.cut_of(name), {}).get(side)
+
+
+def own_part(shard: Shard, name: str, side: str, whole: mx.array) -> mx.array:
+    """A rank's part of one side."""
+    axis = axis_of(shard, name, side)
+    if axis is None:
+        return whole
+    own = shard.own(whole.shape[axis])
+    return whole[own] if axis == 0 else whole[:, own]
+
+
+def joined_parts(shard: Shard, name: str, side: str, parts: Sequence[mx.array]) -> mx.array:
+    """The inverse, of the parts of all ranks of a side that they share."""
+    axis = axis_of(shard, name, side)
+    assert axis is not None
+    return mx.concatenate(list(parts), axis)
 
 
 def part_of(weights: LoraWeights, shard: Shard, layers: Container[str]) -> LoraWeights:
@@ -23,13 +47,9 @@ def part_of(weights: LoraWeights, shard: Shard, layers: Container[str]) -> LoraW
             "a DoRA adapter given; a model whose heads several ranks share takes LoRA alone. Serve it on a worker "
             "without STOKER_SHARD, or train it with LoRA."
         )
-    own = {name: sides for name, sides in weights.matrices.items() if name in layers}
-    matrices: Matrices = {name: _cut(name, sides, shard) for name, sides in own.items()}
+    matrices: Matrices = {
+        name: {side: own_part(shard, name, side, whole) for side, whole in sides.items()}
+        for name, sides in weights.matrices.items()
+        if name in layers
+    }
     return LoraWeights(weights.config, matrices)
-
-
-def _cut(name: str, sides: dict[str, mx.array], shard: Shard) -> dict[str, mx.array]:
-    cut, a, b = shard.cut_of(name), sides["a"], sides["b"]
-    if cut == "outputs":
-        return {"a": a, "b": b[:, shard.own(b.shape[1])]}
-    return {"a": a[shard.own(a.shape[0])], "b": b} if cut == "inputs" else sides

@@ -10,6 +10,7 @@ import mlx.core as mx
 from engine.models.cache import KvSizes, LayerCache
 from engine.models.joint import Cache
 from engine.models.layers import LayerAdapters, Linear
+from engine.models.shard import Shard
 from engine.models.stretches import Stretches
 
 
@@ -48,6 +49,11 @@ class Decoder(Protocol):
     @property
     def linear_shapes(self) -> Mapping[str, tuple[int, int]]: ...
     @property
+    def shard(self) -> Shard | None:
+        """The part of the model that this is; None: the whole."""
+        ...
+
+    @property
     def stretches(self) -> Stretches | None:
         """Its parts, where it can be run in parts."""
         ...
@@ -64,6 +70,11 @@ class Decoder(Protocol):
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Logits (…, vocab), float32, of hidden states (…, dim)."""
+        ...
+
+    def own_logits(self, hidden: mx.array) -> mx.array:
+        """Of a model that ranks share this rank's columns alone, (…, `shard.rows_of(vocab)`), for a gradient that all
+        ranks make at the same time; else all of them."""
         ...
 
     def head(self, hidden: mx.array) -> mx.array:

@@ -19,6 +19,7 @@ from engine.models.decoder import RunBlock
 from engine.models.fastmath import swiglu
 from engine.models.joint import Cache, JointView
 from engine.models.layers import Embedding, FusedLinear, LayerAdapters, Linear, RMSNorm
+from engine.models.shard import Shard
 from engine.models.sizes import decoder_sizes, gguf_sizes, layers_of
 from engine.models.stretches import Hidden, Stretches, in_parts, without_tokens
 from engine.weights.tensors import Tensors
@@ -242,6 +243,9 @@ class Llama:
     `own`: the layers that this process has; None: all.
     """
 
+    #: The part of the model that this is; None: the whole.
+    shard: Shard | None = None
+
     def __init__(self, args: LlamaArgs, tensors: Tensors, own: range | None = None):
         self.args = args
         table, head = _ends(args, tensors)
@@ -330,6 +334,9 @@ class Llama:
     def logits(self, hidden: mx.array) -> mx.array:
         """Logits (…, vocab), float32, of hidden states (…, dim)."""
         return self.head(hidden).astype(mx.float32)
+
+    def own_logits(self, hidden: mx.array) -> mx.array:
+        return self.logits(hidden)
 
     def head(self, hidden: mx.array) -> mx.array:
         """The same in the model's own dtype: a kernel reads half the bytes of 16 bits."""

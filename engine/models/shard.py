@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal, Self, TypeAlias
+from typing import Literal, Self, TypeAlias, cast
 
 import mlx.core as mx
 
@@ -51,8 +51,22 @@ class Shard:
         return made
 
     def sum(self, x: mx.array) -> mx.array:
-        """The sum over all ranks, on its way; the same bits on each."""
+        """The sum over all ranks, on its way; the same bits on each. Its gradient goes to every rank as it is."""
         return mx.distributed.all_sum(x, group=self._group)
+
+    def spread(self, x: mx.array) -> mx.array:
+        """`x`, whole on each rank, as the input of layers of which each rank has its outputs: as it is, with the sum of
+        the ranks' gradients as its own. With `sum` these are f and g of Shoeybi et al."""
+
+        @mx.custom_function
+        def same(x: mx.array) -> mx.array:
+            return x
+
+        @same.vjp
+        def _(primal: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
+            return self.sum(cotangent)
+
+        return cast("mx.array", same(x))
 
     def joined(self, x: mx.array) -> mx.array:
         """What each rank has of the last axis side by side, (…, size · n) of (…, n) each; on its way."""

@@ -8,7 +8,7 @@ from dataclasses import replace
 import mlx.core as mx
 
 from engine.models.cache import KvSizes
-from engine.models.layers import Embedding, LayerAdapters, Linear, RowAdapters
+from engine.models.layers import Embedding, LayerAdapters, Linear, RMSNorm, RowAdapters
 from engine.models.llama import Llama, LlamaArgs
 from engine.models.shard import Shard
 from engine.models.stretches import Hidden
@@ -61,11 +61,24 @@ class SharedEmbedding(Embedding):
         return self._own.dtype
 
 
+class SpreadNorm(RMSNorm):
+    """A norm behind which each rank goes on with its own outputs."""
+
+    def __init__(self, norm: RMSNorm, shard: Shard) -> None:
+        super().__init__(norm.weight, norm.eps)
+        self._shard = shard
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self._shard.spread(super().__call__(x))
+
+
 class SharedLlama(Llama):
     """This rank's part, with its rows of the vocabulary. Hidden states and logits are whole on each rank.
 
     `args`: of what this rank has of each layer; `own`: its layers.
     """
+
+    shard: Shard
 
     def __init__(self, args: LlamaArgs, tensors: Tensors, shard: Shard, own: range) -> None:
         tensors.part = shard
@@ -75,6 +88,10 @@ class SharedLlama(Llama):
 
     def head(self, hidden: mx.array) -> mx.array:
         return self.shard.joined(super().head(hidden))[..., : self.args.vocab]
+
+    def own_logits(self, hidden: mx.array) -> mx.array:
+        # The last columns of the last ranks may stand for no token: they have a logit of 0.
+        return super().head(self.shard.spread(hidden)).astype(mx.float32)
 
 
 class HeadsLlama(SharedLlama):
@@ -87,6 +104,8 @@ class HeadsLlama(SharedLlama):
         for layer in self.layers:
             layer.self_attn.o_proj = SummedLinear(layer.self_attn.o_proj, shard)
             layer.mlp.down_proj = SummedLinear(layer.mlp.down_proj, shard)
+            layer.input_layernorm = SpreadNorm(layer.input_layernorm, shard)
+            layer.post_attention_layernorm = SpreadNorm(layer.post_attention_layernorm, shard)
 
     @property
     def linear_shapes(self) -> dict[str, tuple[int, int]]:

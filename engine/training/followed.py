@@ -24,7 +24,8 @@ Count = Annotated[int, Field(ge=1, lt=2**40)]
 
 class RunHeader(Message):
     """A plan's small part. The rest follows as arrays: `examples` in all with `tokens` in all, and of each state the
-    weights and the moments, `weights` numbers each. `anchor`: None, it is the state."""
+    weights and the moments, `weights` numbers each; `gradient`: and that of the step under way. `anchor`: None, it is
+    the state."""
 
     run: Annotated[str, Field(max_length=128)]
     model: Annotated[str, Field(max_length=128)]
@@ -33,6 +34,7 @@ class RunHeader(Message):
     tokens: Count
     weights: Count
     state: dict[str, Any]
+    gradient: bool
     anchor: dict[str, Any] | None
 
 
@@ -44,8 +46,8 @@ def header_of(plan: RunPlan) -> RunHeader:
         examples=len(plan.examples),
         tokens=sum(map(len, plan.examples)),
         weights=plan.state.weights.size,
-        # What rank 0 has of a step under way is counted there alone.
-        state=replace(plan.state, loss_sum=0.0, targets=0).numbers,
+        state=plan.state.numbers,
+        gradient=plan.state.gradient is not None,
         anchor=None if plan.anchor is plan.state else plan.anchor.numbers,
     )
 
@@ -57,7 +59,7 @@ def send(ranks: Ranks, plan: RunPlan) -> None:
     of_rank_0(ranks, mx.array(np.concatenate(words).astype(np.int32)))
     of_rank_0(ranks, mx.array([[len(example), example.line] for example in plan.examples], mx.int32))
     for state in [plan.state] if plan.anchor is plan.state else [plan.state, plan.anchor]:
-        for array in (state.weights, state.moments.first, state.moments.second):
+        for array in state.arrays.values():
             of_rank_0(ranks, array)
 
 
@@ -67,11 +69,15 @@ class FollowedRun:
     def __init__(self, decoder: Decoder, header: RunHeader, ranks: Ranks) -> None:
         words = of_rank_0(ranks, mx.zeros((header.tokens,), mx.int32))
         lines = of_rank_0(ranks, mx.zeros((header.examples, 2), mx.int32))
-        state = _state(ranks, header.weights, header.state)
+        state = _state(ranks, header.weights, header.state, gradient=header.gradient)
         anchor = state if header.anchor is None else _state(ranks, header.weights, header.anchor)
         learned, held_out = divided(_examples(np.array(words), np.array(lines)), header.request)
         self._trainer = Trainer(decoder, header.request, learned, held_out, ranks)
-        self._trainer.state, self._trainer.anchor = state, anchor
+        if decoder.shard is None:
+            # What rank 0 has of a step under way is counted there alone.
+            state = replace(state, gradient=None, loss_sum=0.0, targets=0)
+        self._trainer.state = state
+        self._trainer.anchor = state if header.anchor is None else anchor
         self._turns = self._trainer.run()
 
     def advance(self) -> str:
@@ -83,10 +89,14 @@ class FollowedRun:
             return str(error)[:200]
         return self._trainer.witness
 
+    def keep(self) -> None:
+        """Give this rank's part of what rank 0 keeps of the run."""
+        self._trainer.resumable()
 
-def _state(ranks: Ranks, size: int, numbers: dict[str, Any]) -> TrainState:
-    arrays = {name: of_rank_0(ranks, mx.zeros((size,))) for name in ("weights", "first", "second")}
-    return TrainState.of(arrays, numbers)
+
+def _state(ranks: Ranks, size: int, numbers: dict[str, Any], *, gradient: bool = False) -> TrainState:
+    names = ["weights", "first", "second", *(["gradient"] if gradient else [])]
+    return TrainState.of({name: of_rank_0(ranks, mx.zeros((size,))) for name in names}, numbers)
 
 
 def _examples(words: np.ndarray, lines: np.ndarray) -> Sequence[TokenizedExample]:

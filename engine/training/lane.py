@@ -22,7 +22,7 @@ from engine.training.run import TrainingRun
 from stoker.contract import TrainReport, TrainRequest, TrainResult, Usage
 from stoker.contract.dataset import TrainInput, iterate_lines
 from stoker.contract.names import Rule, checked
-from stoker.errors import DatasetError, JobCancelled, WorkerUnavailable
+from stoker.errors import DatasetError, InvalidRequest, JobCancelled, StokerError, WorkerUnavailable
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +64,11 @@ class TrainLane:
     def prepare(self, ticket: Ticket[TrainResult], request: TrainRequest, data: TrainInput | None) -> TrainWork:
         if data is None:
             raise DatasetError("dataset: gone from the broker before the run began. Send the job again.")
+        if request.dora and self._model.shard is not None:
+            raise InvalidRequest(
+                f"dora: true given; ranks share the heads of {request.model} here, and train LoRA alone. Leave dora "
+                "out, or train on a worker without STOKER_SHARD."
+            )
         limit = allowed_length(request, self._model.context)
         chosen_targets(self._model.linear_shapes, request.targets)
         lines = iterate_lines(data.lines(), "dataset")
@@ -83,16 +88,20 @@ class TrainLane:
         run, reason = self._runs[work], work.ticket.stop
         if run is not None:
             if isinstance(reason, WorkerUnavailable):
-                self._pause(run)
+                self._pause(work, run)
             else:
                 status = "cancelled" if isinstance(reason, JobCancelled) else str(reason)
                 _try(lambda: run.end(status), "that a run was stopped could not be noted in its folder")
         work.ticket.fail_stopped()
         self._leave(work)
 
-    @staticmethod
-    def _pause(run: TrainingRun) -> None:
-        _try(run.pause, "a run could not be kept as it was: it goes on from its last regular checkpoint")
+    def _pause(self, work: TrainWork, run: TrainingRun) -> None:
+        def pause() -> None:
+            if self._model.shard is not None and run.begun:
+                self._group.keep(work.ticket.job_id)
+            run.pause()
+
+        _try(pause, "a run could not be kept as it was: it goes on from its last regular checkpoint")
 
     def run(self, *, lookahead: bool = True) -> StepOutput:
         """One micro-step of the run whose turn it is; after its last one, save its adapter."""
@@ -145,7 +154,16 @@ class TrainLane:
         if self._group.size == 1:
             return run.advance()
         self._group.advance(work.ticket.job_id)
-        report = run.advance()
+        try:
+            report = run.advance()
+        except (StokerError, OSError):
+            # All ranks have met the same, or it is of the run's folder, behind the turn.
+            raise
+        except Exception as error:
+            if self._model.shard is not None:
+                # The others are in the middle of the same pass: there is no way back for one alone.
+                self._group.lose(f"a turn of a run failed on rank 0: {type(error).__name__}: {error}")
+            raise
         self._group.advanced(work.ticket.job_id, run.witness)
         return report
 
@@ -200,7 +218,7 @@ class TrainLane:
         for work, run in self._runs.items():
             if run is not None:
                 if isinstance(error, WorkerUnavailable):
-                    self._pause(run)
+                    self._pause(work, run)
                 self._group.end(work.ticket.job_id)
             work.ticket.fail(error)
         self._runs, self._share = {}, FairShare({})

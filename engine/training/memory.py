@@ -9,6 +9,8 @@ import threading
 from collections.abc import Mapping
 
 from engine.adapters.lora import chosen_targets, target_shapes
+from engine.adapters.sharding import axis_of
+from engine.models.shard import Shard
 from stoker.contract import TrainRequest
 
 #: Numbers that a run keeps of each weight that it trains, at most: the weight and its two moments as they are now and
@@ -18,14 +20,19 @@ _KEPT = 7
 BUDGET = 1 << 30
 
 
-def kept_bytes(shapes: Mapping[str, tuple[int, int]], request: TrainRequest) -> int:
-    """What a run on a model with linear layers of these shapes keeps between its turns.
+def kept_bytes(shapes: Mapping[str, tuple[int, int]], request: TrainRequest, shard: Shard | None = None) -> int:
+    """What a run on a model with linear layers of these shapes keeps between its turns; `shard`: on this rank of those
+    that share the model.
 
     Raises `InvalidRequest` for targets that the model has not.
     """
-    layers = target_shapes(shapes, chosen_targets(shapes, request.targets)).values()
-    outputs = sum(out for _, out in layers) if request.dora else 0
-    trained = request.rank * sum(wide + out for wide, out in layers) + outputs
+
+    def own(name: str, side: str, width: int) -> int:
+        return width if shard is None or axis_of(shard, name, side) is None else width // shard.size
+
+    layers = target_shapes(shapes, chosen_targets(shapes, request.targets)).items()
+    outputs = sum(own(name, "m", out) for name, (_, out) in layers) if request.dora else 0
+    trained = request.rank * sum(own(name, "a", wide) + own(name, "b", out) for name, (wide, out) in layers) + outputs
     # DoRA keeps the norms of the base too.
     return 4 * (_KEPT * trained + outputs)
 

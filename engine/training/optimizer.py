@@ -41,7 +41,6 @@ def _update(
     return weights * keep - pace * first / (mx.sqrt(second) * correction + EPSILON), first, second
 
 
-def clipped(gradient: mx.array, bound: float) -> tuple[mx.array, mx.array]:
-    """The gradient, shortened to a norm of `bound` if it is longer; and its norm before."""
-    norm = mx.sqrt(mx.sum(gradient * gradient))
-    return gradient * mx.minimum(bound / (norm + 1e-6), 1.0), norm
+def clipped(gradient: mx.array, norm: mx.array, bound: float) -> mx.array:
+    """The gradient of this norm, shortened to a norm of `bound` if it is longer."""
+    return gradient * mx.minimum(bound / (norm + 1e-6), 1.0)

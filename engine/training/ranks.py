@@ -41,7 +41,8 @@ class Ranks(Protocol):
 
 @dataclass(frozen=True)
 class RunPlan:
-    """All that another rank needs of a run to share it from here on. `state` and `anchor` are those of its trainer."""
+    """All that another rank needs of a run to share it from here on. `state` and `anchor` are those of its trainer,
+    whole."""
 
     run: str
     model: str
@@ -87,8 +88,17 @@ class Group(Ranks, Protocol):
         """Raises `JobFailed` if the last turn of a run made something else on another rank."""
         ...
 
+    def keep(self, run: str) -> None:
+        """Let the others give their parts of the state that this one is about to keep, of a run whose model they
+        share. Raises `WorkerUnavailable` if they are gone."""
+        ...
+
     def end(self, run: str) -> None:
         """Let the others forget a run."""
+        ...
+
+    def lose(self, why: str) -> None:
+        """Where this rank cannot go on, and the others wait for it: end the group. Raises."""
         ...
 
     def close(self) -> None:
@@ -119,7 +129,11 @@ class OneRank:
 
     def check(self, run: str) -> None: ...
 
+    def keep(self, run: str) -> None: ...
+
     def end(self, run: str) -> None: ...
+
+    def lose(self, why: str) -> None: ...
 
     def close(self) -> None: ...
 

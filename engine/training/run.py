@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
 from engine.adapters.lora import LoraWeights
@@ -57,7 +57,7 @@ class TrainingRun:
         self._file = folder / RUN_FILE
         self._said = {**made_of, "examples": len(learned), "held_out": len(held_out)}
         self.end("running")
-        self._steps = self._trainer.run()
+        self._turns: Generator[TrainReport | None, None, None] | None = None
 
     def _resume(self) -> None:
         state, anchor = self._checkpoints.newest()
@@ -74,8 +74,14 @@ class TrainingRun:
 
     def plan(self, run: str) -> RunPlan:
         """For the other ranks, before the first turn. `run`: what they shall call it."""
+        assert not self.begun
         trainer = self._trainer
         return RunPlan(run, self._model.name, self._request, self._examples, trainer.state, trainer.anchor)
+
+    @property
+    def begun(self) -> bool:
+        """Whether it has made a turn: until then it is as its folder has it."""
+        return self._turns is not None
 
     @property
     def witness(self) -> str:
@@ -93,7 +99,9 @@ class TrainingRun:
     def advance(self) -> TrainReport | None:
         """One micro-step; the report, if it was the last of a step. Raises `JobFailed` for a run that diverges."""
         trainer = self._trainer
-        report = next(self._steps)
+        if self._turns is None:
+            self._turns = trainer.run()
+        report = next(self._turns)
         if report is None:
             return None
         self._log.append(report)
@@ -102,13 +110,16 @@ class TrainingRun:
             self._checkpoints.save_best(state.step, trainer.adapter())
         if trainer.is_anchor and not report.note:
             self._log.sync()
-            self._checkpoints.save(state, trainer.adapter())
+            self._checkpoints.save(trainer.whole, trainer.adapter())
             self._kept()
         return report
 
     def pause(self) -> None:
-        """Keep the run as it is now, so that the process that opens it next goes on from here."""
-        state = self._trainer.resumable
+        """Keep the run as it is now, so that the process that opens it next goes on from here. Once it has begun, ranks
+        that share the model do their part of it (`FollowedRun.keep`)."""
+        if not self.begun:
+            return
+        state = self._trainer.resumable()
         if state.micro:
             self._log.sync()
             self._checkpoints.pause(state, self._trainer.adapter(state))

@@ -5,6 +5,8 @@ keep.
 
 On a group each rank has a trainer of the run, and all make their turns together: each takes its share of the
 micro-batches, the sums over all ranks are made in turns of their own, and behind them every rank has the same state.
+
+Where ranks share the model, each makes every micro-batch with its part of it, and has its part of the state.
 """
 
 from __future__ import annotations
@@ -28,14 +30,16 @@ from engine.adapters.lora import (
     dropout_keys,
     initialise,
     square_norms,
+    target_shapes,
 )
 from engine.models.decoder import Decoder, DecoderBlock
 from engine.platform.compiler import on_cpu
 from engine.training.data import Batches, TokenizedExample, TrainingBatch, collate
-from engine.training.flat import FlatLayout
+from engine.training.flat import FlatLayout, Layout
 from engine.training.guard import MAX_ROLLBACKS, RATE_FACTOR, divergence
-from engine.training.loss import cross_entropy
+from engine.training.loss import Columns, cross_entropy
 from engine.training.optimizer import Moments, adamw, clipped
+from engine.training.parted import PartedLayout
 from engine.training.ranks import ALONE, Ranks, as_floats, from_floats, part_of, share_of
 from engine.training.run_ahead import RunAhead
 from engine.training.schedule import learning_rate
@@ -48,10 +52,10 @@ _ALIGN = 64
 
 
 class Trainer:
-    """One run on `decoder`, whose own weights stay as they are. `ranks`: those that share its steps.
+    """One run on `decoder`, whose own weights stay as they are. `ranks`: those that share its steps, or the model.
 
     `state` and `anchor` come from a checkpoint when a run goes on: the anchor is the last regular checkpoint, to which
-    a run that diverges is rolled back.
+    a run that diverges is rolled back. They are whole until `run` is called, and from then on as `layout` has them.
     """
 
     def __init__(
@@ -62,14 +66,17 @@ class Trainer:
         held_out: Sequence[TokenizedExample] = (),
         ranks: Ranks = ALONE,
     ) -> None:
-        self.request, self._ranks = request, ranks
-        self.decoder = decoder
+        self.request, self.decoder, self._shard = request, decoder, decoder.shard
+        self._ranks = ranks if self._shard is None else ALONE
+        self._columns = None if self._shard is None else Columns(self._shard, decoder.args.vocab)
         self.linears = decoder.linears
         targets = chosen_targets(decoder.linear_shapes, request.targets)
         self.config = LoraConfig(request.rank, request.alpha, targets, request.rslora, request.dora)
-        start = initialise(self.config, self.linears, request.seed).matrices
-        self.layout = FlatLayout(start)
-        self._squares = {name: square_norms(self.linears[name]) for name in start} if request.dora else {}
+        shapes = target_shapes(decoder.linear_shapes, targets)
+        self._squares = {name: square_norms(self.linears[name]) for name in shapes} if request.dora else {}
+        start = initialise(self.config, shapes, request.seed, self._squares if request.dora else None).matrices
+        self._whole = FlatLayout(start)
+        self.layout: Layout = self._whole if self._shard is None else PartedLayout(start, self._shard)
         self._batches = Batches(examples, request.batch_size, request.seed)
         self._held_out = _in_batches(held_out, request.batch_size)
         # The CPU back-end gains nothing from it, and would trace every shape anew.
@@ -80,11 +87,13 @@ class Trainer:
         self._value = compiled(self.held_out_loss)
         # Of micro-batches that are dealt out this rank has the same examples each time.
         size = min(request.batch_size, len(examples))
-        self._part = part_of(size, ranks)
+        self._part = part_of(size, self._ranks)
         self._slope_of_part = compiled(mx.value_and_grad(partial(self.training_loss, drawn=(size, self._part.start))))
-        weights = self.layout.pack(start)
-        self.state = TrainState(weights, Moments.zeros(self.layout.size))
+        weights = self._whole.pack(start)
+        self.state = TrainState(weights, Moments.zeros(self._whole.size))
         self.anchor = self.state
+        #: The whole state of this turn, where a checkpoint or the best step has it.
+        self._kept: TrainState | None = None
         #: Of a step under way on a group: where it began.
         self._began: TrainState | None = None
         mx.eval(self.state.arrays)
@@ -94,7 +103,14 @@ class Trainer:
 
         Raises `JobFailed` when the run diverges once more than it may.
         """
+        state, anchor = self.state, self.anchor
+        self.state = self.layout.own(state)
+        self.anchor = self.state if anchor is state else self.layout.own(anchor)
+        return self._turns()
+
+    def _turns(self) -> Generator[TrainReport | None, None, None]:
         while not self.finished:
+            self._kept = None
             if self.state.unreported is None:
                 yield from self._step()
             if self.state.unreported is not None:
@@ -112,11 +128,16 @@ class Trainer:
         """Whether the state is one that a regular checkpoint keeps."""
         return self.state is self.anchor and self.state.step > 0
 
-    @property
     def resumable(self) -> TrainState:
-        """A state from which any number of ranks may go on: now, or on a group, whose ranks have each a part of the
-        step under way, where that began."""
-        return self._began or self.state
+        """A whole state from which any number of ranks may go on: now, or on a group, whose ranks have each a part of
+        the step under way, where that began. Ranks that share the model ask for it at the same time."""
+        return self.layout.whole(self._began or self.state)
+
+    @property
+    def whole(self) -> TrainState:
+        """The whole state: where ranks share the model, before the first turn, and behind one that made a checkpoint or
+        the best step."""
+        return self._kept or self.state
 
     @property
     def witness(self) -> str:
@@ -126,12 +147,12 @@ class Trainer:
         if self._began is not None:
             return ""
         numbers = {**state.numbers, "unreported": state.unreported is not None}
-        weights = zlib.crc32(np.array(state.weights).tobytes()) if self.is_anchor else 0
+        weights = zlib.crc32(np.array(self.layout.common(state.weights)).tobytes()) if self.is_anchor else 0
         return f"{zlib.crc32(json.dumps(numbers).encode()):08x}-{weights:08x}"
 
     def adapter(self, state: TrainState | None = None) -> LoraWeights:
-        """The adapter as it is in `state`, by default now."""
-        matrices = self.layout.unpack((state or self.state).weights)
+        """The adapter as it is in a whole state, by default `whole`."""
+        matrices = self._whole.unpack((state or self.whole).weights)
         mx.eval(matrices)
         return LoraWeights(self.config, matrices)
 
@@ -201,7 +222,9 @@ class Trainer:
         state, request = self.state, self.request
         assert state.gradient is not None
         loss = state.loss_sum / state.targets
-        gradient, norm = clipped(state.gradient / state.targets, request.clip)
+        gradient = self.layout.summed(state.gradient / state.targets)
+        norm = self.layout.norm(gradient)
+        gradient = clipped(gradient, norm, request.clip)
         rate = learning_rate(request, state.step) * state.rate_factor
         weights, moments = adamw(
             state.weights, state.moments, gradient, step=state.step + 1, rate=rate, decay=request.weight_decay
@@ -264,6 +287,8 @@ class Trainer:
         self.state = replace(state, unreported=None, reports=state.reports + 1)
         if state.step % request.checkpoint_every == 0 or self.finished:
             self.anchor = self.state
+        if self.is_anchor or (held_out is not None and state.best_step == state.step):
+            self._kept = self.layout.whole(self.state)
         yield TrainReport(
             index=state.reports,
             step=state.step,
@@ -326,7 +351,7 @@ class Trainer:
         of 50,000 or more this is most of the step's memory, and a good part of its time.
         """
         chosen = hidden.reshape(-1, hidden.shape[-1])[positions]
-        return cross_entropy(self.decoder.logits, chosen, targets, weights, smoothing)
+        return cross_entropy(self.decoder.own_logits, chosen, targets, weights, smoothing, self._columns)
 
     def _hidden(
         self,
@@ -357,6 +382,7 @@ class Trainer:
             dropout=self.request.dropout if keys else 0.0,
             keys=keys,
             drawn=drawn,
+            shard=self._shard,
         )
 
 

@@ -317,7 +317,7 @@ def test_an_adapter_of_some_of_the_layers_says_so_or_is_refused(
 
 def test_a_fresh_adapter_changes_nothing_and_the_same_seed_makes_the_same(model: LoadedModel) -> None:
     config = LoraConfig(4, 8.0, ("q_proj", "down_proj"))
-    first, second, other = (initialise(config, model.decoder.linears, seed) for seed in (1, 1, 2))
+    first, second, other = (initialise(config, model.linear_shapes, seed) for seed in (1, 1, 2))
     assert {name.rpartition(".")[2] for name in first.matrices} == {"q_proj", "down_proj"}
     for name, sides in first.matrices.items():
         bound = model.linear_shapes[name][0] ** -0.5

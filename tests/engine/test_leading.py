@@ -297,11 +297,19 @@ def test_a_turn_that_fails_on_rank_0_ends_the_group(leading: Leading, monkeypatc
     assert leading.notes.lost
 
 
-def test_a_model_that_ranks_share_generates_and_takes_adapters_and_nothing_trains_on_it(tmp_path: Path) -> None:
+def test_a_model_that_ranks_share_generates_trains_and_takes_adapters(tmp_path: Path) -> None:
     model, notes = replace(tiny.loaded(shared_model.whole()), shard=Shard(0, 1)), Notes()
     warm = WarmModels(AdapterStore(tmp_path / "adapters"), tmp_path / "runs", LIMITS, 1 << 20, 0.2, sharing=notes)
     for _ in warm.hold(model):
         pass
-    assert set(warm.lanes) == {("tiny", "generate"), ("tiny", "adapters")}
+    assert set(warm.lanes) == {("tiny", "generate"), ("tiny", "train"), ("tiny", "adapters")}
     assert isinstance(warm.lanes["tiny", "generate"], LeadingLane)
     assert notes.words == [("open", LIMITS)]
+
+
+def test_nothing_trains_on_a_model_whose_layers_ranks_share(tmp_path: Path) -> None:
+    model, notes = replace(tiny.loaded(shared_model.whole()), shard=Shard(0, 1).by_layers()), Notes()
+    warm = WarmModels(AdapterStore(tmp_path / "adapters"), tmp_path / "runs", LIMITS, 1 << 20, 0.2, sharing=notes)
+    for _ in warm.hold(model):
+        pass
+    assert set(warm.lanes) == {("tiny", "generate"), ("tiny", "adapters")}

@@ -99,7 +99,7 @@ def test_a_rank_without_examples_idles_and_a_state_within_a_step_is_that_of_its_
     turns = trainer.run()
     next(turns)
     assert (trainer.state.micro, trainer.state.gradient) == (1, None)
-    assert trainer.resumable is began
+    assert trainer.resumable() is began
     assert trainer.witness == ""
 
 

@@ -30,6 +30,7 @@ from workers.group.plan import (
     Done,
     Drop,
     Holds,
+    Keep,
     Lend,
     Measured,
     NotOfThePlan,
@@ -107,6 +108,8 @@ class Follower:
             self._lanes[command.model].admit(command.admission)
         elif isinstance(command, Drop):
             self._lanes[command.model].drop(command.jobs)
+        elif isinstance(command, Keep):
+            self._runs[command.run].keep()
         elif isinstance(command, Open):
             self._open(command)
         elif isinstance(command, Lend):

@@ -36,6 +36,7 @@ from workers.group.plan import (
     End,
     Hello,
     Holds,
+    Keep,
     Lend,
     Measured,
     NotOfThePlan,
@@ -63,7 +64,7 @@ class Other:
         self.models: dict[str, str] | None = None
         #: Why it ended before it had said what it holds; "": it did not.
         self.refusal = ""
-        #: The last command that it has done, and what it said of that.
+        #: The last command that it has done, and what it said of the last turn of a run.
         self.done, self.witness = 0, ""
 
     def __str__(self) -> str:
@@ -80,8 +81,9 @@ class Leader(MlxRanks):
         self._changed = threading.Condition()
         #: The number of the last command, and when it was given.
         self._said, self._since = 0, 0.0
-        #: The run of the last turn, and what this rank says of it.
+        #: The run of the last turn of one, and what this rank says of it; the number of that turn.
         self._turn: tuple[str, str] | None = None
+        self._advanced = 0
         #: The turns of generation that not all ranks have made: number → rank → what it says of it.
         self._turns: dict[int, dict[int, str]] = {}
         self._models: Mapping[str, str] = {}
@@ -171,6 +173,7 @@ class Leader(MlxRanks):
 
     def advance(self, run: str) -> None:
         self._wait()
+        self._advanced = self._said + 1
         self._tell(lambda number: Advance(number=number, run=run))
 
     def advanced(self, run: str, witness: str) -> None:
@@ -187,6 +190,10 @@ class Leader(MlxRanks):
                     f"training: {other} made {other.witness or 'nothing'} of a step, and rank 0 {own or 'nothing'}: "
                     "their weights are not the same. Use devices of one kind in a group, or train on one rank."
                 )
+
+    def keep(self, run: str) -> None:
+        self._wait()
+        self._tell(lambda number: Keep(number=number, run=run))
 
     def end(self, run: str) -> None:
         self._turn = None
@@ -246,7 +253,7 @@ class Leader(MlxRanks):
         """Until the others have done what this one said; the lane's turn comes when they have."""
         with self._changed:
             self._changed.wait_for(lambda: self.ready or self._closing.is_set())
-        if not self.ready:
+        if self._closing.is_set():
             raise WorkerUnavailable("the group is ending. The job goes on when it is back.")
 
     def _tell(self, command: Callable[[int], Command]) -> None:
@@ -297,7 +304,8 @@ class Leader(MlxRanks):
             elif isinstance(word, Holds):
                 other.models = word.models
             elif isinstance(word, Done):
-                other.witness, other.done = word.witness, word.number
+                other.witness = word.witness if word.number == self._advanced else other.witness
+                other.done = word.number
             self._changed.notify_all()
         if isinstance(word, Done) and word.number in self._turns:
             self._compare(word.number, other.hello.rank, word.witness)

@@ -17,7 +17,7 @@ from stoker.contract.shown import brief
 from stoker.errors import StokerError
 
 #: Of what is written here. Ranks of different ones do not work together.
-VERSION = 3
+VERSION = 4
 #: Bytes that a line may have: a prompt of a million tokens has half of it.
 LONGEST = 1 << 24
 
@@ -58,6 +58,14 @@ class Advance(Message):
     """Make the next turn of a run."""
 
     said: Literal["advance"] = "advance"
+    number: Number
+    run: Text
+
+
+class Keep(Message):
+    """Give the part of a run that rank 0 keeps."""
+
+    said: Literal["keep"] = "keep"
     number: Number
     run: Text
 
@@ -148,7 +156,7 @@ class Stop(Message):
     why: Text = ""
 
 
-Command: TypeAlias = Begin | Advance | End | Open | Lend | Admit | Drop | Turn
+Command: TypeAlias = Begin | Advance | Keep | End | Open | Lend | Admit | Drop | Turn
 Word: TypeAlias = Hello | Holds | Command | Measured | Done | Beat | Stop
 _WORDS: TypeAdapter[Word] = TypeAdapter(Annotated[Word, Field(discriminator="said")])
 

@@ -32,6 +32,9 @@ _MOST = 4096
 class BridgedDecoder:
     """The model: tokens to hidden states to logits. Its weights never change; adapters come with each call."""
 
+    #: Ranks share no such model.
+    shard: None = None
+
     def __init__(self, file: str, network: nn.Module, args: object, config: Mapping[str, Any]) -> None:
         self._network = network
         caches = network.make_cache() if hasattr(network, "make_cache") else _default_caches(network)
@@ -144,6 +147,9 @@ class BridgedDecoder:
     def logits(self, hidden: mx.array) -> mx.array:
         """Logits (…, vocab), float32, of hidden states (…, dim)."""
         return self.head(hidden).astype(mx.float32)
+
+    def own_logits(self, hidden: mx.array) -> mx.array:
+        return self.logits(hidden)
 
     def head(self, hidden: mx.array) -> mx.array:
         """The same in the model's own dtype."""

@@ -1,6 +1,6 @@
 """A worker's engine whose models are shared by ranks: `python -m tests.workers.group.sharded_child HOME FOLDER RANKS`.
 
-`FOLDER` has those of `MODELS`. The last line that it prints is what `scenarios` found, as JSON.
+`FOLDER` has those of `MODELS`. The last line that it prints is what `scenarios` and `training` found, as JSON.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ import json
 import sys
 import threading
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stoker.contract import GenerateRequest, StreamToken
-from stoker.errors import JobCancelled
+from stoker.contract import GenerateRequest, StreamToken, TrainReport, TrainRequest
+from stoker.contract.dataset import TrainInput
+from stoker.errors import JobCancelled, WorkerUnavailable
 from stoker.settings import load_settings
 from workers.machine import make_engine
 
@@ -32,16 +34,28 @@ class Streams:
 
     def __init__(self) -> None:
         self.found: defaultdict[str, list[StreamToken]] = defaultdict(list)
+        #: Job → index → report: a run that goes on says again what it said.
+        self.reports: defaultdict[str, dict[int, TrainReport]] = defaultdict(dict)
+        self.hears: Callable[[str, TrainReport], None] = lambda job, report: None
         self.changed = threading.Condition()
 
     def publish(self, entries: list[Any]) -> None:
         with self.changed:
             for job, entry in entries:
-                self.found[job].append(entry)
+                if isinstance(entry, TrainReport):
+                    self.reports[job][entry.index] = entry
+                    self.hears(job, entry)
+                else:
+                    self.found[job].append(entry)
             self.changed.notify_all()
 
     def ids(self, job: str) -> list[int]:
         return [token.token_id for token in self.found[job]]
+
+
+def asking(model: str, **options: Any) -> GenerateRequest:
+    fields = {"model": model, "prompt_ids": PROMPT, "max_tokens": 12, "ignore_eos": True}
+    return GenerateRequest(**{**fields, **options})
 
 
 REQUESTS: dict[str, dict[str, Any]] = {
@@ -62,15 +76,11 @@ def scenario(engine: Engine, streams: Streams, model: str) -> dict[str, Any]:
     """Jobs of all kinds in one batch, one that is cancelled, one that goes on from elsewhere, one that finds its
     prompt; and what the weights take."""
 
-    def asking(**options: Any) -> GenerateRequest:
-        fields = {"model": model, "prompt_ids": PROMPT, "max_tokens": 12, "ignore_eos": True}
-        return GenerateRequest(**{**fields, **options})
-
-    requests = {name: asking(**options) for name, options in REQUESTS.items()}
+    requests = {name: asking(model, **options) for name, options in REQUESTS.items()}
     if model != MODELS[0]:
-        requests["dora"] = asking(adapter="normed")
+        requests["dora"] = asking(model, adapter="normed")
     tickets = {name: engine.submit(name, request) for name, request in requests.items()}
-    endless = engine.submit("endless", asking(max_tokens=3000))
+    endless = engine.submit("endless", asking(model, max_tokens=3000))
     with streams.changed:
         assert streams.changed.wait_for(lambda: len(streams.found["endless"]) > 4, 30)
     endless.cancel()
@@ -79,7 +89,7 @@ def scenario(engine: Engine, streams: Streams, model: str) -> dict[str, Any]:
         endless.result(30)
     results = {name: ticket.result(30) for name, ticket in tickets.items()}
     resumed = engine.submit("resumed", requests["seeded"], streams.found["seeded"][:9])
-    again = engine.submit("again", asking()).result(30)
+    again = engine.submit("again", asking(model)).result(30)
     made = {name: [list(one.token_ids) for one in (result, *result.others)] for name, result in results.items()}
     return {
         "made": made | {"resumed": [list(resumed.result(30).token_ids)], "again": [list(again.token_ids)]},
@@ -100,6 +110,58 @@ def scenarios(engine: Engine, streams: Streams) -> dict[str, dict[str, Any]]:
     return found
 
 
+RUN: dict[str, Any] = {
+    "model": MODELS[0], "name": "style", "dataset": "dataset:x", "steps": 6, "batch_size": 2, "accumulation": 3,
+    "rank": 4, "dropout": 0.2, "held_out": 0.25, "eval_every": 2, "checkpoint_every": 3,
+    "learning_rate": 1e-2, "clip": 0.5, "targets": ("q_proj", "v_proj", "o_proj", "up_proj", "down_proj"),
+    "max_length": 64,
+}  # fmt: skip
+LINES = b"\n".join(
+    json.dumps({"text": " ".join(f"t{3 + n * m % 50}" for m in range(1, 6 + n % 5))}).encode() for n in range(1, 13)
+)
+
+
+def training(engine: Engine, streams: Streams) -> dict[str, Any]:
+    """Next to a stream: `begun`, a run that may have been left by others; `left`, one that is left in its middle; one
+    that is cancelled. Then what the adapter of the first one writes."""
+    stream = engine.submit("next to it", asking(MODELS[0], max_tokens=150, temperature=1.0, seed=2))
+    with streams.changed:
+        submitted = {
+            job: engine.submit(job, TrainRequest(**RUN), TrainInput(LINES)) for job in ("left", "gone", "begun")
+        }
+
+        tokens_before = list[int]()
+
+        def stop_others(job: str, report: TrainReport) -> None:
+            tokens_before.append(len(streams.found["next to it"]))
+            # A step of `left` is under way by then.
+            if job != "left" and 1 in streams.reports["left"]:
+                submitted["left"].cancel(WorkerUnavailable("the worker drains."))
+                submitted["gone"].cancel()
+
+        streams.hears = stop_others
+    result = submitted["begun"].result(30)
+    for job in ("left", "gone"):
+        with suppress(WorkerUnavailable, JobCancelled):
+            submitted[job].result(30)
+    written = engine.submit("written", asking(MODELS[0], adapter=f"style@{result.version}", max_tokens=20)).result(30)
+    return {
+        "losses": losses(streams, "begun"),
+        "ended": {job: type(ticket.error).__name__ for job, ticket in submitted.items()},
+        "stream": list(stream.result(30).token_ids),
+        "alternated": tokens_before[0] < 150,
+        "written": list(written.token_ids),
+    }
+
+
+def losses(streams: Streams, job: str) -> list[list[float]]:
+    """What each report of a run says that follows from its request."""
+    return [
+        [index, one.step, one.tokens, one.loss, one.gradient_norm, one.held_out_loss or 0.0]
+        for index, one in sorted(streams.reports[job].items())
+    ]
+
+
 def main(home: Path, folder: Path, ranks: int) -> None:
     models = tuple(f"{model}={folder / model}" for model in MODELS)
     settings = load_settings(home=home, models=models, ranks=ranks, shard=True, step_limit=60.0, log_level="error")
@@ -107,7 +169,7 @@ def main(home: Path, folder: Path, ranks: int) -> None:
     engine = make_engine(settings, streams.publish, lambda: None)
     engine.start()
     try:
-        found = scenarios(engine, streams)
+        found = scenarios(engine, streams) | {"training": training(engine, streams)}
     finally:
         engine.stop()
     print(json.dumps(found))

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from engine.adapters.lora import LoraWeights
 from engine.adapters.store import AdapterStore
 from engine.checkpoints.loading import load
 from engine.engine import Engine
+from stoker.contract import TrainRequest
+from stoker.contract.dataset import TrainInput
 from tests.engine import shared_model, tiny
-from tests.workers.group.sharded_child import MODELS, Streams, scenarios
+from tests.workers.group.sharded_child import LINES, MODELS, RUN, Streams, losses, scenarios, training
 
 
 def write(home: Path, folder: Path) -> None:
@@ -31,14 +36,14 @@ def write(home: Path, folder: Path) -> None:
         store.write(name, "normed", tiny.adapter(model, 4, 3, size=0.5, dora=True), {})
 
 
-def alone(home: Path, folder: Path) -> dict[str, Any]:
+def alone(home: Path, folder: Path, do: Callable[[Engine, Streams], dict[str, Any]]) -> dict[str, Any]:
     """What one process makes of them, in this one."""
     streams = Streams()
     models = {model: (str(folder / model),) for model in MODELS}
     engine = Engine(models, adapters=home / "adapters", publish=streams.publish)
     engine.start()
     try:
-        return scenarios(engine, streams)
+        return do(engine, streams)
     finally:
         engine.stop()
 
@@ -51,12 +56,22 @@ def together(home: Path, folder: Path, ranks: int) -> dict[str, Any]:
     return found
 
 
+def go_on(engine: Engine, streams: Streams) -> dict[str, Any]:
+    """With a run that others left."""
+    engine.submit("back", TrainRequest(**RUN), TrainInput(LINES)).result(30)
+    return {"losses": losses(streams, "back")}
+
+
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_ranks_that_share_a_model_make_the_streams_of_one_rank(tmp_path: Path, ranks: int) -> None:
-    home, folder = tmp_path / "home", tmp_path / "models"
-    write(home, folder)
-    wanted, found = alone(home, folder), together(home, folder, ranks)
+def test_ranks_that_share_a_model_make_the_streams_and_the_runs_of_one_rank(tmp_path: Path, ranks: int) -> None:
+    """Each side goes on with a run that the other left in its middle."""
+    home, before, folder = tmp_path / "home", tmp_path / "alone", tmp_path / "models"
+    write(before, folder)
+    shutil.copytree(before / "adapters", home / "adapters")
+    wanted = alone(before, folder, lambda *it: scenarios(*it) | {"training": training(*it)})
+    shutil.copytree(before / "runs/left", home / "runs/begun")
+    found = together(home, folder, ranks)
     for model in MODELS:
         one, all_of_them = wanted[model], found[model]
         assert len({tuple(rows[0]) for rows in one["made"].values()}) > 4
@@ -69,3 +84,21 @@ def test_ranks_that_share_a_model_make_the_streams_of_one_rank(tmp_path: Path, r
         assert all_of_them["bytes"] <= 1.1 / ranks * one["bytes"]
         assert all_of_them["parameters"] == one["parameters"]
     assert [found[model]["shared"] for model in MODELS] == ["heads", "layers"]
+    shutil.move(home / "runs/left", before / "runs/back")
+    assert list((before / "runs/back/checkpoints").glob("paused-*"))
+    one, all_of_them = wanted["training"], found["training"]
+    for runs in (all_of_them, alone(before, folder, go_on)):
+        np.testing.assert_allclose(runs["losses"], one["losses"], rtol=1e-5)
+    assert one["ended"] == {"begun": "NoneType", "left": "WorkerUnavailable", "gone": "JobCancelled"}
+    assert all_of_them["ended"] == one["ended"]
+    assert all_of_them["alternated"]
+    assert all_of_them["stream"] == one["stream"]
+    assert all_of_them["written"] == one["written"] != wanted[MODELS[0]]["made"]["greedy"][0]
+    assert weights_of(home) == pytest.approx(weights_of(before), abs=1e-4)
+
+
+def weights_of(home: Path) -> np.ndarray:
+    """What the run of `training` has trained."""
+    shapes = shared_model.whole().linear_shapes
+    matrices = AdapterStore(home / "adapters").read(MODELS[0], "style", 1, shapes).matrices
+    return np.concatenate([np.array(side).ravel() for _, sides in sorted(matrices.items()) for side in sides.values()])

@@ -36,6 +36,7 @@ from workers.group.plan import (
     End,
     Hello,
     Holds,
+    Keep,
     Measured,
     Open,
     Stop,
@@ -184,6 +185,27 @@ def test_a_turn_that_made_something_else_on_another_rank_fails_its_run_alone(met
     other.say(Done(number=2))
     met.leader.check("run")
     assert not met.ends
+
+
+def test_what_a_rank_says_of_other_commands_is_not_what_it_made_of_a_turn(met: Meeting) -> None:
+    other = met.join()
+    met.leader.advance("run")
+    other.say(Done(number=1, witness="ours"))
+    met.leader.advanced("run", "ours")
+    met.leader.drop("a", [1])
+    other.say(Done(number=2))
+    met.leader.check("run")
+
+
+def test_the_others_give_their_parts_of_a_run_that_is_kept_and_not_when_the_group_ends(met: Meeting) -> None:
+    other = met.join()
+    met.leader.keep("run")
+    assert hears(other) == Keep(number=1, run="run")
+    other.say(Done(number=1))
+    wait_until(lambda: met.leader.ready, "rank 0 has heard it")
+    met.leader.close()
+    with pytest.raises(WorkerUnavailable, match="the group is ending"):
+        met.leader.keep("run")
 
 
 def test_a_rank_that_dies_ends_the_worker_as_a_crash(met: Meeting) -> None:
