@@ -65,6 +65,7 @@ def _said(counts: Counter[str]) -> str:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_short_storm_loses_nothing_and_doubles_nothing(tmp_path: Path) -> None:
     assert storm_for(8, 7, tmp_path, width=6) == []

@@ -95,6 +95,7 @@ def test_an_example_runs_and_says_something(
     assert capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("with_real_weights")
 def test_the_example_that_trains_an_adapter_learns_what_it_shows(capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(LEARNING), run_name="__main__")
@@ -121,6 +122,7 @@ def test_the_session_of_the_readme_has_eight_lines() -> None:
     assert session.page == ROOT / "README.md"
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_readme_run_as_typed(real_stack: Stack, tmp_path: Path) -> None:
     (typed,) = [block.text for block in blocks("sh") if block.page.name == "README.md" and "stoker init" in block.text]
     env = {

@@ -1,4 +1,4 @@
-"""`make fuzz SECONDS=600 SEED=1 ONLY=number`: the long form; the short one is part of `make test`."""
+"""`make fuzz SECONDS=600 SEED=1 ONLY=number`: the long form; the short one is part of `make test-slow`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from tests.fuzz.run import drawn, fuzz
 pytestmark = pytest.mark.integration
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_random_input_for_ten_seconds_hurts_itself_alone(tmp_path: Path) -> None:
     assert fuzz(10, 1, tmp_path).wrong == []

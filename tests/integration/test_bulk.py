@@ -71,7 +71,8 @@ def expected(stack: Stack, sentences: list[str] = SENTENCES) -> np.ndarray:
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("count", [200, pytest.param(5_000, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [200, 5_000])
 def test_every_row_is_there_once_after_every_kill(own_embedding_stack: Stack, tmp_path: Path, count: int) -> None:
     write_texts(tmp_path / "in.jsonl", count, LONG_SENTENCES)
     output = tmp_path / "out.npy"

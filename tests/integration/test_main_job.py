@@ -71,6 +71,7 @@ def test_requests_of_many_jobs_share_the_engine_and_keep_their_own_answers(clien
         assert list(job.result(60).token_ids) == prompt["token_ids"][:16]
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_fails_and_says_what_to_do(client: Client) -> None:
     rows = [{"text": "Coal feeds the fire."}]
     run = client.train("x", rows, model=GENERATE_MODEL, steps=50, learning_rate=1.0, clip=1e6, alpha=4096.0, rank=1)

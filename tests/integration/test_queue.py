@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from stoker.errors import DeadlineExceeded, InvalidRequest, JobCancelled, JobDea
 from stoker.local.stack import Stack
 from tests import endless
 from tests.conftest import GENERATE_MODEL, alive, wait_until
+from tests.gateway.machinery import gateway_of
 from tests.integration.machinery import (
     GOLDENS,
     TINY,
@@ -146,8 +148,20 @@ def test_a_waiting_job_is_cancelled_though_no_worker_is_up(fragile: FragileBroke
         assert client.redis.xlen(keys.stream(job.id)) == 0, "it never ran"
 
 
-def test_a_worker_that_was_frozen_past_its_lease_leaves_no_trace(fragile: FragileBroker, tmp_path: Path) -> None:
-    with patient_client(fragile.url, 30) as client, two_workers_on(fragile, tmp_path, endless_in(tmp_path)):
+@pytest.fixture(scope="module")
+def shared_by_two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FragileBroker]:
+    """The broker of two workers. The last test that uses it kills one."""
+    folder = tmp_path_factory.mktemp("two")
+    broker = FragileBroker(folder / "fragile")
+    try:
+        with two_workers_on(broker, folder, endless_in(folder)):
+            yield broker
+    finally:
+        broker.close()
+
+
+def test_a_worker_that_was_frozen_past_its_lease_leaves_no_trace(shared_by_two: FragileBroker) -> None:
+    with patient_client(shared_by_two.url, 30) as client:
         wanted, job = long_answer(client).result(60), long_answer(client)
         stream = job.stream(timeout=60)
         heard = [next(stream)]
@@ -164,6 +178,25 @@ def test_a_worker_that_was_frozen_past_its_lease_leaves_no_trace(fragile: Fragil
         assert job.result(5) == first
         assert alive(frozen)
     assert tuple(token.token_id for token in heard) == wanted.token_ids
+
+
+def test_a_job_whose_worker_is_killed_goes_on_at_another_one_with_the_same_tokens(
+    shared_by_two: FragileBroker,
+) -> None:
+    with patient_client(shared_by_two.url, 60) as client, gateway_of(client.settings) as gateway:
+        wanted = long_answer(client).result(60)
+        job = long_answer(client)
+        stream = job.stream(timeout=60)
+        heard = [next(stream)]
+        # Under the job's id the gateway follows this very job.
+        over_http = gateway.completions.create(
+            model=endless.MODEL, prompt="x", stream=True, extra_headers={"idempotency-key": job.id}
+        )
+        text = next(iter(over_http)).choices[0].text
+        os.kill(owner_in_the_middle(client, job), signal.SIGKILL)
+        heard += stream
+        assert tuple(token.token_id for token in heard) == wanted.token_ids
+        assert text + "".join(chunk.choices[0].text for chunk in over_http) == wanted.text
 
 
 def test_a_job_whose_message_was_lost_is_sent_again(fragile: FragileBroker, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.integration
 
 
 #: A second or two of them.
-STEPS = 250
+STEPS = 120
 QUESTION = "Q: fire?\nA:"
 ROWS = [{"prompt": f"Q: {word}?\nA:", "completion": " Aye, stoker!"} for word in ("coal", "steam", "iron", "water")]
 

@@ -88,26 +88,13 @@ def one_up(home: Path, models: str) -> Iterator[Up]:
 
 @pytest.fixture(scope="module")
 def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
-    """With the model that embeds: loading one that generates takes longest. The last test that uses it kills it."""
-    with one_up(tmp_path_factory.mktemp("up") / "home", EMBED_MODEL) as running:
+    """For the tests of a worker that goes on. The last of them kills it."""
+    folder = tmp_path_factory.mktemp("up")
+    with one_up(folder / "home", f"{EMBED_MODEL},{endless_in(folder)}") as running:
         yield running
 
 
-def test_commands_work_from_another_shell_and_ctrl_c_ends_all(tmp_path: Path) -> None:
-    with one_up(tmp_path / "home", f"{EMBED_MODEL},{endless_in(tmp_path)}") as up:
-        _commands_work(up)
-        pids, url = up.processes(), up.url
-        assert len(pids) >= 4, "broker and worker, each with its guard"
-        up.process.send_signal(signal.SIGINT)
-        assert up.process.wait(60) == 0
-        wait_until(lambda: not any(map(alive, pids)), "no process is left")
-        assert not (up.home / "broker.json").exists()
-        gone = up.stoker("status", "--url", url)
-        assert gone.returncode == 3
-        assert "Traceback" not in gone.stderr
-
-
-def _commands_work(up: Up) -> None:
+def test_commands_work_from_another_shell(up: Up) -> None:
     status = up.stoker("status")
     assert status.returncode == 0
     assert EMBED_MODEL in status.stdout
@@ -131,6 +118,7 @@ def _runs_of(home: Path) -> Path:
     return home / "runs" / "run-0"
 
 
+@pytest.mark.slow
 def test_a_second_one_joins_the_first_says_so_and_ends_alone_while_nohup_keeps_the_first(tmp_path: Path) -> None:
     env = {"STOKER_GRACE": "5", "STOKER_MODELS": EMBED_MODEL}
     old = _runs_of(tmp_path / "home")
@@ -207,7 +195,9 @@ def test_a_broker_that_the_user_named_and_that_is_away_is_not_replaced(tmp_path:
     assert "which STOKER_URL names" in running.output.read_text()
 
 
-def test_flower_and_the_gateway_serve_the_worker_which_goes_on_without_them(tmp_path: Path) -> None:
+def test_flower_and_the_gateway_serve_the_worker_which_goes_on_without_them_until_ctrl_c_ends_all(
+    tmp_path: Path,
+) -> None:
     running = Up(tmp_path / "home", STOKER_GRACE="5", STOKER_MODELS=EMBED_MODEL)
     try:
         running.wait_until_warm()
@@ -248,5 +238,18 @@ def test_flower_and_the_gateway_serve_the_worker_which_goes_on_without_them(tmp_
         assert (running.home / "broker" / "password").read_text().strip() not in said
         # `up` itself shows Flower's, once, to the one who started it.
         assert said.count((running.home / "flower" / "password").read_text().strip()) == 1
+        _ctrl_c_ends_all(running)
     finally:
         running.stop()
+
+
+def _ctrl_c_ends_all(up: Up) -> None:
+    pids, url = up.processes(), up.url
+    assert len(pids) >= 4, "broker and worker, each with its guard"
+    up.process.send_signal(signal.SIGINT)
+    assert up.process.wait(60) == 0
+    wait_until(lambda: not any(map(alive, pids)), "no process is left")
+    assert not (up.home / "broker.json").exists()
+    gone = up.stoker("status", "--url", url)
+    assert gone.returncode == 3
+    assert "Traceback" not in gone.stderr

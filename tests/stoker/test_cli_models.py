@@ -128,14 +128,9 @@ def test_quantize_then_verify(tmp_path: Path) -> None:
     target = tmp_path / "quantized"
     done = parsed("quantize", str(TINY), str(target), "--bits", "8", "--group-size", "32")
     assert (done["path"], done["bytes_after"] < done["bytes_before"]) == (str(target), True)
-    checked = parsed("verify", str(target))
-    assert checked["ok"]
-    assert checked["numbers"] > 0
     assert run("verify", str(target)).startswith(f"ok  {target}: ")
     with pytest.raises(ModelError, match="exists already"):
         run("quantize", str(TINY), str(target))
-    with pytest.raises(ModelError, match="7 bits given"):
-        run("quantize", str(TINY), str(tmp_path / "other"), "--bits", "7")
 
 
 def test_pull_prints_the_path() -> None:

@@ -142,6 +142,7 @@ def test_no_call_takes_options_that_nobody_typed() -> None:
     assert not loose
 
 
+@pytest.mark.slow
 def test_mypy_knows_the_results_and_finds_each_misspelt_option() -> None:
     """The lines that are wrong carry `type: ignore`, and mypy reports one that is not needed."""
     found, trouble, status = mypy.api.run(
@@ -150,6 +151,7 @@ def test_mypy_knows_the_results_and_finds_each_misspelt_option() -> None:
     assert (found, trouble, status) == ("", "", 0)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("pyright") is None, reason="pyright is not installed")
 def test_pyright_knows_the_same() -> None:
     command = [sys.executable, "-m", "pyright", "--pythonpath", sys.executable]
