@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer.main
 from hypothesis import Phase, settings
 
 from stoker import Client
@@ -33,6 +35,10 @@ settings.register_profile("same", derandomize=True, deadline=None)
 settings.register_profile("first-failure", settings.get_profile("same"), phases=[Phase.explicit, Phase.generate])
 settings.load_profile("same")
 
+
+# The whole tree of commands is built for each call: a fifth of a second, in hundreds of tests. `typer.testing`, which
+# the tests import later, takes the function from here.
+typer.main.get_command = functools.cache(typer.main.get_command)
 
 # A shell starts what goes to the background with SIGINT ignored, nohup with SIGHUP ignored, and every process of a test
 # would inherit that. It does not inherit a handler.

@@ -34,6 +34,7 @@ from tests.engine import bridged, cached, test_generate_lane
 from tests.engine.architectures import config
 from tests.engine.test_generate_lane import Driver
 from tests.models import table
+from tests.thorough import quick
 
 #: Plain, with windows and soft caps, a mixture with sinks, latent keys, and a recurrent one.
 QUICK = ("phi3", "gemma2", "gpt_oss", "deepseek_v3", "lfm2")
@@ -44,12 +45,16 @@ def model(request: pytest.FixtureRequest) -> LoadedModel:
     return bridged.bridged(request.param)
 
 
-@pytest.mark.parametrize("name", [*QUICK, "gemma3", "gemma3n", "qwen3_moe", "mamba2", "olmo_hybrid"])
+@pytest.mark.parametrize(
+    "name", quick(*QUICK, "qwen3_moe", of=[*QUICK, "gemma3", "gemma3n", "qwen3_moe", "mamba2", "olmo_hybrid"])
+)
 def test_logits_are_mlx_lms_at_every_position(name: str) -> None:
     bridged.check_logits(name)
 
 
-@pytest.mark.parametrize("how", [{}, {"kv_bytes": 700_000}], ids=["room", "little room"])
+@pytest.mark.parametrize(
+    "how", quick({"kv_bytes": 700_000}, of=[{}, {"kv_bytes": 700_000}]), ids=["room", "little room"]
+)
 def test_a_request_gets_the_same_tokens_alone_and_in_any_traffic(
     model: LoadedModel, tmp_path: Path, how: dict[str, Any]
 ) -> None:

@@ -278,13 +278,12 @@ def test_a_draft_is_tried_as_far_as_its_grammar_goes(smollm2: LoadedModel, tmp_p
         model="smollm2", prompt="The stoker wrote:", max_tokens=24, regex=r"(ab){4}[0-9]{3}", temperature=2.0, seed=3
     )
     wanted = ordinary(smollm2, pool, one)
-    for wrong in (0.0, 0.5):
-        driver = Drafting(smollm2, pool, wrong)
-        sent = driver.foreseen(one, wanted)
-        driver.run()
-        assert sent.ids == wanted.ids
-        assert driver.counts[1] > 0
-        assert (sent.result.text, sent.result.finish_reason) == (wanted.result.text, wanted.result.finish_reason)
+    driver = Drafting(smollm2, pool, 0.5)
+    sent = driver.foreseen(one, wanted)
+    driver.run()
+    assert sent.ids == wanted.ids
+    assert driver.counts[1] > 0
+    assert (sent.result.text, sent.result.finish_reason) == (wanted.result.text, wanted.result.finish_reason)
 
 
 def test_a_row_without_numbers_ends_alone_while_its_neighbour_drafts(model: LoadedModel, pool: AdapterPool) -> None:

@@ -34,6 +34,7 @@ from stoker.errors import InvalidRequest, JobCancelled, ModelError, TextTooLong,
 from tests.engine import tiny
 from tests.engine.conftest import TINY, RandomTensors
 from tests.engine.oracle import Oracle
+from tests.thorough import quick
 
 SLOTS = 3
 #: Tokens of a prompt that a stream waits for at most, as the tests set it.
@@ -161,7 +162,7 @@ MODES: list[dict[str, Any]] = [{}, {"kv_bytes": 700_000}, {"stall": 1e-9, "slots
 
 
 #: Each mode meets each order of priorities twice in `make test`, and four times in `make test-slow`.
-SEEDS = [*range(24), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(24, 50))]
+SEEDS = quick(*range(14), of=range(50))
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +197,7 @@ def uncompiled() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("uncompiled")
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", quick(*range(6), of=range(12)))
 def test_a_trace_serves_every_pass_that_has_its_key(traffic_model: LoadedModel, pool: AdapterPool, seed: int) -> None:
     """The quick form: padded to buckets, prompts in groups, and a pass that finds a trace gets what that one keeps."""
     check_traffic(traffic_model, pool, seed, compiled=["all", "decode"][seed % 2], **MODES[seed % 3])

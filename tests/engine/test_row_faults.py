@@ -28,6 +28,7 @@ from tests.engine import tiny
 from tests.engine.conftest import TINY, RandomTensors
 from tests.engine.oracle import Oracle
 from tests.engine.test_generate_lane import MODES, Driver, Sent, adapters, random_requests, request
+from tests.thorough import in_turn
 
 #: The prompts of rows that are to fail begin so, and no other does.
 MARK = [60, 59, 60, 59]
@@ -209,8 +210,7 @@ def assert_owned(lane: GenerateLane) -> None:
     assert not any(row.ticket.done for row in lane.held)
 
 
-@pytest.mark.parametrize("name", FAULTS)
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(("name", "seed"), in_turn(list(FAULTS), [0, 1, 2]))
 def test_a_row_that_fails_ends_its_own_job_and_leaves_nothing(
     model: LoadedModel, pool: AdapterPool, monkeypatch: pytest.MonkeyPatch, name: str, seed: int
 ) -> None:

@@ -26,6 +26,7 @@ from engine.ticket import Ticket
 from engine.weights import safetensors
 from stoker.contract import EmbedRequest
 from stoker.errors import ModelError, TextTooLong
+from tests.thorough import in_turn
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 SAID = json.loads((GOLDENS / "vectors.json").read_text())
@@ -71,8 +72,7 @@ def embedded(model: LoadedModel, texts: list[str], forward: Forward | None = Non
     return vectors
 
 
-@pytest.mark.parametrize("plain", [False, True], ids=["fused", "plain"])
-@pytest.mark.parametrize("forward", FORWARDS)
+@pytest.mark.parametrize(("forward", "plain"), in_turn(list(FORWARDS), [False, True]))
 @pytest.mark.parametrize("name", FOLDERS)
 def test_vectors_are_those_of_sentence_transformers(
     name: str, forward: str, plain: bool, monkeypatch: pytest.MonkeyPatch

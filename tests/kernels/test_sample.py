@@ -62,9 +62,9 @@ def test_the_draw_that_never_ended_on_two_gpus_ends() -> None:
     [
         (mx.float32, 2, 3),
         (mx.float16, 33, 3),
-        (mx.float32, 1300, 4),
+        pytest.param(mx.float32, 1300, 4, marks=pytest.mark.slow),
         (mx.bfloat16, 4097, 9),
-        (mx.bfloat16, 262_144, 60),
+        pytest.param(mx.bfloat16, 262_144, 60, marks=pytest.mark.slow),
     ],
     ids=lambda value: str(value).rpartition(".")[2],
 )
