@@ -22,8 +22,6 @@ from tests import endless
 from tests.conftest import EMBED_MODEL, alive, stack_settings, wait_until
 from tests.integration.machinery import (
     PROMPT,
-    TINY,
-    TINY_MODEL,
     FragileBroker,
     Proxy,
     endless_in,
@@ -165,10 +163,11 @@ def _log_of(stack: Stack) -> str:
 
 
 def test_a_broker_that_comes_back_empty_has_lost_the_job_and_the_client_hears_it(
-    fragile: FragileBroker, tmp_path: Path
+    served: tuple[FragileBroker, Stack],
 ) -> None:
-    with patient_client(fragile.url, 60) as client, worker_on(fragile, tmp_path / "worker", models=(TINY,)):
-        run = client.train("x", [{"text": "a b c"}], model=TINY_MODEL, steps=100_000, max_length=16)
+    fragile, _ = served
+    with patient_client(fragile.url, 60) as client:
+        run = client.train("x", [{"text": "a b c"}], model=endless.MODEL, steps=100_000, max_length=16)
         next(iter(run.progress(timeout=60)))
         fragile.drop_connections()
         client.redis.flushall()

@@ -38,14 +38,17 @@ def test_vectors_equal_those_of_sentence_transformers(client: Client) -> None:
 
 
 def test_greedy_text_equals_that_of_transformers(client: Client) -> None:
-    prompt = SMOLLM2["prompts"][0]
-    job = client.generate(prompt["prompt"], model=GENERATE_MODEL, max_tokens=64)
+    most, prompt = 24, SMOLLM2["prompts"][0]
+    wanted = prompt["token_ids"][:most]
+    job = client.generate(prompt["prompt"], model=GENERATE_MODEL, max_tokens=most)
     tokens = list(job.stream(timeout=60))
     result = job.result(60)
-    assert [token.token_id for token in tokens] == prompt["token_ids"]
-    assert result.text == prompt["text"] == "".join(token.text for token in tokens)
-    assert result.token_ids == tuple(prompt["token_ids"])
-    assert [token.index for token in tokens] == list(range(64))
+    assert [token.token_id for token in tokens] == wanted
+    assert result.text == "".join(token.text for token in tokens)
+    assert len(result.text) > most
+    assert prompt["text"].startswith(result.text)
+    assert result.token_ids == tuple(wanted)
+    assert [token.index for token in tokens] == list(range(most))
     assert tokens[-1].finish_reason == result.finish_reason == "length"
     assert job.status() == JobStatus.DONE
 
@@ -53,7 +56,7 @@ def test_greedy_text_equals_that_of_transformers(client: Client) -> None:
 def test_a_text_that_is_repeated_is_drafted_and_stays_the_same(client: Client) -> None:
     prompt = "one two three four five six seven eight one two three four five six seven eight one two three"
     plain, drafted = (
-        client.generate(prompt, model=GENERATE_MODEL, max_tokens=32, lookup=lookup).result(60)
+        client.generate(prompt, model=GENERATE_MODEL, max_tokens=16, lookup=lookup).result(60)
         for lookup in (None, True)
     )
     assert drafted.token_ids == plain.token_ids
@@ -66,9 +69,9 @@ def test_a_text_that_is_repeated_is_drafted_and_stays_the_same(client: Client) -
 
 def test_requests_of_many_jobs_share_the_engine_and_keep_their_own_answers(client: Client) -> None:
     prompts = SMOLLM2["prompts"][:4]
-    jobs = [client.generate(p["prompt"], model=GENERATE_MODEL, max_tokens=16) for p in prompts]
+    jobs = [client.generate(p["prompt"], model=GENERATE_MODEL, max_tokens=8) for p in prompts]
     for prompt, job in zip(prompts, jobs, strict=True):
-        assert list(job.result(60).token_ids) == prompt["token_ids"][:16]
+        assert list(job.result(60).token_ids) == prompt["token_ids"][:8]
 
 
 @pytest.mark.slow

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -12,7 +15,18 @@ from kernels.emulator.observe import observing
 from kernels.kernel import Kernel
 from kernels.registry import KERNELS
 
-EVERY = [pytest.param(k, dtype, id=f"{k.name}-{str(dtype)[9:]}") for k in KERNELS.values() for dtype in k.dtypes]
+
+def _every() -> Iterator[Any]:
+    """Each kernel in each dtype; quick are float32 and, by turns, one of those of 16 bits."""
+    for place, kernel in enumerate(KERNELS.values()):
+        for number, dtype in enumerate(kernel.dtypes):
+            quick = dtype == mx.float32 or number % 2 == place % 2
+            yield pytest.param(
+                kernel, dtype, id=f"{kernel.name}-{str(dtype)[9:]}", marks=[] if quick else pytest.mark.slow
+            )
+
+
+EVERY = list(_every())
 
 
 @pytest.mark.parametrize(("kernel", "dtype"), EVERY)

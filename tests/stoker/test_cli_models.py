@@ -17,6 +17,7 @@ from stoker.catalogue import CATALOGUE
 from stoker.cli import app
 from stoker.contract.control import ModelReport
 from stoker.errors import ConfigError, JobFailed, ModelError
+from tests.thorough import quick
 
 TINY = Path(__file__).parents[1] / "goldens" / "architectures" / "qwen2-untied"
 REAL = {
@@ -137,7 +138,7 @@ def test_pull_prints_the_path() -> None:
     assert run("pull", str(TINY)).strip() == str(TINY)
 
 
-@pytest.mark.parametrize("command", ["pull", "inspect", "verify"])
+@pytest.mark.parametrize("command", quick("pull", of=["pull", "inspect", "verify"]))
 def test_errors_keep_their_class_and_cause(command: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no such file or folder"):
         run(command, str(tmp_path / "none"))
