@@ -97,8 +97,9 @@ def initialise(
 
 
 def square_norms(linear: Linear) -> mx.array:
-    """The sum of squares of each output's frozen weights, (out,), float32; evaluated, so that W is not kept dense."""
-    norms = mx.sum(mx.square(linear.dense().astype(mx.float32)), axis=0)
+    """The sum of squares of each output's frozen weights, (out,), float32; evaluated, so that W is not kept dense. Of a
+    layer whose inputs ranks share, all of them ask for it at the same time."""
+    norms = linear.total(mx.sum(mx.square(linear.dense().astype(mx.float32)), axis=0))
     mx.eval(norms)
     return norms
 
@@ -109,14 +110,14 @@ def adapted_norms(
     """‖W + s·AB‖ of each output, (out,), from `squares` = `square_norms(linear)`. `dtype`: what the layer computes in.
 
     The sum is never made: ‖w + s·Ab‖² = ‖w‖² + 2s·(wᵀA)·b + s²·bᵀ(AᵀA)b, which costs what `rank` more tokens would,
-    and asks of W only its product, so W may have any form.
+    and asks of W only its product, so W may have any form. Together, as `square_norms`.
     """
     a, b = sides["a"], sides["b"]
     rows = linear(a.T.astype(dtype))
     if linear.bias is not None:
         rows = rows - linear.bias
     cross = mx.sum(rows.astype(b.dtype) * b, axis=0)
-    own = mx.sum(((a.T @ a) @ b) * b, axis=0)
+    own = mx.sum((linear.total(a.T @ a) @ b) * b, axis=0)
     # Rounding may take an output without weights below zero.
     return mx.sqrt(mx.maximum(squares + 2.0 * scale * cross + scale**2 * own, 1e-30))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from engine.adapters.lane import read_adapter
-from engine.adapters.lora import LoraWeights, square_norms
+from engine.adapters.lora import LoraWeights, adapted_norms, square_norms
 from engine.adapters.stacked import folded
 from engine.checkpoints.loading import DECODERS, LoadedModel, load
 from engine.checkpoints.quantizing import copy_rest
@@ -74,7 +74,10 @@ def _write(source: Path, draft: Path, model: LoadedModel, weights: LoraWeights) 
 def _merged(model: LoadedModel, weights: LoraWeights, name: str) -> mx.array:
     """W' (out, in) of one layer, float32."""
     linear: Linear = model.decoder.linears[name]
-    sides = folded(weights, name, linear, square_norms(linear) if weights.config.dora else None, mx.float32)
+    norms = None
+    if weights.config.dora:
+        norms = adapted_norms(linear, square_norms(linear), weights.matrices[name], weights.config.scale, mx.float32)
+    sides = folded(weights, name, linear, norms)
     weight = linear.dense().astype(mx.float32)
     if "gain" in sides:
         weight = weight * sides["gain"]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from engine.adapters.lora import LoraWeights, Matrices, square_norms
+from engine.adapters.lora import LoraWeights, Matrices, adapted_norms, square_norms
 from engine.adapters.sharding import part_of
 from engine.adapters.stacked import StackedLora, folded
 from engine.adapters.store import AdapterStore
@@ -54,6 +54,8 @@ class AdapterPool:
         self._rank = _FIRST_RANK
         self._stacks: Matrices = {}
         self._squares: dict[str, mx.array] = {}
+        #: What was measured: name and version → layer → `adapted_norms`.
+        self._norms: dict[tuple[str, int], dict[str, mx.array]] = {}
 
     @property
     def loaded(self) -> tuple[str, ...]:
@@ -115,7 +117,7 @@ class AdapterPool:
         return version
 
     def own(self, weights: LoraWeights) -> LoraWeights:
-        """What this process needs of an adapter. Raises `InvalidRequest` for one that cannot be shared so."""
+        """What this process needs of an adapter."""
         shard = self._model.shard
         return weights if shard is None else part_of(weights, shard, self._linears)
 
@@ -148,7 +150,7 @@ class AdapterPool:
     def _hold(self, name: str, version: int, weights: LoraWeights) -> int:
         self._widen(weights)
         index = self._room()
-        self._write(index, weights)
+        self._write(index, weights, self._norms.get((name, version), {}))
         self._held[index] = _Held(name, version, next(self._clock))
         return index
 
@@ -195,11 +197,12 @@ class AdapterPool:
         shapes = {"a": (width_in, self._rank), "b": (self._rank, width_out)}
         return (len(self._held), *shapes.get(side, (width_out,)))
 
-    def _write(self, index: int, weights: LoraWeights) -> None:
-        """Put an adapter into its row of every stack; layers that it does not change get the neutral row."""
+    def _write(self, index: int, weights: LoraWeights, norms: Mapping[str, mx.array]) -> None:
+        """Put an adapter into its row of every stack; layers that it does not change get the neutral row. `norms`: by
+        layer, where they are known."""
         dtype = self._model.decoder.dtype
         for name, stack in self._stacks.items():
-            sides = self._sides(name, weights) if name in weights.matrices else {}
+            sides = self._sides(name, weights, norms.get(name)) if name in weights.matrices else {}
             for side, array in stack.items():
                 if side not in sides:
                     array[index] = _NEUTRAL[side]
@@ -211,10 +214,22 @@ class AdapterPool:
                 array[index] = row
         mx.eval(self._stacks)
 
-    def _sides(self, name: str, weights: LoraWeights) -> dict[str, mx.array]:
-        linear = self._linears[name]
-        if not weights.config.dora:
-            return folded(weights, name, linear, None, self._model.decoder.dtype)
-        if name not in self._squares:
-            self._squares[name] = square_norms(linear)
-        return folded(weights, name, linear, self._squares[name], self._model.decoder.dtype)
+    def measure(self, name: str, version: int, weights: LoraWeights) -> None:
+        """Find the norms of a DoRA adapter before `acquire` needs them: where ranks share the inputs of layers, these
+        are sums over all ranks, which do this at the same time. `weights`: whole."""
+        if weights.config.dora:
+            own = self.own(weights)
+            self._norms[name, version] = {layer: self._norms_of(own, layer) for layer in own.matrices}
+            mx.eval(self._norms[name, version])
+
+    def _norms_of(self, weights: LoraWeights, layer: str) -> mx.array:
+        linear = self._linears[layer]
+        if layer not in self._squares:
+            self._squares[layer] = square_norms(linear)
+        dtype = self._model.decoder.dtype
+        return adapted_norms(linear, self._squares[layer], weights.matrices[layer], weights.config.scale, dtype)
+
+    def _sides(self, layer: str, weights: LoraWeights, norms: mx.array | None) -> dict[str, mx.array]:
+        if norms is None and weights.config.dora:
+            norms = self._norms_of(weights, layer)
+        return folded(weights, layer, self._linears[layer], norms)

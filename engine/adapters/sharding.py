@@ -8,10 +8,9 @@ import mlx.core as mx
 
 from engine.adapters.lora import LoraWeights, Matrices
 from engine.models.shard import Cut, Shard
-from stoker.errors import InvalidRequest
 
 #: The axis by which a side is cut; those that are not here are whole on each rank.
-_AXES: dict[Cut | None, dict[str, int]] = {"outputs": {"b": 1}, "inputs": {"a": 0}}
+_AXES: dict[Cut | None, dict[str, int]] = {"outputs": {"b": 1, "m": 0}, "inputs": {"a": 0}}
 
 
 def axis_of(shard: Shard, name: str, side: str) -> int | None:
@@ -39,14 +38,7 @@ def part_of(weights: LoraWeights, shard: Shard, layers: Container[str]) -> LoraW
     """What changes the linear layers that a rank has, `layers` by name. Of one that is cut by its outputs, A whole and
     these columns of B; of one that is cut by its inputs, these rows of A and B whole: the sum over the ranks is in the
     layer's own. Of a whole one, both.
-
-    Raises `InvalidRequest` for DoRA where layers are cut: its norms are those of whole ones.
     """
-    if weights.config.dora and shard.split == "heads":
-        raise InvalidRequest(
-            "a DoRA adapter given; a model whose heads several ranks share takes LoRA alone. Serve it on a worker "
-            "without STOKER_SHARD, or train it with LoRA."
-        )
     matrices: Matrices = {
         name: {side: own_part(shard, name, side, whole) for side, whole in sides.items()}
         for name, sides in weights.matrices.items()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from engine.adapters.lora import LoraWeights, Matrices, adapted_norms
+from engine.adapters.lora import LoraWeights, Matrices
 from engine.models.layers import Linear
 from kernels.lora import LoraInput, LoraSides, lora
 
@@ -44,18 +44,16 @@ def adapt_rows(stack: dict[str, mx.array], indices: mx.array, x: mx.array, y: mx
     return lora(LoraInput(x, y, stack["a"], stack["b"], indices, stack.get("gain"), stack.get("shift")))
 
 
-def folded(
-    weights: LoraWeights, name: str, linear: Linear, squares: mx.array | None, dtype: mx.Dtype
-) -> dict[str, mx.array]:
+def folded(weights: LoraWeights, name: str, linear: Linear, norms: mx.array | None) -> dict[str, mx.array]:
     """One adapter's sides for the layer `name` as a stack holds them, float32.
 
-    `squares`: the layer's `square_norms`, for DoRA. With y₀ = x W, DoRA is g·(y₀ + s·x A B) + bias, g = m/‖W + s·AB‖;
+    `norms`: for DoRA, the layer's `adapted_norms`. With y₀ = x W, DoRA is g·(y₀ + s·x A B) + bias, g = m/‖W + s·AB‖;
     the frozen layer gives y = y₀ + bias, so it is g·y + (1 − g)·bias + x A (s·g·B).
     """
     sides, scale = weights.matrices[name], weights.config.scale
-    if "m" not in sides or squares is None:
+    if "m" not in sides or norms is None:
         return {"a": sides["a"], "b": sides["b"] * scale}
-    gain = sides["m"] / adapted_norms(linear, squares, sides, scale, dtype)
+    gain = sides["m"] / norms
     found = {"a": sides["a"], "b": sides["b"] * (scale * gain), "gain": gain}
     if linear.bias is not None:
         found["shift"] = (1.0 - gain) * linear.bias.astype(mx.float32)

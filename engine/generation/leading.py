@@ -104,10 +104,17 @@ class LeadingLane(GenerateLane):
         work.request = work.request.model_copy(update={"adapter": f"{name}@{version}"})
         if adapter not in self._lent:
             weights = self._pool.read(name, version)
-            # One that cannot be shared is refused before another rank hears of it.
-            self._pool.own(weights)
             self._sharing.lend(self._name, adapter, weights)
+            self._measure(adapter, weights)
             self._lent.add(adapter)
+
+    def _measure(self, adapter: tuple[str, int], weights: LoraWeights) -> None:
+        """With the others, which have just got it."""
+        try:
+            self._pool.measure(*adapter, weights)
+        except Exception as error:
+            self._sharing.lose(f"an adapter's norms failed on rank 0: {type(error).__name__}: {error}")
+            raise
 
     def drop_stopped(self) -> None:
         stopped = [row for row in self.held if row.ticket.stopping]

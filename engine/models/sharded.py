@@ -39,6 +39,9 @@ class SummedLinear(Linear):
     def dense(self) -> mx.array:
         return self._own.dense()
 
+    def total(self, found: mx.array) -> mx.array:
+        return self._shard.sum(found)
+
 
 class SharedEmbedding(Embedding):
     """A table of which each rank has as many rows: the rank that has an id's row gives it, the others zeros."""

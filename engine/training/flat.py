@@ -18,6 +18,10 @@ class Layout(Protocol):
     @property
     def size(self) -> int: ...
 
+    def pack(self, matrices: Matrices) -> mx.array:
+        """float32 (size,). Raises `KeyError` for a matrix that is missing."""
+        ...
+
     def unpack(self, vector: mx.array) -> Matrices:
         """The matrices; differentiable, and the slope of all of them is one concatenation."""
         ...
@@ -56,8 +60,12 @@ class FlatLayout:
         self.size = sum(sizes)
         self._ends = np.cumsum(sizes[:-1]).tolist()
 
+    @property
+    def layers(self) -> list[str]:
+        """Their names, each once."""
+        return list(dict.fromkeys(name for name, _ in self._shapes))
+
     def pack(self, matrices: Matrices) -> mx.array:
-        """float32 (size,). Raises `KeyError` for a matrix that is missing."""
         return mx.concatenate([matrices[name][side].reshape(-1) for name, side in self._shapes])
 
     def unpack(self, vector: mx.array) -> Matrices:

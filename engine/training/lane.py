@@ -22,7 +22,7 @@ from engine.training.run import TrainingRun
 from stoker.contract import TrainReport, TrainRequest, TrainResult, Usage
 from stoker.contract.dataset import TrainInput, iterate_lines
 from stoker.contract.names import Rule, checked
-from stoker.errors import DatasetError, InvalidRequest, JobCancelled, StokerError, WorkerUnavailable
+from stoker.errors import DatasetError, JobCancelled, StokerError, WorkerUnavailable
 
 log = logging.getLogger(__name__)
 
@@ -64,11 +64,6 @@ class TrainLane:
     def prepare(self, ticket: Ticket[TrainResult], request: TrainRequest, data: TrainInput | None) -> TrainWork:
         if data is None:
             raise DatasetError("dataset: gone from the broker before the run began. Send the job again.")
-        if request.dora and self._model.shard is not None:
-            raise InvalidRequest(
-                f"dora: true given; ranks share the heads of {request.model} here, and train LoRA alone. Leave dora "
-                "out, or train on a worker without STOKER_SHARD."
-            )
         limit = allowed_length(request, self._model.context)
         chosen_targets(self._model.linear_shapes, request.targets)
         lines = iterate_lines(data.lines(), "dataset")

@@ -28,6 +28,9 @@ class PartedLayout:
         self._cut = FlatLayout(self._parts(matrices))
         self.size = self._common.size + self._cut.size
 
+    def pack(self, matrices: Matrices) -> mx.array:
+        return mx.concatenate([self._common.pack(matrices), self._cut.pack(matrices)])
+
     def unpack(self, vector: mx.array) -> Matrices:
         common, cut = self._split(vector)
         return _merged(self._common.unpack(common), self._cut.unpack(cut))

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import time
 import zlib
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -73,8 +73,10 @@ class Trainer:
         targets = chosen_targets(decoder.linear_shapes, request.targets)
         self.config = LoraConfig(request.rank, request.alpha, targets, request.rslora, request.dora)
         shapes = target_shapes(decoder.linear_shapes, targets)
-        self._squares = {name: square_norms(self.linears[name]) for name in shapes} if request.dora else {}
-        start = initialise(self.config, shapes, request.seed, self._squares if request.dora else None).matrices
+        self._squares = self._square_norms(shapes) if self._shard is None else {}
+        # Where ranks share the model, the norms are found together: when it runs.
+        norms = self._squares or {name: mx.ones((out,)) for name, (_, out) in shapes.items()}
+        start = initialise(self.config, shapes, request.seed, norms if request.dora else None).matrices
         self._whole = FlatLayout(start)
         self.layout: Layout = self._whole if self._shard is None else PartedLayout(start, self._shard)
         self._batches = Batches(examples, request.batch_size, request.seed)
@@ -108,7 +110,29 @@ class Trainer:
         self.anchor = self.state if anchor is state else self.layout.own(anchor)
         return self._turns()
 
+    def _square_norms(self, layers: Iterable[str]) -> dict[str, mx.array]:
+        return {name: square_norms(self.linears[name]) for name in layers} if self.request.dora else {}
+
+    def _measure(self) -> None:
+        """Find the norms of the layers of which each rank has a part: before the first step, what it begins with."""
+        self._squares = self._square_norms(self._whole.layers)
+        state, anchor = self.state, self.anchor
+        self.state = self._measured(state)
+        self.anchor = self.state if anchor is state else self._measured(anchor)
+
+    def _measured(self, state: TrainState) -> TrainState:
+        if state.step or not self._squares:
+            return state
+        matrices = self.layout.unpack(state.weights)
+        for name, squares in self._squares.items():
+            matrices[name]["m"] = mx.sqrt(squares)
+        weights = self.layout.pack(matrices)
+        mx.eval(weights)
+        return replace(state, weights=weights)
+
     def _turns(self) -> Generator[TrainReport | None, None, None]:
+        if self._shard is not None:
+            self._measure()
         while not self.finished:
             self._kept = None
             if self.state.unreported is None:

@@ -26,7 +26,7 @@ from engine.models.shard import Shard
 from engine.ticket import Ticket
 from engine.warm import WarmModels
 from stoker.contract import GenerateRequest, GenerateResult, StreamToken
-from stoker.errors import InvalidRequest, UnknownAdapter, WorkerUnavailable
+from stoker.errors import UnknownAdapter, WorkerUnavailable
 from tests.engine import shared_model, tiny
 
 LIMITS = LaneLimits(slots=3, kv_bytes=1 << 22)
@@ -275,14 +275,23 @@ def test_an_adapter_is_lent_once_and_travels_as_one_array(tmp_path: Path, dora: 
 
 
 def test_an_adapter_that_cannot_be_had_is_its_own_jobs_error_and_no_rank_hears_of_it(leading: Leading) -> None:
-    leading.store.write("tiny", "normed", leading.weights(1, dora=True), {})
     before = len(leading.notes.words)
-    with pytest.raises(InvalidRequest, match="a DoRA adapter given"):
-        leading.submit(adapter="normed")
     with pytest.raises(UnknownAdapter):
         leading.submit(adapter="nobody")
     assert len(leading.notes.words) == before
     assert not leading.lane.busy
+
+
+def test_norms_that_fail_on_rank_0_end_the_group(leading: Leading, monkeypatch: pytest.MonkeyPatch) -> None:
+    leading.store.write("tiny", "normed", leading.weights(1, dora=True), {})
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(AdapterPool, "measure", broken)
+    with pytest.raises(WorkerUnavailable, match="an adapter's norms failed on rank 0: RuntimeError: out of memory"):
+        leading.submit(adapter="normed")
+    assert leading.notes.lost
 
 
 def test_a_turn_that_fails_on_rank_0_ends_the_group(leading: Leading, monkeypatch: pytest.MonkeyPatch) -> None:

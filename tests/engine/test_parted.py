@@ -29,7 +29,7 @@ from engine.training.ranks import OneRank
 from engine.training.state import TrainState
 from engine.training.trainer import Trainer
 from engine.weights.tensors import Quantization
-from stoker.errors import InvalidRequest, WorkerUnavailable
+from stoker.errors import WorkerUnavailable
 from tests.engine import shared_model, tiny
 from tests.engine.shared_model import ARGS, on_ranks
 from tests.engine.test_training_lane import admit, run_all, turn
@@ -89,16 +89,25 @@ ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
     [
         ({"targets": ALL, "dropout": 0.3, "label_smoothing": 0.1}, None),
         ({"targets": ALL, "gradient_checkpointing": True}, EIGHT),
+        ({"targets": ALL, "dora": True, "dropout": 0.1}, EIGHT),
         ({"targets": ("up_proj",)}, None),
         ({"targets": ("o_proj", "down_proj"), "rslora": True}, None),
     ],
-    ids=["all", "quantized", "outputs", "inputs"],
+    ids=["all", "quantized", "dora", "outputs", "inputs"],
 )
 def test_two_steps_on_a_shared_model_are_those_on_the_whole(
     options: dict[str, Any], quantization: Quantization | None, ranks: int
 ) -> None:
     asked = tiny.asking(
-        steps=3, batch_size=2, accumulation=2, learning_rate=1e-2, held_out=0.2, eval_every=1, clip=0.5, **options
+        steps=3,
+        batch_size=2,
+        accumulation=2,
+        learning_rate=1e-2,
+        held_out=0.2,
+        eval_every=1,
+        clip=0.5,
+        checkpoint_every=1,
+        **options,
     )
     given = examples(6)
 
@@ -254,13 +263,6 @@ def test_an_adapter_that_was_trained_is_written_and_held_when_a_job_asks_all_ran
     assert not lane.pool.loaded
     lane.pool.acquire("style")
     assert lane.pool.loaded == ("style@1",)
-
-
-def test_dora_is_refused_with_what_to_do(lane: TrainLane) -> None:
-    with pytest.raises(
-        InvalidRequest, match=r"dora: true given; ranks share the heads of tiny here, .* Leave dora out, or"
-    ):
-        admit(lane, "a", dora=True)
 
 
 def test_what_a_rank_keeps_of_a_run_is_known_before_it_begins() -> None:

@@ -14,7 +14,7 @@ from engine.adapters.pool import AdapterPool
 from engine.adapters.sharding import part_of
 from engine.adapters.stacked import StackedLora
 from engine.adapters.store import AdapterStore
-from engine.checkpoints.loading import load
+from engine.checkpoints.loading import LoadedModel, load
 from engine.generation.forward_input import ForwardInput
 from engine.generation.step import Compiled, Step
 from engine.models.cache import KeyValues
@@ -23,7 +23,7 @@ from engine.models.shard import Shard
 from engine.models.sharded import shared
 from engine.weights.quantized import Form, QuantizedTensor, dequantize, quantize
 from engine.weights.tensors import Quantization
-from stoker.errors import InvalidRequest, ModelError
+from stoker.errors import ModelError
 from tests.engine import shared_model, tiny
 from tests.engine.shared_model import ARGS, ODD, changed, on_ranks
 
@@ -147,10 +147,37 @@ def test_a_model_with_neither_heads_nor_layers_for_each_rank_is_refused_with_the
         shared_model.part(Shard(0, ranks), args)
 
 
-def test_a_dora_adapter_is_refused_with_what_to_do() -> None:
-    model = tiny.loaded(shared_model.whole())
-    with pytest.raises(InvalidRequest, match=r"a DoRA adapter given; .* LoRA alone\. Serve it on a worker without"):
-        part_of(tiny.adapter(model, 4, 1, dora=True), Shard(0, 2), model.linear_shapes)
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_dora_adapter_has_the_norms_of_whole_layers_found_once_and_kept_when_it_makes_room(
+    ranks: int, tmp_path: Path
+) -> None:
+    args = changed(qkv_bias=True)
+    model = tiny.loaded(shared_model.whole(args))
+    weights = tiny.adapter(model, 4, 1, dora=True)
+    mx.eval(weights.matrices)
+
+    def found(model: LoadedModel, home: Path) -> np.ndarray:
+        pool = AdapterPool(model, AdapterStore(home))
+        pool.save("normed", weights, {})
+        if model.shard is not None:
+            pool.measure("normed", 1, weights)
+        # A rank that loads it again asks no other one.
+        for _ in range(1 + (model.shard is None or model.shard.rank == 0)):
+            index = pool.acquire("normed")
+            pool.release(index)
+            rows = pool.rows([index, 0])
+            pool.drop("normed", 1)
+        return logits(model.llama, rows)
+
+    wanted = found(model, tmp_path / "whole")
+    assert np.abs(wanted - logits(shared_model.whole(args)))[0].max() > 0.1
+    for one in on_ranks(
+        ranks,
+        lambda shard: found(
+            replace(tiny.loaded(shared_model.part(shard, args)), shard=shard), tmp_path / str(shard.rank)
+        ),
+    ):
+        np.testing.assert_allclose(one, wanted, atol=1e-3)
 
 
 def test_a_part_of_a_file_is_loaded_alone_and_takes_its_share_of_the_memory(tmp_path: Path) -> None:

@@ -60,6 +60,7 @@ class Follower:
         self._runs: dict[str, FollowedRun] = {}
         self._models: Mapping[str, LoadedModel] = {}
         self._lanes: dict[str, FollowedLane] = {}
+        self._pools: dict[str, AdapterPool] = {}
         #: What rank 0's clock said and this one's has not yet.
         self._seconds: queue.SimpleQueue[float] = queue.SimpleQueue()
         self._adapters = AdapterStore(settings.adapters)
@@ -130,7 +131,7 @@ class Follower:
         pool = AdapterPool(model, self._adapters, self._settings.adapter_memory << 20)
         lane = GenerateLane(model, pool, limits, clock=self._seconds.get, agreed=self._agreed)
         lane.warm()
-        self._lanes[command.model] = FollowedLane(lane)
+        self._lanes[command.model], self._pools[command.model] = FollowedLane(lane), pool
 
     def _agreed(self, own: bool) -> bool:
         """What rank 0 found, where ranks may find something else."""
@@ -141,6 +142,7 @@ class Follower:
         lent, shapes = command.adapter, self._models[command.model].linear_shapes
         weights = lent.receive(self._ranks, shapes)
         self._adapters.write(command.model, lent.name, weights, {"name": lent.name}, lent.version)
+        self._pools[command.model].measure(lent.name, lent.version, weights)
 
     def _listen(self, channel: Channel, address: meeting.Address) -> None:
         """Until rank 0 is gone, and this process with it. In a thread of its own."""

@@ -50,7 +50,7 @@ def alone(home: Path, folder: Path, do: Callable[[Engine, Streams], dict[str, An
 
 def together(home: Path, folder: Path, ranks: int) -> dict[str, Any]:
     command = [sys.executable, "-m", "tests.workers.group.sharded_child", str(home), str(folder), str(ranks)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=110)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -62,7 +62,7 @@ def go_on(engine: Engine, streams: Streams) -> dict[str, Any]:
     return {"losses": losses(streams, "back")}
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_ranks_that_share_a_model_make_the_streams_and_the_runs_of_one_rank(tmp_path: Path, ranks: int) -> None:
     """Each side goes on with a run that the other left in its middle."""
