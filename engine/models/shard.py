@@ -9,7 +9,7 @@ other. Either way the vocabulary is cut by its rows, and norms outside of layers
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Literal, Self, TypeAlias, cast
 
@@ -92,7 +92,7 @@ class Shard:
             return stored
         if cut == "inputs":
             return self._columns(name, stored)
-        return self._rows(stored, self.rows_of(stored.shape[0]))
+        return self._rows(stored)
 
     def rows_of(self, count: int) -> int:
         """How many of `count` rows a rank has; the last ones may lack some, and have zeros there."""
@@ -107,33 +107,33 @@ class Shard:
         *_, layer = name.removesuffix(".weight").removesuffix(".bias").split(".")
         return _CUTS[self.split].get(layer)
 
-    def _rows(self, stored: Stored, each: int) -> Stored:
-        rows = slice(self.rank * each, (self.rank + 1) * each)
-        if isinstance(stored, mx.array):
-            return _filled(stored[rows], each)
-        weight, scales = _filled(stored.weight[rows], each), _filled(stored.scales[rows], each)
-        biases = None if stored.biases is None else _filled(stored.biases[rows], each)
-        return replace(stored, weight=weight, scales=scales, biases=biases)
+    def vocabulary(self, array: mx.array) -> mx.array:
+        """This rank's rows of an array that has one for each id: `rows_of` of them, with zeros where there are fewer;
+        on its way."""
+        each = self.rows_of(array.shape[0])
+        own = array[self.rank * each : (self.rank + 1) * each]
+        missing = each - own.shape[0]
+        # A slice alone would keep the whole in memory.
+        return mx.pad(own, [(0, missing), *[(0, 0)] * (own.ndim - 1)]) if missing else mx.contiguous(own)
+
+    def _rows(self, stored: Stored) -> Stored:
+        return self.vocabulary(stored) if isinstance(stored, mx.array) else _each(self.vocabulary, stored)
 
     def _columns(self, name: str, stored: Stored) -> Stored:
         if isinstance(stored, mx.array):
-            return stored[:, self.own(stored.shape[1])]
+            return self._own_columns(stored)
         width, group = stored.shape[1], stored.form.group_size
         if width // self.size % group:
             raise ModelError(
                 f"{name}: {width} inputs in groups of {group} given; over {self.size} ranks a group would be cut. "
                 "Use fewer ranks, or a model in smaller groups."
             )
-        return _columns_of(stored, self)
+        return _each(self._own_columns, stored)
+
+    def _own_columns(self, array: mx.array) -> mx.array:
+        return mx.contiguous(array[:, self.own(array.shape[1])])
 
 
-def _columns_of(stored: QuantizedTensor, shard: Shard) -> QuantizedTensor:
-    weight, scales = (array[:, shard.own(array.shape[1])] for array in (stored.weight, stored.scales))
-    biases = None if stored.biases is None else stored.biases[:, shard.own(stored.biases.shape[1])]
-    return replace(stored, weight=weight, scales=scales, biases=biases)
-
-
-def _filled(array: mx.array, rows: int) -> mx.array:
-    """With zeros behind, where there are fewer."""
-    missing = rows - array.shape[0]
-    return mx.pad(array, [(0, missing), *[(0, 0)] * (array.ndim - 1)]) if missing else array
+def _each(cut: Callable[[mx.array], mx.array], stored: QuantizedTensor) -> QuantizedTensor:
+    biases = None if stored.biases is None else cut(stored.biases)
+    return replace(stored, weight=cut(stored.weight), scales=cut(stored.scales), biases=biases)

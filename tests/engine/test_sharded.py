@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from engine.models.llama import Llama, LlamaArgs
 from engine.models.shard import Shard
 from engine.models.sharded import shared
 from engine.weights.quantized import Form, QuantizedTensor, dequantize, quantize
-from engine.weights.tensors import Quantization
+from engine.weights.tensors import Quantization, Stored
 from stoker.errors import ModelError
 from tests.engine import shared_model, tiny
 from tests.engine.shared_model import ARGS, ODD, changed, on_ranks
@@ -124,6 +125,21 @@ def test_columns_are_cut_by_inputs_and_rows_by_outputs(kind: str) -> None:
     bias = Shard(1, 2).cut("model.layers.0.self_attn.q_proj.bias", mx.arange(8))
     assert isinstance(bias, mx.array)
     assert bias.tolist() == [4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("kind", ["dense", "quantized"])
+@pytest.mark.parametrize("name", [TABLE, "model.layers.0.mlp.down_proj.weight"])
+def test_what_other_ranks_have_leaves_the_memory(name: str, kind: str) -> None:
+    rows = mx.random.normal((2048, 1024), key=mx.random.key(0))
+    stored: Stored = rows if kind == "dense" else quantize(rows, Form(32, 8))
+    mx.eval(stored if isinstance(stored, mx.array) else stored.arrays)
+    del rows
+    gc.collect()
+    before, size = mx.get_active_memory(), stored.nbytes
+    stored = Shard(1, 4).cut(name, stored)
+    mx.eval(stored if isinstance(stored, mx.array) else stored.arrays)
+    gc.collect()
+    assert before - mx.get_active_memory() >= 0.7 * size
 
 
 def test_a_group_of_weights_that_would_be_cut_is_refused() -> None:
