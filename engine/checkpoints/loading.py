@@ -30,7 +30,7 @@ from engine.models.rerankers import score_heads, spec_of
 from engine.models.sentence import EmbeddingSpec
 from engine.models.sentence_files import model_folder, pools_decoder
 from engine.models.shard import Shard
-from engine.models.sharded import SharedLlama, shared
+from engine.models.sharded import shared
 from engine.platform.jsonfiles import read_config
 from engine.sparing import Pause, no_pause
 from engine.text.pairs import Pairing
@@ -257,20 +257,10 @@ def _load_decoder(asked: _Load, config: dict[str, Any]) -> LoadedModel:
 
 
 def _load_bridged(asked: _Load, config: dict[str, Any], file: str) -> LoadedModel:
-    _refuse_shard(asked, config["model_type"])
     inner = model_folder(asked.path)
-    model = BridgedDecoder.from_folder(inner, config, file, asked.precision, asked.pause)
+    model = BridgedDecoder.from_folder(inner, config, file, asked.precision, asked.pause, asked.shard)
     asked.pause()
     return _bridged(asked, model, Tokenizer.from_folder(inner))
-
-
-def _refuse_shard(asked: _Load, architecture: object) -> None:
-    """Before anything is read."""
-    if asked.shard is not None:
-        raise ModelError(
-            f"{asked.name} is a {architecture}, which runs mlx-lm's model file; ranks can share "
-            f"{', '.join(sorted(DECODERS))} alone. Serve it without STOKER_SHARD."
-        )
 
 
 def _bridged(asked: _Load, model: BridgedDecoder, tokenizer: Tokenizer) -> LoadedModel:
@@ -284,8 +274,7 @@ def _load_gguf(asked: _Load) -> LoadedModel:
     gguf = GGUF(path)
     model = gguf_models.model_of(gguf.metadata)
     if model is not None:
-        _refuse_shard(asked, gguf.metadata["general.architecture"])
-        decoder = BridgedDecoder.from_gguf(gguf, model, precision, pause)
+        decoder = BridgedDecoder.from_gguf(gguf, model, precision, pause, asked.shard)
         pause()
         return _bridged(asked, decoder, Tokenizer.from_gguf(gguf))
     embedding = gguf.tensors.get("token_embd.weight")
@@ -336,7 +325,7 @@ def _generating(
         context=model.args.context,
         linear_shapes=model.linear_shapes,
         precision=repr(asked.precision),
-        shard=model.shard if isinstance(model, SharedLlama) else None,
+        shard=model.shard,
         **measures,
     )
 

@@ -184,7 +184,7 @@ class Step:
     def _behind(self, hidden: mx.array, written: Stored) -> Stored:
         """What a pass stored whose logits nobody wants. Where ranks have layers each, all of them make the whole pass
         all the same: what a rank stores needs none of the exchanges behind its own layers."""
-        if not self._model.kv_sizes.counted:
+        if self._model.kv_sizes.counted is None:
             return written
         keys, values, states = ([mx.depends(array, hidden) for array in arrays] for arrays in written)
         return keys, values, states

@@ -47,9 +47,9 @@ class KvSizes(NamedTuple):
     states: Sequence[StateShape] = ()
     #: Whether rows that decode keep several layers in one array (`engine.models.joint`): all sides are alike then.
     joint: bool = False
-    #: Bytes of a token on the rank that keeps most of it, where ranks have layers each: all count by it, so that the
-    #: same rows make way on all of them. 0: every layer is here.
-    counted: int = 0
+    #: Bytes of a token, and of a row's states, on the rank that keeps most of them, where ranks have layers each: all
+    #: count by it, so that the same rows make way on all of them. None: every layer is here.
+    counted: tuple[int, int] | None = None
 
     @property
     def dtypes(self) -> list[mx.Dtype]:
@@ -60,11 +60,15 @@ class KvSizes(NamedTuple):
     @property
     def token_bytes(self) -> int:
         """Of one token, in every layer that attends."""
-        return self.counted or sum(side.nbytes for side in (*self.keys, *self.values))
+        if self.counted is not None:
+            return self.counted[0]
+        return sum(side.nbytes for side in (*self.keys, *self.values))
 
     @property
     def state_bytes(self) -> int:
         """Of one row's states."""
+        if self.counted is not None:
+            return self.counted[1]
         return sum(state.nbytes for state in self.states)
 
 

@@ -86,7 +86,7 @@ class SharedLlama(Llama):
     def __init__(self, args: LlamaArgs, tensors: Tensors, shard: Shard, own: range) -> None:
         tensors.part = shard
         super().__init__(args, tensors, own)
-        self.shard = shard
+        self.shard: Shard = shard
         self.embed_tokens = SharedEmbedding(self.embed_tokens, shard.rows_of(args.vocab), shard)
 
     def head(self, hidden: mx.array) -> mx.array:
@@ -135,7 +135,7 @@ class LayersLlama(SharedLlama):
     def kv_sizes(self) -> KvSizes:
         sizes = super().kv_sizes
         most = self.shard.rows_of(self.args.layers)
-        return sizes._replace(counted=most * (sizes.keys[0].nbytes + sizes.values[0].nbytes))
+        return sizes._replace(counted=(most * (sizes.keys[0].nbytes + sizes.values[0].nbytes), 0))
 
     def _begin(self, tokens: mx.array) -> Hidden:
         x = self.embed_tokens(tokens)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -26,23 +26,30 @@ class NetworkBlock:
             return self._run(x)
 
 
-class Stage(nn.Module):
-    """Stands in a network for one of its layers."""
+class StandIn(nn.Module):
+    """Stands in a network for one of its parts."""
 
-    def __init__(self, layer: nn.Module, under_way: Pass) -> None:
+    def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.layer = layer
-        self._pass = under_way
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
         """As `isinstance` asks for it: networks distinguish their layers by it."""
-        return type(self["layer"]) if "layer" in self else Stage
+        return type(self["layer"]) if "layer" in self else StandIn
 
     def __getattr__(self, key: str) -> Any:
         if "layer" not in self:
             raise AttributeError(key)
         return self["layer"] if key == "layer" else getattr(self["layer"], key)
+
+
+class Stage(StandIn):
+    """Stands for a layer that a trainer may run in its own way."""
+
+    def __init__(self, layer: nn.Module, under_way: Pass) -> None:
+        super().__init__(layer)
+        self._pass = under_way
 
     def __call__(self, *args: Any, **keywords: Any) -> Any:
         layer, run_block = self["layer"], self._pass.run_block
@@ -73,10 +80,16 @@ def _differentiated(values: Sequence[Any]) -> bool:
     )
 
 
-def stage(network: nn.Module, under_way: Pass) -> None:
-    """Put a `Stage` for each layer of every numbered list of them that takes hidden states in turn."""
+def layer_lists(network: nn.Module) -> Iterator[tuple[nn.Module, str, list[nn.Module]]]:
+    """Every numbered list of the layers that take hidden states in turn, with the module that has it and its name."""
     layers = list(getattr(network, "layers", ()))
     for module in network.modules():
         for name, part in list(module.items()):
             if isinstance(part, list) and part and layers and part[0] is layers[0]:
-                module[name] = [Stage(layer, under_way) for layer in part]
+                yield module, name, part
+
+
+def stage(network: nn.Module, under_way: Pass) -> None:
+    """Put a `Stage` for each layer."""
+    for module, name, layers in list(layer_lists(network)):
+        module[name] = [Stage(layer, under_way) for layer in layers]

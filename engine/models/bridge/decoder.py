@@ -10,14 +10,15 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from engine.models.bridge import blocks, experts, gguf_configs, gguf_weights, linears, package, slots, weights
+from engine.models.bridge import blocks, experts, gguf_configs, gguf_weights, linears, package, sharing, slots, weights
 from engine.models.bridge.configs import BridgeArgs, context_of
 from engine.models.bridge.gguf_models import GgufModel
 from engine.models.bridge.network import TRIED, cut
 from engine.models.cache import KvSizes, View
 from engine.models.decoder import RunBlock
 from engine.models.joint import Cache
-from engine.models.layers import LayerAdapters, Linear
+from engine.models.layers import LayerAdapters
+from engine.models.shard import Shard
 from engine.platform.compiler import on_cpu
 from engine.sparing import Pause, no_pause
 from engine.weights.gguf import GGUF
@@ -30,13 +31,24 @@ _MOST = 4096
 
 
 class BridgedDecoder:
-    """The model: tokens to hidden states to logits. Its weights never change; adapters come with each call."""
+    """The model: tokens to hidden states to logits. Its weights never change; adapters come with each call.
 
-    #: Ranks share no such model.
-    shard: None = None
+    `shard`: the rank of this process, which gets its layers of the network alone; None: all. `pause` is called between
+    the weights. Raises `ModelError` for a file that does not run so.
+    """
 
-    def __init__(self, file: str, network: nn.Module, args: object, config: Mapping[str, Any]) -> None:
-        self._network = network
+    def __init__(
+        self,
+        file: str,
+        network: nn.Module,
+        args: object,
+        config: Mapping[str, Any],
+        shard: Shard | None = None,
+        pause: Pause = no_pause,
+    ) -> None:
+        self._network, self.shard = network, None if shard is None else shard.by_layers()
+        if shard is None:
+            weights.evaluate(network, pause)
         caches = network.make_cache() if hasattr(network, "make_cache") else _default_caches(network)
         self._slots = slots.shapes_of(caches)
         # Some files take the mask of the first full layer from its cache, also where there is none.
@@ -53,47 +65,92 @@ class BridgedDecoder:
         self._rewritten = [(module, name, weight) for module, name, weight in before if module[name] is not weight]
         with self._kept_weights():
             pass
-        self.linears: dict[str, Linear] = linears.unwrap(network, made, ran)
-        if not probing.shares:
+        self.linears = linears.unwrap(network, made, ran)
+        self.linear_shapes = {name: linear.shape for name, linear in self.linears.items()}
+        self.parameters, self.nbytes = linears.parameters_of(network)
+        self._sizes, self.dtype = sizes, _computed_in(sizes, logits)
+        if self.shard is not None:
+            logits = self._share(probing, logits.shape[-1], self.shard, pause)
+        elif not probing.shares:
             # A layer that is run again would lose the gradient through the keys that it reads of another.
             blocks.stage(network, self._pass)
         self._cut = cut(network, lambda: self._open(slots.Whole()), logits)
-        self._sizes, self.dtype = sizes, _computed_in(sizes, logits)
         # Of a model that also sees, the language model's own: they have its defaults.
         args = getattr(network.get("language_model"), "args", args)
         context = context_of(config, args, attends=bool(sizes.keys))
         self.args = BridgeArgs(str(config["model_type"]), vocab=logits.shape[-1], context=context)
-        self.parameters, self.nbytes = linears.parameters_of(network)
 
     @classmethod
     def from_folder(
-        cls, folder: Path, config: Mapping[str, Any], file: str, precision: Precision, pause: Pause = no_pause
+        cls,
+        folder: Path,
+        config: Mapping[str, Any],
+        file: str,
+        precision: Precision,
+        pause: Pause = no_pause,
+        shard: Shard | None = None,
     ) -> BridgedDecoder:
-        """`pause` is called between the weights. Raises `ModelError` for a config.json or weights that mlx-lm's `file`
-        cannot run, or would run otherwise."""
+        """Raises `ModelError` for a config.json or weights that mlx-lm's `file` cannot run, or would run otherwise."""
         network, args = weights.network_of(config, file)
-        weights.read(folder, config, network, precision, pause)
+        weights.read(folder, config, network, precision)
         pause()
-        return cls(file, network, args, config)
+        return cls(file, network, args, config, shard, pause)
 
     @classmethod
-    def from_gguf(cls, gguf: GGUF, model: GgufModel, precision: Precision, pause: Pause = no_pause) -> BridgedDecoder:
+    def from_gguf(
+        cls, gguf: GGUF, model: GgufModel, precision: Precision, pause: Pause = no_pause, shard: Shard | None = None
+    ) -> BridgedDecoder:
         """From a file of this architecture. Raises `ModelError` as `from_folder` does."""
         config = gguf_configs.config_of(gguf, model)
         network, args = weights.network_of(config, model.file)
-        gguf_weights.read(gguf, model, config, network, precision, pause)
+        others = () if shard is None else sharing.others(network, shard)
+        gguf_weights.read(gguf, model, config, network, precision, pause, others)
         pause()
-        return cls(model.file, network, args, config)
+        return cls(model.file, network, args, config, shard, pause)
+
+    def _share(self, probing: slots.Probing, vocab: int, shard: Shard, pause: Pause) -> mx.array:
+        """Keep this rank's part alone; logits of `TRIED` that all ranks make."""
+        if probing.shares:
+            raise ModelError(
+                "some of its layers read the keys and values of others, so ranks cannot share them. Serve it without "
+                "STOKER_SHARD."
+            )
+        network, parts = self._network, sharing.parts_of(self._network, shard)
+        sharing.share(network, vocab, parts, shard)
+        weights.evaluate(network, pause)
+        _, self.nbytes = linears.parameters_of(network)
+        self.linears = {name: linear for name, linear in self.linears.items() if linear.here}
+        self._rewritten = [(module, name, weight) for module, name, weight in self._rewritten if name in module]
+        kept = probing.kept(parts, shard.rank)
+        self._slots = [None if shape is None else shape.moved(kept) for shape in self._slots]
+        self._sizes = kept.sizes
+        try:
+            return self._tried(slots.Whole())
+        except Exception as error:
+            raise ModelError(
+                "mlx-lm's file runs parts of its layers by themselves, so ranks cannot share them "
+                f"({type(error).__name__}: {error}). Serve it without STOKER_SHARD."
+            ) from error
+
+    def _tried(self, view: slots.SlotView) -> mx.array:
+        tokens = mx.array(TRIED, dtype=mx.int32)
+        with self._pass.begun(None, *tokens.shape):
+            logits: mx.array = self._network(tokens, cache=self._open(view))
+        return logits
 
     def _probe(self) -> tuple[slots.Probing, dict[str, bool], mx.array]:
-        """What each layer keeps, which linear layers ran, and some logits."""
-        probing, ran = slots.Probing(), self._pass.ran
-        tokens = mx.array(TRIED, dtype=mx.int32)
-        self._pass.ran = ran = {}
+        """What each layer keeps, which linear layers ran, and some logits. Nothing is evaluated of a network that ranks
+        share: all of it is here, and too large."""
+        probing, ran = slots.Probing(lambda: self._pass.layer), dict[str, bool]()
+        self._pass.ran = ran
         try:
-            with self._pass.begun(None, *tokens.shape):
-                logits: mx.array = self._network(tokens, cache=self._open(probing))
+            if self.shard is not None:
+                with sharing.noted(self._network, self._pass):
+                    return probing, ran, self._tried(probing)
+            logits = self._tried(probing)
             mx.eval(logits)
+        except ModelError:
+            raise
         except Exception as error:
             raise ModelError(
                 f"mlx-lm's model file does not run over Stoker's keys and values ({type(error).__name__}: {error})"
@@ -154,10 +211,6 @@ class BridgedDecoder:
     def head(self, hidden: mx.array) -> mx.array:
         """The same in the model's own dtype."""
         return self._cut.head(hidden)
-
-    @property
-    def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        return {name: linear.shape for name, linear in self.linears.items()}
 
 
 def _weights(network: nn.Module) -> list[tuple[nn.Module, str, mx.array]]:

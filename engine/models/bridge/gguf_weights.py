@@ -28,17 +28,23 @@ def read(
     network: nn.Module,
     precision: Precision,
     pause: Pause,
+    others: tuple[str, ...] = (),
 ) -> None:
-    """Give a network the tensors of a file, each evaluated, with a `pause` before. Raises `ModelError`."""
+    """Give a network the tensors of a file, each read with a `pause` before, except those whose names begin with one of
+    `others`. Raises `ModelError`."""
     reader = _Reader(gguf, network, model, config, precision)
     arrays: dict[str, mx.array] = {}
+    shapes = weights.names(network)
     for stored, name in placed(gguf, model, network):
         pause()
+        if name.startswith(others):
+            arrays[name] = mx.zeros(shapes[name])
+            continue
         made = reader.read(stored, name)
         mx.eval(made)
         arrays |= made
     weights.fill(gguf.path, {**config, "quantization": reader.section}, network, arrays)
-    weights.settle(network, precision, reader.dtype, pause, every=True)
+    weights.settle(network, precision, reader.dtype, every=True)
 
 
 def outline(gguf: GGUF, model: GgufModel, config: Mapping[str, Any], network: nn.Module) -> None:

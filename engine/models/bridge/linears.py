@@ -29,6 +29,8 @@ class Pass:
         self.run_block: RunBlock | None = None
         #: Where a pass notes which layers ran, and whether an adapter could apply to them; None: nothing is noted.
         self.ran: dict[str, bool] | None = None
+        #: The number of the layer that runs, where layers say so (`engine.models.bridge.sharing`).
+        self.layer: int | None = None
 
     @contextmanager
     def begun(self, adapters: LayerAdapters | None, rows: int, tokens: int) -> Iterator[None]:
@@ -51,6 +53,11 @@ class NetworkLinear(Linear):
     def _product(self, x: mx.array) -> mx.array:
         result: mx.array = self._inner(x)
         return result
+
+    @property
+    def here(self) -> bool:
+        """Whether its numbers are of this process; of a network that ranks share, each has some layers."""
+        return "weight" in self._inner
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -114,7 +121,7 @@ def wrap(network: nn.Module, under_way: Pass) -> dict[str, AdaptedLinear]:
     return made
 
 
-def unwrap(network: nn.Module, made: Mapping[str, AdaptedLinear], ran: Mapping[str, bool]) -> dict[str, Linear]:
+def unwrap(network: nn.Module, made: Mapping[str, AdaptedLinear], ran: Mapping[str, bool]) -> dict[str, NetworkLinear]:
     """Put back the layers to which no adapter applies: those that a network reads past, or gives no rows. The others by
     their adapters' names."""
     apart = {path: each for path, each in made.items() if not ran.get(adapter_name(path), False)}

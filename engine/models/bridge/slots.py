@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -45,6 +45,26 @@ class SlotShape:
         if self.parts:
             return SlotList([part.open(view) for part in self.parts])
         return _state_class()(view, self.index, self.states) if self.states else KvSlot(view, self.index, self.window)
+
+    def moved(self, kept: Kept) -> SlotShape:
+        """The same where a rank keeps what its layers need alone."""
+        index = (kept.states if self.states else kept.keys).get(self.index, _ELSEWHERE)
+        return replace(self, index=index, parts=tuple(part.moved(kept) for part in self.parts))
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a rank keeps: index in the whole model → index here; and how large that is."""
+
+    keys: Mapping[int, int]
+    states: Mapping[int, int]
+    sizes: KvSizes
+
+
+#: The index of what another rank keeps: nothing is there.
+_ELSEWHERE = 1 << 16
+#: What a layer keeps that asks for nothing, and a rank whose layers do.
+_NOTHING = KvSide(1, 1, mx.float32)
 
 
 def shapes_of(caches: Sequence[Any]) -> list[SlotShape | None]:
@@ -206,11 +226,15 @@ class Whole:
 
 
 class Probing(Whole):
-    """A pass that finds out what each layer keeps."""
+    """A pass that finds out what each layer keeps. `layer`: the number of the one that runs, where that is known."""
 
-    def __init__(self) -> None:
+    def __init__(self, layer: Callable[[], int | None] = lambda: None) -> None:
         super().__init__()
+        self._layer = layer
         self._sides: dict[int, tuple[KvSide, KvSide]] = {}
+        #: The layers whose keys and values, and whose states, have these indices.
+        self._attending: dict[int, int | None] = {}
+        self._recurrent: dict[int, int | None] = {}
         #: Whether a layer reads the keys of another.
         self.shares = False
 
@@ -220,15 +244,39 @@ class Probing(Whole):
 
     def update(self, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         first, second = (KvSide(each.shape[1], each.shape[3], each.dtype) for each in (keys, values))
-        self._sides[layer] = first, second
+        self._sides[layer], self._attending[layer] = (first, second), self._layer()
         return super().update(layer, keys, values)
+
+    def set_state(self, index: int, new: mx.array) -> None:
+        self._recurrent[index] = self._layer()
+        super().set_state(index, new)
+
+    def kept(self, parts: Sequence[range], rank: int) -> Kept:
+        """What a rank keeps, of those that have these layers. All count by the one that keeps most."""
+        ranks = [self._of(layers) for layers in parts]
+        counted = max(one.sizes.token_bytes for one in ranks), max(one.sizes.state_bytes for one in ranks)
+        own = ranks[rank]
+        return replace(own, sizes=own.sizes._replace(counted=counted))
+
+    def _of(self, layers: range) -> Kept:
+        whole = self.sizes
+        keys = [index for index, layer in self._attending.items() if layer is None or layer in layers]
+        states = [index for index, layer in self._recurrent.items() if layer is None or layer in layers]
+        # Ranks that keep nothing at all would do otherwise than the others.
+        nothing = StateShape((1,), mx.float32)
+        sizes = KvSizes(
+            [whole.keys[index] for index in keys] or [_NOTHING],
+            [whole.values[index] for index in keys] or [_NOTHING],
+            [whole.states[index] for index in states] or ([nothing] if whole.states else []),
+        )
+        places = [{index: place for place, index in enumerate(indices)} for indices in (keys, states)]
+        return Kept(places[0], places[1], sizes)
 
     @property
     def sizes(self) -> KvSizes:
         """By index; a layer that never asked keeps one number a token."""
-        nothing = KvSide(1, 1, mx.float32)
         count = max(self._sides, default=-1) + 1
-        pairs = [self._sides.get(index, (nothing, nothing)) for index in range(count)]
+        pairs = [self._sides.get(index, (_NOTHING, _NOTHING)) for index in range(count)]
         states = [self._states[index] for index in sorted(self._states)]
         if list(self._states) and sorted(self._states) != list(range(len(self._states))):
             raise ModelError("a recurrent layer leaves some of its states empty, which is not supported")

@@ -54,16 +54,14 @@ def network_of(config: Mapping[str, Any], file: str) -> tuple[nn.Module, Any]:
     return network, args
 
 
-def read(
-    folder: Path, config: Mapping[str, Any], network: nn.Module, precision: Precision, pause: Pause = no_pause
-) -> nn.Module:
-    """The network with the weights of a folder, each evaluated. Raises `ModelError`."""
+def read(folder: Path, config: Mapping[str, Any], network: nn.Module, precision: Precision) -> nn.Module:
+    """The network with the weights of a folder, none of them evaluated. Raises `ModelError`."""
     arrays = safetensors.read_folder(folder)
     dtype = precision.dtype_for(arrays.values())
     exact = precision.dtype is not None or not any(array.dtype == dtype for array in arrays.values())
     arrays, config = translated(folder, config, arrays, dtype)
     fill(folder, config, network, arrays)
-    settle(network, precision, dtype, pause, every=exact or dtype == mx.float32)
+    settle(network, precision, dtype, every=exact or dtype == mx.float32)
     return network
 
 
@@ -77,15 +75,18 @@ def translated(
         raise ModelError(f"{folder}: {error}") from error
 
 
-def settle(network: nn.Module, precision: Precision, dtype: mx.Dtype, pause: Pause, *, every: bool) -> None:
-    """Bring a filled network into the form that it is to be held in, each weight evaluated by itself, with a `pause`
-    before; `every`: see `_cast`."""
+def settle(network: nn.Module, precision: Precision, dtype: mx.Dtype, *, every: bool) -> None:
+    """Bring a filled network into the form that it is to be held in; `every`: see `_cast`. Nothing is evaluated."""
     if precision.quantization is None:
         _dequantize(network)
     elif precision.quantization.bits is not None:
         _quantize(network, precision.quantization.group_size, precision.quantization.bits)
     _cast(network, dtype, every=every)
     network.eval()
+
+
+def evaluate(network: nn.Module, pause: Pause = no_pause) -> None:
+    """Have each weight by itself, with a `pause` before."""
     for _, array in tree_flatten(network.parameters()):
         pause()
         mx.eval(array)

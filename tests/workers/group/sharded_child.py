@@ -1,6 +1,7 @@
-"""A worker's engine whose models are shared by ranks: `python -m tests.workers.group.sharded_child HOME FOLDER RANKS`.
+"""A worker's engine whose models are shared by ranks: `python -m tests.workers.group.sharded_child HOME FOLDER RANKS
+MODEL…`.
 
-`FOLDER` has those of `MODELS`. The last line that it prints is what `scenarios` and `training` found, as JSON.
+`FOLDER` has the models, of those in `MODELS`. The last line that it prints is what `everything` found, as JSON.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import json
 import sys
 import threading
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +24,8 @@ from workers.machine import make_engine
 if TYPE_CHECKING:
     from engine.engine import Engine
 
-#: The first is shared by its heads, the others by their layers.
-MODELS = ("tiny", "odd")
+#: The first is shared by its heads, the others by their layers; the last runs a file of mlx-lm.
+MODELS = ("tiny", "odd", "recurrent")
 #: Seconds that a job may take: three ranks have a core each on few machines, and a token has a dozen exchanges.
 PATIENCE = 120
 #: Long enough for the prefix cache.
@@ -90,7 +91,7 @@ def scenario(engine: Engine, streams: Streams, model: str) -> dict[str, Any]:
         endless.result(PATIENCE)
     results = {name: ticket.result(PATIENCE) for name, ticket in tickets.items()}
     resumed = engine.submit("resumed", requests["seeded"], streams.found["seeded"][:9])
-    again = engine.submit("again", asking(model)).result(PATIENCE)
+    again = engine.submit("again", asking(model, prompt_ids=(*PROMPT, 9))).result(PATIENCE)
     made = {name: [list(one.token_ids) for one in (result, *result.others)] for name, result in results.items()}
     return {
         "made": made | {"resumed": [list(resumed.result(PATIENCE).token_ids)], "again": [list(again.token_ids)]},
@@ -103,9 +104,9 @@ def scenario(engine: Engine, streams: Streams, model: str) -> dict[str, Any]:
     }
 
 
-def scenarios(engine: Engine, streams: Streams) -> dict[str, dict[str, Any]]:
+def scenarios(engine: Engine, streams: Streams, models: Sequence[str]) -> dict[str, dict[str, Any]]:
     found = {}
-    for model in MODELS:
+    for model in models:
         streams.found.clear()
         found[model] = scenario(engine, streams, model)
     return found
@@ -165,18 +166,24 @@ def losses(streams: Streams, job: str) -> list[list[float]]:
     ]
 
 
-def main(home: Path, folder: Path, ranks: int) -> None:
-    models = tuple(f"{model}={folder / model}" for model in MODELS)
+def everything(engine: Engine, streams: Streams, models: Sequence[str]) -> dict[str, Any]:
+    """The streams of all models, and the runs of the first one, on which nothing trains elsewhere."""
+    found = scenarios(engine, streams, models)
+    return found | {"training": training(engine, streams)} if MODELS[0] in models else found
+
+
+def main(home: Path, folder: Path, ranks: int, names: Sequence[str]) -> None:
+    models = tuple(f"{name}={folder / name}" for name in names)
     settings = load_settings(home=home, models=models, ranks=ranks, shard=True, step_limit=60.0, log_level="error")
     streams = Streams()
     engine = make_engine(settings, streams.publish, lambda: None)
     engine.start()
     try:
-        found = scenarios(engine, streams) | {"training": training(engine, streams)}
+        found = everything(engine, streams, names)
     finally:
         engine.stop()
     print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])

@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,36 +20,43 @@ from engine.checkpoints.loading import load
 from engine.engine import Engine
 from stoker.contract import TrainRequest
 from stoker.contract.dataset import TrainInput
-from tests.engine import shared_model, tiny
-from tests.workers.group.sharded_child import LINES, MODELS, RUN, Streams, losses, scenarios, training
+from tests.engine import bridged, shared_model, tiny
+from tests.workers.group.sharded_child import LINES, MODELS, RUN, Streams, everything, losses
 
 
-def write(home: Path, folder: Path) -> None:
+def write(home: Path, folder: Path, models: Sequence[str]) -> None:
     """The models, and adapters of them: two of all layers, one of the last alone, one with norms of its own."""
-    for name, args in zip(MODELS, (shared_model.ARGS, shared_model.ODD), strict=True):
-        model, store = load(name, [str(shared_model.write(folder / name, args))]), AdapterStore(home / "adapters")
+    shared_model.write(folder / "tiny")
+    shared_model.write(folder / "odd", shared_model.ODD)
+    bridged.write_folder(folder / "recurrent", "lfm2", max_position_embeddings=4096)
+    store = AdapterStore(home / "adapters")
+    for name in models:
+        model = load(name, [str(folder / name)])
         for seed, adapter in enumerate(("first", "second")):
             store.write(name, adapter, tiny.adapter(model, 4, seed, size=0.5), {})
-        whole, last = tiny.adapter(model, 4, 2, size=0.5), f"layers.{args.layers - 1}."
+        whole = tiny.adapter(model, 4, 2, size=0.5)
+        last = ".".join(max(whole.matrices).split(".")[:2]) + "."
         own = {layer: sides for layer, sides in whole.matrices.items() if layer.startswith(last)}
         store.write(name, "last", LoraWeights(replace(whole.config, targets=tuple(own)), own), {})
         store.write(name, "normed", tiny.adapter(model, 4, 3, size=0.5, dora=True), {})
 
 
-def alone(home: Path, folder: Path, do: Callable[[Engine, Streams], dict[str, Any]]) -> dict[str, Any]:
+def alone(
+    home: Path, folder: Path, models: Sequence[str], do: Callable[[Engine, Streams], dict[str, Any]] | None = None
+) -> dict[str, Any]:
     """What one process makes of them, in this one."""
     streams = Streams()
-    models = {model: (str(folder / model),) for model in MODELS}
-    engine = Engine(models, adapters=home / "adapters", publish=streams.publish)
+    sources = {model: (str(folder / model),) for model in models}
+    engine = Engine(sources, adapters=home / "adapters", publish=streams.publish)
     engine.start()
     try:
-        return do(engine, streams)
+        return everything(engine, streams, models) if do is None else do(engine, streams)
     finally:
         engine.stop()
 
 
-def together(home: Path, folder: Path, ranks: int) -> dict[str, Any]:
-    command = [sys.executable, "-m", "tests.workers.group.sharded_child", str(home), str(folder), str(ranks)]
+def together(home: Path, folder: Path, ranks: int, models: Sequence[str]) -> dict[str, Any]:
+    command = [sys.executable, "-m", "tests.workers.group.sharded_child", str(home), str(folder), str(ranks), *models]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -66,24 +73,13 @@ def go_on(engine: Engine, streams: Streams) -> dict[str, Any]:
 @pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_ranks_that_share_a_model_make_the_streams_and_the_runs_of_one_rank(tmp_path: Path, ranks: int) -> None:
     """Each side goes on with a run that the other left in its middle."""
-    home, before, folder = tmp_path / "home", tmp_path / "alone", tmp_path / "models"
-    write(before, folder)
+    home, before, folder, models = tmp_path / "home", tmp_path / "alone", tmp_path / "models", MODELS[:2]
+    write(before, folder, models)
     shutil.copytree(before / "adapters", home / "adapters")
-    wanted = alone(before, folder, lambda *it: scenarios(*it) | {"training": training(*it)})
+    wanted = alone(before, folder, models)
     shutil.copytree(before / "runs/left", home / "runs/begun")
-    found = together(home, folder, ranks)
-    for model in MODELS:
-        one, all_of_them = wanted[model], found[model]
-        assert len({tuple(rows[0]) for rows in one["made"].values()}) > 4
-        assert all_of_them["made"] == one["made"]
-        assert all_of_them["cached"] == one["cached"] > 0
-        assert all_of_them["cancelled"] == one["cancelled"] == "JobCancelled"
-        both = list(zip(all_of_them["endless"], one["endless"], strict=False))
-        assert len(both) > 4
-        assert all(ours == theirs for ours, theirs in both)
-        assert all_of_them["bytes"] <= 1.1 / ranks * one["bytes"]
-        assert all_of_them["parameters"] == one["parameters"]
-    assert [found[model]["shared"] for model in MODELS] == ["heads", "layers"]
+    found = together(home, folder, ranks, models)
+    assert_same_streams(found, wanted, models, ranks)
     shutil.move(home / "runs/left", before / "runs/back")
     assert list((before / "runs/back/checkpoints").glob("paused-*"))
     one, all_of_them = wanted["training"], found["training"]
@@ -102,3 +98,27 @@ def weights_of(home: Path) -> np.ndarray:
     shapes = shared_model.whole().linear_shapes
     matrices = AdapterStore(home / "adapters").read(MODELS[0], "style", 1, shapes).matrices
     return np.concatenate([np.array(side).ravel() for _, sides in sorted(matrices.items()) for side in sides.values()])
+
+
+def assert_same_streams(found: dict[str, Any], wanted: dict[str, Any], models: Sequence[str], ranks: int) -> None:
+    for model in models:
+        one, all_of_them = wanted[model], found[model]
+        assert len({tuple(rows[0]) for rows in one["made"].values()}) > 4
+        assert all_of_them["made"] == one["made"]
+        assert all_of_them["cached"] == one["cached"] > 0
+        assert all_of_them["cancelled"] == one["cancelled"] == "JobCancelled"
+        both = list(zip(all_of_them["endless"], one["endless"], strict=False))
+        assert len(both) > 4
+        assert all(ours == theirs for ours, theirs in both)
+        assert all_of_them["bytes"] <= 1.1 / ranks * one["bytes"]
+        assert all_of_them["parameters"] == one["parameters"]
+        assert all_of_them["shared"] == ("heads" if model == MODELS[0] else "layers")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_with_layers_of_a_file_of_mlx_lm_make_the_streams_of_one_rank(tmp_path: Path, ranks: int) -> None:
+    home, folder, models = tmp_path / "home", tmp_path / "models", MODELS[2:]
+    write(home, folder, models)
+    assert_same_streams(together(home, folder, ranks, models), alone(home, folder, models), models, ranks)
