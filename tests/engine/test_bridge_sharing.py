@@ -15,6 +15,7 @@ from engine.adapters.store import AdapterStore
 from engine.checkpoints.loading import LoadedModel, load
 from engine.models.cache import KeyValues
 from engine.models.shard import Shard
+from engine.weights.gguf import GGUF
 from stoker.errors import ModelError
 from tests.engine import bridged, cached, gguf_files, tiny
 from tests.engine.shared_model import on_ranks
@@ -56,7 +57,9 @@ def test_ranks_with_layers_of_a_file_of_mlx_lm_make_what_the_whole_makes(name: s
         bridged.assert_close(one.stepped, wanted.stepped)
         assert one.whole.tobytes() == found[0].whole.tobytes()
     models = [one.model for one in found]
-    assert {model.decoder.kv_sizes.counted for model in models} == {models[0].decoder.kv_sizes.counted}
+    sizes = [model.decoder.kv_sizes for model in models]
+    assert len({(size.token_bytes, size.state_bytes) for size in sizes}) == 1, "all decide alike who makes way"
+    assert sizes[0].token_bytes == max(size._replace(counted=None).token_bytes for size in sizes)
     assert {bool(model.decoder.kv_sizes.states) for model in models} == {bool(wanted.model.decoder.kv_sizes.states)}
     assert all(model.decoder.kv_sizes.keys for model in models)
     names = [linear for model in models for linear in model.decoder.linears]
@@ -93,6 +96,14 @@ def test_a_gguf_file_of_such_a_model_is_shared_too(kind: str, tmp_path: Path) ->
     for one in on_ranks(2, lambda shard: made(load("tiny", [str(path)], shard=shard, quantize="keep"))):
         bridged.assert_close(one.whole, wanted.whole)
         assert one.model.bytes < 0.6 * wanted.model.bytes
+
+
+def test_a_rank_reads_nothing_of_the_layers_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, read, plain = tmp_path / "tiny.gguf", list[str](), GGUF.dequantize
+    gguf_files.write(path, "gemma3_text", "F32")
+    monkeypatch.setattr(GGUF, "dequantize", lambda self, name: read.append(name) or plain(self, name))
+    load("tiny", [str(path)], shard=Alone(1, 2))
+    assert {name.split(".")[1] for name in read if name.startswith("blk.")} == {"2", "3"}
 
 
 class Alone(Shard):
