@@ -83,7 +83,7 @@ def test_ranks_that_share_a_model_make_the_streams_and_the_runs_of_one_rank(tmp_
     shutil.move(home / "runs/left", before / "runs/back")
     assert list((before / "runs/back/checkpoints").glob("paused-*"))
     one, all_of_them = wanted["training"], found["training"]
-    for runs in (all_of_them, alone(before, folder, go_on)):
+    for runs in (all_of_them, alone(before, folder, models, go_on)):
         np.testing.assert_allclose(runs["losses"], one["losses"], rtol=1e-5)
     assert one["ended"] == {"begun": "NoneType", "left": "WorkerUnavailable", "gone": "JobCancelled"}
     assert all_of_them["ended"] == one["ended"]
