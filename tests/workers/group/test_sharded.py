@@ -116,7 +116,7 @@ def assert_same_streams(found: dict[str, Any], wanted: dict[str, Any], models: S
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_with_layers_of_a_file_of_mlx_lm_make_the_streams_of_one_rank(tmp_path: Path, ranks: int) -> None:
     home, folder, models = tmp_path / "home", tmp_path / "models", MODELS[2:]
