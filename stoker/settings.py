@@ -10,7 +10,7 @@ import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import Annotated, Literal, TypeAlias, cast
 
 from pydantic import Field, StringConstraints, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -25,6 +25,7 @@ from stoker.errors import BrokerUnavailable, ConfigError
 ENV_PREFIX = "STOKER_"
 #: Adapters that a worker takes in at once: each is a matter of milliseconds.
 ADAPTER_JOBS = 2
+KvBits: TypeAlias = Literal[16, 8, 4]
 
 
 class Settings(BaseSettings):
@@ -99,6 +100,8 @@ class Settings(BaseSettings):
     quantize: Literal["4bit", "8bit", "keep", "none"] | None = None
     #: Weights that share a scale, when `quantize` is `4bit` or `8bit`.
     group_size: Literal[32, 64, 128] = 64
+    #: Bits in which keys and values are kept: 16 as they are computed; 8 or 4, in groups, for more rows in the memory.
+    kv_bits: KvBits = 16
     #: Processes of this machine that train together as one worker (`stoker worker --group-size`).
     ranks: int = Field(default=1, ge=1, le=64)
     #: Name of a worker whose ranks `mlx.launch` starts, on one host or several (`stoker worker --group`).
@@ -132,7 +135,7 @@ class Settings(BaseSettings):
     def _split(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
-    @field_validator("group_size", mode="before")
+    @field_validator("group_size", "kv_bits", mode="before")
     @classmethod
     def _number(cls, value: object) -> object:
         return int(value) if isinstance(value, str) and value.isdigit() else value
@@ -273,6 +276,7 @@ class Overrides(TypedDict, total=False):
     dtype: Literal["float32", "float16", "bfloat16"] | None
     quantize: Literal["4bit", "8bit", "keep", "none"] | None
     group_size: Literal[32, 64, 128] | None
+    kv_bits: KvBits | None
     ranks: int | None
     group: str | None
     shard: bool | None

@@ -77,8 +77,13 @@ def make_engine(settings: Settings, publish: Callable[[list[Entry]], None], on_d
 
 
 def precision_of(settings: Settings) -> PrecisionOptions:
-    """What weights are kept in."""
-    return {"dtype": settings.dtype, "quantize": settings.quantize, "group_size": settings.group_size}
+    """What weights, keys and values are kept in."""
+    return {
+        "dtype": settings.dtype,
+        "quantize": settings.quantize,
+        "group_size": settings.group_size,
+        "kv_bits": settings.kv_bits,
+    }
 
 
 def device_here() -> str:

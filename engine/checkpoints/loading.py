@@ -12,6 +12,7 @@ from typing import Any, Literal, TypedDict
 import mlx.core as mx
 from typing_extensions import Unpack
 
+from engine.checkpoints.kv_bits import keep_in_bits
 from engine.checkpoints.reranking import pairing_of
 from engine.checkpoints.sources import naming, resolve
 from engine.checkpoints.vocabulary import check_ids, check_segments
@@ -101,6 +102,7 @@ class LoadedModel:
             dim=self.embedding.dim if self.embedding else 0,
             reranks=self.pairing is not None,
             chat=self.kind == "generate" and bool(self.tokenizer.templates),
+            kv_bits=self.decoder.kv_bits if self.kind == "generate" else 16,
         )
 
     @property
@@ -131,6 +133,7 @@ class PrecisionOptions(TypedDict, total=False):
     dtype: str | None
     quantize: str | None
     group_size: int
+    kv_bits: int
 
 
 @dataclass(frozen=True)
@@ -312,6 +315,7 @@ def _generating(
             "change behind what was streamed. Set it to false in tokenizer_config.json"
         )
     asked.pause()
+    keep_in_bits(asked.name, model, asked.precision.kv_bits)
     if asked.shard is None:
         # Else all ranks have to do it at the same time: their lanes do.
         _warm(lambda: model.logits(model(mx.zeros((1, 8), mx.int32))))

@@ -127,7 +127,8 @@ class GenerateLane:
         """How full it is. From any thread."""
         hits = 0 if self.shelf is None else self.shelf.hits
         kv_bytes, limit, counts = self.kv_bytes, self.limits.kv_bytes, self.drafter.counts
-        return GenerationLoad(kv_bytes, limit, self.preempted, self.step.traced, hits, *counts)
+        bits = self._decoder.kv_bits
+        return GenerationLoad(kv_bytes, limit, self.preempted, self.step.traced, hits, *counts, bits)
 
     @property
     def preempted(self) -> int:

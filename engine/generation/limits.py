@@ -28,7 +28,8 @@ class GenerationLoad:
     """How full a lane is, and what it had to do for want of room or of a compiled pass since the engine began.
 
     `traced`: passes, or parts of them, that were traced to be compiled. `disk_hits`: prompts whose beginning came from
-    the disk. `drafted`: tokens that were tried as drafts; `accepted`: those of them that were right.
+    the disk. `drafted`: tokens that were tried as drafts; `accepted`: those of them that were right. `kv_bits`: of the
+    numbers of keys and values.
     """
 
     kv_bytes: int
@@ -38,3 +39,4 @@ class GenerationLoad:
     disk_hits: int
     drafted: int
     accepted: int
+    kv_bits: int

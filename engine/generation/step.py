@@ -215,7 +215,7 @@ class Step:
     def _layers_view(self, stored: Stored, given: ForwardInput, mask: Mask = None, first: int = 0) -> View:
         rows, many = given.tokens.shape
         sight = given.offset, (rows, many), given.kv_length, given.exact, self._model.args.window
-        return View(stored, *sight, mask=mask, first=first)
+        return View(stored, *sight, mask=mask, first=first, sizes=self._model.kv_sizes)
 
     def _traced(self, function: Callable[[Stored, Input], T], stored: Stored, given: Input) -> T:
         """`function(stored, given)`, as compiled for these shapes."""

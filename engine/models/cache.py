@@ -9,23 +9,53 @@ from typing import NamedTuple, Protocol, TypeAlias
 import mlx.core as mx
 import numpy as np
 
+from engine.models import packed_kv
 from engine.models.attention import Mask
 from engine.platform.compiler import on_cpu
 
-#: Keys and values of every layer, each (rows, heads, capacity, size); and states, each (rows, …).
+#: Keys and values of every layer, each (rows, heads, capacity, width); and states, each (rows, …).
 Stored: TypeAlias = tuple[list[mx.array], list[mx.array], list[mx.array]]
 
 
 class KvSide(NamedTuple):
-    """What one side of a layer, its keys or its values, holds of one token."""
+    """What one side of a layer, its keys or its values, holds of one token: `size` numbers of each head.
+
+    `bits`: 16: as they are, in `dtype`. 8 or 4: packed into words (`engine.models.packed_kv`).
+    """
 
     heads: int
     size: int
     dtype: mx.Dtype
+    bits: int = 16
+
+    @property
+    def packed(self) -> bool:
+        return self.bits < 16
+
+    @property
+    def width(self) -> int:
+        """Numbers, or words, that are kept of a head."""
+        return packed_kv.words_of(self.size, self.bits) if self.packed else self.size
+
+    @property
+    def kept_as(self) -> mx.Dtype:
+        """The dtype of the array."""
+        return mx.uint32 if self.packed else self.dtype
 
     @property
     def nbytes(self) -> int:
-        return self.heads * self.size * int(self.dtype.size)
+        return self.heads * self.width * int(self.kept_as.size)
+
+    def zeros(self, rows: int, capacity: int) -> mx.array:
+        return mx.zeros((rows, self.heads, capacity, self.width), self.kept_as)
+
+    def pack(self, x: mx.array) -> mx.array:
+        """Numbers (…, size) as they are kept, (…, width)."""
+        return packed_kv.pack(x, self.bits) if self.packed else x
+
+    def unpack(self, kept: mx.array) -> mx.array:
+        """The numbers (…, size) again."""
+        return packed_kv.unpack(kept, self.size, self.bits, self.dtype) if self.packed else kept
 
 
 class StateShape(NamedTuple):
@@ -55,7 +85,7 @@ class KvSizes(NamedTuple):
     def dtypes(self) -> list[mx.Dtype]:
         """Of all keys, then of all values, then of all states."""
         sides = [*self.keys, *self.values]
-        return [side.dtype for side in sides] + [state.dtype for state in self.states]
+        return [side.kept_as for side in sides] + [state.dtype for state in self.states]
 
     @property
     def token_bytes(self) -> int:
@@ -70,6 +100,18 @@ class KvSizes(NamedTuple):
         if self.counted is not None:
             return self.counted[1]
         return sum(state.nbytes for state in self.states)
+
+    @property
+    def packed(self) -> bool:
+        return any(side.packed for sides in (self.keys, self.values) for side in sides)
+
+    def in_bits(self, bits: int) -> KvSizes:
+        """The same with numbers of keys and values in so many bits."""
+        if bits == 16:
+            return self
+        keys, values = ([side._replace(bits=bits) for side in sides] for sides in (self.keys, self.values))
+        # The kernel that attends from projections on reads numbers, no words.
+        return self._replace(keys=keys, values=values, joint=False)
 
 
 class HoldsKeyValues(Protocol):
@@ -98,7 +140,7 @@ class LayerCache(Protocol):
 
 
 class KeyValues:
-    """Keys and values of every layer, each (rows, heads, capacity, size), and what recurrent layers keep of each row.
+    """Keys and values of every layer, each (rows, heads, capacity, width), and what recurrent layers keep of each row.
 
     The writer takes the arrays out of here and puts the new ones back before they are evaluated: MLX then writes
     in place, because nothing else holds the old ones. If anything held them, MLX would copy them whole at every step.
@@ -107,8 +149,8 @@ class KeyValues:
     def __init__(self, model: HoldsKeyValues, rows: int, capacity: int) -> None:
         sizes = model.kv_sizes
         self.rows, self.capacity = rows, capacity
-        self.keys = [mx.zeros((rows, side.heads, capacity, side.size), side.dtype) for side in sizes.keys]
-        self.values = [mx.zeros((rows, side.heads, capacity, side.size), side.dtype) for side in sizes.values]
+        self.keys = [side.zeros(rows, capacity) for side in sizes.keys]
+        self.values = [side.zeros(rows, capacity) for side in sizes.values]
         self.states = [mx.zeros((rows, *state.shape), state.dtype) for state in sizes.states]
         # Asked for at every step: adding up all arrays would take longer there than all else that memory needs.
         self._token = sizes.token_bytes
@@ -234,7 +276,9 @@ class View:
 
     `shape`: rows and tokens. `kv_length`: how many positions are read, a bound for every row. `window`: the model's.
     `exact`: one row, of which this pass fills every position that is read: attention is causal and needs no mask then.
-    `mask`: what another view of the pass made. `first`: the layer that `kv` begins with.
+    `mask`: what another view of the pass made. `first`: the layer that `kv` begins with. `sizes`: the
+    model's, by which keys and values are packed. Each token's are when they are written, and what is read is what was
+    packed, of this pass too: a token sees the same of the others, in whichever passes they came.
     """
 
     def __init__(
@@ -248,13 +292,20 @@ class View:
         *,
         mask: Mask = None,
         first: int = 0,
+        sizes: KvSizes | None = None,
     ) -> None:
         self.keys, self.values, self.states = (list(arrays) for arrays in kv)
+        self._sizes = sizes if sizes is not None and sizes.packed else None
         self.offset, self.kv_length, self.exact = offset, kv_length, exact
         (self._rows, self._tokens), self._first = shape, first
         self._positions = offset.astype(mx.uint32)
         # With one token, too: a sliding window hides what lies before it.
         self.mask: Mask = ("causal" if exact else self.seen(window)) if mask is None else mask
+
+    @property
+    def packed(self) -> bool:
+        """Whether what is stored is no numbers yet."""
+        return self._sizes is not None
 
     @property
     def written(self) -> Stored:
@@ -275,6 +326,8 @@ class View:
 
     def update(self, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         index = layer - self._first
+        if self._sizes is not None:
+            keys, values = self._sizes.keys[layer].pack(keys), self._sizes.values[layer].pack(values)
         self.keys[index] = self._write(self.keys[index], keys)
         self.values[index] = self._write(self.values[index], values)
         return self.read(layer)
@@ -282,7 +335,10 @@ class View:
     def read(self, layer: int) -> tuple[mx.array, mx.array]:
         """What the rows of this pass attend to in a layer that was updated."""
         read = slice(0, self._rows), slice(None), slice(0, self.kv_length)
-        return self.keys[layer - self._first][read], self.values[layer - self._first][read]
+        keys, values = self.keys[layer - self._first][read], self.values[layer - self._first][read]
+        if self._sizes is None:
+            return keys, values
+        return self._sizes.keys[layer].unpack(keys), self._sizes.values[layer].unpack(values)
 
     def state(self, index: int) -> mx.array:
         """What a recurrent layer kept of the rows of this pass."""

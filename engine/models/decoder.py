@@ -38,12 +38,18 @@ RunBlock = Callable[[DecoderBlock, mx.array], mx.array]
 class Decoder(Protocol):
     """Tokens to hidden states to logits."""
 
+    #: Bits of the numbers of keys and values; 16: as the model computes them. Set before anything is kept.
+    kv_bits: int
+
     @property
     def args(self) -> DecoderArgs: ...
     @property
     def dtype(self) -> mx.Dtype: ...
     @property
-    def kv_sizes(self) -> KvSizes: ...
+    def kv_sizes(self) -> KvSizes:
+        """With numbers in `kv_bits`."""
+        ...
+
     @property
     def linears(self) -> Mapping[str, Linear]: ...
     @property

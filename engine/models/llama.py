@@ -245,6 +245,7 @@ class Llama:
 
     #: The part of the model that this is; None: the whole.
     shard: Shard | None = None
+    kv_bits = 16
 
     def __init__(self, args: LlamaArgs, tensors: Tensors, own: range | None = None):
         self.args = args
@@ -283,7 +284,7 @@ class Llama:
         args = self.args
         sides = [KvSide(args.kv_heads, args.head_dim, self.dtype)] * len(self.layers)
         joint = ATTEND.active and unfit(args.heads, args.kv_heads, args.head_dim, self.dtype) is None
-        return KvSizes(sides, sides, joint=joint)
+        return KvSizes(sides, sides, joint=joint).in_bits(self.kv_bits)
 
     def __call__(
         self,

@@ -30,7 +30,7 @@ class Tensor(NamedTuple):
 
 @dataclass(frozen=True)
 class _Part:
-    """A tensor of an entry. `shape`: (heads, size) of one side of a layer, which has a place for each token between
+    """A tensor of an entry. `shape`: (heads, width) of one side of a layer, which has a place for each token between
     them; the whole shape of a state."""
 
     name: str
@@ -57,7 +57,7 @@ class Form:
             return None
         sides = (("keys", sizes.keys), ("values", sizes.values))
         parts = [
-            _Part(f"{name}.{layer}", _DTYPES[side.dtype], (side.heads, side.size), False)
+            _Part(f"{name}.{layer}", _DTYPES[side.kept_as], (side.heads, side.width), False)
             for name, of_layers in sides
             for layer, side in enumerate(of_layers)
         ]

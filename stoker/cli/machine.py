@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, NoReturn, cast
 
 import typer
 
@@ -26,7 +26,7 @@ from stoker.errors import ConfigError, UnknownModel
 from stoker.local.home import make_home
 from stoker.local.interrupts import hold_back
 from stoker.local.storage import disk_use
-from stoker.settings import Settings, load_settings
+from stoker.settings import KvBits, Settings, load_settings
 
 Models = Annotated[
     list[str] | None,
@@ -125,6 +125,10 @@ def worker(
             "--shard", help="Let each rank have a part of the generating models, for those too large for one."
         ),
     ] = None,
+    kv_bits: Annotated[
+        int | None,
+        typer.Option(help="Bits in which keys and values are kept: 16 as they are computed, 8 or 4 for more rows."),
+    ] = None,
     url: Url = None,
 ) -> None:
     """Run one worker in the foreground. `install` lets it start by itself."""
@@ -133,12 +137,12 @@ def worker(
     from stoker.local.stack import rank_command, wait_for_broker, worker_command
 
     if context.invoked_subcommand is not None:
-        if model or name or env_file or group or group_size or shard or url:
+        if model or name or env_file or group or group_size or shard or kv_bits or url:
             raise typer.BadParameter(f"options stand behind the command: stoker worker {context.invoked_subcommand} …")
         return
     if env_file is not None:
         os.environ |= read_environment(env_file)
-    settings = _settings(model, url, group=group, ranks=group_size, shard=shard)
+    settings = _settings(model, url, group=group, ranks=group_size, shard=shard, kv_bits=kv_bits)
     if settings.group is not None and settings.ranks > 1:
         raise ConfigError(
             "a group and a group size given; mlx.launch says how many ranks a group has. Give --group or --group-size."
@@ -194,8 +198,16 @@ def _settings(
     group: str | None = None,
     ranks: int | None = None,
     shard: bool | None = None,
+    kv_bits: int | None = None,
 ) -> Settings:
-    settings = load_settings(models=tuple(models) if models else None, url=url, group=group, ranks=ranks, shard=shard)
+    settings = load_settings(
+        models=tuple(models) if models else None,
+        url=url,
+        group=group,
+        ranks=ranks,
+        shard=shard,
+        kv_bits=cast(KvBits | None, kv_bits),  # checked there
+    )
     parse_models((*settings.models, *settings.on_demand))
     return settings
 
@@ -248,7 +260,7 @@ def _describe(worker: Presence) -> Iterator[str]:
     states = {state.model: state for state in worker.states}
     for card in worker.models:
         warmth = describe_state(states.get(card.model))
-        yield f"  {card.model:24} {warmth}: {', '.join(card.abilities)}; takes {card.context} tokens"
+        yield f"  {card.model:24} {warmth}: {card.described}; takes {card.context} tokens"
     warm = {card.model for card in worker.models}
     for state in worker.states:
         if state.model not in warm:

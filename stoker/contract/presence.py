@@ -30,6 +30,8 @@ class ModelCard(Notice):
     chat: bool = False
     #: Whether its jobs of kind `embed` are those with a query alone: it scores texts, and makes no vectors.
     reranks: bool = False
+    #: Bits in which the worker keeps the numbers of its keys and values; 16: as it computes them.
+    kv_bits: int = 16
     #: The version of the contract that the worker speaks: it takes jobs of no other.
     contract: int = CONTRACT
     #: When a worker last said that it serves the model, or may, seconds since the epoch.
@@ -41,6 +43,12 @@ class ModelCard(Notice):
     def abilities(self) -> tuple[str, ...]:
         """What it can do, in the words of `kinds.ABILITIES`."""
         return tuple(RERANK if self.reranks and kind == EmbedRequest.kind else kind for kind in self.kinds)
+
+    @property
+    def described(self) -> str:
+        """What it can do and how it is kept, for people."""
+        kept = f", keys and values in {self.kv_bits} bits" if self.kv_bits < 16 else ""
+        return f"{', '.join(self.abilities)}{kept}"
 
 
 class ModelState(Notice):

@@ -120,6 +120,7 @@ ENGINE_BUSY = Metric(
 )
 KV_CACHE = Metric("stoker_kv_cache_bytes", "gauge", "What keys and values take now, kept prefixes too.", ("model",))
 KV_LIMIT = Metric("stoker_kv_cache_limit_bytes", "gauge", "What they may take (STOKER_KV_CACHE).", ("model",))
+KV_BITS = Metric("stoker_kv_bits", "gauge", "Bits of their numbers; 16: as the model computes them.", ("model",))
 PREEMPTIONS = Metric(
     "stoker_preemptions_total", "counter", "Rows that were put back because memory ran short.", ("model",)
 )
@@ -154,7 +155,7 @@ STARTED = Metric("stoker_worker_start_time_seconds", "gauge", "When the worker w
 WORKER = (
     JOBS, ATTEMPTS, RESUMED, RETURNED, QUEUE_WAIT, DURATION, FIRST_TOKEN, INTER_TOKEN, INPUT_TOKENS, GENERATED_TOKENS,
     DRAFTED_TOKENS, ACCEPTED_TOKENS, PREFIX_HITS, PREFIX_TOKENS, PREFIX_DISK_HITS, PREFIX_DISK, BATCH, ENGINE_BUSY,
-    KV_CACHE, KV_LIMIT, PREEMPTIONS,
+    KV_CACHE, KV_LIMIT, KV_BITS, PREEMPTIONS,
     TRACES, ADAPTERS, TRAIN_LOSS, TRAIN_STEP, TRAIN_STEPS, TRAIN_SPEED, LANE_JOBS, LANE_LIMIT, LEASE_RENEWALS,
     PUBLISH_LAG, UNPUBLISHED, BROKER_LATENCY, MEMORY, RANKS, STARTED,
 )  # fmt: skip

@@ -213,7 +213,7 @@ def _models(presence: Presence) -> Iterator[str]:
     states = {state.model: state for state in presence.states}
     for card in presence.models:
         state = states.pop(card.model, None)
-        yield f"{card.model} ({', '.join(card.abilities)}{', pinned' if state is not None and state.pinned else ''})"
+        yield f"{card.model} ({card.described}{', pinned' if state is not None and state.pinned else ''})"
     for state in states.values():
         yield f"{state.model} ({describe_state(state)})"
 

@@ -15,7 +15,7 @@ def through(model: Decoder, kv: KeyValues, tokens: list[list[int]], offset: list
     """Logits (rows, tokens, vocabulary) of one pass over `kv`, which keeps what it writes."""
     shape = len(tokens), len(tokens[0])
     how = {"exact": False, "kv_length": kv.capacity, "window": model.args.window, **how}
-    view = View(kv.stored, mx.array(offset), shape, **how)
+    view = View(kv.stored, mx.array(offset), shape, sizes=model.kv_sizes, **how)
     got = model.logits(model(mx.array(tokens), view))
     kv.stored = view.written
     del view

@@ -1,7 +1,8 @@
 """What a request has to get, found the plain way: one sequence through the model without a cache, sampling in numpy.
 
 It shares with the engine the model's layers and a tokenizer, and neither batch, cache, prefixes, adapter stacks nor
-sampling. It follows the tokens that were given, and says of each whether it is the one that had to come.
+sampling. Of a model that packs its keys and values each layer sees what is left of them, of the whole sequence at
+once. It follows the tokens that were given, and says of each whether it is the one that had to come.
 """
 
 from __future__ import annotations
@@ -14,11 +15,36 @@ import numpy as np
 
 from engine.adapters.lora import LoraWeights
 from engine.checkpoints.loading import LoadedModel
+from engine.models.attention import Mask
+from engine.models.cache import KvSizes
+from engine.models.decoder import Decoder
+from engine.models.layers import LayerAdapters
 from stoker.contract import Completion, GenerateRequest, StreamToken
 from tests.engine import tiny
 
 #: How far float32 in another order may move a logit, and a border between two tokens.
 LOGIT, BORDER = 1e-4, 2e-4
+
+
+class Packed:
+    """A `LayerCache` of one sequence, of which nothing is kept."""
+
+    offset = 0
+    mask: Mask = "causal"
+
+    def __init__(self, sizes: KvSizes) -> None:
+        self._sizes = sizes
+
+    def update(self, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        sides = self._sizes.keys[layer], self._sizes.values[layer]
+        first, second = (side.unpack(side.pack(x)) for side, x in zip(sides, (keys, values), strict=True))
+        return first, second
+
+
+def whole(model: Decoder, ids: Sequence[int], adapters: LayerAdapters | None = None) -> np.ndarray:
+    """Logits (tokens, vocabulary), float32, of one sequence through the model."""
+    cache = Packed(model.kv_sizes) if model.kv_sizes.packed else None
+    return np.array(model.logits(model(mx.array([list(ids)]), cache, adapters))[0])
 
 
 @dataclass
@@ -54,7 +80,7 @@ class Oracle:
     def _logits(self, request: GenerateRequest, ids: Sequence[int]) -> np.ndarray:
         decoder = self.model.decoder
         adapter = tiny.trainable(self.model, self.adapters[request.adapter]) if request.adapter else None
-        return np.array(decoder.logits(decoder(mx.array([list(ids)]), adapters=adapter))[0]).astype(np.float64)
+        return whole(decoder, ids, adapter).astype(np.float64)
 
     def _end(self, request: GenerateRequest, ids: Sequence[int]) -> str | None:
         if ids[-1] in self.model.tokenizer.eos_ids:

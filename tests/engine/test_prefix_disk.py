@@ -687,12 +687,13 @@ def test_weights_are_named_by_their_files_and_by_what_is_computed_with_them(tmp_
     names = [model_identity(load("tiny", [str(folder_)])), model_identity(load("other", [str(folder_)]))]
     assert names[0] == names[1], "a name is no content"
     names.append(model_identity(load("tiny", [str(folder_)], dtype="bfloat16")))
+    names += [model_identity(load("tiny", [str(folder_)], kv_bits=bits)) for bits in (8, 4)]
     weights = folder_ / "model.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(content)
     # As a fine-tuning in place would: the digest looks at both ends of a file alone.
     names.append(model_identity(load("tiny", [str(folder_)])))
-    assert len(set(names)) == 3
+    assert len(set(names)) == 5
     assert None not in names
 
 

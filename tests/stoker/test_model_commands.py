@@ -167,6 +167,11 @@ def test_a_state_is_said_in_words(state: ModelState | None, said: str) -> None:
     assert describe_state(state) == said
 
 
+def test_a_model_is_described_by_what_it_can_and_by_bits_that_are_fewer_than_usual() -> None:
+    assert card("a").described == ", ".join(card("a").abilities)
+    assert card("a").model_copy(update={"kv_bits": 8}).described.endswith(", keys and values in 8 bits")
+
+
 # --- the client in memory ---
 
 

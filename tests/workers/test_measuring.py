@@ -33,7 +33,7 @@ def health() -> Health:
 def runtime(broker: Settings) -> Iterator[Any]:
     redis = connect(broker)
     engine = SimpleNamespace(
-        loads={"base": GenerationLoad(7, 70, 3, 2, 4, 9, 6)},
+        loads={"base": GenerationLoad(7, 70, 3, 2, 4, 9, 6, 8)},
         adapters={"base": ("style@1", "style@2")},
         memory_bytes=9,
         prefix_bytes=11,
@@ -88,6 +88,7 @@ def test_a_report_has_how_things_stand_and_expires(measuring: Measuring, broker:
     values = {(name, sample.labels): sample.value for name, found in report.samples.items() for sample in found}
     assert values["stoker_kv_cache_bytes", ("base",)] == 7
     assert values["stoker_kv_cache_limit_bytes", ("base",)] == 70
+    assert values["stoker_kv_bits", ("base",)] == 8
     assert values["stoker_preemptions_total", ("base",)] == 3
     assert values["stoker_step_traces_total", ("base",)] == 2
     assert values["stoker_prefix_disk_hits_total", ("base",)] == 4

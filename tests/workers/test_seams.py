@@ -182,7 +182,7 @@ def test_the_engine_gets_what_the_settings_say_in_its_own_units(
     settings = load_settings(
         home=tmp_path, models=["a=/x", "b=/y"], adapter_memory=7, kv_cache=17, generate_slots=5, stall=0.75,
         prefix_disk=3, lookup=False,
-        train_share=0.4, dtype="float16", quantize="8bit", group_size=32,
+        train_share=0.4, dtype="float16", quantize="8bit", group_size=32, kv_bits=8,
     )  # fmt: skip
 
     def publish(entries: Any) -> None: ...
@@ -204,7 +204,7 @@ def test_the_engine_gets_what_the_settings_say_in_its_own_units(
         "train_share": 0.4,
         "adapter_bytes": 7 << 20,
         "prefixes": DiskLimits(tmp_path / "prefixes", 3 << 20),
-        "precision": {"dtype": "float16", "quantize": "8bit", "group_size": 32},
+        "precision": {"dtype": "float16", "quantize": "8bit", "group_size": 32, "kv_bits": 8},
         "on_death": death,
     }
     assert {name: given[name] for name in wanted} == wanted

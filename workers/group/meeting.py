@@ -32,14 +32,18 @@ _ALIKE = (
     ("plan", "the plan's version", "Install the same version of Stoker on every host."),
     ("mlx", "MLX", "Install the same version of mlx on every host: `make venv`."),
     ("device", "the device", "Use the same kind of device for every rank."),
-    ("precision", "the precision", "Set STOKER_DTYPE, STOKER_QUANTIZE, STOKER_GROUP_SIZE and STOKER_KERNELS alike."),
+    (
+        "precision",
+        "the precision",
+        "Set STOKER_DTYPE, STOKER_QUANTIZE, STOKER_GROUP_SIZE, STOKER_KV_BITS and STOKER_KERNELS alike.",
+    ),
     ("shard", "STOKER_SHARD", "Set it alike on every host."),
 )
 
 
 def introduction(settings: Settings, secret: str, rank: int) -> Hello:
     """What this process is, for the others."""
-    precision = f"{settings.dtype} {settings.quantize} {settings.group_size} {settings.kernels}"
+    precision = f"{settings.dtype} {settings.quantize} {settings.group_size} {settings.kv_bits} {settings.kernels}"
     return Hello(
         secret=secret,
         rank=rank,

@@ -117,6 +117,7 @@ class Measuring:
         for model, load in engine.loads.items():
             numbers.of(metrics.KV_CACHE, model).set(load.kv_bytes)
             numbers.of(metrics.KV_LIMIT, model).set(load.kv_limit)
+            numbers.of(metrics.KV_BITS, model).set(load.kv_bits)
             numbers.of(metrics.PREEMPTIONS, model).set(load.preempted)
             numbers.of(metrics.TRACES, model).set(load.traced)
             numbers.of(metrics.PREFIX_DISK_HITS, model).set(load.disk_hits)

@@ -37,6 +37,8 @@ class BridgedDecoder:
     the weights. Raises `ModelError` for a file that does not run so.
     """
 
+    kv_bits = 16
+
     def __init__(
         self,
         file: str,
@@ -164,7 +166,7 @@ class BridgedDecoder:
 
     @property
     def kv_sizes(self) -> KvSizes:
-        return self._sizes
+        return self._sizes.in_bits(self.kv_bits)
 
     @property
     def stretches(self) -> None:
