@@ -61,7 +61,7 @@ def up(
         print("\nTry in another shell:")
         for command in suggestions(presence.models):
             print(f"  {command}")
-        print(_at_the_end(stack.joined), flush=True)
+        print(at_the_end(stack.joined), flush=True)
         try:
             stack.watch(_tell)
         except KeyboardInterrupt:
@@ -74,7 +74,7 @@ def _tell(text: str) -> None:
         print(text, flush=True)
 
 
-def _at_the_end(joined: int | None) -> str:
+def at_the_end(joined: int | None) -> str:
     """What Ctrl-C does. `joined`: the process of the `stoker up` whose broker this one uses."""
     if joined is None:
         return "Ctrl-C ends all."

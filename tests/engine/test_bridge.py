@@ -46,7 +46,14 @@ def model(request: pytest.FixtureRequest) -> LoadedModel:
 
 
 @pytest.mark.parametrize(
-    "name", quick(*QUICK, "qwen3_moe", of=[*QUICK, "gemma3", "gemma3n", "qwen3_moe", "mamba2", "olmo_hybrid"])
+    "name",
+    quick(
+        *QUICK,
+        "gemma3",
+        "qwen3_moe",
+        "olmo_hybrid",
+        of=[*QUICK, "gemma3", "gemma3n", "qwen3_moe", "mamba2", "olmo_hybrid"],
+    ),
 )
 def test_logits_are_mlx_lms_at_every_position(name: str) -> None:
     bridged.check_logits(name)

@@ -228,6 +228,12 @@ def test_up_names_three_commands_that_its_models_can_run(cards: tuple[ModelCard,
     assert "--model m" in machine.suggestions((*cards, *cards))[0]
 
 
+def test_the_one_who_joins_another_up_reads_that_ctrl_c_ends_this_worker_alone() -> None:
+    assert machine.at_the_end(None) == "Ctrl-C ends all."
+    assert "Ctrl-C ends this worker alone" in machine.at_the_end(7)
+    assert "ends all" not in machine.at_the_end(7)
+
+
 def test_a_prompt_can_come_from_standard_input(asked: dict[str, Any]) -> None:
     run("generate", "-", stdin="from a pipe")
     assert asked["prompt"] == "from a pipe"
