@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -213,19 +214,26 @@ def two_hosts(leaving: ExitStack, settings: Settings, monkeypatch: pytest.Monkey
         ("layers", 1, signal.SIGKILL),
     ],
 )
-def test_a_stream_of_ranks_that_share_a_model_goes_on_at_the_next_token_when_a_lost_group_is_back(
+def test_what_ranks_that_share_a_model_do_goes_on_when_a_lost_group_is_back(
     tmp_path: Path, rows: Path, what: str, lost: int, how: signal.Signals
 ) -> None:
     asked: dict[str, Any] = {
         "model": GENERATE, "max_tokens": 600, "temperature": 1.5, "seed": 5, "ignore_eos": True,
     }  # fmt: skip
+    longer = {"steps": 20, "checkpoint_every": 5}
+    options = {**OPTIONS, **longer}
     model = shared_model.write(tmp_path / "odd", shared_model.ODD) if what == "layers" else None
     with group(tmp_path, 2, shard=True, model=model) as stack, Client(settings=stack.settings) as client:
         (worker,) = client.workers()
         assert [state.shared for state in worker.states] == [what]
-        with pytest.raises(UnknownModel, match=f"model '{GENERATE}' cannot train"):
-            client.train("style", dataset=rows, **OPTIONS)
         calm = client.generate("ab", **asked).result(timeout=60)
+        if what == "layers":
+            with pytest.raises(UnknownModel, match=f"model '{GENERATE}' cannot train"):
+                client.train("style", dataset=rows, **options)
+            reports: Iterator[TrainReport] = iter(())
+        else:
+            reports = client.train("style", dataset=rows, **options).progress(timeout=120)
+        trained = list(islice(reports, 7))
         job = client.generate("ab", **asked)
         stream = job.stream(timeout=90)
         found = [next(stream) for _ in range(20)]
@@ -237,6 +245,9 @@ def test_a_stream_of_ranks_that_share_a_model_goes_on_at_the_next_token_when_a_l
         stack.start_worker()
         found += list(stream)
         assert job.result(timeout=60).token_ids == calm.token_ids
+        trained += list(reports)
+    if trained:
+        same(trained, alone(rows, load(GENERATE, [str(tmp_path / endless.MODEL)]), tmp_path / "alone", **longer))
     assert [token.index for token in found] == list(range(600))
     assert tuple(token.token_id for token in found) == calm.token_ids
 
