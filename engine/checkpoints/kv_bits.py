@@ -21,15 +21,15 @@ def keep_in_bits(name: str, model: Decoder, bits: int) -> None:
         # Each rank knows its own layers alone, and all have to decide alike.
         why: str | None = "ranks share its layers, which run mlx-lm's file"
     else:
-        why = unfit(model.kv_sizes)
+        why = unfit(model.kv_sizes, bits)
     if why is None:
         model.kv_bits = bits
     else:
         log.warning("model %s keeps its keys and values in 16 bits, %d were asked for: %s", name, bits, why)
 
 
-def unfit(sizes: KvSizes) -> str | None:
-    """Why keys and values of this kind stay as they are, or None."""
+def unfit(sizes: KvSizes, bits: int) -> str | None:
+    """Why keys and values of this kind stay as they are, and not in `bits`, or None."""
     if sizes.states or not sizes.keys:
         return "its recurrent layers keep states, whose errors would add up"
     for keys, values in zip(sizes.keys, sizes.values, strict=True):
@@ -38,6 +38,6 @@ def unfit(sizes: KvSizes) -> str | None:
                 f"it keeps {keys.heads} times {keys.size} numbers of a token, and {values.heads} times {values.size}: "
                 "no keys and values of heads"
             )
-        if not fits(keys.size):
+        if not fits(keys.size, bits):
             return f"its heads have {keys.size} numbers, which is no multiple of 8"
     return None

@@ -73,7 +73,7 @@ def test_a_number_is_at_most_half_a_step_of_its_group_off(bits: int, size: int) 
     kept = packed_kv.pack(mx.array(x), bits)
     assert (kept.dtype, kept.shape) == (mx.uint32, (2, 3, 5, packed_kv.words_of(size, bits)))
     found = np.array(packed_kv.unpack(kept, size, bits, mx.float32))
-    groups = (-1, packed_kv.group_of(size))
+    groups = (-1, packed_kv.group_of(size, bits))
     step = np.ptp(x.reshape(groups), axis=1, keepdims=True) / (2**bits - 1)
     # The step and the least number have 11 bits themselves.
     rounded = np.abs(x.reshape(groups)).max(axis=1, keepdims=True) * 2.0**-10
@@ -101,7 +101,7 @@ def test_a_number_that_cannot_be_kept_shows(bits: int, value: float) -> None:
     x = np.ones((2, 1, 64), np.float32)
     x[0, 0, 5] = value
     found = np.array(packed_kv.unpack(packed_kv.pack(mx.array(x), bits), 64, bits, mx.float32))
-    assert not np.isfinite(found[0]).any()
+    assert not np.isfinite(found[0, 0, :32]).any(), "its group, at least"
     assert (found[1] == 1.0).all()
 
 
@@ -115,7 +115,7 @@ def test_16_bits_stay_in_the_dtype_of_the_model(bits: int) -> None:
 # --- the memory ---
 
 
-@pytest.mark.parametrize(("size", "ratios"), [(64, {8: 16 / 8.5, 4: 16 / 4.5}), (80, {8: 16 / 10, 4: 16 / 6})])
+@pytest.mark.parametrize(("size", "ratios"), [(64, {8: 16 / 8.5, 4: 16 / 5}), (80, {8: 16 / 10, 4: 16 / 6})])
 def test_so_many_more_rows_fit_scales_counted(bits: int, size: int, ratios: dict[int, float]) -> None:
     """A word of 32 bits for 64 numbers, or for 16 where heads of 80 have no larger group."""
     sides = [KvSide(3, size, mx.bfloat16)] * 2
@@ -264,8 +264,8 @@ def test_a_model_of_mlx_lms_file_that_ranks_share_stays_at_16_bits(caplog: pytes
 
 def test_heads_that_fill_no_words_stay_as_they_are() -> None:
     sides = [KvSide(2, 12, mx.float32)]
-    assert unfit(KvSizes(sides, sides)) == "its heads have 12 numbers, which is no multiple of 8"
-    assert unfit(KvSizes([KvSide(2, 24, mx.float32)], [KvSide(2, 24, mx.float32)])) is None
+    assert unfit(KvSizes(sides, sides), 8) == "its heads have 12 numbers, which is no multiple of 8"
+    assert unfit(KvSizes([KvSide(2, 24, mx.float32)], [KvSide(2, 24, mx.float32)]), 4) is None
 
 
 @pytest.mark.parametrize("name", ["gpt_oss", "gemma3_text"])
@@ -303,7 +303,7 @@ def test_what_attention_gives_is_within_its_bound(bits: int) -> None:
     side = KvSide(2, 64, mx.float32, bits)
     wanted = attention(queries, keys, values, scale=0.125, mask="causal")
     found = attention(queries, *(side.unpack(side.pack(x)) for x in (keys, values)), scale=0.125, mask="causal")
-    assert relative(np.array(found), np.array(wanted)) < {8: 0.01, 4: 0.13}[bits]
+    assert relative(np.array(found), np.array(wanted)) < {8: 0.01, 4: 0.11}[bits]
 
 
 @pytest.fixture
@@ -321,8 +321,8 @@ def test_what_real_weights_give_is_within_its_bounds(restored: LoadedModel, bits
     wanted = centred(whole(restored.decoder, ids))
     keep_in_bits("smollm2", restored.decoder, bits)
     found = centred(whole(restored.decoder, ids))
-    assert relative(found, wanted) < {8: 0.02, 4: 0.3}[bits]
-    assert perplexity(found, ids) / perplexity(wanted, ids) - 1 < {8: 0.005, 4: 0.2}[bits]
+    assert relative(found, wanted) < {8: 0.02, 4: 0.25}[bits]
+    assert perplexity(found, ids) / perplexity(wanted, ids) - 1 < {8: 0.005, 4: 0.15}[bits]
 
 
 def centred(logits: np.ndarray) -> np.ndarray:
