@@ -137,6 +137,8 @@ def against_peer(record: Table, folder: Path) -> None:
 
     half, exact = peer(getattr(torch, DTYPE)), peer(torch.float32)
     lane = EmbedLane(half_model(folder))
+    # As the engine does before a worker is ready.
+    record.add("every shape is warm", "s", [timed(lambda: [None for _ in lane.warming()])])
     for name in SETS:
         record.attempt(name, partial(one_set, record, name, lane, half, exact))
     record.attempt("one text at a time", partial(one_at_a_time, record, lane))

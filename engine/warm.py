@@ -60,9 +60,11 @@ class WarmModels:
         self.share: FairShare[Key] = FairShare({}, (), limits.stall)
 
     def rehearsing(self, model: LoadedModel) -> Iterator[None]:
-        """Let a lane that nobody uses generate, in slices, so that kernels are compiled before the engine's thread
-        needs them. In the caller's thread."""
-        if model.kind == "generate":
+        """Let a lane that nobody uses generate or embed, in slices, so that kernels are compiled before the engine's
+        thread needs them. In the caller's thread."""
+        if model.kind == "embed":
+            yield from self._embed_lane(model).warming()
+        else:
             yield from GenerateLane(model, AdapterPool(model, self._store, self._adapter_bytes), self._limits).warming()
 
     def hold(self, model: LoadedModel) -> Iterator[None]:
@@ -70,8 +72,9 @@ class WarmModels:
         lanes: list[AnyLane] = []
         pools = {}
         if model.kind == "embed":
-            embeds = EmbedLane if model.pairing is None else RerankLane
-            lanes = [embeds(model, self._limits.stall, self._limits.cores)]
+            embeds = self._embed_lane(model)
+            yield from embeds.warming()
+            lanes = [embeds]
         else:
             pool = pools[model.name] = AdapterPool(model, self._store, self._adapter_bytes)
             generate = self._generate_lane(model, pool)
@@ -84,6 +87,10 @@ class WarmModels:
         self.lanes = {**self.lanes, **{(model.name, lane.kind): lane for lane in lanes}}
         self.gone -= {model.name}
         log.info("model %s is warm: %s", model.name, model.summary)
+
+    def _embed_lane(self, model: LoadedModel) -> EmbedLane:
+        embeds = EmbedLane if model.pairing is None else RerankLane
+        return embeds(model, self._limits.stall, self._limits.cores)
 
     def _generate_lane(self, model: LoadedModel, pool: AdapterPool) -> GenerateLane:
         if model.shard is not None and self._sharing is not None:

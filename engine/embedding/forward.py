@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Protocol
 
 import mlx.core as mx
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.checkpoints.loading import LoadedModel
-from engine.embedding.packing import near_runs, shapes, shares
+from engine.embedding.packing import Grid, near_runs, shapes, shares
 from engine.embedding.pooling import pool_packed
 from engine.models.encoder import Encoder, Group, LayerNormed
 from engine.models.heads import through
@@ -30,6 +31,13 @@ Vectors = NDArray[np.float32]
 SHAPE_TOKENS = 32_768
 #: Tokens of a step of which a small GPU makes about 0.1 s: a faster one is given more as soon as its pace is known.
 LEAST_TOKENS = 4_096
+#: cuDNN plans attention anew for each shape, which takes 50 ms on an H100; a batch takes 1.6 ms there and 0.1 for each
+#: 1,000 tokens. So few shapes serve all texts there, and these are warm before the first.
+PLANNED = Grid(SHAPE_TOKENS, widths=2, factor=4, batch=16_384)
+#: Elsewhere a new shape is a trace, a few ms.
+TRACED = Grid(SHAPE_TOKENS)
+#: Texts of up to so many tokens find their shapes warm.
+WARM_WIDTH = 512
 
 
 class Forward(Protocol):
@@ -40,6 +48,10 @@ class Forward(Protocol):
 
     def __call__(self, texts: Sequence[Tokens]) -> Vectors:
         """The vectors (texts, dim) of `texts`, in their order, as pooled: not normalized. Each has a token at least."""
+        ...
+
+    def warming(self) -> Iterator[None]:
+        """Compile, in slices, what the first texts would wait for."""
         ...
 
 
@@ -90,6 +102,10 @@ class PackedForward:
         hidden = self._encoder.forward(mx.array(np.concatenate(tokens)), mx.array(np.concatenate(position_ids)), groups)
         return through(self._heads, pool_packed(hidden, groups, self._pooling))
 
+    def warming(self) -> Iterator[None]:
+        """Nothing: loops are compiled once a machine."""
+        return iter(())
+
 
 def padded(texts: Sequence[Tokens], rows: int, width: int, pad: int) -> tuple[Tokens, NDArray[np.bool_] | None]:
     """The texts as rows of one block int32 (rows, width), and their mask bool (rows, width).
@@ -99,12 +115,12 @@ def padded(texts: Sequence[Tokens], rows: int, width: int, pad: int) -> tuple[To
     number, and a damaged row of the weights makes none. So it spoils the texts that use it alone.
     """
     block = np.full((rows, width), pad, dtype=np.int32)
+    block[: len(texts)] = np.fromiter((text[0] for text in texts), np.int32, len(texts))[:, None]
     lengths = np.full(rows, width)
-    for row, text in enumerate(texts):
-        block[row, : len(text)] = text
-        block[row, len(text) :] = text[0]
-        lengths[row] = len(text)
-    return block, None if lengths.min() == width else np.arange(width) < lengths[:, None]
+    lengths[: len(texts)] = [len(text) for text in texts]
+    mask = np.arange(width) < lengths[:, None]
+    block[: len(texts)][mask[: len(texts)]] = np.concatenate(texts)
+    return block, None if mask.all() else mask
 
 
 def seen_position_ids(encoder: Encoder, block: Tokens, mask: NDArray[np.bool_] | None) -> Tokens:
@@ -130,19 +146,25 @@ def _streams(count: int) -> list[mx.Stream]:
 
 
 class PaddedForward:
-    """For GPUs: padded batches of few shapes, each a compiled graph; all of them are under way before one is read."""
+    """For GPUs: padded batches of few shapes, each a compiled graph; all of them are under way before one is read.
 
-    def __init__(self, model: LoadedModel, tokens: int = SHAPE_TOKENS) -> None:
+    `planned`: whether the device plans each shape anew; None: as the one at hand does.
+    """
+
+    def __init__(self, model: LoadedModel, tokens: int = SHAPE_TOKENS, planned: bool | None = None) -> None:
         assert model.embedding is not None
         self._encoder, self._pooling, self._pad = model.encoder, model.embedding.pooling, model.tokenizer.pad_id or 0
         self._heads = model.heads
         self._compiled: dict[tuple[int, int], Callable[..., mx.array]] = {}
-        self.least_tokens, self.streams, self._tokens = min(LEAST_TOKENS, tokens), 1, tokens
+        self._planned = bool(mx.cuda.is_available()) if planned is None else planned
+        self._grid = replace(PLANNED if self._planned else TRACED, tokens=tokens)
+        self._longest = min(WARM_WIDTH, model.embedding.max_tokens)
+        self.least_tokens, self.streams = min(LEAST_TOKENS, tokens), 1
 
     def __call__(self, texts: Sequence[Tokens]) -> Vectors:
         lengths = [len(text) for text in texts]
         vectors, parts = None, []
-        for indices, rows, width in shapes(lengths, self._tokens):
+        for indices, rows, width in shapes(lengths, self._grid):
             part = self._padded([texts[index] for index in indices], rows, width)
             mx.async_eval(part)  # type: ignore[no-untyped-call]
             parts.append((indices, part))
@@ -153,10 +175,22 @@ class PaddedForward:
         assert vectors is not None
         return vectors
 
+    def warming(self) -> Iterator[None]:
+        """One batch of each shape, where each is planned; elsewhere the least."""
+        text = np.full(1, self._pad, dtype=np.int32)
+        for rows, width in self._grid.all(self._longest if self._planned else 1):
+            mx.eval(self._padded([text], rows, width))
+            yield
+            if not self._planned:
+                return
+
     def _padded(self, texts: Sequence[Tokens], rows: int, width: int) -> mx.array:
         tokens, mask = padded(texts, rows, width, self._pad)
         ids = self._encoder.token_ids(tokens).reshape(-1)
         inputs = [mx.array(ids), mx.array(seen_position_ids(self._encoder, tokens, mask))]
+        if mask is None and self._planned:
+            # A mask costs 0.02 ms a layer there, and a form without would be planned apart.
+            mask = np.ones(tokens.shape, dtype=np.bool_)
         if mask is not None:
             inputs.append(mx.array(mask))
         return self._graph(rows, width)(*inputs)

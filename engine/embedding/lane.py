@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -78,6 +79,14 @@ class EmbedLane:
         self._turns: Turns[EmbedWork] = Turns()
         #: Every job from `admit` to its end, in the order in which they came.
         self._works: dict[EmbedWork, None] = {}
+
+    def warming(self) -> Iterator[None]:
+        """Compile, in slices, what its first job would wait for."""
+        try:
+            yield from self._forward.warming()
+        except Exception as error:
+            # Its jobs will say the same; other models of this worker serve.
+            log.error("model %s cannot embed: %s", self._model.name, error)
 
     @property
     def busy(self) -> bool:

@@ -1,12 +1,13 @@
 """How texts of many lengths become batches with next to no padding: pure arithmetic on their lengths.
 
 A CPU is fed packed batches: texts of about a length share their attention, padded for it by an eighth at most. A
-GPU would spend its time launching many small kernels that way; it is fed few shapes. No mask where none is padded.
+GPU would spend its time launching many small kernels that way; it is fed few shapes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 
@@ -67,33 +68,58 @@ def near_runs(lengths: Sequence[int]) -> list[tuple[int, int]]:
     return found[::-1]
 
 
-def shapes(lengths: Sequence[int], tokens: int) -> list[Shape]:
-    """Padded batches of at most `tokens` tokens (one text at the least) that hold every text once, longest first.
+@dataclass(frozen=True)
+class Grid:
+    """The shapes that there are, of at most `tokens` tokens or one text; every new one costs a compilation.
 
-    Rows and widths come from few values (`width_of`, powers of two and what fills a batch): every new shape costs a
-    compilation.
+    `widths`: how many widths lie between two powers of two. `factor`: a number of rows is so many times the one below;
+    the last is what fills a batch. `batch`: a batch takes as long as so many tokens of padding.
     """
+
+    tokens: int
+    widths: int = 8
+    factor: int = 2
+    batch: int = 0
+
+    def width_of(self, length: int) -> int:
+        """`length` rounded up to a width of the grid: a multiple of 8."""
+        if length <= 8:
+            return 8
+        step = max(8, (1 << ((length - 1).bit_length() - 1)) // self.widths)
+        return -(-length // step) * step
+
+    def most(self, width: int) -> int:
+        """Rows of that width that fill a batch."""
+        return max(1, self.tokens // width)
+
+    def rows_of(self, texts: int, width: int) -> int:
+        """Rows of the next batch, where so many texts are left: what holds them all unless that leaves too much
+        empty."""
+        below, rows = 1, 1
+        while rows < texts and rows < self.most(width):
+            below, rows = rows, min(self.factor * rows, self.most(width))
+        empty = (rows - texts) * width
+        return rows if empty <= max(self.batch, rows * width // 4) else below
+
+    def all(self, longest: int) -> Iterator[tuple[int, int]]:
+        """(rows, width) of every shape for texts of up to `longest` tokens, the small ones first."""
+        width, last = self.width_of(1), self.width_of(longest)
+        while width <= last:
+            rows = 1
+            while rows < self.most(width):
+                yield rows, width
+                rows *= self.factor
+            yield self.most(width), width
+            width = self.width_of(width + 1)
+
+
+def shapes(lengths: Sequence[int], grid: Grid) -> list[Shape]:
+    """Padded batches of the grid's shapes that hold every text once, longest first."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     found, start = [], 0
     while start < len(order):
-        width = width_of(lengths[order[start]])
-        rows = _rows(len(order) - start, max(1, tokens // width))
+        width = grid.width_of(lengths[order[start]])
+        rows = grid.rows_of(len(order) - start, width)
         found.append(Shape(order[start : start + rows], rows, width))
         start += rows
     return found
-
-
-def width_of(length: int) -> int:
-    """`length` rounded up to a multiple of an eighth of the power of two below it, at least of 8."""
-    if length <= 8:
-        return 8
-    step = max(8, (1 << ((length - 1).bit_length() - 1)) // 8)
-    return -(-length // step) * step
-
-
-def _rows(texts: int, most: int) -> int:
-    """Rows of the next batch: as many as fit, else a power of two that is filled to three quarters or more."""
-    if texts >= most:
-        return most
-    above = 1 << (texts - 1).bit_length()
-    return min(most, above) if 4 * texts >= 3 * min(most, above) else above // 2

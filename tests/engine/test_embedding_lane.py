@@ -260,7 +260,11 @@ def opened(folder: Path, **options: Any) -> LoadedModel:
     return load("model", [str(folder)], **options)
 
 
-@pytest.mark.parametrize("forward", [lambda m: PackedForward(m, 2), PaddedForward], ids=["packed", "padded"])
+@pytest.mark.parametrize(
+    "forward",
+    [lambda m: PackedForward(m, 2), PaddedForward, lambda m: PaddedForward(m, planned=True)],
+    ids=["packed", "padded", "planned"],
+)
 @pytest.mark.parametrize("name", ["bert", "mpnet"])
 def test_packed_and_padded_batches_agree_with_the_goldens(name: str, forward: Any) -> None:
     golden = np.load(GOLDENS / "architectures.npz")

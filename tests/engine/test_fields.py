@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +179,9 @@ class Forward:
         found = np.zeros((len(texts), self._dim), np.float32)
         found[1::2, 2] = self._number
         return found
+
+    def warming(self) -> Iterator[None]:
+        return iter(())
 
 
 @pytest.mark.parametrize(

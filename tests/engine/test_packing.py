@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.embedding.forward import PLANNED
 from engine.embedding.pacer import EmbedPacer
-from engine.embedding.packing import evenly, near_runs, shapes, shares, width_of
+from engine.embedding.packing import Grid, evenly, near_runs, shapes, shares
 
 LENGTHS = st.lists(st.integers(1, 600), min_size=1, max_size=80)
 
@@ -55,7 +56,7 @@ def test_texts_of_one_length_are_one_run_without_padding() -> None:
 
 @given(LENGTHS, st.integers(1, 8192))
 def test_shapes_hold_every_text_once_within_their_bounds(lengths: list[int], tokens: int) -> None:
-    found = shapes(lengths, tokens)
+    found = shapes(lengths, Grid(tokens))
     assert sorted(index for shape in found for index in shape.indices) == list(range(len(lengths)))
     for shape in found:
         assert 1 <= len(shape.indices) <= shape.rows
@@ -65,20 +66,21 @@ def test_shapes_hold_every_text_once_within_their_bounds(lengths: list[int], tok
 
 @pytest.mark.parametrize(("texts", "rows"), [(3, [4]), (5, [4, 1]), (6, [8]), (11, [8, 4]), (12, [16]), (20, [16, 4])])
 def test_a_batch_that_is_filled_to_three_quarters_is_one(texts: int, rows: list[int]) -> None:
-    assert [shape.rows for shape in shapes([8] * texts, 16 * 8)] == rows
+    assert [shape.rows for shape in shapes([8] * texts, Grid(16 * 8))] == rows
 
 
 @given(st.integers(1, 100_000))
 def test_a_width_is_an_eighth_wider_than_its_text_at_the_most(length: int) -> None:
-    width = width_of(length)
+    grid = Grid(16_384)
+    width = grid.width_of(length)
     assert length <= width <= max(length * 1.125, length + 7)
     assert width % 8 == 0
-    assert width_of(width) == width
+    assert grid.width_of(width) == width
 
 
 def test_padding_is_a_small_part_of_a_realistic_mix() -> None:
     lengths = np.random.default_rng(3).integers(8, 257, 1000).tolist()
-    found = shapes(lengths, 16_384)
+    found = shapes(lengths, Grid(16_384))
     assert sum(shape.rows * shape.width for shape in found) < 1.2 * sum(lengths)
     assert len(found) < 20
 
@@ -88,13 +90,34 @@ def test_few_shapes_serve_all_traffic() -> None:
     found = {
         (shape.rows, shape.width)
         for _ in range(300)
-        for shape in shapes(random.integers(1, 257, random.integers(1, 400)).tolist(), 16_384)
+        for shape in shapes(random.integers(1, 257, random.integers(1, 400)).tolist(), Grid(16_384))
     }
     assert len(found) < 250
 
 
+@given(LENGTHS)
+def test_a_grid_knows_every_shape_that_it_gives(lengths: list[int]) -> None:
+    for grid in (PLANNED, Grid(4096), Grid(100, factor=4)):
+        known = list(grid.all(max(lengths)))
+        assert {(shape.rows, shape.width) for shape in shapes(lengths, grid)} <= set(known)
+        assert len(known) == len(set(known))
+
+
+def test_where_each_shape_is_planned_there_are_few() -> None:
+    assert len(list(PLANNED.all(256))) == 60
+    assert [width for rows, width in PLANNED.all(256) if rows == 1] == [8, 16, 24, 32, 48, 64, 96, 128, 192, 256]
+    assert [rows for rows, width in PLANNED.all(24) if width == 24] == [1, 4, 16, 64, 256, 1024, 1365]
+
+
+@pytest.mark.parametrize(("texts", "rows"), [(1, 1), (2, 4), (5, 16), (70, 256), (129, 256), (600, 256)])
+def test_a_batch_may_be_as_empty_as_a_further_batch_would_take(texts: int, rows: int) -> None:
+    assert Grid(256 * 16, factor=4, batch=3 * 1024).rows_of(texts, 16) == rows
+    assert Grid(256 * 16, factor=4, batch=0).rows_of(5, 16) == 4
+    assert Grid(256 * 16, factor=4, batch=2000).rows_of(70, 16) == 64
+
+
 def test_texts_of_one_length_fill_their_batches() -> None:
-    found = shapes([128] * 1000, 16_384)
+    found = shapes([128] * 1000, Grid(16_384))
     assert [(shape.rows, len(shape.indices)) for shape in found] == [(128, 128)] * 7 + [(128, 104)]
 
 
