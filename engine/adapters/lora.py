@@ -157,9 +157,11 @@ class TrainableLora:
             return y
         # The master weights are float32; they are multiplied in what the model computes in.
         a, b = sides["a"].astype(x.dtype), sides["b"].astype(x.dtype)
-        update = (self._scale * (self._dropped(name, x) @ a)) @ b
+        within = self._dropped(name, x) @ a
+        within = within if self._scale == 1.0 else self._scale * within
         if "m" not in sides:
-            return y + update
+            return mx.addmm(y, within, b)
+        update = within @ b
         linear = self._linears[name]
         norms = mx.stop_gradient(adapted_norms(linear, self._squares[name], sides, self._scale, x.dtype))
         gain = (sides["m"] / norms).astype(y.dtype)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import cast
 
 import mlx.core as mx
@@ -103,7 +104,11 @@ def _swiglu_vjp(primals: tuple[mx.array, mx.array], cotangent: mx.array, output:
     gate, up = mx.depends(list(primals), [cotangent])
     if fast(gate):
         return _fast_swiglu_gradients(gate, up, _exp_nonpositive(-mx.abs(gate)), cotangent)
-    return _swiglu_gradients(gate, up, mx.sigmoid(gate), cotangent)
+    of_gate, _ = _swiglu_gradients(gate, up, mx.sigmoid(gate), cotangent)
+    # From a gate of its own: what two results share is no part of either's fused loop, but one of three more.
+    (gate,) = mx.depends([primals[0]], [cotangent, up])
+    _, of_up = _swiglu_gradients(gate, up, mx.sigmoid(gate), cotangent)
+    return of_gate, of_up
 
 
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
@@ -141,6 +146,31 @@ def _squared(x: mx.array) -> mx.array:
 @_compile
 def _scaled(x: mx.array, variance: mx.array, weight: mx.array, bias: mx.array, eps: mx.array) -> mx.array:
     return x * mx.rsqrt(variance + eps) * weight + bias
+
+
+def frozen_rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
+    """x / sqrt(mean(x²) + eps) · w, differentiable in x alone.
+
+    MLX's own gradient on a GPU is made for both at once: a slope in w for each token, and their sum.
+    """
+    if on_cpu():
+        return mx.fast.rms_norm(x, weight, eps)
+    return _frozen(eps)(x, weight)
+
+
+@functools.cache
+def _frozen(eps: float) -> Callable[[mx.array, mx.array], mx.array]:
+    @mx.custom_function
+    def norm(x: mx.array, weight: mx.array) -> mx.array:
+        return mx.fast.rms_norm(x, weight, eps)
+
+    @norm.vjp
+    def _(primals: tuple[mx.array, mx.array], cotangent: mx.array, output: mx.array) -> tuple[mx.array, mx.array]:
+        x, weight = primals
+        _, (slope,) = mx.vjp(lambda x: mx.fast.rms_norm(x, None, eps), [x], [cotangent * weight])
+        return slope, mx.zeros_like(weight)
+
+    return cast("Callable[[mx.array, mx.array], mx.array]", norm)
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import mlx.core as mx
 
-from engine.models.fastmath import layer_norm
+from engine.models.fastmath import frozen_rms_norm, layer_norm
 from engine.weights.quantized import QuantizedTensor, dequantize
 from engine.weights.tensors import Tensors
 from kernels.add_layer_norm import KERNEL as ADD_LAYER_NORM
@@ -119,7 +119,7 @@ class FusedLinear:
 
     def __init__(self, linears: Sequence[Linear]):
         self._linears = tuple(linears)
-        self._weight = mx.concatenate([linear.weight for linear in linears], axis=1)
+        self._weight = _side_by_side([linear.weight for linear in linears], by_column=bool(mx.cuda.is_available()))
         biases = [linear.bias for linear in linears if linear.bias is not None]
         self._bias = mx.concatenate(biases) if biases else None
         mx.eval(self._weight, *([] if self._bias is None else [self._bias]))
@@ -150,6 +150,14 @@ class FusedLinear:
         if adapters is None:
             return parts
         return [adapters.apply(linear.name, x, y) for linear, y in zip(self._linears, parts, strict=True)]
+
+
+def _side_by_side(weights: Sequence[mx.array], *, by_column: bool) -> mx.array:
+    """(in, sum of out). `by_column`: laid out so that the part of each layer is one piece of memory: MLX on CUDA copies
+    any other part of a matrix before it multiplies by it, the weights of a whole model twice in a training step."""
+    if not by_column:
+        return mx.concatenate(list(weights), axis=1)
+    return mx.concatenate([weight.T for weight in weights]).T
 
 
 class Embedding:
@@ -208,13 +216,18 @@ class RMSNorm:
         return mx.fast.rms_norm(x, self.weight, self.eps)
 
     def of_sum(self, x: mx.array, update: mx.array | LoraInput, *, fused: bool) -> tuple[mx.array, mx.array]:
-        """x + update, and its norm. `fused`: by one kernel where there is one; it is not differentiated then."""
+        """x + update, and its norm. `fused`: by one kernel where there is one; it is not differentiated then, and the
+        weight never is."""
         if isinstance(update, LoraInput):
             return lora_add_rms_norm(x, update, self.weight, self.eps)
         if fused:
             return add_rms_norm(x, update, self.weight, self.eps, gradient=False)
         total = x + update
-        return total, self(total)
+        return total, self.frozen(total)
+
+    def frozen(self, x: mx.array) -> mx.array:
+        """As a call, with no slope in the weight."""
+        return frozen_rms_norm(x, self.weight, self.eps)
 
 
 class LayerNorm:

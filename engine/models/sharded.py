@@ -74,6 +74,9 @@ class SpreadNorm(RMSNorm):
     def __call__(self, x: mx.array) -> mx.array:
         return self._shard.spread(super().__call__(x))
 
+    def frozen(self, x: mx.array) -> mx.array:
+        return self._shard.spread(super().frozen(x))
+
 
 class SharedLlama(Llama):
     """This rank's part, with its rows of the vocabulary. Hidden states and logits are whole on each rank.

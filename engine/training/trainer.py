@@ -359,12 +359,20 @@ class Trainer:
         drawn: tuple[int, int] | None = None,
     ) -> mx.array:
         """`drawn`: as `TrainableLora` has it."""
-        matrices = self.layout.unpack(weights)
+        matrices = self._matrices(weights)
         keys = dropout_keys(matrices, key) if self.request.dropout else {}
         return self.loss(self._hidden(inputs, matrices, keys, drawn), self.request.label_smoothing, *wanted)
 
     def held_out_loss(self, weights: mx.array, inputs: mx.array, *wanted: mx.array) -> mx.array:
-        return self.loss(self._hidden(inputs, self.layout.unpack(weights), {}), 0.0, *wanted)
+        return self.loss(self._hidden(inputs, self._matrices(weights), {}), 0.0, *wanted)
+
+    def _matrices(self, weights: mx.array) -> Matrices:
+        """The weights as the forward pass multiplies them: rounded to what the model computes in, and A and B scaled by
+        √s each. Of the whole vector, and so of its slope, at once: it is launching that takes the time, and there are
+        some hundred matrices. DoRA takes them as they are: its norms are in float32."""
+        if self.request.dora:
+            return self.layout.unpack(weights)
+        return self.layout.unpack((weights * self.config.scale**0.5).astype(self.decoder.dtype))
 
     def loss(
         self, hidden: mx.array, smoothing: float, positions: mx.array, targets: mx.array, weights: mx.array
@@ -400,7 +408,7 @@ class Trainer:
     def _adapters(self, matrices: Matrices, keys: dict[str, mx.array], drawn: tuple[int, int] | None) -> TrainableLora:
         return TrainableLora(
             matrices,
-            self.config.scale,
+            self.config.scale if self.request.dora else 1.0,
             linears=self.linears,
             squares=self._squares,
             dropout=self.request.dropout if keys else 0.0,

@@ -21,6 +21,7 @@ from engine.models import fastmath
 from engine.models.attention import attention
 from engine.models.bert import BertArgs
 from engine.models.cache import KeyValues, bytes_per_token
+from engine.models.layers import FusedLinear, Linear
 from engine.models.llama import Llama, LlamaArgs
 from engine.models.sentence import EmbeddingSpec
 from stoker.errors import ModelError
@@ -54,6 +55,42 @@ def test_exp_swiglu_and_gelu_are_right_to_a_millionth(close: Close) -> None:
     got = fastmath.exp_nonpositive(mx.array(below.astype(np.float32)))
     np.testing.assert_allclose(np.array(got), np.exp(below), rtol=4e-6)
     assert largest(fastmath.exp_nonpositive(mx.array([-1e30]))) < 1e-37
+
+
+def test_gradients_of_a_form_for_gpus_are_those_of_the_formulas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fastmath, "on_cpu", lambda: False)
+    x, up, cotangent = (mx.random.normal((2, 5, 16), key=mx.random.key(seed)) for seed in (1, 2, 3))
+    weight = 1.0 + 0.2 * mx.random.normal((16,), key=mx.random.key(4))
+    for own, formula in (
+        (fastmath.swiglu, lambda x, up: x * mx.sigmoid(x) * up),
+        (
+            lambda x, up: fastmath.frozen_rms_norm(x, weight, 1e-5) * up,
+            lambda x, up: x * mx.rsqrt(mx.mean(x * x, axis=-1, keepdims=True) + 1e-5) * weight * up,
+        ),
+    ):
+        got, wanted = (
+            mx.compile(mx.value_and_grad(lambda x, up, run=run: mx.sum(run(x, up) * cotangent), argnums=(0, 1)))(x, up)
+            for run in (own, formula)
+        )
+        assert abs(got[0].item() - wanted[0].item()) < 1e-4
+        assert max(largest(left - right) for left, right in zip(got[1], wanted[1], strict=True)) < 1e-5
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_parts_of_a_joint_product_are_one_piece_of_memory_where_cuda_multiplies(
+    monkeypatch: pytest.MonkeyPatch, cuda: bool
+) -> None:
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: cuda)
+    weights = [mx.random.normal((8, width), key=mx.random.key(width)) for width in (6, 2, 4)]
+    linears = [Linear(f"l{index}", weight) for index, weight in enumerate(weights)]
+    tensors = RandomTensors()
+    fused = FusedLinear.of(tensors, "model.", *linears)
+    assert fused is not None
+    x = mx.random.normal((3, 8), key=mx.random.key(9))
+    for part, linear, weight in zip(fused(x), linears, weights, strict=True):
+        assert largest(part - x @ weight) < 1e-5
+        assert largest(linear.weight - weight) == 0.0
+        assert np.asarray(linear.weight).T.flags.c_contiguous is cuda
 
 
 @pytest.mark.parametrize(("length", "past"), [(1, 0), (7, 0), (5, 3), (300, 0), (300, 41), (1, 64)])

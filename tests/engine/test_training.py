@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from engine.adapters.lora import LoraConfig, LoraWeights
+from engine.adapters.lora import LoraConfig, LoraWeights, Matrices, TrainableLora
 from engine.checkpoints.loading import LoadedModel
 from engine.models.decoder import DecoderBlock
 from engine.models.llama import Llama
@@ -166,6 +166,31 @@ def test_gradient_checkpointing_changes_no_number(model: LoadedModel, dora: bool
         run(model, examples(model), **options, gradient_checkpointing=checkpointing) for checkpointing in (False, True)
     )
     assert [report.loss for report in plain[0]] == pytest.approx([report.loss for report in saving[0]], abs=1e-5)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_the_matrices_of_a_run_come_in_what_the_model_computes_in(
+    monkeypatch: pytest.MonkeyPatch, model: LoadedModel, dora: bool
+) -> None:
+    """Both scaled by the root of the scale, except DoRA's, whose norms are in float32."""
+    trainer = Trainer(model.decoder, tiny.asking(rank=2, alpha=8.0, dora=dora), examples(model))
+    given: list[dict[str, mx.array]] = []
+
+    class Noted(TrainableLora):
+        def __init__(self, matrices: Matrices, scale: float, **options: Any) -> None:
+            given.extend(matrices.values())
+            assert scale == (4.0 if dora else 1.0)
+            super().__init__(matrices, scale, **options)
+
+    monkeypatch.setattr(trainer_module, "TrainableLora", Noted)
+    monkeypatch.setattr(type(model.decoder), "dtype", mx.bfloat16)
+    ids = mx.array([[3, 4]], mx.int32)
+    trainer.held_out_loss(trainer.state.weights, ids, mx.array([0]), mx.array([4]), mx.array([1.0]))
+    start = next(iter(trainer.adapter().matrices.values()))["a"]
+    found = given[0]["a"]
+    assert found.dtype == (mx.float32 if dora else mx.bfloat16)
+    wanted = start if dora else (2.0 * start).astype(mx.bfloat16)
+    assert np.array_equal(np.array(found.astype(mx.float32)), np.array(wanted.astype(mx.float32)))
 
 
 def test_each_block_is_run_in_the_way_that_checkpointing_asks_for(model: LoadedModel) -> None:
