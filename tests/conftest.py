@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +50,23 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
 
 
 @pytest.fixture(autouse=True)
-def _own_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def _own_settings(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads the settings, nor touches the files, of the person who runs it."""
     for name in list(os.environ):
         if name.startswith("STOKER_"):
             monkeypatch.delenv(name)
-    monkeypatch.setenv("STOKER_HOME", str(tmp_path / "home"))
+    # To make a folder pytest looks through those of all tests before it: not for the many that need none.
+    own = request.getfixturevalue("tmp_path") if "tmp_path" in request.fixturenames else _nobodys_folder(request)
+    monkeypatch.setenv("STOKER_HOME", str(own / "home"))
 
+
+def _nobodys_folder(request: pytest.FixtureRequest) -> Path:
+    """One that is not there yet, of this test alone."""
+    base: Path = request.getfixturevalue("tmp_path_factory").getbasetemp()
+    return base / "homes" / f"{next(_HOMES)}"
+
+
+_HOMES = count()
 
 #: Rooms in the order in which they run; the others follow.
 FIRST = ("engine", "integration", "chaos", "fuzz", "docs", "kernels")
