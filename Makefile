@@ -7,8 +7,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST_ARGS ?=
-# Processes that share the tests: most of them wait for a broker, a lease or one core.
-JOBS ?= 2
+# Processes that share the tests: many of those wait for a broker, a lease or a process that they started.
+JOBS ?= 3
 MINUTES ?= 30
 # Where this is set, each process that a test starts compiles every module anew, and each one that tests rewrites them.
 export PYTHONDONTWRITEBYTECODE :=
@@ -64,9 +64,10 @@ test-slow: $(VENV)/.compilers ## the long ones, the chaos suite and the planted 
 	$(MAKE) mutants
 
 MUTANTS ?=
-# A mistake often makes a test wait for what does not come: two for each core.
+# A mistake often makes a test wait for what does not come: two for each core, of two.
+mutants: JOBS = 4
 mutants: $(STAMP) ## plant each mistake of tests/mutants, and see whether the tests that own the code notice; MUTANTS=TEXT: some
-	$(BIN)/python -m tests.mutants --jobs $$((2 * $(JOBS))) $(MUTANTS)
+	$(BIN)/python -m tests.mutants --jobs $(JOBS) $(MUTANTS)
 
 # The suite takes about twice as long when it is measured.
 coverage: $(STAMP) ## the tests, measured (branches; workers and commands too): fails below 90 % of the five packages' lines

@@ -33,6 +33,7 @@ from stoker.errors import WorkerUnavailable
 from tests.engine import shared_model, tiny
 from tests.engine.shared_model import ARGS, on_ranks
 from tests.engine.test_training_lane import admit, run_all, turn
+from tests.thorough import quick
 
 WIDTH, VOCABULARY = 8, 10
 
@@ -83,7 +84,7 @@ EIGHT = Quantization(8, 32)
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", quick(2, of=[2, 3]))
 @pytest.mark.parametrize(
     ("options", "quantization"),
     [

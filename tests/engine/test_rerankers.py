@@ -25,6 +25,7 @@ from engine.ticket import Ticket
 from engine.weights import safetensors
 from stoker.contract import EmbedRequest
 from stoker.errors import InvalidRequest, ModelError, TextTooLong
+from tests.thorough import in_turn
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 SAID = json.loads((GOLDENS / "rerankers.json").read_text())
@@ -58,8 +59,7 @@ def queries_of(name: str) -> list[str]:
     return list(QUERIES[: 2 if "qwen3" in name.lower() else 3])
 
 
-@pytest.mark.parametrize("forward", FORWARDS)
-@pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.parametrize(("name", "forward"), in_turn(list(FOLDERS), list(FORWARDS)))
 def test_scores_are_those_of_the_reference(name: str, forward: str) -> None:
     """Of all texts in one batch, the longest cut."""
     model, said = opened(name), SAID["checkpoints"][name]

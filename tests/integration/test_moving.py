@@ -25,7 +25,7 @@ from tests.integration.machinery import FragileBroker, patient_client
 
 pytestmark = pytest.mark.integration
 
-STEPS = 80
+STEPS = 60
 OPTIONS = ["--rank", "4", "--batch-size", "2", "--max-length", "32", "--checkpoint-every", "5", "--dropout", "0.1",
            "--held-out", "0.25", "--eval-every", "7", "--seed", "3", "--steps", str(STEPS)]  # fmt: skip
 #: What a report says of the machine, not of the run.

@@ -31,7 +31,7 @@ EVERY = list(_every())
 
 @pytest.mark.parametrize(("kernel", "dtype"), EVERY)
 def test_a_kernel_gives_the_numbers_of_its_reference_under_any_schedule(kernel: Kernel, dtype: mx.Dtype) -> None:
-    row = check.check(kernel, dtype, "emulator", seeds=(1, 2, 3))
+    row = check.check(kernel, dtype, "emulator", seeds=(1, 2))
     assert row.passed, row
     assert row.shapes >= 9
 
