@@ -7,8 +7,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST_ARGS ?=
-# Processes that share the tests: many of those wait for a broker, a lease or a process that they started.
-JOBS ?= 3
+# Processes that share the tests: more gain nothing on two cores, which are full.
+JOBS ?= 2
 MINUTES ?= 30
 # Where this is set, each process that a test starts compiles every module anew, and each one that tests rewrites them.
 export PYTHONDONTWRITEBYTECODE :=

@@ -53,6 +53,7 @@ def asking(model: str, tokens: int) -> GenerateRequest:
     return GenerateRequest(model=model, prompt_ids=(5, 6, 7), max_tokens=tokens, ignore_eos=True, seed=3)
 
 
+@pytest.mark.slow
 def test_a_model_comes_and_goes_next_to_a_stream_which_gets_the_same_tokens(
     engine: Engine, published: Published
 ) -> None:

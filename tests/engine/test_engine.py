@@ -77,6 +77,7 @@ def end(running: Running, ticket: Ticket[Any]) -> None:
         ticket.result(60)
 
 
+@pytest.mark.slow
 def test_greedy_texts_of_one_batch_equal_those_of_transformers(running: Running) -> None:
     most = 12
     jobs = [

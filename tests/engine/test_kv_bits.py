@@ -33,6 +33,7 @@ from tests.engine.oracle import whole
 from tests.engine.test_drafts import check as check_drafts
 from tests.engine.test_generate_lane import MODES, Driver, adapters, check_traffic, request
 from tests.engine.test_prefix_disk import ASKED, SYSTEM, Machine, cached
+from tests.thorough import quick
 
 BITS = [8, 4]
 
@@ -149,7 +150,7 @@ def test_the_budget_counts_the_bytes_that_are_taken(packed: LoadedModel, pool: A
 # --- batching ---
 
 
-@pytest.mark.parametrize("seed", [*range(6), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(6, 30))])
+@pytest.mark.parametrize("seed", quick(0, 1, 2, of=range(30)))
 def test_a_request_gets_the_same_tokens_alone_and_in_any_traffic(
     packed: LoadedModel, pool: AdapterPool, seed: int
 ) -> None:

@@ -120,7 +120,7 @@ def p95(gaps: Sequence[float]) -> float:
     return quantiles(gaps, n=20)[-1]
 
 
-@pytest.mark.parametrize("row", quick(0.05, 2.0, of=[0.0, 0.05, 0.3, 2.0]))
+@pytest.mark.parametrize("row", quick(0.05, of=[0.0, 0.05, 0.3, 2.0]))
 def test_a_stream_keeps_its_pace_next_to_a_flood_and_the_flood_ends(
     model: LoadedModel, pool: AdapterPool, monkeypatch: pytest.MonkeyPatch, row: float
 ) -> None:

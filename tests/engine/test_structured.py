@@ -146,6 +146,7 @@ def test_a_grammar_that_cannot_be_or_takes_too_much_is_refused_before_it_waits(d
     driver.assert_empty()
 
 
+@pytest.mark.slow
 def test_legal_grammars_are_taken_however_long_their_answers_may_get(driver: Driver) -> None:
     sent = {name: driver.send(ask(**options, temperature=2.0, max_tokens=8)) for name, options in LEGAL.items()}
     driver.run()

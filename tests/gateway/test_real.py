@@ -47,6 +47,7 @@ def test_answers_are_those_of_the_client(api: openai.OpenAI, client: Client) -> 
     assert {model.id for model in api.models.list()} >= {EMBED_MODEL, GENERATE_MODEL}
 
 
+@pytest.mark.slow
 def test_a_forced_call_of_a_real_model_has_arguments_that_fit(api: openai.OpenAI) -> None:
     made = api.chat.completions.create(
         model=GENERATE_MODEL, messages=HELLO, tools=[WEATHER], tool_choice="required", temperature=0, max_tokens=64
@@ -64,6 +65,7 @@ def test_a_forced_call_of_a_real_model_has_arguments_that_fit(api: openai.OpenAI
     assert caught.value.param == "response_format"
 
 
+@pytest.mark.slow
 def test_a_real_model_that_may_call_a_function_and_does_not_says_what_it_says_without(
     api: openai.OpenAI,
 ) -> None:

@@ -134,6 +134,7 @@ def test_the_command_line_takes_the_same_path(own: Stack) -> None:
         assert done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_a_worker_quantizes_what_generates_and_leaves_what_embeds(tmp_path: Path) -> None:
     paths = (str(CHECKPOINTS / "qwen3"), str(CHECKPOINTS / "bert"))
     settings = stack_settings(tmp_path / "home").model_copy(update={"models": paths})

@@ -102,6 +102,7 @@ def test_a_full_lane_asks_for_nothing_and_each_other_lane_waits_by_itself(client
     wait_until(lambda: waits() == every, "each lane asks for jobs again")
 
 
+@pytest.mark.slow
 def test_a_stream_has_a_slot_at_once_where_bulk_has_them_all(fragile: FragileBroker, tmp_path: Path) -> None:
     """`tests/workers/test_overtaking.py` has the rule, `tests/engine/test_priorities.py` who makes way."""
     slots = worker_on(fragile, tmp_path / "worker", models=(TINY,), generate_slots=2)
@@ -132,6 +133,7 @@ def test_bulk_makes_way_for_streams_of_another_worker_and_goes_on_behind_them(st
     wait_until(lambda: not client.workers()[0].held_back, "it takes what comes", 30)
 
 
+@pytest.mark.slow
 def test_a_waiting_job_is_cancelled_though_no_worker_is_up(fragile: FragileBroker, tmp_path: Path) -> None:
     with patient_client(fragile.url, 30) as client:
         with worker_on(fragile, tmp_path / "worker", models=(TINY,)):
