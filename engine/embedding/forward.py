@@ -155,9 +155,10 @@ class PaddedForward:
         assert model.embedding is not None
         self._encoder, self._pooling, self._pad = model.encoder, model.embedding.pooling, model.tokenizer.pad_id or 0
         self._heads = model.heads
-        self._compiled: dict[tuple[int, int], Callable[..., mx.array]] = {}
+        #: By rows and width.
+        self.compiled: dict[tuple[int, int], Callable[..., mx.array]] = {}
         self._planned = bool(mx.cuda.is_available()) if planned is None else planned
-        self._grid = replace(PLANNED if self._planned else TRACED, tokens=tokens)
+        self._grid = replace(PLANNED if self._planned else TRACED, tokens=tokens, longest=model.embedding.max_tokens)
         self._longest = min(WARM_WIDTH, model.embedding.max_tokens)
         self.least_tokens, self.streams = min(LEAST_TOKENS, tokens), 1
 
@@ -197,11 +198,11 @@ class PaddedForward:
 
     def _graph(self, rows: int, width: int) -> Callable[..., mx.array]:
         """MLX traces it once with a mask and once without."""
-        graph = self._compiled.get((rows, width))
+        graph = self.compiled.get((rows, width))
         if graph is None:
             vectors = pooled(self._encoder, self._pooling, rows, width)
             graph = mx.compile(lambda *inputs: through(self._heads, vectors(*inputs)))
-            self._compiled[rows, width] = graph
+            self.compiled[rows, width] = graph
         return graph
 
 

@@ -73,20 +73,20 @@ class Grid:
     """The shapes that there are, of at most `tokens` tokens or one text; every new one costs a compilation.
 
     `widths`: how many widths lie between two powers of two. `factor`: a number of rows is so many times the one below;
-    the last is what fills a batch. `batch`: a batch takes as long as so many tokens of padding.
+    the last is what fills a batch. `batch`: a batch takes as long as so many tokens of padding. `longest`: tokens that
+    the model reads; it has no position, and no bias of one, beyond them.
     """
 
     tokens: int
     widths: int = 8
     factor: int = 2
     batch: int = 0
+    longest: int = 1 << 30
 
     def width_of(self, length: int) -> int:
-        """`length` rounded up to a width of the grid: a multiple of 8."""
-        if length <= 8:
-            return 8
-        step = max(8, (1 << ((length - 1).bit_length() - 1)) // self.widths)
-        return -(-length // step) * step
+        """`length` rounded up to a width of the grid: a multiple of 8, or `longest`."""
+        step = 8 if length <= 8 else max(8, (1 << ((length - 1).bit_length() - 1)) // self.widths)
+        return min(max(self.longest, length), -(-length // step) * step)
 
     def most(self, width: int) -> int:
         """Rows of that width that fill a batch."""
@@ -103,14 +103,13 @@ class Grid:
 
     def all(self, longest: int) -> Iterator[tuple[int, int]]:
         """(rows, width) of every shape for texts of up to `longest` tokens, the small ones first."""
-        width, last = self.width_of(1), self.width_of(longest)
-        while width <= last:
-            rows = 1
+        width, last = 0, self.width_of(longest)
+        while width < last:
+            width, rows = self.width_of(width + 1), 1
             while rows < self.most(width):
                 yield rows, width
                 rows *= self.factor
             yield self.most(width), width
-            width = self.width_of(width + 1)
 
 
 def shapes(lengths: Sequence[int], grid: Grid) -> list[Shape]:

@@ -275,6 +275,14 @@ def test_packed_and_padded_batches_agree_with_the_goldens(name: str, forward: An
     assert np.abs(run(texts + texts[::-1]) - np.concatenate([wanted, wanted[::-1]])).max() < 1e-4
 
 
+def test_no_batch_is_wider_than_the_model_reads() -> None:
+    """Beyond its last position a gather reads what lies behind the table."""
+    model = opened(GOLDENS / "architectures" / "mpnet")
+    forward = PaddedForward(model, planned=True)
+    forward([np.full(150, 5, dtype=np.int32)])
+    assert [width for _, width in forward.compiled] == [model.embedding.max_tokens]  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize(("dtype", "bound"), [("float16", 0.01), ("bfloat16", 0.08)])
 @pytest.mark.parametrize("name", ["bert", "mpnet"])
 def test_sixteen_bits_are_near_to_thirty_two(name: str, dtype: str, bound: float) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -76,6 +78,13 @@ def test_a_width_is_an_eighth_wider_than_its_text_at_the_most(length: int) -> No
     assert length <= width <= max(length * 1.125, length + 7)
     assert width % 8 == 0
     assert grid.width_of(width) == width
+
+
+@pytest.mark.parametrize("grid", [PLANNED, Grid(16_384)])
+def test_no_shape_is_wider_than_the_model_reads(grid: Grid) -> None:
+    bounded = replace(grid, longest=150)
+    assert [bounded.width_of(length) for length in (1, 149, 150)] == [8, 150, 150]
+    assert max(width for _, width in bounded.all(150)) == 150
 
 
 def test_padding_is_a_small_part_of_a_realistic_mix() -> None:
