@@ -1,6 +1,8 @@
 """`python -m bench`: every benchmark of this folder, one after the other."""
 
-from bench import whole
+import sys
+
+from bench.runner import main
 
 if __name__ == "__main__":
-    whole.main()
+    sys.exit(main())
