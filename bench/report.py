@@ -67,14 +67,22 @@ def against(name: str, unit: str, ours: Sequence[float], than: str, other: Seque
     return [row(name, unit, ours), row(f"{name}: {than}", unit, other), ratio(f"{name}, against {than}", ours, other)]
 
 
+def number(value: float) -> str:
+    """With as many digits as matter."""
+    size = abs(value)
+    if 0 < size < 0.01:
+        return f"{value:.2g}"
+    return f"{value:,.0f}" if size >= 100 else f"{value:.1f}" if size >= 10 else f"{value:.2f}"
+
+
 def shown(bench: str, entry: Row) -> str:
     """A line for people. A value whose spread crosses its aim is not said: another run could say the opposite."""
-    aim, spread = aim_of(bench, entry.name), f"({entry.p20:.2f} to {entry.p80:.2f})"
+    aim, spread = aim_of(bench, entry.name), f"({number(entry.p20)} to {number(entry.p80)})"
     met = aim and aim.met(entry.p20, entry.p80)
-    value = "not said" if aim and met is None else f"{entry.p50:.2f}"
+    value = "not said" if aim and met is None else number(entry.p50)
     judged = f"  {aim}: {'met' if met else 'the spread crosses it' if met is None else 'MISSED'}" if aim else ""
     counted = f"  {entry.launches} launches" if entry.launches is not None else ""
-    counted += f"  device {entry.device_ms:.2f} ms" if entry.device_ms is not None else ""
+    counted += f"  device {number(entry.device_ms)} ms" if entry.device_ms is not None else ""
     return f"{entry.name:78} {value:>10} {entry.unit:10} {spread}{counted}{judged}"
 
 

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.report import COMMIT, RESULTS, machine
+from bench.report import COMMIT, RESULTS, machine, number
 from bench.surroundings import Finding, Meanwhile, settle
 
 ROOT = Path(__file__).parent.parent
@@ -136,9 +136,9 @@ def _process(bench: Bench, options: argparse.Namespace) -> str:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """The whole session that it leads: brokers, workers and peers."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
+    for sent in (signal.SIGTERM, signal.SIGKILL):
         try:
-            os.killpg(process.pid, number)
+            os.killpg(process.pid, sent)
             process.wait(10)
         except ProcessLookupError:
             return
@@ -212,11 +212,6 @@ def _line(entry: Mapping[str, Any]) -> str:
     counted += f", device {number(entry['device_ms'])} ms" if "device_ms" in entry else ""
     spread = f"({number(entry['p20'])} to {number(entry['p80'])})"
     return f"| {entry['name']} | {value} {spread}{counted} | {entry['unit']} | {entry.get('aim', '')} | {judged} |"
-
-
-def number(value: float) -> str:
-    """With as many digits as matter."""
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

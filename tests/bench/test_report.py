@@ -9,7 +9,7 @@ import pytest
 
 from bench import report
 from bench.aims import AIMS, Aim, least, most
-from bench.report import COMMIT, Record, against, by_turns, machine, parser, ratio, row, shown, write
+from bench.report import COMMIT, Record, against, by_turns, machine, number, parser, ratio, row, shown, write
 
 NAME, ROW = "generate", "1 stream, decode, against mlx-lm"
 
@@ -97,6 +97,16 @@ def test_the_commit_of_a_changed_checkout_says_so(monkeypatch: pytest.MonkeyPatc
 def test_every_benchmark_has_a_quick_form_and_a_folder() -> None:
     options = parser("what it does").parse_args(["--quick", "--out", "somewhere"])
     assert (options.quick, options.out) == (True, Path("somewhere"))
+
+
+def test_numbers_have_as_many_digits_as_matter() -> None:
+    assert [number(value) for value in (18_546.4, 99.5, 1.234, 0.000123, 0)] == [
+        "18,546",
+        "99.5",
+        "1.23",
+        "0.00012",
+        "0.00",
+    ]
 
 
 def test_no_aim_is_zero_or_less() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from bench import runner
 from bench.report import COMMIT, RESULTS
-from bench.runner import ON_CPU, ON_GPU, Bench, Change, Ran, committed, compared, number, page
+from bench.runner import ON_CPU, ON_GPU, Bench, Change, Ran, committed, compared, page
 from bench.surroundings import Finding
 
 QUIET = [Finding("other programs keep 0.0 of 2 cores busy")]
@@ -68,10 +68,6 @@ def test_the_page_shows_what_was_met_missed_moved_and_failed() -> None:
     assert "| b | 0.80 (0.70 to 0.90) | times | at least 1 | **no** |" in said
     assert "| many | ValueError: no | | | |" in said
     assert "| generate | b | 1.20 | 0.80 times | fell |" in said
-
-
-def test_numbers_have_as_many_digits_as_matter() -> None:
-    assert [number(value) for value in (18_546.4, 99.5, 1.234)] == ["18,546", "99.5", "1.23"]
 
 
 BENCH = """
