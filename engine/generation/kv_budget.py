@@ -36,7 +36,8 @@ class KvBudget:
             if not self._prefixes.evict():
                 self._batch.shrink()
                 fits = self.used + self._needed(len(rows), length) <= self._limit
-                return fits or not (self._batch.rows or self.prefilling)
+                # A row that is alone may take more: nobody could make way for it.
+                return fits or not (self._batch.rows or self.prefilling or len(rows) > 1)
         return True
 
     def could_admit(self, rows: Sequence[Row], staying: Sequence[Row]) -> bool:
@@ -50,8 +51,7 @@ class KvBudget:
         """Whether a row has to leave before the batch can hold `rows` of `length` tokens; kept prefixes make way."""
         while self.used + self._growth(rows - len(self._batch.rows), length) > self._limit:
             if not self._prefixes.evict():
-                # A row that is alone may take more: nobody could make way for it.
-                return len(self._batch.rows) >= 2
+                return rows > 1
         return False
 
     def _needed(self, rows: int, length: int) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Sequence
+from bisect import insort
+from collections.abc import Sequence
 
 from engine.generation.row import Row, RowState
 
@@ -29,13 +29,13 @@ class Roster:
     def admit(self, rows: Sequence[Row]) -> None:
         self._rows |= dict.fromkeys(rows)
         for row in rows:
-            self._let_wait(row, bisect_right)
+            self._let_wait(row)
 
     def put_back(self, rows: Sequence[Row]) -> None:
-        """Let rows that had their turn wait again, before the others of their priority."""
-        for row in reversed(rows):
+        """Let rows that had their turn wait again, where they were: before all of their priority that came later."""
+        for row in rows:
             if row.state is not RowState.ENDED:
-                self._let_wait(row, bisect_left)
+                self._let_wait(row)
 
     def end(self, row: Row) -> None:
         row.state = RowState.ENDED
@@ -43,10 +43,11 @@ class Roster:
         if row in self.waiting:
             self.waiting.remove(row)
 
-    def _let_wait(self, row: Row, place: Callable[..., int]) -> None:
+    def _let_wait(self, row: Row) -> None:
         row.state, row.cached = RowState.WAITING, 0
-        self.waiting.insert(place(self.waiting, row.priority, key=_priority), row)
+        insort(self.waiting, row, key=claim)
 
 
-def _priority(row: Row) -> int:
-    return row.priority
+def claim(row: Row) -> tuple[int, float, int]:
+    """The smallest is served first, the largest makes way first: by priority, those of one as they came."""
+    return row.priority, row.ticket.submitted, row.number

@@ -8,7 +8,7 @@ from engine.generation.batch import Batch
 from engine.generation.grouping import Grouping
 from engine.generation.kv_budget import KvBudget
 from engine.generation.prompts import Prompts
-from engine.generation.roster import Roster
+from engine.generation.roster import Roster, claim
 from engine.generation.row import Row, RowState
 
 
@@ -62,16 +62,16 @@ class Seats:
             return True
         worse = [row for row in self._batch.rows if row.priority > priority]
         if worse:
-            self._preempt(max(worse, key=_claim))
+            self._preempt(max(worse, key=claim))
         return bool(worse)
 
     def make_room(self, rows: int, length: int, joining: Row | None = None) -> bool:
         """Before the batch grows to `rows` of `length` tokens: of the worst priority, the rows that came last make way.
-        False: the row that is `joining` is worse than all that are there, and had to."""
+        False: the row that is `joining` is worse than all that are there, or came last of them, and had to."""
         batch = self._batch
         while self._budget.must_shrink(rows, length):
-            last = max(batch.rows, key=_claim)
-            if joining is not None and joining.priority > last.priority:
+            last = max(batch.rows, key=claim)
+            if joining is not None and claim(joining) > claim(last):
                 self._roster.put_back([joining])
                 return False
             if prompts := self._prompts.give_up(last.priority):
@@ -95,8 +95,3 @@ class Seats:
         self._batch.leave(row)
         self._roster.put_back([row])
         self.preempted += 1
-
-
-def _claim(row: Row) -> tuple[int, float]:
-    """The largest makes way first: of the worst priority, the one that came last."""
-    return row.priority, row.ticket.submitted

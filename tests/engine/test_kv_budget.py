@@ -88,6 +88,21 @@ def test_kept_prefixes_make_way_before_a_row_leaves(model: LoadedModel, tmp_path
     assert len(machine.prefixes) == 0
 
 
+def test_a_row_that_joins_one_is_not_alone(model: LoadedModel, tmp_path: Path) -> None:
+    machine = Machine(model, tmp_path, SMALLEST_KV_LENGTH)
+    machine.seat(SMALLEST_KV_LENGTH - 1)
+    assert machine.budget.must_shrink(2, SMALLEST_KV_LENGTH)
+
+
+def test_prompts_that_memory_does_not_hold_together_do_not_come_together_where_nobody_is(
+    model: LoadedModel, tmp_path: Path
+) -> None:
+    machine = Machine(model, tmp_path, 2 * SMALLEST_KV_LENGTH)
+    rows = [machine.row(SMALLEST_KV_LENGTH - 1) for _ in range(2)]
+    assert machine.budget.admits(rows[:1])
+    assert not machine.budget.admits(rows)
+
+
 def test_no_more_prefixes_make_way_than_have_to(model: LoadedModel, tmp_path: Path) -> None:
     machine = Machine(model, tmp_path, SMALLEST_KV_LENGTH + 2 * PREFIX, prefixes=3)
     machine.seat(10)

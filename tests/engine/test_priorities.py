@@ -285,23 +285,29 @@ def waiting_rows(model: LoadedModel, *priorities: int) -> list[Row]:
     return [Generation(Ticket("job", "generate"), one, prompt, tokenizer, 64).rows[0] for one in asked]
 
 
-def test_rows_wait_by_priority_and_go_back_before_those_of_theirs(model: LoadedModel) -> None:
+def test_rows_wait_by_priority_and_go_back_to_where_they_were(model: LoadedModel) -> None:
     roster, rows = Roster(), waiting_rows(model, 5, 9, 5, 0)
     for row in rows:
         roster.admit([row])
     first, bulk_row, second, best = rows
     assert roster.waiting == [best, first, second, bulk_row]
-    roster.waiting.remove(second)
+    for row in (first, second):
+        roster.waiting.remove(row)
     roster.put_back([second])
-    assert roster.waiting == [best, second, first, bulk_row]
+    roster.put_back([first])
+    assert roster.waiting == [best, first, second, bulk_row]
 
 
-@pytest.mark.parametrize(("joins", "stays"), [(BULK, True), (STREAM, False)])
-def test_a_bulk_row_that_finds_no_memory_as_it_joins_puts_no_stream_back(
-    model: LoadedModel, pool: AdapterPool, joins: int, stays: bool
+@pytest.mark.parametrize(
+    ("joins", "first", "stays"), [(BULK, False, True), (BULK, True, True), (STREAM, False, True), (STREAM, True, False)]
+)
+def test_a_row_that_finds_no_memory_as_it_joins_puts_none_back_that_goes_before_it(
+    model: LoadedModel, pool: AdapterPool, joins: int, first: bool, stays: bool
 ) -> None:
     batch, roster = Batch(model.decoder, pool, Step(model.decoder, "none")), Roster()
-    *seated, joining = rows = waiting_rows(model, STREAM, STREAM, joins)
+    rows = waiting_rows(model, *((joins, STREAM, STREAM) if first else (STREAM, STREAM, joins)))
+    joining = rows[0 if first else -1]
+    seated = [row for row in rows if row is not joining]
     roster.admit(rows)
     roster.waiting.clear()
     for row in seated:
