@@ -1,8 +1,6 @@
 """`python -m bench`: every benchmark of this folder, one after the other."""
 
-import sys
-
-from bench.runner import main
+from bench import whole
 
 if __name__ == "__main__":
-    sys.exit(main())
+    whole.main()

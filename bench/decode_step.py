@@ -1,22 +1,15 @@
-"""The engine's compiled decode step on a GPU: with fused kernels, and by turns with MLX's own instead of some.
-
-Random bfloat16 weights of Qwen2.5-0.5B's shape. Launches and the device's time are those that torch's profiler sees.
-"""
+"""The engine's compiled decode step with fused kernels and without, one after the other in turn."""
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from bench.device import traced
-from bench.report import Record, Row, by_turns, parser, ratio, row
 from bench.shapes import SHAPES
 from engine.adapters.stacked import StackedLora
 from engine.generation.draws import Draw
@@ -27,19 +20,21 @@ from engine.models.cache import KeyValues
 from engine.models.joint import JointKeyValues
 from engine.models.llama import Llama
 from engine.models.qwen2 import Qwen2Args
-from engine.platform.probe import device
 from engine.weights.tensors import Tensors
 from kernels import registry
-from kernels.backend import of_machine
-from kernels.registry import NAMES
+from kernels.registry import NAMES, parse
 from stoker.contract import GenerateRequest
 
 #: Steps that are launched one after the other before the last is waited for, as the engine runs a pass ahead.
-STEPS, ROUNDS, QUICK, CAPACITY = 16, 40, 10, 512
-#: Rows and adapters.
-CELLS = {"1 row": (1, 0), "32 rows": (32, 0), "32 rows over 8 adapters": (32, 8)}
-#: In the long form: what one kernel alone is worth.
-LEFT_OUT = ("greedy", "attend", "lora_add_rms_norm", "add_rms_norm")
+STEPS, TIMES, CAPACITY = 16, 9, 512
+#: Rows, adapters, and the value of STOKER_KERNELS: the base of each pair of rows and adapters comes first.
+SETTINGS = (
+    *((32, 0, "off"), (32, 0, "auto")),
+    *((32, 8, "off"), (32, 8, "auto")),
+    *((1, 0, "off"), (1, 0, "auto")),
+    # All except one: what that one is worth.
+    *((32, 0, ",".join(other for other in NAMES if other != name)) for name in ("sample", "attend", "add_rms_norm")),
+)
 
 
 class RandomTensors(Tensors):
@@ -71,7 +66,7 @@ class Loop:
     """
 
     def __init__(self, llama: Llama, rows: int, adapters: int, setting: str) -> None:
-        self._setting = setting
+        self.rows, self.adapters, self.setting = rows, adapters, setting
         with _kernels(setting):
             kind = JointKeyValues if llama.kv_sizes.joint else KeyValues
         self._step, self._kv = Step(llama, compiled="all"), kind(llama, rows, CAPACITY)
@@ -84,9 +79,15 @@ class Loop:
         mx.eval(self._kv.stored, self._tokens)
         self.run()
 
+    @property
+    def name(self) -> str:
+        missing = [name for name in NAMES if name not in parse(self.setting)]
+        used = {"off": "none", "auto": "all"}.get(self.setting, f"all except {', '.join(missing)}")
+        return f"{self.rows} rows, {self.adapters} adapters, kernels: {used}"
+
     def run(self) -> float:
         """Milliseconds of a step."""
-        with _kernels(self._setting):
+        with _kernels(self.setting):
             start = time.perf_counter()
             tokens = self._tokens
             for _ in range(STEPS):
@@ -100,28 +101,18 @@ class Loop:
             return (time.perf_counter() - start) * 1e3 / STEPS
 
 
-def measured(llama: Llama, cell: str, quick: bool) -> list[Row]:
-    """Steps of these rows and adapters, with all kernels, with none, and in the long form without one."""
-    rows, adapters = CELLS[cell]
-    settings = {"MLX's own kernels": "off"}
-    if rows > 1 and not quick:
-        settings |= {f"without {one}": ",".join(other for other in NAMES if other != one) for one in LEFT_OUT}
-    loops = {"all": Loop(llama, rows, adapters, "auto")}
-    loops |= {name: Loop(llama, rows, adapters, setting) for name, setting in settings.items()}
-    found = by_turns({name: loop.run for name, loop in loops.items()}, QUICK if quick else ROUNDS)
-    ours, seen = row(cell, "ms", found["all"]), traced(loops["all"].run)
-    shares: list[Row] = []
-    if seen is not None:
-        launches, device_ms = seen[0] // STEPS, seen[1] / STEPS
-        ours = replace(ours, launches=launches, device_ms=device_ms)
-        shares = [row(f"{cell}: share of a step that the device works", "", [device_ms / ms for ms in found["all"]])]
-    others = {name: samples for name, samples in found.items() if name != "all"}
-    return [
-        ours,
-        *(row(f"{cell}: {name}", "ms", samples) for name, samples in others.items()),
-        *(ratio(f"{cell}, {name} against all kernels", samples, found["all"]) for name, samples in others.items()),
-        *shares,
-    ]
+def measure(loops: Sequence[Loop]) -> list[dict[str, Any]]:
+    """Medians of all loops, taken in turn, and how much faster than the first of the same rows and adapters each is."""
+    samples = [[loop.run() for loop in loops] for _ in range(TIMES)]
+    found: list[dict[str, Any]] = []
+    base: dict[tuple[int, int], float] = {}
+    for index, loop in enumerate(loops):
+        taken = [turn[index] for turn in samples]
+        ms = float(np.median(taken))
+        speedup = base.setdefault((loop.rows, loop.adapters), ms) / ms
+        found.append({"name": loop.name, "ms": ms, "speedup": speedup, "samples": taken})
+        print(f"decode step, {loop.name:52} {ms:8.3f} ms  {speedup:.2f} ×", flush=True)
+    return found
 
 
 def random_adapters(
@@ -147,19 +138,3 @@ def _kernels(setting: str) -> Iterator[None]:
         yield
     finally:
         registry.use("auto")
-
-
-def main() -> int:
-    options = parser(__doc__).parse_args()
-    if of_machine() == "reference":
-        print("No GPU that MLX knows: a decode step launches nothing here.", file=sys.stderr)
-        return 1
-    record = Record("decode-gpu", options.out, device=device())
-    llama = random_llama()
-    for cell in CELLS:
-        record.part(cell, partial(measured, llama, cell, options.quick))
-    return int(record.failed)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -23,7 +23,7 @@ from stoker.broker.connection import connect
 from stoker.local.broker import EmbeddedBroker, free_port
 from stoker.local.stack import Stack
 from stoker.settings import Settings, load_settings
-from tests import endless
+from tests import endless, processes
 from tests.leaks import Held, assert_nothing, open_work, overlong_keys, processes_of
 
 EMBED_MODEL = "all-minilm-l6-v2"
@@ -68,18 +68,15 @@ def _nobodys_folder(request: pytest.FixtureRequest) -> Path:
 
 _HOMES = count()
 
-#: Rooms in the order in which they run; the others follow.
-FIRST = ("engine", "integration", "chaos", "fuzz", "docs", "kernels")
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `-n` a file goes to one process, in this order.
+    items.sort(key=processes.place)
 
-    The engine's go first. On a new machine each fused loop is compiled once, and every process that
-    meets it before that compiles it too: the storm and the stack, with a worker each or more, find them on disk. Then
-    come the rooms with long tests, so that at the end, where one process may wait for the other, all are short.
-    """
-    items.sort(key=lambda item: (*FIRST, item.path.parent.name).index(item.path.parent.name))
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> processes.ByUnit | None:
+    """With `--dist loadfile`, as `make test` has it."""
+    return processes.ByUnit(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 @pytest.hookimpl(wrapper=True)

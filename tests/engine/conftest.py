@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -57,6 +58,14 @@ def tiny_llama() -> Llama:
 def model(tiny_llama: Llama) -> LoadedModel:
     """The same as the engine holds one, with a tokenizer."""
     return tiny.loaded(tiny_llama)
+
+
+@pytest.fixture(scope="session")
+def wordy(smollm2: LoadedModel) -> LoadedModel:
+    """The tiny one with the vocabulary of a real one: what a grammar is about needs real words, and no real weights."""
+    mx.random.seed(7)
+    llama = Llama(replace(TINY, vocab=smollm2.tokenizer.vocab_size, tied=True), RandomTensors())
+    return replace(tiny.loaded(llama), tokenizer=smollm2.tokenizer)
 
 
 @pytest.fixture

@@ -35,12 +35,12 @@ CODE = r"[A-Z]{2}-[0-9]{3}"
 
 
 @pytest.fixture
-def driver(smollm2: LoadedModel, tmp_path: Path) -> Driver:
-    return Driver(smollm2, AdapterPool(smollm2, AdapterStore(tmp_path)), slots=6)
+def driver(wordy: LoadedModel, tmp_path: Path) -> Driver:
+    return Driver(wordy, AdapterPool(wordy, AdapterStore(tmp_path)), slots=6)
 
 
 def ask(**options: Any) -> GenerateRequest:
-    fields: dict[str, Any] = {"model": "smollm2", "prompt": "The stoker wrote:", "max_tokens": 48, **options}
+    fields: dict[str, Any] = {"model": "tiny", "prompt": "The stoker wrote:", "max_tokens": 48, **options}
     return GenerateRequest(**fields)
 
 
