@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -26,14 +26,38 @@ from kernels.registry import NAMES, parse
 from stoker.contract import GenerateRequest
 
 #: Steps that are launched one after the other before the last is waited for, as the engine runs a pass ahead.
-STEPS, TIMES, CAPACITY = 16, 9, 512
-#: Rows, adapters, and the value of STOKER_KERNELS: the base of each pair of rows and adapters comes first.
+STEPS, TIMES = 16, 9
+
+
+class Setting(NamedTuple):
+    """`kernels`: the value of STOKER_KERNELS. `bits`: of keys and values. A row has half as many tokens as `capacity`
+    or more."""
+
+    rows: int
+    adapters: int
+    kernels: str
+    bits: int = 16
+    capacity: int = 512
+
+
+def _without(name: str) -> str:
+    """All kernels except one."""
+    return ",".join(other for other in NAMES if other != name)
+
+
+#: The base of all that are alike in rows, adapters and capacity comes first.
 SETTINGS = (
-    *((32, 0, "off"), (32, 0, "auto")),
-    *((32, 8, "off"), (32, 8, "auto")),
-    *((1, 0, "off"), (1, 0, "auto")),
-    # All except one: what that one is worth.
-    *((32, 0, ",".join(other for other in NAMES if other != name)) for name in ("sample", "attend", "add_rms_norm")),
+    *(Setting(32, 0, "off"), Setting(32, 0, "auto")),
+    *(Setting(32, 8, "off"), Setting(32, 8, "auto")),
+    *(Setting(1, 0, "off"), Setting(1, 0, "auto")),
+    # What one is worth.
+    *(Setting(32, 0, _without(name)) for name in ("sample", "attend", "add_rms_norm")),
+)
+#: Keys and values in fewer bits, which the kernel that attends packs and reads, and without it MLX's own operations.
+PACKED = tuple(
+    Setting(rows, 0, kernels, bits, capacity)
+    for rows, capacity in ((1, 512), (1, 4096), (32, 512))
+    for kernels, bits in (("auto", 16), ("auto", 8), ("auto", 4), (_without("attend"), 8), (_without("attend"), 4))
 )
 
 
@@ -60,18 +84,19 @@ def random_llama(shape: str = "qwen2.5-0.5b", dtype: mx.Dtype = mx.bfloat16) -> 
 
 
 class Loop:
-    """Some decode steps in a row, each fed by the one before, under one value of STOKER_KERNELS; compiled when made.
+    """Some decode steps in a row, each fed by the one before, under one setting; compiled when made.
 
-    Rows have 256 to 511 tokens, and where there are adapters, one of rank 16 on every linear layer.
+    Where there are adapters, a row has one of rank 16 on every linear layer.
     """
 
-    def __init__(self, llama: Llama, rows: int, adapters: int, setting: str) -> None:
-        self.rows, self.adapters, self.setting = rows, adapters, setting
-        with _kernels(setting):
+    def __init__(self, llama: Llama, setting: Setting) -> None:
+        self._llama, self.setting = llama, setting
+        rows, adapters, capacity = setting.rows, setting.adapters, setting.capacity
+        with self._set():
             kind = JointKeyValues if llama.kv_sizes.joint else KeyValues
-        self._step, self._kv = Step(llama, compiled="all"), kind(llama, rows, CAPACITY)
+            self._step, self._kv = Step(llama, compiled="all"), kind(llama, rows, capacity)
         random = np.random.default_rng(0)
-        self._offset = random.integers(CAPACITY // 2, CAPACITY, rows).astype(np.int32)
+        self._offset = random.integers(capacity // 2, capacity, rows).astype(np.int32)
         self._tokens = mx.array(random.integers(0, llama.args.vocab, rows), mx.int32)
         request = GenerateRequest(model="m", prompt="x", temperature=0.8, top_k=50, top_p=0.95)
         self._sampling = sampling_batch([Draw(request, float(u)) for u in random.random(rows)], llama.args.vocab)
@@ -81,35 +106,48 @@ class Loop:
 
     @property
     def name(self) -> str:
-        missing = [name for name in NAMES if name not in parse(self.setting)]
-        used = {"off": "none", "auto": "all"}.get(self.setting, f"all except {', '.join(missing)}")
-        return f"{self.rows} rows, {self.adapters} adapters, kernels: {used}"
+        rows, adapters, kernels, bits, capacity = self.setting
+        missing = [name for name in NAMES if name not in parse(kernels)]
+        used = {"off": "none", "auto": "all"}.get(kernels, f"all except {', '.join(missing)}")
+        kept = f" of {capacity // 2} to {capacity} tokens in {bits} bits" if self.setting in PACKED else ""
+        return f"{rows} rows{kept}, {adapters} adapters, kernels: {used}"
 
     def run(self) -> float:
         """Milliseconds of a step."""
-        with _kernels(self.setting):
+        with self._set():
             start = time.perf_counter()
-            tokens = self._tokens
+            tokens, capacity = self._tokens, self.setting.capacity
             for _ in range(STEPS):
                 positions = self._kv.pending(self._offset)
                 offset = mx.array(self._offset)
-                given = ForwardInput(tokens[:, None], offset, CAPACITY, adapters=self._adapters, positions=positions)
+                given = ForwardInput(tokens[:, None], offset, capacity, adapters=self._adapters, positions=positions)
                 chosen = self._step(self._kv, given, self._sampling)
                 tokens = chosen[0]
                 mx.async_eval(chosen)  # type: ignore[no-untyped-call]
             mx.eval(tokens)
             return (time.perf_counter() - start) * 1e3 / STEPS
 
+    @contextmanager
+    def _set(self) -> Iterator[None]:
+        registry.use(self.setting.kernels)
+        self._llama.kv_bits = self.setting.bits
+        try:
+            yield
+        finally:
+            registry.use("auto")
+            self._llama.kv_bits = 16
+
 
 def measure(loops: Sequence[Loop]) -> list[dict[str, Any]]:
     """Medians of all loops, taken in turn, and how much faster than the first of the same rows and adapters each is."""
     samples = [[loop.run() for loop in loops] for _ in range(TIMES)]
     found: list[dict[str, Any]] = []
-    base: dict[tuple[int, int], float] = {}
+    base: dict[tuple[int, int, int], float] = {}
     for index, loop in enumerate(loops):
         taken = [turn[index] for turn in samples]
         ms = float(np.median(taken))
-        speedup = base.setdefault((loop.rows, loop.adapters), ms) / ms
+        rows, adapters, _, _, capacity = loop.setting
+        speedup = base.setdefault((rows, adapters, capacity), ms) / ms
         found.append({"name": loop.name, "ms": ms, "speedup": speedup, "samples": taken})
         print(f"decode step, {loop.name:52} {ms:8.3f} ms  {speedup:.2f} ×", flush=True)
     return found
@@ -129,12 +167,3 @@ def random_adapters(
         stacks[name] = {"a": mx.where(real, a, 0), "b": mx.where(real, b, 0)}
     mx.eval(stacks)
     return StackedLora(stacks, mx.array(1 + np.arange(rows) % adapters, mx.uint32))
-
-
-@contextmanager
-def _kernels(setting: str) -> Iterator[None]:
-    registry.use(setting)
-    try:
-        yield
-    finally:
-        registry.use("auto")

@@ -47,10 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{record.fields['device']}, MLX {record.fields['mlx']}, a plain copy moves {copy / 1e9:.0f} GB/s\n")
     checks = start_checks(chosen)
     # Compiling for a GPU takes seconds: the decode steps do while the checks run in processes of their own.
-    loops = [] if options.kernel else prepare_steps()
+    settings = [] if options.kernel else [decode_step.SETTINGS, decode_step.PACKED]
+    loops = [prepare_steps(each) for each in settings]
     phases: dict[str, Callable[[], Rows]] = {
         "checked": lambda: collect(checks),
-        "decode": lambda: decode_step.measure(loops),
+        "decode": lambda: [row for each in loops for row in decode_step.measure(each)],
         "rows": lambda: timings(chosen, backend, copy),
     }
     for phase, run in phases.items():
@@ -85,16 +86,16 @@ def collect(running: Sequence[tuple[str, Path, subprocess.Popen[bytes]]]) -> Row
     return found
 
 
-def prepare_steps() -> list[decode_step.Loop]:
+def prepare_steps(settings: Sequence[decode_step.Setting]) -> list[decode_step.Loop]:
     """The decode steps to be timed, compiled; what fails is left out, and says so."""
     loops: list[decode_step.Loop] = []
     llama = decode_step.random_llama()
-    for rows, adapters, setting in decode_step.SETTINGS:
+    for setting in settings:
         began = time.perf_counter()
         try:
-            loops.append(decode_step.Loop(llama, rows, adapters, setting))
+            loops.append(decode_step.Loop(llama, setting))
         except Exception as error:
-            print(f"decode step, {rows} rows, {adapters} adapters, kernels {setting}: {error}", file=sys.stderr)
+            print(f"decode step, {setting}: {error}", file=sys.stderr)
             continue
         print(f"{loops[-1].name}: ready in {time.perf_counter() - began:.1f} s", flush=True)
     return loops

@@ -80,16 +80,10 @@ class Kernel:
         return self.launch(*arguments)
 
     def error_of(self, arguments: tuple[Any, ...], results: Arrays) -> float:
-        """How wrong `results` are: the largest difference from the reference in float32, over its largest number.
-
-        The reference runs on the CPU: CUDA multiplies float32 in TF32, and its `gather_mm` faults on odd widths.
-        """
+        """How wrong `results` are: the largest difference from the reference in float32, over its largest number."""
         if self.error is not None:
             return self.error(arguments, results)
-        with mx.stream(mx.cpu):
-            expected = self.reference(*[_upcast(argument) for argument in arguments])
-            mx.eval(expected)
-        return max(_difference(*pair) for pair in zip(results, expected, strict=True))
+        return difference(results, exactly(self.reference, arguments))
 
     @property
     def backend(self) -> Backend:
@@ -100,6 +94,20 @@ class Kernel:
     def active(self) -> bool:
         """Whether its bodies run, not the reference."""
         return self.backend != "reference"
+
+
+def exactly(reference: Operation, arguments: tuple[Any, ...]) -> Arrays:
+    """What it gives in float32. It runs on the CPU: CUDA multiplies float32 in TF32, and its `gather_mm` faults on odd
+    widths."""
+    with mx.stream(mx.cpu):
+        expected = reference(*[_upcast(argument) for argument in arguments])
+        mx.eval(expected)
+    return expected
+
+
+def difference(results: Arrays, expected: Arrays) -> float:
+    """The largest of any result, relative to the largest number that was expected of it."""
+    return max(_difference(*pair) for pair in zip(results, expected, strict=True))
 
 
 def _upcast(argument: Any) -> Any:

@@ -4,26 +4,43 @@
 #define inline_function inline
 #endif
 
-// Take DEPTH batches of keys and values (capacity, DIM), from `batch` on and before `end`, into `top_sum`, the greatest score
+// How a lane reads and writes what is kept of a head: with BITS 16 the numbers as they are, in T; else `attend/codes.h` has it.
+template <typename T, int BITS, int DIM, int PACK, int GROUPED>
+struct Kept;
+template <typename T, int DIM, int PACK, int GROUPED>
+struct Kept<T, 16, DIM, PACK, GROUPED> {
+  typedef uint4 Loaded;
+  template <typename P>
+  static inline_function Loaded load(P head, uint piece) {
+    return DEVICE_POINTER(uint4, head)[piece];
+  }
+  static inline_function float at(Loaded loaded, int d) { return Packed<T>::at(loaded, d); }
+  // The lane's numbers x [PACK] become those that are kept. Where `writes`, the head gets them.
+  template <typename X, typename P>
+  static inline_function void keep(X x, P head, uint piece, bool writes) {
+    for (int d = 0; d < PACK && writes; d++) head[piece * uint(PACK) + uint(d)] = T(x[d]);
+  }
+};
+
+// Take DEPTH batches of keys and values (capacity, WIDTH), from `batch` on and before `end`, into `top_sum`, the greatest score
 // so far and the sum of the weights, and `sum_v` [PACK], the weighted values: each lane's own, of the keys that it has.
-template <typename T, int DIM, int PACK, int DEPTH, typename Q, typename K, typename V, typename S, typename W>
+template <typename Form, int LANES, int PACK, int WIDTH, int DEPTH, typename Q, typename K, typename V, typename S, typename W>
 inline_function void attend_to_stored(Q query, K keys, V values, uint batch, uint end, S top_sum, W sum_v, uint lane) {
-  constexpr int LANES = DIM / PACK;
   constexpr int KEYS = 32 / LANES;
   const uint piece = lane % uint(LANES);
   // Some keys a lane, so that the loads of all are under way together.
-  uint4 old_key[DEPTH];
-  uint4 old_value[DEPTH];
+  typename Form::Loaded old_key[DEPTH];
+  typename Form::Loaded old_value[DEPTH];
   float score[DEPTH];
   float new_top = top_sum[0];
   for (int n = 0; n < DEPTH; n++) {
     const uint i = metal::min(batch + uint(n) * KEYS + lane / LANES, end - 1);
-    old_key[n] = DEVICE_POINTER(uint4, keys + size_t(i) * DIM)[piece];
-    old_value[n] = DEVICE_POINTER(uint4, values + size_t(i) * DIM)[piece];
+    old_key[n] = Form::load(keys + size_t(i) * WIDTH, piece);
+    old_value[n] = Form::load(values + size_t(i) * WIDTH, piece);
   }
   for (int n = 0; n < DEPTH; n++) {
     float product = 0.0f;
-    for (int d = 0; d < PACK; d++) product += query[d] * Packed<T>::at(old_key[n], d);
+    for (int d = 0; d < PACK; d++) product += query[d] * Form::at(old_key[n], d);
     for (uint step = LANES / 2; step > 0; step >>= 1) product += metal::simd_shuffle_xor(product, ushort(step));
     score[n] = batch + uint(n) * KEYS + lane / LANES < end ? product : -3e38f;
     new_top = metal::max(new_top, score[n]);
@@ -35,7 +52,7 @@ inline_function void attend_to_stored(Q query, K keys, V values, uint batch, uin
   for (int n = 0; n < DEPTH; n++) {
     const float weight = score[n] > -3e38f ? metal::exp(score[n] - new_top) : 0.0f;
     top_sum[1] += weight;
-    for (int d = 0; d < PACK; d++) sum_v[d] += weight * Packed<T>::at(old_value[n], d);
+    for (int d = 0; d < PACK; d++) sum_v[d] += weight * Form::at(old_value[n], d);
   }
 }
 

@@ -7,7 +7,7 @@ import logging
 from engine.models.bridge.decoder import BridgedDecoder
 from engine.models.cache import KvSizes
 from engine.models.decoder import Decoder
-from engine.models.packed_kv import fits
+from kernels.packed_kv import fits
 
 log = logging.getLogger(__name__)
 

@@ -206,11 +206,11 @@ class Step:
     def _view(self, stored: Stored, given: ForwardInput, mask: Mask = None, first: int = 0) -> AnyView:
         if given.positions is None:
             return self._layers_view(stored, given, mask, first)
-        heads = self._model.kv_sizes.keys[0].heads
+        side = self._model.kv_sizes.keys[0]
         if given.tokens.shape[1] > 1:
             mask = self._layers_view(_NOTHING, given).mask
-            return JointRun(stored, given.offset, given.positions, given.tokens.shape[1], given.kv_length, heads, mask)
-        return JointView(stored, given.offset, given.positions, heads, given.adapters, first)
+            return JointRun(stored, given.offset, given.positions, given.tokens.shape[1], given.kv_length, side, mask)
+        return JointView(stored, given.offset, given.positions, side, given.adapters, first)
 
     def _layers_view(self, stored: Stored, given: ForwardInput, mask: Mask = None, first: int = 0) -> View:
         rows, many = given.tokens.shape

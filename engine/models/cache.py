@@ -9,9 +9,9 @@ from typing import NamedTuple, Protocol, TypeAlias
 import mlx.core as mx
 import numpy as np
 
-from engine.models import packed_kv
 from engine.models.attention import Mask
 from engine.platform.compiler import on_cpu
+from kernels import packed_kv
 
 #: Keys and values of every layer, each (rows, heads, capacity, width); and states, each (rows, …).
 Stored: TypeAlias = tuple[list[mx.array], list[mx.array], list[mx.array]]
@@ -20,7 +20,7 @@ Stored: TypeAlias = tuple[list[mx.array], list[mx.array], list[mx.array]]
 class KvSide(NamedTuple):
     """What one side of a layer, its keys or its values, holds of one token: `size` numbers of each head.
 
-    `bits`: 16: as they are, in `dtype`. 8 or 4: packed into words (`engine.models.packed_kv`).
+    `bits`: 16: as they are, in `dtype`. 8 or 4: packed into words (`kernels.packed_kv`).
     """
 
     heads: int
@@ -110,8 +110,7 @@ class KvSizes(NamedTuple):
         if bits == 16:
             return self
         keys, values = ([side._replace(bits=bits) for side in sides] for sides in (self.keys, self.values))
-        # The kernel that attends from projections on reads numbers, no words.
-        return self._replace(keys=keys, values=values, joint=False)
+        return self._replace(keys=keys, values=values)
 
 
 class HoldsKeyValues(Protocol):

@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from engine.models.attention import Mask
-from engine.models.cache import HoldsKeyValues, KeyValues, LayerCache, Stored, resized, write
+from engine.models.cache import HoldsKeyValues, KeyValues, KvSide, LayerCache, Stored, resized, write
 from engine.models.layers import RowAdapters
 from kernels.attend import AttendAdapters
 
@@ -29,10 +29,10 @@ def together(layers: int) -> list[range]:
 
 
 class JointKeyValues:
-    """Keys and values of every layer: arrays (rows, heads, capacity, size) of some layers each, and `fresh`.
+    """Keys and values of every layer: arrays (rows, heads, capacity, width) of some layers each, and `fresh`.
 
     A layer has its heads of keys, then those of values. `fresh`: what the last pass made of its rows, (rows, heads,
-    size) for each array, which is written at `_positions` by the next pass, or before anything else is done here.
+    width) for each array, which is written at `_positions` by the next pass, or before anything else is done here.
     """
 
     def __init__(self, model: HoldsKeyValues, rows: int, capacity: int) -> None:
@@ -40,10 +40,8 @@ class JointKeyValues:
         self._layers, self._side, self._token = len(sizes.keys), sizes.keys[0], sizes.token_bytes
         self.rows, self.capacity = rows, capacity
         self._parts = together(self._layers)
-        self.arrays = [
-            mx.zeros((rows, len(layers) * 2 * self._side.heads, capacity, self._side.size), self._side.dtype)
-            for layers in self._parts
-        ]
+        heads = [len(layers) * 2 * self._side.heads for layers in self._parts]
+        self.arrays = [self._side._replace(heads=count).zeros(rows, capacity) for count in heads]
         self._fresh: list[mx.array] = []
         self._positions: mx.array | None = None
 
@@ -129,8 +127,8 @@ class JointKeyValues:
 class JointView:
     """What one pass of a new token a row writes and reads of `JointKeyValues`.
 
-    `positions`: where what the pass before made is written, uint32 (rows,); the new tokens are at `offset`. `first`:
-    the layer that `stored` begins with.
+    `positions`: where what the pass before made is written, uint32 (rows,); the new tokens are at `offset`. `side`: how
+    the keys of each layer are kept, and its values. `first`: the layer that `stored` begins with.
     """
 
     def __init__(
@@ -138,14 +136,14 @@ class JointView:
         stored: Stored,
         offset: mx.array,
         positions: mx.array,
-        layer_heads: int,
+        side: KvSide,
         adapters: RowAdapters | None = None,
         first: int = 0,
     ) -> None:
         self.arrays, self._fresh = list(stored[0]), list(stored[1])
         self._made: list[mx.array | None] = [None] * len(self.arrays)
         self.offset, self._positions = offset, positions
-        self._together = self.arrays[0].shape[1] // (2 * layer_heads)
+        self.bits, self._together = side.bits, self.arrays[0].shape[1] // (2 * side.heads)
         self.adapters, self._first = adapters, first
 
     @property
@@ -178,8 +176,8 @@ class JointView:
 class JointRun:
     """A `LayerCache` over `JointKeyValues` for one pass of several new tokens a row, which it writes itself.
 
-    `positions`: where what the pass before made is written, as in `JointView`; the new tokens are at `offset` and after
-    it. `mask`: which of `kv_length` positions each of them sees.
+    `positions` and `side` as in `JointView`; the new tokens are at `offset` and after it. `mask`: which of `kv_length`
+    positions each of them sees.
     """
 
     def __init__(
@@ -189,15 +187,15 @@ class JointRun:
         positions: mx.array,
         tokens: int,
         kv_length: int,
-        layer_heads: int,
+        side: KvSide,
         mask: Mask,
     ) -> None:
         self.arrays, self.offset, self.mask = list(stored[0]), offset, mask
         for array, fresh in zip(self.arrays, stored[1], strict=True):
             write(array, fresh, positions)
-        self._rows, self._kv_length, self._heads = offset.shape[0], kv_length, layer_heads
+        self._rows, self._kv_length, self._side = offset.shape[0], kv_length, side
         self._positions = (offset[:, None] + mx.arange(tokens))[:, None]
-        self._together = self.arrays[0].shape[1] // (2 * layer_heads)
+        self._together = self.arrays[0].shape[1] // (2 * side.heads)
 
     @property
     def written(self) -> Stored:
@@ -205,11 +203,11 @@ class JointRun:
         return self.arrays, [], []
 
     def update(self, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        array, heads = self.arrays[layer // self._together], self._heads
+        array, heads = self.arrays[layer // self._together], self._side.heads
         first = 2 * heads * (layer % self._together)
         rows, sides = mx.arange(self._rows)[:, None, None], mx.arange(first, first + 2 * heads)[None, :, None]
-        array[rows, sides, self._positions] = mx.concatenate([keys, values], axis=1)
-        seen = array[: self._rows, first : first + 2 * heads, : self._kv_length]
+        array[rows, sides, self._positions] = self._side.pack(mx.concatenate([keys, values], axis=1))
+        seen = self._side.unpack(array[: self._rows, first : first + 2 * heads, : self._kv_length])
         return seen[:, :heads], seen[:, heads:]
 
 

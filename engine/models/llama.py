@@ -134,7 +134,7 @@ class Attention:
         periods, scale = self.rotate.periods, self.scale
         given = AttendInput(
             *(q, k, v, stored, made, cache.offset, periods, q_weight, k_weight, starts),
-            *(args.heads, args.kv_heads, scale, args.norm_eps, args.window, adapters),
+            *(args.heads, args.kv_heads, scale, args.norm_eps, args.window, adapters, cache.bits),
         )
         y, made = attend(given)
         cache.keep(self.index, made)
@@ -283,8 +283,8 @@ class Llama:
         """The same for every layer."""
         args = self.args
         sides = [KvSide(args.kv_heads, args.head_dim, self.dtype)] * len(self.layers)
-        joint = ATTEND.active and unfit(args.heads, args.kv_heads, args.head_dim, self.dtype) is None
-        return KvSizes(sides, sides, joint=joint).in_bits(self.kv_bits)
+        taken = unfit(args.heads, args.kv_heads, args.head_dim, self.dtype, self.kv_bits) is None
+        return KvSizes(sides, sides, joint=ATTEND.active and taken).in_bits(self.kv_bits)
 
     def __call__(
         self,

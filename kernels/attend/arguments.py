@@ -24,10 +24,11 @@ class AttendInput(NamedTuple):
     """One new token a row. A tuple, as `Kernel` is called with its fields one by one.
 
     `q`, `k`, `v`: (rows, width) each, as the projections make them, from `starts` on; they may be one array.
-    `stored`: (slots, heads, capacity, dim), some layers' keys and values as they are kept: a layer has `kv_heads` of
+    `stored`: (slots, heads, capacity, width), some layers' keys and values as they are kept: a layer has `kv_heads` of
     keys, then as many of values. Row i is in slot i, and reads the positions before `offset[i]`, int32 (rows,), with
     `window` the last window − 1 of them; its new token is at that position.
-    `fresh`: (rows, heads, dim), what this gave for the layers before it in `stored`; None for the first.
+    `bits`: 16: numbers are kept as they are, width = dim. 8 or 4: packed, uint32 (`kernels.packed_kv`).
+    `fresh`: (rows, heads, width), what this gave for the layers before it in `stored`; None for the first.
     `period`: float32 (dim / 2,): the pair i, i + dim / 2 turns by offset / period[i]. `q_weight` and `k_weight` are
     those (dim,) of an RMSNorm over each head of q and of k before that (Qwen3); both or neither.
     `adapters`: what the rows' own add to q, k and v first; None: nothing.
@@ -49,3 +50,9 @@ class AttendInput(NamedTuple):
     eps: float = 1e-6
     window: int | None = None
     adapters: AttendAdapters | None = None
+    bits: int = 16
+
+    @property
+    def dim(self) -> int:
+        """Numbers of a head."""
+        return 2 * self.period.shape[0]

@@ -3,16 +3,18 @@
 // token. A row reads its own positions and no more, without mask and without padding. The new token's rotated keys and its
 // values come out next to the result.
 // One threadgroup for TOGETHER heads of a row, of those that share keys and values; a simdgroup has one head and every SPLITSth
-// batch of keys. LANES lanes have a key, each PACK of its numbers, loaded at once.
+// batch of keys. LANES lanes have a key, each PACK of its numbers, loaded at once. With BITS 8 or 4 keys and values are kept as
+// words (`codes.h`), also the new token's, which attends to what they stand for, as later tokens do; WIDTH of a head.
 // q, k, v [rows, Q_ROW, K_ROW, V_ROW], each from its START on
-// stored [slots, heads of some layers, capacity, DIM]: a layer has KV_HEADS of keys, then as many of values
-// fresh [rows, heads of the layers before, DIM], absent where FIRST: says which of these layers this is
+// stored [slots, heads of some layers, capacity, WIDTH]: a layer has KV_HEADS of keys, then as many of values
+// fresh [rows, heads of the layers before, WIDTH], absent where FIRST: says which of these layers this is
 // offset [rows]  period [DIM / 2] float32  q_weight, k_weight [DIM]
 // where ADAPTED (1: q, 2: k, 4: v) x [rows, IN], what was projected, index [rows], and as in `lora` a0, b0, gain0, shift0 of
 // q, 1 of k, 2 of v; GAIN and SHIFT in bits, too
-//   →  y [rows, HEADS · DIM]  made [rows, heads up to this layer, DIM]: fresh, the new keys, the new values
-// template T, DIM, GROUP = HEADS / KV_HEADS, KV_HEADS, TOGETHER (1 or GROUP), SPLITS, DEPTH, PACK = 16 bytes / T,
-// WINDOW (0: none), SCALE and EPS: their bits, NORM, FIRST, Q_ROW, K_ROW, V_ROW, Q_START, K_START, V_START; S, IN, RANK, A_PACK, COLUMNS, STEPS of `times_a`
+//   →  y [rows, HEADS · DIM]  made [rows, heads up to this layer, WIDTH]: fresh, the new keys, the new values
+// template T, DIM, BITS (16: WIDTH = DIM), WIDTH, GROUPED: numbers of a group, GROUP = HEADS / KV_HEADS, KV_HEADS, TOGETHER (1 or
+// GROUP), SPLITS, DEPTH, PACK = 16 bytes / T, or 8 with fewer BITS, WINDOW (0: none), SCALE and EPS: their bits, NORM, FIRST, Q_ROW, K_ROW, V_ROW, Q_START, K_START, V_START; S, IN, RANK, A_PACK, COLUMNS, STEPS of `times_a`
+typedef Kept<T, BITS, DIM, PACK, GROUPED> Form;
 constexpr int LANES = DIM / PACK;
 constexpr int KEYS = 32 / LANES;
 threadgroup float part[TOGETHER * SPLITS][DIM];
@@ -102,7 +104,6 @@ if (NORM) {
     key_pair[d] = float(T(key_pair[d] * k_inverse * float(k_weight[pair])));
   }
 }
-float dot = 0.0f;
 for (int d = 0; d < PACK; d++) {
   const uint i = piece * PACK + d;
   const float angle = float(offset[row]) / period[i % uint(DIM / 2)];
@@ -110,36 +111,33 @@ for (int d = 0; d < PACK; d++) {
   const float s = i < uint(DIM / 2) ? -metal::sin(angle) : metal::sin(angle);
   query[d] = float(T(query[d] * c + query_pair[d] * s)) * as_type<float>(uint(SCALE));
   key[d] = float(T(key[d] * c + key_pair[d] * s));
-  dot += query[d] * key[d];
 }
-for (uint step = LANES / 2; step > 0; step >>= 1) dot += metal::simd_shuffle_xor(dot, ushort(step));
 
 // --- What the next pass stores: this layer's new token behind those of the layers before.
-const size_t made_start = size_t(row) * (before + 2 * KV_HEADS) * DIM;
-if (first_head % uint(GROUP) == 0 && simdgroup == 0 && lane < uint(LANES)) {
-  for (int d = 0; d < PACK; d++) {
-    const uint i = piece * PACK + d;
-    made[made_start + (before + kv_head) * DIM + i] = T(key[d]);
-    made[made_start + (before + KV_HEADS + kv_head) * DIM + i] = T(value[d]);
-  }
-}
+const size_t made_start = size_t(row) * (before + 2 * KV_HEADS) * WIDTH;
+const bool writes = first_head % uint(GROUP) == 0 && simdgroup == 0 && lane < uint(LANES);
+Form::keep(key, made + (made_start + (before + kv_head) * WIDTH), piece, writes);
+Form::keep(value, made + (made_start + (before + KV_HEADS + kv_head) * WIDTH), piece, writes);
 const uint in_row = threadgroup_position_in_grid.y * threads_per_threadgroup.x + thread_index;
-for (uint i = in_row; i < before * DIM; i += threads_per_threadgroup.x * uint(KV_HEADS * GROUP / TOGETHER))
-  made[made_start + i] = fresh[size_t(row) * before * DIM + i];
+for (uint i = in_row; i < before * WIDTH; i += threads_per_threadgroup.x * uint(KV_HEADS * GROUP / TOGETHER))
+  made[made_start + i] = fresh[size_t(row) * before * WIDTH + i];
 
 // --- The new token is what the first split begins with; then what is stored.
 const bool has_new = split == 0 && lane < uint(LANES);
 float top_sum[2];
 float sum_v[PACK];
+float dot = 0.0f;
+for (int d = 0; d < PACK; d++) dot += query[d] * key[d];
+for (uint step = LANES / 2; step > 0; step >>= 1) dot += metal::simd_shuffle_xor(dot, ushort(step));
 top_sum[0] = has_new ? dot : -3e38f;
 top_sum[1] = has_new ? 1.0f : 0.0f;
 for (int d = 0; d < PACK; d++) sum_v[d] = has_new ? value[d] : 0.0f;
 const uint capacity = uint(stored_shape[2]);
 const uint end = metal::min(uint(offset[row]), capacity);
 const uint begin = WINDOW > 0 && end + 1 > uint(WINDOW) ? end + 1 - uint(WINDOW) : 0u;
-const size_t keys_start = (size_t(row) * uint(stored_shape[1]) + before + kv_head) * capacity * DIM;
-const size_t values_start = keys_start + size_t(KV_HEADS) * capacity * DIM;
+const size_t keys_start = (size_t(row) * uint(stored_shape[1]) + before + kv_head) * capacity * WIDTH;
+const size_t values_start = keys_start + size_t(KV_HEADS) * capacity * WIDTH;
 for (uint batch = begin + split * KEYS * DEPTH; batch < end; batch += SPLITS * KEYS * DEPTH)
-  attend_to_stored<T, DIM, PACK, DEPTH>(query, stored + keys_start, stored + values_start, batch, end, top_sum, sum_v, lane);
+  attend_to_stored<Form, LANES, PACK, WIDTH, DEPTH>(query, stored + keys_start, stored + values_start, batch, end, top_sum, sum_v, lane);
 write_attended<T, DIM, PACK, TOGETHER, SPLITS>(
     top_sum, sum_v, -3e38f, part, part_top, part_sum, y + (size_t(row) * KV_HEADS * GROUP + first_head + head) * DIM, simdgroup, lane);

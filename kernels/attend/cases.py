@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
+from kernels import packed_kv
 from kernels.attend.arguments import AttendAdapters, AttendInput
 from kernels.kernel import Case, Timing, normal, on_device
 from kernels.lora.arguments import LoraSides
@@ -30,6 +31,7 @@ class _Shape(NamedTuple):
     adapted: str = ""
     rank: int = 8
     dora: bool = False
+    bits: int = 16
 
 
 _SHAPES = (
@@ -46,6 +48,11 @@ _SHAPES = (
     _Shape(2, 2, 2, 64, 9, norm=True, joint=False, eps_scale=1e-3),
     # Fewer stored than the window has room for.
     _Shape(2, 4, 2, 16, 9, window=20),
+    # Packed: groups of a head each, of eight lanes; of four lanes, several a head; of two; and of a lane each.
+    _Shape(2, 14, 2, 64, 150, before=1, bits=8),
+    _Shape(1, 8, 1, 128, 300, window=50, joint=False, bits=4),
+    _Shape(2, 2, 1, 16, 1, before=2, norm=True, bits=8),
+    _Shape(9, 4, 2, 8, 90, adapted="qkv", before=1, bits=4),
 )
 
 
@@ -60,12 +67,17 @@ def _input(shape: _Shape, dtype: mx.Dtype, random: np.random.Generator) -> Atten
     whole = normal(random, (rows, sum(widths)), dtype, scale)
     q, k, v = [whole] * 3 if joint else [normal(random, (rows, width), dtype, scale) for width in widths]
     q_weight, k_weight = (normal(random, (dim,), dtype) if norm else None for _ in range(2))
+
+    def kept(*outer: int) -> mx.array:
+        x = normal(random, (*outer, dim), dtype)
+        return x if shape.bits == 16 else packed_kv.pack(x, shape.bits)
+
     return AttendInput(
         q,
         k,
         v,
-        stored=normal(random, (rows + 1, (before + 2) * 2 * kv_heads, capacity, dim), dtype),
-        fresh=normal(random, (rows, before * 2 * kv_heads, dim), dtype) if before else None,
+        stored=kept(rows + 1, (before + 2) * 2 * kv_heads, capacity),
+        fresh=kept(rows, before * 2 * kv_heads) if before else None,
         # From none stored, by which a row sees its new token alone, to all.
         offset=mx.array(np.array([capacity, 0, *random.integers(0, capacity, rows)][:rows]), mx.int32),
         period=_periods(dim),
@@ -77,6 +89,7 @@ def _input(shape: _Shape, dtype: mx.Dtype, random: np.random.Generator) -> Atten
         scale=dim**-0.5,
         window=window,
         adapters=_adapters(shape, widths, dtype, random) if shape.adapted else None,
+        bits=shape.bits,
     )
 
 
@@ -106,24 +119,29 @@ def cases(dtype: mx.Dtype, random: np.random.Generator) -> Iterable[Case]:
         before, norms = f"{shape.before} layers before" if shape.before else "", "norms" if shape.norm else ""
         adapters = f"{'DoRA' if shape.dora else 'LoRA'} of {shape.adapted}" if shape.adapted else ""
         window = f"window {shape.window}" if shape.window else ""
-        yield Case(", ".join(filter(None, (label, before, norms, adapters, window))), _input(shape, dtype, random))
+        parts = (label, before, norms, adapters, window, f"{shape.bits} bits" if shape.bits < 16 else "")
+        yield Case(", ".join(filter(None, parts)), _input(shape, dtype, random))
 
 
 def timings(dtype: mx.Dtype) -> Iterable[Timing]:
     random = np.random.default_rng(0)
-    for rows, capacity in ((1, 512), (1, 4096), (32, 512), (32, 2048)):
+    plain = [(rows, capacity, 16) for rows, capacity in ((1, 512), (1, 4096), (32, 512), (32, 2048))]
+    for rows, capacity, bits in (*plain, (1, 4096, 8), (32, 512, 8), (1, 4096, 4), (32, 512, 4)):
         whole = on_device((rows, 18 * 64), dtype)
         stored = on_device((rows, 4, capacity, 64), dtype)
+        if bits < 16:
+            stored = packed_kv.pack(stored, bits)
         offset = mx.array(random.integers(capacity // 2, capacity, rows), mx.int32)
-        read = int(np.array(offset).sum()) * 2 * 64 * int(dtype.size) * 2
+        read = int(np.array(offset).sum()) * 2 * 2 * stored.shape[3] * int(stored.dtype.size)
         arguments = AttendInput(
             *(whole, whole, whole, stored, None, offset, _periods(64), None, None, (0, 14 * 64, 16 * 64)),
             *(14, 2, 0.125),
+            bits=bits,
         )
-        label = f"{rows} rows of {capacity // 2} to {capacity}, 14 heads over 2"
+        label = f"{rows} rows of {capacity // 2} to {capacity}, 14 heads over 2{f', {bits} bits' if bits < 16 else ''}"
 
-        def chain(given: tuple[object, ...], made: list[mx.array]) -> tuple[object, ...]:
-            again = mx.concatenate([made[0], made[1].reshape(made[0].shape[0], -1)], axis=1)
+        def chain(given: tuple[Any, ...], made: list[mx.array]) -> tuple[Any, ...]:
+            again = mx.concatenate([made[0], given[0][:, 14 * 64 :]], axis=1)
             return (again, again, again, *given[3:])
 
         yield Timing(label, arguments, read + 2 * whole.nbytes, chain)

@@ -3,13 +3,16 @@ has any."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 
+from kernels import packed_kv
 from kernels.attend.arguments import AttendAdapters, AttendInput
 from kernels.attend.cases import cases, timings
 from kernels.backend import Backend
 from kernels.body import Body, Template
-from kernels.kernel import Arrays, Kernel, float_bits, refuse_dtype
+from kernels.kernel import Arrays, Kernel, difference, exactly, float_bits, refuse_dtype
 from kernels.lora.arguments import LoraInput, LoraSides
 from kernels.lora.op import HIGHEST_RANK, lora_reference, times_a
 
@@ -20,7 +23,7 @@ _BODY = Body(
         *(f"{side}{part}" for part in range(3) for side in LoraSides._fields),
     ),
     ("y", "made"),
-    ("packed.h", "low_rank.h", "stored.h"),
+    ("packed.h", "low_rank.h", "stored.h", "attend/codes.h"),
 )
 #: Threads of a threadgroup that has one head. With few rows a GPU is idle unless heads spread over it, and eight
 #: simdgroups read a head's keys in an eighth of the turns: on an H100 a row of 4,096 takes a third of the time that it
@@ -38,22 +41,31 @@ DEPTH = 4
 
 def attend(given: AttendInput) -> tuple[mx.array, mx.array]:
     """(rows, heads · dim): softmax(scale · q Kᵀ) V over what is stored and the new token. And `fresh` with this layer's
-    new keys and values behind it, (rows, heads, dim): they are the caller's to store."""
+    new keys and values behind it, (rows, heads, width): they are the caller's to store. Packed, the new token is seen
+    as what its words stand for."""
     y, made = KERNEL(*given)
     return y, made
 
 
-def unfit(heads: int, kv_heads: int, dim: int, dtype: mx.Dtype) -> str | None:
-    """Why the body cannot take heads of this kind, or None."""
+def unfit(heads: int, kv_heads: int, dim: int, dtype: mx.Dtype, bits: int = 16) -> str | None:
+    """Why the body cannot take heads of this kind, of numbers in `bits`, or None."""
     if heads % kv_heads or heads // kv_heads > min(THREADS.values()) // 32:
         return f"{heads} heads over {kv_heads} of keys"
-    lanes = dim // pack(dtype)
-    fits = dim % pack(dtype) == 0 and dim % 2 == 0 and 0 < lanes <= 32 and not lanes & (lanes - 1)
+    of_lane = pack(dtype, bits)
+    lanes = dim // of_lane
+    fits = dim % of_lane == 0 and dim % 2 == 0 and 0 < lanes <= 32 and not lanes & (lanes - 1)
     return None if fits else f"heads of {dim}"
 
 
 def _reference(given: AttendInput) -> Arrays:
-    rows, dim, kv_heads, offset = given.q.shape[0], given.stored.shape[3], given.kv_heads, given.offset
+    queries, new = _projected(given)
+    kept, before = _kept(given, new), [] if given.fresh is None else [given.fresh]
+    return [_attended(given, queries, _numbers(given, kept)), mx.concatenate([*before, kept[:, :, 0]], axis=1)]
+
+
+def _projected(given: AttendInput) -> tuple[mx.array, mx.array]:
+    """Queries (rows, heads, 1, dim), and the new token's keys, then values, (rows, 2 · kv_heads, 1, dim)."""
+    rows, dim, kv_heads = given.q.shape[0], given.dim, given.kv_heads
     counts = (given.heads, kv_heads, kv_heads)
     parts = [
         x[:, start : start + count * dim]
@@ -63,22 +75,54 @@ def _reference(given: AttendInput) -> Arrays:
         parts = [_adapted(part, sides, given.adapters) for part, sides in zip(parts, given.adapters.sides, strict=True)]
     queries, keys, values = (part.reshape(rows, count, 1, dim) for part, count in zip(parts, counts, strict=True))
     queries = _turned(queries, given.q_weight, given)
-    keys = _turned(keys, given.k_weight, given)
+    return queries, mx.concatenate([_turned(keys, given.k_weight, given), values], axis=1)
+
+
+def _kept(given: AttendInput, x: mx.array) -> mx.array:
+    return x if given.bits == 16 else packed_kv.pack(x, given.bits)
+
+
+def _numbers(given: AttendInput, kept: mx.array) -> mx.array:
+    return kept if given.bits == 16 else packed_kv.unpack(kept, given.dim, given.bits, given.q.dtype)
+
+
+def _attended(given: AttendInput, queries: mx.array, new: mx.array) -> mx.array:
+    """Attention over what is stored and these keys and values of the new token."""
+    rows, kv_heads, offset = queries.shape[0], given.kv_heads, given.offset
     first = 0 if given.fresh is None else given.fresh.shape[1]
-    layer = given.stored[:rows, first : first + 2 * kv_heads]
+    layer = _numbers(given, given.stored[:rows, first : first + 2 * kv_heads])
     positions = mx.arange(layer.shape[2])[None]
     seen = positions < offset[:, None]
     if given.window is not None:
         seen = seen & (positions > offset[:, None] - given.window)
     y = mx.fast.scaled_dot_product_attention(
         queries,
-        mx.concatenate([layer[:, :kv_heads], keys], axis=2),
-        mx.concatenate([layer[:, kv_heads:], values], axis=2),
+        mx.concatenate([layer[:, :kv_heads], new[:, :kv_heads]], axis=2),
+        mx.concatenate([layer[:, kv_heads:], new[:, kv_heads:]], axis=2),
         scale=given.scale,
         mask=mx.concatenate([seen, mx.ones((rows, 1), mx.bool_)], axis=1)[:, None, None],
     )
-    before = [] if given.fresh is None else [given.fresh]
-    return [y.reshape(rows, -1), mx.concatenate([*before, keys[:, :, 0], values[:, :, 0]], axis=1)]
+    return y.reshape(rows, -1)
+
+
+def _error(arguments: tuple[Any, ...], results: Arrays) -> float:
+    """As `Kernel.error_of`. Packed, a number next to the border of two codes may take either: it counts as wrong as far
+    as it is further off than the reference's, and attention is held to what was kept of the new token."""
+    given, (y, made) = AttendInput(*arguments), results
+    if given.bits == 16:
+        return difference(results, exactly(lambda *fields: _reference(AttendInput(*fields)), arguments))
+    first = made.shape[1] - 2 * given.kv_heads
+    if given.fresh is not None and not mx.array_equal(made[:, :first], given.fresh):
+        return float("inf")
+    found = packed_kv.unpack(made[:, first:, None], given.dim, given.bits, mx.float32)
+
+    def expected(*fields: Any) -> Arrays:
+        exact = AttendInput(*fields)
+        queries, new = _projected(exact)
+        off = mx.abs(_numbers(exact, _kept(exact, new)) - new)
+        return [_attended(exact, queries, found), new + mx.clip(found - new, -off, off)]
+
+    return difference([y, found], exactly(expected, arguments))
 
 
 def _adapted(y: mx.array, sides: LoraSides | None, adapters: AttendAdapters) -> mx.array:
@@ -94,25 +138,29 @@ def _turned(x: mx.array, weight: mx.array | None, given: AttendInput) -> mx.arra
     return mx.fast.rope(x, x.shape[-1], traditional=False, base=None, scale=1.0, offset=offset, freqs=periods)
 
 
-def pack(dtype: mx.Dtype) -> int:
-    """Numbers that a lane loads at once."""
-    return 16 // int(dtype.size)
+def pack(dtype: mx.Dtype, bits: int = 16) -> int:
+    """Numbers of a head that a lane has: as many as it loads at once, or where they are packed fill a word."""
+    return 16 // int(dtype.size) if bits == 16 else 8
 
 
 def _refuse(given: AttendInput) -> str | None:
     q, stored, fresh, offset = given.q, given.stored, given.fresh, given.offset
     rows = q.shape[0]
     first = 0 if fresh is None else fresh.shape[1]
-    if stored.shape[0] < rows or first + 2 * given.kv_heads > stored.shape[1]:
+    width = given.dim if given.bits == 16 else packed_kv.words_of(given.dim, given.bits)
+    if stored.shape[0] < rows or first + 2 * given.kv_heads > stored.shape[1] or stored.shape[3] != width:
         return "shapes"
     if offset.dtype != mx.int32 or offset.shape != (rows,):
         return "offsets that are not int32 (rows,)"
     if given.period.dtype != mx.float32:
         return f"periods of dtype {given.period.dtype}"
-    found = (q, given.k, given.v, stored, fresh, given.q_weight, given.k_weight)
+    kept = [array for array in (stored, fresh) if array is not None]
+    if given.bits < 16 and (reason := refuse_dtype(*kept, dtypes=(mx.uint32,))):
+        return reason
+    found = (q, given.k, given.v, given.q_weight, given.k_weight, *(kept if given.bits == 16 else ()))
     if reason := refuse_dtype(*(array for array in found if array is not None)):
         return reason
-    if reason := unfit(given.heads, given.kv_heads, stored.shape[3], q.dtype):
+    if reason := unfit(given.heads, given.kv_heads, given.dim, q.dtype, given.bits):
         return reason
     if given.adapters is not None and (reason := _refuse_adapters(given, given.adapters)):
         return reason
@@ -146,7 +194,8 @@ def _threads(given: AttendInput) -> int:
 
 def _launch(given: AttendInput) -> Arrays:
     q, k, v, stored, fresh, offset, period, q_weight, k_weight = given[:9]
-    rows, dim, group = q.shape[0], stored.shape[3], given.heads // given.kv_heads
+    rows, dim, group, width = q.shape[0], given.dim, given.heads // given.kv_heads, stored.shape[3]
+    grouped = dim if given.bits == 16 else packed_kv.group_of(dim, given.bits)
     together, threads = _together(given), _threads(given)
     made = (0 if fresh is None else fresh.shape[1]) + 2 * given.kv_heads
     # What is absent is stood for by an array that is there: a new one would be a launch of its own.
@@ -158,12 +207,15 @@ def _launch(given: AttendInput) -> Arrays:
             *(
                 ("T", q.dtype),
                 ("DIM", dim),
+                ("BITS", given.bits),
+                ("WIDTH", width),
+                ("GROUPED", grouped),
                 ("GROUP", group),
                 ("KV_HEADS", given.kv_heads),
                 ("TOGETHER", together),
                 ("SPLITS", threads // together // 32),
             ),
-            *(("DEPTH", DEPTH), ("PACK", pack(q.dtype)), ("WINDOW", given.window or 0)),
+            *(("DEPTH", DEPTH), ("PACK", pack(q.dtype, given.bits)), ("WINDOW", given.window or 0)),
             *(("SCALE", float_bits(given.scale)), ("EPS", float_bits(given.eps))),
             *(("NORM", q_weight is not None), ("FIRST", fresh is None)),
             *zip(("Q_ROW", "K_ROW", "V_ROW"), (x.shape[1] for x in (q, k, v)), strict=True),
@@ -172,7 +224,7 @@ def _launch(given: AttendInput) -> Arrays:
         ],
         groups=(rows, given.heads // together),
         threads=threads,
-        outputs=[((rows, given.heads * dim), q.dtype), ((rows, made, dim), q.dtype)],
+        outputs=[((rows, given.heads * dim), q.dtype), ((rows, made, width), stored.dtype)],
     )
 
 
@@ -211,6 +263,7 @@ KERNEL = Kernel(
     refuse=lambda *fields: _refuse(AttendInput(*fields)),
     cases=cases,
     timings=timings,
+    error=_error,
     # The rotation's angle is rounded as in `rope`, and turned queries and keys are rounded before they are multiplied.
     tolerances={mx.float32: 5e-4, mx.float16: 5e-3, mx.bfloat16: 3e-2},
 )

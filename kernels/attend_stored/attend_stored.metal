@@ -6,7 +6,8 @@
 //   →  y [rows, HEADS, DIM]
 // template T, DIM, GROUP = HEADS / KV_HEADS, KV_HEADS, SPLITS, DEPTH, PACK = 16 bytes / T, WINDOW (0: none), SCALE: its bits,
 // SINKS
-constexpr int KEYS = 32 / (DIM / PACK);
+constexpr int LANES = DIM / PACK;
+constexpr int KEYS = 32 / LANES;
 threadgroup float part[SPLITS][DIM];
 threadgroup float part_top[SPLITS];
 threadgroup float part_sum[SPLITS];
@@ -20,7 +21,7 @@ float query[PACK];
 float top_sum[2];
 float sum_v[PACK];
 for (int d = 0; d < PACK; d++) {
-  query[d] = float(q[at + lane % uint(DIM / PACK) * PACK + d]) * as_type<float>(uint(SCALE));
+  query[d] = float(q[at + lane % uint(LANES) * PACK + d]) * as_type<float>(uint(SCALE));
   sum_v[d] = 0.0f;
 }
 top_sum[0] = -3e38f;
@@ -30,6 +31,6 @@ const uint end = metal::min(uint(offset[row]) + 1u, capacity);
 const uint begin = WINDOW > 0 && end > uint(WINDOW) ? end - uint(WINDOW) : 0u;
 const size_t start = (size_t(row) * KV_HEADS + head / uint(GROUP)) * capacity * DIM;
 for (uint batch = begin + simdgroup * KEYS * DEPTH; batch < end; batch += SPLITS * KEYS * DEPTH)
-  attend_to_stored<T, DIM, PACK, DEPTH>(query, keys + start, values + start, batch, end, top_sum, sum_v, lane);
+  attend_to_stored<Kept<T, 16, DIM, PACK, DIM>, LANES, PACK, DIM, DEPTH>(query, keys + start, values + start, batch, end, top_sum, sum_v, lane);
 write_attended<T, DIM, PACK, 1, SPLITS>(
     top_sum, sum_v, SINKS ? float(sinks[head]) : -3e38f, part, part_top, part_sum, y + at, simdgroup, lane);

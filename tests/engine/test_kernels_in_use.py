@@ -51,9 +51,11 @@ def _decoded(
     rows = len(TOKENS)
     source = KeyValues(llama, rows, 16)
     random = np.random.default_rng(3)
-    for arrays in (source.keys, source.values):
-        for layer, array in enumerate(arrays):
-            arrays[layer] = mx.array(random.normal(0, 1, array.shape).astype(np.float32))
+    sizes = llama.kv_sizes
+    for arrays, sides in ((source.keys, sizes.keys), (source.values, sizes.values)):
+        for layer, side in enumerate(sides):
+            numbers = random.normal(0, 1, (rows, side.heads, 16, side.size)).astype(np.float32)
+            arrays[layer] = side.pack(mx.array(numbers))
     kv = JointKeyValues(llama, rows, 16) if llama.kv_sizes.joint else KeyValues(llama, rows, 16)
     for row, length in enumerate(LENGTHS):
         kv.put(row, source, row, length)
@@ -89,6 +91,21 @@ def test_a_decode_step_with_kernels_is_that_without(name: str) -> None:
     np.testing.assert_allclose(got[1:], wanted[1:], rtol=2e-4, atol=2e-5)
     for one, other in zip(kept, plain, strict=True):
         np.testing.assert_allclose(np.array(one), np.array(other), atol=2e-5)
+
+
+@pytest.mark.parametrize(("name", "bits"), [("qwen3", 8), ("mistral", 4)])
+def test_a_decode_step_over_packed_keys_and_values_is_that_without_kernels(name: str, bits: int) -> None:
+    """What the kernel keeps of a token are the same words, so the steps behind it see the same."""
+    llama = load(name, [str(GOLDENS / "architectures" / name)], kv_bits=bits).llama
+    wanted, plain = _decoded(llama, steps=3)
+    with backend.using("emulator"), observing() as launches:
+        got, kept = _decoded(llama, steps=3)
+    assert _ran(launches) == {"attend", "add_rms_norm", "sample"}
+    assert got[0] == wanted[0]
+    np.testing.assert_allclose(got[1:], wanted[1:], rtol=2e-4, atol=2e-5)
+    for one, other in zip(kept, plain, strict=True):
+        assert one.dtype == mx.uint32
+        assert mx.array_equal(one, other)
 
 
 @pytest.mark.parametrize("name", ["phi3", "gemma3", "gpt_oss"])

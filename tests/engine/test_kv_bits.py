@@ -16,15 +16,19 @@ from engine.adapters.pool import AdapterPool
 from engine.adapters.store import AdapterStore
 from engine.checkpoints.kv_bits import keep_in_bits, unfit
 from engine.checkpoints.loading import LoadedModel
+from engine.generation.forward_input import ForwardInput
 from engine.generation.kv_budget import KvBudget
-from engine.models import packed_kv
+from engine.generation.sampling_batch import SamplingBatch
+from engine.generation.step import Step
 from engine.models.attention import attention
 from engine.models.bridge.decoder import BridgedDecoder
 from engine.models.cache import KeyValues, KvSide, KvSizes
+from engine.models.joint import JointKeyValues
 from engine.models.llama import Llama
 from engine.models.shard import Shard
 from engine.prefixes.memory import PrefixCache
 from engine.weights.precision import Precision
+from kernels import packed_kv
 from stoker.errors import ModelError
 from tests.engine import bridged, tiny
 from tests.engine.cached import through
@@ -181,6 +185,45 @@ def test_prompts_and_single_tokens_leave_the_same(packed: LoadedModel) -> None:
             np.testing.assert_allclose(found[row, 0], wanted[row][at], atol=1e-4)
     same = [(one[:, :, :24] == other[:1, :, :24]).flatten() for one, other in zip(prompt.keys, batch.keys, strict=True)]
     assert np.array(mx.concatenate(same)).mean() > 0.99
+
+
+@pytest.fixture
+def joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows decode over the arrays of GPUs; the kernel that packs and reads them runs as its reference."""
+    apart = Llama.kv_sizes.fget  # type: ignore[attr-defined]
+    monkeypatch.setattr(Llama, "kv_sizes", property(lambda llama: apart(llama)._replace(joint=True)))
+
+
+@pytest.mark.usefixtures("joined")
+@pytest.mark.parametrize("seed", quick(3, of=range(3, 8)))
+def test_the_same_holds_over_the_arrays_that_gpus_decode_over(
+    packed: LoadedModel, pool: AdapterPool, seed: int
+) -> None:
+    check_traffic(packed, pool, seed, **MODES[seed % 3])
+
+
+@pytest.mark.usefixtures("joined")
+def test_a_pass_over_drafts_packs_and_reads_them_too(packed: LoadedModel, pool: AdapterPool) -> None:
+    check_drafts(packed, pool, 2, 0.3, adapters(packed))
+
+
+def test_both_kinds_of_arrays_hold_the_same_words(packed: LoadedModel) -> None:
+    """So a row's answer does not say which of both it decoded over."""
+    decoder, steps = packed.decoder, 12
+    ids = np.random.default_rng(5).integers(3, 60, (3, steps)).tolist()
+    apart, together = KeyValues(decoder, 3, 16), JointKeyValues(decoder, 3, 16)
+    for at in range(steps):
+        offset = np.full(3, at, np.int32)
+        tokens = mx.array([[row[at]] for row in ids], mx.int32)
+        for kv in (apart, together):
+            given = ForwardInput(tokens, mx.array(offset), 16, positions=kv.pending(offset))
+            Step(decoder, "none")(kv, given, SamplingBatch())
+    together.clear_beyond([steps] * 3)
+    (array,) = together.arrays
+    sides = [side for pair in zip(apart.keys, apart.values, strict=True) for side in pair]
+    same = np.array(array == mx.concatenate(sides, axis=1))
+    assert array.dtype == mx.uint32
+    assert same.mean() > 0.99
 
 
 def test_a_resumed_stream_has_the_tokens_of_one_that_was_not_disturbed(packed: LoadedModel, pool: AdapterPool) -> None:

@@ -41,7 +41,8 @@ def test_nvcc_compiles_every_body_for_hopper(
         return [mx.zeros(shape, dtype) for shape, dtype in outputs]
 
     monkeypatch.setattr(Body, "launch", launch)
-    for case in check.cases(kernel, dtype, 1)[:3]:
+    made = check.cases(kernel, dtype, 1)
+    for case in (*made[:3], *made[-4:]):
         kernel.launch(*case.arguments)
     for name, source in texts.items():
         path = tmp_path / f"{name}.cu"

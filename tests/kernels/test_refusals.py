@@ -42,6 +42,10 @@ def half(array: mx.array) -> mx.array:
     return array.astype(mx.float16)
 
 
+def floats(array: mx.array) -> mx.array:
+    return array.astype(mx.float32)
+
+
 def integers(array: mx.array) -> mx.array:
     return array.astype(mx.int64)
 
@@ -57,6 +61,8 @@ def too_wide() -> tuple[Any, ...]:
     return (x, *lora, weight, eps)
 
 
+#: The first of `attend`'s cases that is packed, in 8 bits.
+PACKED = 10
 REFUSED: dict[str, tuple[str, Callable[[], tuple[Any, ...]], str]] = {
     "a sum that is broadcast": ("add_layer_norm", lambda: at("add_layer_norm", 1, lambda x: x[..., :1]), "broadcast"),
     "a row that is broadcast": ("add_rms_norm", lambda: at("add_rms_norm", 1, lambda x: x[:1], 3), "broadcast"),
@@ -69,6 +75,10 @@ REFUSED: dict[str, tuple[str, Callable[[], tuple[Any, ...]], str]] = {
     "fewer slots than rows": ("attend", lambda: changed("attend", AttendInput, stored=lambda s: s[:1]), "shapes"),
     "storage without the layer": ("attend", lambda: changed("attend", AttendInput, stored=lambda s: s[:, :5]), "sha"),
     "two dtypes of attention": ("attend", lambda: changed("attend", AttendInput, stored=half), "dtypes differ"),
+    "words of more bits": ("attend", lambda: changed("attend", AttendInput, bits=lambda _: 8), "shapes"),
+    "words of half as many bits": ("attend", lambda: at("attend", -1, lambda _: 4, PACKED), "shapes"),
+    "numbers in the place of words": ("attend", lambda: at("attend", 3, floats, PACKED), "dtype"),
+    "numbers among words": ("attend", lambda: at("attend", 4, floats, PACKED), "dtypes differ"),
     "no scale": ("attend", lambda: changed("attend", AttendInput, scale=lambda scale: 0.0), "scale"),
     "two tokens a row": (
         "attend_stored",
@@ -144,24 +154,29 @@ def test_what_a_kernel_says_that_it_takes_is_not_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "dim", "dtype", "fits"),
+    ("heads", "kv_heads", "dim", "dtype", "bits", "fits"),
     [
-        (14, 2, 64, mx.float32, True),
-        (8, 8, 16, mx.float16, True),
+        (14, 2, 64, mx.float32, 16, True),
+        (8, 8, 16, mx.float16, 16, True),
         # 24 lanes of 4 numbers: a lane's neighbours are found by powers of two.
-        (4, 4, 96, mx.float32, False),
-        (4, 4, 96, mx.float16, False),
-        (4, 4, 60, mx.float16, False),
-        (4, 4, 256, mx.float32, False),
-        (4, 4, 256, mx.float16, True),
-        (5, 2, 64, mx.float32, False),
-        (17, 1, 64, mx.float32, False),
+        (4, 4, 96, mx.float32, 16, False),
+        (4, 4, 96, mx.float16, 16, False),
+        (4, 4, 60, mx.float16, 16, False),
+        (4, 4, 256, mx.float32, 16, False),
+        (4, 4, 256, mx.float16, 16, True),
+        (5, 2, 64, mx.float32, 16, False),
+        (17, 1, 64, mx.float32, 16, False),
+        # Packed, a lane has eight numbers of any dtype.
+        (4, 4, 256, mx.float32, 4, True),
+        (4, 4, 8, mx.float32, 8, True),
+        (4, 4, 4, mx.float32, 8, False),
+        (4, 4, 96, mx.float16, 8, False),
     ],
 )
 def test_heads_fit_whose_numbers_are_a_power_of_two_of_lanes(
-    heads: int, kv_heads: int, dim: int, dtype: mx.Dtype, fits: bool
+    heads: int, kv_heads: int, dim: int, dtype: mx.Dtype, bits: int, fits: bool
 ) -> None:
-    assert (unfit(heads, kv_heads, dim, dtype) is None) is fits
+    assert (unfit(heads, kv_heads, dim, dtype, bits) is None) is fits
 
 
 class Broken(Exception):
