@@ -21,7 +21,7 @@ LOCK := $(LOCK_VENV)/bin/uv pip compile --no-config --universal --python-version
 LOCK_HEADER := \# Made by `make lock`: do not edit. Universal (Linux, macOS arm64; Python 3.11 and later), with hashes.
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast test-integration test-slow test-models test-browser mutants coverage chaos fuzz check format bench bench-queue bench-scale bench-fleet bench-gateway bench-kernels bench-embed bench-generate soak lock goldens peers bench-train goldens-peft goldens-vectors goldens-decoders clean distclean
+.PHONY: help venv demo test test-fast test-integration test-slow test-models test-browser mutants coverage chaos fuzz check format bench-all bench-scale soak lock goldens peers goldens-peft goldens-vectors goldens-decoders clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -115,30 +115,14 @@ format: $(STAMP) ## put the code into the form that check asks for, and write th
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP) ## the benchmarks
-	$(BIN)/python -m bench
-
-bench-queue: $(STAMP) ## what the queue costs and bears, compared with bare Celery
-	$(BIN)/python -m bench.queue
-	$(BIN)/python -m bench.scale_costs
+QUICK ?=
+GPU ?=
+# Peers run in an environment of their own; those of the GPU forms, in this one.
+bench-all: $(STAMP) $(if $(GPU),,$(PEERS_VENV)/.installed) ## every benchmark on a quiet machine, rows in build/bench; QUICK=1: ten minutes, GPU=1: on an NVIDIA GPU, ONLY="generate train": some
+	$(BIN)/python -m bench $(if $(QUICK),--quick) $(if $(GPU),--gpu) $(if $(ONLY),--only $(ONLY))
 
 bench-scale: $(STAMP) ## what one broker bears, and a simulated fleet of 1,000 workers and 100,000 streams, from the committed rows
 	$(BIN)/python -m bench.scale
-
-bench-fleet: $(STAMP) ## training and a stream on one rank and on two ranks of this machine, by turns
-	$(BIN)/python -m bench.fleet
-
-bench-gateway: $(STAMP) ## what the gateway costs, compared with the Python client on the same worker
-	$(BIN)/python -m bench.gateway
-
-bench-embed: $(STAMP) ## embeddings against sentence-transformers, a plain loop and the engine alone
-	$(BIN)/python -m bench.embed
-
-bench-kernels: $(STAMP) ## every fused kernel against MLX's own way, on a GPU
-	$(BIN)/python -m bench.kernels
-
-bench-generate: $(STAMP) ## generation against mlx-lm, of the peers' environment, in one run
-	$(BIN)/python -m bench.generate
 
 soak: $(STAMP) ## random arrivals and cancels at full load for MINUTES (30): memory must stay flat
 	$(BIN)/python -m bench.soak --minutes $(MINUTES)
@@ -180,9 +164,6 @@ goldens-vectors: $(PEERS_VENV)/.installed ## ask sentence-transformers about the
 
 goldens-decoders: $(PEERS_VENV)/.installed ## ask transformers about the small decoders of mlx-lm's files again
 	$(PEERS_VENV)/bin/python tests/goldens/decoders.py
-
-bench-train: $(STAMP) $(PEERS_VENV)/.installed ## training against mlx-lm's trainer; adapters from disk; decode during a run
-	$(BIN)/python -m bench.train
 
 clean: ## remove caches and build outputs; the environment stays
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage htmlcov

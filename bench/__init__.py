@@ -1,1 +1,1 @@
-"""Benchmarks: `make bench`. Timings live here, never in tests."""
+"""Benchmarks: `make bench-all`. Timings live here, never in tests."""

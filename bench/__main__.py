@@ -1,6 +1,11 @@
 """`python -m bench`: every benchmark of this folder, one after the other."""
 
-from bench import whole
+import signal
+import sys
+
+from bench.runner import main
 
 if __name__ == "__main__":
-    whole.main()
+    # What it has started ends with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    sys.exit(main())

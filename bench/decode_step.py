@@ -1,15 +1,23 @@
-"""The engine's compiled decode step with fused kernels and without, one after the other in turn."""
+"""The engine's compiled decode step on a GPU: with fused kernels, and by turns with MLX's own instead of some.
+
+Random bfloat16 weights of Qwen2.5-0.5B's shape. Launches and the device's time are those that torch's profiler sees.
+"""
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
+from bench.device import traced
+from bench.report import Record, Row, by_turns, parser, ratio, row
 from bench.shapes import SHAPES
 from engine.adapters.stacked import StackedLora
 from engine.generation.draws import Draw
@@ -20,13 +28,15 @@ from engine.models.cache import KeyValues
 from engine.models.joint import JointKeyValues
 from engine.models.llama import Llama
 from engine.models.qwen2 import Qwen2Args
+from engine.platform.probe import device
 from engine.weights.tensors import Tensors
 from kernels import registry
-from kernels.registry import NAMES, parse
+from kernels.backend import of_machine
+from kernels.registry import NAMES
 from stoker.contract import GenerateRequest
 
 #: Steps that are launched one after the other before the last is waited for, as the engine runs a pass ahead.
-STEPS, TIMES = 16, 9
+STEPS, ROUNDS, QUICK = 16, 40, 10
 
 
 class Setting(NamedTuple):
@@ -34,10 +44,18 @@ class Setting(NamedTuple):
     or more."""
 
     rows: int
-    adapters: int
-    kernels: str
+    adapters: int = 0
+    kernels: str = "auto"
     bits: int = 16
     capacity: int = 512
+
+
+class Cell(NamedTuple):
+    """A step, what it is called among `others`, and those, by name."""
+
+    called: str
+    step: Setting
+    others: Mapping[str, Setting]
 
 
 def _without(name: str) -> str:
@@ -45,20 +63,31 @@ def _without(name: str) -> str:
     return ",".join(other for other in NAMES if other != name)
 
 
-#: The base of all that are alike in rows, adapters and capacity comes first.
-SETTINGS = (
-    *(Setting(32, 0, "off"), Setting(32, 0, "auto")),
-    *(Setting(32, 8, "off"), Setting(32, 8, "auto")),
-    *(Setting(1, 0, "off"), Setting(1, 0, "auto")),
-    # What one is worth.
-    *(Setting(32, 0, _without(name)) for name in ("sample", "attend", "add_rms_norm")),
-)
-#: Keys and values in fewer bits, which the kernel that attends packs and reads, and without it MLX's own operations.
-PACKED = tuple(
-    Setting(rows, 0, kernels, bits, capacity)
+def _cell(rows: int, adapters: int = 0) -> Cell:
+    return Cell("all kernels", Setting(rows, adapters), {"MLX's own kernels": Setting(rows, adapters, "off")})
+
+
+CELLS = {"1 row": _cell(1), "32 rows": _cell(32), "32 rows over 8 adapters": _cell(32, 8)}
+#: In the long form too: what one kernel alone is worth.
+LEFT_OUT = ("greedy", "attend", "lora_add_rms_norm", "add_rms_norm")
+ALONE = {
+    "32 rows, one kernel less": Cell(
+        "all kernels", Setting(32), {f"without {name}": Setting(32, kernels=_without(name)) for name in LEFT_OUT}
+    )
+}
+#: And keys and values in fewer bits, by the kernel that attends, and without it by MLX's own operations.
+PACKED = {
+    f"{rows} row{'s' if rows > 1 else ''} of {capacity // 2:,} to {capacity:,} tokens": Cell(
+        "16 bits",
+        Setting(rows, capacity=capacity),
+        {
+            f"{bits} bits{by}": Setting(rows, kernels=kernels, bits=bits, capacity=capacity)
+            for by, kernels in (("", "auto"), (" by MLX's own", _without("attend")))
+            for bits in (8, 4)
+        },
+    )
     for rows, capacity in ((1, 512), (1, 4096), (32, 512))
-    for kernels, bits in (("auto", 16), ("auto", 8), ("auto", 4), (_without("attend"), 8), (_without("attend"), 4))
-)
+}
 
 
 class RandomTensors(Tensors):
@@ -90,7 +119,7 @@ class Loop:
     """
 
     def __init__(self, llama: Llama, setting: Setting) -> None:
-        self._llama, self.setting = llama, setting
+        self._llama, self._setting = llama, setting
         rows, adapters, capacity = setting.rows, setting.adapters, setting.capacity
         with self._set():
             kind = JointKeyValues if llama.kv_sizes.joint else KeyValues
@@ -104,19 +133,11 @@ class Loop:
         mx.eval(self._kv.stored, self._tokens)
         self.run()
 
-    @property
-    def name(self) -> str:
-        rows, adapters, kernels, bits, capacity = self.setting
-        missing = [name for name in NAMES if name not in parse(kernels)]
-        used = {"off": "none", "auto": "all"}.get(kernels, f"all except {', '.join(missing)}")
-        kept = f" of {capacity // 2} to {capacity} tokens in {bits} bits" if self.setting in PACKED else ""
-        return f"{rows} rows{kept}, {adapters} adapters, kernels: {used}"
-
     def run(self) -> float:
         """Milliseconds of a step."""
         with self._set():
             start = time.perf_counter()
-            tokens, capacity = self._tokens, self.setting.capacity
+            tokens, capacity = self._tokens, self._setting.capacity
             for _ in range(STEPS):
                 positions = self._kv.pending(self._offset)
                 offset = mx.array(self._offset)
@@ -129,8 +150,8 @@ class Loop:
 
     @contextmanager
     def _set(self) -> Iterator[None]:
-        registry.use(self.setting.kernels)
-        self._llama.kv_bits = self.setting.bits
+        registry.use(self._setting.kernels)
+        self._llama.kv_bits = self._setting.bits
         try:
             yield
         finally:
@@ -138,19 +159,23 @@ class Loop:
             self._llama.kv_bits = 16
 
 
-def measure(loops: Sequence[Loop]) -> list[dict[str, Any]]:
-    """Medians of all loops, taken in turn, and how much faster than the first of the same rows and adapters each is."""
-    samples = [[loop.run() for loop in loops] for _ in range(TIMES)]
-    found: list[dict[str, Any]] = []
-    base: dict[tuple[int, int, int], float] = {}
-    for index, loop in enumerate(loops):
-        taken = [turn[index] for turn in samples]
-        ms = float(np.median(taken))
-        rows, adapters, _, _, capacity = loop.setting
-        speedup = base.setdefault((rows, adapters, capacity), ms) / ms
-        found.append({"name": loop.name, "ms": ms, "speedup": speedup, "samples": taken})
-        print(f"decode step, {loop.name:52} {ms:8.3f} ms  {speedup:.2f} ×", flush=True)
-    return found
+def measured(llama: Llama, name: str, cell: Cell, rounds: int) -> list[Row]:
+    """The step of a cell and its others by turns, and what the device does of it."""
+    loops = {cell.called: Loop(llama, cell.step)}
+    loops |= {other: Loop(llama, setting) for other, setting in cell.others.items()}
+    found = by_turns({side: loop.run for side, loop in loops.items()}, rounds)
+    own, seen = found.pop(cell.called), traced(loops[cell.called].run)
+    ours, shares = row(name, "ms", own), list[Row]()
+    if seen is not None:
+        launches, device_ms = seen[0] // STEPS, seen[1] / STEPS
+        ours = replace(ours, launches=launches, device_ms=device_ms)
+        shares = [row(f"{name}: share of a step that the device works", "", [device_ms / ms for ms in own])]
+    return [
+        ours,
+        *(row(f"{name}: {other}", "ms", samples) for other, samples in found.items()),
+        *(ratio(f"{name}, {other} against {cell.called}", samples, own) for other, samples in found.items()),
+        *shares,
+    ]
 
 
 def random_adapters(
@@ -167,3 +192,20 @@ def random_adapters(
         stacks[name] = {"a": mx.where(real, a, 0), "b": mx.where(real, b, 0)}
     mx.eval(stacks)
     return StackedLora(stacks, mx.array(1 + np.arange(rows) % adapters, mx.uint32))
+
+
+def main() -> int:
+    options = parser(__doc__).parse_args()
+    if of_machine() == "reference":
+        print("No GPU that MLX knows: a decode step launches nothing here.", file=sys.stderr)
+        return 1
+    record = Record("decode-gpu", options.out, device=device())
+    llama = random_llama()
+    cells, rounds = (CELLS, QUICK) if options.quick else (CELLS | ALONE | PACKED, ROUNDS)
+    for name, cell in cells.items():
+        record.part(name, partial(measured, llama, name, cell, rounds))
+    return int(record.failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

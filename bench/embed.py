@@ -1,28 +1,24 @@
-"""Embeddings compared with their peers: `make bench-embed`; on a GPU `python -m bench.embed --gpu --out DIR`."""
+"""Embeddings compared with their peers; on a GPU `python -m bench.embed --gpu`."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
-from pathlib import Path
+import sys
 
-from bench.report import RESULTS
+from bench.report import parser
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("python -m bench.embed", description=__doc__)
-    parser.add_argument("--gpu", action="store_true", help="16 bits on the GPU at hand, random weights, no broker")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the rows of --gpu")
-    options = parser.parse_args(arguments)
+def main() -> int:
+    made = parser(__doc__)
+    made.add_argument("--gpu", action="store_true", help="16 bits on the GPU at hand, random weights, no broker")
+    options = made.parse_args()
     if options.gpu:
         from bench import embed_gpu
 
-        embed_gpu.main(options.out)
-    else:
-        from bench import embed_cpu
+        return embed_gpu.main(options.out, quick=options.quick)
+    from bench import embed_cpu
 
-        embed_cpu.main()
+    return embed_cpu.main(options.out, quick=options.quick)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

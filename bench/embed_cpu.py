@@ -1,4 +1,4 @@
-"""`make bench-embed`: all-MiniLM-L6-v2 with its real weights on this machine's CPU, every side in one run, interleaved.
+"""`python -m bench.embed`: all-MiniLM-L6-v2 with its real weights on this machine's CPU, all sides by turns in one run.
 
 sentence-transformers runs in `.venv-peers` (`make peers`) with as many threads as the engine has streams; without that
 environment its rows are left out, and it is said so.
@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.report import Row, row, write
+from bench.report import Record, Row, against, by_turns, ratio, row
 from bench.texts import mixed_lengths, texts_of
 from stoker import Client
 from stoker.contract import EmbedRequest
@@ -35,21 +35,17 @@ PEER_BATCHES = (8, 32)
 #: The mix that is compared with one text at a time.
 MIX = 1000
 SINGLES = 100
-TIMES = 3
+ROUNDS, QUICK = 5, 2
 
 
-def main() -> None:
-    rows: list[Row] = []
-    ratios: list[tuple[str, float, str]] = []
-    embed = engine()
-    for measure in (against_peer, against_one_at_a_time):
-        measure(embed, rows, ratios)
-    through_redis(embed, rows, ratios)
-    path = write("embed", rows)
-    print()
-    for name, ratio, wanted in ratios:
-        print(f"{ratio:6.2f} ×  {name} (wanted: {wanted})")
-    print(f"written to {path}")
+def main(out: Path, *, quick: bool) -> int:
+    embed, rounds = engine(), QUICK if quick else ROUNDS
+    record = Record("embed", out)
+    record.part("against sentence-transformers", lambda: against_peer(embed, rounds))
+    record.part("against one at a time", lambda: against_one_at_a_time(embed, rounds, MIX // 5 if quick else MIX))
+    record.part("through Redis", lambda: through_redis(embed, rounds))
+    print(f"rows in {record.path}")
+    return int(record.failed)
 
 
 def engine() -> Callable[[Sequence[str]], np.ndarray]:
@@ -97,45 +93,43 @@ class Peer:
         self._child.wait()
 
 
-def against_peer(embed: Callable[..., np.ndarray], rows: list[Row], ratios: list[tuple[str, float, str]]) -> None:
+def against_peer(embed: Callable[..., np.ndarray], rounds: int) -> list[Row]:
     from engine.embedding.forward import core_count
 
     if not PEERS.exists():
-        print("no .venv-peers: the rows of sentence-transformers are left out (`make peers` makes it)")
-        return
+        raise RuntimeError("no .venv-peers: the rows of sentence-transformers are left out (`make peers` makes it)")
     peer = Peer(core_count())
+    rows: list[Row] = []
     for name, lengths in SETS.items():
         texts = texts_of(lengths, seed=3)
         file = str(Path(tempfile.mkdtemp()) / "peer.npy")
         peer.seconds(texts, 32, file)
         error = float(np.abs(np.load(file) - embed(texts)).max())
         assert error < 1e-4, f"{name}: off by {error}"
-        mine: list[float] = []
-        theirs: dict[int, list[float]] = {batch: [] for batch in PEER_BATCHES}
-        for _ in range(TIMES):  # interleaved, so that what else runs meets all of them
-            mine.append(rate(texts, embed))
-            for batch in PEER_BATCHES:
-                theirs[batch].append(len(texts) / peer.seconds(texts, batch))
-        ours = row(f"{name}: Stoker's engine", "texts/s", mine)
-        others = [
-            row(f"{name}: sentence-transformers, batch {batch}", "texts/s", theirs[batch]) for batch in PEER_BATCHES
-        ]
-        rows += [ours, *others, row(f"{name}: largest difference", "", [error])]
-        wanted = "1.0" if name == "128 tokens" else "1.1"
-        ratios.append((f"{name}, against sentence-transformers", ours.p50 / max(o.p50 for o in others), wanted))
+        sides: dict[str, Callable[[], float]] = {"ours": partial(rate, texts, embed)}
+        for batch in PEER_BATCHES:
+            sides[f"batch {batch}"] = partial(their_rate, peer, texts, batch)
+        found = by_turns(sides, rounds)
+        # Against the better of its batches, turn by turn.
+        best = [max(turn) for turn in zip(*(found[side] for side in sides if side != "ours"), strict=True)]
+        rows += against(name, "texts/s", found["ours"], "sentence-transformers", best)
+        rows.append(row(f"{name}: largest difference", "", [error]))
     peer.close()
+    return rows
 
 
-def against_one_at_a_time(
-    embed: Callable[..., np.ndarray], rows: list[Row], ratios: list[tuple[str, float, str]]
-) -> None:
+def their_rate(peer: Peer, texts: Sequence[str], batch: int) -> float:
+    return len(texts) / peer.seconds(texts, batch)
+
+
+def against_one_at_a_time(embed: Callable[..., np.ndarray], rounds: int, mix: int) -> list[Row]:
     """A plain MLX loop, one text after the other, each padded to nothing: what one writes first."""
     import mlx.core as mx
 
     from engine.checkpoints.loading import load
     from stoker.catalogue import CATALOGUE
 
-    texts = texts_of(mixed_lengths(MIX), seed=3)
+    texts = texts_of(mixed_lengths(mix), seed=3)
     model = load("plain", CATALOGUE[MODEL])
 
     def singly(part: Sequence[str]) -> None:
@@ -143,19 +137,20 @@ def against_one_at_a_time(
             vector = plain_forward(model.encoder, mx.array([model.tokenizer.encode(text)]))
             mx.eval(vector)
 
-    some = texts[:: MIX // SINGLES]
-    singles, padded, whole = [], [], []
-    for _ in range(TIMES):
-        singles.append(rate(some[:20], singly))
-        padded.append(rate(some[:32], partial(plain_padded, model)))
-        whole.append(rate(some, embed))
-    whole.append(rate(texts, embed))
-    one = row("mixed: plain MLX, one text at a time", "texts/s", singles)
-    batch = row("mixed: plain MLX, padded batch of 32", "texts/s", padded)
-    all_of_them = row("mixed: Stoker's engine, all at once", "texts/s", whole)
-    rows += [one, batch, all_of_them]
-    ratios.append(("1,000 mixed texts, against one text at a time", all_of_them.p50 / one.p50, "4"))
-    ratios.append(("mixed, against a plain padded MLX loop", all_of_them.p50 / batch.p50, "more"))
+    some = texts[:: mix // SINGLES]
+    found = by_turns(
+        {
+            "ours": lambda: rate(some, embed),
+            "one text at a time": lambda: rate(some[:20], singly),
+            "a padded MLX loop": lambda: rate(some[:32], partial(plain_padded, model)),
+        },
+        rounds,
+    )
+    return [
+        *(row(f"mixed: {name}" if name != "ours" else "mixed", "texts/s", samples) for name, samples in found.items()),
+        *(ratio(f"mixed, against {name}", found["ours"], samples) for name, samples in found.items() if name != "ours"),
+        row(f"mixed: {mix:,} texts in one job", "texts/s", [rate(texts, embed)]),
+    ]
 
 
 def plain_forward(encoder: Any, tokens: Any, mask: Any = None) -> Any:
@@ -190,8 +185,8 @@ def plain_padded(model: Any, texts: Sequence[str]) -> None:
     mx.eval(plain_forward(model.encoder, tokens, mask))
 
 
-def through_redis(embed: Callable[..., np.ndarray], rows: list[Row], ratios: list[tuple[str, float, str]]) -> None:
-    jobs = [texts_of(mixed_lengths(100, seed), seed) for seed in range(3)]
+def through_redis(embed: Callable[..., np.ndarray], rounds: int) -> list[Row]:
+    texts = [text for seed in range(3) for text in texts_of(mixed_lengths(100, seed), seed)]
     single = texts_of([16] * 64, seed=5)
     with tempfile.TemporaryDirectory() as home:
         # The worker that people run: it also holds a decoder, with the default slots.
@@ -199,44 +194,36 @@ def through_redis(embed: Callable[..., np.ndarray], rows: list[Row], ratios: lis
         with Stack(settings, flower=False, own_broker=True) as stack:
             stack.wait_until_warm()
             with Client(settings=stack.settings) as client:
-                measured = _queue_rates(client, embed, jobs, single)
-    names = (
-        "engine alone, jobs of 100 texts",
-        "through Redis, jobs of 100 texts",
-        "one client, 64 texts at once",
-        "64 clients, a text each",
-    )
-    made = [row(name, "texts/s", samples) for name, samples in zip(names, measured, strict=True)]
-    rows += made
-    ratios.append(("through Redis, against the engine alone", made[1].p50 / made[0].p50, "0.9"))
-    ratios.append(("64 clients with a text each, against one with 64", made[3].p50 / made[2].p50, "0.7"))
+                large = by_turns(
+                    {"engine": lambda: rate(texts, embed), "queue": lambda: rate(texts, partial(send_all, client))},
+                    rounds,
+                )
+                small = by_turns(
+                    {
+                        "together": lambda: rate(single, partial(send, client)),
+                        "apart": lambda: rate(single, partial(send_each, client)),
+                    },
+                    rounds,
+                )
+    name, clients = "jobs of 100 texts through Redis", "64 clients with a text each"
+    return [
+        *against(name, "texts/s", large["queue"], "the engine alone", large["engine"]),
+        *against(clients, "texts/s", small["apart"], "one with 64", small["together"]),
+    ]
 
 
-def _queue_rates(
-    client: Client, embed: Callable[..., np.ndarray], jobs: list[list[str]], single: list[str]
-) -> tuple[list[float], ...]:
-    alone, queued, together, apart = [], [], [], []
+def send(client: Client, texts: Sequence[str]) -> None:
+    client.embed(texts, model=MODEL).result()
 
-    def send(texts: Sequence[str]) -> None:
-        client.embed(texts, model=MODEL).result()
 
-    def send_each(texts: Sequence[str]) -> None:
-        threads = [threading.Thread(target=send, args=([text],)) for text in texts]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+def send_each(client: Client, texts: Sequence[str]) -> None:
+    threads = [threading.Thread(target=send, args=(client, [text])) for text in texts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
-    def send_all(texts: Sequence[str]) -> None:
-        for job in [client.embed(texts[start : start + 100], model=MODEL) for start in range(0, len(texts), 100)]:
-            job.result()
 
-    flat = [text for job in jobs for text in job]
-    for warm_up in (send, send_each):
-        warm_up(single)
-    for _ in range(TIMES):
-        alone.append(rate(flat, embed))
-        queued.append(rate(flat, send_all))
-        together.append(rate(single, send))
-        apart.append(rate(single, send_each))
-    return alone, queued, together, apart
+def send_all(client: Client, texts: Sequence[str]) -> None:
+    for job in [client.embed(texts[start : start + 100], model=MODEL) for start in range(0, len(texts), 100)]:
+        job.result()

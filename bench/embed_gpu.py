@@ -1,4 +1,4 @@
-"""`python -m bench.embed --gpu --out DIR`: embeddings on a GPU in 16 bits, sentence-transformers in the same process.
+"""`python -m bench.embed --gpu`: embeddings on a GPU in 16 bits, sentence-transformers in the same process.
 
 Needs neither broker nor network: random weights of MiniLM's shape, which both sides read from one checkpoint.
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.report import Record
+from bench.report import Record, Row, against, by_turns, row
 from bench.texts import mixed_lengths, texts_of, write_checkpoint
 
 MODEL = "minilm-shape"
@@ -31,57 +31,41 @@ SETS: dict[str, list[int]] = {
 BATCHES = (32, 128, 256, 1024)
 
 
-class Table(Record):
-    """Rows as they come."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__("embed-gpu", folder)
-        self.rows: list[dict[str, Any]] = []
-        self.began = time.perf_counter()
-
-    def add(self, name: str, unit: str, samples: list[float], **more: Any) -> float:
-        p20, p50, p80 = (round(float(np.percentile(samples, q)), 4) for q in (20, 50, 80))
-        self.rows.append(
-            {"name": name, "unit": unit, "p20": p20, "p50": p50, "p80": p80, "samples": len(samples), **more}
-        )
-        print(f"{time.perf_counter() - self.began:6.1f} s  {name:66} {p50:12.3f} {unit}", flush=True)
-        self.keep(rows=self.rows)
-        return p50
-
-    def attempt(self, name: str, action: Callable[[], None]) -> None:
-        try:
-            action()
-        except Exception as error:
-            self.rows.append({"name": name, "error": f"{type(error).__name__}: {error}"[:500]})
-            print(
-                f"{time.perf_counter() - self.began:6.1f} s  {name}: {type(error).__name__}: {error}"[:400], flush=True
-            )
-            self.keep(rows=self.rows)
-
-
 def timed(action: Callable[[], Any]) -> float:
     began = time.perf_counter()
     action()
     return time.perf_counter() - began
 
 
-def main(out: Path) -> None:
-    record = Table(out)
+def rate(count: int, action: Callable[[], Any]) -> float:
+    """Of so many texts, a second."""
+    return count / timed(action)
+
+
+def main(out: Path, *, quick: bool) -> int:
+    from engine.platform import probe
+
+    record, rounds = Record("embed-gpu", out, device=probe.device()), 5 if quick else 20
     with tempfile.TemporaryDirectory() as home:
         folder = write_checkpoint(Path(home) / "model")
-        record.attempt("attention", lambda: attention_forms(record))
-        record.attempt("against sentence-transformers", lambda: against_peer(record, folder))
-        record.attempt("shape tokens", lambda: shape_tokens(record, folder))
+        peer = Against(folder, rounds)
+        record.part("warming", peer.warming)
+        for name in SETS:
+            record.part(name, partial(peer.one_set, name))
+        record.part("one text at a time", peer.one_at_a_time)
+        record.part("forward alone", peer.forward_alone)
+        if not quick:
+            record.part("attention", attention_forms)
+            record.part("shape tokens", lambda: shape_tokens(folder))
+        record.keep(**peer.about)
     print(f"rows in {record.path}")
+    return int(record.failed)
 
 
-def attention_forms(record: Table, rows: int = 128) -> None:
+def attention_forms(rows: int = 128) -> list[Row]:
     """What a mask costs: one attention of 128 texts of 128 tokens, float16, with none and in three forms."""
     import mlx.core as mx
 
-    from engine.platform import probe
-
-    record.fields["device"] = probe.device()
     heads, length, dim = 12, 128, 32
     mx.random.seed(1)
     q, k, v = (mx.random.normal((rows, length, heads, dim)).astype(mx.float16).swapaxes(1, 2) for _ in range(3))
@@ -108,41 +92,12 @@ def attention_forms(record: Table, rows: int = 128) -> None:
         "addend, whole": lambda: attend(full),
         "addend as a dimension": keyed,
     }
-    wanted = np.array(forms["bool mask"]().astype(mx.float32))
 
     def sample(form: Callable[[], mx.array]) -> float:
         return 1000 * timed(lambda: mx.eval([form() for _ in range(10)])) / 10
 
-    def measure(name: str, form: Callable[[], mx.array]) -> None:
-        error = float(np.abs(np.array(form().astype(mx.float32)) - wanted).max())
-        sample(form)
-        record.add(f"attention {rows} × 12 × 128 × 32, {name}", "ms", [sample(form) for _ in range(7)], error=error)
-
-    for name, form in forms.items():
-        record.attempt(f"attention, {name}", partial(measure, name, form))
-
-
-def against_peer(record: Table, folder: Path) -> None:
-    """Texts in, vectors out, by both; then each one's parts."""
-    import torch
-    from sentence_transformers import SentenceTransformer
-
-    from engine.embedding.lane import EmbedLane
-
-    record.fields |= {"torch": torch.__version__, "sentence-transformers": version("sentence-transformers")}
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-
-    def peer(dtype: Any) -> Any:
-        return SentenceTransformer(str(folder), device=device, model_kwargs={"dtype": dtype})
-
-    half, exact = peer(getattr(torch, DTYPE)), peer(torch.float32)
-    lane = EmbedLane(half_model(folder))
-    # As the engine does before a worker is ready.
-    record.add("every shape is warm", "s", [timed(lambda: [None for _ in lane.warming()])])
-    for name in SETS:
-        record.attempt(name, partial(one_set, record, name, lane, half, exact))
-    record.attempt("one text at a time", partial(one_at_a_time, record, lane))
-    record.attempt("forward alone", partial(forward_alone, record, half, folder))
+    found = by_turns({name: partial(sample, form) for name, form in forms.items()}, 7)
+    return [row(f"attention {rows} × 12 × 128 × 32, {name}", "ms", samples) for name, samples in found.items()]
 
 
 def embed(lane: Any, texts: Sequence[str]) -> np.ndarray:
@@ -173,96 +128,90 @@ def warm_up(run: Callable[[], Any], most: int = 15) -> int:
     return most
 
 
-def one_set(record: Table, name: str, lane: Any, half: Any, exact: Any) -> None:
-    texts = texts_of(SETS[name], seed=2)
-    wanted = exact.encode(texts, batch_size=64, convert_to_numpy=True)
-    sizes = [size for size in BATCHES if size == BATCHES[0] or size // 2 <= len(texts)]
-    sides: dict[str, Callable[[], np.ndarray]] = {"Stoker": partial(embed, lane, texts)}
-    for size in sizes:
-        sides[f"sentence-transformers, batch {size}"] = partial(half.encode, texts, batch_size=size)
-    first = timed(sides["Stoker"])
-    record.add(f"{name}: Stoker, the first time", "texts/s", [len(texts) / first])
-    errors = {side: float(np.abs(np.asarray(run()) - wanted).max()) for side, run in sides.items()}
-    rounds = {side: warm_up(run) for side, run in sides.items()}
-    samples: dict[str, list[float]] = {side: [] for side in sides}
-    for _ in range(5):  # interleaved, so that what else goes on meets all of them
-        for side, run in sides.items():
-            samples[side].append(len(texts) / timed(run))
-    rates = [
-        record.add(f"{name}: {side}", "texts/s", samples[side], error=errors[side], rounds=rounds[side])
-        for side in sides
-    ]
-    record.add(f"{name}: ratio to the best of sentence-transformers", "×", [rates[0] / max(rates[1:])])
+class Against:
+    """Both sides in one process: texts in, vectors out; then each one's parts."""
 
+    def __init__(self, folder: Path, rounds: int) -> None:
+        import torch
+        from sentence_transformers import SentenceTransformer
 
-def one_at_a_time(record: Table, lane: Any) -> None:
-    texts = texts_of(SETS["mixed"], seed=2)
+        from engine.embedding.lane import EmbedLane
 
-    def singly(part: Sequence[str]) -> float:
-        return len(part) / timed(lambda: [embed(lane, [text]) for text in part])
+        self.about = {"torch": torch.__version__, "sentence-transformers": version("sentence-transformers")}
+        self._rounds, self._folder = rounds, folder
+        device = "cuda" if torch.cuda.is_available() else "cpu"
 
-    singly(texts[:20])
-    rate = record.add(
-        "mixed: one at a time through the lane", "texts/s", [singly(texts[start::10]) for start in range(3)]
-    )
-    whole = [len(texts) / timed(partial(embed, lane, texts)) for _ in range(5)]
-    batch = record.add("mixed: 1,000 at once", "texts/s", whole)
-    record.add("mixed: ratio of 1,000 at once to one at a time through the lane", "×", [batch / rate])
+        def peer(dtype: Any) -> Any:
+            return SentenceTransformer(str(folder), device=device, model_kwargs={"dtype": dtype})
 
+        self._half, self._exact = peer(getattr(torch, DTYPE)), peer(torch.float32)
+        self._lane = EmbedLane(half_model(folder))
 
-def forward_alone(record: Table, peer: Any, folder: Path) -> None:
-    """Tokens in, vectors out, in this thread: what the models cost without tokenizing and queueing."""
-    import mlx.core as mx
-    import torch
+    def warming(self) -> list[Row]:
+        """As the engine does before a worker is ready."""
+        return [row("every shape is warm", "s", [timed(lambda: [None for _ in self._lane.warming()])])]
 
-    from engine.embedding.forward import PaddedForward
-    from engine.embedding.lane import unit
+    def one_set(self, name: str) -> list[Row]:
+        texts = texts_of(SETS[name], seed=2)
+        wanted = self._exact.encode(texts, batch_size=64, convert_to_numpy=True)
+        sizes = [size for size in BATCHES if size == BATCHES[0] or size // 2 <= len(texts)]
+        sides: dict[str, Callable[[], np.ndarray]] = {"Stoker": partial(embed, self._lane, texts)}
+        for size in sizes:
+            sides[f"batch {size}"] = partial(self._half.encode, texts, batch_size=size)
+        first = timed(sides["Stoker"])
+        errors = [float(np.abs(np.asarray(run()) - wanted).max()) for run in sides.values()]
+        for run in sides.values():
+            warm_up(run)
+        found = by_turns({side: partial(rate, len(texts), run) for side, run in sides.items()}, self._rounds, warm=0)
+        # Against the best of its batches, turn by turn.
+        best = [max(turn) for turn in zip(*(found[f"batch {size}"] for size in sizes), strict=True)]
+        return [
+            row(f"{name}, the first time", "texts/s", [len(texts) / first]),
+            *against(name, "texts/s", found["Stoker"], "sentence-transformers", best),
+            row(f"{name}: largest difference from float32", "", errors[:1]),
+            row(f"{name}: largest difference from float32, sentence-transformers", "", [max(errors[1:])]),
+        ]
 
-    model = half_model(folder)
-    forward = PaddedForward(model)
-    singles = tokens_of(model, "mixed")[::10]
+    def one_at_a_time(self) -> list[Row]:
+        texts = texts_of(SETS["mixed"], seed=2)
 
-    def plain() -> None:
-        for ids in singles:
-            np.array(model.encoder(mx.array(ids)[None]).mean(axis=1))
+        def singly() -> float:
+            return 100 / timed(lambda: [embed(self._lane, [text]) for text in texts[::10]])
 
-    plain()
-    rate = record.add(
-        "mixed: plain MLX, one text at a time", "texts/s", [len(singles) / timed(plain) for _ in range(3)]
-    )
+        found = by_turns({"one": singly, "all": lambda: len(texts) / timed(partial(embed, self._lane, texts))}, 3)
+        return against("1,000 mixed at once", "texts/s", found["all"], "one at a time through the lane", found["one"])
 
-    def theirs(arrays: list[np.ndarray], size: int) -> None:
+    def forward_alone(self) -> list[Row]:
+        """Tokens in, vectors out, in this thread: what the models cost without tokenizing and queueing."""
+        from engine.embedding.forward import PaddedForward
+        from engine.embedding.lane import unit
+
+        model = half_model(self._folder)
+        forward = PaddedForward(model)
+        rows: list[Row] = []
+        for name, size in (("mixed", 128), ("128 tokens", 1000), ("100 of 128", 100)):
+            arrays = tokens_of(model, name)
+            sides = {
+                "ours": partial(rate, len(arrays), partial(lambda arrays: unit(forward(arrays)), arrays)),
+                "theirs": partial(rate, len(arrays), partial(self._forward, arrays, size)),
+            }
+            found = by_turns(sides, self._rounds, warm=2)
+            rows += against(
+                f"{name}, forward alone", "texts/s", found["ours"], "sentence-transformers", found["theirs"]
+            )
+        return rows
+
+    def _forward(self, arrays: list[np.ndarray], size: int) -> None:
+        import torch
+
         ids = sorted((array.tolist() for array in arrays), key=len, reverse=True)
         for start in range(0, len(ids), size):
             rows = ids[start : start + size]
             width = len(rows[0])
-            padded = torch.tensor([row + [0] * (width - len(row)) for row in rows]).to(peer.device)
-            mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows]).to(peer.device)
+            padded = torch.tensor([row + [0] * (width - len(row)) for row in rows]).to(self._half.device)
+            mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows]).to(self._half.device)
             with torch.inference_mode():
-                peer({"input_ids": padded, "attention_mask": mask})["sentence_embedding"].float().cpu().numpy()
-
-    for name in ("mixed", "128 tokens", "100 of 128"):
-        arrays = tokens_of(model, name)
-        ours = partial(lambda arrays: unit(forward(arrays)), arrays)
-        sizes = (128, 256) if name == "mixed" else (256, len(arrays))
-        sides = {size: partial(theirs, arrays, size) for size in sizes}
-        runs: list[Callable[[], object]] = [ours, ours, *sides.values(), *sides.values()]
-        for run in runs:
-            run()
-        samples: dict[Any, list[float]] = {"ours": [], **{size: [] for size in sizes}}
-        for _ in range(7):
-            samples["ours"].append(1000 * timed(ours))
-            for size, run in sides.items():
-                samples[size].append(1000 * timed(run))
-        mine = record.add(f"{name}: forward alone, Stoker", "ms", samples["ours"])
-        peers = [
-            record.add(f"{name}: forward alone, sentence-transformers, batch {s}", "ms", samples[s]) for s in sizes
-        ]
-        record.add(f"{name}: forward alone, ratio", "×", [min(peers) / mine])
-        if name == "mixed":
-            record.add(
-                "mixed: forward alone, ratio to plain MLX one at a time", "×", [1000 * len(arrays) / mine / rate]
-            )
+                self._half({"input_ids": padded, "attention_mask": mask})["sentence_embedding"].float().cpu().numpy()
 
 
 def half_model(folder: Path) -> Any:
@@ -276,25 +225,25 @@ def tokens_of(model: Any, name: str) -> list[np.ndarray]:
     return [np.array(ids, dtype=np.int32) for ids in model.tokenizer.encode_batch(texts)]
 
 
-def shape_tokens(record: Table, folder: Path) -> None:
+def shape_tokens(folder: Path) -> list[Row]:
     """How large a padded batch should be, and what compiling brings."""
     import mlx.core as mx
 
     from engine.embedding.forward import PaddedForward
 
-    model = half_model(folder)
+    model, rows = half_model(folder), list[Row]()
     sets = {name: tokens_of(model, name) for name in ("mixed", "128 tokens")}
 
     def measure(forward: PaddedForward, what: str) -> None:
         for name, arrays in sets.items():
-            first = timed(partial(forward, arrays))
-            samples = [1000 * timed(partial(forward, arrays)) for _ in range(6)][1:]
-            record.add(f"{name}: forward, {what}", "ms", samples, first_seconds=round(first, 2))
+            samples = [1000 * timed(partial(forward, arrays)) for _ in range(7)][2:]
+            rows.append(row(f"{name}: forward, {what}", "ms", samples))
 
     for tokens in (8_192, 16_384, 32_768, 65_536):
-        measure(PaddedForward(model, tokens), f"batches of {tokens} tokens")
+        measure(PaddedForward(model, tokens), f"batches of {tokens:,} tokens")
     mx.disable_compile()
     try:
         measure(PaddedForward(model), "not compiled")
     finally:
         mx.enable_compile()
+    return rows

@@ -1,5 +1,5 @@
 """A worker of two ranks and one of one, by turns, on random weights: `python -m bench.fleet` on a CPU, `python -m
-bench.fleet --gpu --out DIR` on a machine with two GPUs. `--tiny` tries the whole with a small model.
+bench.fleet --gpu` on a machine with two GPUs. `--tiny` tries the whole with a small model.
 
 Training: both sides make the same steps, of as many micro-batches as there are ranks. Generation: one stream of a model
 that the ranks share, by a worker's engine. One rank is the path without a group. What a group costs where it has one
@@ -12,19 +12,19 @@ one. They find each other as `mlx.launch` would have it: over the ring and loopb
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.report import RESULTS, Record, Row, row, show
+from bench.report import Record, Row, against, by_turns, parser
 from workers.group.starting import LOOPBACK, free_ports
 
 RANKS = 2
@@ -188,20 +188,20 @@ def step(ranks: list[Rank]) -> dict[str, Any]:
 def training(plan: Plan, folder: Path) -> tuple[list[Row], dict[str, Any]]:
     """Rows, and how far the losses of both sides are from each other."""
     with trainers(folder, 1, plan) as one, trainers(folder, RANKS, plan) as two:
-        pairs = [(step(one), step(two)) for _ in range(plan.warm + plan.steps)]
+        pairs = turns(partial(step, one), partial(step, two), plan.steps, plan.warm)
     tokens = plan.batch * plan.length * RANKS
     last_alone, last_shared = pairs[-1]
     facts = {
         "loss_difference": max(abs(alone["loss"] / shared["loss"] - 1) for alone, shared in pairs),
         "training_peak_bytes": [last_alone["peak"], last_shared["peak"]],
     }
-    return compared("training", tokens, pairs[plan.warm :]), facts
+    return compared("training", tokens, pairs), facts
 
 
 def serving(plan: Plan, folder: Path) -> tuple[list[Row], dict[str, Any]]:
     """Rows, the bytes of a rank's weights, and of how many first tokens of a stream both sides chose the same."""
     with server(folder, 1, plan) as one, server(folder, RANKS, plan) as two:
-        pairs = [(step([one]), step([two])) for _ in range(plan.warm + plan.streams)]
+        pairs = turns(partial(step, [one]), partial(step, [two]), plan.streams, plan.warm)
     alone, shared = pairs[-1]
     same = [ours == theirs for ours, theirs in zip(alone["ids"], shared["ids"], strict=True)]
     facts = {
@@ -209,38 +209,29 @@ def serving(plan: Plan, folder: Path) -> tuple[list[Row], dict[str, Any]]:
         "serving_peak_bytes": [alone["peak"], shared["peak"]],
         "alike_tokens": same.index(False) if False in same else len(same),
     }
-    return compared("one stream", plan.tokens - 1, pairs[plan.warm :]), facts
+    return compared("one stream", plan.tokens - 1, pairs), facts
 
 
 def one_host(plan: Plan, folder: Path) -> tuple[list[Row], dict[str, Any]]:
     """Rows, and how far the losses of both sides are from each other."""
     with lone(folder, plan, grouped=False) as alone, lone(folder, plan, grouped=True) as grouped:
-        pairs = []
-        for number in range(plan.warm + plan.lone_runs):
-            # Each is first as often as second.
-            if number % 2:
-                ours, theirs = step([alone]), step([grouped])
-            else:
-                theirs, ours = step([grouped]), step([alone])
-            pairs.append((ours, theirs))
+        pairs = turns(partial(step, [alone]), partial(step, [grouped]), plan.lone_runs, plan.warm)
     facts = {"lone_loss_difference": max(abs(ours["loss"] / theirs["loss"] - 1) for ours, theirs in pairs)}
-    each = [tuple(1000 * side["seconds"] / plan.lone_steps for side in pair) for pair in pairs[plan.warm :]]
-    rows = [
-        row("one host, a step of the CPU, no group", "ms", [ours for ours, _ in each]),
-        row("one host, a step of the CPU, a group", "ms", [theirs for _, theirs in each]),
-        row("one host, a group as a multiple of none", "times", [theirs / ours for ours, theirs in each]),
-    ]
-    return rows, facts
+    ours, theirs = ([1000 * side["seconds"] / plan.lone_steps for side in sides] for sides in zip(*pairs, strict=True))
+    return against("one host, a step of the CPU in a group", "ms", theirs, "no group", ours), facts
+
+
+def turns(
+    one: Callable[[], dict[str, Any]], two: Callable[[], dict[str, Any]], rounds: int, warm: int
+) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    found = by_turns({"one": one, "two": two}, rounds, warm)
+    return list(zip(found["one"], found["two"], strict=True))
 
 
 def compared(what: str, tokens: int, pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[Row]:
     """What one rank and all of them made, `tokens` each time."""
-    seconds = [(alone["seconds"], shared["seconds"]) for alone, shared in pairs]
-    return [
-        row(f"{what}, tokens a second, one rank", "tokens/s", [tokens / alone for alone, _ in seconds]),
-        row(f"{what}, tokens a second, {RANKS} ranks", "tokens/s", [tokens / shared for _, shared in seconds]),
-        row(f"{what}, {RANKS} ranks as a multiple of one", "times", [alone / shared for alone, shared in seconds]),
-    ]
+    alone, shared = ([tokens / side["seconds"] for side in sides] for sides in zip(*pairs, strict=True))
+    return against(f"{what}, {RANKS} ranks", "tokens/s", shared, "one rank", alone)
 
 
 PARTS = {"training": training, "serving": serving, "one-host": one_host}
@@ -251,19 +242,17 @@ def main() -> None:
 
     from bench import shapes
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpu", action="store_true", help="on two GPUs")
-    parser.add_argument("--tiny", action="store_true", help="try the whole with a small model")
-    parser.add_argument("--only", choices=list(PARTS), action="append", help="one part; may be repeated")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
-    asked = parser.parse_args()
+    made = parser(__doc__)
+    made.add_argument("--gpu", action="store_true", help="on two GPUs")
+    made.add_argument("--tiny", action="store_true", help="try the whole with a small model")
+    made.add_argument("--only", choices=list(PARTS), action="append", help="one part; may be repeated")
+    asked = made.parse_args()
     name = "tiny" if asked.tiny else "gpu" if asked.gpu else "cpu"
     plan = PLANS[name]
     parts = asked.only or list(PARTS)
     # One part alone has a file of its own: it leaves what was measured of the others.
     said = ["fleet", *([] if name == "cpu" else [name]), *(parts if len(parts) == 1 else [])]
     record = Record("-".join(said), asked.out, plan=asdict(plan))
-    rows: list[Row] = []
     for part in parts:
         with tempfile.TemporaryDirectory() as home:
             folder = Path(home, "model")
@@ -272,11 +261,9 @@ def main() -> None:
             # The GPUs are the ranks' from here on.
             mx.clear_cache()
             found, facts = PARTS[part](plan, folder)
-        show(found)
+        record.add(found)
         print(json.dumps(facts), flush=True)
-        rows += found
-        # After each part: a run that is cut off keeps those before.
-        record.keep(rows=[asdict(entry) for entry in rows], **facts)
+        record.keep(**facts)
     print(record.path)
 
 

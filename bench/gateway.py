@@ -1,8 +1,7 @@
-"""What the gateway costs: `make bench-gateway`. It and the Python client ask the same worker in one run, by turns.
+"""What the gateway costs. It and the Python client ask the same worker in one run, by turns.
 
 The worker's engine does nothing, at a steady rate, so that what is left is broker, client and gateway; one part has a
-real model. Each part prints a line and adds rows to `bench/results/gateway.json`; one that fails says so, and the
-others go on.
+real model. `python -m bench.gateway streams`: that part alone. The quick form has fewer rounds and parts.
 """
 
 from __future__ import annotations
@@ -14,23 +13,22 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import ExitStack, aclosing, asynccontextmanager, contextmanager
+from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Protocol
 
 from bench.idle_models import MODEL
 from bench.queue import Bench
-from bench.report import Row, row, write
+from bench.report import Record, Row, against, by_turns, parser, row
 from stoker import AsyncClient
 from stoker.broker import policy
 from stoker.broker.connection import connect
 from stoker.local.stack import Stack
 from stoker.settings import Settings, load_settings
 
-STREAMS, TOKENS, ROUNDS = 32, 100, 3
+STREAMS, TOKENS, ROUNDS = 32, 100, 5
 #: Steps a second of the idle engine: 1,600 tokens a second over all streams; and more than anything bears.
 STEADY, FLOOD = 50.0, 400.0
 #: Steps a second where a first token is waited for: it comes at the next step.
@@ -142,12 +140,29 @@ class Pair:
         """`work` gets the sides by their names."""
 
         async def main() -> None:
-            http = Http(self.url)
-            async with AsyncClient(settings=self._settings) as client:
-                await work({"gateway": http, "client": Python(client)})
-            http.close()
+            async with self._sides() as sides:
+                await work(sides)
 
         asyncio.run(main())
+
+    def by_turns(self, measure: Callable[[Side], Awaitable[float]], rounds: int) -> dict[str, list[float]]:
+        """Each side once to warm up, then both in turn."""
+        with asyncio.Runner() as runner, ExitStack() as leaving:
+            opened = self._sides()
+            sides = runner.run(opened.__aenter__())
+            leaving.callback(lambda: runner.run(opened.__aexit__(None, None, None)))
+
+            def once(side: Side) -> float:
+                return runner.run(_awaited(measure(side)))
+
+            return by_turns({name: partial(once, side) for name, side in sides.items()}, rounds)
+
+    @asynccontextmanager
+    async def _sides(self) -> AsyncGenerator[dict[str, Side]]:
+        http = Http(self.url)
+        async with AsyncClient(settings=self._settings) as client:
+            yield {"gateway": http, "client": Python(client)}
+        http.close()
 
     @property
     def resident(self) -> float:
@@ -178,51 +193,45 @@ async def together(side: Side, model: str, tokens: int) -> float:
     return STREAMS * tokens / (time.perf_counter() - began)
 
 
-def by_turns(settings: Settings, measure: Callable[[Side], Awaitable[float]], rounds: int) -> dict[str, list[float]]:
-    """Each side once to warm up, then both in turn."""
-    found: dict[str, list[float]] = {"gateway": [], "client": []}
+async def _awaited(sample: Awaitable[float]) -> float:
+    return await sample
 
-    async def work(sides: dict[str, Side]) -> None:
-        for number in range(rounds + 1):
-            for name, side in sides.items():
-                sample = await measure(side)
-                if number:
-                    found[name].append(sample)
 
+def measured(settings: Settings, measure: Callable[[Side], Awaitable[float]], rounds: int) -> dict[str, list[float]]:
     with pair(settings) as both:
-        both.run(work)
-    return found
+        return both.by_turns(measure, rounds)
 
 
-def streams(bench: Bench) -> list[Row]:
+def streams(bench: Bench, rounds: int) -> list[Row]:
     rows: list[Row] = []
     for rate, what in ((STEADY, "a steady worker"), (FLOOD, "a worker faster than both")):
         with bench.worker(one_kind=True, rate=rate, generate_slots=STREAMS):
-            found = by_turns(bench.settings, lambda side: together(side, MODEL, TOKENS), ROUNDS)
-        rows += compared(f"{STREAMS} streams, {what}", "tokens/s", found, "at least 0.95" if rate == STEADY else "")
+            found = measured(bench.settings, lambda side: together(side, MODEL, TOKENS), rounds)
+        rows += compared(f"{STREAMS} streams, {what}", "tokens/s", found)
     return rows
 
 
-def real(bench: Bench) -> list[Row]:
+def real(bench: Bench, rounds: int) -> list[Row]:
     """The same where a model computes on the same cores."""
     settings = load_settings(home=bench.settings.home / "real", models=(REAL_MODEL,), generate_slots=STREAMS, grace=5.0)
     with Stack(settings, flower=False, own_broker=True) as stack:
         stack.wait_until_warm()
-        found = by_turns(stack.settings, lambda side: together(side, REAL_MODEL, REAL_TOKENS), ROUNDS)
-    return compared(f"{STREAMS} streams, {REAL_MODEL}", "tokens/s", found, "at least 0.95")
+        found = measured(stack.settings, lambda side: together(side, REAL_MODEL, REAL_TOKENS), rounds)
+    return compared(f"{STREAMS} streams, {REAL_MODEL}", "tokens/s", found)
 
 
-def first_token(bench: Bench) -> list[Row]:
+def first_token(bench: Bench, rounds: int) -> list[Row]:
     async def once(side: Side) -> float:
         return 1000 * (await side.stream(MODEL, 2))[0]
 
     with bench.worker(one_kind=True, rate=QUICK):
-        found = by_turns(bench.settings, once, FIRSTS)
-    print(f"first token: {median(found['gateway']) - median(found['client']):.1f} ms more (at most 5)")
-    return compared("first token of one stream", "ms", found)
+        found = measured(bench.settings, once, FIRSTS * rounds // ROUNDS)
+    more = [gateway - client for gateway, client in zip(found["gateway"], found["client"], strict=True)]
+    name = "first token of one stream"
+    return [*compared(name, "ms", found), row(f"{name}, more than the Python client's", "ms", more)]
 
 
-def no_ops(bench: Bench) -> list[Row]:
+def no_ops(bench: Bench, rounds: int) -> list[Row]:
     async def rate(side: Side) -> float:
         left = iter(range(NO_OPS))
 
@@ -235,11 +244,11 @@ def no_ops(bench: Bench) -> list[Row]:
         return NO_OPS / (time.perf_counter() - began)
 
     with bench.worker(one_kind=True):
-        found = by_turns(bench.settings, rate, ROUNDS)
+        found = measured(bench.settings, rate, rounds)
     return compared(f"requests of a no-op, {AT_ONCE} at once", "requests/s", found)
 
 
-def idle_streams(bench: Bench) -> list[Row]:
+def idle_streams(bench: Bench, _: int) -> list[Row]:
     """Memory of streams to which nothing comes: their jobs make a token in half an hour, or wait."""
     grown: list[float] = []
 
@@ -264,7 +273,6 @@ def idle_streams(bench: Bench) -> list[Row]:
     with bench.worker(one_kind=True), pair(bench.settings) as both:
         both.run(work)
     redis.close()
-    print(f"{IDLE} idle streams: {grown[0]:.0f} KiB each")
     return [row(f"memory of an idle stream, {IDLE} at once", "KiB", grown)]
 
 
@@ -273,31 +281,31 @@ async def _ended(lines: AsyncGenerator[bytes]) -> None:
         pass
 
 
-def compared(name: str, unit: str, found: dict[str, list[float]], aim: str = "") -> list[Row]:
-    ratio = median(found["gateway"]) / median(found["client"])
-    print(f"{name}: {ratio:.2f} x the Python client{f' ({aim})' if aim else ''}", flush=True)
-    return [row(f"{name}: {side}", unit, samples) for side, samples in found.items()]
+def compared(name: str, unit: str, found: dict[str, list[float]]) -> list[Row]:
+    return against(name, unit, found["gateway"], "the Python client", found["client"])
 
 
-PARTS = (streams, real, first_token, no_ops, idle_streams)
+SHORT = (streams, first_token, no_ops)
+PARTS = (*SHORT, real, idle_streams)
 
 
-def main() -> None:
-    chosen = [part for part in PARTS if not sys.argv[1:] or part.__name__ in sys.argv[1:]]
-    rows: list[Row] = []
+def main() -> int:
+    made = parser(__doc__)
+    made.add_argument("parts", nargs="*", metavar="PART", help=", ".join(part.__name__ for part in PARTS))
+    options = made.parse_args()
+    record = Record("gateway", options.out)
     with tempfile.TemporaryDirectory(prefix="stoker-bench-") as folder:
-        for part in chosen:
+        for part in SHORT if options.quick else PARTS:
+            if options.parts and part.__name__ not in options.parts:
+                continue
             # A broker for each: what one leaves is no part of the next.
             bench = Bench(Path(folder) / part.__name__)
             try:
-                rows += part(bench)
-            except Exception:
-                traceback.print_exc()
-                print(f"{part.__name__} failed", flush=True)
+                record.part(part.__name__, partial(part, bench, 1 if options.quick else ROUNDS))
             finally:
                 bench.close()
-    print(write("gateway", rows) if len(chosen) == len(PARTS) else "\n".join(map(str, rows)))
+    return int(record.failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

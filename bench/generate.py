@@ -1,10 +1,10 @@
 """Generation: Stoker's engine and mlx-lm in one run, on the same weights.
 
 `python -m bench.generate` on a CPU: SmolLM2-135M in float32, mlx-lm from `.venv-peers` with the same OpenBLAS.
-`python -m bench.generate --gpu --out DIR`: random bfloat16 weights of Qwen2.5-0.5B's shape, mlx-lm from this Python.
+`python -m bench.generate --gpu`: random bfloat16 weights of Qwen2.5-0.5B's shape, mlx-lm from this Python.
 `--shape NAME` takes random weights of an architecture that runs through mlx-lm's model file, with 16 streams, in
 bfloat16 on a GPU and float32 on a CPU; with `--layers N` it has so many. `--tiny` tries the whole with a small model.
-Both sides take turns; a row has each side's median and their ratio.
+Both sides take turns, and a ratio is the median over their turns.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ import tempfile
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from bench.bridged import BRIDGED
-from bench.report import Record
+from bench.report import Record, Row, against, by_turns, parser, ratio, row
 from engine.platform import blas
 
 ROOT = Path(__file__).parent.parent
@@ -42,33 +42,33 @@ class Sizes:
     """How much is run: a GPU makes in a second what two CPU cores make in a minute."""
 
     rounds: int
+    #: Rounds of the quick form.
+    quick: int
     prompt: int
     single: int
     streams: int
     tokens: int
     adapters: int
     long_prompt: int
+    #: Long prompts of a round, seconds before them that they are compared with, and rounds that do not count.
+    long_prompts: int
+    calm: float
+    cold: int
+    compiled: Literal["all"] | None = None
 
 
-GPU = Sizes(rounds=4, prompt=64, single=128, streams=32, tokens=128, adapters=8, long_prompt=1000)
-CPU = Sizes(rounds=3, prompt=16, single=16, streams=8, tokens=12, adapters=8, long_prompt=300)
+GPU = Sizes(
+    rounds=20, quick=6, prompt=64, single=128, streams=32, tokens=128, adapters=8,
+    long_prompt=1000, long_prompts=4, calm=0.5, cold=3,
+)  # fmt: skip
+CPU = Sizes(
+    rounds=5, quick=2, prompt=16, single=16, streams=8, tokens=12, adapters=8,
+    long_prompt=300, long_prompts=1, calm=3.0, cold=1,
+)  # fmt: skip
 #: Streams of the shapes of `--shape`.
 BRIDGED_STREAMS = 16
-TINY = Sizes(rounds=2, prompt=16, single=16, streams=4, tokens=12, adapters=2, long_prompt=300)
-
-
-@dataclass(frozen=True)
-class Result:
-    """One line of the table: `ratio` is how much better `ours` is than `other`; `least`: what the issue asks for."""
-
-    name: str
-    unit: str
-    ours: float
-    other: float
-    ratio: float
-    least: float | None
-    samples: int
-    spread: tuple[float, float]
+#: The small model stands for a GPU, where everything is compiled.
+TINY = replace(CPU, rounds=2, streams=4, adapters=2, calm=0.5, compiled="all")
 
 
 class Ours:
@@ -80,8 +80,7 @@ class Ours:
 
         self._came: defaultdict[str, list[float]] = defaultdict(list)
         self._random, self._count = np.random.default_rng(1), 0
-        # The small model stands for a GPU, where everything is compiled.
-        limits = LaneLimits(slots=sizes.streams, kv_bytes=8 << 30, compiled="all" if sizes is TINY else None)
+        limits = LaneLimits(slots=sizes.streams, kv_bytes=8 << 30, compiled=sizes.compiled)
         self.engine = Engine({NAME: (str(folder),)}, adapters=home, publish=self._publish, limits=limits)
         self.engine.start()
         self.vocabulary = json.loads((folder / "config.json").read_text("utf-8"))["vocab_size"]
@@ -214,93 +213,40 @@ def gaps(times: Sequence[float], begin: float, end: float) -> list[float]:
 
 
 class Bench:
-    def __init__(
-        self,
-        ours: Ours,
-        peer: Peer | None,
-        sizes: Sizes,
-        folder: Path,
-        *,
-        redis: bool,
-        bridged: bool = False,
-        only: Sequence[str] = (),
-    ) -> None:
-        self._ours, self._peer, self._sizes, self._folder = ours, peer, sizes, folder
-        self._bridged = bridged
-        self._parts = [self.single, self.many, self.adapters, self.sampled, self.first_token, self.long_prompt]
-        if redis:
-            self._parts.append(self.through_redis)
-        self._parts = [part for part in self._parts if not only or part.__name__ in only]
-        self.rows: list[dict[str, Any]] = []
+    """The parts, each of which makes rows. `launches`: of a decode step, by its rows, where they are known."""
 
-    def run(self, keep: Callable[[list[dict[str, Any]]], None]) -> None:
-        """`keep` gets the rows so far after each part: what runs out of time loses nothing before it."""
-        for part in self._parts:
-            began = time.perf_counter()
-            try:
-                part()
-            except Exception as error:
-                traceback.print_exc()
-                self.rows.append({"name": part.__name__, "error": f"{type(error).__name__}: {error}"})
-            print(f"# {part.__name__}: {time.perf_counter() - began:.1f} s", flush=True)
-            keep(self.rows)
-        self.rows.append({"name": "traces of the step", "unit": "traces", "ours": self._ours.traces})
-        keep(self.rows)
-
-    def _add(
-        self, name: str, unit: str, ours: list[float], other: list[float], least: float | None, *, less: bool = False
-    ) -> None:
-        """`less`: less is better."""
-        left, right = float(np.median(ours)), float(np.median(other))
-        pairs = [theirs / mine if less else mine / theirs for mine, theirs in zip(ours, other, strict=False)]
-        ratio = right / left if less else left / right
-        spread = (min(pairs), max(pairs)) if pairs else (ratio, ratio)
-        row = Result(name, unit, left, right, ratio, least, len(ours), spread)
-        self.rows.append(asdict(row))
-        asked = "" if least is None else f"  (at least {least}: {'yes' if ratio >= least else 'NO'})"
-        print(f"{name:66} {left:10.2f} {right:10.2f} {unit:9} {ratio:6.2f} ×{asked}", flush=True)
+    def __init__(self, ours: Ours, peer: Peer | None, sizes: Sizes, folder: Path, launches: Mapping[int, int]) -> None:
+        self._ours, self._peer, self._sizes, self._folder, self._launches = ours, peer, sizes, folder, launches
 
     def _prompts(self, count: int) -> list[list[int]]:
         return [self._ours.prompt(self._sizes.prompt) for _ in range(count)]
 
-    def _turns(self, sides: dict[str, Callable[[], Times]]) -> dict[str, list[Times]]:
-        """Each side once to warm up, then all in turn, round after round."""
-        found: dict[str, list[Times]] = {name: [] for name in sides}
-        for run in sides.values():
-            run()
-        for _ in range(self._sizes.rounds):
-            for name, run in sides.items():
-                found[name].append(run())
-        return found
+    def _turns(self, sides: Mapping[str, Callable[[], Times]]) -> dict[str, list[Times]]:
+        return by_turns(sides, self._sizes.rounds)
 
-    def _against_peer(self, name: str, streams: int, tokens: int, least: float) -> None:
+    def _against_peer(self, streams: int, tokens: int) -> list[Row]:
         if self._peer is None:
             raise RuntimeError("no peer: mlx-lm did not start")
-        peer = self._peer
+        peer, name = self._peer, f"{streams} stream{'s' if streams > 1 else ''}"
         found = self._turns(
             {
                 "ours": lambda: self._ours.run(self._prompts(streams), tokens),
                 "peer": lambda: peer.run(self._prompts(streams), tokens),
             }
         )
-        for what, measure in (("decode", steady), ("prompt and all", whole)):
-            self._add(
-                f"{name}, {what}: engine, mlx-lm",
-                "tokens/s",
-                [measure(times) for times in found["ours"]],
-                [measure(times) for times in found["peer"]],
-                least if what == "decode" else None,
-            )
+        rows: list[Row] = []
+        for what, measure in (("decode", steady), ("prompts and all", whole)):
+            rates = [[measure(times) for times in found[side]] for side in ("ours", "peer")]
+            rows += against(f"{name}, {what}", "tokens/s", rates[0], "mlx-lm", rates[1])
+        return [replace(rows[0], launches=self._launches.get(streams)), *rows[1:]]
 
-    def single(self) -> None:
-        self._against_peer("1 stream", 1, self._sizes.single, 1.0 if self._bridged else 1.1)
+    def single(self) -> list[Row]:
+        return self._against_peer(1, self._sizes.single)
 
-    def many(self) -> None:
-        self._against_peer(
-            f"{self._sizes.streams} streams", self._sizes.streams, self._sizes.tokens, 1.0 if self._bridged else 1.5
-        )
+    def many(self) -> list[Row]:
+        return self._against_peer(self._sizes.streams, self._sizes.tokens)
 
-    def adapters(self) -> None:
+    def adapters(self) -> list[Row]:
         streams, tokens, count = self._sizes.streams, self._sizes.tokens, self._sizes.adapters
 
         def run(each: Callable[[int], Any]) -> Callable[[], Times]:
@@ -308,17 +254,14 @@ class Bench:
 
         found = self._turns(
             {
-                "base": run(lambda _: {}),
-                "one": run(lambda _: {"adapter": "a0"}),
+                "the bare base": run(lambda _: {}),
+                "one adapter": run(lambda _: {"adapter": "a0"}),
                 "all": run(lambda index: {"adapter": f"a{index % count}"}),
             }
         )
-        rates = {name: [steady(times) for times in runs] for name, runs in found.items()}
-        name = f"{streams} streams over {count} adapters"
-        self._add(f"{name}, over one adapter", "tokens/s", rates["all"], rates["one"], 0.95)
-        self._add(f"{name}, over the bare base", "tokens/s", rates["all"], rates["base"], 0.85)
+        return self._rates(found, {"all": f"over {count} adapters"}, ("one adapter", "the bare base"))
 
-    def sampled(self) -> None:
+    def sampled(self) -> list[Row]:
         """What sampling costs: temperature, top-k and top-p in every row, against greedy."""
         streams, tokens = self._sizes.streams, self._sizes.tokens
 
@@ -329,65 +272,71 @@ class Bench:
             {
                 "greedy": run(),
                 "temperature": run(temperature=0.8),
-                "top": run(temperature=0.8, top_k=50, top_p=0.95),
-                "nucleus": run(temperature=0.8, top_p=0.95),
+                "top-k 50 and top-p": run(temperature=0.8, top_k=50, top_p=0.95),
+                "top-p alone": run(temperature=0.8, top_p=0.95),
             }
         )
-        rates = {name: [steady(times) for times in runs] for name, runs in found.items()}
-        for name, what in {"temperature": "temperature", "top": "top-k 50 and top-p", "nucleus": "top-p alone"}.items():
-            self._add(f"{streams} streams with {what}, greedy", "tokens/s", rates[name], rates["greedy"], None)
+        return self._rates(found, {side: f"with {side}" for side in found if side != "greedy"}, ("greedy",))
 
-    def first_token(self) -> None:
+    def _rates(self, found: Mapping[str, list[Times]], names: Mapping[str, str], bases: Sequence[str]) -> list[Row]:
+        """Tokens a second of all sides, and those that are named as multiples of the bases."""
+        rates = {side: [steady(times) for times in runs] for side, runs in found.items()}
+        shown = {side: f"{self._sizes.streams} streams {names.get(side, f'of {side}')}" for side in found}
+        return [
+            *(row(shown[side], "tokens/s", samples) for side, samples in rates.items()),
+            *(ratio(f"{shown[side]}, against {base}", rates[side], rates[base]) for side in names for base in bases),
+        ]
+
+    def first_token(self) -> list[Row]:
         """A new request's first token, alone and while all slots except one are busy."""
-        rounds = 2 * self._sizes.rounds
-        for _ in range(2):
-            self._first()
-        alone = [self._first() for _ in range(rounds)]
-        running = self._keep_running(self._sizes.streams - 1)
-        try:
-            for _ in range(2):
-                self._first()
-            busy = [self._first() for _ in range(rounds)]
-        finally:
-            self._stop(running)
-        name = f"first token of a new request while {self._sizes.streams - 1} run, alone"
-        self._add(name, "ms", busy, alone, 0.5, less=True)
+        count = self._sizes.streams - 1
+        found = by_turns({"alone": self._first, "busy": lambda: self._next_to(count, self._first)}, self._sizes.rounds)
+        return against(f"first token while {count} streams run", "ms", found["busy"], "alone", found["alone"])
 
-    def long_prompt(self) -> None:
-        """Milliseconds between a stream's tokens while a long prompt is prefilled, and without."""
+    def long_prompt(self) -> list[Row]:
+        """Milliseconds between a stream's tokens while long prompts are prefilled, and without."""
+        tokens = f"{self._sizes.long_prompt:,} tokens"
         running = self._keep_running(max(1, self._sizes.streams // 4))
-        busy: list[float] = []
-        without: list[float] = []
+        calm: list[list[float]] = []
+        busy: list[list[float]] = []
         first: list[float] = []
-        # On a GPU the first rounds compile each size of chunk that is tried.
-        cold, rounds = (4, 12) if self._sizes is GPU else (1, self._sizes.rounds)
         try:
-            for index in range(cold + rounds):
-                calm = time.perf_counter()
-                time.sleep(0.5 if self._sizes is GPU else 3.0)
-                began = time.perf_counter()
-                job, ticket = self._ours.submit(self._ours.prompt(self._sizes.long_prompt), 1)
-                ticket.result(600)
-                ended = self._ours.came(job)[0]
-                if index >= cold:
-                    first.append(1000 * (ended - began))
-                    for stream, _ in running:
-                        without += gaps(self._ours.came(stream), calm, began)
-                        slack = max(without) / 1000
-                        busy += gaps(self._ours.came(stream), began - slack, ended + slack)
+            for number in range(self._sizes.cold + self._sizes.rounds):
+                found = self._prompts_next_to(running)
+                # The first rounds compile each size of chunk that is tried.
+                if number >= self._sizes.cold:
+                    calm.append(found[0])
+                    busy.append(found[1])
+                    first.append(found[2])
         finally:
             self._stop(running)
-        if not busy or not without:
+        if not all(calm) or not all(busy):
             raise RuntimeError("too few tokens came")
-        name = f"p99 between tokens while {self._sizes.long_prompt} tokens are prefilled, without"
-        self._add(name, "ms", [float(np.percentile(busy, 99))], [float(np.percentile(without, 99))], 0.5, less=True)
-        name = name.replace("p99", "p50")
-        self._add(name, "ms", [float(np.median(busy))], [float(np.median(without))], None, less=True)
-        alone = [self._first_of(self._sizes.long_prompt) for _ in range(rounds)]
-        name = f"first token of {self._sizes.long_prompt} tokens next to streams, alone"
-        self._add(name, "ms", first, alone, None, less=True)
+        rows = [row(f"first token of {tokens} next to streams", "ms", first)]
+        for what, part in (("p50", 50), ("p99", 99), ("longest time", 100)):
+            sides = [[float(np.percentile(each, part)) for each in found] for found in (busy, calm)]
+            rows += against(f"{what} between tokens while {tokens} are prefilled", "ms", sides[0], "none", sides[1])
+        return rows
 
-    def through_redis(self) -> None:
+    def _prompts_next_to(self, running: Sequence[tuple[str, Any]]) -> tuple[list[float], list[float], float]:
+        """Gaps between the tokens of these streams before and while prompts are prefilled one after the other, and
+        milliseconds to a first token, at the median."""
+        calm = time.perf_counter()
+        time.sleep(self._sizes.calm)
+        began, first = time.perf_counter(), []
+        for _ in range(self._sizes.long_prompts):
+            first.append(self._first_of(self._sizes.long_prompt))
+        ended = time.perf_counter()
+        times = [self._ours.came(stream) for stream, _ in running]
+        without = [gap for each in times for gap in gaps(each, calm, began)]
+        slack = max(without, default=0.0) / 1000
+        return (
+            without,
+            [gap for each in times for gap in gaps(each, began - slack, ended + slack)],
+            float(np.median(first)),
+        )
+
+    def through_redis(self) -> list[Row]:
         """Eight streams of a client through broker and worker, against the engine of this process alone."""
         from stoker import Client
         from stoker.local.stack import Stack
@@ -409,9 +358,18 @@ class Bench:
 
                 found = self._turns({"queue": queued, "engine": lambda: self._ours.run(self._prompts(streams), tokens)})
         rates = {name: [whole(times) for times in runs] for name, runs in found.items()}
-        self._add(
-            f"{streams} streams through Redis, the engine alone", "tokens/s", rates["queue"], rates["engine"], 0.97
-        )
+        name = f"{streams} streams through Redis"
+        return against(name, "tokens/s", rates["queue"], "the engine alone", rates["engine"])
+
+    def traces(self) -> list[Row]:
+        return [row("traces of the step", "traces", [self._ours.traces])]
+
+    def _next_to(self, count: int, measure: Callable[[], float]) -> float:
+        running = self._keep_running(count)
+        try:
+            return measure()
+        finally:
+            self._stop(running)
 
     def _first(self) -> float:
         return self._first_of(2 * self._sizes.prompt)
@@ -441,32 +399,23 @@ class Bench:
                     raise
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser("python -m bench.generate", description=__doc__)
-    parser.add_argument("--gpu", action="store_true", help="Qwen2.5-0.5B's shape in bfloat16, mlx-lm from this Python")
-    parser.add_argument("--tiny", action="store_true", help="a small model: to try the benchmark itself")
-    parser.add_argument("--shape", choices=tuple(BRIDGED), help="an architecture that runs through mlx-lm's model file")
-    parser.add_argument("--layers", type=int, help="of the shape, so many: where all would take too long")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder for generate.json")
-    parser.add_argument("parts", nargs="*", help="those measures alone (single, many, …), and no file")
-    options = parser.parse_args()
+def main() -> int:
+    options = _options()
     report = blas.boot()
     import mlx.core as mx
 
     from bench.checkpoint import QWEN, SMALL, write_bridged, write_random, write_smollm2
+    from bench.launches import of_a_step
+    from engine.platform.probe import device
 
     sizes = TINY if options.tiny else GPU if options.gpu else CPU
     name = f"generate{'-gpu' if options.gpu else '-tiny' if options.tiny else ''}"
     if options.shape:
-        # More rounds than of the other rows: what launches take varies by a third on a shared host.
-        rounds = 3 * sizes.rounds if options.gpu else sizes.rounds
-        sizes, name = replace(sizes, streams=BRIDGED_STREAMS, rounds=rounds), f"{name}-{options.shape}"
-    record = Record(name, options.out, sizes=asdict(sizes), layers=options.layers)
-
-    def keep(rows: list[dict[str, Any]]) -> None:
-        if not options.parts:
-            record.keep(device=ours.engine.device, rows=rows)
-
+        sizes, name = replace(sizes, streams=BRIDGED_STREAMS), f"{name}-{options.shape}"
+    if options.quick:
+        sizes = replace(sizes, rounds=sizes.quick)
+    # Counted before the engine runs: for the count, operations of this process are those of a GPU.
+    launches = {rows: of_a_step(rows).total() for rows in (1, sizes.streams)} if sizes is GPU else {}
     python = sys.executable if options.gpu else str(ROOT / ".venv-peers" / "bin" / "python")
     with tempfile.TemporaryDirectory() as home:
         folder = Path(home) / NAME
@@ -486,17 +435,31 @@ def main() -> None:
         except Exception as error:
             traceback.print_exc()
             about = f"no peer: {error}"
-        redis = not options.gpu and not options.shape
-        bench = Bench(ours, peer, sizes, folder, redis=redis, bridged=bool(options.shape), only=options.parts)
-        print(f"{ours.engine.device}, BLAS {report.detail}; mlx-lm: {about}\n", flush=True)
-        print(f"{'':66} {'ours':>10} {'other':>10}")
-        bench.run(keep)
+        head = {"device": device(), "blas": report.detail, "mlx-lm": about, "sizes": asdict(sizes)}
+        print(f"{device()}, BLAS {report.detail}; mlx-lm: {about}\n", flush=True)
+        record = Record(name, options.out, **head, layers=options.layers)
+        bench = Bench(ours, peer, sizes, folder, launches)
+        parts = [bench.single, bench.many, bench.adapters, bench.sampled, bench.first_token, bench.long_prompt]
+        parts += [] if options.gpu or options.shape else [bench.through_redis]
+        for part in [*parts, bench.traces]:
+            if not options.parts or part.__name__ in options.parts:
+                record.part(part.__name__, part)
         if peer is not None:
             peer.close()
         ours.engine.stop()
-    if not options.parts:
-        print(f"rows in {record.path}")
+    print(f"rows in {record.path}")
+    return int(record.failed)
+
+
+def _options() -> argparse.Namespace:
+    made = parser(__doc__)
+    made.add_argument("--gpu", action="store_true", help="Qwen2.5-0.5B's shape in bfloat16, mlx-lm from this Python")
+    made.add_argument("--tiny", action="store_true", help="a small model: to try the benchmark itself")
+    made.add_argument("--shape", choices=tuple(BRIDGED), help="an architecture that runs through mlx-lm's model file")
+    made.add_argument("--layers", type=int, help="of the shape, so many: where all would take too long")
+    made.add_argument("--part", action="append", dest="parts", help="that measure alone (single, many, …)")
+    return made.parse_args()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

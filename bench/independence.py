@@ -1,23 +1,23 @@
 """Whether a request's tokens depend on what else runs: alone, in a full batch, and resumed in the middle.
 
-`python -m bench.independence --out DIR`: random weights of Qwen2.5-0.5B's shape (on a CPU a small one) in float32, in
+`python -m bench.independence`: random weights of Qwen2.5-0.5B's shape (on a CPU a small one) in float32, in
 16 bits and quantized, greedy and drawn with seeds, on the device at hand. A row says of how many requests all tokens
 were the same, and where in the others the first one differed.
 """
 
 from __future__ import annotations
 
-import argparse
+import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bench.report import RESULTS, Record
+from bench.report import Record, Row, parser, row
 from engine.platform import blas
 from stoker.contract import GenerateRequest, StreamToken, TrainReport
 
@@ -31,18 +31,6 @@ FORMS: Mapping[str, Mapping[str, Any]] = {
 WAYS: Mapping[str, Mapping[str, Any]] = {"greedy": {}, "drawn": {"temperature": 0.8, "top_k": 50}}
 #: Requests, their tokens and those of a prompt.
 REQUESTS, TOKENS, PROMPT = 32, 128, 64
-
-
-@dataclass(frozen=True)
-class Result:
-    """`same` of `requests` had the same tokens throughout; `first`: the index of the first other token in the rest, by
-    quartiles; `near`: by how much the two tokens' logprobs were apart there, at most."""
-
-    name: str
-    requests: int
-    same: int
-    first: tuple[float, ...]
-    near: float
 
 
 class Run:
@@ -86,22 +74,27 @@ class Run:
         return made
 
 
-def compared(name: str, one: Mapping[int, list[StreamToken]], other: Mapping[int, list[StreamToken]]) -> Result:
-    first, near = [], 0.0
+def compared(name: str, one: Mapping[int, list[StreamToken]], other: Mapping[int, list[StreamToken]]) -> list[Row]:
+    """Of the requests, the share whose tokens were the same throughout. Of the rest the index of the first other token,
+    and by how much the logprobs of the two were apart there."""
+    first, near = list[float](), list[float]()
     for number, mine in one.items():
         pairs = list(zip(mine, other[number], strict=True))
         index = next((index for index, (a, b) in enumerate(pairs) if a.token_id != b.token_id), None)
         if index is not None:
             first.append(index)
-            near = max(near, abs(pairs[index][0].logprob - pairs[index][1].logprob))
-    quartiles = tuple(float(np.percentile(first, part)) for part in (25, 50, 75)) if first else ()
-    return Result(name, len(one), len(one) - len(first), quartiles, near)
+            near.append(abs(pairs[index][0].logprob - pairs[index][1].logprob))
+    found = [row(f"{name}: the same", "%", [100 * (len(one) - len(first)) / len(one)])]
+    if first:
+        found.append(row(f"{name}: the first other token", "index", first))
+        found.append(row(f"{name}: its logprob apart, at most", "", [max(near)]))
+    return found
 
 
-def measured(run: Run, form: str, vocabulary: int) -> list[Result]:
+def measured(run: Run, form: str, vocabulary: int) -> list[Row]:
     random = np.random.default_rng(1)
     prompts = {number: random.integers(0, vocabulary, PROMPT).tolist() for number in range(REQUESTS)}
-    results = []
+    rows: list[Row] = []
     for name, way in WAYS.items():
         together = run.tokens(prompts, way)
         halves = {number: tokens[: TOKENS // 2] for number, tokens in together.items()}
@@ -113,34 +106,34 @@ def measured(run: Run, form: str, vocabulary: int) -> list[Result]:
             "each alone": alone,
             "resumed in the middle": run.tokens(prompts, way, halves),
         }
-        results += [
-            compared(f"{form}, {name}: {REQUESTS} at once, {what}", together, made) for what, made in others.items()
-        ]
-    return results
+        for what, made in others.items():
+            rows += compared(f"{form}, {name}: {REQUESTS} at once, {what}", together, made)
+    return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser("python -m bench.independence", description=__doc__)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for independence.json")
-    options = parser.parse_args()
+def main() -> int:
+    options = parser(__doc__).parse_args()
     blas.boot()
     from bench.checkpoint import QWEN, SMALL, write_random
     from engine.platform.probe import device
 
     cpu = device() == "cpu"
     config: dict[str, Any] = SMALL if cpu else QWEN
-    record = Record(f"independence{'' if cpu else '-gpu'}", options.out, device=device(), rows=[])
-    rows: list[Result] = []
+    record = Record(f"independence{'' if cpu else '-gpu'}", options.out, device=device(), requests=REQUESTS)
     with tempfile.TemporaryDirectory() as home:
         folder = write_random(Path(home) / NAME, config)
-        for form, precision in FORMS.items():
-            run = Run(folder, Path(home) / "adapters", precision)
-            rows += measured(run, form, config["vocab_size"])
-            run.engine.stop()
-            record.keep(rows=[asdict(row) for row in rows])
-            for row in rows[-6:]:
-                print(f"{row.name:60} {row.same:3} of {row.requests}  {row.first}  {row.near:.3g}", flush=True)
+
+        def one(form: str) -> list[Row]:
+            run = Run(folder, Path(home) / "adapters", FORMS[form])
+            try:
+                return measured(run, form, config["vocab_size"])
+            finally:
+                run.engine.stop()
+
+        for form in FORMS:
+            record.part(form, partial(one, form))
+    return int(record.failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,6 +1,6 @@
 """Every fused kernel against MLX's own way, on the GPU at hand: medians, bytes, bandwidth, the ratio to a plain copy.
 
-And the engine's decode step with all of them, with none, and without one. `python -m bench.kernels --gpu --out DIR`.
+`python -m bench.kernels --gpu`. What they are worth in a model: `bench.decode_step`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +17,6 @@ from typing import Any
 
 import mlx.core as mx
 
-from bench import decode_step
 from bench.report import RESULTS, Record
 from kernels import check
 from kernels.backend import Backend, of_machine, using
@@ -46,12 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     record = Record("kernels", options.out, device=check.device(), backend=backend, copy=copy)
     print(f"{record.fields['device']}, MLX {record.fields['mlx']}, a plain copy moves {copy / 1e9:.0f} GB/s\n")
     checks = start_checks(chosen)
-    # Compiling for a GPU takes seconds: the decode steps do while the checks run in processes of their own.
-    settings = [] if options.kernel else [decode_step.SETTINGS, decode_step.PACKED]
-    loops = [prepare_steps(each) for each in settings]
     phases: dict[str, Callable[[], Rows]] = {
         "checked": lambda: collect(checks),
-        "decode": lambda: [row for each in loops for row in decode_step.measure(each)],
         "rows": lambda: timings(chosen, backend, copy),
     }
     for phase, run in phases.items():
@@ -84,21 +78,6 @@ def collect(running: Sequence[tuple[str, Path, subprocess.Popen[bytes]]]) -> Row
         for row in rows:
             print(f"{what:24} {row.get('shapes', 0):3} runs, error {row.get('error')}, passed {row.get('passed')}")
     return found
-
-
-def prepare_steps(settings: Sequence[decode_step.Setting]) -> list[decode_step.Loop]:
-    """The decode steps to be timed, compiled; what fails is left out, and says so."""
-    loops: list[decode_step.Loop] = []
-    llama = decode_step.random_llama()
-    for setting in settings:
-        began = time.perf_counter()
-        try:
-            loops.append(decode_step.Loop(llama, setting))
-        except Exception as error:
-            print(f"decode step, {setting}: {error}", file=sys.stderr)
-            continue
-        print(f"{loops[-1].name}: ready in {time.perf_counter() - began:.1f} s", flush=True)
-    return loops
 
 
 def timings(chosen: Sequence[Kernel], backend: Backend, copy: float) -> Rows:

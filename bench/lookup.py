@@ -7,14 +7,15 @@ are compared. `--tokens N` makes longer or shorter answers.
 
 from __future__ import annotations
 
-import argparse
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from bench.report import Row, row, write
+from bench.report import Record, Row, by_turns, parser, row
 from stoker.catalogue import CATALOGUE
 from stoker.settings import load_settings
 from workers.machine import boot_blas
@@ -29,7 +30,7 @@ from engine.ticket import Ticket  # noqa: E402
 from stoker.contract import ChatMessage, GenerateRequest, GenerateResult  # noqa: E402
 
 MODEL = "smollm2-135m-instruct"
-STREAMS, TIMES, TOKENS = 8, 3, 64
+STREAMS, TIMES, TOKENS, QUICK_TOKENS = 8, 3, 64, 24
 
 FUNCTIONS = (
     '''def total(items):
@@ -132,47 +133,45 @@ def run(lane: GenerateLane, prompts: Sequence[str], tokens: int, *, lookup: bool
     return Run(wall, cpu, answers, after.drafted - before.drafted, after.accepted - before.accepted)
 
 
-def rows_of(model: LoadedModel, pool: AdapterPool, streams: int, tokens: int) -> list[Row]:
+def rows_of(model: LoadedModel, pool: AdapterPool, task: str, streams: int, tokens: int, times: int) -> list[Row]:
+    """One stream answers `times` of the prompts; more of them answer all, `times` times."""
     lanes = {lookup: GenerateLane(model, pool) for lookup in (False, True)}
-    made = []
-    for task, prompts in TASKS.items():
-        groups = [prompts] * TIMES if streams > 1 else [[prompt] for prompt in prompts]
-        wall, cpu = list[float](), list[float]()
-        tokens_made, drafted, accepted, differ = 0, 0, 0, 0
-        for number, group in enumerate(groups):
-            order = (False, True) if number % 2 else (True, False)
-            found = {lookup: run(lanes[lookup], group, tokens, lookup=lookup) for lookup in order}
-            plain, with_ = found[False], found[True]
-            wall.append(plain.wall / with_.wall)
-            cpu.append(plain.cpu / with_.cpu)
-            drafted, accepted = drafted + with_.drafted, accepted + with_.accepted
-            tokens_made += sum(map(len, with_.answers))
-            differ += sum(one != other for one, other in zip(plain.answers, with_.answers, strict=True))
-        name = f"{task}, {streams} stream{'s' if streams > 1 else ''}"
-        made += [
-            row(f"{name}: without drafts / with, wall clock", "times", wall),
-            row(f"{name}: without drafts / with, CPU time", "times", cpu),
-            row(f"{name}: drafts that were right, of all tokens", "", [accepted / tokens_made]),
-            row(f"{name}: drafts that were right, of all drafts", "", [accepted / max(1, drafted)]),
-            row(f"{name}: answers that differ", "", [differ]),
-        ]
-        print(f"{name}: {median(wall):.2f} × wall, {median(cpu):.2f} × CPU, {accepted} of {drafted}", flush=True)
-    return made
+    prompts = TASKS[task]
+    groups = [prompts] * times if streams > 1 else [[prompt] for prompt in prompts[:times]]
+    turn = {lookup: iter(groups) for lookup in lanes}
+
+    def answer(lookup: bool) -> Run:
+        return run(lanes[lookup], next(turn[lookup]), tokens, lookup=lookup)
+
+    found = by_turns({str(lookup): partial(answer, lookup) for lookup in lanes}, len(groups), warm=0)
+    pairs = list(zip(found["False"], found["True"], strict=True))
+    made = sum(len(one) for _, with_ in pairs for one in with_.answers)
+    drafted, accepted = (sum(getattr(with_, side) for _, with_ in pairs) for side in ("drafted", "accepted"))
+    differ = sum(one != two for plain, with_ in pairs for one, two in zip(plain.answers, with_.answers, strict=True))
+    name = f"{task}, {streams} stream{'s' if streams > 1 else ''}"
+    return [
+        row(f"{name}: without drafts / with, wall clock", "times", [plain.wall / with_.wall for plain, with_ in pairs]),
+        row(f"{name}: without drafts / with, CPU time", "times", [plain.cpu / with_.cpu for plain, with_ in pairs]),
+        row(f"{name}: drafts that were right, of all tokens", "", [accepted / made]),
+        row(f"{name}: drafts that were right, of all drafts", "", [accepted / max(1, drafted)]),
+        row(f"{name}: answers that differ", "", [differ]),
+    ]
 
 
-def median(samples: Sequence[float]) -> float:
-    return sorted(samples)[len(samples) // 2]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, default=TOKENS)
-    tokens = parser.parse_args().tokens
+def main() -> int:
+    made = parser(__doc__)
+    made.add_argument("--tokens", type=int, help=f"of an answer, at most ({TOKENS}; {QUICK_TOKENS} in the quick form)")
+    options = made.parse_args()
+    tokens = options.tokens or (QUICK_TOKENS if options.quick else TOKENS)
     model = load(MODEL, CATALOGUE[MODEL])
+    record = Record("lookup", options.out, tokens=tokens)
     with tempfile.TemporaryDirectory() as home:
         pool = AdapterPool(model, AdapterStore(Path(home)))
-        write("lookup", [made for streams in (1, STREAMS) for made in rows_of(model, pool, streams, tokens)])
+        for streams, times in ((1, 2),) if options.quick else ((1, len(FREE)), (STREAMS, TIMES)):
+            for task in TASKS:
+                record.part(f"{task}, {streams}", partial(rows_of, model, pool, task, streams, tokens, times))
+    return int(record.failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

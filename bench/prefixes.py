@@ -7,14 +7,15 @@ it; the whole of `prepare` counts, so finding, reading and checking the file is 
 
 from __future__ import annotations
 
-import argparse
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.report import Row, row, write
+from bench.report import Record, Row, by_turns, parser, ratio, row
 from stoker.catalogue import CATALOGUE
 from stoker.settings import load_settings
 from workers.machine import boot_blas
@@ -32,7 +33,7 @@ from stoker.contract import GenerateRequest, GenerateResult  # noqa: E402
 MODEL = "smollm2-135m-instruct"
 #: Tokens of the system prompts, and of what comes behind them.
 LENGTHS, BEHIND = (64, 128, 512, 1024), 16
-TIMES = 7
+TIMES, QUICK = 7, 3
 
 
 def first_token(lane: GenerateLane, prompt: Sequence[int], found: int) -> float:
@@ -57,7 +58,7 @@ def files(home: Path) -> list[Path]:
     return list((home / "prefixes").glob("*/*.safetensors"))
 
 
-def rows_of(model: LoadedModel, home: Path, length: int) -> list[Row]:
+def rows_of(model: LoadedModel, home: Path, length: int, times: int) -> list[Row]:
     """First tokens without and with an entry of `length` tokens."""
     store = AdapterStore(home / "adapters")
     pool = AdapterPool(model, store)
@@ -65,7 +66,7 @@ def rows_of(model: LoadedModel, home: Path, length: int) -> list[Row]:
     shelf = disk.shelf(model)
     assert shelf is not None
     system = [(7 * index + length) % 4000 + 100 for index in range(length)]
-    prompts = [[*system, *range(100 + index, 100 + index + BEHIND)] for index in range(TIMES + 3)]
+    prompts = [[*system, *range(100 + index, 100 + index + BEHIND)] for index in range(times + 3)]
     before = len(files(home))
     filling = GenerateLane(model, pool, shelf=shelf)
     first_token(filling, prompts[0], 0)
@@ -74,27 +75,30 @@ def rows_of(model: LoadedModel, home: Path, length: int) -> list[Row]:
     while len(files(home)) == before:
         assert time.monotonic() < until, "the prefix is not on the disk"
         time.sleep(0.01)
-    samples: dict[bool, list[float]] = {True: [], False: []}
-    for prompt in prompts[2:]:
-        for kept in (False, True):
-            lane = GenerateLane(model, pool, shelf=shelf if kept else None)
-            samples[kept].append(first_token(lane, prompt, length if kept else 0))
+    turn = {kept: iter(prompts[2:]) for kept in (False, True)}
+
+    def once(kept: bool) -> float:
+        lane = GenerateLane(model, pool, shelf=shelf if kept else None)
+        return 1000 * first_token(lane, next(turn[kept]), length if kept else 0)
+
+    found = by_turns({"prefilled": partial(once, False), "from disk": partial(once, True)}, times)
     disk.end(10)
-    gained = [without / with_ for without, with_ in zip(samples[False], samples[True], strict=True)][1:]
     return [
-        row(f"{length} tokens: first token, prefilled", "ms", [1000 * seconds for seconds in samples[False][1:]]),
-        row(f"{length} tokens: first token, from disk", "ms", [1000 * seconds for seconds in samples[True][1:]]),
-        row(f"{length} tokens: prefilled / from disk", "times", gained),
+        *(row(f"{length} tokens: first token, {name}", "ms", samples) for name, samples in found.items()),
+        ratio(f"{length} tokens: prefilled / from disk", found["prefilled"], found["from disk"]),
     ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.parse_args()
+def main() -> int:
+    options = parser(__doc__).parse_args()
     model = load(MODEL, CATALOGUE[MODEL])
+    record = Record("prefixes", options.out)
+    lengths, times = (LENGTHS[:2], QUICK) if options.quick else (LENGTHS, TIMES)
     with tempfile.TemporaryDirectory() as home:
-        write("prefixes", [found for length in LENGTHS for found in rows_of(model, Path(home), length)])
+        for length in lengths:
+            record.part(f"{length} tokens", partial(rows_of, model, Path(home), length, times))
+    return int(record.failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

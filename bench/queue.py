@@ -1,6 +1,6 @@
-"""What the queue costs and bears: `make bench-queue`. A broker and workers of its own; the engine does nothing.
+"""What the queue costs and bears. A broker and workers of its own; the engine does nothing.
 
-Each part prints a line and adds rows to `bench/results/queue.json`; a part that fails says so and the others go on.
+`python -m bench.queue transitions backlog`: these parts alone. The quick form leaves out those that take minutes.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 
 from bench.idle_models import ENCODER, MODEL, token
-from bench.report import Row, row, write
+from bench.report import Record, Row, against, by_turns, parser, row
 from bench.transitions import measured
 from stoker import AsyncClient, Client
 from stoker.broker import keys
@@ -103,12 +103,8 @@ def round_trip(bench: Bench) -> list[Row]:
     with bench.worker(), bench.bare(), Client(settings=bench.settings) as client:
         ours = lambda: client.generate("x", model=MODEL, max_tokens=1).result(30)  # noqa: E731
         theirs = lambda: nothing.delay({"prompt": "x"}).get(timeout=30)  # noqa: E731
-        for _ in range(20):
-            timed(ours), timed(theirs)
-        samples = [(timed(ours), timed(theirs)) for _ in range(ROUND_TRIPS)]
-    mine, bare = zip(*samples, strict=True)
-    print(f"round trip: {median(mine) / median(bare):.2f} x bare Celery (at most 1.3)")
-    return [row("round trip of a no-op: stoker", "ms", mine), row("round trip of a no-op: bare Celery", "ms", bare)]
+        found = by_turns({"ours": lambda: timed(ours), "bare": lambda: timed(theirs)}, ROUND_TRIPS, warm=20)
+    return against("round trip of a no-op", "ms", found["ours"], "bare Celery", found["bare"])
 
 
 def small_jobs(bench: Bench) -> list[Row]:
@@ -123,8 +119,6 @@ def small_jobs(bench: Bench) -> list[Row]:
                 found.setdefault("one kind, default slots", []).append(_rate(client, SMALL, _generate))
             with bench.worker(generate_slots=1, rate=SMALL_RATE):
                 found.setdefault("all kinds, one slot", []).append(_rate(client, SMALL, _generate))
-    rates = ", ".join(f"{name} {median(samples):.0f}" for name, samples in found.items())
-    print(f"small jobs a second through one worker: {rates} (at least 250)")
     return [row(f"small jobs: {name}", "jobs/s", samples) for name, samples in found.items()]
 
 
@@ -165,7 +159,6 @@ def recovery(bench: Bench) -> list[Row]:
                     samples.append(last - began)
                     break
             stream.close()
-    print(f"recovery after kill -9: p95 {np.percentile(samples, 95):.1f} s (at most 15)")
     return [row("recovery after kill -9, lease 10 s", "s", samples)]
 
 
@@ -187,12 +180,8 @@ def backlog(bench: Bench) -> list[Row]:
                 time.sleep(0.0005)
             found.setdefault(waiting, []).append(1000 * (time.monotonic() - began) / (STARTS - 2))
             _empty(client)
-    few, many = found[STARTS], found[BACKLOG]
-    print(f"{BACKLOG} waiting jobs: a start takes {median(many) / median(few):.2f} x as long (at most 1.1)")
-    return [
-        row(f"time from one start to the next, {STARTS} waiting", "ms", few),
-        row(f"time from one start to the next, {BACKLOG} waiting", "ms", many),
-    ]
+    name = f"{BACKLOG:,} waiting, from one start to the next"
+    return against(name, "ms", found[BACKLOG], f"{STARTS}", found[STARTS])
 
 
 def _request() -> GenerateRequest:
@@ -220,7 +209,6 @@ def publishing(bench: Bench) -> list[Row]:
             publisher.flush(jobs[0])
         samples.append(1e6 * (time.perf_counter() - began) / (STEPS * STREAMS))
     publisher.stop()
-    print(f"publishing: {median(samples[1:]):.0f} us a token at {STREAMS} streams (at most 60)")
     return [row(f"publishing a token, {STREAMS} streams", "us", samples[1:])]
 
 
@@ -251,11 +239,10 @@ def subscribers(bench: Bench) -> list[Row]:
     # What was made before the last reader came is replayed, and says nothing about the way of a live one.
     live = [delay for made, delay in heard if made > max(began)]
     lost = SUBSCRIBERS * TOKENS - sum(counts)
-    p99 = float(np.percentile(live, 99))
-    print(f"{SUBSCRIBERS} subscribers: {lost} tokens lost, p99 {p99:.1f} ms (at most 50)")
     return [
         row(f"delivery to {SUBSCRIBERS} subscribers", "ms", live),
-        row("p99 of it", "ms", [p99]),
+        row(f"delivery to {SUBSCRIBERS} subscribers, p99", "ms", [float(np.percentile(live, 99))]),
+        row(f"delivery to {SUBSCRIBERS} subscribers, lost", "tokens", [lost]),
     ]
 
 
@@ -265,25 +252,26 @@ def transitions(bench: Bench) -> list[Row]:
         return measured(redis)
 
 
-PARTS = (transitions, round_trip, small_jobs, publishing, subscribers, backlog, recovery)
+SHORT = (transitions, round_trip, small_jobs, publishing)
+PARTS = (*SHORT, subscribers, backlog, recovery)
 
 
-def main(names: list[str]) -> None:
-    rows: list[Row] = []
-    for part in PARTS:
-        if names and part.__name__ not in names:
+def main() -> int:
+    made = parser(__doc__)
+    made.add_argument("parts", nargs="*", metavar="PART", help=", ".join(part.__name__ for part in PARTS))
+    options = made.parse_args()
+    record = Record("queue", options.out)
+    for part in SHORT if options.quick else PARTS:
+        if options.parts and part.__name__ not in options.parts:
             continue
         with tempfile.TemporaryDirectory() as home:
             bench = Bench(Path(home))
             try:
-                rows += part(bench)
-            except Exception as error:
-                print(f"{part.__name__} failed: {type(error).__name__}: {error}", flush=True)
+                record.part(part.__name__, partial(part, bench))
             finally:
                 bench.close()
-    if not names:
-        write("queue", rows)
+    return int(record.failed)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main())

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.report import RESULTS, Row, row, show, write
+from bench.report import RESULTS, Row, row, shown, write
 from stoker.broker.keys import RESULT_TTL
 
 #: Tokens that a worker's publisher sends in one script (`workers/services/publishing.py`).
@@ -393,7 +393,7 @@ def main() -> None:
         write("scale", rows)
     else:
         # Another plan than the page's: its rows are for its reader, and the committed ones stay.
-        show(rows)
+        print("\n".join(shown("scale", one) for one in rows))
 
 
 if __name__ == "__main__":

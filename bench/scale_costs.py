@@ -15,7 +15,7 @@ from typing import Any
 
 from bench.idle_models import MODEL, token
 from bench.queue import Bench
-from bench.report import Row, row, write
+from bench.report import Row, parser, row, write
 from stoker import Client
 from stoker.broker import keys
 from stoker.broker.connection import connect
@@ -154,6 +154,7 @@ def batch(client: Client) -> None:
 
 
 def main() -> None:
+    options = parser(__doc__).parse_args()
     with tempfile.TemporaryDirectory() as home:
         bench = Bench(Path(home))
         try:
@@ -163,7 +164,7 @@ def main() -> None:
                 rows += jobs(bench, broker)
         finally:
             bench.close()
-    write("scale-costs", rows)
+    write("scale-costs", rows, options.out)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,21 @@
 """LoRA training and mlx-lm's trainer, step by step in one run; adapters from disk to first use; decode during a run.
 
-`python -m bench.train` on a CPU (with the peers' environment of `make peers`), `python -m bench.train --gpu --out DIR`
+`python -m bench.train` on a CPU (with the peers' environment of `make peers`), `python -m bench.train --gpu`
 on a GPU. Weights are random, the same for both sides; every step sees the same tokens.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +27,11 @@ import mlx.core as mx  # noqa: E402
 import numpy as np  # noqa: E402
 
 from bench import shapes  # noqa: E402
-from bench.report import RESULTS, Record  # noqa: E402
+from bench.report import Record, Row, against, by_turns, parser, ratio, row  # noqa: E402
 from engine.platform import probe  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = ROOT / ".venv-peers" / "bin" / "python"
-
-Rows = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -51,6 +47,8 @@ class Plan:
     tokens: int
     #: Rows and tokens of that run's micro-steps.
     micro_step: tuple[int, int]
+    #: Of streams alone and during a run.
+    rounds: int = 3
 
 
 PLANS = {
@@ -85,62 +83,30 @@ class Side:
         self._process.wait()
 
 
-def steps(plan: Plan, folder: Path, peer: Path) -> Rows:
-    """Both sides in turns: what the machine does otherwise meets both alike."""
-    sides = [Side("stoker", Path(sys.executable), folder, plan), Side("mlx-lm", peer, folder, plan)]
-    found: dict[str, list[dict[str, Any]]] = {}
-    failures: Rows = []
-    try:
-        for side in list(sides):
-            try:
-                side.answer()
-                found[side.name] = []
-            except RuntimeError as error:
-                # The other is measured all the same.
-                failures.append({"name": side.name, "error": str(error)})
-        for _ in range(plan.warm + plan.steps):
-            for side in sides:
-                if side.name in found:
-                    found[side.name].append(side.step())
-    finally:
-        for side in sides:
-            side.end()
-    rows = [_side_row(name, answers, plan) for name, answers in found.items()]
-    if failures:
-        return rows + failures
-    ours, theirs = rows
-    pairs = zip(found["stoker"][plan.warm :], found["mlx-lm"][plan.warm :], strict=True)
-    low, speed, high = np.percentile([other["seconds"] / own["seconds"] for own, other in pairs], (20, 50, 80))
-    rows.append(
-        {
-            "name": "stoker / mlx-lm",
-            # Of two steps one after the other: what the machine does otherwise changes from minute to minute.
-            "speed": float(speed),
-            "speed_p20": float(low),
-            "speed_p80": float(high),
-            "memory": ours["peak_bytes"] / theirs["peak_bytes"],
-            "first_loss_difference": abs(ours["first_loss"] - theirs["first_loss"]),
-        }
-    )
-    return rows
-
-
-def _side_row(name: str, answers: list[dict[str, Any]], plan: Plan) -> dict[str, Any]:
-    seconds = [answer["seconds"] for answer in answers[plan.warm :]]
-    median = statistics.median(seconds)
-    return {
-        "name": f"LoRA step, {plan.shape}, {plan.batch} x {plan.length}: {name}",
-        "milliseconds": 1000 * median,
-        "fastest": 1000 * min(seconds),
-        "tokens_per_second": plan.batch * plan.length / median,
-        "peak_bytes": answers[-1]["peak"],
-        "peak_bytes_warm": answers[plan.warm - 1]["peak"],
-        "first_loss": answers[0]["loss"],
-        "last_loss": answers[-1]["loss"],
+def steps(plan: Plan, folder: Path, peer: Path) -> list[Row]:
+    """Both sides step by step: what the machine does otherwise meets both alike."""
+    sides = {
+        name: Side(name, python, folder, plan) for name, python in (("stoker", Path(sys.executable)), ("mlx-lm", peer))
     }
+    try:
+        for side in sides.values():
+            side.answer()
+        found = by_turns({name: side.step for name, side in sides.items()}, plan.steps, plan.warm)
+    finally:
+        for side in sides.values():
+            side.end()
+    ours, theirs = found["stoker"], found["mlx-lm"]
+    tokens = plan.batch * plan.length
+    rates = [[tokens / answer["seconds"] for answer in answers] for answers in (ours, theirs)]
+    peaks = [[answers[-1]["peak"] / 1e9] for answers in (ours, theirs)]
+    return [
+        *against("tokens of a step", "tokens/s", rates[0], "mlx-lm", rates[1]),
+        *against("peak memory", "GB", peaks[0], "mlx-lm", peaks[1]),
+        row("difference of the last losses", "", [abs(ours[-1]["loss"] - theirs[-1]["loss"])]),
+    ]
 
 
-def loading(plan: Plan, folder: Path) -> Rows:
+def loading(plan: Plan, folder: Path) -> list[Row]:
     """Adapters of rank 8 from disk to the first hidden states that they changed, and what a row of them costs."""
     from engine.adapters.lora import LoraConfig, initialise
     from engine.adapters.pool import AdapterPool
@@ -160,11 +126,11 @@ def loading(plan: Plan, folder: Path) -> Rows:
         load_seconds, use_seconds = [], []
         for number in range(12):
             began = time.perf_counter()
-            row = pool.acquire(f"a{number}")
+            index = pool.acquire(f"a{number}")
             loaded = time.perf_counter()
-            mx.eval(model.decoder(token, adapters=pool.rows([row])))
-            load_seconds.append(loaded - began)
-            use_seconds.append(time.perf_counter() - loaded)
+            mx.eval(model.decoder(token, adapters=pool.rows([index])))
+            load_seconds.append(1000 * (loaded - began))
+            use_seconds.append(1000 * (time.perf_counter() - loaded))
         others = [pool.acquire(f"a{number}") for number in range(8)]
         batch = mx.full((8, 1), 5)
 
@@ -172,28 +138,22 @@ def loading(plan: Plan, folder: Path) -> Rows:
             adapters = pool.rows(rows)
             began = time.perf_counter()
             mx.eval(model.decoder(batch, adapters=adapters))
-            return time.perf_counter() - began
+            return 1000 * (time.perf_counter() - began)
 
-        same, mixed, none = [], [], []
-        for _ in range(12):
-            same.append(forward([others[0]] * 8))
-            mixed.append(forward(others))
-            none.append(forward([0] * 8))
+        ways = {"8 adapters": others, "one adapter": [others[0]] * 8, "none": [0] * 8}
+        found = by_turns({name: partial(forward, rows) for name, rows in ways.items()}, 12, warm=2)
     # The first makes the stacks, and its first use compiles; from the second on it is what a running worker pays.
     return [
-        {
-            "name": "adapter, rank 8: from disk into the stacks",
-            "milliseconds": 1000 * statistics.median(load_seconds[1:]),
-        },
-        {"name": "adapter, rank 8: the first of a worker", "milliseconds": 1000 * load_seconds[0]},
-        {"name": "first forward pass with it, one token", "milliseconds": 1000 * statistics.median(use_seconds[1:])},
-        {"name": "8 rows, no adapter", "milliseconds": 1000 * statistics.median(none[2:])},
-        {"name": "8 rows, one adapter", "milliseconds": 1000 * statistics.median(same[2:])},
-        {"name": "8 rows, 8 adapters", "milliseconds": 1000 * statistics.median(mixed[2:])},
-    ]
+        row("adapter of rank 8, from disk into the stacks", "ms", load_seconds[1:]),
+        row("adapter of rank 8, the first of a worker", "ms", load_seconds[:1]),
+        row("first forward pass with it, one token", "ms", use_seconds[1:]),
+        *(row(f"a pass of 8 rows, {name}", "ms", samples) for name, samples in found.items()),
+        *(ratio(f"a pass of 8 rows over 8 adapters, against {name}", found["8 adapters"], found[name])
+          for name in ("one adapter", "none")),
+    ]  # fmt: skip
 
 
-def serving(plan: Plan, folder: Path) -> Rows:
+def serving(plan: Plan, folder: Path) -> list[Row]:
     """Gaps between the tokens of a stream, with and without a training run at the same time."""
     from engine.engine import Engine
     from stoker.contract import GenerateRequest, StreamToken, TrainRequest
@@ -209,17 +169,32 @@ def serving(plan: Plan, folder: Path) -> Rows:
                 if isinstance(entry, StreamToken):
                     times.setdefault(job_id, []).append(now)
 
-    def gaps(name: str) -> list[float]:
-        request = GenerateRequest(model="bench", prompt="t3 t4 t5 t6 t7 t8 t9 t10", max_tokens=plan.tokens)
+    def gaps() -> list[float]:
+        """Milliseconds between two tokens."""
+        name = f"stream-{len(times)}"
+        # Without drafts, whose tokens come at the same time.
+        request = GenerateRequest(
+            model="bench", prompt="t3 t4 t5 t6 t7 t8 t9 t10", max_tokens=plan.tokens, ignore_eos=True, lookup=False
+        )
         tickets = [engine.submit(f"{name}-{number}", request) for number in range(plan.streams)]
         for ticket in tickets:
             ticket.result(300)
-        found = []
-        for number in range(plan.streams):
-            # The first tokens are those of a batch that fills up.
-            moments = times[f"{name}-{number}"][4:]
-            found += [later - earlier for earlier, later in itertools.pairwise(moments)]
-        return sorted(found)
+        # The first tokens are those of a batch that fills up.
+        moments = [times[f"{name}-{number}"][4:] for number in range(plan.streams)]
+        return [1000 * (later - earlier) for each in moments for earlier, later in itertools.pairwise(each)]
+
+    def during() -> list[float]:
+        name = f"run-{len(times)}"
+        request = TrainRequest(
+            model="bench", name="a", dataset="d", steps=100_000, batch_size=rows, spike=0, max_length=length + 1
+        )
+        run = engine.submit(name, request, data)
+        try:
+            gaps()
+            return gaps()
+        finally:
+            run.cancel()
+            run.wait(60)
 
     rows, length = plan.micro_step
     text = " ".join(f"t{index}" for index in range(3, 3 + length))
@@ -228,74 +203,39 @@ def serving(plan: Plan, folder: Path) -> Rows:
         engine = Engine({"bench": [str(folder)]}, adapters=Path(home) / "adapters", publish=publish)
         engine.start()
         try:
-            gaps("warm")
-            alone = gaps("alone")
-            run = engine.submit(
-                "run",
-                TrainRequest(
-                    model="bench", name="a", dataset="d", steps=100_000, batch_size=rows, spike=0, max_length=length + 1
-                ),
-                data,
-            )
-            gaps("warm-up")
-            during = gaps("during")
-            run.cancel()
+            gaps()
+            found = by_turns({"alone": gaps, "during": during}, plan.rounds, warm=0)
         finally:
             engine.stop(60)
-    found_rows: Rows = []
-    for name, found in (("alone", alone), ("during a run", during)):
-        found_rows.append(
-            {
-                "name": f"gap between tokens, {plan.streams} streams, {name}",
-                "p50_milliseconds": 1000 * found[len(found) // 2],
-                "p95_milliseconds": 1000 * found[int(len(found) * 0.95)],
-                "longest_milliseconds": 1000 * found[-1],
-            }
-        )
-    ours, both = (row["p95_milliseconds"] for row in found_rows)
-    found_rows.append({"name": "p95, during a run / alone", "ratio": both / ours})
-    return found_rows
+    made: list[Row] = []
+    for name, part in (("p50", 50), ("p95", 95), ("longest time", 100)):
+        sides = [[float(np.percentile(each, part)) for each in found[side]] for side in ("during", "alone")]
+        made += against(f"{name} between tokens during a run", "ms", sides[0], "alone", sides[1])
+    return made
 
 
-def guarded(name: str, part: Callable[[], Rows]) -> Rows:
-    """A part that fails is a row that says so, and the others still run."""
-    began = time.perf_counter()
-    try:
-        rows = part()
-    except Exception as error:
-        traceback.print_exc()
-        rows = [{"name": name, "error": f"{type(error).__name__}: {error}"}]
-    for row in rows:
-        numbers = "  ".join(f"{key} {value:.4g}" for key, value in row.items() if isinstance(value, int | float))
-        print(f"{row['name']:62} {numbers}{row.get('error', '')}", flush=True)
-    print(f"({name}: {time.perf_counter() - began:.0f} s)\n", flush=True)
-    return rows
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m bench.train", description=__doc__)
-    parser.add_argument("--gpu", action="store_true", help="the plan for a GPU; the peer runs in this very environment")
-    parser.add_argument("--plan", choices=list(PLANS), help="another plan")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for train.json, or train-gpu.json")
-    options = parser.parse_args(arguments)
+def main() -> int:
+    made = parser(__doc__)
+    made.add_argument("--gpu", action="store_true", help="the plan for a GPU; the peer runs in this very environment")
+    made.add_argument("--plan", choices=list(PLANS), help="another plan")
+    options = made.parse_args()
     plan = PLANS[options.plan or ("gpu" if options.gpu else "cpu")]
+    if options.quick:
+        plan = replace(plan, steps=max(2, plan.steps // 3), rounds=1)
     peer = PEERS if PEERS.exists() and not options.gpu else Path(sys.executable)
     device = probe.device()
-    record = Record(f"train{'-gpu' if options.gpu else ''}", options.out, device=device, rows=[])
-    print(f"{device}, MLX {record.fields['mlx']}\n")
+    described = f"{plan.shape}, {plan.batch} x {plan.length} tokens a step"
+    record = Record(f"train{'-gpu' if options.gpu else ''}", options.out, device=device, model=described)
+    print(f"{device}, MLX {record.fields['mlx']}, {described}\n")
     with tempfile.TemporaryDirectory() as home:
         folder = Path(home)
         shapes.write(folder, plan.shape, plan.dtype)
         mx.clear_cache()
-        parts: dict[str, Callable[[], Rows]] = {
-            "training": lambda: steps(plan, folder, peer),
-            "loading": lambda: loading(plan, folder),
-            "serving": lambda: serving(plan, folder),
-        }
-        for name, part in parts.items():
-            record.keep(rows=record.fields["rows"] + guarded(name, part))
+        record.part("training", lambda: steps(plan, folder, peer))
+        record.part("loading", lambda: loading(plan, folder))
+        record.part("serving", lambda: serving(plan, folder))
     print(f"rows in {record.path}")
-    return 1 if any("error" in row for row in record.fields["rows"]) else 0
+    return int(record.failed)
 
 
 if __name__ == "__main__":

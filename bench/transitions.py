@@ -1,4 +1,4 @@
-"""What each transition of the ledger costs the broker, by its own count, and the caller (`make bench-queue`)."""
+"""What each transition of the ledger costs the broker, by its own count, and the caller (`bench.queue`)."""
 
 from __future__ import annotations
 

@@ -3,62 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 import pytest
 
-from bench.decode_step import RandomTensors, random_adapters
-from bench.shapes import SHAPES
+from bench.decode_step import random_adapters
+from bench.launches import ATTENTION, a_step, launches, narrow_llama, operations, walked
 from engine.adapters.stacked import StackedLora
-from engine.generation.draws import Draw
-from engine.generation.forward_input import ForwardInput
-from engine.generation.sampling_batch import sampling_batch
-from engine.generation.step import Step
 from engine.models.cache import KeyValues, View
-from engine.models.joint import JointKeyValues
 from engine.models.llama import Llama
-from engine.models.qwen2 import Qwen2Args
-from kernels.backend import using
-from stoker.contract import GenerateRequest
-from tests.engine.launches import launches, operations, walked
-
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 @pytest.fixture(scope="module")
 def llama() -> Llama:
-    """Its layers and heads; how wide they are changes no launch."""
-    narrow = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 96, "head_dim": 64}
-    mx.random.seed(0)
-    return Llama(Qwen2Args.from_config({**SHAPES["qwen2.5-0.5b"], **narrow}), RandomTensors(mx.bfloat16))
+    return narrow_llama()
 
 
 def counted(llama: Llama, rows: int, adapters: StackedLora | None = None, **sampling: Any) -> Counter[str]:
     """What a step launches, by kind."""
     return launches(*a_step(llama, rows, adapters, **sampling))
-
-
-def a_step(
-    llama: Llama, rows: int, adapters: StackedLora | None = None, **sampling: Any
-) -> tuple[Callable[..., list[mx.array]], mx.array, mx.array]:
-    """A step as a function of arrays, and these."""
-    with using("metal"):
-        assert llama.kv_sizes.joint
-    kv, step, offset = JointKeyValues(llama, rows, 256), Step(llama, "all"), np.full(rows, 5, np.int32)
-    request = GenerateRequest(model="m", prompt="x", **{"temperature": 0.0, **sampling})
-    chosen = sampling_batch([Draw(request, 0.5)] * rows, llama.args.vocab)
-    positions = kv.pending(offset)
-    mx.eval(kv.stored, positions)
-
-    def run(tokens: mx.array, offset: mx.array) -> list[mx.array]:
-        given = ForwardInput(tokens, offset, 256, adapters=adapters, positions=positions)
-        made = step.whole(kv.stored, given, chosen)
-        return [*made[1], *(array for arrays in made[0] for array in arrays)]
-
-    return run, mx.zeros((rows, 1), mx.int32), mx.array(offset)
 
 
 @pytest.mark.parametrize("rows", [1, 32])

@@ -20,9 +20,24 @@ from typing import Any
 from unittest.mock import patch
 
 import mlx.core as mx
+import numpy as np
 
+from bench.decode_step import RandomTensors, random_adapters
+from bench.shapes import SHAPES
+from engine.adapters.stacked import StackedLora
+from engine.generation.draws import Draw
+from engine.generation.forward_input import ForwardInput
+from engine.generation.sampling_batch import sampling_batch
+from engine.generation.step import Step
 from engine.models import cache, fastmath, rope
+from engine.models.joint import JointKeyValues
+from engine.models.llama import Llama
+from engine.models.qwen2 import Qwen2Args
 from kernels.backend import using
+from stoker.contract import GenerateRequest
+
+#: The projections that adapters change in a step that is counted.
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 #: Launch nothing: they give a view, or MLX's graph alone needs them.
 _VIEWS = {
@@ -36,6 +51,39 @@ _ELEMENTWISE = {
     "LessEqual", "Log", "LogicalAnd", "LogicalNot", "LogicalOr", "Maximum", "Minimum", "Multiply", "Negative",
     "NotEqual", "Power", "Select", "Sigmoid", "Sqrt", "Square", "Subtract",
 }  # fmt: skip
+
+
+def narrow_llama() -> Llama:
+    """Qwen2.5-0.5B's layers and heads; how wide they are changes no launch."""
+    narrow = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 96, "head_dim": 64}
+    mx.random.seed(0)
+    return Llama(Qwen2Args.from_config({**SHAPES["qwen2.5-0.5b"], **narrow}), RandomTensors(mx.bfloat16))
+
+
+def of_a_step(rows: int, adapters: int = 0) -> Counter[str]:
+    """What a greedy decode step of Qwen2.5-0.5B launches, by kind, with so many adapters on its attention."""
+    llama = narrow_llama()
+    return launches(*a_step(llama, rows, random_adapters(llama, rows, adapters, ATTENTION) if adapters else None))
+
+
+def a_step(
+    llama: Llama, rows: int, adapters: StackedLora | None = None, **sampling: Any
+) -> tuple[Callable[..., list[mx.array]], mx.array, mx.array]:
+    """A step as a function of arrays, and these."""
+    with using("metal"):
+        assert llama.kv_sizes.joint
+    kv, step, offset = JointKeyValues(llama, rows, 256), Step(llama, "all"), np.full(rows, 5, np.int32)
+    request = GenerateRequest(model="m", prompt="x", **{"temperature": 0.0, **sampling})
+    chosen = sampling_batch([Draw(request, 0.5)] * rows, llama.args.vocab)
+    positions = kv.pending(offset)
+    mx.eval(kv.stored, positions)
+
+    def run(tokens: mx.array, offset: mx.array) -> list[mx.array]:
+        given = ForwardInput(tokens, offset, 256, adapters=adapters, positions=positions)
+        made = step.whole(kv.stored, given, chosen)
+        return [*made[1], *(array for arrays in made[0] for array in arrays)]
+
+    return run, mx.zeros((rows, 1), mx.int32), mx.array(offset)
 
 
 def launches(function: Callable[..., Any], *arrays: mx.array) -> Counter[str]:
