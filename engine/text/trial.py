@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 
 import tokenizers
@@ -25,6 +26,8 @@ _PANIC = "PanicException"
 _process = LimitedProcess(
     Path(__file__).with_name("tokenizer_process.py"), "tries tokenizers", "computing", memory=MEMORY
 )
+#: Digests of files that were tried and are right: a model that comes again waits for no further trial.
+_passed: set[bytes] = set()
 
 
 def read_tokenizer(path: Path) -> tokenizers.Tokenizer:
@@ -35,18 +38,25 @@ def read_tokenizer(path: Path) -> tokenizers.Tokenizer:
             "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
         )
     content = read_bytes(path, MAX_BYTES)
-    try:
-        refused = _process.ask({"path": str(path)}, SECONDS)["refused"]
-    except LimitPassed:
-        refused = (
-            f"to try it takes more than {SECONDS:g} s or {MEMORY >> 30} GB: what it makes of a text has no end in sight"
-        )
-    if refused:
-        raise ModelError(f"{path}: {refused}")
+    digest = sha256(content).digest()
+    if digest not in _passed:
+        if refused := _refusal(path):
+            raise ModelError(f"{path}: {refused}")
+        _passed.add(digest)
     try:
         return tokenizers.Tokenizer.from_buffer(content)
     except Exception as error:  # the package raises plain Exception
         raise ModelError(f"{path}: {cut(error)}") from error
+
+
+def _refusal(path: Path) -> str:
+    """Why the file is not used, as its trial says; "" where it is right."""
+    try:
+        return _process.ask({"path": str(path)}, SECONDS)["refused"]
+    except LimitPassed:
+        return (
+            f"to try it takes more than {SECONDS:g} s or {MEMORY >> 30} GB: what it makes of a text has no end in sight"
+        )
 
 
 def end() -> None:

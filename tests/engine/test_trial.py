@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -75,6 +76,28 @@ def test_what_would_end_the_process_is_refused_by_its_file(
     assert str(path) in str(caught.value)
 
 
+def test_what_was_tried_is_not_tried_again_under_any_name_and_what_was_refused_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[str]()
+    answers = {"right.json": "", "wrong.json": "no"}
+
+    def answer(request: dict[str, str], seconds: float) -> dict[str, str]:
+        asked.append(Path(request["path"]).name)
+        return {"refused": answers[asked[-1]]}
+
+    monkeypatch.setattr(trial, "_passed", set())
+    monkeypatch.setattr(trial, "_process", SimpleNamespace(ask=answer))
+    for name, word in (("right.json", "right"), ("wrong.json", "wrong"), ("again.json", "right")):
+        tokenizers.Tokenizer(models.WordLevel({word: 0}, unk_token=word)).save(str(tmp_path / name))
+    for _ in range(2):
+        read_tokenizer(tmp_path / "right.json")
+        with pytest.raises(ModelError, match=r"wrong\.json: no"):
+            read_tokenizer(tmp_path / "wrong.json")
+    read_tokenizer(tmp_path / "again.json")
+    assert asked == ["right.json", "wrong.json", "wrong.json"]
+
+
 def test_nesting_without_end_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     deep = '{"type":"Sequence","normalizers":[' * 50_000 + '{"type":"Lowercase"}' + "]}" * 50_000
@@ -86,6 +109,7 @@ def test_nesting_without_end_is_refused(tmp_path: Path) -> None:
 def test_a_trial_without_end_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(WORDS))
+    monkeypatch.setattr(trial, "_passed", set())
     monkeypatch.setattr(trial, "SECONDS", 0.0001)
     with pytest.raises(ModelError, match=r"takes more than 0\.0001 s or 4 GB"):
         read_tokenizer(path)

@@ -1,4 +1,5 @@
-"""A worker that is killed has its prefixes on disk: the next one of the machine does not prefill them again."""
+"""A worker that is killed has its prefixes on disk: the next one of the machine does not prefill them again, and has
+ready what is pinned."""
 
 from __future__ import annotations
 
@@ -22,37 +23,31 @@ pytestmark = pytest.mark.integration
 SYSTEM = [number % 19 + 3 for number in range(150)]
 
 
-def answer(client: Client, *end: int) -> GenerateResult:
-    return client.generate(prompt_ids=[*SYSTEM, *end], model=endless.MODEL, max_tokens=4).result(60)
+#: One that several requests had, and nobody pinned.
+SHARED = [number % 17 + 4 for number in range(150)]
 
 
-def test_what_a_killed_worker_had_prefilled_the_next_one_reads(own_stack: Stack) -> None:
-    with Client(settings=own_stack.settings) as client:
-        assert [answer(client, end).usage.cached_tokens for end in (3, 4)] == [0, len(SYSTEM)]
-        wanted = answer(client, 5)
-        kept = own_stack.settings.prefixes
-        wait_until(lambda: len(list(kept.glob("*/*.safetensors"))) == 1, "the prefix is on the disk")
-        os.kill(client.workers()[0].pid, signal.SIGKILL)
-        own_stack.replace_worker()
-        own_stack.wait_until_warm()
-        found = answer(client, 5)
-        assert found.usage.cached_tokens == len(SYSTEM)
-        assert found.token_ids == wanted.token_ids
-        wait_until(lambda: disk_hits(client, own_stack.worker_name) == 1, "it is counted")
+def answer(client: Client, prompt: list[int], end: int) -> GenerateResult:
+    return client.generate(prompt_ids=[*prompt, end], model=endless.MODEL, max_tokens=4).result(60)
 
 
-def test_a_pinned_prefix_is_ready_for_the_first_job_and_after_a_kill(own_stack: Stack) -> None:
+def test_what_a_killed_worker_had_prefilled_the_next_one_has_and_what_is_pinned_is_ready(own_stack: Stack) -> None:
     with Client(settings=own_stack.settings) as client:
         client.prefixes.pin("system", SYSTEM, model=endless.MODEL)
         wait_until(lambda: ready(client), "it is prefilled")
-        wanted = answer(client, 5)
-        assert wanted.usage.cached_tokens == len(SYSTEM)
+        assert [answer(client, SHARED, end).usage.cached_tokens for end in (3, 4)] == [0, len(SHARED)]
+        wanted = [answer(client, prompt, 5) for prompt in (SYSTEM, SHARED)]
+        assert wanted[0].usage.cached_tokens == len(SYSTEM)
+        kept = own_stack.settings.prefixes
+        wait_until(lambda: len(list(kept.glob("*/*.safetensors"))) == 2, "both are on the disk")
         os.kill(client.workers()[0].pid, signal.SIGKILL)
         own_stack.replace_worker()
         own_stack.wait_until_warm()
-        found = answer(client, 5)
-        assert [found.usage.cached_tokens, found.token_ids] == [len(SYSTEM), wanted.token_ids]
-        wait_until(lambda: ready(client), "the new worker has it")
+        for prompt, before in zip((SYSTEM, SHARED), wanted, strict=True):
+            found = answer(client, prompt, 5)
+            assert [found.usage.cached_tokens, found.token_ids] == [len(prompt), before.token_ids]
+        wait_until(lambda: disk_hits(client, own_stack.worker_name) >= 1, "what the disk had is counted")
+        wait_until(lambda: ready(client), "the new worker has what is pinned")
         client.prefixes.unpin("system", endless.MODEL)
         wait_until(lambda: not list(own_stack.settings.prefixes.glob("*.pins")), "its files may go")
         with pytest.raises(InvalidRequest, match=r"prefix 'short': 3 tokens given .* at least"):
