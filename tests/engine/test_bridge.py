@@ -34,7 +34,7 @@ from tests.engine import bridged, cached, test_generate_lane
 from tests.engine.architectures import config
 from tests.engine.test_generate_lane import Driver
 from tests.models import table
-from tests.thorough import quick
+from tests.thorough import in_turn, quick
 
 #: Plain, with windows and soft caps, a mixture with sinks, latent keys, and a recurrent one.
 QUICK = ("phi3", "gemma2", "gpt_oss", "deepseek_v3", "lfm2")
@@ -94,7 +94,7 @@ def test_a_run_learns_by_true_gradients_and_goes_on_where_it_was_killed(name: st
     bridged.check_training(name)
 
 
-@pytest.mark.parametrize("name", [*QUICK, "gemma3", "qwen3_moe"])
+@pytest.mark.parametrize("name", quick("phi3", "gemma3", "lfm2", of=[*QUICK, "gemma3", "qwen3_moe"]))
 def test_a_folder_is_read_by_its_model_type(name: str, tmp_path: Path) -> None:
     network = bridged.write_folder(tmp_path / "model", name)
     model = load("model", [str(tmp_path / "model")])
@@ -106,8 +106,7 @@ def test_a_folder_is_read_by_its_model_type(name: str, tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["gemma3", "phi3", "qwen3_moe", "gpt_oss"])
-@pytest.mark.parametrize("quantize", ["keep", "none"])
+@pytest.mark.parametrize(("name", "quantize"), in_turn(["gemma3", "phi3", "qwen3_moe", "gpt_oss"], ["keep", "none"]))
 def test_a_folder_in_the_hubs_layout_is_read_with_no_further_word(name: str, quantize: str, tmp_path: Path) -> None:
     network = bridged.write_hub_folder(tmp_path / "model", name)
     model = load("model", [str(tmp_path / "model")], quantize=quantize)
@@ -117,8 +116,7 @@ def test_a_folder_in_the_hubs_layout_is_read_with_no_further_word(name: str, qua
     )
 
 
-@pytest.mark.parametrize("name", ["phi3", "gpt_oss", "deepseek_v3"])
-@pytest.mark.parametrize("quantize", ["keep", "none"])
+@pytest.mark.parametrize(("name", "quantize"), in_turn(["phi3", "gpt_oss", "deepseek_v3"], ["keep", "none"]))
 def test_a_quantized_folder_of_mlx_lm_is_held_as_it_is_or_dense(name: str, quantize: str, tmp_path: Path) -> None:
     network = bridged.write_folder(tmp_path / "model", name, bits=4)
     model = load("model", [str(tmp_path / "model")], quantize=quantize)

@@ -33,6 +33,7 @@ from tests.engine import bridged, tiny
 from tests.engine.conftest import TINY, RandomTensors
 from tests.engine.oracle import Oracle
 from tests.engine.test_generate_lane import MODES, Driver, Sent, adapters, assert_same, random_requests, request
+from tests.thorough import quick
 
 
 class Foreseen(Lookup):
@@ -149,7 +150,7 @@ def check(
     return driver
 
 
-@pytest.mark.parametrize("seed", range(9))
+@pytest.mark.parametrize("seed", quick(*range(4), of=range(9)))
 def test_with_drafts_a_request_gets_the_tokens_of_ordinary_decoding_in_any_traffic(
     ending: LoadedModel, pool: AdapterPool, seed: int
 ) -> None:

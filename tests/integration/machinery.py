@@ -112,8 +112,8 @@ def two_workers_on(broker: FragileBroker, folder: Path, model: str) -> Iterator[
         yield
 
 
-#: Tokens of a long answer: a second or two of them.
-LONG = 400
+#: Tokens of a long answer: a second of them.
+LONG = 250
 PROMPT = "Once upon a time"
 
 
