@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Literal, TypeAlias, cast
 
 from pydantic import Field, StringConstraints, ValidationError, field_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 from typing_extensions import TypedDict, Unpack
 
 from stoker.address import DEFAULT_URL, Address
@@ -129,6 +129,18 @@ class Settings(BaseSettings):
     keep_megabytes: int = Field(default=20_480, ge=1, le=1_048_576)
     #: Linux only: `off`, or the path of an OpenBLAS that MLX shall use.
     blas: str | None = None
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """No files: each further source looks through all fields, and a client is made in as long as that takes."""
+        return init_settings, env_settings
 
     @field_validator("models", "on_demand", mode="before")
     @classmethod

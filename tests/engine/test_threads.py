@@ -47,7 +47,7 @@ gc.set_threshold(20)
 ended = threading.Event()
 other = threading.Thread(target=churn)
 other.start()
-for _ in range(120):
+for _ in range(50):
     thread = OwnThread("loading")
     thread.run(lambda: mx.eval(Cycle().compiled(mx.zeros((3,)))))
     thread.end(60)

@@ -406,7 +406,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[type[LedgerMac
 
 
 CHECKS = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
-FEW = settings(max_examples=500, stateful_step_count=30, deadline=None, suppress_health_check=CHECKS)
+FEW = settings(max_examples=500, stateful_step_count=22, deadline=None, suppress_health_check=CHECKS)
 
 
 @pytest.mark.timeout(300)
@@ -417,5 +417,5 @@ def test_the_ledger_does_what_its_model_does(machine: type[LedgerMachine]) -> No
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_the_ledger_does_what_its_model_does_in_many_more_orders(machine: type[LedgerMachine]) -> None:
-    many = settings(FEW, max_examples=20_000, derandomize=False, print_blob=True)
+    many = settings(FEW, max_examples=20_000, stateful_step_count=30, derandomize=False, print_blob=True)
     run_state_machine_as_test(machine, settings=many)

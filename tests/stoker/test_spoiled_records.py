@@ -20,6 +20,7 @@ from stoker.errors import JobFailed
 from stoker.settings import Settings
 from tests.leaks import open_work
 from tests.stoker.test_ledger import QUEUE, claim, complete, record, submit, take, take_all
+from tests.thorough import in_turn
 
 #: What is no number that orders or counts, and what is one that no script gave out.
 GARBAGE = ("", "abc", "nan", "inf", "-inf", "1e400", "-1", "5.5", "{}", "0x10", "9" * 30, b"\xff\xfe")
@@ -62,8 +63,9 @@ def run_all(redis: Any) -> None:
             assert ledger.complete(redis, job_id, QUEUE, f"token-{job_id}", ledger.success(job_id, {}))
 
 
-@pytest.mark.parametrize("field", ["priority", "submitted", "turn", "message", "sent"])
-@pytest.mark.parametrize("value", [None, *GARBAGE])
+@pytest.mark.parametrize(
+    ("value", "field"), in_turn([None, *GARBAGE], ["priority", "submitted", "turn", "message", "sent"])
+)
 def test_a_record_with_a_wrong_field_ends_its_own_job_and_no_other(redis: Any, field: str, value: Any) -> None:
     for number in range(READY + 4):
         submit(redis, f"job-{number}")
