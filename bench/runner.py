@@ -206,7 +206,7 @@ def page(head: Mapping[str, Any], ran: Sequence[Ran], changes: Sequence[Change])
 def _line(entry: Mapping[str, Any]) -> str:
     met = entry.get("met")
     judged = "" if "aim" not in entry else "not judged" if met is None else "yes" if met else "**no**"
-    value = "not said" if judged == "not judged" and entry["unit"] == "times" else number(entry["p50"])
+    value = "not said" if judged == "not judged" else number(entry["p50"])
     counted = f", {entry['launches']} launches" if "launches" in entry else ""
     counted += f", device {number(entry['device_ms'])} ms" if "device_ms" in entry else ""
     spread = f"({number(entry['p20'])} to {number(entry['p80'])})"
@@ -215,8 +215,8 @@ def _line(entry: Mapping[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = asked(arguments)
-    table = ON_GPU if options.gpu else ON_CPU
-    chosen = [bench for bench in table if bench.name in options.only] if options.only else list(table)
+    table = [*ON_CPU, *ON_GPU] if options.only else ON_GPU if options.gpu else ON_CPU
+    chosen = [bench for bench in table if bench.name in options.only or not options.only]
     if options.quick and not options.only:
         chosen = [bench for bench in chosen if bench.quick]
     if options.commit:
