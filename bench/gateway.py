@@ -301,7 +301,7 @@ def main() -> int:
             # A broker for each: what one leaves is no part of the next.
             bench = Bench(Path(folder) / part.__name__)
             try:
-                record.part(part.__name__, partial(part, bench, 1 if options.quick else ROUNDS))
+                record.part(part.__name__, partial(part, bench, 2 if options.quick else ROUNDS))
             finally:
                 bench.close()
     return int(record.failed)

@@ -35,6 +35,8 @@ from stoker.settings import load_settings
 from workers.services.publishing import Publisher
 
 ROUND_TRIPS = 300
+#: Seconds that a worker may take until it is ready.
+START_LIMIT = 60.0
 KILLS = 8
 #: Jobs of two tokens that are sent at once, how often, and the steps a second of the idle engine that makes them: slots
 #: fill and come free, as with a real model that is small.
@@ -62,10 +64,13 @@ class Bench:
         command = [part.replace("workers.celery.app", "bench.idle_worker") for part in worker_command(settings, name)]
         env = {"BENCH_RATE": f"{rate:g}", "BENCH_KINDS": "generate" if one_kind else ""}
         process = self._start(name, command, settings.environment() | env)
+        until = time.monotonic() + START_LIMIT
         with Client(settings=settings) as client:
             while name not in {node_of(worker.worker) for worker in client.workers()}:
-                if process.returncode is not None:
-                    raise RuntimeError(process.output()[-2000:])
+                if process.returncode is not None or time.monotonic() > until:
+                    said = process.output()[-2000:]
+                    process.stop()
+                    raise RuntimeError(f"the idle worker did not become ready within {START_LIMIT:g} s: {said}")
                 time.sleep(0.02)
         try:
             yield process

@@ -40,9 +40,9 @@ class Bench:
 
 ON_CPU = (
     Bench("counts", "bench.counts", 120, 120),
-    Bench("generate", "bench.generate", 1500, 420),
-    Bench("train", "bench.train", 900, 240),
-    Bench("embed", "bench.embed", 900, 240),
+    Bench("generate", "bench.generate", 1500, 600),
+    Bench("train", "bench.train", 900, 420),
+    Bench("embed", "bench.embed", 900, 360),
     Bench("queue", "bench.queue", 1200, 240),
     Bench("scale-costs", "bench.scale_costs", 600, None),
     Bench("gateway", "bench.gateway", 900, 180),
