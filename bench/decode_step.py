@@ -58,9 +58,9 @@ class Cell(NamedTuple):
     others: Mapping[str, Setting]
 
 
-def _without(name: str) -> str:
-    """All kernels except one."""
-    return ",".join(other for other in NAMES if other != name)
+def _without(*names: str) -> str:
+    """All kernels except these."""
+    return ",".join(other for other in NAMES if other not in names)
 
 
 def _cell(rows: int, adapters: int = 0) -> Cell:
@@ -75,14 +75,14 @@ ALONE = {
         "all kernels", Setting(32), {f"without {name}": Setting(32, kernels=_without(name)) for name in LEFT_OUT}
     )
 }
-#: And keys and values in fewer bits, by the kernel that attends, and without it by MLX's own operations.
+#: And keys and values in fewer bits, by the kernels, and without them by MLX's own operations.
 PACKED = {
     f"{rows} row{'s' if rows > 1 else ''} of {capacity // 2:,} to {capacity:,} tokens": Cell(
         "16 bits",
         Setting(rows, capacity=capacity),
         {
             f"{bits} bits{by}": Setting(rows, kernels=kernels, bits=bits, capacity=capacity)
-            for by, kernels in (("", "auto"), (" by MLX's own", _without("attend")))
+            for by, kernels in (("", "auto"), (" by MLX's own", _without("attend", "pack_kv")))
             for bits in (8, 4)
         },
     )

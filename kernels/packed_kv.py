@@ -14,6 +14,8 @@ import mlx.core as mx
 #: By bits, numbers of a group at most. A word for so many makes 8 bits 8.5, and 4 bits 5: with groups of 64 these have
 #: two thirds more of an error in perplexity, for a tenth less (SmolLM2).
 GROUPS = {8: 64, 4: 32}
+#: Numbers of a head that a lane of a kernel has: with 4 bits they fill a word.
+LANE_NUMBERS = 8
 #: A group fills words.
 _LEAST_GROUP = 8
 

@@ -12,6 +12,7 @@ from kernels import (
     lora,
     lora_add_rms_norm,
     mean_pool,
+    pack_kv,
     sample,
 )
 from kernels.kernel import Kernel
@@ -28,6 +29,7 @@ KERNELS: dict[str, Kernel] = {
         mean_pool,
         greedy,
         lora_add_rms_norm,
+        pack_kv,
     )
 }
 NAMES = tuple(KERNELS)

@@ -4,7 +4,7 @@
 #define inline_function inline
 #endif
 
-// How a lane reads and writes what is kept of a head: with BITS 16 the numbers as they are, in T; else `attend/codes.h` has it.
+// How a lane reads and writes what is kept of a head: with BITS 16 the numbers as they are, in T; else `codes.h` has it.
 template <typename T, int BITS, int DIM, int PACK, int GROUPED>
 struct Kept;
 template <typename T, int DIM, int PACK, int GROUPED>

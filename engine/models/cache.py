@@ -12,6 +12,7 @@ import numpy as np
 from engine.models.attention import Mask
 from engine.platform.compiler import on_cpu
 from kernels import packed_kv
+from kernels.pack_kv import pack_kv
 
 #: Keys and values of every layer, each (rows, heads, capacity, width); and states, each (rows, …).
 Stored: TypeAlias = tuple[list[mx.array], list[mx.array], list[mx.array]]
@@ -302,9 +303,9 @@ class View:
         self.mask: Mask = ("causal" if exact else self.seen(window)) if mask is None else mask
 
     @property
-    def packed(self) -> bool:
-        """Whether what is stored is no numbers yet."""
-        return self._sizes is not None
+    def bits(self) -> int:
+        """Of the numbers of keys and values."""
+        return 16 if self._sizes is None else self._sizes.keys[0].bits
 
     @property
     def written(self) -> Stored:
@@ -326,7 +327,7 @@ class View:
     def update(self, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         index = layer - self._first
         if self._sizes is not None:
-            keys, values = self._sizes.keys[layer].pack(keys), self._sizes.values[layer].pack(values)
+            keys, values = pack_kv(keys, values, self._sizes.keys[layer].bits)
         self.keys[index] = self._write(self.keys[index], keys)
         self.values[index] = self._write(self.values[index], values)
         return self.read(layer)

@@ -23,7 +23,7 @@ _BODY = Body(
         *(f"{side}{part}" for part in range(3) for side in LoraSides._fields),
     ),
     ("y", "made"),
-    ("packed.h", "low_rank.h", "stored.h", "attend/codes.h"),
+    ("packed.h", "low_rank.h", "stored.h", "codes.h"),
 )
 #: Threads of a threadgroup that has one head. With few rows a GPU is idle unless heads spread over it, and eight
 #: simdgroups read a head's keys in an eighth of the turns: on an H100 a row of 4,096 takes a third of the time that it
@@ -140,7 +140,7 @@ def _turned(x: mx.array, weight: mx.array | None, given: AttendInput) -> mx.arra
 
 def pack(dtype: mx.Dtype, bits: int = 16) -> int:
     """Numbers of a head that a lane has: as many as it loads at once, or where they are packed fill a word."""
-    return 16 // int(dtype.size) if bits == 16 else 8
+    return 16 // int(dtype.size) if bits == 16 else packed_kv.LANE_NUMBERS
 
 
 def _refuse(given: AttendInput) -> str | None:

@@ -1,11 +1,11 @@
 // Attention of one new token a row over keys and values of one layer as they are stored, the new token's among them. A row
 // reads its own positions and no more, without mask and without padding.
 // One threadgroup a head of a row, for the reason in `attend`; a simdgroup has every SPLITSth batch of keys (`stored.h`).
-// q [rows, HEADS, DIM]  keys, values [slots, KV_HEADS, capacity, DIM]  offset [rows], the new token's position
+// q [rows, HEADS, DIM]  keys, values [slots, KV_HEADS, capacity, WIDTH], words with fewer BITS than 16 (`codes.h`)  offset [rows], the new token's position
 // sinks [HEADS], where SINKS
 //   →  y [rows, HEADS, DIM]
-// template T, DIM, GROUP = HEADS / KV_HEADS, KV_HEADS, SPLITS, DEPTH, PACK = 16 bytes / T, WINDOW (0: none), SCALE: its bits,
-// SINKS
+// template T, DIM, BITS, WIDTH, GROUPED, PACK as in `attend`, GROUP = HEADS / KV_HEADS, KV_HEADS, SPLITS, DEPTH, WINDOW (0: none),
+// SCALE: its bits, SINKS
 constexpr int LANES = DIM / PACK;
 constexpr int KEYS = 32 / LANES;
 threadgroup float part[SPLITS][DIM];
@@ -29,8 +29,8 @@ top_sum[1] = 0.0f;
 const uint capacity = uint(keys_shape[2]);
 const uint end = metal::min(uint(offset[row]) + 1u, capacity);
 const uint begin = WINDOW > 0 && end > uint(WINDOW) ? end - uint(WINDOW) : 0u;
-const size_t start = (size_t(row) * KV_HEADS + head / uint(GROUP)) * capacity * DIM;
+const size_t start = (size_t(row) * KV_HEADS + head / uint(GROUP)) * capacity * WIDTH;
 for (uint batch = begin + simdgroup * KEYS * DEPTH; batch < end; batch += SPLITS * KEYS * DEPTH)
-  attend_to_stored<Kept<T, 16, DIM, PACK, DIM>, LANES, PACK, DIM, DEPTH>(query, keys + start, values + start, batch, end, top_sum, sum_v, lane);
+  attend_to_stored<Kept<T, BITS, DIM, PACK, GROUPED>, LANES, PACK, WIDTH, DEPTH>(query, keys + start, values + start, batch, end, top_sum, sum_v, lane);
 write_attended<T, DIM, PACK, 1, SPLITS>(
     top_sum, sum_v, SINKS ? float(sinks[head]) : -3e38f, part, part_top, part_sum, y + at, simdgroup, lane);

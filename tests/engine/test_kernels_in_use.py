@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,22 @@ def test_a_model_file_of_mlx_lm_attends_through_the_kernel_by_its_windows_and_si
     np.testing.assert_allclose(got[1:], wanted[1:], rtol=2e-4, atol=2e-5)
     for one, other in zip(kept, plain, strict=True):
         np.testing.assert_allclose(np.array(one), np.array(other), atol=2e-5)
+
+
+@pytest.mark.parametrize(("name", "bits"), [("gemma3", 8), ("gpt_oss", 4)])
+def test_a_model_file_of_mlx_lm_packs_and_reads_by_kernels(name: str, bits: int) -> None:
+    """Windows and sinks too. A layer packs its new token in one launch, and attends in one."""
+    model = bridged.bridged(name).decoder
+    model.kv_bits = bits
+    wanted, plain = _decoded(model, steps=3)
+    with backend.using("emulator"), observing() as launches:
+        got, kept = _decoded(model, steps=3)
+    made = [launch.name for launch in launches if re.match(r"custom_kernel_(pack_kv|attend_stored)_", launch.name)]
+    assert len(made) == 2 * 3 * len(model.kv_sizes.keys)
+    assert got[0] == wanted[0]
+    np.testing.assert_allclose(got[1:], wanted[1:], rtol=2e-4, atol=2e-5)
+    for one, other in zip(kept, plain, strict=True):
+        assert mx.array_equal(one, other)
 
 
 def test_adapters_of_all_kinds_decode_in_one_batch_through_the_kernel(tiny_llama: Llama, tmp_path: Path) -> None:

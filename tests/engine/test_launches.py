@@ -11,8 +11,12 @@ import pytest
 from bench.decode_step import random_adapters
 from bench.launches import ATTENTION, a_step, launches, narrow_llama, operations, walked
 from engine.adapters.stacked import StackedLora
+from engine.generation.forward_input import ForwardInput
+from engine.generation.sampling_batch import SamplingBatch
+from engine.generation.step import Step
 from engine.models.cache import KeyValues, View
 from engine.models.llama import Llama
+from tests.engine import bridged
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +61,24 @@ def test_keys_and_values_in_fewer_bits_add_none(llama: Llama, monkeypatch: pytes
     plain = [counted(llama, 1), counted(llama, 32, adapters)]
     monkeypatch.setattr(llama, "kv_bits", bits)
     assert [counted(llama, 1), counted(llama, 32, adapters)] == plain
+
+
+@pytest.mark.parametrize("rows", [1, 32])
+def test_in_models_of_mlx_lms_files_they_add_a_launch_a_layer(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """A kernel packs, and the one that attends unpacks."""
+    decoder = bridged.bridged("phi3").decoder
+    kv_length, found = 64, {}
+    for bits in (16, 8):
+        monkeypatch.setattr(decoder, "kv_bits", bits)
+        kv, step = KeyValues(decoder, rows, kv_length), Step(decoder, "all")
+
+        def run(tokens: mx.array, offset: mx.array, kv: KeyValues = kv, step: Step = step) -> list[mx.array]:
+            stored, chosen = step.whole(kv.stored, ForwardInput(tokens, offset, kv_length), SamplingBatch())
+            return [*chosen, *(array for arrays in stored for array in arrays)]
+
+        found[bits] = launches(run, mx.zeros((rows, 1), mx.int32), mx.full((rows,), 5, mx.int32))
+    assert found[8]["pack_kv"] == found[8]["attend_stored"] == found[16]["attend_stored"] == len(decoder.kv_sizes.keys)
+    assert found[8].total() <= 1.15 * found[16].total(), found
 
 
 @pytest.mark.parametrize(("rows", "slices", "scatters"), [(1, 2, 0), (2, 0, 2)])

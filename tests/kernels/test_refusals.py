@@ -100,6 +100,16 @@ REFUSED: dict[str, tuple[str, Callable[[], tuple[Any, ...]], str]] = {
         lambda: changed("attend_stored", StoredAttention, offset=lambda o: o[:-1]),
         "int32",
     ),
+    "stored words of more bits": (
+        "attend_stored",
+        lambda: changed("attend_stored", StoredAttention, bits=lambda _: 8),
+        "shapes",
+    ),
+    "stored numbers in the place of words": ("attend_stored", lambda: at("attend_stored", 2, floats, -1), "dtypes dif"),
+    "heads that fill no words": ("pack_kv", lambda: (mx.zeros((1, 1, 1, 12)),) * 2 + (8,), "heads of 12"),
+    "values of another length": ("pack_kv", lambda: at("pack_kv", 1, lambda v: v[:, :, :0]), "shapes"),
+    "no new tokens": ("pack_kv", lambda: (mx.zeros((1, 1, 0, 64)),) * 2 + (8,), "shapes"),
+    "keys of integers": ("pack_kv", lambda: (mx.zeros((1, 1, 1, 64), mx.int32),) * 2 + (8,), "dtype"),
     "logits of integers": ("greedy", lambda: at("greedy", 0, integers), "dtype"),
     "a row of no logits": ("greedy", lambda: at("greedy", 0, lambda x: x[:, :0]), "shape"),
     "two tokens to adapt": (

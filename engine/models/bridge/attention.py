@@ -11,13 +11,14 @@ from kernels.attend_stored import StoredAttention, attend_stored, fits
 
 
 class StoredKv(NamedTuple):
-    """All that a layer keeps, (slots, heads, capacity, size) each, of which row i sees the positions up to `offset[i]`,
-    with `window` the last of them."""
+    """All that a layer keeps, (slots, heads, capacity, width) each, numbers in `bits`. Row i sees the positions up to
+    `offset[i]`, with `window` the last of them."""
 
     keys: mx.array
     values: mx.array
     offset: mx.array
     window: int | None
+    bits: int
 
 
 @runtime_checkable
@@ -56,5 +57,6 @@ def _stored(
     stored = cache.stored(keys, values, mask) if isinstance(cache, StoredPart) else None
     if stored is None:
         return None
-    given = StoredAttention(queries, stored.keys, stored.values, stored.offset, scale, stored.window, sinks)
+    keys, values, offset, window, bits = stored
+    given = StoredAttention(queries, keys, values, offset, scale, window, sinks, bits)
     return given if fits(given) else None

@@ -183,13 +183,11 @@ class Stepping:
         return self._masks[window]
 
     def stored(self, layer: int, mask: Mask) -> StoredKv | None:
-        """None for a mask that this has not made, and for what is packed."""
+        """None for a mask that this has not made."""
         view = self._view
-        if view.packed:
-            return None
         for window, made in self._masks.items():
             if mask is made:
-                return StoredKv(view.keys[layer], view.values[layer], view.offset, window)
+                return StoredKv(view.keys[layer], view.values[layer], view.offset, window, view.bits)
         return None
 
 
