@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -127,6 +128,8 @@ def test_bert_loads_with_its_prefix_too(minilm: LoadedModel, tmp_path: Path) -> 
 def test_real_models_say_what_they_are(minilm: LoadedModel, smollm2: LoadedModel) -> None:
     assert (minilm.kind, minilm.context, len(minilm.linear_shapes)) == ("embed", 256, 0)
     assert (smollm2.kind, smollm2.context, smollm2.parameters) == ("generate", 8192, 134_515_008)
+    assert [model.card((model.kind,)).chat for model in (smollm2, minilm)] == [True, False]
+    assert not replace(smollm2, tokenizer=minilm.tokenizer).card(("generate",)).chat, "it has no template"
 
 
 @pytest.mark.parametrize("place", [0, (1 << 20) - 1, 2 << 20, (3 << 20) - 1])
