@@ -110,8 +110,9 @@ class Worker:
         self.context.lanes.configure({"generate": 8}, {"generate": [QUEUE]})
         ledger.submit(self.redis, "job", job_record(generate_request("m", "x", 0, {}), "job"))
 
-    def report(self, *_: Any, **__: Any) -> None:
-        """The broker is away at every report."""
+    def report(self, event: str, *, retry: bool, **_: Any) -> None:
+        """The broker is away at every report. One that is sent again and again would hold up its job."""
+        assert not retry, event
         raise OperationalError("Connection refused")
 
     def deliver(self, ends: Callable[[], Any], job_id: str = "job", handler: Handler | None = None) -> Any:
