@@ -23,11 +23,36 @@ MEMORY = 4 << 30
 MAX_BYTES = 256 << 20
 #: What the package raises where its Rust code gives up; it is no `Exception`, and has no name that could be imported.
 _PANIC = "PanicException"
-_process = LimitedProcess(
-    Path(__file__).with_name("tokenizer_process.py"), "tries tokenizers", "computing", memory=MEMORY
+
+
+class Trials:
+    """`process` tries files, each content once: a model that comes again waits for no further trial."""
+
+    def __init__(self, process: LimitedProcess) -> None:
+        self.process = process
+        #: Digests of files that are right.
+        self._passed: set[bytes] = set()
+
+    def refusal(self, path: Path, content: bytes) -> str:
+        """Why the file, which has this content, is not used; "" where it is right."""
+        digest = sha256(content).digest()
+        if digest in self._passed:
+            return ""
+        try:
+            refused = self.process.ask({"path": str(path)}, SECONDS)["refused"]
+        except LimitPassed:
+            return (
+                f"to try it takes more than {SECONDS:g} s or {MEMORY >> 30} GB: "
+                "what it makes of a text has no end in sight"
+            )
+        if not refused:
+            self._passed.add(digest)
+        return refused
+
+
+_trials = Trials(
+    LimitedProcess(Path(__file__).with_name("tokenizer_process.py"), "tries tokenizers", "computing", memory=MEMORY)
 )
-#: Digests of files that were tried and are right: a model that comes again waits for no further trial.
-_passed: set[bytes] = set()
 
 
 def read_tokenizer(path: Path) -> tokenizers.Tokenizer:
@@ -38,30 +63,17 @@ def read_tokenizer(path: Path) -> tokenizers.Tokenizer:
             "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
         )
     content = read_bytes(path, MAX_BYTES)
-    digest = sha256(content).digest()
-    if digest not in _passed:
-        if refused := _refusal(path):
-            raise ModelError(f"{path}: {refused}")
-        _passed.add(digest)
+    if refused := _trials.refusal(path, content):
+        raise ModelError(f"{path}: {refused}")
     try:
         return tokenizers.Tokenizer.from_buffer(content)
     except Exception as error:  # the package raises plain Exception
         raise ModelError(f"{path}: {cut(error)}") from error
 
 
-def _refusal(path: Path) -> str:
-    """Why the file is not used, as its trial says; "" where it is right."""
-    try:
-        return _process.ask({"path": str(path)}, SECONDS)["refused"]
-    except LimitPassed:
-        return (
-            f"to try it takes more than {SECONDS:g} s or {MEMORY >> 30} GB: what it makes of a text has no end in sight"
-        )
-
-
 def end() -> None:
     """Give the process's memory back; another call starts one again."""
-    _process.end()
+    _trials.process.end()
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from tokenizers import models, pre_tokenizers
 
 from engine.text import trial
 from engine.text.tokenizer import Tokenizer
-from engine.text.trial import read_tokenizer
+from engine.text.trial import Trials, read_tokenizer
 from stoker.errors import InvalidRequest, ModelError
 
 WORDS = json.loads((Path(__file__).parents[1] / "goldens" / "text" / "folders.json").read_text())["bases"]["words"]
@@ -76,25 +76,19 @@ def test_what_would_end_the_process_is_refused_by_its_file(
     assert str(path) in str(caught.value)
 
 
-def test_what_was_tried_is_not_tried_again_under_any_name_and_what_was_refused_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = list[str]()
-    answers = {"right.json": "", "wrong.json": "no"}
+def test_what_was_tried_is_not_tried_again_under_any_name_and_what_was_refused_is() -> None:
+    asked, answers = list[str](), {"right.json": "", "wrong.json": "no"}
 
     def answer(request: dict[str, str], seconds: float) -> dict[str, str]:
-        asked.append(Path(request["path"]).name)
-        return {"refused": answers[asked[-1]]}
+        asked.append(request["path"])
+        return {"refused": answers[request["path"]]}
 
-    monkeypatch.setattr(trial, "_passed", set())
-    monkeypatch.setattr(trial, "_process", SimpleNamespace(ask=answer))
-    for name, word in (("right.json", "right"), ("wrong.json", "wrong"), ("again.json", "right")):
-        tokenizers.Tokenizer(models.WordLevel({word: 0}, unk_token=word)).save(str(tmp_path / name))
+    process: Any = SimpleNamespace(ask=answer)
+    trials = Trials(process)
     for _ in range(2):
-        read_tokenizer(tmp_path / "right.json")
-        with pytest.raises(ModelError, match=r"wrong\.json: no"):
-            read_tokenizer(tmp_path / "wrong.json")
-    read_tokenizer(tmp_path / "again.json")
+        assert trials.refusal(Path("right.json"), b"right") == ""
+        assert trials.refusal(Path("wrong.json"), b"wrong") == "no"
+    assert trials.refusal(Path("again.json"), b"right") == ""
     assert asked == ["right.json", "wrong.json", "wrong.json"]
 
 
@@ -108,8 +102,8 @@ def test_nesting_without_end_is_refused(tmp_path: Path) -> None:
 
 def test_a_trial_without_end_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "tokenizer.json"
-    path.write_text(json.dumps(WORDS))
-    monkeypatch.setattr(trial, "_passed", set())
+    # A content of its own, which no other test has had tried.
+    path.write_text(json.dumps(WORDS, indent=3))
     monkeypatch.setattr(trial, "SECONDS", 0.0001)
     with pytest.raises(ModelError, match=r"takes more than 0\.0001 s or 4 GB"):
         read_tokenizer(path)
