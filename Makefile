@@ -7,8 +7,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST_ARGS ?=
-# Processes that share the tests: more gain nothing on two cores, which are full.
-JOBS ?= 2
+# Processes that share the tests. On two cores a third one works while the others wait for leases, brokers and workers.
+JOBS ?= 3
 MINUTES ?= 30
 # Where this is set, each process that a test starts compiles every module anew, and each one that tests rewrites them.
 export PYTHONDONTWRITEBYTECODE :=

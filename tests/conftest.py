@@ -80,10 +80,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> processes.By
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_collection() -> Iterator[None]:
+def pytest_collection(session: pytest.Session) -> Iterator[None]:
     """Modules and items stay until the end. To look through them again would cost a third of a second at each end of an
     engine's thread, and each time that a test may have left something."""
     gc.disable()
+    processes.import_in_turn(session.config)
     try:
         return (yield)
     finally:

@@ -69,7 +69,7 @@ def test_gradients_of_a_form_for_gpus_are_those_of_the_formulas(monkeypatch: pyt
         ),
     ):
         got, wanted = (
-            mx.compile(mx.value_and_grad(lambda x, up, run=run: mx.sum(run(x, up) * cotangent), argnums=(0, 1)))(x, up)
+            mx.value_and_grad(lambda x, up, run=run: mx.sum(run(x, up) * cotangent), argnums=(0, 1))(x, up)
             for run in (own, formula)
         )
         assert abs(got[0].item() - wanted[0].item()) < 1e-4

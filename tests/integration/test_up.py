@@ -178,6 +178,7 @@ def test_nothing_is_left_when_it_is_killed(up: Up) -> None:
     wait_until(lambda: not any(map(alive, pids)), "no process is left", 30)
 
 
+@pytest.mark.slow
 def test_a_damaged_model_file_is_one_line_and_its_own_exit_code(tmp_path: Path) -> None:
     damaged = tmp_path / "damaged.gguf"
     damaged.write_bytes(b"GGUF" + bytes(40))

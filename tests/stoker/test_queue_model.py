@@ -300,7 +300,7 @@ class LedgerMachine(RuleBasedStateMachine):
             assert (letter["client"], [crash["worker"] for crash in letter["history"]]) == (client, list(history))
         last, interval = self.redis.hmget(keys.pace(model.name), "last", "interval")
         pace = (float(last), float(interval)) if last else None
-        assert pace == (model.pace and pytest.approx(model.pace))
+        assert pace == (model.pace and pytest.approx(model.pace, abs=1e-6))
 
     def compare_scores(self) -> None:
         """The sets of jobs: dispatched, open, of each client, and of each backlog."""
