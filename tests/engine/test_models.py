@@ -105,6 +105,20 @@ def test_attention_is_that_of_mlx(close: Close, length: int, past: int) -> None:
         assert close(attention(queries, keys, values, scale=0.3, mask=mask), wanted) < 5e-6
 
 
+@pytest.mark.parametrize(("length", "past"), [(1, 20), (7, 3), (150, 0), (150, 41)])
+@pytest.mark.parametrize("window", [1, 5, 70])
+def test_a_window_is_the_mask_that_says_it(close: Close, window: int, length: int, past: int) -> None:
+    """In each block of queries, whose first key is the first that its first query sees."""
+    queries, keys, values = (
+        mx.random.normal((1, 2, tokens, 8), key=mx.random.key(seed))
+        for seed, tokens in ((1, length), (2, past + length), (3, past + length))
+    )
+    back = (past + mx.arange(length)[:, None]) - mx.arange(past + length)
+    seen = ((back >= 0) & (back < window))[None, None]
+    wanted = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=0.3, mask=seen)
+    assert close(attention(queries, keys, values, scale=0.3, mask="causal", window=window), wanted) < 5e-6
+
+
 def test_a_query_that_sees_nothing_gives_no_nan() -> None:
     x = mx.random.normal((1, 2, 3, 4))
     assert mx.isfinite(attention(x, x, x, scale=1.0, mask=mx.zeros((1, 1, 1, 3), mx.bool_))).all()
