@@ -136,8 +136,8 @@ def training(engine: Engine, streams: Streams) -> dict[str, Any]:
 
         def stop_others(job: str, report: TrainReport) -> None:
             tokens_before.append(len(streams.found["next to it"]))
-            # A step of `left` is under way by then.
-            if job != "left" and 1 in streams.reports["left"]:
+            # A step of `left` is under way by then; where no other run had a turn meanwhile, one is behind it.
+            if 1 in streams.reports["left"] and (job != "left" or len(streams.reports["left"]) > 1):
                 submitted["left"].cancel(WorkerUnavailable("the worker drains."))
                 submitted["gone"].cancel()
 
