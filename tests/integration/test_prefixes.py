@@ -43,11 +43,11 @@ def test_what_a_killed_worker_had_prefilled_the_next_one_has_and_what_is_pinned_
         os.kill(client.workers()[0].pid, signal.SIGKILL)
         own_stack.replace_worker()
         own_stack.wait_until_warm()
+        wait_until(lambda: ready(client), "the new worker has what is pinned")
         for prompt, before in zip((SYSTEM, SHARED), wanted, strict=True):
             found = answer(client, prompt, 5)
             assert [found.usage.cached_tokens, found.token_ids] == [len(prompt), before.token_ids]
         wait_until(lambda: disk_hits(client, own_stack.worker_name) >= 1, "what the disk had is counted")
-        wait_until(lambda: ready(client), "the new worker has what is pinned")
         client.prefixes.unpin("system", endless.MODEL)
         wait_until(lambda: not list(own_stack.settings.prefixes.glob("*.pins")), "its files may go")
         with pytest.raises(InvalidRequest, match=r"prefix 'short': 3 tokens given .* at least"):
