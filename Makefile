@@ -121,6 +121,10 @@ GPU ?=
 bench-all: $(STAMP) $(if $(GPU),,$(PEERS_VENV)/.installed) ## every benchmark on a quiet machine, rows in build/bench; QUICK=1: ten minutes, GPU=1: on an NVIDIA GPU, ONLY="generate train": some
 	$(BIN)/python -m bench $(if $(QUICK),--quick) $(if $(GPU),--gpu) $(if $(ONLY),--only $(ONLY))
 
+# One of them by its name: bench-fleet, bench-generate, bench-kernels.
+bench-%:
+	$(MAKE) bench-all ONLY=$*
+
 bench-scale: $(STAMP) ## what one broker bears, and a simulated fleet of 1,000 workers and 100,000 streams, from the committed rows
 	$(BIN)/python -m bench.scale
 

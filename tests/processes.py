@@ -15,10 +15,10 @@ from xdist.scheduler import LoadFileScheduling
 #: for the other, all are short.
 FIRST = ("engine", "integration", "chaos", "fuzz", "docs", "kernels")
 
-#: Files that use a shared stack go to one process, stack by stack: in two it would be started twice, and a worker that
-#: waits takes a fiftieth of a core until the end of the run.
+#: Files that use a shared stack, by the fixtures of these stacks, go to one process: in two it would be started twice,
+#: and a worker that waits takes a fiftieth of a core until the end of the run.
 TOGETHER = {
-    "the quick stack": (
+    ("quick_stack",): (
         "tests/integration/test_adapters.py",
         "tests/integration/test_bad_input.py",
         "tests/integration/test_logs.py",
@@ -29,7 +29,7 @@ TOGETHER = {
         "tests/integration/test_traces.py",
         "tests/integration/test_training.py",
     ),
-    "the real and the renamed stack": (
+    ("real_stack", "renamed_stack"): (
         "tests/docs/test_examples.py",
         "tests/gateway/test_fine_tuning.py",
         "tests/gateway/test_real.py",
@@ -39,13 +39,9 @@ TOGETHER = {
         "tests/integration/test_main_job.py",
     ),
 }
-#: What each of these stacks is called as a fixture.
-STACKS = {
-    "quick_stack": "the quick stack",
-    "real_stack": "the real and the renamed stack",
-    "renamed_stack": "the real and the renamed stack",
-}
-_UNIT_OF = {file: unit for unit, files in TOGETHER.items() for file in files}
+#: The unit of each of these stacks.
+STACKS = {stack: " and ".join(stacks) for stacks in TOGETHER for stack in stacks}
+_UNIT_OF = {file: STACKS[stacks[0]] for stacks, files in TOGETHER.items() for file in files}
 
 
 def unit_of(file: str) -> str:
@@ -55,9 +51,9 @@ def unit_of(file: str) -> str:
 
 def place(item: pytest.Item) -> tuple[int, str]:
     """Where a test comes: room by room; what uses a shared stack behind what starts stacks of its own."""
-    unit = unit_of(item.nodeid.partition("::")[0])
-    room = "integration" if unit in TOGETHER else item.path.parent.name
-    return (*FIRST, room).index(room), unit if unit in TOGETHER else ""
+    unit = _UNIT_OF.get(item.nodeid.partition("::")[0], "")
+    room = "integration" if unit else item.path.parent.name
+    return (*FIRST, room).index(room), unit
 
 
 class ByUnit(LoadFileScheduling):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -27,6 +27,7 @@ from engine.platform.probe import choose_kernels, describe_kernels
 from kernels import backend
 from kernels.emulator import build
 from kernels.emulator.observe import observing
+from kernels.emulator.trace import Launch
 from kernels.registry import KERNELS
 from stoker.contract import GenerateRequest
 from stoker.errors import ConfigError
@@ -39,7 +40,7 @@ TOKENS, LENGTHS = [[5], [9], [11]], [4, 1, 7]
 pytestmark = pytest.mark.skipif(not build.available(), reason="the emulator needs g++")
 
 
-def _ran(launches: list[Any]) -> set[str]:
+def _ran(launches: list[Launch]) -> set[str]:
     """The kernels that ran."""
     return {name for name in KERNELS for launch in launches if launch.name.startswith(f"custom_kernel_{name}_")}
 
@@ -81,15 +82,29 @@ def _sides(kv: KeyValues | JointKeyValues) -> list[mx.array]:
     return [side for array in kv.arrays for side in mx.split(array, array.shape[1] // kv.heads, axis=1)]
 
 
+class Steps(NamedTuple):
+    """Of a decoder with the kernels in the emulator and without: what was launched, and keys and values of both."""
+
+    launches: list[Launch]
+    kept: list[mx.array]
+    plain: list[mx.array]
+
+
+def same_steps(model: Decoder, pool: AdapterPool | None = None, steps: int = 3) -> Steps:
+    """Steps with kernels, which choose what those without choose."""
+    wanted, plain = _decoded(model, pool, steps)
+    with backend.using("emulator"), observing() as launches:
+        got, kept = _decoded(model, pool, steps)
+    assert got[0] == wanted[0]
+    np.testing.assert_allclose(got[1:], wanted[1:], rtol=2e-4, atol=2e-5)
+    return Steps(launches, kept, plain)
+
+
 @pytest.mark.parametrize("name", ["qwen2-tied", "qwen3", "mistral"])
 def test_a_decode_step_with_kernels_is_that_without(name: str) -> None:
     llama = load(name, [str(GOLDENS / "architectures" / name)]).llama
-    wanted, plain = _decoded(llama, steps=3)
-    with backend.using("emulator"), observing() as launches:
-        got, kept = _decoded(llama, steps=3)
+    launches, kept, plain = same_steps(llama)
     assert _ran(launches) == {"attend", "add_rms_norm", "sample"}
-    assert got[0] == wanted[0]
-    np.testing.assert_allclose(got[1:], wanted[1:], rtol=2e-4, atol=2e-5)
     for one, other in zip(kept, plain, strict=True):
         np.testing.assert_allclose(np.array(one), np.array(other), atol=2e-5)
 
@@ -98,12 +113,8 @@ def test_a_decode_step_with_kernels_is_that_without(name: str) -> None:
 def test_a_decode_step_over_packed_keys_and_values_is_that_without_kernels(name: str, bits: int) -> None:
     """What the kernel keeps of a token are the same words, so the steps behind it see the same."""
     llama = load(name, [str(GOLDENS / "architectures" / name)], kv_bits=bits).llama
-    wanted, plain = _decoded(llama, steps=3)
-    with backend.using("emulator"), observing() as launches:
-        got, kept = _decoded(llama, steps=3)
+    launches, kept, plain = same_steps(llama)
     assert _ran(launches) == {"attend", "add_rms_norm", "sample"}
-    assert got[0] == wanted[0]
-    np.testing.assert_allclose(got[1:], wanted[1:], rtol=2e-4, atol=2e-5)
     for one, other in zip(kept, plain, strict=True):
         assert one.dtype == mx.uint32
         assert mx.array_equal(one, other)
@@ -112,13 +123,9 @@ def test_a_decode_step_over_packed_keys_and_values_is_that_without_kernels(name:
 @pytest.mark.parametrize("name", ["phi3", "gemma3", "gpt_oss"])
 def test_a_model_file_of_mlx_lm_attends_through_the_kernel_by_its_windows_and_sinks(name: str) -> None:
     model = bridged.bridged(name).decoder
-    wanted, plain = _decoded(model, steps=3)
-    with backend.using("emulator"), observing() as launches:
-        got, kept = _decoded(model, steps=3)
+    launches, kept, plain = same_steps(model)
     attended = [launch for launch in launches if launch.name.startswith("custom_kernel_attend_stored_")]
     assert len(attended) == 3 * len(model.kv_sizes.keys)
-    assert got[0] == wanted[0]
-    np.testing.assert_allclose(got[1:], wanted[1:], rtol=2e-4, atol=2e-5)
     for one, other in zip(kept, plain, strict=True):
         np.testing.assert_allclose(np.array(one), np.array(other), atol=2e-5)
 
@@ -128,13 +135,9 @@ def test_a_model_file_of_mlx_lm_packs_and_reads_by_kernels(name: str, bits: int)
     """Windows and sinks too. A layer packs its new token in one launch, and attends in one."""
     model = bridged.bridged(name).decoder
     model.kv_bits = bits
-    wanted, plain = _decoded(model, steps=3)
-    with backend.using("emulator"), observing() as launches:
-        got, kept = _decoded(model, steps=3)
+    launches, kept, plain = same_steps(model)
     made = [launch.name for launch in launches if re.match(r"custom_kernel_(pack_kv|attend_stored)_", launch.name)]
     assert len(made) == 2 * 3 * len(model.kv_sizes.keys)
-    assert got[0] == wanted[0]
-    np.testing.assert_allclose(got[1:], wanted[1:], rtol=2e-4, atol=2e-5)
     for one, other in zip(kept, plain, strict=True):
         assert mx.array_equal(one, other)
 
@@ -144,12 +147,7 @@ def test_adapters_of_all_kinds_decode_in_one_batch_through_the_kernel(tiny_llama
     pool = AdapterPool(model, AdapterStore(tmp_path))
     pool.save("plain", tiny.adapter(model, 3, 1), {})
     pool.save("dora", tiny.adapter(model, 8, 2, dora=True), {})
-    wanted, _ = _decoded(tiny_llama, pool)
-    with backend.using("emulator"), observing() as launches:
-        got, _ = _decoded(tiny_llama, pool)
-    assert "lora" in _ran(launches)
-    assert got[0] == wanted[0]
-    np.testing.assert_allclose(got[1:], wanted[1:], rtol=2e-4, atol=2e-5)
+    assert "lora" in _ran(same_steps(tiny_llama, pool, steps=1).launches)
 
 
 SAMPLERS: list[dict[str, Any]] = [
