@@ -33,21 +33,22 @@ def answer(client: Client, prompt: list[int], end: int) -> GenerateResult:
 
 def test_what_a_killed_worker_had_prefilled_the_next_one_has_and_what_is_pinned_is_ready(own_stack: Stack) -> None:
     with Client(settings=own_stack.settings) as client:
+        kept = own_stack.settings.prefixes
+        assert [answer(client, SHARED, end).usage.cached_tokens for end in (3, 4)] == [0, len(SHARED)]
+        wait_until(lambda: len(list(kept.glob("*/*.safetensors"))) == 1, "what was shared is on the disk")
         client.prefixes.pin("system", SYSTEM, model=endless.MODEL)
         wait_until(lambda: ready(client), "it is prefilled")
-        assert [answer(client, SHARED, end).usage.cached_tokens for end in (3, 4)] == [0, len(SHARED)]
         wanted = [answer(client, prompt, 5) for prompt in (SYSTEM, SHARED)]
         assert wanted[0].usage.cached_tokens == len(SYSTEM)
-        kept = own_stack.settings.prefixes
         wait_until(lambda: len(list(kept.glob("*/*.safetensors"))) == 2, "both are on the disk")
         os.kill(client.workers()[0].pid, signal.SIGKILL)
         own_stack.replace_worker()
         own_stack.wait_until_warm()
-        wait_until(lambda: ready(client), "the new worker has what is pinned")
         for prompt, before in zip((SYSTEM, SHARED), wanted, strict=True):
             found = answer(client, prompt, 5)
             assert [found.usage.cached_tokens, found.token_ids] == [len(prompt), before.token_ids]
         wait_until(lambda: disk_hits(client, own_stack.worker_name) >= 1, "what the disk had is counted")
+        wait_until(lambda: ready(client), "the new worker has what is pinned")
         client.prefixes.unpin("system", endless.MODEL)
         wait_until(lambda: not list(own_stack.settings.prefixes.glob("*.pins")), "its files may go")
         with pytest.raises(InvalidRequest, match=r"prefix 'short': 3 tokens given .* at least"):
