@@ -23,7 +23,10 @@ LIMIT = 180
 PROFILE = "first-failure"
 #: Seconds for one test: where a mistake makes it wait for ever, nothing more is learned afterwards.
 PATIENCE = 45
-OPTIONS = ("-x", "-q", "-p", "no:cacheprovider", "-o", f"timeout={PATIENCE}", f"--hypothesis-profile={PROFILE}")
+#: That a test failed is enough: asserts stay plain, and the source of a traceback is not read. Both took longer than
+#: most tests.
+TERSE = ("-x", "-q", "--assert=plain", "--tb=line", f"--hypothesis-profile={PROFILE}")
+OPTIONS = (*TERSE, "-p", "no:cacheprovider", "-o", f"timeout={PATIENCE}")
 #: pytest's exit codes.
 PASSED, FAILED, UNKNOWN = 0, 1, 4
 NOTICED = "noticed"

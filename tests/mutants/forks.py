@@ -6,6 +6,7 @@ that it sees what is planted. `python -P forks.py` reads runs from its input, a 
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -26,7 +27,12 @@ LIBRARIES = (
     "celery", "celery.app", "kombu.transport.redis", "jinja2", "jinja2.sandbox", "rich.console", "typer",
     # Four seconds of each run of a gateway's test.
     "anthropic", "openai", "httpx2", "prometheus_client", "starlette.applications", "uvicorn",
+    "fakeredis", "flower.app", "gguf", "opentelemetry.sdk.trace", "safetensors", "tokenizers", "xdist.scheduler",
+    # No device is opened before something is computed; half a second of each run of an engine's test.
+    "mlx.core", "mlx.nn", "mlx.optimizers", "mlx.utils",
 )  # fmt: skip
+#: The checkout's packages that `tests` imports.
+OWN = ("tests", "engine", "stoker")
 #: Seconds for which a test waits for what a mistake may keep from coming.
 PATIENCE = "10"
 #: Of what pytest printed, the last characters.
@@ -59,8 +65,7 @@ class Forks:
 
 
 def serve() -> None:
-    for name in LIBRARIES:
-        import_module(name)
+    _load()
     # What a run prints must not reach the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -71,6 +76,20 @@ def serve() -> None:
             output.seek(max(0, size - TAIL))
             answers.write(json.dumps([code, output.read().decode(errors="replace")]) + "\n")
             answers.flush()
+
+
+def _load() -> None:
+    """The libraries; before them `tests`, which loads a fast BLAS: MLX binds to what is there. The checkout's modules
+    that this takes are forgotten again."""
+    before = set(sys.modules)
+    import_module("tests")
+    for name in set(sys.modules) - before:
+        if name.partition(".")[0] in OWN:
+            del sys.modules[name]
+    for name in LIBRARIES:
+        import_module(name)
+    # Pages that nobody touches stay those of all forks.
+    gc.freeze()
 
 
 def _forked(output: int, arguments: list[str], limit: int) -> int:

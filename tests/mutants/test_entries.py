@@ -51,9 +51,11 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Copy]:
     source.mkdir()
     profile = f"import hypothesis\n\nhypothesis.settings.register_profile({PROFILE!r})\n"
     (source / "conftest.py").write_text(profile)
+    (source / "tests").mkdir()
+    (source / "tests/__init__.py").write_text("")
     (source / "it.py").write_text("two = 2\n")
     (source / "test_it.py").write_text("from it import two\n\n\ndef test_it():\n    assert two > 1\n")
-    with closing(Copy(source, ["conftest.py", "it.py", "test_it.py"], folder / "copy")) as made:
+    with closing(Copy(source, ["tests/__init__.py", "conftest.py", "it.py", "test_it.py"], folder / "copy")) as made:
         yield made
 
 
