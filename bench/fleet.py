@@ -2,8 +2,9 @@
 bench.fleet --gpu` on a machine with two GPUs. `--tiny` tries the whole with a small model.
 
 Training: both sides make the same steps, of as many micro-batches as there are ranks. Generation: one stream of a model
-that the ranks share, by a worker's engine. One rank is the path without a group. What a group costs where it has one
-rank (`--group` on a single host) is measured with a small model, whose steps hide least of it, in seconds of the CPU.
+that the ranks share, by heads and by layers, by a worker's engine; and a run that trains on a model that they share.
+One rank is the path without a group. What a group costs where it has one rank (`--group` on a single host) is measured
+with a small model, whose steps hide least of it, in seconds of the CPU.
 
 Each rank is a process; that of rank 0 (`bench.fleet_rank`) makes a step, or a stream, for each line on standard input.
 On a CPU two ranks have half of the cores each, so that both sides have the same machine; a rank on a GPU sees no other
@@ -41,6 +42,11 @@ class Plan:
     length: int
     steps: int
     shared_shape: str
+    #: Its heads do not divide by two: ranks share its layers.
+    layered_shape: str
+    #: Training on a shared model: steps of a run, and runs.
+    shared_steps: int
+    shared_runs: int
     tokens: int
     streams: int
     warm: int
@@ -57,6 +63,9 @@ PLANS = {
         512,
         24,
         "qwen2.5-7b",
+        "smollm2-135m",
+        shared_steps=20,
+        shared_runs=5,
         tokens=256,
         streams=8,
         warm=4,
@@ -65,10 +74,14 @@ PLANS = {
         gpu=True,
     ),
     "cpu": Plan(
-        "float32", "smollm2-135m", 1, 32, 12, "llama-160m", tokens=16, streams=6, warm=1, lone_steps=5, lone_runs=1000
+        "float32", "smollm2-135m", 1, 32, 12, "llama-160m", "smollm2-135m", shared_steps=4, shared_runs=5,
+        tokens=16, streams=6, warm=1, lone_steps=5, lone_runs=1000,
     ),
-    "tiny": Plan("float32", "tiny", 2, 16, 2, "tiny", tokens=8, streams=2, warm=1, lone_steps=4, lone_runs=2),
-}
+    "tiny": Plan(
+        "float32", "tiny", 2, 16, 2, "tiny", "tiny", shared_steps=2, shared_runs=2,
+        tokens=8, streams=2, warm=1, lone_steps=4, lone_runs=2,
+    ),
+}  # fmt: skip
 
 
 class Rank:
@@ -157,20 +170,20 @@ def lone(folder: Path, plan: Plan, *, grouped: bool) -> Iterator[Rank]:
     (env,) = places(home, 1, plan, met=grouped)
     # Threads of the BLAS that wait for each other would take time of the CPU too.
     env |= {"OPENBLAS_NUM_THREADS": "1"}
-    with started([["bench.fleet_rank", "runs", json.dumps(asdict(plan))]], [{**settings, **env}]) as (first,):
+    with started([["bench.fleet_rank", "runs", str(plan.lone_steps), json.dumps(asdict(plan))]], [{**settings, **env}]) as (first,):
         first.answer()
         yield first
 
 
 @contextmanager
-def server(folder: Path, ranks: int, plan: Plan) -> Iterator[Rank]:
-    """Rank 0 of a worker's engine whose model these ranks share."""
+def engine(job: list[str], folder: Path, ranks: int, plan: Plan) -> Iterator[Rank]:
+    """Rank 0 of a worker's engine whose model these ranks share. `job`: what it does, `serve`, or `runs` and steps."""
     home = folder.parent / f"home-{ranks}"
     home.mkdir()
     settings = {"STOKER_HOME": str(home), "STOKER_MODELS": f"bench-model={folder}", "STOKER_DTYPE": plan.dtype}
     if ranks > 1:
         settings |= {"STOKER_GROUP": "bench", "STOKER_SHARD": "true"}
-    commands = [["bench.fleet_rank", "serve", json.dumps(asdict(plan))], *[["workers.rank"]] * (ranks - 1)]
+    commands = [["bench.fleet_rank", *job, json.dumps(asdict(plan))], *[["workers.rank"]] * (ranks - 1)]
     envs = [{**settings, **env} for env in places(home, ranks, plan)]
     with started(commands, envs) as (first, *_):
         first.answer()
@@ -198,9 +211,9 @@ def training(plan: Plan, folder: Path) -> tuple[list[Row], dict[str, Any]]:
     return compared("training", tokens, pairs), facts
 
 
-def serving(plan: Plan, folder: Path) -> tuple[list[Row], dict[str, Any]]:
+def serving(what: str, plan: Plan, folder: Path) -> tuple[list[Row], dict[str, Any]]:
     """Rows, the bytes of a rank's weights, and of how many first tokens of a stream both sides chose the same."""
-    with server(folder, 1, plan) as one, server(folder, RANKS, plan) as two:
+    with engine(["serve"], folder, 1, plan) as one, engine(["serve"], folder, RANKS, plan) as two:
         pairs = turns(partial(step, [one]), partial(step, [two]), plan.streams, plan.warm)
     alone, shared = pairs[-1]
     same = [ours == theirs for ours, theirs in zip(alone["ids"], shared["ids"], strict=True)]
@@ -209,7 +222,20 @@ def serving(plan: Plan, folder: Path) -> tuple[list[Row], dict[str, Any]]:
         "serving_peak_bytes": [alone["peak"], shared["peak"]],
         "alike_tokens": same.index(False) if False in same else len(same),
     }
-    return compared("one stream", plan.tokens - 1, pairs), facts
+    return compared(what, plan.tokens - 1, pairs), {f"{what}: {name}": fact for name, fact in facts.items()}
+
+
+def shared_training(plan: Plan, folder: Path) -> tuple[list[Row], dict[str, Any]]:
+    """Rows, how far the last losses of both sides are from each other, and the peak of a rank's memory in bytes."""
+    job = ["runs", str(plan.shared_steps)]
+    with engine(job, folder, 1, plan) as one, engine(job, folder, RANKS, plan) as two:
+        pairs = turns(partial(step, [one]), partial(step, [two]), plan.shared_runs, 1)
+    alone, shared = pairs[-1]
+    facts = {
+        "shared_loss_difference": max(abs(ours["loss"] / theirs["loss"] - 1) for ours, theirs in pairs),
+        "shared_training_peak_bytes": [alone["peak"], shared["peak"]],
+    }
+    return compared("training on a shared model", plan.shared_steps * plan.batch * plan.length, pairs), facts
 
 
 def one_host(plan: Plan, folder: Path) -> tuple[list[Row], dict[str, Any]]:
@@ -217,7 +243,7 @@ def one_host(plan: Plan, folder: Path) -> tuple[list[Row], dict[str, Any]]:
     with lone(folder, plan, grouped=False) as alone, lone(folder, plan, grouped=True) as grouped:
         pairs = turns(partial(step, [alone]), partial(step, [grouped]), plan.lone_runs, plan.warm)
     facts = {"lone_loss_difference": max(abs(ours["loss"] / theirs["loss"] - 1) for ours, theirs in pairs)}
-    ours, theirs = ([1000 * side["seconds"] / plan.lone_steps for side in sides] for sides in zip(*pairs, strict=True))
+    ours, theirs = ([1000 * side["cpu_seconds"] / plan.lone_steps for side in sides] for sides in zip(*pairs, strict=True))
     return against("one host, a step of the CPU in a group", "ms", theirs, "no group", ours), facts
 
 
@@ -234,7 +260,13 @@ def compared(what: str, tokens: int, pairs: list[tuple[dict[str, Any], dict[str,
     return against(f"{what}, {RANKS} ranks", "tokens/s", shared, "one rank", alone)
 
 
-PARTS = {"training": training, "serving": serving, "one-host": one_host}
+PARTS = {
+    "training": training,
+    "serving": partial(serving, "one stream"),
+    "layers": partial(serving, "one stream of shared layers"),
+    "shared-training": shared_training,
+    "one-host": one_host,
+}
 
 
 def main() -> None:
@@ -256,7 +288,7 @@ def main() -> None:
     for part in parts:
         with tempfile.TemporaryDirectory() as home:
             folder = Path(home, "model")
-            shape = {"training": plan.shape, "serving": plan.shared_shape, "one-host": "tiny"}[part]
+            shape = {"serving": plan.shared_shape, "layers": plan.layered_shape, "one-host": "tiny"}.get(part, plan.shape)
             shapes.write(folder, shape, getattr(mx, plan.dtype))
             # The GPUs are the ranks' from here on.
             mx.clear_cache()

@@ -1,6 +1,6 @@
 """A rank of `bench.fleet`, as a process with MLX's variables: `python -m bench.fleet_rank train FOLDER RANKS PLAN`, or
 rank 0 of a worker's engine with the settings of the environment: `python -m bench.fleet_rank serve PLAN`, or `runs
-PLAN` for one that trains.
+STEPS PLAN` for one that trains.
 
 It makes a step, or a stream, for each line on standard input, and says on standard output what it was: a JSON object a
 line.
@@ -86,26 +86,36 @@ def serve(plan: dict[str, Any]) -> None:
         )
 
 
-def runs(plan: dict[str, Any]) -> None:
-    """One training run after the other; the seconds of the CPU that this process took for it, all threads together."""
+def runs(steps: int, plan: dict[str, Any]) -> None:
+    """One training run after the other; its seconds, and those of the CPU that this process took for it, all threads
+    together."""
     engine = make_engine(load_settings(), lambda entries: None, lambda: os._exit(1))
     engine.start()
     lines = "".join(json.dumps({"text": "t7 " * plan["length"]}) + "\n" for _ in range(plan["batch"]))
+    mx.reset_peak_memory()
     answer(ready=True)
     for number, _ in enumerate(sys.stdin):
-        began = time.process_time()
+        began, busy = time.perf_counter(), time.process_time()
         request = TrainRequest(
-            model="bench-model", name="bench", dataset="dataset:bench", steps=plan["lone_steps"], rank=LORA_RANK,
+            model="bench-model", name="bench", dataset="dataset:bench", steps=steps, rank=LORA_RANK,
             batch_size=plan["batch"],
         )  # fmt: skip
         result = engine.submit(f"run-{number}", request, TrainInput(lines.encode())).result(600)
-        answer(seconds=time.process_time() - began, loss=result.last_loss)
+        answer(
+            seconds=time.perf_counter() - began,
+            cpu_seconds=time.process_time() - busy,
+            loss=result.last_loss,
+            peak=int(mx.get_peak_memory()),
+        )
 
 
 if __name__ == "__main__":
-    _, job, *given = sys.argv
+    _, job, *given, said = sys.argv
+    plan = json.loads(said)
     if job == "train":
-        where, count, said = given
-        train(Path(where), int(count), json.loads(said))
+        where, count = given
+        train(Path(where), int(count), plan)
+    elif job == "runs":
+        runs(int(*given), plan)
     else:
-        {"serve": serve, "runs": runs}[job](json.loads(*given))
+        serve(plan)
