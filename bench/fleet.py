@@ -170,7 +170,8 @@ def lone(folder: Path, plan: Plan, *, grouped: bool) -> Iterator[Rank]:
     (env,) = places(home, 1, plan, met=grouped)
     # Threads of the BLAS that wait for each other would take time of the CPU too.
     env |= {"OPENBLAS_NUM_THREADS": "1"}
-    with started([["bench.fleet_rank", "runs", str(plan.lone_steps), json.dumps(asdict(plan))]], [{**settings, **env}]) as (first,):
+    command = ["bench.fleet_rank", "runs", str(plan.lone_steps), json.dumps(asdict(plan))]
+    with started([command], [{**settings, **env}]) as (first,):
         first.answer()
         yield first
 
@@ -243,8 +244,10 @@ def one_host(plan: Plan, folder: Path) -> tuple[list[Row], dict[str, Any]]:
     with lone(folder, plan, grouped=False) as alone, lone(folder, plan, grouped=True) as grouped:
         pairs = turns(partial(step, [alone]), partial(step, [grouped]), plan.lone_runs, plan.warm)
     facts = {"lone_loss_difference": max(abs(ours["loss"] / theirs["loss"] - 1) for ours, theirs in pairs)}
-    ours, theirs = ([1000 * side["cpu_seconds"] / plan.lone_steps for side in sides] for sides in zip(*pairs, strict=True))
-    return against("one host, a step of the CPU in a group", "ms", theirs, "no group", ours), facts
+    alone_ms, grouped_ms = (
+        [1000 * side["cpu_seconds"] / plan.lone_steps for side in sides] for sides in zip(*pairs, strict=True)
+    )
+    return against("one host, a step of the CPU in a group", "ms", grouped_ms, "no group", alone_ms), facts
 
 
 def turns(
@@ -260,12 +263,20 @@ def compared(what: str, tokens: int, pairs: list[tuple[dict[str, Any], dict[str,
     return against(f"{what}, {RANKS} ranks", "tokens/s", shared, "one rank", alone)
 
 
+@dataclass(frozen=True)
+class Part:
+    """What it measures, with a model of which shape."""
+
+    measure: Callable[[Plan, Path], tuple[list[Row], dict[str, Any]]]
+    shape: Callable[[Plan], str]
+
+
 PARTS = {
-    "training": training,
-    "serving": partial(serving, "one stream"),
-    "layers": partial(serving, "one stream of shared layers"),
-    "shared-training": shared_training,
-    "one-host": one_host,
+    "training": Part(training, lambda plan: plan.shape),
+    "serving": Part(partial(serving, "one stream"), lambda plan: plan.shared_shape),
+    "layers": Part(partial(serving, "one stream of shared layers"), lambda plan: plan.layered_shape),
+    "shared-training": Part(shared_training, lambda plan: plan.shape),
+    "one-host": Part(one_host, lambda _: "tiny"),
 }
 
 
@@ -285,14 +296,13 @@ def main() -> None:
     # One part alone has a file of its own: it leaves what was measured of the others.
     said = ["fleet", *([] if name == "cpu" else [name]), *(parts if len(parts) == 1 else [])]
     record = Record("-".join(said), asked.out, plan=asdict(plan))
-    for part in parts:
+    for part in (PARTS[name] for name in parts):
         with tempfile.TemporaryDirectory() as home:
             folder = Path(home, "model")
-            shape = {"serving": plan.shared_shape, "layers": plan.layered_shape, "one-host": "tiny"}.get(part, plan.shape)
-            shapes.write(folder, shape, getattr(mx, plan.dtype))
+            shapes.write(folder, part.shape(plan), getattr(mx, plan.dtype))
             # The GPUs are the ranks' from here on.
             mx.clear_cache()
-            found, facts = PARTS[part](plan, folder)
+            found, facts = part.measure(plan, folder)
         record.add(found)
         print(json.dumps(facts), flush=True)
         record.keep(**facts)
