@@ -60,7 +60,7 @@ $(VENV)/.compilers: $(STAMP) requirements/compilers.txt
 	@touch $@
 
 test-slow: $(VENV)/.compilers ## the long ones, the chaos suite and the planted mistakes
-	$(BIN)/python -m pytest -m "slow or chaos" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "slow or chaos" -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 	$(MAKE) mutants
 
 MUTANTS ?=

@@ -79,7 +79,7 @@ class WarmModels:
             pool = pools[model.name] = AdapterPool(model, self._store, self._adapter_bytes)
             generate = self._generate_lane(model, pool)
             yield from generate.warming()
-            trains = [TrainLane(model, pool, self._runs, self._group.of(model.name))] if _trains(model) else []
+            trains = [TrainLane(model, pool, self._runs, self._group.of(model.name))] if model.decoder.trains else []
             lanes = [generate, *trains, AdapterLane(model, pool)]
         for lane in lanes:
             self.share.add((model.name, lane.kind), self._weights[lane.kind], urgent=KINDS[lane.kind].urgent)
@@ -131,8 +131,3 @@ class WarmModels:
     def loads(self) -> dict[str, GenerationLoad]:
         """Generating model → how full its lane is."""
         return {model: lane.load for (model, _), lane in self.lanes.items() if isinstance(lane, GenerateLane)}
-
-
-def _trains(model: LoadedModel) -> bool:
-    """Whether runs train on it: a gradient finds no way to the layers of another rank."""
-    return model.shard is None or model.shard.split == "heads"

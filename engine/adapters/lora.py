@@ -147,6 +147,7 @@ class TrainableLora:
         shard: Shard | None = None,
     ) -> None:
         self._matrices, self._scale, self._shard = matrices, scale, shard
+        self.anchor: mx.array | None = next(iter(next(iter(matrices.values())).values())).reshape(-1)[0]
         self._linears, self._squares = linears or {}, squares or {}
         self._dropout, self._keys, self._drawn = dropout, keys or {}, drawn
 

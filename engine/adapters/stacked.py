@@ -21,6 +21,7 @@ class StackedLora:
     """
 
     apart = False
+    anchor: mx.array | None = None
 
     def __init__(self, stacks: Matrices, indices: mx.array) -> None:
         self.stacks, self.indices = stacks, indices

@@ -26,6 +26,8 @@ class LayerAdapters(Protocol):
     #: Whether layers of one input are to be multiplied apart: for a gradient a joint output would be kept with its
     #: parts, which is a fifth of a training step's memory.
     apart: bool
+    #: A number of what is trained, as `Shard.of_rank` takes it; None: nothing is.
+    anchor: mx.array | None
 
     def apply(self, name: str, x: mx.array, y: mx.array) -> mx.array:
         """The adapted output (…, out) of the linear layer `name`: `x` (…, in) is its input, `y` its own output."""

@@ -74,9 +74,31 @@ class Shard:
         found = mx.distributed.all_gather(x[None], group=self._group)
         return mx.moveaxis(found, 0, -2).reshape(*outer, self.size * width)
 
-    def of_rank(self, rank: int, x: mx.array) -> mx.array:
+    def of_rank(self, rank: int, x: mx.array, anchor: mx.array | None = None) -> mx.array:
         """What one rank has, on all of them; on its way. The others give any array of its shape and type, behind which
-        they exchange this one: so all make their exchanges in the same order."""
+        they exchange this one: so all make their exchanges in the same order.
+
+        `anchor`: a number of what is trained, where ranks call this one after the other with what comes next of x. Then
+        the gradient goes back the same way, from the rank that went on from here to this one. All take part in that,
+        also those that trained nothing before: the anchor's gradient, which is zero, comes behind it.
+        """
+        if anchor is None:
+            return self._given_by(rank, x)
+
+        @mx.custom_function
+        def exchanged(x: mx.array, anchor: mx.array) -> mx.array:
+            return self._given_by(rank, x)
+
+        @exchanged.vjp
+        def _(primals: tuple[mx.array, mx.array], cotangent: mx.array, output: mx.array) -> tuple[mx.array, mx.array]:
+            # Behind the last rank all compute the same, and each has the whole gradient.
+            back = cotangent if rank == self.size - 1 else self.sum(cotangent)
+            nothing, none = (mx.depends(mx.zeros_like(primal), back) for primal in primals)
+            return (back if rank == self.rank else nothing), none
+
+        return cast("mx.array", exchanged(x, anchor))
+
+    def _given_by(self, rank: int, x: mx.array) -> mx.array:
         return self.sum(x if rank == self.rank else mx.depends(mx.zeros_like(x), x))
 
     def whole(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:

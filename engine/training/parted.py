@@ -1,7 +1,8 @@
 """A rank's part of what is trained, where ranks share the model: the sides of A and B that are cut as their layer is,
 and those that each rank has whole.
 
-Of what is whole, a rank's own heads, hidden units and inputs give a part of the gradient; of what is cut, all of it.
+Of what is whole, a rank's own heads, hidden units, inputs or layers give a part of the gradient; of what is cut, all of
+it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import mlx.core as mx
 from engine.adapters.lora import Matrices
 from engine.adapters.sharding import axis_of, joined_parts, own_part
 from engine.models.shard import Shard
-from engine.training.flat import FlatLayout
+from engine.training.flat import FlatLayout, Layout
 from engine.training.optimizer import Moments
 from engine.training.state import TrainState
 
@@ -92,6 +93,35 @@ class PartedLayout:
                 for name, sides in ranks[0].items()
             }
             yield self._all.pack(_merged(self._common.unpack(known), joined))
+
+
+class LayeredLayout(FlatLayout):
+    """A `Layout` of a rank that has whole layers. It has all of the vector, and finds the gradient of its own part."""
+
+    def __init__(self, matrices: Matrices, shard: Shard) -> None:
+        super().__init__(matrices)
+        self._shard = shard
+
+    def summed(self, gradient: mx.array) -> mx.array:
+        return self._shard.sum(gradient)
+
+    def own(self, whole: TrainState) -> TrainState:
+        """Of a gradient under way, rank 0 takes all: it is summed."""
+        if whole.gradient is None or not self._shard.rank:
+            return whole
+        return replace(whole, gradient=mx.zeros_like(whole.gradient))
+
+    def whole(self, own: TrainState) -> TrainState:
+        if own.gradient is None:
+            return own
+        found = replace(own, gradient=self.summed(own.gradient))
+        mx.eval(found.arrays)
+        return found
+
+
+def layout_of(matrices: Matrices, shard: Shard) -> Layout:
+    """Of matrices that are given whole."""
+    return LayeredLayout(matrices, shard) if shard.split == "layers" else PartedLayout(matrices, shard)
 
 
 def _picked(matrices: Matrices, shard: Shard, *, cut: bool) -> Matrices:

@@ -39,7 +39,7 @@ from engine.training.flat import FlatLayout, Layout
 from engine.training.guard import MAX_ROLLBACKS, RATE_FACTOR, divergence
 from engine.training.loss import Columns, cross_entropy
 from engine.training.optimizer import Moments, adamw, clipped
-from engine.training.parted import PartedLayout
+from engine.training.parted import layout_of
 from engine.training.ranks import ALONE, Ranks, as_floats, from_floats, part_of, share_of
 from engine.training.run_ahead import RunAhead
 from engine.training.schedule import learning_rate
@@ -78,7 +78,7 @@ class Trainer:
         norms = self._squares or {name: mx.ones((out,)) for name, (_, out) in shapes.items()}
         start = initialise(self.config, shapes, request.seed, norms if request.dora else None).matrices
         self._whole = FlatLayout(start)
-        self.layout: Layout = self._whole if self._shard is None else PartedLayout(start, self._shard)
+        self.layout: Layout = self._whole if self._shard is None else layout_of(start, self._shard)
         self._batches = Batches(examples, request.batch_size, request.seed)
         self._held_out = _in_batches(held_out, request.batch_size)
         # The CPU back-end gains nothing from it, and would trace every shape anew.
@@ -111,7 +111,16 @@ class Trainer:
         return self._turns()
 
     def _square_norms(self, layers: Iterable[str]) -> dict[str, mx.array]:
-        return {name: square_norms(self.linears[name]) for name in layers} if self.request.dora else {}
+        return {name: self._square_norms_of(name) for name in layers} if self.request.dora else {}
+
+    def _square_norms_of(self, name: str) -> mx.array:
+        """Of a layer that another rank has, those that it finds."""
+        if self._shard is None or self._shard.split == "heads":
+            return square_norms(self.linears[name])
+        linear, (_, out) = self.linears.get(name), self.decoder.linear_shapes[name]
+        found = self._shard.sum(mx.zeros((out,)) if linear is None else square_norms(linear))
+        mx.eval(found)
+        return found
 
     def _measure(self) -> None:
         """Find the norms of the layers of which each rank has a part: before the first step, what it begins with."""

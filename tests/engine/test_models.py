@@ -131,6 +131,7 @@ def test_gradients_agree_with_the_plain_operations(monkeypatch: pytest.MonkeyPat
         """An adapter that scales every linear layer's output by a learned number."""
 
         apart = False
+        anchor: mx.array | None = None
 
         def __init__(self, scales: dict[str, mx.array]):
             self.scales = scales

@@ -99,6 +99,7 @@ class Lora:
     """One adapter over every layer, as in training."""
 
     apart = True
+    anchor: mx.array | None = None
 
     def __init__(self, pairs: dict[str, tuple[mx.array, mx.array]]):
         self.pairs = pairs

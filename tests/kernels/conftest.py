@@ -12,12 +12,17 @@ from kernels.emulator.trace import Launch
 from kernels.kernel import Kernel
 from kernels.registry import KERNELS
 
+#: Up to so many tests compile what they run themselves.
+FEW = 20
+
 
 @pytest.fixture(scope="session", autouse=True)
-def _compiled() -> None:
+def _compiled(request: pytest.FixtureRequest) -> None:
     """One kernel after the other would leave a core idle. Texts that were compiled before are not compiled again."""
     if not build.available():
         pytest.skip("no g++: the emulator needs it")
+    if len(request.session.items) <= FEW:
+        return
     check.prepare(KERNELS.values())
     build.build_all(
         launch.without_barrier(number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,28 +13,39 @@ import pytest
 from kernels import check
 from kernels.backend import using
 from kernels.emulator.observe import observing
-from kernels.kernel import Kernel
+from kernels.kernel import Case, Kernel
 from kernels.registry import KERNELS
+
+SEED = 1
 
 
 def _every() -> Iterator[Any]:
-    """Each kernel in each dtype; quick are float32 and, by turns, one of those of 16 bits."""
+    """Each case of each kernel in each dtype; quick are float32 and, by turns, one of those of 16 bits."""
     for place, kernel in enumerate(KERNELS.values()):
         for number, dtype in enumerate(kernel.dtypes):
             quick = dtype == mx.float32 or number % 2 == place % 2
-            yield pytest.param(
-                kernel, dtype, id=f"{kernel.name}-{str(dtype)[9:]}", marks=[] if quick else pytest.mark.slow
-            )
+            marks = [] if quick else [pytest.mark.slow]
+            for index, case in enumerate(check.cases(kernel, dtype, SEED)):
+                named = f"{kernel.name}-{str(dtype)[9:]}-{label(case)}"
+                yield pytest.param(kernel, dtype, index, id=named, marks=marks)
 
 
-EVERY = list(_every())
+def label(case: Case) -> str:
+    """As a word of ASCII, so that a shell takes it."""
+    return re.sub(r"[^a-z0-9.-]+", "_", case.label.replace("×", "x").replace("→", "to"), flags=re.IGNORECASE)
 
 
-@pytest.mark.parametrize(("kernel", "dtype"), EVERY)
-def test_a_kernel_gives_the_numbers_of_its_reference_under_any_schedule(kernel: Kernel, dtype: mx.Dtype) -> None:
-    row = check.check(kernel, dtype, "emulator", seeds=(1,))
-    assert row.passed, row
-    assert row.shapes >= 6
+@pytest.mark.parametrize(("kernel", "dtype", "index"), list(_every()))
+def test_a_kernel_gives_the_numbers_of_its_reference_under_any_schedule(
+    kernel: Kernel, dtype: mx.Dtype, index: int
+) -> None:
+    case = check.cases(kernel, dtype, SEED)[index]
+    assert check.run_case(kernel, case, "emulator", SEED) <= kernel.tolerances[dtype]
+
+
+def test_every_kernel_has_at_least_six_cases() -> None:
+    few = {kernel.name: len(check.cases(kernel, kernel.dtypes[0], SEED)) for kernel in KERNELS.values()}
+    assert not {name: count for name, count in few.items() if count < 6}
 
 
 @pytest.mark.parametrize("kernel", KERNELS.values(), ids=list(KERNELS))

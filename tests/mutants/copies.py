@@ -22,7 +22,7 @@ LIMIT = 180
 #: That a test fails is enough (tests/conftest.py).
 PROFILE = "first-failure"
 #: Seconds for one test: where a mistake makes it wait for ever, nothing more is learned afterwards.
-PATIENCE = 45
+PATIENCE = 30
 #: That a test failed is enough: asserts stay plain, and the source of a traceback is not read. Both took longer than
 #: most tests.
 TERSE = ("-x", "-q", "--assert=plain", "--tb=line", f"--hypothesis-profile={PROFILE}")

@@ -169,6 +169,11 @@ class BridgedDecoder:
         return self._sizes.in_bits(self.kv_bits)
 
     @property
+    def trains(self) -> bool:
+        """Not where ranks share it: a file of mlx-lm's makes no exchange on the way back."""
+        return self.shard is None
+
+    @property
     def stretches(self) -> None:
         """A file of mlx-lm's runs its layers itself."""
         return None

@@ -158,6 +158,20 @@ def training(engine: Engine, streams: Streams) -> dict[str, Any]:
     }
 
 
+def training_on_layers(engine: Engine, streams: Streams, model: str) -> dict[str, Any]:
+    """A run next to a stream, and what its adapter writes, of a model whose layers ranks share."""
+    stream = engine.submit("next to layers", asking(model, max_tokens=40, temperature=1.0, seed=2))
+    request = TrainRequest(**RUN | {"model": model, "steps": 3})
+    result = engine.submit("layered", request, TrainInput(LINES)).result(PATIENCE)
+    adapter = f"style@{result.version}"
+    written = engine.submit("written by layers", asking(model, adapter=adapter, max_tokens=20)).result(PATIENCE)
+    return {
+        "losses": losses(streams, "layered"),
+        "stream": list(stream.result(PATIENCE).token_ids),
+        "written": list(written.token_ids),
+    }
+
+
 def losses(streams: Streams, job: str) -> list[list[float]]:
     """What each report of a run says that follows from its request."""
     return [
@@ -167,9 +181,13 @@ def losses(streams: Streams, job: str) -> list[list[float]]:
 
 
 def everything(engine: Engine, streams: Streams, models: Sequence[str]) -> dict[str, Any]:
-    """The streams of all models, and the runs of the first one, on which nothing trains elsewhere."""
+    """The streams of all models, and runs of those of the Llama family, on which nothing trains elsewhere."""
     found = scenarios(engine, streams, models)
-    return found | {"training": training(engine, streams)} if MODELS[0] in models else found
+    if MODELS[0] in models:
+        found["training"] = training(engine, streams)
+    if MODELS[1] in models:
+        found["training on layers"] = training_on_layers(engine, streams, MODELS[1])
+    return found
 
 
 def main(home: Path, folder: Path, ranks: int, names: Sequence[str]) -> None:

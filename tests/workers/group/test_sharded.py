@@ -94,6 +94,10 @@ def test_ranks_that_share_a_model_make_the_streams_and_the_runs_of_one_rank(tmp_
     assert all_of_them["stream"] == one["stream"]
     assert all_of_them["written"] == one["written"] != wanted[MODELS[0]]["made"]["greedy"][0]
     assert weights_of(home) == pytest.approx(weights_of(before), abs=1e-4)
+    layered, wanted_of_layers = found["training on layers"], wanted["training on layers"]
+    np.testing.assert_allclose(layered["losses"], wanted_of_layers["losses"], rtol=1e-5)
+    assert layered["stream"] == wanted_of_layers["stream"]
+    assert layered["written"] == wanted_of_layers["written"] != wanted[MODELS[1]]["made"]["greedy"][0]
 
 
 def weights_of(home: Path) -> np.ndarray:
