@@ -79,8 +79,7 @@ class WarmModels:
             pool = pools[model.name] = AdapterPool(model, self._store, self._adapter_bytes)
             generate = self._generate_lane(model, pool)
             yield from generate.warming()
-            trains = [TrainLane(model, pool, self._runs, self._group.of(model.name))] if model.decoder.trains else []
-            lanes = [generate, *trains, AdapterLane(model, pool)]
+            lanes = [generate, TrainLane(model, pool, self._runs, self._group.of(model.name)), AdapterLane(model, pool)]
         for lane in lanes:
             self.share.add((model.name, lane.kind), self._weights[lane.kind], urgent=KINDS[lane.kind].urgent)
         self.models, self.pools = {**self.models, model.name: model}, {**self.pools, **pools}

@@ -64,11 +64,6 @@ class Decoder(Protocol):
         """Its parts, where it can be run in parts."""
         ...
 
-    @property
-    def trains(self) -> bool:
-        """Whether a gradient finds its way through it: to all ranks, where they share it."""
-        ...
-
     def __call__(
         self,
         tokens: mx.array,

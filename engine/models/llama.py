@@ -246,7 +246,6 @@ class Llama:
     #: The part of the model that this is; None: the whole.
     shard: Shard | None = None
     kv_bits = 16
-    trains = True
 
     def __init__(self, args: LlamaArgs, tensors: Tensors, own: range | None = None):
         self.args = args

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -15,10 +15,13 @@ from engine.adapters.store import AdapterStore
 from engine.checkpoints.loading import LoadedModel, load
 from engine.models.cache import KeyValues
 from engine.models.shard import Shard
+from engine.training.data import TokenizedExample
+from engine.training.trainer import Trainer
 from engine.weights.gguf import GGUF
 from stoker.errors import ModelError
 from tests.engine import bridged, cached, gguf_files, tiny
 from tests.engine.shared_model import on_ranks
+from tests.thorough import quick
 
 PROMPTS = bridged.prompts(2)
 
@@ -86,6 +89,28 @@ def test_rows_have_adapters_of_their_own_on_the_layers_of_every_rank(tmp_path: P
     assert np.abs(wanted[0] - made(whole).whole[0]).max() > 0.01
     for found in on_ranks(2, lambda shard: adapted(load("tiny", [str(tmp_path / "model")], shard=shard))):
         bridged.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"dora": True}], ids=["", "again", "dora"])
+@pytest.mark.parametrize("name", quick("gemma2", "lfm2", of=["gemma2", "lfm2", "deepseek_v3", "mamba2", "gpt_oss"]))
+def test_two_steps_on_the_layers_of_all_ranks_are_those_on_the_whole(
+    name: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    bridged.write_folder(tmp_path / "model", name)
+    whole = load("tiny", [str(tmp_path / "model")])
+    request = tiny.asking(
+        steps=2, accumulation=2, learning_rate=1e-2, dropout=0.1, targets=bridged.targets_of(whole), **options
+    )
+    examples = [TokenizedExample.of([(list(prompt), True)]) for prompt in bridged.prompts(5)]
+
+    def steps(model: LoadedModel) -> list[list[float]]:
+        reports = filter(None, Trainer(model.decoder, request, examples[:4], examples[4:]).run())
+        return [[report.loss, report.gradient_norm, report.held_out_loss or 0.0] for report in reports]
+
+    wanted = steps(whole)
+    assert len(wanted) == 2
+    for found in on_ranks(2, lambda shard: steps(load("tiny", [str(tmp_path / "model")], shard=shard))):
+        np.testing.assert_allclose(found, wanted, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["F32", "Q8_0"])

@@ -314,15 +314,3 @@ def test_a_model_that_ranks_share_generates_trains_and_takes_adapters(tmp_path: 
     assert set(warm.lanes) == {("tiny", "generate"), ("tiny", "train"), ("tiny", "adapters")}
     assert isinstance(warm.lanes["tiny", "generate"], LeadingLane)
     assert notes.words == [("open", LIMITS)]
-
-
-def test_nothing_trains_on_a_model_through_which_no_gradient_finds_its_way(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One that runs mlx-lm's file, and is shared."""
-    model, notes = replace(tiny.loaded(shared_model.whole()), shard=Shard(0, 1).by_layers()), Notes()
-    monkeypatch.setattr(model.decoder, "trains", False)
-    warm = WarmModels(AdapterStore(tmp_path / "adapters"), tmp_path / "runs", LIMITS, 1 << 20, 0.2, sharing=notes)
-    for _ in warm.hold(model):
-        pass
-    assert set(warm.lanes) == {("tiny", "generate"), ("tiny", "adapters")}

@@ -118,7 +118,7 @@ class BridgedDecoder:
                 "STOKER_SHARD."
             )
         network, parts = self._network, sharing.parts_of(self._network, shard)
-        sharing.share(network, vocab, parts, shard)
+        sharing.share(network, vocab, parts, shard, self._pass)
         weights.evaluate(network, pause)
         _, self.nbytes = linears.parameters_of(network)
         self.linears = {name: linear for name, linear in self.linears.items() if linear.here}
@@ -169,11 +169,6 @@ class BridgedDecoder:
         return self._sizes.in_bits(self.kv_bits)
 
     @property
-    def trains(self) -> bool:
-        """Not where ranks share it: a file of mlx-lm's makes no exchange on the way back."""
-        return self.shard is None
-
-    @property
     def stretches(self) -> None:
         """A file of mlx-lm's runs its layers itself."""
         return None
@@ -213,7 +208,14 @@ class BridgedDecoder:
         return self.head(hidden).astype(mx.float32)
 
     def own_logits(self, hidden: mx.array) -> mx.array:
-        return self.logits(hidden)
+        if self.shard is None:
+            return self.logits(hidden)
+        self._pass.own_columns = True
+        try:
+            found = self.logits(self.shard.spread(hidden))
+        finally:
+            self._pass.own_columns = False
+        return found if self._cut.has_head else self.shard.vocabulary(found.T).T
 
     def head(self, hidden: mx.array) -> mx.array:
         """The same in the model's own dtype."""

@@ -31,6 +31,8 @@ class Pass:
         self.ran: dict[str, bool] | None = None
         #: The number of the layer that runs, where layers say so (`engine.models.bridge.sharing`).
         self.layer: int | None = None
+        #: Whether a head that ranks share gives this rank's columns alone.
+        self.own_columns = False
 
     @contextmanager
     def begun(self, adapters: LayerAdapters | None, rows: int, tokens: int) -> Iterator[None]:

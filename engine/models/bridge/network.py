@@ -50,6 +50,11 @@ class Cut:
             self._body = Body(inner)
             self._network = _replaced(network, path, self._body)
 
+    @property
+    def has_head(self) -> bool:
+        """Whether hidden states are not the logits."""
+        return self._body is not None
+
     def hidden(self, tokens: mx.array, caches: list[Any]) -> mx.array:
         body = self._body
         logits: mx.array = self._network(tokens, cache=caches)

@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from engine.models.bridge.blocks import StandIn, layer_lists
+from engine.models.bridge.blocks import Stage, StandIn, layer_lists
 from engine.models.bridge.linears import Pass
 from engine.models.shard import Shard
 from stoker.errors import ModelError
@@ -44,22 +44,25 @@ def _alike(given: Any, made: mx.array) -> bool:
 class SharedLayer(StandIn):
     """A layer of this rank or of another. `after`: the rank whose last layer it is; None: it is no rank's last."""
 
-    def __init__(self, layer: nn.Module, shard: Shard, *, own: bool, after: int | None) -> None:
+    def __init__(self, layer: nn.Module, shard: Shard, under_way: Pass, *, own: bool, after: int | None) -> None:
         super().__init__(layer)
-        self._shard, self._own, self._after = shard, own, after
+        self._shard, self._pass, self._own, self._after = shard, under_way, own, after
 
     def __call__(self, x: mx.array, *args: Any, **keywords: Any) -> mx.array:
         if self._own:
             x = self["layer"](x, *args, **keywords)
-        return x if self._after is None else self._shard.of_rank(self._after, x)
+        if self._after is None:
+            return x
+        adapters = self._pass.adapters
+        return self._shard.of_rank(self._after, x, None if adapters is None else adapters.anchor)
 
 
 class SharedTable(StandIn):
     """An embedding of which each rank has as many rows, as `engine.models.sharded.SharedEmbedding`."""
 
-    def __init__(self, table: nn.Module, rows: int, shard: Shard) -> None:
+    def __init__(self, table: nn.Module, rows: int, shard: Shard, under_way: Pass) -> None:
         super().__init__(table)
-        self._rows, self._shard = rows, shard
+        self._rows, self._shard, self._pass = rows, shard, under_way
 
     def __call__(self, ids: mx.array) -> mx.array:
         each = self._shard.rows_of(self._rows)
@@ -69,18 +72,23 @@ class SharedTable(StandIn):
         return self._shard.sum(mx.where(here[..., None], found, mx.zeros((), found.dtype)))
 
     def as_linear(self, x: mx.array) -> mx.array:
-        return self._shard.joined(self["layer"].as_linear(x))[..., : self._rows]
+        return _columns(self["layer"].as_linear(x), self._rows, self._shard, self._pass)
 
 
 class SharedHead(StandIn):
     """A linear layer of which each rank has as many outputs; all get all of them."""
 
-    def __init__(self, head: nn.Module, rows: int, shard: Shard) -> None:
+    def __init__(self, head: nn.Module, rows: int, shard: Shard, under_way: Pass) -> None:
         super().__init__(head)
-        self._rows, self._shard = rows, shard
+        self._rows, self._shard, self._pass = rows, shard, under_way
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self._shard.joined(self["layer"](x))[..., : self._rows]
+        return _columns(self["layer"](x), self._rows, self._shard, self._pass)
+
+
+def _columns(own: mx.array, count: int, shard: Shard, under_way: Pass) -> mx.array:
+    """The `count` of all ranks, unless the pass under way wants those of this one."""
+    return own if under_way.own_columns else shard.joined(own)[..., :count]
 
 
 @contextmanager
@@ -115,22 +123,24 @@ def others(network: nn.Module, shard: Shard) -> tuple[str, ...]:
     return tuple(f"{path}." for path, module in network.named_modules() if id(module) in elsewhere)
 
 
-def share(network: nn.Module, vocab: int, parts: Sequence[range], shard: Shard) -> None:
+def share(network: nn.Module, vocab: int, parts: Sequence[range], shard: Shard, under_way: Pass) -> None:
     """Leave a rank its layers, and its rows of the vocabulary, before any of it is evaluated."""
     for path, module in network.named_modules():
         if not any(part.isdigit() for part in path.split(".")):
-            _share_vocabulary(module, vocab, shard)
+            _share_vocabulary(module, vocab, shard, under_way)
     own, after = parts[shard.rank], {part[-1]: rank for rank, part in enumerate(parts)}
     for module, name, layers in list(layer_lists(network)):
         for number, layer in enumerate(layers):
             if number not in own:
                 _empty(layer)
+        # A trainer runs the layers of this rank alone in its own way, and exchanges nothing when it runs them again.
         module[name] = [
-            SharedLayer(layer, shard, own=number in own, after=after.get(number)) for number, layer in enumerate(layers)
+            SharedLayer(Stage(layer, under_way), shard, under_way, own=number in own, after=after.get(number))
+            for number, layer in enumerate(layers)
         ]
 
 
-def _share_vocabulary(module: nn.Module, vocab: int, shard: Shard) -> None:
+def _share_vocabulary(module: nn.Module, vocab: int, shard: Shard, under_way: Pass) -> None:
     """Of the parts of a module, those that have a row for each id."""
     for name, part in list(module.items()):
         table = isinstance(part, nn.Embedding | nn.QuantizedEmbedding)
@@ -139,7 +149,7 @@ def _share_vocabulary(module: nn.Module, vocab: int, shard: Shard) -> None:
         for side, array in list(part.items()):
             if isinstance(array, mx.array):
                 part[side] = shard.vocabulary(array)
-        module[name] = SharedTable(part, vocab, shard) if table else SharedHead(part, vocab, shard)
+        module[name] = (SharedTable if table else SharedHead)(part, vocab, shard, under_way)
 
 
 def _empty(layer: nn.Module) -> None:
