@@ -105,6 +105,7 @@ def test_a_machine_that_is_right_passes_and_is_timed() -> None:
     ("name", "part", "said"),
     [
         ("embed", "embed", lambda request: np.eye(len(request.texts), 384, dtype=np.float32)),
+        ("embed", "embed", lambda request: np.array([*GOLDEN.vectors[:-1], GOLDEN.vectors[0]], np.float32)),
         ("generate", "goldens", wrong),
         ("stream", "stream", lambda request: as_torch(request)[:-1]),
         ("seeds", "seeds", lambda request: "always this"),
