@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from stoker.contract import GenerateRequest, StreamToken, TrainReport, TrainRequest
 from stoker.contract.dataset import TrainInput
+from stoker.contract.requests import DEFAULT_TARGETS
 from stoker.errors import JobCancelled, WorkerUnavailable
 from stoker.settings import load_settings
 from workers.machine import make_engine
@@ -160,8 +161,9 @@ def training(engine: Engine, streams: Streams) -> dict[str, Any]:
 
 def training_on_layers(engine: Engine, streams: Streams, model: str) -> dict[str, Any]:
     """A run next to a stream, and what its adapter writes, of a model whose layers ranks share."""
+    streams.reports.clear()
     stream = engine.submit("next to layers", asking(model, max_tokens=40, temperature=1.0, seed=2))
-    request = TrainRequest(**RUN | {"model": model, "steps": 3})
+    request = TrainRequest(**RUN | {"model": model, "steps": 3, "targets": DEFAULT_TARGETS})
     result = engine.submit("layered", request, TrainInput(LINES)).result(PATIENCE)
     adapter = f"style@{result.version}"
     written = engine.submit("written by layers", asking(model, adapter=adapter, max_tokens=20)).result(PATIENCE)
@@ -181,12 +183,13 @@ def losses(streams: Streams, job: str) -> list[list[float]]:
 
 
 def everything(engine: Engine, streams: Streams, models: Sequence[str]) -> dict[str, Any]:
-    """The streams of all models, and runs of those of the Llama family, on which nothing trains elsewhere."""
+    """The streams of all models, and runs on them, on which nothing trains elsewhere."""
     found = scenarios(engine, streams, models)
     if MODELS[0] in models:
         found["training"] = training(engine, streams)
-    if MODELS[1] in models:
-        found["training on layers"] = training_on_layers(engine, streams, MODELS[1])
+    for model in models:
+        if model != MODELS[0]:
+            found[f"training on {model}"] = training_on_layers(engine, streams, model)
     return found
 
 

@@ -94,10 +94,16 @@ def test_ranks_that_share_a_model_make_the_streams_and_the_runs_of_one_rank(tmp_
     assert all_of_them["stream"] == one["stream"]
     assert all_of_them["written"] == one["written"] != wanted[MODELS[0]]["made"]["greedy"][0]
     assert weights_of(home) == pytest.approx(weights_of(before), abs=1e-4)
-    layered, wanted_of_layers = found["training on layers"], wanted["training on layers"]
-    np.testing.assert_allclose(layered["losses"], wanted_of_layers["losses"], rtol=1e-5)
-    assert layered["stream"] == wanted_of_layers["stream"]
-    assert layered["written"] == wanted_of_layers["written"] != wanted[MODELS[1]]["made"]["greedy"][0]
+    assert_same_runs(found, wanted, MODELS[1])
+
+
+def assert_same_runs(found: dict[str, Any], wanted: dict[str, Any], model: str) -> None:
+    """Of a model whose layers ranks share."""
+    one, all_of_them = wanted[f"training on {model}"], found[f"training on {model}"]
+    np.testing.assert_allclose(all_of_them["losses"], one["losses"], rtol=1e-5)
+    assert len(one["losses"]) == 3
+    assert all_of_them["stream"] == one["stream"]
+    assert all_of_them["written"] == one["written"] != wanted[model]["made"]["greedy"][0]
 
 
 def weights_of(home: Path) -> np.ndarray:
@@ -125,7 +131,11 @@ def assert_same_streams(found: dict[str, Any], wanted: dict[str, Any], models: S
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_with_layers_of_a_file_of_mlx_lm_make_the_streams_of_one_rank(tmp_path: Path, ranks: int) -> None:
+def test_ranks_with_layers_of_a_file_of_mlx_lm_make_the_streams_and_runs_of_one_rank(
+    tmp_path: Path, ranks: int
+) -> None:
     home, folder, models = tmp_path / "home", tmp_path / "models", MODELS[2:]
     write(home, folder, models)
-    assert_same_streams(together(home, folder, ranks, models), alone(home, folder, models), models, ranks)
+    found, wanted = together(home, folder, ranks, models), alone(home, folder, models)
+    assert_same_streams(found, wanted, models, ranks)
+    assert_same_runs(found, wanted, MODELS[2])
