@@ -190,9 +190,12 @@ def checked(
                 )
     if not matrices:
         raise ModelError(f"{path}: no adapter in it.")
-    for name in sorted(matrices):
-        if not all(np.isfinite(array).all() for array in matrices[name].values()):
-            raise ModelError(f"{path}: layer {name} holds numbers that are not finite.")
+    # At once: of hundreds of small arrays, one after the other, a request for a new adapter would wait for most.
+    if not np.isfinite(
+        np.concatenate([array.ravel("K") for sides in matrices.values() for array in sides.values()])
+    ).all():
+        name = next(name for name, sides in matrices.items() if not all(np.isfinite(a).all() for a in sides.values()))
+        raise ModelError(f"{path}: layer {name} holds numbers that are not finite.")
     arrays = {name: {side: mx.array(array) for side, array in sides.items()} for name, sides in matrices.items()}
     return LoraWeights(replace(config, targets=_targets(matrices, shapes)), arrays)
 

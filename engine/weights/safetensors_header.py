@@ -118,7 +118,8 @@ def check_header(path: Path) -> dict[str, Any]:
         raise ModelError(f"{path}: its header is not valid JSON: {error}") from error
     if not isinstance(header, dict):
         raise ModelError(f"{path}: its header is a {type(header).__name__}, not an object")
-    check_depth(path, header)
+    # An entry of these three alone is one of numbers, which `_span` sees.
+    check_depth(path, [entry for entry in header.values() if not (isinstance(entry, dict) and entry.keys() == _ENTRY)])
     _check_metadata(path, header.get("__metadata__"))
     spans = [(*_span(path, name, entry), name) for name, entry in header.items() if name != "__metadata__"]
     _check_cover(path, sorted(spans), size - 8 - length)
@@ -139,20 +140,24 @@ def _check_metadata(path: Path, metadata: object) -> None:
         raise ModelError(f"{path}: its __metadata__ is not an object of strings")
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
+_ENTRY = {"dtype", "shape", "data_offsets"}
+
+
+def _is_count(value: object, bound: int = 2**53) -> bool:
+    # True is no int here. A file has hundreds of entries, and an adapter is read next to streams.
+    return type(value) is int and 0 <= value < bound
 
 
 def _span(path: Path, name: str, entry: object) -> tuple[int, int]:
     """The [start, end) bytes of one tensor, after its dtype, shape and offsets agree."""
-    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+    if not isinstance(entry, dict) or not entry.keys() >= _ENTRY:
         raise ModelError(f"{path}: the entry of tensor {name!r} is incomplete")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise ModelError(f"{path}: tensor {name!r} has dtype {dtype!r}; supported: {', '.join(ITEM_BYTES)}")
-    if not isinstance(shape, list) or not all(map(_is_count, shape)) or any(side >= 2**31 for side in shape):
+    if not isinstance(shape, list) or not all(_is_count(side, 2**31) for side in shape):
         raise ModelError(f"{path}: tensor {name!r} has an invalid shape {str(shape)[:80]}")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
+    if not isinstance(offsets, list) or len(offsets) != 2 or not (_is_count(offsets[0]) and _is_count(offsets[1])):
         raise ModelError(f"{path}: tensor {name!r} has invalid data_offsets {str(offsets)[:80]}")
     start, end = offsets
     wanted = math.prod(shape) * ITEM_BYTES[dtype]
