@@ -48,8 +48,12 @@ OPTIONS: dict[str, Any] = {
 
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps({"text": "ab " * (1 + n % 7)}) + "\n" for n in range(16)))
+    return written(tmp_path / "rows.jsonl", "ab ")
+
+
+def written(path: Path, words: str) -> Path:
+    """A dataset of so many of these words, more or less often."""
+    path.write_text("".join(json.dumps({"text": words * (1 + n % 7)}) + "\n" for n in range(16)))
     return path
 
 
@@ -221,7 +225,9 @@ def test_what_ranks_that_share_a_model_do_goes_on_when_a_lost_group_is_back(
     }  # fmt: skip
     longer = {"steps": 20, "checkpoint_every": 5}
     options = {**OPTIONS, **longer}
-    model = shared_model.write(tmp_path / "odd", shared_model.ODD) if what == "layers" else None
+    model = None
+    if what == "layers":
+        model, rows = shared_model.write(tmp_path / "odd", shared_model.ODD), written(rows, "t3 t11 t7 ")
     with group(tmp_path, 2, shard=True, model=model) as stack, Client(settings=stack.settings) as client:
         (worker,) = client.workers()
         assert [state.shared for state in worker.states] == [what]
