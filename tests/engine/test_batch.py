@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import mlx.core as mx
@@ -102,10 +103,10 @@ def test_the_pace_holds_where_a_chunk_takes_most_of_its_time_and_halves_beyond()
     assert pacer.tokens == MOST
 
 
-def paces(seconds: Callable[[int], float], count: int = 200) -> list[int]:
+def paces(seconds: Callable[[int], float], chunks: int = 200) -> list[int]:
     """The sizes of so many chunks of a long prompt that take `seconds(tokens)` each, where 5 ms are allowed."""
     pacer, found = PrefillPacer(128), []
-    for _ in range(count):
+    for _ in range(chunks):
         found.append(pacer.tokens)
         pacer.note(pacer.tokens, seconds(pacer.tokens), 0.005)
     return found
@@ -170,6 +171,14 @@ def test_the_pace_falls_to_the_least_where_a_shorter_chunk_is_too_long_and_saves
 
 
 def test_the_pace_of_a_moment_in_which_all_was_slow_is_left_again() -> None:
+    """While all chunks take as long, many tokens go at once; what that taught is forgotten."""
+    made = count()
+    found = paces(lambda tokens: 0.05 if next(made) < 30 else 0.001 + 0.0001 * tokens)
+    assert found[29] == MOST
+    assert set(found[120:]) == {LEAST}, found
+
+
+def test_a_few_slow_chunks_teach_nothing() -> None:
     slow = iter([0.0, 0.1, 0.0, 0.1] + [0.0] * 200)
     found = paces(lambda tokens: 0.001 + 0.0001 * tokens + next(slow))
     assert found[:3] == [4 * LEAST, 2 * LEAST, LEAST]
