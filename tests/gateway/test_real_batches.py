@@ -120,7 +120,7 @@ def lines_through_a_death(folder: Path, count: int) -> dict[str, float]:
                 assert done(api, batch_id) < count, "it is in the middle"
                 os.kill(client.workers()[0].pid, signal.SIGKILL)
                 wait_until(lambda: len(through_it.gaps) > 100, "the stream goes on", 120)
-            check_answers(api, ended(api, batch_id, 600), count)
+            check_answers(api, ended(api, batch_id, 1200), count)
             streams = {"alone": alone, "next to it": next_to_it, "from a death on": through_it}
             return {name: 1000 * quantiles(stream.gaps, n=20)[-1] for name, stream in streams.items()}
     finally:
@@ -128,7 +128,7 @@ def lines_through_a_death(folder: Path, count: int) -> dict[str, float]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1800)
 def test_two_thousand_lines_are_each_answered_once_though_a_worker_is_killed(
     tmp_path: Path, record_property: Any
 ) -> None:

@@ -88,7 +88,8 @@ def test_an_adapter_from_a_folder_is_checked_and_serves(client: Client, tmp_path
 @pytest.mark.parametrize("store", ["", "shared"], ids=["from the broker", "from a folder by fsspec"])
 def test_a_worker_fetches_the_adapter_that_it_does_not_hold(tmp_path: Path, store: str) -> None:
     artifacts = {"artifacts": f"file://{tmp_path / store}"} if store else {}
-    settings = stack_settings(tmp_path / "own", **artifacts)
+    models = (f"{endless.MODEL}={endless.write(tmp_path)}",)
+    settings = stack_settings(tmp_path / "own", models=models, **artifacts)
     with Stack(settings, flower=False, own_broker=True) as own_stack, Client(settings=own_stack.settings) as client:
         own_stack.wait_until_warm()
         train(client, "fetched", "Aye, stoker!")
