@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
@@ -19,13 +20,19 @@ from kernels.registry import KERNELS
 SEED = 1
 
 
+@cache
+def cases_of(name: str, dtype: mx.Dtype) -> list[Case]:
+    """Made once: each of them is a test of its own."""
+    return check.cases(KERNELS[name], dtype, SEED)
+
+
 def _every() -> Iterator[Any]:
     """Each case of each kernel in each dtype; quick are float32 and, by turns, one of those of 16 bits."""
     for place, kernel in enumerate(KERNELS.values()):
         for number, dtype in enumerate(kernel.dtypes):
             quick = dtype == mx.float32 or number % 2 == place % 2
             marks = [] if quick else [pytest.mark.slow]
-            for index, case in enumerate(check.cases(kernel, dtype, SEED)):
+            for index, case in enumerate(cases_of(kernel.name, dtype)):
                 named = f"{kernel.name}-{str(dtype)[9:]}-{label(case)}"
                 yield pytest.param(kernel, dtype, index, id=named, marks=marks)
 
@@ -39,7 +46,7 @@ def label(case: Case) -> str:
 def test_a_kernel_gives_the_numbers_of_its_reference_under_any_schedule(
     kernel: Kernel, dtype: mx.Dtype, index: int
 ) -> None:
-    case = check.cases(kernel, dtype, SEED)[index]
+    case = cases_of(kernel.name, dtype)[index]
     assert check.run_case(kernel, case, "emulator", SEED) <= kernel.tolerances[dtype]
 
 
