@@ -9,6 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST_ARGS ?=
 # Processes that share the tests. On two cores a third one works while the others wait for leases, brokers and workers.
 JOBS ?= 3
+BY_FILE := --dist loadfile --no-loadscope-reorder
 MINUTES ?= 30
 # Where this is set, each process that a test starts compiles every module anew, and each one that tests rewrites them.
 export PYTHONDONTWRITEBYTECODE :=
@@ -47,7 +48,7 @@ demo: $(STAMP) ## embed, generate and train on real models, with a broker and a 
 	$(BIN)/stoker demo
 
 test: $(STAMP) ## the fast and the integration tests
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) $(BY_FILE) $(PYTEST_ARGS)
 
 test-fast: $(STAMP) ## without a broker or a worker process
 	$(BIN)/python -m pytest -m "not integration and not slow and not chaos and not browser" $(PYTEST_ARGS)
@@ -60,7 +61,7 @@ $(VENV)/.compilers: $(STAMP) requirements/compilers.txt
 	@touch $@
 
 test-slow: $(VENV)/.compilers ## the long ones, the chaos suite and the planted mistakes
-	$(BIN)/python -m pytest -m "slow or chaos" -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "slow or chaos" -n 2 $(BY_FILE) $(PYTEST_ARGS)
 	$(MAKE) mutants
 
 MUTANTS ?=
@@ -72,7 +73,7 @@ mutants: $(STAMP) ## plant each mistake of tests/mutants, and see whether the te
 # The suite takes about twice as long when it is measured.
 coverage: $(STAMP) ## the tests, measured (branches; workers and commands too): fails below 90 % of the five packages' lines
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -o timeout=300 $(PYTEST_ARGS); status=$$?; \
+	$(BIN)/coverage run -m pytest -n $(JOBS) $(BY_FILE) -o timeout=300 $(PYTEST_ARGS); status=$$?; \
 		$(BIN)/python -m tests.covered && exit $$status
 
 $(VENV)/.browser: $(STAMP) requirements/browser.txt

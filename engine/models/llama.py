@@ -299,26 +299,35 @@ class Llama:
         needs no mask. With one, they are what its view says, and it keeps their keys and values. `run_block` runs each
         block in the caller's way, cache and adapters included.
         """
+        anchor = None if adapters is None else adapters.anchor
         if run_block is not None:
-            x = self.embed_tokens(tokens)
+            x = self._before(tokens, anchor)
             for layer in self.layers:
                 x = run_block(layer, x)
-            return self.norm(x)
-        x, normed = self._begin(tokens)
+            return self.norm(self._behind(x, anchor))
+        x, normed = self._begin(tokens, anchor)
         alone = cache is not None and tokens.shape[1] == 1
         if alone:
             x, normed = without_tokens((x, normed))
         for layer, behind in zip(self.layers, self._norms_behind, strict=True):
             x, normed = layer.forward(x, normed, behind, cache, adapters)
-        hidden = self._end((x, normed))
+        hidden = self._end((x, normed), anchor)
         return hidden[:, None] if alone else hidden
 
-    def _begin(self, tokens: mx.array) -> Hidden:
-        """What the first layer takes."""
-        x = self.embed_tokens(tokens)
+    def _before(self, tokens: mx.array, anchor: mx.array | None = None) -> mx.array:
+        """What the first layer takes. `anchor`: as `Shard.of_rank` has it."""
+        return self.embed_tokens(tokens)
+
+    def _behind(self, x: mx.array, anchor: mx.array | None = None) -> mx.array:
+        """What the last norm takes, of what the last layer gave."""
+        return x
+
+    def _begin(self, tokens: mx.array, anchor: mx.array | None = None) -> Hidden:
+        """What the first layer takes, with its norm."""
+        x = self._before(tokens, anchor)
         return x, self.layers[0].input_layernorm(x)
 
-    def _end(self, hidden: Hidden) -> mx.array:
+    def _end(self, hidden: Hidden, anchor: mx.array | None = None) -> mx.array:
         """What the last norm made, of what the last layer gave."""
         return hidden[1]
 

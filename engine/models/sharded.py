@@ -8,8 +8,6 @@ from dataclasses import replace
 import mlx.core as mx
 
 from engine.models.cache import KvSizes
-from engine.models.decoder import RunBlock
-from engine.models.joint import Cache
 from engine.models.layers import Embedding, LayerAdapters, Linear, RMSNorm, RowAdapters
 from engine.models.llama import Llama, LlamaArgs
 from engine.models.shard import Shard
@@ -142,29 +140,6 @@ class LayersLlama(SharedLlama):
         most = self.shard.rows_of(self.args.layers)
         return sizes._replace(counted=(most * (sizes.keys[0].nbytes + sizes.values[0].nbytes), 0))
 
-    def __call__(
-        self,
-        tokens: mx.array,
-        cache: Cache | None = None,
-        adapters: LayerAdapters | None = None,
-        run_block: RunBlock | None = None,
-    ) -> mx.array:
-        if cache is not None:
-            return super().__call__(tokens, cache, adapters, run_block)
-        anchor = None if adapters is None else adapters.anchor
-        x = self._before(tokens, anchor)
-        for layer in self.layers:
-            x = layer(x, None, adapters) if run_block is None else run_block(layer, x)
-        return self.norm(self._behind(x, anchor))
-
-    def _begin(self, tokens: mx.array) -> Hidden:
-        x = self._before(tokens)
-        return x, self.layers[0].input_layernorm(x)
-
-    def _end(self, hidden: Hidden) -> mx.array:
-        x, _ = hidden
-        return self.norm(self._behind(x))
-
     def _before(self, tokens: mx.array, anchor: mx.array | None = None) -> mx.array:
         """What this rank's first layer takes: what the ranks before it made of the tokens."""
         x = self.embed_tokens(tokens)
@@ -177,6 +152,10 @@ class LayersLlama(SharedLlama):
         for rank in range(self.shard.rank, self.shard.size):
             x = self.shard.of_rank(rank, x, anchor)
         return x
+
+    def _end(self, hidden: Hidden, anchor: mx.array | None = None) -> mx.array:
+        x, _ = hidden
+        return self.norm(self._behind(x, anchor))
 
     @property
     def linear_shapes(self) -> dict[str, tuple[int, int]]:

@@ -122,7 +122,7 @@ def test_the_pace_is_not_halved_where_a_shorter_chunk_takes_as_long() -> None:
 
 
 def test_two_halves_that_save_little_each_are_not_worth_four_chunks() -> None:
-    """On a GPU whose launches of few tokens are some fewer: a quarter of 128 takes four fifths of the time."""
+    """On a GPU where a pass of few tokens takes a little less: a quarter of 128 takes four fifths of the time."""
     found = paces(lambda tokens: 0.008 if tokens <= 32 else 0.009 if tokens <= 64 else 0.010 + 1e-6 * tokens)
     assert found[:5] == [128, 64, 32, 128, 256], found
     assert sum(tokens >= 128 for tokens in found) > 0.9 * len(found)

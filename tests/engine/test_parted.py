@@ -137,9 +137,13 @@ def test_two_steps_on_a_shared_model_are_those_on_the_whole(
         for name, array in state.arrays.items():
             scale = np.abs(np.array(array)).max()
             apart = np.abs(np.array(theirs.arrays[name]) - np.array(array)) / scale
-            # Adam makes a step as long of a gradient that is next to nothing, so a few weights feel its rounding.
-            assert np.quantile(apart, 0.999) < 2e-3, name
-            assert apart.max() < 2e-2, name
+            if args is ODD and name == "weights":
+                # Adam makes a step as long of a gradient that is next to nothing, so a few of five layers' weights feel
+                # its rounding.
+                assert np.quantile(apart, 0.999) < 2e-3, name
+                assert apart.max() < 2e-2, name
+            else:
+                assert apart.max() <= 2e-3, name
 
 
 LOSSES: dict[str, Any] = dict.fromkeys(("recent", "first_loss", "last_loss", "best_loss"))
