@@ -226,17 +226,18 @@ def serving(what: str, plan: Plan, folder: Path) -> tuple[list[Row], dict[str, A
     return compared(what, plan.tokens - 1, pairs), {f"{what}: {name}": fact for name, fact in facts.items()}
 
 
-def shared_training(plan: Plan, folder: Path) -> tuple[list[Row], dict[str, Any]]:
+def shared_training(what: str, plan: Plan, folder: Path) -> tuple[list[Row], dict[str, Any]]:
     """Rows, how far the last losses of both sides are from each other, and the peak of a rank's memory in bytes."""
     job = ["runs", str(plan.shared_steps)]
     with engine(job, folder, 1, plan) as one, engine(job, folder, RANKS, plan) as two:
         pairs = turns(partial(step, [one]), partial(step, [two]), plan.shared_runs, 1)
     alone, shared = pairs[-1]
     facts = {
-        "shared_loss_difference": max(abs(ours["loss"] / theirs["loss"] - 1) for ours, theirs in pairs),
-        "shared_training_peak_bytes": [alone["peak"], shared["peak"]],
+        "loss_difference": max(abs(ours["loss"] / theirs["loss"] - 1) for ours, theirs in pairs),
+        "peak_bytes": [alone["peak"], shared["peak"]],
     }
-    return compared("training on a shared model", plan.shared_steps * plan.batch * plan.length, pairs), facts
+    tokens = plan.shared_steps * plan.batch * plan.length
+    return compared(what, tokens, pairs), {f"{what}: {name}": fact for name, fact in facts.items()}
 
 
 def one_host(plan: Plan, folder: Path) -> tuple[list[Row], dict[str, Any]]:
@@ -275,7 +276,8 @@ PARTS = {
     "training": Part(training, lambda plan: plan.shape),
     "serving": Part(partial(serving, "one stream"), lambda plan: plan.shared_shape),
     "layers": Part(partial(serving, "one stream of shared layers"), lambda plan: plan.layered_shape),
-    "shared-training": Part(shared_training, lambda plan: plan.shape),
+    "shared-training": Part(partial(shared_training, "training on a shared model"), lambda plan: plan.shape),
+    "layers-training": Part(partial(shared_training, "training on shared layers"), lambda plan: plan.layered_shape),
     "one-host": Part(one_host, lambda _: "tiny"),
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,6 +46,14 @@ class RandomTensors(Tensors):
         mx.eval(array)
         self.taken[name] = array
         return array
+
+
+@pytest.fixture(autouse=True)
+def memory_limit() -> Iterator[None]:
+    """Ranks that are threads set the one limit of their process by turns: the last may leave a low one."""
+    before = mx.get_memory_limit()
+    yield
+    mx.set_memory_limit(before)
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,14 +37,6 @@ from tests.engine.test_training_lane import admit, run_all, turn
 from tests.thorough import quick
 
 WIDTH, VOCABULARY = 8, 10
-
-
-@pytest.fixture(autouse=True)
-def memory_limit() -> Iterator[None]:
-    """Ranks that are threads set the one limit of their process by turns."""
-    before = mx.get_memory_limit()
-    yield
-    mx.set_memory_limit(before)
 
 
 def columns_of(weight: mx.array, shard: Shard) -> Callable[[mx.array], mx.array]:
