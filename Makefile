@@ -10,6 +10,8 @@ PYTEST_ARGS ?=
 # Processes that share the tests. On two cores a third one works while the others wait for leases, brokers and workers.
 JOBS ?= 3
 BY_FILE := --dist loadfile --no-loadscope-reorder
+# What reads the project's own texts, as the linters do.
+TEXTS := tests/project
 MINUTES ?= 30
 # Where this is set, each process that a test starts compiles every module anew, and each one that tests rewrites them.
 export PYTHONDONTWRITEBYTECODE :=
@@ -48,7 +50,7 @@ demo: $(STAMP) ## embed, generate and train on real models, with a broker and a 
 	$(BIN)/stoker demo
 
 test: $(STAMP) ## the fast and the integration tests
-	$(BIN)/python -m pytest -n $(JOBS) $(BY_FILE) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) $(BY_FILE) --ignore=$(TEXTS) $(PYTEST_ARGS)
 
 test-fast: $(STAMP) ## without a broker or a worker process
 	$(BIN)/python -m pytest -m "not integration and not slow and not chaos and not browser" $(PYTEST_ARGS)
@@ -102,14 +104,14 @@ fuzz: SECONDS = 600
 fuzz: $(STAMP) ## random input against a real broker and worker, for SECONDS=600, SEED=1; ONLY=NUMBER: that input alone
 	FUZZ_SECONDS=$(SECONDS) FUZZ_SEED=$(SEED) FUZZ_ONLY=$(ONLY) $(BIN)/python -m pytest -m slow -s -p no:cacheprovider tests/fuzz/test_fuzz.py::test_random_input_for_long_hurts_itself_alone $(PYTEST_ARGS)
 
-check: $(STAMP) ## lint, format, the generated client, types, import rules, licences
+check: $(STAMP) ## lint, format, the generated client, types, import rules, licences, what else holds of all texts
 	$(BIN)/python -m tests.unasync --check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mypy examples
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -q tests/test_licences.py
+	$(BIN)/python -m pytest -q $(TEXTS)
 
 format: $(STAMP) ## put the code into the form that check asks for, and write the blocking client anew
 	$(BIN)/python -m tests.unasync

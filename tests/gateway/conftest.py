@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-import anthropic
 import openai
 import pytest
 
@@ -13,6 +13,9 @@ from stoker.local.stack import Stack
 from stoker.settings import Settings
 from stoker.testing import AsyncFakeClient
 from tests.gateway.machinery import Served
+
+if TYPE_CHECKING:
+    import anthropic
 
 CHAT, EMBED = "smollm2-135m-instruct", "all-minilm-l6-v2"
 
@@ -56,6 +59,8 @@ def api(served: Served, package: openai.OpenAI) -> openai.OpenAI:
 
 @pytest.fixture(scope="package")
 def claude_package(running: Served) -> Iterator[anthropic.Anthropic]:
+    import anthropic  # It takes three seconds: of the processes of `make test` one needs it.
+
     with anthropic.Anthropic(base_url=running.url, api_key="none", max_retries=0, timeout=20) as client:
         yield client
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import anthropic
 import httpx2
 import pytest
 
@@ -14,6 +13,9 @@ from stoker.gateway.app import Gateway
 from stoker.testing import AsyncFakeClient
 from tests.gateway.conftest import CHAT
 from tests.gateway.machinery import Served
+
+if TYPE_CHECKING:
+    import anthropic
 
 HELLO: Any = [{"role": "user", "content": "Hello"}]
 TEXT = "It was a dark night."
@@ -25,6 +27,8 @@ WEATHER: Any = {
 
 
 def ask(claude: anthropic.Anthropic, **fields: Any) -> anthropic.types.Message:
+    import anthropic
+
     made = claude.messages.create(**{"model": CHAT, "messages": HELLO, "max_tokens": 64, **fields})
     assert isinstance(made, anthropic.types.Message)
     return made
@@ -123,6 +127,8 @@ def test_a_call_that_is_cut_off_is_a_text(claude: anthropic.Anthropic, fake: Asy
 def test_errors_have_anthropics_form_before_and_behind_the_first_token(
     claude: anthropic.Anthropic, fake: AsyncFakeClient
 ) -> None:
+    import anthropic
+
     with pytest.raises(anthropic.NotFoundError, match="of the models warm now"):
         ask(claude, model="other")
     fake.script.refuse(errors.QueueFull("full.", wait=3.0))
@@ -168,6 +174,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 def test_what_cannot_be_done_is_refused_by_name(
     claude: anthropic.Anthropic, fake: AsyncFakeClient, fields: dict[str, Any], param: str
 ) -> None:
+    import anthropic
+
     body = {"model": CHAT, "messages": HELLO, "max_tokens": 64, **fields}
     with pytest.raises(anthropic.BadRequestError) as caught:
         claude.post("/v1/messages", body=body, cast_to=anthropic.types.Message)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import anthropic
 import httpx2
 import openai
 import pytest
@@ -18,6 +17,9 @@ from tests.gateway.machinery import Served
 from tests.gateway.test_anthropic import WEATHER as CLAUDES
 from tests.gateway.test_chat import HELLO, WEATHER, ask, called
 from tests.gateway.test_responses import WEATHER as NEWER
+
+if TYPE_CHECKING:
+    import anthropic
 
 CALL = '{"name": "weather", "arguments": {"town": "Bonn"}}'
 FORMS = {

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import anthropic
 import httpx2
 import openai
 import pytest
@@ -18,6 +17,9 @@ from tests.gateway.test_anthropic import WEATHER as CLAUDES
 from tests.gateway.test_auto import BONN, FORMS, blocks
 from tests.gateway.test_chat import HELLO, WEATHER, ask, called
 from tests.gateway.test_responses import WEATHER as NEWER
+
+if TYPE_CHECKING:
+    import anthropic
 
 ANSWER = f"<think>\nI look.\n</think>\n\nOne moment.\n{FORMS['hermes']}"
 CUT = "<think>\nI wonder"

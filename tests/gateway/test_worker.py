@@ -7,7 +7,6 @@ import signal
 from collections.abc import Iterator
 from typing import Any
 
-import anthropic
 import httpx2
 import openai
 import pytest
@@ -36,6 +35,8 @@ def generated(client: Client, job_id: str) -> GenerateJob:
 
 
 def test_the_same_conversation_has_the_same_answer_in_each_vendors_form(api: openai.OpenAI) -> None:
+    import anthropic
+
     fields: Any = {"model": GENERATE_MODEL, "extra_body": {"temperature": 0}}
     chat = api.chat.completions.create(messages=HELLO, max_tokens=8, **fields)
     newer = api.responses.create(input=HELLO[0]["content"], max_output_tokens=8, **fields)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 HASHED = ["runtime.txt", "dev.txt", "models.txt", "decoders.txt", "build.txt", "browser.txt"]
 
 #: Put together here, so that this file does not hold what it looks for.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FILES = [path for folder in ("tests", "bench", "examples") for path in sorted((ROOT / folder).rglob("*.py"))]
 #: Functions that take an object and the name of an attribute of it.
 BY_NAME = {"getattr", "setattr", "hasattr", "delattr", "object"}
