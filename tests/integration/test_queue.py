@@ -190,12 +190,15 @@ def test_a_job_whose_worker_is_killed_goes_on_at_another_one_with_the_same_token
         job = long_answer(client)
         stream = job.stream(timeout=60)
         heard = [next(stream)]
+        owner = owner_in_the_middle(client, job)
+        # It stays in the middle for as long as the gateway needs.
+        os.kill(owner, signal.SIGSTOP)
         # Under the job's id the gateway follows this very job.
         over_http = gateway.completions.create(
             model=endless.MODEL, prompt="x", stream=True, extra_headers={"idempotency-key": job.id}
         )
         text = next(iter(over_http)).choices[0].text
-        os.kill(owner_in_the_middle(client, job), signal.SIGKILL)
+        os.kill(owner, signal.SIGKILL)
         heard += stream
         assert tuple(token.token_id for token in heard) == wanted.token_ids
         assert text + "".join(chunk.choices[0].text for chunk in over_http) == wanted.text
