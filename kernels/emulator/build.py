@@ -63,7 +63,7 @@ def available() -> bool:
 def build(launch: Launch, *, checked: bool = True) -> Built:
     """Compile `launch`; with `checked`, every load and store goes through the shadow memory. Raises `CompileError`."""
     text, buffers, header, body = _translate(launch)
-    flags = [*_FLAGS, *_KERNEL_FLAGS, *(("-O1", "-fsanitize=thread") if checked else ("-O2",))]
+    flags = [*_FLAGS, *_KERNEL_FLAGS, *(("-Og", "-fsanitize=thread") if checked else ("-O2",))]
     runtime = _runtime()
     digest = _digest(text, *flags, runtime.name, (RUNTIME / "metal.hpp").read_text("utf-8"))
 
