@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.report import Record, Row, against, by_turns, parser
+from bench.report import Record, Row, against, by_turns, parser, row
 from workers.group.starting import LOOPBACK, free_ports
 
 RANKS = 2
@@ -44,6 +44,8 @@ class Plan:
     shared_shape: str
     #: Its heads do not divide by two: ranks share its layers.
     layered_shape: str
+    #: Its heads do, and ranks train it together.
+    trained_shape: str
     #: Training on a shared model: steps of a run, and runs.
     shared_steps: int
     shared_runs: int
@@ -64,6 +66,7 @@ PLANS = {
         24,
         "qwen2.5-7b",
         "smollm2-135m",
+        "qwen2.5-0.5b",
         shared_steps=20,
         shared_runs=5,
         tokens=256,
@@ -74,11 +77,11 @@ PLANS = {
         gpu=True,
     ),
     "cpu": Plan(
-        "float32", "smollm2-135m", 1, 32, 12, "llama-160m", "smollm2-135m", shared_steps=4, shared_runs=5,
+        "float32", "smollm2-135m", 1, 32, 12, "llama-160m", "smollm2-135m", "llama-160m", shared_steps=4, shared_runs=5,
         tokens=16, streams=6, warm=1, lone_steps=5, lone_runs=1000,
     ),
     "tiny": Plan(
-        "float32", "tiny", 2, 16, 2, "tiny", "tiny", shared_steps=2, shared_runs=2,
+        "float32", "tiny", 2, 16, 2, "tiny", "tiny", "tiny", shared_steps=2, shared_runs=2,
         tokens=8, streams=2, warm=1, lone_steps=4, lone_runs=2,
     ),
 }  # fmt: skip
@@ -86,6 +89,9 @@ PLANS = {
 
 class Rank:
     """One process, `python -m COMMAND`."""
+
+    #: What it said of itself before its first step.
+    ready: dict[str, Any]
 
     def __init__(self, command: list[str], env: Mapping[str, str]) -> None:
         self._process = subprocess.Popen(
@@ -156,7 +162,7 @@ def trainers(folder: Path, ranks: int, plan: Plan) -> Iterator[list[Rank]]:
     command = ["bench.fleet_rank", "train", str(folder), str(ranks), json.dumps(asdict(plan))]
     with started([command] * ranks, places(folder, ranks, plan)) as found:
         for rank in found:
-            rank.answer()
+            rank.ready = rank.answer()
         yield found
 
 
@@ -203,13 +209,14 @@ def training(plan: Plan, folder: Path) -> tuple[list[Row], dict[str, Any]]:
     """Rows, and how far the losses of both sides are from each other."""
     with trainers(folder, 1, plan) as one, trainers(folder, RANKS, plan) as two:
         pairs = turns(partial(step, one), partial(step, two), plan.steps, plan.warm)
+        sums = [1000 * seconds for seconds in two[0].ready["sums"]]
     tokens = plan.batch * plan.length * RANKS
     last_alone, last_shared = pairs[-1]
     facts = {
         "loss_difference": max(abs(alone["loss"] / shared["loss"] - 1) for alone, shared in pairs),
         "training_peak_bytes": [last_alone["peak"], last_shared["peak"]],
     }
-    return compared("training", tokens, pairs), facts
+    return [*compared("training", tokens, pairs), row("the sum of a step's gradient", "ms", sums)], facts
 
 
 def serving(what: str, plan: Plan, folder: Path) -> tuple[list[Row], dict[str, Any]]:
@@ -276,7 +283,7 @@ PARTS = {
     "training": Part(training, lambda plan: plan.shape),
     "serving": Part(partial(serving, "one stream"), lambda plan: plan.shared_shape),
     "layers": Part(partial(serving, "one stream of shared layers"), lambda plan: plan.layered_shape),
-    "shared-training": Part(partial(shared_training, "training on a shared model"), lambda plan: plan.shape),
+    "shared-training": Part(partial(shared_training, "training on a shared model"), lambda plan: plan.trained_shape),
     "layers-training": Part(partial(shared_training, "training on shared layers"), lambda plan: plan.layered_shape),
     "one-host": Part(one_host, lambda _: "tiny"),
 }

@@ -57,7 +57,21 @@ def train(folder: Path, size: int, plan: dict[str, Any]) -> None:
     )  # fmt: skip
     model = load("bench", [str(folder)])
     shared = examples(folder, plan["batch"] * accumulation, plan["length"])
-    answer_steps(Trainer(model.decoder, request, shared, ranks=ranks).run(), answer)
+    trainer = Trainer(model.decoder, request, shared, ranks=ranks)
+    answer_steps(trainer.run(), answer, {"sums": sums(ranks, trainer.layout.size)})
+
+
+def sums(ranks: Ranks, numbers: int, times: int = 50) -> list[float]:
+    """The seconds of a sum over all ranks of as many numbers as a step's gradient has, while nothing else is done."""
+    gradient, found = mx.random.normal((numbers,)), []
+    mx.eval(gradient)
+    for _ in range(times):
+        # They begin together.
+        ranks.sum(mx.zeros(1))
+        began = time.perf_counter()
+        ranks.sum(gradient)
+        found.append(time.perf_counter() - began)
+    return found
 
 
 def serve(plan: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import mlx.core as mx
@@ -31,11 +31,13 @@ def examples(folder: Path, batch: int, length: int) -> list[TokenizedExample]:
     return [TokenizedExample(row, np.arange(length + 1) > 0) for row in rows(batch, length, vocabulary(folder))]
 
 
-def answer_steps(reports: Iterator[TrainReport | None], answer: Callable[..., None]) -> None:
-    """Say that the run is ready, and then what each step was: one for each line on standard input."""
+def answer_steps(
+    reports: Iterator[TrainReport | None], answer: Callable[..., None], facts: Mapping[str, object] | None = None
+) -> None:
+    """Say that the run is ready, with `facts`, and then what each step was: one for each line on standard input."""
     mx.clear_cache()
     mx.reset_peak_memory()
-    answer(ready=True)
+    answer(ready=True, **(facts or {}))
     for _ in sys.stdin:
         began = time.perf_counter()
         report = next(report for report in reports if report is not None)
