@@ -8,7 +8,6 @@ It ignores a file that another g++ made, or that was made with other flags.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import shutil
@@ -22,6 +21,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from stoker.files.durable import write_whole
+from stoker.files.locks import try_lock
 
 log = logging.getLogger(__name__)
 
@@ -69,12 +69,7 @@ def _alone(folder: Path) -> Iterator[bool]:
     """Whether no other process compiles the header now; one that does is not waited for."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            alone = True
-        except BlockingIOError:
-            alone = False
-        yield alone
+        yield try_lock(descriptor)
     finally:
         os.close(descriptor)
 

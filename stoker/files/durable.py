@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from stoker.files.locks import try_lock
+
 #: How the names of all drafts begin.
 DRAFT = ".stoker-draft-"
 
@@ -105,7 +107,7 @@ def sweep(folder: Path) -> None:
         with suppress(OSError):
             handle = os.open(draft, os.O_RDONLY if draft.is_dir() else os.O_RDWR)
             try:
-                if _lock(handle):
+                if try_lock(handle):
                     shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
             finally:
                 os.close(handle)
@@ -149,16 +151,7 @@ def _held(make: Callable[[], tuple[int, str]]) -> Iterator[Path]:
 def _mine(handle: int, name: str) -> bool:
     """False for a draft that, in the moment before its lock, looked like a dead writer's and was swept."""
     try:
-        return _lock(handle) and os.path.exists(name)
+        return try_lock(handle) and os.path.exists(name)
     except OSError:
         # A file system without locks: nobody can sweep there either.
         return True
-
-
-def _lock(handle: int) -> bool:
-    """Whether the lock was free, and is held now. Raises `OSError` where there are no locks."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

@@ -7,7 +7,6 @@ it lies, the file's kind says: vectors (`vector_output.py`), or lines (`line_out
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import time
@@ -18,6 +17,7 @@ from typing import Any, BinaryIO, TypeVar
 
 from stoker.errors import InvalidRequest
 from stoker.files.durable import flush, write_whole
+from stoker.files.locks import try_lock
 
 #: Seconds between two moments at which the rows so far are made safe.
 SAFE_EVERY = 2.0
@@ -151,9 +151,11 @@ def opened(output: Out, overwrite: bool = False) -> Iterator[Out]:
     # Without a buffer: what a full disk did not take would be tried again when the file is closed.
     with os.fdopen(descriptor, "r+b", buffering=0) as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InvalidRequest(f"--output: another run is writing {path} just now.") from None
+            alone = try_lock(file)
+        except OSError as error:
+            raise InvalidRequest(f"--output: {path} is where no file can be locked ({error.strerror}).") from None
+        if not alone:
+            raise InvalidRequest(f"--output: another run is writing {path} just now.")
         output.begin(file, overwrite)
         try:
             yield output

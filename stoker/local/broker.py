@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import socket
@@ -19,6 +18,7 @@ from stoker.address import Address
 from stoker.broker.loading import wait_until_loaded
 from stoker.errors import BrokerUnavailable, ConfigError
 from stoker.files.durable import write_whole
+from stoker.files.locks import try_lock
 from stoker.files.secret import kept_password, opener, private_folder
 from stoker.local.process import LogSize, Process
 from stoker.settings import Settings
@@ -144,18 +144,18 @@ class EmbeddedBroker:
         """Two servers on one append-only file would ruin it. The lock goes with this process, however it ends."""
         lock = open(self._folder / "lock", "w", encoding="utf-8", opener=opener)  # noqa: SIM115  it stays open
         end = time.monotonic() + 10
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return lock
-            except OSError:
+        try:
+            while not try_lock(lock):
                 if time.monotonic() > end:
-                    lock.close()
                     raise ConfigError(
                         f"the broker's folder {self._folder} is in use by another `stoker up`. "
                         "Use that one, or set STOKER_HOME to another folder."
-                    ) from None
+                    )
                 time.sleep(0.1)
+        except BaseException:
+            lock.close()
+            raise
+        return lock
 
     def stop(self) -> None:
         if self._process is not None:

@@ -8,7 +8,6 @@ not be taken for those of its successor.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import platform
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from typing import IO
 
 from stoker.catalogue import parse_models
 from stoker.errors import ConfigError
+from stoker.files.locks import try_lock
 from stoker.files.secret import opener
 from stoker.settings import Settings
 
@@ -31,7 +31,7 @@ def take_name(settings: Settings) -> tuple[str, IO[str]]:
         folder.mkdir(parents=True, exist_ok=True)
         for name in _names(settings):
             lock = open(folder / f"{name}.lock", "w", encoding="utf-8", opener=opener)  # noqa: SIM115  it stays open
-            if _is_free(lock):
+            if try_lock(lock):
                 return f"{name}@{platform.node()}", lock
             lock.close()
     except OSError as error:
@@ -44,11 +44,3 @@ def _names(settings: Settings) -> Iterator[str]:
     name = f"stoker-{sha256(os.fsencode('|'.join([str(settings.home), *models]))).hexdigest()[:8]}"
     yield name
     yield from (f"{name}-{number}" for number in range(2, MOST + 1))
-
-
-def _is_free(lock: IO[str]) -> bool:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import IO
 
 from flower.options import options
 from tornado.ioloop import IOLoop
 
 from stoker.errors import ConfigError
+from stoker.files.locks import try_lock
 from stoker.logs import setup as logs
 from stoker.monitor import access, transport
 from stoker.monitor.app import COLUMNS, GONE, TASKS, Monitor
@@ -38,8 +38,11 @@ def serve(settings: Settings, address: str, port: int, names: frozenset[str], sa
     logs.configure(settings, [password])
     quiet()
     transport.install()
+    kept = False
     with (home / "lock").open("w", encoding="utf-8") as lock:
-        kept = _is_first(lock)
+        # One process writes the history; none where no file can be locked.
+        with suppress(OSError):
+            kept = try_lock(lock)
         history = {"db": str(home / "history"), "persistent": kept, "state_save_interval": SAVE_EVERY if kept else 0}
         close_to_others(home)
         gate = access.Gate(password, names)
@@ -105,15 +108,6 @@ def close_to_others(home: Path) -> None:
     for file in home.iterdir():
         if file.is_file():
             file.chmod(0o600)
-
-
-def _is_first(lock: IO[str]) -> bool:
-    """Whether no other process writes the history; held as long as `lock` is open."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
 
 
 def _in_url(address: str) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+
+from workers.group.starting import free_ports
 
 
 def run(folder: Path, ranks: int, *command: str, timeout: float = 60) -> str:
@@ -30,12 +31,3 @@ def run(folder: Path, ranks: int, *command: str, timeout: float = 60) -> str:
     for process, (_, errors) in zip(started, said, strict=True):
         assert process.returncode == 0, errors
     return said[0][0]
-
-
-def free_ports(count: int) -> list[int]:
-    """Those of loopback that nobody has now."""
-    with ExitStack() as leaving:
-        sockets = [leaving.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]

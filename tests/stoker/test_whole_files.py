@@ -123,7 +123,7 @@ def test_what_others_call_a_draft_is_not_swept(tmp_path: Path) -> None:
     assert names(tmp_path) == [".draft-mine", ".notes-old.json", "draft", "notes.json"]
 
 
-@pytest.mark.parametrize(("module", "call"), [(durable, "_lock"), (tempfile, "mkdtemp")])
+@pytest.mark.parametrize(("module", "call"), [(durable, "try_lock"), (tempfile, "mkdtemp")])
 def test_a_draft_that_was_swept_before_its_lock_is_begun_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any, call: str
 ) -> None:
