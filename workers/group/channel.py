@@ -20,7 +20,7 @@ class Channel:
         connected.settimeout(SILENCE)
         connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket, self._lock = connected, threading.Lock()
-        self._closed = threading.Event()
+        self._closed, self._words = threading.Event(), self._read()
 
     def say(self, word: Word) -> None:
         """Raises `OSError` if the other side is gone, or takes nothing."""
@@ -28,8 +28,12 @@ class Channel:
             self._socket.sendall(written(word))
 
     def words(self) -> Iterator[Word]:
-        """Until the other side closes; signs of life are left out. Raises `OSError` for one that was lost or is silent
-        (`TimeoutError`), `NotOfThePlan` for one that says something else."""
+        """Those that nobody has read yet, until the other side closes; signs of life are left out. Raises `OSError` for
+        one that was lost or is silent (`TimeoutError`), `NotOfThePlan` for one that says something else."""
+        # One for all readers: behind the word that is read, more may have come already.
+        return self._words
+
+    def _read(self) -> Iterator[Word]:
         held = bytearray()
         while data := self._socket.recv(1 << 16):
             held += data

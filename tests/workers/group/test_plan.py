@@ -70,6 +70,17 @@ def test_words_come_out_of_a_socket_one_by_one_and_signs_of_life_do_not(pair: tu
     assert list(channel.words()) == [words[0], words[2]]
 
 
+def test_what_came_together_with_a_word_is_there_for_the_next_reader(pair: tuple[Channel, socket.socket]) -> None:
+    channel, theirs = pair
+    words: list[Word] = [Advance(number=1, run="a"), Done(number=1), Advance(number=2, run="b")]
+    sent = b"".join(written(word) for word in words)
+    theirs.sendall(sent[:-9])
+    assert next(channel.words()) == words[0]
+    theirs.sendall(sent[-9:])
+    theirs.shutdown(socket.SHUT_WR)
+    assert list(channel.words()) == words[1:]
+
+
 def test_a_line_without_end_is_not_kept(pair: tuple[Channel, socket.socket]) -> None:
     channel, theirs = pair
     feeding = threading.Thread(target=theirs.sendall, args=(b"x" * (LONGEST + 2),))

@@ -42,6 +42,7 @@ from workers.group.plan import (
     Stop,
     Turn,
     Word,
+    written,
 )
 from workers.group.starting import LOOPBACK, Place
 
@@ -72,7 +73,7 @@ class Meeting:
         self.leader.woken = lambda: self.wakes.append(self.leader.ready)
         self._address: list[Address] = []
         self._errors: list[BaseException] = []
-        self._sockets: list[socket.socket] = []
+        self.sockets: list[socket.socket] = []
 
     def _announced(self, ranks: object, text: str) -> str:
         self._address.append(Address.read(text))
@@ -102,12 +103,12 @@ class Meeting:
 
     def connection(self) -> Channel:
         address: Address = wait_until(lambda: next(iter(self._address), None), "rank 0 listens")
-        self._sockets.append(address.connect())
-        return Channel(self._sockets[-1])
+        self.sockets.append(address.connect())
+        return Channel(self.sockets[-1])
 
     def close(self) -> None:
         self.leader.close()
-        for each in self._sockets:
+        for each in self.sockets:
             each.close()
 
 
@@ -142,6 +143,17 @@ def test_a_connection_without_the_secret_is_of_no_rank(met: Meeting) -> None:
     met.connection().say(met.hello())
     joining.join()
     assert met.leader.ready
+
+
+def test_a_rank_that_was_faster_than_rank_0_has_said_what_it_holds(met: Meeting) -> None:
+    """All that it says while rank 0 waits for others comes at once."""
+    joining = threading.Thread(target=met.leader.join)
+    joining.start()
+    met.connection()
+    met.sockets[-1].sendall(written(met.hello()) + written(Holds(models={"a": "other"})))
+    joining.join()
+    with pytest.raises(ConfigError, match="weights other given"):
+        met.leader.hold({"a": "own"})
 
 
 def test_other_weights_are_refused_at_the_start(met: Meeting) -> None:
