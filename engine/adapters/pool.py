@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -156,19 +157,42 @@ class AdapterPool:
 
     def _widen(self, weights: LoraWeights) -> None:
         """Give the stacks the layers, sides and rank that an adapter needs."""
-        grown = self._rank < weights.config.rank
-        while self._rank < weights.config.rank:
-            self._rank *= 2
-        for name, sides in weights.matrices.items():
-            wanted = {"a", "b"} | ({"gain"} if "m" in sides else set())
-            if "m" in sides and self._linears[name].bias is not None:
-                wanted.add("shift")
-            stack = self._stacks.setdefault(name, {})
-            for side in wanted - stack.keys():
-                stack[side] = mx.full(self._shape(name, side), _NEUTRAL[side], self._model.decoder.dtype)
-                grown = True
-        if grown:
-            self._fit()
+        rank = self._rank
+        while rank < weights.config.rank:
+            rank *= 2
+        new = [(name, side) for name in weights.matrices for side in self._missing(name, weights)]
+        if rank == self._rank and not new:
+            return
+        self._rank = rank
+        self._cut(new)
+        for name, side in new:
+            full = mx.full(self._shape(name, side), _NEUTRAL[side], self._model.decoder.dtype)
+            self._stacks.setdefault(name, {})[side] = full
+        self._fit()
+
+    def _missing(self, name: str, weights: LoraWeights) -> set[str]:
+        """The sides of a layer that an adapter has and the stacks have not."""
+        dora = "m" in weights.matrices[name]
+        wanted = {"a", "b"} | ({"gain"} if dora else set())
+        if dora and self._linears[name].bias is not None:
+            wanted.add("shift")
+        return wanted - self._stacks.get(name, {}).keys()
+
+    def _cut(self, new: Sequence[tuple[str, str]]) -> None:
+        """Before the stacks grow to their rank and to new sides: give up places that nobody uses, as far as the budget
+        asks for it. Those that are in use keep their index."""
+        sides = [*((name, side) for name, stack in self._stacks.items() for side in stack), *new]
+        each = sum(math.prod(self._shape(name, side)[1:]) for name, side in sides) * self._model.decoder.dtype.size
+        places = len(self._held)
+        while places > _FIRST_CAPACITY and places * each > self._budget and not self._used_from(places // 2):
+            places //= 2
+        if places < len(self._held):
+            del self._held[places:]
+            for stack in self._stacks.values():
+                stack.update({side: mx.contiguous(array[:places]) for side, array in stack.items()})
+
+    def _used_from(self, place: int) -> bool:
+        return any(self._uses[index] for index in range(place, len(self._held)))
 
     def _room(self) -> int:
         """A free index: one that is free, or a larger stack if the budget allows, or the index of the least recently

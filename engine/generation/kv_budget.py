@@ -16,6 +16,8 @@ class KvBudget:
 
     def __init__(self, model: Decoder, limit: int, batch: Batch, prefixes: PrefixCache) -> None:
         self._token, self._limit = bytes_per_token(model), limit
+        #: What recurrent layers keep of a row, however long it is.
+        self._state = model.kv_sizes.state_bytes
         self._batch, self._prefixes = batch, prefixes
         #: What prompts on their way take.
         self.prefilling = 0
@@ -45,7 +47,7 @@ class KvBudget:
         length = max(row.length for row in rows) + 1
         longest = max([length, *(row.cached + 1 for row in staying)])
         count, capacity = self._batch.shape_for(len(staying) + len(rows), longest)
-        return not staying or (count * capacity + len(rows) * length) * self._token <= self._limit
+        return not staying or self._bytes(count, capacity) + self._bytes(len(rows), length) <= self._limit
 
     def must_shrink(self, rows: int, length: int) -> bool:
         """Whether a row has to leave before the batch can hold `rows` of `length` tokens; kept prefixes make way."""
@@ -55,7 +57,10 @@ class KvBudget:
         return False
 
     def _needed(self, rows: int, length: int) -> int:
-        return rows * length * self._token + self._growth(rows, length)
+        return self._bytes(rows, length) + self._growth(rows, length)
+
+    def _bytes(self, rows: int, length: int) -> int:
+        return rows * (length * self._token + self._state)
 
     def _growth(self, more: int, length: int) -> int:
         """Bytes that the batch would take on top of what it has, with `more` rows of `length` tokens."""
@@ -63,5 +68,4 @@ class KvBudget:
         longest = max([length, *(row.cached + 1 for row in batch.rows)])
         if batch.has_room(len(batch.rows) + more, longest):
             return 0
-        rows, capacity = batch.shape_for(len(batch.rows) + more, longest)
-        return max(0, rows * capacity * self._token - batch.nbytes)
+        return max(0, self._bytes(*batch.shape_for(len(batch.rows) + more, longest)) - batch.nbytes)

@@ -208,9 +208,20 @@ class GenerateLane:
 
     def run(self, *, lookahead: bool = True) -> StepOutput:
         """Take rows that wait, push prompts on by a chunk, decode every row that is ready by one token."""
+        output = StepOutput()
+        try:
+            self._step(output, lookahead)
+        except Exception as error:
+            # Jobs that ended in this step have left the lane: nothing else would end them.
+            for ticket, _ in output.ended:
+                ticket.fail(error)
+            raise
+        return output
+
+    def _step(self, output: StepOutput, lookahead: bool) -> None:
         # A pass that is under way began when the last step ended.
         began = self._ended if self.batch.in_flight else self._clock()
-        output, width = StepOutput(), 1
+        width = 1
         self._pacer.begin({row.priority for row in self.held}, alone=lookahead, empty=not self.batch.rows)
         # Prompts and rows that decode take turns.
         late, self._let_go = self._let_go, False
@@ -225,7 +236,6 @@ class GenerateLane:
             width = self._decode(output, lookahead and not (late and (self._prompts or self._roster.waiting)))
         self._ended = self._clock()
         self._note(self._ended - began, output.rows, width, alone=not (pushed or late))
-        return output
 
     def _note(self, seconds: float, rows: int, width: int, *, alone: bool) -> None:
         """The step took `seconds`, with a pass over `width` tokens of each of `rows`; `alone`: with nothing else."""

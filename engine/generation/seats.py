@@ -68,7 +68,7 @@ class Seats:
     def make_room(self, rows: int, length: int, joining: Row | None = None) -> bool:
         """Before the batch grows to `rows` of `length` tokens: of the worst priority, the rows that came last make way.
         False: the row that is `joining` is worse than all that are there, or came last of them, and had to."""
-        batch = self._batch
+        batch, own = self._batch, 1 if joining is None else length
         while self._budget.must_shrink(rows, length):
             last = max(batch.rows, key=claim)
             if joining is not None and claim(joining) > claim(last):
@@ -79,8 +79,8 @@ class Seats:
                 self._roster.put_back(prompts)
                 continue
             self._preempt(last)
-            rows = min(rows, len(batch.rows) + 1)
-            length = max((row.cached + 1 for row in batch.rows), default=1)
+            rows = min(rows, len(batch.rows) + (joining is not None))
+            length = max([own, *(row.cached + 1 for row in batch.rows)])
             batch.shrink()
         return True
 

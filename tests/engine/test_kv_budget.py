@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +13,7 @@ from engine.adapters.store import AdapterStore
 from engine.checkpoints.loading import LoadedModel
 from engine.generation.batch import SMALLEST_KV_LENGTH, Batch
 from engine.generation.kv_budget import KvBudget
+from engine.generation.prefill import Prefill
 from engine.generation.prompt import TokenizedPrompt
 from engine.generation.row import Generation, Row
 from engine.generation.step import Step
@@ -18,6 +21,8 @@ from engine.models.cache import KeyValues, bytes_per_token
 from engine.prefixes.memory import PrefixCache
 from engine.ticket import Ticket
 from stoker.contract import GenerateRequest
+from tests.engine import bridged
+from tests.engine.test_generate_lane import Driver, request
 
 PREFIX = 60
 
@@ -137,3 +142,61 @@ def test_a_prompt_that_nobody_could_make_way_for_is_admitted(model: LoadedModel,
     machine = Machine(model, tmp_path, SMALLEST_KV_LENGTH, prefixes=1)
     assert machine.budget.admits([machine.row(SMALLEST_KV_LENGTH - 1)])
     assert len(machine.prefixes) == 0
+
+
+def test_what_recurrent_layers_keep_of_a_row_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else rows come in as if they were free, have to leave at once, and are prefilled again in each step."""
+    model = bridged.bridged("mamba2")
+    limit = 9 * model.decoder.kv_sizes.state_bytes
+    pool = AdapterPool(model, AdapterStore(tmp_path))
+    driver = Driver(model, pool, slots=16, kv_bytes=limit, prefix_share=0.0)
+    begun, most = Counter[int](), [0]
+    plain = Prefill.__init__
+
+    def counted(prefill: Prefill, *given: Any, **named: Any) -> None:
+        plain(prefill, *given, **named)
+        begun.update(id(row) for row in prefill.rows)
+        most.append(driver.lane.batch.nbytes + prefill.kv.nbytes)
+
+    monkeypatch.setattr(Prefill, "__init__", counted)
+    sent = [driver.send(request([10 + n, 9, 11] * 10, max_tokens=20, ignore_eos=True)) for n in range(12)]
+    driver.run()
+    assert [len(one.tokens) for one in sent] == [20] * 12
+    assert set(begun.values()) == {1}
+    assert max(most) <= limit
+
+
+def test_no_more_rows_make_way_than_have_to(model: LoadedModel, tmp_path: Path) -> None:
+    """Three rows grow beyond 256 positions, and memory holds two of 384."""
+    pool = AdapterPool(model, AdapterStore(tmp_path))
+    driver = Driver(model, pool, slots=3, kv_bytes=280_000, prefix_share=0.0)
+    for number in range(3):
+        driver.send(request([3 + number, 4] * 115, max_tokens=50, ignore_eos=True))
+        driver.step()
+        driver.step()
+    while not driver.lane.preempted:
+        driver.step()
+    assert len(driver.lane.batch.rows) == 2
+
+
+def test_a_long_row_that_joins_counts_with_its_length_when_others_have_made_way(
+    model: LoadedModel, tmp_path: Path
+) -> None:
+    limit = 1_000_000
+    pool = AdapterPool(model, AdapterStore(tmp_path))
+    driver = Driver(model, pool, slots=12, kv_bytes=limit, prefix_share=0.0)
+
+    def short(priority: int) -> None:
+        for number in range(3):
+            driver.send(request([3 + number, 4], max_tokens=150, priority=priority, ignore_eos=True))
+
+    short(9)
+    for _ in range(5):
+        driver.step()
+    driver.send(request([9, 8, 7] * 200, max_tokens=50, priority=5, ignore_eos=True))
+    driver.step()
+    assert driver.lane.prefilling
+    short(0)
+    while driver.lane.busy:
+        driver.step()
+        assert driver.lane.kv_bytes <= limit

@@ -15,6 +15,7 @@ from engine.adapters.pool import AdapterPool
 from engine.adapters.store import AdapterStore
 from engine.checkpoints.loading import LoadedModel
 from engine.generation import batch as batch_module
+from engine.generation.batch import Batch
 from engine.generation.lane import GenerateLane
 from engine.generation.prompt import TokenizedPrompt
 from engine.generation.row import Generation, Row, RowState
@@ -352,6 +353,24 @@ def test_a_device_that_fails_ends_every_job_of_the_lane_and_the_next_ones_are_se
     again = driver.send(request([3, 1, 4]))
     driver.run()
     assert again.ids == wanted.ids
+
+
+@pytest.mark.parametrize("lookahead", [True, False])
+def test_a_job_that_ended_in_a_step_which_fails_behind_it_has_an_end(
+    model: LoadedModel, pool: AdapterPool, monkeypatch: pytest.MonkeyPatch, lookahead: bool
+) -> None:
+    """Its first token was its last, and the pass of the prompt next to it fails: the lane has let go of it already."""
+    driver = Driver(model, pool)
+    driver.lookahead = lookahead
+    short, other = driver.send(request([5, 9, 2], max_tokens=1)), driver.send(request([3, 1, 4]))
+    with monkeypatch.context() as patch:
+        patch.setattr(Batch, "launch", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("[malloc] no more")))
+        with pytest.raises(RuntimeError, match="no more") as caught:
+            driver.run()
+    driver.lane.fail_all(caught.value)
+    for one in (short, other):
+        with pytest.raises(RuntimeError, match="no more"):
+            one.ticket.result(0)
 
 
 def test_a_model_whose_weights_are_not_finite_says_so_for_each_job(tmp_path: Path) -> None:
