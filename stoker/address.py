@@ -60,11 +60,13 @@ class Address:
     url: str
     sentinels: Sentinels | None = None
     files: tuple[tuple[str, str], ...] = ()
+    #: What stands behind the ? of `shown`, which people need not see; no secret is there.
+    options: str = ""
 
     @property
     def without_password(self) -> str:
         """A URL for `parse`, as `shown` without its stars."""
-        return self.shown.replace("//***@", "//", 1).replace(":***@", "@", 1)
+        return self.shown.replace("//***@", "//", 1).replace(":***@", "@", 1) + self.options
 
     @classmethod
     def parse(cls, url: str) -> Address:
@@ -104,19 +106,38 @@ def _tcp(url: str) -> Address:
         raise ValueError("a piece of a login behind the address")
     host, port = parts.hostname or "127.0.0.1", parts.port or 6379
     host.encode("idna")  # as it will be looked up
-    database = _database(parts.path.strip("/"))
     query = dict(parse_qsl(parts.query))
     _check_options(query, _OPTIONS if parts.scheme == "redis" else _OPTIONS | _TLS_OPTIONS)
     if parts.scheme == "rediss":
         # Celery's result backend refuses to guess; verifying is the only default that TLS deserves.
         query.setdefault("ssl_cert_reqs", "required")
-    netloc = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    tail = f"/{database}"
-    login = parts.netloc.rpartition("@")[0]
-    full = f"{parts.scheme}://{login + '@' if login else ''}{netloc}{tail}{'?' + urlencode(query) if query else ''}"
-    shown = f"{parts.scheme}://{_shown_login(login)}{netloc}{tail}"
+    # kombu knows a database and a login in no other place, and of the options those of TLS alone.
+    database = _database(query.pop("db", parts.path.strip("/")))
+    login = _joined(parts.netloc.rpartition("@")[0], query.pop("username", ""), query.pop("password", ""))
+    tail = f"{f'[{host}]' if ':' in host else host}:{port}/{database}"
+    plain = f"{parts.scheme}://{login + '@' if login else ''}{tail}"
+    full, tls = plain + _behind(query), {name: value for name, value in query.items() if name in _TLS_OPTIONS}
     files = tuple((name, query[name]) for name in _FILES if name in query)
-    return Address(redis=full, celery=full, shown=shown, url=full, files=files)
+    return Address(
+        redis=full,
+        celery=plain + _behind(tls),
+        shown=f"{parts.scheme}://{_shown_login(login)}{tail}",
+        url=full,
+        files=files,
+        options=_behind(query),
+    )
+
+
+def _joined(login: str, username: str, password: str) -> str:
+    """A login, with what it lacks from the options of the same names."""
+    user, _, word = login.partition(":")
+    if not (username or password):
+        return login
+    return f"{user or quote(username, safe='')}:{word or quote(password, safe='')}"
+
+
+def _behind(query: dict[str, str]) -> str:
+    return f"?{urlencode(query)}" if query else ""
 
 
 def _check_options(given: dict[str, str], known: dict[str, tuple[str, ...]]) -> None:
@@ -131,8 +152,8 @@ def _socket(url: str) -> Address:
     parts = urlsplit(url)
     query = dict(parse_qsl(parts.query))
     database = _database(query.pop("virtual_host", query.pop("db", "")))
-    if parts.hostname or not parts.path.strip("/"):
-        raise ValueError("no path to a socket")
+    if query or parts.hostname or not parts.path.strip("/"):
+        raise ValueError("no path to a socket, or an option that there is not")
     login, path = parts.netloc.rpartition("@")[0], unquote(parts.path)
     user = f"{login}@" if login else ""
     celery = f"redis+socket://{user}{quote(path)}?virtual_host={database}"

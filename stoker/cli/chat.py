@@ -10,11 +10,12 @@ import typer
 
 from stoker.cli import inputs
 from stoker.cli.generate import Adapter, MaxTokens, Seed, Temperature, TopP
-from stoker.cli.options import Model, Url, connect, notes
+from stoker.cli.options import Model, Url, connect, for_output, notes
 from stoker.client import Client
 from stoker.client.options import GenerateOptions
 from stoker.contract.kinds import GENERATE
 from stoker.errors import InvalidRequest, StokerError, TextTooLong
+from stoker.local.interrupts import AskedToEnd
 
 HELP = """/help             this list
 /clear            forget the conversation
@@ -42,7 +43,7 @@ def chat(
         conversation.adapter, conversation.system, conversation.seed = adapter, system, seed
         if sys.stdin.isatty():
             conversation.note(f"{conversation.described()}. /help lists what can be typed.")
-        for line in _lines():
+        for line in lines_said():
             conversation.take(line)
     print()
 
@@ -129,14 +130,16 @@ class Conversation:
         try:
             for token in job.stream():
                 said += token.text
-                print(token.text, end="", flush=True)
+                print(for_output(token.text), end="", flush=True)
+        except AskedToEnd:
+            raise
         except KeyboardInterrupt:
             notes().print(" [dim](stopped)[/dim]", end="")
         print()
         return said
 
 
-def _lines() -> Iterator[str]:
+def lines_said() -> Iterator[str]:
     """What is typed, or the lines of a file or pipe, until `/exit` or the end."""
     try:
         for line in _typed() if sys.stdin.isatty() else inputs.lines():
@@ -145,6 +148,8 @@ def _lines() -> Iterator[str]:
                 return
             if said:
                 yield said
+    except AskedToEnd:
+        raise
     except (EOFError, KeyboardInterrupt):
         return
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 
-from stoker.cli.options import Url, console
+from stoker.cli.options import Url, console, for_output
 from stoker.cli.train import follow
 from stoker.client import Client
 from stoker.contract import Presence
@@ -98,7 +98,7 @@ def _stream(client: Client) -> None:
     for token in client.generate(STORY, model=GENERATE_MODEL, max_tokens=48).stream():
         first = first or time.perf_counter() - began
         count += 1
-        print(token.text.replace("\n", "\n  "), end="", flush=True)
+        print(for_output(token.text).replace("\n", "\n  "), end="", flush=True)
     seconds = time.perf_counter() - began
     print(f"\n  {count} tokens, the first after {first:.2f} s, then {(count - 1) / (seconds - first):.1f} tokens/s")
 
@@ -133,7 +133,7 @@ def _compare(client: Client) -> None:
     }
     print("  " + QUESTION.replace("\n", "\n  "))
     for name, job in jobs.items():
-        text = job.result().text.strip().replace("\n", " ")
+        text = for_output(job.result().text).strip().replace("\n", " ")
         print(f"  {name:>11}: {text}")
 
 

@@ -9,7 +9,7 @@ import typer
 
 from stoker.cli import inputs
 from stoker.cli.generate_file import FileRun
-from stoker.cli.options import Json, Model, Url, connect, is_terminal, notes, print_json
+from stoker.cli.options import Json, Model, Url, connect, for_output, is_terminal, notes, print_json
 from stoker.client.options import GenerateManyOptions
 from stoker.contract import GenerateResult
 from stoker.contract.kinds import GENERATE
@@ -105,7 +105,7 @@ def generate(
             _print_whole(job.result(), as_json)
             return
         for token in job.stream():
-            print(token.text, end="", flush=True)
+            print(for_output(token.text), end="", flush=True)
         print()
         if is_terminal():
             notes().print(f"[dim]{describe(job.result())}[/dim]")
@@ -135,7 +135,7 @@ def _print_whole(result: GenerateResult, as_json: bool) -> None:
         print_json(result.model_dump(mode="json"))
         return
     for number, completion in enumerate(result.completions, 1):
-        print(f"--- {number}\n{completion.text}")
+        print(f"--- {number}\n{for_output(completion.text)}")
 
 
 def describe(result: GenerateResult) -> str:

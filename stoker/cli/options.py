@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stoker.client import Client
+from stoker.contract.shown import harmless
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -71,3 +72,8 @@ def progress_shown(first: str) -> Iterator[Callable[[str], None]]:
 
 def is_terminal() -> bool:
     return sys.stdout.isatty()
+
+
+def for_output(text: str) -> str:
+    """A model's text as it is; on a terminal without what would drive that."""
+    return harmless(text) if is_terminal() else text

@@ -106,9 +106,9 @@ class Joint(Generic[T]):
 
 async def finished(call: Callable[[], Awaitable[T]]) -> T:
     """Run `call` to its end, also where the caller is cancelled meanwhile, or was before: as in FastAPI, which ends a
-    response by a scope in which every further `await` is cancelled too. It gets `LEAVE_WITHIN` seconds."""
+    response by a scope in which every further `await` is cancelled too. It gets `LEAVE_WITHIN` seconds from then on."""
     task = asyncio.ensure_future(call())
-    give_up = asyncio.get_running_loop().call_later(LEAVE_WITHIN, task.cancel)
+    give_up: asyncio.TimerHandle | None = None
     cancelled: asyncio.CancelledError | None = None
     try:
         while not task.done():
@@ -116,8 +116,10 @@ async def finished(call: Callable[[], Awaitable[T]]) -> T:
                 await asyncio.wait([task])
             except asyncio.CancelledError as error:
                 cancelled = error
+                give_up = give_up or asyncio.get_running_loop().call_later(LEAVE_WITHIN, task.cancel)
     finally:
-        give_up.cancel()
+        if give_up is not None:
+            give_up.cancel()
     if cancelled is None:
         return task.result()
     if task.cancelled() or task.exception() is not None:

@@ -159,10 +159,7 @@ class Follower(Generic[E]):
 
     def wait(self) -> float:
         """Seconds to wait for a message; raises `JobTimeout` at the end of the caller's time limit."""
-        if self._something_came:
-            # From here, and not from the moment when it came: the caller may have taken long over it.
-            self._limit.restart()
-            self._something_came = False
+        self._begin_limit()
         return self._limit.slice(max(0.0, self._quiet_until - self._clock()))
 
     def heard(self, message: Heard | None) -> list[E]:
@@ -180,7 +177,14 @@ class Follower(Generic[E]):
 
     def pause(self, error: Exception) -> float:
         """Seconds to wait before the next try; raises `BrokerUnavailable` when the patience is at its end."""
+        self._begin_limit()
         return self._limit.slice(self._patience.spend(error))
+
+    def _begin_limit(self) -> None:
+        """From here, and not from the moment when something came: the caller may have taken long over it."""
+        if self._something_came:
+            self._limit.restart()
+            self._something_came = False
 
     def value(self) -> object:
         """What the job made; raises what it ended with. For a reader that has followed it to its outcome."""

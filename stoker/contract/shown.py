@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
+
+#: Controls, escape sequences' beginnings among them, and those of direction (Unicode's UAX #9).
+_MOVING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def brief(value: Any, most: int = 60) -> str:
@@ -19,6 +23,12 @@ def brief(value: Any, most: int = 60) -> str:
 def printable(text: str) -> str:
     """`text` on one line, as a terminal may have it: what another program wrote into the broker may move its cursor."""
     return text if text.isprintable() else "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
+
+
+def harmless(text: str) -> str:
+    """`text` of a model, as a terminal may have it: no letter of it moves the cursor, except by a new line or a tab, or
+    turns the direction of writing."""
+    return _MOVING.sub("\ufffd", text.replace("\r", ""))
 
 
 def cut(words: object, most: int = 1000) -> str:

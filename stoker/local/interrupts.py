@@ -12,6 +12,10 @@ INTERRUPTED = 130
 _ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
+class AskedToEnd(KeyboardInterrupt):
+    """SIGTERM, or a terminal that closed: where Ctrl-C ends a part of the work, these end the program."""
+
+
 def handle(handler: Callable[[int, FrameType | None], object]) -> None:
     """Have `handler` called, except for what is ignored on purpose: by `nohup`, or for a shell's background jobs."""
     for number in _ASKING:
@@ -35,5 +39,5 @@ def end_cleanly() -> None:
     handle(_interrupt)
 
 
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
+def _interrupt(number: int, _: FrameType | None) -> None:
+    raise KeyboardInterrupt if number == signal.SIGINT else AskedToEnd

@@ -77,7 +77,6 @@ def test_tls_verifies_except_where_the_url_says_otherwise() -> None:
         f"rediss://me:{SECRET}@host",
         f"redis://host/0?password={SECRET}",
         f"redis+socket://:{SECRET}@/run/redis.sock",
-        f"redis+socket:///run/redis.sock?password={SECRET}",
         f"redis://{SECRET}@host",
         f"rediss://{SECRET}@host:7000/1",
         f"redis+socket://{SECRET}@/run/redis.sock",
@@ -222,6 +221,38 @@ def test_a_client_that_is_closed_keeps_no_connection_to_a_sentinel(broker: Setti
 def test_an_address_of_sentinels_that_lacks_something_is_refused(rest: str) -> None:
     with pytest.raises(ConfigError, match=r"expected redis\+sentinel://\[USER:PASSWORD@\]HOST.*/SERVICE"):
         Address.parse(f"redis+sentinel://{rest}")
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["db=3", "protocol=3", "client_name=x", "socket_timeout=10", "health_check_interval=9", "username=me&password=x"],
+)
+def test_an_option_that_clients_have_does_not_end_a_worker(option: str) -> None:
+    """kombu takes what it does not know for an argument of its own."""
+    config = shared_config(Settings(url=f"redis://127.0.0.1:1/0?{option}"))
+    Connection(config["broker_url"], transport_options=config["broker_transport_options"])
+
+
+def test_a_database_and_a_login_behind_the_address_are_those_of_all_readers() -> None:
+    address = Address.parse("rediss://me@h:1/2?db=3&username=you&password=a/b&client_name=c&ssl_check_hostname=false")
+    assert address.redis.startswith("rediss://me:a%2Fb@h:1/3?client_name=c&")
+    assert address.celery == "rediss://me:a%2Fb@h:1/3?ssl_check_hostname=false&ssl_cert_reqs=required"
+    assert address.shown == "rediss://me:***@h:1/3"
+    assert Address.parse("redis://h?username=you&password=x").shown == "redis://you:***@h:6379/0"
+
+
+def test_an_address_without_its_password_keeps_its_options() -> None:
+    address = Address.parse("rediss://me:s3cret@h:1/2?db=3&ssl_ca_certs=/ca.pem&client_name=c")
+    there = Address.parse(address.without_password)
+    assert "s3cret" not in there.redis
+    assert there.redis == address.redis.replace("me:s3cret@", "me@")
+
+
+@pytest.mark.parametrize("option", ["password=secret", "virtualhost=3", "username=me"])
+def test_an_option_that_a_socket_has_not_is_refused(option: str) -> None:
+    with pytest.raises(ConfigError, match="expected redis\\+socket:///PATH") as caught:
+        Address.parse(f"redis+socket:///run/r.sock?{option}")
+    assert "secret" not in str(caught.value)
 
 
 def test_a_socket_with_two_slashes_is_refused() -> None:

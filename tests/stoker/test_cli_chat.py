@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
-from stoker.cli import chat, inputs
+from stoker.cli import app, chat, inputs, options
 from stoker.contract import StreamToken
 from stoker.errors import InvalidRequest, TextTooLong, UnknownModel
-from tests.stoker.test_cli import FakeClient, FakeJob, asked, run
+from stoker.local.interrupts import AskedToEnd, end_cleanly
+from tests.stoker.test_cli import RESULT, FakeClient, FakeJob, asked, run
 
 __all__ = ["asked"]
 
@@ -130,3 +133,52 @@ def test_empty_lines_are_no_messages_and_nothing_is_read_behind_the_end(
     monkeypatch.setattr(inputs, "lines", lambda: iter(["", "  ", "Hello", "", "/exit", "never"]))
     assert run("chat").count("one two") == 1
     assert asked["prompt"] == [{"role": "user", "content": "Hello"}]
+
+
+@pytest.mark.parametrize("at", ["an answer", "the prompt"])
+def test_what_ends_a_program_is_no_ctrl_c(
+    client: Refusing, talk: chat.Conversation, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    """SIGTERM, or a terminal that closes: `timeout 60 stoker chat` ends."""
+
+    def ends(*_: object) -> Iterator[Any]:
+        raise AskedToEnd
+        yield
+
+    monkeypatch.setattr(FakeJob, "stream", ends)
+    monkeypatch.setattr(inputs, "lines", ends)
+    with pytest.raises(AskedToEnd):
+        talk.take("Hello") if at == "an answer" else list(chat.lines_said())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_each_signal_interrupts_and_those_that_end_a_program_say_so(number: signal.Signals) -> None:
+    before = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    end_cleanly()
+    try:
+        with pytest.raises(KeyboardInterrupt) as caught:
+            signal.raise_signal(number)
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+    assert isinstance(caught.value, AskedToEnd) == (number != signal.SIGINT)
+
+
+NASTY = "Hi\tyou\n\x1b]52;c;cm0K\x07\x1b[2J\r\x9b1m\u202eé"
+HARMLESS = "Hi\tyou\n\ufffd]52;c;cm0K\ufffd\ufffd[2J\ufffd1m\ufffdé"
+
+
+@pytest.mark.parametrize("words", [("generate", "hello"), ("generate", "hello", "--n", "2"), ("chat",)])
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_models_text_does_not_drive_the_terminal_and_goes_into_a_pipe_as_it_is(
+    asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], terminal: bool
+) -> None:
+    """Escape sequences write the clipboard, clear the screen and set its title."""
+    made = RESULT.model_copy(update={"text": NASTY})
+    token = StreamToken(index=0, token_id=1, text=NASTY, logit=0, logprob=0, probability=1)
+    monkeypatch.setattr(FakeJob, "stream", lambda _: iter([token]))
+    monkeypatch.setattr(FakeJob, "result", lambda _: made)
+    monkeypatch.setattr(options, "is_terminal", lambda: terminal)
+    shown = CliRunner().invoke(app, words, input="hello\n", catch_exceptions=False).stdout_bytes.decode()
+    assert (HARMLESS if terminal else NASTY) in shown
+    assert (NASTY in shown) is not terminal

@@ -227,6 +227,17 @@ def test_the_callers_time_limit_counts_from_the_last_entry_and_not_while_the_cal
         reader.wait()
 
 
+def test_the_callers_time_limit_counts_from_the_question_too_where_the_broker_is_away() -> None:
+    clock = Clock()
+    reader = follower(timeout=5.0, clock=clock)
+    reader.looked([None, OWNED, rows(0)])
+    clock.now += 60
+    assert reader.pause(RedisConnectionError("gone")) > 0
+    clock.now += 5
+    with pytest.raises(JobTimeout, match="within 5 s"):
+        reader.pause(RedisConnectionError("gone"))
+
+
 def test_each_outage_has_the_whole_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, gone = Clock(), RedisConnectionError("gone")
     monkeypatch.setattr(connection, "time", SimpleNamespace(monotonic=clock))

@@ -191,6 +191,17 @@ def test_a_caller_that_was_cancelled_stays_so_whatever_comes_of_the_rest() -> No
     assert done == ["ended"]
 
 
+def test_a_caller_that_is_not_cancelled_waits_for_as_long_as_the_rest_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asynchronously, "LEAVE_WITHIN", 0.0)
+
+    async def takes_long() -> int:
+        for _ in range(20):
+            await asyncio.sleep(0.005)
+        return 3
+
+    assert asyncio.run(finished(takes_long)) == 3
+
+
 def test_a_caller_that_is_not_cancelled_hears_the_error_itself() -> None:
     async def fails() -> None:
         raise RedisConnectionError("gone")
