@@ -16,8 +16,9 @@ from stoker.broker import keys, registry
 from stoker.broker.ledger import record
 from stoker.broker.registry import ANYBODY, Owner
 from stoker.contract.names import Rule, checked, follows
-from stoker.errors import ConfigError, JobFailed
+from stoker.errors import JobFailed
 from stoker.files.durable import flush, make_folders, write_whole
+from stoker.files.stores import opened
 from stoker.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -105,14 +106,8 @@ class Artifacts:
         return fs, f"{root.rstrip('/')}/{folder}/{checked(Rule.VERSION, 'version', str(version))}{SUFFIX}"
 
     def root(self) -> tuple[Any, str]:
-        """The file system of the store, and the path in it."""
-        import fsspec
-
-        try:
-            fs, root = fsspec.core.url_to_fs(self._url)
-        except (ImportError, ValueError, OSError) as error:
-            raise ConfigError(f"STOKER_ARTIFACTS: {self._url!r} cannot be used ({error}).") from None
-        return fs, str(root)
+        """The file system of the store, and the path in it. Raises `ConfigError`."""
+        return opened(str(self._url))
 
 
 class StoreFolder:

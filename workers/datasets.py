@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+from contextlib import ExitStack
 from pathlib import Path
 
 from stoker.broker import keys
@@ -12,11 +12,9 @@ from stoker.contract.names import Rule, checked
 from stoker.contract.shown import trouble
 from stoker.contract.uploads import Upload
 from stoker.errors import DatasetError
-from stoker.files.durable import write_whole
+from stoker.files.durable import draft_folder
 from workers import uploads
 from workers.job import Job
-
-log = logging.getLogger(__name__)
 
 
 def fetch(job: Job, dataset: str) -> bytes | Path | Beneath | None:
@@ -50,27 +48,13 @@ def _uploaded(job: Job, dataset: str) -> bytes | Path | None:
         return uploads.read(job.runtime.redis, upload)
     if not job.runtime.redis.exists(keys.blob(dataset)):
         return None
-
-    def copy(temporary: Path) -> None:
-        with temporary.open("wb") as file:
+    run = job.runtime.settings.runs / checked(Rule.JOB_ID, "job id", job.id)
+    with ExitStack() as made:
+        # Of this delivery alone: one that was overtaken may end while the next owner reads its own. Those of deliveries
+        # that died are swept.
+        path = Path(made.enter_context(draft_folder(run)), "dataset.jsonl")
+        with path.open("wb") as file:
             for part in uploads.parts(job.runtime.redis, upload):
                 file.write(part)
-
-    path = _file(job)
-    job.resources.callback(_delete, path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, copy)
+        job.resources.push(made.pop_all())
     return path
-
-
-def _file(job: Job) -> Path:
-    name = checked(Rule.JOB_ID, "job id", job.id)
-    return Path(job.runtime.settings.runs / name / "dataset.jsonl")
-
-
-def _delete(path: Path) -> None:
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        # The job has ended or goes on elsewhere; the file goes with the run's folder.
-        log.warning("%s could not be deleted: %s", path, error)

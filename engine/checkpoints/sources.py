@@ -77,6 +77,14 @@ def naming(path: Path) -> Iterator[None]:
 
 def resolve_one(source: str, *, download: bool = True) -> Path:
     """The local path of one source string. Raises `ModelError` with the cause."""
+    try:
+        return _place(source, download)
+    except (OSError, RuntimeError, ValueError) as error:
+        # Folders that this user may not search, the home of nobody, modules without a place.
+        raise ModelError(f"it cannot be looked at ({error}). Name a path that this user may read") from error
+
+
+def _place(source: str, download: bool) -> Path:
     if source.startswith("package:"):
         return _in_package(source.removeprefix("package:"))
     if source.startswith("hf:"):

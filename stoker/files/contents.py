@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Protocol
 from uuid import uuid4
 
-from stoker.errors import ConfigError
 from stoker.files.durable import draft_folder, make_folders, publish, write_whole
+from stoker.files.stores import opened
 from stoker.settings import Settings
 
 #: Bytes that a part has, except the last one of a writer.
@@ -80,13 +80,8 @@ class StoreContents:
     def __init__(self, url: str) -> None:
         self._url = url
         self.place = hashlib.sha256(url.encode()).hexdigest()[:16]
-        try:
-            import fsspec
-
-            self._fs, root = fsspec.core.url_to_fs(url)
-        except (ImportError, ValueError, OSError) as error:
-            raise ConfigError(f"STOKER_ARTIFACTS: {url!r} cannot be used ({error}).") from None
-        self._root = f"{str(root).rstrip('/')}/{REMOTE}"
+        self._fs, root = opened(url)
+        self._root = f"{root.rstrip('/')}/{REMOTE}"
 
     def put(self, file_id: str, part: str, data: bytes) -> None:
         with self._asked() as fs:

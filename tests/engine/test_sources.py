@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -11,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import ModuleType
 
 import huggingface_hub
 import pytest
@@ -237,3 +239,30 @@ def test_the_first_available_source_wins_and_failures_are_all_listed(tmp_path: P
         assert part in str(caught.value)
     with pytest.raises(ModelError, match="no source is given"):
         resolve([])
+
+
+@pytest.mark.parametrize("source", ["/denied/model", "package:email/mime"])
+def test_what_may_not_be_looked_at_is_refused_with_its_path_and_the_next_source_is_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    plain = Path.exists
+
+    def exists(path: Path) -> bool:
+        if path == tmp_path:
+            return plain(path)
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "exists", exists)
+        with pytest.raises(ModelError, match=rf"{source}: it cannot be looked at \(.*Permission denied: '/.*'\)"):
+            resolve([source])
+        assert resolve([source, str(tmp_path)]) == tmp_path.resolve()
+
+
+@pytest.mark.parametrize("source", ["~nosuchuser/model", "package:odd"])
+def test_a_home_of_nobody_and_a_module_without_a_place_are_refused(
+    monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "odd", ModuleType("odd"))
+    with pytest.raises(ModelError, match=f"{source}: it cannot be looked at"):
+        resolve([source])

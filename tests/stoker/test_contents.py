@@ -12,8 +12,9 @@ import pytest
 
 from stoker.errors import ConfigError
 from stoker.files.contents import Contents, FolderContents, StoreContents, contents_of, there_are
+from stoker.files.stores import opened
 from stoker.settings import Settings
-from tests import powercut
+from tests import bucket, powercut
 
 Make = Callable[[Path], Contents]
 MAKERS = [
@@ -135,3 +136,15 @@ def test_an_error_of_a_stores_own_kind_is_one_of_the_disk(tmp_path: Path, monkey
     for ask in (lambda: contents.put("a", "w-1", b""), lambda: contents.get("a", "w-0"), lambda: contents.remove("a")):
         with pytest.raises(OSError, match="Broken: out of order"):
             ask()
+
+
+def test_a_part_that_another_gateway_wrote_goes_with_its_file(tmp_path: Path) -> None:
+    contents = StoreContents(f"bucket://{tmp_path}")
+    contents.put("a", "w-0", b"one")
+    fs, root = opened(f"bucket://{tmp_path}")
+    assert len(fs.ls(f"{root}/.files/a")) == 1
+    bucket.another_process_writes(f"{tmp_path}/.files/a/v-0", b"two")
+    contents.remove("a")
+    for part in ("w-0", "v-0"):
+        with pytest.raises(FileNotFoundError):
+            contents.get("a", part)

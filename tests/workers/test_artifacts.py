@@ -15,7 +15,7 @@ from stoker.broker.connection import connect
 from stoker.errors import ConfigError, JobFailed
 from stoker.files import durable
 from stoker.settings import Settings
-from tests import powercut
+from tests import bucket, powercut
 from workers import artifacts
 from workers.artifacts import Artifacts, StoreTrouble
 
@@ -37,6 +37,23 @@ def test_what_is_kept_is_found_by_every_worker_of_the_same_store(tmp_path: Path,
             "1.safetensors",
             "2.safetensors",
         ]
+
+
+@pytest.mark.parametrize("scheme", ["bucket", "simplecache::bucket"])
+def test_a_version_that_another_process_made_is_found_though_the_folder_was_listed_before(
+    tmp_path: Path, scheme: str
+) -> None:
+    url = f"{scheme}://{tmp_path}"
+    at(f"bucket://{tmp_path}").put("m", "style", 1, b"first")
+    assert at(url).newest("m", "style") == 1
+    bucket.another_process_writes(f"{tmp_path}/m/style/2.safetensors", b"second")
+    assert at(url).newest("m", "style") == 2
+    assert at(url).get("m", "style", 2) == b"second"
+
+
+def test_a_store_that_knows_no_options_is_used_as_it_is(tmp_path: Path) -> None:
+    at(f"strict://{tmp_path}").put("m", "style", 1, b"first")
+    assert at(f"strict://{tmp_path}").get("m", "style", 1) == b"first"
 
 
 def test_a_shared_folder_has_a_version_whole_or_not_whenever_the_power_fails(tmp_path: Path) -> None:

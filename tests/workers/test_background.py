@@ -15,7 +15,8 @@ from redis.exceptions import ResponseError
 
 from tests.conftest import wait_until
 from workers.ending import EXIT_CODE
-from workers.services.background import SAY_EVERY, Background
+from workers.services import background
+from workers.services.background import PAUSE, SAY_EVERY, Background
 
 WRONG_TYPE = ResponseError("WRONGTYPE Operation against a key holding the wrong kind of value")
 
@@ -39,8 +40,9 @@ ERRORS = [RedisConnectionError("gone"), WRONG_TYPE, UnicodeDecodeError("utf-8", 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 def test_a_round_that_fails_costs_neither_the_next_one_nor_its_neighbours(
-    stopped: threading.Event, error: Exception
+    stopped: threading.Event, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(background, "PAUSE", 0.0)
     done: list[int] = []
     failures: list[int] = []
     thread = Background(
@@ -54,6 +56,42 @@ def test_a_round_that_fails_costs_neither_the_next_one_nor_its_neighbours(
     thread.start()
     wait_until(lambda: len(done) >= 3 and len(failures) >= 3, "three rounds")
     assert thread.alive
+
+
+class Waits(threading.Event):
+    """Notes how long is waited for it instead of waiting, and is set at the third time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds: list[float | None] = []
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.seconds.append(timeout)
+        if len(self.seconds) == 3:
+            self.set()
+        return self.is_set()
+
+
+@pytest.mark.parametrize(
+    ("every", "waited"), [(0.0, [PAUSE, 0.0, PAUSE]), (PAUSE / 4, [PAUSE, PAUSE / 4, PAUSE]), (3600.0, [3600.0] * 3)]
+)
+def test_a_round_that_fails_is_not_tried_again_at_once_however_soon_the_next_would_come(
+    every: float, waited: list[float]
+) -> None:
+    """A broker that answers and takes no writes refuses each of them at once."""
+    outcomes = iter([ResponseError("MISCONF disk"), None, ResponseError("NOREPLICAS")])
+    waits, good = Waits(), []
+
+    def work() -> None:
+        error = next(outcomes)
+        if error is not None:
+            raise error
+
+    thread = Background("x", work, lambda: good.append(1), stopped=waits, every=every, end=lambda: None)
+    thread.start()
+    thread.join(30)
+    assert waits.seconds == waited
+    assert len(good) == 3, "the round behind one that failed has its turn"
 
 
 def test_it_stops_when_it_is_asked_to(stopped: threading.Event) -> None:

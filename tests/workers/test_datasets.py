@@ -11,14 +11,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 from stoker.broker import keys
 from stoker.broker.connection import connect
 from stoker.contract.dataset import TrainInput
 from stoker.contract.uploads import Kind, Upload
 from stoker.errors import DatasetError, InvalidRequest, JobLost
+from stoker.files.durable import DRAFT
 from stoker.settings import Settings
-from workers import adapters, datasets
+from workers import adapters, datasets, uploads
 
 LINES = b'{"text": "a"}\n{"text": "b"}\n{"text": "c"}'
 
@@ -62,23 +64,71 @@ def test_a_large_upload_becomes_a_file_part_by_part(run: Any, monkeypatch: pytes
     assert path.read_bytes() == LINES
     assert [file.name for file in path.parent.iterdir()] == ["dataset.jsonl"]
     run.resources.close()
-    assert not path.exists()
-    assert datasets.fetch(run, name) == path, "another worker may need the upload: it stays until the job has ended"
+    assert list(run.runtime.settings.runs.rglob("*")) == [run.runtime.settings.runs / "job"]
+    again = datasets.fetch(run, name)
+    assert isinstance(again, Path)
+    assert again.read_bytes() == LINES, "another worker may need the upload: it stays until the job has ended"
 
 
-def test_a_file_that_cannot_be_deleted_does_not_end_the_job_otherwise(
-    run: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_who_was_overtaken_leaves_the_dataset_of_the_next_owner_in_the_same_home(
+    run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(keys, "PART", 10)
-    datasets.fetch(run, sent(run))
+    name = sent(run)
+    with ExitStack() as late:
+        overtaken: Any = SimpleNamespace(id=run.id, runtime=run.runtime, resources=late)
+        datasets.fetch(overtaken, name)
+        own = datasets.fetch(run, name)
+    assert isinstance(own, Path)
+    assert own.read_bytes() == LINES
+    # Nor does one that comes late sweep it.
+    with ExitStack() as late:
+        overtaken.resources = late
+        datasets.fetch(overtaken, name)
+    assert own.read_bytes() == LINES
 
-    def refuse(path: Path, missing_ok: bool = False) -> None:
+
+def test_what_a_delivery_that_died_has_left_goes_with_the_next_one(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keys, "PART", 10)
+    left = run.runtime.settings.runs / run.id / f"{DRAFT}dead"
+    left.mkdir(parents=True)
+    (left / "dataset.jsonl").write_bytes(LINES)
+    own = datasets.fetch(run, sent(run))
+    assert list(run.runtime.settings.runs.rglob("*.jsonl")) == [own]
+
+
+def test_a_fetch_that_the_broker_breaks_off_leaves_nothing_while_the_job_goes_on(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is fetched again, and may be large."""
+    monkeypatch.setattr(keys, "PART", 10)
+
+    def broken(*_: Any) -> Iterator[bytes]:
+        yield LINES[:10]
+        raise RedisConnectionError("gone")
+
+    monkeypatch.setattr(uploads, "parts", broken)
+    with pytest.raises(RedisConnectionError):
+        datasets.fetch(run, sent(run))
+    assert list(run.runtime.settings.runs.rglob("*.jsonl")) == []
+
+
+def test_a_file_that_cannot_be_deleted_does_not_end_the_job_otherwise_and_goes_later(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keys, "PART", 10)
+    left = datasets.fetch(run, sent(run))
+    assert isinstance(left, Path)
+
+    def refuse(*_: Any, **__: Any) -> None:
         raise OSError(errno.EROFS, "read-only")
 
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "unlink", refuse)
+        patched.setattr(os, "unlink", refuse)
         run.resources.close()
-    assert "could not be deleted" in caplog.text
+    assert left.exists()
+    datasets.fetch(run, sent(run))
+    assert not left.exists()
 
 
 @pytest.mark.parametrize("part", [10, 1000])

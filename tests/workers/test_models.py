@@ -548,9 +548,15 @@ def test_a_command_that_cannot_be_followed_answers_with_one_error(
     assert worker.warm == ["a", "b"]
 
 
-def test_a_defect_answers_too(worker: Worker) -> None:
+def test_a_defect_answers_too(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     worker.engine.headers["c"] = KeyError("x")
-    assert ask(worker, "load", "c=/c").error == "JobFailed"
+    assert ask(worker, "load", "c=/c").error == "ModelError"
+
+    def unload(name: str) -> bool:
+        raise KeyError(name)
+
+    monkeypatch.setattr(worker.engine, "unload", unload)
+    assert ask(worker, "unload", "a").error == "JobFailed"
 
 
 @pytest.mark.parametrize(
@@ -727,6 +733,47 @@ def test_a_refusal_is_logged_once_for_as_long_as_it_says_the_same(
         worker.demand.round()
         worker.clock.now += REFUSED_FOR
     assert len([record for record in caplog.records if "on demand" in record.getMessage()]) == 1
+
+
+ODD = [PermissionError(13, "Permission denied", "/late"), RuntimeError("no home folder"), KeyError("x"), MemoryError()]
+
+
+@pytest.mark.parametrize("error", ODD, ids=lambda error: type(error).__name__)
+def test_a_model_on_demand_that_cannot_be_looked_at_keeps_no_other_from_coming_and_going(
+    make: Callable[..., Worker], caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    worker = make(on_demand=("late=/late", "lazy=/lazy"), idle_unload=60.0)
+    worker.engine.headers["late"] = error
+    job = worker.let_wait("lazy")
+    worker.demand.round()
+    assert "lazy" in worker.warm
+    assert type(error).__name__ in worker.keeper.refused["late"]
+    ledger.cancel(worker.redis, job, keys.queue("lazy", "generate"))
+    for _ in range(3):
+        worker.clock.now += REFUSED_FOR
+        worker.demand.round()
+    assert "lazy" not in worker.warm
+    assert len([record for record in caplog.records if record.exc_info]) == 1, "its place is said once"
+
+
+def test_an_offered_model_that_cannot_be_looked_at_any_more_is_refused_alone(lazy: Worker) -> None:
+    lazy.engine.headers["lazy"] = PermissionError(13, "Permission denied", "/lazy")
+    lazy.let_wait("lazy")
+    lazy.demand.round()
+    lazy.heart.beat()
+    assert lazy.states() == {"a": "warm", "b": "warm", "lazy": "refused"}
+
+
+def test_what_the_broker_does_to_a_round_is_no_trouble_of_a_model(
+    lazy: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: Any) -> int:
+        raise RedisConnectionError("gone")
+
+    monkeypatch.setattr(lazy.keeper, "waiting", away)
+    with pytest.raises(RedisConnectionError):
+        lazy.demand.round()
+    assert lazy.keeper.refused == {}
 
 
 def test_what_waits_for_any_of_its_kinds_ends_with_its_model(worker: Worker) -> None:

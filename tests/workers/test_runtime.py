@@ -161,6 +161,23 @@ def test_an_engine_that_waits_is_woken_for_a_job_that_is_to_stop(runtime: Runtim
     assert isinstance(job.stop, {"cancel": JobCancelled, "fail": InvalidRequest}.get(how, WorkerUnavailable))
 
 
+def test_a_job_that_was_being_loaded_when_its_kind_was_given_back_stops_as_soon_as_it_runs(
+    runtime: Runtime, engine: Engine
+) -> None:
+    job, other = ticket(kind="train"), ticket("other")
+    runtime.hand_back({"train"})
+    woken = engine.woken
+    with runtime.running("1", job), runtime.running("2", other):
+        assert isinstance(job.stop, WorkerUnavailable)
+        assert not other.stopping, "it has the grace"
+        assert engine.woken == woken + 1
+        runtime.hand_back({"generate"})
+        assert isinstance(other.stop, WorkerUnavailable)
+    late = ticket("late", "train")
+    with runtime.running("3", late):
+        assert late.stopping, "what was given back stays so"
+
+
 def test_a_job_whose_waiting_ends_with_an_error_is_stopped_and_found_no_more(runtime: Runtime, engine: Engine) -> None:
     ended, going = ticket("ended"), ticket("going")
     ended.resolve(1)

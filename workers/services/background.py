@@ -21,12 +21,15 @@ log = logging.getLogger(__name__)
 
 #: Rounds with the same trouble between two lines of the log.
 SAY_EVERY = 100
+#: Seconds that a round waits at least behind one that failed: a broker that answers may refuse each at once.
+PAUSE = 1.0
 
 
 class Background:
     """A thread that does its `rounds` in order, again and again, `every` seconds apart, until `stopped` is set.
 
-    Each of the rounds fails alone: `failed` hears of it, and so does the log. `end` ends the process.
+    Each of the rounds fails alone: `failed` hears of it, and so does the log. `PAUSE` lies behind it at least. `end`
+    ends the process.
     """
 
     def __init__(
@@ -58,8 +61,8 @@ class Background:
     def _main(self) -> None:
         try:
             while not self._stopped.is_set():
-                self.turn()
-                self._stopped.wait(self._every)
+                failed = self.turn()
+                self._stopped.wait(max(self._every, PAUSE) if failed else self._every)
         except BaseException:
             log.critical(
                 "the thread %r has ended: ending this worker (exit code %d). Its jobs go elsewhere.",
@@ -69,16 +72,19 @@ class Background:
             )
             self._end()
 
-    def turn(self) -> None:
-        """Every round once."""
+    def turn(self) -> bool:
+        """Every round once; whether one of them failed."""
+        failed = False
         for number, work in enumerate(self._rounds):
             try:
                 work()
             except Exception as error:
+                failed = True
                 self._failed()
                 self._say(number, error)
             else:
                 self._troubles.pop(number, None)
+        return failed
 
     def _say(self, number: int, error: Exception) -> None:
         """Once for the same trouble, and then now and then: a value that stays wrong must not fill the disk."""

@@ -45,7 +45,7 @@ class Demand:
             if model in keeper.offers or keeper.residents.get(model) is not None or not self._is_due(model):
                 continue
             try:
-                keeper.offers[model] = self._runtime.engine.prospect(model, sources).card
+                keeper.offers[model] = keeper.prospect(model, sources).card
                 keeper.refused.pop(model, None)
             except ModelError as error:
                 self._refuse(model, error)

@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from redis.exceptions import RedisError
 
@@ -22,6 +22,9 @@ from workers.deliveries import Deliveries
 from workers.residents import Origin, Resident, Residents
 from workers.services.orphans import Orphans
 from workers.services.runtime import Runtime
+
+if TYPE_CHECKING:
+    from engine.checkpoints.prospect import Prospect
 
 log = logging.getLogger(__name__)
 
@@ -117,6 +120,19 @@ class ModelKeeper:
             self._loading = ""
             self.report()
 
+    def prospect(self, model: str, sources: Sources, *, download: bool = False) -> Prospect:
+        """What a model would be here. Raises `ModelError`, whatever is wrong with its files: it is about this model
+        alone."""
+        try:
+            return self._runtime.engine.prospect(model, sources, download=download)
+        except StokerError:
+            raise
+        except Exception as error:
+            why = f"model {model}: it could not be looked at ({type(error).__name__}: {error})"
+            if self.refused.get(model) != why:
+                log.exception("model %s could not be looked at", model)
+            raise ModelError(why) from error
+
     def refuse(self, model: str, error: StokerError) -> None:
         """Say why it could not be loaded, of the last few alone: a command may name anything."""
         self.refused.pop(model, None)
@@ -137,7 +153,7 @@ class ModelKeeper:
 
     def _load(self, model: str, sources: Sources, origin: Origin) -> tuple[str, ...]:
         engine = self._runtime.engine
-        found = engine.prospect(model, sources, download=origin is Origin.COMMANDED)
+        found = self.prospect(model, sources, download=origin is Origin.COMMANDED)
         for resident in self.residents:
             resident.used = self.last_used(resident)
         leaving = self.residents.makes_way(model, found.bytes, self.busy)

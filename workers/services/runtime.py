@@ -63,6 +63,8 @@ class Runtime:
         self.stopped = threading.Event()
         #: Owner's token → its ticket: two deliveries of one job may be here for a moment.
         self._running: dict[str, Ticket[Any]] = {}
+        #: Kinds whose jobs are given back from now on.
+        self._given_back: set[str] = set()
         self._lock = threading.Lock()
 
     def start(self) -> None:
@@ -87,7 +89,11 @@ class Runtime:
         for it stops the job: nobody would take its result."""
         with self._lock:
             self._running[token] = ticket
+            given_back = ticket.kind in self._given_back
         try:
+            if given_back:
+                # It was still being loaded when its kind was given back.
+                self._give_back([ticket])
             yield
         except BaseException:
             if not ticket.done:
@@ -144,10 +150,16 @@ class Runtime:
                     self.cancel(job_id)
 
     def hand_back(self, kinds: set[str]) -> None:
-        """Stop running jobs of these kinds, so that their messages go back to the queue."""
-        for _, ticket in self._tickets():
-            if ticket.kind in kinds:
-                ticket.cancel(WorkerUnavailable("the worker is stopping. The job goes to another one."))
+        """Stop jobs of these kinds, so that their messages go back to the queue: those that run here, and each that
+        comes to run from now on."""
+        with self._lock:
+            self._given_back |= kinds
+            tickets = [ticket for ticket in self._running.values() if ticket.kind in kinds]
+        self._give_back(tickets)
+
+    def _give_back(self, tickets: list[Ticket[Any]]) -> None:
+        for ticket in tickets:
+            ticket.cancel(WorkerUnavailable("the worker is stopping. The job goes to another one."))
         self.engine.wake()
 
     def makes_way(self, priority: int) -> bool:
