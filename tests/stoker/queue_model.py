@@ -247,9 +247,10 @@ class Queue:
             return "unknown"
         if record.token and record.tag != tag:
             return "duplicate"
-        self.note_crash(record)
+        if record.token != token:
+            self.note_crash(record)
+            record.attempts += 1
         record.token, record.tag, record.worker, record.began = token, tag, worker, True
-        record.attempts += 1
         self.keep(keys.job(job), keys.PENDING_TTL)
         return "dead" if len(record.history) >= self.policy.crashes else "run"
 

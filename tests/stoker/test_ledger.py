@@ -251,6 +251,14 @@ def test_the_same_delivery_again_means_that_its_owner_went_silent(redis: Any) ->
     assert complete(redis, "two") == 1
 
 
+def test_a_claim_that_is_sent_again_because_its_answer_was_lost_is_the_same_owner(redis: Any) -> None:
+    submit(redis)
+    policy.decide(redis, "crashes", 1)
+    found = [claim(redis, token) for token in ("one", "one", "two", "two")]
+    assert [(one.state, one.attempt, one.resumed) for one in found] == [("run", 1, False)] * 2 + [("dead", 2, True)] * 2
+    assert [crash.worker for crash in ledger.dead_letter(redis, "job", QUEUE, "two").history] == ["worker-one"]
+
+
 def test_a_job_that_outlives_its_owners_too_often_is_dead(redis: Any) -> None:
     submit(redis)
     states = [claim(redis, str(number)).state for number in range(MAX_CRASHES + 1)]
