@@ -153,6 +153,17 @@ def test_an_id_that_is_known_takes_no_second_input_and_leaves_none(
     assert trained_on(server, "mine") == OLD
 
 
+def test_a_job_that_is_sent_again_because_the_answer_was_lost_keeps_its_input(server: Any, broker: Settings) -> None:
+    sent = submission(broker, OLD)
+    for part in sent.uploads(server):
+        part.execute()
+    for _ in range(2):
+        reply = sent.transition().on(server)
+        assert reply.state == "new"
+        sent.tidy(server.pipeline(), reply).execute()
+    assert trained_on(server, "mine") == OLD
+
+
 def test_no_part_is_sent_for_a_job_that_is_known_nor_of_a_small_input(
     server: Any, client: Client, broker: Settings
 ) -> None:

@@ -20,7 +20,9 @@ if revive then
   -- Its client has sent the job anew meanwhile, and it waits or runs: the letter stays.
   if rank(id) then return {'known', 0, 0, '0'} end
 elseif redis.call('EXISTS', job) == 1 then
-  return {'known', 0, 0, '0'}
+  -- Sent again, because the answer was lost: each sending of an input has a name of its own. Where
+  -- another job was first, the client deletes what it has uploaded.
+  return {input and redis.pcall('HGET', job, 'blob') == input and 'new' or 'known', 0, 0, '0'}
 end
 
 -- Workers move aside what spoils the keys of a queue; which clients there are, they do not know.
