@@ -197,6 +197,39 @@ def test_waiting_lifts_a_job_by_one_priority_at_a_time(redis: Any) -> None:
     assert take_all(redis)[READY:] == ["fresh", "old", "young"]
 
 
+def take_all_of_a_crowd_except(redis: Any, left: int) -> None:
+    """Nobody waits behind the ready list then, so that turns begin anew."""
+    for number in range(3 * READY):
+        submit(redis, f"a-{number:02}", client="a")
+    for _ in range(3 * READY - left):
+        take(redis)
+    assert not redis.exists(keys.turns(QUEUE))
+
+
+@pytest.mark.parametrize("later", ["a", "b"])
+def test_a_job_that_made_way_does_not_wait_behind_all_that_came_later(redis: Any, later: str) -> None:
+    take_all_of_a_crowd_except(redis, READY - 1)
+    last = f"a-{3 * READY - 1}"
+    for number in range(2):
+        submit(redis, f"urgent-{number}", priority=0)
+    assert redis.zscore(keys.backlog(QUEUE, 5), last) == 0, "it has made way"
+    for number in range(2 * READY):
+        submit(redis, f"later-{number}", client=later)
+    order = take_all(redis)
+    assert order.index(last) < order.index("later-0")
+
+
+def test_a_job_whose_owner_died_does_not_wait_behind_all_that_came_later(redis: Any) -> None:
+    take_all_of_a_crowd_except(redis, 1)
+    redis.rpop(keys.ready(QUEUE))
+    for number in range(3 * READY):
+        submit(redis, f"later-{number:02}", client="b")
+    lost = f"a-{3 * READY - 1}"
+    assert lost in ledger.recover(redis, QUEUE, 0)
+    order = take_all(redis)
+    assert order.index(lost) < order.index(f"later-{READY:02}")
+
+
 def test_what_has_aged_to_the_best_priority_takes_turns_with_what_was_sent_with_it(redis: Any) -> None:
     redis.hset(keys.POLICY, "ageing", 1)
     for number in range(READY):
