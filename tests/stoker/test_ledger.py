@@ -1066,6 +1066,25 @@ def test_a_submission_that_meets_a_key_of_another_program_leaves_no_job_behind(r
     assert take(redis) == "job"
 
 
+@pytest.mark.parametrize("key", [keys.open_jobs(QUEUE), keys.dispatched(QUEUE)])
+def test_a_retry_that_fails_leaves_the_letter_and_its_input_for_the_next(redis: Any, key: str) -> None:
+    fields = record() | {"blob": keys.blob("dataset:job")}
+    ledger.submit(redis, "job", fields, b"rows")
+    claim(redis, "one")
+    ledger.dead_letter(redis, "job", QUEUE, "one", "worker", "full")
+    complete(redis, "one")
+    letter = redis.hget(keys.DEAD, "job")
+    redis.set(key, "of another program", ex=60)
+    with pytest.raises(ResponseError, match="WRONGTYPE"):
+        ledger.submit(redis, "job", fields, revive=True)
+    assert redis.hget(keys.DEAD, "job") == letter
+    assert redis.ttl(keys.blob("dataset:job")) > keys.DEAD_TTL - 10
+    redis.delete(key)
+    assert ledger.submit(redis, "job", fields, revive=True).state == "new"
+    assert not redis.exists(keys.DEAD)
+    assert take(redis) == "job"
+
+
 def test_of_two_that_have_aged_to_the_best_the_one_of_the_better_priority_is_first(redis: Any) -> None:
     for number in range(READY):
         submit(redis, f"before-{number:02}", priority=0)
