@@ -199,6 +199,16 @@ def test_vectors_that_have_expired_do_not_count(redis: Any) -> None:
     assert (redis.zrange(keys.VECTORS_UNFETCHED, 0, -1), redis.zrange(keys.VECTORS_FETCHED, 0, -1)) == ([b"c"], [])
 
 
+def test_vectors_count_for_as_long_as_they_are_kept_also_where_later_ones_are_kept_for_less(redis: Any) -> None:
+    limit(redis, 1000)
+    assert keep(redis, "a", b"x" * 900).there
+    policy.decide(redis, "result_seconds", 60)
+    assert keep(redis, "b", b"x" * 50).there
+    assert redis.ttl(blob("b")) <= 60
+    for key in (keys.VECTORS_SIZES, keys.VECTORS_UNFETCHED):
+        assert redis.ttl(key) >= redis.ttl(blob("a")), key
+
+
 @pytest.mark.parametrize("written", [b"1e999", b"nan", b"many", b"-5", b"99999"])
 def test_a_sum_that_another_program_wrote_keeps_no_vectors_out(redis: Any, written: bytes) -> None:
     limit(redis, 1000)

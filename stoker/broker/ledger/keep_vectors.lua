@@ -1,5 +1,5 @@
 -- KEYS: the job's record, its vectors, policy, unfetched, fetched, sizes
--- ARGV: id, prefix, seconds that they are kept, bytes that may be kept by default, the vectors
+-- ARGV: id, prefix, seconds that any are kept, bytes that may be kept by default, the vectors
 read_clock()
 local id, lifetime, data = ARGV[1], lifetime_of_results(KEYS[3], ARGV[3]), ARGV[5]
 begin_vectors(unpack(KEYS, 4, 6))
@@ -10,5 +10,6 @@ redis.call('SET', KEYS[2], data, 'EX', lifetime)
 redis.call('ZREM', KEYS[5], id)
 redis.call('ZADD', KEYS[4], now + lifetime, id)
 set_vector_size(id, #data)
-for _, key in ipairs({KEYS[4], KEYS[6]}) do redis.call('EXPIRE', key, lifetime) end
+-- Not by the lifetime of these: others may stay as long as any do, and have to be counted until then.
+for _, key in ipairs({KEYS[4], KEYS[6]}) do redis.call('EXPIRE', key, ARGV[3]) end
 return {1, bytes, most}
