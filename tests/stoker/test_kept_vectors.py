@@ -188,6 +188,18 @@ def test_vectors_that_are_kept_again_count_once(redis: Any) -> None:
     assert sizes(redis) == {"a": 100, ":sum": 100}
 
 
+def test_vectors_that_are_kept_again_need_the_room_of_no_others(redis: Any) -> None:
+    limit(redis, 1000)
+    for _ in range(2):
+        assert keep(redis, "a", b"x" * 600) == Kept(True, 0, 1000)
+    assert keep(redis, "b", b"x" * 300) == Kept(True, 600, 1000)
+    assert keep(redis, "a", b"x" * 701) == Kept(False, 300, 1000)
+    assert keep(redis, "a", b"x" * 700).there, "as another owner has made them"
+    fetch("b", PATIENCE).on(redis)
+    assert keep(redis, "a", b"x" * 700) == Kept(True, 300, 1000)
+    assert sizes(redis) == {"a": 700, "b": 300, ":sum": 1000}, "nobody's make room for them"
+
+
 def test_vectors_that_have_expired_do_not_count(redis: Any) -> None:
     limit(redis, 1000)
     for job_id in ("a", "b"):
