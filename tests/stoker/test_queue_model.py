@@ -387,7 +387,7 @@ def compare_record(record: Record, found: dict[str, str]) -> None:
     )
     assert found.get("completed") == record.completed
     assert float(found["submitted"]) == record.submitted
-    assert ("blob" in found) == (record.has_input and not record.keeps_input)
+    assert ("blob" in found) == record.has_input
 
 
 def _read(raw: bytes) -> Message:
