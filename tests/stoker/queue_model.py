@@ -131,6 +131,12 @@ class Queue:
         self.backlogs[record.priority][job] = record.turn
         self.keep(keys.backlog(self.name, record.priority), keys.PENDING_TTL)
 
+    def wait_again(self, job: str) -> None:
+        """As one whose turn it is: its own may be of before the turns began anew."""
+        record = self.records[job]
+        record.turn = min(record.turn, self.turns.get(f"now:{record.priority}", 0))
+        self.to_backlog(job)
+
     def best(self) -> str | None:
         """Of the first of every backlog the one of the best level; of equals, whose priority was served longest ago."""
         heads = []
@@ -181,7 +187,7 @@ class Queue:
             return
         self.ready.pop(0)
         self.dispatched.pop(last, None)
-        self.to_backlog(last)
+        self.wait_again(last)
         self.push(job)
 
     @property
@@ -247,9 +253,10 @@ class Queue:
             return "unknown"
         if record.token and record.tag != tag:
             return "duplicate"
-        self.note_crash(record)
+        if record.token != token:
+            self.note_crash(record)
+            record.attempts += 1
         record.token, record.tag, record.worker, record.began = token, tag, worker, True
-        record.attempts += 1
         self.keep(keys.job(job), keys.PENDING_TTL)
         return "dead" if len(record.history) >= self.policy.crashes else "run"
 
@@ -319,7 +326,7 @@ class Queue:
                 self.note_crash(record)
                 record.token = record.tag = record.worker = None
                 del self.dispatched[job]
-                self.to_backlog(job)
+                self.wait_again(job)
                 found.append(job)
         self.open = {job: since for job, since in self.open.items() if since > self.now - keys.PENDING_TTL}
         self.refill()

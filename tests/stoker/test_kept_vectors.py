@@ -188,6 +188,18 @@ def test_vectors_that_are_kept_again_count_once(redis: Any) -> None:
     assert sizes(redis) == {"a": 100, ":sum": 100}
 
 
+def test_vectors_that_are_kept_again_need_the_room_of_no_others(redis: Any) -> None:
+    limit(redis, 1000)
+    for _ in range(2):
+        assert keep(redis, "a", b"x" * 600) == Kept(True, 0, 1000)
+    assert keep(redis, "b", b"x" * 300) == Kept(True, 600, 1000)
+    assert keep(redis, "a", b"x" * 701) == Kept(False, 300, 1000)
+    assert keep(redis, "a", b"x" * 700).there, "as another owner has made them"
+    fetch("b", PATIENCE).on(redis)
+    assert keep(redis, "a", b"x" * 700) == Kept(True, 300, 1000)
+    assert sizes(redis) == {"a": 700, "b": 300, ":sum": 1000}, "nobody's make room for them"
+
+
 def test_vectors_that_have_expired_do_not_count(redis: Any) -> None:
     limit(redis, 1000)
     for job_id in ("a", "b"):
@@ -197,6 +209,16 @@ def test_vectors_that_have_expired_do_not_count(redis: Any) -> None:
     assert keep(redis, "c", b"x" * 1000).there
     assert sizes(redis) == {"c": 1000, ":sum": 1000}
     assert (redis.zrange(keys.VECTORS_UNFETCHED, 0, -1), redis.zrange(keys.VECTORS_FETCHED, 0, -1)) == ([b"c"], [])
+
+
+def test_vectors_count_for_as_long_as_they_are_kept_also_where_later_ones_are_kept_for_less(redis: Any) -> None:
+    limit(redis, 1000)
+    assert keep(redis, "a", b"x" * 900).there
+    policy.decide(redis, "result_seconds", 60)
+    assert keep(redis, "b", b"x" * 50).there
+    assert redis.ttl(blob("b")) <= 60
+    for key in (keys.VECTORS_SIZES, keys.VECTORS_UNFETCHED):
+        assert redis.ttl(key) >= redis.ttl(blob("a")), key
 
 
 @pytest.mark.parametrize("written", [b"1e999", b"nan", b"many", b"-5", b"99999"])

@@ -197,6 +197,39 @@ def test_waiting_lifts_a_job_by_one_priority_at_a_time(redis: Any) -> None:
     assert take_all(redis)[READY:] == ["fresh", "old", "young"]
 
 
+def take_all_of_a_crowd_except(redis: Any, left: int) -> None:
+    """Nobody waits behind the ready list then, so that turns begin anew."""
+    for number in range(3 * READY):
+        submit(redis, f"a-{number:02}", client="a")
+    for _ in range(3 * READY - left):
+        take(redis)
+    assert not redis.exists(keys.turns(QUEUE))
+
+
+@pytest.mark.parametrize("later", ["a", "b"])
+def test_a_job_that_made_way_does_not_wait_behind_all_that_came_later(redis: Any, later: str) -> None:
+    take_all_of_a_crowd_except(redis, READY - 1)
+    last = f"a-{3 * READY - 1}"
+    for number in range(2):
+        submit(redis, f"urgent-{number}", priority=0)
+    assert redis.zscore(keys.backlog(QUEUE, 5), last) == 0, "it has made way"
+    for number in range(2 * READY):
+        submit(redis, f"later-{number}", client=later)
+    order = take_all(redis)
+    assert order.index(last) < order.index("later-0")
+
+
+def test_a_job_whose_owner_died_does_not_wait_behind_all_that_came_later(redis: Any) -> None:
+    take_all_of_a_crowd_except(redis, 1)
+    redis.rpop(keys.ready(QUEUE))
+    for number in range(3 * READY):
+        submit(redis, f"later-{number:02}", client="b")
+    lost = f"a-{3 * READY - 1}"
+    assert lost in ledger.recover(redis, QUEUE, 0)
+    order = take_all(redis)
+    assert order.index(lost) < order.index(f"later-{READY:02}")
+
+
 def test_what_has_aged_to_the_best_priority_takes_turns_with_what_was_sent_with_it(redis: Any) -> None:
     redis.hset(keys.POLICY, "ageing", 1)
     for number in range(READY):
@@ -249,6 +282,14 @@ def test_the_same_delivery_again_means_that_its_owner_went_silent(redis: Any) ->
     assert (again.state, again.resumed) == ("run", True)
     assert complete(redis, "one") == 0, "the first owner is fenced"
     assert complete(redis, "two") == 1
+
+
+def test_a_claim_that_is_sent_again_because_its_answer_was_lost_is_the_same_owner(redis: Any) -> None:
+    submit(redis)
+    policy.decide(redis, "crashes", 1)
+    found = [claim(redis, token) for token in ("one", "one", "two", "two")]
+    assert [(one.state, one.attempt, one.resumed) for one in found] == [("run", 1, False)] * 2 + [("dead", 2, True)] * 2
+    assert [crash.worker for crash in ledger.dead_letter(redis, "job", QUEUE, "two").history] == ["worker-one"]
 
 
 def test_a_job_that_outlives_its_owners_too_often_is_dead(redis: Any) -> None:
@@ -1022,6 +1063,25 @@ def test_a_submission_that_meets_a_key_of_another_program_leaves_no_job_behind(r
     assert redis.exists(keys.blob("dataset:job")) == revive, "what was there before is not this submission's"
     redis.delete(keys.dispatched(QUEUE))
     assert ledger.submit(redis, "job", fields, b"rows").state == "new"
+    assert take(redis) == "job"
+
+
+@pytest.mark.parametrize("key", [keys.open_jobs(QUEUE), keys.dispatched(QUEUE)])
+def test_a_retry_that_fails_leaves_the_letter_and_its_input_for_the_next(redis: Any, key: str) -> None:
+    fields = record() | {"blob": keys.blob("dataset:job")}
+    ledger.submit(redis, "job", fields, b"rows")
+    claim(redis, "one")
+    ledger.dead_letter(redis, "job", QUEUE, "one", "worker", "full")
+    complete(redis, "one")
+    letter = redis.hget(keys.DEAD, "job")
+    redis.set(key, "of another program", ex=60)
+    with pytest.raises(ResponseError, match="WRONGTYPE"):
+        ledger.submit(redis, "job", fields, revive=True)
+    assert redis.hget(keys.DEAD, "job") == letter
+    assert redis.ttl(keys.blob("dataset:job")) > keys.DEAD_TTL - 10
+    redis.delete(key)
+    assert ledger.submit(redis, "job", fields, revive=True).state == "new"
+    assert not redis.exists(keys.DEAD)
     assert take(redis) == "job"
 
 

@@ -153,6 +153,26 @@ def test_an_id_that_is_known_takes_no_second_input_and_leaves_none(
     assert trained_on(server, "mine") == OLD
 
 
+@pytest.mark.parametrize("meanwhile", ["waits", "dead"])
+def test_a_job_that_is_sent_again_because_the_answer_was_lost_keeps_its_input(
+    server: Any, client: Client, broker: Settings, meanwhile: str
+) -> None:
+    sent = submission(broker, OLD)
+    for part in sent.uploads(server):
+        part.execute()
+    assert sent.transition().on(server).state == "new"
+    if meanwhile == "dead":
+        ledger.claim(server, "mine", QUEUE, "token", "tag", "worker")
+        ledger.dead_letter(server, "mine", QUEUE, "token", "worker", "full")
+        assert ledger.complete(server, "mine", QUEUE, "token", ledger.failure("mine", ValueError("x")))
+    again = sent.transition().on(server)
+    assert again.state == "new"
+    sent.tidy(server.pipeline(), again).execute()
+    if meanwhile == "dead":
+        client.retry("mine")
+    assert trained_on(server, "mine") == OLD
+
+
 def test_no_part_is_sent_for_a_job_that_is_known_nor_of_a_small_input(
     server: Any, client: Client, broker: Settings
 ) -> None:

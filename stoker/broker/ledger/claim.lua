@@ -15,14 +15,16 @@ if not ranked(record) then
   return {'spoiled', '0', '0', ''}
 end
 local former_tag, former, crashes, began, request, trouble, client, attempts, trace, trace_state = unpack(record.more, 1, 10)
-local attempt = string.format('%.0f', count_of(attempts) + 1)
+-- Sent again, because the answer was lost: it is the same owner, which has not crashed.
+local again = record.owned == token
+local attempt = string.format('%.0f', again and count_of(attempts) or count_of(attempts) + 1)
 if record.owned and former_tag ~= tag then return {'duplicate', '0', '0', ''} end
 local history = decoded(crashes)
-if record.owned then note_crash(job, former, history, trouble) end
+if record.owned and not again then note_crash(job, former, history, trouble) end
 local verdict = #history >= setting('crashes', too_many) and 'dead' or 'run'
-redis.call('HSET', job, 'token', token, 'tag', tag, 'worker', worker, 'began', '1', 'attempts', attempt)
+redis.call('HSET', job, 'token', token, 'tag', tag, 'worker', worker, 'began', began or token, 'attempts', attempt)
 redis.call('EXPIRE', job, pending_ttl)
 return {
-  verdict, string.format('%.6f', now - record.submitted), began and '1' or '0', request or '',
+  verdict, string.format('%.6f', now - record.submitted), began and began ~= token and '1' or '0', request or '',
   tostring(redis.call('EXISTS', mark)), client or '', attempt, trace or '', trace_state or '',
 }

@@ -16,8 +16,7 @@ local letter = cjson.encode({
 redis.call('HSET', dead, id, '{"history":' .. written(history) .. ',' .. string.sub(letter, 2))
 redis.call('EXPIRE', dead, dead_ttl)
 redis.call('HSET', job, 'lettered', token)
--- Its input stays for a retry, for as long as the letter: what the record does not name, no transition deletes.
-redis.call('HDEL', job, 'blob')
+-- Its input stays for a retry, for as long as the letter; the record names it on, for a submission that is sent again.
 local input = own_input(fields[6])
 if input then redis.call('EXPIRE', input, dead_ttl) end
 redis.call('EXPIRE', prefix .. 'checkpoint:' .. id, dead_ttl)

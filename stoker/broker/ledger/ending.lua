@@ -21,8 +21,8 @@ local function strike_out(record, owner)
   redis.call('ZREM', open, id)
   redis.call('ZREM', dispatched, id)
   local left = {mark, own_input(record.blob)}
-  -- Those of a dead letter's run stay for its retry.
-  if not record.lettered then table.insert(left, prefix .. 'checkpoint:' .. id) end
+  -- A dead letter's input, and its run's checkpoints, stay for its retry.
+  if record.lettered then left = {mark} else table.insert(left, prefix .. 'checkpoint:' .. id) end
   redis.call('UNLINK', unpack(left))
   if record.known and not record.wrong then
     redis.call('HDEL', job, 'request', 'message')

@@ -26,6 +26,14 @@ local function let_wait(priority, turn, of)
   end
 end
 
+-- A job that was in front waits again, as one whose turn it is: turns begin anew where nobody waits, and by its own, which
+-- may be of those before, it would stand behind all that came later.
+local function wait_again(candidate)
+  local turn = math.min(candidate.turn, count_of(redis.call('HGET', turns, 'now:' .. candidate.priority)))
+  redis.call('HSET', job_prefix .. candidate.id, 'turn', turn)
+  let_wait(candidate.priority, turn, candidate.id)
+end
+
 -- The next turn of a client among those who wait at the same priority (start-time fair queueing, Goyal et al. 1996,
 -- each job costing 1): a client that sends a thousand jobs stands a thousand times in the round, not before the others.
 local function next_turn(priority, client)
@@ -132,7 +140,7 @@ local function make_way()
   if last.turn and not last.owned and candidate.level < last.level then
     redis.call('LREM', ready, 1, message)
     redis.call('ZREM', dispatched, last.id)
-    let_wait(last.priority, last.turn, last.id)
+    wait_again(last)
     push(candidate)
   end
 end

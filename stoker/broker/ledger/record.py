@@ -46,8 +46,8 @@ class Field(StrEnum):
     MINE = "mine"
     TURN = "turn"
     SENT = "sent"
-    #: Who owns it: the owner's token, the tag of its delivery, and the worker. `BEGAN`: it had an owner before.
-    #: `ATTEMPTS`: how many it has had.
+    #: Who owns it: the owner's token, the tag of its delivery, and the worker. `BEGAN`: the token of the
+    #: first one (`1` of an earlier release). `ATTEMPTS`: how many it has had.
     TOKEN = "token"
     TAG = "tag"
     WORKER = "worker"

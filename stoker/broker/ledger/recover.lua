@@ -58,7 +58,7 @@ for _, of in ipairs(redis.call('ZRANGEBYSCORE', dispatched, '-inf', now - tonumb
         redis.call('HDEL', key, 'token', 'tag', 'worker')
       end
       redis.call('ZREM', dispatched, of)
-      let_wait(waits.priority, waits.turn, of)
+      wait_again(waits)
       table.insert(found, of)
     end
   end

@@ -20,7 +20,9 @@ if revive then
   -- Its client has sent the job anew meanwhile, and it waits or runs: the letter stays.
   if rank(id) then return {'known', 0, 0, '0'} end
 elseif redis.call('EXISTS', job) == 1 then
-  return {'known', 0, 0, '0'}
+  -- Sent again, because the answer was lost: each sending of an input has a name of its own. Where
+  -- another job was first, the client deletes what it has uploaded.
+  return {input and redis.pcall('HGET', job, 'blob') == input and 'new' or 'known', 0, 0, '0'}
 end
 
 -- Workers move aside what spoils the keys of a queue; which clients there are, they do not know.
@@ -66,10 +68,7 @@ local kept = revive and redis.pcall('HMGET', job, 'attempts', 'traceparent', 'tr
 local sent = math.max(now * 1e6, count_of(kept[4]))
 local priority, client = tonumber(fields['priority']), fields['client']
 local turn = next_turn(priority, client)
-if revive then
-  redis.call('HDEL', dead, id)
-  redis.call('DEL', job, result)
-end
+if revive then redis.call('DEL', job, result) end
 -- The first write of a new job, and one that a broker without memory refuses: then nothing was written.
 local submitted = string.format('%.6f', now)
 redis.call('HSET', job, 'submitted', submitted, 'sent', string.format('%.0f', sent), 'mine', mine, 'turn', turn, unpack(record))
@@ -91,11 +90,13 @@ local accepted, trouble = pcall(function()
     add(key, now, id)
   end
   add_size(size, bytes, former)
-  if input and data ~= '' then redis.call('SET', input, data, 'EX', pending_ttl)
-  elseif input then redis.call('EXPIRE', input, pending_ttl) end
   enter_backlog(priority, client, turn)
   refill()
   if redis.call('ZSCORE', backlog(priority), id) then make_way() end
+  -- Last, because a retry that fails leaves the letter, and its input for as long as the letter.
+  if input and data ~= '' then redis.call('SET', input, data, 'EX', pending_ttl)
+  elseif input then redis.call('EXPIRE', input, pending_ttl) end
+  if revive then redis.call('HDEL', dead, id) end
 end)
 if not accepted then
   -- A job that is known and does not wait would never run, however often its client sends it.
