@@ -142,8 +142,8 @@ def test_what_ends_a_program_is_no_ctrl_c(
     """SIGTERM, or a terminal that closes: `timeout 60 stoker chat` ends."""
 
     def ends(*_: object) -> Iterator[Any]:
+        yield from ()
         raise AskedToEnd
-        yield
 
     monkeypatch.setattr(FakeJob, "stream", ends)
     monkeypatch.setattr(inputs, "lines", ends)

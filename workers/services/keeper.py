@@ -121,7 +121,7 @@ class ModelKeeper:
             self.report()
 
     def prospect(self, model: str, sources: Sources, *, download: bool = False) -> Prospect:
-        """What a model would be here. Raises `ModelError`, whatever is wrong with its files: it is about this model
+        """What a model would be here. Raises `ModelError` for all that is wrong with its files: it is about this model
         alone."""
         try:
             return self._runtime.engine.prospect(model, sources, download=download)
