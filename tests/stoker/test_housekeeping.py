@@ -375,6 +375,47 @@ def test_what_a_backup_has_in_it_is_for_its_user_alone(server: Any, tmp_path: Pa
         assert all(abs(member.mtime - time.time()) < 600 for member in archive)
 
 
+def test_a_backup_and_what_is_restored_of_it_are_for_their_user_alone(
+    server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_adapter(server, 1)
+    source = tmp_path / "b.tgz"
+    invoke("backup", str(source))
+    fresh = tmp_path / "fresh"
+    fresh.mkdir(mode=0o755)
+    monkeypatch.setenv("STOKER_HOME", str(fresh))
+    invoke("restore", str(source))
+    assert {source: 0o600, fresh: 0o700} == {path: path.stat().st_mode & 0o777 for path in (source, fresh)}
+    below = {path.is_dir(): path.stat().st_mode & 0o777 for path in sorted(fresh.rglob("*"))}
+    assert below == {True: 0o700, False: 0o600}
+
+
+class Going:
+    """The broker, where a key goes after its type was asked for."""
+
+    def __init__(self, redis: Any, key: str) -> None:
+        self._redis, self._key = redis, key
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._redis, name)
+
+    def type(self, key: bytes) -> Any:
+        found = self._redis.type(key)
+        if key.decode() == self._key:
+            self._redis.delete(key)
+        return found
+
+
+@pytest.mark.parametrize("key", [keys.POLICY, keys.adapters("smol"), keys.artifact("smol", "style", 1)])
+def test_a_key_that_goes_while_a_backup_is_made_is_left_out(key: str, server: Any, tmp_path: Path) -> None:
+    policy.decide(server, "queue_limit", 77)
+    make_adapter(server, 1)
+    backup.backup(load_settings(), Going(server, key), tmp_path / "b.tgz")
+    server.flushall()
+    assert backup.restore(load_settings(), server, tmp_path / "b.tgz").keys == 3
+    assert not server.exists(key)
+
+
 def test_jobs_and_results_are_not_in_a_backup(fake: Callable[[], Client], server: Any, tmp_path: Path) -> None:
     with fake() as client:
         client.generate("a private prompt", model="smol")
