@@ -109,7 +109,7 @@ def _texts(given: list[str], field: str | None) -> list[str]:
 
 
 def _print_vectors(client: Client, texts: list[str], model: str | None, options: EmbedOptions, as_json: bool) -> None:
-    if len(texts) == 1 and texts[0].endswith((".jsonl", ".txt")) and Path(texts[0]).is_file():
+    if len(texts) == 1 and texts[0].endswith((".jsonl", ".txt")) and inputs.is_file(texts[0]):
         raise InvalidRequest(f"{texts[0]} is a file: name a file for its vectors with --output.")
     vectors = client.embed(texts, model=model, **options).result()
     if as_json:
