@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import io
 import json
 import os
 import re
 import shutil
+import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +29,9 @@ from stoker.errors import InvalidRequest, UnknownAdapter
 from stoker.files.durable import DRAFT, draft_folder
 from stoker.local import backup, storage
 from stoker.local.backup import KINDS
+from stoker.local.process import Process
 from stoker.settings import load_settings
+from tests.conftest import wait_until
 from tests.stoker.test_client_core import SMOL, fake, server
 
 __all__ = ["fake", "server"]
@@ -205,6 +209,38 @@ def test_a_log_that_goes_while_old_ones_are_looked_for_hinders_no_other(monkeypa
 
     monkeypatch.setattr(Path, "is_symlink", goes)
     assert [left.path.name for left in storage.old_logs(load_settings(), time.time() + 1)] == ["b.log"]
+
+
+def test_clean_leaves_the_log_of_a_process_that_lives_however_quiet_it_is(tmp_path: Path) -> None:
+    log, go = load_settings().logs / "worker.log", tmp_path / "go"
+    os.mkfifo(go)
+    program = f"print('one', flush=True); print(open({str(go)!r}).read())"
+    process = Process("worker", [sys.executable, "-c", program], log=log, env={}, grace=5)
+    try:
+        wait_until(lambda: "one" in process.output(), "it writes its log")
+        os.utime(log, (time.time() - 40 * DAY,) * 2)
+        found = storage.Leftover(log, "found before the process began", 0)
+        assert json.loads(invoke("clean", "--json"))["found"] == []
+        storage.remove(found)
+        go.write_text("the reason of its end")
+        wait_until(lambda: process.returncode is not None, "it has ended")
+    finally:
+        process.stop()
+    assert log.read_text() == "one\nthe reason of its end\n"
+    storage.remove(found)
+    assert not log.exists()
+
+
+def test_clean_leaves_a_log_of_which_nobody_can_say_whether_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    logs = load_settings().logs
+    logs.mkdir(parents=True)
+    (logs / "old.log").write_text("old")
+
+    def without_locks(*_: object) -> None:
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", without_locks)
+    assert storage.old_logs(load_settings(), time.time() + 1) == []
 
 
 def test_clean_deletes_drafts_of_dead_writers_and_none_that_is_written() -> None:
