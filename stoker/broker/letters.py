@@ -54,9 +54,13 @@ def _letter(value: bytes) -> Letter:
     try:
         letter: Letter = json.loads(value)
         texts = [letter["kind"], letter["model"], *(crash["worker"] for crash in letter["history"])]
+        texts.append(letter.get("message", ""))
+        # Who shows a message says how long it is.
+        size = letter["bytes"] if "message" in letter else 0
     except (ValueError, TypeError, KeyError, RecursionError):
         return spoiled(value)
-    return letter if all(isinstance(text, str) for text in texts) else spoiled(value)
+    readable = isinstance(size, int) and all(isinstance(text, str) for text in texts)
+    return letter if readable else spoiled(value)
 
 
 def spoiled(value: bytes) -> Letter:

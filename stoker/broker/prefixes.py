@@ -55,9 +55,10 @@ def _read(raw: bytes) -> PinnedPrefix | None:
 
 
 def pin(pipeline: Any, model: str, name: str, text: str) -> Any:
-    """Add a prefix. The first reply is 0 for a name that is there already: then it stays as it was."""
+    """Add a prefix. A name that is there already stays as it was. The second reply is what is pinned then: the first
+    says nothing of it where the commands were sent again, because their answer was lost."""
     key = keys.prefixes(model)
-    return pipeline.hsetnx(key, name, text).hset(key, CHANGED, uuid.uuid4().hex)
+    return pipeline.hsetnx(key, name, text).hget(key, name).hset(key, CHANGED, uuid.uuid4().hex)
 
 
 def unpin(pipeline: Any, model: str, name: str) -> Any:

@@ -84,12 +84,13 @@ return 1
 """
 )
 
-#: KEYS: the adapter's hash, the version's artifact. ARGV: `promote`, `rollback`, `deactivate` or `unload`; version.
+#: KEYS: the adapter's hash, the version's artifact. ARGV: `promote`, `rollback`, `deactivate` or `unload`; version;
+#: of a rollback, if it is said, the version that is to be left: another one that serves by then stays.
 #: Returns the version that serves then, "" for none, or nil if it cannot be done.
 CHANGE = (
     _SERVE
     + """
-local key, verb, version = KEYS[1], ARGV[1], ARGV[2]
+local key, verb, version, leaving = KEYS[1], ARGV[1], ARGV[2], ARGV[3]
 local function known(version) return redis.call('HEXISTS', key, 'version:' .. version) == 1 end
 if verb == 'promote' then
   if not known(version) then return false end
@@ -97,11 +98,13 @@ if verb == 'promote' then
 elseif verb == 'deactivate' then
   serve(key, '')
 elseif verb == 'rollback' then
+  local serving = redis.call('HGET', key, 'serving') or ''
+  if leaving and leaving ~= serving then return serving end
   local history = history_of(key)
   local found = false
   while #history > 0 and not found do
     local last = table.remove(history)
-    if known(last) and last ~= redis.call('HGET', key, 'serving') then found = last end
+    if known(last) and last ~= serving then found = last end
   end
   if not found then return false end
   redis.call('HSET', key, 'serving', found, 'history', #history > 0 and cjson.encode(history) or '[]')
@@ -219,11 +222,16 @@ def keep(redis: Any, model: str, name: str, version: int, data: bytes, owner: Ow
     return bool(redis.eval(KEEP, 2, *names, data, owner.token))
 
 
-def change(redis: Any, model: str, verb: Verb, name: str, version: int | None) -> Any:
+def serving(redis: Any, model: str, name: str) -> Any:
+    """What the adapter's hash says of the version that serves, as it stands there."""
+    return redis.hget(keys.adapter(model, name), "serving")
+
+
+def change(redis: Any, model: str, verb: Verb, name: str, version: int | None, *, leaving: bytes | None = None) -> Any:
     """`promote`, `rollback`, `deactivate` or `unload`; see `CHANGE`."""
-    return redis.eval(
-        CHANGE, 2, keys.adapter(model, name), keys.artifact(model, name, version or 0), verb, version or ""
-    )
+    names = keys.adapter(model, name), keys.artifact(model, name, version or 0)
+    said = () if leaving is None else (leaving,)
+    return redis.eval(CHANGE, 2, *names, verb, version or "", *said)
 
 
 def wanted(adapter: str, *, version: bool) -> tuple[str, int | None]:

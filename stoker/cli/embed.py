@@ -109,7 +109,7 @@ def _texts(given: list[str], field: str | None) -> list[str]:
 
 
 def _print_vectors(client: Client, texts: list[str], model: str | None, options: EmbedOptions, as_json: bool) -> None:
-    if len(texts) == 1 and texts[0].endswith((".jsonl", ".txt")) and Path(texts[0]).is_file():
+    if len(texts) == 1 and texts[0].endswith((".jsonl", ".txt")) and inputs.is_file(texts[0]):
         raise InvalidRequest(f"{texts[0]} is a file: name a file for its vectors with --output.")
     vectors = client.embed(texts, model=model, **options).result()
     if as_json:
@@ -133,6 +133,7 @@ def _embed_file(
     from stoker.files.vector_output import opened
 
     rows, digest = source.survey()
+    again = source.again(rows, digest)
     model = client.choose_model(model, EMBED.name)
     job = {"rows": rows, "input": digest, "model": model, **options}
     began = time.monotonic()
@@ -140,12 +141,13 @@ def _embed_file(
         before = output.done
         if before:
             notes().print(f"[dim]going on behind {before} of {rows} texts[/dim]")
-        texts = islice(source.texts(), before, None)
+        texts = islice(source.texts(again.lines()), before, None)
         chunks = client.embed_chunks(texts, model=model, batch=batch, in_flight=in_flight, **options)
         with closing(chunks), progress(output, rows, "texts") as report:
             for vectors in chunks:
                 output.write(vectors)
                 report()
+        again.check(output)
         output.finish()
     seconds = time.monotonic() - began
     return {"output": str(path), "rows": rows, "resumed": before, "dim": output.dim, "dtype": options["dtype"]} | {

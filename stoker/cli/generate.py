@@ -112,7 +112,7 @@ def generate(
 
 
 def _prompt(given: str) -> str:
-    if given.endswith(".jsonl") and Path(given).is_file():
+    if given.endswith(".jsonl") and inputs.is_file(given):
         raise InvalidRequest(f"{given} is a file: name a file for the answers to its requests with --output.")
     return inputs.read_text("prompt") if given == inputs.STDIN else given
 

@@ -44,11 +44,16 @@ class FileRun:
 
     def _answer(self, client: Client, source: RequestFile) -> dict[str, Any]:
         rows, digest = source.survey()
+        again = source.again(rows, digest)
         model = client.choose_model(self.model, GENERATE.name)
         output, sent = LineOutput(self.output, rows, self._job(rows, digest, model)), deque[RequestLine]()
         # Before the file is opened: options that are wrong leave nothing behind.
         answers = client.generate_many(
-            self._asks(source, output, sent), model=model, seed=self.seed, in_flight=self.in_flight, **self.options
+            self._asks(source.requests(again.lines()), output, sent),
+            model=model,
+            seed=self.seed,
+            in_flight=self.in_flight,
+            **self.options,
         )
         began = time.monotonic()
         with closing(answers), opened(output, self.overwrite):
@@ -59,6 +64,7 @@ class FileRun:
                 for answer in answers:
                     output.write(sent.popleft().answered(answer))
                     report()
+            again.check(output)
             output.finish()
         seconds = round(time.monotonic() - began, 3)
         record = {"output": str(self.output), "rows": rows, "resumed": before, "errors": output.errors}
@@ -69,9 +75,9 @@ class FileRun:
         options = {name: value for name, value in self.options.items() if name != "priority"}
         return {"rows": rows, "input": digest, "model": model, "seed": self.seed, "chat": self.chat, **options}
 
-    def _asks(self, source: RequestFile, output: LineOutput, sent: deque[RequestLine]) -> Iterator[Ask]:
+    def _asks(self, requests: Iterator[RequestLine], output: LineOutput, sent: deque[RequestLine]) -> Iterator[Ask]:
         """What each line asks that has no answer in `output`; `sent` has those whose answers are still to come."""
-        for request in islice(source.requests(), output.done, None):
+        for request in islice(requests, output.done, None):
             sent.append(request)
             yield self._ask(request.fields)
 

@@ -60,14 +60,30 @@ def read_json(name: str, given: str) -> Any:
 
 def is_unnamed(given: str) -> bool:
     """Whether no name says what is in it: standard input, or a pipe such as `<(…)`."""
-    return given == STDIN or (Path(given).is_fifo() and not Path(given).suffix)
+    return given == STDIN or (is_pipe(given) and not Path(given).suffix)
+
+
+def is_file(given: str) -> bool:
+    """Whether there is a regular file of that name. A text that can be no name, because it is too long, is none."""
+    try:
+        return Path(given).is_file()
+    except OSError:
+        return False
+
+
+def is_pipe(given: str) -> bool:
+    """As `is_file`, of a pipe such as `<(…)`."""
+    try:
+        return Path(given).is_fifo()
+    except OSError:
+        return False
 
 
 @contextmanager
 def as_file(given: str) -> Iterator[Path]:
     """A file that can be read twice, and by another process: of standard input and of pipes (`<(…)`) a copy."""
     path = Path(given)
-    if given != STDIN and not path.is_fifo():
+    if given != STDIN and not is_pipe(given):
         yield path
         return
     with tempfile.TemporaryDirectory(prefix="stoker-") as home:

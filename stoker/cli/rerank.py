@@ -6,7 +6,6 @@ import heapq
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -81,7 +80,7 @@ def _given(texts: list[str], field: str | None) -> Iterator[Iterator[str]]:
 def _is_file(given: str) -> bool:
     if inputs.is_unnamed(given):
         return True
-    return given.endswith((".jsonl", ".txt")) and (Path(given).is_file() or Path(given).is_fifo())
+    return given.endswith((".jsonl", ".txt")) and (inputs.is_file(given) or inputs.is_pipe(given))
 
 
 def _scored(client: Client, query: str, texts: Iterator[str], model: str, options: RerankOptions) -> Iterator[Scored]:

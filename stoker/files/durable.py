@@ -91,12 +91,12 @@ def remove_folder(path: Path) -> None:
         flush(path.parent)
 
 
-def make_folders(folder: Path) -> None:
-    """Make a folder and those above it, on disk. Raises `OSError`."""
+def make_folders(folder: Path, *, mode: int = 0o777) -> None:
+    """Make a folder and those above it, on disk; `mode`: of those that are new. Raises `OSError`."""
     if folder.is_dir():
         return
-    make_folders(folder.parent)
-    folder.mkdir(exist_ok=True)
+    make_folders(folder.parent, mode=mode)
+    folder.mkdir(mode, exist_ok=True)
     flush(folder.parent)
 
 

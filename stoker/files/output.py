@@ -95,6 +95,11 @@ class Output:
             write_whole(state_path(self.path), lambda draft: draft.write_text(record, "utf-8"))
         self._safe = self.done
 
+    def forget(self) -> None:
+        """The rows so far are not to be gone on with."""
+        self.done = 0
+        state_path(self.path).unlink(missing_ok=True)
+
     def finish(self) -> None:
         """Every row is there: give the file its name."""
         assert self.done == self._rows, f"{self.done} of {self._rows} rows are there"

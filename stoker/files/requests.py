@@ -11,7 +11,7 @@ from typing import Any
 from stoker.contract import GenerateResult
 from stoker.contract.shown import brief
 from stoker.errors import DatasetError, InvalidRequest, StokerError
-from stoker.files.source import lines_of, parsed
+from stoker.files.source import Again, Line, lines_of, parsed
 
 #: Fields by which a line is known to its author.
 _IDS = ("id", "custom_id")
@@ -50,9 +50,13 @@ class RequestFile:
             raise DatasetError(f"{self.path}: no request in it.")
         return count, digest.hexdigest()
 
-    def requests(self) -> Iterator[RequestLine]:
-        """One for each line."""
-        for number, line in lines_of(self.path):
+    def again(self, rows: int, digest: str) -> Again:
+        """To read what `survey` has counted."""
+        return Again(self.path, rows, digest)
+
+    def requests(self, lines: Iterator[Line] | None = None) -> Iterator[RequestLine]:
+        """One for each of `lines`, or of all that the file has."""
+        for number, line in lines or lines_of(self.path):
             try:
                 row = parsed(line, f"{self.path.name}, line {number}")
                 yield _request(number, row)

@@ -12,6 +12,10 @@ from typing import Any
 from stoker.contract.lines import decoded, numbered, pieces
 from stoker.contract.requests import MAX_TEXT_CHARS
 from stoker.errors import DatasetError
+from stoker.files.output import Output
+
+#: A line's number in its file, from 1, and its bytes.
+Line = tuple[int, bytes]
 
 
 @dataclass(frozen=True)
@@ -23,9 +27,10 @@ class Source:
     field: str
     plain: bool = False
 
-    def texts(self) -> Iterator[str]:
-        """Raises `DatasetError` with the number of a line that is wrong, from 1."""
-        for number, line in lines_of(self.path):
+    def texts(self, lines: Iterator[Line] | None = None) -> Iterator[str]:
+        """Those of `lines`, or of all that the file has. Raises `DatasetError` with the number of a line that is wrong,
+        from 1."""
+        for number, line in lines or lines_of(self.path):
             yield self._text(line, f"{self.path.name}, line {number}")
 
     def survey(self) -> tuple[int, str]:
@@ -38,6 +43,10 @@ class Source:
         if not count:
             raise DatasetError(f"{self.path}: no text in it.")
         return count, digest.hexdigest()
+
+    def again(self, rows: int, digest: str) -> Again:
+        """To read what `survey` has counted."""
+        return Again(self.path, rows, digest, self.field.encode())
 
     def _text(self, line: bytes, where: str) -> str:
         text = decoded(line, where) if self.plain or self.path.suffix == ".txt" else self._field_of(line, where)
@@ -62,7 +71,42 @@ class Source:
         return text
 
 
-def lines_of(path: Path) -> Iterator[tuple[int, bytes]]:
+class Again:
+    """A file that was surveyed, read again: as many lines as were counted, which a writer may have changed since."""
+
+    def __init__(self, path: Path, rows: int, digest: str, begins: bytes = b"") -> None:
+        """`digest`: of `begins` and all lines, as they were counted."""
+        self._path, self._rows, self._counted = path, rows, digest
+        self._read, self._grown = hashlib.sha256(begins), False
+
+    def lines(self) -> Iterator[Line]:
+        left = self._rows
+        for number, line in lines_of(self._path):
+            if not left:
+                self._grown = True
+                return
+            left -= 1
+            self._read.update(line + b"\n")
+            yield number, line
+
+    def check(self, output: Output) -> None:
+        """Once all were read. Raises `DatasetError` where the file is not what was counted; rows of `output` that may
+        be of other lines are not gone on with."""
+        if self._read.hexdigest() != self._counted:
+            output.forget()
+            raise DatasetError(
+                f"{self._path.name}: its {self._rows} rows have changed since they were counted. Nothing made of them "
+                "is kept; give the command again."
+            )
+        if self._grown:
+            raise DatasetError(
+                f"{self._path.name}: it has more than the {self._rows} rows that were counted. Those are done, and "
+                "kept: give the command again with them alone, and the others in another file. Or pass --overwrite to "
+                "begin anew."
+            )
+
+
+def lines_of(path: Path) -> Iterator[Line]:
     """The lines of a file that are not blank, with their numbers from 1. Raises `DatasetError` where it cannot be
     read."""
     try:

@@ -28,6 +28,7 @@ import stoker
 from stoker.broker import keys
 from stoker.errors import InvalidRequest
 from stoker.files.durable import DRAFT, make_folders, write_whole
+from stoker.local.home import make_home
 from stoker.local.storage import below
 from stoker.settings import Settings
 
@@ -69,20 +70,23 @@ def backup(settings: Settings, redis: Any, target: Path) -> Counted:
                 sum(_add_folder(archive, settings.home / name) for name in FOLDERS), _add_keys(archive, redis)
             )
 
-    write_whole(target, write)
+    write_whole(target, write, mode=0o600)
     return counted
 
 
 def restore(settings: Settings, redis: Any, source: Path) -> Counted:
     """Put back what is missing. What is there already stays: a restore never overwrites, and may be run again.
 
-    Raises `InvalidRequest` for a file that is no backup, `OSError`, and redis-py's errors.
+    Raises `InvalidRequest` for a file that is no backup, `ConfigError` for a home that cannot be written, `OSError`,
+    and redis-py's errors.
     """
     files, added, kept = 0, 0, []
     try:
         with _Unpacked(source) as unpacked, tarfile.open(fileobj=unpacked, mode="r:") as archive:
             # All names and keys first, so that nothing of a file that is no backup is restored.
-            for member in _checked(archive, source, settings.home):
+            members = _checked(archive, source, settings.home)
+            make_home(settings.home)
+            for member in members:
                 if member.name == _KEYS:
                     added, found = _restore_keys(_opened(archive, member), redis)
                     kept += found
@@ -151,13 +155,19 @@ def _exported(redis: Any) -> Iterator[dict[str, Any]]:
         if held != kind.type:
             # Another program's value: Stoker writes no other type under these names.
             continue
-        if held == "hash":
-            value: Any = [[_text(field), _text(content)] for field, content in redis.hgetall(key).items()]
-        elif held == "set":
-            value = [_text(member) for member in sorted(redis.smembers(key))]
-        else:
-            value = _text(redis.get(key))
-        yield {"key": name, "type": held, "value": value}
+        value = _exported_value(redis, key, held)
+        # One that goes after its type was asked for is left out: no key is an empty hash, and no restore takes one.
+        if value not in (None, []):
+            yield {"key": name, "type": held, "value": value}
+
+
+def _exported_value(redis: Any, key: bytes, held: str) -> list[Any] | str | None:
+    if held == "hash":
+        return [[_text(field), _text(content)] for field, content in redis.hgetall(key).items()]
+    if held == "set":
+        return [_text(member) for member in sorted(redis.smembers(key))]
+    found = redis.get(key)
+    return None if found is None else _text(found)
 
 
 def _checked(archive: tarfile.TarFile, source: Path, home: Path) -> list[tarfile.TarInfo]:
@@ -220,13 +230,13 @@ def _restore_file(archive: tarfile.TarFile, member: tarfile.TarInfo, home: Path)
     target = home / member.name
     if target.exists() or target.is_symlink():
         return False
-    make_folders(target.parent)
+    make_folders(target.parent, mode=0o700)
 
     def write(draft: Path) -> None:
         with draft.open("wb") as file:
             shutil.copyfileobj(_opened(archive, member), file)
 
-    write_whole(target, write)
+    write_whole(target, write, mode=0o600)
     return True
 
 

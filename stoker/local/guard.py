@@ -19,6 +19,8 @@ import stat
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 #: Seconds for which output is still read when the command has ended: a process that it left may hold the pipe for ever.
 LINGER = 1.0
@@ -38,7 +40,16 @@ class RotatingLog:
         self._file = self._open()
 
     def _open(self) -> int:
-        return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        """With a shared lock, which says that the file is written: `stoker clean` deletes none that has one."""
+        while True:
+            file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            # On a disk without locks none can be had, and `stoker clean` leaves every log.
+            with suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_SH)
+            if self._is_current(file):
+                return file
+            # It was deleted, or put aside, a moment before the lock.
+            os.close(file)
 
     def write(self, data: bytes) -> None:
         while data:
@@ -76,12 +87,9 @@ class RotatingLog:
     def _rotate(self) -> None:
         """Another process may have renamed the file: then what has its name now is written on."""
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX)
-            if self._is_current():
-                for number in range(self._files, 0, -1):
-                    before = self._path if number == 1 else f"{self._path}.{number - 1}"
-                    if os.path.exists(before):
-                        os.replace(before, f"{self._path}.{number}")
+            with self._alone():
+                if self._is_current(self._file):
+                    self._put_aside()
             fresh = self._open()
         except OSError:
             # A file that grows loses nothing.
@@ -90,9 +98,26 @@ class RotatingLog:
         os.close(self._file)
         self._file = fresh
 
-    def _is_current(self) -> bool:
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other guard puts logs of this folder aside meanwhile. The lock of the file itself is for its life."""
+        folder = os.open(os.path.dirname(self._path) or ".", os.O_RDONLY | os.O_CLOEXEC)
         try:
-            return os.path.samestat(os.stat(self._path), os.fstat(self._file))
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(folder)
+
+    def _put_aside(self) -> None:
+        for number in range(self._files, 0, -1):
+            before = self._path if number == 1 else f"{self._path}.{number - 1}"
+            if os.path.exists(before):
+                os.replace(before, f"{self._path}.{number}")
+
+    def _is_current(self, file: int) -> bool:
+        """Whether it has its name still."""
+        try:
+            return os.path.samestat(os.stat(self._path), os.fstat(file))
         except FileNotFoundError:
             return False
 

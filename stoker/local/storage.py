@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from stoker.files.durable import DRAFT, remove_folder, sweep
+from stoker.files.locks import try_lock
 from stoker.settings import Settings
 
 
@@ -61,15 +62,32 @@ def _limits(settings: Settings) -> dict[str, str]:
 
 
 def old_logs(settings: Settings, before: float) -> list[Leftover]:
-    """Logs that were last written before that moment, in seconds since the epoch."""
+    """Logs that were last written before that moment, in seconds since the epoch, and whose writers have ended."""
     found = []
     logs = settings.logs
     for path in sorted(logs.iterdir()) if logs.is_dir() else []:
         # A worker that turns its logs over, or another clean, may delete one meanwhile.
         with suppress(FileNotFoundError):
             if path.is_file() and not path.is_symlink() and path.stat().st_mtime < before:
-                found.append(Leftover(path, "a log that nothing writes", bytes_of(path)))
+                size = bytes_of(path)
+                with _unwritten(path) as free:
+                    if free:
+                        found.append(Leftover(path, "a log that nothing writes", size))
     return found
+
+
+@contextmanager
+def _unwritten(log: Path) -> Iterator[bool]:
+    """Whether no guard that lives writes a log, nor begins to meanwhile. Raises `FileNotFoundError`."""
+    with ExitStack() as opened:
+        try:
+            free = try_lock(opened.enter_context(log.open("r+b")))
+        except FileNotFoundError:
+            raise
+        except OSError:
+            # Of a disk without locks, or another user's: nobody can say.
+            free = False
+        yield free
 
 
 def drafts(settings: Settings) -> list[Path]:
@@ -89,7 +107,10 @@ def remove(leftover: Leftover) -> None:
     if leftover.path.is_dir():
         remove_folder(leftover.path)
     else:
-        leftover.path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError), _unwritten(leftover.path) as free:
+            # A process may have begun to write it since it was found.
+            if free:
+                leftover.path.unlink()
 
 
 def remove_drafts(settings: Settings) -> int:

@@ -21,7 +21,9 @@ from stoker.client._async.broker_link import AsyncBrokerLink
 from stoker.client._sync import broker_link as blocking_link
 from stoker.client._sync.adapters import Adapters
 from stoker.client.asynchronously import Connections
+from stoker.client.commands import Waiting
 from stoker.contract import Presence, StreamToken
+from stoker.contract.control import ModelReport
 from stoker.errors import (
     InvalidRequest,
     JobCancelled,
@@ -32,6 +34,7 @@ from stoker.errors import (
     WorkerUnavailable,
 )
 from stoker.settings import Settings
+from tests.stoker.lost_answers import one_lost_answer
 from tests.stoker.test_client_core import card, fake, server
 
 __all__ = ["fake", "server"]
@@ -179,32 +182,53 @@ def test_an_adapter_whose_last_version_was_unloaded_is_returned_without_versions
         adapters.get("style", "able")
 
 
-def test_a_command_that_no_worker_takes_expires(fake: Callable[[], Client], server: Any) -> None:
+def there(server: Any) -> Presence:
+    """A worker that is alive, and takes no command."""
     presence = Presence(
         worker="w@h/1", host="h", pid=1, device="cpu", started=0.0, time=time.time(), models=(), adapters={}, lanes={},
         memory_bytes=0,
     )  # fmt: skip
     server.zadd(keys.WORKERS, {presence.worker: time.time()})
     server.expire(keys.WORKERS, 60)
+    server.set(keys.worker(presence.worker), presence.model_dump_json(), ex=keys.PRESENCE_TTL)
+    return presence
+
+
+def test_a_command_that_no_worker_takes_expires(fake: Callable[[], Client], server: Any) -> None:
+    presence = there(server)
     server.lpush(keys.commands(presence.worker), "of another client")
-    server.set(keys.worker(presence.worker), presence.model_dump_json(), ex=5)
     with fake() as client, pytest.raises(JobTimeout):
         client.models.load("m=/m", worker=presence.worker, timeout=0)
     assert server.lrange(keys.commands(presence.worker), 0, -1) == [b"of another client"], "its own is taken back"
     assert 0 < server.ttl(keys.commands(presence.worker)) <= keys.COMMAND_TTL
 
 
+def test_a_command_whose_sending_got_no_answer_is_taken_back_whole(fake: Callable[[], Client], server: Any) -> None:
+    worker = there(server).worker
+    with fake() as client, one_lost_answer(b"LPUSH"), pytest.raises(JobTimeout, match="nothing was done"):
+        client.models.load("m=/m", worker=worker, timeout=0)
+    assert not server.exists(keys.commands(worker))
+
+
+def test_a_command_that_has_begun_goes_on_though_it_was_sent_twice(
+    fake: Callable[[], Client], server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = there(server).worker
+
+    def begins(waiting: Waiting) -> None:
+        asked = json.loads(server.rpop(keys.commands(worker)))
+        report = ModelReport(id=asked["id"], worker=worker, verb="load", model="m", phase="begun")
+        server.set(keys.command(report.id), report.model_dump_json(), ex=60)
+
+    monkeypatch.setattr(Waiting, "pause", begins)
+    with fake() as client, one_lost_answer(b"LPUSH"), pytest.raises(JobTimeout, match="it goes on"):
+        client.models.load("m=/m", worker=worker, timeout=0)
+
+
 def test_commands_are_queued_in_order_and_end_when_their_worker_goes_though_others_wait(
     fake: Callable[[], Client], server: Any
 ) -> None:
-    name = "w@h/1"
-    presence = Presence(
-        worker=name, host="h", pid=1, device="cpu", started=0.0, time=time.time(), models=(), adapters={}, lanes={},
-        memory_bytes=0,
-    )  # fmt: skip
-    server.zadd(keys.WORKERS, {name: time.time()})
-    server.expire(keys.WORKERS, 60)
-    server.set(keys.worker(name), presence.model_dump_json(), ex=60)
+    name = there(server).worker
     with fake() as client:
         settings = client.settings
 
@@ -223,6 +247,15 @@ def test_commands_are_queued_in_order_and_end_when_their_worker_goes_though_othe
     taken, ends = asyncio.run(ask())
     assert [model[0] for model in taken] == ["a", "b"]
     assert [type(end) for end in ends] == [WorkerUnavailable] * 3
+
+
+def test_a_rollback_whose_answer_is_lost_goes_back_one_version(adapters: Adapters, server: Any) -> None:
+    for version in (1, 2, 3):
+        registry.register(server, "able", "style", version, {"rank": 8}, promote=True)
+    with one_lost_answer(b"rollback\r\n"):
+        assert adapters.rollback("style", "able").serving == 2
+    adapters.deactivate("style", "able")
+    assert adapters.rollback("style", "able").serving == 2, "none served"
 
 
 def test_a_change_that_the_registry_refuses_is_an_error_that_says_why(adapters: Adapters, server: Any) -> None:

@@ -239,6 +239,13 @@ def test_a_prompt_can_come_from_standard_input(asked: dict[str, Any]) -> None:
     assert asked["prompt"] == "from a pipe"
 
 
+@pytest.mark.parametrize(("command", "end"), [("generate", ".jsonl"), ("embed", ".txt")])
+def test_a_text_that_is_too_long_for_a_name_is_no_file(asked: dict[str, Any], command: str, end: str) -> None:
+    text = "word " * 1000 + end
+    run(command, text)
+    assert text in (asked.get("prompt"), *asked.get("texts", ()))
+
+
 @pytest.mark.parametrize("words", [("embed", "-"), ("embed", "one", "-")])
 def test_texts_can_come_from_standard_input_a_text_a_line(asked: dict[str, Any], words: tuple[str, ...]) -> None:
     run(*words, stdin="\ufefftwo\r\n\r\nthree")

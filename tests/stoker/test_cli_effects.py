@@ -27,9 +27,10 @@ from stoker.cli.generate import describe
 from stoker.cli.init import conversations
 from stoker.contract import GenerateResult, TrainReport, TrainResult, Usage
 from stoker.contract.requests import MAX_TEXT_CHARS
-from stoker.errors import ConfigError, InvalidRequest, JobFailed, ModelError
+from stoker.errors import ConfigError, DatasetError, InvalidRequest, JobFailed, ModelError
 from stoker.files import output as output_module
 from stoker.files.durable import DRAFT
+from stoker.files.source import Source
 from stoker.local import storage
 from stoker.local.backup import FORMAT
 from stoker.local.checks import Check
@@ -114,6 +115,28 @@ def test_a_file_that_was_interrupted_goes_on_behind_its_last_text(
     assert np.load(tmp_path / "out.npy")[:, 0].tolist() == [float(number) for number in range(10)]
     with pytest.raises(InvalidRequest, match="is there already"):
         invoke(*words)
+
+
+def test_vectors_are_kept_though_their_file_grows_meanwhile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    client = FakeClient(models={"m": ["embed"]})
+    client.script.embed(lambda request: [[float(text)] * 4 for text in request.texts], times=None)
+    texts, survey = tmp_path / "in.txt", Source.survey
+    texts.write_text("0\n1\n2\n")
+    words = ("embed", str(texts), "-o", str(tmp_path / "out.npy"))
+
+    def grows(source: Source) -> tuple[int, str]:
+        found = survey(source)
+        texts.write_text("0\n1\n2\n3\n")
+        return found
+
+    monkeypatch.setattr(embed_command, "connect", lambda url: client)
+    with monkeypatch.context() as patch:
+        patch.setattr(Source, "survey", grows)
+        with pytest.raises(DatasetError, match=r"more than the 3 rows .* Those are done"):
+            invoke(*words)
+    texts.write_text("0\n1\n2\n")
+    assert json.loads(invoke(*words, "--json"))["resumed"] == 3
+    assert np.load(tmp_path / "out.npy")[:, 0].tolist() == [0.0, 1.0, 2.0]
 
 
 def test_runs_are_listed_newest_first() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from stoker.cli import app
 from stoker.cli import generate as generate_command
 from stoker.contract import GenerateRequest, GenerateResult
 from stoker.contract.requests import LOWEST_PRIORITY
-from stoker.errors import BrokerUnavailable, InvalidRequest, JobError, StokerError, UnknownModel
+from stoker.errors import BrokerUnavailable, DatasetError, InvalidRequest, JobError, StokerError, UnknownModel
 from stoker.files import output as output_module
 from stoker.files.output import partial_path, state_path
+from stoker.files.requests import RequestFile
 from stoker.testing import FakeClient
 
 
@@ -151,6 +153,47 @@ def test_a_file_that_was_interrupted_goes_on_behind_its_last_answer(client: Fake
     assert [line["result"]["text"] for line in read() if "result" in line] == [*"0", *"23456789"]
     assert [request.prompt for request in client.sent.generate[sent:]] == list("6789")
     assert "is there already" in refused(*words)
+
+
+def meanwhile(monkeypatch: pytest.MonkeyPatch, write: Callable[[], object]) -> None:
+    """What another program does to the file once its requests were counted; the first time."""
+    survey = RequestFile.survey
+
+    def surveyed(source: RequestFile) -> tuple[int, str]:
+        found = survey(source)
+        monkeypatch.setattr(RequestFile, "survey", survey)
+        write()
+        return found
+
+    monkeypatch.setattr(RequestFile, "survey", surveyed)
+
+
+def test_answers_are_kept_though_their_file_grows_meanwhile(
+    client: FakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [{"prompt": text} for text in "abc"]
+    write(*lines)
+    echo(client)
+    meanwhile(monkeypatch, lambda: write(*lines, {"prompt": "late"}))
+    said = refused("in.jsonl", "-o", "out.jsonl", error=DatasetError)
+    assert "it has more than the 3 rows that were counted. Those are done" in said
+    write(*lines)
+    assert run("in.jsonl", "-o", "out.jsonl").exit_code == 0
+    assert [line["result"]["text"] for line in read()] == list("abc")
+    assert [request.prompt for request in client.sent.generate] == list("abc"), "each once"
+
+
+@pytest.mark.parametrize("left", ["a", "axc"])
+def test_of_a_file_that_changes_meanwhile_nothing_is_kept(
+    client: FakeClient, monkeypatch: pytest.MonkeyPatch, left: str
+) -> None:
+    write(*({"prompt": text} for text in "abc"))
+    echo(client)
+    meanwhile(monkeypatch, lambda: write(*({"prompt": text} for text in left)))
+    assert "its 3 rows have changed" in refused("in.jsonl", "-o", "out.jsonl", error=DatasetError)
+    write(*({"prompt": text} for text in "abc"))
+    assert run("in.jsonl", "-o", "out.jsonl").exit_code == 0
+    assert [line["result"]["text"] for line in read()] == list("abc")
 
 
 def test_another_input_or_other_options_do_not_go_on_behind_the_first(

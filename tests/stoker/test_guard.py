@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import re
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from stoker.files.locks import try_lock
 from stoker.local import guard
 from stoker.local.process import LogSize, Process
 from stoker.settings import Settings
@@ -229,6 +231,41 @@ def test_a_log_that_another_process_has_put_aside_is_written_on(tmp_path: Path) 
         "log": "2 aaa\n3 a\n",
         "log.1": "1 aaaaaa\n",
     }
+
+
+def test_a_log_that_is_deleted_as_it_is_opened_is_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By `stoker clean`, between the opening and the lock."""
+    path, lock = tmp_path / "log", fcntl.flock
+
+    def late(file: int, how: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", lock)
+        path.unlink()
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    guard.RotatingLog(str(path), 100, 9).write(b"a line\n")
+    assert path.read_text() == "a line\n"
+
+
+def test_logs_of_one_folder_are_put_aside_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each guard has its own descriptor: the lock of the folder keeps a second one away."""
+    alone: list[bool] = []
+    replace = os.replace
+
+    def noted(source: str, target: str) -> None:
+        folder = os.open(tmp_path, os.O_RDONLY)
+        alone.append(not try_lock(folder))
+        os.close(folder)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", noted)
+    log = guard.RotatingLog(str(tmp_path / "log"), 10, 2)
+    for _ in range(3):
+        log.write(b"a line\n")
+    assert alone == [True] * 3
+    folder = os.open(tmp_path, os.O_RDONLY)
+    assert try_lock(folder), "and is given back"
+    os.close(folder)
 
 
 def test_a_line_that_is_longer_than_a_file_stays_whole(tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import io
 import json
 import os
 import re
 import shutil
+import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +29,9 @@ from stoker.errors import InvalidRequest, UnknownAdapter
 from stoker.files.durable import DRAFT, draft_folder
 from stoker.local import backup, storage
 from stoker.local.backup import KINDS
+from stoker.local.process import Process
 from stoker.settings import load_settings
+from tests.conftest import wait_until
 from tests.stoker.test_client_core import SMOL, fake, server
 
 __all__ = ["fake", "server"]
@@ -207,6 +211,38 @@ def test_a_log_that_goes_while_old_ones_are_looked_for_hinders_no_other(monkeypa
     assert [left.path.name for left in storage.old_logs(load_settings(), time.time() + 1)] == ["b.log"]
 
 
+def test_clean_leaves_the_log_of_a_process_that_lives_however_quiet_it_is(tmp_path: Path) -> None:
+    log, go = load_settings().logs / "worker.log", tmp_path / "go"
+    os.mkfifo(go)
+    program = f"print('one', flush=True); print(open({str(go)!r}).read())"
+    process = Process("worker", [sys.executable, "-c", program], log=log, env={}, grace=5)
+    try:
+        wait_until(lambda: "one" in process.output(), "it writes its log")
+        os.utime(log, (time.time() - 40 * DAY,) * 2)
+        found = storage.Leftover(log, "found before the process began", 0)
+        assert json.loads(invoke("clean", "--json"))["found"] == []
+        storage.remove(found)
+        go.write_text("the reason of its end")
+        wait_until(lambda: process.returncode is not None, "it has ended")
+    finally:
+        process.stop()
+    assert log.read_text() == "one\nthe reason of its end\n"
+    storage.remove(found)
+    assert not log.exists()
+
+
+def test_clean_leaves_a_log_of_which_nobody_can_say_whether_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    logs = load_settings().logs
+    logs.mkdir(parents=True)
+    (logs / "old.log").write_text("old")
+
+    def without_locks(*_: object) -> None:
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", without_locks)
+    assert storage.old_logs(load_settings(), time.time() + 1) == []
+
+
 def test_clean_deletes_drafts_of_dead_writers_and_none_that_is_written() -> None:
     home = load_settings().home
     home.mkdir(parents=True)
@@ -373,6 +409,47 @@ def test_what_a_backup_has_in_it_is_for_its_user_alone(server: Any, tmp_path: Pa
     with tarfile.open(tmp_path / "b.tgz") as archive:
         assert {member.mode for member in archive} == {0o600}
         assert all(abs(member.mtime - time.time()) < 600 for member in archive)
+
+
+def test_a_backup_and_what_is_restored_of_it_are_for_their_user_alone(
+    server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_adapter(server, 1)
+    source = tmp_path / "b.tgz"
+    invoke("backup", str(source))
+    fresh = tmp_path / "fresh"
+    fresh.mkdir(mode=0o755)
+    monkeypatch.setenv("STOKER_HOME", str(fresh))
+    invoke("restore", str(source))
+    assert {source: 0o600, fresh: 0o700} == {path: path.stat().st_mode & 0o777 for path in (source, fresh)}
+    below = {path.is_dir(): path.stat().st_mode & 0o777 for path in sorted(fresh.rglob("*"))}
+    assert below == {True: 0o700, False: 0o600}
+
+
+class Going:
+    """The broker, where a key goes after its type was asked for."""
+
+    def __init__(self, redis: Any, key: str) -> None:
+        self._redis, self._key = redis, key
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._redis, name)
+
+    def type(self, key: bytes) -> Any:
+        found = self._redis.type(key)
+        if key.decode() == self._key:
+            self._redis.delete(key)
+        return found
+
+
+@pytest.mark.parametrize("key", [keys.POLICY, keys.adapters("smol"), keys.artifact("smol", "style", 1)])
+def test_a_key_that_goes_while_a_backup_is_made_is_left_out(key: str, server: Any, tmp_path: Path) -> None:
+    policy.decide(server, "queue_limit", 77)
+    make_adapter(server, 1)
+    backup.backup(load_settings(), Going(server, key), tmp_path / "b.tgz")
+    server.flushall()
+    assert backup.restore(load_settings(), server, tmp_path / "b.tgz").keys == 3
+    assert not server.exists(key)
 
 
 def test_jobs_and_results_are_not_in_a_backup(fake: Callable[[], Client], server: Any, tmp_path: Path) -> None:

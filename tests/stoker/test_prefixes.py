@@ -23,6 +23,7 @@ from stoker.errors import InvalidRequest, StokerError
 from stoker.local import backup
 from stoker.settings import Settings
 from stoker.testing import AsyncFakeClient, FakeClient
+from tests.stoker.lost_answers import one_lost_answer
 
 SYSTEM = [{"role": "system", "content": "You are brief."}]
 
@@ -90,6 +91,13 @@ def test_a_pin_lies_in_the_broker_for_good_with_all_that_its_prompt_depends_on(
     client.prefixes.pin("text", "Once upon", model="m")
     client.prefixes.pin("ids", [1, 2], model="m")
     assert [each.prefix.shown for each in client.prefixes.list("m")] == ["You are brief.", "Once upon", "2 token ids"]
+
+
+@pytest.mark.integration
+def test_a_pin_whose_answer_is_lost_is_pinned(client: Client, workers: Workers) -> None:
+    with one_lost_answer(b"HSETNX"):
+        entry = client.prefixes.pin("a", "x", model="m")
+    assert workers.pinned() == {"a": entry.prefix}
 
 
 @pytest.mark.integration

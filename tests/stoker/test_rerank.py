@@ -172,6 +172,13 @@ def test_the_command_shows_the_best_first(shell: FakeClient) -> None:
     assert (sent.truncation, sent.normalize, sent.prompt) == ("end", False, "judge")
 
 
+@pytest.mark.parametrize("end", ["", ".txt"])
+def test_one_text_that_is_too_long_for_a_name_is_ranked(shell: FakeClient, end: str) -> None:
+    shell.script.rerank([0.5])
+    text = "a warm model " * 400 + end
+    assert json.loads(run("q", text, "--json")) == [{"index": 0, "score": 0.5, "text": text}]
+
+
 def test_the_command_reads_a_file_of_any_length_in_jobs(
     shell: FakeClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -45,6 +45,9 @@ LETTER = {"kind": "train", "model": "m", "request": "{}", "client": "alice", "hi
         json.dumps({**LETTER, "history": [{"time": 1.0}]}).encode(),
         json.dumps({**LETTER, "history": [{"worker": 5, "time": 1.0}]}).encode(),
         json.dumps({name: value for name, value in LETTER.items() if name != "kind"}).encode(),
+        json.dumps({**LETTER, "kind": "message", "message": "eA=="}).encode(),
+        json.dumps({**LETTER, "kind": "message", "message": "eA==", "bytes": "1"}).encode(),
+        json.dumps({**LETTER, "kind": "message", "message": None, "bytes": 1}).encode(),
     ],
 )
 def test_a_letter_that_is_spoiled_shows_its_bytes_and_hides_no_other(stored: bytes) -> None:

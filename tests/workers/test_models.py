@@ -511,6 +511,7 @@ def test_jobs_of_a_model_on_demand_wait_when_it_is_unloaded(lazy: Worker) -> Non
 
 def ask(worker: Worker, verb: str, model: str) -> ModelReport:
     command = ModelCommand(id="c1", verb=verb, model=model)  # type: ignore[arg-type]
+    worker.redis.delete(keys.command("c1"))
     worker.redis.lpush(keys.commands(worker.runtime.name), json.dumps(encode(command)))
     worker.redis.expire(keys.commands(worker.runtime.name), 60)
     worker.commands.next()
@@ -817,6 +818,16 @@ def test_a_command_is_said_to_have_begun_and_its_answer_expires(
     assert 0 < phases[0][1] <= keys.COMMAND_TTL
     assert 0 < worker.redis.ttl(keys.command("c1")) <= keys.COMMAND_TTL
     assert (report.seconds, report.memory_bytes) == (1.5, 77)
+
+
+def test_a_command_that_was_sent_twice_is_followed_once(worker: Worker) -> None:
+    text = json.dumps(encode(ModelCommand(id="c1", verb="load", model="c=/c"))).encode()
+    worker.commands.hear(text)
+    answer = worker.redis.get(keys.command("c1"))
+    worker.keeper.unload("c")
+    worker.commands.hear(text)
+    assert "c" not in worker.warm
+    assert worker.redis.get(keys.command("c1")) == answer
 
 
 def test_a_command_that_the_broker_breaks_off_is_answered_as_soon_as_it_can_be(

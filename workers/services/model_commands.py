@@ -46,6 +46,9 @@ class ModelCommands:
         except InvalidRequest as error:
             self._refuse(text, error)
             return
+        if self._runtime.redis.exists(keys.command(command.id)):
+            # Its client has sent it twice: the answer to the first sending was lost.
+            return
         log.info("asked to %s %s", command.verb, command.model)
         self._report(command, "begun")
         began = time.monotonic()

@@ -216,7 +216,10 @@ class AsyncBrokerLink:
             pause = waiting.pause()
             if pause is None:
                 with translated(self._settings):
-                    raise waiting.over(taken_back=bool(await self._redis.lrem(queue, 1, text)))
+                    # All of it: it is there twice where the answer to the first sending was lost.
+                    back = self._redis.pipeline().lrem(queue, 0, text).get(keys.command(command.id))
+                    found, raw = await back.execute()
+                    raise waiting.over(taken_back=bool(found) and raw is None)
             await sleep(pause)
 
     async def jobs(self) -> dict[str, OpenJob]:
@@ -246,7 +249,11 @@ class AsyncBrokerLink:
 
     async def change_adapter(self, model: str, verb: Verb, name: str, version: int | None) -> bool:
         with translated(self._settings):
-            return await registry.change(self._redis, model, verb, name, version) is not None
+            leaving = None
+            if verb == "rollback":
+                # It is sent again where its answer was lost, and must not go back twice.
+                leaving = await registry.serving(self._redis, model, name) or b""
+            return await registry.change(self._redis, model, verb, name, version, leaving=leaving) is not None
 
     async def prefixes(self, model: str) -> dict[str, PinnedPrefix]:
         with translated(self._settings):
@@ -258,8 +265,9 @@ class AsyncBrokerLink:
         with translated(self._settings):
             seconds, microseconds = await self._redis.time()
             made = prefix.model_copy(update={"time": seconds + microseconds / 1e6})
-            added, _ = await prefixes.pin(self._redis.pipeline(), model, name, checked_length(made)).execute()
-        if not added:
+            text = checked_length(made)
+            _, held, _ = await prefixes.pin(self._redis.pipeline(), model, name, text).execute()
+        if held != text.encode():
             # Another client was first, or another program wrote what no release reads.
             prefixes.check_number({**pinned, name: made}, name, model)
         return made

@@ -215,7 +215,10 @@ class BrokerLink:
             pause = waiting.pause()
             if pause is None:
                 with translated(self._settings):
-                    raise waiting.over(taken_back=bool(self._redis.lrem(queue, 1, text)))
+                    # All of it: it is there twice where the answer to the first sending was lost.
+                    back = self._redis.pipeline().lrem(queue, 0, text).get(keys.command(command.id))
+                    found, raw = back.execute()
+                    raise waiting.over(taken_back=bool(found) and raw is None)
             sleep(pause)
 
     def jobs(self) -> dict[str, OpenJob]:
@@ -245,7 +248,11 @@ class BrokerLink:
 
     def change_adapter(self, model: str, verb: Verb, name: str, version: int | None) -> bool:
         with translated(self._settings):
-            return registry.change(self._redis, model, verb, name, version) is not None
+            leaving = None
+            if verb == "rollback":
+                # It is sent again where its answer was lost, and must not go back twice.
+                leaving = registry.serving(self._redis, model, name) or b""
+            return registry.change(self._redis, model, verb, name, version, leaving=leaving) is not None
 
     def prefixes(self, model: str) -> dict[str, PinnedPrefix]:
         with translated(self._settings):
@@ -257,8 +264,9 @@ class BrokerLink:
         with translated(self._settings):
             seconds, microseconds = self._redis.time()
             made = prefix.model_copy(update={"time": seconds + microseconds / 1e6})
-            added, _ = prefixes.pin(self._redis.pipeline(), model, name, checked_length(made)).execute()
-        if not added:
+            text = checked_length(made)
+            _, held, _ = prefixes.pin(self._redis.pipeline(), model, name, text).execute()
+        if held != text.encode():
             # Another client was first, or another program wrote what no release reads.
             prefixes.check_number({**pinned, name: made}, name, model)
         return made
