@@ -23,7 +23,7 @@ from stoker.contract.dataset import iterate_lines
 from stoker.contract.lines import pieces
 from stoker.contract.shown import brief
 from stoker.errors import DatasetError, StokerError
-from stoker.gateway.calls import Call
+from stoker.gateway.calls import Call, check_owner
 from stoker.gateway.errors import Refused
 from stoker.gateway.fields import parse
 from stoker.gateway.fine_tuning_body import NAMES, FineTuningBody
@@ -80,6 +80,8 @@ class FineTuning:
 
     async def _sent(self, client: AsyncClient, record: FineTune, body: FineTuningBody, lines: Lines) -> FineTune:
         """Sent twice it is one run. It is noted before it is sent: none runs that nobody knows."""
+        # Who has noted a run of an id may see and cancel the job of it.
+        await check_owner(client, record.id)
         with translated(self._client.settings):
             found = await self._runs.add(record)
         if found is None:
@@ -90,6 +92,7 @@ class FineTuning:
         try:
             options = body.options(found.seed, lines.held_out)
             await client.train(found.adapter, lines.path, model=found.model, job_id=found.id, **options)
+            await check_owner(client, found.id)
         except BaseException as error:
             if found == record:
                 await finished(partial(self._runs.forget, record))
@@ -147,7 +150,8 @@ class FineTuning:
         refuse_pages(request.headers)
         record = await self._asked(request, owner)
         standings, job = Standings(self._client), AsyncTrainJob(self._client.link, record.id)
-        if (await standings.of(record)).ending is None:
+        standing = await standings.of(record)
+        if standing.ending is None and not standing.taken:
             await job.cancel()
             # What became of it is asked for next.
             with suppress(StokerError):
@@ -157,7 +161,7 @@ class FineTuning:
     async def events(self, request: Request, owner: str) -> Response:
         page, record = _page(request), await self._asked(request, owner)
         standing = await Standings(self._client).of(record)
-        reports = partial(self._runs.reports, record.id)
+        reports = _no_reports if standing.taken else partial(self._runs.reports, record.id)
         with translated(self._client.settings):
             return JSONResponse(await listing(events(record, standing, reports, page.after), page))
 
@@ -176,6 +180,10 @@ class FineTuning:
             )
             raise Refused(404, message, param="id", code="job_not_found")
         return record
+
+
+async def _no_reports(below: int | None, count: int) -> list[bytes]:
+    return []
 
 
 def _page(request: Request) -> Page:

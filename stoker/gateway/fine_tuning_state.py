@@ -4,11 +4,11 @@ adapters has it."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from stoker.broker.connection import translated
 from stoker.broker.fine_tunes import Ending, FineTune, FineTunes
-from stoker.broker.outcome import JobStatus
+from stoker.broker.outcome import JobStatus, lost
 from stoker.client._async.client import AsyncClient
 from stoker.client._async.jobs import AsyncTrainJob
 from stoker.contract import TrainResult
@@ -22,10 +22,12 @@ _OPEN = {JobStatus.QUEUED: "queued", JobStatus.RUNNING: "running"}
 
 @dataclass(frozen=True)
 class Standing:
-    """`status`: OpenAI's word for it. `ending`: of a run that has ended."""
+    """`status`: OpenAI's word for it. `ending`: of a run that has ended. `taken`: the job of the run's id is another
+    client's: its own was forgotten, or has not come yet."""
 
     status: str
     ending: Ending | None = None
+    taken: bool = False
 
 
 class Standings:
@@ -37,6 +39,9 @@ class Standings:
             return await self._of(record)
 
     async def _of(self, record: FineTune) -> Standing:
+        sender = await self._client.sender(record.id)
+        if sender not in (None, record.owner):
+            return replace(await self._forgotten(record, lost(record.id)), taken=True)
         job = AsyncTrainJob(self._client.link, record.id)
         try:
             status = await job.status()

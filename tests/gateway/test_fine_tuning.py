@@ -6,6 +6,7 @@ import json
 import runpy
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import httpx2
@@ -17,8 +18,9 @@ from stoker import AsyncClient, Client
 from stoker.broker import keys, policy, registry
 from stoker.broker.connection import connect
 from stoker.broker.ledger.record import Field
-from stoker.broker.outcome import result_as
+from stoker.broker.outcome import JobStatus, result_as
 from stoker.client._async.jobs import AsyncTrainJob
+from stoker.client._sync.jobs import TrainJob
 from stoker.contract import ModelCard, TrainReport, TrainRequest, TrainResult, Usage
 from stoker.contract.codec import read
 from stoker.errors import BrokerUnavailable, JobCancelled, JobDead, JobFailed, JobTimeout, QueueFull, StokerError
@@ -105,6 +107,13 @@ def succeeded(redis: Any, job_id: str, adapter: str) -> None:
         tokens=27, usage=Usage(),
     )  # fmt: skip
     ended(redis, job_id, status="SUCCESS", result=result.model_dump(mode="json"))
+
+
+@contextmanager
+def training_of(broker: Settings, client: str) -> Iterator[TrainJob]:
+    """A job that a client has sent without the gateway."""
+    with Client(settings=broker.model_copy(update={"client_key": client})) as sender:
+        yield sender.train("secret", [{"prompt": "Q", "completion": "A"}], model="m", job_id="nightly")
 
 
 def forget(redis: Any, job_id: str) -> None:
@@ -333,6 +342,47 @@ def test_runs_of_one_client_are_not_there_for_another(served: Served, redis: Any
         )
         assert again == job
         assert [found.id for found in team.fine_tuning.jobs.list()] == ["run-1"]
+
+
+def test_a_job_that_another_client_has_sent_makes_no_run(
+    served: Served, broker: Settings, redis: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(AsyncClient, "train")
+    with training_of(broker, "victim"), client_of(served, made(redis)) as team:
+        with pytest.raises(openai.ConflictError, match="id is taken"):
+            started(team, extra_headers={"idempotency-key": "nightly"})
+        with pytest.raises(openai.NotFoundError):
+            team.fine_tuning.jobs.cancel("nightly")
+        assert list(team.fine_tuning.jobs.list()) == []
+
+
+def test_a_job_that_another_client_sends_meanwhile_makes_no_run(
+    served: Served, broker: Settings, redis: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def late(*arguments: Any, **fields: Any) -> Any:
+        with training_of(broker, "victim"):
+            return await train(*arguments, **fields)
+
+    train = AsyncClient.train
+    monkeypatch.setattr(AsyncClient, "train", late)
+    with client_of(served, made(redis)) as team:
+        with pytest.raises(openai.ConflictError, match="id is taken"):
+            started(team, extra_headers={"idempotency-key": "nightly"})
+        assert list(team.fine_tuning.jobs.list()) == []
+
+
+def test_a_run_whose_id_is_anothers_job_by_now_shows_and_cancels_nothing_of_it(
+    served: Served, broker: Settings, redis: Any
+) -> None:
+    with client_of(served, made(redis)) as team:
+        started(team, extra_headers={"idempotency-key": "nightly"})
+        forget(redis, "nightly")
+        with training_of(broker, "victim") as job:
+            reported(redis, "nightly", 2)
+            events = [event.message for event in team.fine_tuning.jobs.list_events("nightly")]
+            assert events == ["Created fine-tuning job: nightly"]
+            assert team.fine_tuning.jobs.cancel("nightly").status == "validating_files"
+            assert job.status() is JobStatus.QUEUED
 
 
 def test_lists_come_page_by_page_the_newest_first(api: openai.OpenAI, redis: Any) -> None:
