@@ -17,7 +17,7 @@ from stoker.client.options import GenerateOptions
 from stoker.client.requests import Prompt
 from stoker.contract import GenerateResult, StreamToken
 from stoker.errors import JobLost, StokerError
-from stoker.gateway.calls import Call, check_owner
+from stoker.gateway.calls import Call, NamedJob, check_owner
 from stoker.gateway.errors import Names, Refused
 from stoker.gateway.events import Event, EventResponse
 
@@ -149,7 +149,7 @@ async def _events(call: Call, asked: Generation, job: AsyncGenerateJob) -> Async
                 # A form may need to know what went before: it sees every token, also where nothing is sent.
                 made = list(form.token(token))
                 spent += token.index > call.named.after
-                for event in _identified(made, f"{job.id}:{token.index}") if token.index > call.named.after else ():
+                for event in _new(call.named, token.index, made):
                     yield event
         result = await job.result(PATIENCE)
         spent += 0 if call.named.resumed else result.usage.prompt_tokens
@@ -161,7 +161,11 @@ async def _events(call: Call, asked: Generation, job: AsyncGenerateJob) -> Async
         await call.spent(spent)
 
 
-def _identified(events: list[Event], name: str) -> Iterator[Event]:
-    """The last event of a token says that the client has all of it."""
-    yield from events[:-1]
-    yield from (replace(event, id=name) for event in events[-1:])
+def _new(named: NamedJob, index: int, events: list[Event]) -> Iterator[Event]:
+    """Those of a token's events that the client does not have, each with an id. The last one's says that the client has
+    all of the token, and the others' how much of it."""
+    if index <= named.after:
+        return
+    had, last = named.had if index == named.after + 1 else 0, len(events) - 1
+    for part, event in enumerate(events[had:], had):
+        yield replace(event, id=f"{named.id}:{index}" if part == last else f"{named.id}:{index}.{part}")

@@ -25,16 +25,17 @@ MOST_TOKENS = 32_768
 @dataclass(frozen=True)
 class NamedJob:
     """`id`: the job's, and the request's own. `given`: whether the client gave it. `after`: the index of the last token
-    that the client has; -1: it has none."""
+    that the client has all of; -1: it has none. `had`: the events of the next one that it has."""
 
     id: str
     given: bool = False
     after: int = -1
+    had: int = 0
 
     @property
     def resumed(self) -> bool:
         """Whether the client had a part of the answer already."""
-        return self.after >= 0
+        return self.after >= 0 or self.had > 0
 
 
 @dataclass(frozen=True)
@@ -122,14 +123,24 @@ def job_of(headers: Mapping[str, str], new: str) -> NamedJob:
         raise Refused(400, message, code="invalid_value")
     if last is None:
         return NamedJob(new if given is None else given, given is not None)
-    job_id, _, index = last.rpartition(":")
-    if not follows(Rule.JOB_ID, job_id) or not (index.isascii() and index.isdecimal() and len(index) < 10):
-        message = f"Last-Event-ID: {brief(last)} given; expected the id of an event of the stream, JOB:NUMBER."
+    job_id, _, place = last.rpartition(":")
+    index, point, part = place.partition(".")
+    if not follows(Rule.JOB_ID, job_id) or not _is_number(index) or (point and not _is_number(part)):
+        message = (
+            f"Last-Event-ID: {brief(last)} given; expected the id of an event of the stream, JOB:NUMBER or "
+            "JOB:NUMBER.PART."
+        )
         raise Refused(400, message, code="invalid_value")
     if given not in (None, job_id):
         message = f"Last-Event-ID: {brief(last)} given with the Idempotency-Key of another job; leave that out."
         raise Refused(400, message, code="invalid_value")
+    if point:
+        return NamedJob(job_id, True, int(index) - 1, int(part) + 1)
     return NamedJob(job_id, True, int(index))
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) < 10
 
 
 def keeps(headers: Mapping[str, str]) -> bool | None:
