@@ -15,6 +15,7 @@ from stoker.contract import ModelCard
 from stoker.contract.names import Rule, follows
 from stoker.contract.shown import brief
 from stoker.gateway.errors import Refused
+from stoker.gateway.waiting import Waiter, Waiting
 
 #: Says what becomes of a job whose client goes away.
 LEAVING = "x-stoker-on-disconnect"
@@ -62,6 +63,7 @@ class Call:
     receive: Receive
     #: Counts tokens for the caller.
     spend: Callable[[Caller, int], Awaitable[None]]
+    waiting: Waiting = field(default_factory=Waiting)
 
     def model(self, name: str) -> tuple[str, str | None]:
         """The base and the adapter of `base`, `base:adapter` or `base:adapter@2`. Raises `Refused`."""
@@ -86,6 +88,13 @@ class Call:
             message = f"user: {brief(user)} given; it is the key that shares are made by. Allowed: {Rule.NAME.allowed}."
             raise Refused(400, message, param="user", code="invalid_value")
         return self.client.with_key(user)
+
+    def waits(self, sender: AsyncClient, *, store: bool = False) -> Waiter:
+        """`store`: the job goes on when the client leaves, unless a header says otherwise. The request that sends a job
+        counts what it takes, and one that goes on with its stream counts nothing."""
+        keep = store if self.keep is None else self.keep
+        key = sender.settings.client_key, self.named.id
+        return Waiter(self.waiting, key, self.spent, keep=keep, counts=not self.named.resumed)
 
     async def spent(self, tokens: int) -> None:
         """Count what the answer took, also for a client that has gone."""

@@ -436,9 +436,11 @@ def test_the_job_of_a_client_that_leaves_is_cancelled_unless_it_is_to_go_on(
         client = AsyncFakeClient(models=MODELS)
         for kind in (client.script.embed, client.script.rerank, client.script.generate):
             kind(hangs=True)
+        asked = asking(client, body, keep)
         with pytest.raises(Refused) as refused:
-            await answer(asking(client, body, keep))
+            await answer(asked)
         assert (refused.value.status, refused.value.code) == (499, "client_gone")
+        await asked.waiting.end()
         assert asyncio.all_tasks() == {asyncio.current_task()}, "nothing of it goes on"
         return await (await client.job("job")).status()
 
