@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing, suppress
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeAlias, TypeVar
+from functools import partial
+from typing import Protocol, TypeVar
 
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from stoker.client._async.client import AsyncClient
 from stoker.client._async.jobs import AsyncGenerateJob
-from stoker.client.asynchronously import finished
 from stoker.client.options import GenerateOptions
 from stoker.client.requests import Prompt
-from stoker.contract import GenerateResult, StreamToken
-from stoker.errors import JobLost, StokerError
-from stoker.gateway.calls import Call, check_owner
+from stoker.contract import GenerateResult, StreamToken, Usage
+from stoker.errors import JobCancelled, JobLost, StokerError
+from stoker.gateway.calls import Call, NamedJob, check_owner
 from stoker.gateway.errors import Names, Refused
 from stoker.gateway.events import Event, EventResponse
+from stoker.gateway.waiting import Waiter
 
 R = TypeVar("R")
-#: Cancels a job.
-Cancel: TypeAlias = Callable[[], Awaitable[None]]
 #: Seconds without a token, or a result, after which a job is given up for its client.
 PATIENCE = 3600.0
 
@@ -74,19 +74,32 @@ class Generation:
             async with aclosing(job.stream(timeout=patience, cancel_on_close=False)) as stream:
                 tokens = [token async for token in stream]
         result = await job.result(patience)
-        return self.form.whole(result, tokens), result.usage.prompt_tokens + result.usage.completion_tokens
+        return self.form.whole(result, tokens), _all(result.usage)
 
 
-async def answered(call: Call, asked: Generation) -> Response | EventResponse:
+async def answered(call: Call, asked: Generation) -> ASGIApp:
     """Send the job, or find it again, and answer with it."""
-    try:
-        job = await _found(call, asked) if call.named.resumed else await _sent(call, asked)
-    except StokerError as error:
-        raise asked.names.refusal(error) from None
-    keep = asked.store if call.keep is None else call.keep
-    if asked.stream:
-        return _streamed(call, asked, job, keep)
-    return JSONResponse(await whole(call, job.cancel, keep, _whole(call, asked, job), asked.names))
+    with ExitStack() as held:
+        waiter = held.enter_context(call.waits(asked.client, store=asked.store))
+        try:
+            job = await _found(call, asked) if call.named.resumed else await _sent(call, asked)
+        except StokerError as error:
+            raise asked.names.refusal(error) from None
+        left = partial(waiter.left, job.cancel, partial(_taken, job))
+        if not asked.stream:
+            return JSONResponse(await whole(call, _whole(asked, job, waiter), left, asked.names))
+        response = EventResponse(_events(call, asked, job, waiter), asked.form.failed, call.gone, left)
+        return _until_the_end(held.pop_all(), response)
+
+
+def _until_the_end(held: ExitStack, response: ASGIApp) -> ASGIApp:
+    """What is held is held until all is sent."""
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        with held:
+            await response(scope, receive, send)
+
+    return answer
 
 
 async def _sent(call: Call, asked: Generation) -> AsyncGenerateJob:
@@ -105,14 +118,13 @@ async def _found(call: Call, asked: Generation) -> AsyncGenerateJob:
     return job
 
 
-async def whole(call: Call, cancel: Cancel, keep: bool, made: Awaitable[R], names: Names) -> R:
-    """What the job made; a client that leaves meanwhile cancels it, unless `keep`. Raises `Refused`."""
+async def whole(call: Call, made: Awaitable[R], left: Callable[[], Awaitable[None]], names: Names) -> R:
+    """What the job made; `left` is awaited when the client leaves meanwhile. Raises `Refused`."""
     answer, gone = asyncio.ensure_future(made), asyncio.ensure_future(call.gone())
     try:
         await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not answer.done():
-            if not keep:
-                await finished(cancel)
+            await left()
             raise Refused(499, "the client has gone.", code="client_gone")
         return answer.result()
     except StokerError as error:
@@ -123,45 +135,68 @@ async def whole(call: Call, cancel: Cancel, keep: bool, made: Awaitable[R], name
         await asyncio.wait({answer, gone})
 
 
-async def _whole(call: Call, asked: Generation, job: AsyncGenerateJob) -> dict[str, object]:
+async def _whole(asked: Generation, job: AsyncGenerateJob, waiter: Waiter) -> dict[str, object]:
     answer, tokens = await asked.made(job, PATIENCE)
-    await call.spent(tokens)
+    await waiter.took(tokens)
     return answer
 
 
-def _streamed(call: Call, asked: Generation, job: AsyncGenerateJob, keep: bool) -> EventResponse:
-    async def left() -> None:
-        if not keep:
-            await finished(job.cancel)
+async def _taken(job: AsyncGenerateJob) -> int:
+    """The tokens that the job has taken by its end: of one that was cancelled those that were made, which its stream
+    has for whoever goes on with it."""
+    with suppress(JobCancelled):
+        return _all((await job.result()).usage)
+    made = 0
+    with suppress(JobCancelled):
+        async with aclosing(job.stream(cancel_on_close=False)) as tokens:
+            async for token in tokens:
+                made = token.index + 1
+    return made
 
-    return EventResponse(_events(call, asked, job), asked.form.failed, call.gone, left)
+
+def _all(usage: Usage) -> int:
+    return usage.prompt_tokens + usage.completion_tokens
 
 
-async def _events(call: Call, asked: Generation, job: AsyncGenerateJob) -> AsyncGenerator[Event]:
+async def _events(call: Call, asked: Generation, job: AsyncGenerateJob, waiter: Waiter) -> AsyncGenerator[Event]:
     """Every event behind those that the client has. Raises `Refused`."""
-    form, began, spent = asked.form, call.named.resumed, 0
+    form, began, made = asked.form, call.named.resumed, 0
     try:
         async with aclosing(job.stream(timeout=PATIENCE, cancel_on_close=False)) as tokens:
             async for token in tokens:
                 for event in () if began else form.first():
                     yield event
-                began = True
+                began, made = True, token.index + 1
                 # A form may need to know what went before: it sees every token, also where nothing is sent.
-                made = list(form.token(token))
-                spent += token.index > call.named.after
-                for event in _identified(made, f"{job.id}:{token.index}") if token.index > call.named.after else ():
+                for event in _new(call.named, token.index, list(form.token(token))):
                     yield event
         result = await job.result(PATIENCE)
-        spent += 0 if call.named.resumed else result.usage.prompt_tokens
+        _check_place(call.named, made)
+        await waiter.took(_all(result.usage))
         for event in form.last(result):
             yield event
     except StokerError as error:
         raise asked.names.refusal(error, by_worker=True) from None
     finally:
-        await call.spent(spent)
+        await waiter.took(made)
 
 
-def _identified(events: list[Event], name: str) -> Iterator[Event]:
-    """The last event of a token says that the client has all of it."""
-    yield from events[:-1]
-    yield from (replace(event, id=name) for event in events[-1:])
+def _check_place(named: NamedJob, made: int) -> None:
+    """Raise `Refused` for a client that says it has a token which was never made."""
+    last = named.after + (named.had > 0)
+    if last >= made:
+        message = (
+            f"Last-Event-ID: token {last} of job {named.id} given; it has {made} tokens, and the first is 0. Send the "
+            "id of the last event that came."
+        )
+        raise Refused(400, message, code="invalid_value")
+
+
+def _new(named: NamedJob, index: int, events: list[Event]) -> Iterator[Event]:
+    """Those of a token's events that the client does not have, each with an id. The last one's says that the client has
+    all of the token, and the others' how much of it."""
+    if index <= named.after:
+        return
+    had, last = named.had if index == named.after + 1 else 0, len(events) - 1
+    for part, event in enumerate(events[had:], had):
+        yield replace(event, id=f"{named.id}:{index}" if part == last else f"{named.id}:{index}.{part}")

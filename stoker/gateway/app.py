@@ -29,6 +29,7 @@ from stoker.gateway.health import Health
 from stoker.gateway.stored import Store
 from stoker.gateway.sweeping import sweep_for_ever
 from stoker.gateway.tasks import ended
+from stoker.gateway.waiting import Waiting
 from stoker.monitor.numbers import Numbers
 
 #: What an endpoint asks for, from its request.
@@ -58,6 +59,7 @@ class Gateway:
     access: Access = field(default_factory=Anybody)
     #: Whose broker keeps files and batches; None: that of `client`.
     broker: AsyncClient | None = None
+    waiting: Waiting = field(init=False, default_factory=Waiting)
     models: Models = field(init=False)
     store: Store = field(init=False)
     fine_tuning: FineTuning = field(init=False)
@@ -134,6 +136,7 @@ class Gateway:
             yield
         finally:
             await ended(tasks)
+            await self.waiting.end()
 
     def _tasks(self) -> Iterator[Coroutine[Any, Any, None]]:
         if isinstance(self.keeper.link, AsyncBrokerLink):
@@ -150,7 +153,7 @@ class Gateway:
         caller = await self.caller(request)
         client = self.client if caller.key is None else self.client.with_key(caller.key)
         keep, body = keeps(request.headers), await read_body(request)
-        return Call(client, caller, self.models, body, named, keep, request.receive, self.access.spend)
+        return Call(client, caller, self.models, body, named, keep, request.receive, self.access.spend, self.waiting)
 
     async def list_models(self, request: Request) -> Response:
         return await listing.models(self.client, (await self.caller(request)).models)

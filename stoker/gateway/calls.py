@@ -15,6 +15,7 @@ from stoker.contract import ModelCard
 from stoker.contract.names import Rule, follows
 from stoker.contract.shown import brief
 from stoker.gateway.errors import Refused
+from stoker.gateway.waiting import Waiter, Waiting
 
 #: Says what becomes of a job whose client goes away.
 LEAVING = "x-stoker-on-disconnect"
@@ -25,16 +26,17 @@ MOST_TOKENS = 32_768
 @dataclass(frozen=True)
 class NamedJob:
     """`id`: the job's, and the request's own. `given`: whether the client gave it. `after`: the index of the last token
-    that the client has; -1: it has none."""
+    that the client has all of; -1: it has none. `had`: the events of the next one that it has."""
 
     id: str
     given: bool = False
     after: int = -1
+    had: int = 0
 
     @property
     def resumed(self) -> bool:
         """Whether the client had a part of the answer already."""
-        return self.after >= 0
+        return self.after >= 0 or self.had > 0
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Call:
     receive: Receive
     #: Counts tokens for the caller.
     spend: Callable[[Caller, int], Awaitable[None]]
+    waiting: Waiting = field(default_factory=Waiting)
 
     def model(self, name: str) -> tuple[str, str | None]:
         """The base and the adapter of `base`, `base:adapter` or `base:adapter@2`. Raises `Refused`."""
@@ -85,6 +88,13 @@ class Call:
             message = f"user: {brief(user)} given; it is the key that shares are made by. Allowed: {Rule.NAME.allowed}."
             raise Refused(400, message, param="user", code="invalid_value")
         return self.client.with_key(user)
+
+    def waits(self, sender: AsyncClient, *, store: bool = False) -> Waiter:
+        """`store`: the job goes on when the client leaves, unless a header says otherwise. The request that sends a job
+        counts what it takes, and one that goes on with its stream counts nothing."""
+        keep = store if self.keep is None else self.keep
+        key = sender.settings.client_key, self.named.id
+        return Waiter(self.waiting, key, self.spent, keep=keep, counts=not self.named.resumed)
 
     async def spent(self, tokens: int) -> None:
         """Count what the answer took, also for a client that has gone."""
@@ -122,14 +132,24 @@ def job_of(headers: Mapping[str, str], new: str) -> NamedJob:
         raise Refused(400, message, code="invalid_value")
     if last is None:
         return NamedJob(new if given is None else given, given is not None)
-    job_id, _, index = last.rpartition(":")
-    if not follows(Rule.JOB_ID, job_id) or not (index.isascii() and index.isdecimal() and len(index) < 10):
-        message = f"Last-Event-ID: {brief(last)} given; expected the id of an event of the stream, JOB:NUMBER."
+    job_id, _, place = last.rpartition(":")
+    index, point, part = place.partition(".")
+    if not follows(Rule.JOB_ID, job_id) or not _is_number(index) or (point and not _is_number(part)):
+        message = (
+            f"Last-Event-ID: {brief(last)} given; expected the id of an event of the stream, JOB:NUMBER or "
+            "JOB:NUMBER.PART."
+        )
         raise Refused(400, message, code="invalid_value")
     if given not in (None, job_id):
         message = f"Last-Event-ID: {brief(last)} given with the Idempotency-Key of another job; leave that out."
         raise Refused(400, message, code="invalid_value")
+    if point:
+        return NamedJob(job_id, True, int(index) - 1, int(part) + 1)
     return NamedJob(job_id, True, int(index))
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) < 10
 
 
 def keeps(headers: Mapping[str, str]) -> bool | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator
@@ -18,6 +19,7 @@ from stoker.gateway.answers import PATIENCE, whole
 from stoker.gateway.calls import Call, check_owner
 from stoker.gateway.errors import Names, Refused
 from stoker.gateway.fields import Body, parse
+from stoker.gateway.waiting import Waiter
 
 if TYPE_CHECKING:
     import numpy as np
@@ -96,18 +98,25 @@ async def answered(call: Call) -> Response:
     embedding = await asked(call)
     if call.named.resumed:
         raise Refused(400, "Last-Event-ID: given for embeddings, which have no stream; leave it out.")
-    try:
-        job = await embedding.send(call.named.id)
-        if call.named.given:
-            await check_owner(embedding.client, call.named.id)
-    except StokerError as error:
-        raise NAMES.refusal(error) from None
-    return JSONResponse(await whole(call, job.cancel, call.keep is True, _made(call, embedding, job), NAMES))
+    with call.waits(embedding.client) as waiter:
+        try:
+            job = await embedding.send(call.named.id)
+            if call.named.given:
+                await check_owner(embedding.client, call.named.id)
+        except StokerError as error:
+            raise NAMES.refusal(error) from None
+        left = partial(waiter.left, job.cancel, partial(_taken, job))
+        return JSONResponse(await whole(call, _made(call, embedding, job, waiter), left, NAMES))
 
 
-async def _made(call: Call, embedding: Embedding, job: AsyncEmbedJob) -> dict[str, object]:
+async def _taken(job: AsyncEmbedJob) -> int:
+    """What it took; the vectors stay for who asks again."""
+    return (await job.usage()).prompt_tokens
+
+
+async def _made(call: Call, embedding: Embedding, job: AsyncEmbedJob, waiter: Waiter) -> dict[str, object]:
     answer, tokens = await embedding.made(job, PATIENCE)
-    await call.spent(tokens)
+    await waiter.took(tokens)
     if not call.named.given:
         # Nobody can ask for them again: they need not take the broker's room for ten minutes.
         await job.discard()

@@ -1,6 +1,5 @@
-"""uvicorn's HTTP protocol, made to send together and at once what it has, with two time limits that it does not have: a
-client that sends its headers byte by byte, or does not read the rest of an answer, would hold its connection for
-ever."""
+"""uvicorn's HTTP protocol, made to send together and at once what it has, with time limits that it does not have: a
+client that sends its headers byte by byte, or does not read its answers, would hold its connection for ever."""
 
 from __future__ import annotations
 
@@ -13,6 +12,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 #: Seconds from the first moment of a connection, or the first byte of a further request, until its headers are whole.
 HEADERS_WITHIN = 10.0
+#: Seconds that a client has to take what waits for it before its connection is closed.
+TAKEN_WITHIN = 60.0
 #: Seconds that a connection which is closed has for what was written before.
 FLUSHED_WITHIN = 30.0
 #: Bytes that wait for the end of the event loop's turn; more go out at once, so that a slow client is noticed.
@@ -52,9 +53,10 @@ class HoldingTransport:
 
 
 class TimedProtocol(H11Protocol):
-    """It closes a connection whose headers do not come."""
+    """It closes a connection whose headers do not come, and one whose answers are not taken."""
 
     _limit: asyncio.TimerHandle | None = None
+    _untaken: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         # asyncio does this for sockets that name their protocol, and those of a listener that was made before do not. A
@@ -72,7 +74,22 @@ class TimedProtocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end()
+        self._taken()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        # A further request waits here for the client, and ends the limit that connections without one have.
+        super().pause_writing()
+        self._untaken = self.loop.call_later(TAKEN_WITHIN, self.transport.close)
+
+    def resume_writing(self) -> None:
+        self._taken()
+        super().resume_writing()
+
+    def _taken(self) -> None:
+        if self._untaken is not None:
+            self._untaken.cancel()
+            self._untaken = None
 
     def _begin(self) -> None:
         if self._limit is None:

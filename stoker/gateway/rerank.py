@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 from starlette.responses import JSONResponse, Response
 
+from stoker.broker.outcome import vectors_reply
 from stoker.client._async.jobs import AsyncRerankJob
 from stoker.client.options import RerankOptions
 from stoker.contract import RerankResult
@@ -17,6 +19,7 @@ from stoker.gateway.answers import PATIENCE, whole
 from stoker.gateway.calls import Call, check_owner
 from stoker.gateway.errors import Names, Refused
 from stoker.gateway.fields import Body, parse
+from stoker.gateway.waiting import Waiter
 
 NAMES = Names({"texts": "documents"})
 PRIORITY = 5
@@ -71,14 +74,7 @@ async def answered(call: Call) -> Response:
         raise Refused(404, message, param="model", code="model_not_found")
     if call.named.resumed:
         raise Refused(400, "Last-Event-ID: given for reranking, which has no stream; leave it out.")
-    try:
-        client = call.sender(body.user)
-        job = await client.rerank(body.query, body.documents, model=model, job_id=call.named.id, **body.options())
-        if call.named.given:
-            await check_owner(client, call.named.id)
-    except StokerError as error:
-        raise NAMES.refusal(error) from None
-    result = await whole(call, job.cancel, call.keep is True, _made(call, job), NAMES)
+    result = await _ranked(call, body, model)
     tokens = result.usage.prompt_tokens
     return JSONResponse(
         {
@@ -90,9 +86,27 @@ async def answered(call: Call) -> Response:
     )
 
 
-async def _made(call: Call, job: AsyncRerankJob) -> RerankResult:
+async def _ranked(call: Call, body: RerankBody, model: str) -> RerankResult:
+    client = call.sender(body.user)
+    with call.waits(client) as waiter:
+        try:
+            job = await client.rerank(body.query, body.documents, model=model, job_id=call.named.id, **body.options())
+            if call.named.given:
+                await check_owner(client, call.named.id)
+        except StokerError as error:
+            raise NAMES.refusal(error) from None
+        left = partial(waiter.left, job.cancel, partial(_taken, job))
+        return await whole(call, _made(call, job, waiter), left, NAMES)
+
+
+async def _taken(job: AsyncRerankJob) -> int:
+    """What it took; the scores stay for who asks again."""
+    return vectors_reply(job.id, await job.link.value(job.id, None)).usage.prompt_tokens
+
+
+async def _made(call: Call, job: AsyncRerankJob, waiter: Waiter) -> RerankResult:
     result = await job.result(PATIENCE)
-    await call.spent(result.usage.prompt_tokens)
+    await waiter.took(result.usage.prompt_tokens)
     if not call.named.given:
         # Nobody can ask for them again.
         await job.discard()

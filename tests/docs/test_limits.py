@@ -48,6 +48,7 @@ LIMITS = {
     ("gateway", r"a client has at most (\d+) that have not ended"): batches.MOST_OPEN,
     ("gateway", r"Headers have (\d+) seconds"): protocol.HEADERS_WITHIN,
     ("gateway", r"Headers have \d+ seconds and (\d+) KiB"): command.MOST_HEADERS / 2**10,
+    ("gateway", r"taken what waits for it within (\d+) seconds"): protocol.TAKEN_WITHIN,
     ("gateway", r"when its connection is closed has (\d+) seconds"): protocol.FLUSHED_WITHIN,
     ("embed", r"into jobs of `batch` \((\d+)\)"): chunks.BATCH_TEXTS,
     ("embed", r"under way \((\w+) for each worker"): chunks.JOBS_PER_WORKER,

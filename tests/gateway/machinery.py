@@ -52,6 +52,11 @@ class Served:
         return len(self._server.server_state.connections)
 
     @property
+    def tasks(self) -> int:
+        """How many requests run now."""
+        return len(self._server.server_state.tasks)
+
+    @property
     def sockets(self) -> list[socket.socket]:
         """Those of its connections."""
         return [one.transport.get_extra_info("socket") for one in list(self._server.server_state.connections)]
@@ -81,7 +86,7 @@ class Served:
     def closing(self, client: AsyncClient) -> None:
         """Close a client that requests have used, in their event loop, once none of them runs any more: what they do
         behind their answers would open its connections again."""
-        wait_until(lambda: not self._server.server_state.tasks, "no request runs")
+        wait_until(lambda: not self.tasks, "no request runs")
         asyncio.run_coroutine_threadsafe(client.close(), self._loop).result(10)
 
     def stop(self) -> None:

@@ -344,7 +344,10 @@ def test_runs_of_one_client_are_not_there_for_another(served: Served, redis: Any
         assert [found.id for found in team.fine_tuning.jobs.list()] == ["run-1"]
 
 
-def test_a_job_that_another_client_has_sent_makes_no_run(served: Served, broker: Settings, redis: Any) -> None:
+def test_a_job_that_another_client_has_sent_makes_no_run(
+    served: Served, broker: Settings, redis: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(AsyncClient, "train")
     with training_of(broker, "victim"), client_of(served, made(redis)) as team:
         with pytest.raises(openai.ConflictError, match="id is taken"):
             started(team, extra_headers={"idempotency-key": "nightly"})

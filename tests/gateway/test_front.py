@@ -177,6 +177,40 @@ def test_a_client_that_reads_nothing_counts_as_gone(
         wait_until(lambda: served.connections <= held, "the connection is given up")
 
 
+HEALTH = b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n"
+
+
+@pytest.mark.parametrize("sent", ["an answer and a request", "requests"])
+def test_a_client_that_reads_nothing_and_asks_on_loses_its_connection(
+    served: Served, fake: AsyncFakeClient, monkeypatch: pytest.MonkeyPatch, sent: str
+) -> None:
+    monkeypatch.setattr(protocol, "TAKEN_WITHIN", 0.05)
+    monkeypatch.setattr(protocol, "FLUSHED_WITHIN", 0.05)
+    fake.script.generate(["word" * 500_000])
+    body = json.dumps({**BODY, "max_tokens": 1}).encode()
+    head = f"POST {PATH} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    asked = f"{head}content-length: {len(body)}\r\n\r\n".encode() + body + HEALTH
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", served.port))
+        _little_room(served, connection)
+        connection.sendall(asked if sent == "an answer and a request" else HEALTH * 2000)
+        wait_until(lambda: not _held(served, connection), "the connection is given up")
+        wait_until(lambda: not served.tasks, "nobody waits for it")
+
+
+def _held(served: Served, connection: socket.socket) -> list[socket.socket]:
+    """The gateway's end of it."""
+    own = connection.getsockname()
+    return [held for held in served.sockets if held.fileno() >= 0 and held.getpeername() == own]
+
+
+def _little_room(served: Served, connection: socket.socket) -> None:
+    """The system takes little of what the client does not read."""
+    (held,) = wait_until(lambda: _held(served, connection), "the connection is there")
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+
+
 def _status(fake: AsyncFakeClient) -> Any:
     return fake._memory.job(fake.sent.jobs[0].job_id).status if fake.sent.jobs else None  # noqa: SLF001
 

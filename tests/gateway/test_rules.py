@@ -314,12 +314,14 @@ def test_a_stop_is_a_text_or_several(given: Any) -> None:
         ({"last-event-id": "mine:0"}, NamedJob("mine", True, 0)),
         ({"last-event-id": "mine:12"}, NamedJob("mine", True, 12)),
         ({"last-event-id": "mine:12", "idempotency-key": "mine"}, NamedJob("mine", True, 12)),
+        ({"last-event-id": "mine:0.0"}, NamedJob("mine", True, -1, 1)),
+        ({"last-event-id": "mine:12.3"}, NamedJob("mine", True, 11, 4)),
         ({"last-event-id": "mine:999999999"}, NamedJob("mine", True, 999_999_999)),
     ],
 )
 def test_a_job_is_called_as_its_headers_say(headers: dict[str, str], named: NamedJob) -> None:
     assert job_of(headers, "new") == named
-    assert named.resumed == (named.after >= 0)
+    assert named.resumed == ("last-event-id" in headers)
 
 
 @pytest.mark.parametrize(
@@ -333,6 +335,10 @@ def test_a_job_is_called_as_its_headers_say(headers: dict[str, str], named: Name
         {"last-event-id": "mine:٣"},
         {"last-event-id": ":1"},
         {"last-event-id": "mine:1000000000"},
+        {"last-event-id": "mine:1."},
+        {"last-event-id": "mine:.1"},
+        {"last-event-id": "mine:1.1.1"},
+        {"last-event-id": "mine:1.-1"},
         {"last-event-id": "mine:1", "idempotency-key": "other"},
     ],
 )
@@ -430,9 +436,11 @@ def test_the_job_of_a_client_that_leaves_is_cancelled_unless_it_is_to_go_on(
         client = AsyncFakeClient(models=MODELS)
         for kind in (client.script.embed, client.script.rerank, client.script.generate):
             kind(hangs=True)
+        asked = asking(client, body, keep)
         with pytest.raises(Refused) as refused:
-            await answer(asking(client, body, keep))
+            await answer(asked)
         assert (refused.value.status, refused.value.code) == (499, "client_gone")
+        await asked.waiting.end()
         assert asyncio.all_tasks() == {asyncio.current_task()}, "nothing of it goes on"
         return await (await client.job("job")).status()
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
 import pytest
+from starlette.types import Receive, Scope, Send
+from uvicorn.server import ServerState
 
 from stoker.gateway import events, protocol
+from stoker.gateway.command import server
 from stoker.gateway.errors import Refused
 from stoker.gateway.events import Event, EventResponse
 from stoker.gateway.protocol import HoldingTransport
@@ -18,10 +22,11 @@ from tests import hurried
 class Kept(asyncio.Transport):
     """It keeps what it is given."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, own: socket.socket | None = None) -> None:
+        super().__init__({"socket": own})
         self.sent: list[bytes] = []
         self.closed_behind: list[bytes] | None = None
+        self.closed = asyncio.Event()
 
     def write(self, data: Any) -> None:
         self.sent.append(bytes(data))
@@ -31,6 +36,7 @@ class Kept(asyncio.Transport):
 
     def close(self) -> None:
         self.closed_behind = list(self.sent)
+        self.closed.set()
 
     def abort(self) -> None: ...
 
@@ -71,6 +77,52 @@ def test_a_connection_is_closed_behind_what_was_written() -> None:
         return kept.closed_behind
 
     assert asyncio.run(run()) == [b"a"]
+
+
+async def _waits(scope: Scope, receive: Receive, send: Send) -> None:
+    await asyncio.Event().wait()
+
+
+def _connected(kept: Kept) -> protocol.TimedProtocol:
+    """A connection with a request that is not answered yet."""
+    config = server(_waits).config
+    made = protocol.TimedProtocol(config, ServerState(), {}, asyncio.get_running_loop())
+    made.connection_made(kept)
+    made.data_received(b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n")
+    return made
+
+
+def test_a_connection_is_closed_once_nothing_was_taken_for_a_while() -> None:
+    async def run(kept: Kept) -> float:
+        """Seconds until then."""
+        connection = _connected(kept)
+        for _ in range(3):
+            connection.pause_writing()
+            await asyncio.sleep(protocol.TAKEN_WITHIN - 1)
+            connection.resume_writing()
+            await asyncio.sleep(protocol.TAKEN_WITHIN)
+        assert not kept.is_closing(), "what waited was taken each time"
+        connection.pause_writing()
+        paused = asyncio.get_running_loop().time()
+        await kept.closed.wait()
+        took = asyncio.get_running_loop().time() - paused
+        connection.connection_lost(None)
+        return took
+
+    with socket.socket() as own:
+        assert hurried.run(run(Kept(own))) == protocol.TAKEN_WITHIN
+
+
+def test_a_connection_that_is_lost_is_not_waited_for() -> None:
+    async def run(kept: Kept) -> bool:
+        connection = _connected(kept)
+        connection.pause_writing()
+        connection.connection_lost(ConnectionResetError())
+        await asyncio.sleep(protocol.TAKEN_WITHIN + 1)
+        return kept.is_closing()
+
+    with socket.socket() as own:
+        assert not hurried.run(run(Kept(own)))
 
 
 class Client:

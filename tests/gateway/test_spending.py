@@ -8,6 +8,8 @@ from typing import Any
 import httpx2
 import pytest
 
+from stoker.client.in_memory import memory
+from stoker.contract import Usage
 from stoker.gateway.app import Gateway
 from stoker.gateway.calls import Caller
 from stoker.testing import AsyncFakeClient
@@ -41,7 +43,8 @@ class Counting:
 
 
 @pytest.fixture
-def counting(running: Served) -> Counting:
+def counting(running: Served, monkeypatch: pytest.MonkeyPatch) -> Counting:
+    monkeypatch.setattr(memory, "USAGE", Usage(prompt_tokens=7))
     fake, access = AsyncFakeClient(models=MODELS), Counting()
     fake.script.generate("one two three", times=None)
     fake.script.rerank([0.5, 0.25], times=None)
@@ -58,6 +61,7 @@ def test_an_answer_counts_once_as_what_it_says_that_it_took(running: Served, cou
     answer = httpx2.post(f"{running.url}{path}", json=BODIES[path], timeout=20)
     assert answer.status_code == 200, answer.text
     assert counting.spent == [taken(answer.json()["usage"])]
+    assert counting.spent[0] > 0
 
 
 @pytest.mark.parametrize("path", STREAMED)
