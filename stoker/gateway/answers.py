@@ -143,7 +143,7 @@ async def _whole(asked: Generation, job: AsyncGenerateJob, waiter: Waiter) -> di
 
 async def _taken(job: AsyncGenerateJob) -> int:
     """The tokens that the job has taken by its end: of one that was cancelled those that were made, which its stream
-    has for whoever goes on with it."""
+    has for one that goes on with it."""
     with suppress(JobCancelled):
         return _all((await job.result()).usage)
     made = 0
