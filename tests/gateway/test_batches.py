@@ -396,10 +396,19 @@ def test_another_gateway_goes_on_with_a_batch_whose_gateway_died(
         wait_until(lambda: done(api, batch_id) == 5, "5 lines are done")
         # It says nothing any more, and gives nothing back.
         dying.setattr(Lease, "give_back", _nothing)
+    asked, take = list[bool](), Lease.take
+
+    async def noted(lease: Lease) -> bool:
+        asked.append(await take(lease))
+        return asked[-1]
+
+    monkeypatch.setattr(Lease, "take", noted)
     with gateway(running, settings, second) as api:
         (lease,) = redis.keys(keys.batch_runner("*"))
         assert 0 < redis.ttl(lease) <= keys.RUNNER_TTL
-        assert not second.sent.jobs, "nobody else runs it while it may live"
+        wait_until(lambda: len(asked) > 1, "the other gateway has asked for it twice")
+        assert not any(asked), "nobody else runs it while it may live"
+        assert not second.sent.jobs
         redis.delete(lease)
         batch = ended(api, batch_id)
         assert batch.status == "completed"
