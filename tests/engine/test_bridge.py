@@ -399,6 +399,36 @@ def test_dynamic_ntk_changes_nothing_within_the_context_and_rows_of_any_length_d
         bridged.assert_close(after[index, 0], wanted[position])
 
 
+@pytest.mark.parametrize("fields", [{}, {"partial_rotary_factor": 0.25},
+                                    {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0,
+                                                         "partial_rotary_factor": 0.25}}], ids=str)  # fmt: skip
+def test_glm_turns_the_part_of_a_head_that_its_config_says_and_half_where_it_says_nothing(
+    fields: dict[str, Any], tmp_path: Path
+) -> None:
+    network = bridged.write_folder(tmp_path / "model", "glm", **fields)
+    for layer in network.layers:
+        width = layer.self_attn.head_dim // (4 if fields else 2)
+        layer.self_attn.rope = nn.RoPE(width, traditional=True, base=10_000.0)
+    decoder = load("model", [str(tmp_path / "model")], dtype="float32").decoder
+    for row in bridged.prompts():
+        bridged.assert_close(np.array(decoder.logits(decoder(mx.array([row]))))[0], bridged.reference(network, row))
+
+
+@pytest.mark.parametrize(
+    ("name", "factor", "words"),
+    [
+        ("olmo2", 0.5, "partial_rotary_factor = 0.5 is not supported: mlx-lm rotates all of a head"),
+        ("glm", 1.5, "partial_rotary_factor = 1.5: a head is turned up to 1.0 of it"),
+    ],
+)
+def test_a_part_of_a_head_that_cannot_be_rotated_is_refused(
+    name: str, factor: float, words: str, tmp_path: Path
+) -> None:
+    bridged.write_folder(tmp_path / "model", name, partial_rotary_factor=factor)
+    with pytest.raises(ModelError, match=words):
+        load("model", [str(tmp_path / "model")])
+
+
 @pytest.mark.parametrize("fields", [{}, {"truncate": False}, {"truncate": False, "attention_factor": 1.5}], ids=str)
 def test_yarn_is_that_of_transformers(fields: dict[str, Any]) -> None:
     """gpt-oss's borders are not rounded; mlx-lm would round them. The oracle is the Llama family's own."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from stoker.errors import ModelError
@@ -10,6 +10,13 @@ from stoker.errors import ModelError
 #: What `rope_parameters` says besides the form of the scaling.
 _APART = ("rope_theta", "partial_rotary_factor")
 _PLAIN = ("rope_type", "type")
+#: By which of them a file learns how much of a head it rotates.
+PARTS = frozenset(("partial_rotary_factor", "rotary_pct", "rotary_dim"))
+
+
+def read_names(file: str, names: Iterable[str]) -> frozenset[str]:
+    """The fields that are read for a file: those of its arguments, `names`, and what `ropes.correct` reads for it."""
+    return frozenset((*names, "partial_rotary_factor")) if file == "glm" else frozenset(names)
 
 
 def respelled(config: Mapping[str, Any], file: str, known: frozenset[str]) -> dict[str, Any]:
@@ -49,9 +56,9 @@ def _with_rope(config: Mapping[str, Any], known: frozenset[str] | None) -> dict[
         return dict(config)
     parts = {kind: part for kind, part in stated.items() if isinstance(part, Mapping)}
     if not parts:
-        return {**_read(stated, config, known), **config}
+        return {**_read(stated), **config}
     whole, local = parts.get("full_attention", {}), parts.get("sliding_attention", {})
-    read = _read(whole, config, known)
+    read = _read(whole)
     if known is None or "rope_local_base_freq" in known:
         _check_plain(local)
         return {**read, "rope_local_base_freq": local.get("rope_theta", 10_000.0), **config}
@@ -62,15 +69,9 @@ def _with_rope(config: Mapping[str, Any], known: frozenset[str] | None) -> dict[
     return {**read, **config}
 
 
-def _read(part: Mapping[str, Any], config: Mapping[str, Any], known: frozenset[str] | None) -> dict[str, Any]:
+def _read(part: Mapping[str, Any]) -> dict[str, Any]:
     """`rope_theta`, `partial_rotary_factor` and `rope_scaling` as transformers 4 had them."""
     made = {name: part[name] for name in _APART if name in part}
-    rotary = made.get("partial_rotary_factor", 1.0)
-    if known is not None and rotary != 1.0 and not known & {"partial_rotary_factor", "rotary_pct", "rotary_dim"}:
-        raise ModelError(
-            f"config.json: rope_parameters: partial_rotary_factor = {rotary!r} is not supported: mlx-lm rotates all "
-            "of a head for this architecture"
-        )
     scaling = {name: value for name, value in part.items() if name not in _APART}
     kind = part.get("rope_type", part.get("type", "default"))
     if kind == "default" and not scaling.keys() - {*_PLAIN}:

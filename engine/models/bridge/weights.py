@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 from engine.models.bridge import activations, package, ropes
 from engine.models.bridge.configs import check, text_config
 from engine.models.bridge.linears import dense_weight
-from engine.models.bridge.spelling import respelled
+from engine.models.bridge.spelling import read_names, respelled
 from engine.sparing import Pause, no_pause
 from engine.weights import safetensors
 from engine.weights.foreign import in_mlx_layout
@@ -34,7 +34,8 @@ _SMALL_FLOATS = {(4, 16): "nvfp4", (4, 32): "mxfp4", (8, 32): "mxfp8"}
 
 def spelled(config: Mapping[str, Any], file: str) -> dict[str, Any]:
     """A config.json with the names that mlx-lm's `file` reads. Raises `ModelError`."""
-    return respelled(config, file, frozenset(each.name for each in fields(package.load(file).ModelArgs)))
+    names = (each.name for each in fields(package.load(file).ModelArgs))
+    return respelled(config, file, read_names(file, names))
 
 
 def network_of(config: Mapping[str, Any], file: str) -> tuple[nn.Module, Any]:
@@ -49,7 +50,7 @@ def network_of(config: Mapping[str, Any], file: str) -> tuple[nn.Module, Any]:
         raise ModelError(
             f"config.json: mlx-lm's {file} cannot be made of it ({type(error).__name__}: {str(error)[:300]})"
         ) from error
-    ropes.correct(network, config)
+    ropes.correct(network, file, config)
     activations.correct(network, file, config)
     return network, args
 
