@@ -268,6 +268,29 @@ def test_matrices_whose_rows_fall_into_no_groups_stay_dense(tmp_path: Path) -> N
     assert model.bytes < 4 * model.parameters
 
 
+def test_ernies_experts_are_chosen_by_corrected_gates_and_weighted_by_plain_ones(tmp_path: Path) -> None:
+    """As in transformers; mlx-lm drops the corrections. Here they overrule every gate: its file is the oracle with a
+    router that has those two experts alone."""
+    network = bridged.write_folder(tmp_path / "model", "ernie4_5_moe")
+    stored, correction = tmp_path / "model" / "model.safetensors", mx.array([[9.0, 0.0, 0.0, 9.0]])
+    arrays = dict(safetensors.read(stored))
+    mx.eval(arrays)
+    mixtures = {path: module for path, module in network.named_modules() if hasattr(module, "switch_mlp")}
+    assert mixtures
+    named = {f"{path}.moe_statics.e_score_correction_bias": correction for path in mixtures}
+    safetensors.write(stored, {**arrays, **named})
+    for mixture in mixtures.values():
+        assert mixture.k == 2
+        # The weights of two experts, normalized, are those of a softmax over the two alone.
+        mixture.gate_act = lambda gates: mx.softmax(mx.where(correction > 0.0, gates, -mx.inf), axis=-1)
+    decoder = load("model", [str(tmp_path / "model")], dtype="float32").decoder
+    for row in bridged.prompts():
+        bridged.assert_close(np.array(decoder.logits(decoder(mx.array([row]))))[0], bridged.reference(network, row))
+    halved, _ = weights.network_of(config("ernie4_5_moe"), "ernie4_5_moe")
+    weights.read(tmp_path / "model", config("ernie4_5_moe"), halved, Precision(mx.float16, None))
+    assert {path for path, dtype in dtypes(halved) if dtype == mx.float32} == named.keys()
+
+
 def test_what_a_model_file_keeps_in_32_bits_stays_so_among_16(tmp_path: Path) -> None:
     """As the addend by which DeepSeek's experts are chosen."""
     bridged.write_folder(tmp_path / "model", "deepseek_v3")

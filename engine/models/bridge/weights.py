@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
-from engine.models.bridge import activations, package, ropes
+from engine.models.bridge import activations, package, ropes, routers
 from engine.models.bridge.configs import check, text_config
 from engine.models.bridge.linears import dense_weight
 from engine.models.bridge.spelling import read_names, respelled
@@ -103,7 +103,9 @@ def fill(folder: Path, config: Mapping[str, Any], network: nn.Module, arrays: di
         raise ModelError(
             f"{folder}: mlx-lm cannot bring the tensors into its layout ({type(error).__name__}: {str(error)[:300]})"
         ) from error
-    weights = {name: array for name, array in weights.items() if not name.endswith("rotary_emb.inv_freq")}
+    corrections = routers.corrections(config.get("model_type"), arrays)
+    routers.put_in(network, corrections)
+    weights = {name: array for name, array in weights.items() if not name.endswith("rotary_emb.inv_freq")} | corrections
     weights = _stacked(weights)
     _take_codes(config, network, weights)
     _check_numbers(folder, network, weights)
@@ -268,6 +270,8 @@ def _cast(network: nn.Module, dtype: mx.Dtype, *, every: bool) -> None:
 
     def cast(path: str, array: mx.array) -> mx.array:
         if not mx.issubdtype(array.dtype, mx.floating) or (callable(keeps) and not keeps(path)):
+            return array
+        if path.endswith(routers.CORRECTION):
             return array
         return array.astype(dtype) if every or array.dtype != mx.float32 else array
 
