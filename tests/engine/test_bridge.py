@@ -452,6 +452,49 @@ def test_a_part_of_a_head_that_cannot_be_rotated_is_refused(
         load("model", [str(tmp_path / "model")])
 
 
+_LINEAR = {"rope_type": "linear", "factor": 4.0}
+_QUARTER = {"rope_type": "default", "rope_theta": 77.0, "partial_rotary_factor": 0.25}
+_ROPE_WORDS = ("rope_theta", "rope_scaling", "rope_parameters", "rope_local_base_freq", "partial_rotary_factor",
+               "rotary_pct", "rotary_emb_base", "rotary_dim")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "older", "newer"),
+    [
+        (
+            "granite",
+            {"rope_theta": 77.0, "rope_scaling": _LINEAR},
+            {"rope_theta": 5.0, "rope_scaling": None, "rope_parameters": {**_LINEAR, "rope_theta": 77.0}},
+        ),
+        (
+            "gemma3_text",
+            {"rope_theta": 77.0, "rope_local_base_freq": 55.0, "rope_scaling": _LINEAR},
+            {
+                "rope_theta": None,
+                "rope_scaling": None,
+                "rope_parameters": {
+                    "full_attention": {**_LINEAR, "rope_theta": 77.0},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 55.0},
+                },
+            },
+        ),
+        ("gpt_neox", {"rotary_pct": 0.25, "rotary_emb_base": 77.0}, {"rope_parameters": _QUARTER}),
+        ("minimax", {"rotary_dim": 2, "rope_theta": 77.0}, {"rope_parameters": _QUARTER}),
+    ],
+)
+def test_rope_in_the_words_of_transformers_5_is_that_in_older_ones(
+    name: str, older: dict[str, Any], newer: dict[str, Any], tmp_path: Path
+) -> None:
+    bridged.write_folder(tmp_path / "model", name)
+    rest = {field: value for field, value in config(name).items() if field not in _ROPE_WORDS}
+    found = []
+    for words in (older, newer):
+        (tmp_path / "model" / "config.json").write_text(json.dumps({**rest, **words}))
+        decoder = load("model", [str(tmp_path / "model")], dtype="float32").decoder
+        found.append(np.array(decoder.logits(decoder(mx.array(bridged.prompts())))))
+    bridged.assert_close(found[1], found[0])
+
+
 @pytest.mark.parametrize("fields", [{}, {"truncate": False}, {"truncate": False, "attention_factor": 1.5}], ids=str)
 def test_yarn_is_that_of_transformers(fields: dict[str, Any]) -> None:
     """gpt-oss's borders are not rounded; mlx-lm would round them. The oracle is the Llama family's own."""
