@@ -291,6 +291,28 @@ def test_ernies_experts_are_chosen_by_corrected_gates_and_weighted_by_plain_ones
     assert {path for path, dtype in dtypes(halved) if dtype == mx.float32} == named.keys()
 
 
+@pytest.mark.parametrize("bits", [None, 4], ids=["dense", "4 bits"])
+@pytest.mark.parametrize("name", ["minicpm", "minicpm3"])
+def test_a_minicpm_scales_what_goes_into_its_head_whether_or_not_that_is_the_embedding(
+    name: str, bits: int | None, tmp_path: Path
+) -> None:
+    bridged.write_folder(tmp_path / "model", name, bits=bits)
+    stored, described = tmp_path / "model" / "model.safetensors", tmp_path / "model" / "config.json"
+    arrays = dict(safetensors.read(stored))
+    mx.eval(arrays)
+    tied = {path: array for path, array in arrays.items() if not path.startswith("lm_head.")}
+    table = {path: array for path, array in tied.items() if path.startswith("model.embed_tokens.")}
+    untied = {**tied, **{path.replace("model.embed_tokens", "lm_head"): array for path, array in table.items()}}
+    assert untied.keys() == arrays.keys()
+    rest, found = json.loads(described.read_text()), []
+    for content, ties in ((untied, False), (tied, True)):
+        safetensors.write(stored, content)
+        described.write_text(json.dumps({**rest, "tie_word_embeddings": ties}))
+        decoder = load("model", [str(tmp_path / "model")], dtype="float32").decoder
+        found.append(np.array(decoder.logits(decoder(mx.array(bridged.prompts())))))
+    bridged.assert_close(found[1], found[0])
+
+
 def test_what_a_model_file_keeps_in_32_bits_stays_so_among_16(tmp_path: Path) -> None:
     """As the addend by which DeepSeek's experts are chosen."""
     bridged.write_folder(tmp_path / "model", "deepseek_v3")

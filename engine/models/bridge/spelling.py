@@ -14,6 +14,10 @@ _PLAIN = ("rope_type", "type")
 #: By which of them a file learns how much of a head it rotates.
 PARTS = frozenset(("partial_rotary_factor", "rotary_pct", "rotary_dim"))
 
+#: Files that scale what goes into a head of its own, and leave out the scale where the head is the embedding. So they
+#: always have one, which is given the embedding (`weights.fill`).
+OWN_HEAD = ("minicpm", "minicpm3")
+
 
 def read_names(file: str, names: Iterable[str]) -> frozenset[str]:
     """The fields that are read for a file: those of its arguments, `names`, and what `ropes.correct` reads for it."""
@@ -34,6 +38,8 @@ def respelled(config: Mapping[str, Any], file: str, known: frozenset[str]) -> di
     made = _with_sizes(made, known)
     made = made if "rope_parameters" in known else _with_rope(made, known)
     made = _with_part(made, known)
+    if file in OWN_HEAD:
+        made["tie_word_embeddings"] = False
     if file == "deepseek_v2" and made.get("rope_scaling") is None:
         # The file cannot do without scaling: this one changes nothing.
         made["rope_scaling"] = {"type": "yarn", "rope_type": "yarn", "factor": 1.0}

@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 from engine.models.bridge import activations, package, ropes, routers
 from engine.models.bridge.configs import check, text_config
 from engine.models.bridge.linears import dense_weight
-from engine.models.bridge.spelling import read_names, respelled
+from engine.models.bridge.spelling import OWN_HEAD, read_names, respelled
 from engine.sparing import Pause, no_pause
 from engine.weights import safetensors
 from engine.weights.foreign import in_mlx_layout
@@ -98,6 +98,7 @@ def fill(folder: Path, config: Mapping[str, Any], network: nn.Module, arrays: di
     evaluated."""
     try:
         weights = _experts_upright(arrays) if config.get("model_type") == "gpt_oss" else dict(arrays)
+        weights = _with_head(weights) if config.get("model_type") in OWN_HEAD else weights
         weights = network.sanitize(weights) if hasattr(network, "sanitize") else weights
     except Exception as error:
         raise ModelError(
@@ -113,6 +114,15 @@ def fill(folder: Path, config: Mapping[str, Any], network: nn.Module, arrays: di
         network.load_weights(list(weights.items()), strict=True)
     except ValueError as error:
         raise ModelError(f"{folder}: {' '.join(str(error).split())[:500]}") from error
+
+
+def _with_head(arrays: dict[str, mx.array]) -> dict[str, mx.array]:
+    """With the embedding as the head where there is none."""
+    if "lm_head.weight" in arrays:
+        return arrays
+    stem = "model.embed_tokens."
+    table = {name.removeprefix(stem): array for name, array in arrays.items() if name.startswith(stem)}
+    return {**arrays, **{f"lm_head.{part}": array for part, array in table.items()}}
 
 
 def _experts_upright(arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
