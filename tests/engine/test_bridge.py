@@ -313,6 +313,18 @@ def test_a_minicpm_scales_what_goes_into_its_head_whether_or_not_that_is_the_emb
     bridged.assert_close(found[1], found[0])
 
 
+@pytest.mark.parametrize("name", ["granite", "qwen3_moe", "spark2_5"])
+def test_a_head_that_is_not_the_embedding_is_not_dropped_in_silence(name: str, tmp_path: Path) -> None:
+    network = bridged.write_folder(tmp_path / "model", name, tie_word_embeddings=True)
+    stored = tmp_path / "model" / "model.safetensors"
+    arrays = dict(tree_flatten(network.parameters()))
+    with pytest.raises(ModelError, match=r"lm_head\.weight' is not the embedding.*by tie_word_embeddings"):
+        load("model", [str(tmp_path / "model")])
+    table = next(array for path, array in arrays.items() if "embed" in path)
+    safetensors.write(stored, {**arrays, "lm_head.weight": table})
+    assert load("model", [str(tmp_path / "model")]).architecture == name
+
+
 def test_what_a_model_file_keeps_in_32_bits_stays_so_among_16(tmp_path: Path) -> None:
     """As the addend by which DeepSeek's experts are chosen."""
     bridged.write_folder(tmp_path / "model", "deepseek_v3")

@@ -104,6 +104,7 @@ def fill(folder: Path, config: Mapping[str, Any], network: nn.Module, arrays: di
         raise ModelError(
             f"{folder}: mlx-lm cannot bring the tensors into its layout ({type(error).__name__}: {str(error)[:300]})"
         ) from error
+    _check_head(folder, arrays, weights)
     corrections = routers.corrections(config.get("model_type"), arrays)
     routers.put_in(network, corrections)
     weights = {name: array for name, array in weights.items() if not name.endswith("rotary_emb.inv_freq")} | corrections
@@ -114,6 +115,21 @@ def fill(folder: Path, config: Mapping[str, Any], network: nn.Module, arrays: di
         network.load_weights(list(weights.items()), strict=True)
     except ValueError as error:
         raise ModelError(f"{folder}: {' '.join(str(error).split())[:500]}") from error
+
+
+def _check_head(folder: Path, arrays: Mapping[str, mx.array], weights: Mapping[str, mx.array]) -> None:
+    """Files drop the head of a model that config.json ties; transformers takes one that is not the embedding."""
+    heads = [name for name in arrays if name.endswith("lm_head.weight") and "mtp" not in name]
+    if any(name.endswith("lm_head.weight") for name in weights):
+        return
+    for name in heads:
+        head = arrays[name]
+        tables = [array for path, array in arrays.items() if "embed" in path and array.shape == head.shape]
+        if not any(mx.array_equal(head, table) for table in tables):
+            raise ModelError(
+                f"{folder}: tensor {name!r} is not the embedding, which mlx-lm would take in its place, by "
+                "tie_word_embeddings of config.json or by default. If the head counts, set that to false"
+            )
 
 
 def _with_head(arrays: dict[str, mx.array]) -> dict[str, mx.array]:
