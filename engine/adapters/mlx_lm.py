@@ -9,13 +9,16 @@ from pathlib import Path
 from engine.adapters import peft
 from engine.adapters.lora import LoraConfig, LoraWeights
 from engine.models.allowed import ANYTHING, Table
+from engine.models.bridge.linears import adapter_name
 from engine.platform.jsonfiles import read_object
 from engine.weights import safetensors
 from stoker.errors import ModelError
 
 WEIGHTS_FILE = "adapters.safetensors"
-#: mlx-lm's name for our layer `layers.0.self_attn.q_proj` is `model.` before it.
-_TENSOR = re.compile(r"model\.(?P<layer>.+)\.(?:lora_(?P<side>[ab])|(?P<m>m))")
+_TENSOR = re.compile(r"(?P<layer>.+)\.(?:lora_(?P<side>[ab])|(?P<m>m))")
+_NUMBERED = re.compile(r".*?\.(\d+)\.(.+)")
+#: How a layer's path begins in networks that have no body of another name around it.
+_BODIES = ("backbone.", "transformer.")
 #: The fields of adapter_config.json; all except these are of its training.
 _TABLE = Table(
     ("fine_tune_type", "lora_parameters", "num_layers"),
@@ -52,15 +55,31 @@ def read(folder: Path, shapes: Mapping[str, tuple[int, int]]) -> LoraWeights:
     matrices: peft.Numbers = {}
     for tensor, array in safetensors.read_numbers(folder / WEIGHTS_FILE).items():
         match = _TENSOR.fullmatch(tensor)
-        if match is None or match["layer"] not in shapes:
+        layer = "" if match is None else _layer(match["layer"])
+        if match is None or layer not in shapes:
             raise ModelError(f"{folder / WEIGHTS_FILE}: tensor {tensor} belongs to no layer of this model.")
-        if match["layer"] not in changed:
+        if layer not in changed:
             raise ModelError(
                 f"{folder / WEIGHTS_FILE}: tensor {tensor} belongs to a layer that {path.name} leaves out."
             )
-        matrices.setdefault(match["layer"], {})["m" if match["m"] else match["side"]] = array
+        sides, side = matrices.setdefault(layer, {}), "m" if match["m"] else match["side"]
+        if side in sides:
+            raise ModelError(f"{folder / WEIGHTS_FILE}: tensor {tensor} is there twice, under another name too.")
+        sides[side] = array
     config = LoraConfig(rank, scale * rank, (), dora=method == "dora")
     return peft.checked(folder / WEIGHTS_FILE, config, matrices, shapes, ())
+
+
+def _layer(path: str) -> str:
+    """Our name of the layer that mlx-lm calls by its path in the network; empty for a path that begins as none does."""
+    name = adapter_name(path)
+    return name if name != path or path.startswith(_BODIES) else ""
+
+
+def _numbered(name: str) -> tuple[int, str] | None:
+    """(number of the layer, name within it) of what lies in a numbered layer; None for what is itself numbered."""
+    match = _NUMBERED.fullmatch(name)
+    return None if match is None else (int(match[1]), match[2])
 
 
 def _changed(path: Path, count: object, keys: object, layers: Collection[str]) -> set[str]:
@@ -69,13 +88,14 @@ def _changed(path: Path, count: object, keys: object, layers: Collection[str]) -
         raise ModelError(f"{path}: num_layers {count!r}; expected a number.")
     if keys is not None and not (isinstance(keys, list) and all(isinstance(key, str) for key in keys)):
         raise ModelError(f"{path}: keys {str(keys)[:100]}; expected a list of names.")
+    numbered = {name: found for name in layers if (found := _numbered(name)) is not None}
     first = 0
     if isinstance(count, int) and count > 0:
-        first = max(int(name.split(".")[1]) for name in layers) + 1 - count
-    found = set()
-    for name in layers:
-        _, number, inner = name.split(".", 2)
-        by_name = keys is None or inner in keys
-        if (by_name and int(number) >= first) or (keys and f"model.{name}" in keys):
-            found.add(name)
-    return found
+        first = max((number for number, _ in numbered.values()), default=0) + 1 - count
+    whole = {_layer(key) for key in keys or ()}
+    return {
+        name
+        for name in layers
+        if name in whole
+        or (name in numbered and numbered[name][0] >= first and (keys is None or numbered[name][1] in keys))
+    }

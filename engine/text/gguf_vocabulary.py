@@ -52,7 +52,7 @@ _SPLITS = {
 PRE_TOKENIZERS = tuple(_SPLITS)
 
 _LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
-#: These take a whole word that is in the vocabulary before they try any merge.
+#: These take a whole word that is in the vocabulary before they try any merge, and begin a text with BOS.
 _WHOLE_WORDS = (*_LLAMA3_NAMES, "tekken")
 _NFC = ("qwen2", "deepseek-r1-qwen")
 
@@ -81,7 +81,7 @@ def build(gguf: GGUF) -> Tokenizer:
     control, defined = vocabulary.of_type(CONTROL, UNKNOWN), vocabulary.of_type(USER_DEFINED)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in defined])
-    _surround(tokenizer, vocabulary, bos_by_default=model == "llama" or pre in _LLAMA3_NAMES)
+    _surround(tokenizer, vocabulary, bos_by_default=model == "llama" or pre in _WHOLE_WORDS)
     return tokenizer
 
 

@@ -268,6 +268,63 @@ def test_matrices_whose_rows_fall_into_no_groups_stay_dense(tmp_path: Path) -> N
     assert model.bytes < 4 * model.parameters
 
 
+def test_ernies_experts_are_chosen_by_corrected_gates_and_weighted_by_plain_ones(tmp_path: Path) -> None:
+    """As in transformers; mlx-lm drops the corrections. Here they overrule every gate: its file is the oracle with a
+    router that has those two experts alone."""
+    network = bridged.write_folder(tmp_path / "model", "ernie4_5_moe")
+    stored, correction = tmp_path / "model" / "model.safetensors", mx.array([[9.0, 0.0, 0.0, 9.0]])
+    arrays = dict(safetensors.read(stored))
+    mx.eval(arrays)
+    mixtures = {path: module for path, module in network.named_modules() if hasattr(module, "switch_mlp")}
+    assert mixtures
+    named = {f"{path}.moe_statics.e_score_correction_bias": correction for path in mixtures}
+    safetensors.write(stored, {**arrays, **named})
+    for mixture in mixtures.values():
+        assert mixture.k == 2
+        # The weights of two experts, normalized, are those of a softmax over the two alone.
+        mixture.gate_act = lambda gates: mx.softmax(mx.where(correction > 0.0, gates, -mx.inf), axis=-1)
+    decoder = load("model", [str(tmp_path / "model")], dtype="float32").decoder
+    for row in bridged.prompts():
+        bridged.assert_close(np.array(decoder.logits(decoder(mx.array([row]))))[0], bridged.reference(network, row))
+    halved, _ = weights.network_of(config("ernie4_5_moe"), "ernie4_5_moe")
+    weights.read(tmp_path / "model", config("ernie4_5_moe"), halved, Precision(mx.float16, None))
+    assert {path for path, dtype in dtypes(halved) if dtype == mx.float32} == named.keys()
+
+
+@pytest.mark.parametrize("bits", [None, 4], ids=["dense", "4 bits"])
+@pytest.mark.parametrize("name", ["minicpm", "minicpm3"])
+def test_a_minicpm_scales_what_goes_into_its_head_whether_or_not_that_is_the_embedding(
+    name: str, bits: int | None, tmp_path: Path
+) -> None:
+    bridged.write_folder(tmp_path / "model", name, bits=bits)
+    stored, described = tmp_path / "model" / "model.safetensors", tmp_path / "model" / "config.json"
+    arrays = dict(safetensors.read(stored))
+    mx.eval(arrays)
+    tied = {path: array for path, array in arrays.items() if not path.startswith("lm_head.")}
+    table = {path: array for path, array in tied.items() if path.startswith("model.embed_tokens.")}
+    untied = {**tied, **{path.replace("model.embed_tokens", "lm_head"): array for path, array in table.items()}}
+    assert untied.keys() == arrays.keys()
+    rest, found = json.loads(described.read_text()), []
+    for content, ties in ((untied, False), (tied, True)):
+        safetensors.write(stored, content)
+        described.write_text(json.dumps({**rest, "tie_word_embeddings": ties}))
+        decoder = load("model", [str(tmp_path / "model")], dtype="float32").decoder
+        found.append(np.array(decoder.logits(decoder(mx.array(bridged.prompts())))))
+    bridged.assert_close(found[1], found[0])
+
+
+@pytest.mark.parametrize("name", ["granite", "qwen3_moe", "spark2_5"])
+def test_a_head_that_is_not_the_embedding_is_not_dropped_in_silence(name: str, tmp_path: Path) -> None:
+    network = bridged.write_folder(tmp_path / "model", name, tie_word_embeddings=True)
+    stored = tmp_path / "model" / "model.safetensors"
+    arrays = dict(tree_flatten(network.parameters()))
+    with pytest.raises(ModelError, match=r"lm_head\.weight' is not the embedding.*by tie_word_embeddings"):
+        load("model", [str(tmp_path / "model")])
+    table = next(array for path, array in arrays.items() if "embed" in path)
+    safetensors.write(stored, {**arrays, "lm_head.weight": table})
+    assert load("model", [str(tmp_path / "model")]).architecture == name
+
+
 def test_what_a_model_file_keeps_in_32_bits_stays_so_among_16(tmp_path: Path) -> None:
     """As the addend by which DeepSeek's experts are chosen."""
     bridged.write_folder(tmp_path / "model", "deepseek_v3")
@@ -397,6 +454,79 @@ def test_dynamic_ntk_changes_nothing_within_the_context_and_rows_of_any_length_d
         wanted = bridged.reference(plain, rows[index])
         bridged.assert_close(found[index], wanted[:20])
         bridged.assert_close(after[index, 0], wanted[position])
+
+
+@pytest.mark.parametrize("fields", [{}, {"partial_rotary_factor": 0.25},
+                                    {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0,
+                                                         "partial_rotary_factor": 0.25}}], ids=str)  # fmt: skip
+def test_glm_turns_the_part_of_a_head_that_its_config_says_and_half_where_it_says_nothing(
+    fields: dict[str, Any], tmp_path: Path
+) -> None:
+    network = bridged.write_folder(tmp_path / "model", "glm", **fields)
+    for layer in network.layers:
+        width = layer.self_attn.head_dim // (4 if fields else 2)
+        layer.self_attn.rope = nn.RoPE(width, traditional=True, base=10_000.0)
+    decoder = load("model", [str(tmp_path / "model")], dtype="float32").decoder
+    for row in bridged.prompts():
+        bridged.assert_close(np.array(decoder.logits(decoder(mx.array([row]))))[0], bridged.reference(network, row))
+
+
+@pytest.mark.parametrize(
+    ("name", "factor", "words"),
+    [
+        ("olmo2", 0.5, "partial_rotary_factor = 0.5 is not supported: mlx-lm rotates all of a head"),
+        ("glm", 1.5, "partial_rotary_factor = 1.5: a head is turned up to 1.0 of it"),
+    ],
+)
+def test_a_part_of_a_head_that_cannot_be_rotated_is_refused(
+    name: str, factor: float, words: str, tmp_path: Path
+) -> None:
+    bridged.write_folder(tmp_path / "model", name, partial_rotary_factor=factor)
+    with pytest.raises(ModelError, match=words):
+        load("model", [str(tmp_path / "model")])
+
+
+_LINEAR = {"rope_type": "linear", "factor": 4.0}
+_QUARTER = {"rope_type": "default", "rope_theta": 77.0, "partial_rotary_factor": 0.25}
+_ROPE_WORDS = ("rope_theta", "rope_scaling", "rope_parameters", "rope_local_base_freq", "partial_rotary_factor",
+               "rotary_pct", "rotary_emb_base", "rotary_dim")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "older", "newer"),
+    [
+        (
+            "granite",
+            {"rope_theta": 77.0, "rope_scaling": _LINEAR},
+            {"rope_theta": 5.0, "rope_scaling": None, "rope_parameters": {**_LINEAR, "rope_theta": 77.0}},
+        ),
+        (
+            "gemma3_text",
+            {"rope_theta": 77.0, "rope_local_base_freq": 55.0, "rope_scaling": _LINEAR},
+            {
+                "rope_theta": None,
+                "rope_scaling": None,
+                "rope_parameters": {
+                    "full_attention": {**_LINEAR, "rope_theta": 77.0},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 55.0},
+                },
+            },
+        ),
+        ("gpt_neox", {"rotary_pct": 0.25, "rotary_emb_base": 77.0}, {"rope_parameters": _QUARTER}),
+        ("minimax", {"rotary_dim": 2, "rope_theta": 77.0}, {"rope_parameters": _QUARTER}),
+    ],
+)
+def test_rope_in_the_words_of_transformers_5_is_that_in_older_ones(
+    name: str, older: dict[str, Any], newer: dict[str, Any], tmp_path: Path
+) -> None:
+    bridged.write_folder(tmp_path / "model", name)
+    rest = {field: value for field, value in config(name).items() if field not in _ROPE_WORDS}
+    found = []
+    for words in (older, newer):
+        (tmp_path / "model" / "config.json").write_text(json.dumps({**rest, **words}))
+        decoder = load("model", [str(tmp_path / "model")], dtype="float32").decoder
+        found.append(np.array(decoder.logits(decoder(mx.array(bridged.prompts())))))
+    bridged.assert_close(found[1], found[0])
 
 
 @pytest.mark.parametrize("fields", [{}, {"truncate": False}, {"truncate": False, "attention_factor": 1.5}], ids=str)

@@ -140,6 +140,17 @@ def test_beginning_and_end_are_added_where_the_file_asks() -> None:
     assert byte_level(pre="llama-bpe", bos_token_id=0, add_bos_token=False).encode("") == []
 
 
+@pytest.mark.parametrize(("pre", "begins"), [("llama-bpe", True), ("tekken", True), ("qwen2", False)])
+def test_a_text_begins_with_bos_in_the_families_of_llama_cpp_where_the_file_does_not_say(
+    pre: str, begins: bool
+) -> None:
+    vocabulary = {"tokens": BYTE_LEVEL["tokens"], "merges": BYTE_LEVEL["merges"]}
+    told, silent = (gguf_of(model="gpt2", pre=pre, bos_token_id=0, **vocabulary, **said)
+                    for said in ({"add_bos_token": False}, {}))  # fmt: skip
+    assert Tokenizer.from_gguf(told).encode("the")[:1] != [0]
+    assert (Tokenizer.from_gguf(silent).encode("the")[:1] == [0]) is begins
+
+
 @pytest.mark.parametrize("name", ["eos", "eot", "eom"])
 def test_each_token_that_the_file_names_as_an_end_is_one(name: str) -> None:
     found = spm("prefix", **{"eos_token_id": None, f"{name}_token_id": 7})

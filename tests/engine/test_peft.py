@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
@@ -17,12 +18,13 @@ from engine.adapters.lora import LoraWeights, initialise
 from engine.adapters.pool import AdapterPool
 from engine.adapters.store import AdapterStore
 from engine.checkpoints.loading import LoadedModel
+from engine.models.bridge.linears import adapter_name
 from engine.training import trainer as trainer_module
 from engine.training.data import TokenizedExample
 from engine.training.trainer import Trainer
 from engine.weights import safetensors
 from stoker.errors import ModelError
-from tests.engine import tiny
+from tests.engine import bridged, tiny
 from tests.engine.test_training import Given, example, finish
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
@@ -150,6 +152,36 @@ def test_a_wrong_folder_of_mlx_lm_is_refused(
     config = tmp_path / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
     with pytest.raises(ModelError, match=why):
+        mlx_lm.read(tmp_path, model.linear_shapes)
+
+
+@pytest.mark.parametrize("keys", ["none", "names", "whole"])
+@pytest.mark.parametrize("name", ["gemma3", "nemotron_h", "exaone"])
+def test_an_adapter_of_mlx_lm_for_layers_under_any_path_of_a_network_is_read(
+    tmp_path: Path, name: str, keys: str
+) -> None:
+    """By the paths in the network, which `mlx_lm.lora` writes: of the last layer alone, or by a whole name."""
+    linear = {path: each for path, each in bridged.network(name)[0].named_modules() if isinstance(each, nn.Linear)}
+    part = ".0." if keys == "whole" else ".3."
+    path = min(path for path in linear if part in path)
+    out, wide = linear[path].weight.shape
+    tensors = {f"{path}.lora_a": mx.ones((wide, 2)), f"{path}.lora_b": mx.ones((2, out))}
+    safetensors.write(tmp_path / "adapters.safetensors", tensors)
+    stated = {"none": {}, "names": {"keys": [path.split(part)[1]]}, "whole": {"keys": [path]}}[keys]
+    fields = {"num_layers": 1, "lora_parameters": {"rank": 2, "scale": 2.0, **stated}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
+    found = mlx_lm.read(tmp_path, bridged.bridged(name).linear_shapes)
+    assert list(found.matrices) == [adapter_name(path)]
+
+
+def test_a_layer_that_mlx_lms_file_has_under_two_paths_is_refused(model: LoadedModel, tmp_path: Path) -> None:
+    write_mlx_lm(tmp_path, tiny.adapter(model, 3, 1))
+    path = tmp_path / "adapters.safetensors"
+    tensors = safetensors.read(path)
+    twice = {f"language_model.{name}": array for name, array in tensors.items()}
+    mx.eval(tensors)
+    safetensors.write(path, {**tensors, **twice})
+    with pytest.raises(ModelError, match="is there twice, under another name too"):
         mlx_lm.read(tmp_path, model.linear_shapes)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from engine.models.bridge.spelling import PARTS, read_names
 from stoker.errors import ModelError
 
 _SILU = ("silu", "swish")
@@ -74,13 +75,19 @@ def check(config: Mapping[str, Any], file: str, args_class: type) -> None:
             "config.json: use_bidirectional_attention = True is not supported for a model that generates: such a one "
             "embeds, by its modules.json, which is missing"
         )
-    known = {each.name for each in fields(args_class)}
+    known = read_names(file, (each.name for each in fields(args_class)))
     nested = "text_config" in known
     for name, computed in _FIXED.get(file, {}).items():
         if (text.get(name) or computed) != computed:
             raise ModelError(
                 f"config.json: {name} = {text[name]!r} is not supported: mlx-lm computes {computed!r} for this one"
             )
+    rotated = text.get("partial_rotary_factor")
+    if rotated not in (None, 1.0) and not (nested or known & PARTS):
+        raise ModelError(
+            f"config.json: partial_rotary_factor = {rotated!r} is not supported: mlx-lm rotates all of a head for this "
+            "architecture"
+        )
     _check_layer_types(text, known)
     for name in _ACTIVATION_FIELDS:
         _check_activation(text, name, file, taken=name in known)
@@ -94,7 +101,7 @@ def check(config: Mapping[str, Any], file: str, args_class: type) -> None:
             _check_rope(each, f"config.json: {name}", taken=nested or bool(read & known))
 
 
-def _check_layer_types(text: Mapping[str, Any], known: set[str]) -> None:
+def _check_layer_types(text: Mapping[str, Any], known: frozenset[str]) -> None:
     """Files that count to the next full layer pass over a list that says otherwise."""
     types, pattern = text.get("layer_types"), text.get("sliding_window_pattern", 6)
     if "sliding_window_pattern" not in known or "layer_types" in known or not isinstance(types, list):

@@ -17,9 +17,11 @@ from engine.models.fields import Fields
 from stoker.errors import ModelError
 
 
-def correct(network: nn.Module, config: Mapping[str, Any]) -> None:
+def correct(network: nn.Module, file: str, config: Mapping[str, Any]) -> None:
     """Dynamic NTK stretches what lies beyond the context, where no request goes: plain positions within it. YaRN's
     `truncate` and `attention_factor`, which mlx-lm passes over, count. Raises `ModelError` for values that are none."""
+    if file == "glm":
+        _turn_a_part(network, text_config(config))
     plain: dict[str, nn.Module] = {}
     for path, module in network.named_modules():
         if type(module).__name__ == "DynamicNTKScalingRoPE" and hasattr(module, "factor"):
@@ -36,6 +38,19 @@ def correct(network: nn.Module, config: Mapping[str, Any]) -> None:
                 module._freqs = _untruncated(module, fields, text_config(config))  # noqa: SLF001
             if stated.get("attention_factor") is not None:
                 module.mscale = fields.number("attention_factor")
+
+
+def _turn_a_part(network: nn.Module, text: Mapping[str, Any]) -> None:
+    """GLM-4 turns a part of each head, half of it where no field says how much; mlx-lm's file turns all of it."""
+    factor = Fields(text, "config.json").number("partial_rotary_factor", 0.5)
+    if factor > 1.0:
+        raise ModelError(f"config.json: partial_rotary_factor = {factor!r}: a head is turned up to 1.0 of it")
+    made = {
+        path: nn.RoPE(int(old.dims * factor), traditional=old.traditional, base=old.base)
+        for path, old in network.named_modules()
+        if type(old) is nn.RoPE
+    }
+    network.update_modules(tree_unflatten(list(made.items())))
 
 
 #: Type of scaling -> the layer that computes it.

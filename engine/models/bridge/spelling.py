@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from engine.models.fields import Fields
 from stoker.errors import ModelError
 
 #: What `rope_parameters` says besides the form of the scaling.
 _APART = ("rope_theta", "partial_rotary_factor")
 _PLAIN = ("rope_type", "type")
+#: By which of them a file learns how much of a head it rotates.
+PARTS = frozenset(("partial_rotary_factor", "rotary_pct", "rotary_dim"))
+
+#: Files that scale what goes into a head of its own, and leave out the scale where the head is the embedding. So they
+#: always have one, which is given the embedding (`weights.fill`).
+OWN_HEAD = ("minicpm", "minicpm3")
+
+
+def read_names(file: str, names: Iterable[str]) -> frozenset[str]:
+    """The fields that are read for a file: those of its arguments, `names`, and what `ropes.correct` reads for it."""
+    return frozenset((*names, "partial_rotary_factor")) if file == "glm" else frozenset(names)
 
 
 def respelled(config: Mapping[str, Any], file: str, known: frozenset[str]) -> dict[str, Any]:
     """`config` with the names that mlx-lm reads, `known`, together with those that it passes over.
 
-    Left alone is what a config says in both ways. Raises `ModelError` for RoPE by layer type that a file has not.
+    What a config says in both ways counts as in transformers: a `rope_scaling` that is null says nothing. Raises
+    `ModelError` for RoPE by layer type that a file has not.
     """
     made = dict(config)
     inner = config.get("text_config")
@@ -24,6 +37,9 @@ def respelled(config: Mapping[str, Any], file: str, known: frozenset[str]) -> di
         made["text_config"] = _with_rope(inner, None)
     made = _with_sizes(made, known)
     made = made if "rope_parameters" in known else _with_rope(made, known)
+    made = _with_part(made, known)
+    if file in OWN_HEAD:
+        made["tie_word_embeddings"] = False
     if file == "deepseek_v2" and made.get("rope_scaling") is None:
         # The file cannot do without scaling: this one changes nothing.
         made["rope_scaling"] = {"type": "yarn", "rope_type": "yarn", "factor": 1.0}
@@ -49,28 +65,44 @@ def _with_rope(config: Mapping[str, Any], known: frozenset[str] | None) -> dict[
         return dict(config)
     parts = {kind: part for kind, part in stated.items() if isinstance(part, Mapping)}
     if not parts:
-        return {**_read(stated, config, known), **config}
+        # As transformers has it: `rope_scaling or rope_parameters`.
+        return dict(config) if config.get("rope_scaling") else {**config, **_read(stated)}
     whole, local = parts.get("full_attention", {}), parts.get("sliding_attention", {})
-    read = _read(whole, config, known)
+    read = _read(whole)
     if known is None or "rope_local_base_freq" in known:
         _check_plain(local)
-        return {**read, "rope_local_base_freq": local.get("rope_theta", 10_000.0), **config}
+        return _under({**read, "rope_local_base_freq": local.get("rope_theta", 10_000.0)}, config)
     if any(part != whole for part in parts.values()):
         raise ModelError(
             f"config.json: rope_parameters of {', '.join(parts)} differ, which mlx-lm has not for this architecture"
         )
-    return {**read, **config}
+    return _under(read, config)
 
 
-def _read(part: Mapping[str, Any], config: Mapping[str, Any], known: frozenset[str] | None) -> dict[str, Any]:
+def _with_part(config: dict[str, Any], known: frozenset[str]) -> dict[str, Any]:
+    """With the older names of how much of a head is rotated, and by which base, for a file that knows those alone."""
+    part = config.get("partial_rotary_factor")
+    older = {"rotary_emb_base": config.get("rope_theta"), "rotary_pct": part}
+    if part is not None and "rotary_dim" in known and "partial_rotary_factor" not in known:
+        fields = Fields(config, "config.json")
+        older["rotary_dim"] = int(fields.number("partial_rotary_factor") * _head_width(config, fields))
+    return _under({name: value for name, value in older.items() if name in known and value is not None}, config)
+
+
+def _head_width(config: Mapping[str, Any], fields: Fields) -> int:
+    if config.get("head_dim") is not None:
+        return fields.count("head_dim")
+    return fields.count("hidden_size") // fields.count("num_attention_heads")
+
+
+def _under(read: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` with what was `read` where it says nothing, or null."""
+    return {**config, **{name: value for name, value in read.items() if config.get(name) is None}}
+
+
+def _read(part: Mapping[str, Any]) -> dict[str, Any]:
     """`rope_theta`, `partial_rotary_factor` and `rope_scaling` as transformers 4 had them."""
     made = {name: part[name] for name in _APART if name in part}
-    rotary = made.get("partial_rotary_factor", 1.0)
-    if known is not None and rotary != 1.0 and not known & {"partial_rotary_factor", "rotary_pct", "rotary_dim"}:
-        raise ModelError(
-            f"config.json: rope_parameters: partial_rotary_factor = {rotary!r} is not supported: mlx-lm rotates all "
-            "of a head for this architecture"
-        )
     scaling = {name: value for name, value in part.items() if name not in _APART}
     kind = part.get("rope_type", part.get("type", "default"))
     if kind == "default" and not scaling.keys() - {*_PLAIN}:

@@ -12,10 +12,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
-from engine.models.bridge import activations, package, ropes
+from engine.models.bridge import activations, package, ropes, routers
 from engine.models.bridge.configs import check, text_config
 from engine.models.bridge.linears import dense_weight
-from engine.models.bridge.spelling import respelled
+from engine.models.bridge.spelling import OWN_HEAD, read_names, respelled
 from engine.sparing import Pause, no_pause
 from engine.weights import safetensors
 from engine.weights.foreign import in_mlx_layout
@@ -34,7 +34,8 @@ _SMALL_FLOATS = {(4, 16): "nvfp4", (4, 32): "mxfp4", (8, 32): "mxfp8"}
 
 def spelled(config: Mapping[str, Any], file: str) -> dict[str, Any]:
     """A config.json with the names that mlx-lm's `file` reads. Raises `ModelError`."""
-    return respelled(config, file, frozenset(each.name for each in fields(package.load(file).ModelArgs)))
+    names = (each.name for each in fields(package.load(file).ModelArgs))
+    return respelled(config, file, read_names(file, names))
 
 
 def network_of(config: Mapping[str, Any], file: str) -> tuple[nn.Module, Any]:
@@ -49,7 +50,7 @@ def network_of(config: Mapping[str, Any], file: str) -> tuple[nn.Module, Any]:
         raise ModelError(
             f"config.json: mlx-lm's {file} cannot be made of it ({type(error).__name__}: {str(error)[:300]})"
         ) from error
-    ropes.correct(network, config)
+    ropes.correct(network, file, config)
     activations.correct(network, file, config)
     return network, args
 
@@ -97,12 +98,16 @@ def fill(folder: Path, config: Mapping[str, Any], network: nn.Module, arrays: di
     evaluated."""
     try:
         weights = _experts_upright(arrays) if config.get("model_type") == "gpt_oss" else dict(arrays)
+        weights = _with_head(weights) if config.get("model_type") in OWN_HEAD else weights
         weights = network.sanitize(weights) if hasattr(network, "sanitize") else weights
     except Exception as error:
         raise ModelError(
             f"{folder}: mlx-lm cannot bring the tensors into its layout ({type(error).__name__}: {str(error)[:300]})"
         ) from error
-    weights = {name: array for name, array in weights.items() if not name.endswith("rotary_emb.inv_freq")}
+    _check_head(folder, arrays, weights)
+    corrections = routers.corrections(config.get("model_type"), arrays)
+    routers.put_in(network, corrections)
+    weights = {name: array for name, array in weights.items() if not name.endswith("rotary_emb.inv_freq")} | corrections
     weights = _stacked(weights)
     _take_codes(config, network, weights)
     _check_numbers(folder, network, weights)
@@ -110,6 +115,30 @@ def fill(folder: Path, config: Mapping[str, Any], network: nn.Module, arrays: di
         network.load_weights(list(weights.items()), strict=True)
     except ValueError as error:
         raise ModelError(f"{folder}: {' '.join(str(error).split())[:500]}") from error
+
+
+def _check_head(folder: Path, arrays: Mapping[str, mx.array], weights: Mapping[str, mx.array]) -> None:
+    """Files drop the head of a model that config.json ties; transformers takes one that is not the embedding."""
+    heads = [name for name in arrays if name.endswith("lm_head.weight") and "mtp" not in name]
+    if any(name.endswith("lm_head.weight") for name in weights):
+        return
+    for name in heads:
+        head = arrays[name]
+        tables = [array for path, array in arrays.items() if "embed" in path and array.shape == head.shape]
+        if not any(mx.array_equal(head, table) for table in tables):
+            raise ModelError(
+                f"{folder}: tensor {name!r} is not the embedding, which mlx-lm would take in its place, by "
+                "tie_word_embeddings of config.json or by default. If the head counts, set that to false"
+            )
+
+
+def _with_head(arrays: dict[str, mx.array]) -> dict[str, mx.array]:
+    """With the embedding as the head where there is none."""
+    if "lm_head.weight" in arrays:
+        return arrays
+    stem = "model.embed_tokens."
+    table = {name.removeprefix(stem): array for name, array in arrays.items() if name.startswith(stem)}
+    return {**arrays, **{f"lm_head.{part}": array for part, array in table.items()}}
 
 
 def _experts_upright(arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
@@ -267,6 +296,8 @@ def _cast(network: nn.Module, dtype: mx.Dtype, *, every: bool) -> None:
 
     def cast(path: str, array: mx.array) -> mx.array:
         if not mx.issubdtype(array.dtype, mx.floating) or (callable(keeps) and not keeps(path)):
+            return array
+        if path.endswith(routers.CORRECTION):
             return array
         return array.astype(dtype) if every or array.dtype != mx.float32 else array
 

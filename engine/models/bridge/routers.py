@@ -1,0 +1,52 @@
+"""Routers whose correction mlx-lm's file leaves out: put back where a checkpoint has one."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from engine.models.bridge import package
+
+CORRECTION = "moe_statics.e_score_correction_bias"
+
+
+def corrections(kind: object, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """The corrections of an ERNIE's routers, which mlx-lm's `sanitize` drops; those of its layers that draft apart."""
+    if kind != "ernie4_5_moe":
+        return {}
+    return {
+        name: array for name, array in arrays.items() if name.startswith("model.layers.") and name.endswith(CORRECTION)
+    }
+
+
+def put_in(network: nn.Module, names: Collection[str]) -> None:
+    """Let the mixtures that have a correction among `names` choose their experts by it."""
+    for path, module in list(network.named_modules()):
+        if f"{path}.{CORRECTION}" in names:
+            module.moe_statics = nn.Module()
+            module.moe_statics.e_score_correction_bias = mx.zeros((1, module.gate.weight.shape[0]))
+            module.__class__ = _corrected()
+
+
+@functools.cache
+def _corrected() -> type[Any]:
+    """ERNIE's mixture whose experts are chosen by the corrected gates, and weighted by the plain ones."""
+    plain: type[Any] = package.load("ernie4_5_moe").Ernie4_5_MoeMLP
+
+    class CorrectedMoe(plain):
+        def __call__(self, x: mx.array) -> mx.array:
+            gates = self.gate_act(self.gate(x).astype(mx.float32))
+            rated = gates + self.moe_statics.e_score_correction_bias[0]
+            chosen = mx.stop_gradient(mx.argpartition(-rated, kth=self.k - 1, axis=-1)[..., : self.k])
+            scores = mx.take_along_axis(gates, chosen, axis=-1)
+            scores = scores / mx.maximum(scores.sum(axis=-1, keepdims=True), 1e-12)
+            y = self.switch_mlp(x, chosen)
+            result: mx.array = (y * scores[..., None]).sum(axis=-2).astype(y.dtype)
+            return result if self.shared_experts is None else result + self.shared_experts(x)
+
+    CorrectedMoe.__name__ = plain.__name__
+    return CorrectedMoe
