@@ -145,9 +145,9 @@ def test_a_text_begins_with_bos_in_the_families_of_llama_cpp_where_the_file_does
     pre: str, begins: bool
 ) -> None:
     vocabulary = {"tokens": BYTE_LEVEL["tokens"], "merges": BYTE_LEVEL["merges"]}
-    told, silent = (gguf_of(model="gpt2", pre=pre, bos_token_id=0, **vocabulary, **said)
+    stated, silent = (gguf_of(model="gpt2", pre=pre, bos_token_id=0, **vocabulary, **said)
                     for said in ({"add_bos_token": False}, {}))  # fmt: skip
-    assert Tokenizer.from_gguf(told).encode("the")[:1] != [0]
+    assert Tokenizer.from_gguf(stated).encode("the")[:1] != [0]
     assert (Tokenizer.from_gguf(silent).encode("the")[:1] == [0]) is begins
 
 
