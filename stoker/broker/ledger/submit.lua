@@ -93,7 +93,7 @@ local accepted, trouble = pcall(function()
   enter_backlog(priority, client, turn)
   refill()
   if redis.call('ZSCORE', backlog(priority), id) then make_way() end
-  -- Last, because a retry that fails leaves the letter, and its input for as long as the letter.
+  -- Last, because a job that is refused leaves no input, and a retry that fails the letter, and its input for as long.
   if input and data ~= '' then redis.call('SET', input, data, 'EX', pending_ttl)
   elseif input then redis.call('EXPIRE', input, pending_ttl) end
   if revive then redis.call('HDEL', dead, id) end
@@ -102,7 +102,6 @@ if not accepted then
   -- A job that is known and does not wait would never run, however often its client sends it.
   redis.pcall('LREM', ready, 1, redis.call('HGET', job, 'message'))
   redis.call('DEL', job)
-  if input and data ~= '' then redis.pcall('DEL', input) end
   for _, key in ipairs({open, mine}) do redis.pcall('ZREM', key, id) end
   return type(trouble) == 'table' and trouble or redis.error_reply(trouble)
 end
