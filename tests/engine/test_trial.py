@@ -101,11 +101,12 @@ def test_nesting_without_end_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_trial_without_end_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a vocabulary that takes a hundred times as long as it has: the system counts in steps of milliseconds."""
     path = tmp_path / "tokenizer.json"
-    # A content of its own, which no other test has had tried.
-    path.write_text(json.dumps(WORDS, indent=3))
-    monkeypatch.setattr(trial, "SECONDS", 0.0001)
-    with pytest.raises(ModelError, match=r"takes more than 0\.0001 s or 4 GB"):
+    model = {**WORDS["model"], "vocab": {**WORDS["model"]["vocab"], **{f"word {n}": 1000 + n for n in range(100_000)}}}
+    path.write_text(json.dumps({**WORDS, "model": model}))
+    monkeypatch.setattr(trial, "SECONDS", 0.001)
+    with pytest.raises(ModelError, match=r"takes more than 0\.001 s or 4 GB"):
         read_tokenizer(path)
 
 
