@@ -101,7 +101,7 @@ def test_nesting_without_end_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_trial_without_end_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a vocabulary that takes a hundred times as long as it has: the system counts in steps of milliseconds."""
+    """Of a vocabulary that takes many times as long as it may: the system counts in steps of milliseconds."""
     path = tmp_path / "tokenizer.json"
     model = {**WORDS["model"], "vocab": {**WORDS["model"]["vocab"], **{f"word {n}": 1000 + n for n in range(100_000)}}}
     path.write_text(json.dumps({**WORDS, "model": model}))
