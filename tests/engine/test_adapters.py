@@ -441,33 +441,24 @@ def test_stacks_are_doubled_only_within_the_budget_and_ranks_by_doubling(model: 
     assert rows.stacks["layers.0.self_attn.q_proj"]["a"].shape[-1] == 16
 
 
-def test_places_that_nobody_uses_go_before_the_stacks_of_a_larger_rank_pass_the_budget(
-    model: LoadedModel, tmp_path: Path
+@pytest.mark.parametrize(
+    ("small", "targets", "large"), [(2, tiny.LAYERS, 64), (8, ("q_proj",), 8)], ids=["a larger rank", "new layers"]
+)
+def test_places_that_nobody_uses_go_before_the_stacks_pass_the_budget(
+    model: LoadedModel, tmp_path: Path, small: int, targets: tuple[str, ...], large: int
 ) -> None:
     alone = AdapterPool(model, AdapterStore(tmp_path / "alone"))
-    alone.save("large", tiny.adapter(model, 64, 9), {})
+    alone.save("large", tiny.adapter(model, large, 9), {})
     pool = AdapterPool(model, AdapterStore(tmp_path / "many"), budget=alone.bytes)
-    for number in range(16):
-        pool.save(f"a{number}", tiny.adapter(model, 2, number), {})
+    for number in range(15):
+        pool.save(f"a{number}", tiny.adapter(model, small, number, targets), {})
+    assert len(pool.loaded) == 15
     kept = pool.acquire("a0")
     before = logits(model, pool.rows([kept]))
-    pool.save("large", tiny.adapter(model, 64, 9), {})
+    pool.save("large", tiny.adapter(model, large, 9), {})
     assert pool.bytes <= alone.bytes
     assert {"a0@1", "large@1"} <= set(pool.loaded)
     assert np.array_equal(logits(model, pool.rows([kept])), before)
-
-
-def test_places_that_nobody_uses_go_before_the_stacks_of_new_layers_pass_the_budget(
-    model: LoadedModel, tmp_path: Path
-) -> None:
-    alone = AdapterPool(model, AdapterStore(tmp_path / "alone"))
-    alone.save("wide", tiny.adapter(model, 8, 9), {})
-    pool = AdapterPool(model, AdapterStore(tmp_path / "many"), budget=alone.bytes)
-    for number in range(15):
-        pool.save(f"a{number}", tiny.adapter(model, 8, number, ("q_proj",)), {})
-    assert len(pool.loaded) == 15
-    pool.save("wide", tiny.adapter(model, 8, 9), {})
-    assert pool.bytes <= alone.bytes
 
 
 def test_a_place_in_use_stays_though_the_stacks_pass_the_budget(model: LoadedModel, tmp_path: Path) -> None:
