@@ -48,6 +48,7 @@ ON_CPU = (
     Bench("gateway", "bench.gateway", 900, 180),
     Bench("lookup", "bench.lookup", 1800, 180),
     Bench("prefixes", "bench.prefixes", 900, 120),
+    Bench("placement", "bench.placement", 1200, 420),
     Bench("fleet", "bench.fleet", 1200, None),
 )
 ON_GPU = (

@@ -54,6 +54,9 @@ class Settings(BaseSettings):
     #: Megabytes of the disk for prefixes, for the workers of one home together. 0: none is kept there. The default has
     #: room for sixteen beginnings of 2,000 tokens of an 8-billion-weight model, at 131 kB a token in 16 bits.
     prefix_disk: int = Field(default=4096, ge=0, le=4_194_304)
+    #: Seconds that a job waits for the worker that has keys and values of its prompt's beginning, when another could
+    #: begin with it. 0: none waits.
+    placement: float = Field(default=0.25, ge=0, le=5)
     #: Seconds for which other work may hold up running streams between two of their tokens.
     stall: float = Field(default=0.25, ge=0.001, le=60)
     #: Whether generation requests draft that do not say it. Unset: on a CPU.
@@ -267,6 +270,7 @@ class Overrides(TypedDict, total=False):
     generate_slots: int | None
     kv_cache: int | None
     prefix_disk: int | None
+    placement: float | None
     stall: float | None
     lookup: bool | None
     embed_jobs: int | None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from stoker.broker import keys
 from stoker.contract import GenerateRequest, GenerateResult, StreamToken
 from workers import adapters
+from workers.beginnings import beginnings
 from workers.job import Job, JobHandler, Submit, job_task
 
 
@@ -13,9 +14,10 @@ class GenerateHandler(JobHandler[GenerateRequest, list[StreamToken], GenerateRes
 
     def prepare(self, job: Job, request: GenerateRequest) -> GenerateRequest:
         """A job keeps the version of its adapter that it began with, also under another owner."""
-        if request.adapter is None:
-            return request
-        return request.model_copy(update={"adapter": adapters.pinned(job, request.model, request.adapter)})
+        if request.adapter is not None:
+            request = request.model_copy(update={"adapter": adapters.pinned(job, request.model, request.adapter)})
+        job.place(request.model, beginnings(request))
+        return request
 
     def load_input(self, job: Job, request: GenerateRequest) -> list[StreamToken]:
         """The tokens that an earlier owner published: the engine goes on behind them."""
@@ -28,6 +30,7 @@ class GenerateHandler(JobHandler[GenerateRequest, list[StreamToken], GenerateRes
         return job.runtime.engine.submit
 
     def finish(self, job: Job, request: GenerateRequest, result: GenerateResult) -> GenerateResult:
+        job.runtime.placing.note(beginnings(request))
         return result.model_copy(update={"usage": job.usage(result.usage)})
 
 

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class DeliveryEnd(StrEnum):
-    """How a delivery of a job is over at this worker. Behind the last three, the job itself goes on or had ended."""
+    """How a delivery of a job is over at this worker. Behind the last four, the job itself goes on or had ended."""
 
     SUCCEEDED = "succeeded"
     FAILED = "failed"
@@ -31,6 +31,8 @@ class DeliveryEnd(StrEnum):
     DEAD = "dead"
     #: It went back to its queue: the worker stops, or has no memory for it just now.
     RETURNED = "returned"
+    #: It went to another worker, which has what its prompt begins with.
+    PASSED_ON = "passed_on"
     #: Another worker owns it by now.
     FENCED = "fenced"
     #: There was nothing to do: it had ended, or runs elsewhere.

@@ -44,5 +44,10 @@ class WorkerContext:
             raise WorkerUnavailable("this process has no engine: start workers with `stoker worker`.")
         return self._runtime
 
+    @property
+    def worker(self) -> str:
+        """The name of this process in the ledger; "" for one without an engine."""
+        return self._runtime.name if self._runtime is not None else ""
+
     def install(self, runtime: Runtime | None) -> None:
         self._runtime = runtime

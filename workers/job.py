@@ -6,6 +6,7 @@ What ends it early is in `workers/job_errors.py`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
@@ -21,7 +22,7 @@ from stoker.contract.requests import JobRequest
 from stoker.errors import DeadlineExceeded, StokerError
 from workers.delivery import Delivery
 from workers.job_errors import accounted, answering_celery, recording_errors
-from workers.job_lease import JobLease
+from workers.job_lease import JobLease, PassedOn
 
 if TYPE_CHECKING:
     from engine.ticket import Ticket
@@ -122,6 +123,14 @@ class Job:
                 f"job {self.id}: it waited {self.claim.age:.1f} s, past its deadline of {deadline:g} s."
             )
         return left
+
+    def place(self, model: str, beginnings: Sequence[str]) -> None:
+        """Raises `PassedOn` if another worker has more of the prompt than this one, and gets the job for that."""
+        placing = self.runtime.placing
+        worker = None if self.claim.resumed else placing.better(model, beginnings)
+        if worker is not None and self.lease.pass_on(worker):
+            placing.recall_later(self.id, self.lease.queue, worker)
+            raise PassedOn(f"{worker} has the beginning of its prompt and may take it.")
 
     def wait(self, ticket: Ticket[R]) -> R:
         """Report the job's progress until it ends; raises what it ended with."""

@@ -16,7 +16,7 @@ from workers.account import DeliveryEnd
 from workers.artifacts import StoreTrouble
 from workers.capacity import DoesNotFit
 from workers.delivery import Delivery
-from workers.job_lease import Spoiled, is_the_brokers
+from workers.job_lease import PassedOn, Spoiled, is_the_brokers
 from workers.services.runtime import Fenced
 
 log = logging.getLogger(__name__)
@@ -78,6 +78,7 @@ def _dead_letter(delivery: Delivery, what: str) -> JobDead:
 #: The first that fits says how a delivery is over.
 _ENDS: tuple[tuple[type[BaseException], DeliveryEnd], ...] = (
     (Fenced, DeliveryEnd.FENCED),
+    (PassedOn, DeliveryEnd.PASSED_ON),
     (WorkerUnavailable, DeliveryEnd.RETURNED),
     (JobCancelled, DeliveryEnd.CANCELLED),
     (JobDead, DeliveryEnd.DEAD),
@@ -111,6 +112,10 @@ def answering_celery(delivery: Delivery) -> Iterator[None]:
     except Fenced:
         # Neither result nor ack: another worker owns both.
         delivery.context.deliveries.fence(delivery.lease.token)
+        raise Ignore from None
+    except PassedOn as error:
+        # Its new message is the other worker's, and this one's goes.
+        log.info("job %s: %s", delivery.id, error)
         raise Ignore from None
     except WorkerUnavailable as error:
         if isinstance(error, DoesNotFit):

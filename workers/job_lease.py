@@ -13,9 +13,9 @@ from redis.exceptions import RedisError, ResponseError
 from stoker.broker import ledger
 from stoker.broker.connection import passes
 from stoker.broker.ledger.ending import Ending
-from stoker.broker.ledger.replies import Claim, Crash, KeptPart, ManifestState
+from stoker.broker.ledger.replies import Claim, Crash, KeptPart, ManifestState, Passing
 from stoker.broker.trouble import forbids
-from stoker.errors import JobFailed
+from stoker.errors import JobFailed, WorkerUnavailable
 from workers.blame import blame
 from workers.services.runtime import Fenced, Runtime
 
@@ -27,6 +27,10 @@ T = TypeVar("T")
 
 class Spoiled(Exception):
     """The ledger can never do its work on this job, because the broker holds something else than it expects."""
+
+
+class PassedOn(WorkerUnavailable):
+    """Another worker may take the job now. Never leaves the process."""
 
 
 def is_the_brokers(error: Exception) -> bool:
@@ -58,6 +62,12 @@ class JobLease:
     def release(self) -> None:
         """Give the job back to its queue, alive."""
         self._persist(ledger.release, self.token)
+
+    def pass_on(self, worker: str) -> bool:
+        """Let another worker take the job. False if this one keeps it, because it was passed on before."""
+        state = self._persist(ledger.pass_on, self.token, worker)
+        self._only_as_owner(state is not Passing.FENCED)
+        return state is Passing.PASSED
 
     def dead_letter(self, worker: str = "", trouble: str = "") -> tuple[Crash, ...]:
         """Make a dead letter of the job, of the owners that it crashed or of this `worker`, for `trouble`. Return what

@@ -33,6 +33,10 @@ PRESENCE_EVERY = 2.0
 PRESENCE_TTL = 10
 #: Seconds that a command waits for its worker, and that the answer waits for its client.
 COMMAND_TTL = 600
+#: Seconds that the messages for one worker alone are kept: after a fraction of one they are recalled.
+PLACED_TTL = 60
+#: Seconds for which a worker is known to have what a prompt begins with.
+BEGINNING_TTL = 600
 #: Seconds between two reports of what a worker has counted; they live as long as a presence.
 METRICS_EVERY = 4.0
 #: Seconds that what a key of the gateway has taken is remembered, and the longest that it waits for what it overdrew.
@@ -71,6 +75,8 @@ KINDS = (
     Kind("job", rf"job:{_JOB}", PENDING_TTL, "hash"),
     Kind("open", rf"open:{_QUEUE}", PENDING_TTL, "zset"),
     Kind("backlog", rf"backlog:{_QUEUE}:[0-9]", PENDING_TTL, "zset"),
+    Kind("placed", rf"{_QUEUE}:placed:.+", PLACED_TTL, "list"),
+    Kind("beginning", r"beginning:[0-9a-f]{32}", BEGINNING_TTL, "set"),
     Kind("turns", rf"turns:{_QUEUE}", PENDING_TTL, "hash"),
     Kind("dispatched", rf"dispatched:{_QUEUE}", PENDING_TTL, "zset"),
     Kind("client", rf"client:{_NAME}:{_QUEUE}", PENDING_TTL, "zset"),
@@ -167,6 +173,22 @@ def backlog(queue: str, priority: int) -> str:
 def turns(queue: str) -> str:
     """Hash: whose turn it is among clients and priorities, while any job waits in the backlog."""
     return f"{PREFIX}turns:{queue}"
+
+
+def placed(queue: str, worker: str) -> str:
+    """List: the messages of the queue that one worker alone takes, before those of `ready`. Named so that a worker may
+    use it which may use the queue."""
+    return f"{ready(queue)}:placed:{worker}"
+
+
+def queue_of(list_name: str) -> str:
+    """The queue of the messages of a list, `ready` or `placed`, as kombu names it: without `PREFIX`."""
+    return list_name.partition(":")[0]
+
+
+def beginning(digest: str) -> str:
+    """Set: who has keys and values of prompts that begin so (`workers/services/placing.py`)."""
+    return f"{PREFIX}beginning:{digest}"
 
 
 def dispatched(queue: str) -> str:

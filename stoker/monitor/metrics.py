@@ -75,6 +75,10 @@ RESUMED = Metric(
     "stoker_job_resumes_total", "counter", "Times that a job was begun here which had had an owner before.", _JOB
 )
 RETURNED = Metric("stoker_jobs_returned_total", "counter", "Jobs that went back to their queue, alive.", _JOB)
+PASSED_ON = Metric(
+    "stoker_jobs_passed_on_total", "counter",
+    "Jobs that went to another worker, which has what their prompt begins with.", _JOB,
+)  # fmt: skip
 QUEUE_WAIT = Metric(
     "stoker_queue_wait_seconds", "histogram", "From the submission of a job until its first owner had it.",
     _JOB, _WAITS,
@@ -153,9 +157,9 @@ RANKS = Metric("stoker_ranks", "gauge", "Processes that train together as the wo
 STARTED = Metric("stoker_worker_start_time_seconds", "gauge", "When the worker was started, seconds since the epoch.")
 
 WORKER = (
-    JOBS, ATTEMPTS, RESUMED, RETURNED, QUEUE_WAIT, DURATION, FIRST_TOKEN, INTER_TOKEN, INPUT_TOKENS, GENERATED_TOKENS,
-    DRAFTED_TOKENS, ACCEPTED_TOKENS, PREFIX_HITS, PREFIX_TOKENS, PREFIX_DISK_HITS, PREFIX_DISK, BATCH, ENGINE_BUSY,
-    KV_CACHE, KV_LIMIT, KV_BITS, PREEMPTIONS,
+    JOBS, ATTEMPTS, RESUMED, RETURNED, PASSED_ON, QUEUE_WAIT, DURATION, FIRST_TOKEN, INTER_TOKEN, INPUT_TOKENS,
+    GENERATED_TOKENS, DRAFTED_TOKENS, ACCEPTED_TOKENS, PREFIX_HITS, PREFIX_TOKENS, PREFIX_DISK_HITS, PREFIX_DISK, BATCH,
+    ENGINE_BUSY, KV_CACHE, KV_LIMIT, KV_BITS, PREEMPTIONS,
     TRACES, ADAPTERS, TRAIN_LOSS, TRAIN_STEP, TRAIN_STEPS, TRAIN_SPEED, LANE_JOBS, LANE_LIMIT, LEASE_RENEWALS,
     PUBLISH_LAG, UNPUBLISHED, BROKER_LATENCY, MEMORY, RANKS, STARTED,
 )  # fmt: skip

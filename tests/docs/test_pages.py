@@ -179,6 +179,7 @@ LIVES = {
     "31 days": keys.FILES_TTL,
     "10 seconds": keys.PRESENCE_TTL,
     "20 seconds": keys.RUNNER_TTL,
+    "60 seconds": keys.PLACED_TTL,
     "60 minutes": keys.RATE_TTL,
     "10 minutes": keys.COMMAND_TTL,
 }
@@ -211,6 +212,8 @@ def test_the_table_of_keys_is_that_of_the_code() -> None:
         keys.command("<id>"),
         keys.loading("<model>"),
         keys.open_jobs("<queue>"),
+        keys.placed("stoker.<model>.generate", "<worker>"),
+        keys.beginning("<name>"),
     }
     made |= {make("<queue>") for make in (keys.turns, keys.dispatched, keys.pace, keys.sizes)}
     made |= {keys.backlog("<queue>", 7).replace("7", "<priority>"), keys.client("<key>", "<queue>")}
@@ -235,7 +238,11 @@ def test_the_table_of_keys_is_that_of_the_code() -> None:
 
 
 def _example(key: str) -> str:
-    key = key.replace("<queue>", keys.queue("x", "embed")).replace("<priority>", "0")
+    key = (
+        key.replace(keys.beginning("<name>"), keys.beginning("0" * 32))
+        .replace("<queue>", keys.queue("x", "embed"))
+        .replace("<priority>", "0")
+    )
     for place in PLACES:
         key = key.replace(place, "x")
     return key

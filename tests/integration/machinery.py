@@ -102,9 +102,11 @@ def worker_on(
 
 
 @contextmanager
-def two_workers_on(broker: FragileBroker, folder: Path, model: str) -> Iterator[None]:
+def two_workers_on(broker: FragileBroker, folder: Path, model: str, **more: Any) -> Iterator[None]:
     """They start at the same time: each reads the same weights."""
-    settings = [stack_settings(folder / name, url=broker.url, grace=1.0, models=(model,)) for name in ("one", "two")]
+    settings = [
+        stack_settings(folder / name, url=broker.url, grace=1.0, models=(model,), **more) for name in ("one", "two")
+    ]
     with ExitStack() as leaving:
         stacks = [leaving.enter_context(Stack(each, flower=False)) for each in settings]
         for stack in stacks:

@@ -28,7 +28,9 @@ class Record:
     token: str | None = None
     tag: str | None = None
     worker: str | None = None
-    began: bool = False
+    #: The token of its first owner, since it was passed on at least; and of the one that passed it on.
+    began: str | None = None
+    passed: str | None = None
     attempts: int = 0
     #: The workers that went silent with it.
     history: list[str] = field(default_factory=list)
@@ -75,6 +77,8 @@ class Queue:
     policy: Policy = field(default_factory=Policy)
     ready: list[Message] = field(default_factory=list)
     held: dict[str, Message] = field(default_factory=dict)
+    #: The messages for one worker alone.
+    placed: dict[str, list[Message]] = field(default_factory=dict)
     records: dict[str, Record] = field(default_factory=dict)
     results: dict[str, str] = field(default_factory=dict)
     backlogs: dict[int, dict[str, int]] = field(default_factory=lambda: {priority: {} for priority in PRIORITIES})
@@ -256,7 +260,7 @@ class Queue:
         if record.token != token:
             self.note_crash(record)
             record.attempts += 1
-        record.token, record.tag, record.worker, record.began = token, tag, worker, True
+        record.token, record.tag, record.worker, record.began = token, tag, worker, record.began or token
         self.keep(keys.job(job), keys.PENDING_TTL)
         return "dead" if len(record.history) >= self.policy.crashes else "run"
 
@@ -269,6 +273,36 @@ class Queue:
         if record is None or record.token != token:
             return 0
         record.token = record.tag = record.worker = None
+        self.dispatch(job)
+        return 1
+
+    def pass_on(self, job: str, token: str, worker: str) -> str:
+        record = self.records.get(job)
+        if record is not None and record.passed == token:
+            return "passed"
+        if record is None or record.token != token or not record.open:
+            return "fenced"
+        if record.passed or job in self.marks:
+            return "stays"
+        record.sent += 1
+        record.attempts -= 1
+        record.began = None if record.began == token else record.began
+        record.token = record.tag = record.worker = None
+        record.passed = token
+        self.placed.setdefault(worker, []).insert(0, Message(job, f"{job}#{record.sent}"))
+        self.keep(keys.placed(self.name, worker), keys.PLACED_TTL)
+        self.dispatch(job)
+        return "passed"
+
+    def recall(self, job: str, worker: str) -> int:
+        record = self.waiting(job)
+        placed = self.placed.get(worker, [])
+        if record is None or (message := Message(job, f"{job}#{record.sent}")) not in placed:
+            return 0
+        placed.remove(message)
+        if record.token:
+            return 0
+        self.ready.append(message)
         self.dispatch(job)
         return 1
 
@@ -408,6 +442,7 @@ class Queue:
             (keys.DEAD, self.dead),
             *((keys.backlog(self.name, priority), backlog) for priority, backlog in self.backlogs.items()),
             *((keys.client(client, self.name), mine) for client, mine in self.mine.items()),
+            *((keys.placed(self.name, worker), placed) for worker, placed in self.placed.items()),
         ]
         for key, container in containers:
             if key in gone:
@@ -420,6 +455,7 @@ class Queue:
         there |= {key for key in self.until if key.startswith(keys.blob("")) or key == keys.pace(self.name)}
         there |= {keys.backlog(self.name, priority) for priority, backlog in self.backlogs.items() if backlog}
         there |= {keys.client(client, self.name) for client, mine in self.mine.items() if mine}
+        there |= {keys.placed(self.name, worker) for worker, placed in self.placed.items() if placed}
         sets = {keys.dispatched: self.dispatched, keys.open_jobs: self.open, keys.turns: self.turns}
         there |= {name(self.name) for name, container in sets.items() if container}
         sizes = {keys.sizes(self.name): self.until[keys.open_jobs(self.name)] - self.now} if self.open else {}

@@ -35,6 +35,7 @@ from workers import clock
 from workers.celery import transport
 from workers.celery.transport import WorkerConnection
 from workers.deliveries import Deliveries, Health
+from workers.services.placing import Placing
 from workers.services.publishing import Publisher
 
 CARD = ModelCard(model="m", architecture="a", kinds=("generate", "train", "adapters"), context=1, parameters=1)
@@ -108,6 +109,17 @@ def test_a_job_goes_from_its_client_to_its_worker_and_back(broker: Guarded, clie
     assert broker.denied() == []
 
 
+def test_a_worker_passes_jobs_on_and_recalls_them(broker: Guarded, client: Client, worker: Any) -> None:
+    client.generate("x")
+    job_id, placing = take(worker), Placing(broker.settings("worker"), "w", worker)
+    placing.note(["0" * 32])
+    assert placing.better("m", ["0" * 32]) is None
+    assert ledger.pass_on(worker, job_id, QUEUE, "token", "v") == "passed"
+    assert worker.brpop([keys.placed(QUEUE, "w"), keys.ready(QUEUE)], 0.01) is None
+    assert ledger.recall(worker, job_id, QUEUE, "v")
+    assert broker.denied() == []
+
+
 def test_a_worker_loads_the_functions_and_clients_call_them(
     broker: Guarded, client: Client, worker: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,7 +175,7 @@ def test_a_worker_recovers_what_was_lost_and_moves_aside_what_is_spoiled(
     for key in (keys.POLICY, keys.open_jobs(QUEUE), keys.ready(QUEUE), keys.prefixes("m")):
         broker.admin.delete(key)
         broker.admin.set(key, "garbage")
-    assert Mender(worker, lambda: [QUEUE]).round()
+    assert Mender(worker, lambda: [QUEUE], "w").round()
     assert broker.denied() == []
 
 

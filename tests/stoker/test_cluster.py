@@ -18,7 +18,7 @@ from tests.docs.pages import code, rows
 WHOSE = {
     **dict.fromkeys(("job", "result", "cancel", "stream", "vectors", "checkpoint"), "of its job"),
     **dict.fromkeys(
-        ("ready", "backlog", "open", "dispatched", "turns", "pace", "sizes", "client"), "of its job's queue"
+        ("ready", "placed", "backlog", "open", "dispatched", "turns", "pace", "sizes", "client"), "of its job's queue"
     ),
     "adapter": "of its model",
     **dict.fromkeys(("policy", "dead", "unacked"), "of the whole broker"),
@@ -35,6 +35,8 @@ CALLS: dict[str, Callable[[Any], object]] = {
     "refuse": lambda redis: ledger.refuse(redis, "j", QUEUE, ENDING),
     "recover": lambda redis: ledger.recover(redis, QUEUE, 1.0),
     "release": lambda redis: ledger.release(redis, "j", QUEUE, "token"),
+    "pass_on": lambda redis: ledger.pass_on(redis, "j", QUEUE, "token", "w"),
+    "recall": lambda redis: ledger.recall(redis, "j", QUEUE, "w"),
     "dead_letter": lambda redis: ledger.dead_letter(redis, "j", QUEUE, "token"),
     "out_of_memory": lambda redis: ledger.count_out_of_memory(redis, "j", QUEUE, "token"),
     "keep_part": lambda redis: ledger.keep_part(redis, "j", QUEUE, "token", "a-1", b"a"),

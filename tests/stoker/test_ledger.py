@@ -268,6 +268,36 @@ def test_the_message_is_what_celery_itself_would_send(redis: Any, broker: Settin
     assert ours == theirs
 
 
+def test_a_job_stays_where_another_program_wrote_in_the_place_of_the_other_workers_messages(redis: Any) -> None:
+    submit(redis)
+    claim(redis, "one")
+    redis.set(keys.placed(QUEUE, "other"), "x", ex=keys.PLACED_TTL)
+    assert ledger.pass_on(redis, "job", QUEUE, "one", "other") == "stays"
+    assert complete(redis, "one")
+
+
+def test_a_job_that_came_back_and_runs_is_recalled_to_nobody(redis: Any) -> None:
+    submit(redis)
+    raw = redis.rpop(keys.ready(QUEUE))
+    claim(redis, "one", "tag")
+    assert ledger.pass_on(redis, "job", QUEUE, "one", "other") == "passed"
+    redis.rpush(keys.ready(QUEUE), raw)
+    assert claim(redis, "two", "tag").state == "run"
+    redis.rpop(keys.ready(QUEUE))
+    assert not ledger.recall(redis, "job", QUEUE, "other")
+    assert not redis.exists(keys.placed(QUEUE, "other"), keys.ready(QUEUE))
+
+
+def test_a_job_that_an_owner_crashed_with_before_counts_as_resumed_where_it_is_passed_on(redis: Any) -> None:
+    submit(redis)
+    claim(redis, "one")
+    claim(redis, "two")
+    assert ledger.pass_on(redis, "job", QUEUE, "two", "other") == "passed"
+    redis.delete(keys.placed(QUEUE, "other"))
+    claimed = claim(redis, "three")
+    assert (claimed.resumed, claimed.attempt) == (True, 2)
+
+
 def test_a_second_delivery_of_a_running_job_is_dropped(redis: Any) -> None:
     submit(redis)
     assert claim(redis, "one", "tag-1").state == "run"

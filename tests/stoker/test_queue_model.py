@@ -1,5 +1,5 @@
 """The ledger against a model of it, in every order of its transitions: submit, claim, release, complete, abandon,
-cancel, recover, retry; messages lost and doubled, workers that die or freeze, and time that passes."""
+cancel, pass on, recall, recover, retry; messages lost and doubled, workers that die or freeze, and time that passes."""
 
 from __future__ import annotations
 
@@ -44,6 +44,8 @@ class LedgerMachine(RuleBasedStateMachine):
         give_time(self.redis, START)
         window = KINDS[kind].ready
         self.model = Queue(keys.queue("toy", kind), window, START, self.alive.__contains__)
+        #: Jobs that were passed on, and to whom.
+        self.passed: list[tuple[str, str]] = []
         #: Tokens that were given out: (job, token).
         self.claims: list[tuple[str, str]] = []
         self.holders: dict[str, str] = {}
@@ -123,9 +125,10 @@ class LedgerMachine(RuleBasedStateMachine):
         tag = sorted(self.model.held)[pick % len(self.model.held)]
         self.claim(self.model.held[tag], self.holders[tag])
 
-    def hold(self, worker: str) -> Message:
-        raw = self.redis.rpop(keys.ready(self.model.name))
-        message = self.model.ready.pop()
+    def hold(self, worker: str, key: str | None = None, standing: list[Message] | None = None) -> Message:
+        """What is next in the ready list, or in another."""
+        raw = self.redis.rpop(key or keys.ready(self.model.name))
+        message = (self.model.ready if standing is None else standing).pop()
         assert _read(raw) == message
         self.redis.hset(keys.UNACKED, message.tag, raw)
         self.model.held[message.tag], self.holders[message.tag] = message, worker
@@ -135,7 +138,7 @@ class LedgerMachine(RuleBasedStateMachine):
         token = f"token-{len(self.claims)}"
         job = message.job
         known = self.model.records.get(job)
-        before = (known.began, known.submitted) if known else (False, 0.0)
+        before = (known.began is not None, known.submitted) if known else (False, 0.0)
         expected = self.model.claim(job, token, message.tag, worker)
         reply = ledger.claim(self.redis, job, self.model.name, token, message.tag, worker)
         again = ledger.claim(self.redis, job, self.model.name, token, message.tag, worker)
@@ -194,6 +197,43 @@ class LedgerMachine(RuleBasedStateMachine):
         assert ledger.release(self.redis, job, self.model.name, token) == expected
         if expected and tag in self.model.held:
             self.bring_back(tag) if fate == "back" else self.lose_held(tag)
+
+    @precondition(lambda self: self.claims)
+    @rule(pick=PICK, worker=st.sampled_from(WORKERS), acknowledged=st.booleans())
+    def pass_on(self, pick: int, worker: str, acknowledged: bool) -> None:
+        job, token = self.claims[-1 - pick % len(self.claims)]
+        record = self.model.records.get(job)
+        tag = record.tag if record is not None else None
+        expected = self.model.pass_on(job, token, worker)
+        reply = ledger.pass_on(self.redis, job, self.model.name, token, worker)
+        again = ledger.pass_on(self.redis, job, self.model.name, token, worker)
+        assert reply == again == expected, "an answer that was lost is given again"
+        self.compare_placed(worker)
+        if expected == "passed":
+            self.passed.append((job, worker))
+            if acknowledged and tag in self.model.held:
+                self.lose_held(tag)
+
+    @precondition(lambda self: any(self.model.placed.get(worker) for worker in self.alive))
+    @rule(pick=PICK)
+    def take_what_was_passed_on(self, pick: int) -> None:
+        able = sorted(worker for worker in self.alive if self.model.placed.get(worker))
+        worker = able[pick % len(able)]
+        self.claim(self.hold(worker, keys.placed(self.model.name, worker), self.model.placed[worker]), worker)
+
+    @precondition(lambda self: self.passed)
+    @rule(pick=PICK)
+    def recall(self, pick: int) -> None:
+        """In time, too late, or once more because the answer was lost."""
+        job, worker = self.passed[-1 - pick % len(self.passed)]
+        expected = self.model.recall(job, worker)
+        assert ledger.recall(self.redis, job, self.model.name, worker) == expected
+        self.compare_placed(worker)
+        self.compare_ready_lists()
+
+    def compare_placed(self, worker: str) -> None:
+        standing = self.redis.lrange(keys.placed(self.model.name, worker), 0, -1)
+        assert list(map(_read, standing)) == self.model.placed.get(worker, [])
 
     # What goes wrong
 
@@ -382,6 +422,7 @@ def compare_record(record: Record, found: dict[str, str]) -> None:
         record.turn,
     )
     assert (int(found["sent"]), int(found.get("attempts", 0))) == (record.sent, record.attempts)
+    assert (found.get("began"), found.get("passed")) == (record.began, record.passed)
     assert ("request" in found, "message" in found, found.get("ended")) == (
         (True, True, None) if record.open else (False, False, "1")
     )

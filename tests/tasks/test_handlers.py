@@ -23,6 +23,7 @@ from stoker.contract import (
     AdapterRequest,
     AdapterResult,
     EmbedRequest,
+    GenerateResult,
     StreamToken,
     TrainRequest,
     TrainResult,
@@ -42,9 +43,11 @@ from tasks.embed import EmbedHandler
 from tasks.generate import GenerateHandler
 from tasks.train import TrainHandler
 from workers import moving
+from workers.beginnings import BLOCK, beginnings
 from workers.capacity import DoesNotFit
 from workers.job import Job
 from workers.job_lease import JobLease
+from workers.services.placing import Placing
 
 FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights", "stoker.json": b"{}"}
 LINES = b'{"text": "a"}\n{"text": "b"}'
@@ -63,6 +66,7 @@ class Worker:
                 store=self.store, models={"m": None}, run_memory=self.run_memory, kept_by=lambda request: 60
             ),
             name="w@here",
+            placing=Placing(settings, "w@here", self.redis),
             persist=lambda action: action(),
         )
         self.resources = ExitStack()
@@ -255,6 +259,19 @@ def test_a_job_keeps_the_version_of_its_adapter_that_it_began_with(worker: Worke
 def test_a_job_without_an_adapter_is_prepared_as_it_is(worker: Worker) -> None:
     request = generate_request("m", "x", 0, {})
     assert GenerateHandler().prepare(worker.job(), request) is request
+
+
+def test_a_long_prompt_goes_where_its_beginning_is_and_where_it_ran_is_noted(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handler, request = GenerateHandler(), generate_request("m", "x" * 2 * BLOCK, 0, {})
+    result = GenerateResult(text="y", token_ids=(1,), finish_reason="stop", usage=Usage(), model="m", adapter=None)
+    handler.finish(worker.job(), request, result)
+    assert [worker.redis.scard(keys.beginning(name)) for name in beginnings(request)] == [1, 1]
+    asked: list[tuple[str, list[str]]] = []
+    monkeypatch.setattr(worker.runtime.placing, "better", lambda *prompt: asked.append(prompt))
+    handler.prepare(worker.job(), request)
+    assert asked == [("m", beginnings(request))]
 
 
 def test_a_job_that_waits_for_room_gives_up_after_a_while(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,7 @@ LIMITS = {"generate": 2, "train": 1}
 QUEUES = {"generate": ["stoker.a.generate", "stoker.b.generate"], "train": ["stoker.a.train"]}
 TRAIN = QUEUES["train"][0]
 HOUR = 3600
+NAME = "w@host/1a2b3c4d"
 
 
 class Worker:
@@ -45,7 +46,9 @@ class Worker:
         )
         self.connection.transport.brpop_timeout = HOUR
         queues = [Queue(name, routing_key=name) for names in QUEUES.values() for name in names]
-        self.consumer = LaneConsumer(self.connection, queues, accept=["json"], on_message=self._take, lanes=lanes)
+        self.consumer = LaneConsumer(
+            self.connection, queues, accept=["json"], on_message=self._take, lanes=lanes, worker=NAME
+        )
         self.hub = Hub()
         self.lanes.wake = lambda: self.hub.call_soon(lambda: None)
         self.connection.register_with_event_loop(self.hub)
@@ -59,11 +62,12 @@ class Worker:
         self.lanes.enter(self._kind(message))
         self.taken.append(message)
 
-    def send(self, queue: str, job: str = "job") -> None:
+    def send(self, queue: str, job: str = "job", only: str | None = None) -> None:
+        """`only`: the worker that alone may take it."""
         _, model, kind = queue.split(".")
         message = envelope(f"{model}-{kind}-{job}", kind, model, queue)
         tagged = message.replace('"delivery_tag": ""', f'"delivery_tag": "{model}-{kind}-{job}#1"')
-        self.redis.lpush(keys.ready(queue), tagged)
+        self.redis.lpush(keys.placed(queue, only) if only else keys.ready(queue), tagged)
 
     def end(self, message: Any) -> None:
         message.ack()
@@ -133,6 +137,23 @@ def test_a_full_lane_asks_for_nothing_and_the_others_go_on(worker: Worker) -> No
     assert worker.redis.llen(keys.ready("stoker.b.generate")) == 1
     assert worker.redis.llen(keys.ready(TRAIN)) == 2
     assert worker.blocked() == 0
+
+
+def test_what_is_for_this_worker_alone_comes_first_and_what_is_for_another_does_not_come(worker: Worker) -> None:
+    queue = "stoker.a.generate"
+    worker.send(queue, "other", only="v@host/5e6f7a8b")
+    worker.send(queue, "any")
+    worker.send(queue, "own", only=NAME)
+    worker.turn_until(lambda: len(worker.taken) == 2)
+    assert [message.headers["id"] for message in worker.taken] == ["a-generate-own", "a-generate-any"]
+    assert taken(worker) == {queue: 2}, "they are jobs of the one queue"
+    worker.send(queue, "late", only=NAME)
+    worker.send(TRAIN)
+    worker.turn_until(lambda: taken(worker)[TRAIN] == 1)
+    assert worker.redis.llen(keys.placed(queue, NAME)) == 1, "a full lane takes none"
+    worker.end(worker.taken[0])
+    worker.turn_until(lambda: taken(worker)[queue] == 3)
+    worker.redis.delete(keys.placed(queue, "v@host/5e6f7a8b"))
 
 
 def test_many_jobs_through_full_lanes_leave_no_key(worker: Worker) -> None:

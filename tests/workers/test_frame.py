@@ -363,6 +363,40 @@ def test_a_stopping_workers_job_goes_back_without_owner_and_without_a_crash(work
     assert worker.redis.hget(keys.job("job"), Field.TOKEN) is None
 
 
+@pytest.mark.parametrize("placed", ["better", "no better", "passed on before", "resumed"])
+def test_a_job_of_which_another_worker_has_more_goes_there_once_and_as_if_it_had_not_been_here(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch, placed: str
+) -> None:
+    class Placed(Handler):
+        def prepare(self, job: Job, request: GenerateRequest) -> GenerateRequest:
+            job.place(request.model, ["name"])
+            return request
+
+    witness = Witness()
+    worker.runtime.observers = Observers([witness])
+    recalled: list[tuple[str, ...]] = []
+    placing = worker.runtime.placing
+    monkeypatch.setattr(placing, "better", lambda model, names: None if placed == "no better" else "other")
+    monkeypatch.setattr(placing, "recall_later", lambda *passed: recalled.append(passed))
+    if placed == "resumed":
+        ledger.claim(worker.redis, "job", QUEUE, "before", "tag", "w@gone")
+    if placed == "passed on before":
+        worker.redis.hset(keys.job("job"), "passed", "before")
+    if placed != "better":
+        assert worker.deliver(lambda: 7, handler=Placed())["completion_tokens"] == 7
+        assert not recalled
+        return
+    with pytest.raises(Ignore):
+        worker.deliver(lambda: 7, handler=Placed())
+    assert (worker.outcome, worker.engine.tickets) == (None, [])
+    assert witness.ends[-1].outcome is DeliveryEnd.PASSED_ON
+    assert recalled == [("job", QUEUE, "other")]
+    assert worker.redis.llen(keys.placed(QUEUE, "other")) == 1
+    worker.redis.delete(keys.placed(QUEUE, "other"))
+    claim = ledger.claim(worker.redis, "job", QUEUE, "later", "job#2", "other")
+    assert (claim.state, claim.resumed, claim.attempt) == ("run", False, 1)
+
+
 def test_a_job_that_does_not_fit_goes_back_to_its_queue_and_its_lane_takes_no_other(worker: Worker) -> None:
     """Before its message goes back: this worker would take it again."""
     worker.context.lanes.configure({"generate": 4}, {"generate": [QUEUE]})
@@ -657,7 +691,7 @@ def test_a_key_that_another_worker_mended_a_moment_before_fails_no_job(
         mender.round()
         return False
 
-    mender = mending.Mender(worker.redis, lambda: [QUEUE])
+    mender = mending.Mender(worker.redis, lambda: [QUEUE], worker.runtime.name)
     monkeypatch.setattr(worker.runtime.mender, "round", by_another)
     assert worker.deliver(spoil_at(worker, keys.sizes(QUEUE), when))["completion_tokens"] == 1
 

@@ -21,7 +21,7 @@ def spoil(redis: Any, key: str) -> None:
 
 @pytest.mark.parametrize("key", [keys.UNACKED, keys.LEASES])
 def test_a_message_is_held_though_another_program_wrote_over_the_table(redis: Any, qos: Any, key: str) -> None:
-    qos.channel.deliveries.mend = Mender(redis, list).round
+    qos.channel.deliveries.mend = Mender(redis, list, "w").round
     spoil(redis, key)
     deliver(qos)
     assert redis.hkeys(keys.UNACKED) == [b"job#1"]
@@ -31,7 +31,7 @@ def test_a_message_is_held_though_another_program_wrote_over_the_table(redis: An
 
 @pytest.mark.parametrize("key", [keys.UNACKED, keys.LEASES])
 def test_a_message_is_acknowledged_though_another_program_wrote_over_the_table(redis: Any, qos: Any, key: str) -> None:
-    qos.channel.deliveries.mend = Mender(redis, list).round
+    qos.channel.deliveries.mend = Mender(redis, list, "w").round
     deliver(qos)
     spoil(redis, key)
     qos.ack("job#1")

@@ -17,7 +17,8 @@ from workers.services import rebuilding
 from workers.services.mending import SHARED, Mender, keys_of
 
 QUEUE = keys.queue("m", "generate")
-RIGHT = SHARED | keys_of(QUEUE)
+NAME = "w@here/1a2b3c4d"
+RIGHT = SHARED | keys_of(QUEUE) | keys.types([keys.placed(QUEUE, NAME)])
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def fill(redis: Any, key: str, kind: str) -> None:
 @pytest.mark.parametrize("key", RIGHT)
 def test_what_spoils_a_key_that_jobs_share_is_moved_aside_and_kept_for_a_while(redis: Any, key: str) -> None:
     redis.set(key, "x")
-    mender = Mender(redis, lambda: [QUEUE])
+    mender = Mender(redis, lambda: [QUEUE], NAME)
     assert mender.round()
     assert not redis.exists(key)
     assert redis.get(keys.spoiled(key)) == b"x"
@@ -55,14 +56,14 @@ def test_right_keys_and_keys_of_others_stay_as_they_are(redis: Any) -> None:
     other = keys.ready(keys.queue("other", "embed"))
     fill(redis, other, "string")
     before = set(redis.keys())
-    assert not Mender(redis, lambda: [QUEUE]).round()
+    assert not Mender(redis, lambda: [QUEUE], NAME).round()
     assert set(redis.keys()) == before
     redis.delete(other)
 
 
 def test_a_key_that_is_right_again_in_between_is_not_moved(redis: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two workers see it wrong; the second comes when it was moved and written anew."""
-    mender = Mender(redis, list)
+    mender = Mender(redis, list, NAME)
     move = mender.move
 
     def late(key: str, found: str, kind: str) -> bool:
@@ -84,13 +85,13 @@ def test_every_key_that_is_mended_is_declared(redis: Any) -> None:
 def test_all_that_is_wrong_is_moved_at_once(redis: Any) -> None:
     for key in (keys.WORKERS, keys.MODELS, keys.ready(QUEUE)):
         redis.set(key, "x")
-    assert Mender(redis, lambda: [QUEUE]).round()
+    assert Mender(redis, lambda: [QUEUE], NAME).round()
     assert not redis.exists(keys.WORKERS, keys.MODELS, keys.ready(QUEUE))
 
 
 def test_the_list_of_adapters_of_a_served_model_is_mended_too(redis: Any) -> None:
     redis.set(keys.adapters("m"), "of another program", ex=60)
-    assert Mender(redis, lambda: [QUEUE]).round()
+    assert Mender(redis, lambda: [QUEUE], NAME).round()
     assert redis.sadd(keys.adapters("m"), "style") == 1
     redis.delete(keys.adapters("m"))
 
@@ -102,7 +103,7 @@ def test_the_list_of_adapters_is_made_anew_of_the_records_that_are_there(redis: 
     for odd in (keys.adapter("m", "Bad Name"), keys.adapter("m", "typed")):
         redis.set(odd, "of another program", ex=60)
     write_over(redis, keys.adapters("m"))
-    assert Mender(redis, lambda: [QUEUE]).round()
+    assert Mender(redis, lambda: [QUEUE], NAME).round()
     assert registry.names(redis.smembers(keys.adapters("m"))) == ["style", "tone"]
     assert redis.ttl(keys.adapters("m")) == -1
     assert redis.get(keys.spoiled(keys.adapters("m"))) == b"of another program"
@@ -113,7 +114,7 @@ def test_a_user_who_may_not_scan_begins_the_list_of_adapters_anew(redis: Any, ca
     redis.set(keys.adapters("m"), "of another program", ex=60)
     redis.execute_command("ACL", "SETUSER", "default", "-scan")
     try:
-        assert Mender(redis, lambda: [QUEUE]).round()
+        assert Mender(redis, lambda: [QUEUE], NAME).round()
     finally:
         redis.execute_command("ACL", "SETUSER", "default", "+@all")
     assert not redis.exists(keys.adapters("m"))
@@ -131,7 +132,7 @@ def test_another_trouble_while_the_list_of_adapters_is_gathered_is_not_passed_ov
 
     monkeypatch.setattr(redis, "scan_iter", loading)
     with pytest.raises(ResponseError, match="LOADING"):
-        Mender(redis, lambda: [QUEUE]).round()
+        Mender(redis, lambda: [QUEUE], NAME).round()
     assert redis.get(keys.adapters("m")) == b"of another program"
 
 
@@ -162,7 +163,7 @@ def test_the_set_of_open_jobs_is_made_anew_of_what_other_keys_know(redis: Any, a
     redis.zadd(keys.dispatched(QUEUE), {"ghost": 1.0, "evil": 1.0, b"\xff": 1.0})
     redis.delete(*also_lost)
     write_over(redis, keys.open_jobs(QUEUE))
-    assert Mender(redis, lambda: [QUEUE]).round()
+    assert Mender(redis, lambda: [QUEUE], NAME).round()
     assert redis.zrange(keys.open_jobs(QUEUE), 0, -1, withscores=True) == before
     assert 0 < redis.ttl(keys.open_jobs(QUEUE)) <= keys.PENDING_TTL
 
@@ -170,7 +171,7 @@ def test_the_set_of_open_jobs_is_made_anew_of_what_other_keys_know(redis: Any, a
 def test_jobs_whose_orders_are_lost_behind_their_set_wait_again(redis: Any) -> None:
     submit(redis, "job")
     write_over(redis, keys.open_jobs(QUEUE))
-    Mender(redis, lambda: [QUEUE]).round()
+    Mender(redis, lambda: [QUEUE], NAME).round()
     in_no_order(redis)
     for _ in range(2):
         ledger.recover(redis, QUEUE, -1)
@@ -190,7 +191,7 @@ def test_a_cancel_that_a_wrong_key_stops_changes_nothing_and_counts_once_it_is_m
     except ResponseError:
         assert {name: redis.dump(name) for name in redis.scan_iter()} == before
         assert redis.type(key) == b"string"
-        assert Mender(redis, lambda: [QUEUE]).round()
+        assert Mender(redis, lambda: [QUEUE], NAME).round()
         assert ledger.cancel(redis, last, QUEUE) == "cancelled"
     assert not redis.exists(keys.open_jobs(QUEUE)) or redis.zscore(keys.open_jobs(QUEUE), last) is None
     redis.flushall()

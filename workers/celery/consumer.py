@@ -16,6 +16,7 @@ from celery.app.amqp import AMQP
 from kombu.entity import Queue
 from kombu.messaging import Consumer
 
+from stoker.contract.kinds import GENERATE
 from workers.capacity import Lanes
 from workers.celery.transport import WorkerConnection
 from workers.context import WorkerContext
@@ -24,8 +25,8 @@ from workers.context import WorkerContext
 class LaneConsumer(Consumer):
     """Made anew for each connection, which closes its channels with itself."""
 
-    def __init__(self, *args: Any, lanes: Lanes, **kwargs: Any) -> None:
-        self.lanes = lanes
+    def __init__(self, *args: Any, lanes: Lanes, worker: str, **kwargs: Any) -> None:
+        self.lanes, self.worker = lanes, worker
         super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def revive(self, channel: Any) -> None:
@@ -40,6 +41,7 @@ class LaneConsumer(Consumer):
         if kind is not None and kind not in self.channels:
             channel = self.connection.channel()
             channel.qos.has_room = partial(self.lanes.has_room, kind)
+            channel.worker = self.worker if kind == GENERATE.name else ""
             self.channels[kind] = channel
         return self.channels[kind]
 
@@ -77,7 +79,7 @@ class LaneAMQP(AMQP):
     """How Celery gets the consumer, and connections that know whose they are: `Celery(amqp=...)`."""
 
     def Consumer(self, *args: Any, **kwargs: Any) -> LaneConsumer:
-        return LaneConsumer(*args, lanes=self._context.lanes, **kwargs)
+        return LaneConsumer(*args, lanes=self._context.lanes, worker=self._context.worker, **kwargs)
 
     def Connection(self, *args: Any, **kwargs: Any) -> WorkerConnection:
         return WorkerConnection(*args, deliveries=self._context.deliveries, **kwargs)

@@ -26,8 +26,10 @@ import kombu.transport.redis as kombu_redis
 from kombu.connection import Connection
 from kombu.exceptions import OperationalError
 from kombu.transport import virtual
+from kombu.utils.scheduling import round_robin_cycle
 from redis.exceptions import RedisError, ResponseError
 
+from stoker.broker import keys
 from stoker.broker.envelope import QUEUE, UnreadableMessage, read
 from workers import clock
 from workers.deliveries import Deliveries, Health
@@ -70,9 +72,9 @@ class ReadableClient(kombu_redis.PrefixedStrictRedis):
         reply = super().parse_response(connection, command_name, **options)  # type: ignore[no-untyped-call]
         if command_name != "BRPOP" or not reply:
             return reply
-        queue, raw = reply[0].decode(), reply[1]
+        queue, raw = keys.queue_of(reply[0].decode()), reply[1]
         try:
-            return reply[0], json.dumps(read(raw, queue)).encode()
+            return queue.encode(), json.dumps(read(raw, queue)).encode()
         except UnreadableMessage as error:
             self._dead_letter(Unreadable(raw, queue, str(error)))
             return None
@@ -180,10 +182,26 @@ def _why_not_held(raw: bytes) -> str | None:
     return None
 
 
+class _OwnFirst(round_robin_cycle):
+    """What a BRPOP asks for, by turns: the lists of messages that are for `worker()` alone, and then the queues."""
+
+    def __init__(self, worker: Callable[[], str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._worker = worker
+
+    def consume(self, n: int) -> list[str]:
+        queues: list[str] = super().consume(n)  # type: ignore[no-untyped-call]
+        worker = self._worker()
+        own = [keys.placed(queue, worker).removeprefix(keys.PREFIX) for queue in queues] if worker else []
+        return own + queues
+
+
 class Channel(kombu_redis.Channel):
     QoS = QoS
     #: For each thread that may acknowledge at the same moment: kombu has 10, and would refuse the eleventh its ack.
     max_connections = 1024
+    #: The worker that takes the messages which are for it alone, too; "": none does.
+    worker = ""
     _last_pool: Any = None
     _acking: Any = None
 
@@ -192,6 +210,7 @@ class Channel(kombu_redis.Channel):
         #: A connection of no worker's app holds none.
         self.deliveries = owner.deliveries if isinstance(owner, WorkerConnection) else Deliveries(Health(math.inf))
         super().__init__(connection, **kwargs)  # type: ignore[no-untyped-call]
+        self._queue_cycle = _OwnFirst(lambda: self.worker)
 
     @property
     def do_restore(self) -> bool:  # type: ignore[override]

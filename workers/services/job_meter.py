@@ -17,6 +17,10 @@ from workers.account import DeliveryEnd, JobAccount
 ENDS = (DeliveryEnd.SUCCEEDED, DeliveryEnd.FAILED, DeliveryEnd.CANCELLED, DeliveryEnd.DEAD)
 
 
+#: Ends of a delivery behind which the job goes on → what counts them.
+BACK = {DeliveryEnd.RETURNED: metrics.RETURNED, DeliveryEnd.PASSED_ON: metrics.PASSED_ON}
+
+
 class JobMeter:
     """An `Observer`. `models`: those that this worker serves. One lock: a job comes by twice, a token never."""
 
@@ -32,7 +36,7 @@ class JobMeter:
         """Make the series of what is served: a rate needs the zero before the first count."""
         for card in cards:
             for kind in card.kinds:
-                for metric in (metrics.ATTEMPTS, metrics.RESUMED, metrics.RETURNED, metrics.INPUT_TOKENS):
+                for metric in (metrics.ATTEMPTS, metrics.RESUMED, metrics.INPUT_TOKENS, *BACK.values()):
                     self._numbers.of(metric, card.model, kind)
                 for outcome in ENDS:
                     self._numbers.of(metrics.JOBS, card.model, kind, outcome)
@@ -61,8 +65,8 @@ class JobMeter:
                 self._numbers.of(metrics.JOBS, *labels, account.outcome).add()
                 if submitted is not None:
                     self._numbers.of(metrics.DURATION, *labels).observe(self._clock() - submitted)
-            elif account.outcome is DeliveryEnd.RETURNED:
-                self._numbers.of(metrics.RETURNED, *labels).add()
+            elif account.outcome in BACK:
+                self._numbers.of(BACK[account.outcome], *labels).add()
 
     def close(self) -> None: ...
 

@@ -46,16 +46,16 @@ def keys_of(queue: str) -> dict[str, str]:
 
 
 class Mender:
-    """`queues` are those that this worker serves, each time it is asked."""
+    """`queues` are those that this worker serves, each time it is asked; `worker` is its name in the ledger."""
 
-    def __init__(self, redis: Any, queues: Callable[[], list[str]]) -> None:
-        self._redis, self._queues = redis, queues
+    def __init__(self, redis: Any, queues: Callable[[], list[str]], worker: str) -> None:
+        self._redis, self._queues, self._worker = redis, queues, worker
 
     def round(self) -> bool:
         """Move aside every key of a wrong type; return whether there was one."""
         right = dict(SHARED)
         for queue in self._queues():
-            right |= keys_of(queue)
+            right |= keys_of(queue) | keys.types([keys.placed(queue, self._worker)])
         pipeline = self._redis.pipeline(transaction=False)
         for key in right:
             pipeline.type(key)

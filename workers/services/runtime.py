@@ -26,6 +26,7 @@ from workers.services.engine_meter import EngineMeter
 from workers.services.job_meter import JobMeter
 from workers.services.mending import Mender
 from workers.services.observing import observers
+from workers.services.placing import Placing
 from workers.services.publishing import Publisher
 from workers.services.retrying import Retry
 
@@ -50,11 +51,12 @@ class Runtime:
     def __init__(self, settings: Settings, name: str, make_engine: Callable[[Callable[..., None]], Engine]) -> None:
         self.settings, self.name = settings, name
         self.redis = connect(settings, loads_functions=True)
-        self.mender = Mender(self.redis, lambda: self.queues)
+        self.mender = Mender(self.redis, lambda: self.queues, name)
         self.numbers = Numbers()
         self.job_meter = JobMeter(self.numbers, lambda: self._models)
         self.publisher = Publisher(connect(settings), self.fail, self.numbers.of(PUBLISH_LAG))
         self.engine = make_engine(self.publisher.publish)
+        self.placing = Placing(settings, name, self.redis)
         #: Who observes the jobs that run here.
         self.observers = observers(settings, name, self.job_meter)
         self.engine.observe = EngineMeter(self.numbers, self.job_meter.submitted).step
@@ -74,6 +76,7 @@ class Runtime:
         with translated(self.settings):
             self.persist(lambda: LIBRARY.offer(self.redis))
         self.publisher.start()
+        self.placing.start(self.stopped)
         self.job_meter.expect(self.engine.cards)
 
     def stop(self) -> None:

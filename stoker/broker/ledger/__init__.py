@@ -5,8 +5,9 @@ A job's life: `submit` writes its record and lets it wait in the backlog. The be
 list, from which Celery takes messages (`prelude.lua`). A worker that gets the message calls `claim`: it becomes the
 owner under a token of its own, unless the job has ended, another delivery of it runs, or it has crashed too many
 owners. When the worker is done it calls `complete`, which stores the result; when it gives the job back, `release`;
-when the job has to wait for a person, `dead_letter`. An owner whose message was given to another worker (it was frozen
-for longer than its lease) finds its token replaced: it is fenced, and must leave no trace.
+when the job has to wait for a person, `dead_letter`; when another worker has what it would have to make first,
+`pass_on`, and `recall` if that one does not take it soon. An owner whose message was given to another worker (it was
+frozen for longer than its lease) finds its token replaced: it is fenced, and must leave no trace.
 
 A message can be lost between the ready list and a worker's memory. `recover` finds jobs that were dispatched and that
 no living worker owns, and lets them wait again; that is safe, because a second delivery of a running job is dropped.
@@ -31,7 +32,7 @@ from stoker.broker.ledger.ending import revoked as revoked
 from stoker.broker.ledger.ending import success as success
 from stoker.broker.ledger.listing import Listing, OpenJob
 from stoker.broker.ledger.record import addressed
-from stoker.broker.ledger.replies import Claim, DeadLettered, KeptPart, ManifestState, Submitted, recovered
+from stoker.broker.ledger.replies import Claim, DeadLettered, KeptPart, ManifestState, Passing, Submitted, recovered
 from stoker.broker.ledger.script import LuaScript, text
 from stoker.broker.ledger.transitions import TRANSITIONS
 from stoker.broker.ledger.vectors import VECTOR_BYTES
@@ -114,6 +115,17 @@ def release(redis: Any, job_id: str, queue: str, token: str) -> bool:
     """Give a job back, alive: that its owner goes away is not held against the job. False for an owner that was
     fenced."""
     return _call(TRANSITIONS.release, bool, job_id, queue, token).on(redis)
+
+
+def pass_on(redis: Any, job_id: str, queue: str, token: str, worker: str) -> Passing:
+    """Let `worker` alone take the job, until it is recalled. Each job is passed on once at most."""
+    extra = (keys.placed(queue, worker),)
+    return _call(TRANSITIONS.pass_on, Passing.parse, job_id, queue, token, keys.PLACED_TTL, extra=extra).on(redis)
+
+
+def recall(redis: Any, job_id: str, queue: str, worker: str) -> bool:
+    """Let any worker take a job next that `worker` has not taken. False if it has, or the job has ended."""
+    return _call(TRANSITIONS.recall, bool, job_id, queue, extra=(keys.placed(queue, worker),)).on(redis)
 
 
 def count_out_of_memory(redis: Any, job_id: str, queue: str, token: str) -> int:

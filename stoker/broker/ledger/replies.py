@@ -58,6 +58,18 @@ class Claim:
         return cls(*claim, cancelled == "1", client, int(attempt), traceparent, tracestate)
 
 
+class Passing(StrEnum):
+    """What became of a job that its owner wanted to pass on: `STAYS` if it may not be, and its owner keeps it."""
+
+    PASSED = "passed"
+    STAYS = "stays"
+    FENCED = "fenced"
+
+    @classmethod
+    def parse(cls, reply: bytes) -> Passing:
+        return cls(reply.decode())
+
+
 @dataclass(frozen=True)
 class Crash:
     """An owner that went silent, or gave the job up for `trouble`. `time`: the broker's."""

@@ -24,6 +24,8 @@ class Transitions:
     cancel: LuaScript
     refuse: LuaScript
     recover: LuaScript
+    pass_on: LuaScript
+    recall: LuaScript
     # What moves no job needs no more than the names.
     release: LuaScript
     dead_letter: LuaScript
@@ -48,6 +50,8 @@ _BEHIND = {
     "cancel": _BOTH,
     "refuse": _BOTH,
     "recover": _WAITING,
+    "pass_on": _WAITING,
+    "recall": _NAMES,
     "release": _NAMES,
     "dead_letter": _NAMES,
     "out_of_memory": _NAMES,
@@ -65,6 +69,8 @@ _MAKE_ROOM = (
     "cancel",
     "refuse",
     "recover",
+    "pass_on",
+    "recall",
     "release",
     "dead_letter",
     "fetch_vectors",

@@ -1,0 +1,74 @@
+"""Two workers with disks of their own: a conversation goes on where its beginning is, and waits there for a moment at
+most."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from stoker import Client, GenerateResult
+from stoker.broker import keys
+from stoker.monitor import metrics
+from stoker.monitor.numbers import MetricsReport
+from tests import endless
+from tests.conftest import wait_until
+from tests.integration.machinery import FragileBroker, endless_in, patient_client, two_workers_on
+from workers.beginnings import BLOCK
+
+pytestmark = pytest.mark.integration
+
+#: Tokens whose text, as ids, is a block and a little more.
+LONG = BLOCK // 2
+#: Seconds: longer than any worker here needs to take a job.
+PATIENT = 2.0
+
+
+def prompt(number: int, turns: int = 0) -> list[int]:
+    """Of a conversation: its beginning, and what its turns brought."""
+    return [*((place * number) % 19 + 3 for place in range(1, LONG)), *range(3, 3 + turns)]
+
+
+def answer(client: Client, number: int, turns: int = 0) -> GenerateResult:
+    return client.generate(prompt_ids=prompt(number, turns), model=endless.MODEL, max_tokens=2).result(60)
+
+
+@pytest.mark.timeout(180)
+def test_a_conversation_goes_on_where_its_beginning_is_and_elsewhere_where_that_worker_takes_nothing(
+    fragile: FragileBroker, tmp_path: Path
+) -> None:
+    with (
+        two_workers_on(fragile, tmp_path, endless_in(tmp_path), placement=PATIENT, lease=3),
+        patient_client(fragile.url, 60) as client,
+    ):
+        # Of three, two are at one worker.
+        homes = {number: answer(client, number).usage.worker for number in (2, 3, 5)}
+        home = max(homes.values(), key=list(homes.values()).count)
+        first, second, *_ = (number for number, worker in homes.items() if worker == home)
+        for turns in range(1, 9):
+            found = answer(client, first, turns)
+            assert found.usage.worker == home, "by chance it would be in one of 256"
+            assert found.usage.cached_tokens >= LONG - 1
+        wait_until(lambda: passed_on(client) > 0, "the other one was asked first, now and then")
+        pid = next(presence.pid for presence in client.workers() if presence.worker == home)
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            # One may come to the frozen worker, which was asking as it froze: its lease brings it back. The other one
+            # is recalled.
+            elsewhere = [answer(client, number, 9) for number in (first, second)]
+            again = answer(client, second, 10)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        assert all(found.usage.worker != home for found in (*elsewhere, again)), "none waits for one that takes nothing"
+        assert again.usage.cached_tokens >= LONG - 1, "now both have it"
+        logs = [(tmp_path / name / "logs" / "worker.log").read_text() for name in ("one", "two")]
+        assert any("is anyone's again" in log for log in logs)
+
+
+def passed_on(client: Client) -> float:
+    """Jobs, by what the workers have reported."""
+    names = [keys.metrics(presence.worker) for presence in client.workers()]
+    reports = [MetricsReport.model_validate_json(text) for text in client.redis.mget(names) if text]
+    return sum(sample.value for report in reports for sample in report.samples.get(metrics.PASSED_ON.name, ()))

@@ -1,0 +1,150 @@
+"""A prompt goes to a worker that has its beginning, if that one takes it soon.
+
+Any worker takes a job first. If another has keys and values of a longer beginning of its prompt, the job is passed on
+to that one alone; if it is not taken within `Settings.placement` seconds, it is recalled, and the next worker that asks
+runs it. So a job waits a fraction of a second at most, once, and a worker that passes one on takes the next meanwhile
+(delay scheduling, Zaharia et al., EuroSys 2010).
+
+Who has what is written into the broker when a job is done, and forgotten after a while. It is a hint: where it is
+wrong, a prompt is prefilled that need not be.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import queue
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
+from redis.exceptions import RedisError
+
+from stoker.broker import keys, ledger
+from stoker.contract import Presence
+from stoker.contract.kinds import GENERATE
+from stoker.settings import Settings
+from workers.services.background import Background
+
+log = logging.getLogger(__name__)
+
+#: Seconds for which the thread waits for a job to recall, before it looks whether the worker ends.
+LOOK_EVERY = 0.5
+
+
+class Holder(NamedTuple):
+    """Who has keys and values of a beginning. `place`: what shares them, one folder or one process."""
+
+    place: str
+    worker: str
+
+    @classmethod
+    def parse(cls, text: bytes) -> Holder:
+        place, _, worker = text.decode(errors="replace").partition(" ")
+        return cls(place, worker)
+
+    def __str__(self) -> str:
+        return f"{self.place} {self.worker}"
+
+
+@dataclass(frozen=True)
+class _Passed:
+    """A job that is to be recalled at `due`, by `time.monotonic`."""
+
+    due: float
+    job_id: str
+    queue: str
+    worker: str
+
+
+class Placing:
+    """`worker`: the name of this process in the ledger. From any thread."""
+
+    def __init__(self, settings: Settings, worker: str, redis: Any) -> None:
+        self._wait, self._redis = settings.placement, redis
+        self._here = Holder(_place(settings, worker), worker)
+        self._passed: queue.SimpleQueue[_Passed] = queue.SimpleQueue()
+
+    def start(self, stopped: threading.Event) -> None:
+        if self._wait:
+            Background("placing", self.recall_next, stopped=stopped).start()
+
+    def note(self, beginnings: Sequence[str]) -> None:
+        """From now on this worker has them. A broker that does not take it is asked no second time."""
+        if not (self._wait and beginnings):
+            return
+        pipeline = self._redis.pipeline(transaction=False)
+        for name in beginnings:
+            pipeline.sadd(keys.beginning(name), str(self._here))
+            pipeline.expire(keys.beginning(name), keys.BEGINNING_TTL)
+        try:
+            pipeline.execute()
+        except RedisError as error:
+            log.info("the broker does not hear which beginnings of prompts are here: %s", error)
+
+    def better(self, model: str, beginnings: Sequence[str]) -> str | None:
+        """The worker that has more of the prompt than this place has, and room for the job; None if there is none."""
+        if not (self._wait and beginnings):
+            return None
+        try:
+            holders = self._holders(beginnings)
+            for found in holders:
+                if any(holder.place == self._here.place for holder in found):
+                    return None
+                if room := self._rooms(model, [holder.worker for holder in found]):
+                    return max(room, key=lambda worker: room[worker])
+        except RedisError as error:
+            log.info("the broker does not say who has the beginning of a prompt: %s", error)
+        return None
+
+    def _holders(self, beginnings: Sequence[str]) -> list[list[Holder]]:
+        """Those of each beginning that anyone has, the longest first."""
+        pipeline = self._redis.pipeline(transaction=False)
+        for name in reversed(beginnings):
+            pipeline.smembers(keys.beginning(name))
+        replies = pipeline.execute(raise_on_error=False)
+        # What another program wrote there names nobody.
+        return [sorted(map(Holder.parse, reply)) for reply in replies if isinstance(reply, set) and reply]
+
+    def _rooms(self, model: str, workers: Sequence[str]) -> dict[str, int]:
+        """Slots that each of the workers which serve the model had free when it last said so; only those that had."""
+        said = self._redis.mget([keys.worker(worker) for worker in workers])
+        rooms = {}
+        for worker, text in zip(workers, said, strict=True):
+            room = _room(model, text) if text is not None else 0
+            if room > 0:
+                rooms[worker] = room
+        return rooms
+
+    def recall_later(self, job_id: str, queue: str, worker: str) -> None:
+        self._passed.put(_Passed(time.monotonic() + self._wait, job_id, queue, worker))
+
+    def recall_next(self) -> None:
+        """One that could not be recalled, `recover` finds."""
+        try:
+            passed = self._passed.get(timeout=LOOK_EVERY)
+        except queue.Empty:
+            return
+        time.sleep(max(0.0, passed.due - time.monotonic()))
+        if ledger.recall(self._redis, passed.job_id, passed.queue, passed.worker):
+            log.info("job %s is anyone's again: %s did not take it", passed.job_id, passed.worker)
+
+
+def _room(model: str, said: bytes) -> int:
+    try:
+        presence = Presence.model_validate_json(said)
+    except ValidationError:
+        return 0
+    held, most = presence.lanes.get(GENERATE.name, (0, 0))
+    return most - held if any(card.model == model for card in presence.models) else 0
+
+
+def _place(settings: Settings, worker: str) -> str:
+    """Workers of one machine and one home read each other's prefixes from the disk, where they keep any there."""
+    if not settings.prefix_disk:
+        return hashlib.sha256(worker.encode()).hexdigest()[:16]
+    return hashlib.sha256(f"{socket.gethostname()} {settings.home}".encode()).hexdigest()[:16]
