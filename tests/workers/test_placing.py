@@ -86,6 +86,14 @@ def test_a_worker_that_would_not_take_the_job_is_not_asked(redis: Any, place: Pl
     assert here.better("m", NAMES) == "short"
 
 
+def test_a_worker_that_is_gone_is_forgotten(redis: Any, place: Place) -> None:
+    says(redis, "other")
+    for worker in ("gone", "other"):
+        place(worker).note(NAMES[:1])
+    assert place("here").better("m", NAMES) == "other"
+    assert [holder.split()[1] for holder in redis.smembers(keys.beginning(NAMES[0]))] == [b"other"]
+
+
 @pytest.mark.parametrize(("disk", "expected"), [(4096, None), (0, "other")])
 def test_workers_of_one_home_have_what_is_on_its_disk(
     redis: Any, place: Place, disk: int, expected: str | None

@@ -91,34 +91,37 @@ class Placing:
         if not (self._wait and beginnings):
             return None
         try:
-            holders = self._holders(beginnings)
-            for found in holders:
-                if any(holder.place == self._here.place for holder in found):
+            for name, holders in self._holders(beginnings):
+                if any(holder.place == self._here.place for holder in holders):
                     return None
-                if room := self._rooms(model, [holder.worker for holder in found]):
+                if room := self._rooms(model, name, holders):
                     return max(room, key=lambda worker: room[worker])
         except RedisError as error:
             log.info("the broker does not say who has the beginning of a prompt: %s", error)
         return None
 
-    def _holders(self, beginnings: Sequence[str]) -> list[list[Holder]]:
-        """Those of each beginning that anyone has, the longest first."""
+    def _holders(self, beginnings: Sequence[str]) -> list[tuple[str, list[Holder]]]:
+        """Each beginning that anyone has, the longest first."""
+        names = list(reversed(beginnings))
         pipeline = self._redis.pipeline(transaction=False)
-        for name in reversed(beginnings):
+        for name in names:
             pipeline.smembers(keys.beginning(name))
-        replies = pipeline.execute(raise_on_error=False)
+        replies = zip(names, pipeline.execute(raise_on_error=False), strict=True)
         # What another program wrote there names nobody.
-        return [sorted(map(Holder.parse, reply)) for reply in replies if isinstance(reply, set) and reply]
+        return [(name, sorted(map(Holder.parse, reply))) for name, reply in replies if isinstance(reply, set) and reply]
 
-    def _rooms(self, model: str, workers: Sequence[str]) -> dict[str, int]:
-        """Slots that each of the workers which serve the model had free when it last said so; only those that had."""
-        said = self._redis.mget([keys.worker(worker) for worker in workers])
-        rooms = {}
-        for worker, text in zip(workers, said, strict=True):
-            room = _room(model, text) if text is not None else 0
-            if room > 0:
-                rooms[worker] = room
-        return rooms
+    def _rooms(self, model: str, name: str, holders: Sequence[Holder]) -> dict[str, int]:
+        """Slots that each of the workers which serve the model had free when it last said so; only those that had.
+
+        Those that are gone are forgotten: a beginning that is asked for every day would have a holder for each worker
+        that ever was.
+        """
+        said = self._redis.mget([keys.worker(holder.worker) for holder in holders])
+        known = dict(zip(holders, said, strict=True))
+        if gone := [str(holder) for holder, text in known.items() if text is None]:
+            self._redis.srem(keys.beginning(name), *gone)
+        rooms = {holder.worker: _room(model, text) for holder, text in known.items() if text is not None}
+        return {worker: room for worker, room in rooms.items() if room > 0}
 
     def recall_later(self, job_id: str, queue: str, worker: str) -> None:
         self._passed.put(_Passed(time.monotonic() + self._wait, job_id, queue, worker))
