@@ -88,7 +88,8 @@ def check(config: Mapping[str, Any], file: str, args_class: type) -> None:
             f"config.json: partial_rotary_factor = {rotated!r} is not supported: mlx-lm rotates all of a head for this "
             "architecture"
         )
-    _check_layer_types(text, known)
+    if file != "exaone4":  # its pattern was made of the list (`spelling.py`)
+        _check_layer_types(text, known, args_class)
     for name in _ACTIVATION_FIELDS:
         _check_activation(text, name, file, taken=name in known)
     for name in ("rope_scaling", "rope_parameters"):
@@ -101,9 +102,10 @@ def check(config: Mapping[str, Any], file: str, args_class: type) -> None:
             _check_rope(each, f"config.json: {name}", taken=nested or bool(read & known))
 
 
-def _check_layer_types(text: Mapping[str, Any], known: frozenset[str]) -> None:
+def _check_layer_types(text: Mapping[str, Any], known: frozenset[str], args_class: type) -> None:
     """Files that count to the next full layer pass over a list that says otherwise."""
-    types, pattern = text.get("layer_types"), text.get("sliding_window_pattern", 6)
+    types, usual = text.get("layer_types"), getattr(args_class, "sliding_window_pattern", 6)
+    pattern = text.get("sliding_window_pattern", usual)
     if "sliding_window_pattern" not in known or "layer_types" in known or not isinstance(types, list):
         return
     if type(pattern) is not int or pattern < 1:

@@ -14,6 +14,10 @@ _PLAIN = ("rope_type", "type")
 #: By which of them a file learns how much of a head it rotates.
 PARTS = frozenset(("partial_rotary_factor", "rotary_pct", "rotary_dim"))
 
+#: A layer with a window and one without, as `layer_types` and as a pattern of EXAONE 4's call them.
+_LETTERS = {"sliding_attention": "L", "full_attention": "G"}
+_LONGEST_PATTERN = 4096
+
 #: Files that scale what goes into a head of its own, and leave out the scale where the head is the embedding. So they
 #: always have one, which is given the embedding (`weights.fill`).
 OWN_HEAD = ("minicpm", "minicpm3")
@@ -36,6 +40,8 @@ def respelled(config: Mapping[str, Any], file: str, known: frozenset[str]) -> di
         # The names that its own file knows are not at hand: those that it passes over do no harm.
         made["text_config"] = _with_rope(inner, None)
     made = _with_sizes(made, known)
+    if file == "exaone4":
+        made["sliding_window_pattern"] = _exaone_pattern(made)
     made = made if "rope_parameters" in known else _with_rope(made, known)
     made = _with_part(made, known)
     if file in OWN_HEAD:
@@ -57,6 +63,29 @@ def _with_sizes(config: dict[str, Any], known: frozenset[str]) -> dict[str, Any]
         width = config.get("hidden_size")
         return {**config, "block_dim": width}
     return config
+
+
+def _exaone_pattern(config: Mapping[str, Any]) -> str | None:
+    """Which layers have a window, and positions, a letter each, from the first layer on; None: none has a window, and
+    all have positions. By the list of layers, the letters of a pattern, or how many layers its last one comes after.
+
+    Raises `ModelError` for what is none of these."""
+    types, pattern = config.get("layer_types"), config.get("sliding_window_pattern")
+    if config.get("sliding_window") is None:
+        return None
+    if isinstance(types, list):
+        if len(types) != config.get("num_hidden_layers") or not all(kind in tuple(_LETTERS) for kind in types):
+            raise ModelError(
+                f"config.json: layer_types {str(types)[:100]} is no list of {' or '.join(_LETTERS)} a layer"
+            )
+        return "".join(_LETTERS[kind] for kind in types)
+    if type(pattern) is int and 0 < pattern <= _LONGEST_PATTERN:
+        return "L" * (pattern - 1) + "G"
+    if isinstance(pattern, str) and set(pattern) <= {*_LETTERS.values()}:
+        return pattern or None
+    raise ModelError(
+        f"config.json: sliding_window_pattern = {str(pattern)[:100]} is none: letters L and G, or a number, are"
+    )
 
 
 def _with_rope(config: Mapping[str, Any], known: frozenset[str] | None) -> dict[str, Any]:
