@@ -11,6 +11,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 from engine.models.bridge import package, weights
+from engine.models.bridge.configs import _CONTEXT_FIELDS
+from engine.models.bridge.decoder import BridgedDecoder
 from stoker.errors import ModelError
 from tests.engine.architectures import config
 from tests.engine.bridged import network
@@ -86,3 +88,46 @@ def test_layers_of_a_cohere_2_without_a_pattern_are_held_against_its_own() -> No
     assert weights.network_of(without, "cohere2")[1].sliding_window_pattern == 4
     with pytest.raises(ModelError, match="layer_types"):
         weights.network_of({**without, "layer_types": [SLIDING] * 4}, "cohere2")
+
+
+def test_steps_of_time_of_a_granite_4_are_bounded_only_where_its_config_says_so() -> None:
+    """As in transformers; mlx-lm bounds them by 0.001, and learned ones are shorter. So short ones leave no state: what
+    its layers give is then what they give of the present token alone."""
+    short, _ = network("granitemoehybrid")
+    for layer in short.layers:
+        if layer.layer_type == "mamba":
+            layer.mamba.dt_bias = mx.full(layer.mamba.dt_bias.shape, -30.0)
+    unbounded = made_of("granitemoehybrid", short, time_step_limit=[0.0, 1e9])
+    for absent in (ABSENT, None):
+        made = made_of("granitemoehybrid", short, time_step_limit=absent)
+        np.testing.assert_array_equal(logits(made), logits(unbounded))
+    bounded = made_of("granitemoehybrid", short, time_step_limit=[0.001, 100.0])
+    assert np.abs(logits(bounded) - logits(unbounded)).max() > 1e-4
+
+
+@pytest.mark.parametrize("stated", [ABSENT, None], ids=["absent", "null"])
+def test_a_granite_4_turns_heads_only_where_its_config_says_so(stated: object) -> None:
+    filled, _ = network("granitemoehybrid")
+    made = {
+        kind: logits(made_of("granitemoehybrid", filled, position_embedding_type=kind))
+        for kind in (stated, "nope", "rope")
+    }
+    np.testing.assert_array_equal(made[stated], made["nope"])
+    assert np.abs(made["rope"] - made["nope"]).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["ernie4_5", "ernie4_5_moe"])
+def test_an_ernie_that_does_not_say_so_ties_its_head(name: str) -> None:
+    """transformers 4 leaves out of a config.json what is so by default."""
+    _, args = weights.network_of(described(name, tie_word_embeddings=ABSENT), name)
+    assert args.tie_word_embeddings is True
+
+
+def test_a_gemma_3_that_does_not_say_so_takes_as_long_texts_as_in_transformers() -> None:
+    """The config.json of those that also see leaves out what is so by default."""
+    lengths = dict.fromkeys(_CONTEXT_FIELDS, ABSENT)
+    seeing = described("gemma3", **lengths)
+    inner = {name: value for name, value in seeing["text_config"].items() if name not in lengths}
+    for stated in ({**seeing, "text_config": inner}, described("gemma3_text", **lengths)):
+        made, args = weights.network_of(stated, stated["model_type"])
+        assert BridgedDecoder(stated["model_type"], made, args, stated).args.context == 131_072

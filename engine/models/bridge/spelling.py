@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -17,6 +18,17 @@ PARTS = frozenset(("partial_rotary_factor", "rotary_pct", "rotary_dim"))
 #: A layer with a window and one without, as `layer_types` and as a pattern of EXAONE 4's call them.
 _LETTERS = {"sliding_attention": "L", "full_attention": "G"}
 _LONGEST_PATTERN = 4096
+#: File -> what transformers takes where a config.json does not say, or says null, and the file takes something else or
+#: nothing.
+_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "ernie4_5": {"tie_word_embeddings": True},
+    "ernie4_5_moe": {"tie_word_embeddings": True},
+    "gemma3_text": {"max_position_embeddings": 131_072},
+    # Steps of time are not bounded; and positions are those of its states alone.
+    "granitemoehybrid": {"time_step_limit": [0.0, math.inf], "position_embedding_type": "nope"},
+}
+#: The same of the part of a config.json that says what the language model is.
+_INNER_DEFAULTS: Mapping[str, Mapping[str, Any]] = {"gemma3": _DEFAULTS["gemma3_text"]}
 
 #: Files that scale what goes into a head of its own, and leave out the scale where the head is the embedding. So they
 #: always have one, which is given the embedding (`weights.fill`).
@@ -34,11 +46,11 @@ def respelled(config: Mapping[str, Any], file: str, known: frozenset[str]) -> di
     What a config says in both ways counts as in transformers: a `rope_scaling` that is null says nothing. Raises
     `ModelError` for RoPE by layer type that a file has not.
     """
-    made = dict(config)
+    made = _under(_DEFAULTS.get(file, {}), config)
     inner = config.get("text_config")
     if isinstance(inner, Mapping):
         # The names that its own file knows are not at hand: those that it passes over do no harm.
-        made["text_config"] = _with_rope(inner, None)
+        made["text_config"] = _with_rope(_under(_INNER_DEFAULTS.get(file, {}), inner), None)
     made = _with_sizes(made, known)
     if file == "exaone4":
         made["sliding_window_pattern"] = _exaone_pattern(made)
