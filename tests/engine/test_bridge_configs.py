@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -10,12 +13,14 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from engine.checkpoints.loading import load
 from engine.models.bridge import package, weights
 from engine.models.bridge.configs import _CONTEXT_FIELDS
 from engine.models.bridge.decoder import BridgedDecoder
+from engine.platform.jsonfiles import read_config
 from stoker.errors import ModelError
 from tests.engine.architectures import config
-from tests.engine.bridged import network
+from tests.engine.bridged import assert_close, network, write_folder
 
 #: A field that a file does not have.
 ABSENT = object()
@@ -131,3 +136,15 @@ def test_a_gemma_3_that_does_not_say_so_takes_as_long_texts_as_in_transformers()
     for stated in ({**seeing, "text_config": inner}, described("gemma3_text", **lengths)):
         made, args = weights.network_of(stated, stated["model_type"])
         assert BridgedDecoder(stated["model_type"], made, args, stated).args.context == 131_072
+
+
+def test_numbers_that_json_has_not_are_read_as_transformers_5_spells_them(tmp_path: Path) -> None:
+    own = write_folder(tmp_path / "model", "mamba2", time_step_limit=[0.0, {"__float__": "Infinity"}])
+    decoder = load("model", [str(tmp_path / "model")], dtype="float32").decoder
+    assert_close(np.array(decoder.logits(decoder(ROW)))[0], logits(own)[0])
+
+
+def test_an_object_that_only_looks_like_a_number_stays_one(tmp_path: Path) -> None:
+    others = [{"__float__": "1.5"}, {"__float__": "NaN", "more": 1}, {"__float__": None}, {"__float__": ["NaN"]}]
+    (tmp_path / "config.json").write_text(json.dumps({"others": others, "least": {"__float__": "-Infinity"}}))
+    assert read_config(tmp_path) == {"others": others, "least": -math.inf}
