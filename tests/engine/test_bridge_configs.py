@@ -148,3 +148,73 @@ def test_an_object_that_only_looks_like_a_number_stays_one(tmp_path: Path) -> No
     others = [{"__float__": "1.5"}, {"__float__": "NaN", "more": 1}, {"__float__": None}, {"__float__": ["NaN"]}]
     (tmp_path / "config.json").write_text(json.dumps({"others": others, "least": {"__float__": "-Infinity"}}))
     assert read_config(tmp_path) == {"others": others, "least": -math.inf}
+
+
+@pytest.mark.parametrize(("by_layer", "by_size"), [(True, True), (True, False), (False, False), (None, None)])
+def test_a_gpt_2_divides_its_scores_as_its_config_says(by_layer: bool | None, by_size: bool | None) -> None:
+    """CodeParrot's and Stanford's do so by the number of the layer; mlx-lm passes over it. Its file is the oracle with
+    queries that are divided instead."""
+    filled, _ = network("gpt2")
+    fields = {"scale_attn_by_inverse_layer_idx": by_layer, "scale_attn_weights": by_size}
+    made = made_of("gpt2", filled, **fields)
+    for number, layer in enumerate(filled.layers, 1):
+        width, c_attn = layer.attn.n_embd, layer.attn.c_attn
+        by = (number if by_layer else 1) * (1 if by_size in (True, None) else layer.attn.head_dim**-0.5)
+        rows = mx.where(mx.arange(3 * width) < width, 1 / by, 1.0)
+        c_attn.weight, c_attn.bias = c_attn.weight * rows[:, None], c_attn.bias * rows
+    assert_close(logits(made)[0], logits(filled)[0])
+
+
+def test_a_llama_4_norms_queries_and_keys_only_where_it_turns_them() -> None:
+    """As in transformers. mlx-lm's file is the oracle with a layer without its switch."""
+    stated = described("llama4_text", use_qk_norm=True, no_rope_layers=[1, 0, 1, 0])
+    made, args = weights.network_of(stated, "llama4_text")
+    own = package.load("llama4_text").Model(args)
+    own.load_weights(tree_flatten(made.parameters()))
+    assert np.abs(logits(own) - logits(made)).max() > 1e-4
+    for layer in (own.layers[1], own.layers[3]):
+        layer.self_attn.use_qk_norm = False
+    np.testing.assert_array_equal(logits(own), logits(made))
+
+
+@pytest.mark.parametrize(
+    ("fields", "longest"),
+    [
+        ({}, 63),
+        ({"attn_temperature_tuning": False}, 256),
+        ({"attn_temperature_tuning": 4, "floor_scale": 32}, 31),
+        ({"attn_temperature_tuning": False, "no_rope_layers": [1] * 4, "layer_types": ["chunked_attention"] * 4}, 100),
+        ({"no_rope_layers": [1] * 4}, 256),
+        ({"attn_temperature_tuning": False, "layer_types": ABSENT}, 100),
+        ({"attn_temperature_tuning": False, "layer_types": ABSENT, "attention_chunk_size": None}, 256),
+    ],
+    ids=["sharpened", "plain", "4", "chunks", "all turn", "chunks by default", "no chunks"],
+)
+def test_a_llama_4_takes_no_texts_in_which_its_scores_would_be_others(fields: dict[str, Any], longest: int) -> None:
+    """mlx-lm's file passes over chunks, and over what sharpens the scores of layers that turn nothing."""
+    usual = {"max_position_embeddings": 256, "floor_scale": 64, "attention_chunk_size": 100, "layer_types": [FULL] * 4}
+    stated = described("llama4_text", **{**usual, **fields})
+    made, args = weights.network_of(stated, "llama4_text")
+    assert BridgedDecoder("llama4_text", made, args, stated).args.context == longest
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("deepseek", {"norm_topk_prob": True}),
+        ("deepseek", {"scoring_func": "sigmoid"}),
+        ("deepseek_v3", {"scoring_func": "softmax"}),
+        ("deepseek_v3", {"rope_interleave": False}),
+        ("glm4_moe_lite", {"scoring_func": "softmax"}),
+        ("glm4_moe_lite", {"rope_interleave": False}),
+        ("youtu_llm", {"rope_interleave": False}),
+        ("gemma3_text", {"final_logit_softcapping": 30.0}),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}),
+        ("olmoe", {"clip_qkv": 8.0}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
+)
+def test_what_a_model_file_passes_over_is_refused_by_name(name: str, fields: dict[str, Any]) -> None:
+    with pytest.raises(ModelError, match=rf"{next(iter(fields))} = .* is not supported: mlx-lm computes"):
+        weights.network_of(described(name, **fields), name)
+    weights.network_of(described(name, **dict.fromkeys(fields)), name)
