@@ -218,3 +218,12 @@ def test_what_a_model_file_passes_over_is_refused_by_name(name: str, fields: dic
     with pytest.raises(ModelError, match=rf"{next(iter(fields))} = .* is not supported: mlx-lm computes"):
         weights.network_of(described(name, **fields), name)
     weights.network_of(described(name, **dict.fromkeys(fields)), name)
+
+
+def test_layers_of_a_granite_4_may_have_the_names_that_newer_releases_of_transformers_write() -> None:
+    filled, args = network("granitemoehybrid")
+    assert args.layer_types == ["mamba", "attention"] * 2
+    newer = made_of("granitemoehybrid", filled, layer_types=["linear_attention", FULL] * 2)
+    np.testing.assert_array_equal(logits(newer), logits(filled))
+    with pytest.raises(ModelError, match="Unknown layer type"):
+        made_of("granitemoehybrid", filled, layer_types=["linear_attention", [FULL], 1, None])

@@ -18,6 +18,8 @@ PARTS = frozenset(("partial_rotary_factor", "rotary_pct", "rotary_dim"))
 #: A layer with a window and one without, as `layer_types` and as a pattern of EXAONE 4's call them.
 _LETTERS = {"sliding_attention": "L", "full_attention": "G"}
 _LONGEST_PATTERN = 4096
+#: What newer releases of transformers call the layers of a Granite 4.
+_KINDS = {"linear_attention": "mamba", "full_attention": "attention"}
 #: File -> what transformers takes where a config.json does not say, or says null, and the file takes something else or
 #: nothing.
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
@@ -52,6 +54,10 @@ def respelled(config: Mapping[str, Any], file: str, known: frozenset[str]) -> di
         # The names that its own file knows are not at hand: those that it passes over do no harm.
         made["text_config"] = _with_rope(_under(_INNER_DEFAULTS.get(file, {}), inner), None)
     made = _with_sizes(made, known)
+    if file == "granitemoehybrid" and isinstance(made.get("layer_types"), list):
+        made["layer_types"] = [
+            _KINDS.get(kind, kind) if isinstance(kind, str) else kind for kind in made["layer_types"]
+        ]
     if file == "exaone4":
         made["sliding_window_pattern"] = _exaone_pattern(made)
     made = made if "rope_parameters" in known else _with_rope(made, known)
