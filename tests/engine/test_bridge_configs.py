@@ -14,6 +14,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from engine.checkpoints.loading import load
+from engine.models import rope
 from engine.models.bridge import package, weights
 from engine.models.bridge.configs import _CONTEXT_FIELDS
 from engine.models.bridge.decoder import BridgedDecoder
@@ -227,3 +228,26 @@ def test_layers_of_a_granite_4_may_have_the_names_that_newer_releases_of_transfo
     np.testing.assert_array_equal(logits(newer), logits(filled))
     with pytest.raises(ModelError, match="Unknown layer type"):
         made_of("granitemoehybrid", filled, layer_types=["linear_attention", [FULL], 1, None])
+
+
+@pytest.mark.parametrize("where", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("name", ["olmo2", "qwen3_moe", "pixtral"])
+@pytest.mark.parametrize(("original", "first"), [(ABSENT, 256), (None, 256), (32, 32)], ids=["absent", "null", "apart"])
+def test_yarn_that_does_not_say_how_long_texts_were_at_first_takes_the_context(
+    name: str, where: str, original: object, first: int
+) -> None:
+    """As in transformers; mlx-lm takes 4096. The oracle is YaRN of Stoker's own layers."""
+    scaling = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10_000.0}
+    fields = {"max_position_embeddings": 256, "rope_scaling": ABSENT, where: scaling}
+    fields["original_max_position_embeddings"] = original
+    stated = described(name, **fields)
+    if "text_config" in stated:
+        inner = {**stated["text_config"], **fields}
+        stated["text_config"] = {field: value for field, value in inner.items() if value is not ABSENT}
+    made, _ = weights.network_of(stated, name)
+    turned = [module for module in made.modules() if type(module).__name__ == "YarnRoPE"]
+    assert turned
+    said = {"rope_scaling": {**scaling, "original_max_position_embeddings": first}}
+    for module in turned:
+        base, own = rope.from_config(said, 256, module.dims)
+        np.testing.assert_allclose(np.array(module["_freqs"]), rope.periods(module.dims, base, own), rtol=1e-5)

@@ -12,6 +12,8 @@ from stoker.errors import ModelError
 #: What `rope_parameters` says besides the form of the scaling.
 _APART = ("rope_theta", "partial_rotary_factor")
 _PLAIN = ("rope_type", "type")
+#: Types of scaling by the length of the first training, and its name.
+_BY_LENGTH, _ORIGINAL = ("yarn", "longrope", "su"), "original_max_position_embeddings"
 #: By which of them a file learns how much of a head it rotates.
 PARTS = frozenset(("partial_rotary_factor", "rotary_pct", "rotary_dim"))
 
@@ -52,7 +54,7 @@ def respelled(config: Mapping[str, Any], file: str, known: frozenset[str]) -> di
     inner = config.get("text_config")
     if isinstance(inner, Mapping):
         # The names that its own file knows are not at hand: those that it passes over do no harm.
-        made["text_config"] = _with_rope(_under(_INNER_DEFAULTS.get(file, {}), inner), None)
+        made["text_config"] = _with_original(_with_rope(_under(_INNER_DEFAULTS.get(file, {}), inner), None))
     made = _with_sizes(made, known)
     if file == "granitemoehybrid" and isinstance(made.get("layer_types"), list):
         made["layer_types"] = [
@@ -60,7 +62,7 @@ def respelled(config: Mapping[str, Any], file: str, known: frozenset[str]) -> di
         ]
     if file == "exaone4":
         made["sliding_window_pattern"] = _exaone_pattern(made)
-    made = made if "rope_parameters" in known else _with_rope(made, known)
+    made = _with_original(made if "rope_parameters" in known else _with_rope(made, known))
     made = _with_part(made, known)
     if file in OWN_HEAD:
         made["tie_word_embeddings"] = False
@@ -126,6 +128,19 @@ def _with_rope(config: Mapping[str, Any], known: frozenset[str] | None) -> dict[
     return _under(read, config)
 
 
+def _with_original(config: dict[str, Any]) -> dict[str, Any]:
+    """With the length of the first training where scaling is by it and does not say it: as in transformers, what the
+    model says of itself, else its context. mlx-lm's own default is 4096."""
+    stated = config.get(_ORIGINAL) or config.get("max_position_embeddings")
+    found = {name: config.get(name) for name in ("rope_scaling", "rope_parameters")}
+    scaled = {
+        name: {**value, _ORIGINAL: stated}
+        for name, value in found.items()
+        if isinstance(value, Mapping) and _kind(value) in _BY_LENGTH and value.get(_ORIGINAL) is None
+    }
+    return config if stated is None else {**config, **scaled}
+
+
 def _with_part(config: dict[str, Any], known: frozenset[str]) -> dict[str, Any]:
     """With the older names of how much of a head is rotated, and by which base, for a file that knows those alone."""
     part = config.get("partial_rotary_factor")
@@ -151,10 +166,14 @@ def _read(part: Mapping[str, Any]) -> dict[str, Any]:
     """`rope_theta`, `partial_rotary_factor` and `rope_scaling` as transformers 4 had them."""
     made = {name: part[name] for name in _APART if name in part}
     scaling = {name: value for name, value in part.items() if name not in _APART}
-    kind = part.get("rope_type", part.get("type", "default"))
+    kind = _kind(part)
     if kind == "default" and not scaling.keys() - {*_PLAIN}:
         return {**made, "rope_scaling": None}
     return {**made, "rope_scaling": {**scaling, "type": kind, "rope_type": kind}}
+
+
+def _kind(part: Mapping[str, Any]) -> Any:
+    return part.get("rope_type", part.get("type", "default"))
 
 
 def _check_plain(part: Mapping[str, Any]) -> None:
