@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -251,3 +252,37 @@ def test_yarn_that_does_not_say_how_long_texts_were_at_first_takes_the_context(
     for module in turned:
         base, own = rope.from_config(said, 256, module.dims)
         np.testing.assert_allclose(np.array(module["_freqs"]), rope.periods(module.dims, base, own), rtol=1e-5)
+
+
+def exact_gelu(x: mx.array) -> mx.array:
+    return 0.5 * x * (1.0 + mx.erf(x / math.sqrt(2.0)))
+
+
+def gelu_by_tanh(x: mx.array) -> mx.array:
+    return 0.5 * x * (1.0 + mx.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
+
+
+@pytest.mark.parametrize(
+    ("name", "linears", "field", "usual"),
+    [
+        ("gemma", ("gate_proj", "up_proj", "down_proj"), "hidden_activation", gelu_by_tanh),
+        ("gpt2", ("c_fc", "c_proj"), "activation_function", gelu_by_tanh),
+        ("gpt_neox", ("dense_h_to_4h", "dense_4h_to_h"), "hidden_act", exact_gelu),
+        ("phi", ("fc1", "fc2"), "hidden_act", gelu_by_tanh),
+        ("starcoder2", ("c_fc", "c_proj"), "hidden_act", gelu_by_tanh),
+    ],
+)
+def test_gelu_has_the_form_that_config_json_names_and_else_transformers_own(
+    name: str, linears: tuple[str, ...], field: str, usual: Callable[[mx.array], mx.array]
+) -> None:
+    """mlx-lm's files compute one of them each. As for Gemma and Pythia, which name the other."""
+    forms = {None: usual, "gelu": exact_gelu, "gelu_pytorch_tanh": gelu_by_tanh, "gelu_new": gelu_by_tanh}
+    x = 4.0 * mx.random.normal((3, 32), key=mx.random.key(1))
+    for named, activation in forms.items():
+        made, _ = weights.network_of(described(name, **{field: named}), name)
+        mlp = made.layers[1].mlp
+        first, *gated, last = (mlp[part] for part in linears)
+        inner = activation(first(x))
+        for linear in gated:
+            inner = inner * linear(x)
+        np.testing.assert_allclose(np.array(mlp(x)), np.array(last(inner)), rtol=1e-4, atol=2e-6)
