@@ -286,3 +286,23 @@ def test_gelu_has_the_form_that_config_json_names_and_else_transformers_own(
         for linear in gated:
             inner = inner * linear(x)
         np.testing.assert_allclose(np.array(mlp(x)), np.array(last(inner)), rtol=1e-4, atol=2e-6)
+
+
+def heads(stated: dict[str, Any], ties: object, inner: object = ABSENT) -> bool:
+    """Whether the network has a head of its own."""
+    text = {**stated["text_config"], "tie_word_embeddings": inner}
+    text = {field: value for field, value in text.items() if value is not ABSENT}
+    whole = {**stated, "tie_word_embeddings": ties, "text_config": text}
+    made, _ = weights.network_of(
+        {field: each for field, each in whole.items() if each is not ABSENT}, stated["model_type"]
+    )
+    return any("lm_head" in name for name, _ in tree_flatten(made.parameters()))
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe"])
+def test_a_model_that_sees_may_say_outside_of_its_language_model_whether_that_ties_its_head(name: str) -> None:
+    """As Qwen3-VL's own folders do, which were refused. What the language model says goes before it."""
+    stated = config(name)
+    assert [heads(stated, ties) for ties in (True, False)] == [False, True]
+    assert [heads(stated, not inner, inner) for inner in (True, False)] == [False, True]
+    assert heads(stated, ABSENT) == (name != "qwen2_vl")

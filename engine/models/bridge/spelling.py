@@ -32,7 +32,13 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "granitemoehybrid": {"time_step_limit": [0.0, math.inf], "position_embedding_type": "nope"},
 }
 #: The same of the part of a config.json that says what the language model is.
-_INNER_DEFAULTS: Mapping[str, Mapping[str, Any]] = {"gemma3": _DEFAULTS["gemma3_text"]}
+_INNER_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "gemma3": _DEFAULTS["gemma3_text"],
+    "qwen3_vl": {"tie_word_embeddings": False},
+    "qwen3_vl_moe": {"tie_word_embeddings": False},
+}
+#: Files of models that may say next to that part alone whether the head is the embedding.
+_TIES_OUTSIDE = ("qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe")
 
 #: Files that scale what goes into a head of its own, and leave out the scale where the head is the embedding. So they
 #: always have one, which is given the embedding (`weights.fill`).
@@ -54,7 +60,7 @@ def respelled(config: Mapping[str, Any], file: str, known: frozenset[str]) -> di
     inner = config.get("text_config")
     if isinstance(inner, Mapping):
         # The names that its own file knows are not at hand: those that it passes over do no harm.
-        made["text_config"] = _with_original(_with_rope(_under(_INNER_DEFAULTS.get(file, {}), inner), None))
+        made["text_config"] = _with_original(_with_rope(_under(_inner_defaults(config, file), inner), None))
     made = _with_sizes(made, known)
     if file == "granitemoehybrid" and isinstance(made.get("layer_types"), list):
         made["layer_types"] = [
@@ -83,6 +89,14 @@ def _with_sizes(config: dict[str, Any], known: frozenset[str]) -> dict[str, Any]
         width = config.get("hidden_size")
         return {**config, "block_dim": width}
     return config
+
+
+def _inner_defaults(config: Mapping[str, Any], file: str) -> Mapping[str, Any]:
+    """What a file takes for the language model of a config.json that says it elsewhere, or not at all."""
+    own, ties = _INNER_DEFAULTS.get(file, {}), config.get("tie_word_embeddings")
+    if file not in _TIES_OUTSIDE or ties is None:
+        return own
+    return {**own, "tie_word_embeddings": ties}
 
 
 def _exaone_pattern(config: Mapping[str, Any]) -> str | None:
