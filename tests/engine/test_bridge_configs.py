@@ -207,6 +207,7 @@ def test_a_llama_4_takes_no_texts_in_which_its_scores_would_be_others(fields: di
         ("deepseek", {"scoring_func": "sigmoid"}),
         ("deepseek_v3", {"scoring_func": "softmax"}),
         ("deepseek_v3", {"rope_interleave": False}),
+        ("falcon_h1", {"attention_in_multiplier": 2.0}),
         ("glm4_moe_lite", {"scoring_func": "softmax"}),
         ("glm4_moe_lite", {"rope_interleave": False}),
         ("youtu_llm", {"rope_interleave": False}),
@@ -306,3 +307,29 @@ def test_a_model_that_sees_may_say_outside_of_its_language_model_whether_that_ti
     assert [heads(stated, ties) for ties in (True, False)] == [False, True]
     assert [heads(stated, not inner, inner) for inner in (True, False)] == [False, True]
     assert heads(stated, ABSENT) == (name != "qwen2_vl")
+
+
+def test_keys_of_a_falcon_h1_have_their_multiplier() -> None:
+    """As in transformers; mlx-lm's file passes over it. The oracle is that file with keys that are multiplied."""
+    filled, _ = network("falcon_h1")
+    made = made_of("falcon_h1", filled, key_multiplier=3.0)
+    assert np.abs(logits(made) - logits(filled)).max() > 1e-4
+    for layer in filled.layers:
+        layer.self_attn.k_proj.weight = layer.self_attn.k_proj.weight * 3.0
+    assert_close(logits(made)[0], logits(filled)[0])
+
+
+@pytest.mark.parametrize("gate_last", [False, True])
+def test_a_norm_of_a_falcon_h1_is_one_of_each_group(gate_last: bool) -> None:
+    fields = {"mamba_rms_norm": True, "mamba_n_groups": 2, "mamba_norm_before_gate": gate_last}
+    made, args = weights.network_of(described("falcon_h1", **fields), "falcon_h1")
+    norm, (x, gate) = made.layers[0].mamba.norm, mx.random.normal((2, 3, args.mamba_d_ssm), key=mx.random.key(1))
+    norm.weight = mx.random.normal((args.mamba_d_ssm,), key=mx.random.key(2))
+    opened = np.array(gate) / (1 + np.exp(-np.array(gate)))
+    inner = np.array(x) if gate_last else np.array(x) * opened
+    halves = [half / np.sqrt((half**2).mean(-1, keepdims=True) + args.rms_norm_eps) for half in np.split(inner, 2, -1)]
+    wanted = np.concatenate(halves, -1) * np.array(norm.weight) * (opened if gate_last else 1)
+    np.testing.assert_allclose(np.array(norm(x, gate)), wanted, rtol=1e-4, atol=1e-5)
+    assert {name for name, _ in tree_flatten(norm.parameters())} == {"weight"}
+    whole, _ = weights.network_of(described("falcon_h1", **{**fields, "mamba_n_groups": 1}), "falcon_h1")
+    assert type(whole.layers[0].mamba.norm) is not type(norm)

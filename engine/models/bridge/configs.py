@@ -34,6 +34,7 @@ _FIXED: Mapping[str, Mapping[str, Any]] = {
     "qwen2_moe": {"norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
     "deepseek": {"norm_topk_prob": False, "scoring_func": "softmax"},
     "deepseek_v3": {"scoring_func": "sigmoid", "rope_interleave": True},
+    "falcon_h1": {"attention_in_multiplier": 1.0},  # of values
     "glm4_moe_lite": {"scoring_func": "sigmoid", "rope_interleave": True},
     **{file: {"final_logit_softcapping": None, "attn_logit_softcapping": None} for file in ("gemma3", "gemma3_text")},
     "olmoe": {"clip_qkv": None},
