@@ -37,5 +37,5 @@ class GroupedNorm(nn.Module):
         opened = gate * mx.sigmoid(gate)
         y = x if self.gate_last else x * opened
         y = mx.fast.rms_norm(mx.unflatten(y, -1, (self.groups, -1)), None, self.eps).flatten(-2)
-        y = y * self.weight
-        return y * opened if self.gate_last else y
+        made: mx.array = y * self.weight
+        return made * opened if self.gate_last else made
