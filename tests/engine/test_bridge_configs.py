@@ -333,3 +333,18 @@ def test_a_norm_of_a_falcon_h1_is_one_of_each_group(gate_last: bool) -> None:
     assert {name for name, _ in tree_flatten(norm.parameters())} == {"weight"}
     whole, _ = weights.network_of(described("falcon_h1", **{**fields, "mamba_n_groups": 1}), "falcon_h1")
     assert type(whole.layers[0].mamba.norm) is not type(norm)
+
+
+def test_experts_of_a_jamba_count_by_their_share_of_all_experts() -> None:
+    """As in transformers; mlx-lm's file takes their share of the chosen ones, whose sum is 1."""
+    filled, _ = network("jamba")
+    mixtures = [layer.feed_forward for layer in filled.layers if hasattr(layer.feed_forward, "router")]
+    assert mixtures
+    plain = package.load("jamba").JambaSparseMoeBlock
+    x = mx.random.normal((2, 5, 32), key=mx.random.key(3))
+    for mixture in mixtures:
+        gates = np.exp(np.array(mixture.router(x)))
+        shares = np.sort(gates / gates.sum(-1, keepdims=True), axis=-1)[..., -mixture.num_experts_per_tok :].sum(-1)
+        assert shares.max() < 0.99
+        wanted = np.array(plain.__call__(mixture, x)) * shares[..., None]
+        np.testing.assert_allclose(np.array(mixture(x)), wanted, rtol=1e-4, atol=1e-6)

@@ -54,6 +54,7 @@ def network_of(config: Mapping[str, Any], file: str) -> tuple[nn.Module, Any]:
     activations.correct(network, file, config)
     scores.correct(network, file, config)
     falcon.correct(network, file, config)
+    routers.correct(network, file)
     return network, args
 
 
