@@ -38,9 +38,9 @@ HUB_FILES = (
     "config_sentence_transformers.json",
     "[0-9]*_*/*.json",
 )
-#: Copies of the weights that some repositories carry in sub-folders (`onnx/`, `original/`); a module of
-#: sentence-transformers has a folder with its number in front.
-HUB_IGNORED = ("[!0-9]*/*.safetensors",)
+#: Copies of the weights that some repositories carry in sub-folders (`onnx/`, `original/`), or next to those that are
+#: read (Mistral's own form); a module of sentence-transformers has a folder with its number in front.
+HUB_IGNORED = ("[!0-9]*/*.safetensors", "consolidated*.safetensors", "consolidated*.safetensors.index.json")
 
 _HUB = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<file>[\w./ -]+))?")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
 from collections.abc import Iterable, Mapping
@@ -16,6 +17,7 @@ from stoker.files.durable import write_whole
 MAX_BYTES = 16 << 20
 #: Objects and lists in one another; real files have some five.
 MAX_DEPTH = 100
+_FLOAT, _FLOATS = "__float__", {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 #: What Stoker knows of an adapter or a checkpoint, and PEFT's two files do not say.
 NOTES_FILE = "stoker.json"
 
@@ -30,11 +32,21 @@ def read_object(path: Path, missing: dict[str, Any] | None = None) -> dict[str, 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The config.json of a model's folder. Raises `ModelError` if it is none, or if its `model_type` is no text."""
-    config = read_object(folder / "config.json")
+    config: dict[str, Any] = _with_floats(read_object(folder / "config.json"))
     architecture = config.get("model_type")
     if not isinstance(architecture, str | None):
         raise ModelError(f"{folder / 'config.json'}: model_type is {str(architecture)[:100]}, not a text")
     return config
+
+
+def _with_floats(value: Any) -> Any:
+    """With the numbers that JSON has not, as transformers 5 spells them: {"__float__": "Infinity"}."""
+    if isinstance(value, dict):
+        named = value.get(_FLOAT) if len(value) == 1 else None
+        if isinstance(named, str) and named in _FLOATS:
+            return _FLOATS[named]
+        return {name: _with_floats(part) for name, part in value.items()}
+    return [_with_floats(part) for part in value] if isinstance(value, list) else value
 
 
 def read_json(path: Path, missing: Any = None) -> Any:

@@ -22,6 +22,9 @@ from typing import Any
 from engine.platform.limited import LimitedProcess, LimitPassed
 from stoker.errors import InvalidRequest, ModelError
 
+#: Variables that a request has fields for, or that are so for every answer.
+_OWN = ("messages", "tools", "add_generation_prompt")
+
 
 @dataclass(frozen=True)
 class ChatLimits:
@@ -46,20 +49,22 @@ def render(
 
     `names` are the model's special tokens by the names that templates use, such as `sep_token`.
 
-    Messages, tools and `extra` (further variables, such as `enable_thinking`) are JSON values. Raises `InvalidRequest`
-    for a conversation that the template refuses or fails on, `ModelError` for a template that is broken, forbidden
-    things or beyond its limits.
+    Messages, tools and `extra` (further variables, such as `enable_thinking` and `documents`) are JSON values. Raises
+    `InvalidRequest` for a conversation that the template refuses or fails on, and for `extra` that holds one of its
+    parts; `ModelError` for a template that is broken, forbidden things or beyond its limits.
     """
     limits = limits or ChatLimits()
+    if given := [name for name in _OWN if name in (extra or {})]:
+        raise InvalidRequest(f"template: {given[0]} given, which is no further variable: it follows from the request")
     if len(template) > limits.template:
         raise ModelError(f"the chat template has {len(template)} characters; {limits.template} are allowed")
     variables = {
         **(names or {}),
+        "documents": None,
         **(extra or {}),
         # A key without a value is left out, as transformers does: templates would write "None".
         "messages": [{key: value for key, value in message.items() if value is not None} for message in messages],
         "tools": tools,
-        "documents": None,
         "add_generation_prompt": add_generation_prompt,
     }
     request = {"template": template, "variables": variables, "most": limits.output}

@@ -33,6 +33,8 @@ _SPLITS = {
     "llama-bpe": _LLAMA3,
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
+    "falcon3": _LLAMA3,
+    "midm-2.0": _LLAMA3,
     "dbrx": _LLAMA3,
     "smaug-bpe": _LLAMA3,
     "glm4": _LLAMA3,
@@ -51,7 +53,7 @@ _SPLITS = {
 #: Every `tokenizer.ggml.pre` that is known. Another cut gives other ids, so the rest is refused.
 PRE_TOKENIZERS = tuple(_SPLITS)
 
-_LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
+_LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3", "falcon3", "midm-2.0")
 #: These take a whole word that is in the vocabulary before they try any merge, and begin a text with BOS.
 _WHOLE_WORDS = (*_LLAMA3_NAMES, "tekken")
 _NFC = ("qwen2", "deepseek-r1-qwen")

@@ -75,7 +75,10 @@ OWN: dict[str, dict[str, Any]] = {
     "exaone_moe": {"layer_types": _SLIDING, "is_moe_layer": [False, True, True, True]},
     "falcon_h1": {**_MAMBA, "mamba_d_ssm": 32, "mamba_n_groups": 1},
     "gear": {"layer_types": ["conv", "full_attention", "conv", "sliding_attention"]},
-    "gemma3": {"nested": {"sliding_window_pattern": 2}, "vocab_size": VOCAB},
+    "gemma3": {
+        "nested": {"sliding_window_pattern": 2, "attn_logit_softcapping": None, "final_logit_softcapping": None},
+        "vocab_size": VOCAB,
+    },
     "gemma3n": {"nested": {
         "num_kv_shared_layers": 2, "vocab_size_per_layer_input": VOCAB, "rope_local_base_freq": 10_000.0,
         "layer_types": _SLIDING, "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0], "hidden_size_per_layer_input": 8,

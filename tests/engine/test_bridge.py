@@ -434,11 +434,11 @@ def test_adapters_of_a_quantized_layer_have_the_sizes_of_its_numbers(tmp_path: P
     assert kept.linear_shapes == bridged.bridged("phi3").linear_shapes
 
 
-def test_a_context_that_the_files_leave_out_is_the_model_files_default(tmp_path: Path) -> None:
+def test_a_context_that_the_files_leave_out_is_transformers_default(tmp_path: Path) -> None:
     """As Gemma 3's do: what they say of the language model leaves most of it to the defaults."""
     text = {key: value for key, value in config("gemma3")["text_config"].items() if value != 256}
     bridged.write_folder(tmp_path / "model", "gemma3", text_config=text)
-    assert load("model", [str(tmp_path / "model")]).context == 32_768
+    assert load("model", [str(tmp_path / "model")]).context == 131_072
 
 
 def test_dynamic_ntk_changes_nothing_within_the_context_and_rows_of_any_length_decode(tmp_path: Path) -> None:

@@ -86,6 +86,8 @@ def test_text_after_a_special_token_starts_anew_as_in_llama_cpp() -> None:
         ("tekken", "iPhone42", ["i", "Phone", "4", "2"]),
         ("default", "a+=1234 b", ["a", "+=", "123", "4", " b"]),
         ("llama-bpe", "1234's", ["123", "4", "'s"]),
+        ("falcon3", "1234's", ["123", "4", "'s"]),
+        ("midm-2.0", "1234's", ["123", "4", "'s"]),
         ("dbrx", "1234's", ["123", "4", "'s"]),
         ("gpt-4o", "HTMLParser don't1234", ["HTMLParser", " don't", "123", "4"]),
     ],
@@ -140,7 +142,9 @@ def test_beginning_and_end_are_added_where_the_file_asks() -> None:
     assert byte_level(pre="llama-bpe", bos_token_id=0, add_bos_token=False).encode("") == []
 
 
-@pytest.mark.parametrize(("pre", "begins"), [("llama-bpe", True), ("tekken", True), ("qwen2", False)])
+@pytest.mark.parametrize(
+    ("pre", "begins"), [("llama-bpe", True), ("falcon3", True), ("midm-2.0", True), ("tekken", True), ("qwen2", False)]
+)
 def test_a_text_begins_with_bos_in_the_families_of_llama_cpp_where_the_file_does_not_say(
     pre: str, begins: bool
 ) -> None:

@@ -255,7 +255,9 @@ def test_the_hub_gives_the_folders_of_modules_and_no_copies_of_the_weights() -> 
     wanted = ["0_Transformer/config.json", "0_Transformer/model.safetensors", "0_BERT/tokenizer.json",
               "model.safetensors", "1_Pooling/config.json", "additional_chat_templates/tool_use.jinja",
               "added_tokens.json", "sentence_roberta_config.json"]  # fmt: skip
-    others = ["onnx/model.safetensors", "original/consolidated.safetensors", "onnx/config.json", "pytorch_model.bin"]
+    others = ["onnx/model.safetensors", "original/consolidated.safetensors", "onnx/config.json", "pytorch_model.bin",
+              "consolidated.safetensors", "consolidated-00001-of-00002.safetensors",
+              "consolidated.safetensors.index.json"]  # fmt: skip
     found = filter_repo_objects(
         wanted + others, allow_patterns=list(sources.HUB_FILES), ignore_patterns=list(sources.HUB_IGNORED)
     )

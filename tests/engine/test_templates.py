@@ -62,6 +62,19 @@ def test_variables_reach_the_template() -> None:
     assert text == "False<b>|t|4|"
 
 
+def test_documents_among_the_variables_reach_the_template_and_are_none_where_they_are_not_given() -> None:
+    """As Granite's and Command's templates take them."""
+    template = "{% if documents is none %}nothing{% else %}{{ documents[0].text }}{% endif %}"
+    assert render(template, HELLO) == "nothing"
+    assert render(template, HELLO, extra={"documents": [{"text": "read me"}]}) == "read me"
+
+
+@pytest.mark.parametrize("name", ["messages", "tools", "add_generation_prompt"])
+def test_a_variable_that_a_request_has_a_field_for_is_refused_and_not_passed_over(name: str) -> None:
+    with pytest.raises(InvalidRequest, match=rf"template: {name} given"):
+        render("", HELLO, extra={name: None})
+
+
 def test_what_has_no_value_is_left_out_as_in_transformers() -> None:
     template = "{{ 'tool_calls' in messages[0] }}{{ messages[0].keys() | list }}{{ bos_token is defined }}"
     assert render(template, [{"role": "user", "tool_calls": None}]) == "False['role']False"

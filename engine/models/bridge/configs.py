@@ -6,11 +6,13 @@ refused here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from engine.models.bridge.spelling import PARTS, read_names
+from engine.models.fields import Fields
 from stoker.errors import ModelError
 
 _SILU = ("silu", "swish")
@@ -30,6 +32,13 @@ _ACTIVATIONS: Mapping[str, tuple[str, ...]] = {
 #: Model file -> what it passes over, with the value that it computes.
 _FIXED: Mapping[str, Mapping[str, Any]] = {
     "qwen2_moe": {"norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
+    "deepseek": {"norm_topk_prob": False, "scoring_func": "softmax"},
+    "deepseek_v3": {"scoring_func": "sigmoid", "rope_interleave": True},
+    "falcon_h1": {"attention_in_multiplier": 1.0},  # of values
+    "glm4_moe_lite": {"scoring_func": "sigmoid", "rope_interleave": True},
+    **{file: {"final_logit_softcapping": None, "attn_logit_softcapping": None} for file in ("gemma3", "gemma3_text")},
+    "olmoe": {"clip_qkv": None},
+    "youtu_llm": {"rope_interleave": True},
 }
 _ACTIVATION_FIELDS = ("hidden_act", "hidden_activation", "activation_function", "mlp_hidden_act")
 #: Types of rope that `initialize_rope` and the model files compute as transformers does.
@@ -78,7 +87,7 @@ def check(config: Mapping[str, Any], file: str, args_class: type) -> None:
     known = read_names(file, (each.name for each in fields(args_class)))
     nested = "text_config" in known
     for name, computed in _FIXED.get(file, {}).items():
-        if (text.get(name) or computed) != computed:
+        if text.get(name) not in (None, computed):
             raise ModelError(
                 f"config.json: {name} = {text[name]!r} is not supported: mlx-lm computes {computed!r} for this one"
             )
@@ -88,7 +97,8 @@ def check(config: Mapping[str, Any], file: str, args_class: type) -> None:
             f"config.json: partial_rotary_factor = {rotated!r} is not supported: mlx-lm rotates all of a head for this "
             "architecture"
         )
-    _check_layer_types(text, known)
+    if file != "exaone4":  # its pattern was made of the list (`spelling.py`)
+        _check_layer_types(text, known, args_class)
     for name in _ACTIVATION_FIELDS:
         _check_activation(text, name, file, taken=name in known)
     for name in ("rope_scaling", "rope_parameters"):
@@ -101,9 +111,10 @@ def check(config: Mapping[str, Any], file: str, args_class: type) -> None:
             _check_rope(each, f"config.json: {name}", taken=nested or bool(read & known))
 
 
-def _check_layer_types(text: Mapping[str, Any], known: frozenset[str]) -> None:
+def _check_layer_types(text: Mapping[str, Any], known: frozenset[str], args_class: type) -> None:
     """Files that count to the next full layer pass over a list that says otherwise."""
-    types, pattern = text.get("layer_types"), text.get("sliding_window_pattern", 6)
+    types, usual = text.get("layer_types"), getattr(args_class, "sliding_window_pattern", 6)
+    pattern = text.get("sliding_window_pattern", usual)
     if "sliding_window_pattern" not in known or "layer_types" in known or not isinstance(types, list):
         return
     if type(pattern) is not int or pattern < 1:
@@ -136,11 +147,26 @@ def context_of(config: Mapping[str, Any], args: object, *, attends: bool) -> int
     stated = [text.get(name) for name in _CONTEXT_FIELDS] + [getattr(args, name, None) for name in _CONTEXT_FIELDS]
     found = next((value for value in stated if type(value) is int and value > 0), None)
     if found is None:
-        return _NO_CONTEXT if attends else RECURRENT_CONTEXT
-    window = text.get("sliding_window")
-    inner = getattr(args, "text_config", args)
+        found = _NO_CONTEXT if attends else RECURRENT_CONTEXT
+    return min([found, *_bounds(text, args)])
+
+
+def _bounds(text: Mapping[str, Any], args: object) -> Iterator[int]:
+    """Lengths within which nothing changes by what a model file passes over."""
+    window, inner = text.get("sliding_window"), getattr(args, "text_config", args)
     passed_over = not hasattr(inner, "sliding_window") and not isinstance(inner, dict)
     if type(window) is int and window > 0 and passed_over and text.get("use_sliding_window", True):
-        # Within a window every token is seen, with it and without it.
-        return min(found, window)
-    return found
+        yield window  # Every token sees all others.
+    turned = getattr(args, "no_rope_layers", None)
+    if text.get("model_type") == "llama4_text" and isinstance(turned, list):
+        yield from _llama4_bounds(text, turned)
+
+
+def _llama4_bounds(text: Mapping[str, Any], turned: list[Any]) -> Iterator[int]:
+    """Layers that turn nothing sharpen their scores from a position on; layers of chunks see their own chunk."""
+    fields, kinds = Fields(text, "config.json"), text.get("layer_types")
+    if text.get("attn_temperature_tuning", True) and not all(turned):
+        yield max(1, math.ceil(fields.number("floor_scale", 8192.0)) - 1)
+    chunked = "chunked_attention" in kinds if isinstance(kinds, list) else any(turned)
+    if chunked and text.get("attention_chunk_size", 8192) is not None:
+        yield fields.count("attention_chunk_size", 8192)

@@ -1,4 +1,4 @@
-"""Routers whose correction mlx-lm's file leaves out: put back where a checkpoint has one."""
+"""Routers that mlx-lm's files have otherwise than transformers: ERNIE's corrections, and Jamba's weights of experts."""
 
 from __future__ import annotations
 
@@ -12,6 +12,13 @@ import mlx.nn as nn
 from engine.models.bridge import package
 
 CORRECTION = "moe_statics.e_score_correction_bias"
+
+
+def correct(network: nn.Module, file: str) -> None:
+    """Let Jamba's experts count by their share of all experts, not of the chosen ones."""
+    for module in network.modules() if file == "jamba" else ():
+        if type(module).__name__ == "JambaSparseMoeBlock":
+            module.__class__ = _of_all()
 
 
 def corrections(kind: object, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
@@ -50,3 +57,20 @@ def _corrected() -> type[Any]:
 
     CorrectedMoe.__name__ = plain.__name__
     return CorrectedMoe
+
+
+@functools.cache
+def _of_all() -> type[Any]:
+    """Jamba's mixture, whose weights of the chosen experts are those of a softmax over all."""
+    plain: type[Any] = package.load("jamba").JambaSparseMoeBlock
+
+    class MoeOfAll(plain):
+        def __call__(self, x: mx.array) -> mx.array:
+            gates, k = mx.softmax(self.router(x), axis=-1, precise=True), self.num_experts_per_tok
+            chosen = mx.stop_gradient(mx.argpartition(-gates, kth=k - 1, axis=-1)[..., :k])
+            scores = mx.take_along_axis(gates, chosen, axis=-1)
+            result: mx.array = (self.switch_mlp(x, chosen) * scores[..., None]).sum(axis=-2)
+            return result
+
+    MoeOfAll.__name__ = plain.__name__
+    return MoeOfAll

@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
-from engine.models.bridge import activations, package, ropes, routers
+from engine.models.bridge import activations, falcon, package, ropes, routers, scores
 from engine.models.bridge.configs import check, text_config
 from engine.models.bridge.linears import dense_weight
 from engine.models.bridge.spelling import OWN_HEAD, read_names, respelled
@@ -52,6 +52,9 @@ def network_of(config: Mapping[str, Any], file: str) -> tuple[nn.Module, Any]:
         ) from error
     ropes.correct(network, file, config)
     activations.correct(network, file, config)
+    scores.correct(network, file, config)
+    falcon.correct(network, file, config)
+    routers.correct(network, file)
     return network, args
 
 

@@ -1,0 +1,350 @@
+"""What a config.json of a real folder says in other words than mlx-lm's files read, leaves out, or asks for apart."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from engine.checkpoints.loading import load
+from engine.models import rope
+from engine.models.bridge import package, weights
+from engine.models.bridge.configs import _CONTEXT_FIELDS
+from engine.models.bridge.decoder import BridgedDecoder
+from engine.platform.jsonfiles import read_config
+from stoker.errors import ModelError
+from tests.engine.architectures import config
+from tests.engine.bridged import assert_close, network, write_folder
+
+#: A field that a file does not have.
+ABSENT = object()
+FULL, SLIDING = "full_attention", "sliding_attention"
+ROW = mx.array([[*range(1, 31)]])
+
+
+def described(name: str, **fields: Any) -> dict[str, Any]:
+    return {field: value for field, value in {**config(name), **fields}.items() if value is not ABSENT}
+
+
+def made_of(name: str, filled: nn.Module, **fields: Any) -> nn.Module:
+    """The network of a config.json that is changed so, with the weights of another."""
+    made, _ = weights.network_of(described(name, **fields), name)
+    made.load_weights(tree_flatten(filled.parameters()))
+    return made
+
+
+def logits(made: nn.Module) -> np.ndarray:
+    return np.array(made(ROW))
+
+
+def exaone(pattern: str | None) -> nn.Module:
+    """mlx-lm's own network with these letters, its weights random."""
+    file = package.load("exaone4")
+    filled, _ = network("exaone4")
+    own = file.Model(file.ModelArgs.from_dict(described("exaone4", sliding_window_pattern=pattern)))
+    own.load_weights(tree_flatten(filled.parameters()))
+    return own
+
+
+@pytest.mark.parametrize(
+    ("letters", "fields"),
+    [
+        ("LLLG", {"sliding_window_pattern": "LLLG", "layer_types": [SLIDING, SLIDING, SLIDING, FULL]}),
+        ("LLLG", {"sliding_window_pattern": 4}),
+        ("LGGL", {"sliding_window_pattern": ABSENT, "layer_types": [SLIDING, FULL, FULL, SLIDING]}),
+        ("LG", {"sliding_window_pattern": "LG"}),
+        (None, {"sliding_window_pattern": "LLLG", "sliding_window": None, "layer_types": [FULL] * 4}),
+        (None, {"sliding_window_pattern": None, "sliding_window": None, "layer_types": [FULL] * 4}),
+    ],
+    ids=["letters and a list", "a number", "a list", "letters", "no window", "no pattern"],
+)
+def test_an_exaone_4_has_windows_where_its_list_of_layers_says(letters: str | None, fields: dict[str, Any]) -> None:
+    """LG AI's own folders have the letters and the list, which was refused."""
+    own = exaone(letters)
+    np.testing.assert_array_equal(logits(made_of("exaone4", own, **fields)), logits(own))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"layer_types": [FULL, SLIDING]},
+        {"layer_types": ["chunked_attention"] * 4},
+        {"layer_types": [[FULL]] * 4},
+        {"sliding_window_pattern": "LX"},
+        {"sliding_window_pattern": 0},
+        {"sliding_window_pattern": 1 << 40},
+    ],
+    ids=["too few", "another kind", "lists", "letters", "zero", "huge"],
+)
+def test_what_is_no_pattern_of_an_exaone_4_is_refused_by_name(fields: dict[str, Any]) -> None:
+    with pytest.raises(ModelError, match=r"layer_types|sliding_window_pattern"):
+        weights.network_of(described("exaone4", **fields), "exaone4")
+
+
+def test_layers_of_a_cohere_2_without_a_pattern_are_held_against_its_own() -> None:
+    """Each fourth has no window, where Gemma's sixth has none."""
+    without = described("cohere2", sliding_window_pattern=ABSENT, layer_types=[SLIDING, SLIDING, SLIDING, FULL])
+    assert weights.network_of(without, "cohere2")[1].sliding_window_pattern == 4
+    with pytest.raises(ModelError, match="layer_types"):
+        weights.network_of({**without, "layer_types": [SLIDING] * 4}, "cohere2")
+
+
+def test_steps_of_time_of_a_granite_4_are_bounded_only_where_its_config_says_so() -> None:
+    """As in transformers; mlx-lm bounds them by 0.001, and learned ones are shorter. So short ones leave no state: what
+    its layers give is then what they give of the present token alone."""
+    short, _ = network("granitemoehybrid")
+    for layer in short.layers:
+        if layer.layer_type == "mamba":
+            layer.mamba.dt_bias = mx.full(layer.mamba.dt_bias.shape, -30.0)
+    unbounded = made_of("granitemoehybrid", short, time_step_limit=[0.0, 1e9])
+    for absent in (ABSENT, None):
+        made = made_of("granitemoehybrid", short, time_step_limit=absent)
+        np.testing.assert_array_equal(logits(made), logits(unbounded))
+    bounded = made_of("granitemoehybrid", short, time_step_limit=[0.001, 100.0])
+    assert np.abs(logits(bounded) - logits(unbounded)).max() > 1e-4
+
+
+@pytest.mark.parametrize("stated", [ABSENT, None], ids=["absent", "null"])
+def test_a_granite_4_turns_heads_only_where_its_config_says_so(stated: object) -> None:
+    filled, _ = network("granitemoehybrid")
+    made = {
+        kind: logits(made_of("granitemoehybrid", filled, position_embedding_type=kind))
+        for kind in (stated, "nope", "rope")
+    }
+    np.testing.assert_array_equal(made[stated], made["nope"])
+    assert np.abs(made["rope"] - made["nope"]).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["ernie4_5", "ernie4_5_moe"])
+def test_an_ernie_that_does_not_say_so_ties_its_head(name: str) -> None:
+    """transformers 4 leaves out of a config.json what is so by default."""
+    _, args = weights.network_of(described(name, tie_word_embeddings=ABSENT), name)
+    assert args.tie_word_embeddings is True
+
+
+def test_a_gemma_3_that_does_not_say_so_takes_as_long_texts_as_in_transformers() -> None:
+    """The config.json of those that also see leaves out what is so by default."""
+    lengths = dict.fromkeys(_CONTEXT_FIELDS, ABSENT)
+    seeing = described("gemma3", **lengths)
+    inner = {name: value for name, value in seeing["text_config"].items() if name not in lengths}
+    for stated in ({**seeing, "text_config": inner}, described("gemma3_text", **lengths)):
+        made, args = weights.network_of(stated, stated["model_type"])
+        assert BridgedDecoder(stated["model_type"], made, args, stated).args.context == 131_072
+
+
+def test_numbers_that_json_has_not_are_read_as_transformers_5_spells_them(tmp_path: Path) -> None:
+    own = write_folder(tmp_path / "model", "mamba2", time_step_limit=[0.0, {"__float__": "Infinity"}])
+    decoder = load("model", [str(tmp_path / "model")], dtype="float32").decoder
+    assert_close(np.array(decoder.logits(decoder(ROW)))[0], logits(own)[0])
+
+
+def test_an_object_that_only_looks_like_a_number_stays_one(tmp_path: Path) -> None:
+    others = [{"__float__": "1.5"}, {"__float__": "NaN", "more": 1}, {"__float__": None}, {"__float__": ["NaN"]}]
+    (tmp_path / "config.json").write_text(json.dumps({"others": others, "least": {"__float__": "-Infinity"}}))
+    assert read_config(tmp_path) == {"others": others, "least": -math.inf}
+
+
+@pytest.mark.parametrize(("by_layer", "by_size"), [(True, True), (True, False), (False, False), (None, None)])
+def test_a_gpt_2_divides_its_scores_as_its_config_says(by_layer: bool | None, by_size: bool | None) -> None:
+    """CodeParrot's and Stanford's do so by the number of the layer; mlx-lm passes over it. Its file is the oracle with
+    queries that are divided instead."""
+    filled, _ = network("gpt2")
+    fields = {"scale_attn_by_inverse_layer_idx": by_layer, "scale_attn_weights": by_size}
+    made = made_of("gpt2", filled, **fields)
+    for number, layer in enumerate(filled.layers, 1):
+        width, c_attn = layer.attn.n_embd, layer.attn.c_attn
+        by = (number if by_layer else 1) * (1 if by_size in (True, None) else layer.attn.head_dim**-0.5)
+        rows = mx.where(mx.arange(3 * width) < width, 1 / by, 1.0)
+        c_attn.weight, c_attn.bias = c_attn.weight * rows[:, None], c_attn.bias * rows
+    assert_close(logits(made)[0], logits(filled)[0])
+
+
+def test_a_llama_4_norms_queries_and_keys_only_where_it_turns_them() -> None:
+    """As in transformers. mlx-lm's file is the oracle with a layer without its switch."""
+    stated = described("llama4_text", use_qk_norm=True, no_rope_layers=[1, 0, 1, 0])
+    made, args = weights.network_of(stated, "llama4_text")
+    own = package.load("llama4_text").Model(args)
+    own.load_weights(tree_flatten(made.parameters()))
+    assert np.abs(logits(own) - logits(made)).max() > 1e-4
+    for layer in (own.layers[1], own.layers[3]):
+        layer.self_attn.use_qk_norm = False
+    np.testing.assert_array_equal(logits(own), logits(made))
+
+
+@pytest.mark.parametrize(
+    ("fields", "longest"),
+    [
+        ({}, 63),
+        ({"attn_temperature_tuning": False}, 256),
+        ({"attn_temperature_tuning": 4, "floor_scale": 32}, 31),
+        ({"attn_temperature_tuning": False, "no_rope_layers": [1] * 4, "layer_types": ["chunked_attention"] * 4}, 100),
+        ({"no_rope_layers": [1] * 4}, 256),
+        ({"attn_temperature_tuning": False, "layer_types": ABSENT}, 100),
+        ({"attn_temperature_tuning": False, "layer_types": ABSENT, "attention_chunk_size": None}, 256),
+    ],
+    ids=["sharpened", "plain", "4", "chunks", "all turn", "chunks by default", "no chunks"],
+)
+def test_a_llama_4_takes_no_texts_in_which_its_scores_would_be_others(fields: dict[str, Any], longest: int) -> None:
+    """mlx-lm's file passes over chunks, and over what sharpens the scores of layers that turn nothing."""
+    usual = {"max_position_embeddings": 256, "floor_scale": 64, "attention_chunk_size": 100, "layer_types": [FULL] * 4}
+    stated = described("llama4_text", **{**usual, **fields})
+    made, args = weights.network_of(stated, "llama4_text")
+    assert BridgedDecoder("llama4_text", made, args, stated).args.context == longest
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("deepseek", {"norm_topk_prob": True}),
+        ("deepseek", {"scoring_func": "sigmoid"}),
+        ("deepseek_v3", {"scoring_func": "softmax"}),
+        ("deepseek_v3", {"rope_interleave": False}),
+        ("falcon_h1", {"attention_in_multiplier": 2.0}),
+        ("glm4_moe_lite", {"scoring_func": "softmax"}),
+        ("glm4_moe_lite", {"rope_interleave": False}),
+        ("youtu_llm", {"rope_interleave": False}),
+        ("gemma3_text", {"final_logit_softcapping": 30.0}),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}),
+        ("olmoe", {"clip_qkv": 8.0}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
+)
+def test_what_a_model_file_passes_over_is_refused_by_name(name: str, fields: dict[str, Any]) -> None:
+    with pytest.raises(ModelError, match=rf"{next(iter(fields))} = .* is not supported: mlx-lm computes"):
+        weights.network_of(described(name, **fields), name)
+    weights.network_of(described(name, **dict.fromkeys(fields)), name)
+
+
+def test_layers_of_a_granite_4_may_have_the_names_that_newer_releases_of_transformers_write() -> None:
+    filled, args = network("granitemoehybrid")
+    assert args.layer_types == ["mamba", "attention"] * 2
+    newer = made_of("granitemoehybrid", filled, layer_types=["linear_attention", FULL] * 2)
+    np.testing.assert_array_equal(logits(newer), logits(filled))
+    with pytest.raises(ModelError, match="Unknown layer type"):
+        made_of("granitemoehybrid", filled, layer_types=["linear_attention", [FULL], 1, None])
+
+
+@pytest.mark.parametrize("where", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("name", ["olmo2", "qwen3_moe", "pixtral"])
+@pytest.mark.parametrize(("original", "first"), [(ABSENT, 256), (None, 256), (32, 32)], ids=["absent", "null", "apart"])
+def test_yarn_that_does_not_say_how_long_texts_were_at_first_takes_the_context(
+    name: str, where: str, original: object, first: int
+) -> None:
+    """As in transformers; mlx-lm takes 4096. The oracle is YaRN of Stoker's own layers."""
+    scaling = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10_000.0}
+    fields = {"max_position_embeddings": 256, "rope_scaling": ABSENT, where: scaling}
+    fields["original_max_position_embeddings"] = original
+    stated = described(name, **fields)
+    if "text_config" in stated:
+        inner = {**stated["text_config"], **fields}
+        stated["text_config"] = {field: value for field, value in inner.items() if value is not ABSENT}
+    made, _ = weights.network_of(stated, name)
+    turned = [module for module in made.modules() if type(module).__name__ == "YarnRoPE"]
+    assert turned
+    said = {"rope_scaling": {**scaling, "original_max_position_embeddings": first}}
+    for module in turned:
+        base, own = rope.from_config(said, 256, module.dims)
+        np.testing.assert_allclose(np.array(module["_freqs"]), rope.periods(module.dims, base, own), rtol=1e-5)
+
+
+def exact_gelu(x: mx.array) -> mx.array:
+    return 0.5 * x * (1.0 + mx.erf(x / math.sqrt(2.0)))
+
+
+def gelu_by_tanh(x: mx.array) -> mx.array:
+    return 0.5 * x * (1.0 + mx.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
+
+
+@pytest.mark.parametrize(
+    ("name", "linears", "field", "usual"),
+    [
+        ("gemma", ("gate_proj", "up_proj", "down_proj"), "hidden_activation", gelu_by_tanh),
+        ("gpt2", ("c_fc", "c_proj"), "activation_function", gelu_by_tanh),
+        ("gpt_neox", ("dense_h_to_4h", "dense_4h_to_h"), "hidden_act", exact_gelu),
+        ("phi", ("fc1", "fc2"), "hidden_act", gelu_by_tanh),
+        ("starcoder2", ("c_fc", "c_proj"), "hidden_act", gelu_by_tanh),
+    ],
+)
+def test_gelu_has_the_form_that_config_json_names_and_else_transformers_own(
+    name: str, linears: tuple[str, ...], field: str, usual: Callable[[mx.array], mx.array]
+) -> None:
+    """mlx-lm's files compute one of them each. As for Gemma and Pythia, which name the other."""
+    forms = {None: usual, "gelu": exact_gelu, "gelu_pytorch_tanh": gelu_by_tanh, "gelu_new": gelu_by_tanh}
+    x = 4.0 * mx.random.normal((3, 32), key=mx.random.key(1))
+    for named, activation in forms.items():
+        made, _ = weights.network_of(described(name, **{field: named}), name)
+        mlp = made.layers[1].mlp
+        first, *gated, last = (mlp[part] for part in linears)
+        inner = activation(first(x))
+        for linear in gated:
+            inner = inner * linear(x)
+        np.testing.assert_allclose(np.array(mlp(x)), np.array(last(inner)), rtol=1e-4, atol=2e-6)
+
+
+def heads(stated: dict[str, Any], ties: object, inner: object = ABSENT) -> bool:
+    """Whether the network has a head of its own."""
+    text = {**stated["text_config"], "tie_word_embeddings": inner}
+    text = {field: value for field, value in text.items() if value is not ABSENT}
+    whole = {**stated, "tie_word_embeddings": ties, "text_config": text}
+    made, _ = weights.network_of(
+        {field: each for field, each in whole.items() if each is not ABSENT}, stated["model_type"]
+    )
+    return any("lm_head" in name for name, _ in tree_flatten(made.parameters()))
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe"])
+def test_a_model_that_sees_may_say_outside_of_its_language_model_whether_that_ties_its_head(name: str) -> None:
+    """As Qwen3-VL's own folders do, which were refused. What the language model says goes before it."""
+    stated = config(name)
+    assert [heads(stated, ties) for ties in (True, False)] == [False, True]
+    assert [heads(stated, not inner, inner) for inner in (True, False)] == [False, True]
+    assert heads(stated, ABSENT) == (name != "qwen2_vl")
+
+
+def test_keys_of_a_falcon_h1_have_their_multiplier() -> None:
+    """As in transformers; mlx-lm's file passes over it. The oracle is that file with keys that are multiplied."""
+    filled, _ = network("falcon_h1")
+    made = made_of("falcon_h1", filled, key_multiplier=3.0)
+    assert np.abs(logits(made) - logits(filled)).max() > 1e-4
+    for layer in filled.layers:
+        layer.self_attn.k_proj.weight = layer.self_attn.k_proj.weight * 3.0
+    assert_close(logits(made)[0], logits(filled)[0])
+
+
+@pytest.mark.parametrize("gate_last", [False, True])
+def test_a_norm_of_a_falcon_h1_is_one_of_each_group(gate_last: bool) -> None:
+    fields = {"mamba_rms_norm": True, "mamba_n_groups": 2, "mamba_norm_before_gate": gate_last}
+    made, args = weights.network_of(described("falcon_h1", **fields), "falcon_h1")
+    norm, (x, gate) = made.layers[0].mamba.norm, mx.random.normal((2, 3, args.mamba_d_ssm), key=mx.random.key(1))
+    norm.weight = mx.random.normal((args.mamba_d_ssm,), key=mx.random.key(2))
+    opened = np.array(gate) / (1 + np.exp(-np.array(gate)))
+    inner = np.array(x) if gate_last else np.array(x) * opened
+    halves = [half / np.sqrt((half**2).mean(-1, keepdims=True) + args.rms_norm_eps) for half in np.split(inner, 2, -1)]
+    wanted = np.concatenate(halves, -1) * np.array(norm.weight) * (opened if gate_last else 1)
+    np.testing.assert_allclose(np.array(norm(x, gate)), wanted, rtol=1e-4, atol=1e-5)
+    assert {name for name, _ in tree_flatten(norm.parameters())} == {"weight"}
+    whole, _ = weights.network_of(described("falcon_h1", **{**fields, "mamba_n_groups": 1}), "falcon_h1")
+    assert type(whole.layers[0].mamba.norm) is not type(norm)
+
+
+def test_experts_of_a_jamba_count_by_their_share_of_all_experts() -> None:
+    """As in transformers; mlx-lm's file takes their share of the chosen ones, whose sum is 1."""
+    filled, _ = network("jamba")
+    mixtures = [layer.feed_forward for layer in filled.layers if hasattr(layer.feed_forward, "router")]
+    assert mixtures
+    plain = package.load("jamba").JambaSparseMoeBlock
+    x = mx.random.normal((2, 5, 32), key=mx.random.key(3))
+    for mixture in mixtures:
+        gates = np.exp(np.array(mixture.router(x)))
+        shares = np.sort(gates / gates.sum(-1, keepdims=True), axis=-1)[..., -mixture.num_experts_per_tok :].sum(-1)
+        assert shares.max() < 0.99
+        wanted = np.array(plain.__call__(mixture, x)) * shares[..., None]
+        np.testing.assert_allclose(np.array(mixture(x)), wanted, rtol=1e-4, atol=1e-6)
