@@ -12,6 +12,7 @@ import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from engine.training import carried
+from engine.training.data import with_steps
 from stoker.broker import keys, ledger
 from stoker.broker.connection import connect
 from stoker.contract import CONTRACT, ModelCard, Presence
@@ -280,6 +281,19 @@ def test_of_disk_and_store_the_one_that_is_further_counts(
     resume(worker.job(REQUEST), REQUEST)
     assert carried.newest(run.path).position == carried.Position(8, 8)  # type: ignore[union-attr]
     assert (run.path / "log.jsonl").read_bytes() == before["log.jsonl"]
+
+
+def test_a_run_that_was_asked_for_in_epochs_goes_on_where_another_worker_left_it(
+    worker: Worker, broker: Settings, tmp_path: Path
+) -> None:
+    """Its checkpoints say the steps that the epochs are, which only the dataset says."""
+    request = asked(epochs=3)
+    run = RunFolder(tmp_path / "one", with_steps(request, 40))
+    run.save(5)
+    leave(worker.job(request), STOPPING)
+    other, folder = moved(worker, broker, tmp_path)
+    resume(other.job(request), request)
+    assert files(folder) == files(run.path)
 
 
 @pytest.mark.parametrize("differs", ["base", "request"])
