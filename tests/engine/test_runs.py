@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from tests.engine import tiny
 from tests.workers.carrying import RunFolder, asked
 
 EXAMPLES = [
-    TokenizedExample.of([(ids, True)]) for ids in ([3, 4, 5, 6], [7, 8, 9], [9, 9, 9, 3], [4, 6, 8], [5, 5, 6, 7])
+    replace(TokenizedExample.of([(ids, True)]), line=line)
+    for line, ids in enumerate([[3, 4, 5, 6], [7, 8, 9], [9, 9, 9, 3], [4, 6, 8], [5, 5, 6, 7]], 1)
 ]
 
 
