@@ -183,6 +183,15 @@ def test_turns_that_a_template_writes_anew_are_each_learned_as_they_are_said(cha
     )
 
 
+@pytest.mark.parametrize("within", ["{}", "{{% macro day() %}}{}{{% endmacro %}}{{{{ day() }}}}"])
+def test_a_template_that_writes_the_date_makes_the_same_examples_on_any_day(chatml: Tokenizer, within: str) -> None:
+    """A run that goes on the next day, or on a worker of another time zone, would be one of another dataset."""
+    chatml.templates["default"] = within.format("{{ strftime_now('%d %b %Y, %X.%f') }}") + CHATML
+    found = [tokenize([conversation(("user", "q"), ("assistant", "a"))], chatml, 200) for _ in range(2)]
+    assert len({dataset_digest(rows) for rows in found}) == 1
+    assert chatml.decode(found[0][0].tokens.tolist()).startswith("26 Jul 2024, 00:00:00.000000")
+
+
 def test_what_a_template_asks_otherwise_than_it_writes_is_learned_from_its_first_word(chatml: Tokenizer) -> None:
     chatml.templates["default"] = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}")
     (found,) = tokenize([conversation(("user", "q"), ("assistant", "a"))], chatml, 200)
