@@ -58,9 +58,15 @@ class Checkpoints:
         self._write(name, lambda draft: self._fill(draft, state, adapter))
 
     def save_best(self, step: int, adapter: LoraWeights) -> None:
+        """Keep the adapter of the best step so far, and of those before what a state that is kept goes back to."""
         # One that is there comes from before a rollback.
         remove_folder(self._root / best_name(step))
         self._write(best_name(step), lambda draft: peft.write(draft, self._made_of["model"], adapter))
+        states = [self._numbers(path) for path in self._root.iterdir() if path.name.startswith((STEP, PAUSED))]
+        kept = {best_name(step), *(best_name(numbers.get("best_step", 0)) for numbers in states)}
+        for path in list(self._root.glob(f"{BEST}*")):
+            if path.name not in kept:
+                remove_folder(path)
 
     def best(self, step: int, shapes: Mapping[str, tuple[int, int]]) -> LoraWeights:
         """Raises `ModelError` if it is not there."""

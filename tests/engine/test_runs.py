@@ -155,6 +155,21 @@ def test_only_a_step_that_is_better_than_all_before_is_kept_as_the_best(
     assert homes == ["best-00000004", "step-00000004", "step-00000005"]
 
 
+def test_bests_that_no_state_goes_back_to_are_not_kept_until_the_next_checkpoint(
+    model: LoadedModel, tmp_path: Path
+) -> None:
+    """Each is an adapter: a run with many evaluations and few checkpoints would fill the disk."""
+    options = {"steps": 40, "checkpoint_every": 30, "eval_every": 1, "held_out": 0.4}
+    Opened(model, tmp_path, **options).advance(31).run.pause()
+    found, homes = Opened(model, tmp_path, **options), tmp_path / "checkpoints"
+    for step in range(32, 40):
+        found.advance(len(found.reports) + 1)
+        assert (found.run.state.step, found.run.state.best_step) == (step, step), "each is better than all before"
+        assert {path.name for path in homes.glob("best-*")} == {carried.best_name(best) for best in (30, 31, step)}
+    found.advance()
+    assert [path.name for path in homes.glob("best-*")] == ["best-00000040"]
+
+
 def test_a_run_that_is_opened_again_repeats_its_last_reports(tmp_path: Path) -> None:
     log = RunLog(tmp_path / "log.jsonl")
     for index in range(6):
