@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -168,6 +169,18 @@ def test_bests_that_no_state_goes_back_to_are_not_kept_until_the_next_checkpoint
         assert {path.name for path in homes.glob("best-*")} == {carried.best_name(best) for best in (30, 31, step)}
     found.advance()
     assert [path.name for path in homes.glob("best-*")] == ["best-00000040"]
+
+
+def test_what_people_put_next_to_checkpoints_is_neither_read_nor_deleted(model: LoadedModel, tmp_path: Path) -> None:
+    """A copy of one, whole or under way: the run goes on without it, and leaves it there."""
+    Opened(model, tmp_path, **OPTIONS).advance(3)
+    homes = tmp_path / "checkpoints"
+    shutil.copytree(homes / "step-00000002", homes / "step-00000002 copy")
+    (homes / "step-00000002.partial").mkdir()
+    Opened(model, tmp_path, **OPTIONS).advance()
+    assert {path.name for path in homes.glob("step-*")} == {
+        *("step-00000002 copy", "step-00000002.partial", "step-00000004", "step-00000005")
+    }
 
 
 def test_a_run_that_is_opened_again_repeats_its_last_reports(tmp_path: Path) -> None:
