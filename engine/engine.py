@@ -297,6 +297,13 @@ class Engine:
             raise _unloaded(request.model)
         return kept_bytes(model.linear_shapes, request, model.shard)
 
+    def forget(self, model: str, name: str, version: int) -> None:
+        """Free the memory of an adapter's version whose files have become others, except while it is in use. For
+        callers in other threads than the engine's."""
+        pool = self._warm.pools.get(model)
+        if pool is not None:
+            self._run_errand(lambda: pool.drop(name, version))
+
     def pool(self, model: str) -> AdapterPool:
         """The adapters of `model` in memory."""
         return self._warm.pools[model]

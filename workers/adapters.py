@@ -21,7 +21,7 @@ from stoker.files.durable import remove_folder
 from workers import clock, uploads
 from workers.artifacts import Artifacts
 from workers.job import Job
-from workers.services.fetching import fetch, write_files
+from workers.services.fetching import fetch, make_way, write_files
 from workers.services.runtime import Fenced
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def pinned(job: Job, model: str, adapter: str) -> str:
         if not raw:
             return adapter
         given = ledger.pin(redis, job.id, registry.parse(model, name, raw).version(version))
-    number = int(checked(Rule.VERSION, "version of the job's record", given))
+    number = _number(given)
     fetch(job.runtime, model, name, number)
     return f"{name}@{number}"
 
@@ -53,6 +53,14 @@ def allocate(job: Job, model: str, name: str) -> int:
     if redis.hget(keys.adapter(model, name), "next") is None:
         newest = max(newest, _artifacts(job).newest(model, name))
     given = ledger.allocate(redis, model, name, job.id, newest + 1)
+    number = _number(given)
+    # An owner on another disk may have chosen it.
+    make_way(job.runtime, model, name, number, job.id)
+    return number
+
+
+def _number(given: str) -> int:
+    """A version of a job's record, which another program may have written."""
     return int(checked(Rule.VERSION, "version of the job's record", given))
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from redis.exceptions import RedisError
 
@@ -76,7 +77,7 @@ def _fits(job: Job, request: TrainRequest, manifest: Manifest) -> bool:
     except KeyError:
         # The engine says so when it gets the job.
         return False
-    wanted = {"model": request.model, "base": base, "request": request.model_dump(mode="json")}
+    wanted = {"model": request.model, "base": base, "request": _asked(request, manifest)}
     differing = [name for name, value in wanted.items() if manifest.made_of.get(name) != value]
     if differing:
         log.warning(
@@ -85,6 +86,14 @@ def _fits(job: Job, request: TrainRequest, manifest: Manifest) -> bool:
             " and ".join(differing),
         )
     return not differing
+
+
+def _asked(request: TrainRequest, manifest: Manifest) -> dict[str, Any]:
+    """The request as its checkpoints have it. Of one in epochs the dataset says the steps: the engine knows them."""
+    fields, made_of = request.model_dump(mode="json"), manifest.made_of.get("request")
+    if request.epochs is not None and isinstance(made_of, dict):
+        fields["steps"] = made_of.get("steps")
+    return fields
 
 
 class RunMirror:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,8 @@ from engine.adapters.sharding import part_of
 from engine.adapters.stacked import StackedLora, folded
 from engine.adapters.store import AdapterStore
 from engine.checkpoints.loading import LoadedModel
+
+log = logging.getLogger(__name__)
 
 #: The index of the bare base in every stack.
 BASE = 0
@@ -109,13 +112,20 @@ class AdapterPool:
         return self._uses.total()
 
     def save(self, name: str, weights: LoraWeights, notes: Mapping[str, object], version: int | None = None) -> int:
-        """Write a trained adapter as a version, by default the next one, and hold it; of a model that ranks share, all
-        of them do so when a job asks for it."""
+        """Write a trained adapter as a version, by default the next one, and hold it, if there is memory for it now; of
+        a model that ranks share, all of them do so when a job asks for it."""
         own = self.own(weights)
         version = self._store.write(self._model.name, name, weights, notes, version)
         if self._model.shard is None and self._find(name, version) is None:
-            self._hold(name, version, own)
+            self._hold_if_possible(name, version, own)
         return version
+
+    def _hold_if_possible(self, name: str, version: int, weights: LoraWeights) -> None:
+        """What is written is made: its job does not fail because there is too little memory to serve it now."""
+        try:
+            self._hold(name, version, weights)
+        except Exception as error:
+            log.warning("%s@%d is written, and not held in memory: %s", name, version, error)
 
     def own(self, weights: LoraWeights) -> LoraWeights:
         """What this process needs of an adapter."""
@@ -151,6 +161,8 @@ class AdapterPool:
     def _hold(self, name: str, version: int, weights: LoraWeights) -> int:
         self._widen(weights)
         index = self._room()
+        # From now on the row is nobody's: where writing it fails, it must not serve under the name of before.
+        self._held[index] = None
         self._write(index, weights, self._norms.get((name, version), {}))
         self._held[index] = _Held(name, version, next(self._clock))
         return index
@@ -225,8 +237,11 @@ class AdapterPool:
         """Put an adapter into its row of every stack; layers that it does not change get the neutral row. `norms`: by
         layer, where they are known."""
         dtype = self._model.decoder.dtype
+        own = {name: self._sides(name, weights, norms.get(name)) for name in weights.matrices}
+        # Before they are in the stacks: where there is no memory for it, no row of another would try again.
+        mx.eval(own)
         for name, stack in self._stacks.items():
-            sides = self._sides(name, weights, norms.get(name)) if name in weights.matrices else {}
+            sides = own.get(name, {})
             for side, array in stack.items():
                 if side not in sides:
                     array[index] = _NEUTRAL[side]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,11 +11,11 @@ from typing import Any
 from engine.adapters import peft
 from engine.adapters.lora import LoraWeights
 from engine.platform.jsonfiles import NOTES_FILE as NOTES_FILE
-from engine.platform.jsonfiles import write_json
+from engine.platform.jsonfiles import read_object, write_json
 from stoker.contract.base import parse_adapter
 from stoker.contract.names import Rule, checked, follows
-from stoker.errors import UnknownAdapter
-from stoker.files.durable import draft_folder, publish, sweep
+from stoker.errors import ModelError, UnknownAdapter
+from stoker.files.durable import draft_folder, flush, publish, sweep
 
 
 class AdapterStore:
@@ -83,6 +85,22 @@ class AdapterStore:
                 number = version or max(_versions(home), default=0) + 1
                 if publish(draft, home / str(number)) or version is not None:
                     return number
+
+    def maker(self, model: str, name: str, version: int) -> str | None:
+        """The job that made a version; None where its files do not say."""
+        try:
+            job = read_object(self.folder(model, name, version) / NOTES_FILE, {}).get("job")
+        except ModelError:
+            return None
+        return job if isinstance(job, str) else None
+
+    def set_aside(self, model: str, name: str, version: int) -> Path:
+        """Take the number from the files of a version, and return the folder where they are. Raises `OSError`."""
+        folder = self.folder(model, name, version)
+        aside = folder.with_name(f"{version}-{secrets.token_hex(4)}")
+        os.rename(folder, aside)
+        flush(folder.parent)
+        return aside
 
     def sweep(self) -> None:
         """Delete what writers that died left behind."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +44,13 @@ def render(
     add_generation_prompt: bool = True,
     names: Mapping[str, str] | None = None,
     extra: Mapping[str, Any] | None = None,
+    moment: datetime | None = None,
     limits: ChatLimits | None = None,
 ) -> str:
     """The text of `messages`, as transformers' `apply_chat_template` gives it.
 
-    `names` are the model's special tokens by the names that templates use, such as `sep_token`.
+    `names` are the model's special tokens by the names that templates use, such as `sep_token`; `moment` is what its
+    clock says, None: now.
 
     Messages, tools and `extra` (further variables, such as `enable_thinking` and `documents`) are JSON values. Raises
     `InvalidRequest` for a conversation that the template refuses or fails on, and for `extra` that holds one of its
@@ -67,7 +70,8 @@ def render(
         "tools": tools,
         "add_generation_prompt": add_generation_prompt,
     }
-    request = {"template": template, "variables": variables, "most": limits.output}
+    said = None if moment is None else moment.isoformat()
+    request = {"template": template, "variables": variables, "most": limits.output, "moment": said}
     try:
         return _text(renderer.ask(request, limits.seconds))
     except LimitPassed:

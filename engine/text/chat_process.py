@@ -83,6 +83,11 @@ def strftime_now(layout: str) -> str:
     return datetime.now().strftime(layout)
 
 
+def clock_at(moment: str | None) -> dict[str, Callable[..., Any]]:
+    """What a template has instead of today's clock where it is to write another moment, in ISO 8601."""
+    return {} if moment is None else {"strftime_now": datetime.fromisoformat(moment).strftime}
+
+
 def to_json(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
@@ -118,7 +123,8 @@ def render(template: str, variables: dict[str, Any], most: int) -> str:
 def answer(request: Mapping[str, Any]) -> dict[str, str]:
     """{"text"}, or {"refused"}: the template's own words, {"template"}: it is unusable, {"input"}: it fails on this."""
     try:
-        return {"text": render(request["template"], request["variables"], request["most"])}
+        variables = {**request["variables"], **clock_at(request["moment"])}
+        return {"text": render(request["template"], variables, request["most"])}
     except RefusedByTemplate as error:
         return {"refused": str(error)}
     except TemplateSyntaxError as error:

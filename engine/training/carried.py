@@ -26,9 +26,12 @@ CHECKPOINTS = "checkpoints"
 STEP, PAUSED, BEST = "step-", "paused-", "best-"
 #: Regular checkpoints that are kept.
 KEEP = 2
-#: What a file of another worker may be called.
+_STATE, _BEST = r"step-\d{8,12}|paused-\d{8,12}-\d{8,12}", r"best-\d{8,12}"
+#: What folders with a state of the run are called, those with the adapter of the best step, and files that are carried.
+#: People and their programs leave others next to them.
+STATE, BEST_STEP = re.compile(_STATE), re.compile(_BEST)
 FILE = re.compile(
-    r"log\.jsonl|(step-\d{8,12}|paused-\d{8,12}-\d{8,12}|best-\d{8,12})"
+    rf"log\.jsonl|({_STATE}|{_BEST})"
     r"/(adapter_config\.json|adapter_model\.safetensors|trainer\.safetensors|stoker\.json)"
 )
 #: Tries to open files that the engine deletes meanwhile, because newer ones are there.
@@ -74,7 +77,7 @@ def newest(run: Path) -> CheckpointNotes | None:
 def _states(run: Path) -> list[CheckpointNotes]:
     home, found = run / CHECKPOINTS, []
     for folder in home.iterdir() if home.is_dir() else ():
-        if folder.name.startswith((STEP, PAUSED)):
+        if STATE.fullmatch(folder.name):
             # It may be deleted meanwhile; of one that is damaged, the engine says so.
             with suppress(ModelError, OSError):
                 found.append(read_notes(folder))
@@ -131,8 +134,10 @@ def _checkpoints(
     names = [*map(best_name, sorted(bests)), *(notes.name for notes in regular if notes is not last), last.name]
     files = []
     for path in [path for name in names for path in sorted((home / name).iterdir())]:
-        file = opened.enter_context(path.open("rb"))
-        files.append(OpenFile(f"{path.parent.name}/{path.name}", file, os.fstat(file.fileno()).st_size))
+        known = f"{path.parent.name}/{path.name}"
+        if FILE.fullmatch(known):
+            file = opened.enter_context(path.open("rb"))
+            files.append(OpenFile(known, file, os.fstat(file.fileno()).st_size))
     return files
 
 

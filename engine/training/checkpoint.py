@@ -10,6 +10,7 @@ best-00000035/               the adapter alone, of the step with the least held-
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,14 +21,11 @@ import mlx.core as mx
 from engine.adapters import peft
 from engine.adapters.lora import LoraWeights
 from engine.platform.jsonfiles import NOTES_FILE, read_object, write_json
-from engine.training.carried import BEST, KEEP, PAUSED, STATE_FILE, STEP, best_name
+from engine.training.carried import BEST_STEP, KEEP, PAUSED, STATE, STATE_FILE, STEP, best_name
 from engine.training.state import TrainState
 from engine.weights import safetensors
 from stoker.errors import ModelError
 from stoker.files.durable import draft_folder, flush, make_folders, publish, remove_folder
-
-#: How the names of checkpoints begin.
-_NAMES = (STEP, PAUSED, BEST)
 
 
 class Checkpoints:
@@ -41,11 +39,11 @@ class Checkpoints:
     def save(self, state: TrainState, adapter: LoraWeights) -> None:
         """Write a regular checkpoint, to which a run that diverges is rolled back, and drop those before."""
         self.write(f"{STEP}{state.step:08}", state, adapter)
-        regular = sorted(path.name for path in self._root.glob(f"{STEP}*"))[-KEEP:]
+        regular = sorted(path.name for path in self._own(STATE) if path.name.startswith(STEP))[-KEEP:]
         # What was paused is behind the run now.
         kept = {*regular, best_name(state.best_step)}
-        for path in list(self._root.iterdir()):
-            if path.name.startswith(_NAMES) and path.name not in kept:
+        for path in [*self._own(STATE), *self._own(BEST_STEP)]:
+            if path.name not in kept:
                 remove_folder(path)
 
     def pause(self, state: TrainState, adapter: LoraWeights) -> None:
@@ -58,9 +56,15 @@ class Checkpoints:
         self._write(name, lambda draft: self._fill(draft, state, adapter))
 
     def save_best(self, step: int, adapter: LoraWeights) -> None:
+        """Keep the adapter of the best step so far, and of those before what a state that is kept goes back to."""
         # One that is there comes from before a rollback.
         remove_folder(self._root / best_name(step))
         self._write(best_name(step), lambda draft: peft.write(draft, self._made_of["model"], adapter))
+        states = map(self._numbers, self._own(STATE))
+        kept = {best_name(step), *(best_name(numbers.get("best_step", 0)) for numbers in states)}
+        for path in self._own(BEST_STEP):
+            if path.name not in kept:
+                remove_folder(path)
 
     def best(self, step: int, shapes: Mapping[str, tuple[int, int]]) -> LoraWeights:
         """Raises `ModelError` if it is not there."""
@@ -71,15 +75,17 @@ class Checkpoints:
 
         Raises `ModelError` for a damaged checkpoint, or one that was made of something else.
         """
-        found = {
-            path.name: self._numbers(path) for path in self._root.iterdir() if path.name.startswith((STEP, PAUSED))
-        }
+        found = {path.name: self._numbers(path) for path in self._own(STATE)}
         latest = max(found, key=lambda name: (found[name]["reports"], found[name]["micro"]), default=None)
         regular = max((name for name in found if name.startswith(STEP)), default=None)
         anchor = self._state(regular, found[regular]) if regular else None
         if latest is None or latest == regular:
             return anchor, anchor
         return self._state(latest, found[latest]), anchor
+
+    def _own(self, named: re.Pattern[str]) -> list[Path]:
+        """The folders of these names. What people put next to them, as a copy of one, is neither read nor deleted."""
+        return [path for path in self._root.iterdir() if named.fullmatch(path.name)]
 
     def _fill(self, draft: Path, state: TrainState, adapter: LoraWeights) -> None:
         peft.write(draft, self._made_of["model"], adapter)

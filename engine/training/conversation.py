@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 
 from engine.text import chat
 from engine.text.templates import choose
@@ -13,6 +14,9 @@ from stoker.errors import InvalidRequest
 _Messages = Sequence[dict[str, str]]
 #: Stands for what the assistant says while its position in the text is looked for.
 _MARK = "Zq7WhatIsSaidHere7qZ"
+#: When conversations are written, for templates that write the date: a run that goes on the next day, or on a worker of
+#: another time zone, has the same examples. It is the date that Llama 3's templates write where they have no clock.
+_MOMENT = datetime(2024, 7, 26)
 
 
 @dataclass
@@ -72,4 +76,4 @@ class Writer:
 
     def _render(self, messages: _Messages, *, generate: bool = False) -> str:
         template = choose(self._templates, tools=False, model="the model")
-        return chat.render(template, messages, add_generation_prompt=generate, names=self._names)
+        return chat.render(template, messages, add_generation_prompt=generate, names=self._names, moment=_MOMENT)

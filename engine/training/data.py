@@ -132,16 +132,19 @@ def _runs(tokens: Sequence[int], learned: Sequence[bool]) -> list[tuple[Sequence
 def split(
     examples: Sequence[TokenizedExample], share: float, seed: int
 ) -> tuple[list[TokenizedExample], list[TokenizedExample]]:
-    """Examples to learn from, and a `share` of them held out, drawn by `seed`. Raises `DatasetError` if one side would
-    be empty."""
-    held = round(share * len(examples))
-    if share and not 0 < held < len(examples):
+    """Examples to learn from, and those of a `share` of the lines, which are held out, drawn by `seed`. Those of one
+    line hold one another, so none is learned from while another is held out. Raises `DatasetError` if one side would be
+    empty."""
+    lines = list(dict.fromkeys(example.line for example in examples))
+    held = round(share * len(lines))
+    if share and not 0 < held < len(lines):
         raise DatasetError(
-            f"held_out: {share:g} of {len(examples)} examples is {held}; both sides need one. "
+            f"held_out: {share:g} of {len(lines)} examples is {held}; both sides need one. "
             "Give more examples or another share."
         )
-    order = np.random.default_rng((seed, 1)).permutation(len(examples))
-    return [examples[index] for index in sorted(order[held:])], [examples[index] for index in sorted(order[:held])]
+    order = np.random.default_rng((seed, 1)).permutation(len(lines))
+    apart = {lines[index] for index in order[:held]}
+    return [one for one in examples if one.line not in apart], [one for one in examples if one.line in apart]
 
 
 def divided(

@@ -28,3 +28,8 @@ def divergence(loss: float, norm: float, recent: Sequence[float], spike: float) 
     if loss > spike * usual and loss > usual + _LEAST_RISE:
         return f"loss {loss:.3f}, over {spike:g} times the {usual:.3f} of the steps before"
     return None
+
+
+def overflow(held_out: float) -> str | None:
+    """What is wrong with a step behind which the held-out loss is this, or None: the next loss would be as bad."""
+    return None if math.isfinite(held_out) else f"held-out loss {held_out:g}"

@@ -36,7 +36,7 @@ from engine.models.decoder import Decoder, DecoderBlock
 from engine.platform.compiler import on_cpu
 from engine.training.data import Batches, TokenizedExample, TrainingBatch, collate
 from engine.training.flat import FlatLayout, Layout
-from engine.training.guard import MAX_ROLLBACKS, RATE_FACTOR, divergence
+from engine.training.guard import MAX_ROLLBACKS, RATE_FACTOR, divergence, overflow
 from engine.training.loss import Columns, cross_entropy
 from engine.training.optimizer import Moments, adamw, clipped
 from engine.training.parted import layout_of
@@ -207,7 +207,7 @@ class Trainer:
         problem = self._optimize(began, before)
         self._began = None
         if problem:
-            yield self._roll_back(problem)
+            yield self._roll_back(self.state.step + 1, problem)
 
     def _micro_step(self) -> None:
         """One forward and backward pass: add its gradient to the state's sum."""
@@ -275,10 +275,10 @@ class Trainer:
             self.state = state.stepped(weights, moments, loss, fields)
         return problem
 
-    def _roll_back(self, problem: str) -> TrainReport:
-        """Go back to the anchor with a lower rate; the reports and the rollbacks keep counting."""
+    def _roll_back(self, step: int, problem: str) -> TrainReport:
+        """Go back to the anchor with a lower rate, as `step` diverged; the reports and the rollbacks keep counting."""
         state, anchor = self.state, self.anchor
-        said = f"diverged at step {state.step + 1}: {problem}"
+        said = f"diverged at step {step}: {problem}"
         if state.rollbacks >= MAX_ROLLBACKS:
             raise JobFailed(
                 f"training {said}; it was rolled back {state.rollbacks} times before. "
@@ -310,6 +310,9 @@ class Trainer:
         held_out = None
         if self._held_out and (due or state.step == request.steps):
             held_out = yield from self._evaluate()
+            if problem := overflow(held_out):
+                yield self._roll_back(state.step, problem)
+                return
             better = state.best_loss is None or held_out < state.best_loss
             state = replace(
                 state,

@@ -222,6 +222,14 @@ def keep(redis: Any, model: str, name: str, version: int, data: bytes, owner: Ow
     return bool(redis.eval(KEEP, 2, *names, data, owner.token))
 
 
+def maker(redis: Any, model: str, name: str, version: int) -> str | None:
+    """The job that made a version; None where that is not said."""
+    field = f"version:{version}".encode()
+    raw = redis.hget(keys.adapter(model, name), field)
+    job = parse(model, name, {} if raw is None else {field: raw}).versions.get(version, {}).get("job")
+    return job if isinstance(job, str) else None
+
+
 def serving(redis: Any, model: str, name: str) -> Any:
     """What the adapter's hash says of the version that serves, as it stands there."""
     return redis.hget(keys.adapter(model, name), "serving")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from engine.adapters import mlx_lm, peft
+from engine.adapters import mlx_lm, peft, stacked
 from engine.adapters.lora import LoraWeights, TrainableLora, adapted_norms, square_norms
 from engine.adapters.pool import AdapterPool
 from engine.adapters.store import AdapterStore
@@ -74,6 +75,60 @@ def test_the_adapter_that_was_used_longest_ago_makes_room(model: LoadedModel, tm
         pool.release(pool.acquire(name))
     pool.save("four", tiny.adapter(model, 2, 9), {})
     assert set(pool.loaded) == {"one@1", "three@1", "four@1"}
+
+
+def without_memory(patch: pytest.MonkeyPatch, pool: AdapterPool, what: str) -> None:
+    """For the second layer of an adapter, or for what comes into the stacks."""
+    evaluate, calls, held = mx.eval, itertools.count(1), pool.rows([1])
+
+    def folded(*given: Any) -> dict[str, mx.array]:
+        if what == "a layer" and next(calls) == 2:
+            raise RuntimeError("[malloc] Unable to allocate 16777216 bytes.")
+        return stacked.folded(*given)
+
+    def evaluated(*given: Any) -> None:
+        if what == "the stacks" and held and given[0] is held.stacks:
+            raise RuntimeError("[malloc] Unable to allocate 16777216 bytes.")
+        evaluate(*given)
+
+    patch.setattr("engine.adapters.pool.folded", folded)
+    patch.setattr(mx, "eval", evaluated)
+
+
+@pytest.mark.parametrize("what", ["a layer", "the stacks"])
+def test_an_adapter_that_cannot_be_held_leaves_nothing_under_the_name_of_the_one_that_made_way(
+    model: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    store = AdapterStore(tmp_path)
+    pool = AdapterPool(model, store, budget=1)
+    for name in ("one", "two", "three"):
+        pool.save(name, tiny.adapter(model, 2, len(name)), {})
+    index = pool.acquire("one")
+    before = outputs(pool, [index], model)
+    pool.release(index)
+    for name in ("two", "three"):
+        pool.release(pool.acquire(name))
+    store.write("tiny", "new", tiny.adapter(model, 2, 9), {})
+    with monkeypatch.context() as patch:
+        without_memory(patch, pool, what)
+        with pytest.raises(RuntimeError, match="Unable to allocate"):
+            pool.acquire("new")
+    assert "new@1" not in pool.loaded
+    np.testing.assert_array_equal(outputs(pool, [pool.acquire("one")], model), before)
+
+
+def test_a_version_that_is_written_is_there_though_it_cannot_be_held_now(
+    pool: AdapterPool, model: LoadedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A run that took a night does not fail because its adapter, at its end, found no memory to serve from."""
+    weights = tiny.adapter(model, 2, 1)
+    with monkeypatch.context() as patch:
+        without_memory(patch, pool, "a layer")
+        assert pool.save("style", weights, {}) == 1
+    assert pool.loaded == ()
+    assert "style@1 is written, and not held in memory" in caplog.text
+    index = pool.acquire("style")
+    assert np.abs(outputs(pool, [index, 0], model)[0] - outputs(pool, [index, 0], model)[1]).max() > 1e-3
 
 
 @pytest.mark.parametrize("dora", [False, True])

@@ -17,7 +17,7 @@ from engine.ticket import Entry
 from stoker.contract import EmbedRequest, GenerateRequest
 from stoker.errors import ModelError, UnknownModel, WorkerUnavailable
 from tests.conftest import wait_until
-from tests.engine import bridged
+from tests.engine import bridged, tiny
 
 GOLDENS = Path(__file__).parent.parent / "goldens"
 FIRST, SECOND = GOLDENS / "architectures" / "llama-linear", GOLDENS / "architectures" / "qwen3"
@@ -171,3 +171,20 @@ def test_an_errand_hands_its_callers_errors_on() -> None:
     errand.run()
     with pytest.raises(ZeroDivisionError):
         errand.result()
+
+
+def test_a_version_whose_files_became_others_is_read_again_once_the_engine_forgets_it(engine: Engine) -> None:
+    def tokens(job: str, adapter: str) -> tuple[int, ...]:
+        asked = asking("first", 12).model_copy(update={"adapter": adapter})
+        return tuple(engine.submit(job, asked).result(60).token_ids)
+
+    model, store = engine.model("first"), engine.store
+    store.write("first", "style", tiny.adapter(model, 2, 1), {"job": "before"})
+    before = tokens("one", "style@1")
+    store.set_aside("first", "style", 1)
+    for version in (1, 2):
+        store.write("first", "style", tiny.adapter(model, 2, 5), {"job": "now"}, version)
+    assert (store.maker("first", "style", 1), tokens("two", "style@1")) == ("now", before)
+    engine.forget("first", "style", 1)
+    engine.forget("another", "style", 1)
+    assert tokens("three", "style@1") == tokens("four", "style@2") != before

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,8 @@ from tests.engine import tiny
 from tests.workers.carrying import RunFolder, asked
 
 EXAMPLES = [
-    TokenizedExample.of([(ids, True)]) for ids in ([3, 4, 5, 6], [7, 8, 9], [9, 9, 9, 3], [4, 6, 8], [5, 5, 6, 7])
+    replace(TokenizedExample.of([(ids, True)]), line=line)
+    for line, ids in enumerate([[3, 4, 5, 6], [7, 8, 9], [9, 9, 9, 3], [4, 6, 8], [5, 5, 6, 7]], 1)
 ]
 
 
@@ -151,6 +154,33 @@ def test_only_a_step_that_is_better_than_all_before_is_kept_as_the_best(
     assert done.run.state.best_step == 4
     homes = sorted(path.name for path in (tmp_path / carried.CHECKPOINTS).iterdir())
     assert homes == ["best-00000004", "step-00000004", "step-00000005"]
+
+
+def test_bests_that_no_state_goes_back_to_are_not_kept_until_the_next_checkpoint(
+    model: LoadedModel, tmp_path: Path
+) -> None:
+    """Each is an adapter: a run with many evaluations and few checkpoints would fill the disk."""
+    options = {"steps": 40, "checkpoint_every": 30, "eval_every": 1, "held_out": 0.4}
+    Opened(model, tmp_path, **options).advance(31).run.pause()
+    found, homes = Opened(model, tmp_path, **options), tmp_path / "checkpoints"
+    for step in range(32, 40):
+        found.advance(len(found.reports) + 1)
+        assert (found.run.state.step, found.run.state.best_step) == (step, step), "each is better than all before"
+        assert {path.name for path in homes.glob("best-*")} == {carried.best_name(best) for best in (30, 31, step)}
+    found.advance()
+    assert [path.name for path in homes.glob("best-*")] == ["best-00000040"]
+
+
+def test_what_people_put_next_to_checkpoints_is_neither_read_nor_deleted(model: LoadedModel, tmp_path: Path) -> None:
+    """A copy of one, whole or under way: the run goes on without it, and leaves it there."""
+    Opened(model, tmp_path, **OPTIONS).advance(3)
+    homes = tmp_path / "checkpoints"
+    shutil.copytree(homes / "step-00000002", homes / "step-00000002 copy")
+    (homes / "step-00000002.partial").mkdir()
+    Opened(model, tmp_path, **OPTIONS).advance()
+    assert {path.name for path in homes.glob("step-*")} == {
+        *("step-00000002 copy", "step-00000002.partial", "step-00000004", "step-00000005")
+    }
 
 
 def test_a_run_that_is_opened_again_repeats_its_last_reports(tmp_path: Path) -> None:

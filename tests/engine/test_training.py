@@ -339,3 +339,39 @@ def test_a_run_that_diverges_again_and_again_ends_and_says_what_to_do(model: Loa
     with pytest.raises(JobFailed, match=r"diverged at step 3: loss nan.*rolled back 2 times.*Lower learning_rate"):
         reports.extend(report for report in trainer.run() if report)
     assert trainer.state.rate_factor == 0.25
+
+
+class Overflowing(Trainer):
+    """What it holds out has a loss that is no number in as many batches as a test says."""
+
+    bad = 0
+
+    def held_out_loss(self, weights: mx.array, inputs: mx.array, *wanted: mx.array) -> mx.array:
+        loss = super().held_out_loss(weights, inputs, *wanted)
+        if not self.bad:
+            return loss
+        self.bad -= 1
+        return loss * float("nan")
+
+
+def test_a_step_whose_held_out_loss_is_no_number_is_one_that_diverges(model: LoadedModel) -> None:
+    """It ended the run with an error of the report's. The next loss would have been none either."""
+    found = examples(model)
+    asked = tiny.asking(steps=4, eval_every=1, held_out=0.4, batch_size=4, checkpoint_every=2)
+    trainer = Overflowing(model.decoder, asked, found[:2], found[2:])
+    reports: list[TrainReport] = []
+    for report in trainer.run():
+        if report:
+            reports.append(report)
+            trainer.bad = int([report.step for report in reports] == [1, 2])
+    assert [(report.index, report.step) for report in reports] == list(enumerate([1, 2, 2, 3, 4]))
+    assert reports[2].note == "diverged at step 3: held-out loss nan; rolled back to step 2, learning rate times 0.5"
+    assert trainer.state.best_loss == min(report.held_out_loss for report in reports if report.held_out_loss)
+
+
+def test_a_run_whose_held_out_loss_is_never_a_number_ends_and_says_so(model: LoadedModel) -> None:
+    found = examples(model)
+    trainer = Overflowing(model.decoder, tiny.asking(held_out=0.4, batch_size=4), found[:2], found[2:])
+    trainer.bad = 3
+    with pytest.raises(JobFailed, match=r"diverged at step 3: held-out loss nan; it was rolled back 2 times before"):
+        finish(trainer)

@@ -183,6 +183,15 @@ def test_turns_that_a_template_writes_anew_are_each_learned_as_they_are_said(cha
     )
 
 
+@pytest.mark.parametrize("within", ["{}", "{{% macro day() %}}{}{{% endmacro %}}{{{{ day() }}}}"])
+def test_a_template_that_writes_the_date_makes_the_same_examples_on_any_day(chatml: Tokenizer, within: str) -> None:
+    """A run that goes on the next day, or on a worker of another time zone, would be one of another dataset."""
+    chatml.templates["default"] = within.format("{{ strftime_now('%d %b %Y, %X.%f') }}") + CHATML
+    found = [tokenize([conversation(("user", "q"), ("assistant", "a"))], chatml, 200) for _ in range(2)]
+    assert len({dataset_digest(rows) for rows in found}) == 1
+    assert chatml.decode(found[0][0].tokens.tolist()).startswith("26 Jul 2024, 00:00:00.000000")
+
+
 def test_what_a_template_asks_otherwise_than_it_writes_is_learned_from_its_first_word(chatml: Tokenizer) -> None:
     chatml.templates["default"] = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}")
     (found,) = tokenize([conversation(("user", "q"), ("assistant", "a"))], chatml, 200)
@@ -307,7 +316,7 @@ def test_a_batch_is_no_larger_than_the_dataset() -> None:
 
 
 def test_a_share_is_held_out_by_the_seed_and_nothing_is_lost() -> None:
-    rows = [example(3, place) for place in range(4, 24)]
+    rows = [replace(example(3, place), line=place) for place in range(4, 24)]
     learned, held_out = split(rows, 0.25, seed=1)
     assert (len(learned), len(held_out)) == (15, 5)
     assert set(map(id, learned + held_out)) == set(map(id, rows))
@@ -315,10 +324,22 @@ def test_a_share_is_held_out_by_the_seed_and_nothing_is_lost() -> None:
     assert split(rows, 0.0, seed=1) == (rows, [])
 
 
+def test_a_conversation_is_held_out_with_every_example_that_it_makes(chatml: Tokenizer) -> None:
+    """Its turns hold one another: what is evaluated on would have been learned."""
+    chatml.templates["default"] = QWEN3
+    talk = conversation(*(("user", "q"), ("assistant", "a")) * 3)
+    rows = tokenize([talk] * 8, chatml, 200)
+    assert len(rows) == 24, "each turn is an example of its own"
+    for seed in range(5):
+        learned, held_out = split(rows, 0.25, seed)
+        assert (len(learned), len(held_out)) == (18, 6)
+        assert not {row.line for row in learned} & {row.line for row in held_out}
+
+
 @pytest.mark.parametrize("share", [0.01, 0.1])
 def test_a_share_that_leaves_nothing_to_evaluate_on_is_refused(share: float) -> None:
     with pytest.raises(DatasetError, match=r"held_out: .* of 3 examples is 0; both sides need one"):
-        split([example(3, 4)] * 3, share, seed=0)
+        split([replace(example(3, 4), line=line) for line in (1, 2, 3)], share, seed=0)
 
 
 def test_the_digest_distinguishes_datasets() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,17 +31,22 @@ class Home:
 
     def __init__(self, settings: Settings, redis: Any, root: Path) -> None:
         self.redis, self.settings, self.store = redis, settings, AdapterStore(root / "adapters")
+        self.forgotten: list[tuple[str, str, int]] = []
 
     def run(self, job_id: str) -> Any:
         self.redis.hset(keys.job(job_id), mapping={Field.KIND: "generate", Field.TOKEN: "token"})
         self.redis.expire(keys.job(job_id), 60)
-        engine = SimpleNamespace(store=self.store)
+        engine = SimpleNamespace(store=self.store, forget=lambda *version: self.forgotten.append(version))
         runtime = SimpleNamespace(redis=self.redis, settings=self.settings, engine=engine, name="w@here")
         return SimpleNamespace(id=job_id, runtime=runtime, token="token")
 
-    def write(self, version: int | None = None) -> int:
+    def write(self, version: int | None = None, job: str = "", weights: bytes = b"weights") -> int:
+        files = {**FILES, "adapter_model.safetensors": weights}
+        if job:
+            files["stoker.json"] = json.dumps({"job": job}).encode()
+
         def fill(draft: Path) -> None:
-            for name, content in FILES.items():
+            for name, content in files.items():
                 (draft / name).write_bytes(content)
 
         return self.store.install("m", "style", fill, version)
@@ -127,6 +133,49 @@ def test_a_worker_fetches_what_it_does_not_hold_and_nothing_twice(
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == FILES
     monkeypatch.setattr(Artifacts, "get", lambda *_: pytest.fail("it is there"))
     adapters.pinned(other.run("b"), "m", "style")
+
+
+def test_files_that_another_registry_gave_the_same_number_serve_nobody_and_are_not_lost(
+    home: Home, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A worker that served by itself before has versions of its own on its disk: every one of them begins at 1."""
+    home.write(job="trains")
+    home.publish(1)
+    other = elsewhere(home, tmp_path)
+    folder = other.store.folder("m", "style", other.write(job="before", weights=b"of before"))
+    assert adapters.pinned(other.run("a"), "m", "style") == "style@1"
+    assert (folder / "adapter_model.safetensors").read_bytes() == b"weights"
+    assert other.forgotten == [("m", "style", 1)], "what is in memory is not theirs either"
+    (aside,) = folder.parent.glob("1-*")
+    assert (aside / "adapter_model.safetensors").read_bytes() == b"of before"
+    assert f"were of the job 'before', those of the registry are of 'trains'; the first are in {aside}" in caplog.text
+    assert other.store.newest("m", "style") == 1
+
+
+def test_files_that_another_registry_gave_the_same_number_stay_while_no_store_has_the_registered_ones(
+    home: Home, tmp_path: Path
+) -> None:
+    home.write(job="trains")
+    home.publish(1)
+    home.redis.delete(keys.artifact("m", "style", 1))
+    other = elsewhere(home, tmp_path)
+    other.write(job="before")
+    with pytest.raises(UnknownAdapter, match="no store that this worker reaches has its files"):
+        adapters.pinned(other.run("a"), "m", "style")
+    assert other.store.has("m", "style", 1)
+
+
+def test_a_run_that_moves_to_a_disk_with_other_files_of_its_number_makes_its_own(home: Home, tmp_path: Path) -> None:
+    """Else it would end with those, in silence: a version that is there stays as it is."""
+    other = elsewhere(home, tmp_path)
+    other.write(job="before", weights=b"of before")
+    assert adapters.allocate(home.run("a"), "m", "style") == 1
+    assert adapters.allocate(other.run("a"), "m", "style") == 1
+    assert other.write(1, job="a") == 1
+    folder = other.store.folder("m", "style", 1)
+    assert (folder / "adapter_model.safetensors").read_bytes() == b"weights"
+    assert adapters.allocate(other.run("a"), "m", "style") == 1
+    assert folder.is_dir(), "it is its own"
 
 
 def test_a_version_whose_files_are_gone_or_damaged_is_named_and_leaves_nothing(home: Home, tmp_path: Path) -> None:

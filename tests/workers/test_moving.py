@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -12,6 +13,7 @@ import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from engine.training import carried
+from engine.training.data import with_steps
 from stoker.broker import keys, ledger
 from stoker.broker.connection import connect
 from stoker.contract import CONTRACT, ModelCard, Presence
@@ -127,6 +129,25 @@ def test_a_checkpoint_that_is_too_large_is_one_line_and_the_run_goes_on(
     assert len(said) == 1
     assert "STOKER_CHECKPOINT_MEGABYTES" in said[0]
     assert stored(redis) is None
+
+
+def test_what_people_put_next_to_a_checkpoint_is_not_carried_and_hinders_nothing(
+    worker: Worker, run: RunFolder
+) -> None:
+    """A Finder that shows a folder leaves a file in it; and a copy of a checkpoint is none of the run's."""
+    run.save(5)
+    checkpoint = run.path / "checkpoints/step-00000005"
+    (checkpoint / ".DS_Store").write_bytes(b"view")
+    (checkpoint / "plots").mkdir()
+    shutil.copytree(checkpoint, checkpoint.with_name("step-00000005 copy"))
+    job = worker.job(REQUEST)
+    leave(job, STOPPING)
+    found = RunStore(job.lease).manifest()
+    assert found is not None
+    assert sorted(file.name for file in found.files if file.name != "log.jsonl") == [
+        f"step-00000005/{name}"
+        for name in ("adapter_config.json", "adapter_model.safetensors", "stoker.json", "trainer.safetensors")
+    ]
 
 
 def test_a_run_that_is_given_back_is_put_there_as_it_is(worker: Worker, run: RunFolder) -> None:
@@ -280,6 +301,19 @@ def test_of_disk_and_store_the_one_that_is_further_counts(
     resume(worker.job(REQUEST), REQUEST)
     assert carried.newest(run.path).position == carried.Position(8, 8)  # type: ignore[union-attr]
     assert (run.path / "log.jsonl").read_bytes() == before["log.jsonl"]
+
+
+def test_a_run_that_was_asked_for_in_epochs_goes_on_where_another_worker_left_it(
+    worker: Worker, broker: Settings, tmp_path: Path
+) -> None:
+    """Its checkpoints say the steps that the epochs are, which only the dataset says."""
+    request = asked(epochs=3)
+    run = RunFolder(tmp_path / "one", with_steps(request, 40))
+    run.save(5)
+    leave(worker.job(request), STOPPING)
+    other, folder = moved(worker, broker, tmp_path)
+    resume(other.job(request), request)
+    assert files(folder) == files(run.path)
 
 
 @pytest.mark.parametrize("differs", ["base", "request"])

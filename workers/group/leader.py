@@ -64,8 +64,10 @@ class Other:
         self.models: dict[str, str] | None = None
         #: Why it ended before it had said what it holds; "": it did not.
         self.refusal = ""
-        #: The last command that it has done, and what it said of the last turn of a run.
-        self.done, self.witness = 0, ""
+        #: The last command that it has done.
+        self.done = 0
+        #: What it said of the last turn of each run.
+        self.witnesses: dict[str, str] = {}
 
     def __str__(self) -> str:
         return f"rank {self.hello.rank} on {self.hello.host}"
@@ -81,9 +83,10 @@ class Leader(MlxRanks):
         self._changed = threading.Condition()
         #: The number of the last command, and when it was given.
         self._said, self._since = 0, 0.0
-        #: The run of the last turn of one, and what this rank says of it; the number of that turn.
-        self._turn: tuple[str, str] | None = None
-        self._advanced = 0
+        #: The number of the last turn of a run, and the run.
+        self._advanced = 0, ""
+        #: What this rank says of the last turn of each run, until it is compared.
+        self._witnesses: dict[str, str] = {}
         #: The turns of generation that not all ranks have made: number → rank → what it says of it.
         self._turns: dict[int, dict[int, str]] = {}
         self._models: Mapping[str, str] = {}
@@ -173,21 +176,20 @@ class Leader(MlxRanks):
 
     def advance(self, run: str) -> None:
         self._wait()
-        self._advanced = self._said + 1
+        self._advanced = self._said + 1, run
         self._tell(lambda number: Advance(number=number, run=run))
 
     def advanced(self, run: str, witness: str) -> None:
-        self._turn = run, witness
+        self._witnesses[run] = witness
 
     def check(self, run: str) -> None:
         self._wait()
-        if self._turn is None or self._turn[0] != run:
-            return
-        (_, own), self._turn = self._turn, None
-        for other in self._others:
-            if other.witness != own:
+        own = self._witnesses.pop(run, None)
+        for other in self._others if own is not None else ():
+            theirs = other.witnesses.get(run, "")
+            if theirs != own:
                 raise JobFailed(
-                    f"training: {other} made {other.witness or 'nothing'} of a step, and rank 0 {own or 'nothing'}: "
+                    f"training: {other} made {theirs or 'nothing'} of a step, and rank 0 {own or 'nothing'}: "
                     "their weights are not the same. Use devices of one kind in a group, or train on one rank."
                 )
 
@@ -196,8 +198,16 @@ class Leader(MlxRanks):
         self._tell(lambda number: Keep(number=number, run=run))
 
     def end(self, run: str) -> None:
-        self._turn = None
+        self._forget(run)
         self._tell(lambda number: End(number=number, run=run))
+
+    def _forget(self, run: str) -> None:
+        with self._changed:
+            if self._advanced[1] == run:
+                # What another rank has yet to say of it is of no run.
+                self._advanced = 0, ""
+            for witnesses in (self._witnesses, *(other.witnesses for other in self._others)):
+                witnesses.pop(run, None)
 
     def open(self, model: str, limits: LaneLimits) -> None:
         def word(number: int) -> Open:
@@ -304,7 +314,8 @@ class Leader(MlxRanks):
             elif isinstance(word, Holds):
                 other.models = word.models
             elif isinstance(word, Done):
-                other.witness = word.witness if word.number == self._advanced else other.witness
+                if word.number == self._advanced[0]:
+                    other.witnesses[self._advanced[1]] = word.witness
                 other.done = word.number
             self._changed.notify_all()
         if isinstance(word, Done) and word.number in self._turns:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from stoker.broker import registry
 from stoker.contract import bundle
 from stoker.errors import UnknownAdapter
 from workers.artifacts import Artifacts
@@ -14,18 +15,39 @@ log = logging.getLogger(__name__)
 
 
 def fetch(runtime: Runtime, model: str, name: str, version: int) -> None:
-    """Let this disk have the files of a version. Raises `UnknownAdapter` where no store has them, and what the store
-    raises."""
-    store = runtime.engine.store
+    """Let this disk have the files of a version, those that the registry means. Raises `UnknownAdapter` where no store
+    has them, and what the store raises."""
+    store, maker = runtime.engine.store, None
     if store.has(model, name, version):
-        return
+        maker = registry.maker(runtime.redis, model, name, version)
+        if not _is_of_another(runtime, model, name, version, maker):
+            return
     data = Artifacts(runtime.settings, runtime.redis).get(model, name, version)
     if data is None:
         raise UnknownAdapter(
             f"adapter '{name}@{version}' given; it is registered, but no store that this worker reaches has its files."
         )
+    make_way(runtime, model, name, version, maker)
     store.install(model, name, lambda draft: write_files(draft, data, f"{name}@{version}"), version)
     log.info("adapter %s@%d of %s fetched", name, version, model)
+
+
+def make_way(runtime: Runtime, model: str, name: str, version: int, maker: str | None) -> None:
+    """Take the number of a version from files of this disk that are not those of the job `maker`, to which the registry
+    gave it: they are from another registry, as that of a worker that served by itself. Raises `OSError`."""
+    store = runtime.engine.store
+    if not store.has(model, name, version) or not _is_of_another(runtime, model, name, version, maker):
+        return
+    before = store.maker(model, name, version)
+    aside = store.set_aside(model, name, version)
+    said = "adapter %s@%d of %s: files here were of the job %r, those of the registry are of %r; the first are in %s"
+    log.warning(said, name, version, model, before, maker, aside)
+    runtime.engine.forget(model, name, version)
+
+
+def _is_of_another(runtime: Runtime, model: str, name: str, version: int, maker: str | None) -> bool:
+    before = runtime.engine.store.maker(model, name, version)
+    return maker is not None and before is not None and before != maker
 
 
 def write_files(folder: Path, data: bytes, source: str) -> None:

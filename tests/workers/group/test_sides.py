@@ -199,6 +199,21 @@ def test_a_turn_that_made_something_else_on_another_rank_fails_its_run_alone(met
     assert not met.ends
 
 
+def test_runs_that_take_turns_are_each_held_to_what_the_others_made_of_it(met: Meeting) -> None:
+    """Also where another run had its turn, or its end, between a turn and the next of the same run."""
+    other = met.join()
+    for number, (run, theirs) in enumerate((("one", "theirs"), ("two", "ours"), ("three", "ours")), 1):
+        met.leader.check(run)
+        met.leader.advance(run)
+        other.say(Done(number=number, witness=theirs))
+        met.leader.advanced(run, "ours")
+    met.leader.end("three")
+    other.say(Done(number=4))
+    met.leader.check("two")
+    with pytest.raises(JobFailed, match=r"rank 1 on .* made theirs of a step, and rank 0 ours"):
+        met.leader.check("one")
+
+
 def test_what_a_rank_says_of_other_commands_is_not_what_it_made_of_a_turn(met: Meeting) -> None:
     other = met.join()
     met.leader.advance("run")
