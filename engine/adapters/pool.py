@@ -151,6 +151,8 @@ class AdapterPool:
     def _hold(self, name: str, version: int, weights: LoraWeights) -> int:
         self._widen(weights)
         index = self._room()
+        # It is nobody's until it is whole: a write that fails has spoilt some layers of who was there.
+        self._held[index] = None
         self._write(index, weights, self._norms.get((name, version), {}))
         self._held[index] = _Held(name, version, next(self._clock))
         return index
