@@ -26,6 +26,7 @@ from engine.models.shard import Shard
 from engine.ticket import Ticket
 from engine.warm import WarmModels
 from stoker.contract import GenerateRequest, GenerateResult, StreamToken
+from stoker.contract.requests import MAX_PROMPT_IDS
 from stoker.errors import UnknownAdapter, WorkerUnavailable
 from tests.engine import shared_model, tiny
 
@@ -229,6 +230,17 @@ def test_a_job_goes_on_on_all_ranks_behind_the_tokens_that_were_published(leadin
     *_, admission = [given[0] for word, *given in leading.notes.words if word == "admit"]
     assert [token.token_id for token in admission.published] == [token.token_id for token in published]
     assert followed(leading, tmp_path)[1] == witnesses(leading)
+
+
+def test_a_text_of_more_tokens_than_a_request_may_name_reaches_the_other_ranks(tmp_path: Path) -> None:
+    model = replace(tiny.loaded(shared_model.whole()), shard=Shard(0, 1), context=2 * MAX_PROMPT_IDS)
+    leading = Leading(tmp_path, model, replace(LIMITS, kv_bytes=1 << 40))
+    prompt = [3, 4, 5] * (MAX_PROMPT_IDS // 3 + 1)
+    assert len(prompt) > MAX_PROMPT_IDS
+    leading.submit(prompt=tiny.text(prompt))
+    inner, _, _ = followed(leading, tmp_path)
+    (row,) = inner.held
+    assert row.known == prompt
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ from engine.prefixes.memory import PrefixCache
 from engine.prefixes.pins import Beginning
 from engine.ticket import Ticket
 from stoker.contract import ChatMessage, GenerateRequest, GenerateResult
-from stoker.contract.requests import LOWEST_PRIORITY
+from stoker.contract.requests import LOWEST_PRIORITY, MAX_PROMPT_IDS
 from stoker.errors import InvalidRequest, StokerError, UnknownAdapter
 from tests import endless
 from tests.engine import bridged, tiny
@@ -212,6 +212,18 @@ def test_it_is_prefilled_behind_all_that_clients_asked_for(machine: Machine, mod
     pinned = Pinned(machine.worker(model))
     made = pinned.beginning(GenerateRequest(model="tiny", prompt_ids=tuple(SYSTEM)))
     assert pinned.prefill(made).priority == LOWEST_PRIORITY
+
+
+def test_one_of_more_tokens_than_a_request_may_name_is_prefilled(machine: Machine, model: LoadedModel) -> None:
+    asked: list[GenerateRequest] = []
+
+    def submit(request: GenerateRequest) -> Ticket[GenerateResult]:
+        asked.append(request)
+        return Ticket("pinned", "generate")
+
+    ids = (3, 4, 5) * (MAX_PROMPT_IDS // 3 + 1)
+    Pinning(machine.worker(model).lane, at_once, submit).prefill(Beginning(None, ids, 0))
+    assert [request.prompt_ids for request in asked] == [ids]
 
 
 def test_a_worker_that_starts_again_has_it_from_the_disk_at_once(machine: Machine, model: LoadedModel) -> None:
