@@ -88,6 +88,8 @@ class FollowedLane:
         output = self._lane.run(lookahead=lookahead)
         for ticket, _ in output.ended:
             del self._tickets[int(ticket.job_id)]
+        # An error refers to what the step had in hand, as the keys and values of a prompt.
+        self._tickets = {number: ticket for number, ticket in self._tickets.items() if not ticket.done}
         return output
 
 
