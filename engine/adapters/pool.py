@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,8 @@ from engine.adapters.sharding import part_of
 from engine.adapters.stacked import StackedLora, folded
 from engine.adapters.store import AdapterStore
 from engine.checkpoints.loading import LoadedModel
+
+log = logging.getLogger(__name__)
 
 #: The index of the bare base in every stack.
 BASE = 0
@@ -109,12 +112,16 @@ class AdapterPool:
         return self._uses.total()
 
     def save(self, name: str, weights: LoraWeights, notes: Mapping[str, object], version: int | None = None) -> int:
-        """Write a trained adapter as a version, by default the next one, and hold it; of a model that ranks share, all
-        of them do so when a job asks for it."""
+        """Write a trained adapter as a version, by default the next one, and hold it, if there is memory for it; of a
+        model that ranks share, all of them do so when a job asks for it."""
         own = self.own(weights)
         version = self._store.write(self._model.name, name, weights, notes, version)
         if self._model.shard is None and self._find(name, version) is None:
-            self._hold(name, version, own)
+            try:
+                self._hold(name, version, own)
+            except (MemoryError, RuntimeError) as error:
+                # The version is there, and a job that asks for it may find room: the one that made it has not failed.
+                log.warning("adapter %s@%d is written, and not in memory yet: %s", name, version, error)
         return version
 
     def own(self, weights: LoraWeights) -> LoraWeights:
