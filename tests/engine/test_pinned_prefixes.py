@@ -14,9 +14,10 @@ from engine.adapters.pool import AdapterPool
 from engine.checkpoints.loading import LoadedModel
 from engine.engine import Engine
 from engine.generation import prompt
+from engine.generation.batch import SMALLEST_KV_LENGTH
 from engine.generation.limits import LaneLimits
 from engine.generation.pinning import Pinning
-from engine.models.cache import KeyValues
+from engine.models.cache import KeyValues, bytes_per_token
 from engine.models.llama import Llama
 from engine.prefixes import folder, shelf
 from engine.prefixes.disk import DiskLimits
@@ -206,6 +207,20 @@ def test_the_first_job_finds_what_was_prefilled_for_nobody(
     (found,) = worker.answers(ASKED[:1], **how)
     (wanted,) = Worker(model, AdapterPool(model, machine.store)).answers(ASKED[:1], **how)
     assert [cached(found), found.ids] == [len(SYSTEM), wanted.ids]
+
+
+def test_it_stays_while_more_rows_wait_than_memory_has_room_for(machine: Machine, model: LoadedModel) -> None:
+    room = 3 * SMALLEST_KV_LENGTH + len(SYSTEM) + 40
+    worker = machine.worker(model, slots=8, kv_bytes=room * bytes_per_token(model.decoder))
+    made = Pinned(worker).ready(SYSTEM)
+    running = [worker.send(request([number, 3], max_tokens=200)) for number in range(4, 9)]
+    while not worker.lane.batch.rows:
+        worker.step()
+    worker.step()
+    assert worker.lane.waiting, "memory is short"
+    assert worker.lane.prefixes.has(None, made.ids)
+    worker.run()
+    assert {sent.result.finish_reason for sent in running} == {"length"}
 
 
 def test_it_is_prefilled_behind_all_that_clients_asked_for(machine: Machine, model: LoadedModel) -> None:
