@@ -182,6 +182,19 @@ def test_pinned_entries_make_way_last_and_for_no_other_prefix(tiny_llama: Llama)
     assert [len(cache), cache.has("base", [4] * 60)] == [3, False]
 
 
+def test_no_entry_makes_way_for_one_that_pins_leave_no_room_for(tiny_llama: Llama) -> None:
+    kept = KeyValues(tiny_llama, 1, SHORTEST)
+    prefixes = PrefixCache(4 * kept.nbytes)
+    pinned, other, long = ([token] * SHORTEST for token in (3, 4, 5))
+    prefixes.pin([(None, pinned)])
+    for tokens in (pinned, other):
+        prefixes.put(None, tokens, kept)
+    prefixes.put(None, 4 * long, KeyValues(tiny_llama, 1, 4 * SHORTEST))
+    assert [prefixes.has(None, tokens) for tokens in (pinned, other, 4 * long)] == [True, True, False]
+    prefixes.put(None, 3 * long, KeyValues(tiny_llama, 1, 3 * SHORTEST))
+    assert [prefixes.has(None, tokens) for tokens in (pinned, other, 3 * long)] == [True, False, True]
+
+
 def test_an_owner_with_other_tokens_is_not_pinned(tiny_llama: Llama) -> None:
     kv = KeyValues(tiny_llama, 1, 60)
     cache = PrefixCache(kv.nbytes)
