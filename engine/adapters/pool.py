@@ -124,7 +124,7 @@ class AdapterPool:
         """What is written is made: its job does not fail because there is too little memory to serve it now."""
         try:
             self._hold(name, version, weights)
-        except Exception as error:
+        except (MemoryError, RuntimeError) as error:
             log.warning("%s@%d is written, and not held in memory: %s", name, version, error)
 
     def own(self, weights: LoraWeights) -> LoraWeights:

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from engine.adapters.lora import LoraConfig, LoraWeights, Matrices
 from engine.generation.lane import GenerateLane
+from engine.generation.prompt import of_ids
 from engine.generation.row import Generation
 from engine.ticket import StepOutput, Ticket
 from engine.training.ranks import Ranks, of_rank_0
@@ -28,21 +29,23 @@ class Answer(Message):
 
 
 class Admission(Message):
-    """A job as rank 0 took it in. `request`: with the prompt as ids, and the adapter's version. `submitted`: by the
-    clock of rank 0, by which rows make way."""
+    """A job as rank 0 took it in. `request`: with the adapter's version, and of its `prompt`, which may have more
+    tokens than a request may name, the first alone. `submitted`: by the clock of rank 0, by which rows make way."""
 
     number: Count
     submitted: float
     request: GenerateRequest
+    prompt: tuple[int, ...]
     answers: tuple[Answer, ...]
 
     @classmethod
     def of(cls, number: int, work: Generation) -> Admission:
-        as_ids = {"prompt": None, "messages": None, "tools": None, "template": None, "prompt_ids": tuple(work.prompt)}
+        without_text = of_ids(work.request, work.prompt[:1]).model_copy(update={"tools": None, "template": None})
         return cls(
             number=number,
             submitted=work.ticket.submitted,
-            request=work.request.model_copy(update=as_ids),
+            request=without_text,
+            prompt=tuple(work.prompt),
             answers=tuple(Answer(tokens=tuple(row.tokens), finish_reason=row.finish_reason) for row in work.rows),
         )
 
@@ -70,7 +73,7 @@ class FollowedLane:
         self._tickets: dict[int, Ticket[GenerateResult]] = {}
 
     def admit(self, admission: Admission) -> None:
-        request = admission.request
+        request = of_ids(admission.request, admission.prompt)
         ticket: Ticket[GenerateResult] = Ticket(str(admission.number), request.kind, priority=request.priority)
         ticket.submitted = admission.submitted
         self._lane.admit(self._lane.prepare(ticket, request, admission.published, passed=True))
@@ -85,6 +88,8 @@ class FollowedLane:
         output = self._lane.run(lookahead=lookahead)
         for ticket, _ in output.ended:
             del self._tickets[int(ticket.job_id)]
+        # An error refers to what the step had in hand, as the keys and values of a prompt.
+        self._tickets = {number: ticket for number, ticket in self._tickets.items() if not ticket.done}
         return output
 
 

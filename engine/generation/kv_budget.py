@@ -32,14 +32,15 @@ class KvBudget:
         return int(self._limit // (3 * self._token))
 
     def admits(self, rows: Sequence[Row]) -> bool:
-        """Whether the batch could take these rows in; kept prefixes make way."""
-        length = max(row.length for row in rows) + 1
-        while self.used + self._needed(len(rows), length) > self._limit:
-            if not self._prefixes.evict():
-                self._batch.shrink()
-                fits = self.used + self._needed(len(rows), length) <= self._limit
-                # A row that is alone may take more: nobody could make way for it.
-                return fits or not (self._batch.rows or self.prefilling or len(rows) > 1)
+        """Whether the batch could take these rows in; then kept prefixes make way."""
+        count, length = len(rows), max(row.length for row in rows) + 1
+        if not self._fits(self._needed(count, length)):
+            self._batch.shrink()
+        needed = self._needed(count, length)
+        # A row that is alone may take more: nobody could make way for it.
+        if (self._batch.rows or self.prefilling or count > 1) and not self._fits(needed):
+            return False
+        self._evict_for(needed)
         return True
 
     def could_admit(self, rows: Sequence[Row], staying: Sequence[Row]) -> bool:
@@ -50,11 +51,22 @@ class KvBudget:
         return not staying or self._bytes(count, capacity) + self._bytes(len(rows), length) <= self._limit
 
     def must_shrink(self, rows: int, length: int) -> bool:
-        """Whether a row has to leave before the batch can hold `rows` of `length` tokens; kept prefixes make way."""
-        while self.used + self._growth(rows - len(self._batch.rows), length) > self._limit:
-            if not self._prefixes.evict():
-                return rows > 1
+        """Whether a row has to leave before the batch can hold `rows` of `length` tokens; if none, kept prefixes make
+        way."""
+        growth = self._growth(rows - len(self._batch.rows), length)
+        if rows > 1 and not self._fits(growth):
+            return True
+        self._evict_for(growth)
         return False
+
+    def _fits(self, more: int) -> bool:
+        """Whether so many more bytes have room, were no prefix kept."""
+        return self.used - self._prefixes.nbytes + more <= self._limit
+
+    def _evict_for(self, more: int) -> None:
+        """Let prefixes make way until so many more bytes have room, or none is left."""
+        while self.used + more > self._limit and self._prefixes.evict():
+            pass
 
     def _needed(self, rows: int, length: int) -> int:
         return self._bytes(rows, length) + self._growth(rows, length)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
+from engine.generation.prompt import of_ids
 from engine.prefixes.pins import PINNED_PART, Beginning
 from engine.prefixes.shelf import RunInEngine
 from engine.ticket import Ticket, contained
@@ -71,17 +72,16 @@ class Pinning:
         """Let memory have it: from the disk, or by a job of the lowest priority that makes a token for nobody. Raises
         what no job would be taken for."""
         name, version = beginning.adapter or ("", 0)
-        return self._submit(
-            GenerateRequest(
-                model=self._lane.model_name,
-                prompt_ids=beginning.ids,
-                adapter=f"{name}@{version}" if name else None,
-                max_tokens=1,
-                ignore_eos=True,
-                lookup=False,
-                priority=LOWEST_PRIORITY,
-            )
+        asked = GenerateRequest(
+            model=self._lane.model_name,
+            prompt_ids=beginning.ids[:1],
+            adapter=f"{name}@{version}" if name else None,
+            max_tokens=1,
+            ignore_eos=True,
+            lookup=False,
+            priority=LOWEST_PRIORITY,
         )
+        return self._submit(of_ids(asked, beginning.ids))
 
     def save(self, beginning: Beginning) -> None:
         """Let the disk have what memory has, unless it is too short for that. Raises `OSError`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 
@@ -39,6 +40,11 @@ def tokenize(model: LoadedModel, request: GenerateRequest) -> TokenizedPrompt:
             "Shorten it."
         )
     return prompt
+
+
+def of_ids(request: GenerateRequest, ids: Sequence[int]) -> GenerateRequest:
+    """The request with these ids for its prompt. A text may have more of them than a client may name."""
+    return request.model_copy(update={"prompt": None, "messages": None, "prompt_ids": tuple(ids)})
 
 
 def beginning_of(model: LoadedModel, request: GenerateRequest) -> list[int]:

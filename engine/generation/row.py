@@ -82,15 +82,14 @@ class Generation:
         self.cached_tokens: int | None = None
         #: What the disk had of the prompt, until memory has it.
         self.fetched: Fetched | None = None
-        #: Tokens that an answer may have at most.
+        #: Tokens that an answer may have at most that begins here.
         self.room = context - len(self.prompt)
         self.rows = [Row(self, number) for number in range(request.n)]
 
     def resume(self, published: Sequence[StreamToken]) -> None:
         """Go on behind tokens that were published before, by another process."""
-        for token in published:
-            if token.completion < len(self.rows):
-                self.rows[token.completion].replay(token)
+        for row in self.rows:
+            row.resume([token for token in published if token.completion == row.number])
         self.published = len(published)
 
     @property
@@ -169,6 +168,8 @@ class Row:
 
     def __post_init__(self) -> None:
         request = self.request
+        #: Tokens that its answer may have at most.
+        self.room = self.generation.room
         self._uniforms = Uniforms(request.seed, self.number)
         tokenizer = self.generation.tokenizer
         self._detokenizer = StreamingDetokenizer(tokenizer, after=self.generation.prompt)
@@ -222,12 +223,12 @@ class Row:
 
     def ends_within(self, ahead: int) -> bool:
         """Whether `ahead` more tokens are certainly its last."""
-        return len(self.tokens) + ahead >= min(self.request.max_tokens, self.generation.room)
+        return len(self.tokens) + ahead >= min(self.request.max_tokens, self.room)
 
     @property
     def most_drafted(self) -> int:
         """Tokens of a draft at most: one more token comes with it, and all of them have to be wanted."""
-        return min(self.request.max_tokens, self.generation.room) - len(self.tokens) - 1
+        return min(self.request.max_tokens, self.room) - len(self.tokens) - 1
 
     def draft(self, most: int) -> tuple[list[int], list[Draw]]:
         """`most` tokens at most that are expected next, as far as its grammar lets them come; and how the next token is
@@ -248,10 +249,16 @@ class Row:
         mask = None if self.grammar is None else self.grammar.mask()
         return Draw(self.request, uniform, self.tally, mask, fresh=ahead > 0)
 
+    def resume(self, published: Sequence[StreamToken]) -> None:
+        """Go on behind tokens that another process published."""
+        # It may have had memory for more of them: those who read along wait all the same for one that is the last.
+        self.room = max(self.room, len(published) + 1)
+        for token in published:
+            self.replay(token)
+
     def replay(self, token: StreamToken) -> None:
         """Take a token that was published before; its text is made again, so that what was held back is known."""
-        self._take(token.token_id)
-        self.finish_reason = self.finish_reason or token.finish_reason
+        self._take(token.token_id, token.finish_reason)
 
     def accept(self, pick: Pick, index: int) -> StreamToken:
         """Take the next token and say what may be shown of it."""
@@ -277,7 +284,8 @@ class Row:
             in_reasoning=self.generation.in_reasoning and len(self.tokens) == 1,
         )
 
-    def _take(self, token: int) -> str:
+    def _take(self, token: int, ended: FinishReason | None = None) -> str:
+        """The text that may be shown with `token`. `ended`: why the answer has ended with it, where that is known."""
         self.tokens.append(token)
         if self.lookup is not None:
             self.lookup.add(token)
@@ -286,6 +294,7 @@ class Row:
         if self._penalised:
             self.tally[token] = self.tally.get(token, 0) + 1
         text = self._text(token)
+        self.finish_reason = self.finish_reason or ended
         if self.finish_reason and self.finish_reason != "stop_string":
             shown, stop = self._scanner.add(self._detokenizer.finish())
             text += shown + ("" if stop else self._scanner.finish())
@@ -307,7 +316,7 @@ class Row:
             self.finish_reason = "grammar"
         elif len(self.tokens) >= self.request.max_tokens:
             self.finish_reason = "length"
-        elif len(self.tokens) >= self.generation.room:
+        elif len(self.tokens) >= self.room:
             self.finish_reason = "context"
         return text
 

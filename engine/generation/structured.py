@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,6 +50,9 @@ SECONDS = 2.0
 WALKS, TRIED = 4, 8
 #: Characters of llguidance's words that are passed on: they repeat the expression.
 _WORDS = 20_000
+#: What a regular expression has otherwise between two slashes; with each backslash goes what it is for.
+_SPELLINGS = {"/": r"\/", "\\\n": r"\n"}
+_SPELLED_OTHERWISE = re.compile(r"\\.|/", re.DOTALL)
 _process = LimitedProcess(Path(__file__).with_name("grammar_process.py"), "compiles grammars", "computing")
 
 
@@ -182,11 +186,17 @@ def _source(request: GenerateRequest) -> str:
     from llguidance import LLMatcher
 
     if request.regex is not None:
-        return LLMatcher.grammar_from_regex(request.regex)
+        return LLMatcher.grammar_from_lark(f"start: /{_literal(request.regex)}/")
     try:
         return LLMatcher.grammar_from_json_schema(json.dumps(request.json_schema), overrides=_LAYOUT)
     except ValueError as error:
         raise _Refused(str(error)) from None
+
+
+def _literal(regex: str) -> str:
+    """What stands between two slashes for it. Unlike `grammar_from_regex` it leaves the ends of lines: behind (?x) they
+    mean nothing, and end a comment. Nor does it drop a last backslash, which makes it no expression."""
+    return _SPELLED_OTHERWISE.sub(lambda found: _SPELLINGS.get(found[0], found[0]), regex)
 
 
 def _tokens_of(tokenizer: Tokenizer) -> LLTokenizer:

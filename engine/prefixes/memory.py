@@ -108,15 +108,15 @@ class PrefixCache:
         self._pinned = frozenset(self._key(owner, tokens) for owner, tokens in beginnings)
 
     def put(self, owner: Hashable, tokens: Sequence[int], kv: KeyValues) -> None:
-        """Keep `kv`, one row with the keys and values of `tokens` at its first positions. Nothing is kept where those
-        that are pinned leave too little room."""
+        """Keep `kv`, one row with the keys and values of `tokens` at its first positions. Nothing is kept, and nothing
+        goes, where those that are pinned leave too little room."""
         if not self.fits(kv.nbytes) or len(tokens) < self.shortest:
             return
         key = self._key(owner, tokens)
         self._drop(key)
-        while self.nbytes + kv.nbytes > self.limit:
-            if (oldest := self._oldest_unpinned()) is None:
-                return
+        if self._pinned_bytes + kv.nbytes > self.limit:
+            return
+        while self.nbytes + kv.nbytes > self.limit and (oldest := self._oldest_unpinned()) is not None:
             self._drop(oldest)
         entry = self._entries[key] = Entry(np.asarray(tokens, dtype=np.int32), kv)
         self._alike[self._beginning(owner, entry.tokens)][key] = None
@@ -128,6 +128,10 @@ class PrefixCache:
             return False
         self._drop(self._oldest_unpinned() or next(iter(self._entries)))
         return True
+
+    @property
+    def _pinned_bytes(self) -> int:
+        return sum(self._entries[key].kv.nbytes for key in self._pinned if key in self._entries)
 
     def _oldest_unpinned(self) -> _Key | None:
         return next((key for key in self._entries if key not in self._pinned), None)

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 from engine.adapters import peft
+from engine.adapters import pool as pool_module
 from engine.adapters.lane import AdapterLane
-from engine.adapters.lora import LoraConfig, LoraWeights, dropout_keys, initialise
+from engine.adapters.lora import LoraConfig, LoraWeights, dropout_keys, initialise, square_norms
 from engine.adapters.peft import CONFIG_FILE, WEIGHTS_FILE
 from engine.adapters.pool import BASE, AdapterPool
 from engine.adapters.store import NOTES_FILE, AdapterStore
@@ -399,6 +400,32 @@ def test_an_adapter_that_takes_anothers_place_keeps_nothing_of_it(
     assert pool.loaded == ("narrow@1", "other@1", "third@1")
     found = logits(model, pool.rows([pool.acquire("narrow")]))
     assert np.abs(found[0] - alone(model, narrow)).max() < 1e-4
+
+
+def test_an_adapter_whose_place_was_half_taken_is_read_anew(
+    model: LoadedModel, store: AdapterStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The norms of a DoRA adapter need the layer's weights as they are multiplied: memory for them may be short."""
+    pool, first = AdapterPool(model, store, budget=1), tiny.adapter(model, 2, 0)
+    pool.save("first", first, {})
+    for seed in (1, 2):
+        pool.save(f"a{seed}", tiny.adapter(model, 2, seed), {})
+    store.write("tiny", "large", tiny.adapter(model, 2, 7, dora=True), {})
+    left = iter(range(3))
+
+    def short(*given: Any) -> mx.array:
+        if next(left, None) is None:
+            raise MemoryError("no memory for the norms")
+        return square_norms(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pool_module, "square_norms", short)
+        with pytest.raises(MemoryError):
+            pool.acquire("large")
+    found = logits(model, pool.rows([pool.acquire("first")]))
+    assert np.abs(found[0] - alone(model, first)).max() < 1e-4
+    found = logits(model, pool.rows([pool.acquire("large")]))
+    assert np.abs(found[0] - alone(model, store.read("tiny", "large", 1, model.linear_shapes))).max() < 1e-4
 
 
 def test_one_that_is_given_back_by_one_request_is_held_for_the_others(model: LoadedModel, store: AdapterStore) -> None:

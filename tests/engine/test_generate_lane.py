@@ -395,6 +395,39 @@ def test_an_answer_that_ended_on_a_worker_with_less_memory_is_not_gone_on_with(
     assert [token.index for token in resumed.tokens] == list(range(6, 12)), "behind all that both had published"
 
 
+def test_an_answer_that_has_more_than_its_next_worker_has_memory_for_ends_with_a_token(
+    model: LoadedModel, pool: AdapterPool
+) -> None:
+    """Those who read along wait for one that says why it is the last. Part of a stop string is held till then."""
+    plain = request([3, 1, 4], max_tokens=300, temperature=0.9, seed=7)
+    whole = Driver(model, pool)
+    wanted = whole.send(plain)
+    whole.run()
+    less = Driver(model, pool, kv_bytes=130_000)
+    many = less.lane.budget.most_tokens + 10
+    assert 30 < many < 290
+    held = tiny.text([*wanted.ids[many - 5 : many + 5], 60, 60])
+    resumed = less.send(plain.model_copy(update={"stop": (held,)}), wanted.tokens[:many])
+    less.run()
+    (last,) = resumed.tokens
+    assert (last.index, last.token_id, last.finish_reason) == (many, wanted.ids[many], "context")
+    assert resumed.result.finish_reason == "context"
+    assert resumed.result.text == "".join(token.text for token in wanted.tokens[: many + 1])
+    assert last.text == tiny.text(wanted.ids[many - 5 : many + 1])
+
+
+def test_an_answer_that_ended_on_a_worker_with_less_memory_keeps_what_was_held_back(
+    model: LoadedModel, pool: AdapterPool
+) -> None:
+    whole = Driver(model, pool)
+    wanted = whole.send(request([3, 1, 4], max_tokens=8))
+    whole.run()
+    held = tiny.text([*wanted.ids[:4], 60, 60])
+    published = [*wanted.tokens[:3], wanted.tokens[3].model_copy(update={"finish_reason": "context"})]
+    resumed = Driver(model, pool).send(request([3, 1, 4], max_tokens=8, stop=held), published)
+    assert resumed.result.text == tiny.text(wanted.ids[:4])
+
+
 def test_an_unknown_adapter_is_refused_before_it_waits(model: LoadedModel, pool: AdapterPool) -> None:
     driver = Driver(model, pool)
     with pytest.raises(UnknownAdapter, match="tiny has: one, two"):

@@ -115,6 +115,18 @@ def test_no_more_prefixes_make_way_than_have_to(model: LoadedModel, tmp_path: Pa
     assert len(machine.prefixes) == 2
 
 
+def test_no_prefix_makes_way_for_a_row_that_waits_all_the_same(model: LoadedModel, tmp_path: Path) -> None:
+    machine = Machine(model, tmp_path, 2 * SMALLEST_KV_LENGTH + PREFIX + 11, prefixes=1)
+    for _ in range(2):
+        machine.seat(10)
+    assert not machine.budget.admits([machine.row(10)])
+    assert machine.budget.must_shrink(2, SMALLEST_KV_LENGTH + 1), "a row leaves: there may be room enough then"
+    assert len(machine.prefixes) == 1
+    machine.batch.leave(machine.batch.rows[0])
+    assert machine.budget.admits([machine.row(10)]), "what the row that left took is room enough, next to the prefix"
+    assert len(machine.prefixes) == 1
+
+
 def test_a_row_that_the_batch_has_room_for_costs_nothing(model: LoadedModel, tmp_path: Path) -> None:
     machine = Machine(model, tmp_path, 3 * SMALLEST_KV_LENGTH)
     for _ in range(3):

@@ -189,6 +189,25 @@ def test_an_adapter_that_is_there_is_a_result_though_its_run_cannot_be_noted(
     assert json.loads((tmp_path / "runs/job-0/run.json").read_text())["status"] == "running"
 
 
+def test_an_adapter_that_is_there_is_a_result_though_memory_has_no_room_for_it(
+    model: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*given: Any) -> None:
+        raise RuntimeError("[metal::malloc] Unable to allocate 1048576 bytes")
+
+    traffic = Training(model, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("engine.adapters.pool.folded", full)
+        ticket = traffic.send()
+        traffic.run()
+    assert ticket.result(0).version == 1
+    assert json.loads((tmp_path / "runs/job-0/run.json").read_text())["status"] == "done"
+    pool = traffic.lane.pool
+    assert pool.loaded == ()
+    pool.release(pool.acquire(ticket.result(0).adapter))
+    assert len(pool.loaded) == 1
+
+
 def test_an_adapter_that_is_damaged_fails_alone(model: LoadedModel, tmp_path: Path) -> None:
     traffic = Taking(model, tmp_path)
     (tmp_path / "broken").mkdir()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import re
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,17 +18,20 @@ from engine.adapters.lora import LoraWeights
 from engine.adapters.pool import AdapterPool
 from engine.adapters.store import AdapterStore
 from engine.checkpoints.loading import LoadedModel
+from engine.generation.draws import Pick
 from engine.generation.followed import Admission, FollowedLane, LentAdapter
 from engine.generation.lane import GenerateLane
 from engine.generation.leading import LeadingLane, witness
 from engine.generation.limits import LaneLimits
-from engine.generation.row import Generation
+from engine.generation.prefill import Prefill
+from engine.generation.row import Generation, Row
 from engine.generation.step import Step
 from engine.models.shard import Shard
 from engine.ticket import Ticket
 from engine.warm import WarmModels
 from stoker.contract import GenerateRequest, GenerateResult, StreamToken
-from stoker.errors import UnknownAdapter, WorkerUnavailable
+from stoker.contract.requests import MAX_PROMPT_IDS
+from stoker.errors import ModelError, UnknownAdapter, WorkerUnavailable
 from tests.engine import shared_model, tiny
 
 LIMITS = LaneLimits(slots=3, kv_bytes=1 << 22)
@@ -229,6 +234,53 @@ def test_a_job_goes_on_on_all_ranks_behind_the_tokens_that_were_published(leadin
     *_, admission = [given[0] for word, *given in leading.notes.words if word == "admit"]
     assert [token.token_id for token in admission.published] == [token.token_id for token in published]
     assert followed(leading, tmp_path)[1] == witnesses(leading)
+
+
+def test_a_job_that_fails_leaves_nothing_on_the_other_ranks(
+    leading: Leading, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its error has the frames in which it was raised, with the keys and values of the prompt."""
+    accept, lanes, prefills = Row.accept, list[FollowedLane](), list[weakref.ref[Prefill]]()
+
+    class Fails(Prefill):
+        def advance(self, *given: Any) -> Any:
+            prefills.extend(weakref.ref(self) for row in self.rows if row.request.seed == 13)
+            return super().advance(*given)
+
+    class Held(FollowedLane):
+        def __init__(self, lane: GenerateLane) -> None:
+            super().__init__(lane)
+            lanes.append(self)
+
+    def accepted(row: Row, pick: Pick, index: int) -> StreamToken:
+        if row.request.seed == 13:
+            raise ModelError("its numbers are not finite")
+        return accept(row, pick, index)
+
+    monkeypatch.setattr(Row, "accept", accepted)
+    monkeypatch.setattr("tests.engine.test_leading.FollowedLane", Held)
+    failed = leading.submit(seed=13)
+    leading.submit(seed=5)
+    leading.finish()
+    assert isinstance(failed.error, ModelError)
+    monkeypatch.setattr("engine.generation.lane.Prefill", Fails)
+    _, said, _ = followed(leading, tmp_path)
+    assert said == witnesses(leading)
+    gc.collect()
+    assert len(lanes) == 1
+    assert prefills
+    assert [prefill() for prefill in prefills] == [None] * len(prefills)
+
+
+def test_a_text_of_more_tokens_than_a_request_may_name_reaches_the_other_ranks(tmp_path: Path) -> None:
+    model = replace(tiny.loaded(shared_model.whole()), shard=Shard(0, 1), context=2 * MAX_PROMPT_IDS)
+    leading = Leading(tmp_path, model, replace(LIMITS, kv_bytes=1 << 40))
+    prompt = [3, 4, 5] * (MAX_PROMPT_IDS // 3 + 1)
+    assert len(prompt) > MAX_PROMPT_IDS
+    leading.submit(prompt=tiny.text(prompt))
+    inner, _, _ = followed(leading, tmp_path)
+    (row,) = inner.held
+    assert row.known == prompt
 
 
 @pytest.mark.slow

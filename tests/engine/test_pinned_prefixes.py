@@ -14,9 +14,10 @@ from engine.adapters.pool import AdapterPool
 from engine.checkpoints.loading import LoadedModel
 from engine.engine import Engine
 from engine.generation import prompt
+from engine.generation.batch import SMALLEST_KV_LENGTH
 from engine.generation.limits import LaneLimits
 from engine.generation.pinning import Pinning
-from engine.models.cache import KeyValues
+from engine.models.cache import KeyValues, bytes_per_token
 from engine.models.llama import Llama
 from engine.prefixes import folder, shelf
 from engine.prefixes.disk import DiskLimits
@@ -25,7 +26,7 @@ from engine.prefixes.memory import PrefixCache
 from engine.prefixes.pins import Beginning
 from engine.ticket import Ticket
 from stoker.contract import ChatMessage, GenerateRequest, GenerateResult
-from stoker.contract.requests import LOWEST_PRIORITY
+from stoker.contract.requests import LOWEST_PRIORITY, MAX_PROMPT_IDS
 from stoker.errors import InvalidRequest, StokerError, UnknownAdapter
 from tests import endless
 from tests.engine import bridged, tiny
@@ -181,6 +182,19 @@ def test_pinned_entries_make_way_last_and_for_no_other_prefix(tiny_llama: Llama)
     assert [len(cache), cache.has("base", [4] * 60)] == [3, False]
 
 
+def test_no_entry_makes_way_for_one_that_pins_leave_no_room_for(tiny_llama: Llama) -> None:
+    kept = KeyValues(tiny_llama, 1, SHORTEST)
+    prefixes = PrefixCache(4 * kept.nbytes)
+    pinned, other, long = ([token] * SHORTEST for token in (3, 4, 5))
+    prefixes.pin([(None, pinned)])
+    for tokens in (pinned, other):
+        prefixes.put(None, tokens, kept)
+    prefixes.put(None, 4 * long, KeyValues(tiny_llama, 1, 4 * SHORTEST))
+    assert [prefixes.has(None, tokens) for tokens in (pinned, other, 4 * long)] == [True, True, False]
+    prefixes.put(None, 3 * long, KeyValues(tiny_llama, 1, 3 * SHORTEST))
+    assert [prefixes.has(None, tokens) for tokens in (pinned, other, 3 * long)] == [True, False, True]
+
+
 def test_an_owner_with_other_tokens_is_not_pinned(tiny_llama: Llama) -> None:
     kv = KeyValues(tiny_llama, 1, 60)
     cache = PrefixCache(kv.nbytes)
@@ -208,10 +222,36 @@ def test_the_first_job_finds_what_was_prefilled_for_nobody(
     assert [cached(found), found.ids] == [len(SYSTEM), wanted.ids]
 
 
+def test_it_stays_while_more_rows_wait_than_memory_has_room_for(machine: Machine, model: LoadedModel) -> None:
+    room = 3 * SMALLEST_KV_LENGTH + len(SYSTEM) + 40
+    worker = machine.worker(model, slots=8, kv_bytes=room * bytes_per_token(model.decoder))
+    made = Pinned(worker).ready(SYSTEM)
+    running = [worker.send(request([number, 3], max_tokens=200)) for number in range(4, 9)]
+    while not worker.lane.batch.rows:
+        worker.step()
+    worker.step()
+    assert worker.lane.waiting, "memory is short"
+    assert worker.lane.prefixes.has(None, made.ids)
+    worker.run()
+    assert {sent.result.finish_reason for sent in running} == {"length"}
+
+
 def test_it_is_prefilled_behind_all_that_clients_asked_for(machine: Machine, model: LoadedModel) -> None:
     pinned = Pinned(machine.worker(model))
     made = pinned.beginning(GenerateRequest(model="tiny", prompt_ids=tuple(SYSTEM)))
     assert pinned.prefill(made).priority == LOWEST_PRIORITY
+
+
+def test_one_of_more_tokens_than_a_request_may_name_is_prefilled(machine: Machine, model: LoadedModel) -> None:
+    asked: list[GenerateRequest] = []
+
+    def submit(request: GenerateRequest) -> Ticket[GenerateResult]:
+        asked.append(request)
+        return Ticket("pinned", "generate")
+
+    ids = (3, 4, 5) * (MAX_PROMPT_IDS // 3 + 1)
+    Pinning(machine.worker(model).lane, at_once, submit).prefill(Beginning(None, ids, 0))
+    assert [request.prompt_ids for request in asked] == [ids]
 
 
 def test_a_worker_that_starts_again_has_it_from_the_disk_at_once(machine: Machine, model: LoadedModel) -> None:

@@ -118,6 +118,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "counts of counts": ({"regex": "((((a{100}){100}){100}){100})"}, "too many expressions"),
     "ambiguous counts": ({"regex": "(a?){500}a{500}"}, "too many expressions"),
     "count beyond order": ({"regex": "a{5,2}"}, "the start must be <= the end"),
+    "a last backslash": ({"regex": "[a-z]\\"}, r"regex: \[a-z\]\\ given; "),
     "look-ahead": ({"regex": "a(?=b)"}, r"(?s)look-ahead.*is not supported.*a\(\?=b\)"),
     "back-reference": ({"regex": r"(a)\1"}, "backreferences are not supported"),
     "deep parentheses": ({"regex": "(" * 8000 + "a" + ")" * 8000}, "regex: "),
@@ -169,6 +170,22 @@ def test_a_grammar_that_passes_a_limit_in_the_middle_ends_its_own_request(
         bad.ticket.result(0)
     assert neighbour.ids == free.ids
     driver.assert_empty()
+
+
+@pytest.mark.parametrize(
+    ("regex", "answer"),
+    [
+        ("(?x)\n  coal   # or wood / peat\n  / [0-9]{0}\n", "coal/"),
+        ("a\nb\\\nc\td", "a\nb\nc\td"),
+        (r"C:\\[/]\/\\/", r"C:\//\/"),
+    ],
+    ids=["with a comment", "with ends of lines", "with slashes"],
+)
+def test_an_expression_is_read_as_it_was_written(driver: Driver, regex: str, answer: str) -> None:
+    assert re.fullmatch(regex, answer)
+    sent = driver.send(ask(regex=regex, temperature=3.0))
+    driver.run()
+    assert sent.result.text == answer
 
 
 def test_of_several_end_tokens_each_ends_an_answer_in_a_grammar(smollm2: LoadedModel) -> None:
