@@ -45,6 +45,8 @@ MAX_ABOUT, MAX_LINE = 1 << 16, 1 << 30
 MAX_NAME, MAX_HEADER = 1024, 1 << 20
 #: Files: each costs memory before the first is restored.
 MAX_FILES = 200_000
+#: Seconds since the epoch from which on a time is no file's.
+LAST_TIME = 1 << 33
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def backup(settings: Settings, redis: Any, target: Path) -> Counted:
         # The fastest level: the weights of adapters hardly shrink.
         with tarfile.open(draft, "w:gz", compresslevel=1) as archive:
             about = {"format": FORMAT, "stoker": stoker.__version__, "made": time.time()}
-            _add_bytes(archive, _ABOUT, json.dumps(about).encode())
+            _add_bytes(archive, _ABOUT, json.dumps(about).encode(), int(time.time()))
             counted = Counted(
                 sum(_add_folder(archive, settings.home / name) for name in FOLDERS), _add_keys(archive, redis)
             )
@@ -110,9 +112,10 @@ class _Unpacked(gzip.GzipFile):
         return super().read(size)
 
 
-def _add_bytes(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+def _add_bytes(archive: tarfile.TarFile, name: str, data: bytes, changed: float) -> None:
+    """`changed`: seconds since the epoch."""
     entry = tarfile.TarInfo(name)
-    entry.size, entry.mode, entry.mtime = len(data), 0o600, int(time.time())
+    entry.size, entry.mode, entry.mtime = len(data), 0o600, changed
     archive.addfile(entry, io.BytesIO(data))
 
 
@@ -124,10 +127,10 @@ def _add_folder(archive: tarfile.TarFile, folder: Path) -> int:
         if path.is_symlink() or not path.is_file() or DRAFT in name:
             continue
         try:
-            data = path.read_bytes()
+            data, changed = path.read_bytes(), path.stat().st_mtime
         except FileNotFoundError:
             continue
-        _add_bytes(archive, name, data)
+        _add_bytes(archive, name, data, changed)
         files += 1
     return files
 
@@ -235,6 +238,9 @@ def _restore_file(archive: tarfile.TarFile, member: tarfile.TarInfo, home: Path)
     def write(draft: Path) -> None:
         with draft.open("wb") as file:
             shutil.copyfileobj(_opened(archive, member), file)
+        # Of an adapter's runs the newest is that whose file changed last: it is meant by the name, and stays.
+        if 0 <= member.mtime < LAST_TIME:
+            os.utime(draft, (member.mtime, member.mtime))
 
     write_whole(target, write, mode=0o600)
     return True

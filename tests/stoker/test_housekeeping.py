@@ -426,6 +426,30 @@ def test_a_backup_and_what_is_restored_of_it_are_for_their_user_alone(
     assert below == {True: 0o700, False: 0o600}
 
 
+def test_the_newest_run_of_an_adapter_is_the_newest_after_a_restore_too(server: Any, tmp_path: Path) -> None:
+    make_run("job-1-newest", age=0.5)
+    make_run("job-2-older", age=40 * DAY)
+    before = invoke("runs", "list")
+    invoke("backup", str(tmp_path / "b.tgz"))
+    shutil.rmtree(load_settings().runs)
+    invoke("restore", str(tmp_path / "b.tgz"))
+    assert invoke("runs", "list") == before
+    assert invoke("runs", "show", "style").startswith("job-1-newest")
+    invoke("clean")
+    assert [run.name for run in load_settings().runs.iterdir()] == ["job-1-newest"]
+
+
+@pytest.mark.parametrize("changed", ["-1", "nan", "inf", "1e300"])
+def test_a_file_whose_time_is_none_is_restored_as_one_of_now(changed: str, server: Any, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "b.tgz", "w:gz") as archive:
+        for name, data in (("backup.json", b'{"format": 1}'), ("runs/a/x", b"it")):
+            entry = tarfile.TarInfo(name)
+            entry.size, entry.pax_headers = len(data), {"mtime": changed}
+            archive.addfile(entry, io.BytesIO(data))
+    assert backup.restore(load_settings(), server, tmp_path / "b.tgz") == backup.Counted(1, 0)
+    assert abs((load_settings().runs / "a" / "x").stat().st_mtime - time.time()) < 600
+
+
 class Going:
     """The broker, where a key goes after its type was asked for."""
 
