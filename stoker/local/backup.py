@@ -26,6 +26,7 @@ from typing import IO, Any
 
 import stoker
 from stoker.broker import keys
+from stoker.broker.restored import Restored, Value
 from stoker.errors import InvalidRequest
 from stoker.files.durable import DRAFT, make_folders, write_whole
 from stoker.local.home import make_home
@@ -88,11 +89,13 @@ def restore(settings: Settings, redis: Any, source: Path) -> Counted:
             # All names and keys first, so that nothing of a file that is no backup is restored.
             members = _checked(archive, source, settings.home)
             make_home(settings.home)
-            for member in members:
+            restored = Restored(redis)
+            # The registry first: it says which files are those of its versions.
+            for member in sorted(members, key=lambda member: member.name != _KEYS):
                 if member.name == _KEYS:
-                    added, found = _restore_keys(_opened(archive, member), redis)
+                    added, found = _restore_keys(_opened(archive, member), restored)
                     kept += found
-                elif _restore_file(archive, member, settings.home):
+                elif not _is_of_another(member.name, restored) and _restore_file(archive, member, settings.home):
                     files += 1
                 else:
                     kept.append(member.name)
@@ -246,22 +249,21 @@ def _restore_file(archive: tarfile.TarFile, member: tarfile.TarInfo, home: Path)
     return True
 
 
-def _restore_keys(lines: IO[bytes], redis: Any) -> tuple[int, list[str]]:
+def _restore_keys(lines: IO[bytes], restored: Restored) -> tuple[int, list[str]]:
     added, kept = 0, []
     for line in _lines(lines):
         key = _key(line)
-        if isinstance(key.value, list):
-            # A set of names: what is missing is added, and nothing is overwritten.
-            added += int(bool(key.value) and redis.sadd(key.name, *key.value) > 0)
-        elif redis.exists(key.name):
-            kept.append(key.name)
-        elif isinstance(key.value, dict):
-            redis.hset(key.name, mapping=key.value)
+        if restored.put_back(key.name, key.value):
             added += 1
         else:
-            redis.set(key.name, key.value)
-            added += 1
+            kept.append(key.name)
     return added, kept
+
+
+def _is_of_another(name: str, restored: Restored) -> bool:
+    """Whether it is a file of a version under whose number the broker knows another."""
+    parts = PurePosixPath(name).parts
+    return parts[0] == "adapters" and len(parts) > 4 and restored.is_another(*parts[1:4])
 
 
 def _lines(file: IO[bytes]) -> Iterator[bytes]:
@@ -273,10 +275,10 @@ def _lines(file: IO[bytes]) -> Iterator[bytes]:
 
 @dataclass(frozen=True)
 class _Key:
-    """A key that is to be restored. `value`: of a set, a hash, or a string."""
+    """A key that is to be restored."""
 
     name: str
-    value: list[bytes] | dict[bytes, bytes] | bytes
+    value: Value
 
 
 def _key(line: bytes) -> _Key:
@@ -292,7 +294,7 @@ def _key(line: bytes) -> _Key:
         raise ValueError(f"the value of {name} is not as a backup has it: {error}") from None
 
 
-def _value(kind: str, value: Any) -> list[bytes] | dict[bytes, bytes] | bytes:
+def _value(kind: str, value: Any) -> Value:
     if kind == "string":
         return _bytes(value)
     if not isinstance(value, list):
