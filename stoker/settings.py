@@ -228,8 +228,9 @@ class Settings(BaseSettings):
     def environment(self) -> dict[str, str]:
         """These settings as environment variables, for a child process."""
         said = {name: value for name, value in self.model_dump().items() if value is not None}
+        # An empty variable says nothing: of a list without entries it would be the default.
         return {
-            ENV_PREFIX + name.upper(): ",".join(value) if isinstance(value, tuple) else str(value)
+            ENV_PREFIX + name.upper(): (",".join(value) or ",") if isinstance(value, tuple) else str(value)
             for name, value in said.items()
         }
 

@@ -108,7 +108,8 @@ def _from_anywhere(environment: dict[str, str]) -> dict[str, str]:
 
 
 def _models(value: str) -> str:
-    return ",".join(from_anywhere(part.strip()) for part in value.split(",") if part.strip())
+    """A comma alone is no model, where nothing would be the default."""
+    return ",".join(from_anywhere(part.strip()) for part in value.split(",") if part.strip()) or ","
 
 
 def _path(value: str) -> str:

@@ -168,6 +168,7 @@ def test_files_that_settings_name_are_found_from_any_folder(
     ("name", "given", "kept"),
     [
         ("ON_DEMAND", "./bert, own=mpnet", f"bert={MODEL},own={MODEL.parent / 'mpnet'}"),
+        ("MODELS", " , ", ","),
         ("ARTIFACTS", "store", str(MODEL.parent / "store")),
         ("ARTIFACTS", "s3://bucket/stoker", "s3://bucket/stoker"),
         ("ARTIFACTS", "simplecache::memory://x", "simplecache::memory://x"),

@@ -137,8 +137,11 @@ def test_without_a_home_folder_the_error_names_the_setting(monkeypatch: pytest.M
         load_settings()
 
 
-def test_a_child_process_reads_the_same_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    given = load_settings(home=tmp_path, models=("a", "b"), generate_slots=3, quantize="8bit", grace=1.5)
+@pytest.mark.parametrize("models", [("a", "b"), ()])
+def test_a_child_process_reads_the_same_settings(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, models: tuple[str, ...]
+) -> None:
+    given = load_settings(home=tmp_path, models=models, generate_slots=3, quantize="8bit", grace=1.5)
     for name, value in given.environment().items():
         monkeypatch.setenv(name, value)
     assert load_settings() == given
