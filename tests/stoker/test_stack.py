@@ -215,6 +215,40 @@ def test_a_worker_that_dies_is_started_again_under_its_name_after_a_pause(world:
     assert said == ["the worker ended (exit code 70); starting another", "a worker is warm again"]
 
 
+def test_a_worker_that_dies_before_it_is_warm_again_takes_nothing_with_it(world: World, stack: Stack) -> None:
+    said: list[str] = []
+
+    def dies() -> None:
+        world.child("worker").returncode = 137
+        world.child("worker").said = f"{ERROR_MARK}ModelError: no memory"
+
+    def appears() -> None:
+        world.appears("third")
+
+    world.did.clear()
+    world.after = iter([dies, lambda: None, dies, lambda: None, lambda: None, appears, dies, lambda: None])
+    with pytest.raises(KeyboardInterrupt):
+        stack.watch(said.append)
+    assert said == [
+        "the worker ended (exit code 137); starting another",
+        "the worker ended (not warm yet: no memory); starting another in 4 s",
+        "a worker is warm again",
+        "the worker ended (exit code 137); starting another",
+    ]
+    assert world.did == ["start worker"] * 3
+    assert [pause for pause in world.slept if pause >= RESTART_PAUSE] == [2.0, 4.0, 2.0]
+
+
+def test_a_worker_that_cannot_come_up_is_tried_once_a_minute(world: World, stack: Stack) -> None:
+    def dies() -> None:
+        world.child("worker").returncode = 5
+
+    world.after = iter([dies, lambda: None] * 9)
+    with pytest.raises(KeyboardInterrupt):
+        stack.watch(lambda text: None)
+    assert [pause for pause in world.slept if pause >= RESTART_PAUSE] == [2, 4, 8, 16, 32, 60, 60, 60, 60]
+
+
 def test_what_nothing_else_needs_is_said_to_have_ended_once(world: World, stack: Stack) -> None:
     said: list[str] = []
     world.after = iter([lambda: setattr(world.child("flower"), "returncode", 1), *[lambda: None] * 5])
