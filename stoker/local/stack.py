@@ -22,7 +22,7 @@ from stoker.local.home import make_home
 from stoker.local.naming import take_name
 from stoker.local.process import LogSize, Process
 from stoker.monitor.access import password
-from stoker.settings import Settings, load_settings
+from stoker.settings import Settings
 
 FLOWER_PORT = 5555
 GATEWAY_PORT = 8000
@@ -76,7 +76,7 @@ class Stack:
             # A private broker stays off the usual port, where other clients would find it.
             port = 0 if self._own_broker else PREFERRED_PORT
             self._broker = EmbeddedBroker(self.settings, port=port)
-            self.settings = load_settings(**{**self.settings.model_dump(), "url": self._broker.start(self._report)})
+            self.settings = self.settings.model_copy(update={"url": self._broker.start(self._report)})
         else:
             wait_for_broker(self.settings, self._report)
         self.start_worker()

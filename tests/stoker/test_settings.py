@@ -147,6 +147,20 @@ def test_a_child_process_reads_the_same_settings(
     assert load_settings() == given
 
 
+def test_a_child_process_inherits_nothing_that_its_settings_do_not_say(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    plain = Settings(home=tmp_path, kv_bits=8)
+    shared = {"ARTIFACTS": "memory://fleet", "METRICS": "9464", "GROUP": "g", "RANKS": "2", "SHARD": "true"}
+    shared |= {"DATA": str(tmp_path), "ON_DEMAND": "all-minilm-l6-v2", "URL": "redis://fleet/0"}
+    for name, value in shared.items():
+        monkeypatch.setenv(f"STOKER_{name}", value)
+    given = load_settings(home=tmp_path, kv_bits=8).alone()
+    for name, value in given.environment().items():
+        monkeypatch.setenv(name, value)
+    assert load_settings() == given == plain
+
+
 def test_an_empty_variable_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STOKER_URL", "")
     monkeypatch.setenv("STOKER_MODELS", "")

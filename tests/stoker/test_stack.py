@@ -14,7 +14,7 @@ from stoker.errors import BrokerUnavailable, ModelError, WorkerUnavailable
 from stoker.local import stack as stacks
 from stoker.local.broker import PREFERRED_PORT
 from stoker.local.stack import COMPACT_EVERY, ERROR_MARK, RESTART_PAUSE, Stack
-from stoker.settings import Settings
+from stoker.settings import Settings, load_settings
 
 URL = "redis://127.0.0.1:1/0"
 
@@ -49,8 +49,8 @@ class World:
 
 
 class Child:
-    def __init__(self, world: World, name: str, command: list[str], **_: Any) -> None:
-        self._did, self.name, self.command = world.did, name, command
+    def __init__(self, world: World, name: str, command: list[str], env: dict[str, str], **_: Any) -> None:
+        self._did, self.name, self.command, self.env = world.did, name, command, env
         self.returncode: int | None = None
         self.log, self.said = Path(f"{name}.log"), ""
         self._did.append(f"start {name}")
@@ -133,6 +133,16 @@ def test_a_broker_of_its_own_stays_off_the_usual_port_where_others_would_find_it
         with Stack(settings, own_broker=own, flower=False):
             pass
     assert world.ports == [0, PREFERRED_PORT]
+
+
+def test_a_stack_takes_nothing_from_the_environment_that_its_settings_do_not_say(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STOKER_ARTIFACTS", "memory://fleet")
+    settings = load_settings(home=tmp_path / "home").alone()
+    with Stack(settings, own_broker=True, flower=False) as running:
+        assert (running.settings.artifacts, running.settings.url) == (None, URL)
+    assert world.child("worker").env["STOKER_ARTIFACTS"] == ""
 
 
 def test_a_name_is_free_again_once_its_stack_has_ended(world: World, tmp_path: Path) -> None:
