@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import shlex
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,13 @@ def command_lines() -> list[tuple[str, list[str]]]:
 
 
 COMMANDS = [(place, words) for place, words in command_lines() if any(word.endswith("stoker") for word in words)]
+
+
+@pytest.mark.parametrize("page", sorted(TEXTS))
+def test_what_is_installed_comes_from_a_checkout_because_no_index_has_it(page: str) -> None:
+    installed = re.findall(r"pip install ([^\s`]+)", TEXTS[page])
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+    assert set(installed) <= {".", *(f"'.[{extra}]'" for extra in extras)}
 
 
 def find_command(words: list[str]) -> tuple[Any, list[str]]:
