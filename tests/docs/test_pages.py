@@ -44,7 +44,7 @@ COMMANDS = [(place, words) for place, words in command_lines() if any(word.endsw
 
 
 @pytest.mark.parametrize("page", sorted(TEXTS))
-def test_what_is_installed_comes_from_a_checkout_because_no_index_has_it(page: str) -> None:
+def test_what_is_installed_comes_from_a_checkout_as_the_readme_says(page: str) -> None:
     installed = re.findall(r"pip install ([^\s`]+)", TEXTS[page])
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
     assert set(installed) <= {".", *(f"'.[{extra}]'" for extra in extras)}
