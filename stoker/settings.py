@@ -145,7 +145,11 @@ class Settings(BaseSettings):
     @field_validator("models", "on_demand", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
-        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        if not value.strip():
+            raise ValueError("it is blank; a comma alone is no model")
+        return tuple(part.strip() for part in value.split(",") if part.strip())
 
     @field_validator("group_size", "kv_bits", mode="before")
     @classmethod

@@ -161,6 +161,15 @@ def test_a_child_process_inherits_nothing_that_its_settings_do_not_say(
     assert load_settings() == given == plain
 
 
+@pytest.mark.parametrize("name", ["STOKER_MODELS", "STOKER_ON_DEMAND"])
+def test_a_list_that_is_blank_by_mistake_is_not_taken_for_no_model(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, " ")
+    with pytest.raises(ConfigError, match=rf"{name}: ' ' given; .*a comma alone is no model"):
+        load_settings()
+    monkeypatch.setenv(name, ",")
+    load_settings()
+
+
 def test_an_empty_variable_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STOKER_URL", "")
     monkeypatch.setenv("STOKER_MODELS", "")
