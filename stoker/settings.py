@@ -148,7 +148,11 @@ class Settings(BaseSettings):
     @field_validator("models", "on_demand", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
-        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        if not value.strip():
+            raise ValueError("it is blank; a comma alone is no model")
+        return tuple(part.strip() for part in value.split(",") if part.strip())
 
     @field_validator("group_size", "kv_bits", mode="before")
     @classmethod
@@ -229,12 +233,23 @@ class Settings(BaseSettings):
         return max(1, self.generate_slots // 4)
 
     def environment(self) -> dict[str, str]:
-        """These settings as environment variables, for a child process."""
-        said = {name: value for name, value in self.model_dump().items() if value is not None}
+        """These settings as environment variables, for a child process, over all that it would inherit."""
+        # An empty variable says nothing. So it is what has no value, and of a list without entries it would be the
+        # default.
         return {
-            ENV_PREFIX + name.upper(): ",".join(value) if isinstance(value, tuple) else str(value)
-            for name, value in said.items()
+            ENV_PREFIX + name.upper(): (",".join(value) or ",") if isinstance(value, tuple) else _written(value)
+            for name, value in self.model_dump().items()
         }
+
+    def alone(self) -> Settings:
+        """These, for a broker and workers of their own that share nothing with others of this machine or fleet: no
+        store, port, group or data, and no other models."""
+        return self.model_copy(
+            update={
+                "url": None, "artifacts": None, "metrics": None, "data": None, "group": None, "ranks": 1,
+                "shard": False, "on_demand": (),
+            }
+        )  # fmt: skip
 
     @property
     def adapters(self) -> Path:
@@ -317,6 +332,10 @@ def _host_and_port(text: str) -> tuple[str, int] | None:
     return found[1] or found[2] or "127.0.0.1", int(found[3])
 
 
+def _written(value: object) -> str:
+    return "" if value is None else str(value)
+
+
 def _without_login(url: str) -> str:
     """A URL up to its query, with stars for a login."""
     scheme, separator, rest = url.partition("://")
@@ -338,7 +357,8 @@ def load_settings(**overrides: Unpack[Overrides]) -> Settings:
 def settings_of(environment: Mapping[str, str]) -> Settings:
     """What `load_settings` is in a process with these variables in addition to this one's, which they replace."""
     _refuse_unknown_names(environment)
-    said = {name.removeprefix(ENV_PREFIX).lower(): value for name, value in environment.items() if _is_setting(name)}
+    settings = {name: value for name, value in environment.items() if _is_setting(name) and value}
+    said = {name.removeprefix(ENV_PREFIX).lower(): value for name, value in settings.items()}
     return load_settings(**cast(Overrides, said))
 
 

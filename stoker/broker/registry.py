@@ -21,6 +21,8 @@ from stoker.contract.base import parse_adapter
 from stoker.contract.names import Rule, follows
 from stoker.errors import InvalidRequest, UnknownAdapter
 
+#: What the field of a version begins with.
+VERSION = "version:"
 #: What `change` can do.
 Verb = Literal["promote", "rollback", "deactivate", "unload"]
 
@@ -116,6 +118,33 @@ end
 return redis.call('HGET', key, 'serving') or ''
 """
 )
+
+#: KEYS: the adapter's hash. ARGV: fields and values of a backup. Versions that are missing come back; which one serves,
+#: and which ones did, where no version is left. Returns how many fields were missing.
+RESTORE = """
+local key, added, none = KEYS[1], 0, true
+local function put(field, value)
+  if redis.call('HGET', key, field) == value then return end
+  redis.call('HSET', key, field, value)
+  added = added + 1
+end
+for _, field in ipairs(redis.call('HKEYS', key)) do
+  if string.find(field, 'version:', 1, true) == 1 then none = false end
+end
+for i = 1, #ARGV, 2 do
+  local field, value = ARGV[i], ARGV[i + 1]
+  if field == 'next' then
+    -- A number that was given out since is not given out again.
+    local last = tonumber(redis.call('HGET', key, 'next') or 0)
+    if (last or 0) < (tonumber(value) or 0) then put(field, value) end
+  elseif none then
+    put(field, value)
+  elseif string.find(field, 'version:', 1, true) == 1 then
+    added = added + redis.call('HSETNX', key, field, value)
+  end
+end
+return added
+"""
 
 
 @dataclass(frozen=True)
@@ -214,6 +243,11 @@ def register(
     fenced."""
     names = keys.adapter(model, name), keys.adapters(model), keys.job(owner.job_id)
     return redis.eval(REGISTER, 3, *names, name, version, json.dumps(known), int(promote), owner.token)
+
+
+def restore(redis: Any, key: str, fields: Mapping[bytes, bytes]) -> Any:
+    """Put back what a backup knows of the adapter with this hash; see `RESTORE`."""
+    return redis.eval(RESTORE, 1, key, *(part for item in fields.items() for part in item))
 
 
 def keep(redis: Any, model: str, name: str, version: int, data: bytes, owner: Owner = ANYBODY) -> bool:

@@ -47,7 +47,8 @@ def demo_worker(url: str | None) -> Iterator[tuple[Client, Presence]]:
     from stoker.local.stack import Stack
 
     with tempfile.TemporaryDirectory(prefix="stoker-demo-") as home:
-        settings = load_settings(home=Path(home), models=(EMBED_MODEL, GENERATE_MODEL), grace=5.0)
+        # Its adapter must not come into the store of a fleet, whose numbers it does not know.
+        settings = load_settings(home=Path(home), models=(EMBED_MODEL, GENERATE_MODEL), grace=5.0).alone()
         with Stack(settings, flower=False, own_broker=True) as stack:
             with console().status("starting a broker and a worker, loading two models"):
                 worker = stack.wait_until_warm()

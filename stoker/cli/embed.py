@@ -44,7 +44,9 @@ def embed(
     ] = None,
     batch: Annotated[int, typer.Option(help="Texts of a job.")] = BATCH_TEXTS,
     in_flight: Annotated[int | None, typer.Option(help="Jobs at once; default: four for each worker.")] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace the output; begin anew after an interrupted run.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option(help="Replace the output; where there is none yet, begin an interrupted run anew.")
+    ] = False,
     as_json: Json = False,
     url: Url = None,
 ) -> None:

@@ -58,7 +58,9 @@ def generate(
     in_flight: Annotated[
         int | None, typer.Option(help="Requests of a file at once; default: half of what each worker can run.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace the output; begin anew after an interrupted run.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option(help="Replace the output; where there is none yet, begin an interrupted run anew.")
+    ] = False,
     as_json: Json = False,
     url: Url = None,
 ) -> None:

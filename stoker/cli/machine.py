@@ -52,7 +52,7 @@ def up(
             presence = stack.wait_until_warm()
         joined = "" if stack.joined is None else f"  (of the `stoker up` that runs already, process {stack.joined})"
         print(f"broker  {stack.settings.address.shown}{joined}")
-        print(f"worker  {', '.join(card.model for card in presence.models)} warm on {presence.place}")
+        print(f"worker  {', '.join(card.model for card in presence.models) or 'no model'} warm on {presence.place}")
         if stack.flower_url:
             print(f"flower  {stack.flower_url}  (user {USER}, password {stack.flower_password})")
         if stack.gateway_url:

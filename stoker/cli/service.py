@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Mapping
 from typing import Annotated
 
 import typer
@@ -38,7 +39,7 @@ def install(
     found = load_settings()
     environment = _environment(Service.of(found, name), model, url)
     settings = settings_of(environment)
-    parse_models(settings.models)
+    parse_models((*settings.models, *settings.on_demand))
     if name is not None:
         checked(Rule.JOB_ID, "name", name)
     worker_command(settings, "any")  # refuses an installation that has no worker
@@ -102,11 +103,34 @@ def _environment(service: Service, model: list[str] | None, url: str | None) -> 
 
 def _from_anywhere(environment: dict[str, str]) -> dict[str, str]:
     """The settings among these that name files, as they are in any folder: the service does not run in this one."""
-    models, data = environment.get(f"{ENV_PREFIX}MODELS"), environment.get(f"{ENV_PREFIX}DATA")
-    found = {}
-    if models:
-        whole = (from_anywhere(part.strip()) for part in models.split(",") if part.strip())
-        found[f"{ENV_PREFIX}MODELS"] = ",".join(whole)
-    if data:
-        found[f"{ENV_PREFIX}DATA"] = os.path.abspath(os.path.expanduser(data))
-    return found
+    said = {key: value for name in _MEANT if (value := environment.get(key := f"{ENV_PREFIX}{name}"))}
+    return {key: _MEANT[key.removeprefix(ENV_PREFIX)](value) for key, value in said.items()}
+
+
+def _models(value: str) -> str:
+    """A comma alone is no model, where nothing would be the default."""
+    return ",".join(from_anywhere(part.strip()) for part in value.split(",") if part.strip()) or ","
+
+
+def _path(value: str) -> str:
+    return os.path.abspath(os.path.expanduser(value))
+
+
+def _store(value: str) -> str:
+    """A URL says by itself where it leads; fsspec takes anything else for a folder."""
+    return value if "://" in value or "::" in value else _path(value)
+
+
+def _library(value: str) -> str:
+    """What is no path is a word (`off`), or is looked for by the system."""
+    return _path(value) if "/" in value else value
+
+
+#: The settings that name files, each with what it means in any folder.
+_MEANT: Mapping[str, Callable[[str], str]] = {
+    "MODELS": _models,
+    "ON_DEMAND": _models,
+    "DATA": _path,
+    "ARTIFACTS": _store,
+    "BLAS": _library,
+}

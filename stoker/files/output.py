@@ -113,9 +113,10 @@ class Output:
         partial_path(self.path).replace(self.path)
 
     def begin(self, file: BinaryIO, overwrite: bool) -> None:
-        """Go on where an earlier run for the same job stopped, or begin anew."""
+        """Go on where an earlier run for the same job stopped, or begin anew. Where no file is to be replaced,
+        `overwrite` means the latter."""
         self._file = file
-        state = self._state()
+        state = {} if overwrite and not self.path.exists() else self._state()
         if state and state["job"] != self._job and not overwrite:
             differing = ", ".join(name for name in self._job if state["job"].get(name) != self._job[name])
             raise InvalidRequest(

@@ -26,6 +26,7 @@ from typing import IO, Any
 
 import stoker
 from stoker.broker import keys
+from stoker.broker.restored import Restored, Value
 from stoker.errors import InvalidRequest
 from stoker.files.durable import DRAFT, make_folders, write_whole
 from stoker.local.home import make_home
@@ -45,6 +46,8 @@ MAX_ABOUT, MAX_LINE = 1 << 16, 1 << 30
 MAX_NAME, MAX_HEADER = 1024, 1 << 20
 #: Files: each costs memory before the first is restored.
 MAX_FILES = 200_000
+#: Seconds since the epoch from which on a time is no file's.
+LAST_TIME = 1 << 33
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ def backup(settings: Settings, redis: Any, target: Path) -> Counted:
         # The fastest level: the weights of adapters hardly shrink.
         with tarfile.open(draft, "w:gz", compresslevel=1) as archive:
             about = {"format": FORMAT, "stoker": stoker.__version__, "made": time.time()}
-            _add_bytes(archive, _ABOUT, json.dumps(about).encode())
+            _add_bytes(archive, _ABOUT, json.dumps(about).encode(), int(time.time()))
             counted = Counted(
                 sum(_add_folder(archive, settings.home / name) for name in FOLDERS), _add_keys(archive, redis)
             )
@@ -86,11 +89,13 @@ def restore(settings: Settings, redis: Any, source: Path) -> Counted:
             # All names and keys first, so that nothing of a file that is no backup is restored.
             members = _checked(archive, source, settings.home)
             make_home(settings.home)
-            for member in members:
+            restored = Restored(redis)
+            # The registry first: it says which files are those of its versions.
+            for member in sorted(members, key=lambda member: member.name != _KEYS):
                 if member.name == _KEYS:
-                    added, found = _restore_keys(_opened(archive, member), redis)
+                    added, found = _restore_keys(_opened(archive, member), restored)
                     kept += found
-                elif _restore_file(archive, member, settings.home):
+                elif not _is_of_another(member.name, restored) and _restore_file(archive, member, settings.home):
                     files += 1
                 else:
                     kept.append(member.name)
@@ -110,9 +115,10 @@ class _Unpacked(gzip.GzipFile):
         return super().read(size)
 
 
-def _add_bytes(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+def _add_bytes(archive: tarfile.TarFile, name: str, data: bytes, changed: float) -> None:
+    """`changed`: seconds since the epoch."""
     entry = tarfile.TarInfo(name)
-    entry.size, entry.mode, entry.mtime = len(data), 0o600, int(time.time())
+    entry.size, entry.mode, entry.mtime = len(data), 0o600, changed
     archive.addfile(entry, io.BytesIO(data))
 
 
@@ -124,10 +130,10 @@ def _add_folder(archive: tarfile.TarFile, folder: Path) -> int:
         if path.is_symlink() or not path.is_file() or DRAFT in name:
             continue
         try:
-            data = path.read_bytes()
+            data, changed = path.read_bytes(), path.stat().st_mtime
         except FileNotFoundError:
             continue
-        _add_bytes(archive, name, data)
+        _add_bytes(archive, name, data, changed)
         files += 1
     return files
 
@@ -235,27 +241,29 @@ def _restore_file(archive: tarfile.TarFile, member: tarfile.TarInfo, home: Path)
     def write(draft: Path) -> None:
         with draft.open("wb") as file:
             shutil.copyfileobj(_opened(archive, member), file)
+        # Of an adapter's runs the newest is that whose file changed last: it is meant by the name, and stays.
+        if 0 <= member.mtime < LAST_TIME:
+            os.utime(draft, (member.mtime, member.mtime))
 
     write_whole(target, write, mode=0o600)
     return True
 
 
-def _restore_keys(lines: IO[bytes], redis: Any) -> tuple[int, list[str]]:
+def _restore_keys(lines: IO[bytes], restored: Restored) -> tuple[int, list[str]]:
     added, kept = 0, []
     for line in _lines(lines):
         key = _key(line)
-        if isinstance(key.value, list):
-            # A set of names: what is missing is added, and nothing is overwritten.
-            added += int(bool(key.value) and redis.sadd(key.name, *key.value) > 0)
-        elif redis.exists(key.name):
-            kept.append(key.name)
-        elif isinstance(key.value, dict):
-            redis.hset(key.name, mapping=key.value)
+        if restored.put_back(key.name, key.value):
             added += 1
         else:
-            redis.set(key.name, key.value)
-            added += 1
+            kept.append(key.name)
     return added, kept
+
+
+def _is_of_another(name: str, restored: Restored) -> bool:
+    """Whether it is a file of a version under whose number the broker knows another."""
+    parts = PurePosixPath(name).parts
+    return parts[0] == "adapters" and len(parts) > 4 and restored.is_another(*parts[1:4])
 
 
 def _lines(file: IO[bytes]) -> Iterator[bytes]:
@@ -267,10 +275,10 @@ def _lines(file: IO[bytes]) -> Iterator[bytes]:
 
 @dataclass(frozen=True)
 class _Key:
-    """A key that is to be restored. `value`: of a set, a hash, or a string."""
+    """A key that is to be restored."""
 
     name: str
-    value: list[bytes] | dict[bytes, bytes] | bytes
+    value: Value
 
 
 def _key(line: bytes) -> _Key:
@@ -286,7 +294,7 @@ def _key(line: bytes) -> _Key:
         raise ValueError(f"the value of {name} is not as a backup has it: {error}") from None
 
 
-def _value(kind: str, value: Any) -> list[bytes] | dict[bytes, bytes] | bytes:
+def _value(kind: str, value: Any) -> Value:
     if kind == "string":
         return _bytes(value)
     if not isinstance(value, list):

@@ -46,7 +46,11 @@ def check_python() -> Check:
 def check_home(settings: Settings) -> Check:
     """Whether files can be made in STOKER_HOME, or it can be made."""
     home = settings.home
-    existing = next(path for path in (home, *home.parents) if path.exists())
+    # A link to a disk that is not there is no free place for a folder.
+    existing = next(path for path in (home, *home.parents) if os.path.lexists(path))
+    if not existing.exists():
+        found = f"{existing} leads to {os.readlink(existing)}, which is not there"
+        return Check("home", False, found, "mount its disk, or set STOKER_HOME to another folder")
     ok = existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
     state = "is there" if existing == home else "will be made"
     detail = f"{home} {state}" if ok else f"{existing} is {'not writable' if existing.is_dir() else 'no folder'}"

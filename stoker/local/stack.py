@@ -22,7 +22,7 @@ from stoker.local.home import make_home
 from stoker.local.naming import take_name
 from stoker.local.process import LogSize, Process
 from stoker.monitor.access import password
-from stoker.settings import Settings, load_settings
+from stoker.settings import Settings
 
 FLOWER_PORT = 5555
 GATEWAY_PORT = 8000
@@ -32,6 +32,8 @@ GATEWAY_GRACE = 8.0
 POLL = 0.1
 #: Seconds between a worker's end and its restart: enough not to spin when something is broken for good.
 RESTART_PAUSE = 2.0
+#: Until which it doubles with each worker that ends before it is warm.
+LONGEST_PAUSE = 60.0
 #: Seconds between two looks at the size of the broker's append-only file.
 COMPACT_EVERY = 60.0
 #: What a worker writes before the error that ended its boot (workers/celery/boot.py).
@@ -74,7 +76,7 @@ class Stack:
             # A private broker stays off the usual port, where other clients would find it.
             port = 0 if self._own_broker else PREFERRED_PORT
             self._broker = EmbeddedBroker(self.settings, port=port)
-            self.settings = load_settings(**{**self.settings.model_dump(), "url": self._broker.start(self._report)})
+            self.settings = self.settings.model_copy(update={"url": self._broker.start(self._report)})
         else:
             wait_for_broker(self.settings, self._report)
         self.start_worker()
@@ -130,19 +132,31 @@ class Stack:
         assert self.worker is not None
         with Client(settings=self.settings) as client:
             while True:
-                for presence in client.workers():
-                    if node_of(presence.worker) == self._node and presence.worker not in self._before:
-                        self.worker_name = presence.worker
-                        return presence
+                presence = self._warm(client)
+                if presence is not None:
+                    return presence
                 if self.worker.returncode is not None:
                     raise _error_of(self.worker)
                 self._report("loading models")
                 time.sleep(POLL)
 
+    def _warm(self, client: Client) -> Presence | None:
+        """The worker that was started last, once it serves its models."""
+        for presence in client.workers():
+            if node_of(presence.worker) == self._node and presence.worker not in self._before:
+                self.worker_name = presence.worker
+                return presence
+        return None
+
     def watch(self, report: Callable[[str], None]) -> None:
-        """Run until interrupted. A worker that dies is started again; a broker that dies ends the stack."""
+        """Run until interrupted. A worker that dies is started again, also if it was not warm yet: the memory that it
+        lacks may be there later, and broker and gateway serve meanwhile. A broker that dies ends the stack."""
+        with Client(settings=self.settings) as client:
+            self._watch(client, report)
+
+    def _watch(self, client: Client, report: Callable[[str], None]) -> None:
         assert self.worker is not None
-        compacted = time.monotonic()
+        compacted, warm, pause = time.monotonic(), True, RESTART_PAUSE
         while True:
             time.sleep(POLL)
             if self._broker is not None and not self._broker.alive:
@@ -161,10 +175,13 @@ class Stack:
                     said = f"{name} ended (exit code {extra.returncode}), see {extra.log}; jobs go on without it"
                     report(said)
             if self.worker.returncode is not None:
-                report(f"the worker ended (exit code {self.worker.returncode}); starting another")
-                time.sleep(RESTART_PAUSE)
+                why = f"exit code {self.worker.returncode}" if warm else f"not warm yet: {_error_of(self.worker)}"
+                report(f"the worker ended ({why}); starting another" + ("" if warm else f" in {pause:.0f} s"))
+                time.sleep(pause)
                 self.start_worker()
-                self.wait_until_warm()
+                warm, pause = False, min(2 * pause, LONGEST_PAUSE)
+            elif not warm and self._warm(client) is not None:
+                warm, pause = True, RESTART_PAUSE
                 report("a worker is warm again")
 
     def _first_runs(self) -> bool:

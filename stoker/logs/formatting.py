@@ -25,13 +25,18 @@ class Lines(logging.Formatter):
 
     def said(self, record: logging.LogRecord) -> str:
         """The message, without secrets and without control characters, which could move a terminal's cursor."""
-        text = " ".join(_cut(record.getMessage(), LONGEST).split())
-        return self._redact(text if text.isprintable() else "".join(_visible(text)))
+        text = " ".join(self._bounded(record.getMessage(), LONGEST).split())
+        return text if text.isprintable() else "".join(_visible(text))
 
     def trace(self, record: logging.LogRecord) -> str:
         """The traceback; "" if there is none."""
         error = record.exc_info[1] if record.exc_info else None
-        return "" if error is None else self._redact(_cut("\n".join(_traced(error)), LONGEST_TRACEBACK))
+        return "" if error is None else self._bounded("\n".join(_traced(error)), LONGEST_TRACEBACK)
+
+    def _bounded(self, text: str, longest: int) -> str:
+        """The text without secrets, cut. In this order: half of a secret, or one whose characters were changed, is not
+        known as one. What is far behind the end is not looked at."""
+        return _cut(self._redact(text[: 2 * longest]), longest, len(text))
 
 
 class HumanLines(Lines):
@@ -61,7 +66,7 @@ class JsonLines(Lines):
         return _encoded(fields)
 
     def _field(self, value: object) -> object:
-        return self._redact(_cut(value, LONGEST)) if isinstance(value, str) else value
+        return self._bounded(value, LONGEST) if isinstance(value, str) else value
 
 
 #: Made once: `json.dumps` makes an encoder at each call, as ours is not the usual one.
@@ -78,8 +83,9 @@ def _visible(text: str) -> Iterator[str]:
         yield letter if letter.isprintable() else f"\\u{ord(letter):04x}"
 
 
-def _cut(text: str, longest: int) -> str:
-    return text if len(text) <= longest else f"{text[:longest]}… ({len(text)} characters)"
+def _cut(text: str, longest: int, whole: int) -> str:
+    """`whole`: characters that the text had."""
+    return text if len(text) <= longest and whole <= 2 * longest else f"{text[:longest]}… ({whole} characters)"
 
 
 def _traced(error: BaseException) -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import shlex
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from stoker.contract import EmbedRequest, GenerateRequest, TrainRequest
 from stoker.contract.base import Message
 from stoker.contract.dataset import iterate_lines
 from stoker.local.interrupts import INTERRUPTED
+from stoker.local.service import LABEL, UNIT
 from stoker.settings import ENV_PREFIX, Settings
 from tests.docs.pages import EXAMPLES, PAGES, ROOT, Block, blocks, code, rows
 
@@ -40,6 +42,22 @@ def command_lines() -> list[tuple[str, list[str]]]:
 
 
 COMMANDS = [(place, words) for place, words in command_lines() if any(word.endswith("stoker") for word in words)]
+
+
+@pytest.mark.parametrize("page", sorted(TEXTS))
+def test_what_is_installed_comes_from_a_checkout_as_the_readme_says(page: str) -> None:
+    installed = re.findall(r"pip install ([^\s`]+)", TEXTS[page])
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+    assert set(installed) <= {".", *(f"'.[{extra}]'" for extra in extras)}
+
+
+def test_a_worker_is_ended_before_the_environment_that_it_runs_in_is_made_anew() -> None:
+    assert "-m venv --clear $(VENV)" in (ROOT / "Makefile").read_text("utf-8")
+    upgrading = TEXTS["docs/deploy.md"].partition("## Upgrading")[2].partition("\n## ")[0]
+    steps = [upgrading.index(text) for text in ("End each first", "Then `git pull`, `make venv`", "start it anew")]
+    assert steps == sorted(steps)
+    assert UNIT.removesuffix(".service") in upgrading
+    assert f"gui/$(id -u)/{LABEL}" in upgrading
 
 
 def find_command(words: list[str]) -> tuple[Any, list[str]]:

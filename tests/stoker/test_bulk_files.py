@@ -116,8 +116,11 @@ def test_rows_that_are_gone_are_not_believed(tmp_path: Path) -> None:
         assert break_off(path, job("float32"), VECTORS[:9]) == 0
 
 
-def test_another_input_does_not_go_on_behind_the_first(tmp_path: Path) -> None:
+@pytest.mark.parametrize("replaced", [False, True])
+def test_another_input_does_not_go_on_behind_the_first(tmp_path: Path, replaced: bool) -> None:
     path = tmp_path / "out.npy"
+    if replaced:
+        path.write_bytes(b"old")
     break_off(path, job("float32"), VECTORS[:9])
     other = job("float32", input="another")
     with pytest.raises(InvalidRequest, match=r"with another input.*--overwrite"), opened(path, ROWS, other):

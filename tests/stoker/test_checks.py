@@ -110,6 +110,16 @@ def test_a_home_that_can_be_made_is_well_and_one_that_is_a_file_is_not(tmp_path:
     assert "STOKER_HOME" in found.remedy
 
 
+@pytest.mark.parametrize("below", ["", "home"])
+def test_a_home_on_a_disk_that_is_not_there_is_named_with_where_it_leads(tmp_path: Path, below: str) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    found = check_home(load_settings(home=tmp_path / "link" / below))
+    assert not found.ok
+    assert found.detail == f"{tmp_path / 'link'} leads to {tmp_path / 'disk'}, which is not there"
+    (tmp_path / "disk").mkdir()
+    assert check_home(load_settings(home=tmp_path / "link" / below)).ok
+
+
 def test_a_home_that_is_not_writable_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # For the user root every folder is writable.
     monkeypatch.setattr(os, "access", lambda path, mode: False)

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from stoker.cli import app, demo
 from stoker.contract import ModelCard, Presence
 from stoker.errors import UnknownModel
+from stoker.local import stack as stacks
 from stoker.settings import Settings
 from stoker.testing import FakeClient
 
@@ -63,3 +64,21 @@ def test_the_demo_at_a_broker_without_a_worker_says_how_to_start_one(client: Wat
     assert isinstance(done.exception, UnknownModel)
     assert "Start one with `stoker up`" in str(done.exception)
     assert client.sent.jobs == []
+
+
+def test_the_demo_shares_nothing_with_a_fleet_that_the_shell_names(
+    client: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Settings] = []
+
+    class Stack:
+        def __init__(self, settings: Settings, **_: object) -> None:
+            asked.append(settings)
+            raise UnknownModel("enough")
+
+    monkeypatch.setattr(stacks, "Stack", Stack)
+    monkeypatch.setenv("STOKER_ARTIFACTS", "s3://fleet/stoker")
+    monkeypatch.setenv("STOKER_METRICS", "9464")
+    done = CliRunner().invoke(app, ["demo"])
+    assert isinstance(done.exception, UnknownModel)
+    assert [(settings.artifacts, settings.metrics) for settings in asked] == [(None, None)]

@@ -217,6 +217,30 @@ def test_another_input_or_other_options_do_not_go_on_behind_the_first(
     assert [line["result"]["text"] for line in read()] == ["a", "c"]
 
 
+def test_an_interrupted_run_is_begun_anew_where_that_is_asked_and_nothing_is_to_be_replaced(client: FakeClient) -> None:
+    write({"prompt": "a"}, {"prompt": "b"})
+    client.script.generate("of the adapter before", times=1)
+    client.script.generate(error=BrokerUnavailable("away"), times=1)
+    words = ("in.jsonl", "-o", "out.jsonl", "--in-flight", "1", "--overwrite")
+    refused(*words, error=BrokerUnavailable)
+    echo(client)
+    assert run(*words).exit_code == 0
+    assert [line["result"]["text"] for line in read()] == ["a", "b"]
+
+
+def test_an_interrupted_run_that_replaces_a_file_goes_on_when_it_is_given_again(client: FakeClient) -> None:
+    write({"prompt": "a"}, {"prompt": "b"})
+    Path("out.jsonl").write_text("old\n")
+    client.script.generate("first", times=1)
+    client.script.generate(error=BrokerUnavailable("away"), times=1)
+    words = ("in.jsonl", "-o", "out.jsonl", "--in-flight", "1", "--overwrite")
+    refused(*words, error=BrokerUnavailable)
+    assert Path("out.jsonl").read_text() == "old\n"
+    echo(client)
+    assert run(*words).exit_code == 0
+    assert [line["result"]["text"] for line in read()] == ["first", "b"]
+
+
 def test_options_that_are_wrong_and_files_that_cannot_be_leave_nothing_behind(client: FakeClient) -> None:
     write({"prompt": "a"})
     for words, said in (

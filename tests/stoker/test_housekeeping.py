@@ -22,7 +22,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from typer.testing import CliRunner
 
 from stoker import Client, Job, JobStatus
-from stoker.broker import keys, ledger, policy, registry
+from stoker.broker import keys, ledger, policy, prefixes, registry
 from stoker.cli import app
 from stoker.cli.housekeeping import seconds
 from stoker.errors import InvalidRequest, UnknownAdapter
@@ -302,6 +302,109 @@ def test_a_backup_brings_back_what_was_lost_and_leaves_what_is_there(server: Any
     assert "0 files of adapters and runs, 0 keys of the broker restored" in invoke("restore", str(target))
 
 
+def remove_adapter(server: Any, *versions: int) -> None:
+    registry.change(server, "smol", "deactivate", "style", None)
+    for version in versions:
+        registry.change(server, "smol", "unload", "style", version)
+
+
+def known(server: Any) -> registry.AdapterEntry:
+    return registry.parse("smol", "style", server.hgetall(keys.adapter("smol", "style")))
+
+
+def test_an_adapter_that_was_removed_serves_again_after_a_restore(server: Any, tmp_path: Path) -> None:
+    make_adapter(server, 1)
+    make_adapter(server, 2)
+    before = known(server)
+    invoke("backup", str(tmp_path / "b.tgz"))
+    remove_adapter(server, 1, 2)
+    server.hset(keys.adapter("smol", "style"), "next", 7)
+    assert "3 keys of the broker restored" in invoke("restore", str(tmp_path / "b.tgz"))
+    assert known(server) == before
+    assert server.get(keys.artifact("smol", "style", 1)) == b"weights \xff"
+    assert server.hget(keys.adapter("smol", "style"), "next") == b"7", "a number is never given out twice"
+    assert "0 keys of the broker restored" in invoke("restore", str(tmp_path / "b.tgz"))
+
+
+def test_versions_that_were_made_since_stay_and_serve_next_to_those_that_a_restore_brings_back(
+    server: Any, tmp_path: Path
+) -> None:
+    make_adapter(server, 1)
+    make_adapter(server, 2)
+    invoke("backup", str(tmp_path / "b.tgz"))
+    make_adapter(server, 3)
+    registry.change(server, "smol", "unload", "style", 1)
+    invoke("restore", str(tmp_path / "b.tgz"))
+    assert (list(known(server).versions), known(server).serving) == ([1, 2, 3], 3)
+
+
+def test_a_number_that_no_version_had_yet_is_taken_from_the_backup(server: Any, tmp_path: Path) -> None:
+    make_adapter(server, 5)
+    invoke("backup", str(tmp_path / "b.tgz"))
+    server.flushall()
+    registry.register(server, "smol", "style", 1, {"rank": 2}, promote=True)
+    invoke("restore", str(tmp_path / "b.tgz"))
+    assert server.hget(keys.adapter("smol", "style"), "next") == b"5"
+
+
+def test_the_files_of_a_version_are_not_put_under_the_number_of_another(server: Any, tmp_path: Path) -> None:
+    make_adapter(server, 1)
+    make_adapter(server, 2)
+    invoke("backup", str(tmp_path / "b.tgz"))
+    server.flushall()
+    shutil.rmtree(load_settings().adapters)
+    registry.register(server, "smol", "style", 1, {"rank": 64}, promote=True)
+    assert "3 were there already" in invoke("restore", str(tmp_path / "b.tgz"))
+    assert [path.name for path in (load_settings().adapters / "smol" / "style").iterdir()] == ["2"]
+    assert server.get(keys.artifact("smol", "style", 1)) is None
+    assert server.get(keys.artifact("smol", "style", 2)) is not None
+    assert (known(server).serving, known(server).versions[1], known(server).versions[2]) == (
+        1,
+        {"rank": 64},
+        {"rank": 8},
+    )
+
+
+def test_a_disk_that_was_lost_gets_the_versions_that_the_broker_still_knows(server: Any, tmp_path: Path) -> None:
+    folder = make_adapter(server, 1)
+    invoke("backup", str(tmp_path / "b.tgz"))
+    shutil.rmtree(load_settings().adapters)
+    invoke("restore", str(tmp_path / "b.tgz"))
+    assert (folder / "adapters.safetensors").read_bytes() == b"weights \xff"
+
+
+def test_what_a_new_broker_has_already_hides_nothing_that_a_restore_brings_back(server: Any, tmp_path: Path) -> None:
+    policy.decide(server, "queue_limit", 77)
+    policy.decide(server, "client_limit", 5)
+    server.hset(keys.API_KEYS, mapping={"old": "an old key", "both": "as it was"})
+    prefixes.pin(server.pipeline(), "smol", "old", "{}").execute()
+    invoke("backup", str(tmp_path / "b.tgz"))
+    server.flushall()
+    policy.decide(server, "queue_limit", 3)
+    server.hset(keys.API_KEYS, mapping={"new": "a new key", "both": "as it is"})
+    prefixes.pin(server.pipeline(), "smol", "new", "{}").execute()
+    changed = server.hget(keys.prefixes("smol"), prefixes.CHANGED)
+    assert "3 keys of the broker restored" in invoke("restore", str(tmp_path / "b.tgz"))
+    assert server.hgetall(keys.POLICY) == {b"queue_limit": b"3", b"client_limit": b"5"}
+    assert server.hgetall(keys.API_KEYS) == {b"new": b"a new key", b"old": b"an old key", b"both": b"as it is"}
+    assert set(server.hgetall(keys.prefixes("smol"))) == {b"old", b"new", prefixes.CHANGED.encode()}
+    assert server.hget(keys.prefixes("smol"), prefixes.CHANGED) != changed, "workers look at what was changed"
+    after = server.hget(keys.prefixes("smol"), prefixes.CHANGED)
+    assert "0 keys of the broker restored" in invoke("restore", str(tmp_path / "b.tgz"))
+    assert server.hget(keys.prefixes("smol"), prefixes.CHANGED) == after
+
+
+@pytest.mark.parametrize("key", [keys.POLICY, keys.adapters("smol"), keys.adapter("smol", "style")])
+def test_a_key_that_another_program_wrote_over_stays_in_a_restore(key: str, server: Any, tmp_path: Path) -> None:
+    make_adapter(server, 1)
+    policy.decide(server, "queue_limit", 77)
+    invoke("backup", str(tmp_path / "b.tgz"))
+    server.flushall()
+    server.rpush(key, "mine")
+    assert "keys of the broker restored; " in invoke("restore", str(tmp_path / "b.tgz"))
+    assert server.lrange(key, 0, -1) == [b"mine"]
+
+
 def members(path: Path) -> set[str]:
     with tarfile.open(path) as archive:
         return set(archive.getnames())
@@ -424,6 +527,30 @@ def test_a_backup_and_what_is_restored_of_it_are_for_their_user_alone(
     assert {source: 0o600, fresh: 0o700} == {path: path.stat().st_mode & 0o777 for path in (source, fresh)}
     below = {path.is_dir(): path.stat().st_mode & 0o777 for path in sorted(fresh.rglob("*"))}
     assert below == {True: 0o700, False: 0o600}
+
+
+def test_the_newest_run_of_an_adapter_is_the_newest_after_a_restore_too(server: Any, tmp_path: Path) -> None:
+    make_run("job-1-newest", age=0.5)
+    make_run("job-2-older", age=40 * DAY)
+    before = invoke("runs", "list")
+    invoke("backup", str(tmp_path / "b.tgz"))
+    shutil.rmtree(load_settings().runs)
+    invoke("restore", str(tmp_path / "b.tgz"))
+    assert invoke("runs", "list") == before
+    assert invoke("runs", "show", "style").startswith("job-1-newest")
+    invoke("clean")
+    assert [run.name for run in load_settings().runs.iterdir()] == ["job-1-newest"]
+
+
+@pytest.mark.parametrize("changed", ["-1", "nan", "inf", "1e300"])
+def test_a_file_whose_time_is_none_is_restored_as_one_of_now(changed: str, server: Any, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "b.tgz", "w:gz") as archive:
+        for name, data in (("backup.json", b'{"format": 1}'), ("runs/a/x", b"it")):
+            entry = tarfile.TarInfo(name)
+            entry.size, entry.pax_headers = len(data), {"mtime": changed}
+            archive.addfile(entry, io.BytesIO(data))
+    assert backup.restore(load_settings(), server, tmp_path / "b.tgz") == backup.Counted(1, 0)
+    assert abs((load_settings().runs / "a" / "x").stat().st_mtime - time.time()) < 600
 
 
 class Going:

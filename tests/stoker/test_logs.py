@@ -160,6 +160,32 @@ def test_passwords_of_settings_and_environment_are_taken_out_wherever_they_stand
     assert redact("client team-a") == "client team-a"
 
 
+SECRET_URL = "redis://:hunter2hunter2@host/0"
+
+
+@pytest.mark.parametrize("before", range(3960, 4010, 7))
+@pytest.mark.parametrize("said", [f"at {SECRET_URL} it is", "the key is hunter2hunter2 now"])
+def test_of_a_secret_at_the_end_of_what_a_line_shows_no_part_is_shown(
+    said: str, before: int, logging_as: Any, tmp_path: Path
+) -> None:
+    out = logging_as(url=SECRET_URL, home=tmp_path, log="json")
+    long = "x" * before + " " + said + " y" * 100
+    replace(LINE, error=long).write(logging.getLogger("stoker.jobs"), logging.INFO)
+    logging.getLogger("stoker").error(long)
+    logging.getLogger("stoker").error("trouble", exc_info=OSError("x" * (before + 12_000) + " " + said + " y" * 100))
+    assert "hunt" not in out.getvalue()
+    assert "characters)" in out.getvalue()
+
+
+@pytest.mark.parametrize("secret", ["pass\u00a0word1", "soft\u00adhyphen", "two  blanks"])
+def test_a_secret_of_odd_characters_is_taken_out_though_lines_show_those_otherwise(
+    secret: str, logging_as: Any
+) -> None:
+    out = logging_as(secrets=[secret])
+    logging.getLogger("stoker").error("it is %s so", secret)
+    assert "it is *** so" in out.getvalue()
+
+
 def test_a_short_password_is_taken_out_where_it_is_a_word() -> None:
     redact = Redactor(["redis"])
     assert redact("AUTH redis failed for redis_7 of redisearch") == "AUTH *** failed for redis_7 of redisearch"

@@ -164,6 +164,43 @@ def test_files_that_settings_name_are_found_from_any_folder(
     assert read_environment(machine.settings_file)["STOKER_DATA"] == str(machine.folder / "rows")
 
 
+@pytest.mark.parametrize(
+    ("name", "given", "kept"),
+    [
+        ("ON_DEMAND", "./bert, own=mpnet", f"bert={MODEL},own={MODEL.parent / 'mpnet'}"),
+        ("MODELS", " , ", ","),
+        ("ARTIFACTS", "store", str(MODEL.parent / "store")),
+        ("ARTIFACTS", "s3://bucket/stoker", "s3://bucket/stoker"),
+        ("ARTIFACTS", "simplecache::memory://x", "simplecache::memory://x"),
+        ("BLAS", "./libopenblas.so", str(MODEL.parent / "libopenblas.so")),
+        ("BLAS", "libopenblas.so.0", "libopenblas.so.0"),
+        ("BLAS", "off", "off"),
+    ],
+)
+def test_every_setting_that_names_files_is_kept_as_it_is_meant_here(
+    machine: Machine, on: On, monkeypatch: pytest.MonkeyPatch, name: str, given: str, kept: str
+) -> None:
+    on("Linux")
+    machine.has("systemctl")
+    monkeypatch.chdir(MODEL.parent)
+    monkeypatch.setenv(f"STOKER_{name}", given)
+    run("install", "--url", BROKER)
+    assert read_environment(machine.settings_file)[f"STOKER_{name}"] == kept
+
+
+@pytest.mark.parametrize(("given", "said"), [("nope", "'nope' given"), (f"bert={MODEL.parent / 'mpnet'}", "is called")])
+def test_a_worker_with_a_wrong_model_on_demand_is_not_installed(
+    machine: Machine, on: On, monkeypatch: pytest.MonkeyPatch, given: str, said: str
+) -> None:
+    on("Linux")
+    machine.has("systemctl")
+    monkeypatch.setenv("STOKER_ON_DEMAND", given)
+    with pytest.raises(ConfigError, match=said):
+        run("install", "--url", BROKER, "--model", str(MODEL))
+    assert machine.asked() == []
+    assert not machine.settings_file.exists()
+
+
 def test_an_installed_worker_knows_its_home_though_no_variable_said_it(
     machine: Machine, on: On, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -137,11 +137,37 @@ def test_without_a_home_folder_the_error_names_the_setting(monkeypatch: pytest.M
         load_settings()
 
 
-def test_a_child_process_reads_the_same_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    given = load_settings(home=tmp_path, models=("a", "b"), generate_slots=3, quantize="8bit", grace=1.5)
+@pytest.mark.parametrize("models", [("a", "b"), ()])
+def test_a_child_process_reads_the_same_settings(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, models: tuple[str, ...]
+) -> None:
+    given = load_settings(home=tmp_path, models=models, generate_slots=3, quantize="8bit", grace=1.5)
     for name, value in given.environment().items():
         monkeypatch.setenv(name, value)
     assert load_settings() == given
+
+
+def test_a_child_process_inherits_nothing_that_its_settings_do_not_say(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    plain = Settings(home=tmp_path, kv_bits=8)
+    shared = {"ARTIFACTS": "memory://fleet", "METRICS": "9464", "GROUP": "g", "RANKS": "2", "SHARD": "true"}
+    shared |= {"DATA": str(tmp_path), "ON_DEMAND": "all-minilm-l6-v2", "URL": "redis://fleet/0"}
+    for name, value in shared.items():
+        monkeypatch.setenv(f"STOKER_{name}", value)
+    given = load_settings(home=tmp_path, kv_bits=8).alone()
+    for name, value in given.environment().items():
+        monkeypatch.setenv(name, value)
+    assert load_settings() == given == plain
+
+
+@pytest.mark.parametrize("name", ["STOKER_MODELS", "STOKER_ON_DEMAND"])
+def test_a_list_that_is_blank_by_mistake_is_not_taken_for_no_model(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, " ")
+    with pytest.raises(ConfigError, match=rf"{name}: ' ' given; .*a comma alone is no model"):
+        load_settings()
+    monkeypatch.setenv(name, ",")
+    load_settings()
 
 
 def test_an_empty_variable_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

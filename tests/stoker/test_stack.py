@@ -14,7 +14,7 @@ from stoker.errors import BrokerUnavailable, ModelError, WorkerUnavailable
 from stoker.local import stack as stacks
 from stoker.local.broker import PREFERRED_PORT
 from stoker.local.stack import COMPACT_EVERY, ERROR_MARK, RESTART_PAUSE, Stack
-from stoker.settings import Settings
+from stoker.settings import Settings, load_settings
 
 URL = "redis://127.0.0.1:1/0"
 
@@ -49,8 +49,8 @@ class World:
 
 
 class Child:
-    def __init__(self, world: World, name: str, command: list[str], **_: Any) -> None:
-        self._did, self.name, self.command = world.did, name, command
+    def __init__(self, world: World, name: str, command: list[str], env: dict[str, str], **_: Any) -> None:
+        self._did, self.name, self.command, self.env = world.did, name, command, env
         self.returncode: int | None = None
         self.log, self.said = Path(f"{name}.log"), ""
         self._did.append(f"start {name}")
@@ -135,6 +135,16 @@ def test_a_broker_of_its_own_stays_off_the_usual_port_where_others_would_find_it
     assert world.ports == [0, PREFERRED_PORT]
 
 
+def test_a_stack_takes_nothing_from_the_environment_that_its_settings_do_not_say(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STOKER_ARTIFACTS", "memory://fleet")
+    settings = load_settings(home=tmp_path / "home").alone()
+    with Stack(settings, own_broker=True, flower=False) as running:
+        assert (running.settings.artifacts, running.settings.url) == (None, URL)
+    assert world.child("worker").env["STOKER_ARTIFACTS"] == ""
+
+
 def test_a_name_is_free_again_once_its_stack_has_ended(world: World, tmp_path: Path) -> None:
     settings = Settings(home=tmp_path / "home")
     with Stack(settings, own_broker=True, flower=False) as running:
@@ -213,6 +223,40 @@ def test_a_worker_that_dies_is_started_again_under_its_name_after_a_pause(world:
     assert world.child("worker").command == first.command
     assert RESTART_PAUSE in world.slept
     assert said == ["the worker ended (exit code 70); starting another", "a worker is warm again"]
+
+
+def test_a_worker_that_dies_before_it_is_warm_again_takes_nothing_with_it(world: World, stack: Stack) -> None:
+    said: list[str] = []
+
+    def dies() -> None:
+        world.child("worker").returncode = 137
+        world.child("worker").said = f"{ERROR_MARK}ModelError: no memory"
+
+    def appears() -> None:
+        world.appears("third")
+
+    world.did.clear()
+    world.after = iter([dies, lambda: None, dies, lambda: None, lambda: None, appears, dies, lambda: None])
+    with pytest.raises(KeyboardInterrupt):
+        stack.watch(said.append)
+    assert said == [
+        "the worker ended (exit code 137); starting another",
+        "the worker ended (not warm yet: no memory); starting another in 4 s",
+        "a worker is warm again",
+        "the worker ended (exit code 137); starting another",
+    ]
+    assert world.did == ["start worker"] * 3
+    assert [pause for pause in world.slept if pause >= RESTART_PAUSE] == [2.0, 4.0, 2.0]
+
+
+def test_a_worker_that_cannot_come_up_is_tried_once_a_minute(world: World, stack: Stack) -> None:
+    def dies() -> None:
+        world.child("worker").returncode = 5
+
+    world.after = iter([dies, lambda: None] * 9)
+    with pytest.raises(KeyboardInterrupt):
+        stack.watch(lambda text: None)
+    assert [pause for pause in world.slept if pause >= RESTART_PAUSE] == [2, 4, 8, 16, 32, 60, 60, 60, 60]
 
 
 def test_what_nothing_else_needs_is_said_to_have_ended_once(world: World, stack: Stack) -> None:
