@@ -293,6 +293,45 @@ def test_a_run_that_is_there_stays_when_it_is_asked_for_again_in_vain(
     assert [job.id for job in api.fine_tuning.jobs.list()] == [kept.id]
 
 
+@pytest.mark.parametrize("sent_first", [True, False])
+def test_a_run_whose_job_came_to_the_broker_is_known_also_where_the_answer_is_lost(
+    api: openai.OpenAI, redis: Any, monkeypatch: pytest.MonkeyPatch, sent_first: bool
+) -> None:
+    train = AsyncClient.train
+
+    async def cut_off(*arguments: Any, **fields: Any) -> None:
+        if sent_first:
+            await train(*arguments, **fields)
+        raise BrokerUnavailable("away.")
+
+    monkeypatch.setattr(AsyncClient, "train", cut_off)
+    with pytest.raises(openai.InternalServerError):
+        started(api)
+    assert [job.status for job in api.fine_tuning.jobs.list()] == (["queued"] if sent_first else [])
+
+
+def test_a_run_stays_where_nobody_can_say_whether_its_job_came(
+    api: openai.OpenAI, redis: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter([None])
+
+    async def away(*arguments: Any, **fields: Any) -> None:
+        raise BrokerUnavailable("away.")
+
+    async def once(client: AsyncClient, job_id: str) -> str | None:
+        for answer in answers:
+            return answer
+        raise BrokerUnavailable("away.")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(AsyncClient, "train", away)
+        broken.setattr(AsyncClient, "sender", once)
+        with pytest.raises(openai.InternalServerError) as refused:
+            started(api)
+    assert refused.value.status_code == 503
+    assert [job.status for job in api.fine_tuning.jobs.list()] == ["validating_files"]
+
+
 def test_a_run_that_is_sent_again_has_the_seed_that_it_had(
     api: openai.OpenAI, redis: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
