@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,9 +31,9 @@ READERS: Mapping[str, Callable[[Call], Awaitable[Generation | Embedding]]] = {
 class Answers(Protocol):
     """What runs a batch needs to have its lines answered."""
 
-    async def answer(self, job_id: str, body: bytes, models: set[str]) -> tuple[str, dict[str, object]]:
-        """The job that answered, and its answer; `models` gets the one that is asked. Raises `Refused`, and what meets
-        all lines alike."""
+    async def answer(self, job_id: str, body: bytes, models: set[str]) -> tuple[str, bytes]:
+        """The job that answered, and its answer as JSON; `models` gets the one that is asked. Raises `Refused`, and
+        what meets all lines alike."""
 
     async def discard(self, job_id: str) -> None:
         """Its answer is written: it may leave the broker."""
@@ -50,7 +51,7 @@ class Answerer:
     models: Models
     endpoint: str
 
-    async def answer(self, job_id: str, body: bytes, models: set[str]) -> tuple[str, dict[str, object]]:
+    async def answer(self, job_id: str, body: bytes, models: set[str]) -> tuple[str, bytes]:
         part, plan = Part(), Plan(1, None, ATTEMPTS)
         while True:
             # A job that failed is asked again under an id of its own, which another runner makes too.
@@ -79,12 +80,12 @@ class Answerer:
             await self.client.link.cancel(job_id)
 
 
-async def _made(asked: Generation | Embedding, job: AsyncEmbedJob | AsyncGenerateJob) -> dict[str, object]:
+async def _made(asked: Generation | Embedding, job: AsyncEmbedJob | AsyncGenerateJob) -> bytes:
     if isinstance(asked, Embedding):
         assert isinstance(job, AsyncEmbedJob)
         return (await asked.made(job, None))[0]
     assert isinstance(job, AsyncGenerateJob)
-    return (await asked.made(job, None))[0]
+    return json.dumps((await asked.made(job, None))[0], ensure_ascii=False).encode("utf-8", "backslashreplace")
 
 
 async def _sent(asked: Generation | Embedding, name: str) -> AsyncEmbedJob | AsyncGenerateJob:
