@@ -17,7 +17,7 @@ from stoker.client._async.jobs import AsyncEmbedJob
 from stoker.client.options import EmbedOptions
 from stoker.contract.shown import brief
 from stoker.errors import StokerError
-from stoker.gateway.answers import PATIENCE, whole
+from stoker.gateway.answers import PATIENCE, let_go, whole
 from stoker.gateway.calls import Call, check_owner
 from stoker.gateway.errors import Names, Refused
 from stoker.gateway.fields import Body, parse
@@ -123,9 +123,8 @@ async def _taken(job: AsyncEmbedJob) -> int:
 async def _made(call: Call, embedding: Embedding, job: AsyncEmbedJob, waiter: Waiter) -> bytes:
     answer, tokens = await embedding.made(job, PATIENCE)
     await waiter.took(tokens)
-    if not call.named.given:
-        # Nobody can ask for them again: they need not take the broker's room for ten minutes.
-        await job.discard()
+    # They need not take the broker's room for ten minutes.
+    await let_go(call.named, job)
     return answer
 
 

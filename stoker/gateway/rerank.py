@@ -15,7 +15,7 @@ from stoker.client.options import RerankOptions
 from stoker.contract import RerankResult
 from stoker.contract.shown import brief
 from stoker.errors import StokerError
-from stoker.gateway.answers import PATIENCE, whole
+from stoker.gateway.answers import PATIENCE, let_go, whole
 from stoker.gateway.calls import Call, check_owner
 from stoker.gateway.errors import Names, Refused
 from stoker.gateway.fields import Body, parse
@@ -107,9 +107,7 @@ async def _taken(job: AsyncRerankJob) -> int:
 async def _made(call: Call, job: AsyncRerankJob, waiter: Waiter) -> RerankResult:
     result = await job.result(PATIENCE)
     await waiter.took(result.usage.prompt_tokens)
-    if not call.named.given:
-        # Nobody can ask for them again.
-        await job.discard()
+    await let_go(call.named, job)
     return result
 
 
