@@ -14,6 +14,7 @@ from stoker.contract import Usage
 from stoker.gateway.embeddings import Embedding, EmbeddingBody
 from stoker.testing import AsyncFakeClient
 from tests.gateway.conftest import CHAT, EMBED
+from tests.gateway.machinery import turns_during
 
 
 def test_a_prompt_is_continued_as_it_is(api: openai.OpenAI, fake: AsyncFakeClient) -> None:
@@ -83,22 +84,8 @@ def test_streams_go_on_between_the_vectors_of_a_large_answer(form: Any) -> None:
     body = EmbeddingBody(input=["a"], model=EMBED, encoding_format=form)
     unused: Any = None
     job: Any = Embedded(vectors)
-    turns = 0
-
-    async def others() -> None:
-        nonlocal turns
-        while True:
-            turns += 1
-            await asyncio.sleep(0)
-
-    async def made() -> tuple[bytes, int]:
-        streams = asyncio.ensure_future(others())
-        try:
-            return await Embedding(unused, EMBED, body, body.options()).made(job, None)
-        finally:
-            streams.cancel()
-
-    answer, tokens = asyncio.run(made())
+    made = Embedding(unused, EMBED, body, body.options()).made(job, None)
+    (answer, tokens), turns = asyncio.run(turns_during(made))
     assert turns >= len(vectors)
     said = json.loads(answer)
     assert [row["index"] for row in said["data"]] == list(range(200))
