@@ -20,7 +20,7 @@ from stoker.errors import StokerError
 from stoker.gateway.answers import PATIENCE, let_go, whole
 from stoker.gateway.calls import Call, check_owner
 from stoker.gateway.errors import Names, Refused
-from stoker.gateway.fields import Body, parse
+from stoker.gateway.fields import Body, Items, parse
 from stoker.gateway.waiting import Waiter
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def _texts(value: Any) -> Any:
 class EmbeddingBody(Body):
     """Fields behind `user` are Stoker's own."""
 
-    input: Annotated[list[str], BeforeValidator(_texts)]
+    input: Annotated[Items[str], BeforeValidator(_texts)]
     model: str
     dimensions: int | None = None
     encoding_format: Literal["float", "base64"] = "float"

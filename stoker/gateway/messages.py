@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, field_validator
 
 from stoker.contract.shown import brief
-from stoker.gateway.fields import Body
+from stoker.gateway.fields import Body, Items
 
 
 def _text(value: Any) -> Any:
@@ -66,7 +66,7 @@ class ChatMessageBody(Body):
     #: What OpenAI's package made of the content, and sends back with it.
     parsed: Any = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Items[ToolCall] | None = None
     tool_call_id: str | None = None
 
     def as_template(self) -> dict[str, object]:

@@ -18,7 +18,7 @@ from stoker.errors import StokerError
 from stoker.gateway.answers import PATIENCE, let_go, whole
 from stoker.gateway.calls import Call, check_owner
 from stoker.gateway.errors import Names, Refused
-from stoker.gateway.fields import Body, parse
+from stoker.gateway.fields import Body, Items, parse
 from stoker.gateway.waiting import Waiter
 
 NAMES = Names({"texts": "documents"})
@@ -48,7 +48,7 @@ class RerankBody(Body):
 
     model: str
     query: str
-    documents: Annotated[list[str], BeforeValidator(_texts)]
+    documents: Annotated[Items[str], BeforeValidator(_texts)]
     top_n: Annotated[int, Field(ge=1)] | None = None
     return_documents: bool = False
     user: str | None = None
