@@ -57,8 +57,10 @@ class Body(BaseModel):
 def parse(body: type[B], raw: bytes) -> B:
     """Raises `Refused` for what is no JSON object, and for the first field that is wrong."""
     try:
-        given = json.loads(raw)
-        if b"\\ud" in raw.lower():
+        # `json.loads` would take bytes that are half a surrogate pair.
+        text = raw.decode(json.detect_encoding(raw))
+        given = json.loads(text)
+        if "\\ud" in text.lower():
             # Half a surrogate pair is JSON and no text: no model has a token for it, and no log can show it.
             json.dumps(given, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:

@@ -259,13 +259,18 @@ def test_a_field_of_a_field_is_said_by_its_way_and_one_that_stoker_lacks_with_wh
         (b"[" * 100_000, "the body cannot be read as JSON"),
         (b"\xff", "the body cannot be read as JSON"),
         (b'{"model": "\\ud800"}', "the body cannot be read as JSON"),
+        (b'{"model": "\xed\xa0\x80"}', "the body cannot be read as JSON"),
+        ('{"model": "\\ud800"}'.encode("utf-16"), "the body cannot be read as JSON"),
         (b"[1]", "the body is [1]; expected a JSON object."),
         (b"null", "the body is None; expected a JSON object."),
     ],
 )
 def test_a_body_that_is_no_object_of_json_is_one_error(raw: bytes, said: str) -> None:
     assert refusal(lambda: parse(EmbeddingBody, raw)).message.startswith(said)
-    assert parse(EmbeddingBody, b'{"model": "m", "input": "\\ud83d\\ude00"}').input == ["\U0001f600"]
+    for text in ('"\\ud83d\\ude00"', '"\U0001f600"'):
+        for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+            found = parse(EmbeddingBody, f'{{"model": "m", "input": {text}}}'.encode(encoding))
+            assert found.input == ["\U0001f600"]
 
 
 @pytest.mark.parametrize("given", [[], "5", 5, {"x": 1.0}, {"-1": 1.0}, {"1.5": 1.0}, {"": 1.0}, {"5": 1.0, "x": 1.0}])
