@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import logging
 import secrets
 from collections.abc import AsyncIterator
@@ -218,5 +219,7 @@ def _counted(path: Path, name: str) -> int:
 def _append(whole: Path, last: Path) -> None:
     with whole.open("ab") as file, last.open("rb") as further:
         file.write(b"\n")
+        # A byte order mark is one at the beginning of a file alone.
+        file.write(further.read(len(codecs.BOM_UTF8)).removeprefix(codecs.BOM_UTF8))
         while data := further.read(2**20):
             file.write(data)

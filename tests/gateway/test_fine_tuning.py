@@ -148,6 +148,14 @@ def test_what_is_asked_for_is_what_the_run_is(api: openai.OpenAI, redis: Any) ->
     ]
 
 
+def test_files_of_a_run_may_each_begin_with_a_byte_order_mark(api: openai.OpenAI, redis: Any) -> None:
+    """As editors on Windows write them."""
+    training, validation = (uploaded(api, b"\xef\xbb\xbf" + lines) for lines in (LINES, HELD_OUT))
+    asked = sent(redis, started(api, training_file=training, validation_file=validation).id)
+    data = redis.get(keys.blob(asked.dataset)).splitlines()
+    assert [json.loads(line)["prompt"] for line in data] == ["Q: coal?\nA:", "Q: coal?\nA:", "Q: ash?\nA:"]
+
+
 def test_without_hyperparameters_a_run_has_the_defaults_and_a_name_of_its_own(api: openai.OpenAI, redis: Any) -> None:
     for fields in (
         {},
