@@ -54,8 +54,7 @@ class Answerer:
     async def answer(self, job_id: str, body: bytes, models: set[str]) -> tuple[str, bytes]:
         part, plan = Part(), Plan(1, None, ATTEMPTS)
         while True:
-            # A job that failed is asked again under an id of its own, which another runner makes too.
-            name = f"{job_id}-{part.tries}" if part.tries else job_id
+            name = _named(job_id, part.tries)
             asked = await READERS[self.endpoint](self._call(name, body))
             models.add(asked.model)
             asked.options["priority"] = LOWEST_PRIORITY
@@ -77,7 +76,14 @@ class Answerer:
 
     async def stop(self, job_id: str) -> None:
         with suppress(StokerError):
-            await self.client.link.cancel(job_id)
+            for tries in range(ATTEMPTS):
+                # One that was never asked again has no further job: the first that is not known is the end.
+                await self.client.link.cancel(_named(job_id, tries))
+
+
+def _named(job_id: str, tries: int) -> str:
+    """A job that failed is asked again under an id of its own, which another runner makes too."""
+    return f"{job_id}-{tries}" if tries else job_id
 
 
 async def _made(asked: Generation | Embedding, job: AsyncEmbedJob | AsyncGenerateJob) -> bytes:
