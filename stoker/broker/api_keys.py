@@ -60,7 +60,12 @@ local function left(key, name, limit, now)
   local found = redis.call('HMGET', key, name, name .. ':at')
   local level, at = tonumber(found[1]), tonumber(found[2])
   if not level or not at then return limit end
-  return math.min(limit, level + math.max(0, now - at) * limit / 60)
+  if now < at then
+    -- The clock was set back: what waits is given back from now on, and not once it has come there again.
+    redis.call('HSET', key, name .. ':at', string.format('%.6f', now))
+    at = now
+  end
+  return math.min(limit, level + (now - at) * limit / 60)
 end
 
 local function keep(key, name, level, now)

@@ -31,6 +31,8 @@ MAX_REQUEST_CHARS = 8_000_000
 MAX_ENTRIES = 2**20
 #: Tokens of a prompt that is given as ids.
 MAX_PROMPT_IDS = 131_072
+#: Tokens whose logits are shifted.
+MAX_BIASES = 1024
 #: Sampling parameters are 0 or at least this in size: logits that are divided by less leave the range of float32.
 LEAST = 1e-6
 
@@ -165,6 +167,8 @@ class ChatMessage(Message):
 
 #: A token's id; which of them a model has, its worker says.
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+#: It is looked through up to the first wrong one.
+PromptIds = Annotated[tuple[TokenId, ...], Field(min_length=1, max_length=MAX_PROMPT_IDS, fail_fast=True)]
 StopText = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 
 
@@ -177,7 +181,7 @@ class GenerateRequest(JobRequest):
     #: Continued as it is: no chat template is applied.
     prompt: Text | None = None
     #: The same as token ids, with nothing added.
-    prompt_ids: Annotated[tuple[TokenId, ...], Field(min_length=1, max_length=MAX_PROMPT_IDS)] | None = None
+    prompt_ids: PromptIds | None = None
     #: A conversation, for the model's chat template.
     messages: Annotated[tuple[ChatMessage, ...], Field(min_length=1, max_length=4096)] | None = None
     #: JSON descriptions of functions, for the chat template.
@@ -204,7 +208,7 @@ class GenerateRequest(JobRequest):
     #: Taken from the logit of a token as often as the answer has it.
     frequency_penalty: Shift = 0.0
     #: Token id → what is added to its logit.
-    logit_bias: Annotated[dict[TokenId, Shift], Field(max_length=1024)] | None = None
+    logit_bias: Annotated[dict[TokenId, Shift], Field(max_length=MAX_BIASES)] | None = None
     #: The client draws one when none is given, so that a job that moves to another worker goes on with the same tokens.
     seed: int = Field(default=0, ge=0, lt=2**63)
     #: Texts that end the answer; they are no part of it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack, aclosing, suppress
 from dataclasses import dataclass, replace
@@ -13,16 +14,17 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from stoker.client._async.client import AsyncClient
-from stoker.client._async.jobs import AsyncGenerateJob
+from stoker.client._async.jobs import AsyncEmbedJob, AsyncGenerateJob, AsyncRerankJob
 from stoker.client.options import GenerateOptions
 from stoker.client.requests import Prompt
 from stoker.contract import GenerateResult, StreamToken, Usage
-from stoker.errors import JobCancelled, JobLost, StokerError
+from stoker.errors import BrokerUnavailable, JobCancelled, JobLost, StokerError
 from stoker.gateway.calls import Call, NamedJob, check_owner
 from stoker.gateway.errors import Names, Refused
 from stoker.gateway.events import Event, EventResponse
 from stoker.gateway.waiting import Waiter
 
+log = logging.getLogger(__name__)
 R = TypeVar("R")
 #: Seconds without a token, or a result, after which a job is given up for its client.
 PATIENCE = 3600.0
@@ -152,6 +154,17 @@ async def _taken(job: AsyncGenerateJob) -> int:
             async for token in tokens:
                 made = token.index + 1
     return made
+
+
+async def let_go(named: NamedJob, job: AsyncEmbedJob | AsyncRerankJob) -> None:
+    """Take what was answered with out of the broker, where nobody can ask for it again. A broker that does not hear of
+    that costs no answer: what is left goes by itself."""
+    if named.given:
+        return
+    try:
+        await job.discard()
+    except BrokerUnavailable as error:
+        log.warning("what job %s made stays in the broker for now: %s", job.id, error)
 
 
 def _all(usage: Usage) -> int:

@@ -18,7 +18,7 @@ from stoker.gateway.anthropic_messages import AnthropicMessage, AnthropicTool, B
 from stoker.gateway.calls import Call
 from stoker.gateway.errors import Names, Refused
 from stoker.gateway.events import Event
-from stoker.gateway.fields import Body, parse
+from stoker.gateway.fields import Body, Items, parse
 from stoker.gateway.sampling import GenerateBody, Texts
 from stoker.gateway.tools import Choice, call_id
 
@@ -46,12 +46,12 @@ class MessagesBody(GenerateBody):
     }
 
     max_tokens: int
-    messages: list[AnthropicMessage] = Field(min_length=1)
+    messages: Items[AnthropicMessage] = Field(min_length=1)
     system: Blocks = Field(default_factory=list)
     stop_sequences: Texts = Field(default_factory=list)
     metadata: Metadata | None = None
     service_tier: Literal["auto", "standard_only"] = "auto"
-    tools: list[AnthropicTool] = Field(default_factory=list)
+    tools: Items[AnthropicTool] = Field(default_factory=list)
     tool_choice: ToolChoice | None = None
 
     def options(self) -> GenerateOptions:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from stoker.gateway.fields import Body
+from stoker.gateway.fields import Body, Items
 from stoker.gateway.tools import Choice, Function, by_name, chosen
 
 
@@ -36,7 +36,7 @@ class Block(Body):
     name: str | None = None
     input: dict[str, Any] = Field(default_factory=dict)
     tool_use_id: str | None = None
-    content: Annotated[list[Block], BeforeValidator(_blocks)] = Field(default_factory=list)
+    content: Annotated[Items[Block], BeforeValidator(_blocks)] = Field(default_factory=list)
     #: Templates have no word for it: the text says it.
     is_error: bool = False
 
@@ -51,7 +51,7 @@ class Block(Body):
         return self
 
 
-Blocks = Annotated[list[Block], BeforeValidator(_blocks)]
+Blocks = Annotated[Items[Block], BeforeValidator(_blocks)]
 
 
 class AnthropicMessage(Body):

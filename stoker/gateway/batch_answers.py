@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,9 +31,9 @@ READERS: Mapping[str, Callable[[Call], Awaitable[Generation | Embedding]]] = {
 class Answers(Protocol):
     """What runs a batch needs to have its lines answered."""
 
-    async def answer(self, job_id: str, body: bytes, models: set[str]) -> tuple[str, dict[str, object]]:
-        """The job that answered, and its answer; `models` gets the one that is asked. Raises `Refused`, and what meets
-        all lines alike."""
+    async def answer(self, job_id: str, body: bytes, models: set[str]) -> tuple[str, bytes]:
+        """The job that answered, and its answer as JSON; `models` gets the one that is asked. Raises `Refused`, and
+        what meets all lines alike."""
 
     async def discard(self, job_id: str) -> None:
         """Its answer is written: it may leave the broker."""
@@ -50,11 +51,10 @@ class Answerer:
     models: Models
     endpoint: str
 
-    async def answer(self, job_id: str, body: bytes, models: set[str]) -> tuple[str, dict[str, object]]:
+    async def answer(self, job_id: str, body: bytes, models: set[str]) -> tuple[str, bytes]:
         part, plan = Part(), Plan(1, None, ATTEMPTS)
         while True:
-            # A job that failed is asked again under an id of its own, which another runner makes too.
-            name = f"{job_id}-{part.tries}" if part.tries else job_id
+            name = _named(job_id, part.tries)
             asked = await READERS[self.endpoint](self._call(name, body))
             models.add(asked.model)
             asked.options["priority"] = LOWEST_PRIORITY
@@ -76,15 +76,22 @@ class Answerer:
 
     async def stop(self, job_id: str) -> None:
         with suppress(StokerError):
-            await self.client.link.cancel(job_id)
+            for tries in range(ATTEMPTS):
+                # One that was never asked again has no further job: the first that is not known is the end.
+                await self.client.link.cancel(_named(job_id, tries))
 
 
-async def _made(asked: Generation | Embedding, job: AsyncEmbedJob | AsyncGenerateJob) -> dict[str, object]:
+def _named(job_id: str, tries: int) -> str:
+    """A job that failed is asked again under an id of its own, which another runner makes too."""
+    return f"{job_id}-{tries}" if tries else job_id
+
+
+async def _made(asked: Generation | Embedding, job: AsyncEmbedJob | AsyncGenerateJob) -> bytes:
     if isinstance(asked, Embedding):
         assert isinstance(job, AsyncEmbedJob)
         return (await asked.made(job, None))[0]
     assert isinstance(job, AsyncGenerateJob)
-    return (await asked.made(job, None))[0]
+    return json.dumps((await asked.made(job, None))[0], ensure_ascii=False).encode("utf-8", "backslashreplace")
 
 
 async def _sent(asked: Generation | Embedding, name: str) -> AsyncEmbedJob | AsyncGenerateJob:

@@ -170,6 +170,8 @@ class BatchRun:
                 await written.put(outcome or lines.given_up(line, *WHY[ending]))
                 if written.is_due():
                     await self._commit(written)
+                # A million lines take a minute: no stream of this gateway waits for more than one of them.
+                await asyncio.sleep(0)
         await self._commit(written)
 
     async def _commit(self, written: Written) -> None:

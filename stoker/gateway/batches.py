@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable
-from typing import Literal
+from typing import Annotated, Literal
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -15,7 +15,7 @@ from stoker.client._async.client import AsyncClient
 from stoker.contract.shown import brief
 from stoker.gateway.calls import Call
 from stoker.gateway.errors import Refused
-from stoker.gateway.fields import Body, parse
+from stoker.gateway.fields import MOST_METADATA, Body, at_most, parse
 from stoker.gateway.files import checked_lifetime
 from stoker.gateway.paging import listing, page_of
 from stoker.gateway.stored import Store
@@ -36,7 +36,7 @@ class BatchBody(Body):
     input_file_id: str
     endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings"]
     completion_window: str
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str], at_most(MOST_METADATA)] | None = None
     output_expires_after: ExpiresAfter | None = None
 
     def seconds(self) -> int:
@@ -53,8 +53,8 @@ class BatchBody(Body):
     def check_metadata(self) -> None:
         """Raises `Refused`."""
         items = (self.metadata or {}).items()
-        if len(items) > 16 or any(len(name) > 64 or len(value) > 512 for name, value in items):
-            raise _wrong("metadata", "at most 16 entries, with names of 64 characters and values of 512, are allowed.")
+        if any(len(name) > 64 or len(value) > 512 for name, value in items):
+            raise _wrong("metadata", "names of at most 64 characters and values of at most 512 are allowed.")
 
 
 class BatchEndpoints:

@@ -19,7 +19,7 @@ from stoker.gateway.answers import Generation
 from stoker.gateway.calls import Call
 from stoker.gateway.errors import Names, Refused
 from stoker.gateway.events import Event
-from stoker.gateway.fields import Body, parse
+from stoker.gateway.fields import Body, Items, parse
 from stoker.gateway.logprobs import logprobs_of
 from stoker.gateway.messages import ChatMessageBody
 from stoker.gateway.sampling import OpenAIBody
@@ -69,14 +69,14 @@ class ChatBody(OpenAIBody):
         "web_search_options": "models here have no network; leave it out",
     }
 
-    messages: list[ChatMessageBody]
+    messages: Items[ChatMessageBody]
     max_completion_tokens: int | None = None
     #: The older name of the same.
     max_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int = Field(default=0, ge=0, le=20)
     response_format: ResponseFormat | None = None
-    tools: list[Tool] = Field(default_factory=list)
+    tools: Items[Tool] = Field(default_factory=list)
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool = True
     store: bool = False

@@ -46,7 +46,7 @@ class CompletionBody(OpenAIBody):
         "suffix": "models here continue texts alone; leave it out",
     }
 
-    prompt: Annotated[str | list[int], BeforeValidator(_one_prompt)]
+    prompt: Annotated[str | Annotated[list[int], Field(fail_fast=True)], BeforeValidator(_one_prompt)]
     max_tokens: int = DEFAULT_TOKENS
     #: Alternatives reported with each token.
     logprobs: int | None = Field(default=None, ge=0, le=20)

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import json
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from stoker.client._async.client import AsyncClient
 from stoker.client._async.jobs import AsyncEmbedJob
 from stoker.client.options import EmbedOptions
 from stoker.contract.shown import brief
 from stoker.errors import StokerError
-from stoker.gateway.answers import PATIENCE, whole
+from stoker.gateway.answers import PATIENCE, let_go, whole
 from stoker.gateway.calls import Call, check_owner
 from stoker.gateway.errors import Names, Refused
-from stoker.gateway.fields import Body, parse
+from stoker.gateway.fields import Body, Items, parse
 from stoker.gateway.waiting import Waiter
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 NAMES = Names({"texts": "input"})
 PRIORITY = 5
+_dump = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
 def _texts(value: Any) -> Any:
@@ -39,7 +42,7 @@ def _texts(value: Any) -> Any:
 class EmbeddingBody(Body):
     """Fields behind `user` are Stoker's own."""
 
-    input: Annotated[list[str], BeforeValidator(_texts)]
+    input: Annotated[Items[str], BeforeValidator(_texts)]
     model: str
     dimensions: int | None = None
     encoding_format: Literal["float", "base64"] = "float"
@@ -71,16 +74,18 @@ class Embedding:
     async def send(self, job_id: str) -> AsyncEmbedJob:
         return await self.client.embed(self.body.input, model=self.model, job_id=job_id, **self.options)
 
-    async def made(self, job: AsyncEmbedJob, patience: float | None) -> tuple[dict[str, object], int]:
-        """The whole answer, and the tokens that it took."""
+    async def made(self, job: AsyncEmbedJob, patience: float | None) -> tuple[bytes, int]:
+        """The whole answer as JSON, and the tokens that it took."""
         vectors, usage = await job.result(patience), await job.usage(patience)
-        data = [
-            {"object": "embedding", "index": index, "embedding": _encoded(vector, self.body.encoding_format)}
-            for index, vector in enumerate(vectors)
-        ]
+        rows = list[str]()
+        for index, vector in enumerate(vectors):
+            said = _encoded(vector, self.body.encoding_format)
+            rows.append(_dump({"object": "embedding", "index": index, "embedding": said}))
+            # Thousands of vectors as numbers take seconds: no stream of this gateway waits for more than one of them.
+            await asyncio.sleep(0)
         counts = {"prompt_tokens": usage.prompt_tokens, "total_tokens": usage.prompt_tokens}
-        answer: dict[str, object] = {"object": "list", "data": data, "model": self.body.model, "usage": counts}
-        return answer, usage.prompt_tokens
+        around = _dump({"object": "list", "model": self.body.model, "usage": counts})
+        return f'{around[:-1]},"data":[{",".join(rows)}]}}'.encode(), usage.prompt_tokens
 
 
 async def asked(call: Call) -> Embedding:
@@ -106,7 +111,8 @@ async def answered(call: Call) -> Response:
         except StokerError as error:
             raise NAMES.refusal(error) from None
         left = partial(waiter.left, job.cancel, partial(_taken, job))
-        return JSONResponse(await whole(call, _made(call, embedding, job, waiter), left, NAMES))
+        answer = await whole(call, _made(call, embedding, job, waiter), left, NAMES)
+        return Response(answer, media_type="application/json")
 
 
 async def _taken(job: AsyncEmbedJob) -> int:
@@ -114,12 +120,11 @@ async def _taken(job: AsyncEmbedJob) -> int:
     return (await job.usage()).prompt_tokens
 
 
-async def _made(call: Call, embedding: Embedding, job: AsyncEmbedJob, waiter: Waiter) -> dict[str, object]:
+async def _made(call: Call, embedding: Embedding, job: AsyncEmbedJob, waiter: Waiter) -> bytes:
     answer, tokens = await embedding.made(job, PATIENCE)
     await waiter.took(tokens)
-    if not call.named.given:
-        # Nobody can ask for them again: they need not take the broker's room for ten minutes.
-        await job.discard()
+    # They need not take the broker's room for ten minutes.
+    await let_go(call.named, job)
     return answer
 
 

@@ -5,14 +5,33 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeAlias, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from stoker.contract.shown import brief, cut
 from stoker.gateway.errors import Refused
 
 B = TypeVar("B", bound="Body")
+T = TypeVar("T")
+
+#: Items of a list: as many as a job has messages.
+MOST_ITEMS = 4096
+#: Entries of `metadata`.
+MOST_METADATA = 16
+#: A list that is looked through up to its first wrong item: one of millions would hold up all streams of the gateway.
+Items: TypeAlias = Annotated[list[T], Field(max_length=MOST_ITEMS, fail_fast=True)]
+
+
+def at_most(most: int) -> BeforeValidator:
+    """So many entries of an object, counted before any is looked at."""
+
+    def checked(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > most:
+            raise ValueError(f"{len(value)} entries given; at most {most} are allowed")
+        return value
+
+    return BeforeValidator(checked)
 
 
 class Body(BaseModel):
@@ -23,8 +42,13 @@ class Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, fields: Any) -> Any:
-        given = isinstance(fields, dict)
-        return {name: value for name, value in fields.items() if value is not None} if given else fields
+        if not isinstance(fields, dict):
+            return fields
+        given = {name: value for name, value in fields.items() if value is not None}
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        # One that is not known is enough to be refused.
+        unknown = next((name for name in given if name not in known), None)
+        return {name: value for name, value in given.items() if name in known or name == unknown}
 
     #: Fields of the vendor's interface that Stoker does not have: name → what to do instead.
     REFUSED: ClassVar[Mapping[str, str]] = {}
@@ -33,8 +57,10 @@ class Body(BaseModel):
 def parse(body: type[B], raw: bytes) -> B:
     """Raises `Refused` for what is no JSON object, and for the first field that is wrong."""
     try:
-        given = json.loads(raw)
-        if b"\\ud" in raw.lower():
+        # `json.loads` would take bytes that are half a surrogate pair.
+        text = raw.decode(json.detect_encoding(raw))
+        given = json.loads(text)
+        if "\\ud" in text.lower():
             # Half a surrogate pair is JSON and no text: no model has a token for it, and no log can show it.
             json.dumps(given, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
@@ -61,7 +87,7 @@ def _check_known(body: type[Body], name: str) -> None:
         raise Refused(
             400, f"{name}: not supported by Stoker; {body.REFUSED[name]}.", param=name, code="unsupported_parameter"
         )
-    close = difflib.get_close_matches(name, body.model_fields, n=1)
+    close = difflib.get_close_matches(name[:60], body.model_fields, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
     shown = brief(name, 60).strip("'\"")
     allowed = ", ".join(body.model_fields)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
+import logging
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import suppress
@@ -22,7 +24,7 @@ from stoker.client.asynchronously import finished, in_thread
 from stoker.contract.dataset import iterate_lines
 from stoker.contract.lines import pieces
 from stoker.contract.shown import brief
-from stoker.errors import DatasetError, StokerError
+from stoker.errors import BrokerUnavailable, DatasetError, StokerError
 from stoker.gateway.calls import Call, check_owner
 from stoker.gateway.errors import Refused
 from stoker.gateway.fields import parse
@@ -33,6 +35,7 @@ from stoker.gateway.paging import Page, listing, page_of
 from stoker.gateway.stored import Store
 from stoker.gateway.uploads import refuse_pages
 
+log = logging.getLogger(__name__)
 PURPOSE = "fine-tune"
 #: Entries of a page, at most and by default.
 MOST, USUAL = 100, 20
@@ -95,11 +98,21 @@ class FineTuning:
             await check_owner(client, found.id)
         except BaseException as error:
             if found == record:
-                await finished(partial(self._runs.forget, record))
+                await finished(partial(self._unsent, record))
             if isinstance(error, StokerError):
                 raise NAMES.refusal(error) from None
             raise
         return found
+
+    async def _unsent(self, record: FineTune) -> None:
+        """Forget a run whose job did not come to the broker. Where that cannot be asked it may have come: such a run
+        is kept, and shown as failed if it did not."""
+        try:
+            if await self._client.sender(record.id) != record.owner:
+                with translated(self._client.settings):
+                    await self._runs.forget(record)
+        except BrokerUnavailable as error:
+            log.warning("whether run %s was sent is not known: %s", record.id, error)
 
     async def _lines(self, body: FineTuningBody, owner: str, folder: Path) -> Lines:
         """The file to learn from, with the one to evaluate on behind it. Raises `Refused` for the first wrong line."""
@@ -206,5 +219,7 @@ def _counted(path: Path, name: str) -> int:
 def _append(whole: Path, last: Path) -> None:
     with whole.open("ab") as file, last.open("rb") as further:
         file.write(b"\n")
+        # A byte order mark is one at the beginning of a file alone.
+        file.write(further.read(len(codecs.BOM_UTF8)).removeprefix(codecs.BOM_UTF8))
         while data := further.read(2**20):
             file.write(data)

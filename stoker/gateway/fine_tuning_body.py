@@ -17,7 +17,7 @@ from stoker.contract.requests import TrainRequest
 from stoker.contract.shown import brief
 from stoker.errors import InvalidRequest
 from stoker.gateway.errors import Names, Refused
-from stoker.gateway.fields import Body
+from stoker.gateway.fields import MOST_METADATA, Body, at_most
 
 _DEFAULT = TrainRequest.model_fields
 #: What `auto` means.
@@ -64,7 +64,7 @@ class FineTuningBody(Body):
     method: Method | None = None
     #: The older place of the same.
     hyperparameters: Hyperparameters | None = None
-    metadata: dict[Key, Text512] | None = Field(default=None, max_length=16)
+    metadata: Annotated[dict[Key, Text512], at_most(MOST_METADATA)] | None = None
     #: Options of a training job that OpenAI does not have.
     stoker: dict[str, Any] = Field(default_factory=dict)
 

@@ -115,11 +115,17 @@ class Exchange:
         #: The id of the request, and of its job.
         self.id = str(uuid.uuid4())
 
+    @property
+    def _of_anthropic(self) -> bool:
+        """Whether it is answered as Anthropic's clients read it."""
+        return bool(self._scope["path"].startswith(ANTHROPIC))
+
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             self._meter.answered()
-            headers = [*message.get("headers", []), (b"x-request-id", self.id.encode())]
+            names = (b"x-request-id", b"request-id") if self._of_anthropic else (b"x-request-id",)
+            headers = [*message.get("headers", []), *((name, self.id.encode()) for name in names)]
             message = {**message, "headers": headers}
         await self._send(message)
 
@@ -128,8 +134,7 @@ class Exchange:
         if self.status or refused.status == 499:
             self.status = self.status or refused.status
             return
-        anthropic = self._scope["path"].startswith(ANTHROPIC)
-        body = json.dumps(refused.anthropic(self.id) if anthropic else refused.openai()).encode()
+        body = json.dumps(refused.anthropic(self.id) if self._of_anthropic else refused.openai()).encode()
         headers = {"content-type": "application/json", "content-length": str(len(body)), **refused.headers}
         sent = [(name.encode(), value.encode()) for name, value in headers.items()]
         await self.send({"type": "http.response.start", "status": refused.status, "headers": sent})

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, field_validator
 
 from stoker.contract.shown import brief
-from stoker.gateway.fields import Body
+from stoker.gateway.fields import Body, Items
 
 
 def _text(value: Any) -> Any:
@@ -32,6 +32,8 @@ Content = Annotated[str, BeforeValidator(_text)]
 class CalledFunction(Body):
     name: str
     arguments: str
+    #: What OpenAI's package made of the arguments, and sends back with them.
+    parsed_arguments: Any = None
 
     @field_validator("arguments")
     @classmethod
@@ -61,8 +63,10 @@ class ChatMessageBody(Body):
     content: Content | None = None
     #: As answers have it: some templates show a model what it thought before.
     reasoning_content: str | None = None
+    #: What OpenAI's package made of the content, and sends back with it.
+    parsed: Any = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Items[ToolCall] | None = None
     tool_call_id: str | None = None
 
     def as_template(self) -> dict[str, object]:

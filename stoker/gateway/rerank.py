@@ -15,10 +15,10 @@ from stoker.client.options import RerankOptions
 from stoker.contract import RerankResult
 from stoker.contract.shown import brief
 from stoker.errors import StokerError
-from stoker.gateway.answers import PATIENCE, whole
+from stoker.gateway.answers import PATIENCE, let_go, whole
 from stoker.gateway.calls import Call, check_owner
 from stoker.gateway.errors import Names, Refused
-from stoker.gateway.fields import Body, parse
+from stoker.gateway.fields import Body, Items, parse
 from stoker.gateway.waiting import Waiter
 
 NAMES = Names({"texts": "documents"})
@@ -48,7 +48,7 @@ class RerankBody(Body):
 
     model: str
     query: str
-    documents: Annotated[list[str], BeforeValidator(_texts)]
+    documents: Annotated[Items[str], BeforeValidator(_texts)]
     top_n: Annotated[int, Field(ge=1)] | None = None
     return_documents: bool = False
     user: str | None = None
@@ -107,9 +107,7 @@ async def _taken(job: AsyncRerankJob) -> int:
 async def _made(call: Call, job: AsyncRerankJob, waiter: Waiter) -> RerankResult:
     result = await job.result(PATIENCE)
     await waiter.took(result.usage.prompt_tokens)
-    if not call.named.given:
-        # Nobody can ask for them again.
-        await job.discard()
+    await let_go(call.named, job)
     return result
 
 

@@ -96,7 +96,8 @@ class Item(Body):
 
 
 def conversation_of(items: list[Item]) -> list[dict[str, object]]:
-    """As messages for a template: what the assistant thought is a part of what it says next."""
+    """As messages for a template: what the assistant thought is a part of what it says next, and calls of the message
+    that they came with, as the model wrote them."""
     messages, thought = list[dict[str, object]](), ""
     for item in items:
         if item.thought is not None:
@@ -106,9 +107,26 @@ def conversation_of(items: list[Item]) -> list[dict[str, object]]:
         if thought and message["role"] != "assistant":
             messages.append(_thinking(thought))
             thought = ""
-        messages.append({**message, "reasoning_content": thought} if thought else message)
+        if thought:
+            messages.append({**message, "reasoning_content": thought})
+        elif messages and _goes_on(messages[-1], message):
+            messages[-1] = _with(messages[-1], message)
+        else:
+            messages.append(message)
         thought = ""
     return [*messages, _thinking(thought)] if thought else messages
+
+
+def _goes_on(before: dict[str, object], message: dict[str, object]) -> bool:
+    """Whether both are of one answer: what the assistant says next to its calls is one message with them."""
+    called = "tool_calls" in before or "tool_calls" in message
+    return called and before["role"] == message["role"] == "assistant"
+
+
+def _with(before: dict[str, Any], message: dict[str, Any]) -> dict[str, object]:
+    """One message of both: their texts joined, their calls in order."""
+    both = before.keys() & message.keys() - {"role"}
+    return {**before, **message, **{name: before[name] + message[name] for name in both}}
 
 
 def _thinking(thought: str) -> dict[str, object]:

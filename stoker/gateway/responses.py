@@ -12,7 +12,7 @@ from stoker.contract.requests import MAX_ENTRIES
 from stoker.gateway.answers import Generation
 from stoker.gateway.calls import Call
 from stoker.gateway.errors import Names
-from stoker.gateway.fields import Body, parse
+from stoker.gateway.fields import Body, Items, parse
 from stoker.gateway.response_form import ResponsesForm
 from stoker.gateway.response_items import FunctionTool, Item, TextFormat, choice_of, conversation_of, items_of
 from stoker.gateway.sampling import TIERS, GenerateBody
@@ -49,11 +49,11 @@ class ResponsesBody(GenerateBody):
         "top_logprobs": "ask /v1/chat/completions for them",
     }
 
-    input: Annotated[list[Item], BeforeValidator(items_of)] = Field(min_length=1)
+    input: Annotated[Items[Item], BeforeValidator(items_of)] = Field(min_length=1)
     instructions: str | None = None
     max_output_tokens: int | None = None
     text: TextOptions = Field(default_factory=TextOptions)
-    tools: list[FunctionTool] = Field(default_factory=list)
+    tools: Items[FunctionTool] = Field(default_factory=list)
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool = True
     truncation: Literal["disabled"] = "disabled"

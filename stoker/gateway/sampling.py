@@ -7,9 +7,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from stoker.client.options import GenerateOptions
+from stoker.contract.requests import MAX_BIASES
 from stoker.contract.shown import brief
 from stoker.gateway.errors import Refused
-from stoker.gateway.fields import Body
+from stoker.gateway.fields import Body, Items, at_most
 
 #: What `service_tier` means in priorities of jobs; 0 is served first, 9 last.
 TIERS = {"auto": 5, "default": 5, "priority": 2, "flex": 8}
@@ -32,7 +33,8 @@ def _token_ids(value: Any) -> Any:
     return {int(name): number for name, number in value.items()}
 
 
-Texts = Annotated[list[str], BeforeValidator(_texts)]
+Biases = Annotated[dict[int, float], BeforeValidator(_token_ids), at_most(MAX_BIASES)]
+Texts = Annotated[Items[str], BeforeValidator(_texts)]
 
 
 class StreamOptions(Body):
@@ -50,7 +52,7 @@ class GenerateBody(Body):
     seed: int | None = None
     min_p: float = 0.0
     repetition_penalty: float = 1.0
-    stop_token_ids: list[int] = Field(default_factory=list)
+    stop_token_ids: Items[int] = Field(default_factory=list)
     ignore_eos: bool = False
     lookup: bool | None = None
     regex: str | None = None
@@ -84,7 +86,7 @@ class OpenAIBody(GenerateBody):
     n: int = 1
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    logit_bias: Annotated[dict[int, float], BeforeValidator(_token_ids)] = Field(default_factory=dict)
+    logit_bias: Biases = Field(default_factory=dict)
     stream_options: StreamOptions | None = None
 
     def sampling(self) -> GenerateOptions:

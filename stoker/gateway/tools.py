@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from stoker.contract.freeform import MAX_DEPTH
 from stoker.contract.parts import ArgumentsReader, Reader, TextReader
 from stoker.contract.reasoning import ReasoningReader
 from stoker.contract.shown import brief
@@ -58,7 +59,7 @@ class Choice:
             return None
         if self.name is not None:
             return next(function.schema_of_arguments for function in self.functions if function.name == self.name)
-        return {"anyOf": [_call_schema(function) for function in self.functions]}
+        return {"anyOf": [_call_schema(function, at) for at, function in enumerate(self.functions)]}
 
     def schema_beside(self, asked: dict[str, Any] | None, regex: str | None, rules: str) -> dict[str, Any] | None:
         """The schema of the answer, for which the request asks for `asked`. `rules`: the fields that say what an answer
@@ -82,13 +83,41 @@ class Choice:
         return CallReader((function.name for function in self.functions), parallel=self.parallel)
 
 
-def _call_schema(function: Function) -> dict[str, Any]:
+#: Keywords whose value has schemas under names.
+_NAMES_OF = ("properties", "patternProperties", "$defs", "definitions")
+#: Keywords whose value is no schema.
+_PLAIN = ("const", "enum", "default", "examples")
+
+
+def _call_schema(function: Function, at: int) -> dict[str, Any]:
+    arguments = _moved(function.schema_of_arguments, f"#/anyOf/{at}/properties/arguments", MAX_DEPTH)
     return {
         "type": "object",
-        "properties": {"name": {"const": function.name}, "arguments": function.schema_of_arguments},
+        "properties": {"name": {"const": function.name}, "arguments": arguments},
         "required": ["name", "arguments"],
         "additionalProperties": False,
     }
+
+
+def _moved(schema: Any, root: str, depth: int) -> Any:
+    """`schema` with its references as they are where its own root stands at `root`. What has an `$id` is the root of
+    its own references. `depth`: so deep it is looked through; a deeper one is refused with the request."""
+    if isinstance(schema, list) and depth:
+        return [_moved(item, root, depth - 1) for item in schema]
+    if not isinstance(schema, dict) or "$id" in schema or not depth:
+        return schema
+    return {name: _moved_keyword(name, value, root, depth - 1) for name, value in schema.items()}
+
+
+def _moved_keyword(name: str, value: Any, root: str, depth: int) -> Any:
+    if name == "$ref":
+        within = isinstance(value, str) and (value == "#" or value.startswith("#/"))
+        return root + value[1:] if within else value
+    if name in _PLAIN:
+        return value
+    if name in _NAMES_OF and isinstance(value, dict) and depth:
+        return {inner: _moved(schema, root, depth - 1) for inner, schema in value.items()}
+    return _moved(value, root, depth)
 
 
 def chosen(functions: Sequence[Function], choice: object, *, parallel: bool = True) -> Choice:

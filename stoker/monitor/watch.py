@@ -177,8 +177,10 @@ class Watch:
             self._notices += self.mirror.hear(queue, job_id, watched(job_id).parse(reply))
 
     async def _ask_ends(self, gone: Sequence[tuple[str, str]]) -> None:
-        """How these jobs ended. The last reports of a run come before its end."""
-        await self._ask_reports([job_id for _, job_id in gone if job_id in self.mirror.runs])
+        """How these jobs ended. All reports of a run come before its end."""
+        runs = [job_id for _, job_id in gone if job_id in self.mirror.runs]
+        while runs:
+            runs = await self._ask_reports(runs)
         heads = await self._ask([_head(job_id) for _, job_id in gone])
         for (queue, job_id), head in zip(gone, heads, strict=True):
             state, error = ending(head if isinstance(head, bytes) else None)
@@ -191,12 +193,18 @@ class Watch:
             self._notices += self.mirror.counted(job_id, count) if isinstance(count, int) else []
         await self._ask_reports(self.mirror.owned(TRAIN.name))
 
-    async def _ask_reports(self, runs: Sequence[str]) -> None:
+    async def _ask_reports(self, runs: Sequence[str]) -> list[str]:
+        """The next reports of these runs. Those that may have more of them."""
         after = {run: self.mirror.runs[run].last for run in runs}
         asks = [_reports(run, keys.entry_id(last.index) if last else "") for run, last in after.items()]
-        for run, entries in zip(runs, await self._ask(asks), strict=True):
+        more = list[str]()
+        for (run, before), entries in zip(after.items(), await self._ask(asks), strict=True):
             reports = list(read_reports(entries if isinstance(entries, list) else []))
             self._notices += self.mirror.report(run, reports)
+            # What another program wrote there may lead nowhere.
+            got_on = bool(reports) and (before is None or reports[-1].index > before.index)
+            more += [run] if got_on and len(entries) >= REPORTS else []
+        return more
 
     async def _meet(self) -> None:
         """Describe the tasks whose events came first; and end those whose end nobody heard: they are not open any more,

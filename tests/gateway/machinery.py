@@ -8,9 +8,10 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import TypeVar
 
 import openai
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -21,6 +22,8 @@ from stoker.gateway.app import Gateway
 from stoker.gateway.command import listening, server
 from stoker.settings import Settings
 from tests.conftest import wait_until
+
+T = TypeVar("T")
 
 
 class Served:
@@ -115,6 +118,23 @@ def gateway_of(settings: Settings) -> Iterator[openai.OpenAI]:
             yield client
     finally:
         served.stop()
+
+
+async def turns_during(call: Awaitable[T]) -> tuple[T, int]:
+    """What `call` returns, and how many turns the event loop has for others meanwhile."""
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    task = asyncio.ensure_future(others())
+    try:
+        return await call, turns
+    finally:
+        task.cancel()
 
 
 class Process:

@@ -46,6 +46,19 @@ def test_an_answer_has_its_text_its_counts_and_why_it_ended(claude: anthropic.An
         assert ask(claude).stop_reason == shown
 
 
+def test_the_package_knows_the_id_of_a_request_that_was_answered_and_of_one_that_was_not(
+    claude: anthropic.Anthropic, fake: AsyncFakeClient
+) -> None:
+    import anthropic
+
+    fake.script.generate(TEXT)
+    assert ask(claude)._request_id == fake.sent.jobs[0].job_id  # noqa: SLF001  its public name, says the package
+    with pytest.raises(anthropic.BadRequestError) as refused:
+        ask(claude, max_tokens=0)
+    assert isinstance(refused.value.body, dict)
+    assert refused.value.request_id == refused.value.body["request_id"]
+
+
 def test_what_is_asked_for_is_what_the_job_is(claude: anthropic.Anthropic, fake: AsyncFakeClient) -> None:
     fake.script.generate("a")
     messages: Any = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -13,15 +13,19 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from stoker.broker.batches import BatchRecord
+from stoker.broker.stored_files import FileRecord
 from stoker.errors import BrokerUnavailable, ConfigError, InvalidRequest, StokerError, UnknownModel
 from stoker.gateway import batch_lines, batch_run
 from stoker.gateway.batch_answers import Answerer
 from stoker.gateway.batch_lines import Line, Outcome, Survey, WrongLine, survey
-from stoker.gateway.batch_run import Written
+from stoker.gateway.batch_run import BatchRun, Lines, Written
 from stoker.gateway.calls import Caller, Models
 from stoker.gateway.errors import Refused
+from stoker.gateway.stored import Draft
 from stoker.testing import AsyncFakeClient
 from tests.gateway.conftest import CHAT
+from tests.gateway.machinery import turns_during
 
 URL = "/v1/completions"
 
@@ -44,6 +48,43 @@ def test_an_id_that_comes_again_is_found_also_thousands_of_lines_later_and_no_ot
     found = surveyed(b"\n".join(map(row, map(str, ids))))
     assert found.total == len(ids)
     assert [index for index in range(found.total) if found.duplicate(Line(0, index, b""))] == [2500, 2501, 2502, 2503]
+
+
+class OneFile:
+    """A store of one file, which takes all that is written."""
+
+    place = ""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    async def read(self, source: FileRecord) -> AsyncGenerator[bytes]:
+        yield self._data
+
+    def put(self, file_id: str, part: str, data: bytes) -> None:
+        """Nothing of it is read."""
+
+
+def test_streams_go_on_between_the_lines_of_a_batch_that_is_given_up() -> None:
+    """Looked through at one go, those of a large batch hold up each stream of the gateway for a second and more."""
+    data = b"\n".join(row(str(number)) for number in range(3000))
+    file = FileRecord(id="file-1", owner="a", filename="f", purpose="batch", created=0, expires=1, place="")
+    record = BatchRecord(
+        id="batch_1", owner="a", key=None, models=None, endpoint=URL, input_file="file-1", place="", window="24h",
+        metadata=None, created=0, expires=1, lifetime=1, output=file, errors=file,
+    )  # fmt: skip
+    store: Any = OneFile(data)
+    unused: Any = None
+
+    async def nothing(said: object) -> bool:
+        return True
+
+    answers: Any = SimpleNamespace(stop=nothing, discard=nothing)
+    run = BatchRun(store, record, answers, nothing, unused)
+    written, lines = Written(Draft(store, file), Draft(store, file)), Lines(record, surveyed(data), answers)
+    _, turns = asyncio.run(turns_during(run._give_up(file, lines, written, "cancelled")))  # noqa: SLF001  it alone
+    assert turns >= 3000
+    assert run.record.failed == 3000
 
 
 @pytest.mark.parametrize(

@@ -294,6 +294,18 @@ def test_a_batch_that_is_cancelled_stops_its_jobs_and_says_so_of_each_line(
         api.batches.cancel(batch_id)
 
 
+def test_a_batch_that_is_cancelled_stops_what_is_asked_once_more_too(
+    api: openai.OpenAI, workers: AsyncFakeClient
+) -> None:
+    workers.script.generate(error=JobFailed("it broke"), times=2)
+    hanging(workers)
+    batch_id = uploaded(api, [line(1)])
+    wait_until(lambda: len(workers.sent.jobs) == 3, "it is asked for the third time")
+    api.batches.cancel(batch_id)
+    ended(api, batch_id)
+    assert not [sent for sent in workers.sent.jobs if _open(workers, sent.job_id)]
+
+
 def test_a_batch_begins_and_is_cancelled_without_waiting_for_the_runners_next_look(
     running: Served, settings: Settings, workers: AsyncFakeClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import openai
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionMessageToolCallUnion
+from pydantic import BaseModel
 
 from stoker.broker import keys
 from stoker.contract import Alternative, ModelCard, StreamToken
@@ -183,6 +184,27 @@ def test_a_conversation_reaches_the_template_whole(api: openai.OpenAI, fake: Asy
     ]  # fmt: skip
     assert sent.tools == (WEATHER,)
     assert sent.json_schema is None
+
+
+class Town(BaseModel):
+    town: str
+
+
+@pytest.mark.parametrize("asked", [{"response_format": Town}, {"tools": [openai.pydantic_function_tool(Town)]}])
+def test_an_answer_that_the_package_has_parsed_may_come_back_as_it_is(
+    api: openai.OpenAI, fake: AsyncFakeClient, asked: Any
+) -> None:
+    """Its own helper adds fields to what it was answered, and sends them with the message, as its dump has them."""
+    choice: Any = {"type": "function", "function": {"name": "Town"}} if "tools" in asked else openai.omit
+    fake.script.generate('{"town": "Bonn"}', times=None)
+    answer = api.chat.completions.parse(model=CHAT, messages=HELLO, tool_choice=choice, **asked).choices[0].message
+    added: Any = {"parsed": True, "tool_calls": {"__all__": {"function": {"parsed_arguments"}}}}
+    plain: Any = answer.model_dump(exclude=added)
+    whole: Any = answer.model_dump(warnings=False)
+    for message in (whole, plain):
+        ask(api, messages=[*HELLO, message])
+    _, parsed, again = fake.sent.generate
+    assert parsed.messages == again.messages
 
 
 @pytest.mark.parametrize(

@@ -148,6 +148,14 @@ def test_what_is_asked_for_is_what_the_run_is(api: openai.OpenAI, redis: Any) ->
     ]
 
 
+def test_files_of_a_run_may_each_begin_with_a_byte_order_mark(api: openai.OpenAI, redis: Any) -> None:
+    """As editors on Windows write them."""
+    training, validation = (uploaded(api, b"\xef\xbb\xbf" + lines) for lines in (LINES, HELD_OUT))
+    asked = sent(redis, started(api, training_file=training, validation_file=validation).id)
+    data = redis.get(keys.blob(asked.dataset)).splitlines()
+    assert [json.loads(line)["prompt"] for line in data] == ["Q: coal?\nA:", "Q: coal?\nA:", "Q: ash?\nA:"]
+
+
 def test_without_hyperparameters_a_run_has_the_defaults_and_a_name_of_its_own(api: openai.OpenAI, redis: Any) -> None:
     for fields in (
         {},
@@ -291,6 +299,45 @@ def test_a_run_that_is_there_stays_when_it_is_asked_for_again_in_vain(
         with pytest.raises(openai.RateLimitError):
             started(api, extra_headers={"idempotency-key": name})
     assert [job.id for job in api.fine_tuning.jobs.list()] == [kept.id]
+
+
+@pytest.mark.parametrize("sent_first", [True, False])
+def test_a_run_whose_job_came_to_the_broker_is_known_also_where_the_answer_is_lost(
+    api: openai.OpenAI, redis: Any, monkeypatch: pytest.MonkeyPatch, sent_first: bool
+) -> None:
+    train = AsyncClient.train
+
+    async def cut_off(*arguments: Any, **fields: Any) -> None:
+        if sent_first:
+            await train(*arguments, **fields)
+        raise BrokerUnavailable("away.")
+
+    monkeypatch.setattr(AsyncClient, "train", cut_off)
+    with pytest.raises(openai.InternalServerError):
+        started(api)
+    assert [job.status for job in api.fine_tuning.jobs.list()] == (["queued"] if sent_first else [])
+
+
+def test_a_run_stays_where_nobody_can_say_whether_its_job_came(
+    api: openai.OpenAI, redis: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter([None])
+
+    async def away(*arguments: Any, **fields: Any) -> None:
+        raise BrokerUnavailable("away.")
+
+    async def once(client: AsyncClient, job_id: str) -> str | None:
+        for answer in answers:
+            return answer
+        raise BrokerUnavailable("away.")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(AsyncClient, "train", away)
+        broken.setattr(AsyncClient, "sender", once)
+        with pytest.raises(openai.InternalServerError) as refused:
+            started(api)
+    assert refused.value.status_code == 503
+    assert [job.status for job in api.fine_tuning.jobs.list()] == ["validating_files"]
 
 
 def test_a_run_that_is_sent_again_has_the_seed_that_it_had(

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 from typing import Any
 
 import numpy as np
 import openai
 import pytest
 
+from stoker.contract import Usage
+from stoker.gateway.embeddings import Embedding, EmbeddingBody
 from stoker.testing import AsyncFakeClient
 from tests.gateway.conftest import CHAT, EMBED
+from tests.gateway.machinery import turns_during
 
 
 def test_a_prompt_is_continued_as_it_is(api: openai.OpenAI, fake: AsyncFakeClient) -> None:
@@ -57,6 +62,37 @@ def test_vectors_come_as_numbers_and_as_bytes_and_leave_the_broker(api: openai.O
     assert floats.data[0].embedding != floats.data[1].embedding
     assert [job.client for job in fake.sent.jobs] == ["team", "default"]
     assert not fake._memory._blobs  # noqa: SLF001  no public word says what is kept
+
+
+class Embedded:
+    """A job whose vectors are there."""
+
+    def __init__(self, vectors: np.ndarray) -> None:
+        self._vectors = vectors
+
+    async def result(self, timeout: float | None) -> np.ndarray:
+        return self._vectors
+
+    async def usage(self, timeout: float | None) -> Usage:
+        return Usage(prompt_tokens=7, completion_tokens=0)
+
+
+@pytest.mark.parametrize("form", ["float", "base64"])
+def test_streams_go_on_between_the_vectors_of_a_large_answer(form: Any) -> None:
+    """Written at one go, thousands of vectors hold up each stream of the gateway for seconds."""
+    vectors = np.arange(600, dtype=np.float32).reshape(200, 3)
+    body = EmbeddingBody(input=["a"], model=EMBED, encoding_format=form)
+    unused: Any = None
+    job: Any = Embedded(vectors)
+    made = Embedding(unused, EMBED, body, body.options()).made(job, None)
+    (answer, tokens), turns = asyncio.run(turns_during(made))
+    assert turns >= len(vectors)
+    said = json.loads(answer)
+    assert [row["index"] for row in said["data"]] == list(range(200))
+    if form == "float":
+        assert said["data"][1] == {"object": "embedding", "index": 1, "embedding": [3.0, 4.0, 5.0]}
+    del said["data"]
+    assert said == {"object": "list", "model": EMBED, "usage": {"prompt_tokens": 7, "total_tokens": tokens}}
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,31 @@ def test_what_is_asked_for_is_what_the_job_is(api: openai.OpenAI, fake: AsyncFak
     assert sent.tools[0]["function"]["name"] == "weather"
 
 
+def test_an_answer_with_several_calls_that_comes_back_is_one_message_as_in_chats(
+    api: openai.OpenAI, fake: AsyncFakeClient
+) -> None:
+    fake.script.generate("Rain.", times=2)
+    call: Any = {"type": "function_call", "name": "weather", "arguments": "{}"}
+    results: list[Any] = [{"type": "function_call_output", "call_id": name, "output": name} for name in "ab"]
+    said: list[Any] = [{"role": "assistant", "content": text} for text in ("I look.", " Here", " too.")]
+    items = [said[0], {**call, "call_id": "a"}, said[1], said[2], {**call, "call_id": "b"}, *results, *said[:2]]
+    ask(api, input=[{"role": "user", "content": "Hello"}, *items])
+    calls: list[Any] = [
+        {"id": name, "type": "function", "function": {"name": "weather", "arguments": "{}"}} for name in "ab"
+    ]
+    api.chat.completions.create(
+        model=CHAT,
+        messages=[
+            {"role": "user", "content": "Hello"},
+            {"role": "assistant", "content": "I look. Here too.", "tool_calls": calls},
+            *({"role": "tool", "tool_call_id": name, "content": name} for name in "ab"),  # type: ignore[list-item]
+            *said[:2],
+        ],
+    )
+    asked, chat = fake.sent.generate
+    assert asked.messages == chat.messages
+
+
 def test_a_stream_has_the_same_text_in_pieces(api: openai.OpenAI, fake: AsyncFakeClient) -> None:
     fake.script.generate(TEXT)
     with api.responses.stream(model=CHAT, input="Hello") as stream:

@@ -259,13 +259,18 @@ def test_a_field_of_a_field_is_said_by_its_way_and_one_that_stoker_lacks_with_wh
         (b"[" * 100_000, "the body cannot be read as JSON"),
         (b"\xff", "the body cannot be read as JSON"),
         (b'{"model": "\\ud800"}', "the body cannot be read as JSON"),
+        (b'{"model": "\xed\xa0\x80"}', "the body cannot be read as JSON"),
+        ('{"model": "\\ud800"}'.encode("utf-16"), "the body cannot be read as JSON"),
         (b"[1]", "the body is [1]; expected a JSON object."),
         (b"null", "the body is None; expected a JSON object."),
     ],
 )
 def test_a_body_that_is_no_object_of_json_is_one_error(raw: bytes, said: str) -> None:
     assert refusal(lambda: parse(EmbeddingBody, raw)).message.startswith(said)
-    assert parse(EmbeddingBody, b'{"model": "m", "input": "\\ud83d\\ude00"}').input == ["\U0001f600"]
+    for text in ('"\\ud83d\\ude00"', '"\U0001f600"'):
+        for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+            found = parse(EmbeddingBody, f'{{"model": "m", "input": {text}}}'.encode(encoding))
+            assert found.input == ["\U0001f600"]
 
 
 @pytest.mark.parametrize("given", [[], "5", 5, {"x": 1.0}, {"-1": 1.0}, {"1.5": 1.0}, {"": 1.0}, {"5": 1.0, "x": 1.0}])
@@ -494,11 +499,14 @@ def test_a_window_is_one_to_168_hours(window: str, seconds: int | None) -> None:
 )
 def test_what_a_batch_is_described_by_has_bounds(metadata: dict[str, str] | None, taken: bool) -> None:
     fields = {"input_file_id": "f", "endpoint": "/v1/embeddings", "completion_window": "24h", "metadata": metadata}
-    body = checked_body(batches.BatchBody, fields)
+
+    def check() -> None:
+        checked_body(batches.BatchBody, fields).check_metadata()
+
     if taken:
-        body.check_metadata()
+        check()
     else:
-        assert refusal(body.check_metadata).param == "metadata"
+        assert refusal(check).param == "metadata"
 
 
 @pytest.mark.parametrize(

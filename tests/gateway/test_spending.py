@@ -8,8 +8,10 @@ from typing import Any
 import httpx2
 import pytest
 
+from stoker.client._async.jobs import AsyncAnswerJob
 from stoker.client.in_memory import memory
 from stoker.contract import Usage
+from stoker.errors import BrokerUnavailable
 from stoker.gateway.app import Gateway
 from stoker.gateway.calls import Caller
 from stoker.testing import AsyncFakeClient
@@ -50,6 +52,20 @@ def counting(running: Served, monkeypatch: pytest.MonkeyPatch) -> Counting:
     fake.script.rerank([0.5, 0.25], times=None)
     running.over(Gateway(fake, access=access))
     return access
+
+
+async def away(job: AsyncAnswerJob[Any]) -> None:
+    raise BrokerUnavailable("away.")
+
+
+@pytest.mark.parametrize("path", [path for path in BODIES if path not in STREAMED])
+def test_what_has_been_counted_is_answered_also_where_it_cannot_leave_the_broker(
+    running: Served, counting: Counting, path: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(AsyncAnswerJob, "discard", away)
+    answer = httpx2.post(f"{running.url}{path}", json=BODIES[path], timeout=20)
+    assert (answer.status_code, counting.spent) == (200, [7]), answer.text
+    assert "stays in the broker for now: away." in caplog.text
 
 
 def taken(usage: dict[str, int]) -> int:

@@ -198,6 +198,31 @@ def test_an_open_page_asks_for_adapters_now_and_then_or_when_it_has_changed_one(
     watched(broker, steps)
 
 
+@pytest.mark.parametrize("index", [None, 0], ids=["in order", "of another program"])
+def test_a_run_that_ends_with_more_reports_than_one_look_takes_has_all_of_them(
+    broker: Settings, redis: Any, monkeypatch: pytest.MonkeyPatch, index: int | None
+) -> None:
+    """As one that was far on when the monitor began."""
+    monkeypatch.setattr(watching, "REPORTS", 2)
+    request = train_request(MODEL, "style", [{"prompt": "a", "completion": "b"}], "run", {"steps": 9})
+    ledger.submit(redis, "run", job_record(request, "run", "team"), b"{}")
+
+    async def steps(watch: Watch, memory: JobMemory) -> None:
+        run(redis, "run", TRAIN)
+        for step in range(1, 8):
+            said = report(step) if index is None else report(step).model_copy(update={"index": index})
+            redis.xadd(keys.stream("run"), {"entry": said.model_dump_json()}, id=keys.entry_id(step - 1))
+        redis.expire(keys.stream("run"), keys.RESULT_TTL)
+        await watch.round()
+        ledger.complete(redis, "run", TRAIN, f"token-run-{WORKER}", ledger.revoked("run"))
+        await watch.round()
+        assert memory.tasks["run"].state == "REVOKED"
+        if index is None:
+            assert [step for step, _ in watch.mirror.runs["run"].points] == list(range(1, 8))
+
+    watched(broker, steps)
+
+
 def test_an_entry_that_cannot_be_read_leaves_a_runs_other_reports() -> None:
     entries = [{b"entry": report(1).model_dump_json()}, {b"entry": b"{"}, {}, {b"entry": report(4).model_dump_json()}]
     assert [found.step for found in read_reports(enumerate(entries))] == [1, 4]

@@ -53,8 +53,9 @@ class Bucket:
         self.level = float(self.limit)
 
     def look(self, now: float) -> float:
-        """A clock that was set back takes nothing and gives nothing."""
-        return min(float(self.limit), self.level + max(0.0, now - self.at) * self.limit / 60)
+        """A clock that was set back takes nothing and gives nothing, and gives again from then on."""
+        self.at = min(self.at, now)
+        return min(float(self.limit), self.level + (now - self.at) * self.limit / 60)
 
     def take(self, now: float, amount: float) -> None:
         # The longest wait is what a bucket is remembered for.
@@ -99,6 +100,20 @@ def test_a_key_takes_what_its_bucket_has_and_waits_for_what_it_overdrew(
             if expected.wait == 0 and asks:
                 asks.take(now, 1)
                 assert keys.RATE_TTL - 5 <= redis.ttl(bucket()) <= keys.RATE_TTL
+
+
+@pytest.mark.parametrize("limits", [{"requests": 1}, {"tokens": 60}])
+def test_a_key_waits_as_long_as_it_hears_also_after_the_clock_was_set_back(redis: Any, limits: dict[str, Any]) -> None:
+    redis.flushall()
+    add(redis, **limits)
+    give_time(redis, START)
+    assert api_keys.admission(SECRET).on(redis).wait == 0
+    api_keys.spending(SECRET, 60, 90).on(redis)
+    give_time(redis, START - 3000)
+    found = api_keys.admission(SECRET).on(redis)
+    assert found.wait > 0
+    give_time(redis, START - 3000 + found.wait)
+    assert api_keys.admission(SECRET).on(redis).wait == 0
 
 
 def _expected(asks: Bucket | None, spends: Bucket | None, now: float) -> Admission:
