@@ -28,21 +28,24 @@ class Answer(Message):
 
 
 class Admission(Message):
-    """A job as rank 0 took it in. `request`: with the prompt as ids, and the adapter's version. `submitted`: by the
-    clock of rank 0, by which rows make way."""
+    """A job as rank 0 took it in. `request`: with the adapter's version, and the prompt's first id alone. `prompt`: all
+    of its ids, of which a text may have more than a client may send. `submitted`: by the clock of rank 0, by which rows
+    make way."""
 
     number: Count
     submitted: float
     request: GenerateRequest
+    prompt: tuple[int, ...]
     answers: tuple[Answer, ...]
 
     @classmethod
     def of(cls, number: int, work: Generation) -> Admission:
-        as_ids = {"prompt": None, "messages": None, "tools": None, "template": None, "prompt_ids": tuple(work.prompt)}
+        texts = dict.fromkeys(("prompt", "messages", "tools", "template"))
         return cls(
             number=number,
             submitted=work.ticket.submitted,
-            request=work.request.model_copy(update=as_ids),
+            request=work.request.model_copy(update={**texts, "prompt_ids": tuple(work.prompt[:1])}),
+            prompt=tuple(work.prompt),
             answers=tuple(Answer(tokens=tuple(row.tokens), finish_reason=row.finish_reason) for row in work.rows),
         )
 
@@ -70,7 +73,7 @@ class FollowedLane:
         self._tickets: dict[int, Ticket[GenerateResult]] = {}
 
     def admit(self, admission: Admission) -> None:
-        request = admission.request
+        request = admission.request.model_copy(update={"prompt_ids": admission.prompt})
         ticket: Ticket[GenerateResult] = Ticket(str(admission.number), request.kind, priority=request.priority)
         ticket.submitted = admission.submitted
         self._lane.admit(self._lane.prepare(ticket, request, admission.published, passed=True))

@@ -17,7 +17,7 @@ from stoker.contract.shown import brief
 from stoker.errors import StokerError
 
 #: Of what is written here. Ranks of different ones do not work together.
-VERSION = 4
+VERSION = 5
 #: Bytes that a line may have: a prompt of a million tokens has half of it.
 LONGEST = 1 << 24
 

@@ -266,8 +266,8 @@ def test_ranks_that_choose_the_same_tokens_go_on_and_one_that_chooses_others_end
 
 def test_the_others_hear_of_a_lane_in_the_order_in_which_rank_0_says_it(met: Meeting) -> None:
     words, limits = met.join().words(), LaneLimits(slots=3, kv_bytes=5, prefix_share=0.5, stall=0.25, lookup=True)
-    request = GenerateRequest(model="a", prompt_ids=(1, 2))
-    admission = Admission(number=1, submitted=0.1, request=request, answers=(Answer(tokens=(), finish_reason=None),))
+    request, answer = GenerateRequest(model="a", prompt_ids=(1,)), Answer(tokens=(), finish_reason=None)
+    admission = Admission(number=1, submitted=0.1, request=request, prompt=(1, 2), answers=(answer,))
     met.leader.open("a", limits)
     met.leader.measured(0.1 + 0.2)
     met.leader.admit("a", admission)
