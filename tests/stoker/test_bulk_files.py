@@ -280,6 +280,7 @@ def test_numbers_begin_where_their_type_may(rows: int, dim: int) -> None:
         (b"[1]", "line 2: a list given"),
         (b'{"body": "a"}', r"line 2: no field 'text'; it has 'body'\. Name one: --field"),
         (b'{"text": 3}', "line 2: 'text' is a int"),
+        (b'{"text": "a", "text": "b"}', "line 2: the field 'text' is there twice; name each once"),
         (b'{"text": " "}', "line 2: the text is blank"),
         (b'{"text": "\xff"}', "line 2: not UTF-8"),
         (b'{"text": "\\ud800"}', "line 2: .* half a surrogate pair"),
