@@ -107,6 +107,21 @@ def accounted(delivery: Delivery) -> Iterator[None]:
 def answering_celery(delivery: Delivery) -> Iterator[None]:
     """Turn what ended the job, or this delivery of it, into what Celery does with its message."""
     try:
+        with _answered(delivery):
+            yield
+    except (StokerError, Ignore, Reject):
+        raise
+    except Exception as error:
+        # A defect outside the job itself, or a broker that does not take even that the job goes back. Its message
+        # stays, and the next claim counts it as a crash: never lost, and after some of them a dead letter. Celery would
+        # take the message away, and a job that a living worker owns is not looked for.
+        log.exception("job %s could not be ended", delivery.id)
+        raise Reject(str(error), requeue=True) from None
+
+
+@contextmanager
+def _answered(delivery: Delivery) -> Iterator[None]:
+    try:
         yield
     except Fenced:
         # Neither result nor ack: another worker owns both.
@@ -125,13 +140,6 @@ def answering_celery(delivery: Delivery) -> Iterator[None]:
     except Spoiled as trouble:
         _give_up(delivery, trouble)
         raise Ignore from None
-    except (StokerError, Ignore):
-        raise
-    except Exception as error:
-        # A defect outside the job itself. Its message stays, and the next claim counts it as a crash: never lost, and
-        # after some of them a dead letter.
-        log.exception("job %s could not be ended", delivery.id)
-        raise Reject(str(error), requeue=True) from None
 
 
 def _give_up(delivery: Delivery, trouble: Spoiled) -> None:
