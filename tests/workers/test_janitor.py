@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from redis.exceptions import ReadOnlyError, ResponseError
+from redis.exceptions import NoPermissionError, ReadOnlyError, ResponseError
 
 from stoker.broker import keys, ledger
 from stoker.broker.connection import connect
@@ -180,6 +180,47 @@ def test_a_round_looks_at_the_brokers_memory_too(redis: Any, looks: Ledger, capl
     finally:
         redis.config_set("maxmemory-policy", "noeviction")
     assert "maxmemory-policy allkeys-lru" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "refusal", [NoPermissionError("this user has no permissions"), ResponseError("unknown command 'INFO'")]
+)
+def test_lost_messages_are_found_where_a_worker_may_not_ask_for_the_brokers_memory(
+    redis: Any, looks: Ledger, monkeypatch: pytest.MonkeyPatch, refusal: Exception
+) -> None:
+    def refused(section: str) -> dict[str, Any]:
+        raise refusal
+
+    monkeypatch.setattr(redis, "info", refused)
+    say(redis, {"m": card("m", "embed")})
+    worker(redis).round()
+    assert looks.asked == [keys.queue("m", "embed")]
+
+
+def test_a_broker_that_cannot_answer_for_its_memory_now_ends_the_round(
+    redis: Any, looks: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(section: str) -> dict[str, Any]:
+        raise ReadOnlyError("READONLY")
+
+    monkeypatch.setattr(redis, "info", away)
+    with pytest.raises(ReadOnlyError):
+        worker(redis).round()
+    assert looks.asked == []
+
+
+def test_a_model_whose_jobs_cannot_be_ended_keeps_no_other_from_its_round(
+    redis: Any, looks: Ledger, caplog: pytest.LogCaptureFixture
+) -> None:
+    gone = ModelCard.model_validate_json(card("gone", "embed")).model_copy(update={"gone": "it was unloaded."})
+    redis.set(keys.open_jobs(keys.queue("gone", "embed")), "another program's", ex=60)
+    say(redis, {"gone": gone.model_dump_json()})
+    say(redis, {"m": card("m", "embed")})
+    settings, engine = SimpleNamespace(lease=3), SimpleNamespace(models={})
+    runtime: Any = SimpleNamespace(redis=redis, name="w@here", settings=settings, engine=engine)
+    Janitor(runtime).round()
+    assert looks.asked == [keys.queue("gone", "embed"), keys.queue("m", "embed")]
+    assert "jobs of gone, which nobody holds any more, cannot be ended: WRONGTYPE" in caplog.text
 
 
 def test_a_broker_that_goes_away_meanwhile_ends_the_round(redis: Any, looks: Ledger) -> None:

@@ -37,7 +37,7 @@ class Janitor:
         self._free_turns()
         if not redis.set(keys.JANITOR, self._runtime.name, nx=True, ex=every):
             return
-        warn_of(redis.info("memory"))
+        self._look_at_memory()
         clock.hold_lost(redis)
         if redis.ttl(keys.DEAD) == -1:
             # Its first letter is of another program, which gave it no end.
@@ -45,7 +45,19 @@ class Janitor:
         for card in self._cards():
             for kind in card.kinds:
                 self._recover(keys.queue(card.model, kind), every)
-            self._orphans.sweep(card)
+            self._sweep(card)
+
+    def _look_at_memory(self) -> None:
+        """A user, or a host, that does not let a worker ask for it must not keep lost messages from being found."""
+        try:
+            memory = self._runtime.redis.info("memory")
+        except ResponseError as error:
+            if passes(error):
+                raise
+            # This worker has said so at its start.
+            log.debug("the broker's memory is unknown: %s", error)
+            return
+        warn_of(memory)
 
     def _free_turns(self) -> None:
         for key in TURNS:
@@ -77,3 +89,12 @@ class Janitor:
             return
         for job_id in lost:
             log.warning("job %s: its message was lost; it waits again", job_id)
+
+    def _sweep(self, card: ModelCard) -> None:
+        """As with a queue."""
+        try:
+            self._orphans.sweep(card)
+        except ResponseError as error:
+            if passes(error):
+                raise
+            log.error("jobs of %s, which nobody holds any more, cannot be ended: %s", card.model, error)
