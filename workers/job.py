@@ -156,6 +156,7 @@ def run_job(delivery: Delivery, handler: JobHandler[Q, D, R]) -> dict[str, Any]:
                 data = persist(lambda: handler.load_input(job, request))
             # What the broker did not take of an earlier delivery is no failure of this one.
             publisher.forget(job.id)
+            resources.callback(publisher.leave, job.id)
             ticket = handler.submit(job)(job.id, request, data, deadline=job.seconds_left(request.deadline))
             made = job.wait(ticket)
             with account.phase("publish"):

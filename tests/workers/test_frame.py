@@ -605,6 +605,17 @@ def test_a_stream_that_the_broker_did_not_take_fails_its_job(worker: Worker, mon
         worker.outcome.unwrap("job")
 
 
+@pytest.mark.parametrize("end", [lambda: 1, raising(JobFailed("x")), raising(ValueError("a defect"))])
+def test_a_job_leaves_the_publisher_when_it_has_ended(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch, end: Callable[[], int]
+) -> None:
+    left: list[tuple[str, bool]] = []
+    monkeypatch.setattr(worker.publisher, "leave", lambda job_id: left.append((job_id, worker.outcome is not None)))
+    with suppress(JobFailed):
+        worker.deliver(end)
+    assert left == [("job", True)]
+
+
 def spoil(redis: Any, key: str) -> None:
     redis.delete(key)
     redis.set(key, "garbage", ex=60)
