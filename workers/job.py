@@ -5,6 +5,7 @@ What ends it early is in `workers/job_errors.py`.
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
@@ -97,6 +98,13 @@ class Job:
         self.id, self.runtime = delivery.id, delivery.runtime
         self.claim, self.resources = claim, resources
         self._delivery = delivery
+        #: By `time.monotonic`.
+        self._claimed = time.monotonic()
+
+    @property
+    def age(self) -> float:
+        """Seconds since the job was sent: those until the claim, and those that its input took since."""
+        return self.claim.age + time.monotonic() - self._claimed
 
     @property
     def lease(self) -> JobLease:
@@ -116,11 +124,10 @@ class Job:
         """Of `deadline`, which counts from the moment when the job was sent. Raises `DeadlineExceeded` if none are."""
         if deadline is None:
             return None
-        left = deadline - self.claim.age
+        age = self.age
+        left = deadline - age
         if left <= 0:
-            raise DeadlineExceeded(
-                f"job {self.id}: it waited {self.claim.age:.1f} s, past its deadline of {deadline:g} s."
-            )
+            raise DeadlineExceeded(f"job {self.id}: it waited {age:.1f} s, past its deadline of {deadline:g} s.")
         return left
 
     def wait(self, ticket: Ticket[R]) -> R:

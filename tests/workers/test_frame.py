@@ -551,6 +551,34 @@ def test_a_deadline_counts_from_the_moment_when_the_job_was_sent(worker: Worker)
     assert left == [pytest.approx(40, abs=10)]
 
 
+def slow_input(monkeypatch: pytest.MonkeyPatch, took: float) -> Handler:
+    """Its input takes so many seconds: it may be of hundreds of megabytes, or the broker away meanwhile."""
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr("workers.job.time", SimpleNamespace(monotonic=lambda: clock.now))
+
+    class Slow(Handler):
+        def load_input(self, job: Job, request: GenerateRequest) -> list[StreamToken]:
+            clock.now += took
+            return []
+
+    return Slow()
+
+
+def test_what_the_input_of_a_job_takes_counts_for_its_deadline(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    send_with_deadline(worker, 60)
+    worker.deliver(lambda: 1, "late", slow_input(monkeypatch, took=30))
+    (ticket,) = worker.engine.tickets
+    assert ticket.deadline is not None
+    assert ticket.deadline - ticket.submitted == pytest.approx(10, abs=9)
+
+
+def test_a_job_whose_input_came_past_its_deadline_does_not_run(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    send_with_deadline(worker, 60)
+    with pytest.raises(DeadlineExceeded, match=r"it waited 10\d\.\d s, past its deadline of 100 s"):
+        worker.deliver(lambda: 1, "late", slow_input(monkeypatch, took=41))
+    assert not worker.engine.tickets
+
+
 def test_a_job_that_waited_past_its_deadline_does_not_run(worker: Worker) -> None:
     send_with_deadline(worker, 100)
     with pytest.raises(DeadlineExceeded, match="past its deadline of 100 s"):
