@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +18,7 @@ import safetensors.numpy
 
 from stoker.contract.vectors import Encoded, Int8Vectors, quantize
 from stoker.errors import ConfigError, DatasetError, InvalidRequest, ModelError
+from stoker.files import line_output
 from stoker.files import output as output_module
 from stoker.files.line_output import LineOutput
 from stoker.files.output import partial_path, state_path
@@ -106,6 +111,41 @@ def test_nothing_of_a_line_that_was_not_safe_is_left_behind_the_last(tmp_path: P
         output.write({"line": 2})
         output.finish()
     assert (killed / "out.jsonl").read_text() == '{"line": 1}\n{"line": 2}\n'
+
+
+@contextmanager
+def interrupted_at(step: int) -> Iterator[None]:
+    """Ctrl-C before the line of code with this number, of those that write a row."""
+    steps, places = itertools.count(), {line_output.__file__, output_module.__file__}
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        if event == "line" and frame.f_code.co_filename in places and next(steps) == step:
+            raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+def test_an_interrupt_between_any_two_steps_leaves_each_line_once(tmp_path: Path) -> None:
+    lines = [{"line": 1, "text": "aa"}, {"line": 2, "error": "b"}, {"line": 3, "text": "c"}]
+    expected, interrupted = "".join(f"{json.dumps(line)}\n" for line in lines), 0
+    for step in range(40):
+        path = tmp_path / f"{step}.jsonl"
+        for again in (False, True):
+            with suppress(KeyboardInterrupt), output_module.opened(LineOutput(path, 3, {"rows": 3})) as output:
+                for line in lines[output.done :]:
+                    with nullcontext() if again or output.done != 1 else interrupted_at(step):
+                        output.write(line)
+                assert output.errors == 1
+                output.finish()
+            interrupted += not path.exists()
+        assert path.read_text() == expected, step
+    assert interrupted >= 15, "so many steps there are"
 
 
 def test_rows_that_are_gone_are_not_believed(tmp_path: Path) -> None:
