@@ -131,6 +131,7 @@ def _answered(delivery: Delivery) -> Iterator[None]:
         if isinstance(error, DoesNotFit):
             delivery.context.lanes.hold_back(delivery.kind.name, error.others, str(error))
         log.info("job %s goes back to the queue: %s", delivery.id, error)
+        _let_all_be_published(delivery)
         delivery.lease.release()
         raise Reject(str(error), requeue=True) from None
     except JobCancelled:
@@ -140,6 +141,15 @@ def _answered(delivery: Delivery) -> Iterator[None]:
     except Spoiled as trouble:
         _give_up(delivery, trouble)
         raise Ignore from None
+
+
+def _let_all_be_published(delivery: Delivery) -> None:
+    """The next owner goes on behind what the broker has. What came to it later would stand before tokens that were
+    drawn without it: a GPU may draw others."""
+    try:
+        delivery.runtime.publisher.flush(delivery.id)
+    except (JobFailed, WorkerUnavailable) as error:
+        log.info("job %s goes back with less than it has published: %s", delivery.id, error)
 
 
 def _give_up(delivery: Delivery, trouble: Spoiled) -> None:

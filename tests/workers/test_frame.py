@@ -363,6 +363,32 @@ def test_a_stopping_workers_job_goes_back_without_owner_and_without_a_crash(work
     assert worker.redis.hget(keys.job("job"), Field.TOKEN) is None
 
 
+def test_what_a_job_has_published_is_in_the_broker_before_it_goes_back(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its next owner goes on behind it."""
+    owners: list[tuple[str, Any]] = []
+
+    def flush(job_id: str) -> None:
+        owners.append((job_id, worker.redis.hget(keys.job("job"), Field.TOKEN)))
+
+    monkeypatch.setattr(worker.publisher, "flush", flush)
+    with pytest.raises(Reject):
+        worker.deliver(raising(WorkerUnavailable("stopping")))
+    assert owners == [("job", b"token-1")]
+
+
+@pytest.mark.parametrize("error", [JobFailed("the key is wrong"), WorkerUnavailable("the broker is away")])
+def test_a_job_goes_back_though_what_it_has_published_is_not_taken(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr(worker.publisher, "flush", lambda job_id: raising(error)())
+    with pytest.raises(Reject) as back:
+        worker.deliver(raising(WorkerUnavailable("stopping")))
+    assert back.value.requeue
+    assert worker.redis.hget(keys.job("job"), Field.TOKEN) is None
+
+
 def test_a_job_that_does_not_fit_goes_back_to_its_queue_and_its_lane_takes_no_other(worker: Worker) -> None:
     """Before its message goes back: this worker would take it again."""
     worker.context.lanes.configure({"generate": 4}, {"generate": [QUEUE]})

@@ -137,7 +137,8 @@ def test_the_message_of_a_job_whose_way_back_or_end_the_broker_refuses_stays(
         raise refusal
 
     lease = SimpleNamespace(release=refused, give_up=refused)
-    delivery: Any = SimpleNamespace(id="job", lease=lease)
+    runtime = SimpleNamespace(publisher=SimpleNamespace(flush=lambda job_id: None))
+    delivery: Any = SimpleNamespace(id="job", lease=lease, runtime=runtime)
     with pytest.raises(Reject) as raised, answering_celery(delivery):
         raise end
     assert raised.value.requeue
