@@ -21,6 +21,7 @@ from stoker.errors import ConfigError, DatasetError, InvalidRequest, ModelError
 from stoker.files import line_output
 from stoker.files import output as output_module
 from stoker.files.line_output import LineOutput
+from stoker.files.locks import try_lock
 from stoker.files.output import partial_path, state_path
 from stoker.files.requests import RequestFile
 from stoker.files.source import Source
@@ -167,6 +168,26 @@ def test_another_input_does_not_go_on_behind_the_first(tmp_path: Path) -> None:
         output.write(VECTORS)
         output.finish()
     assert np.array_equal(np.load(path), VECTORS)
+
+
+def test_a_run_that_begins_as_another_ends_leaves_its_file_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "out.npy"
+
+    def meanwhile(file: Any) -> bool:
+        """The other one gives the file its name between this one's opening and its lock."""
+        monkeypatch.setattr(output_module, "try_lock", try_lock)
+        partial_path(path).replace(path)
+        state_path(path).unlink()
+        return try_lock(file)
+
+    break_off(path, job("float32"), VECTORS)
+    content = partial_path(path).read_bytes()
+    monkeypatch.setattr(output_module, "try_lock", meanwhile)
+    with pytest.raises(InvalidRequest, match="another run is writing"), opened(path, ROWS, job("float32"), True):
+        pass
+    assert path.read_bytes() == content
 
 
 def test_two_runs_do_not_write_one_file(tmp_path: Path) -> None:
