@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
@@ -130,6 +131,18 @@ class Job:
             raise DeadlineExceeded(f"job {self.id}: it waited {age:.1f} s, past its deadline of {deadline:g} s.")
         return left
 
+    def taking(self, load: Callable[[], R]) -> R:
+        """What `load` returns. What it has taken goes with the job, and at once where it fails: it is tried again, and
+        the files of each try would fill the disk."""
+        with ExitStack() as taken:
+            kept, self.resources = self.resources, taken
+            try:
+                loaded = load()
+            finally:
+                self.resources = kept
+            kept.push(taken.pop_all())
+        return loaded
+
     def wait(self, ticket: Ticket[R]) -> R:
         """Report the job's progress until it ends; raises what it ended with."""
         reported = None
@@ -160,7 +173,7 @@ def run_job(delivery: Delivery, handler: JobHandler[Q, D, R]) -> dict[str, Any]:
             with account.phase("load"):
                 asked = read(handler.request, job.claim.request)
                 request = persist(lambda: handler.prepare(job, asked))
-                data = persist(lambda: handler.load_input(job, request))
+                data = persist(lambda: job.taking(lambda: handler.load_input(job, request)))
             # What the broker did not take of an earlier delivery is no failure of this one.
             publisher.forget(job.id)
             resources.callback(publisher.leave, job.id)

@@ -17,7 +17,7 @@ from celery.exceptions import Ignore, Reject
 from kombu.exceptions import OperationalError
 from kombu.utils.imports import symbol_by_name
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import NoPermissionError, ReadOnlyError
+from redis.exceptions import NoPermissionError, OutOfMemoryError, ReadOnlyError
 
 import tasks.adapters
 import tasks.embed
@@ -361,6 +361,27 @@ def test_a_stopping_workers_job_goes_back_without_owner_and_without_a_crash(work
         assert back.value.requeue
     assert worker.outcome is None
     assert worker.redis.hget(keys.job("job"), Field.TOKEN) is None
+
+
+def test_an_input_that_is_loaded_again_and_again_lies_here_once(worker: Worker) -> None:
+    """A broker that is full lets an input be read, and refuses what comes behind it, for minutes."""
+    here, most, tries = list[int](), list[int](), iter(range(4))
+
+    class Large(Handler):
+        def load_input(self, job: Job, request: GenerateRequest) -> list[StreamToken]:
+            number = next(tries)
+            here.append(number)
+            job.resources.callback(here.remove, number)
+            most.append(len(here))
+            if number < 3:
+                raise OutOfMemoryError("OOM command not allowed")
+            return []
+
+    assert worker.deliver(lambda: len(here), handler=Large())["completion_tokens"] == 1, (
+        "it is there while the job runs"
+    )
+    assert most == [1, 1, 1, 1]
+    assert not here
 
 
 def test_what_a_job_has_published_is_in_the_broker_before_it_goes_back(
