@@ -6,6 +6,7 @@ broker for no job of that kind (`workers/celery/consumer.py`), and asks again as
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -47,7 +48,8 @@ class Lanes:
         self._held_back: dict[str, _HeldBack] = {}
         #: kind → what `narrow` said.
         self._narrow: dict[str, _HeldBack] = {}
-        self._shrunk = -GROW_AFTER
+        #: kind → when it was shrunk, or grew, last: lanes run out of memory together, and each has to hold fewer.
+        self._shrunk: dict[str, float] = {}
         self._queues: dict[str, list[str]] = {}
         self._held: dict[str, int] = {}
         #: kind → jobs that it may hold until it has taken the next one, where that is more than its capacity.
@@ -144,20 +146,22 @@ class Lanes:
         Each of the jobs that failed together calls this; the first call counts.
         """
         with self._lock:
-            if time.monotonic() - self._shrunk < SHRINK_AFTER:
+            if not self._stands_since(kind, SHRINK_AFTER):
                 return
-            self._capacity[kind], self._shrunk = max(1, self._capacity[kind] // 2), time.monotonic()
+            self._capacity[kind], self._shrunk[kind] = max(1, self._capacity[kind] // 2), time.monotonic()
             # Where memory ran out there is none for a job in addition either.
             self._lent.pop(kind, None)
 
     def grow(self) -> None:
         """Called from time to time: what was shrunk gets twice its size back, a while after the last shrinking."""
-        if time.monotonic() - self._shrunk < GROW_AFTER:
-            return
         for kind, limit in self._limits.items():
             with self._lock:
-                grows = self._capacity[kind] < limit
+                grows = self._capacity[kind] < limit and self._stands_since(kind, GROW_AFTER)
                 if grows:
-                    self._capacity[kind], self._shrunk = min(limit, 2 * self._capacity[kind]), time.monotonic()
+                    self._capacity[kind], self._shrunk[kind] = min(limit, 2 * self._capacity[kind]), time.monotonic()
             if grows:
                 self.wake()
+
+    def _stands_since(self, kind: str, seconds: float) -> bool:
+        """Whether a lane has had its size for so long."""
+        return time.monotonic() - self._shrunk.get(kind, -math.inf) >= seconds

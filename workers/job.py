@@ -5,8 +5,9 @@ What ends it early is in `workers/job_errors.py`.
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
@@ -98,6 +99,13 @@ class Job:
         self.id, self.runtime = delivery.id, delivery.runtime
         self.claim, self.resources = claim, resources
         self._delivery = delivery
+        #: By `time.monotonic`.
+        self._claimed = time.monotonic()
+
+    @property
+    def age(self) -> float:
+        """Seconds since the job was sent: those until the claim, and those that its input took since."""
+        return self.claim.age + time.monotonic() - self._claimed
 
     @property
     def lease(self) -> JobLease:
@@ -117,11 +125,10 @@ class Job:
         """Of `deadline`, which counts from the moment when the job was sent. Raises `DeadlineExceeded` if none are."""
         if deadline is None:
             return None
-        left = deadline - self.claim.age
+        age = self.age
+        left = deadline - age
         if left <= 0:
-            raise DeadlineExceeded(
-                f"job {self.id}: it waited {self.claim.age:.1f} s, past its deadline of {deadline:g} s."
-            )
+            raise DeadlineExceeded(f"job {self.id}: it waited {age:.1f} s, past its deadline of {deadline:g} s.")
         return left
 
     def place(self, model: str, beginnings: Sequence[str]) -> None:
@@ -131,6 +138,18 @@ class Job:
         if worker is not None and self.lease.pass_on(worker):
             placing.recall_later(self.id, self.lease.queue, worker)
             raise PassedOn(f"{worker} has the beginning of its prompt and may take it.")
+
+    def taking(self, load: Callable[[], R]) -> R:
+        """What `load` returns. What it has taken goes with the job, and at once where it fails: it is tried again, and
+        the files of each try would fill the disk."""
+        with ExitStack() as taken:
+            kept, self.resources = self.resources, taken
+            try:
+                loaded = load()
+            finally:
+                self.resources = kept
+            kept.push(taken.pop_all())
+        return loaded
 
     def wait(self, ticket: Ticket[R]) -> R:
         """Report the job's progress until it ends; raises what it ended with."""
@@ -162,9 +181,10 @@ def run_job(delivery: Delivery, handler: JobHandler[Q, D, R]) -> dict[str, Any]:
             with account.phase("load"):
                 asked = read(handler.request, job.claim.request)
                 request = persist(lambda: handler.prepare(job, asked))
-                data = persist(lambda: handler.load_input(job, request))
+                data = persist(lambda: job.taking(lambda: handler.load_input(job, request)))
             # What the broker did not take of an earlier delivery is no failure of this one.
             publisher.forget(job.id)
+            resources.callback(publisher.leave, job.id)
             ticket = handler.submit(job)(job.id, request, data, deadline=job.seconds_left(request.deadline))
             made = job.wait(ticket)
             with account.phase("publish"):

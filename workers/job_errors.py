@@ -108,6 +108,21 @@ def accounted(delivery: Delivery) -> Iterator[None]:
 def answering_celery(delivery: Delivery) -> Iterator[None]:
     """Turn what ended the job, or this delivery of it, into what Celery does with its message."""
     try:
+        with _answered(delivery):
+            yield
+    except (StokerError, Ignore, Reject):
+        raise
+    except Exception as error:
+        # A defect outside the job itself, or a broker that does not take even that the job goes back. Its message
+        # stays, and the next claim counts it as a crash: never lost, and after some of them a dead letter. Celery would
+        # take the message away, and a job that a living worker owns is not looked for.
+        log.exception("job %s could not be ended", delivery.id)
+        raise Reject(str(error), requeue=True) from None
+
+
+@contextmanager
+def _answered(delivery: Delivery) -> Iterator[None]:
+    try:
         yield
     except Fenced:
         # Neither result nor ack: another worker owns both.
@@ -121,6 +136,7 @@ def answering_celery(delivery: Delivery) -> Iterator[None]:
         if isinstance(error, DoesNotFit):
             delivery.context.lanes.hold_back(delivery.kind.name, error.others, str(error))
         log.info("job %s goes back to the queue: %s", delivery.id, error)
+        _let_all_be_published(delivery)
         delivery.lease.release()
         raise Reject(str(error), requeue=True) from None
     except JobCancelled:
@@ -130,13 +146,15 @@ def answering_celery(delivery: Delivery) -> Iterator[None]:
     except Spoiled as trouble:
         _give_up(delivery, trouble)
         raise Ignore from None
-    except (StokerError, Ignore):
-        raise
-    except Exception as error:
-        # A defect outside the job itself. Its message stays, and the next claim counts it as a crash: never lost, and
-        # after some of them a dead letter.
-        log.exception("job %s could not be ended", delivery.id)
-        raise Reject(str(error), requeue=True) from None
+
+
+def _let_all_be_published(delivery: Delivery) -> None:
+    """The next owner goes on behind what the broker has. What came to it later would stand before tokens that were
+    drawn without it: a GPU may draw others."""
+    try:
+        delivery.runtime.publisher.flush(delivery.id)
+    except (JobFailed, WorkerUnavailable) as error:
+        log.info("job %s goes back with less than it has published: %s", delivery.id, error)
 
 
 def _give_up(delivery: Delivery, trouble: Spoiled) -> None:

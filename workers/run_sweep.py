@@ -10,7 +10,7 @@ from typing import Any
 from stoker.broker import keys
 from stoker.contract.names import Rule, follows
 from stoker.settings import Settings
-from workers.artifacts import RUNS, Artifacts
+from workers.artifacts import RUNS, Artifacts, StoreTrouble
 from workers.services.runtime import Runtime
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,13 @@ def sweep(settings: Settings, redis: Any, now: float) -> list[str]:
         folder = store.folder(f"{RUNS}/{job_id}")
         if folder is None or not follows(Rule.JOB_ID, job_id) or redis.exists(keys.checkpoint(job_id)):
             continue
-        if redis.exists(keys.result(job_id)) or folder.changed() < now - keys.DEAD_TTL:
+        try:
+            ended = redis.exists(keys.result(job_id)) or folder.changed() < now - keys.DEAD_TTL
+        except StoreTrouble as error:
+            # Another user's, in a folder that users share: the others go all the same.
+            log.warning("job %s: whether its checkpoints are needed cannot be seen: %s", job_id, error)
+            continue
+        if ended:
             folder.clear()
             gone.append(job_id)
     return gone

@@ -67,10 +67,11 @@ REGISTER = (
     + """
 if not owns(KEYS[3], ARGV[5]) then return 0 end
 redis.call('SADD', KEYS[2], ARGV[1])
-redis.call('HSET', KEYS[1], 'version:' .. ARGV[2], ARGV[3])
+-- Said again, because the answer was lost or the worker died behind it: another version may have been chosen meanwhile.
+local new = redis.call('HSET', KEYS[1], 'version:' .. ARGV[2], ARGV[3]) == 1
 local last = tonumber(redis.call('HGET', KEYS[1], 'next')) or 0
 if last < tonumber(ARGV[2]) then redis.call('HSET', KEYS[1], 'next', ARGV[2]) end
-if ARGV[4] == '1' then serve(KEYS[1], ARGV[2]) end
+if ARGV[4] == '1' and new then serve(KEYS[1], ARGV[2]) end
 return 1
 """
 )

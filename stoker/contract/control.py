@@ -8,7 +8,7 @@ from pydantic import StringConstraints
 
 from stoker.contract.base import Message
 from stoker.contract.names import Rule
-from stoker.contract.presence import Notice
+from stoker.contract.presence import Notice, Words
 
 #: What may be asked about a model.
 ModelVerb: TypeAlias = Literal["load", "unload", "pin", "unpin"]
@@ -39,4 +39,4 @@ class ModelReport(Notice):
     made_way: tuple[str, ...] = ()
     memory_bytes: int = 0
     error: str = ""
-    message: str = ""
+    message: Words = ""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stoker.contract.beneath import Beneath
-from stoker.contract.lines import decoded, numbered, pieces
+from stoker.contract.lines import RepeatedField, decoded, numbered, pieces, unrepeated
 from stoker.contract.shown import brief, trouble
 from stoker.errors import DatasetError
 
@@ -102,31 +102,17 @@ def to_lines(examples: Iterable[Example], source: str) -> bytes:
     return bytes(found)
 
 
-class _RepeatedField(ValueError):
-    """An object of a line has two fields of one name."""
-
-
 def _parse(line: bytes, where: str) -> Example:
     text = decoded(line, where)
     try:
-        row = json.loads(text, object_pairs_hook=_unrepeated)
-    except _RepeatedField as error:
+        row = json.loads(text, object_pairs_hook=unrepeated)
+    except RepeatedField as error:
         raise DatasetError(f"{where}: {error}.") from None
     except RecursionError:
         raise DatasetError(f"{where}: nested too deeply; expected {_ALLOWED}.") from None
     except ValueError as error:
         raise DatasetError(f"{where}: not JSON ({error}); expected {_ALLOWED}.") from None
     return _example(row, where)
-
-
-def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """JSON readers differ in which of two fields of one name counts: a text would be lost, and nobody would know."""
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise _RepeatedField(f"the field {brief(twice)} is there twice; name each once")
-    return fields
 
 
 def _example(row: Any, where: str) -> Example:

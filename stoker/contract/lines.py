@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterable, Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+from stoker.contract.shown import brief
 from stoker.errors import DatasetError
 
 #: More than any text of the contract takes, written as JSON with every letter escaped.
@@ -61,3 +62,20 @@ def decoded(line: bytes, where: str) -> str:
         return line.decode()
     except UnicodeDecodeError:
         raise DatasetError(f"{where}: not UTF-8.") from None
+
+
+class RepeatedField(ValueError):
+    """An object of a line has two fields of one name."""
+
+
+def unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `json.loads`: JSON readers differ in which of two fields of one name counts, so a text would be lost, and
+    nobody would know. Raises `RepeatedField`."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise RepeatedField(f"the field {brief(name)} is there twice; name each once")
+            seen.add(name)
+    return fields

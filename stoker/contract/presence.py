@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from pydantic import ConfigDict, Field
+from typing import Annotated
+
+from pydantic import ConfigDict, Field, PlainSerializer
 
 from stoker.contract.base import Message
 from stoker.contract.codec import CONTRACT
 from stoker.contract.requests import RERANK, EmbedRequest
+
+
+def _encodable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+#: Why something is as it is. It may name a file, whose name need not be Unicode: such a byte travels as `\udcff`.
+Words = Annotated[str, PlainSerializer(_encodable, when_used="json")]
 
 
 class Notice(Message):
@@ -37,7 +47,7 @@ class ModelCard(Notice):
     #: When a worker last said that it serves the model, or may, seconds since the epoch.
     seen: float = 0.0
     #: Why no worker holds it nor may load it any more; "": one does, or may come back that did.
-    gone: str = ""
+    gone: Words = ""
 
     @property
     def abilities(self) -> tuple[str, ...]:
@@ -63,7 +73,7 @@ class ModelState(Notice):
     idle: float = 0.0
     shared: str = ""
     #: Why it is refused.
-    why: str = ""
+    why: Words = ""
 
 
 #: States of a pinned prefix.
@@ -81,7 +91,7 @@ class PrefixState(Notice):
     state: str
     tokens: int = 0
     bytes: int = 0
-    why: str = ""
+    why: Words = ""
 
 
 def describe_state(state: ModelState | None) -> str:

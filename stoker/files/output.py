@@ -160,7 +160,8 @@ def opened(output: Out, overwrite: bool = False) -> Iterator[Out]:
             alone = try_lock(file)
         except OSError as error:
             raise InvalidRequest(f"--output: {path} is where no file can be locked ({error.strerror}).") from None
-        if not alone:
+        # Another run may have ended in between: then this is its whole file, under its own name by now.
+        if not alone or not _is_at(file, partial_path(path)):
             raise InvalidRequest(f"--output: another run is writing {path} just now.")
         output.begin(file, overwrite)
         try:
@@ -169,6 +170,14 @@ def opened(output: Out, overwrite: bool = False) -> Iterator[Out]:
             with suppress(InvalidRequest):  # of a disk that takes nothing, the first error says more
                 output.make_safe()
             raise
+
+
+def _is_at(file: BinaryIO, path: Path) -> bool:
+    """Whether `path` is a name of this very file."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def partial_path(path: Path) -> Path:

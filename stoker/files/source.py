@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stoker.contract.lines import decoded, numbered, pieces
+from stoker.contract.lines import RepeatedField, decoded, numbered, pieces, unrepeated
 from stoker.contract.requests import MAX_TEXT_CHARS
 from stoker.errors import DatasetError
 from stoker.files.output import Output
@@ -119,7 +119,9 @@ def lines_of(path: Path) -> Iterator[Line]:
 def parsed(line: bytes, where: str) -> Any:
     """The JSON of a line. Raises `DatasetError`."""
     try:
-        return json.loads(decoded(line, where))
+        return json.loads(decoded(line, where), object_pairs_hook=unrepeated)
+    except RepeatedField as error:
+        raise DatasetError(f"{where}: {error}.") from None
     except RecursionError:
         raise DatasetError(f"{where}: nested too deeply.") from None
     except ValueError as error:

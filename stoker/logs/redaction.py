@@ -27,6 +27,10 @@ _NAMED = re.compile(
 )
 #: Variables of the environment whose values are secrets, by their names.
 _SECRET_NAME = re.compile(r"PASSWORD|PASSWD|SECRET|TOKEN|API_KEY|ACCESS_KEY|CREDENTIAL")
+#: What no secret is: a switch, and where the name speaks of tokens, how many. `TOKENIZERS_PARALLELISM=0` is one, and
+#: each 0 of the log would become stars.
+_SWITCH = re.compile(r"(?i)[01]|true|false|yes|no|on|off")
+_COUNT = re.compile(r"[0-9]{1,9}")
 #: From this length on a secret is taken out wherever it stands; a shorter one where it is a word: `redis` is one.
 LONG = 8
 #: How many texts are remembered of those that have at most so many characters.
@@ -63,8 +67,16 @@ def secrets_of(settings: Settings, environment: Mapping[str, str] = os.environ) 
     for url in (settings.chosen_url, settings.artifacts):
         yield from _of_url(url or "")
     for name, value in environment.items():
-        if _SECRET_NAME.search(name.upper()):
+        if _is_secret(name.upper(), value.strip()):
             yield value
+
+
+def _is_secret(name: str, value: str) -> bool:
+    """Of a variable of the environment."""
+    said = _SECRET_NAME.search(name)
+    if said is None or _SWITCH.fullmatch(value):
+        return False
+    return said[0] != "TOKEN" or not _COUNT.fullmatch(value)
 
 
 def _of_url(url: str) -> Iterator[str]:

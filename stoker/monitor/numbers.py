@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from pydantic import ConfigDict, ValidationError
 
@@ -67,6 +67,13 @@ class Numbers:
                 raise ValueError(f"{metric.name} has the labels {metric.labels}; {labels} given")
             found = self._series.setdefault((metric, labels), Series(metric.buckets))
         return found
+
+    def keep(self, metric: Metric, of: Collection[str]) -> None:
+        """Let go of the series of `metric` whose first label is none of these: what they stood for is no longer
+        there."""
+        for known, labels in list(self._series):
+            if known is metric and labels[0] not in of:
+                self._series.pop((known, labels), None)
 
     def report(self, source: str = "") -> MetricsReport:
         found: dict[str, list[Sample]] = {}

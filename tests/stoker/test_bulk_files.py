@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,8 +18,10 @@ import safetensors.numpy
 
 from stoker.contract.vectors import Encoded, Int8Vectors, quantize
 from stoker.errors import ConfigError, DatasetError, InvalidRequest, ModelError
+from stoker.files import line_output
 from stoker.files import output as output_module
 from stoker.files.line_output import LineOutput
+from stoker.files.locks import try_lock
 from stoker.files.output import partial_path, state_path
 from stoker.files.requests import RequestFile
 from stoker.files.source import Source
@@ -108,6 +114,41 @@ def test_nothing_of_a_line_that_was_not_safe_is_left_behind_the_last(tmp_path: P
     assert (killed / "out.jsonl").read_text() == '{"line": 1}\n{"line": 2}\n'
 
 
+@contextmanager
+def interrupted_at(step: int) -> Iterator[None]:
+    """Ctrl-C before the line of code with this number, of those that write a row."""
+    steps, places = itertools.count(), {line_output.__file__, output_module.__file__}
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        if event == "line" and frame.f_code.co_filename in places and next(steps) == step:
+            raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+def test_an_interrupt_between_any_two_steps_leaves_each_line_once(tmp_path: Path) -> None:
+    lines = [{"line": 1, "text": "aa"}, {"line": 2, "error": "b"}, {"line": 3, "text": "c"}]
+    expected, interrupted = "".join(f"{json.dumps(line)}\n" for line in lines), 0
+    for step in range(40):
+        path = tmp_path / f"{step}.jsonl"
+        for again in (False, True):
+            with suppress(KeyboardInterrupt), output_module.opened(LineOutput(path, 3, {"rows": 3})) as output:
+                for line in lines[output.done :]:
+                    with nullcontext() if again or output.done != 1 else interrupted_at(step):
+                        output.write(line)
+                assert output.errors == 1
+                output.finish()
+            interrupted += not path.exists()
+        assert path.read_text() == expected, step
+    assert interrupted >= 15, "so many steps there are"
+
+
 def test_rows_that_are_gone_are_not_believed(tmp_path: Path) -> None:
     path = tmp_path / "out.npy"
     break_off(path, job("float32"), VECTORS[:9])
@@ -130,6 +171,26 @@ def test_another_input_does_not_go_on_behind_the_first(tmp_path: Path, replaced:
         output.write(VECTORS)
         output.finish()
     assert np.array_equal(np.load(path), VECTORS)
+
+
+def test_a_run_that_begins_as_another_ends_leaves_its_file_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "out.npy"
+
+    def meanwhile(file: Any) -> bool:
+        """The other one gives the file its name between this one's opening and its lock."""
+        monkeypatch.setattr(output_module, "try_lock", try_lock)
+        partial_path(path).replace(path)
+        state_path(path).unlink()
+        return try_lock(file)
+
+    break_off(path, job("float32"), VECTORS)
+    content = partial_path(path).read_bytes()
+    monkeypatch.setattr(output_module, "try_lock", meanwhile)
+    with pytest.raises(InvalidRequest, match="another run is writing"), opened(path, ROWS, job("float32"), True):
+        pass
+    assert path.read_bytes() == content
 
 
 def test_two_runs_do_not_write_one_file(tmp_path: Path) -> None:
@@ -283,6 +344,7 @@ def test_numbers_begin_where_their_type_may(rows: int, dim: int) -> None:
         (b"[1]", "line 2: a list given"),
         (b'{"body": "a"}', r"line 2: no field 'text'; it has 'body'\. Name one: --field"),
         (b'{"text": 3}', "line 2: 'text' is a int"),
+        (b'{"text": "a", "text": "b"}', "line 2: the field 'text' is there twice; name each once"),
         (b'{"text": " "}', "line 2: the text is blank"),
         (b'{"text": "\xff"}', "line 2: not UTF-8"),
         (b'{"text": "\\ud800"}', "line 2: .* half a surrogate pair"),

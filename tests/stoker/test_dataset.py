@@ -111,6 +111,25 @@ def test_a_wrong_line_is_named_by_its_number(line: bytes, why: str) -> None:
     assert why in str(error.value)
 
 
+def test_to_find_which_field_is_there_twice_each_name_is_looked_at_a_few_times() -> None:
+    """Each with each takes hours for one line of a few megabytes, and the thread of a worker or of the gateway."""
+    compared = 0
+
+    class Name(str):
+        __slots__ = ()
+        __hash__ = str.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            nonlocal compared
+            compared += 1
+            return str(self) == str(other)
+
+    names = [Name(f"field-{number}") for number in range(1000)]
+    with pytest.raises(lines.RepeatedField, match="the field 'field-999' is there twice"):
+        lines.unrepeated([(name, 0) for name in (*names, Name("field-999"))])
+    assert compared < 100 * len(names)
+
+
 def test_a_line_that_is_nested_too_deeply_is_named() -> None:
     with pytest.raises(DatasetError, match="line 1"):
         list(iterate_lines([b"[" * 200_000], "x"))

@@ -93,6 +93,7 @@ WRONG = {
     '{"prompt": 3}': ("InvalidRequest", "prompt: "),
     '{"prompt": "a", "max_tokens": -1}': ("InvalidRequest", "max_tokens: "),
     '{"prompt": "a", "max_token": 3}': ("InvalidRequest", "did you mean max_tokens?"),
+    '{"prompt": "a", "prompt": "b"}': ("DatasetError", "the field 'prompt' is there twice; name each once"),
     '{"id": 1}': ("InvalidRequest", "no prompt given"),
     '{"id": [1], "prompt": "a"}': ("InvalidRequest", "id: [1] given; expected a text or a whole number"),
     '{"id": true, "prompt": "a"}': ("InvalidRequest", "id: True given; expected a text or a whole number"),

@@ -186,6 +186,23 @@ def test_a_secret_of_odd_characters_is_taken_out_though_lines_show_those_otherwi
     assert "it is *** so" in out.getvalue()
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("TOKENIZERS_PARALLELISM", "0"), ("TOKENIZERS_PARALLELISM", "False"), ("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1"),
+        ("MAX_TOKENS", "64"), ("max_tokens", " 64\n"),
+    ],
+)  # fmt: skip
+def test_a_switch_or_a_number_of_tokens_in_the_environment_is_no_secret(name: str, value: str) -> None:
+    said = "False at 127.0.0.1: waited 0.5 s, took 1 s, 64 tokens"
+    assert Redactor(secrets_of(Settings(), {name: value}))(said) == said
+
+
+def test_a_password_of_the_environment_that_is_a_number_is_a_secret() -> None:
+    environment = {"REDIS_PASSWORD": "4711", "HF_TOKEN": "12345678901234567890"}
+    assert Redactor(secrets_of(Settings(), environment))("4711 and 12345678901234567890") == "*** and ***"
+
+
 def test_a_short_password_is_taken_out_where_it_is_a_word() -> None:
     redact = Redactor(["redis"])
     assert redact("AUTH redis failed for redis_7 of redisearch") == "AUTH *** failed for redis_7 of redisearch"

@@ -55,7 +55,19 @@ def test_versions_serve_as_they_come_except_where_one_is_chosen(broker_client: A
     assert found.versions[3]["rank"] == 8
     assert registry.names(broker_client.smembers(keys.adapters("m"))) == ["style"]
     add(broker_client, 2)
+    change(broker_client, "promote", 2)
     assert entry(broker_client).history == (1,), "said again, nothing changes"
+
+
+@pytest.mark.parametrize(("verb", "left"), [("rollback", 1), ("deactivate", None)])
+def test_a_version_that_is_registered_again_takes_back_no_choice_of_a_person(
+    broker_client: Any, verb: registry.Verb, left: int | None
+) -> None:
+    add(broker_client, 1)
+    add(broker_client, 2)
+    change(broker_client, verb)
+    add(broker_client, 2)
+    assert entry(broker_client).serving == left
 
 
 def test_promote_and_rollback_go_forth_and_back(broker_client: Any) -> None:

@@ -77,6 +77,33 @@ def test_the_mark_of_a_cancel_is_found_without_a_nudge(runtime: Runtime, redis: 
     assert other.stop is None
 
 
+def test_the_mark_of_a_cancel_is_found_while_nudges_of_other_jobs_come_without_a_pause(
+    runtime: Runtime, redis: Any
+) -> None:
+    now, one = [100.0], ticket("one")
+    watch = CancelWatch(runtime, lambda: now[0])
+    with runtime.running("1", one):
+        # Its own nudge came before the job ran here.
+        redis.set(keys.cancel("one"), "1", ex=60)
+        watch.hear({"data": b"another"})
+        assert one.stop is None
+        now[0] += cancelling.SWEEP_EVERY
+        watch.hear({"data": b"another"})
+        assert isinstance(one.stop, JobCancelled)
+
+
+def test_the_marks_are_looked_at_once_a_second_and_not_with_each_nudge(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, looks = [100.0], list[float]()
+    monkeypatch.setattr(runtime, "cancel_if_asked", lambda: looks.append(now[0]))
+    watch = CancelWatch(runtime, lambda: now[0])
+    for _ in range(5):
+        now[0] += cancelling.SWEEP_EVERY / 2
+        watch.hear({"data": b"another"})
+    assert looks == [100.0 + cancelling.SWEEP_EVERY, 100.0 + 2 * cancelling.SWEEP_EVERY]
+
+
 def test_without_running_jobs_the_broker_is_not_asked(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "redis", SimpleNamespace(close=lambda: None))
     CancelWatch(runtime).hear(None)

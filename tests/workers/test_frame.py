@@ -17,7 +17,7 @@ from celery.exceptions import Ignore, Reject
 from kombu.exceptions import OperationalError
 from kombu.utils.imports import symbol_by_name
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import NoPermissionError, ReadOnlyError
+from redis.exceptions import NoPermissionError, OutOfMemoryError, ReadOnlyError
 
 import tasks.adapters
 import tasks.embed
@@ -397,6 +397,53 @@ def test_a_job_of_which_another_worker_has_more_goes_there_once_and_as_if_it_had
     assert (claim.state, claim.resumed, claim.attempt) == ("run", False, 1)
 
 
+def test_an_input_that_is_loaded_again_and_again_lies_here_once(worker: Worker) -> None:
+    """A broker that is full lets an input be read, and refuses what comes behind it, for minutes."""
+    here, most, tries = list[int](), list[int](), iter(range(4))
+
+    class Large(Handler):
+        def load_input(self, job: Job, request: GenerateRequest) -> list[StreamToken]:
+            number = next(tries)
+            here.append(number)
+            job.resources.callback(here.remove, number)
+            most.append(len(here))
+            if number < 3:
+                raise OutOfMemoryError("OOM command not allowed")
+            return []
+
+    assert worker.deliver(lambda: len(here), handler=Large())["completion_tokens"] == 1, (
+        "it is there while the job runs"
+    )
+    assert most == [1, 1, 1, 1]
+    assert not here
+
+
+def test_what_a_job_has_published_is_in_the_broker_before_it_goes_back(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its next owner goes on behind it."""
+    owners: list[tuple[str, Any]] = []
+
+    def flush(job_id: str) -> None:
+        owners.append((job_id, worker.redis.hget(keys.job("job"), Field.TOKEN)))
+
+    monkeypatch.setattr(worker.publisher, "flush", flush)
+    with pytest.raises(Reject):
+        worker.deliver(raising(WorkerUnavailable("stopping")))
+    assert owners == [("job", b"token-1")]
+
+
+@pytest.mark.parametrize("error", [JobFailed("the key is wrong"), WorkerUnavailable("the broker is away")])
+def test_a_job_goes_back_though_what_it_has_published_is_not_taken(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr(worker.publisher, "flush", lambda job_id: raising(error)())
+    with pytest.raises(Reject) as back:
+        worker.deliver(raising(WorkerUnavailable("stopping")))
+    assert back.value.requeue
+    assert worker.redis.hget(keys.job("job"), Field.TOKEN) is None
+
+
 def test_a_job_that_does_not_fit_goes_back_to_its_queue_and_its_lane_takes_no_other(worker: Worker) -> None:
     """Before its message goes back: this worker would take it again."""
     worker.context.lanes.configure({"generate": 4}, {"generate": [QUEUE]})
@@ -585,6 +632,34 @@ def test_a_deadline_counts_from_the_moment_when_the_job_was_sent(worker: Worker)
     assert left == [pytest.approx(40, abs=10)]
 
 
+def slow_input(monkeypatch: pytest.MonkeyPatch, took: float) -> Handler:
+    """Its input takes so many seconds: it may be of hundreds of megabytes, or the broker away meanwhile."""
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr("workers.job.time", SimpleNamespace(monotonic=lambda: clock.now))
+
+    class Slow(Handler):
+        def load_input(self, job: Job, request: GenerateRequest) -> list[StreamToken]:
+            clock.now += took
+            return []
+
+    return Slow()
+
+
+def test_what_the_input_of_a_job_takes_counts_for_its_deadline(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    send_with_deadline(worker, 60)
+    worker.deliver(lambda: 1, "late", slow_input(monkeypatch, took=30))
+    (ticket,) = worker.engine.tickets
+    assert ticket.deadline is not None
+    assert ticket.deadline - ticket.submitted == pytest.approx(10, abs=9)
+
+
+def test_a_job_whose_input_came_past_its_deadline_does_not_run(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    send_with_deadline(worker, 60)
+    with pytest.raises(DeadlineExceeded, match=r"it waited 10\d\.\d s, past its deadline of 100 s"):
+        worker.deliver(lambda: 1, "late", slow_input(monkeypatch, took=41))
+    assert not worker.engine.tickets
+
+
 def test_a_job_that_waited_past_its_deadline_does_not_run(worker: Worker) -> None:
     send_with_deadline(worker, 100)
     with pytest.raises(DeadlineExceeded, match="past its deadline of 100 s"):
@@ -637,6 +712,17 @@ def test_a_stream_that_the_broker_did_not_take_fails_its_job(worker: Worker, mon
     assert worker.outcome is not None
     with pytest.raises(JobFailed, match="stoker:stream:job"):
         worker.outcome.unwrap("job")
+
+
+@pytest.mark.parametrize("end", [lambda: 1, raising(JobFailed("x")), raising(ValueError("a defect"))])
+def test_a_job_leaves_the_publisher_when_it_has_ended(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch, end: Callable[[], int]
+) -> None:
+    left: list[tuple[str, bool]] = []
+    monkeypatch.setattr(worker.publisher, "leave", lambda job_id: left.append((job_id, worker.outcome is not None)))
+    with suppress(JobFailed):
+        worker.deliver(end)
+    assert left == [("job", True)]
 
 
 def spoil(redis: Any, key: str) -> None:

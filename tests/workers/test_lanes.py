@@ -205,6 +205,26 @@ def test_a_lane_whose_jobs_did_not_fit_into_memory_holds_half_as_many_for_a_whil
     assert lanes.load() == {"generate": (1, 3), "train": (0, 1)}
 
 
+def test_lanes_that_run_out_of_memory_together_all_hold_half_as_many_and_grow_again_each_in_its_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The jobs of one that is left as it is would use up their tries within a second."""
+    lanes, _ = make()
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(time, "monotonic", lambda: clock.now)
+    lanes.configure({"generate": 8, "embed": 4}, {"generate": ["g"], "embed": ["e"]})
+    lanes.shrink("generate")
+    clock.now += capacity.SHRINK_AFTER / 2
+    lanes.shrink("embed")
+    assert lanes.load() == {"generate": (0, 4), "embed": (0, 2)}
+    clock.now += capacity.GROW_AFTER - 0.5
+    lanes.grow()
+    assert lanes.load() == {"generate": (0, 8), "embed": (0, 2)}
+    clock.now += 0.5
+    lanes.grow()
+    assert lanes.load() == {"generate": (0, 8), "embed": (0, 4)}
+
+
 def test_a_lane_whose_next_job_does_not_fit_holds_no_more_until_one_of_the_others_has_ended() -> None:
     lanes, consumer = make()
     lanes.configure({"train": 3}, {"train": ["q"]})

@@ -104,6 +104,16 @@ def test_a_report_has_how_things_stand_and_expires(measuring: Measuring, broker:
     assert values["stoker_lease_renewals_total", ("ok",)] == values["stoker_lease_renewals_total", ("failed",)] == 1
 
 
+def test_of_a_model_that_has_left_only_what_was_counted_stays(measuring: Measuring, runtime: Any) -> None:
+    measuring.gather()
+    runtime.engine.loads = {"other": GenerationLoad(1, 70, 0, 0, 0, 0, 0, 8)}
+    runtime.engine.adapters = {"other": ()}
+    found = {name: {sample.labels for sample in each} for name, each in measuring.gather().samples.items()}
+    gauges = ("stoker_kv_cache_bytes", "stoker_kv_cache_limit_bytes", "stoker_kv_bits", "stoker_adapters_held")
+    assert [found[name] for name in gauges] == [{("other",)}] * 4
+    assert found["stoker_preemptions_total"] == {("base",), ("other",)}
+
+
 def test_a_worker_keeps_the_time_of_its_start(measuring: Measuring) -> None:
     """An alert counts its changes."""
     started = []

@@ -15,6 +15,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 
 from stoker.broker import keys, ledger
 from stoker.broker.connection import connect
+from stoker.client.model_choice import parse_cards
 from stoker.client.submission import job_record
 from stoker.contract import GenerateRequest, ModelCard, Presence, TrainRequest, encode
 from stoker.contract.control import ModelCommand, ModelReport
@@ -32,7 +33,7 @@ from workers.services.presence import Heart
 
 KINDS = (GENERATE.name, TRAIN.name, ADAPTERS.name)
 #: Megabytes of each model here; those of the worker may have 1000 together.
-SIZES = {"a": 400, "b": 400, "c": 400, "huge": 1200, "damaged": 400, "remote": 10, "lazy": 400, "late": 400}
+SIZES = {"a": 400, "b": 400, "c": 400, "huge": 1200, "damaged": 400, "remote": 10, "lazy": 400, "late": 400, "odd": 10}
 LIMIT = 1000
 
 
@@ -495,6 +496,33 @@ def test_a_model_on_demand_that_is_not_there_is_refused_until_it_is(make: Callab
     worker.clock.now += REFUSED_FOR
     worker.demand.round()
     assert [each.model for each in worker.keeper.residency.offers] == ["late"]
+
+
+def test_a_worker_is_seen_though_the_folder_of_a_model_has_a_name_that_is_no_unicode(
+    make: Callable[..., Worker],
+) -> None:
+    """As Python has it: each byte of a path that is no UTF-8 is half a surrogate pair."""
+    worker = make(on_demand=("odd=/\udcff",))
+    worker.engine.headers["odd"] = ModelError("/\udcff: no such file or folder")
+    worker.redis.delete(keys.worker(worker.runtime.name))
+    worker.demand.round()
+    worker.heart.beat()
+    assert worker.states()["odd"] == "refused"
+    answer = ask(worker, "load", "odd")
+    assert (answer.phase, answer.message) == ("failed", "/\\udcff: no such file or folder")
+
+
+def test_jobs_of_a_model_whose_damaged_folder_has_a_name_that_is_no_unicode_end_with_its_error(
+    make: Callable[..., Worker],
+) -> None:
+    worker = make(on_demand=("odd=/\udcff",))
+    worker.engine.files["odd"] = ModelError("/\udcff: a tensor is missing")
+    worker.demand.round()
+    job = worker.let_wait("odd")
+    worker.demand.round()
+    assert worker.ending(job) == ("ModelError", "/\udcff: a tensor is missing")
+    cards = parse_cards(worker.redis.hgetall(keys.MODELS))
+    assert cards["odd"].gone == "/\\udcff: a tensor is missing"
 
 
 def test_jobs_of_a_model_on_demand_wait_when_it_is_unloaded(lazy: Worker) -> None:

@@ -190,6 +190,31 @@ def test_a_job_that_goes_on_behind_a_stream_that_is_gone_publishes_all_the_same(
     assert indices(redis, "b") == list(range(recent.ENTRIES + 2))
 
 
+def test_of_a_job_that_has_left_nothing_is_kept(redis: Any, make: Callable[..., Publisher]) -> None:
+    """What is kept goes with the jobs: with alternatives it was gigabytes after some hundred streams."""
+    publisher = make()
+    publisher.publish([*entries("a", 3), *entries("b", 3)])
+    publisher.leave("a")
+    publisher.flush("a")
+    for job_id in "ab":
+        lose(redis, job_id, 0)
+    publisher.publish([*entries("a", 2, start=3), *entries("b", 2, start=3)])
+    publisher.flush("b")
+    assert indices(redis, "b") == list(range(5)), "it goes on here"
+    assert indices(redis, "a") == [3, 4]
+
+
+def test_a_job_leaves_without_a_wait_for_a_broker_that_is_away(
+    make: Callable[..., Publisher], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publishing, "BACKLOG", 1)
+    publisher = make(begin=False)
+    publisher.publish(entries("a", 1))
+    publisher.leave("a")
+    publisher.start()
+    publisher.flush("a")
+
+
 def test_of_each_stream_a_bounded_number_of_entries_is_kept() -> None:
     kept = Recent()
     kept.took(entries("a", recent.ENTRIES + 5))
@@ -371,6 +396,22 @@ def test_a_stream_of_the_wrong_type_fails_its_own_job_and_no_other(
     with pytest.raises(JobFailed, match=f"{keys.stream('bad')}.*WRONGTYPE"):
         publisher.flush("bad")
     assert [job_id for job_id, _ in refused] == ["bad"], "reported once"
+
+
+def test_why_a_job_was_refused_is_forgotten_when_it_has_left(
+    redis: Any, reporting: Callable[[Any], Publisher], refused: list[tuple[str, str]]
+) -> None:
+    """An error holds on to all that its job had in memory."""
+    redis.set(keys.stream("bad"), "x", ex=60)
+    publisher = reporting(redis)
+    publisher.publish(entries("bad", 1))
+    with pytest.raises(JobFailed):
+        publisher.flush("bad")
+    publisher.leave("bad")
+    publisher.publish(entries("a", 1))
+    publisher.flush("a")
+    publisher.flush("bad")
+    assert [job_id for job_id, _ in refused] == ["bad"]
 
 
 def test_a_job_of_the_same_id_may_run_again(redis: Any, reporting: Callable[[Any], Publisher]) -> None:

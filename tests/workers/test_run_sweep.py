@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import time
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from stoker.broker import keys
 from stoker.broker.connection import connect
@@ -67,6 +69,26 @@ def test_a_round_sweeps_by_the_clock_of_this_machine_and_says_what_went(
         "job cancelled: its checkpoints were deleted from the store; the run has ended"
     ]
     assert [path.name for path in (tmp_path / "store/.runs").iterdir()] == ["beginning"]
+
+
+def test_a_folder_that_cannot_be_looked_at_keeps_no_other_from_being_swept(
+    broker: Settings, redis: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = broker.model_copy(update={"artifacts": f"file://{tmp_path}/store"})
+    for job_id in ("a", "closed", "z"):
+        folder = Artifacts(settings, redis).folder(f".runs/{job_id}")
+        assert folder is not None
+        folder.put("part", b"x")
+    ls = LocalFileSystem.ls
+
+    def refusing(self: Any, path: str, **options: Any) -> Any:
+        if path.endswith("/closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return ls(self, path, **options)
+
+    monkeypatch.setattr(LocalFileSystem, "ls", refusing)
+    assert sorted(sweep(settings, redis, time.time() + keys.DEAD_TTL + 60)) == ["a", "z"]
+    assert "job closed: whether its checkpoints are needed cannot be seen" in caplog.text
 
 
 def test_without_a_store_of_its_own_there_is_nothing_to_sweep(broker: Settings, redis: Any) -> None:

@@ -124,6 +124,26 @@ def test_a_command_that_the_broker_forbids_or_cannot_take_now_is_no_fault_of_the
     assert is_the_brokers(error) is the_brokers
 
 
+@pytest.mark.parametrize(
+    "refusal", [Spoiled("the key x is a list"), NoPermissionError("NOPERM"), RedisConnectionError("away")]
+)
+@pytest.mark.parametrize("end", [errors.WorkerUnavailable("the worker stops"), Spoiled("the key y is a list")])
+def test_the_message_of_a_job_whose_way_back_or_end_the_broker_refuses_stays(
+    end: Exception, refusal: Exception
+) -> None:
+    """Celery acknowledges a message behind any other error, and nobody looks for a job that a living worker owns."""
+
+    def refused(*_: object) -> None:
+        raise refusal
+
+    lease = SimpleNamespace(release=refused, give_up=refused)
+    runtime = SimpleNamespace(publisher=SimpleNamespace(flush=lambda job_id: None))
+    delivery: Any = SimpleNamespace(id="job", lease=lease, runtime=runtime)
+    with pytest.raises(Reject) as raised, answering_celery(delivery):
+        raise end
+    assert raised.value.requeue
+
+
 def test_a_message_stays_where_what_jobs_share_was_spoiled_twice() -> None:
     given: list[str] = []
 

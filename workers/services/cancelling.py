@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import Any
 
 from stoker.broker import keys
@@ -13,8 +15,10 @@ SWEEP_EVERY = 1.0
 
 
 class CancelWatch:
-    def __init__(self, runtime: Runtime) -> None:
-        self._runtime = runtime
+    def __init__(self, runtime: Runtime, clock: Callable[[], float] = time.monotonic) -> None:
+        self._runtime, self._clock = runtime, clock
+        #: When the marks were looked at last, by the clock.
+        self._looked = clock()
         self._thread = Background("cancels", self._listen, stopped=runtime.stopped, every=SWEEP_EVERY)
 
     def start(self) -> None:
@@ -28,9 +32,10 @@ class CancelWatch:
                 self.hear(pubsub.get_message(timeout=SWEEP_EVERY))
 
     def hear(self, message: Any) -> None:
-        """A nudge names a job; after a second without one the marks are looked at."""
-        if message is None:
-            self._runtime.cancel_if_asked()
-        else:
+        """A nudge names a job; after a second the marks are looked at, also where other nudges came all the time."""
+        if message is not None:
             # Bytes that are no text name no job.
             self._runtime.cancel(message["data"].decode(errors="replace"))
+        if message is None or self._clock() - self._looked >= SWEEP_EVERY:
+            self._looked = self._clock()
+            self._runtime.cancel_if_asked()

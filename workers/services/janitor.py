@@ -11,7 +11,7 @@ import logging
 from pydantic import ValidationError
 from redis.exceptions import ResponseError
 
-from stoker.broker import keys, ledger
+from stoker.broker import keys, ledger, letters
 from stoker.broker.connection import passes
 from stoker.contract import CONTRACT, ModelCard
 from workers import clock
@@ -20,6 +20,12 @@ from workers.services.orphans import Orphans
 from workers.services.runtime import Runtime
 
 log = logging.getLogger(__name__)
+
+#: Seconds between two looks of a worker at how old the dead letters are, of which each has what was asked.
+LETTERS_EVERY = 3600.0
+
+#: KEYS: the dead letters. ARGV: an id, the letter that is to go. The job may have died again meanwhile.
+_LET_GO = "if redis.call('HGET', KEYS[1], ARGV[1]) == ARGV[2] then return redis.call('HDEL', KEYS[1], ARGV[1]) end"
 
 #: Keys that say who does something now. Both expire: a value that does not is nobody's, and would stop it for ever.
 TURNS = (keys.JANITOR, f"{keys.PREFIX}unacked_mutex")
@@ -30,6 +36,8 @@ class Janitor:
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime, self._orphans = runtime, Orphans(runtime)
+        #: When this worker looked at the letters last, by the broker's clock.
+        self._looked = 0.0
 
     def round(self) -> None:
         """Look at every queue of every known model, if nobody else has just done it."""
@@ -37,7 +45,7 @@ class Janitor:
         self._free_turns()
         if not redis.set(keys.JANITOR, self._runtime.name, nx=True, ex=every):
             return
-        warn_of(redis.info("memory"))
+        self._look_at_memory()
         clock.hold_lost(redis)
         if redis.ttl(keys.DEAD) == -1:
             # Its first letter is of another program, which gave it no end.
@@ -45,7 +53,32 @@ class Janitor:
         for card in self._cards():
             for kind in card.kinds:
                 self._recover(keys.queue(card.model, kind), every)
-            self._orphans.sweep(card)
+            self._sweep(card)
+        self._let_old_letters_go(clock.now(redis))
+
+    def _let_old_letters_go(self, now: float) -> None:
+        """The table lives for as long as letters come; what the retry of an old one needs is gone by then."""
+        if now - self._looked < LETTERS_EVERY:
+            return
+        self._looked = now
+        redis = self._runtime.redis
+        for name in redis.hkeys(keys.DEAD):
+            raw = redis.hget(keys.DEAD, name)
+            written = letters.written(letters.read(raw)) if raw is not None else None
+            if written is not None and written < now - keys.DEAD_TTL and redis.eval(_LET_GO, 1, keys.DEAD, name, raw):
+                log.info("the dead letter %s was deleted: it is older than 30 days", name.decode(errors="replace"))
+
+    def _look_at_memory(self) -> None:
+        """A user, or a host, that does not let a worker ask for it must not keep lost messages from being found."""
+        try:
+            memory = self._runtime.redis.info("memory")
+        except ResponseError as error:
+            if passes(error):
+                raise
+            # This worker has said so at its start.
+            log.debug("the broker's memory is unknown: %s", error)
+            return
+        warn_of(memory)
 
     def _free_turns(self) -> None:
         for key in TURNS:
@@ -77,3 +110,12 @@ class Janitor:
             return
         for job_id in lost:
             log.warning("job %s: its message was lost; it waits again", job_id)
+
+    def _sweep(self, card: ModelCard) -> None:
+        """As with a queue."""
+        try:
+            self._orphans.sweep(card)
+        except ResponseError as error:
+            if passes(error):
+                raise
+            log.error("jobs of %s, which nobody holds any more, cannot be ended: %s", card.model, error)

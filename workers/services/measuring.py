@@ -114,7 +114,8 @@ class Measuring:
         for kind, (held, limit) in self._lanes.load().items():
             numbers.of(metrics.LANE_JOBS, kind).set(held)
             numbers.of(metrics.LANE_LIMIT, kind).set(limit)
-        for model, load in engine.loads.items():
+        loads = engine.loads
+        for model, load in loads.items():
             numbers.of(metrics.KV_CACHE, model).set(load.kv_bytes)
             numbers.of(metrics.KV_LIMIT, model).set(load.kv_limit)
             numbers.of(metrics.KV_BITS, model).set(load.kv_bits)
@@ -123,8 +124,13 @@ class Measuring:
             numbers.of(metrics.PREFIX_DISK_HITS, model).set(load.disk_hits)
             numbers.of(metrics.DRAFTED_TOKENS, model).set(load.drafted)
             numbers.of(metrics.ACCEPTED_TOKENS, model).set(load.accepted)
-        for model, names in engine.adapters.items():
+        adapters = engine.adapters
+        for model, names in adapters.items():
             numbers.of(metrics.ADAPTERS, model).set(len(names))
+        # A model that has left takes nothing any more; what was counted of it stays.
+        for metric in (metrics.KV_CACHE, metrics.KV_LIMIT, metrics.KV_BITS):
+            numbers.keep(metric, loads)
+        numbers.keep(metrics.ADAPTERS, adapters)
         numbers.of(metrics.LEASE_RENEWALS, "ok").set(self._health.renewals)
         numbers.of(metrics.LEASE_RENEWALS, "failed").set(self._health.failures)
         numbers.of(metrics.PREFIX_DISK).set(engine.prefix_bytes)

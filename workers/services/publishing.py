@@ -7,6 +7,8 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -35,6 +37,35 @@ RENEW_EVERY = 64
 BATCH = 512
 #: What a step made, and when (monotonic seconds).
 Queued: TypeAlias = tuple[float, list["Entry"]]
+
+
+@dataclass(frozen=True)
+class _Left:
+    """The job has ended here, or gone elsewhere."""
+
+    job_id: str
+
+
+@dataclass
+class _Batch:
+    """Everything that was queued. `waiters`: who wants to know when it is sent. `last`: nothing comes behind it."""
+
+    steps: list[Queued] = field(default_factory=list)
+    waiters: list[threading.Event] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+    last: bool = False
+
+    def add(self, item: Queued | threading.Event | _Left | None) -> None:
+        if item is None:
+            self.last = True
+        elif isinstance(item, threading.Event):
+            self.waiters.append(item)
+        elif isinstance(item, _Left):
+            self.left.append(item.job_id)
+        else:
+            self.steps.append(item)
+
+
 #: How the script answers for a stream that has lost entries.
 GAP = "GAP"
 _PUBLISH = Path(__file__).with_name("publish.lua").read_text("utf-8")
@@ -53,11 +84,11 @@ class Publisher:
         self._redis, self._refused = redis, refused
         #: How long entries wait here, one observation a step.
         self._lag = lag or Series(PUBLISH_LAG.buckets)
-        self._queue: queue.Queue[Queued | threading.Event | None] = queue.Queue(BACKLOG)
+        self._queue: queue.Queue[Queued | threading.Event | _Left | None] = queue.Queue(BACKLOG)
         #: Entries that are not in the broker yet: without any, nobody has to wait for the thread's turn.
         self._unsent = 0
         self._recent = Recent()
-        #: Jobs whose entries were refused → why. `forget` ends it.
+        #: Jobs whose entries were refused → why. `forget` and `leave` end it.
         self._failed: dict[str, JobFailed] = {}
         self._lock = threading.Lock()
         self._stopping, self._ended = threading.Event(), threading.Event()
@@ -106,42 +137,46 @@ class Publisher:
             raise self._failed[job_id]
 
     def forget(self, job_id: str) -> None:
-        """The job is no longer here."""
+        """The job begins here, perhaps again: what was refused of it before is no failure of this time."""
         self._failed.pop(job_id, None)
 
+    def leave(self, job_id: str) -> None:
+        """The job is no longer here: let go of all that is kept of it, behind what it has published."""
+        if self._unsent or job_id in self._recent or job_id in self._failed:
+            # Without a wait for a broker that is away: what is kept of streams has a bound.
+            with suppress(queue.Full):
+                self._queue.put_nowait(_Left(job_id))
+
     def _round(self) -> None:
-        steps, waiters, last = self._collect()
-        entries = [entry for _, made in steps for entry in made]
+        batch = self._collect()
+        entries = [entry for _, made in batch.steps for entry in made]
         try:
             for start in range(0, len(entries), BATCH):
                 self._send_until_sent(entries[start : start + BATCH])
             now = time.monotonic()
-            for since, _ in steps:
+            for since, _ in batch.steps:
                 self._lag.observe(now - since)
         finally:
             with self._lock:
                 self._unsent -= len(entries)
-            for waiter in waiters:
+            for job_id in batch.left:
+                self._recent.forget(job_id)
+                self._failed.pop(job_id, None)
+            for waiter in batch.waiters:
                 waiter.set()
-            if last:
+            if batch.last:
                 self._ended.set()
 
-    def _collect(self) -> tuple[list[Queued], list[threading.Event], bool]:
-        """Everything that is queued, as one batch."""
-        steps: list[Queued] = []
-        waiters: list[threading.Event] = []
-        item = self._queue.get()
-        while True:
-            if item is None:
-                return steps, waiters, True
-            if isinstance(item, threading.Event):
-                waiters.append(item)
-            else:
-                steps.append(item)
+    def _collect(self) -> _Batch:
+        """Everything that is queued."""
+        batch = _Batch()
+        batch.add(self._queue.get())
+        while not batch.last:
             try:
-                item = self._queue.get_nowait()
+                batch.add(self._queue.get_nowait())
             except queue.Empty:
-                return steps, waiters, False
+                break
+        return batch
 
     def _send_until_sent(self, entries: list[Entry]) -> None:
         """Sending again is safe: Redis refuses an entry id that it has, and readers drop an index that they had."""

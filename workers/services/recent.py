@@ -14,15 +14,22 @@ if TYPE_CHECKING:
 
 #: Entries that are kept of one stream: seconds of a fast one.
 ENTRIES = 256
-#: Streams of which some are kept. Those of jobs that ended go first.
+#: Streams of which some are kept at most. Those that stand still go first.
 STREAMS = 512
 
 
 class Recent:
-    """For one thread."""
+    """For one thread; any other may ask whether something of a job is kept."""
 
     def __init__(self) -> None:
         self._kept: OrderedDict[str, deque[Entry]] = OrderedDict()
+
+    def __contains__(self, job_id: str) -> bool:
+        return job_id in self._kept
+
+    def forget(self, job_id: str) -> None:
+        """The job publishes nothing more: 256 tokens with their alternatives take megabytes."""
+        self._kept.pop(job_id, None)
 
     def took(self, entries: list[Entry]) -> None:
         """The broker has these now."""

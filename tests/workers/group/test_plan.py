@@ -10,11 +10,18 @@ from pathlib import Path
 
 import pytest
 
+from engine.generation.followed import Admission
+from engine.generation.prompt import TokenizedPrompt
+from engine.generation.row import Generation
+from engine.ticket import Ticket
+from stoker.contract import GenerateRequest, GenerateResult
+from stoker.contract.requests import MAX_PROMPT_IDS
 from stoker.errors import ConfigError
 from stoker.settings import load_settings
+from tests.engine import tiny
 from workers.group import meeting
 from workers.group.channel import Channel
-from workers.group.plan import LONGEST, Advance, Beat, Done, Hello, NotOfThePlan, Stop, Word, read, written
+from workers.group.plan import LONGEST, Admit, Advance, Beat, Done, Hello, NotOfThePlan, Stop, Word, read, written
 from workers.group.starting import LOOPBACK, free_ports, place_of, place_of_group
 
 
@@ -47,6 +54,15 @@ def test_a_word_that_nobody_would_read_is_not_written() -> None:
     # Letters that JSON writes as six each.
     with pytest.raises(NotOfThePlan, match=f"{LONGEST} are allowed"):
         written(Advance.model_construct(number=1, run="x" * LONGEST))
+
+
+def test_a_text_of_more_tokens_than_a_client_may_send_as_ids_reaches_the_other_ranks() -> None:
+    request, ids = GenerateRequest(model="long", prompt="a long text"), list(range(MAX_PROMPT_IDS + 1))
+    ticket: Ticket[GenerateResult] = Ticket("one", request.kind)
+    work = Generation(ticket, request, TokenizedPrompt(ids), tiny.tokenizer(8), context=2 * len(ids))
+    word = read(written(Admit(number=1, model="long", admission=Admission.of(1, work))))
+    assert isinstance(word, Admit)
+    assert list(word.admission.prompt) == ids
 
 
 @pytest.fixture
