@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any
@@ -15,13 +16,14 @@ from redis.exceptions import ResponseError
 from stoker.broker import keys, ledger, policy
 from stoker.broker.connection import connect
 from stoker.broker.envelope import envelope
-from stoker.broker.ledger import MAX_CRASHES
+from stoker.broker.ledger import LETTERS_AT_ONCE, MAX_CRASHES
 from stoker.broker.ledger.record import Field
 from stoker.broker.ledger.replies import Claim, Crash, DeadLettered
 from stoker.broker.outcome import JobStatus, Outcome
 from stoker.celery_config import shared_config
 from stoker.contract.kinds import READY, TRAIN
 from stoker.settings import Settings
+from tests.conftest import wait_until
 
 QUEUE = keys.queue("toy", "generate")
 
@@ -437,6 +439,34 @@ def test_a_crash_without_a_word_does_not_have_the_trouble_of_the_one_before(redi
         ("worker-one", "a driver that hangs"),
         ("worker-two", None),
     ]
+
+
+def aged_letter(age: float) -> str:
+    """Of a job whose last owner gave it up so many seconds ago, as `dead_letter` writes it."""
+    history = [{"worker": "w", "time": time.time() - age - 100}, {"worker": "w", "time": time.time() - age}]
+    return json.dumps({"history": history, "kind": "generate", "model": "toy", "request": "{}", "client": "default"})
+
+
+def test_a_dead_letter_is_kept_for_its_time_also_where_others_come_after_it(redis: Any) -> None:
+    kept = {"young": aged_letter(keys.DEAD_TTL - 50), "spoiled": "garbage", "list": '{"history": {"time": 1}}'}
+    kept |= {"none": '{"history": []}', "odd": '{"history": [{"worker": "w", "time": "x"}]}'}
+    redis.hset(keys.DEAD, mapping={"old": aged_letter(keys.DEAD_TTL + 10), **kept})
+    submit(redis)
+    claim(redis, "one")
+    ledger.dead_letter(redis, "job", QUEUE, "one", "worker-one", "its disk is full")
+    assert ledger.forget_letters(redis) == 1
+    assert {name.decode() for name in redis.hkeys(keys.DEAD)} == {*kept, "job"}
+    assert ledger.forget_letters(redis) == 0
+
+
+def test_of_many_dead_letters_some_are_looked_at_in_one_go_and_all_in_time(redis: Any) -> None:
+    assert ledger.forget_letters(redis) == 0
+    many = 2 * LETTERS_AT_ONCE
+    redis.hset(keys.DEAD, mapping={str(number): aged_letter(keys.DEAD_TTL + 10) for number in range(many)})
+    redis.expire(keys.DEAD, keys.DEAD_TTL)
+    assert ledger.forget_letters(redis) == LETTERS_AT_ONCE
+    redis.hset(keys.DEAD, mapping={f"young-{number}": aged_letter(0) for number in range(many)})
+    wait_until(lambda: ledger.forget_letters(redis) >= 0 and redis.hlen(keys.DEAD) == many, "the old ones are gone")
 
 
 def test_all_jobs_of_a_worker_that_died_are_recovered_at_once(redis: Any) -> None:

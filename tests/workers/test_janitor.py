@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -117,6 +118,25 @@ def test_a_queue_that_cannot_be_looked_at_keeps_no_other_from_it(
     assert looks.asked == [keys.queue("m", "train"), keys.queue("m", "embed")]
     assert f"lost messages of {keys.queue('m', 'train')} cannot be looked for" in caplog.text
     assert "job job: its message was lost" in caplog.text
+
+
+def test_dead_letters_that_are_older_than_they_are_kept_go(redis: Any, looks: Ledger) -> None:
+    old = {"history": [{"worker": "w", "time": 1.0}], "kind": "generate", "model": "m", "request": "", "client": "c"}
+    redis.hset(keys.DEAD, mapping={"old": json.dumps(old), "spoiled": "garbage"})
+    say(redis, {"m": card("m", "embed")})
+    worker(redis).round()
+    assert redis.hkeys(keys.DEAD) == [b"spoiled"]
+    assert 0 < redis.ttl(keys.DEAD) <= keys.DEAD_TTL
+
+
+def test_dead_letters_that_cannot_be_looked_at_keep_no_queue_from_it(
+    redis: Any, looks: Ledger, caplog: pytest.LogCaptureFixture
+) -> None:
+    redis.set(keys.DEAD, "garbage", ex=60)
+    say(redis, {"m": card("m", "embed")})
+    worker(redis).round()
+    assert looks.asked == [keys.queue("m", "embed")]
+    assert "old dead letters cannot be looked for" in caplog.text
 
 
 @pytest.mark.parametrize("key", ["stoker:janitor", "stoker:unacked_mutex"])

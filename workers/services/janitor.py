@@ -42,6 +42,7 @@ class Janitor:
         if redis.ttl(keys.DEAD) == -1:
             # Its first letter is of another program, which gave it no end.
             redis.expire(keys.DEAD, keys.DEAD_TTL)
+        self._forget_letters()
         for card in self._cards():
             for kind in card.kinds:
                 self._recover(keys.queue(card.model, kind), every)
@@ -65,6 +66,15 @@ class Janitor:
             if card.contract == CONTRACT:
                 found.append(card)
         return found
+
+    def _forget_letters(self) -> None:
+        """Those that are older than letters are kept."""
+        try:
+            ledger.forget_letters(self._runtime.redis)
+        except ResponseError as error:
+            if passes(error):
+                raise
+            log.error("old dead letters cannot be looked for: %s", error)
 
     def _recover(self, queue: str, older_than: float) -> None:
         """A queue that cannot be looked at must not keep the others from it."""

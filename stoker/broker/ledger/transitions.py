@@ -31,6 +31,7 @@ class Transitions:
     # They look at their owner, and count bytes.
     keep_part: LuaScript
     keep_manifest: LuaScript
+    forget_letters: LuaScript
     # These know nothing of queues.
     allocate: LuaScript
     pin: LuaScript
@@ -53,6 +54,7 @@ _BEHIND = {
     "out_of_memory": _NAMES,
     "keep_part": _OWNED,
     "keep_manifest": _OWNED,
+    "forget_letters": _NAMES,
     "allocate": (),
     "pin": (),
     "keep_vectors": _KEPT,
@@ -67,6 +69,7 @@ _MAKE_ROOM = (
     "recover",
     "release",
     "dead_letter",
+    "forget_letters",
     "fetch_vectors",
     "discard",
 )
