@@ -128,6 +128,7 @@ def test_a_worker_loads_the_functions_and_clients_call_them(
 
 
 def test_a_client_cancels_uploads_retries_and_changes_adapters(broker: Guarded, client: Client, worker: Any) -> None:
+    broker.admin.hset(keys.POLICY, "result_seconds", 60)
     waiting, running = client.generate("x"), client.generate("y")
     waiting.cancel()
     taken = take(worker)

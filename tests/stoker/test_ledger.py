@@ -334,6 +334,23 @@ def test_a_dead_job_that_is_sent_again_stays_in_its_trace_and_goes_on_to_count_i
     assert (again.attempt, again.traceparent, again.tracestate) == (2, "00-1-2-01", "a=b")
 
 
+@pytest.mark.parametrize("kind", ["generate", "train"])
+def test_a_dead_job_that_is_sent_again_streams_none_of_its_old_tokens_and_a_run_its_reports(
+    redis: Any, kind: str
+) -> None:
+    queue, stream = keys.queue("toy", kind), keys.stream("job")
+    sent = {**record(queue=queue), "kind": kind, "message": envelope("job", kind, "toy", queue)}
+    assert ledger.submit(redis, "job", sent).state == "new"
+    ledger.claim(redis, "job", queue, "one", "tag", "worker")
+    redis.xadd(stream, {"entry": "old"}, keys.entry_id(0))
+    redis.expire(stream, 1000)
+    ledger.dead_letter(redis, "job", queue, "one")
+    ledger.complete(redis, "job", queue, "one", ledger.success("job", {}))
+    assert redis.exists(stream), "of a dead job it stays"
+    assert ledger.submit(redis, "job", sent, revive=True).state == "new"
+    assert redis.exists(stream) == (kind == "train")
+
+
 @pytest.mark.parametrize("runs", [False, True])
 def test_the_retry_of_a_dead_job_that_was_sent_anew_changes_nothing(redis: Any, runs: bool) -> None:
     """Found by 20,000 examples of the model: a letter is kept for a month, the record of its job for a day."""
@@ -895,6 +912,28 @@ def test_a_stream_lives_from_its_last_entry_and_no_longer_because_its_job_ends(r
     redis.expire(keys.stream("job"), 100)
     assert complete(redis, "one")
     assert 90 < redis.ttl(keys.stream("job")) <= 100
+
+
+@pytest.mark.parametrize("end", ["complete", "cancel", "refuse", "abandon"])
+def test_no_stream_outlives_its_record_where_results_are_kept_for_less_than_a_day(redis: Any, end: str) -> None:
+    """The id may be that of another job then, whose readers would get these tokens."""
+    policy.decide(redis, "result_seconds", 60)
+    submit(redis)
+    claim(redis, "one")
+    redis.xadd(keys.stream("job"), {"entry": "x"})
+    redis.expire(keys.stream("job"), 1000)
+    if end in ("cancel", "refuse"):
+        ledger.release(redis, "job", QUEUE, "one")
+    ended = ledger.failure("job", ValueError("x"))
+    ways: dict[str, Callable[[], object]] = {
+        "complete": lambda: complete(redis, "one"),
+        "cancel": lambda: ledger.cancel(redis, "job", QUEUE),
+        "refuse": lambda: ledger.refuse(redis, "job", QUEUE, ended),
+        "abandon": lambda: ledger.abandon(redis, "job", QUEUE, "one", ended),
+    }
+    assert ways[end]()
+    assert redis.exists(keys.result("job"))
+    assert 0 < redis.ttl(keys.stream("job")) <= redis.ttl(keys.job("job")) <= 60
 
 
 def test_a_dead_letter_that_is_sent_again_because_its_answer_was_lost_stands_as_it_is(redis: Any) -> None:
