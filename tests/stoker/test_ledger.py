@@ -458,6 +458,43 @@ def test_a_crash_without_a_word_does_not_have_the_trouble_of_the_one_before(redi
     ]
 
 
+@pytest.mark.parametrize("kind", ["dataset", "adapter"])
+def test_a_run_that_takes_longer_than_a_job_may_wait_keeps_its_record_and_its_input(redis: Any, kind: str) -> None:
+    blob = keys.blob(f"{kind}:job:1")
+    ledger.submit(redis, "job", {**record(), "blob": blob}, b"data")
+    take(redis)
+    redis.set(keys.worker("worker"), "alive", ex=keys.PRESENCE_TTL)
+    kept = (keys.job("job"), keys.open_jobs(QUEUE), keys.dispatched(QUEUE), keys.sizes(QUEUE), blob)
+    for key in kept:
+        redis.expire(key, 100)
+    assert ledger.recover(redis, QUEUE, 0) == ()
+    assert max(map(redis.ttl, kept)) <= 100, "one that is young has time yet"
+    long_ago = redis.time()[0] - keys.PENDING_TTL - 10
+    redis.hset(keys.job("job"), Field.SUBMITTED, f"{long_ago}.0")
+    redis.zadd(keys.open_jobs(QUEUE), {"job": long_ago})
+    redis.zadd(keys.dispatched(QUEUE), {"job": long_ago})
+    assert ledger.recover(redis, QUEUE, 0) == ()
+    assert min(map(redis.ttl, kept)) > keys.PENDING_TTL - 100
+    assert list(ledger.open_jobs(redis, [QUEUE])) == ["job"], "it is listed on"
+    redis.delete(keys.worker("worker"))
+    for key in kept:
+        redis.expire(key, 100)
+    assert ledger.recover(redis, QUEUE, 0) == ("job",)
+    assert redis.ttl(keys.job("job")) <= 100, "one that waits has its time"
+
+
+def test_a_run_keeps_no_input_that_is_another_jobs(redis: Any) -> None:
+    other = keys.blob("dataset:other:1")
+    redis.set(other, "data", ex=100)
+    submit(redis)
+    take(redis)
+    redis.set(keys.worker("worker"), "alive", ex=keys.PRESENCE_TTL)
+    redis.hset(keys.job("job"), mapping={Field.BLOB: other, Field.SUBMITTED: "1.0"})
+    redis.zadd(keys.dispatched(QUEUE), {"job": 1.0})
+    assert ledger.recover(redis, QUEUE, 0) == ()
+    assert redis.ttl(other) <= 100
+
+
 def aged_letter(age: float) -> str:
     """Of a job whose last owner gave it up so many seconds ago, as `dead_letter` writes it."""
     history = [{"worker": "w", "time": time.time() - age - 100}, {"worker": "w", "time": time.time() - age}]
