@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from typing import Any
@@ -274,3 +275,32 @@ def test_a_client_lets_go_of_the_connections_of_loops_that_have_ended(server: An
 
     # A loop that has ended cannot close its sockets any more: those that nobody holds are closed as garbage.
     assert [asyncio.run(ask()) for _ in range(3)] == [1, 1, 1]
+
+
+class LoopOfAnotherThread(asyncio.SelectorEventLoop):
+    """Its end is asked for, and meanwhile another thread asks the same and begins with a loop of its own."""
+
+    connections: Connections | None = None
+
+    def is_closed(self) -> bool:
+        connections, self.connections = self.connections, None
+        if connections is not None:
+            other = threading.Thread(target=asyncio.run, args=(current(connections),))
+            other.start()
+            other.join()
+        return super().is_closed()
+
+
+async def current(connections: Connections) -> Any:
+    return connections.current()
+
+
+def test_threads_whose_loops_begin_and_end_at_one_time_share_a_client() -> None:
+    connections, ended = Connections(Settings(url="redis://127.0.0.1:1/0")), LoopOfAnotherThread()
+    ended.run_until_complete(current(connections))
+    ended.close()
+    ended.connections = connections
+    opened = asyncio.run(current(connections))
+    assert vars(ended)["connections"] is None, "the other thread was there"
+    assert list(connections._of_loop.values())[-1] is opened  # noqa: SLF001
+    assert ended not in connections._of_loop  # noqa: SLF001
