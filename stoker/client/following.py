@@ -50,13 +50,18 @@ class Heard(TypedDict):
     data: bytes
 
 
+def checked_timeout(seconds: float | None) -> float | None:
+    """`seconds`; None: no limit. Raises `InvalidRequest` for what is no time."""
+    if seconds is not None and not (isinstance(seconds, int | float) and abs(seconds) <= sys.float_info.max):
+        raise InvalidRequest(f"timeout: {brief(seconds)} given; expected seconds, or None for no limit.")
+    return seconds
+
+
 class TimeLimit:
     """The caller's own time limit: seconds without an entry or a result. None: no limit."""
 
     def __init__(self, job_id: str, seconds: float | None, clock: Clock = time.monotonic) -> None:
-        if seconds is not None and not (isinstance(seconds, int | float) and abs(seconds) <= sys.float_info.max):
-            raise InvalidRequest(f"timeout: {brief(seconds)} given; expected seconds, or None for no limit.")
-        self._job_id, self._seconds, self._clock = job_id, seconds, clock
+        self._job_id, self._seconds, self._clock = job_id, checked_timeout(seconds), clock
         self.restart()
 
     def restart(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,8 @@ def test_there_are_so_many_of_a_model_and_no_more(make: Make, request: pytest.Fi
         ("a", "x", {"adapter": "../x"}, "adapter"),
         ("a", [{"role": 3}], {}, "role"),
         ("a", None, {}, "no prompt given"),
+        ("a", "x", {"timeout": "10"}, "timeout: '10' given"),
+        ("a", "x", {"timeout": math.nan}, "timeout: nan given"),
     ],
 )
 def test_what_can_be_no_prefix_is_refused_before_it_is_stored(
@@ -239,6 +242,7 @@ def test_a_verdict_waits_for_every_worker_that_holds_the_model() -> None:
     assert verdict.heard([one, holding("three", kinds=("embed",))])
     assert verdict.heard([])
     assert Verdict("m", "1", 0.0).heard([one, two]), "a worker of an earlier release says nothing"
+    assert not Verdict("m", "1", None).heard([one, two]), "without a limit"
 
 
 @pytest.mark.parametrize(
