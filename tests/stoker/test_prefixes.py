@@ -102,6 +102,14 @@ def test_a_pin_whose_answer_is_lost_is_pinned(client: Client, workers: Workers) 
 
 
 @pytest.mark.integration
+def test_a_prefix_whose_unpinning_has_no_answer_is_unpinned_and_no_error(client: Client, workers: Workers) -> None:
+    client.prefixes.pin("a", "x", model="m")
+    with one_lost_answer(b"HDEL"):
+        client.prefixes.unpin("a", "m")
+    assert workers.pinned() == {}
+
+
+@pytest.mark.integration
 def test_each_change_is_another_and_unpinning_leaves_the_rest(client: Client, workers: Workers) -> None:
     marks = set()
     for change in (

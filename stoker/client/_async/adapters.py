@@ -80,14 +80,21 @@ class AsyncAdapters:
 
     async def _change(self, verb: Verb, adapter: str, model: str | None, *, version: bool) -> AdapterEntry:
         name, number = registry.wanted(adapter, version=version)
-        entry = await self.get(name, model)
-        if not await self._link.change_adapter(entry.model, verb, name, number):
-            raise registry.explain(await self.get(name, entry.model), verb, number)
+        before = await self.get(name, model)
+        done = await self._link.change_adapter(before.model, verb, name, number)
+        entry = await self._as_it_is(before)
+        # Where the answer was lost it was asked twice, and the second time there was nothing left to do.
+        taken_out = verb == "unload" and number in before.versions and number not in entry.versions
+        if not done and not taken_out:
+            raise registry.explain(entry, verb, number)
+        return entry
+
+    async def _as_it_is(self, before: AdapterEntry) -> AdapterEntry:
         try:
-            return await self.get(name, entry.model)
+            return await self.get(before.name, before.model)
         except UnknownAdapter:
-            # That was its last version.
-            return replace(entry, serving=None, versions={})
+            # Its last version is gone.
+            return replace(before, serving=None, versions={})
 
     async def _model(self, model: str | None) -> str:
         return await self._choose_model(model, ADAPTERS.name)

@@ -274,8 +274,10 @@ class AsyncBrokerLink:
 
     async def unpin_prefix(self, model: str, name: str) -> bool:
         with translated(self._settings):
-            there, _ = await prefixes.unpin(self._redis.pipeline(), model, name).execute()
-        return bool(there)
+            # Asked before: what is sent again, because its answer was lost, finds nothing any more.
+            there = await prefixes.pinned(self._redis, model, name)
+            await prefixes.unpin(self._redis.pipeline(), model, name).execute()
+        return there is not None
 
     async def close(self) -> None:
         await self._connections.aclose()

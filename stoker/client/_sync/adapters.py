@@ -81,14 +81,21 @@ class Adapters:
 
     def _change(self, verb: Verb, adapter: str, model: str | None, *, version: bool) -> AdapterEntry:
         name, number = registry.wanted(adapter, version=version)
-        entry = self.get(name, model)
-        if not self._link.change_adapter(entry.model, verb, name, number):
-            raise registry.explain(self.get(name, entry.model), verb, number)
+        before = self.get(name, model)
+        done = self._link.change_adapter(before.model, verb, name, number)
+        entry = self._as_it_is(before)
+        # Where the answer was lost it was asked twice, and the second time there was nothing left to do.
+        taken_out = verb == "unload" and number in before.versions and number not in entry.versions
+        if not done and not taken_out:
+            raise registry.explain(entry, verb, number)
+        return entry
+
+    def _as_it_is(self, before: AdapterEntry) -> AdapterEntry:
         try:
-            return self.get(name, entry.model)
+            return self.get(before.name, before.model)
         except UnknownAdapter:
-            # That was its last version.
-            return replace(entry, serving=None, versions={})
+            # Its last version is gone.
+            return replace(before, serving=None, versions={})
 
     def _model(self, model: str | None) -> str:
         return self._choose_model(model, ADAPTERS.name)

@@ -273,8 +273,10 @@ class BrokerLink:
 
     def unpin_prefix(self, model: str, name: str) -> bool:
         with translated(self._settings):
-            there, _ = prefixes.unpin(self._redis.pipeline(), model, name).execute()
-        return bool(there)
+            # Asked before: what is sent again, because its answer was lost, finds nothing any more.
+            there = prefixes.pinned(self._redis, model, name)
+            prefixes.unpin(self._redis.pipeline(), model, name).execute()
+        return there is not None
 
     def close(self) -> None:
         self._connections.close()
