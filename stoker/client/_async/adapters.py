@@ -12,6 +12,7 @@ from stoker.broker.registry import AdapterEntry, Verb
 from stoker.client import requests
 from stoker.client._async.jobs import AsyncAdapterJob
 from stoker.client._async.link import AsyncLink
+from stoker.client._async.sending import send
 from stoker.client.asynchronously import Chooser, in_thread
 from stoker.client.options import AdapterOptions, checked_options
 from stoker.contract import bundle
@@ -56,10 +57,10 @@ class AsyncAdapters:
         """
         fields = checked_options(options, AdapterOptions, ("model", "job_id"))
         data = await in_thread(bundle.read_folder, bundle.folder_of(folder), named=True)
-        job_id = requests.checked_job_id(job_id)
-        request = requests.adapter_request(await self._model(model), name, job_id, fields)
-        await self._link.submit(request, job_id, data)
-        return AsyncAdapterJob(self._link, job_id)
+        named = requests.checked_job_id(job_id)
+        request = requests.adapter_request(await self._model(model), name, named, fields)
+        await send(self._link, request, named, data, made=job_id is None)
+        return AsyncAdapterJob(self._link, named)
 
     async def promote(self, adapter: str, model: str | None = None) -> AdapterEntry:
         """Let `name@version` serve every request for `name`."""

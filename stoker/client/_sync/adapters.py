@@ -13,6 +13,7 @@ from stoker.broker.registry import AdapterEntry, Verb
 from stoker.client import requests
 from stoker.client._sync.jobs import AdapterJob
 from stoker.client._sync.link import Link
+from stoker.client._sync.sending import send
 from stoker.client.blocking import Chooser, in_thread
 from stoker.client.options import AdapterOptions, checked_options
 from stoker.contract import bundle
@@ -57,10 +58,10 @@ class Adapters:
         """
         fields = checked_options(options, AdapterOptions, ("model", "job_id"))
         data = in_thread(bundle.read_folder, bundle.folder_of(folder), named=True)
-        job_id = requests.checked_job_id(job_id)
-        request = requests.adapter_request(self._model(model), name, job_id, fields)
-        self._link.submit(request, job_id, data)
-        return AdapterJob(self._link, job_id)
+        named = requests.checked_job_id(job_id)
+        request = requests.adapter_request(self._model(model), name, named, fields)
+        send(self._link, request, named, data, made=job_id is None)
+        return AdapterJob(self._link, named)
 
     def promote(self, adapter: str, model: str | None = None) -> AdapterEntry:
         """Let `name@version` serve every request for `name`."""
