@@ -23,6 +23,7 @@ from stoker.broker.ledger.replies import Submitted
 from stoker.broker.outcome import Outcome, announced, read_vectors, result_as, spoiled
 from stoker.broker.trouble import broker_unavailable
 from stoker.client import following
+from stoker.client.chunks import checked_texts
 from stoker.client.model_choice import Choices, choose_model, is_served, parse_cards, parse_presences
 from stoker.client.requests import embed_request, generate_request, known_kind, read_dataset
 from stoker.client.submission import Submission, job_record
@@ -199,10 +200,12 @@ def test_one_text_in_place_of_a_list_is_refused() -> None:
         embed_request("m", "a text", {})
 
 
-@pytest.mark.parametrize("texts", [None, 3])
+@pytest.mark.parametrize("texts", [None, 3, {"a": "a text"}])
 def test_what_is_no_list_of_texts_is_refused(texts: Any) -> None:
-    with pytest.raises(InvalidRequest, match="texts"):
+    with pytest.raises(InvalidRequest, match=r"texts: a \w+ given; expected a list of texts"):
         embed_request("m", texts, {})
+    with pytest.raises(InvalidRequest, match=r"texts: a \w+ given; expected an iterable of texts"):
+        checked_texts(texts)
 
 
 @pytest.mark.parametrize("dataset", [None, 3])
