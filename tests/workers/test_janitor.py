@@ -139,6 +139,17 @@ def test_dead_letters_that_cannot_be_looked_at_keep_no_queue_from_it(
     assert "old dead letters cannot be looked for" in caplog.text
 
 
+def test_nothing_is_noted_of_vectors_that_expired_however_many_there_are(redis: Any, looks: Ledger) -> None:
+    ids = [f"job-{number}" for number in range(2500)]
+    redis.zadd(keys.VECTORS_UNFETCHED, {**dict.fromkeys(ids, 1.0), "kept": 2**40})
+    redis.hset(keys.VECTORS_SIZES, mapping={**dict.fromkeys(ids, 10), "kept": 10, ":sum": 25010})
+    for key in (keys.VECTORS_UNFETCHED, keys.VECTORS_SIZES):
+        redis.expire(key, 60)
+    worker(redis).round()
+    assert redis.zrange(keys.VECTORS_UNFETCHED, 0, -1) == [b"kept"]
+    assert redis.hgetall(keys.VECTORS_SIZES) == {b"kept": b"10", b":sum": b"10"}
+
+
 @pytest.mark.parametrize("key", ["stoker:janitor", "stoker:unacked_mutex"])
 def test_a_turn_that_never_expires_is_nobodys(redis: Any, looks: Ledger, key: str) -> None:
     redis.hset(key, "a", "b")

@@ -37,6 +37,7 @@ class Transitions:
     pin: LuaScript
     keep_vectors: LuaScript
     fetch_vectors: LuaScript
+    prune_vectors: LuaScript
     discard: LuaScript
 
 
@@ -59,6 +60,7 @@ _BEHIND = {
     "pin": (),
     "keep_vectors": _KEPT,
     "fetch_vectors": _KEPT,
+    "prune_vectors": _KEPT,
     "discard": _KEPT,
 }
 _MAKE_ROOM = (
@@ -71,6 +73,7 @@ _MAKE_ROOM = (
     "dead_letter",
     "forget_letters",
     "fetch_vectors",
+    "prune_vectors",
     "discard",
 )
 
