@@ -580,6 +580,26 @@ def test_who_waits_for_a_job_hears_once_if_no_worker_alive_serves_its_model(
     assert seen == ([f"job {job.id} waits: no worker that is alive can generate with smol."] if model == "smol" else [])
 
 
+def test_a_broker_that_is_away_as_a_reader_asks_for_workers_does_not_end_its_waiting(
+    fake: Callable[[], Client], server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(following, "UNOWNED", 0.0)
+    asked_for: list[object] = []
+
+    def is_away(redis: Any, *question: Any, **more: Any) -> None:
+        """And then the job ends."""
+        asked_for.append(question)
+        result = GenerateResult(text="a", token_ids=(1,), finish_reason="stop", model="m", adapter=None, usage=Usage())
+        server.set(keys.result(job.id), ledger.success(job.id, result.model_dump(mode="json")).text(), ex=60)
+        raise RedisConnectionError("gone")
+
+    with fake() as client:
+        job = client.generate("Once", model="smol")
+        monkeypatch.setattr(type(client.redis), "zrange", is_away)
+        assert job.result(timeout=30).text == "a"
+    assert asked_for
+
+
 def test_a_client_that_waits_for_a_place_looks_again_for_the_last_time_when_its_wait_ends() -> None:
     submission = Submission(Settings(queue_wait=0.5), embed_request("m", ["a"], {}), "job")
     pause = submission.pause(Submitted("full", 1, 1, 60.0))

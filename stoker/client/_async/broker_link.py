@@ -164,14 +164,14 @@ class AsyncBrokerLink:
             if not follower.must_look:
                 return follower.heard(await listener.get_message(timeout=follower.wait()))
             entries = follower.looked(await follower.ask(self._redis.pipeline()).execute())
-        if follower.waits_long():
-            await self._say_who_is_missing(follower.job_id)
+            if follower.waits_long():
+                await self._say_who_is_missing(follower.job_id)
         return entries
 
     async def _say_who_is_missing(self, job_id: str) -> None:
         """Log a warning if no living worker can run the job: silence would look like a hang."""
         job = await listed(job_id).on_async(self._redis)
-        if job is not None and not model_choice.is_served(job.model, job.kind, await self.workers()):
+        if job is not None and not model_choice.is_served(job.model, job.kind, await self._alive()):
             log.warning("job %s waits: no worker that is alive can %s with %s.", job_id, job.kind, job.model)
 
     async def vectors(self, job_id: str, reply: EmbedReply) -> Encoded:
@@ -190,11 +190,12 @@ class AsyncBrokerLink:
 
     async def workers(self) -> list[Presence]:
         with translated(self._settings):
-            # All names of the last day: those that are gone have no presence any more, by the broker's clock.
-            names = await self._redis.zrange(keys.WORKERS, 0, -1)
-            raw = (
-                await self._redis.mget([keys.worker(name.decode(errors="replace")) for name in names]) if names else []
-            )
+            return await self._alive()
+
+    async def _alive(self) -> list[Presence]:
+        # All names of the last day: those that are gone have no presence any more, by the broker's clock.
+        names = await self._redis.zrange(keys.WORKERS, 0, -1)
+        raw = await self._redis.mget([keys.worker(name.decode(errors="replace")) for name in names]) if names else []
         return model_choice.parse_presences(raw)
 
     async def models(self) -> dict[str, ModelCard]:

@@ -165,14 +165,14 @@ class BrokerLink:
             if not follower.must_look:
                 return follower.heard(listener.get_message(timeout=follower.wait()))
             entries = follower.looked(follower.ask(self._redis.pipeline()).execute())
-        if follower.waits_long():
-            self._say_who_is_missing(follower.job_id)
+            if follower.waits_long():
+                self._say_who_is_missing(follower.job_id)
         return entries
 
     def _say_who_is_missing(self, job_id: str) -> None:
         """Log a warning if no living worker can run the job: silence would look like a hang."""
         job = listed(job_id).on(self._redis)
-        if job is not None and not model_choice.is_served(job.model, job.kind, self.workers()):
+        if job is not None and not model_choice.is_served(job.model, job.kind, self._alive()):
             log.warning("job %s waits: no worker that is alive can %s with %s.", job_id, job.kind, job.model)
 
     def vectors(self, job_id: str, reply: EmbedReply) -> Encoded:
@@ -191,9 +191,12 @@ class BrokerLink:
 
     def workers(self) -> list[Presence]:
         with translated(self._settings):
-            # All names of the last day: those that are gone have no presence any more, by the broker's clock.
-            names = self._redis.zrange(keys.WORKERS, 0, -1)
-            raw = self._redis.mget([keys.worker(name.decode(errors="replace")) for name in names]) if names else []
+            return self._alive()
+
+    def _alive(self) -> list[Presence]:
+        # All names of the last day: those that are gone have no presence any more, by the broker's clock.
+        names = self._redis.zrange(keys.WORKERS, 0, -1)
+        raw = self._redis.mget([keys.worker(name.decode(errors="replace")) for name in names]) if names else []
         return model_choice.parse_presences(raw)
 
     def models(self) -> dict[str, ModelCard]:
