@@ -531,6 +531,18 @@ def test_all_jobs_of_a_worker_that_died_are_recovered_at_once(redis: Any) -> Non
     assert sorted(ledger.recover(redis, QUEUE, 0)) == names
 
 
+@pytest.mark.parametrize("said", ["a file \udcff", "\0", "\ud83d\ude00", "e\u0301", "[" * 900 + "]" * 900])
+def test_a_job_that_ended_with_any_text_stays_as_it_ended(redis: Any, said: str) -> None:
+    submit(redis)
+    claim(redis, "one")
+    value = {"deep": json.loads(said)} if said.startswith("[") else {"text": said}
+    assert ledger.complete(redis, "job", QUEUE, "one", ledger.success("job", value))
+    before = redis.get(keys.result("job"))
+    assert ledger.cancel(redis, "job", QUEUE) == "ended"
+    assert claim(redis, "two", "another").state == "ended"
+    assert redis.get(keys.result("job")) == before
+
+
 @pytest.mark.parametrize("status", ["SUCCESS", "FAILURE", "REVOKED"])
 def test_a_delivery_of_a_job_that_has_ended_is_dropped(redis: Any, status: str) -> None:
     submit(redis)
