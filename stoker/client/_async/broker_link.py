@@ -74,12 +74,21 @@ class AsyncBrokerLink:
             # In a thread: the digest of half a gigabyte would hold up an event loop.
             make = partial(Submission, self._settings, request, job_id, data, trace=trace)
             submission = await in_thread(make) if data else make()
-            with translated(self._settings):
-                if submission.in_parts and (await summary(job_id).on_async(self._redis)).kind is None:
-                    for part in submission.uploads(self._redis):
+            if not await self._is_there(submission):
+                with translated(self._settings):
+                    for part in submission.uploads(self._redis) if submission.in_parts else ():
                         await part.execute()
-            await self._send(submission, revive=False)
+                await self._send(submission, revive=False)
         self._sent.remember(job_id, trace)
+
+    async def _is_there(self, submission: Submission) -> bool:
+        """Whether a job whose input goes in parts is known already: nothing of it is sent then."""
+        if not submission.in_parts:
+            return False
+        with translated(self._settings):
+            known = await summary(submission.job_id).on_async(self._redis)
+        submission.check_known(known.ability)
+        return known.kind is not None
 
     async def revive(self, request: Request, job_id: str, client: str | None) -> None:
         await self._send(Submission(self._settings, request, job_id, client=client), revive=True)

@@ -75,12 +75,21 @@ class BrokerLink:
             # In a thread: the digest of half a gigabyte would hold up an event loop.
             make = partial(Submission, self._settings, request, job_id, data, trace=trace)
             submission = in_thread(make) if data else make()
-            with translated(self._settings):
-                if submission.in_parts and (summary(job_id).on(self._redis)).kind is None:
-                    for part in submission.uploads(self._redis):
+            if not self._is_there(submission):
+                with translated(self._settings):
+                    for part in submission.uploads(self._redis) if submission.in_parts else ():
                         part.execute()
-            self._send(submission, revive=False)
+                self._send(submission, revive=False)
         self._sent.remember(job_id, trace)
+
+    def _is_there(self, submission: Submission) -> bool:
+        """Whether a job whose input goes in parts is known already: nothing of it is sent then."""
+        if not submission.in_parts:
+            return False
+        with translated(self._settings):
+            known = summary(submission.job_id).on(self._redis)
+        submission.check_known(known.ability)
+        return known.kind is not None
 
     def revive(self, request: Request, job_id: str, client: str | None) -> None:
         self._send(Submission(self._settings, request, job_id, client=client), revive=True)
