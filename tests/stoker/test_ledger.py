@@ -995,6 +995,29 @@ def test_a_dead_letter_that_is_sent_again_because_its_answer_was_lost_stands_as_
     assert redis.hget(keys.DEAD, "job") == letter
 
 
+def test_a_job_that_runs_again_before_its_letters_writer_could_end_it_is_no_dead_one(redis: Any) -> None:
+    blob = keys.blob("dataset:job:1")
+    ledger.submit(redis, "job", {**record(), "blob": blob}, b"data")
+    claim(redis, "one")
+    ledger.dead_letter(redis, "job", QUEUE, "one", "worker", "the disk is full")
+    assert claim(redis, "two").state == "run"
+    assert not redis.hexists(keys.DEAD, "job")
+    assert complete(redis, "two")
+    assert not redis.exists(blob), "no retry needs it"
+
+
+def test_the_letter_of_a_job_that_crashed_too_many_owners_stays_until_it_has_ended(redis: Any) -> None:
+    policy.decide(redis, "crashes", 1)
+    submit(redis)
+    claim(redis, "one")
+    for token in ("two", "three"):
+        assert claim(redis, token).state == "dead"
+        assert redis.hexists(keys.DEAD, "job") == (token == "three")
+        ledger.dead_letter(redis, "job", QUEUE, token)
+    assert complete(redis, "three")
+    assert redis.hexists(keys.DEAD, "job")
+
+
 def test_an_owner_that_was_fenced_makes_no_dead_letter(redis: Any) -> None:
     submit(redis)
     claim(redis, "one")

@@ -109,7 +109,8 @@ def submit(redis: Any, job_id: str, record: Mapping[str, str], data: bytes = b""
 
 def claim(redis: Any, job_id: str, queue: str, token: str, tag: str, worker: str) -> Claim:
     """Ask to own a job, under `token`, for the message with delivery tag `tag`."""
-    return _call(TRANSITIONS.claim, Claim.parse, job_id, queue, token, tag, worker, MAX_CRASHES).on(redis)
+    arguments = (token, tag, worker, MAX_CRASHES)
+    return _call(TRANSITIONS.claim, Claim.parse, job_id, queue, *arguments, extra=(keys.DEAD,)).on(redis)
 
 
 def release(redis: Any, job_id: str, queue: str, token: str) -> bool:
