@@ -31,7 +31,8 @@ def parse_model(text: str) -> tuple[str, tuple[str, ...]]:
     A source alone gets its name from `derived_name`. Raises `ConfigError`.
     """
     name, separator, source = text.partition("=")
-    if separator and not is_source(name):
+    # A name first: a folder of that name may lie here, as that of the model itself does.
+    if separator and (re.fullmatch(NAME_PATTERN, name) or not is_source(name)):
         _check_name(name)
         if not source:
             raise ConfigError(f"model {text!r}: no source after '='; write {name}=PATH, hf:org/name or package:…")

@@ -98,7 +98,11 @@ class Batches:
 
     async def create(self, record: BatchRecord) -> None:
         name, own, todo = keys.batch(record.id), keys.batches(record.owner), keys.open_batches(record.place)
+        # Not only when they are listed: a program may make batches for years, and list none.
+        old = await self._redis.zrangebyscore(own, "-inf", record.created - keys.BATCH_TTL, 0, STRIDE)
         pipeline = self._redis.pipeline().hset(name, "record", record.model_dump_json()).expire(name, keys.BATCH_TTL)
+        if old:
+            pipeline.zrem(own, *old)
         pipeline.zadd(own, {record.id: record.created}).expire(own, keys.BATCH_TTL)
         await pipeline.zadd(todo, {record.id: record.created}).expire(todo, keys.BATCH_TTL).execute()
 

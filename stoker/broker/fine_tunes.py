@@ -69,6 +69,8 @@ class FineTunes:
         own = keys.fine_tunes(record.owner)
         pipeline = self._redis.pipeline()
         pipeline.set(keys.fine_tune(record.id), record.model_dump_json(), nx=True, ex=keys.FINE_TUNE_TTL)
+        # Not only when they are listed: a program may ask for runs for years, and list none.
+        pipeline.zremrangebyscore(own, "-inf", record.created - keys.FINE_TUNE_TTL)
         await pipeline.zadd(own, {record.id: record.created}, nx=True).expire(own, keys.FINE_TUNES_TTL).execute()
         return await self.find(record.id, record.owner)
 

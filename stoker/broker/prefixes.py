@@ -61,8 +61,13 @@ def pin(pipeline: Any, model: str, name: str, text: str) -> Any:
     return pipeline.hsetnx(key, name, text).hget(key, name).hset(key, CHANGED, uuid.uuid4().hex)
 
 
+def pinned(redis: Any, model: str, name: str) -> Any:
+    """What lies there under this name; None where nothing does. By either client."""
+    return redis.hget(keys.prefixes(model), name)
+
+
 def unpin(pipeline: Any, model: str, name: str) -> Any:
-    """The first reply is 0 for a name that there is not."""
+    """Let go of a name, if there is one."""
     key = keys.prefixes(model)
     return pipeline.hdel(key, name).hset(key, CHANGED, uuid.uuid4().hex)
 

@@ -73,6 +73,8 @@ class StoredFiles:
         where, own = keys.file_contents(record.place), keys.files(record.owner)
         pipeline = self._redis.pipeline()
         pipeline.set(keys.file(record.id), record.model_dump_json(), exat=record.expires)
+        # Not only when they are listed: a program may store files for years, and list none.
+        pipeline.zremrangebyscore(own, "-inf", record.created - keys.FILES_TTL)
         pipeline.zadd(own, {record.id: record.created}).expire(own, keys.FILES_TTL)
         await pipeline.zadd(where, {record.id: record.expires}).expire(where, keys.FILES_TTL).execute()
 

@@ -76,9 +76,11 @@ class Connections:
             await redis.aclose()
 
     def _forget_closed(self) -> None:
-        for loop in [loop for loop in self._of_loop if loop.is_closed()]:
-            del self._of_loop[loop]
-            self._channels.pop(loop, None)
+        # Other threads, with loops of their own, come and go here meanwhile.
+        for loop in list(self._of_loop):
+            if loop.is_closed():
+                self._of_loop.pop(loop, None)
+                self._channels.pop(loop, None)
 
 
 class Joint(Generic[T]):

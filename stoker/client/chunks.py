@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import AsyncIterable, Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -59,7 +59,7 @@ def checked_texts(texts: T) -> T:
     """Raises `InvalidRequest` for what is no iterable of texts."""
     if isinstance(texts, str):
         raise InvalidRequest("texts: one text given; expected many, such as a list or the lines of a file.")
-    if not isinstance(texts, Iterable | AsyncIterable):
+    if isinstance(texts, Mapping) or not isinstance(texts, Iterable | AsyncIterable):
         raise InvalidRequest(f"texts: a {type(texts).__name__} given; expected an iterable of texts.")
     return texts
 

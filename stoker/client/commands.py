@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pydantic import ValidationError
 
 from stoker.catalogue import asked_of_worker, model_name
+from stoker.client.following import checked_timeout
 from stoker.contract.codec import build
 from stoker.contract.control import ModelCommand, ModelReport, ModelVerb
 from stoker.contract.presence import Presence, node_of
@@ -63,7 +64,8 @@ class Waiting:
 
     def __init__(self, command: ModelCommand, worker: str, timeout: float | None) -> None:
         self._command, self._worker = command, worker
-        self._timeout, self._until = timeout, None if timeout is None else time.monotonic() + timeout
+        self._timeout = checked_timeout(timeout)
+        self._until = None if timeout is None else time.monotonic() + timeout
         self._pause = FIRST_LOOK
         self._begun = False
 

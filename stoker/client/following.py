@@ -50,13 +50,18 @@ class Heard(TypedDict):
     data: bytes
 
 
+def checked_timeout(seconds: float | None) -> float | None:
+    """`seconds`; None: no limit. Raises `InvalidRequest` for what is no time."""
+    if seconds is not None and not (isinstance(seconds, int | float) and abs(seconds) <= sys.float_info.max):
+        raise InvalidRequest(f"timeout: {brief(seconds)} given; expected seconds, or None for no limit.")
+    return seconds
+
+
 class TimeLimit:
     """The caller's own time limit: seconds without an entry or a result. None: no limit."""
 
     def __init__(self, job_id: str, seconds: float | None, clock: Clock = time.monotonic) -> None:
-        if seconds is not None and not (isinstance(seconds, int | float) and abs(seconds) <= sys.float_info.max):
-            raise InvalidRequest(f"timeout: {brief(seconds)} given; expected seconds, or None for no limit.")
-        self._job_id, self._seconds, self._clock = job_id, seconds, clock
+        self._job_id, self._seconds, self._clock = job_id, checked_timeout(seconds), clock
         self.restart()
 
     def restart(self) -> None:
@@ -194,7 +199,8 @@ class Follower(Generic[E]):
 
     def replay(self, rows: Rows) -> list[E]:
         """The entries of a page of the stream, from the one that is due. Raises `JobLost` for an entry that no worker
-        wrote: a gap behind it could not be seen."""
+        wrote: a gap behind it could not be seen. And for tokens that the broker has lost: a text without them is
+        another one. A run's reports stand for themselves."""
         try:
             entries = self._parsed(fields[b"entry"] for _, fields in rows)
             if any(keys.entry_id(entry.index).encode() != row for entry, (row, _) in zip(entries, rows, strict=False)):
@@ -205,6 +211,11 @@ class Follower(Generic[E]):
                 "`result()` has the whole, once the job is done."
             ) from None
         due = [entry for entry in entries if entry.index >= self.next]
+        if self._entry is StreamToken and any(entry.index != at for at, entry in enumerate(due, self.next)):
+            raise JobLost(
+                f"job {self.job_id}: the broker has lost tokens of its stream, behind {self.next} that came. "
+                "`result()` has the whole, once the job is done."
+            )
         if due:
             self.next = due[-1].index + 1
         return due

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable
 
+from stoker.client.following import checked_timeout
 from stoker.contract.kinds import GENERATE
 from stoker.contract.presence import REFUSED, PrefixState, Presence
 
@@ -13,12 +15,13 @@ FIRST_LOOK, LONGEST_LOOK = 0.05, 1.0
 
 
 class Verdict:
-    """Of all workers that hold the model. `timeout`: seconds; a worker that has said nothing by then does not count: it
-    is of an earlier release, or busy."""
+    """Of all workers that hold the model. `timeout`: seconds, None: no limit; a worker that has said nothing by then
+    does not count: it is of an earlier release, or busy. Raises `InvalidRequest` for a `timeout` that is no time."""
 
-    def __init__(self, model: str, pin: str, timeout: float) -> None:
+    def __init__(self, model: str, pin: str, timeout: float | None) -> None:
         self._model, self._pin = model, pin
-        self._until, self._pause = time.monotonic() + timeout, FIRST_LOOK
+        seconds = checked_timeout(timeout)
+        self._until, self._pause = time.monotonic() + (math.inf if seconds is None else seconds), FIRST_LOOK
         #: Worker → what it says.
         self.said: dict[str, PrefixState] = {}
 

@@ -64,7 +64,8 @@ def draw_seed() -> int:
 def embed_request(model: str, texts: Sequence[str], fields: Mapping[str, object]) -> EmbedRequest:
     if isinstance(texts, str):
         raise InvalidRequest("texts: one text given; expected a list of texts, such as ['a warm model'].")
-    if not isinstance(texts, Iterable):
+    # Of a mapping the names would be taken for the texts.
+    if isinstance(texts, Mapping) or not isinstance(texts, Iterable):
         raise InvalidRequest(f"texts: a {type(texts).__name__} given; expected a list of texts.")
     return build(EmbedRequest, {"model": model, "texts": tuple(texts), **fields})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
@@ -19,8 +20,11 @@ from redis.exceptions import AuthenticationError, NoPermissionError, ResponseErr
 
 from stoker import Client
 from stoker.broker import keys, ledger, policy, prefixes, registry
-from stoker.broker.connection import connect
+from stoker.broker.batches import Batches, BatchRecord, Lease
+from stoker.broker.connection import connect, connect_async
+from stoker.broker.fine_tunes import FineTune, FineTunes
 from stoker.broker.functions import Functions
+from stoker.broker.stored_files import FileRecord, StoredFiles
 from stoker.broker.trouble import forbids
 from stoker.celery_config import shared_config
 from stoker.client._sync.jobs import EmbedJob
@@ -136,6 +140,7 @@ def test_a_worker_loads_the_functions_and_clients_call_them(
 
 
 def test_a_client_cancels_uploads_retries_and_changes_adapters(broker: Guarded, client: Client, worker: Any) -> None:
+    broker.admin.hset(keys.POLICY, "result_seconds", 60)
     waiting, running = client.generate("x"), client.generate("y")
     waiting.cancel()
     taken = take(worker)
@@ -160,6 +165,60 @@ def test_a_client_cancels_uploads_retries_and_changes_adapters(broker: Guarded, 
     worker.set(keys.client("default", QUEUE), "garbage", ex=60)
     client.generate("x").cancel()
     assert broker.denied() == []
+
+
+def test_a_gateway_keeps_and_lists_training_runs_files_and_batches(broker: Guarded, worker: Any) -> None:
+    run = FineTune(
+        id="run", owner="alice", created=int(clock.now(worker)), model="m", adapter="a", training_file="f",
+        batch_size=1, multiplier=1.0, seed=1,
+    )  # fmt: skip
+    file = FileRecord(
+        id=f"file-{0:032x}", owner="alice", filename="f", purpose="batch", created=clock.now(worker),
+        expires=int(clock.now(worker)) + 60, place="here",
+    )  # fmt: skip
+    batch = BatchRecord(
+        id="batch_1", owner="alice", key=None, models=None, endpoint="/v1/embeddings", input_file=file.id, place="here",
+        window="24h", metadata=None, created=clock.now(worker), expires=10, lifetime=20,
+    )  # fmt: skip
+    worker.xadd(keys.stream(run.id), {"entry": b"report"}, keys.entry_id(0))
+    worker.expire(keys.stream(run.id), 60)
+
+    async def asked() -> None:
+        redis = connect_async(broker.settings("client"))
+        try:
+            await train(FineTunes(redis))
+            await store(StoredFiles(redis))
+            await run_batch(Batches(redis), Lease(redis, "here"))
+        finally:
+            await redis.aclose()
+
+    async def train(runs: FineTunes) -> None:
+        assert await runs.add(run) == run
+        assert [found async for found in runs.listed("alice")] == [run]
+        assert await runs.reports(run.id, None, 1) == [b"report"]
+        await runs.end(run)
+        await runs.forget(run)
+
+    async def store(files: StoredFiles) -> None:
+        await files.reserve("here", file.id, file.expires)
+        await files.keep(file)
+        assert [found async for found in files.listed("alice")] == [file]
+        await files.forget(file)
+        assert await files.over("here") == [file.id]
+        await files.gone("here", file.id)
+
+    async def run_batch(batches: Batches, lease: Lease) -> None:
+        await batches.create(batch)
+        await batches.cancel(batch.id, 1)
+        assert await batches.open("here") == [found async for found in batches.listed("alice")]
+        assert await lease.take()
+        assert await lease.renew()
+        assert await batches.write(batch.model_copy(update={"status": "completed"}), lease.holder)
+        await lease.give_back()
+
+    asyncio.run(asked())
+    assert broker.denied() == []
+    worker.delete(keys.stream(run.id))
 
 
 def test_a_worker_recovers_what_was_lost_and_moves_aside_what_is_spoiled(

@@ -258,6 +258,18 @@ def test_a_rollback_whose_answer_is_lost_goes_back_one_version(adapters: Adapter
     assert adapters.rollback("style", "able").serving == 2, "none served"
 
 
+def test_a_version_that_was_taken_out_is_no_error_where_the_answer_was_lost(adapters: Adapters, server: Any) -> None:
+    for version in (1, 2):
+        registry.register(server, "able", "style", version, {"rank": 8}, promote=True)
+    with one_lost_answer(b"unload\r\n"):
+        assert adapters.unload("style@1", "able").versions.keys() == {2}
+    with pytest.raises(UnknownAdapter, match="style@1"):
+        adapters.unload("style@1", "able")
+    adapters.deactivate("style", "able")
+    with one_lost_answer(b"unload\r\n"):
+        assert adapters.unload("style@2", "able").versions == {}, "its last one"
+
+
 def test_a_change_that_the_registry_refuses_is_an_error_that_says_why(adapters: Adapters, server: Any) -> None:
     registry.register(server, "able", "style", 1, {"rank": 8}, promote=True)
     with pytest.raises(InvalidRequest, match=r"style@1.*serves"):

@@ -230,6 +230,28 @@ def test_a_queue_that_says_that_it_takes_long_is_asked_again_soon_all_the_same(
     assert pauses == [LONGEST_PAUSE, 0.5]
 
 
+def test_a_queue_that_is_full_of_what_the_call_itself_has_made_is_emptied_by_it(
+    run: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Vectors take up room until they are fetched: to wait for room would be to wait for oneself."""
+
+    class NarrowClient(FakeClient):
+        def embed(self, texts: list[str], *, model: str, **options: Any) -> FakeJob:
+            if len(self.open) == 2:
+                raise QueueFull("vectors that wait to be fetched", depth=2, limit=2, wait=5.0)
+            return super().embed(texts, model=model, **options)
+
+    def refused(seconds: float) -> None:
+        raise AssertionError("it waits for room")
+
+    monkeypatch.setattr(bulk_async, "sleep", refused)
+    monkeypatch.setattr(bulk_sync, "sleep", refused)
+    client = NarrowClient()
+    found = np.concatenate(run(client, TEXTS, Plan(10, 4, 1)))
+    assert found.tolist() == [vector(text) for text in TEXTS]
+    assert (client.most_open, client.discarded, client.cancelled) == (2, 10, 0)
+
+
 def test_a_bulk_call_that_is_cancelled_cancels_all_its_jobs() -> None:
     client = FakeClient()
 

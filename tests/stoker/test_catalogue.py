@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stoker.catalogue import CATALOGUE, derived_name, model_name, parse_model, parse_models
+from stoker.catalogue import CATALOGUE, derived_name, from_anywhere, model_name, parse_model, parse_models
 from stoker.contract.base import NAME_PATTERN
 from stoker.errors import ConfigError
 
@@ -45,6 +45,21 @@ def test_a_relative_path_is_the_same_model_from_its_folder(tmp_path: Path, monke
     monkeypatch.chdir(tmp_path / "My-Model")
     assert parse_model("./.")[0] == "my-model"
     assert parse_model("Weights.gguf") == ("weights", (str(tmp_path / "My-Model" / "Weights.gguf"),))
+
+
+def test_a_name_before_a_source_is_that_name_also_where_a_folder_is_called_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "My=Model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for source in ("./mine", "mine", "/models/other", "hf:org/name"):
+        assert parse_model(f"mine={source}") == ("mine", (source,))
+        assert model_name(f"mine={source}") == "mine"
+    assert from_anywhere("mine=./mine") == f"mine={tmp_path / 'mine'}"
+    with pytest.raises(ConfigError, match="no source after '='"):
+        parse_model("mine=")
+    assert parse_model("./My=Model") == ("my-model", (str(tmp_path / "My=Model"),)), "a path with that sign"
 
 
 def test_catalogue_names_stay_what_they_are() -> None:

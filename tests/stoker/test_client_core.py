@@ -23,6 +23,7 @@ from stoker.broker.ledger.replies import Submitted
 from stoker.broker.outcome import Outcome, announced, read_vectors, result_as, spoiled
 from stoker.broker.trouble import broker_unavailable
 from stoker.client import following
+from stoker.client.chunks import checked_texts
 from stoker.client.model_choice import Choices, choose_model, is_served, parse_cards, parse_presences
 from stoker.client.requests import embed_request, generate_request, known_kind, read_dataset
 from stoker.client.submission import Submission, job_record
@@ -199,10 +200,12 @@ def test_one_text_in_place_of_a_list_is_refused() -> None:
         embed_request("m", "a text", {})
 
 
-@pytest.mark.parametrize("texts", [None, 3])
+@pytest.mark.parametrize("texts", [None, 3, {"a": "a text"}])
 def test_what_is_no_list_of_texts_is_refused(texts: Any) -> None:
-    with pytest.raises(InvalidRequest, match="texts"):
+    with pytest.raises(InvalidRequest, match=r"texts: a \w+ given; expected a list of texts"):
         embed_request("m", texts, {})
+    with pytest.raises(InvalidRequest, match=r"texts: a \w+ given; expected an iterable of texts"):
+        checked_texts(texts)
 
 
 @pytest.mark.parametrize("dataset", [None, 3])
@@ -575,6 +578,26 @@ def test_who_waits_for_a_job_hears_once_if_no_worker_alive_serves_its_model(
         job.cancel()
     seen = [record.getMessage() for record in caplog.records if record.name == "stoker.client"]
     assert seen == ([f"job {job.id} waits: no worker that is alive can generate with smol."] if model == "smol" else [])
+
+
+def test_a_broker_that_is_away_as_a_reader_asks_for_workers_does_not_end_its_waiting(
+    fake: Callable[[], Client], server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(following, "UNOWNED", 0.0)
+    asked_for: list[object] = []
+
+    def is_away(redis: Any, *question: Any, **more: Any) -> None:
+        """And then the job ends."""
+        asked_for.append(question)
+        result = GenerateResult(text="a", token_ids=(1,), finish_reason="stop", model="m", adapter=None, usage=Usage())
+        server.set(keys.result(job.id), ledger.success(job.id, result.model_dump(mode="json")).text(), ex=60)
+        raise RedisConnectionError("gone")
+
+    with fake() as client:
+        job = client.generate("Once", model="smol")
+        monkeypatch.setattr(type(client.redis), "zrange", is_away)
+        assert job.result(timeout=30).text == "a"
+    assert asked_for
 
 
 def test_a_client_that_waits_for_a_place_looks_again_for_the_last_time_when_its_wait_ends() -> None:

@@ -41,10 +41,12 @@ CALLS: dict[str, Callable[[Any], object]] = {
     "out_of_memory": lambda redis: ledger.count_out_of_memory(redis, "j", QUEUE, "token"),
     "keep_part": lambda redis: ledger.keep_part(redis, "j", QUEUE, "token", "a-1", b"a"),
     "keep_manifest": lambda redis: ledger.keep_manifest(redis, "j", QUEUE, "token", "{}", ()),
+    "forget_letters": ledger.forget_letters,
     "allocate": lambda redis: ledger.allocate(redis, "m", "style", "j", 1),
     "pin": lambda redis: ledger.pin(redis, "j", 1),
     "keep_vectors": lambda redis: vectors.keep(redis, "j", b"a"),
     "fetch_vectors": lambda redis: vectors.fetch("j", 1.0).on(redis),
+    "prune_vectors": vectors.prune,
     "discard": lambda redis: discarding.discard("j").on(redis),
 }
 

@@ -12,13 +12,18 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 
 from stoker.broker import connection, keys
 from stoker.client.following import PAGE, QUIET, REMEMBERED, UNOWNED, Ended, Follower, Heard, TimeLimit
-from stoker.contract import StreamToken
+from stoker.contract import StreamToken, TrainReport
 from stoker.errors import BrokerUnavailable, JobCancelled, JobLost, JobTimeout
 from stoker.settings import Settings
 
 
 def token(index: int) -> StreamToken:
     return StreamToken(index=index, token_id=index, text="x", logit=0.0, logprob=-1.0, probability=1.0)
+
+
+def report(index: int) -> TrainReport:
+    return TrainReport(index=index, step=index + 1, steps=10, loss=1.0, learning_rate=0.1, gradient_norm=1.0, tokens=1,
+                       tokens_per_second=1.0)  # fmt: skip
 
 
 def payload(index: int) -> bytes:
@@ -98,6 +103,22 @@ def test_a_replay_that_overlaps_yields_only_what_is_due() -> None:
         job.make()
     assert [entry.index for entry in tail.replay(job.rows(keys.entry_id(0), 10))] == [2, 3]
     assert tail.since == keys.entry_id(4)
+
+
+@pytest.mark.parametrize("left", [(2, 3), (0, 1, 3)])
+def test_a_stream_that_has_lost_tokens_is_no_text_with_a_hole(left: tuple[int, ...]) -> None:
+    reader = follower()
+    with pytest.raises(JobLost, match=r"job j: the broker has lost tokens.*`result\(\)` has the whole"):
+        reader.looked([DONE, GONE, rows(*left)])
+    late = follower()
+    late.next = 4
+    assert late.replay(rows(*left)) == [], "what is missing is behind this reader"
+
+
+def test_reports_of_a_run_come_without_those_that_expired() -> None:
+    reports = [report(index) for index in (5, 6)]
+    found = [(keys.entry_id(one.index).encode(), {b"entry": one.model_dump_json().encode()}) for one in reports]
+    assert Follower(Settings(), "j", TrainReport).replay(found) == reports
 
 
 @pytest.mark.parametrize("raw", [b"{}", b"garbage", b"\xff", b"[]"])

@@ -15,7 +15,7 @@ from stoker import Client
 from stoker.broker import keys, ledger, policy
 from stoker.broker.connection import connect
 from stoker.broker.ledger.discarding import discard
-from stoker.broker.ledger.vectors import VECTOR_BYTES, Kept, fetch, keep
+from stoker.broker.ledger.vectors import VECTOR_BYTES, Kept, fetch, keep, prune
 from stoker.broker.outcome import read_vectors
 from stoker.client.requests import embed_request
 from stoker.client.submission import job_record
@@ -59,6 +59,21 @@ def expire(redis: Any, *job_ids: str) -> None:
         redis.delete(blob(job_id))
         for key in (keys.VECTORS_UNFETCHED, keys.VECTORS_FETCHED):
             redis.zadd(key, {job_id: 1.0}, xx=True)
+
+
+def test_what_is_noted_of_vectors_that_have_expired_is_forgotten_also_where_there_is_room(redis: Any) -> None:
+    assert prune(redis) == 0
+    for job_id in ("fetched", "unfetched", "old-fetched", "old-unfetched"):
+        keep(redis, job_id, b"x" * 10)
+    for job_id in ("fetched", "old-fetched"):
+        fetch(job_id, PATIENCE).on(redis)
+    expire(redis, "old-fetched", "old-unfetched")
+    assert sizes(redis)[":sum"] == 40
+    assert prune(redis) == 2
+    assert sizes(redis) == {"fetched": 10, "unfetched": 10, ":sum": 20}
+    assert redis.zrange(keys.VECTORS_FETCHED, 0, -1) == [b"fetched"]
+    assert redis.zrange(keys.VECTORS_UNFETCHED, 0, -1) == [b"unfetched"]
+    assert prune(redis) == 0
 
 
 # How long

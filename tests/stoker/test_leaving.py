@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -15,9 +17,13 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from stoker import AsyncClient, AsyncGenerateJob, Client, JobStatus
 from stoker.broker import keys
 from stoker.client import asynchronously
+from stoker.client._async.memory_link import AsyncMemoryLink
+from stoker.client._sync.memory_link import MemoryLink
 from stoker.client.asynchronously import Connections, finished
-from stoker.contract import StreamToken, TrainReport
+from stoker.client.in_memory.memory import Memory
+from stoker.contract import Request, StreamToken, TrainReport
 from stoker.settings import Settings
+from tests.conftest import PATIENCE
 from tests.stoker.test_client_core import fake, server
 
 __all__ = ["fake", "server"]
@@ -274,3 +280,109 @@ def test_a_client_lets_go_of_the_connections_of_loops_that_have_ended(server: An
 
     # A loop that has ended cannot close its sockets any more: those that nobody holds are closed as garbage.
     assert [asyncio.run(ask()) for _ in range(3)] == [1, 1, 1]
+
+
+class LoopOfAnotherThread(asyncio.SelectorEventLoop):
+    """Its end is asked for, and meanwhile another thread asks the same and begins with a loop of its own."""
+
+    connections: Connections | None = None
+
+    def is_closed(self) -> bool:
+        connections, self.connections = self.connections, None
+        if connections is not None:
+            other = threading.Thread(target=asyncio.run, args=(current(connections),))
+            other.start()
+            other.join()
+        return super().is_closed()
+
+
+async def current(connections: Connections) -> Any:
+    return connections.current()
+
+
+def test_threads_whose_loops_begin_and_end_at_one_time_share_a_client() -> None:
+    connections, ended = Connections(Settings(url="redis://127.0.0.1:1/0")), LoopOfAnotherThread()
+    ended.run_until_complete(current(connections))
+    ended.close()
+    ended.connections = connections
+    opened = asyncio.run(current(connections))
+    assert vars(ended)["connections"] is None, "the other thread was there"
+    assert list(connections._of_loop.values())[-1] is opened  # noqa: SLF001
+    assert ended not in connections._of_loop  # noqa: SLF001
+
+
+class Halting(AsyncMemoryLink):
+    """A job is taken, and its client does not learn it before `here` is heard of."""
+
+    def __init__(self, memory: Memory) -> None:
+        super().__init__(memory)
+        self.here = asyncio.Event()
+
+    async def submit(self, request: Request, job_id: str, data: bytes = b"") -> None:
+        await super().submit(request, job_id, data)
+        self.here.set()
+        await asyncio.Event().wait()
+
+
+Send = Callable[[AsyncClient, Path, dict[str, Any]], Awaitable[object]]
+SENDS: dict[str, Send] = {
+    "embed": lambda client, folder, named: client.embed(["x"], **named),
+    "rerank": lambda client, folder, named: client.rerank("x", ["x"], model="ranks", **named),
+    "generate": lambda client, folder, named: client.generate("x", **named),
+    "train": lambda client, folder, named: client.train("a", [{"text": "x"}], **named),
+    "adapters": lambda client, folder, named: client.adapters.load("a", folder, **named),
+}
+MODELS = {"embeds": ["embed"], "ranks": ["rerank"], "generates": ["generate", "train", "adapters"]}
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("kind", SENDS)
+def test_a_job_whose_sender_is_cancelled_runs_for_nobody_unless_it_has_an_id_of_the_senders(
+    kind: str, named: bool, tmp_path: Path
+) -> None:
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).write_text("{}")
+
+    async def left() -> list[str]:
+        memory = Memory(Settings(), MODELS)
+        memory.script.generate("x")
+        memory.script.train()
+        link = Halting(memory)
+        client = AsyncClient(link=link)
+        sending = asyncio.ensure_future(SENDS[kind](client, tmp_path, {"job_id": "mine"} if named else {}))
+        await asyncio.wait_for(link.here.wait(), PATIENCE)
+        sending.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await sending
+        return list(memory.jobs())
+
+    assert asyncio.run(left()) == (["mine"] if named else [])
+
+
+def test_a_bulk_call_that_is_cancelled_as_it_sends_leaves_no_job() -> None:
+    async def left() -> tuple[int, list[str]]:
+        memory = Memory(Settings(), MODELS)
+        link = Halting(memory)
+        bulk = AsyncClient(link=link).embed_many(["x"])
+        sending = asyncio.ensure_future(anext(bulk))
+        await asyncio.wait_for(link.here.wait(), PATIENCE)
+        sending.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await sending
+        return len(memory.sent.jobs), list(memory.jobs())
+
+    assert asyncio.run(left()) == (1, [])
+
+
+def test_a_sender_that_is_interrupted_cancels_its_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = Memory(Settings(), MODELS)
+    link = MemoryLink(memory)
+
+    def interrupted(request: Request, job_id: str, data: bytes = b"") -> None:
+        memory.submit(request, job_id, data, "me")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(link, "submit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Client(link=link).embed(["x"])
+    assert (len(memory.sent.jobs), memory.jobs()) == (1, {})

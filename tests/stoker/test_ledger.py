@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any
@@ -15,13 +16,14 @@ from redis.exceptions import ResponseError
 from stoker.broker import keys, ledger, policy
 from stoker.broker.connection import connect
 from stoker.broker.envelope import envelope
-from stoker.broker.ledger import MAX_CRASHES
+from stoker.broker.ledger import LETTERS_AT_ONCE, MAX_CRASHES
 from stoker.broker.ledger.record import Field
 from stoker.broker.ledger.replies import Claim, Crash, DeadLettered
 from stoker.broker.outcome import JobStatus, Outcome
 from stoker.celery_config import shared_config
 from stoker.contract.kinds import READY, TRAIN
 from stoker.settings import Settings
+from tests.conftest import wait_until
 
 QUEUE = keys.queue("toy", "generate")
 
@@ -362,6 +364,23 @@ def test_a_dead_job_that_is_sent_again_stays_in_its_trace_and_goes_on_to_count_i
     assert (again.attempt, again.traceparent, again.tracestate) == (2, "00-1-2-01", "a=b")
 
 
+@pytest.mark.parametrize("kind", ["generate", "train"])
+def test_a_dead_job_that_is_sent_again_streams_none_of_its_old_tokens_and_a_run_its_reports(
+    redis: Any, kind: str
+) -> None:
+    queue, stream = keys.queue("toy", kind), keys.stream("job")
+    sent = {**record(queue=queue), "kind": kind, "message": envelope("job", kind, "toy", queue)}
+    assert ledger.submit(redis, "job", sent).state == "new"
+    ledger.claim(redis, "job", queue, "one", "tag", "worker")
+    redis.xadd(stream, {"entry": "old"}, keys.entry_id(0))
+    redis.expire(stream, 1000)
+    ledger.dead_letter(redis, "job", queue, "one")
+    ledger.complete(redis, "job", queue, "one", ledger.success("job", {}))
+    assert redis.exists(stream), "of a dead job it stays"
+    assert ledger.submit(redis, "job", sent, revive=True).state == "new"
+    assert redis.exists(stream) == (kind == "train")
+
+
 @pytest.mark.parametrize("runs", [False, True])
 def test_the_retry_of_a_dead_job_that_was_sent_anew_changes_nothing(redis: Any, runs: bool) -> None:
     """Found by 20,000 examples of the model: a letter is kept for a month, the record of its job for a day."""
@@ -469,12 +488,89 @@ def test_a_crash_without_a_word_does_not_have_the_trouble_of_the_one_before(redi
     ]
 
 
+@pytest.mark.parametrize("kind", ["dataset", "adapter"])
+def test_a_run_that_takes_longer_than_a_job_may_wait_keeps_its_record_and_its_input(redis: Any, kind: str) -> None:
+    blob = keys.blob(f"{kind}:job:1")
+    ledger.submit(redis, "job", {**record(), "blob": blob}, b"data")
+    take(redis)
+    redis.set(keys.worker("worker"), "alive", ex=keys.PRESENCE_TTL)
+    kept = (keys.job("job"), keys.open_jobs(QUEUE), keys.dispatched(QUEUE), keys.sizes(QUEUE), blob)
+    for key in kept:
+        redis.expire(key, 100)
+    assert ledger.recover(redis, QUEUE, 0) == ()
+    assert max(map(redis.ttl, kept)) <= 100, "one that is young has time yet"
+    long_ago = redis.time()[0] - keys.PENDING_TTL - 10
+    redis.hset(keys.job("job"), Field.SUBMITTED, f"{long_ago}.0")
+    redis.zadd(keys.open_jobs(QUEUE), {"job": long_ago})
+    redis.zadd(keys.dispatched(QUEUE), {"job": long_ago})
+    assert ledger.recover(redis, QUEUE, 0) == ()
+    assert min(map(redis.ttl, kept)) > keys.PENDING_TTL - 100
+    assert list(ledger.open_jobs(redis, [QUEUE])) == ["job"], "it is listed on"
+    redis.delete(keys.worker("worker"))
+    for key in kept:
+        redis.expire(key, 100)
+    assert ledger.recover(redis, QUEUE, 0) == ("job",)
+    assert redis.ttl(keys.job("job")) <= 100, "one that waits has its time"
+
+
+def test_a_run_keeps_no_input_that_is_another_jobs(redis: Any) -> None:
+    other = keys.blob("dataset:other:1")
+    redis.set(other, "data", ex=100)
+    submit(redis)
+    take(redis)
+    redis.set(keys.worker("worker"), "alive", ex=keys.PRESENCE_TTL)
+    redis.hset(keys.job("job"), mapping={Field.BLOB: other, Field.SUBMITTED: "1.0"})
+    redis.zadd(keys.dispatched(QUEUE), {"job": 1.0})
+    assert ledger.recover(redis, QUEUE, 0) == ()
+    assert redis.ttl(other) <= 100
+
+
+def aged_letter(age: float) -> str:
+    """Of a job whose last owner gave it up so many seconds ago, as `dead_letter` writes it."""
+    history = [{"worker": "w", "time": time.time() - age - 100}, {"worker": "w", "time": time.time() - age}]
+    return json.dumps({"history": history, "kind": "generate", "model": "toy", "request": "{}", "client": "default"})
+
+
+def test_a_dead_letter_is_kept_for_its_time_also_where_others_come_after_it(redis: Any) -> None:
+    kept = {"young": aged_letter(keys.DEAD_TTL - 50), "spoiled": "garbage", "list": '{"history": {"time": 1}}'}
+    kept |= {"none": '{"history": []}', "odd": '{"history": [{"worker": "w", "time": "x"}]}'}
+    redis.hset(keys.DEAD, mapping={"old": aged_letter(keys.DEAD_TTL + 10), **kept})
+    submit(redis)
+    claim(redis, "one")
+    ledger.dead_letter(redis, "job", QUEUE, "one", "worker-one", "its disk is full")
+    assert ledger.forget_letters(redis) == 1
+    assert {name.decode() for name in redis.hkeys(keys.DEAD)} == {*kept, "job"}
+    assert ledger.forget_letters(redis) == 0
+
+
+def test_of_many_dead_letters_some_are_looked_at_in_one_go_and_all_in_time(redis: Any) -> None:
+    assert ledger.forget_letters(redis) == 0
+    many = 2 * LETTERS_AT_ONCE
+    redis.hset(keys.DEAD, mapping={str(number): aged_letter(keys.DEAD_TTL + 10) for number in range(many)})
+    redis.expire(keys.DEAD, keys.DEAD_TTL)
+    assert ledger.forget_letters(redis) == LETTERS_AT_ONCE
+    redis.hset(keys.DEAD, mapping={f"young-{number}": aged_letter(0) for number in range(many)})
+    wait_until(lambda: ledger.forget_letters(redis) >= 0 and redis.hlen(keys.DEAD) == many, "the old ones are gone")
+
+
 def test_all_jobs_of_a_worker_that_died_are_recovered_at_once(redis: Any) -> None:
     names = [f"job-{number:02}" for number in range(3 * READY)]
     for name in names:
         submit(redis, name)
     assert take_all(redis) == names
     assert sorted(ledger.recover(redis, QUEUE, 0)) == names
+
+
+@pytest.mark.parametrize("said", ["a file \udcff", "\0", "\ud83d\ude00", "e\u0301", "[" * 900 + "]" * 900])
+def test_a_job_that_ended_with_any_text_stays_as_it_ended(redis: Any, said: str) -> None:
+    submit(redis)
+    claim(redis, "one")
+    value = {"deep": json.loads(said)} if said.startswith("[") else {"text": said}
+    assert ledger.complete(redis, "job", QUEUE, "one", ledger.success("job", value))
+    before = redis.get(keys.result("job"))
+    assert ledger.cancel(redis, "job", QUEUE) == "ended"
+    assert claim(redis, "two", "another").state == "ended"
+    assert redis.get(keys.result("job")) == before
 
 
 @pytest.mark.parametrize("status", ["SUCCESS", "FAILURE", "REVOKED"])
@@ -897,6 +993,28 @@ def test_a_stream_lives_from_its_last_entry_and_no_longer_because_its_job_ends(r
     assert 90 < redis.ttl(keys.stream("job")) <= 100
 
 
+@pytest.mark.parametrize("end", ["complete", "cancel", "refuse", "abandon"])
+def test_no_stream_outlives_its_record_where_results_are_kept_for_less_than_a_day(redis: Any, end: str) -> None:
+    """The id may be that of another job then, whose readers would get these tokens."""
+    policy.decide(redis, "result_seconds", 60)
+    submit(redis)
+    claim(redis, "one")
+    redis.xadd(keys.stream("job"), {"entry": "x"})
+    redis.expire(keys.stream("job"), 1000)
+    if end in ("cancel", "refuse"):
+        ledger.release(redis, "job", QUEUE, "one")
+    ended = ledger.failure("job", ValueError("x"))
+    ways: dict[str, Callable[[], object]] = {
+        "complete": lambda: complete(redis, "one"),
+        "cancel": lambda: ledger.cancel(redis, "job", QUEUE),
+        "refuse": lambda: ledger.refuse(redis, "job", QUEUE, ended),
+        "abandon": lambda: ledger.abandon(redis, "job", QUEUE, "one", ended),
+    }
+    assert ways[end]()
+    assert redis.exists(keys.result("job"))
+    assert 0 < redis.ttl(keys.stream("job")) <= redis.ttl(keys.job("job")) <= 60
+
+
 def test_a_dead_letter_that_is_sent_again_because_its_answer_was_lost_stands_as_it_is(redis: Any) -> None:
     submit(redis)
     claim(redis, "one")
@@ -905,6 +1023,29 @@ def test_a_dead_letter_that_is_sent_again_because_its_answer_was_lost_stands_as_
     assert complete(redis, "one"), "which takes the request out of the record"
     assert ledger.dead_letter(redis, "job", QUEUE, "one", "worker", "the disk is full") == once
     assert redis.hget(keys.DEAD, "job") == letter
+
+
+def test_a_job_that_runs_again_before_its_letters_writer_could_end_it_is_no_dead_one(redis: Any) -> None:
+    blob = keys.blob("dataset:job:1")
+    ledger.submit(redis, "job", {**record(), "blob": blob}, b"data")
+    claim(redis, "one")
+    ledger.dead_letter(redis, "job", QUEUE, "one", "worker", "the disk is full")
+    assert claim(redis, "two").state == "run"
+    assert not redis.hexists(keys.DEAD, "job")
+    assert complete(redis, "two")
+    assert not redis.exists(blob), "no retry needs it"
+
+
+def test_the_letter_of_a_job_that_crashed_too_many_owners_stays_until_it_has_ended(redis: Any) -> None:
+    policy.decide(redis, "crashes", 1)
+    submit(redis)
+    claim(redis, "one")
+    for token in ("two", "three"):
+        assert claim(redis, token).state == "dead"
+        assert redis.hexists(keys.DEAD, "job") == (token == "three")
+        ledger.dead_letter(redis, "job", QUEUE, token)
+    assert complete(redis, "three")
+    assert redis.hexists(keys.DEAD, "job")
 
 
 def test_an_owner_that_was_fenced_makes_no_dead_letter(redis: Any) -> None:

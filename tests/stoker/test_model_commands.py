@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -118,6 +120,12 @@ def test_waiting_has_the_end_that_was_asked_for() -> None:
     assert isinstance(waiting(0.0).over(taken_back=True), JobTimeout)
     assert "nothing was done" in str(waiting(0.0).over(taken_back=True))
     assert "it goes on" in str(waiting(0.0).over(taken_back=False))
+
+
+@pytest.mark.parametrize("seconds", ["10", math.nan, [1]])
+def test_a_command_whose_time_is_none_is_refused(seconds: Any) -> None:
+    with pytest.raises(InvalidRequest, match=r"timeout: .* given; expected seconds"):
+        waiting(seconds)
 
 
 def test_a_command_is_waited_for_to_the_end_of_its_time_and_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:

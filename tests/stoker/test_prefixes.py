@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,14 @@ def test_a_pin_whose_answer_is_lost_is_pinned(client: Client, workers: Workers) 
 
 
 @pytest.mark.integration
+def test_a_prefix_whose_unpinning_has_no_answer_is_unpinned_and_no_error(client: Client, workers: Workers) -> None:
+    client.prefixes.pin("a", "x", model="m")
+    with one_lost_answer(b"HDEL"):
+        client.prefixes.unpin("a", "m")
+    assert workers.pinned() == {}
+
+
+@pytest.mark.integration
 def test_each_change_is_another_and_unpinning_leaves_the_rest(client: Client, workers: Workers) -> None:
     marks = set()
     for change in (
@@ -194,6 +203,8 @@ def test_there_are_so_many_of_a_model_and_no_more(make: Make, request: pytest.Fi
         ("a", "x", {"adapter": "../x"}, "adapter"),
         ("a", [{"role": 3}], {}, "role"),
         ("a", None, {}, "no prompt given"),
+        ("a", "x", {"timeout": "10"}, "timeout: '10' given"),
+        ("a", "x", {"timeout": math.nan}, "timeout: nan given"),
     ],
 )
 def test_what_can_be_no_prefix_is_refused_before_it_is_stored(
@@ -239,6 +250,7 @@ def test_a_verdict_waits_for_every_worker_that_holds_the_model() -> None:
     assert verdict.heard([one, holding("three", kinds=("embed",))])
     assert verdict.heard([])
     assert Verdict("m", "1", 0.0).heard([one, two]), "a worker of an earlier release says nothing"
+    assert not Verdict("m", "1", None).heard([one, two]), "without a limit"
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,27 @@ def test_ids_of_files_that_are_gone_leave_the_list_and_what_is_another_clients_i
     assert scores(redis, keys.files("alice")).keys() == {record.id, theirs.id}, "those that are gone, and too old, left"
 
 
+def test_lists_that_nobody_asks_for_do_not_grow_for_ever(redis: Any, asked: Any) -> None:
+    at = now(redis)
+    lists = {
+        keys.files("alice"): keys.FILES_TTL,
+        keys.fine_tunes("alice"): keys.FINE_TUNE_TTL,
+        keys.batches("alice"): keys.BATCH_TTL,
+    }
+    for name, lifetime in lists.items():
+        redis.zadd(name, {"old": at - lifetime - 60, "young": at - lifetime + 60})
+
+    async def add(client: Any) -> None:
+        await StoredFiles(client).keep(stored(redis, 1))
+        await FineTunes(client).add(run(1, created=at))
+        await Batches(client).create(batch(1, created=at))
+
+    asked(add)
+    kept = {name: scores(redis, name).keys() for name in lists}
+    assert [found - {"young"} for found in kept.values()] == [{file_id(1)}, {"ft-1"}, {"batch_1"}]
+    assert all("young" in found for found in kept.values()), "what may be there yet is left to the list itself"
+
+
 def test_a_file_that_is_forgotten_is_seen_by_nobody_and_its_parts_may_go_at_once(redis: Any, asked: Any) -> None:
     record, other = stored(redis, 1), stored(redis, 2)
 

@@ -23,7 +23,7 @@ from stoker.contract import bundle
 from stoker.contract.uploads import Upload
 from stoker.errors import InvalidRequest, QueueFull
 from stoker.settings import Settings
-from tests.stoker.test_client_core import SMOL
+from tests.stoker.test_client_core import MINI, SMOL
 from workers import uploads
 
 OLD = [{"text": f"old line {number}"} for number in range(40)]
@@ -36,7 +36,8 @@ def server(broker: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The broker, where a model was served lately, and where a part has 50 bytes."""
     monkeypatch.setattr(keys, "PART", 50)
     redis = connect(broker)
-    redis.hset(keys.MODELS, SMOL.model, SMOL.model_copy(update={"seen": time.time()}).model_dump_json())
+    for card in (MINI, SMOL):
+        redis.hset(keys.MODELS, card.model, card.model_copy(update={"seen": time.time()}).model_dump_json())
     redis.expire(keys.MODELS, keys.MODEL_TTL)
     yield redis
     redis.close()
@@ -376,3 +377,19 @@ def test_a_link_out_of_an_adapters_folder_sends_nothing(tmp_path: Path) -> None:
         (kept / str(number)).write_bytes(path.read_bytes())
         (snapshot / path.name).symlink_to(Path("..") / ".." / "blobs" / str(number))
     assert bundle.read_folder(snapshot) == whole
+
+
+def test_of_a_large_job_that_is_known_already_nothing_is_sent(
+    server: Any, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one command it would hold up everybody else, and the broker would have to keep it meanwhile."""
+    monkeypatch.setattr(keys, "PART", 100_000)
+    large = [{"text": "x" * 1000}] * 1000
+    client.train("style", large, model=SMOL.model, job_id="mine")
+    before = blobs(server), server.info("stats")["total_net_input_bytes"]
+    client.train("style", large, model=SMOL.model, job_id="mine")
+    assert server.info("stats")["total_net_input_bytes"] - before[1] < 50_000
+    assert blobs(server) == before[0]
+    client.embed(["x"], model="mini", job_id="other")
+    with pytest.raises(InvalidRequest, match="it is that of a job of kind embed"):
+        client.train("style", large, model=SMOL.model, job_id="other")

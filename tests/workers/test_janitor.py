@@ -120,6 +120,36 @@ def test_a_queue_that_cannot_be_looked_at_keeps_no_other_from_it(
     assert "job job: its message was lost" in caplog.text
 
 
+def test_dead_letters_that_are_older_than_they_are_kept_go(redis: Any, looks: Ledger) -> None:
+    old = {"history": [{"worker": "w", "time": 1.0}], "kind": "generate", "model": "m", "request": "", "client": "c"}
+    redis.hset(keys.DEAD, mapping={"old": json.dumps(old), "spoiled": "garbage"})
+    say(redis, {"m": card("m", "embed")})
+    worker(redis).round()
+    assert redis.hkeys(keys.DEAD) == [b"spoiled"]
+    assert 0 < redis.ttl(keys.DEAD) <= keys.DEAD_TTL
+
+
+def test_dead_letters_that_cannot_be_looked_at_keep_no_queue_from_it(
+    redis: Any, looks: Ledger, caplog: pytest.LogCaptureFixture
+) -> None:
+    redis.set(keys.DEAD, "garbage", ex=60)
+    say(redis, {"m": card("m", "embed")})
+    worker(redis).round()
+    assert looks.asked == [keys.queue("m", "embed")]
+    assert "old dead letters cannot be looked for" in caplog.text
+
+
+def test_nothing_is_noted_of_vectors_that_expired_however_many_there_are(redis: Any, looks: Ledger) -> None:
+    ids = [f"job-{number}" for number in range(2500)]
+    redis.zadd(keys.VECTORS_UNFETCHED, {**dict.fromkeys(ids, 1.0), "kept": 2**40})
+    redis.hset(keys.VECTORS_SIZES, mapping={**dict.fromkeys(ids, 10), "kept": 10, ":sum": 25010})
+    for key in (keys.VECTORS_UNFETCHED, keys.VECTORS_SIZES):
+        redis.expire(key, 60)
+    worker(redis).round()
+    assert redis.zrange(keys.VECTORS_UNFETCHED, 0, -1) == [b"kept"]
+    assert redis.hgetall(keys.VECTORS_SIZES) == {b"kept": b"10", b":sum": b"10"}
+
+
 @pytest.mark.parametrize("key", ["stoker:janitor", "stoker:unacked_mutex"])
 def test_a_turn_that_never_expires_is_nobodys(redis: Any, looks: Ledger, key: str) -> None:
     redis.hset(key, "a", "b")

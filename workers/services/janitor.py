@@ -7,12 +7,15 @@ message with it. The records know (`stoker.broker.ledger.recover`).
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from typing import Any
 
 from pydantic import ValidationError
 from redis.exceptions import ResponseError
 
 from stoker.broker import keys, ledger, letters
 from stoker.broker.connection import passes
+from stoker.broker.ledger import vectors
 from stoker.contract import CONTRACT, ModelCard
 from workers import clock
 from workers.services.broker_check import warn_of
@@ -50,6 +53,9 @@ class Janitor:
         if redis.ttl(keys.DEAD) == -1:
             # Its first letter is of another program, which gave it no end.
             redis.expire(keys.DEAD, keys.DEAD_TTL)
+        self._forget(ledger.forget_letters, "dead letters")
+        while self._forget(vectors.prune, "vectors"):
+            pass
         for card in self._cards():
             for kind in card.kinds:
                 self._recover(keys.queue(card.model, kind), every)
@@ -98,6 +104,16 @@ class Janitor:
             if card.contract == CONTRACT:
                 found.append(card)
         return found
+
+    def _forget(self, some: Callable[[Any], int], what: str) -> int:
+        """What has been kept for its time: how many of `some`. What cannot be looked at keeps the rest from nothing."""
+        try:
+            return some(self._runtime.redis)
+        except ResponseError as error:
+            if passes(error):
+                raise
+            log.error("old %s cannot be looked for: %s", what, error)
+            return 0
 
     def _recover(self, queue: str, older_than: float) -> None:
         """A queue that cannot be looked at must not keep the others from it."""

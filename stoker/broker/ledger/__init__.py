@@ -46,6 +46,8 @@ QUEUE_LIMIT = 20_000
 CLIENT_LIMIT = 20_000
 #: Bytes that the jobs of one queue which have not ended may have, requests and inputs.
 QUEUE_BYTES = 2 * 2**30
+#: Dead letters that are looked at in one go.
+LETTERS_AT_ONCE = 50
 #: Seconds of waiting that lift a job by one priority (prelude.lua has the default too).
 AGEING = 300
 
@@ -108,7 +110,8 @@ def submit(redis: Any, job_id: str, record: Mapping[str, str], data: bytes = b""
 
 def claim(redis: Any, job_id: str, queue: str, token: str, tag: str, worker: str) -> Claim:
     """Ask to own a job, under `token`, for the message with delivery tag `tag`."""
-    return _call(TRANSITIONS.claim, Claim.parse, job_id, queue, token, tag, worker, MAX_CRASHES).on(redis)
+    arguments = (token, tag, worker, MAX_CRASHES)
+    return _call(TRANSITIONS.claim, Claim.parse, job_id, queue, *arguments, extra=(keys.DEAD,)).on(redis)
 
 
 def release(redis: Any, job_id: str, queue: str, token: str) -> bool:
@@ -170,6 +173,11 @@ def dead_letter(redis: Any, job_id: str, queue: str, token: str, worker: str = "
     it then."""
     arguments = (token, worker, trouble, keys.DEAD_TTL)
     return _call(TRANSITIONS.dead_letter, DeadLettered.parse, job_id, queue, *arguments, extra=(keys.DEAD,)).on(redis)
+
+
+def forget_letters(redis: Any) -> int:
+    """Forget dead letters that are older than they are kept. It looks at some at a time; returns how many went."""
+    return int(TRANSITIONS.forget_letters(redis, [keys.DEAD], [keys.DEAD_TTL, LETTERS_AT_ONCE]))
 
 
 def keep_part(redis: Any, job_id: str, queue: str, token: str, name: str, data: bytes) -> KeptPart:

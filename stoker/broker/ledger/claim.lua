@@ -1,4 +1,4 @@
--- ARGV: token, delivery tag, worker, crashes that are too many
+-- KEYS[21]: the dead letters. ARGV: token, delivery tag, worker, crashes that are too many
 begin(KEYS, ARGV)
 local token, tag, worker, too_many = ARGV[6], ARGV[7], ARGV[8], tonumber(ARGV[9])
 refill()
@@ -22,6 +22,11 @@ if record.owned and former_tag ~= tag then return {'duplicate', '0', '0', ''} en
 local history = decoded(crashes)
 if record.owned and not again then note_crash(job, former, history, trouble) end
 local verdict = #history >= setting('crashes', too_many) and 'dead' or 'run'
+-- An owner wrote a dead letter, and could not end the job then: it runs on.
+if verdict == 'run' and record.lettered and not again then
+  redis.pcall('HDEL', KEYS[21], id)
+  redis.call('HDEL', job, 'lettered')
+end
 redis.call('HSET', job, 'token', token, 'tag', tag, 'worker', worker, 'began', began or token, 'attempts', attempt)
 redis.call('EXPIRE', job, pending_ttl)
 return {

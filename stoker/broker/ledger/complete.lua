@@ -8,8 +8,6 @@ if record.completed == ARGV[6] then return 1 end
 if record.owned ~= ARGV[6] or (not record.message and ended(record)) then return 0 end
 strike_out(record, ARGV[6])
 finish(ARGV[7])
--- A day from its last entry is set already.
-if result_ttl() < tonumber(default_ttl) then redis.call('EXPIRE', prefix .. 'stream:' .. id, result_ttl()) end
 -- How fast jobs end here: what a full queue reports to the clients that it refuses.
 local state = redis.call('HMGET', pace, 'last', 'interval')
 local last = finite(state[1])

@@ -29,6 +29,9 @@ local function strike_out(record, owner)
     redis.call('HSET', job, 'ended', '1', unpack(owner and {'completed', owner} or {}))
   end
   redis.call('EXPIRE', job, result_ttl())
+  -- A day from its last entry is set already. No longer than the record: then the id may be that of another job. A client
+  -- with the rights of an earlier release may not say so.
+  if result_ttl() < tonumber(default_ttl) then redis.pcall('EXPIRE', prefix .. 'stream:' .. id, result_ttl()) end
 end
 
 local function finish(record)

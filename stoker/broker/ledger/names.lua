@@ -37,9 +37,9 @@ local function add(key, score, member)
 end
 
 -- A record's `blob` if it is an input of this very job: another key that a record names is not the job's to touch.
-local function own_input(blob)
+local function own_input(blob, of)
   for _, kind in ipairs({'dataset', 'adapter'}) do
-    local own = prefix .. 'blob:' .. kind .. ':' .. id
+    local own = prefix .. 'blob:' .. kind .. ':' .. (of or id)
     if blob and (blob == own or string.sub(blob, 1, #own + 1) == own .. ':') then return blob end
   end
   return nil

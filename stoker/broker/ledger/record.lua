@@ -23,10 +23,12 @@ local function look(of, ...)
   }
 end
 
--- Whether the job's result is there, or was. What is no result ends no job.
+-- Whether the job's result is there, or was. What is no result ends no job that has not ended; one that has may have a
+-- result that is nothing to cjson, such as an error that names a file by bytes which are no text.
 local function ended(record)
+  if record.over then return true end
   local stored = redis.pcall('GET', result)
-  if not stored then return record.over end
+  if not stored then return false end
   local status = decoded(stored)['status']
   return status == 'SUCCESS' or status == 'FAILURE' or status == 'REVOKED'
 end

@@ -43,6 +43,13 @@ for _, of in ipairs(redis.call('ZRANGEBYSCORE', dispatched, string.format('%.6f'
   add(dispatched, now, of)
 end
 
+-- A run may take longer than a job may wait: without its record its owner would be fenced, and its work lost.
+local function keep(running)
+  if running.submitted > now - pending_ttl / 2 then return end
+  local names = {job_prefix .. running.id, open, dispatched, sizes, own_input(running.blob, running.id)}
+  for _, key in ipairs(names) do redis.call('EXPIRE', key, pending_ttl) end
+end
+
 local found = {}
 for _, of in ipairs(redis.call('ZRANGEBYSCORE', dispatched, '-inf', now - tonumber(ARGV[6]), 'LIMIT', 0, 1000)) do
   local key = job_prefix .. of
@@ -60,13 +67,17 @@ for _, of in ipairs(redis.call('ZRANGEBYSCORE', dispatched, '-inf', now - tonumb
       redis.call('ZREM', dispatched, of)
       wait_again(waits)
       table.insert(found, of)
+    else
+      keep(waits)
     end
   end
 end
 -- Jobs that waited until their record expired stand no longer between those that wait, nor count for the queue's limit.
 for _, of in ipairs(redis.call('ZRANGEBYSCORE', open, '-inf', now - pending_ttl, 'LIMIT', 0, 1000)) do
-  if not rank(of) then leave_backlogs(of) end
-  redis.call('ZREM', open, of)
+  if not rank(of) then
+    leave_backlogs(of)
+    redis.call('ZREM', open, of)
+  end
 end
 -- Jobs that went with their record have left their sizes.
 if redis.call('ZCARD', open) == 0 then

@@ -68,7 +68,11 @@ local kept = revive and redis.pcall('HMGET', job, 'attempts', 'traceparent', 'tr
 local sent = math.max(now * 1e6, count_of(kept[4]))
 local priority, client = tonumber(fields['priority']), fields['client']
 local turn = next_turn(priority, client)
-if revive then redis.call('DEL', job, result) end
+if revive then
+  redis.call('DEL', job, result)
+  -- Its tokens are made again, perhaps by another version of its adapter. A run goes on behind its reports.
+  if fields['kind'] ~= 'train' then redis.call('DEL', prefix .. 'stream:' .. id) end
+end
 -- The first write of a new job, and one that a broker without memory refuses: then nothing was written.
 local submitted = string.format('%.6f', now)
 redis.call('HSET', job, 'submitted', submitted, 'sent', string.format('%.0f', sent), 'mine', mine, 'turn', turn, unpack(record))

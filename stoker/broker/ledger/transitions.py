@@ -33,11 +33,13 @@ class Transitions:
     # They look at their owner, and count bytes.
     keep_part: LuaScript
     keep_manifest: LuaScript
+    forget_letters: LuaScript
     # These know nothing of queues.
     allocate: LuaScript
     pin: LuaScript
     keep_vectors: LuaScript
     fetch_vectors: LuaScript
+    prune_vectors: LuaScript
     discard: LuaScript
 
 
@@ -57,10 +59,12 @@ _BEHIND = {
     "out_of_memory": _NAMES,
     "keep_part": _OWNED,
     "keep_manifest": _OWNED,
+    "forget_letters": _NAMES,
     "allocate": (),
     "pin": (),
     "keep_vectors": _KEPT,
     "fetch_vectors": _KEPT,
+    "prune_vectors": _KEPT,
     "discard": _KEPT,
 }
 _MAKE_ROOM = (
@@ -73,7 +77,9 @@ _MAKE_ROOM = (
     "recall",
     "release",
     "dead_letter",
+    "forget_letters",
     "fetch_vectors",
+    "prune_vectors",
     "discard",
 )
 

@@ -62,3 +62,9 @@ def fetch(job_id: str, patience: float) -> Call[Fetched]:
     lifetime = keys.FETCHED_TTL + ceil(patience)
     arguments = [job_id, keys.PREFIX, lifetime, keys.RESULT_TTL]
     return Call(lambda redis: TRANSITIONS.fetch_vectors(redis, names(job_id), arguments), Fetched.parse)
+
+
+def prune(redis: Any) -> int:
+    """Forget what is noted of vectors that have expired: of some at a time. Returns of how many."""
+    noted = [keys.VECTORS_UNFETCHED, keys.VECTORS_FETCHED, keys.VECTORS_SIZES]
+    return int(TRANSITIONS.prune_vectors(redis, noted, []))

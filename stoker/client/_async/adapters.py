@@ -12,6 +12,7 @@ from stoker.broker.registry import AdapterEntry, Verb
 from stoker.client import requests
 from stoker.client._async.jobs import AsyncAdapterJob
 from stoker.client._async.link import AsyncLink
+from stoker.client._async.sending import send
 from stoker.client.asynchronously import Chooser, in_thread
 from stoker.client.options import AdapterOptions, checked_options
 from stoker.contract import bundle
@@ -56,10 +57,10 @@ class AsyncAdapters:
         """
         fields = checked_options(options, AdapterOptions, ("model", "job_id"))
         data = await in_thread(bundle.read_folder, bundle.folder_of(folder), named=True)
-        job_id = requests.checked_job_id(job_id)
-        request = requests.adapter_request(await self._model(model), name, job_id, fields)
-        await self._link.submit(request, job_id, data)
-        return AsyncAdapterJob(self._link, job_id)
+        named = requests.checked_job_id(job_id)
+        request = requests.adapter_request(await self._model(model), name, named, fields)
+        await send(self._link, request, named, data, made=job_id is None)
+        return AsyncAdapterJob(self._link, named)
 
     async def promote(self, adapter: str, model: str | None = None) -> AdapterEntry:
         """Let `name@version` serve every request for `name`."""
@@ -80,14 +81,21 @@ class AsyncAdapters:
 
     async def _change(self, verb: Verb, adapter: str, model: str | None, *, version: bool) -> AdapterEntry:
         name, number = registry.wanted(adapter, version=version)
-        entry = await self.get(name, model)
-        if not await self._link.change_adapter(entry.model, verb, name, number):
-            raise registry.explain(await self.get(name, entry.model), verb, number)
+        before = await self.get(name, model)
+        done = await self._link.change_adapter(before.model, verb, name, number)
+        entry = await self._as_it_is(before)
+        # Where the answer was lost it was asked twice, and the second time there was nothing left to do.
+        taken_out = verb == "unload" and number in before.versions and number not in entry.versions
+        if not done and not taken_out:
+            raise registry.explain(entry, verb, number)
+        return entry
+
+    async def _as_it_is(self, before: AdapterEntry) -> AdapterEntry:
         try:
-            return await self.get(name, entry.model)
+            return await self.get(before.name, before.model)
         except UnknownAdapter:
-            # That was its last version.
-            return replace(entry, serving=None, versions={})
+            # Its last version is gone.
+            return replace(before, serving=None, versions={})
 
     async def _model(self, model: str | None) -> str:
         return await self._choose_model(model, ADAPTERS.name)

@@ -74,12 +74,21 @@ class AsyncBrokerLink:
             # In a thread: the digest of half a gigabyte would hold up an event loop.
             make = partial(Submission, self._settings, request, job_id, data, trace=trace)
             submission = await in_thread(make) if data else make()
-            with translated(self._settings):
-                if submission.in_parts and (await summary(job_id).on_async(self._redis)).kind is None:
-                    for part in submission.uploads(self._redis):
+            if not await self._is_there(submission):
+                with translated(self._settings):
+                    for part in submission.uploads(self._redis) if submission.in_parts else ():
                         await part.execute()
-            await self._send(submission, revive=False)
+                await self._send(submission, revive=False)
         self._sent.remember(job_id, trace)
+
+    async def _is_there(self, submission: Submission) -> bool:
+        """Whether a job whose input goes in parts is known already: nothing of it is sent then."""
+        if not submission.in_parts:
+            return False
+        with translated(self._settings):
+            known = await summary(submission.job_id).on_async(self._redis)
+        submission.check_known(known.ability)
+        return known.kind is not None
 
     async def revive(self, request: Request, job_id: str, client: str | None) -> None:
         await self._send(Submission(self._settings, request, job_id, client=client), revive=True)
@@ -164,14 +173,14 @@ class AsyncBrokerLink:
             if not follower.must_look:
                 return follower.heard(await listener.get_message(timeout=follower.wait()))
             entries = follower.looked(await follower.ask(self._redis.pipeline()).execute())
-        if follower.waits_long():
-            await self._say_who_is_missing(follower.job_id)
+            if follower.waits_long():
+                await self._say_who_is_missing(follower.job_id)
         return entries
 
     async def _say_who_is_missing(self, job_id: str) -> None:
         """Log a warning if no living worker can run the job: silence would look like a hang."""
         job = await listed(job_id).on_async(self._redis)
-        if job is not None and not model_choice.is_served(job.model, job.kind, await self.workers()):
+        if job is not None and not model_choice.is_served(job.model, job.kind, await self._alive()):
             log.warning("job %s waits: no worker that is alive can %s with %s.", job_id, job.kind, job.model)
 
     async def vectors(self, job_id: str, reply: EmbedReply) -> Encoded:
@@ -190,11 +199,12 @@ class AsyncBrokerLink:
 
     async def workers(self) -> list[Presence]:
         with translated(self._settings):
-            # All names of the last day: those that are gone have no presence any more, by the broker's clock.
-            names = await self._redis.zrange(keys.WORKERS, 0, -1)
-            raw = (
-                await self._redis.mget([keys.worker(name.decode(errors="replace")) for name in names]) if names else []
-            )
+            return await self._alive()
+
+    async def _alive(self) -> list[Presence]:
+        # All names of the last day: those that are gone have no presence any more, by the broker's clock.
+        names = await self._redis.zrange(keys.WORKERS, 0, -1)
+        raw = await self._redis.mget([keys.worker(name.decode(errors="replace")) for name in names]) if names else []
         return model_choice.parse_presences(raw)
 
     async def models(self) -> dict[str, ModelCard]:
@@ -274,8 +284,10 @@ class AsyncBrokerLink:
 
     async def unpin_prefix(self, model: str, name: str) -> bool:
         with translated(self._settings):
-            there, _ = await prefixes.unpin(self._redis.pipeline(), model, name).execute()
-        return bool(there)
+            # Asked before: what is sent again, because its answer was lost, finds nothing any more.
+            there = await prefixes.pinned(self._redis, model, name)
+            await prefixes.unpin(self._redis.pipeline(), model, name).execute()
+        return there is not None
 
     async def close(self) -> None:
         await self._connections.aclose()

@@ -157,14 +157,19 @@ async def generate_answers(
 
 async def _in_order(client: AsyncSendingClient, parts: AsyncIterator[P], bulk: Bulk[P, J, R]) -> AsyncGenerator[R]:
     waiting: deque[tuple[P, J]] = deque()
+    unsent: P | None = None
     try:
         while True:
             if bulk.in_flight.stale:
                 bulk.in_flight.count(await client.workers())
             # The oldest is fetched before the next one is sent, so no more than the limit is ever under way.
-            if len(waiting) < bulk.in_flight.limit and (part := await anext(parts, None)) is not None:
-                waiting.append((part, await _send(bulk, part)))
+            if unsent is None and len(waiting) < bulk.in_flight.limit:
+                unsent = await anext(parts, None)
+            if unsent is not None and (job := await _taken(bulk, unsent, wait=not waiting)) is not None:
+                waiting.append((unsent, job))
+                unsent = None
             elif waiting:
+                # At a full queue too: what fills it may be what jobs of this very call have made.
                 part, job = waiting[0]
                 found = await bulk.fetch(part, job)
                 if found is None:
@@ -172,7 +177,7 @@ async def _in_order(client: AsyncSendingClient, parts: AsyncIterator[P], bulk: B
                     continue
                 waiting.popleft()
                 yield found
-            else:
+            elif unsent is None:
                 return
     finally:
         await finished(partial(_cancel, [job for _, job in waiting]))
@@ -187,11 +192,19 @@ async def _cancel(jobs: Iterable[AsyncEmbedJob | AsyncGenerateJob | StokerError]
 
 async def _send(bulk: Bulk[P, J, R], part: P) -> J:
     """Send a part; a full queue is waited for."""
-    while True:
-        try:
-            return await bulk.send(part)
-        except QueueFull as error:
+    while (job := await _taken(bulk, part, wait=True)) is None:
+        pass
+    return job
+
+
+async def _taken(bulk: Bulk[P, J, R], part: P, *, wait: bool) -> J | None:
+    """Try to send a part. None at a full queue, after a pause where there is nothing else to do (`wait`)."""
+    try:
+        return await bulk.send(part)
+    except QueueFull as error:
+        if wait:
             await sleep(min(LONGEST_PAUSE, error.wait))
+        return None
 
 
 async def _cut(texts: Texts, plan: Plan) -> AsyncIterator[Chunk]:

@@ -27,6 +27,7 @@ from stoker.client._async.jobs import (
 from stoker.client._async.link import AsyncLink
 from stoker.client._async.models import AsyncModels
 from stoker.client._async.prefixes import AsyncPrefixes
+from stoker.client._async.sending import send
 from stoker.client.asynchronously import Joint, in_thread
 from stoker.client.options import EmbedOptions, GenerateOptions, RerankOptions, TrainOptions, checked_options
 from stoker.client.requests import Dataset, Prompt
@@ -48,6 +49,7 @@ class AsyncClient(AsyncBulkClient):
     `url` overrides `STOKER_URL`; without both it is the broker of a `stoker up` that runs with this STOKER_HOME. Every
     method raises `BrokerUnavailable` if there is none, or it does not answer. What sends a job raises, before anything
     is sent, `InvalidRequest` if the request cannot be run, `UnknownModel` if no worker can run it, and `QueueFull`.
+    Where it is cancelled before it returns, its job is cancelled too, unless `job_id` names it.
 
     `key` names the sender: clients of one queue get equal shares of it, and each has a limit of its own. `queue_wait`:
     seconds to wait for room in a queue that is full before `QueueFull` is raised. They override
@@ -185,11 +187,11 @@ class AsyncClient(AsyncBulkClient):
         priority=5 (0 is first), deadline=None. What each of them means: docs/train.md.
         """
         fields = checked_options(options, TrainOptions, ("model", "job_id"))
-        job_id = requests.checked_job_id(job_id)
-        request = requests.train_request(await self.choose_model(model, TRAIN.name), name, dataset, job_id, fields)
-        return AsyncTrainJob(
-            self.link, await self._submit(request, job_id, await in_thread(requests.read_dataset, dataset))
-        )
+        named = requests.checked_job_id(job_id)
+        request = requests.train_request(await self.choose_model(model, TRAIN.name), name, dataset, named, fields)
+        data = await in_thread(requests.read_dataset, dataset)
+        await send(self.link, request, named, data, made=job_id is None)
+        return AsyncTrainJob(self.link, named)
 
     async def job(self, job_id: str) -> AnyAsyncJob:
         """A job that was sent before, by this process or another; raises `JobLost` if the broker does not know it."""
@@ -252,10 +254,10 @@ class AsyncClient(AsyncBulkClient):
     ) -> None:
         await self.close()
 
-    async def _submit(self, request: Request, job_id: str | None, data: bytes = b"") -> str:
-        job_id = requests.checked_job_id(job_id)
-        await self.link.submit(request, job_id, data)
-        return job_id
+    async def _submit(self, request: Request, job_id: str | None) -> str:
+        named = requests.checked_job_id(job_id)
+        await send(self.link, request, named, made=job_id is None)
+        return named
 
 
 def _client_over(link: AsyncLink) -> AsyncClient:

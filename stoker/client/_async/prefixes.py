@@ -41,24 +41,25 @@ class AsyncPrefixes:
         adapter: str | None = None,
         tools: Sequence[Mapping[str, object]] | None = None,
         template: Mapping[str, object] | None = None,
-        timeout: float = 10.0,
+        timeout: float | None = 10.0,
     ) -> PrefixEntry:
         """Keep what prompts have in common that go on from `prompt`: a text, token ids, or the first messages of a
         conversation, for which `tools` and `template` are as for `generate`.
 
         An adapter's keys and values are its own: a prefix without `adapter` serves the bare base alone. A name without
         a version is the version that serves, also after another was promoted. Waits until each worker that holds the
-        model has said whether it can keep the prefix, and `timeout` seconds at most; it is prefilled when the worker
-        is idle. Raises `InvalidRequest` for a name that is pinned already, a prefix too many or too long, and
-        where every worker refuses it; then nothing is pinned.
+        model has said whether it can keep the prefix, and `timeout` seconds at most (None: no limit); it is prefilled
+        when the worker is idle. Raises `InvalidRequest` for a name that is pinned already, a prefix too many or too
+        long, and where every worker refuses it; then nothing is pinned.
         """
         model = await self._model(model)
         asked = requests.generate_request(
             model, prompt, 0, {"adapter": adapter, "tools": tools, "template": template, "max_tokens": 1}
         )
         prefix = requests.pinned_prefix(asked, self._link.settings.client_key)
-        prefix = await self._link.pin_prefix(model, checked(Rule.NAME, "name", name), prefix)
+        # Before anything is pinned: what is wrong with `timeout` is an error here.
         verdict = Verdict(model, prefix.id, timeout)
+        prefix = await self._link.pin_prefix(model, checked(Rule.NAME, "name", name), prefix)
         while not verdict.heard(await self._link.workers()):
             await sleep(verdict.pause())
         if (why := verdict.refusal) is not None:

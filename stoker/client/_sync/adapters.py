@@ -13,6 +13,7 @@ from stoker.broker.registry import AdapterEntry, Verb
 from stoker.client import requests
 from stoker.client._sync.jobs import AdapterJob
 from stoker.client._sync.link import Link
+from stoker.client._sync.sending import send
 from stoker.client.blocking import Chooser, in_thread
 from stoker.client.options import AdapterOptions, checked_options
 from stoker.contract import bundle
@@ -57,10 +58,10 @@ class Adapters:
         """
         fields = checked_options(options, AdapterOptions, ("model", "job_id"))
         data = in_thread(bundle.read_folder, bundle.folder_of(folder), named=True)
-        job_id = requests.checked_job_id(job_id)
-        request = requests.adapter_request(self._model(model), name, job_id, fields)
-        self._link.submit(request, job_id, data)
-        return AdapterJob(self._link, job_id)
+        named = requests.checked_job_id(job_id)
+        request = requests.adapter_request(self._model(model), name, named, fields)
+        send(self._link, request, named, data, made=job_id is None)
+        return AdapterJob(self._link, named)
 
     def promote(self, adapter: str, model: str | None = None) -> AdapterEntry:
         """Let `name@version` serve every request for `name`."""
@@ -81,14 +82,21 @@ class Adapters:
 
     def _change(self, verb: Verb, adapter: str, model: str | None, *, version: bool) -> AdapterEntry:
         name, number = registry.wanted(adapter, version=version)
-        entry = self.get(name, model)
-        if not self._link.change_adapter(entry.model, verb, name, number):
-            raise registry.explain(self.get(name, entry.model), verb, number)
+        before = self.get(name, model)
+        done = self._link.change_adapter(before.model, verb, name, number)
+        entry = self._as_it_is(before)
+        # Where the answer was lost it was asked twice, and the second time there was nothing left to do.
+        taken_out = verb == "unload" and number in before.versions and number not in entry.versions
+        if not done and not taken_out:
+            raise registry.explain(entry, verb, number)
+        return entry
+
+    def _as_it_is(self, before: AdapterEntry) -> AdapterEntry:
         try:
-            return self.get(name, entry.model)
+            return self.get(before.name, before.model)
         except UnknownAdapter:
-            # That was its last version.
-            return replace(entry, serving=None, versions={})
+            # Its last version is gone.
+            return replace(before, serving=None, versions={})
 
     def _model(self, model: str | None) -> str:
         return self._choose_model(model, ADAPTERS.name)

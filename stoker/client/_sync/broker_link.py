@@ -75,12 +75,21 @@ class BrokerLink:
             # In a thread: the digest of half a gigabyte would hold up an event loop.
             make = partial(Submission, self._settings, request, job_id, data, trace=trace)
             submission = in_thread(make) if data else make()
-            with translated(self._settings):
-                if submission.in_parts and (summary(job_id).on(self._redis)).kind is None:
-                    for part in submission.uploads(self._redis):
+            if not self._is_there(submission):
+                with translated(self._settings):
+                    for part in submission.uploads(self._redis) if submission.in_parts else ():
                         part.execute()
-            self._send(submission, revive=False)
+                self._send(submission, revive=False)
         self._sent.remember(job_id, trace)
+
+    def _is_there(self, submission: Submission) -> bool:
+        """Whether a job whose input goes in parts is known already: nothing of it is sent then."""
+        if not submission.in_parts:
+            return False
+        with translated(self._settings):
+            known = summary(submission.job_id).on(self._redis)
+        submission.check_known(known.ability)
+        return known.kind is not None
 
     def revive(self, request: Request, job_id: str, client: str | None) -> None:
         self._send(Submission(self._settings, request, job_id, client=client), revive=True)
@@ -165,14 +174,14 @@ class BrokerLink:
             if not follower.must_look:
                 return follower.heard(listener.get_message(timeout=follower.wait()))
             entries = follower.looked(follower.ask(self._redis.pipeline()).execute())
-        if follower.waits_long():
-            self._say_who_is_missing(follower.job_id)
+            if follower.waits_long():
+                self._say_who_is_missing(follower.job_id)
         return entries
 
     def _say_who_is_missing(self, job_id: str) -> None:
         """Log a warning if no living worker can run the job: silence would look like a hang."""
         job = listed(job_id).on(self._redis)
-        if job is not None and not model_choice.is_served(job.model, job.kind, self.workers()):
+        if job is not None and not model_choice.is_served(job.model, job.kind, self._alive()):
             log.warning("job %s waits: no worker that is alive can %s with %s.", job_id, job.kind, job.model)
 
     def vectors(self, job_id: str, reply: EmbedReply) -> Encoded:
@@ -191,9 +200,12 @@ class BrokerLink:
 
     def workers(self) -> list[Presence]:
         with translated(self._settings):
-            # All names of the last day: those that are gone have no presence any more, by the broker's clock.
-            names = self._redis.zrange(keys.WORKERS, 0, -1)
-            raw = self._redis.mget([keys.worker(name.decode(errors="replace")) for name in names]) if names else []
+            return self._alive()
+
+    def _alive(self) -> list[Presence]:
+        # All names of the last day: those that are gone have no presence any more, by the broker's clock.
+        names = self._redis.zrange(keys.WORKERS, 0, -1)
+        raw = self._redis.mget([keys.worker(name.decode(errors="replace")) for name in names]) if names else []
         return model_choice.parse_presences(raw)
 
     def models(self) -> dict[str, ModelCard]:
@@ -273,8 +285,10 @@ class BrokerLink:
 
     def unpin_prefix(self, model: str, name: str) -> bool:
         with translated(self._settings):
-            there, _ = prefixes.unpin(self._redis.pipeline(), model, name).execute()
-        return bool(there)
+            # Asked before: what is sent again, because its answer was lost, finds nothing any more.
+            there = prefixes.pinned(self._redis, model, name)
+            prefixes.unpin(self._redis.pipeline(), model, name).execute()
+        return there is not None
 
     def close(self) -> None:
         self._connections.close()

@@ -154,14 +154,19 @@ def generate_answers(
 
 def _in_order(client: SendingClient, parts: Iterator[P], bulk: Bulk[P, J, R]) -> Generator[R]:
     waiting: deque[tuple[P, J]] = deque()
+    unsent: P | None = None
     try:
         while True:
             if bulk.in_flight.stale:
                 bulk.in_flight.count(client.workers())
             # The oldest is fetched before the next one is sent, so no more than the limit is ever under way.
-            if len(waiting) < bulk.in_flight.limit and (part := next(parts, None)) is not None:
-                waiting.append((part, _send(bulk, part)))
+            if unsent is None and len(waiting) < bulk.in_flight.limit:
+                unsent = next(parts, None)
+            if unsent is not None and (job := _taken(bulk, unsent, wait=not waiting)) is not None:
+                waiting.append((unsent, job))
+                unsent = None
             elif waiting:
+                # At a full queue too: what fills it may be what jobs of this very call have made.
                 part, job = waiting[0]
                 found = bulk.fetch(part, job)
                 if found is None:
@@ -169,7 +174,7 @@ def _in_order(client: SendingClient, parts: Iterator[P], bulk: Bulk[P, J, R]) ->
                     continue
                 waiting.popleft()
                 yield found
-            else:
+            elif unsent is None:
                 return
     finally:
         finished(partial(_cancel, [job for _, job in waiting]))
@@ -184,11 +189,19 @@ def _cancel(jobs: Iterable[EmbedJob | GenerateJob | StokerError]) -> None:
 
 def _send(bulk: Bulk[P, J, R], part: P) -> J:
     """Send a part; a full queue is waited for."""
-    while True:
-        try:
-            return bulk.send(part)
-        except QueueFull as error:
+    while (job := _taken(bulk, part, wait=True)) is None:
+        pass
+    return job
+
+
+def _taken(bulk: Bulk[P, J, R], part: P, *, wait: bool) -> J | None:
+    """Try to send a part. None at a full queue, after a pause where there is nothing else to do (`wait`)."""
+    try:
+        return bulk.send(part)
+    except QueueFull as error:
+        if wait:
             sleep(min(LONGEST_PAUSE, error.wait))
+        return None
 
 
 def _cut(texts: Texts, plan: Plan) -> Iterator[Chunk]:

@@ -28,6 +28,7 @@ from stoker.client._sync.jobs import (
 from stoker.client._sync.link import Link
 from stoker.client._sync.models import Models
 from stoker.client._sync.prefixes import Prefixes
+from stoker.client._sync.sending import send
 from stoker.client.blocking import Joint, in_thread
 from stoker.client.options import EmbedOptions, GenerateOptions, RerankOptions, TrainOptions, checked_options
 from stoker.client.requests import Dataset, Prompt
@@ -49,6 +50,7 @@ class Client(BulkClient):
     `url` overrides `STOKER_URL`; without both it is the broker of a `stoker up` that runs with this STOKER_HOME. Every
     method raises `BrokerUnavailable` if there is none, or it does not answer. What sends a job raises, before anything
     is sent, `InvalidRequest` if the request cannot be run, `UnknownModel` if no worker can run it, and `QueueFull`.
+    Where it is cancelled before it returns, its job is cancelled too, unless `job_id` names it.
 
     `key` names the sender: clients of one queue get equal shares of it, and each has a limit of its own. `queue_wait`:
     seconds to wait for room in a queue that is full before `QueueFull` is raised. They override
@@ -186,9 +188,11 @@ class Client(BulkClient):
         priority=5 (0 is first), deadline=None. What each of them means: docs/train.md.
         """
         fields = checked_options(options, TrainOptions, ("model", "job_id"))
-        job_id = requests.checked_job_id(job_id)
-        request = requests.train_request(self.choose_model(model, TRAIN.name), name, dataset, job_id, fields)
-        return TrainJob(self.link, self._submit(request, job_id, in_thread(requests.read_dataset, dataset)))
+        named = requests.checked_job_id(job_id)
+        request = requests.train_request(self.choose_model(model, TRAIN.name), name, dataset, named, fields)
+        data = in_thread(requests.read_dataset, dataset)
+        send(self.link, request, named, data, made=job_id is None)
+        return TrainJob(self.link, named)
 
     def job(self, job_id: str) -> AnyJob:
         """A job that was sent before, by this process or another; raises `JobLost` if the broker does not know it."""
@@ -251,10 +255,10 @@ class Client(BulkClient):
     ) -> None:
         self.close()
 
-    def _submit(self, request: Request, job_id: str | None, data: bytes = b"") -> str:
-        job_id = requests.checked_job_id(job_id)
-        self.link.submit(request, job_id, data)
-        return job_id
+    def _submit(self, request: Request, job_id: str | None) -> str:
+        named = requests.checked_job_id(job_id)
+        send(self.link, request, named, made=job_id is None)
+        return named
 
 
 def _client_over(link: Link) -> Client:

@@ -207,7 +207,7 @@ class Memory:
             self._blobs.pop(keys.vectors(job_id), None)
             job = self.job(job_id)
             if job.outcome is not None and job.status is JobStatus.DONE:
-                job.entries, job.outcome = (), Outcome(job.status, DISCARDED)
+                job.entries, job.made, job.outcome = (), 0, Outcome(job.status, DISCARDED)
 
     def models(self) -> dict[str, ModelCard]:
         return self._models.known
